@@ -1,0 +1,87 @@
+package idempotency
+
+import (
+	"context"
+	"crypto/sha256"
+	"fmt"
+	"runtime"
+)
+
+type contextKey struct{}
+
+// running is what a handler's context says of the attempt that runs it.
+type running struct {
+	key     Key
+	attempt AttemptID
+}
+
+// withAttempt returns ctx carrying the attempt.
+func withAttempt(ctx context.Context, key Key, attempt AttemptID) context.Context {
+	return context.WithValue(ctx, contextKey{}, &running{key: key, attempt: attempt})
+}
+
+// AttemptIDFrom returns the id of the attempt that runs with this context, and false outside an idempotent handler.
+// It differs from run to run: see [DerivedKey] for what stays the same.
+func AttemptIDFrom(ctx context.Context) (AttemptID, bool) {
+	r, ok := ctx.Value(contextKey{}).(*running)
+	if !ok {
+		return AttemptID{}, false
+	}
+	return r.attempt, true
+}
+
+// KeyFrom returns the key of the request that runs with this context, and false outside an idempotent handler. Its
+// Value is empty where the request came without a key.
+func KeyFrom(ctx context.Context) (Key, bool) {
+	r, ok := ctx.Value(contextKey{}).(*running)
+	if !ok {
+		return Key{}, false
+	}
+	return r.key, true
+}
+
+// DerivedKey returns a key for a call that the handler makes to another service: the same for every attempt at this
+// request, different for every other request and name, and safe to show to the other side, which can't tell the
+// original from it. It has the layout of a version 8 UUID (RFC 9562).
+//
+// What the handler does outside its transaction happens at least once. With a derived key the other side can tell the
+// repetitions. A request that came without a key gets a key of this one attempt. It panics outside an idempotent
+// handler, because a key that is not stable would be worse than none.
+func DerivedKey(ctx context.Context, name string) string {
+	r, ok := ctx.Value(contextKey{}).(*running)
+	if !ok {
+		panic("idempotency: DerivedKey outside an idempotent handler")
+	}
+	h := sha256.New()
+	writeField(h, "paidonce derived key 1")
+	writeField(h, r.key.Scope)
+	writeField(h, r.key.Value)
+	if r.key.Value == "" {
+		writeField(h, r.attempt[:])
+	}
+	writeField(h, name)
+	var id AttemptID
+	copy(id[:], h.Sum(nil))
+	id[6] = id[6]&0x0f | 0x80
+	id[8] = id[8]&0x3f | 0x80
+	return id.String()
+}
+
+// PanicError is a panic of the handler. Its text holds nothing of the handler's data.
+type PanicError struct {
+	Value any
+	Stack []byte // the goroutine's stack at the panic
+}
+
+func (p *PanicError) Error() string {
+	if err, ok := p.Value.(runtime.Error); ok {
+		return fmt.Sprintf("handler panicked: %v", err)
+	}
+	return fmt.Sprintf("handler panicked with a %T", p.Value)
+}
+
+// Unwrap returns the panic's value where it is an error.
+func (p *PanicError) Unwrap() error {
+	err, _ := p.Value.(error)
+	return err
+}

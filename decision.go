@@ -1,0 +1,253 @@
+package idempotency
+
+import "errors"
+
+// Outcome says what became of a request. On the wire it is the value of Idempotency-Status.
+type Outcome string
+
+// The outcomes. A client branches on these, never on the status code: a handler has 409s and 422s of its own.
+const (
+	OutcomeExecuted    Outcome = "executed"     // this attempt ran, and its answer is recorded
+	OutcomeReplayed    Outcome = "replayed"     // an earlier attempt's answer, repeated
+	OutcomeInProgress  Outcome = "in-progress"  // another attempt is running
+	OutcomeMismatch    Outcome = "mismatch"     // the key belongs to a different request
+	OutcomeNotExecuted Outcome = "not-executed" // proven: nothing of this request is in the database
+	OutcomeUnknown     Outcome = "unknown"      // it may or may not have been executed; keep the key and ask again
+)
+
+// Reason says why a request has no answer of the handler's. On the wire it is the end of a problem's type.
+type Reason string
+
+// The reasons. The engine gives the second group; the first are for adapters, which refuse before it is asked.
+const (
+	ReasonKeyMissing   Reason = "key-missing"
+	ReasonKeyInvalid   Reason = "key-invalid"
+	ReasonScope        Reason = "scope"
+	ReasonBodyTooLarge Reason = "body-too-large"
+	ReasonBodyUnread   Reason = "body-unread"
+	ReasonReplayDenied Reason = "replay-denied"
+
+	ReasonKeyReused       Reason = "key-reused"
+	ReasonInProgress      Reason = "in-progress"
+	ReasonHandlerFailed   Reason = "handler-failed"
+	ReasonTransactionLost Reason = "transaction-lost"
+	ReasonUnavailable     Reason = "unavailable"
+	ReasonOutcomeUnknown  Reason = "outcome-unknown"
+)
+
+// Disposition says what an answer means for the transaction. A policy maps a status to it; see [DefaultDisposition].
+type Disposition uint8
+
+// The dispositions.
+const (
+	Forget  Disposition = iota // undo the handler's writes and record nothing: a retry runs again
+	Commit                     // commit the handler's writes with the answer
+	Decline                    // undo the handler's writes, keep the answer
+)
+
+// DefaultDisposition commits 2xx and 3xx, declines 4xx, and forgets what a retry may change: 401, 403, 407, 408, 421,
+// 425, 429 and everything else.
+func DefaultDisposition(status int) Disposition {
+	switch status {
+	case 401, 403, 407, 408, 421, 425, 429:
+		return Forget
+	}
+	switch {
+	case status >= 200 && status < 400:
+		return Commit
+	case status >= 400 && status < 500:
+		return Decline
+	}
+	return Forget
+}
+
+// Fact is what is known of a request at one of its three turning points: after the claim, after the handler, after the
+// end of the transaction.
+type Fact uint8
+
+// The facts.
+const (
+	FactClaimed            Fact = iota + 1 // no record; the claim is ours
+	FactInProgress                         // no record; the claim is another attempt's
+	FactRecordedSame                       // a record of this very request
+	FactRecordedOther                      // a record of a different request
+	FactRecordedUnreadable                 // a record whose fingerprint or answer this program can't read
+	FactUnavailable                        // no connection, or the database failed before COMMIT was sent
+	FactSerialization                      // 40001 or 40P01, wherever it came from
+	FactRestartsSpent                      // another restart was due, and the budget of restarts is used up
+
+	FactAnsweredCommit  // the handler answered, by policy for good
+	FactAnsweredDecline // the handler answered, by policy without its writes
+	FactAnsweredForget  // the handler answered, by policy for this once
+	FactHandlerFailed   // the handler panicked, its answer is over the limit, or it wants to commit an aborted transaction
+	FactTransactionLost // the handler ended the transaction behind our back
+
+	FactCommitted      // COMMIT returned
+	FactDeclined       // COMMIT of the answer alone returned
+	FactForgotten      // ROLLBACK, after an answer that is not recorded
+	FactKeyRecorded    // our INSERT found another attempt's record
+	FactCommitAborted  // the database refused COMMIT: a deferred constraint, for example
+	FactDeclineFailed  // the answer of a decline was not recorded, or perhaps was; its writes are undone either way
+	FactOutcomeUnknown // COMMIT was sent and its reply is missing
+)
+
+// Action is what the engine does about a fact.
+type Action uint8
+
+// The actions.
+const (
+	ActionRun     Action = iota + 1 // run the handler
+	ActionReplay                    // answer with the record
+	ActionCommit                    // record the answer and commit it with the handler's writes
+	ActionDecline                   // undo the handler's writes; record the answer and commit it
+	ActionForget                    // undo the handler's writes and answer what the handler answered
+	ActionAnswer                    // answer what the handler answered
+	ActionRestart                   // undo everything and claim again
+	ActionRefuse                    // undo what is open and answer a problem
+)
+
+// Decision is one row of the table: what to do, and what to tell the client where that ends the request.
+type Decision struct {
+	Action  Action
+	Outcome Outcome
+	Reason  Reason
+}
+
+// Decide is the state machine of a key: the one place that branches on what is known of a request. Everything else
+// finds facts or carries out actions. docs/state-machine.md holds the same table in words.
+func Decide(fact Fact) Decision {
+	switch fact {
+	// After the claim.
+	case FactClaimed:
+		return Decision{Action: ActionRun}
+	case FactInProgress:
+		return Decision{ActionRefuse, OutcomeInProgress, ReasonInProgress}
+	case FactRecordedSame:
+		return Decision{Action: ActionReplay, Outcome: OutcomeReplayed}
+	case FactRecordedOther:
+		return Decision{ActionRefuse, OutcomeMismatch, ReasonKeyReused}
+	case FactRecordedUnreadable:
+		return Decision{ActionRefuse, OutcomeUnknown, ReasonOutcomeUnknown}
+
+	// At any point before COMMIT was sent.
+	case FactUnavailable:
+		return Decision{ActionRefuse, OutcomeNotExecuted, ReasonUnavailable}
+	case FactSerialization:
+		return Decision{Action: ActionRestart}
+	case FactRestartsSpent:
+		return Decision{ActionRefuse, OutcomeNotExecuted, ReasonUnavailable}
+
+	// After the handler.
+	case FactAnsweredCommit:
+		return Decision{Action: ActionCommit}
+	case FactAnsweredDecline:
+		return Decision{Action: ActionDecline}
+	case FactAnsweredForget:
+		return Decision{Action: ActionForget}
+	case FactHandlerFailed:
+		return Decision{ActionRefuse, OutcomeNotExecuted, ReasonHandlerFailed}
+	case FactTransactionLost:
+		return Decision{ActionRefuse, OutcomeUnknown, ReasonTransactionLost}
+
+	// After the end of the transaction.
+	case FactCommitted, FactDeclined:
+		return Decision{Action: ActionAnswer, Outcome: OutcomeExecuted}
+	case FactForgotten:
+		return Decision{Action: ActionAnswer, Outcome: OutcomeNotExecuted}
+	case FactKeyRecorded:
+		return Decision{Action: ActionRestart}
+	case FactCommitAborted:
+		return Decision{ActionRefuse, OutcomeNotExecuted, ReasonHandlerFailed}
+	case FactDeclineFailed:
+		return Decision{ActionRefuse, OutcomeNotExecuted, ReasonUnavailable}
+	}
+	// FactOutcomeUnknown, and whatever nobody thought of.
+	return Decision{ActionRefuse, OutcomeUnknown, ReasonOutcomeUnknown}
+}
+
+// factAfterClaim reads what Begin returned.
+func factAfterClaim(req *Request, record *Record, err error) Fact {
+	switch {
+	case errors.Is(err, ErrInProgress):
+		return FactInProgress
+	case errors.Is(err, ErrSerialization):
+		return FactSerialization
+	case errors.Is(err, ErrUnknown):
+		return FactRecordedUnreadable
+	case err != nil:
+		return FactUnavailable
+	case record == nil:
+		return FactClaimed
+	}
+	ours, ok := req.Fingerprint, true
+	if record.Fingerprint.Version != ours.Version {
+		ours, ok = Fingerprint{}, false
+		if req.FingerprintAt != nil {
+			ours, ok = req.FingerprintAt(record.Fingerprint.Version)
+		}
+	}
+	switch {
+	case !ok:
+		return FactRecordedUnreadable
+	case !ours.Equal(record.Fingerprint):
+		return FactRecordedOther
+	}
+	return FactRecordedSame
+}
+
+// factAfterHandler reads what the handler left: what became of its transaction, whether it failed, and what its
+// answer means. The transaction comes first: an answer given on a dead one is worth nothing.
+func factAfterHandler(sealed, failed error, disposition Disposition) Fact {
+	switch {
+	case errors.Is(sealed, ErrTransactionLost):
+		return FactTransactionLost
+	case errors.Is(sealed, ErrSerialization):
+		return FactSerialization
+	case errors.Is(sealed, ErrUnavailable):
+		return FactUnavailable
+	case failed != nil:
+		return FactHandlerFailed
+	case disposition == Decline:
+		return FactAnsweredDecline
+	case disposition != Commit:
+		return FactAnsweredForget
+	case sealed != nil:
+		return FactHandlerFailed
+	}
+	return FactAnsweredCommit
+}
+
+// factAfterCommit reads what Commit returned.
+func factAfterCommit(err error) Fact {
+	switch {
+	case err == nil:
+		return FactCommitted
+	case errors.Is(err, ErrUnknown):
+		return FactOutcomeUnknown
+	case errors.Is(err, ErrTransactionLost):
+		return FactTransactionLost
+	case errors.Is(err, ErrKeyRecorded):
+		return FactKeyRecorded
+	case errors.Is(err, ErrSerialization):
+		return FactSerialization
+	case errors.Is(err, ErrUnavailable):
+		return FactUnavailable
+	case errors.Is(err, ErrAborted):
+		return FactCommitAborted
+	}
+	return FactOutcomeUnknown
+}
+
+// factAfterDecline reads what Decline returned. The handler's writes are undone whatever it was, so its worst case is
+// an answer that a retry may see differently, and never money.
+func factAfterDecline(err error) Fact {
+	switch {
+	case err == nil:
+		return FactDeclined
+	case errors.Is(err, ErrTransactionLost):
+		return FactTransactionLost
+	case errors.Is(err, ErrKeyRecorded):
+		return FactKeyRecorded
+	}
+	return FactDeclineFailed
+}

@@ -1,0 +1,30 @@
+// Package idempotency lets a client retry a request and get one effect and one answer, whatever crashes in between.
+//
+// A client sends an Idempotency-Key. The engine claims the key, runs the handler inside a database transaction, and
+// commits the request's fingerprint, the answer and the handler's own writes together. A retry finds all of them, or
+// none.
+//
+// # The life of a key
+//
+//	               claim                        COMMIT
+//	absent ----------------> in progress ----------------> recorded
+//	  ^                          |                            |
+//	  |   crash, rollback,       |                            |  every retry: a replay
+//	  +---- forgotten answer ----+                            |
+//	  ^                                                       |
+//	  +------------------- expired and deleted ---------------+
+//
+// A key is claimed; an attempt runs; its answer is recorded; a retry gets a replay. While an attempt runs, its claim is
+// an uncommitted transaction and nothing else: no lease to expire, no row to clean up. A crash makes the key absent.
+//
+// # Where to look
+//
+//   - package middleware mounts the engine on net/http: New and Handler
+//   - package storage/postgres keeps the records: New, and Tx for the handler's own statements
+//   - package storage/memory is for a handler's unit tests
+//   - [Engine.Do] is the protocol, top to bottom; [Decide] is the state machine
+//   - [Store] is what a store promises; package storage/storagetest holds it to that
+//   - [DerivedKey] is for calls to other services, which happen at least once
+//
+// This package imports the standard library only.
+package idempotency

@@ -1,0 +1,296 @@
+package idempotency
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"runtime/debug"
+	"sync/atomic"
+	"time"
+)
+
+// Defaults of [Options].
+const (
+	HandlerTimeoutDefault  = 10 * time.Second
+	CommitTimeoutDefault   = 5 * time.Second
+	RollbackTimeoutDefault = 2 * time.Second
+	TTLDefault             = 24 * time.Hour
+	TTLMin                 = time.Second
+	RestartsDefault        = 3
+	InFlightMaxDefault     = 512
+)
+
+// ErrInFlightMax is why a request was refused when [Options.InFlightMax] others were in flight.
+var ErrInFlightMax = errors.New("too many requests in flight")
+
+// Options tune an [Engine]. Nil and the zero value are the defaults, which are the safest.
+type Options struct {
+	// HandlerTimeout bounds the claim and all runs of the handler together. When it is over the handler's context ends,
+	// and with it what the handler has under way in the database. The default is [HandlerTimeoutDefault].
+	HandlerTimeout time.Duration
+
+	// CommitTimeout bounds the record and COMMIT, on a context of their own. When it is over the outcome is unknown. The
+	// default is [CommitTimeoutDefault].
+	CommitTimeout time.Duration
+
+	// RollbackTimeout bounds ROLLBACK; after it the connection is closed, which has the same effect. The default is
+	// [RollbackTimeoutDefault].
+	RollbackTimeout time.Duration
+
+	// TTL is how long a record counts. A retry that comes later runs again, so it must be longer than any client
+	// retries. The default is [TTLDefault], the least [TTLMin].
+	TTL time.Duration
+
+	// Restarts is how often a request is started again after a serialization failure or a lost race. Negative means
+	// never. The default is [RestartsDefault].
+	Restarts int
+
+	// InFlightMax is how many requests may be past the reading of their body at once; what comes above it is refused
+	// as unavailable. Each holds a connection or waits for one. Negative means no limit. The default is
+	// [InFlightMaxDefault].
+	InFlightMax int
+
+	// Disposition decides by the status what an answer means for the transaction. The default is [DefaultDisposition].
+	Disposition func(status int) Disposition
+
+	// Tracer is told of everything that happens. Nil tells nobody.
+	Tracer Tracer
+}
+
+// withDefaults returns a copy of o in which nothing is left out. It panics on values that can't work.
+func (o *Options) withDefaults() Options {
+	var full Options
+	if o != nil {
+		full = *o
+	}
+	setDefault(&full.HandlerTimeout, HandlerTimeoutDefault)
+	setDefault(&full.CommitTimeout, CommitTimeoutDefault)
+	setDefault(&full.RollbackTimeout, RollbackTimeoutDefault)
+	setDefault(&full.TTL, TTLDefault)
+	setDefault(&full.Restarts, RestartsDefault)
+	setDefault(&full.InFlightMax, InFlightMaxDefault)
+	if full.Disposition == nil {
+		full.Disposition = DefaultDisposition
+	}
+	for name, value := range map[string]time.Duration{
+		"HandlerTimeout": full.HandlerTimeout, "CommitTimeout": full.CommitTimeout, "RollbackTimeout": full.RollbackTimeout,
+	} {
+		if value < 0 {
+			panic(fmt.Sprintf("idempotency: Options.%s is %v: it must be positive", name, value))
+		}
+	}
+	if full.TTL < TTLMin {
+		panic(fmt.Sprintf("idempotency: Options.TTL is %v: it must be at least %v", full.TTL, TTLMin))
+	}
+	return full
+}
+
+func setDefault[T comparable](field *T, value T) {
+	var zero T
+	if *field == zero {
+		*field = value
+	}
+}
+
+// BudgetChecker is implemented by a [Store] whose own timeouts must fit the engine's. [NewEngine] asks it.
+type BudgetChecker interface {
+	// CheckBudget returns an error that names the remedy where a handler that takes as long as it may would be cut off
+	// by the store.
+	CheckBudget(handlerTimeout, commitTimeout time.Duration) error
+}
+
+// Engine runs the protocol: claim, run, record, commit, each request in one transaction of its [Store]. It knows
+// nothing of net/http; package middleware is its adapter. It is safe for concurrent use.
+type Engine struct {
+	store    Store
+	options  Options
+	inFlight *atomic.Int64
+}
+
+// NewEngine returns an engine on the store. It panics where the store is nil or the options can't work together.
+func NewEngine(store Store, opts *Options) *Engine {
+	if store == nil {
+		panic("idempotency: NewEngine needs a Store")
+	}
+	return newEngine(store, opts, new(atomic.Int64))
+}
+
+// With returns an engine with other options on the same store, which shares the count of requests in flight.
+func (e *Engine) With(opts *Options) *Engine { return newEngine(e.store, opts, e.inFlight) }
+
+func newEngine(store Store, opts *Options, inFlight *atomic.Int64) *Engine {
+	e := &Engine{store: store, options: opts.withDefaults(), inFlight: inFlight}
+	if checker, ok := store.(BudgetChecker); ok {
+		if err := checker.CheckBudget(e.options.HandlerTimeout, e.options.CommitTimeout); err != nil {
+			panic("idempotency: " + err.Error())
+		}
+	}
+	return e
+}
+
+// Options returns the options in force, with every default filled in.
+func (e *Engine) Options() Options { return e.options }
+
+// InFlight returns how many requests are in the engine now, those of its relatives by [Engine.With] included.
+func (e *Engine) InFlight() int { return int(e.inFlight.Load()) }
+
+// RunFunc runs the handler once. It is called again, with a new context, where the transaction has to be started
+// again, and must then start from the request as it came. An error means that there is no answer to keep.
+type RunFunc func(ctx context.Context) (*Response, error)
+
+// Result is what became of a request.
+type Result struct {
+	Outcome  Outcome
+	Response *Response // the handler's answer or the recorded one; nil where Reason is set
+	Reason   Reason    // why there is no answer; empty where Response is set
+	Record   *Record   // the record that is replayed; nil otherwise
+	Err      error     // for the operator: what went wrong; its text holds no key, body or credential
+}
+
+// Do takes one request through the protocol and returns when everything about it is settled and nothing is held. The
+// request's own cancellation is ignored: once begun, the work is finished, and the retry finds it.
+//
+// Read it together with [Decide]: this says in which order facts come to light, the table what follows from each.
+func (e *Engine) Do(ctx context.Context, req Request, run RunFunc) Result {
+	if !req.Keyless() {
+		if err := req.Key.Validate(); err != nil {
+			reason := ReasonKeyInvalid
+			if errors.Is(err, ErrScopeInvalid) {
+				reason = ReasonScope
+			}
+			return Result{Outcome: OutcomeNotExecuted, Reason: reason, Err: err}
+		}
+	}
+	trace := e.startTrace(ctx, &req)
+	result := e.do(trace.ctx, &req, run, trace)
+	trace.end(result)
+	return result
+}
+
+func (e *Engine) do(ctx context.Context, req *Request, run RunFunc, trace *trace) Result {
+	defer e.inFlight.Add(-1)
+	if e.inFlight.Add(1) > int64(e.options.InFlightMax) && e.options.InFlightMax > 0 {
+		return refuse(Decide(FactUnavailable), ErrInFlightMax)
+	}
+	setDefault(&req.TTL, e.options.TTL)
+
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), e.options.HandlerTimeout)
+	defer cancel()
+	for restarts := 0; ; restarts++ {
+		req.Attempt = NewAttemptID()
+		result, again := e.attempt(ctx, req, run, trace)
+		if again == nil {
+			return result
+		}
+		if restarts >= e.options.Restarts || ctx.Err() != nil {
+			return refuse(Decide(FactRestartsSpent), again)
+		}
+	}
+}
+
+// attempt claims the key and, where it is ours, runs the handler and ends the transaction. It returns a result, or the
+// reason to start again.
+func (e *Engine) attempt(ctx context.Context, req *Request, run RunFunc, trace *trace) (result Result, again error) {
+	// The claim.
+	started := trace.now()
+	attempt, record, err := e.store.Begin(ctx, req)
+	trace.step(StepClaim, started, err)
+	switch decision := Decide(factAfterClaim(req, record, err)); decision.Action {
+	case ActionRun:
+	case ActionReplay:
+		return Result{Outcome: decision.Outcome, Response: &record.Response, Record: record}, nil
+	case ActionRestart:
+		return Result{}, err
+	default:
+		return refuse(decision, err), nil
+	}
+
+	// The handler. Whatever way it leaves by, the transaction is ended once.
+	open := true
+	rollback := func() {
+		open = false
+		started := trace.now()
+		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), e.options.RollbackTimeout)
+		defer cancel()
+		attempt.Rollback(ctx)
+		trace.step(StepRollback, started, nil)
+	}
+	defer func() {
+		if open { // runtime.Goexit
+			_ = attempt.Seal()
+			rollback()
+		}
+	}()
+	started = trace.now()
+	answer, failed := call(attempt.Context(withAttempt(ctx, req.Key, req.Attempt)), run)
+	trace.step(StepHandler, started, failed)
+	sealed := attempt.Seal()
+
+	// The end.
+	disposition := Forget
+	if failed == nil {
+		disposition = e.disposition(req, answer)
+	}
+	fact := factAfterHandler(sealed, failed, disposition)
+	switch Decide(fact).Action {
+	case ActionCommit:
+		open = false
+		err = e.end(ctx, attempt.Commit, answer, StepCommit, trace)
+		fact = factAfterCommit(err)
+	case ActionDecline:
+		open = false
+		err = e.end(ctx, attempt.Decline, answer, StepDecline, trace)
+		fact = factAfterDecline(err)
+	case ActionForget:
+		rollback()
+		fact = FactForgotten
+	default:
+		rollback()
+		err = errors.Join(failed, sealed)
+	}
+	switch decision := Decide(fact); decision.Action {
+	case ActionAnswer:
+		return Result{Outcome: decision.Outcome, Response: answer}, nil
+	case ActionRestart:
+		return Result{}, err
+	default:
+		return refuse(decision, err), nil
+	}
+}
+
+// disposition asks the policy. Without a key there is nothing to keep an answer under, so a decline is forgotten.
+func (e *Engine) disposition(req *Request, answer *Response) Disposition {
+	disposition := e.options.Disposition(answer.Status)
+	if disposition == Decline && req.Keyless() {
+		return Forget
+	}
+	return disposition
+}
+
+// end runs Commit or Decline on a context of its own: neither the client nor the handler's timeout may cut it off.
+func (e *Engine) end(ctx context.Context, end func(context.Context, *Response) error, answer *Response, step Step, trace *trace) error {
+	started := trace.now()
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), e.options.CommitTimeout)
+	defer cancel()
+	err := end(ctx, answer)
+	trace.step(step, started, err)
+	return err
+}
+
+// call runs the handler and turns a panic into an error.
+func call(ctx context.Context, run RunFunc) (answer *Response, err error) {
+	defer func() {
+		if value := recover(); value != nil {
+			answer, err = nil, &PanicError{Value: value, Stack: debug.Stack()}
+		}
+	}()
+	answer, err = run(ctx)
+	if answer == nil && err == nil {
+		err = errors.New("handler gave no answer")
+	}
+	return answer, err
+}
+
+func refuse(decision Decision, err error) Result {
+	return Result{Outcome: decision.Outcome, Reason: decision.Reason, Err: err}
+}

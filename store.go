@@ -1,0 +1,112 @@
+package idempotency
+
+import (
+	"context"
+	"errors"
+	"time"
+)
+
+// Request is what the engine asks a [Store] to claim.
+type Request struct {
+	// Key names the request. A Key with an empty Value asks for a transaction without a claim: nothing is locked,
+	// looked up or recorded (see [Request.Keyless]).
+	Key Key
+
+	// Fingerprint is compared with the record's on every path that answers.
+	Fingerprint Fingerprint
+
+	// FingerprintAt makes the fingerprint of this request with an older or a newer function, for a record that another
+	// version of the program made. It reports false for a version it does not know. Nil knows Fingerprint alone.
+	FingerprintAt func(version int16) (Fingerprint, bool)
+
+	// TTL is how long the record counts, by the database's clock. The engine fills in its own where this is zero.
+	TTL time.Duration
+
+	// TraceID is kept in the record, so that a replay can be linked to the trace of the attempt that was executed. May
+	// be empty.
+	TraceID string
+
+	// Attempt is set by the engine, anew for each attempt.
+	Attempt AttemptID
+}
+
+// Keyless reports whether the request came without a key.
+func (r *Request) Keyless() bool { return r.Key.Value == "" }
+
+// Response is an answer: what the handler said, and what a replay repeats byte by byte.
+type Response struct {
+	Status int
+	// Header holds the headers to record. Values are lists and are never joined.
+	Header map[string][]string
+	Body   []byte
+}
+
+// Record is what the store keeps of an executed attempt.
+type Record struct {
+	Fingerprint Fingerprint
+	Attempt     AttemptID
+	Response    Response
+	TraceID     string
+	CreatedAt   time.Time // by the store's clock
+	ExpiresAt   time.Time // by the store's clock; the record counts until it is deleted, not until then
+}
+
+// What a [Store] and an [Attempt] report. Everything else they return is taken for [ErrUnavailable] before the
+// transaction's end was asked for, and for [ErrUnknown] from then on: an error nobody knows never means "not executed".
+var (
+	// ErrInProgress: another attempt holds the key.
+	ErrInProgress = errors.New("key is in progress")
+	// ErrUnavailable: there is no connection, or the database failed; nothing was executed.
+	ErrUnavailable = errors.New("store is unavailable")
+	// ErrSerialization: the transaction must be started again (SQLSTATE 40001, 40P01); nothing was executed.
+	ErrSerialization = errors.New("transaction must be started again")
+	// ErrAborted: the transaction can't commit; nothing was executed.
+	ErrAborted = errors.New("transaction is aborted")
+	// ErrKeyRecorded: another attempt recorded the key first; nothing of this one remains.
+	ErrKeyRecorded = errors.New("key was recorded by another attempt")
+	// ErrTransactionLost: the handler ended the transaction behind the store's back. What it wrote until then may stand.
+	ErrTransactionLost = errors.New("transaction was ended by the handler")
+	// ErrUnknown: the end of the transaction was asked for, and whether it happened is not known.
+	ErrUnknown = errors.New("outcome is unknown")
+)
+
+// Store keeps records and runs attempts in transactions. Implementations are safe for concurrent use. The suite in
+// storage/storagetest holds them to what is said here.
+type Store interface {
+	// Begin opens a transaction, claims req.Key and looks its record up. Exactly one of the three results is set:
+	//
+	//   - an Attempt: the key is absent and ours; the caller must end it with Commit, Decline or Rollback
+	//   - a Record: the key is recorded; no transaction is left open, and no fingerprint was compared
+	//   - an error: ErrInProgress where another attempt holds the key, ErrSerialization where Begin should be called
+	//     again, and anything else where the store is unavailable; nothing is left open
+	//
+	// A record wins over the claim: it is returned also while others hold the key. Begin never waits for another
+	// attempt. ctx bounds Begin alone. For a keyless request Begin returns an Attempt that records nothing.
+	Begin(ctx context.Context, req *Request) (Attempt, *Record, error)
+}
+
+// Attempt is one run of a handler inside an open transaction. It is used by one goroutine, and ended exactly once:
+// after Commit, Decline or Rollback returned, with or without an error, nothing is held and nothing may be called.
+type Attempt interface {
+	// Context returns ctx carrying the transaction for the handler.
+	Context(ctx context.Context) context.Context
+
+	// Seal takes the transaction out of the handler's hands and reports what it left behind: nil where it can commit,
+	// else ErrSerialization, ErrUnavailable, ErrTransactionLost or ErrAborted. Whatever the handler still holds
+	// answers errors from now on. It sends nothing.
+	Seal() error
+
+	// Commit records the answer and commits it with the handler's writes. Nil means that it is durable. Errors:
+	// ErrKeyRecorded, ErrSerialization, ErrUnavailable, ErrAborted, ErrTransactionLost; anything else is ErrUnknown.
+	// ctx is never the request's.
+	Commit(ctx context.Context, answer *Response) error
+
+	// Decline undoes the handler's writes, records the answer and commits it. It works on an aborted transaction too.
+	// Errors as for Commit; a loss of the claim between the undo and the record is ErrKeyRecorded or ErrUnknown. For a
+	// keyless attempt it is Rollback.
+	Decline(ctx context.Context, answer *Response) error
+
+	// Rollback undoes everything and forgets the attempt. Where its own message is lost the transaction ends all the
+	// same, with its connection; so there is no error to act on.
+	Rollback(ctx context.Context)
+}

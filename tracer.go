@@ -1,0 +1,112 @@
+package idempotency
+
+import (
+	"context"
+	"time"
+)
+
+// Tracer is told of everything that happens to requests. Metrics and traces are built on it. Its methods are called
+// from the goroutine of the request, at once, and concurrently for different requests: they should be quick.
+//
+// What is passed holds keys and scopes, for detectors and samplers. They must not become labels or log fields; a [Key]
+// prints as a hash.
+type Tracer interface {
+	// TraceRequestStart is called when a request enters the engine. The context it returns is the request's from then on.
+	TraceRequestStart(ctx context.Context, data RequestStart) context.Context
+	// TraceStep is called after each step of an attempt.
+	TraceStep(ctx context.Context, data StepEnd)
+	// TraceRequestEnd is called when everything about a request is settled, once for each TraceRequestStart.
+	TraceRequestEnd(ctx context.Context, data RequestEnd)
+	// TraceRefused is called for a request that an adapter refused before the engine was asked.
+	TraceRefused(ctx context.Context, data Refused)
+}
+
+// RequestStart is what is known of a request when it enters the engine.
+type RequestStart struct {
+	Key         Key // Value is empty where the request came without a key
+	Fingerprint Fingerprint
+	TraceID     string
+}
+
+// Step is a part of an attempt.
+type Step string
+
+// The steps.
+const (
+	StepClaim    Step = "claim"
+	StepHandler  Step = "handler"
+	StepCommit   Step = "commit"
+	StepDecline  Step = "decline"
+	StepRollback Step = "rollback"
+)
+
+// StepEnd describes a step that is over.
+type StepEnd struct {
+	Attempt  AttemptID
+	Step     Step
+	Started  time.Time
+	Duration time.Duration
+	Err      error
+}
+
+// RequestEnd describes a request that is settled.
+type RequestEnd struct {
+	Key      Key
+	Attempt  AttemptID // the last attempt
+	Attempts int       // how many were begun
+	Result   Result
+	Started  time.Time
+	Duration time.Duration
+}
+
+// Refused describes a request that did not reach the engine.
+type Refused struct {
+	Reason Reason
+	Status int
+	Err    error
+}
+
+// trace carries one request's tracer. Without a tracer it does nothing and reads no clock.
+type trace struct {
+	tracer   Tracer
+	ctx      context.Context
+	req      *Request
+	started  time.Time
+	attempts int
+}
+
+func (e *Engine) startTrace(ctx context.Context, req *Request) *trace {
+	t := &trace{tracer: e.options.Tracer, ctx: ctx, req: req}
+	if t.tracer != nil {
+		t.started = time.Now()
+		t.ctx = t.tracer.TraceRequestStart(ctx, RequestStart{Key: req.Key, Fingerprint: req.Fingerprint, TraceID: req.TraceID})
+	}
+	return t
+}
+
+func (t *trace) now() time.Time {
+	if t.tracer == nil {
+		return time.Time{}
+	}
+	return time.Now()
+}
+
+func (t *trace) step(step Step, started time.Time, err error) {
+	if step == StepClaim {
+		t.attempts++
+	}
+	if t.tracer == nil {
+		return
+	}
+	t.tracer.TraceStep(t.ctx, StepEnd{Attempt: t.req.Attempt, Step: step, Started: started, Duration: time.Since(started), Err: err})
+}
+
+func (t *trace) end(result Result) {
+	if t.tracer == nil {
+		return
+	}
+	t.tracer.TraceRequestEnd(t.ctx, RequestEnd{
+		Key: t.req.Key, Attempt: t.req.Attempt, Attempts: t.attempts, Result: result,
+		Started: t.started, Duration: time.Since(t.started),
+	})
+}
