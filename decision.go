@@ -203,7 +203,7 @@ func factAfterHandler(sealed, failed error, disposition Disposition) Fact {
 		return FactTransactionLost
 	case errors.Is(sealed, ErrSerialization):
 		return FactSerialization
-	case errors.Is(sealed, ErrUnavailable):
+	case errors.Is(sealed, ErrUnavailable), errors.Is(failed, ErrUnavailable):
 		return FactUnavailable
 	case failed != nil:
 		return FactHandlerFailed

@@ -135,7 +135,8 @@ func (e *Engine) Options() Options { return e.options }
 func (e *Engine) InFlight() int { return int(e.inFlight.Load()) }
 
 // RunFunc runs the handler once. It is called again, with a new context, where the transaction has to be started
-// again, and must then start from the request as it came. An error means that there is no answer to keep.
+// again, and must then start from the request as it came. An error means that there is no answer to keep: the handler
+// failed, or could not be run where it wraps [ErrUnavailable].
 type RunFunc func(ctx context.Context) (*Response, error)
 
 // Result is what became of a request.

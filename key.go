@@ -91,6 +91,18 @@ func (k Key) GoString() string { return "idempotency.Key(" + k.String() + ")" }
 // LogValue keeps the key out of structured logs.
 func (k Key) LogValue() slog.Value { return slog.StringValue(k.String()) }
 
+// LockNumber returns the number under which a store locks the key: the first 8 bytes of SHA-256 over the
+// length-prefixed table, scope and value. The table's qualified name is part of it, so that two services on one
+// database that pass a key along don't block each other. It is frozen: programs of different versions must meet at
+// the same lock. Nothing rests on it being unique; a collision costs a spurious in-progress.
+func (k Key) LockNumber(table string) int64 {
+	h := sha256.New()
+	writeField(h, table)
+	writeField(h, k.Scope)
+	writeField(h, k.Value)
+	return int64(binary.BigEndian.Uint64(h.Sum(nil)))
+}
+
 // writeField feeds one length-prefixed field to a hash, so that no two lists of fields feed it the same bytes.
 func writeField[S string | []byte](w interface{ Write([]byte) (int, error) }, field S) {
 	var length [8]byte

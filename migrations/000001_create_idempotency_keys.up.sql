@@ -18,7 +18,7 @@ CREATE TABLE idempotency_keys (
 
     -- The last guard: whatever else fails, no key is recorded twice.
     CONSTRAINT idempotency_keys_pkey PRIMARY KEY (scope, key),
-    CONSTRAINT idempotency_keys_status_check CHECK (status BETWEEN 200 AND 499)
+    CONSTRAINT idempotency_keys_status_check CHECK (status BETWEEN 200 AND 599)
 );
 
 -- Bodies over 2 kB: lz4 takes a tenth of pglz's time. Some servers are built without it.

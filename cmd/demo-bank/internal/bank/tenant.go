@@ -1,0 +1,42 @@
+package bank
+
+import (
+	"errors"
+	"net/http"
+)
+
+// tenantPublic is who calls without saying who.
+const tenantPublic = "public"
+
+// ErrTenantUnknown means that the request's token is nobody's.
+var ErrTenantUnknown = errors.New("the token in the Authorization header is not known here")
+
+// Tenant returns who sends the request: the scope of its key. It is the account behind the token and not the token, so
+// that a new token finds the same keys.
+func Tenant(r *http.Request) (string, error) {
+	headers := r.Header.Values("Authorization")
+	if len(headers) == 0 {
+		return tenantPublic, nil
+	}
+	if len(headers) == 1 {
+		switch headers[0] {
+		case "Bearer demo-acme":
+			return "acme", nil
+		case "Bearer demo-globex":
+			return "globex", nil
+		}
+	}
+	return "", ErrTenantUnknown
+}
+
+// requireTenant refuses requests of nobody that the idempotency middleware does not see.
+func (b *Bank) requireTenant(next http.Handler) http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if _, err := Tenant(r); err != nil {
+			w.Header().Set("WWW-Authenticate", `Bearer realm="demo-bank"`)
+			WriteProblem(w, refusal(http.StatusUnauthorized, "unauthorized", "Who are you?", err.Error()+"."))
+			return
+		}
+		next.ServeHTTP(w, r)
+	})
+}

@@ -1,0 +1,158 @@
+// Package nodeid makes ids that no other process on the same database makes: snowflakes, whose node number is leased
+// from PostgreSQL.
+package nodeid
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"math/rand/v2"
+	"sync/atomic"
+	"time"
+
+	"github.com/bwmarrin/snowflake"
+	"github.com/jackc/pgx/v5"
+)
+
+const (
+	// Nodes is how many node numbers there are, and so how many banks may share a database: 10 bits of a snowflake.
+	Nodes = 1024
+
+	// lockNamespace is the first half of the advisory locks that are the leases; the second is the node number.
+	lockNamespace = 0x6e6f6465 // "node"
+
+	probeInterval = 5 * time.Second // how often a connection that looks alive is asked
+	probeTimeout  = 2 * time.Second
+	leaseTimeout  = 5 * time.Second
+	retryInterval = 200 * time.Millisecond
+)
+
+// ErrNoLease means that no node number is leased now, so that no id can be promised to be unique.
+var ErrNoLease = errors.New("no node number is leased")
+
+// Source makes ids as long as it holds a lease.
+//
+// A lease is a session's advisory lock on a connection of its own: it ends with that connection, and so with this
+// process or with the database, and nobody has to expire it. When the connection is lost the source makes no ids until
+// it holds a new lease. Between the loss and its discovery two processes can hold one number; then an id is made twice
+// only within one millisecond of both clocks, and the primary key that the ids go to refuses the second.
+type Source struct {
+	config *pgx.ConnConfig
+	logger *slog.Logger
+	conn   *pgx.Conn // of the lease; nil where there is none
+	node   atomic.Pointer[snowflake.Node]
+}
+
+// Open leases a node number with a connection of the given config. The lease lasts until [Source.Run] returns.
+func Open(ctx context.Context, config *pgx.ConnConfig, logger *slog.Logger) (*Source, error) {
+	s := &Source{config: config.Copy(), logger: logger}
+	// The lease waits for nothing and for nobody: a timeout of the pool's connections must not end it.
+	s.config.RuntimeParams["application_name"] = "demo-bank node id"
+	if err := s.lease(ctx); err != nil {
+		return nil, err
+	}
+	return s, nil
+}
+
+// Next returns a new id, or [ErrNoLease]. It is safe for concurrent use.
+func (s *Source) Next() (int64, error) {
+	node := s.node.Load()
+	if node == nil {
+		return 0, ErrNoLease
+	}
+	return node.Generate().Int64(), nil
+}
+
+// Check returns [ErrNoLease] where no id could be made now.
+func (s *Source) Check() error {
+	if s.node.Load() == nil {
+		return ErrNoLease
+	}
+	return nil
+}
+
+// Run keeps the lease, and takes another one whenever it is lost, until ctx ends; then it gives the lease back. Call it
+// once.
+func (s *Source) Run(ctx context.Context) {
+	defer s.release()
+	for ctx.Err() == nil {
+		if err := s.watch(ctx); ctx.Err() == nil {
+			s.release()
+			s.logger.WarnContext(ctx, "the lease of the node number is lost; no ids are made until there is another", "error", err)
+		}
+		for ctx.Err() == nil && s.lease(ctx) != nil {
+			select {
+			case <-ctx.Done():
+			case <-time.After(retryInterval):
+			}
+		}
+	}
+}
+
+// lease connects and locks the first free node number from a random one on: replicas rarely try the same.
+func (s *Source) lease(ctx context.Context) error {
+	ctx, cancel := context.WithTimeout(ctx, leaseTimeout)
+	defer cancel()
+	conn, err := pgx.ConnectConfig(ctx, s.config)
+	if err != nil {
+		return fmt.Errorf("lease a node number: connect: %w", err)
+	}
+	s.conn = conn
+	first := rand.IntN(Nodes)
+	for i := range Nodes {
+		number := (first + i) % Nodes
+		var locked bool
+		if err := conn.QueryRow(ctx, `SELECT pg_try_advisory_lock($1, $2)`, lockNamespace, number).Scan(&locked); err != nil {
+			s.release()
+			return fmt.Errorf("lease a node number: %w", err)
+		}
+		if !locked {
+			continue
+		}
+		node, err := snowflake.NewNode(int64(number))
+		if err != nil {
+			s.release()
+			return fmt.Errorf("lease a node number: %w", err)
+		}
+		s.node.Store(node)
+		return nil
+	}
+	s.release()
+	return fmt.Errorf("lease a node number: all %d are taken", Nodes)
+}
+
+// watch returns when the connection of the lease is lost, or ctx ends. A server that goes away says so or closes the
+// connection, which ends the wait at once; the probe finds a connection that is silently dead.
+func (s *Source) watch(ctx context.Context) error {
+	for {
+		wait, cancel := context.WithTimeout(ctx, probeInterval)
+		_, err := s.conn.WaitForNotification(wait)
+		waited := wait.Err() != nil
+		cancel()
+		switch {
+		case ctx.Err() != nil:
+			return ctx.Err()
+		case err != nil && (!waited || s.conn.IsClosed()):
+			return err
+		}
+		probe, cancel := context.WithTimeout(ctx, probeTimeout)
+		err = s.conn.Ping(probe)
+		cancel()
+		if err != nil {
+			return err
+		}
+	}
+}
+
+// release stops making ids, then gives the lease back by closing its connection.
+func (s *Source) release() {
+	s.node.Store(nil)
+	if s.conn == nil {
+		return
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), probeTimeout)
+	defer cancel()
+	_ = s.conn.Close(ctx) // a connection that can't say goodbye is closed all the same
+	s.conn = nil
+}

@@ -1,0 +1,56 @@
+// Package web is the bank's page for people: what to try, and the live audit.
+package web
+
+import (
+	"bytes"
+	"embed"
+	"html/template"
+	"io/fs"
+	"net/http"
+)
+
+//go:embed assets
+var assets embed.FS
+
+// Page answers GET / and serves what the page loads, under /assets/. Nothing comes from elsewhere.
+type Page struct {
+	template *template.Template
+	assets   http.Handler
+}
+
+// New returns the page.
+func New() *Page {
+	files, err := fs.Sub(assets, "assets")
+	if err != nil { // the folder is compiled in
+		panic(err)
+	}
+	return &Page{
+		template: template.Must(template.ParseFS(files, "page.html")),
+		assets:   http.StripPrefix("/assets/", http.FileServerFS(files)),
+	}
+}
+
+// Assets serves the style sheet and the script.
+func (p *Page) Assets(w http.ResponseWriter, r *http.Request) {
+	secure(w)
+	p.assets.ServeHTTP(w, r)
+}
+
+// ServeHTTP answers with the page. Its curl lines name the host that the request was sent to.
+func (p *Page) ServeHTTP(w http.ResponseWriter, r *http.Request) {
+	var body bytes.Buffer
+	if err := p.template.Execute(&body, struct{ URL string }{"http://" + r.Host}); err != nil {
+		http.Error(w, "the page could not be made", http.StatusInternalServerError)
+		return
+	}
+	secure(w)
+	w.Header().Set("Content-Type", "text/html; charset=utf-8")
+	w.Header().Set("Cache-Control", "no-store")
+	_, _ = w.Write(body.Bytes()) // a browser that is gone needs no page
+}
+
+func secure(w http.ResponseWriter) {
+	w.Header().Set("Content-Security-Policy", "default-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'")
+	w.Header().Set("X-Content-Type-Options", "nosniff")
+	w.Header().Set("Referrer-Policy", "no-referrer")
+}

@@ -1,0 +1,121 @@
+package pgserver
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"runtime"
+	"strings"
+)
+
+// init makes the database cluster when it is missing. It appears under its name only when it is complete.
+func (d *dataDir) init(ctx context.Context, bin binaries, acct *account, temporary bool) (err error) {
+	leftovers, err := filepath.Glob(globQuote(d.path) + string(filepath.Separator) + unfinished + "*")
+	if err != nil {
+		return fmt.Errorf("find unfinished clusters: %w", err)
+	}
+	for _, leftover := range leftovers {
+		_ = os.RemoveAll(leftover) // a dying initdb may still write; then the start after this one removes it
+	}
+	if err := d.letIn(acct); err != nil {
+		return err
+	}
+	if _, err := os.Stat(d.cluster()); !errors.Is(err, fs.ErrNotExist) {
+		if err == nil {
+			err = acct.ownTree(d.cluster())
+		}
+		if err != nil {
+			return fmt.Errorf("data folder: %w", err)
+		}
+		return nil
+	}
+
+	dir, err := os.MkdirTemp(d.path, unfinished)
+	if err != nil {
+		return fmt.Errorf("make database cluster: %w", err)
+	}
+	defer func() {
+		if err != nil {
+			_ = os.RemoveAll(dir)
+		}
+	}()
+	if err := acct.own(dir); err != nil {
+		return fmt.Errorf("make database cluster: %w", err)
+	}
+	args := []string{"-D", dir, "--username=" + superuser, "--encoding=UTF8", "--no-locale", "--no-instructions"}
+	if unixSockets {
+		args = append(args, "--auth-local=trust", "--auth-host=reject") // the socket's folder is private
+	} else {
+		if _, err := d.password(); err != nil {
+			return err
+		}
+		args = append(args, "--auth=scram-sha-256", "--pwfile="+d.file(passwordName))
+	}
+	if temporary {
+		args = append(args, "--no-sync")
+	}
+	if err := runInitdb(ctx, acct.commandContext(ctx, dir, bin.initdb(), args...)); err != nil {
+		return err
+	}
+	if err := os.Rename(dir, d.cluster()); err != nil {
+		return fmt.Errorf("make database cluster: %w", err)
+	}
+	return syncDir(d.path)
+}
+
+// letIn lets PostgreSQL's account pass through a folder of root's own that is closed to others.
+func (d *dataDir) letIn(acct *account) error {
+	if acct == nil || acct.enter(d.path) == nil {
+		return nil
+	}
+	info, err := os.Stat(d.path)
+	if err != nil {
+		return fmt.Errorf("data folder: %w", err)
+	}
+	if err := os.Chmod(d.path, info.Mode().Perm()|0o111); err != nil {
+		return fmt.Errorf("data folder: %w", err)
+	}
+	return nil
+}
+
+// runInitdb runs initdb on a locked thread, because the kernel would end it with the thread that forked it.
+func runInitdb(ctx context.Context, cmd *exec.Cmd) error {
+	runtime.LockOSThread()
+	defer runtime.UnlockOSThread()
+	output, err := cmd.CombinedOutput()
+	if ctx.Err() != nil {
+		return context.Cause(ctx)
+	}
+	if err != nil {
+		return fmt.Errorf("%s: %w:\n%s", cmd.Path, err, lastLines(string(output)))
+	}
+	return nil
+}
+
+// syncDir makes a rename in the folder durable; Windows has no such thing.
+func syncDir(path string) error {
+	if runtime.GOOS == "windows" {
+		return nil
+	}
+	dir, err := os.Open(path)
+	if err != nil {
+		return fmt.Errorf("sync data folder: %w", err)
+	}
+	defer dir.Close()
+	if err := dir.Sync(); err != nil {
+		return fmt.Errorf("sync data folder: %w", err)
+	}
+	return nil
+}
+
+// globQuote makes filepath.Glob take path literally. Windows has no escape; its paths cannot have * and ?.
+func globQuote(path string) string {
+	if runtime.GOOS == "windows" {
+		return path
+	}
+	return strings.NewReplacer(`\`, `\\`, `*`, `\*`, `?`, `\?`, `[`, `\[`).Replace(path)
+}

@@ -1,0 +1,216 @@
+// Package pgtest gives every test an empty PostgreSQL database of its own.
+//
+// A package's tests share one PostgreSQL server, which starts with the first test that asks for it:
+//
+//	func TestMain(m *testing.M) { pgtest.Main(m) }
+//
+//	func TestX(t *testing.T) {
+//		t.Parallel()
+//		url := pgtest.Database(t)
+package pgtest
+
+import (
+	"context"
+	"errors"
+	"flag"
+	"fmt"
+	"net/url"
+	"os"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/google/uuid"
+	"github.com/jackc/pgx/v5"
+	"go.uber.org/goleak"
+
+	"github.com/paidonce/idempotency/internal/pgserver"
+)
+
+const (
+	// databaseVariable names a server to use instead of starting one; its user must be allowed to create databases.
+	databaseVariable = "PAIDONCE_TEST_DATABASE_URL"
+
+	maxConnections = "300"
+	startMax       = 2 * time.Minute // a download included
+	statementMax   = 30 * time.Second
+)
+
+// shared is the one cluster of this test binary. A testing.TB has no place for it.
+var shared cluster
+
+// Main runs a package's tests, stops the server if a test started it, fails when goroutines are left over, and exits.
+func Main(m *testing.M) { os.Exit(run(m)) }
+
+func run(m *testing.M) (code int) {
+	shared.open()
+	code = m.Run()
+	if err := shared.close(); err != nil {
+		fmt.Fprintln(os.Stderr, "pgtest:", err)
+		code = max(code, 1)
+	}
+	if code != 0 || fuzzing() {
+		return code // a failed test leaves goroutines, and the fuzzing engine has its own
+	}
+	if err := goleak.Find(); err != nil {
+		fmt.Fprintln(os.Stderr, "pgtest:", err)
+		return 1
+	}
+	return code
+}
+
+func fuzzing() bool {
+	f := flag.Lookup("test.fuzz")
+	return f != nil && f.Value.String() != ""
+}
+
+// Database creates an empty database, which is dropped with its connections when the test ends, and returns its URL.
+// It is safe for parallel tests.
+func Database(t testing.TB) string {
+	t.Helper()
+	admin := shared.start(t).adminURL
+	name := "test_" + strings.ReplaceAll(uuid.NewString(), "-", "")
+	if err := execute(admin, "CREATE DATABASE "+name); err != nil {
+		t.Fatalf("create database: %v", err)
+	}
+	t.Cleanup(func() {
+		if err := execute(admin, "DROP DATABASE IF EXISTS "+name+" WITH (FORCE)"); err != nil {
+			t.Errorf("drop database: %v", err)
+		}
+	})
+	address, err := url.Parse(admin)
+	if err != nil {
+		t.Fatalf("%s: %v", databaseVariable, err)
+	}
+	address.Path = "/" + name
+	return address.String()
+}
+
+// Server returns the server that the tests share. A test which needs to stop or kill PostgreSQL starts its own with
+// pgserver.Start instead. The test is skipped when PAIDONCE_TEST_DATABASE_URL names a server we did not start.
+func Server(t testing.TB) *pgserver.Server {
+	t.Helper()
+	server := shared.start(t).server
+	if server == nil {
+		t.Skipf("%s is set, so there is no server of our own", databaseVariable)
+	}
+	return server
+}
+
+// Folder returns a temporary folder for pgserver's DataDir. Unlike t.TempDir it may be entered by the account which
+// PostgreSQL runs as when the tests run as root.
+func Folder(t testing.TB) string {
+	t.Helper()
+	dir, err := os.MkdirTemp("", "paidonce-test-")
+	if err != nil {
+		t.Fatalf("make folder: %v", err)
+	}
+	t.Cleanup(func() {
+		if err := os.RemoveAll(dir); err != nil {
+			t.Errorf("remove folder: %v", err)
+		}
+	})
+	if err := os.Chmod(dir, 0o711); err != nil {
+		t.Fatalf("make folder: %v", err)
+	}
+	return dir
+}
+
+type cluster struct {
+	mu       sync.Mutex
+	opened   bool
+	started  bool
+	err      error
+	adminURL string
+	server   *pgserver.Server // nil when the server is not ours
+}
+
+func (c *cluster) open() {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.opened = true
+}
+
+// start returns the running cluster; the first call starts it, and its failure is that of all calls.
+func (c *cluster) start(t testing.TB) *cluster {
+	t.Helper()
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if !c.opened {
+		t.Fatal("pgtest is not running: TestMain must call pgtest.Main")
+	}
+	if !c.started {
+		c.started = true
+		c.err = c.startOnce()
+	}
+	if c.err != nil {
+		t.Fatalf("pgtest: %v", c.err)
+	}
+	return c
+}
+
+func (c *cluster) startOnce() error {
+	if c.adminURL = os.Getenv(databaseVariable); c.adminURL != "" {
+		version, err := serverVersion(c.adminURL)
+		if err != nil {
+			return fmt.Errorf("%s: %w", databaseVariable, err)
+		}
+		fmt.Fprintf(os.Stderr, "pgtest: PostgreSQL %s of %s\n", version, databaseVariable)
+		return nil
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), startMax)
+	defer cancel()
+	server, err := pgserver.Start(ctx, &pgserver.Options{
+		Settings: map[string]string{
+			"fsync":              "off", // the machine does not crash in a test; PostgreSQL may
+			"full_page_writes":   "off",
+			"synchronous_commit": "on",
+			"max_connections":    maxConnections,
+		},
+		Progress: os.Stderr,
+	})
+	if err != nil {
+		return err
+	}
+	c.server, c.adminURL = server, server.URL()
+	fmt.Fprintf(os.Stderr, "pgtest: PostgreSQL %s\n", server.Version())
+	return nil
+}
+
+func (c *cluster) close() error {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.opened = false
+	if c.server == nil {
+		return nil
+	}
+	return c.server.Stop()
+}
+
+func serverVersion(databaseURL string) (version string, err error) {
+	err = withConnection(databaseURL, func(ctx context.Context, conn *pgx.Conn) error {
+		return conn.QueryRow(ctx, "SHOW server_version").Scan(&version)
+	})
+	return version, err
+}
+
+func execute(databaseURL, statement string) error {
+	return withConnection(databaseURL, func(ctx context.Context, conn *pgx.Conn) error {
+		_, err := conn.Exec(ctx, statement)
+		return err
+	})
+}
+
+// withConnection runs f on a connection of its own: CREATE DATABASE needs no pool, and a pool would be one more
+// thing that lives as long as the tests.
+func withConnection(databaseURL string, f func(context.Context, *pgx.Conn) error) (err error) {
+	ctx, cancel := context.WithTimeout(context.Background(), statementMax)
+	defer cancel()
+	conn, err := pgx.Connect(ctx, databaseURL)
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, conn.Close(ctx)) }()
+	return f(ctx, conn)
+}

@@ -1,0 +1,61 @@
+package pgtest_test
+
+import (
+	"context"
+	"testing"
+
+	"github.com/jackc/pgx/v5"
+
+	"github.com/paidonce/idempotency/internal/pgtest"
+)
+
+func TestMain(m *testing.M) { pgtest.Main(m) }
+
+func TestDatabasesAreEmptyAndApart(t *testing.T) {
+	t.Parallel()
+	for range 2 { // the second would fail if it were the first
+		conn := connect(t, pgtest.Database(t))
+		if _, err := conn.Exec(t.Context(), "CREATE TABLE account (id int)"); err != nil {
+			t.Fatal(err)
+		}
+	}
+}
+
+func TestDatabaseIsDroppedWithItsConnections(t *testing.T) {
+	t.Parallel()
+	var name string
+	t.Run("a test that leaves a connection open", func(t *testing.T) {
+		conn, err := pgx.Connect(t.Context(), pgtest.Database(t))
+		if err != nil {
+			t.Fatal(err)
+		}
+		name = conn.Config().Database
+	})
+	var left int
+	conn := connect(t, pgtest.Database(t))
+	err := conn.QueryRow(t.Context(), "SELECT count(*) FROM pg_database WHERE datname = $1", name).Scan(&left)
+	if err != nil || left != 0 {
+		t.Fatalf("database %s: %d left, %v", name, left, err)
+	}
+}
+
+func TestServerHasRoomForManyConnections(t *testing.T) {
+	t.Parallel()
+	conn := connect(t, pgtest.Server(t).URL())
+	for name, want := range map[string]string{"max_connections": "300", "fsync": "off", "synchronous_commit": "on"} {
+		var got string
+		if err := conn.QueryRow(t.Context(), "SELECT current_setting($1)", name).Scan(&got); err != nil || got != want {
+			t.Errorf("%s = %q, %v; want %q", name, got, err, want)
+		}
+	}
+}
+
+func connect(t *testing.T, url string) *pgx.Conn {
+	t.Helper()
+	conn, err := pgx.Connect(t.Context(), url)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = conn.Close(context.Background()) })
+	return conn
+}

@@ -1,0 +1,284 @@
+package middleware
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"maps"
+	"net/http"
+	"os"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/paidonce/idempotency"
+)
+
+// ScopeFunc says whose key a request carries: the account, never the credential, so that a rotated token still finds
+// its own requests. An error refuses the request with 401, or with the status of a [StatusError]; an empty or
+// malformed scope is refused too.
+type ScopeFunc func(r *http.Request) (string, error)
+
+// Middleware makes handlers idempotent. It is safe for concurrent use.
+type Middleware struct {
+	engine  *idempotency.Engine
+	scope   ScopeFunc
+	options Options
+	headers map[string]bool // the allow-list
+}
+
+// New returns a middleware on the store. It panics where the store or the scope function is missing, or the options
+// can't work together.
+func New(store idempotency.Store, scope ScopeFunc, opts *Options) *Middleware {
+	if scope == nil {
+		panic("idempotency/middleware: New needs a ScopeFunc: without it one caller would get another's answers")
+	}
+	o := opts.full()
+	return newMiddleware(idempotency.NewEngine(store, &o.Engine), scope, o)
+}
+
+// With returns a middleware with other options for other routes: the same store and scope, and one count of requests
+// in flight. change gets a copy of the options in force.
+func (m *Middleware) With(change func(o *Options)) *Middleware {
+	o := m.options
+	change(&o)
+	o = o.full()
+	return newMiddleware(m.engine.With(&o.Engine), m.scope, o)
+}
+
+func newMiddleware(engine *idempotency.Engine, scope ScopeFunc, o Options) *Middleware {
+	m := &Middleware{engine: engine, scope: scope, options: o, headers: map[string]bool{}}
+	for _, name := range append(RecordedHeaders(), o.RecordHeaders...) {
+		m.headers[http.CanonicalHeaderKey(name)] = true
+	}
+	return m
+}
+
+// InFlight returns how many requests are past the reading of their body now.
+func (m *Middleware) InFlight() int { return m.engine.InFlight() }
+
+// Handler returns next made idempotent. GET, HEAD, OPTIONS and TRACE pass through untouched.
+//
+// next runs on a copy of the request whose body is in memory and whose context outlives the client: once begun, the
+// work is finished. It may run more than once, always from the request as it came, and only one run counts.
+func (m *Middleware) Handler(next http.Handler) http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) { m.serve(w, r, next) })
+}
+
+// serve takes one request from its headers to its answer.
+func (m *Middleware) serve(w http.ResponseWriter, r *http.Request, next http.Handler) {
+	switch r.Method {
+	case http.MethodGet, http.MethodHead, http.MethodOptions, http.MethodTrace:
+		next.ServeHTTP(w, r)
+		return
+	}
+
+	// Whose request is it, and which?
+	key, err := keyValue(r.Header, m.options.KeyBytesMin, m.options.KeyBytesMax)
+	switch {
+	case errors.Is(err, errKeyMissing) && m.options.Optional:
+	case errors.Is(err, errKeyMissing):
+		m.refuse(w, r, idempotency.ReasonKeyMissing, err, nil)
+		return
+	case err != nil:
+		m.refuse(w, r, idempotency.ReasonKeyInvalid, err, nil)
+		return
+	}
+	scope, err := m.scope(r)
+	if err == nil {
+		err = idempotency.ValidateScope(scope)
+	}
+	if err != nil {
+		var status *StatusError
+		errors.As(err, &status)
+		m.refuse(w, r, idempotency.ReasonScope, errors.New("scope function refused the caller"), status)
+		return
+	}
+
+	// What does it ask for? The whole body is read before any connection is taken: a slow client holds nothing.
+	body, reason, status := m.readBody(w, r)
+	if reason != "" {
+		m.refuse(w, r, reason, errors.New("body was not read"), status)
+		return
+	}
+	fingerprint := func(version int16) (idempotency.Fingerprint, bool) {
+		for _, f := range m.options.Fingerprints {
+			if f.Version == version {
+				return f.of(r, body), true
+			}
+		}
+		return idempotency.Fingerprint{}, false
+	}
+	request := idempotency.Request{
+		Key:           idempotency.Key{Scope: scope, Value: key},
+		Fingerprint:   m.options.Fingerprints[0].of(r, body),
+		FingerprintAt: fingerprint,
+		TTL:           m.options.Engine.TTL,
+		TraceID:       m.options.TraceID(r),
+	}
+
+	// Nothing goes to the client before Do returned. By then nothing is held: a slow reader costs nothing either.
+	run := &run{m: m, next: next, outer: w.Header(), request: r, body: body}
+	if m.options.RouterState != nil {
+		run.restore = m.options.RouterState(r.Context())
+	}
+	result := m.engine.Do(r.Context(), request, run.once)
+	m.log(r, request.Key, result)
+	if errors.Is(result.Err, http.ErrAbortHandler) {
+		panic(http.ErrAbortHandler)
+	}
+	m.answer(w, r, result, run)
+}
+
+// answer tells the client what became of its request.
+func (m *Middleware) answer(w http.ResponseWriter, r *http.Request, result idempotency.Result, run *run) {
+	h := w.Header()
+	switch {
+	case result.Response == nil:
+		m.writeProblem(w, result.Reason, result.Outcome, nil)
+		return
+	case result.Record == nil: // the handler's own answer, with all its headers
+		clear(h)
+		maps.Copy(h, run.recorder.sent)
+	default:
+		if m.options.AuthorizeReplay != nil {
+			if err := m.options.AuthorizeReplay(r, result.Record); err != nil {
+				// Not "not-executed", which would be a lie, nor "replayed", which would tell.
+				m.writeProblem(w, idempotency.ReasonReplayDenied, idempotency.OutcomeUnknown, nil)
+				return
+			}
+		}
+		maps.Copy(h, result.Response.Header)
+		h.Set("Idempotent-Replayed", "true")
+		h.Set("Idempotency-Created-At", result.Record.CreatedAt.UTC().Format(time.RFC3339))
+		h.Set("Idempotency-Expires-At", result.Record.ExpiresAt.UTC().Format(time.RFC3339))
+	}
+	h.Set("Idempotency-Status", string(result.Outcome))
+	status := result.Response.Status
+	if status != http.StatusNoContent && status != http.StatusNotModified {
+		h.Set("Content-Length", strconv.Itoa(len(result.Response.Body)))
+	}
+	w.WriteHeader(status)
+	_, _ = w.Write(result.Response.Body) // a client that is gone asks again
+}
+
+// refuse answers a request that the engine never saw.
+func (m *Middleware) refuse(w http.ResponseWriter, r *http.Request, reason idempotency.Reason, err error, status *StatusError) {
+	if tracer := m.options.Engine.Tracer; tracer != nil {
+		code := texts[reason].status
+		if status != nil {
+			code = status.Status
+		}
+		tracer.TraceRefused(r.Context(), idempotency.Refused{Reason: reason, Status: code, Err: err})
+	}
+	m.writeProblem(w, reason, idempotency.OutcomeNotExecuted, status)
+}
+
+// readBody reads the body within its limit. Where Content-Length is over it nothing is read, so that a client that
+// waits for 100 Continue keeps its body.
+func (m *Middleware) readBody(w http.ResponseWriter, r *http.Request) (body []byte, reason idempotency.Reason, status *StatusError) {
+	limit := m.options.BodyBytesMax
+	if r.ContentLength > limit {
+		w.Header().Set("Connection", "close")
+		return nil, idempotency.ReasonBodyTooLarge, nil
+	}
+	if r.Body == nil || r.Body == http.NoBody {
+		return nil, "", nil
+	}
+	var buffer bytes.Buffer
+	if r.ContentLength > 0 {
+		buffer.Grow(int(r.ContentLength) + bytes.MinRead) // so that ReadFrom need not grow it
+	}
+	_, err := buffer.ReadFrom(http.MaxBytesReader(w, r.Body, limit))
+	var tooLarge *http.MaxBytesError
+	switch {
+	case err == nil:
+		return buffer.Bytes(), "", nil
+	case errors.As(err, &tooLarge):
+		return nil, idempotency.ReasonBodyTooLarge, nil
+	case errors.Is(err, os.ErrDeadlineExceeded):
+		return nil, idempotency.ReasonBodyUnread, &StatusError{Status: http.StatusRequestTimeout}
+	}
+	return nil, idempotency.ReasonBodyUnread, nil
+}
+
+// run is the handler and all it needs to run again from the start.
+type run struct {
+	m       *Middleware
+	next    http.Handler
+	outer   http.Header
+	request *http.Request // as it came, and kept so
+	body    []byte
+	restore func(context.Context) context.Context // nil where there is no router state to restore
+
+	runs     int
+	recorder *recorder // of the last run
+}
+
+// errRouterState is why a handler did not run again.
+var errRouterState = errors.New("handler can't run again: set Options.RouterState (package middleware/chiroute)")
+
+// once runs the handler on a copy of the request, into a recorder.
+func (run *run) once(ctx context.Context) (*idempotency.Response, error) {
+	run.runs++
+	if run.runs > 1 {
+		switch {
+		case run.restore != nil:
+			ctx = run.restore(ctx)
+		case carriesChiRoute(ctx):
+			return nil, fmt.Errorf("%w: %w", idempotency.ErrUnavailable, errRouterState)
+		}
+	}
+	r := run.request.Clone(ctx)
+	r.Body = io.NopCloser(bytes.NewReader(run.body))
+	r.ContentLength = int64(len(run.body))
+	r.TransferEncoding = nil
+	if len(run.body) == 0 {
+		r.Body = http.NoBody
+	}
+	run.recorder = newRecorder(run.outer, run.m.options.AnswerBytesMax)
+	run.next.ServeHTTP(run.recorder, r)
+	if err := run.recorder.finish(); err != nil {
+		return nil, err
+	}
+	return &idempotency.Response{
+		Status: run.recorder.status,
+		Header: recordable(run.recorder.sent, run.outer, run.m.headers),
+		Body:   run.recorder.body,
+	}, nil
+}
+
+// carriesChiRoute reports whether chi routed the request. chi keeps its state in one value that routing changes in
+// place, so that a second run may be routed to a 404, which would be recorded for good. Its key is not exported by
+// name to those who don't import chi, but it prints as itself. Asked only before a second run.
+func carriesChiRoute(ctx context.Context) bool {
+	return strings.Contains(fmt.Sprint(ctx), "chi context value RouteContext")
+}
+
+// log tells the operator of what needs one. The key is shown as eight digits of a hash.
+func (m *Middleware) log(r *http.Request, key idempotency.Key, result idempotency.Result) {
+	level := slog.LevelWarn
+	switch result.Reason {
+	case idempotency.ReasonHandlerFailed, idempotency.ReasonTransactionLost, idempotency.ReasonOutcomeUnknown:
+		level = slog.LevelError
+	case idempotency.ReasonUnavailable:
+	default:
+		return
+	}
+	ctx := r.Context()
+	if !m.options.Logger.Enabled(ctx, level) || errors.Is(result.Err, http.ErrAbortHandler) {
+		return
+	}
+	attributes := []slog.Attr{
+		slog.String("outcome", string(result.Outcome)), slog.String("reason", string(result.Reason)),
+		slog.Any("key", key), slog.String("method", r.Method), slog.Any("error", result.Err),
+	}
+	var panicked *idempotency.PanicError
+	if errors.As(result.Err, &panicked) {
+		attributes = append(attributes, slog.String("stack", string(panicked.Stack)))
+	}
+	m.options.Logger.LogAttrs(ctx, level, "idempotency: request was not answered by its handler", attributes...)
+}

@@ -1,0 +1,167 @@
+package middleware
+
+import (
+	"context"
+	"fmt"
+	"log/slog"
+	"net/http"
+	"slices"
+	"time"
+
+	"github.com/paidonce/idempotency"
+)
+
+// Defaults of [Options].
+const (
+	BodyBytesMaxDefault   = 1 << 20
+	AnswerBytesMaxDefault = 1 << 20
+	RetryAfterDefault     = time.Second
+	ProblemBaseDefault    = "https://github.com/paidonce/idempotency/blob/main/docs/problems.md#"
+)
+
+// Options tune a [Middleware]. Nil and the zero value are the defaults, which are the safest.
+type Options struct {
+	// Engine are the engine's: how long a record counts, what an answer means for the transaction, how many requests
+	// may be in flight.
+	Engine idempotency.Options
+
+	// Optional lets requests without a key through. Their handler gets its transaction, which commits with a 2xx or
+	// 3xx and is undone with everything else; nothing is recorded. A malformed key is still refused.
+	Optional bool
+
+	// KeyBytesMin and KeyBytesMax bound the key after unquoting. The defaults are 1 and idempotency.KeyBytesMax, which
+	// is also the most.
+	KeyBytesMin int
+	KeyBytesMax int
+
+	// BodyBytesMax bounds the request's body, and AnswerBytesMax the answer's. A longer body is refused with 413; a
+	// longer answer fails the handler. Both are held in memory. The defaults are [BodyBytesMaxDefault] and
+	// [AnswerBytesMaxDefault].
+	BodyBytesMax   int64
+	AnswerBytesMax int
+
+	// Fingerprints replace the built-in fingerprint. The first makes new ones; the others are kept to compare with
+	// records that they made, until those have expired. Nil is version 1 alone. To go back to the built-in one, or to
+	// keep it, name [FingerprintV1].
+	Fingerprints []Fingerprint
+
+	// RecordHeaders are recorded and replayed beside [RecordedHeaders]. Those that carry a credential or belong to the
+	// connection are refused.
+	RecordHeaders []string
+
+	// AuthorizeReplay is asked before an answer is replayed, when no connection is held. An error refuses it with 403:
+	// for a caller who has lost the right to see it since. Nil allows, which is right where authorization is mounted
+	// outside.
+	AuthorizeReplay func(r *http.Request, record *idempotency.Record) error
+
+	// RouterState gives a handler that has to run again the state of a router that the first run changed; package
+	// middleware/chiroute has it for chi. Nil runs again without, but where chi has routed the request: there it
+	// answers 503 instead, because a second run may be routed to a 404.
+	RouterState RouterStateFunc
+
+	// TraceID names the trace of a request, to be kept with the record. The default takes it from traceparent (W3C
+	// Trace Context).
+	TraceID func(r *http.Request) string
+
+	// RetryAfter is what Retry-After tells clients, in full seconds. The default is [RetryAfterDefault].
+	RetryAfter time.Duration
+
+	// ProblemBase is what the type of a problem document begins with. The default is [ProblemBaseDefault].
+	ProblemBase string
+
+	// Logger is told of failed handlers, unavailable databases and unknown outcomes, never of a key, body or
+	// credential. The default is slog.Default().
+	Logger *slog.Logger
+}
+
+// Fingerprint is a fingerprint function and its version.
+type Fingerprint struct {
+	// Version is at least idempotency.FingerprintVersionUserMin, and new for every change of Content.
+	Version int16
+
+	// Content returns what two requests must have in common to be the same, for example the canonical form of some
+	// fields of the body. It is hashed with SHA-256. Everything left out of it may differ unnoticed. Where the body can't be
+	// read in its terms it returns the body.
+	Content func(r *http.Request, body []byte) []byte
+}
+
+// FingerprintV1 is the built-in fingerprint, to be named in [Options.Fingerprints].
+var FingerprintV1 = Fingerprint{Version: 1}
+
+func (f Fingerprint) of(r *http.Request, body []byte) idempotency.Fingerprint {
+	if f.Content == nil {
+		return idempotency.FingerprintV1(r.Method, r.URL.EscapedPath(), r.URL.RawQuery, r.Header.Get("Content-Type"), body)
+	}
+	return idempotency.FingerprintOf(f.Version, f.Content(r, body))
+}
+
+// RouterStateFunc is called before the first run of a handler with the request's context. What it returns is called
+// before each further run, and returns that run's context with the state of the first call.
+type RouterStateFunc func(ctx context.Context) func(ctx context.Context) context.Context
+
+// full returns a copy of o in which nothing is left out. It panics on values that can't work.
+func (o *Options) full() Options {
+	var full Options
+	if o != nil {
+		full = *o
+	}
+	setDefault(&full.KeyBytesMin, 1)
+	setDefault(&full.KeyBytesMax, idempotency.KeyBytesMax)
+	setDefault(&full.BodyBytesMax, BodyBytesMaxDefault)
+	setDefault(&full.AnswerBytesMax, AnswerBytesMaxDefault)
+	setDefault(&full.RetryAfter, RetryAfterDefault)
+	setDefault(&full.ProblemBase, ProblemBaseDefault)
+	if full.TraceID == nil {
+		full.TraceID = traceID
+	}
+	if full.Logger == nil {
+		full.Logger = slog.Default()
+	}
+	if full.KeyBytesMin < 1 || full.KeyBytesMax < full.KeyBytesMin || full.KeyBytesMax > idempotency.KeyBytesMax {
+		panic(fmt.Sprintf("idempotency/middleware: Options.KeyBytesMin is %d and KeyBytesMax is %d: they must be in order, and from 1 to %d", full.KeyBytesMin, full.KeyBytesMax, idempotency.KeyBytesMax))
+	}
+	if full.BodyBytesMax < 0 || full.AnswerBytesMax < 0 || full.RetryAfter < 0 {
+		panic("idempotency/middleware: Options.BodyBytesMax, AnswerBytesMax and RetryAfter must not be negative")
+	}
+	if len(full.Fingerprints) == 0 {
+		full.Fingerprints = []Fingerprint{FingerprintV1}
+	}
+	var versions []int16
+	for _, f := range full.Fingerprints {
+		if builtIn := f.Version == FingerprintV1.Version; builtIn != (f.Content == nil) || !builtIn && f.Version < idempotency.FingerprintVersionUserMin {
+			panic(fmt.Sprintf("idempotency/middleware: a Fingerprint has version %d: a function of your own needs one from %d on", f.Version, idempotency.FingerprintVersionUserMin))
+		}
+		if slices.Contains(versions, f.Version) {
+			panic(fmt.Sprintf("idempotency/middleware: two Fingerprints have version %d", f.Version))
+		}
+		versions = append(versions, f.Version)
+	}
+	for _, name := range full.RecordHeaders {
+		if name = http.CanonicalHeaderKey(name); neverRecorded(name) {
+			panic(fmt.Sprintf("idempotency/middleware: Options.RecordHeaders names %s, which is never recorded", name))
+		}
+	}
+	return full
+}
+
+func setDefault[T comparable](field *T, value T) {
+	var zero T
+	if *field == zero {
+		*field = value
+	}
+}
+
+// traceID takes the trace id from a traceparent header: version, 32 hexadecimal digits, parent, flags.
+func traceID(r *http.Request) string {
+	parent := r.Header.Get("Traceparent")
+	if len(parent) < 55 || parent[2] != '-' || parent[35] != '-' {
+		return ""
+	}
+	id := parent[3:35]
+	for i := range len(id) {
+		if c := id[i]; (c < '0' || c > '9') && (c < 'a' || c > 'f') {
+			return ""
+		}
+	}
+	return id
+}

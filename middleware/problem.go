@@ -1,0 +1,90 @@
+package middleware
+
+import (
+	"encoding/json"
+	"net/http"
+	"strconv"
+	"time"
+
+	"github.com/paidonce/idempotency"
+)
+
+// StatusError is an error of a scope function that says which status a caller gets.
+type StatusError struct {
+	Status int    // 400 to 599; anything else counts as 401
+	Detail string // shown to the client
+}
+
+func (e *StatusError) Error() string { return e.Detail }
+
+// problem is a problem document (RFC 9457).
+type problem struct {
+	Type   string `json:"type"`
+	Title  string `json:"title"`
+	Status int    `json:"status"`
+	Detail string `json:"detail"`
+}
+
+// text is what the document of a reason says.
+type text struct {
+	status        int
+	title, detail string
+	retry         bool // Retry-After is sent
+}
+
+var texts = map[idempotency.Reason]text{
+	idempotency.ReasonKeyMissing: {http.StatusBadRequest, "Idempotency-Key is missing",
+		"Send an Idempotency-Key header that is new for each request and the same for its retries.", false},
+	idempotency.ReasonKeyInvalid: {http.StatusBadRequest, "Idempotency-Key is invalid",
+		"Send exactly one Idempotency-Key of visible ASCII characters without comma, space or quote inside, within the limit of its length, bare or as one quoted string.", false},
+	idempotency.ReasonScope: {http.StatusUnauthorized, "The caller is not known",
+		"Keys belong to a caller, and this request names none.", false},
+	idempotency.ReasonBodyTooLarge: {http.StatusRequestEntityTooLarge, "The body is too large",
+		"The request's body is over the limit. Nothing was executed.", false},
+	idempotency.ReasonBodyUnread: {http.StatusBadRequest, "The body did not arrive",
+		"The request's body ended early or took too long. Nothing was executed.", false},
+	idempotency.ReasonReplayDenied: {http.StatusForbidden, "The answer may not be shown",
+		"This request was answered before, and you may not see that answer now.", false},
+	idempotency.ReasonKeyReused: {http.StatusUnprocessableEntity, "Idempotency-Key was used for another request",
+		"The key belongs to a request with another method, path, query, content type or body. Use a new key for a new request.", false},
+	idempotency.ReasonInProgress: {http.StatusConflict, "The request is in progress",
+		"An earlier request with this key is still running. Try again with the same key.", true},
+	idempotency.ReasonHandlerFailed: {http.StatusInternalServerError, "The request failed",
+		"Nothing was executed. You may try again with the same key.", false},
+	idempotency.ReasonTransactionLost: {http.StatusInternalServerError, "The outcome is not known",
+		"The request may or may not have been executed. Keep the key.", false},
+	idempotency.ReasonUnavailable: {http.StatusServiceUnavailable, "The service is not available",
+		"Nothing was executed. Try again with the same key, or give up.", true},
+	idempotency.ReasonOutcomeUnknown: {http.StatusServiceUnavailable, "The outcome is not known",
+		"The request may or may not have been executed. Try again with the same key until the answer is another one.", true},
+}
+
+// writeProblem answers with the problem document of a reason.
+func (m *Middleware) writeProblem(w http.ResponseWriter, reason idempotency.Reason, outcome idempotency.Outcome, override *StatusError) {
+	t := texts[reason]
+	if override != nil {
+		if override.Status >= 400 && override.Status <= 599 {
+			t.status = override.Status
+		}
+		if override.Detail != "" {
+			t.detail = override.Detail
+		}
+	}
+	document := problem{Type: m.options.ProblemBase + string(reason), Title: t.title, Status: t.status, Detail: t.detail}
+	body, err := json.Marshal(document)
+	if err != nil { // four strings and a number
+		panic(err)
+	}
+	h := w.Header()
+	h.Set("Content-Type", "application/problem+json")
+	h.Add("Link", "<"+document.Type+`>; rel="describedby"`)
+	h.Set("Cache-Control", "no-store")
+	h.Set("Idempotency-Status", string(outcome))
+	if t.retry {
+		seconds := (m.options.RetryAfter + time.Second - 1) / time.Second
+		h.Set("Retry-After", strconv.FormatInt(int64(seconds), 10))
+	}
+	h.Set("Content-Length", strconv.Itoa(len(body)))
+	w.WriteHeader(t.status)
+	_, _ = w.Write(body) // a client that is gone asks again
+}

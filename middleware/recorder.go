@@ -1,0 +1,75 @@
+package middleware
+
+import (
+	"errors"
+	"fmt"
+	"net/http"
+)
+
+// errAnswerTooLarge fails a handler whose answer is over [Options.AnswerBytesMax].
+var errAnswerTooLarge = errors.New("answer is over its limit")
+
+// recorder is the handler's ResponseWriter: it keeps the answer in memory, and nothing reaches the client before COMMIT
+// returned. It therefore has no Unwrap, and answers Flush, Hijack and deadlines with http.ErrNotSupported through
+// http.ResponseController: with any of them a client could hear of a payment that does not happen.
+type recorder struct {
+	header   http.Header // what the handler sees and sets; the answer has a copy from the first write on
+	bytesMax int
+
+	status  int // 0 until the handler gave one
+	sent    http.Header
+	body    []byte
+	tooLong bool
+}
+
+func newRecorder(outer http.Header, bytesMax int) *recorder {
+	return &recorder{header: outer.Clone(), bytesMax: bytesMax}
+}
+
+// Header implements http.ResponseWriter. It begins with what middleware outside has set.
+func (w *recorder) Header() http.Header {
+	if w.header == nil {
+		w.header = make(http.Header)
+	}
+	return w.header
+}
+
+// WriteHeader implements http.ResponseWriter. The first status stays; 1xx is dropped. As net/http does, it panics on a
+// status that can't be one.
+func (w *recorder) WriteHeader(status int) {
+	if status < 100 || status > 999 || status == http.StatusSwitchingProtocols {
+		panic(fmt.Sprintf("invalid WriteHeader code %d", status))
+	}
+	if status < 200 || w.status != 0 {
+		return
+	}
+	w.status = status
+	w.sent = w.Header().Clone()
+}
+
+// Write implements http.ResponseWriter.
+func (w *recorder) Write(p []byte) (int, error) {
+	w.WriteHeader(http.StatusOK)
+	if w.status == http.StatusNoContent || w.status == http.StatusNotModified {
+		return 0, http.ErrBodyNotAllowed
+	}
+	if len(p) > w.bytesMax-len(w.body) {
+		w.tooLong = true
+		return 0, errAnswerTooLarge
+	}
+	w.body = append(w.body, p...)
+	return len(p), nil
+}
+
+// finish completes the answer as net/http would.
+func (w *recorder) finish() error {
+	w.WriteHeader(http.StatusOK)
+	if w.tooLong {
+		return errAnswerTooLarge
+	}
+	if _, set := w.sent["Content-Type"]; !set && len(w.body) > 0 && w.sent.Get("Content-Encoding") == "" {
+		w.sent.Set("Content-Type", http.DetectContentType(w.body))
+	}
+	w.sent.Del("Content-Length") // recomputed
+	return nil
+}

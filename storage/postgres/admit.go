@@ -1,0 +1,158 @@
+package postgres
+
+import (
+	"fmt"
+	"strings"
+)
+
+// admitSQL refuses SQL text that controls transactions, and several statements in one string, before anything is sent:
+// "insert ...; commit; begin" would leave a healthy transaction behind that is not ours, and the retry would pay again.
+//
+// It reads text as PostgreSQL's scanner does, and where the two could disagree it refuses. plainStrings is
+// standard_conforming_strings: where it is off a backslash may hide the end of a string.
+func admitSQL(sql string, plainStrings bool) error {
+	if !plainStrings && strings.IndexByte(sql, '\\') >= 0 {
+		return fmt.Errorf("%w: a backslash in SQL text is refused while standard_conforming_strings is off", ErrSealed)
+	}
+	s := scanner{rest: sql}
+	for s.skip(); s.rest != "" && s.rest[0] == ';'; s.skip() { // empty statements
+		s.rest = s.rest[1:]
+	}
+	switch verb := s.word(); verb {
+	case "COMMIT", "END", "ROLLBACK", "ABORT", "BEGIN", "START":
+		return fmt.Errorf("%w: %s by SQL text is refused: it is ended when the handler returns; Begin opens a nested one", ErrSealed, verb)
+	case "SAVEPOINT", "RELEASE":
+		return fmt.Errorf("%w: %s by SQL text is refused: use Begin on the transaction", ErrSealed, verb)
+	case "PREPARE":
+		if s.skip(); s.word() == "TRANSACTION" {
+			return fmt.Errorf("%w: PREPARE TRANSACTION is refused", ErrSealed)
+		}
+	}
+	for s.rest != "" {
+		if s.rest[0] != ';' {
+			s.token()
+			continue
+		}
+		s.rest = s.rest[1:]
+		if s.skip(); s.rest != "" && s.rest[0] != ';' {
+			return fmt.Errorf("%w: several statements in one string are refused: send them one by one or as a batch", ErrSealed)
+		}
+	}
+	return nil
+}
+
+// scanner goes through SQL text token by token.
+type scanner struct{ rest string }
+
+// skip passes over white space and comments.
+func (s *scanner) skip() {
+	for {
+		s.rest = strings.TrimLeft(s.rest, " \t\r\n\f\v")
+		switch {
+		case strings.HasPrefix(s.rest, "--"):
+			end := strings.IndexAny(s.rest, "\r\n")
+			if end < 0 {
+				end = len(s.rest)
+			}
+			s.rest = s.rest[end:]
+		case strings.HasPrefix(s.rest, "/*"):
+			s.comment()
+		default:
+			return
+		}
+	}
+}
+
+// comment passes over a block comment. They nest.
+func (s *scanner) comment() {
+	depth := 0
+	for s.rest != "" {
+		switch {
+		case strings.HasPrefix(s.rest, "/*"):
+			depth++
+			s.rest = s.rest[2:]
+		case strings.HasPrefix(s.rest, "*/"):
+			depth--
+			s.rest = s.rest[2:]
+			if depth == 0 {
+				return
+			}
+		default:
+			s.rest = s.rest[1:]
+		}
+	}
+}
+
+// word takes a word and returns it in upper case; it is empty where none begins here.
+func (s *scanner) word() string {
+	end := 0
+	for end < len(s.rest) && isWordByte(s.rest[end]) {
+		end++
+	}
+	word := s.rest[:end]
+	s.rest = s.rest[end:]
+	return strings.ToUpper(word)
+}
+
+// token takes one token, and white space and comments before it. At a semicolon it stops.
+func (s *scanner) token() {
+	s.skip()
+	if s.rest == "" || s.rest[0] == ';' {
+		return
+	}
+	switch c := s.rest[0]; {
+	case c == '\'':
+		s.quoted('\'', false)
+	case c == '"':
+		s.quoted('"', false)
+	case c == '$':
+		s.dollar()
+	case isWordByte(c):
+		word := s.word()
+		if word == "E" && s.rest != "" && s.rest[0] == '\'' {
+			s.quoted('\'', true)
+		}
+	default:
+		s.rest = s.rest[1:]
+	}
+}
+
+// quoted passes over a quoted string or name, in which the quote is doubled or, in an E string, escaped. A quote that
+// is doubled is read as the end and a new beginning, which comes to the same.
+func (s *scanner) quoted(quote byte, escapes bool) {
+	for i := 1; i < len(s.rest); i++ {
+		switch {
+		case s.rest[i] == '\\' && escapes:
+			i++
+		case s.rest[i] == quote && escapes && i+1 < len(s.rest) && s.rest[i+1] == quote:
+			i++ // the string goes on, and so do its escapes
+		case s.rest[i] == quote:
+			s.rest = s.rest[i+1:]
+			return
+		}
+	}
+	s.rest = ""
+}
+
+// dollar passes over a dollar-quoted string, or the sign alone of a parameter.
+func (s *scanner) dollar() {
+	end := 1
+	for end < len(s.rest) && isWordByte(s.rest[end]) && s.rest[end] != '$' {
+		end++
+	}
+	isTag := end < len(s.rest) && s.rest[end] == '$' && (end == 1 || s.rest[1] < '0' || s.rest[1] > '9')
+	if !isTag {
+		s.rest = s.rest[1:]
+		return
+	}
+	tag := s.rest[:end+1]
+	_, after, found := strings.Cut(s.rest[len(tag):], tag)
+	if !found {
+		after = ""
+	}
+	s.rest = after
+}
+
+func isWordByte(c byte) bool {
+	return c == '_' || c == '$' || c >= 0x80 || '0' <= c && c <= '9' || 'a' <= c && c <= 'z' || 'A' <= c && c <= 'Z'
+}

@@ -1,0 +1,145 @@
+package postgres
+
+import (
+	"context"
+	"errors"
+	"fmt"
+
+	"github.com/jackc/pgx/v5/pgconn"
+	"github.com/jackc/pgx/v5/pgxpool"
+
+	"github.com/paidonce/idempotency"
+)
+
+// attempt is one run of a handler in an open transaction on a connection of its own.
+type attempt struct {
+	store     *Store
+	req       *idempotency.Request
+	pooled    *pgxpool.Conn
+	tx        *transaction
+	claimedAt [8]byte // transaction_timestamp() of the claim, as it came
+}
+
+func newAttempt(store *Store, conn *pgxpool.Conn, req *idempotency.Request) *attempt {
+	return &attempt{store: store, req: req, pooled: conn, tx: newTransaction(store.pool, conn.Conn())}
+}
+
+// Context implements [idempotency.Attempt].
+func (a *attempt) Context(ctx context.Context) context.Context {
+	return context.WithValue(ctx, txKey{}, &sealedTx{transaction: a.tx})
+}
+
+// Seal implements [idempotency.Attempt].
+func (a *attempt) Seal() error { return a.tx.seal() }
+
+// Commit implements [idempotency.Attempt]: INSERT and COMMIT in one round trip.
+func (a *attempt) Commit(ctx context.Context, answer *idempotency.Response) error {
+	defer a.release(ctx)
+	s := &a.store.statements
+	if a.req.Keyless() {
+		guard := call{statement: &s.guard, params: [][]byte{a.claimedAt[:], []byte(a.store.options.SynchronousCommit)}}
+		return a.end(ctx, "commit", guard, call{statement: &s.commit})
+	}
+	return a.end(ctx, "commit", a.insert(a.claimedAt[:], answer), call{statement: &s.commit})
+}
+
+// Decline implements [idempotency.Attempt]: the handler's writes go, the answer stays, in one round trip. Between the
+// ROLLBACK and the INSERT another attempt may claim the key. The lock is therefore tried and its result ignored: to
+// wait for it would hold this connection for the other handler's whole run, and the primary key decides anyway.
+func (a *attempt) Decline(ctx context.Context, answer *idempotency.Response) error {
+	if a.req.Keyless() {
+		a.Rollback(ctx)
+		return nil
+	}
+	defer a.release(ctx)
+	s := &a.store.statements
+	calls := make([]call, 0, 6)
+	if a.status() == 'T' { // in an aborted transaction nothing but ROLLBACK is heard
+		calls = append(calls, call{statement: &s.guard, params: [][]byte{a.claimedAt[:], []byte(a.store.options.SynchronousCommit)}})
+	}
+	calls = append(calls,
+		call{statement: &s.rollback},
+		call{statement: &s.begin},
+		call{statement: &s.lock, params: [][]byte{encodeInt8(a.req.Key.LockNumber(a.store.table))}},
+		a.insert(nil, answer),
+		call{statement: &s.commit},
+	)
+	return a.end(ctx, "decline", calls...)
+}
+
+// Rollback implements [idempotency.Attempt]. A connection that can't be rolled back is closed, which is the same to
+// the server.
+func (a *attempt) Rollback(ctx context.Context) { a.release(ctx) }
+
+func (a *attempt) insert(claimedAt []byte, answer *idempotency.Response) call {
+	var traceID []byte
+	if a.req.TraceID != "" {
+		traceID = []byte(a.req.TraceID)
+	}
+	body := answer.Body
+	if body == nil {
+		body = []byte{} // nil would be NULL
+	}
+	return call{statement: &a.store.statements.insert, params: [][]byte{
+		claimedAt,
+		[]byte(a.store.options.SynchronousCommit),
+		encodeInt8(a.req.TTL.Microseconds()),
+		encodeInt2(int16(answer.Status)),
+		encodeInt2(a.req.Fingerprint.Version),
+		a.req.Attempt[:],
+		[]byte(a.req.Key.Scope),
+		[]byte(a.req.Key.Value),
+		a.req.Fingerprint.Sum[:],
+		encodeHeaders(answer.Header),
+		body,
+		traceID,
+	}}
+}
+
+// end sends the last flush, whose last statement is COMMIT, and says what became of the transaction.
+func (a *attempt) end(ctx context.Context, step string, calls ...call) error {
+	if a.tx.abandoned || a.conn().IsClosed() || a.conn().IsBusy() || ctx.Err() != nil {
+		return fail(step, idempotency.ErrUnavailable, errors.New("connection was closed or busy before COMMIT was sent"))
+	}
+	reply, err := a.store.statements.flush(ctx, a.conn(), calls...)
+	if err == nil {
+		if reply.tag == "COMMIT" {
+			return nil
+		}
+		return fail(step, idempotency.ErrAborted, fmt.Errorf("COMMIT was answered with %s", reply.tag))
+	}
+	pgErr, ok := definite(err)
+	if !ok {
+		// Only a fresh connection could tell what became of it, so this one is of no more use.
+		_ = a.pooled.Conn().Close(ctx)
+		return fail(step, idempotency.ErrUnknown, err)
+	}
+	// pgx repeats one statement's error for those after it, and a deferred constraint of the handler's raises at
+	// COMMIT what an INSERT raises at once: so what an error means depends on the statement that it came from.
+	switch failed := calls[min(reply.failed, len(calls)-1)].statement; {
+	case failed == &a.store.statements.guard && pgErr.Code == "22012",
+		failed == &a.store.statements.insert && pgErr.Code == "23502" && pgErr.ColumnName == "created_at":
+		return fail(step, idempotency.ErrTransactionLost, err)
+	case failed == &a.store.statements.insert && pgErr.Code == "23505" && pgErr.ConstraintName == TableName+"_pkey":
+		return fail(step, idempotency.ErrKeyRecorded, err)
+	}
+	return fail(step, classify(err), err)
+}
+
+// release ends whatever is still open and gives the connection back. The pool destroys it unless it is idle.
+func (a *attempt) release(ctx context.Context) {
+	if a.tx.abandoned { // a goroutine of the handler's still uses it; its socket is closed
+		a.pooled.Hijack()
+		return
+	}
+	a.tx.sealed.Store(true)
+	if status := a.status(); (status == 'T' || status == 'E') && !a.conn().IsClosed() && !a.conn().IsBusy() {
+		// Alone in its flush: in an aborted transaction nothing else would be heard before it.
+		_, _ = a.store.statements.flush(ctx, a.conn(), call{statement: &a.store.statements.rollback}) // else destroyed below
+	}
+	a.pooled.Release()
+}
+
+func (a *attempt) conn() *pgconn.PgConn { return a.pooled.Conn().PgConn() }
+
+func (a *attempt) status() byte { return a.conn().TxStatus() }

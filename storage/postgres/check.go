@@ -1,0 +1,105 @@
+package postgres
+
+import (
+	"context"
+	"errors"
+	"fmt"
+
+	"github.com/jackc/pgx/v5"
+	"github.com/jackc/pgx/v5/pgconn"
+)
+
+// What [Store.Check] finds wrong. Each error's text names the remedy.
+var (
+	ErrNotPrimary       = errors.New("the server is a standby")
+	ErrSchemaOutdated   = errors.New("the schema is not what this version needs")
+	ErrTableUnlogged    = errors.New("the table is unlogged")
+	ErrCommitNotDurable = errors.New("COMMIT does not wait for the disk")
+)
+
+// SchemaVersion is the version of the schema that this package needs; package migrations provides it.
+const SchemaVersion = 1
+
+const versionTable = "idempotency_migrations"
+
+// Check reports whether the database can keep what the store promises: it is the primary, the schema is there in the
+// version of this package, the table is a plain logged one with its primary key, and COMMIT waits for the disk. The
+// error joins everything that is wrong. A service calls it when it starts and from its readiness probe.
+func (s *Store) Check(ctx context.Context) error {
+	ctx, cancel := context.WithTimeout(ctx, s.options.AcquireTimeout+s.options.StatementTimeout)
+	defer cancel()
+	var (
+		standby           bool
+		synchronousCommit string
+		kind, persistence *string
+		primaryKey        bool
+		versions          *string
+	)
+	err := s.pool.QueryRow(ctx, `
+		SELECT pg_is_in_recovery(),
+		       current_setting('synchronous_commit'),
+		       c.relkind::text, c.relpersistence::text,
+		       EXISTS (SELECT FROM pg_constraint WHERE conrelid = c.oid AND contype = 'p' AND conname = $3),
+		       to_regclass($2)::text
+		FROM (SELECT to_regclass($1) AS oid) AS named
+		LEFT JOIN pg_class AS c ON c.oid = named.oid`,
+		pgx.Identifier{s.options.Schema, TableName}.Sanitize(),
+		pgx.Identifier{s.options.Schema, versionTable}.Sanitize(),
+		TableName+"_pkey",
+	).Scan(&standby, &synchronousCommit, &kind, &persistence, &primaryKey, &versions)
+	if err != nil {
+		return fmt.Errorf("check: %w", sqlError(err))
+	}
+	var wrong []error
+	add := func(sentinel error, remedy string, args ...any) {
+		wrong = append(wrong, fmt.Errorf("check: %w: %s", sentinel, fmt.Sprintf(remedy, args...)))
+	}
+	if standby {
+		add(ErrNotPrimary, "connect to the primary (target_session_attrs=read-write)")
+	}
+	switch {
+	case kind == nil:
+		add(ErrSchemaOutdated, "table %s is missing: run the migrations", s.table)
+	case *kind != "r":
+		add(ErrSchemaOutdated, "%s is not a plain table: a view or a partitioned table can't keep keys unique", s.table)
+	case *persistence != "p":
+		add(ErrTableUnlogged, "a crash empties it: ALTER TABLE %s SET LOGGED", s.table)
+	case !primaryKey:
+		add(ErrSchemaOutdated, "table %s has no primary key %s_pkey: run the migrations", s.table, TableName)
+	}
+	if kind != nil {
+		if err := s.checkVersion(ctx, versions); err != nil {
+			wrong = append(wrong, err)
+		}
+	}
+	if !s.options.TransactionPooling { // there the setting comes with each claim
+		switch synchronousCommit {
+		case "off", "local", "remote_write":
+			add(ErrCommitNotDurable, "synchronous_commit is %s: put the pool's config through Configure", synchronousCommit)
+		}
+	}
+	return errors.Join(wrong...)
+}
+
+func (s *Store) checkVersion(ctx context.Context, versions *string) error {
+	if versions == nil {
+		return fmt.Errorf("check: %w: table %s.%s is missing: run the migrations", ErrSchemaOutdated, s.options.Schema, versionTable)
+	}
+	var version int
+	var dirty bool
+	err := s.pool.QueryRow(ctx, "SELECT version, dirty FROM "+pgx.Identifier{s.options.Schema, versionTable}.Sanitize()).Scan(&version, &dirty)
+	var pgErr *pgconn.PgError
+	switch {
+	case errors.Is(err, pgx.ErrNoRows):
+		return fmt.Errorf("check: %w: nothing was migrated yet: run the migrations", ErrSchemaOutdated)
+	case errors.As(err, &pgErr) && pgErr.Code == "42501":
+		return fmt.Errorf("check: %w: its version can't be read: GRANT SELECT ON %s.%s to the service's role", ErrSchemaOutdated, s.options.Schema, versionTable)
+	case err != nil:
+		return fmt.Errorf("check: %w", sqlError(err))
+	case dirty:
+		return fmt.Errorf("check: %w: migration %d failed in the middle: repair it and force the version", ErrSchemaOutdated, version)
+	case version < SchemaVersion:
+		return fmt.Errorf("check: %w: it has version %d, and version %d is needed: run the migrations", ErrSchemaOutdated, version, SchemaVersion)
+	}
+	return nil
+}

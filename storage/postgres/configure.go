@@ -1,0 +1,91 @@
+package postgres
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"time"
+
+	"github.com/jackc/pgx/v5"
+	"github.com/jackc/pgx/v5/multitracer"
+	"github.com/jackc/pgx/v5/pgxpool"
+)
+
+// ErrEscape is what a handler gets that takes a connection from the store's pool while it holds one: what it writes
+// there would not be in the transaction, and a pool full of such handlers would wait for itself forever.
+var ErrEscape = errors.New("idempotency/postgres: an idempotent handler must not take a connection from the pool: use postgres.Tx(ctx)")
+
+// Configure gives a pool's config what a [Store] wants of its connections, to be called once before
+// pgxpool.NewWithConfig:
+//
+//   - the settings of opts. One that the config already has stays, but for synchronous_commit.
+//   - TCP keep-alives, so that the server notices a client that vanished
+//   - our statements prepared on connect, in pgx's default mode, so that a warm connection parses nothing
+//   - a tracer that refuses a handler a second connection, with [ErrEscape]
+//
+// Hooks and tracers of the config are kept and called first.
+func Configure(config *pgxpool.Config, opts *Options) {
+	o := opts.full()
+	conn := config.ConnConfig
+	if !o.TransactionPooling { // a pooler refuses them, or hands them on to other clients
+		if conn.RuntimeParams == nil {
+			conn.RuntimeParams = map[string]string{}
+		}
+		for _, setting := range append(o.settings(), setting{"tcp_keepalives_idle", "30"}, setting{"tcp_keepalives_interval", "10"}, setting{"tcp_keepalives_count", "3"}) {
+			if _, ok := conn.RuntimeParams[setting.name]; !ok || setting.name == "synchronous_commit" {
+				conn.RuntimeParams[setting.name] = setting.value
+			}
+		}
+		if conn.DefaultQueryExecMode == pgx.QueryExecModeCacheStatement {
+			statements, inner := newStatements(o), config.AfterConnect
+			config.AfterConnect = func(ctx context.Context, conn *pgx.Conn) error {
+				if inner != nil {
+					if err := inner(ctx, conn); err != nil {
+						return err
+					}
+				}
+				return statements.prepare(ctx, conn.PgConn())
+			}
+		}
+	}
+	if conn.Tracer == nil {
+		conn.Tracer = escapeTracer{}
+	} else {
+		conn.Tracer = multitracer.New(conn.Tracer, escapeTracer{})
+	}
+}
+
+// escapeTracer refuses an Acquire whose context carries an attempt on the same pool.
+type escapeTracer struct{}
+
+var _ pgxpool.AcquireTracer = escapeTracer{}
+
+func (escapeTracer) TraceAcquireStart(ctx context.Context, pool *pgxpool.Pool, _ pgxpool.TraceAcquireStartData) context.Context {
+	if tx, ok := ctx.Value(txKey{}).(*sealedTx); ok && tx.pool == pool && !tx.sealed.Load() {
+		return refusedContext{ctx}
+	}
+	return ctx
+}
+
+func (escapeTracer) TraceAcquireEnd(context.Context, *pgxpool.Pool, pgxpool.TraceAcquireEndData) {}
+
+func (escapeTracer) TraceQueryStart(ctx context.Context, _ *pgx.Conn, _ pgx.TraceQueryStartData) context.Context {
+	return ctx
+}
+
+func (escapeTracer) TraceQueryEnd(context.Context, *pgx.Conn, pgx.TraceQueryEndData) {}
+
+// refusedContext is over, and says why: the pool passes its error on. A context of package context can't be made to.
+type refusedContext struct{ context.Context }
+
+func (refusedContext) Done() <-chan struct{} {
+	done := make(chan struct{})
+	close(done)
+	return done
+}
+
+func (refusedContext) Err() error { return ErrEscape }
+
+func (refusedContext) Deadline() (time.Time, bool) { return time.Time{}, false }
+
+func (refusedContext) String() string { return fmt.Sprint(ErrEscape) }

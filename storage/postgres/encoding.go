@@ -1,0 +1,118 @@
+package postgres
+
+import (
+	"encoding/binary"
+	"errors"
+	"slices"
+)
+
+// Recorded headers are stored as a version byte, the number of (name, value) pairs, and the length-prefixed names and
+// values, names in order. A header with several values is several pairs: values are never joined. Lengths and counts
+// are unsigned varints.
+const headersVersion = 1
+
+// headersBytesMax bounds what is decoded, and what a count may claim.
+const headersBytesMax = 1 << 20
+
+var errHeaders = errors.New("recorded headers can't be read")
+
+// encodeHeaders returns the stored form. Equal headers give equal bytes.
+func encodeHeaders(header map[string][]string) []byte {
+	names := make([]string, 0, len(header))
+	pairs, size := 0, 8
+	for name, values := range header {
+		names = append(names, name)
+		pairs += len(values)
+		for _, value := range values {
+			size += len(name) + len(value) + 4
+		}
+	}
+	slices.Sort(names)
+	out := append(make([]byte, 0, size), headersVersion)
+	out = binary.AppendUvarint(out, uint64(pairs))
+	for _, name := range names {
+		for _, value := range header[name] {
+			out = binary.AppendUvarint(out, uint64(len(name)))
+			out = append(out, name...)
+			out = binary.AppendUvarint(out, uint64(len(value)))
+			out = append(out, value...)
+		}
+	}
+	return out
+}
+
+// decodeHeaders reads the stored form. It fails on anything that encodeHeaders does not write, and on a header that
+// could end a line early: what is replayed must be what was recorded.
+func decodeHeaders(stored []byte) (map[string][]string, error) {
+	if len(stored) < 2 || len(stored) > headersBytesMax || stored[0] != headersVersion {
+		return nil, errHeaders
+	}
+	rest := stored[1:]
+	pairs, ok := cutUvarint(&rest)
+	if !ok || pairs > uint64(len(rest)) {
+		return nil, errHeaders
+	}
+	header := make(map[string][]string, pairs)
+	last := ""
+	for range pairs {
+		name, ok := cutString(&rest)
+		if !ok || !validName(name) || name < last {
+			return nil, errHeaders
+		}
+		value, ok := cutString(&rest)
+		if !ok || !validValue(value) {
+			return nil, errHeaders
+		}
+		header[name] = append(header[name], value)
+		last = name
+	}
+	if len(rest) != 0 {
+		return nil, errHeaders
+	}
+	return header, nil
+}
+
+// cutUvarint takes a number off the front, in its shortest form only.
+func cutUvarint(rest *[]byte) (uint64, bool) {
+	v, n := binary.Uvarint(*rest)
+	if n <= 0 || (n > 1 && (*rest)[n-1] == 0) {
+		return 0, false
+	}
+	*rest = (*rest)[n:]
+	return v, true
+}
+
+func cutString(rest *[]byte) (string, bool) {
+	length, ok := cutUvarint(rest)
+	if !ok || length > uint64(len(*rest)) {
+		return "", false
+	}
+	s := string((*rest)[:length])
+	*rest = (*rest)[length:]
+	return s, true
+}
+
+// validName reports whether s is a field name of RFC 9110, section 5.1.
+func validName(s string) bool {
+	for i := range len(s) {
+		c := s[i]
+		switch {
+		case 'a' <= c && c <= 'z', 'A' <= c && c <= 'Z', '0' <= c && c <= '9':
+		case c == '!', c == '#', c == '$', c == '%', c == '&', c == '\'', c == '*', c == '+', c == '-', c == '.',
+			c == '^', c == '_', c == '`', c == '|', c == '~':
+		default:
+			return false
+		}
+	}
+	return s != ""
+}
+
+// validValue reports whether s is a field value of RFC 9110, section 5.5: no control character but the tab.
+func validValue(s string) bool {
+	for i := range len(s) {
+		if c := s[i]; c < ' ' && c != '\t' || c == 0x7f {
+			return false
+		}
+	}
+	return true
+}

@@ -1,0 +1,223 @@
+package postgres
+
+import (
+	"context"
+	"crypto/sha256"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"strconv"
+	"time"
+
+	"github.com/jackc/pgx/v5"
+	"github.com/jackc/pgx/v5/pgconn"
+	"github.com/jackc/pgx/v5/pgtype"
+)
+
+// statement is one of our own statements. Parameters and results are in binary format throughout.
+type statement struct {
+	name string // its name where it is prepared on a connection
+	sql  string
+	oids []uint32 // of the parameters, so that nothing has to be described first
+}
+
+// statements are all that a store ever sends on the path of a request. Every name in them is qualified: a handler's
+// SET LOCAL search_path can't redirect them.
+type statements struct {
+	begin    statement
+	lock     statement // try to lock; also tells the transaction's timestamp
+	lookUp   statement
+	insert   statement
+	guard    statement // fails where the transaction is not the one of the claim
+	commit   statement
+	rollback statement
+}
+
+var binaryFormat = []int16{1} // stands for all parameters, and for all columns
+
+func newStatements(o *Options) statements {
+	table := pgx.Identifier{o.Schema, TableName}.Sanitize()
+	// With a pooler that hands out a server connection per transaction, settings live and die with the transaction.
+	settings := ""
+	if o.TransactionPooling {
+		for _, setting := range o.settings() {
+			settings += fmt.Sprintf(", pg_catalog.set_config('%s', '%s', true)", setting.name, setting.value)
+		}
+	}
+	s := statements{
+		begin: statement{sql: "BEGIN ISOLATION LEVEL " + string(o.Isolation) + " READ WRITE"},
+		lock: statement{
+			sql:  "SELECT pg_catalog.pg_try_advisory_xact_lock($1), pg_catalog.transaction_timestamp()" + settings,
+			oids: []uint32{pgtype.Int8OID},
+		},
+		// A statement of its own: its snapshot must be younger than the lock, or it misses a record whose transaction
+		// let the lock go in between, and the handler runs twice.
+		lookUp: statement{
+			sql: "SELECT fingerprint_version, fingerprint, attempt_id, status, headers, body, trace_id, created_at, expires_at" +
+				" FROM " + table + " WHERE scope = $1 AND key = $2",
+			oids: []uint32{pgtype.TextOID, pgtype.TextOID},
+		},
+		// created_at is NULL, and so refused, where the transaction is not the one of the claim: then the handler ended
+		// ours behind our back. $1 is NULL after a decline, whose transaction is a new one. set_config: COMMIT waits for
+		// the disk whatever the handler set.
+		insert: statement{
+			sql: "INSERT INTO " + table + " (created_at, expires_at, status, fingerprint_version, attempt_id, scope, key, fingerprint, headers, body, trace_id)" +
+				" VALUES (CASE WHEN pg_catalog.transaction_timestamp() = COALESCE($1, pg_catalog.transaction_timestamp())" +
+				" AND pg_catalog.set_config('synchronous_commit', $2, true) IS NOT NULL THEN pg_catalog.transaction_timestamp() END," +
+				" pg_catalog.transaction_timestamp() + $3 * interval '1 microsecond', $4, $5, $6, $7, $8, $9, $10, $11, $12)",
+			oids: []uint32{
+				pgtype.TimestamptzOID, pgtype.TextOID, pgtype.Int8OID, pgtype.Int2OID, pgtype.Int2OID, pgtype.UUIDOID,
+				pgtype.TextOID, pgtype.TextOID, pgtype.ByteaOID, pgtype.ByteaOID, pgtype.ByteaOID, pgtype.TextOID,
+			},
+		},
+		guard: statement{
+			sql: "SELECT 1 / CASE WHEN pg_catalog.transaction_timestamp() = $1" +
+				" AND pg_catalog.set_config('synchronous_commit', $2, true) IS NOT NULL THEN 1 ELSE 0 END",
+			oids: []uint32{pgtype.TimestamptzOID, pgtype.TextOID},
+		},
+		commit:   statement{sql: "COMMIT"},
+		rollback: statement{sql: "ROLLBACK"},
+	}
+	for _, one := range s.all() {
+		sum := sha256.Sum256([]byte(one.sql))
+		one.name = "idempotency_" + hex.EncodeToString(sum[:8])
+	}
+	return s
+}
+
+func (s *statements) all() []*statement {
+	return []*statement{&s.begin, &s.lock, &s.lookUp, &s.insert, &s.guard, &s.commit, &s.rollback}
+}
+
+// preparedMark is the key under which a connection's custom data says that our statements are prepared on it. Its
+// value is the name of the INSERT, which differs where the schema does.
+const preparedMark = "paidonce/idempotency"
+
+// prepare prepares the statements on a new connection. A table that is not there yet is no error: the connection may
+// be the one that a migration needs. Its statements are then parsed anew each time, which costs no round trip either.
+func (s *statements) prepare(ctx context.Context, conn *pgconn.PgConn) error {
+	for _, one := range s.all() {
+		if _, err := conn.Prepare(ctx, one.name, one.sql, one.oids); err != nil {
+			var pgErr *pgconn.PgError
+			if errors.As(err, &pgErr) && (pgErr.Code == "42P01" || pgErr.Code == "3F000") {
+				return nil
+			}
+			return fmt.Errorf("idempotency/postgres: prepare: %w", sqlError(err))
+		}
+	}
+	conn.CustomData()[preparedMark] = s.insert.name
+	return nil
+}
+
+// call is a statement with its parameters and, where it returns a row, the reader of its first row.
+type call struct {
+	statement *statement
+	params    [][]byte
+	row       func(values [][]byte) error
+}
+
+// reply is what came back from a flush.
+type reply struct {
+	tag    string // the command tag of the last statement that answered
+	failed int    // index of the call whose answer is the error; the number of calls where there is none
+}
+
+// flush sends the calls in one message and reads their answers: one round trip. On an error the server skipped what
+// comes after the failed call; what came before it was done.
+func (s *statements) flush(ctx context.Context, conn *pgconn.PgConn, calls ...call) (reply, error) {
+	prepared := conn.CustomData()[preparedMark] == s.insert.name
+	pipeline := conn.StartPipeline(ctx)
+	for _, c := range calls {
+		if prepared {
+			pipeline.SendQueryPrepared(c.statement.name, c.params, binaryFormat, binaryFormat)
+		} else {
+			pipeline.SendQueryParams(c.statement.sql, c.params, c.statement.oids, binaryFormat, binaryFormat)
+		}
+	}
+	if err := pipeline.Sync(); err != nil {
+		_ = pipeline.Close() // closed already; the error is the same
+		return reply{}, err
+	}
+	result := reply{}
+	var firstErr error
+	for _, c := range calls {
+		tag, err := readResult(pipeline, c.row)
+		if err != nil {
+			firstErr = err
+			break
+		}
+		result.tag = tag
+		result.failed++
+	}
+	closeErr := pipeline.Close()
+	if firstErr == nil && result.failed < len(calls) {
+		firstErr = closeErr
+	}
+	return result, firstErr
+}
+
+func readResult(pipeline *pgconn.Pipeline, row func([][]byte) error) (tag string, err error) {
+	results, err := pipeline.GetResults()
+	if err != nil {
+		return "", err
+	}
+	reader, ok := results.(*pgconn.ResultReader)
+	if !ok {
+		return "", fmt.Errorf("expected a result, got %T", results)
+	}
+	var rowErr error
+	if reader.NextRow() && row != nil {
+		rowErr = row(reader.Values())
+	}
+	commandTag, err := reader.Close()
+	return commandTag.String(), errors.Join(err, rowErr)
+}
+
+// The encodings of PostgreSQL's binary format that our statements need. Text, bytea and uuid are their bytes.
+
+func encodeInt2(v int16) []byte { return []byte{byte(v >> 8), byte(v)} }
+
+func encodeInt8(v int64) []byte {
+	return []byte{byte(v >> 56), byte(v >> 48), byte(v >> 40), byte(v >> 32), byte(v >> 24), byte(v >> 16), byte(v >> 8), byte(v)}
+}
+
+// decoder reads the columns of a row one after another and keeps the first error.
+type decoder struct {
+	values [][]byte
+	err    error
+}
+
+func (d *decoder) next(bytes int) []byte {
+	if d.err == nil && len(d.values) == 0 {
+		d.err = errors.New("row is too short")
+	}
+	if d.err != nil {
+		return make([]byte, max(bytes, 0))
+	}
+	value := d.values[0]
+	d.values = d.values[1:]
+	if bytes >= 0 && len(value) != bytes {
+		d.err = errors.New("column has " + strconv.Itoa(len(value)) + " bytes instead of " + strconv.Itoa(bytes))
+		return make([]byte, bytes)
+	}
+	return value
+}
+
+func (d *decoder) bool() bool { return d.next(1)[0] != 0 }
+
+func (d *decoder) int2() int16 {
+	b := d.next(2)
+	return int16(b[0])<<8 | int16(b[1])
+}
+
+// bytes returns a copy: the connection's buffer is used again.
+func (d *decoder) bytes() []byte { return append([]byte{}, d.next(-1)...) }
+
+// timestamp reads microseconds since the year 2000.
+func (d *decoder) timestamp() time.Time {
+	var us int64
+	for _, b := range d.next(8) {
+		us = us<<8 | int64(b)
+	}
+	return time.UnixMicro(us + 946_684_800_000_000).UTC()
+}

@@ -1,0 +1,278 @@
+package postgres
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"strconv"
+	"time"
+
+	"github.com/jackc/pgx/v5"
+	"github.com/jackc/pgx/v5/pgxpool"
+
+	"github.com/paidonce/idempotency"
+)
+
+// TableName is the name of the table of the records. The schema is configurable, the name is not.
+const TableName = "idempotency_keys"
+
+// Defaults of [Options].
+const (
+	SchemaDefault                   = "public"
+	AcquireTimeoutDefault           = time.Second
+	StatementTimeoutDefault         = 10 * time.Second
+	LockTimeoutDefault              = 5 * time.Second
+	IdleInTransactionTimeoutDefault = 20 * time.Second
+
+	// IdleInTransactionTimeoutMax: no dead client holds a key for longer.
+	IdleInTransactionTimeoutMax = 60 * time.Second
+)
+
+// Options tune a [Store]. Nil and the zero value are the defaults, which are the safest. Pass the same to [Configure]
+// and to [New].
+type Options struct {
+	// Schema holds the table of the records: 1 to 63 lower-case letters, digits and underscores. The default is
+	// [SchemaDefault].
+	Schema string
+
+	// Isolation is the level that handlers run at. Above pgx.ReadCommitted, which is the default, expect restarts: the
+	// claim shares the transaction's snapshot, and the primary key alone decides a race.
+	Isolation pgx.TxIsoLevel
+
+	// AcquireTimeout is how long a request waits for a connection. The default is [AcquireTimeoutDefault].
+	AcquireTimeout time.Duration
+
+	// StatementTimeout, LockTimeout and IdleInTransactionTimeout are the settings of the same names on each connection.
+	// The last must be longer than the handler may take by 5 seconds, and shorter than
+	// [IdleInTransactionTimeoutMax]: it is what frees the key of a service that vanished.
+	StatementTimeout         time.Duration
+	LockTimeout              time.Duration
+	IdleInTransactionTimeout time.Duration
+
+	// SynchronousCommit is what COMMIT waits for: "on", the default, or "remote_apply". Weaker ones are refused: they
+	// answer before the answer is safe.
+	SynchronousCommit string
+
+	// TransactionPooling says that the pool's connections lead to a pooler, such as PgBouncer, that hands out a server
+	// connection per transaction. Settings then travel with each claim, and nothing is prepared. Use it together with
+	// pgx.QueryExecModeExec or pgx.QueryExecModeCacheDescribe.
+	TransactionPooling bool
+}
+
+// full returns a copy in which nothing is left out. It panics on values that can't work.
+func (o *Options) full() *Options {
+	var full Options
+	if o != nil {
+		full = *o
+	}
+	if full.Schema == "" {
+		full.Schema = SchemaDefault
+	}
+	if full.Isolation == "" {
+		full.Isolation = pgx.ReadCommitted
+	}
+	if full.SynchronousCommit == "" {
+		full.SynchronousCommit = "on"
+	}
+	for _, field := range []struct {
+		name    string
+		value   *time.Duration
+		initial time.Duration
+	}{
+		{"AcquireTimeout", &full.AcquireTimeout, AcquireTimeoutDefault},
+		{"StatementTimeout", &full.StatementTimeout, StatementTimeoutDefault},
+		{"LockTimeout", &full.LockTimeout, LockTimeoutDefault},
+		{"IdleInTransactionTimeout", &full.IdleInTransactionTimeout, IdleInTransactionTimeoutDefault},
+	} {
+		if *field.value == 0 {
+			*field.value = field.initial
+		}
+		if *field.value < time.Millisecond {
+			panic(fmt.Sprintf("idempotency/postgres: Options.%s is %v: it must be at least a millisecond", field.name, *field.value))
+		}
+	}
+	if !validSchema(full.Schema) {
+		panic(fmt.Sprintf("idempotency/postgres: Options.Schema is %q: it must be 1 to 63 lower-case letters, digits and underscores, and not begin with a digit or pg_", full.Schema))
+	}
+	switch full.Isolation {
+	case pgx.ReadCommitted, pgx.RepeatableRead, pgx.Serializable:
+	default:
+		panic(fmt.Sprintf("idempotency/postgres: Options.Isolation is %q: it must be pgx.ReadCommitted, pgx.RepeatableRead or pgx.Serializable", full.Isolation))
+	}
+	switch full.SynchronousCommit {
+	case "on", "remote_apply":
+	default:
+		panic(fmt.Sprintf("idempotency/postgres: Options.SynchronousCommit is %q: it must be on or remote_apply", full.SynchronousCommit))
+	}
+	if full.IdleInTransactionTimeout >= IdleInTransactionTimeoutMax {
+		panic(fmt.Sprintf("idempotency/postgres: Options.IdleInTransactionTimeout is %v: it must be under %v", full.IdleInTransactionTimeout, IdleInTransactionTimeoutMax))
+	}
+	return &full
+}
+
+func validSchema(s string) bool {
+	if s == "" || len(s) > 63 || s[0] >= '0' && s[0] <= '9' || len(s) >= 3 && s[:3] == "pg_" {
+		return false
+	}
+	for i := range len(s) {
+		if c := s[i]; (c < 'a' || c > 'z') && (c < '0' || c > '9') && c != '_' {
+			return false
+		}
+	}
+	return true
+}
+
+// setting is a setting of PostgreSQL.
+type setting struct{ name, value string }
+
+// settings returns the settings that every connection must have.
+func (o *Options) settings() []setting {
+	ms := func(d time.Duration) string { return strconv.FormatInt(d.Milliseconds(), 10) }
+	return []setting{
+		{"synchronous_commit", o.SynchronousCommit},
+		{"statement_timeout", ms(o.StatementTimeout)},
+		{"lock_timeout", ms(o.LockTimeout)},
+		{"idle_in_transaction_session_timeout", ms(o.IdleInTransactionTimeout)},
+	}
+}
+
+// Store keeps records in PostgreSQL, in the transaction of the handler that they report. It is safe for concurrent use.
+type Store struct {
+	pool       *pgxpool.Pool
+	options    *Options
+	table      string // qualified, unquoted: a part of the lock number
+	statements statements
+}
+
+var (
+	_ idempotency.Store         = (*Store)(nil)
+	_ idempotency.BudgetChecker = (*Store)(nil)
+)
+
+// New returns a store on the pool, whose config should have gone through [Configure] with the same options. It sends
+// nothing: the table is made by package migrations, and [Store.Check] says whether all is well. It panics where the
+// pool is nil or the options can't work.
+func New(pool *pgxpool.Pool, opts *Options) *Store {
+	if pool == nil {
+		panic("idempotency/postgres: New needs a pool")
+	}
+	o := opts.full()
+	return &Store{pool: pool, options: o, table: o.Schema + "." + TableName, statements: newStatements(o)}
+}
+
+// CheckBudget returns an error where PostgreSQL would cut off a handler that takes no longer than it may.
+func (s *Store) CheckBudget(handlerTimeout, _ time.Duration) error {
+	if least := handlerTimeout + 5*time.Second; s.options.IdleInTransactionTimeout < least {
+		return fmt.Errorf("postgres: Options.IdleInTransactionTimeout is %v: with a HandlerTimeout of %v it must be at least %v", s.options.IdleInTransactionTimeout, handlerTimeout, least)
+	}
+	return nil
+}
+
+// errDead marks a claim that failed because its connection was dead when it was taken.
+var errDead = errors.New("connection was dead")
+
+// Begin implements [idempotency.Store]: BEGIN, lock and look-up in one round trip.
+func (s *Store) Begin(ctx context.Context, req *idempotency.Request) (idempotency.Attempt, *idempotency.Record, error) {
+	attempt, record, err := s.claim(ctx, req, s.acquire)
+	if errors.Is(err, errDead) && ctx.Err() == nil {
+		// Nothing but the claim was sent, and nothing of it remains.
+		attempt, record, err = s.claim(ctx, req, s.acquireFresh)
+	}
+	if err != nil || record != nil {
+		return nil, record, err
+	}
+	return attempt, nil, nil
+}
+
+func (s *Store) claim(ctx context.Context, req *idempotency.Request, acquire func(context.Context) (*pgxpool.Conn, error)) (*attempt, *idempotency.Record, error) {
+	conn, err := acquire(ctx)
+	if err != nil {
+		return nil, nil, fail("acquire a connection", idempotency.ErrUnavailable, err)
+	}
+	a := newAttempt(s, conn, req)
+	var record *idempotency.Record
+	locked := false
+	calls := []call{
+		{statement: &s.statements.begin},
+		{statement: &s.statements.lock, params: [][]byte{encodeInt8(req.Key.LockNumber(s.table))}, row: func(values [][]byte) error {
+			d := decoder{values: values}
+			locked = d.bool()
+			copy(a.claimedAt[:], d.next(8))
+			return d.err
+		}},
+		{statement: &s.statements.lookUp, params: [][]byte{[]byte(req.Key.Scope), []byte(req.Key.Value)}, row: func(values [][]byte) (err error) {
+			record, err = decodeRecord(values)
+			return err
+		}},
+	}
+	if req.Keyless() {
+		// No lock is wanted, only the timestamp and the settings: a number that nobody else takes.
+		calls = calls[:2]
+		calls[1].params[0] = encodeInt8(idempotency.Key{Scope: "", Value: req.Attempt.String()}.LockNumber(s.table))
+	}
+	_, err = s.statements.flush(ctx, conn.Conn().PgConn(), calls...)
+	switch {
+	case errors.Is(err, errHeaders):
+		a.Rollback(ctx)
+		return nil, nil, fail("read the record", idempotency.ErrUnknown, err)
+	case err != nil:
+		dead := conn.Conn().IsClosed() && ctx.Err() == nil
+		a.Rollback(ctx)
+		if dead {
+			return nil, nil, fail("claim", idempotency.ErrUnavailable, errors.Join(errDead, err))
+		}
+		return nil, nil, fail("claim", classify(err), err)
+	case record != nil: // also where the lock is taken: replays may hold it
+		a.Rollback(ctx)
+		return nil, record, nil
+	case !locked:
+		a.Rollback(ctx)
+		return nil, nil, idempotency.ErrInProgress
+	}
+	return a, nil, nil
+}
+
+// acquire takes a connection from the pool.
+func (s *Store) acquire(ctx context.Context) (*pgxpool.Conn, error) {
+	ctx, cancel := context.WithTimeout(ctx, s.options.AcquireTimeout)
+	defer cancel()
+	return s.pool.Acquire(ctx)
+}
+
+// acquireFresh takes a connection that answers. After a restart of the server every idle connection is dead.
+func (s *Store) acquireFresh(ctx context.Context) (*pgxpool.Conn, error) {
+	ctx, cancel := context.WithTimeout(ctx, s.options.AcquireTimeout)
+	defer cancel()
+	for {
+		conn, err := s.pool.Acquire(ctx)
+		if err != nil {
+			return nil, err
+		}
+		if conn.Ping(ctx) == nil {
+			return conn, nil
+		}
+		conn.Release() // which destroys a dead one
+	}
+}
+
+func decodeRecord(values [][]byte) (*idempotency.Record, error) {
+	d := decoder{values: values}
+	var r idempotency.Record
+	r.Fingerprint.Version = d.int2()
+	copy(r.Fingerprint.Sum[:], d.next(len(r.Fingerprint.Sum)))
+	copy(r.Attempt[:], d.next(len(r.Attempt)))
+	r.Response.Status = int(d.int2())
+	headers := d.next(-1)
+	r.Response.Body = d.bytes()
+	r.TraceID = string(d.next(-1))
+	r.CreatedAt = d.timestamp()
+	r.ExpiresAt = d.timestamp()
+	if d.err != nil {
+		return nil, errors.Join(errHeaders, d.err)
+	}
+	var err error
+	if r.Response.Header, err = decodeHeaders(headers); err != nil {
+		return nil, err
+	}
+	return &r, nil
+}

@@ -1,0 +1,347 @@
+package postgres
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"strconv"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/jackc/pgx/v5"
+	"github.com/jackc/pgx/v5/pgconn"
+	"github.com/jackc/pgx/v5/pgxpool"
+
+	"github.com/paidonce/idempotency"
+)
+
+// Errors that a handler meets where it does with its transaction what it can't.
+var (
+	// ErrSealed: the transaction is not the handler's to end, or not any more the handler's to use.
+	ErrSealed = errors.New("idempotency/postgres: the transaction is sealed")
+	// ErrBusy: the transaction is used by two goroutines at once, or from inside a callback of its own.
+	ErrBusy = errors.New("idempotency/postgres: the transaction is busy")
+)
+
+type txKey struct{}
+
+// Tx returns the transaction of the idempotent handler that runs with this context. What the handler writes through it
+// is committed together with its answer, or not at all.
+//
+// It is a pgx.Tx for one goroutine at a time. Commit and Rollback on it are refused, and so is SQL text that controls
+// transactions, with [ErrSealed]; Begin opens a savepoint, which must be ended before the handler returns. Once the
+// handler returned everything answers [ErrSealed]. Conn returns nil, and LargeObjects panics: both would lead around
+// the seal.
+//
+// Tx panics outside an idempotent handler, so that no write escapes the transaction unseen.
+func Tx(ctx context.Context) pgx.Tx {
+	tx, ok := ctx.Value(txKey{}).(*sealedTx)
+	if !ok {
+		panic("idempotency/postgres: Tx outside an idempotent handler: mount the middleware on the route, and pass the request's context on")
+	}
+	return tx
+}
+
+// transaction is what the handles of one transaction share: the connection, and what the handler did to it.
+//
+// A handler may leave goroutines behind that still use it. Every use therefore holds mu, and none begins once sealed
+// is set; mu is never waited for, because callbacks run under it.
+type transaction struct {
+	pool   *pgxpool.Pool
+	conn   *pgx.Conn
+	sealed atomic.Bool
+
+	mu         sync.Mutex
+	failure    error // the first error of the database that no savepoint undid
+	savepoints []savepoint
+	sequence   int
+	abandoned  bool // a use went on past the seal: the connection is not ours any more
+}
+
+// savepoint is an open nested transaction.
+type savepoint struct {
+	number  int
+	failure error // of the transaction when it was opened: what ROLLBACK TO goes back to
+}
+
+func newTransaction(pool *pgxpool.Pool, conn *pgx.Conn) *transaction {
+	return &transaction{pool: pool, conn: conn}
+}
+
+// abandonTimeout is how long seal waits for a use whose socket was closed under it.
+const abandonTimeout = time.Second
+
+// seal ends the handler's use of the transaction and says what state it is in.
+func (t *transaction) seal() error {
+	t.sealed.Store(true)
+	if !t.mu.TryLock() {
+		return t.interrupt()
+	}
+	defer t.mu.Unlock()
+	conn := t.conn.PgConn()
+	switch {
+	case conn.IsClosed():
+		return fail("after the handler", idempotency.ErrUnavailable, errors.Join(t.failure, errors.New("the connection is closed")))
+	case conn.IsBusy():
+		return fail("after the handler", idempotency.ErrAborted, errors.New("rows, a batch or a copy were left open"))
+	case t.failure != nil:
+		return fail("after the handler", classify(t.failure), t.failure)
+	case conn.TxStatus() == 'I':
+		return fail("after the handler", idempotency.ErrTransactionLost, errors.New("no transaction is open"))
+	case conn.TxStatus() != 'T':
+		return fail("after the handler", idempotency.ErrAborted, errors.New("the transaction is aborted"))
+	case len(t.savepoints) > 0:
+		return fail("after the handler", idempotency.ErrAborted, errors.New("a nested transaction was left open"))
+	}
+	return nil
+}
+
+// interrupt takes the connection from a goroutine that the handler left behind, by closing its socket.
+func (t *transaction) interrupt() error {
+	_ = t.conn.PgConn().Conn().Close() // a socket is safe for concurrent use; a connection is not
+	deadline := time.Now().Add(abandonTimeout)
+	for !t.mu.TryLock() {
+		if time.Now().After(deadline) {
+			t.abandoned = true // read by the goroutine of the attempt alone, as it is written
+			return fail("after the handler", idempotency.ErrAborted, errors.New("the transaction is still in use"))
+		}
+		time.Sleep(time.Millisecond)
+	}
+	defer t.mu.Unlock()
+	_ = t.conn.Close(context.Background()) // the socket is closed: this marks the connection, and can't wait
+	return fail("after the handler", idempotency.ErrAborted, errors.New("the transaction was still in use"))
+}
+
+// use begins one use of the connection; done ends it. Between the two nobody else touches the connection.
+func (t *transaction) use() error {
+	if t.sealed.Load() {
+		return fmt.Errorf("%w: the handler has returned", ErrSealed)
+	}
+	if !t.mu.TryLock() {
+		if t.sealed.Load() {
+			return fmt.Errorf("%w: the handler has returned", ErrSealed)
+		}
+		return ErrBusy
+	}
+	if t.sealed.Load() {
+		t.mu.Unlock()
+		return fmt.Errorf("%w: the handler has returned", ErrSealed)
+	}
+	return nil
+}
+
+// done ends a use and remembers its error where it is the database's.
+func (t *transaction) done(err error) {
+	t.remember(err)
+	t.mu.Unlock()
+}
+
+func (t *transaction) remember(err error) {
+	var pgErr *pgconn.PgError
+	if t.failure == nil && errors.As(err, &pgErr) {
+		t.failure = err
+	}
+}
+
+// exec runs a statement of ours on behalf of a handle.
+func (t *transaction) exec(ctx context.Context, sql string) error {
+	_, err := t.conn.Exec(ctx, sql)
+	return err
+}
+
+// sealedTx is a handle on a transaction: the whole of it, or one of its savepoints.
+type sealedTx struct {
+	*transaction
+	savepoint int // its number; 0 is the transaction itself
+}
+
+var _ pgx.Tx = (*sealedTx)(nil)
+
+// use begins a use through this handle.
+func (tx *sealedTx) use() error {
+	if err := tx.transaction.use(); err != nil {
+		return err
+	}
+	if tx.savepoint != 0 && tx.depth() < 0 {
+		tx.mu.Unlock()
+		return pgx.ErrTxClosed
+	}
+	return nil
+}
+
+// depth returns the place of the handle's savepoint among those that are open, -1 where it is closed.
+func (tx *sealedTx) depth() int {
+	for i, s := range tx.savepoints {
+		if s.number == tx.savepoint {
+			return i
+		}
+	}
+	return -1
+}
+
+func savepointName(number int) string { return "idempotency_" + strconv.Itoa(number) }
+
+// Begin opens a savepoint.
+func (tx *sealedTx) Begin(ctx context.Context) (_ pgx.Tx, err error) {
+	if err := tx.use(); err != nil {
+		return nil, err
+	}
+	defer func() { tx.done(err) }()
+	number := tx.sequence + 1
+	if err := tx.exec(ctx, "SAVEPOINT "+savepointName(number)); err != nil {
+		return nil, err
+	}
+	tx.sequence = number
+	tx.savepoints = append(tx.savepoints, savepoint{number: number, failure: tx.failure})
+	return &sealedTx{transaction: tx.transaction, savepoint: number}, nil
+}
+
+// Commit releases a savepoint; on the transaction itself it is refused.
+func (tx *sealedTx) Commit(ctx context.Context) (err error) {
+	if tx.savepoint == 0 {
+		return fmt.Errorf("%w: it is committed with the answer when the handler returns", ErrSealed)
+	}
+	if err := tx.use(); err != nil {
+		return err
+	}
+	defer func() { tx.done(err) }()
+	if err := tx.exec(ctx, "RELEASE SAVEPOINT "+savepointName(tx.savepoint)); err != nil {
+		return err
+	}
+	tx.savepoints = tx.savepoints[:tx.depth()]
+	return nil
+}
+
+// Rollback undoes a savepoint; on the transaction itself it is refused.
+func (tx *sealedTx) Rollback(ctx context.Context) (err error) {
+	if tx.savepoint == 0 {
+		return fmt.Errorf("%w: answer 4xx or 5xx to have its writes undone", ErrSealed)
+	}
+	if err := tx.use(); err != nil {
+		return err
+	}
+	defer func() { tx.done(err) }()
+	name := savepointName(tx.savepoint)
+	// In two: several statements in one string would be one to the server's error recovery.
+	if err := tx.exec(ctx, "ROLLBACK TO SAVEPOINT "+name); err != nil {
+		return err
+	}
+	depth := tx.depth()
+	tx.failure = tx.savepoints[depth].failure
+	if err := tx.exec(ctx, "RELEASE SAVEPOINT "+name); err != nil {
+		return err
+	}
+	tx.savepoints = tx.savepoints[:depth]
+	return nil
+}
+
+func (tx *sealedTx) Exec(ctx context.Context, sql string, arguments ...any) (tag pgconn.CommandTag, err error) {
+	if arguments, err = tx.admit(sql, arguments); err != nil {
+		return tag, err
+	}
+	if err := tx.use(); err != nil {
+		return tag, err
+	}
+	defer func() { tx.done(err) }()
+	return tx.conn.Exec(ctx, sql, arguments...)
+}
+
+func (tx *sealedTx) Query(ctx context.Context, sql string, arguments ...any) (_ pgx.Rows, err error) {
+	if arguments, err = tx.admit(sql, arguments); err != nil {
+		return failedRows{err}, err
+	}
+	if err := tx.use(); err != nil {
+		return failedRows{err}, err
+	}
+	defer func() { tx.done(err) }()
+	rows, err := tx.conn.Query(ctx, sql, arguments...)
+	return &sealedRows{Rows: rows, tx: tx.transaction}, err
+}
+
+func (tx *sealedTx) QueryRow(ctx context.Context, sql string, arguments ...any) pgx.Row {
+	rows, _ := tx.Query(ctx, sql, arguments...) // Scan reports the error
+	return &sealedRow{rows}
+}
+
+func (tx *sealedTx) Prepare(ctx context.Context, name, sql string) (_ *pgconn.StatementDescription, err error) {
+	if _, err := tx.admit(sql, nil); err != nil {
+		return nil, err
+	}
+	if err := tx.use(); err != nil {
+		return nil, err
+	}
+	defer func() { tx.done(err) }()
+	return tx.conn.Prepare(ctx, name, sql)
+}
+
+func (tx *sealedTx) CopyFrom(ctx context.Context, table pgx.Identifier, columns []string, source pgx.CopyFromSource) (_ int64, err error) {
+	if err := tx.use(); err != nil {
+		return 0, err
+	}
+	defer func() { tx.done(err) }()
+	return tx.conn.CopyFrom(ctx, table, columns, source)
+}
+
+func (tx *sealedTx) SendBatch(ctx context.Context, batch *pgx.Batch) pgx.BatchResults {
+	for _, query := range batch.QueuedQueries {
+		arguments, err := tx.admit(query.SQL, query.Arguments)
+		if err != nil {
+			return failedBatch{err}
+		}
+		query.Arguments = arguments
+		if callback := query.Fn; callback != nil {
+			query.Fn = func(results pgx.BatchResults) error {
+				return callback(&sealedBatch{BatchResults: results, tx: heldUsage{tx.transaction}})
+			}
+		}
+	}
+	if err := tx.use(); err != nil {
+		return failedBatch{err}
+	}
+	results := tx.conn.SendBatch(ctx, batch)
+	tx.done(nil)
+	return &sealedBatch{BatchResults: results, tx: tx.transaction}
+}
+
+// LargeObjects panics: its type can only be made around the seal.
+func (tx *sealedTx) LargeObjects() pgx.LargeObjects {
+	panic("idempotency/postgres: LargeObjects is not to be had in an idempotent handler: call lo_create, lo_put and lo_get by SQL")
+}
+
+// Conn returns nil: the connection would let the handler end the transaction.
+func (tx *sealedTx) Conn() *pgx.Conn { return nil }
+
+// admit refuses SQL text that controls transactions, also where a rewriter among the arguments makes it.
+func (tx *sealedTx) admit(sql string, arguments []any) ([]any, error) {
+	plainStrings := tx.conn.PgConn().ParameterStatus("standard_conforming_strings") != "off"
+	if err := admitSQL(sql, plainStrings); err != nil {
+		return nil, err
+	}
+	for i, argument := range arguments {
+		rewriter, ok := argument.(pgx.QueryRewriter)
+		if !ok {
+			if _, ok := argument.(pgx.QueryExecMode); ok {
+				continue
+			}
+			break // options come first
+		}
+		arguments = append([]any{}, arguments...)
+		arguments[i] = admittedRewriter{rewriter, plainStrings}
+	}
+	return arguments, nil
+}
+
+// admittedRewriter checks what a rewriter made.
+type admittedRewriter struct {
+	pgx.QueryRewriter
+	plainStrings bool
+}
+
+func (r admittedRewriter) RewriteQuery(ctx context.Context, conn *pgx.Conn, sql string, arguments []any) (string, []any, error) {
+	sql, arguments, err := r.QueryRewriter.RewriteQuery(ctx, conn, sql, arguments)
+	if err == nil {
+		err = admitSQL(sql, r.plainStrings)
+	}
+	return sql, arguments, err
+}
