@@ -86,6 +86,9 @@ func (s *scanner) comment() {
 // word takes a word and returns it in upper case; it is empty where none begins here.
 func (s *scanner) word() string {
 	end := 0
+	if s.rest != "" && s.rest[0] == '$' {
+		return "" // of a parameter or a string
+	}
 	for end < len(s.rest) && isWordByte(s.rest[end]) {
 		end++
 	}

@@ -1,0 +1,165 @@
+package postgres
+
+import (
+	"errors"
+	"reflect"
+	"testing"
+
+	"github.com/jackc/pgx/v5/pgconn"
+
+	"github.com/paidonce/idempotency"
+)
+
+func TestAdmitSQL(t *testing.T) {
+	t.Parallel()
+	for _, sql := range []string{
+		"", ";", " -- nothing", "SELECT 1", "select 1;", "SELECT 1 ; -- done", "SELECT ';commit;'", `SELECT "a;b"`,
+		"SELECT $$;commit;$$", "SELECT $x$;$$;commit;$x$", "SELECT E'\\';commit;'", "SELECT '';", "SELECT 'it''s; so'",
+		"/* a; /* b; */ commit; */ SELECT 1", "SELECT $1 + $2", "INSERT INTO commits (begin_at) VALUES ($1)", "PREPARE x AS SELECT 1",
+		"SELECT a$b$c FROM t", "SELECT 1 -- ; commit", "WITH rollback AS (SELECT 1) SELECT 1", "SELECT U&'\\0041;'", "select e.x from e where e.x = ';'",
+	} {
+		if err := admitSQL(sql, true); err != nil {
+			t.Errorf("%q is refused: %v", sql, err)
+		}
+	}
+	for _, sql := range []string{
+		"COMMIT", "commit;", " \n\tCommit", "-- c\nCOMMIT", "/* c */ROLLBACK", "/* /* */ */ end", ";COMMIT", "; ; -- x\n abort",
+		"BEGIN", "START TRANSACTION", "ROLLBACK TO SAVEPOINT a", "SAVEPOINT a", "RELEASE a", "PREPARE TRANSACTION 'a'", "prepare /* x */ transaction 'a'", "COMMIT PREPARED 'a'",
+		"SELECT 1; COMMIT", "SELECT 1;SELECT 2", "SELECT '';COMMIT", "SELECT ''';';COMMIT", `SELECT "a";COMMIT`, "SELECT $$ $$;COMMIT",
+		"SELECT $a$ $a$;COMMIT", "SELECT '\\';COMMIT;--'", "SELECT E'a''\\'';COMMIT", "SELECT 1 /* ; */;COMMIT", "SELECT a$$;COMMIT;$$",
+		"INSERT INTO t VALUES (1); commit; begin", "SELECT 1;;COMMIT", "SELECT $1;COMMIT;--$1",
+	} {
+		if err := admitSQL(sql, true); !errors.Is(err, ErrSealed) {
+			t.Errorf("%q is admitted", sql)
+		}
+	}
+	if err := admitSQL(`SELECT '\''`, false); !errors.Is(err, ErrSealed) {
+		t.Error("a backslash is admitted while standard_conforming_strings is off")
+	}
+}
+
+// FuzzAdmitSQL: whatever an admitted text is followed by, a COMMIT after it is seen, unless the text left a string or a
+// comment open, in which nothing is executed.
+func FuzzAdmitSQL(f *testing.F) {
+	for _, seed := range []string{"SELECT 1", "SELECT 'a'", "SELECT $a$b$a$", "SELECT /* a */ 1", "SELECT E'\\''", "SELECT \"a\"", "é", "SELECT 1 -- a\n"} {
+		f.Add(seed)
+	}
+	f.Fuzz(func(t *testing.T, sql string) {
+		if admitSQL(sql, true) != nil {
+			return
+		}
+		s := scanner{rest: sql + "\n;COMMIT"}
+		for s.rest != ";COMMIT" {
+			if s.rest == "" {
+				return // left open
+			}
+			if s.rest[0] == ';' {
+				s.rest = s.rest[1:]
+			}
+			s.token()
+		}
+		if admitSQL(sql+"\n;COMMIT", true) == nil {
+			t.Errorf("COMMIT after %q is admitted", sql)
+		}
+	})
+}
+
+func TestHeadersRoundTrip(t *testing.T) {
+	t.Parallel()
+	for _, header := range []map[string][]string{
+		{},
+		{"A": {""}},
+		{"Vary": {"a", "b, c"}, "Content-Type": {"text/plain"}, "X": {"\tü\xff"}},
+	} {
+		decoded, err := decodeHeaders(encodeHeaders(header))
+		if err != nil || !reflect.DeepEqual(decoded, header) {
+			t.Errorf("%v became %v, %v", header, decoded, err)
+		}
+	}
+	for _, stored := range []string{"", "\x01", "\x02\x00", "\x01\x01", "\x01\x00\x00", "\x01\x80\x00", "\x01\x01\x01A\x02\r\n", "\x01\x01\x02A:\x00", "\x01\x02\x01B\x00\x01A\x00", "\x01\xff\xff\xff\xff\xff\xff\xff\xff\xff\x01"} {
+		if _, err := decodeHeaders([]byte(stored)); err == nil {
+			t.Errorf("%q is read", stored)
+		}
+	}
+}
+
+// FuzzDecodeHeaders: what is read is what was written, byte for byte, and holds nothing that could end a line.
+func FuzzDecodeHeaders(f *testing.F) {
+	for _, header := range []map[string][]string{{}, {"A": {"b"}}, {"A": {"b", "c"}, "D": {""}}} {
+		f.Add(encodeHeaders(header))
+	}
+	f.Fuzz(func(t *testing.T, stored []byte) {
+		header, err := decodeHeaders(stored)
+		if err != nil {
+			return
+		}
+		if again := encodeHeaders(header); string(again) != string(stored) {
+			t.Errorf("%q was read, and is written as %q", stored, again)
+		}
+		for name, values := range header {
+			for _, value := range values {
+				if !validName(name) || !validValue(value) {
+					t.Errorf("%q: %q", name, value)
+				}
+			}
+		}
+	})
+}
+
+func TestLockNumberIsFrozen(t *testing.T) {
+	t.Parallel()
+	if got := (idempotency.Key{Scope: "acme", Value: "k"}).LockNumber("public." + TableName); got != lockNumberOfAcmeK {
+		t.Errorf("lock number %d, want %d: programs of different versions would not meet", got, int64(lockNumberOfAcmeK))
+	}
+}
+
+const lockNumberOfAcmeK = -4293143674885497847
+
+// Only an ERROR by PostgreSQL itself, outside of class 08, proves that a COMMIT did not happen.
+func TestDefinite(t *testing.T) {
+	t.Parallel()
+	for _, c := range []struct {
+		err  error
+		want bool
+	}{
+		{&pgconn.PgError{SeverityUnlocalized: "ERROR", Severity: "FEHLER", Code: "23505"}, true},
+		{&pgconn.PgError{SeverityUnlocalized: "ERROR", Code: "40001"}, true},
+		{&pgconn.PgError{SeverityUnlocalized: "ERROR", Code: "08006"}, false},
+		{&pgconn.PgError{SeverityUnlocalized: "FATAL", Code: "57P01"}, false},
+		{&pgconn.PgError{SeverityUnlocalized: "PANIC", Code: "53100"}, false},
+		{&pgconn.PgError{Severity: "ERROR", Code: "23505"}, false}, // a pooler's
+		{&pgconn.PgError{Severity: "FATAL", Code: "08P01"}, false}, // PgBouncer's
+		{errors.New("unexpected EOF"), false},
+	} {
+		if _, got := definite(c.err); got != c.want {
+			t.Errorf("%v: %v, want %v", c.err, got, c.want)
+		}
+	}
+}
+
+func TestClassify(t *testing.T) {
+	t.Parallel()
+	for code, want := range map[string]error{
+		"40001": idempotency.ErrSerialization, "40P01": idempotency.ErrSerialization,
+		"08006": idempotency.ErrUnavailable, "53100": idempotency.ErrUnavailable, "53300": idempotency.ErrUnavailable,
+		"57014": idempotency.ErrUnavailable, "57P01": idempotency.ErrUnavailable, "58030": idempotency.ErrUnavailable,
+		"55P03": idempotency.ErrUnavailable, "25006": idempotency.ErrUnavailable,
+		"23505": idempotency.ErrAborted, "22012": idempotency.ErrAborted, "55000": idempotency.ErrAborted, "": idempotency.ErrAborted,
+	} {
+		if got := classify(&pgconn.PgError{Code: code}); !errors.Is(got, want) {
+			t.Errorf("%q: %v, want %v", code, got, want)
+		}
+	}
+	if got := classify(errors.New("unexpected EOF")); !errors.Is(got, idempotency.ErrUnavailable) {
+		t.Errorf("an I/O error: %v", got)
+	}
+}
+
+// A server's message may quote what a client sent; ours may not.
+func TestErrorsQuoteNothing(t *testing.T) {
+	t.Parallel()
+	err := fail("claim", idempotency.ErrUnavailable, &pgconn.PgError{Code: "22P02", Message: `invalid input syntax: "canary"`, Detail: "canary", ConstraintName: "c"})
+	if got, want := err.Error(), "claim: store is unavailable: SQLSTATE 22P02 on constraint c"; got != want {
+		t.Errorf("%q, want %q", got, want)
+	}
+}

@@ -1,0 +1,151 @@
+package postgres_test
+
+import (
+	"context"
+	"net"
+	"sync"
+	"testing"
+
+	"github.com/jackc/pgx/v5/pgxpool"
+
+	"github.com/paidonce/idempotency"
+	"github.com/paidonce/idempotency/internal/pgtest"
+	"github.com/paidonce/idempotency/migrations"
+	"github.com/paidonce/idempotency/storage/postgres"
+)
+
+func TestMain(m *testing.M) { pgtest.Main(m) }
+
+// testBundle is a store on a database of its own, with a table for handlers to write to.
+type testBundle struct {
+	pool  *pgxpool.Pool
+	store *postgres.Store
+	wire  *wire
+}
+
+type setupOptions struct {
+	store     *postgres.Options
+	configure func(*pgxpool.Config) // after postgres.Configure
+	cold      bool                  // leave postgres.Configure out
+}
+
+func setup(t *testing.T, opts *setupOptions) *testBundle {
+	t.Helper()
+	if opts == nil {
+		opts = &setupOptions{}
+	}
+	ctx := context.Background()
+	config, err := pgxpool.ParseConfig(pgtest.Database(t))
+	if err != nil {
+		t.Fatal(err)
+	}
+	schema := ""
+	if opts.store != nil {
+		schema = opts.store.Schema
+	}
+	bare, err := pgxpool.NewWithConfig(ctx, config)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer bare.Close()
+	if err := migrations.Up(ctx, bare, &migrations.Options{Schema: schema}); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := bare.Exec(ctx, "CREATE TABLE effects (id bigserial PRIMARY KEY, name text NOT NULL, attempt_id uuid)"); err != nil {
+		t.Fatal(err)
+	}
+
+	b := &testBundle{wire: &wire{}}
+	dial := config.ConnConfig.DialFunc
+	config.ConnConfig.DialFunc = func(ctx context.Context, network, address string) (net.Conn, error) {
+		conn, err := dial(ctx, network, address)
+		if err != nil {
+			return nil, err
+		}
+		return &wireConn{Conn: conn, wire: b.wire}, nil
+	}
+	if !opts.cold {
+		postgres.Configure(config, opts.store)
+	}
+	if opts.configure != nil {
+		opts.configure(config)
+	}
+	b.pool, err = pgxpool.NewWithConfig(ctx, config)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(b.pool.Close)
+	b.store = postgres.New(b.pool, opts.store)
+	return b
+}
+
+// effects returns how many rows handlers left behind.
+func (b *testBundle) effects(t *testing.T) int { return b.count(t, "SELECT count(*) FROM effects") }
+
+func (b *testBundle) count(t *testing.T, sql string, arguments ...any) (n int) {
+	t.Helper()
+	if err := b.pool.QueryRow(context.Background(), sql, arguments...).Scan(&n); err != nil {
+		t.Fatal(err)
+	}
+	return n
+}
+
+// wire counts round trips: how often something was written after something was read.
+type wire struct {
+	mu         sync.Mutex
+	roundTrips int
+}
+
+func (w *wire) count() int {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return w.roundTrips
+}
+
+type wireConn struct {
+	net.Conn
+	wire    *wire
+	writing bool // guarded by wire.mu
+}
+
+func (c *wireConn) Write(p []byte) (int, error) {
+	c.wire.mu.Lock()
+	if !c.writing {
+		c.writing = true
+		c.wire.roundTrips++
+	}
+	c.wire.mu.Unlock()
+	return c.Conn.Write(p)
+}
+
+func (c *wireConn) Read(p []byte) (int, error) {
+	n, err := c.Conn.Read(p)
+	if n > 0 {
+		c.wire.mu.Lock()
+		c.writing = false
+		c.wire.mu.Unlock()
+	}
+	return n, err
+}
+
+// request returns a request whose fingerprint is that of the body.
+func request(value, body string) idempotency.Request {
+	return idempotency.Request{
+		Key:         idempotency.Key{Scope: "acme", Value: value},
+		Fingerprint: idempotency.FingerprintV1("POST", "/transfers", "", "application/json", []byte(body)),
+	}
+}
+
+// answer returns an answer with a status.
+func answer(status int) *idempotency.Response {
+	return &idempotency.Response{Status: status, Header: map[string][]string{"Content-Type": {"text/plain"}}, Body: []byte("done")}
+}
+
+// effect writes what must happen once.
+func effect(ctx context.Context, t *testing.T) {
+	t.Helper()
+	attempt, _ := idempotency.AttemptIDFrom(ctx)
+	if _, err := postgres.Tx(ctx).Exec(ctx, "INSERT INTO effects (name, attempt_id) VALUES ('transfer', $1)", attempt.String()); err != nil {
+		t.Errorf("effect: %v", err)
+	}
+}

@@ -1,0 +1,298 @@
+package postgres_test
+
+import (
+	"context"
+	"errors"
+	"strings"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"github.com/jackc/pgx/v5"
+	"github.com/jackc/pgx/v5/pgconn"
+	"github.com/jackc/pgx/v5/pgxpool"
+
+	"github.com/paidonce/idempotency"
+	"github.com/paidonce/idempotency/migrations"
+	"github.com/paidonce/idempotency/storage/postgres"
+)
+
+func TestCheckFindsNothingWrong(t *testing.T) {
+	t.Parallel()
+	for _, opts := range []*postgres.Options{nil, {Schema: "payments"}, {SynchronousCommit: "remote_apply"}} {
+		b := setup(t, &setupOptions{store: opts})
+		if err := b.store.Check(context.Background()); err != nil {
+			t.Error(err)
+		}
+	}
+}
+
+// F32 and its kin: each fault is found and its remedy named.
+func TestCheckFindsWhatIsWrong(t *testing.T) {
+	t.Parallel()
+	for name, c := range map[string]struct {
+		sql  string
+		want error
+		says string
+	}{
+		"unlogged":     {"ALTER TABLE idempotency_keys SET UNLOGGED", postgres.ErrTableUnlogged, "SET LOGGED"},
+		"missing":      {"DROP TABLE idempotency_keys", postgres.ErrSchemaOutdated, "run the migrations"},
+		"a view":       {"ALTER TABLE idempotency_keys RENAME TO t; CREATE VIEW idempotency_keys AS SELECT * FROM t", postgres.ErrSchemaOutdated, "plain table"},
+		"no key":       {"ALTER TABLE idempotency_keys DROP CONSTRAINT idempotency_keys_pkey", postgres.ErrSchemaOutdated, "primary key"},
+		"old":          {"UPDATE idempotency_migrations SET version = 0", postgres.ErrSchemaOutdated, "version 0"},
+		"dirty":        {"UPDATE idempotency_migrations SET dirty = true", postgres.ErrSchemaOutdated, "failed in the middle"},
+		"no version":   {"DELETE FROM idempotency_migrations", postgres.ErrSchemaOutdated, "run the migrations"},
+		"no versions":  {"DROP TABLE idempotency_migrations", postgres.ErrSchemaOutdated, "run the migrations"},
+		"asynchronous": {"SET synchronous_commit = off", postgres.ErrCommitNotDurable, "Configure"},
+		"local":        {"SET synchronous_commit = local", postgres.ErrCommitNotDurable, "Configure"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			b := setup(t, &setupOptions{configure: func(c *pgxpool.Config) { c.MaxConns = 1 }})
+			if _, err := b.pool.Exec(context.Background(), c.sql); err != nil {
+				t.Fatal(err)
+			}
+			if err := b.store.Check(context.Background()); !errors.Is(err, c.want) || !strings.Contains(err.Error(), c.says) {
+				t.Errorf("got %v, want %v with %q", err, c.want, c.says)
+			}
+		})
+	}
+}
+
+func TestMissingTableIsUnavailable(t *testing.T) {
+	t.Parallel()
+	b := setup(t, nil)
+	if _, err := b.pool.Exec(context.Background(), "DROP TABLE idempotency_keys"); err != nil {
+		t.Fatal(err)
+	}
+	want(t, b.do(t, request("k", ""), pay(t, 201)), idempotency.OutcomeNotExecuted, idempotency.ReasonUnavailable)
+}
+
+// The service may start before its first migration; its connections work from the moment that the table is there.
+func TestMigrationAfterConnect(t *testing.T) {
+	t.Parallel()
+	ctx := context.Background()
+	b := setup(t, &setupOptions{configure: func(c *pgxpool.Config) { c.MaxConns = 1 }})
+	if err := migrations.Down(ctx, b.pool, nil); err != nil {
+		t.Fatal(err)
+	}
+	b.pool.Reset()
+	want(t, b.do(t, request("k", ""), pay(t, 201)), idempotency.OutcomeNotExecuted, idempotency.ReasonUnavailable)
+	if err := migrations.Up(ctx, b.pool, nil); err != nil {
+		t.Fatal(err)
+	}
+	want(t, b.do(t, request("k", ""), pay(t, 201)), idempotency.OutcomeExecuted, "")
+}
+
+func TestConfigureSetsEachConnection(t *testing.T) {
+	t.Parallel()
+	traced, connected := atomic.Int64{}, atomic.Int64{}
+	b := setup(t, &setupOptions{cold: true, configure: func(c *pgxpool.Config) {
+		c.ConnConfig.RuntimeParams["lock_timeout"] = "1234"
+		c.ConnConfig.RuntimeParams["synchronous_commit"] = "off"
+		c.ConnConfig.Tracer = queryTracer(func() { traced.Add(1) })
+		c.AfterConnect = func(context.Context, *pgx.Conn) error { connected.Add(1); return nil }
+		postgres.Configure(c, &postgres.Options{StatementTimeout: 2 * time.Second})
+	}})
+	for name, value := range map[string]string{
+		"synchronous_commit": "on", "lock_timeout": "1234ms", "statement_timeout": "2s", "idle_in_transaction_session_timeout": "20s",
+	} {
+		var got string
+		if err := b.pool.QueryRow(context.Background(), "SELECT current_setting($1)", name).Scan(&got); err != nil || got != value {
+			t.Errorf("%s is %q (%v), want %q", name, got, err, value)
+		}
+	}
+	if traced.Load() == 0 || connected.Load() == 0 {
+		t.Error("the hooks that were there before are not called")
+	}
+}
+
+type queryTracer func()
+
+func (f queryTracer) TraceQueryStart(ctx context.Context, _ *pgx.Conn, _ pgx.TraceQueryStartData) context.Context {
+	f()
+	return ctx
+}
+
+func (queryTracer) TraceQueryEnd(context.Context, *pgx.Conn, pgx.TraceQueryEndData) {}
+
+// Behind a pooler settings come with each claim and go with its transaction.
+func TestTransactionPoolingSetsEachTransaction(t *testing.T) {
+	t.Parallel()
+	opts := &postgres.Options{TransactionPooling: true, LockTimeout: 1500 * time.Millisecond}
+	b := setup(t, &setupOptions{store: opts, configure: func(c *pgxpool.Config) {
+		c.MaxConns = 1
+		c.ConnConfig.DefaultQueryExecMode = pgx.QueryExecModeExec
+	}})
+	setting := func(ctx context.Context, q interface {
+		QueryRow(context.Context, string, ...any) pgx.Row
+	}) (value string) {
+		if err := q.QueryRow(ctx, "SELECT current_setting('lock_timeout')").Scan(&value); err != nil {
+			t.Error(err)
+		}
+		return value
+	}
+	for _, key := range []string{"k", ""} {
+		want(t, b.do(t, request(key, ""), func(ctx context.Context, tx pgx.Tx) int {
+			if got := setting(ctx, tx); got != "1500ms" {
+				t.Errorf("lock_timeout is %s in the transaction", got)
+			}
+			return 201
+		}), idempotency.OutcomeExecuted, "")
+	}
+	if got := setting(context.Background(), b.pool); got != "0" {
+		t.Errorf("lock_timeout is %s after the transaction", got)
+	}
+	if n := b.count(t, "SELECT count(*) FROM pg_prepared_statements"); n != 0 {
+		t.Errorf("%d statements are prepared", n)
+	}
+}
+
+func TestSchemasAreApart(t *testing.T) {
+	t.Parallel()
+	b := setup(t, &setupOptions{store: &postgres.Options{Schema: "payments"}})
+	want(t, b.do(t, request("k", ""), pay(t, 201)), idempotency.OutcomeExecuted, "")
+	want(t, b.do(t, request("k", ""), pay(t, 201)), idempotency.OutcomeReplayed, "")
+	if n := b.count(t, "SELECT count(*) FROM payments.idempotency_keys"); n != 1 {
+		t.Errorf("%d records, want 1", n)
+	}
+}
+
+func TestOptionsThatCannotWorkPanic(t *testing.T) {
+	t.Parallel()
+	pool, err := pgxpool.New(context.Background(), "host=/nowhere")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer pool.Close()
+	panics := func(do func()) (text string) {
+		defer func() { text, _ = recover().(string) }()
+		do()
+		return ""
+	}
+	for _, opts := range []*postgres.Options{
+		{Schema: "Public"}, {Schema: "a.b"}, {Schema: `a"b`}, {Schema: "1a"}, {Schema: "pg_x"}, {Schema: strings.Repeat("a", 64)},
+		{Isolation: "chaos"}, {AcquireTimeout: -1}, {LockTimeout: time.Microsecond}, {SynchronousCommit: "off"},
+		{IdleInTransactionTimeout: postgres.IdleInTransactionTimeoutMax},
+	} {
+		if text := panics(func() { postgres.New(pool, opts) }); !strings.HasPrefix(text, "idempotency/postgres: ") {
+			t.Errorf("%+v: %q", opts, text)
+		}
+	}
+	for _, opts := range []*postgres.Options{nil, {Schema: strings.Repeat("a", 63)}, {Isolation: pgx.Serializable}, {LockTimeout: time.Millisecond}, {IdleInTransactionTimeout: postgres.IdleInTransactionTimeoutMax - 1}} {
+		if text := panics(func() { postgres.New(pool, opts) }); text != "" {
+			t.Errorf("%+v: %q", opts, text)
+		}
+	}
+	// The handler's time must fit into PostgreSQL's patience with an idle transaction.
+	store := postgres.New(pool, nil)
+	if text := panics(func() { idempotency.NewEngine(store, &idempotency.Options{HandlerTimeout: 16 * time.Second}) }); !strings.Contains(text, "IdleInTransactionTimeout") {
+		t.Errorf("a handler timeout of 16 s: %q", text)
+	}
+	if text := panics(func() { idempotency.NewEngine(store, &idempotency.Options{HandlerTimeout: 15 * time.Second}) }); text != "" {
+		t.Errorf("a handler timeout of 15 s: %q", text)
+	}
+}
+
+// F23: an expired key is a replay while its row is there, and a new run once it is not.
+func TestExpiredKey(t *testing.T) {
+	t.Parallel()
+	ctx := context.Background()
+	b := setup(t, nil)
+	short, long := request("short", ""), request("long", "")
+	short.TTL, long.TTL = time.Second, time.Hour
+	want(t, b.do(t, short, pay(t, 201)), idempotency.OutcomeExecuted, "")
+	want(t, b.do(t, long, pay(t, 201)), idempotency.OutcomeExecuted, "")
+	if n, err := b.store.DeleteExpired(ctx); n != 0 || err != nil {
+		t.Fatalf("%d deleted before their time, %v", n, err)
+	}
+	if _, err := b.pool.Exec(ctx, "SELECT pg_sleep(1.1)"); err != nil { // by the clock that counts
+		t.Fatal(err)
+	}
+	want(t, b.do(t, short, pay(t, 201)), idempotency.OutcomeReplayed, "")
+	if n, err := b.store.DeleteExpired(ctx); n != 1 || err != nil {
+		t.Fatalf("%d deleted, %v", n, err)
+	}
+	want(t, b.do(t, short, pay(t, 201)), idempotency.OutcomeExecuted, "")
+	want(t, b.do(t, long, pay(t, 201)), idempotency.OutcomeReplayed, "")
+	if n, err := b.store.DeleteExpired(ctx); n != 0 || err != nil { // the fresh row lives
+		t.Fatalf("%d deleted, %v", n, err)
+	}
+}
+
+// The reaper deletes everything expired and nothing else, across many pages, and leaves what others hold to them.
+func TestDeleteExpiredWalksTheWholeTable(t *testing.T) {
+	t.Parallel()
+	ctx := context.Background()
+	b := setup(t, nil)
+	const rows = 60_000 // over ReaperPagesMax pages
+	if _, err := b.pool.Exec(ctx, `
+		INSERT INTO idempotency_keys (created_at, expires_at, status, fingerprint_version, attempt_id, scope, key, fingerprint, headers, body)
+		SELECT now() - interval '2 days', now() + CASE WHEN n % 3 = 0 THEN interval '1 hour' ELSE interval '-1 second' END,
+		       201, 1, gen_random_uuid(), 'acme', n::text, sha256('x'), '\x0100', repeat('x', 100)::bytea
+		FROM generate_series(1, $1) AS n`, rows); err != nil {
+		t.Fatal(err)
+	}
+	if pages := b.count(t, "SELECT pg_relation_size('idempotency_keys') / 8192"); pages <= postgres.ReaperPagesMax {
+		t.Fatalf("%d pages fit into one batch", pages)
+	}
+	held, err := b.pool.Begin(ctx)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := held.Exec(ctx, "SELECT FROM idempotency_keys WHERE key = '1' FOR UPDATE"); err != nil {
+		t.Fatal(err)
+	}
+	if n, err := b.store.DeleteExpired(ctx); n != rows*2/3-1 || err != nil {
+		t.Errorf("%d deleted, %v; want %d", n, err, rows*2/3-1)
+	}
+	if err := held.Rollback(ctx); err != nil {
+		t.Fatal(err)
+	}
+	if n, err := b.store.DeleteExpired(ctx); n != 1 || err != nil {
+		t.Errorf("%d deleted, %v; want 1", n, err)
+	}
+	if n := b.count(t, "SELECT count(*) FROM idempotency_keys"); n != rows/3 {
+		t.Errorf("%d are left, want %d", n, rows/3)
+	}
+}
+
+func TestReaperRunsUntilItIsStopped(t *testing.T) {
+	t.Parallel()
+	b := setup(t, nil)
+	ctx, cancel := context.WithCancel(context.Background())
+	walks := make(chan error)
+	stopped := make(chan struct{})
+	reaper := postgres.NewReaper(b.store, &postgres.ReaperOptions{Interval: time.Millisecond, OnWalk: func(_ int64, _ time.Duration, err error) {
+		select {
+		case walks <- err:
+		case <-ctx.Done():
+		}
+	}})
+	go func() {
+		defer close(stopped)
+		reaper.Run(ctx)
+	}()
+	if err := <-walks; err != nil {
+		t.Error(err)
+	}
+	if _, err := b.pool.Exec(context.Background(), "ALTER TABLE idempotency_keys RENAME TO elsewhere"); err != nil {
+		t.Fatal(err)
+	}
+	var pgErr *pgconn.PgError
+	for err := range walks {
+		if errors.As(err, &pgErr) { // reported, and tried again
+			break
+		}
+	}
+	if _, err := b.pool.Exec(context.Background(), "ALTER TABLE elsewhere RENAME TO idempotency_keys"); err != nil {
+		t.Fatal(err)
+	}
+	for err := range walks {
+		if err == nil {
+			break
+		}
+	}
+	cancel()
+	<-stopped
+}

@@ -1,0 +1,127 @@
+package postgres_test
+
+import (
+	"context"
+	"testing"
+
+	"github.com/jackc/pgx/v5"
+	"github.com/jackc/pgx/v5/pgxpool"
+
+	"github.com/paidonce/idempotency"
+	"github.com/paidonce/idempotency/storage/postgres"
+)
+
+// handlerStatements is how many statements the handler of this test sends, one after another.
+const handlerStatements = 3
+
+func statements(ctx context.Context, t *testing.T, tx pgx.Tx) {
+	for range handlerStatements {
+		if _, err := tx.Exec(ctx, "INSERT INTO effects (name) VALUES ($1)", "transfer"); err != nil {
+			t.Error(err)
+		}
+	}
+}
+
+// The promise: a keyed request costs no round trip more than its handler in a plain transaction.
+func TestRoundTripsAreThoseOfAPlainTransaction(t *testing.T) {
+	t.Parallel()
+	for name, opts := range map[string]*setupOptions{
+		"default mode":     {},
+		"exec mode":        {configure: func(c *pgxpool.Config) { c.ConnConfig.DefaultQueryExecMode = pgx.QueryExecModeExec }},
+		"simple protocol":  {configure: func(c *pgxpool.Config) { c.ConnConfig.DefaultQueryExecMode = pgx.QueryExecModeSimpleProtocol }},
+		"without settings": {cold: true},
+		"pooler":           {store: &postgres.Options{TransactionPooling: true}, configure: func(c *pgxpool.Config) { c.ConnConfig.DefaultQueryExecMode = pgx.QueryExecModeExec }},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			ctx := context.Background()
+			inner := opts.configure
+			o := *opts
+			o.configure = func(c *pgxpool.Config) {
+				c.MaxConns, c.MinConns = 1, 1
+				if inner != nil {
+					inner(c)
+				}
+			}
+			b := setup(t, &o)
+			engine := idempotency.NewEngine(b.store, nil)
+
+			plain := func() {
+				tx, err := b.pool.Begin(ctx)
+				if err != nil {
+					t.Fatal(err)
+				}
+				statements(ctx, t, tx)
+				if err := tx.Commit(ctx); err != nil {
+					t.Fatal(err)
+				}
+			}
+			keyed := func(key string, status int, want idempotency.Outcome) func() {
+				return func() {
+					result := engine.Do(ctx, request(key, ""), func(ctx context.Context) (*idempotency.Response, error) {
+						statements(ctx, t, postgres.Tx(ctx))
+						return answer(status), nil
+					})
+					if result.Outcome != want {
+						t.Fatalf("outcome %q, want %q: %v", result.Outcome, want, result.Err)
+					}
+				}
+			}
+			cost := func(do func()) int {
+				before := b.wire.count()
+				do()
+				return b.wire.count() - before
+			}
+			cost(plain) // warms the connection up
+
+			bare := cost(plain)
+			if bare != handlerStatements+2 {
+				t.Fatalf("a plain transaction costs %d round trips: the count is wrong", bare)
+			}
+			for _, c := range []struct {
+				name string
+				do   func()
+				want int
+			}{
+				{"fresh request", keyed("fresh", 201, idempotency.OutcomeExecuted), bare},
+				{"decline", keyed("declined", 402, idempotency.OutcomeExecuted), bare},
+				{"forgotten answer", keyed("forgotten", 500, idempotency.OutcomeNotExecuted), bare},
+				{"replay", keyed("fresh", 201, idempotency.OutcomeReplayed), 2},
+			} {
+				if got := cost(c.do); got != c.want {
+					t.Errorf("%s: %d round trips, want %d", c.name, got, c.want)
+				}
+			}
+		})
+	}
+}
+
+func TestRoundTripsOfAConflictAreTwo(t *testing.T) {
+	t.Parallel()
+	ctx := context.Background()
+	b := setup(t, nil)
+	engine := idempotency.NewEngine(b.store, nil)
+
+	// Two warm connections: one to hold the key, one to be refused on.
+	warm := make([]*pgxpool.Conn, 2)
+	for i := range warm {
+		warm[i], _ = b.pool.Acquire(ctx)
+	}
+	for _, conn := range warm {
+		conn.Release()
+	}
+	result := engine.Do(ctx, request("k", ""), func(context.Context) (*idempotency.Response, error) {
+		before := b.wire.count()
+		conflict := engine.Do(ctx, request("k", ""), func(context.Context) (*idempotency.Response, error) {
+			t.Error("the handler ran twice")
+			return answer(201), nil
+		})
+		if got := b.wire.count() - before; got != 2 || conflict.Outcome != idempotency.OutcomeInProgress {
+			t.Errorf("%d round trips and %q, want 2 and in-progress", got, conflict.Outcome)
+		}
+		return answer(201), nil
+	})
+	if result.Outcome != idempotency.OutcomeExecuted {
+		t.Fatal(result)
+	}
+}
