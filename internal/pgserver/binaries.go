@@ -36,7 +36,6 @@ type binaries struct {
 
 func (b binaries) postgres() string { return b.program("postgres") }
 func (b binaries) initdb() string   { return b.program("initdb") }
-func (b binaries) pgCtl() string    { return b.program("pg_ctl") }
 
 func (b binaries) program(name string) string {
 	if runtime.GOOS == "windows" {

@@ -87,8 +87,12 @@ func TestStartWaitsForOrphanedBackends(t *testing.T) {
 
 func TestStartWaitsForADyingPostmaster(t *testing.T) {
 	t.Parallel()
-	dir := filepath.Join(folder(t), "data")
-	h := startHelper(t, "serve", dir)
+	dir := folder(t)
+	link := filepath.Join(folder(t), "link") // another name of the folder does not hide the postmaster
+	if err := os.Symlink(dir, link); err != nil {
+		t.Fatal(err)
+	}
+	h := startHelper(t, "serve", link)
 	backend := int(connect(t, h.url).PgConn().PID())
 	signal(t, backend, syscall.SIGSTOP) // the postmaster waits for it
 	h.kill()

@@ -2,7 +2,6 @@ package pgserver
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"io"
 	"os"
@@ -86,6 +85,7 @@ func download(ctx context.Context, acct *account, major int, dir, mirror string,
 // embedded-postgres downloads, checks the checksum and unpacks only as the first part of its own Start. The rest is
 // of no use here: it cannot drop root, nor listen on a socket only. So Start is given a data folder that looks
 // initialized but is empty, on which pg_ctl gives up at once, and what counts is whether the programs are there.
+// It leaves an empty log file among the temporary files, whose name it does not tell.
 func fetch(version embeddedpostgres.PostgresVersion, target, mirror string) error {
 	work, err := os.MkdirTemp(filepath.Dir(target), "download-")
 	if err != nil {
@@ -115,7 +115,10 @@ func fetch(version embeddedpostgres.PostgresVersion, target, mirror string) erro
 	bin := binaries{dir: filepath.Join(unpacked, "bin")}
 	for _, program := range []string{bin.postgres(), bin.initdb()} {
 		if _, err := os.Stat(program); err != nil {
-			return errors.Join(startErr, err)
+			if startErr != nil {
+				return startErr // which is why it is not there
+			}
+			return err
 		}
 	}
 	if err := os.Chmod(unpacked, 0o755); err != nil {

@@ -29,7 +29,10 @@ func TestMain(m *testing.M) {
 		}
 		os.Exit(0)
 	}
-	goleak.VerifyTestMain(m)
+	goleak.VerifyTestMain(m, goleak.Cleanup(func(code int) {
+		sweep(os.TempDir()) // of the killed helpers
+		os.Exit(code)
+	}))
 }
 
 var helpers = map[string]func(args []string) error{

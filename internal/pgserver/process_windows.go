@@ -18,7 +18,7 @@ func (p *process) signalImmediate() error { return p.signal("QUIT") }
 
 // signal goes through pg_ctl, which knows the pipe that stands for signals on Windows.
 func (p *process) signal(name string) error {
-	return exec.Command(p.binaries.pgCtl(), "kill", name, strconv.Itoa(p.pid())).Run()
+	return exec.Command(p.binaries.program("pg_ctl"), "kill", name, strconv.Itoa(p.pid())).Run()
 }
 
 // isolate gives cmd a process group of its own, so that Ctrl-C does not reach it.

@@ -1,0 +1,490 @@
+package middleware_test
+
+import (
+	"context"
+	"errors"
+	"io"
+	"net/http"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/go-chi/chi/v5"
+
+	"github.com/paidonce/idempotency"
+	"github.com/paidonce/idempotency/middleware"
+	"github.com/paidonce/idempotency/middleware/chiroute"
+	"github.com/paidonce/idempotency/storage/postgres"
+)
+
+// The table of what goes over the wire, row by row.
+
+func TestFirstRunThenReplay(t *testing.T) {
+	t.Parallel()
+	b := setup(t, setupOptions{}, transfer)
+	first := b.post(t, "/transfers", "{}", "Idempotency-Key", "k")
+	want(t, first, 201, idempotency.OutcomeExecuted, "")
+	if first.header.Get("Set-Cookie") == "" || first.header.Get("Idempotent-Replayed") != "" {
+		t.Errorf("header %v", first.header)
+	}
+	for _, key := range []string{"k", `"k"`} {
+		replay := b.post(t, "/transfers", "{}", "Idempotency-Key", key)
+		want(t, replay, 201, idempotency.OutcomeReplayed, "")
+		if replay.body != first.body || replay.header.Get("Location") != first.header.Get("Location") || replay.header.Get("Content-Type") != first.header.Get("Content-Type") {
+			t.Errorf("replayed %q %v", replay.body, replay.header)
+		}
+		if replay.header.Get("Idempotent-Replayed") != "true" || replay.header.Get("Set-Cookie") != "" {
+			t.Errorf("header %v", replay.header)
+		}
+		created, err := time.Parse(time.RFC3339, replay.header.Get("Idempotency-Created-At"))
+		if err != nil || time.Since(created) > time.Minute {
+			t.Errorf("created at %v, %v", created, err)
+		}
+		expires, err := time.Parse(time.RFC3339, replay.header.Get("Idempotency-Expires-At"))
+		if err != nil || expires.Sub(created) != 24*time.Hour {
+			t.Errorf("expires at %v, %v", expires, err)
+		}
+	}
+	if b.runs.Load() != 1 || b.effects(t) != 1 || b.records(t) != 1 {
+		t.Errorf("%d runs, %d effects, %d records", b.runs.Load(), b.effects(t), b.records(t))
+	}
+}
+
+func TestKeyMissing(t *testing.T) {
+	t.Parallel()
+	b := setup(t, setupOptions{}, transfer)
+	want(t, b.post(t, "/transfers", "{}"), 400, idempotency.OutcomeNotExecuted, idempotency.ReasonKeyMissing)
+	want(t, b.post(t, "/transfers?idempotency-key=k", `{"idempotency_key":"k"}`, "Idempotency_Key", "k"), 400, idempotency.OutcomeNotExecuted, idempotency.ReasonKeyMissing)
+	trailer := b.raw(t, "POST /transfers HTTP/1.1\r\nHost: x\r\nAccount: acme\r\nTransfer-Encoding: chunked\r\nTrailer: Idempotency-Key\r\n\r\n2\r\n{}\r\n0\r\nIdempotency-Key: k\r\n\r\n")
+	want(t, trailer, 400, idempotency.OutcomeNotExecuted, idempotency.ReasonKeyMissing)
+	if b.runs.Load() != 0 {
+		t.Error("the handler ran")
+	}
+}
+
+func TestCallerUnknown(t *testing.T) {
+	t.Parallel()
+	b := setup(t, setupOptions{}, transfer)
+	want(t, b.post(t, "/transfers", "{}", "Idempotency-Key", "k", "Account", ""), 401, idempotency.OutcomeNotExecuted, idempotency.ReasonScope)
+	want(t, b.post(t, "/transfers", "{}", "Idempotency-Key", "k", "Account", "empty"), 401, idempotency.OutcomeNotExecuted, idempotency.ReasonScope)
+	want(t, b.post(t, "/transfers", "{}", "Idempotency-Key", "k", "Account", strings.Repeat("a", 256)), 401, idempotency.OutcomeNotExecuted, idempotency.ReasonScope)
+	blocked := b.post(t, "/transfers", "{}", "Idempotency-Key", "k", "Account", "blocked")
+	want(t, blocked, 403, idempotency.OutcomeNotExecuted, idempotency.ReasonScope)
+	if !strings.Contains(blocked.body, "The account is blocked.") {
+		t.Errorf("body %s", blocked.body)
+	}
+	if b.runs.Load() != 0 {
+		t.Error("the handler ran")
+	}
+	want(t, b.post(t, "/transfers", "{}", "Idempotency-Key", "k", "Account", strings.Repeat("a", 255)), 201, idempotency.OutcomeExecuted, "")
+}
+
+func TestBodyTooLarge(t *testing.T) {
+	t.Parallel()
+	b := setup(t, setupOptions{middleware: &middleware.Options{BodyBytesMax: 100}, poolMax: 1}, transfer)
+	held, err := b.pool.Acquire(context.Background()) // nothing below may need a connection
+	if err != nil {
+		t.Fatal(err)
+	}
+	want(t, b.post(t, "/transfers", strings.Repeat("x", 101), "Idempotency-Key", "k"), 413, idempotency.OutcomeNotExecuted, idempotency.ReasonBodyTooLarge)
+	want(t, b.send(t, "POST", "/transfers", io.MultiReader(strings.NewReader(strings.Repeat("x", 101))), "Idempotency-Key", "k"), 413, idempotency.OutcomeNotExecuted, idempotency.ReasonBodyTooLarge)
+	// A client that waits for 100 Continue is answered 413 at once, and keeps its body.
+	want(t, b.raw(t, "POST /transfers HTTP/1.1\r\nHost: x\r\nAccount: acme\r\nIdempotency-Key: k\r\nExpect: 100-continue\r\nContent-Length: 101\r\n\r\n"), 413, idempotency.OutcomeNotExecuted, idempotency.ReasonBodyTooLarge)
+	held.Release()
+	want(t, b.post(t, "/transfers", strings.Repeat("x", 100), "Idempotency-Key", "k"), 201, idempotency.OutcomeExecuted, "")
+	want(t, b.send(t, "POST", "/transfers", io.MultiReader(strings.NewReader(strings.Repeat("x", 100))), "Idempotency-Key", "k"), 201, idempotency.OutcomeReplayed, "")
+}
+
+func TestKeyReused(t *testing.T) {
+	t.Parallel()
+	b := setup(t, setupOptions{}, transfer)
+	send := func(method, path, body, contentType string) reply {
+		return b.send(t, method, path, strings.NewReader(body), "Idempotency-Key", "k", "Content-Type", contentType)
+	}
+	want(t, send("POST", "/a%2Fb?x=1&y=2", `{"a":1}`, "application/json"), 201, idempotency.OutcomeExecuted, "")
+	for name, other := range map[string]reply{
+		"another body":       send("POST", "/a%2Fb?x=1&y=2", `{"a":2}`, "application/json"),
+		"one more space":     send("POST", "/a%2Fb?x=1&y=2", `{"a": 1}`, "application/json"),
+		"another path":       send("POST", "/c?x=1&y=2", `{"a":1}`, "application/json"),
+		"the path unescaped": send("POST", "/a/b?x=1&y=2", `{"a":1}`, "application/json"),
+		"query order":        send("POST", "/a%2Fb?y=2&x=1", `{"a":1}`, "application/json"),
+		"another method":     send("PUT", "/a%2Fb?x=1&y=2", `{"a":1}`, "application/json"),
+		"another type":       send("POST", "/a%2Fb?x=1&y=2", `{"a":1}`, "application/merge-patch+json"),
+		"a new boundary":     send("POST", "/a%2Fb?x=1&y=2", `{"a":1}`, "multipart/form-data; boundary=x"),
+	} {
+		t.Log(name)
+		want(t, other, 422, idempotency.OutcomeMismatch, idempotency.ReasonKeyReused)
+	}
+	if b.runs.Load() != 1 {
+		t.Errorf("%d runs, want 1", b.runs.Load())
+	}
+	// Another scope is a separate run; another case is another key; a rotated credential is the same account.
+	want(t, b.post(t, "/t", "{}", "Idempotency-Key", "k", "Account", "globex"), 201, idempotency.OutcomeExecuted, "")
+	want(t, b.post(t, "/t", "{}", "Idempotency-Key", "K"), 201, idempotency.OutcomeExecuted, "")
+	want(t, b.post(t, "/t", "{}", "Idempotency-Key", "K", "Authorization", "Bearer rotated"), 201, idempotency.OutcomeReplayed, "")
+	// Chunked or not, the same bytes are the same request.
+	want(t, b.send(t, "POST", "/t", io.MultiReader(strings.NewReader("{}")), "Idempotency-Key", "K"), 201, idempotency.OutcomeReplayed, "")
+	// A replay knows no preconditions and no ranges.
+	want(t, b.post(t, "/t", "{}", "Idempotency-Key", "K", "If-Match", `"x"`, "Range", "bytes=0-1"), 201, idempotency.OutcomeReplayed, "")
+}
+
+func TestInProgress(t *testing.T) {
+	t.Parallel()
+	entered, release := make(chan struct{}), make(chan struct{})
+	b := setup(t, setupOptions{}, func(w http.ResponseWriter, r *http.Request) {
+		close(entered)
+		<-release
+		transfer(w, r)
+	})
+	done := make(chan reply)
+	go func() { done <- b.post(t, "/transfers", "{}", "Idempotency-Key", "k") }()
+	<-entered
+	conflict := b.post(t, "/transfers", "{}", "Idempotency-Key", "k")
+	want(t, conflict, 409, idempotency.OutcomeInProgress, idempotency.ReasonInProgress)
+	if got := conflict.header.Get("Retry-After"); got != "1" {
+		t.Errorf("Retry-After %q", got)
+	}
+	close(release)
+	want(t, <-done, 201, idempotency.OutcomeExecuted, "")
+	want(t, b.post(t, "/transfers", "{}", "Idempotency-Key", "k"), 201, idempotency.OutcomeReplayed, "")
+}
+
+// F24, F25, F29 and the rows of a handler that failed.
+func TestHandlerFailed(t *testing.T) {
+	t.Parallel()
+	for name, fail := range map[string]http.HandlerFunc{
+		"panic":                   func(http.ResponseWriter, *http.Request) { panic("canary") },
+		"panic after the status":  func(w http.ResponseWriter, r *http.Request) { transfer(w, r); panic(errors.New("canary")) },
+		"nil dereference":         func(http.ResponseWriter, *http.Request) { var p *int; *p = 1 },
+		"answer over the limit":   func(w http.ResponseWriter, _ *http.Request) { _, _ = w.Write(make([]byte, 101)) },
+		"limit passed in pieces":  func(w http.ResponseWriter, _ *http.Request) { _, _ = w.Write(make([]byte, 100)); _, _ = w.Write([]byte{1}) },
+		"2xx on an aborted one":   func(w http.ResponseWriter, r *http.Request) { _, _ = postgres.Tx(r.Context()).Exec(r.Context(), "SELECT 1/0"); w.WriteHeader(201) },
+		"a status that isn't one": func(w http.ResponseWriter, _ *http.Request) { w.WriteHeader(99) },
+		"switching protocols":     func(w http.ResponseWriter, _ *http.Request) { w.WriteHeader(101) },
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			failing := true
+			b := setup(t, setupOptions{middleware: &middleware.Options{AnswerBytesMax: 100}}, func(w http.ResponseWriter, r *http.Request) {
+				transfer(&headerless{w}, r)
+				if failing {
+					fail(w, r)
+				}
+			})
+			failed := b.post(t, "/transfers", "{}", "Idempotency-Key", "k")
+			want(t, failed, 500, idempotency.OutcomeNotExecuted, idempotency.ReasonHandlerFailed)
+			if strings.Contains(failed.body+b.logs.String(), "canary") {
+				t.Errorf("the panic's value is shown: %s %s", failed.body, b.logs)
+			}
+			if !strings.Contains(b.logs.String(), "reason=handler-failed") {
+				t.Errorf("logged: %s", b.logs)
+			}
+			if b.effects(t) != 0 || b.records(t) != 0 {
+				t.Errorf("%d effects, %d records", b.effects(t), b.records(t))
+			}
+			failing = false // the retry runs again
+			want(t, b.post(t, "/transfers", "{}", "Idempotency-Key", "k"), 200, idempotency.OutcomeExecuted, "")
+		})
+	}
+}
+
+// headerless hides a handler's answer, and leaves its effect.
+type headerless struct{ w http.ResponseWriter }
+
+func (h *headerless) Header() http.Header         { return http.Header{} }
+func (h *headerless) WriteHeader(int)             {}
+func (h *headerless) Write(p []byte) (int, error) { return len(p), nil }
+
+// F24: http.ErrAbortHandler goes on, and nothing is executed.
+func TestAbortHandlerGoesOn(t *testing.T) {
+	t.Parallel()
+	abort := true
+	b := setup(t, setupOptions{}, func(w http.ResponseWriter, r *http.Request) {
+		transfer(w, r)
+		if abort {
+			panic(http.ErrAbortHandler)
+		}
+	})
+	r, err := http.NewRequest("POST", b.server.URL, http.NoBody)
+	if err != nil {
+		t.Fatal(err)
+	}
+	r.Header.Set("Account", "acme")
+	r.Header["Idempotency-Key"] = []string{"k"}
+	r.GetBody = nil
+	r.Body = io.NopCloser(strings.NewReader("x"))
+	if response, err := b.client.Do(r); err == nil {
+		_ = response.Body.Close()
+		t.Errorf("status %d, want a cut connection", response.StatusCode)
+	}
+	if b.effects(t) != 0 || b.records(t) != 0 || b.logs.Len() != 0 {
+		t.Errorf("%d effects, %d records, logged %q", b.effects(t), b.records(t), b.logs)
+	}
+	abort = false
+	want(t, b.post(t, "/", "{}", "Idempotency-Key", "k"), 201, idempotency.OutcomeExecuted, "")
+}
+
+// The handler ended the transaction behind our back: storage/postgres shows how it could. Here a trigger stands in for it,
+// which refuses the record as another transaction's.
+func TestTransactionLost(t *testing.T) {
+	t.Parallel()
+	b := setup(t, setupOptions{}, transfer)
+	_, err := b.pool.Exec(context.Background(), `
+		CREATE FUNCTION other_transaction() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN NEW.created_at = NULL; RETURN NEW; END $$;
+		CREATE TRIGGER other_transaction BEFORE INSERT ON idempotency_keys FOR EACH ROW EXECUTE FUNCTION other_transaction()`)
+	if err != nil {
+		t.Fatal(err)
+	}
+	want(t, b.post(t, "/", "{}", "Idempotency-Key", "k"), 500, idempotency.OutcomeUnknown, idempotency.ReasonTransactionLost)
+}
+
+func TestUnavailable(t *testing.T) {
+	t.Parallel()
+	b := setup(t, setupOptions{store: &postgres.Options{AcquireTimeout: 50 * time.Millisecond}, poolMax: 1}, transfer)
+	held, err := b.pool.Acquire(context.Background())
+	if err != nil {
+		t.Fatal(err)
+	}
+	refused := b.post(t, "/", "{}", "Idempotency-Key", "k")
+	want(t, refused, 503, idempotency.OutcomeNotExecuted, idempotency.ReasonUnavailable)
+	if refused.header.Get("Retry-After") == "" {
+		t.Error("no Retry-After")
+	}
+	held.Release()
+	want(t, b.post(t, "/", "{}", "Idempotency-Key", "k"), 201, idempotency.OutcomeExecuted, "")
+}
+
+func TestOutcomeUnknown(t *testing.T) {
+	t.Parallel()
+	var b *testBundle
+	b = setup(t, setupOptions{}, func(w http.ResponseWriter, r *http.Request) {
+		var pid int
+		if err := postgres.Tx(r.Context()).QueryRow(r.Context(), "SELECT pg_backend_pid()").Scan(&pid); err != nil {
+			t.Error(err)
+		}
+		if _, err := b.pool.Exec(context.Background(), "SELECT pg_terminate_backend($1, 5000)", pid); err != nil {
+			t.Error(err)
+		}
+		w.WriteHeader(201)
+	})
+	unknown := b.post(t, "/", "{}", "Idempotency-Key", "k")
+	want(t, unknown, 503, idempotency.OutcomeUnknown, idempotency.ReasonOutcomeUnknown)
+	if unknown.header.Get("Retry-After") == "" {
+		t.Error("no Retry-After")
+	}
+}
+
+func TestSafeMethodsPassThrough(t *testing.T) {
+	t.Parallel()
+	b := setup(t, setupOptions{}, func(w http.ResponseWriter, _ *http.Request) { w.WriteHeader(http.StatusTeapot) })
+	for _, method := range []string{"GET", "HEAD", "OPTIONS", "TRACE"} {
+		for range 2 {
+			got := b.send(t, method, "/", http.NoBody, "Idempotency-Key", "k", "Account", "")
+			if got.status != http.StatusTeapot || got.outcome != "" {
+				t.Errorf("%s: %d %q", method, got.status, got.outcome)
+			}
+		}
+	}
+	if b.runs.Load() != 8 {
+		t.Errorf("%d runs, want 8", b.runs.Load())
+	}
+}
+
+func TestOptionalKey(t *testing.T) {
+	t.Parallel()
+	status := http.StatusCreated
+	b := setup(t, setupOptions{middleware: &middleware.Options{Optional: true}}, func(w http.ResponseWriter, r *http.Request) {
+		transfer(&headerless{w}, r)
+		w.WriteHeader(status)
+	})
+	want(t, b.post(t, "/", "{}"), 201, idempotency.OutcomeExecuted, "")
+	want(t, b.post(t, "/", "{}"), 201, idempotency.OutcomeExecuted, "")
+	status = http.StatusPaymentRequired
+	want(t, b.post(t, "/", "{}"), 402, idempotency.OutcomeNotExecuted, "")
+	status = http.StatusInternalServerError
+	want(t, b.post(t, "/", "{}"), 500, idempotency.OutcomeNotExecuted, "")
+	if b.effects(t) != 2 || b.records(t) != 0 {
+		t.Errorf("%d effects, %d records; want 2 and none", b.effects(t), b.records(t))
+	}
+	want(t, b.post(t, "/", "{}", "Idempotency-Key", "a b"), 400, idempotency.OutcomeNotExecuted, idempotency.ReasonKeyInvalid)
+	status = http.StatusCreated
+	want(t, b.post(t, "/", "{}", "Idempotency-Key", "k"), 201, idempotency.OutcomeExecuted, "")
+	want(t, b.post(t, "/", "{}", "Idempotency-Key", "k"), 201, idempotency.OutcomeReplayed, "")
+}
+
+func TestAuthorizeReplay(t *testing.T) {
+	t.Parallel()
+	revoked := false
+	var b *testBundle
+	b = setup(t, setupOptions{poolMax: 1, middleware: &middleware.Options{AuthorizeReplay: func(r *http.Request, record *idempotency.Record) error {
+		if record.Response.Status != 201 {
+			t.Errorf("record %+v", record)
+		}
+		if n := b.count(t, "SELECT 1"); n != 1 { // the connection was given back
+			t.Error(n)
+		}
+		if revoked {
+			return errors.New("revoked")
+		}
+		return nil
+	}}}, transfer)
+	want(t, b.post(t, "/", "{}", "Idempotency-Key", "k"), 201, idempotency.OutcomeExecuted, "")
+	want(t, b.post(t, "/", "{}", "Idempotency-Key", "k"), 201, idempotency.OutcomeReplayed, "")
+	revoked = true
+	denied := b.post(t, "/", "{}", "Idempotency-Key", "k")
+	want(t, denied, 403, idempotency.OutcomeUnknown, idempotency.ReasonReplayDenied)
+	if denied.header.Get("Location") != "" || denied.header.Get("Idempotent-Replayed") != "" {
+		t.Errorf("header %v", denied.header)
+	}
+}
+
+func TestInFlightCapCountsNoSlowBodies(t *testing.T) {
+	t.Parallel()
+	entered, release := make(chan struct{}), make(chan struct{})
+	b := setup(t, setupOptions{middleware: &middleware.Options{Engine: idempotency.Options{InFlightMax: 1}}}, func(w http.ResponseWriter, r *http.Request) {
+		if r.Header.Get("Slow") != "" {
+			close(entered)
+			<-release
+		}
+		transfer(w, r)
+	})
+	for range 20 { // bodies that never arrive
+		conn := b.dial(t)
+		if _, err := io.WriteString(conn, "POST / HTTP/1.1\r\nHost: x\r\nAccount: acme\r\nIdempotency-Key: k\r\nContent-Length: 10\r\n\r\n{"); err != nil {
+			t.Fatal(err)
+		}
+	}
+	done := make(chan reply)
+	go func() { done <- b.post(t, "/", "{}", "Idempotency-Key", "slow", "Slow", "1") }()
+	<-entered
+	want(t, b.post(t, "/", "{}", "Idempotency-Key", "other"), 503, idempotency.OutcomeNotExecuted, idempotency.ReasonUnavailable)
+	close(release)
+	want(t, <-done, 201, idempotency.OutcomeExecuted, "")
+	want(t, b.post(t, "/", "{}", "Idempotency-Key", "other"), 201, idempotency.OutcomeExecuted, "")
+}
+
+func TestRoutesHaveOptionsOfTheirOwn(t *testing.T) {
+	t.Parallel()
+	b := setup(t, setupOptions{mount: func(idem *middleware.Middleware, handler http.Handler) http.Handler {
+		mux := http.NewServeMux()
+		mux.Handle("/day", idem.Handler(handler))
+		mux.Handle("/hour", idem.With(func(o *middleware.Options) { o.Engine.TTL = time.Hour; o.Optional = true }).Handler(handler))
+		return mux
+	}}, transfer)
+	want(t, b.post(t, "/day", "{}"), 400, idempotency.OutcomeNotExecuted, idempotency.ReasonKeyMissing)
+	want(t, b.post(t, "/hour", "{}"), 201, idempotency.OutcomeExecuted, "")
+	want(t, b.post(t, "/day", "{}", "Idempotency-Key", "day"), 201, idempotency.OutcomeExecuted, "")
+	want(t, b.post(t, "/hour", "{}", "Idempotency-Key", "hour"), 201, idempotency.OutcomeExecuted, "")
+	if n := b.count(t, "SELECT count(*) FROM idempotency_keys WHERE (key, expires_at - created_at) IN (('day', '24 hours'), ('hour', '1 hour'))"); n != 2 {
+		t.Errorf("%d records have their route's TTL, want 2", n)
+	}
+}
+
+// A second run starts from the request as it came: its body, its headers, and its router's state.
+func TestSecondRunStartsFromTheRequestAsItCame(t *testing.T) {
+	t.Parallel()
+	var runs int
+	handler := func(w http.ResponseWriter, r *http.Request) {
+		body, err := io.ReadAll(r.Body)
+		if err != nil || string(body) != "{}" || r.Header.Get("Changed") != "" || r.URL.Path == "/changed" || w.Header().Get("Left") != "" || r.ContentLength != 2 {
+			t.Errorf("run %d: body %q, %v, header %v, path %s", runs, body, err, r.Header, r.URL.Path)
+		}
+		r.Header.Set("Changed", "yes")
+		r.URL.Path = "/changed"
+		w.Header().Set("Left", "behind")
+		if runs++; runs%2 == 1 {
+			_, _ = postgres.Tx(r.Context()).Exec(r.Context(), "DO $$ BEGIN RAISE SQLSTATE '40001'; END $$")
+			w.WriteHeader(http.StatusInternalServerError)
+			return
+		}
+		transfer(w, r)
+	}
+	for name, c := range map[string]struct {
+		mount  func(idem *middleware.Middleware, handler http.Handler) http.Handler
+		state  middleware.RouterStateFunc
+		status int
+		reason idempotency.Reason
+	}{
+		"net/http": {func(idem *middleware.Middleware, handler http.Handler) http.Handler {
+			mux := http.NewServeMux()
+			mux.Handle("POST /v1/transfers", idem.Handler(handler))
+			return mux
+		}, nil, 201, ""},
+		"chi With": {func(idem *middleware.Middleware, handler http.Handler) http.Handler {
+			r := chi.NewRouter()
+			r.With(idem.Handler).Method("POST", "/v1/transfers", handler)
+			return r
+		}, chiroute.State, 201, ""},
+		"chi Use": {func(idem *middleware.Middleware, handler http.Handler) http.Handler {
+			r := chi.NewRouter()
+			r.Use(idem.Handler)
+			r.Route("/v1", func(r chi.Router) { r.Method("POST", "/transfers", handler) })
+			return r
+		}, chiroute.State, 201, ""},
+		"chi Route": {func(idem *middleware.Middleware, handler http.Handler) http.Handler {
+			r := chi.NewRouter()
+			r.Route("/v1", func(r chi.Router) {
+				r.Use(idem.Handler)
+				r.Route("/transfers", func(r chi.Router) { r.Method("POST", "/", handler) })
+			})
+			return r
+		}, chiroute.State, 201, ""},
+		"chi Mount": {func(idem *middleware.Middleware, handler http.Handler) http.Handler {
+			inner := chi.NewRouter()
+			inner.Method("POST", "/transfers", handler)
+			r := chi.NewRouter()
+			r.With(idem.Handler).Mount("/v1", inner)
+			return r
+		}, chiroute.State, 201, ""},
+		"chi without its state": {func(idem *middleware.Middleware, handler http.Handler) http.Handler {
+			r := chi.NewRouter()
+			r.Use(idem.Handler)
+			r.Route("/v1", func(r chi.Router) { r.Method("POST", "/transfers", handler) })
+			return r
+		}, nil, 503, idempotency.ReasonUnavailable},
+	} {
+		t.Run(name, func(t *testing.T) {
+			runs = 0
+			b := setup(t, setupOptions{mount: c.mount, middleware: &middleware.Options{RouterState: c.state}}, handler)
+			outcome := idempotency.OutcomeExecuted
+			if c.status != 201 {
+				outcome = idempotency.OutcomeNotExecuted
+			}
+			got := b.post(t, "/v1/transfers", "{}", "Idempotency-Key", "k")
+			want(t, got, c.status, outcome, c.reason)
+			if effects := b.effects(t); (effects == 1) != (c.status == 201) {
+				t.Errorf("%d effects", effects)
+			}
+		})
+	}
+}
+
+func TestOwnFingerprint(t *testing.T) {
+	t.Parallel()
+	byHeader := func(name string) func(*http.Request, []byte) []byte {
+		return func(r *http.Request, _ []byte) []byte { return []byte(r.Header.Get(name)) }
+	}
+	b := setup(t, setupOptions{mount: func(idem *middleware.Middleware, handler http.Handler) http.Handler {
+		mux := http.NewServeMux()
+		for path, fingerprints := range map[string][]middleware.Fingerprint{
+			"/built-in": nil,
+			"/own":      {{Version: 100, Content: byHeader("One")}, middleware.FingerprintV1},
+			"/newer":    {{Version: 101, Content: byHeader("Two")}, {Version: 100, Content: byHeader("One")}},
+		} {
+			with := idem.With(func(o *middleware.Options) { o.Fingerprints = fingerprints })
+			mux.Handle(path+"/", http.StripPrefix(path, with.Handler(handler)))
+		}
+		return mux
+	}}, transfer)
+	want(t, b.post(t, "/built-in/x", "a", "Idempotency-Key", "v1"), 201, idempotency.OutcomeExecuted, "")
+	want(t, b.post(t, "/own/x", "a", "Idempotency-Key", "v1"), 201, idempotency.OutcomeReplayed, "") // compared with the old function
+	want(t, b.post(t, "/own/x", "b", "Idempotency-Key", "v1"), 422, idempotency.OutcomeMismatch, idempotency.ReasonKeyReused)
+
+	want(t, b.post(t, "/own/x", "a", "Idempotency-Key", "v100", "One", "1"), 201, idempotency.OutcomeExecuted, "")
+	want(t, b.post(t, "/own/x", "b", "Idempotency-Key", "v100", "One", "1"), 201, idempotency.OutcomeReplayed, "")
+	want(t, b.post(t, "/newer/x", "b", "Idempotency-Key", "v100", "One", "1", "Two", "2"), 201, idempotency.OutcomeReplayed, "")
+	want(t, b.post(t, "/newer/x", "b", "Idempotency-Key", "v100", "One", "2", "Two", "2"), 422, idempotency.OutcomeMismatch, idempotency.ReasonKeyReused)
+
+	// A record of a function that this version does not know can't be compared, and is never replayed for that reason.
+	want(t, b.post(t, "/built-in/x", "a", "Idempotency-Key", "v100", "One", "1"), 503, idempotency.OutcomeUnknown, idempotency.ReasonOutcomeUnknown)
+}
