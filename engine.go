@@ -26,7 +26,8 @@ var ErrInFlightMax = errors.New("too many requests in flight")
 // Options tune an [Engine]. Nil and the zero value are the defaults, which are the safest.
 type Options struct {
 	// HandlerTimeout bounds the claim and all runs of the handler together. When it is over the handler's context ends,
-	// and with it what the handler has under way in the database. The default is [HandlerTimeoutDefault].
+	// and with it what the handler has under way in the database; what the handler then answers counts if it is to be
+	// recorded, and is unavailable otherwise. The default is [HandlerTimeoutDefault].
 	HandlerTimeout time.Duration
 
 	// CommitTimeout bounds the record and COMMIT, on a context of their own. When it is over the outcome is unknown. The
@@ -231,6 +232,9 @@ func (e *Engine) attempt(ctx context.Context, req *Request, run RunFunc, trace *
 	disposition := Forget
 	if failed == nil {
 		disposition = e.disposition(req, answer)
+	}
+	if disposition == Forget && ctx.Err() != nil {
+		failed = fmt.Errorf("%w: the handler took longer than %v", ErrUnavailable, e.options.HandlerTimeout)
 	}
 	fact := factAfterHandler(sealed, failed, disposition)
 	switch Decide(fact).Action {

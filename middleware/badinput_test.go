@@ -368,7 +368,7 @@ func TestHandlerTimeout(t *testing.T) {
 		}
 		transfer(w, r)
 	})
-	want(t, b.post(t, "/", "{}", "Idempotency-Key", "k"), 500, idempotency.OutcomeNotExecuted, "") // the handler's own, of its SQL error
+	want(t, b.post(t, "/", "{}", "Idempotency-Key", "k"), 503, idempotency.OutcomeNotExecuted, idempotency.ReasonUnavailable)
 	slow = false
 	want(t, b.post(t, "/", "{}", "Idempotency-Key", "k"), 201, idempotency.OutcomeExecuted, "")
 }

@@ -1,0 +1,126 @@
+package middleware
+
+import (
+	"net/http"
+	"net/http/httptest"
+	"strings"
+	"testing"
+
+	"pgregory.net/rapid"
+
+	"github.com/paidonce/idempotency"
+)
+
+// FuzzKeyValue: what is read is a valid key, quoting it gives the same key, and what is not valid is an error.
+func FuzzKeyValue(f *testing.F) {
+	for _, seed := range []string{"k", `"k"`, "", `""`, `"a\"b"`, "a b", "a,b", `"a";v=1`, "ü", `"\\"`, " k "} {
+		f.Add(seed)
+	}
+	f.Fuzz(func(t *testing.T, header string) {
+		value, err := keyValue(http.Header{"Idempotency-Key": {header}}, 1, idempotency.KeyBytesMax)
+		if err != nil {
+			if value != "" {
+				t.Errorf("%q: %q with %v", header, value, err)
+			}
+			if len(header) < 256 && idempotency.ValidateKeyValue(header) == nil {
+				t.Errorf("%q is refused: %v", header, err)
+			}
+			return
+		}
+		if err := idempotency.ValidateKeyValue(value); err != nil {
+			t.Errorf("%q was read as %q: %v", header, value, err)
+		}
+		quoted := `"` + strings.ReplaceAll(value, `\`, `\\`) + `"`
+		again, err := keyValue(http.Header{"Idempotency-Key": {quoted}}, 1, idempotency.KeyBytesMax)
+		if err != nil || again != value {
+			t.Errorf("%q quoted is %q, %v", value, again, err)
+		}
+	})
+}
+
+// Whatever a handler sets: nothing is recorded but the allow-list, no credential, nothing of the connection, and
+// nothing that could end a header line.
+func TestOnlyTheAllowListIsRecorded(t *testing.T) {
+	t.Parallel()
+	names := append(RecordedHeaders(), "Set-Cookie", "Authorization", "Connection", "Www-Authenticate", "Idempotency-Status",
+		"Transfer-Encoding", "Content-Length", "Date", "X-Own", "Keep-Alive", "Upgrade", "Trailer:X", "Proxy-Authorization")
+	m := New(stubStore{}, func(*http.Request) (string, error) { return "", nil }, &Options{RecordHeaders: []string{"x-own"}})
+	rapid.Check(t, func(t *rapid.T) {
+		name := rapid.OneOf(rapid.SampledFrom(names), rapid.StringMatching(`[A-Z][a-z]{0,8}(-[A-Z][a-z]{0,8})?`))
+		value := rapid.OneOf(rapid.StringN(0, 20, 40), rapid.Just("a\r\nSet-Cookie: b"), rapid.SampledFrom(names))
+		header := http.Header(rapid.MapOf(name, rapid.SliceOfN(value, 1, 3)).Draw(t, "header"))
+		outer := http.Header(rapid.MapOf(name, rapid.SliceOfN(value, 1, 3)).Draw(t, "outer"))
+		recorded := recordable(header, outer, m.headers)
+		for name, values := range recorded {
+			if !m.headers[name] || neverRecorded(name) {
+				t.Fatalf("%s is recorded", name)
+			}
+			for _, connection := range header["Connection"] {
+				if strings.EqualFold(connection, name) {
+					t.Fatalf("%s is recorded although Connection names it", name)
+				}
+			}
+			if len(values) != len(header[name]) {
+				t.Fatalf("%s: %q became %q", name, header[name], values)
+			}
+			if strings.ContainsAny(strings.Join(values, ""), "\r\n\x00") {
+				t.Fatalf("%s: %q", name, values)
+			}
+		}
+		for _, name := range RecordedHeaders() {
+			if _, lost := recorded[name]; !lost && header[name] != nil && header["Connection"] == nil && outer[name] == nil {
+				t.Fatalf("%s is not recorded", name)
+			}
+		}
+	})
+}
+
+type stubStore struct{ idempotency.Store }
+
+func TestOptionsThatCannotWorkPanic(t *testing.T) {
+	t.Parallel()
+	scope := func(*http.Request) (string, error) { return "", nil }
+	panics := func(do func()) (text string) {
+		defer func() { text, _ = recover().(string) }()
+		do()
+		return ""
+	}
+	own := func(*http.Request, []byte) []byte { return nil }
+	for _, opts := range []*Options{
+		{KeyBytesMin: 9, KeyBytesMax: 8}, {KeyBytesMin: -1}, {KeyBytesMax: 256}, {BodyBytesMax: -1}, {AnswerBytesMax: -1}, {RetryAfter: -1},
+		{RecordHeaders: []string{"set-cookie"}}, {RecordHeaders: []string{"connection"}}, {RecordHeaders: []string{"Idempotency-Status"}},
+		{Fingerprints: []Fingerprint{{Version: 99, Content: own}}}, {Fingerprints: []Fingerprint{{Version: 100}}}, {Fingerprints: []Fingerprint{{Version: 1, Content: own}}},
+		{Fingerprints: []Fingerprint{FingerprintV1, FingerprintV1}},
+		{Engine: idempotency.Options{TTL: 1}}, {Engine: idempotency.Options{HandlerTimeout: -1}},
+	} {
+		if text := panics(func() { New(stubStore{}, scope, opts) }); !strings.HasPrefix(text, "idempotency") {
+			t.Errorf("%+v: %q", opts, text)
+		}
+	}
+	for _, opts := range []*Options{nil, {KeyBytesMin: 8, KeyBytesMax: 8}, {KeyBytesMax: 255}, {Fingerprints: []Fingerprint{{Version: 100, Content: own}}}, {RecordHeaders: []string{"x-own"}}} {
+		if text := panics(func() { New(stubStore{}, scope, opts) }); text != "" {
+			t.Errorf("%+v: %q", opts, text)
+		}
+	}
+	if text := panics(func() { New(stubStore{}, nil, nil) }); !strings.Contains(text, "ScopeFunc") {
+		t.Errorf("without a scope function: %q", text)
+	}
+	if text := panics(func() { New(nil, scope, nil) }); !strings.Contains(text, "Store") {
+		t.Errorf("without a store: %q", text)
+	}
+}
+
+func TestTraceID(t *testing.T) {
+	t.Parallel()
+	for header, want := range map[string]string{
+		"00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01": "4bf92f3577b34da6a3ce929d0e0e4736",
+		"": "", "00-4bf9": "", "00-4BF92F3577B34DA6A3CE929D0E0E4736-00f067aa0ba902b7-01": "",
+		"00-4bf92f3577b34da6a3ce929d0e0e4736x00f067aa0ba902b7-01": "",
+	} {
+		r := httptest.NewRequest("POST", "/", nil)
+		r.Header.Set("Traceparent", header)
+		if got := traceID(r); got != want {
+			t.Errorf("%q: %q, want %q", header, got, want)
+		}
+	}
+}
