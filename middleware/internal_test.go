@@ -3,6 +3,8 @@ package middleware
 import (
 	"net/http"
 	"net/http/httptest"
+	"os"
+	"strconv"
 	"strings"
 	"testing"
 
@@ -122,5 +124,22 @@ func TestTraceID(t *testing.T) {
 		if got := traceID(r); got != want {
 			t.Errorf("%q: %q, want %q", header, got, want)
 		}
+	}
+}
+
+// A problem's type leads to its description.
+func TestEveryProblemIsDescribed(t *testing.T) {
+	t.Parallel()
+	doc, err := os.ReadFile("../docs/problems.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for reason, text := range texts {
+		if !strings.Contains(string(doc), "\n## "+string(reason)+"\n"+strconv.Itoa(text.status)) {
+			t.Errorf("docs/problems.md has no %s with status %d", reason, text.status)
+		}
+	}
+	if headings := strings.Count(string(doc), "\n## "); headings != len(texts) {
+		t.Errorf("docs/problems.md describes %d problems, and there are %d", headings, len(texts))
 	}
 }
