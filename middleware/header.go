@@ -24,7 +24,12 @@ func neverRecorded(name string) bool {
 		"Content-Length", "Date":
 		return true
 	}
-	return strings.HasPrefix(name, "Idempotency-") || strings.HasPrefix(name, "Idempotent-") || strings.HasPrefix(name, http.TrailerPrefix)
+	return ours(name) || strings.HasPrefix(name, http.TrailerPrefix)
+}
+
+// ours reports whether a header is the middleware's to set.
+func ours(name string) bool {
+	return strings.HasPrefix(name, "Idempotency-") || strings.HasPrefix(name, "Idempotent-")
 }
 
 // recordable returns what of an answer's headers is recorded: those of the allow-list that the handler changed, but

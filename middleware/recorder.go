@@ -71,5 +71,10 @@ func (w *recorder) finish() error {
 		w.sent.Set("Content-Type", http.DetectContentType(w.body))
 	}
 	w.sent.Del("Content-Length") // recomputed
+	for name := range w.sent {
+		if ours(name) {
+			w.sent.Del(name)
+		}
+	}
 	return nil
 }

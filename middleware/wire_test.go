@@ -153,12 +153,18 @@ func TestInProgress(t *testing.T) {
 func TestHandlerFailed(t *testing.T) {
 	t.Parallel()
 	for name, fail := range map[string]http.HandlerFunc{
-		"panic":                   func(http.ResponseWriter, *http.Request) { panic("canary") },
-		"panic after the status":  func(w http.ResponseWriter, r *http.Request) { transfer(w, r); panic(errors.New("canary")) },
-		"nil dereference":         func(http.ResponseWriter, *http.Request) { var p *int; *p = 1 },
-		"answer over the limit":   func(w http.ResponseWriter, _ *http.Request) { _, _ = w.Write(make([]byte, 101)) },
-		"limit passed in pieces":  func(w http.ResponseWriter, _ *http.Request) { _, _ = w.Write(make([]byte, 100)); _, _ = w.Write([]byte{1}) },
-		"2xx on an aborted one":   func(w http.ResponseWriter, r *http.Request) { _, _ = postgres.Tx(r.Context()).Exec(r.Context(), "SELECT 1/0"); w.WriteHeader(201) },
+		"panic":                  func(http.ResponseWriter, *http.Request) { panic("canary") },
+		"panic after the status": func(w http.ResponseWriter, r *http.Request) { transfer(w, r); panic(errors.New("canary")) },
+		"nil dereference":        func(http.ResponseWriter, *http.Request) { var p *int; *p = 1 },
+		"answer over the limit":  func(w http.ResponseWriter, _ *http.Request) { _, _ = w.Write(make([]byte, 101)) },
+		"limit passed in pieces": func(w http.ResponseWriter, _ *http.Request) {
+			_, _ = w.Write(make([]byte, 100))
+			_, _ = w.Write([]byte{1})
+		},
+		"2xx on an aborted one": func(w http.ResponseWriter, r *http.Request) {
+			_, _ = postgres.Tx(r.Context()).Exec(r.Context(), "SELECT 1/0")
+			w.WriteHeader(201)
+		},
 		"a status that isn't one": func(w http.ResponseWriter, _ *http.Request) { w.WriteHeader(99) },
 		"switching protocols":     func(w http.ResponseWriter, _ *http.Request) { w.WriteHeader(101) },
 	} {

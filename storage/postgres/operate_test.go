@@ -296,3 +296,35 @@ func TestReaperRunsUntilItIsStopped(t *testing.T) {
 	cancel()
 	<-stopped
 }
+
+// Somebody else's DEALLOCATE ALL, or a pooler's DISCARD ALL, takes our statements from under us.
+func TestStatementsThatWereDeallocatedAreSentAsText(t *testing.T) {
+	t.Parallel()
+	b := setup(t, &setupOptions{configure: func(c *pgxpool.Config) { c.MaxConns = 1 }})
+	want(t, b.do(t, request("a", ""), pay(t, 201)), idempotency.OutcomeExecuted, "")
+	if n := b.count(t, "SELECT count(*) FROM pg_prepared_statements WHERE name LIKE 'idempotency_%'"); n == 0 {
+		t.Fatal("nothing of ours is prepared")
+	}
+	if _, err := b.pool.Exec(context.Background(), "DEALLOCATE ALL"); err != nil {
+		t.Fatal(err)
+	}
+	idle := func(context.Context, pgx.Tx) int { return 201 } // pgx's own statements are gone too, and that is pgx's to mend
+	want(t, b.do(t, request("b", ""), idle), idempotency.OutcomeExecuted, "")
+	want(t, b.do(t, request("b", ""), idle), idempotency.OutcomeReplayed, "")
+}
+
+// Two stores on one pool differ in their statements; those of one are prepared, those of the other are sent as text.
+func TestTwoStoresOnOnePool(t *testing.T) {
+	t.Parallel()
+	b := setup(t, nil)
+	want(t, b.do(t, request("a", ""), pay(t, 201)), idempotency.OutcomeExecuted, "")
+	b.store = postgres.New(b.pool, &postgres.Options{Isolation: pgx.Serializable})
+	want(t, b.do(t, request("b", ""), func(ctx context.Context, tx pgx.Tx) int {
+		var level string
+		if err := tx.QueryRow(ctx, "SHOW transaction_isolation").Scan(&level); err != nil || level != "serializable" {
+			t.Errorf("isolation %q, %v", level, err)
+		}
+		return 201
+	}), idempotency.OutcomeExecuted, "")
+	want(t, b.do(t, request("a", ""), pay(t, 201)), idempotency.OutcomeReplayed, "")
+}

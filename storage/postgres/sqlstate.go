@@ -23,8 +23,9 @@ func (e *stateError) Unwrap() error { return e.err }
 
 // sqlError returns err fit for a log: a database error by its SQLSTATE, anything else as it is.
 func sqlError(err error) error {
+	var shown *stateError
 	var pgErr *pgconn.PgError
-	if errors.As(err, &pgErr) {
+	if errors.As(err, &pgErr) && !errors.As(err, &shown) {
 		return &stateError{pgErr}
 	}
 	return err

@@ -24,6 +24,7 @@ type statement struct {
 // statements are all that a store ever sends on the path of a request. Every name in them is qualified: a handler's
 // SET LOCAL search_path can't redirect them.
 type statements struct {
+	id       string // of their texts together
 	begin    statement
 	lock     statement // try to lock; also tells the transaction's timestamp
 	lookUp   statement
@@ -78,10 +79,13 @@ func newStatements(o *Options) statements {
 		commit:   statement{sql: "COMMIT"},
 		rollback: statement{sql: "ROLLBACK"},
 	}
+	texts := sha256.New()
 	for _, one := range s.all() {
 		sum := sha256.Sum256([]byte(one.sql))
 		one.name = "idempotency_" + hex.EncodeToString(sum[:8])
+		_, _ = texts.Write(sum[:]) // a hash never fails
 	}
+	s.id = hex.EncodeToString(texts.Sum(nil))
 	return s
 }
 
@@ -89,8 +93,8 @@ func (s *statements) all() []*statement {
 	return []*statement{&s.begin, &s.lock, &s.lookUp, &s.insert, &s.guard, &s.commit, &s.rollback}
 }
 
-// preparedMark is the key under which a connection's custom data says that our statements are prepared on it. Its
-// value is the name of the INSERT, which differs where the schema does.
+// preparedMark is the key under which a connection's custom data says which statements of ours are prepared on it, by
+// their id: those of another schema or isolation level are others.
 const preparedMark = "paidonce/idempotency"
 
 // prepare prepares the statements on a new connection. A table that is not there yet is no error: the connection may
@@ -105,7 +109,7 @@ func (s *statements) prepare(ctx context.Context, conn *pgconn.PgConn) error {
 			return fmt.Errorf("idempotency/postgres: prepare: %w", sqlError(err))
 		}
 	}
-	conn.CustomData()[preparedMark] = s.insert.name
+	conn.CustomData()[preparedMark] = s.id
 	return nil
 }
 
@@ -125,7 +129,7 @@ type reply struct {
 // flush sends the calls in one message and reads their answers: one round trip. On an error the server skipped what
 // comes after the failed call; what came before it was done.
 func (s *statements) flush(ctx context.Context, conn *pgconn.PgConn, calls ...call) (reply, error) {
-	prepared := conn.CustomData()[preparedMark] == s.insert.name
+	prepared := conn.CustomData()[preparedMark] == s.id
 	pipeline := conn.StartPipeline(ctx)
 	for _, c := range calls {
 		if prepared {
@@ -149,11 +153,18 @@ func (s *statements) flush(ctx context.Context, conn *pgconn.PgConn, calls ...ca
 		result.tag = tag
 		result.failed++
 	}
-	closeErr := pipeline.Close()
-	if firstErr == nil && result.failed < len(calls) {
-		firstErr = closeErr
+	_ = pipeline.Close() // what it could add came after the last answer, or is the first error again
+	if prepared && unprepared(firstErr) {
+		delete(conn.CustomData(), preparedMark) // from now on they are sent as text
 	}
 	return result, firstErr
+}
+
+// unprepared reports whether a prepared statement can't be used any more: somebody deallocated it on this connection,
+// or the table changed under its plan.
+func unprepared(err error) bool {
+	var pgErr *pgconn.PgError
+	return errors.As(err, &pgErr) && (pgErr.Code == "26000" || pgErr.Code == "0A000")
 }
 
 func readResult(pipeline *pgconn.Pipeline, row func([][]byte) error) (tag string, err error) {

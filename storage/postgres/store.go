@@ -168,13 +168,13 @@ func (s *Store) CheckBudget(handlerTimeout, _ time.Duration) error {
 	return nil
 }
 
-// errDead marks a claim that failed because its connection was dead when it was taken.
-var errDead = errors.New("connection was dead")
+// errStale marks a claim that failed because its connection was dead when it was taken, or had lost our statements.
+var errStale = errors.New("connection was stale")
 
 // Begin implements [idempotency.Store]: BEGIN, lock and look-up in one round trip.
 func (s *Store) Begin(ctx context.Context, req *idempotency.Request) (idempotency.Attempt, *idempotency.Record, error) {
 	attempt, record, err := s.claim(ctx, req, s.acquire)
-	if errors.Is(err, errDead) && ctx.Err() == nil {
+	if errors.Is(err, errStale) && ctx.Err() == nil {
 		// Nothing but the claim was sent, and nothing of it remains.
 		attempt, record, err = s.claim(ctx, req, s.acquireFresh)
 	}
@@ -216,10 +216,10 @@ func (s *Store) claim(ctx context.Context, req *idempotency.Request, acquire fun
 		a.Rollback(ctx)
 		return nil, nil, fail("read the record", idempotency.ErrUnknown, err)
 	case err != nil:
-		dead := conn.Conn().IsClosed() && ctx.Err() == nil
+		stale := conn.Conn().IsClosed() || unprepared(err)
 		a.Rollback(ctx)
-		if dead {
-			return nil, nil, fail("claim", idempotency.ErrUnavailable, errors.Join(errDead, err))
+		if stale {
+			return nil, nil, fail("claim", idempotency.ErrUnavailable, errors.Join(errStale, sqlError(err)))
 		}
 		return nil, nil, fail("claim", classify(err), err)
 	case record != nil: // also where the lock is taken: replays may hold it

@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"strconv"
-	"sync"
 	"sync/atomic"
 	"time"
 
@@ -45,14 +44,14 @@ func Tx(ctx context.Context) pgx.Tx {
 
 // transaction is what the handles of one transaction share: the connection, and what the handler did to it.
 //
-// A handler may leave goroutines behind that still use it. Every use therefore holds mu, and none begins once sealed
-// is set; mu is never waited for, because callbacks run under it.
+// A handler may leave goroutines behind that still use it. Every use therefore takes the one slot, and none begins once
+// sealed is set; a use never waits for the slot, because callbacks run while it is taken.
 type transaction struct {
 	pool   *pgxpool.Pool
 	conn   *pgx.Conn
 	sealed atomic.Bool
+	slot   chan struct{} // holds a token while conn is in use; guards it and what follows
 
-	mu         sync.Mutex
 	failure    error // the first error of the database that no savepoint undid
 	savepoints []savepoint
 	sequence   int
@@ -66,7 +65,7 @@ type savepoint struct {
 }
 
 func newTransaction(pool *pgxpool.Pool, conn *pgx.Conn) *transaction {
-	return &transaction{pool: pool, conn: conn}
+	return &transaction{pool: pool, conn: conn, slot: make(chan struct{}, 1)}
 }
 
 // abandonTimeout is how long seal waits for a use whose socket was closed under it.
@@ -75,20 +74,20 @@ const abandonTimeout = time.Second
 // seal ends the handler's use of the transaction and says what state it is in.
 func (t *transaction) seal() error {
 	t.sealed.Store(true)
-	if !t.mu.TryLock() {
+	if !t.take() {
 		return t.interrupt()
 	}
-	defer t.mu.Unlock()
+	defer t.give()
 	conn := t.conn.PgConn()
 	switch {
 	case conn.IsClosed():
 		return fail("after the handler", idempotency.ErrUnavailable, errors.Join(t.failure, errors.New("the connection is closed")))
 	case conn.IsBusy():
 		return fail("after the handler", idempotency.ErrAborted, errors.New("rows, a batch or a copy were left open"))
-	case t.failure != nil:
-		return fail("after the handler", classify(t.failure), t.failure)
 	case conn.TxStatus() == 'I':
 		return fail("after the handler", idempotency.ErrTransactionLost, errors.New("no transaction is open"))
+	case t.failure != nil:
+		return fail("after the handler", classify(t.failure), t.failure)
 	case conn.TxStatus() != 'T':
 		return fail("after the handler", idempotency.ErrAborted, errors.New("the transaction is aborted"))
 	case len(t.savepoints) > 0:
@@ -100,32 +99,42 @@ func (t *transaction) seal() error {
 // interrupt takes the connection from a goroutine that the handler left behind, by closing its socket.
 func (t *transaction) interrupt() error {
 	_ = t.conn.PgConn().Conn().Close() // a socket is safe for concurrent use; a connection is not
-	deadline := time.Now().Add(abandonTimeout)
-	for !t.mu.TryLock() {
-		if time.Now().After(deadline) {
-			t.abandoned = true // read by the goroutine of the attempt alone, as it is written
-			return fail("after the handler", idempotency.ErrAborted, errors.New("the transaction is still in use"))
-		}
-		time.Sleep(time.Millisecond)
+	select {
+	case t.slot <- struct{}{}:
+	case <-time.After(abandonTimeout):
+		t.abandoned = true // read by the goroutine of the attempt alone, as it is written
+		return fail("after the handler", idempotency.ErrAborted, errors.New("the transaction is still in use"))
 	}
-	defer t.mu.Unlock()
+	defer t.give()
 	_ = t.conn.Close(context.Background()) // the socket is closed: this marks the connection, and can't wait
 	return fail("after the handler", idempotency.ErrAborted, errors.New("the transaction was still in use"))
 }
+
+// take takes the slot where it is free; give gives it back.
+func (t *transaction) take() bool {
+	select {
+	case t.slot <- struct{}{}:
+		return true
+	default:
+		return false
+	}
+}
+
+func (t *transaction) give() { <-t.slot }
 
 // use begins one use of the connection; done ends it. Between the two nobody else touches the connection.
 func (t *transaction) use() error {
 	if t.sealed.Load() {
 		return fmt.Errorf("%w: the handler has returned", ErrSealed)
 	}
-	if !t.mu.TryLock() {
+	if !t.take() {
 		if t.sealed.Load() {
 			return fmt.Errorf("%w: the handler has returned", ErrSealed)
 		}
 		return ErrBusy
 	}
 	if t.sealed.Load() {
-		t.mu.Unlock()
+		t.give()
 		return fmt.Errorf("%w: the handler has returned", ErrSealed)
 	}
 	return nil
@@ -134,7 +143,7 @@ func (t *transaction) use() error {
 // done ends a use and remembers its error where it is the database's.
 func (t *transaction) done(err error) {
 	t.remember(err)
-	t.mu.Unlock()
+	t.give()
 }
 
 func (t *transaction) remember(err error) {
@@ -164,7 +173,7 @@ func (tx *sealedTx) use() error {
 		return err
 	}
 	if tx.savepoint != 0 && tx.depth() < 0 {
-		tx.mu.Unlock()
+		tx.give()
 		return pgx.ErrTxClosed
 	}
 	return nil

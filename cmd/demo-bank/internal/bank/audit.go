@@ -97,8 +97,14 @@ SELECT
 	(SELECT count(*) FROM moves WHERE kind = 'transfer' AND key IS NULL)
 FROM account_totals t`
 
-// Audit reads the books in one REPEATABLE READ snapshot.
+// Audit reads the books in one REPEATABLE READ snapshot, which is taken after Audit was called.
 func (b *Bank) Audit(ctx context.Context) (*Audit, error) {
+	select {
+	case b.audits <- struct{}{}:
+		defer func() { <-b.audits }()
+	case <-ctx.Done():
+		return nil, fmt.Errorf("audit: wait for a turn: %w", ctx.Err())
+	}
 	tx, err := b.pool.BeginTx(ctx, pgx.TxOptions{IsoLevel: pgx.RepeatableRead, AccessMode: pgx.ReadOnly})
 	if err != nil {
 		return nil, fmt.Errorf("audit: begin: %w", err)

@@ -46,12 +46,16 @@ type Bank struct {
 	pool   *pgxpool.Pool
 	ids    IDSource
 	ttl    time.Duration
+	audits chan struct{} // holds a token for each audit that runs
 	logger *slog.Logger
 }
 
+// auditsMax is how many audits run at once; others wait their turn. Each reads all books, and everybody may ask.
+const auditsMax = 4
+
 // New returns a bank on a migrated database. ttl is how long records count: the audit looks no further back.
 func New(pool *pgxpool.Pool, ids IDSource, ttl time.Duration, logger *slog.Logger) *Bank {
-	return &Bank{pool: pool, ids: ids, ttl: ttl, logger: logger}
+	return &Bank{pool: pool, ids: ids, ttl: ttl, audits: make(chan struct{}, auditsMax), logger: logger}
 }
 
 // ErrSchema means that the database's tables are not those that this program needs.

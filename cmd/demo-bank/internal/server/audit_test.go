@@ -1,0 +1,222 @@
+package server
+
+import (
+	"context"
+	"net"
+	"net/http"
+	"net/url"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/google/uuid"
+	"github.com/jackc/pgx/v5"
+	"github.com/jackc/pgx/v5/pgconn"
+
+	"github.com/paidonce/idempotency/cmd/demo-bank/internal/bank"
+	"github.com/paidonce/idempotency/cmd/demo-bank/internal/proxytest"
+	"github.com/paidonce/idempotency/internal/pgtest"
+)
+
+// TestAuditFindsWhatIsWrong plants each wrong behind the bank's back. A wrong that the audit does not see makes every
+// other verdict worthless.
+func TestAuditFindsWhatIsWrong(t *testing.T) {
+	t.Parallel()
+	b := setup(t)
+	for _, body := range []string{`{"from":"alice","to":"bob","amount":100}`, `{"from":"bob","to":"alice","amount":30}`} {
+		if r := b.keyed("/v1/transfers", body); r.status != 201 {
+			t.Fatalf("transfer: %d %s", r.status, r.body)
+		}
+	}
+	if r := b.keyed("/v1/orders", `{"account":"alice","sku":"mug","quantity":1}`); r.status != 201 {
+		t.Fatalf("order: %d %s", r.status, r.body)
+	}
+	if r := b.keyed("/v1/accounts", `{"id":"carol","currency":"EUR","opening_balance":5}`); r.status != 201 {
+		t.Fatalf("account: %d %s", r.status, r.body)
+	}
+	if audit := b.audit(); !audit.OK {
+		t.Fatalf("the audit finds wrongs where there are none: %+v", audit)
+	}
+
+	// What a handler leaves that ran twice under one key, with and without the money.
+	const double = `INSERT INTO transfers (id, amount, created_at, from_account, to_account, currency, reference, scope, key, attempt_id)
+		SELECT id + 1, amount, created_at, from_account, to_account, currency, reference, scope, key, attempt_id
+		FROM transfers WHERE amount = 100`
+	const paidTwice = `WITH twice AS (` + double + ` RETURNING id),
+		entered AS (INSERT INTO entries (transfer_id, account, amount)
+			SELECT id, 'alice', -100 FROM twice UNION ALL SELECT id, 'bob', 100 FROM twice)
+		UPDATE accounts SET balance = balance + CASE id WHEN 'bob' THEN 100 ELSE -100 END WHERE id IN ('alice', 'bob')`
+	for _, one := range []struct {
+		name, plant string
+		sees        func(a bank.Audit) bool
+	}{
+		{"money from nowhere", `UPDATE accounts SET balance = balance + 1 WHERE id = 'bob'`,
+			func(a bank.Audit) bool { return a.BalanceTotal != a.OpeningTotal && a.BalanceMismatches == 1 }},
+		{"money on the wrong accounts", `UPDATE accounts SET balance = balance + CASE id WHEN 'bob' THEN 1 ELSE -1 END WHERE id IN ('alice', 'bob')`,
+			func(a bank.Audit) bool { return a.BalanceTotal == a.OpeningTotal && a.BalanceMismatches == 2 }},
+		{"a negative balance", `UPDATE accounts SET balance = -1, opening_balance = -1 WHERE id = 'acct-0009'`,
+			func(a bank.Audit) bool { return a.NegativeBalances == 1 && a.BalanceMismatches == 0 }},
+		{"an entry alone", `INSERT INTO entries (transfer_id, account, amount) SELECT min(id), 'bob', 5 FROM transfers`,
+			func(a bank.Audit) bool { return a.EntriesTotal == "5" && a.UnbalancedTransfers == 1 }},
+		{"a transfer without entries", `DELETE FROM entries WHERE transfer_id = (SELECT id FROM transfers WHERE amount = 30)`,
+			func(a bank.Audit) bool { return a.UnbalancedTransfers == 1 && a.BalanceMismatches == 2 }},
+		{"entries of another amount", `UPDATE transfers SET amount = 31 WHERE amount = 30`,
+			func(a bank.Audit) bool { return a.UnbalancedTransfers == 1 && a.BalanceMismatches == 0 }},
+		{"entries that are three", `INSERT INTO entries (order_id, account, amount) SELECT id, 'bob', 0 FROM orders`,
+			func(a bank.Audit) bool { return a.UnbalancedTransfers == 1 && a.EntriesTotal == "0" }},
+		{"a double without money", double,
+			func(a bank.Audit) bool {
+				return a.KeysWithManyTransfers == 1 && a.UnbalancedTransfers == 1 && a.TransfersWithoutRecord == 0
+			}},
+		{"a double that moved money", paidTwice,
+			func(a bank.Audit) bool {
+				return a.KeysWithManyTransfers == 1 && a.UnbalancedTransfers == 0 && a.BalanceMismatches == 0 && a.TransfersWithoutRecord == 0
+			}},
+		{"an order under a transfer's key", `UPDATE orders o SET scope = t.scope, key = t.key FROM transfers t WHERE t.amount = 30`,
+			func(a bank.Audit) bool { return a.KeysWithManyTransfers == 1 && a.KeysWithTransfers == 2 }},
+		{"a lost record of a transfer", `DELETE FROM idempotency_keys WHERE attempt_id = (SELECT attempt_id FROM transfers WHERE amount = 30)`,
+			func(a bank.Audit) bool { return a.TransfersWithoutRecord == 1 && a.RecordsWithoutTransfer == 0 }},
+		{"a lost record of an order", `DELETE FROM idempotency_keys WHERE attempt_id = (SELECT attempt_id FROM orders)`,
+			func(a bank.Audit) bool { return a.TransfersWithoutRecord == 1 }},
+		{"a lost record of an account", `DELETE FROM idempotency_keys WHERE attempt_id = (SELECT attempt_id FROM accounts WHERE id = 'carol')`,
+			func(a bank.Audit) bool { return a.TransfersWithoutRecord == 1 }},
+		{"a record of another attempt", `UPDATE transfers SET attempt_id = gen_random_uuid() WHERE amount = 30`,
+			func(a bank.Audit) bool { return a.TransfersWithoutRecord == 1 && a.RecordsWithoutTransfer == 1 }},
+		{"a record of nothing", `INSERT INTO idempotency_keys (created_at, expires_at, status, fingerprint_version, attempt_id, scope, key, fingerprint, headers, body)
+			VALUES (now(), now() + interval '1 day', 201, 1, gen_random_uuid(), 'public', 'nothing', '', '', '')`,
+			func(a bank.Audit) bool { return a.RecordsWithoutTransfer == 1 }},
+	} {
+		t.Run(one.name, func(t *testing.T) {
+			undo := plant(t, b, one.plant)
+			defer undo()
+			if audit := b.audit(); audit.OK || !one.sees(audit) {
+				t.Errorf("the audit says %+v", audit)
+			}
+		})
+	}
+	if audit := b.audit(); !audit.OK {
+		t.Fatalf("a wrong was not undone: %+v", audit)
+	}
+
+	// What is recorded of a declined request is a record of no transfer, and rightly so.
+	if r := b.keyed("/v1/transfers", `{"from":"acct-0001","to":"bob","amount":100001}`); r.status != 402 {
+		t.Fatalf("transfer: %d %s", r.status, r.body)
+	}
+	if audit := b.audit(); !audit.OK {
+		t.Errorf("the audit misses the transfer of a declined request: %+v", audit)
+	}
+}
+
+// plant runs a statement, and returns what puts all tables back as they were.
+func plant(t *testing.T, b *bundle, statement string) (undo func()) {
+	t.Helper()
+	tables := []string{"accounts", "transfers", "orders", "entries", "idempotency_keys"}
+	for _, table := range tables {
+		b.exec(`CREATE TABLE saved_` + table + ` AS TABLE ` + table)
+	}
+	b.exec(statement)
+	return func() {
+		b.exec(`TRUNCATE accounts, transfers, orders, entries, idempotency_keys CASCADE`)
+		for _, table := range tables {
+			b.exec(`INSERT INTO ` + table + ` OVERRIDING SYSTEM VALUE TABLE saved_` + table)
+			b.exec(`DROP TABLE saved_` + table)
+		}
+	}
+}
+
+// TestAuditIsRightWhileRecordsExpire: the reaper deletes records at the very age at which the audit stops looking for
+// them. The audit is that of a bank whose database is slow to reach, so that records expire between its BEGIN and its
+// snapshot too.
+func TestAuditIsRightWhileRecordsExpire(t *testing.T) {
+	t.Parallel()
+	short := func(c *Config) { c.ttl, c.reapInterval = time.Second, time.Millisecond }
+	database := pgtest.Database(t)
+	b := setupOn(t, database, short)
+	slowURL, proxy := slowDatabase(t, database)
+	auditor := setupOn(t, slowURL, short, func(c *Config) { c.PoolSize = 2 })
+	proxy.Delay.Store(int64(20 * time.Millisecond))
+	defer proxy.Delay.Store(0)
+
+	ctx, cancel := context.WithTimeout(t.Context(), 4*time.Second)
+	defer cancel()
+	var group sync.WaitGroup
+	for range 2 {
+		group.Go(func() {
+			for ctx.Err() == nil {
+				if r := b.keyed("/v1/transfers", `{"from":"alice","to":"bob","amount":1}`); r.status != 201 {
+					t.Errorf("transfer: %d %s", r.status, r.body)
+					return
+				}
+			}
+		})
+	}
+	audits := 0
+	for ctx.Err() == nil {
+		audits++
+		if audit := auditor.audit(); !audit.OK {
+			t.Errorf("audit %d: %+v", audits, audit)
+			break
+		}
+	}
+	cancel()
+	group.Wait()
+	var records, transfers int64
+	if err := connect(t, database).QueryRow(t.Context(), `SELECT (SELECT count(*) FROM idempotency_keys), (SELECT count(*) FROM transfers)`).Scan(&records, &transfers); err != nil {
+		t.Fatal(err)
+	}
+	if records >= transfers || audits < 10 {
+		t.Errorf("%d records of %d transfers are left, %d audits ran: nothing was tried", records, transfers, audits)
+	}
+}
+
+// slowDatabase returns a URL that leads to the database, through a proxy that can take its time.
+func slowDatabase(t *testing.T, database string) (slowURL string, proxy *proxytest.Proxy) {
+	t.Helper()
+	config, err := pgx.ParseConfig(database)
+	if err != nil {
+		t.Fatal(err)
+	}
+	network, server := pgconn.NetworkAddress(config.Host, config.Port)
+	proxy = proxytest.Start(t, func(int) (net.Conn, error) { return net.Dial(network, server) })
+	user := url.User(config.User)
+	if config.Password != "" {
+		user = url.UserPassword(config.User, config.Password)
+	}
+	slowURL = (&url.URL{Scheme: "postgres", User: user, Host: proxy.Address, Path: "/" + config.Database, RawQuery: "sslmode=disable"}).String()
+	return slowURL, proxy
+}
+
+// TestAuditNeverSeesHalfAMove: each read during a run of transfers and orders is balanced.
+func TestAuditNeverSeesHalfAMove(t *testing.T) {
+	t.Parallel()
+	b := setup(t)
+	ctx, cancel := context.WithTimeout(t.Context(), time.Second)
+	defer cancel()
+	var group sync.WaitGroup
+	for _, one := range []struct{ path, body string }{
+		{"/v1/transfers", `{"from":"alice","to":"bob","amount":7}`},
+		{"/v1/transfers", `{"from":"bob","to":"alice","amount":7}`},
+		{"/v1/orders", `{"account":"alice","sku":"mug","quantity":1}`},
+		// These have nobody who would run them again after a deadlock.
+		{"/v1/unprotected/transfers", `{"from":"alice","to":"bob","amount":1}`},
+		{"/v1/unprotected/transfers", `{"from":"bob","to":"alice","amount":1}`},
+	} {
+		group.Go(func() {
+			for ctx.Err() == nil {
+				r := b.send(http.MethodPost, one.path, one.body, "Idempotency-Key", uuid.NewString())
+				if r.status != 201 {
+					t.Errorf("%s: %d %s", one.path, r.status, r.body)
+					return
+				}
+			}
+		})
+	}
+	for ctx.Err() == nil {
+		if audit := b.audit(); !audit.OK {
+			t.Errorf("audit: %+v", audit)
+			break
+		}
+	}
+	cancel()
+	group.Wait()
+}

@@ -1,0 +1,119 @@
+package server
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/jackc/pgx/v5/pgxpool"
+
+	"github.com/paidonce/idempotency/cmd/demo-bank/internal/bank"
+	"github.com/paidonce/idempotency/internal/pgserver"
+	"github.com/paidonce/idempotency/migrations"
+	"github.com/paidonce/idempotency/storage/postgres"
+)
+
+// storeOptions are those of the store and of the pool that it uses. A bank that people try on a busy laptop may rather
+// be slow than shed: a request waits longer for a connection than a service under real load should let it.
+func storeOptions() *postgres.Options { return &postgres.Options{AcquireTimeout: acquireTimeout} }
+
+const (
+	acquireTimeout = 3 * time.Second
+	connectTimeout = 5 * time.Second
+
+	// connectionsBeside the pool: the lease, migrations, those that PostgreSQL reserves, and a psql or two.
+	connectionsBeside = 16
+)
+
+// database is where the books are.
+type database struct {
+	url      string
+	where    string           // for people
+	embedded *pgserver.Server // nil where the database is somebody else's
+}
+
+// openDatabase finds the database or starts one.
+func openDatabase(ctx context.Context, config *Config) (*database, error) {
+	if config.DatabaseURL != "" {
+		return &database{url: config.DatabaseURL, where: "the given database"}, nil
+	}
+	server, err := pgserver.Start(ctx, &pgserver.Options{
+		DataDir:  config.DataDir,
+		Settings: map[string]string{"max_connections": strconv.Itoa(config.PoolSize + connectionsBeside)},
+		Progress: config.Stderr,
+	})
+	switch {
+	case errors.Is(err, pgserver.ErrDataDirInUse):
+		return nil, fmt.Errorf("the data folder %s is held by a bank that is running: stop that one, or choose another with --data-dir", config.DataDir)
+	case err != nil:
+		return nil, err
+	}
+	where := "PostgreSQL " + server.Version() + ", embedded; its money is gone at exit"
+	if config.DataDir != "" {
+		where = "PostgreSQL " + server.Version() + ", embedded, kept in " + config.DataDir
+	}
+	return &database{url: server.URL(), where: where, embedded: server}, nil
+}
+
+// openPool migrates the database and returns the pool of the bank's connections.
+func (d *database) openPool(ctx context.Context, size int) (*pgxpool.Pool, error) {
+	config, err := pgxpool.ParseConfig(d.url)
+	if err != nil {
+		return nil, fmt.Errorf("the database URL can't be read: %s: it looks like postgres://user@host:5432/name", oneLine(err))
+	}
+	if config.ConnConfig.ConnectTimeout == 0 {
+		config.ConnConfig.ConnectTimeout = connectTimeout
+	}
+	// Migrations come before the pool: its connections prepare statements on tables that must be there.
+	if err := migrate(ctx, config.Copy()); err != nil {
+		return nil, err
+	}
+	config.MaxConns = int32(size)
+	config.MinConns = config.MaxConns // made at once and kept: a burst must not wait for connections to be made
+	postgres.Configure(config, storeOptions())
+	pool, err := pgxpool.NewWithConfig(ctx, config)
+	if err != nil {
+		return nil, fmt.Errorf("open the connection pool: %w", err)
+	}
+	return pool, nil
+}
+
+func migrate(ctx context.Context, config *pgxpool.Config) error {
+	config.MaxConns, config.MinConns = 1, 0
+	pool, err := pgxpool.NewWithConfig(ctx, config)
+	if err != nil {
+		return fmt.Errorf("migrate: %w", err)
+	}
+	defer pool.Close()
+	if err := pool.Ping(ctx); err != nil {
+		return fmt.Errorf("the database can't be reached: %s: start it or mend --database-url (DATABASE_URL), or leave it out for an embedded PostgreSQL", oneLine(err))
+	}
+	if err := migrations.Up(ctx, pool, nil); err != nil {
+		return err
+	}
+	return bank.Migrate(ctx, pool)
+}
+
+// oneLine makes one line of an error's text. pgx lists each address that it tried on a line of its own.
+func oneLine(err error) string {
+	return strings.Join(strings.FieldsFunc(err.Error(), func(r rune) bool { return r == '\n' || r == '\t' }), " ")
+}
+
+// done is closed when an embedded PostgreSQL ended, and never where the database is somebody else's.
+func (d *database) done() <-chan struct{} {
+	if d.embedded == nil {
+		return nil
+	}
+	return d.embedded.Done()
+}
+
+// stop ends an embedded PostgreSQL.
+func (d *database) stop() error {
+	if d.embedded == nil {
+		return nil
+	}
+	return d.embedded.Stop()
+}

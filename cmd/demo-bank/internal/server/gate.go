@@ -1,0 +1,110 @@
+package server
+
+import (
+	"context"
+	"net"
+	"net/http"
+	"sync"
+	"time"
+
+	"github.com/paidonce/idempotency/cmd/demo-bank/internal/bank"
+)
+
+// lingerTimeout is how long a closed gate answers on connections that are open but idle. A request may be on its way on
+// each of them, and its client should read a refusal and not a cut connection.
+const lingerTimeout = time.Second
+
+// gate counts the requests in flight, and refuses new ones once it is closed.
+type gate struct {
+	changed chan struct{} // holds a token when something changed since drain last looked
+
+	mu          sync.Mutex
+	closed      bool
+	requests    int
+	connections int
+}
+
+func newGate() *gate { return &gate{changed: make(chan struct{}, 1)} }
+
+// handler answers through next while the gate is open, and afterwards with a refusal that ends the connection. Nothing
+// of a refused request reached the database, so its status is not-executed.
+func (g *gate) handler(next http.Handler) http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if !g.enter() {
+			h := w.Header()
+			h.Set("Connection", "close")
+			h.Set("Retry-After", "1")
+			h.Set("Idempotency-Status", "not-executed")
+			bank.WriteProblem(w, &bank.Problem{
+				Status: http.StatusServiceUnavailable, Slug: "unavailable", Title: "The bank is stopping",
+				Detail: "Nothing was executed. Try again with the same key, or give up.",
+			})
+			return
+		}
+		defer g.leave()
+		next.ServeHTTP(w, r)
+	})
+}
+
+func (g *gate) enter() bool {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	if g.closed {
+		return false
+	}
+	g.requests++
+	return true
+}
+
+func (g *gate) leave() {
+	g.mu.Lock()
+	g.requests--
+	g.mu.Unlock()
+	g.signal()
+}
+
+// connState counts open connections; it is an http.Server's ConnState.
+func (g *gate) connState(_ net.Conn, state http.ConnState) {
+	g.mu.Lock()
+	switch state {
+	case http.StateNew:
+		g.connections++
+	case http.StateClosed, http.StateHijacked:
+		g.connections--
+	}
+	g.mu.Unlock()
+	g.signal()
+}
+
+func (g *gate) signal() {
+	select {
+	case g.changed <- struct{}{}:
+	default: // drain will look anyway
+	}
+}
+
+// drain closes the gate and returns when the last request has left and no connection is open, or lingered on for long
+// enough. It returns ctx's error where requests are in flight when ctx ends.
+func (g *gate) drain(ctx context.Context) error {
+	g.mu.Lock()
+	g.closed = true
+	g.mu.Unlock()
+	linger := time.NewTimer(lingerTimeout)
+	defer linger.Stop()
+	lingering := true
+	for {
+		g.mu.Lock()
+		requests, connections := g.requests, g.connections
+		g.mu.Unlock()
+		if requests == 0 && (connections == 0 || !lingering) {
+			return nil
+		}
+		select {
+		case <-g.changed:
+		case <-linger.C:
+			lingering = false
+		case <-ctx.Done():
+			return ctx.Err()
+		}
+	}
+}

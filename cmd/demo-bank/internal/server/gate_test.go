@@ -1,0 +1,31 @@
+package server
+
+import (
+	"context"
+	"errors"
+	"testing"
+	"time"
+)
+
+// TestAClosedGateWaitsForRequests: longer than it lingers for idle connections, until they have left or its time is up.
+func TestAClosedGateWaitsForRequests(t *testing.T) {
+	t.Parallel()
+	g := newGate()
+	if !g.enter() {
+		t.Fatal("an open gate refused a request")
+	}
+	ctx, cancel := context.WithTimeout(t.Context(), lingerTimeout+200*time.Millisecond)
+	defer cancel()
+	if err := g.drain(ctx); !errors.Is(err, context.DeadlineExceeded) {
+		t.Errorf("with a request in flight drain says %v", err)
+	}
+	if g.enter() {
+		t.Error("a closed gate let a request in")
+	}
+	drained := make(chan error, 1)
+	go func() { drained <- g.drain(t.Context()) }()
+	g.leave()
+	if err := <-drained; err != nil {
+		t.Errorf("after the last request drain says %v", err)
+	}
+}

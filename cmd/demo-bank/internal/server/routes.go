@@ -1,0 +1,136 @@
+package server
+
+import (
+	"context"
+	"fmt"
+	"io"
+	"log/slog"
+	"net/http"
+	"time"
+
+	"github.com/go-chi/chi/v5"
+	chimiddleware "github.com/go-chi/chi/v5/middleware"
+	"github.com/google/uuid"
+
+	"github.com/paidonce/idempotency"
+	"github.com/paidonce/idempotency/cmd/demo-bank/internal/bank"
+	"github.com/paidonce/idempotency/cmd/demo-bank/internal/nodeid"
+	"github.com/paidonce/idempotency/cmd/demo-bank/internal/web"
+	"github.com/paidonce/idempotency/middleware"
+	"github.com/paidonce/idempotency/middleware/chiroute"
+	"github.com/paidonce/idempotency/storage/postgres"
+)
+
+// readyTimeout bounds a readiness probe.
+const readyTimeout = 2 * time.Second
+
+// handler is everything that the bank answers.
+func (s *Server) handler(store *postgres.Store, books *bank.Bank, ids *nodeid.Source) http.Handler {
+	idem := middleware.New(store, scope, &middleware.Options{
+		Engine:      idempotency.Options{TTL: s.config.ttl, Tracer: s.metrics},
+		RouterState: chiroute.State,
+		Logger:      s.logger,
+	})
+	protect := idem.Handler
+	if s.config.withoutMiddleware {
+		protect = nil
+	}
+
+	r := chi.NewRouter()
+	r.Use(s.logRequests, chimiddleware.GetHead)
+	books.Mount(r, protect)
+	page := web.New()
+	r.Get("/", page.ServeHTTP)
+	r.Get("/assets/*", page.Assets)
+	r.Get("/metrics", s.metrics.Handler().ServeHTTP)
+	r.Get("/healthz", func(w http.ResponseWriter, _ *http.Request) { alive(w) })
+	r.Get("/readyz", func(w http.ResponseWriter, r *http.Request) {
+		if err := ready(r.Context(), store, books, ids); err != nil {
+			s.logger.WarnContext(r.Context(), "not ready", "error", err)
+			bank.WriteProblem(w, &bank.Problem{
+				Status: http.StatusServiceUnavailable, Slug: "not-ready", Title: "Not ready",
+				Detail: "The database does not answer, or its schema is not current.",
+			})
+			return
+		}
+		alive(w)
+	})
+	r.NotFound(func(w http.ResponseWriter, _ *http.Request) {
+		bank.WriteProblem(w, &bank.Problem{
+			Status: http.StatusNotFound, Slug: "not-found", Title: "Not found", Detail: "There is nothing at this path.",
+		})
+	})
+	r.MethodNotAllowed(func(w http.ResponseWriter, q *http.Request) {
+		for _, method := range []string{http.MethodGet, http.MethodPost} {
+			if r.Match(chi.NewRouteContext(), method, q.URL.Path) {
+				w.Header().Add("Allow", method)
+			}
+		}
+		bank.WriteProblem(w, &bank.Problem{
+			Status: http.StatusMethodNotAllowed, Slug: "method-not-allowed", Title: "Method not allowed",
+			Detail: "This path answers other methods.",
+		})
+	})
+	return r
+}
+
+// scope is the tenant: whose key it is.
+func scope(r *http.Request) (string, error) {
+	tenant, err := bank.Tenant(r)
+	if err != nil {
+		return "", &middleware.StatusError{Status: http.StatusUnauthorized, Detail: err.Error() + "."}
+	}
+	return tenant, nil
+}
+
+// ready reports whether a transfer would be executed now.
+func ready(ctx context.Context, store *postgres.Store, books *bank.Bank, ids *nodeid.Source) error {
+	ctx, cancel := context.WithTimeout(ctx, readyTimeout)
+	defer cancel()
+	if err := store.Check(ctx); err != nil {
+		return err
+	}
+	if err := books.Check(ctx); err != nil {
+		return err
+	}
+	return ids.Check()
+}
+
+func alive(w http.ResponseWriter) {
+	w.Header().Set("Content-Type", "application/json")
+	_, _ = io.WriteString(w, `{"status":"ok"}`+"\n") // a prober that is gone needs no answer
+}
+
+// logRequests logs one line per request, at debug level only: a storm must not drown in them. The route is logged and
+// not the path, and nothing of a header or body.
+func (s *Server) logRequests(next http.Handler) http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if !s.logger.Enabled(r.Context(), slog.LevelDebug) {
+			next.ServeHTTP(w, r)
+			return
+		}
+		started := time.Now()
+		seen := chimiddleware.NewWrapResponseWriter(w, r.ProtoMajor)
+		next.ServeHTTP(seen, r)
+		s.logger.DebugContext(r.Context(), "request", "method", r.Method,
+			"route", chi.RouteContext(r.Context()).RoutePattern(), "status", seen.Status(),
+			"outcome", seen.Header().Get("Idempotency-Status"), "duration", time.Since(started))
+	})
+}
+
+// greet says where the bank is and what to try. The same line twice is the point: its key is the same.
+func (s *Server) greet(db *database) {
+	curl := fmt.Sprintf(`curl -i %s/v1/transfers -H 'Content-Type: application/json' -H 'Idempotency-Key: %s' -d '{"from":"alice","to":"bob","amount":1250}'`,
+		s.url, uuid.NewString())
+	_, _ = fmt.Fprintf(s.config.Stdout, `demo-bank is at %s (%s)
+
+Send a transfer: 201, Idempotency-Status: executed
+  %s
+
+Send it again: 201, Idempotency-Status: replayed, and the same bytes
+  %s
+
+Send thousands of duplicates and read the verdict:
+  demo-bank storm --url %s
+`, s.url, db.where, curl, curl, s.url) // a closed stdout is no reason not to serve
+}

@@ -1,0 +1,251 @@
+// Package server is the whole bank as a program: a listener, a database, the books, the middleware in front of them,
+// and an orderly end. [Server.Run] is the program; a test runs it as main does.
+package server
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"net"
+	"net/http"
+	"strconv"
+	"sync"
+	"syscall"
+	"time"
+
+	"github.com/paidonce/idempotency/cmd/demo-bank/internal/bank"
+	"github.com/paidonce/idempotency/cmd/demo-bank/internal/metrics"
+	"github.com/paidonce/idempotency/cmd/demo-bank/internal/nodeid"
+	"github.com/paidonce/idempotency/storage/postgres"
+)
+
+// Defaults of [Config], and limits of the server.
+const (
+	AddrDefault            = "127.0.0.1:8080"
+	PoolSizeDefault        = 40 // two banks fit a PostgreSQL with its 100 connections
+	ShutdownTimeoutDefault = 30 * time.Second
+	ttlDefault             = 24 * time.Hour
+
+	readHeaderTimeout = 5 * time.Second
+	readTimeout       = 15 * time.Second // a body that takes longer is given up
+	writeTimeout      = 30 * time.Second // more than the longest request takes
+	idleTimeout       = 2 * time.Minute
+	headerBytesMax    = 64 << 10
+	closeTimeout      = time.Second // for connections that are left when all requests are answered
+)
+
+// Config says where the bank listens and where its books are. The zero value of each field is its default.
+type Config struct {
+	// Addr is the address to listen on. The default is [AddrDefault].
+	Addr string
+
+	// DatabaseURL is the PostgreSQL that holds the books. Empty: an embedded one.
+	DatabaseURL string
+
+	// DataDir keeps the embedded PostgreSQL's data from one run to the next. Empty: a temporary folder, removed at exit.
+	DataDir string
+
+	// PoolSize is how many connections the bank uses at most, beside one for the lease of its node number. The default
+	// is [PoolSizeDefault].
+	PoolSize int
+
+	// ShutdownTimeout bounds the wait for requests in flight when the bank is told to stop. The default is
+	// [ShutdownTimeoutDefault].
+	ShutdownTimeout time.Duration
+
+	// Stdout is told the URL and what to try, once. Stderr gets the embedded PostgreSQL's progress. Nil: nobody.
+	Stdout, Stderr io.Writer
+
+	// Logger is for the operator. Nil logs nothing.
+	Logger *slog.Logger
+
+	ttl               time.Duration // how long records count; tests shorten it
+	reapInterval      time.Duration // tests shorten it
+	withoutMiddleware bool          // tests show what happens then
+}
+
+// Server is one bank. Make it with [New], run it once.
+type Server struct {
+	config  Config
+	logger  *slog.Logger
+	metrics *metrics.Metrics
+	gate    *gate
+	serving chan struct{}
+	url     string
+}
+
+// New returns a bank that does nothing until [Server.Run].
+func New(config Config) *Server {
+	s := &Server{config: config, metrics: metrics.New(), gate: newGate(), serving: make(chan struct{})}
+	c := &s.config
+	if c.Addr == "" {
+		c.Addr = AddrDefault
+	}
+	if c.PoolSize <= 0 {
+		c.PoolSize = PoolSizeDefault
+	}
+	if c.ShutdownTimeout <= 0 {
+		c.ShutdownTimeout = ShutdownTimeoutDefault
+	}
+	if c.ttl == 0 {
+		c.ttl = ttlDefault
+	}
+	if c.Stdout == nil {
+		c.Stdout = io.Discard
+	}
+	if c.Stderr == nil {
+		c.Stderr = io.Discard
+	}
+	s.logger = c.Logger
+	if s.logger == nil {
+		s.logger = slog.New(slog.DiscardHandler)
+	}
+	return s
+}
+
+// Serving is closed when requests are answered.
+func (s *Server) Serving() <-chan struct{} { return s.serving }
+
+// URL is where the bank listens. It is known once Serving is closed.
+func (s *Server) URL() string { return s.url }
+
+// ErrDatabaseGone means that the embedded PostgreSQL ended while the bank was serving.
+var ErrDatabaseGone = errors.New("the embedded PostgreSQL has ended")
+
+// Run serves until ctx ends, then stops in order: no new connections, new requests refused, those in flight finished,
+// the database stopped. It returns nil after that, and otherwise an error of one line that names the remedy.
+func (s *Server) Run(ctx context.Context) (err error) {
+	// The port comes first: where it is taken nothing else was started.
+	listener, err := listen(ctx, s.config.Addr)
+	if err != nil {
+		return err
+	}
+	defer func() { _ = listener.Close() }() // closed long since, but where the start failed
+
+	db, err := openDatabase(ctx, &s.config)
+	if err != nil {
+		return endOfStart(ctx, err)
+	}
+	defer func() { err = errors.Join(err, db.stop()) }()
+	pool, err := db.openPool(ctx, s.config.PoolSize)
+	if err != nil {
+		return endOfStart(ctx, err)
+	}
+	defer pool.Close()
+	s.metrics.ObservePool(pool)
+	store := postgres.New(pool, storeOptions())
+	if err := store.Check(ctx); err != nil {
+		return endOfStart(ctx, err)
+	}
+	ids, err := nodeid.Open(ctx, pool.Config().ConnConfig, s.logger)
+	if err != nil {
+		return endOfStart(ctx, err)
+	}
+
+	// What runs beside the requests ends after them.
+	background, endBackground := context.WithCancel(context.WithoutCancel(ctx))
+	var group sync.WaitGroup
+	defer group.Wait()
+	defer endBackground()
+	group.Go(func() { ids.Run(background) })
+	group.Go(func() { s.reaper(store).Run(background) })
+
+	books := bank.New(pool, ids, s.config.ttl, s.logger)
+	return s.serve(ctx, listener, s.handler(store, books, ids), db)
+}
+
+// endOfStart tells a start that failed from one that was told to stop.
+func endOfStart(ctx context.Context, err error) error {
+	if ctx.Err() != nil {
+		return nil
+	}
+	return err
+}
+
+func listen(ctx context.Context, addr string) (net.Listener, error) {
+	var config net.ListenConfig
+	listener, err := config.Listen(ctx, "tcp", addr)
+	switch {
+	case errors.Is(err, syscall.EADDRINUSE):
+		return nil, fmt.Errorf("the address %s is taken: stop the program that listens there, or choose another with --addr (127.0.0.1:0 takes any free port)", addr)
+	case err != nil:
+		return nil, fmt.Errorf("can't listen on %s: %w: choose another address with --addr", addr, err)
+	}
+	return listener, nil
+}
+
+// serve answers requests until ctx ends or something the bank can't do without does, and then drains.
+func (s *Server) serve(ctx context.Context, listener net.Listener, handler http.Handler, db *database) error {
+	server := &http.Server{
+		Handler:           s.gate.handler(handler),
+		ConnState:         s.gate.connState,
+		ReadHeaderTimeout: readHeaderTimeout,
+		ReadTimeout:       readTimeout,
+		WriteTimeout:      writeTimeout,
+		IdleTimeout:       idleTimeout,
+		MaxHeaderBytes:    headerBytesMax,
+		ErrorLog:          slog.NewLogLogger(s.logger.Handler(), slog.LevelWarn),
+	}
+	failed := make(chan error, 1)
+	go func() { failed <- server.Serve(listener) }()
+	s.url = urlOf(listener.Addr())
+	s.greet(db)
+	close(s.serving)
+
+	var reason error
+	select {
+	case <-ctx.Done():
+		s.logger.InfoContext(ctx, "stopping: requests in flight are finished, new ones refused")
+	case <-db.done():
+		reason = fmt.Errorf("%w: its log is postgres.log in the data folder; start the bank again", ErrDatabaseGone)
+	case err := <-failed:
+		reason = fmt.Errorf("serve: %w", err)
+		failed <- nil
+	}
+
+	// Shutdown would cut idle keep-alive connections at once, and with them requests that are on their way. So the
+	// gate closes first, and answers those.
+	_ = listener.Close() // which ends Serve
+	drain, cancel := context.WithTimeout(context.WithoutCancel(ctx), s.config.ShutdownTimeout)
+	defer cancel()
+	if err := s.gate.drain(drain); err != nil && reason == nil {
+		reason = fmt.Errorf("stop: requests were still in flight after %v", s.config.ShutdownTimeout)
+	}
+	<-failed
+	rest, cancel := context.WithTimeout(context.WithoutCancel(ctx), closeTimeout)
+	defer cancel()
+	if err := server.Shutdown(rest); err != nil {
+		_ = server.Close() // only connections without a request are left
+	}
+	return reason
+}
+
+// reaper deletes expired records and says so.
+func (s *Server) reaper(store *postgres.Store) *postgres.Reaper {
+	return postgres.NewReaper(store, &postgres.ReaperOptions{
+		Interval: s.config.reapInterval,
+		OnWalk: func(deleted int64, duration time.Duration, err error) {
+			s.metrics.Reaped(deleted)
+			if err != nil {
+				s.logger.Warn("expired records were not deleted; the next walk tries again", "error", err)
+			} else if deleted > 0 {
+				s.logger.Info("expired records deleted", "records", deleted, "duration", duration)
+			}
+		},
+	})
+}
+
+// urlOf is where a listener can be reached from this machine.
+func urlOf(addr net.Addr) string {
+	tcp, ok := addr.(*net.TCPAddr)
+	if !ok {
+		return "http://" + addr.String()
+	}
+	host := tcp.IP.String()
+	if tcp.IP.IsUnspecified() {
+		host = "127.0.0.1"
+	}
+	return "http://" + net.JoinHostPort(host, strconv.Itoa(tcp.Port))
+}

@@ -1,0 +1,277 @@
+package storm
+
+import (
+	"encoding/json"
+	"fmt"
+	"io"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"text/tabwriter"
+	"time"
+
+	"github.com/HdrHistogram/hdrhistogram-go"
+
+	"github.com/paidonce/idempotency/cmd/demo-bank/internal/bank"
+)
+
+// tally counts what the clients met. It is safe for concurrent use.
+type tally struct {
+	phase    atomic.Value // of string
+	keys     atomic.Int64 // finished in this phase
+	requests atomic.Int64
+	retries  atomic.Int64
+
+	executed    atomic.Int64
+	replayed    atomic.Int64
+	inProgress  atomic.Int64
+	mismatches  atomic.Int64
+	notExecuted atomic.Int64
+	unknown     atomic.Int64
+	lostReplies atomic.Int64
+
+	latency *latency
+}
+
+type latency struct {
+	mu        sync.Mutex
+	histogram *hdrhistogram.Histogram // of microseconds
+}
+
+func newTally() tally {
+	return tally{latency: &latency{histogram: hdrhistogram.New(1, requestTimeout.Microseconds(), 3)}}
+}
+
+func (t *tally) count(a *answer) {
+	switch a.outcome {
+	case "executed":
+		t.executed.Add(1)
+	case "replayed":
+		t.replayed.Add(1)
+	case "in-progress":
+		t.inProgress.Add(1)
+	case "mismatch":
+		t.mismatches.Add(1)
+	case "not-executed":
+		t.notExecuted.Add(1)
+	case "unknown":
+		t.unknown.Add(1)
+	}
+}
+
+func (t *tally) observe(d time.Duration) {
+	t.latency.mu.Lock()
+	defer t.latency.mu.Unlock()
+	_ = t.latency.histogram.RecordValue(max(1, d.Microseconds())) // what is over the range had timed out
+}
+
+// quantile is in milliseconds.
+func (t *tally) quantile(percent float64) float64 {
+	t.latency.mu.Lock()
+	defer t.latency.mu.Unlock()
+	return float64(t.latency.histogram.ValueAtQuantile(percent)) / 1000
+}
+
+// fault is a kind of wrong that a storm finds.
+type fault string
+
+const (
+	faultTwoAnswers  fault = "two different answers for one key"
+	faultMissing     fault = "an acknowledged transfer is missing"
+	faultForgotten   fault = "an answered key was executed again"
+	faultChangedBody fault = "a changed body was not refused as a mismatch"
+	faultUnexpected  fault = "an answer that no good request gets"
+	faultMoney       fault = "money is not conserved"
+	faultDoubles     fault = "a key has two transfers"
+	faultAudit       fault = "the audit is not ok"
+)
+
+// examplesMax is how many faults are told in full; all are counted.
+const examplesMax = 10
+
+// faults collects wrongs. The zero value is empty and ready; it is safe for concurrent use.
+type faults struct {
+	mu       sync.Mutex
+	counts   map[fault]int
+	order    []fault
+	examples []string
+}
+
+func (f *faults) add(kind fault, format string, args ...any) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if f.counts == nil {
+		f.counts = make(map[fault]int)
+	}
+	if f.counts[kind] == 0 {
+		f.order = append(f.order, kind)
+	}
+	f.counts[kind]++
+	if len(f.examples) < examplesMax {
+		f.examples = append(f.examples, fmt.Sprintf(format, args...))
+	}
+}
+
+// list returns each kind of fault with its count, in the order of their first appearance.
+func (f *faults) list() []string {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	list := []string{}
+	for _, kind := range f.order {
+		list = append(list, fmt.Sprintf("%s (%d)", kind, f.counts[kind]))
+	}
+	return list
+}
+
+// compare holds a definite answer against the first one for its key.
+func (s *storm) compare(t *transfer, a *answer) {
+	switch {
+	case a.outcome == "mismatch":
+		s.faults.add(faultUnexpected, "key %s: its own body was called a mismatch", t.key)
+		return
+	case a.status != 201 && a.status != 402:
+		s.faults.add(faultUnexpected, "key %s: a good request was answered with %d %s", t.key, a.status, a.outcome)
+		return
+	}
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if t.first == nil {
+		t.first = a
+	} else if !t.first.same(a) {
+		s.faults.add(faultTwoAnswers, "key %s: %d %s, then %d %s", t.key,
+			t.first.status, strings.TrimSpace(string(t.first.body)), a.status, strings.TrimSpace(string(a.body)))
+	}
+}
+
+// Report is what a storm found. Its JSON is one object.
+type Report struct {
+	Verdict  string   `json:"verdict"` // ok or broken
+	Broken   []string `json:"broken"`  // the invariants that do not hold, each with a count
+	Examples []string `json:"examples"`
+
+	Keys        int    `json:"keys"`
+	Copies      int    `json:"copies"`
+	Clients     int    `json:"clients"`
+	Seed        uint64 `json:"seed"`
+	Requests    int64  `json:"requests"`
+	Executed    int64  `json:"executed"`
+	Replayed    int64  `json:"replayed"`
+	InProgress  int64  `json:"in_progress"`
+	Mismatches  int64  `json:"mismatches"`
+	NotExecuted int64  `json:"not_executed"`
+	Unknown     int64  `json:"unknown"`
+	Retries     int64  `json:"retries"`
+	LostReplies int64  `json:"lost_replies"`
+
+	KeysAcknowledged int      `json:"keys_acknowledged"` // with a 2xx
+	KeysDeclined     int      `json:"keys_declined"`     // for want of funds
+	NotSeen          []string `json:"not_seen"`          // kinds of answers that this storm did not provoke
+
+	P50MS   float64 `json:"p50_ms"`
+	P99MS   float64 `json:"p99_ms"`
+	Seconds float64 `json:"seconds"` // for the sending of all copies
+
+	AuditBefore *bank.Audit `json:"audit_before"`
+	Audit       *bank.Audit `json:"audit"`
+}
+
+// OK reports whether every invariant holds.
+func (r *Report) OK() bool { return len(r.Broken) == 0 }
+
+// report is the verdict, when nothing is sent any more.
+func (s *storm) report(before, after *bank.Audit, sent time.Duration) *Report {
+	r := &Report{
+		Keys: s.config.Keys, Copies: s.config.Copies, Clients: s.config.Clients, Seed: s.config.Seed,
+		Requests: s.tally.requests.Load(), Executed: s.tally.executed.Load(), Replayed: s.tally.replayed.Load(),
+		InProgress: s.tally.inProgress.Load(), Mismatches: s.tally.mismatches.Load(),
+		NotExecuted: s.tally.notExecuted.Load(), Unknown: s.tally.unknown.Load(),
+		Retries: s.tally.retries.Load(), LostReplies: s.tally.lostReplies.Load(),
+		P50MS: s.tally.quantile(50), P99MS: s.tally.quantile(99), Seconds: sent.Seconds(),
+		AuditBefore: before, Audit: after,
+	}
+	for _, t := range s.transfers {
+		switch {
+		case t.first == nil: // every answer was a fault, and is counted as one
+		case t.first.acknowledged():
+			r.KeysAcknowledged++
+		default:
+			r.KeysDeclined++
+		}
+	}
+	if after.BalanceTotal != after.OpeningTotal || after.EntriesTotal != "0" {
+		s.faults.add(faultMoney, "balances are %s where %s were put in; the entries' sum is %s", after.BalanceTotal, after.OpeningTotal, after.EntriesTotal)
+	}
+	if after.KeysWithManyTransfers > 0 {
+		s.faults.add(faultDoubles, "%d keys have more than one transfer", after.KeysWithManyTransfers)
+	}
+	if !after.OK {
+		s.faults.add(faultAudit, "the audit before the storm said ok: %t", before.OK)
+	}
+	r.Broken, r.Examples = s.faults.list(), append([]string{}, s.faults.examples...)
+	r.NotSeen = []string{}
+	for _, kind := range []struct {
+		name  string
+		count int64
+	}{{"executed", r.Executed}, {"replayed", r.Replayed}, {"in-progress", r.InProgress}, {"mismatch", r.Mismatches}} {
+		if kind.count == 0 {
+			r.NotSeen = append(r.NotSeen, kind.name)
+		}
+	}
+	r.Verdict = "ok"
+	if !r.OK() {
+		r.Verdict = "broken"
+	}
+	return r
+}
+
+// WriteJSON writes the report as one JSON object.
+func (r *Report) WriteJSON(w io.Writer) error {
+	encoder := json.NewEncoder(w)
+	encoder.SetEscapeHTML(false)
+	return encoder.Encode(r)
+}
+
+// WriteText writes the report for people.
+func (r *Report) WriteText(w io.Writer) error {
+	var b strings.Builder
+	table := tabwriter.NewWriter(&b, 0, 0, 2, ' ', 0)
+	row := func(name string, value any, note string) {
+		_, _ = fmt.Fprintf(table, "%s\t%v\t%s\n", name, value, note)
+	}
+	row("keys", r.Keys, fmt.Sprintf("each sent %d times by %d clients; seed %d", r.Copies, r.Clients, r.Seed))
+	row("requests", r.Requests, fmt.Sprintf("all copies sent in %.1f s", r.Seconds))
+	row("executed", r.Executed, "answers; more may have been lost")
+	row("replayed", r.Replayed, "")
+	row("in-progress", r.InProgress, "")
+	row("mismatches", r.Mismatches, "changed bodies, refused")
+	row("not-executed", r.NotExecuted, "")
+	row("unknown", r.Unknown, "")
+	row("retries", r.Retries, "")
+	row("lost replies", r.LostReplies, "")
+	row("latency p50", fmt.Sprintf("%.1f ms", r.P50MS), "")
+	row("latency p99", fmt.Sprintf("%.1f ms", r.P99MS), "")
+	row("acknowledged", r.KeysAcknowledged, fmt.Sprintf("keys; %d declined for want of funds", r.KeysDeclined))
+	row("transfers", r.Audit.Transfers, fmt.Sprintf("in the books; %d before the storm", r.AuditBefore.Transfers))
+	row("balances", r.Audit.BalanceTotal, fmt.Sprintf("minor units; %s put in", r.Audit.OpeningTotal))
+	row("audit ok", r.Audit.OK, "")
+	if err := table.Flush(); err != nil {
+		return err
+	}
+	lines := strings.Split(b.String(), "\n")
+	b.Reset()
+	for _, line := range lines[:len(lines)-1] {
+		b.WriteString(strings.TrimRight(line, " ") + "\n")
+	}
+	if len(r.NotSeen) > 0 {
+		fmt.Fprintf(&b, "\nnot seen: %s (a storm with more keys and clients provokes them)\n", strings.Join(r.NotSeen, ", "))
+	}
+	fmt.Fprintf(&b, "\nverdict: %s\n", r.Verdict)
+	for _, broken := range r.Broken {
+		fmt.Fprintf(&b, "  broken: %s\n", broken)
+	}
+	for _, example := range r.Examples {
+		fmt.Fprintf(&b, "  %s\n", example)
+	}
+	_, err := io.WriteString(w, b.String())
+	return err
+}

@@ -1,0 +1,133 @@
+// Command demo-bank is a bank whose transfers can be retried without fear, and the storm that tries to prove otherwise.
+//
+//	go run ./cmd/demo-bank          # serves on http://127.0.0.1:8080, with a PostgreSQL of its own
+//	go run ./cmd/demo-bank storm    # in another terminal: thousands of duplicates, and a verdict
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"os"
+	"os/signal"
+	"syscall"
+	"time"
+
+	"github.com/alecthomas/kong"
+	"golang.org/x/term"
+
+	"github.com/paidonce/idempotency/cmd/demo-bank/internal/server"
+	"github.com/paidonce/idempotency/cmd/demo-bank/internal/storm"
+)
+
+const description = `A bank whose transfers can be retried without fear: the record of a request, its answer and the money's move commit in
+one PostgreSQL transaction.
+
+Without a command it serves. Try:
+
+  demo-bank                                      serve, with an embedded PostgreSQL that is gone at exit
+  demo-bank --data-dir ./bank-data               serve, and find the money still there at the next start
+  DATABASE_URL=postgres://... demo-bank          serve on a PostgreSQL of yours
+  demo-bank storm                                send thousands of duplicates to it and read the verdict
+  demo-bank storm --keys 20000 --clients 64      a longer one
+  demo-bank storm --json | jq .verdict           for a script: exit code 0 is ok, 1 is broken`
+
+type commands struct {
+	Serve serveCommand `cmd:"" default:"withargs" help:"Serve the bank (the default)."`
+	Storm stormCommand `cmd:"" help:"Send duplicates of transfers to a bank and read the verdict from its books."`
+}
+
+type serveCommand struct {
+	Addr            string        `placeholder:"HOST:PORT" default:"${addr}" help:"Address to listen on; port 0 takes any free one. (default: ${default})"`
+	DatabaseURL     string        `name:"database-url" env:"DATABASE_URL" placeholder:"URL" help:"PostgreSQL that holds the books. Without it an embedded one is started."`
+	DataDir         string        `name:"data-dir" placeholder:"DIR" help:"Folder that keeps the embedded PostgreSQL's data. Without it they are gone at exit."`
+	PoolSize        int           `placeholder:"N" default:"${poolSize}" help:"Database connections at most. (default: ${default})"`
+	ShutdownTimeout time.Duration `placeholder:"DURATION" default:"${shutdownTimeout}" help:"How long requests in flight may take when the bank is told to stop. (default: ${default})"`
+	LogLevel        slog.Level    `placeholder:"LEVEL" default:"INFO" help:"DEBUG, INFO, WARN or ERROR; DEBUG logs each request. (default: ${default})"`
+}
+
+// Validate is called by kong.
+func (c *serveCommand) Validate() error {
+	if c.PoolSize < 1 || c.PoolSize > 1000 {
+		return errors.New("--pool-size must be from 1 to 1000")
+	}
+	if c.ShutdownTimeout <= 0 {
+		return errors.New("--shutdown-timeout must be positive")
+	}
+	return nil
+}
+
+// Run is called by kong.
+func (c *serveCommand) Run(ctx context.Context) error {
+	return server.New(server.Config{
+		Addr: c.Addr, DatabaseURL: c.DatabaseURL, DataDir: c.DataDir, PoolSize: c.PoolSize,
+		ShutdownTimeout: c.ShutdownTimeout, Stdout: os.Stdout, Stderr: os.Stderr,
+		Logger: slog.New(slog.NewTextHandler(os.Stderr, &slog.HandlerOptions{Level: c.LogLevel})),
+	}).Run(ctx)
+}
+
+type stormCommand struct {
+	URL      string        `name:"url" placeholder:"URL" default:"http://${addr}" help:"The bank. (default: ${default})"`
+	Keys     int           `placeholder:"N" default:"2000" help:"Distinct transfers. (default: ${default})"`
+	Copies   int           `placeholder:"N" default:"4" help:"How often each is sent. (default: ${default})"`
+	Clients  int           `placeholder:"N" default:"32" help:"Clients that send at once. (default: ${default})"`
+	Seed     uint64        `placeholder:"N" help:"Repeat the choices of an earlier storm. Keys are new each time."`
+	Patience time.Duration `placeholder:"DURATION" default:"60s" help:"How long a request is retried until it has its answer. (default: ${default})"`
+	JSON     bool          `name:"json" help:"Print one JSON object instead of a table."`
+}
+
+// Validate is called by kong.
+func (c *stormCommand) Validate() error {
+	config := c.config()
+	return config.Validate()
+}
+
+func (c *stormCommand) config() storm.Config {
+	return storm.Config{URL: c.URL, Keys: c.Keys, Copies: c.Copies, Clients: c.Clients, Seed: c.Seed, Patience: c.Patience}
+}
+
+// Run is called by kong.
+func (c *stormCommand) Run(ctx context.Context) error {
+	config := c.config()
+	if term.IsTerminal(int(os.Stderr.Fd())) {
+		config.Progress = os.Stderr
+	}
+	report, err := storm.Run(ctx, config)
+	if err != nil {
+		return err
+	}
+	write := report.WriteText
+	if c.JSON {
+		write = report.WriteJSON
+	}
+	if err := write(os.Stdout); err != nil {
+		return fmt.Errorf("print the report: %w", err)
+	}
+	if !report.OK() {
+		return errBroken
+	}
+	return nil
+}
+
+// errBroken is a storm whose verdict is on stdout already.
+var errBroken = errors.New("the bank's books or answers are broken")
+
+func main() {
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+	context.AfterFunc(ctx, stop) // a second signal ends the program at once
+
+	var cli commands
+	parsed := kong.Parse(&cli,
+		kong.Name("demo-bank"), kong.Description(description), kong.UsageOnError(),
+		kong.ConfigureHelp(kong.HelpOptions{Compact: true, FlagsLast: true, NoExpandSubcommands: false}),
+		kong.BindTo(ctx, (*context.Context)(nil)),
+		kong.Vars{
+			"addr": server.AddrDefault, "poolSize": fmt.Sprint(server.PoolSizeDefault),
+			"shutdownTimeout": server.ShutdownTimeoutDefault.String(),
+		})
+	if err := parsed.Run(); err != nil {
+		fmt.Fprintln(os.Stderr, "demo-bank:", err)
+		os.Exit(1)
+	}
+}

@@ -1,0 +1,170 @@
+package middleware_test
+
+import (
+	"encoding/json"
+	"errors"
+	"fmt"
+	"net/http"
+	"net/http/httptest"
+	"strings"
+	"time"
+
+	"github.com/paidonce/idempotency"
+	"github.com/paidonce/idempotency/middleware"
+	"github.com/paidonce/idempotency/storage/memory"
+)
+
+// A retry finds the first answer. The memory store is for tests: a service uses storage/postgres.
+func ExampleNew() {
+	transfer := http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
+		w.WriteHeader(http.StatusCreated)
+		_, _ = fmt.Fprint(w, "paid")
+	})
+	idem := middleware.New(memory.New(nil), exampleAccount, nil)
+	handler := idem.Handler(transfer)
+
+	exampleSend(handler, "8e03978e", `{"amount":1250}`)
+	exampleSend(handler, "8e03978e", `{"amount":1250}`)
+	exampleSend(handler, `"8e03978e"`, `{"amount":1250}`) // the same key, quoted
+	exampleSend(handler, "8e03978e", `{"amount":9999}`)
+	exampleSend(handler, "", `{"amount":1250}`)
+	// Output:
+	// 201 executed paid
+	// 201 replayed paid
+	// 201 replayed paid
+	// 422 mismatch Idempotency-Key was used for another request
+	// 400 not-executed Idempotency-Key is missing
+}
+
+// What an answer means for the transaction follows from its status: a 402 is kept, a 503 is forgotten.
+func ExampleMiddleware_Handler() {
+	statuses := []int{http.StatusServiceUnavailable, http.StatusPaymentRequired, http.StatusCreated}
+	handler := middleware.New(memory.New(nil), exampleAccount, nil).Handler(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
+		w.WriteHeader(statuses[0])
+		statuses = statuses[1:]
+	}))
+	for range 3 {
+		exampleSend(handler, "8e03978e", "")
+	}
+	// Output:
+	// 503 not-executed
+	// 402 executed
+	// 402 replayed
+}
+
+// One route may need other options than the rest: here requests without a key are let through, and are not repeated.
+func ExampleMiddleware_With() {
+	runs := 0
+	subscribe := http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
+		runs++
+		_, _ = fmt.Fprintf(w, "run %d", runs)
+	})
+	idem := middleware.New(memory.New(nil), exampleAccount, nil)
+	optional := idem.With(func(o *middleware.Options) {
+		o.Optional = true
+		o.Engine.TTL = time.Hour
+	})
+	mux := http.NewServeMux()
+	mux.Handle("POST /transfers", idem.Handler(subscribe))
+	mux.Handle("POST /subscriptions", optional.Handler(subscribe))
+
+	for _, path := range []string{"/transfers", "/subscriptions", "/subscriptions"} {
+		w := httptest.NewRecorder()
+		r := httptest.NewRequest(http.MethodPost, path, nil)
+		r.Header.Set("Account", "acme")
+		mux.ServeHTTP(w, r)
+		fmt.Println(path, w.Code)
+	}
+	fmt.Println("runs:", runs)
+	// Output:
+	// /transfers 400
+	// /subscriptions 200
+	// /subscriptions 200
+	// runs: 2
+}
+
+// A fingerprint of your own says what makes two requests the same: here the fields that move money, whatever the order
+// and the white space.
+func ExampleOptions_fingerprints() {
+	fields := middleware.Fingerprint{
+		Version: idempotency.FingerprintVersionUserMin,
+		Content: func(r *http.Request, body []byte) []byte {
+			var transfer struct{ To, Amount json.RawMessage }
+			if err := json.Unmarshal(body, &transfer); err != nil {
+				return body // not in these terms
+			}
+			content, err := json.Marshal([]any{r.URL.Path, transfer.To, transfer.Amount})
+			if err != nil {
+				return body
+			}
+			return content
+		},
+	}
+	handler := middleware.New(memory.New(nil), exampleAccount, &middleware.Options{
+		Fingerprints: []middleware.Fingerprint{fields, middleware.FingerprintV1}, // the second for records of before
+	}).Handler(http.HandlerFunc(func(http.ResponseWriter, *http.Request) {}))
+
+	exampleSend(handler, "8e03978e", `{"to":"bob","amount":1250}`)
+	exampleSend(handler, "8e03978e", `{"amount": 1250, "to": "bob"}`)
+	exampleSend(handler, "8e03978e", `{"to":"bob","amount":9999}`)
+	// Output:
+	// 200 executed
+	// 200 replayed
+	// 422 mismatch Idempotency-Key was used for another request
+}
+
+// A caller may have lost the right to an answer since it was recorded.
+func ExampleOptions_authorizeReplay() {
+	revoked := false
+	handler := middleware.New(memory.New(nil), exampleAccount, &middleware.Options{
+		AuthorizeReplay: func(*http.Request, *idempotency.Record) error {
+			if revoked {
+				return errors.New("the account is closed")
+			}
+			return nil
+		},
+	}).Handler(http.HandlerFunc(func(http.ResponseWriter, *http.Request) {}))
+
+	exampleSend(handler, "8e03978e", "")
+	exampleSend(handler, "8e03978e", "")
+	revoked = true
+	exampleSend(handler, "8e03978e", "")
+	// Output:
+	// 200 executed
+	// 200 replayed
+	// 403 unknown The answer may not be shown
+}
+
+// A scope function's error is a 401, unless it says otherwise.
+func ExampleStatusError() {
+	scope := func(r *http.Request) (string, error) {
+		if r.Header.Get("Account") == "acme" {
+			return "", &middleware.StatusError{Status: http.StatusForbidden, Detail: "The account is closed."}
+		}
+		return "", errors.New("no account")
+	}
+	handler := middleware.New(memory.New(nil), scope, nil).Handler(http.NotFoundHandler())
+	exampleSend(handler, "8e03978e", "")
+	// Output:
+	// 403 not-executed The caller is not known
+}
+
+// exampleAccount is the scope of the examples' keys: what authentication, mounted outside, found.
+func exampleAccount(r *http.Request) (string, error) { return r.Header.Get("Account"), nil }
+
+// exampleSend sends a transfer and prints the answer, of a problem document its title.
+func exampleSend(handler http.Handler, key, body string) {
+	r := httptest.NewRequest(http.MethodPost, "/transfers", strings.NewReader(body))
+	r.Header.Set("Account", "acme")
+	if key != "" {
+		r.Header.Set("Idempotency-Key", key)
+	}
+	w := httptest.NewRecorder()
+	handler.ServeHTTP(w, r)
+	text := w.Body.String()
+	var problem struct{ Title string }
+	if json.Unmarshal(w.Body.Bytes(), &problem) == nil {
+		text = problem.Title
+	}
+	fmt.Println(strings.TrimSpace(fmt.Sprint(w.Code, " ", w.Header().Get("Idempotency-Status"), " ", text)))
+}

@@ -1,0 +1,75 @@
+package postgres_test
+
+import (
+	"context"
+	"log/slog"
+	"net/http"
+	"os"
+	"time"
+
+	"github.com/jackc/pgx/v5/pgxpool"
+
+	"github.com/paidonce/idempotency/middleware"
+	"github.com/paidonce/idempotency/migrations"
+	"github.com/paidonce/idempotency/storage/postgres"
+)
+
+// A service opens its pool, brings the schema up to date, asks whether all is well, and serves.
+func ExampleNew() {
+	ctx := context.Background()
+	options := &postgres.Options{LockTimeout: 2 * time.Second} // the same for Configure and New; nil is fine
+	config, err := pgxpool.ParseConfig(os.Getenv("DATABASE_URL"))
+	if err != nil {
+		panic(err)
+	}
+	postgres.Configure(config, options)
+	pool, err := pgxpool.NewWithConfig(ctx, config)
+	if err != nil {
+		panic(err)
+	}
+	defer pool.Close()
+	if err := migrations.Up(ctx, pool, nil); err != nil {
+		panic(err)
+	}
+	store := postgres.New(pool, options)
+	if err := store.Check(ctx); err != nil {
+		panic(err)
+	}
+
+	account := func(r *http.Request) (string, error) { return r.Header.Get("Account"), nil }
+	idem := middleware.New(store, account, nil)
+	mux := http.NewServeMux()
+	mux.Handle("POST /transfers", idem.Handler(http.HandlerFunc(func(http.ResponseWriter, *http.Request) {})))
+}
+
+// A handler's writes go through Tx. They are committed with a 2xx answer, and undone with a 4xx or 5xx.
+func ExampleTx() {
+	_ = func(w http.ResponseWriter, r *http.Request) {
+		ctx := r.Context()
+		tx := postgres.Tx(ctx)
+		if _, err := tx.Exec(ctx, "INSERT INTO transfers (payee, amount) VALUES ($1, $2)", "bob", 1250); err != nil {
+			http.Error(w, "the transfer failed", http.StatusInternalServerError)
+			return
+		}
+		w.WriteHeader(http.StatusCreated)
+	}
+}
+
+// Every replica may run a reaper. The program starts it, and stops it by ending its context.
+func ExampleReaper() {
+	var store *postgres.Store // see New
+	ctx, stop := context.WithCancel(context.Background())
+	reaper := postgres.NewReaper(store, &postgres.ReaperOptions{
+		OnWalk: func(deleted int64, duration time.Duration, err error) {
+			slog.Info("expired records are deleted", "deleted", deleted, "duration", duration, "error", err)
+		},
+	})
+	stopped := make(chan struct{})
+	go func() {
+		defer close(stopped)
+		reaper.Run(ctx)
+	}()
+
+	stop()
+	<-stopped
+}
