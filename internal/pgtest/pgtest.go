@@ -71,7 +71,7 @@ func Database(t testing.TB) string {
 	t.Helper()
 	admin := shared.start(t).adminURL
 	name := "test_" + strings.ReplaceAll(uuid.NewString(), "-", "")
-	if err := execute(admin, "CREATE DATABASE "+name); err != nil {
+	if err := execute(admin, "CREATE DATABASE "+name+" STRATEGY FILE_COPY"); err != nil {
 		t.Fatalf("create database: %v", err)
 	}
 	t.Cleanup(func() {
