@@ -82,7 +82,7 @@ func setup(t *testing.T, opts setupOptions, handler http.HandlerFunc) *testBundl
 		case "":
 			return "", errors.New("no account")
 		case "blocked":
-			return "", &middleware.StatusError{Status: http.StatusForbidden, Detail: "The account is blocked."}
+			return "", &middleware.StatusError{Status: http.StatusForbidden, Detail: "The account is blocked.", Challenge: "Bearer"}
 		case "empty":
 			return "", nil
 		default:

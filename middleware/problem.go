@@ -11,8 +11,9 @@ import (
 
 // StatusError is an error of a scope function that says which status a caller gets.
 type StatusError struct {
-	Status int    // 400 to 599; anything else counts as 401
-	Detail string // shown to the client
+	Status    int    // 400 to 599; anything else counts as 401
+	Detail    string // shown to the client
+	Challenge string // the value of WWW-Authenticate, which RFC 9110 wants of a 401
 }
 
 func (e *StatusError) Error() string { return e.Detail }
@@ -68,6 +69,9 @@ func (m *Middleware) writeProblem(w http.ResponseWriter, reason idempotency.Reas
 		}
 		if override.Detail != "" {
 			t.detail = override.Detail
+		}
+		if override.Challenge != "" {
+			w.Header().Set("WWW-Authenticate", override.Challenge)
 		}
 	}
 	document := problem{Type: m.options.ProblemBase + string(reason), Title: t.title, Status: t.status, Detail: t.detail}

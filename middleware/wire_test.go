@@ -70,8 +70,8 @@ func TestCallerUnknown(t *testing.T) {
 	want(t, b.post(t, "/transfers", "{}", "Idempotency-Key", "k", "Account", strings.Repeat("a", 256)), 401, idempotency.OutcomeNotExecuted, idempotency.ReasonScope)
 	blocked := b.post(t, "/transfers", "{}", "Idempotency-Key", "k", "Account", "blocked")
 	want(t, blocked, 403, idempotency.OutcomeNotExecuted, idempotency.ReasonScope)
-	if !strings.Contains(blocked.body, "The account is blocked.") {
-		t.Errorf("body %s", blocked.body)
+	if !strings.Contains(blocked.body, "The account is blocked.") || blocked.header.Get("WWW-Authenticate") != "Bearer" {
+		t.Errorf("header %v, body %s", blocked.header, blocked.body)
 	}
 	if b.runs.Load() != 0 {
 		t.Error("the handler ran")

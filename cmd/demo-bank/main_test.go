@@ -86,7 +86,7 @@ func launch(t *testing.T, args ...string) (await func() *program) {
 			if line = strings.TrimSpace(line); strings.HasPrefix(line, "curl ") {
 				p.curls = append(p.curls, line)
 			}
-			if strings.HasPrefix(line, "demo-bank storm") && !told { // the last thing it says
+			if strings.Contains(line, "demo-bank storm") && !told { // the last thing it says
 				told = true
 				close(said)
 			}

@@ -405,8 +405,8 @@ func TestDeadlockStartsAgain(t *testing.T) {
 		})
 	}
 	wg.Wait()
-	if runs.Load() != 3 || b.effects(t) != 2 {
-		t.Errorf("%d runs and %d effects, want 3 and 2", runs.Load(), b.effects(t))
+	if runs.Load() < 3 || b.effects(t) != 2 { // the victim may be quick enough to lose once more
+		t.Errorf("%d runs and %d effects, want at least 3, and 2", runs.Load(), b.effects(t))
 	}
 }
 

@@ -1,15 +1,21 @@
 package bank
 
 import (
-	"errors"
 	"net/http"
+
+	"github.com/paidonce/idempotency/middleware"
 )
 
 // tenantPublic is who calls without saying who.
 const tenantPublic = "public"
 
+// challenge tells a caller how to say who it is.
+const challenge = `Bearer realm="demo-bank"`
+
 // ErrTenantUnknown means that the request's token is nobody's.
-var ErrTenantUnknown = errors.New("the token in the Authorization header is not known here")
+var ErrTenantUnknown error = &middleware.StatusError{
+	Status: http.StatusUnauthorized, Detail: "The token in the Authorization header is not known here.", Challenge: challenge,
+}
 
 // Tenant returns who sends the request: the scope of its key. It is the account behind the token and not the token, so
 // that a new token finds the same keys.
@@ -33,8 +39,8 @@ func Tenant(r *http.Request) (string, error) {
 func (b *Bank) requireTenant(next http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		if _, err := Tenant(r); err != nil {
-			w.Header().Set("WWW-Authenticate", `Bearer realm="demo-bank"`)
-			WriteProblem(w, refusal(http.StatusUnauthorized, "unauthorized", "Who are you?", err.Error()+"."))
+			w.Header().Set("WWW-Authenticate", challenge)
+			WriteProblem(w, refusal(http.StatusUnauthorized, "unauthorized", "Who are you?", err.Error()))
 			return
 		}
 		next.ServeHTTP(w, r)

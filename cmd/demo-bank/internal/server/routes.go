@@ -131,6 +131,6 @@ Send it again: 201, Idempotency-Status: replayed, and the same bytes
   %s
 
 Send thousands of duplicates and read the verdict:
-  demo-bank storm --url %s
+  go run ./cmd/demo-bank storm --url %s
 `, s.url, db.where, curl, curl, s.url) // a closed stdout is no reason not to serve
 }

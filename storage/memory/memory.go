@@ -1,0 +1,191 @@
+// Package memory keeps idempotency records in the memory of one process, for the unit tests of a handler.
+//
+// It keeps nothing beyond the process and gives the handler no database transaction: what a handler writes elsewhere is
+// not undone when it is declined, fails or panics, and is not committed with its answer. In production that pays
+// twice; package storage/postgres is for production. Everything else is as it is there: a claim per key, a record that
+// counts until it is deleted, an answer that is repeated byte by byte.
+package memory
+
+import (
+	"context"
+	"fmt"
+	"maps"
+	"slices"
+	"sync"
+	"time"
+
+	"github.com/paidonce/idempotency"
+)
+
+// Options tune a [Store]. Nil and the zero value are the defaults.
+type Options struct {
+	// Now is the clock that dates the records, so that a test can make them expire. It is called from many goroutines.
+	// The default is time.Now.
+	Now func() time.Time
+
+	// Fault, where it is set, is asked before each claim, commit and decline. An error that it returns is what the step
+	// reports, and nothing of the attempt remains: [idempotency.ErrUnavailable] shows how a client takes a 503
+	// not-executed, [idempotency.ErrUnknown] at a commit how it takes a 503 unknown. It is called from many goroutines.
+	Fault func(step idempotency.Step) error
+}
+
+// Store keeps records in memory. It is safe for concurrent use.
+type Store struct {
+	options Options
+
+	mu      sync.Mutex
+	claims  map[idempotency.Key]bool
+	records map[idempotency.Key]*idempotency.Record
+}
+
+var _ idempotency.Store = (*Store)(nil)
+
+// New returns an empty store.
+func New(opts *Options) *Store {
+	s := &Store{claims: map[idempotency.Key]bool{}, records: map[idempotency.Key]*idempotency.Record{}}
+	if opts != nil {
+		s.options = *opts
+	}
+	if s.options.Now == nil {
+		s.options.Now = time.Now
+	}
+	if s.options.Fault == nil {
+		s.options.Fault = func(idempotency.Step) error { return nil }
+	}
+	return s
+}
+
+// Begin implements [idempotency.Store].
+func (s *Store) Begin(ctx context.Context, req *idempotency.Request) (idempotency.Attempt, *idempotency.Record, error) {
+	if err := s.refuse(ctx, idempotency.StepClaim); err != nil {
+		return nil, nil, err
+	}
+	a := &attempt{store: s, req: *req, claimedAt: s.now()}
+	if req.Keyless() {
+		return a, nil, nil
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if record, ok := s.records[req.Key]; ok {
+		return nil, clone(record), nil
+	}
+	if s.claims[req.Key] {
+		return nil, nil, idempotency.ErrInProgress
+	}
+	s.claims[req.Key] = true
+	return a, nil, nil
+}
+
+// Len returns how many records there are, expired ones included.
+func (s *Store) Len() int {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return len(s.records)
+}
+
+// Records returns a copy of the records, expired ones included.
+func (s *Store) Records() map[idempotency.Key]*idempotency.Record {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	records := make(map[idempotency.Key]*idempotency.Record, len(s.records))
+	for key, record := range s.records {
+		records[key] = clone(record)
+	}
+	return records
+}
+
+// DeleteExpired deletes the records whose time is over and returns how many those were. Until then they count. It
+// never fails.
+func (s *Store) DeleteExpired(context.Context) (deleted int64, err error) {
+	now := s.now()
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	before := len(s.records)
+	maps.DeleteFunc(s.records, func(_ idempotency.Key, r *idempotency.Record) bool { return r.ExpiresAt.Before(now) })
+	return int64(before - len(s.records)), nil
+}
+
+// now has the resolution of PostgreSQL's clock.
+func (s *Store) now() time.Time { return s.options.Now().UTC().Truncate(time.Microsecond) }
+
+// refuse returns why a step can't be taken.
+func (s *Store) refuse(ctx context.Context, step idempotency.Step) error {
+	if err := ctx.Err(); err != nil {
+		return fmt.Errorf("%s: %w: %w", step, idempotency.ErrUnavailable, err)
+	}
+	if err := s.options.Fault(step); err != nil {
+		return fmt.Errorf("%s: %w", step, err)
+	}
+	return nil
+}
+
+// attempt is one run of a handler. Its claim is all that it holds.
+type attempt struct {
+	store     *Store
+	req       idempotency.Request
+	claimedAt time.Time
+	ended     bool // guarded by store.mu
+}
+
+// Context implements [idempotency.Attempt]. There is no transaction to carry.
+func (a *attempt) Context(ctx context.Context) context.Context { return ctx }
+
+// Seal implements [idempotency.Attempt].
+func (a *attempt) Seal() error { return nil }
+
+// Commit implements [idempotency.Attempt].
+func (a *attempt) Commit(ctx context.Context, answer *idempotency.Response) error {
+	err := a.store.refuse(ctx, idempotency.StepCommit)
+	if err != nil {
+		answer = nil
+	}
+	a.end(answer, a.claimedAt)
+	return err
+}
+
+// Decline implements [idempotency.Attempt], but that the handler's writes stay: they are not in our hands.
+func (a *attempt) Decline(ctx context.Context, answer *idempotency.Response) error {
+	err := a.store.refuse(ctx, idempotency.StepDecline)
+	if err != nil {
+		answer = nil
+	}
+	a.end(answer, a.store.now())
+	return err
+}
+
+// Rollback implements [idempotency.Attempt], but that the handler's writes stay.
+func (a *attempt) Rollback(context.Context) { a.end(nil, time.Time{}) }
+
+// end gives the claim back and records the answer, if there is one and a key to record it under.
+func (a *attempt) end(answer *idempotency.Response, at time.Time) {
+	s := a.store
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if a.ended {
+		panic("idempotency/memory: an attempt is ended once")
+	}
+	a.ended = true
+	if a.req.Keyless() {
+		return
+	}
+	delete(s.claims, a.req.Key)
+	if answer != nil {
+		s.records[a.req.Key] = clone(&idempotency.Record{
+			Fingerprint: a.req.Fingerprint, Attempt: a.req.Attempt, Response: *answer, TraceID: a.req.TraceID,
+			CreatedAt: at, ExpiresAt: at.Add(a.req.TTL),
+		})
+	}
+}
+
+// clone returns a copy that shares nothing. As in a database, a header without values leaves no trace.
+func clone(r *idempotency.Record) *idempotency.Record {
+	c := *r
+	c.Response.Body = append([]byte{}, r.Response.Body...)
+	c.Response.Header = make(map[string][]string, len(r.Response.Header))
+	for name, values := range r.Response.Header {
+		if len(values) > 0 {
+			c.Response.Header[name] = slices.Clone(values)
+		}
+	}
+	return &c
+}

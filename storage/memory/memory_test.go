@@ -1,0 +1,126 @@
+package memory_test
+
+import (
+	"context"
+	"errors"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"github.com/paidonce/idempotency"
+	"github.com/paidonce/idempotency/storage/memory"
+	"github.com/paidonce/idempotency/storage/storagetest"
+)
+
+// clock is a clock that a test moves.
+type clock struct{ ns atomic.Int64 }
+
+func newClock() *clock {
+	c := &clock{}
+	c.ns.Store(time.Date(2025, 7, 1, 12, 0, 0, 0, time.UTC).UnixNano())
+	return c
+}
+
+func (c *clock) now() time.Time          { return time.Unix(0, c.ns.Load()) }
+func (c *clock) advance(d time.Duration) { c.ns.Add(int64(d)) }
+
+func TestConformance(t *testing.T) {
+	t.Parallel()
+	features := storagetest.Features{WritesStay: true, NotDurable: true, ClaimsAreCertain: true}
+	storagetest.Run(t, features, func(*testing.T) *storagetest.Harness {
+		clock := newClock()
+		store := memory.New(&memory.Options{Now: clock.now})
+		return &storagetest.Harness{
+			Store:         store,
+			Advance:       func(_ context.Context, d time.Duration) error { clock.advance(d); return nil },
+			DeleteExpired: store.DeleteExpired,
+		}
+	})
+}
+
+func do(e *idempotency.Engine, value string, status int) idempotency.Result {
+	req := idempotency.Request{
+		Key:         idempotency.Key{Scope: "acme", Value: value},
+		Fingerprint: idempotency.FingerprintV1("POST", "/transfers", "", "", nil),
+	}
+	return e.Do(context.Background(), req, func(context.Context) (*idempotency.Response, error) {
+		return &idempotency.Response{Status: status, Header: map[string][]string{"X-Empty": {}}, Body: []byte("done")}, nil
+	})
+}
+
+func TestRecordsAreCopies(t *testing.T) {
+	t.Parallel()
+	clock := newClock()
+	store := memory.New(&memory.Options{Now: clock.now})
+	engine := idempotency.NewEngine(store, &idempotency.Options{TTL: time.Hour})
+	do(engine, "k1", 201)
+	do(engine, "k2", 404)
+	do(engine, "k3", 500)
+	records := store.Records()
+	if len(records) != 2 || store.Len() != 2 {
+		t.Fatalf("%d records, Len %d; want 2: an answer 500 is forgotten", len(records), store.Len())
+	}
+	record := records[idempotency.Key{Scope: "acme", Value: "k1"}]
+	if record == nil || record.Response.Status != 201 || string(record.Response.Body) != "done" || len(record.Response.Header) != 0 {
+		t.Fatalf("record of k1: %+v", record)
+	}
+	if !record.CreatedAt.Equal(clock.now()) || !record.ExpiresAt.Equal(clock.now().Add(time.Hour)) {
+		t.Errorf("record counts from %v to %v; want an hour from %v", record.CreatedAt, record.ExpiresAt, clock.now())
+	}
+	record.Response.Body[0] = 'X'
+	delete(records, idempotency.Key{Scope: "acme", Value: "k2"})
+	if again := do(engine, "k1", 201); again.Outcome != idempotency.OutcomeReplayed || string(again.Response.Body) != "done" {
+		t.Errorf("the snapshot is not a copy: %v %s", again.Outcome, again.Response.Body)
+	}
+	if store.Len() != 2 {
+		t.Errorf("the snapshot is not a copy: %d records left", store.Len())
+	}
+}
+
+func TestFaultIsReportedAndLeavesNothing(t *testing.T) {
+	t.Parallel()
+	for _, test := range []struct {
+		step   idempotency.Step
+		status int
+		fault  error
+		want   idempotency.Outcome
+	}{
+		{idempotency.StepClaim, 201, idempotency.ErrUnavailable, idempotency.OutcomeNotExecuted},
+		{idempotency.StepClaim, 201, idempotency.ErrInProgress, idempotency.OutcomeInProgress},
+		{idempotency.StepCommit, 201, idempotency.ErrUnknown, idempotency.OutcomeUnknown},
+		{idempotency.StepCommit, 201, errors.New("something else"), idempotency.OutcomeUnknown},
+		{idempotency.StepCommit, 201, idempotency.ErrAborted, idempotency.OutcomeNotExecuted},
+		{idempotency.StepDecline, 402, idempotency.ErrUnavailable, idempotency.OutcomeNotExecuted},
+	} {
+		faults := map[idempotency.Step]error{test.step: test.fault}
+		store := memory.New(&memory.Options{Fault: func(step idempotency.Step) error { return faults[step] }})
+		engine := idempotency.NewEngine(store, nil)
+		if got := do(engine, "k", test.status); got.Outcome != test.want || !errors.Is(got.Err, test.fault) {
+			t.Errorf("%s: %v gives %s, %v; want %s", test.step, test.fault, got.Outcome, got.Err, test.want)
+		}
+		delete(faults, test.step)
+		if got := do(engine, "k", test.status); got.Outcome != idempotency.OutcomeExecuted {
+			t.Errorf("%s: after %v the key is not free: %s, %v", test.step, test.fault, got.Outcome, got.Err)
+		}
+	}
+}
+
+func TestAttemptThatIsEndedTwicePanics(t *testing.T) {
+	t.Parallel()
+	for _, key := range []string{"", "k"} {
+		store := memory.New(nil)
+		attempt, _, err := store.Begin(t.Context(), &idempotency.Request{Key: idempotency.Key{Scope: "acme", Value: key}})
+		if err != nil {
+			t.Fatal(err)
+		}
+		attempt.Rollback(t.Context())
+		func() {
+			defer func() {
+				if recover() == nil {
+					t.Errorf("key %q: a second end did not panic", key)
+				}
+			}()
+			attempt.Rollback(t.Context())
+		}()
+	}
+}

@@ -1,0 +1,199 @@
+package storagetest
+
+import (
+	"bytes"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/paidonce/idempotency"
+)
+
+var recordCases = []testCase{
+	{
+		name: "RecordIsKeptByteForByte",
+		rule: "A replay is the answer as it was: status, every header with all its values in their order, and every byte of the body. Fingerprint with its version, attempt and trace come back as they went in.",
+		run: func(c *check) {
+			for i, answer := range answers() {
+				req := request("acme", "k"+string(rune('a'+i)))
+				req.Fingerprint = idempotency.FingerprintOf(int16(100+i), []byte{byte(i)})
+				if i%2 == 0 {
+					req.TraceID = "0af7651916cd43dd8448eb211c80319c"
+				}
+				attempt := c.claim(req)
+				if i%3 == 2 {
+					c.decline(attempt, answer)
+				} else {
+					c.commit(attempt, answer)
+				}
+				c.wantRecord(req, answer)
+			}
+		},
+	},
+	{
+		name: "RecordIsTheStoresOwn",
+		rule: "A record shares no memory with the answer that was recorded, nor with what an earlier replay was given: whoever changes those changes no replay.",
+		run: func(c *check) {
+			req := request("acme", "k")
+			given := func() *idempotency.Response {
+				return &idempotency.Response{Status: 201, Header: map[string][]string{"Link": {"<a>", "<b>"}}, Body: []byte("done")}
+			}
+			spoil := func(r *idempotency.Response) {
+				r.Status, r.Body[0], r.Header["Link"][0], r.Header["New"] = 500, 'X', "<x>", []string{"x"}
+			}
+			first := given()
+			c.commit(c.claim(req), first)
+			spoil(first)
+			c.wantRecord(req, given())
+			spoil(&c.replay(req).Response)
+			c.wantRecord(req, given())
+		},
+	},
+	{
+		name: "RecordCountsForItsTTL",
+		rule: "A record says when it was made and until when it counts, by the store's clock: its TTL apart. It says the same each time.",
+		run: func(c *check) {
+			for _, ttl := range []time.Duration{time.Second, ttl, 365 * 24 * time.Hour} {
+				for _, end := range []func(idempotency.Attempt) error{
+					func(a idempotency.Attempt) error { return a.Commit(c.ctx, answer(201, "")) },
+					func(a idempotency.Attempt) error { return a.Decline(c.ctx, answer(402, "")) },
+				} {
+					req := request("acme", idempotency.NewAttemptID().String())
+					req.TTL = ttl
+					if err := end(c.claim(req)); err != nil {
+						c.Fatalf("end: %v", err)
+					}
+					first, second := c.replay(req), c.replay(req)
+					if got := first.ExpiresAt.Sub(first.CreatedAt); (got - ttl).Abs() > time.Millisecond {
+						c.Errorf("the record counts for %v, want %v", got, ttl)
+					}
+					if first.CreatedAt.IsZero() || !first.CreatedAt.Equal(second.CreatedAt) || !first.ExpiresAt.Equal(second.ExpiresAt) {
+						c.Errorf("made %v, until %v; and the next time %v, %v", first.CreatedAt, first.ExpiresAt, second.CreatedAt, second.ExpiresAt)
+					}
+				}
+			}
+		},
+	},
+	{
+		name: "BeginComparesNothing",
+		rule: "Begin returns the record whatever the fingerprint is. The engine compares: a store that hid the record of a different request would let a handler run twice for one key.",
+		run: func(c *check) {
+			req := request("acme", "k")
+			c.commit(c.claim(req), answer(201, "done"))
+			other := request("acme", "k")
+			other.Fingerprint = idempotency.FingerprintOf(100, []byte("another request"))
+			if record := c.replay(other); record.Fingerprint != req.Fingerprint {
+				c.Errorf("the record has the fingerprint of the request that found it")
+			}
+		},
+	},
+	{
+		name:    "RecordOutlivesTheStore",
+		rule:    "A record is there for a program that was started after the one that made it.",
+		promise: isDurable,
+		run: func(c *check) {
+			req := request("acme", "k")
+			c.commit(c.claim(req), answer(201, "done"))
+			var err error
+			if c.Store, err = c.Reopen(c.ctx); err != nil {
+				c.Fatalf("Harness.Reopen: %v", err)
+			}
+			c.wantRecord(req, answer(201, "done"))
+			c.wantFree(request("acme", "other"))
+		},
+	},
+	{
+		name:    "RecordCountsUntilItIsDeleted",
+		rule:    "An expired record counts until it is deleted: the path of a request reads no clock. Once it is deleted its key is absent, and the next request runs.",
+		promise: expires,
+		run: func(c *check) {
+			short, long := request("acme", "short"), request("acme", "long")
+			short.TTL, long.TTL = time.Hour, 3*time.Hour
+			c.commit(c.claim(short), answer(201, "short"))
+			c.commit(c.claim(long), answer(201, "long"))
+			declined := request("acme", "declined")
+			c.decline(c.claim(declined), answer(402, "declined"))
+			other := request("acme", "held")
+			held := c.claim(other)
+			c.wantDeleted(0)
+			c.advance(2 * time.Hour)
+			c.wantBody(short, "short")
+			c.wantBody(declined, "declined")
+			c.wantDeleted(2)
+			c.wantBody(long, "long")
+			c.wantFree(declined)
+			c.commit(c.claim(short), answer(201, "again"))
+			c.wantDeleted(0)
+			c.wantBody(short, "again")
+			c.commit(held, answer(201, "held"))
+			c.wantBody(other, "held")
+		},
+	},
+}
+
+// answers returns answers whose details are easily lost.
+func answers() []*idempotency.Response {
+	everyByte := make([]byte, 256)
+	for i := range everyByte {
+		everyByte[i] = byte(i)
+	}
+	return []*idempotency.Response{
+		{Status: 200},
+		{Status: 200, Header: map[string][]string{}, Body: []byte{}},
+		{Status: 201, Header: map[string][]string{"Content-Type": {"application/json"}}, Body: []byte(`{"id":"1"}`)},
+		{Status: 204},
+		{Status: 303, Header: map[string][]string{"Location": {"/transfers/1?a=b,c&d=%2C"}, "Etag": {`W/"x, y"`}}},
+		{Status: 404, Header: map[string][]string{"Link": {"<b>; rel=x", "<a>, <c>", "", "<a>, <c>"}}, Body: []byte("\n")},
+		{Status: 499, Header: map[string][]string{"A": {""}, "Aa": {"1"}, "AA": {"2"}, "B": {"a\tb"}, "Z": {"ü \xff"}}, Body: []byte(" ")},
+		{Status: 200, Body: everyByte},
+		{Status: 422, Body: []byte(`'"\%;--$1$$` + "\x00\r\n")},
+		{Status: 599, Header: map[string][]string{"Vary": {strings.Repeat("v", 8<<10)}}, Body: bytes.Repeat(everyByte, 4<<10)},
+	}
+}
+
+// wantRecord fails where the record of a request is not this answer's, field by field.
+func (c *check) wantRecord(req *idempotency.Request, want *idempotency.Response) {
+	c.Helper()
+	got := c.replay(req)
+	if got.Response.Status != want.Status {
+		c.Errorf("status %d, want %d", got.Response.Status, want.Status)
+	}
+	if len(got.Response.Header) != len(want.Header) {
+		c.Errorf("%d headers, want %d", len(got.Response.Header), len(want.Header))
+	}
+	for name, values := range want.Header {
+		if !slices.Equal(got.Response.Header[name], values) {
+			c.Errorf("header %s is %.80q, want %.80q", name, got.Response.Header[name], values)
+		}
+	}
+	if !bytes.Equal(got.Response.Body, want.Body) {
+		c.Errorf("body of %d bytes %.40q, want %d bytes %.40q", len(got.Response.Body), got.Response.Body, len(want.Body), want.Body)
+	}
+	if got.Fingerprint != req.Fingerprint {
+		c.Errorf("fingerprint version %d, %x; want version %d, %x", got.Fingerprint.Version, got.Fingerprint.Sum, req.Fingerprint.Version, req.Fingerprint.Sum)
+	}
+	if got.Attempt != req.Attempt {
+		c.Errorf("attempt %v, want %v", got.Attempt, req.Attempt)
+	}
+	if got.TraceID != req.TraceID {
+		c.Errorf("trace id %q, want %q", got.TraceID, req.TraceID)
+	}
+}
+
+func (c *check) wantDeleted(want int64) {
+	c.Helper()
+	got, err := c.DeleteExpired(c.ctx)
+	if err != nil {
+		c.Fatalf("Harness.DeleteExpired: %v", err)
+	}
+	if got != want {
+		c.Errorf("%d records were deleted, want %d", got, want)
+	}
+}
+
+func (c *check) advance(d time.Duration) {
+	c.Helper()
+	if err := c.Advance(c.ctx, d); err != nil {
+		c.Fatalf("Harness.Advance: %v", err)
+	}
+}

@@ -1,0 +1,345 @@
+// Package storagetest holds an idempotency.Store to what its contract says.
+//
+//	func TestConformance(t *testing.T) {
+//		storagetest.Run(t, storagetest.Features{}, func(t *testing.T) *storagetest.Harness {
+//			store := mystore.New(emptyDatabase(t))
+//			return &storagetest.Harness{Store: store, DeleteExpired: store.DeleteExpired, ...}
+//		})
+//	}
+//
+// Each case is a subtest on a fresh store, and guards one rule. A case that fails prints its rule; a case of a promise
+// that the store does not make is skipped and says so. Run it with -race.
+package storagetest
+
+import (
+	"context"
+	"errors"
+	"testing"
+	"time"
+
+	"github.com/paidonce/idempotency"
+)
+
+// Features names the promises that a store does not make. The zero value is a store that makes all of them.
+type Features struct {
+	// WritesStay: the handler has no transaction; what it wrote stays whatever becomes of the attempt. Handlers then
+	// pay twice after a crash. Harness.Write, Written and Break may be nil.
+	WritesStay bool
+
+	// NotDurable: a second store on the same data does not know the records of the first. Harness.Reopen may be nil.
+	NotDurable bool
+
+	// NoExpiry: records are never deleted. Harness.Advance and DeleteExpired may be nil.
+	NoExpiry bool
+
+	// ClaimsAreCertain: no one can record a key which another attempt has claimed, so that Commit never reports
+	// ErrKeyRecorded. Harness.Record may be nil.
+	ClaimsAreCertain bool
+
+	// RunsAgain: attempts that run at once may report ErrSerialization although nothing else is wrong, and two handlers
+	// may run for one key, of which one is undone and its client gets the answer of the other. So it is where a claim
+	// shares a snapshot with the handler, in PostgreSQL above READ COMMITTED.
+	RunsAgain bool
+}
+
+// Harness is a fresh, empty store and what the suite needs beside it. Its functions are called from many goroutines.
+type Harness struct {
+	Store idempotency.Store
+
+	// Write writes a row under a name by the means of a handler that runs with ctx. Written returns how many rows of
+	// that name are committed. Break makes a statement fail, so that the transaction of ctx can't commit any more, and
+	// returns the statement's error.
+	Write   func(ctx context.Context, name string) error
+	Written func(ctx context.Context, name string) (int, error)
+	Break   func(ctx context.Context) error
+
+	// Reopen returns another store on the same data, as a restarted program would make it.
+	Reopen func(ctx context.Context) (idempotency.Store, error)
+
+	// Advance makes time pass for the records, by the clock or by their dates.
+	Advance func(ctx context.Context, d time.Duration) error
+
+	// DeleteExpired deletes the records whose time is over and returns how many those were.
+	DeleteExpired func(ctx context.Context) (int64, error)
+
+	// Record commits a record past all claims, as an attempt would that doesn't know of them.
+	Record func(ctx context.Context, req *idempotency.Request, answer *idempotency.Response) error
+}
+
+// patienceDefault bounds everything that a case waits for. A store that is in order never makes it wait that long.
+const patienceDefault = 20 * time.Second
+
+// Run runs the suite, each case on a harness of its own.
+func Run(t *testing.T, features Features, newHarness func(t *testing.T) *Harness) {
+	for _, one := range cases() {
+		t.Run(one.name, func(t *testing.T) {
+			if field := features.lacks(one.promise); field != "" {
+				t.Skipf("Features.%s: the store does not promise this: %s", field, one.rule)
+			}
+			t.Parallel()
+			one.check(t, features, newHarness(t), patienceDefault)
+		})
+	}
+}
+
+// promise is what a case needs a store to promise, and the hooks that go with it.
+type promise uint8
+
+const (
+	always promise = iota
+	undoesWrites
+	isDurable
+	expires
+	losesClaims
+)
+
+// lacks returns the name of the feature by which the store does not make the promise, or nothing.
+func (f Features) lacks(p promise) string {
+	switch {
+	case p == undoesWrites && f.WritesStay:
+		return "WritesStay"
+	case p == isDurable && f.NotDurable:
+		return "NotDurable"
+	case p == expires && f.NoExpiry:
+		return "NoExpiry"
+	case p == losesClaims && f.ClaimsAreCertain:
+		return "ClaimsAreCertain"
+	}
+	return ""
+}
+
+// missing returns the name of a hook that the promise needs and the harness does not have, or nothing.
+func (h *Harness) missing(p promise) string {
+	switch {
+	case h.Store == nil:
+		return "Store"
+	case p == undoesWrites && (h.Write == nil || h.Written == nil || h.Break == nil):
+		return "Write, Written or Break"
+	case p == isDurable && h.Reopen == nil:
+		return "Reopen"
+	case p == expires && (h.Advance == nil || h.DeleteExpired == nil):
+		return "Advance or DeleteExpired"
+	case p == losesClaims && h.Record == nil:
+		return "Record"
+	}
+	return ""
+}
+
+// testCase guards one rule.
+type testCase struct {
+	name    string
+	rule    string
+	promise promise
+	run     func(c *check)
+}
+
+func cases() []testCase {
+	var all []testCase
+	for _, some := range [][]testCase{claimCases, recordCases, endCases, transactionCases, engineCases} {
+		all = append(all, some...)
+	}
+	return all
+}
+
+// tester is what a case needs of a *testing.T.
+type tester interface {
+	Helper()
+	Logf(format string, args ...any)
+	Errorf(format string, args ...any)
+	Fatalf(format string, args ...any)
+	Failed() bool
+	Context() context.Context
+}
+
+// check runs the case. Where it fails it says which rule is broken.
+func (one testCase) check(t tester, features Features, h *Harness, patience time.Duration) {
+	t.Helper()
+	if hooks := h.missing(one.promise); hooks != "" {
+		t.Fatalf("Harness.%s is nil: set it, or say in Features that the store does not promise this: %s", hooks, one.rule)
+	}
+	ctx, cancel := context.WithTimeout(t.Context(), patience)
+	defer cancel()
+	defer func() {
+		if t.Failed() {
+			t.Logf("The rule: %s", one.rule)
+		}
+	}()
+	c := &check{tester: t, Harness: h, features: features, ctx: ctx}
+	defer c.endAll()
+	one.run(c)
+}
+
+// check is a case that runs.
+type check struct {
+	tester
+	*Harness
+	features Features
+	ctx      context.Context
+	attempts []*attempt
+}
+
+// attempt is an attempt that the suite ends if its case does not.
+type attempt struct {
+	idempotency.Attempt
+	req   *idempotency.Request
+	ended bool
+}
+
+func (a *attempt) Commit(ctx context.Context, answer *idempotency.Response) error {
+	a.ended = true
+	return a.Attempt.Commit(ctx, answer)
+}
+
+func (a *attempt) Decline(ctx context.Context, answer *idempotency.Response) error {
+	a.ended = true
+	return a.Attempt.Decline(ctx, answer)
+}
+
+func (a *attempt) Rollback(ctx context.Context) {
+	a.ended = true
+	a.Attempt.Rollback(ctx)
+}
+
+// endAll ends the attempts that a failed case left open: a store may wait for them when it is closed.
+func (c *check) endAll() {
+	for _, a := range c.attempts {
+		if !a.ended {
+			a.Rollback(context.WithoutCancel(c.ctx))
+		}
+	}
+}
+
+// begin returns what Begin does, and fails where that is not exactly one of three.
+func (c *check) begin(req *idempotency.Request) (*attempt, *idempotency.Record, error) {
+	c.Helper()
+	return c.beginWith(c.ctx, req)
+}
+
+func (c *check) beginWith(ctx context.Context, req *idempotency.Request) (*attempt, *idempotency.Record, error) {
+	c.Helper()
+	begun, record, err := c.Store.Begin(ctx, req)
+	var a *attempt
+	set := 0
+	if begun != nil {
+		a = &attempt{Attempt: begun, req: req}
+		c.attempts = append(c.attempts, a)
+		set++
+	}
+	if record != nil {
+		set++
+	}
+	if err != nil {
+		set++
+	}
+	if set != 1 {
+		c.Fatalf("Begin returned attempt %v, record %v, error %v: exactly one of them must be set", begun != nil, record != nil, err)
+	}
+	return a, record, err
+}
+
+// claim begins an attempt at a key that is absent.
+func (c *check) claim(req *idempotency.Request) *attempt {
+	c.Helper()
+	attempt, record, err := c.begin(req)
+	switch {
+	case err != nil:
+		c.Fatalf("an absent key was not claimed: %v", err)
+	case record != nil:
+		c.Fatalf("an absent key was not claimed: there is a record with body %.40q", record.Response.Body)
+	}
+	return attempt
+}
+
+// replay returns the record of a key that has one.
+func (c *check) replay(req *idempotency.Request) *idempotency.Record {
+	c.Helper()
+	attempt, record, err := c.begin(req)
+	switch {
+	case err != nil:
+		c.Fatalf("a recorded key was not found: %v", err)
+	case attempt != nil:
+		attempt.Rollback(c.ctx)
+		c.Fatalf("a recorded key was claimed: its handler would run again")
+	}
+	return record
+}
+
+// commit ends an attempt for good.
+func (c *check) commit(attempt *attempt, answer *idempotency.Response) {
+	c.Helper()
+	c.seal(attempt)
+	err := attempt.Commit(c.ctx, answer)
+	for c.features.RunsAgain && errors.Is(err, idempotency.ErrSerialization) && c.ctx.Err() == nil {
+		err = c.claim(attempt.req).Commit(c.ctx, answer)
+	}
+	if err != nil {
+		c.Fatalf("Commit: %v", err)
+	}
+}
+
+// decline ends an attempt without its writes.
+func (c *check) decline(attempt *attempt, answer *idempotency.Response) {
+	c.Helper()
+	c.seal(attempt)
+	if err := attempt.Decline(c.ctx, answer); err != nil {
+		c.Fatalf("Decline: %v", err)
+	}
+}
+
+func (c *check) seal(attempt *attempt) {
+	c.Helper()
+	if err := attempt.Seal(); err != nil {
+		c.Errorf("Seal of a healthy attempt: %v", err)
+	}
+}
+
+// wantFree fails where the key can't be claimed, and leaves it free.
+func (c *check) wantFree(req *idempotency.Request) {
+	c.Helper()
+	c.claim(req).Rollback(c.ctx)
+}
+
+// wantBody fails where the key is not recorded with this body.
+func (c *check) wantBody(req *idempotency.Request, body string) {
+	c.Helper()
+	if got := string(c.replay(req).Response.Body); got != body {
+		c.Errorf("the record has body %.60q, want %.60q", got, body)
+	}
+}
+
+// wantWritten fails where not so many rows are committed.
+func (c *check) wantWritten(name string, want int) {
+	c.Helper()
+	got, err := c.Written(c.ctx, name)
+	if err != nil {
+		c.Fatalf("Harness.Written: %v", err)
+	}
+	if got != want {
+		c.Errorf("%d rows of the handler are committed, want %d", got, want)
+	}
+}
+
+// write writes as the attempt's handler would.
+func (c *check) write(attempt *attempt, name string) {
+	c.Helper()
+	if err := c.Write(attempt.Context(c.ctx), name); err != nil {
+		c.Fatalf("Harness.Write: %v", err)
+	}
+}
+
+// ttl is how long the records of most cases count.
+const ttl = time.Hour
+
+// request returns a request, a new attempt at its key each time.
+func request(scope, value string) *idempotency.Request {
+	return &idempotency.Request{
+		Key:         idempotency.Key{Scope: scope, Value: value},
+		Fingerprint: idempotency.FingerprintV1("POST", "/", "", "", nil),
+		TTL:         ttl,
+		Attempt:     idempotency.NewAttemptID(),
+	}
+}
+
+func answer(status int, body string) *idempotency.Response {
+	return &idempotency.Response{Status: status, Body: []byte(body)}
+}
