@@ -44,8 +44,8 @@ func KeyFrom(ctx context.Context) (Key, bool) {
 // request, different for every other request and name, and safe to show to the other side, which can't tell the
 // original from it. It has the layout of a version 8 UUID (RFC 9562).
 //
-// What the handler does outside its transaction happens at least once. With a derived key the other side can tell the
-// repetitions. A request that came without a key gets a key of this one attempt. It panics outside an idempotent
+// What the handler does outside its transaction happens at least once, and a decline or a rollback does not undo it.
+// With a derived key the other side can tell the repetitions. A request that came without a key gets a key of this one attempt. It panics outside an idempotent
 // handler, because a key that is not stable would be worse than none.
 func DerivedKey(ctx context.Context, name string) string {
 	r, ok := ctx.Value(contextKey{}).(*running)

@@ -20,7 +20,8 @@ var ErrEscape = errors.New("idempotency/postgres: an idempotent handler must not
 //
 //   - the settings of opts. One that the config already has stays, but for synchronous_commit.
 //   - TCP keep-alives, so that the server notices a client that vanished
-//   - our statements prepared on connect, in pgx's default mode, so that a warm connection parses nothing
+//   - our statements prepared on connect, in pgx's default mode, so that a warm connection parses nothing. Where the
+//     table is not there yet, as before the first migration, they are sent as text for that connection's life.
 //   - a tracer that refuses a handler a second connection, with [ErrEscape]
 //
 // Hooks and tracers of the config are kept and called first.

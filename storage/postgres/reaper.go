@@ -8,6 +8,7 @@ import (
 	"time"
 
 	"github.com/jackc/pgx/v5"
+	"github.com/jackc/pgx/v5/pgconn"
 )
 
 // ReaperPagesMax is how many pages of the table one batch of [Store.DeleteExpired] goes through: 8 MB, some 30,000 rows.
@@ -41,6 +42,10 @@ func (s *Store) DeleteExpired(ctx context.Context) (deleted int64, err error) {
 			  AND expires_at < statement_timestamp()`,
 			fmt.Sprintf("(%d,0)", page), fmt.Sprintf("(%d,0)", page+ReaperPagesMax))
 		if err != nil {
+			var pgErr *pgconn.PgError
+			if errors.As(err, &pgErr) && pgErr.Code == "42501" {
+				return deleted, fmt.Errorf("delete expired: %w: GRANT SELECT, DELETE, UPDATE (trace_id) ON %s to the reaper's role", sqlError(err), s.table)
+			}
 			return deleted, fmt.Errorf("delete expired: %w", sqlError(err))
 		}
 		deleted += tag.RowsAffected()

@@ -1,0 +1,363 @@
+//go:build unix
+
+package examples_test
+
+import (
+	"bufio"
+	"bytes"
+	"fmt"
+	"io"
+	"net/http"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"runtime/debug"
+	"slices"
+	"strconv"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/paidonce/idempotency/internal/pgtest"
+)
+
+func TestMain(m *testing.M) { pgtest.Main(m) }
+
+// waitMax bounds every wait, on a machine that does other things too.
+const waitMax = 60 * time.Second
+
+// TestExamples builds each example, runs it as a process, sends what it says to send, and finds the answers that it
+// promises, a clean end, and nothing left behind.
+func TestExamples(t *testing.T) {
+	t.Parallel()
+	folder := build(t, "quickstart", "orders", "sqlc", "handlertest")
+
+	t.Run("quickstart", func(t *testing.T) {
+		t.Parallel()
+		p := start(t, folder, "quickstart", "", 2) // with a PostgreSQL of its own
+		p.sendTwice("/transfers", `{"amount":1250,"balance":8750,"to":"bob"}`)
+
+		transfer := func(key, to string, amount int) *answer {
+			return p.post("/transfers", key, fmt.Sprintf(`{"to":%q,"amount":%d}`, to, amount), "Account", "alice")
+		}
+		p.want(transfer("too-much", "bob", 20000), 402, "executed", "not enough")
+		p.want(transfer("too-much", "bob", 20000), 402, "replayed", "not enough")
+		p.want(transfer("too-much", "bob", 1), 422, "mismatch", "key-reused")
+		p.want(transfer("nobody", "nobody", 1), 404, "executed", "no such account")
+		p.want(p.post("/transfers", "k", `{"to":"bob","amount":1}`), 401, "not-executed", "scope")
+		p.want(transfer("last", "bob", 8750), 201, "executed", `"balance":0`) // the declined ones were undone
+		p.stop(syscall.SIGINT)
+	})
+
+	t.Run("orders", func(t *testing.T) {
+		t.Parallel()
+		p := start(t, folder, "orders", pgtest.Database(t), 7)
+		p.sendTwice("/orders", `{"charge":"ch_1","order":1,"total":900}`)
+		p.want(p.curl(2), 402, "executed", "declined")
+		p.want(p.curl(3), 503, "not-executed", "may have been charged")
+		p.want(p.curl(4), 201, "executed", `"charge":"ch_3"`)
+		p.want(p.curl(5), 200, "", `{"charge":"ch_3","amount":900,"state":"charged","asked":2}`)
+		p.want(p.curl(6), 200, "", `{"sku":"tea","price":450,"quantity":6}`)
+
+		order := func(token, key, body string) *answer {
+			return p.post("/orders", key, body, "Authorization", "Bearer "+token)
+		}
+		const tea, cup = `{"sku":"tea","quantity":1,"card":"good"}`, `{"sku":"cup","quantity":1,"card":"flaky"}`
+		p.want(order("stolen", "k1", tea), 401, "", "token") // refused outside: no key was looked at
+		mine := order("token-of-acme", "k1", tea)
+		p.want(mine, 201, "executed", "")
+		p.want(order("new-token-of-acme", "k1", tea), 201, "replayed", mine.body)
+		p.want(order("token-of-globex", "k1", tea), 201, "executed", "") // a key of its own
+
+		// The card is charged and the answer lost; then the last cup goes to somebody else. The retry is refused for
+		// good, so it has to cancel the charge.
+		p.want(order("token-of-acme", "k2", cup), 503, "not-executed", "")
+		p.want(order("token-of-globex", "k3", strings.Replace(cup, "flaky", "good", 1)), 201, "executed", "")
+		p.want(order("token-of-acme", "k2", cup), 409, "executed", "not enough in stock")
+		p.want(order("token-of-acme", "k2", cup), 409, "replayed", "not enough in stock")
+		p.want(p.curl(5), 200, "", `{"charge":"ch_6","amount":1200,"state":"cancelled","asked":1}`)
+		p.stop(syscall.SIGTERM)
+	})
+
+	t.Run("sqlc", func(t *testing.T) {
+		t.Parallel()
+		p := start(t, folder, "sqlc", pgtest.Database(t), 3)
+		p.sendTwice("/transfers", `{"id":1,"payer":"alice","payee":"bob","amount":1250}`)
+		p.want(p.post("/transfers", "k", `{"to":"bob","amount":20000}`, "Account", "alice"), 402, "executed", "not enough")
+		p.want(p.curl(2), 200, "", `[{"id":1,"payer":"alice","payee":"bob","amount":1250}]`)
+		p.stop(syscall.SIGTERM)
+	})
+
+	t.Run("handlertest", func(t *testing.T) {
+		t.Parallel()
+		p := start(t, folder, "handlertest", "", 2)
+		p.sendTwice("/transfers", `{"amount":1250,"balance":8750,"to":"bob"}`)
+		p.stop(syscall.SIGINT)
+	})
+}
+
+// TestHelpersAreTheSame: each example stands alone, and so has its own copy of what has nothing to do with it.
+func TestHelpersAreTheSame(t *testing.T) {
+	t.Parallel()
+	for _, copied := range []string{"orders/database.go", "sqlc/database.go", "orders/serve.go", "sqlc/serve.go", "handlertest/serve.go"} {
+		original, err := os.ReadFile(filepath.Join("quickstart", filepath.Base(copied)))
+		if err != nil {
+			t.Fatal(err)
+		}
+		content, err := os.ReadFile(copied)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if !bytes.Equal(content, original) {
+			t.Errorf("%s differs from quickstart's: copy the better one to the others", copied)
+		}
+	}
+}
+
+// build builds the examples, with the race detector where the tests have it, and returns the folder.
+func build(t *testing.T, names ...string) string {
+	t.Helper()
+	folder := t.TempDir()
+	arguments := []string{"build", "-o", folder}
+	if info, ok := debug.ReadBuildInfo(); ok && slices.Contains(info.Settings, debug.BuildSetting{Key: "-race", Value: "true"}) {
+		arguments = append(arguments, "-race")
+	}
+	for _, name := range names {
+		arguments = append(arguments, "./"+name)
+	}
+	if output, err := exec.CommandContext(t.Context(), "go", arguments...).CombinedOutput(); err != nil {
+		t.Fatalf("go %v: %v\n%s", arguments, err, output)
+	}
+	return folder
+}
+
+// program is a running example.
+type program struct {
+	t      *testing.T
+	cmd    *exec.Cmd
+	client *http.Client
+	url    string
+	curls  []string // the lines to try that it printed
+	stderr bytes.Buffer
+	ended  chan struct{} // closed when it has ended and was waited for
+}
+
+// start starts an example and waits until it has printed all its lines to try. It is killed when the test ends.
+func start(t *testing.T, folder, name, database string, curls int) *program {
+	t.Helper()
+	cmd := exec.Command(filepath.Join(folder, name), "-listen", "127.0.0.1:0")
+	cmd.Env = slices.DeleteFunc(os.Environ(), func(s string) bool { return strings.HasPrefix(s, "DATABASE_URL=") })
+	if database != "" {
+		cmd.Env = append(cmd.Env, "DATABASE_URL="+database)
+	}
+	transport := &http.Transport{}
+	t.Cleanup(transport.CloseIdleConnections)
+	p := &program{t: t, cmd: cmd, client: &http.Client{Transport: transport, Timeout: waitMax}, ended: make(chan struct{})}
+	cmd.Stderr = &p.stderr
+	output, into, err := os.Pipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	cmd.Stdout = into
+	err = cmd.Start()
+	_ = into.Close()
+	if err != nil {
+		t.Fatal(err)
+	}
+	said := make(chan string, 100)
+	go func() { // until the program has ended: the other end of its stdout is closed then
+		defer close(said)
+		defer output.Close()
+		for lines := bufio.NewScanner(output); lines.Scan(); {
+			said <- lines.Text()
+		}
+	}()
+	go func() {
+		defer close(p.ended)
+		_ = cmd.Wait() // its exit code is looked at by stop
+	}()
+	t.Cleanup(func() {
+		_ = cmd.Process.Kill() // it may have ended
+		<-p.ended
+	})
+	p.listen(name, curls, said)
+	return p
+}
+
+// listen reads what the program says when it serves.
+func (p *program) listen(name string, curls int, said <-chan string) {
+	p.t.Helper()
+	for patience := time.After(waitMax); len(p.curls) < curls; {
+		select {
+		case line, ok := <-said:
+			if !ok {
+				<-p.ended
+				p.t.Fatalf("it ended with %v:\n%s", p.cmd.ProcessState, p.stderr.String())
+			}
+			if url, ok := strings.CutPrefix(line, name+" is at "); ok {
+				p.url = url
+			}
+			if line = strings.TrimSpace(line); strings.HasPrefix(line, "curl ") {
+				p.curls = append(p.curls, line)
+			}
+		case <-patience:
+			p.t.Fatalf("it did not print %d lines to try in time: %q", curls, p.curls)
+		}
+	}
+}
+
+// answer is what came back.
+type answer struct {
+	status  int
+	outcome string
+	body    string
+}
+
+// curl sends what one of the printed lines sends.
+func (p *program) curl(n int) *answer {
+	p.t.Helper()
+	if n >= len(p.curls) {
+		p.t.Fatalf("it printed %d lines, and not line %d: %q", len(p.curls), n, p.curls)
+	}
+	url, method, body, header := "", http.MethodGet, "", http.Header{}
+	words := shellWords(p.curls[n])
+	for i := 1; i < len(words); i++ {
+		switch words[i] {
+		case "-i":
+		case "-H":
+			i++
+			name, value, _ := strings.Cut(words[i], ": ")
+			header.Add(name, value)
+		case "-d":
+			i++
+			method, body = http.MethodPost, words[i]
+			header.Set("Content-Type", "application/x-www-form-urlencoded") // as curl does
+		default:
+			url = words[i]
+		}
+	}
+	return p.send(method, url, body, header)
+}
+
+// post sends a request with a key.
+func (p *program) post(path, key, body string, header ...string) *answer {
+	p.t.Helper()
+	h := http.Header{"Idempotency-Key": {key}}
+	for i := 0; i+1 < len(header); i += 2 {
+		h.Set(header[i], header[i+1])
+	}
+	return p.send(http.MethodPost, p.url+path, body, h)
+}
+
+func (p *program) send(method, url, body string, header http.Header) *answer {
+	p.t.Helper()
+	request, err := http.NewRequestWithContext(p.t.Context(), method, url, strings.NewReader(body))
+	if err != nil {
+		p.t.Fatal(err)
+	}
+	request.Header = header
+	response, err := p.client.Do(request)
+	if err != nil {
+		p.t.Fatal(err)
+	}
+	defer response.Body.Close()
+	content, err := io.ReadAll(response.Body)
+	if err != nil {
+		p.t.Fatal(err)
+	}
+	return &answer{status: response.StatusCode, outcome: response.Header.Get("Idempotency-Status"), body: string(content)}
+}
+
+func (p *program) want(got *answer, status int, outcome, contains string) {
+	p.t.Helper()
+	if got.status != status || got.outcome != outcome || !strings.Contains(got.body, contains) {
+		p.t.Errorf("answer is %d %q: %s\nwant %d %q with %s", got.status, got.outcome, got.body, status, outcome, contains)
+	}
+}
+
+// sendTwice sends the first two lines that it printed: the same line, executed and then replayed.
+func (p *program) sendTwice(path, body string) {
+	p.t.Helper()
+	first := p.curl(0)
+	p.want(first, http.StatusCreated, "executed", "")
+	if first.body != body+"\n" {
+		p.t.Errorf("%s answers %q, want %q", path, first.body, body)
+	}
+	second := p.curl(1)
+	p.want(second, http.StatusCreated, "replayed", "")
+	if second.body != first.body {
+		p.t.Errorf("the replay is %q, the first answer was %q", second.body, first.body)
+	}
+}
+
+// stop sends a signal. The program must end well and take its PostgreSQL with it.
+func (p *program) stop(signal syscall.Signal) {
+	p.t.Helper()
+	children := descendants(p.cmd.Process.Pid)
+	if err := p.cmd.Process.Signal(signal); err != nil {
+		p.t.Fatal(err)
+	}
+	select {
+	case <-p.ended:
+	case <-time.After(waitMax):
+		p.t.Fatalf("it did not end at %v", signal)
+	}
+	if code := p.cmd.ProcessState.ExitCode(); code != 0 || p.stderr.Len() > 0 {
+		p.t.Errorf("exit code is %d, and it says on stderr: %s", code, p.stderr.String())
+	}
+	for _, pid := range children {
+		if err := syscall.Kill(pid, 0); err == nil {
+			p.t.Errorf("process %d is left", pid)
+		}
+	}
+	p.t.Logf("%v ended it, and its %d processes", signal, len(children))
+}
+
+// descendants returns the processes that a process started, and those that they started, where /proc tells.
+func descendants(pid int) (all []int) {
+	parents := map[int]int{}
+	files, _ := filepath.Glob("/proc/[0-9]*/stat")
+	for _, file := range files {
+		content, err := os.ReadFile(file)
+		if err != nil {
+			continue // it has ended
+		}
+		child, err := strconv.Atoi(filepath.Base(filepath.Dir(file)))
+		_, rest, _ := strings.Cut(string(content), ") ")
+		if fields := strings.Fields(rest); err == nil && len(fields) > 1 {
+			parents[child], _ = strconv.Atoi(fields[1])
+		}
+	}
+	known := []int{pid}
+	for i := 0; i < len(known); i++ {
+		for child, parent := range parents {
+			if parent == known[i] {
+				known = append(known, child)
+			}
+		}
+	}
+	return known[1:]
+}
+
+// shellWords splits a line as a shell does that knows single quotes only.
+func shellWords(line string) (words []string) {
+	word, quoted, begun := "", false, false
+	for _, c := range line {
+		switch {
+		case c == '\'':
+			quoted, begun = !quoted, true
+		case c == ' ' && !quoted:
+			if begun {
+				words = append(words, word)
+			}
+			word, begun = "", false
+		default:
+			word, begun = word+string(c), true
+		}
+	}
+	if begun {
+		words = append(words, word)
+	}
+	return words
+}

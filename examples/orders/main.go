@@ -1,0 +1,117 @@
+// Command orders is a shop whose orders can be retried: stock, order and payment in one transaction, and a call to an
+// outside payment service that can't be in it.
+//
+//	go run ./examples/orders
+package main
+
+import (
+	"context"
+	"crypto/rand"
+	"fmt"
+	"net"
+	"net/http"
+
+	"github.com/go-chi/chi/v5"
+	"github.com/jackc/pgx/v5/pgxpool"
+
+	"github.com/paidonce/idempotency/middleware"
+	"github.com/paidonce/idempotency/middleware/chiroute"
+	"github.com/paidonce/idempotency/migrations"
+	"github.com/paidonce/idempotency/storage/postgres"
+)
+
+func main() { start("orders", "127.0.0.1:8082", run) }
+
+func run(ctx context.Context, address string) error {
+	url, stop, err := databaseURL(ctx)
+	if err != nil {
+		return err
+	}
+	defer stop()
+	pool, err := open(ctx, url)
+	if err != nil {
+		return err
+	}
+	defer pool.Close()
+	payments, closePayments, err := servePayments()
+	if err != nil {
+		return err
+	}
+	defer closePayments()
+
+	shop := &shop{pool: pool, payments: &paymentClient{url: payments}}
+	return serve(ctx, address, newRouter(shop, postgres.New(pool, nil)), func(url string) { greet(url, payments) })
+}
+
+// newRouter mounts authentication outside and idempotency inside. A caller who is not known is refused before a key
+// is looked at, and the key belongs to the account that authentication found, not to the token: a client that rotated
+// its token still finds its own orders.
+func newRouter(shop *shop, store *postgres.Store) http.Handler {
+	idem := middleware.New(store, accountOf, &middleware.Options{
+		RouterState: chiroute.State, // lets a handler run again after a deadlock; without it chi's routes answer 503 then
+	})
+	r := chi.NewRouter()
+	r.Use(authenticate)
+	r.With(idem.Handler).Post("/orders", shop.order)
+	r.Get("/stock", shop.stock)
+	return r
+}
+
+// open connects to the database and brings it up to date.
+func open(ctx context.Context, url string) (*pgxpool.Pool, error) {
+	config, err := pgxpool.ParseConfig(url)
+	if err != nil {
+		return nil, err
+	}
+	postgres.Configure(config, nil)
+	pool, err := pgxpool.NewWithConfig(ctx, config)
+	if err != nil {
+		return nil, err
+	}
+	if err = migrations.Up(ctx, pool, nil); err == nil {
+		_, err = pool.Exec(ctx, schema)
+	}
+	if err != nil {
+		pool.Close()
+		return nil, err
+	}
+	return pool, nil
+}
+
+// servePayments runs the payment service on a port of its own, as if it were somebody else's.
+func servePayments() (url string, stop func(), err error) {
+	listener, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		return "", nil, err
+	}
+	server := &http.Server{Handler: newPaymentService(), ReadTimeout: readTimeout, WriteTimeout: writeTimeout}
+	go func() { _ = server.Serve(listener) }() // until it is closed
+	return "http://" + listener.Addr().String(), func() { _ = server.Close() }, nil
+}
+
+// greet prints what to try.
+func greet(url, payments string) {
+	curl := func(card string) string {
+		return fmt.Sprintf(`curl -i %s/orders -H 'Authorization: Bearer token-of-acme' -H 'Idempotency-Key: %s' -d '{"sku":"tea","quantity":2,"card":"%s"}'`, url, rand.Text(), card)
+	}
+	order, declined, flaky := curl("good"), curl("empty"), curl("flaky")
+	fmt.Printf(`orders is at %s
+
+Order: 201, Idempotency-Status: executed
+  %s
+Order again: 201, Idempotency-Status: replayed, and the same bytes
+  %s
+
+A card that is declined: 402, executed; the answer is kept, the stock is not touched
+  %s
+
+A payment whose answer is lost: 503, not-executed, although the card was charged
+  %s
+The same again: 201, executed, and not charged twice
+  %s
+
+What the payment service did, and what is in stock:
+  curl %s/charges
+  curl %s/stock -H 'Authorization: Bearer token-of-acme'
+`, url, order, order, declined, flaky, flaky, payments, url)
+}

@@ -1,0 +1,109 @@
+// Command quickstart is the smallest service whose transfers can be retried: net/http, PostgreSQL and nothing else.
+//
+//	go run ./examples/quickstart
+package main
+
+import (
+	"context"
+	"crypto/rand"
+	"encoding/json"
+	"fmt"
+	"net/http"
+
+	"github.com/jackc/pgx/v5/pgxpool"
+
+	"github.com/paidonce/idempotency/middleware"
+	"github.com/paidonce/idempotency/migrations"
+	"github.com/paidonce/idempotency/storage/postgres"
+)
+
+func newHandler(ctx context.Context, pool *pgxpool.Pool) (http.Handler, error) {
+	if err := migrations.Up(ctx, pool, nil); err != nil { // the table of the records
+		return nil, err
+	}
+	idem := middleware.New(postgres.New(pool, nil), accountID, nil)
+	mux := http.NewServeMux()
+	mux.Handle("POST /transfers", idem.Handler(http.HandlerFunc(transfer)))
+	return mux, nil
+}
+
+// accountID says whose key it is: what your authentication, mounted outside, found. Without one the answer is 401.
+func accountID(r *http.Request) (string, error) { return r.Header.Get("Account"), nil }
+
+func transfer(w http.ResponseWriter, r *http.Request) {
+	var t struct {
+		To     string
+		Amount int64
+	}
+	if err := json.NewDecoder(r.Body).Decode(&t); err != nil || t.Amount <= 0 {
+		http.Error(w, "send to and a positive amount", http.StatusBadRequest)
+		return
+	}
+	tx := postgres.Tx(r.Context()) // what is written here commits with the answer, or not at all
+	var accounts, balance int64
+	err := tx.QueryRow(r.Context(), moveMoney, r.Header.Get("Account"), t.To, t.Amount).Scan(&accounts, &balance)
+	switch {
+	case err != nil:
+		http.Error(w, "the transfer failed", http.StatusInternalServerError) // 5xx: forgotten, so a retry runs again
+	case accounts != 2:
+		http.Error(w, "there is no such account", http.StatusNotFound)
+	case balance < 0:
+		http.Error(w, "there is not enough money", http.StatusPaymentRequired) // 4xx: kept, and the writes are undone
+	default:
+		w.Header().Set("Content-Type", "application/json")
+		w.WriteHeader(http.StatusCreated)
+		_ = json.NewEncoder(w).Encode(map[string]any{"to": t.To, "amount": t.Amount, "balance": balance})
+	}
+}
+
+// moveMoney returns how many accounts it found and the payer's balance.
+const moveMoney = `
+	WITH moved AS (
+		UPDATE quickstart.accounts SET balance = balance + CASE name WHEN $1 THEN -$3::bigint ELSE $3::bigint END
+		WHERE name IN ($1, $2) RETURNING name, balance)
+	SELECT count(*), coalesce(min(balance) FILTER (WHERE name = $1), 0) FROM moved`
+
+const schema = `
+	CREATE SCHEMA IF NOT EXISTS quickstart;
+	CREATE TABLE IF NOT EXISTS quickstart.accounts (name text PRIMARY KEY, balance bigint NOT NULL);
+	INSERT INTO quickstart.accounts VALUES ('alice', 10000), ('bob', 0) ON CONFLICT DO NOTHING`
+
+func main() { start("quickstart", "127.0.0.1:8081", run) }
+
+func run(ctx context.Context, address string) error {
+	url, stop, err := databaseURL(ctx)
+	if err != nil {
+		return err
+	}
+	defer stop()
+	config, err := pgxpool.ParseConfig(url)
+	if err != nil {
+		return err
+	}
+	postgres.Configure(config, nil) // what the store wants of its connections
+	pool, err := pgxpool.NewWithConfig(ctx, config)
+	if err != nil {
+		return err
+	}
+	defer pool.Close()
+	if _, err := pool.Exec(ctx, schema); err != nil {
+		return err
+	}
+	handler, err := newHandler(ctx, pool)
+	if err != nil {
+		return err
+	}
+	return serve(ctx, address, handler, greet)
+}
+
+// greet prints what to try. The same line twice is the point: its key is the same.
+func greet(url string) {
+	curl := fmt.Sprintf(`curl -i %s/transfers -H 'Account: alice' -H 'Idempotency-Key: %s' -d '{"to":"bob","amount":1250}'`, url, rand.Text())
+	fmt.Printf(`quickstart is at %s
+
+Send a transfer: 201, Idempotency-Status: executed
+  %s
+Send it again: 201, Idempotency-Status: replayed, and the same bytes
+  %s
+`, url, curl, curl)
+}

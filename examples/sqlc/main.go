@@ -1,0 +1,138 @@
+// Command sqlc shows generated queries inside an idempotent handler: the transaction goes to WithTx, and no query
+// changes.
+//
+//	go run ./examples/sqlc
+package main
+
+import (
+	"context"
+	"crypto/rand"
+	_ "embed"
+	"encoding/json"
+	"fmt"
+	"net/http"
+	"slices"
+
+	"github.com/jackc/pgx/v5/pgxpool"
+
+	"github.com/paidonce/idempotency/examples/sqlc/ledger"
+	"github.com/paidonce/idempotency/middleware"
+	"github.com/paidonce/idempotency/migrations"
+	"github.com/paidonce/idempotency/storage/postgres"
+)
+
+//go:embed ledger/schema.sql
+var schema string
+
+func main() { start("sqlc", "127.0.0.1:8083", run) }
+
+func run(ctx context.Context, address string) error {
+	url, stop, err := databaseURL(ctx)
+	if err != nil {
+		return err
+	}
+	defer stop()
+	pool, err := open(ctx, url)
+	if err != nil {
+		return err
+	}
+	defer pool.Close()
+
+	b := &bank{queries: ledger.New(pool)}
+	idem := middleware.New(postgres.New(pool, nil), accountID, nil)
+	mux := http.NewServeMux()
+	mux.Handle("POST /transfers", idem.Handler(http.HandlerFunc(b.transfer)))
+	mux.HandleFunc("GET /transfers", b.transfers)
+	return serve(ctx, address, mux, greet)
+}
+
+// open connects to the database and brings it up to date.
+func open(ctx context.Context, url string) (*pgxpool.Pool, error) {
+	config, err := pgxpool.ParseConfig(url)
+	if err != nil {
+		return nil, err
+	}
+	postgres.Configure(config, nil)
+	pool, err := pgxpool.NewWithConfig(ctx, config)
+	if err != nil {
+		return nil, err
+	}
+	if err = migrations.Up(ctx, pool, nil); err == nil {
+		_, err = pool.Exec(ctx, schema)
+	}
+	if err != nil {
+		pool.Close()
+		return nil, err
+	}
+	return pool, nil
+}
+
+// accountID says whose key it is: what your authentication, mounted outside, found. Without one the answer is 401.
+func accountID(r *http.Request) (string, error) { return r.Header.Get("Account"), nil }
+
+type bank struct{ queries *ledger.Queries } // on the pool
+
+// transfer writes, so its queries run in the transaction of the middleware. The queries of the pool would be refused
+// here: what they wrote would not be undone with the rest.
+func (b *bank) transfer(w http.ResponseWriter, r *http.Request) {
+	var t struct {
+		To     string
+		Amount int64
+	}
+	if err := json.NewDecoder(r.Body).Decode(&t); err != nil || t.Amount <= 0 {
+		http.Error(w, "send to and a positive amount", http.StatusBadRequest)
+		return
+	}
+	ctx, from := r.Context(), r.Header.Get("Account")
+	queries := b.queries.WithTx(postgres.Tx(ctx))
+
+	accounts, err := queries.MoveMoney(ctx, ledger.MoveMoneyParams{Payer: from, Payee: t.To, Amount: t.Amount})
+	overdrawn := func(account ledger.MoveMoneyRow) bool { return account.Name == from && account.Balance < 0 }
+	switch {
+	case err != nil:
+		http.Error(w, "the transfer failed", http.StatusInternalServerError)
+		return
+	case len(accounts) != 2:
+		http.Error(w, "there is no such account", http.StatusNotFound)
+		return
+	case slices.ContainsFunc(accounts, overdrawn):
+		http.Error(w, "there is not enough money", http.StatusPaymentRequired) // the move is undone
+		return
+	}
+	transfer, err := queries.CreateTransfer(ctx, ledger.CreateTransferParams{Payer: from, Payee: t.To, Amount: t.Amount})
+	if err != nil {
+		http.Error(w, "the transfer failed", http.StatusInternalServerError)
+		return
+	}
+	writeJSON(w, http.StatusCreated, transfer)
+}
+
+// transfers only reads, so it needs no key and no transaction: the same queries, on the pool.
+func (b *bank) transfers(w http.ResponseWriter, r *http.Request) {
+	transfers, err := b.queries.ListTransfers(r.Context(), r.Header.Get("Account"))
+	if err != nil {
+		http.Error(w, "the transfers can't be read", http.StatusInternalServerError)
+		return
+	}
+	writeJSON(w, http.StatusOK, transfers)
+}
+
+func writeJSON(w http.ResponseWriter, status int, body any) {
+	w.Header().Set("Content-Type", "application/json")
+	w.WriteHeader(status)
+	_ = json.NewEncoder(w).Encode(body) // a client that is gone asks again
+}
+
+// greet prints what to try. The same line twice is the point: its key is the same.
+func greet(url string) {
+	curl := fmt.Sprintf(`curl -i %s/transfers -H 'Account: alice' -H 'Idempotency-Key: %s' -d '{"to":"bob","amount":1250}'`, url, rand.Text())
+	fmt.Printf(`sqlc is at %s
+
+Send a transfer: 201, Idempotency-Status: executed
+  %s
+Send it again: 201, Idempotency-Status: replayed, and the same bytes
+  %s
+There is one:
+  curl %s/transfers -H 'Account: alice'
+`, url, curl, curl, url)
+}

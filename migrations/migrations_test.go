@@ -1,0 +1,614 @@
+package migrations_test
+
+import (
+	"context"
+	"errors"
+	"net/url"
+	"os"
+	"path/filepath"
+	"reflect"
+	"regexp"
+	"slices"
+	"strconv"
+	"strings"
+	"sync"
+	"testing"
+	"testing/fstest"
+	"time"
+
+	"github.com/golang-migrate/migrate/v4"
+	_ "github.com/golang-migrate/migrate/v4/source/file" // what the migrate program reads files with
+	"github.com/google/uuid"
+	"github.com/jackc/pgx/v5"
+	"github.com/jackc/pgx/v5/pgconn"
+	"github.com/jackc/pgx/v5/pgxpool"
+
+	"github.com/paidonce/idempotency"
+	"github.com/paidonce/idempotency/internal/pgtest"
+	"github.com/paidonce/idempotency/migrations"
+	"github.com/paidonce/idempotency/storage/postgres"
+)
+
+func TestMain(m *testing.M) { pgtest.Main(m) }
+
+// waitMax bounds what a test undoes at its end.
+const waitMax = 30 * time.Second
+
+// testBundle is an empty database.
+type testBundle struct {
+	url  string
+	pool *pgxpool.Pool
+}
+
+func setup(t *testing.T) *testBundle {
+	t.Helper()
+	database := pgtest.Database(t)
+	return &testBundle{url: database, pool: open(t, database, nil)}
+}
+
+// open opens a pool, whose config change may change.
+func open(t *testing.T, database string, change func(*pgxpool.Config)) *pgxpool.Pool {
+	t.Helper()
+	config, err := pgxpool.ParseConfig(database)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if change != nil {
+		change(config)
+	}
+	pool, err := pgxpool.NewWithConfig(t.Context(), config)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(pool.Close)
+	return pool
+}
+
+// with returns the database's URL with a setting.
+func (b *testBundle) with(t *testing.T, name, value string) string {
+	t.Helper()
+	address, err := url.Parse(b.url)
+	if err != nil {
+		t.Fatal(err)
+	}
+	query := address.Query()
+	query.Set(name, value)
+	address.RawQuery = query.Encode()
+	return address.String()
+}
+
+func (b *testBundle) exec(t *testing.T, sql string, arguments ...any) {
+	t.Helper()
+	if _, err := b.pool.Exec(t.Context(), sql, arguments...); err != nil {
+		t.Fatalf("%s: %v", sql, err)
+	}
+}
+
+// strings returns a column of text.
+func (b *testBundle) strings(t *testing.T, sql string, arguments ...any) []string {
+	t.Helper()
+	rows, err := b.pool.Query(t.Context(), sql, arguments...)
+	if err != nil {
+		t.Fatal(err)
+	}
+	values, err := pgx.CollectRows(rows, pgx.RowTo[string])
+	if err != nil {
+		t.Fatal(err)
+	}
+	return values
+}
+
+func (b *testBundle) up(t *testing.T, opts *migrations.Options) {
+	t.Helper()
+	if err := migrations.Up(t.Context(), b.pool, opts); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func (b *testBundle) wantVersion(t *testing.T, opts *migrations.Options, want uint) {
+	t.Helper()
+	if got, err := migrations.Version(t.Context(), b.pool, opts); err != nil || got != want {
+		t.Errorf("version is %d, %v; want %d", got, err, want)
+	}
+}
+
+// tables returns the tables there are, with their schemas.
+func (b *testBundle) tables(t *testing.T) []string {
+	t.Helper()
+	return b.strings(t, `SELECT schemaname || '.' || tablename FROM pg_tables
+		WHERE schemaname NOT IN ('pg_catalog', 'information_schema') ORDER BY 1`)
+}
+
+func (b *testBundle) wantTables(t *testing.T, want ...string) {
+	t.Helper()
+	if got := b.tables(t); !slices.Equal(got, want) {
+		t.Errorf("tables are %v, want %v", got, want)
+	}
+}
+
+// wantKeeps has the store execute a request and replay it.
+func wantKeeps(t *testing.T, pool *pgxpool.Pool, opts *postgres.Options) {
+	t.Helper()
+	store := postgres.New(pool, opts)
+	if err := store.Check(t.Context()); err != nil {
+		t.Error(err)
+	}
+	engine := idempotency.NewEngine(store, nil)
+	key := uuid.NewString()
+	for _, want := range []idempotency.Outcome{idempotency.OutcomeExecuted, idempotency.OutcomeReplayed} {
+		if got := do(t.Context(), engine, key, 201); got.Outcome != want {
+			t.Errorf("outcome is %s, %v; want %s", got.Outcome, got.Err, want)
+		}
+	}
+}
+
+func do(ctx context.Context, engine *idempotency.Engine, key string, status int) idempotency.Result {
+	request := idempotency.Request{
+		Key:         idempotency.Key{Scope: "acme", Value: key},
+		Fingerprint: idempotency.FingerprintV1("POST", "/transfers", "", "", nil),
+	}
+	return engine.Do(ctx, request, func(context.Context) (*idempotency.Response, error) {
+		return &idempotency.Response{Status: status, Body: []byte("done")}, nil
+	})
+}
+
+func TestUpOnAnEmptyDatabase(t *testing.T) {
+	t.Parallel()
+	b := setup(t)
+	b.wantVersion(t, nil, 0)
+	b.up(t, nil)
+	b.wantVersion(t, nil, migrations.Latest)
+	b.wantTables(t, "public.idempotency_keys", "public.idempotency_migrations")
+	wantKeeps(t, b.pool, nil)
+}
+
+// A service that calls Up at each start loses nothing by it.
+func TestUpTwiceKeepsTheRecords(t *testing.T) {
+	t.Parallel()
+	b := setup(t)
+	b.up(t, nil)
+	engine := idempotency.NewEngine(postgres.New(b.pool, nil), nil)
+	if got := do(t.Context(), engine, "k", 201); got.Outcome != idempotency.OutcomeExecuted {
+		t.Fatal(got.Err)
+	}
+	b.up(t, nil)
+	b.wantVersion(t, nil, migrations.Latest)
+	if got := do(t.Context(), engine, "k", 201); got.Outcome != idempotency.OutcomeReplayed {
+		t.Errorf("after a second Up the outcome is %s, %v", got.Outcome, got.Err)
+	}
+}
+
+// Replicas that start together all call Up.
+func TestUpFromManyProcessesAtOnce(t *testing.T) {
+	t.Parallel()
+	b := setup(t)
+	b.upAtOnce(t, nil)
+	b.wantVersion(t, nil, migrations.Latest)
+	b.wantTables(t, "public.idempotency_keys", "public.idempotency_migrations")
+}
+
+// upAtOnce calls Up four times at once, each on a pool of its own.
+func (b *testBundle) upAtOnce(t *testing.T, opts *migrations.Options) {
+	t.Helper()
+	var wait sync.WaitGroup
+	for range 4 {
+		pool := open(t, b.url, nil)
+		wait.Go(func() {
+			if err := migrations.Up(t.Context(), pool, opts); err != nil {
+				t.Error(err)
+			}
+		})
+	}
+	wait.Wait()
+}
+
+func TestDownAndUpAgain(t *testing.T) {
+	t.Parallel()
+	b := setup(t)
+	b.up(t, nil)
+	for range 2 { // the second finds nothing to undo
+		if err := migrations.Down(t.Context(), b.pool, nil); err != nil {
+			t.Fatal(err)
+		}
+		b.wantVersion(t, nil, 0)
+		b.wantTables(t, "public.idempotency_migrations")
+		if err := postgres.New(b.pool, nil).Check(t.Context()); !errors.Is(err, postgres.ErrSchemaOutdated) || !strings.Contains(err.Error(), "run the migrations") {
+			t.Errorf("after Down, Check says %v", err)
+		}
+	}
+	b.up(t, nil)
+	wantKeeps(t, b.pool, nil)
+}
+
+// The schema is made where it is missing, and whatever the search_path of the connections is, nothing goes elsewhere.
+func TestSchema(t *testing.T) {
+	t.Parallel()
+	b := setup(t)
+	b.exec(t, "CREATE SCHEMA other")
+	pool := open(t, b.with(t, "search_path", "other,public"), nil)
+	options := &migrations.Options{Schema: "payments"}
+	if err := migrations.Up(t.Context(), pool, options); err != nil {
+		t.Fatal(err)
+	}
+	b.wantTables(t, "payments.idempotency_keys", "payments.idempotency_migrations")
+	b.wantVersion(t, options, migrations.Latest)
+	wantKeeps(t, pool, &postgres.Options{Schema: "payments"})
+
+	if err := migrations.Up(t.Context(), pool, nil); err != nil {
+		t.Fatal(err)
+	}
+	b.wantTables(t, "payments.idempotency_keys", "payments.idempotency_migrations", "public.idempotency_keys", "public.idempotency_migrations")
+	if err := migrations.Down(t.Context(), pool, options); err != nil {
+		t.Fatal(err)
+	}
+	b.wantTables(t, "payments.idempotency_migrations", "public.idempotency_keys", "public.idempotency_migrations")
+	if path := b.strings(t, "SHOW search_path"); len(path) != 1 || path[0] != `"$user", public` {
+		t.Errorf("the pool's search_path has become %v", path)
+	}
+}
+
+// A migration may take longer than a request's statement, and a pool for requests must not cut it off.
+func TestUpOutlastsTheStatementTimeoutOfThePool(t *testing.T) {
+	t.Parallel()
+	b := setup(t)
+	pool := open(t, b.url, func(config *pgxpool.Config) {
+		postgres.Configure(config, &postgres.Options{StatementTimeout: 100 * time.Millisecond})
+	})
+	files := fstest.MapFS{"000001_wait.up.sql": {Data: []byte("SELECT pg_sleep(0.5)")}}
+	if err := migrations.Up(t.Context(), pool, &migrations.Options{Files: files, VersionTable: "service_migrations"}); err != nil {
+		t.Error(err)
+	}
+}
+
+// A program migrates its own tables by the same means, with versions of their own.
+func TestFilesOfAProgramsOwn(t *testing.T) {
+	t.Parallel()
+	b := setup(t)
+	own := &migrations.Options{VersionTable: "service_migrations", Files: fstest.MapFS{
+		"000001_create_transfers.up.sql":   {Data: []byte("CREATE TABLE transfers (id bigint)")},
+		"000001_create_transfers.down.sql": {Data: []byte("DROP TABLE transfers")},
+		"000002_add_amount.up.sql":         {Data: []byte("ALTER TABLE transfers ADD COLUMN amount bigint")},
+		"000002_add_amount.down.sql":       {Data: []byte("ALTER TABLE transfers DROP COLUMN amount")},
+	}}
+	b.up(t, nil)
+	b.up(t, own)
+	b.wantVersion(t, own, 2)
+	b.wantVersion(t, nil, migrations.Latest)
+	b.exec(t, "INSERT INTO transfers (id, amount) VALUES (1, 1)")
+	if err := migrations.Down(t.Context(), b.pool, own); err != nil {
+		t.Fatal(err)
+	}
+	b.wantVersion(t, own, 0)
+	b.wantVersion(t, nil, migrations.Latest)
+	b.wantTables(t, "public.idempotency_keys", "public.idempotency_migrations", "public.service_migrations")
+}
+
+func TestFilesAndVersionTableBelongTogether(t *testing.T) {
+	t.Parallel()
+	b := setup(t)
+	for _, options := range []*migrations.Options{
+		{VersionTable: "service_migrations"},
+		{Files: fstest.MapFS{"000001_a.up.sql": {Data: []byte("SELECT 1")}}},
+	} {
+		if err := migrations.Up(t.Context(), b.pool, options); err == nil || !strings.Contains(err.Error(), "set both or none") {
+			t.Errorf("%v: %v", options, err)
+		}
+	}
+	b.wantTables(t)
+}
+
+// A migration that fails in the middle leaves the schema dirty. Nothing goes on before somebody has looked, and the
+// error says what to do.
+func TestDirtySchema(t *testing.T) {
+	t.Parallel()
+	b := setup(t)
+	files := fstest.MapFS{
+		"000001_create_transfers.up.sql": {Data: []byte("CREATE TABLE transfers (id bigint)")},
+		"000002_add_amount.up.sql":       {Data: []byte("ALTER TABLE transfers ADD COLUMN amount bigint; SELECT 1/0")},
+	}
+	own := &migrations.Options{VersionTable: "service_migrations", Files: files}
+	if err := migrations.Up(t.Context(), b.pool, own); err == nil || errors.Is(err, migrations.ErrDirty) || !strings.HasPrefix(err.Error(), "migrate: ") {
+		t.Fatalf("the migration that fails: %v", err)
+	}
+	version, err := migrations.Version(t.Context(), b.pool, own)
+	if version != 2 || !errors.Is(err, migrations.ErrDirty) {
+		t.Errorf("version is %d, %v; want 2, ErrDirty", version, err)
+	}
+	for name, call := range map[string]func(context.Context, *pgxpool.Pool, *migrations.Options) error{"Up": migrations.Up, "Down": migrations.Down} {
+		err := call(t.Context(), b.pool, own)
+		if !errors.Is(err, migrations.ErrDirty) || !strings.Contains(err.Error(), "version 2 failed") || !strings.Contains(err.Error(), "migrate force") {
+			t.Errorf("%s on a dirty schema: %v", name, err)
+		}
+	}
+
+	// The remedy that the error names.
+	files["000002_add_amount.up.sql"].Data = []byte("ALTER TABLE transfers ADD COLUMN amount bigint")
+	b.force(t, "service_migrations", 1)
+	b.up(t, own)
+	b.wantVersion(t, own, 2)
+}
+
+// force is `migrate force`.
+func (b *testBundle) force(t *testing.T, versionTable string, version int) {
+	t.Helper()
+	m := b.program(t, versionTable)
+	if err := m.Force(version); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// program is the migrate program: this folder's files as they are, and a database by its URL.
+func (b *testBundle) program(t *testing.T, versionTable string) *migrate.Migrate {
+	t.Helper()
+	folder, err := filepath.Abs(".")
+	if err != nil {
+		t.Fatal(err)
+	}
+	address, err := url.Parse(b.with(t, "x-migrations-table", versionTable))
+	if err != nil {
+		t.Fatal(err)
+	}
+	address.Scheme = "pgx5"
+	m, err := migrate.New((&url.URL{Scheme: "file", Path: folder}).String(), address.String()+"&search_path=public")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if sourceErr, databaseErr := m.Close(); sourceErr != nil || databaseErr != nil {
+			t.Error(sourceErr, databaseErr)
+		}
+	})
+	return m
+}
+
+// Who migrates with the program migrates the same, and this package finds what it did.
+func TestPlainMigrateProgram(t *testing.T) {
+	t.Parallel()
+	b := setup(t)
+	program := b.program(t, migrations.VersionTableDefault)
+	if err := program.Up(); err != nil {
+		t.Fatal(err)
+	}
+	if version, dirty, err := program.Version(); version != migrations.Latest || dirty || err != nil {
+		t.Errorf("version is %d, %v, %v", version, dirty, err)
+	}
+	b.wantTables(t, "public.idempotency_keys", "public.idempotency_migrations")
+	b.wantVersion(t, nil, migrations.Latest)
+	b.up(t, nil) // nothing is left to do
+	wantKeeps(t, b.pool, nil)
+	if err := program.Down(); err != nil {
+		t.Fatal(err)
+	}
+	b.wantVersion(t, nil, 0)
+	b.wantTables(t, "public.idempotency_migrations")
+}
+
+// What design and documentation promise of the table, asked of the server.
+func TestTable(t *testing.T) {
+	t.Parallel()
+	b := setup(t)
+	b.up(t, nil)
+	const table = " = 'idempotency_keys'::regclass"
+	for name, test := range map[string]struct {
+		sql  string
+		want []string
+	}{
+		"constraints": {
+			"SELECT conname || ' ' || pg_get_constraintdef(oid) FROM pg_constraint WHERE contype <> 'n' AND conrelid" + table + " ORDER BY 1",
+			[]string{
+				"idempotency_keys_pkey PRIMARY KEY (scope, key)",
+				"idempotency_keys_status_check CHECK (((status >= 200) AND (status <= 599)))",
+			},
+		},
+		"indexes": { // each insert pays for each
+			"SELECT relname FROM pg_index JOIN pg_class ON pg_class.oid = indexrelid WHERE indrelid" + table,
+			[]string{"idempotency_keys_pkey"},
+		},
+		"text in the C collation": {
+			`SELECT attname || ' ' || collname FROM pg_attribute JOIN pg_collation ON pg_collation.oid = attcollation WHERE attnum > 0 AND attrelid` + table + " ORDER BY attnum",
+			[]string{"scope C", "key C", "trace_id C"},
+		},
+		"the primary key's collation": {
+			"SELECT collname FROM pg_index, unnest(indcollation::oid[]) AS c JOIN pg_collation ON pg_collation.oid = c WHERE indrelid" + table,
+			[]string{"C", "C"},
+		},
+		"columns that may be NULL": {
+			"SELECT attname FROM pg_attribute WHERE attnum > 0 AND NOT attnotnull AND attrelid" + table,
+			[]string{"trace_id"},
+		},
+		"persistence and kind": {
+			"SELECT relpersistence::text || relkind::text FROM pg_class WHERE oid" + table,
+			[]string{"pr"},
+		},
+		"columns without a comment": {
+			"SELECT attname FROM pg_attribute WHERE attnum > 0 AND col_description(attrelid, attnum) IS NULL AND attrelid" + table + " ORDER BY attnum",
+			[]string{"body"},
+		},
+	} {
+		if got := b.strings(t, test.sql); !slices.Equal(got, test.want) {
+			t.Errorf("%s: %q, want %q", name, got, test.want)
+		}
+	}
+
+	body := b.strings(t, "SELECT attcompression::text FROM pg_attribute WHERE attname = 'body' AND attrelid"+table)
+	if lz4 := b.strings(t, "SELECT name FROM pg_settings WHERE name = 'default_toast_compression' AND 'lz4' = ANY (enumvals)"); len(lz4) > 0 {
+		if !slices.Equal(body, []string{"l"}) {
+			t.Errorf("bodies are compressed by %q; the server has lz4", body)
+		}
+	} else {
+		t.Log("this server has no lz4")
+	}
+}
+
+// role makes a role that can log in and has the privileges, and returns a pool of its connections.
+func (b *testBundle) role(t *testing.T, grants ...string) *pgxpool.Pool {
+	t.Helper()
+	name := "test_" + strings.ReplaceAll(uuid.NewString(), "-", "")
+	b.exec(t, "CREATE ROLE "+name+" LOGIN PASSWORD '"+name+"'")
+	t.Cleanup(func() {
+		ctx, cancel := context.WithTimeout(context.Background(), waitMax)
+		defer cancel()
+		for _, sql := range []string{"DROP OWNED BY " + name, "DROP ROLE " + name} {
+			if _, err := b.pool.Exec(ctx, sql); err != nil {
+				t.Errorf("%s: %v", sql, err)
+			}
+		}
+	})
+	for _, grant := range grants {
+		b.exec(t, "GRANT "+grant+" TO "+name)
+	}
+	return open(t, b.url, func(config *pgxpool.Config) {
+		config.ConnConfig.User, config.ConnConfig.Password = name, name
+		postgres.Configure(config, nil)
+	})
+}
+
+// wantDenied has a statement refused for want of a privilege.
+func wantDenied(t *testing.T, pool *pgxpool.Pool, sql string) {
+	t.Helper()
+	_, err := pool.Exec(t.Context(), sql)
+	var pgErr *pgconn.PgError
+	if !errors.As(err, &pgErr) || pgErr.Code != "42501" {
+		t.Errorf("%s: %v; want SQLSTATE 42501", sql, err)
+	}
+}
+
+// A service needs SELECT and INSERT and no more: no record is ever updated, and none is its to delete.
+func TestServiceNeedsOnlySelectAndInsert(t *testing.T) {
+	t.Parallel()
+	b := setup(t)
+	b.up(t, nil)
+	service := b.role(t, "SELECT, INSERT ON idempotency_keys", "SELECT ON idempotency_migrations")
+	wantKeeps(t, service, nil)
+	engine := idempotency.NewEngine(postgres.New(service, nil), nil)
+	for _, want := range []idempotency.Outcome{idempotency.OutcomeExecuted, idempotency.OutcomeReplayed} {
+		if got := do(t.Context(), engine, "declined", 402); got.Outcome != want {
+			t.Errorf("a decline is %s, %v; want %s", got.Outcome, got.Err, want)
+		}
+	}
+	if got := do(t.Context(), engine, "forgotten", 503); got.Outcome != idempotency.OutcomeNotExecuted || got.Err != nil {
+		t.Errorf("a 503 is %s, %v", got.Outcome, got.Err)
+	}
+	for _, sql := range []string{
+		"UPDATE idempotency_keys SET trace_id = ''", "DELETE FROM idempotency_keys", "TRUNCATE idempotency_keys",
+		"DROP TABLE idempotency_keys", "UPDATE idempotency_migrations SET version = 0",
+	} {
+		wantDenied(t, service, sql)
+	}
+	if version, err := migrations.Version(t.Context(), service, nil); version != migrations.Latest || err != nil {
+		t.Errorf("the service reads version %d, %v", version, err)
+	}
+	if err := migrations.Up(t.Context(), service, nil); err != nil {
+		t.Errorf("an Up with nothing to do fails: %v", err)
+	}
+}
+
+// Without the version table's SELECT a service works, and Check says what to grant.
+func TestCheckNamesTheMissingGrant(t *testing.T) {
+	t.Parallel()
+	b := setup(t)
+	b.up(t, nil)
+	service := b.role(t, "SELECT, INSERT ON idempotency_keys")
+	err := postgres.New(service, nil).Check(t.Context())
+	if err == nil || !strings.Contains(err.Error(), "GRANT SELECT ON public.idempotency_migrations") {
+		t.Errorf("Check says %v", err)
+	}
+}
+
+// A role that may not migrate hears what it lacks, and nothing is made by halves.
+func TestUpWithoutPrivilege(t *testing.T) {
+	t.Parallel()
+	b := setup(t)
+	for _, options := range []*migrations.Options{nil, {Schema: "payments"}} {
+		err := migrations.Up(t.Context(), b.role(t), options)
+		if err == nil || !strings.HasPrefix(err.Error(), "migrate: ") || !strings.Contains(err.Error(), "42501") {
+			t.Errorf("error is %v; want SQLSTATE 42501", err)
+		}
+	}
+	b.wantTables(t)
+}
+
+// The reaper needs SELECT, DELETE and, because FOR UPDATE asks for it, UPDATE of any one column: of trace_id, on which
+// nothing rests. What a record promises is not the reaper's to change.
+func TestReaperNeedsSelectDeleteAndOneColumn(t *testing.T) {
+	t.Parallel()
+	b := setup(t)
+	b.up(t, nil)
+	engine := idempotency.NewEngine(postgres.New(b.pool, nil), nil)
+	for _, key := range []string{"expired", "fresh"} {
+		if got := do(t.Context(), engine, key, 201); got.Outcome != idempotency.OutcomeExecuted {
+			t.Fatal(got.Err)
+		}
+	}
+	b.exec(t, "UPDATE idempotency_keys SET expires_at = now() - interval '1 second' WHERE key = 'expired'")
+
+	_, err := postgres.New(b.role(t, "SELECT, DELETE ON idempotency_keys"), nil).DeleteExpired(t.Context())
+	var pgErr *pgconn.PgError
+	if !errors.As(err, &pgErr) || pgErr.Code != "42501" {
+		t.Errorf("with SELECT and DELETE alone: %v; where that is enough now, the documentation may say so", err)
+	}
+	reaper := b.role(t, "SELECT, DELETE, UPDATE (trace_id) ON idempotency_keys")
+	if deleted, err := postgres.New(reaper, nil).DeleteExpired(t.Context()); deleted != 1 || err != nil {
+		t.Errorf("%d deleted, %v; want 1", deleted, err)
+	}
+	if left := b.strings(t, "SELECT key FROM idempotency_keys"); !slices.Equal(left, []string{"fresh"}) {
+		t.Errorf("left are %v", left)
+	}
+	for _, sql := range []string{
+		"UPDATE idempotency_keys SET status = 200", "UPDATE idempotency_keys SET expires_at = now()",
+		"INSERT INTO idempotency_keys DEFAULT VALUES", "TRUNCATE idempotency_keys",
+	} {
+		wantDenied(t, reaper, sql)
+	}
+}
+
+// A context that has ended stops it before anything is done.
+func TestUpWithAnEndedContext(t *testing.T) {
+	t.Parallel()
+	b := setup(t)
+	ctx, cancel := context.WithCancel(t.Context())
+	cancel()
+	if err := migrations.Up(ctx, b.pool, nil); !errors.Is(err, context.Canceled) {
+		t.Errorf("Up: %v", err)
+	}
+	if _, err := migrations.Version(ctx, b.pool, nil); !errors.Is(err, context.Canceled) {
+		t.Errorf("Version: %v", err)
+	}
+	b.wantTables(t)
+}
+
+// The files, their numbers and the constants that name the newest say the same.
+func TestLatest(t *testing.T) {
+	t.Parallel()
+	entries, err := os.ReadDir(".")
+	if err != nil {
+		t.Fatal(err)
+	}
+	name := regexp.MustCompile(`^(\d{6})_[a-z]+_[a-z_]+\.(up|down)\.sql$`) // number, verb, object
+	directions := map[int][]string{}
+	for _, entry := range entries {
+		if !strings.HasSuffix(entry.Name(), ".sql") {
+			continue
+		}
+		match := name.FindStringSubmatch(entry.Name())
+		if match == nil {
+			t.Errorf("%s is not named 000001_verb_object.up.sql or .down.sql", entry.Name())
+			continue
+		}
+		number, err := strconv.Atoi(match[1])
+		if err != nil {
+			t.Fatal(err)
+		}
+		directions[number] = append(directions[number], match[2])
+	}
+	want := map[int][]string{}
+	for number := 1; number <= migrations.Latest; number++ {
+		want[number] = []string{"down", "up"}
+	}
+	if !reflect.DeepEqual(directions, want) {
+		t.Errorf("files are %v, want %v up to Latest", directions, want)
+	}
+	if migrations.Latest != postgres.SchemaVersion {
+		t.Errorf("Latest is %d and postgres.SchemaVersion is %d", migrations.Latest, postgres.SchemaVersion)
+	}
+}

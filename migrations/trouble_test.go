@@ -1,0 +1,197 @@
+package migrations_test
+
+import (
+	"context"
+	"errors"
+	"io/fs"
+	"net"
+	"strconv"
+	"strings"
+	"sync/atomic"
+	"testing"
+	"testing/fstest"
+	"time"
+
+	"github.com/jackc/pgx/v5/pgxpool"
+
+	"github.com/paidonce/idempotency/migrations"
+	"github.com/paidonce/idempotency/storage/postgres"
+)
+
+// A context that ends in the middle lets the migration under way finish, and no other begin. Up takes it up again.
+func TestUpStopsBetweenMigrations(t *testing.T) {
+	t.Parallel()
+	b := setup(t)
+	ctx, cancel := context.WithCancel(t.Context())
+	own := &migrations.Options{VersionTable: "service_migrations", Files: stoppingFS{
+		FS: fstest.MapFS{
+			"000001_create_one.up.sql": {Data: []byte("CREATE TABLE one (id bigint); SELECT pg_sleep(0.2)")},
+			"000002_create_two.up.sql": {Data: []byte("CREATE TABLE two (id bigint)")},
+		},
+		name: "000001_create_one.up.sql", stop: cancel,
+	}}
+	if err := migrations.Up(ctx, b.pool, own); !errors.Is(err, context.Canceled) {
+		t.Errorf("error is %v; want context.Canceled", err)
+	}
+	version, err := migrations.Version(t.Context(), b.pool, own)
+	if version > 1 || err != nil {
+		t.Errorf("it stopped at version %d, %v", version, err)
+	}
+	b.up(t, own)
+	b.wantVersion(t, own, 2)
+}
+
+// stoppingFS calls stop when a file is opened.
+type stoppingFS struct {
+	fs.FS
+	name string
+	stop func()
+}
+
+func (f stoppingFS) Open(name string) (fs.File, error) {
+	if name == f.name {
+		f.stop()
+	}
+	return f.FS.Open(name)
+}
+
+// A role that may not migrate leaves no connection behind, however far it came.
+func TestUpThatFailsLeavesNoConnection(t *testing.T) {
+	t.Parallel()
+	b := setup(t)
+	for _, options := range []*migrations.Options{nil, {Schema: "payments"}} {
+		var openNow atomic.Int64
+		config := b.role(t).Config()
+		dial := config.ConnConfig.DialFunc
+		config.ConnConfig.DialFunc = func(ctx context.Context, network, address string) (net.Conn, error) {
+			conn, err := dial(ctx, network, address)
+			if err != nil {
+				return nil, err
+			}
+			openNow.Add(1)
+			return &countedConn{Conn: conn, openNow: &openNow}, nil
+		}
+		pool, err := pgxpool.NewWithConfig(t.Context(), config)
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(pool.Close)
+		if err := migrations.Up(t.Context(), pool, options); err == nil {
+			t.Error("it may migrate")
+		}
+		if n := openNow.Load(); n != 0 {
+			t.Errorf("%d connections are left open", n)
+		}
+	}
+}
+
+// countedConn counts itself out when it is closed first.
+type countedConn struct {
+	net.Conn
+	openNow *atomic.Int64
+	closed  atomic.Bool
+}
+
+func (c *countedConn) Close() error {
+	if !c.closed.Swap(true) {
+		c.openNow.Add(-1)
+	}
+	return c.Conn.Close()
+}
+
+// The schema too is made by one of those who start together.
+func TestSchemaFromManyProcessesAtOnce(t *testing.T) {
+	t.Parallel()
+	b := setup(t)
+	for i := range 20 {
+		b.upAtOnce(t, &migrations.Options{Schema: "payments_" + strconv.Itoa(i)})
+	}
+}
+
+// Who waits for another's migration waits longer than a request does for a lock.
+func TestUpOutlastsTheLockTimeoutOfThePool(t *testing.T) {
+	t.Parallel()
+	b := setup(t)
+	pool := open(t, b.url, func(config *pgxpool.Config) {
+		postgres.Configure(config, &postgres.Options{LockTimeout: 50 * time.Millisecond})
+	})
+	own := &migrations.Options{VersionTable: "service_migrations", Files: fstest.MapFS{
+		"000001_wait.up.sql": {Data: []byte("SELECT pg_sleep(0.5)")},
+	}}
+	errs := make(chan error)
+	for range 2 {
+		go func() { errs <- migrations.Up(t.Context(), pool, own) }()
+	}
+	for range 2 {
+		if err := <-errs; err != nil {
+			t.Error(err)
+		}
+	}
+}
+
+// A wait for another's migration ends with the context.
+func TestUpStopsWaiting(t *testing.T) {
+	t.Parallel()
+	b := setup(t)
+	reached, release := make(chan struct{}), make(chan struct{})
+	own := &migrations.Options{VersionTable: "service_migrations", Files: stoppingFS{
+		FS:   fstest.MapFS{"000001_wait.up.sql": {Data: []byte("SELECT 1")}},
+		name: "000001_wait.up.sql", stop: func() { close(reached); <-release },
+	}}
+	first := make(chan error)
+	go func() { first <- migrations.Up(t.Context(), b.pool, own) }()
+	<-reached
+	ctx, cancel := context.WithTimeout(t.Context(), 100*time.Millisecond)
+	defer cancel()
+	second := make(chan error, 1)
+	go func() {
+		second <- migrations.Up(ctx, b.pool, &migrations.Options{VersionTable: "service_migrations", Files: fstest.MapFS{
+			"000001_wait.up.sql": {Data: []byte("SELECT 1")},
+		}})
+	}()
+	select {
+	case err := <-second:
+		if !errors.Is(err, context.DeadlineExceeded) {
+			t.Errorf("error is %v; want context.DeadlineExceeded", err)
+		}
+	case <-time.After(5 * time.Second):
+		t.Error("it still waits")
+	}
+	close(release)
+	if err := <-first; err != nil {
+		t.Error(err)
+	}
+}
+
+// Before the first migration there is no version 0 to go back to.
+func TestFirstMigrationFails(t *testing.T) {
+	t.Parallel()
+	b := setup(t)
+	files := fstest.MapFS{"000001_create_transfers.up.sql": {Data: []byte("SELECT 1/0")}}
+	own := &migrations.Options{VersionTable: "service_migrations", Files: files}
+	if err := migrations.Up(t.Context(), b.pool, own); err == nil {
+		t.Fatal("it did not fail")
+	}
+	if err := migrations.Up(t.Context(), b.pool, own); !errors.Is(err, migrations.ErrDirty) || !strings.Contains(err.Error(), "migrate force -- -1`") {
+		t.Errorf("error is %v", err)
+	}
+	files["000001_create_transfers.up.sql"].Data = []byte("CREATE TABLE transfers (id bigint)")
+	b.force(t, "service_migrations", -1)
+	b.up(t, own)
+	b.wantVersion(t, own, 1)
+}
+
+// A service that is rolled back finds a schema of a later release, and must start.
+func TestUpOnALaterSchema(t *testing.T) {
+	t.Parallel()
+	b := setup(t)
+	b.up(t, nil)
+	b.exec(t, "UPDATE idempotency_migrations SET version = $1", migrations.Latest+1)
+	b.up(t, nil)
+	b.wantVersion(t, nil, migrations.Latest+1)
+	wantKeeps(t, b.pool, nil)
+	b.exec(t, "UPDATE idempotency_migrations SET dirty = true")
+	if err := migrations.Up(t.Context(), b.pool, nil); !errors.Is(err, migrations.ErrDirty) {
+		t.Errorf("on a later schema that is dirty: %v", err)
+	}
+}
