@@ -124,3 +124,26 @@ func TestAttemptThatIsEndedTwicePanics(t *testing.T) {
 		}()
 	}
 }
+
+func TestStepOnADeadContextIsUnavailable(t *testing.T) {
+	t.Parallel()
+	dead, cancel := context.WithCancel(t.Context())
+	cancel()
+	store := memory.New(nil)
+	req := &idempotency.Request{Key: idempotency.Key{Scope: "acme", Value: "k"}}
+	if _, _, err := store.Begin(dead, req); !errors.Is(err, idempotency.ErrUnavailable) {
+		t.Errorf("claim: %v", err)
+	}
+	for name, end := range map[string]func(idempotency.Attempt) error{
+		"commit":  func(a idempotency.Attempt) error { return a.Commit(dead, &idempotency.Response{Status: 201}) },
+		"decline": func(a idempotency.Attempt) error { return a.Decline(dead, &idempotency.Response{Status: 402}) },
+	} {
+		attempt, _, err := store.Begin(t.Context(), req)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := end(attempt); !errors.Is(err, idempotency.ErrUnavailable) || store.Len() != 0 {
+			t.Errorf("%s: %v, %d records", name, err, store.Len())
+		}
+	}
+}

@@ -1,0 +1,216 @@
+package idempotency
+
+import (
+	"errors"
+	"fmt"
+	"testing"
+)
+
+func TestDecideEveryRow(t *testing.T) {
+	t.Parallel()
+	rows := map[Fact]Decision{
+		FactClaimed:            {Action: ActionRun},
+		FactInProgress:         {ActionRefuse, OutcomeInProgress, ReasonInProgress},
+		FactRecordedSame:       {Action: ActionReplay, Outcome: OutcomeReplayed},
+		FactRecordedOther:      {ActionRefuse, OutcomeMismatch, ReasonKeyReused},
+		FactRecordedUnreadable: {ActionRefuse, OutcomeUnknown, ReasonOutcomeUnknown},
+		FactUnavailable:        {ActionRefuse, OutcomeNotExecuted, ReasonUnavailable},
+		FactSerialization:      {Action: ActionRestart},
+		FactRestartsSpent:      {ActionRefuse, OutcomeNotExecuted, ReasonUnavailable},
+		FactAnsweredCommit:     {Action: ActionCommit},
+		FactAnsweredDecline:    {Action: ActionDecline},
+		FactAnsweredForget:     {Action: ActionForget},
+		FactHandlerFailed:      {ActionRefuse, OutcomeNotExecuted, ReasonHandlerFailed},
+		FactTransactionLost:    {ActionRefuse, OutcomeUnknown, ReasonTransactionLost},
+		FactCommitted:          {Action: ActionAnswer, Outcome: OutcomeExecuted},
+		FactDeclined:           {Action: ActionAnswer, Outcome: OutcomeExecuted},
+		FactForgotten:          {Action: ActionAnswer, Outcome: OutcomeNotExecuted},
+		FactKeyRecorded:        {Action: ActionRestart},
+		FactCommitAborted:      {ActionRefuse, OutcomeNotExecuted, ReasonHandlerFailed},
+		FactDeclineFailed:      {ActionRefuse, OutcomeNotExecuted, ReasonUnavailable},
+		FactOutcomeUnknown:     {ActionRefuse, OutcomeUnknown, ReasonOutcomeUnknown},
+	}
+	unknown := rows[FactOutcomeUnknown]
+	for fact := range Fact(255) {
+		want, ok := rows[fact]
+		if known := fact >= FactClaimed && fact <= FactOutcomeUnknown; ok != known {
+			t.Errorf("fact %d is in the test: %v, in the table: %v", fact, ok, known)
+		}
+		if !ok {
+			want = unknown
+		}
+		if got := Decide(fact); got != want {
+			t.Errorf("fact %d: %+v, want %+v", fact, got, want)
+		}
+	}
+}
+
+// A decision either goes on, or answers, or says why it does not: never two of them.
+func TestDecisionsAreWhole(t *testing.T) {
+	t.Parallel()
+	for fact := range Fact(255) {
+		d := Decide(fact)
+		ends := d.Action == ActionAnswer || d.Action == ActionReplay || d.Action == ActionRefuse
+		if ends != (d.Outcome != "") || (d.Action == ActionRefuse) != (d.Reason != "") {
+			t.Errorf("fact %d: %+v", fact, d)
+		}
+	}
+}
+
+func TestDefaultDisposition(t *testing.T) {
+	t.Parallel()
+	forget := map[int]bool{401: true, 403: true, 407: true, 408: true, 421: true, 425: true, 429: true}
+	for status := range 1000 {
+		want := Forget
+		switch {
+		case forget[status]:
+		case status >= 200 && status <= 399:
+			want = Commit
+		case status >= 400 && status <= 499:
+			want = Decline
+		}
+		if got := DefaultDisposition(status); got != want {
+			t.Errorf("%d: %d, want %d", status, got, want)
+		}
+	}
+	if Disposition(0) != Forget {
+		t.Error("a policy that forgets to decide must forget the attempt")
+	}
+}
+
+var errOther = errors.New("an error nobody knows")
+
+// sentinels are all errors of the contract, and one that is not.
+var sentinels = []error{
+	nil, ErrInProgress, ErrUnavailable, ErrSerialization, ErrAborted, ErrKeyRecorded, ErrTransactionLost, ErrUnknown, errOther,
+}
+
+func wrap(err error) error {
+	if err == nil {
+		return nil
+	}
+	return fmt.Errorf("step: %w: detail", err)
+}
+
+// checkFacts calls f with each error of the contract, wrapped, and compares. What want leaves out is other.
+func checkFacts(t *testing.T, f func(error) Fact, want map[error]Fact, other Fact) {
+	t.Helper()
+	for _, err := range sentinels {
+		fact, ok := want[err]
+		if !ok {
+			fact = other
+		}
+		if got := f(wrap(err)); got != fact {
+			t.Errorf("%v: fact %d, want %d", err, got, fact)
+		}
+	}
+}
+
+func TestFactAfterClaim(t *testing.T) {
+	t.Parallel()
+	checkFacts(t, func(err error) Fact { return factAfterClaim(&Request{}, nil, err) }, map[error]Fact{
+		nil: FactClaimed, ErrInProgress: FactInProgress, ErrSerialization: FactSerialization, ErrUnknown: FactRecordedUnreadable,
+	}, FactUnavailable)
+}
+
+func TestFactAfterClaimComparesFingerprints(t *testing.T) {
+	t.Parallel()
+	one, two := FingerprintV1("POST", "/1", "", "", nil), FingerprintV1("POST", "/2", "", "", nil)
+	of := func(version int16) Fingerprint { return FingerprintOf(version, []byte("request")) }
+	knows := func(versions ...int16) func(int16) (Fingerprint, bool) {
+		return func(version int16) (Fingerprint, bool) {
+			for _, v := range versions {
+				if v == version {
+					return of(v), true
+				}
+			}
+			return of(version), false // what comes with a false counts for nothing
+		}
+	}
+	otherVersion := one
+	otherVersion.Version = 100
+	lastBit := one
+	lastBit.Sum[31] ^= 1
+	for name, test := range map[string]struct {
+		ours     Fingerprint
+		at       func(int16) (Fingerprint, bool)
+		recorded Fingerprint
+		want     Fact
+	}{
+		"same":                                  {one, nil, one, FactRecordedSame},
+		"other":                                 {one, nil, two, FactRecordedOther},
+		"other by one bit":                      {one, nil, lastBit, FactRecordedOther},
+		"same version asks nobody":              {one, func(int16) (Fingerprint, bool) { panic("asked") }, one, FactRecordedSame},
+		"other version, none known":             {one, nil, otherVersion, FactRecordedUnreadable},
+		"other version, not known":              {one, knows(101), of(100), FactRecordedUnreadable},
+		"other version, known and same":         {one, knows(100, 101), of(101), FactRecordedSame},
+		"other version, known and different":    {one, knows(100), FingerprintOf(100, []byte("another")), FactRecordedOther},
+		"other version, answered with our own":  {one, func(int16) (Fingerprint, bool) { return one, true }, otherVersion, FactRecordedOther},
+		"other version, answered with no print": {one, func(int16) (Fingerprint, bool) { return Fingerprint{}, true }, otherVersion, FactRecordedOther},
+	} {
+		req := &Request{Fingerprint: test.ours, FingerprintAt: test.at}
+		if got := factAfterClaim(req, &Record{Fingerprint: test.recorded}, nil); got != test.want {
+			t.Errorf("%s: fact %d, want %d", name, got, test.want)
+		}
+	}
+}
+
+func TestFactAfterHandler(t *testing.T) {
+	t.Parallel()
+	panicked := &PanicError{Value: "value"}
+	type row struct {
+		failed      error
+		disposition Disposition
+		want        map[error]Fact // by what Seal returned
+		other       Fact
+	}
+	first := map[error]Fact{
+		ErrTransactionLost: FactTransactionLost, ErrSerialization: FactSerialization, ErrUnavailable: FactUnavailable,
+	}
+	with := func(err error, fact Fact) map[error]Fact {
+		all := map[error]Fact{err: fact}
+		for err, fact := range first {
+			all[err] = fact
+		}
+		return all
+	}
+	for name, row := range map[string]row{
+		"commit":                    {nil, Commit, with(nil, FactAnsweredCommit), FactHandlerFailed},
+		"decline":                   {nil, Decline, first, FactAnsweredDecline},
+		"forget":                    {nil, Forget, first, FactAnsweredForget},
+		"no disposition we know":    {nil, Disposition(9), first, FactAnsweredForget},
+		"failed":                    {errOther, Forget, first, FactHandlerFailed},
+		"panicked":                  {panicked, Forget, first, FactHandlerFailed},
+		"could not run":             {wrap(ErrUnavailable), Forget, map[error]Fact{ErrTransactionLost: FactTransactionLost, ErrSerialization: FactSerialization}, FactUnavailable},
+		"failed with a serializing": {wrap(ErrSerialization), Forget, first, FactHandlerFailed},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			checkFacts(t, func(sealed error) Fact { return factAfterHandler(sealed, row.failed, row.disposition) }, row.want, row.other)
+		})
+	}
+}
+
+func TestFactAfterCommit(t *testing.T) {
+	t.Parallel()
+	checkFacts(t, factAfterCommit, map[error]Fact{
+		nil: FactCommitted, ErrTransactionLost: FactTransactionLost, ErrKeyRecorded: FactKeyRecorded,
+		ErrSerialization: FactSerialization, ErrUnavailable: FactUnavailable, ErrAborted: FactCommitAborted,
+	}, FactOutcomeUnknown)
+	// What may have been executed is never told otherwise.
+	for _, err := range sentinels {
+		if err == nil {
+			continue
+		}
+		if got := factAfterCommit(errors.Join(err, ErrUnknown)); got != FactOutcomeUnknown {
+			t.Errorf("%v together with ErrUnknown: fact %d, want %d", err, got, FactOutcomeUnknown)
+		}
+	}
+}
+
+func TestFactAfterDecline(t *testing.T) {
+	t.Parallel()
+	checkFacts(t, factAfterDecline, map[error]Fact{
+		nil: FactDeclined, ErrTransactionLost: FactTransactionLost, ErrKeyRecorded: FactKeyRecorded,
+	}, FactDeclineFailed)
+}

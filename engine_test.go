@@ -1,0 +1,570 @@
+package idempotency_test
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net/http"
+	"runtime"
+	"slices"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/paidonce/idempotency"
+	"github.com/paidonce/idempotency/storage/memory"
+)
+
+// script is a store whose every step ends as it is told, because no real one fails in all these ways on demand. Each
+// attempt takes the next of its turns; the last is used again and again.
+type script struct {
+	turns []turn
+
+	mu      sync.Mutex
+	steps   []string
+	begun   []idempotency.Request
+	ends    []context.Context // what Commit, Decline and Rollback were given
+	answers []*idempotency.Response
+}
+
+// turn says how the steps of one attempt end.
+type turn struct {
+	begin  error
+	record *idempotency.Record
+	seal   error
+	end    error // of Commit and Decline
+}
+
+func (s *script) Begin(_ context.Context, req *idempotency.Request) (idempotency.Attempt, *idempotency.Record, error) {
+	turn := s.turns[min(len(s.begun), len(s.turns)-1)]
+	s.begun = append(s.begun, *req)
+	s.took("begin")
+	if turn.begin != nil || turn.record != nil {
+		return nil, turn.record, turn.begin
+	}
+	return &scriptAttempt{s, turn}, nil, nil
+}
+
+func (s *script) took(step string) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.steps = append(s.steps, step)
+}
+
+func (s *script) log() string { return strings.Join(s.steps, " ") }
+
+type scriptAttempt struct {
+	*script
+	turn turn
+}
+
+func (a *scriptAttempt) Context(ctx context.Context) context.Context { return ctx }
+func (a *scriptAttempt) Seal() error                                 { a.took("seal"); return a.turn.seal }
+
+func (a *scriptAttempt) Commit(ctx context.Context, answer *idempotency.Response) error {
+	return a.end("commit", ctx, answer)
+}
+
+func (a *scriptAttempt) Decline(ctx context.Context, answer *idempotency.Response) error {
+	return a.end("decline", ctx, answer)
+}
+
+func (a *scriptAttempt) Rollback(ctx context.Context) { _ = a.end("rollback", ctx, nil) }
+
+func (a *scriptAttempt) end(step string, ctx context.Context, answer *idempotency.Response) error {
+	a.took(step)
+	a.ends = append(a.ends, ctx)
+	a.answers = append(a.answers, answer)
+	return a.turn.end
+}
+
+func scripted(turns ...turn) *script { return &script{turns: turns} }
+
+var (
+	fingerprint      = idempotency.FingerprintV1("POST", "/transfers", "", "", nil)
+	otherFingerprint = idempotency.FingerprintV1("POST", "/orders", "", "", nil)
+)
+
+func keyed(value string) idempotency.Request {
+	return idempotency.Request{Key: idempotency.Key{Scope: "acme", Value: value}, Fingerprint: fingerprint}
+}
+
+// answering returns a handler that answers a status.
+func answering(status int) idempotency.RunFunc {
+	return func(context.Context) (*idempotency.Response, error) {
+		return &idempotency.Response{Status: status, Body: []byte("answer")}, nil
+	}
+}
+
+func failing(err error) idempotency.RunFunc {
+	return func(context.Context) (*idempotency.Response, error) { return nil, err }
+}
+
+func panicking(value any) idempotency.RunFunc {
+	return func(context.Context) (*idempotency.Response, error) { panic(value) }
+}
+
+var errOther = errors.New("an error nobody knows")
+
+// TestEveryStepEveryError takes each error at each step to what the client is told, and looks that whatever was begun
+// is ended once.
+func TestEveryStepEveryError(t *testing.T) {
+	t.Parallel()
+	const (
+		executed    = idempotency.OutcomeExecuted
+		replayed    = idempotency.OutcomeReplayed
+		inProgress  = idempotency.OutcomeInProgress
+		mismatch    = idempotency.OutcomeMismatch
+		notExecuted = idempotency.OutcomeNotExecuted
+		unknown     = idempotency.OutcomeUnknown
+
+		unavailable    = idempotency.ReasonUnavailable
+		failed         = idempotency.ReasonHandlerFailed
+		outcomeUnknown = idempotency.ReasonOutcomeUnknown
+		lost           = idempotency.ReasonTransactionLost
+	)
+	record := func(f idempotency.Fingerprint) *idempotency.Record {
+		return &idempotency.Record{Fingerprint: f, Response: idempotency.Response{Status: 201, Body: []byte("recorded")}}
+	}
+	once := "begin seal "
+	for name, test := range map[string]struct {
+		turns   []turn
+		run     idempotency.RunFunc
+		outcome idempotency.Outcome
+		reason  idempotency.Reason // empty where there is an answer
+		steps   string
+		err     error
+	}{
+		"claim: in progress":         {[]turn{{begin: idempotency.ErrInProgress}}, nil, inProgress, idempotency.ReasonInProgress, "begin", idempotency.ErrInProgress},
+		"claim: unavailable":         {[]turn{{begin: idempotency.ErrUnavailable}}, nil, notExecuted, unavailable, "begin", idempotency.ErrUnavailable},
+		"claim: aborted":             {[]turn{{begin: idempotency.ErrAborted}}, nil, notExecuted, unavailable, "begin", idempotency.ErrAborted},
+		"claim: any error":           {[]turn{{begin: errOther}}, nil, notExecuted, unavailable, "begin", errOther},
+		"claim: unreadable record":   {[]turn{{begin: idempotency.ErrUnknown}}, nil, unknown, outcomeUnknown, "begin", idempotency.ErrUnknown},
+		"claim: start again":         {[]turn{{begin: idempotency.ErrSerialization}, {}}, answering(201), executed, "", "begin begin seal commit", nil},
+		"claim: replay":              {[]turn{{record: record(fingerprint)}}, nil, replayed, "", "begin", nil},
+		"claim: other request":       {[]turn{{record: record(otherFingerprint)}}, nil, mismatch, idempotency.ReasonKeyReused, "begin", nil},
+		"claim: unknown print":       {[]turn{{record: record(idempotency.FingerprintOf(100, nil))}}, nil, unknown, outcomeUnknown, "begin", nil},
+		"handler: 201":               {[]turn{{}}, answering(201), executed, "", once + "commit", nil},
+		"handler: 303":               {[]turn{{}}, answering(303), executed, "", once + "commit", nil},
+		"handler: 402":               {[]turn{{}}, answering(402), executed, "", once + "decline", nil},
+		"handler: 429":               {[]turn{{}}, answering(429), notExecuted, "", once + "rollback", nil},
+		"handler: 500":               {[]turn{{}}, answering(500), notExecuted, "", once + "rollback", nil},
+		"handler: error":             {[]turn{{}}, failing(errOther), notExecuted, failed, once + "rollback", errOther},
+		"handler: unavailable":       {[]turn{{}}, failing(idempotency.ErrUnavailable), notExecuted, unavailable, once + "rollback", idempotency.ErrUnavailable},
+		"handler: nothing at all":    {[]turn{{}}, failing(nil), notExecuted, failed, once + "rollback", nil},
+		"handler: panic":             {[]turn{{}}, panicking("value"), notExecuted, failed, once + "rollback", nil},
+		"handler: abort":             {[]turn{{}}, panicking(http.ErrAbortHandler), notExecuted, failed, once + "rollback", http.ErrAbortHandler},
+		"handler: nil panic":         {[]turn{{}}, panicking(nil), notExecuted, failed, once + "rollback", nil},
+		"seal: aborted, 201":         {[]turn{{seal: idempotency.ErrAborted}}, answering(201), notExecuted, failed, once + "rollback", idempotency.ErrAborted},
+		"seal: aborted, 409":         {[]turn{{seal: idempotency.ErrAborted}}, answering(409), executed, "", once + "decline", nil},
+		"seal: aborted, 500":         {[]turn{{seal: idempotency.ErrAborted}}, answering(500), notExecuted, "", once + "rollback", nil},
+		"seal: any error, 201":       {[]turn{{seal: errOther}}, answering(201), notExecuted, failed, once + "rollback", errOther},
+		"seal: unavailable, 201":     {[]turn{{seal: idempotency.ErrUnavailable}}, answering(201), notExecuted, unavailable, once + "rollback", idempotency.ErrUnavailable},
+		"seal: unavailable, 404":     {[]turn{{seal: idempotency.ErrUnavailable}}, answering(404), notExecuted, unavailable, once + "rollback", idempotency.ErrUnavailable},
+		"seal: lost, 201":            {[]turn{{seal: idempotency.ErrTransactionLost}}, answering(201), unknown, lost, once + "rollback", idempotency.ErrTransactionLost},
+		"seal: lost, 404":            {[]turn{{seal: idempotency.ErrTransactionLost}}, answering(404), unknown, lost, once + "rollback", idempotency.ErrTransactionLost},
+		"seal: lost, panic":          {[]turn{{seal: idempotency.ErrTransactionLost}}, panicking("value"), unknown, lost, once + "rollback", idempotency.ErrTransactionLost},
+		"seal: start again, 201":     {[]turn{{seal: idempotency.ErrSerialization}, {}}, answering(201), executed, "", once + "rollback begin seal commit", nil},
+		"seal: start again, 500":     {[]turn{{seal: idempotency.ErrSerialization}, {}}, answering(500), notExecuted, "", once + "rollback begin seal rollback", nil},
+		"seal: start again, panic":   {[]turn{{seal: idempotency.ErrSerialization}, {record: record(fingerprint)}}, panicking("value"), replayed, "", once + "rollback begin", nil},
+		"commit: recorded by other":  {[]turn{{end: idempotency.ErrKeyRecorded}, {record: record(fingerprint)}}, answering(201), replayed, "", once + "commit begin", nil},
+		"commit: other's request":    {[]turn{{end: idempotency.ErrKeyRecorded}, {record: record(otherFingerprint)}}, answering(201), mismatch, idempotency.ReasonKeyReused, once + "commit begin", nil},
+		"commit: start again":        {[]turn{{end: idempotency.ErrSerialization}, {}}, answering(201), executed, "", once + "commit begin seal commit", nil},
+		"commit: aborted":            {[]turn{{end: idempotency.ErrAborted}}, answering(201), notExecuted, failed, once + "commit", idempotency.ErrAborted},
+		"commit: unavailable":        {[]turn{{end: idempotency.ErrUnavailable}}, answering(201), notExecuted, unavailable, once + "commit", idempotency.ErrUnavailable},
+		"commit: lost":               {[]turn{{end: idempotency.ErrTransactionLost}}, answering(201), unknown, lost, once + "commit", idempotency.ErrTransactionLost},
+		"commit: unknown":            {[]turn{{end: idempotency.ErrUnknown}}, answering(201), unknown, outcomeUnknown, once + "commit", idempotency.ErrUnknown},
+		"commit: any error":          {[]turn{{end: errOther}}, answering(201), unknown, outcomeUnknown, once + "commit", errOther},
+		"decline: recorded by other": {[]turn{{end: idempotency.ErrKeyRecorded}, {record: record(fingerprint)}}, answering(402), replayed, "", once + "decline begin", nil},
+		"decline: aborted":           {[]turn{{end: idempotency.ErrAborted}}, answering(402), notExecuted, unavailable, once + "decline", idempotency.ErrAborted},
+		"decline: start again":       {[]turn{{end: idempotency.ErrSerialization}}, answering(402), notExecuted, unavailable, once + "decline", idempotency.ErrSerialization},
+		"decline: lost":              {[]turn{{end: idempotency.ErrTransactionLost}}, answering(402), unknown, lost, once + "decline", idempotency.ErrTransactionLost},
+		"decline: unknown":           {[]turn{{end: idempotency.ErrUnknown}}, answering(402), notExecuted, unavailable, once + "decline", idempotency.ErrUnknown},
+		"decline: any error":         {[]turn{{end: errOther}}, answering(402), notExecuted, unavailable, once + "decline", errOther},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			store := scripted(test.turns...)
+			run := test.run
+			if run == nil {
+				run = func(context.Context) (*idempotency.Response, error) {
+					t.Error("the handler ran")
+					return nil, nil
+				}
+			}
+			engine := idempotency.NewEngine(store, nil)
+			result := engine.Do(t.Context(), keyed("k"), run)
+			if result.Outcome != test.outcome || result.Reason != test.reason {
+				t.Errorf("%s, %q; want %s, %q (%v)", result.Outcome, result.Reason, test.outcome, test.reason, result.Err)
+			}
+			if store.log() != test.steps {
+				t.Errorf("steps %s, want %s", store.log(), test.steps)
+			}
+			if answered := test.reason == ""; answered != (result.Response != nil) {
+				t.Errorf("answer %v with reason %q", result.Response, result.Reason)
+			}
+			if (result.Record != nil) != (test.outcome == replayed) {
+				t.Errorf("record %v, outcome %s", result.Record, result.Outcome)
+			}
+			if result.Record != nil && (result.Response != &result.Record.Response || string(result.Response.Body) != "recorded") {
+				t.Errorf("the replay is %q", result.Response.Body)
+			}
+			if test.err != nil && !errors.Is(result.Err, test.err) {
+				t.Errorf("error %v, want %v", result.Err, test.err)
+			}
+			if engine.InFlight() != 0 {
+				t.Errorf("%d requests are still in flight", engine.InFlight())
+			}
+		})
+	}
+}
+
+func TestHandlerThatEndsItsGoroutineHoldsNothing(t *testing.T) {
+	t.Parallel()
+	store := scripted(turn{})
+	engine := idempotency.NewEngine(store, nil)
+	ended := make(chan struct{})
+	go func() {
+		defer close(ended)
+		engine.Do(context.Background(), keyed("k"), func(context.Context) (*idempotency.Response, error) {
+			runtime.Goexit() // as t.FailNow does
+			return nil, nil
+		})
+		t.Error("the goroutine went on")
+	}()
+	<-ended
+	if store.log() != "begin seal rollback" || engine.InFlight() != 0 {
+		t.Errorf("steps %s, %d in flight", store.log(), engine.InFlight())
+	}
+}
+
+func TestPanicIsKeptForTheOperator(t *testing.T) {
+	t.Parallel()
+	for name, test := range map[string]struct {
+		value any
+		text  string
+		is    error
+	}{
+		"string":        {"canary 4111111111111111", "handler panicked with a string", nil},
+		"error":         {fmt.Errorf("canary: %w", http.ErrAbortHandler), "handler panicked with a *fmt.wrapError", http.ErrAbortHandler},
+		"runtime error": {nil, "handler panicked: runtime error: index out of range [3] with length 0", nil},
+	} {
+		run := panicking(test.value)
+		if test.value == nil {
+			run = func(context.Context) (*idempotency.Response, error) {
+				var none []int
+				return &idempotency.Response{Status: none[len("abc")]}, nil
+			}
+		}
+		result := idempotency.NewEngine(memory.New(nil), nil).Do(t.Context(), keyed("k"), run)
+		var panicked *idempotency.PanicError
+		if !errors.As(result.Err, &panicked) {
+			t.Errorf("%s: error %v", name, result.Err)
+			continue
+		}
+		if panicked.Error() != test.text || strings.Contains(result.Err.Error(), "canary") {
+			t.Errorf("%s: text %q, want %q", name, result.Err, test.text)
+		}
+		if test.value != nil && panicked.Value != test.value {
+			t.Errorf("%s: value %v", name, panicked.Value)
+		}
+		if !strings.Contains(string(panicked.Stack), "engine_test.go") {
+			t.Errorf("%s: the stack does not show where:\n%s", name, panicked.Stack)
+		}
+		if test.is != nil && !errors.Is(result.Err, test.is) {
+			t.Errorf("%s: %v is not %v", name, result.Err, test.is)
+		}
+	}
+}
+
+func TestRestartsHaveABudget(t *testing.T) {
+	t.Parallel()
+	fails := turn{end: idempotency.ErrSerialization}
+	for _, test := range []struct {
+		restarts, failures int
+		want               idempotency.Outcome
+	}{
+		{0, 3, idempotency.OutcomeExecuted}, {0, 4, idempotency.OutcomeNotExecuted}, // the default is 3
+		{1, 1, idempotency.OutcomeExecuted}, {1, 2, idempotency.OutcomeNotExecuted},
+		{-1, 0, idempotency.OutcomeExecuted}, {-1, 1, idempotency.OutcomeNotExecuted},
+	} {
+		store := scripted(append(slices.Repeat([]turn{fails}, test.failures), turn{})...)
+		result := idempotency.NewEngine(store, &idempotency.Options{Restarts: test.restarts}).Do(t.Context(), keyed("k"), answering(201))
+		if result.Outcome != test.want {
+			t.Errorf("%d restarts, %d failures: %s, want %s", test.restarts, test.failures, result.Outcome, test.want)
+		}
+		if test.want == idempotency.OutcomeNotExecuted && (result.Reason != idempotency.ReasonUnavailable || !errors.Is(result.Err, idempotency.ErrSerialization)) {
+			t.Errorf("%d restarts, %d failures: %s, %v", test.restarts, test.failures, result.Reason, result.Err)
+		}
+		attempts := map[idempotency.AttemptID]bool{}
+		for _, req := range store.begun {
+			attempts[req.Attempt] = true
+		}
+		if len(attempts) != len(store.begun) || attempts[idempotency.AttemptID{}] {
+			t.Errorf("%d attempts have %d ids", len(store.begun), len(attempts))
+		}
+	}
+}
+
+func TestRestartsEndWithTheTimeout(t *testing.T) {
+	t.Parallel()
+	store := scripted(turn{end: idempotency.ErrSerialization})
+	engine := idempotency.NewEngine(store, &idempotency.Options{HandlerTimeout: time.Millisecond, Restarts: 1 << 30})
+	result := engine.Do(t.Context(), keyed("k"), func(ctx context.Context) (*idempotency.Response, error) {
+		<-ctx.Done()
+		return &idempotency.Response{Status: 201}, nil
+	})
+	if result.Reason != idempotency.ReasonUnavailable || store.log() != "begin seal commit" {
+		t.Errorf("%s, %s", result.Reason, store.log())
+	}
+}
+
+func TestInFlightMax(t *testing.T) {
+	t.Parallel()
+	const limit = 3
+	store := memory.New(nil)
+	engine := idempotency.NewEngine(store, &idempotency.Options{InFlightMax: limit})
+	relative := engine.With(&idempotency.Options{InFlightMax: limit + 1})
+	running, release := make(chan struct{}), make(chan struct{})
+	var group sync.WaitGroup
+	hold := func(e *idempotency.Engine, key string) {
+		group.Go(func() {
+			result := e.Do(context.Background(), keyed(key), func(context.Context) (*idempotency.Response, error) {
+				running <- struct{}{}
+				<-release
+				return &idempotency.Response{Status: 201}, nil
+			})
+			if result.Outcome != idempotency.OutcomeExecuted {
+				t.Errorf("key %s, under the limit: %s, %v", key, result.Outcome, result.Err)
+			}
+		})
+		<-running
+	}
+	for i := range limit {
+		hold(engine, fmt.Sprint(i))
+	}
+	refused := func(e *idempotency.Engine) {
+		t.Helper()
+		result := e.Do(t.Context(), keyed("refused"), answering(201))
+		if result.Reason != idempotency.ReasonUnavailable || result.Outcome != idempotency.OutcomeNotExecuted || !errors.Is(result.Err, idempotency.ErrInFlightMax) {
+			t.Errorf("over the limit: %s, %s, %v", result.Outcome, result.Reason, result.Err)
+		}
+	}
+	refused(engine)
+	hold(relative, "relative") // its limit is higher, and the count is one
+	if engine.InFlight() != limit+1 || relative.InFlight() != limit+1 {
+		t.Errorf("%d and %d in flight, want %d", engine.InFlight(), relative.InFlight(), limit+1)
+	}
+	refused(relative)
+	hold(engine.With(&idempotency.Options{InFlightMax: -1}), "unlimited")
+	close(release)
+	group.Wait()
+	if engine.InFlight() != 0 {
+		t.Errorf("%d in flight, want none", engine.InFlight())
+	}
+	if result := engine.Do(t.Context(), keyed("refused"), answering(201)); result.Outcome != idempotency.OutcomeExecuted {
+		t.Errorf("a request that was refused is not free: %s", result.Outcome)
+	}
+}
+
+// What a handler's context holds, and what it does not: the client's end.
+func TestHandlerContext(t *testing.T) {
+	t.Parallel()
+	type contextKey struct{}
+	ctx, cancel := context.WithCancel(context.WithValue(t.Context(), contextKey{}, "value"))
+	cancel()
+	store := scripted(turn{end: idempotency.ErrSerialization}, turn{})
+	engine := idempotency.NewEngine(store, &idempotency.Options{HandlerTimeout: time.Hour, CommitTimeout: time.Minute})
+	var first time.Time
+	var attempts []idempotency.AttemptID
+	result := engine.Do(ctx, keyed("k"), func(ctx context.Context) (*idempotency.Response, error) {
+		deadline, ok := ctx.Deadline()
+		if left := time.Until(deadline); !ok || left > time.Hour || left < 59*time.Minute {
+			t.Errorf("the handler has %v", left)
+		}
+		if first.IsZero() {
+			first = deadline
+		}
+		if deadline != first {
+			t.Error("each run has a time of its own")
+		}
+		if ctx.Err() != nil || ctx.Value(contextKey{}) != "value" {
+			t.Errorf("error %v, value %v", ctx.Err(), ctx.Value(contextKey{}))
+		}
+		key, ok := idempotency.KeyFrom(ctx)
+		if !ok || key != keyed("k").Key {
+			t.Errorf("key %v", key)
+		}
+		id, _ := idempotency.AttemptIDFrom(ctx)
+		attempts = append(attempts, id)
+		return &idempotency.Response{Status: 201}, nil
+	})
+	if result.Outcome != idempotency.OutcomeExecuted {
+		t.Errorf("a client that is gone: %s, %v; want its work finished", result.Outcome, result.Err)
+	}
+	for i, end := range store.ends {
+		deadline, ok := end.Deadline()
+		if left := deadline.Sub(first); !ok || left > -58*time.Minute {
+			t.Errorf("end %d has the handler's time or none: %v, %v", i, deadline, ok)
+		}
+		if end.Value(contextKey{}) != "value" {
+			t.Errorf("end %d has lost the request's values", i)
+		}
+		if attempts[i] != store.begun[i].Attempt {
+			t.Errorf("run %d knows attempt %v, the store %v", i, attempts[i], store.begun[i].Attempt)
+		}
+	}
+	if len(store.ends) != 2 {
+		t.Errorf("%d ends", len(store.ends))
+	}
+}
+
+// A handler that takes too long loses its context; an answer that it gives all the same is committed, on a context of
+// its own, and one that is not for keeping is unavailable.
+func TestHandlerTimeout(t *testing.T) {
+	t.Parallel()
+	for status, want := range map[int]struct {
+		steps   string
+		outcome idempotency.Outcome
+		reason  idempotency.Reason
+	}{
+		201: {"begin seal commit", idempotency.OutcomeExecuted, ""},
+		402: {"begin seal decline", idempotency.OutcomeExecuted, ""},
+		500: {"begin seal rollback", idempotency.OutcomeNotExecuted, idempotency.ReasonUnavailable},
+	} {
+		store := scripted(turn{})
+		engine := idempotency.NewEngine(store, &idempotency.Options{HandlerTimeout: time.Millisecond})
+		result := engine.Do(t.Context(), keyed("k"), func(ctx context.Context) (*idempotency.Response, error) {
+			<-ctx.Done()
+			if !errors.Is(ctx.Err(), context.DeadlineExceeded) {
+				t.Errorf("the handler's context ended with %v", ctx.Err())
+			}
+			return &idempotency.Response{Status: status}, nil
+		})
+		if store.log() != want.steps || result.Outcome != want.outcome || result.Reason != want.reason {
+			t.Errorf("%d: %s, %s, %q; want %s, %s, %q", status, store.log(), result.Outcome, result.Reason, want.steps, want.outcome, want.reason)
+		}
+		deadline, ok := store.ends[0].Deadline()
+		least := idempotency.RollbackTimeoutDefault
+		if status != 500 {
+			least = idempotency.CommitTimeoutDefault
+		}
+		if left := time.Until(deadline); !ok || left > least || left < least/2 {
+			t.Errorf("%d: the end has %v, want %v", status, left, least)
+		}
+	}
+}
+
+func TestKeyless(t *testing.T) {
+	t.Parallel()
+	for status, want := range map[int]string{
+		201: "begin seal commit", 402: "begin seal rollback", 500: "begin seal rollback",
+	} {
+		store := scripted(turn{})
+		result := idempotency.NewEngine(store, nil).Do(t.Context(), idempotency.Request{Key: idempotency.Key{Scope: "acme"}}, answering(status))
+		outcome := idempotency.OutcomeNotExecuted
+		if status == 201 {
+			outcome = idempotency.OutcomeExecuted
+		}
+		if store.log() != want || result.Outcome != outcome || result.Response == nil || result.Response.Status != status {
+			t.Errorf("%d: steps %s, %s, %v; want %s, %s", status, store.log(), result.Outcome, result.Response, want, outcome)
+		}
+	}
+	store := scripted(turn{end: idempotency.ErrUnknown})
+	result := idempotency.NewEngine(store, nil).Do(t.Context(), idempotency.Request{}, answering(201))
+	if result.Outcome != idempotency.OutcomeUnknown {
+		t.Errorf("a COMMIT whose reply is lost: %s", result.Outcome)
+	}
+}
+
+func TestInvalidKeyIsNeverBegun(t *testing.T) {
+	t.Parallel()
+	for _, test := range []struct {
+		key  idempotency.Key
+		want idempotency.Reason
+	}{
+		{idempotency.Key{Scope: "", Value: "k"}, idempotency.ReasonScope},
+		{idempotency.Key{Scope: "acme", Value: "a b"}, idempotency.ReasonKeyInvalid},
+	} {
+		store := scripted(turn{})
+		result := idempotency.NewEngine(store, nil).Do(t.Context(), idempotency.Request{Key: test.key}, answering(201))
+		if result.Reason != test.want || result.Outcome != idempotency.OutcomeNotExecuted || store.log() != "" {
+			t.Errorf("%s: %s, steps %q", result.Reason, result.Outcome, store.log())
+		}
+	}
+}
+
+func TestDispositionIsThePolicys(t *testing.T) {
+	t.Parallel()
+	policy := map[int]idempotency.Disposition{500: idempotency.Commit, 201: idempotency.Decline, 402: idempotency.Forget}
+	for status, want := range map[int]string{500: "commit", 201: "decline", 402: "rollback"} {
+		store := scripted(turn{})
+		engine := idempotency.NewEngine(store, &idempotency.Options{Disposition: func(status int) idempotency.Disposition { return policy[status] }})
+		engine.Do(t.Context(), keyed("k"), answering(status))
+		if store.log() != "begin seal "+want {
+			t.Errorf("%d: %s, want %s", status, store.log(), want)
+		}
+	}
+}
+
+func TestOptions(t *testing.T) {
+	t.Parallel()
+	got := idempotency.NewEngine(scripted(turn{}), nil).Options()
+	if got.HandlerTimeout != 10*time.Second || got.CommitTimeout != 5*time.Second || got.RollbackTimeout != 2*time.Second ||
+		got.TTL != 24*time.Hour || got.Restarts != 3 || got.InFlightMax != 512 || got.Disposition == nil || got.Tracer != nil {
+		t.Errorf("defaults: %+v", got)
+	}
+	store := scripted(turn{})
+	idempotency.NewEngine(store, &idempotency.Options{TTL: time.Minute}).Do(t.Context(), keyed("k"), answering(201))
+	own := keyed("k")
+	own.TTL = time.Hour
+	idempotency.NewEngine(store, &idempotency.Options{TTL: time.Minute}).Do(t.Context(), own, answering(201))
+	if store.begun[0].TTL != time.Minute || store.begun[1].TTL != time.Hour {
+		t.Errorf("TTL %v and %v", store.begun[0].TTL, store.begun[1].TTL)
+	}
+}
+
+// pickyStore is a store whose own timeouts are too short for a handler of more than a minute.
+type pickyStore struct{ *script }
+
+func (pickyStore) CheckBudget(handlerTimeout, _ time.Duration) error {
+	if handlerTimeout > time.Minute {
+		return errors.New("picky: raise the timeout")
+	}
+	return nil
+}
+
+func TestWiringMistakesPanic(t *testing.T) {
+	t.Parallel()
+	store := scripted(turn{})
+	for name, test := range map[string]struct {
+		make func()
+		want string // what the panic says; empty where there is none
+	}{
+		"no store":               {func() { idempotency.NewEngine(nil, nil) }, "needs a Store"},
+		"negative handler time":  {func() { idempotency.NewEngine(store, &idempotency.Options{HandlerTimeout: -1}) }, "HandlerTimeout"},
+		"negative commit time":   {func() { idempotency.NewEngine(store, &idempotency.Options{CommitTimeout: -1}) }, "CommitTimeout"},
+		"negative rollback time": {func() { idempotency.NewEngine(store, &idempotency.Options{RollbackTimeout: -1}) }, "RollbackTimeout"},
+		"TTL under the least":    {func() { idempotency.NewEngine(store, &idempotency.Options{TTL: time.Second - 1}) }, "TTL"},
+		"least TTL":              {func() { idempotency.NewEngine(store, &idempotency.Options{TTL: time.Second}) }, ""},
+		"budget of the store":    {func() { idempotency.NewEngine(pickyStore{store}, &idempotency.Options{HandlerTimeout: time.Minute}) }, ""},
+		"over the store's budget": {func() {
+			idempotency.NewEngine(pickyStore{store}, &idempotency.Options{HandlerTimeout: time.Minute + 1})
+		}, "raise the timeout"},
+		"a relative over the store's budget": {func() {
+			idempotency.NewEngine(pickyStore{store}, nil).With(&idempotency.Options{HandlerTimeout: time.Hour})
+		}, "raise the timeout"},
+	} {
+		func() {
+			defer func() {
+				value := recover()
+				text, _ := value.(string)
+				if (value != nil) != (test.want != "") || !strings.Contains(text, test.want) || value != nil && !strings.HasPrefix(text, "idempotency: ") {
+					t.Errorf("%s: panic %v, want %q", name, value, test.want)
+				}
+			}()
+			test.make()
+		}()
+	}
+}

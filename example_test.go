@@ -1,0 +1,75 @@
+package idempotency_test
+
+import (
+	"context"
+	"fmt"
+
+	"github.com/paidonce/idempotency"
+	"github.com/paidonce/idempotency/storage/memory"
+)
+
+// The engine without net/http: a message that is delivered twice has one effect.
+func ExampleEngine_Do() {
+	engine := idempotency.NewEngine(memory.New(nil), nil)
+	balance := 100
+	deliver := func(amount int) {
+		body := fmt.Appendf(nil, "%d", amount)
+		request := idempotency.Request{
+			Key:         idempotency.Key{Scope: "acme", Value: "message-1"},
+			Fingerprint: idempotency.FingerprintOf(100, body),
+		}
+		result := engine.Do(context.Background(), request, func(context.Context) (*idempotency.Response, error) {
+			balance -= amount
+			return &idempotency.Response{Status: 200, Body: body}, nil
+		})
+		if result.Response == nil {
+			fmt.Println(result.Outcome, result.Reason)
+			return
+		}
+		fmt.Println(result.Outcome, string(result.Response.Body))
+	}
+	deliver(10)
+	deliver(10)
+	deliver(90)
+	fmt.Println("balance:", balance)
+	// Output:
+	// executed 10
+	// replayed 10
+	// mismatch key-reused
+	// balance: 90
+}
+
+// A handler that calls another service passes on a key of its own, which is the same for every attempt.
+func ExampleDerivedKey() {
+	engine := idempotency.NewEngine(memory.New(nil), nil)
+	request := idempotency.Request{Key: idempotency.Key{Scope: "acme", Value: "8e03978e-40d5-43dd-bc93-6894a57f9324"}}
+	for _, status := range []int{503, 201} {
+		engine.Do(context.Background(), request, func(ctx context.Context) (*idempotency.Response, error) {
+			fmt.Println(status, idempotency.DerivedKey(ctx, "card-network"))
+			return &idempotency.Response{Status: status}, nil
+		})
+	}
+	// Output:
+	// 503 7fd89d25-1078-81fc-af06-77ba7848f1a5
+	// 201 7fd89d25-1078-81fc-af06-77ba7848f1a5
+}
+
+func ExampleDecide() {
+	for _, fact := range []idempotency.Fact{idempotency.FactClaimed, idempotency.FactInProgress, idempotency.FactOutcomeUnknown} {
+		decision := idempotency.Decide(fact)
+		fmt.Printf("runs: %t, outcome: %q\n", decision.Action == idempotency.ActionRun, decision.Outcome)
+	}
+	// Output:
+	// runs: true, outcome: ""
+	// runs: false, outcome: "in-progress"
+	// runs: false, outcome: "unknown"
+}
+
+func ExampleKey() {
+	key := idempotency.Key{Scope: "acme", Value: "8e03978e-40d5-43dd-bc93-6894a57f9324"}
+	fmt.Printf("%v %#v\n", key, key)
+	fmt.Println(idempotency.Key{Scope: "acme", Value: "a,b"}.Validate())
+	// Output:
+	// 0302c680 idempotency.Key(0302c680)
+	// key is invalid: character 2 is not a visible ASCII character other than comma and quote
+}

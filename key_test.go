@@ -1,0 +1,276 @@
+package idempotency_test
+
+import (
+	"bytes"
+	"context"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"log/slog"
+	"strings"
+	"testing"
+
+	"github.com/paidonce/idempotency"
+	"github.com/paidonce/idempotency/storage/memory"
+)
+
+const uuid = "8e03978e-40d5-43dd-bc93-6894a57f9324"
+
+func TestKeyLimits(t *testing.T) {
+	t.Parallel()
+	s := func(n int) string { return strings.Repeat("x", n) }
+	for name, test := range map[string]struct {
+		scope, value string
+		want         error
+	}{
+		"shortest":                      {"s", "v", nil},
+		"no scope":                      {"", "v", idempotency.ErrScopeInvalid},
+		"no value":                      {"s", "", idempotency.ErrKeyInvalid},
+		"longest scope":                 {s(255), "v", nil},
+		"scope over the limit":          {s(256), "v", idempotency.ErrScopeInvalid},
+		"longest scope in bytes":        {s(252) + "日", "v", nil},
+		"scope over the limit in bytes": {s(253) + "日", "v", idempotency.ErrScopeInvalid},
+		"longest value":                 {"s", s(255), nil},
+		"value over the limit":          {"s", s(256), idempotency.ErrKeyInvalid},
+		"scope with NUL":                {"a\x00b", "v", idempotency.ErrScopeInvalid},
+		"scope with U+0001":             {"a\x01b", "v", nil},
+		"scope that is not UTF-8":       {"a\xffb", "v", idempotency.ErrScopeInvalid},
+		"scope with half a rune":        {"a\xe6\x97", "v", idempotency.ErrScopeInvalid},
+		"scope with a surrogate":        {"a\xed\xa0\x80", "v", idempotency.ErrScopeInvalid},
+		"scope with spaces and quotes":  {` "a", b `, "v", nil},
+		"both are wrong":                {"", "", idempotency.ErrScopeInvalid},
+	} {
+		err := idempotency.Key{Scope: test.scope, Value: test.value}.Validate()
+		if !errors.Is(err, test.want) || (err == nil) != (test.want == nil) {
+			t.Errorf("%s: %v, want %v", name, err, test.want)
+		}
+	}
+}
+
+func TestKeyCharacters(t *testing.T) {
+	t.Parallel()
+	for c := range 256 {
+		allowed := c >= '!' && c <= '~' && c != ',' && c != '"'
+		for _, value := range []string{string([]byte{byte(c)}), "a" + string([]byte{byte(c)}), string([]byte{byte(c)}) + "a"} {
+			if err := idempotency.ValidateKeyValue(value); (err == nil) != allowed {
+				t.Errorf("byte %#02x: %v", c, err)
+			}
+		}
+	}
+}
+
+// Neither part of a key reaches a log by the usual ways.
+func TestKeyIsNeverPrinted(t *testing.T) {
+	t.Parallel()
+	key := idempotency.Key{Scope: "scope-canary", Value: "value-canary"}
+	const shown = "3ddf2a2a"
+	values := map[string]any{
+		"key": key, "pointer": &key, "slice": []idempotency.Key{key}, "map": map[idempotency.Key]idempotency.Key{key: key},
+		"struct": struct{ Key idempotency.Key }{key}, "request": idempotency.Request{Key: key},
+		"start": idempotency.RequestStart{Key: key}, "end": &idempotency.RequestEnd{Key: key},
+	}
+	var out bytes.Buffer
+	for name, value := range values {
+		for _, verb := range []string{"%v", "%+v", "%#v", "%q", "%s", "%x"} {
+			if name == "pointer" && verb == "%#v" {
+				verb = "%v" // an address
+			}
+			_, _ = fmt.Fprintf(&out, "%s "+verb+"\n", name, value)
+		}
+	}
+	for _, handler := range []slog.Handler{slog.NewJSONHandler(&out, nil), slog.NewTextHandler(&out, nil)} {
+		log := slog.New(handler)
+		log.Info("a key", "key", key, "pointer", &key, slog.Group("group", "key", key), "error", key.Validate())
+		log.With("key", key).WithGroup("g").Info("with", slog.Any("key", slog.AnyValue(key)))
+	}
+	if text := out.String(); strings.Contains(text, "canary") || strings.Contains(text, hex.EncodeToString([]byte("canary"))) {
+		for line := range strings.Lines(text) {
+			if strings.Contains(line, "canary") || strings.Contains(line, hex.EncodeToString([]byte("canary"))) {
+				t.Errorf("a part of the key is shown: %s", line)
+			}
+		}
+	}
+	if key.String() != shown || !strings.Contains(out.String(), shown) {
+		t.Errorf("the key is shown as %s, want %s", key, shown)
+	}
+	if other := (idempotency.Key{Scope: "scope-canar", Value: "yvalue-canary"}); other.String() == key.String() {
+		t.Error("another key is shown as the same")
+	}
+}
+
+func TestErrorsOfKeysQuoteNothing(t *testing.T) {
+	t.Parallel()
+	for _, key := range []idempotency.Key{
+		{Scope: strings.Repeat("canary", 50), Value: "v"}, {Scope: "canary\xff", Value: "v"}, {Scope: "canary\x00", Value: "v"},
+		{Scope: "canary", Value: ""}, {Scope: "canary", Value: "canary canary"}, {Scope: "canary", Value: strings.Repeat("canary", 50)},
+	} {
+		if err := key.Validate(); err == nil || strings.Contains(err.Error(), "canary") {
+			t.Errorf("error %v", err)
+		}
+	}
+}
+
+// The numbers are frozen: programs of different versions must meet at the same lock. They were computed by a program
+// of its own. Where this test fails the code is wrong, and not the test.
+func TestLockNumberIsFrozen(t *testing.T) {
+	t.Parallel()
+	for _, test := range []struct {
+		table, scope, value string
+		want                int64
+	}{
+		{"public.idempotency_keys", "acme", uuid, -4798804878288060922},
+		{"payments.idempotency_keys", "acme", uuid, -4837978548708780599},
+		{"public.idempotency_keys", "日本 ", "a:b", 6729151400251985763},
+	} {
+		key := idempotency.Key{Scope: test.scope, Value: test.value}
+		if got := key.LockNumber(test.table); got != test.want {
+			t.Errorf("%s, %s, %s: %d, want %d", test.table, test.scope, test.value, got, test.want)
+		}
+	}
+}
+
+func TestLockNumberJoinsNothing(t *testing.T) {
+	t.Parallel()
+	seen := map[int64]string{}
+	for _, parts := range [][3]string{{"t", "a", "bc"}, {"t", "ab", "c"}, {"ta", "b", "c"}, {"t", "abc", ""}, {"t", "", "abc"}, {"tabc", "", ""}} {
+		n := idempotency.Key{Scope: parts[1], Value: parts[2]}.LockNumber(parts[0])
+		if other, ok := seen[n]; ok {
+			t.Errorf("%q and %s have one lock", parts, other)
+		}
+		seen[n] = fmt.Sprintf("%q", parts)
+	}
+}
+
+// The sums are frozen: another sum would turn every retry that crosses an upgrade into a mismatch. They were computed
+// by a program of its own. Where this test fails the code is wrong, and not the test.
+func TestFingerprintV1IsFrozen(t *testing.T) {
+	t.Parallel()
+	for want, got := range map[string]idempotency.Fingerprint{
+		"fa3614b87790282aa184d1a4fe64a869c1caeaf6862faf51af459760f32b78ac": idempotency.FingerprintV1("POST", "/transfers", "", "application/json", []byte(`{"amount":"10.00"}`)),
+		"70ad35c086e37dab24aff74883e1bc7294f3801f22c79df806b30a7660b36523": idempotency.FingerprintV1("PATCH", "/orders/%2F1", "a=1&b=%20", "", []byte{0, 255}),
+		"2c34ce1df23b838c5abf2a7f6437cca3d3067ed509ff25f11df6b11b582b51eb": idempotency.FingerprintV1("", "", "", "", nil),
+	} {
+		if sum := hex.EncodeToString(got.Sum[:]); sum != want || got.Version != 1 {
+			t.Errorf("version %d, %s; want version 1, %s", got.Version, sum, want)
+		}
+	}
+	const want = "e3d38880db9cecf70391f2c3e9a244e63a50f16948937d76c01fec7b7d3f99b1"
+	if got := idempotency.FingerprintOf(100, []byte("amount=10.00")); hex.EncodeToString(got.Sum[:]) != want || got.Version != 100 {
+		t.Errorf("FingerprintOf: version %d, %x; want version 100, %s", got.Version, got.Sum, want)
+	}
+}
+
+func TestFingerprintEqual(t *testing.T) {
+	t.Parallel()
+	one := idempotency.FingerprintOf(100, []byte("a"))
+	if !one.Equal(idempotency.FingerprintOf(100, []byte("a"))) {
+		t.Error("equal fingerprints differ")
+	}
+	if one.Equal(idempotency.FingerprintOf(101, []byte("a"))) {
+		t.Error("fingerprints of two functions are equal")
+	}
+	for i := range one.Sum {
+		other := one
+		other.Sum[i] ^= 0x80
+		if one.Equal(other) {
+			t.Errorf("byte %d does not count", i)
+		}
+	}
+}
+
+// inHandler calls f with the context of an idempotent handler.
+func inHandler(t *testing.T, key idempotency.Key, f func(ctx context.Context)) {
+	t.Helper()
+	result := idempotency.NewEngine(memory.New(nil), nil).Do(t.Context(), idempotency.Request{Key: key}, func(ctx context.Context) (*idempotency.Response, error) {
+		f(ctx)
+		return &idempotency.Response{Status: 500}, nil
+	})
+	if result.Err != nil {
+		t.Errorf("handler: %v", result.Err)
+	}
+}
+
+// The keys are frozen: another key would be another payment to the service that gets it. They were computed by a
+// program of its own. Where this test fails the code is wrong, and not the test.
+func TestDerivedKeyIsFrozen(t *testing.T) {
+	t.Parallel()
+	inHandler(t, idempotency.Key{Scope: "acme", Value: uuid}, func(ctx context.Context) {
+		for name, want := range map[string]string{
+			"ledger": "69ead1bd-247f-80b9-84ae-99dc207281b8",
+			"":       "7d32d534-db72-8fb1-8a03-663198e9e822",
+		} {
+			if got := idempotency.DerivedKey(ctx, name); got != want {
+				t.Errorf("name %q: %s, want %s", name, got, want)
+			}
+		}
+	})
+}
+
+func TestDerivedKeyIsOnePerRequestAndName(t *testing.T) {
+	t.Parallel()
+	seen := map[string]bool{}
+	derive := func(scope, value, name string) (key string) {
+		inHandler(t, idempotency.Key{Scope: scope, Value: value}, func(ctx context.Context) {
+			key = idempotency.DerivedKey(ctx, name)
+			if again := idempotency.DerivedKey(ctx, name); again != key {
+				t.Errorf("one attempt derives %s and %s", key, again)
+			}
+		})
+		return key
+	}
+	for _, parts := range [][3]string{{"a", "bc", "d"}, {"ab", "c", "d"}, {"a", "b", "cd"}, {"a", "bcd", ""}, {"abc", "d", ""}} {
+		key := derive(parts[0], parts[1], parts[2])
+		if seen[key] {
+			t.Errorf("%q derives the key of another", parts)
+		}
+		if derive(parts[0], parts[1], parts[2]) != key {
+			t.Errorf("%q derives another key in another attempt", parts)
+		}
+		if idempotency.ValidateKeyValue(key) != nil || key[14] != '8' || !strings.Contains("89ab", key[19:20]) {
+			t.Errorf("%s is not a version 8 UUID", key)
+		}
+		seen[key] = true
+	}
+	if first, second := derive("a", "", "d"), derive("a", "", "d"); first == second {
+		t.Error("two requests without a key derive one")
+	}
+}
+
+func TestDerivedKeyOutsideAHandlerPanics(t *testing.T) {
+	t.Parallel()
+	defer func() {
+		if recover() == nil {
+			t.Error("no panic")
+		}
+	}()
+	idempotency.DerivedKey(t.Context(), "ledger")
+}
+
+func TestContextOutsideAHandler(t *testing.T) {
+	t.Parallel()
+	if id, ok := idempotency.AttemptIDFrom(t.Context()); ok || !id.IsZero() {
+		t.Errorf("attempt %v, %v", id, ok)
+	}
+	if key, ok := idempotency.KeyFrom(t.Context()); ok || key != (idempotency.Key{}) {
+		t.Errorf("key %v, %v", key, ok)
+	}
+}
+
+func TestAttemptID(t *testing.T) {
+	t.Parallel()
+	id := idempotency.AttemptID{0x00, 0x11, 0x22, 0x33, 0x44, 0x55, 0x66, 0x77, 0x88, 0x99, 0xaa, 0xbb, 0xcc, 0xdd, 0xee, 0xff}
+	if got, want := id.String(), "00112233-4455-6677-8899-aabbccddeeff"; got != want {
+		t.Errorf("%s, want %s", got, want)
+	}
+	if id.IsZero() || !(idempotency.AttemptID{}).IsZero() {
+		t.Error("IsZero is wrong")
+	}
+	seen := map[idempotency.AttemptID]bool{{}: true}
+	for range 1000 {
+		id := idempotency.NewAttemptID()
+		if seen[id] {
+			t.Fatalf("%v was drawn before", id)
+		}
+		seen[id] = true
+	}
+}
