@@ -11,7 +11,7 @@ const (
 	OutcomeReplayed    Outcome = "replayed"     // an earlier attempt's answer, repeated
 	OutcomeInProgress  Outcome = "in-progress"  // another attempt is running
 	OutcomeMismatch    Outcome = "mismatch"     // the key belongs to a different request
-	OutcomeNotExecuted Outcome = "not-executed" // proven: nothing of this request is in the database
+	OutcomeNotExecuted Outcome = "not-executed" // proven: this request left nothing in the database
 	OutcomeUnknown     Outcome = "unknown"      // it may or may not have been executed; keep the key and ask again
 )
 
@@ -75,6 +75,7 @@ const (
 	FactUnavailable                        // no connection, or the database failed before COMMIT was sent
 	FactSerialization                      // 40001 or 40P01, wherever it came from
 	FactRestartsSpent                      // another restart was due, and the budget of restarts is used up
+	FactRecordUnread                       // the same, and the restart was to read another attempt's record
 
 	FactAnsweredCommit  // the handler answered, by policy for good
 	FactAnsweredDecline // the handler answered, by policy without its writes
@@ -136,6 +137,8 @@ func Decide(fact Fact) Decision {
 		return Decision{Action: ActionRestart}
 	case FactRestartsSpent:
 		return Decision{ActionRefuse, OutcomeNotExecuted, ReasonUnavailable}
+	case FactRecordUnread:
+		return Decision{ActionRefuse, OutcomeUnknown, ReasonOutcomeUnknown}
 
 	// After the handler.
 	case FactAnsweredCommit:
@@ -215,6 +218,15 @@ func factAfterHandler(sealed, failed error, disposition Disposition) Fact {
 		return FactHandlerFailed
 	}
 	return FactAnsweredCommit
+}
+
+// factAfterRestarts reads why a request that may not start again was to do so. A recorded key is never called not
+// executed.
+func factAfterRestarts(err error) Fact {
+	if errors.Is(err, ErrKeyRecorded) {
+		return FactRecordUnread
+	}
+	return FactRestartsSpent
 }
 
 // factAfterCommit reads what Commit returned.

@@ -17,6 +17,7 @@ func TestDecideEveryRow(t *testing.T) {
 		FactUnavailable:        {ActionRefuse, OutcomeNotExecuted, ReasonUnavailable},
 		FactSerialization:      {Action: ActionRestart},
 		FactRestartsSpent:      {ActionRefuse, OutcomeNotExecuted, ReasonUnavailable},
+		FactRecordUnread:       {ActionRefuse, OutcomeUnknown, ReasonOutcomeUnknown},
 		FactAnsweredCommit:     {Action: ActionCommit},
 		FactAnsweredDecline:    {Action: ActionDecline},
 		FactAnsweredForget:     {Action: ActionForget},

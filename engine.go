@@ -38,7 +38,7 @@ type Options struct {
 	// [RollbackTimeoutDefault].
 	RollbackTimeout time.Duration
 
-	// TTL is how long a record counts. A retry that comes later runs again, so it must be longer than any client
+	// TTL is how long a record counts, from its commit on. A retry that comes later runs again, so it must be longer than any client
 	// retries. The default is [TTLDefault], the least [TTLMin].
 	TTL time.Duration
 
@@ -153,20 +153,49 @@ type Result struct {
 // request's own cancellation is ignored: once begun, the work is finished, and the retry finds it.
 //
 // Read it together with [Decide]: this says in which order facts come to light, the table what follows from each.
-func (e *Engine) Do(ctx context.Context, req Request, run RunFunc) Result {
-	if !req.Keyless() {
-		if err := req.Key.Validate(); err != nil {
-			reason := ReasonKeyInvalid
-			if errors.Is(err, ErrScopeInvalid) {
-				reason = ReasonScope
-			}
-			return Result{Outcome: OutcomeNotExecuted, Reason: reason, Err: err}
-		}
+func (e *Engine) Do(ctx context.Context, req Request, run RunFunc) (result Result) {
+	setDefault(&req.TTL, e.options.TTL)
+	if !validTraceID(req.TraceID) {
+		req.TraceID = ""
+	}
+	if reason, err := validate(&req); err != nil {
+		return Result{Outcome: OutcomeNotExecuted, Reason: reason, Err: err}
 	}
 	trace := e.startTrace(ctx, &req)
-	result := e.do(trace.ctx, &req, run, trace)
-	trace.end(result)
-	return result
+	result = refuse(Decide(FactOutcomeUnknown), errGoexit) // unless do returns
+	defer func() { trace.end(result) }()
+	return e.do(trace.ctx, &req, run, trace)
+}
+
+// errGoexit stands for a handler that ended its goroutine, or a hook of the caller's that panicked.
+var errGoexit = errors.New("handler did not return")
+
+// validate reports why a request can't be taken, and the reason that a client is given.
+func validate(req *Request) (Reason, error) {
+	if req.TTL < TTLMin {
+		return ReasonHandlerFailed, fmt.Errorf("request's TTL is %v: it must be at least %v", req.TTL, TTLMin)
+	}
+	if req.Keyless() {
+		return "", nil
+	}
+	if err := req.Key.Validate(); errors.Is(err, ErrScopeInvalid) {
+		return ReasonScope, err
+	} else if err != nil {
+		return ReasonKeyInvalid, err
+	}
+	if req.Fingerprint.Version == 0 { // a forgotten one would equal that of every other request
+		return ReasonHandlerFailed, errors.New("request has a key and no fingerprint")
+	}
+	return "", nil
+}
+
+func validTraceID(id string) bool {
+	for i := range len(id) {
+		if id[i] <= ' ' || id[i] >= 0x7f {
+			return false
+		}
+	}
+	return len(id) <= TraceIDBytesMax
 }
 
 func (e *Engine) do(ctx context.Context, req *Request, run RunFunc, trace *trace) Result {
@@ -174,8 +203,6 @@ func (e *Engine) do(ctx context.Context, req *Request, run RunFunc, trace *trace
 	if e.inFlight.Add(1) > int64(e.options.InFlightMax) && e.options.InFlightMax > 0 {
 		return refuse(Decide(FactUnavailable), ErrInFlightMax)
 	}
-	setDefault(&req.TTL, e.options.TTL)
-
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), e.options.HandlerTimeout)
 	defer cancel()
 	for restarts := 0; ; restarts++ {
@@ -185,7 +212,7 @@ func (e *Engine) do(ctx context.Context, req *Request, run RunFunc, trace *trace
 			return result
 		}
 		if restarts >= e.options.Restarts || ctx.Err() != nil {
-			return refuse(Decide(FactRestartsSpent), again)
+			return refuse(Decide(factAfterRestarts(again)), again)
 		}
 	}
 }
@@ -196,6 +223,21 @@ func (e *Engine) attempt(ctx context.Context, req *Request, run RunFunc, trace *
 	// The claim.
 	started := trace.now()
 	attempt, record, err := e.store.Begin(ctx, req)
+	open := attempt != nil
+	rollback := func() {
+		open = false
+		started := trace.now()
+		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), e.options.RollbackTimeout)
+		defer cancel()
+		attempt.Rollback(ctx)
+		trace.step(StepRollback, started, nil)
+	}
+	defer func() { // whatever way this is left by, the transaction is ended once
+		if open {
+			_ = attempt.Seal()
+			rollback()
+		}
+	}()
 	trace.step(StepClaim, started, err)
 	switch decision := Decide(factAfterClaim(req, record, err)); decision.Action {
 	case ActionRun:
@@ -207,22 +249,7 @@ func (e *Engine) attempt(ctx context.Context, req *Request, run RunFunc, trace *
 		return refuse(decision, err), nil
 	}
 
-	// The handler. Whatever way it leaves by, the transaction is ended once.
-	open := true
-	rollback := func() {
-		open = false
-		started := trace.now()
-		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), e.options.RollbackTimeout)
-		defer cancel()
-		attempt.Rollback(ctx)
-		trace.step(StepRollback, started, nil)
-	}
-	defer func() {
-		if open { // runtime.Goexit
-			_ = attempt.Seal()
-			rollback()
-		}
-	}()
+	// The handler.
 	started = trace.now()
 	answer, failed := call(attempt.Context(withAttempt(ctx, req.Key, req.Attempt)), run)
 	trace.step(StepHandler, started, failed)
@@ -233,8 +260,11 @@ func (e *Engine) attempt(ctx context.Context, req *Request, run RunFunc, trace *
 	if failed == nil {
 		disposition = e.disposition(req, answer)
 	}
-	if disposition == Forget && ctx.Err() != nil {
-		failed = fmt.Errorf("%w: the handler took longer than %v", ErrUnavailable, e.options.HandlerTimeout)
+	switch {
+	case disposition != Forget:
+		failed = answer.Validate()
+	case ctx.Err() != nil:
+		failed = errors.Join(failed, fmt.Errorf("%w: the handler took longer than %v", ErrUnavailable, e.options.HandlerTimeout))
 	}
 	fact := factAfterHandler(sealed, failed, disposition)
 	switch Decide(fact).Action {

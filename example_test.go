@@ -43,6 +43,7 @@ func ExampleEngine_Do() {
 func ExampleDerivedKey() {
 	engine := idempotency.NewEngine(memory.New(nil), nil)
 	request := idempotency.Request{Key: idempotency.Key{Scope: "acme", Value: "8e03978e-40d5-43dd-bc93-6894a57f9324"}}
+	request.Fingerprint = idempotency.FingerprintV1("POST", "/transfers", "", "application/json", []byte(`{}`))
 	for _, status := range []int{503, 201} {
 		engine.Do(context.Background(), request, func(ctx context.Context) (*idempotency.Response, error) {
 			fmt.Println(status, idempotency.DerivedKey(ctx, "card-network"))
@@ -67,9 +68,9 @@ func ExampleDecide() {
 
 func ExampleKey() {
 	key := idempotency.Key{Scope: "acme", Value: "8e03978e-40d5-43dd-bc93-6894a57f9324"}
-	fmt.Printf("%v %#v\n", key, key)
+	fmt.Printf("%v %#v %d\n", key, key, key)
 	fmt.Println(idempotency.Key{Scope: "acme", Value: "a,b"}.Validate())
 	// Output:
-	// 0302c680 idempotency.Key(0302c680)
+	// 0302c680 0302c680 0302c680
 	// key is invalid: character 2 is not a visible ASCII character other than comma and quote
 }

@@ -30,7 +30,8 @@ var (
 // own requests and another account never does. Value is what the client sent. The two are stored, locked and compared
 // apart and never joined into one string, so ("a", "b:c") and ("a:b", "c") are different keys.
 //
-// A Key prints as eight hexadecimal digits of a hash, in fmt and in slog, so that neither part reaches a log.
+// A Key prints as eight hexadecimal digits of a hash, by every verb of fmt, in slog and in JSON, so that neither part
+// reaches a log.
 type Key struct {
 	Scope string
 	Value string
@@ -85,8 +86,11 @@ func (k Key) String() string {
 	return hex.EncodeToString(h.Sum(nil)[:4])
 }
 
-// GoString keeps the key out of %#v.
-func (k Key) GoString() string { return "idempotency.Key(" + k.String() + ")" }
+// Format keeps the key out of every verb of fmt.
+func (k Key) Format(f fmt.State, _ rune) { _, _ = f.Write([]byte(k.String())) } // fmt has no use for the error
+
+// MarshalText keeps the key out of JSON, and so out of what holds a key in a structured log.
+func (k Key) MarshalText() ([]byte, error) { return []byte(k.String()), nil }
 
 // LogValue keeps the key out of structured logs.
 func (k Key) LogValue() slog.Value { return slog.StringValue(k.String()) }

@@ -71,7 +71,7 @@ func TestKeyIsNeverPrinted(t *testing.T) {
 	}
 	var out bytes.Buffer
 	for name, value := range values {
-		for _, verb := range []string{"%v", "%+v", "%#v", "%q", "%s", "%x"} {
+		for _, verb := range []string{"%v", "%+v", "%#v", "%q", "%s", "%x", "%d", "%c"} {
 			if name == "pointer" && verb == "%#v" {
 				verb = "%v" // an address
 			}
@@ -181,7 +181,7 @@ func TestFingerprintEqual(t *testing.T) {
 // inHandler calls f with the context of an idempotent handler.
 func inHandler(t *testing.T, key idempotency.Key, f func(ctx context.Context)) {
 	t.Helper()
-	result := idempotency.NewEngine(memory.New(nil), nil).Do(t.Context(), idempotency.Request{Key: key}, func(ctx context.Context) (*idempotency.Response, error) {
+	result := idempotency.NewEngine(memory.New(nil), nil).Do(t.Context(), idempotency.Request{Key: key, Fingerprint: idempotency.FingerprintOf(100, nil)}, func(ctx context.Context) (*idempotency.Response, error) {
 		f(ctx)
 		return &idempotency.Response{Status: 500}, nil
 	})

@@ -12,7 +12,7 @@ func TestStateMachineDocIsTheTable(t *testing.T) {
 	facts := map[string]Fact{
 		"Claimed": FactClaimed, "InProgress": FactInProgress, "RecordedSame": FactRecordedSame, "RecordedOther": FactRecordedOther,
 		"RecordedUnreadable": FactRecordedUnreadable, "Unavailable": FactUnavailable, "Serialization": FactSerialization,
-		"RestartsSpent": FactRestartsSpent, "AnsweredCommit": FactAnsweredCommit, "AnsweredDecline": FactAnsweredDecline,
+		"RestartsSpent": FactRestartsSpent, "RecordUnread": FactRecordUnread, "AnsweredCommit": FactAnsweredCommit, "AnsweredDecline": FactAnsweredDecline,
 		"AnsweredForget": FactAnsweredForget, "HandlerFailed": FactHandlerFailed, "TransactionLost": FactTransactionLost,
 		"Committed": FactCommitted, "Declined": FactDeclined, "Forgotten": FactForgotten, "KeyRecorded": FactKeyRecorded,
 		"CommitAborted": FactCommitAborted, "DeclineFailed": FactDeclineFailed, "OutcomeUnknown": FactOutcomeUnknown,

@@ -3,6 +3,8 @@ package idempotency
 import (
 	"context"
 	"errors"
+	"fmt"
+	"strings"
 	"time"
 )
 
@@ -12,18 +14,19 @@ type Request struct {
 	// looked up or recorded (see [Request.Keyless]).
 	Key Key
 
-	// Fingerprint is compared with the record's on every path that answers.
+	// Fingerprint is compared with the record's on every path that answers. A request with a key must have one.
 	Fingerprint Fingerprint
 
 	// FingerprintAt makes the fingerprint of this request with an older or a newer function, for a record that another
 	// version of the program made. It reports false for a version it does not know. Nil knows Fingerprint alone.
 	FingerprintAt func(version int16) (Fingerprint, bool)
 
-	// TTL is how long the record counts, by the database's clock. The engine fills in its own where this is zero.
+	// TTL is how long the record counts from its commit on, by the store's clock: at least [TTLMin]. The engine fills in
+	// its own where this is zero.
 	TTL time.Duration
 
 	// TraceID is kept in the record, so that a replay can be linked to the trace of the attempt that was executed. May
-	// be empty.
+	// be empty. One that is not 1 to [TraceIDBytesMax] visible ASCII characters is left out.
 	TraceID string
 
 	// Attempt is set by the engine, anew for each attempt.
@@ -41,6 +44,60 @@ type Response struct {
 	Body   []byte
 }
 
+// Limits of what is recorded.
+const (
+	StatusMin       = 200
+	StatusMax       = 599
+	HeaderBytesMax  = 64 << 10 // names and values of all headers
+	TraceIDBytesMax = 255
+)
+
+// Validate reports whether the answer can be recorded and replayed: a status from [StatusMin] to [StatusMax], and
+// headers of at most [HeaderBytesMax] whose names and values are those of RFC 9110, section 5, so that none can end a
+// line early. The error quotes nothing.
+func (r *Response) Validate() error {
+	if r.Status < StatusMin || r.Status > StatusMax {
+		return fmt.Errorf("answer can't be recorded: its status is not from %d to %d", StatusMin, StatusMax)
+	}
+	size := 0
+	for name, values := range r.Header {
+		if !validHeaderName(name) {
+			return errors.New("answer can't be recorded: a header's name is not a token")
+		}
+		for _, value := range values {
+			if !validHeaderValue(value) {
+				return errors.New("answer can't be recorded: a header's value has a control character")
+			}
+			size += len(name) + len(value)
+		}
+	}
+	if size > HeaderBytesMax {
+		return fmt.Errorf("answer can't be recorded: its headers have %d bytes, over the limit of %d", size, HeaderBytesMax)
+	}
+	return nil
+}
+
+func validHeaderName(s string) bool {
+	for i := range len(s) {
+		c := s[i]
+		switch {
+		case 'a' <= c && c <= 'z', 'A' <= c && c <= 'Z', '0' <= c && c <= '9', strings.IndexByte("!#$%&'*+-.^_`|~", c) >= 0:
+		default:
+			return false
+		}
+	}
+	return s != ""
+}
+
+func validHeaderValue(s string) bool {
+	for i := range len(s) {
+		if c := s[i]; c < ' ' && c != '\t' || c == 0x7f {
+			return false
+		}
+	}
+	return true
+}
+
 // Record is what the store keeps of an executed attempt.
 type Record struct {
 	Fingerprint Fingerprint
@@ -48,7 +105,7 @@ type Record struct {
 	Response    Response
 	TraceID     string
 	CreatedAt   time.Time // by the store's clock
-	ExpiresAt   time.Time // by the store's clock; the record counts until it is deleted, not until then
+	ExpiresAt   time.Time // by the store's clock, the TTL after the commit; the record counts until it is deleted, not until then
 }
 
 // What a [Store] and an [Attempt] report. Everything else they return is taken for [ErrUnavailable] before the
@@ -78,7 +135,8 @@ type Store interface {
 	//   - an Attempt: the key is absent and ours; the caller must end it with Commit, Decline or Rollback
 	//   - a Record: the key is recorded; no transaction is left open, and no fingerprint was compared
 	//   - an error: ErrInProgress where another attempt holds the key, ErrSerialization where Begin should be called
-	//     again, and anything else where the store is unavailable; nothing is left open
+	//     again, ErrUnknown where there is a record that can't be read, and anything else where the store is unavailable;
+	//     nothing is left open
 	//
 	// A record wins over the claim: it is returned also while others hold the key. Begin never waits for another
 	// attempt. ctx bounds Begin alone. For a keyless request Begin returns an Attempt that records nothing.

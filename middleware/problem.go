@@ -51,11 +51,11 @@ var texts = map[idempotency.Reason]text{
 	idempotency.ReasonInProgress: {http.StatusConflict, "The request is in progress",
 		"An earlier request with this key is still running. Try again with the same key.", true},
 	idempotency.ReasonHandlerFailed: {http.StatusInternalServerError, "The request failed",
-		"Nothing was executed. You may try again with the same key.", false},
+		"This request left nothing behind. You may try again with the same key.", false},
 	idempotency.ReasonTransactionLost: {http.StatusInternalServerError, "The outcome is not known",
 		"The request may or may not have been executed. Keep the key.", false},
 	idempotency.ReasonUnavailable: {http.StatusServiceUnavailable, "The service is not available",
-		"Nothing was executed. Try again with the same key, or give up.", true},
+		"This request left nothing behind. Try again with the same key, or give up if no earlier one may have been executed.", true},
 	idempotency.ReasonOutcomeUnknown: {http.StatusServiceUnavailable, "The outcome is not known",
 		"The request may or may not have been executed. Try again with the same key until the answer is another one.", true},
 }

@@ -172,7 +172,7 @@ func (a *attempt) end(answer *idempotency.Response, at time.Time) {
 	if answer != nil {
 		s.records[a.req.Key] = clone(&idempotency.Record{
 			Fingerprint: a.req.Fingerprint, Attempt: a.req.Attempt, Response: *answer, TraceID: a.req.TraceID,
-			CreatedAt: at, ExpiresAt: at.Add(a.req.TTL),
+			CreatedAt: at, ExpiresAt: s.now().Add(a.req.TTL),
 		})
 	}
 }

@@ -112,8 +112,9 @@ func (s *scanner) token() {
 		s.dollar()
 	case isWordByte(c):
 		word := s.word()
-		if word == "E" && s.rest != "" && s.rest[0] == '\'' {
+		for word == "E" && s.rest != "" && s.rest[0] == '\'' {
 			s.quoted('\'', true)
+			s.skip() // after a new line the string goes on, and so do its escapes
 		}
 	default:
 		s.rest = s.rest[1:]

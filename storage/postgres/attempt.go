@@ -21,7 +21,7 @@ type attempt struct {
 }
 
 func newAttempt(store *Store, conn *pgxpool.Conn, req *idempotency.Request) *attempt {
-	return &attempt{store: store, req: req, pooled: conn, tx: newTransaction(store.pool, conn.Conn())}
+	return &attempt{store: store, req: req, pooled: conn, tx: newTransaction(store.pool, conn.Conn(), store.mode)}
 }
 
 // Context implements [idempotency.Attempt].

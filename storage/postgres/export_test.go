@@ -1,6 +1,8 @@
 package postgres
 
 import (
+	"context"
+
 	"github.com/jackc/pgx/v5"
 
 	"github.com/paidonce/idempotency"
@@ -11,3 +13,18 @@ func RawConn(tx pgx.Tx) *pgx.Conn { return tx.(*sealedTx).conn }
 
 // RawConnOf returns the connection of an attempt.
 func RawConnOf(a idempotency.Attempt) *pgx.Conn { return a.(*attempt).tx.conn }
+
+// SendUnadmitted sends SQL as Exec and Query do, but past the guard that reads its text.
+func SendUnadmitted(ctx context.Context, tx pgx.Tx, exec bool, sql string, arguments ...any) (err error) {
+	s := tx.(*sealedTx)
+	if err := s.use(); err != nil {
+		return err
+	}
+	defer func() { s.done(err) }()
+	rows, err := s.conn.Query(ctx, sql, s.extended(arguments, exec)...)
+	if err != nil {
+		return err
+	}
+	rows.Close()
+	return rows.Err()
+}

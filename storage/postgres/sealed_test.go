@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"github.com/jackc/pgx/v5"
+	"github.com/jackc/pgx/v5/pgconn"
 	"github.com/jackc/pgx/v5/pgxpool"
 
 	"github.com/paidonce/idempotency"
@@ -69,6 +70,33 @@ func TestHandlerCannotEndTheTransaction(t *testing.T) {
 	want(t, result, idempotency.OutcomeExecuted, "")
 	if n := b.effects(t); n != 1 {
 		t.Errorf("%d effects, want 1", n)
+	}
+}
+
+// Under the guard there is the server's: several statements never go out in one message, whatever mode is asked for.
+func TestSeveralStatementsNeverGoOutInOneMessage(t *testing.T) {
+	t.Parallel()
+	for name, mode := range map[string]pgx.QueryExecMode{"default": pgx.QueryExecModeCacheStatement, "simple": pgx.QueryExecModeSimpleProtocol} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			b := setup(t, &setupOptions{configure: func(c *pgxpool.Config) { c.ConnConfig.DefaultQueryExecMode = mode }})
+			for _, arguments := range [][]any{{}, {pgx.QueryExecModeSimpleProtocol}, {pgx.NamedArgs{}, pgx.QueryExecModeSimpleProtocol}, {pgx.QueryExecModeSimpleProtocol, pgx.NamedArgs{}}} {
+				for _, exec := range []bool{true, false} {
+					result := b.do(t, request("k", ""), func(ctx context.Context, tx pgx.Tx) int {
+						err := postgres.SendUnadmitted(ctx, tx, exec, "INSERT INTO effects (name) VALUES ('x'); COMMIT; BEGIN", arguments...)
+						var pgErr *pgconn.PgError
+						if !errors.As(err, &pgErr) || pgErr.Code != "42601" {
+							t.Errorf("%v: %v", arguments, err)
+						}
+						return 201
+					})
+					want(t, result, idempotency.OutcomeNotExecuted, idempotency.ReasonHandlerFailed)
+				}
+			}
+			if n := b.effects(t); n != 0 {
+				t.Errorf("%d effects, want none", n)
+			}
+		})
 	}
 }
 

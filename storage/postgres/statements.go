@@ -60,19 +60,20 @@ func newStatements(o *Options) statements {
 		},
 		// created_at is NULL, and so refused, where the transaction is not the one of the claim: then the handler ended
 		// ours behind our back. $1 is NULL after a decline, whose transaction is a new one. set_config: COMMIT waits for
-		// the disk whatever the handler set.
+		// the disk whatever the handler set. The TTL runs from now: a record is not born expired, however long the handler
+		// took.
 		insert: statement{
 			sql: "INSERT INTO " + table + " (created_at, expires_at, status, fingerprint_version, attempt_id, scope, key, fingerprint, headers, body, trace_id)" +
-				" VALUES (CASE WHEN pg_catalog.transaction_timestamp() = COALESCE($1, pg_catalog.transaction_timestamp())" +
+				" VALUES (CASE WHEN pg_catalog.transaction_timestamp() OPERATOR(pg_catalog.=) COALESCE($1, pg_catalog.transaction_timestamp())" +
 				" AND pg_catalog.set_config('synchronous_commit', $2, true) IS NOT NULL THEN pg_catalog.transaction_timestamp() END," +
-				" pg_catalog.transaction_timestamp() + $3 * interval '1 microsecond', $4, $5, $6, $7, $8, $9, $10, $11, $12)",
+				" pg_catalog.clock_timestamp() OPERATOR(pg_catalog.+) ($3 OPERATOR(pg_catalog.*) interval '1 microsecond'), $4, $5, $6, $7, $8, $9, $10, $11, $12)",
 			oids: []uint32{
 				pgtype.TimestamptzOID, pgtype.TextOID, pgtype.Int8OID, pgtype.Int2OID, pgtype.Int2OID, pgtype.UUIDOID,
 				pgtype.TextOID, pgtype.TextOID, pgtype.ByteaOID, pgtype.ByteaOID, pgtype.ByteaOID, pgtype.TextOID,
 			},
 		},
 		guard: statement{
-			sql: "SELECT 1 / CASE WHEN pg_catalog.transaction_timestamp() = $1" +
+			sql: "SELECT 1 OPERATOR(pg_catalog./) CASE WHEN pg_catalog.transaction_timestamp() OPERATOR(pg_catalog.=) $1" +
 				" AND pg_catalog.set_config('synchronous_commit', $2, true) IS NOT NULL THEN 1 ELSE 0 END",
 			oids: []uint32{pgtype.TimestamptzOID, pgtype.TextOID},
 		},

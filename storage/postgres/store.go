@@ -142,6 +142,7 @@ type Store struct {
 	options    *Options
 	table      string // qualified, unquoted: a part of the lock number
 	statements statements
+	mode       pgx.QueryExecMode // of the pool's connections
 }
 
 var (
@@ -157,7 +158,10 @@ func New(pool *pgxpool.Pool, opts *Options) *Store {
 		panic("idempotency/postgres: New needs a pool")
 	}
 	o := opts.full()
-	return &Store{pool: pool, options: o, table: o.Schema + "." + TableName, statements: newStatements(o)}
+	return &Store{
+		pool: pool, options: o, table: o.Schema + "." + TableName, statements: newStatements(o),
+		mode: pool.Config().ConnConfig.DefaultQueryExecMode,
+	}
 }
 
 // CheckBudget returns an error where PostgreSQL would cut off a handler that takes no longer than it may.
@@ -212,7 +216,7 @@ func (s *Store) claim(ctx context.Context, req *idempotency.Request, acquire fun
 	}
 	_, err = s.statements.flush(ctx, conn.Conn().PgConn(), calls...)
 	switch {
-	case errors.Is(err, errHeaders):
+	case errors.Is(err, errRecord):
 		a.Rollback(ctx)
 		return nil, nil, fail("read the record", idempotency.ErrUnknown, err)
 	case err != nil:
@@ -268,11 +272,14 @@ func decodeRecord(values [][]byte) (*idempotency.Record, error) {
 	r.CreatedAt = d.timestamp()
 	r.ExpiresAt = d.timestamp()
 	if d.err != nil {
-		return nil, errors.Join(errHeaders, d.err)
+		return nil, errors.Join(errRecord, d.err)
 	}
 	var err error
 	if r.Response.Header, err = decodeHeaders(headers); err != nil {
 		return nil, err
+	}
+	if err := r.Response.Validate(); err != nil {
+		return nil, errors.Join(errRecord, err)
 	}
 	return &r, nil
 }

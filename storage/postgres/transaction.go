@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"strconv"
 	"sync/atomic"
 	"time"
@@ -49,6 +50,7 @@ func Tx(ctx context.Context) pgx.Tx {
 type transaction struct {
 	pool   *pgxpool.Pool
 	conn   *pgx.Conn
+	mode   pgx.QueryExecMode // the connection's default
 	sealed atomic.Bool
 	slot   chan struct{} // holds a token while conn is in use; guards it and what follows
 
@@ -64,8 +66,8 @@ type savepoint struct {
 	failure error // of the transaction when it was opened: what ROLLBACK TO goes back to
 }
 
-func newTransaction(pool *pgxpool.Pool, conn *pgx.Conn) *transaction {
-	return &transaction{pool: pool, conn: conn, slot: make(chan struct{}, 1)}
+func newTransaction(pool *pgxpool.Pool, conn *pgx.Conn, mode pgx.QueryExecMode) *transaction {
+	return &transaction{pool: pool, conn: conn, mode: mode, slot: make(chan struct{}, 1)}
 }
 
 // abandonTimeout is how long seal waits for a use whose socket was closed under it.
@@ -253,7 +255,12 @@ func (tx *sealedTx) Exec(ctx context.Context, sql string, arguments ...any) (tag
 		return tag, err
 	}
 	defer func() { tx.done(err) }()
-	return tx.conn.Exec(ctx, sql, arguments...)
+	rows, err := tx.conn.Query(ctx, sql, tx.extended(arguments, true)...) // pgx's Exec would choose the protocol itself
+	if err != nil {
+		return tag, err
+	}
+	rows.Close()
+	return rows.CommandTag(), rows.Err()
 }
 
 func (tx *sealedTx) Query(ctx context.Context, sql string, arguments ...any) (_ pgx.Rows, err error) {
@@ -264,7 +271,7 @@ func (tx *sealedTx) Query(ctx context.Context, sql string, arguments ...any) (_ 
 		return failedRows{err}, err
 	}
 	defer func() { tx.done(err) }()
-	rows, err := tx.conn.Query(ctx, sql, arguments...)
+	rows, err := tx.conn.Query(ctx, sql, tx.extended(arguments, false)...)
 	return &sealedRows{Rows: rows, tx: tx.transaction}, err
 }
 
@@ -328,17 +335,38 @@ func (tx *sealedTx) admit(sql string, arguments []any) ([]any, error) {
 		return nil, err
 	}
 	for i, argument := range arguments {
-		rewriter, ok := argument.(pgx.QueryRewriter)
-		if !ok {
-			if _, ok := argument.(pgx.QueryExecMode); ok {
-				continue
-			}
-			break // options come first
+		switch option := argument.(type) {
+		case pgx.QueryExecMode:
+		case pgx.QueryRewriter:
+			arguments = slices.Clone(arguments)
+			arguments[i] = admittedRewriter{option, plainStrings}
+		default:
+			return arguments, nil // options come first
 		}
-		arguments = append([]any{}, arguments...)
-		arguments[i] = admittedRewriter{rewriter, plainStrings}
 	}
 	return arguments, nil
+}
+
+// extended returns the arguments with the mode that sends them by the extended protocol, in which the server itself
+// refuses several statements in one string. Text without arguments would go by the simple one if it were left to pgx's
+// Exec; it is not prepared either, which would cost a round trip the first time.
+func (tx *sealedTx) extended(arguments []any, exec bool) []any {
+	mode, explicit, options := tx.mode, false, 0
+option:
+	for ; options < len(arguments); options++ {
+		switch option := arguments[options].(type) {
+		case pgx.QueryExecMode:
+			mode, explicit = option, true
+		case pgx.QueryRewriter:
+		default:
+			break option
+		}
+	}
+	if mode != pgx.QueryExecModeSimpleProtocol && (explicit || !exec || options < len(arguments)) {
+		return arguments
+	}
+	// The last mode counts, so it goes behind the other options.
+	return slices.Insert(slices.Clone(arguments), options, any(pgx.QueryExecModeExec))
 }
 
 // admittedRewriter checks what a rewriter made.

@@ -154,11 +154,11 @@ func (s *reference) Begin(ctx context.Context, req *idempotency.Request) (idempo
 		case s.fault == "hides records of other requests" && record.Fingerprint != req.Fingerprint:
 		case s.fault == "one replay at a time" && !s.claims[key]:
 			s.claims[key] = true
-			go func() { // holds the key while it reads
+			time.AfterFunc(50*time.Millisecond, func() { // holds the key while it reads
 				s.mu.Lock()
 				defer s.mu.Unlock()
 				delete(s.claims, key)
-			}()
+			})
 			return nil, s.clone(record), nil
 		case s.fault == "one replay at a time":
 			return nil, nil, idempotency.ErrInProgress

@@ -1,0 +1,181 @@
+package idempotency_test
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/paidonce/idempotency"
+)
+
+// A key that somebody recorded is never called not executed, whatever keeps us from reading the record.
+func TestRecordedKeyIsNeverCalledNotExecuted(t *testing.T) {
+	t.Parallel()
+	lost := turn{end: fmt.Errorf("commit: %w", idempotency.ErrKeyRecorded)}
+	for name, opts := range map[string]*idempotency.Options{
+		"the restarts are spent": {Restarts: -1},
+		"the time is over":       {HandlerTimeout: time.Nanosecond},
+	} {
+		result := idempotency.NewEngine(scripted(lost), opts).Do(t.Context(), keyed("k"), answering(201))
+		if result.Outcome != idempotency.OutcomeUnknown || result.Reason != idempotency.ReasonOutcomeUnknown {
+			t.Errorf("%s: %s, %s", name, result.Outcome, result.Reason)
+		}
+	}
+}
+
+// What would make a record that can't be replayed fails the handler before anything is recorded.
+func TestAnswerThatCannotBeReplayedIsNotRecorded(t *testing.T) {
+	t.Parallel()
+	header := func(name, value string) map[string][]string { return map[string][]string{name: {value}} }
+	for name, test := range map[string]struct {
+		answer idempotency.Response
+		want   idempotency.Outcome
+	}{
+		"lowest status":          {idempotency.Response{Status: idempotency.StatusMin}, idempotency.OutcomeExecuted},
+		"a status too low":       {idempotency.Response{Status: idempotency.StatusMin - 1}, idempotency.OutcomeNotExecuted},
+		"highest status":         {idempotency.Response{Status: idempotency.StatusMax}, idempotency.OutcomeExecuted},
+		"a status too high":      {idempotency.Response{Status: idempotency.StatusMax + 1}, idempotency.OutcomeNotExecuted},
+		"tab and bytes":          {idempotency.Response{Status: 201, Header: header("X-!#$%&'*+.^_`|~9", "\ta\xff")}, idempotency.OutcomeExecuted},
+		"no name":                {idempotency.Response{Status: 201, Header: header("", "a")}, idempotency.OutcomeNotExecuted},
+		"a colon in a name":      {idempotency.Response{Status: 201, Header: header("A:", "a")}, idempotency.OutcomeNotExecuted},
+		"a line break":           {idempotency.Response{Status: 201, Header: header("A", "a\r\nB: c")}, idempotency.OutcomeNotExecuted},
+		"a NUL":                  {idempotency.Response{Status: 402, Header: header("A", "\x00")}, idempotency.OutcomeNotExecuted},
+		"headers at the limit":   {idempotency.Response{Status: 201, Header: header("A", strings.Repeat("a", idempotency.HeaderBytesMax-1))}, idempotency.OutcomeExecuted},
+		"headers over the limit": {idempotency.Response{Status: 201, Header: header("A", strings.Repeat("a", idempotency.HeaderBytesMax))}, idempotency.OutcomeNotExecuted},
+	} {
+		store := scripted(turn{})
+		policy := &idempotency.Options{Disposition: func(status int) idempotency.Disposition {
+			if status == 402 {
+				return idempotency.Decline
+			}
+			return idempotency.Commit
+		}}
+		result := idempotency.NewEngine(store, policy).Do(t.Context(), keyed("k"), func(context.Context) (*idempotency.Response, error) {
+			return &test.answer, nil
+		})
+		if result.Outcome != test.want {
+			t.Errorf("%s: %s, %v", name, result.Outcome, result.Err)
+		}
+		if result.Outcome == idempotency.OutcomeNotExecuted && (result.Reason != idempotency.ReasonHandlerFailed || store.log() != "begin seal rollback") {
+			t.Errorf("%s: %s, steps %q", name, result.Reason, store.log())
+		}
+	}
+}
+
+// A request that nobody could compare, or whose record would be born expired, is refused before it is begun.
+func TestUnfinishedRequestIsNeverBegun(t *testing.T) {
+	t.Parallel()
+	request := func(change func(*idempotency.Request)) idempotency.Request {
+		r := keyed("k")
+		change(&r)
+		return r
+	}
+	for name, test := range map[string]struct {
+		request idempotency.Request
+		begun   bool
+	}{
+		"no fingerprint":          {request(func(r *idempotency.Request) { r.Fingerprint = idempotency.Fingerprint{} }), false},
+		"keyless, no fingerprint": {idempotency.Request{}, true},
+		"a negative TTL":          {request(func(r *idempotency.Request) { r.TTL = -time.Hour }), false},
+		"a TTL too short":         {request(func(r *idempotency.Request) { r.TTL = idempotency.TTLMin - 1 }), false},
+		"the shortest TTL":        {request(func(r *idempotency.Request) { r.TTL = idempotency.TTLMin }), true},
+	} {
+		store := scripted(turn{})
+		result := idempotency.NewEngine(store, nil).Do(t.Context(), test.request, answering(201))
+		if begun := store.log() != ""; begun != test.begun || begun != (result.Outcome == idempotency.OutcomeExecuted) {
+			t.Errorf("%s: %s %v, steps %q", name, result.Outcome, result.Err, store.log())
+		}
+	}
+}
+
+// A trace id is no reason to refuse a payment.
+func TestTraceIDThatCannotBeRecordedIsLeftOut(t *testing.T) {
+	t.Parallel()
+	for id, want := range map[string]string{
+		"4bf92f35": "4bf92f35", "a\x00": "", "ü": "", "a b": "",
+		strings.Repeat("a", idempotency.TraceIDBytesMax):   strings.Repeat("a", idempotency.TraceIDBytesMax),
+		strings.Repeat("a", idempotency.TraceIDBytesMax+1): "",
+	} {
+		store := scripted(turn{})
+		request := keyed("k")
+		request.TraceID = id
+		idempotency.NewEngine(store, nil).Do(t.Context(), request, answering(201))
+		if got := store.begun[0].TraceID; got != want {
+			t.Errorf("%q was begun as %q, want %q", id, got, want)
+		}
+	}
+}
+
+// The operator hears of the panic of a handler that was too slow as well.
+func TestTimeoutHidesNoPanic(t *testing.T) {
+	t.Parallel()
+	cause := errors.New("cause")
+	engine := idempotency.NewEngine(scripted(turn{}), &idempotency.Options{HandlerTimeout: time.Millisecond})
+	result := engine.Do(t.Context(), keyed("k"), func(ctx context.Context) (*idempotency.Response, error) {
+		<-ctx.Done()
+		panic(cause)
+	})
+	var panicked *idempotency.PanicError
+	if result.Reason != idempotency.ReasonUnavailable || !errors.As(result.Err, &panicked) || !errors.Is(result.Err, cause) {
+		t.Errorf("%s: %v", result.Reason, result.Err)
+	}
+}
+
+// hooks is a tracer that counts, and panics where it is told to.
+type hooks struct {
+	mu         sync.Mutex
+	starts     int
+	ends       []idempotency.RequestEnd
+	panicAfter idempotency.Step
+}
+
+func (h *hooks) TraceRequestStart(ctx context.Context, _ idempotency.RequestStart) context.Context {
+	h.starts++
+	return ctx
+}
+
+func (h *hooks) TraceStep(_ context.Context, data idempotency.StepEnd) {
+	if data.Step == h.panicAfter {
+		panic("a hook of the caller's")
+	}
+}
+
+func (h *hooks) TraceRequestEnd(_ context.Context, data idempotency.RequestEnd) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	h.ends = append(h.ends, data)
+}
+
+func (h *hooks) TraceRefused(context.Context, idempotency.Refused) {}
+
+// Whatever panics in the caller's hooks, and wherever its goroutine ends: nothing is held, and every start has its end.
+func TestHooksThatPanicHoldNothing(t *testing.T) {
+	t.Parallel()
+	for _, step := range []idempotency.Step{idempotency.StepClaim, idempotency.StepHandler, idempotency.StepCommit} {
+		tracer := &hooks{panicAfter: step}
+		store := scripted(turn{})
+		engine := idempotency.NewEngine(store, &idempotency.Options{Tracer: tracer})
+		func() {
+			defer func() {
+				if recover() == nil {
+					t.Errorf("%s: the panic was swallowed", step)
+				}
+			}()
+			engine.Do(t.Context(), keyed("k"), answering(201))
+		}()
+		ended := strings.Contains(store.log(), "rollback") || strings.Contains(store.log(), "commit")
+		if !ended || strings.Count(store.log(), "rollback")+strings.Count(store.log(), "commit") != 1 {
+			t.Errorf("%s: steps %q", step, store.log())
+		}
+		if tracer.starts != 1 || len(tracer.ends) != 1 || engine.InFlight() != 0 {
+			t.Errorf("%s: %d starts, %d ends, %d in flight", step, tracer.starts, len(tracer.ends), engine.InFlight())
+		}
+		if outcome := tracer.ends[0].Result.Outcome; outcome != idempotency.OutcomeUnknown {
+			t.Errorf("%s: outcome %s", step, outcome)
+		}
+	}
+}
