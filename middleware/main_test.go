@@ -179,6 +179,17 @@ func read(t *testing.T, response *http.Response) reply {
 	return r
 }
 
+// settle sends a request again until nobody works on its key any more.
+func (b *testBundle) settle(t *testing.T, key string) reply {
+	t.Helper()
+	for deadline := time.Now().Add(time.Minute); ; {
+		got := b.post(t, "/", "{}", "Idempotency-Key", key)
+		if got.outcome != string(idempotency.OutcomeInProgress) && got.outcome != "" || time.Now().After(deadline) {
+			return got
+		}
+	}
+}
+
 // raw sends bytes as they are and reads one answer.
 func (b *testBundle) raw(t *testing.T, text string) reply {
 	t.Helper()
