@@ -17,7 +17,7 @@ var ErrTenantUnknown error = &middleware.StatusError{
 	Status: http.StatusUnauthorized, Detail: "The token in the Authorization header is not known here.", Challenge: challenge,
 }
 
-// Tenant returns who sends the request: the scope of its key. It is the account behind the token and not the token, so
+// Tenant is a middleware.ScopeFunc: who sends the request is whose key it is. It is the account behind the token and not the token, so
 // that a new token finds the same keys.
 func Tenant(r *http.Request) (string, error) {
 	headers := r.Header.Values("Authorization")

@@ -26,7 +26,7 @@ const readyTimeout = 2 * time.Second
 
 // handler is everything that the bank answers.
 func (s *Server) handler(store *postgres.Store, books *bank.Bank, ids *nodeid.Source) http.Handler {
-	idem := middleware.New(store, scope, &middleware.Options{
+	idem := middleware.New(store, bank.Tenant, &middleware.Options{
 		Engine:      idempotency.Options{TTL: s.config.ttl, Tracer: s.metrics},
 		RouterState: chiroute.State,
 		Logger:      s.logger,
@@ -72,15 +72,6 @@ func (s *Server) handler(store *postgres.Store, books *bank.Bank, ids *nodeid.So
 		})
 	})
 	return r
-}
-
-// scope is the tenant: whose key it is.
-func scope(r *http.Request) (string, error) {
-	tenant, err := bank.Tenant(r)
-	if err != nil {
-		return "", &middleware.StatusError{Status: http.StatusUnauthorized, Detail: err.Error() + "."}
-	}
-	return tenant, nil
 }
 
 // ready reports whether a transfer would be executed now.
