@@ -50,7 +50,7 @@ func KeyFrom(ctx context.Context) (Key, bool) {
 func DerivedKey(ctx context.Context, name string) string {
 	r, ok := ctx.Value(contextKey{}).(*running)
 	if !ok {
-		panic("idempotency: DerivedKey outside an idempotent handler")
+		panic(UsageError("idempotency: DerivedKey outside an idempotent handler: pass the request's context on"))
 	}
 	h := sha256.New()
 	writeField(h, "paidonce derived key 1")
@@ -67,15 +67,25 @@ func DerivedKey(ctx context.Context, name string) string {
 	return id.String()
 }
 
-// PanicError is a panic of the handler. Its text holds nothing of the handler's data.
+// UsageError is a mistake in the program that was noticed while it ran: functions of this module panic with it. Its
+// text names the remedy, and holds no data.
+type UsageError string
+
+func (e UsageError) Error() string { return string(e) }
+
+// PanicError is a panic of the handler. Its text shows a runtime error and a [UsageError] whole, and of everything else
+// the type alone, because it may hold the handler's data. A [Tracer] that may show it finds it in Value.
 type PanicError struct {
 	Value any
 	Stack []byte // the goroutine's stack at the panic
 }
 
 func (p *PanicError) Error() string {
-	if err, ok := p.Value.(runtime.Error); ok {
-		return fmt.Sprintf("handler panicked: %v", err)
+	switch value := p.Value.(type) {
+	case runtime.Error:
+		return fmt.Sprintf("handler panicked: %v", value)
+	case UsageError:
+		return fmt.Sprintf("handler panicked: %v", value)
 	}
 	return fmt.Sprintf("handler panicked with a %T", p.Value)
 }

@@ -75,7 +75,7 @@ const (
 	FactUnavailable                        // no connection, or the database failed before COMMIT was sent
 	FactSerialization                      // 40001 or 40P01, wherever it came from
 	FactRestartsSpent                      // another restart was due, and the budget of restarts is used up
-	FactRecordUnread                       // the same, and the restart was to read another attempt's record
+	FactRecordUnread                       // unavailable or spent, after another attempt was seen to record the key
 
 	FactAnsweredCommit  // the handler answered, by policy for good
 	FactAnsweredDecline // the handler answered, by policy without its writes
@@ -218,15 +218,6 @@ func factAfterHandler(sealed, failed error, disposition Disposition) Fact {
 		return FactHandlerFailed
 	}
 	return FactAnsweredCommit
-}
-
-// factAfterRestarts reads why a request that may not start again was to do so. A recorded key is never called not
-// executed.
-func factAfterRestarts(err error) Fact {
-	if errors.Is(err, ErrKeyRecorded) {
-		return FactRecordUnread
-	}
-	return FactRestartsSpent
 }
 
 // factAfterCommit reads what Commit returned.

@@ -205,15 +205,21 @@ func (e *Engine) do(ctx context.Context, req *Request, run RunFunc, trace *trace
 	}
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), e.options.HandlerTimeout)
 	defer cancel()
+	recorded := false // by another attempt
 	for restarts := 0; ; restarts++ {
 		req.Attempt = NewAttemptID()
 		result, again := e.attempt(ctx, req, run, trace)
-		if again == nil {
-			return result
+		recorded = recorded || errors.Is(again, ErrKeyRecorded)
+		if again != nil && restarts < e.options.Restarts && ctx.Err() == nil {
+			continue
 		}
-		if restarts >= e.options.Restarts || ctx.Err() != nil {
-			return refuse(Decide(factAfterRestarts(again)), again)
+		if again != nil {
+			result = refuse(Decide(FactRestartsSpent), again)
 		}
+		if recorded && result.Reason == ReasonUnavailable {
+			result = refuse(Decide(FactRecordUnread), result.Err)
+		}
+		return result
 	}
 }
 

@@ -16,11 +16,17 @@ import (
 func TestRecordedKeyIsNeverCalledNotExecuted(t *testing.T) {
 	t.Parallel()
 	lost := turn{end: fmt.Errorf("commit: %w", idempotency.ErrKeyRecorded)}
-	for name, opts := range map[string]*idempotency.Options{
-		"the restarts are spent": {Restarts: -1},
-		"the time is over":       {HandlerTimeout: time.Nanosecond},
+	for name, test := range map[string]struct {
+		opts  idempotency.Options
+		turns []turn
+	}{
+		"the restarts are spent":  {idempotency.Options{Restarts: -1}, []turn{lost}},
+		"the time is over":        {idempotency.Options{HandlerTimeout: time.Nanosecond}, []turn{lost}},
+		"the store is gone":       {idempotency.Options{}, []turn{lost, {begin: idempotency.ErrUnavailable}}},
+		"then a serialization":    {idempotency.Options{Restarts: 1}, []turn{lost, {begin: idempotency.ErrSerialization}}},
+		"then an unknown failure": {idempotency.Options{}, []turn{lost, {begin: errOther}}},
 	} {
-		result := idempotency.NewEngine(scripted(lost), opts).Do(t.Context(), keyed("k"), answering(201))
+		result := idempotency.NewEngine(scripted(test.turns...), &test.opts).Do(t.Context(), keyed("k"), answering(201))
 		if result.Outcome != idempotency.OutcomeUnknown || result.Reason != idempotency.ReasonOutcomeUnknown {
 			t.Errorf("%s: %s, %s", name, result.Outcome, result.Reason)
 		}

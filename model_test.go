@@ -108,7 +108,10 @@ func (m *model) do(req modelRequest) modelResult {
 				m.records[req.key] = modelRecord{content: req.content, status: status, body: answered.body, expires: m.now.Add(req.ttl)}
 			}
 			return answered
-		case err == idempotency.ErrKeyRecorded, err == idempotency.ErrSerialization && !declined:
+		case err == idempotency.ErrKeyRecorded:
+			unavailable = unknown // somebody recorded the key
+			continue
+		case err == idempotency.ErrSerialization && !declined:
 			continue
 		case declined, err == idempotency.ErrUnavailable:
 			return unavailable

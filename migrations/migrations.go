@@ -42,8 +42,8 @@ var ErrDirty = errors.New("schema is dirty")
 
 // Options tell where the migrations go. Nil and the zero value are the defaults.
 type Options struct {
-	// Schema holds the table, and the table of versions. It is created where it is missing. The default is
-	// [SchemaDefault].
+	// Schema holds the table, and the table of versions. It is created where it is missing. The store is told the same
+	// in its own options. The default is [SchemaDefault].
 	Schema string
 
 	// Files and VersionTable let a program run migrations of its own by the same means. The defaults are this package's

@@ -20,7 +20,12 @@ import (
 
 func connect(t *testing.T, database string) *pgxpool.Pool {
 	t.Helper()
-	pool, err := pgxpool.New(t.Context(), database)
+	config, err := pgxpool.ParseConfig(database)
+	if err != nil {
+		t.Fatal(err)
+	}
+	config.ConnConfig.RuntimeParams["search_path"] = bank.Schema
+	pool, err := pgxpool.NewWithConfig(t.Context(), config)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -31,7 +31,7 @@ Without a command it serves. Try:
   DATABASE_URL=postgres://... demo-bank          serve on a PostgreSQL of yours
   demo-bank storm                                send thousands of duplicates to it and read the verdict
   demo-bank storm --keys 20000 --clients 64      a longer one
-  demo-bank storm --json | jq .verdict           for a script: exit code 0 is ok, 1 is broken`
+  demo-bank storm --json >report.json            for a script: exit code 0 is ok, 1 is broken, 2 is no verdict`
 
 type commands struct {
 	Serve serveCommand `cmd:"" default:"withargs" help:"Serve the bank (the default)."`
@@ -41,7 +41,7 @@ type commands struct {
 type serveCommand struct {
 	Addr            string        `placeholder:"HOST:PORT" default:"${addr}" help:"Address to listen on; port 0 takes any free one. (default: ${default})"`
 	DatabaseURL     string        `name:"database-url" env:"DATABASE_URL" placeholder:"URL" help:"PostgreSQL that holds the books. Without it an embedded one is started."`
-	DataDir         string        `name:"data-dir" placeholder:"DIR" help:"Folder that keeps the embedded PostgreSQL's data. Without it they are gone at exit."`
+	DataDir         *string       `name:"data-dir" placeholder:"DIR" help:"Folder that keeps the embedded PostgreSQL's data. Without it they are gone at exit."`
 	PoolSize        int           `placeholder:"N" default:"${poolSize}" help:"Database connections at most. (default: ${default})"`
 	ShutdownTimeout time.Duration `placeholder:"DURATION" default:"${shutdownTimeout}" help:"How long requests in flight may take when the bank is told to stop. (default: ${default})"`
 	LogLevel        slog.Level    `placeholder:"LEVEL" default:"INFO" help:"DEBUG, INFO, WARN or ERROR; DEBUG logs each request. (default: ${default})"`
@@ -52,6 +52,12 @@ func (c *serveCommand) Validate() error {
 	if c.PoolSize < 1 || c.PoolSize > 1000 {
 		return errors.New("--pool-size must be from 1 to 1000")
 	}
+	if c.DataDir != nil && *c.DataDir == "" { // an unset variable, most likely
+		return errors.New("--data-dir is empty: name a folder, or leave it out and lose the money at exit")
+	}
+	if c.DataDir != nil && c.DatabaseURL != "" {
+		fmt.Fprintln(os.Stderr, "demo-bank: --data-dir is not used: the books are in the database of --database-url (DATABASE_URL)")
+	}
 	if c.ShutdownTimeout <= 0 {
 		return errors.New("--shutdown-timeout must be positive")
 	}
@@ -60,8 +66,12 @@ func (c *serveCommand) Validate() error {
 
 // Run is called by kong.
 func (c *serveCommand) Run(ctx context.Context) error {
+	dataDir := ""
+	if c.DataDir != nil {
+		dataDir = *c.DataDir
+	}
 	return server.New(server.Config{
-		Addr: c.Addr, DatabaseURL: c.DatabaseURL, DataDir: c.DataDir, PoolSize: c.PoolSize,
+		Addr: c.Addr, DatabaseURL: c.DatabaseURL, DataDir: dataDir, PoolSize: c.PoolSize,
 		ShutdownTimeout: c.ShutdownTimeout, Stdout: os.Stdout, Stderr: os.Stderr,
 		Logger: slog.New(slog.NewTextHandler(os.Stderr, &slog.HandlerOptions{Level: c.LogLevel})),
 	}).Run(ctx)
@@ -94,8 +104,11 @@ func (c *stormCommand) Run(ctx context.Context) error {
 		config.Progress = os.Stderr
 	}
 	report, err := storm.Run(ctx, config)
-	if err != nil {
-		return err
+	switch {
+	case ctx.Err() != nil:
+		return noVerdict{errors.New("interrupted")}
+	case err != nil:
+		return noVerdict{err}
 	}
 	write := report.WriteText
 	if c.JSON {
@@ -113,6 +126,11 @@ func (c *stormCommand) Run(ctx context.Context) error {
 // errBroken is a storm whose verdict is on stdout already.
 var errBroken = errors.New("the bank's books or answers are broken")
 
+// noVerdict is a storm that could not be judged.
+type noVerdict struct{ error }
+
+func (e noVerdict) Error() string { return "no verdict: " + e.error.Error() }
+
 func main() {
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	context.AfterFunc(ctx, stop) // a second signal ends the program at once
@@ -128,6 +146,9 @@ func main() {
 		})
 	if err := parsed.Run(); err != nil {
 		fmt.Fprintln(os.Stderr, "demo-bank:", err)
+		if errors.As(err, new(noVerdict)) {
+			os.Exit(2) // 1 would mean that the bank is broken
+		}
 		os.Exit(1)
 	}
 }

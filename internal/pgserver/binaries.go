@@ -223,7 +223,7 @@ func (e *notFoundError) Error() string {
 	}
 	fmt.Fprintf(&text, "Install PostgreSQL (Debian: apt install postgresql; macOS: brew install postgresql@17), "+
 		"or set %s to the folder which has initdb and postgres, or set %s to a mirror for the download, "+
-		"or use a PostgreSQL that runs already: --database-url", binVariable, mirrorVariable)
+		"or use a PostgreSQL that runs already: give its URL in DATABASE_URL (for the tests in PAIDONCE_TEST_DATABASE_URL)", binVariable, mirrorVariable)
 	return text.String()
 }
 

@@ -153,7 +153,7 @@ func TestFailedSearchNamesPlacesAndCures(t *testing.T) {
 	for _, want := range []string{
 		binVariable + ": not set", "PATH: /path: PostgreSQL 13.2 is not supported", "pg_config --bindir: /config: no postgres",
 		"/usr/lib/postgresql/*/bin: nothing there", "/usr/pgsql-*/bin", "/cache/postgresql-*/bin", "download: no network",
-		"apt install postgresql", "set " + binVariable, "set " + mirrorVariable, "--database-url",
+		"apt install postgresql", "set " + binVariable, "set " + mirrorVariable, "DATABASE_URL",
 	} {
 		if !strings.Contains(err.Error(), want) {
 			t.Errorf("no %q in:\n%v", want, err)

@@ -15,6 +15,7 @@ var (
 	ErrSchemaOutdated   = errors.New("the schema is not what this version needs")
 	ErrTableUnlogged    = errors.New("the table is unlogged")
 	ErrCommitNotDurable = errors.New("COMMIT does not wait for the disk")
+	ErrNotConfigured    = errors.New("the pool's config did not go through Configure")
 )
 
 // SchemaVersion is the version of the schema that this package needs; package migrations provides it.
@@ -22,9 +23,9 @@ const SchemaVersion = 1
 
 const versionTable = "idempotency_migrations"
 
-// Check reports whether the database can keep what the store promises: it is the primary, the schema is there in the
-// version of this package, the table is a plain logged one with its primary key, and COMMIT waits for the disk. The
-// error joins everything that is wrong. A service calls it when it starts and from its readiness probe.
+// Check reports whether the database and the pool can keep what the store promises: it is the primary, the schema is
+// there in the version of this package, the table is a plain logged one with its primary key, COMMIT waits for the disk,
+// and the pool refuses a handler a second connection. The error joins everything that is wrong. A service calls it when it starts and from its readiness probe.
 func (s *Store) Check(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(ctx, s.options.AcquireTimeout+s.options.StatementTimeout)
 	defer cancel()
@@ -51,6 +52,9 @@ func (s *Store) Check(ctx context.Context) error {
 		return fmt.Errorf("check: %w", sqlError(err))
 	}
 	var wrong []error
+	if !s.refusesEscapes(ctx) {
+		wrong = append(wrong, fmt.Errorf("check: %w: a handler could write around its transaction: call postgres.Configure before pgxpool.NewWithConfig", ErrNotConfigured))
+	}
 	add := func(sentinel error, remedy string, args ...any) {
 		wrong = append(wrong, fmt.Errorf("check: %w: %s", sentinel, fmt.Sprintf(remedy, args...)))
 	}
@@ -79,6 +83,15 @@ func (s *Store) Check(ctx context.Context) error {
 		}
 	}
 	return errors.Join(wrong...)
+}
+
+// refusesEscapes tries what a handler must not be able to: to take a connection while it holds one.
+func (s *Store) refusesEscapes(ctx context.Context) bool {
+	conn, err := s.pool.Acquire(context.WithValue(ctx, txKey{}, &sealedTx{transaction: &transaction{pool: s.pool}}))
+	if err == nil {
+		conn.Release()
+	}
+	return errors.Is(err, ErrEscape)
 }
 
 func (s *Store) checkVersion(ctx context.Context, versions *string) error {

@@ -27,6 +27,15 @@ func TestCheckFindsNothingWrong(t *testing.T) {
 	}
 }
 
+// A pool that was left as pgx makes it lets a handler write around its transaction.
+func TestCheckFindsAPoolThatWasNotConfigured(t *testing.T) {
+	t.Parallel()
+	b := setup(t, &setupOptions{cold: true})
+	if err := b.store.Check(context.Background()); !errors.Is(err, postgres.ErrNotConfigured) || !strings.Contains(err.Error(), "Configure") {
+		t.Errorf("got %v", err)
+	}
+}
+
 // F32 and its kin: each fault is found and its remedy named.
 func TestCheckFindsWhatIsWrong(t *testing.T) {
 	t.Parallel()

@@ -467,8 +467,8 @@ func TestPoolIsRefusedToAHandler(t *testing.T) {
 func TestTxOutsideAHandlerPanics(t *testing.T) {
 	t.Parallel()
 	defer func() {
-		if text, ok := recover().(string); !ok || !strings.HasPrefix(text, "idempotency/postgres: ") {
-			t.Errorf("recovered %q", text)
+		if usage, ok := recover().(idempotency.UsageError); !ok || !strings.HasPrefix(string(usage), "idempotency/postgres: ") {
+			t.Errorf("recovered %q", usage)
 		}
 	}()
 	postgres.Tx(context.Background())

@@ -31,8 +31,8 @@ const (
 // Options tune a [Store]. Nil and the zero value are the defaults, which are the safest. Pass the same to [Configure]
 // and to [New].
 type Options struct {
-	// Schema holds the table of the records: 1 to 63 lower-case letters, digits and underscores. The default is
-	// [SchemaDefault].
+	// Schema holds the table of the records: 1 to 63 lower-case letters, digits and underscores. The migrations are told
+	// the same in their own options. The default is [SchemaDefault].
 	Schema string
 
 	// Isolation is the level that handlers run at. Above pgx.ReadCommitted, which is the default, expect restarts: the

@@ -38,7 +38,7 @@ type txKey struct{}
 func Tx(ctx context.Context) pgx.Tx {
 	tx, ok := ctx.Value(txKey{}).(*sealedTx)
 	if !ok {
-		panic("idempotency/postgres: Tx outside an idempotent handler: mount the middleware on the route, and pass the request's context on")
+		panic(idempotency.UsageError("idempotency/postgres: Tx outside an idempotent handler: mount the middleware with this store on the route, and pass the request's context on"))
 	}
 	return tx
 }
@@ -322,7 +322,7 @@ func (tx *sealedTx) SendBatch(ctx context.Context, batch *pgx.Batch) pgx.BatchRe
 
 // LargeObjects panics: its type can only be made around the seal.
 func (tx *sealedTx) LargeObjects() pgx.LargeObjects {
-	panic("idempotency/postgres: LargeObjects is not to be had in an idempotent handler: call lo_create, lo_put and lo_get by SQL")
+	panic(idempotency.UsageError("idempotency/postgres: LargeObjects is not to be had in an idempotent handler: call lo_create, lo_put and lo_get by SQL"))
 }
 
 // Conn returns nil: the connection would let the handler end the transaction.

@@ -17,6 +17,10 @@ import (
 //go:embed migrations/*.sql
 var files embed.FS
 
+// Schema holds all tables of the bank, those of the records included: a database that is lent to it stays tidy. The
+// pool's search_path must name it.
+const Schema = "demo_bank"
+
 // versionTable keeps the version of the bank's own tables, apart from that of the records' table.
 const versionTable = "demo_bank_migrations"
 
@@ -29,7 +33,7 @@ func Migrate(ctx context.Context, pool *pgxpool.Pool) error {
 	if err != nil {
 		return fmt.Errorf("migrate the bank: %w", err)
 	}
-	if err := migrations.Up(ctx, pool, &migrations.Options{Files: sql, VersionTable: versionTable}); err != nil {
+	if err := migrations.Up(ctx, pool, &migrations.Options{Schema: Schema, Files: sql, VersionTable: versionTable}); err != nil {
 		return fmt.Errorf("migrate the bank: %w", err)
 	}
 	return nil

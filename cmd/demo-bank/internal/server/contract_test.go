@@ -367,6 +367,9 @@ func TestTenants(t *testing.T) {
 			continue
 		}
 		expectProblem(t, r, 401, "scope")
+		if challenge := r.header.Get("WWW-Authenticate"); !strings.HasPrefix(challenge, "Bearer ") {
+			t.Errorf("%q: WWW-Authenticate %q", token, challenge)
+		}
 		if r.outcome() != "not-executed" {
 			t.Errorf("%q: Idempotency-Status is %q", token, r.outcome())
 		}

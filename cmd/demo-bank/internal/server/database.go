@@ -18,7 +18,9 @@ import (
 
 // storeOptions are those of the store and of the pool that it uses. A bank that people try on a busy laptop may rather
 // be slow than shed: a request waits longer for a connection than a service under real load should let it.
-func storeOptions() *postgres.Options { return &postgres.Options{AcquireTimeout: acquireTimeout} }
+func storeOptions() *postgres.Options {
+	return &postgres.Options{Schema: bank.Schema, AcquireTimeout: acquireTimeout}
+}
 
 const (
 	acquireTimeout = 3 * time.Second
@@ -38,7 +40,11 @@ type database struct {
 // openDatabase finds the database or starts one.
 func openDatabase(ctx context.Context, config *Config) (*database, error) {
 	if config.DatabaseURL != "" {
-		return &database{url: config.DatabaseURL, where: "the given database"}, nil
+		where := "the given database"
+		if parsed, err := pgxpool.ParseConfig(config.DatabaseURL); err == nil { // openPool tells what is wrong with it
+			where = fmt.Sprintf("schema %s of database %s at %s", bank.Schema, parsed.ConnConfig.Database, parsed.ConnConfig.Host)
+		}
+		return &database{url: config.DatabaseURL, where: where}, nil
 	}
 	server, err := pgserver.Start(ctx, &pgserver.Options{
 		DataDir:  config.DataDir,
@@ -67,6 +73,7 @@ func (d *database) openPool(ctx context.Context, size int) (*pgxpool.Pool, error
 	if config.ConnConfig.ConnectTimeout == 0 {
 		config.ConnConfig.ConnectTimeout = connectTimeout
 	}
+	config.ConnConfig.RuntimeParams["search_path"] = bank.Schema
 	// Migrations come before the pool: its connections prepare statements on tables that must be there.
 	if err := migrate(ctx, config.Copy()); err != nil {
 		return nil, err
@@ -91,7 +98,7 @@ func migrate(ctx context.Context, config *pgxpool.Config) error {
 	if err := pool.Ping(ctx); err != nil {
 		return fmt.Errorf("the database can't be reached: %s: start it or mend --database-url (DATABASE_URL), or leave it out for an embedded PostgreSQL", oneLine(err))
 	}
-	if err := migrations.Up(ctx, pool, nil); err != nil {
+	if err := migrations.Up(ctx, pool, &migrations.Options{Schema: bank.Schema}); err != nil {
 		return err
 	}
 	return bank.Migrate(ctx, pool)

@@ -45,7 +45,12 @@ func setup(t *testing.T, change ...func(*Config)) *bundle {
 // connect opens a pool of the test's own, to look and to meddle behind the bank's back.
 func connect(t *testing.T, database string) *pgxpool.Pool {
 	t.Helper()
-	pool, err := pgxpool.New(t.Context(), database)
+	config, err := pgxpool.ParseConfig(database)
+	if err != nil {
+		t.Fatal(err)
+	}
+	config.ConnConfig.RuntimeParams["search_path"] = bank.Schema
+	pool, err := pgxpool.NewWithConfig(t.Context(), config)
 	if err != nil {
 		t.Fatalf("open pool: %v", err)
 	}

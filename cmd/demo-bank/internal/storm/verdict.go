@@ -238,7 +238,7 @@ func (r *Report) WriteText(w io.Writer) error {
 	row := func(name string, value any, note string) {
 		_, _ = fmt.Fprintf(table, "%s\t%v\t%s\n", name, value, note)
 	}
-	row("keys", r.Keys, fmt.Sprintf("each sent %d times by %d clients; seed %d", r.Copies, r.Clients, r.Seed))
+	row("keys", r.Keys, fmt.Sprintf("each sent %d times by %d clients, and once more at the end; seed %d", r.Copies, r.Clients, r.Seed))
 	row("requests", r.Requests, fmt.Sprintf("all copies sent in %.1f s", r.Seconds))
 	row("executed", r.Executed, "answers; more may have been lost")
 	row("replayed", r.Replayed, "")

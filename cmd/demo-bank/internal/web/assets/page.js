@@ -22,10 +22,10 @@ async function post(path, key, body) {
     response = await fetch(path, { method: "POST", headers, body });
     text = await response.text();
   } catch (error) {
-    show("no answer", "unknown", String(error));
+    show("", "no answer", String(error));
     return;
   }
-  const status = response.headers.get("Idempotency-Status") || "no key";
+  const status = response.headers.get("Idempotency-Status") || "unprotected";
   const notes = ["Idempotent-Replayed", "Idempotency-Created-At", "Retry-After"]
     .filter((name) => response.headers.has(name))
     .map((name) => name + ": " + response.headers.get(name));
@@ -35,7 +35,7 @@ async function post(path, key, body) {
 function show(code, status, detail) {
   const row = document.createElement("li");
   const badge = document.createElement("b");
-  const kinds = { executed: "good", replayed: "good", "no key": "warn", "in-progress": "warn", mismatch: "warn" };
+  const kinds = { executed: "good", replayed: "good", unprotected: "warn", "in-progress": "warn", mismatch: "warn" };
   badge.textContent = status;
   badge.className = "badge " + (kinds[status] || "bad");
   const rest = document.createElement("span");
