@@ -152,6 +152,9 @@ func (m *Middleware) answer(w http.ResponseWriter, r *http.Request, result idemp
 			}
 		}
 		maps.Copy(h, result.Response.Header)
+		if _, set := h["Content-Type"]; !set {
+			h["Content-Type"] = nil // the first answer had none, and net/http would guess one
+		}
 		h.Set("Idempotent-Replayed", "true")
 		h.Set("Idempotency-Created-At", result.Record.CreatedAt.UTC().Format(time.RFC3339))
 		h.Set("Idempotency-Expires-At", result.Record.ExpiresAt.UTC().Format(time.RFC3339))
@@ -186,6 +189,9 @@ func (m *Middleware) readBody(w http.ResponseWriter, r *http.Request) (body []by
 		return nil, idempotency.ReasonBodyTooLarge, nil
 	}
 	if r.Body == nil || r.Body == http.NoBody {
+		if r.ContentLength > 0 {
+			return nil, idempotency.ReasonBodyUnread, nil
+		}
 		return nil, "", nil
 	}
 	var buffer bytes.Buffer
@@ -195,6 +201,8 @@ func (m *Middleware) readBody(w http.ResponseWriter, r *http.Request) (body []by
 	_, err := buffer.ReadFrom(http.MaxBytesReader(w, r.Body, limit))
 	var tooLarge *http.MaxBytesError
 	switch {
+	case err == nil && r.ContentLength > 0 && int64(buffer.Len()) < r.ContentLength: // something outside has read it
+		return nil, idempotency.ReasonBodyUnread, nil
 	case err == nil:
 		return buffer.Bytes(), "", nil
 	case errors.As(err, &tooLarge):

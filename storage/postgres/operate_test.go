@@ -116,6 +116,17 @@ func TestConfigureSetsEachConnection(t *testing.T) {
 	}
 }
 
+// A config that goes through Configure twice, with the same options or others, works as if it had gone once.
+func TestConfigureTwice(t *testing.T) {
+	t.Parallel()
+	b := setup(t, &setupOptions{configure: func(c *pgxpool.Config) {
+		postgres.Configure(c, &postgres.Options{Isolation: pgx.Serializable})
+		postgres.Configure(c, nil)
+	}})
+	want(t, b.do(t, request("k", ""), pay(t, 201)), idempotency.OutcomeExecuted, "")
+	want(t, b.do(t, request("k", ""), pay(t, 201)), idempotency.OutcomeReplayed, "")
+}
+
 type queryTracer func()
 
 func (f queryTracer) TraceQueryStart(ctx context.Context, _ *pgx.Conn, _ pgx.TraceQueryStartData) context.Context {

@@ -83,7 +83,9 @@ func newStatements(o *Options) statements {
 	texts := sha256.New()
 	for _, one := range s.all() {
 		sum := sha256.Sum256([]byte(one.sql))
-		one.name = "idempotency_" + hex.EncodeToString(sum[:8])
+		if one != &s.begin && one != &s.commit && one != &s.rollback { // EXECUTE would lead around the seal
+			one.name = "idempotency_" + hex.EncodeToString(sum[:8])
+		}
 		_, _ = texts.Write(sum[:]) // a hash never fails
 	}
 	s.id = hex.EncodeToString(texts.Sum(nil))
@@ -102,10 +104,18 @@ const preparedMark = "paidonce/idempotency"
 // be the one that a migration needs. Its statements are then parsed anew each time, which costs no round trip either.
 func (s *statements) prepare(ctx context.Context, conn *pgconn.PgConn) error {
 	for _, one := range s.all() {
+		if one.name == "" {
+			continue
+		}
 		if _, err := conn.Prepare(ctx, one.name, one.sql, one.oids); err != nil {
 			var pgErr *pgconn.PgError
-			if errors.As(err, &pgErr) && (pgErr.Code == "42P01" || pgErr.Code == "3F000") {
-				return nil
+			if errors.As(err, &pgErr) {
+				switch pgErr.Code {
+				case "42P01", "3F000":
+					return nil
+				case "42P05": // there already: the config went through Configure twice, and the name is that of the text
+					continue
+				}
 			}
 			return fmt.Errorf("idempotency/postgres: prepare: %w", sqlError(err))
 		}
@@ -133,7 +143,7 @@ func (s *statements) flush(ctx context.Context, conn *pgconn.PgConn, calls ...ca
 	prepared := conn.CustomData()[preparedMark] == s.id
 	pipeline := conn.StartPipeline(ctx)
 	for _, c := range calls {
-		if prepared {
+		if prepared && c.statement.name != "" {
 			pipeline.SendQueryPrepared(c.statement.name, c.params, binaryFormat, binaryFormat)
 		} else {
 			pipeline.SendQueryParams(c.statement.sql, c.params, c.statement.oids, binaryFormat, binaryFormat)

@@ -57,6 +57,7 @@ type transaction struct {
 	failure    error // the first error of the database that no savepoint undid
 	savepoints []savepoint
 	sequence   int
+	lost       bool // the transaction was over after a use
 	abandoned  bool // a use went on past the seal: the connection is not ours any more
 }
 
@@ -82,6 +83,8 @@ func (t *transaction) seal() error {
 	defer t.give()
 	conn := t.conn.PgConn()
 	switch {
+	case t.lost: // before all else: what was committed stays so, whatever became of the connection since
+		return fail("after the handler", idempotency.ErrTransactionLost, errors.New("the transaction was ended and begun anew"))
 	case conn.IsClosed():
 		return fail("after the handler", idempotency.ErrUnavailable, errors.Join(t.failure, errors.New("the connection is closed")))
 	case conn.IsBusy():
@@ -145,6 +148,9 @@ func (t *transaction) use() error {
 // done ends a use and remembers its error where it is the database's.
 func (t *transaction) done(err error) {
 	t.remember(err)
+	if conn := t.conn.PgConn(); conn.TxStatus() == 'I' && !conn.IsBusy() {
+		t.lost = true // also where another one is begun at the next use
+	}
 	t.give()
 }
 
@@ -248,13 +254,13 @@ func (tx *sealedTx) Rollback(ctx context.Context) (err error) {
 }
 
 func (tx *sealedTx) Exec(ctx context.Context, sql string, arguments ...any) (tag pgconn.CommandTag, err error) {
-	if arguments, err = tx.admit(sql, arguments); err != nil {
-		return tag, err
-	}
 	if err := tx.use(); err != nil {
 		return tag, err
 	}
 	defer func() { tx.done(err) }()
+	if arguments, err = tx.admit(sql, arguments); err != nil {
+		return tag, err
+	}
 	rows, err := tx.conn.Query(ctx, sql, tx.extended(arguments, true)...) // pgx's Exec would choose the protocol itself
 	if err != nil {
 		return tag, err
@@ -264,13 +270,13 @@ func (tx *sealedTx) Exec(ctx context.Context, sql string, arguments ...any) (tag
 }
 
 func (tx *sealedTx) Query(ctx context.Context, sql string, arguments ...any) (_ pgx.Rows, err error) {
-	if arguments, err = tx.admit(sql, arguments); err != nil {
-		return failedRows{err}, err
-	}
 	if err := tx.use(); err != nil {
 		return failedRows{err}, err
 	}
 	defer func() { tx.done(err) }()
+	if arguments, err = tx.admit(sql, arguments); err != nil {
+		return failedRows{err}, err
+	}
 	rows, err := tx.conn.Query(ctx, sql, tx.extended(arguments, false)...)
 	return &sealedRows{Rows: rows, tx: tx.transaction}, err
 }
@@ -281,13 +287,13 @@ func (tx *sealedTx) QueryRow(ctx context.Context, sql string, arguments ...any) 
 }
 
 func (tx *sealedTx) Prepare(ctx context.Context, name, sql string) (_ *pgconn.StatementDescription, err error) {
-	if _, err := tx.admit(sql, nil); err != nil {
-		return nil, err
-	}
 	if err := tx.use(); err != nil {
 		return nil, err
 	}
 	defer func() { tx.done(err) }()
+	if _, err := tx.admit(sql, nil); err != nil {
+		return nil, err
+	}
 	return tx.conn.Prepare(ctx, name, sql)
 }
 
@@ -300,6 +306,10 @@ func (tx *sealedTx) CopyFrom(ctx context.Context, table pgx.Identifier, columns 
 }
 
 func (tx *sealedTx) SendBatch(ctx context.Context, batch *pgx.Batch) pgx.BatchResults {
+	if err := tx.use(); err != nil {
+		return failedBatch{err}
+	}
+	defer tx.done(nil)
 	for _, query := range batch.QueuedQueries {
 		arguments, err := tx.admit(query.SQL, query.Arguments)
 		if err != nil {
@@ -312,12 +322,7 @@ func (tx *sealedTx) SendBatch(ctx context.Context, batch *pgx.Batch) pgx.BatchRe
 			}
 		}
 	}
-	if err := tx.use(); err != nil {
-		return failedBatch{err}
-	}
-	results := tx.conn.SendBatch(ctx, batch)
-	tx.done(nil)
-	return &sealedBatch{BatchResults: results, tx: tx.transaction}
+	return &sealedBatch{BatchResults: tx.conn.SendBatch(ctx, batch), tx: tx.transaction}
 }
 
 // LargeObjects panics: its type can only be made around the seal.
@@ -336,7 +341,7 @@ func (tx *sealedTx) admit(sql string, arguments []any) ([]any, error) {
 	}
 	for i, argument := range arguments {
 		switch option := argument.(type) {
-		case pgx.QueryExecMode:
+		case pgx.QueryExecMode, pgx.QueryResultFormats, pgx.QueryResultFormatsByOID:
 		case pgx.QueryRewriter:
 			arguments = slices.Clone(arguments)
 			arguments[i] = admittedRewriter{option, plainStrings}
@@ -357,7 +362,7 @@ option:
 		switch option := arguments[options].(type) {
 		case pgx.QueryExecMode:
 			mode, explicit = option, true
-		case pgx.QueryRewriter:
+		case pgx.QueryRewriter, pgx.QueryResultFormats, pgx.QueryResultFormatsByOID:
 		default:
 			break option
 		}

@@ -74,7 +74,9 @@ func storm(c *check) {
 		if status == 200 {
 			runs = 2
 		}
-		if s.runs[key] != runs && !c.features.RunsAgain {
+		// Between the undoing of a decline's writes and its record another attempt may claim the key and run: it leaves
+		// nothing, and loses.
+		if s.runs[key] < runs || s.runs[key] > runs && status != 402 && !c.features.RunsAgain {
 			c.Errorf("key %s, status %d: its handler ran %d times, want %d", key, status, s.runs[key], runs)
 		}
 		if !c.features.WritesStay {
