@@ -7,7 +7,7 @@ type Outcome string
 
 // The outcomes. A client branches on these, never on the status code: a handler has 409s and 422s of its own.
 const (
-	OutcomeExecuted    Outcome = "executed"     // this attempt ran, and its answer is recorded
+	OutcomeExecuted    Outcome = "executed"     // this attempt ran, and its answer is recorded if there is a key
 	OutcomeReplayed    Outcome = "replayed"     // an earlier attempt's answer, repeated
 	OutcomeInProgress  Outcome = "in-progress"  // another attempt is running
 	OutcomeMismatch    Outcome = "mismatch"     // the key belongs to a different request
@@ -18,7 +18,8 @@ const (
 // Reason says why a request has no answer of the handler's. On the wire it is the end of a problem's type.
 type Reason string
 
-// The reasons. The engine gives the second group; the first are for adapters, which refuse before it is asked.
+// The reasons. The engine gives the second group. The first are for adapters: what they refuse before the engine is
+// asked, and a replay that the caller may not see.
 const (
 	ReasonKeyMissing   Reason = "key-missing"
 	ReasonKeyInvalid   Reason = "key-invalid"
@@ -80,7 +81,7 @@ const (
 	FactAnsweredCommit  // the handler answered, by policy for good
 	FactAnsweredDecline // the handler answered, by policy without its writes
 	FactAnsweredForget  // the handler answered, by policy for this once
-	FactHandlerFailed   // the handler panicked, its answer is over the limit, or it wants to commit an aborted transaction
+	FactHandlerFailed   // the handler panicked, its answer can't be recorded, or it wants to commit an aborted transaction
 	FactTransactionLost // the handler ended the transaction behind our back
 
 	FactCommitted      // COMMIT returned

@@ -58,8 +58,8 @@ type Options struct {
 	Tracer Tracer
 }
 
-// withDefaults returns a copy of o in which nothing is left out. It panics on values that can't work.
-func (o *Options) withDefaults() Options {
+// full returns a copy of o in which nothing is left out. It panics on values that can't work.
+func (o *Options) full() Options {
 	var full Options
 	if o != nil {
 		full = *o
@@ -120,7 +120,7 @@ func NewEngine(store Store, opts *Options) *Engine {
 func (e *Engine) With(opts *Options) *Engine { return newEngine(e.store, opts, e.inFlight) }
 
 func newEngine(store Store, opts *Options, inFlight *atomic.Int64) *Engine {
-	e := &Engine{store: store, options: opts.withDefaults(), inFlight: inFlight}
+	e := &Engine{store: store, options: opts.full(), inFlight: inFlight}
 	if checker, ok := store.(BudgetChecker); ok {
 		if err := checker.CheckBudget(e.options.HandlerTimeout, e.options.CommitTimeout); err != nil {
 			panic("idempotency: " + err.Error())
@@ -138,15 +138,15 @@ func (e *Engine) InFlight() int { return int(e.inFlight.Load()) }
 // RunFunc runs the handler once. It is called again, with a new context, where the transaction has to be started
 // again, and must then start from the request as it came. An error means that there is no answer to keep: the handler
 // failed, or could not be run where it wraps [ErrUnavailable].
-type RunFunc func(ctx context.Context) (*Response, error)
+type RunFunc func(ctx context.Context) (*Answer, error)
 
 // Result is what became of a request.
 type Result struct {
-	Outcome  Outcome
-	Response *Response // the handler's answer or the recorded one; nil where Reason is set
-	Reason   Reason    // why there is no answer; empty where Response is set
-	Record   *Record   // the record that is replayed; nil otherwise
-	Err      error     // for the operator: what went wrong; its text holds no key, body or credential
+	Outcome Outcome
+	Answer  *Answer // the handler's answer or the recorded one; nil where Reason is set
+	Reason  Reason  // why there is no answer; empty where Answer is set
+	Record  *Record // the record that is replayed; nil otherwise
+	Err     error   // for the operator: what went wrong; its text holds no key, body or credential
 }
 
 // Do takes one request through the protocol and returns when everything about it is settled and nothing is held. The
@@ -248,7 +248,7 @@ func (e *Engine) attempt(ctx context.Context, req *Request, run RunFunc, trace *
 	switch decision := Decide(factAfterClaim(req, record, err)); decision.Action {
 	case ActionRun:
 	case ActionReplay:
-		return Result{Outcome: decision.Outcome, Response: &record.Response, Record: record}, nil
+		return Result{Outcome: decision.Outcome, Answer: &record.Answer, Record: record}, nil
 	case ActionRestart:
 		return Result{}, err
 	default:
@@ -291,7 +291,7 @@ func (e *Engine) attempt(ctx context.Context, req *Request, run RunFunc, trace *
 	}
 	switch decision := Decide(fact); decision.Action {
 	case ActionAnswer:
-		return Result{Outcome: decision.Outcome, Response: answer}, nil
+		return Result{Outcome: decision.Outcome, Answer: answer}, nil
 	case ActionRestart:
 		return Result{}, err
 	default:
@@ -300,7 +300,7 @@ func (e *Engine) attempt(ctx context.Context, req *Request, run RunFunc, trace *
 }
 
 // disposition asks the policy. Without a key there is nothing to keep an answer under, so a decline is forgotten.
-func (e *Engine) disposition(req *Request, answer *Response) Disposition {
+func (e *Engine) disposition(req *Request, answer *Answer) Disposition {
 	disposition := e.options.Disposition(answer.Status)
 	if disposition == Decline && req.Keyless() {
 		return Forget
@@ -309,7 +309,7 @@ func (e *Engine) disposition(req *Request, answer *Response) Disposition {
 }
 
 // end runs Commit or Decline on a context of its own: neither the client nor the handler's timeout may cut it off.
-func (e *Engine) end(ctx context.Context, end func(context.Context, *Response) error, answer *Response, step Step, trace *trace) error {
+func (e *Engine) end(ctx context.Context, end func(context.Context, *Answer) error, answer *Answer, step Step, trace *trace) error {
 	started := trace.now()
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), e.options.CommitTimeout)
 	defer cancel()
@@ -319,7 +319,7 @@ func (e *Engine) end(ctx context.Context, end func(context.Context, *Response) e
 }
 
 // call runs the handler and turns a panic into an error.
-func call(ctx context.Context, run RunFunc) (answer *Response, err error) {
+func call(ctx context.Context, run RunFunc) (answer *Answer, err error) {
 	defer func() {
 		if value := recover(); value != nil {
 			answer, err = nil, &PanicError{Value: value, Stack: debug.Stack()}

@@ -38,20 +38,20 @@ func TestAnswerThatCannotBeReplayedIsNotRecorded(t *testing.T) {
 	t.Parallel()
 	header := func(name, value string) map[string][]string { return map[string][]string{name: {value}} }
 	for name, test := range map[string]struct {
-		answer idempotency.Response
+		answer idempotency.Answer
 		want   idempotency.Outcome
 	}{
-		"lowest status":          {idempotency.Response{Status: idempotency.StatusMin}, idempotency.OutcomeExecuted},
-		"a status too low":       {idempotency.Response{Status: idempotency.StatusMin - 1}, idempotency.OutcomeNotExecuted},
-		"highest status":         {idempotency.Response{Status: idempotency.StatusMax}, idempotency.OutcomeExecuted},
-		"a status too high":      {idempotency.Response{Status: idempotency.StatusMax + 1}, idempotency.OutcomeNotExecuted},
-		"tab and bytes":          {idempotency.Response{Status: 201, Header: header("X-!#$%&'*+.^_`|~9", "\ta\xff")}, idempotency.OutcomeExecuted},
-		"no name":                {idempotency.Response{Status: 201, Header: header("", "a")}, idempotency.OutcomeNotExecuted},
-		"a colon in a name":      {idempotency.Response{Status: 201, Header: header("A:", "a")}, idempotency.OutcomeNotExecuted},
-		"a line break":           {idempotency.Response{Status: 201, Header: header("A", "a\r\nB: c")}, idempotency.OutcomeNotExecuted},
-		"a NUL":                  {idempotency.Response{Status: 402, Header: header("A", "\x00")}, idempotency.OutcomeNotExecuted},
-		"headers at the limit":   {idempotency.Response{Status: 201, Header: header("A", strings.Repeat("a", idempotency.HeaderBytesMax-1))}, idempotency.OutcomeExecuted},
-		"headers over the limit": {idempotency.Response{Status: 201, Header: header("A", strings.Repeat("a", idempotency.HeaderBytesMax))}, idempotency.OutcomeNotExecuted},
+		"lowest status":          {idempotency.Answer{Status: idempotency.StatusMin}, idempotency.OutcomeExecuted},
+		"a status too low":       {idempotency.Answer{Status: idempotency.StatusMin - 1}, idempotency.OutcomeNotExecuted},
+		"highest status":         {idempotency.Answer{Status: idempotency.StatusMax}, idempotency.OutcomeExecuted},
+		"a status too high":      {idempotency.Answer{Status: idempotency.StatusMax + 1}, idempotency.OutcomeNotExecuted},
+		"tab and bytes":          {idempotency.Answer{Status: 201, Header: header("X-!#$%&'*+.^_`|~9", "\ta\xff")}, idempotency.OutcomeExecuted},
+		"no name":                {idempotency.Answer{Status: 201, Header: header("", "a")}, idempotency.OutcomeNotExecuted},
+		"a colon in a name":      {idempotency.Answer{Status: 201, Header: header("A:", "a")}, idempotency.OutcomeNotExecuted},
+		"a line break":           {idempotency.Answer{Status: 201, Header: header("A", "a\r\nB: c")}, idempotency.OutcomeNotExecuted},
+		"a NUL":                  {idempotency.Answer{Status: 402, Header: header("A", "\x00")}, idempotency.OutcomeNotExecuted},
+		"headers at the limit":   {idempotency.Answer{Status: 201, Header: header("A", strings.Repeat("a", idempotency.HeaderBytesMax-1))}, idempotency.OutcomeExecuted},
+		"headers over the limit": {idempotency.Answer{Status: 201, Header: header("A", strings.Repeat("a", idempotency.HeaderBytesMax))}, idempotency.OutcomeNotExecuted},
 	} {
 		store := scripted(turn{})
 		policy := &idempotency.Options{Disposition: func(status int) idempotency.Disposition {
@@ -60,7 +60,7 @@ func TestAnswerThatCannotBeReplayedIsNotRecorded(t *testing.T) {
 			}
 			return idempotency.Commit
 		}}
-		result := idempotency.NewEngine(store, policy).Do(t.Context(), keyed("k"), func(context.Context) (*idempotency.Response, error) {
+		result := idempotency.NewEngine(store, policy).Do(t.Context(), keyed("k"), func(context.Context) (*idempotency.Answer, error) {
 			return &test.answer, nil
 		})
 		if result.Outcome != test.want {
@@ -121,7 +121,7 @@ func TestTimeoutHidesNoPanic(t *testing.T) {
 	t.Parallel()
 	cause := errors.New("cause")
 	engine := idempotency.NewEngine(scripted(turn{}), &idempotency.Options{HandlerTimeout: time.Millisecond})
-	result := engine.Do(t.Context(), keyed("k"), func(ctx context.Context) (*idempotency.Response, error) {
+	result := engine.Do(t.Context(), keyed("k"), func(ctx context.Context) (*idempotency.Answer, error) {
 		<-ctx.Done()
 		panic(cause)
 	})

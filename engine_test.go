@@ -25,7 +25,7 @@ type script struct {
 	steps   []string
 	begun   []idempotency.Request
 	ends    []context.Context // what Commit, Decline and Rollback were given
-	answers []*idempotency.Response
+	answers []*idempotency.Answer
 }
 
 // turn says how the steps of one attempt end.
@@ -62,17 +62,17 @@ type scriptAttempt struct {
 func (a *scriptAttempt) Context(ctx context.Context) context.Context { return ctx }
 func (a *scriptAttempt) Seal() error                                 { a.took("seal"); return a.turn.seal }
 
-func (a *scriptAttempt) Commit(ctx context.Context, answer *idempotency.Response) error {
+func (a *scriptAttempt) Commit(ctx context.Context, answer *idempotency.Answer) error {
 	return a.end("commit", ctx, answer)
 }
 
-func (a *scriptAttempt) Decline(ctx context.Context, answer *idempotency.Response) error {
+func (a *scriptAttempt) Decline(ctx context.Context, answer *idempotency.Answer) error {
 	return a.end("decline", ctx, answer)
 }
 
 func (a *scriptAttempt) Rollback(ctx context.Context) { _ = a.end("rollback", ctx, nil) }
 
-func (a *scriptAttempt) end(step string, ctx context.Context, answer *idempotency.Response) error {
+func (a *scriptAttempt) end(step string, ctx context.Context, answer *idempotency.Answer) error {
 	a.took(step)
 	a.ends = append(a.ends, ctx)
 	a.answers = append(a.answers, answer)
@@ -92,17 +92,17 @@ func keyed(value string) idempotency.Request {
 
 // answering returns a handler that answers a status.
 func answering(status int) idempotency.RunFunc {
-	return func(context.Context) (*idempotency.Response, error) {
-		return &idempotency.Response{Status: status, Body: []byte("answer")}, nil
+	return func(context.Context) (*idempotency.Answer, error) {
+		return &idempotency.Answer{Status: status, Body: []byte("answer")}, nil
 	}
 }
 
 func failing(err error) idempotency.RunFunc {
-	return func(context.Context) (*idempotency.Response, error) { return nil, err }
+	return func(context.Context) (*idempotency.Answer, error) { return nil, err }
 }
 
 func panicking(value any) idempotency.RunFunc {
-	return func(context.Context) (*idempotency.Response, error) { panic(value) }
+	return func(context.Context) (*idempotency.Answer, error) { panic(value) }
 }
 
 var errOther = errors.New("an error nobody knows")
@@ -125,7 +125,7 @@ func TestEveryStepEveryError(t *testing.T) {
 		lost           = idempotency.ReasonTransactionLost
 	)
 	record := func(f idempotency.Fingerprint) *idempotency.Record {
-		return &idempotency.Record{Fingerprint: f, Response: idempotency.Response{Status: 201, Body: []byte("recorded")}}
+		return &idempotency.Record{Fingerprint: f, Answer: idempotency.Answer{Status: 201, Body: []byte("recorded")}}
 	}
 	once := "begin seal "
 	for name, test := range map[string]struct {
@@ -188,7 +188,7 @@ func TestEveryStepEveryError(t *testing.T) {
 			store := scripted(test.turns...)
 			run := test.run
 			if run == nil {
-				run = func(context.Context) (*idempotency.Response, error) {
+				run = func(context.Context) (*idempotency.Answer, error) {
 					t.Error("the handler ran")
 					return nil, nil
 				}
@@ -201,14 +201,14 @@ func TestEveryStepEveryError(t *testing.T) {
 			if store.log() != test.steps {
 				t.Errorf("steps %s, want %s", store.log(), test.steps)
 			}
-			if answered := test.reason == ""; answered != (result.Response != nil) {
-				t.Errorf("answer %v with reason %q", result.Response, result.Reason)
+			if answered := test.reason == ""; answered != (result.Answer != nil) {
+				t.Errorf("answer %v with reason %q", result.Answer, result.Reason)
 			}
 			if (result.Record != nil) != (test.outcome == replayed) {
 				t.Errorf("record %v, outcome %s", result.Record, result.Outcome)
 			}
-			if result.Record != nil && (result.Response != &result.Record.Response || string(result.Response.Body) != "recorded") {
-				t.Errorf("the replay is %q", result.Response.Body)
+			if result.Record != nil && (result.Answer != &result.Record.Answer || string(result.Answer.Body) != "recorded") {
+				t.Errorf("the replay is %q", result.Answer.Body)
 			}
 			if test.err != nil && !errors.Is(result.Err, test.err) {
 				t.Errorf("error %v, want %v", result.Err, test.err)
@@ -227,7 +227,7 @@ func TestHandlerThatEndsItsGoroutineHoldsNothing(t *testing.T) {
 	ended := make(chan struct{})
 	go func() {
 		defer close(ended)
-		engine.Do(context.Background(), keyed("k"), func(context.Context) (*idempotency.Response, error) {
+		engine.Do(context.Background(), keyed("k"), func(context.Context) (*idempotency.Answer, error) {
 			runtime.Goexit() // as t.FailNow does
 			return nil, nil
 		})
@@ -252,9 +252,9 @@ func TestPanicIsKeptForTheOperator(t *testing.T) {
 	} {
 		run := panicking(test.value)
 		if test.value == nil {
-			run = func(context.Context) (*idempotency.Response, error) {
+			run = func(context.Context) (*idempotency.Answer, error) {
 				var none []int
-				return &idempotency.Response{Status: none[len("abc")]}, nil
+				return &idempotency.Answer{Status: none[len("abc")]}, nil
 			}
 		}
 		result := idempotency.NewEngine(memory.New(nil), nil).Do(t.Context(), keyed("k"), run)
@@ -311,9 +311,9 @@ func TestRestartsEndWithTheTimeout(t *testing.T) {
 	t.Parallel()
 	store := scripted(turn{end: idempotency.ErrSerialization})
 	engine := idempotency.NewEngine(store, &idempotency.Options{HandlerTimeout: time.Millisecond, Restarts: 1 << 30})
-	result := engine.Do(t.Context(), keyed("k"), func(ctx context.Context) (*idempotency.Response, error) {
+	result := engine.Do(t.Context(), keyed("k"), func(ctx context.Context) (*idempotency.Answer, error) {
 		<-ctx.Done()
-		return &idempotency.Response{Status: 201}, nil
+		return &idempotency.Answer{Status: 201}, nil
 	})
 	if result.Reason != idempotency.ReasonUnavailable || store.log() != "begin seal commit" {
 		t.Errorf("%s, %s", result.Reason, store.log())
@@ -330,10 +330,10 @@ func TestInFlightMax(t *testing.T) {
 	var group sync.WaitGroup
 	hold := func(e *idempotency.Engine, key string) {
 		group.Go(func() {
-			result := e.Do(context.Background(), keyed(key), func(context.Context) (*idempotency.Response, error) {
+			result := e.Do(context.Background(), keyed(key), func(context.Context) (*idempotency.Answer, error) {
 				running <- struct{}{}
 				<-release
-				return &idempotency.Response{Status: 201}, nil
+				return &idempotency.Answer{Status: 201}, nil
 			})
 			if result.Outcome != idempotency.OutcomeExecuted {
 				t.Errorf("key %s, under the limit: %s, %v", key, result.Outcome, result.Err)
@@ -378,7 +378,7 @@ func TestHandlerContext(t *testing.T) {
 	engine := idempotency.NewEngine(store, &idempotency.Options{HandlerTimeout: time.Hour, CommitTimeout: time.Minute})
 	var first time.Time
 	var attempts []idempotency.AttemptID
-	result := engine.Do(ctx, keyed("k"), func(ctx context.Context) (*idempotency.Response, error) {
+	result := engine.Do(ctx, keyed("k"), func(ctx context.Context) (*idempotency.Answer, error) {
 		deadline, ok := ctx.Deadline()
 		if left := time.Until(deadline); !ok || left > time.Hour || left < 59*time.Minute {
 			t.Errorf("the handler has %v", left)
@@ -398,7 +398,7 @@ func TestHandlerContext(t *testing.T) {
 		}
 		id, _ := idempotency.AttemptIDFrom(ctx)
 		attempts = append(attempts, id)
-		return &idempotency.Response{Status: 201}, nil
+		return &idempotency.Answer{Status: 201}, nil
 	})
 	if result.Outcome != idempotency.OutcomeExecuted {
 		t.Errorf("a client that is gone: %s, %v; want its work finished", result.Outcome, result.Err)
@@ -435,12 +435,12 @@ func TestHandlerTimeout(t *testing.T) {
 	} {
 		store := scripted(turn{})
 		engine := idempotency.NewEngine(store, &idempotency.Options{HandlerTimeout: time.Millisecond})
-		result := engine.Do(t.Context(), keyed("k"), func(ctx context.Context) (*idempotency.Response, error) {
+		result := engine.Do(t.Context(), keyed("k"), func(ctx context.Context) (*idempotency.Answer, error) {
 			<-ctx.Done()
 			if !errors.Is(ctx.Err(), context.DeadlineExceeded) {
 				t.Errorf("the handler's context ended with %v", ctx.Err())
 			}
-			return &idempotency.Response{Status: status}, nil
+			return &idempotency.Answer{Status: status}, nil
 		})
 		if store.log() != want.steps || result.Outcome != want.outcome || result.Reason != want.reason {
 			t.Errorf("%d: %s, %s, %q; want %s, %s, %q", status, store.log(), result.Outcome, result.Reason, want.steps, want.outcome, want.reason)
@@ -467,8 +467,8 @@ func TestKeyless(t *testing.T) {
 		if status == 201 {
 			outcome = idempotency.OutcomeExecuted
 		}
-		if store.log() != want || result.Outcome != outcome || result.Response == nil || result.Response.Status != status {
-			t.Errorf("%d: steps %s, %s, %v; want %s, %s", status, store.log(), result.Outcome, result.Response, want, outcome)
+		if store.log() != want || result.Outcome != outcome || result.Answer == nil || result.Answer.Status != status {
+			t.Errorf("%d: steps %s, %s, %v; want %s, %s", status, store.log(), result.Outcome, result.Answer, want, outcome)
 		}
 	}
 	store := scripted(turn{end: idempotency.ErrUnknown})

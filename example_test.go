@@ -18,15 +18,15 @@ func ExampleEngine_Do() {
 			Key:         idempotency.Key{Scope: "acme", Value: "message-1"},
 			Fingerprint: idempotency.FingerprintOf(100, body),
 		}
-		result := engine.Do(context.Background(), request, func(context.Context) (*idempotency.Response, error) {
+		result := engine.Do(context.Background(), request, func(context.Context) (*idempotency.Answer, error) {
 			balance -= amount
-			return &idempotency.Response{Status: 200, Body: body}, nil
+			return &idempotency.Answer{Status: 200, Body: body}, nil
 		})
-		if result.Response == nil {
+		if result.Answer == nil {
 			fmt.Println(result.Outcome, result.Reason)
 			return
 		}
-		fmt.Println(result.Outcome, string(result.Response.Body))
+		fmt.Println(result.Outcome, string(result.Answer.Body))
 	}
 	deliver(10)
 	deliver(10)
@@ -45,9 +45,9 @@ func ExampleDerivedKey() {
 	request := idempotency.Request{Key: idempotency.Key{Scope: "acme", Value: "8e03978e-40d5-43dd-bc93-6894a57f9324"}}
 	request.Fingerprint = idempotency.FingerprintV1("POST", "/transfers", "", "application/json", []byte(`{}`))
 	for _, status := range []int{503, 201} {
-		engine.Do(context.Background(), request, func(ctx context.Context) (*idempotency.Response, error) {
+		engine.Do(context.Background(), request, func(ctx context.Context) (*idempotency.Answer, error) {
 			fmt.Println(status, idempotency.DerivedKey(ctx, "card-network"))
-			return &idempotency.Response{Status: status}, nil
+			return &idempotency.Answer{Status: status}, nil
 		})
 	}
 	// Output:

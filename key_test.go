@@ -181,9 +181,9 @@ func TestFingerprintEqual(t *testing.T) {
 // inHandler calls f with the context of an idempotent handler.
 func inHandler(t *testing.T, key idempotency.Key, f func(ctx context.Context)) {
 	t.Helper()
-	result := idempotency.NewEngine(memory.New(nil), nil).Do(t.Context(), idempotency.Request{Key: key, Fingerprint: idempotency.FingerprintOf(100, nil)}, func(ctx context.Context) (*idempotency.Response, error) {
+	result := idempotency.NewEngine(memory.New(nil), nil).Do(t.Context(), idempotency.Request{Key: key, Fingerprint: idempotency.FingerprintOf(100, nil)}, func(ctx context.Context) (*idempotency.Answer, error) {
 		f(ctx)
-		return &idempotency.Response{Status: 500}, nil
+		return &idempotency.Answer{Status: 500}, nil
 	})
 	if result.Err != nil {
 		t.Errorf("handler: %v", result.Err)

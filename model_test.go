@@ -188,7 +188,7 @@ func TestEngineDoesWhatTheModelSays(t *testing.T) {
 				}
 				for key, want := range m.records {
 					got := records[key]
-					if got == nil || got.Response.Status != want.status || string(got.Response.Body) != want.body ||
+					if got == nil || got.Answer.Status != want.status || string(got.Answer.Body) != want.body ||
 						!got.ExpiresAt.Equal(want.expires) || got.Fingerprint != idempotency.FingerprintOf(100, []byte(want.content)) {
 						t.Fatalf("key %v: record %+v, want %+v", key, got, want)
 					}
@@ -232,10 +232,10 @@ func send(t *rapid.T, engine *idempotency.Engine, req modelRequest, runs *int, m
 	done := make(chan struct{})
 	go func() {
 		defer close(done)
-		got = engine.Do(context.Background(), request, func(ctx context.Context) (*idempotency.Response, error) {
+		got = engine.Do(context.Background(), request, func(ctx context.Context) (*idempotency.Answer, error) {
 			*runs++
 			if mayCopy() {
-				copied := engine.Do(ctx, request, func(context.Context) (*idempotency.Response, error) {
+				copied := engine.Do(ctx, request, func(context.Context) (*idempotency.Answer, error) {
 					*runs += 1000
 					return nil, errors.New("the handler of a copy ran")
 				})
@@ -253,7 +253,7 @@ func send(t *rapid.T, engine *idempotency.Engine, req modelRequest, runs *int, m
 			case endsItsGoroutine:
 				runtime.Goexit()
 			}
-			return &idempotency.Response{Status: int(req.does), Body: fmt.Append(nil, "run ", *runs)}, nil
+			return &idempotency.Answer{Status: int(req.does), Body: fmt.Append(nil, "run ", *runs)}, nil
 		})
 		returned = true
 	}()
@@ -262,8 +262,8 @@ func send(t *rapid.T, engine *idempotency.Engine, req modelRequest, runs *int, m
 		t.Fatalf("a copy that came while the handler ran was told %s", copyOutcome)
 	}
 	result = modelResult{outcome: got.Outcome, reason: got.Reason}
-	if got.Response != nil {
-		result.status, result.body = got.Response.Status, string(got.Response.Body)
+	if got.Answer != nil {
+		result.status, result.body = got.Answer.Status, string(got.Answer.Body)
 	}
 	return result, returned
 }

@@ -36,8 +36,8 @@ type Request struct {
 // Keyless reports whether the request came without a key.
 func (r *Request) Keyless() bool { return r.Key.Value == "" }
 
-// Response is an answer: what the handler said, and what a replay repeats byte by byte.
-type Response struct {
+// Answer is what the handler said, and what a replay repeats byte by byte.
+type Answer struct {
 	Status int
 	// Header holds the headers to record. Values are lists and are never joined.
 	Header map[string][]string
@@ -55,7 +55,7 @@ const (
 // Validate reports whether the answer can be recorded and replayed: a status from [StatusMin] to [StatusMax], and
 // headers of at most [HeaderBytesMax] whose names and values are those of RFC 9110, section 5, so that none can end a
 // line early. The error quotes nothing.
-func (r *Response) Validate() error {
+func (r *Answer) Validate() error {
 	if r.Status < StatusMin || r.Status > StatusMax {
 		return fmt.Errorf("answer can't be recorded: its status is not from %d to %d", StatusMin, StatusMax)
 	}
@@ -102,14 +102,15 @@ func validHeaderValue(s string) bool {
 type Record struct {
 	Fingerprint Fingerprint
 	Attempt     AttemptID
-	Response    Response
+	Answer      Answer
 	TraceID     string
-	CreatedAt   time.Time // by the store's clock
+	CreatedAt   time.Time // when the transaction that recorded the answer began, by the store's clock
 	ExpiresAt   time.Time // by the store's clock, the TTL after the commit; the record counts until it is deleted, not until then
 }
 
-// What a [Store] and an [Attempt] report. Everything else they return is taken for [ErrUnavailable] before the
-// transaction's end was asked for, and for [ErrUnknown] from then on: an error nobody knows never means "not executed".
+// What a [Store] and an [Attempt] report. An error that is none of these counts as ErrUnavailable from Begin, as
+// ErrAborted from Seal, and as ErrUnknown from Commit. From Decline it means that the writes are undone and the answer
+// may not be recorded.
 var (
 	// ErrInProgress: another attempt holds the key.
 	ErrInProgress = errors.New("key is in progress")
@@ -123,7 +124,8 @@ var (
 	ErrKeyRecorded = errors.New("key was recorded by another attempt")
 	// ErrTransactionLost: the handler ended the transaction behind the store's back. What it wrote until then may stand.
 	ErrTransactionLost = errors.New("transaction was ended by the handler")
-	// ErrUnknown: the end of the transaction was asked for, and whether it happened is not known.
+	// ErrUnknown: the end of the transaction was asked for, and whether it happened is not known. From Begin: there is a
+	// record, and it can't be read.
 	ErrUnknown = errors.New("outcome is unknown")
 )
 
@@ -157,12 +159,12 @@ type Attempt interface {
 	// Commit records the answer and commits it with the handler's writes. Nil means that it is durable. Errors:
 	// ErrKeyRecorded, ErrSerialization, ErrUnavailable, ErrAborted, ErrTransactionLost; anything else is ErrUnknown.
 	// ctx is never the request's.
-	Commit(ctx context.Context, answer *Response) error
+	Commit(ctx context.Context, answer *Answer) error
 
 	// Decline undoes the handler's writes, records the answer and commits it. It works on an aborted transaction too.
 	// Errors as for Commit; a loss of the claim between the undo and the record is ErrKeyRecorded or ErrUnknown. For a
 	// keyless attempt it is Rollback.
-	Decline(ctx context.Context, answer *Response) error
+	Decline(ctx context.Context, answer *Answer) error
 
 	// Rollback undoes everything and forgets the attempt. Where its own message is lost the transaction ends all the
 	// same, with its connection; so there is no error to act on.

@@ -17,7 +17,8 @@ type Tracer interface {
 	TraceStep(ctx context.Context, data StepEnd)
 	// TraceRequestEnd is called when everything about a request is settled, once for each TraceRequestStart.
 	TraceRequestEnd(ctx context.Context, data RequestEnd)
-	// TraceRefused is called for a request that an adapter refused before the engine was asked.
+	// TraceRefused is called for a request that an adapter refused before the engine was asked, and for a replay that it
+	// did not show.
 	TraceRefused(ctx context.Context, data Refused)
 }
 
@@ -59,7 +60,7 @@ type RequestEnd struct {
 	Duration time.Duration
 }
 
-// Refused describes a request that did not reach the engine.
+// Refused describes a request that an adapter refused.
 type Refused struct {
 	Reason Reason
 	Status int

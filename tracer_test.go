@@ -70,7 +70,7 @@ func TestTracerIsToldOfEverything(t *testing.T) {
 			store := scripted(test.turns...)
 			req := keyed("k")
 			req.TraceID = "0af7651916cd43dd8448eb211c80319c"
-			run := func(ctx context.Context) (*idempotency.Response, error) {
+			run := func(ctx context.Context) (*idempotency.Answer, error) {
 				if ctx.Value(tapeKey{}) != tape {
 					t.Error("the tracer's context does not reach the handler")
 				}
@@ -110,9 +110,9 @@ func TestTracerIsToldOfSheddingAndNotOfInvalidKeys(t *testing.T) {
 	t.Parallel()
 	tape := &tape{}
 	engine := idempotency.NewEngine(scripted(turn{}), &idempotency.Options{Tracer: tape, InFlightMax: 1})
-	engine.Do(t.Context(), keyed("outer"), func(ctx context.Context) (*idempotency.Response, error) {
+	engine.Do(t.Context(), keyed("outer"), func(ctx context.Context) (*idempotency.Answer, error) {
 		engine.Do(ctx, keyed("inner"), answering(201))
-		return &idempotency.Response{Status: 201}, nil
+		return &idempotency.Answer{Status: 201}, nil
 	})
 	if got, want := strings.Join(tape.lines, ", "), "start, claim, start, end not-executed, handler, commit, end executed"; got != want {
 		t.Errorf("told of %s\nwant %s", got, want)

@@ -101,7 +101,7 @@ func ExampleOptions_fingerprints() {
 		},
 	}
 	handler := middleware.New(memory.New(nil), exampleAccount, &middleware.Options{
-		Fingerprints: []middleware.Fingerprint{fields, middleware.FingerprintV1}, // the second for records of before
+		Fingerprints: []middleware.Fingerprint{fields, middleware.FingerprintV1()}, // the second for records of before
 	}).Handler(http.HandlerFunc(func(http.ResponseWriter, *http.Request) {}))
 
 	exampleSend(handler, "8e03978e", `{"to":"bob","amount":1250}`)

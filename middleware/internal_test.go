@@ -92,7 +92,7 @@ func TestOptionsThatCannotWorkPanic(t *testing.T) {
 		{KeyBytesMin: 9, KeyBytesMax: 8}, {KeyBytesMin: -1}, {KeyBytesMax: 256}, {BodyBytesMax: -1}, {AnswerBytesMax: -1}, {RetryAfter: -1},
 		{RecordHeaders: []string{"set-cookie"}}, {RecordHeaders: []string{"connection"}}, {RecordHeaders: []string{"Idempotency-Status"}},
 		{Fingerprints: []Fingerprint{{Version: 99, Content: own}}}, {Fingerprints: []Fingerprint{{Version: 100}}}, {Fingerprints: []Fingerprint{{Version: 1, Content: own}}},
-		{Fingerprints: []Fingerprint{FingerprintV1, FingerprintV1}},
+		{Fingerprints: []Fingerprint{FingerprintV1(), FingerprintV1()}},
 		{Engine: idempotency.Options{TTL: 1}}, {Engine: idempotency.Options{HandlerTimeout: -1}},
 	} {
 		if text := panics(func() { New(stubStore{}, scope, opts) }); !strings.HasPrefix(text, "idempotency") {

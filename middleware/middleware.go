@@ -50,6 +50,7 @@ func (m *Middleware) With(change func(o *Options)) *Middleware {
 }
 
 func newMiddleware(engine *idempotency.Engine, scope ScopeFunc, o Options) *Middleware {
+	o.Engine = engine.Options() // so that With shows those in force
 	m := &Middleware{engine: engine, scope: scope, options: o, headers: map[string]bool{}}
 	for _, name := range append(RecordedHeaders(), o.RecordHeaders...) {
 		m.headers[http.CanonicalHeaderKey(name)] = true
@@ -88,20 +89,30 @@ func (m *Middleware) serve(w http.ResponseWriter, r *http.Request, next http.Han
 		return
 	}
 	scope, err := m.scope(r)
-	if err == nil {
+	if err != nil {
+		err = &serviceError{err}
+	} else {
 		err = idempotency.ValidateScope(scope)
 	}
 	if err != nil {
 		var status *StatusError
 		errors.As(err, &status)
-		m.refuse(w, r, idempotency.ReasonScope, errors.New("scope function refused the caller"), status)
+		m.refuse(w, r, idempotency.ReasonScope, err, status)
 		return
 	}
 
 	// What does it ask for? The whole body is read before any connection is taken: a slow client holds nothing.
-	body, reason, status := m.readBody(w, r)
-	if reason != "" {
-		m.refuse(w, r, reason, errors.New("body was not read"), status)
+	body, err := m.readBody(w, r)
+	var tooLarge *http.MaxBytesError
+	switch {
+	case errors.As(err, &tooLarge):
+		m.refuse(w, r, idempotency.ReasonBodyTooLarge, err, nil)
+		return
+	case errors.Is(err, os.ErrDeadlineExceeded):
+		m.refuse(w, r, idempotency.ReasonBodyUnread, err, &StatusError{Status: http.StatusRequestTimeout})
+		return
+	case err != nil:
+		m.refuse(w, r, idempotency.ReasonBodyUnread, err, nil)
 		return
 	}
 	fingerprint := func(version int16) (idempotency.Fingerprint, bool) {
@@ -116,7 +127,6 @@ func (m *Middleware) serve(w http.ResponseWriter, r *http.Request, next http.Han
 		Key:           idempotency.Key{Scope: scope, Value: key},
 		Fingerprint:   m.options.Fingerprints[0].of(r, body),
 		FingerprintAt: fingerprint,
-		TTL:           m.options.Engine.TTL,
 		TraceID:       m.options.TraceID(r),
 	}
 
@@ -137,7 +147,7 @@ func (m *Middleware) serve(w http.ResponseWriter, r *http.Request, next http.Han
 func (m *Middleware) answer(w http.ResponseWriter, r *http.Request, result idempotency.Result, run *run) {
 	h := w.Header()
 	switch {
-	case result.Response == nil:
+	case result.Answer == nil:
 		m.writeProblem(w, result.Reason, result.Outcome, nil)
 		return
 	case result.Record == nil: // the handler's own answer, with all its headers
@@ -146,12 +156,11 @@ func (m *Middleware) answer(w http.ResponseWriter, r *http.Request, result idemp
 	default:
 		if m.options.AuthorizeReplay != nil {
 			if err := m.options.AuthorizeReplay(r, result.Record); err != nil {
-				// Not "not-executed", which would be a lie, nor "replayed", which would tell.
-				m.writeProblem(w, idempotency.ReasonReplayDenied, idempotency.OutcomeUnknown, nil)
+				m.refuse(w, r, idempotency.ReasonReplayDenied, &serviceError{err}, nil)
 				return
 			}
 		}
-		maps.Copy(h, result.Response.Header)
+		maps.Copy(h, result.Answer.Header)
 		if _, set := h["Content-Type"]; !set {
 			h["Content-Type"] = nil // the first answer had none, and net/http would guess one
 		}
@@ -160,57 +169,57 @@ func (m *Middleware) answer(w http.ResponseWriter, r *http.Request, result idemp
 		h.Set("Idempotency-Expires-At", result.Record.ExpiresAt.UTC().Format(time.RFC3339))
 	}
 	h.Set("Idempotency-Status", string(result.Outcome))
-	status := result.Response.Status
+	status := result.Answer.Status
 	if status != http.StatusNoContent && status != http.StatusNotModified {
-		h.Set("Content-Length", strconv.Itoa(len(result.Response.Body)))
+		h.Set("Content-Length", strconv.Itoa(len(result.Answer.Body)))
 	}
 	w.WriteHeader(status)
-	_, _ = w.Write(result.Response.Body) // a client that is gone asks again
+	_, _ = w.Write(result.Answer.Body) // a client that is gone asks again
 }
 
-// refuse answers a request that the engine never saw.
+// refuse answers what the middleware itself refuses. status overrides the reason's own, where it is set.
 func (m *Middleware) refuse(w http.ResponseWriter, r *http.Request, reason idempotency.Reason, err error, status *StatusError) {
-	if tracer := m.options.Engine.Tracer; tracer != nil {
-		code := texts[reason].status
-		if status != nil {
-			code = status.Status
-		}
-		tracer.TraceRefused(r.Context(), idempotency.Refused{Reason: reason, Status: code, Err: err})
+	outcome := idempotency.OutcomeNotExecuted
+	if reason == idempotency.ReasonReplayDenied {
+		outcome = idempotency.OutcomeUnknown // not-executed would be a lie, and replayed would tell
 	}
-	m.writeProblem(w, reason, idempotency.OutcomeNotExecuted, status)
+	if tracer := m.options.Engine.Tracer; tracer != nil {
+		tracer.TraceRefused(r.Context(), idempotency.Refused{Reason: reason, Status: textOf(reason, status).status, Err: err})
+	}
+	m.writeProblem(w, reason, outcome, status)
 }
 
-// readBody reads the body within its limit. Where Content-Length is over it nothing is read, so that a client that
-// waits for 100 Continue keeps its body.
-func (m *Middleware) readBody(w http.ResponseWriter, r *http.Request) (body []byte, reason idempotency.Reason, status *StatusError) {
+// serviceError hides the text of an error of the service's own, which may quote a credential. Who may see it unwraps it.
+type serviceError struct{ err error }
+
+func (e *serviceError) Error() string { return "refused by the service" }
+
+func (e *serviceError) Unwrap() error { return e.err }
+
+// errBodyRead is why a body is shorter than it was announced, although it arrived.
+var errBodyRead = errors.New("body was read before the middleware: mount what reads it inside")
+
+// readBody reads the body within its limit; over it the error is an *http.MaxBytesError. Where Content-Length says so
+// nothing is read, so that a client that waits for 100 Continue keeps its body.
+func (m *Middleware) readBody(w http.ResponseWriter, r *http.Request) ([]byte, error) {
 	limit := m.options.BodyBytesMax
 	if r.ContentLength > limit {
 		w.Header().Set("Connection", "close")
-		return nil, idempotency.ReasonBodyTooLarge, nil
-	}
-	if r.Body == nil || r.Body == http.NoBody {
-		if r.ContentLength > 0 {
-			return nil, idempotency.ReasonBodyUnread, nil
-		}
-		return nil, "", nil
+		return nil, &http.MaxBytesError{Limit: limit}
 	}
 	var buffer bytes.Buffer
-	if r.ContentLength > 0 {
-		buffer.Grow(int(r.ContentLength) + bytes.MinRead) // so that ReadFrom need not grow it
+	if r.Body != nil && r.Body != http.NoBody {
+		if r.ContentLength > 0 {
+			buffer.Grow(int(r.ContentLength) + bytes.MinRead) // so that ReadFrom need not grow it
+		}
+		if _, err := buffer.ReadFrom(http.MaxBytesReader(w, r.Body, limit)); err != nil {
+			return nil, fmt.Errorf("read body: %w", err)
+		}
 	}
-	_, err := buffer.ReadFrom(http.MaxBytesReader(w, r.Body, limit))
-	var tooLarge *http.MaxBytesError
-	switch {
-	case err == nil && r.ContentLength > 0 && int64(buffer.Len()) < r.ContentLength: // something outside has read it
-		return nil, idempotency.ReasonBodyUnread, nil
-	case err == nil:
-		return buffer.Bytes(), "", nil
-	case errors.As(err, &tooLarge):
-		return nil, idempotency.ReasonBodyTooLarge, nil
-	case errors.Is(err, os.ErrDeadlineExceeded):
-		return nil, idempotency.ReasonBodyUnread, &StatusError{Status: http.StatusRequestTimeout}
+	if int64(buffer.Len()) < r.ContentLength { // its fingerprint would be that of other bodies
+		return nil, errBodyRead
 	}
-	return nil, idempotency.ReasonBodyUnread, nil
+	return buffer.Bytes(), nil
 }
 
 // run is the handler and all it needs to run again from the start.
@@ -230,7 +239,7 @@ type run struct {
 var errRouterState = errors.New("handler can't run again: set Options.RouterState (package middleware/chiroute)")
 
 // once runs the handler on a copy of the request, into a recorder.
-func (run *run) once(ctx context.Context) (*idempotency.Response, error) {
+func (run *run) once(ctx context.Context) (*idempotency.Answer, error) {
 	run.runs++
 	if run.runs > 1 {
 		switch {
@@ -252,7 +261,7 @@ func (run *run) once(ctx context.Context) (*idempotency.Response, error) {
 	if err := run.recorder.finish(); err != nil {
 		return nil, err
 	}
-	return &idempotency.Response{
+	return &idempotency.Answer{
 		Status: run.recorder.status,
 		Header: recordable(run.recorder.sent, run.outer, run.m.headers),
 		Body:   run.recorder.body,

@@ -80,13 +80,15 @@ type Fingerprint struct {
 	Version int16
 
 	// Content returns what two requests must have in common to be the same, for example the canonical form of some
-	// fields of the body. It is hashed with SHA-256. Everything left out of it may differ unnoticed. Where the body can't be
-	// read in its terms it returns the body.
+	// fields of the body. It is hashed with SHA-256. Everything left out of it may differ unnoticed. Where the body
+	// can't be read in its terms it returns the body.
 	Content func(r *http.Request, body []byte) []byte
 }
 
-// FingerprintV1 is the built-in fingerprint, to be named in [Options.Fingerprints].
-var FingerprintV1 = Fingerprint{Version: 1}
+const fingerprintVersionBuiltIn = 1
+
+// FingerprintV1 returns the built-in fingerprint, to be named in [Options.Fingerprints].
+func FingerprintV1() Fingerprint { return Fingerprint{Version: fingerprintVersionBuiltIn} }
 
 func (f Fingerprint) of(r *http.Request, body []byte) idempotency.Fingerprint {
 	if f.Content == nil {
@@ -124,11 +126,11 @@ func (o *Options) full() Options {
 		panic("idempotency/middleware: Options.BodyBytesMax, AnswerBytesMax and RetryAfter must not be negative")
 	}
 	if len(full.Fingerprints) == 0 {
-		full.Fingerprints = []Fingerprint{FingerprintV1}
+		full.Fingerprints = []Fingerprint{FingerprintV1()}
 	}
 	var versions []int16
 	for _, f := range full.Fingerprints {
-		if builtIn := f.Version == FingerprintV1.Version; builtIn != (f.Content == nil) || !builtIn && f.Version < idempotency.FingerprintVersionUserMin {
+		if builtIn := f.Version == fingerprintVersionBuiltIn; builtIn != (f.Content == nil) || !builtIn && f.Version < idempotency.FingerprintVersionUserMin {
 			panic(fmt.Sprintf("idempotency/middleware: a Fingerprint has version %d: a function of your own needs one from %d on", f.Version, idempotency.FingerprintVersionUserMin))
 		}
 		if slices.Contains(versions, f.Version) {

@@ -51,17 +51,17 @@ var texts = map[idempotency.Reason]text{
 	idempotency.ReasonInProgress: {http.StatusConflict, "The request is in progress",
 		"An earlier request with this key is still running. Try again with the same key.", true},
 	idempotency.ReasonHandlerFailed: {http.StatusInternalServerError, "The request failed",
-		"This request left nothing behind. You may try again with the same key.", false},
+		"This request left nothing in the database. You may try again with the same key.", false},
 	idempotency.ReasonTransactionLost: {http.StatusInternalServerError, "The outcome is not known",
 		"The request may or may not have been executed. Keep the key.", false},
 	idempotency.ReasonUnavailable: {http.StatusServiceUnavailable, "The service is not available",
-		"This request left nothing behind. Try again with the same key, or give up if no earlier one may have been executed.", true},
+		"This request left nothing in the database. Try again with the same key, or give up if no earlier one may have been executed.", true},
 	idempotency.ReasonOutcomeUnknown: {http.StatusServiceUnavailable, "The outcome is not known",
 		"The request may or may not have been executed. Try again with the same key until the answer is another one.", true},
 }
 
-// writeProblem answers with the problem document of a reason.
-func (m *Middleware) writeProblem(w http.ResponseWriter, reason idempotency.Reason, outcome idempotency.Outcome, override *StatusError) {
+// textOf returns the text of a reason, with what overrides it.
+func textOf(reason idempotency.Reason, override *StatusError) text {
 	t := texts[reason]
 	if override != nil {
 		if override.Status >= 400 && override.Status <= 599 {
@@ -70,9 +70,15 @@ func (m *Middleware) writeProblem(w http.ResponseWriter, reason idempotency.Reas
 		if override.Detail != "" {
 			t.detail = override.Detail
 		}
-		if override.Challenge != "" {
-			w.Header().Set("WWW-Authenticate", override.Challenge)
-		}
+	}
+	return t
+}
+
+// writeProblem answers with the problem document of a reason.
+func (m *Middleware) writeProblem(w http.ResponseWriter, reason idempotency.Reason, outcome idempotency.Outcome, override *StatusError) {
+	t := textOf(reason, override)
+	if override != nil && override.Challenge != "" {
+		w.Header().Set("WWW-Authenticate", override.Challenge)
 	}
 	document := problem{Type: m.options.ProblemBase + string(reason), Title: t.title, Status: t.status, Detail: t.detail}
 	body, err := json.Marshal(document)

@@ -323,7 +323,7 @@ func TestAuthorizeReplay(t *testing.T) {
 	revoked := false
 	var b *testBundle
 	b = setup(t, setupOptions{poolMax: 1, middleware: &middleware.Options{AuthorizeReplay: func(r *http.Request, record *idempotency.Record) error {
-		if record.Response.Status != 201 {
+		if record.Answer.Status != 201 {
 			t.Errorf("record %+v", record)
 		}
 		if n := b.count(t, "SELECT 1"); n != 1 { // the connection was given back
@@ -474,7 +474,7 @@ func TestOwnFingerprint(t *testing.T) {
 		mux := http.NewServeMux()
 		for path, fingerprints := range map[string][]middleware.Fingerprint{
 			"/built-in": nil,
-			"/own":      {{Version: 100, Content: byHeader("One")}, middleware.FingerprintV1},
+			"/own":      {{Version: 100, Content: byHeader("One")}, middleware.FingerprintV1()},
 			"/newer":    {{Version: 101, Content: byHeader("Two")}, {Version: 100, Content: byHeader("One")}},
 		} {
 			with := idem.With(func(o *middleware.Options) { o.Fingerprints = fingerprints })

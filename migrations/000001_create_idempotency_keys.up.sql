@@ -21,7 +21,7 @@ CREATE TABLE idempotency_keys (
     CONSTRAINT idempotency_keys_status_check CHECK (status BETWEEN 200 AND 599)
 );
 
--- Bodies over 2 kB: lz4 takes a tenth of pglz's time. Some servers are built without it.
+-- Bodies over 2 kB are compressed: lz4 is much quicker than pglz. Some servers are built without it.
 DO $$
 BEGIN
     ALTER TABLE idempotency_keys ALTER COLUMN body SET COMPRESSION lz4;
@@ -34,7 +34,7 @@ $$;
 ALTER TABLE idempotency_keys SET (autovacuum_vacuum_scale_factor = 0.05, autovacuum_vacuum_insert_scale_factor = 0.2);
 
 COMMENT ON TABLE idempotency_keys IS 'Answers of executed requests, committed with the writes that they report. A row is a promise to a client until expires_at: do not update or delete it by hand.';
-COMMENT ON COLUMN idempotency_keys.created_at IS 'Start of the transaction that executed the request, by this server''s clock.';
+COMMENT ON COLUMN idempotency_keys.created_at IS 'Start of the transaction that recorded the answer, by this server''s clock.';
 COMMENT ON COLUMN idempotency_keys.expires_at IS 'From then on the reaper may delete the row. Until it does, the row counts.';
 COMMENT ON COLUMN idempotency_keys.status IS 'HTTP status of the answer. 4xx is a declined request: the handler''s writes were undone.';
 COMMENT ON COLUMN idempotency_keys.fingerprint_version IS 'The function that made the fingerprint: 1 is built in, 100 and up are the service''s own.';
@@ -43,4 +43,5 @@ COMMENT ON COLUMN idempotency_keys.scope IS 'The account whose key it is.';
 COMMENT ON COLUMN idempotency_keys.key IS 'The Idempotency-Key as the client sent it, unquoted.';
 COMMENT ON COLUMN idempotency_keys.fingerprint IS 'SHA-256 of the request: a retry must match it.';
 COMMENT ON COLUMN idempotency_keys.headers IS 'Recorded headers of the answer: a version byte, a count, then length-prefixed names and values.';
+COMMENT ON COLUMN idempotency_keys.body IS 'Body of the answer, as every replay repeats it.';
 COMMENT ON COLUMN idempotency_keys.trace_id IS 'Trace of the attempt that was executed.';

@@ -1,5 +1,5 @@
-// Package chiroute gives an idempotent handler that has to run again the state of its chi router. It is the only
-// package beside the middleware that imports chi; who does not use chi does not need it.
+// Package chiroute gives an idempotent handler that has to run again the state of its chi router. Nothing
+// else that a service imports brings chi: who does not use it does not need it.
 //
 //	idem := middleware.New(store, scope, &middleware.Options{RouterState: chiroute.State})
 package chiroute

@@ -134,7 +134,7 @@ func (a *attempt) Context(ctx context.Context) context.Context { return ctx }
 func (a *attempt) Seal() error { return nil }
 
 // Commit implements [idempotency.Attempt].
-func (a *attempt) Commit(ctx context.Context, answer *idempotency.Response) error {
+func (a *attempt) Commit(ctx context.Context, answer *idempotency.Answer) error {
 	err := a.store.refuse(ctx, idempotency.StepCommit)
 	if err != nil {
 		answer = nil
@@ -144,7 +144,7 @@ func (a *attempt) Commit(ctx context.Context, answer *idempotency.Response) erro
 }
 
 // Decline implements [idempotency.Attempt], but that the handler's writes stay: they are not in our hands.
-func (a *attempt) Decline(ctx context.Context, answer *idempotency.Response) error {
+func (a *attempt) Decline(ctx context.Context, answer *idempotency.Answer) error {
 	err := a.store.refuse(ctx, idempotency.StepDecline)
 	if err != nil {
 		answer = nil
@@ -157,7 +157,7 @@ func (a *attempt) Decline(ctx context.Context, answer *idempotency.Response) err
 func (a *attempt) Rollback(context.Context) { a.end(nil, time.Time{}) }
 
 // end gives the claim back and records the answer, if there is one and a key to record it under.
-func (a *attempt) end(answer *idempotency.Response, at time.Time) {
+func (a *attempt) end(answer *idempotency.Answer, at time.Time) {
 	s := a.store
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -171,7 +171,7 @@ func (a *attempt) end(answer *idempotency.Response, at time.Time) {
 	delete(s.claims, a.req.Key)
 	if answer != nil {
 		s.records[a.req.Key] = clone(&idempotency.Record{
-			Fingerprint: a.req.Fingerprint, Attempt: a.req.Attempt, Response: *answer, TraceID: a.req.TraceID,
+			Fingerprint: a.req.Fingerprint, Attempt: a.req.Attempt, Answer: *answer, TraceID: a.req.TraceID,
 			CreatedAt: at, ExpiresAt: s.now().Add(a.req.TTL),
 		})
 	}
@@ -180,11 +180,11 @@ func (a *attempt) end(answer *idempotency.Response, at time.Time) {
 // clone returns a copy that shares nothing. As in a database, a header without values leaves no trace.
 func clone(r *idempotency.Record) *idempotency.Record {
 	c := *r
-	c.Response.Body = append([]byte{}, r.Response.Body...)
-	c.Response.Header = make(map[string][]string, len(r.Response.Header))
-	for name, values := range r.Response.Header {
+	c.Answer.Body = append([]byte{}, r.Answer.Body...)
+	c.Answer.Header = make(map[string][]string, len(r.Answer.Header))
+	for name, values := range r.Answer.Header {
 		if len(values) > 0 {
-			c.Response.Header[name] = slices.Clone(values)
+			c.Answer.Header[name] = slices.Clone(values)
 		}
 	}
 	return &c

@@ -43,8 +43,8 @@ func do(e *idempotency.Engine, value string, status int) idempotency.Result {
 		Key:         idempotency.Key{Scope: "acme", Value: value},
 		Fingerprint: idempotency.FingerprintV1("POST", "/transfers", "", "", nil),
 	}
-	return e.Do(context.Background(), req, func(context.Context) (*idempotency.Response, error) {
-		return &idempotency.Response{Status: status, Header: map[string][]string{"X-Empty": {}}, Body: []byte("done")}, nil
+	return e.Do(context.Background(), req, func(context.Context) (*idempotency.Answer, error) {
+		return &idempotency.Answer{Status: status, Header: map[string][]string{"X-Empty": {}}, Body: []byte("done")}, nil
 	})
 }
 
@@ -61,16 +61,16 @@ func TestRecordsAreCopies(t *testing.T) {
 		t.Fatalf("%d records, Len %d; want 2: an answer 500 is forgotten", len(records), store.Len())
 	}
 	record := records[idempotency.Key{Scope: "acme", Value: "k1"}]
-	if record == nil || record.Response.Status != 201 || string(record.Response.Body) != "done" || len(record.Response.Header) != 0 {
+	if record == nil || record.Answer.Status != 201 || string(record.Answer.Body) != "done" || len(record.Answer.Header) != 0 {
 		t.Fatalf("record of k1: %+v", record)
 	}
 	if !record.CreatedAt.Equal(clock.now()) || !record.ExpiresAt.Equal(clock.now().Add(time.Hour)) {
 		t.Errorf("record counts from %v to %v; want an hour from %v", record.CreatedAt, record.ExpiresAt, clock.now())
 	}
-	record.Response.Body[0] = 'X'
+	record.Answer.Body[0] = 'X'
 	delete(records, idempotency.Key{Scope: "acme", Value: "k2"})
-	if again := do(engine, "k1", 201); again.Outcome != idempotency.OutcomeReplayed || string(again.Response.Body) != "done" {
-		t.Errorf("the snapshot is not a copy: %v %s", again.Outcome, again.Response.Body)
+	if again := do(engine, "k1", 201); again.Outcome != idempotency.OutcomeReplayed || string(again.Answer.Body) != "done" {
+		t.Errorf("the snapshot is not a copy: %v %s", again.Outcome, again.Answer.Body)
 	}
 	if store.Len() != 2 {
 		t.Errorf("the snapshot is not a copy: %d records left", store.Len())
@@ -135,8 +135,8 @@ func TestStepOnADeadContextIsUnavailable(t *testing.T) {
 		t.Errorf("claim: %v", err)
 	}
 	for name, end := range map[string]func(idempotency.Attempt) error{
-		"commit":  func(a idempotency.Attempt) error { return a.Commit(dead, &idempotency.Response{Status: 201}) },
-		"decline": func(a idempotency.Attempt) error { return a.Decline(dead, &idempotency.Response{Status: 402}) },
+		"commit":  func(a idempotency.Attempt) error { return a.Commit(dead, &idempotency.Answer{Status: 201}) },
+		"decline": func(a idempotency.Attempt) error { return a.Decline(dead, &idempotency.Answer{Status: 402}) },
 	} {
 		attempt, _, err := store.Begin(t.Context(), req)
 		if err != nil {

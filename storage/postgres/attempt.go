@@ -33,7 +33,7 @@ func (a *attempt) Context(ctx context.Context) context.Context {
 func (a *attempt) Seal() error { return a.tx.seal() }
 
 // Commit implements [idempotency.Attempt]: INSERT and COMMIT in one round trip.
-func (a *attempt) Commit(ctx context.Context, answer *idempotency.Response) error {
+func (a *attempt) Commit(ctx context.Context, answer *idempotency.Answer) error {
 	defer a.release(ctx)
 	s := &a.store.statements
 	if a.req.Keyless() {
@@ -46,7 +46,7 @@ func (a *attempt) Commit(ctx context.Context, answer *idempotency.Response) erro
 // Decline implements [idempotency.Attempt]: the handler's writes go, the answer stays, in one round trip. Between the
 // ROLLBACK and the INSERT another attempt may claim the key. The lock is therefore tried and its result ignored: to
 // wait for it would hold this connection for the other handler's whole run, and the primary key decides anyway.
-func (a *attempt) Decline(ctx context.Context, answer *idempotency.Response) error {
+func (a *attempt) Decline(ctx context.Context, answer *idempotency.Answer) error {
 	if a.req.Keyless() {
 		a.Rollback(ctx)
 		return nil
@@ -54,7 +54,8 @@ func (a *attempt) Decline(ctx context.Context, answer *idempotency.Response) err
 	defer a.release(ctx)
 	s := &a.store.statements
 	calls := make([]call, 0, 6)
-	if a.status() == 'T' { // in an aborted transaction nothing but ROLLBACK is heard
+	// An abandoned connection is not ours to look at; in an aborted transaction nothing but ROLLBACK is heard.
+	if !a.tx.abandoned && a.status() == 'T' {
 		calls = append(calls, call{statement: &s.guard, params: [][]byte{a.claimedAt[:], []byte(a.store.options.SynchronousCommit)}})
 	}
 	calls = append(calls,
@@ -71,7 +72,7 @@ func (a *attempt) Decline(ctx context.Context, answer *idempotency.Response) err
 // the server.
 func (a *attempt) Rollback(ctx context.Context) { a.release(ctx) }
 
-func (a *attempt) insert(claimedAt []byte, answer *idempotency.Response) call {
+func (a *attempt) insert(claimedAt []byte, answer *idempotency.Answer) call {
 	var traceID []byte
 	if a.req.TraceID != "" {
 		traceID = []byte(a.req.TraceID)
@@ -98,8 +99,13 @@ func (a *attempt) insert(claimedAt []byte, answer *idempotency.Response) call {
 
 // end sends the last flush, whose last statement is COMMIT, and says what became of the transaction.
 func (a *attempt) end(ctx context.Context, step string, calls ...call) error {
-	if a.tx.abandoned || a.conn().IsClosed() || a.conn().IsBusy() || ctx.Err() != nil {
+	switch {
+	case a.tx.abandoned:
+		return fail(step, idempotency.ErrUnavailable, errors.New("a goroutine of the handler's still uses the connection"))
+	case a.conn().IsClosed() || a.conn().IsBusy():
 		return fail(step, idempotency.ErrUnavailable, errors.New("connection was closed or busy before COMMIT was sent"))
+	case ctx.Err() != nil:
+		return fail(step, idempotency.ErrUnavailable, fmt.Errorf("time was over before COMMIT was sent: %w", ctx.Err()))
 	}
 	reply, err := a.store.statements.flush(ctx, a.conn(), calls...)
 	if err == nil {

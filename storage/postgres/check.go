@@ -24,7 +24,7 @@ const SchemaVersion = 1
 const versionTable = "idempotency_migrations"
 
 // Check reports whether the database and the pool can keep what the store promises: it is the primary, the schema is
-// there in the version of this package, the table is a plain logged one with its primary key, COMMIT waits for the disk,
+// there in the version of this package or a later one, the table is a plain logged one with its primary key, COMMIT waits for the disk,
 // and the pool refuses a handler a second connection. The error joins everything that is wrong. A service calls it when it starts and from its readiness probe.
 func (s *Store) Check(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(ctx, s.options.AcquireTimeout+s.options.StatementTimeout)

@@ -19,8 +19,8 @@ var ErrEscape = errors.New("idempotency/postgres: an idempotent handler must not
 // pgxpool.NewWithConfig:
 //
 //   - the settings of opts. One that the config already has stays, but for synchronous_commit.
-//   - TCP keep-alives, so that the server notices a client that vanished
-//   - our statements prepared on connect, in pgx's default mode, so that a warm connection parses nothing. Where the
+//   - TCP keep-alives, so that the server notices a service that vanished
+//   - our statements but BEGIN, COMMIT and ROLLBACK prepared on connect, in pgx's default mode, so that a warm connection parses nothing. Where the
 //     table is not there yet, as before the first migration, they are sent as text for that connection's life.
 //   - a tracer that refuses a handler a second connection, with [ErrEscape]
 //

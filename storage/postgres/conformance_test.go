@@ -71,7 +71,7 @@ func newHarness(t *testing.T, options *postgres.Options, mode pgx.QueryExecMode)
 			return exec(ctx, "UPDATE idempotency_keys SET created_at = created_at - $1::interval, expires_at = expires_at - $1::interval", d)
 		},
 		DeleteExpired: b.store.DeleteExpired,
-		Record: func(ctx context.Context, req *idempotency.Request, answer *idempotency.Response) error {
+		Record: func(ctx context.Context, req *idempotency.Request, answer *idempotency.Answer) error {
 			return exec(ctx, `INSERT INTO idempotency_keys
 				(created_at, expires_at, status, fingerprint_version, attempt_id, scope, key, fingerprint, headers, body)
 				VALUES (now(), now() + $1::interval, $2, $3, $4, $5, $6, $7, '\x0100', $8)`,

@@ -8,6 +8,9 @@ import (
 	"github.com/paidonce/idempotency"
 )
 
+// ReaperPagesMax is the size of a batch.
+const ReaperPagesMax = reaperPagesMax
+
 // RawConn leads around the seal, as a handler in bad faith might find a way to.
 func RawConn(tx pgx.Tx) *pgx.Conn { return tx.(*sealedTx).conn }
 

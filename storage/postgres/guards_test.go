@@ -163,7 +163,7 @@ func TestCommitThatWasNeverSentIsUnavailable(t *testing.T) {
 			return ctx
 		},
 	} {
-		for step, end := range map[string]func(idempotency.Attempt, context.Context, *idempotency.Response) error{
+		for step, end := range map[string]func(idempotency.Attempt, context.Context, *idempotency.Answer) error{
 			"commit": idempotency.Attempt.Commit, "decline": idempotency.Attempt.Decline,
 		} {
 			t.Run(name+" "+step, func(t *testing.T) {

@@ -137,8 +137,8 @@ func request(value, body string) idempotency.Request {
 }
 
 // answer returns an answer with a status.
-func answer(status int) *idempotency.Response {
-	return &idempotency.Response{Status: status, Header: map[string][]string{"Content-Type": {"text/plain"}}, Body: []byte("done")}
+func answer(status int) *idempotency.Answer {
+	return &idempotency.Answer{Status: status, Header: map[string][]string{"Content-Type": {"text/plain"}}, Body: []byte("done")}
 }
 
 // effect writes what must happen once.

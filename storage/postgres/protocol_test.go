@@ -19,7 +19,7 @@ import (
 // do runs one request whose handler is given its transaction.
 func (b *testBundle) do(t *testing.T, req idempotency.Request, handler func(ctx context.Context, tx pgx.Tx) int) idempotency.Result {
 	t.Helper()
-	return idempotency.NewEngine(b.store, nil).Do(context.Background(), req, func(ctx context.Context) (*idempotency.Response, error) {
+	return idempotency.NewEngine(b.store, nil).Do(context.Background(), req, func(ctx context.Context) (*idempotency.Answer, error) {
 		return answer(handler(ctx, postgres.Tx(ctx))), nil
 	})
 }
@@ -154,8 +154,8 @@ func TestPrimaryKeyIsTheLastGuard(t *testing.T) {
 				return status
 			})
 			want(t, result, idempotency.OutcomeReplayed, "")
-			if runs != 1 || b.effects(t) != 0 || result.Response == nil || string(result.Response.Body) != "theirs" {
-				t.Errorf("%d runs, %d effects, answer %+v", runs, b.effects(t), result.Response)
+			if runs != 1 || b.effects(t) != 0 || result.Answer == nil || string(result.Answer.Body) != "theirs" {
+				t.Errorf("%d runs, %d effects, answer %+v", runs, b.effects(t), result.Answer)
 			}
 		})
 	}
@@ -197,17 +197,17 @@ func TestRecordIsReadBackAsItWasWritten(t *testing.T) {
 	req := request("k", "")
 	req.TraceID = "4bf92f3577b34da6a3ce929d0e0e4736"
 	req.TTL = time.Hour
-	written := &idempotency.Response{
+	written := &idempotency.Answer{
 		Status: 207,
 		Header: map[string][]string{"Vary": {"Accept", "Origin, Cookie"}, "Content-Type": {"application/octet-stream"}, "Etag": {""}},
 		Body:   []byte{0, 1, 0xff, '\n'},
 	}
 	engine := idempotency.NewEngine(b.store, nil)
-	run := func(context.Context) (*idempotency.Response, error) { return written, nil }
+	run := func(context.Context) (*idempotency.Answer, error) { return written, nil }
 	want(t, engine.Do(context.Background(), req, run), idempotency.OutcomeExecuted, "")
 	replay := engine.Do(context.Background(), req, run)
 	want(t, replay, idempotency.OutcomeReplayed, "")
-	if got := fmt.Sprintf("%+v", *replay.Response); got != fmt.Sprintf("%+v", *written) {
+	if got := fmt.Sprintf("%+v", *replay.Answer); got != fmt.Sprintf("%+v", *written) {
 		t.Errorf("replayed %s, recorded %+v", got, *written)
 	}
 	if replay.Record.TraceID != req.TraceID || replay.Record.Attempt.IsZero() || replay.Record.Fingerprint != req.Fingerprint {

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"log/slog"
 	"math/rand/v2"
 	"time"
 
@@ -11,8 +12,8 @@ import (
 	"github.com/jackc/pgx/v5/pgconn"
 )
 
-// ReaperPagesMax is how many pages of the table one batch of [Store.DeleteExpired] goes through: 8 MB, some 30,000 rows.
-const ReaperPagesMax = 1000
+// reaperPagesMax is how many pages of the table one batch of [Store.DeleteExpired] goes through: 8 MB.
+const reaperPagesMax = 1000
 
 // ReaperIntervalDefault is how long a [Reaper] rests.
 const ReaperIntervalDefault = time.Minute
@@ -30,7 +31,7 @@ func (s *Store) DeleteExpired(ctx context.Context) (deleted int64, err error) {
 	if err != nil {
 		return 0, fmt.Errorf("delete expired: %w", sqlError(err))
 	}
-	for page := int64(0); page < pages; page += ReaperPagesMax {
+	for page := int64(0); page < pages; page += reaperPagesMax {
 		// ctid is stable while the row is locked, and rows are never updated. The second look at expires_at costs
 		// nothing and needs no argument to be believed.
 		tag, err := s.pool.Exec(ctx, `
@@ -40,7 +41,7 @@ func (s *Store) DeleteExpired(ctx context.Context) (deleted int64, err error) {
 			        WHERE ctid >= $1::tid AND ctid < $2::tid AND expires_at < statement_timestamp()
 			        FOR UPDATE SKIP LOCKED))
 			  AND expires_at < statement_timestamp()`,
-			fmt.Sprintf("(%d,0)", page), fmt.Sprintf("(%d,0)", page+ReaperPagesMax))
+			fmt.Sprintf("(%d,0)", page), fmt.Sprintf("(%d,0)", page+reaperPagesMax))
 		if err != nil {
 			var pgErr *pgconn.PgError
 			if errors.As(err, &pgErr) && pgErr.Code == "42501" {
@@ -59,7 +60,8 @@ type ReaperOptions struct {
 	// walk in step. The default is [ReaperIntervalDefault].
 	Interval time.Duration
 
-	// OnWalk, where it is set, is told of every walk: how many records it deleted, how long it took, and its error.
+	// OnWalk is told of every walk: how many records it deleted, how long it took, and its error. A walk that ends with
+	// Run's context is not reported. Nil logs the walks that failed to slog.Default().
 	OnWalk func(deleted int64, duration time.Duration, err error)
 }
 
@@ -78,6 +80,13 @@ func NewReaper(store *Store, opts *ReaperOptions) *Reaper {
 	if o.Interval == 0 {
 		o.Interval = ReaperIntervalDefault
 	}
+	if o.OnWalk == nil {
+		o.OnWalk = func(_ int64, _ time.Duration, err error) {
+			if err != nil {
+				slog.Warn("idempotency: expired records were not deleted; the next walk tries again", "error", err)
+			}
+		}
+	}
 	if store == nil || o.Interval < 0 {
 		panic("idempotency/postgres: NewReaper needs a store and a positive ReaperOptions.Interval")
 	}
@@ -89,7 +98,7 @@ func (r *Reaper) Run(ctx context.Context) {
 	for {
 		started := time.Now()
 		deleted, err := r.store.DeleteExpired(ctx)
-		if r.options.OnWalk != nil && (ctx.Err() == nil || !errors.Is(err, context.Canceled)) {
+		if ctx.Err() == nil {
 			r.options.OnWalk(deleted, time.Since(started), err)
 		}
 		rest := r.options.Interval + time.Duration((rand.Float64()-0.5)*float64(r.options.Interval)/5)

@@ -58,7 +58,7 @@ func TestRoundTripsAreThoseOfAPlainTransaction(t *testing.T) {
 			}
 			keyed := func(key string, status int, want idempotency.Outcome) func() {
 				return func() {
-					result := engine.Do(ctx, request(key, ""), func(ctx context.Context) (*idempotency.Response, error) {
+					result := engine.Do(ctx, request(key, ""), func(ctx context.Context) (*idempotency.Answer, error) {
 						statements(ctx, t, postgres.Tx(ctx))
 						return answer(status), nil
 					})
@@ -110,9 +110,9 @@ func TestRoundTripsOfAConflictAreTwo(t *testing.T) {
 	for _, conn := range warm {
 		conn.Release()
 	}
-	result := engine.Do(ctx, request("k", ""), func(context.Context) (*idempotency.Response, error) {
+	result := engine.Do(ctx, request("k", ""), func(context.Context) (*idempotency.Answer, error) {
 		before := b.wire.count()
-		conflict := engine.Do(ctx, request("k", ""), func(context.Context) (*idempotency.Response, error) {
+		conflict := engine.Do(ctx, request("k", ""), func(context.Context) (*idempotency.Answer, error) {
 			t.Error("the handler ran twice")
 			return answer(201), nil
 		})

@@ -451,7 +451,8 @@ func TestPoolIsRefusedToAHandler(t *testing.T) {
 			t.Errorf("Begin on the pool: %v", err)
 		}
 		nested := b.do(t, request("nested", ""), func(context.Context, pgx.Tx) int { return 201 })
-		_ = nested // by another context: refused for want of a connection, not forever
+		// By another context: no connection is left, and it does not wait forever.
+		want(t, nested, idempotency.OutcomeNotExecuted, idempotency.ReasonUnavailable)
 		if _, err := other.pool.Exec(ctx, "INSERT INTO effects (name) VALUES ('elsewhere')"); err != nil {
 			t.Errorf("another database: %v", err)
 		}

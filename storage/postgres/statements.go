@@ -16,7 +16,7 @@ import (
 
 // statement is one of our own statements. Parameters and results are in binary format throughout.
 type statement struct {
-	name string // its name where it is prepared on a connection
+	name string // its name where it is prepared on a connection; empty: never, EXECUTE would lead around the seal
 	sql  string
 	oids []uint32 // of the parameters, so that nothing has to be described first
 }
@@ -133,11 +133,11 @@ type call struct {
 
 // reply is what came back from a flush.
 type reply struct {
-	tag    string // the command tag of the last statement that answered
-	failed int    // index of the call whose answer is the error; the number of calls where there is none
+	tag    string // the command tag of the last statement that completed
+	failed int    // index of the call that failed; the number of calls where none did
 }
 
-// flush sends the calls in one message and reads their answers: one round trip. On an error the server skipped what
+// flush sends the calls in one message and reads their results: one round trip. On an error the server skipped what
 // comes after the failed call; what came before it was done.
 func (s *statements) flush(ctx context.Context, conn *pgconn.PgConn, calls ...call) (reply, error) {
 	prepared := conn.CustomData()[preparedMark] == s.id
@@ -164,7 +164,7 @@ func (s *statements) flush(ctx context.Context, conn *pgconn.PgConn, calls ...ca
 		result.tag = tag
 		result.failed++
 	}
-	_ = pipeline.Close() // what it could add came after the last answer, or is the first error again
+	_ = pipeline.Close() // what it could add came after the last result, or is the first error again
 	if prepared && unprepared(firstErr) {
 		delete(conn.CustomData(), preparedMark) // from now on they are sent as text
 	}

@@ -24,7 +24,7 @@ const (
 	LockTimeoutDefault              = 5 * time.Second
 	IdleInTransactionTimeoutDefault = 20 * time.Second
 
-	// IdleInTransactionTimeoutMax: no dead client holds a key for longer.
+	// IdleInTransactionTimeoutMax: no dead service holds a key for longer.
 	IdleInTransactionTimeoutMax = 60 * time.Second
 )
 
@@ -43,8 +43,10 @@ type Options struct {
 	AcquireTimeout time.Duration
 
 	// StatementTimeout, LockTimeout and IdleInTransactionTimeout are the settings of the same names on each connection.
-	// The last must be longer than the handler may take by 5 seconds, and shorter than
-	// [IdleInTransactionTimeoutMax]: it is what frees the key of a service that vanished.
+	// A statement that is cut off by the first two makes its request unavailable. The last must be longer than the
+	// handler may take by 5 seconds, and shorter than [IdleInTransactionTimeoutMax]: it is what frees the key of a
+	// service that vanished. The defaults are [StatementTimeoutDefault], [LockTimeoutDefault] and
+	// [IdleInTransactionTimeoutDefault].
 	StatementTimeout         time.Duration
 	LockTimeout              time.Duration
 	IdleInTransactionTimeout time.Duration
@@ -265,9 +267,9 @@ func decodeRecord(values [][]byte) (*idempotency.Record, error) {
 	r.Fingerprint.Version = d.int2()
 	copy(r.Fingerprint.Sum[:], d.next(len(r.Fingerprint.Sum)))
 	copy(r.Attempt[:], d.next(len(r.Attempt)))
-	r.Response.Status = int(d.int2())
+	r.Answer.Status = int(d.int2())
 	headers := d.next(-1)
-	r.Response.Body = d.bytes()
+	r.Answer.Body = d.bytes()
 	r.TraceID = string(d.next(-1))
 	r.CreatedAt = d.timestamp()
 	r.ExpiresAt = d.timestamp()
@@ -275,10 +277,10 @@ func decodeRecord(values [][]byte) (*idempotency.Record, error) {
 		return nil, errors.Join(errRecord, d.err)
 	}
 	var err error
-	if r.Response.Header, err = decodeHeaders(headers); err != nil {
+	if r.Answer.Header, err = decodeHeaders(headers); err != nil {
 		return nil, err
 	}
-	if err := r.Response.Validate(); err != nil {
+	if err := r.Answer.Validate(); err != nil {
 		return nil, errors.Join(errRecord, err)
 	}
 	return &r, nil

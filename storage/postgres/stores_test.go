@@ -26,7 +26,7 @@ func TestStoresOfTwoSchemasDoNotBlockEachOther(t *testing.T) {
 	}
 	other := idempotency.NewEngine(postgres.New(b.pool, &postgres.Options{Schema: "payments"}), nil)
 	want(t, b.do(t, request("k", ""), func(context.Context, pgx.Tx) int {
-		want(t, other.Do(ctx, request("k", ""), func(context.Context) (*idempotency.Response, error) {
+		want(t, other.Do(ctx, request("k", ""), func(context.Context) (*idempotency.Answer, error) {
 			return answer(201), nil
 		}), idempotency.OutcomeExecuted, "")
 		return 201
@@ -174,7 +174,7 @@ func TestStoresOfTwoSchemasShareAPool(t *testing.T) {
 	for schema, store := range map[string]*postgres.Store{"public": b.store, "payments": payments} {
 		engine := idempotency.NewEngine(store, nil)
 		for _, outcome := range []idempotency.Outcome{idempotency.OutcomeExecuted, idempotency.OutcomeReplayed} {
-			want(t, engine.Do(ctx, request(schema, ""), func(context.Context) (*idempotency.Response, error) {
+			want(t, engine.Do(ctx, request(schema, ""), func(context.Context) (*idempotency.Answer, error) {
 				return answer(201), nil
 			}), outcome, "")
 		}

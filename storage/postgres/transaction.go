@@ -84,7 +84,7 @@ func (t *transaction) seal() error {
 	conn := t.conn.PgConn()
 	switch {
 	case t.lost: // before all else: what was committed stays so, whatever became of the connection since
-		return fail("after the handler", idempotency.ErrTransactionLost, errors.New("the transaction was ended and begun anew"))
+		return fail("after the handler", idempotency.ErrTransactionLost, errors.New("the handler ended the transaction"))
 	case conn.IsClosed():
 		return fail("after the handler", idempotency.ErrUnavailable, errors.Join(t.failure, errors.New("the connection is closed")))
 	case conn.IsBusy():
@@ -145,7 +145,7 @@ func (t *transaction) use() error {
 	return nil
 }
 
-// done ends a use and remembers its error where it is the database's.
+// done ends a use, and remembers its error where it is the database's, and whether the transaction is over.
 func (t *transaction) done(err error) {
 	t.remember(err)
 	if conn := t.conn.PgConn(); conn.TxStatus() == 'I' && !conn.IsBusy() {

@@ -92,8 +92,8 @@ var claimCases = []testCase{
 					err = errors.New("a recorded key was claimed")
 				case err == nil && record == nil:
 					err = errors.New("no record, no attempt and no error")
-				case err == nil && string(record.Response.Body) != "done":
-					err = fmt.Errorf("body %.40q", record.Response.Body)
+				case err == nil && string(record.Answer.Body) != "done":
+					err = fmt.Errorf("body %.40q", record.Answer.Body)
 				}
 				errs[i] = err
 			})

@@ -100,9 +100,9 @@ var endCases = []testCase{
 		rule:    "Where another attempt recorded the key first, Commit and Decline report ErrKeyRecorded, or ErrSerialization, which both make the engine look again. The first record stays, and nothing of the loser does.",
 		promise: losesClaims,
 		run: func(c *check) {
-			for i, end := range []func(idempotency.Attempt, *idempotency.Response) error{
-				func(a idempotency.Attempt, r *idempotency.Response) error { return a.Commit(c.ctx, r) },
-				func(a idempotency.Attempt, r *idempotency.Response) error { return a.Decline(c.ctx, r) },
+			for i, end := range []func(idempotency.Attempt, *idempotency.Answer) error{
+				func(a idempotency.Attempt, r *idempotency.Answer) error { return a.Commit(c.ctx, r) },
+				func(a idempotency.Attempt, r *idempotency.Answer) error { return a.Decline(c.ctx, r) },
 			} {
 				name := fmt.Sprint(i)
 				req, winner := request("acme", name), request("acme", name)
@@ -137,7 +137,7 @@ var endCases = []testCase{
 	},
 }
 
-func (c *check) record(req *idempotency.Request, answer *idempotency.Response) {
+func (c *check) record(req *idempotency.Request, answer *idempotency.Answer) {
 	c.Helper()
 	if err := c.Record(c.ctx, req, answer); err != nil {
 		c.Fatalf("Harness.Record: %v", err)

@@ -22,7 +22,7 @@ var engineCases = []testCase{
 		run: func(c *check) {
 			engine := idempotency.NewEngine(c.Store, nil)
 			req := *request("acme", "k")
-			result := engine.Do(c.ctx, req, func(ctx context.Context) (*idempotency.Response, error) {
+			result := engine.Do(c.ctx, req, func(ctx context.Context) (*idempotency.Answer, error) {
 				if !c.features.WritesStay {
 					if err := c.Write(ctx, "w"); err != nil {
 						return nil, err
@@ -36,7 +36,7 @@ var engineCases = []testCase{
 			if !c.features.WritesStay {
 				c.wantWritten("w", 0)
 			}
-			result = engine.Do(c.ctx, req, func(context.Context) (*idempotency.Response, error) { return answer(201, "done"), nil })
+			result = engine.Do(c.ctx, req, func(context.Context) (*idempotency.Answer, error) { return answer(201, "done"), nil })
 			if result.Outcome != idempotency.OutcomeExecuted {
 				c.Errorf("the retry ends as %s: %v", result.Outcome, result.Err)
 			}
@@ -113,13 +113,13 @@ func (s *stormCounts) settled(key string, result idempotency.Result) {
 	if s.answers[key] == nil {
 		s.answers[key] = map[string]int{}
 	}
-	s.answers[key][fmt.Sprint(result.Response.Status, " ", string(result.Response.Body))]++
+	s.answers[key][fmt.Sprint(result.Answer.Status, " ", string(result.Answer.Body))]++
 }
 
 // untilSettled is a client: it asks until it has an answer that stays.
 func (s *stormCounts) untilSettled(c *check, engine *idempotency.Engine, key string, status int) error {
 	for c.ctx.Err() == nil {
-		result := engine.Do(c.ctx, *request("acme", key), func(ctx context.Context) (*idempotency.Response, error) {
+		result := engine.Do(c.ctx, *request("acme", key), func(ctx context.Context) (*idempotency.Answer, error) {
 			run := s.run(key)
 			if !c.features.WritesStay {
 				if err := c.Write(ctx, key); err != nil {

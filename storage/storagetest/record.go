@@ -35,17 +35,17 @@ var recordCases = []testCase{
 		rule: "A record shares no memory with the answer that was recorded, nor with what an earlier replay was given: whoever changes those changes no replay.",
 		run: func(c *check) {
 			req := request("acme", "k")
-			given := func() *idempotency.Response {
-				return &idempotency.Response{Status: 201, Header: map[string][]string{"Link": {"<a>", "<b>"}}, Body: []byte("done")}
+			given := func() *idempotency.Answer {
+				return &idempotency.Answer{Status: 201, Header: map[string][]string{"Link": {"<a>", "<b>"}}, Body: []byte("done")}
 			}
-			spoil := func(r *idempotency.Response) {
+			spoil := func(r *idempotency.Answer) {
 				r.Status, r.Body[0], r.Header["Link"][0], r.Header["New"] = 500, 'X', "<x>", []string{"x"}
 			}
 			first := given()
 			c.commit(c.claim(req), first)
 			spoil(first)
 			c.wantRecord(req, given())
-			spoil(&c.replay(req).Response)
+			spoil(&c.replay(req).Answer)
 			c.wantRecord(req, given())
 		},
 	},
@@ -132,12 +132,12 @@ var recordCases = []testCase{
 }
 
 // answers returns answers whose details are easily lost.
-func answers() []*idempotency.Response {
+func answers() []*idempotency.Answer {
 	everyByte := make([]byte, 256)
 	for i := range everyByte {
 		everyByte[i] = byte(i)
 	}
-	return []*idempotency.Response{
+	return []*idempotency.Answer{
 		{Status: 200},
 		{Status: 200, Header: map[string][]string{}, Body: []byte{}},
 		{Status: 201, Header: map[string][]string{"Content-Type": {"application/json"}}, Body: []byte(`{"id":"1"}`)},
@@ -152,22 +152,22 @@ func answers() []*idempotency.Response {
 }
 
 // wantRecord fails where the record of a request is not this answer's, field by field.
-func (c *check) wantRecord(req *idempotency.Request, want *idempotency.Response) {
+func (c *check) wantRecord(req *idempotency.Request, want *idempotency.Answer) {
 	c.Helper()
 	got := c.replay(req)
-	if got.Response.Status != want.Status {
-		c.Errorf("status %d, want %d", got.Response.Status, want.Status)
+	if got.Answer.Status != want.Status {
+		c.Errorf("status %d, want %d", got.Answer.Status, want.Status)
 	}
-	if len(got.Response.Header) != len(want.Header) {
-		c.Errorf("%d headers, want %d", len(got.Response.Header), len(want.Header))
+	if len(got.Answer.Header) != len(want.Header) {
+		c.Errorf("%d headers, want %d", len(got.Answer.Header), len(want.Header))
 	}
 	for name, values := range want.Header {
-		if !slices.Equal(got.Response.Header[name], values) {
-			c.Errorf("header %s is %.80q, want %.80q", name, got.Response.Header[name], values)
+		if !slices.Equal(got.Answer.Header[name], values) {
+			c.Errorf("header %s is %.80q, want %.80q", name, got.Answer.Header[name], values)
 		}
 	}
-	if !bytes.Equal(got.Response.Body, want.Body) {
-		c.Errorf("body of %d bytes %.40q, want %d bytes %.40q", len(got.Response.Body), got.Response.Body, len(want.Body), want.Body)
+	if !bytes.Equal(got.Answer.Body, want.Body) {
+		c.Errorf("body of %d bytes %.40q, want %d bytes %.40q", len(got.Answer.Body), got.Answer.Body, len(want.Body), want.Body)
 	}
 	if got.Fingerprint != req.Fingerprint {
 		c.Errorf("fingerprint version %d, %x; want version %d, %x", got.Fingerprint.Version, got.Fingerprint.Sum, req.Fingerprint.Version, req.Fingerprint.Sum)

@@ -76,7 +76,7 @@ func (s *reference) harness() *Harness {
 			return nil
 		},
 		DeleteExpired: s.deleteExpired,
-		Record: func(_ context.Context, req *idempotency.Request, answer *idempotency.Response) error {
+		Record: func(_ context.Context, req *idempotency.Request, answer *idempotency.Answer) error {
 			s.mu.Lock()
 			defer s.mu.Unlock()
 			s.record(req, answer)
@@ -198,32 +198,32 @@ func (s *reference) clone(record *idempotency.Record) *idempotency.Record {
 	if s.fault == "shares its record" {
 		return &c
 	}
-	c.Response.Body = slices.Clone(record.Response.Body)
-	c.Response.Header = maps.Clone(record.Response.Header)
-	for name, values := range c.Response.Header {
-		c.Response.Header[name] = slices.Clone(values)
+	c.Answer.Body = slices.Clone(record.Answer.Body)
+	c.Answer.Header = maps.Clone(record.Answer.Header)
+	for name, values := range c.Answer.Header {
+		c.Answer.Header[name] = slices.Clone(values)
 	}
 	return &c
 }
 
-func (s *reference) record(req *idempotency.Request, answer *idempotency.Response) {
+func (s *reference) record(req *idempotency.Request, answer *idempotency.Answer) {
 	r := &idempotency.Record{
-		Fingerprint: req.Fingerprint, Attempt: req.Attempt, Response: *answer, TraceID: req.TraceID,
+		Fingerprint: req.Fingerprint, Attempt: req.Attempt, Answer: *answer, TraceID: req.TraceID,
 		CreatedAt: s.now, ExpiresAt: s.now.Add(req.TTL),
 	}
 	if s.fault != "shares the answer" {
 		r = s.clone(r)
 	}
 	edit := func(f func([]string) []string) {
-		for name, values := range r.Response.Header {
-			r.Response.Header[name] = f(values)
+		for name, values := range r.Answer.Header {
+			r.Answer.Header[name] = f(values)
 		}
 	}
 	switch s.fault {
 	case "loses the status":
-		r.Response.Status = 200
+		r.Answer.Status = 200
 	case "loses headers":
-		r.Response.Header = nil
+		r.Answer.Header = nil
 	case "joins values":
 		edit(func(values []string) []string { return []string{strings.Join(values, ", ")} })
 	case "sorts values":
@@ -236,10 +236,10 @@ func (s *reference) record(req *idempotency.Request, answer *idempotency.Respons
 			return values
 		})
 	case "trims the body":
-		r.Response.Body = []byte(strings.TrimSpace(string(r.Response.Body)))
+		r.Answer.Body = []byte(strings.TrimSpace(string(r.Answer.Body)))
 	case "ends the body at NUL":
-		before, _, _ := strings.Cut(string(r.Response.Body), "\x00")
-		r.Response.Body = []byte(before)
+		before, _, _ := strings.Cut(string(r.Answer.Body), "\x00")
+		r.Answer.Body = []byte(before)
 	case "loses the version":
 		r.Fingerprint.Version = 1
 	case "loses the fingerprint":
@@ -288,7 +288,7 @@ func (a *referenceAttempt) Seal() error {
 	return nil
 }
 
-func (a *referenceAttempt) Commit(ctx context.Context, answer *idempotency.Response) error {
+func (a *referenceAttempt) Commit(ctx context.Context, answer *idempotency.Answer) error {
 	s := a.store
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -319,7 +319,7 @@ func (a *referenceAttempt) Commit(ctx context.Context, answer *idempotency.Respo
 	return nil
 }
 
-func (a *referenceAttempt) Decline(ctx context.Context, answer *idempotency.Response) error {
+func (a *referenceAttempt) Decline(ctx context.Context, answer *idempotency.Answer) error {
 	s := a.store
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -347,7 +347,7 @@ func (a *referenceAttempt) Rollback(context.Context) {
 	a.end(nil, a.store.fault == "rollback keeps writes" || a.store.fault == "panic keeps writes" && a.sealed, "rollback keeps the claim")
 }
 
-func (a *referenceAttempt) end(answer *idempotency.Response, keep bool, keepsClaim string) {
+func (a *referenceAttempt) end(answer *idempotency.Answer, keep bool, keepsClaim string) {
 	s := a.store
 	a.sealed = true
 	if s.fault != "leaks" {

@@ -63,7 +63,7 @@ type Harness struct {
 	DeleteExpired func(ctx context.Context) (int64, error)
 
 	// Record commits a record past all claims, as an attempt would that doesn't know of them.
-	Record func(ctx context.Context, req *idempotency.Request, answer *idempotency.Response) error
+	Record func(ctx context.Context, req *idempotency.Request, answer *idempotency.Answer) error
 }
 
 // patienceDefault bounds everything that a case waits for. A store that is in order never makes it wait that long.
@@ -185,12 +185,12 @@ type attempt struct {
 	ended bool
 }
 
-func (a *attempt) Commit(ctx context.Context, answer *idempotency.Response) error {
+func (a *attempt) Commit(ctx context.Context, answer *idempotency.Answer) error {
 	a.ended = true
 	return a.Attempt.Commit(ctx, answer)
 }
 
-func (a *attempt) Decline(ctx context.Context, answer *idempotency.Response) error {
+func (a *attempt) Decline(ctx context.Context, answer *idempotency.Answer) error {
 	a.ended = true
 	return a.Attempt.Decline(ctx, answer)
 }
@@ -245,7 +245,7 @@ func (c *check) claim(req *idempotency.Request) *attempt {
 	case err != nil:
 		c.Fatalf("an absent key was not claimed: %v", err)
 	case record != nil:
-		c.Fatalf("an absent key was not claimed: there is a record with body %.40q", record.Response.Body)
+		c.Fatalf("an absent key was not claimed: there is a record with body %.40q", record.Answer.Body)
 	}
 	return attempt
 }
@@ -265,7 +265,7 @@ func (c *check) replay(req *idempotency.Request) *idempotency.Record {
 }
 
 // commit ends an attempt for good.
-func (c *check) commit(attempt *attempt, answer *idempotency.Response) {
+func (c *check) commit(attempt *attempt, answer *idempotency.Answer) {
 	c.Helper()
 	c.seal(attempt)
 	err := attempt.Commit(c.ctx, answer)
@@ -278,7 +278,7 @@ func (c *check) commit(attempt *attempt, answer *idempotency.Response) {
 }
 
 // decline ends an attempt without its writes.
-func (c *check) decline(attempt *attempt, answer *idempotency.Response) {
+func (c *check) decline(attempt *attempt, answer *idempotency.Answer) {
 	c.Helper()
 	c.seal(attempt)
 	if err := attempt.Decline(c.ctx, answer); err != nil {
@@ -302,7 +302,7 @@ func (c *check) wantFree(req *idempotency.Request) {
 // wantBody fails where the key is not recorded with this body.
 func (c *check) wantBody(req *idempotency.Request, body string) {
 	c.Helper()
-	if got := string(c.replay(req).Response.Body); got != body {
+	if got := string(c.replay(req).Answer.Body); got != body {
 		c.Errorf("the record has body %.60q, want %.60q", got, body)
 	}
 }
@@ -340,6 +340,6 @@ func request(scope, value string) *idempotency.Request {
 	}
 }
 
-func answer(status int, body string) *idempotency.Response {
-	return &idempotency.Response{Status: status, Body: []byte(body)}
+func answer(status int, body string) *idempotency.Answer {
+	return &idempotency.Answer{Status: status, Body: []byte(body)}
 }

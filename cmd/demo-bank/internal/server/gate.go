@@ -37,7 +37,7 @@ func (g *gate) handler(next http.Handler) http.Handler {
 			h.Set("Idempotency-Status", "not-executed")
 			bank.WriteProblem(w, &bank.Problem{
 				Status: http.StatusServiceUnavailable, Slug: "unavailable", Title: "The bank is stopping",
-				Detail: "Nothing was executed. Try again with the same key, or give up.",
+				Detail: "This request left nothing in the database. Try again with the same key, or give up if no earlier one may have been executed.",
 			})
 			return
 		}

@@ -30,7 +30,7 @@ const (
 
 	readHeaderTimeout = 5 * time.Second
 	readTimeout       = 15 * time.Second // a body that takes longer is given up
-	writeTimeout      = 30 * time.Second // more than the longest request takes
+	writeTimeout      = 35 * time.Second // more than reading the body, handler and commit together
 	idleTimeout       = 2 * time.Minute
 	headerBytesMax    = 64 << 10
 	closeTimeout      = time.Second // for connections that are left when all requests are answered

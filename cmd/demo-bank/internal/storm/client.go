@@ -17,7 +17,7 @@ import (
 )
 
 const (
-	requestTimeout = 35 * time.Second // more than a bank lets any request take
+	requestTimeout = 40 * time.Second // more than a bank lets any request take
 	backoffFirst   = 10 * time.Millisecond
 	backoffMax     = 500 * time.Millisecond
 	// retryAfterMax caps Retry-After: a second, as the bank says, is right for a client and long for a storm.

@@ -164,7 +164,7 @@ type Report struct {
 	LostReplies int64  `json:"lost_replies"`
 
 	KeysAcknowledged int      `json:"keys_acknowledged"` // with a 2xx
-	KeysDeclined     int      `json:"keys_declined"`     // for want of funds
+	KeysDeclined     int      `json:"keys_declined"`     // for lack of money
 	NotSeen          []string `json:"not_seen"`          // kinds of answers that this storm did not provoke
 
 	P50MS   float64 `json:"p50_ms"`
@@ -250,7 +250,7 @@ func (r *Report) WriteText(w io.Writer) error {
 	row("lost replies", r.LostReplies, "")
 	row("latency p50", fmt.Sprintf("%.1f ms", r.P50MS), "")
 	row("latency p99", fmt.Sprintf("%.1f ms", r.P99MS), "")
-	row("acknowledged", r.KeysAcknowledged, fmt.Sprintf("keys; %d declined for want of funds", r.KeysDeclined))
+	row("acknowledged", r.KeysAcknowledged, fmt.Sprintf("keys; %d declined for lack of money", r.KeysDeclined))
 	row("transfers", r.Audit.Transfers, fmt.Sprintf("in the books; %d before the storm", r.AuditBefore.Transfers))
 	row("balances", r.Audit.BalanceTotal, fmt.Sprintf("minor units; %s put in", r.Audit.OpeningTotal))
 	row("audit ok", r.Audit.OK, "")
