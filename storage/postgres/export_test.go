@@ -11,6 +11,9 @@ import (
 // ReaperPagesMax is the size of a batch.
 const ReaperPagesMax = reaperPagesMax
 
+// AbandonTimeout is how long a goroutine left behind is waited for.
+const AbandonTimeout = abandonTimeout
+
 // RawConn leads around the seal, as a handler in bad faith might find a way to.
 func RawConn(tx pgx.Tx) *pgx.Conn { return tx.(*sealedTx).conn }
 
