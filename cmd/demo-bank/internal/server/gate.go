@@ -83,12 +83,16 @@ func (g *gate) signal() {
 	}
 }
 
-// drain closes the gate and returns when the last request has left and no connection is open, or lingered on for long
+// close refuses requests from now on.
+func (g *gate) close() {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	g.closed = true
+}
+
+// drain is called on a closed gate. It returns when the last request has left and no connection is open, or lingered on for long
 // enough. It returns ctx's error where requests are in flight when ctx ends.
 func (g *gate) drain(ctx context.Context) error {
-	g.mu.Lock()
-	g.closed = true
-	g.mu.Unlock()
 	linger := time.NewTimer(lingerTimeout)
 	defer linger.Stop()
 	lingering := true

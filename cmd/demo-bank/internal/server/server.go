@@ -206,7 +206,8 @@ func (s *Server) serve(ctx context.Context, listener net.Listener, handler http.
 	}
 
 	// Shutdown would cut idle keep-alive connections at once, and with them requests that are on their way. So the
-	// gate closes first, and answers those.
+	// gate closes first, and answers those. Who finds no listener any more finds a closed gate too.
+	s.gate.close()
 	_ = listener.Close() // which ends Serve
 	drain, cancel := context.WithTimeout(context.WithoutCancel(ctx), s.config.ShutdownTimeout)
 	defer cancel()
