@@ -221,6 +221,19 @@ func factAfterHandler(sealed, failed error, disposition Disposition) Fact {
 	return FactAnsweredCommit
 }
 
+// factAfterRollback reads what Rollback returned, for a fact that calls for nothing else.
+func factAfterRollback(fact Fact, err error) Fact {
+	switch {
+	case errors.Is(err, ErrTransactionLost):
+		return FactTransactionLost
+	case errors.Is(err, ErrKeyRecorded):
+		return FactKeyRecorded
+	case errors.Is(err, ErrUnknown):
+		return FactOutcomeUnknown
+	}
+	return fact
+}
+
 // factAfterCommit reads what Commit returned.
 func factAfterCommit(err error) Fact {
 	switch {

@@ -230,18 +230,19 @@ func (e *Engine) attempt(ctx context.Context, req *Request, run RunFunc, trace *
 	started := trace.now()
 	attempt, record, err := e.store.Begin(ctx, req)
 	open := attempt != nil
-	rollback := func() {
+	rollback := func() error {
 		open = false
 		started := trace.now()
 		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), e.options.RollbackTimeout)
 		defer cancel()
-		attempt.Rollback(ctx)
-		trace.step(StepRollback, started, nil)
+		err := attempt.Rollback(ctx)
+		trace.step(StepRollback, started, err)
+		return err
 	}
 	defer func() { // whatever way this is left by, the transaction is ended once
 		if open {
 			_ = attempt.Seal()
-			rollback()
+			_ = rollback()
 		}
 	}()
 	trace.step(StepClaim, started, err)
@@ -283,11 +284,12 @@ func (e *Engine) attempt(ctx context.Context, req *Request, run RunFunc, trace *
 		err = e.end(ctx, attempt.Decline, answer, StepDecline, trace)
 		fact = factAfterDecline(err)
 	case ActionForget:
-		rollback()
-		fact = FactForgotten
+		err = rollback()
+		fact = factAfterRollback(FactForgotten, err)
 	default:
-		rollback()
-		err = errors.Join(failed, sealed)
+		undone := rollback()
+		fact = factAfterRollback(fact, undone)
+		err = errors.Join(failed, sealed, undone)
 	}
 	switch decision := Decide(fact); decision.Action {
 	case ActionAnswer:

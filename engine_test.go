@@ -70,7 +70,10 @@ func (a *scriptAttempt) Decline(ctx context.Context, answer *idempotency.Answer)
 	return a.end("decline", ctx, answer)
 }
 
-func (a *scriptAttempt) Rollback(ctx context.Context) { _ = a.end("rollback", ctx, nil) }
+func (a *scriptAttempt) Rollback(ctx context.Context) error {
+	_ = a.end("rollback", ctx, nil)
+	return nil
+}
 
 func (a *scriptAttempt) end(step string, ctx context.Context, answer *idempotency.Answer) error {
 	a.took(step)

@@ -167,6 +167,7 @@ type Attempt interface {
 	Decline(ctx context.Context, answer *Answer) error
 
 	// Rollback undoes everything and forgets the attempt. Where its own message is lost the transaction ends all the
-	// same, with its connection; so there is no error to act on.
-	Rollback(ctx context.Context)
+	// same, with its connection, which is no error. Errors: ErrTransactionLost, ErrKeyRecorded where another attempt
+	// recorded the key unseen by the claim, and ErrUnknown where that could not be told.
+	Rollback(ctx context.Context) error
 }

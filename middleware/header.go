@@ -42,7 +42,8 @@ func recordable(header, before http.Header, allowed map[string]bool) map[string]
 		}
 	}
 	recorded := make(map[string][]string)
-	for name, values := range header {
+	for spelled, values := range header {
+		name := http.CanonicalHeaderKey(spelled) // a handler may write the map itself: ETag
 		if !allowed[name] || neverRecorded(name) || slices.Contains(named, name) || slices.Equal(values, before[name]) {
 			continue
 		}
@@ -56,11 +57,11 @@ func recordable(header, before http.Header, allowed map[string]bool) map[string]
 // cleanValue makes a value what net/http would send: line breaks become spaces, and it is trimmed. Other control
 // characters, which net/http leaves to fail elsewhere, become spaces too.
 func cleanValue(value string) string {
-	clean := strings.Map(func(c rune) rune {
+	clean := []byte(value) // not runes: a value need not be UTF-8
+	for i, c := range clean {
 		if c < ' ' && c != '\t' || c == 0x7f {
-			return ' '
+			clean[i] = ' '
 		}
-		return c
-	}, value)
-	return strings.Trim(clean, " \t")
+	}
+	return strings.Trim(string(clean), " \t")
 }

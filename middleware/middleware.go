@@ -256,6 +256,11 @@ func (run *run) once(ctx context.Context) (*idempotency.Answer, error) {
 	if len(run.body) == 0 {
 		r.Body = http.NoBody
 	}
+	defer func() { // net/http does so for its own request, and knows nothing of the copy
+		if r.MultipartForm != nil && run.request.MultipartForm == nil {
+			_ = r.MultipartForm.RemoveAll() // temporary files
+		}
+	}()
 	run.recorder = newRecorder(run.outer, run.m.options.AnswerBytesMax)
 	run.next.ServeHTTP(run.recorder, r)
 	if err := run.recorder.finish(); err != nil {

@@ -72,8 +72,8 @@ func (w *recorder) finish() error {
 	}
 	w.sent.Del("Content-Length") // recomputed
 	for name := range w.sent {
-		if ours(name) {
-			w.sent.Del(name)
+		if ours(http.CanonicalHeaderKey(name)) {
+			delete(w.sent, name)
 		}
 	}
 	return nil

@@ -154,7 +154,10 @@ func (a *attempt) Decline(ctx context.Context, answer *idempotency.Answer) error
 }
 
 // Rollback implements [idempotency.Attempt], but that the handler's writes stay.
-func (a *attempt) Rollback(context.Context) { a.end(nil, time.Time{}) }
+func (a *attempt) Rollback(context.Context) error {
+	a.end(nil, time.Time{})
+	return nil
+}
 
 // end gives the claim back and records the answer, if there is one and a key to record it under.
 func (a *attempt) end(answer *idempotency.Answer, at time.Time) {

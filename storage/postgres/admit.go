@@ -14,7 +14,7 @@ func admitSQL(sql string, plainStrings bool) error {
 	if !plainStrings && strings.IndexByte(sql, '\\') >= 0 {
 		return fmt.Errorf("%w: a backslash in SQL text is refused while standard_conforming_strings is off", ErrSealed)
 	}
-	s := scanner{rest: sql}
+	s := &scanner{rest: sql}
 	for s.skip(); s.rest != "" && s.rest[0] == ';'; s.skip() { // empty statements
 		s.rest = s.rest[1:]
 	}
@@ -38,11 +38,17 @@ func admitSQL(sql string, plainStrings bool) error {
 			return fmt.Errorf("%w: several statements in one string are refused: send them one by one or as a batch", ErrSealed)
 		}
 	}
+	if s.open { // in a batch of the simple protocol the next statement would end it
+		return fmt.Errorf("%w: a string, name or comment that does not end is refused", ErrSealed)
+	}
 	return nil
 }
 
 // scanner goes through SQL text token by token.
-type scanner struct{ rest string }
+type scanner struct {
+	rest string
+	open bool // a string, name or comment reached the end of the text
+}
 
 // skip passes over white space and comments.
 func (s *scanner) skip() {
@@ -81,6 +87,7 @@ func (s *scanner) comment() {
 			s.rest = s.rest[1:]
 		}
 	}
+	s.open = true
 }
 
 // word takes a word and returns it in upper case; it is empty where none begins here.
@@ -135,7 +142,7 @@ func (s *scanner) quoted(quote byte, escapes bool) {
 			return
 		}
 	}
-	s.rest = ""
+	s.rest, s.open = "", true
 }
 
 // dollar passes over a dollar-quoted string, or the sign alone of a parameter.
@@ -152,7 +159,7 @@ func (s *scanner) dollar() {
 	tag := s.rest[:end+1]
 	_, after, found := strings.Cut(s.rest[len(tag):], tag)
 	if !found {
-		after = ""
+		after, s.open = "", true
 	}
 	s.rest = after
 }

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 
+	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgconn"
 	"github.com/jackc/pgx/v5/pgxpool"
 
@@ -35,6 +36,9 @@ func (a *attempt) Seal() error { return a.tx.seal() }
 // Commit implements [idempotency.Attempt]: INSERT and COMMIT in one round trip.
 func (a *attempt) Commit(ctx context.Context, answer *idempotency.Answer) error {
 	defer a.release(ctx)
+	if !a.tx.abandoned && !plainText(a.conn()) {
+		return fail("commit", idempotency.ErrAborted, errEncoding)
+	}
 	s := &a.store.statements
 	if a.req.Keyless() {
 		guard := call{statement: &s.guard, params: [][]byte{a.claimedAt[:], []byte(a.store.options.SynchronousCommit)}}
@@ -48,8 +52,7 @@ func (a *attempt) Commit(ctx context.Context, answer *idempotency.Answer) error 
 // wait for it would hold this connection for the other handler's whole run, and the primary key decides anyway.
 func (a *attempt) Decline(ctx context.Context, answer *idempotency.Answer) error {
 	if a.req.Keyless() {
-		a.Rollback(ctx)
-		return nil
+		return a.Rollback(ctx)
 	}
 	defer a.release(ctx)
 	s := &a.store.statements
@@ -70,7 +73,41 @@ func (a *attempt) Decline(ctx context.Context, answer *idempotency.Answer) error
 
 // Rollback implements [idempotency.Attempt]. A connection that can't be rolled back is closed, which is the same to
 // the server.
-func (a *attempt) Rollback(ctx context.Context) { a.release(ctx) }
+func (a *attempt) Rollback(ctx context.Context) error {
+	defer a.release(ctx)
+	if a.tx.abandoned || a.conn().IsClosed() || a.conn().IsBusy() {
+		return nil
+	}
+	s := &a.store.statements
+	calls := make([]call, 0, 3)
+	switch a.status() {
+	case 'T':
+		calls = append(calls, call{statement: &s.guard, params: [][]byte{a.claimedAt[:], []byte(a.store.options.SynchronousCommit)}})
+	case 'E': // nothing but ROLLBACK is heard
+	default:
+		return nil
+	}
+	calls = append(calls, call{statement: &s.rollback})
+	recorded, looks := false, a.store.options.Isolation != pgx.ReadCommitted && !a.req.Keyless()
+	if looks {
+		// The snapshot may be older than the lock: what was recorded in between was not seen by the claim.
+		calls = append(calls, call{statement: &s.lookUp, params: [][]byte{[]byte(a.req.Key.Scope), []byte(a.req.Key.Value)}, row: func([][]byte) error {
+			recorded = true
+			return nil
+		}})
+	}
+	reply, err := s.flush(ctx, a.conn(), calls...)
+	var pgErr *pgconn.PgError
+	switch {
+	case errors.As(err, &pgErr) && pgErr.Code == "22012" && calls[min(reply.failed, len(calls)-1)].statement == &s.guard:
+		return fail("rollback", idempotency.ErrTransactionLost, err)
+	case err != nil && looks:
+		return fail("rollback", idempotency.ErrUnknown, err)
+	case recorded:
+		return fail("rollback", idempotency.ErrKeyRecorded, errors.New("the claim's snapshot was older than the record"))
+	}
+	return nil
+}
 
 func (a *attempt) insert(claimedAt []byte, answer *idempotency.Answer) call {
 	var traceID []byte

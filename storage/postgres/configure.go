@@ -28,10 +28,11 @@ var ErrEscape = errors.New("idempotency/postgres: an idempotent handler must not
 func Configure(config *pgxpool.Config, opts *Options) {
 	o := opts.full()
 	conn := config.ConnConfig
-	if !o.TransactionPooling { // a pooler refuses them, or hands them on to other clients
-		if conn.RuntimeParams == nil {
-			conn.RuntimeParams = map[string]string{}
-		}
+	if conn.RuntimeParams == nil {
+		conn.RuntimeParams = map[string]string{}
+	}
+	conn.RuntimeParams["client_encoding"] = "UTF8" // see plainText; a pooler knows this one
+	if !o.TransactionPooling {                     // a pooler refuses them, or hands them on to other clients
 		for _, setting := range append(o.settings(), setting{"tcp_keepalives_idle", "30"}, setting{"tcp_keepalives_interval", "10"}, setting{"tcp_keepalives_count", "3"}) {
 			if _, ok := conn.RuntimeParams[setting.name]; !ok || setting.name == "synchronous_commit" {
 				conn.RuntimeParams[setting.name] = setting.value

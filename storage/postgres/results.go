@@ -68,8 +68,9 @@ func (r *sealedRows) Scan(dest ...any) error {
 	if err := r.tx.use(); err != nil {
 		return err
 	}
-	err := r.Rows.Scan(dest...)
-	r.tx.done(err)
+	var err error
+	defer func() { r.tx.done(err) }() // a Scanner may panic
+	err = r.Rows.Scan(dest...)
 	return err
 }
 
@@ -139,8 +140,9 @@ func (b *sealedBatch) Close() error {
 	if err := b.tx.use(); err != nil {
 		return err
 	}
-	err := b.BatchResults.Close()
-	b.tx.done(err)
+	var err error
+	defer func() { b.tx.done(err) }() // a callback may panic
+	err = b.BatchResults.Close()
 	return err
 }
 

@@ -8,6 +8,7 @@ import (
 	"time"
 
 	"github.com/jackc/pgx/v5"
+	"github.com/jackc/pgx/v5/pgconn"
 	"github.com/jackc/pgx/v5/pgxpool"
 
 	"github.com/paidonce/idempotency"
@@ -195,6 +196,11 @@ func (s *Store) claim(ctx context.Context, req *idempotency.Request, acquire fun
 	if err != nil {
 		return nil, nil, fail("acquire a connection", idempotency.ErrUnavailable, err)
 	}
+	if !plainText(conn.Conn().PgConn()) {
+		_ = conn.Conn().Close(ctx) // an earlier handler set it for the session: a new connection has its own again
+		conn.Release()
+		return nil, nil, fail("claim", idempotency.ErrUnavailable, errors.Join(errStale, errEncoding))
+	}
 	a := newAttempt(s, conn, req)
 	var record *idempotency.Record
 	locked := false
@@ -219,23 +225,41 @@ func (s *Store) claim(ctx context.Context, req *idempotency.Request, acquire fun
 	_, err = s.statements.flush(ctx, conn.Conn().PgConn(), calls...)
 	switch {
 	case errors.Is(err, errRecord):
-		a.Rollback(ctx)
+		a.release(ctx)
 		return nil, nil, fail("read the record", idempotency.ErrUnknown, err)
 	case err != nil:
 		stale := conn.Conn().IsClosed() || unprepared(err)
-		a.Rollback(ctx)
+		if classify(err) == idempotency.ErrAborted { // for a role, say, that a handler set for the session
+			_ = conn.Conn().Close(ctx)
+		}
+		a.release(ctx)
 		if stale {
 			return nil, nil, fail("claim", idempotency.ErrUnavailable, errors.Join(errStale, sqlError(err)))
 		}
 		return nil, nil, fail("claim", classify(err), err)
 	case record != nil: // also where the lock is taken: replays may hold it
-		a.Rollback(ctx)
+		a.release(ctx)
 		return nil, record, nil
 	case !locked:
-		a.Rollback(ctx)
+		a.release(ctx)
 		return nil, nil, idempotency.ErrInProgress
 	}
 	return a, nil, nil
+}
+
+var errEncoding = errors.New("client_encoding is not UTF8: put the pool's config through Configure, and leave it alone in handlers")
+
+// plainText reports whether the server takes our text as the bytes that we send. In any other encoding it would read
+// another scope out of the same bytes: the look-up misses, the primary key does not conflict, and the handler pays again.
+func plainText(conn *pgconn.PgConn) bool {
+	switch conn.ParameterStatus("client_encoding") {
+	case "UTF8":
+		return true
+	case "SQL_ASCII": // nothing is converted
+		server := conn.ParameterStatus("server_encoding")
+		return server == "UTF8" || server == "SQL_ASCII"
+	}
+	return false
 }
 
 // acquire takes a connection from the pool.

@@ -335,6 +335,9 @@ func (tx *sealedTx) Conn() *pgx.Conn { return nil }
 
 // admit refuses SQL text that controls transactions, also where a rewriter among the arguments makes it.
 func (tx *sealedTx) admit(sql string, arguments []any) ([]any, error) {
+	if !plainText(tx.conn.PgConn()) { // a quote may be half of a character there
+		return nil, fmt.Errorf("%w: SQL is refused while client_encoding is not UTF8", ErrSealed)
+	}
 	plainStrings := tx.conn.PgConn().ParameterStatus("standard_conforming_strings") != "off"
 	if err := admitSQL(sql, plainStrings); err != nil {
 		return nil, err
@@ -380,8 +383,8 @@ type admittedRewriter struct {
 	plainStrings bool
 }
 
-func (r admittedRewriter) RewriteQuery(ctx context.Context, conn *pgx.Conn, sql string, arguments []any) (string, []any, error) {
-	sql, arguments, err := r.QueryRewriter.RewriteQuery(ctx, conn, sql, arguments)
+func (r admittedRewriter) RewriteQuery(ctx context.Context, _ *pgx.Conn, sql string, arguments []any) (string, []any, error) {
+	sql, arguments, err := r.QueryRewriter.RewriteQuery(ctx, nil, sql, arguments) // the connection would lead around the seal
 	if err == nil {
 		err = admitSQL(sql, r.plainStrings)
 	}

@@ -341,10 +341,11 @@ func (a *referenceAttempt) Decline(ctx context.Context, answer *idempotency.Answ
 	return nil
 }
 
-func (a *referenceAttempt) Rollback(context.Context) {
+func (a *referenceAttempt) Rollback(context.Context) error {
 	a.store.mu.Lock()
 	defer a.store.mu.Unlock()
 	a.end(nil, a.store.fault == "rollback keeps writes" || a.store.fault == "panic keeps writes" && a.sealed, "rollback keeps the claim")
+	return nil
 }
 
 func (a *referenceAttempt) end(answer *idempotency.Answer, keep bool, keepsClaim string) {

@@ -195,9 +195,9 @@ func (a *attempt) Decline(ctx context.Context, answer *idempotency.Answer) error
 	return a.Attempt.Decline(ctx, answer)
 }
 
-func (a *attempt) Rollback(ctx context.Context) {
+func (a *attempt) Rollback(ctx context.Context) error {
 	a.ended = true
-	a.Attempt.Rollback(ctx)
+	return a.Attempt.Rollback(ctx)
 }
 
 // endAll ends the attempts that a failed case left open: a store may wait for them when it is closed.

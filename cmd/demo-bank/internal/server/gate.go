@@ -90,8 +90,8 @@ func (g *gate) close() {
 	g.closed = true
 }
 
-// drain is called on a closed gate. It returns when the last request has left and no connection is open, or lingered on for long
-// enough. It returns ctx's error where requests are in flight when ctx ends.
+// drain is called on a closed gate. It returns when the last request has left and no connection is open, or lingered
+// on for long enough. It returns ctx's error where requests are in flight when ctx ends.
 func (g *gate) drain(ctx context.Context) error {
 	linger := time.NewTimer(lingerTimeout)
 	defer linger.Stop()

@@ -14,6 +14,7 @@ func TestAClosedGateWaitsForRequests(t *testing.T) {
 	if !g.enter() {
 		t.Fatal("an open gate refused a request")
 	}
+	g.close()
 	ctx, cancel := context.WithTimeout(t.Context(), lingerTimeout+200*time.Millisecond)
 	defer cancel()
 	if err := g.drain(ctx); !errors.Is(err, context.DeadlineExceeded) {

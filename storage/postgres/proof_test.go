@@ -1,0 +1,191 @@
+package postgres_test
+
+import (
+	"context"
+	"fmt"
+	"runtime"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"github.com/jackc/pgx/v5"
+	"github.com/jackc/pgx/v5/pgxpool"
+
+	"github.com/paidonce/idempotency"
+	"github.com/paidonce/idempotency/storage/postgres"
+)
+
+// Where another attempt recorded the key and there is no restart left to look, the key is not called not executed.
+func TestRecordedKeyIsNeverCalledNotExecuted(t *testing.T) {
+	t.Parallel()
+	b := setup(t, nil)
+	for name, c := range map[string]struct {
+		options idempotency.Options
+		wait    time.Duration
+	}{
+		"no restarts":  {options: idempotency.Options{Restarts: -1}},
+		"no time left": {options: idempotency.Options{HandlerTimeout: 100 * time.Millisecond}, wait: 200 * time.Millisecond},
+	} {
+		for _, status := range []int{201, 402} {
+			key := fmt.Sprint(name[3:], status)
+			key = fmt.Sprintf("%x", key)
+			result := idempotency.NewEngine(b.store, &c.options).Do(context.Background(), request(key, ""), func(context.Context) (*idempotency.Answer, error) {
+				_, err := b.pool.Exec(context.Background(), `INSERT INTO idempotency_keys
+					(created_at, expires_at, status, fingerprint_version, attempt_id, scope, key, fingerprint, headers, body)
+					VALUES (now(), now() + interval '1 day', 202, 1, gen_random_uuid(), 'acme', $2, $1, '\x0100', 'theirs')`,
+					make([]byte, 32), key)
+				if err != nil {
+					t.Error(err)
+				}
+				time.Sleep(c.wait)
+				return answer(status), nil
+			})
+			want(t, result, idempotency.OutcomeUnknown, idempotency.ReasonOutcomeUnknown)
+		}
+	}
+}
+
+// Above READ COMMITTED the claim's snapshot may be older than its lock. An attempt that saw nothing and then forgets
+// its answer must not say that the key was not executed.
+func TestOldSnapshotIsNoProof(t *testing.T) {
+	t.Parallel()
+	for _, isolation := range []pgx.TxIsoLevel{pgx.RepeatableRead, pgx.Serializable} {
+		t.Run(string(isolation), func(t *testing.T) {
+			t.Parallel()
+			b := setup(t, &setupOptions{
+				store:     &postgres.Options{Isolation: isolation, AcquireTimeout: 20 * time.Second},
+				configure: func(c *pgxpool.Config) { c.MaxConns = 8 },
+			})
+			for key := range 300 {
+				var runs atomic.Int64
+				var wg sync.WaitGroup
+				for range 6 {
+					wg.Go(func() {
+						for {
+							run := int64(0)
+							result := b.do(t, request(fmt.Sprint(key), ""), func(context.Context, pgx.Tx) int {
+								if run = runs.Add(1); run == 1 {
+									return 201
+								}
+								return 500 // runs after the first was recorded, because the lock was free
+							})
+							if result.Outcome == idempotency.OutcomeNotExecuted {
+								t.Errorf("key %d, run %d: %s %v", key, run, result.Outcome, result.Err)
+							}
+							if result.Outcome != idempotency.OutcomeInProgress {
+								return
+							}
+						}
+					})
+				}
+				wg.Wait()
+			}
+		})
+	}
+}
+
+// F25, the net under a handler that replaced the transaction, for the answers that commit nothing.
+func TestReplacedTransactionIsNeverCalledNotExecuted(t *testing.T) {
+	t.Parallel()
+	for _, status := range []int{500, 429, 0} {
+		b := setup(t, nil)
+		result := b.do(t, request("k", ""), func(ctx context.Context, tx pgx.Tx) int {
+			effect(ctx, t)
+			if _, err := postgres.RawConn(tx).Exec(ctx, "commit; begin"); err != nil {
+				t.Error(err)
+			}
+			if status == 0 {
+				panic("after the fact")
+			}
+			return status
+		})
+		want(t, result, idempotency.OutcomeUnknown, idempotency.ReasonTransactionLost)
+	}
+}
+
+// A prepared statement can be executed by SQL text: ours that end a transaction must not be there to be found.
+func TestHandlerCannotExecuteOurStatements(t *testing.T) {
+	t.Parallel()
+	b := setup(t, nil)
+	want(t, b.do(t, request("k", ""), func(ctx context.Context, tx pgx.Tx) int {
+		var n int
+		err := tx.QueryRow(ctx, "SELECT count(*) FROM pg_prepared_statements WHERE statement ~* '^(begin|commit|rollback)'").Scan(&n)
+		if err != nil || n != 0 {
+			t.Errorf("%d statements, %v", n, err)
+		}
+		return 201
+	}), idempotency.OutcomeExecuted, "")
+}
+
+type faultyTracer struct {
+	step           idempotency.Step
+	started, ended atomic.Int64
+}
+
+func (f *faultyTracer) TraceRequestStart(ctx context.Context, _ idempotency.RequestStart) context.Context {
+	f.started.Add(1)
+	return ctx
+}
+
+func (f *faultyTracer) TraceStep(_ context.Context, s idempotency.StepEnd) {
+	if s.Step == f.step {
+		panic("tracer")
+	}
+}
+func (f *faultyTracer) TraceRequestEnd(context.Context, idempotency.RequestEnd) { f.ended.Add(1) }
+func (f *faultyTracer) TraceRefused(context.Context, idempotency.Refused)       {}
+
+// Whatever way a request's goroutine ends, nothing is held and its end is traced.
+func TestNothingIsHeldWhereTheGoroutineEnds(t *testing.T) {
+	t.Parallel()
+	for _, step := range []idempotency.Step{"", idempotency.StepClaim, idempotency.StepHandler, idempotency.StepCommit} {
+		b := setup(t, nil)
+		tracer := &faultyTracer{step: step}
+		done := make(chan struct{})
+		go func() {
+			defer close(done)
+			defer func() { _ = recover() }()
+			idempotency.NewEngine(b.store, &idempotency.Options{Tracer: tracer}).Do(context.Background(), request("k", ""), func(context.Context) (*idempotency.Answer, error) {
+				if step == "" {
+					runtime.Goexit()
+				}
+				return answer(201), nil
+			})
+		}()
+		<-done
+		if n := b.pool.Stat().AcquiredConns(); n != 0 || tracer.started.Load() != tracer.ended.Load() {
+			t.Errorf("step %q: %d connections are held, %d requests ended", step, n, tracer.ended.Load())
+			b.count(t, "SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity WHERE datname = current_database() AND state LIKE 'idle in transaction%'")
+		}
+	}
+}
+
+// A role that a handler set for the session makes every claim on that connection fail: it is not kept.
+func TestConnectionThatCannotClaimIsNotKept(t *testing.T) {
+	t.Parallel()
+	b := setup(t, &setupOptions{configure: func(c *pgxpool.Config) { c.MaxConns = 1 }})
+	if _, err := b.pool.Exec(context.Background(), "SET ROLE pg_read_all_settings"); err != nil {
+		t.Fatal(err)
+	}
+	want(t, b.do(t, request("k", ""), pay(t, 201)), idempotency.OutcomeNotExecuted, idempotency.ReasonUnavailable)
+	want(t, b.do(t, request("k", ""), pay(t, 201)), idempotency.OutcomeExecuted, "")
+}
+
+// not-executed is said of a request, and not of its key: without a connection nobody looked. The client's table must
+// not let it give up on this one where an earlier reply was lost.
+func TestNotExecutedIsSaidOfTheRequestAlone(t *testing.T) {
+	t.Parallel()
+	b := setup(t, &setupOptions{
+		store:     &postgres.Options{AcquireTimeout: 50 * time.Millisecond},
+		configure: func(c *pgxpool.Config) { c.MaxConns = 1 },
+	})
+	want(t, b.do(t, request("k", ""), pay(t, 201)), idempotency.OutcomeExecuted, "") // and its reply is lost
+	busy, err := b.pool.Acquire(context.Background())
+	if err != nil {
+		t.Fatal(err)
+	}
+	want(t, b.do(t, request("k", ""), pay(t, 201)), idempotency.OutcomeNotExecuted, idempotency.ReasonUnavailable)
+	busy.Release()
+	want(t, b.do(t, request("k", ""), pay(t, 201)), idempotency.OutcomeReplayed, "")
+}
