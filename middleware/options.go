@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"log/slog"
 	"net/http"
+	"net/url"
 	"slices"
 	"time"
 
@@ -92,7 +93,12 @@ func FingerprintV1() Fingerprint { return Fingerprint{Version: fingerprintVersio
 
 func (f Fingerprint) of(r *http.Request, body []byte) idempotency.Fingerprint {
 	if f.Content == nil {
-		return idempotency.FingerprintV1(r.Method, r.URL.EscapedPath(), r.URL.RawQuery, r.Header.Get("Content-Type"), body)
+		// The target as the client sent it: http.StripPrefix outside would make two routes one.
+		target := r.URL
+		if sent, err := url.ParseRequestURI(r.RequestURI); err == nil {
+			target = sent
+		}
+		return idempotency.FingerprintV1(r.Method, target.EscapedPath(), target.RawQuery, r.Header.Get("Content-Type"), body)
 	}
 	return idempotency.FingerprintOf(f.Version, f.Content(r, body))
 }

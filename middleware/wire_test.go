@@ -471,26 +471,39 @@ func TestOwnFingerprint(t *testing.T) {
 		return func(r *http.Request, _ []byte) []byte { return []byte(r.Header.Get(name)) }
 	}
 	b := setup(t, setupOptions{mount: func(idem *middleware.Middleware, handler http.Handler) http.Handler {
-		mux := http.NewServeMux()
-		for path, fingerprints := range map[string][]middleware.Fingerprint{
-			"/built-in": nil,
-			"/own":      {{Version: 100, Content: byHeader("One")}, middleware.FingerprintV1()},
-			"/newer":    {{Version: 101, Content: byHeader("Two")}, {Version: 100, Content: byHeader("One")}},
+		programs := map[string]http.Handler{}
+		for program, fingerprints := range map[string][]middleware.Fingerprint{
+			"built-in": nil,
+			"own":      {{Version: 100, Content: byHeader("One")}, middleware.FingerprintV1()},
+			"newer":    {{Version: 101, Content: byHeader("Two")}, {Version: 100, Content: byHeader("One")}},
 		} {
-			with := idem.With(func(o *middleware.Options) { o.Fingerprints = fingerprints })
-			mux.Handle(path+"/", http.StripPrefix(path, with.Handler(handler)))
+			programs[program] = idem.With(func(o *middleware.Options) { o.Fingerprints = fingerprints }).Handler(handler)
 		}
-		return mux
+		return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) { programs[r.Header.Get("Program")].ServeHTTP(w, r) })
 	}}, transfer)
-	want(t, b.post(t, "/built-in/x", "a", "Idempotency-Key", "v1"), 201, idempotency.OutcomeExecuted, "")
-	want(t, b.post(t, "/own/x", "a", "Idempotency-Key", "v1"), 201, idempotency.OutcomeReplayed, "") // compared with the old function
-	want(t, b.post(t, "/own/x", "b", "Idempotency-Key", "v1"), 422, idempotency.OutcomeMismatch, idempotency.ReasonKeyReused)
+	want(t, b.post(t, "/x", "a", "Program", "built-in", "Idempotency-Key", "v1"), 201, idempotency.OutcomeExecuted, "")
+	want(t, b.post(t, "/x", "a", "Program", "own", "Idempotency-Key", "v1"), 201, idempotency.OutcomeReplayed, "") // compared with the old function
+	want(t, b.post(t, "/x", "b", "Program", "own", "Idempotency-Key", "v1"), 422, idempotency.OutcomeMismatch, idempotency.ReasonKeyReused)
 
-	want(t, b.post(t, "/own/x", "a", "Idempotency-Key", "v100", "One", "1"), 201, idempotency.OutcomeExecuted, "")
-	want(t, b.post(t, "/own/x", "b", "Idempotency-Key", "v100", "One", "1"), 201, idempotency.OutcomeReplayed, "")
-	want(t, b.post(t, "/newer/x", "b", "Idempotency-Key", "v100", "One", "1", "Two", "2"), 201, idempotency.OutcomeReplayed, "")
-	want(t, b.post(t, "/newer/x", "b", "Idempotency-Key", "v100", "One", "2", "Two", "2"), 422, idempotency.OutcomeMismatch, idempotency.ReasonKeyReused)
+	want(t, b.post(t, "/x", "a", "Program", "own", "Idempotency-Key", "v100", "One", "1"), 201, idempotency.OutcomeExecuted, "")
+	want(t, b.post(t, "/x", "b", "Program", "own", "Idempotency-Key", "v100", "One", "1"), 201, idempotency.OutcomeReplayed, "")
+	want(t, b.post(t, "/x", "b", "Program", "newer", "Idempotency-Key", "v100", "One", "1", "Two", "2"), 201, idempotency.OutcomeReplayed, "")
+	want(t, b.post(t, "/x", "b", "Program", "newer", "Idempotency-Key", "v100", "One", "2", "Two", "2"), 422, idempotency.OutcomeMismatch, idempotency.ReasonKeyReused)
 
 	// A record of a function that this version does not know can't be compared, and is never replayed for that reason.
-	want(t, b.post(t, "/built-in/x", "a", "Idempotency-Key", "v100", "One", "1"), 503, idempotency.OutcomeUnknown, idempotency.ReasonOutcomeUnknown)
+	want(t, b.post(t, "/x", "a", "Program", "built-in", "Idempotency-Key", "v100", "One", "1"), 503, idempotency.OutcomeUnknown, idempotency.ReasonOutcomeUnknown)
+}
+
+// Two routes that look alike to their handlers are two requests all the same: the client's target counts.
+func TestFingerprintIsOfTheTargetAsItWasSent(t *testing.T) {
+	t.Parallel()
+	b := setup(t, setupOptions{mount: func(idem *middleware.Middleware, handler http.Handler) http.Handler {
+		mux := http.NewServeMux()
+		mux.Handle("/alice/", http.StripPrefix("/alice", idem.Handler(handler)))
+		mux.Handle("/bob/", http.StripPrefix("/bob", idem.Handler(handler)))
+		return mux
+	}}, transfer)
+	want(t, b.post(t, "/alice/debit", "{}", "Idempotency-Key", "k"), 201, idempotency.OutcomeExecuted, "")
+	want(t, b.post(t, "/alice/debit", "{}", "Idempotency-Key", "k"), 201, idempotency.OutcomeReplayed, "")
+	want(t, b.post(t, "/bob/debit", "{}", "Idempotency-Key", "k"), 422, idempotency.OutcomeMismatch, idempotency.ReasonKeyReused)
 }

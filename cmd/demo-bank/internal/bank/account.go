@@ -59,6 +59,8 @@ func (b *Bank) decodeAccount(body []byte) (work, error) {
 		return nil, err
 	}
 	switch {
+	case id == merchant: // the first order opens it
+		return nil, invalid("invalid-account", "This id is the bank's own.")
 	case !validAccountID(string(id)):
 		return nil, invalid("invalid-account", fmt.Sprintf("id must be 1 to %d letters, digits, dots, hyphens and underscores.", AccountIDBytesMax))
 	case !validCurrency(string(currency)):

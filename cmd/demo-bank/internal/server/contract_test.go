@@ -102,6 +102,7 @@ func TestContract(t *testing.T) {
 		expectProblem(t, b.keyed("/v1/orders", `{"account":"alice","sku":"boat","quantity":1}`), 404, "product-not-found")
 		expectProblem(t, b.keyed("/v1/orders", `{"account":"alice","sku":"mug","quantity":0}`), 400, "invalid-order")
 		expectProblem(t, b.keyed("/v1/orders", `{"account":"carol","sku":"mug","quantity":1}`), 400, "invalid-order")
+		expectProblem(t, b.keyed("/v1/accounts", `{"id":"merchant","currency":"USD","opening_balance":0}`), 400, "invalid-account")
 		expectProblem(t, b.keyed("/v1/orders", `{"account":"merchant","sku":"mug","quantity":1}`), 400, "invalid-order")
 		expectProblem(t, b.get("/v1/orders/1"), 404, "order-not-found")
 	})
