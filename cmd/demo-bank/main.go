@@ -117,6 +117,9 @@ func (c *stormCommand) Run(ctx context.Context) error {
 	if err := write(os.Stdout); err != nil {
 		return fmt.Errorf("print the report: %w", err)
 	}
+	if report.Verdict == storm.VerdictNone {
+		return noVerdict{errors.New("the bank acknowledged no transfer")}
+	}
 	if !report.OK() {
 		return errBroken
 	}

@@ -68,3 +68,15 @@ func TestAStormCanBeRepeated(t *testing.T) {
 		t.Error("a storm on a path without a bank has a verdict")
 	}
 }
+
+// TestAStormThatMovesNoMoneyShowsNothing: where every transfer is declined nothing is broken, and nothing is proven.
+func TestAStormThatMovesNoMoneyShowsNothing(t *testing.T) {
+	t.Parallel()
+	b := setup(t)
+	if _, err := b.db.Exec(t.Context(), "UPDATE accounts SET balance = 0, opening_balance = 0"); err != nil {
+		t.Fatal(err)
+	}
+	if report := stormOn(t, b.url, func(c *storm.Config) { c.Keys = 20 }); report.Verdict != storm.VerdictNone || report.KeysAcknowledged != 0 {
+		t.Errorf("verdict is %s with %d acknowledged keys", report.Verdict, report.KeysAcknowledged)
+	}
+}

@@ -217,12 +217,19 @@ func (s *storm) report(before, after *bank.Audit, sent time.Duration) *Report {
 			r.NotSeen = append(r.NotSeen, kind.name)
 		}
 	}
-	r.Verdict = "ok"
-	if !r.OK() {
+	switch {
+	case !r.OK():
 		r.Verdict = "broken"
+	case r.KeysAcknowledged == 0:
+		r.Verdict = VerdictNone
+	default:
+		r.Verdict = "ok"
 	}
 	return r
 }
+
+// VerdictNone is the verdict on a bank that moved no money: nothing can be wrong with it, and nothing was shown.
+const VerdictNone = "none"
 
 // WriteJSON writes the report as one JSON object.
 func (r *Report) WriteJSON(w io.Writer) error {
