@@ -1,6 +1,8 @@
 package server
 
 import (
+	"os/exec"
+	"path/filepath"
 	"slices"
 	"strings"
 	"testing"
@@ -47,6 +49,23 @@ func TestStormFindsAMissingMiddleware(t *testing.T) {
 	for _, want := range []string{"two different answers for one key", "a key has two transfers", "a changed body was not refused as a mismatch", "the audit is not ok"} {
 		if !slices.ContainsFunc(report.Broken, func(s string) bool { return strings.HasPrefix(s, want) }) {
 			t.Errorf("the verdict does not say %q: %v", want, report.Broken)
+		}
+	}
+}
+
+// TestStormProgramExitsWithTheVerdict: 0 against the bank, 1 against the same bank without its middleware.
+func TestStormProgramExitsWithTheVerdict(t *testing.T) {
+	t.Parallel()
+	program := filepath.Join(t.TempDir(), "demo-bank")
+	if output, err := exec.CommandContext(t.Context(), "go", "build", "-o", program, "github.com/paidonce/idempotency/cmd/demo-bank").CombinedOutput(); err != nil {
+		t.Fatalf("build: %v\n%s", err, output)
+	}
+	for without, want := range map[bool]int{false: 0, true: 1} {
+		b := setup(t, func(c *Config) { c.withoutMiddleware = without })
+		storm := exec.CommandContext(t.Context(), program, "storm", "--url", b.url, "--keys", "100")
+		output, _ := storm.CombinedOutput() // its exit code is looked at
+		if got := storm.ProcessState.ExitCode(); got != want {
+			t.Errorf("without the middleware: %t; exit code %d, want %d:\n%s", without, got, want, output)
 		}
 	}
 }
