@@ -221,10 +221,11 @@ func factAfterHandler(sealed, failed error, disposition Disposition) Fact {
 	return FactAnsweredCommit
 }
 
-// factAfterRollback reads what Rollback returned, for a fact that calls for nothing else.
+// factAfterRollback reads what Rollback returned; fact is what called for it. What a handler committed behind our back
+// stands, whatever else comes to light, so a lost transaction stays one.
 func factAfterRollback(fact Fact, err error) Fact {
 	switch {
-	case errors.Is(err, ErrTransactionLost):
+	case fact == FactTransactionLost, errors.Is(err, ErrTransactionLost):
 		return FactTransactionLost
 	case errors.Is(err, ErrKeyRecorded):
 		return FactKeyRecorded

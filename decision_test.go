@@ -215,3 +215,29 @@ func TestFactAfterDecline(t *testing.T) {
 		nil: FactDeclined, ErrTransactionLost: FactTransactionLost, ErrKeyRecorded: FactKeyRecorded,
 	}, FactDeclineFailed)
 }
+
+// A rollback may find more than it was called for: another attempt's record, or that the transaction was not ours any
+// more. A lost transaction is never started again for it: what it committed would be paid twice.
+func TestFactAfterRollback(t *testing.T) {
+	t.Parallel()
+	for _, test := range []struct {
+		fact Fact
+		err  error
+		want Fact
+	}{
+		{FactForgotten, nil, FactForgotten},
+		{FactHandlerFailed, nil, FactHandlerFailed},
+		{FactSerialization, nil, FactSerialization},
+		{FactForgotten, ErrTransactionLost, FactTransactionLost},
+		{FactSerialization, ErrTransactionLost, FactTransactionLost},
+		{FactForgotten, ErrKeyRecorded, FactKeyRecorded},
+		{FactHandlerFailed, ErrUnknown, FactOutcomeUnknown},
+		{FactTransactionLost, nil, FactTransactionLost},
+		{FactTransactionLost, ErrKeyRecorded, FactTransactionLost},
+		{FactTransactionLost, ErrUnknown, FactTransactionLost},
+	} {
+		if got := factAfterRollback(test.fact, test.err); got != test.want {
+			t.Errorf("fact %d, %v: %d, want %d", test.fact, test.err, got, test.want)
+		}
+	}
+}
