@@ -34,6 +34,7 @@ const (
 	ReasonTransactionLost Reason = "transaction-lost"
 	ReasonUnavailable     Reason = "unavailable"
 	ReasonOutcomeUnknown  Reason = "outcome-unknown"
+	ReasonRecordCorrupt   Reason = "record-corrupt"
 )
 
 // Disposition says what an answer means for the transaction. A policy maps a status to it; see [DefaultDisposition].
@@ -62,8 +63,8 @@ func DefaultDisposition(status int) Disposition {
 	return Forget
 }
 
-// Fact is what is known of a request at one of its three turning points: after the claim, after the handler, after the
-// end of the transaction.
+// Fact is what is known of a request at one of its turning points: after the claim, after the handler, after the end of
+// the transaction, and after the look for a COMMIT whose reply was lost.
 type Fact uint8
 
 // The facts.
@@ -72,7 +73,8 @@ const (
 	FactInProgress                         // no record; the claim is another attempt's
 	FactRecordedSame                       // a record of this very request
 	FactRecordedOther                      // a record of a different request
-	FactRecordedUnreadable                 // a record whose fingerprint or answer this program can't read
+	FactRecordedUnreadable                 // a record whose fingerprint or answer this program can't read, or can't vouch for yet
+	FactRecordCorrupt                      // a record that is not what was recorded
 	FactUnavailable                        // no connection, or the database failed before COMMIT was sent
 	FactSerialization                      // 40001 or 40P01, wherever it came from
 	FactRestartsSpent                      // another restart was due, and the budget of restarts is used up
@@ -84,13 +86,17 @@ const (
 	FactHandlerFailed   // the handler panicked, its answer can't be recorded, or it wants to commit an aborted transaction
 	FactTransactionLost // the handler ended the transaction behind our back
 
-	FactCommitted      // COMMIT returned
-	FactDeclined       // COMMIT of the answer alone returned
-	FactForgotten      // ROLLBACK, after an answer that is not recorded
-	FactKeyRecorded    // our INSERT found another attempt's record
-	FactCommitAborted  // the database refused COMMIT: a deferred constraint, for example
-	FactDeclineFailed  // the answer of a decline was not recorded, or perhaps was; its writes are undone either way
-	FactOutcomeUnknown // COMMIT was sent and its reply is missing
+	FactCommitted     // COMMIT returned
+	FactDeclined      // COMMIT of the answer alone returned
+	FactForgotten     // ROLLBACK, after an answer that is not recorded
+	FactKeyRecorded   // our INSERT found another attempt's record
+	FactCommitAborted // the database refused COMMIT: a deferred constraint, for example
+	FactDeclineFailed // the answer of a decline was not recorded; its writes are undone too
+	FactCommitUnknown // COMMIT was sent and its reply is missing
+
+	FactResolvedOurs   // asked again, the store has this attempt's record
+	FactResolvedAbsent // asked again, the store proves that nothing was recorded
+	FactOutcomeUnknown // what became of the request could not be found out
 )
 
 // Action is what the engine does about a fact.
@@ -105,6 +111,7 @@ const (
 	ActionForget                    // undo the handler's writes and answer what the handler answered
 	ActionAnswer                    // answer what the handler answered
 	ActionRestart                   // undo everything and claim again
+	ActionResolve                   // ask the store what became of COMMIT
 	ActionRefuse                    // undo what is open and answer a problem
 )
 
@@ -130,6 +137,8 @@ func Decide(fact Fact) Decision {
 		return Decision{ActionRefuse, OutcomeMismatch, ReasonKeyReused}
 	case FactRecordedUnreadable:
 		return Decision{ActionRefuse, OutcomeUnknown, ReasonOutcomeUnknown}
+	case FactRecordCorrupt:
+		return Decision{ActionRefuse, OutcomeUnknown, ReasonRecordCorrupt}
 
 	// At any point before COMMIT was sent.
 	case FactUnavailable:
@@ -164,6 +173,14 @@ func Decide(fact Fact) Decision {
 		return Decision{ActionRefuse, OutcomeNotExecuted, ReasonHandlerFailed}
 	case FactDeclineFailed:
 		return Decision{ActionRefuse, OutcomeNotExecuted, ReasonUnavailable}
+	case FactCommitUnknown:
+		return Decision{Action: ActionResolve}
+
+	// After the look for a lost COMMIT, which may also find the facts of a record.
+	case FactResolvedOurs:
+		return Decision{Action: ActionAnswer, Outcome: OutcomeExecuted}
+	case FactResolvedAbsent:
+		return Decision{ActionRefuse, OutcomeNotExecuted, ReasonUnavailable}
 	}
 	// FactOutcomeUnknown, and whatever nobody thought of.
 	return Decision{ActionRefuse, OutcomeUnknown, ReasonOutcomeUnknown}
@@ -176,6 +193,8 @@ func factAfterClaim(req *Request, record *Record, err error) Fact {
 		return FactInProgress
 	case errors.Is(err, ErrSerialization):
 		return FactSerialization
+	case errors.Is(err, ErrRecordCorrupt):
+		return FactRecordCorrupt
 	case errors.Is(err, ErrUnknown):
 		return FactRecordedUnreadable
 	case err != nil:
@@ -183,6 +202,11 @@ func factAfterClaim(req *Request, record *Record, err error) Fact {
 	case record == nil:
 		return FactClaimed
 	}
+	return factOfRecord(req, record)
+}
+
+// factOfRecord compares fingerprints. Every path that answers with a record comes through here.
+func factOfRecord(req *Request, record *Record) Fact {
 	ours, ok := req.Fingerprint, true
 	if record.Fingerprint.Version != ours.Version {
 		ours, ok = Fingerprint{}, false
@@ -235,13 +259,12 @@ func factAfterRollback(fact Fact, err error) Fact {
 	return fact
 }
 
-// factAfterCommit reads what Commit returned.
-func factAfterCommit(err error) Fact {
+// factAfterCommit reads what Commit returned. Without a key there is no record to ask for.
+func factAfterCommit(req *Request, err error) Fact {
 	switch {
 	case err == nil:
 		return FactCommitted
-	case errors.Is(err, ErrUnknown):
-		return FactOutcomeUnknown
+	case errors.Is(err, ErrUnknown): // first: it outweighs whatever else the error wraps
 	case errors.Is(err, ErrTransactionLost):
 		return FactTransactionLost
 	case errors.Is(err, ErrKeyRecorded):
@@ -253,19 +276,39 @@ func factAfterCommit(err error) Fact {
 	case errors.Is(err, ErrAborted):
 		return FactCommitAborted
 	}
-	return FactOutcomeUnknown
+	if req.Keyless() {
+		return FactOutcomeUnknown
+	}
+	return FactCommitUnknown
 }
 
-// factAfterDecline reads what Decline returned. The handler's writes are undone whatever it was, so its worst case is
-// an answer that a retry may see differently, and never money.
+// factAfterDecline reads what Decline returned.
 func factAfterDecline(err error) Fact {
 	switch {
 	case err == nil:
 		return FactDeclined
+	case errors.Is(err, ErrUnknown):
 	case errors.Is(err, ErrTransactionLost):
 		return FactTransactionLost
 	case errors.Is(err, ErrKeyRecorded):
 		return FactKeyRecorded
+	case errors.Is(err, ErrSerialization), errors.Is(err, ErrUnavailable), errors.Is(err, ErrAborted):
+		return FactDeclineFailed
 	}
-	return FactDeclineFailed
+	return FactCommitUnknown
+}
+
+// factAfterResolve reads what Resolve returned. An attempt is known by its id, which nobody else can have made.
+func factAfterResolve(req *Request, record *Record, err error) Fact {
+	switch {
+	case errors.Is(err, ErrRecordCorrupt):
+		return FactRecordCorrupt
+	case err != nil:
+		return FactOutcomeUnknown
+	case record == nil:
+		return FactResolvedAbsent
+	case record.Attempt == req.Attempt:
+		return FactResolvedOurs
+	}
+	return factOfRecord(req, record)
 }

@@ -29,6 +29,10 @@ func TestDecideEveryRow(t *testing.T) {
 		FactKeyRecorded:        {Action: ActionRestart},
 		FactCommitAborted:      {ActionRefuse, OutcomeNotExecuted, ReasonHandlerFailed},
 		FactDeclineFailed:      {ActionRefuse, OutcomeNotExecuted, ReasonUnavailable},
+		FactRecordCorrupt:      {ActionRefuse, OutcomeUnknown, ReasonRecordCorrupt},
+		FactCommitUnknown:      {Action: ActionResolve},
+		FactResolvedOurs:       {Action: ActionAnswer, Outcome: OutcomeExecuted},
+		FactResolvedAbsent:     {ActionRefuse, OutcomeNotExecuted, ReasonUnavailable},
 		FactOutcomeUnknown:     {ActionRefuse, OutcomeUnknown, ReasonOutcomeUnknown},
 	}
 	unknown := rows[FactOutcomeUnknown]
@@ -83,7 +87,8 @@ var errOther = errors.New("an error nobody knows")
 
 // sentinels are all errors of the contract, and one that is not.
 var sentinels = []error{
-	nil, ErrInProgress, ErrUnavailable, ErrSerialization, ErrAborted, ErrKeyRecorded, ErrTransactionLost, ErrUnknown, errOther,
+	nil, ErrInProgress, ErrUnavailable, ErrSerialization, ErrAborted, ErrKeyRecorded, ErrTransactionLost, ErrUnknown,
+	ErrRecordCorrupt, errOther,
 }
 
 func wrap(err error) error {
@@ -111,6 +116,7 @@ func TestFactAfterClaim(t *testing.T) {
 	t.Parallel()
 	checkFacts(t, func(err error) Fact { return factAfterClaim(&Request{}, nil, err) }, map[error]Fact{
 		nil: FactClaimed, ErrInProgress: FactInProgress, ErrSerialization: FactSerialization, ErrUnknown: FactRecordedUnreadable,
+		ErrRecordCorrupt: FactRecordCorrupt,
 	}, FactUnavailable)
 }
 
@@ -194,17 +200,20 @@ func TestFactAfterHandler(t *testing.T) {
 
 func TestFactAfterCommit(t *testing.T) {
 	t.Parallel()
-	checkFacts(t, factAfterCommit, map[error]Fact{
-		nil: FactCommitted, ErrTransactionLost: FactTransactionLost, ErrKeyRecorded: FactKeyRecorded,
-		ErrSerialization: FactSerialization, ErrUnavailable: FactUnavailable, ErrAborted: FactCommitAborted,
-	}, FactOutcomeUnknown)
-	// What may have been executed is never told otherwise.
-	for _, err := range sentinels {
-		if err == nil {
-			continue
-		}
-		if got := factAfterCommit(errors.Join(err, ErrUnknown)); got != FactOutcomeUnknown {
-			t.Errorf("%v together with ErrUnknown: fact %d, want %d", err, got, FactOutcomeUnknown)
+	keyed := &Request{Key: Key{Scope: "acme", Value: "k"}}
+	for req, unknown := range map[*Request]Fact{keyed: FactCommitUnknown, {}: FactOutcomeUnknown} {
+		checkFacts(t, func(err error) Fact { return factAfterCommit(req, err) }, map[error]Fact{
+			nil: FactCommitted, ErrTransactionLost: FactTransactionLost, ErrKeyRecorded: FactKeyRecorded,
+			ErrSerialization: FactSerialization, ErrUnavailable: FactUnavailable, ErrAborted: FactCommitAborted,
+		}, unknown)
+		// What may have been executed is never told otherwise.
+		for _, err := range sentinels {
+			if err == nil {
+				continue
+			}
+			if got := factAfterCommit(req, errors.Join(err, ErrUnknown)); got != unknown {
+				t.Errorf("%v together with ErrUnknown: fact %d, want %d", err, got, unknown)
+			}
 		}
 	}
 }
@@ -213,7 +222,34 @@ func TestFactAfterDecline(t *testing.T) {
 	t.Parallel()
 	checkFacts(t, factAfterDecline, map[error]Fact{
 		nil: FactDeclined, ErrTransactionLost: FactTransactionLost, ErrKeyRecorded: FactKeyRecorded,
-	}, FactDeclineFailed)
+		ErrSerialization: FactDeclineFailed, ErrUnavailable: FactDeclineFailed, ErrAborted: FactDeclineFailed,
+	}, FactCommitUnknown)
+}
+
+// Only this attempt's own id makes a record its own; any other is compared as on every path.
+func TestFactAfterResolve(t *testing.T) {
+	t.Parallel()
+	print, other := FingerprintV1("POST", "/1", "", "", nil), FingerprintV1("POST", "/2", "", "", nil)
+	req := &Request{Key: Key{Scope: "acme", Value: "k"}, Fingerprint: print, Attempt: NewAttemptID()}
+	checkFacts(t, func(err error) Fact { return factAfterResolve(req, nil, err) }, map[error]Fact{
+		nil: FactResolvedAbsent, ErrRecordCorrupt: FactRecordCorrupt,
+	}, FactOutcomeUnknown)
+	for name, test := range map[string]struct {
+		record Record
+		want   Fact
+	}{
+		"ours":                              {Record{Attempt: req.Attempt, Fingerprint: print}, FactResolvedOurs},
+		"another's, of the same request":    {Record{Attempt: NewAttemptID(), Fingerprint: print}, FactRecordedSame},
+		"another's, of a different request": {Record{Attempt: NewAttemptID(), Fingerprint: other}, FactRecordedOther},
+		"another's, of another version":     {Record{Attempt: NewAttemptID(), Fingerprint: FingerprintOf(100, nil)}, FactRecordedUnreadable},
+	} {
+		if got := factAfterResolve(req, &test.record, nil); got != test.want {
+			t.Errorf("%s: fact %d, want %d", name, got, test.want)
+		}
+		if got := factAfterResolve(req, &test.record, ErrUnknown); got != FactOutcomeUnknown {
+			t.Errorf("%s, with an error: fact %d, want %d", name, got, FactOutcomeUnknown)
+		}
+	}
 }
 
 // A rollback may find more than it was called for: another attempt's record, or that the transaction was not ours any

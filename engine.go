@@ -14,6 +14,7 @@ const (
 	HandlerTimeoutDefault  = 10 * time.Second
 	CommitTimeoutDefault   = 5 * time.Second
 	RollbackTimeoutDefault = 2 * time.Second
+	ResolveTimeoutDefault  = 8 * time.Second
 	TTLDefault             = 24 * time.Hour
 	TTLMin                 = time.Second
 	RestartsDefault        = 3
@@ -30,9 +31,13 @@ type Options struct {
 	// recorded, and is unavailable otherwise. The default is [HandlerTimeoutDefault].
 	HandlerTimeout time.Duration
 
-	// CommitTimeout bounds the record and COMMIT, on a context of their own. When it is over the outcome is unknown. The
-	// default is [CommitTimeoutDefault].
+	// CommitTimeout bounds the record and COMMIT, on a context of their own. When it is over the store is asked what
+	// became of them. The default is [CommitTimeoutDefault].
 	CommitTimeout time.Duration
+
+	// ResolveTimeout bounds the look for a COMMIT whose reply was lost, on a context of its own. When it is over the
+	// outcome is unknown, and a retry looks again. The default is [ResolveTimeoutDefault].
+	ResolveTimeout time.Duration
 
 	// RollbackTimeout bounds ROLLBACK; after it the connection is closed, which has the same effect. The default is
 	// [RollbackTimeoutDefault].
@@ -51,6 +56,11 @@ type Options struct {
 	// [InFlightMaxDefault].
 	InFlightMax int
 
+	// Reduce returns what is recorded of an answer, where that is not to be all of it: a one-time secret in a body, for
+	// example. The first client gets the whole answer all the same, and retries get what was recorded. It must not change
+	// the answer's header or body in place. The default records everything.
+	Reduce func(answer Answer) Answer
+
 	// Disposition decides by the status what an answer means for the transaction. The default is [DefaultDisposition].
 	Disposition func(status int) Disposition
 
@@ -67,6 +77,7 @@ func (o *Options) full() Options {
 	setDefault(&full.HandlerTimeout, HandlerTimeoutDefault)
 	setDefault(&full.CommitTimeout, CommitTimeoutDefault)
 	setDefault(&full.RollbackTimeout, RollbackTimeoutDefault)
+	setDefault(&full.ResolveTimeout, ResolveTimeoutDefault)
 	setDefault(&full.TTL, TTLDefault)
 	setDefault(&full.Restarts, RestartsDefault)
 	setDefault(&full.InFlightMax, InFlightMaxDefault)
@@ -75,6 +86,7 @@ func (o *Options) full() Options {
 	}
 	for name, value := range map[string]time.Duration{
 		"HandlerTimeout": full.HandlerTimeout, "CommitTimeout": full.CommitTimeout, "RollbackTimeout": full.RollbackTimeout,
+		"ResolveTimeout": full.ResolveTimeout,
 	} {
 		if value < 0 {
 			panic(fmt.Sprintf("idempotency: Options.%s is %v: it must be positive", name, value))
@@ -267,9 +279,10 @@ func (e *Engine) attempt(ctx context.Context, req *Request, run RunFunc, trace *
 	if failed == nil {
 		disposition = e.disposition(req, answer)
 	}
+	recorded := answer
 	switch {
 	case disposition != Forget:
-		failed = answer.Validate()
+		recorded, failed = e.reduce(answer)
 	case ctx.Err() != nil:
 		failed = errors.Join(failed, fmt.Errorf("%w: the handler took longer than %v", ErrUnavailable, e.options.HandlerTimeout))
 	}
@@ -277,11 +290,11 @@ func (e *Engine) attempt(ctx context.Context, req *Request, run RunFunc, trace *
 	switch Decide(fact).Action {
 	case ActionCommit:
 		open = false
-		err = e.end(ctx, attempt.Commit, answer, StepCommit, trace)
-		fact = factAfterCommit(err)
+		err = e.end(ctx, attempt.Commit, recorded, StepCommit, trace)
+		fact = factAfterCommit(req, err)
 	case ActionDecline:
 		open = false
-		err = e.end(ctx, attempt.Decline, answer, StepDecline, trace)
+		err = e.end(ctx, attempt.Decline, recorded, StepDecline, trace)
 		fact = factAfterDecline(err)
 	case ActionForget:
 		err = rollback()
@@ -291,9 +304,14 @@ func (e *Engine) attempt(ctx context.Context, req *Request, run RunFunc, trace *
 		fact = factAfterRollback(fact, undone)
 		err = errors.Join(failed, sealed, undone)
 	}
+	if Decide(fact).Action == ActionResolve {
+		fact, record, err = e.resolve(ctx, req, err, trace)
+	}
 	switch decision := Decide(fact); decision.Action {
 	case ActionAnswer:
 		return Result{Outcome: decision.Outcome, Answer: answer}, nil
+	case ActionReplay:
+		return Result{Outcome: decision.Outcome, Answer: &record.Answer, Record: record}, nil
 	case ActionRestart:
 		return Result{}, err
 	default:
@@ -318,6 +336,25 @@ func (e *Engine) end(ctx context.Context, end func(context.Context, *Answer) err
 	err := end(ctx, answer)
 	trace.step(step, started, err)
 	return err
+}
+
+// resolve asks the store what became of a COMMIT whose reply was lost. lost is how it was lost.
+func (e *Engine) resolve(ctx context.Context, req *Request, lost error, trace *trace) (Fact, *Record, error) {
+	started := trace.now()
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), e.options.ResolveTimeout)
+	defer cancel()
+	record, err := e.store.Resolve(ctx, req)
+	trace.step(StepResolve, started, err)
+	return factAfterResolve(req, record, err), record, errors.Join(lost, err)
+}
+
+// reduce returns what is recorded of an answer, or why that can't be recorded.
+func (e *Engine) reduce(answer *Answer) (*Answer, error) {
+	if err := answer.Validate(); err != nil || e.options.Reduce == nil {
+		return answer, err
+	}
+	reduced := e.options.Reduce(*answer)
+	return &reduced, reduced.Validate()
 }
 
 // call runs the handler and turns a panic into an error.

@@ -185,3 +185,48 @@ func TestHooksThatPanicHoldNothing(t *testing.T) {
 		}
 	}
 }
+
+// What retries may see can be less than what the first client got.
+func TestReduceIsRecordedAndNotAnswered(t *testing.T) {
+	t.Parallel()
+	reduce := func(answer idempotency.Answer) idempotency.Answer {
+		answer.Body = nil
+		return answer
+	}
+	for status, end := range map[int]string{201: "commit", 402: "decline"} {
+		store := scripted(turn{})
+		result := idempotency.NewEngine(store, &idempotency.Options{Reduce: reduce}).Do(t.Context(), keyed("k"), answering(status))
+		if store.log() != "begin seal "+end || len(store.answers) != 1 || len(store.answers[0].Body) != 0 || store.answers[0].Status != status {
+			t.Errorf("%d: steps %s recorded %+v", status, store.log(), store.answers)
+		}
+		if result.Answer == nil || string(result.Answer.Body) != "answer" {
+			t.Errorf("%d: the first client got %+v", status, result.Answer)
+		}
+	}
+	store := scripted(turn{})
+	spoil := func(answer idempotency.Answer) idempotency.Answer { return idempotency.Answer{Status: 99} }
+	result := idempotency.NewEngine(store, &idempotency.Options{Reduce: spoil}).Do(t.Context(), keyed("k"), answering(201))
+	if result.Reason != idempotency.ReasonHandlerFailed || store.log() != "begin seal rollback" {
+		t.Errorf("a record that can't be replayed: %s, steps %s", result.Reason, store.log())
+	}
+}
+
+// The look for a lost COMMIT has a time of its own, whatever the handler and COMMIT have used up.
+func TestResolveHasItsOwnTime(t *testing.T) {
+	t.Parallel()
+	store := scripted(turn{end: idempotency.ErrUnknown, resolved: ours})
+	options := &idempotency.Options{HandlerTimeout: time.Nanosecond, CommitTimeout: time.Nanosecond, ResolveTimeout: time.Hour}
+	ctx, cancel := context.WithCancel(t.Context())
+	run := func(context.Context) (*idempotency.Answer, error) {
+		cancel()
+		return &idempotency.Answer{Status: 201}, nil
+	}
+	result := idempotency.NewEngine(store, options).Do(ctx, keyed("k"), run)
+	if result.Outcome != idempotency.OutcomeExecuted || store.log() != "begin seal commit resolve" {
+		t.Fatalf("%s, steps %s", result.Outcome, store.log())
+	}
+	deadline, ok := store.ends[1].Deadline()
+	if left := time.Until(deadline); !ok || left < 59*time.Minute {
+		t.Errorf("resolve has %v left", left)
+	}
+}

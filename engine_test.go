@@ -34,7 +34,13 @@ type turn struct {
 	record *idempotency.Record
 	seal   error
 	end    error // of Commit and Decline
+
+	resolved *idempotency.Record // what Resolve finds; ours is the attempt's own
+	resolve  error
 }
+
+// ours stands for the record of the attempt that asks.
+var ours = &idempotency.Record{}
 
 func (s *script) Begin(_ context.Context, req *idempotency.Request) (idempotency.Attempt, *idempotency.Record, error) {
 	turn := s.turns[min(len(s.begun), len(s.turns)-1)]
@@ -44,6 +50,16 @@ func (s *script) Begin(_ context.Context, req *idempotency.Request) (idempotency
 		return nil, turn.record, turn.begin
 	}
 	return &scriptAttempt{s, turn}, nil, nil
+}
+
+func (s *script) Resolve(ctx context.Context, req *idempotency.Request) (*idempotency.Record, error) {
+	turn := s.turns[min(len(s.begun), len(s.turns))-1]
+	s.took("resolve")
+	s.ends = append(s.ends, ctx)
+	if turn.resolved == ours {
+		return &idempotency.Record{Attempt: req.Attempt}, turn.resolve
+	}
+	return turn.resolved, turn.resolve
 }
 
 func (s *script) took(step string) {
@@ -126,6 +142,8 @@ func TestEveryStepEveryError(t *testing.T) {
 		failed         = idempotency.ReasonHandlerFailed
 		outcomeUnknown = idempotency.ReasonOutcomeUnknown
 		lost           = idempotency.ReasonTransactionLost
+		keyReused      = idempotency.ReasonKeyReused
+		recordCorrupt  = idempotency.ReasonRecordCorrupt
 	)
 	record := func(f idempotency.Fingerprint) *idempotency.Record {
 		return &idempotency.Record{Fingerprint: f, Answer: idempotency.Answer{Status: 201, Body: []byte("recorded")}}
@@ -177,14 +195,21 @@ func TestEveryStepEveryError(t *testing.T) {
 		"commit: aborted":            {[]turn{{end: idempotency.ErrAborted}}, answering(201), notExecuted, failed, once + "commit", idempotency.ErrAborted},
 		"commit: unavailable":        {[]turn{{end: idempotency.ErrUnavailable}}, answering(201), notExecuted, unavailable, once + "commit", idempotency.ErrUnavailable},
 		"commit: lost":               {[]turn{{end: idempotency.ErrTransactionLost}}, answering(201), unknown, lost, once + "commit", idempotency.ErrTransactionLost},
-		"commit: unknown":            {[]turn{{end: idempotency.ErrUnknown}}, answering(201), unknown, outcomeUnknown, once + "commit", idempotency.ErrUnknown},
-		"commit: any error":          {[]turn{{end: errOther}}, answering(201), unknown, outcomeUnknown, once + "commit", errOther},
+		"commit: unknown":            {[]turn{{end: idempotency.ErrUnknown, resolve: idempotency.ErrUnknown}}, answering(201), unknown, outcomeUnknown, once + "commit resolve", idempotency.ErrUnknown},
+		"commit: any error":          {[]turn{{end: errOther, resolve: errOther}}, answering(201), unknown, outcomeUnknown, once + "commit resolve", errOther},
+		"resolve: ours":              {[]turn{{end: idempotency.ErrUnknown, resolved: ours}}, answering(201), executed, "", once + "commit resolve", nil},
+		"resolve: another's":         {[]turn{{end: idempotency.ErrUnknown, resolved: record(fingerprint)}}, answering(201), replayed, "", once + "commit resolve", nil},
+		"resolve: another request's": {[]turn{{end: idempotency.ErrUnknown, resolved: record(otherFingerprint)}}, answering(201), mismatch, keyReused, once + "commit resolve", idempotency.ErrUnknown},
+		"resolve: absent":            {[]turn{{end: idempotency.ErrUnknown}}, answering(201), notExecuted, unavailable, once + "commit resolve", idempotency.ErrUnknown},
+		"resolve: corrupt":           {[]turn{{end: idempotency.ErrUnknown, resolve: idempotency.ErrRecordCorrupt}}, answering(201), unknown, recordCorrupt, once + "commit resolve", idempotency.ErrRecordCorrupt},
+		"claim: corrupt record":      {[]turn{{begin: idempotency.ErrRecordCorrupt}}, nil, unknown, recordCorrupt, "begin", idempotency.ErrRecordCorrupt},
 		"decline: recorded by other": {[]turn{{end: idempotency.ErrKeyRecorded}, {record: record(fingerprint)}}, answering(402), replayed, "", once + "decline begin", nil},
 		"decline: aborted":           {[]turn{{end: idempotency.ErrAborted}}, answering(402), notExecuted, unavailable, once + "decline", idempotency.ErrAborted},
 		"decline: start again":       {[]turn{{end: idempotency.ErrSerialization}}, answering(402), notExecuted, unavailable, once + "decline", idempotency.ErrSerialization},
 		"decline: lost":              {[]turn{{end: idempotency.ErrTransactionLost}}, answering(402), unknown, lost, once + "decline", idempotency.ErrTransactionLost},
-		"decline: unknown":           {[]turn{{end: idempotency.ErrUnknown}}, answering(402), notExecuted, unavailable, once + "decline", idempotency.ErrUnknown},
-		"decline: any error":         {[]turn{{end: errOther}}, answering(402), notExecuted, unavailable, once + "decline", errOther},
+		"decline: unknown":           {[]turn{{end: idempotency.ErrUnknown}}, answering(402), notExecuted, unavailable, once + "decline resolve", idempotency.ErrUnknown},
+		"decline: unknown, but ours": {[]turn{{end: idempotency.ErrUnknown, resolved: ours}}, answering(402), executed, "", once + "decline resolve", nil},
+		"decline: any error":         {[]turn{{end: errOther, resolve: errOther}}, answering(402), unknown, outcomeUnknown, once + "decline resolve", errOther},
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()

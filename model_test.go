@@ -113,12 +113,14 @@ func (m *model) do(req modelRequest) modelResult {
 			continue
 		case err == idempotency.ErrSerialization && !declined:
 			continue
-		case declined, err == idempotency.ErrUnavailable:
+		case err == idempotency.ErrUnavailable, declined && (err == idempotency.ErrSerialization || err == idempotency.ErrAborted):
 			return unavailable
 		case err == idempotency.ErrAborted:
 			return failed
+		case keyless || fault(idempotency.StepResolve) != nil:
+			return unknown
 		}
-		return unknown
+		return unavailable // looked up again: nothing was recorded
 	}
 	return unavailable
 }
@@ -218,6 +220,7 @@ func drawRequest(t *rapid.T) modelRequest {
 		faults: map[idempotency.Step][]error{
 			idempotency.StepClaim:   faults(nil, idempotency.ErrSerialization, idempotency.ErrUnavailable, idempotency.ErrInProgress, idempotency.ErrUnknown, errOther),
 			idempotency.StepCommit:  faults(idempotency.ErrSerialization, idempotency.ErrKeyRecorded, idempotency.ErrAborted, idempotency.ErrUnavailable, idempotency.ErrUnknown, errOther),
+			idempotency.StepResolve: faults(nil, nil, idempotency.ErrUnknown, errOther),
 			idempotency.StepDecline: faults(idempotency.ErrSerialization, idempotency.ErrKeyRecorded, idempotency.ErrAborted, idempotency.ErrUnavailable, idempotency.ErrUnknown, errOther),
 		},
 	}

@@ -16,13 +16,14 @@ func TestStateMachineDocIsTheTable(t *testing.T) {
 		"AnsweredForget": FactAnsweredForget, "HandlerFailed": FactHandlerFailed, "TransactionLost": FactTransactionLost,
 		"Committed": FactCommitted, "Declined": FactDeclined, "Forgotten": FactForgotten, "KeyRecorded": FactKeyRecorded,
 		"CommitAborted": FactCommitAborted, "DeclineFailed": FactDeclineFailed, "OutcomeUnknown": FactOutcomeUnknown,
+		"RecordCorrupt": FactRecordCorrupt, "CommitUnknown": FactCommitUnknown, "ResolvedOurs": FactResolvedOurs, "ResolvedAbsent": FactResolvedAbsent,
 	}
 	if len(facts) != int(FactOutcomeUnknown) {
 		t.Fatalf("the test knows %d facts of %d", len(facts), FactOutcomeUnknown)
 	}
 	actions := map[string]Action{
 		"Run": ActionRun, "Replay": ActionReplay, "Commit": ActionCommit, "Decline": ActionDecline, "Forget": ActionForget,
-		"Answer": ActionAnswer, "Restart": ActionRestart, "Refuse": ActionRefuse,
+		"Answer": ActionAnswer, "Restart": ActionRestart, "Resolve": ActionResolve, "Refuse": ActionRefuse,
 	}
 	doc, err := os.ReadFile("docs/state-machine.md")
 	if err != nil {

@@ -109,8 +109,7 @@ type Record struct {
 }
 
 // What a [Store] and an [Attempt] report. An error that is none of these counts as ErrUnavailable from Begin, as
-// ErrAborted from Seal, and as ErrUnknown from Commit. From Decline it means that the writes are undone and the answer
-// may not be recorded.
+// ErrAborted from Seal, and as ErrUnknown from Commit, Decline and Resolve.
 var (
 	// ErrInProgress: another attempt holds the key.
 	ErrInProgress = errors.New("key is in progress")
@@ -125,8 +124,10 @@ var (
 	// ErrTransactionLost: the handler ended the transaction behind the store's back. What it wrote until then may stand.
 	ErrTransactionLost = errors.New("transaction was ended by the handler")
 	// ErrUnknown: the end of the transaction was asked for, and whether it happened is not known. From Begin: there is a
-	// record, and it can't be read.
+	// record, and it can't be read, or is not safe yet.
 	ErrUnknown = errors.New("outcome is unknown")
+	// ErrRecordCorrupt: there is a record, and it is not what was recorded. Somebody changed it.
+	ErrRecordCorrupt = errors.New("record is corrupt")
 )
 
 // Store keeps records and runs attempts in transactions. Implementations are safe for concurrent use. The suite in
@@ -137,12 +138,18 @@ type Store interface {
 	//   - an Attempt: the key is absent and ours; the caller must end it with Commit, Decline or Rollback
 	//   - a Record: the key is recorded; no transaction is left open, and no fingerprint was compared
 	//   - an error: ErrInProgress where another attempt holds the key, ErrSerialization where Begin should be called
-	//     again, ErrUnknown where there is a record that can't be read, and anything else where the store is unavailable;
-	//     nothing is left open
+	//     again, ErrUnknown where there is a record that can't be read, ErrRecordCorrupt where it was tampered with, and
+	//     anything else where the store is unavailable; nothing is left open
 	//
 	// A record wins over the claim: it is returned also while others hold the key. Begin never waits for another
 	// attempt. ctx bounds Begin alone. For a keyless request Begin returns an Attempt that records nothing.
 	Begin(ctx context.Context, req *Request) (Attempt, *Record, error)
+
+	// Resolve finds out what became of an attempt whose Commit or Decline was ErrUnknown, or of any other with this key:
+	// it waits until nobody holds req.Key and returns its record, or nil where it is proven that there is none. No
+	// fingerprint was compared. What it can't find out until ctx ends is ErrUnknown, a record that was tampered with
+	// ErrRecordCorrupt. It changes nothing and may be called again. req has a key.
+	Resolve(ctx context.Context, req *Request) (*Record, error)
 }
 
 // Attempt is one run of a handler inside an open transaction. It is used by one goroutine, and ended exactly once:

@@ -39,6 +39,7 @@ const (
 	StepCommit   Step = "commit"
 	StepDecline  Step = "decline"
 	StepRollback Step = "rollback"
+	StepResolve  Step = "resolve"
 )
 
 // StepEnd describes a step that is over.

@@ -61,7 +61,7 @@ func TestTracerIsToldOfEverything(t *testing.T) {
 		"fails":       {[]turn{{}}, failing(errOther), "start, claim, handler, rollback, end not-executed", 1, nil},
 		"replay":      {[]turn{{record: record}}, answering(201), "start, claim, end replayed", 1, nil},
 		"in progress": {[]turn{{begin: idempotency.ErrInProgress}}, answering(201), "start, claim, end in-progress", 1, idempotency.ErrInProgress},
-		"unknown":     {[]turn{{end: idempotency.ErrUnknown}}, answering(201), "start, claim, handler, commit, end unknown", 1, idempotency.ErrUnknown},
+		"unknown":     {[]turn{{end: idempotency.ErrUnknown, resolve: idempotency.ErrUnknown}}, answering(201), "start, claim, handler, commit, resolve, end unknown", 1, idempotency.ErrUnknown},
 		"again":       {[]turn{{end: idempotency.ErrKeyRecorded}, {record: record}}, answering(201), "start, claim, handler, commit, claim, end replayed", 2, nil},
 	} {
 		t.Run(name, func(t *testing.T) {

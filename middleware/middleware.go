@@ -284,7 +284,8 @@ func carriesChiRoute(ctx context.Context) bool {
 func (m *Middleware) log(r *http.Request, key idempotency.Key, result idempotency.Result) {
 	level := slog.LevelWarn
 	switch result.Reason {
-	case idempotency.ReasonHandlerFailed, idempotency.ReasonTransactionLost, idempotency.ReasonOutcomeUnknown:
+	case idempotency.ReasonHandlerFailed, idempotency.ReasonTransactionLost, idempotency.ReasonOutcomeUnknown,
+		idempotency.ReasonRecordCorrupt:
 		level = slog.LevelError
 	case idempotency.ReasonUnavailable:
 	default:

@@ -23,9 +23,10 @@ type Options struct {
 	// The default is time.Now.
 	Now func() time.Time
 
-	// Fault, where it is set, is asked before each claim, commit and decline. An error that it returns is what the step
-	// reports, and nothing of the attempt remains: [idempotency.ErrUnavailable] shows how a client takes a 503
-	// not-executed, [idempotency.ErrUnknown] at a commit how it takes a 503 unknown. It is called from many goroutines.
+	// Fault, where it is set, is asked before each claim, commit, decline and resolve. An error that it returns is what the
+	// step reports, and nothing of the attempt remains: [idempotency.ErrUnavailable] shows how a client takes a 503
+	// not-executed, [idempotency.ErrUnknown] at a commit and at its resolve how it takes a 503 unknown. It is called from
+	// many goroutines.
 	Fault func(step idempotency.Step) error
 }
 
@@ -34,7 +35,7 @@ type Store struct {
 	options Options
 
 	mu      sync.Mutex
-	claims  map[idempotency.Key]bool
+	claims  map[idempotency.Key]chan struct{} // closed when the claim ends
 	records map[idempotency.Key]*idempotency.Record
 }
 
@@ -42,7 +43,7 @@ var _ idempotency.Store = (*Store)(nil)
 
 // New returns an empty store.
 func New(opts *Options) *Store {
-	s := &Store{claims: map[idempotency.Key]bool{}, records: map[idempotency.Key]*idempotency.Record{}}
+	s := &Store{claims: map[idempotency.Key]chan struct{}{}, records: map[idempotency.Key]*idempotency.Record{}}
 	if opts != nil {
 		s.options = *opts
 	}
@@ -69,11 +70,34 @@ func (s *Store) Begin(ctx context.Context, req *idempotency.Request) (idempotenc
 	if record, ok := s.records[req.Key]; ok {
 		return nil, clone(record), nil
 	}
-	if s.claims[req.Key] {
+	if s.claims[req.Key] != nil {
 		return nil, nil, idempotency.ErrInProgress
 	}
-	s.claims[req.Key] = true
+	s.claims[req.Key] = make(chan struct{})
 	return a, nil, nil
+}
+
+// Resolve implements [idempotency.Store].
+func (s *Store) Resolve(ctx context.Context, req *idempotency.Request) (*idempotency.Record, error) {
+	if err := s.options.Fault(idempotency.StepResolve); err != nil {
+		return nil, fmt.Errorf("resolve: %w", err)
+	}
+	for {
+		s.mu.Lock()
+		record, claim := s.records[req.Key], s.claims[req.Key]
+		if record != nil {
+			record = clone(record)
+		}
+		s.mu.Unlock()
+		if claim == nil {
+			return record, nil
+		}
+		select {
+		case <-claim:
+		case <-ctx.Done():
+			return nil, fmt.Errorf("resolve: %w: %w", idempotency.ErrUnknown, ctx.Err())
+		}
+	}
 }
 
 // Len returns how many records there are, expired ones included.
@@ -171,6 +195,7 @@ func (a *attempt) end(answer *idempotency.Answer, at time.Time) {
 	if a.req.Keyless() {
 		return
 	}
+	close(s.claims[a.req.Key])
 	delete(s.claims, a.req.Key)
 	if answer != nil {
 		s.records[a.req.Key] = clone(&idempotency.Record{

@@ -19,6 +19,8 @@ type attempt struct {
 	pooled    *pgxpool.Conn
 	tx        *transaction
 	claimedAt [8]byte // transaction_timestamp() of the claim, as it came
+
+	synchronous bool // COMMIT waits for standbys
 }
 
 func newAttempt(store *Store, conn *pgxpool.Conn, req *idempotency.Request) *attempt {
@@ -144,12 +146,15 @@ func (a *attempt) end(ctx context.Context, step string, calls ...call) error {
 	case ctx.Err() != nil:
 		return fail(step, idempotency.ErrUnavailable, fmt.Errorf("time was over before COMMIT was sent: %w", ctx.Err()))
 	}
+	forgetWarning(a.conn())
 	reply, err := a.store.statements.flush(ctx, a.conn(), calls...)
-	if err == nil {
-		if reply.tag == "COMMIT" {
-			return nil
-		}
+	switch {
+	case err == nil && reply.tag != "COMMIT":
 		return fail(step, idempotency.ErrAborted, fmt.Errorf("COMMIT was answered with %s", reply.tag))
+	case err == nil && a.synchronous && warned(a.conn()):
+		return fail(step, idempotency.ErrUnknown, errNotReplicated)
+	case err == nil:
+		return nil
 	}
 	pgErr, ok := definite(err)
 	if !ok {

@@ -22,6 +22,7 @@ var ErrEscape = errors.New("idempotency/postgres: an idempotent handler must not
 //   - TCP keep-alives, so that the server notices a service that vanished
 //   - our statements but BEGIN, COMMIT and ROLLBACK prepared on connect, in pgx's default mode, so that a warm connection parses nothing. Where the
 //     table is not there yet, as before the first migration, they are sent as text for that connection's life.
+//   - a notice handler, which learns that a COMMIT did not wait for the standbys
 //   - a tracer that refuses a handler a second connection, with [ErrEscape]
 //
 // Hooks and tracers of the config are kept and called first.
@@ -46,10 +47,14 @@ func Configure(config *pgxpool.Config, opts *Options) {
 						return err
 					}
 				}
+				if ctx.Value(unpreparedKey{}) != nil {
+					return nil
+				}
 				return statements.prepare(ctx, conn.PgConn())
 			}
 		}
 	}
+	conn.OnNotice = markWarnings(conn.OnNotice)
 	if conn.Tracer == nil {
 		conn.Tracer = escapeTracer{}
 	} else {

@@ -26,15 +26,24 @@ type statement struct {
 type statements struct {
 	id       string // of their texts together
 	begin    statement
-	lock     statement // try to lock; also tells the transaction's timestamp
+	lock     statement // try to lock; also tells the transaction's timestamp, and whether COMMIT waits for standbys
 	lookUp   statement
 	insert   statement
 	guard    statement // fails where the transaction is not the one of the claim
 	commit   statement
 	rollback statement
+	barrier  statement // makes the COMMIT that follows wait for the standbys, and so for all that was committed before
+
+	// Of the resolver, on connections of its own: never prepared.
+	resolveBegin statement
+	resolveSet   statement
+	resolveLock  statement // waits
 }
 
 var binaryFormat = []int16{1} // stands for all parameters, and for all columns
+
+// synchronousStandbys is true where COMMIT waits for standbys.
+const synchronousStandbys = "pg_catalog.current_setting('synchronous_standby_names') OPERATOR(pg_catalog.<>) ''"
 
 func newStatements(o *Options) statements {
 	table := pgx.Identifier{o.Schema, TableName}.Sanitize()
@@ -48,7 +57,7 @@ func newStatements(o *Options) statements {
 	s := statements{
 		begin: statement{sql: "BEGIN ISOLATION LEVEL " + string(o.Isolation) + " READ WRITE"},
 		lock: statement{
-			sql:  "SELECT pg_catalog.pg_try_advisory_xact_lock($1), pg_catalog.transaction_timestamp()" + settings,
+			sql:  "SELECT pg_catalog.pg_try_advisory_xact_lock($1), pg_catalog.transaction_timestamp(), " + synchronousStandbys + settings,
 			oids: []uint32{pgtype.Int8OID},
 		},
 		// A statement of its own: its snapshot must be younger than the lock, or it misses a record whose transaction
@@ -79,6 +88,19 @@ func newStatements(o *Options) statements {
 		},
 		commit:   statement{sql: "COMMIT"},
 		rollback: statement{sql: "ROLLBACK"},
+		barrier: statement{
+			sql:  "SELECT pg_catalog.set_config('synchronous_commit', $1, true), pg_catalog.pg_logical_emit_message(true, 'idempotency', '')",
+			oids: []uint32{pgtype.TextOID},
+		},
+		// READ COMMITTED whatever the store's isolation: the look-up's snapshot must be younger than the lock. READ WRITE
+		// fails on a standby.
+		resolveBegin: statement{sql: "BEGIN ISOLATION LEVEL READ COMMITTED READ WRITE"},
+		resolveSet: statement{
+			sql: "SELECT pg_catalog.set_config('lock_timeout', $1, true), pg_catalog.set_config('statement_timeout', '0', true), " +
+				"pg_catalog.pg_is_in_recovery(), " + synchronousStandbys,
+			oids: []uint32{pgtype.TextOID},
+		},
+		resolveLock: statement{sql: "SELECT pg_catalog.pg_advisory_xact_lock($1)", oids: []uint32{pgtype.Int8OID}},
 	}
 	texts := sha256.New()
 	for _, one := range s.all() {

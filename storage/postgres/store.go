@@ -25,6 +25,8 @@ const (
 	LockTimeoutDefault              = 5 * time.Second
 	IdleInTransactionTimeoutDefault = 20 * time.Second
 
+	ResolversMaxDefault = 8
+
 	// IdleInTransactionTimeoutMax: no dead service holds a key for longer.
 	IdleInTransactionTimeoutMax = 60 * time.Second
 )
@@ -56,6 +58,11 @@ type Options struct {
 	// answer before the answer is safe.
 	SynchronousCommit string
 
+	// ResolversMax is how many connections at most are made at once to find out what became of a COMMIT whose reply was
+	// lost, beside those of the pool: plan for them in max_connections. Others wait for their turn. The default is
+	// [ResolversMaxDefault].
+	ResolversMax int
+
 	// TransactionPooling says that the pool's connections lead to a pooler, such as PgBouncer, that hands out a server
 	// connection per transaction. Settings then travel with each claim, and nothing is prepared. Use it together with
 	// pgx.QueryExecModeExec or pgx.QueryExecModeCacheDescribe.
@@ -76,6 +83,12 @@ func (o *Options) full() *Options {
 	}
 	if full.SynchronousCommit == "" {
 		full.SynchronousCommit = "on"
+	}
+	if full.ResolversMax == 0 {
+		full.ResolversMax = ResolversMaxDefault
+	}
+	if full.ResolversMax < 0 {
+		panic(fmt.Sprintf("idempotency/postgres: Options.ResolversMax is %d: it must be positive", full.ResolversMax))
 	}
 	for _, field := range []struct {
 		name    string
@@ -146,6 +159,7 @@ type Store struct {
 	table      string // qualified, unquoted: a part of the lock number
 	statements statements
 	mode       pgx.QueryExecMode // of the pool's connections
+	resolvers  chan struct{}     // a place for each that runs
 }
 
 var (
@@ -163,7 +177,8 @@ func New(pool *pgxpool.Pool, opts *Options) *Store {
 	o := opts.full()
 	return &Store{
 		pool: pool, options: o, table: o.Schema + "." + TableName, statements: newStatements(o),
-		mode: pool.Config().ConnConfig.DefaultQueryExecMode,
+		mode:      pool.Config().ConnConfig.DefaultQueryExecMode,
+		resolvers: make(chan struct{}, o.ResolversMax),
 	}
 }
 
@@ -204,12 +219,14 @@ func (s *Store) claim(ctx context.Context, req *idempotency.Request, acquire fun
 	a := newAttempt(s, conn, req)
 	var record *idempotency.Record
 	locked := false
+	synchronous := false
 	calls := []call{
 		{statement: &s.statements.begin},
 		{statement: &s.statements.lock, params: [][]byte{encodeInt8(req.Key.LockNumber(s.table))}, row: func(values [][]byte) error {
 			d := decoder{values: values}
 			locked = d.bool()
 			copy(a.claimedAt[:], d.next(8))
+			synchronous = d.bool()
 			return d.err
 		}},
 		{statement: &s.statements.lookUp, params: [][]byte{[]byte(req.Key.Scope), []byte(req.Key.Value)}, row: func(values [][]byte) (err error) {
@@ -238,12 +255,19 @@ func (s *Store) claim(ctx context.Context, req *idempotency.Request, acquire fun
 		}
 		return nil, nil, fail("claim", classify(err), err)
 	case record != nil: // also where the lock is taken: replays may hold it
+		if synchronous {
+			err = s.barrier(ctx, conn.Conn().PgConn())
+		}
 		a.release(ctx)
+		if err != nil {
+			return nil, nil, fail("make the record safe", idempotency.ErrUnknown, err)
+		}
 		return nil, record, nil
 	case !locked:
 		a.release(ctx)
 		return nil, nil, idempotency.ErrInProgress
 	}
+	a.synchronous = synchronous
 	return a, nil, nil
 }
 

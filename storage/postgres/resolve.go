@@ -1,0 +1,170 @@
+package postgres
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"strconv"
+	"time"
+
+	"github.com/jackc/pgx/v5"
+	"github.com/jackc/pgx/v5/pgconn"
+
+	"github.com/paidonce/idempotency"
+)
+
+const (
+	resolveLockTimeout    = 2 * time.Second // then the place is given to others that wait
+	resolveConnectTimeout = 2 * time.Second
+	resolveCloseTimeout   = time.Second
+	resolvePauseMin       = 20 * time.Millisecond
+	resolvePauseMax       = 500 * time.Millisecond
+)
+
+// Resolve implements [idempotency.Store]. It waits for the key's lock on a fresh connection to a primary, and reads the
+// record in a statement of its own. The backend whose reply was lost holds the lock until its outcome is visible, and a
+// crash drops both: so the lock, and a snapshot younger than it, are the truth. Neither pgconn.SafeToRetry nor
+// pg_xact_status is asked: the one is true after a COMMIT that happened, the other says committed for what a fail-over
+// lost.
+//
+// A decline whose claim was lost before its COMMIT does not hold the lock. Its record may then appear after nil was
+// returned; no writes of the handler's do.
+func (s *Store) Resolve(ctx context.Context, req *idempotency.Request) (*idempotency.Record, error) {
+	last := errors.New("no place among the resolvers")
+	for pause := resolvePauseMin; ; pause = min(2*pause, resolvePauseMax) {
+		select {
+		case s.resolvers <- struct{}{}:
+		case <-ctx.Done():
+			return nil, fail("resolve", idempotency.ErrUnknown, last)
+		}
+		record, err := s.resolveOnce(ctx, req)
+		<-s.resolvers
+		if err == nil {
+			return record, nil
+		}
+		last = err
+		if errors.Is(err, errRecord) {
+			return nil, fail("resolve", idempotency.ErrUnknown, err)
+		}
+		select {
+		case <-time.After(pause):
+		case <-ctx.Done():
+			return nil, fail("resolve", idempotency.ErrUnknown, last)
+		}
+	}
+}
+
+var errStandby = errors.New("connected to a standby")
+
+func (s *Store) resolveOnce(ctx context.Context, req *idempotency.Request) (*idempotency.Record, error) {
+	conn, err := s.connectPrimary(ctx)
+	if err != nil {
+		return nil, fmt.Errorf("connect: %w", err)
+	}
+	defer func() {
+		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), resolveCloseTimeout)
+		defer cancel()
+		_ = conn.Close(ctx) // which ends the transaction
+	}()
+	if !plainText(conn.PgConn()) {
+		return nil, errEncoding
+	}
+	var record *idempotency.Record
+	synchronous := false
+	statements := &s.statements
+	_, err = statements.flush(ctx, conn.PgConn(),
+		call{statement: &statements.resolveBegin},
+		call{statement: &statements.resolveSet, params: [][]byte{[]byte(strconv.FormatInt(resolveLockTimeout.Milliseconds(), 10))}, row: func(values [][]byte) error {
+			d := decoder{values: values}
+			d.next(-1)
+			d.next(-1)
+			standby := d.bool()
+			synchronous = d.bool()
+			if standby {
+				return errStandby
+			}
+			return d.err
+		}},
+		call{statement: &statements.resolveLock, params: [][]byte{encodeInt8(req.Key.LockNumber(s.table))}},
+		call{statement: &statements.lookUp, params: [][]byte{[]byte(req.Key.Scope), []byte(req.Key.Value)}, row: func(values [][]byte) (err error) {
+			record, err = decodeRecord(values)
+			return err
+		}},
+	)
+	if err == nil && record != nil && synchronous {
+		err = s.barrier(ctx, conn.PgConn())
+	}
+	if err != nil {
+		return nil, err
+	}
+	return record, nil
+}
+
+// connectPrimary makes a connection as the pool would, but to a primary. One of the pool's may lead to a server that
+// is not the primary any more, or never come.
+func (s *Store) connectPrimary(ctx context.Context) (*pgx.Conn, error) {
+	pool := s.pool.Config()
+	config := pool.ConnConfig
+	if config.ConnectTimeout == 0 || config.ConnectTimeout > resolveConnectTimeout {
+		config.ConnectTimeout = resolveConnectTimeout
+	}
+	if config.ValidateConnect == nil && len(config.Fallbacks) > 0 { // of several hosts, take the one that is
+		config.ValidateConnect = pgconn.ValidateConnectTargetSessionAttrsPrimary
+	}
+	if pool.BeforeConnect != nil {
+		if err := pool.BeforeConnect(ctx, config); err != nil {
+			return nil, err
+		}
+	}
+	conn, err := pgx.ConnectConfig(ctx, config)
+	if err == nil && pool.AfterConnect != nil {
+		if err = pool.AfterConnect(context.WithValue(ctx, unpreparedKey{}, true), conn); err != nil {
+			_ = conn.Close(ctx)
+		}
+	}
+	return conn, err
+}
+
+// unpreparedKey marks the context of a connection that is used once: preparing our statements would cost more round
+// trips than the rest.
+type unpreparedKey struct{}
+
+var errNotReplicated = errors.New("COMMIT did not wait for the standbys")
+
+// barrier ends the transaction with a COMMIT that waits for the standbys, and so for all that was committed before it.
+// A COMMIT whose wait was canceled is visible on the primary, but a fail-over would lose it: nothing is answered from
+// it before it is safe.
+func (s *Store) barrier(ctx context.Context, conn *pgconn.PgConn) error {
+	forgetWarning(conn)
+	reply, err := s.statements.flush(ctx, conn,
+		call{statement: &s.statements.barrier, params: [][]byte{[]byte(s.options.SynchronousCommit)}},
+		call{statement: &s.statements.commit},
+	)
+	switch {
+	case err != nil:
+		return err
+	case reply.tag != "COMMIT" || warned(conn):
+		return errNotReplicated
+	}
+	return nil
+}
+
+// warningMark is the key under which a connection's custom data says that the server warned of something. That is all
+// a COMMIT says whose wait for the standbys was canceled: it succeeds.
+const warningMark = "paidonce/idempotency/warned"
+
+func forgetWarning(conn *pgconn.PgConn) { delete(conn.CustomData(), warningMark) }
+
+func warned(conn *pgconn.PgConn) bool { return conn.CustomData()[warningMark] == true }
+
+// markWarnings returns a notice handler that marks the connection, after inner was told.
+func markWarnings(inner pgconn.NoticeHandler) pgconn.NoticeHandler {
+	return func(conn *pgconn.PgConn, notice *pgconn.Notice) {
+		if inner != nil {
+			inner(conn, notice)
+		}
+		if notice.SeverityUnlocalized == "WARNING" {
+			conn.CustomData()[warningMark] = true
+		}
+	}
+}
