@@ -1,0 +1,136 @@
+//go:build mutants
+
+package mutants
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strings"
+	"text/tabwriter"
+)
+
+// ErrSurvived means that a seeded bug passed every check.
+var ErrSurvived = errors.New("a mutant survived: the checks don't see its bug")
+
+// Run builds a bank of each mutant, of those named or of all, and has it judged. It prints which check caught which.
+// The error wraps [ErrSurvived] where none did. It needs the go command and a checkout around the working directory.
+func Run(ctx context.Context, judge Verdict, names []string, out io.Writer) error {
+	root, err := checkout(ctx)
+	if err != nil {
+		return err
+	}
+	folder, err := os.MkdirTemp("", "demo-bank-mutants-")
+	if err != nil {
+		return err
+	}
+	defer func() { _ = os.RemoveAll(folder) }()
+	for _, name := range names {
+		if !slices.ContainsFunc(Catalogue(), func(m Mutant) bool { return m.Name == name }) {
+			return fmt.Errorf("there is no mutant %q: they are %s", name, strings.Join(namesOf(Catalogue()), ", "))
+		}
+	}
+	table := tabwriter.NewWriter(out, 0, 0, 2, ' ', 0)
+	var survived []string
+	for _, mutant := range Catalogue() {
+		if len(names) > 0 && !slices.Contains(names, mutant.Name) {
+			continue
+		}
+		bank, err := Build(ctx, root, folder, mutant)
+		if err != nil {
+			return err
+		}
+		caught, err := judge(ctx, bank, mutant.Name)
+		if err != nil {
+			return fmt.Errorf("mutant %s: %w", mutant.Name, err)
+		}
+		verdict := "caught by " + strings.Join(caught, ", ")
+		if len(caught) == 0 {
+			verdict = "SURVIVED"
+			survived = append(survived, mutant.Name)
+		}
+		_, _ = fmt.Fprintf(table, "%s\t%s\n", mutant.Name, verdict) // to a buffer
+		if err := table.Flush(); err != nil {
+			return err
+		}
+		_ = os.Remove(bank) // the folder goes anyway
+	}
+	if len(survived) > 0 {
+		return fmt.Errorf("%w: %s", ErrSurvived, strings.Join(survived, ", "))
+	}
+	return nil
+}
+
+func namesOf(mutants []Mutant) (names []string) {
+	for _, m := range mutants {
+		names = append(names, m.Name)
+	}
+	return names
+}
+
+const module = "github.com/paidonce/idempotency"
+
+// checkout returns the folder of the sources.
+func checkout(ctx context.Context) (string, error) {
+	out, err := exec.CommandContext(ctx, "go", "list", "-m", "-f", "{{.Path}} {{.Dir}}").Output()
+	path, dir, _ := strings.Cut(strings.TrimSpace(string(out)), " ")
+	if err != nil || path != module {
+		return "", fmt.Errorf("mutants are built from the sources: run this inside a checkout of %s, with the go command", module)
+	}
+	return dir, nil
+}
+
+// Build builds a bank with the mutant's bug into folder and returns its path. The sources under root stay as they are.
+func Build(ctx context.Context, root, folder string, mutant Mutant) (string, error) {
+	overlay, err := mutant.overlay(root, folder)
+	if err != nil {
+		return "", err
+	}
+	bank := filepath.Join(folder, mutant.Name)
+	build := exec.CommandContext(ctx, "go", "build", "-overlay", overlay, "-o", bank, "./cmd/demo-bank")
+	build.Dir = root
+	if out, err := build.CombinedOutput(); err != nil {
+		return "", fmt.Errorf("build mutant %s: %w\n%s", mutant.Name, err, bytes.TrimSpace(out))
+	}
+	return bank, nil
+}
+
+// overlay writes the changed files into folder, and the file that tells the go command of them.
+func (m *Mutant) overlay(root, folder string) (string, error) {
+	sources := map[string]string{}
+	for _, e := range m.edits {
+		source, read := sources[e.file]
+		if !read {
+			content, err := os.ReadFile(filepath.Join(root, e.file))
+			if err != nil {
+				return "", err
+			}
+			source = string(content)
+		}
+		if strings.Count(source, e.before) != 1 {
+			return "", fmt.Errorf("mutant %s: %s has changed: what it replaces must stand there once", m.Name, e.file)
+		}
+		sources[e.file] = strings.Replace(source, e.before, e.after, 1)
+	}
+	replace := map[string]string{}
+	for file, source := range sources {
+		changed := filepath.Join(folder, m.Name+"-"+strings.ReplaceAll(file, "/", "-"))
+		if err := os.WriteFile(changed, []byte(source), 0o600); err != nil {
+			return "", err
+		}
+		replace[filepath.Join(root, file)] = changed
+	}
+	content, err := json.Marshal(map[string]any{"Replace": replace})
+	if err != nil {
+		return "", err
+	}
+	overlay := filepath.Join(folder, m.Name+".json")
+	return overlay, os.WriteFile(overlay, content, 0o600)
+}

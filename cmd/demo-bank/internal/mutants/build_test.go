@@ -1,0 +1,25 @@
+//go:build mutants
+
+package mutants_test
+
+import (
+	"path/filepath"
+	"testing"
+
+	"github.com/paidonce/idempotency/cmd/demo-bank/internal/mutants"
+)
+
+// A mutant is a change of sources that go on changing: each must still apply, and compile.
+func TestEveryMutantBuilds(t *testing.T) {
+	root, err := filepath.Abs("../../../..")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, mutant := range mutants.Catalogue() {
+		t.Run(mutant.Name, func(t *testing.T) {
+			if _, err := mutants.Build(t.Context(), root, t.TempDir(), mutant); err != nil {
+				t.Error(err)
+			}
+		})
+	}
+}

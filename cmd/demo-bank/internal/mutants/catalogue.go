@@ -1,0 +1,195 @@
+//go:build mutants
+
+package mutants
+
+// Mutant is a seeded bug: what somebody might write in good faith, as a change of this repository's sources.
+type Mutant struct {
+	Name  string
+	Bug   string // what is wrong
+	edits []edit
+}
+
+// edit replaces the one place in a file where before stands.
+type edit struct{ file, before, after string }
+
+const (
+	attemptFile    = "storage/postgres/attempt.go"
+	storeFile      = "storage/postgres/store.go"
+	statementsFile = "storage/postgres/statements.go"
+	resolveFile    = "storage/postgres/resolve.go"
+	reaperFile     = "storage/postgres/reaper.go"
+	engineFile     = "engine.go"
+	decisionFile   = "decision.go"
+	middlewareFile = "middleware/middleware.go"
+	recorderFile   = "middleware/recorder.go"
+	bankFile       = "cmd/demo-bank/internal/bank/routes.go"
+)
+
+const keyedCommit = `	return a.end(ctx, "commit", a.insert(a.claimedAt[:], answer), call{statement: &s.commit})
+`
+
+// Catalogue is every seeded bug.
+func Catalogue() []Mutant {
+	return []Mutant{
+		{
+			Name: "record-apart",
+			Bug:  "the record is committed in a transaction of its own, before the handler's",
+			edits: []edit{{attemptFile, keyedCommit, `	conn, err := a.store.connectPrimary(ctx)
+	if err != nil {
+		return fail("record", idempotency.ErrUnavailable, err)
+	}
+	defer func() { _ = conn.Close(ctx) }()
+	if _, err := s.flush(ctx, conn.PgConn(), call{statement: &s.begin}, a.insert(nil, answer), call{statement: &s.commit}); err != nil {
+		return fail("record", classify(err), err)
+	}
+	guard := call{statement: &s.guard, params: [][]byte{a.claimedAt[:], []byte(a.store.options.SynchronousCommit)}}
+	return a.end(ctx, "commit", guard, call{statement: &s.commit})
+`}},
+		},
+		{
+			Name: "store-after-commit",
+			Bug:  "the record is stored after the handler's transaction has committed",
+			edits: []edit{{attemptFile, keyedCommit, `	guard := call{statement: &s.guard, params: [][]byte{a.claimedAt[:], []byte(a.store.options.SynchronousCommit)}}
+	if err := a.end(ctx, "commit", guard, call{statement: &s.commit}); err != nil {
+		return err
+	}
+	return a.end(ctx, "commit", call{statement: &s.begin}, a.insert(nil, answer), call{statement: &s.commit})
+`}},
+		},
+		{
+			Name: "trust-safe-to-retry",
+			Bug:  "pgconn.SafeToRetry is believed when the reply to COMMIT is lost",
+			edits: []edit{{attemptFile, `	pgErr, ok := definite(err)
+`, `	if pgconn.SafeToRetry(err) {
+		return fail(step, idempotency.ErrUnavailable, err)
+	}
+	pgErr, ok := definite(err)
+`}},
+		},
+		{
+			Name: "run-again-on-ambiguous-commit",
+			Bug:  "the handler runs again where the outcome of COMMIT is not known",
+			edits: []edit{
+				{"store.go", "	Attempt AttemptID\n}\n\n// Keyless", "	Attempt AttemptID\n	Again   bool\n}\n\n// Keyless"},
+				{engineFile, `		fact, record, err = e.resolve(ctx, req, err, trace)
+`, `		req.Again = true
+		return Result{}, err
+`},
+				{storeFile, `	case record != nil: // also where`, `	case req.Again:
+	case record != nil: // also where`},
+				{statementsFile, `$4, $5, $6, $7, $8, $9, $10, $11, $12)",`, `$4, $5, $6, $7, $8, $9, $10, $11, $12) ON CONFLICT DO NOTHING",`},
+			},
+		},
+		{
+			Name: "resolve-without-the-lock",
+			Bug:  "a lost COMMIT is looked up without waiting for the key's lock",
+			edits: []edit{{resolveFile, `		call{statement: &statements.resolveLock, params: [][]byte{encodeInt8(req.Key.LockNumber(s.table))}},
+`, ``}},
+		},
+		{
+			Name: "lock-and-look-up-in-one",
+			Bug:  "lock and look-up are one statement, whose snapshot is older than the lock",
+			edits: []edit{
+				{statementsFile, `transaction_timestamp(), " + synchronousStandbys + settings,
+			oids: []uint32{pgtype.Int8OID},`, `transaction_timestamp(), " + synchronousStandbys +
+				", fingerprint_version, fingerprint, attempt_id, status, headers, body, trace_id, created_at, expires_at" + settings +
+				" FROM (SELECT 1) one LEFT JOIN " + table + " ON scope = $2 AND key = $3",
+			oids: []uint32{pgtype.Int8OID, pgtype.TextOID, pgtype.TextOID},`},
+				{storeFile, `params: [][]byte{encodeInt8(req.Key.LockNumber(s.table))}, row: func(values [][]byte) error {`, `params: [][]byte{encodeInt8(req.Key.LockNumber(s.table)), []byte(req.Key.Scope), []byte(req.Key.Value)}, row: func(values [][]byte) (err error) {`},
+				{storeFile, `			synchronous = d.bool()
+			return d.err
+		}},
+		{statement: &s.statements.lookUp, params: [][]byte{[]byte(req.Key.Scope), []byte(req.Key.Value)}, row: func(values [][]byte) (err error) {
+			record, err = decodeRecord(values)
+			return err
+		}},
+	}`, `			synchronous = d.bool()
+			if values[3] != nil {
+				record, err = decodeRecord(values[3:])
+			}
+			return errors.Join(d.err, err)
+		}},
+	}`},
+				{attemptFile, `		call{statement: &s.lock, params: [][]byte{encodeInt8(a.req.Key.LockNumber(a.store.table))}},`,
+					`		call{statement: &s.lock, params: [][]byte{encodeInt8(a.req.Key.LockNumber(a.store.table)), []byte(a.req.Key.Scope), []byte(a.req.Key.Value)}},`},
+			},
+		},
+		{
+			Name: "no-fingerprint-check",
+			Bug:  "a record is replayed without a look at its fingerprint",
+			edits: []edit{{decisionFile, `	case !ours.Equal(record.Fingerprint):
+		return FactRecordedOther
+`, ``}},
+		},
+		{
+			Name: "reaper-by-key",
+			Bug:  "the reaper looks for expired records and then deletes by key",
+			edits: []edit{{reaperFile, `		tag, err := s.pool.Exec(ctx, `, `		rows, err := s.pool.Query(ctx, "SELECT scope || chr(10) || key FROM "+table+" WHERE expires_at < statement_timestamp()")
+		if err != nil {
+			return deleted, err
+		}
+		names, err := pgx.CollectRows(rows, pgx.RowTo[string])
+		if err != nil {
+			return deleted, err
+		}
+		time.Sleep(200 * time.Millisecond) // as a large batch would take
+		if _, err := s.pool.Exec(ctx, "DELETE FROM "+table+" WHERE scope || chr(10) || key = ANY ($1)", names); err != nil {
+			return deleted, err
+		}
+		tag, err := s.pool.Exec(ctx, `}},
+		},
+		{
+			Name:  "scope-left-out",
+			Bug:   "keys of all accounts share one scope",
+			edits: []edit{{middlewareFile, `Key:           idempotency.Key{Scope: scope, Value: key},`, `Key:           idempotency.Key{Scope: "all", Value: key},`}},
+		},
+		{
+			Name: "recorder-unwraps",
+			Bug:  "the recorder has an Unwrap, and a handler that flushes",
+			edits: []edit{
+				{recorderFile, `type recorder struct {
+`, `type recorder struct {
+	http.Flusher
+`},
+				{recorderFile, `// Header implements http.ResponseWriter. It begins`, `func (w *recorder) Flush() { w.Flusher.Flush() }
+
+// Header implements http.ResponseWriter. It begins`},
+				{middlewareFile, `	run := &run{m: m, next: next,`, `	run := &run{w: w, m: m, next: next,`},
+				{middlewareFile, `type run struct {
+`, `type run struct {
+	w       http.ResponseWriter
+`},
+				{middlewareFile, `	run.next.ServeHTTP(run.recorder, r)
+`, `	run.recorder.Flusher = early{run}
+	run.next.ServeHTTP(run.recorder, r)
+`},
+				{middlewareFile, `// carriesChiRoute reports`, `// early sends what is there to the real connection, as an Unwrap lets http.ResponseController do.
+type early struct{ run *run }
+
+func (e early) Flush() {
+	e.run.w.WriteHeader(e.run.recorder.status)
+	_, _ = e.run.w.Write(e.run.recorder.body)
+	_ = http.NewResponseController(e.run.w).Flush()
+}
+
+// carriesChiRoute reports`},
+				{bankFile, `	writeJSON(w, a.status, a.body)
+}`, `	writeJSON(w, a.status, a.body)
+	_ = http.NewResponseController(w).Flush()
+}`},
+			},
+		},
+		{
+			Name: "request-context-for-commit",
+			Bug:  "COMMIT runs with the request's context",
+			edits: []edit{
+				{engineFile, `	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), e.options.HandlerTimeout)
+`, `	ctx, cancel := context.WithTimeout(ctx, e.options.HandlerTimeout)
+`},
+				{engineFile, `	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), e.options.CommitTimeout)
+`, `	ctx, cancel := context.WithTimeout(ctx, e.options.CommitTimeout)
+`},
+			},
+		},
+	}
+}

@@ -1,0 +1,9 @@
+// Package mutants holds the bugs that the chaos run must catch, each as a change of this repository's sources, and
+// builds a bank of each. It is empty but for a message unless it is built with -tags mutants: the normal program
+// contains none of them, not even as text.
+package mutants
+
+import "context"
+
+// Verdict runs chaos against one bank and returns the names of the checks that failed.
+type Verdict func(ctx context.Context, bank, name string) (caught []string, err error)
