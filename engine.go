@@ -344,9 +344,15 @@ func (e *Engine) resolve(ctx context.Context, req *Request, lost error, trace *t
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), e.options.ResolveTimeout)
 	defer cancel()
 	record, err := e.store.Resolve(ctx, req)
+	if err == nil && record == nil && req.TTL <= e.options.CommitTimeout+e.options.ResolveTimeout {
+		err = errShortTTL
+	}
 	trace.step(StepResolve, started, err)
 	return factAfterResolve(req, record, err), record, errors.Join(lost, err)
 }
+
+// errShortTTL is why an absent record proves nothing: it may have been there, and expired.
+var errShortTTL = fmt.Errorf("%w: the TTL is shorter than CommitTimeout and ResolveTimeout together", ErrUnknown)
 
 // reduce returns what is recorded of an answer, or why that can't be recorded.
 func (e *Engine) reduce(answer *Answer) (*Answer, error) {

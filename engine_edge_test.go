@@ -230,3 +230,19 @@ func TestResolveHasItsOwnTime(t *testing.T) {
 		t.Errorf("resolve has %v left", left)
 	}
 }
+
+// A record that lives no longer than a commit and its look-up may have expired in between: its absence proves nothing.
+func TestAbsenceOfAShortLivedRecordProvesNothing(t *testing.T) {
+	t.Parallel()
+	options := &idempotency.Options{CommitTimeout: time.Second, ResolveTimeout: time.Second}
+	for ttl, want := range map[time.Duration]idempotency.Outcome{
+		2 * time.Second: idempotency.OutcomeUnknown, 2*time.Second + 1: idempotency.OutcomeNotExecuted,
+	} {
+		req := keyed("k")
+		req.TTL = ttl
+		result := idempotency.NewEngine(scripted(turn{end: idempotency.ErrUnknown}), options).Do(t.Context(), req, answering(201))
+		if result.Outcome != want {
+			t.Errorf("TTL %v: %s, want %s", ttl, result.Outcome, want)
+		}
+	}
+}
