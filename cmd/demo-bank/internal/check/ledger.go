@@ -1,0 +1,245 @@
+package check
+
+import (
+	"context"
+	"fmt"
+	"time"
+
+	"github.com/jackc/pgx/v5"
+
+	"github.com/paidonce/idempotency/cmd/demo-bank/internal/bank"
+)
+
+const rollbackMax = 5 * time.Second
+
+// snapshot reads the bank's schema in one REPEATABLE READ snapshot.
+func snapshot(ctx context.Context, conn *pgx.Conn, read func(pgx.Tx) error) error {
+	tx, err := conn.BeginTx(ctx, pgx.TxOptions{IsoLevel: pgx.RepeatableRead, AccessMode: pgx.ReadOnly})
+	if err != nil {
+		return fmt.Errorf("begin: %w", err)
+	}
+	defer func() {
+		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), rollbackMax)
+		defer cancel()
+		_ = tx.Rollback(ctx) // it wrote nothing
+	}()
+	if _, err := tx.Exec(ctx, "SET LOCAL search_path TO "+pgx.Identifier{bank.Schema}.Sanitize()); err != nil {
+		return fmt.Errorf("find the schema: %w", err)
+	}
+	return read(tx)
+}
+
+// Ledger holds the history against the books, at rest: I1 to I7, I9 and I10. It reads one snapshot of the schema
+// demo_bank, by a role that may read it. ttl is the store's: what is older may have lost its record. An error means
+// that the books could not be read, and says nothing of the promises.
+func Ledger(ctx context.Context, conn *pgx.Conn, ops []Operation, expected []Expectation, ttl time.Duration) ([]Result, error) {
+	var results []Result
+	err := snapshot(ctx, conn, func(tx pgx.Tx) error {
+		for _, statement := range statements {
+			r, err := statement.run(ctx, tx, ttl)
+			if err != nil {
+				return err
+			}
+			results = append(results, r)
+		}
+		b, err := readBooks(ctx, tx)
+		if err != nil {
+			return err
+		}
+		if b.declined, err = recorded(ctx, tx, expected); err != nil {
+			return err
+		}
+		gs := groups(ops)
+		wanted := expectations(expected)
+		results = append(results, b.counted(gs, wanted), b.unique(), b.acknowledged(gs), b.abandoned(expected))
+		return nil
+	})
+	if err != nil {
+		return nil, wrap("the books", err)
+	}
+	return results, nil
+}
+
+// Money is I1 in one snapshot, for reads while the bank is at work.
+func Money(ctx context.Context, conn *pgx.Conn) (r Result, err error) {
+	err = snapshot(ctx, conn, func(tx pgx.Tx) error {
+		r, err = statements[0].run(ctx, tx, 0)
+		return err
+	})
+	return r, wrap("the money", err)
+}
+
+// effect is a row that a keyed request wrote.
+type effect struct {
+	kind, id, from, to string
+	amount             int64
+}
+
+func (e effect) String() string { return e.kind + " " + e.id }
+
+// books are the effects of all keys, as one snapshot has them.
+type books struct {
+	effects map[Key][]effect
+	order   []Key    // of the first effect of each key, so that examples don't change from run to run
+	keyless []effect // transfers and orders that carry no key
+	// declined are keys that were given up and have a record nevertheless.
+	declined map[Key]struct{}
+}
+
+func readBooks(ctx context.Context, tx pgx.Tx) (*books, error) {
+	b := &books{effects: make(map[Key][]effect)}
+	rows, err := tx.Query(ctx, `
+		SELECT 'transfer', id::text, from_account, to_account, amount, COALESCE(scope, ''), key FROM transfers
+		UNION ALL
+		SELECT 'order', id::text, account, '', amount, COALESCE(scope, ''), key FROM orders
+		UNION ALL
+		SELECT 'account', id, '', '', opening_balance, COALESCE(scope, ''), key FROM accounts WHERE key IS NOT NULL
+		ORDER BY 1, 2`)
+	if err != nil {
+		return nil, fmt.Errorf("effects: %w", err)
+	}
+	var e effect
+	var scope string
+	var value *string
+	if _, err := pgx.ForEachRow(rows, []any{&e.kind, &e.id, &e.from, &e.to, &e.amount, &scope, &value}, func() error {
+		if value == nil {
+			b.keyless = append(b.keyless, e)
+			return nil
+		}
+		key := Key{scope, *value}
+		if len(b.effects[key]) == 0 {
+			b.order = append(b.order, key)
+		}
+		b.effects[key] = append(b.effects[key], e)
+		return nil
+	}); err != nil {
+		return nil, fmt.Errorf("effects: %w", err)
+	}
+	return b, nil
+}
+
+// recorded returns those of the keys that were given up which have a record.
+func recorded(ctx context.Context, tx pgx.Tx, expected []Expectation) (map[Key]struct{}, error) {
+	var scopes, keys []string
+	for _, e := range expected {
+		if e.GivenUp {
+			scopes, keys = append(scopes, e.Scope), append(keys, e.Key)
+		}
+	}
+	found := make(map[Key]struct{})
+	rows, err := tx.Query(ctx, `
+		SELECT k.scope, k.key FROM unnest($1::text[], $2::text[]) AS g (scope, key)
+		JOIN idempotency_keys k ON (k.scope, k.key) = (g.scope COLLATE "C", g.key COLLATE "C")`, scopes, keys)
+	if err != nil {
+		return nil, fmt.Errorf("records: %w", err)
+	}
+	var key Key
+	if _, err := pgx.ForEachRow(rows, []any{&key.Scope, &key.Key}, func() error {
+		found[key] = struct{}{}
+		return nil
+	}); err != nil {
+		return nil, fmt.Errorf("records: %w", err)
+	}
+	return found, nil
+}
+
+// counted is I2: the keys with an effect are those that were acknowledged with 2xx. Keys that were given up are I10's.
+func (b *books) counted(gs []group, wanted map[Key]Expectation) Result {
+	r := result("I2")
+	sent := make(map[Key]bool, len(gs)) // whether it was acknowledged with 2xx
+	for i := range gs {
+		g := &gs[i]
+		first := g.firstPaid()
+		sent[g.key] = first != nil
+		if first == nil {
+			continue
+		}
+		r.Seen++
+		if len(b.effects[g.key]) == 0 {
+			r.add("%s: was acknowledged, and nothing is in the books: %s", g.key, first)
+		}
+	}
+	for _, key := range b.order {
+		acknowledged, known := sent[key]
+		switch {
+		case !known:
+			r.add("%s: nobody sent this key, and it has %s", key, b.effects[key][0])
+		case !acknowledged && !wanted[key].GivenUp:
+			r.add("%s: was never acknowledged with 2xx, and has %s", key, b.effects[key][0])
+		}
+	}
+	for _, e := range b.keyless {
+		r.add("%s has no key", e)
+	}
+	return r
+}
+
+// unique is I3.
+func (b *books) unique() Result {
+	r := result("I3")
+	r.Seen = len(b.order)
+	for _, key := range b.order {
+		if effects := b.effects[key]; len(effects) > 1 {
+			r.add("%s: has %d effects, among them %s and %s", key, len(effects), effects[0], effects[1])
+		}
+	}
+	return r
+}
+
+// acknowledged is I9.
+func (b *books) acknowledged(gs []group) Result {
+	r := result("I9")
+	for i := range gs {
+		g := &gs[i]
+		first := g.firstPaid()
+		if first == nil {
+			continue
+		}
+		r.Seen++
+		found := false
+		for _, e := range b.effects[g.key] {
+			if e.id != first.ID {
+				continue
+			}
+			found = true
+			if !e.is(first) {
+				r.add("%s: %s is %s -> %s %d, and was asked as %s -> %s %d", g.key, e, e.from, e.to, e.amount, first.From, first.To, first.Amount)
+			}
+		}
+		if !found {
+			r.add("%s: %q was acknowledged, and is not in the books under this key", g.key, first.ID)
+		}
+	}
+	return r
+}
+
+// is reports whether an effect is what was asked.
+func (e effect) is(op *Operation) bool {
+	kind := "transfer"
+	switch {
+	case op.To == "" && op.From == "":
+		kind = "account"
+	case op.To == "":
+		kind = "order"
+	}
+	sameAmount := e.amount == op.Amount || kind != "transfer" && op.Amount == 0
+	return e.kind == kind && e.from == op.From && e.to == op.To && sameAmount
+}
+
+// abandoned is I10.
+func (b *books) abandoned(expected []Expectation) Result {
+	r := result("I10")
+	for _, e := range expected {
+		if !e.GivenUp {
+			continue
+		}
+		r.Seen++
+		key := Key{e.Scope, e.Key}
+		if effects := b.effects[key]; len(effects) > 0 {
+			r.add("%s: was given up after not-executed, and has %s", key, effects[0])
+		} else if _, found := b.declined[key]; found {
+			r.add("%s: was given up after not-executed, and has a record", key)
+		}
+	}
+	return r
+}

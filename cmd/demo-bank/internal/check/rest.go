@@ -1,0 +1,145 @@
+package check
+
+import (
+	"context"
+	"errors"
+	"fmt"
+
+	"github.com/jackc/pgx/v5"
+)
+
+// Bounds is how big the table of records may be.
+type Bounds struct {
+	Live    int64 // rows that have not expired
+	Expired int64 // rows that the reaper may still have before it
+}
+
+// Live is I13: each of the keys has its record, and the table is within bounds. The keys must be younger than the TTL:
+// those that were acknowledged and those that were planted to tempt the reaper.
+func Live(ctx context.Context, conn *pgx.Conn, live []Key, limit Bounds) (Result, error) {
+	r := result("I13")
+	r.Seen = len(live)
+	scopes, keys := make([]string, len(live)), make([]string, len(live))
+	for i, key := range live {
+		scopes[i], keys[i] = key.Scope, key.Key
+	}
+	err := snapshot(ctx, conn, func(tx pgx.Tx) error {
+		rows, err := tx.Query(ctx, `
+			SELECT w.scope, w.key FROM unnest($1::text[], $2::text[]) AS w (scope, key)
+			WHERE NOT EXISTS (SELECT FROM idempotency_keys k
+				WHERE (k.scope, k.key) = (w.scope COLLATE "C", w.key COLLATE "C"))`, scopes, keys)
+		if err != nil {
+			return err
+		}
+		var key Key
+		if _, err := pgx.ForEachRow(rows, []any{&key.Scope, &key.Key}, func() error {
+			r.add("%s: its live record is gone", key)
+			return nil
+		}); err != nil {
+			return err
+		}
+		var rest, expired int64
+		if err := tx.QueryRow(ctx, `
+			SELECT count(*) FILTER (WHERE expires_at > clock_timestamp()), count(*) FILTER (WHERE expires_at <= clock_timestamp())
+			FROM idempotency_keys`).Scan(&rest, &expired); err != nil {
+			return err
+		}
+		if rest > limit.Live {
+			r.add("%d live records, and at most %d were made", rest, limit.Live)
+		}
+		if expired > limit.Expired {
+			r.add("%d expired records are left, and at most %d may be", expired, limit.Expired)
+		}
+		return nil
+	})
+	return r, wrap("records", err)
+}
+
+// leaseNamespace is the first half of the advisory locks by which each bank that runs holds its node number.
+const leaseNamespace = 0x6e6f6465
+
+// Quiet is the second half of I11: besides conn no session of its database holds or awaits an advisory lock (but the
+// lease of a node number), is idle in a transaction or waits for a lock. It looks once. Its role must see the others'
+// sessions: a superuser, a member of pg_read_all_stats, or the role of all of them. Else it is an error.
+func Quiet(ctx context.Context, conn *pgx.Conn) (Result, error) {
+	r := result(Quieted)
+	var hidden int64
+	err := conn.QueryRow(ctx, `
+		SELECT count(*) FILTER (WHERE backend_type = 'client backend'), count(*) FILTER (WHERE backend_type IS NULL)
+		FROM pg_stat_activity WHERE datname = current_database() AND pid <> pg_backend_pid()`).
+		Scan(&r.Seen, &hidden)
+	if err != nil {
+		return r, wrap("sessions", err)
+	}
+	if hidden > 0 {
+		return r, wrap("sessions", errors.New("some are another role's and can't be seen: GRANT pg_read_all_stats"))
+	}
+	rows, err := conn.Query(ctx, `
+		SELECT format('session %s holds or awaits the advisory lock %s/%s', pid, classid, objid) FROM pg_locks
+		WHERE locktype = 'advisory' AND pid IS DISTINCT FROM pg_backend_pid()
+			AND database = (SELECT oid FROM pg_database WHERE datname = current_database())
+			AND NOT (objsubid = 2 AND classid = $1::bigint::oid)
+		UNION ALL
+		SELECT format('session %s is %s', pid, state) FROM pg_stat_activity
+		WHERE datname = current_database() AND pid <> pg_backend_pid() AND state LIKE 'idle in transaction%'
+		UNION ALL
+		SELECT format('session %s waits for a lock (%s)', pid, wait_event) FROM pg_stat_activity
+		WHERE datname = current_database() AND pid <> pg_backend_pid() AND wait_event_type = 'Lock'
+		ORDER BY 1`, int64(leaseNamespace))
+	if err != nil {
+		return r, wrap("sessions", err)
+	}
+	var example string
+	_, err = pgx.ForEachRow(rows, []any{&example}, func() error {
+		r.add("%s", example)
+		return nil
+	})
+	return r, wrap("sessions", err)
+}
+
+// Resources are what a process holds.
+type Resources struct {
+	Goroutines, FileDescriptors, Connections int
+}
+
+// What a process may hold more than at its baseline: a collector's or a timer's goroutine, a file or a kept connection
+// of whoever asks for the numbers. A leak under load is of hundreds.
+const (
+	GoroutinesMore      = 10
+	FileDescriptorsMore = 10
+	ConnectionsMore     = 2
+)
+
+// Baseline is I12: after holds no more than before, but for GoroutinesMore, FileDescriptorsMore and ConnectionsMore.
+// Goroutines or file descriptors that are 0 were not measured, which is a wrong.
+func Baseline(before, after Resources) Result {
+	r := result("I12")
+	for _, resource := range []struct {
+		name                string
+		before, after, more int
+	}{
+		{"goroutines", before.Goroutines, after.Goroutines, GoroutinesMore},
+		{"file descriptors", before.FileDescriptors, after.FileDescriptors, FileDescriptorsMore},
+		{"connections", before.Connections, after.Connections, ConnectionsMore},
+	} {
+		r.Seen++
+		if resource.after > resource.before+resource.more {
+			r.add("%d %s, and %d before; %d more are allowed", resource.after, resource.name, resource.before, resource.more)
+		}
+	}
+	// A process has both, always.
+	for _, resources := range []Resources{before, after} {
+		if resources.Goroutines <= 0 || resources.FileDescriptors <= 0 {
+			r.add("goroutines or file descriptors were not measured")
+		}
+	}
+	return r
+}
+
+// wrap says what could not be looked at.
+func wrap(what string, err error) error {
+	if err == nil {
+		return nil
+	}
+	return fmt.Errorf("check %s: %w", what, err)
+}
