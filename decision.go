@@ -19,14 +19,15 @@ const (
 type Reason string
 
 // The reasons. The engine gives the second group. The first are for adapters: what they refuse before the engine is
-// asked, and a replay that the caller may not see.
+// asked, a replay that the caller may not see, and a new key of a caller who has used up theirs.
 const (
-	ReasonKeyMissing   Reason = "key-missing"
-	ReasonKeyInvalid   Reason = "key-invalid"
-	ReasonScope        Reason = "scope"
-	ReasonBodyTooLarge Reason = "body-too-large"
-	ReasonBodyUnread   Reason = "body-unread"
-	ReasonReplayDenied Reason = "replay-denied"
+	ReasonKeyMissing    Reason = "key-missing"
+	ReasonKeyInvalid    Reason = "key-invalid"
+	ReasonScope         Reason = "scope"
+	ReasonBodyTooLarge  Reason = "body-too-large"
+	ReasonBodyUnread    Reason = "body-unread"
+	ReasonReplayDenied  Reason = "replay-denied"
+	ReasonQuotaExceeded Reason = "quota-exceeded"
 
 	ReasonKeyReused       Reason = "key-reused"
 	ReasonInProgress      Reason = "in-progress"
@@ -298,12 +299,14 @@ func factAfterDecline(err error) Fact {
 	return FactCommitUnknown
 }
 
-// factAfterResolve reads what Resolve returned. An attempt is known by its id, which nobody else can have made.
-func factAfterResolve(req *Request, record *Record, err error) Fact {
+// factAfterResolve reads what Resolve returned. An attempt is known by its id, which nobody else can have made. A decline
+// gives its claim away when it undoes the writes, and records the answer after that: so nobody held the key and nothing
+// was there may be true in between, and proves nothing.
+func factAfterResolve(req *Request, disposition Disposition, record *Record, err error) Fact {
 	switch {
 	case errors.Is(err, ErrRecordCorrupt):
 		return FactRecordCorrupt
-	case err != nil:
+	case err != nil, record == nil && disposition == Decline:
 		return FactOutcomeUnknown
 	case record == nil:
 		return FactResolvedAbsent

@@ -231,8 +231,12 @@ func TestFactAfterResolve(t *testing.T) {
 	t.Parallel()
 	print, other := FingerprintV1("POST", "/1", "", "", nil), FingerprintV1("POST", "/2", "", "", nil)
 	req := &Request{Key: Key{Scope: "acme", Value: "k"}, Fingerprint: print, Attempt: NewAttemptID()}
-	checkFacts(t, func(err error) Fact { return factAfterResolve(req, nil, err) }, map[error]Fact{
+	checkFacts(t, func(err error) Fact { return factAfterResolve(req, Commit, nil, err) }, map[error]Fact{
 		nil: FactResolvedAbsent, ErrRecordCorrupt: FactRecordCorrupt,
+	}, FactOutcomeUnknown)
+	// A decline's record may come after the look.
+	checkFacts(t, func(err error) Fact { return factAfterResolve(req, Decline, nil, err) }, map[error]Fact{
+		ErrRecordCorrupt: FactRecordCorrupt,
 	}, FactOutcomeUnknown)
 	for name, test := range map[string]struct {
 		record Record
@@ -243,10 +247,12 @@ func TestFactAfterResolve(t *testing.T) {
 		"another's, of a different request": {Record{Attempt: NewAttemptID(), Fingerprint: other}, FactRecordedOther},
 		"another's, of another version":     {Record{Attempt: NewAttemptID(), Fingerprint: FingerprintOf(100, nil)}, FactRecordedUnreadable},
 	} {
-		if got := factAfterResolve(req, &test.record, nil); got != test.want {
-			t.Errorf("%s: fact %d, want %d", name, got, test.want)
+		for _, disposition := range []Disposition{Commit, Decline} {
+			if got := factAfterResolve(req, disposition, &test.record, nil); got != test.want {
+				t.Errorf("%s: fact %d, want %d", name, got, test.want)
+			}
 		}
-		if got := factAfterResolve(req, &test.record, ErrUnknown); got != FactOutcomeUnknown {
+		if got := factAfterResolve(req, Commit, &test.record, ErrUnknown); got != FactOutcomeUnknown {
 			t.Errorf("%s, with an error: fact %d, want %d", name, got, FactOutcomeUnknown)
 		}
 	}

@@ -76,6 +76,7 @@ func TestDependencies(t *testing.T) {
 		{[]string{"./storage/storagetest"}, []string{"", "storage/storagetest"}, nil},
 		{[]string{"./storage/postgres"}, []string{"", "storage/postgres"}, pgx},
 		{[]string{"./middleware"}, []string{"", "middleware"}, []string{httpsfv}},
+		{[]string{"./middleware/prooftest"}, []string{"", "middleware", "middleware/prooftest"}, []string{httpsfv}},
 		{[]string{"./middleware/chiroute"}, []string{"middleware/chiroute"}, []string{"github.com/go-chi/chi/v5"}},
 		{[]string{"./middleware", "./storage/postgres"}, []string{"", "middleware", "storage/postgres"}, append([]string{httpsfv}, pgx...)},
 	} {

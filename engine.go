@@ -305,7 +305,7 @@ func (e *Engine) attempt(ctx context.Context, req *Request, run RunFunc, trace *
 		err = errors.Join(failed, sealed, undone)
 	}
 	if Decide(fact).Action == ActionResolve {
-		fact, record, err = e.resolve(ctx, req, err, trace)
+		fact, record, err = e.resolve(ctx, req, disposition, err, trace)
 	}
 	switch decision := Decide(fact); decision.Action {
 	case ActionAnswer:
@@ -339,7 +339,7 @@ func (e *Engine) end(ctx context.Context, end func(context.Context, *Answer) err
 }
 
 // resolve asks the store what became of a COMMIT whose reply was lost. lost is how it was lost.
-func (e *Engine) resolve(ctx context.Context, req *Request, lost error, trace *trace) (Fact, *Record, error) {
+func (e *Engine) resolve(ctx context.Context, req *Request, disposition Disposition, lost error, trace *trace) (Fact, *Record, error) {
 	started := trace.now()
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), e.options.ResolveTimeout)
 	defer cancel()
@@ -348,7 +348,7 @@ func (e *Engine) resolve(ctx context.Context, req *Request, lost error, trace *t
 		err = errShortTTL
 	}
 	trace.step(StepResolve, started, err)
-	return factAfterResolve(req, record, err), record, errors.Join(lost, err)
+	return factAfterResolve(req, disposition, record, err), record, errors.Join(lost, err)
 }
 
 // errShortTTL is why an absent record proves nothing: it may have been there, and expired.

@@ -207,7 +207,7 @@ func TestEveryStepEveryError(t *testing.T) {
 		"decline: aborted":           {[]turn{{end: idempotency.ErrAborted}}, answering(402), notExecuted, unavailable, once + "decline", idempotency.ErrAborted},
 		"decline: start again":       {[]turn{{end: idempotency.ErrSerialization}}, answering(402), notExecuted, unavailable, once + "decline", idempotency.ErrSerialization},
 		"decline: lost":              {[]turn{{end: idempotency.ErrTransactionLost}}, answering(402), unknown, lost, once + "decline", idempotency.ErrTransactionLost},
-		"decline: unknown":           {[]turn{{end: idempotency.ErrUnknown}}, answering(402), notExecuted, unavailable, once + "decline resolve", idempotency.ErrUnknown},
+		"decline: unknown":           {[]turn{{end: idempotency.ErrUnknown}}, answering(402), unknown, outcomeUnknown, once + "decline resolve", idempotency.ErrUnknown},
 		"decline: unknown, but ours": {[]turn{{end: idempotency.ErrUnknown, resolved: ours}}, answering(402), executed, "", once + "decline resolve", nil},
 		"decline: any error":         {[]turn{{end: errOther, resolve: errOther}}, answering(402), unknown, outcomeUnknown, once + "decline resolve", errOther},
 	} {

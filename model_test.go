@@ -117,7 +117,7 @@ func (m *model) do(req modelRequest) modelResult {
 			return unavailable
 		case err == idempotency.ErrAborted:
 			return failed
-		case keyless || fault(idempotency.StepResolve) != nil:
+		case keyless || fault(idempotency.StepResolve) != nil || declined:
 			return unknown
 		}
 		return unavailable // looked up again: nothing was recorded

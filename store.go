@@ -146,8 +146,8 @@ type Store interface {
 	Begin(ctx context.Context, req *Request) (Attempt, *Record, error)
 
 	// Resolve finds out what became of an attempt whose Commit or Decline was ErrUnknown, or of any other with this key:
-	// it waits until nobody holds req.Key and returns its record, or nil where it is proven that there is none. No
-	// fingerprint was compared. What it can't find out until ctx ends is ErrUnknown, a record that was tampered with
+	// it waits until nobody holds req.Key and returns its record, or nil where it is proven that there is none: after a
+	// Commit for good, while the record of a Decline may still appear. No fingerprint was compared. What it can't find out until ctx ends is ErrUnknown, a record that was tampered with
 	// ErrRecordCorrupt. It changes nothing and may be called again. req has a key.
 	Resolve(ctx context.Context, req *Request) (*Record, error)
 }

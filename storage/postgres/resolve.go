@@ -27,8 +27,7 @@ const (
 // pg_xact_status is asked: the one is true after a COMMIT that happened, the other says committed for what a fail-over
 // lost.
 //
-// A decline whose claim was lost before its COMMIT does not hold the lock. Its record may then appear after nil was
-// returned; no writes of the handler's do.
+// A decline gives the lock away at its ROLLBACK, before its INSERT: after one, nil says nothing of its record.
 func (s *Store) Resolve(ctx context.Context, req *idempotency.Request) (*idempotency.Record, error) {
 	last := errors.New("no place among the resolvers")
 	for pause := resolvePauseMin; ; pause = min(2*pause, resolvePauseMax) {
@@ -64,7 +63,11 @@ func (s *Store) resolveOnce(ctx context.Context, req *idempotency.Request) (*ide
 	defer func() {
 		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), resolveCloseTimeout)
 		defer cancel()
-		_ = conn.Close(ctx) // which ends the transaction
+		// Closing alone would end the transaction too, but a moment later: a retry at once would find the key in progress.
+		if conn.PgConn().TxStatus() != 'I' {
+			_, _ = s.statements.flush(ctx, conn.PgConn(), call{statement: &s.statements.rollback})
+		}
+		_ = conn.Close(ctx)
 	}()
 	if !plainText(conn.PgConn()) {
 		return nil, errEncoding
