@@ -73,6 +73,7 @@ func TestDependencies(t *testing.T) {
 	}{
 		{[]string{"."}, []string{""}, nil},
 		{[]string{"./storage/memory"}, []string{"", "storage/memory"}, nil},
+		{[]string{"./storage/encrypted"}, []string{"", "storage/encrypted"}, nil},
 		{[]string{"./storage/storagetest"}, []string{"", "storage/storagetest"}, nil},
 		{[]string{"./storage/postgres"}, []string{"", "storage/postgres"}, pgx},
 		{[]string{"./middleware"}, []string{"", "middleware"}, []string{httpsfv}},

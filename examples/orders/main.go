@@ -14,6 +14,7 @@ import (
 	"github.com/go-chi/chi/v5"
 	"github.com/jackc/pgx/v5/pgxpool"
 
+	"github.com/paidonce/idempotency"
 	"github.com/paidonce/idempotency/middleware"
 	"github.com/paidonce/idempotency/middleware/chiroute"
 	"github.com/paidonce/idempotency/migrations"
@@ -46,7 +47,7 @@ func run(ctx context.Context, address string) error {
 // newRouter mounts authentication outside and idempotency inside. A caller who is not known is refused before a key
 // is looked at, and the key belongs to the account that authentication found, not to the token: a client that rotated
 // its token still finds its own orders.
-func newRouter(shop *shop, store *postgres.Store) http.Handler {
+func newRouter(shop *shop, store idempotency.Store) http.Handler {
 	idem := middleware.New(store, accountOf, &middleware.Options{
 		RouterState: chiroute.State, // lets a handler run again after a deadlock; without it chi's routes answer 503 then
 	})

@@ -1,0 +1,48 @@
+package prooftest
+
+import (
+	"context"
+	"sync/atomic"
+	"time"
+)
+
+// tripwire is a context that ends when it is used for the at-th time. Whatever waits, looks a value up or asks for the
+// deadline uses it, so that without a clock every step of a handler that passes its context on can be its last.
+type tripwire struct {
+	context.Context
+	cancel context.CancelFunc
+	uses   atomic.Int64
+	at     int64       // 0: never
+	trip   func() bool // asked once, whether it is to end
+	armed  atomic.Bool
+}
+
+func newTripwire(ctx context.Context, at int64, trip func() bool) *tripwire {
+	w := &tripwire{at: at, trip: trip}
+	w.Context, w.cancel = context.WithCancel(ctx)
+	w.armed.Store(at > 0)
+	return w
+}
+
+func (w *tripwire) use() {
+	if w.uses.Add(1) == w.at && w.armed.CompareAndSwap(true, false) && w.trip() {
+		w.cancel()
+	}
+}
+
+// disarm keeps it from ending from now on, and reports whether it was tripped before.
+func (w *tripwire) disarm() (tripped bool) {
+	return w.at > 0 && !w.armed.CompareAndSwap(true, false)
+}
+
+// Deadline implements context.Context.
+func (w *tripwire) Deadline() (time.Time, bool) { w.use(); return w.Context.Deadline() }
+
+// Done implements context.Context.
+func (w *tripwire) Done() <-chan struct{} { w.use(); return w.Context.Done() }
+
+// Err implements context.Context.
+func (w *tripwire) Err() error { w.use(); return w.Context.Err() }
+
+// Value implements context.Context.
+func (w *tripwire) Value(key any) any { w.use(); return w.Context.Value(key) }

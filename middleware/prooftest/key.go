@@ -1,0 +1,136 @@
+package prooftest
+
+import (
+	"bytes"
+	"context"
+	"fmt"
+	"net/http"
+	"slices"
+	"sync"
+	"sync/atomic"
+
+	"github.com/paidonce/idempotency"
+	"github.com/paidonce/idempotency/middleware"
+)
+
+// step is a point that is planned for a key.
+type step struct {
+	point point
+	at    int64 // which use of the context ends it
+}
+
+// key is one key of the run: what is planned for its attempts, and what its clients were told.
+type key struct {
+	n        int
+	value    string
+	request  *request
+	declined bool // the handler is expected to decline the request
+	odd      bool // chooses between the two ways of unresolvable
+
+	handlerUses, endUses atomic.Int64 // of the contexts of the last attempt
+	committed            atomic.Int64 // ends of a transaction that the store reported as done
+
+	mu        sync.Mutex
+	pending   []step
+	hits      map[point]int
+	last      *idempotency.Request // as it came to the store
+	answer    *Answer              // the first that was told
+	executed  int                  // how often it was said to be executed
+	abandoned bool
+}
+
+// head returns what is planned next.
+func (k *key) head() step {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	if len(k.pending) == 0 {
+		return step{}
+	}
+	return k.pending[0]
+}
+
+// take reports whether the point is the one that is planned next, and if so counts it as hit.
+func (k *key) take(p point) bool {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	if p == "" || len(k.pending) == 0 || k.pending[0].point != p {
+		return false
+	}
+	k.pending = k.pending[1:]
+	if k.hits == nil {
+		k.hits = map[point]int{}
+	}
+	k.hits[p]++
+	return true
+}
+
+// hit returns how often all points of the key were hit.
+func (k *key) hit() (n int) {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	for _, hits := range k.hits {
+		n += hits
+	}
+	return n
+}
+
+// tripwire returns ctx, which ends where one of the points is planned next.
+func (k *key) tripwire(ctx context.Context, points ...point) *tripwire {
+	planned := k.head()
+	if planned.point == "" || !slices.Contains(points, planned.point) {
+		planned.at = 0
+	}
+	return newTripwire(ctx, planned.at, func() bool { return k.take(planned.point) })
+}
+
+// seen keeps the request as the store was asked for it.
+func (k *key) seen(req *idempotency.Request) {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	if k.last == nil { // the first is the real one: changed requests come later
+		copied := *req
+		k.last = &copied
+	}
+}
+
+// told keeps the first answer, compares the later ones with it, and says what is wrong with this one.
+func (k *key) told(r *reply) (check, trouble string) {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	if r.outcome == executed {
+		k.executed++
+	}
+	first := k.answer
+	if first == nil {
+		k.answer = &Answer{N: k.n, Key: k.value, Status: r.status, Header: r.header, Body: r.body}
+	}
+	switch {
+	case k.executed > 1:
+		return checkOnce, fmt.Sprintf("request %d was answered executed %d times", k.n, k.executed)
+	case first != nil && first.Status != r.status:
+		return checkOneAnswer, fmt.Sprintf("request %d was answered %d, and then %d", k.n, first.Status, r.status)
+	case first != nil && !bytes.Equal(first.Body, r.body):
+		return checkOneAnswer, fmt.Sprintf("request %d was answered %d with %d bytes, and then with other %d bytes", k.n, r.status, len(first.Body), len(r.body))
+	case first == nil && !k.declined && r.status >= 400:
+		return checkAccepted, fmt.Sprintf("request %d was declined for good with %d, and an undisturbed one is not: answer 5xx to what a retry may change; "+
+			"or is there less in the database than Config.Keys asks for?", k.n, r.status)
+	case first == nil && k.declined && r.status < 400:
+		return checkAccepted, fmt.Sprintf("request %d of Config.Declined was answered %d", k.n, r.status)
+	case first != nil:
+		for _, name := range middleware.RecordedHeaders() {
+			if !slices.Equal(first.Header.Values(name), r.header.Values(name)) {
+				return checkOneAnswer, fmt.Sprintf("request %d was answered %d, and then with another %s", k.n, r.status, name)
+			}
+		}
+	}
+	return "", ""
+}
+
+// Answer is what a client was told of its request for good.
+type Answer struct {
+	N      int         // the number that Config was asked for the request by
+	Key    string      // its Idempotency-Key
+	Status int         // 0 where the client gave up
+	Header http.Header // nil where the client gave up
+	Body   []byte
+}

@@ -1,0 +1,193 @@
+// Package prooftest runs a handler and a store of yours through crashes and storms of duplicates, from a test of yours,
+// and asks your own tables whether each request had its effect once:
+//
+//	func TestOrdersOutliveCrashes(t *testing.T) {
+//		pool := openTestDatabase(t)
+//		prooftest.Run(t, prooftest.Config{
+//			Store:   postgres.New(pool, nil),
+//			New:     func(store idempotency.Store) http.Handler { return newRouter(pool, store) },
+//			Request: func(n int) *http.Request { return newOrder("acme", n) },
+//			Invariant: func(ctx context.Context, told prooftest.Told) error {
+//				return countOrders(ctx, pool, len(told.Acknowledged))
+//			},
+//		})
+//	}
+//
+// It serves the handler on a real port of this machine and sends requests as a client does that follows the table in
+// docs/guarantees.md: it keeps its key, and gives up only where it may.
+//
+// # What is run
+//
+//   - Crash/<point>: keys whose first attempt is hit at that point, one subtest for each point
+//   - Storm: many keys, each sent by several clients at once and again later, with changed bodies, clients that hang
+//     up or give up, and all points mixed
+//   - Scope: one key of two callers, where Config.Other is set
+//   - Replay: each key that was acknowledged, once more
+//
+// After each of them it waits until nothing is in flight, looks each key up in the store, and asks the invariant. A
+// point that was never hit fails its subtest.
+//
+// # The points
+//
+//	before_begin           the store is unavailable
+//	after_begin            the key is claimed
+//	mid_handler            the handler's context ends, at one use of it after the other
+//	handler_canceled       the same, but the process lives on
+//	after_handler          the handler has returned
+//	before_commit          COMMIT was not sent
+//	mid_commit             COMMIT's context ends, at one use of it after the other
+//	commit_canceled        the same, but the process lives on
+//	commit_never_arrived   COMMIT is lost on its way; the process lives on
+//	commit_lost            COMMIT happened, its reply is lost; the process lives on
+//	resolving              the same, and the process dies while it looks for the COMMIT
+//	unresolvable           COMMIT or its reply is lost, and the look for it fails: the client hears unknown
+//	after_commit           nothing was sent to the client
+//	half_response          half of the answer's body was sent
+//
+// and before_decline, mid_decline, decline_never_arrived, decline_lost and after_decline, where Config.Declined is set.
+//
+// # What it is not
+//
+// No process is killed and no network is cut: a crash is made in this process, at the seams of the store. The attempt is
+// rolled back, its goroutine is unwound by a panic with http.ErrAbortHandler, and the connection to the client is closed.
+// So it shows what your handler, your wiring and your store make of each crash, and not what an operating system or
+// PostgreSQL makes of one: for that the demo bank's chaos command kills real processes.
+package prooftest
+
+import (
+	"cmp"
+	"context"
+	"fmt"
+	"math/rand/v2"
+	"net/http"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/paidonce/idempotency"
+)
+
+// Defaults of [Config].
+const (
+	KeysDefault     = 60
+	PointDefault    = 8
+	CopiesDefault   = 4
+	ClientsDefault  = 8
+	PatienceDefault = 20 * time.Second
+)
+
+// Config says what is put to the proof. Store, New, Request and Invariant are required.
+type Config struct {
+	// Store keeps the records. It is used through the interface alone.
+	Store idempotency.Store
+
+	// New returns the service with a store that stands for Store: whatever is mounted in production, with the
+	// middleware made from the store that is passed. It is called once.
+	New func(store idempotency.Store) http.Handler
+
+	// Request returns the n-th request: one that the handler accepts, without a key, and different in its body or its
+	// target for each n. Its host does not matter. No n is asked for twice.
+	Request func(n int) *http.Request
+
+	// Invariant asks the service's own tables whether what the clients were told is true: one effect for each request
+	// that was acknowledged, and no other. What it returns is reported as it is. Nothing is in flight then.
+	Invariant func(ctx context.Context, told Told) error
+
+	// Declined returns the n-th request that the handler declines for good with a 4xx. Nil leaves out what is about
+	// declines.
+	Declined func(n int) *http.Request
+
+	// Other is as Request, of another caller: one whose keys have another scope. Nil leaves out what is about scopes.
+	Other func(n int) *http.Request
+
+	// Keys is how many keys the storm has, Copies how often each is sent, and Clients how many keys are at work at
+	// once, each with half of its copies. The defaults are [KeysDefault], [CopiesDefault] and [ClientsDefault]. The
+	// storm has at least one key for each point.
+	Keys, Copies, Clients int
+
+	// Point is how many keys each crash point has. The default is [PointDefault].
+	Point int
+
+	// Patience is how long a key may take to be settled, and the run to come to rest. The default is [PatienceDefault].
+	Patience time.Duration
+
+	// Seed makes all decisions: 0 draws one, which a test that fails prints. The same seed makes the same decisions
+	// again; which goroutine comes first is still the scheduler's.
+	Seed uint64
+}
+
+// Told is what clients were told, from the beginning of the run on, by rising N.
+type Told struct {
+	Acknowledged []Answer // executed or replayed, with 2xx or 3xx: each has had its effect once
+	Declined     []Answer // executed or replayed, with 4xx: none has left anything
+	Abandoned    []Answer // given up after not-executed: none has left anything
+}
+
+// full returns a copy of c in which nothing is left out, or what is wrong with it.
+func (c Config) full() (Config, error) {
+	switch {
+	case c.Store == nil:
+		return c, fmt.Errorf("Config.Store is missing")
+	case c.New == nil:
+		return c, fmt.Errorf("Config.New is missing")
+	case c.Request == nil:
+		return c, fmt.Errorf("Config.Request is missing")
+	case c.Invariant == nil:
+		return c, fmt.Errorf("Config.Invariant is missing: without it nobody knows what the requests did")
+	case c.Keys < 0 || c.Copies < 0 || c.Clients < 0 || c.Point < 0 || c.Patience < 0:
+		return c, fmt.Errorf("Config.Keys, Copies, Clients, Point and Patience must not be negative")
+	}
+	c.Keys = cmp.Or(c.Keys, KeysDefault)
+	c.Copies = cmp.Or(c.Copies, CopiesDefault)
+	c.Clients = cmp.Or(c.Clients, ClientsDefault)
+	c.Point = cmp.Or(c.Point, PointDefault)
+	c.Patience = cmp.Or(c.Patience, PatienceDefault)
+	for c.Seed == 0 {
+		c.Seed = rand.Uint64()
+	}
+	return c, nil
+}
+
+// Run runs the proof, each part as a subtest. The database should be a test's own: it is written to, and nobody else
+// may write what the invariant counts. It takes a few seconds. Run it with -race too.
+func Run(t *testing.T, config Config) {
+	t.Helper()
+	full, err := config.full()
+	if err != nil {
+		t.Fatalf("prooftest: %v", err)
+	}
+	l := newLab(full)
+	t.Cleanup(l.close)
+	report := func(t *testing.T, found []finding) {
+		t.Helper()
+		for _, f := range found {
+			t.Errorf("%s: %s", f.check, f.text)
+		}
+		if len(found) > 0 {
+			t.Logf("To repeat it: prooftest.Config.Seed = %d, and go test -run '^%s$'", full.Seed, strings.ReplaceAll(t.Name(), "/", "$/^"))
+		}
+	}
+	if found := l.prepare(t.Context()); len(found) > 0 {
+		report(t, found)
+		t.FailNow()
+	}
+	t.Run("Crash", func(t *testing.T) {
+		for _, p := range plans() {
+			t.Run(string(p.point), func(t *testing.T) {
+				if why := l.impossible(p); why != "" {
+					t.Skip(why)
+				}
+				report(t, l.crash(t.Context(), p))
+			})
+		}
+	})
+	t.Run("Storm", func(t *testing.T) { report(t, l.storm(t.Context())) })
+	t.Run("Scope", func(t *testing.T) {
+		if full.Other == nil {
+			t.Skip("Config.Other is not set")
+		}
+		report(t, l.scope(t.Context()))
+	})
+	t.Run("Replay", func(t *testing.T) { report(t, l.replay(t.Context())) })
+	t.Log(l.summary())
+}

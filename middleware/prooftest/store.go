@@ -1,0 +1,234 @@
+package prooftest
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net/http"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/paidonce/idempotency"
+)
+
+// abandonMax bounds the ROLLBACK of an attempt whose process is said to have died.
+const abandonMax = 5 * time.Second
+
+var errLost = fmt.Errorf("%w: prooftest lost it", idempotency.ErrUnknown)
+
+// store is the user's store with the crash points at its seams.
+type store struct {
+	inner idempotency.Store
+	keys  sync.Map     // by value: *key
+	open  atomic.Int64 // attempts that were begun and not ended
+	stray atomic.Int64 // calls whose context is not that of a request
+}
+
+var (
+	_ idempotency.Store         = (*store)(nil)
+	_ idempotency.BudgetChecker = (*store)(nil)
+)
+
+// CheckBudget implements [idempotency.BudgetChecker] where the user's store does.
+func (s *store) CheckBudget(handlerTimeout, commitTimeout time.Duration) error {
+	if checker, ok := s.inner.(idempotency.BudgetChecker); ok {
+		return checker.CheckBudget(handlerTimeout, commitTimeout)
+	}
+	return nil
+}
+
+// keyOf returns what is planned for a request, or nil where nothing is.
+func (s *store) keyOf(ctx context.Context, req *idempotency.Request) (*key, *exchange) {
+	x, ok := ctx.Value(exchangeKey{}).(*exchange)
+	if !ok {
+		s.stray.Add(1)
+		return nil, nil
+	}
+	k, _ := s.keys.Load(req.Key.Value)
+	if k == nil {
+		return nil, nil
+	}
+	return k.(*key), x
+}
+
+// Begin implements [idempotency.Store].
+func (s *store) Begin(ctx context.Context, req *idempotency.Request) (idempotency.Attempt, *idempotency.Record, error) {
+	k, x := s.keyOf(ctx, req)
+	if k == nil {
+		return s.inner.Begin(ctx, req)
+	}
+	k.seen(req)
+	if k.take(beforeBegin) {
+		return nil, nil, fmt.Errorf("begin: %w: prooftest", idempotency.ErrUnavailable)
+	}
+	inner, record, err := s.inner.Begin(ctx, req)
+	if inner == nil {
+		return inner, record, err
+	}
+	s.open.Add(1)
+	a := &attempt{store: s, inner: inner, key: k, exchange: x}
+	if k.take(afterBegin) {
+		a.abandon(ctx)
+		x.die()
+	}
+	return a, record, err
+}
+
+// Resolve implements [idempotency.Store].
+func (s *store) Resolve(ctx context.Context, req *idempotency.Request) (*idempotency.Record, error) {
+	if x, ok := ctx.Value(exchangeKey{}).(*exchange); ok {
+		switch {
+		case x.resolving.Load():
+			x.die()
+		case x.unresolvable.CompareAndSwap(true, false):
+			return nil, errLost
+		}
+	}
+	return s.inner.Resolve(ctx, req)
+}
+
+// attempt is an attempt of the user's store. It is used by one goroutine, as the contract says, but for what the
+// handler does with its context.
+type attempt struct {
+	store    *store
+	inner    idempotency.Attempt
+	key      *key
+	exchange *exchange
+	handler  *tripwire // the handler's context; nil until it is asked for
+	dies     bool      // the process dies once the handler's context has ended
+	sealed   bool
+	ended    bool
+}
+
+// Context implements [idempotency.Attempt].
+func (a *attempt) Context(ctx context.Context) context.Context {
+	planned := a.key.head()
+	ctx = a.inner.Context(ctx)
+	a.dies = planned.point == midHandler
+	a.handler = a.key.tripwire(ctx, midHandler, handlerCanceled)
+	return a.handler
+}
+
+// Seal implements [idempotency.Attempt].
+func (a *attempt) Seal() error {
+	if a.ended { // the engine unwinds after a death
+		return nil
+	}
+	err := a.inner.Seal()
+	a.sealed = true
+	died := false
+	if a.handler != nil {
+		died = a.handler.disarm() && a.dies
+		a.key.handlerUses.Store(a.handler.uses.Load())
+	}
+	if died || a.key.take(afterHandler) {
+		a.abandon(context.Background())
+		a.exchange.die()
+	}
+	return err
+}
+
+// Rollback implements [idempotency.Attempt].
+func (a *attempt) Rollback(ctx context.Context) error {
+	if a.ended {
+		return nil
+	}
+	defer a.over()
+	return a.inner.Rollback(ctx)
+}
+
+// Commit implements [idempotency.Attempt].
+func (a *attempt) Commit(ctx context.Context, answer *idempotency.Answer) error {
+	return a.finish(ctx, answer, a.inner.Commit, commitEnd)
+}
+
+// Decline implements [idempotency.Attempt].
+func (a *attempt) Decline(ctx context.Context, answer *idempotency.Answer) error {
+	return a.finish(ctx, answer, a.inner.Decline, declineEnd)
+}
+
+func (a *attempt) finish(ctx context.Context, answer *idempotency.Answer, inner func(context.Context, *idempotency.Answer) error, at end) error {
+	switch {
+	case a.key.take(at.before):
+		a.abandon(ctx)
+		a.exchange.die()
+	case a.key.take(at.neverArrived):
+		a.abandon(ctx)
+		return errLost
+	case a.key.odd && a.key.take(at.unresolvable):
+		a.abandon(ctx)
+		a.exchange.unresolvable.Store(true)
+		return errLost
+	}
+	dies := a.key.head().point == at.mid
+	wire := a.key.tripwire(ctx, at.mid, at.canceled)
+	err := inner(wire, answer)
+	a.over()
+	tripped := wire.disarm()
+	wire.cancel()
+	a.key.endUses.Store(wire.uses.Load())
+	if err == nil {
+		a.key.committed.Add(1)
+	}
+	switch {
+	case tripped && dies:
+		a.exchange.die()
+	case err != nil:
+		return err
+	case a.key.take(at.lost):
+		return errLost
+	case a.key.take(at.resolving):
+		a.exchange.resolving.Store(true)
+		return errLost
+	case a.key.take(at.unresolvable):
+		a.exchange.unresolvable.Store(true)
+		return errLost
+	case a.key.take(at.after):
+		a.exchange.die()
+	case a.key.take(at.half):
+		a.exchange.half.Store(true)
+	}
+	return nil
+}
+
+// abandon ends the attempt as the death of its process would: nothing of it remains.
+func (a *attempt) abandon(ctx context.Context) {
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), abandonMax)
+	defer cancel()
+	if !a.sealed {
+		_ = a.inner.Seal() // nobody is left to hear of it, as of the next
+	}
+	_ = a.inner.Rollback(ctx)
+	a.over()
+}
+
+func (a *attempt) over() {
+	a.ended = true
+	a.store.open.Add(-1)
+	if a.handler != nil {
+		a.handler.cancel()
+	}
+}
+
+// exchange is one request on its way through the server.
+type exchange struct {
+	dead         atomic.Bool // the process has died for it
+	half         atomic.Bool // half of the answer goes out
+	resolving    atomic.Bool // it dies when it looks for its COMMIT
+	unresolvable atomic.Bool // it can't look for its COMMIT
+}
+
+type exchangeKey struct{}
+
+// die ends the request's goroutine as far as that goes in a process that lives on.
+func (x *exchange) die() {
+	x.dead.Store(true)
+	panic(http.ErrAbortHandler)
+}
+
+// aborted reports whether a panic only says that the connection is to be cut.
+func aborted(value any) bool {
+	err, ok := value.(error)
+	return ok && errors.Is(err, http.ErrAbortHandler)
+}
