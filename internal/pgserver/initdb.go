@@ -12,8 +12,9 @@ import (
 	"strings"
 )
 
-// init makes the database cluster when it is missing. It appears under its name only when it is complete.
-func (d *dataDir) init(ctx context.Context, bin binaries, acct *account, temporary bool) (err error) {
+// init makes the database cluster when it is missing, as a copy of primary's where that is not nil. It appears under its
+// name only when it is complete.
+func (d *dataDir) init(ctx context.Context, bin binaries, acct *account, temporary bool, primary *Server) (err error) {
 	leftovers, err := filepath.Glob(globQuote(d.path) + string(filepath.Separator) + unfinished + "*")
 	if err != nil {
 		return fmt.Errorf("find unfinished clusters: %w", err)
@@ -25,6 +26,9 @@ func (d *dataDir) init(ctx context.Context, bin binaries, acct *account, tempora
 		return err
 	}
 	if _, err := os.Stat(d.cluster()); !errors.Is(err, fs.ErrNotExist) {
+		if err == nil && primary != nil {
+			err = errors.New("it has data already, and a standby begins with a copy of its primary's")
+		}
 		if err == nil {
 			err = acct.ownTree(d.cluster())
 		}
@@ -46,7 +50,7 @@ func (d *dataDir) init(ctx context.Context, bin binaries, acct *account, tempora
 	if err := acct.own(dir); err != nil {
 		return fmt.Errorf("make database cluster: %w", err)
 	}
-	args := []string{"-D", dir, "--username=" + superuser, "--encoding=UTF8", "--no-locale", "--no-instructions"}
+	program, args := bin.initdb(), []string{"-D", dir, "--username=" + superuser, "--encoding=UTF8", "--no-locale", "--no-instructions"}
 	if unixSockets {
 		args = append(args, "--auth-local=trust", "--auth-host=reject") // the socket's folder is private
 	} else {
@@ -55,10 +59,16 @@ func (d *dataDir) init(ctx context.Context, bin binaries, acct *account, tempora
 		}
 		args = append(args, "--auth=scram-sha-256", "--pwfile="+d.file(passwordName))
 	}
+	if primary != nil {
+		if program, err = bin.basebackup(); err != nil {
+			return err
+		}
+		args = primary.copyArgs(dir)
+	}
 	if temporary {
 		args = append(args, "--no-sync")
 	}
-	if err := runInitdb(ctx, acct.commandContext(ctx, dir, bin.initdb(), args...)); err != nil {
+	if err := runToEnd(ctx, acct.commandContext(ctx, dir, program, args...)); err != nil {
 		return err
 	}
 	if err := os.Rename(dir, d.cluster()); err != nil {
@@ -82,8 +92,8 @@ func (d *dataDir) letIn(acct *account) error {
 	return nil
 }
 
-// runInitdb runs initdb on a locked thread, because the kernel would end it with the thread that forked it.
-func runInitdb(ctx context.Context, cmd *exec.Cmd) error {
+// runToEnd runs a program on a locked thread, because the kernel would end it with the thread that forked it.
+func runToEnd(ctx context.Context, cmd *exec.Cmd) error {
 	runtime.LockOSThread()
 	defer runtime.UnlockOSThread()
 	output, err := cmd.CombinedOutput()

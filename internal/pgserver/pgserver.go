@@ -52,6 +52,9 @@ type Options struct {
 	// max_connections 100) and over ALTER SYSTEM. Those which say where PostgreSQL lives and listens are refused.
 	Settings map[string]string
 
+	// Env are variables ("NAME=value") for PostgreSQL itself, and not for the programs that make its data.
+	Env []string
+
 	// Progress gets one line for each thing that takes long (a download, an old PostgreSQL still stopping).
 	// It is not used after Start has returned. Nil: none.
 	Progress io.Writer
@@ -74,14 +77,15 @@ func Start(ctx context.Context, opts *Options) (*Server, error) {
 	if opts == nil {
 		opts = &Options{}
 	}
-	s, err := start(ctx, opts)
+	s, err := start(ctx, opts, nil)
 	if err != nil {
 		return nil, fmt.Errorf("start postgresql: %w", err)
 	}
 	return s, nil
 }
 
-func start(ctx context.Context, opts *Options) (_ *Server, err error) {
+// start starts a PostgreSQL, as a standby of primary where that is not nil.
+func start(ctx context.Context, opts *Options, primary *Server) (_ *Server, err error) {
 	if err := checkSettings(opts.Settings); err != nil {
 		return nil, err
 	}
@@ -109,8 +113,10 @@ func start(ctx context.Context, opts *Options) (_ *Server, err error) {
 	if err != nil {
 		return nil, err
 	}
-	bin, err := findBinaries(ctx, acct, major, progress)
-	if err != nil {
+	var bin binaries
+	if primary != nil {
+		bin = primary.binaries
+	} else if bin, err = findBinaries(ctx, acct, major, progress); err != nil {
 		return nil, err
 	}
 
@@ -134,7 +140,7 @@ func start(ctx context.Context, opts *Options) (_ *Server, err error) {
 		return nil, err
 	}
 	undo.add(data.release)
-	if err := data.init(ctx, bin, acct, temporary); err != nil {
+	if err := data.init(ctx, bin, acct, temporary, primary); err != nil {
 		return nil, err
 	}
 
@@ -143,7 +149,7 @@ func start(ctx context.Context, opts *Options) (_ *Server, err error) {
 	if err != nil {
 		return nil, err
 	}
-	if err := s.launch(ctx, data, acct, listen, opts.Settings, progress); err != nil {
+	if err := s.launch(ctx, data, acct, listen, opts, progress); err != nil {
 		return nil, err
 	}
 	s.release = undo.run
@@ -179,7 +185,7 @@ func (s *Server) listen(socketDir string, data *dataDir) (map[string]string, err
 }
 
 // launch starts the postmaster, waiting for the processes of an earlier one that still hold the folder.
-func (s *Server) launch(ctx context.Context, data *dataDir, acct *account, listen, settings map[string]string,
+func (s *Server) launch(ctx context.Context, data *dataDir, acct *account, listen map[string]string, opts *Options,
 	progress io.Writer) error {
 	deadline := time.Now().Add(oldPostmasterWaitMax)
 	stalePID, err := data.awaitOldPostmaster(ctx, deadline, progress)
@@ -187,7 +193,7 @@ func (s *Server) launch(ctx context.Context, data *dataDir, acct *account, liste
 		return err
 	}
 	for {
-		err := s.launchOnce(ctx, data, acct, listen, settings, stalePID)
+		err := s.launchOnce(ctx, data, acct, listen, opts, stalePID)
 		// The postmaster is gone but its children still end: PostgreSQL finds their shared memory in use. A refused
 		// start has no SQLSTATE, so this is the one place which reads the text (locale C, so it is not translated).
 		if err == nil || !strings.Contains(err.Error(), "pre-existing shared memory block") || time.Now().After(deadline) {
@@ -199,7 +205,7 @@ func (s *Server) launch(ctx context.Context, data *dataDir, acct *account, liste
 	}
 }
 
-func (s *Server) launchOnce(ctx context.Context, data *dataDir, acct *account, listen, settings map[string]string,
+func (s *Server) launchOnce(ctx context.Context, data *dataDir, acct *account, listen map[string]string, opts *Options,
 	stalePID int) error {
 	log, err := data.openLog()
 	if err != nil {
@@ -215,8 +221,9 @@ func (s *Server) launchOnce(ctx context.Context, data *dataDir, acct *account, l
 		"logging_collector": "off",
 	})...)
 	args = append(args, settingArgs(listen)...)
-	args = append(args, settingArgs(settings)...) // the last one wins
+	args = append(args, settingArgs(opts.Settings)...) // the last one wins
 	cmd := acct.command(data.cluster(), s.binaries.postgres(), args...)
+	cmd.Env = append(cmd.Env, opts.Env...)
 	if stalePID != 0 {
 		// The number in postmaster.pid now belongs to another process. This variable is how pg_ctl tells PostgreSQL
 		// that such a number is no postmaster; unlike removing the file it keeps the check for orphaned children.

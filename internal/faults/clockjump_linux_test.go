@@ -1,0 +1,144 @@
+package faults_test
+
+import (
+	"context"
+	"os"
+	"path/filepath"
+	"strconv"
+	"testing"
+	"time"
+
+	"github.com/paidonce/idempotency"
+	"github.com/paidonce/idempotency/internal/pgserver"
+	"github.com/paidonce/idempotency/internal/pgtest"
+	"github.com/paidonce/idempotency/middleware"
+)
+
+func TestF18DatabaseClockJumps(t *testing.T) {
+	t.Parallel()
+	const ttl = 2 * time.Hour
+	c := startClock(t)
+	inHandler, goOn := make(chan string), make(chan struct{})
+	s := serve(t, c.url, &serviceOptions{
+		middleware: &middleware.Options{Engine: idempotency.Options{TTL: ttl}},
+		handling: func(_ context.Context, key string) {
+			if key == "across-ahead" || key == "across-back" {
+				inHandler <- key
+				<-goOn
+			}
+		},
+	})
+	// across pays while the clock jumps in the middle of the handler.
+	across := func(key string, to time.Duration) {
+		t.Helper()
+		replies := make(chan reply, 1)
+		go func() {
+			got, _ := s.pay(key) // no reply is no 201
+			replies <- got
+		}()
+		select {
+		case <-inHandler:
+		case <-time.After(awaitMax):
+			t.Fatalf("%s does not get to its handler", key)
+		}
+		c.jump(t, to)
+		goOn <- struct{}{}
+		if got := <-replies; !got.is(201, "executed") {
+			t.Errorf("%s: %v", key, got)
+		}
+	}
+	reap := func(want int64) {
+		t.Helper()
+		due := count(t, c.url, "SELECT count(*) FROM idempotency_keys WHERE expires_at < clock_timestamp()")
+		deleted, err := s.store.DeleteExpired(t.Context())
+		if err != nil || deleted != want || int64(due) != want {
+			t.Errorf("the reaper deleted %d, %v; %d were due by the database's clock, want %d", deleted, err, due, want)
+		}
+	}
+
+	first := s.mustPay(t, "before", 201, "executed") // expires at +2 h
+	across("across-ahead", time.Hour)                // at +3 h
+	reap(0)
+	s.mustPay(t, "ahead", 201, "executed") // at +3 h
+	for _, key := range []string{"before", "across-ahead", "ahead"} {
+		s.mustPay(t, key, 201, "replayed")
+	}
+
+	across("across-back", -time.Hour) // at +1 h
+	reap(0)
+	s.mustPay(t, "back", 201, "executed") // at +1 h
+	keys := []string{"before", "across-ahead", "ahead", "across-back", "back"}
+	for _, key := range keys {
+		s.mustPay(t, key, 201, "replayed")
+	}
+	if again := s.mustPay(t, "before", 201, "replayed"); again.body != first.body {
+		t.Errorf("replayed %s, first %s", again.body, first.body)
+	}
+	s.onePayment(t, keys...)
+
+	c.jump(t, 150*time.Minute)
+	reap(3)
+	s.mustPay(t, "across-ahead", 201, "replayed")
+	s.mustPay(t, "ahead", 201, "replayed")
+	s.mustPay(t, "before", 201, "executed") // its time was over
+}
+
+// clock is a PostgreSQL whose wall clock can be set.
+type clock struct {
+	url  string
+	file string // libfaketime reads it each time that the time is asked for
+}
+
+func startClock(t *testing.T) *clock {
+	t.Helper()
+	library := ""
+	for _, pattern := range []string{"/usr/lib/*/faketime/libfaketime.so.1", "/usr/lib*/faketime/libfaketime.so.1"} {
+		if found, err := filepath.Glob(pattern); err == nil && len(found) > 0 {
+			library = found[0]
+		}
+	}
+	if library == "" {
+		need(t, "there is no libfaketime", "apt-get install libfaketime")
+	}
+	c := &clock{file: filepath.Join(pgtest.Folder(t), "clock")}
+	c.set(t, 0)
+	server, err := pgserver.Start(t.Context(), &pgserver.Options{Settings: fast, Env: []string{
+		"LD_PRELOAD=" + library, "FAKETIME_TIMESTAMP_FILE=" + c.file, "FAKETIME_NO_CACHE=1",
+		"FAKETIME_DONT_FAKE_MONOTONIC=1", "NO_FAKE_STAT=1", // only the wall clock
+	}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = server.Stop() })
+	c.url = server.URL()
+	return c
+}
+
+func (c *clock) set(t *testing.T, offset time.Duration) {
+	t.Helper()
+	next := c.file + ".next" // renamed, so that nobody reads half of it
+	text := strconv.Itoa(int(offset.Seconds()))
+	if offset >= 0 {
+		text = "+" + text
+	}
+	if err := os.WriteFile(next, []byte(text+"\n"), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Chmod(next, 0o644); err != nil { // whatever the umask is
+		t.Fatal(err)
+	}
+	if err := os.Rename(next, c.file); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// jump sets the clock that far from the right time, and sees that PostgreSQL follows.
+func (c *clock) jump(t *testing.T, offset time.Duration) {
+	t.Helper()
+	c.set(t, offset)
+	var now time.Time
+	query(t, c.url, &now, "SELECT clock_timestamp()")
+	if wrong := time.Since(now) + offset; wrong.Abs() > 30*time.Second {
+		t.Fatalf("the database's clock is %v off, want %v", -time.Since(now), offset)
+	}
+}

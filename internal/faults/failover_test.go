@@ -1,0 +1,266 @@
+//go:build unix
+
+package faults_test
+
+import (
+	"errors"
+	"fmt"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/jackc/pgx/v5/pgxpool"
+
+	"github.com/paidonce/idempotency"
+	"github.com/paidonce/idempotency/middleware"
+	"github.com/paidonce/idempotency/storage/postgres"
+)
+
+func TestF19FailoverToASynchronousStandbyLosesNothing(t *testing.T) {
+	t.Parallel()
+	p := startPair(t, true)
+	s := serveOn(t, p.primary.URL(), nil)
+	heard := s.mustPay(t, "heard", 201, "executed")
+	unheard := s.payUnheard(t, "unheard")
+	if !unheard.is(201, "executed") {
+		t.Fatalf("the payment whose reply was lost: %v", unheard)
+	}
+
+	p.primary.Kill()
+	for _, key := range []string{"heard", "unheard", "new"} {
+		if got, err := s.pay(key); err != nil || !got.is(503, "not-executed") {
+			t.Errorf("%s while the primary is down: %v, %v", key, got, err)
+		}
+	}
+	p.promote(t)
+	s.upstream.set(p.standby.URL())
+
+	for key, first := range map[string]reply{"heard": heard, "unheard": unheard} {
+		if again := s.mustPay(t, key, 201, "replayed"); again.body != first.body {
+			t.Errorf("%s: replayed %s, first %s", key, again.body, first.body)
+		}
+	}
+	s.mustPay(t, "new", 201, "executed")
+	s.onePayment(t, "heard", "unheard", "new")
+}
+
+// A service may name both servers in its URL: the store finds the one that is the primary.
+func TestF19ServiceThatNamesBothServersFollowsTheFailover(t *testing.T) {
+	t.Parallel()
+	p := startPair(t, true)
+	both := fmt.Sprintf("host=%s,%s user=postgres dbname=postgres target_session_attrs=primary",
+		hostOf(t, p.standby.URL()), hostOf(t, p.primary.URL()))
+	s := serveOn(t, p.primary.URL(), &serviceOptions{pool: func(config *pgxpool.Config) {
+		multi, err := pgxpool.ParseConfig(both)
+		if err != nil {
+			t.Error(err)
+			return
+		}
+		*config = *multi
+	}})
+	first := s.mustPay(t, "heard", 201, "executed")
+	p.primary.Kill()
+	s.mustPay(t, "heard", 503, "not-executed")
+	p.promote(t)
+	s.upstream.set(p.standby.URL()) // for the counts
+	if again := s.mustPay(t, "heard", 201, "replayed"); again.body != first.body {
+		t.Errorf("replayed %s, first %s", again.body, first.body)
+	}
+	s.onePayment(t, "heard")
+}
+
+func TestF20CancelledWaitForTheStandbyIsNeverPaid(t *testing.T) {
+	t.Parallel()
+	p := startPair(t, true)
+	s := serveOn(t, p.primary.URL(), nil)
+	hasty := serveOn(t, p.primary.URL(), &serviceOptions{middleware: &middleware.Options{Engine: idempotency.Options{
+		HandlerTimeout: 2 * time.Second, CommitTimeout: time.Second, ResolveTimeout: time.Second,
+	}}})
+	s.mustPay(t, "before", 201, "executed")
+
+	// Each of these ends the wait of a COMMIT: it is visible here, and the standby has not got it.
+	paused := p.pause(t)
+	stop := cancelWaits(t, p.primary.URL())
+	hasty.mustPay(t, "cancelled-by-an-operator", 503, "unknown")
+	if cancelled := stop(); cancelled == 0 {
+		t.Fatal("no wait was cancelled")
+	}
+	hasty.mustPay(t, "cancelled-by-the-service", 503, "unknown") // its CommitTimeout
+	keys := []string{"cancelled-by-an-operator", "cancelled-by-the-service"}
+	s.onePayment(t, keys...) // what a replay without a barrier would answer from
+
+	// Nor does a retry hear of it while the standby is away, whoever ends its wait.
+	stop = cancelWaits(t, p.primary.URL())
+	for _, key := range keys {
+		hasty.mustPay(t, key, 503, "unknown")
+	}
+	if cancelled := stop(); cancelled < len(keys) {
+		t.Errorf("%d waits of the retries were cancelled", cancelled)
+	}
+	hasty.mustPay(t, keys[0], 503, "unknown")
+	hasty.mustPay(t, "before", 503, "unknown") // it is safe, but nobody can know now
+
+	paused.resume(t)
+	for _, key := range append(keys, "before") {
+		s.mustPay(t, key, 201, "replayed")
+	}
+	s.onePayment(t, append(keys, "before")...)
+
+	// And where the standby takes over, the payment never was.
+	paused = p.pause(t)
+	hasty.mustPay(t, "lost", 503, "unknown")
+	s.onePayment(t, "lost")
+	p.primary.Kill()
+	paused.kill(t)
+	p.promote(t)
+	s.upstream.set(p.standby.URL())
+	if payments, records := s.payments(t, "lost"), s.records(t, "lost"); payments != 0 || records != 0 {
+		t.Fatalf("the standby has %d payments and %d records of what it never got", payments, records)
+	}
+	s.mustPay(t, "lost", 201, "executed")
+	s.onePayment(t, append(keys, "before", "lost")...)
+}
+
+// cancelWaits cancels every wait for the standby, as an operator does who sees sessions hang. stop returns how many.
+func cancelWaits(t *testing.T, databaseURL string) (stop func() int) {
+	t.Helper()
+	var cancelled int
+	var failed error
+	done := make(chan struct{})
+	var loop sync.WaitGroup
+	loop.Go(func() {
+		for failed == nil {
+			select {
+			case <-done:
+				return
+			case <-time.After(20 * time.Millisecond):
+			}
+			var n int
+			failed = tryQuery(databaseURL, &n, "SELECT count(pg_cancel_backend(pid)) FROM pg_stat_activity WHERE wait_event = 'SyncRep'")
+			cancelled += n
+		}
+	})
+	return func() int {
+		t.Helper()
+		close(done)
+		loop.Wait()
+		if failed != nil {
+			t.Fatal(failed)
+		}
+		return cancelled
+	}
+}
+
+// The loss that docs/guarantees.md tells of: what the standby had not got is gone, record and money together.
+func TestF21FailoverToAnAsynchronousStandbyLosesRecordAndMoneyTogether(t *testing.T) {
+	t.Parallel()
+	p := startPair(t, false)
+	s := serveOn(t, p.primary.URL(), nil)
+	kept := s.mustPay(t, "kept", 201, "executed")
+	await(t, p.standby.URL(), "the standby has it", "EXISTS (SELECT FROM payments WHERE key = 'kept')")
+	paused := p.pause(t)
+	s.mustPay(t, "lost", 201, "executed")
+	s.mustPay(t, "lost", 201, "replayed")
+
+	p.primary.Kill()
+	s.mustPay(t, "lost", 503, "not-executed")
+	paused.kill(t)
+	p.promote(t)
+	s.upstream.set(p.standby.URL())
+	if payments, records := s.payments(t, "lost"), s.records(t, "lost"); payments != 0 || records != 0 {
+		t.Errorf("%d payments and %d records are left, want neither", payments, records)
+	}
+	if again := s.mustPay(t, "kept", 201, "replayed"); again.body != kept.body {
+		t.Errorf("replayed %s, first %s", again.body, kept.body)
+	}
+	s.mustPay(t, "lost", 201, "executed")
+	s.onePayment(t, "kept", "lost")
+}
+
+// Wherever in the stream the crash comes, the standby has both of a payment and its record, or neither.
+func TestF21CrashUnderLoadNeverPartsRecordAndMoney(t *testing.T) {
+	t.Parallel()
+	p := startPair(t, false)
+	s := serveOn(t, p.primary.URL(), nil)
+	const clients, enough = 4, 40
+	var paid sync.Map // key -> body of its 201
+	crash, crashed := make(chan struct{}), make(chan struct{})
+	var total int
+	var mu sync.Mutex
+	var load sync.WaitGroup
+	for client := range clients {
+		load.Go(func() {
+			for n := 0; ; n++ {
+				select {
+				case <-crashed:
+					return
+				default:
+				}
+				key := fmt.Sprintf("client-%d-%d", client, n)
+				got, err := s.pay(key)
+				switch {
+				case err != nil || got.status != 201 && got.status != 503:
+					t.Errorf("%s: %v, %v", key, got, err)
+				case got.status == 201:
+					paid.Store(key, got.body)
+					mu.Lock()
+					if total++; total == enough {
+						close(crash)
+					}
+					mu.Unlock()
+				}
+			}
+		})
+	}
+	select {
+	case <-crash:
+	case <-time.After(awaitMax):
+		t.Error("the load does not get on")
+	}
+	p.primary.Kill()
+	close(crashed)
+	load.Wait()
+	p.promote(t)
+	s.upstream.set(p.standby.URL())
+
+	const parted = `SELECT count(*) FROM (SELECT key FROM payments) AS p FULL JOIN (SELECT key FROM idempotency_keys) AS r USING (key)
+		WHERE p.key IS NULL OR r.key IS NULL`
+	if n := count(t, s.upstream.get(), parted); n != 0 {
+		t.Errorf("%d keys have a payment without a record, or a record without a payment", n)
+	}
+	paid.Range(func(key, body any) bool {
+		survived := s.records(t, key.(string)) == 1
+		got, err := s.pay(key.(string))
+		switch {
+		case err != nil || got.status != 201:
+			t.Errorf("%s: %v, %v", key, got, err)
+		case survived && (got.outcome != "replayed" || got.body != body):
+			t.Errorf("%s survived: %v %s, first %s", key, got, got.body, body)
+		case !survived && got.outcome != "executed":
+			t.Errorf("%s was lost: %v", key, got)
+		}
+		return !t.Failed()
+	})
+	const twice = "SELECT count(*) FROM (SELECT key FROM payments GROUP BY key HAVING count(*) > 1) AS twice"
+	if n := count(t, s.upstream.get(), twice); n != 0 {
+		t.Errorf("%d keys were paid twice", n)
+	}
+}
+
+func TestF32CheckRefusesAStandby(t *testing.T) {
+	t.Parallel()
+	p := startPair(t, false)
+	s := serveOn(t, p.standby.URL(), nil)
+	err := s.store.Check(t.Context())
+	if !errors.Is(err, postgres.ErrNotPrimary) {
+		t.Errorf("Check of a standby: %v", err)
+	}
+	s.mustPay(t, "key", 503, "not-executed")
+	p.primary.Kill()
+	p.promote(t)
+	if err := s.store.Check(t.Context()); err != nil {
+		t.Errorf("Check after it was promoted: %v", err)
+	}
+	s.mustPay(t, "key", 201, "executed")
+	s.onePayment(t, "key")
+}

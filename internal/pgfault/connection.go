@@ -1,0 +1,351 @@
+package pgfault
+
+import (
+	"context"
+	"encoding/binary"
+	"io"
+	"net"
+	"sync"
+	"sync/atomic"
+	"time"
+)
+
+// The codes of a client's first message that are no protocol version.
+const (
+	codeCancel = 80877102
+	codeSSL    = 80877103
+	codeGSS    = 80877104
+
+	startupBytesMax = 10_000 // PostgreSQL's own limit
+)
+
+const (
+	// answerWaitMax bounds the wait for answers that come before a COMMIT that is cut.
+	answerWaitMax = time.Second
+	// pieces is how many writes a second a limited rate is spread over.
+	pieces = 20
+)
+
+// connection is a client, and the connection to PostgreSQL that was opened for it.
+type connection struct {
+	proxy  *Proxy
+	number int64
+	ctx    context.Context // ends when both sides are cut
+	cancel context.CancelFunc
+	client net.Conn
+
+	mu     sync.Mutex
+	server net.Conn // nil before it is dialed
+
+	answers *answers
+
+	// What the client's goroutine tells the server's.
+	drop       atomic.Bool  // replies are read and dropped
+	quiet      atomic.Bool  // the client does not see PostgreSQL hang up
+	replyDelay atomic.Int64 // a time.Duration, of the next reply
+}
+
+// cut closes both sides.
+func (c *connection) cut() {
+	c.cancel()
+	_ = c.client.Close() // an error means that it is closed
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.server != nil {
+		_ = c.server.Close()
+	}
+}
+
+// dial opens the connection to PostgreSQL.
+func (c *connection) dial() bool {
+	network, address := c.proxy.upstream()
+	var dialer net.Dialer
+	server, err := dialer.DialContext(c.ctx, network, address)
+	if err != nil {
+		return false // the client sees its connection closed
+	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.server = server
+	if c.ctx.Err() != nil {
+		_ = server.Close()
+		return false
+	}
+	return true
+}
+
+// serve runs the connection. It returns when both directions are over.
+func (c *connection) serve() {
+	first, code, ok := c.startup()
+	if !ok || c.resumed() != nil || !c.dial() {
+		return
+	}
+	if code == codeCancel {
+		if c.forward(c.server, first) == nil {
+			_, _ = io.Copy(io.Discard, c.server) // PostgreSQL hangs up when it is done
+		}
+		return
+	}
+	c.number = c.proxy.connections.Add(1)
+	if c.forward(c.server, first) != nil {
+		return
+	}
+	var replies sync.WaitGroup
+	replies.Go(c.fromServer)
+	c.fromClient()
+	replies.Wait()
+}
+
+// startup reads the client's first message. Encryption is refused, and the client goes on without.
+func (c *connection) startup() (message []byte, code uint32, ok bool) {
+	for {
+		var header [8]byte
+		if _, err := io.ReadFull(c.client, header[:]); err != nil {
+			return nil, 0, false
+		}
+		length := binary.BigEndian.Uint32(header[:])
+		code = binary.BigEndian.Uint32(header[4:])
+		if length < 8 || length > startupBytesMax {
+			return nil, 0, false
+		}
+		message = make([]byte, length)
+		copy(message, header[:])
+		if _, err := io.ReadFull(c.client, message[8:]); err != nil {
+			return nil, 0, false
+		}
+		if code != codeSSL && code != codeGSS {
+			return message, code, true
+		}
+		if c.forward(c.client, []byte{'N'}) != nil {
+			return nil, 0, false
+		}
+	}
+}
+
+// fromClient forwards flush by flush until the client hangs up or a fault ends it.
+func (c *connection) fromClient() {
+	s := newSplitter()
+	for hungUp := false; !hungUp; {
+		hungUp = s.read(c.client) != nil
+		for {
+			f, ok, err := s.next(hungUp)
+			if err != nil {
+				c.cut()
+				return
+			}
+			if !ok {
+				break
+			}
+			if f.commit < 0 {
+				c.answers.sent(f)
+				if c.forward(c.server, f.raw) != nil {
+					return // fromServer passes on what PostgreSQL said before it hung up
+				}
+				continue
+			}
+			if !c.commit(s, f) {
+				return
+			}
+		}
+	}
+	// PostgreSQL finishes what it was sent before it sees the end.
+	_ = c.client.Close()
+	c.drop.Store(true)
+	if rest := s.rest(); c.resumed() == nil && (len(rest) == 0 || c.forward(c.server, rest) == nil) {
+		c.hangUp()
+	}
+}
+
+// commit does to a flush with a COMMIT what was decided. It reports whether the client is still to be read.
+func (c *connection) commit(s *splitter, f flush) bool {
+	fault := c.proxy.decide(Commit{Connection: c.number, BackendPID: c.answers.backendPID(), Messages: f.messages})
+	switch fault.Kind {
+	case CutBefore:
+		c.cutBefore(f)
+		return false
+	case CutAfter:
+		c.drop.Store(true)
+		c.quiet.Store(true) // PostgreSQL may hang up too
+		if c.send(f) {
+			c.awaitAnswers(0)
+		}
+		c.cut()
+		return false
+	case Silence:
+		c.drop.Store(true)
+		c.quiet.Store(true)
+		c.send(f)
+		c.awaitHangUp(s)
+		c.cut()
+		return false
+	case LateCommit:
+		c.drop.Store(true)
+		_ = c.client.Close()
+		if c.sleep(fault.Delay) == nil && c.send(f) {
+			c.hangUp()
+		}
+		return false
+	case HalfOpen:
+		c.drop.Store(true)
+		c.quiet.Store(true)
+		c.awaitHangUp(s)
+		_ = c.client.Close()
+		return false
+	case DelayReply:
+		c.replyDelay.Store(int64(fault.Delay))
+	case CallBefore:
+		fault.call()
+	}
+	ok := c.send(f)
+	if fault.Kind == CallAfter {
+		fault.call()
+	}
+	return ok
+}
+
+// awaitHangUp reads and drops what the client sends until it hangs up. Its Terminate counts: pgx then waits for 15 s to see
+// the connection closed, and keeps its place in the pool meanwhile.
+func (c *connection) awaitHangUp(s *splitter) {
+	for {
+		f, ok, err := s.next(false)
+		if err != nil || f.leaves || !ok && s.read(c.client) != nil {
+			return
+		}
+	}
+}
+
+func (f Fault) call() {
+	if f.Hook != nil {
+		f.Hook()
+	}
+}
+
+// cutBefore forwards the part of a flush before its COMMIT and cuts. The Flush behind it makes PostgreSQL answer, which
+// tells that it is done; the client did not ask for that answer and does not get it.
+func (c *connection) cutBefore(f flush) {
+	defer c.cut()
+	if f.commit > 0 {
+		c.drop.Store(true)
+		c.answers.sent(flush{executes: f.beforeCommit})
+		if c.forward(c.server, append(f.raw[:f.commit:f.commit], messageFlush, 0, 0, 0, 4)) != nil {
+			return
+		}
+	}
+	c.awaitAnswers(answerWaitMax)
+}
+
+func (c *connection) send(f flush) bool {
+	c.answers.sent(f)
+	return c.forward(c.server, f.raw) == nil
+}
+
+// awaitAnswers waits until PostgreSQL has answered what was sent, or hung up. 0: as long as that takes.
+func (c *connection) awaitAnswers(timeout time.Duration) {
+	var late <-chan time.Time
+	if timeout > 0 {
+		timer := time.NewTimer(timeout)
+		defer timer.Stop()
+		late = timer.C
+	}
+	for !c.answers.settled() {
+		select {
+		case <-c.answers.changed:
+		case <-late:
+			return
+		case <-c.ctx.Done():
+			return
+		}
+	}
+}
+
+// hangUp tells PostgreSQL that the client has hung up. What it still says is read, so that it is not cut off at its work.
+func (c *connection) hangUp() {
+	if half, ok := c.server.(interface{ CloseWrite() error }); ok {
+		_ = half.CloseWrite()
+		return
+	}
+	_ = c.server.Close()
+}
+
+// fromServer forwards what PostgreSQL says until it hangs up.
+func (c *connection) fromServer() {
+	buf := make([]byte, bufferBytes)
+	for {
+		n, err := c.server.Read(buf)
+		if n > 0 {
+			c.answers.received(buf[:n])
+			if delay := c.replyDelay.Swap(0); delay > 0 && c.sleep(time.Duration(delay)) != nil {
+				return
+			}
+			if !c.drop.Load() && c.forward(c.client, buf[:n]) != nil {
+				c.drop.Store(true) // the client has hung up, and fromClient finds out
+			}
+		}
+		if err != nil {
+			break
+		}
+	}
+	c.answers.hungUp()
+	if c.resumed() != nil {
+		return
+	}
+	_ = c.server.Close()
+	if !c.quiet.Load() {
+		_ = c.client.Close()
+	}
+}
+
+// forward writes a chunk with the latency, the rate and the pauses that are set.
+func (c *connection) forward(to net.Conn, chunk []byte) error {
+	if err := c.sleep(time.Duration(c.proxy.latency.Load())); err != nil {
+		return err
+	}
+	for len(chunk) > 0 {
+		piece := chunk
+		rate := int(c.proxy.rate.Load())
+		if rate > 0 {
+			piece = chunk[:min(len(chunk), max(rate/pieces, 1))]
+			if err := c.sleep(time.Duration(len(piece)) * time.Second / time.Duration(rate)); err != nil {
+				return err
+			}
+		}
+		if err := c.resumed(); err != nil {
+			return err
+		}
+		if _, err := to.Write(piece); err != nil {
+			return err
+		}
+		chunk = chunk[len(piece):]
+	}
+	return nil
+}
+
+// sleep sleeps unless the connection is cut.
+func (c *connection) sleep(d time.Duration) error {
+	if d <= 0 {
+		return nil
+	}
+	timer := time.NewTimer(d)
+	defer timer.Stop()
+	select {
+	case <-timer.C:
+		return nil
+	case <-c.ctx.Done():
+		return c.ctx.Err()
+	}
+}
+
+// resumed returns when the proxy is not paused.
+func (c *connection) resumed() error {
+	for {
+		resume := c.proxy.pause()
+		if resume == nil {
+			return c.ctx.Err()
+		}
+		select {
+		case <-resume:
+		case <-c.ctx.Done():
+			return c.ctx.Err()
+		}
+	}
+}
