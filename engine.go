@@ -287,6 +287,7 @@ func (e *Engine) attempt(ctx context.Context, req *Request, run RunFunc, trace *
 		failed = errors.Join(failed, fmt.Errorf("%w: the handler took longer than %v", ErrUnavailable, e.options.HandlerTimeout))
 	}
 	fact := factAfterHandler(sealed, failed, disposition)
+	sent := time.Now()
 	switch Decide(fact).Action {
 	case ActionCommit:
 		open = false
@@ -305,7 +306,7 @@ func (e *Engine) attempt(ctx context.Context, req *Request, run RunFunc, trace *
 		err = errors.Join(failed, sealed, undone)
 	}
 	if Decide(fact).Action == ActionResolve {
-		fact, record, err = e.resolve(ctx, req, disposition, err, trace)
+		fact, record, err = e.resolve(ctx, req, disposition, sent, err, trace)
 	}
 	switch decision := Decide(fact); decision.Action {
 	case ActionAnswer:
@@ -338,21 +339,22 @@ func (e *Engine) end(ctx context.Context, end func(context.Context, *Answer) err
 	return err
 }
 
-// resolve asks the store what became of a COMMIT whose reply was lost. lost is how it was lost.
-func (e *Engine) resolve(ctx context.Context, req *Request, disposition Disposition, lost error, trace *trace) (Fact, *Record, error) {
+// resolve asks the store what became of a COMMIT that was sent then, and whose reply was lost; lost is how.
+func (e *Engine) resolve(ctx context.Context, req *Request, disposition Disposition, sent time.Time, lost error, trace *trace) (Fact, *Record, error) {
 	started := trace.now()
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), e.options.ResolveTimeout)
 	defer cancel()
 	record, err := e.store.Resolve(ctx, req)
-	if err == nil && record == nil && req.TTL <= e.options.CommitTimeout+e.options.ResolveTimeout {
-		err = errShortTTL
+	if err == nil && record == nil && 2*time.Since(sent) >= req.TTL {
+		err = errMayHaveExpired
 	}
 	trace.step(StepResolve, started, err)
 	return factAfterResolve(req, disposition, record, err), record, errors.Join(lost, err)
 }
 
-// errShortTTL is why an absent record proves nothing: it may have been there, and expired.
-var errShortTTL = fmt.Errorf("%w: the TTL is shorter than CommitTimeout and ResolveTimeout together", ErrUnknown)
+// errMayHaveExpired is why an absent record proves nothing: half of the TTL or more went by since COMMIT was sent, because
+// the TTL is short or the process stood still.
+var errMayHaveExpired = fmt.Errorf("%w: the record may have been there, and expired", ErrUnknown)
 
 // reduce returns what is recorded of an answer, or why that can't be recorded.
 func (e *Engine) reduce(answer *Answer) (*Answer, error) {

@@ -37,6 +37,8 @@ type turn struct {
 
 	resolved *idempotency.Record // what Resolve finds; ours is the attempt's own
 	resolve  error
+
+	resolving func() // called by Resolve
 }
 
 // ours stands for the record of the attempt that asks.
@@ -55,6 +57,9 @@ func (s *script) Begin(_ context.Context, req *idempotency.Request) (idempotency
 func (s *script) Resolve(ctx context.Context, req *idempotency.Request) (*idempotency.Record, error) {
 	turn := s.turns[min(len(s.begun), len(s.turns))-1]
 	s.took("resolve")
+	if turn.resolving != nil {
+		turn.resolving()
+	}
 	s.ends = append(s.ends, ctx)
 	if turn.resolved == ours {
 		return &idempotency.Record{Attempt: req.Attempt}, turn.resolve

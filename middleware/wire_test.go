@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"github.com/go-chi/chi/v5"
+	"github.com/jackc/pgx/v5/pgxpool"
 
 	"github.com/paidonce/idempotency"
 	"github.com/paidonce/idempotency/middleware"
@@ -260,10 +261,18 @@ func TestUnavailable(t *testing.T) {
 	want(t, b.post(t, "/", "{}", "Idempotency-Key", "k"), 201, idempotency.OutcomeExecuted, "")
 }
 
+// Where the reply to COMMIT is lost, and somebody holds the key while it is looked for, the outcome is unknown. Once the
+// key is free the retry has the truth.
 func TestOutcomeUnknown(t *testing.T) {
 	t.Parallel()
 	var b *testBundle
-	b = setup(t, setupOptions{}, func(w http.ResponseWriter, r *http.Request) {
+	lock := idempotency.Key{Scope: "acme", Value: "k"}.LockNumber("public." + postgres.TableName)
+	var holder *pgxpool.Conn
+	b = setup(t, setupOptions{middleware: &middleware.Options{Engine: idempotency.Options{ResolveTimeout: 500 * time.Millisecond}}}, func(w http.ResponseWriter, r *http.Request) {
+		transfer(w, r)
+		if holder != nil {
+			return
+		}
 		var pid int
 		if err := postgres.Tx(r.Context()).QueryRow(r.Context(), "SELECT pg_backend_pid()").Scan(&pid); err != nil {
 			t.Error(err)
@@ -271,12 +280,26 @@ func TestOutcomeUnknown(t *testing.T) {
 		if _, err := b.pool.Exec(context.Background(), "SELECT pg_terminate_backend($1, 5000)", pid); err != nil {
 			t.Error(err)
 		}
-		w.WriteHeader(201)
+		var err error
+		if holder, err = b.pool.Acquire(context.Background()); err == nil {
+			_, err = holder.Exec(context.Background(), "SELECT pg_advisory_lock($1)", lock)
+		}
+		if err != nil {
+			t.Error(err)
+		}
 	})
 	unknown := b.post(t, "/", "{}", "Idempotency-Key", "k")
 	want(t, unknown, 503, idempotency.OutcomeUnknown, idempotency.ReasonOutcomeUnknown)
 	if unknown.header.Get("Retry-After") == "" {
 		t.Error("no Retry-After")
+	}
+	if _, err := holder.Exec(context.Background(), "SELECT pg_advisory_unlock($1)", lock); err != nil {
+		t.Error(err)
+	}
+	holder.Release()
+	want(t, b.post(t, "/", "{}", "Idempotency-Key", "k"), 201, idempotency.OutcomeExecuted, "")
+	if n := b.effects(t); n != 1 {
+		t.Errorf("%d effects, want 1", n)
 	}
 }
 

@@ -79,28 +79,38 @@ func TestRecordsAreCopies(t *testing.T) {
 
 func TestFaultIsReportedAndLeavesNothing(t *testing.T) {
 	t.Parallel()
+	something := errors.New("something else")
 	for _, test := range []struct {
-		step   idempotency.Step
+		steps  []idempotency.Step
 		status int
 		fault  error
 		want   idempotency.Outcome
 	}{
-		{idempotency.StepClaim, 201, idempotency.ErrUnavailable, idempotency.OutcomeNotExecuted},
-		{idempotency.StepClaim, 201, idempotency.ErrInProgress, idempotency.OutcomeInProgress},
-		{idempotency.StepCommit, 201, idempotency.ErrUnknown, idempotency.OutcomeUnknown},
-		{idempotency.StepCommit, 201, errors.New("something else"), idempotency.OutcomeUnknown},
-		{idempotency.StepCommit, 201, idempotency.ErrAborted, idempotency.OutcomeNotExecuted},
-		{idempotency.StepDecline, 402, idempotency.ErrUnavailable, idempotency.OutcomeNotExecuted},
+		{[]idempotency.Step{idempotency.StepClaim}, 201, idempotency.ErrUnavailable, idempotency.OutcomeNotExecuted},
+		{[]idempotency.Step{idempotency.StepClaim}, 201, idempotency.ErrInProgress, idempotency.OutcomeInProgress},
+		{[]idempotency.Step{idempotency.StepCommit}, 201, idempotency.ErrAborted, idempotency.OutcomeNotExecuted},
+		{[]idempotency.Step{idempotency.StepDecline}, 402, idempotency.ErrUnavailable, idempotency.OutcomeNotExecuted},
+		// A commit that is not known is asked for, and is proven not to have happened; unless that is not to be had either,
+		// or it was a decline, whose record might still come.
+		{[]idempotency.Step{idempotency.StepCommit}, 201, idempotency.ErrUnknown, idempotency.OutcomeNotExecuted},
+		{[]idempotency.Step{idempotency.StepCommit}, 201, something, idempotency.OutcomeNotExecuted},
+		{[]idempotency.Step{idempotency.StepDecline}, 402, idempotency.ErrUnknown, idempotency.OutcomeUnknown},
+		{[]idempotency.Step{idempotency.StepCommit, idempotency.StepResolve}, 201, idempotency.ErrUnknown, idempotency.OutcomeUnknown},
+		{[]idempotency.Step{idempotency.StepCommit, idempotency.StepResolve}, 201, something, idempotency.OutcomeUnknown},
+		{[]idempotency.Step{idempotency.StepDecline, idempotency.StepResolve}, 402, idempotency.ErrUnknown, idempotency.OutcomeUnknown},
 	} {
-		faults := map[idempotency.Step]error{test.step: test.fault}
+		faults := map[idempotency.Step]error{}
+		for _, step := range test.steps {
+			faults[step] = test.fault
+		}
 		store := memory.New(&memory.Options{Fault: func(step idempotency.Step) error { return faults[step] }})
 		engine := idempotency.NewEngine(store, nil)
 		if got := do(engine, "k", test.status); got.Outcome != test.want || !errors.Is(got.Err, test.fault) {
-			t.Errorf("%s: %v gives %s, %v; want %s", test.step, test.fault, got.Outcome, got.Err, test.want)
+			t.Errorf("%s: %v gives %s, %v; want %s", test.steps, test.fault, got.Outcome, got.Err, test.want)
 		}
-		delete(faults, test.step)
+		clear(faults)
 		if got := do(engine, "k", test.status); got.Outcome != idempotency.OutcomeExecuted {
-			t.Errorf("%s: after %v the key is not free: %s, %v", test.step, test.fault, got.Outcome, got.Err)
+			t.Errorf("%s: after %v the key is not free: %s, %v", test.steps, test.fault, got.Outcome, got.Err)
 		}
 	}
 }

@@ -34,3 +34,6 @@ func SendUnadmitted(ctx context.Context, tx pgx.Tx, exec bool, sql string, argum
 	rows.Close()
 	return rows.Err()
 }
+
+// ResolversOf returns how many resolvers may run at once.
+func ResolversOf(s *Store) int { return cap(s.resolvers) }

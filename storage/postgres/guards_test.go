@@ -376,7 +376,7 @@ func TestConnectionOfAnAbortedTransactionIsKept(t *testing.T) {
 	}
 }
 
-// An error that proves nothing, in place of COMMIT's reply, costs the connection: only a fresh one could tell.
+// An error that proves nothing, in place of COMMIT's reply, costs the connection: a fresh one is asked.
 func TestConnectionOfAnUnknownOutcomeIsClosed(t *testing.T) {
 	t.Parallel()
 	b := setup(t, nil)
@@ -391,7 +391,7 @@ func TestConnectionOfAnUnknownOutcomeIsClosed(t *testing.T) {
 		effect(ctx, t)
 		pid = postgres.RawConn(tx).PgConn().PID()
 		return 201
-	}), idempotency.OutcomeUnknown, idempotency.ReasonOutcomeUnknown)
+	}), idempotency.OutcomeNotExecuted, idempotency.ReasonUnavailable)
 	for range 2 { // whichever connections the pool has
 		conn, err := b.pool.Acquire(ctx)
 		if err != nil {

@@ -177,9 +177,12 @@ func TestConnectionThatCannotClaimIsNotKept(t *testing.T) {
 func TestNotExecutedIsSaidOfTheRequestAlone(t *testing.T) {
 	t.Parallel()
 	b := setup(t, &setupOptions{
-		store:     &postgres.Options{AcquireTimeout: 50 * time.Millisecond},
+		store:     &postgres.Options{AcquireTimeout: 500 * time.Millisecond},
 		configure: func(c *pgxpool.Config) { c.MaxConns = 1 },
 	})
+	if err := b.pool.Ping(context.Background()); err != nil { // a connection takes longer than a busy pool should
+		t.Fatal(err)
+	}
 	want(t, b.do(t, request("k", ""), pay(t, 201)), idempotency.OutcomeExecuted, "") // and its reply is lost
 	busy, err := b.pool.Acquire(context.Background())
 	if err != nil {

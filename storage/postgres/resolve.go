@@ -9,6 +9,7 @@ import (
 
 	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgconn"
+	"github.com/jackc/pgx/v5/pgxpool"
 
 	"github.com/paidonce/idempotency"
 )
@@ -94,7 +95,8 @@ func (s *Store) resolveOnce(ctx context.Context, req *idempotency.Request) (*ide
 			return err
 		}},
 	)
-	if err == nil && record != nil && synchronous {
+	if err == nil && synchronous {
+		// For an absent record too: a primary that was replaced, and does not know it, is told by no standby that it is right.
 		err = s.barrier(ctx, conn.PgConn())
 	}
 	if err != nil {
@@ -119,13 +121,37 @@ func (s *Store) connectPrimary(ctx context.Context) (*pgx.Conn, error) {
 			return nil, err
 		}
 	}
+	config.OnNotice = markWarnings(config.OnNotice) // also where the pool's config did not go through Configure
 	conn, err := pgx.ConnectConfig(ctx, config)
-	if err == nil && pool.AfterConnect != nil {
-		if err = pool.AfterConnect(context.WithValue(ctx, unpreparedKey{}, true), conn); err != nil {
-			_ = conn.Close(ctx)
+	if err != nil {
+		return nil, err
+	}
+	if err := prepareAsPool(context.WithValue(ctx, unpreparedKey{}, true), pool, conn); err != nil {
+		_ = conn.Close(ctx)
+		return nil, err
+	}
+	return conn, nil
+}
+
+// prepareAsPool runs the pool's hooks for a new connection that is taken: a role or a setting of theirs may decide which
+// rows it sees.
+func prepareAsPool(ctx context.Context, pool *pgxpool.Config, conn *pgx.Conn) error {
+	if pool.AfterConnect != nil {
+		if err := pool.AfterConnect(ctx, conn); err != nil {
+			return err
 		}
 	}
-	return conn, err
+	usable, err := true, error(nil)
+	switch {
+	case pool.PrepareConn != nil:
+		usable, err = pool.PrepareConn(ctx, conn)
+	case pool.BeforeAcquire != nil:
+		usable = pool.BeforeAcquire(ctx, conn)
+	}
+	if err == nil && !usable {
+		err = errors.New("the pool's hook refused the connection")
+	}
+	return err
 }
 
 // unpreparedKey marks the context of a connection that is used once: preparing our statements would cost more round

@@ -259,7 +259,10 @@ func (s *Store) claim(ctx context.Context, req *idempotency.Request, acquire fun
 			err = s.barrier(ctx, conn.Conn().PgConn())
 		}
 		a.release(ctx)
-		if err != nil {
+		switch {
+		case err != nil && classify(err) == idempotency.ErrSerialization:
+			return nil, nil, fail("make the record safe", idempotency.ErrSerialization, err)
+		case err != nil:
 			return nil, nil, fail("make the record safe", idempotency.ErrUnknown, err)
 		}
 		return nil, record, nil

@@ -23,6 +23,9 @@ type reference struct {
 	records map[idempotency.Key]*idempotency.Record
 	written map[string]int
 	slots   int // connections that are left
+
+	resolvers int           // that are waiting
+	ended     chan struct{} // closed, and made anew, when an attempt ends
 }
 
 func newReference(fault string) *reference {
@@ -31,6 +34,7 @@ func newReference(fault string) *reference {
 		claims:  map[idempotency.Key]bool{},
 		records: map[idempotency.Key]*idempotency.Record{},
 		written: map[string]int{},
+		ended:   make(chan struct{}),
 	}
 }
 
@@ -193,6 +197,79 @@ func (s *reference) Begin(ctx context.Context, req *idempotency.Request) (idempo
 	return a, nil, nil
 }
 
+func (s *reference) Resolve(ctx context.Context, req *idempotency.Request) (*idempotency.Record, error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	key := s.key(req)
+	if s.fault == "resolves in every scope" {
+		for other := range s.claims {
+			if other.Value == key.Value {
+				key = other
+			}
+		}
+		for other := range s.records {
+			if other.Value == key.Value {
+				key = other
+			}
+		}
+	}
+	before := s.records[key]
+	if s.resolvers > 0 && s.fault == "resolves one at a time" {
+		return nil, idempotency.ErrUnknown
+	}
+	s.resolvers++
+	defer func() { s.resolvers-- }()
+	for s.claims[key] && s.fault != "resolves without waiting" {
+		ended := s.ended
+		s.mu.Unlock()
+		over := ctx.Done()
+		if s.fault == "resolves for ever" {
+			over = nil
+		}
+		select {
+		case <-ended:
+			s.mu.Lock()
+		case <-over:
+			s.mu.Lock()
+			switch s.fault {
+			case "gives up as absent":
+				return nil, nil
+			case "gives up as unavailable":
+				return nil, fmt.Errorf("%w: %w", idempotency.ErrUnavailable, ctx.Err())
+			case "takes what it waits for":
+				delete(s.claims, key)
+			}
+			return nil, fmt.Errorf("%w: %w", idempotency.ErrUnknown, ctx.Err())
+		case <-time.After(time.Second): // of the fault: no case may hang
+			s.mu.Lock()
+			return nil, idempotency.ErrUnknown
+		}
+		if s.fault == "looks before it waits" {
+			break
+		}
+	}
+	record := s.records[key]
+	switch {
+	case s.fault == "looks before it waits":
+		record = before
+	case s.fault == "keeps what it resolves" && record == nil:
+		s.claims[key] = true
+	case s.fault == "forgets what it resolves":
+		delete(s.records, key)
+	}
+	if record == nil {
+		return nil, nil
+	}
+	found := s.clone(record)
+	switch {
+	case s.fault == "resolves to itself":
+		found.Fingerprint, found.Attempt = req.Fingerprint, req.Attempt
+	case s.fault == "resolves its own alone" && found.Attempt != req.Attempt:
+		return nil, nil
+	}
+	return found, nil
+}
+
 func (s *reference) clone(record *idempotency.Record) *idempotency.Record {
 	c := *record
 	if s.fault == "shares its record" {
@@ -351,6 +428,10 @@ func (a *referenceAttempt) Rollback(context.Context) error {
 func (a *referenceAttempt) end(answer *idempotency.Answer, keep bool, keepsClaim string) {
 	s := a.store
 	a.sealed = true
+	defer func() {
+		close(s.ended)
+		s.ended = make(chan struct{})
+	}()
 	if s.fault != "leaks" {
 		s.slots++
 	}

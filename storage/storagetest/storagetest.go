@@ -135,7 +135,7 @@ type testCase struct {
 
 func cases() []testCase {
 	var all []testCase
-	for _, some := range [][]testCase{claimCases, recordCases, endCases, transactionCases, engineCases} {
+	for _, some := range [][]testCase{claimCases, recordCases, endCases, transactionCases, resolveCases, engineCases} {
 		all = append(all, some...)
 	}
 	return all

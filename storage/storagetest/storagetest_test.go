@@ -86,6 +86,18 @@ var faults = map[string]string{
 	"can't decline what is broken":    "BrokenTransactionCanNotCommit",
 	"seals over everything":           "BrokenTransactionCanNotCommit",
 	"panic keeps writes":              "PanicFreesTheKey",
+	"resolves to itself":              "ResolveFindsTheRecord",
+	"resolves its own alone":          "ResolveFindsTheRecord",
+	"keeps what it resolves":          "ResolveChangesNothing",
+	"forgets what it resolves":        "ResolveChangesNothing",
+	"takes what it waits for":         "ResolveChangesNothing",
+	"resolves without waiting":        "ResolveWaitsForTheAttempt",
+	"looks before it waits":           "ResolveWaitsForTheAttempt",
+	"resolves for ever":               "ResolveIsBoundByItsContext",
+	"gives up as absent":              "ResolveIsBoundByItsContext",
+	"gives up as unavailable":         "ResolveIsBoundByItsContext",
+	"resolves in every scope":         "ResolveKeepsScopesApart",
+	"resolves one at a time":          "ManyResolveAtOnce",
 }
 
 // TestEveryFaultIsFound: a case that can't fail guards nothing.

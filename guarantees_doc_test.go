@@ -1,0 +1,47 @@
+package idempotency_test
+
+import (
+	"io/fs"
+	"os"
+	"path/filepath"
+	"regexp"
+	"strconv"
+	"strings"
+	"testing"
+)
+
+// docs/guarantees.md names a test for each promise and each fault. A name that nobody has is a promise that nobody
+// keeps.
+func TestGuaranteesNameTestsThatExist(t *testing.T) {
+	t.Parallel()
+	doc, err := os.ReadFile("docs/guarantees.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	tests := map[string]bool{}
+	definition := regexp.MustCompile(`(?m)^func (Test\w+)\(`)
+	err = filepath.WalkDir(".", func(path string, _ fs.DirEntry, err error) error {
+		if err != nil || !strings.HasSuffix(path, "_test.go") {
+			return err
+		}
+		source, err := os.ReadFile(path)
+		for _, match := range definition.FindAllSubmatch(source, -1) {
+			tests[string(match[1])] = true
+		}
+		return err
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, match := range regexp.MustCompile("`(Test\\w+)`").FindAllSubmatch(doc, -1) {
+		if !tests[string(match[1])] {
+			t.Errorf("%s is named, and does not exist", match[1])
+		}
+	}
+	for fault := 1; fault <= 33; fault++ {
+		row := regexp.MustCompile(`(?m)^\| F` + strconv.Itoa(fault) + " .*(`Test|chaos)")
+		if !row.Match(doc) {
+			t.Errorf("F%d has no row with a test", fault)
+		}
+	}
+}

@@ -1,0 +1,310 @@
+package postgres_test
+
+import (
+	"context"
+	"errors"
+	"os"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"github.com/jackc/pgx/v5"
+	"github.com/jackc/pgx/v5/pgconn"
+	"github.com/jackc/pgx/v5/pgxpool"
+
+	"github.com/paidonce/idempotency"
+	"github.com/paidonce/idempotency/internal/pgserver"
+	"github.com/paidonce/idempotency/migrations"
+	"github.com/paidonce/idempotency/storage/postgres"
+)
+
+// A COMMIT whose wait for the standbys was canceled succeeds with a warning. Nothing is answered from it, by whomever,
+// before the standbys have it: a fail-over would lose it.
+func TestF20NoAnswerBeforeTheStandbysHaveIt(t *testing.T) {
+	t.Parallel()
+	ctx := context.Background()
+	if os.Getenv("PAIDONCE_TEST_DATABASE_URL") != "" {
+		t.Skip("it changes the settings of a server of its own")
+	}
+	server, err := pgserver.Start(ctx, &pgserver.Options{Settings: map[string]string{"fsync": "off"}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = server.Stop() }()
+	config, err := pgxpool.ParseConfig(server.URL())
+	if err != nil {
+		t.Fatal(err)
+	}
+	var told atomic.Int64
+	config.ConnConfig.OnNotice = func(_ *pgconn.PgConn, notice *pgconn.Notice) {
+		if notice.Code == "01000" {
+			told.Add(1)
+		}
+	}
+	postgres.Configure(config, nil)
+	pool, err := pgxpool.NewWithConfig(ctx, config)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer pool.Close()
+	if err := migrations.Up(ctx, pool, nil); err != nil {
+		t.Fatal(err)
+	}
+	// A service's role needs no rights for the barrier that others don't have.
+	if _, err := pool.Exec(ctx, "CREATE ROLE service LOGIN; GRANT SELECT, INSERT ON idempotency_keys TO service"); err != nil {
+		t.Fatal(err)
+	}
+	admin := pool
+	service := config.Copy()
+	service.ConnConfig.User = "service"
+	service.AfterConnect = func(ctx context.Context, conn *pgx.Conn) error { // nor does COMMIT go by what others set
+		_, err := conn.Exec(ctx, "SET synchronous_commit = local")
+		return err
+	}
+	if pool, err = pgxpool.NewWithConfig(ctx, service); err != nil {
+		t.Fatal(err)
+	}
+	defer pool.Close()
+	store := postgres.New(pool, nil)
+
+	begin := func(key string) (idempotency.Attempt, *idempotency.Record, error) {
+		short, cancel := context.WithTimeout(ctx, 5*time.Second)
+		defer cancel()
+		req := request(key, "")
+		req.Attempt, req.TTL = idempotency.NewAttemptID(), time.Hour
+		return store.Begin(short, &req)
+	}
+	setStandbys(t, admin, "nobody")
+	attempts := map[string]idempotency.Attempt{}
+	for _, key := range []string{"commit", "decline", "keyless", "again"} {
+		name := key
+		if key == "keyless" {
+			name = ""
+		}
+		attempt, _, err := begin(name)
+		if err != nil {
+			t.Fatal(err)
+		}
+		attempts[key] = attempt
+	}
+	ends := map[string]func(idempotency.Attempt, context.Context, *idempotency.Answer) error{
+		"commit": idempotency.Attempt.Commit, "decline": idempotency.Attempt.Decline, "keyless": idempotency.Attempt.Commit,
+	}
+	for key, end := range ends {
+		done := make(chan error, 1)
+		if key == "keyless" { // a COMMIT that wrote nothing waits for nobody
+			if _, err := postgres.Tx(attempts[key].Context(ctx)).Exec(ctx, "SELECT pg_logical_emit_message(true, 'test', '')"); err != nil {
+				t.Fatal(err)
+			}
+		}
+		go func() { done <- end(attempts[key], ctx, answer(201)) }()
+		cancelWaiting(t, admin)
+		if err := <-done; !errors.Is(err, idempotency.ErrUnknown) {
+			t.Errorf("%s: error %v, want ErrUnknown", key, err)
+		}
+	}
+	if told.Load() == 0 {
+		t.Error("the config's own notice handler was not told")
+	}
+	attempts["again"].Rollback(ctx)
+
+	resolve := func(key string, wait time.Duration) resolution {
+		short, cancel := context.WithTimeout(ctx, wait)
+		defer cancel()
+		req := request(key, "")
+		record, err := store.Resolve(short, &req)
+		return resolution{record, err}
+	}
+	for _, key := range []string{"commit", "decline"} {
+		resolve(key, time.Second).wantUnknown(t)
+		later := make(chan resolution, 1)
+		go func() { later <- resolve(key, 3*time.Second) }()
+		cancelWaiting(t, admin) // of the barrier: it may not believe that COMMIT either
+		(<-later).wantUnknown(t)
+
+		replay := make(chan error, 1)
+		go func() {
+			_, record, err := begin(key)
+			if record != nil {
+				t.Error("a record was replayed that the standbys don't have")
+			}
+			replay <- err
+		}()
+		cancelWaiting(t, admin)
+		if err := <-replay; !errors.Is(err, idempotency.ErrUnknown) {
+			t.Errorf("replay of the %s: error %v, want ErrUnknown", key, err)
+		}
+	}
+	setStandbys(t, admin, "")
+	for _, key := range []string{"commit", "decline"} {
+		resolve(key, time.Minute).wantBody(t, "done")
+		if _, record, err := begin(key); err != nil || record == nil {
+			t.Errorf("replay of the %s: record %v, error %v", key, record != nil, err)
+		}
+	}
+	resolve("again", time.Minute).wantAbsent(t)
+}
+
+// setStandbys sets synchronous_standby_names, and returns when the whole server knows.
+func setStandbys(t *testing.T, pool *pgxpool.Pool, names string) {
+	t.Helper()
+	ctx := context.Background()
+	for _, sql := range []string{"ALTER SYSTEM SET synchronous_standby_names = '" + names + "'", "SELECT pg_reload_conf()"} {
+		if _, err := pool.Exec(ctx, sql); err != nil {
+			t.Fatal(err)
+		}
+	}
+	// The checkpointer tells the others whether to wait, at its own time: a COMMIT is tried until it does as it should.
+	conn, err := pgx.ConnectConfig(ctx, pool.Config().ConnConfig)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = conn.Close(ctx) }()
+	for deadline := time.Now().Add(time.Minute); ; {
+		if time.Now().After(deadline) {
+			t.Fatal("the server does not take the setting")
+		}
+		done := make(chan error, 1)
+		go func() {
+			_, err := conn.Exec(ctx, "SELECT pg_logical_emit_message(true, 'test', '')")
+			done <- err
+		}()
+		waits := false
+		for wait := true; wait; {
+			select {
+			case err := <-done:
+				if err != nil {
+					t.Fatal(err)
+				}
+				wait = false
+			case <-time.After(10 * time.Millisecond):
+				waits = cancelWaiters(t, pool) || waits
+			}
+		}
+		if waits == (names != "") {
+			return
+		}
+	}
+}
+
+// cancelWaiters cancels the waits for a standby and reports whether there was one.
+func cancelWaiters(t *testing.T, pool *pgxpool.Pool) bool {
+	t.Helper()
+	var n int
+	if err := pool.QueryRow(context.Background(), "SELECT count(pg_cancel_backend(pid)) FROM pg_stat_activity WHERE wait_event = 'SyncRep'").Scan(&n); err != nil {
+		t.Fatal(err)
+	}
+	return n > 0
+}
+
+// cancelWaiting cancels the next wait for a standby.
+func cancelWaiting(t *testing.T, pool *pgxpool.Pool) {
+	t.Helper()
+	for deadline := time.Now().Add(time.Minute); !cancelWaiters(t, pool); time.Sleep(time.Millisecond) {
+		if time.Now().After(deadline) {
+			t.Fatal("no COMMIT waits for a standby")
+		}
+	}
+}
+
+// Where no standby is waited for, a warning of the service's own is its own affair: nothing is looked up for it.
+func TestWarningWithoutStandbysIsNoDoubt(t *testing.T) {
+	t.Parallel()
+	var connections atomic.Int64
+	b := setup(t, &setupOptions{configure: func(c *pgxpool.Config) {
+		c.MaxConns = 1
+		counted(c, &connections)
+	}})
+	if _, err := b.pool.Exec(context.Background(), `
+		CREATE FUNCTION warn() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN RAISE WARNING 'low funds'; RETURN NULL; END $$;
+		CREATE CONSTRAINT TRIGGER warn AFTER INSERT ON effects DEFERRABLE INITIALLY DEFERRED FOR EACH ROW EXECUTE FUNCTION warn()`); err != nil {
+		t.Fatal(err)
+	}
+	want(t, b.do(t, request("k", ""), pay(t, 201)), idempotency.OutcomeExecuted, "")
+	want(t, b.do(t, request("k", ""), pay(t, 201)), idempotency.OutcomeReplayed, "")
+	if n := connections.Load(); n != 1 {
+		t.Errorf("%d connections were made, want the pool's alone", n)
+	}
+}
+
+// Where a standby is waited for, and has it, all goes on as without one: what the service says of its own is no doubt, or
+// one that is cleared up at once.
+func TestWarningsOfTheServiceAreClearedUp(t *testing.T) {
+	t.Parallel()
+	ctx := context.Background()
+	if os.Getenv("PAIDONCE_TEST_DATABASE_URL") != "" {
+		t.Skip("it needs a standby")
+	}
+	primary, err := pgserver.Start(ctx, &pgserver.Options{Settings: map[string]string{"fsync": "off"}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = primary.Stop() }()
+	standby, err := pgserver.Standby(ctx, primary, &pgserver.Options{Settings: map[string]string{"fsync": "off"}})
+	if errors.Is(err, pgserver.ErrNoBaseBackup) {
+		t.Skip(err)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = standby.Stop() }()
+	config, err := pgxpool.ParseConfig(primary.URL())
+	if err != nil {
+		t.Fatal(err)
+	}
+	var connections atomic.Int64
+	counted(config, &connections)
+	config.MaxConns = 1
+	postgres.Configure(config, nil)
+	pool, err := pgxpool.NewWithConfig(ctx, config)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer pool.Close()
+	if err := migrations.Up(ctx, pool, nil); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := pool.Exec(ctx, `
+		CREATE TABLE effects (name text);
+		CREATE FUNCTION say() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
+			IF NEW.name = 'warning' THEN RAISE WARNING 'low funds'; ELSE RAISE NOTICE 'low funds'; END IF; RETURN NULL; END $$;
+		CREATE CONSTRAINT TRIGGER say AFTER INSERT ON effects DEFERRABLE INITIALLY DEFERRED FOR EACH ROW EXECUTE FUNCTION say()`); err != nil {
+		t.Fatal(err)
+	}
+	for _, sql := range []string{"ALTER SYSTEM SET synchronous_standby_names = 'walreceiver'", "SELECT pg_reload_conf()"} {
+		if _, err := pool.Exec(ctx, sql); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for set := ""; set == ""; {
+		if err := pool.QueryRow(ctx, "SHOW synchronous_standby_names").Scan(&set); err != nil {
+			t.Fatal(err)
+		}
+	}
+	engine := idempotency.NewEngine(postgres.New(pool, nil), nil)
+	for name, c := range map[string]struct {
+		key   string
+		sql   string
+		looks int64
+	}{
+		"a warning at COMMIT":          {"k0", "INSERT INTO effects VALUES ('warning')", 1},
+		"a notice at COMMIT":           {"k1", "INSERT INTO effects VALUES ('notice')", 0},
+		"a warning before COMMIT":      {"k2", "DO $$ BEGIN RAISE WARNING 'low funds'; END $$", 0},
+		"none, after an earlier one's": {"k3", "SELECT 1", 0},
+	} {
+		before := connections.Load()
+		run := func(ctx context.Context) (*idempotency.Answer, error) {
+			_, err := postgres.Tx(ctx).Exec(ctx, c.sql)
+			return answer(201), err
+		}
+		want(t, engine.Do(ctx, request(c.key, ""), run), idempotency.OutcomeExecuted, "")
+		// Left over on the connection, it says nothing of a replay's barrier either.
+		if _, err := pool.Exec(ctx, "DO $$ BEGIN RAISE WARNING 'low funds'; END $$"); err != nil {
+			t.Error(err)
+		}
+		want(t, engine.Do(ctx, request(c.key, ""), run), idempotency.OutcomeReplayed, "")
+		if n := connections.Load() - before; n != c.looks {
+			t.Errorf("%s: %d looks, want %d", name, n, c.looks)
+		}
+	}
+}

@@ -1,0 +1,426 @@
+package postgres_test
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"slices"
+	"strings"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"github.com/jackc/pgx/v5"
+	"github.com/jackc/pgx/v5/pgconn"
+	"github.com/jackc/pgx/v5/pgxpool"
+
+	"github.com/paidonce/idempotency"
+	"github.com/paidonce/idempotency/storage/postgres"
+)
+
+// resolution is what Resolve returned.
+type resolution struct {
+	record *idempotency.Record
+	err    error
+}
+
+func (b *testBundle) resolve(ctx context.Context, key string) resolution {
+	req := request(key, "")
+	req.Attempt = idempotency.NewAttemptID()
+	record, err := b.store.Resolve(ctx, &req)
+	return resolution{record, err}
+}
+
+func (b *testBundle) resolveLater(ctx context.Context, key string) <-chan resolution {
+	done := make(chan resolution, 1)
+	go func() { done <- b.resolve(ctx, key) }()
+	return done
+}
+
+// wantUnknown fails where Resolve found out anything.
+func (r resolution) wantUnknown(t *testing.T) {
+	t.Helper()
+	if r.record != nil || !errors.Is(r.err, idempotency.ErrUnknown) {
+		t.Errorf("record %v, error %v; want ErrUnknown", r.record != nil, r.err)
+	}
+}
+
+// wantAbsent fails where Resolve did not prove that there is no record.
+func (r resolution) wantAbsent(t *testing.T) {
+	t.Helper()
+	if r.record != nil || r.err != nil {
+		t.Errorf("record %v, error %v; want neither", r.record != nil, r.err)
+	}
+}
+
+// wantBody fails where Resolve did not find the record with this body.
+func (r resolution) wantBody(t *testing.T, body string) {
+	t.Helper()
+	if r.err != nil || r.record == nil || string(r.record.Answer.Body) != body {
+		t.Errorf("record %+v, error %v; want body %q", r.record, r.err, body)
+	}
+}
+
+// shortly returns a context for a Resolve that can't find anything out.
+func shortly(t *testing.T) context.Context {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(context.Background(), 500*time.Millisecond)
+	t.Cleanup(cancel)
+	return ctx
+}
+
+// lockNumber is that of a key of request.
+func lockNumber(key string) int64 {
+	return idempotency.Key{Scope: "acme", Value: key}.LockNumber("public." + postgres.TableName)
+}
+
+// hold opens a transaction that holds the keys, as attempts on connections that are half open do.
+func (b *testBundle) hold(t *testing.T, keys ...string) pgx.Tx {
+	t.Helper()
+	tx, err := b.pool.Begin(context.Background())
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = tx.Rollback(context.Background()) })
+	for _, key := range keys {
+		if _, err := tx.Exec(context.Background(), "SELECT pg_advisory_xact_lock($1)", lockNumber(key)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	return tx
+}
+
+type execer interface {
+	Exec(ctx context.Context, sql string, arguments ...any) (pgconn.CommandTag, error)
+}
+
+// record records a key by other means than an attempt's.
+func record(t *testing.T, db execer, key, requestBody, body string) {
+	t.Helper()
+	sum := request(key, requestBody).Fingerprint.Sum
+	if _, err := db.Exec(context.Background(), `INSERT INTO idempotency_keys
+		(created_at, expires_at, status, fingerprint_version, attempt_id, scope, key, fingerprint, headers, body)
+		VALUES (now(), now() + interval '1 day', 201, 1, gen_random_uuid(), 'acme', $1, $2, '\x0100', $3)`, key, sum[:], []byte(body)); err != nil {
+		t.Error(err)
+	}
+}
+
+const waitingResolvers = `SELECT count(*) FROM pg_stat_activity
+	WHERE datname = current_database() AND wait_event = 'advisory'`
+
+// awaitResolvers waits until so many backends wait for a key's lock.
+func (b *testBundle) awaitResolvers(t *testing.T, want int) {
+	t.Helper()
+	for deadline := time.Now().Add(20 * time.Second); b.count(t, waitingResolvers) != want; time.Sleep(time.Millisecond) {
+		if time.Now().After(deadline) {
+			t.Fatalf("%d resolvers wait, want %d", b.count(t, waitingResolvers), want)
+		}
+	}
+}
+
+// counted counts the connections that are made, those of resolvers included.
+func counted(c *pgxpool.Config, n *atomic.Int64) {
+	c.BeforeConnect = func(context.Context, *pgx.ConnConfig) error {
+		n.Add(1)
+		return nil
+	}
+}
+
+// The lock comes first, in a statement of its own, whatever the store's isolation: a look from before the lock, or of
+// its snapshot, misses the record, and a payment that was made is called not executed.
+func TestResolveLooksOnceTheLockIsFree(t *testing.T) {
+	t.Parallel()
+	pooler := &setupOptions{store: &postgres.Options{TransactionPooling: true}, configure: func(c *pgxpool.Config) {
+		c.ConnConfig.DefaultQueryExecMode = pgx.QueryExecModeExec
+	}}
+	for name, opts := range map[string]*setupOptions{
+		"read committed": nil,
+		"serializable":   {store: &postgres.Options{Isolation: pgx.Serializable}},
+		"serializable by default": {configure: func(c *pgxpool.Config) {
+			c.ConnConfig.RuntimeParams["default_transaction_isolation"] = "serializable"
+		}},
+		"read only by default": {configure: func(c *pgxpool.Config) {
+			c.ConnConfig.RuntimeParams["default_transaction_read_only"] = "on"
+		}},
+		"short statements": {store: &postgres.Options{StatementTimeout: 100 * time.Millisecond, LockTimeout: 50 * time.Millisecond}},
+		"pooler":           pooler,
+		"not configured":   {cold: true},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			var connections atomic.Int64
+			o := setupOptions{}
+			if opts != nil {
+				o = *opts
+			}
+			inner := o.configure
+			o.configure = func(c *pgxpool.Config) {
+				counted(c, &connections)
+				if inner != nil {
+					inner(c)
+				}
+			}
+			b := setup(t, &o)
+			for key, end := range map[string]func(pgx.Tx) error{
+				"committed":   func(tx pgx.Tx) error { return tx.Commit(context.Background()) },
+				"rolled-back": func(tx pgx.Tx) error { return tx.Rollback(context.Background()) },
+			} {
+				holder := b.hold(t)
+				if _, err := holder.Exec(context.Background(), "SET TRANSACTION READ WRITE"); err != nil {
+					t.Fatal(err)
+				}
+				if _, err := holder.Exec(context.Background(), "SELECT pg_advisory_xact_lock($1)", lockNumber(key)); err != nil {
+					t.Fatal(err)
+				}
+				record(t, holder, key, "", "theirs")
+				b.awaitResolvers(t, 0)
+				before := connections.Load()
+				resolved := b.resolveLater(context.Background(), key)
+				b.awaitResolvers(t, 1)
+				time.Sleep(500 * time.Millisecond) // longer than the store's own timeouts, which must not cut it off
+				if n := connections.Load() - before; n > 2 {
+					t.Errorf("%d connections were made for one look", n)
+				}
+				select {
+				case got := <-resolved:
+					t.Fatalf("it did not wait: record %v, error %v", got.record != nil, got.err)
+				default:
+				}
+				if err := end(holder); err != nil {
+					t.Fatal(err)
+				}
+				if key == "committed" {
+					(<-resolved).wantBody(t, "theirs")
+				} else {
+					(<-resolved).wantAbsent(t)
+				}
+			}
+		})
+	}
+}
+
+// A lock that is not to be had is given up after a while for others that wait for a place, and tried again; when the
+// time is over nothing was found out.
+func TestResolveGivesItsPlaceToOthers(t *testing.T) {
+	t.Parallel()
+	var connections atomic.Int64
+	b := setup(t, &setupOptions{store: &postgres.Options{ResolversMax: 2}, configure: func(c *pgxpool.Config) { counted(c, &connections) }})
+	holder := b.hold(t, "a", "b", "c")
+	ctx, cancel := context.WithCancel(context.Background())
+	defer cancel()
+	a, second := b.resolveLater(ctx, "a"), b.resolveLater(ctx, "b")
+	b.awaitResolvers(t, 2)
+	before := connections.Load()
+
+	b.resolve(shortly(t), "free").wantUnknown(t) // no place, although nobody holds the key
+	if n := connections.Load() - before; n != 0 {
+		t.Errorf("%d connections were made without a place", n)
+	}
+	b.resolve(context.Background(), "free").wantAbsent(t) // in its turn, while the others still have none
+	select {
+	case <-a:
+		t.Error("a is over")
+	case <-second:
+		t.Error("b is over")
+	default:
+	}
+	third := b.resolveLater(ctx, "c")
+	for deadline := time.Now().Add(500 * time.Millisecond); time.Now().Before(deadline); time.Sleep(time.Millisecond) {
+		if n := b.count(t, waitingResolvers); n > 2 {
+			t.Fatalf("%d resolvers at once, want 2 at most", n)
+		}
+	}
+	record(t, holder, "c", "", "theirs")
+	if err := holder.Commit(context.Background()); err != nil {
+		t.Fatal(err)
+	}
+	(<-a).wantAbsent(t)
+	(<-second).wantAbsent(t)
+	(<-third).wantBody(t, "theirs")
+}
+
+func TestResolveOfAKeyThatStaysHeldIsUnknown(t *testing.T) {
+	t.Parallel()
+	b := setup(t, nil)
+	holder := b.hold(t, "k")
+	ctx, cancel := context.WithTimeout(context.Background(), 3*time.Second) // longer than the lock is waited for at once
+	defer cancel()
+	b.resolve(ctx, "k").wantUnknown(t)
+	if ctx.Err() == nil {
+		t.Error("it gave up early")
+	}
+	if err := holder.Rollback(context.Background()); err != nil {
+		t.Fatal(err)
+	}
+	b.resolve(context.Background(), "k").wantAbsent(t)
+}
+
+// A resolver needs nothing of the pool, and leaves nothing behind: no session, no lock, no connection.
+func TestResolveNeedsNoRoomInThePool(t *testing.T) {
+	t.Parallel()
+	b := setup(t, &setupOptions{configure: func(c *pgxpool.Config) { c.MaxConns = 1 }})
+	want(t, b.do(t, request("k", ""), pay(t, 201)), idempotency.OutcomeExecuted, "")
+	busy, err := b.pool.Acquire(context.Background())
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
+	defer cancel()
+	for range postgres.ResolversMaxDefault {
+		b.resolve(ctx, "k").wantBody(t, "done")
+		b.resolve(ctx, "absent").wantAbsent(t)
+	}
+	busy.Release()
+	for deadline := time.Now().Add(time.Minute); ; time.Sleep(time.Millisecond) {
+		n := b.count(t, "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND pid <> pg_backend_pid()")
+		if n == 0 {
+			break
+		}
+		if time.Now().After(deadline) {
+			t.Fatalf("%d sessions are left", n)
+		}
+	}
+	if n := b.pool.Stat().TotalConns(); n != 1 {
+		t.Errorf("%d connections in the pool, want 1", n)
+	}
+}
+
+// One connection, which is made like the pool's, and one look: nothing is prepared on it.
+func TestResolverConnectsAsThePoolDoes(t *testing.T) {
+	t.Parallel()
+	var hooks []string
+	password := "wrong"
+	b := setup(t, &setupOptions{configure: func(c *pgxpool.Config) {
+		inner := c.AfterConnect
+		c.AfterConnect = func(ctx context.Context, conn *pgx.Conn) error {
+			hooks = append(hooks, "after")
+			if password == "failing" {
+				return errors.New("not today")
+			}
+			return inner(ctx, conn)
+		}
+		c.BeforeConnect = func(_ context.Context, config *pgx.ConnConfig) error {
+			hooks = append(hooks, "before")
+			if password == "none" {
+				return errors.New("no password")
+			}
+			config.Host = strings.TrimSuffix(config.Host, "/nowhere") // as a rotated password
+			return nil
+		}
+		c.ConnConfig.Host += "/nowhere"
+	}})
+	want(t, b.do(t, request("k", ""), pay(t, 201)), idempotency.OutcomeExecuted, "")
+	hooks = nil
+	before := b.wire.count()
+	b.resolve(context.Background(), "k").wantBody(t, "done")
+	if n := b.wire.count() - before; n != 4 { // connect, look, roll back, say good-bye
+		t.Errorf("%d round trips, want 4", n)
+	}
+	if !slices.Equal(hooks, []string{"before", "after"}) {
+		t.Errorf("hooks called: %q", hooks)
+	}
+	for _, fault := range []string{"none", "failing"} {
+		password = fault
+		b.resolve(shortly(t), "k").wantUnknown(t)
+	}
+	password = ""
+	b.resolve(context.Background(), "k").wantBody(t, "done")
+}
+
+// In another encoding the bytes that we send are another scope, whose record is not there.
+func TestResolverRefusesAnotherEncoding(t *testing.T) {
+	t.Parallel()
+	var encoding atomic.Value
+	encoding.Store("UTF8")
+	b := setup(t, &setupOptions{configure: func(c *pgxpool.Config) {
+		c.BeforeConnect = func(_ context.Context, config *pgx.ConnConfig) error {
+			config.RuntimeParams["client_encoding"] = encoding.Load().(string)
+			return nil
+		}
+	}})
+	req := request("k", "")
+	req.Key.Scope = "Zoë"
+	want(t, b.do(t, req, pay(t, 201)), idempotency.OutcomeExecuted, "")
+	encoding.Store("LATIN1")
+	record, err := b.store.Resolve(shortly(t), &req)
+	resolution{record, err}.wantUnknown(t)
+	encoding.Store("UTF8")
+	record, err = b.store.Resolve(context.Background(), &req)
+	resolution{record, err}.wantBody(t, "done")
+}
+
+// A record that can't be read stays so: it is looked at once, and nothing is said of it.
+func TestResolveOfAnUnreadableRecordIsUnknown(t *testing.T) {
+	t.Parallel()
+	var connections atomic.Int64
+	b := setup(t, &setupOptions{configure: func(c *pgxpool.Config) { counted(c, &connections) }})
+	record(t, b.pool, "k", "", "done")
+	if _, err := b.pool.Exec(context.Background(), `UPDATE idempotency_keys SET headers = '\x01ff'`); err != nil {
+		t.Fatal(err)
+	}
+	before := connections.Load()
+	ctx, cancel := context.WithTimeout(context.Background(), 30*time.Second)
+	defer cancel()
+	b.resolve(ctx, "k").wantUnknown(t)
+	if n := connections.Load() - before; n != 1 {
+		t.Errorf("it was looked at %d times, want once", n)
+	}
+}
+
+// Whatever goes wrong on the way is no proof of anything.
+func TestResolveWithoutATableIsUnknown(t *testing.T) {
+	t.Parallel()
+	b := setup(t, nil)
+	for _, sql := range []string{"ALTER TABLE idempotency_keys RENAME TO gone", "ALTER TABLE gone RENAME COLUMN key TO k"} {
+		if _, err := b.pool.Exec(context.Background(), sql); err != nil {
+			t.Fatal(err)
+		}
+		b.resolve(shortly(t), "k").wantUnknown(t)
+	}
+	dead, cancel := context.WithCancel(context.Background())
+	cancel()
+	b.resolve(dead, "k").wantUnknown(t)
+}
+
+func TestOptionsOfResolvers(t *testing.T) {
+	t.Parallel()
+	b := setup(t, nil)
+	for given, want := range map[int]int{0: postgres.ResolversMaxDefault, 1: 1, 100: 100} {
+		if got := postgres.ResolversOf(postgres.New(b.pool, &postgres.Options{ResolversMax: given})); got != want {
+			t.Errorf("ResolversMax %d: %d places, want %d", given, got, want)
+		}
+	}
+	defer func() {
+		if text := fmt.Sprint(recover()); !strings.Contains(text, "ResolversMax") {
+			t.Errorf("panic %q, want one that names ResolversMax", text)
+		}
+	}()
+	postgres.New(b.pool, &postgres.Options{ResolversMax: -1})
+}
+
+// A server that takes connections and says nothing costs a resolver two seconds, and not all that it has.
+func TestResolverConnectsToTheNextServer(t *testing.T) {
+	t.Parallel()
+	silent, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = silent.Close() }()
+	port := uint16(silent.Addr().(*net.TCPAddr).Port)
+	var resolving atomic.Bool
+	b := setup(t, &setupOptions{configure: func(c *pgxpool.Config) {
+		c.BeforeConnect = func(_ context.Context, config *pgx.ConnConfig) error {
+			if resolving.Load() { // the pool leads to the first of two hosts
+				config.Fallbacks = []*pgconn.FallbackConfig{{Host: config.Host, Port: config.Port}}
+				config.Host, config.Port = "127.0.0.1", port
+			}
+			return nil
+		}
+	}})
+	want(t, b.do(t, request("k", ""), pay(t, 201)), idempotency.OutcomeExecuted, "")
+	resolving.Store(true)
+	ctx, cancel := context.WithTimeout(context.Background(), 7*time.Second)
+	defer cancel()
+	b.resolve(ctx, "k").wantBody(t, "done")
+}

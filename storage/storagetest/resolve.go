@@ -1,0 +1,211 @@
+package storagetest
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"time"
+
+	"github.com/paidonce/idempotency"
+)
+
+const (
+	// stillWaiting is how long a case looks on while nothing may happen.
+	stillWaiting = 50 * time.Millisecond
+	// resolveMax is how long Resolve may wait for a key that stays held.
+	resolveMax = 100 * time.Millisecond
+)
+
+var resolveCases = []testCase{
+	{
+		name: "ResolveFindsTheRecord",
+		rule: "Resolve returns the record of a key that has one, as it was recorded: whose attempt it is, and of which request, is for the engine to compare. Of a key without one it returns nil, and no error.",
+		run: func(c *check) {
+			committed, declined := request("acme", "committed"), request("acme", "declined")
+			for _, req := range []*idempotency.Request{committed, declined} {
+				req.TraceID = "0af7651916cd43dd8448eb211c80319c"
+				req.Fingerprint = idempotency.FingerprintOf(100, []byte(req.Key.Value))
+			}
+			written := &idempotency.Answer{Status: 201, Header: map[string][]string{"Link": {"<a>", "<b>"}}, Body: []byte("done\x00")}
+			c.commit(c.claim(committed), written)
+			c.decline(c.claim(declined), answer(402, "declined"))
+			c.claim(request("acme", "rolled back")).Rollback(c.ctx)
+			c.wantResolved(committed, committed, written)
+			c.wantResolved(request("acme", "committed"), committed, written) // for another attempt at it
+			c.wantResolved(declined, declined, answer(402, "declined"))
+			c.wantAbsent(request("acme", "rolled back"))
+			c.wantAbsent(request("acme", "unheard of"))
+		},
+	},
+	{
+		name: "ResolveWaitsForTheAttempt",
+		rule: "While an attempt holds the key nobody knows what becomes of it. Resolve waits for its end, and only then looks: a look from before misses the record, and a payment that was made is called not executed.",
+		run: func(c *check) {
+			for _, end := range []string{"commit", "decline", "rollback"} {
+				req := request("acme", end)
+				attempt := c.claim(req)
+				resolved := c.resolveLater(request("acme", end))
+				select {
+				case got := <-resolved:
+					c.Fatalf("Resolve returned record %v, error %v while an attempt held the key", got.record != nil, got.err)
+				case <-time.After(stillWaiting):
+				}
+				switch end {
+				case "commit":
+					c.commit(attempt, answer(201, end))
+				case "decline":
+					c.decline(attempt, answer(402, end))
+				default:
+					attempt.Rollback(c.ctx)
+				}
+				got := <-resolved
+				switch {
+				case got.err != nil:
+					c.Errorf("after a %s: %v", end, got.err)
+				case end == "decline" && got.record == nil: // its record comes after the claim was given back
+				case (got.record == nil) != (end == "rollback"):
+					c.Errorf("after a %s the record is there: %v", end, got.record != nil)
+				case got.record != nil && string(got.record.Answer.Body) != end:
+					c.Errorf("after a %s: body %.40q", end, got.record.Answer.Body)
+				}
+			}
+		},
+	},
+	{
+		name: "ResolveIsBoundByItsContext",
+		rule: "Resolve returns when its context is over, with ErrUnknown while the key is still held: never nil, which would say that nothing was executed.",
+		run: func(c *check) {
+			attempt := c.claim(request("acme", "k"))
+			for _, wait := range []time.Duration{resolveMax, 0} {
+				c.wantUnknown(request("acme", "k"), wait)
+			}
+			attempt.Rollback(c.ctx)
+			c.wantAbsent(request("acme", "k"))
+		},
+	},
+	{
+		name: "ResolveChangesNothing",
+		rule: "Resolve may be asked again, by anybody and at any time: it leaves records, claims and free keys as they are.",
+		run: func(c *check) {
+			recorded, free, held := request("acme", "recorded"), request("acme", "free"), request("acme", "held")
+			c.commit(c.claim(recorded), answer(201, "done"))
+			attempt := c.claim(held)
+			for range 2 {
+				c.wantResolved(recorded, recorded, answer(201, "done"))
+				c.wantAbsent(free)
+				c.wantUnknown(held, resolveMax)
+			}
+			c.wantRecord(recorded, answer(201, "done"))
+			c.wantFree(free)                                                             // at once: a retry follows close behind
+			for deadline := time.Now().Add(stillWaiting); time.Now().Before(deadline); { // also once it is gone
+				if stolen, _, _ := c.begin(request("acme", "held")); stolen != nil {
+					stolen.Rollback(c.ctx)
+					c.Fatalf("the key that an attempt holds was claimed: Resolve took the claim away")
+				}
+			}
+			c.commit(attempt, answer(201, "held"))
+			c.wantResolved(held, held, answer(201, "held"))
+		},
+	},
+	{
+		name: "ResolveKeepsScopesApart",
+		rule: "Resolve looks at one scope: the same key of another is neither found nor waited for.",
+		run: func(c *check) {
+			theirs := request("globex", "recorded")
+			c.commit(c.claim(theirs), answer(201, "theirs"))
+			attempt := c.claim(request("globex", "held"))
+			c.wantAbsent(request("acme", "recorded"))
+			c.wantAbsent(request("acme", "held"))
+			c.wantResolved(request("globex", "recorded"), theirs, answer(201, "theirs"))
+			attempt.Rollback(c.ctx)
+		},
+	},
+	{
+		name: "ManyResolveAtOnce",
+		rule: "However many ask, and however busy the store is, each gets the truth: when a database comes back all those ask at once whose replies were lost.",
+		run: func(c *check) {
+			const keys, copies = 4, 5
+			attempts := make([]*attempt, keys)
+			for key := range keys {
+				attempts[key] = c.claim(request("acme", fmt.Sprint(key)))
+			}
+			var waiting []<-chan resolution
+			for i := range keys * copies {
+				waiting = append(waiting, c.resolveLater(request("acme", fmt.Sprint(i%keys))))
+			}
+			time.Sleep(stillWaiting) // for most of them to come so far that they wait
+			for key, attempt := range attempts {
+				if key%2 == 0 {
+					c.commit(attempt, answer(201, fmt.Sprint(key)))
+				} else {
+					attempt.Rollback(c.ctx)
+				}
+			}
+			for i, resolved := range waiting {
+				got, key := <-resolved, i%keys
+				switch {
+				case got.err != nil:
+					c.Errorf("key %d: %v", key, got.err)
+				case (got.record != nil) != (key%2 == 0):
+					c.Errorf("key %d: the record is there: %v", key, got.record != nil)
+				case got.record != nil && string(got.record.Answer.Body) != fmt.Sprint(key):
+					c.Errorf("key %d: body %.40q", key, got.record.Answer.Body)
+				}
+			}
+		},
+	},
+}
+
+// resolution is what Resolve returned.
+type resolution struct {
+	record *idempotency.Record
+	err    error
+}
+
+func (c *check) resolveLater(req *idempotency.Request) <-chan resolution {
+	resolved := make(chan resolution, 1)
+	go func() {
+		record, err := c.Store.Resolve(c.ctx, req)
+		resolved <- resolution{record, err}
+	}()
+	return resolved
+}
+
+// wantResolved fails where Resolve does not return what recorded's attempt recorded.
+func (c *check) wantResolved(req, recorded *idempotency.Request, want *idempotency.Answer) {
+	c.Helper()
+	record, err := c.Store.Resolve(c.ctx, req)
+	switch {
+	case err != nil:
+		c.Fatalf("Resolve of a recorded key: %v", err)
+	case record == nil:
+		c.Fatalf("Resolve says that a recorded key is absent: a payment that was made would be called not executed")
+	}
+	c.wantEqual(record, recorded, want)
+}
+
+// wantAbsent fails where Resolve does not say that there is no record.
+func (c *check) wantAbsent(req *idempotency.Request) {
+	c.Helper()
+	record, err := c.Store.Resolve(c.ctx, req)
+	if record != nil || err != nil {
+		c.Fatalf("Resolve of an absent key: record %v, error %v; want neither", record != nil, err)
+	}
+}
+
+// wantUnknown fails where Resolve of a key that is held says anything else, or does not take the time that it has.
+func (c *check) wantUnknown(req *idempotency.Request, wait time.Duration) {
+	c.Helper()
+	ctx, cancel := context.WithTimeout(c.ctx, wait)
+	defer cancel()
+	record, err := c.Store.Resolve(ctx, req)
+	if record != nil || !errors.Is(err, idempotency.ErrUnknown) {
+		c.Errorf("Resolve of a key that is held: record %v, error %v; want ErrUnknown", record != nil, err)
+	}
+	switch {
+	case ctx.Err() == nil:
+		c.Errorf("Resolve gave up before its context was over")
+	case c.ctx.Err() != nil:
+		c.Fatalf("Resolve went on when its context was over")
+	}
+}
