@@ -22,6 +22,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/paidonce/idempotency/cmd/demo-bank/internal/crashpoint"
 	"github.com/paidonce/idempotency/internal/pgtest"
 )
 
@@ -47,12 +48,15 @@ type program struct {
 	url    string
 	curls  []string // the lines to try that it printed
 	stderr bytes.Buffer
+	said   chan struct{} // closed when it has said that it serves
 	ended  chan struct{} // closed when it has ended and was waited for
 }
 
 func command(ctx context.Context, args ...string) *exec.Cmd {
 	cmd := exec.CommandContext(ctx, os.Args[0], args...)
-	cmd.Env = append(slices.DeleteFunc(os.Environ(), func(s string) bool { return strings.HasPrefix(s, "DATABASE_URL=") }), asProgram+"=1")
+	cmd.Env = append(slices.DeleteFunc(os.Environ(), func(s string) bool {
+		return strings.HasPrefix(s, "DATABASE_URL=") || strings.HasPrefix(s, crashpoint.Variable+"=")
+	}), asProgram+"=1")
 	return cmd
 }
 
@@ -65,7 +69,13 @@ func serve(t *testing.T, args ...string) *program {
 // launch starts the program and returns what waits until it serves, so that a test can start two at once.
 func launch(t *testing.T, args ...string) (await func() *program) {
 	t.Helper()
-	p := &program{t: t, cmd: command(context.Background(), args...), ended: make(chan struct{})}
+	return start(t, command(context.Background(), args...)).await
+}
+
+// start starts the program and waits for nothing.
+func start(t *testing.T, cmd *exec.Cmd) *program {
+	t.Helper()
+	p := &program{t: t, cmd: cmd, said: make(chan struct{}), ended: make(chan struct{})}
 	p.cmd.Stderr = &p.stderr
 	stdout, err := p.cmd.StdoutPipe()
 	if err != nil {
@@ -74,7 +84,6 @@ func launch(t *testing.T, args ...string) (await func() *program) {
 	if err := p.cmd.Start(); err != nil {
 		t.Fatal(err)
 	}
-	said := make(chan struct{})
 	go func() {
 		defer close(p.ended)
 		told := false
@@ -88,23 +97,26 @@ func launch(t *testing.T, args ...string) (await func() *program) {
 			}
 			if strings.Contains(line, "demo-bank storm") && !told { // the last thing it says
 				told = true
-				close(said)
+				close(p.said)
 			}
 		}
 		_ = p.cmd.Wait() // its exit code is looked at by who cares
 	}()
 	t.Cleanup(p.kill)
-	return func() *program {
-		t.Helper()
-		select {
-		case <-said:
-		case <-p.ended:
-			t.Fatalf("%v ended with %v:\n%s", args, p.cmd.ProcessState, p.stderr.String())
-		case <-time.After(waitMax):
-			t.Fatalf("%v did not serve in time", args)
-		}
-		return p
+	return p
+}
+
+// await waits until the program serves.
+func (p *program) await() *program {
+	p.t.Helper()
+	select {
+	case <-p.said:
+	case <-p.ended:
+		p.t.Fatalf("%v ended with %v:\n%s", p.cmd.Args[1:], p.cmd.ProcessState, p.stderr.String())
+	case <-time.After(waitMax):
+		p.t.Fatalf("%v did not serve in time", p.cmd.Args[1:])
 	}
+	return p
 }
 
 // kill is kill -9, and waits until the program is gone.
@@ -142,7 +154,12 @@ func failsWith(t *testing.T, code int, args ...string) string {
 	t.Helper()
 	ctx, cancel := context.WithTimeout(t.Context(), waitMax)
 	defer cancel()
-	cmd := command(ctx, args...)
+	return failsAs(t, code, command(ctx, args...))
+}
+
+func failsAs(t *testing.T, code int, cmd *exec.Cmd) string {
+	t.Helper()
+	args := cmd.Args[1:]
 	var stderr bytes.Buffer
 	cmd.Stderr = &stderr
 	err := cmd.Run()
@@ -159,7 +176,11 @@ func failsWith(t *testing.T, code int, args ...string) string {
 
 // post sends a transfer on a connection of the client's.
 func post(client *http.Client, url, key, body string) (*http.Response, []byte, error) {
-	request, err := http.NewRequest(http.MethodPost, url+"/v1/transfers", strings.NewReader(body))
+	return postTo(client, url+"/v1/transfers", key, body)
+}
+
+func postTo(client *http.Client, url, key, body string) (*http.Response, []byte, error) {
+	request, err := http.NewRequest(http.MethodPost, url, strings.NewReader(body))
 	if err != nil {
 		return nil, nil, err
 	}
@@ -399,7 +420,7 @@ func TestStartFailsInOneLine(t *testing.T) {
 	if line := failsWith(t, 2, "storm", "--url", "http://"+nobody, "--patience", "1s"); !strings.Contains(line, "no bank") || !strings.Contains(line, "--url") {
 		t.Errorf("a storm without a bank: %s", line)
 	}
-	for _, senseless := range [][]string{{"storm", "--keys", "0"}, {"--data-dir", ""}, {"--pool-size", "0"}} {
+	for _, senseless := range [][]string{{"storm", "--keys", "0"}, {"--data-dir", ""}, {"--pool-size", "0"}, {"--ttl", "999ms"}} {
 		var exit *exec.ExitError
 		if err := command(t.Context(), senseless...).Run(); !errors.As(err, &exit) || exit.ExitCode() <= 2 {
 			t.Errorf("%q ended with %v, want kong's exit code", senseless, err)

@@ -21,6 +21,9 @@ const (
 	PageLimitMax     = 1000
 )
 
+// TransfersPath is where transfers are sent to.
+const TransfersPath = "/v1/transfers"
+
 // auditTimeout bounds an audit: it reads all books, and must not hold a connection for longer than anybody waits.
 const auditTimeout = 20 * time.Second
 
@@ -37,7 +40,7 @@ func (b *Bank) Mount(r chi.Router, protect func(http.Handler) http.Handler) {
 		r.With(protect).Post(pattern, b.inGivenTransaction(decode))
 	}
 	keyed("/v1/accounts", b.decodeAccount)
-	keyed("/v1/transfers", b.decodeTransfer)
+	keyed(TransfersPath, b.decodeTransfer)
 	keyed("/v1/orders", b.decodeOrder)
 
 	r.Group(func(r chi.Router) {

@@ -4,6 +4,7 @@ package metrics
 
 import (
 	"context"
+	"errors"
 	"net/http"
 
 	"github.com/jackc/pgx/v5/pgxpool"
@@ -59,8 +60,8 @@ func New() *Metrics {
 		}, []string{"step"}),
 		failures: prometheus.NewCounterVec(prometheus.CounterOpts{
 			Name: "idempotency_step_failures_total",
-			Help: "Steps that ended with an error. A claim that found its key in progress is one.",
-		}, []string{"step"}),
+			Help: "Steps that ended with an error, by its kind. A claim that found its key in progress is one.",
+		}, []string{"step", "error"}),
 		refused: prometheus.NewCounterVec(prometheus.CounterOpts{
 			Name: "idempotency_refused_total",
 			Help: "Requests refused before the engine was asked, by reason.",
@@ -111,8 +112,32 @@ func (m *Metrics) TraceRequestStart(ctx context.Context, _ idempotency.RequestSt
 func (m *Metrics) TraceStep(_ context.Context, step idempotency.StepEnd) {
 	m.steps.WithLabelValues(string(step.Step)).Observe(step.Duration.Seconds())
 	if step.Err != nil {
-		m.failures.WithLabelValues(string(step.Step)).Inc()
+		m.failures.WithLabelValues(string(step.Step), kindOf(step.Err)).Inc()
 	}
+}
+
+// kinds of errors, the most telling first: an unknown outcome stays one whatever it was that hid it.
+var kinds = []struct {
+	err  error
+	kind string
+}{
+	{idempotency.ErrUnknown, "unknown"},
+	{idempotency.ErrTransactionLost, "transaction-lost"},
+	{idempotency.ErrKeyRecorded, "key-recorded"},
+	{idempotency.ErrInProgress, "in-progress"},
+	{idempotency.ErrSerialization, "serialization"},
+	{idempotency.ErrUnavailable, "unavailable"},
+	{idempotency.ErrAborted, "aborted"},
+}
+
+// kindOf is an error as a label: by what it wraps, never by its text.
+func kindOf(err error) string {
+	for _, k := range kinds {
+		if errors.Is(err, k.err) {
+			return k.kind
+		}
+	}
+	return "other"
 }
 
 // TraceRequestEnd implements [idempotency.Tracer].

@@ -129,7 +129,7 @@ func plant(t *testing.T, b *bundle, statement string) (undo func()) {
 // snapshot too.
 func TestAuditIsRightWhileRecordsExpire(t *testing.T) {
 	t.Parallel()
-	short := func(c *Config) { c.ttl, c.reapInterval = time.Second, time.Millisecond }
+	short := func(c *Config) { c.TTL, c.ReapInterval = time.Second, time.Millisecond }
 	database := pgtest.Database(t)
 	b := setupOn(t, database, short)
 	slowURL, proxy := slowDatabase(t, database)

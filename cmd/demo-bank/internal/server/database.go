@@ -16,19 +16,34 @@ import (
 	"github.com/paidonce/idempotency/storage/postgres"
 )
 
-// storeOptions are those of the store and of the pool that it uses. A bank that people try on a busy laptop may rather
-// be slow than shed: a request waits longer for a connection than a service under real load should let it.
-func storeOptions() *postgres.Options {
-	return &postgres.Options{Schema: bank.Schema, AcquireTimeout: acquireTimeout}
-}
+// Limits of timeouts in [Config]. The store wants 5 s between the longest handler and the end of its idle transaction.
+const (
+	HandlerTimeoutMin = 10 * time.Millisecond
+	HandlerTimeoutMax = idleInTransactionMax - 5*time.Second
+	AcquireTimeoutMin = time.Millisecond
+	ReapIntervalMin   = time.Millisecond
+)
 
 const (
-	acquireTimeout = 3 * time.Second
 	connectTimeout = 5 * time.Second
 
 	// connectionsBeside the pool: the lease, migrations, those that PostgreSQL reserves, and a psql or two.
 	connectionsBeside = 16
+
+	// A transaction may be idle for as long as its handler may take and a while longer, but no dead bank may hold a key
+	// for a minute.
+	idleBeside           = 10 * time.Second
+	idleInTransactionMin = 6 * time.Second
+	idleInTransactionMax = postgres.IdleInTransactionTimeoutMax - time.Second
 )
+
+// storeOptions are those of the store and of the pool that it uses.
+func storeOptions(config *Config) *postgres.Options {
+	return &postgres.Options{
+		Schema: bank.Schema, AcquireTimeout: config.AcquireTimeout,
+		IdleInTransactionTimeout: min(max(config.HandlerTimeout+idleBeside, idleInTransactionMin), idleInTransactionMax),
+	}
+}
 
 // database is where the books are.
 type database struct {
@@ -65,7 +80,7 @@ func openDatabase(ctx context.Context, config *Config) (*database, error) {
 }
 
 // openPool migrates the database and returns the pool of the bank's connections.
-func (d *database) openPool(ctx context.Context, size int) (*pgxpool.Pool, error) {
+func (d *database) openPool(ctx context.Context, c *Config) (*pgxpool.Pool, error) {
 	config, err := pgxpool.ParseConfig(d.url)
 	if err != nil {
 		return nil, fmt.Errorf("the database URL can't be read: %s: it looks like postgres://user@host:5432/name", oneLine(err))
@@ -78,14 +93,21 @@ func (d *database) openPool(ctx context.Context, size int) (*pgxpool.Pool, error
 	if err := migrate(ctx, config.Copy()); err != nil {
 		return nil, err
 	}
-	config.MaxConns = int32(size)
-	config.MinConns = config.MaxConns // made at once and kept: a burst must not wait for connections to be made
-	postgres.Configure(config, storeOptions())
+	configurePool(config, c)
 	pool, err := pgxpool.NewWithConfig(ctx, config)
 	if err != nil {
 		return nil, fmt.Errorf("open the connection pool: %w", err)
 	}
 	return pool, nil
+}
+
+func configurePool(config *pgxpool.Config, c *Config) {
+	config.MaxConns = int32(c.PoolSize)
+	config.MinConns = config.MaxConns // made at once and kept: a burst must not wait for connections to be made
+	if c.CrashPoint != nil {
+		c.CrashPoint.Configure(config)
+	}
+	postgres.Configure(config, storeOptions(c))
 }
 
 func migrate(ctx context.Context, config *pgxpool.Config) error {

@@ -27,18 +27,13 @@ const readyTimeout = 2 * time.Second
 // handler is everything that the bank answers.
 func (s *Server) handler(store *postgres.Store, books *bank.Bank, ids *nodeid.Source) http.Handler {
 	idem := middleware.New(store, bank.Tenant, &middleware.Options{
-		Engine:      idempotency.Options{TTL: s.config.ttl, Tracer: s.metrics},
+		Engine:      idempotency.Options{TTL: s.config.TTL, HandlerTimeout: s.config.HandlerTimeout, Tracer: s.metrics},
 		RouterState: chiroute.State,
 		Logger:      s.logger,
 	})
-	protect := idem.Handler
-	if s.config.withoutMiddleware {
-		protect = nil
-	}
-
 	r := chi.NewRouter()
 	r.Use(s.logRequests, chimiddleware.GetHead)
-	books.Mount(r, protect)
+	books.Mount(r, s.protect(idem))
 	page := web.New()
 	r.Get("/", page.ServeHTTP)
 	r.Get("/assets/*", page.Assets)
@@ -72,6 +67,17 @@ func (s *Server) handler(store *postgres.Store, books *bank.Bank, ids *nodeid.So
 		})
 	})
 	return r
+}
+
+// protect returns what stands in front of the requests that need a key.
+func (s *Server) protect(idem *middleware.Middleware) func(http.Handler) http.Handler {
+	switch {
+	case s.config.withoutMiddleware:
+		return nil
+	case s.config.CrashPoint != nil:
+		return s.config.CrashPoint.Protect(idem, bank.TransfersPath)
+	}
+	return idem.Handler
 }
 
 // ready reports whether a transfer would be executed now.

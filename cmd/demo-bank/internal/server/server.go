@@ -15,7 +15,9 @@ import (
 	"syscall"
 	"time"
 
+	"github.com/paidonce/idempotency"
 	"github.com/paidonce/idempotency/cmd/demo-bank/internal/bank"
+	"github.com/paidonce/idempotency/cmd/demo-bank/internal/crashpoint"
 	"github.com/paidonce/idempotency/cmd/demo-bank/internal/metrics"
 	"github.com/paidonce/idempotency/cmd/demo-bank/internal/nodeid"
 	"github.com/paidonce/idempotency/storage/postgres"
@@ -25,12 +27,12 @@ import (
 const (
 	AddrDefault            = "127.0.0.1:8080"
 	PoolSizeDefault        = 40 // two banks fit a PostgreSQL with its 100 connections
+	AcquireTimeoutDefault  = 3 * time.Second
 	ShutdownTimeoutDefault = 30 * time.Second
-	ttlDefault             = 24 * time.Hour
 
 	readHeaderTimeout = 5 * time.Second
 	readTimeout       = 15 * time.Second // a body that takes longer is given up
-	writeTimeout      = 35 * time.Second // more than reading the body, handler and commit together
+	answerTimeout     = 5 * time.Second  // for the client to take its answer
 	idleTimeout       = 2 * time.Minute
 	headerBytesMax    = 64 << 10
 	closeTimeout      = time.Second // for connections that are left when all requests are answered
@@ -55,15 +57,30 @@ type Config struct {
 	// [ShutdownTimeoutDefault].
 	ShutdownTimeout time.Duration
 
+	// TTL is how long records count: at least idempotency.TTLMin. The default is idempotency.TTLDefault.
+	TTL time.Duration
+
+	// ReapInterval is how long the reaper of expired records rests. The default is postgres.ReaperIntervalDefault.
+	ReapInterval time.Duration
+
+	// HandlerTimeout bounds the claim and the handler of a request together, up to [HandlerTimeoutMax]. The default is
+	// idempotency.HandlerTimeoutDefault.
+	HandlerTimeout time.Duration
+
+	// AcquireTimeout is how long a request waits for a connection. A bank that people try on a busy laptop may rather be
+	// slow than shed: the default, [AcquireTimeoutDefault], is longer than a service under real load should have.
+	AcquireTimeout time.Duration
+
+	// CrashPoint kills the process at a point of its own choice. Nil: nothing of it is installed.
+	CrashPoint *crashpoint.Point
+
 	// Stdout is told the URL and what to try, once. Stderr gets the embedded PostgreSQL's progress. Nil: nobody.
 	Stdout, Stderr io.Writer
 
 	// Logger is for the operator. Nil logs nothing.
 	Logger *slog.Logger
 
-	ttl               time.Duration // how long records count; tests shorten it
-	reapInterval      time.Duration // tests shorten it
-	withoutMiddleware bool          // tests show what happens then
+	withoutMiddleware bool // tests show what happens then
 }
 
 // Server is one bank. Make it with [New], run it once.
@@ -89,8 +106,14 @@ func New(config Config) *Server {
 	if c.ShutdownTimeout <= 0 {
 		c.ShutdownTimeout = ShutdownTimeoutDefault
 	}
-	if c.ttl == 0 {
-		c.ttl = ttlDefault
+	if c.TTL == 0 {
+		c.TTL = idempotency.TTLDefault
+	}
+	if c.HandlerTimeout == 0 {
+		c.HandlerTimeout = idempotency.HandlerTimeoutDefault
+	}
+	if c.AcquireTimeout == 0 {
+		c.AcquireTimeout = AcquireTimeoutDefault
 	}
 	if c.Stdout == nil {
 		c.Stdout = io.Discard
@@ -129,13 +152,13 @@ func (s *Server) Run(ctx context.Context) (err error) {
 		return endOfStart(ctx, err)
 	}
 	defer func() { err = errors.Join(err, db.stop()) }()
-	pool, err := db.openPool(ctx, s.config.PoolSize)
+	pool, err := db.openPool(ctx, &s.config)
 	if err != nil {
 		return endOfStart(ctx, err)
 	}
 	defer pool.Close()
 	s.metrics.ObservePool(pool)
-	store := postgres.New(pool, storeOptions())
+	store := postgres.New(pool, storeOptions(&s.config))
 	if err := store.Check(ctx); err != nil {
 		return endOfStart(ctx, err)
 	}
@@ -152,8 +175,15 @@ func (s *Server) Run(ctx context.Context) (err error) {
 	group.Go(func() { ids.Run(background) })
 	group.Go(func() { s.reaper(store).Run(background) })
 
-	books := bank.New(pool, ids, s.config.ttl, s.logger)
+	books := bank.New(pool, ids, s.config.TTL, s.logger)
 	return s.serve(ctx, listener, s.handler(store, books, ids), db)
+}
+
+// writeTimeout is what net/http gives a request from its headers to the end of its answer: more than all that happens in
+// between together, so that an answer which is settled is not kept from a client that waits for it.
+func writeTimeout(handlerTimeout time.Duration) time.Duration {
+	return readTimeout + handlerTimeout + idempotency.RollbackTimeoutDefault +
+		idempotency.CommitTimeoutDefault + idempotency.ResolveTimeoutDefault + answerTimeout
 }
 
 // endOfStart tells a start that failed from one that was told to stop.
@@ -176,18 +206,23 @@ func listen(ctx context.Context, addr string) (net.Listener, error) {
 	return listener, nil
 }
 
-// serve answers requests until ctx ends or something the bank can't do without does, and then drains.
-func (s *Server) serve(ctx context.Context, listener net.Listener, handler http.Handler, db *database) error {
-	server := &http.Server{
+// httpServer answers through handler as long as the gate is open.
+func (s *Server) httpServer(handler http.Handler) *http.Server {
+	return &http.Server{
 		Handler:           s.gate.handler(handler),
 		ConnState:         s.gate.connState,
 		ReadHeaderTimeout: readHeaderTimeout,
 		ReadTimeout:       readTimeout,
-		WriteTimeout:      writeTimeout,
+		WriteTimeout:      writeTimeout(s.config.HandlerTimeout),
 		IdleTimeout:       idleTimeout,
 		MaxHeaderBytes:    headerBytesMax,
 		ErrorLog:          slog.NewLogLogger(s.logger.Handler(), slog.LevelWarn),
 	}
+}
+
+// serve answers requests until ctx ends or something the bank can't do without does, and then drains.
+func (s *Server) serve(ctx context.Context, listener net.Listener, handler http.Handler, db *database) error {
+	server := s.httpServer(handler)
 	failed := make(chan error, 1)
 	go func() { failed <- server.Serve(listener) }()
 	s.url = urlOf(listener.Addr())
@@ -226,7 +261,7 @@ func (s *Server) serve(ctx context.Context, listener net.Listener, handler http.
 // reaper deletes expired records and says so.
 func (s *Server) reaper(store *postgres.Store) *postgres.Reaper {
 	return postgres.NewReaper(store, &postgres.ReaperOptions{
-		Interval: s.config.reapInterval,
+		Interval: s.config.ReapInterval,
 		OnWalk: func(deleted int64, duration time.Duration, err error) {
 			s.metrics.Reaped(deleted)
 			if err != nil {

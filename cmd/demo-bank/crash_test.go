@@ -1,0 +1,284 @@
+//go:build unix
+
+package main
+
+import (
+	"bytes"
+	"context"
+	"net/http"
+	"os/exec"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/jackc/pgx/v5/pgxpool"
+
+	"github.com/paidonce/idempotency/cmd/demo-bank/internal/crashpoint"
+	"github.com/paidonce/idempotency/internal/pgfault"
+	"github.com/paidonce/idempotency/internal/pgtest"
+)
+
+const (
+	crashKey  = "paid-once-4711"
+	crashBody = `{"from":"alice","to":"bob","amount":7}`
+)
+
+// crashCommand is a bank that dies at a point, such as after_body:1.
+func crashCommand(point, database string, args ...string) *exec.Cmd {
+	cmd := command(context.Background(), append([]string{"--addr", "127.0.0.1:0", "--database-url", database, "--pool-size", "4", "--log-level", "ERROR"}, args...)...)
+	if point != "" {
+		cmd.Env = append(cmd.Env, crashpoint.Variable+"="+point)
+	}
+	return cmd
+}
+
+// bankOn serves a database, and dies at the point, which may be none.
+func bankOn(t *testing.T, point, database string, args ...string) *program {
+	t.Helper()
+	return start(t, crashCommand(point, database, args...)).await()
+}
+
+// diesAt waits for the end and requires that it was SIGKILL, after one line on stderr.
+func (p *program) diesAt(name string) {
+	p.t.Helper()
+	select {
+	case <-p.ended:
+	case <-time.After(waitMax):
+		p.t.Fatalf("the bank did not die at %s", name)
+	}
+	status, _ := p.cmd.ProcessState.Sys().(syscall.WaitStatus)
+	if !status.Signaled() || status.Signal() != syscall.SIGKILL {
+		p.t.Errorf("the bank ended with %v instead of SIGKILL", p.cmd.ProcessState)
+	}
+	line := "demo-bank: crash point " + name + "\n"
+	if text := p.stderr.String(); !strings.HasSuffix(text, line) || strings.Count(text, "crash point") != 1 {
+		p.t.Errorf("its last words are not %q:\n%s", line, text)
+	}
+}
+
+// reply is what became of a request in the end.
+type reply struct {
+	status  int
+	outcome string
+	body    []byte
+}
+
+// settle sends a request until its answer is definite: a key may be held for a moment by a session of the dead bank's.
+func settle(t *testing.T, url string) reply {
+	t.Helper()
+	client := newClient(t)
+	var got reply
+	eventually(t, "the retry has a definite answer", func() bool {
+		response, body, err := post(client, url, crashKey, crashBody)
+		if err != nil {
+			t.Fatalf("retry: %v", err)
+		}
+		got = reply{response.StatusCode, response.Header.Get("Idempotency-Status"), body}
+		return got.outcome != "in-progress"
+	})
+	return got
+}
+
+// booked counts the transfers and the records of crashKey.
+func booked(t *testing.T, db *pgxpool.Pool) (transfers, records int) {
+	t.Helper()
+	err := db.QueryRow(t.Context(), `
+		SELECT (SELECT count(*) FROM transfers WHERE key = $1), (SELECT count(*) FROM idempotency_keys WHERE key = $1)`,
+		crashKey).Scan(&transfers, &records)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return transfers, records
+}
+
+func expectBooked(t *testing.T, db *pgxpool.Pool, want int) {
+	t.Helper()
+	if transfers, records := booked(t, db); transfers != want || records != want {
+		t.Errorf("%d transfers and %d records are in the books, want %d of each", transfers, records, want)
+	}
+}
+
+// recorded is the answer's body in the books.
+func recorded(t *testing.T, db *pgxpool.Pool) []byte {
+	t.Helper()
+	var body []byte
+	if err := db.QueryRow(t.Context(), `SELECT body FROM idempotency_keys WHERE key = $1`, crashKey).Scan(&body); err != nil {
+		t.Fatal(err)
+	}
+	return body
+}
+
+// expectRetry starts a bank on the books of the dead one, and requires what the retry is answered: executed or
+// replayed. The answer is the recorded one either way, so is that of one more retry, and there is one transfer.
+func expectRetry(t *testing.T, database string, db *pgxpool.Pool, outcome string) {
+	t.Helper()
+	again := bankOn(t, "", database)
+	first := settle(t, again.url)
+	if first.status != http.StatusCreated || first.outcome != outcome {
+		t.Errorf("the retry got %d %s %s, want 201 %s", first.status, first.outcome, first.body, outcome)
+	}
+	expectBooked(t, db, 1)
+	if !bytes.Equal(first.body, recorded(t, db)) {
+		t.Errorf("the retry got %s, recorded is %s", first.body, recorded(t, db))
+	}
+	if second := settle(t, again.url); second.outcome != "replayed" || !bytes.Equal(first.body, second.body) {
+		t.Errorf("one more retry got %d %s %s, the first %s", second.status, second.outcome, second.body, first.body)
+	}
+	expectBooked(t, db, 1)
+}
+
+// expectLost requires that a request got no answer at all.
+func expectLost(t *testing.T, url string) {
+	t.Helper()
+	if response, body, err := post(newClient(t), url, crashKey, crashBody); err == nil {
+		t.Errorf("the client of a bank that was to die got an answer: %d %s", response.StatusCode, body)
+	}
+}
+
+// TestF01KilledBeforeCommit: whatever a transfer had done before its COMMIT is gone, and the retry makes it.
+func TestF01KilledBeforeCommit(t *testing.T) {
+	t.Parallel()
+	for _, point := range []string{"after_body", "after_begin", "mid_handler", "after_handler", "before_commit"} {
+		t.Run(point, func(t *testing.T) {
+			t.Parallel()
+			database := pgtest.Database(t)
+			p := bankOn(t, point+":1", database)
+			db := connect(t, database)
+			expectLost(t, p.url)
+			p.diesAt(point)
+			expectBooked(t, db, 0)
+			expectRetry(t, database, db, "executed")
+		})
+	}
+}
+
+// faultyBank serves through a proxy, and dies at the point, which may be none. decide is asked about the COMMIT of
+// crashKey; all others are forwarded.
+func faultyBank(t *testing.T, point, database string, decide func(p *program) pgfault.Fault) (p *program, proxy *pgfault.Proxy) {
+	t.Helper()
+	network, address, err := pgfault.Upstream(database)
+	if err != nil {
+		t.Fatal(err)
+	}
+	started := make(chan *program, 1)
+	proxy, err = pgfault.Start(pgfault.Options{Network: network, Address: address, OnCommit: func(commit pgfault.Commit) pgfault.Fault {
+		if !bytes.Contains(commit.Messages, []byte(crashKey)) {
+			return pgfault.Fault{}
+		}
+		return decide(<-started)
+	}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := proxy.Close(); err != nil {
+			t.Errorf("close the proxy: %v", err)
+		}
+	})
+	p = bankOn(t, point, proxy.URL(database))
+	started <- p
+	return p, proxy
+}
+
+// TestF02KilledWithCommitOnTheWire: the bank is gone when PostgreSQL gets its COMMIT, when it answers it, or before it
+// gets it. The retry finds out, and there is one transfer.
+func TestF02KilledWithCommitOnTheWire(t *testing.T) {
+	t.Parallel()
+	for _, test := range []struct {
+		name    string
+		decide  func(p *program) pgfault.Fault
+		kind    pgfault.Kind
+		arrives bool
+		outcome string
+	}{
+		{"before it arrives", func(p *program) pgfault.Fault {
+			return pgfault.Fault{Kind: pgfault.CallBefore, Hook: p.kill}
+		}, pgfault.CallBefore, true, "replayed"},
+		{"before its reply", func(p *program) pgfault.Fault {
+			return pgfault.Fault{Kind: pgfault.CallAfter, Hook: p.kill}
+		}, pgfault.CallAfter, true, "replayed"},
+		{"and it never arrives", func(p *program) pgfault.Fault {
+			p.kill()
+			return pgfault.Fault{Kind: pgfault.CutBefore}
+		}, pgfault.CutBefore, false, "executed"},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			t.Parallel()
+			database := pgtest.Database(t)
+			p, proxy := faultyBank(t, "", database, test.decide)
+			db := connect(t, database)
+			expectLost(t, p.url)
+			eventually(t, "the COMMIT meets its fault", func() bool { return proxy.Hits()[test.kind] == 1 })
+			if test.arrives {
+				eventually(t, "PostgreSQL executes the dead bank's COMMIT", func() bool {
+					transfers, _ := booked(t, db)
+					return transfers == 1
+				})
+			} else {
+				expectBooked(t, db, 0)
+			}
+			expectRetry(t, database, db, test.outcome)
+		})
+	}
+}
+
+// TestF03KilledAfterCommit: the money has moved, and the client has heard nothing, or half. The retry gets the answer
+// that was recorded.
+func TestF03KilledAfterCommit(t *testing.T) {
+	t.Parallel()
+	t.Run("after_commit", func(t *testing.T) {
+		t.Parallel()
+		database := pgtest.Database(t)
+		p := bankOn(t, "after_commit:1", database)
+		db := connect(t, database)
+		expectLost(t, p.url)
+		p.diesAt("after_commit")
+		expectBooked(t, db, 1)
+		expectRetry(t, database, db, "replayed")
+	})
+	t.Run("half_response", func(t *testing.T) {
+		t.Parallel()
+		database := pgtest.Database(t)
+		p := bankOn(t, "half_response:1", database)
+		db := connect(t, database)
+		response, half, err := post(newClient(t), p.url, crashKey, crashBody)
+		p.diesAt("half_response")
+		whole := recorded(t, db)
+		if err == nil || response == nil || response.StatusCode != http.StatusCreated ||
+			len(half) == 0 || len(half) >= len(whole) || !bytes.HasPrefix(whole, half) {
+			t.Errorf("the client got %q and %v, want the first half of %q and an error", half, err, whole)
+		}
+		expectBooked(t, db, 1)
+		expectRetry(t, database, db, "replayed")
+	})
+}
+
+// TestF04KilledWhileResolving: the reply to COMMIT was lost, and the bank dies while it looks for what became of it.
+// The retry finds out.
+func TestF04KilledWhileResolving(t *testing.T) {
+	t.Parallel()
+	for _, test := range []struct {
+		name    string
+		kind    pgfault.Kind
+		booked  int
+		outcome string
+	}{
+		{"it was committed", pgfault.CutAfter, 1, "replayed"},
+		{"it never arrived", pgfault.CutBefore, 0, "executed"},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			t.Parallel()
+			database := pgtest.Database(t)
+			p, proxy := faultyBank(t, "resolving:1", database, func(*program) pgfault.Fault {
+				return pgfault.Fault{Kind: test.kind}
+			})
+			db := connect(t, database)
+			expectLost(t, p.url)
+			p.diesAt("resolving")
+			eventually(t, "the COMMIT meets its fault", func() bool { return proxy.Hits()[test.kind] == 1 })
+			expectBooked(t, db, test.booked)
+			expectRetry(t, database, db, test.outcome)
+		})
+	}
+}

@@ -1,0 +1,8 @@
+//go:build unix
+
+package crashpoint
+
+import "syscall"
+
+// die is kill -9 by ourselves.
+func die() { _ = syscall.Kill(syscall.Getpid(), syscall.SIGKILL) } // a process may always signal itself

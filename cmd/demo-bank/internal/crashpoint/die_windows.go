@@ -1,0 +1,6 @@
+package crashpoint
+
+import "os"
+
+// die ends the process without running anything of it, with the code that a shell shows for kill -9.
+func die() { os.Exit(137) }

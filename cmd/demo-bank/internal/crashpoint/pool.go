@@ -1,0 +1,120 @@
+package crashpoint
+
+import (
+	"context"
+	"encoding/binary"
+	"io"
+	"strings"
+	"sync"
+	"sync/atomic"
+
+	"github.com/jackc/pgx/v5"
+	"github.com/jackc/pgx/v5/multitracer"
+	"github.com/jackc/pgx/v5/pgproto3"
+	"github.com/jackc/pgx/v5/pgxpool"
+
+	"github.com/paidonce/idempotency/storage/postgres"
+)
+
+// Configure puts the point into the config of the service's pool, before postgres.Configure.
+func (p *Point) Configure(config *pgxpool.Config) {
+	conn := config.ConnConfig
+	tracer := &poolTracer{point: p}
+	if p.name == reaperBatch {
+		build := conn.BuildFrontend
+		conn.BuildFrontend = func(r io.Reader, w io.Writer) *pgproto3.Frontend {
+			sent := &sentWriter{Writer: w, point: p}
+			frontend := build(r, sent)
+			tracer.sent.Store(frontend, sent) // for good: few connections are made where the process is about to die
+			return frontend
+		}
+	}
+	if conn.Tracer == nil {
+		conn.Tracer = tracer
+	} else {
+		conn.Tracer = multitracer.New(conn.Tracer, tracer)
+	}
+}
+
+// poolTracer sees the statements of the handler and of the reaper, and the resolver's connection.
+type poolTracer struct {
+	point *Point
+	sent  sync.Map // *sentWriter by *pgproto3.Frontend
+}
+
+var (
+	_ pgx.QueryTracer   = (*poolTracer)(nil)
+	_ pgx.BatchTracer   = (*poolTracer)(nil)
+	_ pgx.ConnectTracer = (*poolTracer)(nil)
+)
+
+// TraceQueryStart implements [pgx.QueryTracer].
+func (t *poolTracer) TraceQueryStart(ctx context.Context, conn *pgx.Conn, data pgx.TraceQueryStartData) context.Context {
+	if t.point.name == reaperBatch && strings.Contains(data.SQL, "DELETE FROM") && strings.Contains(data.SQL, postgres.TableName) {
+		if sent, ok := t.sent.Load(conn.PgConn().Frontend()); ok {
+			sent.(*sentWriter).batch.Store(true)
+		}
+	}
+	return ctx
+}
+
+// TraceQueryEnd implements [pgx.QueryTracer].
+func (t *poolTracer) TraceQueryEnd(context.Context, *pgx.Conn, pgx.TraceQueryEndData) {}
+
+// TraceBatchStart implements [pgx.BatchTracer]. A transfer locks and looks in one round trip, and writes in a batch.
+func (t *poolTracer) TraceBatchStart(ctx context.Context, _ *pgx.Conn, _ pgx.TraceBatchStartData) context.Context {
+	if requestFrom(ctx) != nil {
+		t.point.reached(midHandler)
+	}
+	return ctx
+}
+
+// TraceBatchQuery implements [pgx.BatchTracer].
+func (t *poolTracer) TraceBatchQuery(context.Context, *pgx.Conn, pgx.TraceBatchQueryData) {}
+
+// TraceBatchEnd implements [pgx.BatchTracer].
+func (t *poolTracer) TraceBatchEnd(context.Context, *pgx.Conn, pgx.TraceBatchEndData) {}
+
+// TraceConnectStart implements [pgx.ConnectTracer].
+func (t *poolTracer) TraceConnectStart(ctx context.Context, _ pgx.TraceConnectStartData) context.Context {
+	return ctx
+}
+
+// TraceConnectEnd implements [pgx.ConnectTracer].
+func (t *poolTracer) TraceConnectEnd(ctx context.Context, data pgx.TraceConnectEndData) {
+	if r := requestFrom(ctx); r != nil && data.Err == nil && r.lost.CompareAndSwap(true, false) {
+		t.point.reached(resolving)
+	}
+}
+
+// sentWriter is the way to the server. It lets the process die when a batch of the reaper's went that way.
+type sentWriter struct {
+	io.Writer
+	point *Point
+	batch atomic.Bool // the next statement that is executed is the reaper's DELETE
+}
+
+// Write implements io.Writer. Each flush of the protocol's is one write.
+func (w *sentWriter) Write(messages []byte) (int, error) {
+	n, err := w.Writer.Write(messages)
+	if err == nil && executes(messages) && w.batch.Swap(false) {
+		w.point.reached(reaperBatch)
+	}
+	return n, err
+}
+
+// executes reports whether among whole messages of the protocol, version 3, is one that executes a statement: Execute
+// or Query. To parse and describe one comes before.
+func executes(messages []byte) bool {
+	for len(messages) >= 5 {
+		if messages[0] == 'E' || messages[0] == 'Q' {
+			return true
+		}
+		length := 1 + int(binary.BigEndian.Uint32(messages[1:]))
+		if length < 5 || length > len(messages) {
+			return false
+		}
+		messages = messages[length:]
+	}
+	return false
+}
