@@ -17,8 +17,8 @@ type Tracer interface {
 	TraceStep(ctx context.Context, data StepEnd)
 	// TraceRequestEnd is called when everything about a request is settled, once for each TraceRequestStart.
 	TraceRequestEnd(ctx context.Context, data RequestEnd)
-	// TraceRefused is called for a request that an adapter refused before the engine was asked, and for a replay that it
-	// did not show.
+	// TraceRefused is called for a request that an adapter refused before the engine was asked or that is over a quota,
+	// and for a replay that it did not show.
 	TraceRefused(ctx context.Context, data Refused)
 }
 

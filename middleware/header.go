@@ -1,9 +1,12 @@
 package middleware
 
 import (
+	"fmt"
 	"net/http"
 	"slices"
 	"strings"
+
+	"github.com/paidonce/idempotency"
 )
 
 // RecordedHeaders returns the names of the answer headers that are recorded and replayed. What else a handler sets goes
@@ -36,9 +39,14 @@ func ours(name string) bool {
 // none that Connection names. The values are copies.
 func recordable(header, before http.Header, allowed map[string]bool) map[string][]string {
 	var named []string
-	for _, value := range header["Connection"] {
-		for name := range strings.SplitSeq(value, ",") {
-			named = append(named, http.CanonicalHeaderKey(strings.TrimSpace(name)))
+	for spelled, values := range header {
+		if http.CanonicalHeaderKey(spelled) != "Connection" {
+			continue
+		}
+		for _, value := range values {
+			for name := range strings.SplitSeq(value, ",") {
+				named = append(named, http.CanonicalHeaderKey(strings.TrimSpace(name)))
+			}
 		}
 	}
 	recorded := make(map[string][]string)
@@ -64,4 +72,35 @@ func cleanValue(value string) string {
 		}
 	}
 	return strings.Trim(string(clean), " \t")
+}
+
+// StatusAndLocation is an idempotency.Options.Reduce for routes whose answers hold what must not lie in a table, such as
+// a one-time password: of an answer its status and its Location are recorded. The first client gets all of it; a retry
+// gets status and Location, and an empty body.
+//
+//	passwords := idem.With(func(o *middleware.Options) { o.Engine.Reduce = middleware.StatusAndLocation })
+func StatusAndLocation(answer idempotency.Answer) idempotency.Answer {
+	reduced := idempotency.Answer{Status: answer.Status}
+	if location := answer.Header["Location"]; len(location) > 0 {
+		reduced.Header = map[string][]string{"Location": slices.Clone(location)}
+	}
+	return reduced
+}
+
+// errHeaderPlanted is why a record is not answered from. Nothing ever recorded such a header.
+var errHeaderPlanted = fmt.Errorf("%w: it holds a header that is never recorded", idempotency.ErrRecordCorrupt)
+
+// vet reports whether a recorded answer may be replayed: it must be one that could have been recorded, whatever the
+// store checks, and hold no header that carries a credential, frames the message or speaks for the middleware. Whether
+// the route's allow-list has its headers now is not asked: a replay is what was recorded.
+func vet(answer *idempotency.Answer) error {
+	if err := answer.Validate(); err != nil {
+		return fmt.Errorf("%w: %w", idempotency.ErrRecordCorrupt, err)
+	}
+	for name := range answer.Header {
+		if neverRecorded(http.CanonicalHeaderKey(name)) {
+			return errHeaderPlanted
+		}
+	}
+	return nil
 }

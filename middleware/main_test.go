@@ -40,15 +40,20 @@ type setupOptions struct {
 	middleware *middleware.Options
 	store      *postgres.Options
 	poolMax    int32
+	url        func(database string) string                                         // default: the database's own
 	mount      func(idem *middleware.Middleware, handler http.Handler) http.Handler // default: the handler alone
 	server     func(*http.Server)
 }
 
 // setup serves a handler behind the middleware. The scope is the Account header; without one the caller is unknown.
-func setup(t *testing.T, opts setupOptions, handler http.HandlerFunc) *testBundle {
+func setup(t testing.TB, opts setupOptions, handler http.HandlerFunc) *testBundle {
 	t.Helper()
 	ctx := context.Background()
-	config, err := pgxpool.ParseConfig(pgtest.Database(t))
+	database := pgtest.Database(t)
+	if opts.url != nil {
+		database = opts.url(database)
+	}
+	config, err := pgxpool.ParseConfig(database)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -197,6 +202,12 @@ func (b *testBundle) raw(t *testing.T, text string) reply {
 	if _, err := io.WriteString(conn, text); err != nil {
 		t.Fatal(err)
 	}
+	return b.readFrom(t, conn)
+}
+
+// readFrom reads one answer.
+func (b *testBundle) readFrom(t *testing.T, conn net.Conn) reply {
+	t.Helper()
 	response, err := http.ReadResponse(bufio.NewReader(conn), nil)
 	if err != nil {
 		t.Fatal(err)

@@ -28,6 +28,7 @@ type Middleware struct {
 	scope   ScopeFunc
 	options Options
 	headers map[string]bool // the allow-list
+	quota   *quota          // nil: there is none
 }
 
 // New returns a middleware on the store. It panics where the store or the scope function is missing, or the options
@@ -37,21 +38,27 @@ func New(store idempotency.Store, scope ScopeFunc, opts *Options) *Middleware {
 		panic("idempotency/middleware: New needs a ScopeFunc: without it one caller would get another's answers")
 	}
 	o := opts.full()
-	return newMiddleware(idempotency.NewEngine(store, &o.Engine), scope, o)
+	return newMiddleware(idempotency.NewEngine(store, o.engine()), scope, o, newQuota(o.Quota))
 }
 
-// With returns a middleware with other options for other routes: the same store and scope, and one count of requests
-// in flight. change gets a copy of the options in force.
+// With returns a middleware with other options for other routes: the same store and scope, one count of requests in
+// flight, and one count of keys where change leaves Quota as it is. change gets a copy of the options in force.
 func (m *Middleware) With(change func(o *Options)) *Middleware {
 	o := m.options
 	change(&o)
 	o = o.full()
-	return newMiddleware(m.engine.With(&o.Engine), m.scope, o)
+	quota := m.quota
+	if !o.Quota.equal(m.options.Quota) {
+		quota = newQuota(o.Quota)
+	}
+	return newMiddleware(m.engine.With(o.engine()), m.scope, o, quota)
 }
 
-func newMiddleware(engine *idempotency.Engine, scope ScopeFunc, o Options) *Middleware {
+func newMiddleware(engine *idempotency.Engine, scope ScopeFunc, o Options, quota *quota) *Middleware {
+	disposition := o.Engine.Disposition
 	o.Engine = engine.Options() // so that With shows those in force
-	m := &Middleware{engine: engine, scope: scope, options: o, headers: map[string]bool{}}
+	o.Engine.Disposition = disposition
+	m := &Middleware{engine: engine, scope: scope, options: o, headers: map[string]bool{}, quota: quota}
 	for _, name := range append(RecordedHeaders(), o.RecordHeaders...) {
 		m.headers[http.CanonicalHeaderKey(name)] = true
 	}
@@ -131,11 +138,18 @@ func (m *Middleware) serve(w http.ResponseWriter, r *http.Request, next http.Han
 	}
 
 	// Nothing goes to the client before Do returned. By then nothing is held: a slow reader costs nothing either.
-	run := &run{m: m, next: next, outer: w.Header(), request: r, body: body}
+	run := &run{m: m, next: next, outer: w.Header(), request: r, body: body, key: request.Key}
 	if m.options.RouterState != nil {
 		run.restore = m.options.RouterState(r.Context())
 	}
 	result := m.engine.Do(r.Context(), request, run.once)
+	run.settle(result)
+	if result.Record != nil {
+		if err := vet(result.Answer); err != nil {
+			result = idempotency.Result{Outcome: idempotency.OutcomeUnknown, Reason: idempotency.ReasonRecordCorrupt, Err: err}
+			m.traceRefused(r, result.Reason, err, nil)
+		}
+	}
 	m.log(r, request.Key, result)
 	if errors.Is(result.Err, http.ErrAbortHandler) {
 		panic(http.ErrAbortHandler)
@@ -149,6 +163,10 @@ func (m *Middleware) answer(w http.ResponseWriter, r *http.Request, result idemp
 	switch {
 	case result.Answer == nil:
 		m.writeProblem(w, result.Reason, result.Outcome, nil)
+		return
+	case result.Answer == run.refused:
+		h.Set("Retry-After", retryAfter(run.retryAfter))
+		m.refuse(w, r, idempotency.ReasonQuotaExceeded, errQuotaExceeded, nil)
 		return
 	case result.Record == nil: // the handler's own answer, with all its headers
 		clear(h)
@@ -183,10 +201,14 @@ func (m *Middleware) refuse(w http.ResponseWriter, r *http.Request, reason idemp
 	if reason == idempotency.ReasonReplayDenied {
 		outcome = idempotency.OutcomeUnknown // not-executed would be a lie, and replayed would tell
 	}
+	m.traceRefused(r, reason, err, status)
+	m.writeProblem(w, reason, outcome, status)
+}
+
+func (m *Middleware) traceRefused(r *http.Request, reason idempotency.Reason, err error, status *StatusError) {
 	if tracer := m.options.Engine.Tracer; tracer != nil {
 		tracer.TraceRefused(r.Context(), idempotency.Refused{Reason: reason, Status: textOf(reason, status).status, Err: err})
 	}
-	m.writeProblem(w, reason, outcome, status)
 }
 
 // serviceError hides the text of an error of the service's own, which may quote a credential. Who may see it unwraps it.
@@ -229,10 +251,15 @@ type run struct {
 	outer   http.Header
 	request *http.Request // as it came, and kept so
 	body    []byte
+	key     idempotency.Key
 	restore func(context.Context) context.Context // nil where there is no router state to restore
 
 	runs     int
 	recorder *recorder // of the last run
+
+	counted    *slot               // the request's place in its scope's quota
+	refused    *idempotency.Answer // what the last run answered where there was none
+	retryAfter time.Duration       // and when there is one again
 }
 
 // errRouterState is why a handler did not run again.
@@ -240,6 +267,9 @@ var errRouterState = errors.New("handler can't run again: set Options.RouterStat
 
 // once runs the handler on a copy of the request, into a recorder.
 func (run *run) once(ctx context.Context) (*idempotency.Answer, error) {
+	if !run.count() {
+		return run.refused, nil
+	}
 	run.runs++
 	if run.runs > 1 {
 		switch {

@@ -55,6 +55,9 @@ type Options struct {
 	// outside.
 	AuthorizeReplay func(r *http.Request, record *idempotency.Record) error
 
+	// Quota bounds how many keys each scope may record. The zero value bounds nothing.
+	Quota Quota
+
 	// RouterState gives a handler that has to run again the state of a router that the first run changed; package
 	// middleware/chiroute has it for chi. Nil runs again without, but where chi has routed the request: there it
 	// answers 503 instead, because a second run may be routed to a 404.
@@ -130,6 +133,10 @@ func (o *Options) full() Options {
 	}
 	if full.BodyBytesMax < 0 || full.AnswerBytesMax < 0 || full.RetryAfter < 0 {
 		panic("idempotency/middleware: Options.BodyBytesMax, AnswerBytesMax and RetryAfter must not be negative")
+	}
+	full.Quota = full.Quota.full()
+	if full.Engine.Disposition == nil {
+		full.Engine.Disposition = idempotency.DefaultDisposition
 	}
 	if len(full.Fingerprints) == 0 {
 		full.Fingerprints = []Fingerprint{FingerprintV1()}

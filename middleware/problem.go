@@ -46,6 +46,8 @@ var texts = map[idempotency.Reason]text{
 		"The request's body ended early or took too long. Nothing was executed.", false},
 	idempotency.ReasonReplayDenied: {http.StatusForbidden, "The answer may not be shown",
 		"This request was answered before, and you may not see that answer now.", false},
+	idempotency.ReasonQuotaExceeded: {http.StatusTooManyRequests, "Too many new keys",
+		"The account has used as many new keys as it may for now. This request left nothing in the database. Try again with the same key after a while.", false},
 	idempotency.ReasonKeyReused: {http.StatusUnprocessableEntity, "Idempotency-Key was used for another request",
 		"The key belongs to a request with another method, path, query, content type or body. Use a new key for a new request.", false},
 	idempotency.ReasonInProgress: {http.StatusConflict, "The request is in progress",
@@ -93,10 +95,14 @@ func (m *Middleware) writeProblem(w http.ResponseWriter, reason idempotency.Reas
 	h.Set("Cache-Control", "no-store")
 	h.Set("Idempotency-Status", string(outcome))
 	if t.retry {
-		seconds := (m.options.RetryAfter + time.Second - 1) / time.Second
-		h.Set("Retry-After", strconv.FormatInt(int64(seconds), 10))
+		h.Set("Retry-After", retryAfter(m.options.RetryAfter))
 	}
 	h.Set("Content-Length", strconv.Itoa(len(body)))
 	w.WriteHeader(t.status)
 	_, _ = w.Write(body) // a client that is gone asks again
+}
+
+// retryAfter returns the value of Retry-After: full seconds, rounded up.
+func retryAfter(d time.Duration) string {
+	return strconv.FormatInt(int64((d+time.Second-1)/time.Second), 10)
 }

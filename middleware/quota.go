@@ -1,0 +1,186 @@
+package middleware
+
+import (
+	"errors"
+	"fmt"
+	"hash/maphash"
+	"net/http"
+	"sync"
+	"time"
+
+	"github.com/paidonce/idempotency"
+)
+
+// Defaults of [Quota].
+const (
+	QuotaWindowDefault    = time.Hour
+	QuotaScopesMaxDefault = 100_000
+)
+
+// Quota bounds how many keys a scope may record, so that no account floods the table. A request with a new key over it
+// is refused with 429, and its handler does not run. It is approximate: it is counted in this process alone, forgotten
+// when it ends, and up to twice as much fits where two windows meet. A limit on requests, mounted outside, it does not replace.
+//
+// A request is counted once its claim has shown that its key is new. So a replay, a mismatch and a conflict are never
+// refused, however far over its quota the scope is, and a refused request costs what a conflict costs: the claim and a
+// ROLLBACK, two round trips that write nothing. To refuse it any earlier would be to refuse replays, for which nobody
+// but the table has the answer. What leaves no record, such as a 500, is counted off again.
+//
+// While there is a quota, an answer 429 is forgotten, whatever Engine.Disposition makes of it.
+type Quota struct {
+	// KeysMax is how many keys a scope may record per Window. Zero is no quota.
+	KeysMax int
+
+	// Window is how long a scope's count goes on. It begins with the scope's first key; when it is over the count begins
+	// anew. The default is [QuotaWindowDefault]. A scope's share of the table is at most KeysMax, times the processes,
+	// times the windows that the TTL spans and one more.
+	Window time.Duration
+
+	// ScopesMax is how many scopes are counted at once, at about 100 bytes each. While that many windows are open, all
+	// further scopes share one count and one KeysMax. So memory and table stay bounded, and a scope that was not
+	// refused alone may be refused: set it well above the number of accounts that are active within a window. The
+	// default is [QuotaScopesMaxDefault].
+	ScopesMax int
+
+	// Now is the clock. It is called from many goroutines. The default is time.Now.
+	Now func() time.Time
+}
+
+// full returns a copy in which nothing is left out. It panics on values that can't work.
+func (q Quota) full() Quota {
+	setDefault(&q.Window, QuotaWindowDefault)
+	setDefault(&q.ScopesMax, QuotaScopesMaxDefault)
+	if q.Now == nil {
+		q.Now = time.Now
+	}
+	if q.KeysMax < 0 || q.ScopesMax < 0 || q.Window < time.Second {
+		panic(fmt.Sprintf("idempotency/middleware: Options.Quota has KeysMax %d, ScopesMax %d and Window %v: none may be negative, and a window is at least a second", q.KeysMax, q.ScopesMax, q.Window))
+	}
+	return q
+}
+
+// equal reports whether two quotas bound the same.
+func (q Quota) equal(other Quota) bool {
+	return q.KeysMax == other.KeysMax && q.Window == other.Window && q.ScopesMax == other.ScopesMax
+}
+
+// engine returns the engine's options. A request over its quota is answered 429 by what stands in for its handler, and
+// no policy may take that for an answer to keep.
+func (o *Options) engine() *idempotency.Options {
+	engine := o.Engine
+	if o.Quota.KeysMax == 0 {
+		return &engine
+	}
+	policy := engine.Disposition
+	engine.Disposition = func(status int) idempotency.Disposition {
+		if status == http.StatusTooManyRequests {
+			return idempotency.Forget
+		}
+		return policy(status)
+	}
+	return &engine
+}
+
+// quota counts keys by scope.
+type quota struct {
+	Quota
+	seed maphash.Seed
+
+	mu      sync.Mutex
+	windows map[uint64]*window // open ones, by a hash of the scope that nobody outside can guess
+	queue   []*window          // the same, in the order in which they end
+	rest    *window            // shared by the scopes that found no room; nil while there are none
+}
+
+// window is one scope's count.
+type window struct {
+	scope uint64
+	start time.Time
+	keys  int
+}
+
+// slot is a key's place in a window.
+type slot struct{ window *window }
+
+func newQuota(q Quota) *quota {
+	if q.KeysMax == 0 {
+		return nil
+	}
+	return &quota{Quota: q, seed: maphash.MakeSeed(), windows: map[uint64]*window{}}
+}
+
+// take counts a key. It returns nil, and how long until the count begins anew, where the scope has none left.
+func (q *quota) take(scope string) (*slot, time.Duration) {
+	hash, now := maphash.String(q.seed, scope), q.Now()
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	q.forget(now)
+	w := q.windows[hash]
+	switch {
+	case w != nil:
+	case len(q.windows) < q.ScopesMax:
+		w = &window{scope: hash, start: now}
+		q.windows[hash] = w
+		q.queue = append(q.queue, w)
+	default:
+		if q.rest == nil {
+			q.rest = &window{start: now}
+		}
+		w = q.rest
+	}
+	if w.keys >= q.KeysMax {
+		return nil, w.start.Add(q.Window).Sub(now)
+	}
+	w.keys++
+	return &slot{w}, 0
+}
+
+// giveBack counts a key off. Where its window is over that means nothing any more.
+func (q *quota) giveBack(s *slot) {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	s.window.keys--
+}
+
+// forget drops the windows that are over.
+func (q *quota) forget(now time.Time) {
+	over := func(w *window) bool { return now.Sub(w.start) >= q.Window }
+	dropped := 0
+	for dropped < len(q.queue) && over(q.queue[dropped]) {
+		delete(q.windows, q.queue[dropped].scope)
+		q.queue[dropped] = nil
+		dropped++
+	}
+	q.queue = q.queue[dropped:]
+	if q.rest != nil && over(q.rest) {
+		q.rest = nil
+	}
+}
+
+// errQuotaExceeded is why a request was refused.
+var errQuotaExceeded = errors.New("scope has recorded as many keys as it may: see Options.Quota")
+
+// count gives the request its place in its scope's quota, and reports whether there was one. It is called when the key
+// has been claimed, before the handler.
+func (run *run) count() bool {
+	run.refused = nil
+	if run.m.quota == nil || run.key.Value == "" || run.counted != nil {
+		return true
+	}
+	run.counted, run.retryAfter = run.m.quota.take(run.key.Scope)
+	if run.counted == nil {
+		run.refused = &idempotency.Answer{Status: http.StatusTooManyRequests}
+		return false
+	}
+	return true
+}
+
+// settle gives the request's place back where nothing was recorded.
+func (run *run) settle(result idempotency.Result) {
+	switch {
+	case run.counted == nil:
+	case result.Outcome == idempotency.OutcomeExecuted, result.Outcome == idempotency.OutcomeUnknown:
+	default:
+		run.m.quota.giveBack(run.counted)
+	}
+}

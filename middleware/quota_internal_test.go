@@ -1,0 +1,230 @@
+package middleware
+
+import (
+	"fmt"
+	"math/rand/v2"
+	"net/http"
+	"net/http/httptest"
+	"strconv"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/paidonce/idempotency"
+	"github.com/paidonce/idempotency/storage/memory"
+)
+
+// clock is a clock that a test moves.
+type clock struct {
+	mu  sync.Mutex
+	now time.Time
+}
+
+func (c *clock) Now() time.Time {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.now
+}
+
+func (c *clock) advance(d time.Duration) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.now = c.now.Add(d)
+}
+
+func newClock() *clock { return &clock{now: time.Date(2025, 7, 1, 12, 0, 0, 0, time.UTC)} }
+
+func newTestQuota(c *clock, keysMax, scopesMax int) *quota {
+	return newQuota(Quota{KeysMax: keysMax, Window: time.Minute, ScopesMax: scopesMax, Now: c.Now}.full())
+}
+
+func TestQuotaOnBothSidesOfItsEdges(t *testing.T) {
+	t.Parallel()
+	c := newClock()
+	q := newTestQuota(c, 3, 10)
+	take := func(scope string, want bool) *slot {
+		t.Helper()
+		s, wait := q.take(scope)
+		if (s != nil) != want || want && wait != 0 || !want && (wait <= 0 || wait > time.Minute) {
+			t.Fatalf("taken %v, wait %v; want %v", s != nil, wait, want)
+		}
+		return s
+	}
+	// KeysMax.
+	take("acme", true)
+	c.advance(10 * time.Second)
+	take("acme", true)
+	third := take("acme", true)
+	take("acme", false)
+	take("globex", true)
+	if _, wait := q.take("acme"); wait != 50*time.Second {
+		t.Errorf("the window began 10 s ago and is over in %v", wait)
+	}
+	// What left no record is counted off.
+	q.giveBack(third)
+	third = take("acme", true)
+	take("acme", false)
+	// Window.
+	c.advance(50*time.Second - time.Nanosecond)
+	take("acme", false)
+	c.advance(time.Nanosecond)
+	for range 3 {
+		take("acme", true)
+	}
+	take("acme", false)
+	q.giveBack(third) // of the window before: it makes no room in this one
+	take("acme", false)
+	c.advance(time.Minute)
+	q.take("somebody")
+	if len(q.windows) != 1 || len(q.queue) != 1 {
+		t.Errorf("%d windows and %d in the queue are left, want somebody's alone", len(q.windows), len(q.queue))
+	}
+}
+
+// Over ScopesMax the scopes that come later share one count. Those that are counted alone keep theirs.
+func TestScopesOverTheirLimitShareOneCount(t *testing.T) {
+	t.Parallel()
+	c := newClock()
+	q := newTestQuota(c, 2, 3)
+	taken := map[string]int{}
+	for i := range 10 {
+		for range 5 {
+			scope := fmt.Sprint(i)
+			if s, _ := q.take(scope); s != nil {
+				taken[scope]++
+			}
+		}
+	}
+	if fmt.Sprint(taken) != "map[0:2 1:2 2:2 3:2]" {
+		t.Errorf("keys by scope: %v; want two for each of three, and two for all the others together", taken)
+	}
+	if s, _ := q.take("9"); s != nil {
+		t.Error("the shared count has no end")
+	}
+	c.advance(time.Minute)
+	for _, scope := range []string{"9", "8", "7", "6"} {
+		if s, _ := q.take(scope); s == nil {
+			t.Errorf("scope %s is refused in the next window", scope)
+		}
+	}
+	if len(q.windows) != 3 || q.rest == nil || q.rest.keys != 1 {
+		t.Errorf("%d windows, shared %+v", len(q.windows), q.rest)
+	}
+}
+
+// However many scopes come by, as many are held as may be.
+func TestQuotaHoldsNoMoreScopesThanItMay(t *testing.T) {
+	t.Parallel()
+	c := newClock()
+	q := newTestQuota(c, 1, 1000)
+	for i := range 200_000 {
+		q.take(strconv.Itoa(i))
+		if len(q.windows) > 1000 || len(q.queue) != len(q.windows) || cap(q.queue) > 4000 {
+			t.Fatalf("after %d scopes %d are held, %d in the queue of %d", i+1, len(q.windows), len(q.queue), cap(q.queue))
+		}
+		if i%7 == 0 {
+			c.advance(time.Duration(rand.IntN(2000)) * time.Millisecond)
+		}
+	}
+}
+
+// A million new keys of one account leave as many records as its quota, and each answered request is still replayed.
+func TestAMillionKeysStayBounded(t *testing.T) {
+	t.Parallel()
+	const keysMax, flood = 1000, 1_000_000
+	c := newClock()
+	store := memory.New(nil)
+	scope := func(r *http.Request) (string, error) { return r.Header.Get("Account"), nil }
+	runs := 0
+	handler := New(store, scope, &Options{Quota: Quota{KeysMax: keysMax, Now: c.Now}}).Handler(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
+		runs++
+		w.WriteHeader(http.StatusCreated)
+	}))
+	send := func(account, key string) *discard {
+		r := &http.Request{Method: http.MethodPost, URL: requestURL, Header: http.Header{"Account": {account}, "Idempotency-Key": {key}}}
+		w := &discard{header: http.Header{}}
+		handler.ServeHTTP(w, r)
+		return w
+	}
+	// On a slow machine fewer must do: none of them may get through, however many there are.
+	sent := 0
+	for deadline := time.Now().Add(40 * time.Second); sent < flood && (sent < 10*keysMax || time.Now().Before(deadline)); sent++ {
+		want := http.StatusCreated
+		if sent >= keysMax {
+			want = http.StatusTooManyRequests
+		}
+		if got := send("acme", strconv.Itoa(sent)); got.status != want {
+			t.Fatalf("key %d: %d, want %d", sent, got.status, want)
+		}
+	}
+	t.Logf("%d keys sent", sent)
+	if store.Len() != keysMax || runs != keysMax {
+		t.Errorf("%d records, %d runs; want %d of each", store.Len(), runs, keysMax)
+	}
+	for i := range keysMax {
+		if got := send("acme", strconv.Itoa(i)); got.status != http.StatusCreated || got.header.Get("Idempotency-Status") != "replayed" {
+			t.Fatalf("key %d is not replayed: %d", i, got.status)
+		}
+	}
+	if got := send("globex", "0"); got.status != http.StatusCreated {
+		t.Errorf("another account: %d", got.status)
+	}
+}
+
+var requestURL = httptest.NewRequest(http.MethodPost, "/", nil).URL
+
+// discard keeps the status of an answer.
+type discard struct {
+	header http.Header
+	status int
+}
+
+func (d *discard) Header() http.Header         { return d.header }
+func (d *discard) WriteHeader(status int)      { d.status = status }
+func (d *discard) Write(p []byte) (int, error) { return len(p), nil }
+
+func TestQuotasThatCannotWorkPanic(t *testing.T) {
+	t.Parallel()
+	scope := func(*http.Request) (string, error) { return "", nil }
+	for _, q := range []Quota{{KeysMax: -1}, {KeysMax: 1, Window: time.Second - 1}, {KeysMax: 1, Window: -1}, {KeysMax: 1, ScopesMax: -1}} {
+		text := func() (text string) {
+			defer func() { text, _ = recover().(string) }()
+			New(stubStore{}, scope, &Options{Quota: q})
+			return ""
+		}()
+		if !strings.HasPrefix(text, "idempotency/middleware: Options.Quota") {
+			t.Errorf("%+v: %q", q, text)
+		}
+	}
+	m := New(stubStore{}, scope, &Options{Quota: Quota{KeysMax: 1, Window: time.Second}})
+	if q := m.options.Quota; q.ScopesMax != QuotaScopesMaxDefault || q.Now == nil {
+		t.Errorf("defaults %+v", q)
+	}
+	if New(stubStore{}, scope, nil).quota != nil {
+		t.Error("there is a quota, and nobody asked for one")
+	}
+}
+
+// Routes share the count where they leave the quota as it is. The policy that a route sees is the user's own.
+func TestRoutesShareTheQuota(t *testing.T) {
+	t.Parallel()
+	asked := 0
+	policy := func(status int) idempotency.Disposition { asked++; return idempotency.Commit }
+	m := New(stubStore{}, func(*http.Request) (string, error) { return "", nil }, &Options{
+		Quota: Quota{KeysMax: 1}, Engine: idempotency.Options{Disposition: policy},
+	})
+	var seen idempotency.Disposition
+	same := m.With(func(o *Options) { o.Optional = true; seen = o.Engine.Disposition(429) })
+	other := same.With(func(o *Options) { o.Quota.KeysMax = 2 })
+	none := same.With(func(o *Options) { o.Quota = Quota{} })
+	if same.quota != m.quota || other.quota == m.quota || other.quota == nil || none.quota != nil {
+		t.Errorf("counts %p, %p, %p, %p", m.quota, same.quota, other.quota, none.quota)
+	}
+	if seen != idempotency.Commit || asked != 1 {
+		t.Errorf("With shows a policy that is not the user's: %v, asked %d times", seen, asked)
+	}
+	if same.engine.Options().Disposition(429) != idempotency.Forget || none.engine.Options().Disposition(429) != idempotency.Commit {
+		t.Error("429 is forgotten where there is a quota, and only there")
+	}
+}

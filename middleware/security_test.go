@@ -1,0 +1,302 @@
+package middleware_test
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/paidonce/idempotency"
+	"github.com/paidonce/idempotency/middleware"
+	"github.com/paidonce/idempotency/storage/postgres"
+)
+
+// The threats of docs/security.md, on a real server and a real database.
+
+// bank is authentication as a service has it, outside: tokens of accounts, and what an account may do.
+type bank struct {
+	mu      sync.Mutex
+	tokens  map[string]string // to the account
+	revoked map[string]bool   // accounts that may not see their answers any more
+}
+
+func (k *bank) change(do func()) {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	do()
+}
+
+func (k *bank) authenticate(next http.Handler) http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		k.mu.Lock()
+		account, ok := k.tokens[strings.TrimPrefix(r.Header.Get("Authorization"), "Bearer ")]
+		k.mu.Unlock()
+		if !ok {
+			w.WriteHeader(http.StatusUnauthorized)
+			return
+		}
+		r.Header.Set("Account", account)
+		next.ServeHTTP(w, r)
+	})
+}
+
+func TestRetryAfterTokenRotationDoesNotPayTwice(t *testing.T) {
+	t.Parallel()
+	auth := &bank{tokens: map[string]string{"first": "acme", "theirs": "globex"}}
+	b := setup(t, setupOptions{mount: func(idem *middleware.Middleware, handler http.Handler) http.Handler {
+		return auth.authenticate(idem.Handler(handler))
+	}}, transfer)
+	post := func(token string) reply {
+		t.Helper()
+		return b.post(t, "/", "{}", "Idempotency-Key", "k", "Authorization", "Bearer "+token)
+	}
+	first := post("first")
+	want(t, first, 201, idempotency.OutcomeExecuted, "")
+	auth.change(func() { delete(auth.tokens, "first"); auth.tokens["second"] = "acme" })
+	if got := post("first"); got.status != 401 || got.body != "" {
+		t.Errorf("the old token: %d %s", got.status, got.body)
+	}
+	again := post("second")
+	want(t, again, 201, idempotency.OutcomeReplayed, "")
+	if again.body != first.body || b.effects(t) != 1 {
+		t.Errorf("replayed %s of %s, %d effects", again.body, first.body, b.effects(t))
+	}
+	// The same key of another account is another request.
+	want(t, post("theirs"), 201, idempotency.OutcomeExecuted, "")
+	if b.effects(t) != 2 {
+		t.Errorf("%d effects, want 2", b.effects(t))
+	}
+}
+
+func TestAnswerIsNotReplayedToACallerWhoLostTheRight(t *testing.T) {
+	t.Parallel()
+	auth := &bank{tokens: map[string]string{"t": "acme"}, revoked: map[string]bool{}}
+	b := setup(t, setupOptions{
+		middleware: &middleware.Options{AuthorizeReplay: func(r *http.Request, _ *idempotency.Record) error {
+			auth.mu.Lock()
+			defer auth.mu.Unlock()
+			if auth.revoked[r.Header.Get("Account")] {
+				return errors.New("revoked")
+			}
+			return nil
+		}},
+		mount: func(idem *middleware.Middleware, handler http.Handler) http.Handler {
+			return auth.authenticate(idem.Handler(handler))
+		},
+	}, transfer)
+	post := func() reply {
+		t.Helper()
+		return b.post(t, "/", "{}", "Idempotency-Key", "k", "Authorization", "Bearer t")
+	}
+	first := post()
+	want(t, first, 201, idempotency.OutcomeExecuted, "")
+	auth.change(func() { auth.revoked["acme"] = true })
+	denied := post()
+	want(t, denied, 403, idempotency.OutcomeUnknown, idempotency.ReasonReplayDenied)
+	for _, name := range []string{"Location", "Idempotent-Replayed", "Idempotency-Created-At", "Idempotency-Expires-At"} {
+		if denied.header.Get(name) != "" {
+			t.Errorf("%s: %s", name, denied.header.Get(name))
+		}
+	}
+	if strings.Contains(denied.body, strings.TrimSpace(first.body)) {
+		t.Errorf("the answer is shown: %s", denied.body)
+	}
+	auth.change(func() { auth.revoked["acme"] = false })
+	want(t, post(), 201, idempotency.OutcomeReplayed, "")
+	if b.effects(t) != 1 {
+		t.Errorf("%d effects", b.effects(t))
+	}
+}
+
+// A one-time secret goes to the first client and nowhere else: a retry gets status and Location, and the table too.
+func TestStatusAndLocationOnly(t *testing.T) {
+	t.Parallel()
+	const secret = "canary-one-time-password"
+	handler := func(w http.ResponseWriter, _ *http.Request) {
+		w.Header().Set("Location", "/passwords/1")
+		w.Header().Set("Etag", `"`+secret+`"`)
+		w.Header().Set("Content-Type", "text/plain")
+		w.WriteHeader(http.StatusCreated)
+		_, _ = io.WriteString(w, secret)
+	}
+	b := setup(t, setupOptions{mount: func(idem *middleware.Middleware, handler http.Handler) http.Handler {
+		mux := http.NewServeMux()
+		mux.Handle("/whole", idem.Handler(handler))
+		mux.Handle("/reduced", idem.With(func(o *middleware.Options) { o.Engine.Reduce = middleware.StatusAndLocation }).Handler(handler))
+		return mux
+	}}, handler)
+	scan := func() (found int) {
+		t.Helper()
+		return b.count(t, `SELECT count(*) FROM idempotency_keys r WHERE position('\x`+fmt.Sprintf("%x", secret)+`'::bytea IN body) > 0
+			OR position('\x`+fmt.Sprintf("%x", secret)+`'::bytea IN headers) > 0 OR r::text LIKE '%`+secret+`%'`)
+	}
+	first := b.post(t, "/reduced", "{}", "Idempotency-Key", "k")
+	want(t, first, 201, idempotency.OutcomeExecuted, "")
+	if first.body != secret || first.header.Get("Etag") == "" {
+		t.Errorf("the first client got %q %v", first.body, first.header)
+	}
+	if scan() != 0 {
+		t.Error("the secret is in the table")
+	}
+	again := b.post(t, "/reduced", "{}", "Idempotency-Key", "k")
+	want(t, again, 201, idempotency.OutcomeReplayed, "")
+	if again.body != "" || again.header.Get("Location") != "/passwords/1" || again.header.Get("Etag") != "" || again.header.Get("Content-Type") != "" || again.header.Get("Content-Length") != "0" {
+		t.Errorf("replayed %q %v", again.body, again.header)
+	}
+	want(t, b.post(t, "/whole", "{}", "Idempotency-Key", "whole"), 201, idempotency.OutcomeExecuted, "")
+	if scan() != 1 {
+		t.Error("the scan finds nothing, not even where all of it is recorded")
+	}
+}
+
+// Slowloris: 200 clients that send half a body hold nothing, and the others are served by a pool of 2.
+func TestHalfSentBodiesHoldNoConnection(t *testing.T) {
+	t.Parallel()
+	b := setup(t, setupOptions{
+		poolMax:    2,
+		store:      &postgres.Options{AcquireTimeout: 20 * time.Second}, // how long it takes is not the question
+		middleware: &middleware.Options{Engine: idempotency.Options{InFlightMax: 10}},
+		server:     func(s *http.Server) { s.ReadTimeout = time.Minute },
+	}, transfer)
+	const slow, others = 200, 40
+	head := func(key string) string {
+		return "POST / HTTP/1.1\r\nHost: x\r\nAccount: acme\r\nIdempotency-Key: " + key + "\r\nContent-Length: 10\r\n\r\n{\"a\""
+	}
+	before := b.pool.Stat().AcquireCount()
+	var conns []net.Conn
+	for i := range slow {
+		conn := b.dial(t)
+		if _, err := io.WriteString(conn, head(fmt.Sprint("slow-", i))); err != nil {
+			t.Fatal(err)
+		}
+		conns = append(conns, conn)
+	}
+	answers := make(chan reply, others)
+	var senders sync.WaitGroup
+	for sender := range 4 {
+		senders.Go(func() {
+			for i := range others / 4 {
+				answers <- b.post(t, "/", "{}", "Idempotency-Key", fmt.Sprint("other-", sender, "-", i))
+			}
+		})
+	}
+	senders.Wait()
+	for range others {
+		want(t, <-answers, 201, idempotency.OutcomeExecuted, "")
+	}
+	if acquired := b.pool.Stat().AcquireCount() - before; acquired != others || b.runs.Load() != others {
+		t.Errorf("%d connections were taken and %d handlers ran, want %d of each: none for half a body", acquired, b.runs.Load(), others)
+	}
+	// They were there all the time: one of them sends the rest.
+	if _, err := io.WriteString(conns[0], ":true}"); err != nil {
+		t.Fatal(err)
+	}
+	want(t, b.readFrom(t, conns[0]), 201, idempotency.OutcomeExecuted, "")
+}
+
+// A flood of duplicates of a running request takes nothing from the others: each costs one connection for two round
+// trips, waits for nobody, and runs nothing.
+func TestFloodOfDuplicatesTakesNothingFromOthers(t *testing.T) {
+	t.Parallel()
+	entered, release := make(chan struct{}), make(chan struct{})
+	b := setup(t, setupOptions{
+		poolMax:    4,
+		store:      &postgres.Options{AcquireTimeout: 20 * time.Second, IdleInTransactionTimeout: 59 * time.Second},
+		middleware: &middleware.Options{Engine: idempotency.Options{HandlerTimeout: 50 * time.Second}},
+	}, func(w http.ResponseWriter, r *http.Request) {
+		if key, _ := idempotency.KeyFrom(r.Context()); key.Value == "running" {
+			close(entered)
+			<-release
+		}
+		transfer(w, r)
+	})
+	const duplicates, others = 500, 50
+	before := b.pool.Stat()
+	first := make(chan reply, 1)
+	go func() { first <- b.post(t, "/", "{}", "Idempotency-Key", "running") }()
+	<-entered
+	var mu sync.Mutex
+	seen := map[string]int{}
+	post := func(name, key string) {
+		got := b.post(t, "/", "{}", "Idempotency-Key", key)
+		mu.Lock()
+		defer mu.Unlock()
+		seen[fmt.Sprint(name, " ", got.status, " ", got.outcome)]++
+	}
+	var senders sync.WaitGroup
+	for range 10 {
+		senders.Go(func() {
+			for range duplicates / 10 {
+				post("duplicate", "running")
+			}
+		})
+	}
+	for sender := range 5 {
+		senders.Go(func() {
+			for i := range others / 5 {
+				post("other", fmt.Sprint("other-", sender, "-", i))
+			}
+		})
+	}
+	senders.Wait()
+	close(release)
+	want(t, <-first, 201, idempotency.OutcomeExecuted, "")
+	if fmt.Sprint(seen) != fmt.Sprintf("map[duplicate 409 in-progress:%d other 201 executed:%d]", duplicates, others) {
+		t.Errorf("answers %v", seen)
+	}
+	after := b.pool.Stat()
+	if n := after.AcquireCount() - before.AcquireCount(); n != 1+duplicates+others || after.CanceledAcquireCount() != before.CanceledAcquireCount() {
+		t.Errorf("%d connections were taken by %d requests, %d waited in vain", n, 1+duplicates+others, after.CanceledAcquireCount())
+	}
+	if after.TotalConns() > 4 || after.AcquiredConns() != 0 {
+		t.Errorf("%d connections, %d held", after.TotalConns(), after.AcquiredConns())
+	}
+	if b.runs.Load() != 1+others || b.effects(t) != 1+others {
+		t.Errorf("%d runs, %d effects; want %d", b.runs.Load(), b.effects(t), 1+others)
+	}
+}
+
+// A record in which somebody planted a header that nothing records is not answered from.
+func TestPlantedHeaderIsNeverReplayed(t *testing.T) {
+	t.Parallel()
+	told := &tracer{}
+	b := setup(t, setupOptions{middleware: &middleware.Options{Engine: idempotency.Options{Tracer: told}}}, transfer)
+	for i, name := range []string{
+		"Set-Cookie", "set-cookie", "SET-COOKIE2", "Authorization", "Www-Authenticate", "Proxy-Authenticate", "Transfer-Encoding",
+		"transfer-encoding", "Content-Length", "Connection", "Keep-Alive", "Upgrade", "Trailer", "Te", "Date", "Idempotency-Status",
+		"idempotent-replayed",
+	} {
+		key := fmt.Sprint("k", i)
+		want(t, b.post(t, "/", "{}", "Idempotency-Key", key), 201, idempotency.OutcomeExecuted, "")
+		b.plant(t, key, encodeRecorded(name, "planted"))
+		got := b.post(t, "/", "{}", "Idempotency-Key", key)
+		t.Log(name)
+		want(t, got, 500, idempotency.OutcomeUnknown, idempotency.ReasonRecordCorrupt)
+		if strings.Contains(fmt.Sprint(got.header), "planted") || got.header.Get("Idempotent-Replayed") != "" {
+			t.Errorf("header %v", got.header)
+		}
+		if len(told.refused) != i+1 || told.refused[i].Reason != idempotency.ReasonRecordCorrupt || told.refused[i].Status != 500 {
+			t.Fatalf("told %+v", told.refused)
+		}
+	}
+	if logged := b.logs.String(); !strings.Contains(logged, "level=ERROR") || !strings.Contains(logged, "reason=record-corrupt") || strings.Contains(logged, "planted") {
+		t.Errorf("logged %s", logged)
+	}
+	if b.effects(t) != b.records(t) {
+		t.Errorf("%d effects of %d keys", b.effects(t), b.records(t))
+	}
+}
+
+// plant changes a record's headers in the table.
+func (b *testBundle) plant(t *testing.T, key string, headers []byte) {
+	t.Helper()
+	if _, err := b.pool.Exec(context.Background(), "UPDATE idempotency_keys SET headers = $2 WHERE key = $1", key, headers); err != nil {
+		t.Fatal(err)
+	}
+}

@@ -1,0 +1,99 @@
+package encrypted_test
+
+import (
+	"context"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"github.com/jackc/pgx/v5/pgxpool"
+
+	"github.com/paidonce/idempotency"
+	"github.com/paidonce/idempotency/storage/encrypted"
+	"github.com/paidonce/idempotency/storage/memory"
+	"github.com/paidonce/idempotency/storage/postgres"
+	"github.com/paidonce/idempotency/storage/storagetest"
+)
+
+// Encryption breaks no promise of the store within.
+func TestConformance(t *testing.T) {
+	t.Parallel()
+	t.Run("memory", func(t *testing.T) {
+		t.Parallel()
+		features := storagetest.Features{WritesStay: true, NotDurable: true, ClaimsAreCertain: true}
+		storagetest.Run(t, features, func(*testing.T) *storagetest.Harness {
+			var now atomic.Int64
+			now.Store(time.Date(2025, 7, 1, 12, 0, 0, 0, time.UTC).UnixNano())
+			inner := memory.New(&memory.Options{Now: func() time.Time { return time.Unix(0, now.Load()) }})
+			return &storagetest.Harness{
+				Store:         encrypted.New(inner, oneKey),
+				Advance:       func(_ context.Context, d time.Duration) error { now.Add(int64(d)); return nil },
+				DeleteExpired: inner.DeleteExpired,
+			}
+		})
+	})
+	t.Run("postgres", func(t *testing.T) {
+		t.Parallel()
+		storagetest.Run(t, storagetest.Features{}, newHarness)
+	})
+}
+
+func newHarness(t *testing.T) *storagetest.Harness {
+	options := &postgres.Options{AcquireTimeout: 20 * time.Second} // on a slow machine many requests wait for few connections
+	d := newDatabase(t, options)
+	store := encrypted.New(d.store, oneKey)
+	exec := func(ctx context.Context, sql string, arguments ...any) error {
+		_, err := d.pool.Exec(ctx, sql, arguments...)
+		return err
+	}
+	return &storagetest.Harness{
+		Store: store,
+		Write: func(ctx context.Context, name string) error {
+			_, err := postgres.Tx(ctx).Exec(ctx, "INSERT INTO effects (name) VALUES ($1)", name)
+			return err
+		},
+		Written: func(ctx context.Context, name string) (n int, err error) {
+			err = d.pool.QueryRow(ctx, "SELECT count(*) FROM effects WHERE name = $1", name).Scan(&n)
+			return n, err
+		},
+		Break: func(ctx context.Context) error {
+			_, err := postgres.Tx(ctx).Exec(ctx, "INSERT INTO effects (name) VALUES (NULL)")
+			return err
+		},
+		Reopen: func(ctx context.Context) (idempotency.Store, error) {
+			pool, err := pgxpool.NewWithConfig(ctx, d.pool.Config())
+			if err != nil {
+				return nil, err
+			}
+			t.Cleanup(pool.Close)
+			return encrypted.New(postgres.New(pool, options), oneKey), nil
+		},
+		Advance: func(ctx context.Context, d time.Duration) error {
+			return exec(ctx, "UPDATE idempotency_keys SET created_at = created_at - $1::interval, expires_at = expires_at - $1::interval", d)
+		},
+		DeleteExpired: d.store.DeleteExpired,
+		Record: func(ctx context.Context, req *idempotency.Request, answer *idempotency.Answer) error {
+			return exec(ctx, `INSERT INTO idempotency_keys
+				(created_at, expires_at, status, fingerprint_version, attempt_id, scope, key, fingerprint, headers, body)
+				VALUES (now(), now() + $1::interval, $2, $3, $4, $5, $6, $7, '\x0100', $8)`,
+				req.TTL, answer.Status, req.Fingerprint.Version, req.Attempt.String(), req.Key.Scope, req.Key.Value, req.Fingerprint.Sum[:], store.Seal(req, answer).Body)
+		},
+	}
+}
+
+// A wrapped store's own timeouts are still held against the engine's.
+func TestBudgetOfTheStoreWithinIsChecked(t *testing.T) {
+	t.Parallel()
+	d := newDatabase(t, nil)
+	for handlerTimeout, fits := range map[time.Duration]bool{10 * time.Second: true, 30 * time.Second: false} {
+		panicked := func() (panicked bool) {
+			defer func() { panicked = recover() != nil }()
+			idempotency.NewEngine(encrypted.New(d.store, oneKey), &idempotency.Options{HandlerTimeout: handlerTimeout})
+			return false
+		}()
+		if panicked == fits {
+			t.Errorf("a HandlerTimeout of %v panics: %v", handlerTimeout, panicked)
+		}
+	}
+	idempotency.NewEngine(encrypted.New(memory.New(nil), oneKey), &idempotency.Options{HandlerTimeout: time.Hour}) // which has none
+}
