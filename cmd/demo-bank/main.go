@@ -17,8 +17,12 @@ import (
 	"github.com/alecthomas/kong"
 	"golang.org/x/term"
 
+	"github.com/paidonce/idempotency"
+	"github.com/paidonce/idempotency/cmd/demo-bank/internal/chaos"
+	"github.com/paidonce/idempotency/cmd/demo-bank/internal/crashpoint"
 	"github.com/paidonce/idempotency/cmd/demo-bank/internal/server"
 	"github.com/paidonce/idempotency/cmd/demo-bank/internal/storm"
+	"github.com/paidonce/idempotency/storage/postgres"
 )
 
 const description = `A bank whose transfers can be retried without fear: the record of a request, its answer and the money's move commit in
@@ -36,6 +40,7 @@ Without a command it serves. Try:
 type commands struct {
 	Serve serveCommand `cmd:"" default:"withargs" help:"Serve the bank (the default)."`
 	Storm stormCommand `cmd:"" help:"Send duplicates of transfers to a bank and read the verdict from its books."`
+	Chaos chaosCommand `cmd:"" help:"Start banks and a PostgreSQL, break them while clients pay, and judge what became of the money."`
 }
 
 type serveCommand struct {
@@ -44,6 +49,10 @@ type serveCommand struct {
 	DataDir         *string       `name:"data-dir" placeholder:"DIR" help:"Folder that keeps the embedded PostgreSQL's data. Without it they are gone at exit."`
 	PoolSize        int           `placeholder:"N" default:"${poolSize}" help:"Database connections at most. (default: ${default})"`
 	ShutdownTimeout time.Duration `placeholder:"DURATION" default:"${shutdownTimeout}" help:"How long requests in flight may take when the bank is told to stop. (default: ${default})"`
+	TTL             time.Duration `name:"ttl" placeholder:"DURATION" default:"${ttl}" help:"How long an answer is kept for retries, from its commit on. (default: ${default})"`
+	ReapInterval    time.Duration `placeholder:"DURATION" default:"${reapInterval}" help:"How long the reaper of expired answers rests between two walks. (default: ${default})"`
+	HandlerTimeout  time.Duration `placeholder:"DURATION" default:"${handlerTimeout}" help:"How long a request may take until its COMMIT, ${handlerTimeoutMax} at most. (default: ${default})"`
+	AcquireTimeout  time.Duration `placeholder:"DURATION" default:"${acquireTimeout}" help:"How long a request waits for a database connection. (default: ${default})"`
 	LogLevel        slog.Level    `placeholder:"LEVEL" default:"INFO" help:"DEBUG, INFO, WARN or ERROR; DEBUG logs each request. (default: ${default})"`
 }
 
@@ -61,6 +70,18 @@ func (c *serveCommand) Validate() error {
 	if c.ShutdownTimeout <= 0 {
 		return errors.New("--shutdown-timeout must be positive")
 	}
+	if c.TTL < idempotency.TTLMin {
+		return fmt.Errorf("--ttl must be at least %v", idempotency.TTLMin)
+	}
+	if c.ReapInterval < server.ReapIntervalMin {
+		return fmt.Errorf("--reap-interval must be at least %v", server.ReapIntervalMin)
+	}
+	if c.HandlerTimeout < server.HandlerTimeoutMin || c.HandlerTimeout > server.HandlerTimeoutMax {
+		return fmt.Errorf("--handler-timeout must be from %v to %v", server.HandlerTimeoutMin, server.HandlerTimeoutMax)
+	}
+	if c.AcquireTimeout < server.AcquireTimeoutMin {
+		return fmt.Errorf("--acquire-timeout must be at least %v", server.AcquireTimeoutMin)
+	}
 	return nil
 }
 
@@ -70,9 +91,14 @@ func (c *serveCommand) Run(ctx context.Context) error {
 	if c.DataDir != nil {
 		dataDir = *c.DataDir
 	}
+	point, err := crashpoint.FromEnvironment(os.Stderr)
+	if err != nil {
+		return err
+	}
 	return server.New(server.Config{
 		Addr: c.Addr, DatabaseURL: c.DatabaseURL, DataDir: dataDir, PoolSize: c.PoolSize,
-		ShutdownTimeout: c.ShutdownTimeout, Stdout: os.Stdout, Stderr: os.Stderr,
+		ShutdownTimeout: c.ShutdownTimeout, TTL: c.TTL, ReapInterval: c.ReapInterval,
+		HandlerTimeout: c.HandlerTimeout, AcquireTimeout: c.AcquireTimeout, CrashPoint: point, Stdout: os.Stdout, Stderr: os.Stderr,
 		Logger: slog.New(slog.NewTextHandler(os.Stderr, &slog.HandlerOptions{Level: c.LogLevel})),
 	}).Run(ctx)
 }
@@ -134,6 +160,16 @@ type noVerdict struct{ error }
 
 func (e noVerdict) Error() string { return "no verdict: " + e.error.Error() }
 
+// defaults are what the help of flags shows.
+var defaults = kong.Vars{
+	"addr": server.AddrDefault, "poolSize": fmt.Sprint(server.PoolSizeDefault),
+	"shutdownTimeout": server.ShutdownTimeoutDefault.String(),
+	"ttl":             idempotency.TTLDefault.String(), "reapInterval": postgres.ReaperIntervalDefault.String(),
+	"handlerTimeout": idempotency.HandlerTimeoutDefault.String(), "handlerTimeoutMax": server.HandlerTimeoutMax.String(),
+	"acquireTimeout": server.AcquireTimeoutDefault.String(),
+	"profile":        chaos.ProfileDefault, "clients": fmt.Sprint(chaos.ClientsDefault), "banks": fmt.Sprint(chaos.BanksDefault),
+}
+
 func main() {
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	context.AfterFunc(ctx, stop) // a second signal ends the program at once
@@ -143,10 +179,7 @@ func main() {
 		kong.Name("demo-bank"), kong.Description(description), kong.UsageOnError(),
 		kong.ConfigureHelp(kong.HelpOptions{Compact: true, FlagsLast: true, NoExpandSubcommands: false}),
 		kong.BindTo(ctx, (*context.Context)(nil)),
-		kong.Vars{
-			"addr": server.AddrDefault, "poolSize": fmt.Sprint(server.PoolSizeDefault),
-			"shutdownTimeout": server.ShutdownTimeoutDefault.String(),
-		})
+		defaults)
 	if err := parsed.Run(); err != nil {
 		fmt.Fprintln(os.Stderr, "demo-bank:", err)
 		if errors.As(err, new(noVerdict)) {

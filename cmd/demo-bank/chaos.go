@@ -1,0 +1,84 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"math/rand/v2"
+	"os"
+	"time"
+
+	"golang.org/x/term"
+
+	"github.com/paidonce/idempotency/cmd/demo-bank/internal/chaos"
+)
+
+type chaosCommand struct {
+	Profile       string        `placeholder:"NAME" default:"${profile}" help:"How much is sent and broken: smoke (20,000 requests, two minutes), nightly (200,000) or release (1,000,000). (default: ${default})"`
+	Seed          uint64        `placeholder:"N" help:"Repeat the schedule of an earlier run. Without it one is drawn, and printed."`
+	Operations    int           `placeholder:"N" help:"Requests to send at least, with as many faults as fit. Without it the profile's."`
+	Clients       int           `placeholder:"N" default:"${clients}" help:"Clients that send at once. (default: ${default})"`
+	Banks         int           `placeholder:"N" default:"${banks}" help:"Bank processes that share the database. (default: ${default})"`
+	DurationMax   time.Duration `placeholder:"DURATION" help:"A run that takes longer has failed. Without it the profile's: 3m, 20m or 75m."`
+	JSON          bool          `name:"json" help:"Print one JSON object instead of a table."`
+	Report        string        `placeholder:"FILE" help:"Write the JSON object to a file too."`
+	Keep          bool          `help:"Keep the data folder and the logs of a run that failed, and print where."`
+	PrintSchedule bool          `help:"Print what would be done and when, and do nothing."`
+	Bank          string        `hidden:"" placeholder:"FILE" help:"The program that serves, instead of this one: a demo-bank with a bug that should be found."`
+}
+
+// Validate is called by kong.
+func (c *chaosCommand) Validate() error {
+	config := c.config()
+	return config.Validate()
+}
+
+func (c *chaosCommand) config() chaos.Config {
+	return chaos.Config{
+		Profile: c.Profile, Seed: c.Seed, Operations: c.Operations, Clients: c.Clients, Banks: c.Banks,
+		DurationMax: c.DurationMax, Keep: c.Keep, Bank: c.Bank,
+	}
+}
+
+// Run is called by kong.
+func (c *chaosCommand) Run(ctx context.Context) error {
+	config := c.config()
+	if config.Seed == 0 {
+		config.Seed = rand.Uint64()
+	}
+	if c.PrintSchedule {
+		return chaos.WriteSchedule(os.Stdout, config)
+	}
+	config.Progress, config.Terminal = os.Stderr, term.IsTerminal(int(os.Stderr.Fd()))
+	report, err := chaos.Run(ctx, config)
+	if report == nil {
+		if ctx.Err() != nil {
+			err = errors.New("interrupted")
+		}
+		return noVerdict{err}
+	}
+	if c.Report != "" {
+		if err := writeReport(report, c.Report); err != nil {
+			return fmt.Errorf("write the report: %w", err)
+		}
+	}
+	write := report.WriteText
+	if c.JSON {
+		write = report.WriteJSON
+	}
+	if err := write(os.Stdout); err != nil {
+		return fmt.Errorf("print the report: %w", err)
+	}
+	if !report.OK() {
+		return errBroken
+	}
+	return err
+}
+
+func writeReport(report *chaos.Report, path string) error {
+	file, err := os.Create(path)
+	if err != nil {
+		return err
+	}
+	return errors.Join(report.WriteJSON(file), file.Close())
+}

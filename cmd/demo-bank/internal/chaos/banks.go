@@ -1,0 +1,426 @@
+package chaos
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"runtime"
+	"slices"
+	"strconv"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/paidonce/idempotency/cmd/demo-bank/internal/crashpoint"
+)
+
+const (
+	poolSizeBig   = 10 // of the first bank
+	poolSizeSmall = 6  // of the others: 32 clients squeeze it
+
+	handlerTimeout = 4 * time.Second // a half-open transaction ends ten seconds after it, and its request is unknown before that
+	acquireTimeout = time.Second
+	reapInterval   = 300 * time.Millisecond
+
+	serveWaitMax   = 30 * time.Second // from a bank's start until it serves, starts that failed included
+	restartPause   = 100 * time.Millisecond
+	stopWaitMax    = 20 * time.Second
+	crashPointLine = "demo-bank: crash point "
+	servingLine    = "demo-bank is at "
+)
+
+// banks are the processes under test, each in a slot with an address of its own. A bank that dies is started again.
+type banks struct {
+	run    *run
+	slots  []*slot
+	ended  sync.WaitGroup
+	closed bool
+}
+
+func newBanks(r *run) *banks { return &banks{run: r} }
+
+// slot is one bank's place. Its lives come one after the other.
+type slot struct {
+	run     *run
+	number  int
+	address string
+	url     string
+	program string
+	log     *os.File
+
+	mu       sync.Mutex
+	stopping bool
+	next     arm   // of the next life
+	pending  []arm // crash points that no life has reached
+	life     *life // the one that runs; nil between two
+	scrapes  scrapes
+}
+
+// arm is a crash point and how many times it is passed before the end. The zero value is none.
+type arm struct {
+	point string
+	nth   int
+}
+
+func (a arm) String() string { return a.point + ":" + strconv.Itoa(a.nth) }
+
+// life is one process of a bank.
+type life struct {
+	cmd     *exec.Cmd
+	armed   arm
+	serving chan struct{} // closed when it serves
+	ended   chan struct{} // closed when it has ended and was waited for
+
+	mu      sync.Mutex
+	said    string   // the crash point that it said it dies at
+	serves  bool     // or did
+	killed  bool     // by the run
+	trouble []string // the last lines on stderr
+}
+
+func (b *banks) start(ctx context.Context) error {
+	program := b.run.config.Bank
+	if program == "" {
+		var err error
+		if program, err = os.Executable(); err != nil {
+			return fmt.Errorf("find the program that serves: %w", err)
+		}
+	}
+	for i := range b.run.config.Banks {
+		address, err := freeAddress()
+		if err != nil {
+			return err
+		}
+		url, err := b.run.cluster.urlOf(i)
+		if err != nil {
+			return err
+		}
+		log, err := os.Create(filepath.Join(b.run.dir, fmt.Sprintf("bank-%d.log", i)))
+		if err != nil {
+			return fmt.Errorf("open a bank's log: %w", err)
+		}
+		b.slots = append(b.slots, &slot{run: b.run, number: i, address: address, url: url, program: program, log: log})
+	}
+	failed := make(chan error, len(b.slots))
+	for _, s := range b.slots {
+		b.ended.Go(func() { failed <- s.supervise() })
+	}
+	for _, s := range b.slots {
+		if err := s.awaitServing(ctx, failed); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// freeAddress is one that nobody listens on now.
+func freeAddress() (string, error) {
+	listener, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		return "", fmt.Errorf("find a free port: %w", err)
+	}
+	return listener.Addr().String(), listener.Close()
+}
+
+// address is where a bank listens, in each of its lives.
+func (b *banks) address(bank int) string { return b.slots[bank].address }
+
+// awaitServing waits until the slot's bank serves, whichever life it is.
+func (s *slot) awaitServing(ctx context.Context, failed <-chan error) error {
+	ctx, cancel := context.WithTimeoutCause(ctx, serveWaitMax, fmt.Errorf("bank %d did not serve within %v", s.number, serveWaitMax))
+	defer cancel()
+	for {
+		if l := s.current(); l != nil {
+			serving := l.serving
+			if l.dying() {
+				serving = nil // the next one will
+			}
+			select {
+			case <-serving:
+				return nil
+			case <-l.ended:
+			case err := <-failed:
+				return err
+			case <-ctx.Done():
+				return context.Cause(ctx)
+			}
+		}
+		select {
+		case err := <-failed:
+			return err
+		case <-ctx.Done():
+			return context.Cause(ctx)
+		case <-time.After(idlePause):
+		}
+	}
+}
+
+func (s *slot) current() *life {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.life
+}
+
+// supervise starts life after life until the slot is stopped. A life that ends without anybody's asking is a finding.
+func (s *slot) supervise() error {
+	// The kernel ends a bank with the thread that started it, not with the process: the thread stays.
+	runtime.LockOSThread()
+	defer runtime.UnlockOSThread()
+	refusedSince := time.Time{}
+	for {
+		l, err := s.begin()
+		if err != nil {
+			s.run.findings.add("bank %d can't be started: %v", s.number, err)
+			return err
+		}
+		if l == nil {
+			return nil
+		}
+		_ = l.cmd.Wait() // judge looks at how it ended
+		served, stopped := s.judge(l)
+		close(l.ended)
+		if stopped {
+			return nil
+		}
+		switch {
+		case served:
+			refusedSince = time.Time{}
+		case refusedSince.IsZero():
+			refusedSince = time.Now()
+		case time.Since(refusedSince) > serveWaitMax:
+			err := fmt.Errorf("bank %d did not serve for %v: %s", s.number, serveWaitMax, strings.Join(l.trouble, " "))
+			s.run.findings.add("%v", err)
+			return err
+		}
+		if !served {
+			time.Sleep(restartPause)
+		}
+	}
+}
+
+// begin starts the next life, nil where the slot is stopped.
+func (s *slot) begin() (*life, error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.stopping {
+		return nil, nil
+	}
+	poolSize := poolSizeSmall
+	if s.number == 0 {
+		poolSize = poolSizeBig
+	}
+	l := &life{serving: make(chan struct{}), ended: make(chan struct{})}
+	l.armed, s.next = s.next, arm{}
+	if l.armed.point == "" && len(s.pending) > 0 && !s.run.healed.Load() {
+		l.armed, s.pending = s.pending[0], s.pending[1:]
+	}
+	l.cmd = exec.Command(s.program, "serve", "--addr", s.address, "--database-url", s.url, "--log-level", "WARN",
+		"--pool-size", strconv.Itoa(poolSize), "--handler-timeout", handlerTimeout.String(),
+		"--acquire-timeout", acquireTimeout.String(), "--reap-interval", reapInterval.String())
+	l.cmd.SysProcAttr = isolate()
+	l.cmd.Env = slices.DeleteFunc(os.Environ(), func(entry string) bool {
+		return strings.HasPrefix(entry, "DATABASE_URL=") || strings.HasPrefix(entry, crashpoint.Variable+"=")
+	})
+	if l.armed.point != "" {
+		l.cmd.Env = append(l.cmd.Env, crashpoint.Variable+"="+l.armed.String())
+	}
+	l.cmd.Stdout, l.cmd.Stderr = &lines{each: func(line string) { l.hear(s.run, line) }}, &lines{each: func(line string) { l.overhear(line, s.log) }}
+	if err := l.cmd.Start(); err != nil {
+		return nil, err
+	}
+	s.life = l
+	return l, nil
+}
+
+// hear reads what a bank says on stdout.
+func (l *life) hear(run *run, line string) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if strings.HasPrefix(line, servingLine) && !l.serves {
+		run.note("a bank serves: %s", strings.TrimPrefix(line, servingLine))
+		l.serves = true
+		close(l.serving)
+	}
+}
+
+// overhear reads what it says on stderr.
+func (l *life) overhear(line string, log *os.File) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if point, ok := strings.CutPrefix(line, crashPointLine); ok {
+		l.said = point
+	}
+	if l.trouble = append(l.trouble, line); len(l.trouble) > 3 {
+		l.trouble = l.trouble[1:]
+	}
+	_, _ = fmt.Fprintln(log, line) // a log that can't be written is no reason to stop
+}
+
+// judge says whether a life that has ended had served, and whether it is the slot's last one.
+func (s *slot) judge(l *life) (served, stopped bool) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	s.life = nil
+	s.scrapes.endLife()
+	state := l.cmd.ProcessState
+	reached := l.said != "" && l.said == l.armed.point && diedOfKill(state)
+	switch {
+	case l.armed.point == "" || reached:
+	case !l.serves && s.next.point == "":
+		s.next = l.armed
+	default:
+		s.pending = append(s.pending, l.armed)
+	}
+	tally := &s.run.tally
+	s.run.note("bank %d: %v; armed %v, said %q, killed %t", s.number, state, l.armed, l.said, l.killed)
+	switch {
+	case reached:
+		tally.crashPoints.add(l.said)
+		tally.kills.Add(1)
+		s.run.noteFault()
+	case l.killed && diedOfKill(state):
+		tally.kills.Add(1)
+	case s.stopping && state.ExitCode() == 0:
+	case !l.serves && !s.stopping && state.ExitCode() == 1: // the database could not be reached
+		tally.faults.add("start refused")
+	default:
+		s.run.findings.add("bank %d died unasked (%v): %s", s.number, state, strings.Join(l.trouble, " | "))
+	}
+	return l.serves, s.stopping
+}
+
+// kill is kill -9, and gives the bank's next life a crash point.
+func (b *banks) kill(bank int, next arm) bool {
+	s := b.slots[bank]
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if next.point != "" {
+		if s.next.point != "" {
+			s.pending = append(s.pending, s.next)
+		}
+		s.next = next
+	}
+	return s.life != nil && s.life.kill()
+}
+
+func (l *life) kill() bool {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.killed {
+		return false
+	}
+	l.killed = true
+	return signalKill(l.cmd.Process.Pid) == nil
+}
+
+func (l *life) dying() bool {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.killed
+}
+
+// disarmed reports whether every crash point was reached that any life was given. One that was pushed aside by a kill
+// is given to another life.
+func (b *banks) disarmed() bool {
+	all := true
+	for _, s := range b.slots {
+		s.mu.Lock()
+		armed := s.next.point != "" || s.life != nil && s.life.armed.point != ""
+		if !armed && len(s.pending) > 0 && s.life != nil && s.run.eventsLeft.Load() == 0 {
+			s.life.kill()
+		}
+		all = all && !armed && len(s.pending) == 0 && s.life != nil
+		s.mu.Unlock()
+	}
+	return all
+}
+
+// awaitsResolve reports whether a bank is to die while it resolves.
+func (b *banks) awaitsResolve(bank int) bool {
+	l := b.slots[bank].current()
+	return l != nil && l.armed.point == pointResolving
+}
+
+// heal kills the banks whose crash point is still armed, and waits until all serve.
+func (b *banks) heal(ctx context.Context) error {
+	for _, s := range b.slots {
+		s.mu.Lock()
+		s.next, s.pending = arm{}, nil
+		if s.life != nil && s.life.armed.point != "" {
+			s.life.kill()
+		}
+		s.mu.Unlock()
+	}
+	for _, s := range b.slots {
+		if err := s.awaitServing(ctx, nil); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// close stops the banks in order, and those that don't by kill -9. A second call does nothing.
+func (b *banks) close() error {
+	if b.closed {
+		return nil
+	}
+	b.closed = true
+	for _, s := range b.slots {
+		s.mu.Lock()
+		s.stopping = true
+		if s.life != nil {
+			_ = signalTerm(s.life.cmd.Process) // it may have ended
+		}
+		s.mu.Unlock()
+	}
+	done := make(chan struct{})
+	go func() {
+		b.ended.Wait()
+		close(done)
+	}()
+	var err error
+	select {
+	case <-done:
+	case <-time.After(stopWaitMax):
+		err = fmt.Errorf("banks did not stop within %v", stopWaitMax)
+		for _, s := range b.slots {
+			if l := s.current(); l != nil {
+				l.kill()
+			}
+		}
+		<-done
+	}
+	for _, s := range b.slots {
+		err = errors.Join(err, s.log.Close())
+	}
+	return err
+}
+
+// lines hands on what is written to it, line by line.
+type lines struct {
+	each func(string)
+	rest []byte
+}
+
+const lineBytesMax = 64 << 10
+
+func (w *lines) Write(p []byte) (int, error) {
+	w.rest = append(w.rest, p...)
+	for {
+		at := slices.Index(w.rest, '\n')
+		if at < 0 {
+			if len(w.rest) > lineBytesMax {
+				w.rest = w.rest[:0]
+			}
+			return len(p), nil
+		}
+		w.each(string(w.rest[:at]))
+		w.rest = w.rest[at+1:]
+	}
+}

@@ -1,0 +1,213 @@
+package chaos
+
+import (
+	"container/heap"
+	"context"
+	"math/rand/v2"
+	"sync"
+	"time"
+
+	"golang.org/x/sync/errgroup"
+)
+
+const (
+	backoffFirst = 10 * time.Millisecond
+	backoffMax   = 500 * time.Millisecond
+	reusedPause  = 40 * time.Millisecond // between two looks whether an expired record is gone
+	laterMin     = time.Second
+	laterMax     = 5 * time.Second
+	lanesMax     = 5 // copies of one key that a client has in flight at once
+	idlePause    = 5 * time.Millisecond
+)
+
+// client works on one key after the other, with a few connections: it sends some keys twice or more at once.
+type client struct{ lanes [lanesMax]*lane }
+
+func newClient(r *run, id int) *client {
+	c := &client{}
+	for i := range c.lanes {
+		c.lanes[i] = newLane(r, id*lanesMax+i)
+	}
+	return c
+}
+
+func (c *client) close() {
+	for _, l := range c.lanes {
+		l.close()
+	}
+}
+
+// work takes new keys and later copies until the load is over, and then what is left of the copies.
+func (c *client) work(ctx context.Context) {
+	r := c.lanes[0].run
+	for ctx.Err() == nil {
+		over := r.loadOver.Load()
+		if k := r.later.pop(over); k != nil {
+			r.tally.clientFaults.add("later copy")
+			c.lanes[0].ask(ctx, k, false, noTrouble)
+			continue
+		}
+		if over {
+			return
+		}
+		c.drive(ctx, r.keys.next())
+	}
+}
+
+// drive sends a key's copies: some at once, some when there is an answer, and leaves some for later.
+func (c *client) drive(ctx context.Context, k *key) {
+	r := c.lanes[0].run
+	choice := rand.New(rand.NewPCG(r.config.Seed^0xc0b1e5, uint64(k.index)))
+	if k.asks == askReused {
+		r.planted.reuse(ctx, k)
+	}
+	if k.together > 1 {
+		r.tally.clientFaults.add("copies at once")
+	}
+	r.tally.asked(k)
+	group := sync.WaitGroup{}
+	barrier := make(chan struct{})
+	for n := range k.together {
+		t := r.drawTrouble(choice)
+		group.Go(func() {
+			<-barrier
+			c.lanes[n].ask(ctx, k, false, t)
+		})
+	}
+	close(barrier)
+	group.Wait()
+	for range k.after {
+		c.lanes[0].ask(ctx, k, false, r.drawTrouble(choice))
+	}
+	if k.changed && !k.open() { // after the key's own answer, so that the changed one can't be the one that is executed
+		c.lanes[0].ask(ctx, k, true, noTrouble)
+	}
+	if k.later > 0 && !k.abandoned() {
+		r.later.push(k, time.Now().Add(laterMin+rand.N(laterMax-laterMin)))
+	}
+}
+
+// drawTrouble chooses what happens to the first request of a copy.
+func (r *run) drawTrouble(choice *rand.Rand) trouble {
+	n, s := choice.IntN(1000), r.profile.shares
+	for _, one := range []struct {
+		share int
+		trouble
+	}{{s.cut, troubleCut}, {s.hangUp, troubleHangUp}, {s.halfSent, troubleHalfSent}, {s.slow, troubleSlow}} {
+		if n -= one.share; n < 0 {
+			return one.trouble
+		}
+	}
+	return noTrouble
+}
+
+// ask sends a key's request until it is answered for good, or the key is given up, or ctx ends. It is what
+// docs/guarantees.md tells a client to do.
+func (l *lane) ask(ctx context.Context, k *key, changed bool, t trouble) {
+	backoff := backoffFirst
+	for ctx.Err() == nil && k.begin() {
+		l.run.tally.trouble(t)
+		what := l.send(ctx, k, changed, false, t)
+		k.end(what)
+		l.run.finished(what)
+		t = noTrouble
+		switch what {
+		case resultAnswered, resultMismatch:
+			if changed != (what == resultMismatch) {
+				l.run.unexpected.add("key %s: %s", k.text, map[bool]string{true: "another body was answered", false: "its own body was called a mismatch"}[changed])
+			} else if changed {
+				l.run.tally.clientFaults.add("changed body")
+			}
+			return
+		case resultNotExecuted:
+			if l.choice.Float64() < l.run.profile.giveUp && k.giveUp() {
+				l.run.tally.clientFaults.add("given up")
+				return
+			}
+		}
+		pause := backoff
+		if k.asks == askReused && what == resultAgain {
+			pause = reusedPause
+		}
+		if sleep(ctx, pause/2+rand.N(pause/2)) != nil {
+			return
+		}
+		backoff = min(2*backoff, backoffMax)
+	}
+}
+
+// load drives the clients and breaks things until both are at their end, then ends the load. It returns while clients
+// may still wait for answers: settle waits for them.
+func (r *run) load(ctx context.Context) error {
+	for i := range r.config.Clients {
+		c := newClient(r, i)
+		r.clients = append(r.clients, c)
+		r.working.Go(func() { c.work(ctx) })
+	}
+	group, groupCtx := errgroup.WithContext(ctx)
+	for _, track := range r.tracks() {
+		group.Go(func() error { return r.breakThings(groupCtx, track) })
+	}
+	group.Go(func() error { return r.awaitLoad(groupCtx) })
+	err := group.Wait()
+	r.loadOver.Store(true)
+	r.loadEnded = r.clock()
+	return err
+}
+
+// overtime is how many times its operations a run takes at most to reach what its schedule asks for.
+const overtime = 2
+
+// awaitLoad returns when enough was sent and every fault of the schedule was reached, or won't be.
+func (r *run) awaitLoad(ctx context.Context) error {
+	limit := int64(overtime * r.config.Operations)
+	for r.tally.finished.Load() < int64(r.config.Operations) || !r.commits.exhausted() || !r.banks.disarmed() || r.eventsLeft.Load() > 0 {
+		if r.tally.finished.Load() >= limit {
+			return nil // what was not reached is found by the report
+		}
+		if err := sleep(ctx, idlePause); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// queue holds the keys of which a copy is sent later. It is safe for concurrent use.
+type queue struct {
+	mu    sync.Mutex
+	later laterHeap
+}
+
+func (q *queue) push(k *key, due time.Time) {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	heap.Push(&q.later, laterCopy{k, due})
+}
+
+// pop returns a key that is due, or with all any; nil where there is none.
+func (q *queue) pop(all bool) *key {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	if len(q.later) == 0 || !all && time.Now().Before(q.later[0].due) {
+		return nil
+	}
+	return heap.Pop(&q.later).(laterCopy).key
+}
+
+type laterCopy struct {
+	key *key
+	due time.Time
+}
+
+type laterHeap []laterCopy
+
+func (h laterHeap) Len() int           { return len(h) }
+func (h laterHeap) Less(a, b int) bool { return h[a].due.Before(h[b].due) }
+func (h laterHeap) Swap(a, b int)      { h[a], h[b] = h[b], h[a] }
+func (h *laterHeap) Push(x any)        { *h = append(*h, x.(laterCopy)) }
+func (h *laterHeap) Pop() any {
+	old := *h
+	last := old[len(old)-1]
+	*h = old[:len(old)-1]
+	return last
+}

@@ -1,0 +1,222 @@
+package chaos
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net/url"
+	"sync"
+	"time"
+
+	"github.com/jackc/pgx/v5"
+
+	"github.com/paidonce/idempotency/cmd/demo-bank/internal/bank"
+	"github.com/paidonce/idempotency/internal/pgfault"
+	"github.com/paidonce/idempotency/internal/pgserver"
+)
+
+// applicationBank is what the banks call themselves in pg_stat_activity.
+const applicationBank = "chaos-bank"
+
+const (
+	// lockTimeout of the banks' connections is under their handlers' time, so that PostgreSQL ends a wait, and not they.
+	lockTimeout = time.Second
+
+	databaseTimeout = 10 * time.Second // of one look at the database
+	connectTimeout  = 5 * time.Second
+)
+
+// cluster is a PostgreSQL with real fsync, and a proxy in front of it for each bank. Its data outlive its crashes.
+type cluster struct {
+	run     *run
+	dir     string
+	proxies []*pgfault.Proxy
+	admin   session
+
+	mu     sync.Mutex // held while it is down
+	server *pgserver.Server
+}
+
+func newCluster(r *run, dir string) *cluster { return &cluster{run: r, dir: dir} }
+
+func (c *cluster) start(ctx context.Context) error {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if err := c.launch(ctx); err != nil {
+		return err
+	}
+	for range c.run.config.Banks {
+		network, address, err := pgfault.Upstream(c.server.URL())
+		if err != nil {
+			return err
+		}
+		number := len(c.proxies)
+		proxy, err := pgfault.Start(pgfault.Options{
+			Network: network, Address: address,
+			OnCommit: func(commit pgfault.Commit) pgfault.Fault { return c.run.commits.fault(number, commit) },
+		})
+		if err != nil {
+			return fmt.Errorf("start a proxy: %w", err)
+		}
+		c.proxies = append(c.proxies, proxy)
+	}
+	return nil
+}
+
+// launch starts PostgreSQL on the folder.
+func (c *cluster) launch(ctx context.Context) (err error) {
+	c.server, err = pgserver.Start(ctx, &pgserver.Options{
+		DataDir: c.dir,
+		Settings: map[string]string{
+			"max_connections":  "200", // backends of connections that were cut linger
+			"deadlock_timeout": "200ms",
+		},
+	})
+	return err
+}
+
+// crash is an immediate shutdown, as good as a crash of the machine but for what its disk had not written, and a start
+// on the same data.
+func (c *cluster) crash(ctx context.Context) error {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if err := signalQuit(c.server.PID()); err != nil {
+		return fmt.Errorf("crash PostgreSQL: %w", err)
+	}
+	select {
+	case <-c.server.Done():
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+	if err := c.server.Stop(); err != nil {
+		return fmt.Errorf("after the crash of PostgreSQL: %w", err)
+	}
+	if err := c.launch(ctx); err != nil {
+		return fmt.Errorf("after the crash of PostgreSQL: %w", err)
+	}
+	network, address, err := pgfault.Upstream(c.server.URL())
+	if err != nil {
+		return err
+	}
+	for _, proxy := range c.proxies {
+		proxy.SetUpstream(network, address)
+	}
+	return nil
+}
+
+// urlOf is the database of a bank, through its proxy.
+func (c *cluster) urlOf(bank int) (string, error) {
+	u, err := url.Parse(c.proxies[bank].URL(c.server.URL()))
+	if err != nil {
+		return "", fmt.Errorf("address of the proxy: %w", err)
+	}
+	query := u.Query()
+	query.Set("application_name", applicationBank)
+	query.Set("lock_timeout", fmt.Sprint(lockTimeout.Milliseconds()))
+	u.RawQuery = query.Encode()
+	return u.String(), nil
+}
+
+// connect opens a connection past the proxies, once the cluster is up.
+func (c *cluster) connect(ctx context.Context) (*pgx.Conn, error) {
+	c.mu.Lock()
+	address := c.server.URL()
+	c.mu.Unlock()
+	config, err := pgx.ParseConfig(address)
+	if err != nil {
+		return nil, fmt.Errorf("connect past the proxies: %w", err)
+	}
+	config.ConnectTimeout = connectTimeout
+	config.RuntimeParams["search_path"] = bank.Schema
+	config.RuntimeParams["application_name"] = "chaos"
+	conn, err := pgx.ConnectConfig(ctx, config)
+	if err != nil {
+		return nil, fmt.Errorf("connect past the proxies: %w", err)
+	}
+	return conn, nil
+}
+
+// with does something on a connection of its own past the proxies, for at most a moment.
+func (c *cluster) with(ctx context.Context, limit time.Duration, do func(context.Context, *pgx.Conn) error) error {
+	ctx, cancel := context.WithTimeout(ctx, limit)
+	defer cancel()
+	conn, err := c.connect(ctx)
+	if err != nil {
+		return err
+	}
+	defer func() {
+		closing, cancel := context.WithTimeout(context.WithoutCancel(ctx), time.Second)
+		defer cancel()
+		_ = conn.Close(closing) // a connection that can't say goodbye is closed all the same
+	}()
+	return do(ctx, conn)
+}
+
+// session is a connection past the proxies that is kept from one use to the next: to open one costs a cluster more than
+// most of what is done on it. The zero value is ready; it is safe for concurrent use.
+type session struct {
+	mu   sync.Mutex
+	conn *pgx.Conn
+}
+
+// use does something on the session's connection, for at most a moment. A connection that an error has ended is opened
+// again the next time.
+func (s *session) use(ctx context.Context, c *cluster, do func(context.Context, *pgx.Conn) error) error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	ctx, cancel := context.WithTimeout(ctx, databaseTimeout)
+	defer cancel()
+	if s.conn == nil || s.conn.IsClosed() {
+		conn, err := c.connect(ctx)
+		if err != nil {
+			return err
+		}
+		s.conn = conn
+	}
+	return do(ctx, s.conn)
+}
+
+func (s *session) close() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.conn == nil {
+		return
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), time.Second)
+	defer cancel()
+	_ = s.conn.Close(ctx) // a connection that can't say goodbye is closed all the same
+}
+
+// heal takes back what the proxies do.
+func (c *cluster) heal() {
+	for _, proxy := range c.proxies {
+		proxy.SetPaused(false)
+		proxy.SetLatency(0)
+		proxy.SetRate(0)
+		proxy.SetRefuse(false)
+	}
+}
+
+// version is PostgreSQL's.
+func (c *cluster) version() string {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.server == nil {
+		return ""
+	}
+	return c.server.Version()
+}
+
+func (c *cluster) close() error {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.admin.close()
+	var errs []error
+	for _, proxy := range c.proxies {
+		errs = append(errs, proxy.Close())
+	}
+	if c.server != nil {
+		errs = append(errs, c.server.Stop())
+	}
+	return errors.Join(errs...)
+}

@@ -1,0 +1,133 @@
+package chaos
+
+import (
+	"context"
+	"sync"
+	"sync/atomic"
+
+	"github.com/jackc/pgx/v5"
+
+	"github.com/paidonce/idempotency/internal/pgfault"
+)
+
+// commits breaks COMMITs that carry a key, as they pass the proxies. It is safe for concurrent use.
+type commits struct {
+	run  *run
+	seen atomic.Int64 // COMMITs with a key
+
+	// killNext makes the next one's backend die of SIGKILL; what is received is told once that was done.
+	killNext atomic.Pointer[chan struct{}]
+
+	mu       sync.Mutex
+	left     []commitFault
+	calmed   bool // in a lull, in which no bank is killed
+	halfOpen int  // that are left to a lull
+}
+
+// resolveEvery is which share of COMMITs is cut for a bank that is to die while it resolves, when the schedule's faults
+// are used up.
+const resolveEvery = 10
+
+func newCommits(r *run) *commits { return &commits{run: r, left: r.schedule.commits} }
+
+func (c *commits) exhausted() bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return len(c.left) == 0
+}
+
+// fault decides what happens to a COMMIT through a bank's proxy.
+func (c *commits) fault(bank int, commit pgfault.Commit) pgfault.Fault {
+	forward := pgfault.Fault{Kind: pgfault.Forward}
+	k := c.run.keys.find(commit.Messages)
+	if k == nil || c.run.healed.Load() {
+		return forward
+	}
+	n := c.seen.Add(1)
+	if told := c.killNext.Swap(nil); told != nil {
+		c.run.keys.markExempt(k)
+		return pgfault.Fault{Kind: pgfault.CallAfter, Hook: func() {
+			c.run.noteFault()
+			_ = signalKill(int(commit.BackendPID)) // it may have ended
+			close(*told)
+		}}
+	}
+	f, due := c.take(n, k)
+	if !due && c.exhausted() && n%resolveEvery == 0 && c.run.banks.awaitsResolve(bank) {
+		f, due = commitFault{commit: n, kind: cutAfter}, true // or its crash point would never be reached
+	}
+	if !due {
+		return forward
+	}
+	c.run.noteFault()
+	c.run.tally.commitFaults.add(string(f.kind))
+	c.run.note("bank %d: COMMIT %d of key %d: %s", bank, n, k.index, f.kind)
+	switch f.kind {
+	case terminateBefore, terminateAfter, lateCommit, halfOpen: // F6, F11, F12
+		c.run.keys.markExempt(k)
+	}
+	terminate := func() { c.run.terminate(commit.BackendPID) }
+	switch f.kind {
+	case cutBefore:
+		return pgfault.Fault{Kind: pgfault.CutBefore}
+	case cutAfter:
+		return pgfault.Fault{Kind: pgfault.CutAfter}
+	case silence:
+		return pgfault.Fault{Kind: pgfault.Silence}
+	case lateCommit:
+		return pgfault.Fault{Kind: pgfault.LateCommit, Delay: f.delay}
+	case halfOpen:
+		return pgfault.Fault{Kind: pgfault.HalfOpen}
+	case delayReply:
+		return pgfault.Fault{Kind: pgfault.DelayReply, Delay: f.delay}
+	case terminateBefore:
+		return pgfault.Fault{Kind: pgfault.CallBefore, Hook: terminate}
+	case terminateAfter:
+		return pgfault.Fault{Kind: pgfault.CallAfter, Hook: terminate}
+	case killCommitting:
+		return pgfault.Fault{Kind: pgfault.CallAfter, Hook: func() { c.run.banks.kill(bank, arm{}) }}
+	}
+	panic("chaos: no fault of a COMMIT is named " + string(f.kind))
+}
+
+// calm begins a lull with so many half-open COMMITs, and with none it ends it.
+func (c *commits) calm(halfOpen int) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.calmed, c.halfOpen = halfOpen > 0, halfOpen
+}
+
+// take returns the fault that is due at the n-th COMMIT and can be done to this key's.
+func (c *commits) take(n int64, k *key) (commitFault, bool) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.halfOpen > 0 && !k.hot {
+		c.halfOpen--
+		return commitFault{commit: n, kind: halfOpen}, true
+	}
+	for i, f := range c.left {
+		if f.commit > n {
+			break
+		}
+		if c.calmed && f.kind == killCommitting {
+			continue
+		}
+		// A transaction that stays open holds its rows: of many, where the key is a hot one.
+		if f.kind == halfOpen && k.hot {
+			continue
+		}
+		// In place: what is passed over is at the front, and short.
+		copy(c.left[1:i+1], c.left[:i])
+		c.left = c.left[1:]
+		return f, true
+	}
+	return commitFault{}, false
+}
+
+// terminate ends one backend, in order.
+func (r *run) terminate(pid uint32) {
+	_ = r.cluster.admin.use(context.Background(), r.cluster, func(ctx context.Context, conn *pgx.Conn) error {
+		_, err := conn.Exec(ctx, `SELECT pg_terminate_backend($1)`, int32(pid)) // it may have ended
+		return err
+	})
+}

@@ -1,0 +1,175 @@
+package chaos
+
+import (
+	"context"
+	"fmt"
+	"time"
+
+	"github.com/jackc/pgx/v5"
+
+	"github.com/paidonce/idempotency/cmd/demo-bank/internal/check"
+)
+
+const (
+	ttl           = 24 * time.Hour // the bank's default
+	judgeWaitMax  = 10 * time.Minute
+	quietWaitMax  = 20 * time.Second // a half-open transaction ends by itself
+	unknownRate   = 0.001            // of the answers outside of F6, F11 and F12
+	unknownAlways = 2                // in a run so short that its rate means nothing
+
+	causesName = "causes"
+)
+
+// judge comes to the verdict, when nothing is sent and nothing broken any more.
+func (r *run) judge(ctx context.Context) error {
+	// What the history is held against must be at rest: the banks first, the books after.
+	var err error
+	if r.after, err = r.measure(ctx, func(after check.Resources) bool { return baseline(r.before, after).OK() }); err != nil {
+		return err
+	}
+	ops, expected := r.history()
+	ops = r.withoutPlanted(ops)
+	results := check.History(ops, expected)
+	results = append(results, r.money.result(), baseline(r.before, r.after))
+
+	quiet, err := r.awaitQuiet(ctx)
+	if err != nil {
+		return err
+	}
+	results = append(results, quiet)
+	err = r.cluster.with(ctx, judgeWaitMax, func(ctx context.Context, conn *pgx.Conn) error {
+		ledger, err := check.Ledger(ctx, conn, ops, expected, ttl)
+		if err != nil {
+			return err
+		}
+		results = append(results, ledger...)
+		records := check.Acknowledged(ops)
+		limit := check.Bounds{Live: int64(len(records) + len(r.planted.live))}
+		live, err := check.Live(ctx, conn, append(records, r.planted.live...), limit)
+		results = append(results, live)
+		return err
+	})
+	if err != nil {
+		return err
+	}
+	r.stopBanks(ctx)
+	verdict := check.Judge(results...)
+	for _, name := range verdict.Missing {
+		r.findings.add("nobody checked %s", name)
+	}
+	r.checks = append(verdict.Checks, r.ownChecks()...)
+	return nil
+}
+
+// baseline is I12, for all banks together.
+func baseline(before, after check.Resources) check.Result { return check.Baseline(before, after) }
+
+// awaitQuiet looks until the cluster is quiet, or had time enough.
+func (r *run) awaitQuiet(ctx context.Context) (quiet check.Result, err error) {
+	deadline := time.Now().Add(quietWaitMax)
+	for {
+		err = r.cluster.with(ctx, databaseTimeout, func(ctx context.Context, conn *pgx.Conn) error {
+			quiet, err = check.Quiet(ctx, conn)
+			return err
+		})
+		if err != nil || quiet.OK() || time.Now().After(deadline) {
+			return quiet, err
+		}
+		if err := sleep(ctx, scrapeInterval); err != nil {
+			return quiet, err
+		}
+	}
+}
+
+// stopBanks ends the banks in order, which is a promise too.
+func (r *run) stopBanks(ctx context.Context) {
+	client := newScraper()
+	for _, s := range r.banks.slots {
+		_, _ = s.scrape(ctx, client) // the last numbers
+	}
+	if err := r.banks.close(); err != nil {
+		r.findings.add("%v", err)
+	}
+}
+
+// withoutPlanted leaves out the replays of records that were planted for keys which clients then used. Once such a key
+// has a fresh answer, the planted one must not come back.
+func (r *run) withoutPlanted(ops []check.Operation) []check.Operation {
+	reused := make(map[check.Key]time.Duration) // when a fresh answer was first seen; 0: not yet
+	for _, k := range r.keys.all() {
+		if k.asks == askReused {
+			reused[check.Key{Scope: tenantNames[k.tenant].scope, Key: k.text}] = 0
+		}
+	}
+	for i := range ops {
+		op := &ops[i]
+		key := check.Key{Scope: op.Scope, Key: op.Key}
+		if at, ok := reused[key]; ok && op.Answer != plantedAnswer && op.Answer != [32]byte{} && (at == 0 || op.Returned < at) {
+			reused[key] = op.Returned
+		}
+	}
+	kept := ops[:0]
+	for i := range ops {
+		op := &ops[i]
+		at, ok := reused[check.Key{Scope: op.Scope, Key: op.Key}]
+		if !ok || op.Answer != plantedAnswer {
+			kept = append(kept, *op)
+			continue
+		}
+		r.tally.plantedReplays++
+		if at != 0 && op.Sent > at {
+			r.findings.add("key %s: the answer of its expired record came back after a fresh one", op.Key)
+		}
+	}
+	return kept
+}
+
+// ownChecks are about the run, and about what the primary key of the records would hide.
+func (r *run) ownChecks() []check.Result {
+	t := &r.tally
+	replies := int(t.replies.Load())
+	results := []check.Result{
+		r.findings.result("run", "the run did what it should, and no bank died unasked", int(t.kills.Load())),
+		r.unexpected.result("answers", "no good request was refused, no changed one answered", replies),
+		r.unknownCheck(),
+	}
+
+	ran := check.Result{Name: "one run", Title: "no handler ran while another had the key: no record was in the way of a COMMIT", Examples: []string{},
+		Seen:  int(r.banks.sum(metricSteps, label("step", "commit"))),
+		Count: int(r.banks.sum(metricStepFailures, label("step", "commit"), label("error", "key-recorded")))}
+	if ran.Count > 0 {
+		ran.Examples = append(ran.Examples, "idempotency_step_failures_total says how often")
+	}
+
+	// Clients that hang up are no cause: the end of a transaction runs on a context of its own.
+	caused := int(t.allowed.Load())
+	for _, count := range t.commitFaults.list(nil) {
+		if kind := commitKind(count.Name); kind != delayReply && kind != killCommitting {
+			caused += int(count.Count)
+		}
+	}
+	failed := 0
+	for _, step := range []string{"commit", "decline"} {
+		for _, kind := range []string{"unknown", "unavailable", "aborted", "transaction-lost", "other"} {
+			failed += int(r.banks.sum(metricStepFailures, label("step", step), label("error", kind)))
+		}
+	}
+	causes := check.Result{Name: causesName, Title: "each COMMIT that failed was made to fail", Seen: failed, Count: max(0, failed-caused), Examples: []string{}}
+	if causes.Count > 0 {
+		causes.Examples = append(causes.Examples, fmt.Sprintf("%d failed, and at most %d were broken", failed, caused))
+	}
+	r.causesMax = caused
+	return append(results, ran, causes)
+}
+
+func (r *run) unknownCheck() check.Result {
+	t := &r.tally
+	others := t.unknown.Load() - t.unknownExempt.Load()
+	answers := t.replies.Load() - t.unknownExempt.Load()
+	result := check.Result{Name: "unknown", Title: "at most one answer in a thousand is unknown, but for F6, F11 and F12", Seen: int(answers), Examples: []string{}}
+	if limit := max(unknownAlways, int64(unknownRate*float64(answers))); others > limit {
+		result.Count = int(others)
+		result.Examples = append(result.Examples, fmt.Sprintf("%d of %d answers, and at most %d may be", others, answers, limit))
+	}
+	return result
+}

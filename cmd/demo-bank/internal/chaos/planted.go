@@ -1,0 +1,128 @@
+package chaos
+
+import (
+	"context"
+	"crypto/rand"
+	"encoding/hex"
+	"net/http"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/jackc/pgx/v5"
+
+	"github.com/paidonce/idempotency"
+	"github.com/paidonce/idempotency/cmd/demo-bank/internal/check"
+)
+
+const (
+	plantInterval = 300 * time.Millisecond
+	plantRows     = 5 // expired ones, and a live one beside them
+
+	scopeExpired = "chaos-expired"
+	scopeLive    = "chaos-live"
+	plantedBody  = `{"planted":true}` + "\n"
+
+	reapWaitMax = 20 * time.Second // for what was planted last
+)
+
+// plantedAnswer is the hash of what a planted record replays.
+var plantedAnswer = (&answer{status: http.StatusOK, contentType: contentType, body: []byte(plantedBody)}).hash()
+
+// plantedHeaders are the planted answer's recorded headers: version 1, one pair, and each string after its length.
+func plantedHeaders() []byte {
+	const name = "Content-Type"
+	b := append([]byte{1, 1, byte(len(name))}, name...)
+	return append(append(b, byte(len(contentType))), contentType...)
+}
+
+// planter puts records into the table that expired long ago, and live ones beside them: the reaper must take all of the
+// first and none of the second. Some are of keys that a client is about to use.
+type planter struct {
+	owner   *run
+	session session
+
+	expired atomic.Int64 // planted in scopeExpired
+	reused  atomic.Int64 // planted for keys that clients use
+
+	mu   sync.Mutex
+	live []check.Key
+}
+
+// seed is a record to plant.
+type seed struct {
+	scope, key  string
+	hours       int // from now until it expires
+	fingerprint idempotency.Fingerprint
+}
+
+const plantStatement = `
+	INSERT INTO idempotency_keys (created_at, expires_at, status, fingerprint_version, attempt_id, scope, key, fingerprint, headers, body)
+	SELECT now() - interval '2 days', now() + hours * interval '1 hour', 200, $1, gen_random_uuid(), scope, key, fingerprint, $2, $3
+	FROM unnest($4::text[], $5::text[], $6::int[], $7::bytea[]) AS seeds (scope, key, hours, fingerprint)
+	ON CONFLICT DO NOTHING`
+
+// plant puts records into the table, in one commit.
+func (p *planter) plant(ctx context.Context, seeds ...seed) error {
+	var scopes, keys []string
+	var hours []int
+	var fingerprints [][]byte
+	for _, s := range seeds {
+		scopes, keys, hours, fingerprints = append(scopes, s.scope), append(keys, s.key), append(hours, s.hours), append(fingerprints, s.fingerprint.Sum[:])
+	}
+	return p.session.use(ctx, p.owner.cluster, func(ctx context.Context, conn *pgx.Conn) error {
+		_, err := conn.Exec(ctx, plantStatement, seeds[0].fingerprint.Version, plantedHeaders(), []byte(plantedBody), scopes, keys, hours, fingerprints)
+		return err
+	})
+}
+
+// run plants until ctx ends. What can't be planted while the cluster is down is not.
+func (p *planter) run(ctx context.Context) {
+	fingerprint := idempotency.FingerprintV1(http.MethodPost, "/", "", contentType, nil)
+	for sleep(ctx, plantInterval) == nil && !p.owner.healed.Load() {
+		seeds := make([]seed, plantRows+1)
+		for n := range seeds {
+			var id [12]byte
+			_, _ = rand.Read(id[:]) // never fails
+			seeds[n] = seed{scope: scopeExpired, key: hex.EncodeToString(id[:]), hours: -24, fingerprint: fingerprint}
+		}
+		live := &seeds[plantRows]
+		live.scope, live.hours = scopeLive, +24
+		if p.plant(ctx, seeds...) != nil {
+			continue
+		}
+		p.expired.Add(plantRows)
+		p.mu.Lock()
+		p.live = append(p.live, check.Key{Scope: live.scope, Key: live.key})
+		p.mu.Unlock()
+	}
+}
+
+// reuse plants an expired record of a key that is about to be used: as long as it is there it is replayed, and then the
+// key is new.
+func (p *planter) reuse(ctx context.Context, k *key) {
+	f := idempotency.FingerprintV1(http.MethodPost, k.path(), "", contentType, k.body(false))
+	if p.plant(ctx, seed{tenantNames[k.tenant].scope, k.text, -24, f}) == nil {
+		p.reused.Add(1)
+	}
+}
+
+// drainPlanted waits until no expired record is left, or the reapers had time enough.
+func (r *run) drainPlanted(ctx context.Context) error {
+	deadline := time.Now().Add(reapWaitMax)
+	for {
+		var left int64
+		err := r.cluster.with(ctx, databaseTimeout, func(ctx context.Context, conn *pgx.Conn) error {
+			return conn.QueryRow(ctx, `SELECT count(*) FROM idempotency_keys WHERE expires_at < now()`).Scan(&left)
+		})
+		if err != nil {
+			return err
+		}
+		if left == 0 || time.Now().After(deadline) {
+			return nil // what is left is found by check.Live
+		}
+		if err := sleep(ctx, reapInterval); err != nil {
+			return err
+		}
+	}
+}

@@ -1,0 +1,168 @@
+package chaos
+
+import (
+	"bytes"
+	"encoding/json"
+	"strings"
+	"testing"
+
+	"github.com/paidonce/idempotency/cmd/demo-bank/internal/check"
+)
+
+// goodReport is of a run that hit everything and found nothing.
+func goodReport() *Report {
+	once := func() []Count { return []Count{{Name: "something", Count: 1, Least: 1}, {Name: "beside", Count: 0}} }
+	return &Report{
+		Profile: "smoke", Seed: 42, Schedule: "0123", Phase: phaseLast,
+		Faults: once(), CommitFaults: once(), CrashPoints: once(), Clientele: once(), Answers: once(), Totals: once(),
+		Checks: []check.Result{{Name: "I1", Title: "money", Seen: 1}, {Name: "run", Title: "run"}},
+	}
+}
+
+// TestWhatWasNotHitFailsTheRun: a fault kind, crash point or answer kind that was hit 0 times proves nothing, and
+// neither does a check that looked at nothing, or a run that did not come to its end.
+func TestWhatWasNotHitFailsTheRun(t *testing.T) {
+	t.Parallel()
+	for name, spoil := range map[string]func(*Report){
+		"a fault":            func(p *Report) { p.Faults[0].Count = 0 },
+		"a fault of COMMITs": func(p *Report) { p.CommitFaults[0].Count = 0 },
+		"a crash point":      func(p *Report) { p.CrashPoints[0].Count = 0 },
+		"a client's fault":   func(p *Report) { p.Clientele[0].Count = 0 },
+		"an answer":          func(p *Report) { p.Answers[0].Count = 0 },
+		"a total":            func(p *Report) { p.Totals[0].Least = 2 },
+		"a check":            func(p *Report) { p.Checks[0].Count = 1 },
+		"nothing looked at":  func(p *Report) { p.Checks[0].Seen = 0 },
+		"not at its end":     func(p *Report) { p.Phase = "load" },
+	} {
+		p := goodReport()
+		spoil(p)
+		p.judge()
+		if p.OK() || p.Verdict != "broken" || len(p.Broken) != 1 {
+			t.Errorf("%s: the verdict is %s: %v", name, p.Verdict, p.Broken)
+		}
+	}
+	p := goodReport()
+	p.judge()
+	if !p.OK() || p.Verdict != "ok" || len(p.Found()) > 0 {
+		t.Errorf("a good run is %s: %v", p.Verdict, p.Broken)
+	}
+	p.Checks[0].Count = 3
+	if found := p.Found(); len(found) != 1 || found[0] != "I1" {
+		t.Errorf("what was found is %v", found)
+	}
+}
+
+// TestEveryKindIsRequired: what a profile's schedule and clients do is what its report asks for, by the same names.
+func TestEveryKindIsRequired(t *testing.T) {
+	t.Parallel()
+	r, err := newRun((&Config{Seed: 1}).full())
+	if err != nil {
+		t.Fatal(err)
+	}
+	p := r.report()
+	if err := r.close(p); err != nil {
+		t.Fatal(err)
+	}
+	if p.OK() {
+		t.Fatal("a run that did nothing is ok")
+	}
+	lists := map[string][]Count{"faults": p.Faults, "COMMITs": p.CommitFaults, "points": p.CrashPoints, "answers": p.Answers, "clients": p.Clientele}
+	for name, want := range map[string]int{"faults": 14, "COMMITs": 9, "points": 9, "answers": 7, "clients": 13} {
+		if len(lists[name]) != want {
+			t.Errorf("%d kinds of %s are required, want %d: %v", len(lists[name]), name, want, lists[name])
+		}
+		for _, c := range lists[name] {
+			if c.Least < 1 || c.Count != 0 {
+				t.Errorf("%s: %+v", name, c)
+			}
+		}
+	}
+}
+
+func TestReportIsWritten(t *testing.T) {
+	t.Parallel()
+	p := goodReport()
+	p.Checks = append(p.Checks, check.Result{Name: "I3", Title: "no doubles", Seen: 5, Count: 2, Examples: []string{"acme/k has two"}})
+	p.Faults[0] = Count{Name: "pause", Count: 0, Least: 1}
+	p.Kept = "/somewhere"
+	p.judge()
+	var text, object bytes.Buffer
+	if err := p.WriteText(&text); err != nil {
+		t.Fatal(err)
+	}
+	for _, want := range []string{"seed 42", "schedule 0123", "BROKEN 2 times", "acme/k has two", "pause  at least 1 were wanted", "kept: /somewhere\n", "broken: I3: no doubles (2)\n"} {
+		if !strings.Contains(text.String(), want) {
+			t.Errorf("the text does not say %q:\n%s", want, text.String())
+		}
+	}
+	if !strings.HasSuffix(text.String(), "\nverdict: broken\n") {
+		t.Errorf("the verdict is not its last line:\n%s", text.String())
+	}
+	if err := p.WriteJSON(&object); err != nil || strings.Count(object.String(), "\n") != 1 {
+		t.Fatalf("the JSON is not one line: %v\n%s", err, object.String())
+	}
+	var back Report
+	if err := json.Unmarshal(object.Bytes(), &back); err != nil || back.Verdict != "broken" || back.Seed != 42 || len(back.Checks) != 3 {
+		t.Errorf("the JSON is %s: %v", object.String(), err)
+	}
+}
+
+// TestUnknownHasALimit: one in a thousand, but for those of keys that a fault hit which leaves an unknown behind.
+func TestUnknownHasALimit(t *testing.T) {
+	t.Parallel()
+	for _, one := range []struct {
+		replies, unknown, exempt int64
+		ok                       bool
+	}{{100_000, 100, 0, true}, {100_000, 101, 0, false}, {100_000, 500, 420, true}, {1000, 2, 0, true}, {1000, 3, 0, false}, {1000, 3, 1, true}} {
+		r := &run{}
+		r.tally.replies.Store(one.replies)
+		r.tally.unknown.Store(one.unknown)
+		r.tally.unknownExempt.Store(one.exempt)
+		if got := r.unknownCheck(); got.OK() != one.ok || got.Seen == 0 {
+			t.Errorf("%+v: %+v", one, got)
+		}
+	}
+}
+
+// TestMetricsOfAllLives: counters of a bank's lives add up, and the labels choose.
+func TestMetricsOfAllLives(t *testing.T) {
+	t.Parallel()
+	const text = `# HELP go_goroutines Number of goroutines that currently exist.
+go_goroutines 12
+idempotency_step_failures_total{error="key-recorded",step="commit"} 2
+idempotency_step_failures_total{error="unknown",step="commit"} 3
+idempotency_step_failures_total{error="unknown",step="decline"} 5
+something_else{a="b"} 1e+03
+idempotency_step_duration_seconds_bucket{step="commit",le="0.001"} 7
+idempotency_step_duration_seconds_count{step="commit"} 70
+`
+	values, err := parseMetrics(strings.NewReader(text))
+	if err != nil || len(values) != 5 || values[metricGoroutines] != 12 {
+		t.Fatalf("read %v: %v", values, err)
+	}
+	if _, err := parseMetrics(strings.NewReader("go_goroutines many\n")); err == nil {
+		t.Error("a metric that is no number is read")
+	}
+	var s scrapes
+	s.note(values)
+	s.note(values) // the same life, later
+	s.endLife()
+	s.endLife() // one that was never scraped
+	s.note(values)
+	for _, one := range []struct {
+		want   float64
+		name   string
+		labels []string
+	}{
+		{4, metricStepFailures, []string{label("step", "commit"), label("error", "key-recorded")}},
+		{6, metricStepFailures, []string{label("error", "unknown"), label("step", "commit")}},
+		{16, metricStepFailures, []string{label("error", "unknown")}},
+		{140, metricSteps, []string{label("step", "commit")}},
+		{0, metricSteps, []string{label("step", "com")}},
+		{0, metricReaped, nil},
+	} {
+		if got := s.sum(one.name, one.labels...); got != one.want {
+			t.Errorf("%s %v is %v, want %v", one.name, one.labels, got, one.want)
+		}
+	}
+}

@@ -1,0 +1,158 @@
+package chaos
+
+import (
+	"crypto/rand"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/paidonce/idempotency/cmd/demo-bank/internal/check"
+)
+
+// run is one run's state.
+type run struct {
+	config   Config
+	profile  profile
+	schedule schedule
+	started  time.Time
+	dir      string // logs, and the cluster's data
+
+	cluster *cluster
+	banks   *banks
+	commits *commits
+	keys    *ring
+	planted *planter
+	clients []*client
+	working sync.WaitGroup // the clients
+	later   queue
+
+	problems   internTable
+	tally      tally
+	findings   findings // wrongs of the run itself
+	unexpected findings // answers that no good request gets
+
+	diary      *os.File     // what was broken when, for whoever keeps the folder
+	phaseName  atomic.Value // of string
+	calm       sync.RWMutex // held by a lull alone, and by all other events together
+	eventsLeft atomic.Int64
+	loadOver   atomic.Bool
+	healed     atomic.Bool
+	loadEnded  time.Duration
+	lastFault  atomic.Int64 // nanoseconds of the run's clock
+	settled    time.Duration
+
+	before, after check.Resources
+	money         watched
+	causesMax     int // COMMITs that were made to fail, at most
+	checks        []check.Result
+}
+
+func newRun(config Config) (*run, error) {
+	dir, err := os.MkdirTemp("", "demo-bank-chaos-")
+	if err != nil {
+		return nil, fmt.Errorf("make a folder for the run: %w", err)
+	}
+	if err := os.Chmod(dir, 0o755); err != nil { // PostgreSQL's account passes through
+		return nil, errors.Join(fmt.Errorf("make a folder for the run: %w", err), os.RemoveAll(dir))
+	}
+	var id [4]byte
+	_, _ = rand.Read(id[:]) // never fails
+	diary, err := os.Create(filepath.Join(dir, "chaos.log"))
+	if err != nil {
+		return nil, errors.Join(fmt.Errorf("make a folder for the run: %w", err), os.RemoveAll(dir))
+	}
+	r := &run{diary: diary, config: config, profile: profiles[config.Profile].scaled(config.Operations), started: time.Now(), dir: dir, tally: newTally()}
+	r.schedule = newSchedule(r.profile, config.Seed, config.Banks)
+	r.eventsLeft.Store(int64(len(r.schedule.events)))
+	r.keys = newRing(config.Seed, r.profile.shares, hex.EncodeToString(id[:]))
+	r.commits = newCommits(r)
+	r.cluster = newCluster(r, filepath.Join(dir, "postgres"))
+	r.banks = newBanks(r)
+	r.planted = &planter{owner: r}
+	return r, nil
+}
+
+// close ends what still runs and removes what it left behind, or keeps it where that was asked for.
+func (r *run) close(report *Report) error {
+	r.loadOver.Store(true)
+	r.working.Wait() // their context has ended
+	for _, c := range r.clients {
+		c.close()
+	}
+	r.planted.session.close()
+	err := errors.Join(r.banks.close(), r.cluster.close(), r.diary.Close())
+	if r.config.Keep && (report == nil || !report.OK()) {
+		if report != nil {
+			report.Kept = r.dir
+		}
+		return err
+	}
+	if removeErr := os.RemoveAll(r.dir); removeErr != nil {
+		err = errors.Join(err, fmt.Errorf("remove the run's folder: %w", removeErr))
+	}
+	return err
+}
+
+// clock is the time since the start of the run. It is never 0, which means no time at all.
+func (r *run) clock() time.Duration { return max(1, time.Since(r.started)) }
+
+func (r *run) enter(phase string) {
+	r.phaseName.Store(phase)
+	r.note("%s", phase)
+}
+
+// note writes a line into the run's diary.
+func (r *run) note(format string, args ...any) {
+	_, _ = fmt.Fprintf(r.diary, "%9.3f %6d  %s\n", r.clock().Seconds(), r.tally.finished.Load(), fmt.Sprintf(format, args...)) // it only helps
+}
+
+func (r *run) phase() string {
+	name, _ := r.phaseName.Load().(string)
+	return name
+}
+
+// finished counts an operation of the load.
+func (r *run) finished(what result) {
+	if what != resultUnsent {
+		r.tally.finished.Add(1)
+	}
+}
+
+// noteFault remembers when something was broken last.
+func (r *run) noteFault() { r.lastFault.Store(int64(r.clock())) }
+
+// findings are wrongs, counted, and the first of them told. The zero value is ready; it is safe for concurrent use.
+type findings struct {
+	mu       sync.Mutex
+	count    int
+	examples []string
+}
+
+func (f *findings) add(format string, args ...any) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.count++
+	if len(f.examples) < check.ExamplesMax {
+		f.examples = append(f.examples, fmt.Sprintf(format, args...))
+	}
+}
+
+// result makes a check of them, which looked at so many things.
+func (f *findings) result(name, title string, seen int) check.Result {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return check.Result{Name: name, Title: title, Seen: seen, Count: f.count, Examples: append([]string{}, f.examples...)}
+}
+
+// internTable keeps one copy of each string. The zero value is ready; it is safe for concurrent use.
+type internTable struct{ m sync.Map }
+
+func (t *internTable) intern(s string) string {
+	kept, _ := t.m.LoadOrStore(s, s)
+	return kept.(string)
+}

@@ -1,0 +1,251 @@
+package chaos
+
+import (
+	"cmp"
+	"crypto/sha256"
+	"encoding/hex"
+	"fmt"
+	"io"
+	"maps"
+	"math/rand/v2"
+	"slices"
+	"strings"
+	"time"
+)
+
+// eventKind is something that is done to the cluster, a proxy or a bank.
+type eventKind string
+
+const (
+	killBank          eventKind = "bank-sigkill"              // and the next life of that bank has a crash point
+	crashPostmaster   eventKind = "postgres-immediate"        // SIGQUIT to the postmaster, then a start on the same folder (F7)
+	crashBackend      eventKind = "backend-sigkill"           // of an idle or working backend: the cluster restarts itself
+	crashCommitting   eventKind = "backend-sigkill-at-commit" // the same while its COMMIT is on the wire (F6)
+	terminateBackends eventKind = "terminate-backends"        // pg_terminate_backend of working ones (F5)
+	cutAll            eventKind = "cut-all"                   // every connection of one bank to its database
+	refuse            eventKind = "refuse-connections"        // the same, and no new ones for a moment
+	pause             eventKind = "pause"                     // nothing passes, nobody hangs up
+	latency           eventKind = "latency"                   // each way (F13)
+	slowLink          eventKind = "slow-link"                 // a few kB/s (F13)
+	rowLocks          eventKind = "row-locks"                 // somebody else holds rows for longer than lock_timeout (F16)
+	squeeze           eventKind = "pool-squeeze"              // a held table: every connection of the pools waits (F14)
+	lull              eventKind = "lull"                      // COMMITs that stay half-open (F12), and nothing else until one is unknown
+	deadlock          eventKind = "deadlock"                  // locks taken in the other order (F15)
+)
+
+// commitKind is what happens to one COMMIT.
+type commitKind string
+
+const (
+	cutBefore       commitKind = "cut-before"       // F8
+	cutAfter        commitKind = "cut-after"        // F9
+	silence         commitKind = "silence"          // F10
+	lateCommit      commitKind = "late-commit"      // F11
+	halfOpen        commitKind = "half-open"        // F12
+	delayReply      commitKind = "delay-reply"      // F13
+	terminateBefore commitKind = "terminate-before" // F6
+	terminateAfter  commitKind = "terminate-after"  // F6
+	killCommitting  commitKind = "kill-bank"        // F2
+)
+
+// schedule is what a run does, decided by the seed alone. What becomes of it is not: that depends on who is where when
+// it happens.
+type schedule struct {
+	events  []event
+	commits []commitFault
+}
+
+// event is due when so many operations have finished.
+type event struct {
+	due    int64
+	kind   eventKind
+	bank   int           // whose process, or whose proxy
+	point  string        // crash point of the bank's next life
+	nth    int           // the crash point's n-th time
+	length time.Duration // of what lasts
+	amount int           // ms each way, bytes per second, backends, or the first row
+}
+
+// commitFault is due at the n-th COMMIT that carries a key, or at the first one after it that it can be done to.
+type commitFault struct {
+	commit int64
+	kind   commitKind
+	delay  time.Duration
+}
+
+// Crash points that are reached more rarely than once in a transfer.
+const (
+	pointResolving   = "resolving"
+	pointReaperBatch = "reaper_batch"
+)
+
+const (
+	// commitsPerOperation is how many COMMITs with a key an operation brings at least, the rest being replays, copies
+	// and refusals. It spreads the faults of COMMITs over a run.
+	commitsPerOperation = 0.20
+	lateCommitDelay     = 2 * time.Second
+)
+
+// newSchedule draws the schedule of a profile.
+func newSchedule(p profile, seed uint64, banks int) schedule {
+	choice := rand.New(rand.NewPCG(seed, 0x5c4ed01e))
+	var s schedule
+	for _, kind := range slices.Sorted(maps.Keys(p.events)) { // in an order that is the same each time
+		n := p.events[kind]
+		for i := range n {
+			// Spread over the run, but for its first and last moments.
+			at := 0.03 + 0.92*(float64(i)+choice.Float64())/float64(n)
+			e := event{due: int64(at * float64(p.operations)), kind: kind, bank: choice.IntN(banks)}
+			e.draw(choice)
+			s.events = append(s.events, e)
+		}
+	}
+	slices.SortStableFunc(s.events, func(a, b event) int { return cmp.Compare(a.due, b.due) })
+	s.armPoints(p.points, choice)
+
+	gap := commitsPerOperation * float64(p.operations) / float64(max(1, p.commits))
+	kinds := drawCommits(p, choice)
+	for i, kind := range kinds {
+		f := commitFault{commit: 1 + int64(gap*(float64(i)+choice.Float64())), kind: kind}
+		switch kind {
+		case lateCommit:
+			f.delay = lateCommitDelay
+		case delayReply:
+			f.delay = between(choice, 50*time.Millisecond, 500*time.Millisecond)
+		}
+		s.commits = append(s.commits, f)
+	}
+	return s
+}
+
+// draw chooses what an event of its kind needs.
+func (e *event) draw(choice *rand.Rand) {
+	switch e.kind {
+	case terminateBackends:
+		e.amount = 1 + choice.IntN(4)
+	case refuse:
+		e.length = between(choice, 300*time.Millisecond, time.Second)
+	case pause:
+		e.length = between(choice, 300*time.Millisecond, 1200*time.Millisecond)
+	case latency:
+		e.length, e.amount = between(choice, time.Second, 2500*time.Millisecond), 20+choice.IntN(80)
+	case slowLink:
+		e.length, e.amount = between(choice, time.Second, 2*time.Second), 10_000
+	case rowLocks:
+		e.length, e.amount = between(choice, 1200*time.Millisecond, 2*time.Second), choice.IntN(accounts-lockedRows)
+	case squeeze:
+		e.length = between(choice, 1200*time.Millisecond, 2*time.Second)
+	}
+}
+
+func between(choice *rand.Rand, least, most time.Duration) time.Duration {
+	return (least + time.Duration(choice.Int64N(int64(most-least)))).Round(time.Millisecond)
+}
+
+// armPoints gives the lives that follow the kills their crash points, all of them in turn.
+func (s *schedule) armPoints(points []string, choice *rand.Rand) {
+	var turn []string
+	for i := range s.events {
+		e := &s.events[i]
+		if e.kind != killBank || len(points) == 0 {
+			continue
+		}
+		if len(turn) == 0 {
+			turn = slices.Clone(points)
+			choice.Shuffle(len(turn), func(a, b int) { turn[a], turn[b] = turn[b], turn[a] })
+		}
+		e.point, turn = turn[0], turn[1:]
+		switch e.point {
+		case pointResolving:
+			e.nth = 1
+		case pointReaperBatch:
+			e.nth = 1 + choice.IntN(4)
+		default:
+			e.nth = 1 + choice.IntN(80)
+		}
+	}
+}
+
+// commitsOf is how many COMMITs meet a fault.
+func (p profile) commitsOf(kind commitKind) int {
+	total := 0
+	for _, weight := range p.weights {
+		total += weight
+	}
+	if p.weights[kind] == 0 {
+		return 0
+	}
+	return max(2, p.commits*p.weights[kind]/total)
+}
+
+// drawCommits returns the kinds of all faults of COMMITs: each by its share, at least one of each, in any order.
+func drawCommits(p profile, choice *rand.Rand) []commitKind {
+	var kinds []commitKind
+	for _, kind := range slices.Sorted(maps.Keys(p.weights)) {
+		for range p.commitsOf(kind) {
+			kinds = append(kinds, kind)
+		}
+	}
+	choice.Shuffle(len(kinds), func(a, b int) { kinds[a], kinds[b] = kinds[b], kinds[a] })
+	return kinds
+}
+
+// write prints the schedule, one line for each thing that is done.
+func (s schedule) write(w io.Writer) error {
+	var b strings.Builder
+	for _, e := range s.events {
+		fmt.Fprintf(&b, "operation %8d  %s", e.due, e.kind)
+		switch e.kind {
+		case killBank:
+			fmt.Fprintf(&b, " bank=%d", e.bank)
+			if e.point != "" {
+				fmt.Fprintf(&b, " next-life=%s:%d", e.point, e.nth)
+			}
+		case cutAll, refuse, pause, latency, slowLink:
+			fmt.Fprintf(&b, " bank=%d", e.bank)
+		}
+		if e.length > 0 {
+			fmt.Fprintf(&b, " for=%v", e.length)
+		}
+		switch e.kind {
+		case terminateBackends:
+			fmt.Fprintf(&b, " backends=%d", e.amount)
+		case latency:
+			fmt.Fprintf(&b, " each-way=%dms", e.amount)
+		case slowLink:
+			fmt.Fprintf(&b, " bytes-per-second=%d", e.amount)
+		case rowLocks:
+			fmt.Fprintf(&b, " accounts=%d-%d", e.amount, e.amount+lockedRows-1)
+		}
+		b.WriteByte('\n')
+	}
+	for _, f := range s.commits {
+		fmt.Fprintf(&b, "commit    %8d  %s", f.commit, f.kind)
+		if f.delay > 0 {
+			fmt.Fprintf(&b, " delay=%v", f.delay)
+		}
+		b.WriteByte('\n')
+	}
+	_, err := io.WriteString(w, b.String())
+	return err
+}
+
+// hash names the schedule.
+func (s schedule) hash() string {
+	h := sha256.New()
+	_ = s.write(h) // a hash takes everything
+	return hex.EncodeToString(h.Sum(nil)[:8])
+}
+
+// WriteSchedule prints what a run of the config would do, and nothing is done. The config's seed must be set.
+func WriteSchedule(w io.Writer, config Config) error {
+	if err := config.Validate(); err != nil {
+		return err
+	}
+	config = config.full()
+	s := newSchedule(profiles[config.Profile].scaled(config.Operations), config.Seed, config.Banks)
+	if _, err := fmt.Fprintf(w, "profile %s, seed %d, %d operations, %d banks: schedule %s\n", config.Profile, config.Seed, config.Operations, config.Banks, s.hash()); err != nil {
+		return err
+	}
+	return s.write(w)
+}

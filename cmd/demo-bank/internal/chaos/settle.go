@@ -1,0 +1,122 @@
+package chaos
+
+import (
+	"context"
+	"errors"
+	"time"
+
+	"golang.org/x/sync/errgroup"
+
+	"github.com/paidonce/idempotency/cmd/demo-bank/internal/check"
+)
+
+// settleMax is how long after the last fault every key must have its answer (I11).
+const settleMax = 60 * time.Second
+
+// errUnsettled means that keys have no answer yet, so that no answer of theirs can be compared.
+var errUnsettled = errors.New("keys did not settle")
+
+// settle takes all faults back and waits for the clients, who go on until each key has its answer or was given up.
+func (r *run) settle(ctx context.Context) error {
+	r.healed.Store(true)
+	r.cluster.heal()
+	if err := r.banks.heal(ctx); err != nil {
+		return err
+	}
+	// What was broken last is what heal has killed: banks with a crash point that nobody reached.
+	healed := r.clock()
+	done := make(chan struct{})
+	go func() {
+		r.working.Wait()
+		close(done)
+	}()
+	select {
+	case <-done:
+		r.settled = r.clock() - healed
+		return nil
+	case <-ctx.Done():
+		return context.Cause(ctx)
+	case <-time.After(settleMax):
+	}
+	for _, k := range r.keys.all() {
+		if k.open() {
+			r.findings.add("key %s has no answer %v after the last fault", k.text, settleMax)
+		}
+	}
+	r.findings.add("clients still wait for answers %v after the last fault", settleMax)
+	return errUnsettled
+}
+
+// replay asks for every key that was not given up once more: its answer must be the one that it got.
+func (r *run) replay(ctx context.Context) error {
+	keys := r.keys.all()
+	work := make(chan *key)
+	group, ctx := errgroup.WithContext(ctx)
+	group.Go(func() error {
+		defer close(work)
+		for _, k := range keys {
+			if k.abandoned() {
+				continue
+			}
+			select {
+			case work <- k:
+			case <-ctx.Done():
+				return ctx.Err()
+			}
+		}
+		return nil
+	})
+	for _, c := range r.clients {
+		group.Go(func() error {
+			for k := range work {
+				if err := c.lanes[0].replay(ctx, k); err != nil {
+					return err
+				}
+			}
+			return nil
+		})
+	}
+	err := group.Wait()
+	for _, c := range r.clients {
+		c.close()
+	}
+	return err
+}
+
+// replay asks once more, until there is an answer. Nothing is broken any more, so that should be at once.
+func (l *lane) replay(ctx context.Context, k *key) error {
+	deadline := time.Now().Add(settleMax)
+	for {
+		l.run.tally.replays.Add(1)
+		switch what := l.send(ctx, k, false, true, noTrouble); {
+		case what == resultAnswered:
+			return nil
+		case ctx.Err() != nil:
+			return ctx.Err()
+		case what == resultMismatch || time.Now().After(deadline):
+			l.run.findings.add("key %s has no answer in the final replay", k.text)
+			return nil
+		}
+		if err := sleep(ctx, backoffFirst); err != nil {
+			return err
+		}
+	}
+}
+
+// history is what all clients saw and wanted. Replays of a planted record are no part of it: that record was of an
+// earlier time.
+func (r *run) history() (ops []check.Operation, expected []check.Expectation) {
+	for _, c := range r.clients {
+		for _, l := range c.lanes {
+			ops = append(ops, l.ops...)
+			l.ops = nil
+		}
+	}
+	keys := r.keys.all()
+	for _, k := range keys {
+		expected = append(expected, check.Expectation{
+			Scope: tenantNames[k.tenant].scope, Key: k.text, GivenUp: k.abandoned(), Declined: k.asks == askDeclined,
+		})
+	}
+	return ops, expected
+}

@@ -1,0 +1,157 @@
+package chaos
+
+import (
+	"maps"
+	"slices"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/HdrHistogram/hdrhistogram-go"
+
+	"github.com/paidonce/idempotency/cmd/demo-bank/internal/check"
+)
+
+// tally counts what was done and what was answered. It is safe for concurrent use.
+type tally struct {
+	finished atomic.Int64 // operations of the load
+	replays  atomic.Int64 // of the final replay
+	unsent   atomic.Int64 // tries that found no bank
+
+	answers      counters
+	clientFaults counters
+	faults       counters
+	commitFaults counters
+	crashPoints  counters
+
+	kills   atomic.Int64 // bank processes that died of SIGKILL
+	crashes atomic.Int64 // of PostgreSQL
+	allowed atomic.Int64 // COMMITs that events may have broken, at most
+
+	replies       atomic.Int64 // of the load and the settling
+	unknown       atomic.Int64
+	unknownExempt atomic.Int64 // of keys whose COMMIT was hit by F6, F11 or F12
+
+	plantedReplays int64 // counted by the judge
+
+	mu      sync.Mutex
+	latency *hdrhistogram.Histogram // of replies, in microseconds
+}
+
+func newTally() tally {
+	return tally{latency: hdrhistogram.New(1, requestTimeout.Microseconds(), 3)}
+}
+
+// count notes an operation.
+func (t *tally) count(op *check.Operation, k *key) {
+	switch {
+	case op.Returned == 0:
+		t.answers.add("none")
+		return
+	case op.Outcome == "":
+		t.answers.add("other")
+	default:
+		t.answers.add(op.Outcome)
+	}
+	t.replies.Add(1)
+	if op.Outcome != "unknown" {
+		return
+	}
+	t.unknown.Add(1)
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	if k.exempt {
+		t.unknownExempt.Add(1)
+	}
+}
+
+// asked notes what a key asks for.
+func (t *tally) asked(k *key) {
+	switch k.asks {
+	case askDeclined:
+		t.clientFaults.add("declined request")
+	case askOrder:
+		t.clientFaults.add("order")
+	case askAccount:
+		t.clientFaults.add("account")
+	case askReused:
+		t.clientFaults.add("expired key used again")
+	}
+	if k.named() != k.index {
+		t.clientFaults.add("key of another tenant")
+	}
+}
+
+func (t *tally) trouble(one trouble) {
+	switch one {
+	case troubleCut:
+		t.clientFaults.add("connection cut")
+	case troubleHangUp:
+		t.clientFaults.add("hang-up")
+	case troubleHalfSent:
+		t.clientFaults.add("half-sent body")
+	case troubleSlow:
+		t.clientFaults.add("slow body")
+	}
+}
+
+func (t *tally) observe(d time.Duration) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	_ = t.latency.RecordValue(max(1, d.Microseconds())) // what is over the range had timed out
+}
+
+// quantile is in milliseconds.
+func (t *tally) quantile(percent float64) float64 {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	return float64(t.latency.ValueAtQuantile(percent)) / 1000
+}
+
+// counters count by name. The zero value is ready; it is safe for concurrent use.
+type counters struct {
+	mu     sync.Mutex
+	counts map[string]int64
+}
+
+func (c *counters) add(name string) { c.addN(name, 1) }
+
+func (c *counters) addN(name string, n int64) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.counts == nil {
+		c.counts = make(map[string]int64)
+	}
+	c.counts[name] += n
+}
+
+func (c *counters) get(name string) int64 {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.counts[name]
+}
+
+func (c *counters) total() (n int64) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	for _, count := range c.counts {
+		n += count
+	}
+	return n
+}
+
+// list returns the counts of the names that must be there, in their order, and then of all others.
+func (c *counters) list(required []string) []Count {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	list := make([]Count, 0, len(c.counts))
+	for _, name := range required {
+		list = append(list, Count{Name: name, Count: c.counts[name], Least: 1})
+	}
+	for _, name := range slices.Sorted(maps.Keys(c.counts)) {
+		if !slices.Contains(required, name) {
+			list = append(list, Count{Name: name, Count: c.counts[name]})
+		}
+	}
+	return list
+}

@@ -1,0 +1,162 @@
+package chaos
+
+import (
+	"context"
+	"encoding/json"
+	"fmt"
+	"net/http"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/jackc/pgx/v5"
+
+	"github.com/paidonce/idempotency/cmd/demo-bank/internal/bank"
+	"github.com/paidonce/idempotency/cmd/demo-bank/internal/check"
+)
+
+const (
+	moneyInterval = 100 * time.Millisecond
+	auditInterval = 2 * time.Second
+	// auditShare keeps the audits, which read all books, from being what the cluster does: one rests so many times as
+	// long as it took.
+	auditShare   = 20
+	auditTimeout = 25 * time.Second
+)
+
+// watched is I1 in all reads while the run was at work.
+type watched struct {
+	findings findings
+	reads    atomic.Int64 // of sums
+	audits   atomic.Int64
+}
+
+func (w *watched) result() check.Result {
+	return w.findings.result("I1", "money is neither made nor lost, and no balance is negative", int(w.reads.Load()+w.audits.Load()))
+}
+
+// watch looks on until the returned function is called: at the money, at the audit, at the banks' metrics. And it
+// plants expired records.
+func (r *run) watch(ctx context.Context) (end func()) {
+	ctx, cancel := context.WithCancel(ctx)
+	var group sync.WaitGroup
+	group.Go(func() { r.watchMoney(ctx) })
+	group.Go(func() { r.watchAudit(ctx) })
+	group.Go(func() { r.planted.run(ctx) })
+	for _, s := range r.banks.slots {
+		group.Go(func() {
+			client := newScraper()
+			for ctx.Err() == nil {
+				_, _ = s.scrape(ctx, client) // it may be down
+				_ = sleep(ctx, scrapeInterval)
+			}
+		})
+	}
+	return func() {
+		cancel()
+		group.Wait()
+	}
+}
+
+// watchMoney sums the balances again and again, on one connection as long as it lasts.
+func (r *run) watchMoney(ctx context.Context) {
+	for ctx.Err() == nil {
+		_ = r.cluster.with(ctx, r.config.DurationMax, func(ctx context.Context, conn *pgx.Conn) error { // a crash ends it
+			for {
+				result, err := check.Money(ctx, conn)
+				if err != nil {
+					return err
+				}
+				r.money.reads.Add(1)
+				for _, example := range result.Examples {
+					r.money.findings.add("at %v: %s", r.clock().Round(time.Millisecond), example)
+				}
+				if err := sleep(ctx, moneyInterval); err != nil {
+					return err
+				}
+			}
+		})
+		_ = sleep(ctx, moneyInterval)
+	}
+}
+
+// watchAudit asks the banks for their audit, as anybody may.
+func (r *run) watchAudit(ctx context.Context) {
+	client := &http.Client{Timeout: auditTimeout, Transport: &http.Transport{DisableKeepAlives: true}}
+	for n := 0; ctx.Err() == nil; n++ {
+		started := time.Now()
+		if audit, err := r.audit(ctx, client, n%len(r.banks.slots)); err == nil { // else it was down, or busy
+			r.money.audits.Add(1)
+			if !audit.OK {
+				r.money.findings.add("at %v the audit was not ok: %+v", r.clock().Round(time.Millisecond), *audit)
+			}
+		}
+		_ = sleep(ctx, max(auditInterval, auditShare*time.Since(started)))
+	}
+}
+
+func (r *run) audit(ctx context.Context, client *http.Client, number int) (*bank.Audit, error) {
+	request, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://"+r.banks.address(number)+"/v1/audit", nil)
+	if err != nil {
+		return nil, err
+	}
+	response, err := client.Do(request)
+	if err != nil {
+		return nil, err
+	}
+	defer func() { _ = response.Body.Close() }() // it was read to its end, or is of no use
+	if response.StatusCode != http.StatusOK {
+		return nil, fmt.Errorf("audit: status %d", response.StatusCode)
+	}
+	var audit bank.Audit
+	if err := json.NewDecoder(response.Body).Decode(&audit); err != nil {
+		return nil, fmt.Errorf("audit: %w", err)
+	}
+	return &audit, nil
+}
+
+// takeBaseline measures what the banks hold before anything is asked of them.
+func (r *run) takeBaseline(ctx context.Context) (err error) {
+	r.before, err = r.measure(ctx, func(check.Resources) bool { return true })
+	return err
+}
+
+const measureWaitMax = 30 * time.Second
+
+// measure adds up what the banks hold, once their pools are as full as they get and it is good enough, or the wait is
+// at its end.
+func (r *run) measure(ctx context.Context, enough func(check.Resources) bool) (check.Resources, error) {
+	deadline := time.Now().Add(measureWaitMax)
+	client := newScraper()
+	for {
+		total, full, err := r.measureOnce(ctx, client)
+		late := time.Now().After(deadline)
+		if err == nil && (full && enough(total) || late) {
+			return total, nil
+		}
+		if late {
+			return total, fmt.Errorf("measure the banks: %w", err)
+		}
+		if err := sleep(ctx, scrapeInterval); err != nil {
+			return total, err
+		}
+	}
+}
+
+func (r *run) measureOnce(ctx context.Context, client *http.Client) (total check.Resources, full bool, err error) {
+	pools := 0
+	for _, s := range r.banks.slots {
+		values, err := s.scrape(ctx, client)
+		if err != nil {
+			return total, false, err
+		}
+		total.Goroutines += int(values[metricGoroutines])
+		total.FileDescriptors += int(values[metricFileDescriptors])
+		pools += int(values[metricConnections])
+	}
+	err = r.cluster.with(ctx, databaseTimeout, func(ctx context.Context, conn *pgx.Conn) error {
+		return conn.QueryRow(ctx, `
+			SELECT count(*) FROM pg_stat_activity WHERE backend_type = 'client backend' AND pid <> pg_backend_pid()`).Scan(&total.Connections)
+	})
+	return total, pools >= poolSizeBig+(len(r.banks.slots)-1)*poolSizeSmall, err
+}
