@@ -6,11 +6,13 @@ import (
 	"fmt"
 	"math/rand/v2"
 	"os"
+	"slices"
 	"time"
 
 	"golang.org/x/term"
 
 	"github.com/paidonce/idempotency/cmd/demo-bank/internal/chaos"
+	"github.com/paidonce/idempotency/cmd/demo-bank/internal/mutants"
 )
 
 type chaosCommand struct {
@@ -24,11 +26,16 @@ type chaosCommand struct {
 	Report        string        `placeholder:"FILE" help:"Write the JSON object to a file too."`
 	Keep          bool          `help:"Keep the data folder and the logs of a run that failed, and print where."`
 	PrintSchedule bool          `help:"Print what would be done and when, and do nothing."`
+	Mutants       bool          `help:"Run banks with seeded bugs instead: each must be caught. Needs a checkout and -tags mutants."`
+	Mutant        []string      `placeholder:"NAME" help:"With --mutants: these alone."`
 	Bank          string        `hidden:"" placeholder:"FILE" help:"The program that serves, instead of this one: a demo-bank with a bug that should be found."`
 }
 
 // Validate is called by kong.
 func (c *chaosCommand) Validate() error {
+	if len(c.Mutant) > 0 && !c.Mutants {
+		return errors.New("--mutant says which of --mutants")
+	}
 	config := c.config()
 	return config.Validate()
 }
@@ -50,6 +57,9 @@ func (c *chaosCommand) Run(ctx context.Context) error {
 		return chaos.WriteSchedule(os.Stdout, config)
 	}
 	config.Progress, config.Terminal = os.Stderr, term.IsTerminal(int(os.Stderr.Fd()))
+	if c.Mutants {
+		return c.runMutants(ctx, config)
+	}
 	report, err := chaos.Run(ctx, config)
 	if report == nil {
 		if ctx.Err() != nil {
@@ -71,6 +81,29 @@ func (c *chaosCommand) Run(ctx context.Context) error {
 	}
 	if !report.OK() {
 		return errBroken
+	}
+	return err
+}
+
+// runMutants has each bank with a seeded bug judged, by the profile that is made for it.
+func (c *chaosCommand) runMutants(ctx context.Context, config chaos.Config) error {
+	config.Profile, config.Operations, config.DurationMax = "mutant", 0, 0
+	judge := func(ctx context.Context, bank, name string) ([]string, error) {
+		config := config
+		config.Bank = bank
+		report, err := chaos.Run(ctx, config)
+		if report == nil {
+			return nil, err
+		}
+		// Trouble with the run itself, such as one that took too long, is not what a bug is known by.
+		return slices.DeleteFunc(report.Found(), func(check string) bool { return check == chaos.RunCheck }), nil
+	}
+	err := mutants.Run(ctx, judge, c.Mutant, os.Stdout)
+	switch {
+	case ctx.Err() != nil:
+		return noVerdict{errors.New("interrupted")}
+	case err != nil && !errors.Is(err, mutants.ErrSurvived):
+		return noVerdict{err}
 	}
 	return err
 }

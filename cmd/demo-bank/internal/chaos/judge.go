@@ -20,6 +20,9 @@ const (
 	causesName = "causes"
 )
 
+// RunCheck is the check of the run itself: whether it did what it should, in time.
+const RunCheck = "run"
+
 // judge comes to the verdict, when nothing is sent and nothing broken any more.
 func (r *run) judge(ctx context.Context) error {
 	// What the history is held against must be at rest: the banks first, the books after.
@@ -129,7 +132,7 @@ func (r *run) ownChecks() []check.Result {
 	t := &r.tally
 	replies := int(t.replies.Load())
 	results := []check.Result{
-		r.findings.result("run", "the run did what it should, and no bank died unasked", int(t.kills.Load())),
+		r.findings.result(RunCheck, "the run did what it should, and no bank died unasked", int(t.kills.Load())),
 		r.unexpected.result("answers", "no good request was refused, no changed one answered", replies),
 		r.unknownCheck(),
 	}

@@ -6,7 +6,6 @@ import (
 	"bytes"
 	"context"
 	"encoding/json"
-	"errors"
 	"fmt"
 	"io"
 	"os"
@@ -14,11 +13,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
-	"text/tabwriter"
 )
-
-// ErrSurvived means that a seeded bug passed every check.
-var ErrSurvived = errors.New("a mutant survived: the checks don't see its bug")
 
 // Run builds a bank of each mutant, of those named or of all, and has it judged. It prints which check caught which.
 // The error wraps [ErrSurvived] where none did. It needs the go command and a checkout around the working directory.
@@ -37,7 +32,17 @@ func Run(ctx context.Context, judge Verdict, names []string, out io.Writer) erro
 			return fmt.Errorf("there is no mutant %q: they are %s", name, strings.Join(namesOf(Catalogue()), ", "))
 		}
 	}
-	table := tabwriter.NewWriter(out, 0, 0, 2, ' ', 0)
+	// What catches a healthy bank too catches nothing.
+	caught, err := judge(ctx, "", "none")
+	switch {
+	case err != nil:
+		return fmt.Errorf("without a mutant: %w", err)
+	case len(caught) > 0:
+		return fmt.Errorf("the checks find %s wrong with a bank that has no mutant", strings.Join(caught, ", "))
+	}
+	if _, err := fmt.Fprintln(out, "none: every check is ok"); err != nil {
+		return err
+	}
 	var survived []string
 	for _, mutant := range Catalogue() {
 		if len(names) > 0 && !slices.Contains(names, mutant.Name) {
@@ -56,8 +61,7 @@ func Run(ctx context.Context, judge Verdict, names []string, out io.Writer) erro
 			verdict = "SURVIVED"
 			survived = append(survived, mutant.Name)
 		}
-		_, _ = fmt.Fprintf(table, "%s\t%s\n", mutant.Name, verdict) // to a buffer
-		if err := table.Flush(); err != nil {
+		if _, err := fmt.Fprintf(out, "%s: %s\n  %s\n", mutant.Name, verdict, mutant.Bug); err != nil {
 			return err
 		}
 		_ = os.Remove(bank) // the folder goes anyway

@@ -59,12 +59,20 @@ func Catalogue() []Mutant {
 		{
 			Name: "trust-safe-to-retry",
 			Bug:  "pgconn.SafeToRetry is believed when the reply to COMMIT is lost",
-			edits: []edit{{attemptFile, `	pgErr, ok := definite(err)
+			edits: []edit{
+				{attemptFile, `	pgErr, ok := definite(err)
 `, `	if pgconn.SafeToRetry(err) {
 		return fail(step, idempotency.ErrUnavailable, err)
 	}
 	pgErr, ok := definite(err)
-`}},
+`},
+				// The error of COMMIT itself, and not of the statement before it, as one gets it that sends them one by one.
+				{statementsFile, `	_ = pipeline.Close() // what it could add came after the last result, or is the first error again
+`, `	if err := pipeline.Close(); err != nil && conn.IsClosed() {
+		firstErr = err
+	}
+`},
+			},
 		},
 		{
 			Name: "run-again-on-ambiguous-commit",

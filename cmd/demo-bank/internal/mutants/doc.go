@@ -3,7 +3,13 @@
 // contains none of them, not even as text.
 package mutants
 
-import "context"
+import (
+	"context"
+	"errors"
+)
+
+// ErrSurvived means that a seeded bug passed every check.
+var ErrSurvived = errors.New("a mutant survived: the checks don't see its bug")
 
 // Verdict runs chaos against one bank and returns the names of the checks that failed.
 type Verdict func(ctx context.Context, bank, name string) (caught []string, err error)
