@@ -2,12 +2,15 @@ package pgfault
 
 import (
 	"bytes"
+	"context"
 	"crypto/rand"
 	"errors"
 	"fmt"
+	"os"
 	"strings"
 	"sync/atomic"
 	"testing"
+	"time"
 
 	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgconn"
@@ -58,6 +61,9 @@ func hijack(t *testing.T, url string) *pgconn.HijackedConn {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { _ = hijacked.Conn.Close() })
+	if err := hijacked.Conn.SetDeadline(time.Now().Add(20 * time.Second)); err != nil {
+		t.Fatal(err)
+	}
 	return hijacked
 }
 
@@ -103,8 +109,8 @@ func TestCopyByTheExtendedProtocol(t *testing.T) {
 	await(true)
 	fault <- Fault{Kind: CutAfter}
 	send(&pgproto3.Query{String: "COMMIT"})
-	if message, err := frontend.Receive(); err == nil {
-		t.Fatalf("the reply was passed on: %T", message)
+	if message, err := frontend.Receive(); err == nil || errors.Is(err, os.ErrDeadlineExceeded) {
+		t.Fatalf("the connection was not cut: %T, %v", message, err)
 	}
 	if n := b.payments(t); n != 1 {
 		t.Fatalf("%d payments", n)
@@ -123,7 +129,9 @@ func TestFlushMessageIsForwardedAtOnce(t *testing.T) {
 	if err := conn.Exec(t.Context(), "BEGIN").Close(); err != nil {
 		t.Fatal(err)
 	}
-	pipeline := conn.StartPipeline(t.Context())
+	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
+	defer cancel()
+	pipeline := conn.StartPipeline(ctx)
 	pipeline.SendQueryParams("INSERT INTO payments VALUES ($1)", [][]byte{[]byte("payment-1")}, nil, nil, nil)
 	pipeline.SendFlushRequest()
 	if err := pipeline.Flush(); err != nil {

@@ -19,84 +19,6 @@ import (
 	"github.com/paidonce/idempotency/internal/pgtest"
 )
 
-func TestLatencyIsAddedEachWay(t *testing.T) {
-	t.Parallel()
-	b := setup(t, nil)
-	conn := connect(t, b.url)
-	b.proxy.SetLatency(150 * time.Millisecond)
-	started := time.Now()
-	if err := conn.Ping(t.Context()); err != nil {
-		t.Fatal(err)
-	}
-	if took := time.Since(started); took < 300*time.Millisecond {
-		t.Fatalf("a round trip took %v, want at least 300ms", took)
-	}
-	b.proxy.SetLatency(0)
-	started = time.Now()
-	if err := conn.Ping(t.Context()); err != nil || time.Since(started) > 150*time.Millisecond {
-		t.Fatalf("without latency: %v, %v", err, time.Since(started))
-	}
-}
-
-func TestRateLimitsEachDirection(t *testing.T) {
-	t.Parallel()
-	b := setup(t, nil)
-	conn := connect(t, b.url)
-	b.proxy.SetRate(10_000)
-	for _, sql := range []string{
-		"SELECT length('" + strings.Repeat("x", 5000) + "')",
-		"SELECT repeat('x', 5000)",
-	} {
-		started := time.Now()
-		if err := conn.PgConn().Exec(t.Context(), sql).Close(); err != nil {
-			t.Fatal(err)
-		}
-		if took := time.Since(started); took < 500*time.Millisecond || took > 5*time.Second {
-			t.Fatalf("5000 bytes at 10000 a second took %v", took)
-		}
-	}
-}
-
-func TestPausedNothingPassesAndNobodyHangsUp(t *testing.T) {
-	t.Parallel()
-	b := setup(t, nil)
-	conn := connect(t, b.url)
-	other := connect(t, b.url)
-	b.proxy.SetPaused(true)
-	b.proxy.SetPaused(true) // twice is once
-	answered := make(chan error, 1)
-	go func() { answered <- conn.Ping(context.Background()) }()
-	connected := make(chan error, 1)
-	go func() {
-		late, err := pgx.Connect(context.Background(), b.url)
-		if err == nil {
-			err = late.Close(context.Background())
-		}
-		connected <- err
-	}()
-	if _, err := b.direct.Exec(t.Context(), "SELECT pg_terminate_backend($1, 10000)", int32(other.PgConn().PID())); err != nil {
-		t.Fatal(err)
-	}
-	hungUp := make(chan error, 1)
-	go func() {
-		_, err := other.PgConn().Conn().Read(make([]byte, 1))
-		hungUp <- err
-	}()
-	select {
-	case err := <-answered:
-		t.Fatalf("an answer passed: %v", err)
-	case err := <-connected:
-		t.Fatalf("a connection was made: %v", err)
-	case err := <-hungUp:
-		t.Fatalf("PostgreSQL was heard: %v", err)
-	case <-time.After(100 * time.Millisecond):
-	}
-	b.proxy.SetPaused(false)
-	if err := errors.Join(<-answered, <-connected, <-hungUp); err != nil {
-		t.Fatal(err)
-	}
-}
-
 func TestRefusedConnectionsAreClosed(t *testing.T) {
 	t.Parallel()
 	b := setup(t, nil)
@@ -300,6 +222,34 @@ func TestCloseLeavesNothing(t *testing.T) {
 	if err := goleak.Find(before); err != nil {
 		t.Fatal(err)
 	}
+}
+
+func TestCloseWaitsForHooks(t *testing.T) {
+	t.Parallel()
+	release := make(chan struct{})
+	b := setup(t, func(Commit) Fault {
+		return Fault{Kind: CallBefore, Hook: func() { <-release }}
+	})
+	conn := connect(t, b.url)
+	result := make(chan error, 1)
+	go func() {
+		_, err := conn.Exec(context.Background(), "COMMIT")
+		result <- err
+	}()
+	eventually(t, "the COMMIT is there", func() bool { return b.proxy.Hits()[CallBefore] == 1 })
+	closed := make(chan error, 1)
+	go func() { closed <- b.proxy.Close() }()
+	select {
+	case err := <-closed:
+		t.Errorf("Close returned before the hook did: %v", err)
+		closed <- err
+	case <-time.After(100 * time.Millisecond):
+	}
+	close(release)
+	if err := <-closed; err != nil {
+		t.Error(err)
+	}
+	<-result
 }
 
 func TestURLKeepsEverythingButTheHost(t *testing.T) {

@@ -24,7 +24,6 @@ const (
 
 	handlerTimeout = 4 * time.Second // a half-open transaction ends ten seconds after it, and its request is unknown before that
 	acquireTimeout = time.Second
-	reapInterval   = 300 * time.Millisecond
 
 	serveWaitMax   = 30 * time.Second // from a bank's start until it serves, starts that failed included
 	restartPause   = 100 * time.Millisecond
@@ -220,7 +219,7 @@ func (s *slot) begin() (*life, error) {
 	}
 	l.cmd = exec.Command(s.program, "serve", "--addr", s.address, "--database-url", s.url, "--log-level", "WARN",
 		"--pool-size", strconv.Itoa(poolSize), "--handler-timeout", handlerTimeout.String(),
-		"--acquire-timeout", acquireTimeout.String(), "--reap-interval", reapInterval.String())
+		"--acquire-timeout", acquireTimeout.String(), "--reap-interval", s.run.profile.reapInterval.String())
 	l.cmd.SysProcAttr = isolate()
 	l.cmd.Env = slices.DeleteFunc(os.Environ(), func(entry string) bool {
 		return strings.HasPrefix(entry, "DATABASE_URL=") || strings.HasPrefix(entry, crashpoint.Variable+"=")

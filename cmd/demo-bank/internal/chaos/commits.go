@@ -4,6 +4,7 @@ import (
 	"context"
 	"sync"
 	"sync/atomic"
+	"time"
 
 	"github.com/jackc/pgx/v5"
 
@@ -27,6 +28,9 @@ type commits struct {
 // resolveEvery is which share of COMMITs is cut for a bank that is to die while it resolves, when the schedule's faults
 // are used up.
 const resolveEvery = 10
+
+// hangUpPause is how long a COMMIT is held back after its client has hung up, so that the bank can notice.
+const hangUpPause = 50 * time.Millisecond
 
 func newCommits(r *run) *commits { return &commits{run: r, left: r.schedule.commits} }
 
@@ -84,6 +88,11 @@ func (c *commits) fault(bank int, commit pgfault.Commit) pgfault.Fault {
 		return pgfault.Fault{Kind: pgfault.CallBefore, Hook: terminate}
 	case terminateAfter:
 		return pgfault.Fault{Kind: pgfault.CallAfter, Hook: terminate}
+	case hangUpAtCommit:
+		return pgfault.Fault{Kind: pgfault.CallBefore, Hook: func() {
+			c.run.keys.hangUp(k)
+			_ = sleep(context.Background(), hangUpPause)
+		}}
 	case killCommitting:
 		return pgfault.Fault{Kind: pgfault.CallAfter, Hook: func() { c.run.banks.kill(bank, arm{}) }}
 	}

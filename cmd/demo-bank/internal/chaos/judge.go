@@ -147,7 +147,7 @@ func (r *run) ownChecks() []check.Result {
 	// Clients that hang up are no cause: the end of a transaction runs on a context of its own.
 	caused := int(t.allowed.Load())
 	for _, count := range t.commitFaults.list(nil) {
-		if kind := commitKind(count.Name); kind != delayReply && kind != killCommitting {
+		if kind := commitKind(count.Name); kind != delayReply && kind != killCommitting && kind != hangUpAtCommit {
 			caused += int(count.Count)
 		}
 	}

@@ -2,6 +2,7 @@ package chaos
 
 import (
 	"bytes"
+	"context"
 	"fmt"
 	"math/rand/v2"
 	"strconv"
@@ -51,10 +52,11 @@ type key struct {
 
 	mu       sync.Mutex
 	inFlight int
-	tainted  bool // something else than not-executed was answered, or nothing: it may have been executed
-	settled  bool // it has its answer
-	givenUp  bool // nobody sends it any more
-	exempt   bool // a fault that leaves an unknown behind hit its COMMIT
+	tainted  bool                         // something else than not-executed was answered, or nothing: it may have been executed
+	settled  bool                         // it has its answer
+	givenUp  bool                         // nobody sends it any more
+	exempt   bool                         // a fault that leaves an unknown behind hit its COMMIT
+	hangUps  map[*lane]context.CancelFunc // of the requests that wait for an answer
 }
 
 // path is where its request goes.
@@ -105,6 +107,22 @@ func (k *key) end(what result) {
 		k.settled, k.tainted = true, true
 	default:
 		k.tainted = true
+	}
+}
+
+// waits notes that a lane's request waits for an answer, and how it is hung up; with nil that it waits no more.
+func (k *key) waits(l *lane, hangUp context.CancelFunc) {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	switch {
+	case hangUp == nil && len(k.hangUps) == 1: // a million keys keep no map
+		k.hangUps = nil
+	case hangUp == nil:
+		delete(k.hangUps, l)
+	case k.hangUps == nil:
+		k.hangUps = map[*lane]context.CancelFunc{l: hangUp}
+	default:
+		k.hangUps[l] = hangUp
 	}
 }
 
@@ -254,16 +272,33 @@ func (r *ring) find(messages []byte) *key {
 	return r.keys[index]
 }
 
-// markExempt notes that a fault hit the COMMIT of a key, or of the other tenant's key of the same text, that leaves an
-// unknown behind.
-func (r *ring) markExempt(k *key) {
+// ofText returns the keys that share a key's text: itself, and maybe another tenant's. It is the first of them.
+func (r *ring) ofText(k *key) []*key {
 	r.mu.RLock()
 	defer r.mu.RUnlock()
-	for _, one := range r.keys[k.index:min(k.index+2, len(r.keys))] {
-		if one.text == k.text {
-			one.mu.Lock()
-			one.exempt = true
-			one.mu.Unlock()
+	same := r.keys[k.index:min(k.index+2, len(r.keys))]
+	if len(same) == 2 && same[1].text != k.text {
+		same = same[:1]
+	}
+	return same
+}
+
+// markExempt notes that a fault hit the COMMIT of a key that leaves an unknown behind.
+func (r *ring) markExempt(k *key) {
+	for _, one := range r.ofText(k) {
+		one.mu.Lock()
+		one.exempt = true
+		one.mu.Unlock()
+	}
+}
+
+// hangUp hangs up all clients that wait for a key's answer.
+func (r *ring) hangUp(k *key) {
+	for _, one := range r.ofText(k) {
+		one.mu.Lock()
+		for _, hangUp := range one.hangUps {
+			hangUp()
 		}
+		one.mu.Unlock()
 	}
 }

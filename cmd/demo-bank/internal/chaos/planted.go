@@ -121,7 +121,7 @@ func (r *run) drainPlanted(ctx context.Context) error {
 		if left == 0 || time.Now().After(deadline) {
 			return nil // what is left is found by check.Live
 		}
-		if err := sleep(ctx, reapInterval); err != nil {
+		if err := sleep(ctx, scrapeInterval); err != nil {
 			return err
 		}
 	}

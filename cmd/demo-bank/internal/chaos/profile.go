@@ -14,12 +14,13 @@ type profile struct {
 	operations  int
 	durationMax time.Duration
 
-	events  map[eventKind]int  // how often each is done
-	points  []string           // crash points of the banks, each hit at least once
-	commits int                // faults of COMMITs
-	weights map[commitKind]int // their shares
-	giveUp  float64            // probability that a client gives up on a not-executed, where it may
-	shares  shares             // of what the clients do
+	events       map[eventKind]int  // how often each is done
+	points       []string           // crash points of the banks, each hit at least once
+	commits      int                // faults of COMMITs
+	weights      map[commitKind]int // their shares
+	reapInterval time.Duration      // of the banks' reapers, who walk the whole table each time
+	giveUp       float64            // probability that a client gives up on a not-executed, where it may
+	shares       shares             // of what the clients do
 
 	// What a run must reach at its own number of operations, beside each kind at least once.
 	killsMin, crashesMin, commitsMin int
@@ -35,7 +36,7 @@ type shares struct {
 
 var allWeights = map[commitKind]int{
 	cutBefore: 24, cutAfter: 26, delayReply: 14, terminateBefore: 10, terminateAfter: 10, lateCommit: 7, silence: 4,
-	halfOpen: 4, killCommitting: 1,
+	halfOpen: 4, killCommitting: 1, hangUpAtCommit: 8,
 }
 
 var allShares = shares{
@@ -49,7 +50,7 @@ var profiles = map[string]profile{
 			killBank: 11, crashPostmaster: 3, crashBackend: 2, crashCommitting: 2, terminateBackends: 8, cutAll: 6,
 			refuse: 3, pause: 4, latency: 4, slowLink: 3, rowLocks: 3, squeeze: 2, deadlock: 3, lull: 1,
 		},
-		points: crashpoint.Names(), commits: 315, weights: allWeights, giveUp: 0.5, shares: allShares,
+		points: crashpoint.Names(), reapInterval: 300 * time.Millisecond, commits: 325, weights: allWeights, giveUp: 0.5, shares: allShares,
 		killsMin: 20, crashesMin: 5, commitsMin: 300,
 	},
 	"nightly": {
@@ -58,7 +59,7 @@ var profiles = map[string]profile{
 			killBank: 40, crashPostmaster: 12, crashBackend: 6, crashCommitting: 6, terminateBackends: 60, cutAll: 24,
 			refuse: 12, pause: 16, latency: 16, slowLink: 12, rowLocks: 12, squeeze: 10, deadlock: 12, lull: 2,
 		},
-		points: crashpoint.Names(), commits: 2800, weights: allWeights, giveUp: 0.5, shares: allShares,
+		points: crashpoint.Names(), reapInterval: time.Second, commits: 2800, weights: allWeights, giveUp: 0.5, shares: allShares,
 		killsMin: 60, crashesMin: 20, commitsMin: 2500,
 	},
 	"release": {
@@ -67,18 +68,18 @@ var profiles = map[string]profile{
 			killBank: 130, crashPostmaster: 60, crashBackend: 25, crashCommitting: 25, terminateBackends: 200, cutAll: 80,
 			refuse: 40, pause: 40, latency: 40, slowLink: 30, rowLocks: 40, squeeze: 30, deadlock: 40, lull: 6,
 		},
-		points: crashpoint.Names(), commits: 11_000, weights: allWeights, giveUp: 0.5, shares: allShares,
+		points: crashpoint.Names(), reapInterval: 4 * time.Second, commits: 11_000, weights: allWeights, giveUp: 0.5, shares: allShares,
 		killsMin: 200, crashesMin: 100, commitsMin: 10_000,
 	},
 	// For variants of the bank with a known bug: short and dense, and every client gives up as soon as it may.
 	"mutant": {
 		operations: 3_000, durationMax: 2 * time.Minute,
-		events:  map[eventKind]int{killBank: 5, terminateBackends: 3, latency: 2},
-		points:  []string{"after_handler", "before_commit", "after_commit", "half_response", "resolving"},
-		commits: 180, weights: map[commitKind]int{cutBefore: 30, cutAfter: 34, lateCommit: 18, terminateBefore: 6, terminateAfter: 6, killCommitting: 2, halfOpen: 2},
+		events:       map[eventKind]int{killBank: 5, terminateBackends: 3, latency: 2},
+		points:       []string{"after_handler", "before_commit", "after_commit", "half_response", "resolving"},
+		reapInterval: 50 * time.Millisecond, commits: 210, weights: map[commitKind]int{cutBefore: 30, cutAfter: 34, lateCommit: 18, terminateBefore: 6, terminateAfter: 6, killCommitting: 2, halfOpen: 2, hangUpAtCommit: 40},
 		giveUp:   1,
-		shares:   shares{declined: 30, order: 20, account: 10, reused: 100, twin: 80, changed: 80, cut: 120, hangUp: 120, halfSent: 10, slow: 10},
-		killsMin: 6, commitsMin: 140,
+		shares:   shares{declined: 30, order: 20, account: 10, reused: 200, twin: 80, changed: 80, cut: 120, hangUp: 120, halfSent: 10, slow: 10},
+		killsMin: 6, commitsMin: 170,
 	},
 }
 

@@ -46,6 +46,7 @@ const (
 	terminateBefore commitKind = "terminate-before" // F6
 	terminateAfter  commitKind = "terminate-after"  // F6
 	killCommitting  commitKind = "kill-bank"        // F2
+	hangUpAtCommit  commitKind = "hang-up"          // the client hangs up while COMMIT is on its way (F26): no cause to fail
 )
 
 // schedule is what a run does, decided by the seed alone. What becomes of it is not: that depends on who is where when

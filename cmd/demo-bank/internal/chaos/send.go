@@ -203,6 +203,10 @@ func (l *lane) exchange(ctx context.Context, k *key, changed bool, t trouble) (*
 		ctx, cancel = context.WithTimeout(ctx, time.Millisecond+rand.N(cutDelayMax))
 		defer cancel()
 	}
+	ctx, hangUp := context.WithCancel(ctx)
+	defer hangUp()
+	k.waits(l, hangUp)
+	defer k.waits(l, nil)
 	connected := false
 	request, err := l.request(httptrace.WithClientTrace(ctx, &httptrace.ClientTrace{
 		GotConn: func(httptrace.GotConnInfo) { connected = true }, // called by Do, before anything is sent
