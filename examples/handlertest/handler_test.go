@@ -88,7 +88,7 @@ func TestRefusalIsReplayed(t *testing.T) {
 func TestUnknownOutcome(t *testing.T) {
 	t.Parallel()
 	b := setup(t, &memory.Options{Fault: func(step idempotency.Step) error {
-		if step == idempotency.StepCommit {
+		if step == idempotency.StepCommit || step == idempotency.StepResolve { // lost, and not to be found out
 			return idempotency.ErrUnknown
 		}
 		return nil

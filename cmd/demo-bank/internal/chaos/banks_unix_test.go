@@ -6,6 +6,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 )
@@ -17,7 +18,11 @@ func slotOf(t *testing.T, script string) (*run, *slot) {
 	diaryOf(t, r)
 	r.banks = newBanks(r)
 	program := filepath.Join(t.TempDir(), "bank")
-	if err := os.WriteFile(program, []byte("#!/bin/sh\n"+script+"\n"), 0o755); err != nil {
+	// A process that another test forks meanwhile would hold the file open for writing, and nobody could run it.
+	syscall.ForkLock.RLock()
+	err := os.WriteFile(program, []byte("#!/bin/sh\n"+script+"\n"), 0o755)
+	syscall.ForkLock.RUnlock()
+	if err != nil {
 		t.Fatal(err)
 	}
 	s := &slot{run: r, address: "127.0.0.1:1", program: program, log: r.diary}

@@ -21,7 +21,7 @@ import (
 // Limits of [Config].
 const (
 	OperationsMin  = 500
-	OperationsMax  = 10_000_000
+	OperationsMax  = 2_000_000 // the money of the accounts that take part lasts for as many
 	ClientsMax     = 256
 	BanksMax       = 4
 	DurationMaxMin = 10 * time.Second

@@ -13,11 +13,11 @@ import (
 const (
 	backoffFirst = 10 * time.Millisecond
 	backoffMax   = 500 * time.Millisecond
-	reusedPause  = 40 * time.Millisecond // between two looks whether an expired record is gone
+	reusedPause  = 16 * time.Millisecond // between two looks whether an expired record is gone
 	laterMin     = time.Second
 	laterMax     = 5 * time.Second
 	lanesMax     = 5 // copies of one key that a client has in flight at once
-	idlePause    = 5 * time.Millisecond
+	idlePause    = 20 * time.Millisecond
 )
 
 // client works on one key after the other, with a few connections: it sends some keys twice or more at once.

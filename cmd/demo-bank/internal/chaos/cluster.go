@@ -15,8 +15,11 @@ import (
 	"github.com/paidonce/idempotency/internal/pgserver"
 )
 
-// applicationBank is what the banks call themselves in pg_stat_activity.
-const applicationBank = "chaos-bank"
+// What the banks' pools and this program call themselves in pg_stat_activity.
+const (
+	applicationBank = "chaos-bank"
+	applicationOwn  = "chaos"
+)
 
 const (
 	// lockTimeout of the banks' connections is under their handlers' time, so that PostgreSQL ends a wait, and not they.
@@ -128,7 +131,7 @@ func (c *cluster) connect(ctx context.Context) (*pgx.Conn, error) {
 	}
 	config.ConnectTimeout = connectTimeout
 	config.RuntimeParams["search_path"] = bank.Schema
-	config.RuntimeParams["application_name"] = "chaos"
+	config.RuntimeParams["application_name"] = applicationOwn
 	conn, err := pgx.ConnectConfig(ctx, config)
 	if err != nil {
 		return nil, fmt.Errorf("connect past the proxies: %w", err)

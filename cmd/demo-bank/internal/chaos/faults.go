@@ -155,7 +155,7 @@ func (r *run) insist(ctx context.Context, do func() (bool, error)) (bool, error)
 		case done || time.Now().After(deadline):
 			return done, nil
 		}
-		if err := sleep(ctx, 4*idlePause); err != nil {
+		if err := sleep(ctx, idlePause); err != nil {
 			return false, err
 		}
 	}
@@ -239,7 +239,7 @@ func (r *run) awaitRestart(ctx context.Context, before time.Time) (bool, error) 
 			r.tally.crashes.Add(1)
 			return true, nil
 		}
-		if err := sleep(ctx, 4*idlePause); err != nil {
+		if err := sleep(ctx, idlePause); err != nil {
 			return false, err
 		}
 	}

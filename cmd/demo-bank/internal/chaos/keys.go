@@ -216,9 +216,20 @@ func (r *ring) draw(index int) *key {
 		from, k.hot = choice.IntN(hotAccounts), true
 	}
 	to := (from + 1 + choice.IntN(accounts-1)) % accounts
+	if choice.IntN(2) == 0 { // or the hot ones would run dry
+		from, to = to, from
+	}
 	k.from, k.to, k.amount = r.names[from], r.names[to], 1+choice.Int64N(amountMax)
-	k.hot = k.hot || to < hotAccounts
+	k.hot = k.hot || from < hotAccounts || to < hotAccounts
 
+	switch n := choice.IntN(100); {
+	case n < 28:
+		k.together = 2
+	case n < 36:
+		k.together = 3
+	case n < 38:
+		k.together = 5
+	}
 	switch n := choice.IntN(1000) - r.shares.declined; {
 	case n < 0:
 		k.asks, k.from = askDeclined, "acct-none"
@@ -228,14 +239,7 @@ func (r *ring) draw(index int) *key {
 		k.asks, k.from, k.to, k.amount = askAccount, "", "", 1000*k.amount
 	case n < r.shares.order+r.shares.account+r.shares.reused:
 		k.asks = askReused
-	}
-	switch n := choice.IntN(100); {
-	case n < 28:
-		k.together = 2
-	case n < 36:
-		k.together = 3
-	case n < 38:
-		k.together = 5
+		k.together = max(2, k.together) // two ask whether the expired record is gone
 	}
 	k.after = choice.IntN(2)
 	if thousandth(250) {

@@ -156,7 +156,7 @@ func (r *run) measureOnce(ctx context.Context, client *http.Client) (total check
 	}
 	err = r.cluster.with(ctx, databaseTimeout, func(ctx context.Context, conn *pgx.Conn) error {
 		return conn.QueryRow(ctx, `
-			SELECT count(*) FROM pg_stat_activity WHERE backend_type = 'client backend' AND pid <> pg_backend_pid()`).Scan(&total.Connections)
+			SELECT count(*) FROM pg_stat_activity WHERE backend_type = 'client backend' AND application_name <> $1`, applicationOwn).Scan(&total.Connections)
 	})
 	return total, pools >= poolSizeBig+(len(r.banks.slots)-1)*poolSizeSmall, err
 }

@@ -16,7 +16,7 @@ func TestNormalProgramContainsNoMutant(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	names := regexp.MustCompile(`Name: "([a-z-]+)"`).FindAllSubmatch(source, -1)
+	names := regexp.MustCompile(`Name:\s+"([a-z-]+)"`).FindAllSubmatch(source, -1)
 	if len(names) < 11 {
 		t.Fatalf("the catalogue has %d mutants", len(names))
 	}
