@@ -32,15 +32,6 @@ func slotOf(t *testing.T, script string) (*run, *slot) {
 	return r, s
 }
 
-func eventually(t *testing.T, what string, so func() bool) {
-	t.Helper()
-	for deadline := time.Now().Add(30 * time.Second); !so(); time.Sleep(5 * time.Millisecond) {
-		if time.Now().After(deadline) {
-			t.Fatalf("it never came true: %s", what)
-		}
-	}
-}
-
 const servesForLong = `echo "demo-bank is at http://127.0.0.1:1 (x)"; exec sleep 60`
 
 // TestADeathThatNobodyAskedForIsFound: whatever it looks like, but for a start that found no database.

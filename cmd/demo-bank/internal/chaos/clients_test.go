@@ -82,6 +82,15 @@ func diaryOf(t *testing.T, r *run) {
 	r.diary = file
 }
 
+func eventually(t *testing.T, what string, so func() bool) {
+	t.Helper()
+	for deadline := time.Now().Add(30 * time.Second); !so(); time.Sleep(5 * time.Millisecond) {
+		if time.Now().After(deadline) {
+			t.Fatalf("it never came true: %s", what)
+		}
+	}
+}
+
 func aTransfer() *key {
 	return &key{text: "chaos-aaaaaaaa-00000000", from: "acct-0001", to: "acct-0002", amount: 3}
 }
@@ -218,6 +227,66 @@ func TestTroubleIsMade(t *testing.T) {
 		if one.trouble == troubleHalfSent && b.begun != 2 {
 			t.Errorf("the half-sent body did not come: %d requests", b.begun)
 		}
+	}
+}
+
+// TestAHalfSentBodyForbidsNothing: it can't have been executed, so a client may give up after it.
+func TestAHalfSentBodyForbidsNothing(t *testing.T) {
+	t.Parallel()
+	_, l := clientOf(t, &bankOf{answers: []string{"503 not-executed"}}, 1)
+	k := aTransfer()
+	l.ask(t.Context(), k, false, troubleHalfSent)
+	if !k.abandoned() || len(l.ops) != 1 {
+		t.Errorf("it was given up: %t; %d operations", k.abandoned(), len(l.ops))
+	}
+}
+
+// TestAHangUpAtCommitReachesTheClient: whoever waits for the key is hung up, of both tenants, and nobody else.
+func TestAHangUpAtCommitReachesTheClient(t *testing.T) {
+	t.Parallel()
+	r, l := clientOf(t, http.HandlerFunc(func(_ http.ResponseWriter, r *http.Request) {
+		_, _ = io.Copy(io.Discard, r.Body)
+		<-r.Context().Done()
+	}), 0)
+	k, twin, other := r.keys.next(), r.keys.next(), r.keys.next()
+	twin.text = k.text
+	var group sync.WaitGroup
+	for n, one := range []*key{k, twin} {
+		group.Go(func() {
+			lane := newLane(r, n+1)
+			defer lane.close()
+			if what := lane.send(t.Context(), one, false, false, noTrouble); what != resultLost || len(lane.ops) != 1 {
+				t.Errorf("a client that was hung up makes of it %d, %d operations", what, len(lane.ops))
+			}
+		})
+	}
+	_, hangUp := context.WithCancel(t.Context())
+	defer hangUp()
+	spared := true
+	other.waits(l, func() { spared = false })
+	for _, one := range []*key{k, twin} {
+		eventually(t, "it waits for its answer", func() bool {
+			one.mu.Lock()
+			defer one.mu.Unlock()
+			return len(one.hangUps) == 1
+		})
+	}
+	done := make(chan struct{})
+	go func() {
+		group.Wait()
+		close(done)
+	}()
+	eventually(t, "both are hung up", func() bool { // a request may not have left yet: then there is none to be lost
+		r.keys.hangUp(k)
+		select {
+		case <-done:
+			return true
+		default:
+			return false
+		}
+	})
+	if !spared || k.hangUps != nil {
+		t.Errorf("another key's client was spared: %t; still waiting: %v", spared, k.hangUps)
 	}
 }
 

@@ -3,10 +3,12 @@ package chaos
 import (
 	"context"
 	"fmt"
+	"net/http"
 	"time"
 
 	"github.com/jackc/pgx/v5"
 
+	"github.com/paidonce/idempotency"
 	"github.com/paidonce/idempotency/cmd/demo-bank/internal/check"
 )
 
@@ -95,8 +97,9 @@ func (r *run) stopBanks(ctx context.Context) {
 	}
 }
 
-// withoutPlanted leaves out the replays of records that were planted for keys which clients then used. Once such a key
-// has a fresh answer, the planted one must not come back.
+// withoutPlanted makes the replays of records that were planted, for keys which clients then used, what they are to the
+// rest of the history: requests that took no effect, but held their key for the moment of their look. Once such a key has a
+// fresh answer, the planted one must not come back.
 func (r *run) withoutPlanted(ops []check.Operation) []check.Operation {
 	reused := make(map[check.Key]time.Duration) // when a fresh answer was first seen; 0: not yet
 	for _, k := range r.keys.all() {
@@ -111,20 +114,19 @@ func (r *run) withoutPlanted(ops []check.Operation) []check.Operation {
 			reused[key] = op.Returned
 		}
 	}
-	kept := ops[:0]
 	for i := range ops {
 		op := &ops[i]
 		at, ok := reused[check.Key{Scope: op.Scope, Key: op.Key}]
 		if !ok || op.Answer != plantedAnswer {
-			kept = append(kept, *op)
 			continue
 		}
 		r.tally.plantedReplays++
 		if at != 0 && op.Sent > at {
 			r.findings.add("key %s: the answer of its expired record came back after a fresh one", op.Key)
 		}
+		op.Outcome, op.Status, op.ID, op.Answer = string(idempotency.OutcomeNotExecuted), http.StatusServiceUnavailable, "", [32]byte{}
 	}
-	return kept
+	return ops
 }
 
 // ownChecks are about the run, and about what the primary key of the records would hide.

@@ -149,15 +149,17 @@ idempotency_step_duration_seconds_count{step="commit"} 70
 	s.endLife()
 	s.endLife() // one that was never scraped
 	s.note(values)
+	s.endLife()
+	s.note(values)
 	for _, one := range []struct {
 		want   float64
 		name   string
 		labels []string
 	}{
-		{4, metricStepFailures, []string{label("step", "commit"), label("error", "key-recorded")}},
-		{6, metricStepFailures, []string{label("error", "unknown"), label("step", "commit")}},
-		{16, metricStepFailures, []string{label("error", "unknown")}},
-		{140, metricSteps, []string{label("step", "commit")}},
+		{6, metricStepFailures, []string{label("step", "commit"), label("error", "key-recorded")}},
+		{9, metricStepFailures, []string{label("error", "unknown"), label("step", "commit")}},
+		{24, metricStepFailures, []string{label("error", "unknown")}},
+		{210, metricSteps, []string{label("step", "commit")}},
 		{0, metricSteps, []string{label("step", "com")}},
 		{0, metricReaped, nil},
 	} {
