@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"math/rand/v2"
 	"net"
 	"os"
 	"os/exec"
@@ -116,13 +117,23 @@ func (b *banks) start(ctx context.Context) error {
 	return nil
 }
 
+// Ports of banks lie under those that systems give to whoever asks for any: nobody must get a bank's port between two
+// of its lives.
+const (
+	portMin   = 20_000
+	portMax   = 32_000
+	portTries = 100
+)
+
 // freeAddress is one that nobody listens on now.
 func freeAddress() (string, error) {
-	listener, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		return "", fmt.Errorf("find a free port: %w", err)
+	for range portTries {
+		address := net.JoinHostPort("127.0.0.1", strconv.Itoa(portMin+rand.IntN(portMax-portMin)))
+		if listener, err := net.Listen("tcp", address); err == nil {
+			return address, listener.Close()
+		}
 	}
-	return listener.Addr().String(), listener.Close()
+	return "", fmt.Errorf("find a free port: %d of those from %d to %d are taken", portTries, portMin, portMax)
 }
 
 // address is where a bank listens, in each of its lives.

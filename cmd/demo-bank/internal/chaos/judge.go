@@ -49,7 +49,7 @@ func (r *run) judge(ctx context.Context) error {
 		}
 		results = append(results, ledger...)
 		records := check.Acknowledged(ops)
-		limit := check.Bounds{Live: int64(len(records) + len(r.planted.live))}
+		limit := check.Bounds{Live: int64(len(records)+len(r.planted.live)) + r.planted.unsure}
 		live, err := check.Live(ctx, conn, append(records, r.planted.live...), limit)
 		results = append(results, live)
 		return err

@@ -45,8 +45,9 @@ type planter struct {
 	expired atomic.Int64 // planted in scopeExpired
 	reused  atomic.Int64 // planted for keys that clients use
 
-	mu   sync.Mutex
-	live []check.Key
+	mu     sync.Mutex
+	live   []check.Key
+	unsure int64 // live ones whose INSERT has no reply: they may be there
 }
 
 // seed is a record to plant.
@@ -88,12 +89,14 @@ func (p *planter) run(ctx context.Context) {
 		}
 		live := &seeds[plantRows]
 		live.scope, live.hours = scopeLive, +24
-		if p.plant(ctx, seeds...) != nil {
-			continue
-		}
-		p.expired.Add(plantRows)
+		err := p.plant(ctx, seeds...)
 		p.mu.Lock()
-		p.live = append(p.live, check.Key{Scope: live.scope, Key: live.key})
+		if err == nil {
+			p.expired.Add(plantRows)
+			p.live = append(p.live, check.Key{Scope: live.scope, Key: live.key})
+		} else {
+			p.unsure++
+		}
 		p.mu.Unlock()
 	}
 }
