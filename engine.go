@@ -58,7 +58,8 @@ type Options struct {
 
 	// Reduce returns what is recorded of an answer, where that is not to be all of it: a one-time secret in a body, for
 	// example. The first client gets the whole answer all the same, and retries get what was recorded. It must not change
-	// the answer's header or body in place. The default records everything.
+	// the answer's header or body in place. It is called from many goroutines. A result that can't be recorded is 500
+	// not-executed, and the handler's writes are undone. The default records everything.
 	Reduce func(answer Answer) Answer
 
 	// Disposition decides by the status what an answer means for the transaction. The default is [DefaultDisposition].

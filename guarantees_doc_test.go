@@ -10,16 +10,20 @@ import (
 	"testing"
 )
 
-// docs/guarantees.md names a test for each promise and each fault. A name that nobody has is a promise that nobody
+// docs/guarantees.md and docs/security.md name a test for each promise, fault and threat. A name that nobody has is a promise that nobody
 // keeps.
-func TestGuaranteesNameTestsThatExist(t *testing.T) {
+func TestDocsNameTestsThatExist(t *testing.T) {
 	t.Parallel()
 	doc, err := os.ReadFile("docs/guarantees.md")
 	if err != nil {
 		t.Fatal(err)
 	}
+	security, err := os.ReadFile("docs/security.md")
+	if err != nil {
+		t.Fatal(err)
+	}
 	tests := map[string]bool{}
-	definition := regexp.MustCompile(`(?m)^func (Test\w+)\(`)
+	definition := regexp.MustCompile(`(?m)^func ((?:Test|Fuzz)\w+)\(`)
 	err = filepath.WalkDir(".", func(path string, _ fs.DirEntry, err error) error {
 		if err != nil || !strings.HasSuffix(path, "_test.go") {
 			return err
@@ -33,7 +37,7 @@ func TestGuaranteesNameTestsThatExist(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	for _, match := range regexp.MustCompile("`(Test\\w+)`").FindAllSubmatch(doc, -1) {
+	for _, match := range regexp.MustCompile("`((?:Test|Fuzz)\\w+)`").FindAllSubmatch(append(doc, security...), -1) {
 		if !tests[string(match[1])] {
 			t.Errorf("%s is named, and does not exist", match[1])
 		}

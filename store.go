@@ -126,7 +126,8 @@ var (
 	// ErrUnknown: the end of the transaction was asked for, and whether it happened is not known. From Begin: there is a
 	// record, and it can't be read, or is not safe yet.
 	ErrUnknown = errors.New("outcome is unknown")
-	// ErrRecordCorrupt: there is a record, and it is not what was recorded. Somebody changed it.
+	// ErrRecordCorrupt: there is a record, and it is not what was recorded. Somebody changed it, or an
+	// encryption key has another secret here.
 	ErrRecordCorrupt = errors.New("record is corrupt")
 )
 
@@ -138,17 +139,18 @@ type Store interface {
 	//   - an Attempt: the key is absent and ours; the caller must end it with Commit, Decline or Rollback
 	//   - a Record: the key is recorded; no transaction is left open, and no fingerprint was compared
 	//   - an error: ErrInProgress where another attempt holds the key, ErrSerialization where Begin should be called
-	//     again, ErrUnknown where there is a record that can't be read, ErrRecordCorrupt where it was tampered with, and
-	//     anything else where the store is unavailable; nothing is left open
+	//     again, ErrUnknown where there is a record that can't be read or is not safe yet, ErrRecordCorrupt where it was
+	//     tampered with, and anything else where the store is unavailable; nothing is left open
 	//
 	// A record wins over the claim: it is returned also while others hold the key. Begin never waits for another
 	// attempt. ctx bounds Begin alone. For a keyless request Begin returns an Attempt that records nothing.
 	Begin(ctx context.Context, req *Request) (Attempt, *Record, error)
 
-	// Resolve finds out what became of an attempt whose Commit or Decline was ErrUnknown, or of any other with this key:
-	// it waits until nobody holds req.Key and returns its record, or nil where it is proven that there is none: after a
-	// Commit for good, while the record of a Decline may still appear. No fingerprint was compared. What it can't find out until ctx ends is ErrUnknown, a record that was tampered with
-	// ErrRecordCorrupt. It changes nothing and may be called again. req has a key.
+	// Resolve finds out what became of an attempt whose Commit or Decline was ErrUnknown, or of any other with this key.
+	// It waits until nobody holds req.Key, and returns its record, or nil where there is none. After a Commit nil is
+	// proof that nothing was recorded; after a Decline it is none, because the record may still appear. No fingerprint
+	// was compared. The error is ErrUnknown for what can't be found out until ctx ends, and ErrRecordCorrupt for a
+	// record that was tampered with. It changes nothing and may be called again. req has a key.
 	Resolve(ctx context.Context, req *Request) (*Record, error)
 }
 

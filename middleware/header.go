@@ -90,7 +90,7 @@ func StatusAndLocation(answer idempotency.Answer) idempotency.Answer {
 // errHeaderPlanted is why a record is not answered from. Nothing ever recorded such a header.
 var errHeaderPlanted = fmt.Errorf("%w: it holds a header that is never recorded", idempotency.ErrRecordCorrupt)
 
-// vet reports whether a recorded answer may be replayed: it must be one that could have been recorded, whatever the
+// vet says why a recorded answer may not be replayed, and is nil where it may: it must be one that could have been recorded, whatever the
 // store checks, and hold no header that carries a credential, frames the message or speaks for the middleware. Whether
 // the route's allow-list has its headers now is not asked: a replay is what was recorded.
 func vet(answer *idempotency.Answer) error {

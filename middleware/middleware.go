@@ -55,9 +55,10 @@ func (m *Middleware) With(change func(o *Options)) *Middleware {
 }
 
 func newMiddleware(engine *idempotency.Engine, scope ScopeFunc, o Options, quota *quota) *Middleware {
-	disposition := o.Engine.Disposition
+	// These stay the caller's: engine() wraps them, and With would wrap the wrapped ones.
+	disposition, reduce := o.Engine.Disposition, o.Engine.Reduce
 	o.Engine = engine.Options() // so that With shows those in force
-	o.Engine.Disposition = disposition
+	o.Engine.Disposition, o.Engine.Reduce = disposition, reduce
 	m := &Middleware{engine: engine, scope: scope, options: o, headers: map[string]bool{}, quota: quota}
 	for _, name := range append(RecordedHeaders(), o.RecordHeaders...) {
 		m.headers[http.CanonicalHeaderKey(name)] = true
@@ -238,7 +239,7 @@ func (m *Middleware) readBody(w http.ResponseWriter, r *http.Request) ([]byte, e
 			return nil, fmt.Errorf("read body: %w", err)
 		}
 	}
-	if int64(buffer.Len()) < r.ContentLength { // its fingerprint would be that of other bodies
+	if int64(buffer.Len()) < r.ContentLength || buffer.Len() == 0 && (len(r.PostForm) > 0 || r.MultipartForm != nil) { // its fingerprint would be that of other bodies
 		return nil, errBodyRead
 	}
 	return buffer.Bytes(), nil

@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"hash/maphash"
+	"maps"
 	"net/http"
 	"sync"
 	"time"
@@ -59,15 +60,24 @@ func (q Quota) full() Quota {
 	return q
 }
 
-// equal reports whether two quotas bound the same.
+// equal reports whether two quotas bound the same. Another clock alone makes no new count.
 func (q Quota) equal(other Quota) bool {
 	return q.KeysMax == other.KeysMax && q.Window == other.Window && q.ScopesMax == other.ScopesMax
 }
 
-// engine returns the engine's options. A request over its quota is answered 429 by what stands in for its handler, and
-// no policy may take that for an answer to keep.
+// engine returns the engine's options. A reduced answer is rid of headers that no replay may hold: a record of them would
+// be taken for a forged one. A request over its quota is answered 429 by what stands in for its handler, and no policy may
+// take that for an answer to keep.
 func (o *Options) engine() *idempotency.Options {
 	engine := o.Engine
+	if reduce := engine.Reduce; reduce != nil {
+		engine.Reduce = func(answer idempotency.Answer) idempotency.Answer {
+			reduced := reduce(answer)
+			reduced.Header = maps.Clone(reduced.Header)
+			maps.DeleteFunc(reduced.Header, func(name string, _ []string) bool { return neverRecorded(http.CanonicalHeaderKey(name)) })
+			return reduced
+		}
+	}
 	if o.Quota.KeysMax == 0 {
 		return &engine
 	}

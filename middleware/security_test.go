@@ -155,6 +155,19 @@ func TestStatusAndLocationOnly(t *testing.T) {
 	}
 }
 
+// A header that no replay may hold is not recorded, whatever a Reduce puts into its answer: the record would be taken for
+// a forged one, and the key would be of no use until it expires.
+func TestReducedAnswerCanBeReplayed(t *testing.T) {
+	t.Parallel()
+	b := setup(t, setupOptions{middleware: &middleware.Options{Engine: idempotency.Options{Reduce: func(answer idempotency.Answer) idempotency.Answer {
+		header := http.Header{"Content-Length": {"0"}, "date": {"today"}, "Idempotency-Status": {"executed"}, "Location": {"/1"}}
+		return idempotency.Answer{Status: answer.Status, Header: header}
+	}}}}, func(w http.ResponseWriter, _ *http.Request) { w.WriteHeader(http.StatusCreated) })
+	for _, outcome := range []idempotency.Outcome{idempotency.OutcomeExecuted, idempotency.OutcomeReplayed} {
+		want(t, b.post(t, "/", "{}", "Idempotency-Key", "k"), 201, outcome, "")
+	}
+}
+
 // Slowloris: 200 clients that send half a body hold nothing, and the others are served by a pool of 2.
 func TestHalfSentBodiesHoldNoConnection(t *testing.T) {
 	t.Parallel()

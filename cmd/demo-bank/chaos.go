@@ -69,7 +69,7 @@ func (c *chaosCommand) Run(ctx context.Context) error {
 	}
 	if c.Report != "" {
 		if err := writeReport(report, c.Report); err != nil {
-			return fmt.Errorf("write the report: %w", err)
+			return noVerdict{fmt.Errorf("write the report: %w", err)}
 		}
 	}
 	write := report.WriteText
@@ -77,7 +77,7 @@ func (c *chaosCommand) Run(ctx context.Context) error {
 		write = report.WriteJSON
 	}
 	if err := write(os.Stdout); err != nil {
-		return fmt.Errorf("print the report: %w", err)
+		return noVerdict{fmt.Errorf("print the report: %w", err)}
 	}
 	if !report.OK() {
 		return errBroken

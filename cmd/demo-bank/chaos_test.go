@@ -45,10 +45,10 @@ func TestChaosFindsNothingInAGoodBank(t *testing.T) {
 		t.Skip("a run takes half a minute")
 	}
 	dir := temporaryFolder(t)
-	ctx, cancel := context.WithTimeout(t.Context(), 4*time.Minute)
+	ctx, cancel := context.WithTimeout(t.Context(), 6*time.Minute)
 	defer cancel()
 	file := filepath.Join(dir, "report.json")
-	cmd := chaosCommandIn(ctx, dir, "--seed", "11", "--operations", "1500", "--clients", "16", "--json", "--report", file)
+	cmd := chaosCommandIn(ctx, dir, "--seed", "11", "--operations", "1500", "--clients", "16", "--duration-max", "5m", "--json", "--report", file)
 	var stdout, stderr bytes.Buffer
 	cmd.Stdout, cmd.Stderr = &stdout, &stderr
 	err := cmd.Run()

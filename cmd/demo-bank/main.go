@@ -152,10 +152,10 @@ func (c *stormCommand) Run(ctx context.Context) error {
 	return nil
 }
 
-// errBroken is a storm whose verdict is on stdout already.
+// errBroken is a storm or a chaos run whose verdict is on stdout already.
 var errBroken = errors.New("the bank's books or answers are broken")
 
-// noVerdict is a storm that could not be judged.
+// noVerdict is one that could not be judged.
 type noVerdict struct{ error }
 
 func (e noVerdict) Error() string { return "no verdict: " + e.error.Error() }

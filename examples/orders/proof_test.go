@@ -32,7 +32,7 @@ func TestOrdersOutliveCrashes(t *testing.T) {
 		Declined: func(int) *http.Request { return newOrder("token-of-acme", "empty") },
 		Other:    func(n int) *http.Request { return newOrder("token-of-globex", fmt.Sprintf("card-%d", n)) },
 		Invariant: func(ctx context.Context, told prooftest.Told) error {
-			return checkBooks(ctx, shop, len(told.Acknowledged), len(told.Abandoned))
+			return checkBooks(ctx, shop, len(told.Acknowledged), len(told.GivenUp))
 		},
 	})
 }

@@ -12,10 +12,11 @@ import (
 	"time"
 )
 
-// Timeouts of the server. A write may take longer than claim, handler and commit together.
+// Timeouts of the server. A write may take longer than reading the body, claim, handler, commit and
+// resolve together.
 const (
 	readTimeout     = 10 * time.Second
-	writeTimeout    = 30 * time.Second
+	writeTimeout    = 40 * time.Second
 	shutdownTimeout = 20 * time.Second
 )
 

@@ -245,10 +245,10 @@ func (l *lab) toldNow() (told Told) {
 		case k.answer != nil:
 			told.Acknowledged = append(told.Acknowledged, *k.answer)
 		case k.abandoned:
-			told.Abandoned = append(told.Abandoned, Answer{N: k.n, Key: k.value})
+			told.GivenUp = append(told.GivenUp, Answer{N: k.n, Key: k.value})
 		}
 	}
-	for _, answers := range [][]Answer{told.Acknowledged, told.Declined, told.Abandoned} {
+	for _, answers := range [][]Answer{told.Acknowledged, told.Declined, told.GivenUp} {
 		slices.SortFunc(answers, func(a, b Answer) int { return a.N - b.N })
 	}
 	return told
@@ -258,7 +258,7 @@ func (l *lab) summary() string {
 	told := l.toldNow()
 	var b strings.Builder
 	fmt.Fprintf(&b, "seed %d: %d keys, %d requests; %d acknowledged, %d declined, %d given up; hits:",
-		l.config.Seed, len(l.told), l.requests.Load(), len(told.Acknowledged), len(told.Declined), len(told.Abandoned))
+		l.config.Seed, len(l.told), l.requests.Load(), len(told.Acknowledged), len(told.Declined), len(told.GivenUp))
 	for _, p := range plans() {
 		if n := l.hits[p.point]; n > 0 {
 			fmt.Fprintf(&b, " %s %d", p.point, n)

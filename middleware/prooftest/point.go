@@ -84,15 +84,6 @@ func plans() []plan {
 // wants reports whether the request that was hit may be told so.
 func (p plan) wants(o idempotency.Outcome) bool { return slices.Contains(p.first, o) }
 
-// needsUses reports whether the point is one of the uses of a context.
-func (p point) needsUses() bool {
-	switch p {
-	case midHandler, handlerCanceled, midCommit, commitCanceled, midDecline:
-		return true
-	}
-	return false
-}
-
 // end names the points around the end of a transaction. An empty one is never met.
 type end struct {
 	before, mid, canceled, neverArrived, lost, resolving, unresolvable, after, half point

@@ -22,7 +22,7 @@
 //   - Storm: many keys, each sent by several clients at once and again later, with changed bodies, clients that hang
 //     up or give up, and all points mixed
 //   - Scope: one key of two callers, where Config.Other is set
-//   - Replay: each key that was acknowledged, once more
+//   - Replay: each key that was answered for good, once more
 //
 // After each of them it waits until nothing is in flight, looks each key up in the store, and asks the invariant. A
 // point that was never hit fails its subtest.
@@ -120,7 +120,7 @@ type Config struct {
 type Told struct {
 	Acknowledged []Answer // executed or replayed, with 2xx or 3xx: each has had its effect once
 	Declined     []Answer // executed or replayed, with 4xx: none has left anything
-	Abandoned    []Answer // given up after not-executed: none has left anything
+	GivenUp      []Answer // given up after not-executed: none has left anything
 }
 
 // full returns a copy of c in which nothing is left out, or what is wrong with it.

@@ -27,7 +27,7 @@ var (
 	errVersion     = fmt.Errorf("%w: its envelope is of another version of this program", idempotency.ErrUnknown)
 )
 
-// open decrypts a record's body in place. A failure leaves it as it was.
+// open replaces a record's body by what was sealed in it. A failure leaves the record as it was.
 func (s *Store) open(key idempotency.Key, record *idempotency.Record) error {
 	keyID, sealed, err := parseEnvelope(record.Answer.Body)
 	switch {

@@ -24,7 +24,7 @@ type Options struct {
 	Now func() time.Time
 
 	// Fault, where it is set, is asked before each claim, commit, decline and resolve. An error that it returns is what the
-	// step reports, and nothing of the attempt remains: [idempotency.ErrUnavailable] shows how a client takes a 503
+	// step reports, and nothing of the attempt remains (a fault of resolve leaves what is there): [idempotency.ErrUnavailable] shows how a client takes a 503
 	// not-executed, [idempotency.ErrUnknown] at a commit and at its resolve how it takes a 503 unknown. It is called from
 	// many goroutines.
 	Fault func(step idempotency.Step) error

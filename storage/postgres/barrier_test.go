@@ -58,7 +58,7 @@ func TestF20NoAnswerBeforeTheStandbysHaveIt(t *testing.T) {
 	service := config.Copy()
 	service.ConnConfig.User = "service"
 	service.AfterConnect = func(ctx context.Context, conn *pgx.Conn) error { // nor does COMMIT go by what others set
-		_, err := conn.Exec(ctx, "SET synchronous_commit = local")
+		_, err := conn.Exec(ctx, "SET synchronous_commit = local; SET client_min_messages = error")
 		return err
 	}
 	if pool, err = pgxpool.NewWithConfig(ctx, service); err != nil {

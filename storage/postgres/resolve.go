@@ -30,15 +30,14 @@ const (
 //
 // A decline gives the lock away at its ROLLBACK, before its INSERT: after one, nil says nothing of its record.
 func (s *Store) Resolve(ctx context.Context, req *idempotency.Request) (*idempotency.Record, error) {
-	last := errors.New("no place among the resolvers")
+	last := errors.New("no place among the resolvers: raise Options.ResolversMax")
 	for pause := resolvePauseMin; ; pause = min(2*pause, resolvePauseMax) {
 		select {
 		case s.resolvers <- struct{}{}:
 		case <-ctx.Done():
 			return nil, fail("resolve", idempotency.ErrUnknown, last)
 		}
-		record, err := s.resolveOnce(ctx, req)
-		<-s.resolvers
+		record, err := s.resolveInPlace(ctx, req)
 		if err == nil {
 			return record, nil
 		}
@@ -54,7 +53,13 @@ func (s *Store) Resolve(ctx context.Context, req *idempotency.Request) (*idempot
 	}
 }
 
-var errStandby = errors.New("connected to a standby")
+// resolveInPlace gives the place back, also where a hook of the pool's panics.
+func (s *Store) resolveInPlace(ctx context.Context, req *idempotency.Request) (*idempotency.Record, error) {
+	defer func() { <-s.resolvers }()
+	return s.resolveOnce(ctx, req)
+}
+
+var errStandby = errors.New("connected to a standby: the connection string must lead to the primary, or name all hosts")
 
 func (s *Store) resolveOnce(ctx context.Context, req *idempotency.Request) (*idempotency.Record, error) {
 	conn, err := s.connectPrimary(ctx)
@@ -126,10 +131,16 @@ func (s *Store) connectPrimary(ctx context.Context) (*pgx.Conn, error) {
 	if err != nil {
 		return nil, err
 	}
+	prepared := false
+	defer func() {
+		if !prepared {
+			_ = conn.Close(ctx)
+		}
+	}()
 	if err := prepareAsPool(context.WithValue(ctx, unpreparedKey{}, true), pool, conn); err != nil {
-		_ = conn.Close(ctx)
 		return nil, err
 	}
+	prepared = true
 	return conn, nil
 }
 
@@ -158,7 +169,7 @@ func prepareAsPool(ctx context.Context, pool *pgxpool.Config, conn *pgx.Conn) er
 // trips than the rest.
 type unpreparedKey struct{}
 
-var errNotReplicated = errors.New("COMMIT did not wait for the standbys")
+var errNotReplicated = errors.New("COMMIT did not wait for the standbys: pg_stat_replication says which are away")
 
 // barrier ends the transaction with a COMMIT that waits for the standbys, and so for all that was committed before it.
 // A COMMIT whose wait was canceled is visible on the primary, but a fail-over would lose it: nothing is answered from

@@ -45,6 +45,10 @@ var binaryFormat = []int16{1} // stands for all parameters, and for all columns
 // synchronousStandbys is true where COMMIT waits for standbys.
 const synchronousStandbys = "pg_catalog.current_setting('synchronous_standby_names') OPERATOR(pg_catalog.<>) ''"
 
+// hearWarnings has the server send the warning that is all a COMMIT says whose wait for standbys was canceled, whatever
+// the session or the handler set.
+const hearWarnings = " AND pg_catalog.set_config('client_min_messages', 'warning', true) IS NOT NULL"
+
 func newStatements(o *Options) statements {
 	table := pgx.Identifier{o.Schema, TableName}.Sanitize()
 	// With a pooler that hands out a server connection per transaction, settings live and die with the transaction.
@@ -74,7 +78,7 @@ func newStatements(o *Options) statements {
 		insert: statement{
 			sql: "INSERT INTO " + table + " (created_at, expires_at, status, fingerprint_version, attempt_id, scope, key, fingerprint, headers, body, trace_id)" +
 				" VALUES (CASE WHEN pg_catalog.transaction_timestamp() OPERATOR(pg_catalog.=) COALESCE($1, pg_catalog.transaction_timestamp())" +
-				" AND pg_catalog.set_config('synchronous_commit', $2, true) IS NOT NULL THEN pg_catalog.transaction_timestamp() END," +
+				" AND pg_catalog.set_config('synchronous_commit', $2, true) IS NOT NULL" + hearWarnings + " THEN pg_catalog.transaction_timestamp() END," +
 				" pg_catalog.clock_timestamp() OPERATOR(pg_catalog.+) ($3 OPERATOR(pg_catalog.*) interval '1 microsecond'), $4, $5, $6, $7, $8, $9, $10, $11, $12)",
 			oids: []uint32{
 				pgtype.TimestamptzOID, pgtype.TextOID, pgtype.Int8OID, pgtype.Int2OID, pgtype.Int2OID, pgtype.UUIDOID,
@@ -83,13 +87,14 @@ func newStatements(o *Options) statements {
 		},
 		guard: statement{
 			sql: "SELECT 1 OPERATOR(pg_catalog./) CASE WHEN pg_catalog.transaction_timestamp() OPERATOR(pg_catalog.=) $1" +
-				" AND pg_catalog.set_config('synchronous_commit', $2, true) IS NOT NULL THEN 1 ELSE 0 END",
+				" AND pg_catalog.set_config('synchronous_commit', $2, true) IS NOT NULL" + hearWarnings + " THEN 1 ELSE 0 END",
 			oids: []uint32{pgtype.TimestamptzOID, pgtype.TextOID},
 		},
 		commit:   statement{sql: "COMMIT"},
 		rollback: statement{sql: "ROLLBACK"},
 		barrier: statement{
-			sql:  "SELECT pg_catalog.set_config('synchronous_commit', $1, true), pg_catalog.pg_logical_emit_message(true, 'idempotency', '')",
+			sql: "SELECT pg_catalog.set_config('synchronous_commit', $1, true), pg_catalog.set_config('client_min_messages', 'warning', true)," +
+				" pg_catalog.pg_logical_emit_message(true, 'idempotency', '')",
 			oids: []uint32{pgtype.TextOID},
 		},
 		// READ COMMITTED whatever the store's isolation: the look-up's snapshot must be younger than the lock. READ WRITE

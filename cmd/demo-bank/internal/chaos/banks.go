@@ -26,11 +26,9 @@ const (
 	handlerTimeout = 4 * time.Second // a half-open transaction ends ten seconds after it, and its request is unknown before that
 	acquireTimeout = time.Second
 
-	serveWaitMax   = 30 * time.Second // from a bank's start until it serves, starts that failed included
-	restartPause   = 100 * time.Millisecond
-	stopWaitMax    = 20 * time.Second
-	crashPointLine = "demo-bank: crash point "
-	servingLine    = "demo-bank is at "
+	serveWaitMax = 30 * time.Second // from a bank's start until it serves, starts that failed included
+	restartPause = 100 * time.Millisecond
+	stopWaitMax  = 20 * time.Second
 )
 
 // banks are the processes under test, each in a slot with an address of its own. A bank that dies is started again.
@@ -67,20 +65,6 @@ type arm struct {
 }
 
 func (a arm) String() string { return a.point + ":" + strconv.Itoa(a.nth) }
-
-// life is one process of a bank.
-type life struct {
-	cmd     *exec.Cmd
-	armed   arm
-	serving chan struct{} // closed when it serves
-	ended   chan struct{} // closed when it has ended and was waited for
-
-	mu      sync.Mutex
-	said    string   // the crash point that it said it dies at
-	serves  bool     // or did
-	killed  bool     // by the run
-	trouble []string // the last lines on stderr
-}
 
 func (b *banks) start(ctx context.Context) error {
 	program := b.run.config.Bank
@@ -246,30 +230,6 @@ func (s *slot) begin() (*life, error) {
 	return l, nil
 }
 
-// hear reads what a bank says on stdout.
-func (l *life) hear(run *run, line string) {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	if strings.HasPrefix(line, servingLine) && !l.serves {
-		run.note("a bank serves: %s", strings.TrimPrefix(line, servingLine))
-		l.serves = true
-		close(l.serving)
-	}
-}
-
-// overhear reads what it says on stderr.
-func (l *life) overhear(line string, log *os.File) {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	if point, ok := strings.CutPrefix(line, crashPointLine); ok {
-		l.said = point
-	}
-	if l.trouble = append(l.trouble, line); len(l.trouble) > 3 {
-		l.trouble = l.trouble[1:]
-	}
-	_, _ = fmt.Fprintln(log, line) // a log that can't be written is no reason to stop
-}
-
 // judge says whether a life that has ended had served, and whether it is the slot's last one.
 func (s *slot) judge(l *life) (served, stopped bool) {
 	s.mu.Lock()
@@ -317,22 +277,6 @@ func (b *banks) kill(bank int, next arm) bool {
 		s.next = next
 	}
 	return s.life != nil && s.life.kill()
-}
-
-func (l *life) kill() bool {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	if l.killed {
-		return false
-	}
-	l.killed = true
-	return signalKill(l.cmd.Process.Pid) == nil
-}
-
-func (l *life) dying() bool {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	return l.killed
 }
 
 // disarmed reports whether every crash point was reached that any life was given. One that was pushed aside by a kill
@@ -410,27 +354,4 @@ func (b *banks) close() error {
 		err = errors.Join(err, s.log.Close())
 	}
 	return err
-}
-
-// lines hands on what is written to it, line by line.
-type lines struct {
-	each func(string)
-	rest []byte
-}
-
-const lineBytesMax = 64 << 10
-
-func (w *lines) Write(p []byte) (int, error) {
-	w.rest = append(w.rest, p...)
-	for {
-		at := slices.Index(w.rest, '\n')
-		if at < 0 {
-			if len(w.rest) > lineBytesMax {
-				w.rest = w.rest[:0]
-			}
-			return len(p), nil
-		}
-		w.each(string(w.rest[:at]))
-		w.rest = w.rest[at+1:]
-	}
 }

@@ -125,7 +125,19 @@ func Run(ctx context.Context, config Config) (report *Report, err error) {
 	if err != nil {
 		return nil, err
 	}
-	defer func() { err = errors.Join(err, r.close(report)) }()
+	defer func() {
+		failed := err != nil && ctx.Err() == nil || report != nil && !report.OK()
+		if closeErr := r.close(!config.Keep || !failed); closeErr != nil {
+			err = errors.Join(err, closeErr)
+		}
+		switch {
+		case !config.Keep || !failed:
+		case report != nil:
+			report.Kept = r.dir
+		default:
+			err = fmt.Errorf("%w; the data folder and the logs are in %s", err, r.dir)
+		}
+	}()
 
 	bounded, cancel := context.WithTimeoutCause(ctx, config.DurationMax, errDuration)
 	defer cancel()

@@ -77,8 +77,8 @@ func newRun(config Config) (*run, error) {
 	return r, nil
 }
 
-// close ends what still runs and removes what it left behind, or keeps it where that was asked for.
-func (r *run) close(report *Report) error {
+// close ends what still runs, and removes what it left behind or keeps it.
+func (r *run) close(remove bool) error {
 	r.loadOver.Store(true)
 	r.working.Wait() // their context has ended
 	for _, c := range r.clients {
@@ -86,10 +86,7 @@ func (r *run) close(report *Report) error {
 	}
 	r.planted.session.close()
 	err := errors.Join(r.banks.close(), r.cluster.close(), r.diary.Close())
-	if r.config.Keep && (report == nil || !report.OK()) {
-		if report != nil {
-			report.Kept = r.dir
-		}
+	if !remove {
 		return err
 	}
 	if removeErr := os.RemoveAll(r.dir); removeErr != nil {

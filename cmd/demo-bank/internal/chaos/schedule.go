@@ -179,7 +179,7 @@ func (p profile) commitsOf(kind commitKind) int {
 	return max(2, p.commits*p.weights[kind]/total)
 }
 
-// drawCommits returns the kinds of all faults of COMMITs: each by its share, at least one of each, in any order.
+// drawCommits returns the kinds of all faults of COMMITs: each by its share, at least two of each, in any order.
 func drawCommits(p profile, choice *rand.Rand) []commitKind {
 	var kinds []commitKind
 	for _, kind := range slices.Sorted(maps.Keys(p.weights)) {

@@ -103,8 +103,8 @@ func (l *lane) replay(ctx context.Context, k *key) error {
 	}
 }
 
-// history is what all clients saw and wanted. Replays of a planted record are no part of it: that record was of an
-// earlier time.
+// history is what all clients saw and wanted. Replays of a planted record are still in it: see
+// withoutPlanted.
 func (r *run) history() (ops []check.Operation, expected []check.Expectation) {
 	for _, c := range r.clients {
 		for _, l := range c.lanes {

@@ -17,7 +17,8 @@ import (
 // point for the third time.
 const Variable = "DEMO_BANK_CRASH_POINT"
 
-// The points, in the order in which a transfer gets to them. The first seven count keyed transfers alone.
+// The points, in the order in which a transfer gets to them. All but the last, which is the
+// reaper's, count keyed transfers alone.
 const (
 	afterBody    = "after_body"    // body and headers are read, nothing was asked of the database
 	afterBegin   = "after_begin"   // the key is claimed, nothing of the handler ran

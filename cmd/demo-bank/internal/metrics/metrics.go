@@ -121,7 +121,7 @@ var kinds = []struct {
 	err  error
 	kind string
 }{
-	{idempotency.ErrUnknown, "unknown"},
+	{idempotency.ErrRecordCorrupt, "record-corrupt"}, {idempotency.ErrUnknown, "unknown"},
 	{idempotency.ErrTransactionLost, "transaction-lost"},
 	{idempotency.ErrKeyRecorded, "key-recorded"},
 	{idempotency.ErrInProgress, "in-progress"},
