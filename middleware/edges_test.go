@@ -314,20 +314,8 @@ func TestBodyReadOutsideIsRefused(t *testing.T) {
 		want(t, got, 400, idempotency.OutcomeNotExecuted, idempotency.ReasonBodyUnread)
 	}
 	for _, body := range []string{"amount=1", "amount=1000"} { // nor where no length was announced
-		request, err := http.NewRequest(http.MethodPost, b.server.URL+"/", io.MultiReader(strings.NewReader(body)))
-		if err != nil {
-			t.Fatal(err)
-		}
-		request.Header.Set("Idempotency-Key", "chunked")
-		request.Header.Set("Content-Type", "application/x-www-form-urlencoded")
-		response, err := b.client.Do(request)
-		if err != nil {
-			t.Fatal(err)
-		}
-		_ = response.Body.Close()
-		if response.StatusCode != 400 {
-			t.Errorf("chunked: status %d", response.StatusCode)
-		}
+		got := b.send(t, http.MethodPost, "/", io.MultiReader(strings.NewReader(body)), "Idempotency-Key", "chunked", "Content-Type", "application/x-www-form-urlencoded")
+		want(t, got, 400, idempotency.OutcomeNotExecuted, idempotency.ReasonBodyUnread)
 	}
 	if b.runs.Load() != 0 {
 		t.Error("the handler ran")
