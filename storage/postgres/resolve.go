@@ -153,11 +153,13 @@ func prepareAsPool(ctx context.Context, pool *pgxpool.Config, conn *pgx.Conn) er
 		}
 	}
 	usable, err := true, error(nil)
+	//lint:ignore SA1019 the pool still calls it
+	before := pool.BeforeAcquire
 	switch {
 	case pool.PrepareConn != nil:
 		usable, err = pool.PrepareConn(ctx, conn)
-	case pool.BeforeAcquire != nil:
-		usable = pool.BeforeAcquire(ctx, conn)
+	case before != nil:
+		usable = before(ctx, conn)
 	}
 	if err == nil && !usable {
 		err = errors.New("the pool's hook refused the connection")
