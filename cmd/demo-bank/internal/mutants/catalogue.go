@@ -79,8 +79,8 @@ func Catalogue() []Mutant {
 			Bug:  "the handler runs again where the outcome of COMMIT is not known",
 			edits: []edit{
 				{"store.go", "	Attempt AttemptID\n}\n\n// Keyless", "	Attempt AttemptID\n	Again   bool\n}\n\n// Keyless"},
-				{engineFile, `		fact, record, err = e.resolve(ctx, req, err, trace)
-`, `		req.Again = true
+				{engineFile, `		fact, record, err = e.resolve(ctx, req, disposition, sent, err, trace)
+`, `		_, req.Again = sent, true
 		return Result{}, err
 `},
 				{storeFile, `	case record != nil: // also where`, `	case req.Again:
