@@ -12,6 +12,9 @@ import (
 // The names of the mutants are in a program that is built for them, and not in the one that people run.
 func TestNormalProgramContainsNoMutant(t *testing.T) {
 	t.Parallel()
+	if testing.Short() {
+		t.Skip("it builds two programs: go test without -short")
+	}
 	source, err := os.ReadFile("catalogue.go")
 	if err != nil {
 		t.Fatal(err)

@@ -93,7 +93,7 @@ func checkout(ctx context.Context) (string, error) {
 
 // Build builds a bank with the mutant's bug into folder and returns its path. The sources under root stay as they are.
 func Build(ctx context.Context, root, folder string, mutant Mutant) (string, error) {
-	overlay, err := mutant.overlay(root, folder)
+	overlay, err := mutant.Overlay(root, folder)
 	if err != nil {
 		return "", err
 	}
@@ -106,8 +106,9 @@ func Build(ctx context.Context, root, folder string, mutant Mutant) (string, err
 	return bank, nil
 }
 
-// overlay writes the changed files into folder, and the file that tells the go command of them.
-func (m *Mutant) overlay(root, folder string) (string, error) {
+// Overlay writes the changed files into folder, and the file that tells the go command of them,
+// whose path it returns. The error says which file has changed so that the mutant no longer applies.
+func (m *Mutant) Overlay(root, folder string) (string, error) {
 	sources := map[string]string{}
 	for _, e := range m.edits {
 		source, read := sources[e.file]
