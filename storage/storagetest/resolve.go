@@ -124,7 +124,10 @@ var resolveCases = []testCase{
 		name: "ManyResolveAtOnce",
 		rule: "However many ask, and however busy the store is, each gets the truth: when a database comes back all those ask at once whose replies were lost.",
 		run: func(c *check) {
-			const keys, copies = 4, 5
+			keys, copies := 4, 5
+			if c.features.RunsAgain {
+				keys, copies = 1, 20 // several attempts at once might have to run again, and would let go of their keys
+			}
 			attempts := make([]*attempt, keys)
 			for key := range keys {
 				attempts[key] = c.claim(request("acme", fmt.Sprint(key)))
