@@ -100,11 +100,13 @@ func (k Key) LogValue() slog.Value { return slog.StringValue(k.String()) }
 // database that pass a key along don't block each other. It is frozen: programs of different versions must meet at
 // the same lock. Nothing rests on it being unique; a collision costs a spurious in-progress.
 func (k Key) LockNumber(table string) int64 {
-	h := sha256.New()
-	writeField(h, table)
-	writeField(h, k.Scope)
-	writeField(h, k.Value)
-	return int64(binary.BigEndian.Uint64(h.Sum(nil)))
+	fields := make([]byte, 0, 1024) // on the stack, and long enough for the longest
+	for _, field := range [...]string{table, k.Scope, k.Value} {
+		fields = binary.BigEndian.AppendUint64(fields, uint64(len(field)))
+		fields = append(fields, field...)
+	}
+	sum := sha256.Sum256(fields)
+	return int64(binary.BigEndian.Uint64(sum[:]))
 }
 
 // writeField feeds one length-prefixed field to a hash, so that no two lists of fields feed it the same bytes.

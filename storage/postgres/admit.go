@@ -18,13 +18,13 @@ func admitSQL(sql string, plainStrings bool) error {
 	for s.skip(); s.rest != "" && s.rest[0] == ';'; s.skip() { // empty statements
 		s.rest = s.rest[1:]
 	}
-	switch verb := s.word(); verb {
+	switch verb := strings.ToUpper(s.word()); verb {
 	case "COMMIT", "END", "ROLLBACK", "ABORT", "BEGIN", "START":
 		return fmt.Errorf("%w: %s by SQL text is refused: it is ended when the handler returns; Begin opens a nested one", ErrSealed, verb)
 	case "SAVEPOINT", "RELEASE":
 		return fmt.Errorf("%w: %s by SQL text is refused: use Begin on the transaction", ErrSealed, verb)
 	case "PREPARE":
-		if s.skip(); s.word() == "TRANSACTION" {
+		if s.skip(); strings.EqualFold(s.word(), "TRANSACTION") {
 			return fmt.Errorf("%w: PREPARE TRANSACTION is refused", ErrSealed)
 		}
 	}
@@ -90,7 +90,7 @@ func (s *scanner) comment() {
 	s.open = true
 }
 
-// word takes a word and returns it in upper case; it is empty where none begins here.
+// word takes a word; it is empty where none begins here.
 func (s *scanner) word() string {
 	end := 0
 	if s.rest != "" && s.rest[0] == '$' {
@@ -101,7 +101,7 @@ func (s *scanner) word() string {
 	}
 	word := s.rest[:end]
 	s.rest = s.rest[end:]
-	return strings.ToUpper(word)
+	return word
 }
 
 // token takes one token, and white space and comments before it. At a semicolon it stops.
@@ -119,7 +119,7 @@ func (s *scanner) token() {
 		s.dollar()
 	case isWordByte(c):
 		word := s.word()
-		for word == "E" && s.rest != "" && s.rest[0] == '\'' {
+		for (word == "E" || word == "e") && s.rest != "" && s.rest[0] == '\'' {
 			s.quoted('\'', true)
 			s.skip() // after a new line the string goes on, and so do its escapes
 		}

@@ -12,24 +12,73 @@ import (
 	"github.com/paidonce/idempotency"
 )
 
-// attempt is one run of a handler in an open transaction on a connection of its own.
+// attempt is one run of a handler in an open transaction on a connection of its own. It is one piece of memory with all
+// that its statements are made of: a request should cost few allocations.
 type attempt struct {
-	store     *Store
-	req       *idempotency.Request
-	pooled    *pgxpool.Conn
-	tx        *transaction
-	claimedAt [8]byte // transaction_timestamp() of the claim, as it came
+	store  *Store
+	req    *idempotency.Request
+	pooled *pgxpool.Conn
+	tx     transaction
+	handle sealedTx // the handler's
 
-	synchronous bool // COMMIT waits for standbys
+	// What the claim found.
+	locked      bool
+	claimedAt   [8]byte // transaction_timestamp() of the claim, as it came
+	synchronous bool    // COMMIT waits for standbys
+	record      *idempotency.Record
+
+	// Parameters of the statements, in binary format.
+	lockNumber [8]byte
+	ttl        [8]byte
+	status     [2]byte
+	version    [2]byte
+	scope, key []byte
+	params     [insertParams][]byte
 }
 
 func newAttempt(store *Store, conn *pgxpool.Conn, req *idempotency.Request) *attempt {
-	return &attempt{store: store, req: req, pooled: conn, tx: newTransaction(store.pool, conn.Conn(), store.mode)}
+	a := &attempt{store: store, req: req, pooled: conn, tx: newTransaction(store.pool, conn.Conn(), store.mode)}
+	a.handle.transaction = &a.tx
+	text := append(append(make([]byte, 0, len(req.Key.Scope)+len(req.Key.Value)), req.Key.Scope...), req.Key.Value...)
+	a.scope, a.key = text[:len(req.Key.Scope)], text[len(req.Key.Scope):]
+	a.lockNumber = encodeInt8(req.Key.LockNumber(store.table))
+	return a
 }
 
 // Context implements [idempotency.Attempt].
 func (a *attempt) Context(ctx context.Context) context.Context {
-	return context.WithValue(ctx, txKey{}, &sealedTx{transaction: a.tx})
+	return context.WithValue(ctx, txKey{}, &a.handle)
+}
+
+// lockCall tries to lock the key.
+func (a *attempt) lockCall(row rowReader) call {
+	a.params[0] = a.lockNumber[:]
+	return call{statement: &a.store.statements.lock, params: a.params[:1:1], row: row}
+}
+
+// lookUpCall looks the record up. Its parameters lie beside those of lockCall.
+func (a *attempt) lookUpCall(row rowReader) call {
+	a.params[1], a.params[2] = a.scope, a.key
+	return call{statement: &a.store.statements.lookUp, params: a.params[1:3:3], row: row}
+}
+
+// lockRow reads what the claim's lock says.
+type lockRow struct{ *attempt }
+
+func (a lockRow) readRow(values [][]byte) error {
+	d := decoder{values: values}
+	a.locked = d.bool()
+	copy(a.claimedAt[:], d.next(len(a.claimedAt)))
+	a.synchronous = d.bool()
+	return d.err
+}
+
+// recordRow reads the record.
+type recordRow struct{ *attempt }
+
+func (a recordRow) readRow(values [][]byte) (err error) {
+	a.record, err = decodeRecord(values)
+	return err
 }
 
 // Seal implements [idempotency.Attempt].
@@ -43,10 +92,9 @@ func (a *attempt) Commit(ctx context.Context, answer *idempotency.Answer) error 
 	}
 	s := &a.store.statements
 	if a.req.Keyless() {
-		guard := call{statement: &s.guard, params: [][]byte{a.claimedAt[:], []byte(a.store.options.SynchronousCommit)}}
-		return a.end(ctx, "commit", guard, call{statement: &s.commit})
+		return a.end(ctx, "commit", a.guardCall(), call{statement: &s.commit})
 	}
-	return a.end(ctx, "commit", a.insert(a.claimedAt[:], answer), call{statement: &s.commit})
+	return a.end(ctx, "commit", a.insertCall(a.claimedAt[:], answer), call{statement: &s.commit})
 }
 
 // Decline implements [idempotency.Attempt]: the handler's writes go, the answer stays, in one round trip. Between the
@@ -60,14 +108,14 @@ func (a *attempt) Decline(ctx context.Context, answer *idempotency.Answer) error
 	s := &a.store.statements
 	calls := make([]call, 0, 6)
 	// An abandoned connection is not ours to look at; in an aborted transaction nothing but ROLLBACK is heard.
-	if !a.tx.abandoned && a.status() == 'T' {
-		calls = append(calls, call{statement: &s.guard, params: [][]byte{a.claimedAt[:], []byte(a.store.options.SynchronousCommit)}})
+	if !a.tx.abandoned && a.conn().TxStatus() == 'T' {
+		calls = append(calls, a.guardCall())
 	}
 	calls = append(calls,
 		call{statement: &s.rollback},
 		call{statement: &s.begin},
-		call{statement: &s.lock, params: [][]byte{encodeInt8(a.req.Key.LockNumber(a.store.table))}},
-		a.insert(nil, answer),
+		call{statement: &s.lock, params: [][]byte{a.lockNumber[:]}},
+		a.insertCall(nil, answer),
 		call{statement: &s.commit},
 	)
 	return a.end(ctx, "decline", calls...)
@@ -82,9 +130,9 @@ func (a *attempt) Rollback(ctx context.Context) error {
 	}
 	s := &a.store.statements
 	calls := make([]call, 0, 3)
-	switch a.status() {
+	switch a.conn().TxStatus() {
 	case 'T':
-		calls = append(calls, call{statement: &s.guard, params: [][]byte{a.claimedAt[:], []byte(a.store.options.SynchronousCommit)}})
+		calls = append(calls, a.guardCall())
 	case 'E': // nothing but ROLLBACK is heard
 	default:
 		return nil
@@ -93,10 +141,10 @@ func (a *attempt) Rollback(ctx context.Context) error {
 	recorded, looks := false, a.store.options.Isolation != pgx.ReadCommitted && !a.req.Keyless()
 	if looks {
 		// The snapshot may be older than the lock: what was recorded in between was not seen by the claim.
-		calls = append(calls, call{statement: &s.lookUp, params: [][]byte{[]byte(a.req.Key.Scope), []byte(a.req.Key.Value)}, row: func([][]byte) error {
+		calls = append(calls, call{statement: &s.lookUp, params: [][]byte{a.scope, a.key}, row: rowFunc(func([][]byte) error {
 			recorded = true
 			return nil
-		}})
+		})})
 	}
 	reply, err := s.flush(ctx, a.conn(), calls...)
 	var pgErr *pgconn.PgError
@@ -111,29 +159,28 @@ func (a *attempt) Rollback(ctx context.Context) error {
 	return nil
 }
 
-func (a *attempt) insert(claimedAt []byte, answer *idempotency.Answer) call {
-	var traceID []byte
-	if a.req.TraceID != "" {
-		traceID = []byte(a.req.TraceID)
-	}
+// guardCall fails where the transaction is not the one of the claim.
+func (a *attempt) guardCall() call {
+	return call{statement: &a.store.statements.guard, params: [][]byte{a.claimedAt[:], a.store.synchronousCommit}}
+}
+
+// insertCall records the answer. claimedAt is nil in a transaction other than that of the claim.
+func (a *attempt) insertCall(claimedAt []byte, answer *idempotency.Answer) call {
+	a.ttl = encodeInt8(a.req.TTL.Microseconds())
+	a.status = encodeInt2(int16(answer.Status))
+	a.version = encodeInt2(a.req.Fingerprint.Version)
 	body := answer.Body
 	if body == nil {
 		body = []byte{} // nil would be NULL
 	}
-	return call{statement: &a.store.statements.insert, params: [][]byte{
-		claimedAt,
-		[]byte(a.store.options.SynchronousCommit),
-		encodeInt8(a.req.TTL.Microseconds()),
-		encodeInt2(int16(answer.Status)),
-		encodeInt2(a.req.Fingerprint.Version),
-		a.req.Attempt[:],
-		[]byte(a.req.Key.Scope),
-		[]byte(a.req.Key.Value),
-		a.req.Fingerprint.Sum[:],
-		encodeHeaders(answer.Header),
-		body,
-		traceID,
-	}}
+	a.params = [...][]byte{
+		claimedAt, a.store.synchronousCommit, a.ttl[:], a.status[:], a.version[:], a.req.Attempt[:],
+		a.scope, a.key, a.req.Fingerprint.Sum[:], encodeHeaders(answer.Header), body, nil,
+	}
+	if a.req.TraceID != "" {
+		a.params[insertParams-1] = []byte(a.req.TraceID)
+	}
+	return call{statement: &a.store.statements.insert, params: a.params[:]}
 }
 
 // end sends the last flush, whose last statement is COMMIT, and says what became of the transaction.
@@ -149,8 +196,8 @@ func (a *attempt) end(ctx context.Context, step string, calls ...call) error {
 	forgetWarning(a.conn())
 	reply, err := a.store.statements.flush(ctx, a.conn(), calls...)
 	switch {
-	case err == nil && reply.tag != "COMMIT":
-		return fail(step, idempotency.ErrAborted, fmt.Errorf("COMMIT was answered with %s", reply.tag))
+	case err == nil && !reply.committed:
+		return fail(step, idempotency.ErrAborted, errors.New("COMMIT was answered with ROLLBACK"))
 	case err == nil && a.synchronous && warned(a.conn()):
 		return fail(step, idempotency.ErrUnknown, errNotReplicated)
 	case err == nil:
@@ -181,7 +228,7 @@ func (a *attempt) release(ctx context.Context) {
 		return
 	}
 	a.tx.sealed.Store(true)
-	if status := a.status(); (status == 'T' || status == 'E') && !a.conn().IsClosed() && !a.conn().IsBusy() {
+	if status := a.conn().TxStatus(); (status == 'T' || status == 'E') && !a.conn().IsClosed() && !a.conn().IsBusy() {
 		// Alone in its flush: in an aborted transaction nothing else would be heard before it.
 		_, _ = a.store.statements.flush(ctx, a.conn(), call{statement: &a.store.statements.rollback}) // else destroyed below
 	}
@@ -189,5 +236,3 @@ func (a *attempt) release(ctx context.Context) {
 }
 
 func (a *attempt) conn() *pgconn.PgConn { return a.pooled.Conn().PgConn() }
-
-func (a *attempt) status() byte { return a.conn().TxStatus() }

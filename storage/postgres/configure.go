@@ -20,7 +20,7 @@ var ErrEscape = errors.New("idempotency/postgres: an idempotent handler must not
 //
 //   - the settings of opts. One that the config already has stays, but for synchronous_commit.
 //   - TCP keep-alives, so that the server notices a service that vanished
-//   - our statements but BEGIN, COMMIT and ROLLBACK prepared on connect, in pgx's default mode, so that a warm connection parses nothing. Where the
+//   - our statements prepared on connect, in pgx's default mode, so that a warm connection parses nothing. Where the
 //     table is not there yet, as before the first migration, they are sent as text for that connection's life.
 //   - a notice handler, which learns that a COMMIT did not wait for the standbys
 //   - a tracer that refuses a handler a second connection, with [ErrEscape]
@@ -41,6 +41,7 @@ func Configure(config *pgxpool.Config, opts *Options) {
 		}
 		if conn.DefaultQueryExecMode == pgx.QueryExecModeCacheStatement {
 			statements, inner := newStatements(o), config.AfterConnect
+			names := statements.newNames()
 			config.AfterConnect = func(ctx context.Context, conn *pgx.Conn) error {
 				if inner != nil {
 					if err := inner(ctx, conn); err != nil {
@@ -50,7 +51,7 @@ func Configure(config *pgxpool.Config, opts *Options) {
 				if ctx.Value(unpreparedKey{}) != nil {
 					return nil
 				}
-				return statements.prepare(ctx, conn.PgConn())
+				return statements.prepare(ctx, conn.PgConn(), names)
 			}
 		}
 	}

@@ -104,20 +104,6 @@ func TestReplacedTransactionIsNeverCalledNotExecuted(t *testing.T) {
 	}
 }
 
-// A prepared statement can be executed by SQL text: ours that end a transaction must not be there to be found.
-func TestHandlerCannotExecuteOurStatements(t *testing.T) {
-	t.Parallel()
-	b := setup(t, nil)
-	want(t, b.do(t, request("k", ""), func(ctx context.Context, tx pgx.Tx) int {
-		var n int
-		err := tx.QueryRow(ctx, "SELECT count(*) FROM pg_prepared_statements WHERE statement ~* '^(begin|commit|rollback)'").Scan(&n)
-		if err != nil || n != 0 {
-			t.Errorf("%d statements, %v", n, err)
-		}
-		return 201
-	}), idempotency.OutcomeExecuted, "")
-}
-
 type faultyTracer struct {
 	step           idempotency.Step
 	started, ended atomic.Int64

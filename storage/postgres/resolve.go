@@ -80,10 +80,10 @@ func (s *Store) resolveOnce(ctx context.Context, req *idempotency.Request) (*ide
 	}
 	var record *idempotency.Record
 	synchronous := false
-	statements := &s.statements
+	statements, lockNumber := &s.statements, encodeInt8(req.Key.LockNumber(s.table))
 	_, err = statements.flush(ctx, conn.PgConn(),
 		call{statement: &statements.resolveBegin},
-		call{statement: &statements.resolveSet, params: [][]byte{[]byte(strconv.FormatInt(resolveLockTimeout.Milliseconds(), 10))}, row: func(values [][]byte) error {
+		call{statement: &statements.resolveSet, params: [][]byte{[]byte(strconv.FormatInt(resolveLockTimeout.Milliseconds(), 10))}, row: rowFunc(func(values [][]byte) error {
 			d := decoder{values: values}
 			d.next(-1)
 			d.next(-1)
@@ -93,12 +93,12 @@ func (s *Store) resolveOnce(ctx context.Context, req *idempotency.Request) (*ide
 				return errStandby
 			}
 			return d.err
-		}},
-		call{statement: &statements.resolveLock, params: [][]byte{encodeInt8(req.Key.LockNumber(s.table))}},
-		call{statement: &statements.lookUp, params: [][]byte{[]byte(req.Key.Scope), []byte(req.Key.Value)}, row: func(values [][]byte) (err error) {
+		})},
+		call{statement: &statements.resolveLock, params: [][]byte{lockNumber[:]}},
+		call{statement: &statements.lookUp, params: [][]byte{[]byte(req.Key.Scope), []byte(req.Key.Value)}, row: rowFunc(func(values [][]byte) (err error) {
 			record, err = decodeRecord(values)
 			return err
-		}},
+		})},
 	)
 	if err == nil && synchronous {
 		// For an absent record too: a primary that was replaced, and does not know it, is told by no standby that it is right.
@@ -179,13 +179,13 @@ var errNotReplicated = errors.New("COMMIT did not wait for the standbys: pg_stat
 func (s *Store) barrier(ctx context.Context, conn *pgconn.PgConn) error {
 	forgetWarning(conn)
 	reply, err := s.statements.flush(ctx, conn,
-		call{statement: &s.statements.barrier, params: [][]byte{[]byte(s.options.SynchronousCommit)}},
+		call{statement: &s.statements.barrier, params: [][]byte{s.synchronousCommit}},
 		call{statement: &s.statements.commit},
 	)
 	switch {
 	case err != nil:
 		return err
-	case reply.tag != "COMMIT" || warned(conn):
+	case !reply.committed || warned(conn):
 		return errNotReplicated
 	}
 	return nil

@@ -2,7 +2,9 @@ package postgres
 
 import (
 	"context"
+	"crypto/rand"
 	"crypto/sha256"
+	"encoding/binary"
 	"encoding/hex"
 	"errors"
 	"fmt"
@@ -16,9 +18,9 @@ import (
 
 // statement is one of our own statements. Parameters and results are in binary format throughout.
 type statement struct {
-	name string // its name where it is prepared on a connection; empty: never, EXECUTE would lead around the seal
-	sql  string
-	oids []uint32 // of the parameters, so that nothing has to be described first
+	number int // its place in the names of a connection that has it prepared; 0: it is never prepared
+	sql    string
+	oids   []uint32 // of the parameters, so that nothing has to be described first
 }
 
 // statements are all that a store ever sends on the path of a request. Every name in them is qualified: a handler's
@@ -39,6 +41,9 @@ type statements struct {
 	resolveSet   statement
 	resolveLock  statement // waits
 }
+
+// insertParams is how many parameters the longest of them has.
+const insertParams = 12
 
 var binaryFormat = []int16{1} // stands for all parameters, and for all columns
 
@@ -108,11 +113,9 @@ func newStatements(o *Options) statements {
 		resolveLock: statement{sql: "SELECT pg_catalog.pg_advisory_xact_lock($1)", oids: []uint32{pgtype.Int8OID}},
 	}
 	texts := sha256.New()
-	for _, one := range s.all() {
+	for i, one := range s.all() {
+		one.number = i + 1
 		sum := sha256.Sum256([]byte(one.sql))
-		if one != &s.begin && one != &s.commit && one != &s.rollback { // EXECUTE would lead around the seal
-			one.name = "idempotency_" + hex.EncodeToString(sum[:8])
-		}
 		_, _ = texts.Write(sum[:]) // a hash never fails
 	}
 	s.id = hex.EncodeToString(texts.Sum(nil))
@@ -123,111 +126,72 @@ func (s *statements) all() []*statement {
 	return []*statement{&s.begin, &s.lock, &s.lookUp, &s.insert, &s.guard, &s.commit, &s.rollback}
 }
 
-// preparedMark is the key under which a connection's custom data says which statements of ours are prepared on it, by
-// their id: those of another schema or isolation level are others.
+// preparedMark is the key under which a connection's custom data says which statements of ours are prepared on it, and
+// by what names: a *preparedNames.
 const preparedMark = "paidonce/idempotency"
+
+// preparedNames are the names of prepared statements, by number; that of number 0 is empty.
+type preparedNames struct {
+	id    string // of the statements: those of another schema or isolation level are others
+	names []string
+}
+
+// newNames draws names that nobody else knows. EXECUTE is SQL text as any other to the guard that reads what a handler
+// sends, and COMMIT is among the statements.
+func (s *statements) newNames() *preparedNames {
+	prefix := "idempotency_" + rand.Text() + "_"
+	p := &preparedNames{id: s.id, names: []string{""}}
+	for _, one := range s.all() {
+		p.names = append(p.names, prefix+strconv.Itoa(one.number))
+	}
+	return p
+}
+
+// namesOn returns the names of these statements on a connection, nil where they are not prepared there.
+func (s *statements) namesOn(conn *pgconn.PgConn) *preparedNames {
+	p, ok := conn.CustomData()[preparedMark].(*preparedNames)
+	if !ok || p.id != s.id {
+		return nil
+	}
+	return p
+}
 
 // prepare prepares the statements on a new connection. A table that is not there yet is no error: the connection may
 // be the one that a migration needs. Its statements are then parsed anew each time, which costs no round trip either.
-func (s *statements) prepare(ctx context.Context, conn *pgconn.PgConn) error {
+func (s *statements) prepare(ctx context.Context, conn *pgconn.PgConn, p *preparedNames) error {
 	for _, one := range s.all() {
-		if one.name == "" {
-			continue
-		}
-		if _, err := conn.Prepare(ctx, one.name, one.sql, one.oids); err != nil {
+		if _, err := conn.Prepare(ctx, p.names[one.number], one.sql, one.oids); err != nil {
 			var pgErr *pgconn.PgError
-			if errors.As(err, &pgErr) {
-				switch pgErr.Code {
-				case "42P01", "3F000":
-					return nil
-				case "42P05": // there already: the config went through Configure twice, and the name is that of the text
-					continue
-				}
+			if errors.As(err, &pgErr) && (pgErr.Code == "42P01" || pgErr.Code == "3F000") {
+				return nil
 			}
 			return fmt.Errorf("idempotency/postgres: prepare: %w", sqlError(err))
 		}
 	}
-	conn.CustomData()[preparedMark] = s.id
+	conn.CustomData()[preparedMark] = p
 	return nil
-}
-
-// call is a statement with its parameters and, where it returns a row, the reader of its first row.
-type call struct {
-	statement *statement
-	params    [][]byte
-	row       func(values [][]byte) error
-}
-
-// reply is what came back from a flush.
-type reply struct {
-	tag    string // the command tag of the last statement that completed
-	failed int    // index of the call that failed; the number of calls where none did
-}
-
-// flush sends the calls in one message and reads their results: one round trip. On an error the server skipped what
-// comes after the failed call; what came before it was done.
-func (s *statements) flush(ctx context.Context, conn *pgconn.PgConn, calls ...call) (reply, error) {
-	prepared := conn.CustomData()[preparedMark] == s.id
-	pipeline := conn.StartPipeline(ctx)
-	for _, c := range calls {
-		if prepared && c.statement.name != "" {
-			pipeline.SendQueryPrepared(c.statement.name, c.params, binaryFormat, binaryFormat)
-		} else {
-			pipeline.SendQueryParams(c.statement.sql, c.params, c.statement.oids, binaryFormat, binaryFormat)
-		}
-	}
-	if err := pipeline.Sync(); err != nil {
-		_ = pipeline.Close() // closed already; the error is the same
-		return reply{}, err
-	}
-	result := reply{}
-	var firstErr error
-	for _, c := range calls {
-		tag, err := readResult(pipeline, c.row)
-		if err != nil {
-			firstErr = err
-			break
-		}
-		result.tag = tag
-		result.failed++
-	}
-	_ = pipeline.Close() // what it could add came after the last result, or is the first error again
-	if prepared && unprepared(firstErr) {
-		delete(conn.CustomData(), preparedMark) // from now on they are sent as text
-	}
-	return result, firstErr
 }
 
 // unprepared reports whether a prepared statement can't be used any more: somebody deallocated it on this connection,
 // or the table changed under its plan.
 func unprepared(err error) bool {
+	if err == nil {
+		return false
+	}
 	var pgErr *pgconn.PgError
 	return errors.As(err, &pgErr) && (pgErr.Code == "26000" || pgErr.Code == "0A000")
 }
 
-func readResult(pipeline *pgconn.Pipeline, row func([][]byte) error) (tag string, err error) {
-	results, err := pipeline.GetResults()
-	if err != nil {
-		return "", err
-	}
-	reader, ok := results.(*pgconn.ResultReader)
-	if !ok {
-		return "", fmt.Errorf("expected a result, got %T", results)
-	}
-	var rowErr error
-	if reader.NextRow() && row != nil {
-		rowErr = row(reader.Values())
-	}
-	commandTag, err := reader.Close()
-	return commandTag.String(), errors.Join(err, rowErr)
-}
-
 // The encodings of PostgreSQL's binary format that our statements need. Text, bytea and uuid are their bytes.
 
-func encodeInt2(v int16) []byte { return []byte{byte(v >> 8), byte(v)} }
+func encodeInt2(v int16) (encoded [2]byte) {
+	binary.BigEndian.PutUint16(encoded[:], uint16(v))
+	return encoded
+}
 
-func encodeInt8(v int64) []byte {
-	return []byte{byte(v >> 56), byte(v >> 48), byte(v >> 40), byte(v >> 32), byte(v >> 24), byte(v >> 16), byte(v >> 8), byte(v)}
+func encodeInt8(v int64) (encoded [8]byte) {
+	binary.BigEndian.PutUint64(encoded[:], uint64(v))
+	return encoded
 }
 
 // decoder reads the columns of a row one after another and keeps the first error.

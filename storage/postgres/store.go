@@ -160,6 +160,8 @@ type Store struct {
 	statements statements
 	mode       pgx.QueryExecMode // of the pool's connections
 	resolvers  chan struct{}     // a place for each that runs
+
+	synchronousCommit []byte // the option, as a parameter
 }
 
 var (
@@ -178,7 +180,7 @@ func New(pool *pgxpool.Pool, opts *Options) *Store {
 	return &Store{
 		pool: pool, options: o, table: o.Schema + "." + TableName, statements: newStatements(o),
 		mode:      pool.Config().ConnConfig.DefaultQueryExecMode,
-		resolvers: make(chan struct{}, o.ResolversMax),
+		resolvers: make(chan struct{}, o.ResolversMax), synchronousCommit: []byte(o.SynchronousCommit),
 	}
 }
 
@@ -217,29 +219,14 @@ func (s *Store) claim(ctx context.Context, req *idempotency.Request, acquire fun
 		return nil, nil, fail("claim", idempotency.ErrUnavailable, errors.Join(errStale, errEncoding))
 	}
 	a := newAttempt(s, conn, req)
-	var record *idempotency.Record
-	locked := false
-	synchronous := false
-	calls := []call{
-		{statement: &s.statements.begin},
-		{statement: &s.statements.lock, params: [][]byte{encodeInt8(req.Key.LockNumber(s.table))}, row: func(values [][]byte) error {
-			d := decoder{values: values}
-			locked = d.bool()
-			copy(a.claimedAt[:], d.next(8))
-			synchronous = d.bool()
-			return d.err
-		}},
-		{statement: &s.statements.lookUp, params: [][]byte{[]byte(req.Key.Scope), []byte(req.Key.Value)}, row: func(values [][]byte) (err error) {
-			record, err = decodeRecord(values)
-			return err
-		}},
-	}
+	calls := [...]call{{statement: &s.statements.begin}, a.lockCall(lockRow{a}), a.lookUpCall(recordRow{a})}
+	claim := calls[:]
 	if req.Keyless() {
 		// No lock is wanted, only the timestamp and the settings: a number that nobody else takes.
-		calls = calls[:2]
-		calls[1].params[0] = encodeInt8(idempotency.Key{Scope: "", Value: req.Attempt.String()}.LockNumber(s.table))
+		a.lockNumber = encodeInt8(idempotency.Key{Scope: "", Value: req.Attempt.String()}.LockNumber(s.table))
+		claim = calls[:2]
 	}
-	_, err = s.statements.flush(ctx, conn.Conn().PgConn(), calls...)
+	_, err = s.statements.flush(ctx, conn.Conn().PgConn(), claim...)
 	switch {
 	case errors.Is(err, errRecord):
 		a.release(ctx)
@@ -254,8 +241,8 @@ func (s *Store) claim(ctx context.Context, req *idempotency.Request, acquire fun
 			return nil, nil, fail("claim", idempotency.ErrUnavailable, errors.Join(errStale, sqlError(err)))
 		}
 		return nil, nil, fail("claim", classify(err), err)
-	case record != nil: // also where the lock is taken: replays may hold it
-		if synchronous {
+	case a.record != nil: // also where the lock is taken: replays may hold it
+		if a.synchronous {
 			err = s.barrier(ctx, conn.Conn().PgConn())
 		}
 		a.release(ctx)
@@ -265,12 +252,11 @@ func (s *Store) claim(ctx context.Context, req *idempotency.Request, acquire fun
 		case err != nil:
 			return nil, nil, fail("make the record safe", idempotency.ErrUnknown, err)
 		}
-		return nil, record, nil
-	case !locked:
+		return nil, a.record, nil
+	case !a.locked:
 		a.release(ctx)
 		return nil, nil, idempotency.ErrInProgress
 	}
-	a.synchronous = synchronous
 	return a, nil, nil
 }
 

@@ -67,8 +67,8 @@ type savepoint struct {
 	failure error // of the transaction when it was opened: what ROLLBACK TO goes back to
 }
 
-func newTransaction(pool *pgxpool.Pool, conn *pgx.Conn, mode pgx.QueryExecMode) *transaction {
-	return &transaction{pool: pool, conn: conn, mode: mode, slot: make(chan struct{}, 1)}
+func newTransaction(pool *pgxpool.Pool, conn *pgx.Conn, mode pgx.QueryExecMode) transaction {
+	return transaction{pool: pool, conn: conn, mode: mode, slot: make(chan struct{}, 1)}
 }
 
 // abandonTimeout is how long seal waits for a use whose socket was closed under it.
@@ -155,8 +155,11 @@ func (t *transaction) done(err error) {
 }
 
 func (t *transaction) remember(err error) {
+	if err == nil || t.failure != nil {
+		return
+	}
 	var pgErr *pgconn.PgError
-	if t.failure == nil && errors.As(err, &pgErr) {
+	if errors.As(err, &pgErr) {
 		t.failure = err
 	}
 }

@@ -1,0 +1,219 @@
+package postgres
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"sync"
+	"time"
+
+	"github.com/jackc/pgx/v5/pgconn"
+	"github.com/jackc/pgx/v5/pgproto3"
+)
+
+// call is a statement with its parameters and, where it returns a row, the reader of its first row.
+type call struct {
+	statement *statement
+	params    [][]byte
+	row       rowReader
+}
+
+// rowReader reads a row in binary format. The values are the connection's buffer: what stays is copied.
+type rowReader interface{ readRow(values [][]byte) error }
+
+// rowFunc is a function as a rowReader.
+type rowFunc func(values [][]byte) error
+
+func (f rowFunc) readRow(values [][]byte) error { return f(values) }
+
+// reply is what came back from a flush.
+type reply struct {
+	committed bool // the last statement that completed was COMMIT, and it committed
+	failed    int  // index of the call that failed; the number of calls where none did
+}
+
+// flush sends the calls in one message and reads their results: one round trip. On an error the server skipped what
+// comes after the failed call; what came before it was done.
+//
+// It speaks the extended query protocol by pgconn's own frontend. pgconn's Pipeline does the same for anybody; this
+// knows the columns of its few statements, so that nothing is described, and keeps no queues.
+func (s *statements) flush(ctx context.Context, conn *pgconn.PgConn, calls ...call) (reply, error) {
+	if err := s.queue(ctx, conn, calls); err != nil {
+		return reply{}, err
+	}
+	return s.exchange(ctx, conn, calls)
+}
+
+// queue writes the calls into the connection's buffer. They are sent with whatever is flushed next.
+func (s *statements) queue(ctx context.Context, conn *pgconn.PgConn, calls []call) error {
+	switch {
+	case ctx.Err() != nil:
+		return fmt.Errorf("nothing was sent: %w", ctx.Err())
+	case conn.IsClosed() || conn.IsBusy():
+		return errors.New("nothing was sent: connection is closed or busy")
+	}
+	frontend, prepared := conn.Frontend(), s.namesOn(conn)
+	for i := range calls {
+		c := &calls[i]
+		name := ""
+		if prepared != nil {
+			name = prepared.names[c.statement.number]
+		}
+		if name == "" {
+			frontend.SendParse(&pgproto3.Parse{Query: c.statement.sql, ParameterOIDs: c.statement.oids})
+		}
+		frontend.SendBind(&pgproto3.Bind{
+			PreparedStatement: name, Parameters: c.params, ParameterFormatCodes: binaryFormat, ResultFormatCodes: binaryFormat,
+		})
+		frontend.SendExecute(&pgproto3.Execute{})
+	}
+	frontend.SendSync(&pgproto3.Sync{})
+	return nil
+}
+
+// exchange flushes the connection's buffer, the last of which is calls, and reads their results.
+//
+// A flush is written at once and read only then. That can't block both sides: what is sent fits into one message that
+// the server reads whole, or what comes back fits into the socket's buffer.
+func (s *statements) exchange(ctx context.Context, conn *pgconn.PgConn, calls []call) (reply, error) {
+	watch := watchContext(ctx, conn)
+	result, err := exchange(conn, calls)
+	if interrupted := watch.end(); interrupted && err != nil {
+		err = fmt.Errorf("%w: %w", ctx.Err(), err)
+	}
+	if unprepared(err) {
+		delete(conn.CustomData(), preparedMark) // from now on they are sent as text
+	}
+	return result, err
+}
+
+func exchange(conn *pgconn.PgConn, calls []call) (result reply, err error) {
+	if err := conn.Frontend().Flush(); err != nil {
+		abandon(conn)
+		return reply{}, err
+	}
+	reader := replyReader{calls: calls}
+	for {
+		message, err := conn.ReceiveMessage(context.Background()) // the watch has the context
+		if err != nil {
+			abandon(conn)
+			return reader.reply, reader.broken(err)
+		}
+		over, err := reader.read(message)
+		if err != nil {
+			abandon(conn)
+			return reader.reply, reader.broken(err)
+		}
+		if over {
+			return reader.reply, reader.err
+		}
+	}
+}
+
+// replyReader reads the messages that answer calls, up to and with ReadyForQuery.
+type replyReader struct {
+	calls []call
+	reply reply
+	row   bool  // the call under way returned one
+	err   error // of the call that failed
+}
+
+// read takes one message, and says whether it was the last. The error is of the protocol.
+func (r *replyReader) read(message pgproto3.BackendMessage) (over bool, err error) {
+	switch message := message.(type) {
+	case *pgproto3.ParseComplete, *pgproto3.BindComplete,
+		*pgproto3.ParameterStatus, *pgproto3.NoticeResponse, *pgproto3.NotificationResponse: // pgconn has seen to the last three
+	case *pgproto3.DataRow:
+		if r.err == nil && !r.row && r.reply.failed < len(r.calls) && r.calls[r.reply.failed].row != nil {
+			r.err = r.calls[r.reply.failed].row.readRow(message.Values)
+		}
+		r.row = true
+	case *pgproto3.CommandComplete:
+		if r.err == nil {
+			r.reply.committed = string(message.CommandTag) == "COMMIT"
+			r.reply.failed++
+		}
+		r.row = false
+	case *pgproto3.ErrorResponse:
+		if r.err == nil {
+			r.err = pgconn.ErrorResponseToPgError(message)
+		}
+	case *pgproto3.ReadyForQuery:
+		if r.err == nil && r.reply.failed != len(r.calls) {
+			return false, errors.New("server answered fewer statements than were sent")
+		}
+		return true, nil
+	default:
+		return false, fmt.Errorf("server answered with an unexpected %T", message)
+	}
+	return false, nil
+}
+
+// broken is what a connection means that failed while it was read. Where every call was answered, nothing is missing.
+func (r *replyReader) broken(err error) error {
+	switch {
+	case r.err != nil:
+		return r.err
+	case r.reply.failed == len(r.calls):
+		return nil
+	}
+	return err
+}
+
+// abandon closes a connection whose reply did not come, as pgconn does it: at once for whoever asks, and in the
+// background for the server, which is asked to stop.
+func abandon(conn *pgconn.PgConn) {
+	if conn.IsClosed() {
+		return
+	}
+	_ = conn.Conn().SetDeadline(longAgo)
+	pipeline := conn.StartPipeline(context.Background())
+	pipeline.SendPipelineSync()
+	_ = pipeline.Flush() // fails by the deadline, upon which pgconn closes
+	_ = pipeline.Close()
+}
+
+var longAgo = time.Unix(1, 0)
+
+// contextWatch interrupts a connection when a context ends.
+type contextWatch struct {
+	conn *pgconn.PgConn
+	stop func() bool
+
+	mu          sync.Mutex
+	over        bool
+	interrupted bool
+}
+
+// watchContext returns nil where the context never ends.
+func watchContext(ctx context.Context, conn *pgconn.PgConn) *contextWatch {
+	if ctx.Done() == nil {
+		return nil
+	}
+	w := &contextWatch{conn: conn}
+	w.stop = context.AfterFunc(ctx, w.interrupt)
+	return w
+}
+
+func (w *contextWatch) interrupt() {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if !w.over {
+		w.interrupted = true
+		_ = w.conn.Conn().SetDeadline(longAgo) // of a socket, which is safe for concurrent use
+	}
+}
+
+// end ends the watch, and says whether the context ended first.
+func (w *contextWatch) end() bool {
+	if w == nil || w.stop() {
+		return false
+	}
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.over = true
+	if w.interrupted && !w.conn.IsClosed() {
+		_ = w.conn.Conn().SetDeadline(time.Time{})
+	}
+	return w.interrupted
+}
