@@ -56,6 +56,17 @@ type Options struct {
 	// [InFlightMaxDefault].
 	InFlightMax int
 
+	// Speculative runs the handler before its key is claimed: the claim travels with the handler's first statement, which
+	// saves a round trip. Where the key turns out to be taken or recorded that statement fails, with [ErrNotClaimed] or an
+	// error of the database's, and so does every other: the handler must return. Whatever it answers is dropped, and the
+	// client gets the recorded answer or hears that the key is in progress, as ever.
+	//
+	// So what a handler does before its first statement happens for each copy of a request, also at once, and once
+	// more for each retry: it must have no effect outside the transaction, such as a call to another service, and should be
+	// cheap. A handler that runs again needs its router's state (package middleware: Options.RouterState). Retries
+	// cost up to two round trips more. A store that can't postpone a claim claims first.
+	Speculative bool
+
 	// Reduce returns what is recorded of an answer, where that is not to be all of it: a one-time secret in a body, for
 	// example. The first client gets the whole answer all the same, and retries get what was recorded. It must not change
 	// the answer's header or body in place. It is called from many goroutines. A result that can't be recorded is 500
@@ -219,10 +230,15 @@ func (e *Engine) do(ctx context.Context, req *Request, run RunFunc, trace *trace
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), e.options.HandlerTimeout)
 	defer cancel()
 	recorded := false // by another attempt
+	req.Speculative = e.options.Speculative
 	for restarts := 0; ; restarts++ {
 		req.Attempt = NewAttemptID()
 		result, again := e.attempt(ctx, req, run, trace)
 		recorded = recorded || errors.Is(again, ErrKeyRecorded)
+		if req.Speculative && errors.Is(again, ErrNotClaimed) {
+			restarts-- // the claim is made now, for the first time
+		}
+		req.Speculative = false
 		if again != nil && restarts < e.options.Restarts && ctx.Err() == nil {
 			continue
 		}

@@ -62,12 +62,42 @@ func (a *attempt) lookUpCall(row rowReader) call {
 	return call{statement: &a.store.statements.lookUp, params: a.params[1:3:3], row: row}
 }
 
+// postpone leaves the claim to be sent with the handler's first statement. It reports false where that can't be: the
+// pool's config did not go through [Configure].
+func (a *attempt) postpone() bool {
+	conn, ok := a.conn().Conn().(*tappedConn)
+	if !ok {
+		return false
+	}
+	s := &a.store.statements
+	claim := &postponedClaim{conn: conn, statements: s, params: [...][]byte{a.lockNumber[:], a.scope, a.key}}
+	claim.calls = [...]call{
+		{statement: &s.begin},
+		{statement: &s.lockOrFail, params: claim.params[:1], row: lockOrFailRow{a}},
+		{statement: &s.lookUpAbsent, params: claim.params[1:]},
+	}
+	a.tx.claim = claim
+	return true
+}
+
 // lockRow reads what the claim's lock says.
 type lockRow struct{ *attempt }
 
 func (a lockRow) readRow(values [][]byte) error {
 	d := decoder{values: values}
 	a.locked = d.bool()
+	copy(a.claimedAt[:], d.next(len(a.claimedAt)))
+	a.synchronous = d.bool()
+	return d.err
+}
+
+// lockOrFailRow reads what a postponed claim's lock says. It does not get here without the lock.
+type lockOrFailRow struct{ *attempt }
+
+func (a lockOrFailRow) readRow(values [][]byte) error {
+	d := decoder{values: values}
+	d.next(-1)
+	a.locked = true
 	copy(a.claimedAt[:], d.next(len(a.claimedAt)))
 	a.synchronous = d.bool()
 	return d.err
@@ -90,11 +120,15 @@ func (a *attempt) Commit(ctx context.Context, answer *idempotency.Answer) error 
 	if !a.tx.abandoned && !plainText(a.conn()) {
 		return fail("commit", idempotency.ErrAborted, errEncoding)
 	}
+	claimedAt := a.claimedAt[:]
+	if !a.tx.claim.answered() { // no statement of the handler's came in between
+		claimedAt = nil
+	}
 	s := &a.store.statements
 	if a.req.Keyless() {
 		return a.end(ctx, "commit", a.guardCall(), call{statement: &s.commit})
 	}
-	return a.end(ctx, "commit", a.insertCall(a.claimedAt[:], answer), call{statement: &s.commit})
+	return a.end(ctx, "commit", a.insertCall(claimedAt, answer), call{statement: &s.commit})
 }
 
 // Decline implements [idempotency.Attempt]: the handler's writes go, the answer stays, in one round trip. Between the
@@ -103,6 +137,9 @@ func (a *attempt) Commit(ctx context.Context, answer *idempotency.Answer) error 
 func (a *attempt) Decline(ctx context.Context, answer *idempotency.Answer) error {
 	if a.req.Keyless() {
 		return a.Rollback(ctx)
+	}
+	if !a.tx.abandoned && !a.tx.claim.answered() { // there is nothing to undo
+		return a.Commit(ctx, answer)
 	}
 	defer a.release(ctx)
 	s := &a.store.statements
@@ -130,10 +167,14 @@ func (a *attempt) Rollback(ctx context.Context) error {
 	}
 	s := &a.store.statements
 	calls := make([]call, 0, 3)
-	switch a.conn().TxStatus() {
-	case 'T':
+	switch status := a.conn().TxStatus(); {
+	case !a.tx.claim.answered(): // whose answer is not worth recording may be a retry all the same
+		if err := a.tx.claim.queue(a.conn()); err != nil {
+			return fail("rollback", idempotency.ErrNotClaimed, err)
+		}
+	case status == 'T':
 		calls = append(calls, a.guardCall())
-	case 'E': // nothing but ROLLBACK is heard
+	case status == 'E': // nothing but ROLLBACK is heard
 	default:
 		return nil
 	}
@@ -149,6 +190,10 @@ func (a *attempt) Rollback(ctx context.Context) error {
 	reply, err := s.flush(ctx, a.conn(), calls...)
 	var pgErr *pgconn.PgError
 	switch {
+	case a.tx.claim.refusal() != nil:
+		return fmt.Errorf("rollback: %w", a.tx.claim.refusal())
+	case err != nil && !a.tx.claim.answered():
+		return fail("rollback", idempotency.ErrNotClaimed, err)
 	case errors.As(err, &pgErr) && pgErr.Code == "22012" && calls[min(reply.failed, len(calls)-1)].statement == &s.guard:
 		return fail("rollback", idempotency.ErrTransactionLost, err)
 	case err != nil && looks:
@@ -194,8 +239,13 @@ func (a *attempt) end(ctx context.Context, step string, calls ...call) error {
 		return fail(step, idempotency.ErrUnavailable, fmt.Errorf("time was over before COMMIT was sent: %w", ctx.Err()))
 	}
 	forgetWarning(a.conn())
+	if err := a.tx.claim.queue(a.conn()); err != nil {
+		return fail(step, idempotency.ErrUnavailable, err)
+	}
 	reply, err := a.store.statements.flush(ctx, a.conn(), calls...)
 	switch {
+	case a.tx.claim.refusal() != nil: // what came after it was not heard
+		return fmt.Errorf("%s: %w", step, a.tx.claim.refusal())
 	case err == nil && !reply.committed:
 		return fail(step, idempotency.ErrAborted, errors.New("COMMIT was answered with ROLLBACK"))
 	case err == nil && a.synchronous && warned(a.conn()):
@@ -228,6 +278,12 @@ func (a *attempt) release(ctx context.Context) {
 		return
 	}
 	a.tx.sealed.Store(true)
+	if claim := a.tx.claim; claim != nil && claim.queued && !claim.answered() {
+		_ = a.pooled.Conn().Close(ctx) // nobody else may send it
+	}
+	if unprepared(a.tx.claim.refusal()) {
+		delete(a.conn().CustomData(), preparedMark)
+	}
 	if status := a.conn().TxStatus(); (status == 'T' || status == 'E') && !a.conn().IsClosed() && !a.conn().IsBusy() {
 		// Alone in its flush: in an aborted transaction nothing else would be heard before it.
 		_, _ = a.store.statements.flush(ctx, a.conn(), call{statement: &a.store.statements.rollback}) // else destroyed below

@@ -38,44 +38,22 @@ type reply struct {
 // It speaks the extended query protocol by pgconn's own frontend. pgconn's Pipeline does the same for anybody; this
 // knows the columns of its few statements, so that nothing is described, and keeps no queues.
 func (s *statements) flush(ctx context.Context, conn *pgconn.PgConn, calls ...call) (reply, error) {
-	if err := s.queue(ctx, conn, calls); err != nil {
-		return reply{}, err
-	}
-	return s.exchange(ctx, conn, calls)
-}
-
-// queue writes the calls into the connection's buffer. They are sent with whatever is flushed next.
-func (s *statements) queue(ctx context.Context, conn *pgconn.PgConn, calls []call) error {
 	switch {
 	case ctx.Err() != nil:
-		return fmt.Errorf("nothing was sent: %w", ctx.Err())
+		return reply{}, fmt.Errorf("nothing was sent: %w", ctx.Err())
 	case conn.IsClosed() || conn.IsBusy():
-		return errors.New("nothing was sent: connection is closed or busy")
+		return reply{}, errors.New("nothing was sent: connection is closed or busy")
 	}
 	frontend, prepared := conn.Frontend(), s.namesOn(conn)
 	for i := range calls {
-		c := &calls[i]
-		name := ""
-		if prepared != nil {
-			name = prepared.names[c.statement.number]
+		parse, bind := calls[i].messages(prepared)
+		if bind.PreparedStatement == "" {
+			frontend.SendParse(&parse)
 		}
-		if name == "" {
-			frontend.SendParse(&pgproto3.Parse{Query: c.statement.sql, ParameterOIDs: c.statement.oids})
-		}
-		frontend.SendBind(&pgproto3.Bind{
-			PreparedStatement: name, Parameters: c.params, ParameterFormatCodes: binaryFormat, ResultFormatCodes: binaryFormat,
-		})
+		frontend.SendBind(&bind)
 		frontend.SendExecute(&pgproto3.Execute{})
 	}
 	frontend.SendSync(&pgproto3.Sync{})
-	return nil
-}
-
-// exchange flushes the connection's buffer, the last of which is calls, and reads their results.
-//
-// A flush is written at once and read only then. That can't block both sides: what is sent fits into one message that
-// the server reads whole, or what comes back fits into the socket's buffer.
-func (s *statements) exchange(ctx context.Context, conn *pgconn.PgConn, calls []call) (reply, error) {
 	watch := watchContext(ctx, conn)
 	result, err := exchange(conn, calls)
 	if interrupted := watch.end(); interrupted && err != nil {
@@ -87,6 +65,19 @@ func (s *statements) exchange(ctx context.Context, conn *pgconn.PgConn, calls []
 	return result, err
 }
 
+// messages returns what calls a statement: by its name, where it is prepared, else after Parse.
+func (c *call) messages(prepared *preparedNames) (pgproto3.Parse, pgproto3.Bind) {
+	bind := pgproto3.Bind{Parameters: c.params, ParameterFormatCodes: binaryFormat, ResultFormatCodes: binaryFormat}
+	if prepared != nil {
+		bind.PreparedStatement = prepared.names[c.statement.number]
+	}
+	return pgproto3.Parse{Query: c.statement.sql, ParameterOIDs: c.statement.oids}, bind
+}
+
+// exchange flushes what was written and reads the replies.
+//
+// All is written before anything is read. That can't block both sides: what is sent fits into one message that the
+// server reads whole, or what comes back fits into the socket's buffer.
 func exchange(conn *pgconn.PgConn, calls []call) (result reply, err error) {
 	if err := conn.Frontend().Flush(); err != nil {
 		abandon(conn)

@@ -26,10 +26,15 @@ type statement struct {
 // statements are all that a store ever sends on the path of a request. Every name in them is qualified: a handler's
 // SET LOCAL search_path can't redirect them.
 type statements struct {
-	id       string // of their texts together
-	begin    statement
-	lock     statement // try to lock; also tells the transaction's timestamp, and whether COMMIT waits for standbys
-	lookUp   statement
+	id     string // of their texts together
+	begin  statement
+	lock   statement // try to lock; also tells the transaction's timestamp, and whether COMMIT waits for standbys
+	lookUp statement
+
+	// Of a postponed claim: both fail with a division by zero where the key can't be claimed.
+	lockOrFail   statement // as lock
+	lookUpAbsent statement // fails where there is a record
+
 	insert   statement
 	guard    statement // fails where the transaction is not the one of the claim
 	commit   statement
@@ -68,6 +73,15 @@ func newStatements(o *Options) statements {
 		lock: statement{
 			sql:  "SELECT pg_catalog.pg_try_advisory_xact_lock($1), pg_catalog.transaction_timestamp(), " + synchronousStandbys + settings,
 			oids: []uint32{pgtype.Int8OID},
+		},
+		lockOrFail: statement{
+			sql: "SELECT 1 OPERATOR(pg_catalog./) CASE WHEN pg_catalog.pg_try_advisory_xact_lock($1) THEN 1 ELSE 0 END," +
+				" pg_catalog.transaction_timestamp(), " + synchronousStandbys + settings,
+			oids: []uint32{pgtype.Int8OID},
+		},
+		lookUpAbsent: statement{
+			sql:  "SELECT 1 OPERATOR(pg_catalog./) CASE WHEN EXISTS (SELECT FROM " + table + " WHERE scope = $1 AND key = $2) THEN 0 ELSE 1 END",
+			oids: []uint32{pgtype.TextOID, pgtype.TextOID},
 		},
 		// A statement of its own: its snapshot must be younger than the lock, or it misses a record whose transaction
 		// let the lock go in between, and the handler runs twice.
@@ -123,7 +137,7 @@ func newStatements(o *Options) statements {
 }
 
 func (s *statements) all() []*statement {
-	return []*statement{&s.begin, &s.lock, &s.lookUp, &s.insert, &s.guard, &s.commit, &s.rollback}
+	return []*statement{&s.begin, &s.lock, &s.lookUp, &s.lockOrFail, &s.lookUpAbsent, &s.insert, &s.guard, &s.commit, &s.rollback}
 }
 
 // preparedMark is the key under which a connection's custom data says which statements of ours are prepared on it, and

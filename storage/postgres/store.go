@@ -219,6 +219,9 @@ func (s *Store) claim(ctx context.Context, req *idempotency.Request, acquire fun
 		return nil, nil, fail("claim", idempotency.ErrUnavailable, errors.Join(errStale, errEncoding))
 	}
 	a := newAttempt(s, conn, req)
+	if req.Speculative && !req.Keyless() && a.postpone() {
+		return a, nil, nil
+	}
 	calls := [...]call{{statement: &s.statements.begin}, a.lockCall(lockRow{a}), a.lookUpCall(recordRow{a})}
 	claim := calls[:]
 	if req.Keyless() {

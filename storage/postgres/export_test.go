@@ -1,0 +1,39 @@
+package postgres
+
+import (
+	"context"
+
+	"github.com/jackc/pgx/v5"
+
+	"github.com/paidonce/idempotency"
+)
+
+// ReaperPagesMax is the size of a batch.
+const ReaperPagesMax = reaperPagesMax
+
+// AbandonTimeout is how long a goroutine left behind is waited for.
+const AbandonTimeout = abandonTimeout
+
+// RawConn leads around the seal, as a handler in bad faith might find a way to.
+func RawConn(tx pgx.Tx) *pgx.Conn { return tx.(*sealedTx).conn }
+
+// RawConnOf returns the connection of an attempt.
+func RawConnOf(a idempotency.Attempt) *pgx.Conn { return a.(*attempt).tx.conn }
+
+// SendUnadmitted sends SQL as Exec and Query do, but past the guard that reads its text.
+func SendUnadmitted(ctx context.Context, tx pgx.Tx, exec bool, sql string, arguments ...any) (err error) {
+	s := tx.(*sealedTx)
+	if err := s.use(); err != nil {
+		return err
+	}
+	defer func() { s.done(err) }()
+	rows, err := s.conn.Query(ctx, sql, s.extended(arguments, exec)...)
+	if err != nil {
+		return err
+	}
+	rows.Close()
+	return rows.Err()
+}
+
+// ResolversOf returns how many resolvers may run at once.
+func ResolversOf(s *Store) int { return cap(s.resolvers) }
