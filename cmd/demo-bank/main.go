@@ -53,6 +53,7 @@ type serveCommand struct {
 	ReapInterval    time.Duration `placeholder:"DURATION" default:"${reapInterval}" help:"How long the reaper of expired answers rests between two walks. (default: ${default})"`
 	HandlerTimeout  time.Duration `placeholder:"DURATION" default:"${handlerTimeout}" help:"How long a request may take until its COMMIT, ${handlerTimeoutMax} at most. (default: ${default})"`
 	AcquireTimeout  time.Duration `placeholder:"DURATION" default:"${acquireTimeout}" help:"How long a request waits for a database connection. (default: ${default})"`
+	Speculative     bool          `help:"Have the claim of a key travel with its request's first statement: a round trip less."`
 	LogLevel        slog.Level    `placeholder:"LEVEL" default:"INFO" help:"DEBUG, INFO, WARN or ERROR; DEBUG logs each request. (default: ${default})"`
 }
 
@@ -98,7 +99,7 @@ func (c *serveCommand) Run(ctx context.Context) error {
 	return server.New(server.Config{
 		Addr: c.Addr, DatabaseURL: c.DatabaseURL, DataDir: dataDir, PoolSize: c.PoolSize,
 		ShutdownTimeout: c.ShutdownTimeout, TTL: c.TTL, ReapInterval: c.ReapInterval,
-		HandlerTimeout: c.HandlerTimeout, AcquireTimeout: c.AcquireTimeout, CrashPoint: point, Stdout: os.Stdout, Stderr: os.Stderr,
+		HandlerTimeout: c.HandlerTimeout, AcquireTimeout: c.AcquireTimeout, Speculative: c.Speculative, CrashPoint: point, Stdout: os.Stdout, Stderr: os.Stderr,
 		Logger: slog.New(slog.NewTextHandler(os.Stderr, &slog.HandlerOptions{Level: c.LogLevel})),
 	}).Run(ctx)
 }

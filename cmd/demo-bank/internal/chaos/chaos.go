@@ -56,6 +56,9 @@ type Config struct {
 	// DurationMax bounds the whole run; one that takes longer has failed. The default is the profile's.
 	DurationMax time.Duration
 
+	// FastPaths has the banks run with their faster modes: postponed claims, waiting and a cache of recorded answers.
+	FastPaths bool
+
 	// Bank is the program that serves, a demo-bank or a variant of it. The default is this program.
 	Bank string
 

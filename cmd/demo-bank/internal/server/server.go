@@ -71,6 +71,9 @@ type Config struct {
 	// slow than shed: the default, [AcquireTimeoutDefault], is longer than a service under real load should have.
 	AcquireTimeout time.Duration
 
+	// Speculative runs a request's handler before its key is claimed.
+	Speculative bool
+
 	// CrashPoint kills the process at a point of its own choice. Nil: nothing of it is installed.
 	CrashPoint *crashpoint.Point
 
