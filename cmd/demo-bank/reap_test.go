@@ -64,7 +64,7 @@ func TestF04KilledInTheReapersBatch(t *testing.T) {
 	// The DELETE has to wait, so that it is certainly under way when the bank dies.
 	if _, err := db.Exec(t.Context(), `
 		CREATE FUNCTION wait_for_the_test() RETURNS trigger LANGUAGE plpgsql AS
-		$$ BEGIN PERFORM pg_advisory_xact_lock_shared(4711); RETURN OLD; END $$;
+		$$ BEGIN PERFORM set_config('lock_timeout', '60s', true), pg_advisory_xact_lock_shared(4711); RETURN OLD; END $$;
 		CREATE TRIGGER wait_for_the_test BEFORE DELETE ON idempotency_keys FOR EACH ROW EXECUTE FUNCTION wait_for_the_test()`); err != nil {
 		t.Fatal(err)
 	}

@@ -164,13 +164,13 @@ type reaperFault struct {
 	url     string
 }
 
-// The reaper that pauses is known by its application_name, and waits for an advisory lock.
+// The reaper that pauses is known by its application_name, and waits for an advisory lock, for longer than for a row.
 const (
 	pausedReaper = "paused reaper"
 	pauseReaper  = `CREATE FUNCTION pause_reaper() RETURNS trigger LANGUAGE plpgsql AS $$
 		BEGIN
 			IF current_setting('application_name') = '` + pausedReaper + `' THEN
-				PERFORM pg_advisory_xact_lock(22);
+				PERFORM set_config('lock_timeout', '60s', true), pg_advisory_xact_lock(22);
 			END IF;
 			RETURN OLD;
 		END $$`

@@ -11,6 +11,9 @@ import (
 // ReaperPagesMax is the size of a batch.
 const ReaperPagesMax = reaperPagesMax
 
+// ReaperHeldMax is how often a walk waits for a held row.
+const ReaperHeldMax = reaperHeldMax
+
 // AbandonTimeout is how long a goroutine left behind is waited for.
 const AbandonTimeout = abandonTimeout
 

@@ -240,43 +240,6 @@ func TestExpiredKey(t *testing.T) {
 	}
 }
 
-// The reaper deletes everything expired and nothing else, across many pages, and leaves what others hold to them.
-func TestDeleteExpiredWalksTheWholeTable(t *testing.T) {
-	t.Parallel()
-	ctx := context.Background()
-	b := setup(t, nil)
-	const rows = 60_000 // over ReaperPagesMax pages
-	if _, err := b.pool.Exec(ctx, `
-		INSERT INTO idempotency_keys (created_at, expires_at, status, fingerprint_version, attempt_id, scope, key, fingerprint, headers, body)
-		SELECT now() - interval '2 days', now() + CASE WHEN n % 3 = 0 THEN interval '1 hour' ELSE interval '-1 second' END,
-		       201, 1, gen_random_uuid(), 'acme', n::text, sha256('x'), '\x0100', repeat('x', 100)::bytea
-		FROM generate_series(1, $1) AS n`, rows); err != nil {
-		t.Fatal(err)
-	}
-	if pages := b.count(t, "SELECT pg_relation_size('idempotency_keys') / 8192"); pages <= postgres.ReaperPagesMax {
-		t.Fatalf("%d pages fit into one batch", pages)
-	}
-	held, err := b.pool.Begin(ctx)
-	if err != nil {
-		t.Fatal(err)
-	}
-	if _, err := held.Exec(ctx, "SELECT FROM idempotency_keys WHERE key = '1' FOR UPDATE"); err != nil {
-		t.Fatal(err)
-	}
-	if n, err := b.store.DeleteExpired(ctx); n != rows*2/3-1 || err != nil {
-		t.Errorf("%d deleted, %v; want %d", n, err, rows*2/3-1)
-	}
-	if err := held.Rollback(ctx); err != nil {
-		t.Fatal(err)
-	}
-	if n, err := b.store.DeleteExpired(ctx); n != 1 || err != nil {
-		t.Errorf("%d deleted, %v; want 1", n, err)
-	}
-	if n := b.count(t, "SELECT count(*) FROM idempotency_keys"); n != rows/3 {
-		t.Errorf("%d are left, want %d", n, rows/3)
-	}
-}
-
 func TestReaperRunsUntilItIsStopped(t *testing.T) {
 	t.Parallel()
 	b := setup(t, nil)

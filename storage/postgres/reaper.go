@@ -10,10 +10,21 @@ import (
 
 	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgconn"
+
+	"github.com/paidonce/idempotency"
 )
 
-// reaperPagesMax is how many pages of the table one batch of [Store.DeleteExpired] goes through: 8 MB.
+// reaperPagesMax is how many pages of the table one batch of [Store.DeleteExpired] goes through at most: 8 MB. It is also
+// the size of the ranges that reapers share out among themselves.
 const reaperPagesMax = 1000
+
+// A walk waits for a row that somebody holds as long as reaperLockTimeoutMS says, which is under the server's
+// deadlock_timeout of 1 s, so that the reaper is the one to give way. It does so reaperHeldMax times, some ten of them for one
+// held page, and then gives up.
+const (
+	reaperLockTimeoutMS = "20"
+	reaperHeldMax       = 100
+)
 
 // ReaperIntervalDefault is how long a [Reaper] rests.
 const ReaperIntervalDefault = time.Minute
@@ -23,7 +34,9 @@ const ReaperIntervalDefault = time.Minute
 //
 // It goes through the table by place, batch by batch, each in a transaction of its own, and needs no index, which each
 // insert would have to pay for. A row is deleted because it has expired and never because of its key: a key that came
-// back in the meantime has a new row. Rows that another reaper holds are left to it. Safe for concurrent use.
+// back in the meantime has a new row. A range of the table that another reaper works on is left to it, and a page on which
+// anybody else holds a row to the next walk. A batch that is cut off by statement_timeout is tried again in halves, down
+// to one page. Safe for concurrent use.
 func (s *Store) DeleteExpired(ctx context.Context) (deleted int64, err error) {
 	table := pgx.Identifier{s.options.Schema, TableName}.Sanitize()
 	var pages int64
@@ -31,27 +44,72 @@ func (s *Store) DeleteExpired(ctx context.Context) (deleted int64, err error) {
 	if err != nil {
 		return 0, fmt.Errorf("delete expired: %w", sqlError(err))
 	}
+	w := &walk{store: s, batchPages: reaperPagesMax, table: table}
 	for page := int64(0); page < pages; page += reaperPagesMax {
-		// ctid is stable while the row is locked, and rows are never updated. The second look at expires_at costs
-		// nothing and needs no argument to be believed.
-		tag, err := s.pool.Exec(ctx, `
-			DELETE FROM `+table+`
-			WHERE ctid = ANY (ARRAY(
-			        SELECT ctid FROM `+table+`
-			        WHERE ctid >= $1::tid AND ctid < $2::tid AND expires_at < statement_timestamp()
-			        FOR UPDATE SKIP LOCKED))
-			  AND expires_at < statement_timestamp()`,
-			fmt.Sprintf("(%d,0)", page), fmt.Sprintf("(%d,0)", page+reaperPagesMax))
-		if err != nil {
-			var pgErr *pgconn.PgError
-			if errors.As(err, &pgErr) && pgErr.Code == "42501" {
-				return deleted, fmt.Errorf("delete expired: %w: GRANT SELECT, DELETE, UPDATE (trace_id) ON %s to the reaper's role", sqlError(err), s.table)
-			}
-			return deleted, fmt.Errorf("delete expired: %w", sqlError(err))
+		lock := idempotency.Key{Scope: "", Value: fmt.Sprintf("reaper %d", page)}.LockNumber(s.table) // no request has no scope
+		if err := w.deleteRange(ctx, lock, page, min(page+reaperPagesMax, pages)); err != nil {
+			return w.deleted, fmt.Errorf("delete expired: %w", err)
 		}
-		deleted += tag.RowsAffected()
 	}
-	return deleted, nil
+	return w.deleted, nil
+}
+
+// walk is one walk of a reaper through the table.
+type walk struct {
+	store      *Store
+	table      string // sanitized
+	batchPages int64  // fewer than reaperPagesMax once a batch took too long
+	deleted    int64
+	held       int // how often rows were held
+}
+
+// deleteRange deletes what has expired on the pages from the first to before the last, all of them in the range of the lock.
+func (w *walk) deleteRange(ctx context.Context, lock, first, last int64) error {
+	for first < last {
+		next := min(first+w.batchPages, last)
+		half := (next - first) / 2
+		err := w.deleteBatch(ctx, lock, first, next)
+		var pgErr *pgconn.PgError
+		switch {
+		case err == nil:
+			first = next
+		case !errors.As(err, &pgErr) || ctx.Err() != nil:
+			return err
+		case pgErr.Code == "57014" && half > 0: // statement_timeout: large bodies lie on many pages of their own
+			w.batchPages = half
+		case pgErr.Code == "55P03" && w.held < reaperHeldMax:
+			w.held++
+			if half > 0 {
+				if err := w.deleteRange(ctx, lock, first, first+half); err != nil {
+					return err
+				}
+				first += half
+			} else {
+				first = next // left to the next walk
+			}
+		case pgErr.Code == "42501":
+			return fmt.Errorf("%w: GRANT SELECT, DELETE ON %s to the reaper's role", sqlError(err), w.store.table)
+		default:
+			return sqlError(err)
+		}
+	}
+	return nil
+}
+
+// deleteBatch deletes what has expired on the pages from the first to before the last, unless another reaper holds the
+// lock. The lock keeps reapers from waiting for each other and ends with the statement. Nothing rests on it: a row that
+// two delete is deleted once.
+//
+// There is no FOR UPDATE SKIP LOCKED: each row's lock would go to the WAL beside its deletion, and would need the privilege to update.
+// ctid can't lead to another row: while this statement runs no place is used again that held a row when it began.
+func (w *walk) deleteBatch(ctx context.Context, lock, first, last int64) error {
+	tag, err := w.store.pool.Exec(ctx, `
+		DELETE FROM `+w.table+`
+		WHERE ctid >= $1::tid AND ctid < $2::tid AND expires_at < statement_timestamp()
+		  AND (SELECT pg_try_advisory_xact_lock($3) AND set_config('lock_timeout', '`+reaperLockTimeoutMS+`', true) IS NOT NULL)`,
+		fmt.Sprintf("(%d,0)", first), fmt.Sprintf("(%d,0)", last), lock)
+	w.deleted += tag.RowsAffected()
+	return err
 }
 
 // ReaperOptions tune a [Reaper]. Nil and the zero value are the defaults.

@@ -132,19 +132,19 @@ func Catalogue() []Mutant {
 		{
 			Name: "reaper-by-key",
 			Bug:  "the reaper looks for expired records and then deletes by key",
-			edits: []edit{{reaperFile, `		tag, err := s.pool.Exec(ctx, `, `		rows, err := s.pool.Query(ctx, "SELECT scope || chr(10) || key FROM "+table+" WHERE expires_at < statement_timestamp()")
-		if err != nil {
-			return deleted, err
-		}
-		names, err := pgx.CollectRows(rows, pgx.RowTo[string])
-		if err != nil {
-			return deleted, err
-		}
-		time.Sleep(200 * time.Millisecond) // as a large batch would take
-		if _, err := s.pool.Exec(ctx, "DELETE FROM "+table+" WHERE scope || chr(10) || key = ANY ($1)", names); err != nil {
-			return deleted, err
-		}
-		tag, err := s.pool.Exec(ctx, `}},
+			edits: []edit{{reaperFile, `	tag, err := w.store.pool.Exec(ctx, `, `	rows, err := w.store.pool.Query(ctx, "SELECT scope || chr(10) || key FROM "+w.table+" WHERE expires_at < statement_timestamp()")
+	if err != nil {
+		return err
+	}
+	names, err := pgx.CollectRows(rows, pgx.RowTo[string])
+	if err != nil {
+		return err
+	}
+	time.Sleep(200 * time.Millisecond) // as a large batch would take
+	if _, err := w.store.pool.Exec(ctx, "DELETE FROM "+w.table+" WHERE scope || chr(10) || key = ANY ($1)", names); err != nil {
+		return err
+	}
+	tag, err := w.store.pool.Exec(ctx, `}},
 		},
 		{
 			Name:  "scope-left-out",

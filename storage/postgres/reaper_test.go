@@ -1,0 +1,158 @@
+package postgres_test
+
+import (
+	"context"
+	"errors"
+	"strconv"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/jackc/pgx/v5/pgconn"
+
+	"github.com/paidonce/idempotency/storage/postgres"
+)
+
+// plant puts records into the table: every third is live, the others have expired. Their keys are 1 to rows.
+func (b *testBundle) plant(t *testing.T, rows, bodyBytes int) {
+	t.Helper()
+	if _, err := b.pool.Exec(context.Background(), `
+		INSERT INTO idempotency_keys (created_at, expires_at, status, fingerprint_version, attempt_id, scope, key, fingerprint, headers, body)
+		SELECT now() - interval '2 days', now() + CASE WHEN n % 3 = 0 THEN interval '1 hour' ELSE interval '-1 second' END,
+		       201, 1, gen_random_uuid(), 'acme', n::text, sha256('x'), '\x0100', repeat('x', $2)::bytea
+		FROM generate_series(1, $1) AS n`, rows, bodyBytes); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// pages returns how many pages the table has.
+func (b *testBundle) pages(t *testing.T) int {
+	return b.count(t, "SELECT pg_relation_size('idempotency_keys') / 8192")
+}
+
+// The reaper deletes everything expired and nothing else, across many pages. A page on which somebody holds a row waits
+// for the next walk.
+func TestDeleteExpiredWalksTheWholeTable(t *testing.T) {
+	t.Parallel()
+	ctx := context.Background()
+	b := setup(t, nil)
+	const rows = 60_000 // over ReaperPagesMax pages
+	b.plant(t, rows, 100)
+	if pages := b.pages(t); pages <= postgres.ReaperPagesMax {
+		t.Fatalf("%d pages fit into one batch", pages)
+	}
+	held, err := b.pool.Begin(ctx)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := held.Exec(ctx, "SELECT FROM idempotency_keys WHERE key = '1' FOR UPDATE"); err != nil {
+		t.Fatal(err)
+	}
+	onPage := b.count(t, "SELECT count(*) FROM idempotency_keys WHERE ctid < '(1,0)' AND expires_at < now()")
+	if n, err := b.store.DeleteExpired(ctx); n != int64(rows*2/3-onPage) || err != nil {
+		t.Errorf("%d deleted, %v; want %d", n, err, rows*2/3-onPage)
+	}
+	if err := held.Rollback(ctx); err != nil {
+		t.Fatal(err)
+	}
+	if n, err := b.store.DeleteExpired(ctx); n != int64(onPage) || err != nil {
+		t.Errorf("%d deleted, %v; want %d", n, err, onPage)
+	}
+	if n := b.count(t, "SELECT count(*) FROM idempotency_keys"); n != rows/3 {
+		t.Errorf("%d are left, want %d", n, rows/3)
+	}
+}
+
+// A walk that meets held rows everywhere gives up, and says so.
+func TestDeleteExpiredGivesUpWhereEverythingIsHeld(t *testing.T) {
+	t.Parallel()
+	ctx := context.Background()
+	b := setup(t, nil)
+	b.plant(t, 4*postgres.ReaperHeldMax, 1800) // four on a page
+	held, err := b.pool.Begin(ctx)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = held.Rollback(ctx) }() // the pool can't be closed before
+	if _, err := held.Exec(ctx, "SELECT FROM idempotency_keys FOR UPDATE"); err != nil {
+		t.Fatal(err)
+	}
+	n, err := b.store.DeleteExpired(ctx)
+	var pgErr *pgconn.PgError
+	if n != 0 || !errors.As(err, &pgErr) || pgErr.Code != "55P03" {
+		t.Errorf("%d deleted, %v; want SQLSTATE 55P03", n, err)
+	}
+}
+
+// Reapers that run at once share the table: each row is deleted once, and none of them fails.
+func TestReapersAtOnceShareTheTable(t *testing.T) {
+	t.Parallel()
+	b := setup(t, nil)
+	const rows = 30_000
+	b.plant(t, rows, 400) // over ReaperPagesMax pages
+	if pages := b.pages(t); pages <= postgres.ReaperPagesMax {
+		t.Fatalf("%d pages fit into one range", pages)
+	}
+	var all sync.WaitGroup
+	var mu sync.Mutex
+	sum := int64(0)
+	for range 4 {
+		all.Go(func() {
+			n, err := b.store.DeleteExpired(context.Background())
+			if err != nil {
+				t.Error(err)
+			}
+			mu.Lock()
+			defer mu.Unlock()
+			sum += n
+		})
+	}
+	all.Wait()
+	if left := b.count(t, "SELECT count(*) FROM idempotency_keys"); sum != rows*2/3 || left != rows/3 {
+		t.Errorf("%d deleted and %d left, want %d and %d", sum, left, rows*2/3, rows/3)
+	}
+}
+
+// A batch that is too much for statement_timeout, as one of large bodies may be, is tried again in halves, down to one
+// page. What is too much for that is an error, and stops nothing that came before.
+func TestDeleteExpiredHalvesWhatTakesTooLong(t *testing.T) {
+	t.Parallel()
+	ctx := context.Background()
+	for _, c := range []struct {
+		name        string
+		timeout     time.Duration
+		quickRows   int // as many can be deleted in time
+		deletedRows int64
+		code        string
+	}{
+		{"a page is not too much", time.Second, 4, 16, ""},
+		{"a page is too much", 300 * time.Millisecond, 0, 0, "57014"},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			t.Parallel()
+			b := setup(t, &setupOptions{store: &postgres.Options{StatementTimeout: c.timeout}})
+			b.plant(t, 24, 1800) // four on a page
+			if pages := b.pages(t); pages != 6 {
+				t.Fatalf("%d pages, want 6", pages)
+			}
+			if _, err := b.pool.Exec(ctx, `CREATE FUNCTION takes_long() RETURNS trigger LANGUAGE plpgsql AS $$
+				BEGIN
+					IF (SELECT count(*) FROM deleted) > TG_ARGV[0]::int THEN
+						PERFORM pg_sleep(60);
+					END IF;
+					RETURN NULL;
+				END $$`); err != nil {
+				t.Fatal(err)
+			}
+			if _, err := b.pool.Exec(ctx, "CREATE TRIGGER takes_long AFTER DELETE ON idempotency_keys REFERENCING OLD TABLE AS deleted FOR EACH STATEMENT EXECUTE FUNCTION takes_long("+
+				strconv.Itoa(c.quickRows)+")"); err != nil {
+				t.Fatal(err)
+			}
+			n, err := b.store.DeleteExpired(ctx)
+			var pgErr *pgconn.PgError
+			if errors.As(err, &pgErr); n != c.deletedRows || (pgErr == nil) != (c.code == "") || pgErr != nil && pgErr.Code != c.code {
+				t.Errorf("%d deleted, %v; want %d and SQLSTATE %q", n, err, c.deletedRows, c.code)
+			}
+		})
+	}
+}
