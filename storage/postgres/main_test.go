@@ -24,18 +24,23 @@ type testBundle struct {
 }
 
 type setupOptions struct {
+	database  string // its URL; default: a new one
 	store     *postgres.Options
 	configure func(*pgxpool.Config) // after postgres.Configure
 	cold      bool                  // leave postgres.Configure out
 }
 
-func setup(t *testing.T, opts *setupOptions) *testBundle {
+func setup(t testing.TB, opts *setupOptions) *testBundle {
 	t.Helper()
 	if opts == nil {
 		opts = &setupOptions{}
 	}
 	ctx := context.Background()
-	config, err := pgxpool.ParseConfig(pgtest.Database(t))
+	database := opts.database
+	if database == "" {
+		database = pgtest.Database(t)
+	}
+	config, err := pgxpool.ParseConfig(database)
 	if err != nil {
 		t.Fatal(err)
 	}
