@@ -52,16 +52,15 @@ func DerivedKey(ctx context.Context, name string) string {
 	if !ok {
 		panic(UsageError("idempotency: DerivedKey outside an idempotent handler: pass the request's context on"))
 	}
-	h := sha256.New()
-	writeField(h, "paidonce derived key 1")
-	writeField(h, r.key.Scope)
-	writeField(h, r.key.Value)
+	fields := appendField(nil, "paidonce derived key 1")
+	fields = appendField(fields, r.key.Scope)
+	fields = appendField(fields, r.key.Value)
 	if r.key.Value == "" {
-		writeField(h, r.attempt[:])
+		fields = appendField(fields, r.attempt[:])
 	}
-	writeField(h, name)
+	sum := sha256.Sum256(appendField(fields, name))
 	var id AttemptID
-	copy(id[:], h.Sum(nil))
+	copy(id[:], sum[:])
 	id[6] = id[6]&0x0f | 0x80
 	id[8] = id[8]&0x3f | 0x80
 	return id.String()

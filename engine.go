@@ -188,7 +188,7 @@ func (e *Engine) Do(ctx context.Context, req Request, run RunFunc) (result Resul
 	trace := e.startTrace(ctx, &req)
 	result = refuse(Decide(FactOutcomeUnknown), errGoexit) // unless do returns
 	defer func() { trace.end(result) }()
-	return e.do(trace.ctx, &req, run, trace)
+	return e.do(trace.ctx, &req, run, &trace)
 }
 
 // errGoexit stands for a handler that ended its goroutine, or a hook of the caller's that panicked.

@@ -3,6 +3,7 @@ package idempotency
 import (
 	"crypto/sha256"
 	"crypto/subtle"
+	"encoding/binary"
 )
 
 // FingerprintVersionUserMin is the lowest version number that a user's own fingerprint function may bring. Those below
@@ -27,12 +28,15 @@ func (f Fingerprint) Equal(other Fingerprint) bool {
 // FingerprintV1 is SHA-256 over the length-prefixed method, escaped path, raw query, Content-Type and body bytes. It
 // is frozen: a change would turn every retry that crosses an upgrade into a mismatch.
 func FingerprintV1(method, escapedPath, rawQuery, contentType string, body []byte) Fingerprint {
+	var buffer [512]byte // for most of them, on the stack
+	head := appendField(buffer[:0], method)
+	head = appendField(head, escapedPath)
+	head = appendField(head, rawQuery)
+	head = appendField(head, contentType)
+	head = binary.BigEndian.AppendUint64(head, uint64(len(body))) // the body is a field too, and is not copied
 	h := sha256.New()
-	writeField(h, method)
-	writeField(h, escapedPath)
-	writeField(h, rawQuery)
-	writeField(h, contentType)
-	writeField(h, body)
+	h.Write(head) // a hash never fails
+	h.Write(body)
 	f := Fingerprint{Version: 1}
 	h.Sum(f.Sum[:0])
 	return f

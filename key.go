@@ -80,10 +80,11 @@ func ValidateKeyValue(value string) error {
 
 // String returns eight hexadecimal digits of a hash of the key: enough to follow one key through a log.
 func (k Key) String() string {
-	h := sha256.New()
-	writeField(h, k.Scope)
-	writeField(h, k.Value)
-	return hex.EncodeToString(h.Sum(nil)[:4])
+	var buffer [fieldsBytesMax]byte
+	fields := appendField(buffer[:0], k.Scope)
+	fields = appendField(fields, k.Value)
+	sum := sha256.Sum256(fields)
+	return hex.EncodeToString(sum[:4])
 }
 
 // Format keeps the key out of every verb of fmt.
@@ -100,21 +101,22 @@ func (k Key) LogValue() slog.Value { return slog.StringValue(k.String()) }
 // database that pass a key along don't block each other. It is frozen: programs of different versions must meet at
 // the same lock. Nothing rests on it being unique; a collision costs a spurious in-progress.
 func (k Key) LockNumber(table string) int64 {
-	fields := make([]byte, 0, 1024) // on the stack, and long enough for the longest
-	for _, field := range [...]string{table, k.Scope, k.Value} {
-		fields = binary.BigEndian.AppendUint64(fields, uint64(len(field)))
-		fields = append(fields, field...)
-	}
+	var buffer [fieldsBytesMax]byte
+	fields := appendField(buffer[:0], table)
+	fields = appendField(fields, k.Scope)
+	fields = appendField(fields, k.Value)
 	sum := sha256.Sum256(fields)
 	return int64(binary.BigEndian.Uint64(sum[:]))
 }
 
-// writeField feeds one length-prefixed field to a hash, so that no two lists of fields feed it the same bytes.
-func writeField[S string | []byte](w interface{ Write([]byte) (int, error) }, field S) {
-	var length [8]byte
-	binary.BigEndian.PutUint64(length[:], uint64(len(field)))
-	_, _ = w.Write(length[:]) // a hash never fails
-	_, _ = w.Write([]byte(field))
+// fieldsBytesMax is the room for what is hashed of a key, which is on the stack as long as the table's name is no longer than
+// PostgreSQL's are.
+const fieldsBytesMax = 3*8 + 2*63 + 1 + ScopeBytesMax + KeyBytesMax
+
+// appendField appends one length-prefixed field to what will be hashed, so that no two lists of fields give the same bytes.
+func appendField[S string | []byte](fields []byte, field S) []byte {
+	fields = binary.BigEndian.AppendUint64(fields, uint64(len(field)))
+	return append(fields, field...)
 }
 
 // AttemptID is the name of one attempt: 16 random bytes. The record carries the id of the attempt that was executed,

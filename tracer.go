@@ -77,8 +77,8 @@ type trace struct {
 	attempts int
 }
 
-func (e *Engine) startTrace(ctx context.Context, req *Request) *trace {
-	t := &trace{tracer: e.options.Tracer, ctx: ctx, req: req}
+func (e *Engine) startTrace(ctx context.Context, req *Request) trace {
+	t := trace{tracer: e.options.Tracer, ctx: ctx, req: req}
 	if t.tracer != nil {
 		t.started = time.Now()
 		t.ctx = t.tracer.TraceRequestStart(ctx, RequestStart{Key: req.Key, Fingerprint: req.Fingerprint, TraceID: req.TraceID})

@@ -20,12 +20,12 @@ import (
 // Round trips, WAL and connections have theirs in storage/postgres.
 const (
 	// A fresh request over the same handler in a plain transaction of pgx, for two batches and an answer of 200 bytes.
-	allocsFreshMax = 156
+	allocsFreshMax = 133
 	// A replay from PostgreSQL, all of it but net/http.
-	allocsReplayMax = 118
+	allocsReplayMax = 98
 	// The middleware and the engine with the memory store, over the handler alone, the store's allocations included.
-	allocsMemoryFreshMax  = 57
-	allocsMemoryReplayMax = 48
+	allocsMemoryFreshMax  = 42
+	allocsMemoryReplayMax = 36
 )
 
 // These tests count what the whole process allocates, so nothing else may run: they are not parallel.

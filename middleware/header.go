@@ -65,13 +65,19 @@ func recordable(header, before http.Header, allowed map[string]bool) map[string]
 // cleanValue makes a value what net/http would send: line breaks become spaces, and it is trimmed. Other control
 // characters, which net/http leaves to fail elsewhere, become spaces too.
 func cleanValue(value string) string {
-	clean := []byte(value) // not runes: a value need not be UTF-8
-	for i, c := range clean {
-		if c < ' ' && c != '\t' || c == 0x7f {
+	var clean []byte            // a copy, where one is needed
+	for i := range len(value) { // not runes: a value need not be UTF-8
+		if c := value[i]; c < ' ' && c != '\t' || c == 0x7f {
+			if clean == nil {
+				clean = []byte(value)
+			}
 			clean[i] = ' '
 		}
 	}
-	return strings.Trim(string(clean), " \t")
+	if clean != nil {
+		value = string(clean)
+	}
+	return strings.Trim(value, " \t")
 }
 
 // StatusAndLocation is an idempotency.Options.Reduce for routes whose answers hold what must not lie in a table, such as

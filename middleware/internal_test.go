@@ -3,6 +3,7 @@ package middleware
 import (
 	"net/http"
 	"net/http/httptest"
+	"net/url"
 	"os"
 	"strconv"
 	"strings"
@@ -36,6 +37,36 @@ func FuzzKeyValue(f *testing.F) {
 		again, err := keyValue(http.Header{"Idempotency-Key": {quoted}}, 1, idempotency.KeyBytesMax)
 		if err != nil || again != value {
 			t.Errorf("%q quoted is %q, %v", value, again, err)
+		}
+	})
+}
+
+// FuzzTarget: the short way to the target gives what parsing it gives, also where something outside changed r.URL.
+func FuzzTarget(f *testing.F) {
+	for _, uri := range []string{"/transfers", "/a%2Fb?x=1", "/a b", "/ü", "/a#b", "//host/path", "*", "foo:bar", "", "?", "/?", "/a??b", "http://host/a?b", "/%zz", "/a%20b?%zz"} {
+		f.Add(uri, "/a", "x=1")
+	}
+	f.Fuzz(func(t *testing.T, uri, path, query string) {
+		parsed, err := url.ParseRequestURI(uri)
+		changed := &url.URL{Path: path, RawQuery: query}
+		urls := []*url.URL{changed, {Path: uri}, {Opaque: uri}}
+		if before, after, found := strings.Cut(uri, "?"); found {
+			urls = append(urls, &url.URL{Path: before, RawQuery: after}, &url.URL{Path: path, RawPath: before, RawQuery: after})
+		}
+		if err == nil {
+			stripped := *parsed
+			stripped.Path, stripped.RawPath = strings.TrimPrefix(parsed.Path, "/"), strings.TrimPrefix(parsed.RawPath, "/")
+			urls = append(urls, parsed, &stripped)
+		}
+		for _, u := range urls {
+			want := u
+			if err == nil {
+				want = parsed
+			}
+			escapedPath, rawQuery := target(&http.Request{URL: u, RequestURI: uri})
+			if escapedPath != want.EscapedPath() || rawQuery != want.RawQuery {
+				t.Errorf("%q with %#v: %q and %q, want %q and %q", uri, u, escapedPath, rawQuery, want.EscapedPath(), want.RawQuery)
+			}
 		}
 	})
 }

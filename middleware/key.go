@@ -25,7 +25,11 @@ func keyValue(header http.Header, bytesMin, bytesMax int) (string, error) {
 		return "", fmt.Errorf("%w: there are %d headers", idempotency.ErrKeyInvalid, len(values))
 	}
 	value := strings.Trim(values[0], " \t")
-	if strings.HasPrefix(value, `"`) {
+	switch inside, quoted := strings.CutPrefix(value, `"`); {
+	case !quoted:
+	case strings.IndexAny(inside, `"\`) == len(inside)-1 && strings.HasSuffix(inside, `"`): // nothing in it is escaped
+		value = inside[:len(inside)-1]
+	default:
 		item, err := httpsfv.UnmarshalItem([]string{value})
 		unquoted, ok := item.Value.(string)
 		if err != nil || !ok || len(item.Params.Names()) > 0 {

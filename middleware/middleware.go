@@ -5,7 +5,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io"
 	"log/slog"
 	"maps"
 	"net/http"
@@ -123,19 +122,20 @@ func (m *Middleware) serve(w http.ResponseWriter, r *http.Request, next http.Han
 		m.refuse(w, r, idempotency.ReasonBodyUnread, err, nil)
 		return
 	}
-	fingerprint := func(version int16) (idempotency.Fingerprint, bool) {
-		for _, f := range m.options.Fingerprints {
-			if f.Version == version {
-				return f.of(r, body), true
-			}
-		}
-		return idempotency.Fingerprint{}, false
-	}
 	request := idempotency.Request{
-		Key:           idempotency.Key{Scope: scope, Value: key},
-		Fingerprint:   m.options.Fingerprints[0].of(r, body),
-		FingerprintAt: fingerprint,
-		TraceID:       m.options.TraceID(r),
+		Key:         idempotency.Key{Scope: scope, Value: key},
+		Fingerprint: m.options.Fingerprints[0].of(r, body),
+		TraceID:     m.options.TraceID(r),
+	}
+	if len(m.options.Fingerprints) > 1 {
+		request.FingerprintAt = func(version int16) (idempotency.Fingerprint, bool) {
+			for _, f := range m.options.Fingerprints {
+				if f.Version == version {
+					return f.of(r, body), true
+				}
+			}
+			return idempotency.Fingerprint{}, false
+		}
 	}
 
 	// Nothing goes to the client before Do returned. By then nothing is held: a slow reader costs nothing either.
@@ -280,8 +280,13 @@ func (run *run) once(ctx context.Context) (*idempotency.Answer, error) {
 			return nil, fmt.Errorf("%w: %w", idempotency.ErrUnavailable, errRouterState)
 		}
 	}
+	one := &struct { // of this run alone: an earlier one may not have let go of its own
+		recorder recorder
+		body     memoryBody
+	}{recorder: newRecorder(run.outer, run.m.options.AnswerBytesMax)}
 	r := run.request.Clone(ctx)
-	r.Body = io.NopCloser(bytes.NewReader(run.body))
+	one.body.Reset(run.body)
+	r.Body = &one.body
 	r.ContentLength = int64(len(run.body))
 	r.TransferEncoding = nil
 	if len(run.body) == 0 {
@@ -292,7 +297,7 @@ func (run *run) once(ctx context.Context) (*idempotency.Answer, error) {
 			_ = r.MultipartForm.RemoveAll() // temporary files
 		}
 	}()
-	run.recorder = newRecorder(run.outer, run.m.options.AnswerBytesMax)
+	run.recorder = &one.recorder
 	run.next.ServeHTTP(run.recorder, r)
 	if err := run.recorder.finish(); err != nil {
 		return nil, err
@@ -303,6 +308,12 @@ func (run *run) once(ctx context.Context) (*idempotency.Answer, error) {
 		Body:   run.recorder.body,
 	}, nil
 }
+
+// memoryBody is a request's body that was read.
+type memoryBody struct{ bytes.Reader }
+
+// Close implements io.Closer.
+func (*memoryBody) Close() error { return nil }
 
 // carriesChiRoute reports whether chi routed the request. chi keeps its state in one value that routing changes in
 // place, so that a second run may be routed to a 404, which would be recorded for good. Its key is not exported by

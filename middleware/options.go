@@ -7,6 +7,7 @@ import (
 	"net/http"
 	"net/url"
 	"slices"
+	"strings"
 	"time"
 
 	"github.com/paidonce/idempotency"
@@ -96,14 +97,23 @@ func FingerprintV1() Fingerprint { return Fingerprint{Version: fingerprintVersio
 
 func (f Fingerprint) of(r *http.Request, body []byte) idempotency.Fingerprint {
 	if f.Content == nil {
-		// The target as the client sent it: http.StripPrefix outside would make two routes one.
-		target := r.URL
-		if sent, err := url.ParseRequestURI(r.RequestURI); err == nil {
-			target = sent
-		}
-		return idempotency.FingerprintV1(r.Method, target.EscapedPath(), target.RawQuery, r.Header.Get("Content-Type"), body)
+		escapedPath, rawQuery := target(r)
+		return idempotency.FingerprintV1(r.Method, escapedPath, rawQuery, r.Header.Get("Content-Type"), body)
 	}
 	return idempotency.FingerprintOf(f.Version, f.Content(r, body))
+}
+
+// target returns the target as the client sent it: http.StripPrefix outside would make two routes one.
+func target(r *http.Request) (escapedPath, rawQuery string) {
+	escapedPath, rawQuery = r.URL.EscapedPath(), r.URL.RawQuery
+	path, query, _ := strings.Cut(r.RequestURI, "?")
+	if path == escapedPath && query == rawQuery && strings.HasPrefix(path, "/") {
+		return path, query // nobody changed r.URL: no need to parse it again
+	}
+	if sent, err := url.ParseRequestURI(r.RequestURI); err == nil {
+		return sent.EscapedPath(), sent.RawQuery
+	}
+	return escapedPath, rawQuery
 }
 
 // RouterStateFunc is called before the first run of a handler with the request's context. What it returns is called

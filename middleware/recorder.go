@@ -22,8 +22,8 @@ type recorder struct {
 	tooLong bool
 }
 
-func newRecorder(outer http.Header, bytesMax int) *recorder {
-	return &recorder{header: outer.Clone(), bytesMax: bytesMax}
+func newRecorder(outer http.Header, bytesMax int) recorder {
+	return recorder{header: outer.Clone(), bytesMax: bytesMax}
 }
 
 // Header implements http.ResponseWriter. It begins with what middleware outside has set.
