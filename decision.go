@@ -64,14 +64,16 @@ func DefaultDisposition(status int) Disposition {
 	return Forget
 }
 
-// Fact is what is known of a request at one of its turning points: after the claim, after the handler, after the end of
+// Fact is what is known of a request at one of its turning points: after the claim or a wait, after the handler, after the end of
 // the transaction, and after the look for a COMMIT whose reply was lost.
 type Fact uint8
 
 // The facts.
 const (
 	FactClaimed            Fact = iota + 1 // no record; the claim is ours
-	FactInProgress                         // no record; the claim is another attempt's
+	FactInProgress                         // no record; the claim is another attempt's, and the request may not wait, or no longer
+	FactAwaited                            // no record; the claim is another attempt's, and the request may wait for it
+	FactTurn                               // that attempt left no answer to this request, whose turn it is to ask the store
 	FactRecordedSame                       // a record of this very request
 	FactRecordedOther                      // a record of a different request
 	FactRecordedUnreadable                 // a record whose fingerprint or answer this program can't read, or can't vouch for yet
@@ -107,6 +109,8 @@ type Action uint8
 // The actions.
 const (
 	ActionRun     Action = iota + 1 // run the handler
+	ActionWait                      // wait for what becomes of the other attempt
+	ActionClaim                     // claim the key
 	ActionReplay                    // answer with the record
 	ActionCommit                    // record the answer and commit it with the handler's writes
 	ActionDecline                   // undo the handler's writes; record the answer and commit it
@@ -128,11 +132,15 @@ type Decision struct {
 // finds facts or carries out actions. docs/state-machine.md holds the same table in words.
 func Decide(fact Fact) Decision {
 	switch fact {
-	// After the claim.
+	// After the claim, and after a wait.
 	case FactClaimed:
 		return Decision{Action: ActionRun}
 	case FactInProgress:
 		return Decision{ActionRefuse, OutcomeInProgress, ReasonInProgress}
+	case FactAwaited:
+		return Decision{Action: ActionWait}
+	case FactTurn:
+		return Decision{Action: ActionClaim}
 	case FactRecordedSame:
 		return Decision{Action: ActionReplay, Outcome: OutcomeReplayed}
 	case FactRecordedOther:
@@ -205,6 +213,26 @@ func factAfterClaim(req *Request, record *Record, err error) Fact {
 		return FactClaimed
 	}
 	return factOfRecord(req, record)
+}
+
+// factOfWait says of a request whose key is another attempt's whether it may wait.
+func factOfWait(mayWait bool) Fact {
+	if mayWait {
+		return FactAwaited
+	}
+	return FactInProgress
+}
+
+// factOfLeader reads what a request that waited behind another was told when that one ended: its record, that the
+// outcome is unknown, or nil, which is this request's turn.
+func factOfLeader(req *Request, told *Result) Fact {
+	switch {
+	case told == nil:
+		return FactTurn
+	case told.Record != nil:
+		return factOfRecord(req, told.Record)
+	}
+	return FactOutcomeUnknown
 }
 
 // factOfRecord compares fingerprints. Every path that answers with a record comes through here.

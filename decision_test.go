@@ -11,6 +11,8 @@ func TestDecideEveryRow(t *testing.T) {
 	rows := map[Fact]Decision{
 		FactClaimed:            {Action: ActionRun},
 		FactInProgress:         {ActionRefuse, OutcomeInProgress, ReasonInProgress},
+		FactAwaited:            {Action: ActionWait},
+		FactTurn:               {Action: ActionClaim},
 		FactRecordedSame:       {Action: ActionReplay, Outcome: OutcomeReplayed},
 		FactRecordedOther:      {ActionRefuse, OutcomeMismatch, ReasonKeyReused},
 		FactRecordedUnreadable: {ActionRefuse, OutcomeUnknown, ReasonOutcomeUnknown},
@@ -158,6 +160,39 @@ func TestFactAfterClaimComparesFingerprints(t *testing.T) {
 	} {
 		req := &Request{Fingerprint: test.ours, FingerprintAt: test.at}
 		if got := factAfterClaim(req, &Record{Fingerprint: test.recorded}, nil); got != test.want {
+			t.Errorf("%s: fact %d, want %d", name, got, test.want)
+		}
+	}
+}
+
+func TestFactOfWait(t *testing.T) {
+	t.Parallel()
+	if factOfWait(true) != FactAwaited || factOfWait(false) != FactInProgress {
+		t.Errorf("facts %d and %d", factOfWait(true), factOfWait(false))
+	}
+}
+
+// What the leader's end says to those behind it: a record, which each compares with its own request, or nothing that
+// anybody could run on, or that one of them is to ask.
+func TestFactOfLeader(t *testing.T) {
+	t.Parallel()
+	print, other := FingerprintV1("POST", "/1", "", "", nil), FingerprintV1("POST", "/2", "", "", nil)
+	req := &Request{Fingerprint: print}
+	of := func(f Fingerprint) *Result { return &Result{Outcome: OutcomeReplayed, Record: &Record{Fingerprint: f}} }
+	unknown := refuse(Decide(FactCommitUnknown), errOther)
+	for name, test := range map[string]struct {
+		told *Result
+		want Fact
+	}{
+		"nothing":                      {nil, FactTurn},
+		"a record of this request":     {of(print), FactRecordedSame},
+		"a record of another request":  {of(other), FactRecordedOther},
+		"a record of another version":  {of(FingerprintOf(100, nil)), FactRecordedUnreadable},
+		"that it is unknown":           {&unknown, FactOutcomeUnknown},
+		"something nobody should tell": {&Result{Outcome: OutcomeNotExecuted}, FactOutcomeUnknown},
+		"an answer without a record":   {&Result{Outcome: OutcomeExecuted, Answer: &Answer{Status: 201}}, FactOutcomeUnknown},
+	} {
+		if got := factOfLeader(req, test.told); got != test.want {
 			t.Errorf("%s: fact %d, want %d", name, got, test.want)
 		}
 	}

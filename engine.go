@@ -43,6 +43,16 @@ type Options struct {
 	// [RollbackTimeoutDefault].
 	RollbackTimeout time.Duration
 
+	// Wait is how long a request whose key is in progress waits for the answer of the attempt that has it, before it is
+	// answered in-progress; counted from its arrival, and at most [WaitMax]. While it waits it holds no connection: of all
+	// requests of a process with one key, one at a time asks the store. Where the attempt leaves no answer one of those
+	// that wait runs, with the whole of HandlerTimeout. A client that is gone ends the wait.
+	//
+	// It must be shorter than TTL and than what clients, balancers and the server have patience for: a server's WriteTimeout
+	// must exceed its ReadTimeout, Wait, HandlerTimeout, CommitTimeout and ResolveTimeout together. Requests that wait count
+	// for InFlightMax. Zero, the default, is never: a retry costs a request then, and no place.
+	Wait time.Duration
+
 	// TTL is how long a record counts, from its commit on. A retry that comes later runs again, so it must be longer than any client
 	// retries. The default is [TTLDefault], the least [TTLMin].
 	TTL time.Duration
@@ -52,7 +62,7 @@ type Options struct {
 	Restarts int
 
 	// InFlightMax is how many requests may be past the reading of their body at once; what comes above it is refused
-	// as unavailable. Each holds a connection or waits for one. Negative means no limit. The default is
+	// as unavailable. Each holds a connection, or waits for one or for another attempt. Negative means no limit. The default is
 	// [InFlightMaxDefault].
 	InFlightMax int
 
@@ -98,14 +108,17 @@ func (o *Options) full() Options {
 	}
 	for name, value := range map[string]time.Duration{
 		"HandlerTimeout": full.HandlerTimeout, "CommitTimeout": full.CommitTimeout, "RollbackTimeout": full.RollbackTimeout,
-		"ResolveTimeout": full.ResolveTimeout,
+		"ResolveTimeout": full.ResolveTimeout, "Wait": full.Wait,
 	} {
 		if value < 0 {
-			panic(fmt.Sprintf("idempotency: Options.%s is %v: it must be positive", name, value))
+			panic(fmt.Sprintf("idempotency: Options.%s is %v: it must not be negative", name, value))
 		}
 	}
 	if full.TTL < TTLMin {
 		panic(fmt.Sprintf("idempotency: Options.TTL is %v: it must be at least %v", full.TTL, TTLMin))
+	}
+	if full.Wait > WaitMax || full.Wait >= full.TTL {
+		panic(fmt.Sprintf("idempotency: Options.Wait is %v: it must be at most %v, and shorter than the TTL, which is %v", full.Wait, WaitMax, full.TTL))
 	}
 	return full
 }
@@ -129,7 +142,8 @@ type BudgetChecker interface {
 type Engine struct {
 	store    Store
 	options  Options
-	inFlight *atomic.Int64
+	inFlight *atomic.Int64 // shared with relatives, as are the lines
+	lines    *lines
 }
 
 // NewEngine returns an engine on the store. It panics where the store is nil or the options can't work together.
@@ -137,14 +151,15 @@ func NewEngine(store Store, opts *Options) *Engine {
 	if store == nil {
 		panic("idempotency: NewEngine needs a Store")
 	}
-	return newEngine(store, opts, new(atomic.Int64))
+	return newEngine(store, opts, new(atomic.Int64), newLines())
 }
 
-// With returns an engine with other options on the same store, which shares the count of requests in flight.
-func (e *Engine) With(opts *Options) *Engine { return newEngine(e.store, opts, e.inFlight) }
+// With returns an engine with other options on the same store, which shares the count of requests in flight and waits
+// for the same attempts.
+func (e *Engine) With(opts *Options) *Engine { return newEngine(e.store, opts, e.inFlight, e.lines) }
 
-func newEngine(store Store, opts *Options, inFlight *atomic.Int64) *Engine {
-	e := &Engine{store: store, options: opts.full(), inFlight: inFlight}
+func newEngine(store Store, opts *Options, inFlight *atomic.Int64, lines *lines) *Engine {
+	e := &Engine{store: store, options: opts.full(), inFlight: inFlight, lines: lines}
 	if checker, ok := store.(BudgetChecker); ok {
 		if err := checker.CheckBudget(e.options.HandlerTimeout, e.options.CommitTimeout); err != nil {
 			panic("idempotency: " + err.Error())
@@ -169,12 +184,13 @@ type Result struct {
 	Outcome Outcome
 	Answer  *Answer // the handler's answer or the recorded one; nil where Reason is set
 	Reason  Reason  // why there is no answer; empty where Answer is set
-	Record  *Record // the record that is replayed; nil otherwise
+	Record  *Record // the record that is replayed; nil otherwise. Its body may be another request's too: it is only read
 	Err     error   // for the operator: what went wrong; its text holds no key, body or credential
 }
 
 // Do takes one request through the protocol and returns when everything about it is settled and nothing is held. The
-// request's own cancellation is ignored: once begun, the work is finished, and the retry finds it.
+// request's own cancellation is ignored: once begun, the work is finished, and the retry finds it. It only ends a wait
+// for another attempt ([Options.Wait]), while nothing of this request is begun.
 //
 // Read it together with [Decide]: this says in which order facts come to light, the table what follows from each.
 func (e *Engine) Do(ctx context.Context, req Request, run RunFunc) (result Result) {
@@ -227,6 +243,14 @@ func (e *Engine) do(ctx context.Context, req *Request, run RunFunc, trace *trace
 	if e.inFlight.Add(1) > int64(e.options.InFlightMax) && e.options.InFlightMax > 0 {
 		return refuse(Decide(FactUnavailable), ErrInFlightMax)
 	}
+	if e.options.Wait > 0 && !req.Keyless() {
+		return e.inLine(ctx, req, run, trace)
+	}
+	return e.attempts(ctx, req, run, trace)
+}
+
+// attempts begins attempts until one need not be started again.
+func (e *Engine) attempts(ctx context.Context, req *Request, run RunFunc, trace *trace) Result {
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), e.options.HandlerTimeout)
 	defer cancel()
 	recorded := false // by another attempt

@@ -10,7 +10,7 @@ import (
 func TestStateMachineDocIsTheTable(t *testing.T) {
 	t.Parallel()
 	facts := map[string]Fact{
-		"Claimed": FactClaimed, "InProgress": FactInProgress, "RecordedSame": FactRecordedSame, "RecordedOther": FactRecordedOther,
+		"Claimed": FactClaimed, "InProgress": FactInProgress, "Awaited": FactAwaited, "Turn": FactTurn, "RecordedSame": FactRecordedSame, "RecordedOther": FactRecordedOther,
 		"RecordedUnreadable": FactRecordedUnreadable, "Unavailable": FactUnavailable, "Serialization": FactSerialization, "NotClaimed": FactNotClaimed,
 		"RestartsSpent": FactRestartsSpent, "RecordUnread": FactRecordUnread, "AnsweredCommit": FactAnsweredCommit, "AnsweredDecline": FactAnsweredDecline,
 		"AnsweredForget": FactAnsweredForget, "HandlerFailed": FactHandlerFailed, "TransactionLost": FactTransactionLost,
@@ -22,7 +22,7 @@ func TestStateMachineDocIsTheTable(t *testing.T) {
 		t.Fatalf("the test knows %d facts of %d", len(facts), FactOutcomeUnknown)
 	}
 	actions := map[string]Action{
-		"Run": ActionRun, "Replay": ActionReplay, "Commit": ActionCommit, "Decline": ActionDecline, "Forget": ActionForget,
+		"Run": ActionRun, "Wait": ActionWait, "Claim": ActionClaim, "Replay": ActionReplay, "Commit": ActionCommit, "Decline": ActionDecline, "Forget": ActionForget,
 		"Answer": ActionAnswer, "Restart": ActionRestart, "Resolve": ActionResolve, "Refuse": ActionRefuse,
 	}
 	doc, err := os.ReadFile("docs/state-machine.md")

@@ -13,7 +13,8 @@ import (
 type Tracer interface {
 	// TraceRequestStart is called when a request enters the engine. The context it returns is the request's from then on.
 	TraceRequestStart(ctx context.Context, data RequestStart) context.Context
-	// TraceStep is called after each step of an attempt.
+	// TraceStep is called after each step of an attempt, and after each stretch of waiting for another one: behind another
+	// request of this process, or between two claims.
 	TraceStep(ctx context.Context, data StepEnd)
 	// TraceRequestEnd is called when everything about a request is settled, once for each TraceRequestStart.
 	TraceRequestEnd(ctx context.Context, data RequestEnd)
@@ -29,7 +30,7 @@ type RequestStart struct {
 	TraceID     string
 }
 
-// Step is a part of an attempt.
+// Step is a part of a request's way.
 type Step string
 
 // The steps.
@@ -40,11 +41,12 @@ const (
 	StepDecline  Step = "decline"
 	StepRollback Step = "rollback"
 	StepResolve  Step = "resolve"
+	StepWait     Step = "wait" // a stretch of waiting for another attempt; ErrInProgress where its time or its client ended it
 )
 
 // StepEnd describes a step that is over.
 type StepEnd struct {
-	Attempt  AttemptID
+	Attempt  AttemptID // of a wait: the attempt before it, zero where there was none
 	Step     Step
 	Started  time.Time
 	Duration time.Duration
@@ -54,7 +56,7 @@ type StepEnd struct {
 // RequestEnd describes a request that is settled.
 type RequestEnd struct {
 	Key      Key
-	Attempt  AttemptID // the last attempt
+	Attempt  AttemptID // the last attempt; zero where none was begun
 	Attempts int       // how many were begun
 	Result   Result
 	Started  time.Time

@@ -1,0 +1,225 @@
+package idempotency
+
+import (
+	"context"
+	"fmt"
+	"maps"
+	"math/rand/v2"
+	"slices"
+	"sync"
+	"time"
+)
+
+// WaitMax is the longest [Options.Wait]: about as long as a service that is gone can hold a key in PostgreSQL, and as
+// clients and balancers have patience.
+const WaitMax = time.Minute
+
+// Pauses between two claims of a request that waits for an attempt of another process.
+const (
+	waitPauseMin = 25 * time.Millisecond
+	waitPauseMax = 250 * time.Millisecond
+)
+
+// inLine takes a request that may wait through the protocol. The first with its key in this process is the leader: it
+// alone asks the store. The others, its followers, wait in memory until it ends, and are told what it knows then, or that
+// one of them leads now. So many duplicates take one connection, and none while the attempt that they wait for is in
+// another process: the leader claims again and again, and holds nothing in between.
+func (e *Engine) inLine(ctx context.Context, req *Request, run RunFunc, trace *trace) (result Result) {
+	over := time.Now().Add(e.options.Wait)
+	place := e.lines.enter(req.Key)
+	defer func() { place.leave(&result) }() // whatever way this is left by, somebody else leads
+	if !place.leads {
+		if result, settled := follow(ctx, req, place, over, trace); settled {
+			return result
+		}
+	}
+	for pause := waitPauseMin; ; pause = min(2*pause, waitPauseMax) {
+		result = e.attempts(ctx, req, run, trace)
+		if result.Outcome != OutcomeInProgress || Decide(factOfWait(mayWait(ctx, over))).Action != ActionWait {
+			return result
+		}
+		// Processes that wait for the same key should not ask at the same time. The last look is when the time is over.
+		jittered := pause*3/4 + rand.N(pause/2)
+		started := trace.now()
+		gone := sleep(ctx, min(jittered, time.Until(over)))
+		if gone != nil { // nothing is begun, and nobody would take the answer
+			trace.step(StepWait, started, gone)
+			return refuse(Decide(factOfWait(false)), gone)
+		}
+		trace.step(StepWait, started, nil)
+	}
+}
+
+// follow waits behind the leader. It returns a result, or false where the request leads now.
+func follow(ctx context.Context, req *Request, place *place, over time.Time, trace *trace) (result Result, settled bool) {
+	started := trace.now()
+	told, err := place.wait(ctx, over)
+	fact := FactInProgress
+	if err == nil {
+		fact = factOfLeader(req, told)
+	}
+	if Decide(fact).Action == ActionClaim && !mayWait(ctx, over) {
+		fact, err = FactInProgress, errWaitEnded(ctx)
+	}
+	trace.step(StepWait, started, err)
+	switch decision := Decide(fact); decision.Action {
+	case ActionClaim:
+		return Result{}, false
+	case ActionReplay:
+		return Result{Outcome: decision.Outcome, Answer: &told.Record.Answer, Record: told.Record}, true
+	default:
+		if decision.Outcome == OutcomeUnknown {
+			err = errAwaitedUnknown
+		}
+		return refuse(decision, err), true
+	}
+}
+
+// mayWait reports whether a request's time goes on, and its client is there.
+func mayWait(ctx context.Context, over time.Time) bool {
+	return ctx.Err() == nil && time.Now().Before(over)
+}
+
+// errAwaitedUnknown is why a request is unknown that waited. What went wrong is told of the attempt alone.
+var errAwaitedUnknown = fmt.Errorf("%w: that of the attempt which the request waited for, or its record can't be compared", ErrUnknown)
+
+// errWaitEnded is why a request no longer waits.
+func errWaitEnded(ctx context.Context) error {
+	if err := ctx.Err(); err != nil {
+		return fmt.Errorf("%w: the client did not wait: %w", ErrInProgress, err)
+	}
+	return fmt.Errorf("%w: Options.Wait is over", ErrInProgress)
+}
+
+// sleep returns nil after d, or why the wait is over before.
+func sleep(ctx context.Context, d time.Duration) error {
+	timer := time.NewTimer(d)
+	defer timer.Stop()
+	select {
+	case <-timer.C:
+		return nil
+	case <-ctx.Done():
+		return errWaitEnded(ctx)
+	}
+}
+
+// lines are the requests of one process that may wait, by key. A line is there for as long as it has a leader. It is safe
+// for concurrent use, and as large as there are requests in flight.
+type lines struct {
+	mu    sync.Mutex
+	byKey map[Key]*line
+}
+
+// line is the requests with one key.
+type line struct {
+	followers []*place // in the order of their arrival; guarded by lines.mu
+}
+
+// place is a request's place in its line. It is used by the request's goroutine.
+type place struct {
+	lines *lines
+	line  *line
+	key   Key
+	leads bool
+	news  chan *Result // of a follower: once it is out of the line, what it is told is here, or about to be. Nil: it leads
+}
+
+func newLines() *lines { return &lines{byKey: map[Key]*line{}} }
+
+// enter gives a request its place. It must be left.
+func (l *lines) enter(key Key) *place {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if ahead, ok := l.byKey[key]; ok {
+		p := &place{lines: l, line: ahead, key: key, news: make(chan *Result, 1)}
+		ahead.followers = append(ahead.followers, p)
+		return p
+	}
+	p := &place{lines: l, line: &line{}, key: key, leads: true}
+	l.byKey[key] = p.line
+	return p
+}
+
+// wait returns what a follower is told, nil where it leads now, or an error where ctx or its time ended first.
+func (p *place) wait(ctx context.Context, over time.Time) (told *Result, err error) {
+	timer := time.NewTimer(time.Until(over))
+	defer timer.Stop()
+	select {
+	case told = <-p.news:
+		p.leads = told == nil
+		return told, nil
+	case <-timer.C:
+	case <-ctx.Done():
+	}
+	if p.withdraw() {
+		return nil, errWaitEnded(ctx)
+	}
+	told = <-p.news // it is being told in this moment
+	p.leads = told == nil
+	return told, nil
+}
+
+// withdraw takes a follower out of its line. It reports false where somebody else just did.
+func (p *place) withdraw() bool {
+	p.lines.mu.Lock()
+	defer p.lines.mu.Unlock()
+	i := slices.Index(p.line.followers, p)
+	if i < 0 {
+		return false
+	}
+	p.line.followers = slices.Delete(p.line.followers, i, i+1)
+	return true
+}
+
+// leave gives a leader's place up; a follower's is given up by then. A record answers all that wait, and an unknown outcome
+// is theirs too: to look again would take each as long. Otherwise the next of them leads: it finds the answer that the
+// leader's attempt recorded, or a key that is free.
+func (p *place) leave(result *Result) {
+	if !p.leads {
+		return
+	}
+	if result.Record == nil && result.Outcome != OutcomeUnknown {
+		p.pass()
+		return
+	}
+	for _, follower := range p.close() {
+		told := *result
+		if told.Record != nil {
+			told.Record = copyOf(told.Record)
+		}
+		follower.news <- &told
+	}
+}
+
+// pass makes the first follower the leader. Where there is none the line is closed.
+func (p *place) pass() {
+	p.lines.mu.Lock()
+	defer p.lines.mu.Unlock()
+	if len(p.line.followers) == 0 {
+		delete(p.lines.byKey, p.key)
+		return
+	}
+	next := p.line.followers[0]
+	p.line.followers = slices.Delete(p.line.followers, 0, 1)
+	next.news <- nil
+}
+
+// close closes the line and returns those who are to be told.
+func (p *place) close() []*place {
+	p.lines.mu.Lock()
+	defer p.lines.mu.Unlock()
+	delete(p.lines.byKey, p.key)
+	followers := p.line.followers
+	p.line.followers = nil
+	return followers
+}
+
+// copyOf returns a copy that shares the body alone: what is around a handler may change headers in place.
+func copyOf(r *Record) *Record {
+	c := *r
+	c.Answer.Header = maps.Clone(r.Answer.Header)
+	for name, values := range c.Answer.Header {
+		c.Answer.Header[name] = slices.Clone(values)
+	}
+	return &c
+}

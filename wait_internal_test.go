@@ -1,0 +1,66 @@
+package idempotency
+
+import (
+	"context"
+	"errors"
+	"testing"
+	"time"
+)
+
+// Lines returns how many lines there are, of requests that may wait.
+func Lines(e *Engine) int {
+	e.lines.mu.Lock()
+	defer e.lines.mu.Unlock()
+	return len(e.lines.byKey)
+}
+
+// A follower whose turn it becomes in the moment in which its wait ends begins nothing, and hands its turn on. Which of
+// the two it notices first is chance, so it is tried until both were.
+func TestTurnThatComesTooLateIsHandedOn(t *testing.T) {
+	t.Parallel()
+	canceled, cancel := context.WithCancel(t.Context())
+	cancel()
+	for name, test := range map[string]struct {
+		ctx  context.Context
+		over time.Time
+		err  error
+	}{
+		"the client is gone": {canceled, time.Now().Add(time.Hour), context.Canceled},
+		"the time is over":   {t.Context(), time.Now().Add(-time.Hour), ErrInProgress},
+	} {
+		for range 100 {
+			l, key := newLines(), Key{Scope: "acme", Value: "k"}
+			first, late, next := l.enter(key), l.enter(key), l.enter(key)
+			first.leave(&Result{Outcome: OutcomeExecuted})
+			result, settled := follow(test.ctx, &Request{Key: key}, late, test.over, &trace{})
+			if !settled || result.Outcome != OutcomeInProgress || !errors.Is(result.Err, test.err) {
+				t.Fatalf("%s: settled: %t, %s, %v", name, settled, result.Outcome, result.Err)
+			}
+			late.leave(&result)
+			told, err := next.wait(t.Context(), time.Now().Add(time.Hour))
+			if told != nil || err != nil || !next.leads {
+				t.Fatalf("%s: the next was told %v, %v", name, told, err)
+			}
+			next.leave(&Result{})
+			if len(l.byKey) != 0 {
+				t.Fatalf("%s: %d lines", name, len(l.byKey))
+			}
+		}
+	}
+}
+
+// A record that comes in the moment in which the wait ends is an answer all the same.
+func TestAnswerThatComesAtTheLastMomentIsTaken(t *testing.T) {
+	t.Parallel()
+	for range 100 {
+		l, key := newLines(), Key{Scope: "acme", Value: "k"}
+		first, late := l.enter(key), l.enter(key)
+		req := &Request{Key: key, Fingerprint: FingerprintOf(100, nil)}
+		first.leave(&Result{Outcome: OutcomeReplayed, Record: &Record{Fingerprint: req.Fingerprint}})
+		result, settled := follow(t.Context(), req, late, time.Now(), &trace{})
+		late.leave(&result)
+		if !settled || result.Outcome != OutcomeReplayed || len(l.byKey) != 0 {
+			t.Fatalf("settled: %t, %s, %d lines", settled, result.Outcome, len(l.byKey))
+		}
+	}
+}

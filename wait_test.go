@@ -1,0 +1,482 @@
+package idempotency_test
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net/http"
+	"runtime"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/paidonce/idempotency"
+	"github.com/paidonce/idempotency/storage/memory"
+)
+
+// waitBundle is an engine whose requests wait, on a store whose claims are counted. It is used in a bubble of
+// synctest, where time goes on when everybody waits.
+type waitBundle struct {
+	t      *testing.T
+	store  *counted
+	engine *idempotency.Engine
+	runs   atomic.Int64
+	group  sync.WaitGroup
+}
+
+// counted is a store that counts its claims, and can stop one on its way.
+type counted struct {
+	idempotency.Store
+	begun atomic.Int64
+	gate  atomic.Pointer[chan struct{}] // the next claim waits until it is closed
+}
+
+func (c *counted) Begin(ctx context.Context, req *idempotency.Request) (idempotency.Attempt, *idempotency.Record, error) {
+	c.begun.Add(1)
+	if gate := c.gate.Swap(nil); gate != nil {
+		<-*gate
+	}
+	return c.Store.Begin(ctx, req)
+}
+
+const waitFor = 10 * time.Second
+
+func setupWait(t *testing.T, store idempotency.Store, change ...func(*idempotency.Options)) *waitBundle {
+	if store == nil {
+		store = memory.New(nil)
+	}
+	b := &waitBundle{t: t, store: &counted{Store: store}}
+	options := &idempotency.Options{Wait: waitFor}
+	for _, f := range change {
+		f(options)
+	}
+	b.engine = idempotency.NewEngine(b.store, options)
+	return b
+}
+
+// later is a request under way.
+type later struct {
+	result idempotency.Result
+	after  time.Duration // when it was answered
+	done   bool
+}
+
+// send sends a request and returns once everybody waits.
+func (b *waitBundle) send(ctx context.Context, req idempotency.Request, run idempotency.RunFunc) *later {
+	return b.sendTo(ctx, b.engine, req, run)
+}
+
+func (b *waitBundle) sendTo(ctx context.Context, engine *idempotency.Engine, req idempotency.Request, run idempotency.RunFunc) *later {
+	l := &later{}
+	b.group.Go(func() {
+		started := time.Now()
+		l.result = engine.Do(ctx, req, func(ctx context.Context) (*idempotency.Answer, error) {
+			b.runs.Add(1)
+			return run(ctx)
+		})
+		l.after, l.done = time.Since(started), true
+	})
+	synctest.Wait()
+	return l
+}
+
+// sendMany sends copies one after another, each once those before it wait.
+func (b *waitBundle) sendMany(n int, req idempotency.Request, run idempotency.RunFunc) []*later {
+	var all []*later
+	for range n {
+		all = append(all, b.send(b.t.Context(), req, run))
+	}
+	return all
+}
+
+// sleep returns when the time is over and what happens at its end has happened.
+func (b *waitBundle) sleep(d time.Duration) {
+	time.Sleep(d)
+	synctest.Wait()
+}
+
+// settle waits for all requests.
+func (b *waitBundle) settle() {
+	b.t.Helper()
+	b.group.Wait()
+	if n := b.engine.InFlight(); n != 0 {
+		b.t.Errorf("%d requests are in flight", n)
+	}
+	if n := idempotency.Lines(b.engine); n != 0 {
+		b.t.Errorf("%d lines are left", n)
+	}
+}
+
+func (l *later) want(t *testing.T, name string, outcome idempotency.Outcome, reason idempotency.Reason) {
+	t.Helper()
+	if l.result.Outcome != outcome || l.result.Reason != reason {
+		t.Errorf("%s: %s, %q (%v); want %s, %q", name, l.result.Outcome, l.result.Reason, l.result.Err, outcome, reason)
+	}
+}
+
+// blocking returns a handler that answers when it is released.
+func blocking(status int) (run idempotency.RunFunc, release func()) {
+	released := make(chan struct{})
+	return func(ctx context.Context) (*idempotency.Answer, error) {
+		<-released
+		id, _ := idempotency.AttemptIDFrom(ctx)
+		return &idempotency.Answer{Status: status, Header: map[string][]string{"Link": {"a"}}, Body: []byte(id.String())}, nil
+	}, sync.OnceFunc(func() { close(released) })
+}
+
+// However many wait for an attempt, it runs once, one of them asks the store for its answer, and all get it.
+func TestThoseThatWaitGetTheAnswer(t *testing.T) {
+	t.Parallel()
+	for _, status := range []int{201, 402} {
+		synctest.Test(t, func(t *testing.T) {
+			b := setupWait(t, nil)
+			run, release := blocking(status)
+			first := b.send(t.Context(), keyed("k"), run)
+			others := b.sendMany(63, keyed("k"), run)
+			if b.store.begun.Load() != 1 {
+				t.Errorf("%d claims while the first runs", b.store.begun.Load())
+			}
+			release()
+			b.settle()
+			first.want(t, "first", idempotency.OutcomeExecuted, "")
+			for _, other := range others {
+				other.want(t, "other", idempotency.OutcomeReplayed, "")
+				if string(other.result.Answer.Body) != string(first.result.Answer.Body) || other.result.Answer != &other.result.Record.Answer || other.after != 0 {
+					t.Errorf("answered %q after %v, want %q", other.result.Answer.Body, other.after, first.result.Answer.Body)
+				}
+			}
+			if b.runs.Load() != 1 || b.store.begun.Load() != 2 {
+				t.Errorf("%d runs, %d claims", b.runs.Load(), b.store.begun.Load())
+			}
+		})
+	}
+}
+
+// Each request's fingerprint is compared with the record that answers it.
+func TestAnotherRequestThatWaitedIsAMismatch(t *testing.T) {
+	t.Parallel()
+	older := keyed("k")
+	older.Fingerprint = idempotency.FingerprintOf(100, nil)
+	translated := older
+	translated.FingerprintAt = func(version int16) (idempotency.Fingerprint, bool) { return fingerprint, version == 1 }
+	other := keyed("k")
+	other.Fingerprint = otherFingerprint
+	synctest.Test(t, func(t *testing.T) {
+		b := setupWait(t, nil)
+		run, release := blocking(201)
+		first := b.send(t.Context(), keyed("k"), run)
+		same := b.send(t.Context(), keyed("k"), run) // asks the store
+		mismatch := b.send(t.Context(), other, run)
+		known := b.send(t.Context(), translated, run)
+		unknown := b.send(t.Context(), older, run)
+		release()
+		b.settle()
+		first.want(t, "first", idempotency.OutcomeExecuted, "")
+		same.want(t, "the same", idempotency.OutcomeReplayed, "")
+		mismatch.want(t, "another request", idempotency.OutcomeMismatch, idempotency.ReasonKeyReused)
+		known.want(t, "the same by another function", idempotency.OutcomeReplayed, "")
+		unknown.want(t, "one that can't be compared", idempotency.OutcomeUnknown, idempotency.ReasonOutcomeUnknown)
+		if mismatch.result.Answer != nil || mismatch.result.Record != nil || b.runs.Load() != 1 {
+			t.Errorf("%+v, %d runs", mismatch.result, b.runs.Load())
+		}
+	})
+}
+
+// A request with a wrong body that asks first speaks for nobody: only a record makes a mismatch.
+func TestWrongRequestInFrontMakesNoMismatchOfTheRightOne(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		b := setupWait(t, nil)
+		b.send(t.Context(), keyed("k"), answering(201)).want(t, "first", idempotency.OutcomeExecuted, "")
+		gate := make(chan struct{})
+		b.store.gate.Store(&gate)
+		wrong := keyed("k")
+		wrong.Fingerprint = otherFingerprint
+		leader := b.send(t.Context(), wrong, answering(201))
+		retry := b.send(t.Context(), keyed("k"), answering(201))
+		if retry.done {
+			t.Errorf("the retry did not wait: %s", retry.result.Outcome)
+		}
+		close(gate)
+		b.settle()
+		leader.want(t, "the wrong one", idempotency.OutcomeMismatch, idempotency.ReasonKeyReused)
+		retry.want(t, "the retry", idempotency.OutcomeReplayed, "")
+	})
+}
+
+// An attempt that leaves no record is followed by one of those that wait, and the others get that one's answer.
+func TestOneOfThoseThatWaitRunsWhereTheFirstLeavesNothing(t *testing.T) {
+	t.Parallel()
+	for name, fail := range map[string]idempotency.RunFunc{
+		"answers 500":         answering(500),
+		"answers 429":         answering(429),
+		"fails":               failing(errOther),
+		"can't run":           failing(idempotency.ErrUnavailable),
+		"panics":              panicking("value"),
+		"aborts":              panicking(http.ErrAbortHandler),
+		"ends its goroutine":  func(context.Context) (*idempotency.Answer, error) { runtime.Goexit(); return nil, nil },
+		"takes all its time":  func(ctx context.Context) (*idempotency.Answer, error) { <-ctx.Done(); return nil, ctx.Err() },
+		"answers 99, no less": answering(99),
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			synctest.Test(t, func(t *testing.T) {
+				b := setupWait(t, nil, func(o *idempotency.Options) { o.HandlerTimeout = 5 * time.Second })
+				released := make(chan struct{})
+				first := b.send(t.Context(), keyed("k"), func(ctx context.Context) (*idempotency.Answer, error) {
+					<-released
+					return fail(ctx)
+				})
+				second, release := blocking(201)
+				others := b.sendMany(16, keyed("k"), second)
+				close(released)
+				b.sleep(5 * time.Second)
+				if b.runs.Load() != 2 {
+					t.Errorf("%d runs once the first is over, want 2", b.runs.Load())
+				}
+				release()
+				b.settle()
+				if first.result.Outcome == idempotency.OutcomeExecuted {
+					t.Errorf("first: %s", first.result.Outcome)
+				}
+				executed := 0
+				for i, other := range others {
+					if other.result.Outcome == idempotency.OutcomeExecuted {
+						executed++
+						continue
+					}
+					other.want(t, fmt.Sprint("other ", i), idempotency.OutcomeReplayed, "")
+				}
+				if executed != 1 || b.runs.Load() != 2 || b.store.begun.Load() != 3 {
+					t.Errorf("%d executed, %d runs, %d claims; want 1, 2, 3", executed, b.runs.Load(), b.store.begun.Load())
+				}
+			})
+		})
+	}
+}
+
+// An unknown outcome is that of all who wait for it: nobody runs, and nobody looks again for as long as the first did.
+// What went wrong with the attempt is told of the attempt.
+func TestUnknownOutcomeIsThatOfAllWhoWait(t *testing.T) {
+	t.Parallel()
+	for name, turn := range map[string]turn{
+		"of a COMMIT":                {end: idempotency.ErrUnknown, resolve: idempotency.ErrUnknown},
+		"of a record that changed":   {end: idempotency.ErrUnknown, resolve: idempotency.ErrRecordCorrupt},
+		"of a transaction that ends": {seal: idempotency.ErrTransactionLost},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			synctest.Test(t, func(t *testing.T) {
+				b := setupWait(t, scripted(turn))
+				released := make(chan struct{})
+				first := b.send(t.Context(), keyed("k"), func(context.Context) (*idempotency.Answer, error) {
+					<-released
+					if name == "of a transaction that ends" {
+						panic(http.ErrAbortHandler)
+					}
+					return &idempotency.Answer{Status: 201}, nil
+				})
+				others := b.sendMany(3, keyed("k"), answering(201))
+				close(released)
+				b.settle()
+				if first.result.Outcome != idempotency.OutcomeUnknown {
+					t.Errorf("first: %s", first.result.Outcome)
+				}
+				for _, other := range others {
+					other.want(t, "other", idempotency.OutcomeUnknown, idempotency.ReasonOutcomeUnknown)
+					if !errors.Is(other.result.Err, idempotency.ErrUnknown) || errors.Is(other.result.Err, http.ErrAbortHandler) {
+						t.Errorf("other: error %v", other.result.Err)
+					}
+				}
+				if b.runs.Load() != 1 || b.store.begun.Load() != 1 {
+					t.Errorf("%d runs, %d claims", b.runs.Load(), b.store.begun.Load())
+				}
+			})
+		})
+	}
+}
+
+// Another process holds the key: one of those that wait asks the store, less and less often, and holds nothing in between.
+func TestLeaderAsksAgainWhileAnotherProcessHoldsTheKey(t *testing.T) {
+	t.Parallel()
+	for name, test := range map[string]struct {
+		status int
+		first  idempotency.Outcome // of the first that waits
+		runs   int64
+	}{
+		"and records it":  {201, idempotency.OutcomeReplayed, 1},
+		"and leaves it":   {500, idempotency.OutcomeExecuted, 2},
+		"and declines it": {404, idempotency.OutcomeReplayed, 1},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			synctest.Test(t, func(t *testing.T) {
+				b := setupWait(t, nil)
+				elsewhere := idempotency.NewEngine(b.store.Store, nil)
+				run, release := blocking(test.status)
+				holder := b.sendTo(t.Context(), elsewhere, keyed("k"), run)
+				waiters := b.sendMany(8, keyed("k"), answering(201))
+				b.sleep(5 * time.Second)
+				// Five seconds of pauses of 250 ms, and a few shorter ones: at least 16, at most 30.
+				if n := b.store.begun.Load(); n < 16 || n > 30 {
+					t.Errorf("%d claims in 5 s", n)
+				}
+				release()
+				b.sleep(time.Second)
+				for _, waiter := range waiters {
+					if !waiter.done || waiter.after < 5*time.Second || waiter.after > 5*time.Second+400*time.Millisecond {
+						t.Errorf("answered: %t, after %v", waiter.done, waiter.after)
+					}
+				}
+				b.settle()
+				waiters[0].want(t, "first", test.first, "")
+				for _, waiter := range waiters[1:] {
+					waiter.want(t, "other", idempotency.OutcomeReplayed, "")
+				}
+				if b.runs.Load() != test.runs || !holder.done {
+					t.Errorf("%d runs, want %d", b.runs.Load(), test.runs)
+				}
+			})
+		})
+	}
+}
+
+// Each request waits for its own time, counted from its arrival; the leader's end is not that of those behind it.
+func TestEachRequestHasItsOwnWait(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		b := setupWait(t, nil)
+		patient := b.engine.With(&idempotency.Options{Wait: 3 * waitFor})
+		hasty := b.engine.With(&idempotency.Options{Wait: time.Second})
+		elsewhere := idempotency.NewEngine(b.store.Store, &idempotency.Options{HandlerTimeout: time.Hour})
+		run, release := blocking(201)
+		b.sendTo(t.Context(), elsewhere, keyed("k"), run)
+		leader := b.send(t.Context(), keyed("k"), answering(201))
+		time.Sleep(time.Second)
+		second := b.sendTo(t.Context(), patient, keyed("k"), answering(201))
+		third := b.send(t.Context(), keyed("k"), answering(201))
+		fourth := b.sendTo(t.Context(), hasty, keyed("k"), answering(201))
+		b.sleep(2 * waitFor)
+		for name, test := range map[string]struct {
+			*later
+			after time.Duration
+		}{"leader": {leader, waitFor}, "third": {third, waitFor}, "hasty": {fourth, time.Second}} {
+			test.want(t, name, idempotency.OutcomeInProgress, idempotency.ReasonInProgress)
+			if test.later.after != test.after || !errors.Is(test.result.Err, idempotency.ErrInProgress) {
+				t.Errorf("%s: after %v, want %v: %v", name, test.later.after, test.after, test.result.Err)
+			}
+		}
+		if second.done {
+			t.Errorf("the second was answered %s after %v", second.result.Outcome, second.after)
+		}
+		release()
+		b.settle()
+		second.want(t, "second", idempotency.OutcomeReplayed, "")
+		if b.runs.Load() != 1 {
+			t.Errorf("%d runs", b.runs.Load())
+		}
+	})
+}
+
+// A client that is gone while its request waits ends the wait at once, and somebody else asks. A request that is begun
+// is finished as ever.
+func TestClientThatIsGoneWaitsNoLonger(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		b := setupWait(t, nil)
+		elsewhere := idempotency.NewEngine(b.store.Store, nil)
+		run, release := blocking(500)
+		b.sendTo(t.Context(), elsewhere, keyed("k"), run)
+		var hangUp []context.CancelFunc
+		var waiters []*later
+		for range 3 {
+			ctx, cancel := context.WithCancel(t.Context())
+			defer cancel()
+			hangUp = append(hangUp, cancel)
+			waiters = append(waiters, b.send(ctx, keyed("k"), answering(201)))
+		}
+		for _, gone := range []int{1, 0} { // a follower, and then the leader
+			hangUp[gone]()
+			synctest.Wait()
+			waiters[gone].want(t, "gone", idempotency.OutcomeInProgress, idempotency.ReasonInProgress)
+			if !waiters[gone].done || waiters[gone].after != 0 || !errors.Is(waiters[gone].result.Err, context.Canceled) {
+				t.Errorf("answered: %t, after %v: %v", waiters[gone].done, waiters[gone].after, waiters[gone].result.Err)
+			}
+		}
+		if b.engine.InFlight() != 1 || waiters[2].done {
+			t.Errorf("%d in flight", b.engine.InFlight())
+		}
+		release()
+		b.settle()
+		waiters[2].want(t, "the one that stayed", idempotency.OutcomeExecuted, "")
+
+		ctx, cancel := context.WithCancel(t.Context())
+		cancel()
+		b.send(ctx, keyed("begun"), answering(201)).want(t, "begun", idempotency.OutcomeExecuted, "")
+	})
+}
+
+// Only requests with the same scope and key wait for each other, and only those whose options say so.
+func TestWhoDoesNotWait(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		b := setupWait(t, nil)
+		atOnce := b.engine.With(nil)
+		run, release := blocking(201)
+		b.send(t.Context(), keyed("k"), run)
+		waiter := b.send(t.Context(), keyed("k"), run)
+		scope := keyed("k")
+		scope.Key.Scope = "globex"
+		for name, test := range map[string]struct {
+			engine  *idempotency.Engine
+			req     idempotency.Request
+			outcome idempotency.Outcome
+		}{
+			"another scope":    {b.engine, scope, idempotency.OutcomeExecuted},
+			"another key":      {b.engine, keyed("K"), idempotency.OutcomeExecuted},
+			"a joined name":    {b.engine, idempotency.Request{Key: idempotency.Key{Scope: "acm", Value: "ek"}, Fingerprint: fingerprint}, idempotency.OutcomeExecuted},
+			"no key":           {b.engine, idempotency.Request{Key: idempotency.Key{Scope: "acme"}}, idempotency.OutcomeExecuted},
+			"a route that 409": {atOnce, keyed("k"), idempotency.OutcomeInProgress},
+		} {
+			got := b.sendTo(t.Context(), test.engine, test.req, answering(201))
+			if !got.done || got.after != 0 || got.result.Outcome != test.outcome {
+				t.Errorf("%s: answered: %t, %s", name, got.done, got.result.Outcome)
+			}
+		}
+		if waiter.done {
+			t.Error("the copy did not wait")
+		}
+		release()
+		b.settle()
+		waiter.want(t, "copy", idempotency.OutcomeReplayed, "")
+
+		// Keyless requests have nothing to wait for each other.
+		run, release = blocking(201)
+		keyless := idempotency.Request{Key: idempotency.Key{Scope: "acme"}}
+		b.send(t.Context(), keyless, run)
+		b.send(t.Context(), keyless, answering(201)).want(t, "keyless", idempotency.OutcomeExecuted, "")
+		release()
+		b.settle()
+	})
+}
+
+// Where the attempt that runs belongs to a route that does not wait, the first that waits asks for all.
+func TestAttemptOfARouteThatDoesNotWaitIsWaitedFor(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		b := setupWait(t, nil)
+		run, release := blocking(201)
+		b.sendTo(t.Context(), b.engine.With(nil), keyed("k"), run)
+		waiters := b.sendMany(4, keyed("k"), run)
+		if b.store.begun.Load() != 2 {
+			t.Errorf("%d claims, want that of the route and one", b.store.begun.Load())
+		}
+		release()
+		b.settle()
+		for _, waiter := range waiters {
+			waiter.want(t, "waiter", idempotency.OutcomeReplayed, "")
+		}
+	})
+}
