@@ -1,0 +1,249 @@
+package postgres_test
+
+import (
+	"context"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"github.com/jackc/pgx/v5"
+	"github.com/jackc/pgx/v5/multitracer"
+	"github.com/jackc/pgx/v5/pgxpool"
+
+	"github.com/paidonce/idempotency"
+	"github.com/paidonce/idempotency/storage/postgres"
+)
+
+const patience = 50 * time.Second // no test takes it, where all is well
+
+// usage counts the connections of a pool that are in use.
+type usage struct {
+	mu               sync.Mutex
+	now, most, taken int
+}
+
+func (u *usage) TraceAcquireStart(ctx context.Context, _ *pgxpool.Pool, _ pgxpool.TraceAcquireStartData) context.Context {
+	return ctx
+}
+
+func (u *usage) TraceAcquireEnd(_ context.Context, _ *pgxpool.Pool, data pgxpool.TraceAcquireEndData) {
+	if data.Err == nil {
+		u.mu.Lock()
+		defer u.mu.Unlock()
+		u.now++
+		u.taken++
+		u.most = max(u.most, u.now)
+	}
+}
+
+func (u *usage) TraceRelease(*pgxpool.Pool, pgxpool.TraceReleaseData) {
+	u.mu.Lock()
+	defer u.mu.Unlock()
+	u.now--
+}
+
+func (u *usage) TraceQueryStart(ctx context.Context, _ *pgx.Conn, _ pgx.TraceQueryStartData) context.Context {
+	return ctx
+}
+func (u *usage) TraceQueryEnd(context.Context, *pgx.Conn, pgx.TraceQueryEndData) {}
+
+// storm sends copies of a request at once, and returns what becomes of them.
+func storm(engine *idempotency.Engine, copies int, req idempotency.Request, run idempotency.RunFunc) (results []idempotency.Result, settled func()) {
+	results = make([]idempotency.Result, copies)
+	var group sync.WaitGroup
+	for i := range copies {
+		group.Go(func() { results[i] = engine.Do(context.Background(), req, run) })
+	}
+	return results, group.Wait
+}
+
+// wantOne requires that all copies have one answer, which the given number of them executed.
+func wantOne(t *testing.T, results []idempotency.Result, executed int) {
+	t.Helper()
+	for i, result := range results {
+		if result.Outcome == idempotency.OutcomeExecuted {
+			executed--
+		} else if result.Outcome != idempotency.OutcomeReplayed {
+			t.Fatalf("copy %d: %s, %v", i, result.Outcome, result.Err)
+		}
+		if string(result.Answer.Body) != string(results[0].Answer.Body) {
+			t.Errorf("copy %d is answered %q, the first %q", i, result.Answer.Body, results[0].Answer.Body)
+		}
+	}
+	if executed != 0 {
+		t.Errorf("%d copies too few were executed", executed)
+	}
+}
+
+// signed answers with the attempt's id, so that no two runs have the same answer.
+func signed(ctx context.Context, status int) *idempotency.Answer {
+	id, _ := idempotency.AttemptIDFrom(ctx)
+	return &idempotency.Answer{Status: status, Body: []byte(id.String())}
+}
+
+// However many copies wait, two connections do.
+func TestDuplicatesThatWaitTakeTwoConnections(t *testing.T) {
+	t.Parallel()
+	const copies = 64
+	used := &usage{}
+	b := setup(t, &setupOptions{configure: func(c *pgxpool.Config) {
+		c.MaxConns = 16
+		c.ConnConfig.Tracer = multitracer.New(c.ConnConfig.Tracer, used)
+	}})
+	engine := idempotency.NewEngine(b.store, &idempotency.Options{Wait: patience})
+	running, released := make(chan struct{}, copies), make(chan struct{})
+	results, settled := storm(engine, copies, request("k", ""), func(ctx context.Context) (*idempotency.Answer, error) {
+		effect(ctx, t)
+		running <- struct{}{}
+		<-released
+		return signed(ctx, 201), nil
+	})
+	<-running
+	for engine.InFlight() != copies {
+		time.Sleep(time.Millisecond)
+	}
+	want(t, engine.Do(t.Context(), request("another", ""), func(context.Context) (*idempotency.Answer, error) {
+		return answer(201), nil
+	}), idempotency.OutcomeExecuted, "")
+	close(released)
+	settled()
+	used.mu.Lock()
+	most, taken := used.most, used.taken
+	used.mu.Unlock()
+	wantOne(t, results, 1)
+	if n := b.effects(t); n != 1 || len(running) != 0 {
+		t.Errorf("%d effects, %d runs more", n, len(running))
+	}
+	if most > 2 || taken > 8 { // the first, the other request, one that asks, and whoever came so late that it was over
+		t.Errorf("%d connections at once, %d in all", most, taken)
+	}
+}
+
+// process is another one, on the same database.
+type process struct {
+	pool   *pgxpool.Pool
+	engine *idempotency.Engine
+	waits  chan struct{} // a token for each stretch of waiting that is over
+}
+
+func (b *testBundle) process(t *testing.T, wait time.Duration) *process {
+	t.Helper()
+	pool, err := pgxpool.NewWithConfig(context.Background(), b.pool.Config())
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(pool.Close)
+	p := &process{pool: pool, waits: make(chan struct{}, 1000)}
+	p.engine = idempotency.NewEngine(postgres.New(pool, nil), &idempotency.Options{Wait: wait, Tracer: waitTracer{p.waits}})
+	return p
+}
+
+type waitTracer struct{ waits chan struct{} }
+
+func (w waitTracer) TraceRequestStart(ctx context.Context, _ idempotency.RequestStart) context.Context {
+	return ctx
+}
+
+func (w waitTracer) TraceStep(_ context.Context, data idempotency.StepEnd) {
+	if data.Step == idempotency.StepWait {
+		w.waits <- struct{}{}
+	}
+}
+func (w waitTracer) TraceRequestEnd(context.Context, idempotency.RequestEnd) {}
+func (w waitTracer) TraceRefused(context.Context, idempotency.Refused)       {}
+
+// The attempt that is waited for is another process's: whatever becomes of it, or of the process, there is one effect
+// and one answer.
+func TestAttemptOfAnotherProcessIsWaitedFor(t *testing.T) {
+	t.Parallel()
+	const copies = 8
+	for name, test := range map[string]struct {
+		end      func(b *testBundle, pid uint32, release func()) // ends the attempt
+		status   int                                             // of the other process's handler
+		outcome  idempotency.Outcome                             // of its request; empty: not executed, or a replay where it looked late
+		executed int                                             // of the copies that wait
+	}{
+		"it commits": {func(_ *testBundle, _ uint32, release func()) { release() },
+			201, idempotency.OutcomeExecuted, 0},
+		"it declines": {func(_ *testBundle, _ uint32, release func()) { release() },
+			404, idempotency.OutcomeExecuted, 0},
+		"it rolls back": {func(_ *testBundle, _ uint32, release func()) { release() },
+			500, idempotency.OutcomeNotExecuted, 1},
+		"it dies": {func(b *testBundle, pid uint32, _ func()) {
+			b.count(t, "SELECT count(pg_terminate_backend($1, 5000))", pid)
+		},
+			201, "", 1},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			b := setup(t, nil)
+			waiting := b.process(t, patience)
+			running, released := make(chan uint32), make(chan struct{})
+			var holder idempotency.Result
+			var group sync.WaitGroup
+			group.Go(func() {
+				holder = b.do(t, request("k", ""), func(ctx context.Context, tx pgx.Tx) int {
+					effect(ctx, t)
+					running <- postgres.RawConn(tx).PgConn().PID()
+					<-released
+					return test.status
+				})
+			})
+			pid := <-running
+			var runs atomic.Int64
+			results, settled := storm(waiting.engine, copies, request("k", ""), func(ctx context.Context) (*idempotency.Answer, error) {
+				runs.Add(1)
+				effect(ctx, t)
+				return signed(ctx, 201), nil
+			})
+			<-waiting.waits // one asks again
+			<-waiting.waits
+			release := sync.OnceFunc(func() { close(released) })
+			test.end(b, pid, release)
+			settled()
+			release()
+			group.Wait()
+			if holder.Outcome != test.outcome && (test.outcome != "" || holder.Outcome == idempotency.OutcomeExecuted) {
+				t.Errorf("the other process's request: %s, %v", holder.Outcome, holder.Err)
+			}
+			wantOne(t, results, test.executed)
+			if test.executed == 0 && string(results[0].Answer.Body) != string(holder.Answer.Body) {
+				t.Errorf("answered %q, and the attempt %q", results[0].Answer.Body, holder.Answer.Body)
+			}
+			effects := 1
+			if test.status == 404 {
+				effects = 0
+			}
+			if n := b.effects(t); n != effects || int(runs.Load()) < test.executed || test.status != 404 && int(runs.Load()) > test.executed {
+				t.Errorf("%d effects, %d runs of those that waited", n, runs.Load())
+			}
+		})
+	}
+}
+
+// Between two claims nothing is held, and nothing is when the time is over.
+func TestThoseThatWaitHoldNothing(t *testing.T) {
+	t.Parallel()
+	b := setup(t, nil)
+	waiting := b.process(t, 400*time.Millisecond)
+	tx := b.hold(t, "k")
+	defer func() { _ = tx.Rollback(context.Background()) }()
+	results, settled := storm(waiting.engine, 8, request("k", ""), func(context.Context) (*idempotency.Answer, error) {
+		t.Error("the handler ran")
+		return answer(201), nil
+	})
+	settled()
+	for _, result := range results {
+		want(t, result, idempotency.OutcomeInProgress, idempotency.ReasonInProgress)
+	}
+	if held, locks := waiting.pool.Stat().AcquiredConns(), b.count(t, "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND database = (SELECT oid FROM pg_database WHERE datname = current_database())"); held != 0 || locks != 1 {
+		t.Errorf("%d connections and %d locks are held, want none and the holder's", held, locks)
+	}
+	if total := waiting.pool.Stat().TotalConns(); total != 1 {
+		t.Errorf("%d connections were needed, want one for all claims", total)
+	}
+	if n := len(waiting.waits); n < 8 {
+		t.Errorf("%d stretches of waiting, want one of each at least", n)
+	}
+}
