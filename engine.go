@@ -243,6 +243,7 @@ func (e *Engine) do(ctx context.Context, req *Request, run RunFunc, trace *trace
 	if e.inFlight.Add(1) > int64(e.options.InFlightMax) && e.options.InFlightMax > 0 {
 		return refuse(Decide(FactUnavailable), ErrInFlightMax)
 	}
+	req.Speculative = e.options.Speculative
 	if e.options.Wait > 0 && !req.Keyless() {
 		return e.inLine(ctx, req, run, trace)
 	}
@@ -254,7 +255,6 @@ func (e *Engine) attempts(ctx context.Context, req *Request, run RunFunc, trace 
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), e.options.HandlerTimeout)
 	defer cancel()
 	recorded := false // by another attempt
-	req.Speculative = e.options.Speculative
 	for restarts := 0; ; restarts++ {
 		req.Attempt = NewAttemptID()
 		result, again := e.attempt(ctx, req, run, trace)
