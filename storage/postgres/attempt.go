@@ -17,6 +17,7 @@ import (
 type attempt struct {
 	store  *Store
 	req    *idempotency.Request
+	number int64 // of the lock
 	pooled *pgxpool.Conn
 	tx     transaction
 	handle sealedTx // the handler's
@@ -26,6 +27,7 @@ type attempt struct {
 	claimedAt   [8]byte // transaction_timestamp() of the claim, as it came
 	synchronous bool    // COMMIT waits for standbys
 	record      *idempotency.Record
+	heard       news
 
 	// Parameters of the statements, in binary format.
 	lockNumber [8]byte
@@ -36,12 +38,11 @@ type attempt struct {
 	params     [insertParams][]byte
 }
 
-func newAttempt(store *Store, conn *pgxpool.Conn, req *idempotency.Request) *attempt {
-	a := &attempt{store: store, req: req, pooled: conn, tx: newTransaction(store.pool, conn.Conn(), store.mode)}
+func newAttempt(store *Store, conn *pgxpool.Conn, req *idempotency.Request, number int64) *attempt {
+	a := &attempt{store: store, req: req, number: number, lockNumber: encodeInt8(number), pooled: conn, tx: newTransaction(store.pool, conn.Conn(), store.mode)}
 	a.handle.transaction = &a.tx
 	text := append(append(make([]byte, 0, len(req.Key.Scope)+len(req.Key.Value)), req.Key.Scope...), req.Key.Value...)
 	a.scope, a.key = text[:len(req.Key.Scope)], text[len(req.Key.Scope):]
-	a.lockNumber = encodeInt8(req.Key.LockNumber(store.table))
 	return a
 }
 
@@ -88,6 +89,7 @@ func (a lockRow) readRow(values [][]byte) error {
 	a.locked = d.bool()
 	copy(a.claimedAt[:], d.next(len(a.claimedAt)))
 	a.synchronous = d.bool()
+	a.heard.hear(&d, a.claimedAt, a.synchronous, a.store.cache)
 	return d.err
 }
 
@@ -251,8 +253,10 @@ func (a *attempt) end(ctx context.Context, step string, calls ...call) error {
 	case err == nil && a.synchronous && warned(a.conn()):
 		return fail(step, idempotency.ErrUnknown, errNotReplicated)
 	case err == nil:
+		a.recorded()
 		return nil
 	}
+	a.store.cache.fail(err)
 	pgErr, ok := definite(err)
 	if !ok {
 		// Only a fresh connection could tell what became of it, so this one is of no more use.
@@ -281,8 +285,10 @@ func (a *attempt) release(ctx context.Context) {
 	if claim := a.tx.claim; claim != nil && claim.queued && !claim.answered() {
 		_ = a.pooled.Conn().Close(ctx) // nobody else may send it
 	}
-	if unprepared(a.tx.claim.refusal()) {
+	if refusal := a.tx.claim.refusal(); unprepared(refusal) {
 		delete(a.conn().CustomData(), preparedMark)
+	} else if errors.Is(refusal, idempotency.ErrKeyRecorded) && !a.synchronous {
+		a.store.hints.set(a.number)
 	}
 	if status := a.conn().TxStatus(); (status == 'T' || status == 'E') && !a.conn().IsClosed() && !a.conn().IsBusy() {
 		// Alone in its flush: in an aborted transaction nothing else would be heard before it.

@@ -2,6 +2,7 @@ package postgres
 
 import (
 	"context"
+	"time"
 
 	"github.com/jackc/pgx/v5"
 
@@ -40,3 +41,22 @@ func SendUnadmitted(ctx context.Context, tx pgx.Tx, exec bool, sql string, argum
 
 // ResolversOf returns how many resolvers may run at once.
 func ResolversOf(s *Store) int { return cap(s.resolvers) }
+
+// ForgetHint has a store forget that it knew a record of the key, as one does that another process recorded.
+func ForgetHint(s *Store, key idempotency.Key) { s.hints.clear(key.LockNumber(s.table)) }
+
+// SetCacheClock gives the cache of a store that nobody uses yet another clock.
+func SetCacheClock(s *Store, clock func() time.Duration) { s.cache.clock = clock }
+
+// The cache's bounds in time.
+const (
+	CacheProofMax = cacheProofMax
+	CacheAgeMax   = cacheAgeMax
+)
+
+// CachedOf returns how many answers are in the cache, and how many bytes they count for.
+func CachedOf(s *Store) (entries int, bytes int64) {
+	s.cache.mu.Lock()
+	defer s.cache.mu.Unlock()
+	return len(s.cache.entries), s.cache.bytes
+}

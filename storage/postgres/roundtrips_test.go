@@ -30,6 +30,8 @@ func TestRoundTripsAreThoseOfAPlainTransaction(t *testing.T) {
 		"exec mode":        {configure: func(c *pgxpool.Config) { c.ConnConfig.DefaultQueryExecMode = pgx.QueryExecModeExec }},
 		"simple protocol":  {configure: func(c *pgxpool.Config) { c.ConnConfig.DefaultQueryExecMode = pgx.QueryExecModeSimpleProtocol }},
 		"without settings": {cold: true},
+		"cache":            {store: &postgres.Options{CacheBytesMax: postgres.CacheBytesMin}},
+		"pooler and cache": {store: &postgres.Options{TransactionPooling: true, CacheBytesMax: postgres.CacheBytesMin}, configure: func(c *pgxpool.Config) { c.ConnConfig.DefaultQueryExecMode = pgx.QueryExecModeExec }},
 		"pooler":           {store: &postgres.Options{TransactionPooling: true}, configure: func(c *pgxpool.Config) { c.ConnConfig.DefaultQueryExecMode = pgx.QueryExecModeExec }},
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -45,6 +47,10 @@ func TestRoundTripsAreThoseOfAPlainTransaction(t *testing.T) {
 			}
 			b := setup(t, &o)
 			engine := idempotency.NewEngine(b.store, nil)
+			cached := 1 // round trips of a replay that was read a moment ago
+			if o.store != nil && o.store.CacheBytesMax > 0 {
+				cached = 0
+			}
 
 			plain := func() {
 				tx, err := b.pool.Begin(ctx)
@@ -78,16 +84,43 @@ func TestRoundTripsAreThoseOfAPlainTransaction(t *testing.T) {
 			if bare != handlerStatements+2 {
 				t.Fatalf("a plain transaction costs %d round trips: the count is wrong", bare)
 			}
+			const executed, notExecuted, replayed = idempotency.OutcomeExecuted, idempotency.OutcomeNotExecuted, idempotency.OutcomeReplayed
+			elsewhere := func(key string) func() { // another process recorded it
+				return func() {
+					keyed(key, 201, executed)()
+					postgres.ForgetHint(b.store, request(key, "").Key)
+				}
+			}
+			reaped := func(key string) func() {
+				return func() {
+					keyed(key, 201, executed)()
+					if _, err := b.pool.Exec(ctx, "DELETE FROM idempotency_keys WHERE key = $1", key); err != nil {
+						t.Fatal(err)
+					}
+				}
+			}
 			for _, c := range []struct {
-				name string
-				do   func()
-				want int
+				name   string
+				before func()
+				do     func()
+				want   int
 			}{
-				{"fresh request", keyed("fresh", 201, idempotency.OutcomeExecuted), bare},
-				{"decline", keyed("declined", 402, idempotency.OutcomeExecuted), bare},
-				{"forgotten answer", keyed("forgotten", 500, idempotency.OutcomeNotExecuted), bare},
-				{"replay", keyed("fresh", 201, idempotency.OutcomeReplayed), 2},
+				{"fresh request", nil, keyed("fresh", 201, executed), bare},
+				{"decline", nil, keyed("declined", 402, executed), bare},
+				{"forgotten answer", nil, keyed("forgotten", 500, notExecuted), bare},
+				{"replay", nil, keyed("fresh", 201, replayed), 1},
+				{"replay again", nil, keyed("fresh", 201, replayed), cached},
+				{"replay of a decline", nil, keyed("declined", 402, replayed), 1},
+				{"replay of another process's answer", elsewhere("elsewhere"), keyed("elsewhere", 201, replayed), 2},
+				{"the same again", nil, keyed("elsewhere", 201, replayed), cached},
+				{"fresh request of a reaped key", reaped("reaped"), keyed("reaped", 201, executed), bare + 1},
+				{"its replay", nil, keyed("reaped", 201, replayed), 1},
+				{"forgotten answer of a reaped key", reaped("again"), keyed("again", 500, notExecuted), bare + 1},
+				{"fresh request once the hint was found wrong", nil, keyed("again", 201, executed), bare},
 			} {
+				if c.before != nil {
+					c.before()
+				}
 				if got := cost(c.do); got != c.want {
 					t.Errorf("%s: %d round trips, want %d", c.name, got, c.want)
 				}

@@ -30,6 +30,7 @@ type statements struct {
 	begin  statement
 	lock   statement // try to lock; also tells the transaction's timestamp, and whether COMMIT waits for standbys
 	lookUp statement
+	peek   statement // the look-up of a replay, outside of a transaction
 
 	// Of a postponed claim: both fail with a division by zero where the key can't be claimed.
 	lockOrFail   statement // as lock
@@ -52,8 +53,14 @@ const insertParams = 12
 
 var binaryFormat = []int16{1} // stands for all parameters, and for all columns
 
+// recordColumns are what [decodeRecord] reads.
+const (
+	recordColumns      = "fingerprint_version, fingerprint, attempt_id, status, headers, body, trace_id, created_at, expires_at"
+	recordColumnsCount = 9
+)
+
 // synchronousStandbys is true where COMMIT waits for standbys.
-const synchronousStandbys = "pg_catalog.current_setting('synchronous_standby_names') OPERATOR(pg_catalog.<>) ''"
+const synchronousStandbys = "(pg_catalog.current_setting('synchronous_standby_names') OPERATOR(pg_catalog.<>) '')"
 
 // hearWarnings has the server send the warning that is all a COMMIT says whose wait for standbys was canceled, whatever
 // the session or the handler set.
@@ -61,8 +68,13 @@ const hearWarnings = " AND pg_catalog.set_config('client_min_messages', 'warning
 
 func newStatements(o *Options) statements {
 	table := pgx.Identifier{o.Schema, TableName}.Sanitize()
+	server, serverAndTime := "", "" // for the cache
+	if o.CacheBytesMax > 0 {
+		server = ", pg_catalog.pg_postmaster_start_time()"
+		serverAndTime = ", pg_catalog.clock_timestamp()" + server
+	}
 	// With a pooler that hands out a server connection per transaction, settings live and die with the transaction.
-	settings := ""
+	settings := server
 	if o.TransactionPooling {
 		for _, setting := range o.settings() {
 			settings += fmt.Sprintf(", pg_catalog.set_config('%s', '%s', true)", setting.name, setting.value)
@@ -86,8 +98,13 @@ func newStatements(o *Options) statements {
 		// A statement of its own: its snapshot must be younger than the lock, or it misses a record whose transaction
 		// let the lock go in between, and the handler runs twice.
 		lookUp: statement{
-			sql: "SELECT fingerprint_version, fingerprint, attempt_id, status, headers, body, trace_id, created_at, expires_at" +
-				" FROM " + table + " WHERE scope = $1 AND key = $2",
+			sql:  "SELECT " + recordColumns + " FROM " + table + " WHERE scope = $1 AND key = $2",
+			oids: []uint32{pgtype.TextOID, pgtype.TextOID},
+		},
+		// No row where the claim must come first: see [Store.peek].
+		peek: statement{
+			sql: "SELECT " + recordColumns + serverAndTime + " FROM " + table + " WHERE scope = $1 AND key = $2" +
+				" AND NOT pg_catalog.pg_is_in_recovery() AND NOT " + synchronousStandbys,
 			oids: []uint32{pgtype.TextOID, pgtype.TextOID},
 		},
 		// created_at is NULL, and so refused, where the transaction is not the one of the claim: then the handler ended
@@ -137,7 +154,7 @@ func newStatements(o *Options) statements {
 }
 
 func (s *statements) all() []*statement {
-	return []*statement{&s.begin, &s.lock, &s.lookUp, &s.lockOrFail, &s.lookUpAbsent, &s.insert, &s.guard, &s.commit, &s.rollback}
+	return []*statement{&s.begin, &s.lock, &s.lookUp, &s.peek, &s.lockOrFail, &s.lookUpAbsent, &s.insert, &s.guard, &s.commit, &s.rollback}
 }
 
 // preparedMark is the key under which a connection's custom data says which statements of ours are prepared on it, and

@@ -103,8 +103,9 @@ func Catalogue() []Mutant {
 				", fingerprint_version, fingerprint, attempt_id, status, headers, body, trace_id, created_at, expires_at" + settings +
 				" FROM (SELECT 1) one LEFT JOIN " + table + " ON scope = $2 AND key = $3",
 			oids: []uint32{pgtype.Int8OID, pgtype.TextOID, pgtype.TextOID},`},
-				{storeFile, `params: [][]byte{encodeInt8(req.Key.LockNumber(s.table))}, row: func(values [][]byte) error {`, `params: [][]byte{encodeInt8(req.Key.LockNumber(s.table)), []byte(req.Key.Scope), []byte(req.Key.Value)}, row: func(values [][]byte) (err error) {`},
+				{storeFile, `params: [][]byte{encodeInt8(number)}, row: func(values [][]byte) error {`, `params: [][]byte{encodeInt8(number), []byte(req.Key.Scope), []byte(req.Key.Value)}, row: func(values [][]byte) (err error) {`},
 				{storeFile, `			synchronous = d.bool()
+			heard.hear(&d, a.claimedAt, synchronous, s.cache)
 			return d.err
 		}},
 		{statement: &s.statements.lookUp, params: [][]byte{[]byte(req.Key.Scope), []byte(req.Key.Value)}, row: func(values [][]byte) (err error) {
@@ -118,8 +119,8 @@ func Catalogue() []Mutant {
 			return errors.Join(d.err, err)
 		}},
 	}`},
-				{attemptFile, `		call{statement: &s.lock, params: [][]byte{encodeInt8(a.req.Key.LockNumber(a.store.table))}},`,
-					`		call{statement: &s.lock, params: [][]byte{encodeInt8(a.req.Key.LockNumber(a.store.table)), []byte(a.req.Key.Scope), []byte(a.req.Key.Value)}},`},
+				{attemptFile, `		call{statement: &s.lock, params: [][]byte{encodeInt8(a.number)}},`,
+					`		call{statement: &s.lock, params: [][]byte{encodeInt8(a.number), []byte(a.req.Key.Scope), []byte(a.req.Key.Value)}},`},
 			},
 		},
 		{
