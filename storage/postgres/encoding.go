@@ -45,13 +45,14 @@ func decodeHeaders(stored []byte) (map[string][]string, error) {
 	if len(stored) < 2 || stored[0] != headersVersion {
 		return nil, errRecord
 	}
-	rest := stored[1:]
+	rest := string(stored[1:]) // the connection's buffer is used again; all parts share this one copy
 	pairs, ok := cutUvarint(&rest)
 	if !ok || pairs > uint64(len(rest)) {
 		return nil, errRecord
 	}
 	header := make(map[string][]string, pairs)
-	last := ""
+	values := make([]string, 0, pairs)
+	last, first := "", 0 // the name that is read, and the place of its first value
 	for range pairs {
 		name, ok := cutString(&rest)
 		if !ok || name < last {
@@ -61,8 +62,11 @@ func decodeHeaders(stored []byte) (map[string][]string, error) {
 		if !ok {
 			return nil, errRecord
 		}
-		header[name] = append(header[name], value)
-		last = name
+		if name != last {
+			last, first = name, len(values)
+		}
+		values = append(values, value)
+		header[name] = values[first:len(values):len(values)] // nobody's append reaches the next
 	}
 	if len(rest) != 0 {
 		return nil, errRecord
@@ -71,8 +75,8 @@ func decodeHeaders(stored []byte) (map[string][]string, error) {
 }
 
 // cutUvarint takes a number off the front, in its shortest form only.
-func cutUvarint(rest *[]byte) (uint64, bool) {
-	v, n := binary.Uvarint(*rest)
+func cutUvarint(rest *string) (uint64, bool) {
+	v, n := binary.Uvarint([]byte((*rest)[:min(len(*rest), binary.MaxVarintLen64)]))
 	if n <= 0 || (n > 1 && (*rest)[n-1] == 0) {
 		return 0, false
 	}
@@ -80,12 +84,12 @@ func cutUvarint(rest *[]byte) (uint64, bool) {
 	return v, true
 }
 
-func cutString(rest *[]byte) (string, bool) {
+func cutString(rest *string) (string, bool) {
 	length, ok := cutUvarint(rest)
 	if !ok || length > uint64(len(*rest)) {
 		return "", false
 	}
-	s := string((*rest)[:length])
+	s := (*rest)[:length]
 	*rest = (*rest)[length:]
 	return s, true
 }
