@@ -60,3 +60,13 @@ func CachedOf(s *Store) (entries int, bytes int64) {
 	defer s.cache.mu.Unlock()
 	return len(s.cache.entries), s.cache.bytes
 }
+
+// LoseProof has a cache forget that it heard of the primary, as time does.
+func LoseProof(s *Store) {
+	s.cache.mu.Lock()
+	defer s.cache.mu.Unlock()
+	s.cache.heard = -time.Hour
+}
+
+// EmptyCache has a cache forget everything, as it does when a connection fails.
+func EmptyCache(s *Store) { s.cache.fail(errStale) }
