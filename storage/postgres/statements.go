@@ -60,7 +60,7 @@ const (
 )
 
 // synchronousStandbys is true where COMMIT waits for standbys.
-const synchronousStandbys = "(pg_catalog.current_setting('synchronous_standby_names') OPERATOR(pg_catalog.<>) '')"
+const synchronousStandbys = "pg_catalog.current_setting('synchronous_standby_names') OPERATOR(pg_catalog.<>) ''"
 
 // hearWarnings has the server send the warning that is all a COMMIT says whose wait for standbys was canceled, whatever
 // the session or the handler set.
@@ -101,10 +101,9 @@ func newStatements(o *Options) statements {
 			sql:  "SELECT " + recordColumns + " FROM " + table + " WHERE scope = $1 AND key = $2",
 			oids: []uint32{pgtype.TextOID, pgtype.TextOID},
 		},
-		// No row where the claim must come first: see [Store.peek].
 		peek: statement{
-			sql: "SELECT " + recordColumns + serverAndTime + " FROM " + table + " WHERE scope = $1 AND key = $2" +
-				" AND NOT pg_catalog.pg_is_in_recovery() AND NOT " + synchronousStandbys,
+			sql: "SELECT " + recordColumns + ", pg_catalog.pg_is_in_recovery(), " + synchronousStandbys + serverAndTime +
+				" FROM " + table + " WHERE scope = $1 AND key = $2",
 			oids: []uint32{pgtype.TextOID, pgtype.TextOID},
 		},
 		// created_at is NULL, and so refused, where the transaction is not the one of the claim: then the handler ended
