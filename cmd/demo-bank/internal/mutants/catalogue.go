@@ -150,7 +150,7 @@ func Catalogue() []Mutant {
 		{
 			Name:  "scope-left-out",
 			Bug:   "keys of all accounts share one scope",
-			edits: []edit{{middlewareFile, `Key:           idempotency.Key{Scope: scope, Value: key},`, `Key:           idempotency.Key{Scope: "all", Value: key},`}},
+			edits: []edit{{middlewareFile, `Key:         idempotency.Key{Scope: scope, Value: key},`, `Key:         idempotency.Key{Scope: "all", Value: key},`}},
 		},
 		{
 			Name: "recorder-unwraps",
