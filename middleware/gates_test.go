@@ -20,7 +20,7 @@ import (
 // Round trips, WAL and connections have theirs in storage/postgres.
 const (
 	// A fresh request over the same handler in a plain transaction of pgx, for two batches and an answer of 200 bytes.
-	allocsFreshMax = 133
+	allocsFreshMax = 124
 	// A replay from PostgreSQL, all of it but net/http.
 	allocsReplayMax = 98
 	// The middleware and the engine with the memory store, over the handler alone, the store's allocations included.

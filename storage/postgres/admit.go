@@ -24,7 +24,7 @@ func admitSQL(sql string, plainStrings bool) error {
 	case "SAVEPOINT", "RELEASE":
 		return fmt.Errorf("%w: %s by SQL text is refused: use Begin on the transaction", ErrSealed, verb)
 	case "PREPARE":
-		if s.skip(); strings.EqualFold(s.word(), "TRANSACTION") {
+		if s.skip(); strings.ToUpper(s.word()) == "TRANSACTION" {
 			return fmt.Errorf("%w: PREPARE TRANSACTION is refused", ErrSealed)
 		}
 	}
@@ -90,7 +90,7 @@ func (s *scanner) comment() {
 	s.open = true
 }
 
-// word takes a word; it is empty where none begins here.
+// word takes a word and returns it; it is empty where none begins here.
 func (s *scanner) word() string {
 	end := 0
 	if s.rest != "" && s.rest[0] == '$' {
