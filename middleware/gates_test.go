@@ -31,6 +31,7 @@ const (
 // These tests count what the whole process allocates, so nothing else may run: they are not parallel.
 
 func TestGateAllocationsOfAFreshRequest(t *testing.T) {
+	skipUnderRace(t)
 	b := setup(t, setupOptions{poolMax: 1}, nil)
 	plain := http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		if _, err := io.ReadAll(r.Body); err != nil {
@@ -62,11 +63,19 @@ func TestGateAllocationsOfAFreshRequest(t *testing.T) {
 }
 
 func TestGateAllocationsWithTheMemoryStore(t *testing.T) {
+	skipUnderRace(t)
 	handler := http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { answerJSON(w) })
 	idem := middleware.New(memory.New(nil), byAccount, nil).Handler(handler)
 	bare := allocations(t, handler, strconv.Itoa, "")
 	gate(t, "a fresh request", allocations(t, idem, strconv.Itoa, "executed")-bare, allocsMemoryFreshMax)
 	gate(t, "a replay", allocations(t, idem, func(int) string { return "0" }, "replayed"), allocsMemoryReplayMax)
+}
+
+func skipUnderRace(t *testing.T) {
+	t.Helper()
+	if raceDetector {
+		t.Skip("the race detector allocates too")
+	}
 }
 
 func gate(t *testing.T, name string, got, limit int) {
@@ -81,9 +90,6 @@ func gate(t *testing.T, name string, got, limit int) {
 // Each answer must have the status.
 func allocations(t *testing.T, handler http.Handler, key func(n int) string, status string) int {
 	t.Helper()
-	if raceDetector {
-		t.Skip("the race detector allocates too")
-	}
 	body := bytes.Repeat([]byte("x"), 200)
 	n := 0
 	once := func() {
