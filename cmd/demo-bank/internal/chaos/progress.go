@@ -2,47 +2,13 @@ package chaos
 
 import (
 	"fmt"
-	"sync"
-	"time"
-)
 
-const (
-	progressTerminal = 200 * time.Millisecond
-	progressPlain    = 10 * time.Second
+	"github.com/paidonce/idempotency/cmd/demo-bank/internal/progress"
 )
 
 // showProgress says how far the run is until the returned function is called.
 func (r *run) showProgress() (end func()) {
-	w := r.config.Progress
-	if w == nil {
-		return func() {}
-	}
-	stop := make(chan struct{})
-	var group sync.WaitGroup
-	group.Go(func() {
-		interval, before, after := progressPlain, "chaos: ", "\n"
-		if r.config.Terminal {
-			interval, before, after = progressTerminal, "\r\x1b[K", ""
-		}
-		tick := time.NewTicker(interval)
-		defer tick.Stop()
-		for {
-			// A terminal that is gone is no reason to stop.
-			_, _ = fmt.Fprint(w, before, r.progress(), after)
-			select {
-			case <-tick.C:
-			case <-stop:
-				if r.config.Terminal {
-					_, _ = fmt.Fprint(w, "\r\x1b[K")
-				}
-				return
-			}
-		}
-	})
-	return sync.OnceFunc(func() {
-		close(stop)
-		group.Wait()
-	})
+	return progress.Show(r.config.Progress, r.config.Terminal, "chaos", r.progress)
 }
 
 func (r *run) progress() string {

@@ -1,0 +1,49 @@
+// Package progress says how far a command is, to whoever looks on.
+package progress
+
+import (
+	"fmt"
+	"io"
+	"sync"
+	"time"
+)
+
+const (
+	intervalTerminal = 200 * time.Millisecond
+	intervalPlain    = 10 * time.Second
+)
+
+// Show writes what text returns until the returned function is called: over and over on one line of a terminal, elsewhere
+// a line every ten seconds that begins with the command's name. text is called from a goroutine of its own. Where w is
+// nil nothing is written.
+func Show(w io.Writer, terminal bool, name string, text func() string) (end func()) {
+	if w == nil {
+		return func() {}
+	}
+	stop := make(chan struct{})
+	var group sync.WaitGroup
+	group.Go(func() {
+		interval, before, after := intervalPlain, name+": ", "\n"
+		if terminal {
+			interval, before, after = intervalTerminal, "\r\x1b[K", ""
+		}
+		tick := time.NewTicker(interval)
+		defer tick.Stop()
+		for {
+			// A terminal that is gone is no reason to stop.
+			_, _ = fmt.Fprint(w, before, text(), after)
+			select {
+			case <-tick.C:
+			case <-stop:
+				if terminal {
+					_, _ = fmt.Fprint(w, "\r\x1b[K")
+				}
+				return
+			}
+		}
+	})
+	return sync.OnceFunc(func() {
+		close(stop)
+		group.Wait()
+	})
+}
