@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"math/rand/v2"
 	"os"
 	"slices"
@@ -109,7 +110,7 @@ func (c *chaosCommand) runMutants(ctx context.Context, config chaos.Config) erro
 	return err
 }
 
-func writeReport(report *chaos.Report, path string) error {
+func writeReport(report interface{ WriteJSON(io.Writer) error }, path string) error {
 	file, err := os.Create(path)
 	if err != nil {
 		return err

@@ -11,6 +11,7 @@ import (
 	"log/slog"
 	"os"
 	"os/signal"
+	"strings"
 	"syscall"
 	"time"
 
@@ -18,6 +19,7 @@ import (
 	"golang.org/x/term"
 
 	"github.com/paidonce/idempotency"
+	"github.com/paidonce/idempotency/cmd/demo-bank/internal/bench"
 	"github.com/paidonce/idempotency/cmd/demo-bank/internal/chaos"
 	"github.com/paidonce/idempotency/cmd/demo-bank/internal/crashpoint"
 	"github.com/paidonce/idempotency/cmd/demo-bank/internal/server"
@@ -41,6 +43,9 @@ type commands struct {
 	Serve serveCommand `cmd:"" default:"withargs" help:"Serve the bank (the default)."`
 	Storm stormCommand `cmd:"" help:"Send duplicates of transfers to a bank and read the verdict from its books."`
 	Chaos chaosCommand `cmd:"" help:"Start banks and a PostgreSQL, break them while clients pay, and judge what became of the money."`
+	Bench benchCommand `cmd:"" help:"Measure what idempotency costs, against none and against other designs, in one run."`
+
+	BenchServe benchServeCommand `cmd:"" hidden:""`
 }
 
 type serveCommand struct {
@@ -168,7 +173,10 @@ var defaults = kong.Vars{
 	"ttl":             idempotency.TTLDefault.String(), "reapInterval": postgres.ReaperIntervalDefault.String(),
 	"handlerTimeout": idempotency.HandlerTimeoutDefault.String(), "handlerTimeoutMax": server.HandlerTimeoutMax.String(),
 	"acquireTimeout": server.AcquireTimeoutDefault.String(),
-	"profile":        chaos.ProfileDefault, "clients": fmt.Sprint(chaos.ClientsDefault), "banks": fmt.Sprint(chaos.BanksDefault),
+	"benchDesigns":   strings.Join(bench.Designs(), ", "), "benchParts": strings.Join(bench.Parts(), ", "),
+	"benchRounds": fmt.Sprint(bench.RoundsDefault), "benchSlice": bench.SliceDefault.String(),
+	"benchExpired": fmt.Sprint(bench.ExpiredDefault), "benchDurationMax": bench.DurationMaxDefault.String(),
+	"profile": chaos.ProfileDefault, "clients": fmt.Sprint(chaos.ClientsDefault), "banks": fmt.Sprint(chaos.BanksDefault),
 }
 
 func main() {

@@ -1,0 +1,199 @@
+// Package bench measures what idempotency costs: the same transfer over real HTTP and PostgreSQL, without it, with ours, and with
+// the designs that others have, in one run and in random order, so that they can be held against each other.
+//
+//   - [Run] is one run; [Serve] is the process that answers, apart from the one that asks
+//   - designs.go says what is held against what; transfer.go is the transfer, rivals.go the other designs, stand.go the routes
+//   - cluster.go is the PostgreSQL, keys.go fills its tables
+//   - client.go asks, measure.go measures one slice, run.go puts the slices in order
+//   - wait.go and expiry.go measure duplicates of a request that runs, and what expiry costs
+//   - stats.go, report.go and plot.go say what came out
+package bench
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"math/rand/v2"
+	"slices"
+	"time"
+
+	"github.com/paidonce/idempotency/cmd/demo-bank/internal/progress"
+)
+
+// Limits of [Config].
+const (
+	ClientsMax     = 256
+	KeysMax        = 50_000_000 // 20 GB
+	DelayMin       = 100 * time.Microsecond
+	DelayMax       = 100 * time.Millisecond
+	RoundsMin      = 3 // fewer have no quartiles
+	RoundsMax      = 1000
+	SliceMin       = 20 * time.Millisecond
+	SliceMax       = time.Minute
+	DurationMaxMin = 10 * time.Second
+	DurationMaxMax = 12 * time.Hour
+
+	settingsMax = 8 // of one kind
+)
+
+// Defaults of [Config], and those of a quick run.
+const (
+	RoundsDefault      = 9
+	RoundsQuick        = 5
+	SliceDefault       = 500 * time.Millisecond
+	SliceQuick         = 200 * time.Millisecond
+	DurationMaxDefault = 20 * time.Minute
+	DurationMaxQuick   = 2 * time.Minute
+	ExpiredDefault     = 1_000_000
+	ExpiredQuick       = 50_000
+)
+
+// The parts of a run.
+const (
+	PartDesigns = "designs" // all designs, at each number of clients, with fsync and without
+	PartDelay   = "delay"   // the same at the fewest and the most clients, with a slow network to PostgreSQL
+	PartKeys    = "keys"    // a table that is full against one that is empty, at the most clients
+	PartWait    = "wait"    // duplicates of one request that takes long
+	PartExpiry  = "expiry"  // what it costs to delete records
+)
+
+// Parts returns the names of all parts, in their order.
+func Parts() []string { return []string{PartDesigns, PartDelay, PartKeys, PartWait, PartExpiry} }
+
+// Config says what a run measures. The zero value of each field is its default.
+type Config struct {
+	Quick       bool            // other defaults, that take less than a minute
+	Clients     []int           // who send at once
+	Fsync       []string        // on, off
+	Keys        []int64         // records that lie in the table before
+	Delays      []time.Duration // each way between the service and PostgreSQL; 0 is not measured
+	Designs     []string        // some of [Designs]
+	Parts       []string        // some of [Parts]
+	Rounds      int             // of each setting; in each round every design has one slice
+	Slice       time.Duration   // how long a design is measured in a round
+	PoolSize    int             // connections at most; 0 is as many as clients
+	Expired     int64           // records whose expiry is measured
+	Seed        uint64          // of the order and of what clients ask; 0 draws one
+	DurationMax time.Duration   // bounds the whole run
+
+	// Progress gets a line that is written over on a terminal, and one every ten seconds elsewhere. Nil: none.
+	Progress io.Writer
+	Terminal bool // Progress is a terminal
+}
+
+// full returns the config with nothing left out but the seed.
+func (c *Config) full() Config {
+	full := *c
+	pick := func(normal, quick any) any {
+		if c.Quick {
+			return quick
+		}
+		return normal
+	}
+	if len(full.Clients) == 0 {
+		full.Clients = pick([]int{1, 16, 64}, []int{64}).([]int)
+	}
+	if len(full.Fsync) == 0 {
+		full.Fsync = []string{"on", "off"}
+	}
+	if len(full.Keys) == 0 {
+		full.Keys = pick([]int64{0, 1_000_000}, []int64{0}).([]int64)
+	}
+	if len(full.Delays) == 0 {
+		full.Delays = pick([]time.Duration{time.Millisecond}, []time.Duration{0}).([]time.Duration)
+	}
+	if len(full.Designs) == 0 {
+		full.Designs = Designs()
+	}
+	if len(full.Parts) == 0 {
+		full.Parts = Parts()
+	}
+	setDefault(&full.Rounds, pick(RoundsDefault, RoundsQuick).(int))
+	setDefault(&full.Slice, pick(SliceDefault, SliceQuick).(time.Duration))
+	setDefault(&full.Expired, pick(int64(ExpiredDefault), int64(ExpiredQuick)).(int64))
+	setDefault(&full.DurationMax, pick(DurationMaxDefault, DurationMaxQuick).(time.Duration))
+	return full
+}
+
+func setDefault[T comparable](field *T, value T) {
+	var zero T
+	if *field == zero {
+		*field = value
+	}
+}
+
+// Validate reports whether the run is possible.
+func (c *Config) Validate() error {
+	full := c.full()
+	for _, err := range []error{
+		each("--clients", full.Clients, func(n int) bool { return n >= 1 && n <= ClientsMax }, fmt.Sprintf("from 1 to %d", ClientsMax)),
+		each("--fsync", full.Fsync, func(s string) bool { return s == "on" || s == "off" }, "on or off"),
+		each("--keys", full.Keys, func(n int64) bool { return n >= 0 && n <= KeysMax }, fmt.Sprintf("from 0 to %d", KeysMax)),
+		each("--delay", full.Delays, func(d time.Duration) bool { return d == 0 || d >= DelayMin && d <= DelayMax }, fmt.Sprintf("0s, or from %v to %v", DelayMin, DelayMax)),
+		each("--designs", full.Designs, func(s string) bool { return slices.Contains(Designs(), s) }, fmt.Sprintf("of %v", Designs())),
+		each("--parts", full.Parts, func(s string) bool { return slices.Contains(Parts(), s) }, fmt.Sprintf("of %v", Parts())),
+	} {
+		if err != nil {
+			return err
+		}
+	}
+	switch {
+	case full.Rounds < RoundsMin || full.Rounds > RoundsMax:
+		return fmt.Errorf("--rounds must be from %d to %d", RoundsMin, RoundsMax)
+	case full.Slice < SliceMin || full.Slice > SliceMax:
+		return fmt.Errorf("--slice must be from %v to %v", SliceMin, SliceMax)
+	case full.PoolSize < 0 || full.PoolSize > ClientsMax:
+		return fmt.Errorf("--pool-size must be from 1 to %d, or 0 for as many as clients", ClientsMax)
+	case full.Expired < 1 || full.Expired > KeysMax:
+		return fmt.Errorf("--expired must be from 1 to %d", KeysMax)
+	case full.DurationMax < DurationMaxMin || full.DurationMax > DurationMaxMax:
+		return fmt.Errorf("--duration-max must be from %v to %v", DurationMaxMin, DurationMaxMax)
+	}
+	return nil
+}
+
+// each reports a value of a list that can't be, or is there twice.
+func each[T comparable](flag string, values []T, good func(T) bool, want string) error {
+	if len(values) > max(settingsMax, len(designs)) {
+		return fmt.Errorf("%s has too many values", flag)
+	}
+	for i, value := range values {
+		if !good(value) {
+			return fmt.Errorf("%s must be %s", flag, want)
+		}
+		if slices.Contains(values[:i], value) {
+			return fmt.Errorf("%s names %v twice", flag, value)
+		}
+	}
+	return nil
+}
+
+// errDuration is the cause of a context that ended because a run took longer than it may.
+var errDuration = errors.New("the time of --duration-max was over")
+
+// Run does one run and returns its report. Where the time of DurationMax is over before all is measured, the report has
+// what was, and says what was not. An error means that there is no report: something failed, an answer was wrong, the
+// books did not balance, or ctx ended. Nothing is left behind.
+func Run(ctx context.Context, config Config) (_ *Report, err error) {
+	if err := config.Validate(); err != nil {
+		return nil, err
+	}
+	config = config.full()
+	if config.Seed == 0 {
+		config.Seed = rand.Uint64()
+	}
+	r := newRun(config)
+	bounded, cancel := context.WithTimeoutCause(ctx, config.DurationMax, errDuration)
+	defer cancel()
+	endProgress := progress.Show(config.Progress, config.Terminal, "bench", r.progress)
+	err = errors.Join(r.parts(bounded), r.close())
+	endProgress()
+	switch {
+	case ctx.Err() != nil:
+		return nil, ctx.Err()
+	case err != nil && !errors.Is(err, errDuration):
+		return nil, err
+	}
+	return r.report(), nil
+}

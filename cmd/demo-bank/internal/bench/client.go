@@ -1,0 +1,247 @@
+package bench
+
+import (
+	"bufio"
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"math/rand/v2"
+	"net"
+	"net/http"
+	"strconv"
+	"sync"
+	"time"
+
+	hdr "github.com/HdrHistogram/hdrhistogram-go"
+	"github.com/google/uuid"
+)
+
+const (
+	accounts = 1000 // that the bank's seed has, with the name that accountOf gives
+
+	requestTimeout = 30 * time.Second
+	latencyMax     = requestTimeout
+
+	runIn = 2 // requests of each client before a slice that are not counted
+)
+
+func accountOf(n int) string { return fmt.Sprintf("acct-%04d", n) }
+
+// referenceOf makes an answer some 200 bytes long, as those of the bank are.
+func referenceOf(n int) string { return fmt.Sprintf("invoice %06d of the bench, net 30", n) }
+
+// client is one client with a connection of its own. It speaks as much HTTP/1.1 as it needs: what net/http would cost here
+// is taken from the server on a machine that both share. It is used by one goroutine at a time.
+type client struct {
+	address string
+	rng     *rand.Rand
+	conn    net.Conn
+	reader  *bufio.Reader
+	out     []byte
+	body    []byte // of the last request, and its key
+	key     string
+	latency *hdr.Histogram // microseconds
+
+	reply clientReply // of the last request
+}
+
+type clientReply struct {
+	status   int
+	location string
+	outcome  string
+	body     []byte
+}
+
+func newClient(address string, seed, number uint64) *client {
+	return &client{address: address, rng: rand.New(rand.NewPCG(seed, number)), latency: hdr.New(1, latencyMax.Microseconds(), 3)}
+}
+
+func (c *client) close() {
+	if c.conn != nil {
+		_ = c.conn.Close() // nothing is under way
+		c.conn = nil
+	}
+}
+
+// record is a request that was answered.
+type record struct {
+	key, id string
+	body    []byte
+}
+
+// target is what clients send, and where.
+type target struct {
+	path    string
+	kind    kind
+	records []record           // of a replay or a read
+	old     func(int64) record // of a replay from anywhere in a full table
+	oldMax  int64
+}
+
+// send sends one request of the target's kind and checks that it was answered as such.
+func (c *client) send(ctx context.Context, t *target) error {
+	var err error
+	wantStatus, wantOutcome := http.StatusCreated, ""
+	switch t.kind {
+	case fresh:
+		c.body = c.transfer(c.body[:0])
+		key, keyErr := uuid.NewV7()
+		if keyErr != nil {
+			return keyErr
+		}
+		c.key = key.String()
+		err = c.post(ctx, t.path, c.key, c.body)
+	case replay:
+		r := t.records[c.rng.IntN(len(t.records))]
+		wantOutcome = "replayed"
+		err = c.post(ctx, t.path, r.key, r.body)
+	case old:
+		r := t.old(c.rng.Int64N(t.oldMax))
+		wantOutcome = "replayed"
+		err = c.post(ctx, t.path, r.key, r.body)
+	case read:
+		wantStatus = http.StatusOK
+		err = c.get(ctx, t.path+"/"+t.records[c.rng.IntN(len(t.records))].id)
+	case plain:
+		err = c.get(ctx, t.path)
+	}
+	switch {
+	case err != nil:
+		c.close()
+		return fmt.Errorf("%s: %w", t.path, err)
+	case c.reply.status != wantStatus || wantOutcome != "" && c.reply.outcome != wantOutcome:
+		return fmt.Errorf("%s was answered with %d %s: %.200s", t.path, c.reply.status, c.reply.outcome, c.reply.body)
+	}
+	return nil
+}
+
+// transfer appends the body of a new transfer.
+func (c *client) transfer(b []byte) []byte {
+	from := c.rng.IntN(accounts)
+	to := (from + 1 + c.rng.IntN(accounts-1)) % accounts
+	return transferBody(b, from, to, 1+c.rng.IntN(9), c.rng.IntN(1_000_000))
+}
+
+func transferBody(b []byte, from, to, amount, number int) []byte {
+	return fmt.Appendf(b, `{"from":%q,"to":%q,"amount":%d,"currency":"EUR","reference":%q}`, accountOf(from), accountOf(to), amount, referenceOf(number))
+}
+
+func (c *client) post(ctx context.Context, path, key string, body []byte) error {
+	c.out = append(append(append(c.out[:0], "POST "...), path...), " HTTP/1.1\r\nHost: bench\r\nContent-Type: application/json\r\nIdempotency-Key: "...)
+	c.out = append(append(c.out, key...), "\r\nContent-Length: "...)
+	c.out = append(strconv.AppendInt(c.out, int64(len(body)), 10), "\r\n\r\n"...)
+	return c.exchange(ctx, append(c.out, body...))
+}
+
+func (c *client) get(ctx context.Context, path string) error {
+	return c.exchange(ctx, append(append(append(c.out[:0], "GET "...), path...), " HTTP/1.1\r\nHost: bench\r\n\r\n"...))
+}
+
+// exchange sends a request and reads its reply.
+func (c *client) exchange(ctx context.Context, request []byte) error {
+	c.out = request
+	if c.conn == nil {
+		conn, err := new(net.Dialer).DialContext(ctx, "tcp", c.address)
+		if err != nil {
+			return err
+		}
+		c.conn, c.reader = conn, bufio.NewReader(conn)
+	}
+	if err := c.conn.SetDeadline(time.Now().Add(requestTimeout)); err != nil {
+		return err
+	}
+	if _, err := c.conn.Write(request); err != nil {
+		return err
+	}
+	return c.read()
+}
+
+var errReply = errors.New("the reply is not one that this client reads")
+
+func (c *client) read() error {
+	line, err := c.reader.ReadSlice('\n')
+	if err != nil {
+		return err
+	}
+	if len(line) < 12 || !bytes.HasPrefix(line, []byte("HTTP/1.1 ")) {
+		return errReply
+	}
+	if c.reply.status, err = strconv.Atoi(string(line[9:12])); err != nil {
+		return errReply
+	}
+	c.reply.location, c.reply.outcome = "", ""
+	length := -1
+	for {
+		line, err := c.reader.ReadSlice('\n')
+		if err != nil {
+			return err
+		}
+		line = bytes.TrimRight(line, "\r\n")
+		if len(line) == 0 {
+			break
+		}
+		name, value, _ := bytes.Cut(line, []byte(": "))
+		switch string(name) {
+		case "Content-Length":
+			if length, err = strconv.Atoi(string(value)); err != nil {
+				return errReply
+			}
+		case "Location":
+			c.reply.location = string(value)
+		case "Idempotency-Status":
+			c.reply.outcome = string(value)
+		}
+	}
+	if length < 0 || length > bodyBytesMax {
+		return errReply
+	}
+	if cap(c.reply.body) < length {
+		c.reply.body = make([]byte, length)
+	}
+	c.reply.body = c.reply.body[:length]
+	_, err = io.ReadFull(c.reader, c.reply.body)
+	return err
+}
+
+// load is what clients got done in a slice.
+type load struct {
+	requests int64
+	perSec   float64
+	latency  *hdr.Histogram
+}
+
+// drive has each client send one request after another: so many, or for so long. It returns when the last is answered.
+func drive(ctx context.Context, clients []*client, t *target, each int, duration time.Duration) (load, error) {
+	ctx, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	total := load{latency: hdr.New(1, latencyMax.Microseconds(), 3)}
+	var mu sync.Mutex
+	var group sync.WaitGroup
+	started := time.Now()
+	for _, c := range clients {
+		group.Go(func() {
+			c.latency.Reset()
+			sent, last := 0, started
+			for ; (sent < each || last.Sub(started) < duration) && ctx.Err() == nil; sent++ {
+				if err := c.send(ctx, t); err != nil {
+					cancel(err)
+					return
+				}
+				now := time.Now()
+				_ = c.latency.RecordValue(max(1, min(now.Sub(last), latencyMax).Microseconds())) // within its range
+				last = now
+			}
+			mu.Lock()
+			defer mu.Unlock()
+			total.requests += int64(sent)
+			if took := last.Sub(started); took > 0 {
+				total.perSec += float64(sent) / took.Seconds() // each client's own time: the last ones end alone
+			}
+			total.latency.Merge(c.latency)
+		})
+	}
+	group.Wait()
+	return total, context.Cause(ctx)
+}

@@ -1,0 +1,298 @@
+package bench
+
+import (
+	"encoding/json"
+	"fmt"
+	"io"
+	"math"
+	"runtime"
+	"runtime/debug"
+	"slices"
+	"strings"
+	"text/tabwriter"
+	"time"
+
+	hdr "github.com/HdrHistogram/hdrhistogram-go"
+)
+
+// Report is what a run measured. Its JSON is one object.
+type Report struct {
+	Seed     uint64   `json:"seed"`
+	Command  []string `json:"command"`
+	Seconds  float64  `json:"seconds"`
+	LeftOut  []string `json:"left_out"` // what the time was over for
+	CPUKnown bool     `json:"cpu_known"`
+	Versions Versions `json:"versions"`
+
+	Blocks []*Block `json:"blocks"`
+	Wait   *Wait    `json:"wait,omitempty"`
+	Expiry *Expiry  `json:"expiry,omitempty"`
+}
+
+// Versions say what was run.
+type Versions struct {
+	PostgreSQL string `json:"postgresql"`
+	Go         string `json:"go"`
+	Platform   string `json:"platform"`
+	CPUs       int    `json:"cpus"`
+	Revision   string `json:"revision"` // of this program's source; empty where it is not known
+}
+
+// Block is one setting, and what was measured in it.
+type Block struct {
+	Part     string  `json:"part"`
+	Clients  int     `json:"clients"`
+	PoolSize int     `json:"pool_size"`
+	Fsync    string  `json:"fsync"`
+	Keys     int64   `json:"keys"`     // in the full table; 0 is no full table
+	DelayMS  float64 `json:"delay_ms"` // each way
+	Rounds   int     `json:"rounds"`
+
+	Rows    []Row    `json:"rows"`
+	Ratios  []Ratio  `json:"ratios"`
+	Samples []Sample `json:"samples"`
+
+	acknowledged int64
+}
+
+// Row is one design's medians. Latencies are over all of its requests.
+type Row struct {
+	Design      string  `json:"design"`
+	Keys        int64   `json:"keys"`
+	PerSecond   Spread  `json:"requests_per_second"`
+	P50MS       float64 `json:"p50_ms"`
+	P99MS       float64 `json:"p99_ms"`
+	CPUUS       Spread  `json:"cpu_us"`
+	GoUS        float64 `json:"go_us"`
+	PostgresUS  float64 `json:"postgres_us"`
+	Allocations float64 `json:"allocations"`
+	WALBytes    float64 `json:"wal_bytes"`
+	RoundTrips  float64 `json:"round_trips"`
+	Connections int64   `json:"connections"`
+}
+
+// Ratio is one design against another, round by round.
+type Ratio struct {
+	Design     string `json:"design"`
+	Keys       int64  `json:"keys"`
+	Base       string `json:"base"`
+	BaseKeys   int64  `json:"base_keys"`
+	Throughput Spread `json:"throughput"`
+	CPU        Spread `json:"cpu"` // of the service and PostgreSQL together; 0 where it is not known
+
+	// Overlap reports whether the quartiles of the two throughputs overlap.
+	Overlap bool `json:"overlap"`
+}
+
+func (b *Block) title() string {
+	t := fmt.Sprintf("%d clients, fsync %s", b.Clients, b.Fsync)
+	if b.Clients == 1 {
+		t = "1 client, fsync " + b.Fsync
+	}
+	if b.Part == PartKeys {
+		t += fmt.Sprintf(", a table of %d keys against an empty one", b.Keys)
+	}
+	if b.DelayMS > 0 {
+		t += fmt.Sprintf(", %g ms to PostgreSQL and %[1]g ms back", b.DelayMS)
+	}
+	return t
+}
+
+// sum makes a block's rows and ratios of its samples.
+func (b *Block) sum(entries []*entry, cpuKnown bool) {
+	for _, e := range entries {
+		of := func(value func(Sample) float64) Spread { return spreadOf(valuesOf(e.samples, value)) }
+		merged := hdr.New(1, latencyMax.Microseconds(), 3)
+		row := Row{
+			Design: e.design.name, Keys: e.keys, PerSecond: of(perSecond), CPUUS: of(cpuUS),
+			GoUS: of(func(s Sample) float64 { return s.GoUS }).Median, PostgresUS: of(func(s Sample) float64 { return s.PostgresUS }).Median,
+			Allocations: of(func(s Sample) float64 { return s.Allocations }).Median,
+			WALBytes:    of(func(s Sample) float64 { return s.WALBytes }).Median,
+			RoundTrips:  of(func(s Sample) float64 { return s.RoundTrips }).Median,
+		}
+		for _, s := range e.samples {
+			merged.Merge(s.histogram)
+			row.Connections = max(row.Connections, s.Connections)
+		}
+		row.P50MS, row.P99MS = milliseconds(merged, 50), milliseconds(merged, 99)
+		b.Rows = append(b.Rows, row)
+		b.Samples = append(b.Samples, e.samples...)
+		b.Rounds = len(e.samples)
+	}
+	for _, e := range entries {
+		for _, base := range e.bases(entries) {
+			b.Ratios = append(b.Ratios, ratio(e, base, cpuKnown))
+		}
+	}
+}
+
+// bases are the entries that one is held against: those that its design names, or the same design on an empty table.
+func (e *entry) bases(entries []*entry) []*entry {
+	var found []*entry
+	for _, other := range entries {
+		switch {
+		case e.keys > 0 && other.keys == 0 && (other.design.name == e.design.name || e.design.name == replayOld && other.design.kind == replay):
+			found = append(found, other)
+		case e.keys == 0 && other.keys == 0 && other != e && slices.Contains(e.design.bases, other.design.name):
+			found = append(found, other)
+		}
+	}
+	return found
+}
+
+func perSecond(s Sample) float64 { return s.PerSecond }
+
+func cpuUS(s Sample) float64 { return s.cpuUS }
+
+func valuesOf(samples []Sample, value func(Sample) float64) []float64 {
+	values := make([]float64, 0, len(samples))
+	for _, s := range samples {
+		values = append(values, value(s))
+	}
+	return values
+}
+
+func ratio(e, base *entry, cpuKnown bool) Ratio {
+	r := Ratio{Design: e.design.name, Keys: e.keys, Base: base.design.name, BaseKeys: base.keys}
+	own, others := valuesOf(e.samples, perSecond), valuesOf(base.samples, perSecond)
+	r.Throughput = spreadOf(ratiosOf(own, others))
+	r.Overlap = spreadOf(own).overlaps(spreadOf(others))
+	if cpu := ratiosOf(valuesOf(e.samples, cpuUS), valuesOf(base.samples, cpuUS)); cpuKnown && len(cpu) > 0 {
+		r.CPU = spreadOf(cpu)
+	}
+	return r
+}
+
+// report sums the run up.
+func (r *run) report() *Report {
+	p := &Report{
+		Seed: r.config.Seed, Seconds: time.Since(r.started).Seconds(), LeftOut: append([]string{}, r.leftOut...), CPUKnown: r.cpuKnown,
+		Versions: Versions{PostgreSQL: r.postgres, Go: runtime.Version(), Platform: runtime.GOOS + "/" + runtime.GOARCH, CPUs: runtime.NumCPU()},
+		Blocks:   append([]*Block{}, r.blocks...), Wait: r.wait, Expiry: r.expiry,
+	}
+	if info, ok := debug.ReadBuildInfo(); ok {
+		for _, setting := range info.Settings {
+			switch {
+			case setting.Key == "vcs.revision":
+				p.Versions.Revision = setting.Value + p.Versions.Revision
+			case setting.Key == "vcs.modified" && setting.Value == "true":
+				p.Versions.Revision += "+changes"
+			}
+		}
+	}
+	return p
+}
+
+// WriteJSON writes the report as one JSON object.
+func (p *Report) WriteJSON(w io.Writer) error {
+	encoder := json.NewEncoder(w)
+	encoder.SetEscapeHTML(false)
+	return encoder.Encode(p)
+}
+
+// WriteText writes the report for people.
+func (p *Report) WriteText(w io.Writer) error {
+	var b strings.Builder
+	fmt.Fprintf(&b, "bench: seed %d, %.0f s: %s\n", p.Seed, p.Seconds, strings.Join(p.Command, " "))
+	fmt.Fprintf(&b, "versions: PostgreSQL %s, %s, %s, %d CPUs", p.Versions.PostgreSQL, p.Versions.Go, p.Versions.Platform, p.Versions.CPUs)
+	if p.Versions.Revision != "" {
+		fmt.Fprintf(&b, ", source %s", p.Versions.Revision)
+	}
+	fmt.Fprintf(&b, "\nratios: median of the rounds, and its quartiles; CPU is the service's and PostgreSQL's together")
+	if !p.CPUKnown {
+		fmt.Fprintf(&b, ", and is not known on this system")
+	}
+	fmt.Fprintf(&b, "\nper request: microseconds of CPU (Go, PG), allocations of the service, bytes of WAL, round trips (RT); conns is the most at once\n")
+	for _, block := range p.Blocks {
+		if err := block.write(&b, p.CPUKnown); err != nil {
+			return err
+		}
+	}
+	p.Wait.write(&b)
+	p.Expiry.write(&b)
+	for _, left := range p.LeftOut {
+		fmt.Fprintf(&b, "\nleft out, the time was over: %s", left)
+	}
+	if len(p.LeftOut) > 0 {
+		fmt.Fprintln(&b)
+	}
+	_, err := io.WriteString(w, b.String())
+	return err
+}
+
+func (b *Block) write(w io.Writer, cpuKnown bool) error {
+	fmt.Fprintf(w, "\n%s; %d connections, %d rounds\n", b.title(), b.PoolSize, b.Rounds)
+	table := tabwriter.NewWriter(w, 0, 0, 2, ' ', tabwriter.AlignRight)
+	cpu := func(format string, values ...any) string {
+		if !cpuKnown {
+			return ""
+		}
+		return fmt.Sprintf(format, values...)
+	}
+	group := ""
+	for i, row := range b.Rows {
+		base, own := b.baseOf(i)
+		if base != group {
+			group = base
+			fmt.Fprintf(table, "x %s\t\t\t%sreq/s\tp50 ms\tp99 ms\t%sallocs\tWAL B\tRT\tconns\t\n", base, cpu("CPU x\t\t"), cpu("Go us\tPG us\t"))
+		}
+		throughput, used := "1\t", cpu("1\t\t")
+		if own != nil {
+			throughput, used = own.Throughput.text(), cpu("%s\t", own.CPU.text())
+		}
+		fmt.Fprintf(table, "%s\t%s\t%s%.0f\t%.2f\t%.2f\t%s%.1f\t%.0f\t%.2f\t%d\t\n", rowName(row.Design, row.Keys, b), throughput, used,
+			row.PerSecond.Median, row.P50MS, row.P99MS, cpu("%.0f\t%.0f\t", row.GoUS, row.PostgresUS), row.Allocations,
+			math.Max(0, row.WALBytes), row.RoundTrips, row.Connections)
+	}
+	if err := table.Flush(); err != nil {
+		return err
+	}
+	for _, r := range b.Ratios {
+		switch {
+		case r.Keys != r.BaseKeys:
+			verb := "don't overlap"
+			if r.Overlap {
+				verb = "overlap"
+			}
+			fmt.Fprintf(w, "%s: the quartiles of full and empty %s\n", r.Design, verb)
+		case slices.Index(designOf(r.Design).bases, r.Base) > 0:
+			fmt.Fprintf(w, "%s / %s: throughput %s%s\n", r.Design, r.Base, spaced(r.Throughput.text()), cpu(", CPU %s", spaced(r.CPU.text())))
+		}
+	}
+	return nil
+}
+
+func rowName(design string, keys int64, b *Block) string {
+	switch {
+	case b.Part != PartKeys:
+		return design
+	case keys == 0:
+		return design + ", empty"
+	}
+	return design + ", full"
+}
+
+// baseOf is what a row is held against in the table, and how it compares; nil for the base itself.
+func (b *Block) baseOf(i int) (string, *Ratio) {
+	row := b.Rows[i]
+	for _, r := range b.Ratios {
+		if r.Design == row.Design && r.Keys == row.Keys && (r.Keys != r.BaseKeys || designOf(r.Design).bases[0] == r.Base) {
+			if r.Keys != r.BaseKeys {
+				return "empty", &r
+			}
+			return r.Base, &r
+		}
+	}
+	if b.Part == PartKeys {
+		return "empty", nil
+	}
+	return designOf(row.Design).bases[0], nil
+}
+
+// text is a spread in two columns: the median, and its quartiles.
+func (s Spread) text() string { return fmt.Sprintf("%.2f\t%.2f-%.2f", s.Median, s.Lower, s.Upper) }
+
+func spaced(columns string) string {
+	median, quartiles, _ := strings.Cut(columns, "\t")
+	return median + " (" + quartiles + ")"
+}

@@ -1,0 +1,277 @@
+package bench
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"math/rand/v2"
+	"net/http"
+	"slices"
+	"strings"
+	"sync/atomic"
+	"time"
+)
+
+// run is one run's state.
+type run struct {
+	config   Config
+	started  time.Time
+	rng      *rand.Rand // of the order of designs
+	cluster  cluster
+	child    *child
+	postgres string // its version
+	cpuKnown bool
+
+	blocks  []*Block
+	filled  map[int64]*filled
+	wait    *Wait
+	expiry  *Expiry
+	leftOut []string
+	doing   atomic.Pointer[string] // for the progress
+}
+
+func newRun(config Config) *run {
+	r := &run{config: config, started: time.Now(), rng: rand.New(rand.NewPCG(config.Seed, 0)), cpuKnown: true}
+	r.cluster.config = config
+	r.enter("starting")
+	return r
+}
+
+func (r *run) enter(format string, args ...any) {
+	text := fmt.Sprintf(format, args...)
+	r.doing.Store(&text)
+}
+
+func (r *run) close() error {
+	r.enter("stopping")
+	var err error
+	if r.child != nil {
+		err = r.child.close()
+	}
+	return errors.Join(err, r.cluster.close())
+}
+
+// step is a thing to measure.
+type step struct {
+	name  string
+	fsync string
+	do    func(context.Context) error
+}
+
+// parts does one thing after another until all is done or the time is over.
+func (r *run) parts(ctx context.Context) (err error) {
+	steps := r.steps()
+	for i, s := range steps {
+		if err = r.step(ctx, s); err == nil {
+			continue
+		}
+		if errors.Is(context.Cause(ctx), errDuration) {
+			for _, left := range steps[i:] {
+				r.leftOut = append(r.leftOut, left.name)
+			}
+			return errDuration
+		}
+		return fmt.Errorf("%s: %w", s.name, err)
+	}
+	return nil
+}
+
+func (r *run) step(ctx context.Context, s step) error {
+	r.enter("%s", s.name)
+	if r.child == nil {
+		var err error
+		if r.child, err = startChild(ctx); err != nil {
+			return err
+		}
+	}
+	if err := r.cluster.restart(ctx, s.fsync); err != nil {
+		return err
+	}
+	r.postgres = r.cluster.server.Version()
+	return s.do(ctx)
+}
+
+// steps are all things to measure, in their order.
+func (r *run) steps() []step {
+	c := &r.config
+	has := func(part string) bool { return slices.Contains(c.Parts, part) }
+	most := slices.Max(c.Clients)
+	var steps []step
+	if has(PartKeys) {
+		for _, keys := range c.Keys {
+			if keys > 0 {
+				steps = append(steps, step{fmt.Sprintf("fill a table with %d keys", keys), "off", func(ctx context.Context) error { return r.fill(ctx, keys) }})
+			}
+		}
+	}
+	add := func(b *Block, entries func(context.Context, *Block) ([]*entry, error)) {
+		steps = append(steps, step{b.title(), b.Fsync, func(ctx context.Context) error { return r.block(ctx, b, entries) }})
+	}
+	for _, fsync := range c.Fsync {
+		if has(PartDesigns) {
+			for _, clients := range c.Clients {
+				add(&Block{Part: PartDesigns, Clients: clients, Fsync: fsync}, r.designEntries)
+			}
+		}
+		if has(PartKeys) {
+			for _, keys := range c.Keys {
+				if keys > 0 {
+					add(&Block{Part: PartKeys, Clients: most, Fsync: fsync, Keys: keys}, r.keysEntries)
+				}
+			}
+		}
+		if fsync != c.Fsync[0] {
+			continue
+		}
+		for _, delay := range c.Delays {
+			for _, clients := range slices.Compact([]int{slices.Min(c.Clients), most}) {
+				if has(PartDelay) && delay > 0 {
+					add(&Block{Part: PartDelay, Clients: clients, Fsync: fsync, DelayMS: float64(delay) / float64(time.Millisecond)}, r.designEntries)
+				}
+			}
+		}
+		if has(PartWait) {
+			steps = append(steps, step{"duplicates of a request that runs", fsync, r.measureWait})
+		}
+		if has(PartExpiry) {
+			steps = append(steps, step{fmt.Sprintf("expiry of %d keys", c.Expired), fsync, r.measureExpiry})
+		}
+	}
+	return steps
+}
+
+// entry is one line of a block: a design on a table.
+type entry struct {
+	design  design
+	keys    int64
+	target  target
+	samples []Sample
+}
+
+// block measures all entries of a block, each once in each round, in an order that the seed draws.
+func (r *run) block(ctx context.Context, b *Block, entries func(context.Context, *Block) ([]*entry, error)) error {
+	b.PoolSize = r.config.PoolSize
+	if b.PoolSize == 0 {
+		b.PoolSize = b.Clients
+	}
+	if err := r.cluster.reset(ctx); err != nil {
+		return err
+	}
+	lines, err := entries(ctx, b)
+	if err != nil {
+		return err
+	}
+	if len(lines) == 0 {
+		return nil
+	}
+	var clients []*client
+	defer func() {
+		for _, c := range clients {
+			c.close()
+		}
+	}()
+	for i := range b.Clients {
+		clients = append(clients, newClient(r.child.address, r.config.Seed, uint64(len(r.blocks)*ClientsMax+i+1)))
+	}
+	for round := range r.config.Rounds {
+		for at, i := range r.rng.Perm(len(lines)) {
+			r.enter("%s: round %d of %d, %d of %d, %s", b.title(), round+1, r.config.Rounds, at+1, len(lines), lines[i].design.name)
+			sample, err := r.measure(ctx, clients, lines[i], round)
+			if err != nil {
+				return err
+			}
+			b.acknowledged += sample.acknowledged
+			lines[i].samples = append(lines[i].samples, sample)
+		}
+	}
+	if err := r.cluster.check(ctx, b.acknowledged); err != nil {
+		return err
+	}
+	b.sum(lines, r.cpuKnown)
+	r.blocks = append(r.blocks, b)
+	return nil
+}
+
+// set has the serving process serve a block's designs.
+func (r *run) set(ctx context.Context, b *Block, schemas []string, names []string) error {
+	url, err := r.cluster.url(time.Duration(b.DelayMS * float64(time.Millisecond)))
+	if err != nil {
+		return err
+	}
+	_, err = r.child.ask(ctx, order{Set: &setting{DatabaseURL: url, Schemas: schemas, Designs: names, PoolSize: b.PoolSize}})
+	return err
+}
+
+// designEntries are one for each design.
+func (r *run) designEntries(ctx context.Context, b *Block) ([]*entry, error) {
+	schema := schemaOf(0)
+	if err := r.set(ctx, b, []string{schema}, r.config.Designs); err != nil {
+		return nil, err
+	}
+	var entries []*entry
+	for _, d := range designs {
+		if !slices.Contains(r.config.Designs, d.name) {
+			continue
+		}
+		e, err := r.entry(ctx, b, d, schema, 0)
+		if err != nil {
+			return nil, err
+		}
+		entries = append(entries, e)
+	}
+	return entries, nil
+}
+
+// recordsMax is how many records are made beforehand for what reads or replays.
+const recordsMax = 1000
+
+// entry makes an entry, and the records that it asks for.
+func (r *run) entry(ctx context.Context, b *Block, d design, schema string, keys int64) (*entry, error) {
+	e := &entry{design: d, keys: keys, target: target{path: "/" + schema + "/" + d.name, kind: d.kind}}
+	maker := e.target
+	switch d.kind {
+	case read:
+		if !slices.Contains(r.config.Designs, "bare-batch") {
+			return e, errors.New("get-by-id reads what bare-batch has made: name it in --designs too")
+		}
+		maker.path = "/" + schema + "/bare-batch"
+	case replay:
+	default:
+		return e, nil
+	}
+	c := newClient(r.child.address, r.config.Seed, 0)
+	defer c.close()
+	maker.kind = fresh
+	records := make([]record, 0, recordsMax)
+	for range recordsMax {
+		made, err := c.make(ctx, &maker)
+		if err != nil {
+			return e, err
+		}
+		records = append(records, made)
+		b.acknowledged++
+	}
+	e.target.records = records
+	if d.kind == replay { // a cache learns them at the latest now
+		for _, one := range records {
+			if err := c.post(ctx, e.target.path, one.key, one.body); err != nil {
+				return e, err
+			}
+		}
+	}
+	return e, nil
+}
+
+// make sends a new transfer and returns what a retry of it needs.
+func (c *client) make(ctx context.Context, t *target) (record, error) {
+	if err := c.send(ctx, t); err != nil {
+		return record{}, err
+	}
+	if c.reply.status != http.StatusCreated {
+		return record{}, errReply
+	}
+	return record{
+		key: c.key, body: slices.Clone(c.body),
+		id: c.reply.location[strings.LastIndexByte(c.reply.location, '/')+1:],
+	}, nil
+}
