@@ -41,8 +41,9 @@ var designs = []design{
 // replayOld is replay-database where records of any age are asked for. It is measured where a table is full.
 const replayOld = "replay-old"
 
-// The routes of the part that waits.
+// Routes that are no design: that which makes what get-by-id reads, and those of the part that waits.
 const (
+	routeMade  = "made"
 	routeWait  = "wait"
 	routeOther = "other"
 )

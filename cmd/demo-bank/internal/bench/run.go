@@ -148,6 +148,9 @@ type entry struct {
 	samples []Sample
 }
 
+// warmUpRequests are sent to each design before the first round.
+const warmUpRequests = 320
+
 // block measures all entries of a block, each once in each round, in an order that the seed draws.
 func (r *run) block(ctx context.Context, b *Block, entries func(context.Context, *Block) ([]*entry, error)) error {
 	b.PoolSize = r.config.PoolSize
@@ -172,6 +175,16 @@ func (r *run) block(ctx context.Context, b *Block, entries func(context.Context,
 	}()
 	for i := range b.Clients {
 		clients = append(clients, newClient(r.child.address, r.config.Seed, uint64(len(r.blocks)*ClientsMax+i+1)))
+	}
+	for _, e := range lines { // tables and processes that were just made behave like no others
+		r.enter("%s: warming up, %s", b.title(), e.design.name)
+		warmed, err := drive(ctx, clients, &e.target, max(runIn, warmUpRequests/b.Clients), 0)
+		if err != nil {
+			return err
+		}
+		if e.design.kind == fresh {
+			b.acknowledged += warmed.requests
+		}
 	}
 	for round := range r.config.Rounds {
 		for at, i := range r.rng.Perm(len(lines)) {
@@ -231,10 +244,7 @@ func (r *run) entry(ctx context.Context, b *Block, d design, schema string, keys
 	maker := e.target
 	switch d.kind {
 	case read:
-		if !slices.Contains(r.config.Designs, "bare-batch") {
-			return e, errors.New("get-by-id reads what bare-batch has made: name it in --designs too")
-		}
-		maker.path = "/" + schema + "/bare-batch"
+		maker.path = "/" + schema + "/" + routeMade
 	case replay:
 	default:
 		return e, nil

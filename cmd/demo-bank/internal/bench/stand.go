@@ -149,6 +149,7 @@ func (d *stand) mount(ctx context.Context, schema string, pool *pgxpool.Pool) er
 	}
 	post("bare-naive", bare(naive))
 	post("bare-batch", bare(batch))
+	d.router.Post(at(routeMade), handler(bare(batch)))
 	post("bare-folded", func(r *http.Request, t *transfer, _ []byte) (*answer, error) { return folded(r.Context(), pool, t) })
 	post("insert-first", func(r *http.Request, t *transfer, body []byte) (*answer, error) {
 		return insertFirst(r.Context(), pool, r.Header.Get("Idempotency-Key"), sumOf(r, body), t)

@@ -1,6 +1,7 @@
 package bench
 
 import (
+	"maps"
 	"math"
 	"slices"
 )
@@ -38,3 +39,6 @@ func ratiosOf(values, bases []float64) []float64 {
 	}
 	return ratios
 }
+
+// sortedKeys are a map's, in order.
+func sortedKeys[V any](m map[string]V) []string { return slices.Sorted(maps.Keys(m)) }
