@@ -22,6 +22,7 @@ func TestLimitsOfTheFlags(t *testing.T) {
 		{"--reap-interval", []string{"1ms", "1m"}, []string{"999us", "0s", "-1s"}},
 		{"--handler-timeout", []string{"10ms", "10s", "54s"}, []string{"9ms", "54s1ms", "0s", "-1s"}},
 		{"--acquire-timeout", []string{"1ms", "3s"}, []string{"999us", "0s", "-1s"}},
+		{"--cache-mib", []string{"0", "1", "65536"}, []string{"-1", "65537", "x"}},
 		{"--pool-size", []string{"1", "1000"}, []string{"0", "1001"}},
 	} {
 		for _, value := range test.good {
@@ -41,7 +42,7 @@ func TestLimitsOfTheFlags(t *testing.T) {
 	}
 	got := cli.Serve
 	if got.TTL != 24*time.Hour || got.ReapInterval != time.Minute || got.HandlerTimeout != 10*time.Second ||
-		got.AcquireTimeout != 3*time.Second || got.PoolSize != server.PoolSizeDefault {
+		got.AcquireTimeout != 3*time.Second || got.PoolSize != server.PoolSizeDefault || got.CacheMiB != 0 {
 		t.Errorf("the defaults are %+v", got)
 	}
 }

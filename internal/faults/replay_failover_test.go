@@ -81,9 +81,11 @@ func TestF21CacheKnowsOneServerFromAnother(t *testing.T) {
 			pool:  func(config *pgxpool.Config) { config.MaxConns = 2 },
 		})
 		lost, other := "lost-"+first, "other-"+first
-		for _, outcome := range []string{"executed", "replayed"} {
-			s.mustPay(t, lost, 201, outcome)
-			s.mustPay(t, other, 201, outcome)
+		payer := serveOn(t, urls[0], nil)
+		for _, key := range []string{lost, other} {
+			payer.mustPay(t, key, 201, "executed")
+			s.mustPay(t, key, 201, "replayed") // which knows nothing of it, and claims
+			s.mustPay(t, key, 201, "replayed")
 		}
 		old, err := s.pool.Acquire(t.Context())
 		if err != nil {

@@ -82,8 +82,7 @@ func newCache(bytesMax int64) *cache {
 	}
 }
 
-// get returns a record of the key, nil where the database must be asked. The caller may change it, but not the bytes of
-// its body.
+// get returns a record of the key that shares nothing, nil where the database must be asked.
 func (c *cache) get(key idempotency.Key) *idempotency.Record {
 	if c == nil {
 		return nil
@@ -93,9 +92,7 @@ func (c *cache) get(key idempotency.Key) *idempotency.Record {
 	if entry == nil {
 		return nil
 	}
-	record := entry.record
-	record.Answer.Header = cloneHeader(record.Answer.Header)
-	return &record
+	return cloneRecord(&entry.record)
 }
 
 func (c *cache) find(key idempotency.Key, now time.Duration) *cacheEntry {
@@ -122,8 +119,7 @@ func (c *cache) ask() news {
 	return news{asked: c.clock()}
 }
 
-// learn takes in what was heard of a key; record is nil where it is absent. The caller keeps the record, and must not
-// change the bytes of its body.
+// learn takes in what was heard of a key; record is nil where it is absent, and the caller's to change afterwards.
 func (c *cache) learn(key idempotency.Key, number int64, record *idempotency.Record, heard news) {
 	if c == nil {
 		return
@@ -169,12 +165,11 @@ func newCacheEntry(key idempotency.Key, record *idempotency.Record, heard news) 
 	e := &cacheEntry{
 		// Clones: a part of a header or a token would keep the whole of it.
 		key:    idempotency.Key{Scope: strings.Clone(key.Scope), Value: strings.Clone(key.Value)},
-		record: *record,
+		record: *cloneRecord(record),
 		asked:  heard.asked,
 		until:  heard.asked + min(cacheAgeMax, record.ExpiresAt.Sub(heard.now)),
 	}
-	e.record.Answer.Header = cloneHeader(record.Answer.Header)
-	e.bytes = cacheEntryBytes + int64(len(key.Scope)+len(key.Value)+cap(record.Answer.Body)+len(record.TraceID))
+	e.bytes = cacheEntryBytes + int64(len(key.Scope)+len(key.Value)+len(record.Answer.Body)+len(record.TraceID))
 	for name, values := range record.Answer.Header {
 		for _, value := range values {
 			e.bytes += cacheHeaderBytes + int64(len(name)+len(value))
@@ -237,18 +232,21 @@ func (c *cache) remove(element *list.Element) {
 	c.bytes -= entry.bytes
 }
 
-// cloneHeader returns a copy that shares nothing: what is given out goes to code that adds to headers in place.
-func cloneHeader(header map[string][]string) map[string][]string {
+// cloneRecord returns a copy that shares no memory with the record: a store's records are their callers' to change.
+func cloneRecord(record *idempotency.Record) *idempotency.Record {
+	clone := *record
+	clone.Answer.Body = make([]byte, len(record.Answer.Body)) // not a byte more
+	copy(clone.Answer.Body, record.Answer.Body)
 	values := 0
-	for _, list := range header {
+	for _, list := range record.Answer.Header {
 		values += len(list)
 	}
 	all := make([]string, 0, values)
-	clone := make(map[string][]string, len(header))
-	for name, list := range header {
+	clone.Answer.Header = make(map[string][]string, len(record.Answer.Header))
+	for name, list := range record.Answer.Header {
 		from := len(all)
 		all = append(all, list...)
-		clone[name] = all[from:len(all):len(all)]
+		clone.Answer.Header[name] = all[from:len(all):len(all)] // nobody's append reaches the next
 	}
-	return clone
+	return &clone
 }

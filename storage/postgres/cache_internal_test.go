@@ -262,7 +262,7 @@ func TestCacheHonoursExpiry(t *testing.T) {
 }
 
 // Requests share what is cached: none can change it for the others, nor for the cache.
-func TestCachedHeadersAreNobodys(t *testing.T) {
+func TestCachedRecordsShareNothing(t *testing.T) {
 	t.Parallel()
 	c := newTestCache(CacheBytesMin)
 	read := testRecord("a")
@@ -272,6 +272,7 @@ func TestCachedHeadersAreNobodys(t *testing.T) {
 		r.Answer.Header["Vary"] = append(r.Answer.Header["Vary"][:1], "spoilt")
 		_ = append(r.Answer.Header["Etag"], "spoilt")
 		r.Answer.Header["New"] = []string{"spoilt"}
+		copy(r.Answer.Body, "X")
 		r.Answer.Body = []byte("spoilt") // as storage/encrypted does
 		r.Answer.Status, r.TraceID = 500, "spoilt"
 	}

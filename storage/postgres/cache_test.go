@@ -238,6 +238,28 @@ func TestReplayOutlivesWhatItsConnectionLost(t *testing.T) {
 	}
 }
 
+// A statement that is gone is missed once on each connection.
+func TestLookUpIsSentAsTextOnceItsStatementIsGone(t *testing.T) {
+	t.Parallel()
+	ctx := context.Background()
+	b := setup(t, &setupOptions{configure: func(c *pgxpool.Config) { c.MaxConns = 1 }})
+	want(t, b.do(t, request("k", ""), pay(t, 201)), idempotency.OutcomeExecuted, "")
+	var name string
+	if err := b.pool.QueryRow(ctx, "SELECT name FROM pg_prepared_statements WHERE statement LIKE '%pg_is_in_recovery%'").Scan(&name); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := b.pool.Exec(ctx, "DEALLOCATE "+name); err != nil {
+		t.Fatal(err)
+	}
+	for _, roundTrips := range []int{3, 1, 1} { // looked up in vain, claimed, rolled back
+		before := b.wire.count()
+		want(t, b.do(t, request("k", ""), pay(t, 201)), idempotency.OutcomeReplayed, "")
+		if got := b.wire.count() - before; got != roundTrips {
+			t.Errorf("%d round trips, want %d", got, roundTrips)
+		}
+	}
+}
+
 // Where COMMIT waits for standbys a replay waits too, also where it was cached, and the key known, before there were any.
 func TestF20CachedReplayWaitsForTheStandbys(t *testing.T) {
 	t.Parallel()

@@ -184,6 +184,34 @@ func TestStoresOfTwoSchemasShareAPool(t *testing.T) {
 	}
 }
 
+// Nor is a look-up: also where the config went through Configure for one, for the other, and for the first again.
+func TestLookUpIsInTheStoresOwnSchema(t *testing.T) {
+	t.Parallel()
+	ctx := context.Background()
+	payments := &postgres.Options{Schema: "payments"}
+	b := setup(t, &setupOptions{configure: func(c *pgxpool.Config) {
+		c.MaxConns = 1
+		postgres.Configure(c, payments)
+		postgres.Configure(c, nil)
+	}})
+	if err := migrations.Up(ctx, b.pool, &migrations.Options{Schema: "payments"}); err != nil {
+		t.Fatal(err)
+	}
+	b.pool.Reset()
+	for range 2 { // recorded, and replayed
+		for body, store := range map[string]*postgres.Store{"public": b.store, "payments": postgres.New(b.pool, payments)} {
+			for range 2 {
+				result := idempotency.NewEngine(store, nil).Do(ctx, request("k", ""), func(context.Context) (*idempotency.Answer, error) {
+					return &idempotency.Answer{Status: 201, Body: []byte(body)}, nil
+				})
+				if result.Answer == nil || string(result.Answer.Body) != body {
+					t.Errorf("%s: %+v", body, result)
+				}
+			}
+		}
+	}
+}
+
 // A pool connects before the first migration, which may well run on one of its connections.
 func TestPoolConnectsBeforeTheFirstMigration(t *testing.T) {
 	t.Parallel()

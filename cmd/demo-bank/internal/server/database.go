@@ -16,11 +16,12 @@ import (
 	"github.com/paidonce/idempotency/storage/postgres"
 )
 
-// Limits of timeouts in [Config]. The store wants 5 s between the longest handler and the end of its idle transaction.
+// Limits of [Config], and of flags. The store wants 5 s between the longest handler and the end of its idle transaction.
 const (
 	HandlerTimeoutMin = 10 * time.Millisecond
 	HandlerTimeoutMax = idleInTransactionMax - 5*time.Second
 	AcquireTimeoutMin = time.Millisecond
+	CacheMiBMax       = 64 << 10 // 64 GiB
 	ReapIntervalMin   = time.Millisecond
 )
 
@@ -40,7 +41,7 @@ const (
 // storeOptions are those of the store and of the pool that it uses.
 func storeOptions(config *Config) *postgres.Options {
 	return &postgres.Options{
-		Schema: bank.Schema, AcquireTimeout: config.AcquireTimeout,
+		Schema: bank.Schema, AcquireTimeout: config.AcquireTimeout, CacheBytesMax: config.CacheBytesMax,
 		IdleInTransactionTimeout: min(max(config.HandlerTimeout+idleBeside, idleInTransactionMin), idleInTransactionMax),
 	}
 }

@@ -74,6 +74,10 @@ type Config struct {
 	// Speculative runs a request's handler before its key is claimed.
 	Speculative bool
 
+	// CacheBytesMax is the memory for answers that are replayed without asking the database; see postgres.Options. The
+	// default is none.
+	CacheBytesMax int64
+
 	// CrashPoint kills the process at a point of its own choice. Nil: nothing of it is installed.
 	CrashPoint *crashpoint.Point
 
