@@ -7,6 +7,7 @@ import (
 	"net/http"
 	"net/http/httptest"
 	"strings"
+	"sync"
 	"time"
 
 	"github.com/paidonce/idempotency"
@@ -113,6 +114,36 @@ func ExampleOptions_fingerprints() {
 	// 422 mismatch Idempotency-Key was used for another request
 }
 
+// A route whose duplicates wait for the answer of the first, where others are told 409 to ask again.
+func ExampleOptions_wait() {
+	running, finish := make(chan struct{}), make(chan struct{})
+	idem := middleware.New(memory.New(nil), exampleAccount, nil)
+	transfers := idem.With(func(o *middleware.Options) { o.Engine.Wait = 5 * time.Second })
+	handler := transfers.Handler(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
+		close(running)
+		<-finish
+		w.WriteHeader(http.StatusCreated)
+		_, _ = fmt.Fprint(w, "paid")
+	}))
+
+	var first, second sync.WaitGroup
+	first.Go(func() { exampleSend(handler, "8e03978e", "") })
+	<-running
+	second.Go(func() {
+		w := exampleServe(handler, "8e03978e", "")
+		first.Wait() // so that the lines below are in order
+		examplePrint(w)
+	})
+	for idem.InFlight() < 2 { // the second is there, and waits
+		time.Sleep(time.Millisecond)
+	}
+	close(finish)
+	second.Wait()
+	// Output:
+	// 201 executed paid
+	// 201 replayed paid
+}
+
 // A caller may have lost the right to an answer since it was recorded.
 func ExampleOptions_authorizeReplay() {
 	revoked := false
@@ -154,6 +185,10 @@ func exampleAccount(r *http.Request) (string, error) { return r.Header.Get("Acco
 
 // exampleSend sends a transfer and prints the answer, of a problem document its title.
 func exampleSend(handler http.Handler, key, body string) {
+	examplePrint(exampleServe(handler, key, body))
+}
+
+func exampleServe(handler http.Handler, key, body string) *httptest.ResponseRecorder {
 	r := httptest.NewRequest(http.MethodPost, "/transfers", strings.NewReader(body))
 	r.Header.Set("Account", "acme")
 	if key != "" {
@@ -161,6 +196,10 @@ func exampleSend(handler http.Handler, key, body string) {
 	}
 	w := httptest.NewRecorder()
 	handler.ServeHTTP(w, r)
+	return w
+}
+
+func examplePrint(w *httptest.ResponseRecorder) {
 	text := w.Body.String()
 	var problem struct{ Title string }
 	if json.Unmarshal(w.Body.Bytes(), &problem) == nil {
