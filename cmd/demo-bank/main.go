@@ -57,6 +57,7 @@ type serveCommand struct {
 	TTL             time.Duration `name:"ttl" placeholder:"DURATION" default:"${ttl}" help:"How long an answer is kept for retries, from its commit on. (default: ${default})"`
 	ReapInterval    time.Duration `placeholder:"DURATION" default:"${reapInterval}" help:"How long the reaper of expired answers rests between two walks. (default: ${default})"`
 	HandlerTimeout  time.Duration `placeholder:"DURATION" default:"${handlerTimeout}" help:"How long a request may take until its COMMIT, ${handlerTimeoutMax} at most. (default: ${default})"`
+	Wait            time.Duration `placeholder:"DURATION" default:"0s" help:"How long a request waits for one with its key that is in progress, ${waitMax} at most and less than --ttl; 0s is 409 at once. (default: ${default})"`
 	AcquireTimeout  time.Duration `placeholder:"DURATION" default:"${acquireTimeout}" help:"How long a request waits for a database connection. (default: ${default})"`
 	Speculative     bool          `help:"Have the claim of a key travel with its request's first statement: a round trip less."`
 	CacheMiB        int64         `name:"cache-mib" placeholder:"N" default:"0" help:"Memory for answers that are replayed without asking the database, in MiB; 0 keeps none. (default: ${default})"`
@@ -86,6 +87,9 @@ func (c *serveCommand) Validate() error {
 	if c.HandlerTimeout < server.HandlerTimeoutMin || c.HandlerTimeout > server.HandlerTimeoutMax {
 		return fmt.Errorf("--handler-timeout must be from %v to %v", server.HandlerTimeoutMin, server.HandlerTimeoutMax)
 	}
+	if c.Wait < 0 || c.Wait > idempotency.WaitMax || c.Wait >= c.TTL {
+		return fmt.Errorf("--wait must be from 0s to %v, and shorter than --ttl", idempotency.WaitMax)
+	}
 	if c.AcquireTimeout < server.AcquireTimeoutMin {
 		return fmt.Errorf("--acquire-timeout must be at least %v", server.AcquireTimeoutMin)
 	}
@@ -108,7 +112,7 @@ func (c *serveCommand) Run(ctx context.Context) error {
 	return server.New(server.Config{
 		Addr: c.Addr, DatabaseURL: c.DatabaseURL, DataDir: dataDir, PoolSize: c.PoolSize,
 		ShutdownTimeout: c.ShutdownTimeout, TTL: c.TTL, ReapInterval: c.ReapInterval,
-		HandlerTimeout: c.HandlerTimeout, AcquireTimeout: c.AcquireTimeout, Speculative: c.Speculative,
+		HandlerTimeout: c.HandlerTimeout, Wait: c.Wait, AcquireTimeout: c.AcquireTimeout, Speculative: c.Speculative,
 		CacheBytesMax: c.CacheMiB << 20, CrashPoint: point, Stdout: os.Stdout, Stderr: os.Stderr,
 		Logger: slog.New(slog.NewTextHandler(os.Stderr, &slog.HandlerOptions{Level: c.LogLevel})),
 	}).Run(ctx)
@@ -177,6 +181,7 @@ var defaults = kong.Vars{
 	"shutdownTimeout": server.ShutdownTimeoutDefault.String(),
 	"ttl":             idempotency.TTLDefault.String(), "reapInterval": postgres.ReaperIntervalDefault.String(),
 	"handlerTimeout": idempotency.HandlerTimeoutDefault.String(), "handlerTimeoutMax": server.HandlerTimeoutMax.String(),
+	"waitMax":        idempotency.WaitMax.String(),
 	"acquireTimeout": server.AcquireTimeoutDefault.String(),
 	"benchDesigns":   strings.Join(bench.Designs(), ", "), "benchParts": strings.Join(bench.Parts(), ", "),
 	"benchRounds": fmt.Sprint(bench.RoundsDefault), "benchSlice": bench.SliceDefault.String(),

@@ -1,6 +1,7 @@
 package server
 
 import (
+	"bytes"
 	"context"
 	"io"
 	"net/http"
@@ -77,21 +78,22 @@ func TestWithoutACrashPointNothingIsInstalled(t *testing.T) {
 // and for less than a minute, and an answer is written later than all that comes before it may take.
 func TestTimeoutsFitTheHandlers(t *testing.T) {
 	t.Parallel()
-	for _, test := range []struct{ handler, idle time.Duration }{
-		{HandlerTimeoutMin, HandlerTimeoutMin + 10*time.Second},
-		{10 * time.Second, 20 * time.Second},
-		{49 * time.Second, 59 * time.Second},
-		{50 * time.Second, 59 * time.Second},
-		{HandlerTimeoutMax, 59 * time.Second},
+	for _, test := range []struct{ handler, wait, idle time.Duration }{
+		{HandlerTimeoutMin, 0, HandlerTimeoutMin + 10*time.Second},
+		{10 * time.Second, 0, 20 * time.Second},
+		{10 * time.Second, idempotency.WaitMax, 20 * time.Second},
+		{49 * time.Second, 0, 59 * time.Second},
+		{50 * time.Second, 0, 59 * time.Second},
+		{HandlerTimeoutMax, idempotency.WaitMax, 59 * time.Second},
 	} {
-		s := New(Config{HandlerTimeout: test.handler})
+		s := New(Config{HandlerTimeout: test.handler, Wait: test.wait})
 		options := storeOptions(&s.config)
 		if options.IdleInTransactionTimeout != test.idle {
 			t.Errorf("handler timeout %v: a transaction may be idle for %v, want %v", test.handler, options.IdleInTransactionTimeout, test.idle)
 		}
-		engine := idempotency.NewEngine(memory.New(nil), &idempotency.Options{HandlerTimeout: test.handler}).Options()
+		engine := idempotency.NewEngine(memory.New(nil), &idempotency.Options{HandlerTimeout: test.handler, Wait: test.wait}).Options()
 		server := s.httpServer(http.NotFoundHandler())
-		parts := server.ReadTimeout + engine.HandlerTimeout + engine.CommitTimeout + engine.ResolveTimeout
+		parts := server.ReadTimeout + engine.Wait + engine.HandlerTimeout + engine.CommitTimeout + engine.ResolveTimeout
 		if total := server.WriteTimeout; total <= parts {
 			t.Errorf("handler timeout %v: an answer must be written after %v, and its parts take up to %v", test.handler, total, parts)
 		}
@@ -171,6 +173,42 @@ func TestHandlerTimeoutEndsATransferThatWaits(t *testing.T) {
 		t.Errorf("the transfer without a connection was given up as %s after %v, want %v", r.outcome(), took, acquireTimeout)
 	}
 	<-waiting
+}
+
+// TestWaitReplacesTheConflict: a copy of a transfer that is in progress has its answer, and no 409.
+func TestWaitReplacesTheConflict(t *testing.T) {
+	t.Parallel()
+	b := setup(t, func(c *Config) { c.Wait = 30 * time.Second })
+	tx, err := b.db.Begin(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = tx.Rollback(context.Background()) }()
+	if _, err := tx.Exec(t.Context(), `SELECT FROM accounts WHERE id = 'alice' FOR UPDATE`); err != nil {
+		t.Fatal(err)
+	}
+	replies := make(chan reply, 2)
+	for range 2 {
+		go func() {
+			replies <- b.send(http.MethodPost, "/v1/transfers", `{"from":"alice","to":"bob","amount":1}`, "Idempotency-Key", "k")
+		}()
+	}
+	for deadline := time.Now().Add(20 * time.Second); !strings.Contains(string(b.get("/metrics").body), "idempotency_requests_in_flight 2"); {
+		if time.Now().After(deadline) {
+			t.Fatal("the copy does not wait")
+		}
+	}
+	if err := tx.Rollback(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	first, second := <-replies, <-replies
+	outcomes := first.outcome() + " " + second.outcome()
+	if first.status != http.StatusCreated || !bytes.Equal(first.body, second.body) || outcomes != "executed replayed" && outcomes != "replayed executed" {
+		t.Errorf("%d %s, %d %s: %s", first.status, first.body, second.status, second.body, outcomes)
+	}
+	if balance := b.balance("alice"); balance != 10_000_000-1 {
+		t.Errorf("alice has %d", balance)
+	}
 }
 
 // TestTTLIsThatOfTheRecords: the default and a short one, as clients are told.

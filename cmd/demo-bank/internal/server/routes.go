@@ -27,7 +27,10 @@ const readyTimeout = 2 * time.Second
 // handler is everything that the bank answers.
 func (s *Server) handler(store *postgres.Store, books *bank.Bank, ids *nodeid.Source) http.Handler {
 	idem := middleware.New(store, bank.Tenant, &middleware.Options{
-		Engine:      idempotency.Options{TTL: s.config.TTL, HandlerTimeout: s.config.HandlerTimeout, Speculative: s.config.Speculative, Tracer: s.metrics},
+		Engine: idempotency.Options{
+			TTL: s.config.TTL, Wait: s.config.Wait, HandlerTimeout: s.config.HandlerTimeout, Speculative: s.config.Speculative,
+			Tracer: s.metrics,
+		},
 		RouterState: chiroute.State,
 		Logger:      s.logger,
 	})

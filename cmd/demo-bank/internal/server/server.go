@@ -67,6 +67,10 @@ type Config struct {
 	// idempotency.HandlerTimeoutDefault.
 	HandlerTimeout time.Duration
 
+	// Wait is how long a request waits for another with its key that is in progress, before it is answered 409: at most
+	// idempotency.WaitMax, and shorter than TTL. The default, zero, is 409 at once.
+	Wait time.Duration
+
 	// AcquireTimeout is how long a request waits for a connection. A bank that people try on a busy laptop may rather be
 	// slow than shed: the default, [AcquireTimeoutDefault], is longer than a service under real load should have.
 	AcquireTimeout time.Duration
@@ -188,8 +192,8 @@ func (s *Server) Run(ctx context.Context) (err error) {
 
 // writeTimeout is what net/http gives a request from its headers to the end of its answer: more than all that happens in
 // between together, so that an answer which is settled is not kept from a client that waits for it.
-func writeTimeout(handlerTimeout time.Duration) time.Duration {
-	return readTimeout + handlerTimeout + idempotency.RollbackTimeoutDefault +
+func writeTimeout(wait, handlerTimeout time.Duration) time.Duration {
+	return readTimeout + wait + handlerTimeout + idempotency.RollbackTimeoutDefault +
 		idempotency.CommitTimeoutDefault + idempotency.ResolveTimeoutDefault + answerTimeout
 }
 
@@ -220,7 +224,7 @@ func (s *Server) httpServer(handler http.Handler) *http.Server {
 		ConnState:         s.gate.connState,
 		ReadHeaderTimeout: readHeaderTimeout,
 		ReadTimeout:       readTimeout,
-		WriteTimeout:      writeTimeout(s.config.HandlerTimeout),
+		WriteTimeout:      writeTimeout(s.config.Wait, s.config.HandlerTimeout),
 		IdleTimeout:       idleTimeout,
 		MaxHeaderBytes:    headerBytesMax,
 		ErrorLog:          slog.NewLogLogger(s.logger.Handler(), slog.LevelWarn),
