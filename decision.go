@@ -64,8 +64,8 @@ func DefaultDisposition(status int) Disposition {
 	return Forget
 }
 
-// Fact is what is known of a request at one of its turning points: after the claim or a wait, after the handler, after the end of
-// the transaction, and after the look for a COMMIT whose reply was lost.
+// Fact is what is known of a request at one of its turning points: after the claim or a wait for another attempt, after
+// the handler, after the end of the transaction, and after the look for a COMMIT whose reply was lost.
 type Fact uint8
 
 // The facts.

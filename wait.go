@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"maps"
+	"math"
 	"math/rand/v2"
 	"slices"
 	"sync"
@@ -21,12 +22,15 @@ const (
 )
 
 // inLine takes a request that may wait through the protocol. The first with its key in this process is the leader: it
-// alone asks the store. The others, its followers, wait in memory until it ends, and are told what it knows then, or that
-// one of them leads now. So many duplicates take one connection, and none while the attempt that they wait for is in
+// alone asks the store. The others, its followers, wait in memory until it ends, and are told what it knows then, or one of
+// them that it leads now. So many duplicates take one connection, and none while the attempt that they wait for is in
 // another process: the leader claims again and again, and holds nothing in between.
 func (e *Engine) inLine(ctx context.Context, req *Request, run RunFunc, trace *trace) (result Result) {
 	over := time.Now().Add(e.options.Wait)
-	place := e.lines.enter(req.Key)
+	place, ok := e.lines.enter(req.Key, e.followersMax())
+	if !ok {
+		return refuse(Decide(factOfWait(false)), errFollowersMax)
+	}
 	defer func() { place.leave(&result) }() // whatever way this is left by, somebody else leads
 	if !place.leads {
 		if result, settled := follow(ctx, req, place, over, trace); settled {
@@ -76,6 +80,17 @@ func follow(ctx context.Context, req *Request, place *place, over time.Time, tra
 	}
 }
 
+// errFollowersMax is why a request did not wait.
+var errFollowersMax = fmt.Errorf("%w: too many requests wait already", ErrInProgress)
+
+// followersMax is how many requests may wait in memory: half of those that may be in flight, or any number.
+func (e *Engine) followersMax() int {
+	if e.options.InFlightMax < 0 {
+		return math.MaxInt
+	}
+	return e.options.InFlightMax / 2
+}
+
 // mayWait reports whether a request's time goes on, and its client is there.
 func mayWait(ctx context.Context, over time.Time) bool {
 	return ctx.Err() == nil && time.Now().Before(over)
@@ -107,8 +122,9 @@ func sleep(ctx context.Context, d time.Duration) error {
 // lines are the requests of one process that may wait, by key. A line is there for as long as it has a leader. It is safe
 // for concurrent use, and as large as there are requests in flight.
 type lines struct {
-	mu    sync.Mutex
-	byKey map[Key]*line
+	mu        sync.Mutex
+	byKey     map[Key]*line
+	followers int // of all lines together
 }
 
 // line is the requests with one key.
@@ -127,18 +143,23 @@ type place struct {
 
 func newLines() *lines { return &lines{byKey: map[Key]*line{}} }
 
-// enter gives a request its place. It must be left.
-func (l *lines) enter(key Key) *place {
+// enter gives a request its place, which must be left. It reports false where there are followersMax followers already.
+func (l *lines) enter(key Key, followersMax int) (*place, bool) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	if ahead, ok := l.byKey[key]; ok {
-		p := &place{lines: l, line: ahead, key: key, news: make(chan *Result, 1)}
-		ahead.followers = append(ahead.followers, p)
-		return p
+	p := &place{lines: l, line: l.byKey[key], key: key}
+	if p.line == nil {
+		p.line, p.leads = &line{}, true
+		l.byKey[key] = p.line
+		return p, true
 	}
-	p := &place{lines: l, line: &line{}, key: key, leads: true}
-	l.byKey[key] = p.line
-	return p
+	if l.followers >= followersMax {
+		return nil, false
+	}
+	p.news = make(chan *Result, 1)
+	p.line.followers = append(p.line.followers, p)
+	l.followers++
+	return p, true
 }
 
 // wait returns what a follower is told, nil where it leads now, or an error where ctx or its time ended first.
@@ -169,6 +190,7 @@ func (p *place) withdraw() bool {
 		return false
 	}
 	p.line.followers = slices.Delete(p.line.followers, i, i+1)
+	p.lines.followers--
 	return true
 }
 
@@ -202,6 +224,7 @@ func (p *place) pass() {
 	}
 	next := p.line.followers[0]
 	p.line.followers = slices.Delete(p.line.followers, 0, 1)
+	p.lines.followers--
 	next.news <- nil
 }
 
@@ -211,7 +234,8 @@ func (p *place) close() []*place {
 	defer p.lines.mu.Unlock()
 	delete(p.lines.byKey, p.key)
 	followers := p.line.followers
-	p.line.followers = nil
+	p.line.followers = nil // so that none of them withdraws any more
+	p.lines.followers -= len(followers)
 	return followers
 }
 

@@ -46,13 +46,51 @@ func TestThoseThatWaitAreInFlight(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		b := setupWait(t, nil, func(o *idempotency.Options) { o.InFlightMax = 3 })
 		run, release := blocking(201)
-		b.sendMany(3, keyed("k"), run)
+		b.sendMany(2, keyed("k"), run)
+		b.send(t.Context(), keyed("another"), run)
 		refused := b.send(t.Context(), keyed("k"), run)
 		if b.engine.InFlight() != 3 || !errors.Is(refused.result.Err, idempotency.ErrInFlightMax) {
 			t.Errorf("%d in flight; the one over the limit: %s, %v", b.engine.InFlight(), refused.result.Outcome, refused.result.Err)
 		}
 		release()
 		b.settle()
+	})
+}
+
+// Half of those that may be in flight wait at most, whatever they wait for. So a flood of duplicates leaves room.
+func TestThoseThatWaitLeaveRoomForOthers(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		b := setupWait(t, nil, func(o *idempotency.Options) { o.InFlightMax = 8 })
+		run, release := blocking(201)
+		b.sendMany(3, keyed("k"), run)
+		b.sendMany(3, keyed("l"), run)
+		for range 10 {
+			over := b.send(t.Context(), keyed("k"), run)
+			over.want(t, "over the limit", idempotency.OutcomeInProgress, idempotency.ReasonInProgress)
+			if !over.done || over.after != 0 || !errors.Is(over.result.Err, idempotency.ErrInProgress) {
+				t.Errorf("over the limit: answered: %t, %v", over.done, over.result.Err)
+			}
+		}
+		b.send(t.Context(), keyed("m"), answering(201)).want(t, "another request", idempotency.OutcomeExecuted, "")
+		if n := b.engine.InFlight(); n != 6 {
+			t.Errorf("%d in flight", n)
+		}
+		release()
+		b.settle()
+
+		unlimited := b.engine.With(&idempotency.Options{Wait: waitFor, InFlightMax: -1})
+		run, release = blocking(201)
+		var all []*later
+		for range 20 {
+			all = append(all, b.sendTo(t.Context(), unlimited, keyed("n"), run))
+		}
+		if n := unlimited.InFlight(); n != 20 {
+			t.Errorf("%d of 20 in flight", n)
+		}
+		release()
+		b.settle()
+		all[19].want(t, "the last", idempotency.OutcomeReplayed, "")
 	})
 }
 
@@ -172,10 +210,6 @@ func TestLinesAreGoneWhenNobodyWaits(t *testing.T) {
 	t.Parallel()
 	const keys, copies = 20, 40
 	engine := idempotency.NewEngine(memory.New(nil), &idempotency.Options{Wait: time.Minute, InFlightMax: -1})
-	other := idempotency.NewEngine(memory.New(nil), nil)
-	if idempotency.Lines(other) != 0 {
-		t.Error("engines share lines")
-	}
 	var executed, replayed [keys]atomic.Int64
 	var group sync.WaitGroup
 	for i := range keys * copies {
@@ -216,8 +250,8 @@ func TestLinesAreGoneWhenNobodyWaits(t *testing.T) {
 			t.Errorf("key %d: %d executed, %d replayed", key, executed[key].Load(), replayed[key].Load())
 		}
 	}
-	if idempotency.Lines(engine) != 0 || engine.InFlight() != 0 {
-		t.Errorf("%d lines, %d in flight", idempotency.Lines(engine), engine.InFlight())
+	if lines, followers := idempotency.Lines(engine); lines != 0 || followers != 0 || engine.InFlight() != 0 {
+		t.Errorf("%d lines, %d followers, %d in flight", lines, followers, engine.InFlight())
 	}
 }
 

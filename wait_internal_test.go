@@ -7,11 +7,20 @@ import (
 	"time"
 )
 
-// Lines returns how many lines there are, of requests that may wait.
-func Lines(e *Engine) int {
+// Lines returns how many lines there are, of requests that may wait, and how many wait in them.
+func Lines(e *Engine) (lines, followers int) {
 	e.lines.mu.Lock()
 	defer e.lines.mu.Unlock()
-	return len(e.lines.byKey)
+	return len(e.lines.byKey), e.lines.followers
+}
+
+// mustEnter is enter where there is room.
+func (l *lines) mustEnter(key Key) *place {
+	p, ok := l.enter(key, 3)
+	if !ok {
+		panic("no room")
+	}
+	return p
 }
 
 // A follower whose turn it becomes in the moment in which its wait ends begins nothing, and hands its turn on. Which of
@@ -30,7 +39,7 @@ func TestTurnThatComesTooLateIsHandedOn(t *testing.T) {
 	} {
 		for range 100 {
 			l, key := newLines(), Key{Scope: "acme", Value: "k"}
-			first, late, next := l.enter(key), l.enter(key), l.enter(key)
+			first, late, next := l.mustEnter(key), l.mustEnter(key), l.mustEnter(key)
 			first.leave(&Result{Outcome: OutcomeExecuted})
 			result, settled := follow(test.ctx, &Request{Key: key}, late, test.over, &trace{})
 			if !settled || result.Outcome != OutcomeInProgress || !errors.Is(result.Err, test.err) {
@@ -42,8 +51,8 @@ func TestTurnThatComesTooLateIsHandedOn(t *testing.T) {
 				t.Fatalf("%s: the next was told %v, %v", name, told, err)
 			}
 			next.leave(&Result{})
-			if len(l.byKey) != 0 {
-				t.Fatalf("%s: %d lines", name, len(l.byKey))
+			if len(l.byKey) != 0 || l.followers != 0 {
+				t.Fatalf("%s: %d lines, %d followers", name, len(l.byKey), l.followers)
 			}
 		}
 	}
@@ -54,7 +63,7 @@ func TestAnswerThatComesAtTheLastMomentIsTaken(t *testing.T) {
 	t.Parallel()
 	for range 100 {
 		l, key := newLines(), Key{Scope: "acme", Value: "k"}
-		first, late := l.enter(key), l.enter(key)
+		first, late := l.mustEnter(key), l.mustEnter(key)
 		req := &Request{Key: key, Fingerprint: FingerprintOf(100, nil)}
 		first.leave(&Result{Outcome: OutcomeReplayed, Record: &Record{Fingerprint: req.Fingerprint}})
 		result, settled := follow(t.Context(), req, late, time.Now(), &trace{})
