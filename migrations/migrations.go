@@ -35,7 +35,7 @@ const (
 )
 
 // Latest is the version that this release of the module needs.
-const Latest = 1
+const Latest = 2
 
 // ErrDirty means that an earlier migration failed in the middle; its remedy is in the error's text.
 var ErrDirty = errors.New("schema is dirty")

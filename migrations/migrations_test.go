@@ -397,8 +397,7 @@ func TestTable(t *testing.T) {
 		"constraints": {
 			"SELECT conname || ' ' || pg_get_constraintdef(oid) FROM pg_constraint WHERE contype <> 'n' AND conrelid" + table + " ORDER BY 1",
 			[]string{
-				"idempotency_keys_pkey PRIMARY KEY (scope, key)",
-				"idempotency_keys_status_check CHECK (((status >= 200) AND (status <= 599)))",
+				"idempotency_keys_pkey PRIMARY KEY (scope, key)", // and no CHECK, whose expression each insert would compile
 			},
 		},
 		"indexes": { // each insert pays for each

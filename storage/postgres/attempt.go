@@ -78,6 +78,7 @@ func (a *attempt) postpone() bool {
 		{statement: &s.lookUpAbsent, params: claim.params[1:]},
 	}
 	a.tx.claim = claim
+	a.heard = a.store.cache.ask()
 	return true
 }
 
@@ -102,6 +103,7 @@ func (a lockOrFailRow) readRow(values [][]byte) error {
 	a.locked = true
 	copy(a.claimedAt[:], d.next(len(a.claimedAt)))
 	a.synchronous = d.bool()
+	a.heard.hear(&d, a.claimedAt, a.synchronous, a.store.cache)
 	return d.err
 }
 
@@ -114,7 +116,12 @@ func (a recordRow) readRow(values [][]byte) (err error) {
 }
 
 // Seal implements [idempotency.Attempt].
-func (a *attempt) Seal() error { return a.tx.seal() }
+func (a *attempt) Seal() error {
+	if a.tx.claim.granted() && a.tx.claim != nil {
+		a.store.learn(a.req, a.number, nil, a.heard, nil)
+	}
+	return a.tx.seal()
+}
 
 // Commit implements [idempotency.Attempt]: INSERT and COMMIT in one round trip.
 func (a *attempt) Commit(ctx context.Context, answer *idempotency.Answer) error {

@@ -19,7 +19,7 @@ var (
 )
 
 // SchemaVersion is the version of the schema that this package needs; package migrations provides it.
-const SchemaVersion = 1
+const SchemaVersion = 2
 
 const versionTable = "idempotency_migrations"
 
