@@ -245,7 +245,7 @@ func TestLookUpIsSentAsTextOnceItsStatementIsGone(t *testing.T) {
 	b := setup(t, &setupOptions{configure: func(c *pgxpool.Config) { c.MaxConns = 1 }})
 	want(t, b.do(t, request("k", ""), pay(t, 201)), idempotency.OutcomeExecuted, "")
 	var name string
-	if err := b.pool.QueryRow(ctx, "SELECT name FROM pg_prepared_statements WHERE statement LIKE '%pg_is_in_recovery%'").Scan(&name); err != nil {
+	if err := b.pool.QueryRow(ctx, "SELECT quote_ident(name) FROM pg_prepared_statements WHERE name LIKE 'idempotency%' AND statement LIKE '%pg_is_in_recovery%'").Scan(&name); err != nil {
 		t.Fatal(err)
 	}
 	if _, err := b.pool.Exec(ctx, "DEALLOCATE "+name); err != nil {
