@@ -33,6 +33,9 @@ type Request struct {
 	// engine sets it as [Options.Speculative] says. A store that can't postpone does not look at it.
 	Speculative bool
 
+	// Memo is the store's: what an attempt leaves for the next one at the same request. The engine does not look at it.
+	Memo any
+
 	// Attempt is set by the engine, anew for each attempt.
 	Attempt AttemptID
 }

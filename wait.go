@@ -28,8 +28,8 @@ const (
 func (e *Engine) inLine(ctx context.Context, req *Request, run RunFunc, trace *trace) (result Result) {
 	over := time.Now().Add(e.options.Wait)
 	place, ok := e.lines.enter(req.Key, e.followersMax())
-	if !ok {
-		return refuse(Decide(factOfWait(false)), errFollowersMax)
+	if !ok { // too many wait already
+		return e.attempts(ctx, req, run, trace)
 	}
 	defer func() { place.leave(&result) }() // whatever way this is left by, somebody else leads
 	if !place.leads {
@@ -55,16 +55,17 @@ func (e *Engine) inLine(ctx context.Context, req *Request, run RunFunc, trace *t
 	}
 }
 
-// follow waits behind the leader. It returns a result, or false where the request leads now.
+// follow waits behind the leader. It returns a result, or false where the request asks the store itself: because it leads
+// now, or its time is over. A leader that is slow for reasons of its own must not keep an answer from it.
 func follow(ctx context.Context, req *Request, place *place, over time.Time, trace *trace) (result Result, settled bool) {
 	started := trace.now()
 	told, err := place.wait(ctx, over)
-	fact := FactInProgress
+	fact := FactTurn
 	if err == nil {
 		fact = factOfLeader(req, told)
 	}
-	if Decide(fact).Action == ActionClaim && !mayWait(ctx, over) {
-		fact, err = FactInProgress, errWaitEnded(ctx)
+	if Decide(fact).Action == ActionClaim && ctx.Err() != nil {
+		fact, err = FactInProgress, errWaitEnded(ctx) // nothing is begun, and nobody would take the answer
 	}
 	trace.step(StepWait, started, err)
 	switch decision := Decide(fact); decision.Action {
@@ -79,9 +80,6 @@ func follow(ctx context.Context, req *Request, place *place, over time.Time, tra
 		return refuse(decision, err), true
 	}
 }
-
-// errFollowersMax is why a request did not wait.
-var errFollowersMax = fmt.Errorf("%w: too many requests wait already", ErrInProgress)
 
 // followersMax is how many requests may wait in memory: half of those that may be in flight, or any number.
 func (e *Engine) followersMax() int {

@@ -174,6 +174,9 @@ func (a *attempt) Rollback(ctx context.Context) error {
 	if a.tx.abandoned || a.conn().IsClosed() || a.conn().IsBusy() {
 		return nil
 	}
+	if refusal := a.tx.claim.refusal(); refusal != nil {
+		return a.refused(ctx, "rollback", refusal)
+	}
 	s := &a.store.statements
 	calls := make([]call, 0, 3)
 	switch status := a.conn().TxStatus(); {
@@ -200,7 +203,7 @@ func (a *attempt) Rollback(ctx context.Context) error {
 	var pgErr *pgconn.PgError
 	switch {
 	case a.tx.claim.refusal() != nil:
-		return fmt.Errorf("rollback: %w", a.tx.claim.refusal())
+		return a.refused(ctx, "rollback", a.tx.claim.refusal())
 	case err != nil && !a.tx.claim.answered():
 		return fail("rollback", idempotency.ErrNotClaimed, err)
 	case errors.As(err, &pgErr) && pgErr.Code == "22012" && calls[min(reply.failed, len(calls)-1)].statement == &s.guard:
@@ -211,6 +214,29 @@ func (a *attempt) Rollback(ctx context.Context) error {
 		return fail("rollback", idempotency.ErrKeyRecorded, errors.New("the claim's snapshot was older than the record"))
 	}
 	return nil
+}
+
+// refused ends an attempt whose claim was postponed and has failed. Where there is a record it is read at once, for the
+// claim that follows: to take a connection again might fail.
+func (a *attempt) refused(ctx context.Context, step string, refusal error) error {
+	s, row := a.store, peekRow{cache: a.store.cache, heard: a.store.cache.ask()}
+	calls := make([]call, 0, 2)
+	if a.conn().TxStatus() == 'E' {
+		calls = append(calls, call{statement: &s.statements.rollback})
+	}
+	if errors.Is(refusal, idempotency.ErrKeyRecorded) {
+		calls = append(calls, call{statement: &s.statements.peek, params: [][]byte{a.scope, a.key}, row: &row})
+	}
+	if len(calls) > 0 {
+		_, err := s.statements.flush(ctx, a.conn(), calls...)
+		if err != nil || row.record != nil {
+			s.learn(a.req, a.number, row.record, row.heard, err)
+		}
+		if err == nil && row.record != nil {
+			a.req.Memo = row.record
+		}
+	}
+	return fmt.Errorf("%s: %w", step, refusal)
 }
 
 // guardCall fails where the transaction is not the one of the claim.
@@ -254,7 +280,7 @@ func (a *attempt) end(ctx context.Context, step string, calls ...call) error {
 	reply, err := a.store.statements.flush(ctx, a.conn(), calls...)
 	switch {
 	case a.tx.claim.refusal() != nil: // what came after it was not heard
-		return fmt.Errorf("%s: %w", step, a.tx.claim.refusal())
+		return a.refused(ctx, step, a.tx.claim.refusal())
 	case err == nil && !reply.committed:
 		return fail(step, idempotency.ErrAborted, errors.New("COMMIT was answered with ROLLBACK"))
 	case err == nil && a.synchronous && warned(a.conn()):

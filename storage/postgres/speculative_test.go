@@ -342,6 +342,25 @@ func TestSpeculativeRoundTrips(t *testing.T) {
 	if got := cost(func() { b.speculate(request("silent", ""), func(context.Context, pgx.Tx) int { return 201 }) }); got != 1 {
 		t.Errorf("a handler without statements: %d round trips, want 1", got)
 	}
+	// A retry: refused, then rolled back and looked up at once. The process that ran it looks it up at once.
+	again := setupAgain(t, b)
+	again.effects(t)
+	retry := func(ctx context.Context, tx pgx.Tx) int {
+		if _, err := tx.Exec(ctx, "INSERT INTO effects (name) VALUES ($1)", "transfer"); err == nil {
+			t.Error("a retry went through")
+		}
+		return 500
+	}
+	again.speculate(request("other", ""), func(ctx context.Context, tx pgx.Tx) int { // pgx prepares the statement
+		_, _ = tx.Exec(ctx, "INSERT INTO effects (name) VALUES ($1)", "transfer")
+		return 500
+	})
+	if got := cost(func() { want(t, again.speculate(request("201", ""), retry), idempotency.OutcomeReplayed, "") }); got != 2 {
+		t.Errorf("a retry in a process that does not know the key: %d round trips, want 2", got)
+	}
+	if got := cost(func() { want(t, b.speculate(request("201", ""), retry), idempotency.OutcomeReplayed, "") }); got != 1 {
+		t.Errorf("a retry in the process that knows the key: %d round trips, want 1", got)
+	}
 }
 
 // Many copies of many requests at once: each effect once, each answer the same.

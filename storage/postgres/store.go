@@ -214,6 +214,10 @@ var errStale = errors.New("connection was stale")
 // Begin implements [idempotency.Store]: BEGIN, lock and look-up in one round trip. A record that this store has seen
 // before comes from the cache, or by a look-up alone.
 func (s *Store) Begin(ctx context.Context, req *idempotency.Request) (idempotency.Attempt, *idempotency.Record, error) {
+	if record, ok := req.Memo.(*idempotency.Record); ok { // see attempt.refused
+		req.Memo = nil
+		return nil, record, nil
+	}
 	if record := s.cache.get(req.Key); record != nil {
 		return nil, record, nil
 	}
