@@ -50,8 +50,8 @@ type Options struct {
 	//
 	// It must be shorter than TTL and than what clients, balancers and the server have patience for: a server's WriteTimeout
 	// must exceed its ReadTimeout, Wait, HandlerTimeout, CommitTimeout and ResolveTimeout together. Requests that wait count
-	// for InFlightMax and may be half of it, so that a flood of duplicates leaves room for others; those above are
-	// answered in-progress at once. Zero, the default, is never: a retry costs a request then, and no place.
+	// for InFlightMax and may be half of it, so that a flood of duplicates leaves room for others; those above
+	// do not wait. Zero, the default, is never: a retry costs a request then, and no place.
 	Wait time.Duration
 
 	// TTL is how long a record counts, from its commit on. A retry that comes later runs again, so it must be longer than any client

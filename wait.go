@@ -64,6 +64,7 @@ func follow(ctx context.Context, req *Request, place *place, over time.Time, tra
 	if err == nil {
 		fact = factOfLeader(req, told)
 	}
+	err = nil
 	if Decide(fact).Action == ActionClaim && ctx.Err() != nil {
 		fact, err = FactInProgress, errWaitEnded(ctx) // nothing is begun, and nobody would take the answer
 	}

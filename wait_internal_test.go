@@ -23,37 +23,28 @@ func (l *lines) mustEnter(key Key) *place {
 	return p
 }
 
-// A follower whose turn it becomes in the moment in which its wait ends begins nothing, and hands its turn on. Which of
+// A follower whose turn it becomes in the moment in which its client is gone begins nothing, and hands its turn on. Which of
 // the two it notices first is chance, so it is tried until both were.
 func TestTurnThatComesTooLateIsHandedOn(t *testing.T) {
 	t.Parallel()
 	canceled, cancel := context.WithCancel(t.Context())
 	cancel()
-	for name, test := range map[string]struct {
-		ctx  context.Context
-		over time.Time
-		err  error
-	}{
-		"the client is gone": {canceled, time.Now().Add(time.Hour), context.Canceled},
-		"the time is over":   {t.Context(), time.Now().Add(-time.Hour), ErrInProgress},
-	} {
-		for range 100 {
-			l, key := newLines(), Key{Scope: "acme", Value: "k"}
-			first, late, next := l.mustEnter(key), l.mustEnter(key), l.mustEnter(key)
-			first.leave(&Result{Outcome: OutcomeExecuted})
-			result, settled := follow(test.ctx, &Request{Key: key}, late, test.over, &trace{})
-			if !settled || result.Outcome != OutcomeInProgress || !errors.Is(result.Err, test.err) {
-				t.Fatalf("%s: settled: %t, %s, %v", name, settled, result.Outcome, result.Err)
-			}
-			late.leave(&result)
-			told, err := next.wait(t.Context(), time.Now().Add(time.Hour))
-			if told != nil || err != nil || !next.leads {
-				t.Fatalf("%s: the next was told %v, %v", name, told, err)
-			}
-			next.leave(&Result{})
-			if len(l.byKey) != 0 || l.followers != 0 {
-				t.Fatalf("%s: %d lines, %d followers", name, len(l.byKey), l.followers)
-			}
+	for range 100 {
+		l, key := newLines(), Key{Scope: "acme", Value: "k"}
+		first, late, next := l.mustEnter(key), l.mustEnter(key), l.mustEnter(key)
+		first.leave(&Result{Outcome: OutcomeExecuted})
+		result, settled := follow(canceled, &Request{Key: key}, late, time.Now().Add(time.Hour), &trace{})
+		if !settled || result.Outcome != OutcomeInProgress || !errors.Is(result.Err, context.Canceled) {
+			t.Fatalf("settled: %t, %s, %v", settled, result.Outcome, result.Err)
+		}
+		late.leave(&result)
+		told, err := next.wait(t.Context(), time.Now().Add(time.Hour))
+		if told != nil || err != nil || !next.leads {
+			t.Fatalf("the next was told %v, %v", told, err)
+		}
+		next.leave(&Result{})
+		if len(l.byKey) != 0 || l.followers != 0 {
+			t.Fatalf("%d lines, %d followers", len(l.byKey), l.followers)
 		}
 	}
 }

@@ -75,7 +75,7 @@ func (a *attempt) postpone() bool {
 	claim.calls = [...]call{
 		{statement: &s.begin},
 		{statement: &s.lockOrFail, params: claim.params[:1], row: lockOrFailRow{a}},
-		{statement: &s.lookUpAbsent, params: claim.params[1:]},
+		{statement: &s.lookUpAbsent, params: claim.params[1:], row: recordRow{a}},
 	}
 	a.tx.claim = claim
 	a.heard = a.store.cache.ask()
@@ -170,12 +170,12 @@ func (a *attempt) Decline(ctx context.Context, answer *idempotency.Answer) error
 // Rollback implements [idempotency.Attempt]. A connection that can't be rolled back is closed, which is the same to
 // the server.
 func (a *attempt) Rollback(ctx context.Context) error {
-	defer a.release(ctx)
+	defer a.release(ctx) // which rolls back what can be
+	if refusal := a.tx.claim.refusal(); refusal != nil {
+		return a.refused("rollback", refusal)
+	}
 	if a.tx.abandoned || a.conn().IsClosed() || a.conn().IsBusy() {
 		return nil
-	}
-	if refusal := a.tx.claim.refusal(); refusal != nil {
-		return a.refused(ctx, "rollback", refusal)
 	}
 	s := &a.store.statements
 	calls := make([]call, 0, 3)
@@ -203,7 +203,7 @@ func (a *attempt) Rollback(ctx context.Context) error {
 	var pgErr *pgconn.PgError
 	switch {
 	case a.tx.claim.refusal() != nil:
-		return a.refused(ctx, "rollback", a.tx.claim.refusal())
+		return a.refused("rollback", a.tx.claim.refusal())
 	case err != nil && !a.tx.claim.answered():
 		return fail("rollback", idempotency.ErrNotClaimed, err)
 	case errors.As(err, &pgErr) && pgErr.Code == "22012" && calls[min(reply.failed, len(calls)-1)].statement == &s.guard:
@@ -216,24 +216,13 @@ func (a *attempt) Rollback(ctx context.Context) error {
 	return nil
 }
 
-// refused ends an attempt whose claim was postponed and has failed. Where there is a record it is read at once, for the
-// claim that follows: to take a connection again might fail.
-func (a *attempt) refused(ctx context.Context, step string, refusal error) error {
-	s, row := a.store, peekRow{cache: a.store.cache, heard: a.store.cache.ask()}
-	calls := make([]call, 0, 2)
-	if a.conn().TxStatus() == 'E' {
-		calls = append(calls, call{statement: &s.statements.rollback})
-	}
-	if errors.Is(refusal, idempotency.ErrKeyRecorded) {
-		calls = append(calls, call{statement: &s.statements.peek, params: [][]byte{a.scope, a.key}, row: &row})
-	}
-	if len(calls) > 0 {
-		_, err := s.statements.flush(ctx, a.conn(), calls...)
-		if err != nil || row.record != nil {
-			s.learn(a.req, a.number, row.record, row.heard, err)
-		}
-		if err == nil && row.record != nil {
-			a.req.Memo = row.record
+// refused ends an attempt whose claim was postponed and has failed. A record that came with the failure is kept for the claim
+// that follows: to take a connection for it again might fail. Where COMMIT waits for standbys there is more to do for it.
+func (a *attempt) refused(step string, refusal error) error {
+	if a.record != nil {
+		a.store.learn(a.req, a.number, a.record, a.heard, nil)
+		if !a.synchronous {
+			a.req.Memo = a.record
 		}
 	}
 	return fmt.Errorf("%s: %w", step, refusal)
@@ -280,7 +269,7 @@ func (a *attempt) end(ctx context.Context, step string, calls ...call) error {
 	reply, err := a.store.statements.flush(ctx, a.conn(), calls...)
 	switch {
 	case a.tx.claim.refusal() != nil: // what came after it was not heard
-		return a.refused(ctx, step, a.tx.claim.refusal())
+		return a.refused(step, a.tx.claim.refusal())
 	case err == nil && !reply.committed:
 		return fail(step, idempotency.ErrAborted, errors.New("COMMIT was answered with ROLLBACK"))
 	case err == nil && a.synchronous && warned(a.conn()):
@@ -320,8 +309,6 @@ func (a *attempt) release(ctx context.Context) {
 	}
 	if refusal := a.tx.claim.refusal(); unprepared(refusal) {
 		delete(a.conn().CustomData(), preparedMark)
-	} else if errors.Is(refusal, idempotency.ErrKeyRecorded) && !a.synchronous {
-		a.store.hints.set(a.number)
 	}
 	if status := a.conn().TxStatus(); (status == 'T' || status == 'E') && !a.conn().IsClosed() && !a.conn().IsBusy() {
 		// Alone in its flush: in an aborted transaction nothing else would be heard before it.

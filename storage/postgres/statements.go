@@ -34,7 +34,7 @@ type statements struct {
 
 	// Of a postponed claim: both fail with a division by zero where the key can't be claimed.
 	lockOrFail   statement // as lock
-	lookUpAbsent statement // fails where there is a record
+	lookUpAbsent statement // as lookUp; returns a record and fails
 
 	insert   statement
 	guard    statement // fails where the transaction is not the one of the claim
@@ -91,8 +91,12 @@ func newStatements(o *Options) statements {
 				" pg_catalog.transaction_timestamp(), " + synchronousStandbys + settings,
 			oids: []uint32{pgtype.Int8OID},
 		},
+		// The record's row comes twice: the first is sent, the second divides by zero. 0 * status keeps the condition with the
+		// row, so that nothing fails where there is none.
 		lookUpAbsent: statement{
-			sql:  "SELECT 1 OPERATOR(pg_catalog./) CASE WHEN EXISTS (SELECT FROM " + table + " WHERE scope = $1 AND key = $2) THEN 0 ELSE 1 END",
+			sql: "SELECT " + recordColumns + " FROM " + table + " CROSS JOIN pg_catalog.generate_series(1, 2) AS n" +
+				" WHERE scope = $1 AND key = $2" +
+				" AND (1 OPERATOR(pg_catalog./) (2 OPERATOR(pg_catalog.-) n OPERATOR(pg_catalog.+) (0 OPERATOR(pg_catalog.*) status))) OPERATOR(pg_catalog.>) 0",
 			oids: []uint32{pgtype.TextOID, pgtype.TextOID},
 		},
 		// A statement of its own: its snapshot must be younger than the lock, or it misses a record whose transaction
