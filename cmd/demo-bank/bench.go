@@ -29,6 +29,7 @@ type benchCommand struct {
 	DurationMax time.Duration   `placeholder:"DURATION" help:"What a run has not measured by then is left out. (default: ${benchDurationMax}, 2m with --quick)"`
 	JSON        bool            `name:"json" help:"Print one JSON object instead of tables."`
 	Report      string          `placeholder:"FILE" help:"Write the JSON object to a file too."`
+	Plot        string          `placeholder:"FILE" help:"Draw the throughput at the most clients as an SVG."`
 }
 
 // Validate is called by kong.
@@ -60,8 +61,13 @@ func (c *benchCommand) Run(ctx context.Context) error {
 	}
 	report.Command = append([]string{"demo-bank"}, os.Args[1:]...)
 	if c.Report != "" {
-		if err := writeReport(report, c.Report); err != nil {
+		if err := writeFile(c.Report, report.WriteJSON); err != nil {
 			return noVerdict{fmt.Errorf("write the report: %w", err)}
+		}
+	}
+	if c.Plot != "" {
+		if err := writeFile(c.Plot, report.WritePlot); err != nil {
+			return noVerdict{fmt.Errorf("draw the plot: %w", err)}
 		}
 	}
 	write := report.WriteText
@@ -72,7 +78,7 @@ func (c *benchCommand) Run(ctx context.Context) error {
 		return noVerdict{fmt.Errorf("print the report: %w", err)}
 	}
 	if len(report.LeftOut) > 0 {
-		return noVerdict{fmt.Errorf("the time was over before all was measured: raise --duration-max")}
+		return noVerdict{errors.New("the time was over before all was measured: raise --duration-max")}
 	}
 	return nil
 }

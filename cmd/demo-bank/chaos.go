@@ -70,7 +70,7 @@ func (c *chaosCommand) Run(ctx context.Context) error {
 		return noVerdict{err}
 	}
 	if c.Report != "" {
-		if err := writeReport(report, c.Report); err != nil {
+		if err := writeFile(c.Report, report.WriteJSON); err != nil {
 			return noVerdict{fmt.Errorf("write the report: %w", err)}
 		}
 	}
@@ -110,10 +110,11 @@ func (c *chaosCommand) runMutants(ctx context.Context, config chaos.Config) erro
 	return err
 }
 
-func writeReport(report interface{ WriteJSON(io.Writer) error }, path string) error {
+// writeFile makes a file of what write writes.
+func writeFile(path string, write func(io.Writer) error) error {
 	file, err := os.Create(path)
 	if err != nil {
 		return err
 	}
-	return errors.Join(report.WriteJSON(file), file.Close())
+	return errors.Join(write(file), file.Close())
 }

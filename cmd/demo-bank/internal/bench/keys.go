@@ -62,7 +62,7 @@ func (r *run) copies(ctx context.Context, schema, route string, f *filled, later
 	if err := r.set(ctx, b, []string{schema}, []string{route}); err != nil {
 		return err
 	}
-	c := newClient(r.child.address, r.config.Seed, 0)
+	c := r.clients(1)[0]
 	defer c.close()
 	const first = "the-one-that-is-copied"
 	if err := c.post(ctx, "/"+schema+"/"+route, first, f.body); err != nil {
@@ -89,7 +89,7 @@ func (r *run) copies(ctx context.Context, schema, route string, f *filled, later
 
 // keysEntries are a fresh request, a replay of a record made a moment ago, and one of any record, each on the full table
 // and on one that is empty but for what this block writes.
-func (r *run) keysEntries(ctx context.Context, b *Block) ([]*entry, error) {
+func (r *run) keysEntries(ctx context.Context, b *Block, clients []*client) ([]*entry, error) {
 	f := r.filled[b.Keys]
 	schemas := []string{schemaOf(0), schemaOf(b.Keys)}
 	if err := r.set(ctx, b, schemas, []string{"ours-batch", "replay-database", replayOld}); err != nil {
@@ -98,14 +98,14 @@ func (r *run) keysEntries(ctx context.Context, b *Block) ([]*entry, error) {
 	var entries []*entry
 	for i, keys := range []int64{0, b.Keys} {
 		for _, name := range []string{"ours-batch", "replay-database"} {
-			e, err := r.entry(ctx, b, designOf(name), schemas[i], keys)
+			e, err := r.entry(ctx, b, clients, designOf(name), schemas[i], keys)
 			if err != nil {
 				return nil, err
 			}
 			entries = append(entries, e)
 		}
 	}
-	e, err := r.entry(ctx, b, designOf(replayOld), schemas[1], b.Keys)
+	e, err := r.entry(ctx, b, clients, designOf(replayOld), schemas[1], b.Keys)
 	if err != nil {
 		return nil, err
 	}

@@ -5,11 +5,13 @@ import (
 	"errors"
 	"fmt"
 	"math/rand/v2"
-	"net/http"
 	"slices"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"time"
+
+	"golang.org/x/sync/errgroup"
 )
 
 // run is one run's state.
@@ -17,6 +19,7 @@ type run struct {
 	config   Config
 	started  time.Time
 	rng      *rand.Rand // of the order of designs
+	drawn    uint64     // how many clients there have been: each has random numbers of its own
 	cluster  cluster
 	child    *child
 	postgres string // its version
@@ -104,7 +107,7 @@ func (r *run) steps() []step {
 			}
 		}
 	}
-	add := func(b *Block, entries func(context.Context, *Block) ([]*entry, error)) {
+	add := func(b *Block, entries entriesFunc) {
 		steps = append(steps, step{b.title(), b.Fsync, func(ctx context.Context) error { return r.block(ctx, b, entries) }})
 	}
 	for _, fsync := range c.Fsync {
@@ -148,11 +151,11 @@ type entry struct {
 	samples []Sample
 }
 
-// warmUpRequests are sent to each design before the first round.
-const warmUpRequests = 320
+// entriesFunc sets the serving process up for a block and returns what is measured in it. It may use the block's clients.
+type entriesFunc func(ctx context.Context, b *Block, clients []*client) ([]*entry, error)
 
 // block measures all entries of a block, each once in each round, in an order that the seed draws.
-func (r *run) block(ctx context.Context, b *Block, entries func(context.Context, *Block) ([]*entry, error)) error {
+func (r *run) block(ctx context.Context, b *Block, entries entriesFunc) error {
 	b.PoolSize = r.config.PoolSize
 	if b.PoolSize == 0 {
 		b.PoolSize = b.Clients
@@ -160,25 +163,15 @@ func (r *run) block(ctx context.Context, b *Block, entries func(context.Context,
 	if err := r.cluster.reset(ctx); err != nil {
 		return err
 	}
-	lines, err := entries(ctx, b)
+	clients := r.clients(b.Clients)
+	defer closeAll(clients)
+	lines, err := entries(ctx, b, clients)
 	if err != nil {
 		return err
 	}
-	if len(lines) == 0 {
-		return nil
-	}
-	var clients []*client
-	defer func() {
-		for _, c := range clients {
-			c.close()
-		}
-	}()
-	for i := range b.Clients {
-		clients = append(clients, newClient(r.child.address, r.config.Seed, uint64(len(r.blocks)*ClientsMax+i+1)))
-	}
 	for _, e := range lines { // tables and processes that were just made behave like no others
 		r.enter("%s: warming up, %s", b.title(), e.design.name)
-		warmed, err := drive(ctx, clients, &e.target, max(runIn, warmUpRequests/b.Clients), 0)
+		warmed, err := drive(ctx, clients, &e.target, runIn, r.config.Slice/2)
 		if err != nil {
 			return err
 		}
@@ -205,6 +198,22 @@ func (r *run) block(ctx context.Context, b *Block, entries func(context.Context,
 	return nil
 }
 
+// clients are so many, who have drawn nothing yet.
+func (r *run) clients(n int) []*client {
+	var clients []*client
+	for range n {
+		r.drawn++
+		clients = append(clients, newClient(r.child.address, r.config.Seed, r.drawn))
+	}
+	return clients
+}
+
+func closeAll(clients []*client) {
+	for _, c := range clients {
+		c.close()
+	}
+}
+
 // set has the serving process serve a block's designs.
 func (r *run) set(ctx context.Context, b *Block, schemas []string, names []string) error {
 	url, err := r.cluster.url(time.Duration(b.DelayMS * float64(time.Millisecond)))
@@ -216,7 +225,7 @@ func (r *run) set(ctx context.Context, b *Block, schemas []string, names []strin
 }
 
 // designEntries are one for each design.
-func (r *run) designEntries(ctx context.Context, b *Block) ([]*entry, error) {
+func (r *run) designEntries(ctx context.Context, b *Block, clients []*client) ([]*entry, error) {
 	schema := schemaOf(0)
 	if err := r.set(ctx, b, []string{schema}, r.config.Designs); err != nil {
 		return nil, err
@@ -226,7 +235,7 @@ func (r *run) designEntries(ctx context.Context, b *Block) ([]*entry, error) {
 		if !slices.Contains(r.config.Designs, d.name) {
 			continue
 		}
-		e, err := r.entry(ctx, b, d, schema, 0)
+		e, err := r.entry(ctx, b, clients, d, schema, 0)
 		if err != nil {
 			return nil, err
 		}
@@ -235,13 +244,13 @@ func (r *run) designEntries(ctx context.Context, b *Block) ([]*entry, error) {
 	return entries, nil
 }
 
-// recordsMax is how many records are made beforehand for what reads or replays.
-const recordsMax = 1000
+// recordsMade is how many records are made beforehand, at least, for what reads or replays.
+const recordsMade = 128
 
 // entry makes an entry, and the records that it asks for.
-func (r *run) entry(ctx context.Context, b *Block, d design, schema string, keys int64) (*entry, error) {
+func (r *run) entry(ctx context.Context, b *Block, clients []*client, d design, schema string, keys int64) (*entry, error) {
 	e := &entry{design: d, keys: keys, target: target{path: "/" + schema + "/" + d.name, kind: d.kind}}
-	maker := e.target
+	maker := target{path: e.target.path, kind: fresh}
 	switch d.kind {
 	case read:
 		maker.path = "/" + schema + "/" + routeMade
@@ -249,36 +258,33 @@ func (r *run) entry(ctx context.Context, b *Block, d design, schema string, keys
 	default:
 		return e, nil
 	}
-	c := newClient(r.child.address, r.config.Seed, 0)
-	defer c.close()
-	maker.kind = fresh
-	records := make([]record, 0, recordsMax)
-	for range recordsMax {
-		made, err := c.make(ctx, &maker)
-		if err != nil {
-			return e, err
-		}
-		records = append(records, made)
-		b.acknowledged++
-	}
-	e.target.records = records
-	if d.kind == replay { // a cache learns them at the latest now
-		for _, one := range records {
-			if err := c.post(ctx, e.target.path, one.key, one.body); err != nil {
-				return e, err
+	var mu sync.Mutex
+	group, ctx := errgroup.WithContext(ctx)
+	for _, c := range clients {
+		group.Go(func() error {
+			for range (recordsMade + len(clients) - 1) / len(clients) {
+				made, err := c.make(ctx, &maker)
+				if err == nil && d.kind == replay { // a cache learns it at the latest now
+					err = c.post(ctx, maker.path, made.key, made.body)
+				}
+				if err != nil {
+					return err
+				}
+				mu.Lock()
+				e.target.records = append(e.target.records, made)
+				b.acknowledged++
+				mu.Unlock()
 			}
-		}
+			return nil
+		})
 	}
-	return e, nil
+	return e, group.Wait()
 }
 
 // make sends a new transfer and returns what a retry of it needs.
 func (c *client) make(ctx context.Context, t *target) (record, error) {
 	if err := c.send(ctx, t); err != nil {
 		return record{}, err
-	}
-	if c.reply.status != http.StatusCreated {
-		return record{}, errReply
 	}
 	return record{
 		key: c.key, body: slices.Clone(c.body),

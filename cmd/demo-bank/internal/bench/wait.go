@@ -60,15 +60,8 @@ func (r *run) measureWait(ctx context.Context) error {
 	if err := r.set(ctx, b, []string{schemaOf(0)}, []string{routeWait, routeOther}); err != nil {
 		return err
 	}
-	var clients []*client
-	defer func() {
-		for _, c := range clients {
-			c.close()
-		}
-	}()
-	for i := range waitDuplicates + waitOthers {
-		clients = append(clients, newClient(r.child.address, r.config.Seed, uint64(i)))
-	}
+	clients := r.clients(waitDuplicates + waitOthers)
+	defer closeAll(clients)
 	duplicates, others := clients[:waitDuplicates], clients[waitDuplicates:]
 	other := &target{path: "/" + schemaOf(0) + "/" + routeOther, kind: fresh}
 	warmed, err := drive(ctx, clients, other, runIn, 0) // which opens the connections
