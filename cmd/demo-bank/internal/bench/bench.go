@@ -24,8 +24,8 @@ import (
 // Limits of [Config].
 const (
 	ClientsMax     = 256
-	KeysMax        = 50_000_000 // 20 GB
-	DelayMin       = 100 * time.Microsecond
+	KeysMax        = 50_000_000       // 20 GB
+	DelayMin       = time.Millisecond // shorter sleeps take as long
 	DelayMax       = 100 * time.Millisecond
 	RoundsMin      = 3 // fewer have no quartiles
 	RoundsMax      = 1000
@@ -42,7 +42,7 @@ const (
 	RoundsDefault      = 9
 	RoundsQuick        = 5
 	SliceDefault       = 500 * time.Millisecond
-	SliceQuick         = 200 * time.Millisecond
+	SliceQuick         = 100 * time.Millisecond
 	DurationMaxDefault = 20 * time.Minute
 	DurationMaxQuick   = 2 * time.Minute
 	ExpiredDefault     = 1_000_000

@@ -105,6 +105,7 @@ func (c *client) send(ctx context.Context, t *target) error {
 		wantStatus = http.StatusOK
 		err = c.get(ctx, t.path+"/"+t.records[c.rng.IntN(len(t.records))].id)
 	case plain:
+		wantStatus = http.StatusOK
 		err = c.get(ctx, t.path)
 	}
 	switch {

@@ -59,14 +59,7 @@ func (c *cluster) restart(ctx context.Context, fsync string) error {
 	if c.admin, err = pgx.Connect(ctx, server.URL()); err != nil {
 		return fmt.Errorf("connect: %w", err)
 	}
-	if _, err := c.admin.Exec(ctx, "SET search_path = "+bank.Schema); err != nil {
-		return fmt.Errorf("connect: %w", err)
-	}
-	if c.made {
-		return nil
-	}
-	c.made = true
-	return c.make(ctx)
+	return c.make(ctx, server.URL())
 }
 
 // settings are PostgreSQL's. Checkpoints and autovacuum come when they are called, which is between two settings: whom
@@ -82,9 +75,16 @@ func (c *cluster) settings(fsync string) map[string]string {
 	}
 }
 
-// make makes the bank's tables, those of the rivals, and one of records for each number of keys.
-func (c *cluster) make(ctx context.Context) error {
-	pool, err := pgxpool.New(ctx, c.server.URL())
+// make makes the bank's tables, those of the rivals, and one of records for each number of keys, unless they are there.
+func (c *cluster) make(ctx context.Context, url string) error {
+	if _, err := c.admin.Exec(ctx, "SET search_path = "+bank.Schema); err != nil {
+		return fmt.Errorf("connect: %w", err)
+	}
+	if c.made {
+		return nil
+	}
+	c.made = true
+	pool, err := pgxpool.New(ctx, url)
 	if err != nil {
 		return fmt.Errorf("make the tables: %w", err)
 	}

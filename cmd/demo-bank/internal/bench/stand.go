@@ -186,6 +186,7 @@ func (d *stand) mount(ctx context.Context, schema string, pool *pgxpool.Pool) er
 	if err != nil {
 		return err
 	}
+	constant.Status, constant.Location = http.StatusOK, ""
 	d.router.Get(at("no-database"), func(w http.ResponseWriter, r *http.Request) { respond(w, r, constant, nil) })
 	return nil
 }
