@@ -201,17 +201,36 @@ func tapConnection(inner func(context.Context, *pgconn.Config, net.Conn) (net.Co
 	}
 }
 
-// Read implements net.Conn.
-func (c *tappedConn) Read(p []byte) (int, error) {
-	t := c.tap.Load()
-	if t == nil {
-		return c.Conn.Read(p)
+// Read implements net.Conn. Whose the bytes are is asked once they are there: pgconn may have begun to read, in the
+// background, before the tap was set.
+func (c *tappedConn) Read(p []byte) (n int, err error) {
+	for {
+		t := c.tap.Load()
+		if t != nil && len(t.others) > 0 {
+			n = copy(p, t.others)
+			t.others = t.others[n:]
+			if len(t.others) == 0 && t.over {
+				c.tap.Store(nil)
+			}
+			return n, nil
+		}
+		n, err = c.Conn.Read(p)
+		if t = c.tap.Load(); t == nil {
+			return n, err
+		}
+		if parseErr := t.take(p[:n]); parseErr != nil {
+			return 0, parseErr
+		}
+		switch {
+		case t.over && len(t.others) == 0:
+			c.tap.Store(nil)
+		case t.over:
+			continue
+		}
+		if err != nil {
+			return 0, err // what came so far is kept: after a timeout it may go on
+		}
 	}
-	n, done, err := t.read(c.Conn, p)
-	if done {
-		c.tap.Store(nil)
-	}
-	return n, err
 }
 
 // tap takes a claim's replies out of what the server sends. One goroutine reads a connection at a time.
@@ -224,25 +243,14 @@ type tap struct {
 
 const messageHeaderBytes = 5 // kind, and a length that counts itself
 
-// read reads as net.Conn does, what is not the claim's. It is done when nothing is left to give out.
-func (t *tap) read(conn net.Conn, p []byte) (n int, done bool, err error) {
-	for !t.over {
-		n, err := conn.Read(p)
-		t.unread = append(t.unread, p[:n]...)
-		if err := t.parse(); err != nil {
-			return 0, false, err
-		}
-		if err != nil && !t.over {
-			return 0, false, err // what came so far is kept: after a timeout it may go on
-		}
+// take takes in what the server sent.
+func (t *tap) take(sent []byte) error {
+	if t.over {
+		t.others = append(t.others, sent...)
+		return nil
 	}
-	if len(t.others) == 0 {
-		n, err = conn.Read(p)
-		return n, true, err
-	}
-	n = copy(p, t.others)
-	t.others = t.others[n:]
-	return n, len(t.others) == 0, nil
+	t.unread = append(t.unread, sent...)
+	return t.parse()
 }
 
 // parse goes through the messages that are there as a whole.
