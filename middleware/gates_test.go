@@ -20,9 +20,9 @@ import (
 // Round trips, WAL and connections have theirs in storage/postgres.
 const (
 	// A fresh request over the same handler in a plain transaction of pgx, for two batches and an answer of 200 bytes.
-	allocsFreshMax = 124
+	allocsFreshMax = 67
 	// A replay from PostgreSQL, all of it but net/http.
-	allocsReplayMax = 98
+	allocsReplayMax = 53
 	// The middleware and the engine with the memory store, over the handler alone, the store's allocations included.
 	allocsMemoryFreshMax  = 42
 	allocsMemoryReplayMax = 36
