@@ -47,11 +47,10 @@ func (e *Engine) inLine(ctx context.Context, req *Request, run RunFunc, trace *t
 		jittered := pause*3/4 + rand.N(pause/2)
 		started := trace.now()
 		gone := sleep(ctx, min(jittered, time.Until(over)))
+		trace.step(StepWait, started, gone)
 		if gone != nil { // nothing is begun, and nobody would take the answer
-			trace.step(StepWait, started, gone)
 			return refuse(Decide(factOfWait(false)), gone)
 		}
-		trace.step(StepWait, started, nil)
 	}
 }
 

@@ -88,10 +88,7 @@ type lockRow struct{ *attempt }
 func (a lockRow) readRow(values [][]byte) error {
 	d := decoder{values: values}
 	a.locked = d.bool()
-	copy(a.claimedAt[:], d.next(len(a.claimedAt)))
-	a.synchronous = d.bool()
-	a.heard.hear(&d, a.claimedAt, a.synchronous, a.store.cache)
-	return d.err
+	return a.readClaim(&d)
 }
 
 // lockOrFailRow reads what a postponed claim's lock says. It does not get here without the lock.
@@ -101,9 +98,14 @@ func (a lockOrFailRow) readRow(values [][]byte) error {
 	d := decoder{values: values}
 	d.next(-1)
 	a.locked = true
+	return a.readClaim(&d)
+}
+
+// readClaim reads what comes behind the lock, in both forms of a claim.
+func (a *attempt) readClaim(d *decoder) error {
 	copy(a.claimedAt[:], d.next(len(a.claimedAt)))
 	a.synchronous = d.bool()
-	a.heard.hear(&d, a.claimedAt, a.synchronous, a.store.cache)
+	a.heard.hear(d, a.claimedAt, a.synchronous, a.store.cache)
 	return d.err
 }
 
@@ -117,7 +119,7 @@ func (a recordRow) readRow(values [][]byte) (err error) {
 
 // Seal implements [idempotency.Attempt].
 func (a *attempt) Seal() error {
-	if a.tx.claim.granted() && a.tx.claim != nil {
+	if a.tx.claim != nil && a.tx.claim.granted() {
 		a.store.learn(a.req, a.number, nil, a.heard, nil)
 	}
 	return a.tx.seal()
@@ -285,8 +287,8 @@ func (a *attempt) end(ctx context.Context, step string, calls ...call) error {
 		_ = a.pooled.Conn().Close(ctx)
 		return fail(step, idempotency.ErrUnknown, err)
 	}
-	// pgx repeats one statement's error for those after it, and a deferred constraint of the handler's raises at
-	// COMMIT what an INSERT raises at once: so what an error means depends on the statement that it came from.
+	// A deferred constraint of the handler's raises at COMMIT what an INSERT raises at once: so what an error means depends
+	// on the statement that it came from.
 	switch failed := calls[min(reply.failed, len(calls)-1)].statement; {
 	case failed == &a.store.statements.guard && pgErr.Code == "22012",
 		failed == &a.store.statements.insert && pgErr.Code == "23502" && pgErr.ColumnName == "created_at":
