@@ -18,23 +18,30 @@ import (
 	"github.com/paidonce/idempotency/storage/postgres"
 )
 
+// configOfOwnServer returns the config of a pool on a PostgreSQL that the test has to itself, because it changes its settings.
+func configOfOwnServer(t *testing.T) *pgxpool.Config {
+	t.Helper()
+	if os.Getenv("PAIDONCE_TEST_DATABASE_URL") != "" {
+		t.Skip("it changes the settings of a server of its own")
+	}
+	server, err := pgserver.Start(t.Context(), &pgserver.Options{Settings: map[string]string{"fsync": "off"}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = server.Stop() })
+	config, err := pgxpool.ParseConfig(server.URL())
+	if err != nil {
+		t.Fatal(err)
+	}
+	return config
+}
+
 // A COMMIT whose wait for the standbys was canceled succeeds with a warning. Nothing is answered from it, by whomever,
 // before the standbys have it: a fail-over would lose it.
 func TestF20NoAnswerBeforeTheStandbysHaveIt(t *testing.T) {
 	t.Parallel()
 	ctx := context.Background()
-	if os.Getenv("PAIDONCE_TEST_DATABASE_URL") != "" {
-		t.Skip("it changes the settings of a server of its own")
-	}
-	server, err := pgserver.Start(ctx, &pgserver.Options{Settings: map[string]string{"fsync": "off"}})
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer func() { _ = server.Stop() }()
-	config, err := pgxpool.ParseConfig(server.URL())
-	if err != nil {
-		t.Fatal(err)
-	}
+	config := configOfOwnServer(t)
 	var told atomic.Int64
 	config.ConnConfig.OnNotice = func(_ *pgconn.PgConn, notice *pgconn.Notice) {
 		if notice.Code == "01000" {

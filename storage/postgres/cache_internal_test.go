@@ -301,20 +301,20 @@ func TestCacheOfOneKeyIsOfNoOther(t *testing.T) {
 func TestHintsAreAboutOneNumber(t *testing.T) {
 	t.Parallel()
 	h := new(hints)
-	one, sameplace := int64(5), int64(5+hintsMax)
+	one, samePlace := int64(5), int64(5+hintsMax)
 	h.set(one)
-	if !h.has(one) || h.has(sameplace) || h.has(6) {
+	if !h.has(one) || h.has(samePlace) || h.has(6) {
 		t.Error("a hint is about other numbers")
 	}
-	h.clear(sameplace)
+	h.clear(samePlace)
 	if !h.has(one) {
 		t.Error("a hint was cleared for another number")
 	}
-	h.set(sameplace)
-	if h.has(one) || !h.has(sameplace) {
+	h.set(samePlace)
+	if h.has(one) || !h.has(samePlace) {
 		t.Error("a hint does not take the place of another")
 	}
-	if h.clear(sameplace); h.has(sameplace) {
+	if h.clear(samePlace); h.has(samePlace) {
 		t.Error("a hint is there after it was cleared")
 	}
 	if negative := int64(-7); h.has(negative) {

@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"os"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -15,7 +14,6 @@ import (
 	"github.com/jackc/pgx/v5/pgxpool"
 
 	"github.com/paidonce/idempotency"
-	"github.com/paidonce/idempotency/internal/pgserver"
 	"github.com/paidonce/idempotency/migrations"
 	"github.com/paidonce/idempotency/storage/postgres"
 )
@@ -264,18 +262,7 @@ func TestLookUpIsSentAsTextOnceItsStatementIsGone(t *testing.T) {
 func TestF20CachedReplayWaitsForTheStandbys(t *testing.T) {
 	t.Parallel()
 	ctx := context.Background()
-	if os.Getenv("PAIDONCE_TEST_DATABASE_URL") != "" {
-		t.Skip("it changes the settings of a server of its own")
-	}
-	server, err := pgserver.Start(ctx, &pgserver.Options{Settings: map[string]string{"fsync": "off"}})
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer func() { _ = server.Stop() }()
-	config, err := pgxpool.ParseConfig(server.URL())
-	if err != nil {
-		t.Fatal(err)
-	}
+	config := configOfOwnServer(t)
 	options := &postgres.Options{CacheBytesMax: postgres.CacheBytesMin}
 	postgres.Configure(config, options)
 	pool, err := pgxpool.NewWithConfig(ctx, config)

@@ -26,9 +26,10 @@ import (
 
 // BenchmarkReplay compares a GET by id with replays: of a key that was recorded elsewhere (claim and ROLLBACK), of one
 // that this process knows (a look-up), from the cache; and, for scale, a POST with the same body and headers that is
-// answered without this library and without a database. Real HTTP, clients at once, answers of about 200 bytes. Each of b.N rounds sends to all in random order; what is reported are medians and
-// quartiles of each round's ratio to its own GET: of requests a second, and of requests for a second of CPU time (client, service
-// and PostgreSQL), which says the same where the machine is ours and still says it where it is not.
+// answered without this library and without a database. Real HTTP, clients at once, answers of about 200 bytes. Each of
+// b.N rounds sends to all in random order; what is reported are medians and quartiles of each round's ratio to its own
+// GET: of requests a second, and of requests for a second of CPU time (client, service and PostgreSQL), which says the
+// same where the machine is ours and still says it where it is not.
 //
 //	go test -run '^$' -bench Replay -benchtime 100x ./storage/postgres
 func BenchmarkReplay(b *testing.B) {

@@ -7,6 +7,7 @@ import (
 	"sync"
 	"sync/atomic"
 	"testing"
+	"time"
 
 	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgxpool"
@@ -240,21 +241,21 @@ func TestSpeculativeAttemptBesideAnother(t *testing.T) {
 	for _, ends := range []int{500, 201} {
 		first := b.do(t, request("k", ""), func(ctx context.Context, _ pgx.Tx) int {
 			effect(ctx, t)
-			want(t, b.speculate(request("k", ""), pay2(t)), idempotency.OutcomeInProgress, idempotency.ReasonInProgress)
+			want(t, b.speculate(request("k", ""), payInVain(t)), idempotency.OutcomeInProgress, idempotency.ReasonInProgress)
 			return ends
 		})
 		if ends == 201 {
 			want(t, first, idempotency.OutcomeExecuted, "")
 		}
 	}
-	want(t, b.speculate(request("k", ""), pay2(t)), idempotency.OutcomeReplayed, "")
+	want(t, b.speculate(request("k", ""), payInVain(t)), idempotency.OutcomeReplayed, "")
 	if n := b.effects(t); n != 1 {
 		t.Errorf("%d effects, want 1", n)
 	}
 }
 
-// pay2 is a handler that expects to fail.
-func pay2(t *testing.T) func(ctx context.Context, tx pgx.Tx) int {
+// payInVain is a handler that expects to fail.
+func payInVain(t *testing.T) func(ctx context.Context, tx pgx.Tx) int {
 	return func(ctx context.Context, tx pgx.Tx) int {
 		if _, err := tx.Exec(ctx, "INSERT INTO effects (name) VALUES ('twice')"); err == nil {
 			t.Error("a statement went through beside another attempt")
@@ -366,7 +367,7 @@ func TestSpeculativeRoundTrips(t *testing.T) {
 // Many copies of many requests at once: each effect once, each answer the same.
 func TestSpeculativeStorm(t *testing.T) {
 	t.Parallel()
-	b := setup(t, &setupOptions{store: &postgres.Options{AcquireTimeout: 20e9}, configure: func(c *pgxpool.Config) { c.MaxConns = 8 }})
+	b := setup(t, &setupOptions{store: &postgres.Options{AcquireTimeout: 20 * time.Second}, configure: func(c *pgxpool.Config) { c.MaxConns = 8 }})
 	const keys, copies = 12, 16
 	var executed atomic.Int64
 	var group sync.WaitGroup
