@@ -58,8 +58,8 @@ type Options struct {
 	// retries. The default is [TTLDefault], the least [TTLMin].
 	TTL time.Duration
 
-	// Restarts is how often a request is started again after a serialization failure or a lost race. Negative means
-	// never. The default is [RestartsDefault].
+	// Restarts is how often a request is started again after a serialization failure or a lost race. The claim that
+	// follows a postponed one does not count. Negative means never. The default is [RestartsDefault].
 	Restarts int
 
 	// InFlightMax is how many requests may be past the reading of their body at once; what comes above it is refused
