@@ -15,6 +15,7 @@ type edit struct{ file, before, after string }
 const (
 	attemptFile    = "storage/postgres/attempt.go"
 	storeFile      = "storage/postgres/store.go"
+	exchangeFile   = "storage/postgres/exchange.go"
 	statementsFile = "storage/postgres/statements.go"
 	resolveFile    = "storage/postgres/resolve.go"
 	reaperFile     = "storage/postgres/reaper.go"
@@ -25,7 +26,7 @@ const (
 	bankFile       = "cmd/demo-bank/internal/bank/routes.go"
 )
 
-const keyedCommit = `	return a.end(ctx, "commit", a.insert(a.claimedAt[:], answer), call{statement: &s.commit})
+const keyedCommit = `	return a.end(ctx, "commit", a.insertCall(claimedAt, answer), call{statement: &s.commit})
 `
 
 // Catalogue is every seeded bug.
@@ -39,21 +40,21 @@ func Catalogue() []Mutant {
 		return fail("record", idempotency.ErrUnavailable, err)
 	}
 	defer func() { _ = conn.Close(ctx) }()
-	if _, err := s.flush(ctx, conn.PgConn(), call{statement: &s.begin}, a.insert(nil, answer), call{statement: &s.commit}); err != nil {
+	if _, err := s.flush(ctx, conn.PgConn(), call{statement: &s.begin}, a.insertCall(nil, answer), call{statement: &s.commit}); err != nil {
 		return fail("record", classify(err), err)
 	}
-	guard := call{statement: &s.guard, params: [][]byte{a.claimedAt[:], []byte(a.store.options.SynchronousCommit)}}
-	return a.end(ctx, "commit", guard, call{statement: &s.commit})
+	_ = claimedAt
+	return a.end(ctx, "commit", a.guardCall(), call{statement: &s.commit})
 `}},
 		},
 		{
 			Name: "store-after-commit",
 			Bug:  "the record is stored after the handler's transaction has committed",
-			edits: []edit{{attemptFile, keyedCommit, `	guard := call{statement: &s.guard, params: [][]byte{a.claimedAt[:], []byte(a.store.options.SynchronousCommit)}}
-	if err := a.end(ctx, "commit", guard, call{statement: &s.commit}); err != nil {
+			edits: []edit{{attemptFile, keyedCommit, `	_ = claimedAt
+	if err := a.end(ctx, "commit", a.guardCall(), call{statement: &s.commit}); err != nil {
 		return err
 	}
-	return a.end(ctx, "commit", call{statement: &s.begin}, a.insert(nil, answer), call{statement: &s.commit})
+	return a.end(ctx, "commit", call{statement: &s.begin}, a.insertCall(nil, answer), call{statement: &s.commit})
 `}},
 		},
 		{
@@ -67,10 +68,17 @@ func Catalogue() []Mutant {
 	pgErr, ok := definite(err)
 `},
 				// The error of COMMIT itself, and not of the statement before it, as one gets it that sends them one by one.
-				{statementsFile, `	_ = pipeline.Close() // what it could add came after the last result, or is the first error again
-`, `	if err := pipeline.Close(); err != nil && conn.IsClosed() {
-		firstErr = err
-	}
+				{exchangeFile, `		if err != nil {
+			abandon(conn)
+			return reader.reply, reader.broken(err)
+		}
+		over, err := reader.read(message)
+`, `		if err != nil {
+			abandon(conn)
+			_, err = conn.ReceiveMessage(context.Background())
+			return reader.reply, reader.broken(err)
+		}
+		over, err := reader.read(message)
 `},
 			},
 		},
@@ -83,44 +91,49 @@ func Catalogue() []Mutant {
 `, `		_, req.Again = sent, true
 		return Result{}, err
 `},
-				{storeFile, `	case record != nil: // also where`, `	case req.Again:
-	case record != nil: // also where`},
+				{storeFile, `	case a.record != nil: // also where`, `	case req.Again:
+	case a.record != nil: // also where`},
 				{statementsFile, `$4, $5, $6, $7, $8, $9, $10, $11, $12)",`, `$4, $5, $6, $7, $8, $9, $10, $11, $12) ON CONFLICT DO NOTHING",`},
 			},
 		},
 		{
 			Name: "resolve-without-the-lock",
 			Bug:  "a lost COMMIT is looked up without waiting for the key's lock",
-			edits: []edit{{resolveFile, `		call{statement: &statements.resolveLock, params: [][]byte{encodeInt8(req.Key.LockNumber(s.table))}},
-`, ``}},
+			edits: []edit{
+				{resolveFile, `	statements, lockNumber := &s.statements, encodeInt8(req.Key.LockNumber(s.table))
+`, `	statements := &s.statements
+`},
+				{resolveFile, `		call{statement: &statements.resolveLock, params: [][]byte{lockNumber[:]}},
+`, ``},
+			},
 		},
 		{
 			Name: "lock-and-look-up-in-one",
 			Bug:  "lock and look-up are one statement, whose snapshot is older than the lock",
 			edits: []edit{
-				{statementsFile, `transaction_timestamp(), " + synchronousStandbys + settings,
-			oids: []uint32{pgtype.Int8OID},`, `transaction_timestamp(), " + synchronousStandbys +
-				", fingerprint_version, fingerprint, attempt_id, status, headers, body, trace_id, created_at, expires_at" + settings +
-				" FROM (SELECT 1) one LEFT JOIN " + table + " ON scope = $2 AND key = $3",
+				{statementsFile, `			sql:  "SELECT pg_catalog.pg_try_advisory_xact_lock($1), pg_catalog.transaction_timestamp(), " + synchronousStandbys + settings,
+			oids: []uint32{pgtype.Int8OID},`, `			sql: "SELECT pg_catalog.pg_try_advisory_xact_lock($1), pg_catalog.transaction_timestamp(), " + synchronousStandbys + settings +
+				", " + recordColumns + " FROM (SELECT 1) one LEFT JOIN " + table + " ON scope = $2 AND key = $3",
 			oids: []uint32{pgtype.Int8OID, pgtype.TextOID, pgtype.TextOID},`},
-				{storeFile, `params: [][]byte{encodeInt8(number)}, row: func(values [][]byte) error {`, `params: [][]byte{encodeInt8(number), []byte(req.Key.Scope), []byte(req.Key.Value)}, row: func(values [][]byte) (err error) {`},
-				{storeFile, `			synchronous = d.bool()
-			heard.hear(&d, a.claimedAt, synchronous, s.cache)
-			return d.err
-		}},
-		{statement: &s.statements.lookUp, params: [][]byte{[]byte(req.Key.Scope), []byte(req.Key.Value)}, row: func(values [][]byte) (err error) {
-			record, err = decodeRecord(values)
-			return err
-		}},
-	}`, `			synchronous = d.bool()
-			if values[3] != nil {
-				record, err = decodeRecord(values[3:])
-			}
-			return errors.Join(d.err, err)
-		}},
-	}`},
-				{attemptFile, `		call{statement: &s.lock, params: [][]byte{encodeInt8(a.number)}},`,
-					`		call{statement: &s.lock, params: [][]byte{encodeInt8(a.number), []byte(a.req.Key.Scope), []byte(a.req.Key.Value)}},`},
+				{storeFile, `	claim := calls[:]
+`, `	claim := calls[:2]
+`},
+				{attemptFile, `	a.params[0] = a.lockNumber[:]
+	return call{statement: &a.store.statements.lock, params: a.params[:1:1], row: row}
+`, `	a.params[0], a.params[1], a.params[2] = a.lockNumber[:], a.scope, a.key
+	return call{statement: &a.store.statements.lock, params: a.params[:3:3], row: row}
+`},
+				{attemptFile, `	a.locked = d.bool()
+	return a.readClaim(&d)
+`, `	a.locked = d.bool()
+	err := a.readClaim(&d)
+	if row := values[len(values)-recordColumnsCount:]; row[0] != nil {
+		a.record, err = decodeRecord(row)
+	}
+	return err
+`},
+				{attemptFile, `		call{statement: &s.lock, params: [][]byte{a.lockNumber[:]}},`,
+					`		call{statement: &s.lock, params: [][]byte{a.lockNumber[:], a.scope, a.key}},`},
 			},
 		},
 		{
