@@ -256,15 +256,16 @@ func (e *Engine) attempts(ctx context.Context, req *Request, run RunFunc, trace 
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), e.options.HandlerTimeout)
 	defer cancel()
 	recorded := false // by another attempt
-	for restarts := 0; ; restarts++ {
+	for restarts := 0; ; {
 		req.Attempt = NewAttemptID()
 		result, again := e.attempt(ctx, req, run, trace)
 		recorded = recorded || errors.Is(again, ErrKeyRecorded)
-		if req.Speculative && errors.Is(again, ErrNotClaimed) {
-			restarts-- // the claim is made now, for the first time
-		}
+		postponed := req.Speculative && errors.Is(again, ErrNotClaimed)
 		req.Speculative = false
-		if again != nil && restarts < e.options.Restarts && ctx.Err() == nil {
+		if again != nil && ctx.Err() == nil && (postponed || restarts < e.options.Restarts) {
+			if !postponed { // then the claim is made now, for the first time
+				restarts++
+			}
 			continue
 		}
 		if again != nil {

@@ -128,18 +128,17 @@ func (a *attempt) Seal() error {
 // Commit implements [idempotency.Attempt]: INSERT and COMMIT in one round trip.
 func (a *attempt) Commit(ctx context.Context, answer *idempotency.Answer) error {
 	defer a.release(ctx)
+	if err := a.claimNow(ctx, "commit"); err != nil {
+		return err
+	}
 	if !a.tx.abandoned && !plainText(a.conn()) {
 		return fail("commit", idempotency.ErrAborted, errEncoding)
-	}
-	claimedAt := a.claimedAt[:]
-	if !a.tx.claim.answered() { // no statement of the handler's came in between
-		claimedAt = nil
 	}
 	s := &a.store.statements
 	if a.req.Keyless() {
 		return a.end(ctx, "commit", a.guardCall(), call{statement: &s.commit})
 	}
-	return a.end(ctx, "commit", a.insertCall(claimedAt, answer), call{statement: &s.commit})
+	return a.end(ctx, "commit", a.insertCall(a.claimedAt[:], answer), call{statement: &s.commit})
 }
 
 // Decline implements [idempotency.Attempt]: the handler's writes go, the answer stays, in one round trip. Between the
@@ -149,10 +148,10 @@ func (a *attempt) Decline(ctx context.Context, answer *idempotency.Answer) error
 	if a.req.Keyless() {
 		return a.Rollback(ctx)
 	}
-	if !a.tx.abandoned && !a.tx.claim.answered() { // there is nothing to undo
-		return a.Commit(ctx, answer)
-	}
 	defer a.release(ctx)
+	if err := a.claimNow(ctx, "decline"); err != nil {
+		return err
+	}
 	s := &a.store.statements
 	calls := make([]call, 0, 6)
 	// An abandoned connection is not ours to look at; in an aborted transaction nothing but ROLLBACK is heard.
@@ -172,23 +171,19 @@ func (a *attempt) Decline(ctx context.Context, answer *idempotency.Answer) error
 // Rollback implements [idempotency.Attempt]. A connection that can't be rolled back is closed, which is the same to
 // the server.
 func (a *attempt) Rollback(ctx context.Context) error {
-	defer a.release(ctx) // which rolls back what can be
-	if refusal := a.tx.claim.refusal(); refusal != nil {
-		return a.refused("rollback", refusal)
+	defer a.release(ctx)
+	if err := a.claimNow(ctx, "rollback"); err != nil { // whose answer is not worth recording may be a retry all the same
+		return err
 	}
 	if a.tx.abandoned || a.conn().IsClosed() || a.conn().IsBusy() {
 		return nil
 	}
 	s := &a.store.statements
 	calls := make([]call, 0, 3)
-	switch status := a.conn().TxStatus(); {
-	case !a.tx.claim.answered(): // whose answer is not worth recording may be a retry all the same
-		if err := a.tx.claim.queue(a.conn()); err != nil {
-			return fail("rollback", idempotency.ErrNotClaimed, err)
-		}
-	case status == 'T':
+	switch a.conn().TxStatus() {
+	case 'T':
 		calls = append(calls, a.guardCall())
-	case status == 'E': // nothing but ROLLBACK is heard
+	case 'E': // nothing but ROLLBACK is heard
 	default:
 		return nil
 	}
@@ -204,10 +199,6 @@ func (a *attempt) Rollback(ctx context.Context) error {
 	reply, err := s.flush(ctx, a.conn(), calls...)
 	var pgErr *pgconn.PgError
 	switch {
-	case a.tx.claim.refusal() != nil:
-		return a.refused("rollback", a.tx.claim.refusal())
-	case err != nil && !a.tx.claim.answered():
-		return fail("rollback", idempotency.ErrNotClaimed, err)
 	case errors.As(err, &pgErr) && pgErr.Code == "22012" && calls[min(reply.failed, len(calls)-1)].statement == &s.guard:
 		return fail("rollback", idempotency.ErrTransactionLost, err)
 	case err != nil && looks:
@@ -218,9 +209,24 @@ func (a *attempt) Rollback(ctx context.Context) error {
 	return nil
 }
 
-// refused ends an attempt whose claim was postponed and has failed. A record that came with the failure is kept for the claim
-// that follows: to take a connection for it again might fail. Where COMMIT waits for standbys there is more to do for it.
-func (a *attempt) refused(step string, refusal error) error {
+// claimNow makes the claim where the handler sent no statement that it could travel with, and reports one that has failed. It
+// never travels with COMMIT: a COMMIT that is late must hold the lock by then, or who looks for it would find the key free.
+//
+// A record that came with the failure is kept for the claim that follows: to take a connection for it again might fail.
+// Where COMMIT waits for standbys there is more to do for it.
+func (a *attempt) claimNow(ctx context.Context, step string) error {
+	claim := a.tx.claim
+	if claim == nil || a.tx.abandoned {
+		return nil
+	}
+	if err := claim.send(ctx, a.conn()); err != nil && claim.refusal() == nil {
+		_ = a.pooled.Conn().Close(ctx) // nobody else may send it, or read its replies
+		return fail(step, idempotency.ErrNotClaimed, err)
+	}
+	refusal := claim.refusal()
+	if refusal == nil {
+		return nil
+	}
 	if a.record != nil {
 		a.store.learn(a.req, a.number, a.record, a.heard, nil)
 		if !a.synchronous {
@@ -229,6 +235,8 @@ func (a *attempt) refused(step string, refusal error) error {
 	}
 	return fmt.Errorf("%s: %w", step, refusal)
 }
+
+var errClosed = errors.New("connection is closed")
 
 // guardCall fails where the transaction is not the one of the claim.
 func (a *attempt) guardCall() call {
@@ -265,13 +273,8 @@ func (a *attempt) end(ctx context.Context, step string, calls ...call) error {
 		return fail(step, idempotency.ErrUnavailable, fmt.Errorf("time was over before COMMIT was sent: %w", ctx.Err()))
 	}
 	forgetWarning(a.conn())
-	if err := a.tx.claim.queue(a.conn()); err != nil {
-		return fail(step, idempotency.ErrUnavailable, err)
-	}
 	reply, err := a.store.statements.flush(ctx, a.conn(), calls...)
 	switch {
-	case a.tx.claim.refusal() != nil: // what came after it was not heard
-		return a.refused(step, a.tx.claim.refusal())
 	case err == nil && !reply.committed:
 		return fail(step, idempotency.ErrAborted, errors.New("COMMIT was answered with ROLLBACK"))
 	case err == nil && a.synchronous && warned(a.conn()):
@@ -307,7 +310,10 @@ func (a *attempt) release(ctx context.Context) {
 	}
 	a.tx.sealed.Store(true)
 	if claim := a.tx.claim; claim != nil && claim.queued && !claim.answered() {
-		_ = a.pooled.Conn().Close(ctx) // nobody else may send it
+		_ = a.pooled.Conn().Close(ctx) // nobody else may send it, or read its replies
+	}
+	if a.conn().IsClosed() {
+		a.store.cache.fail(errClosed) // there may be another server behind the next one
 	}
 	if refusal := a.tx.claim.refusal(); unprepared(refusal) {
 		delete(a.conn().CustomData(), preparedMark)

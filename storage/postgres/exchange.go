@@ -162,6 +162,14 @@ func abandon(conn *pgconn.PgConn) {
 	pipeline.SendPipelineSync()
 	_ = pipeline.Flush() // fails by the deadline, upon which pgconn closes
 	_ = pipeline.Close()
+	closeNow(conn) // also where the socket knows no deadlines
+}
+
+// closeNow closes a connection without waiting for anything.
+func closeNow(conn *pgconn.PgConn) {
+	ctx, cancel := context.WithCancel(context.Background())
+	cancel()
+	_ = conn.Close(ctx) // a closed one stays so
 }
 
 var longAgo = time.Unix(1, 0)

@@ -86,10 +86,24 @@ func (p *postponedClaim) send(ctx context.Context, conn *pgconn.PgConn) error {
 	if err := p.queue(conn); err != nil {
 		return err
 	}
-	if _, err := p.statements.flush(ctx, conn); err != nil && p.refusal() == nil {
-		return err
+	_, err := p.statements.flush(ctx, conn)
+	switch {
+	case p.refusal() != nil:
+		return p.refusal()
+	case err == nil && !p.answered():
+		err = errors.New("claim was not answered")
 	}
-	return p.refusal()
+	return err
+}
+
+// astray reports whether the claim was sent, and its replies went elsewhere.
+func (p *postponedClaim) astray() bool {
+	if p == nil || !p.queued || p.answered() {
+		return false
+	}
+	p.conn.mu.Lock()
+	defer p.conn.mu.Unlock()
+	return p.conn.held == nil
 }
 
 // answered reports whether the claim's replies are in.

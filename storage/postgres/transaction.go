@@ -95,6 +95,9 @@ func (t *transaction) seal() error {
 		return fail("after the handler", idempotency.ErrUnavailable, errors.Join(t.failure, errors.New("the connection is closed")))
 	case conn.IsBusy():
 		return fail("after the handler", idempotency.ErrAborted, errors.New("rows, a batch or a copy were left open"))
+	case t.claim.astray(): // what the handler was told may be the claim's replies
+		closeNow(conn)
+		return fail("after the handler", idempotency.ErrNotClaimed, errors.New("the claim's replies are missing"))
 	case !t.claim.answered(): // the end sends it
 		return nil
 	case conn.TxStatus() == 'I':
