@@ -26,7 +26,7 @@ const (
 	bankFile       = "cmd/demo-bank/internal/bank/routes.go"
 )
 
-const keyedCommit = `	return a.end(ctx, "commit", a.insertCall(claimedAt, answer), call{statement: &s.commit})
+const keyedCommit = `	return a.end(ctx, "commit", a.insertCall(a.claimedAt[:], answer), call{statement: &s.commit})
 `
 
 // Catalogue is every seeded bug.
