@@ -71,7 +71,7 @@ type Fact uint8
 // The facts.
 const (
 	FactClaimed            Fact = iota + 1 // no record; the claim is ours
-	FactInProgress                         // no record; the claim is another attempt's, and the request may not wait, or no longer
+	FactInProgress                         // no record; the claim is another attempt's, and the request does not wait, or no longer
 	FactAwaited                            // no record; the claim is another attempt's, and the request may wait for it
 	FactTurn                               // that attempt left no answer to this request, whose turn it is to ask the store
 	FactRecordedSame                       // a record of this very request

@@ -75,7 +75,7 @@ type Options struct {
 	// So what a handler does before its first statement happens for each copy of a request, also at once, and once
 	// more for each retry: it must have no effect outside the transaction, such as a call to another service, and should be
 	// cheap. A handler that runs again needs its router's state (package middleware: Options.RouterState). Retries
-	// cost up to two round trips more. A store that can't postpone a claim claims first.
+	// that come while the first is in progress cost two round trips more. A store that can't postpone a claim claims first.
 	Speculative bool
 
 	// Reduce returns what is recorded of an answer, where that is not to be all of it: a one-time secret in a body, for

@@ -33,7 +33,8 @@ type Request struct {
 	// engine sets it as [Options.Speculative] says. A store that can't postpone does not look at it.
 	Speculative bool
 
-	// Memo is the store's: what an attempt leaves for the next one at the same request. The engine does not look at it.
+	// Memo is the store's: what an attempt leaves for the next one at the same request. Callers leave it nil, and the engine
+	// does not look at it.
 	Memo any
 
 	// Attempt is set by the engine, anew for each attempt.
@@ -157,7 +158,7 @@ type Store interface {
 	//
 	// Where req.Speculative is set Begin may return an Attempt whose claim is postponed: the handler's first statement, or
 	// else the end of the attempt, makes it. Where it fails the handler's statements fail, and so do Seal, Commit, Decline
-	// and Rollback, with ErrNotClaimed, and Begin without Speculative says why.
+	// and Rollback, with ErrNotClaimed; Begin for the same req, without Speculative, says why.
 	Begin(ctx context.Context, req *Request) (Attempt, *Record, error)
 
 	// Resolve finds out what became of an attempt whose Commit or Decline was ErrUnknown, or of any other with this key.

@@ -41,7 +41,7 @@ const (
 	StepDecline  Step = "decline"
 	StepRollback Step = "rollback"
 	StepResolve  Step = "resolve"
-	StepWait     Step = "wait" // a stretch of waiting for another attempt; ErrInProgress where its time or its client ended it
+	StepWait     Step = "wait" // a stretch of waiting for another attempt; ErrInProgress where its client ended it
 )
 
 // StepEnd describes a step that is over.

@@ -22,7 +22,7 @@ const (
 )
 
 // inLine takes a request that may wait through the protocol. The first with its key in this process is the leader: it
-// alone asks the store. The others, its followers, wait in memory until it ends, and are told what it knows then, or one of
+// asks the store. The others, its followers, wait in memory until it ends, and are told what it knows then, or one of
 // them that it leads now. So many duplicates take one connection, and none while the attempt that they wait for is in
 // another process: the leader claims again and again, and holds nothing in between.
 func (e *Engine) inLine(ctx context.Context, req *Request, run RunFunc, trace *trace) (result Result) {
@@ -65,7 +65,7 @@ func follow(ctx context.Context, req *Request, place *place, over time.Time, tra
 	}
 	err = nil
 	if Decide(fact).Action == ActionClaim && ctx.Err() != nil {
-		fact, err = FactInProgress, errWaitEnded(ctx) // nothing is begun, and nobody would take the answer
+		fact, err = FactInProgress, errClientGone(ctx) // nothing is begun, and nobody would take the answer
 	}
 	trace.step(StepWait, started, err)
 	switch decision := Decide(fact); decision.Action {
@@ -97,12 +97,12 @@ func mayWait(ctx context.Context, over time.Time) bool {
 // errAwaitedUnknown is why a request is unknown that waited. What went wrong is told of the attempt alone.
 var errAwaitedUnknown = fmt.Errorf("%w: that of the attempt which the request waited for, or its record can't be compared", ErrUnknown)
 
-// errWaitEnded is why a request no longer waits.
-func errWaitEnded(ctx context.Context) error {
-	if err := ctx.Err(); err != nil {
-		return fmt.Errorf("%w: the client did not wait: %w", ErrInProgress, err)
-	}
-	return fmt.Errorf("%w: Options.Wait is over", ErrInProgress)
+// errWaitOver is why a request no longer waits, and looks for itself.
+var errWaitOver = fmt.Errorf("%w: Options.Wait is over", ErrInProgress)
+
+// errClientGone is why a request no longer waits, and begins nothing.
+func errClientGone(ctx context.Context) error {
+	return fmt.Errorf("%w: the client did not wait: %w", ErrInProgress, ctx.Err())
 }
 
 // sleep returns nil after d, or why the wait is over before.
@@ -113,7 +113,7 @@ func sleep(ctx context.Context, d time.Duration) error {
 	case <-timer.C:
 		return nil
 	case <-ctx.Done():
-		return errWaitEnded(ctx)
+		return errClientGone(ctx)
 	}
 }
 
@@ -172,7 +172,10 @@ func (p *place) wait(ctx context.Context, over time.Time) (told *Result, err err
 	case <-ctx.Done():
 	}
 	if p.withdraw() {
-		return nil, errWaitEnded(ctx)
+		if ctx.Err() == nil {
+			return nil, errWaitOver
+		}
+		return nil, errClientGone(ctx)
 	}
 	told = <-p.news // it is being told in this moment
 	p.leads = told == nil
