@@ -34,7 +34,8 @@ func TestHandlersTimeBeginsWithItsAttempt(t *testing.T) {
 			b.send(t.Context(), keyed("k"), hold)
 		}
 		b.settle()
-		if b.runs.Load() != 3 { // the third's wait was over: it asked for itself, and the key was free
+		// The third's wait is over in the moment in which the second's attempt ends: it may find the key free or not.
+		if b.runs.Load() < 2 {
 			t.Errorf("%d runs", b.runs.Load())
 		}
 	})
