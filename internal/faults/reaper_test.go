@@ -164,13 +164,16 @@ type reaperFault struct {
 	url     string
 }
 
-// The reaper that pauses is known by its application_name, and waits for an advisory lock, for longer than for a row.
+// The reaper that pauses is known by its application_name. It asks for an advisory lock again and again: to wait for it would be
+// bound by the reaper's own short lock_timeout.
 const (
 	pausedReaper = "paused reaper"
 	pauseReaper  = `CREATE FUNCTION pause_reaper() RETURNS trigger LANGUAGE plpgsql AS $$
 		BEGIN
 			IF current_setting('application_name') = '` + pausedReaper + `' THEN
-				PERFORM set_config('lock_timeout', '60s', true), pg_advisory_xact_lock(22);
+				WHILE NOT pg_try_advisory_xact_lock(22) LOOP
+					PERFORM pg_sleep(0.01);
+				END LOOP;
 			END IF;
 			RETURN OLD;
 		END $$`
@@ -237,7 +240,7 @@ func (f *reaperFault) reap(t *testing.T) (resume func() int64) {
 		<-done
 	})
 	await(t, f.url, "the reaper pauses",
-		"EXISTS (SELECT FROM pg_stat_activity WHERE application_name = $1 AND wait_event = 'advisory')", pausedReaper)
+		"EXISTS (SELECT FROM pg_stat_activity WHERE application_name = $1 AND wait_event = 'PgSleep')", pausedReaper)
 	return func() int64 {
 		t.Helper()
 		if err := open(); err != nil {
