@@ -43,15 +43,13 @@ func Catalogue() []Mutant {
 	if _, err := s.flush(ctx, conn.PgConn(), call{statement: &s.begin}, a.insertCall(nil, answer), call{statement: &s.commit}); err != nil {
 		return fail("record", classify(err), err)
 	}
-	_ = claimedAt
 	return a.end(ctx, "commit", a.guardCall(), call{statement: &s.commit})
 `}},
 		},
 		{
 			Name: "store-after-commit",
 			Bug:  "the record is stored after the handler's transaction has committed",
-			edits: []edit{{attemptFile, keyedCommit, `	_ = claimedAt
-	if err := a.end(ctx, "commit", a.guardCall(), call{statement: &s.commit}); err != nil {
+			edits: []edit{{attemptFile, keyedCommit, `	if err := a.end(ctx, "commit", a.guardCall(), call{statement: &s.commit}); err != nil {
 		return err
 	}
 	return a.end(ctx, "commit", call{statement: &s.begin}, a.insertCall(nil, answer), call{statement: &s.commit})
