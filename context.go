@@ -15,10 +15,27 @@ type running struct {
 	attempt AttemptID
 }
 
+// attemptContext carries the attempt: a context.WithValue whose value lies within.
+type attemptContext struct {
+	context.Context
+	running running
+}
+
 // withAttempt returns ctx carrying the attempt.
 func withAttempt(ctx context.Context, key Key, attempt AttemptID) context.Context {
-	return context.WithValue(ctx, contextKey{}, &running{key: key, attempt: attempt})
+	return &attemptContext{Context: ctx, running: running{key: key, attempt: attempt}}
 }
+
+// Value implements context.Context.
+func (c *attemptContext) Value(key any) any {
+	if key == (contextKey{}) {
+		return &c.running
+	}
+	return c.Context.Value(key)
+}
+
+// String names the contexts, as those of package context do, and no value.
+func (c *attemptContext) String() string { return fmt.Sprint(c.Context) + ".WithAttempt" }
 
 // AttemptIDFrom returns the id of the attempt that runs with this context, and false outside an idempotent handler.
 // It differs from run to run: see [DerivedKey] for what stays the same.

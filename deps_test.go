@@ -71,15 +71,15 @@ func TestDependencies(t *testing.T) {
 		packages      []string
 		ours, modules []string
 	}{
-		{[]string{"."}, []string{""}, nil},
-		{[]string{"./storage/memory"}, []string{"", "storage/memory"}, nil},
-		{[]string{"./storage/encrypted"}, []string{"", "storage/encrypted"}, nil},
-		{[]string{"./storage/storagetest"}, []string{"", "storage/storagetest"}, nil},
-		{[]string{"./storage/postgres"}, []string{"", "storage/postgres"}, pgx},
-		{[]string{"./middleware"}, []string{"", "middleware"}, []string{httpsfv}},
-		{[]string{"./middleware/prooftest"}, []string{"", "middleware", "middleware/prooftest"}, []string{httpsfv}},
+		{[]string{"."}, []string{"", "internal/deadline"}, nil},
+		{[]string{"./storage/memory"}, []string{"", "internal/deadline", "storage/memory"}, nil},
+		{[]string{"./storage/encrypted"}, []string{"", "internal/deadline", "storage/encrypted"}, nil},
+		{[]string{"./storage/storagetest"}, []string{"", "internal/deadline", "storage/storagetest"}, nil},
+		{[]string{"./storage/postgres"}, []string{"", "internal/deadline", "storage/postgres"}, pgx},
+		{[]string{"./middleware"}, []string{"", "internal/deadline", "middleware"}, []string{httpsfv}},
+		{[]string{"./middleware/prooftest"}, []string{"", "internal/deadline", "middleware", "middleware/prooftest"}, []string{httpsfv}},
 		{[]string{"./middleware/chiroute"}, []string{"middleware/chiroute"}, []string{"github.com/go-chi/chi/v5"}},
-		{[]string{"./middleware", "./storage/postgres"}, []string{"", "middleware", "storage/postgres"}, append([]string{httpsfv}, pgx...)},
+		{[]string{"./middleware", "./storage/postgres"}, []string{"", "internal/deadline", "middleware", "storage/postgres"}, append([]string{httpsfv}, pgx...)},
 	} {
 		t.Run(strings.Join(test.packages, " "), func(t *testing.T) {
 			t.Parallel()

@@ -7,6 +7,8 @@ import (
 	"runtime/debug"
 	"sync/atomic"
 	"time"
+
+	"github.com/paidonce/idempotency/internal/deadline"
 )
 
 // Defaults of [Options].
@@ -253,16 +255,17 @@ func (e *Engine) do(ctx context.Context, req *Request, run RunFunc, trace *trace
 
 // attempts begins attempts until one need not be started again.
 func (e *Engine) attempts(ctx context.Context, req *Request, run RunFunc, trace *trace) Result {
-	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), e.options.HandlerTimeout)
-	defer cancel()
+	ctx = context.WithoutCancel(ctx)
+	budget := deadline.After(ctx, e.options.HandlerTimeout)
+	defer budget.End()
 	recorded := false // by another attempt
 	for restarts := 0; ; {
 		req.Attempt = NewAttemptID()
-		result, again := e.attempt(ctx, req, run, trace)
+		result, again := e.attempt(ctx, budget, req, run, trace)
 		recorded = recorded || errors.Is(again, ErrKeyRecorded)
 		postponed := req.Speculative && errors.Is(again, ErrNotClaimed)
 		req.Speculative = false
-		if again != nil && ctx.Err() == nil && (postponed || restarts < e.options.Restarts) {
+		if again != nil && budget.Err() == nil && (postponed || restarts < e.options.Restarts) {
 			if !postponed { // then the claim is made now, for the first time
 				restarts++
 			}
@@ -278,19 +281,20 @@ func (e *Engine) attempts(ctx context.Context, req *Request, run RunFunc, trace 
 	}
 }
 
-// attempt claims the key and, where it is ours, runs the handler and ends the transaction. It returns a result, or the
-// reason to start again.
-func (e *Engine) attempt(ctx context.Context, req *Request, run RunFunc, trace *trace) (result Result, again error) {
+// attempt claims the key and, where it is ours, runs the handler within what is left of the budget, and ends the transaction,
+// which is bounded apart: neither the client nor the handler's timeout may cut that off. ctx never ends. It returns a
+// result, or the reason to start again.
+func (e *Engine) attempt(ctx context.Context, budget *deadline.Context, req *Request, run RunFunc, trace *trace) (result Result, again error) {
 	// The claim.
 	started := trace.now()
-	attempt, record, err := e.store.Begin(ctx, req)
+	attempt, record, err := e.store.Begin(budget, req)
 	open := attempt != nil
 	rollback := func() error {
 		open = false
 		started := trace.now()
-		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), e.options.RollbackTimeout)
-		defer cancel()
-		err := attempt.Rollback(ctx)
+		bounded := deadline.After(ctx, e.options.RollbackTimeout)
+		defer bounded.End()
+		err := attempt.Rollback(bounded)
 		trace.step(StepRollback, started, err)
 		return err
 	}
@@ -313,7 +317,10 @@ func (e *Engine) attempt(ctx context.Context, req *Request, run RunFunc, trace *
 
 	// The handler.
 	started = trace.now()
-	answer, failed := call(attempt.Context(withAttempt(ctx, req.Key, req.Attempt)), run)
+	handlerEnd, _ := budget.Deadline()
+	handlerCtx, cancel := context.WithDeadline(ctx, handlerEnd)
+	defer cancel()
+	answer, failed := call(attempt.Context(withAttempt(handlerCtx, req.Key, req.Attempt)), run)
 	trace.step(StepHandler, started, failed)
 	sealed := attempt.Seal()
 
@@ -326,7 +333,7 @@ func (e *Engine) attempt(ctx context.Context, req *Request, run RunFunc, trace *
 	switch {
 	case disposition != Forget:
 		recorded, failed = e.reduce(answer)
-	case ctx.Err() != nil:
+	case budget.Err() != nil:
 		failed = errors.Join(failed, fmt.Errorf("%w: the handler took longer than %v", ErrUnavailable, e.options.HandlerTimeout))
 	}
 	fact := factAfterHandler(sealed, failed, disposition)
@@ -372,12 +379,12 @@ func (e *Engine) disposition(req *Request, answer *Answer) Disposition {
 	return disposition
 }
 
-// end runs Commit or Decline on a context of its own: neither the client nor the handler's timeout may cut it off.
+// end runs Commit or Decline on a context of its own.
 func (e *Engine) end(ctx context.Context, end func(context.Context, *Answer) error, answer *Answer, step Step, trace *trace) error {
 	started := trace.now()
-	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), e.options.CommitTimeout)
-	defer cancel()
-	err := end(ctx, answer)
+	bounded := deadline.After(ctx, e.options.CommitTimeout)
+	defer bounded.End()
+	err := end(bounded, answer)
 	trace.step(step, started, err)
 	return err
 }
@@ -385,9 +392,9 @@ func (e *Engine) end(ctx context.Context, end func(context.Context, *Answer) err
 // resolve asks the store what became of a COMMIT that was sent then, and whose reply was lost; lost is how.
 func (e *Engine) resolve(ctx context.Context, req *Request, disposition Disposition, sent time.Time, lost error, trace *trace) (Fact, *Record, error) {
 	started := trace.now()
-	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), e.options.ResolveTimeout)
-	defer cancel()
-	record, err := e.store.Resolve(ctx, req)
+	bounded := deadline.After(ctx, e.options.ResolveTimeout)
+	defer bounded.End()
+	record, err := e.store.Resolve(bounded, req)
 	if err == nil && record == nil && 2*time.Since(sent) >= req.TTL {
 		err = errMayHaveExpired
 	}

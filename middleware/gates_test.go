@@ -20,12 +20,12 @@ import (
 // Round trips, WAL and connections have theirs in storage/postgres.
 const (
 	// A fresh request over the same handler in a plain transaction of pgx, for two batches and an answer of 200 bytes.
-	allocsFreshMax = 67
+	allocsFreshMax = 29
 	// A replay from PostgreSQL, all of it but net/http.
-	allocsReplayMax = 53
+	allocsReplayMax = 45
 	// The middleware and the engine with the memory store, over the handler alone, the store's allocations included.
-	allocsMemoryFreshMax  = 42
-	allocsMemoryReplayMax = 36
+	allocsMemoryFreshMax  = 38
+	allocsMemoryReplayMax = 35
 )
 
 // These tests count what the whole process allocates, so nothing else may run: they are not parallel.
@@ -93,7 +93,9 @@ func allocations(t *testing.T, handler http.Handler, key func(n int) string, sta
 	body := bytes.Repeat([]byte("x"), 200)
 	n := 0
 	once := func() {
-		r, err := http.NewRequest(http.MethodPost, "http://bank/transfers", bytes.NewReader(body))
+		ctx, cancel := context.WithCancel(context.Background()) // as a server's request has
+		defer cancel()
+		r, err := http.NewRequestWithContext(ctx, http.MethodPost, "http://bank/transfers", bytes.NewReader(body))
 		if err != nil {
 			t.Fatal(err)
 		}

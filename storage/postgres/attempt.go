@@ -21,6 +21,7 @@ type attempt struct {
 	pooled *pgxpool.Conn
 	tx     transaction
 	handle sealedTx // the handler's
+	ctx    txContext
 
 	// What the claim found.
 	locked      bool
@@ -35,21 +36,41 @@ type attempt struct {
 	status     [2]byte
 	version    [2]byte
 	scope, key []byte
+	text       [96]byte // of scope and key, where they are short
 	params     [insertParams][]byte
+	calls      [6]call // of the flush under way
 }
 
 func newAttempt(store *Store, conn *pgxpool.Conn, req *idempotency.Request, number int64) *attempt {
 	a := &attempt{store: store, req: req, number: number, lockNumber: encodeInt8(number), pooled: conn, tx: newTransaction(store.pool, conn.Conn(), store.mode)}
 	a.handle.transaction = &a.tx
-	text := append(append(make([]byte, 0, len(req.Key.Scope)+len(req.Key.Value)), req.Key.Scope...), req.Key.Value...)
+	text := append(append(a.text[:0], req.Key.Scope...), req.Key.Value...)
 	a.scope, a.key = text[:len(req.Key.Scope)], text[len(req.Key.Scope):]
 	return a
 }
 
 // Context implements [idempotency.Attempt].
 func (a *attempt) Context(ctx context.Context) context.Context {
-	return context.WithValue(ctx, txKey{}, &a.handle)
+	a.ctx = txContext{Context: ctx, tx: &a.handle}
+	return &a.ctx
 }
+
+// txContext carries the handler's transaction: a context.WithValue whose value lies within.
+type txContext struct {
+	context.Context
+	tx *sealedTx
+}
+
+// Value implements context.Context.
+func (c *txContext) Value(key any) any {
+	if key == (txKey{}) {
+		return c.tx
+	}
+	return c.Context.Value(key)
+}
+
+// String names the contexts, as those of package context do, and no value.
+func (c *txContext) String() string { return fmt.Sprint(c.Context) + ".WithTx" }
 
 // lockCall tries to lock the key.
 func (a *attempt) lockCall(row rowReader) call {
@@ -136,9 +157,9 @@ func (a *attempt) Commit(ctx context.Context, answer *idempotency.Answer) error 
 	}
 	s := &a.store.statements
 	if a.req.Keyless() {
-		return a.end(ctx, "commit", a.guardCall(), call{statement: &s.commit})
+		return a.end(ctx, "commit", append(a.calls[:0], a.guardCall(), call{statement: &s.commit}))
 	}
-	return a.end(ctx, "commit", a.insertCall(a.claimedAt[:], answer), call{statement: &s.commit})
+	return a.end(ctx, "commit", append(a.calls[:0], a.insertCall(a.claimedAt[:], answer), call{statement: &s.commit}))
 }
 
 // Decline implements [idempotency.Attempt]: the handler's writes go, the answer stays, in one round trip. Between the
@@ -153,7 +174,7 @@ func (a *attempt) Decline(ctx context.Context, answer *idempotency.Answer) error
 		return err
 	}
 	s := &a.store.statements
-	calls := make([]call, 0, 6)
+	calls := a.calls[:0]
 	// An abandoned connection is not ours to look at; in an aborted transaction nothing but ROLLBACK is heard.
 	if !a.tx.abandoned && a.conn().TxStatus() == 'T' {
 		calls = append(calls, a.guardCall())
@@ -165,7 +186,7 @@ func (a *attempt) Decline(ctx context.Context, answer *idempotency.Answer) error
 		a.insertCall(nil, answer),
 		call{statement: &s.commit},
 	)
-	return a.end(ctx, "decline", calls...)
+	return a.end(ctx, "decline", calls)
 }
 
 // Rollback implements [idempotency.Attempt]. A connection that can't be rolled back is closed, which is the same to
@@ -179,7 +200,7 @@ func (a *attempt) Rollback(ctx context.Context) error {
 		return nil
 	}
 	s := &a.store.statements
-	calls := make([]call, 0, 3)
+	calls := a.calls[:0]
 	switch a.conn().TxStatus() {
 	case 'T':
 		calls = append(calls, a.guardCall())
@@ -263,7 +284,7 @@ func (a *attempt) insertCall(claimedAt []byte, answer *idempotency.Answer) call 
 }
 
 // end sends the last flush, whose last statement is COMMIT, and says what became of the transaction.
-func (a *attempt) end(ctx context.Context, step string, calls ...call) error {
+func (a *attempt) end(ctx context.Context, step string, calls []call) error {
 	switch {
 	case a.tx.abandoned:
 		return fail(step, idempotency.ErrUnavailable, errors.New("a goroutine of the handler's still uses the connection"))

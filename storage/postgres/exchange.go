@@ -4,11 +4,14 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"os"
 	"sync"
 	"time"
 
 	"github.com/jackc/pgx/v5/pgconn"
 	"github.com/jackc/pgx/v5/pgproto3"
+
+	"github.com/paidonce/idempotency/internal/deadline"
 )
 
 // call is a statement with its parameters and, where it returns a row, the reader of its first row.
@@ -54,10 +57,12 @@ func (s *statements) flush(ctx context.Context, conn *pgconn.PgConn, calls ...ca
 		frontend.SendExecute(&pgproto3.Execute{})
 	}
 	frontend.SendSync(&pgproto3.Sync{})
-	watch := watchContext(ctx, conn)
-	result, err := exchange(conn, calls)
-	if interrupted := watch.end(); interrupted && err != nil {
-		err = fmt.Errorf("%w: %w", ctx.Err(), err)
+	var result reply
+	var err error
+	if c, ok := ctx.(*deadline.Context); ok {
+		result, err = exchangeBefore(c, conn, calls)
+	} else {
+		result, err = exchangeWatched(ctx, conn, calls)
 	}
 	if unprepared(err) {
 		delete(conn.CustomData(), preparedMark) // from now on they are sent as text
@@ -72,6 +77,30 @@ func (c *call) messages(prepared *preparedNames) (pgproto3.Parse, pgproto3.Bind)
 		bind.PreparedStatement = prepared.names[c.statement.number]
 	}
 	return pgproto3.Parse{Query: c.statement.sql, ParameterOIDs: c.statement.oids}, bind
+}
+
+// exchangeBefore is an exchange whose context ends by time alone: the socket itself watches the clock.
+func exchangeBefore(ctx *deadline.Context, conn *pgconn.PgConn, calls []call) (reply, error) {
+	at, _ := ctx.Deadline()
+	_ = conn.Conn().SetDeadline(at)
+	result, err := exchange(conn, calls)
+	if !conn.IsClosed() {
+		_ = conn.Conn().SetDeadline(time.Time{})
+	}
+	if errors.Is(err, os.ErrDeadlineExceeded) {
+		err = fmt.Errorf("%w: %w", context.DeadlineExceeded, err)
+	}
+	return result, err
+}
+
+// exchangeWatched is an exchange whose context may end for any reason.
+func exchangeWatched(ctx context.Context, conn *pgconn.PgConn, calls []call) (reply, error) {
+	watch := watchContext(ctx, conn)
+	result, err := exchange(conn, calls)
+	if interrupted := watch.end(); interrupted && err != nil {
+		err = fmt.Errorf("%w: %w", ctx.Err(), err)
+	}
+	return result, err
 }
 
 // exchange flushes what was written and reads the replies.

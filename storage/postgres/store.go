@@ -12,6 +12,7 @@ import (
 	"github.com/jackc/pgx/v5/pgxpool"
 
 	"github.com/paidonce/idempotency"
+	"github.com/paidonce/idempotency/internal/deadline"
 )
 
 // TableName is the name of the table of the records. The schema is configurable, the name is not.
@@ -258,10 +259,9 @@ func (s *Store) claim(ctx context.Context, req *idempotency.Request, acquire fun
 	if req.Speculative && !req.Keyless() && a.postpone() {
 		return a, nil, nil
 	}
-	calls := [...]call{{statement: &s.statements.begin}, a.lockCall(lockRow{a}), a.lookUpCall(recordRow{a})}
-	claim := calls[:]
-	if req.Keyless() {
-		claim = calls[:2]
+	claim := append(a.calls[:0], call{statement: &s.statements.begin}, a.lockCall(lockRow{a}))
+	if !req.Keyless() {
+		claim = append(claim, a.lookUpCall(recordRow{a}))
 	}
 	a.heard = s.cache.ask()
 	_, err = s.statements.flush(ctx, conn.Conn().PgConn(), claim...)
@@ -316,6 +316,11 @@ func plainText(conn *pgconn.PgConn) bool {
 
 // acquire takes a connection from the pool.
 func (s *Store) acquire(ctx context.Context) (*pgxpool.Conn, error) {
+	if budget, ok := ctx.(*deadline.Context); ok { // the engine's, and cheaper
+		part := budget.Within(s.options.AcquireTimeout)
+		defer part.End()
+		return s.pool.Acquire(part)
+	}
 	ctx, cancel := context.WithTimeout(ctx, s.options.AcquireTimeout)
 	defer cancel()
 	return s.pool.Acquire(ctx)

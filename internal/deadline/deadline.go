@@ -1,0 +1,96 @@
+// Package deadline has a context for work that is bounded by time alone. It costs one piece of memory until somebody asks
+// for its channel; context.WithTimeout costs a timer, its closures and a channel each time, and there are three such stretches
+// in a request.
+package deadline
+
+import (
+	"context"
+	"sync"
+	"time"
+)
+
+// Context ends at its deadline, or when its maker calls End, and for no other reason. It has the values of its parent, and
+// nothing of the parent's own end. So who works with it before its maker ends it may watch the clock alone: set the deadline
+// of a socket, for example.
+//
+// It is safe for concurrent use. Make it with [After], end it with End.
+type Context struct {
+	context.Context // its values
+
+	at time.Time
+
+	mu    sync.Mutex
+	done  chan struct{} // nil until somebody asks
+	timer *time.Timer   // of done
+	err   error
+}
+
+// After returns a context that ends when the timeout is over. Its parent must be one that never ends, such as a
+// context.WithoutCancel: its values are passed on as they are.
+func After(parent context.Context, timeout time.Duration) *Context {
+	return &Context{Context: parent, at: time.Now().Add(timeout)}
+}
+
+// Within is After for a part of what c is for: it ends no later than c.
+func (c *Context) Within(timeout time.Duration) *Context {
+	part := After(c.Context, timeout)
+	if c.at.Before(part.at) {
+		part.at = c.at
+	}
+	return part
+}
+
+// Deadline implements context.Context.
+func (c *Context) Deadline() (time.Time, bool) { return c.at, true }
+
+// Done implements context.Context.
+func (c *Context) Done() <-chan struct{} {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.done == nil {
+		c.done = make(chan struct{})
+		if c.ended() != nil {
+			close(c.done)
+		} else {
+			c.timer = time.AfterFunc(time.Until(c.at), c.expire)
+		}
+	}
+	return c.done
+}
+
+// Err implements context.Context.
+func (c *Context) Err() error {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.ended()
+}
+
+// End ends the context, where it has not ended, and lets go of its timer. The maker calls it when the work is done.
+func (c *Context) End() { c.finish(context.Canceled) }
+
+func (c *Context) expire() { c.finish(context.DeadlineExceeded) }
+
+func (c *Context) finish(err error) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.err == nil {
+		c.end(err)
+	}
+}
+
+// ended returns why the context ended, and ends it where its time is over. The caller holds mu.
+func (c *Context) ended() error {
+	if c.err == nil && !time.Now().Before(c.at) {
+		c.end(context.DeadlineExceeded)
+	}
+	return c.err
+}
+
+// end ends the context. The caller holds mu, and it is not ended yet.
+func (c *Context) end(err error) {
+	c.err = err
+	if c.timer != nil {
+		c.timer.Stop()
+		close(c.done)
+	}
+}
