@@ -22,6 +22,11 @@ const (
 	waitOthers      = 8 // clients whose requests have nothing to do with the duplicates
 	waitOthersPause = 20 * time.Millisecond
 	waitWindow      = waitWork + 100*time.Millisecond // how long the others are watched, with duplicates and without
+
+	// waitWindows is how many windows of each kind make a round, and waitWindowsQuick in a quick run. A window has some 120
+	// requests of others: the 99th percentile of one alone is a single request.
+	waitWindows      = 10
+	waitWindowsQuick = 2
 )
 
 // Wait is what became of duplicates that were sent at once, of a request that takes long, on a route where they wait for
@@ -29,6 +34,7 @@ const (
 type Wait struct {
 	Fsync      string  `json:"fsync"`
 	Rounds     int     `json:"rounds"`
+	Windows    int     `json:"windows"` // of a round: with duplicates, and as many without
 	Duplicates int     `json:"duplicates"`
 	WorkMS     float64 `json:"work_ms"` // how long the handler takes before it pays
 	PoolSize   int     `json:"pool_size"`
@@ -51,7 +57,7 @@ type Others struct {
 	P99MS    float64 `json:"p99_ms"`
 }
 
-// measureWait sends duplicates at once, in every other window of time.
+// measureWait sends duplicates at once, in half of the windows of time.
 func (r *run) measureWait(ctx context.Context) error {
 	if err := r.cluster.reset(ctx); err != nil {
 		return err
@@ -76,13 +82,15 @@ func (r *run) measureWait(ctx context.Context) error {
 	latency := hdr.New(1, latencyMax.Microseconds(), 3)
 	with, without := hdr.New(1, latencyMax.Microseconds(), 3), hdr.New(1, latencyMax.Microseconds(), 3)
 	var p99With, p99Without []float64
-	w.Rounds = 2 * r.config.Rounds // they are short
+	w.Rounds, w.Windows = r.config.Rounds, waitWindows
+	if r.config.Quick {
+		w.Windows = waitWindowsQuick
+	}
 	for round := range w.Rounds {
 		r.enter("duplicates of a request that runs: round %d of %d", round+1, w.Rounds)
-		windows := []bool{true, false} // with duplicates, without
-		if r.rng.IntN(2) == 0 {
-			slices.Reverse(windows)
-		}
+		roundWith, roundWithout := hdr.New(1, latencyMax.Microseconds(), 3), hdr.New(1, latencyMax.Microseconds(), 3)
+		windows := slices.Repeat([]bool{true, false}, w.Windows) // with duplicates, without
+		r.rng.Shuffle(len(windows), func(i, j int) { windows[i], windows[j] = windows[j], windows[i] })
 		for _, withDuplicates := range windows {
 			before, err := r.child.ask(ctx, order{Stats: true})
 			if err != nil {
@@ -106,15 +114,17 @@ func (r *run) measureWait(ctx context.Context) error {
 			}
 			acknowledged += quiet.TotalCount() + executed
 			if !withDuplicates {
-				without.Merge(quiet)
-				p99Without = append(p99Without, milliseconds(quiet, 99))
+				roundWithout.Merge(quiet)
 				continue
 			}
-			with.Merge(quiet)
-			p99With = append(p99With, milliseconds(quiet, 99))
+			roundWith.Merge(quiet)
 			w.RunsMax = max(w.RunsMax, after.Stats.Runs-before.Stats.Runs)
 			w.Connections = max(w.Connections, after.Stats.HeldMax)
 		}
+		with.Merge(roundWith)
+		without.Merge(roundWithout)
+		p99With = append(p99With, milliseconds(roundWith, 99))
+		p99Without = append(p99Without, milliseconds(roundWithout, 99))
 	}
 	w.P50MS, w.P99MS = milliseconds(latency, 50), milliseconds(latency, 99)
 	w.With = Others{with.TotalCount(), milliseconds(with, 50), milliseconds(with, 99)}
@@ -216,7 +226,7 @@ func (w *Wait) write(b io.Writer) {
 	if w == nil {
 		return
 	}
-	fmt.Fprintf(b, "\n%d duplicates at once of a request that takes %.0f ms, fsync %s; %d connections, %d rounds\n", w.Duplicates, w.WorkMS, w.Fsync, w.PoolSize, w.Rounds)
+	fmt.Fprintf(b, "\n%d duplicates at once of a request that takes %.0f ms, fsync %s; %d connections, %d rounds of %d\n", w.Duplicates, w.WorkMS, w.Fsync, w.PoolSize, w.Rounds, w.Windows)
 	fmt.Fprintf(b, "the handler ran %d times for a key at most; the duplicates held %d connections at once at most\n", w.RunsMax, w.Connections)
 	fmt.Fprintf(b, "duplicates: p50 %.1f ms, p99 %.1f ms; answers:", w.P50MS, w.P99MS)
 	for i, name := range sortedKeys(w.Answers) {
