@@ -161,6 +161,11 @@ func (m *Middleware) serve(w http.ResponseWriter, r *http.Request, next http.Han
 // answer tells the client what became of its request.
 func (m *Middleware) answer(w http.ResponseWriter, r *http.Request, result idempotency.Result, run *run) {
 	h := w.Header()
+	values := make([]string, 5) // one piece of memory for the headers that are set here, in canonical form
+	set := func(name, value string) {
+		values[0] = value
+		h[name], values = values[:1:1], values[1:]
+	}
 	switch {
 	case result.Answer == nil:
 		m.writeProblem(w, result.Reason, result.Outcome, nil)
@@ -183,14 +188,14 @@ func (m *Middleware) answer(w http.ResponseWriter, r *http.Request, result idemp
 		if _, set := h["Content-Type"]; !set {
 			h["Content-Type"] = nil // the first answer had none, and net/http would guess one
 		}
-		h.Set("Idempotent-Replayed", "true")
-		h.Set("Idempotency-Created-At", result.Record.CreatedAt.UTC().Format(time.RFC3339))
-		h.Set("Idempotency-Expires-At", result.Record.ExpiresAt.UTC().Format(time.RFC3339))
+		set("Idempotent-Replayed", "true")
+		set("Idempotency-Created-At", result.Record.CreatedAt.UTC().Format(time.RFC3339))
+		set("Idempotency-Expires-At", result.Record.ExpiresAt.UTC().Format(time.RFC3339))
 	}
-	h.Set("Idempotency-Status", string(result.Outcome))
+	set("Idempotency-Status", string(result.Outcome))
 	status := result.Answer.Status
 	if status != http.StatusNoContent && status != http.StatusNotModified {
-		h.Set("Content-Length", strconv.Itoa(len(result.Answer.Body)))
+		set("Content-Length", strconv.Itoa(len(result.Answer.Body)))
 	}
 	w.WriteHeader(status)
 	_, _ = w.Write(result.Answer.Body) // a client that is gone asks again

@@ -203,11 +203,12 @@ func (e early) Flush() {
 			Name: "request-context-for-commit",
 			Bug:  "COMMIT runs with the request's context",
 			edits: []edit{
-				{engineFile, `	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), e.options.HandlerTimeout)
-`, `	ctx, cancel := context.WithTimeout(ctx, e.options.HandlerTimeout)
-`},
-				{engineFile, `	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), e.options.CommitTimeout)
-`, `	ctx, cancel := context.WithTimeout(ctx, e.options.CommitTimeout)
+				{engineFile, `	ctx = context.WithoutCancel(ctx)
+`, ""},
+				{engineFile, `	bounded := deadline.After(ctx, e.options.CommitTimeout)
+	defer bounded.End()
+`, `	bounded, cancel := context.WithTimeout(ctx, e.options.CommitTimeout)
+	defer cancel()
 `},
 			},
 		},
