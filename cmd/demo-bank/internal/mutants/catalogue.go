@@ -113,9 +113,10 @@ func Catalogue() []Mutant {
 			oids: []uint32{pgtype.Int8OID},`, `			sql: "SELECT pg_catalog.pg_try_advisory_xact_lock($1), pg_catalog.transaction_timestamp(), " + synchronousStandbys + settings +
 				", " + recordColumns + " FROM (SELECT 1) one LEFT JOIN " + table + " ON scope = $2 AND key = $3",
 			oids: []uint32{pgtype.Int8OID, pgtype.TextOID, pgtype.TextOID},`},
-				{storeFile, `	claim := calls[:]
-`, `	claim := calls[:2]
-`},
+				{storeFile, `	if !req.Keyless() {
+		claim = append(claim, a.lookUpCall(recordRow{a}))
+	}
+`, ""},
 				{attemptFile, `	a.params[0] = a.lockNumber[:]
 	return call{statement: &a.store.statements.lock, params: a.params[:1:1], row: row}
 `, `	a.params[0], a.params[1], a.params[2] = a.lockNumber[:], a.scope, a.key
