@@ -26,7 +26,7 @@ const (
 	bankFile       = "cmd/demo-bank/internal/bank/routes.go"
 )
 
-const keyedCommit = `	return a.end(ctx, "commit", a.insertCall(a.claimedAt[:], answer), call{statement: &s.commit})
+const keyedCommit = `	return a.end(ctx, "commit", append(a.calls[:0], a.insertCall(a.claimedAt[:], answer), call{statement: &s.commit}))
 `
 
 // Catalogue is every seeded bug.
@@ -43,16 +43,16 @@ func Catalogue() []Mutant {
 	if _, err := s.flush(ctx, conn.PgConn(), call{statement: &s.begin}, a.insertCall(nil, answer), call{statement: &s.commit}); err != nil {
 		return fail("record", classify(err), err)
 	}
-	return a.end(ctx, "commit", a.guardCall(), call{statement: &s.commit})
+	return a.end(ctx, "commit", append(a.calls[:0], a.guardCall(), call{statement: &s.commit}))
 `}},
 		},
 		{
 			Name: "store-after-commit",
 			Bug:  "the record is stored after the handler's transaction has committed",
-			edits: []edit{{attemptFile, keyedCommit, `	if err := a.end(ctx, "commit", a.guardCall(), call{statement: &s.commit}); err != nil {
+			edits: []edit{{attemptFile, keyedCommit, `	if err := a.end(ctx, "commit", append(a.calls[:0], a.guardCall(), call{statement: &s.commit})); err != nil {
 		return err
 	}
-	return a.end(ctx, "commit", call{statement: &s.begin}, a.insertCall(nil, answer), call{statement: &s.commit})
+	return a.end(ctx, "commit", append(a.calls[:0], call{statement: &s.begin}, a.insertCall(nil, answer), call{statement: &s.commit}))
 `}},
 		},
 		{
