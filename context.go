@@ -5,6 +5,7 @@ import (
 	"crypto/sha256"
 	"fmt"
 	"runtime"
+	"time"
 )
 
 type contextKey struct{}
@@ -21,11 +22,6 @@ type attemptContext struct {
 	running running
 }
 
-// withAttempt returns ctx carrying the attempt.
-func withAttempt(ctx context.Context, key Key, attempt AttemptID) context.Context {
-	return &attemptContext{Context: ctx, running: running{key: key, attempt: attempt}}
-}
-
 // Value implements context.Context.
 func (c *attemptContext) Value(key any) any {
 	if key == (contextKey{}) {
@@ -36,6 +32,21 @@ func (c *attemptContext) Value(key any) any {
 
 // String names the contexts, as those of package context do, and no value.
 func (c *attemptContext) String() string { return fmt.Sprint(c.Context) + ".WithAttempt" }
+
+// detached is a context.WithoutCancel that can lie within something else: it has the values of a context, and never ends.
+type detached struct{ context.Context }
+
+// Deadline implements context.Context.
+func (*detached) Deadline() (time.Time, bool) { return time.Time{}, false }
+
+// Done implements context.Context.
+func (*detached) Done() <-chan struct{} { return nil }
+
+// Err implements context.Context.
+func (*detached) Err() error { return nil }
+
+// String names the contexts, as those of package context do, and no value.
+func (c *detached) String() string { return fmt.Sprint(c.Context) + ".WithoutCancel" }
 
 // AttemptIDFrom returns the id of the attempt that runs with this context, and false outside an idempotent handler.
 // It differs from run to run: see [DerivedKey] for what stays the same.

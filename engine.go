@@ -255,13 +255,17 @@ func (e *Engine) do(ctx context.Context, req *Request, run RunFunc, trace *trace
 
 // attempts begins attempts until one need not be started again.
 func (e *Engine) attempts(ctx context.Context, req *Request, run RunFunc, trace *trace) Result {
-	ctx = context.WithoutCancel(ctx)
-	budget := deadline.After(ctx, e.options.HandlerTimeout)
+	bounds := &struct { // one piece of memory
+		parent detached
+		budget deadline.Context // of the claim and of all runs
+	}{parent: detached{ctx}}
+	budget := &bounds.budget
+	budget.Start(&bounds.parent, e.options.HandlerTimeout)
 	defer budget.End()
 	recorded := false // by another attempt
 	for restarts := 0; ; {
 		req.Attempt = NewAttemptID()
-		result, again := e.attempt(ctx, budget, req, run, trace)
+		result, again := e.attempt(&bounds.parent, budget, req, run, trace)
 		recorded = recorded || errors.Is(again, ErrKeyRecorded)
 		postponed := req.Speculative && errors.Is(again, ErrNotClaimed)
 		req.Speculative = false
@@ -320,7 +324,11 @@ func (e *Engine) attempt(ctx context.Context, budget *deadline.Context, req *Req
 	handlerEnd, _ := budget.Deadline()
 	handlerCtx, cancel := context.WithDeadline(ctx, handlerEnd)
 	defer cancel()
-	answer, failed := call(attempt.Context(withAttempt(handlerCtx, req.Key, req.Attempt)), run)
+	bounds := &struct { // one piece of memory
+		handler attemptContext
+		end     deadline.Context
+	}{handler: attemptContext{Context: handlerCtx, running: running{key: req.Key, attempt: req.Attempt}}}
+	answer, failed := call(attempt.Context(&bounds.handler), run)
 	trace.step(StepHandler, started, failed)
 	sealed := attempt.Seal()
 
@@ -341,11 +349,13 @@ func (e *Engine) attempt(ctx context.Context, budget *deadline.Context, req *Req
 	switch Decide(fact).Action {
 	case ActionCommit:
 		open = false
-		err = e.end(ctx, attempt.Commit, recorded, StepCommit, trace)
+		bounds.end.Start(ctx, e.options.CommitTimeout)
+		err = end(&bounds.end, attempt.Commit, recorded, StepCommit, trace)
 		fact = factAfterCommit(req, err)
 	case ActionDecline:
 		open = false
-		err = e.end(ctx, attempt.Decline, recorded, StepDecline, trace)
+		bounds.end.Start(ctx, e.options.CommitTimeout)
+		err = end(&bounds.end, attempt.Decline, recorded, StepDecline, trace)
 		fact = factAfterDecline(err)
 	case ActionForget:
 		err = rollback()
@@ -379,12 +389,11 @@ func (e *Engine) disposition(req *Request, answer *Answer) Disposition {
 	return disposition
 }
 
-// end runs Commit or Decline on a context of its own.
-func (e *Engine) end(ctx context.Context, end func(context.Context, *Answer) error, answer *Answer, step Step, trace *trace) error {
+// end runs Commit or Decline within a time of its own, which it ends.
+func end(ctx *deadline.Context, end func(context.Context, *Answer) error, answer *Answer, step Step, trace *trace) error {
+	defer ctx.End()
 	started := trace.now()
-	bounded := deadline.After(ctx, e.options.CommitTimeout)
-	defer bounded.End()
-	err := end(bounded, answer)
+	err := end(ctx, answer)
 	trace.step(step, started, err)
 	return err
 }

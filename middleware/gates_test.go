@@ -20,12 +20,12 @@ import (
 // Round trips, WAL and connections have theirs in storage/postgres.
 const (
 	// A fresh request over the same handler in a plain transaction of pgx, for two batches and an answer of 200 bytes.
-	allocsFreshMax = 28
+	allocsFreshMax = 20
 	// A replay from PostgreSQL, all of it but net/http.
-	allocsReplayMax = 41
+	allocsReplayMax = 38
 	// The middleware and the engine with the memory store, over the handler alone, the store's allocations included.
-	allocsMemoryFreshMax  = 37
-	allocsMemoryReplayMax = 31
+	allocsMemoryFreshMax  = 33
+	allocsMemoryReplayMax = 29
 )
 
 // These tests count what the whole process allocates, so nothing else may run: they are not parallel.

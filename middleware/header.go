@@ -50,13 +50,22 @@ func recordable(header, before http.Header, allowed map[string]bool) map[string]
 		}
 	}
 	recorded := make(map[string][]string)
+	copies := make([]string, 0, len(header)) // of all values, where each header has one
 	for spelled, values := range header {
 		name := http.CanonicalHeaderKey(spelled) // a handler may write the map itself: ETag
 		if !allowed[name] || neverRecorded(name) || slices.Contains(named, name) || slices.Equal(values, before[name]) {
 			continue
 		}
+		first := len(copies)
 		for _, value := range values {
-			recorded[name] = append(recorded[name], cleanValue(value))
+			copies = append(copies, cleanValue(value))
+		}
+		switch own := copies[first:len(copies):len(copies)]; {
+		case len(own) == 0:
+		case recorded[name] == nil:
+			recorded[name] = own
+		default: // spelled in two ways
+			recorded[name] = append(recorded[name], own...)
 		}
 	}
 	return recorded

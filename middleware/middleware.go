@@ -5,8 +5,10 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"log/slog"
 	"maps"
+	"math"
 	"net/http"
 	"os"
 	"strconv"
@@ -109,7 +111,8 @@ func (m *Middleware) serve(w http.ResponseWriter, r *http.Request, next http.Han
 	}
 
 	// What does it ask for? The whole body is read before any connection is taken: a slow client holds nothing.
-	body, err := m.readBody(w, r)
+	run := &run{m: m, next: next, outer: w.Header(), request: r}
+	body, err := run.readBody(w)
 	var tooLarge *http.MaxBytesError
 	switch {
 	case errors.As(err, &tooLarge):
@@ -139,7 +142,7 @@ func (m *Middleware) serve(w http.ResponseWriter, r *http.Request, next http.Han
 	}
 
 	// Nothing goes to the client before Do returned. By then nothing is held: a slow reader costs nothing either.
-	run := &run{m: m, next: next, outer: w.Header(), request: r, body: body, key: request.Key}
+	run.body, run.key = body, request.Key
 	if m.options.RouterState != nil {
 		run.restore = m.options.RouterState(r.Context())
 	}
@@ -161,8 +164,8 @@ func (m *Middleware) serve(w http.ResponseWriter, r *http.Request, next http.Han
 // answer tells the client what became of its request.
 func (m *Middleware) answer(w http.ResponseWriter, r *http.Request, result idempotency.Result, run *run) {
 	h := w.Header()
-	values := make([]string, 5) // one piece of memory for the headers that are set here, in canonical form
-	set := func(name, value string) {
+	values := run.values[:]
+	set := func(name, value string) { // name is in canonical form
 		values[0] = value
 		h[name], values = values[:1:1], values[1:]
 	}
@@ -229,19 +232,29 @@ var errBodyRead = errors.New("body was read before the middleware: mount what re
 
 // readBody reads the body within its limit; over it the error is an *http.MaxBytesError. Where Content-Length says so
 // nothing is read, so that a client that waits for 100 Continue keeps its body.
-func (m *Middleware) readBody(w http.ResponseWriter, r *http.Request) ([]byte, error) {
-	limit := m.options.BodyBytesMax
-	if r.ContentLength > limit {
-		w.Header().Set("Connection", "close")
+func (run *run) readBody(w http.ResponseWriter) ([]byte, error) {
+	r, limit := run.request, run.m.options.BodyBytesMax
+	tooLarge := func() ([]byte, error) {
+		w.Header().Set("Connection", "close") // the rest is not worth reading
 		return nil, &http.MaxBytesError{Limit: limit}
+	}
+	if r.ContentLength > limit {
+		return tooLarge()
 	}
 	var buffer bytes.Buffer
 	if r.Body != nil && r.Body != http.NoBody {
 		if r.ContentLength > 0 {
 			buffer.Grow(int(r.ContentLength) + bytes.MinRead) // so that ReadFrom need not grow it
 		}
-		if _, err := buffer.ReadFrom(http.MaxBytesReader(w, r.Body, limit)); err != nil {
+		run.reader = io.LimitedReader{R: r.Body, N: limit}
+		if limit < math.MaxInt64 {
+			run.reader.N++
+		}
+		if _, err := buffer.ReadFrom(&run.reader); err != nil {
 			return nil, fmt.Errorf("read body: %w", err)
+		}
+		if int64(buffer.Len()) > limit {
+			return tooLarge()
 		}
 	}
 	if int64(buffer.Len()) < r.ContentLength || buffer.Len() == 0 && (len(r.PostForm) > 0 || r.MultipartForm != nil) { // its fingerprint would be that of other bodies
@@ -259,6 +272,9 @@ type run struct {
 	body    []byte
 	key     idempotency.Key
 	restore func(context.Context) context.Context // nil where there is no router state to restore
+
+	reader io.LimitedReader // of the body
+	values [5]string        // of the headers that the middleware sets
 
 	runs     int
 	recorder *recorder // of the last run
@@ -288,6 +304,7 @@ func (run *run) once(ctx context.Context) (*idempotency.Answer, error) {
 	one := &struct { // of this run alone: an earlier one may not have let go of its own
 		recorder recorder
 		body     memoryBody
+		answer   idempotency.Answer
 	}{recorder: newRecorder(run.outer, run.m.options.AnswerBytesMax)}
 	r := run.request.Clone(ctx)
 	one.body.Reset(run.body)
@@ -307,11 +324,12 @@ func (run *run) once(ctx context.Context) (*idempotency.Answer, error) {
 	if err := run.recorder.finish(); err != nil {
 		return nil, err
 	}
-	return &idempotency.Answer{
+	one.answer = idempotency.Answer{
 		Status: run.recorder.status,
 		Header: recordable(run.recorder.sent, run.outer, run.m.headers),
 		Body:   run.recorder.body,
-	}, nil
+	}
+	return &one.answer, nil
 }
 
 // memoryBody is a request's body that was read.

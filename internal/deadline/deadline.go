@@ -13,7 +13,7 @@ import (
 // nothing of the parent's own end. So who works with it before its maker ends it may watch the clock alone: set the deadline
 // of a socket, for example.
 //
-// It is safe for concurrent use. Make it with [After], end it with End.
+// It is safe for concurrent use. Make it with [After], or as a field with Start; end it with End.
 type Context struct {
 	context.Context // its values
 
@@ -21,14 +21,21 @@ type Context struct {
 
 	mu    sync.Mutex
 	done  chan struct{} // nil until somebody asks
-	timer *time.Timer   // of done
+	timer *time.Timer   // of done; not used again, because a test's timer (testing/synctest) is that test's alone
 	err   error
 }
 
 // After returns a context that ends when the timeout is over. Its parent must be one that never ends, such as a
 // context.WithoutCancel: its values are passed on as they are.
 func After(parent context.Context, timeout time.Duration) *Context {
-	return &Context{Context: parent, at: time.Now().Add(timeout)}
+	c := new(Context)
+	c.Start(parent, timeout)
+	return c
+}
+
+// Start makes a zero Context what After returns. It is called once, before all else.
+func (c *Context) Start(parent context.Context, timeout time.Duration) {
+	c.Context, c.at = parent, time.Now().Add(timeout)
 }
 
 // Within is After for a part of what c is for: it ends no later than c.

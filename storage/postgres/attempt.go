@@ -36,7 +36,8 @@ type attempt struct {
 	status     [2]byte
 	version    [2]byte
 	scope, key []byte
-	text       [96]byte // of scope and key, where they are short
+	text       [96]byte  // of scope and key, where they are short
+	headers    [160]byte // recorded, where they are few
 	params     [insertParams][]byte
 	calls      [6]call // of the flush under way
 }
@@ -275,7 +276,7 @@ func (a *attempt) insertCall(claimedAt []byte, answer *idempotency.Answer) call 
 	}
 	a.params = [...][]byte{
 		claimedAt, a.store.synchronousCommit, a.ttl[:], a.status[:], a.version[:], a.req.Attempt[:],
-		a.scope, a.key, a.req.Fingerprint.Sum[:], encodeHeaders(answer.Header), body, nil,
+		a.scope, a.key, a.req.Fingerprint.Sum[:], encodeHeaders(a.headers[:0], answer.Header), body, nil,
 	}
 	if a.req.TraceID != "" {
 		a.params[insertParams-1] = []byte(a.req.TraceID)

@@ -9,12 +9,12 @@ var recordedHeader = map[string][]string{
 func BenchmarkEncodeHeaders(b *testing.B) {
 	b.ReportAllocs()
 	for b.Loop() {
-		encodeHeaders(recordedHeader)
+		encodeHeaders(nil, recordedHeader)
 	}
 }
 
 func BenchmarkDecodeHeaders(b *testing.B) {
-	stored := encodeHeaders(recordedHeader)
+	stored := encodeHeaders(nil, recordedHeader)
 	b.ReportAllocs()
 	for b.Loop() {
 		if _, err := decodeHeaders(stored); err != nil {

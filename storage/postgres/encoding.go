@@ -14,8 +14,8 @@ const headersVersion = 1
 // errRecord marks a record that this program can't read.
 var errRecord = errors.New("record can't be read")
 
-// encodeHeaders returns the stored form. Equal headers give equal bytes.
-func encodeHeaders(header map[string][]string) []byte {
+// encodeHeaders returns the stored form, in buffer where there is room for it. Equal headers give equal bytes.
+func encodeHeaders(buffer []byte, header map[string][]string) []byte {
 	names := make([]string, 0, 16) // more than there are on most answers: it stays on the stack
 	pairs, size := 0, 8
 	for name, values := range header {
@@ -26,7 +26,7 @@ func encodeHeaders(header map[string][]string) []byte {
 		}
 	}
 	slices.Sort(names)
-	out := append(make([]byte, 0, size), headersVersion)
+	out := append(slices.Grow(buffer[:0], size), headersVersion)
 	out = binary.AppendUvarint(out, uint64(pairs))
 	for _, name := range names {
 		for _, value := range header[name] {

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"slices"
 	"strconv"
+	"sync"
 	"sync/atomic"
 	"time"
 
@@ -52,9 +53,10 @@ type transaction struct {
 	conn   *pgx.Conn
 	mode   pgx.QueryExecMode // the connection's default
 	sealed atomic.Bool
-	slot   chan struct{} // holds a token while conn is in use; guards it and what follows
+	slot   sync.Mutex // taken while conn is in use; guards it and what follows
 
 	claim *postponedClaim // nil: the claim came before the handler
+	batch sealedBatch     // the first: most handlers send one or two
 
 	failure    error // the first error of the database that no savepoint undid
 	savepoints []savepoint
@@ -70,7 +72,7 @@ type savepoint struct {
 }
 
 func newTransaction(pool *pgxpool.Pool, conn *pgx.Conn, mode pgx.QueryExecMode) transaction {
-	return transaction{pool: pool, conn: conn, mode: mode, slot: make(chan struct{}, 1)}
+	return transaction{pool: pool, conn: conn, mode: mode}
 }
 
 // abandonTimeout is how long seal waits for a use whose socket was closed under it.
@@ -115,8 +117,13 @@ func (t *transaction) seal() error {
 // interrupt takes the connection from a goroutine that the handler left behind, by closing its socket.
 func (t *transaction) interrupt() error {
 	_ = t.conn.PgConn().Conn().Close() // a socket is safe for concurrent use; a connection is not
+	taken := make(chan struct{})
+	go func() {
+		t.slot.Lock()
+		close(taken)
+	}()
 	select {
-	case t.slot <- struct{}{}:
+	case <-taken:
 	case <-time.After(abandonTimeout):
 		t.abandoned = true // read by the goroutine of the attempt alone, as it is written
 		return fail("after the handler", idempotency.ErrAborted, errors.New("the transaction is still in use"))
@@ -127,16 +134,9 @@ func (t *transaction) interrupt() error {
 }
 
 // take takes the slot where it is free; give gives it back.
-func (t *transaction) take() bool {
-	select {
-	case t.slot <- struct{}{}:
-		return true
-	default:
-		return false
-	}
-}
+func (t *transaction) take() bool { return t.slot.TryLock() }
 
-func (t *transaction) give() { <-t.slot }
+func (t *transaction) give() { t.slot.Unlock() }
 
 // use begins one use of the connection; done ends it. Between the two nobody else touches the connection.
 func (t *transaction) use() error {
@@ -358,7 +358,12 @@ func (tx *sealedTx) SendBatch(ctx context.Context, batch *pgx.Batch) pgx.BatchRe
 			}
 		}
 	}
-	return &sealedBatch{BatchResults: tx.conn.SendBatch(ctx, batch), tx: tx.transaction}
+	results := &tx.batch
+	if results.tx != nil { // taken, by a batch before this one
+		results = new(sealedBatch)
+	}
+	*results = sealedBatch{BatchResults: tx.conn.SendBatch(ctx, batch), tx: tx.transaction}
+	return results
 }
 
 // LargeObjects panics: its type can only be made around the seal.

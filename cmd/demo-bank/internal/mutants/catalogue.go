@@ -20,6 +20,7 @@ const (
 	resolveFile    = "storage/postgres/resolve.go"
 	reaperFile     = "storage/postgres/reaper.go"
 	engineFile     = "engine.go"
+	contextFile    = "context.go"
 	decisionFile   = "decision.go"
 	middlewareFile = "middleware/middleware.go"
 	recorderFile   = "middleware/recorder.go"
@@ -204,12 +205,16 @@ func (e early) Flush() {
 			Name: "request-context-for-commit",
 			Bug:  "COMMIT runs with the request's context",
 			edits: []edit{
-				{engineFile, `	ctx = context.WithoutCancel(ctx)
-`, ""},
-				{engineFile, `	bounded := deadline.After(ctx, e.options.CommitTimeout)
-	defer bounded.End()
-`, `	bounded, cancel := context.WithTimeout(ctx, e.options.CommitTimeout)
-	defer cancel()
+				{contextFile, `func (*detached) Done() <-chan struct{} { return nil }
+`, `func (c *detached) Done() <-chan struct{} { return c.Context.Done() }
+`},
+				{contextFile, `func (*detached) Err() error { return nil }
+`, `func (c *detached) Err() error { return c.Context.Err() }
+`},
+				{engineFile, `		err = end(&bounds.end, attempt.Commit, recorded, StepCommit, trace)
+`, `		requests, cancelCommit := context.WithTimeout(ctx, e.options.CommitTimeout)
+		err = end(&bounds.end, func(_ context.Context, answer *Answer) error { return attempt.Commit(requests, answer) }, recorded, StepCommit, trace)
+		cancelCommit()
 `},
 			},
 		},
