@@ -29,6 +29,10 @@ type Request struct {
 	// be empty. One that is not 1 to [TraceIDBytesMax] visible ASCII characters is left out.
 	TraceID string
 
+	// Route is the request's route, such as "POST /transfers", for the [Tracer] alone. It must come from a small set, never
+	// from the path. May be empty.
+	Route string
+
 	// Speculative allows Begin to postpone the claim until the handler's first statement, which it may travel with. The
 	// engine sets it as [Options.Speculative] says. A store that can't postpone does not look at it.
 	Speculative bool

@@ -23,11 +23,19 @@ type Tracer interface {
 	TraceRefused(ctx context.Context, data Refused)
 }
 
+// WaitTracer is implemented by a [Tracer] that wants to know who waits now.
+type WaitTracer interface {
+	// TraceWaitStart is called when a request begins to wait for another attempt. The [StepWait] that ends the wait follows
+	// always, and before any other step of that request.
+	TraceWaitStart(ctx context.Context)
+}
+
 // RequestStart is what is known of a request when it enters the engine.
 type RequestStart struct {
 	Key         Key // Value is empty where the request came without a key
 	Fingerprint Fingerprint
 	TraceID     string
+	Route       string // as the adapter calls it; may be empty
 }
 
 // Step is a part of a request's way.
@@ -56,8 +64,11 @@ type StepEnd struct {
 // RequestEnd describes a request that is settled.
 type RequestEnd struct {
 	Key      Key
+	Route    string
 	Attempt  AttemptID // the last attempt; zero where none was begun
 	Attempts int       // how many were begun
+	Declined bool      // executed, and the answer was recorded without the handler's writes
+	Resolved bool      // the reply to COMMIT was lost, and the store was asked what became of it
 	Result   Result
 	Started  time.Time
 	Duration time.Duration
@@ -65,6 +76,7 @@ type RequestEnd struct {
 
 // Refused describes a request that an adapter refused.
 type Refused struct {
+	Route  string
 	Reason Reason
 	Status int
 	Err    error
@@ -77,13 +89,17 @@ type trace struct {
 	req      *Request
 	started  time.Time
 	attempts int
+	last     Step // of the steps that end an attempt
+	resolved bool
 }
 
 func (e *Engine) startTrace(ctx context.Context, req *Request) trace {
 	t := trace{tracer: e.options.Tracer, ctx: ctx, req: req}
 	if t.tracer != nil {
 		t.started = time.Now()
-		t.ctx = t.tracer.TraceRequestStart(ctx, RequestStart{Key: req.Key, Fingerprint: req.Fingerprint, TraceID: req.TraceID})
+		t.ctx = t.tracer.TraceRequestStart(ctx, RequestStart{
+			Key: req.Key, Fingerprint: req.Fingerprint, TraceID: req.TraceID, Route: req.Route,
+		})
 	}
 	return t
 }
@@ -95,9 +111,22 @@ func (t *trace) now() time.Time {
 	return time.Now()
 }
 
+// wait is now, at the beginning of a wait.
+func (t *trace) wait() time.Time {
+	if waiter, ok := t.tracer.(WaitTracer); ok {
+		waiter.TraceWaitStart(t.ctx)
+	}
+	return t.now()
+}
+
 func (t *trace) step(step Step, started time.Time, err error) {
-	if step == StepClaim {
+	switch step {
+	case StepClaim:
 		t.attempts++
+	case StepCommit, StepDecline, StepRollback:
+		t.last = step
+	case StepResolve:
+		t.resolved = true
 	}
 	if t.tracer == nil {
 		return
@@ -110,7 +139,8 @@ func (t *trace) end(result Result) {
 		return
 	}
 	t.tracer.TraceRequestEnd(t.ctx, RequestEnd{
-		Key: t.req.Key, Attempt: t.req.Attempt, Attempts: t.attempts, Result: result,
-		Started: t.started, Duration: time.Since(t.started),
+		Key: t.req.Key, Route: t.req.Route, Attempt: t.req.Attempt, Attempts: t.attempts, Result: result, Resolved: t.resolved,
+		Declined: result.Outcome == OutcomeExecuted && t.last == StepDecline,
+		Started:  t.started, Duration: time.Since(t.started),
 	})
 }

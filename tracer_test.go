@@ -26,6 +26,8 @@ func (p *tape) TraceRequestStart(ctx context.Context, data idempotency.RequestSt
 	return context.WithValue(ctx, tapeKey{}, p)
 }
 
+func (p *tape) TraceWaitStart(ctx context.Context) { p.add(ctx, "waits") }
+
 func (p *tape) TraceStep(ctx context.Context, data idempotency.StepEnd) {
 	p.steps = append(p.steps, data)
 	p.add(ctx, string(data.Step))
@@ -55,21 +57,24 @@ func TestTracerIsToldOfEverything(t *testing.T) {
 		attempts int
 		stepErr  error // of the last step
 	}{
-		"commit":      {[]turn{{}}, answering(201), "start, claim, handler, commit, end executed", 1, nil},
-		"decline":     {[]turn{{}}, answering(402), "start, claim, handler, decline, end executed", 1, nil},
-		"forget":      {[]turn{{}}, answering(500), "start, claim, handler, rollback, end not-executed", 1, nil},
-		"fails":       {[]turn{{}}, failing(errOther), "start, claim, handler, rollback, end not-executed", 1, nil},
-		"replay":      {[]turn{{record: record}}, answering(201), "start, claim, end replayed", 1, nil},
-		"in progress": {[]turn{{begin: idempotency.ErrInProgress}}, answering(201), "start, claim, end in-progress", 1, idempotency.ErrInProgress},
-		"unknown":     {[]turn{{end: idempotency.ErrUnknown, resolve: idempotency.ErrUnknown}}, answering(201), "start, claim, handler, commit, resolve, end unknown", 1, idempotency.ErrUnknown},
-		"again":       {[]turn{{end: idempotency.ErrKeyRecorded}, {record: record}}, answering(201), "start, claim, handler, commit, claim, end replayed", 2, nil},
+		"commit":            {[]turn{{}}, answering(201), "start, claim, handler, commit, end executed", 1, nil},
+		"decline":           {[]turn{{}}, answering(402), "start, claim, handler, decline, end executed", 1, nil},
+		"forget":            {[]turn{{}}, answering(500), "start, claim, handler, rollback, end not-executed", 1, nil},
+		"fails":             {[]turn{{}}, failing(errOther), "start, claim, handler, rollback, end not-executed", 1, nil},
+		"replay":            {[]turn{{record: record}}, answering(201), "start, claim, end replayed", 1, nil},
+		"in progress":       {[]turn{{begin: idempotency.ErrInProgress}}, answering(201), "start, claim, end in-progress", 1, idempotency.ErrInProgress},
+		"unknown":           {[]turn{{end: idempotency.ErrUnknown, resolve: idempotency.ErrUnknown}}, answering(201), "start, claim, handler, commit, resolve, end unknown", 1, idempotency.ErrUnknown},
+		"resolved":          {[]turn{{end: idempotency.ErrUnknown, resolved: ours}}, answering(201), "start, claim, handler, commit, resolve, end executed", 1, nil},
+		"decline, resolved": {[]turn{{end: idempotency.ErrUnknown, resolved: ours}}, answering(402), "start, claim, handler, decline, resolve, end executed", 1, nil},
+		"declined in vain":  {[]turn{{end: idempotency.ErrKeyRecorded}, {record: record}}, answering(402), "start, claim, handler, decline, claim, end replayed", 2, nil},
+		"again":             {[]turn{{end: idempotency.ErrKeyRecorded}, {record: record}}, answering(201), "start, claim, handler, commit, claim, end replayed", 2, nil},
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
 			tape := &tape{}
 			store := scripted(test.turns...)
 			req := keyed("k")
-			req.TraceID = "0af7651916cd43dd8448eb211c80319c"
+			req.TraceID, req.Route = "0af7651916cd43dd8448eb211c80319c", "POST /transfers"
 			run := func(ctx context.Context) (*idempotency.Answer, error) {
 				if ctx.Value(tapeKey{}) != tape {
 					t.Error("the tracer's context does not reach the handler")
@@ -80,12 +85,15 @@ func TestTracerIsToldOfEverything(t *testing.T) {
 			if got := strings.Join(tape.lines, ", "); got != test.want {
 				t.Errorf("told of %s\nwant %s", got, test.want)
 			}
-			if tape.start.Key != req.Key || tape.start.Fingerprint != req.Fingerprint || tape.start.TraceID != req.TraceID {
+			if tape.start.Key != req.Key || tape.start.Fingerprint != req.Fingerprint || tape.start.TraceID != req.TraceID || tape.start.Route != req.Route {
 				t.Errorf("start: %+v", tape.start)
 			}
 			end := tape.end
 			if end.Key != req.Key || end.Attempts != test.attempts || end.Result.Outcome != result.Outcome || end.Result.Reason != result.Reason || end.Started.IsZero() || end.Duration < 0 {
 				t.Errorf("end: %+v", end)
+			}
+			if end.Route != req.Route || end.Declined != (name == "decline" || name == "decline, resolved") || end.Resolved != strings.Contains(test.want, "resolve") {
+				t.Errorf("end: route %q, declined %t, resolved %t", end.Route, end.Declined, end.Resolved)
 			}
 			if last := store.begun[len(store.begun)-1].Attempt; end.Attempt != last {
 				t.Errorf("end: attempt %v, want the last, %v", end.Attempt, last)

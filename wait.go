@@ -45,7 +45,7 @@ func (e *Engine) inLine(ctx context.Context, req *Request, run RunFunc, trace *t
 		}
 		// Processes that wait for the same key should not ask at the same time. The last look is when the time is over.
 		jittered := pause*3/4 + rand.N(pause/2)
-		started := trace.now()
+		started := trace.wait()
 		gone := sleep(ctx, min(jittered, time.Until(over)))
 		trace.step(StepWait, started, gone)
 		if gone != nil { // nothing is begun, and nobody would take the answer
@@ -57,7 +57,7 @@ func (e *Engine) inLine(ctx context.Context, req *Request, run RunFunc, trace *t
 // follow waits behind the leader. It returns a result, or false where the request asks the store itself: because it leads
 // now, or its time is over. A leader that is slow for reasons of its own must not keep an answer from it.
 func follow(ctx context.Context, req *Request, place *place, over time.Time, trace *trace) (result Result, settled bool) {
-	started := trace.now()
+	started := trace.wait()
 	told, err := place.wait(ctx, over)
 	fact := FactTurn
 	if err == nil {

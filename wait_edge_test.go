@@ -133,12 +133,12 @@ func TestTracerIsToldOfWaiting(t *testing.T) {
 		err    error // of the last wait
 		waited time.Duration
 	}{
-		"behind another":              {waitFor, 201, 0, "start, wait, claim, end replayed", nil, time.Second},
-		"behind two":                  {waitFor, 201, 1, "start, wait, end replayed", nil, time.Second},
-		"then runs":                   {waitFor, 500, 0, "start, wait, claim, handler, commit, end executed", nil, time.Second},
-		"until the time is over":      {time.Millisecond, 201, 0, "start, wait, claim, end in-progress", nil, time.Millisecond},
-		"elsewhere until it is over":  {time.Millisecond, 0, 0, "start, claim, wait, claim, end in-progress", nil, time.Millisecond},
-		"elsewhere, and it goes away": {waitFor, -1, 0, "start, claim, wait, end in-progress", context.Canceled, time.Millisecond},
+		"behind another":              {waitFor, 201, 0, "start, waits, wait, claim, end replayed", nil, time.Second},
+		"behind two":                  {waitFor, 201, 1, "start, waits, wait, end replayed", nil, time.Second},
+		"then runs":                   {waitFor, 500, 0, "start, waits, wait, claim, handler, commit, end executed", nil, time.Second},
+		"until the time is over":      {time.Millisecond, 201, 0, "start, waits, wait, claim, end in-progress", nil, time.Millisecond},
+		"elsewhere until it is over":  {time.Millisecond, 0, 0, "start, claim, waits, wait, claim, end in-progress", nil, time.Millisecond},
+		"elsewhere, and it goes away": {waitFor, -1, 0, "start, claim, waits, wait, end in-progress", context.Canceled, time.Millisecond},
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
