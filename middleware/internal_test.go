@@ -1,6 +1,7 @@
 package middleware
 
 import (
+	"context"
 	"net/http"
 	"net/http/httptest"
 	"net/url"
@@ -9,9 +10,11 @@ import (
 	"strings"
 	"testing"
 
+	"github.com/go-chi/chi/v5"
 	"pgregory.net/rapid"
 
 	"github.com/paidonce/idempotency"
+	"github.com/paidonce/idempotency/storage/memory"
 )
 
 // FuzzKeyValue: what is read is a valid key, quoting it gives the same key, and what is not valid is an error.
@@ -173,4 +176,55 @@ func TestEveryProblemIsDescribed(t *testing.T) {
 	if headings := strings.Count(string(doc), "\n## "); headings != len(texts) {
 		t.Errorf("docs/problems.md describes %d problems, and there are %d", headings, len(texts))
 	}
+}
+
+// The tracer hears the route as the router in front calls it, and never the path.
+func TestRouteIsTheRouters(t *testing.T) {
+	t.Parallel()
+	heard := &routes{}
+	idem := New(memory.New(nil), func(*http.Request) (string, error) { return "acme", nil }, &Options{Engine: idempotency.Options{Tracer: heard}})
+	answer := http.HandlerFunc(func(http.ResponseWriter, *http.Request) {})
+	mux := http.NewServeMux()
+	mux.Handle("POST /transfers/{id}", idem.Handler(answer))
+	router := chi.NewRouter()
+	router.Route("/v1", func(r chi.Router) { r.With(idem.Handler).Post("/orders/{id}", answer) })
+	own := idem.With(func(o *Options) { o.Route = func(r *http.Request) string { return "all of " + r.Method } })
+	for _, test := range []struct {
+		handler http.Handler
+		path    string
+		want    string
+	}{
+		{mux, "/transfers/7", "POST /transfers/{id}"}, {router, "/v1/orders/7", "/v1/orders/{id}"},
+		{idem.Handler(answer), "/outside/7", ""}, {own.Handler(answer), "/7", "all of POST"},
+	} {
+		for _, key := range []string{"k" + test.path[1:2], ""} { // one that starts, one that is refused
+			heard.all = nil
+			r := httptest.NewRequest(http.MethodPost, test.path, nil)
+			r.Header.Set("Idempotency-Key", key)
+			test.handler.ServeHTTP(httptest.NewRecorder(), r)
+			for _, got := range heard.all {
+				if got != test.want {
+					t.Errorf("%s: %q, want %q", test.path, heard.all, test.want)
+				}
+			}
+			if want := map[bool]int{true: 2, false: 1}[key != ""]; len(heard.all) != want {
+				t.Errorf("%s: heard %d times, want %d", test.path, len(heard.all), want)
+			}
+		}
+	}
+}
+
+// routes is a tracer that keeps the routes it hears of.
+type routes struct{ all []string }
+
+func (h *routes) TraceRequestStart(ctx context.Context, data idempotency.RequestStart) context.Context {
+	h.all = append(h.all, data.Route)
+	return ctx
+}
+func (*routes) TraceStep(context.Context, idempotency.StepEnd) {}
+func (h *routes) TraceRequestEnd(_ context.Context, data idempotency.RequestEnd) {
+	h.all = append(h.all, data.Route)
+}
+func (h *routes) TraceRefused(_ context.Context, data idempotency.Refused) {
+	h.all = append(h.all, data.Route)
 }

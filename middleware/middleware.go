@@ -129,6 +129,7 @@ func (m *Middleware) serve(w http.ResponseWriter, r *http.Request, next http.Han
 		Key:         idempotency.Key{Scope: scope, Value: key},
 		Fingerprint: m.options.Fingerprints[0].of(r, body),
 		TraceID:     m.options.TraceID(r),
+		Route:       m.options.Route(r),
 	}
 	if len(m.options.Fingerprints) > 1 {
 		request.FingerprintAt = func(version int16) (idempotency.Fingerprint, bool) {
@@ -216,7 +217,9 @@ func (m *Middleware) refuse(w http.ResponseWriter, r *http.Request, reason idemp
 
 func (m *Middleware) traceRefused(r *http.Request, reason idempotency.Reason, err error, status *StatusError) {
 	if tracer := m.options.Engine.Tracer; tracer != nil {
-		tracer.TraceRefused(r.Context(), idempotency.Refused{Reason: reason, Status: textOf(reason, status).status, Err: err})
+		tracer.TraceRefused(r.Context(), idempotency.Refused{
+			Route: m.options.Route(r), Reason: reason, Status: textOf(reason, status).status, Err: err,
+		})
 	}
 }
 

@@ -68,6 +68,11 @@ type Options struct {
 	// Trace Context).
 	TraceID func(r *http.Request) string
 
+	// Route names the route of a request for the tracer, such as "POST /transfers". It must come from a small set, never
+	// from the path, and is asked before the handler. The default is the pattern that net/http's ServeMux or chi matched,
+	// which is empty where the middleware is mounted outside of the router.
+	Route func(r *http.Request) string
+
 	// RetryAfter is what Retry-After tells clients, in full seconds. The default is [RetryAfterDefault].
 	RetryAfter time.Duration
 
@@ -134,6 +139,9 @@ func (o *Options) full() Options {
 	setDefault(&full.ProblemBase, ProblemBaseDefault)
 	if full.TraceID == nil {
 		full.TraceID = traceID
+	}
+	if full.Route == nil {
+		full.Route = func(r *http.Request) string { return r.Pattern }
 	}
 	if full.Logger == nil {
 		full.Logger = slog.Default()
