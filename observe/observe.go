@@ -1,0 +1,119 @@
+package observe
+
+import (
+	"context"
+	"errors"
+
+	"github.com/paidonce/idempotency"
+)
+
+// Join returns a tracer that tells each of the tracers, in their order; the context that one returns is the next one's.
+// Nil ones are left out. It returns nil where none is left, and a single one as it is.
+func Join(tracers ...idempotency.Tracer) idempotency.Tracer {
+	var all joined
+	for _, tracer := range tracers {
+		if tracer != nil {
+			all = append(all, tracer)
+		}
+	}
+	switch len(all) {
+	case 0:
+		return nil
+	case 1:
+		return all[0]
+	}
+	return all
+}
+
+// joined are the tracers of one engine.
+type joined []idempotency.Tracer
+
+var (
+	_ idempotency.Tracer     = joined(nil)
+	_ idempotency.WaitTracer = joined(nil)
+)
+
+func (j joined) TraceRequestStart(ctx context.Context, data idempotency.RequestStart) context.Context {
+	for _, tracer := range j {
+		ctx = tracer.TraceRequestStart(ctx, data)
+	}
+	return ctx
+}
+
+func (j joined) TraceWaitStart(ctx context.Context) {
+	for _, tracer := range j {
+		if waiter, ok := tracer.(idempotency.WaitTracer); ok {
+			waiter.TraceWaitStart(ctx)
+		}
+	}
+}
+
+func (j joined) TraceStep(ctx context.Context, data idempotency.StepEnd) {
+	for _, tracer := range j {
+		tracer.TraceStep(ctx, data)
+	}
+}
+
+func (j joined) TraceRequestEnd(ctx context.Context, data idempotency.RequestEnd) {
+	for _, tracer := range j {
+		tracer.TraceRequestEnd(ctx, data)
+	}
+}
+
+func (j joined) TraceRefused(ctx context.Context, data idempotency.Refused) {
+	for _, tracer := range j {
+		tracer.TraceRefused(ctx, data)
+	}
+}
+
+// OutcomeDeclined is the outcome of a request whose answer was recorded without its handler's writes. On the wire it is
+// executed, as any other answer that is kept.
+const OutcomeDeclined idempotency.Outcome = "declined"
+
+// Outcome is what became of a request, in the words of metrics: its outcome on the wire, or [OutcomeDeclined].
+func Outcome(end idempotency.RequestEnd) idempotency.Outcome {
+	if end.Declined {
+		return OutcomeDeclined
+	}
+	return end.Result.Outcome
+}
+
+// KindOther is the kind of an error that wraps none of the sentinels.
+const KindOther = "other"
+
+// kinds of errors, the most telling first: an unknown outcome stays one whatever it was that hid it.
+var kinds = []struct {
+	err  error
+	kind string
+}{
+	{idempotency.ErrRecordCorrupt, "record-corrupt"}, {idempotency.ErrUnknown, "unknown"},
+	{idempotency.ErrTransactionLost, "transaction-lost"},
+	{idempotency.ErrKeyRecorded, "key-recorded"},
+	{idempotency.ErrNotClaimed, "not-claimed"},
+	{idempotency.ErrInProgress, "in-progress"},
+	{idempotency.ErrSerialization, "serialization"},
+	{idempotency.ErrUnavailable, "unavailable"},
+	{idempotency.ErrAborted, "aborted"},
+}
+
+// ErrorKind is an error as a label: the sentinel that it wraps, or [KindOther]; never its text. Nil is the empty string.
+func ErrorKind(err error) string {
+	if err == nil {
+		return ""
+	}
+	for _, k := range kinds {
+		if errors.Is(err, k.err) {
+			return k.kind
+		}
+	}
+	return KindOther
+}
+
+// Kinds returns every kind that [ErrorKind] knows, [KindOther] included.
+func Kinds() []string {
+	var all []string
+	for _, k := range kinds {
+		all = append(all, k.kind)
+	}
+	return append(all, KindOther)
+}
