@@ -70,3 +70,6 @@ func LoseProof(s *Store) {
 
 // EmptyCache has a cache forget everything, as it does when a connection fails.
 func EmptyCache(s *Store) { s.cache.fail(errStale) }
+
+// StatisticsSQL is what Statistics sends.
+func StatisticsSQL(s *Store) string { return s.statisticsSQL() }

@@ -1,0 +1,72 @@
+package postgres
+
+import (
+	"context"
+	"fmt"
+	"math/rand/v2"
+	"time"
+
+	"github.com/jackc/pgx/v5"
+)
+
+// StatisticsPagesMax is how many pages of the table [Store.Statistics] reads at most: 2 MB, whatever the size of the table.
+const StatisticsPagesMax = 256
+
+// StatisticsTimeoutMax bounds the statement of [Store.Statistics] on the server, below whatever its context allows.
+const StatisticsTimeoutMax = time.Second
+
+// Statistics are figures about the table. Records, Expired and Overdue are estimates from pages spread evenly over it, and
+// exact where it has no more than [StatisticsPagesMax].
+type Statistics struct {
+	Records    int64         // that lie in the table, expired ones included
+	Expired    int64         // of these, that wait for the reaper
+	Overdue    time.Duration // for how long the oldest of those that were read has been expired; zero where there is none
+	TableBytes int64         // bodies included
+	IndexBytes int64
+}
+
+// Statistics reads figures about the table, in one round trip on a connection of the pool that is held for at most
+// [StatisticsTimeoutMax]. It needs SELECT on the table. Its cost does not grow with the table; still, ask every half minute
+// and not for each request. Safe for concurrent use.
+func (s *Store) Statistics(ctx context.Context) (Statistics, error) {
+	var stats Statistics
+	var read, pages int64
+	var overdueSeconds float64
+	batch := &pgx.Batch{}
+	// By the server and not by ctx, which would cost the pool its connection.
+	batch.Queue("SELECT set_config('statement_timeout', $1, true)", fmt.Sprint(StatisticsTimeoutMax.Milliseconds()))
+	batch.Queue(s.statisticsSQL(), pgx.Identifier{s.options.Schema, TableName}.Sanitize(), StatisticsPagesMax, rand.Float64()).QueryRow(func(row pgx.Row) error {
+		return row.Scan(&pages, &stats.TableBytes, &stats.IndexBytes, &read, &stats.Records, &stats.Expired, &overdueSeconds)
+	})
+	if err := s.pool.SendBatch(ctx, batch).Close(); err != nil {
+		return Statistics{}, fmt.Errorf("statistics: %w", sqlError(err))
+	}
+	stats.Overdue = time.Duration(overdueSeconds * float64(time.Second))
+	if read > 0 && read < pages {
+		scale := float64(pages) / float64(read)
+		stats.Records = int64(float64(stats.Records) * scale)
+		stats.Expired = int64(float64(stats.Expired) * scale)
+	}
+	return stats, nil
+}
+
+// statisticsSQL reads every n-th page from a random one on. Records that expire together lie together, so pages at even
+// distances tell more than as many random ones. Each page is a TID range of its own, which is all that is read: the aggregate
+// around it keeps the planner from joining instead.
+func (s *Store) statisticsSQL() string {
+	return `
+		SELECT size.pages, pg_table_size($1::regclass), pg_indexes_size($1::regclass), count(page.number),
+			coalesce(sum(found.records), 0)::bigint, coalesce(sum(found.expired), 0)::bigint,
+			coalesce(greatest(extract(epoch FROM statement_timestamp() - min(found.oldest)), 0), 0)::float8
+		FROM (SELECT pg_relation_size($1::regclass) / current_setting('block_size')::bigint AS pages) size
+		LEFT JOIN LATERAL (
+			SELECT floor((n + $3::float8) * size.pages / least(size.pages, $2::bigint))::bigint AS number
+			FROM generate_series(0, least(size.pages, $2::bigint) - 1) n
+		) page ON true
+		LEFT JOIN LATERAL (
+			SELECT count(*) AS records, count(*) FILTER (WHERE expires_at < statement_timestamp()) AS expired, min(expires_at) AS oldest
+			FROM ` + pgx.Identifier{s.options.Schema, TableName}.Sanitize() + `
+			WHERE ctid >= format('(%s,0)', page.number)::tid AND ctid < format('(%s,0)', page.number + 1)::tid
+		) found ON true
+		GROUP BY size.pages`
+}

@@ -1,0 +1,109 @@
+package postgres_test
+
+import (
+	"context"
+	"encoding/json"
+	"math"
+	"testing"
+	"time"
+
+	"github.com/paidonce/idempotency/storage/postgres"
+)
+
+func TestStatisticsOfASmallTableAreExact(t *testing.T) {
+	t.Parallel()
+	ctx := context.Background()
+	b := setup(t, &setupOptions{store: &postgres.Options{Schema: "house"}})
+	if got, err := b.store.Statistics(ctx); err != nil || got.Records != 0 || got.Expired != 0 || got.Overdue != 0 || got.IndexBytes == 0 {
+		t.Errorf("of an empty table: %+v, %v", got, err)
+	}
+	for n := range 9 {
+		if _, err := b.pool.Exec(ctx, `INSERT INTO house.idempotency_keys (created_at, expires_at, status, fingerprint_version, attempt_id, scope, key, fingerprint, headers, body)
+			VALUES (now(), now() + CASE WHEN $1 % 3 = 0 THEN interval '1 hour' ELSE $1 * interval '-1 minute' END, 201, 1, gen_random_uuid(), 'acme', $1::int::text, '\x00', '\x0100', '')`, n); err != nil {
+			t.Fatal(err)
+		}
+	}
+	got, err := b.store.Statistics(ctx)
+	if err != nil || got.Records != 9 || got.Expired != 6 || got.TableBytes == 0 || got.IndexBytes == 0 {
+		t.Errorf("%+v, %v; want 9 records, 6 of them expired", got, err)
+	}
+	if got.Overdue < 8*time.Minute || got.Overdue > 9*time.Minute {
+		t.Errorf("overdue for %v, want 8 minutes", got.Overdue)
+	}
+}
+
+// However large the table, no more than StatisticsPagesMax of its pages are read, and the estimates are near.
+func TestStatisticsReadAFewPages(t *testing.T) {
+	t.Parallel()
+	ctx := context.Background()
+	b := setup(t, nil)
+	const rows = 60_000
+	b.plant(t, rows, 100)
+	if pages := b.pages(t); pages <= 4*postgres.StatisticsPagesMax {
+		t.Fatalf("%d pages are too few to tell", pages)
+	}
+	got, err := b.store.Statistics(ctx)
+	if err != nil {
+		t.Fatal(err)
+	}
+	near := func(name string, got int64, want float64) {
+		if math.Abs(float64(got)-want) > want/20 {
+			t.Errorf("%s: %d, want %.0f give or take a twentieth", name, got, want)
+		}
+	}
+	near("records", got.Records, rows)
+	near("expired", got.Expired, rows*2/3)
+	if want := b.count(t, "SELECT pg_table_size('idempotency_keys')"); got.TableBytes != int64(want) {
+		t.Errorf("%d bytes, want %d", got.TableBytes, want)
+	}
+
+	var plan []byte
+	if err := b.pool.QueryRow(ctx, "EXPLAIN (ANALYZE, BUFFERS, FORMAT JSON) "+postgres.StatisticsSQL(b.store), `"public"."idempotency_keys"`, postgres.StatisticsPagesMax, .5).Scan(&plan); err != nil {
+		t.Fatal(err)
+	}
+	var explained []struct {
+		Plan struct {
+			Hit  int `json:"Shared Hit Blocks"`
+			Read int `json:"Shared Read Blocks"`
+		}
+	}
+	if err := json.Unmarshal(plan, &explained); err != nil {
+		t.Fatal(err)
+	}
+	const catalogue = 100 // pages of system tables
+	if touched := explained[0].Plan.Hit + explained[0].Plan.Read; touched < postgres.StatisticsPagesMax || touched > postgres.StatisticsPagesMax+catalogue {
+		t.Errorf("%d pages are read, want %d\n%s", touched, postgres.StatisticsPagesMax, plan)
+	}
+}
+
+// A table that is locked makes the figures late and takes no connection from the pool for good.
+func TestStatisticsGiveUp(t *testing.T) {
+	t.Parallel()
+	ctx := context.Background()
+	b := setup(t, nil)
+	tx, err := b.pool.Begin(ctx)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = tx.Rollback(ctx) }()
+	if _, err := tx.Exec(ctx, "LOCK TABLE idempotency_keys IN ACCESS EXCLUSIVE MODE"); err != nil {
+		t.Fatal(err)
+	}
+	if got, err := b.store.Statistics(ctx); err == nil {
+		t.Errorf("a locked table was read: %+v", got)
+	}
+	if err := tx.Rollback(ctx); err != nil {
+		t.Fatal(err)
+	}
+	made := b.pool.Stat().NewConnsCount()
+	if got, err := b.store.Statistics(ctx); err != nil || got.Records != 0 {
+		t.Errorf("%+v, %v", got, err)
+	}
+	if b.pool.Stat().NewConnsCount() != made {
+		t.Error("the connection was lost")
+	}
+	var timeout string
+	if err := b.pool.QueryRow(ctx, "SHOW statement_timeout").Scan(&timeout); err != nil || timeout != "10s" {
+		t.Errorf("statement_timeout is %s, %v: it must stay the store's", timeout, err)
+	}
+}
