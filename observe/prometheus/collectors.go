@@ -1,0 +1,194 @@
+package promobserve
+
+import (
+	"context"
+	"fmt"
+	"sync"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+)
+
+// PoolStat is what a pool says of itself. *pgxpool.Stat is one.
+type PoolStat interface {
+	MaxConns() int32
+	TotalConns() int32
+	AcquiredConns() int32
+	AcquireCount() int64
+	EmptyAcquireCount() int64
+	CanceledAcquireCount() int64
+	AcquireDuration() time.Duration
+}
+
+// NewPoolCollector shows the pool's connections: a keyed request holds one from its claim to its commit. Pass the method
+// Stat of a *pgxpool.Pool. Where there are two pools, register each with prometheus.WrapRegistererWith and a label.
+func NewPoolCollector[S PoolStat](stat func() S) prometheus.Collector {
+	if stat == nil {
+		panic("idempotency/observe/prometheus: NewPoolCollector needs a function")
+	}
+	return &poolCollector{stat: func() PoolStat { return stat() }}
+}
+
+type poolCollector struct{ stat func() PoolStat }
+
+// poolMetrics are what is shown of a pool.
+var poolMetrics = []struct {
+	desc  *prometheus.Desc
+	kind  prometheus.ValueType
+	value func(PoolStat) float64
+}{
+	{poolDesc("connections_max", "Size of the connection pool."), prometheus.GaugeValue, func(s PoolStat) float64 { return float64(s.MaxConns()) }},
+	{poolDesc("connections", "Connections that are open."), prometheus.GaugeValue, func(s PoolStat) float64 { return float64(s.TotalConns()) }},
+	{poolDesc("connections_acquired", "Connections that are held."), prometheus.GaugeValue, func(s PoolStat) float64 { return float64(s.AcquiredConns()) }},
+	{poolDesc("acquires_total", "Connections taken from the pool."), prometheus.CounterValue, func(s PoolStat) float64 { return float64(s.AcquireCount()) }},
+	{poolDesc("acquires_waited_total", "Connections that had to be waited for or made."), prometheus.CounterValue, func(s PoolStat) float64 { return float64(s.EmptyAcquireCount()) }},
+	{poolDesc("acquires_canceled_total", "Waits for a connection that were given up."), prometheus.CounterValue, func(s PoolStat) float64 { return float64(s.CanceledAcquireCount()) }},
+	{poolDesc("acquire_wait_seconds_total", "Time spent taking connections."), prometheus.CounterValue, func(s PoolStat) float64 { return s.AcquireDuration().Seconds() }},
+}
+
+func poolDesc(name, help string) *prometheus.Desc {
+	return prometheus.NewDesc("idempotency_pool_"+name, help, nil, nil)
+}
+
+// Describe implements [prometheus.Collector].
+func (c *poolCollector) Describe(descs chan<- *prometheus.Desc) {
+	for _, m := range poolMetrics {
+		descs <- m.desc
+	}
+}
+
+// Collect implements [prometheus.Collector].
+func (c *poolCollector) Collect(metrics chan<- prometheus.Metric) {
+	stat := c.stat()
+	for _, m := range poolMetrics {
+		metrics <- prometheus.MustNewConstMetric(m.desc, m.kind, m.value(stat))
+	}
+}
+
+// Records are figures about the table of the records: those of postgres.Statistics.
+type Records struct {
+	Records    int64
+	Expired    int64
+	Overdue    time.Duration
+	TableBytes int64
+	IndexBytes int64
+}
+
+// Defaults of [RecordsOptions].
+const (
+	RecordsIntervalDefault = 30 * time.Second
+	RecordsTimeoutDefault  = 2 * time.Second
+)
+
+// RecordsOptions tune a collector of records. Nil and the zero value are the defaults.
+type RecordsOptions struct {
+	// Interval is how long figures are shown before they are read again, with the scrape that comes then. However many
+	// scrape, and however often, the store is asked once per interval. The default is [RecordsIntervalDefault].
+	Interval time.Duration
+
+	// Timeout bounds the reading, and with it how late a scrape is. It must be well below the scrape's own. The default is
+	// [RecordsTimeoutDefault].
+	Timeout time.Duration
+
+	// Now is the clock. The default is time.Now.
+	Now func() time.Time
+}
+
+// NewRecordsCollector shows figures about the table of the records. Pass the method Statistics of a *postgres.Store. What it
+// returns is kept for the interval; where reading fails the last figures stay, their age grows, and the failure is counted.
+// Before the first success there are none.
+func NewRecordsCollector[S interface {
+	~struct {
+		Records    int64
+		Expired    int64
+		Overdue    time.Duration
+		TableBytes int64
+		IndexBytes int64
+	}
+}](read func(ctx context.Context) (S, error), opts *RecordsOptions) prometheus.Collector {
+	var o RecordsOptions
+	if opts != nil {
+		o = *opts
+	}
+	if o.Interval == 0 {
+		o.Interval = RecordsIntervalDefault
+	}
+	if o.Timeout == 0 {
+		o.Timeout = RecordsTimeoutDefault
+	}
+	if o.Now == nil {
+		o.Now = time.Now
+	}
+	if read == nil || o.Interval < 0 || o.Timeout < 0 {
+		panic(fmt.Sprintf("idempotency/observe/prometheus: NewRecordsCollector needs a function; RecordsOptions.Interval is %v and Timeout is %v: neither may be negative", o.Interval, o.Timeout))
+	}
+	return &recordsCollector{options: o, read: func(ctx context.Context) (Records, error) {
+		stats, err := read(ctx)
+		return Records(stats), err
+	}}
+}
+
+type recordsCollector struct {
+	options RecordsOptions
+	read    func(context.Context) (Records, error)
+
+	mu       sync.Mutex // held while the figures are read: scrapes at once read them once
+	last     Records
+	asked    time.Time // zero: never
+	readAt   time.Time // of last; zero: there are none
+	failures float64
+}
+
+// recordsMetrics are what is shown of the records.
+var recordsMetrics = []struct {
+	desc  *prometheus.Desc
+	value func(Records) float64
+}{
+	{recordsDesc("live_estimate", "Records that count, about."), func(r Records) float64 { return float64(r.Records - r.Expired) }},
+	{recordsDesc("expired_estimate", "Records that have expired and wait for the reaper, about."), func(r Records) float64 { return float64(r.Expired) }},
+	{recordsDesc("overdue_seconds_estimate", "For how long the oldest expired record waits for the reaper, at least."), func(r Records) float64 { return r.Overdue.Seconds() }},
+	{recordsDesc("table_bytes", "Size of the table of the records, bodies included."), func(r Records) float64 { return float64(r.TableBytes) }},
+	{recordsDesc("index_bytes", "Size of its index."), func(r Records) float64 { return float64(r.IndexBytes) }},
+}
+
+var (
+	recordsAge      = recordsDesc("read_age_seconds", "Age of the figures about the records.")
+	recordsFailures = recordsDesc("read_failures_total", "Readings of the figures about the records that failed.")
+)
+
+func recordsDesc(name, help string) *prometheus.Desc {
+	return prometheus.NewDesc("idempotency_records_"+name, help, nil, nil)
+}
+
+// Describe implements [prometheus.Collector].
+func (c *recordsCollector) Describe(descs chan<- *prometheus.Desc) {
+	for _, m := range recordsMetrics {
+		descs <- m.desc
+	}
+	descs <- recordsAge
+	descs <- recordsFailures
+}
+
+// Collect implements [prometheus.Collector].
+func (c *recordsCollector) Collect(metrics chan<- prometheus.Metric) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if now := c.options.Now(); c.asked.IsZero() || now.Sub(c.asked) >= c.options.Interval {
+		c.asked = now
+		ctx, cancel := context.WithTimeout(context.Background(), c.options.Timeout)
+		defer cancel()
+		if records, err := c.read(ctx); err != nil {
+			c.failures++
+		} else {
+			c.last, c.readAt = records, now
+		}
+	}
+	metrics <- prometheus.MustNewConstMetric(recordsFailures, prometheus.CounterValue, c.failures)
+	if c.readAt.IsZero() {
+		return
+	}
+	for _, m := range recordsMetrics {
+		metrics <- prometheus.MustNewConstMetric(m.desc, prometheus.GaugeValue, m.value(c.last))
+	}
+	metrics <- prometheus.MustNewConstMetric(recordsAge, prometheus.GaugeValue, c.options.Now().Sub(c.readAt).Seconds())
+}

@@ -1,0 +1,373 @@
+package promobserve
+
+import (
+	"context"
+	"fmt"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+
+	"github.com/paidonce/idempotency"
+	"github.com/paidonce/idempotency/observe"
+	"github.com/paidonce/idempotency/observe/lostkey"
+)
+
+// Defaults and limits of [Options].
+const (
+	RoutesMaxDefault = 100
+	RouteBytesMax    = 128 // a longer one is cut off
+
+	// RouteOther stands for the routes over [Options.RoutesMax].
+	RouteOther = "other"
+)
+
+// Options tune a [Tracer]. Nil and the zero value are the defaults.
+type Options struct {
+	// HandlerTimeout is the engine's, shown as a metric so that an alert can compare handlers with it. The default is
+	// idempotency.HandlerTimeoutDefault.
+	HandlerTimeout time.Duration
+
+	// Route names a request's route from the context that it came with, where Request.Route is not what is wanted. It must
+	// come from a small set. Nil takes Request.Route, which the middleware fills in.
+	Route func(ctx context.Context, route string) string
+
+	// RoutesMax is how many routes have series of their own, of about 6 each; those above are [RouteOther]. The default is
+	// [RoutesMaxDefault].
+	RoutesMax int
+
+	// LostKeys tune the detector of clients that lose their keys. Its OnLost is called after the finding was counted.
+	LostKeys lostkey.Options
+
+	// WithoutLostKeys leaves the detector out.
+	WithoutLostKeys bool
+}
+
+// full returns a copy in which nothing is left out. It panics on values that can't work.
+func (o *Options) full() Options {
+	var full Options
+	if o != nil {
+		full = *o
+	}
+	if full.HandlerTimeout == 0 {
+		full.HandlerTimeout = idempotency.HandlerTimeoutDefault
+	}
+	if full.RoutesMax == 0 {
+		full.RoutesMax = RoutesMaxDefault
+	}
+	if full.Route == nil {
+		full.Route = func(_ context.Context, route string) string { return route }
+	}
+	if full.HandlerTimeout < 0 || full.RoutesMax < 0 {
+		panic(fmt.Sprintf("idempotency/observe/prometheus: Options.HandlerTimeout is %v and RoutesMax is %d: neither may be negative", full.HandlerTimeout, full.RoutesMax))
+	}
+	return full
+}
+
+// Tracer feeds metrics with what the engine tells. It is safe for concurrent use.
+type Tracer struct {
+	options  Options
+	detector *lostkey.Detector // nil: there is none
+
+	requests   *prometheus.CounterVec
+	durations  *prometheus.HistogramVec
+	attempts   prometheus.Counter
+	inFlight   prometheus.Gauge
+	waiting    prometheus.Gauge
+	steps      *prometheus.HistogramVec
+	failures   *prometheus.CounterVec
+	refused    *prometheus.CounterVec
+	resolved   *prometheus.CounterVec
+	duplicates *prometheus.CounterVec
+	lost       *prometheus.CounterVec
+	deleted    prometheus.Counter
+	walks      *prometheus.CounterVec
+	walkTime   prometheus.Histogram
+
+	// Series that are looked up for each request.
+	ends  map[end]endSeries
+	times map[idempotency.Step]prometheus.Observer
+
+	mu     sync.RWMutex
+	routes map[string]*routeSeries
+}
+
+// end is how a request ends.
+type end struct {
+	outcome idempotency.Outcome
+	reason  idempotency.Reason
+}
+
+type endSeries struct {
+	count prometheus.Counter
+	time  prometheus.Observer
+}
+
+// routeSeries are those of one route.
+type routeSeries struct{ replayed, inProgress, lost prometheus.Counter }
+
+var (
+	_ idempotency.Tracer     = (*Tracer)(nil)
+	_ idempotency.WaitTracer = (*Tracer)(nil)
+)
+
+// secondsBuckets reach from a replay on a warm connection to the longest that a handler may take.
+var secondsBuckets = []float64{.0005, .001, .002, .005, .01, .02, .05, .1, .2, .5, 1, 2, 5, 10, 20}
+
+// ends are how requests end, with the reasons that the engine gives. Their series are there from the start, so that the first
+// of a kind is an increase, and not a series that was always at one.
+var ends = []struct {
+	outcome idempotency.Outcome
+	reasons []idempotency.Reason
+}{
+	{idempotency.OutcomeExecuted, []idempotency.Reason{""}},
+	{observe.OutcomeDeclined, []idempotency.Reason{""}},
+	{idempotency.OutcomeReplayed, []idempotency.Reason{""}},
+	{idempotency.OutcomeInProgress, []idempotency.Reason{idempotency.ReasonInProgress}},
+	{idempotency.OutcomeMismatch, []idempotency.Reason{idempotency.ReasonKeyReused}},
+	{idempotency.OutcomeNotExecuted, []idempotency.Reason{"", idempotency.ReasonHandlerFailed, idempotency.ReasonUnavailable}},
+	{idempotency.OutcomeUnknown, []idempotency.Reason{idempotency.ReasonOutcomeUnknown, idempotency.ReasonRecordCorrupt, idempotency.ReasonTransactionLost}},
+}
+
+// refusals are the reasons of the middleware.
+var refusals = []idempotency.Reason{
+	idempotency.ReasonKeyMissing, idempotency.ReasonKeyInvalid, idempotency.ReasonScope, idempotency.ReasonBodyTooLarge,
+	idempotency.ReasonBodyUnread, idempotency.ReasonReplayDenied, idempotency.ReasonQuotaExceeded, idempotency.ReasonRecordCorrupt,
+}
+
+const labelOther = "other"
+
+// failuresWatched are the failures of a step that alerts look at: their series too are there from the start.
+var failuresWatched = map[idempotency.Step][]string{
+	idempotency.StepClaim:   {"unavailable"},
+	idempotency.StepCommit:  {"unavailable", "unknown"},
+	idempotency.StepDecline: {"unavailable", "unknown"},
+	idempotency.StepResolve: {"unknown"},
+}
+
+// Results of the look for a lost COMMIT.
+const (
+	resolvedFound    = "found"     // a record: this attempt's, or another's
+	resolvedNotFound = "not-found" // proven: nothing was recorded
+	resolvedUnknown  = "unknown"
+)
+
+// New returns a tracer whose metrics count from zero, and registers them. It panics where there is no registerer, where the
+// metrics are registered already, or where the options can't work. Two engines share one tracer.
+func New(registerer prometheus.Registerer, opts *Options) *Tracer {
+	if registerer == nil {
+		panic("idempotency/observe/prometheus: New needs a Registerer")
+	}
+	t := &Tracer{
+		options: opts.full(),
+		requests: counters("requests_total", "Requests that the engine settled, by what became of them and, where there was no answer, why.",
+			"outcome", "reason"),
+		durations: histograms("request_duration_seconds", "Time until everything about a request was settled.", "outcome"),
+		attempts: prometheus.NewCounter(prometheus.CounterOpts{
+			Name: "idempotency_attempts_total", Help: "Claims that were begun. More than requests means serialization failures and lost races.",
+		}),
+		inFlight: gauge("requests_in_flight", "Requests in the engine now."),
+		waiting:  gauge("requests_waiting", "Requests that wait for another attempt now. They hold no connection."),
+		steps:    histograms("step_duration_seconds", "Time of each step of an attempt, and of each stretch of waiting for another one.", "step"),
+		failures: counters("step_failures_total", "Steps that ended with an error, by its kind. A claim that found its key in progress is one.", "step", "error"),
+		refused:  counters("refused_total", "Requests refused before the engine was asked, over a quota, and replays that were not shown, by reason.", "reason"),
+		resolved: counters("resolved_total", "Requests whose COMMIT lost its reply and was looked up, by what was found.", "result"),
+		duplicates: counters("duplicates_total", "Requests that came again: answered with the record, or while the first was in progress.",
+			"route", "outcome"),
+		lost: counters("lost_keys_total", "Requests that came again with another key: the client lost the first one, or makes a new one for each try.", "route"),
+		deleted: prometheus.NewCounter(prometheus.CounterOpts{
+			Name: "idempotency_records_deleted_total", Help: "Expired records that this process deleted.",
+		}),
+		walks: counters("reaper_walks_total", "Walks of this process's reaper through the table, by how they ended.", "result"),
+		walkTime: prometheus.NewHistogram(prometheus.HistogramOpts{
+			Name: "idempotency_reaper_walk_duration_seconds", Help: "Time of each walk of the reaper.", Buckets: []float64{.01, .1, 1, 10, 60, 600, 3600},
+		}),
+		ends: map[end]endSeries{}, times: map[idempotency.Step]prometheus.Observer{}, routes: map[string]*routeSeries{},
+	}
+	limit := gauge("handler_timeout_seconds", "The limit of the claim and the handler together.")
+	limit.Set(t.options.HandlerTimeout.Seconds())
+	all := []prometheus.Collector{
+		t.requests, t.durations, t.attempts, t.inFlight, t.waiting, t.steps, t.failures, t.refused, t.resolved, t.duplicates,
+		t.deleted, t.walks, t.walkTime, limit,
+	}
+	if !t.options.WithoutLostKeys {
+		lostKeys := t.options.LostKeys
+		onLost := lostKeys.OnLost
+		lostKeys.OnLost = func(ctx context.Context, event lostkey.Event) {
+			t.route(ctx, event.Route).lost.Inc()
+			if onLost != nil {
+				onLost(ctx, event)
+			}
+		}
+		t.detector = lostkey.New(&lostKeys)
+		all = append(all, t.lost, prometheus.NewCounterFunc(prometheus.CounterOpts{
+			Name: "idempotency_lost_keys_forgotten_total", Help: "Requests that the detector of lost keys had no room to remember for its whole window, at most.",
+		}, func() float64 { return float64(t.detector.Dropped()) }))
+	}
+	t.begin()
+	registerer.MustRegister(all...)
+	return t
+}
+
+// begin makes the series that are there from the start.
+func (t *Tracer) begin() {
+	for _, e := range ends {
+		for _, reason := range e.reasons {
+			t.ends[end{e.outcome, reason}] = t.seriesOf(string(e.outcome), string(reason))
+		}
+	}
+	for _, step := range []idempotency.Step{
+		idempotency.StepClaim, idempotency.StepHandler, idempotency.StepCommit, idempotency.StepDecline, idempotency.StepRollback,
+		idempotency.StepResolve, idempotency.StepWait,
+	} {
+		t.times[step] = t.steps.WithLabelValues(string(step))
+	}
+	for step, kinds := range failuresWatched {
+		for _, kind := range kinds {
+			t.failures.WithLabelValues(string(step), kind)
+		}
+	}
+	for _, reason := range refusals {
+		t.refused.WithLabelValues(string(reason))
+	}
+	for _, result := range []string{resolvedFound, resolvedNotFound, resolvedUnknown} {
+		t.resolved.WithLabelValues(result)
+	}
+	for _, result := range []string{"ok", "failed"} {
+		t.walks.WithLabelValues(result)
+	}
+}
+
+func (t *Tracer) seriesOf(outcome, reason string) endSeries {
+	return endSeries{t.requests.WithLabelValues(outcome, reason), t.durations.WithLabelValues(outcome)}
+}
+
+func counters(name, help string, labels ...string) *prometheus.CounterVec {
+	return prometheus.NewCounterVec(prometheus.CounterOpts{Name: "idempotency_" + name, Help: help}, labels)
+}
+
+func gauge(name, help string) prometheus.Gauge {
+	return prometheus.NewGauge(prometheus.GaugeOpts{Name: "idempotency_" + name, Help: help})
+}
+
+// histograms have buckets for everybody, and native ones for a Prometheus that asks for them.
+func histograms(name, help string, labels ...string) *prometheus.HistogramVec {
+	return prometheus.NewHistogramVec(prometheus.HistogramOpts{
+		Name: "idempotency_" + name, Help: help, Buckets: secondsBuckets,
+		NativeHistogramBucketFactor: 1.1, NativeHistogramMaxBucketNumber: 100, NativeHistogramMinResetDuration: time.Hour,
+	}, labels)
+}
+
+// route returns the series of a request's route, and makes them where there is room.
+func (t *Tracer) route(ctx context.Context, name string) *routeSeries {
+	name = t.options.Route(ctx, name)
+	if len(name) > RouteBytesMax {
+		name = name[:RouteBytesMax]
+	}
+	t.mu.RLock()
+	series := t.routes[name]
+	t.mu.RUnlock()
+	if series != nil {
+		return series
+	}
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if len(t.routes) >= t.options.RoutesMax {
+		name = RouteOther
+	}
+	series = t.routes[name]
+	if series == nil {
+		label := strings.ToValidUTF8(name, "\uFFFD") // or the client library panics
+		series = &routeSeries{
+			t.duplicates.WithLabelValues(label, string(idempotency.OutcomeReplayed)),
+			t.duplicates.WithLabelValues(label, string(idempotency.OutcomeInProgress)), t.lost.WithLabelValues(label),
+		}
+		t.routes[strings.Clone(name)] = series
+	}
+	return series
+}
+
+// TraceRequestStart implements [idempotency.Tracer].
+func (t *Tracer) TraceRequestStart(ctx context.Context, start idempotency.RequestStart) context.Context {
+	t.inFlight.Inc()
+	t.route(ctx, start.Route) // so that its series begin at zero
+	if t.detector != nil {
+		t.detector.TraceRequestStart(ctx, start)
+	}
+	return ctx
+}
+
+// TraceWaitStart implements [idempotency.WaitTracer].
+func (t *Tracer) TraceWaitStart(context.Context) { t.waiting.Inc() }
+
+// TraceStep implements [idempotency.Tracer].
+func (t *Tracer) TraceStep(_ context.Context, step idempotency.StepEnd) {
+	if step.Step == idempotency.StepWait {
+		t.waiting.Dec()
+	}
+	name, times := string(step.Step), t.times[step.Step]
+	if times == nil {
+		name, times = labelOther, t.steps.WithLabelValues(labelOther)
+	}
+	times.Observe(step.Duration.Seconds())
+	if step.Err != nil {
+		t.failures.WithLabelValues(name, observe.ErrorKind(step.Err)).Inc()
+	}
+}
+
+// TraceRequestEnd implements [idempotency.Tracer].
+func (t *Tracer) TraceRequestEnd(ctx context.Context, e idempotency.RequestEnd) {
+	t.inFlight.Dec()
+	t.attempts.Add(float64(e.Attempts))
+	outcome := observe.Outcome(e)
+	series, ok := t.ends[end{outcome, e.Result.Reason}]
+	if !ok {
+		series = t.seriesOf(labelOther, labelOther)
+	}
+	series.count.Inc()
+	series.time.Observe(e.Duration.Seconds())
+	switch outcome {
+	case idempotency.OutcomeReplayed:
+		t.route(ctx, e.Route).replayed.Inc()
+	case idempotency.OutcomeInProgress:
+		t.route(ctx, e.Route).inProgress.Inc()
+	}
+	if e.Resolved {
+		t.resolved.WithLabelValues(resolvedResult(e.Result.Outcome)).Inc()
+	}
+}
+
+// resolvedResult is what a look for a lost COMMIT found, as how the request ended tells.
+func resolvedResult(outcome idempotency.Outcome) string {
+	switch outcome {
+	case idempotency.OutcomeExecuted, idempotency.OutcomeReplayed, idempotency.OutcomeMismatch:
+		return resolvedFound
+	case idempotency.OutcomeNotExecuted:
+		return resolvedNotFound
+	}
+	return resolvedUnknown
+}
+
+// TraceRefused implements [idempotency.Tracer].
+func (t *Tracer) TraceRefused(_ context.Context, refused idempotency.Refused) {
+	for _, reason := range refusals {
+		if reason == refused.Reason {
+			t.refused.WithLabelValues(string(reason)).Inc()
+			return
+		}
+	}
+	t.refused.WithLabelValues(labelOther).Inc()
+}
+
+// OnWalk counts a walk of the reaper: pass it as postgres.ReaperOptions.OnWalk. It keeps the error's text to itself, so
+// a service that wants it in a log calls this from a function of its own.
+func (t *Tracer) OnWalk(deleted int64, duration time.Duration, err error) {
+	t.deleted.Add(float64(deleted))
+	t.walkTime.Observe(duration.Seconds())
+	if err != nil {
+		t.walks.WithLabelValues("failed").Inc()
+		return
+	}
+	t.walks.WithLabelValues("ok").Inc()
+}
