@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
@@ -74,7 +75,6 @@ type Tracer struct {
 	durations  *prometheus.HistogramVec
 	attempts   prometheus.Counter
 	inFlight   prometheus.Gauge
-	waiting    prometheus.Gauge
 	steps      *prometheus.HistogramVec
 	failures   *prometheus.CounterVec
 	refused    *prometheus.CounterVec
@@ -84,6 +84,8 @@ type Tracer struct {
 	deleted    prometheus.Counter
 	walks      *prometheus.CounterVec
 	walkTime   prometheus.Histogram
+
+	waiters atomic.Int64
 
 	// Series that are looked up for each request.
 	ends  map[end]endSeries
@@ -168,7 +170,6 @@ func New(registerer prometheus.Registerer, opts *Options) *Tracer {
 			Name: "idempotency_attempts_total", Help: "Claims that were begun. More than requests means serialization failures and lost races.",
 		}),
 		inFlight: gauge("requests_in_flight", "Requests in the engine now."),
-		waiting:  gauge("requests_waiting", "Requests that wait for another attempt now. They hold no connection."),
 		steps:    histograms("step_duration_seconds", "Time of each step of an attempt, and of each stretch of waiting for another one.", "step"),
 		failures: counters("step_failures_total", "Steps that ended with an error, by its kind. A claim that found its key in progress is one.", "step", "error"),
 		refused:  counters("refused_total", "Requests refused before the engine was asked, over a quota, and replays that were not shown, by reason.", "reason"),
@@ -187,8 +188,11 @@ func New(registerer prometheus.Registerer, opts *Options) *Tracer {
 	}
 	limit := gauge("handler_timeout_seconds", "The limit of the claim and the handler together.")
 	limit.Set(t.options.HandlerTimeout.Seconds())
+	waiting := prometheus.NewGaugeFunc(prometheus.GaugeOpts{
+		Name: "idempotency_requests_waiting", Help: "Requests that wait for another attempt now. They hold no connection.",
+	}, func() float64 { return float64(t.waiters.Load()) })
 	all := []prometheus.Collector{
-		t.requests, t.durations, t.attempts, t.inFlight, t.waiting, t.steps, t.failures, t.refused, t.resolved, t.duplicates,
+		t.requests, t.durations, t.attempts, t.inFlight, waiting, t.steps, t.failures, t.refused, t.resolved, t.duplicates,
 		t.deleted, t.walks, t.walkTime, limit,
 	}
 	if !t.options.WithoutLostKeys {
@@ -299,12 +303,12 @@ func (t *Tracer) TraceRequestStart(ctx context.Context, start idempotency.Reques
 }
 
 // TraceWaitStart implements [idempotency.WaitTracer].
-func (t *Tracer) TraceWaitStart(context.Context) { t.waiting.Inc() }
+func (t *Tracer) TraceWaitStart(context.Context) { t.waiters.Add(1) }
 
 // TraceStep implements [idempotency.Tracer].
 func (t *Tracer) TraceStep(_ context.Context, step idempotency.StepEnd) {
 	if step.Step == idempotency.StepWait {
-		t.waiting.Dec()
+		t.waitEnds()
 	}
 	name, times := string(step.Step), t.times[step.Step]
 	if times == nil {
@@ -313,6 +317,15 @@ func (t *Tracer) TraceStep(_ context.Context, step idempotency.StepEnd) {
 	times.Observe(step.Duration.Seconds())
 	if step.Err != nil {
 		t.failures.WithLabelValues(name, observe.ErrorKind(step.Err)).Inc()
+	}
+}
+
+// waitEnds counts one waiter off, unless a tracer around this one keeps TraceWaitStart to itself.
+func (t *Tracer) waitEnds() {
+	for n := t.waiters.Load(); n > 0; n = t.waiters.Load() {
+		if t.waiters.CompareAndSwap(n, n-1) {
+			return
+		}
 	}
 }
 

@@ -68,6 +68,17 @@ func TestSeriesBeginAtZero(t *testing.T) {
 		`idempotency_handler_timeout_seconds 10`)
 }
 
+// A tracer around this one that does not know of WaitTracer takes the figure away, and does not make it negative.
+func TestWaitersAreNeverNegative(t *testing.T) {
+	t.Parallel()
+	registry := prometheus.NewRegistry()
+	tracer := promobserve.New(registry, nil)
+	tracer.TraceStep(context.Background(), idempotency.StepEnd{Step: idempotency.StepWait})
+	wantLines(t, scrape(t, registry), "idempotency_requests_waiting 0")
+	tracer.TraceWaitStart(context.Background())
+	wantLines(t, scrape(t, registry), "idempotency_requests_waiting 1")
+}
+
 func TestWithoutLostKeys(t *testing.T) {
 	t.Parallel()
 	registry := prometheus.NewRegistry()

@@ -24,7 +24,7 @@ type scraped map[string]float64
 const (
 	metricGoroutines      = "go_goroutines"
 	metricFileDescriptors = "process_open_fds"
-	metricConnections     = "demo_bank_pool_connections"
+	metricConnections     = "idempotency_pool_connections"
 	metricStepFailures    = "idempotency_step_failures_total"
 	metricSteps           = "idempotency_step_duration_seconds_count"
 	metricReaped          = "idempotency_records_deleted_total"

@@ -249,7 +249,10 @@ func TestNothingPrivateIsLoggedOrCounted(t *testing.T) {
 		`idempotency_step_duration_seconds_count{step="commit"} 1`,
 		`idempotency_attempts_total 3`,
 		`idempotency_requests_in_flight 0`,
-		`demo_bank_pool_connections_max 16`,
+		`idempotency_pool_connections_max 16`,
+		`idempotency_duplicates_total{outcome="replayed",route="/v1/transfers"} 0`,
+		`idempotency_records_live_estimate 1`,
+		`idempotency_handler_timeout_seconds 10`,
 	} {
 		if !strings.Contains(metrics, want+"\n") {
 			t.Errorf("the metrics do not say %s", want)

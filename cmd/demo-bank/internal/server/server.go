@@ -106,7 +106,7 @@ type Server struct {
 
 // New returns a bank that does nothing until [Server.Run].
 func New(config Config) *Server {
-	s := &Server{config: config, metrics: metrics.New(), gate: newGate(), serving: make(chan struct{})}
+	s := &Server{config: config, metrics: metrics.New(config.HandlerTimeout), gate: newGate(), serving: make(chan struct{})}
 	c := &s.config
 	if c.Addr == "" {
 		c.Addr = AddrDefault
@@ -168,8 +168,8 @@ func (s *Server) Run(ctx context.Context) (err error) {
 		return endOfStart(ctx, err)
 	}
 	defer pool.Close()
-	s.metrics.ObservePool(pool)
 	store := postgres.New(pool, storeOptions(&s.config))
+	s.metrics.Observe(pool, store)
 	if err := store.Check(ctx); err != nil {
 		return endOfStart(ctx, err)
 	}
@@ -274,7 +274,7 @@ func (s *Server) reaper(store *postgres.Store) *postgres.Reaper {
 	return postgres.NewReaper(store, &postgres.ReaperOptions{
 		Interval: s.config.ReapInterval,
 		OnWalk: func(deleted int64, duration time.Duration, err error) {
-			s.metrics.Reaped(deleted)
+			s.metrics.OnWalk(deleted, duration, err)
 			if err != nil {
 				s.logger.Warn("expired records were not deleted; the next walk tries again", "error", err)
 			} else if deleted > 0 {
