@@ -1,0 +1,70 @@
+package otelobserve
+
+import (
+	"context"
+
+	"go.opentelemetry.io/otel/attribute"
+	"go.opentelemetry.io/otel/metric"
+
+	"github.com/paidonce/idempotency"
+	"github.com/paidonce/idempotency/observe"
+)
+
+// instruments are the metrics.
+type instruments struct {
+	requests   metric.Int64Counter
+	durations  metric.Float64Histogram
+	steps      metric.Float64Histogram
+	active     metric.Int64UpDownCounter
+	waiting    metric.Int64UpDownCounter
+	refused    metric.Int64Counter
+	resolved   metric.Int64Counter
+	duplicates metric.Int64Counter
+	lost       metric.Int64Counter
+}
+
+// secondsBuckets reach from a replay on a warm connection to the longest that a handler may take.
+var secondsBuckets = metric.WithExplicitBucketBoundaries(.0005, .001, .002, .005, .01, .02, .05, .1, .2, .5, 1, 2, 5, 10, 20)
+
+func newInstruments(meter metric.Meter) *instruments {
+	return &instruments{
+		requests:   made(meter.Int64Counter("idempotency.requests", metric.WithDescription("Requests that the engine settled."), metric.WithUnit("{request}"))),
+		durations:  made(meter.Float64Histogram("idempotency.request.duration", metric.WithDescription("Time until everything about a request was settled."), metric.WithUnit("s"), secondsBuckets)),
+		steps:      made(meter.Float64Histogram("idempotency.step.duration", metric.WithDescription("Time of each step of an attempt, and of each stretch of waiting for another one."), metric.WithUnit("s"), secondsBuckets)),
+		active:     made(meter.Int64UpDownCounter("idempotency.requests.active", metric.WithDescription("Requests in the engine now."), metric.WithUnit("{request}"))),
+		waiting:    made(meter.Int64UpDownCounter("idempotency.requests.waiting", metric.WithDescription("Requests that wait for another attempt now."), metric.WithUnit("{request}"))),
+		refused:    made(meter.Int64Counter("idempotency.refused", metric.WithDescription("Requests refused before the engine was asked, over a quota, and replays that were not shown."), metric.WithUnit("{request}"))),
+		resolved:   made(meter.Int64Counter("idempotency.resolved", metric.WithDescription("Requests whose COMMIT lost its reply and was looked up, by how they ended."), metric.WithUnit("{request}"))),
+		duplicates: made(meter.Int64Counter("idempotency.duplicates", metric.WithDescription("Requests that came again."), metric.WithUnit("{request}"))),
+		lost:       made(meter.Int64Counter("idempotency.lost_keys", metric.WithDescription("Requests that came again with another key."), metric.WithUnit("{request}"))),
+	}
+}
+
+// made returns an instrument. A meter refuses one whose name or buckets are no good, which a test would find.
+func made[T any](instrument T, err error) T {
+	if err != nil {
+		panic("idempotency/observe/otel: " + err.Error())
+	}
+	return instrument
+}
+
+func (i *instruments) step(ctx context.Context, step idempotency.StepEnd, kind string) {
+	attributes := []attribute.KeyValue{attributeStep.String(string(step.Step))}
+	if kind != "" {
+		attributes = append(attributes, attributeError.String(kind))
+	}
+	i.steps.Record(ctx, step.Duration.Seconds(), metric.WithAttributes(attributes...))
+}
+
+func (i *instruments) end(ctx context.Context, end idempotency.RequestEnd) {
+	outcome := attributeOutcome.String(string(observe.Outcome(end)))
+	i.requests.Add(ctx, 1, metric.WithAttributes(outcome, attributeReason.String(string(end.Result.Reason))))
+	i.durations.Record(ctx, end.Duration.Seconds(), metric.WithAttributes(outcome))
+	if end.Resolved {
+		i.resolved.Add(ctx, 1, metric.WithAttributes(outcome))
+	}
+	switch end.Result.Outcome {
+	case idempotency.OutcomeReplayed, idempotency.OutcomeInProgress:
+		i.duplicates.Add(ctx, 1, metric.WithAttributes(outcome, attributeRoute.String(pathOf(end.Route))))
+	}
+}

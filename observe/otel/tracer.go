@@ -1,0 +1,208 @@
+package otelobserve
+
+import (
+	"context"
+	"strings"
+
+	"go.opentelemetry.io/otel"
+	"go.opentelemetry.io/otel/attribute"
+	"go.opentelemetry.io/otel/codes"
+	"go.opentelemetry.io/otel/metric"
+	"go.opentelemetry.io/otel/trace"
+
+	"github.com/paidonce/idempotency"
+	"github.com/paidonce/idempotency/observe"
+	"github.com/paidonce/idempotency/observe/lostkey"
+)
+
+// Name is the instrumentation scope of the spans and metrics.
+const Name = "github.com/paidonce/idempotency/observe/otel"
+
+// Attributes. Those of HTTP have the names of OpenTelemetry's semantic conventions.
+const (
+	attributeOutcome       = attribute.Key("idempotency.outcome")
+	attributeReason        = attribute.Key("idempotency.reason")
+	attributeAttempts      = attribute.Key("idempotency.attempts")
+	attributeAttempt       = attribute.Key("idempotency.attempt")
+	attributeResolved      = attribute.Key("idempotency.resolved")
+	attributeStep          = attribute.Key("idempotency.step")
+	attributeOriginalTrace = attribute.Key("idempotency.original.trace_id")
+	attributeAfter         = attribute.Key("idempotency.after_seconds")
+	attributeRoute         = attribute.Key("http.route")
+	attributeMethod        = attribute.Key("http.request.method")
+	attributeStatus        = attribute.Key("http.response.status_code")
+	attributeError         = attribute.Key("error.type")
+)
+
+// Options tune a [Tracer]. Nil and the zero value are the defaults.
+type Options struct {
+	// TracerProvider and MeterProvider are where spans and metrics go. The defaults are the global ones.
+	TracerProvider trace.TracerProvider
+	MeterProvider  metric.MeterProvider
+
+	// LostKeys tune the detector of clients that lose their keys. Its OnLost is called after the finding was counted.
+	LostKeys lostkey.Options
+
+	// WithoutLostKeys leaves the detector out, for example where observe/prometheus has one already.
+	WithoutLostKeys bool
+}
+
+// Tracer makes spans and metrics of what the engine tells. It is safe for concurrent use.
+type Tracer struct {
+	tracer   trace.Tracer
+	metrics  *instruments
+	detector *lostkey.Detector // nil: there is none
+}
+
+var (
+	_ idempotency.Tracer     = (*Tracer)(nil)
+	_ idempotency.WaitTracer = (*Tracer)(nil)
+)
+
+// New returns a tracer. It panics where the meter refuses an instrument.
+func New(opts *Options) *Tracer {
+	var o Options
+	if opts != nil {
+		o = *opts
+	}
+	if o.TracerProvider == nil {
+		o.TracerProvider = otel.GetTracerProvider()
+	}
+	if o.MeterProvider == nil {
+		o.MeterProvider = otel.GetMeterProvider()
+	}
+	t := &Tracer{tracer: o.TracerProvider.Tracer(Name), metrics: newInstruments(o.MeterProvider.Meter(Name))}
+	if !o.WithoutLostKeys {
+		onLost := o.LostKeys.OnLost
+		o.LostKeys.OnLost = func(ctx context.Context, event lostkey.Event) {
+			t.metrics.lost.Add(ctx, 1, metric.WithAttributes(attributeRoute.String(pathOf(event.Route))))
+			spanOf(ctx).AddEvent("idempotency.lost_key", trace.WithAttributes(attributeAfter.Float64(event.After.Seconds())))
+			if onLost != nil {
+				onLost(ctx, event)
+			}
+		}
+		t.detector = lostkey.New(&o.LostKeys)
+	}
+	return t
+}
+
+// spanKey finds the request's span in its context, where the current one may be another tracer's.
+type spanKey struct{}
+
+func spanOf(ctx context.Context) trace.Span {
+	if span, ok := ctx.Value(spanKey{}).(trace.Span); ok {
+		return span
+	}
+	return trace.SpanFromContext(ctx)
+}
+
+// methodOf and pathOf are the parts of a route as net/http's ServeMux writes it, and as chi does, without the method.
+func methodOf(route string) string {
+	if method, _, ok := strings.Cut(route, " "); ok {
+		return method
+	}
+	return ""
+}
+
+func pathOf(route string) string {
+	if _, path, ok := strings.Cut(route, " "); ok {
+		return path
+	}
+	return route
+}
+
+// TraceRequestStart implements [idempotency.Tracer]. Spans that the handler makes are below the request's.
+func (t *Tracer) TraceRequestStart(ctx context.Context, start idempotency.RequestStart) context.Context {
+	ctx, span := t.tracer.Start(ctx, "idempotency", trace.WithSpanKind(trace.SpanKindInternal))
+	ctx = context.WithValue(ctx, spanKey{}, span)
+	if span.IsRecording() {
+		if path := pathOf(start.Route); path != "" {
+			span.SetAttributes(attributeRoute.String(path))
+		}
+		if method := methodOf(start.Route); method != "" {
+			span.SetAttributes(attributeMethod.String(method))
+		}
+	}
+	t.metrics.active.Add(ctx, 1)
+	if t.detector != nil {
+		t.detector.TraceRequestStart(ctx, start)
+	}
+	return ctx
+}
+
+// TraceWaitStart implements [idempotency.WaitTracer].
+func (t *Tracer) TraceWaitStart(ctx context.Context) { t.metrics.waiting.Add(ctx, 1) }
+
+// TraceStep implements [idempotency.Tracer]. The hook tells of a step when it is over, so its span is made then, with the
+// times that it had; the handler's own spans are beside it, below the request's.
+func (t *Tracer) TraceStep(ctx context.Context, step idempotency.StepEnd) {
+	if step.Step == idempotency.StepWait {
+		t.metrics.waiting.Add(ctx, -1)
+	}
+	kind := observe.ErrorKind(step.Err)
+	t.metrics.step(ctx, step, kind)
+	parent := spanOf(ctx)
+	if !parent.IsRecording() {
+		return
+	}
+	_, span := t.tracer.Start(trace.ContextWithSpan(ctx, parent), "idempotency "+string(step.Step), trace.WithTimestamp(step.Started),
+		trace.WithSpanKind(trace.SpanKindInternal), trace.WithAttributes(attributeStep.String(string(step.Step))))
+	if kind != "" {
+		span.SetAttributes(attributeError.String(kind))
+	}
+	if isFailure(step.Err, kind) {
+		span.SetStatus(codes.Error, kind)
+	}
+	span.End(trace.WithTimestamp(step.Started.Add(step.Duration)))
+}
+
+// isFailure tells what an operator would call an error from what a claim finds on a good day.
+func isFailure(err error, kind string) bool {
+	switch kind {
+	case observe.ErrorKind(idempotency.ErrInProgress), observe.ErrorKind(idempotency.ErrKeyRecorded), observe.ErrorKind(idempotency.ErrNotClaimed):
+		return false
+	}
+	return err != nil
+}
+
+// TraceRequestEnd implements [idempotency.Tracer].
+func (t *Tracer) TraceRequestEnd(ctx context.Context, end idempotency.RequestEnd) {
+	t.metrics.active.Add(ctx, -1)
+	t.metrics.end(ctx, end)
+	span := spanOf(ctx)
+	if span.IsRecording() {
+		t.describe(span, end)
+	}
+	span.End(trace.WithTimestamp(end.Started.Add(end.Duration)))
+}
+
+func (t *Tracer) describe(span trace.Span, end idempotency.RequestEnd) {
+	result := end.Result
+	span.SetAttributes(attributeOutcome.String(string(observe.Outcome(end))), attributeAttempts.Int(end.Attempts))
+	if !end.Attempt.IsZero() {
+		span.SetAttributes(attributeAttempt.String(end.Attempt.String()))
+	}
+	if result.Reason != "" {
+		span.SetAttributes(attributeReason.String(string(result.Reason)))
+	}
+	if end.Resolved {
+		span.SetAttributes(attributeResolved.Bool(true))
+	}
+	if result.Answer != nil {
+		span.SetAttributes(attributeStatus.Int(result.Answer.Status))
+	}
+	if result.Outcome == idempotency.OutcomeUnknown || result.Outcome == idempotency.OutcomeNotExecuted && result.Reason != "" {
+		span.SetStatus(codes.Error, string(result.Reason))
+		span.SetAttributes(attributeError.String(string(result.Reason)))
+	}
+	if result.Record != nil && result.Outcome == idempotency.OutcomeReplayed {
+		link(span, result.Record.TraceID)
+	}
+}
+
+// TraceRefused implements [idempotency.Tracer]: an event of the span that the request's context has, if any.
+func (t *Tracer) TraceRefused(ctx context.Context, refused idempotency.Refused) {
+	t.metrics.refused.Add(ctx, 1, metric.WithAttributes(attributeReason.String(string(refused.Reason))))
+	trace.SpanFromContext(ctx).AddEvent("idempotency.refused", trace.WithAttributes(
+		attributeReason.String(string(refused.Reason)), attributeStatus.Int(refused.Status)))
+}
