@@ -70,6 +70,7 @@ func TestEveryMetricSaysWhatHappened(t *testing.T) {
 	o.Expire(90 * time.Second)
 	o.Execute(house.Transfers, 1)
 
+	o.Settle()
 	// Executed are 3 alone, and one each of the replay, mismatch, hold, conflict, wait, found COMMIT, corrupt, refuse, the
 	// last, and two of the lost key. Handlers ran for those and five more, and COMMIT was sent for two of the five.
 	text := scrape(t, o.registry)

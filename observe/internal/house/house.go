@@ -35,6 +35,9 @@ const (
 	Payments  = "POST /payments"
 )
 
+// Slow is how long a slow handler takes.
+const Slow = 45 * time.Millisecond
+
 // Limits of the service.
 const (
 	PoolMax        = 4
@@ -61,6 +64,7 @@ type House struct {
 	handler http.Handler
 	proxy   *pgfault.Proxy
 	next    atomic.Pointer[pgfault.Fault] // of the next COMMIT
+	gone    bool                          // PostgreSQL is, with the next COMMIT that is cut; set before next
 	entered chan struct{}                 // by a handler that holds its key
 	release chan struct{}
 	keys    int
@@ -75,6 +79,9 @@ func New(t testing.TB, opts Options) *House {
 	must(t, err)
 	h.proxy, err = pgfault.Start(pgfault.Options{Network: network, Address: address, OnCommit: func(pgfault.Commit) pgfault.Fault {
 		if fault := h.next.Swap(nil); fault != nil {
+			if fault.Kind == pgfault.CutAfter && h.gone {
+				h.proxy.SetRefuse(true)
+			}
 			return *fault
 		}
 		return pgfault.Fault{}
@@ -147,6 +154,8 @@ func (h *House) pay(w http.ResponseWriter, r *http.Request) {
 		w.WriteHeader(http.StatusInternalServerError)
 	case "panic":
 		panic(Canary)
+	case "slow":
+		time.Sleep(Slow)
 	case "hold":
 		h.entered <- struct{}{}
 		<-h.release
@@ -317,9 +326,12 @@ func (h *House) LoseCommit(committed bool) {
 // LoseDatabase sends a request whose COMMIT loses its reply, with the database gone until the outcome is unknown.
 func (h *House) LoseDatabase() {
 	h.t.Helper()
+	h.gone = true
+	defer func() {
+		h.gone = false
+		h.proxy.SetRefuse(false)
+	}()
 	h.next.Store(&pgfault.Fault{Kind: pgfault.CutAfter})
-	h.proxy.SetRefuse(true)
-	defer h.proxy.SetRefuse(false)
 	key := h.NewKey()
 	h.Send(Transfers, key, "pay", key, idempotency.OutcomeUnknown)
 }
@@ -355,6 +367,16 @@ func (h *House) Refuse() {
 func (h *House) Expire(ago time.Duration) {
 	h.t.Helper()
 	h.exec("UPDATE idempotency_keys SET expires_at = now() - $1 * interval '1 second'", ago.Seconds())
+}
+
+// Settle waits until no connection is held: one that failed goes back a moment after its request was answered.
+func (h *House) Settle() {
+	h.t.Helper()
+	for deadline := time.Now().Add(10 * time.Second); h.Pool.Stat().AcquiredConns() > 0; time.Sleep(time.Millisecond) {
+		if time.Now().After(deadline) {
+			h.t.Fatal("a connection is held")
+		}
+	}
 }
 
 func (h *House) exec(sql string, args ...any) {
