@@ -41,7 +41,10 @@ func (l *Log) TraceStep(ctx context.Context, step idempotency.StepEnd) {
 	} else if step.Err == nil {
 		return // how the request ends says enough
 	}
-	l.write(ctx, level, "idempotency: step", slog.String("step", string(step.Step)), slog.String("error", ErrorKind(step.Err)),
+	if !l.logger.Enabled(ctx, level) {
+		return
+	}
+	l.logger.LogAttrs(ctx, level, "idempotency: step", slog.String("step", string(step.Step)), slog.String("error", ErrorKind(step.Err)),
 		slog.Duration("duration", step.Duration), slog.String("attempt", attempt(step.Attempt)))
 }
 
@@ -53,7 +56,10 @@ func (l *Log) TraceRequestEnd(ctx context.Context, end idempotency.RequestEnd) {
 		end.Result.Outcome == idempotency.OutcomeNotExecuted && end.Result.Reason != "", end.Resolved:
 		level = slog.LevelWarn
 	}
-	l.write(ctx, level, "idempotency: request settled", slog.String("route", end.Route), slog.String("outcome", string(Outcome(end))),
+	if !l.logger.Enabled(ctx, level) {
+		return
+	}
+	l.logger.LogAttrs(ctx, level, "idempotency: request settled", slog.String("route", end.Route), slog.String("outcome", string(Outcome(end))),
 		slog.String("reason", string(end.Result.Reason)), slog.String("error", ErrorKind(end.Result.Err)), slog.Bool("resolved", end.Resolved),
 		slog.Duration("duration", end.Duration), slog.Int("attempts", end.Attempts), slog.String("attempt", attempt(end.Attempt)))
 }
@@ -65,20 +71,14 @@ func (l *Log) TraceRefused(ctx context.Context, refused idempotency.Refused) {
 	case idempotency.ReasonReplayDenied, idempotency.ReasonRecordCorrupt:
 		level = slog.LevelWarn
 	}
-	l.write(ctx, level, "idempotency: request refused", slog.String("route", refused.Route), slog.String("reason", string(refused.Reason)),
+	l.logger.LogAttrs(ctx, level, "idempotency: request refused", slog.String("route", refused.Route), slog.String("reason", string(refused.Reason)),
 		slog.Int("status", refused.Status))
 }
 
 // LostKey writes down what a detector found; pass it as [lostkey.Options.OnLost].
 func (l *Log) LostKey(ctx context.Context, event lostkey.Event) {
-	l.write(ctx, slog.LevelWarn, "idempotency: the same request came with another key", slog.String("route", event.Route),
+	l.logger.LogAttrs(ctx, slog.LevelWarn, "idempotency: the same request came with another key", slog.String("route", event.Route),
 		slog.Duration("after", event.After.Round(time.Millisecond)))
-}
-
-func (l *Log) write(ctx context.Context, level slog.Level, message string, attributes ...slog.Attr) {
-	if l.logger.Enabled(ctx, level) {
-		l.logger.LogAttrs(ctx, level, message, attributes...)
-	}
 }
 
 // attempt is an attempt's id as text, empty where there was none.

@@ -2,6 +2,7 @@ package otelobserve
 
 import (
 	"context"
+	"sync"
 
 	"go.opentelemetry.io/otel/attribute"
 	"go.opentelemetry.io/otel/metric"
@@ -21,6 +22,30 @@ type instruments struct {
 	resolved   metric.Int64Counter
 	duplicates metric.Int64Counter
 	lost       metric.Int64Counter
+
+	sets sync.Map // series by labels: what the engine gives is few, and making a set each time costs more than to count
+}
+
+// labels are what a series goes by: a step and a kind of error, or an outcome and a reason.
+type labels struct{ first, second attribute.KeyValue }
+
+// series is a set of attributes as instruments take it.
+type series struct {
+	add    []metric.AddOption
+	record []metric.RecordOption
+}
+
+func (i *instruments) series(l labels) *series {
+	if known, ok := i.sets.Load(l); ok {
+		return known.(*series)
+	}
+	attributes := []attribute.KeyValue{l.first}
+	if l.second.Valid() {
+		attributes = append(attributes, l.second)
+	}
+	set := metric.WithAttributeSet(attribute.NewSet(attributes...))
+	made, _ := i.sets.LoadOrStore(l, &series{[]metric.AddOption{set}, []metric.RecordOption{set}})
+	return made.(*series)
 }
 
 // secondsBuckets reach from a replay on a warm connection to the longest that a handler may take.
@@ -49,22 +74,23 @@ func made[T any](instrument T, err error) T {
 }
 
 func (i *instruments) step(ctx context.Context, step idempotency.StepEnd, kind string) {
-	attributes := []attribute.KeyValue{attributeStep.String(string(step.Step))}
+	l := labels{first: attributeStep.String(string(step.Step))}
 	if kind != "" {
-		attributes = append(attributes, attributeError.String(kind))
+		l.second = attributeError.String(kind)
 	}
-	i.steps.Record(ctx, step.Duration.Seconds(), metric.WithAttributes(attributes...))
+	i.steps.Record(ctx, step.Duration.Seconds(), i.series(l).record...)
 }
 
 func (i *instruments) end(ctx context.Context, end idempotency.RequestEnd) {
 	outcome := attributeOutcome.String(string(observe.Outcome(end)))
-	i.requests.Add(ctx, 1, metric.WithAttributes(outcome, attributeReason.String(string(end.Result.Reason))))
-	i.durations.Record(ctx, end.Duration.Seconds(), metric.WithAttributes(outcome))
+	i.requests.Add(ctx, 1, i.series(labels{outcome, attributeReason.String(string(end.Result.Reason))}).add...)
+	ofOutcome := i.series(labels{first: outcome})
+	i.durations.Record(ctx, end.Duration.Seconds(), ofOutcome.record...)
 	if end.Resolved {
-		i.resolved.Add(ctx, 1, metric.WithAttributes(outcome))
+		i.resolved.Add(ctx, 1, ofOutcome.add...)
 	}
 	switch end.Result.Outcome {
 	case idempotency.OutcomeReplayed, idempotency.OutcomeInProgress:
-		i.duplicates.Add(ctx, 1, metric.WithAttributes(outcome, attributeRoute.String(pathOf(end.Route))))
+		i.duplicates.Add(ctx, 1, metric.WithAttributes(outcome, attributeRoute.String(pathOf(end.Route)))) // routes are many, and the SDK bounds them
 	}
 }
