@@ -124,3 +124,15 @@ func TestOnlyMigrationsImportsMigrate(t *testing.T) {
 		t.Errorf("golang-migrate is imported by %q", importers)
 	}
 }
+
+// Prometheus itself is needed to test rules and dashboard, in a module of its own.
+func TestNobodyDependsOnPrometheusItself(t *testing.T) {
+	t.Parallel()
+	file, err := os.ReadFile("go.mod")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if strings.Contains(string(file), "github.com/prometheus/prometheus") {
+		t.Error("go.mod names github.com/prometheus/prometheus: it belongs to observe/prometheus/rulestest")
+	}
+}
