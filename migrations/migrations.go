@@ -1,4 +1,4 @@
-// Package migrations creates and upgrades the table of the records.
+// Package migrations creates and upgrades the table of the records, and the tables of the operator.
 //
 // The files are embedded, and are also usable as they are with the migrate program, which must be told the table of
 // versions and, for another schema than public, the search_path:
@@ -34,8 +34,9 @@ const (
 	VersionTableDefault = "idempotency_migrations"
 )
 
-// Latest is the version that this release of the module needs.
-const Latest = 2
+// Latest is the newest version of this release. A service serves from postgres.SchemaVersion on; the operator's tools
+// need this one.
+const Latest = 3
 
 // ErrDirty means that an earlier migration failed in the middle; its remedy is in the error's text.
 var ErrDirty = errors.New("schema is dirty")

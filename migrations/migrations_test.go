@@ -27,6 +27,7 @@ import (
 	"github.com/paidonce/idempotency/internal/pgtest"
 	"github.com/paidonce/idempotency/migrations"
 	"github.com/paidonce/idempotency/storage/postgres"
+	"github.com/paidonce/idempotency/storage/postgres/operator"
 )
 
 func TestMain(m *testing.M) { pgtest.Main(m) }
@@ -127,6 +128,11 @@ func (b *testBundle) wantTables(t *testing.T, want ...string) {
 	}
 }
 
+// tablesOf returns the tables that Up makes in a schema, in order.
+func tablesOf(schema string) []string {
+	return []string{schema + ".idempotency_audit", schema + ".idempotency_events", schema + ".idempotency_keys", schema + ".idempotency_migrations"}
+}
+
 // wantKeeps has the store execute a request and replay it.
 func wantKeeps(t *testing.T, pool *pgxpool.Pool, opts *postgres.Options) {
 	t.Helper()
@@ -159,7 +165,7 @@ func TestUpOnAnEmptyDatabase(t *testing.T) {
 	b.wantVersion(t, nil, 0)
 	b.up(t, nil)
 	b.wantVersion(t, nil, migrations.Latest)
-	b.wantTables(t, "public.idempotency_keys", "public.idempotency_migrations")
+	b.wantTables(t, tablesOf("public")...)
 	wantKeeps(t, b.pool, nil)
 }
 
@@ -185,7 +191,7 @@ func TestUpFromManyProcessesAtOnce(t *testing.T) {
 	b := setup(t)
 	b.upAtOnce(t, nil)
 	b.wantVersion(t, nil, migrations.Latest)
-	b.wantTables(t, "public.idempotency_keys", "public.idempotency_migrations")
+	b.wantTables(t, tablesOf("public")...)
 }
 
 // upAtOnce calls Up four times at once, each on a pool of its own.
@@ -231,18 +237,18 @@ func TestSchema(t *testing.T) {
 	if err := migrations.Up(t.Context(), pool, options); err != nil {
 		t.Fatal(err)
 	}
-	b.wantTables(t, "payments.idempotency_keys", "payments.idempotency_migrations")
+	b.wantTables(t, tablesOf("payments")...)
 	b.wantVersion(t, options, migrations.Latest)
 	wantKeeps(t, pool, &postgres.Options{Schema: "payments"})
 
 	if err := migrations.Up(t.Context(), pool, nil); err != nil {
 		t.Fatal(err)
 	}
-	b.wantTables(t, "payments.idempotency_keys", "payments.idempotency_migrations", "public.idempotency_keys", "public.idempotency_migrations")
+	b.wantTables(t, append(tablesOf("payments"), tablesOf("public")...)...)
 	if err := migrations.Down(t.Context(), pool, options); err != nil {
 		t.Fatal(err)
 	}
-	b.wantTables(t, "payments.idempotency_migrations", "public.idempotency_keys", "public.idempotency_migrations")
+	b.wantTables(t, append([]string{"payments.idempotency_migrations"}, tablesOf("public")...)...)
 	if path := b.strings(t, "SHOW search_path"); len(path) != 1 || path[0] != `"$user", public` {
 		t.Errorf("the pool's search_path has become %v", path)
 	}
@@ -281,7 +287,7 @@ func TestFilesOfAProgramsOwn(t *testing.T) {
 	}
 	b.wantVersion(t, own, 0)
 	b.wantVersion(t, nil, migrations.Latest)
-	b.wantTables(t, "public.idempotency_keys", "public.idempotency_migrations", "public.service_migrations")
+	b.wantTables(t, append(tablesOf("public"), "public.service_migrations")...)
 }
 
 func TestFilesAndVersionTableBelongTogether(t *testing.T) {
@@ -373,7 +379,7 @@ func TestPlainMigrateProgram(t *testing.T) {
 	if version, dirty, err := program.Version(); version != migrations.Latest || dirty || err != nil {
 		t.Errorf("version is %d, %v, %v", version, dirty, err)
 	}
-	b.wantTables(t, "public.idempotency_keys", "public.idempotency_migrations")
+	b.wantTables(t, tablesOf("public")...)
 	b.wantVersion(t, nil, migrations.Latest)
 	b.up(t, nil) // nothing is left to do
 	wantKeeps(t, b.pool, nil)
@@ -607,7 +613,7 @@ func TestLatest(t *testing.T) {
 	if !reflect.DeepEqual(directions, want) {
 		t.Errorf("files are %v, want %v up to Latest", directions, want)
 	}
-	if migrations.Latest != postgres.SchemaVersion {
-		t.Errorf("Latest is %d and postgres.SchemaVersion is %d", migrations.Latest, postgres.SchemaVersion)
+	if migrations.Latest < postgres.SchemaVersion || migrations.Latest != operator.SchemaVersion {
+		t.Errorf("Latest is %d, postgres.SchemaVersion %d and operator.SchemaVersion %d", migrations.Latest, postgres.SchemaVersion, operator.SchemaVersion)
 	}
 }

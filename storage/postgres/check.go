@@ -18,7 +18,8 @@ var (
 	ErrNotConfigured    = errors.New("the pool's config did not go through Configure")
 )
 
-// SchemaVersion is the version of the schema that this package needs; package migrations provides it.
+// SchemaVersion is the least version of the schema that this package needs; package migrations provides it. Later ones
+// may add tables for others, such as the operator's in version 3.
 const SchemaVersion = 2
 
 const versionTable = "idempotency_migrations"

@@ -74,6 +74,10 @@ func decodeHeaders(stored []byte) (map[string][]string, error) {
 	return header, nil
 }
 
+// DecodeHeaders reads the column headers of the table, for who looks at records outside of a request. It fails on anything that
+// a store does not write; the error quotes nothing.
+func DecodeHeaders(stored []byte) (map[string][]string, error) { return decodeHeaders(stored) }
+
 // cutUvarint takes a number off the front, in its shortest form only.
 func cutUvarint(rest *string) (uint64, bool) {
 	v, n := binary.Uvarint([]byte((*rest)[:min(len(*rest), binary.MaxVarintLen64)]))

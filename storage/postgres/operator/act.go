@@ -1,0 +1,119 @@
+package operator
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"strings"
+	"unicode/utf8"
+
+	"github.com/jackc/pgx/v5"
+
+	"github.com/paidonce/idempotency"
+)
+
+// Limits of an [Act], in bytes.
+const (
+	ActorBytesMax  = 255
+	ReasonBytesMax = 1000
+)
+
+// Act says who does something to a record, and why. Both are kept in the audit table as they are.
+type Act struct {
+	Actor  string // required: who, as far as the caller knows; the database's role is kept beside it
+	Reason string // required: why
+
+	// Attempt, where it is set, has the act done only to the record of this attempt: who looked at a record and decided
+	// does not hit the next one by mistake. [ErrChanged] otherwise.
+	Attempt idempotency.AttemptID
+}
+
+// Validate reports whether the act can be kept: an actor and a reason, of at most [ActorBytesMax] and [ReasonBytesMax]
+// bytes of UTF-8. The error wraps [ErrInvalid].
+func (a Act) Validate() error {
+	for _, field := range []struct {
+		name, value string
+		bytesMax    int
+	}{{"actor", a.Actor, ActorBytesMax}, {"reason", a.Reason, ReasonBytesMax}} {
+		switch {
+		case strings.TrimSpace(field.value) == "":
+			return fmt.Errorf("%w: an act needs its %s", ErrInvalid, field.name)
+		case len(field.value) > field.bytesMax:
+			return fmt.Errorf("%w: the %s has %d bytes, over the limit of %d", ErrInvalid, field.name, len(field.value), field.bytesMax)
+		case !utf8.ValidString(field.value) || strings.IndexByte(field.value, 0) >= 0:
+			return fmt.Errorf("%w: the %s is not UTF-8", ErrInvalid, field.name)
+		}
+	}
+	return nil
+}
+
+// Expire ends the record's time, and returns the record as it was. The reaper deletes it on its next walk, and until then it
+// counts: retries are still replayed. From then on the key is new, and
+// a retry of the request runs again, WHICH CAN PAY TWICE, as it can after [Operator.Forget].
+//
+// Like Forget it takes the key's lock as a claim does, and leaves a row in the audit table in the same transaction.
+// Errors: [ErrNotFound], [ErrInProgress] where an attempt or a retry holds the key, [ErrChanged], [ErrInvalid];
+// [ErrUnknown] where the reply to COMMIT was lost. Expiring what has expired is no error, and keeps the time it had.
+func (o *Operator) Expire(ctx context.Context, key idempotency.Key, act Act) (Record, error) {
+	return o.act(ctx, "expire", key, act, "UPDATE "+o.keys+" SET expires_at = least(expires_at, transaction_timestamp()) WHERE scope = $1 AND key = $2 AND attempt_id = $3::uuid")
+}
+
+// Forget deletes the record at once, and returns it as it was. From then on the key is new: a retry of the request RUNS
+// AGAIN, AND CAN PAY TWICE. It is for a record that is known to be wrong, after the money was looked at, and when the client
+// is known to send no more retries, or is meant to.
+//
+// It never takes a record from under an attempt: it takes the key's lock as a claim does, and does nothing where it
+// can't. A process that keeps answers in memory (postgres.Options.CacheBytesMax) may repeat the old one for 10 seconds more.
+// Errors are those of [Operator.Expire].
+func (o *Operator) Forget(ctx context.Context, key idempotency.Key, act Act) (Record, error) {
+	return o.act(ctx, "forget", key, act, "DELETE FROM "+o.keys+" WHERE scope = $1 AND key = $2 AND attempt_id = $3::uuid")
+}
+
+func (o *Operator) act(ctx context.Context, action string, key idempotency.Key, act Act, sql string) (Record, error) {
+	var record Record
+	err := errors.Join(validKey(key), act.Validate())
+	if err == nil {
+		err = o.in(ctx, pgx.TxOptions{IsoLevel: pgx.ReadCommitted, AccessMode: pgx.ReadWrite}, func(ctx context.Context, tx pgx.Tx) (err error) {
+			record, err = o.actIn(ctx, tx, action, key, act, sql)
+			return err
+		})
+	}
+	if err != nil {
+		return Record{}, fmt.Errorf("%s: %w", action, err)
+	}
+	return record, nil
+}
+
+func (o *Operator) actIn(ctx context.Context, tx pgx.Tx, action string, key idempotency.Key, act Act, sql string) (Record, error) {
+	var locked bool
+	// COMMIT waits for the disk, or for more where the role is told so.
+	err := tx.QueryRow(ctx, `SELECT pg_try_advisory_xact_lock($1::bigint), CASE WHEN current_setting('synchronous_commit') IN ('off', 'local', 'remote_write')
+		THEN set_config('synchronous_commit', 'on', true) END IS NULL`, key.LockNumber(o.table)).Scan(&locked, new(bool))
+	switch {
+	case err != nil:
+		return Record{}, err
+	case !locked:
+		return Record{}, ErrInProgress
+	}
+	// As in a claim: a statement of its own, whose snapshot is younger than the lock.
+	record, err := scanRecord(tx.QueryRow(ctx, "SELECT "+recordColumns+" FROM "+o.keys+" WHERE scope = $1 AND key = $2", key.Scope, key.Value))
+	switch {
+	case errors.Is(err, pgx.ErrNoRows):
+		return Record{}, ErrNotFound
+	case err != nil:
+		return Record{}, err
+	case !act.Attempt.IsZero() && record.Attempt != act.Attempt:
+		return Record{}, ErrChanged
+	}
+	tag, err := tx.Exec(ctx, sql, key.Scope, key.Value, record.Attempt.String())
+	switch {
+	case err != nil:
+		return Record{}, err
+	case tag.RowsAffected() == 0: // the reaper took it
+		return Record{}, ErrNotFound
+	}
+	_, err = tx.Exec(ctx, "INSERT INTO "+o.audit+` (action, actor, reason, scope, key, attempt_id, status, record_created_at, record_expires_at)
+		VALUES ($1, $2, $3, $4, $5, $6::uuid, $7::smallint, $8::timestamptz, $9::timestamptz)`,
+		action, act.Actor, act.Reason, key.Scope, key.Value, record.Attempt.String(), record.Status, record.CreatedAt, record.ExpiresAt)
+	return record, err
+}

@@ -1,0 +1,335 @@
+package operator
+
+import (
+	"context"
+	"encoding/base64"
+	"encoding/json"
+	"fmt"
+	"strings"
+	"time"
+
+	"github.com/jackc/pgx/v5"
+
+	"github.com/paidonce/idempotency"
+)
+
+// Limits of a page.
+const (
+	PageRowsDefault = 50
+	PageRowsMax     = 1000
+)
+
+// Filter says which records are wanted: those that fit everything that is set. Scope leads straight to them, as does
+// KeyPrefix together with Scope. All else is compared record by record, so that a page may end before it is full: see
+// [List].
+type Filter struct {
+	Scope     string // exact
+	KeyPrefix string
+
+	StatusClass int // 2, 3, 4 or 5, for 2xx to 5xx; 0 for all
+	Expiry      Expiry
+
+	CreatedFrom time.Time // inclusive; zero: no bound
+	CreatedTo   time.Time // exclusive
+
+	TraceID string                // exact
+	Attempt idempotency.AttemptID // exact
+}
+
+// Expiry says whether a record's time is over, by the database's clock.
+type Expiry string
+
+// The choices of [Filter.Expiry].
+const (
+	ExpiryAny     Expiry = ""
+	ExpiryLive    Expiry = "live"
+	ExpiryExpired Expiry = "expired"
+)
+
+// Page says which part of the list is wanted.
+type Page struct {
+	Rows       int    // at most; 0 is [PageRowsDefault], and the most is [PageRowsMax]
+	After      Cursor // where the page before ended; empty for the first
+	Descending bool   // from the last key to the first. The same for all pages of a walk
+}
+
+// Cursor is a place in the list, opaque and safe in a URL. It holds a scope and a key, which are no secret to who may see
+// the list, and must not be logged.
+type Cursor string
+
+// List is one page.
+type List struct {
+	Records []Record
+
+	// Next is where the next page begins; empty where the list ends here. A page may hold few records, or none, and still
+	// have a next one: then it went through as many rows as it may, and there may be more behind.
+	Next Cursor
+
+	RowsExamined int64 // that this page went through; tell the user
+	Now          time.Time
+}
+
+// List returns a page of the records in the order of scope and key, by bytes: within a scope UUIDv7 keys are in the order of
+// time. It goes along the primary key from where the page before ended, so the last page costs what the first does, and
+// stops at [Options.RowsExaminedMax] rows or [Options.ScanTimeMax]. A record that is added or deleted meanwhile is seen or
+// not; none is seen twice. Errors wrap [ErrInvalid] for what can't be asked.
+func (o *Operator) List(ctx context.Context, filter Filter, page Page) (List, error) {
+	var list List
+	q, err := o.listQuery(filter, page)
+	if err != nil {
+		return list, fmt.Errorf("list: %w", err)
+	}
+	err = o.read(ctx, func(ctx context.Context, tx pgx.Tx) error {
+		list = List{}
+		if _, err := tx.Exec(ctx, orderByKey); err != nil {
+			return err
+		}
+		started := time.Now()
+		for examined := o.examineFirst(q); ; examined = min(examined*4, examineRowsMax) {
+			examined = min(examined, int64(o.options.RowsExaminedMax)-list.RowsExamined)
+			end, err := q.step(ctx, tx, examined, &list)
+			switch {
+			case err != nil:
+				return err
+			case end:
+				list.Next = ""
+				return nil
+			case len(list.Records) == q.rows, list.RowsExamined >= int64(o.options.RowsExaminedMax), time.Since(started) >= o.options.ScanTimeMax:
+				list.Next = q.cursor()
+				return nil
+			}
+		}
+	})
+	if err != nil {
+		return List{}, fmt.Errorf("list: %w", err)
+	}
+	return list, nil
+}
+
+// orderByKey has the planner go along the primary key, whatever the statistics say or do not say yet.
+const orderByKey = `SELECT set_config('enable_seqscan', 'off', true), set_config('enable_bitmapscan', 'off', true), set_config('enable_sort', 'off', true),
+	set_config('enable_incremental_sort', 'off', true), set_config('max_parallel_workers_per_gather', '0', true), set_config('jit', 'off', true)`
+
+// A statement goes through examineRowsMin rows at first and through more the longer none are found, so that the clock is
+// looked at in time also where each row comes from the disk.
+const (
+	examineRowsMin = 500
+	examineRowsMax = 8000
+)
+
+func (o *Operator) examineFirst(q *listQuery) int64 { return max(examineRowsMin, int64(q.rows)+1) }
+
+// listQuery is a walk along the primary key.
+type listQuery struct {
+	table      string
+	rows       int
+	bounds     []string // on the primary key
+	matches    []string
+	arguments  []any
+	descending bool
+	oneScope   bool
+	scope, key string // the place it is at
+	started    bool   // there is such a place
+}
+
+func (q *listQuery) add(to *[]string, condition string, argument any) {
+	q.arguments = append(q.arguments, argument)
+	*to = append(*to, fmt.Sprintf(condition, len(q.arguments)))
+}
+
+func (o *Operator) listQuery(filter Filter, page Page) (*listQuery, error) {
+	q := &listQuery{table: o.keys, rows: page.Rows, descending: page.Descending, oneScope: filter.Scope != ""}
+	setDefault(&q.rows, PageRowsDefault)
+	if q.rows < 0 || q.rows > PageRowsMax {
+		return nil, fmt.Errorf("%w: a page has 1 to %d rows", ErrInvalid, PageRowsMax)
+	}
+	if filter.Scope != "" {
+		if err := idempotency.ValidateScope(filter.Scope); err != nil {
+			return nil, fmt.Errorf("%w: %w", ErrInvalid, err)
+		}
+		q.add(&q.bounds, "scope = $%d::text", filter.Scope)
+	}
+	if filter.KeyPrefix != "" {
+		if err := idempotency.ValidateKeyValue(filter.KeyPrefix); err != nil {
+			return nil, fmt.Errorf("%w: prefix: %w", ErrInvalid, err)
+		}
+		to := &q.matches
+		if filter.Scope != "" {
+			to = &q.bounds
+		}
+		q.add(to, "key >= $%d::text", filter.KeyPrefix)
+		// Keys are visible ASCII: a byte above it comes after everything with the prefix.
+		q.add(to, "key < $%d::text", filter.KeyPrefix+"\x7f")
+	}
+	switch {
+	case filter.StatusClass >= 2 && filter.StatusClass <= 5:
+		q.add(&q.matches, "status / 100 = $%d::int", filter.StatusClass)
+	case filter.StatusClass != 0:
+		return nil, fmt.Errorf("%w: the class of a status is 2 to 5", ErrInvalid)
+	}
+	switch filter.Expiry {
+	case ExpiryAny:
+	case ExpiryLive:
+		q.matches = append(q.matches, "expires_at >= statement_timestamp()")
+	case ExpiryExpired:
+		q.matches = append(q.matches, "expires_at < statement_timestamp()")
+	default:
+		return nil, fmt.Errorf("%w: expiry is %q or %q", ErrInvalid, ExpiryLive, ExpiryExpired)
+	}
+	if !filter.CreatedFrom.IsZero() {
+		q.add(&q.matches, "created_at >= $%d::timestamptz", filter.CreatedFrom)
+	}
+	if !filter.CreatedTo.IsZero() {
+		q.add(&q.matches, "created_at < $%d::timestamptz", filter.CreatedTo)
+	}
+	if filter.TraceID != "" {
+		if len(filter.TraceID) > idempotency.TraceIDBytesMax || strings.ContainsFunc(filter.TraceID, func(r rune) bool { return r <= ' ' || r >= 0x7f }) {
+			return nil, fmt.Errorf("%w: a trace id is 1 to %d visible ASCII characters", ErrInvalid, idempotency.TraceIDBytesMax)
+		}
+		q.add(&q.matches, "trace_id = $%d::text", filter.TraceID)
+	}
+	if !filter.Attempt.IsZero() {
+		q.add(&q.matches, "attempt_id = $%d::uuid", filter.Attempt.String())
+	}
+	if page.After != "" {
+		at, err := page.After.place()
+		if err != nil || filter.Scope != "" && at[0] != filter.Scope {
+			return nil, fmt.Errorf("%w: the cursor is not one of this list", ErrInvalid)
+		}
+		q.started, q.scope, q.key = true, at[0], at[1]
+	}
+	return q, nil
+}
+
+// sql returns the statement that goes through the next rows, at most as many as its last argument says. It returns those
+// that match and, where it comes that far, the last row that it may look at and the last row that there is.
+func (q *listQuery) sql(examine int64) (string, []any) {
+	arguments := append([]any{}, q.arguments...)
+	place := func(value any, kind string) string {
+		arguments = append(arguments, value)
+		return fmt.Sprintf("$%d::%s", len(arguments), kind)
+	}
+	bounds := append([]string{}, q.bounds...)
+	direction, beyond := "", ">"
+	if q.descending {
+		direction, beyond = " DESC", "<"
+	}
+	order := "key" + direction // all that the planner takes for sorted beside scope = a
+	if !q.oneScope {
+		order = "scope" + direction + ", " + order
+	}
+	switch {
+	case !q.started:
+	case q.oneScope: // beside scope = a comparison of rows would not lead to the place, but be tried on every entry before it
+		bounds = append(bounds, fmt.Sprintf("key %s %s", beyond, place(q.key, "text")))
+	default:
+		bounds = append(bounds, fmt.Sprintf("(scope, key) %s (%s, %s)", beyond, place(q.scope, "text"), place(q.key, "text")))
+	}
+	if len(bounds) == 0 {
+		bounds = []string{"true"}
+	}
+	matches := q.matches
+	if len(matches) == 0 {
+		matches = []string{"true"}
+	}
+	limit := place(examine, "bigint")
+	return fmt.Sprintf(`
+		SELECT scope, key, status, fingerprint_version, fingerprint, attempt_id, body_bytes, trace_id, created_at, expires_at, expires_at < statement_timestamp(),
+		       number, matches, last, statement_timestamp()
+		FROM (
+			SELECT scope, key, status, fingerprint_version, fingerprint, attempt_id, octet_length(body)::bigint AS body_bytes, trace_id, created_at, expires_at,
+			       (%[1]s) IS TRUE AS matches, row_number() OVER w AS number, lead(true) OVER w IS NULL AS last
+			FROM %[2]s WHERE %[3]s
+			WINDOW w AS (ORDER BY %[4]s)
+			ORDER BY %[4]s LIMIT %[5]s
+		) AS examined
+		WHERE matches OR last OR number = %[5]s
+		ORDER BY %[4]s LIMIT %[6]s`,
+		strings.Join(matches, " AND "), q.table, strings.Join(bounds, " AND "), order, limit, place(q.rows, "int")), arguments
+}
+
+// step goes on by at most as many rows, adds what matches to the list, and reports whether it came to the end.
+func (q *listQuery) step(ctx context.Context, tx pgx.Tx, examine int64, list *List) (end bool, err error) {
+	sql, arguments := q.sql(examine)
+	rows, err := tx.Query(ctx, sql, arguments...)
+	if err != nil {
+		return false, err
+	}
+	defer rows.Close()
+	var number int64
+	end = true // unless a row says otherwise: there were none
+	for rows.Next() {
+		var matches bool
+		record, err := scanRecord(rows, &number, &matches, &end, &list.Now)
+		if err != nil {
+			return false, err
+		}
+		q.started, q.scope, q.key = true, record.Key.Scope, record.Key.Value
+		if matches {
+			list.Records = append(list.Records, record)
+		}
+		if len(list.Records) == q.rows {
+			break
+		}
+	}
+	rows.Close()
+	list.RowsExamined += number
+	return end, rows.Err()
+}
+
+// cursor returns the place that the walk is at.
+func (q *listQuery) cursor() Cursor {
+	text, _ := json.Marshal([2]string{q.scope, q.key}) // of two strings: never fails
+	return Cursor(base64.RawURLEncoding.EncodeToString(text))
+}
+
+func (c Cursor) place() (at [2]string, err error) {
+	text, err := base64.RawURLEncoding.DecodeString(string(c))
+	if err != nil {
+		return at, err
+	}
+	if err := json.Unmarshal(text, &at); err != nil {
+		return at, err
+	}
+	return at, idempotency.Key{Scope: at[0], Value: at[1]}.Validate()
+}
+
+// RecentPages is how much of the table's end [Operator.Recent] reads, in pages of usually 8 kB.
+const RecentPages = 256
+
+// Recent returns about the newest records of all scopes, newest first, at most rows of them. It reads the last
+// [RecentPages] pages of the table and no more, so it is an approximation: where the reaper made room further in front, new
+// records go there, and are not seen.
+func (o *Operator) Recent(ctx context.Context, rows int) (List, error) {
+	var list List
+	setDefault(&rows, PageRowsDefault)
+	if rows < 0 || rows > PageRowsMax {
+		return list, fmt.Errorf("recent: %w: a page has 1 to %d rows", ErrInvalid, PageRowsMax)
+	}
+	err := o.read(ctx, func(ctx context.Context, tx pgx.Tx) error {
+		pages, err := o.pages(ctx, tx)
+		if err != nil {
+			return err
+		}
+		first := max(0, pages-RecentPages)
+		found, err := tx.Query(ctx, "SELECT "+recordColumns+", count(*) OVER (), statement_timestamp() FROM "+o.keys+
+			" WHERE ctid >= $1::tid ORDER BY created_at DESC, scope, key LIMIT $2::int", fmt.Sprintf("(%d,0)", first), rows)
+		if err != nil {
+			return err
+		}
+		list.Records, err = pgx.CollectRows(found, func(row pgx.CollectableRow) (Record, error) {
+			return scanRecord(row, &list.RowsExamined, &list.Now)
+		})
+		return err
+	})
+	if err != nil {
+		return List{}, fmt.Errorf("recent: %w", err)
+	}
+	return list, nil
+}
+
+// pages returns how many pages the table has.
+func (o *Operator) pages(ctx context.Context, tx pgx.Tx) (pages int64, err error) {
+	err = tx.QueryRow(ctx, "SELECT pg_relation_size($1::text::regclass) / current_setting('block_size')::bigint", o.keys).Scan(&pages)
+	return pages, err
+}

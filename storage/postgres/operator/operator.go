@@ -1,0 +1,212 @@
+package operator
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"strconv"
+	"time"
+
+	"github.com/jackc/pgx/v5"
+	"github.com/jackc/pgx/v5/pgconn"
+	"github.com/jackc/pgx/v5/pgxpool"
+
+	"github.com/paidonce/idempotency/storage/postgres"
+)
+
+// SchemaVersion is the least version of the schema that all of this package needs; package migrations provides it. Looking
+// at records works from postgres.SchemaVersion on.
+const SchemaVersion = 3
+
+// Names of the tables, in [Options.Schema].
+const (
+	AuditTableName  = "idempotency_audit"
+	EventsTableName = "idempotency_events"
+)
+
+// Defaults of [Options].
+const (
+	StatementTimeoutDefault = 5 * time.Second
+	CallTimeoutDefault      = 10 * time.Second
+	RowsExaminedMaxDefault  = 100_000
+	ScanTimeMaxDefault      = 500 * time.Millisecond
+)
+
+// What callers branch on. No error holds a scope, a key or anything of a record.
+var (
+	// ErrNotFound: the key has no record.
+	ErrNotFound = errors.New("key has no record")
+	// ErrInProgress: an attempt holds the key, or a retry that reads its record does. Nothing was done.
+	ErrInProgress = errors.New("key is in progress")
+	// ErrChanged: the record is not that of the attempt that was named in [Act.Attempt]. Nothing was done.
+	ErrChanged = errors.New("record is of another attempt")
+	// ErrInvalid: what was asked for can't be. The text says why.
+	ErrInvalid = errors.New("invalid")
+	// ErrTooLarge: the body is over [BodyBytesMax].
+	ErrTooLarge = errors.New("body is too large to show")
+	// ErrUnknown: the end of the transaction was asked for, and whether it happened is not known. Look the key up.
+	ErrUnknown = errors.New("outcome is unknown")
+)
+
+// Options tune an [Operator]. Nil and the zero value are the defaults.
+type Options struct {
+	// Schema holds the tables, as in postgres.Options. The default is postgres.SchemaDefault.
+	Schema string
+
+	// StatementTimeout is how long one statement may take: the server ends it then. The default is [StatementTimeoutDefault].
+	StatementTimeout time.Duration
+
+	// CallTimeout is how long one call may take, the wait for a connection included. [Operator.GC] and [Operator.Doctor]
+	// have their own. The default is [CallTimeoutDefault].
+	CallTimeout time.Duration
+
+	// RowsExaminedMax and ScanTimeMax bound how much of the table one page of [Operator.List] goes through for its filter:
+	// it stops at whichever comes first, and says where. The defaults are [RowsExaminedMaxDefault] and
+	// [ScanTimeMaxDefault].
+	RowsExaminedMax int
+	ScanTimeMax     time.Duration
+}
+
+// Operator looks at the records of one schema, and acts on them. It is safe for concurrent use.
+type Operator struct {
+	pool    *pgxpool.Pool
+	options Options
+	store   *postgres.Store
+
+	table             string // qualified, unquoted: a part of the lock number
+	keys              string // sanitized, as are the next
+	audit, events     string
+	versions          string
+	settings          string
+	statementTimeoutS string
+}
+
+// New returns an operator on the pool, which may but need not have gone through postgres.Configure: settings travel with
+// each transaction, so a pool that leads to PgBouncer will do too. It sends nothing. It panics where the pool is nil or the
+// options can't work.
+func New(pool *pgxpool.Pool, opts *Options) *Operator {
+	if pool == nil {
+		panic("idempotency/operator: New needs a pool")
+	}
+	var o Options
+	if opts != nil {
+		o = *opts
+	}
+	if o.Schema == "" {
+		o.Schema = postgres.SchemaDefault
+	}
+	setDefault(&o.StatementTimeout, StatementTimeoutDefault)
+	setDefault(&o.CallTimeout, CallTimeoutDefault)
+	setDefault(&o.ScanTimeMax, ScanTimeMaxDefault)
+	setDefault(&o.RowsExaminedMax, RowsExaminedMaxDefault)
+	if o.StatementTimeout < time.Millisecond || o.CallTimeout < o.StatementTimeout {
+		panic(fmt.Sprintf("idempotency/operator: Options.StatementTimeout is %v and CallTimeout %v: they must be at least a millisecond, and the second no shorter", o.StatementTimeout, o.CallTimeout))
+	}
+	if o.ScanTimeMax < 0 || o.RowsExaminedMax < 0 {
+		panic(fmt.Sprintf("idempotency/operator: Options.ScanTimeMax is %v and RowsExaminedMax %d: they must be positive", o.ScanTimeMax, o.RowsExaminedMax))
+	}
+	name := func(table string) string { return pgx.Identifier{o.Schema, table}.Sanitize() }
+	return &Operator{
+		pool: pool, options: o,
+		store: postgres.New(pool, &postgres.Options{Schema: o.Schema}), // panics where the schema can't be
+		table: o.Schema + "." + postgres.TableName,
+		keys:  name(postgres.TableName), audit: name(AuditTableName), events: name(EventsTableName),
+		versions:          name("idempotency_migrations"),
+		statementTimeoutS: strconv.FormatInt(o.StatementTimeout.Milliseconds(), 10),
+	}
+}
+
+func setDefault[T comparable](field *T, value T) {
+	var zero T
+	if *field == zero {
+		*field = value
+	}
+}
+
+// lockTimeoutMS is how long an act waits for a row or a table that somebody holds.
+const lockTimeoutMS = "2000"
+
+// in runs do in a transaction of its own, with the settings that bound it, and commits where do returned nil. Names are
+// found in pg_catalog alone, or are qualified.
+func (o *Operator) in(ctx context.Context, options pgx.TxOptions, do func(ctx context.Context, tx pgx.Tx) error) error {
+	ctx, cancel := context.WithTimeout(ctx, o.options.CallTimeout)
+	defer cancel()
+	tx, err := o.pool.BeginTx(ctx, options)
+	if err != nil {
+		return sqlError(err)
+	}
+	defer func() { // after a commit: nothing
+		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), rollbackTimeout)
+		defer cancel()
+		_ = tx.Rollback(ctx)
+	}()
+	if _, err := tx.Exec(ctx, `SELECT pg_catalog.set_config('statement_timeout', $1, true), pg_catalog.set_config('lock_timeout', $2, true),
+		pg_catalog.set_config('search_path', 'pg_catalog', true), pg_catalog.set_config('client_encoding', 'UTF8', true)`,
+		o.statementTimeoutS, lockTimeoutMS); err != nil {
+		return sqlError(err)
+	}
+	if err := do(ctx, tx); err != nil {
+		return o.remedy(sqlError(err))
+	}
+	err = tx.Commit(ctx)
+	var pgErr *pgconn.PgError
+	switch {
+	case err == nil || options.AccessMode == pgx.ReadOnly:
+		return sqlError(err)
+	case errors.As(err, &pgErr) && pgErr.SeverityUnlocalized == "ERROR" && pgErr.Code[:2] != "08", errors.Is(err, pgx.ErrTxCommitRollback):
+		return sqlError(err) // proven: nothing was committed
+	}
+	return fmt.Errorf("%w: look the key up: %w", ErrUnknown, sqlError(err))
+}
+
+// rollbackTimeout bounds ROLLBACK; after it the connection is closed.
+const rollbackTimeout = 2 * time.Second
+
+// read runs do in a transaction that can't write. Its statements each have a snapshot of their own.
+func (o *Operator) read(ctx context.Context, do func(ctx context.Context, tx pgx.Tx) error) error {
+	return o.in(ctx, pgx.TxOptions{IsoLevel: pgx.ReadCommitted, AccessMode: pgx.ReadOnly}, do)
+}
+
+// remedy adds to an error what can be done about it.
+func (o *Operator) remedy(err error) error {
+	var pgErr *pgconn.PgError
+	if !errors.As(err, &pgErr) {
+		return err
+	}
+	switch pgErr.Code {
+	case "42P01", "3F000", "42703": // table, schema, column
+		return fmt.Errorf("%w: schema %s is not in version %d, or not the right one: run the migrations", err, o.options.Schema, SchemaVersion)
+	case "42501":
+		return fmt.Errorf("%w: the role lacks a right on the tables of schema %s: package operator lists those it needs", err, o.options.Schema)
+	case "57014":
+		return fmt.Errorf("%w: the statement took longer than %v", err, o.options.StatementTimeout)
+	case "55P03":
+		return fmt.Errorf("%w: somebody holds the row or the table: try again", err)
+	case "25006":
+		return fmt.Errorf("%w: the server is a standby: connect to the primary", err)
+	}
+	return err
+}
+
+// stateError shows a database error by its SQLSTATE alone: the server's message may quote a key.
+type stateError struct{ err *pgconn.PgError }
+
+func (e *stateError) Error() string {
+	text := "SQLSTATE " + e.err.Code
+	if e.err.ConstraintName != "" {
+		text += " on constraint " + e.err.ConstraintName
+	}
+	return text
+}
+
+func (e *stateError) Unwrap() error { return e.err }
+
+// sqlError returns err fit for a log: a database error by its SQLSTATE, anything else as it is.
+func sqlError(err error) error {
+	var shown *stateError
+	var pgErr *pgconn.PgError
+	if errors.As(err, &pgErr) && !errors.As(err, &shown) {
+		return &stateError{pgErr}
+	}
+	return err
+}

@@ -1,0 +1,139 @@
+package operator
+
+import (
+	"context"
+	"fmt"
+	"time"
+
+	"github.com/jackc/pgx/v5"
+)
+
+// Limits of [Operator.Stats].
+const (
+	CountExactBytesMax = 32 << 20 // a table of at most as many is counted row by row, a larger one by a sample
+	SamplePages        = 1000     // about how many pages the sample has
+	HoldersMax         = 100      // how many attempts are listed
+)
+
+// Count is a number of rows. Estimated says that it comes from a sample: good to a few per cent.
+type Count struct {
+	Rows      int64
+	Estimated bool
+}
+
+// Stats are the figures of one table of records.
+type Stats struct {
+	Now     time.Time
+	Live    Count
+	Expired Count // their time is over, and the reaper did not come by yet
+
+	// OldestCreated is the oldest that was counted, of a sample where the counts are estimated. Zero where there is none.
+	OldestCreated time.Time
+	// OldestExpired is how long ago the time of a record was over that still lies there: how far the reaper is behind.
+	OldestExpired time.Duration
+
+	TableBytes, IndexBytes, ToastBytes int64
+	AuditBytes, EventsBytes            int64 // with their indexes; 0 before migration 3
+
+	// From the server's statistics, which lag behind by up to a second, and are lost in a crash.
+	Inserted, Deleted int64 // rows ever, those that were rolled back included: rates are differences of these
+	DeadRows          int64 // that vacuum has yet to clean up
+	LastVacuum        time.Time
+	LastAnalyze       time.Time
+
+	// InFlight is how many sessions hold keys now, and Holders are those that have been at it for longest, at most
+	// [HoldersMax]. Which key a session holds can't be told from the lock; see [Operator.Get].
+	InFlight int
+	Holders  []Holder
+}
+
+// Stats returns the figures. On a table over [CountExactBytesMax] it reads a sample of [SamplePages] pages.
+func (o *Operator) Stats(ctx context.Context) (Stats, error) {
+	var s Stats
+	err := o.read(ctx, func(ctx context.Context, tx pgx.Tx) error {
+		s = Stats{}
+		if err := o.sizes(ctx, tx, &s); err != nil {
+			return err
+		}
+		if err := o.counts(ctx, tx, &s); err != nil {
+			return err
+		}
+		return o.inFlight(ctx, tx, &s)
+	})
+	if err != nil {
+		return Stats{}, fmt.Errorf("stats: %w", err)
+	}
+	return s, nil
+}
+
+func (o *Operator) sizes(ctx context.Context, tx pgx.Tx, s *Stats) error {
+	var vacuum, analyze *time.Time
+	err := tx.QueryRow(ctx, `
+		SELECT statement_timestamp(), pg_relation_size(c.oid), pg_indexes_size(c.oid), COALESCE(pg_total_relation_size(NULLIF(c.reltoastrelid, 0)), 0),
+		       COALESCE(pg_total_relation_size(to_regclass($2)), 0), COALESCE(pg_total_relation_size(to_regclass($3)), 0),
+		       COALESCE(u.n_tup_ins, 0), COALESCE(u.n_tup_del, 0), COALESCE(u.n_dead_tup, 0),
+		       greatest(u.last_vacuum, u.last_autovacuum), greatest(u.last_analyze, u.last_autoanalyze)
+		FROM pg_class AS c LEFT JOIN pg_stat_user_tables AS u ON u.relid = c.oid
+		WHERE c.oid = $1::text::regclass`, o.keys, o.audit, o.events).Scan(
+		&s.Now, &s.TableBytes, &s.IndexBytes, &s.ToastBytes, &s.AuditBytes, &s.EventsBytes,
+		&s.Inserted, &s.Deleted, &s.DeadRows, &vacuum, &analyze)
+	if vacuum != nil {
+		s.LastVacuum = vacuum.UTC()
+	}
+	if analyze != nil {
+		s.LastAnalyze = analyze.UTC()
+	}
+	s.Now = s.Now.UTC()
+	return err
+}
+
+func (o *Operator) counts(ctx context.Context, tx pgx.Tx, s *Stats) error {
+	sample, factor := "", 1.0
+	if s.TableBytes > CountExactBytesMax {
+		pages, err := o.pages(ctx, tx)
+		if err != nil {
+			return err
+		}
+		if share := float64(SamplePages) / float64(pages); share < 1 {
+			sample, factor = fmt.Sprintf(" TABLESAMPLE SYSTEM (%.6f)", share*100), 1/share
+		}
+	}
+	var live, expired int64
+	var created, expiredAt *time.Time
+	err := tx.QueryRow(ctx, `
+		SELECT count(*) FILTER (WHERE expires_at >= statement_timestamp()), count(*) FILTER (WHERE expires_at < statement_timestamp()),
+		       min(created_at), min(expires_at) FILTER (WHERE expires_at < statement_timestamp())
+		FROM `+o.keys+sample).Scan(&live, &expired, &created, &expiredAt)
+	if err != nil {
+		return err
+	}
+	s.Live = Count{Rows: int64(float64(live) * factor), Estimated: sample != ""}
+	s.Expired = Count{Rows: int64(float64(expired) * factor), Estimated: sample != ""}
+	if created != nil {
+		s.OldestCreated = created.UTC()
+	}
+	if expiredAt != nil {
+		s.OldestExpired = max(s.Now.Sub(*expiredAt), 0)
+	}
+	return nil
+}
+
+// inFlight finds the sessions that hold a 64-bit advisory lock, and have read the table of the records in the same
+// transaction: the lock on a table lasts as long.
+func (o *Operator) inFlight(ctx context.Context, tx pgx.Tx, s *Stats) error {
+	rows, err := tx.Query(ctx, `
+		WITH held AS MATERIALIZED (SELECT * FROM pg_locks WHERE granted AND database = (SELECT oid FROM pg_database WHERE datname = current_database())),
+		l AS (
+			SELECT DISTINCT pid FROM held
+			WHERE locktype = 'advisory' AND objsubid = 1 AND pid <> pg_backend_pid()
+			  AND pid IN (SELECT pid FROM held WHERE locktype = 'relation' AND relation = $1::text::regclass)
+		)
+		SELECT `+holderColumns+`, count(*) OVER ()
+		FROM l LEFT JOIN pg_stat_activity AS a ON a.pid = l.pid
+		ORDER BY a.xact_start, l.pid LIMIT $2::int`, o.keys, HoldersMax)
+	if err != nil {
+		return err
+	}
+	s.Holders, err = pgx.CollectRows(rows, func(row pgx.CollectableRow) (Holder, error) { return scanHolder(row, &s.InFlight) })
+	return err
+}

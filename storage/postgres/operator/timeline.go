@@ -1,0 +1,145 @@
+package operator
+
+import (
+	"cmp"
+	"context"
+	"fmt"
+	"slices"
+	"time"
+
+	"github.com/jackc/pgx/v5"
+
+	"github.com/paidonce/idempotency"
+)
+
+// EventsMax is how many events of the history, and how many acts, a timeline holds at most: the newest.
+const EventsMax = 500
+
+// EventKind says what happened.
+type EventKind string
+
+// The kinds. Those of [idempotency.Outcome] are requests as a service saw them end, from the table idempotency_events.
+const (
+	EventRecorded   EventKind = "recorded"    // the record says so: an attempt was executed, and its answer committed
+	EventRunning    EventKind = "running"     // somebody holds the key now; At is when their transaction began
+	EventExpires    EventKind = "expires"     // the record's time will be over
+	EventExpired    EventKind = "expired"     // it is; the record counts until the reaper deletes it
+	EventActExpire  EventKind = "act-expire"  // an operator ended its time
+	EventActForget  EventKind = "act-forget"  // an operator deleted a record
+	EventExecuted   EventKind = "executed"    // as [idempotency.OutcomeExecuted]
+	EventReplayed   EventKind = "replayed"    // and so on
+	EventInProgress EventKind = "in-progress" //
+	EventMismatch   EventKind = "mismatch"
+	EventNotDone    EventKind = "not-executed"
+	EventUnknown    EventKind = "unknown"
+)
+
+// Event is one thing that is known to have happened to a key.
+type Event struct {
+	At      time.Time
+	Kind    EventKind
+	Attempt idempotency.AttemptID // zero where none is known. Of a replay: the attempt whose answer was repeated
+	TraceID string                // of a request: its own, also where it was a replay
+	Status  int                   // of a record, and of the record that an act hit; 0 otherwise
+
+	// Of requests from the history.
+	Outcome  idempotency.Outcome
+	Reason   string // why there was no answer. Of an act: the operator's
+	Duration time.Duration
+	Attempts int
+
+	Actor  string  // of an act
+	Role   string  // of an act: the role that the session logged in with
+	Holder *Holder // of a running one
+}
+
+// Timeline returns what is known of a key, oldest first: from its record, its lock, the audit table, and, where a service
+// writes one, the history (package observe/history). Without a history retries are not known, because a replay writes
+// nothing. Empty where nothing is known; that is no error. Services' clocks set the time of what they saw, the database's that of
+// the rest.
+func (o *Operator) Timeline(ctx context.Context, key idempotency.Key) ([]Event, error) {
+	var events []Event
+	err := validKey(key)
+	if err == nil {
+		err = o.read(ctx, func(ctx context.Context, tx pgx.Tx) (err error) {
+			events, err = o.timeline(ctx, tx, key)
+			return err
+		})
+	}
+	if err != nil {
+		return nil, fmt.Errorf("timeline: %w", err)
+	}
+	return events, nil
+}
+
+func (o *Operator) timeline(ctx context.Context, tx pgx.Tx, key idempotency.Key) ([]Event, error) {
+	var events []Event
+	state, err := o.state(ctx, tx, key)
+	if err != nil {
+		return nil, err
+	}
+	if r := state.Record; r != nil {
+		events = append(events, Event{At: r.CreatedAt, Kind: EventRecorded, Attempt: r.Attempt, TraceID: r.TraceID, Status: r.Status})
+		end := Event{At: r.ExpiresAt, Kind: EventExpires, Attempt: r.Attempt}
+		if r.Expired {
+			end.Kind = EventExpired
+		}
+		events = append(events, end)
+	}
+	if h := state.Holder; h != nil {
+		running := Event{At: h.Since, Kind: EventRunning, Holder: h}
+		if running.At.IsZero() {
+			running.At = state.Now
+		}
+		events = append(events, running)
+	}
+	// Before migration 3 there are none.
+	var audit, history bool
+	if err := tx.QueryRow(ctx, "SELECT to_regclass($1) IS NOT NULL, to_regclass($2) IS NOT NULL", o.audit, o.events).Scan(&audit, &history); err != nil {
+		return nil, err
+	}
+	if audit {
+		acts, err := o.acts(ctx, tx, key)
+		if err != nil {
+			return nil, err
+		}
+		events = append(events, acts...)
+	}
+	if history {
+		seen, err := o.history(ctx, tx, key)
+		if err != nil {
+			return nil, err
+		}
+		events = append(events, seen...)
+	}
+	slices.SortStableFunc(events, func(a, b Event) int { return cmp.Compare(a.At.UnixNano(), b.At.UnixNano()) })
+	return events, nil
+}
+
+func (o *Operator) acts(ctx context.Context, tx pgx.Tx, key idempotency.Key) ([]Event, error) {
+	rows, err := tx.Query(ctx, "SELECT at, action, actor, database_role, reason, attempt_id, status FROM "+o.audit+
+		" WHERE scope = $1 AND key = $2 ORDER BY id DESC LIMIT $3::int", key.Scope, key.Value, EventsMax)
+	if err != nil {
+		return nil, err
+	}
+	return pgx.CollectRows(rows, func(row pgx.CollectableRow) (e Event, err error) {
+		var action string
+		err = row.Scan(&e.At, &action, &e.Actor, &e.Role, &e.Reason, (*[16]byte)(&e.Attempt), &e.Status)
+		e.At, e.Kind = e.At.UTC(), EventKind("act-"+action)
+		return e, err
+	})
+}
+
+func (o *Operator) history(ctx context.Context, tx pgx.Tx, key idempotency.Key) ([]Event, error) {
+	rows, err := tx.Query(ctx, "SELECT at, outcome, COALESCE(reason, ''), duration_us, attempts, COALESCE(attempt_id, '00000000-0000-0000-0000-000000000000'), COALESCE(trace_id, '') FROM "+o.events+
+		" WHERE scope = $1 AND key = $2 ORDER BY id DESC LIMIT $3::int", key.Scope, key.Value, EventsMax)
+	if err != nil {
+		return nil, err
+	}
+	return pgx.CollectRows(rows, func(row pgx.CollectableRow) (e Event, err error) {
+		var durationUS int64
+		err = row.Scan(&e.At, &e.Outcome, &e.Reason, &durationUS, &e.Attempts, (*[16]byte)(&e.Attempt), &e.TraceID)
+		e.At, e.Kind, e.Duration = e.At.UTC(), EventKind(e.Outcome), time.Duration(durationUS)*time.Microsecond
+		return e, err
+	})
+}
