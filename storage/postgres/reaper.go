@@ -38,6 +38,12 @@ const ReaperIntervalDefault = time.Minute
 // anybody else holds a row to the next walk. A batch that is cut off by statement_timeout is tried again in halves, down
 // to one page. Safe for concurrent use.
 func (s *Store) DeleteExpired(ctx context.Context) (deleted int64, err error) {
+	return s.DeleteExpiredTold(ctx, nil)
+}
+
+// DeleteExpiredTold is [Store.DeleteExpired] that calls progress, unless it is nil, after each range of the table: how many pages
+// it has been through, of how many, and what it has deleted.
+func (s *Store) DeleteExpiredTold(ctx context.Context, progress func(pages, of, deleted int64)) (deleted int64, err error) {
 	table := pgx.Identifier{s.options.Schema, TableName}.Sanitize()
 	var pages int64
 	err = s.pool.QueryRow(ctx, "SELECT pg_relation_size($1::regclass) / current_setting('block_size')::bigint", table).Scan(&pages)
@@ -47,8 +53,12 @@ func (s *Store) DeleteExpired(ctx context.Context) (deleted int64, err error) {
 	w := &walk{store: s, batchPages: reaperPagesMax, table: table}
 	for page := int64(0); page < pages; page += reaperPagesMax {
 		lock := idempotency.Key{Scope: "", Value: fmt.Sprintf("reaper %d", page)}.LockNumber(s.table) // no request has no scope
-		if err := w.deleteRange(ctx, lock, page, min(page+reaperPagesMax, pages)); err != nil {
+		next := min(page+reaperPagesMax, pages)
+		if err := w.deleteRange(ctx, lock, page, next); err != nil {
 			return w.deleted, fmt.Errorf("delete expired: %w", err)
+		}
+		if progress != nil {
+			progress(next, pages, w.deleted)
 		}
 	}
 	return w.deleted, nil

@@ -159,3 +159,9 @@ func wantError(t testing.TB, got, want error) {
 
 // soon is about now, by whatever clock.
 func soon(at time.Time) bool { return time.Since(at).Abs() < time.Minute }
+
+// effect is a handler that leaves a row behind.
+func (b *testBundle) effect(ctx context.Context) (*idempotency.Answer, error) {
+	_, err := postgres.Tx(ctx).Exec(ctx, "INSERT INTO effects DEFAULT VALUES")
+	return &idempotency.Answer{Status: 201}, err
+}

@@ -1,0 +1,221 @@
+package operator_test
+
+import (
+	"context"
+	"strings"
+	"sync"
+	"testing"
+
+	"github.com/paidonce/idempotency"
+	"github.com/paidonce/idempotency/storage/postgres/operator"
+)
+
+var act = operator.Act{Actor: "alice", Reason: "ticket 7"}
+
+// audits returns the rows of the audit table, oldest first.
+func (b *testBundle) audits(t testing.TB) string {
+	t.Helper()
+	return b.text(t, "SELECT COALESCE(string_agg(concat_ws(' ', action, actor, reason, scope, key, attempt_id, status), '; ' ORDER BY id), '') FROM idempotency_audit")
+}
+
+func TestForgetLetsARetryRunAgain(t *testing.T) {
+	t.Parallel()
+	b := setup(t, nil)
+	k := key("canary")
+	b.do(t, k, 201)
+	b.do(t, key("other"), 201)
+	record, err := b.operator.Forget(t.Context(), k, act)
+	if err != nil || record.Key != k || record.Status != 201 {
+		t.Fatalf("%+v, %v", record, err)
+	}
+	if got, want := b.audits(t), "forget alice ticket 7 acme canary "+record.Attempt.String()+" 201"; got != want {
+		t.Errorf("audit is %q, want %q", got, want)
+	}
+	if result := b.do(t, k, 201); result.Outcome != idempotency.OutcomeExecuted {
+		t.Errorf("a retry is %s", result.Outcome)
+	}
+	if result := b.do(t, key("other"), 201); result.Outcome != idempotency.OutcomeReplayed {
+		t.Errorf("a retry of another key is %s", result.Outcome)
+	}
+}
+
+// An expired record counts until the reaper comes by, and is new then.
+func TestExpireLeavesTheRecordToTheReaper(t *testing.T) {
+	t.Parallel()
+	b := setup(t, nil)
+	k := key("canary")
+	b.do(t, k, 201)
+	record, err := b.operator.Expire(t.Context(), k, act)
+	if err != nil || record.Expired {
+		t.Fatalf("%+v, %v", record, err)
+	}
+	if got, want := b.audits(t), "expire alice ticket 7 acme canary "+record.Attempt.String()+" 201"; got != want {
+		t.Errorf("audit is %q, want %q", got, want)
+	}
+	state, err := b.operator.Get(t.Context(), k)
+	if err != nil || !state.Record.Expired || state.Record.Attempt != record.Attempt {
+		t.Fatalf("%+v, %v", state.Record, err)
+	}
+	if result := b.do(t, k, 201); result.Outcome != idempotency.OutcomeReplayed {
+		t.Errorf("before the reaper came a retry is %s", result.Outcome)
+	}
+	again, err := b.operator.Expire(t.Context(), k, act)
+	if err != nil || !again.ExpiresAt.Equal(state.Record.ExpiresAt) {
+		t.Errorf("expired once more: %v, %v, want %v", again.ExpiresAt, err, state.Record.ExpiresAt)
+	}
+	if later, err := b.operator.Get(t.Context(), k); err != nil || !later.Record.ExpiresAt.Equal(state.Record.ExpiresAt) {
+		t.Errorf("its time has moved to %v", later.Record.ExpiresAt)
+	}
+	if _, err := b.operator.GC(t.Context(), nil); err != nil {
+		t.Fatal(err)
+	}
+	if result := b.do(t, k, 201); result.Outcome != idempotency.OutcomeExecuted {
+		t.Errorf("afterwards a retry is %s", result.Outcome)
+	}
+}
+
+// A running attempt is never robbed: not of its key, and not of a record that it finds.
+func TestActOnARunningAttempt(t *testing.T) {
+	t.Parallel()
+	b := setup(t, nil)
+	k := key("canary")
+	finish := b.running(t, k)
+	_, err := b.operator.Forget(t.Context(), k, act)
+	wantError(t, err, operator.ErrInProgress)
+	_, err = b.operator.Expire(t.Context(), k, act)
+	wantError(t, err, operator.ErrInProgress)
+	if result := finish(); result.Outcome != idempotency.OutcomeExecuted {
+		t.Fatal(result.Err)
+	}
+	if got := b.audits(t); got != "" {
+		t.Errorf("audit is %q", got)
+	}
+	if result := b.do(t, k, 201); result.Outcome != idempotency.OutcomeReplayed {
+		t.Errorf("a retry is %s", result.Outcome)
+	}
+}
+
+func TestActOnTheRecordOfAnotherAttempt(t *testing.T) {
+	t.Parallel()
+	b := setup(t, nil)
+	k := key("canary")
+	b.do(t, k, 201)
+	first, err := b.operator.Forget(t.Context(), k, act)
+	if err != nil {
+		t.Fatal(err)
+	}
+	b.do(t, k, 201)
+	named := act
+	named.Attempt = first.Attempt
+	_, err = b.operator.Forget(t.Context(), k, named)
+	wantError(t, err, operator.ErrChanged)
+	_, err = b.operator.Expire(t.Context(), k, named)
+	wantError(t, err, operator.ErrChanged)
+	state, err := b.operator.Get(t.Context(), k)
+	if err != nil || state.Record.Expired {
+		t.Fatalf("%+v, %v", state.Record, err)
+	}
+	named.Attempt = state.Record.Attempt
+	if _, err := b.operator.Forget(t.Context(), k, named); err != nil {
+		t.Error(err)
+	}
+}
+
+func TestActOnWhatIsNotThere(t *testing.T) {
+	t.Parallel()
+	b := setup(t, nil)
+	b.do(t, key("other"), 201)
+	_, err := b.operator.Forget(t.Context(), key("canary"), act)
+	wantError(t, err, operator.ErrNotFound)
+	_, err = b.operator.Expire(t.Context(), key("canary"), act)
+	wantError(t, err, operator.ErrNotFound)
+	if got := b.audits(t); got != "" {
+		t.Errorf("audit is %q", got)
+	}
+}
+
+// The deed and its row in the audit table are one commit.
+func TestNothingIsDoneThatIsNotAudited(t *testing.T) {
+	t.Parallel()
+	b := setup(t, nil)
+	k := key("canary")
+	b.do(t, k, 201)
+	b.exec(t, "ALTER TABLE idempotency_audit ADD CONSTRAINT full_disk CHECK (false)")
+	for name, do := range map[string]func(context.Context, idempotency.Key, operator.Act) (operator.Record, error){"forget": b.operator.Forget, "expire": b.operator.Expire} {
+		if _, err := do(t.Context(), k, act); err == nil || !strings.Contains(err.Error(), "23514") {
+			t.Errorf("%s: %v", name, err)
+		} else {
+			wantError(t, err, err)
+		}
+	}
+	b.exec(t, "DROP TABLE idempotency_audit")
+	for name, do := range map[string]func(context.Context, idempotency.Key, operator.Act) (operator.Record, error){"forget": b.operator.Forget, "expire": b.operator.Expire} {
+		if _, err := do(t.Context(), k, act); err == nil || !strings.Contains(err.Error(), "run the migrations") {
+			t.Errorf("%s without the table: %v", name, err)
+		}
+	}
+	state, err := b.operator.Get(t.Context(), k)
+	if err != nil || state.Record == nil || state.Record.Expired {
+		t.Errorf("the record is %+v, %v", state.Record, err)
+	}
+}
+
+func TestActsSayWhoAndWhy(t *testing.T) {
+	t.Parallel()
+	b := setup(t, nil)
+	b.do(t, key("canary"), 201)
+	for name, bad := range map[string]operator.Act{
+		"nobody":            {Reason: "why"},
+		"blank":             {Actor: " ", Reason: "why"},
+		"no reason":         {Actor: "alice"},
+		"blank reason":      {Actor: "alice", Reason: "\t"},
+		"long actor":        {Actor: strings.Repeat("x", operator.ActorBytesMax+1), Reason: "why"},
+		"long reason":       {Actor: "alice", Reason: strings.Repeat("x", operator.ReasonBytesMax+1)},
+		"not UTF-8":         {Actor: "\xff", Reason: "why"},
+		"NUL in the reason": {Actor: "alice", Reason: "\x00"},
+	} {
+		if _, err := b.operator.Forget(t.Context(), key("canary"), bad); err == nil {
+			t.Errorf("%s: no error", name)
+		} else {
+			wantError(t, err, operator.ErrInvalid)
+		}
+	}
+	longest := operator.Act{Actor: strings.Repeat("x", operator.ActorBytesMax), Reason: strings.Repeat("y", operator.ReasonBytesMax)}
+	if _, err := b.operator.Forget(t.Context(), key("canary"), longest); err != nil {
+		t.Errorf("the longest: %v", err)
+	}
+	_, err := b.operator.Forget(t.Context(), idempotency.Key{Scope: "acme", Value: "canary canary"}, act)
+	wantError(t, err, operator.ErrInvalid)
+}
+
+// Operators at once, and requests among them: each act that says it was done took one record, and no request ran beside
+// another.
+func TestActsAndRequestsAtOnce(t *testing.T) {
+	t.Parallel()
+	b := setup(t, nil)
+	k := key("canary")
+	b.exec(t, "CREATE TABLE effects (id bigserial)")
+	const rounds, workers = 40, 3
+	var all sync.WaitGroup
+	for range workers {
+		all.Go(func() {
+			for range rounds {
+				b.engine.Do(context.Background(), request(k), b.effect)
+			}
+		})
+		all.Go(func() {
+			for range rounds {
+				_, _ = b.operator.Forget(context.Background(), k, act) // whatever it finds
+			}
+		})
+	}
+	all.Wait()
+	effects, acts := b.count(t, "SELECT count(*) FROM effects"), b.count(t, "SELECT count(*) FROM idempotency_audit")
+	left := b.count(t, "SELECT count(*) FROM idempotency_keys")
+	if effects != acts+left || acts == 0 {
+		t.Errorf("%d effects, %d forgotten and %d left", effects, acts, left)
+	}
+	if n := b.count(t, "SELECT count(DISTINCT attempt_id) FROM idempotency_audit"); n != acts {
+		t.Errorf("%d acts hit %d attempts", acts, n)
+	}
+}

@@ -1,0 +1,363 @@
+package operator
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"time"
+
+	"github.com/jackc/pgx/v5"
+
+	"github.com/paidonce/idempotency/storage/postgres"
+)
+
+// Level says how bad a [Finding] is.
+type Level string
+
+// The levels.
+const (
+	LevelOK   Level = "ok"
+	LevelWarn Level = "warn" // it works, and may not always, or was not looked at
+	LevelFail Level = "fail" // requests fail, or a promise does not hold
+)
+
+// Finding is what one check of [Operator.Doctor] found.
+type Finding struct {
+	Check  string // its name, stable: one of [Checks]
+	Level  Level
+	What   string // what was found. It holds names and numbers, and nothing of any record
+	Remedy string // what to do about it; empty where all is well
+}
+
+// Where the doctor begins to worry.
+const (
+	ClockSkewMax      = 5 * time.Second  // between the server and this process
+	ReaperBehindMax   = 10 * time.Minute // since an expired record should be gone
+	AttemptAgeMax     = postgres.IdleInTransactionTimeoutMax
+	TransactionAgeMax = 10 * time.Minute // of any transaction, since it keeps vacuum from its work
+	deadRowsShareMax  = 0.2
+	deadRowsMin       = 10_000
+	bloatShareMax     = 0.5
+	bloatBytesMin     = 64 << 20
+	xidAgeWarn        = 500_000_000
+	xidAgeFail        = 1_500_000_000
+	slotBytesMax      = 10 << 30
+	connectionsShare  = 0.8
+	checkTimeout      = 5 * time.Second
+	serverVersionMin  = 14
+)
+
+// check is one of the doctor's.
+type check struct {
+	name string
+	run  func(e *examination, ctx context.Context) error
+}
+
+// checks are in the order in which they are reported.
+var checks = [...]check{
+	{"server", (*examination).server},
+	{"primary", (*examination).primary},
+	{"pooler", (*examination).pooler},
+	{"schema", (*examination).schema},
+	{"index", (*examination).index},
+	{"rights", (*examination).rights},
+	{"durability", (*examination).durability},
+	{"isolation", (*examination).isolation},
+	{"timeouts", (*examination).timeouts},
+	{"connections", (*examination).connections},
+	{"replication", (*examination).replication},
+	{"clock", (*examination).clock},
+	{"attempts", (*examination).attempts},
+	{"reaper", (*examination).reaper},
+	{"vacuum", (*examination).vacuum},
+	{"bloat", (*examination).bloat},
+	{"transactions", (*examination).transactions},
+	{"wraparound", (*examination).wraparound},
+}
+
+// Checks returns the names of the doctor's checks, in order.
+func Checks() []string {
+	names := make([]string, 0, len(checks))
+	for _, c := range checks {
+		names = append(names, c.name)
+	}
+	return names
+}
+
+// examination is one call of the doctor.
+type examination struct {
+	o        *Operator
+	check    string
+	findings []Finding
+}
+
+func (e *examination) ok(what string, arguments ...any) { e.add(LevelOK, "", what, arguments...) }
+
+func (e *examination) warn(remedy, what string, arguments ...any) {
+	e.add(LevelWarn, remedy, what, arguments...)
+}
+
+func (e *examination) fail(remedy, what string, arguments ...any) {
+	e.add(LevelFail, remedy, what, arguments...)
+}
+
+func (e *examination) add(level Level, remedy, what string, arguments ...any) {
+	e.findings = append(e.findings, Finding{Check: e.check, Level: level, What: fmt.Sprintf(what, arguments...), Remedy: remedy})
+}
+
+// Doctor looks for what is wrong with the database and for what will go wrong, and returns at least one finding for each
+// of [Checks], in that order. A check that fails is a finding itself, and ends none of the others. It changes nothing, and makes
+// two connections beside the pool's, for a moment. Each check takes at most 5 seconds. Where the database can't be reached
+// there is one finding, of the check server.
+func (o *Operator) Doctor(ctx context.Context) []Finding {
+	e := &examination{o: o}
+	for i, c := range checks {
+		e.check = c.name
+		before := len(e.findings)
+		err := func() error {
+			ctx, cancel := context.WithTimeout(ctx, checkTimeout)
+			defer cancel()
+			return c.run(e, ctx)
+		}()
+		switch {
+		case err != nil && i == 0:
+			e.fail("see that the address, the role and its password are right, and that the server is up", "it can't be reached: %v", sqlError(err))
+			return e.findings
+		case err != nil && len(e.findings) == before:
+			e.warn("see the error; the right that is missing may be that of pg_monitor", "it could not be looked at: %v", sqlError(err))
+		case err == nil && len(e.findings) == before:
+			e.ok("nothing found")
+		}
+	}
+	return e.findings
+}
+
+// row asks for one row, in a transaction of its own that can't write.
+func (e *examination) row(ctx context.Context, sql string, arguments []any, to ...any) error {
+	return e.o.read(ctx, func(ctx context.Context, tx pgx.Tx) error { return tx.QueryRow(ctx, sql, arguments...).Scan(to...) })
+}
+
+func (e *examination) server(ctx context.Context) error {
+	var number int
+	var version, role, database string
+	if err := e.row(ctx, "SELECT current_setting('server_version_num')::int, current_setting('server_version'), session_user::text, current_database()::text", nil, &number, &version, &role, &database); err != nil {
+		return err
+	}
+	if number/10000 < serverVersionMin {
+		e.fail(fmt.Sprintf("upgrade to PostgreSQL %d or later", serverVersionMin), "PostgreSQL %s: too old", version)
+		return nil
+	}
+	e.ok("PostgreSQL %s, database %s, role %s", version, database, role)
+	return nil
+}
+
+func (e *examination) primary(ctx context.Context) error {
+	var standby bool
+	var readOnly string
+	if err := e.row(ctx, "SELECT pg_is_in_recovery(), (SELECT reset_val FROM pg_settings WHERE name = 'default_transaction_read_only')", nil, &standby, &readOnly); err != nil {
+		return err
+	}
+	switch {
+	case standby:
+		e.fail("connect to the primary (target_session_attrs=read-write)", "the server is a standby, or is still recovering: it takes no requests")
+	case readOnly == "on":
+		e.warn("find out who set default_transaction_read_only, and why: often a tool that stops writes while a disk is full", "transactions are read-only by default; a claim asks for a writable one, other programs don't")
+	default:
+		e.ok("it takes writes")
+	}
+	return nil
+}
+
+// pooler finds out whether a pooler such as PgBouncer is in between: the number that a session was given when it
+// connected is its server process's, unless somebody else gave it. In transaction mode two clients get to see the same
+// process, or one client sees two.
+func (e *examination) pooler(ctx context.Context) error {
+	a, err := e.connect(ctx)
+	if err != nil {
+		return err
+	}
+	defer closeConn(a)
+	pidOf := func(conn *pgx.Conn) (pid uint32, err error) {
+		err = conn.QueryRow(ctx, "SELECT pg_backend_pid()", pgx.QueryExecModeExec).Scan(&pid)
+		return pid, err
+	}
+	first, err := pidOf(a)
+	if err != nil {
+		return err
+	}
+	if a.PgConn().PID() == first {
+		e.ok("none in between")
+		return nil
+	}
+	b, err := e.connect(ctx)
+	if err != nil {
+		return err
+	}
+	defer closeConn(b)
+	tx, err := b.Begin(ctx)
+	if err != nil {
+		return err
+	}
+	defer func() { _ = tx.Rollback(ctx) }() // it is closed next
+	second, err := pidOf(b)
+	if err != nil {
+		return err
+	}
+	again, err := pidOf(a)
+	if err != nil {
+		return err
+	}
+	if second == first || again != first {
+		e.warn("services on it need postgres.Options.TransactionPooling and pgx.QueryExecModeExec or CacheDescribe; see docs/guarantees.md, F31",
+			"a pooler is in between, and hands out a server connection per transaction")
+		return nil
+	}
+	e.ok("a pooler is in between, and a client keeps its server connection as far as can be seen")
+	return nil
+}
+
+// connect makes a connection as the pool would.
+func (e *examination) connect(ctx context.Context) (*pgx.Conn, error) {
+	config := e.o.pool.Config()
+	if config.BeforeConnect != nil {
+		if err := config.BeforeConnect(ctx, config.ConnConfig); err != nil {
+			return nil, err
+		}
+	}
+	return pgx.ConnectConfig(ctx, config.ConnConfig)
+}
+
+func closeConn(conn *pgx.Conn) {
+	ctx, cancel := context.WithTimeout(context.Background(), rollbackTimeout)
+	defer cancel()
+	_ = conn.Close(ctx) // whatever it says, the connection is gone
+}
+
+// schema has the store look at its table, and looks at the operator's.
+func (e *examination) schema(ctx context.Context) error {
+	bad := false
+	for _, err := range joined(e.o.store.Check(ctx)) {
+		switch {
+		case errors.Is(err, postgres.ErrSchemaOutdated), errors.Is(err, postgres.ErrTableUnlogged):
+			bad = true
+			e.fail("idemctl migrate up, or what the text says", "%v", err)
+		case errors.Is(err, postgres.ErrNotPrimary), errors.Is(err, postgres.ErrCommitNotDurable), errors.Is(err, postgres.ErrNotConfigured):
+			// other checks tell; and the service's pool is another one
+		default:
+			bad = true
+			e.warn("see the error", "%v", err)
+		}
+	}
+	if bad {
+		return nil
+	}
+	var version int
+	if err := e.row(ctx, "SELECT version FROM "+e.o.versions, nil, &version); err != nil {
+		return err
+	}
+	if version < SchemaVersion {
+		e.warn("idemctl migrate up: a service needs nothing of it, and runs on through it",
+			"version %d: services work; expire, forget and the history need version %d", version, SchemaVersion)
+		return nil
+	}
+	e.ok("version %d", version)
+	return nil
+}
+
+func joined(err error) []error {
+	var many interface{ Unwrap() []error }
+	switch {
+	case err == nil:
+		return nil
+	case errors.As(err, &many):
+		return many.Unwrap()
+	}
+	return []error{err}
+}
+
+func (e *examination) index(ctx context.Context) error {
+	var valid, ready, unique bool
+	var collations, more int
+	err := e.row(ctx, `
+		SELECT i.indisvalid, i.indisready, i.indisunique, (SELECT count(*) FROM unnest(i.indcollation::oid[]) AS c WHERE c = '"C"'::regcollation),
+		       (SELECT count(*) FROM pg_index AS o WHERE o.indrelid = i.indrelid AND o.indexrelid <> i.indexrelid)
+		FROM pg_index AS i WHERE i.indrelid = $1::text::regclass AND i.indisprimary`, []any{e.o.keys}, &valid, &ready, &unique, &collations, &more)
+	switch {
+	case errors.Is(err, pgx.ErrNoRows):
+		e.fail("idemctl migrate up", "the table has no primary key: nothing but the lock keeps a key from being recorded twice")
+		return nil
+	case err != nil:
+		return err
+	case !valid || !ready || !unique:
+		e.fail("REINDEX INDEX CONCURRENTLY "+postgres.TableName+"_pkey", "the primary key's index is not valid: a look-up may miss a record, and its handler runs again")
+	case collations != 2:
+		e.fail(`ALTER TABLE ... ALTER COLUMN scope TYPE text COLLATE "C", ALTER COLUMN key TYPE text COLLATE "C", while no service runs`,
+			"the primary key is not in the collation C: an upgrade of the C library, or a standby with another one, can hide a record")
+	default:
+		e.ok(`the primary key is valid, and in the collation C`)
+	}
+	if more > 0 {
+		e.warn("drop what is not needed: looking records up by other columns is what idemctl key list is for", "%d more indexes on the table: each request pays for each", more)
+	}
+	return nil
+}
+
+func (e *examination) rights(ctx context.Context) error {
+	var read, write, remove, expire, audit, events, monitor bool
+	err := e.row(ctx, `
+		SELECT has_table_privilege($1::text, 'SELECT'), has_table_privilege($1::text, 'INSERT'), has_table_privilege($1::text, 'DELETE'),
+		       has_column_privilege($1::text, 'expires_at', 'UPDATE'),
+		       COALESCE(has_table_privilege(to_regclass($2)::oid, 'SELECT') AND has_table_privilege(to_regclass($2)::oid, 'INSERT'), false),
+		       COALESCE(has_table_privilege(to_regclass($3)::oid, 'SELECT'), false), pg_has_role('pg_read_all_stats', 'USAGE')`,
+		[]any{e.o.keys, e.o.audit, e.o.events}, &read, &write, &remove, &expire, &audit, &events, &monitor)
+	if err != nil {
+		return err
+	}
+	if !read {
+		e.fail("GRANT SELECT ON "+e.o.table, "this role can't read the records")
+		return nil
+	}
+	for _, right := range []struct {
+		there   bool
+		what    string
+		granted string
+	}{
+		{remove && audit, "forget a key", "GRANT DELETE ON " + e.o.table + "; GRANT SELECT, INSERT ON " + e.o.options.Schema + "." + AuditTableName},
+		{expire && audit, "expire a key", "GRANT UPDATE (expires_at) ON " + e.o.table + "; GRANT SELECT, INSERT ON " + e.o.options.Schema + "." + AuditTableName},
+		{events, "see a key's history", "GRANT SELECT ON " + e.o.options.Schema + "." + EventsTableName},
+		{monitor, "see other sessions", "GRANT pg_monitor"},
+	} {
+		if !right.there {
+			e.warn(right.granted+" to it, where it should", "this role can't %s", right.what)
+		}
+	}
+	if write {
+		e.ok("this role may read and write records, as a service's does")
+	} else {
+		e.ok("this role may read records, and adds none")
+	}
+	return nil
+}
+
+func (e *examination) durability(ctx context.Context) error {
+	var fsync, pages, commit string
+	if err := e.row(ctx, "SELECT current_setting('fsync'), current_setting('full_page_writes'), (SELECT reset_val FROM pg_settings WHERE name = 'synchronous_commit')", nil, &fsync, &pages, &commit); err != nil {
+		return err
+	}
+	found := len(e.findings)
+	if fsync == "off" {
+		e.fail("ALTER SYSTEM SET fsync = on", "fsync is off: when the machine stops, payments are lost, and the table may be ruined")
+	}
+	if pages == "off" {
+		e.fail("ALTER SYSTEM SET full_page_writes = on, unless the file system never tears a page", "full_page_writes is off: when the machine stops in the middle of a write, a page may be lost")
+	}
+	switch commit {
+	case "off", "local", "remote_write":
+		e.warn("ALTER SYSTEM, ALTER DATABASE or ALTER ROLE ... SET synchronous_commit = on, or have every pool go through postgres.Configure, which sets it",
+			"synchronous_commit is %s unless a session sets it: COMMIT does not wait for the disk there", commit)
+	}
+	if len(e.findings) == found {
+		e.ok("fsync and full_page_writes are on, synchronous_commit is %s", commit)
+	}
+	return nil
+}
