@@ -83,6 +83,30 @@ func Down(ctx context.Context, pool *pgxpool.Pool, opts *Options) error {
 	return with(ctx, pool, opts, func(m *migrate.Migrate, _ source.Driver) error { return m.Down() })
 }
 
+// DownTo undoes the migrations above a version, the newest first, each with what it made. To 0 it is [Down]: every
+// record is lost, and each retry of an executed request runs again. A schema that is not above the version is left as it is.
+func DownTo(ctx context.Context, pool *pgxpool.Pool, version uint, opts *Options) error {
+	return with(ctx, pool, opts, func(m *migrate.Migrate, _ source.Driver) error {
+		for ctx.Err() == nil {
+			current, dirty, err := m.Version()
+			switch {
+			case errors.Is(err, migrate.ErrNilVersion):
+				return nil
+			case err != nil:
+				return err
+			case dirty:
+				return migrate.ErrDirty{Version: int(current)}
+			case current <= version:
+				return nil
+			}
+			if err := m.Steps(-1); err != nil {
+				return err
+			}
+		}
+		return nil
+	})
+}
+
 // Version returns the version of the schema, 0 where nothing was migrated yet. A migration that failed in the middle is
 // [ErrDirty]. Where the table of versions is missing it is made, as by [Up].
 func Version(ctx context.Context, pool *pgxpool.Pool, opts *Options) (version uint, err error) {

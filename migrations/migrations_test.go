@@ -227,6 +227,36 @@ func TestDownAndUpAgain(t *testing.T) {
 	wantKeeps(t, b.pool, nil)
 }
 
+// The operator's tables can go, and the records stay.
+func TestDownTo(t *testing.T) {
+	t.Parallel()
+	b := setup(t)
+	b.up(t, nil)
+	engine := idempotency.NewEngine(postgres.New(b.pool, nil), nil)
+	if got := do(t.Context(), engine, "k", 201); got.Outcome != idempotency.OutcomeExecuted {
+		t.Fatal(got.Err)
+	}
+	for range 2 { // the second finds nothing to undo
+		if err := migrations.DownTo(t.Context(), b.pool, postgres.SchemaVersion, nil); err != nil {
+			t.Fatal(err)
+		}
+		b.wantVersion(t, nil, postgres.SchemaVersion)
+		b.wantTables(t, "public.idempotency_keys", "public.idempotency_migrations")
+		wantKeeps(t, b.pool, nil) // version 3 is not for services
+	}
+	if got := do(t.Context(), engine, "k", 201); got.Outcome != idempotency.OutcomeReplayed {
+		t.Errorf("a retry is %s, %v", got.Outcome, got.Err)
+	}
+	if err := migrations.DownTo(t.Context(), b.pool, 0, nil); err != nil {
+		t.Fatal(err)
+	}
+	b.wantTables(t, "public.idempotency_migrations")
+	b.exec(t, "INSERT INTO idempotency_migrations VALUES (3, true)")
+	if err := migrations.DownTo(t.Context(), b.pool, 0, nil); !errors.Is(err, migrations.ErrDirty) {
+		t.Errorf("of a dirty schema: %v", err)
+	}
+}
+
 // The schema is made where it is missing, and whatever the search_path of the connections is, nothing goes elsewhere.
 func TestSchema(t *testing.T) {
 	t.Parallel()

@@ -77,7 +77,6 @@ type Operator struct {
 	keys              string // sanitized, as are the next
 	audit, events     string
 	versions          string
-	settings          string
 	statementTimeoutS string
 }
 
@@ -157,6 +156,26 @@ func (o *Operator) in(ctx context.Context, options pgx.TxOptions, do func(ctx co
 		return sqlError(err) // proven: nothing was committed
 	}
 	return fmt.Errorf("%w: look the key up: %w", ErrUnknown, sqlError(err))
+}
+
+// Version returns the version of the schema, and whether a migration failed in the middle. 0 where nothing was migrated
+// yet. Unlike migrations.Version it makes nothing.
+func (o *Operator) Version(ctx context.Context) (version uint, dirty bool, err error) {
+	err = o.read(ctx, func(ctx context.Context, tx pgx.Tx) error {
+		var exists bool
+		if err := tx.QueryRow(ctx, "SELECT to_regclass($1) IS NOT NULL", o.versions).Scan(&exists); err != nil || !exists {
+			return err
+		}
+		err := tx.QueryRow(ctx, "SELECT version::bigint, dirty FROM "+o.versions).Scan(&version, &dirty)
+		if errors.Is(err, pgx.ErrNoRows) {
+			return nil
+		}
+		return err
+	})
+	if err != nil {
+		return 0, false, fmt.Errorf("version: %w", err)
+	}
+	return version, dirty, nil
 }
 
 // rollbackTimeout bounds ROLLBACK; after it the connection is closed.

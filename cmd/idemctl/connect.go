@@ -1,0 +1,96 @@
+package main
+
+import (
+	"bufio"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"strings"
+	"time"
+
+	"github.com/jackc/pgx/v5"
+	"github.com/jackc/pgx/v5/pgxpool"
+
+	"github.com/paidonce/idempotency"
+	"github.com/paidonce/idempotency/storage/postgres/operator"
+)
+
+// connectTimeoutDefault is how long a connection may take to be made, where PGCONNECT_TIMEOUT or the URL don't say.
+const connectTimeoutDefault = 5 * time.Second
+
+// connect returns a pool that makes its first connection when it is asked for one. A pooler in between may be of any mode.
+func (a *app) connect() (*pgxpool.Pool, error) {
+	config, err := pgxpool.ParseConfig(a.cli.DatabaseURL)
+	if err != nil { // whose text may quote more than it means to
+		return nil, errors.New("the database's address can't be read: see --database-url, DATABASE_URL, and the variables of libpq (PGHOST, PGPORT, PGSERVICE, ...)")
+	}
+	conn := config.ConnConfig
+	conn.DefaultQueryExecMode = pgx.QueryExecModeExec
+	conn.RuntimeParams["client_encoding"] = "UTF8"
+	if conn.RuntimeParams["application_name"] == "" {
+		conn.RuntimeParams["application_name"] = "idemctl"
+	}
+	if conn.ConnectTimeout == 0 {
+		conn.ConnectTimeout = connectTimeoutDefault
+	}
+	config.MaxConns, config.MinConns = 4, 0
+	pool, err := pgxpool.NewWithConfig(context.WithoutCancel(a.ctx), config)
+	if err != nil {
+		return nil, fmt.Errorf("connect: %w", err)
+	}
+	return pool, nil
+}
+
+// operate calls do with an operator.
+func (a *app) operate(do func(*operator.Operator) error) error {
+	if err := validSchema(a.cli.Schema); err != nil {
+		return err
+	}
+	pool, err := a.connect()
+	if err != nil {
+		return err
+	}
+	defer pool.Close()
+	return do(operator.New(pool, &operator.Options{Schema: a.cli.Schema}))
+}
+
+func validSchema(name string) error {
+	invalid := name == "" || len(name) > 63 || name[0] >= '0' && name[0] <= '9' || strings.HasPrefix(name, "pg_")
+	for _, c := range name {
+		invalid = invalid || (c < 'a' || c > 'z') && (c < '0' || c > '9') && c != '_'
+	}
+	if invalid {
+		return fmt.Errorf("%w: --schema is 1 to 63 lower-case letters, digits and underscores, and does not begin with a digit or pg_", operator.ErrInvalid)
+	}
+	return nil
+}
+
+// keyArguments name a key.
+type keyArguments struct {
+	Scope string `arg:"" help:"The account whose key it is; \"-\" reads it from the standard input."`
+	Key   string `arg:"" help:"The key, unquoted; \"-\" reads it from the standard input."`
+}
+
+// lineBytesMax is more than a scope or a key may have.
+const lineBytesMax = 4096
+
+// read returns the key. Each "-" stands for the next line of the standard input.
+func (k *keyArguments) read(stdin io.Reader) (idempotency.Key, error) {
+	key := idempotency.Key{Scope: k.Scope, Value: k.Key}
+	lines := bufio.NewReaderSize(io.LimitReader(stdin, 2*lineBytesMax), lineBytesMax)
+	for _, part := range []*string{&key.Scope, &key.Value} {
+		if *part != "-" {
+			continue
+		}
+		line, err := lines.ReadString('\n')
+		if err != nil && (err != io.EOF || line == "") {
+			return key, fmt.Errorf("%w: the standard input has no line for it", operator.ErrInvalid)
+		}
+		*part = strings.TrimRight(line, "\r\n")
+	}
+	if err := key.Validate(); err != nil {
+		return key, fmt.Errorf("%w: %w", operator.ErrInvalid, err)
+	}
+	return key, nil
+}

@@ -1,0 +1,466 @@
+package main
+
+import (
+	"bufio"
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"os/user"
+	"slices"
+	"strings"
+	"time"
+	"unicode/utf8"
+
+	"golang.org/x/term"
+
+	"github.com/paidonce/idempotency"
+	"github.com/paidonce/idempotency/storage/postgres/operator"
+)
+
+type keyCommands struct {
+	Get    getCommand    `cmd:"" help:"Show one key: its record, who holds it, and what is known to have become of it."`
+	List   listCommand   `cmd:"" help:"Show a page of keys."`
+	Watch  watchCommand  `cmd:"" help:"Show what becomes of one key, as it happens."`
+	Expire expireCommand `cmd:"" help:"End a record's time. Once the reaper has been by, a retry RUNS AGAIN and can pay twice."`
+	Forget forgetCommand `cmd:"" help:"Delete a record now. A retry RUNS AGAIN and can pay twice."`
+}
+
+type getCommand struct {
+	keyArguments
+	Body bool `help:"Show the recorded body as well, as it is stored. It may hold what you need not see."`
+}
+
+// state says in one word what there is.
+func state(s operator.State) string {
+	switch {
+	case s.Record != nil && s.Record.Expired:
+		return "expired"
+	case s.Record != nil:
+		return "recorded"
+	case s.Holder != nil:
+		return "in-progress"
+	}
+	return "absent"
+}
+
+// Run is called by kong.
+func (c *getCommand) Run(a *app) error {
+	key, err := c.read(a.stdin)
+	if err != nil {
+		return err
+	}
+	return a.operate(func(o *operator.Operator) error {
+		found, err := o.Get(a.ctx, key)
+		notFound := err
+		if err != nil && !errors.Is(err, operator.ErrNotFound) {
+			return err
+		}
+		events, err := o.Timeline(a.ctx, key)
+		if err != nil {
+			return err
+		}
+		var body []byte
+		if c.Body && found.Record != nil {
+			if body, err = o.Body(a.ctx, key); err != nil {
+				return err
+			}
+		}
+		if a.cli.JSON {
+			err = a.getJSON(key, found, events, body)
+		} else {
+			err = a.getText(key, found, events, body)
+		}
+		return errors.Join(err, notFound)
+	})
+}
+
+func (a *app) getJSON(key idempotency.Key, found operator.State, events []operator.Event, body []byte) error {
+	out := struct {
+		Scope    string      `json:"scope"`
+		Key      string      `json:"key"`
+		State    string      `json:"state"`
+		Record   *recordJSON `json:"record,omitempty"`
+		Holder   *holderJSON `json:"holder,omitempty"`
+		Timeline []eventJSON `json:"timeline"`
+	}{key.Scope, key.Value, state(found), recordOf(found.Record), holderOf(found.Holder), []eventJSON{}}
+	if out.Record != nil {
+		out.Record.Body = body
+	}
+	for i := range events {
+		out.Timeline = append(out.Timeline, eventOf(&events[i]))
+	}
+	return a.printJSON(out)
+}
+
+func (a *app) getText(key idempotency.Key, found operator.State, events []operator.Event, body []byte) error {
+	lines := []string{"scope\t" + clean(key.Scope), "key\t" + clean(key.Value), "state\t" + state(found)}
+	if r := found.Record; r != nil {
+		lines = append(lines,
+			fmt.Sprintf("status\t%d", r.Status),
+			"attempt\t"+r.Attempt.String(),
+			"trace\t"+orDash(clean(r.TraceID)),
+			"created\t"+stamp(r.CreatedAt),
+			"expires\t"+stamp(r.ExpiresAt),
+			fmt.Sprintf("fingerprint\t%x (version %d)", r.Fingerprint.Sum, r.Fingerprint.Version),
+			fmt.Sprintf("body\t%d bytes", r.BodyBytes))
+		if r.HeaderErr != nil {
+			lines = append(lines, "headers\t"+r.HeaderErr.Error())
+		}
+		names := make([]string, 0, len(r.Header))
+		for name := range r.Header {
+			names = append(names, name)
+		}
+		slices.Sort(names)
+		for _, name := range names {
+			for _, value := range r.Header[name] {
+				lines = append(lines, "header\t"+clean(name)+": "+clean(value))
+			}
+		}
+	}
+	if found.Holder != nil {
+		lines = append(lines, "held by\t"+holderText(found.Holder))
+	}
+	if err := a.table(lines); err != nil {
+		return err
+	}
+	if len(events) > 0 {
+		lines = []string{"", "AT\tWHAT\t"}
+		for i := range events {
+			lines = append(lines, eventText(&events[i]))
+		}
+		if err := a.table(lines); err != nil {
+			return err
+		}
+	}
+	if body == nil {
+		return nil
+	}
+	if !utf8.Valid(body) {
+		return a.printf("\nthe body is not text: use --json, which has it in base64\n")
+	}
+	text := strings.Split(strings.TrimSuffix(string(body), "\n"), "\n")
+	for i := range text {
+		text[i] = clean(text[i])
+	}
+	return a.printf("\n%s\n", strings.Join(text, "\n"))
+}
+
+type listCommand struct {
+	Scope     string `placeholder:"SCOPE" help:"Of this account alone."`
+	KeyPrefix string `placeholder:"PREFIX" help:"Keys that begin with this."`
+	Status    int    `placeholder:"2-5" help:"2 for 2xx, 4 for 4xx."`
+	Live      bool   `xor:"expiry" help:"Whose time is not over."`
+	Expired   bool   `xor:"expiry" help:"Whose time is over, and which wait for the reaper."`
+	Since     string `placeholder:"TIME" help:"Created at or after: a duration ago (2h) or RFC 3339."`
+	Until     string `placeholder:"TIME" help:"Created before."`
+	TraceID   string `name:"trace-id" placeholder:"ID" help:"Of the attempt that was executed."`
+	Attempt   string `placeholder:"UUID" help:"Of this attempt."`
+	Rows      int    `placeholder:"N" default:"50" help:"At most as many, up to 1000. (default: ${default})"`
+	After     string `placeholder:"CURSOR" help:"Go on where the page before ended."`
+	Desc      bool   `help:"From the last key to the first."`
+	All       bool   `help:"Go through the whole table for a page, however long it takes."`
+	Recent    bool   `help:"About the newest of all accounts, from the end of the table. Goes with no filter."`
+}
+
+func (c *listCommand) filter() (f operator.Filter, err error) {
+	f = operator.Filter{Scope: c.Scope, KeyPrefix: c.KeyPrefix, StatusClass: c.Status, TraceID: c.TraceID}
+	switch {
+	case c.Live:
+		f.Expiry = operator.ExpiryLive
+	case c.Expired:
+		f.Expiry = operator.ExpiryExpired
+	}
+	if f.CreatedFrom, err = instant(c.Since, "--since"); err != nil {
+		return f, err
+	}
+	if f.CreatedTo, err = instant(c.Until, "--until"); err != nil {
+		return f, err
+	}
+	if c.Attempt != "" {
+		f.Attempt, err = operator.ParseAttemptID(c.Attempt)
+	}
+	return f, err
+}
+
+func instant(text, flag string) (time.Time, error) {
+	if text == "" {
+		return time.Time{}, nil
+	}
+	if ago, err := time.ParseDuration(text); err == nil {
+		return time.Now().Add(-ago), nil
+	}
+	at, err := time.Parse(time.RFC3339Nano, text)
+	if err != nil {
+		return at, fmt.Errorf("%w: %s is a duration such as 2h, or a time such as 2006-01-02T15:04:05Z", operator.ErrInvalid, flag)
+	}
+	return at, nil
+}
+
+// Run is called by kong.
+func (c *listCommand) Run(a *app) error {
+	filter, err := c.filter()
+	if err != nil {
+		return err
+	}
+	page := operator.Page{Rows: c.Rows, After: operator.Cursor(c.After), Descending: c.Desc}
+	if c.Recent && (filter != operator.Filter{} || c.After != "" || c.Desc || c.All) {
+		return fmt.Errorf("%w: --recent goes with --rows alone", operator.ErrInvalid)
+	}
+	return a.operate(func(o *operator.Operator) error {
+		if c.Recent {
+			list, err := o.Recent(a.ctx, c.Rows)
+			if err != nil {
+				return err
+			}
+			return a.printList(list)
+		}
+		var whole operator.List
+		for {
+			list, err := o.List(a.ctx, filter, page)
+			if err != nil {
+				return err
+			}
+			whole.Records, whole.Next, whole.Now = append(whole.Records, list.Records...), list.Next, list.Now
+			whole.RowsExamined += list.RowsExamined
+			page.After, page.Rows = list.Next, c.Rows-len(whole.Records)
+			if !c.All || list.Next == "" || page.Rows <= 0 {
+				return a.printList(whole)
+			}
+		}
+	})
+}
+
+func (a *app) printList(list operator.List) error {
+	if a.cli.JSON {
+		for i := range list.Records {
+			if err := a.printJSON(recordOf(&list.Records[i])); err != nil {
+				return err
+			}
+		}
+		var end struct { // the last line
+			Page struct {
+				Records      int       `json:"records"`
+				RowsExamined int64     `json:"rows_examined"`
+				Next         string    `json:"next,omitempty"`
+				Now          time.Time `json:"now"`
+			} `json:"page"`
+		}
+		end.Page.Records, end.Page.RowsExamined, end.Page.Next, end.Page.Now = len(list.Records), list.RowsExamined, string(list.Next), list.Now.UTC()
+		return a.printJSON(end)
+	}
+	lines := []string{"SCOPE\tKEY\tSTATUS\tCREATED\tEXPIRES\tBODY\tATTEMPT"}
+	for _, r := range list.Records {
+		expires := stamp(r.ExpiresAt)
+		if r.Expired {
+			expires += " (over)"
+		}
+		lines = append(lines, fmt.Sprintf("%s\t%s\t%d\t%s\t%s\t%s\t%s", clean(r.Key.Scope), clean(r.Key.Value), r.Status, stamp(r.CreatedAt), expires, megabytes(r.BodyBytes), r.Attempt))
+	}
+	if err := a.table(lines); err != nil {
+		return err
+	}
+	more := "that is all"
+	if list.Next != "" {
+		more = "more with --after " + string(list.Next)
+	}
+	return a.printf("%d records, %d rows examined; %s\n", len(list.Records), list.RowsExamined, more)
+}
+
+type watchCommand struct {
+	keyArguments
+	Interval time.Duration `placeholder:"DURATION" default:"1s" help:"How often to look, 100ms at least. (default: ${default})"`
+	Until    string        `placeholder:"STATE" enum:"absent,in-progress,recorded,expired," default:"" help:"End once it is absent, in-progress, recorded or expired."`
+	For      time.Duration `placeholder:"DURATION" help:"End after this long; with --until that is exit code 5."`
+}
+
+const watchIntervalMin = 100 * time.Millisecond
+
+// Run is called by kong.
+func (c *watchCommand) Run(a *app) error {
+	key, err := c.read(a.stdin)
+	if err != nil {
+		return err
+	}
+	if c.Interval < watchIntervalMin || c.For < 0 {
+		return fmt.Errorf("%w: --interval is at least %v, and --for is positive", operator.ErrInvalid, watchIntervalMin)
+	}
+	ctx := a.ctx
+	if c.For > 0 {
+		var cancel context.CancelFunc
+		ctx, cancel = context.WithTimeout(ctx, c.For)
+		defer cancel()
+	}
+	return a.operate(func(o *operator.Operator) error {
+		seen, last := map[string]bool{}, ""
+		for {
+			now, err := c.look(ctx, a, o, key, seen, last)
+			switch {
+			case err != nil && ctx.Err() == nil:
+				return err
+			case err == nil && c.Until != "" && now == c.Until:
+				return nil
+			}
+			last = now
+			select {
+			case <-ctx.Done():
+				if c.Until != "" {
+					return refused{fmt.Errorf("it did not become %s", c.Until)}
+				}
+				return nil // as was asked for
+			case <-time.After(c.Interval):
+			}
+		}
+	})
+}
+
+// look prints what is new about the key.
+func (c *watchCommand) look(ctx context.Context, a *app, o *operator.Operator, key idempotency.Key, seen map[string]bool, last string) (string, error) {
+	found, err := o.Get(ctx, key)
+	if err != nil && !errors.Is(err, operator.ErrNotFound) {
+		return last, err
+	}
+	events, err := o.Timeline(ctx, key)
+	if err != nil {
+		return last, err
+	}
+	now := state(found)
+	if now != last {
+		if a.cli.JSON {
+			err = a.printJSON(struct {
+				At    time.Time `json:"at"`
+				Kind  string    `json:"kind"`
+				State string    `json:"state"`
+			}{time.Now().UTC(), "state", now})
+		} else {
+			err = a.printf("%s  is %s\n", stamp(time.Now()), now)
+		}
+		if err != nil {
+			return now, err
+		}
+	}
+	for i := range events {
+		e := &events[i]
+		name := fmt.Sprint(e.At.UnixNano(), e.Kind, e.Attempt, e.TraceID)
+		if e.Holder != nil {
+			name = fmt.Sprint(e.Holder.PID, e.Kind, e.Holder.Since.UnixNano())
+		}
+		if seen[name] {
+			continue
+		}
+		seen[name] = true
+		if a.cli.JSON {
+			err = a.printJSON(eventOf(e))
+		} else {
+			err = a.printf("%s\n", strings.ReplaceAll(eventText(e), "\t", "  "))
+		}
+		if err != nil {
+			return now, err
+		}
+	}
+	return now, nil
+}
+
+type actFlags struct {
+	keyArguments
+	Reason  string `required:"" placeholder:"TEXT" help:"Why. It is kept in the audit table."`
+	Actor   string `placeholder:"NAME" help:"Who. (default: your account on this machine)"`
+	Attempt string `placeholder:"UUID" help:"Only if the record is of this attempt still, as key get showed it."`
+	Yes     bool   `short:"y" help:"Don't ask. Required where there is no terminal to ask on."`
+}
+
+type (
+	expireCommand struct{ actFlags }
+	forgetCommand struct{ actFlags }
+)
+
+// Run is called by kong.
+func (c *expireCommand) Run(a *app) error {
+	return c.act(a, "expired", "its record is deleted on the reaper's next walk, and until then retries are replayed", (*operator.Operator).Expire)
+}
+
+// Run is called by kong.
+func (c *forgetCommand) Run(a *app) error {
+	return c.act(a, "forgotten", "its record is deleted now", (*operator.Operator).Forget)
+}
+
+func (c *actFlags) act(a *app, done, means string, do func(*operator.Operator, context.Context, idempotency.Key, operator.Act) (operator.Record, error)) error {
+	key, err := c.read(a.stdin)
+	if err != nil {
+		return err
+	}
+	act := operator.Act{Actor: c.Actor, Reason: c.Reason}
+	if act.Actor == "" {
+		account, err := user.Current()
+		if err != nil {
+			return fmt.Errorf("%w: say who you are with --actor: %w", operator.ErrInvalid, err)
+		}
+		act.Actor = account.Username
+	}
+	if c.Attempt != "" {
+		if act.Attempt, err = operator.ParseAttemptID(c.Attempt); err != nil {
+			return err
+		}
+	}
+	if err := act.Validate(); err != nil {
+		return err
+	}
+	if !c.Yes && !(isTerminal(a.stdin) && isTerminal(a.stderr)) {
+		return refused{errors.New("there is no terminal to ask on: --yes says that a retry of the request may run again, and pay twice")}
+	}
+	return a.operate(func(o *operator.Operator) error {
+		if !c.Yes {
+			found, err := o.Get(a.ctx, key)
+			switch {
+			case err != nil:
+				return err
+			case found.Record == nil:
+				return operator.ErrInProgress
+			}
+			if act.Attempt.IsZero() {
+				act.Attempt = found.Record.Attempt // what is shown is what is ended
+			}
+			if err := a.ask(found.Record, means); err != nil {
+				return err
+			}
+		}
+		record, err := do(o, a.ctx, key, act)
+		if err != nil {
+			return err
+		}
+		if a.cli.JSON {
+			return a.printJSON(struct {
+				Done   string      `json:"done"`
+				Actor  string      `json:"actor"`
+				Reason string      `json:"reason"`
+				Record *recordJSON `json:"record"`
+			}{done, act.Actor, act.Reason, recordOf(&record)})
+		}
+		return a.printf("%s: the record of attempt %s, status %d, created %s\n", done, record.Attempt, record.Status, stamp(record.CreatedAt))
+	})
+}
+
+// ask returns nil where somebody said yes.
+func (a *app) ask(r *operator.Record, means string) error {
+	fmt.Fprintf(a.stderr, "%s / %s: status %d, created %s, expires %s\n", clean(r.Key.Scope), clean(r.Key.Value), r.Status, stamp(r.CreatedAt), stamp(r.ExpiresAt))
+	fmt.Fprintf(a.stderr, "After this %s.\nThen a retry of the request RUNS AGAIN, and can PAY TWICE. Type yes to go on: ", means)
+	answers := make(chan string, 1)
+	go func() {
+		answer, _ := bufio.NewReader(a.stdin).ReadString('\n') // what can't be read is not yes
+		answers <- answer
+	}()
+	select {
+	case answer := <-answers:
+		if strings.TrimSpace(answer) == "yes" {
+			return nil
+		}
+	case <-a.ctx.Done():
+	}
+	return refused{errors.New("nothing was done")}
+}
+
+// isTerminal reports whether somebody sits at the other end.
+func isTerminal(end any) bool {
+	file, ok := end.(*os.File)
+	return ok && term.IsTerminal(int(file.Fd()))
+}

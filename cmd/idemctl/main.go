@@ -1,0 +1,158 @@
+// Command idemctl is the operator's command line: what a service that uses this module keeps in PostgreSQL, what is wrong with it, and
+// what may be done about it by hand.
+//
+//	export DATABASE_URL=postgres://operator@db/payments   # or the PG* variables of libpq
+//	idemctl doctor
+//	idemctl key get acme 0198c0de-...
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"os/signal"
+	"slices"
+	"strings"
+	"syscall"
+
+	"github.com/alecthomas/kong"
+
+	"github.com/paidonce/idempotency/storage/postgres"
+	"github.com/paidonce/idempotency/storage/postgres/operator"
+)
+
+const description = `Looks at the records of idempotent requests, and after them.
+
+  idemctl doctor                          what is wrong with the database, and what to do about it
+  idemctl migrate up                      make or upgrade the tables
+  idemctl key get acme 0198c0de-...       one key: its record, who holds it, what became of it
+  idemctl key list --scope acme --status 4
+  idemctl key watch acme 0198c0de-...     until Ctrl-C
+  idemctl key forget acme 0198c0de-... --reason "ticket 7"     a retry RUNS AGAIN after this, and can pay twice
+  idemctl stats, idemctl top              counts and sizes; what is in flight
+  idemctl gc                              delete what is expired, as the service's reaper does
+
+The database is that of --database-url, else of DATABASE_URL, else of the variables of libpq: PGHOST, PGUSER, PGPASSFILE, PGSERVICE
+and so on. A password belongs into one of those, not into an argument, which other users of the machine can see; a
+key can be kept from them too: "-" reads it from the standard input.
+
+Exit codes: 0 done, 1 failed, 2 not a command, 3 no such record, 4 the doctor found a failure, 5 refused: the key is in
+progress or changed, or nobody said yes.`
+
+// Exit codes.
+const (
+	exitFailed   = 1
+	exitUsage    = 2
+	exitNotFound = 3
+	exitDoctor   = 4
+	exitRefused  = 5
+)
+
+type commands struct {
+	DatabaseURL string `name:"database-url" env:"DATABASE_URL" placeholder:"URL" help:"PostgreSQL to look at. Without it the variables of libpq (PGHOST, ...) say."`
+	Schema      string `placeholder:"NAME" default:"${schema}" help:"Schema that holds the tables. (default: ${default})"`
+	JSON        bool   `name:"json" help:"Print JSON: one object, or one a line for what may be many."`
+
+	Migrate migrateCommands `cmd:"" help:"Make, upgrade or undo the tables."`
+	Doctor  doctorCommand   `cmd:"" help:"Say what is wrong with the database, and what to do about it."`
+	Key     keyCommands     `cmd:"" help:"Look at keys, and end them."`
+	Stats   statsCommand    `cmd:"" help:"Count and measure."`
+	Top     topCommand      `cmd:"" help:"Show what is in flight, again and again."`
+	GC      gcCommand       `cmd:"" name:"gc" help:"Delete expired records, and old history."`
+}
+
+// app is what a command works with.
+type app struct {
+	ctx         context.Context
+	cli         *commands
+	stdin       io.Reader
+	out, stderr io.Writer
+}
+
+// refused is an error of exit code 5.
+type refused struct{ error }
+
+func (r refused) Unwrap() error { return r.error }
+
+var errFindings = errors.New("the doctor found a failure")
+
+func exitCode(err error) int {
+	switch {
+	case err == nil:
+		return 0
+	case errors.Is(err, errFindings):
+		return exitDoctor
+	case errors.Is(err, operator.ErrNotFound):
+		return exitNotFound
+	case errors.Is(err, operator.ErrInProgress), errors.Is(err, operator.ErrChanged), errors.As(err, new(refused)):
+		return exitRefused
+	case errors.Is(err, operator.ErrInvalid):
+		return exitUsage
+	}
+	return exitFailed
+}
+
+func main() { os.Exit(run()) }
+
+func run() int {
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+	defer stop()
+	context.AfterFunc(ctx, stop) // a second signal ends the program at once
+
+	var cli commands
+	exited := -1
+	parser, err := kong.New(&cli,
+		kong.Name("idemctl"), kong.Description(description),
+		kong.ConfigureHelp(kong.HelpOptions{Compact: true, FlagsLast: true, NoExpandSubcommands: false}),
+		kong.Exit(func(code int) { exited = code }), // after --help
+		kong.Vars{
+			"schema": postgres.SchemaDefault, "servingVersion": fmt.Sprint(postgres.SchemaVersion),
+			"eventsAge": operator.EventsAgeMaxDefault.String(),
+		},
+	)
+	if err != nil {
+		panic(err) // the tags of the commands
+	}
+	parsed, err := parser.Parse(os.Args[1:])
+	if exited >= 0 {
+		return exited
+	}
+	if err != nil {
+		fmt.Fprintln(os.Stderr, "idemctl:", withoutArguments(err.Error(), os.Args[1:], parser.Model))
+		fmt.Fprintln(os.Stderr, "idemctl --help, or idemctl COMMAND --help, says what there is")
+		return exitUsage
+	}
+	err = parsed.Run(&app{ctx: ctx, cli: &cli, stdin: os.Stdin, out: os.Stdout, stderr: os.Stderr})
+	if err != nil && ctx.Err() != nil {
+		err = errors.New("interrupted")
+	}
+	if err != nil && !errors.Is(err, errFindings) { // which is on stdout already
+		fmt.Fprintln(os.Stderr, "idemctl:", err)
+	}
+	return exitCode(err)
+}
+
+// withoutArguments takes what the user typed out of a message, but for the names of commands and flags: it may be a key, a
+// scope or a password, and the message may go to a log.
+func withoutArguments(message string, arguments []string, model *kong.Application) string {
+	var words []string
+	var collect func(node *kong.Node)
+	collect = func(node *kong.Node) {
+		words = append(words, node.Name)
+		for _, child := range node.Children {
+			collect(child)
+		}
+	}
+	collect(model.Node)
+	for _, argument := range arguments {
+		if strings.HasPrefix(argument, "-") {
+			_, argument, _ = strings.Cut(argument, "=")
+		}
+		if argument != "" && !slices.Contains(words, argument) {
+			message = strings.ReplaceAll(message, argument, "...")
+		}
+	}
+	return message
+}
