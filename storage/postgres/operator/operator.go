@@ -132,7 +132,7 @@ func (o *Operator) in(ctx context.Context, options pgx.TxOptions, do func(ctx co
 	defer cancel()
 	tx, err := o.pool.BeginTx(ctx, options)
 	if err != nil {
-		return sqlError(err)
+		return o.remedy(sqlError(err))
 	}
 	defer func() { // after a commit: nothing
 		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), rollbackTimeout)
@@ -201,7 +201,7 @@ func (o *Operator) remedy(err error) error {
 		return fmt.Errorf("%w: the statement took longer than %v", err, o.options.StatementTimeout)
 	case "55P03":
 		return fmt.Errorf("%w: somebody holds the row or the table: try again", err)
-	case "25006":
+	case "25006", "0A000": // a write; BEGIN READ WRITE
 		return fmt.Errorf("%w: the server is a standby: connect to the primary", err)
 	}
 	return err
