@@ -138,3 +138,15 @@ func TestNobodyDependsOnPrometheusItself(t *testing.T) {
 		t.Error("go.mod names github.com/prometheus/prometheus: it belongs to observe/prometheus/rulestest")
 	}
 }
+
+// What drives a browser is for tests alone: internal/browsertest, which only they import.
+func TestOnlyTestsDriveABrowser(t *testing.T) {
+	t.Parallel()
+	const browsertest = module + "/internal/browsertest"
+	for _, line := range goList(t, "-e", "-f", "{{.ImportPath}} {{.Imports}}", "./...") {
+		path, imports, _ := strings.Cut(line, " ")
+		if path != browsertest && (strings.Contains(imports, "github.com/chromedp/") || strings.Contains(imports, browsertest)) {
+			t.Errorf("%s imports a browser's driver outside of its tests", path)
+		}
+	}
+}
