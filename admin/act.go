@@ -1,0 +1,130 @@
+package admin
+
+import (
+	"context"
+	"errors"
+	"net/http"
+	"strings"
+	"time"
+
+	"github.com/paidonce/idempotency"
+	"github.com/paidonce/idempotency/storage/postgres/operator"
+)
+
+// ticket allows one act, by one actor, on the record of one attempt, for a while. It is what another site's page can't know.
+type ticket struct {
+	Act     Permission `json:"a"`
+	Actor   string     `json:"u"`
+	Ref     keyRef     `json:"k"`
+	Attempt string     `json:"t"`
+	Made    time.Time  `json:"d"`
+}
+
+// ForgetWord is what is typed to confirm that a record is to be forgotten.
+const ForgetWord = "forget"
+
+// confirmPage is what confirm.html shows.
+type confirmPage struct {
+	Act            Permission
+	Scope, Value   string
+	State          operator.State
+	Token, Ticket  string
+	Word           string // to be typed; empty for none
+	ReasonBytesMax int
+	Reason         string // what was typed before
+	Problem        string // why the form is shown again
+}
+
+func (h *Handler) confirmExpire(p *page) error {
+	return h.confirm(p, PermissionExpire, p.r.URL.Query().Get("k"), "", "")
+}
+func (h *Handler) confirmForget(p *page) error {
+	return h.confirm(p, PermissionForget, p.r.URL.Query().Get("k"), "", "")
+}
+
+// confirm shows what an act would do, with the form that does it. problem says why it is shown again.
+func (h *Handler) confirm(p *page, act Permission, token, reason, problem string) error {
+	actor, err := h.allowed(p.r, act)
+	if err != nil {
+		return err
+	}
+	var ref keyRef
+	if err := h.sealer.open(purposeKey, token, &ref); err != nil {
+		return errStaleLink
+	}
+	state, err := h.operator.Get(p.ctx(), ref.key())
+	switch {
+	case err != nil:
+		return err
+	case state.Record == nil:
+		return operator.ErrInProgress
+	}
+	view := confirmPage{
+		Act: act, Scope: ref.Scope, Value: ref.Value, State: state, Token: token, ReasonBytesMax: operator.ReasonBytesMax, Reason: reason, Problem: problem,
+		Ticket: h.sealer.seal(purposeForm, ticket{act, actor, ref, state.Record.Attempt.String(), h.now()}),
+	}
+	if act == PermissionForget {
+		view.Word = ForgetWord
+	}
+	title := "Expire this record?"
+	if act == PermissionForget {
+		title = "Forget this record?"
+	}
+	status := http.StatusOK
+	if problem != "" {
+		status = http.StatusUnprocessableEntity
+	}
+	return h.renderStatus(p, status, "confirm", title, view)
+}
+
+func (h *Handler) expire(p *page) error { return h.act(p, PermissionExpire, h.operator.Expire) }
+func (h *Handler) forget(p *page) error { return h.act(p, PermissionForget, h.operator.Forget) }
+
+// act does what a confirmed form asks for. Each of its checks fails closed, and the database makes those again that others
+// can change meanwhile: that the record is the one that was shown, and that nobody holds the key.
+func (h *Handler) act(p *page, act Permission, do func(context.Context, idempotency.Key, operator.Act) (operator.Record, error)) error {
+	actor, err := h.allowed(p.r, act)
+	if err != nil {
+		return err
+	}
+	form := p.r.PostForm
+	var t ticket
+	if h.sealer.open(purposeForm, form.Get("ticket"), &t) != nil || t.Act != act || t.Actor != actor {
+		return refusal{status: http.StatusForbidden, detail: "This form was not made by this page for you, or the service was started anew since. Nothing was done. Open the key again."}
+	}
+	if age := h.now().Sub(t.Made); age > FormAgeMax || age < -FormAgeMax {
+		return refusal{status: http.StatusForbidden, detail: "This form is too old. Nothing was done. Open the key again, and see whether it is still as it was."}
+	}
+	attempt, err := parseAttempt(t.Attempt)
+	if err != nil {
+		return err
+	}
+	deed := operator.Act{Actor: actor, Reason: strings.TrimSpace(form.Get("reason")), Attempt: attempt}
+	problem := ""
+	switch {
+	case act == PermissionForget && strings.TrimSpace(form.Get("confirm")) != ForgetWord:
+		problem = "Nothing was done: type the word " + ForgetWord + " to confirm."
+	case deed.Reason == "":
+		problem = "Nothing was done: say why. It is kept with your name."
+	case deed.Validate() != nil:
+		problem = "Nothing was done: the reason is too long, or is not text."
+	}
+	if problem != "" {
+		return h.confirm(p, act, h.sealer.seal(purposeKey, t.Ref), deed.Reason, problem)
+	}
+
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(p.ctx()), actTimeout)
+	defer cancel()
+	record, err := do(ctx, t.Ref.key(), deed)
+	log := h.options.Logger.With("act", string(act), "actor", actor, "attempt", t.Attempt)
+	switch {
+	case errors.Is(err, operator.ErrUnknown):
+		log.Error("admin: it is not known whether an act was done", "error", err)
+		return err
+	case err != nil:
+		log.Warn("admin: an act was not done", "error", err)
+		return err
+	}
+	log.Warn("admin: an act was done", "status", record.Status)
+	return redirect(p, h.keyLink(t.Ref.key())+"&done="+h.sealer.seal(purposeDone, done{act, t.Attempt, p.actor, t.Ref, h.now()}))
+}

@@ -1,0 +1,256 @@
+package admin
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net/http"
+	"path"
+	"strings"
+	"time"
+
+	"github.com/paidonce/idempotency"
+	"github.com/paidonce/idempotency/storage/postgres/operator"
+)
+
+// Permission is what an [AuthorizeFunc] is asked for.
+type Permission string
+
+// The permissions. None includes another: an [AuthorizeFunc] says for each who has it.
+const (
+	// PermissionView is for all that is shown: scopes, keys, recorded headers, the history of keys, figures, findings.
+	PermissionView Permission = "view"
+	// PermissionViewBody is for recorded bodies. They are what clients were answered.
+	PermissionViewBody Permission = "view-body"
+	// PermissionExpire is for ending a record's time, after which a retry of its request may run again.
+	PermissionExpire Permission = "expire"
+	// PermissionForget is for deleting a record, after which a retry of its request runs again and may pay twice.
+	PermissionForget Permission = "forget"
+)
+
+// AuthorizeFunc says whether the caller of a request has a permission, and who the caller is: a name that the audit table can
+// hold, such as an e-mail address; at most operator.ActorBytesMax bytes. An error refuses with 403, or with 401 where it is
+// [ErrUnauthenticated]; its text is shown to nobody. An empty actor is refused too.
+//
+// It is called several times for one page, because a page offers only what its reader may do. So it should be quick and
+// change nothing, and it is called by many goroutines at once.
+type AuthorizeFunc func(r *http.Request, want Permission) (actor string, err error)
+
+// ErrUnauthenticated is what an [AuthorizeFunc] returns where it does not know the caller: 401.
+var ErrUnauthenticated = errors.New("caller is not known")
+
+// Limits.
+const (
+	SecretBytesMin = 32
+
+	// FormAgeMax is how long a form that acts can be sent after it was shown.
+	FormAgeMax = 30 * time.Minute
+)
+
+// Options tune a [Handler]. Nil and the zero value are the defaults, which are the safest.
+type Options struct {
+	// ReadOnly leaves out expire and forget, whoever asks. A role that may only SELECT needs no more.
+	ReadOnly bool
+
+	// Secret seals what stands for keys in URLs and forms: at least [SecretBytesMin] random bytes, the same in all
+	// processes that answer for one address, and kept. Where it is nil each Handler draws its own: then a link or form of one
+	// process is refused by another, and by all after a restart.
+	Secret []byte
+
+	// Title says in the head of each page what is looked at, such as "payments, production". May be empty.
+	Title string
+
+	// Challenge is the WWW-Authenticate header of a 401, such as `Basic realm="admin"`. The default is none.
+	Challenge string
+
+	// Logger is told of failures, and of each act and each body that was shown: who, what, and which attempt's record; never a
+	// scope, key, body or credential. The default is slog.Default.
+	Logger *slog.Logger
+}
+
+// Handler serves the pages. It is safe for concurrent use. The zero value answers 403 to everything; see [New].
+type Handler struct {
+	operator    *operator.Operator
+	authorize   AuthorizeFunc
+	options     Options
+	sealer      *sealer
+	crossOrigin *http.CrossOriginProtection
+	now         func() time.Time // for the age of forms alone
+	figures     figures
+}
+
+var _ http.Handler = (*Handler)(nil)
+
+// New returns the pages of an operator's records. It sends nothing. It panics where the operator or the authorization
+// function is missing, or the options can't work.
+func New(o *operator.Operator, authorize AuthorizeFunc, opts *Options) *Handler {
+	if o == nil {
+		panic("idempotency/admin: New needs an operator")
+	}
+	if authorize == nil {
+		panic("idempotency/admin: New needs an AuthorizeFunc: without it anyone could read and delete records")
+	}
+	h := &Handler{operator: o, authorize: authorize, crossOrigin: http.NewCrossOriginProtection(), now: time.Now}
+	if opts != nil {
+		h.options = *opts
+	}
+	if h.options.Secret != nil && len(h.options.Secret) < SecretBytesMin {
+		panic(fmt.Sprintf("idempotency/admin: Options.Secret has %d bytes: it must have at least %d", len(h.options.Secret), SecretBytesMin))
+	}
+	if h.options.Logger == nil {
+		h.options.Logger = slog.Default()
+	}
+	h.sealer = newSealer(h.options.Secret)
+	h.options.Secret = nil
+	return h
+}
+
+// Bounds of one request. The operator bounds each of its calls more tightly.
+const (
+	pageTimeout  = 15 * time.Second
+	actTimeout   = 15 * time.Second // whatever becomes of the client: an act that was begun is finished
+	formBytesMax = 16 << 10
+)
+
+// route is what answers under a path: one of the two is set for each method that it knows.
+type route struct {
+	get, post func(h *Handler, p *page) error
+}
+
+// routes are all paths, relative to where the handler is mounted. They have one level, so that links between them are the same
+// under every prefix.
+var routes = map[string]route{
+	"":       {get: (*Handler).home},
+	"list":   {get: (*Handler).list},
+	"search": {post: (*Handler).search},
+	"key":    {get: (*Handler).key},
+	"body":   {get: (*Handler).body},
+	"expire": {get: (*Handler).confirmExpire, post: (*Handler).expire},
+	"forget": {get: (*Handler).confirmForget, post: (*Handler).forget},
+	"stats":  {get: (*Handler).stats},
+	"doctor": {get: (*Handler).doctor},
+	"live":   {get: (*Handler).live},
+}
+
+// page is one request that is answered.
+type page struct {
+	w     http.ResponseWriter
+	r     *http.Request
+	actor string // who may view
+}
+
+func (p *page) ctx() context.Context { return p.r.Context() }
+
+// ServeHTTP implements [http.Handler]. The path is relative to where the handler is mounted: see http.StripPrefix.
+func (h *Handler) ServeHTTP(w http.ResponseWriter, r *http.Request) {
+	secure(w.Header())
+	p := &page{w: w, r: r}
+	if err := h.serve(p); err != nil {
+		h.refuse(p, err)
+	}
+}
+
+// serve takes one request to its answer. Nothing was written where it returns an error.
+func (h *Handler) serve(p *page) error {
+	if h == nil || h.authorize == nil {
+		return refusal{status: http.StatusForbidden}
+	}
+	if err := h.crossOrigin.Check(p.r); err != nil {
+		return refusal{status: http.StatusForbidden, detail: "This request came from another site's page. Nothing was done."}
+	}
+	actor, err := h.allowed(p.r, PermissionView)
+	if err != nil {
+		return err
+	}
+	p.actor = actor
+	name := strings.TrimPrefix(p.r.URL.Path, "/")
+	if asset, ok := assetsByName[name]; ok {
+		return asset.serve(p)
+	}
+	found, ok := routes[name]
+	if !ok {
+		return refusal{status: http.StatusNotFound, detail: "There is no such page."}
+	}
+	var serve func(*Handler, *page) error
+	switch p.r.Method {
+	case http.MethodGet, http.MethodHead:
+		serve = found.get
+	case http.MethodPost:
+		serve = found.post
+	}
+	if serve == nil {
+		p.w.Header().Set("Allow", found.allow())
+		return refusal{status: http.StatusMethodNotAllowed, detail: "This page can't be asked for that way."}
+	}
+	if name == "" && missingSlash(p) {
+		return nil
+	}
+	ctx, cancel := context.WithTimeout(p.r.Context(), pageTimeout)
+	defer cancel()
+	p.r = p.r.WithContext(ctx)
+	if p.r.Method == http.MethodPost {
+		p.r.Body = http.MaxBytesReader(p.w, p.r.Body, formBytesMax)
+		if err := p.r.ParseForm(); err != nil {
+			return refusal{status: http.StatusBadRequest, detail: "The form did not arrive whole, or is too large. Nothing was done."}
+		}
+	}
+	return serve(h, p)
+}
+
+func (r route) allow() string {
+	switch {
+	case r.get == nil:
+		return "POST"
+	case r.post == nil:
+		return "GET, HEAD"
+	}
+	return "GET, HEAD, POST"
+}
+
+// allowed returns the actor who asks, or the refusal of one who does not have the permission.
+func (h *Handler) allowed(r *http.Request, want Permission) (actor string, err error) {
+	if h.options.ReadOnly && (want == PermissionExpire || want == PermissionForget) {
+		return "", refusal{status: http.StatusForbidden, detail: "This page is for looking only."}
+	}
+	actor, err = h.authorize(r, want)
+	switch {
+	case errors.Is(err, ErrUnauthenticated):
+		return "", refusal{status: http.StatusUnauthorized}
+	case err != nil:
+		return "", refusal{status: http.StatusForbidden}
+	case actor == "" || len(actor) > operator.ActorBytesMax || idempotency.ValidateScope(actor) != nil: // UTF-8 without NUL, as for a scope
+		h.options.Logger.Error("admin: the AuthorizeFunc allowed a request and named no actor that can be kept: it is refused", "permission", string(want))
+		return "", refusal{status: http.StatusForbidden}
+	}
+	return actor, nil
+}
+
+// has reports whether a page may offer what the permission is for.
+func (h *Handler) has(p *page, want Permission) bool {
+	_, err := h.allowed(p.r, want)
+	return err == nil
+}
+
+// missingSlash redirects a request for the mount point without its final slash, under which relative links would lead
+// elsewhere. The location is relative, because only the client knows the prefix.
+func missingSlash(p *page) bool {
+	asked, _, _ := strings.Cut(p.r.RequestURI, "?")
+	if p.r.URL.Path != "" || asked == "" || strings.HasSuffix(asked, "/") {
+		return false
+	}
+	p.w.Header().Set("Location", "./"+path.Base(asked)+"/")
+	p.w.WriteHeader(http.StatusPermanentRedirect)
+	return true
+}
+
+// secure sets the headers of every answer.
+func secure(header http.Header) {
+	header.Set("Content-Security-Policy", "default-src 'none'; style-src 'self'; script-src 'self'; connect-src 'self'; img-src 'self'; form-action 'self'; base-uri 'none'; frame-ancestors 'none'")
+	header.Set("Cache-Control", "no-store")
+	header.Set("Cross-Origin-Opener-Policy", "same-origin")
+	header.Set("Cross-Origin-Resource-Policy", "same-origin")
+	header.Set("Referrer-Policy", "no-referrer")
+	header.Set("X-Content-Type-Options", "nosniff")
+	header.Set("X-Frame-Options", "DENY")
+}

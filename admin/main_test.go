@@ -1,0 +1,273 @@
+package admin_test
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"io"
+	"log/slog"
+	"net/http"
+	"net/http/httptest"
+	"net/url"
+	"regexp"
+	"slices"
+	"strings"
+	"sync"
+	"testing"
+
+	"github.com/jackc/pgx/v5/pgxpool"
+
+	"github.com/paidonce/idempotency"
+	"github.com/paidonce/idempotency/admin"
+	"github.com/paidonce/idempotency/internal/pgtest"
+	"github.com/paidonce/idempotency/migrations"
+	"github.com/paidonce/idempotency/storage/postgres"
+	"github.com/paidonce/idempotency/storage/postgres/operator"
+)
+
+func TestMain(m *testing.M) { pgtest.Main(m) }
+
+// everything is all permissions.
+var everything = []admin.Permission{admin.PermissionView, admin.PermissionViewBody, admin.PermissionExpire, admin.PermissionForget}
+
+// testBundle is the pages of a service's records, mounted under a prefix, on a database of its own.
+type testBundle struct {
+	pool    *pgxpool.Pool
+	engine  *idempotency.Engine
+	handler *admin.Handler
+	site    http.Handler // the handler under /ops/keys/
+	log     *logBuffer
+}
+
+const prefix = "/ops/keys"
+
+// byHeader has the header User say who asks, and May what they may do; without a User nobody is known.
+func byHeader(r *http.Request, want admin.Permission) (string, error) {
+	user := r.Header.Get("User")
+	if user == "" {
+		return "", admin.ErrUnauthenticated
+	}
+	if !slices.Contains(strings.Split(r.Header.Get("May"), " "), string(want)) {
+		return "", errors.New("secret reason")
+	}
+	return user, nil
+}
+
+func setup(t testing.TB, change func(*admin.Options)) *testBundle {
+	t.Helper()
+	b := &testBundle{pool: open(t, pgtest.Database(t)), log: &logBuffer{}}
+	if err := migrations.Up(t.Context(), b.pool, nil); err != nil {
+		t.Fatal(err)
+	}
+	b.engine = idempotency.NewEngine(postgres.New(b.pool, nil), nil)
+	b.mount(change)
+	return b
+}
+
+// mount makes the handler anew.
+func (b *testBundle) mount(change func(*admin.Options)) {
+	options := admin.Options{Logger: slog.New(slog.NewTextHandler(b.log, nil))}
+	if change != nil {
+		change(&options)
+	}
+	b.handler = admin.New(operator.New(b.pool, nil), byHeader, &options)
+	mux := http.NewServeMux()
+	mux.Handle(prefix+"/", http.StripPrefix(prefix, b.handler))
+	b.site = mux
+}
+
+func open(t testing.TB, databaseURL string) *pgxpool.Pool {
+	t.Helper()
+	config, err := pgxpool.ParseConfig(databaseURL)
+	if err != nil {
+		t.Fatal(err)
+	}
+	postgres.Configure(config, nil)
+	pool, err := pgxpool.NewWithConfig(t.Context(), config)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(pool.Close)
+	return pool
+}
+
+func (b *testBundle) exec(t testing.TB, sql string, arguments ...any) {
+	t.Helper()
+	if _, err := b.pool.Exec(context.Background(), sql, arguments...); err != nil {
+		t.Fatalf("%s: %v", sql, err)
+	}
+}
+
+func (b *testBundle) strings(t testing.TB, sql string, arguments ...any) []string {
+	t.Helper()
+	var all []string
+	rows, err := b.pool.Query(context.Background(), sql, arguments...)
+	if err != nil {
+		t.Fatalf("%s: %v", sql, err)
+	}
+	defer rows.Close()
+	for rows.Next() {
+		var one string
+		if err := rows.Scan(&one); err != nil {
+			t.Fatal(err)
+		}
+		all = append(all, one)
+	}
+	if err := rows.Err(); err != nil {
+		t.Fatal(err)
+	}
+	return all
+}
+
+// record has the service execute a request, and record an answer.
+func (b *testBundle) record(t testing.TB, scope, key string, answer *idempotency.Answer) {
+	t.Helper()
+	result := b.engine.Do(context.Background(), idempotency.Request{
+		Key: idempotency.Key{Scope: scope, Value: key}, Fingerprint: idempotency.FingerprintV1("POST", "/transfers", "", "application/json", []byte(key)),
+		TraceID: "trace-" + key,
+	}, func(context.Context) (*idempotency.Answer, error) { return answer, nil })
+	if result.Err != nil {
+		t.Fatal(result.Err)
+	}
+}
+
+var paid = &idempotency.Answer{
+	Status: 201, Header: map[string][]string{"Content-Type": {"application/json"}, "Location": {"/v1/transfers/1"}}, Body: []byte(`{"id":"1","amount":1250}`),
+}
+
+// caller sends requests as one user with some permissions.
+type caller struct {
+	b      *testBundle
+	user   string
+	may    []admin.Permission
+	header http.Header // more of them
+}
+
+func (b *testBundle) as(user string, may ...admin.Permission) *caller {
+	return &caller{b: b, user: user, may: may, header: http.Header{}}
+}
+
+func (c *caller) with(name, value string) *caller {
+	next := *c
+	next.header = c.header.Clone()
+	next.header.Set(name, value)
+	return &next
+}
+
+func (c *caller) send(r *http.Request) *http.Response {
+	if c.user != "" {
+		r.Header.Set("User", c.user)
+		var may []string
+		for _, one := range c.may {
+			may = append(may, string(one))
+		}
+		r.Header.Set("May", strings.Join(may, " "))
+	}
+	for name, values := range c.header {
+		r.Header[name] = values
+	}
+	recorder := httptest.NewRecorder()
+	c.b.site.ServeHTTP(recorder, r)
+	return recorder.Result()
+}
+
+// get asks for a page by its link, which is relative.
+func (c *caller) get(link string) *http.Response {
+	return c.send(httptest.NewRequest(http.MethodGet, prefix+"/"+strings.TrimPrefix(link, "./"), nil))
+}
+
+// post sends a form as a browser does from a page of the same origin.
+func (c *caller) post(link string, form url.Values) *http.Response {
+	r := httptest.NewRequest(http.MethodPost, prefix+"/"+link, strings.NewReader(form.Encode()))
+	r.Header.Set("Content-Type", "application/x-www-form-urlencoded")
+	r.Header.Set("Sec-Fetch-Site", "same-origin")
+	return c.send(r)
+}
+
+// page asks for a page that there must be, and returns its text.
+func (c *caller) page(t testing.TB, link string) string {
+	t.Helper()
+	return text(t, c.get(link), http.StatusOK)
+}
+
+// open searches for a key, and returns the link to its page.
+func (c *caller) open(t testing.TB, scope, key string) string {
+	t.Helper()
+	return location(t, c.post("search", url.Values{"open": {"1"}, "scope": {scope}, "key": {key}}))
+}
+
+// filter searches by a form, and returns the link to the list.
+func (c *caller) filter(t testing.TB, form url.Values) string {
+	t.Helper()
+	return location(t, c.post("search", form))
+}
+
+func text(t testing.TB, response *http.Response, want int) string {
+	t.Helper()
+	body, err := io.ReadAll(response.Body)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if response.StatusCode != want {
+		t.Fatalf("status is %d, want %d: %s", response.StatusCode, want, body)
+	}
+	return string(body)
+}
+
+func location(t testing.TB, response *http.Response) string {
+	t.Helper()
+	text(t, response, http.StatusSeeOther)
+	return response.Header.Get("Location")
+}
+
+// links returns where the links of a page lead whose target begins so.
+func links(page, begin string) []string {
+	var all []string
+	for _, match := range regexp.MustCompile(`(?:href|action)="(`+regexp.QuoteMeta(begin)+`[^"]*)"`).FindAllStringSubmatch(page, -1) {
+		all = append(all, match[1])
+	}
+	return all
+}
+
+// link returns the one link of a page whose target begins so.
+func link(t testing.TB, page, begin string) string {
+	t.Helper()
+	all := links(page, begin)
+	if len(all) == 0 {
+		t.Fatalf("no link to %s on the page: %s", begin, page)
+	}
+	return all[0]
+}
+
+// field returns the value of a form's hidden field.
+func field(t testing.TB, page, name string) string {
+	t.Helper()
+	match := regexp.MustCompile(`<input type="hidden" name="` + name + `" value="([^"]*)">`).FindStringSubmatch(page)
+	if match == nil {
+		t.Fatalf("no field %s on the page: %s", name, page)
+	}
+	return match[1]
+}
+
+// ticket opens the confirmation page of an act, and returns what its form carries.
+func (c *caller) ticket(t testing.TB, scope, key string, act admin.Permission) string {
+	t.Helper()
+	return field(t, c.page(t, link(t, c.page(t, c.open(t, scope, key)), string(act)+"?k=")), "ticket")
+}
+
+type logBuffer struct {
+	mu   sync.Mutex
+	text bytes.Buffer
+}
+
+func (l *logBuffer) Write(p []byte) (int, error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.text.Write(p)
+}
+
+func (l *logBuffer) String() string {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.text.String()
+}

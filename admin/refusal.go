@@ -1,0 +1,106 @@
+package admin
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"net/http"
+	"strings"
+
+	"github.com/jackc/pgx/v5/pgconn"
+
+	"github.com/paidonce/idempotency/storage/postgres/operator"
+)
+
+// refusal is an answer other than what was asked for. It quotes nothing.
+type refusal struct {
+	status int
+	title  string // empty: that of the status
+	detail string // what the reader can do
+}
+
+func (r refusal) Error() string { return http.StatusText(r.status) + ": " + r.detail }
+
+var errStaleLink = refusal{
+	status: http.StatusNotFound, title: "This link leads nowhere",
+	detail: "It was cut short, or made by another process of the service, or before the last restart. Search for the key again.",
+}
+
+// refusalOf returns what a reader is told of an error, and whether it is news to the log.
+func refusalOf(err error) (refused refusal, failed bool) {
+	var pgErr *pgconn.PgError
+	switch {
+	case errors.As(err, &refused):
+		return refused, false
+	case errors.Is(err, operator.ErrInvalid):
+		return refusal{http.StatusBadRequest, "That can't be asked for", "Look at the form's fields again."}, false
+	case errors.Is(err, operator.ErrNotFound):
+		return refusal{http.StatusNotFound, "This key has no record", "No attempt has committed, or the record expired and was deleted, or somebody forgot it. Its page shows what else is known."}, false
+	case errors.Is(err, operator.ErrInProgress):
+		return refusal{http.StatusConflict, "Somebody holds this key", "An attempt runs, or a retry reads the record just now. Nothing was done. Wait until it has ended, and look again."}, false
+	case errors.Is(err, operator.ErrChanged):
+		return refusal{http.StatusConflict, "The record has changed", "It is not the record any more that this form showed. Nothing was done. Open the key again."}, false
+	case errors.Is(err, operator.ErrTooLarge):
+		return refusal{http.StatusRequestEntityTooLarge, "This body is too large to show", "It is in the table idempotency_keys."}, false
+	case errors.Is(err, operator.ErrUnknown):
+		return refusal{http.StatusServiceUnavailable, "It is not known whether it was done", "The reply to COMMIT was lost. Open the key again: its timeline shows the act if it was done."}, true
+	case errors.As(err, &pgErr) && (pgErr.Code == "42P01" || pgErr.Code == "3F000" || pgErr.Code == "42703"):
+		return refusal{http.StatusServiceUnavailable, "The tables are not there", "Run the migrations: this page needs all of them."}, true
+	case errors.As(err, &pgErr) && pgErr.Code == "42501":
+		return refusal{http.StatusServiceUnavailable, "The database refuses this", "The role that the service connects as lacks a right. docs/admin.md lists those that this page needs."}, true
+	case errors.As(err, &pgErr) && pgErr.Code == "25006":
+		return refusal{http.StatusServiceUnavailable, "This server is a standby", "Nothing can be changed here. Nothing was done."}, true
+	case errors.As(err, &pgErr) && pgErr.Code == "57014", errors.Is(err, context.DeadlineExceeded):
+		return refusal{http.StatusServiceUnavailable, "It took too long", "The database did not answer in time. Narrow the search, or try again."}, true
+	}
+	return refusal{http.StatusServiceUnavailable, "The database could not be asked", "The service's log says why. Try again."}, true
+}
+
+// refuse answers a request with what stands in its way: a page, or a problem document (RFC 9457) where JSON was asked for.
+func (h *Handler) refuse(p *page, err error) {
+	refused, failed := refusalOf(err)
+	if failed && p.r.Context().Err() == nil {
+		h.options.Logger.Error("admin: a request failed", "page", strings.TrimPrefix(p.r.URL.Path, "/"), "error", err)
+	}
+	switch refused.status {
+	case http.StatusUnauthorized:
+		if h.options.Challenge != "" {
+			p.w.Header().Set("WWW-Authenticate", h.options.Challenge)
+		}
+		refused.title, refused.detail = "Who are you?", "This page is for people who are known to the service. Sign in, and open it again."
+	case http.StatusForbidden:
+		if refused.title == "" {
+			refused.title = "This is not allowed"
+		}
+		if refused.detail == "" {
+			refused.detail = "You may not do this here. Nothing was done. Who runs the service decides who may."
+		}
+	}
+	if refused.title == "" {
+		refused.title = http.StatusText(refused.status)
+	}
+	if wantsJSON(p.r) {
+		writeProblem(p.w, refused)
+		return
+	}
+	if err := h.renderStatus(p, refused.status, "refusal", refused.title, refused.detail); err != nil {
+		writeProblem(p.w, refused)
+	}
+}
+
+// wantsJSON reports whether the client asked for JSON and not for a page.
+func wantsJSON(r *http.Request) bool {
+	accept := r.Header.Get("Accept")
+	return strings.Contains(accept, "json") && !strings.Contains(accept, "text/html")
+}
+
+func writeProblem(w http.ResponseWriter, refused refusal) {
+	text, _ := json.Marshal(struct { // of plain strings: never fails
+		Title  string `json:"title"`
+		Status int    `json:"status"`
+		Detail string `json:"detail"`
+	}{refused.title, refused.status, refused.detail})
+	w.Header().Set("Content-Type", "application/problem+json")
+	w.WriteHeader(refused.status)
+	_, _ = w.Write(text) // a client that is gone needs none
+}

@@ -1,0 +1,72 @@
+package admin
+
+import (
+	"crypto/aes"
+	"crypto/cipher"
+	"crypto/hkdf"
+	"crypto/rand"
+	"crypto/sha256"
+	"encoding/base64"
+	"encoding/json"
+	"errors"
+)
+
+// A token's purpose is bound into it: one that was made for a link does not act.
+const (
+	purposeKey  = "key"  // a keyRef in a link
+	purposeList = "list" // a listQuery in a link
+	purposeForm = "form" // a ticket in a form that acts
+	purposeDone = "done" // an outcome that the next page tells
+)
+
+// errToken: the token is none of this handler's, or was made for something else.
+var errToken = errors.New("token can't be opened")
+
+// sealer makes opaque what goes into URLs and forms. It is safe for concurrent use.
+type sealer struct{ aead cipher.AEAD }
+
+// newSealer returns a sealer of a secret, of a random one where it is nil.
+func newSealer(secret []byte) *sealer {
+	if secret == nil {
+		secret = make([]byte, SecretBytesMin)
+		_, _ = rand.Read(secret) // never fails
+	}
+	key, err := hkdf.Key(sha256.New, secret, nil, "github.com/paidonce/idempotency/admin 1", 32)
+	if err != nil {
+		panic("idempotency/admin: " + err.Error())
+	}
+	block, err := aes.NewCipher(key)
+	if err != nil { // the key has the right length
+		panic("idempotency/admin: " + err.Error())
+	}
+	aead, err := cipher.NewGCMWithRandomNonce(block)
+	if err != nil {
+		panic("idempotency/admin: " + err.Error())
+	}
+	return &sealer{aead}
+}
+
+// seal returns a token for value, which is safe in a URL. No two are the same.
+func (s *sealer) seal(purpose string, value any) string {
+	text, err := json.Marshal(value)
+	if err != nil { // plain structs of ours
+		panic("idempotency/admin: " + err.Error())
+	}
+	return base64.RawURLEncoding.EncodeToString(s.aead.Seal(nil, nil, text, []byte(purpose)))
+}
+
+// open reads into value what was sealed for the purpose. Anything else is errToken.
+func (s *sealer) open(purpose, token string, value any) error {
+	sealed, err := base64.RawURLEncoding.Strict().DecodeString(token)
+	if err != nil {
+		return errToken
+	}
+	text, err := s.aead.Open(nil, nil, sealed, []byte(purpose))
+	if err != nil {
+		return errToken
+	}
+	if err := json.Unmarshal(text, value); err != nil {
+		return errToken
+	}
+	return nil
+}
