@@ -15,7 +15,6 @@ import (
 	"github.com/paidonce/idempotency/internal/browsertest"
 )
 
-
 func TestShots(t *testing.T) {
 	dir := os.Getenv("SHOTS")
 	if dir == "" {

@@ -135,9 +135,10 @@ var routes = map[string]route{
 
 // page is one request that is answered.
 type page struct {
-	w     http.ResponseWriter
-	r     *http.Request
-	actor string // who may view
+	w      http.ResponseWriter
+	r      *http.Request
+	actor  string          // who may view
+	client context.Context // ends when the client leaves; that of r ends with the answer too
 }
 
 func (p *page) ctx() context.Context { return p.r.Context() }
@@ -145,7 +146,7 @@ func (p *page) ctx() context.Context { return p.r.Context() }
 // ServeHTTP implements [http.Handler]. The path is relative to where the handler is mounted: see http.StripPrefix.
 func (h *Handler) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	secure(w.Header())
-	p := &page{w: w, r: r}
+	p := &page{w: w, r: r, client: r.Context()}
 	if err := h.serve(p); err != nil {
 		h.refuse(p, err)
 	}

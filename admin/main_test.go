@@ -223,7 +223,7 @@ func location(t testing.TB, response *http.Response) string {
 // links returns where the links of a page lead whose target begins so.
 func links(page, begin string) []string {
 	var all []string
-	for _, match := range regexp.MustCompile(`(?:href|action)="(`+regexp.QuoteMeta(begin)+`[^"]*)"`).FindAllStringSubmatch(page, -1) {
+	for _, match := range regexp.MustCompile(`(?:href|action|src)="(`+regexp.QuoteMeta(begin)+`[^"]*)"`).FindAllStringSubmatch(page, -1) {
 		all = append(all, match[1])
 	}
 	return all

@@ -59,7 +59,7 @@ func refusalOf(err error) (refused refusal, failed bool) {
 // refuse answers a request with what stands in its way: a page, or a problem document (RFC 9457) where JSON was asked for.
 func (h *Handler) refuse(p *page, err error) {
 	refused, failed := refusalOf(err)
-	if failed && p.r.Context().Err() == nil {
+	if failed && p.client.Err() == nil {
 		h.options.Logger.Error("admin: a request failed", "page", strings.TrimPrefix(p.r.URL.Path, "/"), "error", err)
 	}
 	switch refused.status {

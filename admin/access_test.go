@@ -1,0 +1,300 @@
+package admin_test
+
+import (
+	"errors"
+	"net/http"
+	"net/http/httptest"
+	"net/url"
+	"slices"
+	"strings"
+	"testing"
+
+	"github.com/paidonce/idempotency"
+	"github.com/paidonce/idempotency/admin"
+	"github.com/paidonce/idempotency/storage/postgres/operator"
+)
+
+// Without an authorization function there is no page: not by New, and not by a value that New did not make.
+func TestRefusesToServeWithoutAuthorization(t *testing.T) {
+	t.Parallel()
+	b := setup(t, nil)
+	o := operator.New(b.pool, nil)
+	for name, test := range map[string]struct {
+		make func()
+		want string
+	}{
+		"no authorization": {func() { admin.New(o, nil, nil) }, "needs an AuthorizeFunc"},
+		"no operator":      {func() { admin.New(nil, byHeader, nil) }, "needs an operator"},
+		"a short secret":   {func() { admin.New(o, byHeader, &admin.Options{Secret: make([]byte, admin.SecretBytesMin-1)}) }, "at least 32"},
+		"an empty secret":  {func() { admin.New(o, byHeader, &admin.Options{Secret: []byte{}}) }, "at least 32"},
+	} {
+		func() {
+			defer func() {
+				if said, _ := recover().(string); !strings.HasPrefix(said, "idempotency/admin: ") || !strings.Contains(said, test.want) {
+					t.Errorf("%s: New says %q, want %q", name, said, test.want)
+				}
+			}()
+			test.make()
+			t.Errorf("%s: New returned", name)
+		}()
+	}
+	admin.New(o, byHeader, &admin.Options{Secret: make([]byte, admin.SecretBytesMin)})
+
+	for _, path := range []string{"/", "/list", "/live", "/forget"} {
+		recorder := httptest.NewRecorder()
+		new(admin.Handler).ServeHTTP(recorder, httptest.NewRequest(http.MethodGet, path, nil))
+		if recorder.Code != http.StatusForbidden {
+			t.Errorf("the zero Handler answers %s with %d", path, recorder.Code)
+		}
+	}
+}
+
+// everyPath is everything that a handler answers, assets included, for a key that is recorded.
+func (b *testBundle) everyPath(t testing.TB) (gets, posts []string) {
+	t.Helper()
+	c := b.as("alice", everything...)
+	home := c.page(t, "")
+	key := c.open(t, "acme", "key-1")
+	gets = append([]string{"", "list", "stats", "doctor", "live", key, c.filter(t, url.Values{"scope": {"acme"}})}, append(links(home, "admin-"), links(home, "icon-")...)...)
+	for _, act := range []string{"body", "expire", "forget"} {
+		gets = append(gets, strings.Replace(key, "key?", act+"?", 1))
+	}
+	return gets, []string{"search", "expire", "forget"}
+}
+
+// Every path asks the authorization function before it shows or does anything.
+func TestEveryPathIsAuthorized(t *testing.T) {
+	t.Parallel()
+	b := setup(t, func(o *admin.Options) { o.Challenge = `Basic realm="admin"` })
+	b.record(t, "acme", "key-1", paid)
+	gets, posts := b.everyPath(t)
+	if len(gets) < 13 {
+		t.Fatalf("only %d paths: %q", len(gets), gets)
+	}
+	form := url.Values{"ticket": {b.as("alice", everything...).ticket(t, "acme", "key-1", admin.PermissionForget)}, "reason": {"x"}, "confirm": {"forget"}}
+	for name, test := range map[string]struct {
+		caller *caller
+		want   int
+	}{
+		"nobody":            {b.as(""), http.StatusUnauthorized},
+		"without any right": {b.as("alice"), http.StatusForbidden},
+		"without the view":  {b.as("alice", admin.PermissionViewBody, admin.PermissionExpire, admin.PermissionForget), http.StatusForbidden},
+	} {
+		ask := func(path string, response *http.Response) {
+			body := text(t, response, test.want)
+			for _, secret := range []string{"key-1", "acme", "secret reason", "1250"} {
+				if strings.Contains(body, secret) {
+					t.Errorf("%s, %s: the answer holds %q", name, path, secret)
+				}
+			}
+			if challenged := response.Header.Get("WWW-Authenticate") != ""; challenged != (test.want == http.StatusUnauthorized) {
+				t.Errorf("%s, %s: challenged is %v", name, path, challenged)
+			}
+		}
+		for _, path := range append(gets, "nothing") {
+			ask(path, test.caller.get(path))
+		}
+		for _, path := range posts {
+			ask(path, test.caller.post(path, form))
+		}
+	}
+	if n := b.strings(t, "SELECT count(*)::text FROM idempotency_keys"); n[0] != "1" {
+		t.Errorf("%s records are left", n)
+	}
+	for _, path := range gets {
+		if response := b.as("alice", everything...).get(path); response.StatusCode != http.StatusOK {
+			t.Errorf("with all rights %s is %d", path, response.StatusCode)
+		}
+	}
+}
+
+// Who asks for JSON gets a problem document.
+func TestRefusalAsProblemDocument(t *testing.T) {
+	t.Parallel()
+	b := setup(t, nil)
+	response := b.as("").with("Accept", "application/json").get("live")
+	body := text(t, response, http.StatusUnauthorized)
+	if got := response.Header.Get("Content-Type"); got != "application/problem+json" || !strings.Contains(body, `"status":401`) {
+		t.Errorf("%s: %s", got, body)
+	}
+	response = b.as("").with("Accept", "text/html,application/json").get("live")
+	if got := response.Header.Get("Content-Type"); !strings.HasPrefix(got, "text/html") {
+		t.Errorf("a browser gets %s", got)
+	}
+}
+
+// An actor that can't be kept in the audit table is none, whatever the function says.
+func TestActorMustBeNamed(t *testing.T) {
+	t.Parallel()
+	b := setup(t, nil)
+	for actor, want := range map[string]int{
+		"":                       http.StatusForbidden,
+		"\x00":                   http.StatusForbidden,
+		"\xff":                   http.StatusForbidden,
+		strings.Repeat("a", 256): http.StatusForbidden,
+		strings.Repeat("a", 255): http.StatusOK,
+		"alice@example.com":      http.StatusOK,
+	} {
+		h := admin.New(operator.New(b.pool, nil), func(*http.Request, admin.Permission) (string, error) { return actor, nil }, nil)
+		recorder := httptest.NewRecorder()
+		h.ServeHTTP(recorder, httptest.NewRequest(http.MethodGet, "/", nil))
+		if recorder.Code != want {
+			t.Errorf("for %q: %d, want %d", actor, recorder.Code, want)
+		}
+	}
+	h := admin.New(operator.New(b.pool, nil), func(*http.Request, admin.Permission) (string, error) { return "alice", errors.New("no") }, nil)
+	recorder := httptest.NewRecorder()
+	h.ServeHTTP(recorder, httptest.NewRequest(http.MethodGet, "/", nil))
+	if recorder.Code != http.StatusForbidden {
+		t.Errorf("an actor with an error: %d", recorder.Code)
+	}
+}
+
+// Each permission allows its own, and pages offer no more than it.
+func TestEachPermissionIsApart(t *testing.T) {
+	t.Parallel()
+	b := setup(t, nil)
+	b.record(t, "acme", "key-1", paid)
+	acts := []admin.Permission{admin.PermissionViewBody, admin.PermissionExpire, admin.PermissionForget}
+	path := map[admin.Permission]string{admin.PermissionViewBody: "body", admin.PermissionExpire: "expire", admin.PermissionForget: "forget"}
+	tickets := map[admin.Permission]string{}
+	for _, act := range acts[1:] {
+		tickets[act] = b.as("alice", everything...).ticket(t, "acme", "key-1", act)
+	}
+	for _, has := range append(acts, "none") {
+		c := b.as("alice", admin.PermissionView, has)
+		key := c.open(t, "acme", "key-1")
+		page := c.page(t, key)
+		for _, act := range acts {
+			link := strings.Replace(strings.TrimPrefix(key, "./"), "key?", path[act]+"?", 1)
+			offered := len(links(page, path[act]+"?")) > 0
+			answer := c.get(link).StatusCode
+			if allowed := act == has; offered != allowed || (answer == http.StatusOK) != allowed || !allowed && answer != http.StatusForbidden {
+				t.Errorf("with %s: %s is offered: %v, and answered %d", has, act, offered, answer)
+			}
+			if ticket := tickets[act]; ticket != "" && act != has {
+				text(t, c.post(path[act], url.Values{"ticket": {ticket}, "reason": {"x"}, "confirm": {"forget"}}), http.StatusForbidden)
+			}
+		}
+	}
+	b.wantUntouched(t, "key-1")
+}
+
+// wantUntouched has a record lie there as it was, and nothing in the audit table.
+func (b *testBundle) wantUntouched(t testing.TB, key string) {
+	t.Helper()
+	if got := b.strings(t, "SELECT 'live' FROM idempotency_keys WHERE key = $1 AND expires_at > now() + interval '1 hour'", key); !slices.Equal(got, []string{"live"}) {
+		t.Errorf("the record is gone, or its time ended")
+	}
+	if got := b.strings(t, "SELECT action || ' by ' || actor FROM idempotency_audit"); got != nil {
+		t.Errorf("the audit table has %q", got)
+	}
+}
+
+// A read-only page shows and does not act, whoever asks.
+func TestReadOnly(t *testing.T) {
+	t.Parallel()
+	b := setup(t, nil)
+	b.record(t, "acme", "key-1", paid)
+	secret := func(o *admin.Options) { o.Secret = []byte(strings.Repeat("s", admin.SecretBytesMin)) }
+	b.mount(secret)
+	c := b.as("alice", everything...)
+	form := url.Values{"reason": {"x"}, "confirm": {"forget"}}
+	tickets := map[string]string{"expire": c.ticket(t, "acme", "key-1", admin.PermissionExpire), "forget": c.ticket(t, "acme", "key-1", admin.PermissionForget)}
+	b.mount(func(o *admin.Options) { secret(o); o.ReadOnly = true })
+	key := c.open(t, "acme", "key-1")
+	page := c.page(t, key)
+	for act, ticket := range tickets {
+		if len(links(page, act)) > 0 {
+			t.Errorf("%s is offered", act)
+		}
+		text(t, c.get(strings.Replace(key, "key?", act+"?", 1)), http.StatusForbidden)
+		form.Set("ticket", ticket)
+		text(t, c.post(act, form), http.StatusForbidden)
+	}
+	if len(links(page, "body?")) == 0 {
+		t.Error("the body is not offered")
+	}
+	b.wantUntouched(t, "key-1")
+}
+
+// A form of another site's page does nothing, though it carries all that a form of ours does.
+func TestCrossSiteFormIsRefused(t *testing.T) {
+	t.Parallel()
+	b := setup(t, nil)
+	b.record(t, "acme", "key-1", paid)
+	c := b.as("alice", everything...)
+	form := url.Values{"ticket": {c.ticket(t, "acme", "key-1", admin.PermissionForget)}, "reason": {"x"}, "confirm": {"forget"}}
+	for _, header := range []http.Header{
+		{"Sec-Fetch-Site": {"cross-site"}},
+		{"Sec-Fetch-Site": {"same-site"}},
+		{"Sec-Fetch-Site": {""}, "Origin": {"https://evil.example"}}, // a browser of before 2023
+		{"Sec-Fetch-Site": {""}, "Origin": {"null"}},
+	} {
+		for _, path := range []string{"forget", "expire", "search"} {
+			from := c
+			for name, values := range header {
+				from = from.with(name, values[0])
+			}
+			body := text(t, from.post(path, form), http.StatusForbidden)
+			if !strings.Contains(body, "another site") {
+				t.Errorf("%v: %s", header, body)
+			}
+		}
+	}
+	b.wantUntouched(t, "key-1")
+	location(t, c.with("Sec-Fetch-Site", "").with("Origin", "http://example.com").post("forget", form)) // its own: httptest's host
+}
+
+// What is not a page is not asked for that way.
+func TestMethods(t *testing.T) {
+	t.Parallel()
+	b := setup(t, nil)
+	c := b.as("alice", everything...)
+	for path, allow := range map[string]string{"search": "POST", "": "GET, HEAD", "key": "GET, HEAD", "live": "GET, HEAD", "forget": "GET, HEAD, POST"} {
+		for _, method := range []string{http.MethodGet, http.MethodHead, http.MethodPost, http.MethodPut, http.MethodDelete, http.MethodPatch, http.MethodOptions} {
+			r := httptest.NewRequest(method, prefix+"/"+path, nil)
+			r.Header.Set("Sec-Fetch-Site", "same-origin")
+			response := c.send(r)
+			refused := response.StatusCode == http.StatusMethodNotAllowed
+			if allowed := strings.Contains(allow, method); refused == allowed || refused && response.Header.Get("Allow") != allow {
+				t.Errorf("%s %q: %d, Allow %q", method, path, response.StatusCode, response.Header.Get("Allow"))
+			}
+		}
+	}
+}
+
+// A form at its limit is read, and one over it is not.
+func TestFormTooLarge(t *testing.T) {
+	t.Parallel()
+	b := setup(t, nil)
+	c := b.as("alice", everything...)
+	const rest = "scope=acme&x="
+	text(t, c.post("search", url.Values{"scope": {"acme"}, "x": {strings.Repeat("x", admin.FormBytesMax-len(rest))}}), http.StatusSeeOther)
+	text(t, c.post("search", url.Values{"scope": {"acme"}, "x": {strings.Repeat("x", admin.FormBytesMax-len(rest)+1)}}), http.StatusBadRequest)
+}
+
+// Keys, scopes and bodies are in no log, whatever is done.
+func TestNoKeyInTheLog(t *testing.T) {
+	t.Parallel()
+	b := setup(t, nil)
+	const scope, key, body = "canary-scope", "canary-key", "canary-body"
+	b.record(t, scope, key, &idempotency.Answer{Status: 201, Body: []byte(body)})
+	c := b.as("alice", everything...)
+	page := c.open(t, scope, key)
+	c.page(t, strings.Replace(page, "key?", "body?", 1))
+	form := url.Values{"ticket": {c.ticket(t, scope, key, admin.PermissionForget)}, "reason": {"canary-reason"}, "confirm": {"forget"}}
+	location(t, c.post("forget", form))
+	text(t, c.post("forget", form), http.StatusNotFound) // again
+	b.exec(t, "ALTER TABLE idempotency_keys RENAME TO away")
+	text(t, c.get(page), http.StatusServiceUnavailable)
+	got := b.log.String()
+	for _, want := range []string{"a recorded body was shown", "an act was done", "an act was not done", "a request failed", "actor=alice", "attempt="} {
+		if !strings.Contains(got, want) {
+			t.Errorf("the log does not say %q: %s", want, got)
+		}
+	}
+	if strings.Contains(got, "canary") {
+		t.Errorf("the log holds what it must not: %s", got)
+	}
+}
