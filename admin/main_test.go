@@ -14,7 +14,9 @@ import (
 	"strings"
 	"sync"
 	"testing"
+	"time"
 
+	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgxpool"
 
 	"github.com/paidonce/idempotency"
@@ -32,6 +34,7 @@ var everything = []admin.Permission{admin.PermissionView, admin.PermissionViewBo
 
 // testBundle is the pages of a service's records, mounted under a prefix, on a database of its own.
 type testBundle struct {
+	url     string
 	pool    *pgxpool.Pool
 	engine  *idempotency.Engine
 	handler *admin.Handler
@@ -55,7 +58,8 @@ func byHeader(r *http.Request, want admin.Permission) (string, error) {
 
 func setup(t testing.TB, change func(*admin.Options)) *testBundle {
 	t.Helper()
-	b := &testBundle{pool: open(t, pgtest.Database(t)), log: &logBuffer{}}
+	b := &testBundle{url: pgtest.Database(t), log: &logBuffer{}}
+	b.pool = open(t, b.url)
 	if err := migrations.Up(t.Context(), b.pool, nil); err != nil {
 		t.Fatal(err)
 	}
@@ -117,6 +121,36 @@ func (b *testBundle) strings(t testing.TB, sql string, arguments ...any) []strin
 		t.Fatal(err)
 	}
 	return all
+}
+
+// fill makes records by SQL, with UUIDv7 keys of the last 26 hours, of 400 scopes; the oldest have expired.
+func (b *testBundle) fill(t testing.TB, rows int) {
+	t.Helper()
+	conn, err := pgx.Connect(t.Context(), b.url) // a million take longer than a statement of the pool's may
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = conn.Close(context.Background()) }()
+	begin := float64(time.Now().Unix() - 26*3600)
+	for _, statement := range []struct {
+		sql       string
+		arguments []any
+	}{
+		{"ALTER TABLE idempotency_keys DROP CONSTRAINT idempotency_keys_pkey", nil}, // to sort all at once is quicker
+		{`INSERT INTO idempotency_keys (created_at, expires_at, status, fingerprint_version, attempt_id, scope, key, fingerprint, headers, body)
+		SELECT to_timestamp(at), to_timestamp(at + 86400), CASE WHEN n % 50 = 0 THEN 402 WHEN n % 2 = 0 THEN 200 ELSE 201 END, 1,
+		       id, 'acct_' || (100 + n * 7 % 400), substr(ms, 1, 8) || '-' || substr(ms, 9, 4) || '-7' || substr(id::text, 16),
+		       '\x00112233445566778899aabbccddeeff00112233445566778899aabbccddeeff', '\x0100', '\x7b226964223a2231227d'
+		FROM (SELECT n, at, gen_random_uuid() AS id, '0' || to_hex((at * 1000)::bigint) AS ms
+		      FROM (SELECT n, $2::float8 + n * $3::float8 AS at FROM generate_series(1, $1::int) AS n OFFSET 0) AS times OFFSET 0) AS made`,
+			[]any{rows, begin, 26 * 3600 / float64(rows)}},
+		{"ALTER TABLE idempotency_keys ADD CONSTRAINT idempotency_keys_pkey PRIMARY KEY (scope, key)", nil},
+		{"ANALYZE idempotency_keys", nil},
+	} {
+		if _, err := conn.Exec(t.Context(), statement.sql, statement.arguments...); err != nil {
+			t.Fatal(err)
+		}
+	}
 }
 
 // record has the service execute a request, and record an answer.

@@ -9,6 +9,7 @@ import (
 	"encoding/base64"
 	"encoding/json"
 	"errors"
+	"strings"
 )
 
 // A token's purpose is bound into it: one that was made for a link does not act.
@@ -58,7 +59,7 @@ func (s *sealer) seal(purpose string, value any) string {
 // open reads into value what was sealed for the purpose. Anything else is errToken.
 func (s *sealer) open(purpose, token string, value any) error {
 	sealed, err := base64.RawURLEncoding.Strict().DecodeString(token)
-	if err != nil {
+	if err != nil || strings.ContainsAny(token, "\r\n") { // which the decoder passes over
 		return errToken
 	}
 	text, err := s.aead.Open(nil, nil, sealed, []byte(purpose))

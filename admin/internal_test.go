@@ -1,0 +1,128 @@
+package admin
+
+import (
+	"bytes"
+	"context"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+	"unicode/utf8"
+
+	"github.com/paidonce/idempotency/storage/postgres/operator"
+)
+
+func TestFormats(t *testing.T) {
+	t.Parallel()
+	for n, want := range map[int64]string{0: "0", 999: "999", 1000: "1,000", 10_000_000: "10,000,000", -1234: "-1,234"} {
+		if got := formatNumber(n); got != want {
+			t.Errorf("%d is %s, want %s", n, got, want)
+		}
+	}
+	for n, want := range map[int64]string{0: "0", 999: "about 999", 1234: "about 1,230", 9_996_000: "about 10,000,000", 9_876_543: "about 9,880,000"} {
+		count := operator.Count{Rows: n, Estimated: n > 0}
+		if got := formatCount(count); got != want {
+			t.Errorf("%d is %s, want %s", n, got, want)
+		}
+	}
+	for n, want := range map[int64]string{0: "0 B", 999: "999 B", 1000: "1.0 kB", 9949: "9.9 kB", 12_345: "12 kB", 999_499: "999 kB", 999_500: "1.0 MB", 3_400_000_000: "3.4 GB"} {
+		if got := formatBytes(n); got != want {
+			t.Errorf("%d bytes are %s, want %s", n, got, want)
+		}
+	}
+	for d, want := range map[time.Duration]string{
+		0: "0 µs", 1500 * time.Nanosecond: "1 µs", 2500 * time.Microsecond: "2.5 ms", 999 * time.Millisecond: "999 ms", 1500 * time.Millisecond: "1.5 s",
+		59 * time.Second: "59 s", time.Minute: "1 min", 47 * time.Hour: "47 h", 48 * time.Hour: "2 days", -time.Minute: "-1 min",
+	} {
+		if got := formatDuration(d); got != want {
+			t.Errorf("%d ns are %s, want %s", d, got, want)
+		}
+	}
+	now := time.Date(2026, 1, 2, 3, 4, 5, 0, time.UTC)
+	for d, want := range map[time.Duration]string{0: "just now", 1500 * time.Millisecond: "1 s ago", 3 * time.Minute: "3 min ago", -5 * time.Second: "in 5 s", -23 * time.Hour: "in 23 h"} {
+		if got := formatAgo(now, now.Add(-d)); got != want {
+			t.Errorf("%v is %s, want %s", d, got, want)
+		}
+	}
+	if got := formatStamp(now.In(time.FixedZone("", 3600))); got != `<time datetime="2026-01-02T03:04:05Z">2026-01-02 03:04:05 UTC</time>` {
+		t.Errorf("a time is %s", got)
+	}
+}
+
+// Only what was sealed is opened, for its purpose alone, and it is what was sealed.
+func FuzzOpen(f *testing.F) {
+	s := newSealer([]byte(strings.Repeat("s", SecretBytesMin)))
+	ref := keyRef{"acme", "key-1"}
+	f.Add(s.seal(purposeList, ref), "acme", "key-1")
+	f.Add("", "", "")
+	f.Add("AAAA", "sc\"ope", "<key>")
+	f.Add(strings.Repeat("A", 100), "é", "\\")
+	f.Fuzz(func(t *testing.T, token, scope, value string) {
+		if err := s.open(purposeKey, token, new(keyRef)); err == nil {
+			t.Errorf("%q is opened", token)
+		}
+		if !utf8.ValidString(scope) || !utf8.ValidString(value) {
+			return // no scope or key is
+		}
+		var got keyRef
+		want := keyRef{scope, value}
+		sealed := s.seal(purposeKey, want)
+		if err := s.open(purposeKey, sealed, &got); err != nil || got != want {
+			t.Errorf("%q became %q: %v", want, got, err)
+		}
+		if strings.Trim(sealed, "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_") != "" {
+			t.Errorf("%q is not safe in a URL", sealed)
+		}
+		if newSealer(nil).open(purposeKey, sealed, &got) == nil {
+			t.Error("another secret opens it")
+		}
+		if s.open(purposeKey, sealed+token, &got) == nil && token != "" {
+			t.Errorf("it is opened with %q behind it", token)
+		}
+	})
+}
+
+// Whatever a body is, a bounded beginning of it is shown, as text.
+func FuzzShowBody(f *testing.F) {
+	f.Add([]byte(`{"a":[1,2]}`), "application/json")
+	f.Add([]byte("\xff\xfe"), "text/plain")
+	f.Add([]byte("[[[[[[[["), "application/problem+json")
+	f.Add(bytes.Repeat([]byte("[1,"), bodyShownBytesMax/4), "application/json")
+	f.Add(bytes.Repeat([]byte("é"), bodyShownBytesMax), "")
+	f.Fuzz(func(t *testing.T, body []byte, kind string) {
+		text, form, shown := showBody(body, map[string][]string{"Content-Type": {kind}})
+		if shown < 0 || shown > len(body) || shown > bodyShownBytesMax || len(text) > 5*bodyShownBytesMax || !utf8.ValidString(text) {
+			t.Errorf("%d of %d bytes are shown in %d", shown, len(body), len(text))
+		}
+		if form == formText && text != string(body[:shown]) {
+			t.Error("it is not what was recorded")
+		}
+	})
+}
+
+// Readers who come at once ask the database once, and who has no time left does not wait.
+func TestFiguresAreAskedForOnce(t *testing.T) {
+	t.Parallel()
+	under := &figuresAnswer{done: make(chan struct{})}
+	f := &figures{newest: under}
+	gone, cancel := context.WithCancel(t.Context())
+	cancel()
+	if _, err := f.get(gone, nil); err != context.Canceled {
+		t.Errorf("who is gone waits: %v", err)
+	}
+	var wait sync.WaitGroup
+	for range 8 {
+		wait.Go(func() {
+			if stats, err := f.get(context.Background(), nil); err != nil || stats.InFlight != 7 { // a nil operator can't be asked
+				t.Errorf("%v, %v", stats.InFlight, err)
+			}
+		})
+	}
+	under.stats.InFlight, under.at = 7, time.Now()
+	close(under.done)
+	wait.Wait()
+	under.at = time.Now().Add(-figuresAgeMax)
+	if !under.old() {
+		t.Error("figures never become old")
+	}
+}
