@@ -389,13 +389,9 @@ func (c *actFlags) act(a *app, done, means string, do func(*operator.Operator, c
 	if err != nil {
 		return err
 	}
-	act := operator.Act{Actor: c.Actor, Reason: c.Reason}
-	if act.Actor == "" {
-		account, err := user.Current()
-		if err != nil {
-			return fmt.Errorf("%w: say who you are with --actor: %w", operator.ErrInvalid, err)
-		}
-		act.Actor = account.Username
+	act := operator.Act{Reason: c.Reason}
+	if act.Actor, err = actorOr(c.Actor); err != nil {
+		return err
 	}
 	if c.Attempt != "" {
 		if act.Attempt, err = operator.ParseAttemptID(c.Attempt); err != nil {
@@ -438,6 +434,18 @@ func (c *actFlags) act(a *app, done, means string, do func(*operator.Operator, c
 		}
 		return a.printf("%s: the record of attempt %s, status %d, created %s\n", done, record.Attempt, record.Status, stamp(record.CreatedAt))
 	})
+}
+
+// actorOr returns the name, or that of the account that runs the program.
+func actorOr(name string) (string, error) {
+	if name != "" {
+		return name, nil
+	}
+	account, err := user.Current()
+	if err != nil {
+		return "", fmt.Errorf("%w: say who you are with --actor: %w", operator.ErrInvalid, err)
+	}
+	return account.Username, nil
 }
 
 // ask returns nil where somebody said yes.

@@ -33,6 +33,7 @@ const description = `Looks at the records of idempotent requests, and after them
   idemctl key forget acme 0198c0de-... --reason "ticket 7"     a retry RUNS AGAIN after this, and can pay twice
   idemctl stats, idemctl top              counts and sizes; what is in flight
   idemctl gc                              delete what is expired, as the service's reaper does
+  idemctl serve                           the same as pages, on this machine, behind a token
 
 The database is that of --database-url, else of DATABASE_URL, else of the variables of libpq: PGHOST, PGUSER, PGPASSFILE, PGSERVICE
 and so on. A password belongs into one of those, not into an argument, which other users of the machine can see; a
@@ -61,6 +62,7 @@ type commands struct {
 	Stats   statsCommand    `cmd:"" help:"Count and measure."`
 	Top     topCommand      `cmd:"" help:"Show what is in flight, again and again."`
 	GC      gcCommand       `cmd:"" name:"gc" help:"Delete expired records, and old history."`
+	Serve   serveCommand    `cmd:"" help:"Serve the admin page, to whoever knows a token."`
 }
 
 // app is what a command works with.
@@ -109,7 +111,7 @@ func run() int {
 		kong.Exit(func(code int) { exited = code }), // after --help
 		kong.Vars{
 			"schema": postgres.SchemaDefault, "servingVersion": fmt.Sprint(postgres.SchemaVersion),
-			"eventsAge": operator.EventsAgeMaxDefault.String(),
+			"tokenVariable": tokenVariable, "eventsAge": operator.EventsAgeMaxDefault.String(),
 		},
 	)
 	if err != nil {
