@@ -48,7 +48,7 @@ type testBundle struct {
 func setup(t testing.TB) *testBundle {
 	t.Helper()
 	b := &testBundle{url: pgtest.Database(t)}
-	b.pool = open(t, b.url)
+	b.pool = open(t, b.url, "10s")
 	if err := migrations.Up(t.Context(), b.pool, nil); err != nil {
 		t.Fatal(err)
 	}
@@ -56,12 +56,13 @@ func setup(t testing.TB) *testBundle {
 	return b
 }
 
-func open(t testing.TB, database string) *pgxpool.Pool {
+func open(t testing.TB, database, statementTimeout string) *pgxpool.Pool {
 	t.Helper()
 	config, err := pgxpool.ParseConfig(database)
 	if err != nil {
 		t.Fatal(err)
 	}
+	config.ConnConfig.RuntimeParams["statement_timeout"] = statementTimeout
 	postgres.Configure(config, nil)
 	pool, err := pgxpool.NewWithConfig(context.Background(), config)
 	if err != nil {
