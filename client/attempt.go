@@ -1,0 +1,184 @@
+package client
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"mime"
+	"net"
+	"net/http"
+	"net/http/httptrace"
+	"strconv"
+	"strings"
+	"sync/atomic"
+	"time"
+
+	"github.com/paidonce/idempotency"
+)
+
+// headerStatus says what became of a request.
+const headerStatus = "Idempotency-Status"
+
+// attempt is what one sending of a request brought.
+type attempt struct {
+	seen     seen
+	status   int
+	outcome  idempotency.Outcome
+	response *http.Response // of an answer
+	content  []byte         // what was read of its body
+	err      error          // where there is no answer
+}
+
+// attempt sends the request once, and reads the answer.
+func (t *Transport) attempt(op *operation) *attempt {
+	op.attempts++
+	t.trace(op, Event{Kind: EventStarted, Attempt: op.attempts})
+	started := time.Now()
+	a := t.exchange(op)
+	took := time.Since(started)
+	switch a.seen {
+	case seenAnswered:
+		op.status, op.last = a.status, a.outcome
+		t.trace(op, Event{Kind: EventAnswered, Attempt: op.attempts, Status: a.status, Outcome: a.outcome, Took: took})
+	case seenUnsent:
+		t.trace(op, Event{Kind: EventUnsent, Attempt: op.attempts, Took: took, Err: a.err})
+	default:
+		t.trace(op, Event{Kind: EventLost, Attempt: op.attempts, Took: took, Err: a.err})
+	}
+	return a
+}
+
+func (t *Transport) exchange(op *operation) *attempt {
+	ctx, cancel := context.WithCancelCause(op.ctx)
+	timer := time.AfterFunc(t.options.AttemptTimeout, func() { cancel(ErrAttemptTimeout) })
+	release := func() {
+		timer.Stop()
+		cancel(nil)
+	}
+	var connections atomic.Int64
+	r := op.request.Clone(httptrace.WithClientTrace(ctx, &httptrace.ClientTrace{
+		GotConn: func(httptrace.GotConnInfo) { connections.Add(1) },
+	}))
+	body, err := op.body()
+	if err != nil {
+		release()
+		return &attempt{seen: seenUnsent, err: fmt.Errorf("get body: %w", err)}
+	}
+	r.Body = body
+	response, err := t.base.RoundTrip(r)
+	if connections.Load() > 1 {
+		op.maybe = true // net/http has sent it before, and nobody saw what became of that
+	}
+	if err == nil {
+		var content []byte
+		if content, err = t.readBody(response, release); err == nil {
+			response.Request = r
+			return t.answered(op, response, content)
+		}
+	}
+	release()
+	if errors.Is(context.Cause(ctx), ErrAttemptTimeout) {
+		err = fmt.Errorf("%w: %w", ErrAttemptTimeout, err)
+	}
+	var dialing *net.OpError
+	if errors.As(err, &dialing) && dialing.Op == "dial" && connections.Load() == 0 {
+		return &attempt{seen: seenUnsent, err: err}
+	}
+	return &attempt{seen: seenLost, err: err}
+}
+
+// answered notes what an answer says.
+func (t *Transport) answered(op *operation, response *http.Response, content []byte) *attempt {
+	a := &attempt{
+		seen: seenAnswered, status: response.StatusCode, response: response, content: content,
+		outcome: idempotency.Outcome(response.Header.Get(headerStatus)),
+	}
+	switch {
+	case a.outcome != "":
+		op.honoured = op.honoured || t.options.Honours == nil
+		t.routes.saw(routeOf(op.request.Method, op.request.URL), true)
+	case a.status < 400:
+		t.routes.saw(routeOf(op.request.Method, op.request.URL), false)
+	}
+	return a
+}
+
+// readBody reads an answer's body up to the limit and puts it back. An answer that breaks off before is an error. It
+// calls release once nothing more is to come: now, or when the rest, over the limit, is closed.
+func (t *Transport) readBody(response *http.Response, release func()) ([]byte, error) {
+	content, err := io.ReadAll(io.LimitReader(response.Body, t.options.AnswerBytesMax+1))
+	if err != nil {
+		_ = response.Body.Close() // it is broken
+		return nil, fmt.Errorf("read the answer: %w", err)
+	}
+	if int64(len(content)) <= t.options.AnswerBytesMax {
+		_ = response.Body.Close() // read to its end
+		response.Body = io.NopCloser(bytes.NewReader(content))
+		release()
+		return content, nil
+	}
+	response.Body = &longBody{Reader: io.MultiReader(bytes.NewReader(content), response.Body), rest: response.Body, release: release}
+	return content, nil
+}
+
+// longBody is a body of which only the beginning is in memory.
+type longBody struct {
+	io.Reader
+	rest    io.Closer
+	release func()
+}
+
+// Close implements io.Closer.
+func (b *longBody) Close() error {
+	defer b.release()
+	return b.rest.Close()
+}
+
+// why says what came of the attempt, for an error's text.
+func (a *attempt) why() error {
+	if a.err != nil {
+		return a.err
+	}
+	return errAnswer
+}
+
+// errAnswer stands for an answer, whose status the error tells.
+var errAnswer = errors.New("no definite answer")
+
+// retryAfter returns what the answer's Retry-After asks for: seconds, or a date, which is read by the server's own
+// clock where the answer tells its time. It is 0 where there is none.
+func (a *attempt) retryAfter() time.Duration {
+	if a.response == nil {
+		return 0
+	}
+	value := strings.TrimSpace(a.response.Header.Get("Retry-After"))
+	if seconds, err := strconv.ParseUint(value, 10, 32); err == nil {
+		return time.Duration(seconds) * time.Second
+	}
+	at, err := http.ParseTime(value)
+	if err != nil {
+		return 0
+	}
+	now, err := http.ParseTime(a.response.Header.Get("Date"))
+	if err != nil {
+		now = time.Now()
+	}
+	return max(0, at.Sub(now))
+}
+
+// bodyUnread reports whether the server says that the body did not arrive whole, which is the network's doing.
+func (a *attempt) bodyUnread() bool {
+	if a.seen != seenAnswered || a.status != http.StatusBadRequest || len(a.content) > problemBodyMax {
+		return false
+	}
+	if kind, _, err := mime.ParseMediaType(a.response.Header.Get("Content-Type")); err != nil || kind != "application/problem+json" {
+		return false
+	}
+	var problem struct {
+		Type string `json:"type"`
+	}
+	return json.Unmarshal(a.content, &problem) == nil && strings.HasSuffix(problem.Type, string(idempotency.ReasonBodyUnread))
+}

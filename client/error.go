@@ -1,0 +1,86 @@
+package client
+
+import (
+	"errors"
+	"fmt"
+	"io"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/paidonce/idempotency"
+)
+
+// What is true of a request that has no answer. An [*Error] is one of the two.
+var (
+	// ErrNotExecuted means that it is proven: no request with the key has left or will leave anything at the server. The
+	// caller may give up, or make a new request with a new key.
+	ErrNotExecuted = errors.New("not executed")
+	// ErrUnknown means that it may or may not have been executed. The caller keeps the key, goes on with it later, and
+	// never makes a new one for the same thing.
+	ErrUnknown = errors.New("may or may not have been executed")
+)
+
+// Why a [Transport] stopped asking. An [*Error] wraps one of these, or the error of the request's context, or that of an
+// [IntentStore], or what was wrong with the request.
+var (
+	ErrAttemptsSpent  = errors.New("attempts are spent")                 // Options.AttemptsMax
+	ErrTimeSpent      = errors.New("time is spent")                      // Options.TotalMax
+	ErrRetriesSpent   = errors.New("retries of all requests are spent")  // Options.RetryPercent
+	ErrNotHonoured    = errors.New("server is not known to honour keys") // Options.Honours
+	ErrAttemptTimeout = errors.New("attempt took too long")              // Options.AttemptTimeout
+	ErrBodyTooLarge   = errors.New("body is too large to be sent again") // Options.BodyBytesMax
+	ErrIntentTooOld   = errors.New("intent is too old to be sent again") // Options.IntentAgeMax
+	ErrIntentRefused  = errors.New("intent is not kept")                 // IntentStore.Save
+	ErrIntentOther    = fmt.Errorf("%w: its key is kept with another request", ErrIntentRefused)
+	ErrIntentTaken    = errors.New("somebody else has taken the intent") // IntentStore.Abandon
+)
+
+// Error is what a caller gets in place of an answer. [errors.Is] tells [ErrNotExecuted] from [ErrUnknown], and
+// [errors.As] finds it under the [*net/url.Error] of an [net/http.Client].
+//
+// Its text never shows the key, nor do the verbs of fmt: Key prints as a hash. Key.Value is for going on with the key
+// by [WithKey], also in another process.
+type Error struct {
+	Outcome  idempotency.Outcome // idempotency.OutcomeNotExecuted or idempotency.OutcomeUnknown
+	Key      idempotency.Key     // Value alone: whose key it is only the server knows
+	Started  time.Time           // before the first attempt; a key counts at the server for a time (24 hours by default)
+	Attempts int                 // how many requests this call made
+	Status   int                 // of the last answer, 0 where there was none
+	Last     idempotency.Outcome // of the last answer, empty where there was none or it did not say
+	Err      error               // why there is no answer
+}
+
+// Error says what is true and why the asking ended.
+func (e *Error) Error() string {
+	var text strings.Builder
+	text.WriteString("idempotency/client: request ")
+	text.WriteString(e.kind().Error())
+	if e.Attempts > 0 {
+		fmt.Fprintf(&text, " after %d attempt(s)", e.Attempts)
+	}
+	if e.Status > 0 {
+		text.WriteString(", the last answered with " + strconv.Itoa(e.Status))
+	}
+	if e.Last != "" {
+		text.WriteString(" " + string(e.Last))
+	}
+	text.WriteString(": " + e.Err.Error())
+	return text.String()
+}
+
+func (e *Error) kind() error {
+	if e.Outcome == idempotency.OutcomeNotExecuted {
+		return ErrNotExecuted
+	}
+	return ErrUnknown
+}
+
+// Format keeps the key out of every verb of fmt.
+func (e *Error) Format(f fmt.State, _ rune) { _, _ = io.WriteString(f, e.Error()) } // fmt has no use for the error
+
+// Is reports whether target is what is true: [ErrNotExecuted] or [ErrUnknown].
+func (e *Error) Is(target error) bool { return target == e.kind() }
+
+// Unwrap returns why the asking ended.
+func (e *Error) Unwrap() error { return e.Err }

@@ -1,0 +1,168 @@
+package client
+
+import (
+	"context"
+	"fmt"
+	"net/http"
+	"net/textproto"
+	"slices"
+	"time"
+)
+
+// Defaults of [Options], and limits that have none.
+const (
+	BackoffFirstDefault     = 100 * time.Millisecond
+	BackoffMaxDefault       = 10 * time.Second
+	RetryAfterMaxDefault    = 30 * time.Second
+	AttemptTimeoutDefault   = 30 * time.Second // as long as a server's WriteTimeout is to be
+	TotalMaxDefault         = 2 * time.Minute
+	AttemptsMaxDefault      = 10
+	RetryPercentDefault     = 20
+	RetriesPerSecondDefault = 10
+	RetryBurstDefault       = 100
+	BodyBytesMaxDefault     = 1 << 20 // as middleware.BodyBytesMaxDefault
+	AnswerBytesMaxDefault   = 4 << 20
+	IntentAgeMaxDefault     = 12 * time.Hour // half of the time that a key counts at the server by default
+
+	RoutesMax      = 1000            // routes of which it is remembered that they honour keys
+	ResumeAtOnce   = 4               // intents that are resumed at once
+	SettleTimeout  = 5 * time.Second // for an IntentStore to forget an intent, also when the request's context is over
+	problemBodyMax = 64 << 10        // bytes of a problem document that is looked into
+)
+
+// Options tune a [Transport]. Nil and the zero value are the defaults, which are the safest.
+type Options struct {
+	// Methods are the methods whose requests get a key. The default is POST and PATCH. PUT and DELETE may be named too
+	// where the server honours keys for them. GET, HEAD, OPTIONS and TRACE may not: they always pass through untouched.
+	Methods []string
+
+	// Honours says whether the server honours keys for a request, so that it may be sent again although its reply was
+	// lost. Where it does not, that pays twice. [Everywhere] says so of all. Nil goes by what was seen: a route (method,
+	// scheme, host and path) that has answered with Idempotency-Status honours keys, and a lost reply of any other is
+	// [ErrUnknown] at once. At most [RoutesMax] routes are remembered.
+	Honours func(r *http.Request) bool
+
+	// BareKeys sends keys as they are, for a server that does not read them as RFC 8941 strings, "in quotes".
+	BareKeys bool
+
+	// BackoffFirst and BackoffMax bound the pause before a retry: it is drawn evenly from zero to the bound (full jitter),
+	// which is BackoffFirst at first and doubles up to BackoffMax. Retry-After of an answer, up to RetryAfterMax, comes on
+	// top. The defaults are [BackoffFirstDefault], [BackoffMaxDefault] and [RetryAfterMaxDefault].
+	BackoffFirst  time.Duration
+	BackoffMax    time.Duration
+	RetryAfterMax time.Duration
+
+	// AttemptTimeout bounds one attempt, its answer's body included. It should be longer than the server takes at most, or
+	// each retry finds the attempt before still in progress. The default is [AttemptTimeoutDefault].
+	AttemptTimeout time.Duration
+
+	// TotalMax and AttemptsMax bound a request with all of its attempts and pauses. A pause that would end too late is not
+	// begun. The defaults are [TotalMaxDefault] and [AttemptsMaxDefault]. TotalMax must not exceed IntentAgeMax, and both must
+	// be well under the time that a key counts at the server.
+	TotalMax    time.Duration
+	AttemptsMax int
+
+	// RetryPercent, RetriesPerSecond and RetryBurst bound the retries of all requests of a Transport together, so that an
+	// outage is not amplified: each request earns RetryPercent of a retry, each second RetriesPerSecond, and RetryBurst can
+	// be saved up. A request that finds none left ends with [ErrRetriesSpent]. The defaults are [RetryPercentDefault],
+	// [RetriesPerSecondDefault] and [RetryBurstDefault]. Unbudgeted lifts the bound.
+	RetryPercent     int
+	RetriesPerSecond int
+	RetryBurst       int
+	Unbudgeted       bool
+
+	// BodyBytesMax bounds a request's body, which is kept in memory to be sent again. A longer one is sent only if the
+	// request has GetBody and no intent is kept of it; else it is refused with [ErrBodyTooLarge], before anything is sent. The
+	// default is [BodyBytesMaxDefault].
+	BodyBytesMax int64
+
+	// AnswerBytesMax is how much of an answer's body is read before the caller gets it, because an answer that breaks off
+	// is a lost one. What is beyond is read by the caller as it comes. The default is [AnswerBytesMaxDefault].
+	AnswerBytesMax int64
+
+	// Intents keeps each keyed request from before its first attempt until it is settled, so that a process that dies can
+	// go on by [Transport.Resume]. A store belongs to one Transport. Nil keeps none.
+	Intents IntentStore
+
+	// IntentHeaders are kept with an intent, beside [IntentHeadersDefault]. Those that carry credentials are refused: the
+	// base RoundTripper has to add them, as it does for any request.
+	IntentHeaders []string
+
+	// IntentAgeMax is the age from which on an intent is not sent again: a key counts at the server for a time, and is new
+	// after it. It must be under that time. The default is [IntentAgeMaxDefault].
+	IntentAgeMax time.Duration
+
+	// Trace is told of everything that happens to a keyed request, from the goroutine of the request and with its context.
+	// It should be quick. Nil tells nobody.
+	Trace func(ctx context.Context, e Event)
+}
+
+// Everywhere is an [Options.Honours] for a client all of whose requests go to routes that honour keys.
+func Everywhere(*http.Request) bool { return true }
+
+// IntentHeadersDefault returns the request headers that an intent keeps.
+func IntentHeadersDefault() []string {
+	return []string{"Accept", "Accept-Language", "Content-Encoding", "Content-Language", "Content-Type", "Prefer", "User-Agent"}
+}
+
+// neverKept are headers that carry credentials, and the key, which an intent has apart.
+var neverKept = []string{"Authorization", "Proxy-Authorization", "Cookie", HeaderKey}
+
+// full returns a copy of o in which nothing is left out. It panics on values that can't work.
+func (o *Options) full() Options {
+	var full Options
+	if o != nil {
+		full = *o
+	}
+	if full.Methods == nil {
+		full.Methods = []string{http.MethodPost, http.MethodPatch}
+	}
+	full.Methods = slices.Clone(full.Methods)
+	for _, method := range full.Methods {
+		switch method {
+		case "", http.MethodGet, http.MethodHead, http.MethodOptions, http.MethodTrace, http.MethodConnect:
+			panic(fmt.Sprintf("idempotency/client: Options.Methods names %q, which never carries a key", method))
+		}
+	}
+	setDefault(&full.BackoffFirst, BackoffFirstDefault)
+	setDefault(&full.BackoffMax, max(BackoffMaxDefault, full.BackoffFirst))
+	setDefault(&full.RetryAfterMax, RetryAfterMaxDefault)
+	setDefault(&full.AttemptTimeout, AttemptTimeoutDefault)
+	setDefault(&full.TotalMax, TotalMaxDefault)
+	setDefault(&full.AttemptsMax, AttemptsMaxDefault)
+	setDefault(&full.RetryPercent, RetryPercentDefault)
+	setDefault(&full.RetriesPerSecond, RetriesPerSecondDefault)
+	setDefault(&full.RetryBurst, RetryBurstDefault)
+	setDefault(&full.BodyBytesMax, BodyBytesMaxDefault)
+	setDefault(&full.AnswerBytesMax, AnswerBytesMaxDefault)
+	setDefault(&full.IntentAgeMax, IntentAgeMaxDefault)
+	if full.BackoffFirst < 0 || full.BackoffMax < full.BackoffFirst || full.RetryAfterMax < 0 {
+		panic("idempotency/client: Options.BackoffFirst must not be negative, nor RetryAfterMax, and BackoffMax must not be less than BackoffFirst")
+	}
+	if full.AttemptTimeout < 0 || full.TotalMax < 0 || full.AttemptsMax < 0 || full.BodyBytesMax < 0 || full.AnswerBytesMax < 0 {
+		panic("idempotency/client: Options.AttemptTimeout, TotalMax, AttemptsMax, BodyBytesMax and AnswerBytesMax must not be negative")
+	}
+	if full.RetryPercent < 0 || full.RetriesPerSecond < 0 || full.RetryBurst < 0 {
+		panic("idempotency/client: Options.RetryPercent, RetriesPerSecond and RetryBurst must not be negative: Unbudgeted lifts the bound")
+	}
+	if full.IntentAgeMax < full.TotalMax {
+		panic(fmt.Sprintf("idempotency/client: Options.IntentAgeMax is %v and TotalMax is %v: an intent must not grow too old while it is sent", full.IntentAgeMax, full.TotalMax))
+	}
+	headers := IntentHeadersDefault()
+	for _, name := range full.IntentHeaders {
+		name = textproto.CanonicalMIMEHeaderKey(name)
+		if slices.Contains(neverKept, name) {
+			panic(fmt.Sprintf("idempotency/client: Options.IntentHeaders names %s, which is never kept", name))
+		}
+		headers = append(headers, name)
+	}
+	full.IntentHeaders = headers
+	return full
+}
+
+func setDefault[T comparable](field *T, value T) {
+	var zero T
+	if *field == zero {
+		*field = value
+	}
+}

@@ -1,0 +1,188 @@
+package client
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net/http"
+	"slices"
+	"sync"
+	"time"
+
+	"github.com/paidonce/idempotency"
+)
+
+// Resumed is what became of one intent.
+type Resumed struct {
+	Intent   *Intent
+	Response *http.Response // executed, replayed or mismatch, its body read; nil where there is no such answer
+	Err      error          // an *Error, always ErrUnknown: the intent is still kept
+}
+
+// Report says how far [Transport.Resume] came.
+type Report struct {
+	Settled int // intents that have their answer and are forgotten
+	Kept    int // intents that have none yet, or whose handling failed
+}
+
+// Resume sends the intents that are pending again, each until it is settled or its attempts are spent, [ResumeAtOnce]
+// at a time: those of a process that died, and those that ended with [ErrUnknown]. A service calls it at its start, and
+// from time to time. Those that are under way in this Transport are left alone.
+//
+// handle is told of each, from several goroutines at once; nil tells nobody. An answer is handled before the intent is
+// forgotten: where handle fails, or the process dies, it is handled again, and then it is a replay. A mismatch is a bug of
+// the caller's: its key belongs to another request, and asking again would not help. An intent older than
+// [Options.IntentAgeMax] is handled with [ErrIntentTooOld] and kept, for a person to look at: its key may be new at the
+// server, and what it asks for may have been done.
+//
+// The error is that of the store, of handle, or of ctx.
+func (t *Transport) Resume(ctx context.Context, handle func(ctx context.Context, r *Resumed) error) (Report, error) {
+	if t.options.Intents == nil {
+		return Report{}, errors.New("idempotency/client: Resume needs Options.Intents")
+	}
+	keys, err := t.options.Intents.Pending(ctx)
+	if err != nil {
+		return Report{}, fmt.Errorf("list the intents: %w", err)
+	}
+	var mu sync.Mutex
+	var report Report
+	var failed []error
+	var group sync.WaitGroup
+	places := make(chan struct{}, ResumeAtOnce)
+	for _, key := range keys {
+		if ctx.Err() != nil {
+			break
+		}
+		places <- struct{}{}
+		group.Go(func() {
+			defer func() { <-places }()
+			settled, kept, err := t.resumeOne(ctx, key, handle)
+			mu.Lock()
+			defer mu.Unlock()
+			if settled {
+				report.Settled++
+			}
+			if kept {
+				report.Kept++
+			}
+			if err != nil {
+				failed = append(failed, err)
+			}
+		})
+	}
+	group.Wait()
+	if err := ctx.Err(); err != nil {
+		failed = append(failed, err)
+	}
+	return report, errors.Join(failed...)
+}
+
+func (t *Transport) resumeOne(ctx context.Context, key string, handle func(context.Context, *Resumed) error) (settled, kept bool, err error) {
+	if !t.flights.enterAlone(key) {
+		return false, false, nil
+	}
+	defer t.flights.leave(key)
+	// Only now: since it was listed its caller may have been told that it was not executed.
+	intent, err := t.options.Intents.Take(ctx, key)
+	if err != nil {
+		return false, true, fmt.Errorf("take an intent: %w", err)
+	}
+	if intent == nil {
+		return false, false, nil
+	}
+	op := &operation{ctx: ctx, key: intent.Key, saved: true, maybe: true, started: time.Now()}
+	resumed := &Resumed{Intent: intent}
+	response, err := t.resend(op, intent)
+	switch {
+	case err != nil:
+		resumed.Err = t.end(op, nil, err)
+	case !settles(op.last):
+		resumed.Err = t.end(op, response, ErrNotHonoured)
+	default:
+		resumed.Response = response
+		defer func() { _ = response.Body.Close() }() // handle may have done so
+	}
+	if handle != nil {
+		if err := handle(ctx, resumed); err != nil {
+			return false, true, fmt.Errorf("handle a resumed intent: %w", err)
+		}
+	}
+	if resumed.Err != nil {
+		return false, true, nil
+	}
+	t.done(op)
+	t.trace(op, Event{Kind: EventEnded, Attempt: op.attempts, Status: op.status, Outcome: op.last, Took: time.Since(op.started)})
+	return true, false, nil
+}
+
+// resend sends an intent's request.
+func (t *Transport) resend(op *operation, intent *Intent) (*http.Response, error) {
+	if age := time.Since(intent.SavedAt); age >= t.options.IntentAgeMax {
+		return nil, fmt.Errorf("%w: it was saved %v ago", ErrIntentTooOld, age.Round(time.Second))
+	}
+	r, err := http.NewRequestWithContext(op.ctx, intent.Method, intent.URL, nil)
+	if err != nil {
+		return nil, errors.New("the intent is not a request") // whose text would quote the URL
+	}
+	r.Header = intent.Header.Clone()
+	if r.Header == nil {
+		r.Header = http.Header{}
+	}
+	r.Host = intent.Host
+	spelt := intent.Key.Value
+	if !t.options.BareKeys {
+		spelt = quote(spelt)
+	}
+	r.Header.Set(HeaderKey, spelt)
+	op.request = r
+	op.setBody(intent.Body)
+	if op.honoured = t.honours(r); !op.honoured {
+		return nil, ErrNotHonoured
+	}
+	return t.send(op)
+}
+
+// intentOf returns what is kept of a request.
+func (t *Transport) intentOf(op *operation) *Intent {
+	r := op.request
+	address := *r.URL
+	address.User = nil // a credential
+	address.Fragment, address.RawFragment = "", ""
+	intent := &Intent{Key: op.key, Method: r.Method, URL: address.String(), Header: http.Header{}, Body: op.bytes}
+	if r.Host != r.URL.Host {
+		intent.Host = r.Host
+	}
+	for _, name := range t.options.IntentHeaders {
+		if values := r.Header.Values(name); len(values) > 0 {
+			intent.Header[name] = slices.Clone(values)
+		}
+	}
+	return intent
+}
+
+// done forgets a settled intent. Where that fails it will be sent once more, and replayed.
+func (t *Transport) done(op *operation) {
+	if !op.saved {
+		return
+	}
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(op.ctx), SettleTimeout)
+	defer cancel()
+	if err := t.options.Intents.Done(ctx, op.key.Value); err != nil {
+		t.trace(op, Event{Kind: EventKept, Attempt: op.attempts, Outcome: op.last, Err: err})
+	}
+}
+
+// abandon forgets an intent whose caller is going to be told that it was not executed.
+func (t *Transport) abandon(op *operation) error {
+	if !op.saved || op.savedBefore { // an earlier call left it behind, and did not learn what became of it
+		return nil
+	}
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(op.ctx), SettleTimeout)
+	defer cancel()
+	if err := t.options.Intents.Abandon(ctx, op.key.Value); err != nil {
+		t.trace(op, Event{Kind: EventKept, Attempt: op.attempts, Outcome: idempotency.OutcomeNotExecuted, Err: err})
+		return fmt.Errorf("abandon the intent: %w", err)
+	}
+	op.saved = false
+	return nil
+}

@@ -1,0 +1,378 @@
+package client
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"math/rand/v2"
+	"net/http"
+	"net/url"
+	"slices"
+	"sync"
+	"time"
+
+	"github.com/paidonce/idempotency"
+)
+
+// Transport is an [http.RoundTripper] that gives each request which changes something a key, and sends it until there
+// is a definite answer. Make it with [New]. It is safe for concurrent use.
+type Transport struct {
+	base    http.RoundTripper
+	options Options
+	budget  *budget
+	routes  routes
+	flights flights
+}
+
+var _ http.RoundTripper = (*Transport)(nil)
+
+// New returns a Transport that sends through base; nil is [http.DefaultTransport]. It panics on options that can't work.
+//
+// base must not send a request twice by itself. net/http's does so in one case, which is found out and counted:
+// where a request has no body and a kept connection breaks.
+func New(base http.RoundTripper, options *Options) *Transport {
+	if base == nil {
+		base = http.DefaultTransport
+	}
+	o := options.full()
+	if o.Intents != nil && o.Honours == nil {
+		panic("idempotency/client: Options.Intents needs Options.Honours: what is resumed is sent again before the server has shown anything")
+	}
+	t := &Transport{base: base, options: o}
+	if !o.Unbudgeted {
+		t.budget = newBudget(o.RetryPercent, o.RetriesPerSecond, o.RetryBurst)
+	}
+	return t
+}
+
+// RoundTrip sends a request. With a method of [Options.Methods] it returns an answer whose body has been read, or an
+// [*Error]; else it does what the base RoundTripper does.
+//
+// What it returns is an answer that asking again would not change: executed, replayed, mismatch, and those of
+// not-executed that are about the request itself (400, 401, 404, 413 and so on), where no earlier attempt may have been
+// executed. An answer that does not say its Idempotency-Status comes back as it is from a server that is not known to
+// honour keys.
+//
+// A request that ends with [ErrUnknown] must not be sent by a new call without its key, which would mint another:
+// [WithKey] goes on with it.
+func (t *Transport) RoundTrip(r *http.Request) (*http.Response, error) {
+	if !slices.Contains(t.options.Methods, r.Method) {
+		return t.base.RoundTrip(r)
+	}
+	op, err := t.prepare(r)
+	if err != nil {
+		return nil, t.end(op, nil, err)
+	}
+	t.flights.enter(op.key.Value)
+	defer t.flights.leave(op.key.Value)
+	if t.options.Intents != nil {
+		before, err := t.options.Intents.Save(r.Context(), t.intentOf(op))
+		op.saved, op.savedBefore = !errors.Is(err, ErrIntentRefused), before
+		if err != nil {
+			return nil, t.end(op, nil, fmt.Errorf("save the intent: %w", err))
+		}
+	}
+	response, err := t.send(op)
+	return t.settle(op, response, err)
+}
+
+// CloseIdleConnections closes those of the base RoundTripper, where it has some.
+func (t *Transport) CloseIdleConnections() {
+	if base, ok := t.base.(interface{ CloseIdleConnections() }); ok {
+		base.CloseIdleConnections()
+	}
+}
+
+// operation is one request on its way to a definite answer.
+type operation struct {
+	ctx     context.Context
+	request *http.Request // as it is sent, but for its body
+	key     idempotency.Key
+	isNew   bool // no request with the key was sent before this call
+	body    func() (io.ReadCloser, error)
+	bytes   []byte // of the body, where it is in memory
+
+	saved       bool // an intent is kept
+	savedBefore bool // it was kept before this call
+
+	started  time.Time
+	attempts int
+	maybe    bool // an attempt of this call may have been executed
+	honoured bool
+	status   int // of the last answer
+	last     idempotency.Outcome
+}
+
+// prepare makes a request ready to be sent more than once, and closes its body. The operation is never nil.
+func (t *Transport) prepare(r *http.Request) (*operation, error) {
+	op := &operation{ctx: r.Context(), isNew: true, started: time.Now()}
+	closeBody := func() {
+		if r.Body != nil {
+			_ = r.Body.Close() // it was read, or it is not going to be
+		}
+	}
+	key, err := keyOf(r.Header)
+	switch own, ok := r.Context().Value(contextKey{}).(ownKey); {
+	case err != nil: // no server executes a request with such a key
+	case key != "":
+		op.isNew = false
+	case ok:
+		key = own.value
+		err = idempotency.ValidateKeyValue(key)
+		op.isNew = own.isNew || err != nil
+	default:
+		key, err = mint()
+	}
+	if err != nil {
+		closeBody()
+		return op, err
+	}
+	op.key.Value = key
+	op.request = r.Clone(r.Context())
+	op.request.GetBody = nil // else net/http sends a keyed request again by itself, unseen
+	if op.request.Header == nil {
+		op.request.Header = http.Header{}
+	}
+	if len(op.request.Header.Values(HeaderKey)) == 0 {
+		spelt := key
+		if !t.options.BareKeys {
+			spelt = quote(key)
+		}
+		op.request.Header.Set(HeaderKey, spelt)
+	}
+	op.honoured = t.honours(op.request)
+	if err := t.takeBody(op, r); err != nil {
+		closeBody()
+		return op, err
+	}
+	closeBody()
+	return op, nil
+}
+
+// takeBody reads the body, or arranges for it to be read from the start for each attempt.
+func (t *Transport) takeBody(op *operation, r *http.Request) error {
+	if r.Body == nil || r.Body == http.NoBody {
+		op.body = func() (io.ReadCloser, error) { return r.Body, nil }
+		return nil
+	}
+	limit := t.options.BodyBytesMax
+	if r.GetBody != nil && t.options.Intents == nil && (r.ContentLength > limit || r.ContentLength < 0) {
+		op.body = r.GetBody
+		return nil
+	}
+	switch {
+	case len(r.Trailer) > 0:
+		return errors.New("request has trailers, which can't be sent again")
+	case r.ContentLength > limit:
+		return fmt.Errorf("%w: it has %d bytes, over the limit of %d", ErrBodyTooLarge, r.ContentLength, limit)
+	}
+	content, err := io.ReadAll(io.LimitReader(r.Body, limit+1))
+	switch {
+	case err != nil:
+		return fmt.Errorf("read body: %w", err)
+	case int64(len(content)) > limit:
+		return fmt.Errorf("%w: it has more than %d bytes", ErrBodyTooLarge, limit)
+	case r.ContentLength > 0 && int64(len(content)) != r.ContentLength:
+		return fmt.Errorf("body has %d bytes, and Content-Length says %d", len(content), r.ContentLength)
+	}
+	op.setBody(content)
+	return nil
+}
+
+// setBody makes every attempt send these bytes.
+func (op *operation) setBody(content []byte) {
+	op.bytes = content
+	op.request.TransferEncoding = nil
+	op.request.ContentLength = int64(len(content))
+	op.body = func() (io.ReadCloser, error) { return io.NopCloser(bytes.NewReader(content)), nil }
+	if len(content) == 0 {
+		op.body = func() (io.ReadCloser, error) { return http.NoBody, nil }
+	}
+}
+
+// send sends until there is an answer that is the caller's, or no more time, attempts or retries.
+func (t *Transport) send(op *operation) (*http.Response, error) {
+	ctx, deadline := op.ctx, op.started.Add(t.options.TotalMax)
+	t.budget.earn()
+	for bound := t.options.BackoffFirst; ; bound = min(2*bound, t.options.BackoffMax) {
+		if err := ctx.Err(); err != nil {
+			return nil, err
+		}
+		a := t.attempt(op)
+		next := decide(fact{
+			seen: a.seen, outcome: a.outcome, status: a.status, bodyUnread: a.bodyUnread(), honoured: op.honoured, maybe: op.maybe,
+		})
+		op.maybe = op.maybe || next.maybe
+		why := a.why()
+		switch {
+		case !next.again && a.seen == seenAnswered:
+			return a.response, nil
+		case !next.again:
+			return nil, fmt.Errorf("%w: %w", ErrNotHonoured, why)
+		case ctx.Err() != nil:
+			return nil, fmt.Errorf("%w: %w", ctx.Err(), why)
+		case op.attempts >= t.options.AttemptsMax:
+			return nil, fmt.Errorf("%w: %w", ErrAttemptsSpent, why)
+		}
+		pause := rand.N(bound) + min(a.retryAfter(), t.options.RetryAfterMax)
+		ends := time.Now().Add(pause)
+		if by, ok := ctx.Deadline(); ok && ends.After(by) {
+			return nil, fmt.Errorf("%w before the next attempt: %w", context.DeadlineExceeded, why)
+		}
+		if ends.After(deadline) {
+			return nil, fmt.Errorf("%w: %w", ErrTimeSpent, why)
+		}
+		if !t.budget.spend(time.Now()) {
+			return nil, fmt.Errorf("%w: %w", ErrRetriesSpent, why)
+		}
+		t.trace(op, Event{Kind: EventWaiting, Attempt: op.attempts, Pause: pause})
+		if err := sleep(ctx, pause); err != nil {
+			return nil, fmt.Errorf("%w: %w", err, why)
+		}
+	}
+}
+
+// settle forgets the intent where the key's story is at its end, and says so.
+func (t *Transport) settle(op *operation, response *http.Response, err error) (*http.Response, error) {
+	outcome := op.last
+	if err == nil && settles(outcome) {
+		t.done(op)
+		t.trace(op, Event{Kind: EventEnded, Attempt: op.attempts, Status: op.status, Outcome: outcome, Took: time.Since(op.started)})
+		return response, nil
+	}
+	if err != nil {
+		return nil, t.end(op, nil, err)
+	}
+	// The caller may do it anew, so nobody else may do it any more.
+	if err := t.abandon(op); err != nil {
+		return nil, t.end(op, response, err)
+	}
+	t.trace(op, Event{Kind: EventEnded, Attempt: op.attempts, Status: op.status, Outcome: outcome, Took: time.Since(op.started)})
+	return response, nil
+}
+
+// end makes the error that the caller gets. It is not-executed only where that is proven, and where nobody is going to
+// send the request any more.
+func (t *Transport) end(op *operation, response *http.Response, err error) *Error {
+	if response != nil {
+		_ = response.Body.Close() // nobody is going to read it
+	}
+	e := &Error{
+		Outcome: idempotency.OutcomeUnknown, Key: op.key, Started: op.started, Attempts: op.attempts, Status: op.status, Last: op.last, Err: err,
+	}
+	if op.isNew && !op.maybe && response == nil {
+		if abandonErr := t.abandon(op); abandonErr != nil {
+			e.Err = errors.Join(err, abandonErr)
+		} else {
+			e.Outcome = idempotency.OutcomeNotExecuted
+		}
+	}
+	t.trace(op, Event{Kind: EventEnded, Attempt: op.attempts, Status: op.status, Outcome: e.Outcome, Took: time.Since(op.started), Err: e})
+	return e
+}
+
+func (t *Transport) trace(op *operation, e Event) {
+	if t.options.Trace != nil {
+		e.Key = op.key
+		t.options.Trace(op.ctx, e)
+	}
+}
+
+func sleep(ctx context.Context, d time.Duration) error {
+	timer := time.NewTimer(d)
+	defer timer.Stop()
+	select {
+	case <-ctx.Done():
+		return ctx.Err()
+	case <-timer.C:
+		return nil
+	}
+}
+
+// honours reports whether the server is known to honour keys for a request.
+func (t *Transport) honours(r *http.Request) bool {
+	if t.options.Honours != nil {
+		return t.options.Honours(r)
+	}
+	return t.routes.honour(routeOf(r.Method, r.URL))
+}
+
+// routes remembers which routes have shown that they honour keys. The zero value knows of none; it is safe for
+// concurrent use.
+type routes struct {
+	mu    sync.Mutex
+	known map[string]struct{}
+}
+
+func routeOf(method string, u *url.URL) string {
+	return method + " " + u.Scheme + "://" + u.Host + u.EscapedPath()
+}
+
+func (r *routes) honour(route string) bool {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	_, known := r.known[route]
+	return known
+}
+
+// saw notes that an answer of a route did, or did not, say its Idempotency-Status.
+func (r *routes) saw(route string, said bool) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if !said {
+		delete(r.known, route)
+		return
+	}
+	if _, known := r.known[route]; known {
+		return
+	}
+	if r.known == nil {
+		r.known = make(map[string]struct{})
+	}
+	if len(r.known) >= RoutesMax {
+		for one := range r.known { // any: it is learnt again by its next answer
+			delete(r.known, one)
+			break
+		}
+	}
+	r.known[route] = struct{}{}
+}
+
+// flights counts the requests of each key that are under way. The zero value is ready; it is safe for concurrent use.
+type flights struct {
+	mu    sync.Mutex
+	count map[string]int
+}
+
+func (f *flights) enter(key string) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if f.count == nil {
+		f.count = make(map[string]int)
+	}
+	f.count[key]++
+}
+
+// enterAlone is false, and enters nothing, where another request of the key is under way.
+func (f *flights) enterAlone(key string) bool {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if f.count[key] > 0 {
+		return false
+	}
+	if f.count == nil {
+		f.count = make(map[string]int)
+	}
+	f.count[key]++
+	return true
+}
+
+func (f *flights) leave(key string) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if f.count[key]--; f.count[key] == 0 {
+		delete(f.count, key)
+	}
+}
