@@ -1,0 +1,229 @@
+package pgintent
+
+import (
+	"bufio"
+	"bytes"
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+	"net/http"
+	"net/textproto"
+	"strings"
+	"time"
+
+	"github.com/google/uuid"
+	"github.com/jackc/pgx/v5"
+	"github.com/jackc/pgx/v5/pgconn"
+
+	"github.com/paidonce/idempotency"
+	"github.com/paidonce/idempotency/client"
+)
+
+// Defaults of [Options], and the most that [Store.Pending] returns at a time.
+const (
+	SchemaDefault       = "public"
+	PendingAfterDefault = 5 * time.Minute // more than client.TotalMaxDefault
+	PendingMax          = 1000
+)
+
+// DB is what a store needs of a *pgxpool.Pool or a *pgx.Conn. It is the service's own database, and never that of the
+// server that is called. A store on a *pgx.Conn is not safe for concurrent use.
+type DB interface {
+	Exec(ctx context.Context, sql string, arguments ...any) (pgconn.CommandTag, error)
+	Query(ctx context.Context, sql string, arguments ...any) (pgx.Rows, error)
+	QueryRow(ctx context.Context, sql string, arguments ...any) pgx.Row
+}
+
+// Options tune a [Store]. Nil and the zero value are the defaults.
+type Options struct {
+	// Schema holds the table. The default is [SchemaDefault].
+	Schema string
+
+	// Owner parts the intents of clients that share the table. Those that may resume each other's are of one owner: they
+	// call the same servers with the same rights. The default is "".
+	Owner string
+
+	// PendingAfter is how long another store's intent is left to it. It should be longer than client.Options.TotalMax, or
+	// intents that are under way elsewhere are sent twice, which is safe and in vain. A store's own are pending at once. The
+	// default is [PendingAfterDefault].
+	PendingAfter time.Duration
+}
+
+func (o *Options) full() Options {
+	var full Options
+	if o != nil {
+		full = *o
+	}
+	full.Schema = cmp.Or(full.Schema, SchemaDefault)
+	full.PendingAfter = cmp.Or(full.PendingAfter, PendingAfterDefault)
+	if full.PendingAfter < 0 {
+		panic("idempotency/client/pgintent: Options.PendingAfter must not be negative")
+	}
+	if strings.ContainsRune(full.Schema, 0) || strings.ContainsRune(full.Owner, 0) {
+		panic("idempotency/client/pgintent: Options.Schema and Owner must not contain a NUL")
+	}
+	return full
+}
+
+func (o *Options) table() string { return pgx.Identifier{o.Schema, "idempotency_intents"}.Sanitize() }
+
+// createLock is taken while the table is made: CREATE IF NOT EXISTS fails where two do it at once.
+const createLock = 0x696e74656e74 // "intent"
+
+// Create makes the table, where it is missing. The schema must be there. It is safe to call from several processes at
+// once. Nothing here runs it by itself.
+func Create(ctx context.Context, db DB, options *Options) error {
+	o := options.full()
+	// Several statements without arguments are one transaction.
+	_, err := db.Exec(ctx, fmt.Sprintf(`
+SELECT pg_advisory_xact_lock(%d);
+CREATE TABLE IF NOT EXISTS %s (
+	owner      text COLLATE "C" NOT NULL,
+	key        text COLLATE "C" NOT NULL,
+	-- The store that may say that the request was not executed: it saved the intent, or took it last.
+	holder     uuid NOT NULL,
+	saved_at   timestamptz NOT NULL DEFAULT clock_timestamp(),
+	touched_at timestamptz NOT NULL DEFAULT clock_timestamp(),
+	method     text NOT NULL,
+	url        text NOT NULL,
+	host       text NOT NULL,
+	header     bytea NOT NULL, -- as on the wire
+	body       bytea NOT NULL,
+
+	CONSTRAINT idempotency_intents_pkey PRIMARY KEY (owner, key)
+);`, createLock, o.table()))
+	if err != nil {
+		return fmt.Errorf("create the table of intents: %w", err)
+	}
+	return nil
+}
+
+// Store keeps intents in a table. Make it with [New]. It is safe for concurrent use.
+type Store struct {
+	db      DB
+	options Options
+	holder  uuid.UUID
+
+	save, compare, done, abandon, pending, take string
+}
+
+var _ client.IntentStore = (*Store)(nil)
+
+// New returns a store. It sends nothing: the table must be there by its first use, see [Create].
+func New(db DB, options *Options) *Store {
+	if db == nil {
+		panic("idempotency/client/pgintent: New needs a DB")
+	}
+	s := &Store{db: db, options: options.full(), holder: uuid.New()}
+	table := s.options.table()
+	// A commit that the database forgets in a crash would be worse than none. Where the session asks for less than "on" the
+	// statement's transaction asks for it; OFFSET keeps the planner from leaving that out.
+	const durable = `(SELECT set_config('synchronous_commit', CASE WHEN current_setting('synchronous_commit') IN ('off', 'local')
+		THEN 'on' ELSE current_setting('synchronous_commit') END, true) AS setting OFFSET 0) AS durable`
+	s.save = `INSERT INTO ` + table + ` (owner, key, holder, method, url, host, header, body)
+		SELECT $1, $2, $3::uuid, $4, $5, $6, $7::bytea, $8::bytea FROM ` + durable + ` WHERE durable.setting <> '' ON CONFLICT DO NOTHING`
+	s.compare = `SELECT method = $3 AND url = $4 AND host = $5 AND header = $6 AND body = $7 FROM ` + table + ` WHERE owner = $1 AND key = $2`
+	s.done = `DELETE FROM ` + table + ` WHERE owner = $1 AND key = $2`
+	s.abandon = `DELETE FROM ` + table + ` USING ` + durable + ` WHERE owner = $1 AND key = $2 AND holder = $3 AND durable.setting <> ''`
+	const mayTake = `(holder = $2 OR touched_at <= clock_timestamp() - $3 * interval '1 microsecond')`
+	s.pending = `SELECT key FROM ` + table + ` WHERE owner = $1 AND ` + mayTake + ` ORDER BY saved_at, key LIMIT $4`
+	// Of two that take at once the second waits for the row, and sees it touched.
+	s.take = `UPDATE ` + table + ` SET holder = $2, touched_at = clock_timestamp() WHERE owner = $1 AND key = $4 AND ` + mayTake + `
+		RETURNING method, url, host, header, body, (extract(epoch FROM clock_timestamp() - saved_at) * 1000000)::bigint`
+	return s
+}
+
+// Save keeps an intent. It returns when it is committed, durably whatever the session's synchronous_commit.
+func (s *Store) Save(ctx context.Context, intent *client.Intent) (before bool, err error) {
+	var header bytes.Buffer
+	if err := intent.Header.Write(&header); err != nil {
+		return false, fmt.Errorf("%w: %w", client.ErrIntentRefused, err)
+	}
+	body := intent.Body
+	if body == nil {
+		body = []byte{}
+	}
+	key := intent.Key.Value
+	for range 2 { // it may be forgotten between the two statements
+		tag, err := s.db.Exec(ctx, s.save, s.options.Owner, key, s.holder, intent.Method, intent.URL, intent.Host, header.Bytes(), body)
+		if err != nil {
+			return false, refused(err)
+		}
+		if tag.RowsAffected() == 1 {
+			return false, nil
+		}
+		var same bool
+		err = s.db.QueryRow(ctx, s.compare, s.options.Owner, key, intent.Method, intent.URL, intent.Host, header.Bytes(), body).Scan(&same)
+		switch {
+		case errors.Is(err, pgx.ErrNoRows):
+			continue
+		case err != nil:
+			return true, err
+		case !same:
+			return true, client.ErrIntentOther
+		}
+		return true, nil
+	}
+	return false, fmt.Errorf("%w: others save and forget its key", client.ErrIntentRefused)
+}
+
+// refused says of an error whether it proves that nothing was changed: the server refused the statement, or no connection
+// was made.
+func refused(err error) error {
+	var answer *pgconn.PgError
+	var connecting *pgconn.ConnectError
+	if errors.As(err, &connecting) ||
+		errors.As(err, &answer) && answer.SeverityUnlocalized == "ERROR" && !strings.HasPrefix(answer.Code, "08") {
+		return fmt.Errorf("%w: %w", client.ErrIntentRefused, err)
+	}
+	return err
+}
+
+// Done forgets an intent, whoever holds it.
+func (s *Store) Done(ctx context.Context, key string) error {
+	_, err := s.db.Exec(ctx, s.done, s.options.Owner, key)
+	return err
+}
+
+// Abandon forgets an intent that this store holds.
+func (s *Store) Abandon(ctx context.Context, key string) error {
+	tag, err := s.db.Exec(ctx, s.abandon, s.options.Owner, key, s.holder)
+	if err == nil && tag.RowsAffected() == 0 {
+		return client.ErrIntentTaken
+	}
+	return err
+}
+
+// Pending returns the keys of the intents that this store holds, and of those that others have held for too long: the
+// oldest [PendingMax].
+func (s *Store) Pending(ctx context.Context) ([]string, error) {
+	rows, err := s.db.Query(ctx, s.pending, s.options.Owner, s.holder, s.options.PendingAfter.Microseconds(), PendingMax)
+	if err != nil {
+		return nil, err
+	}
+	return pgx.CollectRows(rows, pgx.RowTo[string])
+}
+
+// Take makes an intent this store's, and returns it; nil where it is not kept, or another's.
+func (s *Store) Take(ctx context.Context, key string) (*client.Intent, error) {
+	intent := &client.Intent{Key: idempotency.Key{Value: key}}
+	var header []byte
+	var ageMicroseconds int64
+	err := s.db.QueryRow(ctx, s.take, s.options.Owner, s.holder, s.options.PendingAfter.Microseconds(), key).
+		Scan(&intent.Method, &intent.URL, &intent.Host, &header, &intent.Body, &ageMicroseconds)
+	switch {
+	case errors.Is(err, pgx.ErrNoRows):
+		return nil, nil
+	case err != nil:
+		return nil, err
+	}
+	// The age is the database's to tell; the two clocks may differ.
+	intent.SavedAt = time.Now().Add(-time.Duration(ageMicroseconds) * time.Microsecond)
+	lines, err := textproto.NewReader(bufio.NewReader(bytes.NewReader(append(header, "\r\n"...)))).ReadMIMEHeader()
+	if err != nil {
+		return nil, fmt.Errorf("read the headers of an intent: %w", err)
+	}
+	intent.Header = http.Header(lines)
+	return intent, nil
+}
