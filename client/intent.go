@@ -20,7 +20,7 @@ type Intent struct {
 	Host    string      // of the request, where it is not the URL's; empty
 	Header  http.Header // those of the allow-list; never a credential
 	Body    []byte
-	SavedAt time.Time // by the clock that IntentStore.Take goes by
+	SavedAt time.Time // as this process's clock would have said
 }
 
 // Format keeps key and body out of every verb of fmt.

@@ -61,6 +61,7 @@ type Store struct {
 	size    int64
 	live    int64 // bytes of what is kept
 	index   map[string]place
+	later   int64 // no attempt to replace the file before it has grown to this
 	replace int   // how often the file was replaced: what was written before is durable
 	broken  error // after this nothing is known of what the disk holds
 }
@@ -229,7 +230,7 @@ func sameRequest(a, b *client.Intent) bool {
 
 // Done forgets an intent. It does not wait for the disk: where a crash of the machine undoes it, the request is replayed.
 func (s *Store) Done(_ context.Context, key string) error {
-	if _, err := s.forget(key); err != nil {
+	if _, _, err := s.forget(key); err != nil {
 		return err
 	}
 	return s.compact()
@@ -237,10 +238,7 @@ func (s *Store) Done(_ context.Context, key string) error {
 
 // Abandon forgets an intent. It returns when that is on the disk.
 func (s *Store) Abandon(_ context.Context, key string) error {
-	s.mu.Lock()
-	replaced := s.replace
-	s.mu.Unlock()
-	end, err := s.forget(key)
+	end, replaced, err := s.forget(key)
 	switch {
 	case err != nil:
 		return err
@@ -250,20 +248,20 @@ func (s *Store) Abandon(_ context.Context, key string) error {
 	return s.flush(end, replaced)
 }
 
-// forget returns where its record ends, and 0 where the key is not kept.
-func (s *Store) forget(key string) (end int64, err error) {
+// forget returns where its record ends, for flush, and 0 where the key is not kept.
+func (s *Store) forget(key string) (end int64, replaced int, err error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	at, was := s.index[key]
 	if !was {
-		return 0, s.usable()
+		return 0, 0, s.usable()
 	}
 	if err := s.append(encode(entry{key: key})); err != nil {
-		return 0, err
+		return 0, 0, err
 	}
 	delete(s.index, key)
 	s.live -= at.length
-	return s.size, nil
+	return s.size, s.replace, nil
 }
 
 // Pending returns the keys of all intents that are kept, oldest first.
@@ -373,13 +371,14 @@ func (s *Store) compact() error {
 }
 
 func (s *Store) due() bool {
-	return s.usable() == nil && s.size-s.live > max(s.options.CompactBytes, s.live)
+	return s.usable() == nil && s.size-s.live > max(s.options.CompactBytes, s.live) && s.size >= s.later
 }
 
 // rewrite replaces the file by one with what is kept and nothing else. Until the rename the old one counts.
 func (s *Store) rewrite() error {
 	next, index, err := s.copyLive()
 	if err != nil {
+		s.later = 2 * s.size
 		return errors.Join(fmt.Errorf("write intents anew: %w", err), os.Remove(s.path+".new"))
 	}
 	// Closed first: Windows renames no open file, and onto none.

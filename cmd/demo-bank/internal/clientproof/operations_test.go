@@ -1,0 +1,224 @@
+package clientproof
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"math/rand/v2"
+	"net/http"
+	"path/filepath"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"github.com/paidonce/idempotency/client"
+	"github.com/paidonce/idempotency/client/fileintent"
+	"github.com/paidonce/idempotency/cmd/demo-bank/internal/bank"
+)
+
+const (
+	payers         = 64
+	terminateEvery = 40 * time.Millisecond
+	againMax       = 20 * time.Millisecond // from an error to the caller's going on
+)
+
+// options make a Transport that gives up soon, so that its errors are put to the proof and not its patience.
+func options(intents client.IntentStore) *client.Options {
+	return &client.Options{
+		Honours: client.Everywhere, Intents: intents, BackoffFirst: 2 * time.Millisecond, BackoffMax: 20 * time.Millisecond,
+		RetryAfterMax: 10 * time.Millisecond, AttemptTimeout: 2 * time.Second, AttemptsMax: 3, RetryPercent: 60,
+	}
+}
+
+func newBase() authorized {
+	return authorized{&http.Transport{MaxIdleConnsPerHost: payers, DisableCompression: true}}
+}
+
+func transferBody(i int, reference string) string {
+	from := i % 1000
+	return fmt.Sprintf(`{"from":"acct-%04d","to":"acct-%04d","amount":1,"currency":"EUR","reference":%q}`, from, (from+1+i%7)%1000, reference)
+}
+
+// payer is a caller that takes the client at its word: after ErrUnknown it goes on with the key, and after
+// ErrNotExecuted it makes a new request, with a new key.
+type payer struct {
+	http    *http.Client
+	url     string
+	unknown atomic.Int64
+	anew    atomic.Int64
+}
+
+// pay pays once, and returns the transfer's id.
+func (p *payer) pay(ctx context.Context, body string) (id string, err error) {
+	key := ""
+	for ctx.Err() == nil {
+		requestCtx := ctx
+		if key != "" {
+			requestCtx = client.WithKey(ctx, key)
+		}
+		r, err := http.NewRequestWithContext(requestCtx, http.MethodPost, p.url+"/v1/transfers", strings.NewReader(body))
+		if err != nil {
+			return "", err
+		}
+		r.Header.Set("Content-Type", "application/json")
+		response, err := p.http.Do(r)
+		var failed *client.Error
+		switch {
+		case errors.As(err, &failed) && errors.Is(err, client.ErrUnknown):
+			p.unknown.Add(1)
+			key = failed.Key.Value
+		case errors.Is(err, client.ErrNotExecuted):
+			p.anew.Add(1)
+			key = ""
+		case err != nil:
+			return "", err
+		default:
+			return transferOf(response)
+		}
+		time.Sleep(rand.N(againMax)) // as a caller would that has other things to do
+	}
+	return "", ctx.Err()
+}
+
+func transferOf(response *http.Response) (id string, err error) {
+	defer func() { _ = response.Body.Close() }() // it is in memory
+	content, err := io.ReadAll(response.Body)
+	if err != nil {
+		return "", err
+	}
+	outcome := response.Header.Get("Idempotency-Status")
+	if response.StatusCode != http.StatusCreated || outcome != "executed" && outcome != "replayed" {
+		return "", fmt.Errorf("answer is %d %s %s", response.StatusCode, outcome, content)
+	}
+	var transfer bank.Transfer
+	if err := json.Unmarshal(content, &transfer); err != nil {
+		return "", err
+	}
+	return transfer.ID, nil
+}
+
+// TestOperationsThroughTheProxyPayOnce: whatever the network loses, doubles, delays and cuts, and whichever connections of the
+// bank's PostgreSQL ends, each operation is paid once. None is lost, and what the client says of one without an
+// answer is true, because its caller acts upon it.
+func TestOperationsThroughTheProxyPayOnce(t *testing.T) {
+	t.Parallel()
+	b := setup(t)
+	p := startProxy(t, b.host)
+	intents, err := fileintent.Open(filepath.Join(t.TempDir(), "intents"), nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() {
+		if err := intents.Close(); err != nil {
+			t.Error(err)
+		}
+	}()
+	var attempts, lost atomic.Int64
+	o := options(intents)
+	o.Trace = func(_ context.Context, e client.Event) {
+		switch e.Kind {
+		case client.EventStarted:
+			attempts.Add(1)
+		case client.EventLost:
+			lost.Add(1)
+		case client.EventKept:
+			t.Errorf("an intent was kept: %v", e.Err)
+		}
+	}
+	transport := client.New(newBase(), o)
+	defer transport.CloseIdleConnections()
+	payer := &payer{http: &http.Client{Transport: transport}, url: "http://" + p.address}
+
+	ended := make(chan struct{})
+	var breaking sync.WaitGroup
+	breaking.Go(func() { terminate(t, b, ended) })
+	started := time.Now()
+	ids := make([]string, *operations)
+	var next atomic.Int64
+	var group sync.WaitGroup
+	for range payers {
+		group.Go(func() {
+			for i := int(next.Add(1)) - 1; i < len(ids); i = int(next.Add(1)) - 1 {
+				id, err := payer.pay(t.Context(), transferBody(i, fmt.Sprintf("op-%06d", i)))
+				if err != nil {
+					t.Errorf("operation %d: %v", i, err)
+					return
+				}
+				ids[i] = id
+			}
+		})
+	}
+	group.Wait()
+	took := time.Since(started)
+	close(ended)
+	breaking.Wait()
+
+	t.Logf("%d operations in %v: %d attempts, %d lost, %d ends as unknown, %d as not executed and made anew, %d backends terminated; proxy: %v",
+		len(ids), took.Round(time.Millisecond), attempts.Load(), lost.Load(), payer.unknown.Load(), payer.anew.Load(), terminated.Load(), p.counts())
+	pending, err := intents.Pending(t.Context())
+	if err != nil || len(pending) > 0 {
+		t.Errorf("%d intents are left (%v)", len(pending), err)
+	}
+	expectOnce(t, b, ids)
+	if payer.unknown.Load() == 0 || payer.anew.Load() == 0 {
+		t.Error("the client's errors were not put to the proof")
+	}
+}
+
+// expectOnce holds the bank's books against what was acknowledged.
+func expectOnce(t *testing.T, b *bundle, ids []string) {
+	t.Helper()
+	rows, err := b.db.Query(t.Context(), `SELECT reference, id::text FROM transfers WHERE reference LIKE 'op-%' ORDER BY reference`)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer rows.Close()
+	found := map[string][]string{}
+	for rows.Next() {
+		var reference, id string
+		if err := rows.Scan(&reference, &id); err != nil {
+			t.Fatal(err)
+		}
+		found[reference] = append(found[reference], id)
+	}
+	if err := rows.Err(); err != nil {
+		t.Fatal(err)
+	}
+	for i, id := range ids {
+		if got := found[fmt.Sprintf("op-%06d", i)]; len(got) != 1 || got[0] != id {
+			t.Errorf("operation %d: transfers %v are in the books, %s was acknowledged", i, got, id)
+		}
+	}
+	if len(found) != len(ids) {
+		t.Errorf("%d operations are in the books, want %d", len(found), len(ids))
+	}
+	if audit := b.audit(); !audit.OK || audit.KeysWithManyTransfers != 0 {
+		t.Errorf("audit is %+v", audit)
+	}
+}
+
+var terminated atomic.Int64
+
+// terminate ends one of the bank's connections at work after the other, until ended.
+func terminate(t *testing.T, b *bundle, ended <-chan struct{}) {
+	tick := time.NewTicker(terminateEvery)
+	defer tick.Stop()
+	for {
+		select {
+		case <-ended:
+			return
+		case <-tick.C:
+		}
+		tag, err := b.db.Exec(t.Context(), `SELECT pg_terminate_backend(pid) FROM pg_stat_activity
+			WHERE datname = current_database() AND application_name <> $1 AND state <> 'idle' AND backend_type = 'client backend' AND query LIKE '%transfers%' LIMIT 1`, lookerName)
+		if err != nil {
+			t.Error(err)
+			return
+		}
+		terminated.Add(tag.RowsAffected())
+	}
+}
