@@ -57,8 +57,8 @@ type Options struct {
 	AttemptTimeout time.Duration
 
 	// TotalMax and AttemptsMax bound a request with all of its attempts and pauses. A pause that would end too late is not
-	// begun. The defaults are [TotalMaxDefault] and [AttemptsMaxDefault]. TotalMax must not exceed IntentAgeMax, and both must
-	// be well under the time that a key counts at the server.
+	// begun. The defaults are [TotalMaxDefault] and [AttemptsMaxDefault]. It must be well
+	// under the time that a key counts at the server, and with Intents not exceed IntentAgeMax.
 	TotalMax    time.Duration
 	AttemptsMax int
 
@@ -145,7 +145,7 @@ func (o *Options) full() Options {
 	if full.RetryPercent < 0 || full.RetriesPerSecond < 0 || full.RetryBurst < 0 {
 		panic("idempotency/client: Options.RetryPercent, RetriesPerSecond and RetryBurst must not be negative: Unbudgeted lifts the bound")
 	}
-	if full.IntentAgeMax < full.TotalMax {
+	if full.Intents != nil && full.IntentAgeMax < full.TotalMax {
 		panic(fmt.Sprintf("idempotency/client: Options.IntentAgeMax is %v and TotalMax is %v: an intent must not grow too old while it is sent", full.IntentAgeMax, full.TotalMax))
 	}
 	headers := IntentHeadersDefault()

@@ -214,7 +214,8 @@ func terminate(t *testing.T, b *bundle, ended <-chan struct{}) {
 		case <-tick.C:
 		}
 		tag, err := b.db.Exec(t.Context(), `SELECT pg_terminate_backend(pid) FROM pg_stat_activity
-			WHERE datname = current_database() AND application_name <> $1 AND state <> 'idle' AND backend_type = 'client backend' AND query LIKE '%transfers%' LIMIT 1`, lookerName)
+			WHERE datname = current_database() AND application_name <> $1 AND backend_type = 'client backend'
+			AND (query LIKE '%transfers%' OR query LIKE '%idempotency_keys%' OR query ILIKE 'commit%') ORDER BY random() LIMIT 1`, lookerName)
 		if err != nil {
 			t.Error(err)
 			return
