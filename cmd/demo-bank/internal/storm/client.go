@@ -7,12 +7,13 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"math"
 	"math/rand/v2"
 	"net"
 	"net/http"
-	"strconv"
 	"time"
 
+	keyed "github.com/paidonce/idempotency/client"
 	"github.com/paidonce/idempotency/cmd/demo-bank/internal/bank"
 )
 
@@ -21,7 +22,7 @@ const (
 	backoffFirst   = 10 * time.Millisecond
 	backoffMax     = 500 * time.Millisecond
 	// retryAfterMax caps Retry-After: a second, as the bank says, is right for a client and long for a storm.
-	retryAfterMax  = 40 * time.Millisecond
+	retryAfterMax  = 25 * time.Millisecond
 	cutDelayMax    = 4 * time.Millisecond // from the last byte of a request to the end of its connection
 	answerBytesMax = 1 << 20
 )
@@ -29,20 +30,31 @@ const (
 // errPatience means that a request had no definite answer for as long as the storm's patience.
 var errPatience = errors.New("no definite answer")
 
+var errNotFound = errors.New("not found")
+
 // client is one good client with a connection of its own. It is used by one goroutine at a time.
+//
+// How it retries is package client's doing, which here has no budget of retries: a storm is to go on through a bank's
+// death. What it loses on purpose is the storm's, see cut.
 type client struct {
 	storm *storm
-	http  http.Client
+	keyed http.Client // for what carries a key
+	plain http.Client // for what does not
 }
 
 func newClient(s *storm) *client {
-	return &client{storm: s, http: http.Client{
-		Timeout:   requestTimeout,
-		Transport: &http.Transport{MaxIdleConnsPerHost: 1, DisableCompression: true},
-	}}
+	c := &client{storm: s}
+	base := &http.Transport{MaxIdleConnsPerHost: 1, DisableCompression: true}
+	c.plain = http.Client{Transport: base, Timeout: requestTimeout}
+	c.keyed = http.Client{Transport: keyed.New(base, &keyed.Options{
+		Honours: keyed.Everywhere, BackoffFirst: backoffFirst, BackoffMax: backoffMax, RetryAfterMax: retryAfterMax,
+		AttemptTimeout: requestTimeout, TotalMax: s.config.Patience, AttemptsMax: math.MaxInt, Unbudgeted: true,
+		AnswerBytesMax: answerBytesMax, Trace: s.tally.trace,
+	})}
+	return c
 }
 
-func (c *client) close() { c.http.CloseIdleConnections() }
+func (c *client) close() { c.plain.CloseIdleConnections() }
 
 // answer is what came back: all of it that the bank must repeat, and what a client branches on.
 type answer struct {
@@ -51,8 +63,7 @@ type answer struct {
 	contentType string
 	body        []byte
 
-	outcome    string // of Idempotency-Status; empty where the bank has no middleware
-	retryAfter time.Duration
+	outcome string // of Idempotency-Status; empty where the bank has no middleware
 }
 
 // same reports whether two answers to one key are one answer.
@@ -61,17 +72,6 @@ func (a *answer) same(b *answer) bool {
 }
 
 func (a *answer) acknowledged() bool { return a.status >= 200 && a.status < 300 }
-
-// definite reports whether asking again would be pointless.
-func (a *answer) definite() bool {
-	switch a.outcome {
-	case "executed", "replayed", "mismatch":
-		return true
-	case "in-progress", "unknown":
-		return false
-	}
-	return a.status < 500 && a.status != http.StatusTooManyRequests
-}
 
 // sendCopy sends one copy of a transfer and keeps asking until it has its answer. With cut the first reply is lost.
 func (c *client) sendCopy(ctx context.Context, t *transfer, cut bool) error {
@@ -139,42 +139,21 @@ func (c *client) readBack(ctx context.Context, t *transfer) error {
 
 // ask sends a request until it has a definite answer: the same bytes under the same key, with pauses that grow.
 func (c *client) ask(ctx context.Context, key string, body []byte) (*answer, error) {
-	return c.patiently(ctx, c.storm.config.Patience, func() (*answer, error) {
-		a, err := c.post(ctx, key, body)
-		if err == nil {
-			c.storm.tally.count(a)
-		}
-		return a, err
-	})
-}
-
-// patiently sends until there is a definite answer or the patience is at its end.
-func (c *client) patiently(ctx context.Context, patience time.Duration, send func() (*answer, error)) (*answer, error) {
-	deadline := time.Now().Add(patience)
-	for backoff := backoffFirst; ; backoff = min(2*backoff, backoffMax) {
-		a, err := send()
-		switch {
-		case ctx.Err() != nil:
-			return nil, ctx.Err()
-		case err == nil && a.definite():
-			return a, nil
-		case time.Now().After(deadline) && err != nil:
-			return nil, fmt.Errorf("%w within %v: %w", errPatience, patience, err)
-		case time.Now().After(deadline):
-			return nil, fmt.Errorf("%w within %v: the last one was %d %s", errPatience, patience, a.status, a.outcome)
-		}
-		pause := backoff
-		if err == nil && a.retryAfter > 0 {
-			pause = min(a.retryAfter, retryAfterMax)
-		}
-		pause = pause/2 + rand.N(pause/2) // or all would come back at once
-		select {
-		case <-ctx.Done():
-			return nil, ctx.Err()
-		case <-time.After(pause):
-		}
-		c.storm.tally.retries.Add(1)
+	r, err := c.request(ctx, key, body)
+	if err != nil {
+		return nil, err
 	}
+	response, err := c.keyed.Do(r)
+	switch {
+	case ctx.Err() != nil:
+		if err == nil {
+			_ = response.Body.Close() // nobody reads it
+		}
+		return nil, ctx.Err()
+	case err != nil:
+		return nil, fmt.Errorf("%w within %v: %w", errPatience, c.storm.config.Patience, err)
+	}
+	return read(response)
 }
 
 func (c *client) request(ctx context.Context, key string, body []byte) (*http.Request, error) {
@@ -182,56 +161,22 @@ func (c *client) request(ctx context.Context, key string, body []byte) (*http.Re
 	if err != nil {
 		return nil, err
 	}
-	// Without this Go's client sends a keyed request again by itself when a kept connection drops, and neither counts
-	// nor tells it.
-	r.GetBody = nil
 	r.Header.Set("Content-Type", "application/json")
 	r.Header.Set("Idempotency-Key", key)
 	return r, nil
 }
 
-// post sends a request once.
-func (c *client) post(ctx context.Context, key string, body []byte) (*answer, error) {
-	r, err := c.request(ctx, key, body)
-	if err != nil {
-		return nil, err
-	}
-	c.storm.tally.requests.Add(1)
-	started := time.Now()
-	a, err := c.do(r)
-	if err == nil {
-		c.storm.tally.observe(time.Since(started))
-	} else if ctx.Err() == nil && !errors.Is(err, errRefused) {
-		c.storm.tally.lostReplies.Add(1)
-	}
-	return a, err
-}
-
-// errRefused means that no connection was made, so that no reply was lost.
-var errRefused = errors.New("no connection")
-
-func (c *client) do(r *http.Request) (*answer, error) {
-	response, err := c.http.Do(r)
-	if err != nil {
-		var op *net.OpError
-		if errors.As(err, &op) && op.Op == "dial" {
-			return nil, fmt.Errorf("%w: %w", errRefused, err)
-		}
-		return nil, err
-	}
+// read reads an answer to its end.
+func read(response *http.Response) (*answer, error) {
 	defer func() { _ = response.Body.Close() }() // it was read to its end, or the connection is broken
 	body, err := io.ReadAll(io.LimitReader(response.Body, answerBytesMax))
 	if err != nil {
 		return nil, err
 	}
-	a := &answer{
+	return &answer{
 		status: response.StatusCode, body: body, outcome: response.Header.Get("Idempotency-Status"),
 		location: response.Header.Get("Location"), contentType: response.Header.Get("Content-Type"),
-	}
-	if seconds, err := strconv.Atoi(response.Header.Get("Retry-After")); err == nil && seconds > 0 {
-		a.retryAfter = time.Duration(seconds) * time.Second
-	}
-	return a, nil
+	}, nil
 }
 
 // cut sends a request and closes the connection before its reply: at once, or a moment later. An error means that it
@@ -265,17 +210,9 @@ func (c *client) cut(ctx context.Context, t *transfer) error {
 	return conn.Close()
 }
 
-var errNotFound = errors.New("not found")
-
 // get reads something of the bank's, patiently.
 func (c *client) get(ctx context.Context, path string, patience time.Duration, into any) error {
-	a, err := c.patiently(ctx, patience, func() (*answer, error) {
-		r, err := http.NewRequestWithContext(ctx, http.MethodGet, c.storm.base.JoinPath(path).String(), nil)
-		if err != nil {
-			return nil, err
-		}
-		return c.do(r)
-	})
+	a, err := c.patiently(ctx, c.storm.base.JoinPath(path).String(), patience)
 	switch {
 	case err != nil:
 		return fmt.Errorf("GET %s: %w", path, err)
@@ -288,4 +225,40 @@ func (c *client) get(ctx context.Context, path string, patience time.Duration, i
 		return fmt.Errorf("GET %s: %w", path, err)
 	}
 	return nil
+}
+
+// patiently asks for a URL until there is an answer or the patience is at its end. Reading needs no key.
+func (c *client) patiently(ctx context.Context, url string, patience time.Duration) (*answer, error) {
+	deadline := time.Now().Add(patience)
+	for backoff := backoffFirst; ; backoff = min(2*backoff, backoffMax) {
+		a, err := c.getOnce(ctx, url)
+		switch {
+		case ctx.Err() != nil:
+			return nil, ctx.Err()
+		case err == nil && a.status < 500 && a.status != http.StatusTooManyRequests:
+			return a, nil
+		case time.Now().After(deadline) && err != nil:
+			return nil, fmt.Errorf("%w within %v: %w", errPatience, patience, err)
+		case time.Now().After(deadline):
+			return nil, fmt.Errorf("%w within %v: the last one was %d", errPatience, patience, a.status)
+		}
+		select {
+		case <-ctx.Done():
+			return nil, ctx.Err()
+		case <-time.After(backoff/2 + rand.N(backoff/2)): // or all would come back at once
+		}
+		c.storm.tally.retries.Add(1)
+	}
+}
+
+func (c *client) getOnce(ctx context.Context, url string) (*answer, error) {
+	r, err := http.NewRequestWithContext(ctx, http.MethodGet, url, nil)
+	if err != nil {
+		return nil, err
+	}
+	response, err := c.plain.Do(r)
+	if err != nil {
+		return nil, err
+	}
+	return read(response)
 }

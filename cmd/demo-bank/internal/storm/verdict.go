@@ -1,6 +1,7 @@
 package storm
 
 import (
+	"context"
 	"encoding/json"
 	"fmt"
 	"io"
@@ -12,6 +13,8 @@ import (
 
 	"github.com/HdrHistogram/hdrhistogram-go"
 
+	"github.com/paidonce/idempotency"
+	keyed "github.com/paidonce/idempotency/client"
 	"github.com/paidonce/idempotency/cmd/demo-bank/internal/bank"
 )
 
@@ -42,19 +45,37 @@ func newTally() tally {
 	return tally{latency: &latency{histogram: hdrhistogram.New(1, requestTimeout.Microseconds(), 3)}}
 }
 
-func (t *tally) count(a *answer) {
-	switch a.outcome {
-	case "executed":
+// trace counts what happens to the requests that carry a key.
+func (t *tally) trace(ctx context.Context, e keyed.Event) {
+	switch e.Kind {
+	case keyed.EventStarted:
+		t.requests.Add(1)
+		if e.Attempt > 1 {
+			t.retries.Add(1)
+		}
+	case keyed.EventLost:
+		if ctx.Err() == nil { // else nobody waits for it any more
+			t.lostReplies.Add(1)
+		}
+	case keyed.EventAnswered:
+		t.observe(e.Took)
+		t.count(e.Outcome)
+	}
+}
+
+func (t *tally) count(outcome idempotency.Outcome) {
+	switch outcome {
+	case idempotency.OutcomeExecuted:
 		t.executed.Add(1)
-	case "replayed":
+	case idempotency.OutcomeReplayed:
 		t.replayed.Add(1)
-	case "in-progress":
+	case idempotency.OutcomeInProgress:
 		t.inProgress.Add(1)
-	case "mismatch":
+	case idempotency.OutcomeMismatch:
 		t.mismatches.Add(1)
-	case "not-executed":
+	case idempotency.OutcomeNotExecuted:
 		t.notExecuted.Add(1)
-	case "unknown":
+	case idempotency.OutcomeUnknown:
 		t.unknown.Add(1)
 	}
 }
