@@ -27,6 +27,7 @@ const (
 	faultSilence    fault = "reply never comes"       // and nobody hangs up
 	faultDelay      fault = "slow"                    // and else well
 	faultBadGateway fault = "gateway's own 502"       // in place of the bank's answer, without Idempotency-Status
+	faultUnknown    fault = "bank does not know"      // its answer is unknown, as where it could not find out in time, and it was executed
 	faultLimited    fault = "gateway's own 429"       // in place of a request
 )
 
@@ -36,7 +37,7 @@ var faultShares = []struct {
 	share int
 }{
 	{faultCutBefore, 40}, {faultHalf, 20}, {faultCutAfter, 60}, {faultLate, 30}, {faultMidAnswer, 40}, {faultSilence, 3}, {faultDelay, 60},
-	{faultBadGateway, 20}, {faultLimited, 10},
+	{faultBadGateway, 20}, {faultUnknown, 20}, {faultLimited, 10},
 }
 
 const (
@@ -183,6 +184,8 @@ func (p *proxy) pass(client net.Conn, request []byte) bool {
 	case f == faultSilence:
 		_, _ = client.Read(make([]byte, 1)) // until the client has had enough
 		return false
+	case f == faultUnknown:
+		answer = []byte("HTTP/1.1 503 Service Unavailable\r\nIdempotency-Status: unknown\r\nRetry-After: 1\r\nContent-Length: 0\r\n\r\n")
 	case f == faultBadGateway:
 		answer = []byte("HTTP/1.1 502 Bad Gateway\r\nContent-Length: 0\r\n\r\n")
 	}
