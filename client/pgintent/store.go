@@ -140,13 +140,10 @@ func (s *Store) Save(ctx context.Context, intent *client.Intent) (before bool, e
 	if err := intent.Header.Write(&header); err != nil {
 		return false, fmt.Errorf("%w: %w", client.ErrIntentRefused, err)
 	}
-	body := intent.Body
-	if body == nil {
-		body = []byte{}
-	}
+	head, body := append([]byte{}, header.Bytes()...), append([]byte{}, intent.Body...) // nil would be NULL
 	key := intent.Key.Value
 	for range 2 { // it may be forgotten between the two statements
-		tag, err := s.db.Exec(ctx, s.save, s.options.Owner, key, s.holder, intent.Method, intent.URL, intent.Host, header.Bytes(), body)
+		tag, err := s.db.Exec(ctx, s.save, s.options.Owner, key, s.holder, intent.Method, intent.URL, intent.Host, head, body)
 		if err != nil {
 			return false, refused(err)
 		}
@@ -154,7 +151,7 @@ func (s *Store) Save(ctx context.Context, intent *client.Intent) (before bool, e
 			return false, nil
 		}
 		var same bool
-		err = s.db.QueryRow(ctx, s.compare, s.options.Owner, key, intent.Method, intent.URL, intent.Host, header.Bytes(), body).Scan(&same)
+		err = s.db.QueryRow(ctx, s.compare, s.options.Owner, key, intent.Method, intent.URL, intent.Host, head, body).Scan(&same)
 		switch {
 		case errors.Is(err, pgx.ErrNoRows):
 			continue
