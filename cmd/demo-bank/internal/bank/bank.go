@@ -9,6 +9,7 @@ import (
 	"log/slog"
 	"time"
 
+	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgxpool"
 
 	"github.com/paidonce/idempotency/migrations"
@@ -52,14 +53,26 @@ type Bank struct {
 	ttl    time.Duration
 	audits chan struct{} // holds a token for each audit that runs
 	logger *slog.Logger
+
+	onTransfer TransferFunc
 }
+
+// TransferFunc is called in each transfer's transaction: before its first statement, and with written when its last is
+// sent. An error fails the transfer, and so does a panic.
+type TransferFunc func(ctx context.Context, tx pgx.Tx, written bool) error
+
+// OnTransfer has f called in each transfer. Call it before anything is served, and once.
+func (b *Bank) OnTransfer(f TransferFunc) { b.onTransfer = f }
 
 // auditsMax is how many audits run at once; others wait their turn. Each reads all books, and everybody may ask.
 const auditsMax = 4
 
 // New returns a bank on a migrated database. ttl is how long records count: the audit looks no further back.
 func New(pool *pgxpool.Pool, ids IDSource, ttl time.Duration, logger *slog.Logger) *Bank {
-	return &Bank{pool: pool, ids: ids, ttl: ttl, audits: make(chan struct{}, auditsMax), logger: logger}
+	return &Bank{
+		pool: pool, ids: ids, ttl: ttl, audits: make(chan struct{}, auditsMax), logger: logger,
+		onTransfer: func(context.Context, pgx.Tx, bool) error { return nil },
+	}
 }
 
 // ErrSchema means that the database's tables are not those that this program needs.

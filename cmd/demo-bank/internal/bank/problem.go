@@ -35,7 +35,7 @@ func notFound(slug, detail string) *Problem {
 // WriteProblem answers with a problem document.
 func WriteProblem(w http.ResponseWriter, p *Problem) {
 	w.Header().Set("Content-Type", "application/problem+json")
-	writeJSON(w, p.Status, struct {
+	WriteJSON(w, p.Status, struct {
 		Type   string `json:"type"`
 		Title  string `json:"title"`
 		Status int    `json:"status"`
@@ -54,7 +54,8 @@ func (b *Bank) writeError(w http.ResponseWriter, r *http.Request, err error) {
 	WriteProblem(w, problem)
 }
 
-func writeJSON(w http.ResponseWriter, status int, value any) {
+// WriteJSON answers with a value that can be encoded; it panics where it can't.
+func WriteJSON(w http.ResponseWriter, status int, value any) {
 	if w.Header().Get("Content-Type") == "" {
 		w.Header().Set("Content-Type", "application/json")
 	}

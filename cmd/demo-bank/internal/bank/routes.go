@@ -21,8 +21,11 @@ const (
 	PageLimitMax     = 1000
 )
 
-// TransfersPath is where transfers are sent to.
-const TransfersPath = "/v1/transfers"
+// Where transfers are sent to, with the middleware and without.
+const (
+	TransfersPath            = "/v1/transfers"
+	UnprotectedTransfersPath = "/v1/unprotected/transfers"
+)
 
 // auditTimeout bounds an audit: it reads all books, and must not hold a connection for longer than anybody waits.
 const auditTimeout = 20 * time.Second
@@ -46,7 +49,7 @@ func (b *Bank) Mount(r chi.Router, protect func(http.Handler) http.Handler) {
 	r.Group(func(r chi.Router) {
 		r.Use(b.requireTenant)
 		noStamp := func(*http.Request) stamp { return stamp{} }
-		r.Post("/v1/unprotected/transfers", b.inOwnTransaction(b.decodeTransfer, noStamp))
+		r.Post(UnprotectedTransfersPath, b.inOwnTransaction(b.decodeTransfer, noStamp))
 		r.Get("/v1/accounts", b.getAccounts)
 		r.Get("/v1/accounts/{id}", b.get(func(ctx context.Context, id string) (any, error) { return b.account(ctx, id) }))
 		r.Get("/v1/transfers", b.getTransfers)
@@ -93,7 +96,7 @@ type answer struct {
 
 func (a *answer) write(w http.ResponseWriter) {
 	w.Header().Set("Location", a.location)
-	writeJSON(w, a.status, a.body)
+	WriteJSON(w, a.status, a.body)
 }
 
 // work is what a request writes, in whichever transaction it is given.
@@ -177,7 +180,7 @@ func (b *Bank) get(read func(ctx context.Context, id string) (any, error)) http.
 			b.writeError(w, r, err)
 			return
 		}
-		writeJSON(w, http.StatusOK, value)
+		WriteJSON(w, http.StatusOK, value)
 	}
 }
 
@@ -197,7 +200,7 @@ func (b *Bank) getAccounts(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	accounts, next := cutPage(accounts, limit, func(a Account) string { return a.ID })
-	writeJSON(w, http.StatusOK, struct {
+	WriteJSON(w, http.StatusOK, struct {
 		Accounts []Account `json:"accounts"`
 		Next     *string   `json:"next"`
 	}{accounts, next})
@@ -225,7 +228,7 @@ func (b *Bank) getTransfers(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	transfers, next := cutPage(transfers, limit, func(t Transfer) string { return t.ID })
-	writeJSON(w, http.StatusOK, struct {
+	WriteJSON(w, http.StatusOK, struct {
 		Transfers []Transfer `json:"transfers"`
 		Next      *string    `json:"next"`
 	}{transfers, next})
@@ -237,7 +240,7 @@ func (b *Bank) getProducts(w http.ResponseWriter, r *http.Request) {
 		b.writeError(w, r, err)
 		return
 	}
-	writeJSON(w, http.StatusOK, struct {
+	WriteJSON(w, http.StatusOK, struct {
 		Products []Product `json:"products"`
 	}{products})
 }
@@ -251,7 +254,7 @@ func (b *Bank) getAudit(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	w.Header().Set("Cache-Control", "no-store")
-	writeJSON(w, http.StatusOK, audit)
+	WriteJSON(w, http.StatusOK, audit)
 }
 
 // pageLimit reads the limit of a page.

@@ -63,6 +63,9 @@ func (b *Bank) decodeTransfer(body []byte) (work, error) {
 // transfer moves money between two accounts in the given transaction: two round trips, one to lock and look, one to
 // write. Where it returns an error whoever gave the transaction undoes it.
 func (b *Bank) transfer(ctx context.Context, tx pgx.Tx, s stamp, t Transfer) (*answer, error) {
+	if err := b.onTransfer(ctx, tx, false); err != nil {
+		return nil, fmt.Errorf("before the transfer: %w", err)
+	}
 	rows, err := tx.Query(ctx, lockAccounts, t.From, t.To)
 	if err != nil {
 		return nil, fmt.Errorf("lock accounts: %w", err)
@@ -105,6 +108,9 @@ func (b *Bank) transfer(ctx context.Context, tx pgx.Tx, s stamp, t Transfer) (*a
 		id, t.From, t.To, t.Amount)
 	if err := tx.SendBatch(ctx, &batch).Close(); err != nil {
 		return nil, fmt.Errorf("write the transfer: %w", err)
+	}
+	if err := b.onTransfer(ctx, tx, true); err != nil {
+		return nil, fmt.Errorf("after the transfer: %w", err)
 	}
 	t.ID, t.CreatedAt = strconv.FormatInt(id, 10), t.CreatedAt.UTC()
 	return &answer{status: http.StatusCreated, location: "/v1/transfers/" + t.ID, body: t}, nil

@@ -14,6 +14,7 @@ import (
 
 	"github.com/paidonce/idempotency"
 	"github.com/paidonce/idempotency/cmd/demo-bank/internal/bank"
+	"github.com/paidonce/idempotency/cmd/demo-bank/internal/live"
 	"github.com/paidonce/idempotency/cmd/demo-bank/internal/nodeid"
 	"github.com/paidonce/idempotency/cmd/demo-bank/internal/web"
 	"github.com/paidonce/idempotency/middleware"
@@ -25,18 +26,19 @@ import (
 const readyTimeout = 2 * time.Second
 
 // handler is everything that the bank answers.
-func (s *Server) handler(store *postgres.Store, books *bank.Bank, ids *nodeid.Source) http.Handler {
+func (s *Server) handler(store *postgres.Store, books *bank.Bank, ids *nodeid.Source, watch *live.Live) http.Handler {
 	idem := middleware.New(store, bank.Tenant, &middleware.Options{
 		Engine: idempotency.Options{
 			TTL: s.config.TTL, Wait: s.config.Wait, HandlerTimeout: s.config.HandlerTimeout, Speculative: s.config.Speculative,
-			Tracer: s.metrics,
+			Tracer: watch.Trace(s.metrics),
 		},
 		RouterState: chiroute.State,
 		Logger:      s.logger,
 	})
 	r := chi.NewRouter()
-	r.Use(s.logRequests, chimiddleware.GetHead)
+	r.Use(watch.Recognise, s.logRequests, chimiddleware.GetHead)
 	books.Mount(r, s.protect(idem))
+	watch.Mount(r)
 	page := web.New()
 	r.Get("/", page.ServeHTTP)
 	r.Get("/assets/*", page.Assets)

@@ -18,6 +18,7 @@ import (
 	"github.com/paidonce/idempotency"
 	"github.com/paidonce/idempotency/cmd/demo-bank/internal/bank"
 	"github.com/paidonce/idempotency/cmd/demo-bank/internal/crashpoint"
+	"github.com/paidonce/idempotency/cmd/demo-bank/internal/live"
 	"github.com/paidonce/idempotency/cmd/demo-bank/internal/metrics"
 	"github.com/paidonce/idempotency/cmd/demo-bank/internal/nodeid"
 	"github.com/paidonce/idempotency/storage/postgres"
@@ -187,7 +188,10 @@ func (s *Server) Run(ctx context.Context) (err error) {
 	group.Go(func() { s.reaper(store).Run(background) })
 
 	books := bank.New(pool, ids, s.config.TTL, s.logger)
-	return s.serve(ctx, listener, s.handler(store, books, ids), db)
+	page := live.New(pool, urlOf(listener.Addr()), s.config.TTL, s.logger)
+	books.OnTransfer(page.OnTransfer)
+	group.Go(func() { page.Run(background) })
+	return s.serve(ctx, listener, s.handler(store, books, ids, page), page.Stop, db)
 }
 
 // writeTimeout is what net/http gives a request from its headers to the end of its answer: more than all that happens in
@@ -231,8 +235,9 @@ func (s *Server) httpServer(handler http.Handler) *http.Server {
 	}
 }
 
-// serve answers requests until ctx ends or something the bank can't do without does, and then drains.
-func (s *Server) serve(ctx context.Context, listener net.Listener, handler http.Handler, db *database) error {
+// serve answers requests until ctx ends or something the bank can't do without does, and then drains. stopping is called
+// before, and ends what would go on for ever.
+func (s *Server) serve(ctx context.Context, listener net.Listener, handler http.Handler, stopping func(), db *database) error {
 	server := s.httpServer(handler)
 	failed := make(chan error, 1)
 	go func() { failed <- server.Serve(listener) }()
@@ -254,6 +259,7 @@ func (s *Server) serve(ctx context.Context, listener net.Listener, handler http.
 	// Shutdown would cut idle keep-alive connections at once, and with them requests that are on their way. So the
 	// gate closes first, and answers those. Who finds no listener any more finds a closed gate too.
 	s.gate.close()
+	stopping()
 	_ = listener.Close() // which ends Serve
 	drain, cancel := context.WithTimeout(context.WithoutCancel(ctx), s.config.ShutdownTimeout)
 	defer cancel()

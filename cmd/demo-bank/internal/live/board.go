@@ -1,0 +1,313 @@
+package live
+
+import (
+	"sync"
+	"time"
+
+	"github.com/paidonce/idempotency"
+)
+
+// Limits of what a viewer sees. Counts are of everything; lanes and bars are of the newest.
+const (
+	lanesMax = 48 // for each side
+	dotsMax  = 16 // in a lane: of more attempts the last are shown
+	barsMax  = 45 // seconds
+)
+
+// Side is one half of the picture.
+type Side string
+
+// The sides.
+const (
+	Protected   Side = "protected"
+	Unprotected Side = "unprotected"
+)
+
+// sides in the order in which they are counted.
+var sides = [2]Side{Protected, Unprotected}
+
+func (s Side) index() int {
+	if s == Unprotected {
+		return 1
+	}
+	return 0
+}
+
+// Dot is what became of one attempt, as a letter.
+type Dot byte
+
+// The dots. The last two are what a client knows and the bank does not.
+const (
+	DotExecuted    Dot = 'e'
+	DotReplayed    Dot = 'r'
+	DotInProgress  Dot = 'p'
+	DotMismatch    Dot = 'm'
+	DotFailed      Dot = 'f' // no answer that says that it was executed: refused, rolled back, died
+	DotLostReply   Dot = 'l'
+	DotLostRequest Dot = 'x'
+)
+
+// dotOf is the dot of an outcome.
+func dotOf(outcome idempotency.Outcome) Dot {
+	switch outcome {
+	case idempotency.OutcomeExecuted:
+		return DotExecuted
+	case idempotency.OutcomeReplayed:
+		return DotReplayed
+	case idempotency.OutcomeInProgress:
+		return DotInProgress
+	case idempotency.OutcomeMismatch:
+		return DotMismatch
+	}
+	return DotFailed
+}
+
+// Counts are the attempts of one side, since the last storm began or the bank started. An attempt whose reply was lost
+// is also counted as what it was: executed, most likely.
+type Counts struct {
+	Attempts     int64 `json:"attempts"`
+	Executed     int64 `json:"executed"`
+	Replayed     int64 `json:"replayed"`
+	InProgress   int64 `json:"in_progress"`
+	Mismatch     int64 `json:"mismatch"`
+	Failed       int64 `json:"failed"`
+	LostReplies  int64 `json:"lost_replies"`
+	LostRequests int64 `json:"lost_requests"`
+}
+
+func (c *Counts) add(dot Dot) {
+	switch dot {
+	case DotExecuted:
+		c.Executed++
+	case DotReplayed:
+		c.Replayed++
+	case DotInProgress:
+		c.InProgress++
+	case DotMismatch:
+		c.Mismatch++
+	case DotFailed:
+		c.Failed++
+	case DotLostReply:
+		c.LostReplies++
+	case DotLostRequest:
+		c.LostRequests++
+	}
+}
+
+// Bar is one second.
+type Bar struct {
+	Second int64     `json:"t"` // Unix time
+	Sides  [2]Counts `json:"sides"`
+}
+
+// Lane is one key and its attempts.
+type Lane struct {
+	ID    int64  `json:"id"` // grows with time
+	Side  Side   `json:"side"`
+	Label string `json:"label"`
+	Dots  string `json:"dots"`
+	More  int    `json:"more,omitempty"` // earlier attempts that are not shown
+	Ran   int    `json:"ran"`            // how often it was executed
+}
+
+// Frame is what is sent to viewers: a snapshot holds everything, an update what changed since the last. A field that is
+// there replaces what the viewer has; bars and lanes replace those of the same t or id, and the newest are kept.
+type Frame struct {
+	Epoch  string     `json:"epoch,omitempty"` // of the process; snapshots only
+	AtMS   int64      `json:"at_ms"`
+	Reset  bool       `json:"reset,omitempty"` // forget the lanes that you have
+	Storm  *Storm     `json:"storm,omitempty"`
+	Counts *[2]Counts `json:"counts,omitempty"` // protected, unprotected
+	Bars   []Bar      `json:"bars,omitempty"`
+	Lanes  []Lane     `json:"lanes,omitempty"`
+	Proof  *Proof     `json:"proof,omitempty"`
+	Limits *Limits    `json:"limits,omitempty"` // snapshots only
+}
+
+// board is all that can be seen, bounded whatever happens in front of it. It is safe for concurrent use.
+type board struct {
+	mu     sync.Mutex
+	storm  *Storm
+	counts [2]Counts
+	bars   []Bar // oldest first
+	lanes  [2][]*Lane
+	byKey  map[string]*Lane
+	lastID int64
+	proof  *Proof
+
+	changed change
+}
+
+// change is what has changed since the last update was taken.
+type change struct {
+	any, reset, storm, counts, proof bool
+
+	barsFrom int64 // the first second that changed; 0: none did
+	lanes    map[*Lane]struct{}
+}
+
+func newBoard() *board {
+	return &board{byKey: map[string]*Lane{}, changed: change{lanes: map[*Lane]struct{}{}}}
+}
+
+// attempt counts an attempt. key names its lane and is shown to nobody; label is. answered is what the bank made of it,
+// 0 where nobody knows; seen is what its client saw.
+func (b *board) attempt(now time.Time, side Side, key, label string, answered, seen Dot) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	s := side.index()
+	bar := b.bar(now)
+	for _, c := range []*Counts{&b.counts[s], &bar.Sides[s]} {
+		c.Attempts++
+		if answered != 0 {
+			c.add(answered)
+		}
+		if seen != answered {
+			c.add(seen)
+		}
+	}
+	lane := b.lane(side, key, label)
+	if answered == DotExecuted {
+		lane.Ran++
+	}
+	lane.Dots += string(rune(seen))
+	if over := len(lane.Dots) - dotsMax; over > 0 {
+		lane.Dots, lane.More = lane.Dots[over:], lane.More+over
+	}
+	b.changed.any, b.changed.counts = true, true
+	b.changed.lanes[lane] = struct{}{}
+}
+
+// bar returns the bar of this second, which will have changed.
+func (b *board) bar(now time.Time) *Bar {
+	second := now.Unix()
+	if n := len(b.bars); n > 0 && b.bars[n-1].Second >= second {
+		second = b.bars[n-1].Second // clocks that go back change nothing
+	} else {
+		if n == barsMax {
+			b.bars = append(b.bars[:0], b.bars[1:]...)
+		}
+		b.bars = append(b.bars, Bar{Second: second})
+	}
+	if b.changed.barsFrom == 0 {
+		b.changed.barsFrom = second
+	}
+	return &b.bars[len(b.bars)-1]
+}
+
+// lane returns the lane of a key, a new one where it has none any more.
+func (b *board) lane(side Side, key, label string) *Lane {
+	key = string(side) + " " + key
+	if lane := b.byKey[key]; lane != nil {
+		return lane
+	}
+	b.lastID++
+	lane := &Lane{ID: b.lastID, Side: side, Label: label}
+	list := &b.lanes[side.index()]
+	if len(*list) == lanesMax {
+		oldest := (*list)[0]
+		*list = append((*list)[:0], (*list)[1:]...)
+		delete(b.changed.lanes, oldest)
+		for k, l := range b.byKey { // lanesMax of each side at most
+			if l == oldest {
+				delete(b.byKey, k)
+				break
+			}
+		}
+	}
+	*list = append(*list, lane)
+	b.byKey[key] = lane
+	return lane
+}
+
+// begin shows a new storm: its lanes and counts begin at nothing.
+func (b *board) begin(s Storm) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	b.storm, b.counts, b.lanes, b.byKey = &s, [2]Counts{}, [2][]*Lane{}, map[string]*Lane{}
+	clear(b.changed.lanes)
+	b.changed.any, b.changed.reset, b.changed.storm, b.changed.counts = true, true, true, true
+}
+
+// update shows what became of the storm.
+func (b *board) update(change func(s *Storm)) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	s := *b.storm // viewers may be reading the one before
+	change(&s)
+	b.storm = &s
+	b.changed.any, b.changed.storm = true, true
+}
+
+func (b *board) prove(p *Proof) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	b.proof = p
+	b.changed.any, b.changed.proof = true, true
+}
+
+// lastProof returns the last proof, or nil.
+func (b *board) lastProof() *Proof {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.proof
+}
+
+// running is the storm that runs or ran last in this process, or nil.
+func (b *board) current() *Storm {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.storm
+}
+
+// snapshot returns all there is to see.
+func (b *board) snapshot(now time.Time) *Frame {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	counts := b.counts
+	f := &Frame{AtMS: now.UnixMilli(), Reset: true, Storm: b.storm, Counts: &counts, Bars: append([]Bar(nil), b.bars...), Proof: b.proof}
+	for _, list := range b.lanes {
+		for _, lane := range list {
+			f.Lanes = append(f.Lanes, *lane)
+		}
+	}
+	return f
+}
+
+// take returns what changed since it was called last, or nil.
+func (b *board) take(now time.Time) *Frame {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	c := &b.changed
+	if !c.any {
+		return nil
+	}
+	f := &Frame{AtMS: now.UnixMilli(), Reset: c.reset}
+	if c.storm {
+		f.Storm = b.storm
+	}
+	if c.counts {
+		counts := b.counts
+		f.Counts = &counts
+	}
+	if c.proof {
+		f.Proof = b.proof
+	}
+	if c.barsFrom != 0 {
+		for _, bar := range b.bars {
+			if bar.Second >= c.barsFrom {
+				f.Bars = append(f.Bars, bar)
+			}
+		}
+	}
+	for _, list := range b.lanes {
+		for _, lane := range list {
+			if _, ok := c.lanes[lane]; ok {
+				f.Lanes = append(f.Lanes, *lane)
+			}
+		}
+	}
+	clear(c.lanes)
+	*c = change{lanes: c.lanes}
+	return f
+}

@@ -1,0 +1,99 @@
+// Package live is the server side of the bank's page: a storm that the bank sends to itself, what becomes of it and of
+// everybody else's requests as a stream of events, and the proof, read from the books.
+//
+//   - storm.go is the storm, plan.go its form, retry.go its client, faults.go what goes wrong on the way and in the bank
+//   - board.go is all that can be seen; tracer.go tells it of requests that are not the storm's
+//   - proof.go is what PostgreSQL says of the twins' money
+//   - hub.go and stream.go bring it to viewers
+//
+// A storm sends the same payments to two pairs of accounts: to one through the middleware, to the other without. Both
+// meet the same faults, and the same client retries on both.
+package live
+
+import (
+	"context"
+	"crypto/rand"
+	"encoding/hex"
+	"log/slog"
+	"net/http"
+	"sync"
+	"time"
+
+	"github.com/go-chi/chi/v5"
+	"github.com/jackc/pgx/v5/pgxpool"
+)
+
+// Live is the server side of the page. It is safe for concurrent use.
+type Live struct {
+	pool   *pgxpool.Pool
+	url    string // of the bank itself
+	logger *slog.Logger
+	token  string // marks the storm's requests
+	board  *board
+	hub    *hub
+	prove  func(ctx context.Context, run string) (*Proof, error)
+
+	ending context.Context // over when Stop was called
+	end    context.CancelFunc
+	storms sync.WaitGroup
+
+	mu     sync.Mutex
+	stop   context.CancelFunc // of the storm that runs; nil: none does
+	closed bool
+}
+
+// New returns the page's server side for a bank that can be reached at url. ttl is how long records count. A nil logger
+// logs nothing.
+func New(pool *pgxpool.Pool, url string, ttl time.Duration, logger *slog.Logger) *Live {
+	if logger == nil {
+		logger = slog.New(slog.DiscardHandler)
+	}
+	var epoch [8]byte
+	_, _ = rand.Read(epoch[:]) // never fails: crypto/rand ends the program first
+	b := newBoard()
+	l := &Live{pool: pool, url: url, logger: logger, token: newToken(), board: b, hub: newHub(hex.EncodeToString(epoch[:]), b)}
+	l.prove = func(ctx context.Context, run string) (*Proof, error) { return prove(ctx, pool, run, ttl) }
+	l.ending, l.end = context.WithCancel(context.Background())
+	return l
+}
+
+// Mount puts the page's requests on a router. Those that change something are refused where another site's page sends
+// them.
+func (l *Live) Mount(r chi.Router) {
+	r.Get("/live/events", l.events)
+	r.Group(func(r chi.Router) {
+		r.Use(http.NewCrossOriginProtection().Handler)
+		r.Post("/live/storm", l.postStorm)
+		r.Post("/live/storm/stop", l.postStop)
+	})
+}
+
+// Run serves the streams until ctx ends, and returns when all that it started is over.
+func (l *Live) Run(ctx context.Context) {
+	var group sync.WaitGroup
+	group.Go(func() { l.hub.run(ctx) })
+	group.Go(func() { l.prover(ctx) })
+	<-ctx.Done()
+	l.Stop()
+	group.Wait()
+	l.storms.Wait()
+}
+
+// Stop ends all streams and the storm at once, and lets none begin: they must not keep a bank from stopping. It may be
+// called more than once.
+func (l *Live) Stop() {
+	l.mu.Lock()
+	l.closed = true
+	if l.stop != nil {
+		l.stop()
+	}
+	l.mu.Unlock()
+	l.end()
+	l.hub.close()
+}
+
+func (l *Live) isClosed() bool {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.closed
+}

@@ -1,0 +1,313 @@
+package live
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"math/rand/v2"
+	"net/http"
+	"strconv"
+	"strings"
+	"time"
+
+	"golang.org/x/sync/errgroup"
+
+	"github.com/paidonce/idempotency/cmd/demo-bank/internal/bank"
+)
+
+// StormState is where a storm is.
+type StormState string
+
+// The states of a storm.
+const (
+	StormRunning  StormState = "running"
+	StormEnded    StormState = "ended"     // every copy has its answer
+	StormStopped  StormState = "stopped"   // by a viewer, or because the bank was stopping
+	StormTimedOut StormState = "timed-out" // after StormMax
+	StormFailed   StormState = "failed"
+)
+
+const (
+	// StormMax is how long a storm may take. What it has not sent by then it does not send.
+	StormMax = time.Minute
+
+	// amount of each payment, in minor units.
+	amount = 2500
+	// openingFactor is how often each copy can be paid before the payer's account is empty: no retry of an unprotected
+	// payment shall be refused for the lack of money.
+	openingFactor = 4
+
+	auditTimeout = 25 * time.Second
+)
+
+// Storm is a storm as viewers see it.
+type Storm struct {
+	Run       string     `json:"run"`
+	State     StormState `json:"state"`
+	Plan      Plan       `json:"plan"`
+	Amount    int64      `json:"amount"` // of each payment, in minor units
+	Copies    int        `json:"copies"` // to be sent, of all sides together
+	Answered  int        `json:"answered"`
+	Differing int        `json:"differing"` // protected copies whose answer was not that of the first, byte by byte
+	StartedMS int64      `json:"started_ms"`
+	EndedMS   int64      `json:"ended_ms,omitempty"`
+	Audit     string     `json:"audit,omitempty"` // of the whole bank, when it was over: ok, broken or unknown
+}
+
+var errStormRuns = errors.New("a storm is running")
+
+// start starts a storm; it is over before Run returns. The error is errStormRuns or errClosed.
+func (l *Live) start(plan Plan) (*Storm, error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	switch {
+	case l.closed:
+		return nil, errClosed
+	case l.stop != nil:
+		return nil, errStormRuns
+	}
+	ctx, cancel := context.WithTimeoutCause(context.Background(), StormMax, errTimedOut)
+	l.stop = cancel
+	copies := plan.Keys * plan.Copies * len(plan.sides())
+	s := Storm{State: StormRunning, Plan: plan, Amount: amount, Copies: copies, StartedMS: time.Now().UnixMilli()}
+	s.Run = newRun(time.Now(), 0) // until the ledger was asked
+	l.board.begin(s)
+	l.storms.Go(func() {
+		defer func() {
+			l.mu.Lock()
+			defer l.mu.Unlock()
+			cancel()
+			l.stop = nil
+		}()
+		l.run(ctx, s)
+	})
+	return &s, nil
+}
+
+var errTimedOut = errors.New("the storm took too long")
+
+// stopStorm ends the storm that runs, if there is one.
+func (l *Live) stopStorm() {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.stop != nil {
+		l.stop()
+	}
+}
+
+// run is a storm from its accounts to the audit.
+func (l *Live) run(ctx context.Context, s Storm) {
+	err := l.rage(ctx, s)
+	state := StormEnded
+	switch {
+	case errors.Is(context.Cause(ctx), errTimedOut):
+		state = StormTimedOut
+	case ctx.Err() != nil:
+		state = StormStopped
+	case err != nil:
+		state = StormFailed
+		l.logger.Warn("the page's storm failed", "error", err)
+	}
+	l.board.update(func(s *Storm) { s.State, s.EndedMS = state, time.Now().UnixMilli() })
+	if l.isClosed() {
+		return
+	}
+	verdict := l.audit()
+	l.board.update(func(s *Storm) { s.Audit = verdict })
+}
+
+// rage opens the twins and sends everything.
+func (l *Live) rage(ctx context.Context, s Storm) error {
+	end, err := l.ledgerEnd(ctx)
+	if err != nil {
+		return fmt.Errorf("find the ledger's end: %w", err)
+	}
+	s.Run = newRun(time.UnixMilli(s.StartedMS), end)
+	l.board.update(func(view *Storm) { view.Run = s.Run })
+	base := &http.Transport{MaxIdleConnsPerHost: 4 * s.Plan.Clients, DisableCompression: true}
+	defer base.CloseIdleConnections()
+	for _, side := range s.Plan.sides() {
+		for account, opening := range map[string]int64{
+			payerOf(s.Run, side): int64(s.Plan.Keys*s.Plan.Copies) * amount * openingFactor,
+			payeeOf(s.Run, side): 0,
+		} {
+			if err := l.open(ctx, base, account, opening); err != nil {
+				return fmt.Errorf("open account: %w", err)
+			}
+		}
+	}
+	group, ctx := errgroup.WithContext(ctx)
+	for _, side := range s.Plan.sides() {
+		group.Go(func() error { return l.rageOn(ctx, base, s, side) })
+	}
+	return group.Wait()
+}
+
+// rageOn sends one side's copies.
+func (l *Live) rageOn(ctx context.Context, base http.RoundTripper, s Storm, side Side) error {
+	client := l.client(&weather{
+		base: base, board: l.board, side: side, token: l.token, faults: s.Plan.Faults, share: float64(s.Plan.SharePercent) / 100,
+	})
+	work := make(chan *payment)
+	group, ctx := errgroup.WithContext(ctx)
+	group.Go(func() error {
+		defer close(work)
+		for i := range s.Plan.Keys {
+			select {
+			case work <- newPayment(s, side, i):
+			case <-ctx.Done():
+				return ctx.Err()
+			}
+		}
+		return nil
+	})
+	for range s.Plan.Clients {
+		group.Go(func() error {
+			for p := range work {
+				if err := l.pay(ctx, client, p, s.Plan.Copies, side); err != nil {
+					return err
+				}
+			}
+			return nil
+		})
+	}
+	return group.Wait()
+}
+
+// newPayment is the same payment on either side, but for its accounts.
+func newPayment(s Storm, side Side, number int) *payment {
+	reference := fmt.Sprintf("payment %03d", number+1)
+	return &payment{
+		number: number, reference: reference, key: fmt.Sprintf("storm-%s-%d", s.Run, number),
+		body: fmt.Appendf(nil, `{"from":"%s","to":"%s","amount":%d,"currency":"EUR","reference":"%s"}`,
+			payerOf(s.Run, side), payeeOf(s.Run, side), amount, reference),
+		draws: rand.New(rand.NewPCG(uint64(s.StartedMS), uint64(number))),
+	}
+}
+
+func payerOf(run string, side Side) string { return "twin-" + run + "-" + string(side) }
+func payeeOf(run string, side Side) string { return payerOf(run, side) + "-payee" }
+
+// newRun names a run so that names sort by time.
+func newRun(at time.Time, ledgerEnd int64) string {
+	return fmt.Sprintf("%012x-%x", at.UnixMilli(), ledgerEnd)
+}
+
+// endOfLedger is the last entry before a run.
+func endOfLedger(run string) (int64, error) {
+	_, end, _ := strings.Cut(run, "-")
+	return strconv.ParseInt(end, 16, 64)
+}
+
+// pay sends all copies of a payment, one after another, and compares what they were answered.
+func (l *Live) pay(ctx context.Context, client *http.Client, p *payment, copies int, side Side) error {
+	ctx = context.WithValue(ctx, paymentKey{}, p)
+	path := bank.TransfersPath
+	if side == Unprotected {
+		path = bank.UnprotectedTransfersPath
+	}
+	var first []byte
+	for range copies {
+		p.attempts = 0
+		status, answer, err := post(ctx, client, l.url+path, p.key, p.body)
+		if err != nil {
+			return fmt.Errorf("pay: %w", err)
+		}
+		if first == nil && status == http.StatusCreated {
+			first = answer
+		}
+		differs := side == Protected && !bytes.Equal(first, answer)
+		l.board.update(func(s *Storm) {
+			s.Answered++
+			if differs {
+				s.Differing++
+			}
+		})
+	}
+	return nil
+}
+
+func post(ctx context.Context, client *http.Client, url, key string, body []byte) (status int, answer []byte, err error) {
+	r, err := http.NewRequestWithContext(ctx, http.MethodPost, url, bytes.NewReader(body))
+	if err != nil {
+		return 0, nil, err
+	}
+	r.Header.Set("Content-Type", "application/json")
+	r.Header.Set("Idempotency-Key", key)
+	response, err := client.Do(r)
+	if err != nil {
+		return 0, nil, err
+	}
+	answer, err = readAll(response.Body)
+	return response.StatusCode, answer, err
+}
+
+// open opens an account as anybody does.
+func (l *Live) open(ctx context.Context, base http.RoundTripper, id string, opening int64) error {
+	body := fmt.Appendf(nil, `{"id":"%s","currency":"EUR","opening_balance":%d}`, id, opening)
+	client := l.client(&marking{base: base, token: l.token})
+	status, answer, err := post(ctx, client, l.url+"/v1/accounts", "open-"+id, body)
+	if err == nil && status != http.StatusCreated {
+		err = fmt.Errorf("status %d: %.200s", status, answer)
+	}
+	return err
+}
+
+// marking marks requests as the storm's own, and does nothing else to them.
+type marking struct {
+	base  http.RoundTripper
+	token string
+}
+
+// RoundTrip implements http.RoundTripper.
+func (m *marking) RoundTrip(r *http.Request) (*http.Response, error) {
+	r = r.Clone(r.Context())
+	r.Header.Set(headerStorm, m.token)
+	return m.base.RoundTrip(r)
+}
+
+// audit asks the bank whether all its books are right.
+func (l *Live) audit() string {
+	ctx, cancel := context.WithTimeout(context.Background(), auditTimeout)
+	defer cancel()
+	stop := context.AfterFunc(l.ending, cancel)
+	defer stop()
+	var audit struct {
+		OK bool `json:"ok"`
+	}
+	err := func() error {
+		r, err := http.NewRequestWithContext(ctx, http.MethodGet, l.url+"/v1/audit", nil)
+		if err != nil {
+			return err
+		}
+		transport := &http.Transport{DisableKeepAlives: true}
+		response, err := transport.RoundTrip(r)
+		if err != nil {
+			return err
+		}
+		defer func() { _ = response.Body.Close() }() // it was read, or is of no use
+		if response.StatusCode != http.StatusOK {
+			return fmt.Errorf("status %d", response.StatusCode)
+		}
+		return json.NewDecoder(io.LimitReader(response.Body, answerBytesMax)).Decode(&audit)
+	}()
+	switch {
+	case err != nil:
+		if l.ending.Err() == nil {
+			l.logger.Warn("the audit after the page's storm was not answered", "error", err)
+		}
+		return "unknown"
+	case audit.OK:
+		return "ok"
+	}
+	return "broken"
+}
+
+// ledgerEnd is the id of the last entry of the ledger.
+func (l *Live) ledgerEnd(ctx context.Context) (id int64, err error) {
+	err = l.pool.QueryRow(ctx, `SELECT COALESCE(max(id), 0) FROM entries`).Scan(&id)
+	return id, err
+}
