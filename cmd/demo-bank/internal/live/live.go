@@ -1,7 +1,7 @@
 // Package live is the server side of the bank's page: a storm that the bank sends to itself, what becomes of it and of
 // everybody else's requests as a stream of events, and the proof, read from the books.
 //
-//   - storm.go is the storm, plan.go its form, retry.go its client, faults.go what goes wrong on the way and in the bank
+//   - storm.go is the storm, plan.go its form, client.go its client, faults.go what goes wrong on the way and in the bank
 //   - board.go is all that can be seen; tracer.go tells it of requests that are not the storm's
 //   - proof.go is what PostgreSQL says of the twins' money
 //   - hub.go and stream.go bring it to viewers

@@ -148,7 +148,7 @@ func (l *Live) rage(ctx context.Context, s Storm) error {
 
 // rageOn sends one side's copies.
 func (l *Live) rageOn(ctx context.Context, base http.RoundTripper, s Storm, side Side) error {
-	client := l.client(&weather{
+	payer := newClient(&weather{
 		base: base, board: l.board, side: side, token: l.token, faults: s.Plan.Faults, share: float64(s.Plan.SharePercent) / 100,
 	})
 	work := make(chan *payment)
@@ -167,7 +167,7 @@ func (l *Live) rageOn(ctx context.Context, base http.RoundTripper, s Storm, side
 	for range s.Plan.Clients {
 		group.Go(func() error {
 			for p := range work {
-				if err := l.pay(ctx, client, p, s.Plan.Copies, side); err != nil {
+				if err := l.pay(ctx, payer, p, s.Plan.Copies, side); err != nil {
 					return err
 				}
 			}
@@ -203,7 +203,7 @@ func endOfLedger(run string) (int64, error) {
 }
 
 // pay sends all copies of a payment, one after another, and compares what they were answered.
-func (l *Live) pay(ctx context.Context, client *http.Client, p *payment, copies int, side Side) error {
+func (l *Live) pay(ctx context.Context, payer *http.Client, p *payment, copies int, side Side) error {
 	ctx = context.WithValue(ctx, paymentKey{}, p)
 	path := bank.TransfersPath
 	if side == Unprotected {
@@ -212,7 +212,7 @@ func (l *Live) pay(ctx context.Context, client *http.Client, p *payment, copies 
 	var first []byte
 	for range copies {
 		p.attempts = 0
-		status, answer, err := post(ctx, client, l.url+path, p.key, p.body)
+		status, answer, err := post(ctx, payer, l.url+path, p.key, p.body)
 		if err != nil {
 			return fmt.Errorf("pay: %w", err)
 		}
@@ -230,14 +230,14 @@ func (l *Live) pay(ctx context.Context, client *http.Client, p *payment, copies 
 	return nil
 }
 
-func post(ctx context.Context, client *http.Client, url, key string, body []byte) (status int, answer []byte, err error) {
+func post(ctx context.Context, sender *http.Client, url, key string, body []byte) (status int, answer []byte, err error) {
 	r, err := http.NewRequestWithContext(ctx, http.MethodPost, url, bytes.NewReader(body))
 	if err != nil {
 		return 0, nil, err
 	}
 	r.Header.Set("Content-Type", "application/json")
 	r.Header.Set("Idempotency-Key", key)
-	response, err := client.Do(r)
+	response, err := sender.Do(r)
 	if err != nil {
 		return 0, nil, err
 	}
@@ -248,8 +248,7 @@ func post(ctx context.Context, client *http.Client, url, key string, body []byte
 // open opens an account as anybody does.
 func (l *Live) open(ctx context.Context, base http.RoundTripper, id string, opening int64) error {
 	body := fmt.Appendf(nil, `{"id":"%s","currency":"EUR","opening_balance":%d}`, id, opening)
-	client := l.client(&marking{base: base, token: l.token})
-	status, answer, err := post(ctx, client, l.url+"/v1/accounts", "open-"+id, body)
+	status, answer, err := post(ctx, newClient(&marking{base: base, token: l.token}), l.url+"/v1/accounts", "open-"+id, body)
 	if err == nil && status != http.StatusCreated {
 		err = fmt.Errorf("status %d: %.200s", status, answer)
 	}

@@ -1,4 +1,4 @@
-// Package web is the bank's page for people: what to try, and the live audit.
+// Package web is the bank's page for people: a storm to start, the money of its twins, the proof, and payments by hand.
 package web
 
 import (
@@ -30,7 +30,7 @@ func New() *Page {
 	}
 }
 
-// Assets serves the style sheet and the script.
+// Assets serves the style sheets and the scripts.
 func (p *Page) Assets(w http.ResponseWriter, r *http.Request) {
 	secure(w)
 	p.assets.ServeHTTP(w, r)
@@ -50,7 +50,7 @@ func (p *Page) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 }
 
 func secure(w http.ResponseWriter) {
-	w.Header().Set("Content-Security-Policy", "default-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'")
+	w.Header().Set("Content-Security-Policy", "default-src 'self'; img-src data:; base-uri 'none'; form-action 'self'; frame-ancestors 'none'")
 	w.Header().Set("X-Content-Type-Options", "nosniff")
 	w.Header().Set("Referrer-Policy", "no-referrer")
 }

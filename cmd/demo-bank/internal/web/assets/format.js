@@ -1,0 +1,37 @@
+// Words and numbers, and the one table of what an attempt can come to.
+
+const digits = new Intl.NumberFormat("en");
+const minor = new Intl.NumberFormat("en", { minimumFractionDigits: 2, maximumFractionDigits: 2 });
+
+export const $ = (id) => document.getElementById(id);
+export const count = (n) => digits.format(n);
+export const euros = (cents) => minor.format(cents / 100);
+export const money = (cents) => euros(cents) + " EUR";
+export const plural = (n, one, many) => `${count(n)} ${n === 1 ? one : many}`;
+
+// The letter of a dot, as the bank sends it: what it is called, and the name of its count. Colour, shape and letter all
+// say the same.
+export const dots = {
+  e: { name: "executed", count: "executed" },
+  r: { name: "replayed", count: "replayed" },
+  p: { name: "in progress", count: "in_progress" },
+  m: { name: "mismatch", count: "mismatch" },
+  f: { name: "failed", count: "failed" },
+  l: { name: "reply lost", count: "lost_replies" },
+  x: { name: "request lost", count: "lost_requests" },
+};
+
+// sides, in the order in which the bank sends their counts.
+export const sides = ["protected", "unprotected"];
+
+export function element(name, attributes = {}, ...children) {
+  const made = document.createElement(name);
+  for (const [key, value] of Object.entries(attributes)) made.setAttribute(key, value);
+  made.append(...children);
+  return made;
+}
+
+// setText touches the page only where something changed.
+export function setText(node, text) {
+  if (node.textContent !== text) node.textContent = text;
+}
