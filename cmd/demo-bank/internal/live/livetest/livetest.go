@@ -1,0 +1,120 @@
+// Package livetest reads the page's stream in tests, as the page does.
+package livetest
+
+import (
+	"bufio"
+	"encoding/json"
+	"fmt"
+	"io"
+	"iter"
+	"slices"
+	"strings"
+
+	"github.com/paidonce/idempotency/cmd/demo-bank/internal/live"
+)
+
+// Event is one event of the stream.
+type Event struct {
+	ID    string
+	Kind  string // snapshot or update
+	Frame live.Frame
+	Bytes int
+}
+
+// Events reads a stream to its end. Comments and the like are left out. The last error is that of the reader, if it had
+// one, or of an event that can't be read.
+func Events(r io.Reader) iter.Seq2[Event, error] {
+	return func(yield func(Event, error) bool) {
+		lines := bufio.NewScanner(r)
+		lines.Buffer(nil, 1<<20)
+		var e Event
+		for lines.Scan() {
+			line := lines.Text()
+			e.Bytes += len(line) + 1
+			name, value, _ := strings.Cut(line, ": ")
+			switch {
+			case name == "id":
+				e.ID = value
+			case name == "event":
+				e.Kind = value
+			case name == "data":
+				if err := json.Unmarshal([]byte(value), &e.Frame); err != nil {
+					yield(e, fmt.Errorf("event %s: %w", e.ID, err))
+					return
+				}
+			case line == "" && e.Kind != "":
+				if !yield(e, nil) {
+					return
+				}
+				e = Event{}
+			case line == "":
+				e = Event{}
+			}
+		}
+		if err := lines.Err(); err != nil {
+			yield(e, err)
+		}
+	}
+}
+
+// State is what the events of a stream add up to. It is the page's own rule, stream.js, once more.
+type State struct {
+	Epoch  string
+	AtMS   int64
+	Storm  *live.Storm
+	Counts [2]live.Counts
+	Bars   []live.Bar
+	Lanes  []live.Lane // by side, and then by id
+	Proof  *live.Proof
+
+	limits live.Limits
+}
+
+// Apply applies an event.
+func (s *State) Apply(e Event) {
+	f := e.Frame
+	if e.Kind == "snapshot" {
+		*s = State{Epoch: f.Epoch, limits: *f.Limits}
+	}
+	s.AtMS = f.AtMS
+	if f.Reset {
+		s.Lanes = nil
+	}
+	if f.Storm != nil {
+		s.Storm = f.Storm
+	}
+	if f.Counts != nil {
+		s.Counts = *f.Counts
+	}
+	if f.Proof != nil {
+		s.Proof = f.Proof
+	}
+	for _, bar := range f.Bars {
+		s.Bars = append(slices.DeleteFunc(s.Bars, func(b live.Bar) bool { return b.Second == bar.Second }), bar)
+	}
+	slices.SortFunc(s.Bars, func(a, b live.Bar) int { return int(a.Second - b.Second) })
+	s.Bars = s.Bars[max(0, len(s.Bars)-s.limits.BarsMax):]
+	for _, lane := range f.Lanes {
+		s.Lanes = append(slices.DeleteFunc(s.Lanes, func(l live.Lane) bool { return l.ID == lane.ID }), lane)
+	}
+	var kept []live.Lane
+	for _, side := range []live.Side{live.Protected, live.Unprotected} {
+		lanes := slices.DeleteFunc(slices.Clone(s.Lanes), func(l live.Lane) bool { return l.Side != side })
+		slices.SortFunc(lanes, func(a, b live.Lane) int { return int(a.ID - b.ID) })
+		kept = append(kept, lanes[max(0, len(lanes)-s.limits.LanesMax):]...)
+	}
+	s.Lanes = kept
+}
+
+// Twin returns one side's twin of the last proof, or nil.
+func (s *State) Twin(side live.Side) *live.Twin {
+	if s.Proof == nil {
+		return nil
+	}
+	for i := range s.Proof.Twins {
+		if s.Proof.Twins[i].Side == side {
+			return &s.Proof.Twins[i]
+		}
+	}
+	return nil
+}
