@@ -99,6 +99,7 @@ func TestPageShowsWhoLosesMoney(t *testing.T) {
 	p := serve(t, "--addr", "127.0.0.1:0", "--data-dir", data)
 	page.do(chromedp.Navigate(p.url))
 	page.until(pageIsLive)
+	page.picture("first", "light", 1280, 900, false)
 
 	page.do(chromedp.Click(chromedp.CSS("#own summary")))
 	page.do(chromedp.SetValue(chromedp.CSS("[name=keys]"), "150"), chromedp.Click(chromedp.CSS("[name=fault][value=request-lost]")))
@@ -148,6 +149,14 @@ func TestPageShowsWhoLosesMoney(t *testing.T) {
 	if alice := page.text("#alice"); alice != "99,987.50 EUR" {
 		t.Errorf("after one payment by hand, sent twice, alice has %q", alice)
 	}
+
+	// Everything at once, without a mouse, on a phone.
+	page.do(chromedp.EmulateViewport(390, 844), chromedp.SendKeys(chromedp.CSS("[data-preset=everything]"), "\r"))
+	page.until(`document.querySelector("#storm-line").textContent.startsWith("Storm in flight")`, `!document.querySelector("#stop").disabled`)
+	page.until(unprotectedLost, protectedIsExact, `document.querySelector("#proof").dataset.state === "ok"`,
+		`document.documentElement.scrollWidth <= innerWidth`)
+	page.do(chromedp.SendKeys(chromedp.CSS("#stop"), "\r"))
+	page.until(`document.querySelector("#storm-line").textContent.startsWith("The storm was stopped")`, unprotectedLost, protectedIsExact, proofHolds)
 }
 
 func lostOf(side string) string { return ".twin[data-side=" + side + "] [data-of=lost]" }

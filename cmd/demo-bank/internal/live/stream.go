@@ -29,13 +29,8 @@ func (l *Live) events(w http.ResponseWriter, r *http.Request) {
 	if r.Method == http.MethodHead {
 		return
 	}
+	// net/http takes the deadline off reads itself; that of writes, the server's WriteTimeout, would end the stream.
 	stream := http.NewResponseController(w)
-	// The server's ReadTimeout would end the request's context, and its WriteTimeout the stream.
-	if err := stream.SetReadDeadline(time.Time{}); err != nil {
-		l.logger.ErrorContext(r.Context(), "a stream can't be served", "error", err)
-		bank.WriteProblem(w, &bank.Problem{Status: http.StatusInternalServerError, Slug: "internal", Title: "The bank failed", Detail: "The bank could not answer this request now."})
-		return
-	}
 	l.hub.onAbort(v, func() { _ = stream.SetWriteDeadline(time.Unix(1, 0)) }) // a connection that is gone needs no deadline
 	send := func(bytes []byte) bool {
 		if stream.SetWriteDeadline(time.Now().Add(writeTimeout)) != nil {

@@ -74,8 +74,6 @@ func (s *screen) Write(p []byte) (int, error) {
 
 func (s *screen) FlushError() error { return nil }
 
-func (s *screen) SetReadDeadline(time.Time) error { return nil }
-
 func (s *screen) SetWriteDeadline(at time.Time) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -134,6 +132,7 @@ func TestFiftyViewersOfTwoThousandAttempts(t *testing.T) {
 		const viewers, seconds, rate = 50, 60, 2000
 		l := page(t)
 		ctx, cancel := context.WithCancel(t.Context())
+		defer cancel()
 		go l.Run(ctx)
 		var screens []*screen
 		for range viewers {
@@ -156,10 +155,11 @@ func TestFiftyViewersOfTwoThousandAttempts(t *testing.T) {
 				}
 				s.mu.Lock()
 				s.content.Reset()
-				if took := s.at[10].Sub(s.at[0]); took < time.Second {
+				took := s.at[10].Sub(s.at[0])
+				s.mu.Unlock()
+				if took < time.Second {
 					t.Fatalf("viewer %d got eleven updates in %v", i, took)
 				}
-				s.mu.Unlock()
 			}
 			first = false
 		}
@@ -193,7 +193,6 @@ func TestFiftyViewersOfTwoThousandAttempts(t *testing.T) {
 		if got := l.board.counts[0].Attempts + l.board.counts[1].Attempts; got != seconds*rate {
 			t.Errorf("%d attempts were counted, %d were made", got, seconds*rate)
 		}
-		cancel()
 	})
 }
 
@@ -203,6 +202,7 @@ func TestAViewerWhoComesBackMissesNothing(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		l := page(t)
 		ctx, cancel := context.WithCancel(t.Context())
+		defer cancel()
 		go l.Run(ctx)
 		watch(ctx, l, newScreen(), "") // somebody stays
 		pass := func(updates int) {
@@ -245,7 +245,6 @@ func TestAViewerWhoComesBackMissesNothing(t *testing.T) {
 				t.Errorf("after %q the first of %d events is %q, want %q", last, len(got), got, want)
 			}
 		}
-		cancel()
 	})
 }
 
@@ -255,6 +254,7 @@ func TestASlowReaderIsDropped(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		l := page(t)
 		ctx, cancel := context.WithCancel(t.Context())
+		defer cancel()
 		go l.Run(ctx)
 		slow, quick := newScreen(), newScreen()
 		watch(ctx, l, quick, "")
@@ -277,7 +277,6 @@ func TestASlowReaderIsDropped(t *testing.T) {
 		if got := len(quick.events()); got < queueMax {
 			t.Errorf("beside it another got %d events", got)
 		}
-		cancel()
 	})
 }
 
@@ -286,6 +285,7 @@ func TestAStreamWithoutNewsIsPinged(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		l := page(t) // and nobody runs it: there are no proofs
 		ctx, cancel := context.WithCancel(t.Context())
+		defer cancel()
 		s := newScreen()
 		ended := watch(ctx, l, s, "")
 		time.Sleep(2*pingInterval + time.Second)
@@ -303,7 +303,6 @@ func TestAStreamWithoutNewsIsPinged(t *testing.T) {
 		default:
 			t.Error("the stream of a viewer that is gone goes on")
 		}
-		cancel()
 	})
 }
 
@@ -344,7 +343,9 @@ func TestViewersMax(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		l := page(t)
 		ctx, cancel := context.WithCancel(t.Context())
+		defer cancel()
 		one, leave := context.WithCancel(ctx)
+		defer leave()
 		first := watch(one, l, newScreen(), "")
 		for range ViewersMax - 1 {
 			watch(ctx, l, newScreen(), "")
@@ -363,8 +364,6 @@ func TestViewersMax(t *testing.T) {
 		if got := s.events(); len(got) != 1 {
 			t.Errorf("when one has left the next gets %q, %d", got, s.status)
 		}
-		cancel()
-		synctest.Wait()
 	})
 }
 
@@ -383,12 +382,14 @@ func TestNobodyWatchesNobodyAsks(t *testing.T) {
 			return &Proof{}, nil
 		}
 		ctx, cancel := context.WithCancel(t.Context())
+		defer cancel()
 		go l.Run(ctx)
 		time.Sleep(time.Minute)
 		if asked := asked.Load(); asked != 0 {
 			t.Errorf("with no viewer the books were read %d times", asked)
 		}
 		watching, leave := context.WithCancel(ctx)
+		defer leave()
 		for range 5 {
 			watch(watching, l, newScreen(), "")
 		}
@@ -405,7 +406,6 @@ func TestNobodyWatchesNobodyAsks(t *testing.T) {
 		if more := asked.Load() - before; more != 0 {
 			t.Errorf("when all had left the books were read %d times more", more)
 		}
-		cancel()
 	})
 }
 
@@ -427,6 +427,7 @@ func TestSlowBooksAreReadLessOften(t *testing.T) {
 			}
 		}
 		ctx, cancel := context.WithCancel(t.Context())
+		defer cancel()
 		go l.Run(ctx)
 		watch(ctx, l, newScreen(), "")
 		time.Sleep(19 * time.Second)
@@ -440,7 +441,6 @@ func TestSlowBooksAreReadLessOften(t *testing.T) {
 		if p := l.board.lastProof(); p.Error == "" || p.Alice != 7 {
 			t.Errorf("the proof is %+v", p)
 		}
-		cancel()
 	})
 }
 

@@ -126,6 +126,8 @@ func (s *Server) greet(db *database) {
 		s.url, uuid.NewString())
 	_, _ = fmt.Fprintf(s.config.Stdout, `demo-bank is at %s (%s)
 
+Open it in a browser, press "Lose replies", and watch who loses money. Or:
+
 Send a transfer: 201, Idempotency-Status: executed
   %s
 

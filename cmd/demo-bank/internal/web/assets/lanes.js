@@ -28,11 +28,11 @@ function draw(lane) {
   const paid = twice ? `; paid ${count(lane.ran)} times` : "";
   const row = element("li", { class: twice ? "twice" : "", "aria-label": `${lane.label}: ${names}${paid}` });
   row.append(element("span", { class: "label", "aria-hidden": "true" }, lane.label));
+  if (twice) row.append(element("b", { "aria-hidden": "true" }, `${count(lane.ran)}×`));
   if (lane.more) row.append(element("span", { class: "more", "aria-hidden": "true" }, `+${count(lane.more)}`));
   for (const letter of lane.dots) {
     row.append(element("i", { class: "dot", "data-dot": letter, "aria-hidden": "true", title: dots[letter].name }, letter.toUpperCase()));
   }
-  if (twice) row.append(element("b", { "aria-hidden": "true" }, `${count(lane.ran)}×`));
   return row;
 }
 

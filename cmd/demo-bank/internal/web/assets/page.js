@@ -25,7 +25,7 @@ function frame(data, snapshot) {
   }
 }
 
-const words = { live: "live", connecting: "connecting", gone: "the bank is away, trying again" };
+const words = { live: "live", connecting: "connecting", gone: "no stream, trying again" };
 
 function connection(name) {
   $("connection").dataset.state = name;

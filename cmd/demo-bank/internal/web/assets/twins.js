@@ -30,10 +30,10 @@ export function drawTwins(state) {
 }
 
 function verdict(twin, running, counts) {
-  if (twin.doubles > 0) return `${plural(twin.doubles, "payment was", "payments were")} made again by retries${running ? ", so far" : ""}.`;
+  if (twin.doubles > 0) return `${plural(twin.doubles, "payment was", "payments were")} made again${running ? ", so far" : ""}.`;
   const replays = counts?.replayed || 0;
   const kept = replays > 0 ? ` ${plural(replays, "retry", "retries")} got the recorded answer.` : "";
-  return `Each paid once.${kept}`;
+  return `Each paid once${running ? ", so far" : ""}.${kept}`;
 }
 
 export function drawProof(state) {
