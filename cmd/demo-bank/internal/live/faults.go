@@ -38,9 +38,6 @@ func Faults() []Fault {
 	return []Fault{FaultRequestLost, FaultReplyLost, FaultDuplicate, FaultSlow, FaultKilled, FaultSerialization}
 }
 
-// inBank reports whether the bank has to be told.
-func (f Fault) inBank() bool { return f == FaultSlow || f == FaultKilled || f == FaultSerialization }
-
 const (
 	slowMin = 80 * time.Millisecond
 	slowMax = 250 * time.Millisecond
