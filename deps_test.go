@@ -92,6 +92,7 @@ func TestDependencies(t *testing.T) {
 		{[]string{"./storage/postgres"}, []string{"", "storage/postgres"}, pgx},
 		{[]string{"./storage/postgres/operator"}, []string{"", "storage/postgres", "storage/postgres/operator"}, pgx},
 		{[]string{"./observe/history"}, []string{"", "observe/history"}, pgx},
+		{[]string{"./admin"}, []string{"", "admin", "storage/postgres", "storage/postgres/operator"}, pgx},
 		{[]string{"./middleware"}, []string{"", "middleware"}, []string{httpsfv}},
 		{[]string{"./middleware/prooftest"}, []string{"", "middleware", "middleware/prooftest"}, []string{httpsfv}},
 		{[]string{"./middleware/chiroute"}, []string{"middleware/chiroute"}, []string{"github.com/go-chi/chi/v5"}},

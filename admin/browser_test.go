@@ -18,6 +18,7 @@ import (
 	"github.com/chromedp/chromedp/kb"
 
 	"github.com/paidonce/idempotency"
+	"github.com/paidonce/idempotency/admin"
 	"github.com/paidonce/idempotency/internal/browsertest"
 )
 
@@ -41,9 +42,9 @@ func TestOperatorInABrowser(t *testing.T) {
 	b.record(t, scope, first, paid)
 	b.record(t, scope, second, &idempotency.Answer{Status: 402, Body: []byte("not enough money")})
 	b.record(t, strings.Repeat("t", 255), strings.Repeat("k", 255), paid)
-	b.exec(t, `INSERT INTO idempotency_events (at, duration_us, outcome, attempts, scope, key) SELECT clock_timestamp() + interval '2 seconds' * n, 1800, 'replayed', 1, $1, $2 FROM generate_series(1, 2) AS n`, scope, first)
+	b.exec(t, `INSERT INTO idempotency_events (at, duration_us, outcome, attempts, scope, key) SELECT clock_timestamp() + interval '40 milliseconds' * n, 1800, 'replayed', 1, $1, $2 FROM generate_series(1, 2) AS n`, scope, first)
 	times := &stopwatch{}
-	b.mount(nil)
+	b.mount(func(o *admin.Options) { o.Title = "payments, production" })
 	server := serve(t, times.around(signedIn(b.site)))
 	u := &user{t: t, ctx: ctx, home: server.URL + prefix + "/"}
 	problems := browsertest.Problems(t, ctx)
@@ -57,6 +58,7 @@ func TestOperatorInABrowser(t *testing.T) {
 	if got := u.eval("document.activeElement.textContent"); got != "Skip to the content" {
 		t.Errorf("the first Tab leads to %q", got)
 	}
+	u.eval("document.activeElement.blur() || ''")
 	u.shots("home")
 
 	// A key by its name, as it is copied.
@@ -66,7 +68,6 @@ func TestOperatorInABrowser(t *testing.T) {
 	for _, want := range []string{first, scope, "201 executed", "Attempt executed, its answer recorded", "Retry answered with a replay", "Record expires"} {
 		u.wantText(want)
 	}
-	u.shots("key")
 	u.click(`a[href^="body?"]`, "pre.body")
 	u.wantText(`"amount": 1250`)
 	u.click(`a.button[href^="key?"]`, ".timeline")
@@ -80,6 +81,7 @@ func TestOperatorInABrowser(t *testing.T) {
 	u.click("form.confirm button", ".notice.good")
 	u.wantText("Expired.")
 	u.wantText("Expired by alice@example.com")
+	u.shots("key")
 
 	// All keys of an account, page by page, and back to the first.
 	u.click(`nav a[href="list"]`, "form.filter")

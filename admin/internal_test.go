@@ -82,6 +82,26 @@ func FuzzOpen(f *testing.F) {
 	})
 }
 
+// A body that is nested too deeply to be indented is shown as it is, and costs no more than its size.
+func TestDeepBodyIsNotIndented(t *testing.T) {
+	t.Parallel()
+	recorded := map[string][]string{"Content-Type": {"application/json"}}
+	for depth, want := range map[int]string{bodyNestingMax: formJSON, bodyNestingMax + 1: formText} {
+		body := strings.Repeat("[", depth-1) + `["\\[[[\"[[["]` + strings.Repeat("]", depth-1)
+		if _, form, _ := showBody([]byte(body), recorded); form != want {
+			t.Errorf("%d deep it is shown as %s, want %s", depth, form, want)
+		}
+	}
+	body := []byte(strings.Repeat("[", bodyShownBytesMax/2) + strings.Repeat("]", bodyShownBytesMax/2))
+	if bytes := testing.Benchmark(func(b *testing.B) {
+		for b.Loop() {
+			showBody(body, recorded)
+		}
+	}).AllocedBytesPerOp(); bytes > 4*bodyShownBytesMax {
+		t.Errorf("it costs %d bytes", bytes)
+	}
+}
+
 // Whatever a body is, a bounded beginning of it is shown, as text.
 func FuzzShowBody(f *testing.F) {
 	f.Add([]byte(`{"a":[1,2]}`), "application/json")

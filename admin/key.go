@@ -127,7 +127,7 @@ func showBody(body []byte, recorded map[string][]string) (text, form string, sho
 		shown = min(len(body), bodyHexBytesMax)
 		return hex.Dump(body[:shown]), formHex, shown
 	}
-	if len(body) <= bodyShownBytesMax && isJSON(recorded) {
+	if len(body) <= bodyShownBytesMax && isJSON(recorded) && nesting(body) <= bodyNestingMax {
 		var indented bytes.Buffer
 		if json.Indent(&indented, body, "", "  ") == nil && indented.Len() <= 2*bodyShownBytesMax {
 			return indented.String(), formJSON, len(body)
@@ -138,6 +138,29 @@ func showBody(body []byte, recorded map[string][]string) (text, form string, sho
 		shown--
 	}
 	return string(body[:shown]), formText, shown
+}
+
+// bodyNestingMax is how deeply a body may be nested to be indented: what is deeper would become many times its size.
+const bodyNestingMax = 32
+
+// nesting returns how deeply a JSON text is nested.
+func nesting(text []byte) (deepest int) {
+	depth, quoted := 0, false
+	for i := 0; i < len(text); i++ {
+		switch c := text[i]; {
+		case quoted && c == '\\':
+			i++
+		case c == '"':
+			quoted = !quoted
+		case quoted:
+		case c == '[' || c == '{':
+			depth++
+			deepest = max(deepest, depth)
+		case c == ']' || c == '}':
+			depth--
+		}
+	}
+	return deepest
 }
 
 // printable reports whether a body can be shown as text: UTF-8 without control characters.

@@ -1,0 +1,48 @@
+package admin_test
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net/http"
+	"net/http/httptest"
+	"os"
+
+	"github.com/jackc/pgx/v5/pgxpool"
+
+	"github.com/paidonce/idempotency/admin"
+	"github.com/paidonce/idempotency/storage/postgres/operator"
+)
+
+// The page is mounted behind the service's own authentication. Support may look, those on call may act.
+func ExampleNew() {
+	ctx := context.Background()
+	pool, err := pgxpool.New(ctx, os.Getenv("DATABASE_URL")) // connects when it is first asked
+	if err != nil {
+		panic(err)
+	}
+	defer pool.Close()
+
+	authorize := func(r *http.Request, want admin.Permission) (string, error) {
+		user, groups := signedInUser(r)
+		switch {
+		case user == "":
+			return "", admin.ErrUnauthenticated
+		case groups["on-call"], groups["support"] && want == admin.PermissionView:
+			return user, nil
+		}
+		return "", errors.New("neither in support nor on call")
+	}
+	records := admin.New(operator.New(pool, nil), authorize, &admin.Options{Title: "payments, production"})
+	mux := http.NewServeMux()
+	mux.Handle("/ops/keys/", http.StripPrefix("/ops/keys", records))
+
+	request := httptest.NewRequest(http.MethodGet, "/ops/keys/", nil) // from nobody who is known
+	answer := httptest.NewRecorder()
+	mux.ServeHTTP(answer, request)
+	fmt.Println(answer.Code, answer.Header().Get("Referrer-Policy"))
+	// Output: 401 no-referrer
+}
+
+// signedInUser stands for what the service's own authentication found.
+func signedInUser(*http.Request) (user string, groups map[string]bool) { return "", nil }
