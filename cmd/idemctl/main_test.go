@@ -142,12 +142,14 @@ func (b *testBundle) running(t testing.TB, value string) (finish func()) {
 		})
 	}()
 	<-begun
-	return sync.OnceFunc(func() {
+	finish = sync.OnceFunc(func() {
 		close(release)
 		if result := <-ended; result.Outcome != idempotency.OutcomeExecuted {
 			t.Errorf("it ended as %s, %v", result.Outcome, result.Err)
 		}
 	})
+	t.Cleanup(finish) // a pool is closed after that
+	return finish
 }
 
 // result is what the program did.

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -119,6 +120,8 @@ func (b *testBundle) do(t testing.TB, k idempotency.Key, status int) idempotency
 func (b *testBundle) running(t testing.TB, k idempotency.Key) (finish func() idempotency.Result) {
 	t.Helper()
 	begun, release := make(chan struct{}), make(chan struct{})
+	let := sync.OnceFunc(func() { close(release) })
+	t.Cleanup(let) // a pool is closed after that
 	ended := make(chan idempotency.Result, 1)
 	go func() {
 		ended <- b.engine.Do(context.Background(), request(k), func(context.Context) (*idempotency.Answer, error) {
@@ -133,7 +136,7 @@ func (b *testBundle) running(t testing.TB, k idempotency.Key) (finish func() ide
 		t.Fatalf("it did not run: %v", result.Err)
 	}
 	return func() idempotency.Result {
-		close(release)
+		let()
 		return <-ended
 	}
 }
