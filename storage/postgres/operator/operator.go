@@ -73,11 +73,11 @@ type Operator struct {
 	options Options
 	store   *postgres.Store
 
-	table             string // qualified, unquoted: a part of the lock number
-	keys              string // sanitized, as are the next
-	audit, events     string
-	versions          string
-	statementTimeoutS string
+	table              string // qualified, unquoted: a part of the lock number
+	keys               string // sanitized, as are the next
+	audit, events      string
+	versions           string
+	statementTimeoutMS string
 }
 
 // New returns an operator on the pool, which may but need not have gone through postgres.Configure: settings travel with
@@ -110,8 +110,8 @@ func New(pool *pgxpool.Pool, opts *Options) *Operator {
 		store: postgres.New(pool, &postgres.Options{Schema: o.Schema}), // panics where the schema can't be
 		table: o.Schema + "." + postgres.TableName,
 		keys:  name(postgres.TableName), audit: name(AuditTableName), events: name(EventsTableName),
-		versions:          name("idempotency_migrations"),
-		statementTimeoutS: strconv.FormatInt(o.StatementTimeout.Milliseconds(), 10),
+		versions:           name("idempotency_migrations"),
+		statementTimeoutMS: strconv.FormatInt(o.StatementTimeout.Milliseconds(), 10),
 	}
 }
 
@@ -141,7 +141,7 @@ func (o *Operator) in(ctx context.Context, options pgx.TxOptions, do func(ctx co
 	}()
 	if _, err := tx.Exec(ctx, `SELECT pg_catalog.set_config('statement_timeout', $1, true), pg_catalog.set_config('lock_timeout', $2, true),
 		pg_catalog.set_config('search_path', 'pg_catalog', true), pg_catalog.set_config('client_encoding', 'UTF8', true)`,
-		o.statementTimeoutS, lockTimeoutMS); err != nil {
+		o.statementTimeoutMS, lockTimeoutMS); err != nil {
 		return sqlError(err)
 	}
 	if err := do(ctx, tx); err != nil {
