@@ -114,7 +114,7 @@ const orderByKey = `SELECT set_config('enable_seqscan', 'off', true), set_config
 // looked at in time also where each row comes from the disk.
 const (
 	examineRowsMin = 500
-	examineRowsMax = 8000
+	examineRowsMax = 4000
 )
 
 func (o *Operator) examineFirst(q *listQuery) int64 { return max(examineRowsMin, int64(q.rows)+1) }
