@@ -15,7 +15,7 @@ const (
 	HoldersMax         = 100      // how many attempts are listed
 )
 
-// Count is a number of rows. Estimated says that it comes from a sample: good to a few per cent.
+// Count is a number of rows. Estimated says that it comes from a sample: good to about a tenth, and worse where it is small.
 type Count struct {
 	Rows      int64
 	Estimated bool
