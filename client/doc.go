@@ -35,8 +35,10 @@
 // A call that ended with [ErrUnknown] must not simply be made again: that mints a new key, and may pay twice. Go on with
 // the key of the [Error], by [WithKey].
 //
-// An [http.Client] with a Timeout replaces what it is given by an error of its own, and the key is lost. Bound requests by
-// [Options.TotalMax] or by their context.
+// An [http.Client] with a Timeout may replace the [Error] by one of its own when that is over, and then the key is lost. Bound
+// requests by [Options.TotalMax] or by their context.
+//
+// [ErrNotExecuted] speaks of what this Transport has sent. A gateway that sends requests again by itself takes the proof away.
 //
 // Answers are read whole before the caller gets them. Streams don't belong here.
 //

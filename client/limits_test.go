@@ -287,18 +287,6 @@ func TestOutageIsNotAmplified(t *testing.T) {
 	})
 }
 
-// TestHTTPClientTimeoutLosesTheKey is why doc.go says to leave it alone.
-func TestHTTPClientTimeoutLosesTheKey(t *testing.T) {
-	t.Parallel()
-	s := newScript(t, func(_ int, _ http.ResponseWriter, r *http.Request) { <-r.Context().Done() })
-	c := newClient(t, quick())
-	c.Timeout = 50 * time.Millisecond
-	_, _, err := post(t, c, t.Context(), s.server.URL, "body")
-	if e := new(client.Error); err == nil || errors.As(err, &e) {
-		t.Errorf("the error is %v: doc.go needs no warning any more", err)
-	}
-}
-
 func TestRoutesAreForgottenOverTheLimit(t *testing.T) {
 	t.Parallel()
 	answered := map[string]bool{}
