@@ -81,6 +81,7 @@ func TestDependencies(t *testing.T) {
 		"go.opentelemetry.io/otel", "go.opentelemetry.io/otel/log", "go.opentelemetry.io/otel/metric",
 		"go.opentelemetry.io/otel/trace",
 	}
+	const uuid = "github.com/google/uuid" // the client's keys are UUIDv7
 	for _, test := range []struct {
 		packages      []string
 		ours, modules []string
@@ -96,6 +97,11 @@ func TestDependencies(t *testing.T) {
 		{[]string{"./middleware"}, []string{"", "middleware"}, []string{httpsfv}},
 		{[]string{"./middleware/prooftest"}, []string{"", "middleware", "middleware/prooftest"}, []string{httpsfv}},
 		{[]string{"./middleware/chiroute"}, []string{"middleware/chiroute"}, []string{"github.com/go-chi/chi/v5"}},
+		{[]string{"./client"}, []string{"", "client"}, []string{uuid}},
+		{[]string{"./client/fileintent"}, []string{"", "client", "client/fileintent"}, []string{uuid}},
+		{[]string{"./client/pgintent"}, []string{"", "client", "client/pgintent"}, []string{
+			uuid, "github.com/jackc/pgpassfile", "github.com/jackc/pgservicefile", "github.com/jackc/pgx/v5", "golang.org/x/text",
+		}},
 		{[]string{"./middleware", "./storage/postgres"}, []string{"", "middleware", "storage/postgres"}, append([]string{httpsfv}, pgx...)},
 		{[]string{"./observe/lostkey"}, []string{"", "observe/lostkey"}, nil},
 		{[]string{"./observe"}, []string{"", "observe", "observe/lostkey"}, nil},
