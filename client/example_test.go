@@ -1,14 +1,19 @@
 package client_test
 
 import (
+	"context"
+	"errors"
 	"fmt"
 	"io"
 	"net/http"
 	"net/http/httptest"
+	"os"
+	"path/filepath"
 	"strings"
 	"sync/atomic"
 
 	"github.com/paidonce/idempotency/client"
+	"github.com/paidonce/idempotency/client/fileintent"
 	"github.com/paidonce/idempotency/middleware"
 	"github.com/paidonce/idempotency/storage/memory"
 )
@@ -16,22 +21,8 @@ import (
 // The reply of the first attempt is lost after the transfer was made. The caller sees one answer, and one transfer was
 // made.
 func Example() {
-	transfers := 0
-	transfer := http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
-		transfers++
-		w.WriteHeader(http.StatusCreated)
-		_, _ = fmt.Fprintf(w, "transfer %d", transfers)
-	})
-	account := func(*http.Request) (string, error) { return "acme", nil }
-	idempotent := middleware.New(memory.New(nil), account, nil).Handler(transfer)
-	var requests atomic.Int64
-	server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		if requests.Add(1) == 1 {
-			idempotent.ServeHTTP(httptest.NewRecorder(), r)
-			panic(http.ErrAbortHandler) // the connection breaks, and with it the reply
-		}
-		idempotent.ServeHTTP(w, r)
-	}))
+	var transfers atomic.Int64
+	server := bankOf(1, &transfers)
 	defer server.Close()
 
 	httpClient := &http.Client{Transport: client.New(nil, &client.Options{Honours: client.Everywhere})}
@@ -43,8 +34,99 @@ func Example() {
 	defer func() { _ = response.Body.Close() }()
 	body, _ := io.ReadAll(response.Body) // it is in memory
 	fmt.Println(response.StatusCode, response.Header.Get("Idempotency-Status"), string(body))
-	fmt.Println("requests:", requests.Load(), "transfers:", transfers, "key:", len(client.KeyFrom(response)), "characters")
+	fmt.Println("transfers:", transfers.Load(), "key:", len(client.KeyFrom(response)), "characters")
 	// Output:
 	// 201 replayed transfer 1
-	// requests: 2 transfers: 1 key: 36 characters
+	// transfers: 1 key: 36 characters
+}
+
+// bankOf is a service whose first replies are lost after its handler ran. It counts the transfers.
+func bankOf(lost int64, transfers *atomic.Int64) *httptest.Server {
+	transfer := http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
+		w.WriteHeader(http.StatusCreated)
+		_, _ = fmt.Fprintf(w, "transfer %d", transfers.Add(1))
+	})
+	account := func(*http.Request) (string, error) { return "acme", nil }
+	idempotent := middleware.New(memory.New(nil), account, nil).Handler(transfer)
+	var requests atomic.Int64
+	return httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if requests.Add(1) <= lost {
+			idempotent.ServeHTTP(httptest.NewRecorder(), r)
+			panic(http.ErrAbortHandler)
+		}
+		idempotent.ServeHTTP(w, r)
+	}))
+}
+
+// No answer came in time. The caller keeps the key, and goes on with it later: the transfer is not made again.
+func ExampleWithKey() {
+	var transfers atomic.Int64
+	server := bankOf(1, &transfers)
+	defer server.Close()
+	httpClient := &http.Client{Transport: client.New(nil, &client.Options{Honours: client.Everywhere, AttemptsMax: 1})}
+
+	_, err := httpClient.Post(server.URL, "text/plain", strings.NewReader("pay"))
+	var unanswered *client.Error
+	if !errors.Is(err, client.ErrUnknown) || !errors.As(err, &unanswered) {
+		fmt.Println(err)
+		return
+	}
+	key := unanswered.Key.Value // kept beside what it is for
+
+	later := client.WithKey(context.Background(), key)
+	r, err := http.NewRequestWithContext(later, http.MethodPost, server.URL, strings.NewReader("pay"))
+	if err != nil {
+		fmt.Println(err)
+		return
+	}
+	r.Header.Set("Content-Type", "text/plain")
+	response, err := httpClient.Do(r)
+	if err != nil {
+		fmt.Println(err)
+		return
+	}
+	defer func() { _ = response.Body.Close() }()
+	fmt.Println(response.StatusCode, response.Header.Get("Idempotency-Status"), client.KeyFrom(response) == key, transfers.Load())
+	// Output: 201 replayed true 1
+}
+
+// A process dies while it waits for an answer. The next one finds the intent, and learns what became of it.
+func ExampleTransport_Resume() {
+	var transfers atomic.Int64
+	server := bankOf(1, &transfers)
+	defer server.Close()
+	dir, err := os.MkdirTemp("", "intents")
+	if err != nil {
+		fmt.Println(err)
+		return
+	}
+	defer func() { _ = os.RemoveAll(dir) }()
+	start := func() (*client.Transport, *fileintent.Store) {
+		intents, err := fileintent.Open(filepath.Join(dir, "intents"), nil)
+		if err != nil {
+			panic(err)
+		}
+		return client.New(nil, &client.Options{Honours: client.Everywhere, AttemptsMax: 1, Intents: intents}), intents
+	}
+
+	transport, intents := start()
+	_, err = (&http.Client{Transport: transport}).Post(server.URL, "text/plain", strings.NewReader("pay"))
+	fmt.Println("unknown:", errors.Is(err, client.ErrUnknown))
+	_ = intents.Close() // the process is gone
+
+	transport, intents = start()
+	defer func() { _ = intents.Close() }()
+	report, err := transport.Resume(context.Background(), func(_ context.Context, r *client.Resumed) error {
+		if r.Err != nil {
+			return nil // it stays, for the next time
+		}
+		body, err := io.ReadAll(r.Response.Body)
+		fmt.Println(r.Response.Header.Get("Idempotency-Status"), string(body))
+		return err
+	})
+	fmt.Println(report.Settled, report.Kept, err, transfers.Load())
+	// Output:
+	// unknown: true
+	// replayed transfer 1
+	// 1 0 <nil> 1
 }
