@@ -22,7 +22,7 @@ import (
 
 const (
 	payers         = 64
-	terminateEvery = 40 * time.Millisecond
+	terminateEvery = 100                   // operations
 	againMax       = 20 * time.Millisecond // from an error to the caller's going on
 )
 
@@ -133,9 +133,10 @@ func TestOperationsThroughTheProxyPayOnce(t *testing.T) {
 	defer transport.CloseIdleConnections()
 	payer := &payer{http: &http.Client{Transport: transport}, url: "http://" + p.address}
 
-	ended := make(chan struct{})
+	due := make(chan struct{}, 1)
 	var breaking sync.WaitGroup
-	breaking.Go(func() { terminate(t, b, ended) })
+	var terminated int64
+	breaking.Go(func() { terminated = terminate(t, b, due) })
 	started := time.Now()
 	ids := make([]string, *operations)
 	var next atomic.Int64
@@ -149,16 +150,22 @@ func TestOperationsThroughTheProxyPayOnce(t *testing.T) {
 					return
 				}
 				ids[i] = id
+				if i%terminateEvery == 0 {
+					select {
+					case due <- struct{}{}:
+					default: // the last one is not done yet
+					}
+				}
 			}
 		})
 	}
 	group.Wait()
 	took := time.Since(started)
-	close(ended)
+	close(due)
 	breaking.Wait()
 
 	t.Logf("%d operations in %v: %d attempts, %d lost, %d ends as unknown, %d as not executed and made anew, %d backends terminated; proxy: %v",
-		len(ids), took.Round(time.Millisecond), attempts.Load(), lost.Load(), payer.unknown.Load(), payer.anew.Load(), terminated.Load(), p.counts())
+		len(ids), took.Round(time.Millisecond), attempts.Load(), lost.Load(), payer.unknown.Load(), payer.anew.Load(), terminated, p.counts())
 	pending, err := intents.Pending(t.Context())
 	if err != nil || len(pending) > 0 {
 		t.Errorf("%d intents are left (%v)", len(pending), err)
@@ -201,25 +208,17 @@ func expectOnce(t *testing.T, b *bundle, ids []string) {
 	}
 }
 
-var terminated atomic.Int64
-
-// terminate ends one of the bank's connections at work after the other, until ended.
-func terminate(t *testing.T, b *bundle, ended <-chan struct{}) {
-	tick := time.NewTicker(terminateEvery)
-	defer tick.Stop()
-	for {
-		select {
-		case <-ended:
-			return
-		case <-tick.C:
-		}
+// terminate ends one of the bank's connections each time it is due, and returns how many it ended.
+func terminate(t *testing.T, b *bundle, due <-chan struct{}) (terminated int64) {
+	for range due {
 		tag, err := b.db.Exec(t.Context(), `SELECT pg_terminate_backend(pid) FROM pg_stat_activity
 			WHERE datname = current_database() AND application_name <> $1 AND backend_type = 'client backend'
 			AND (query LIKE '%transfers%' OR query LIKE '%idempotency_keys%' OR query ILIKE 'commit%') ORDER BY random() LIMIT 1`, lookerName)
 		if err != nil {
 			t.Error(err)
-			return
+			continue
 		}
-		terminated.Add(tag.RowsAffected())
+		terminated += tag.RowsAffected()
 	}
+	return terminated
 }
