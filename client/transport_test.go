@@ -225,6 +225,13 @@ func TestOwnKeyIsNeverProvenNotExecuted(t *testing.T) {
 	if e := expectError(t, err, idempotency.OutcomeUnknown, client.ErrAttemptsSpent); e.Key.Value != "mine" || e.Status != 503 || e.Last != idempotency.OutcomeNotExecuted {
 		t.Errorf("error says %q %d %s", e.Key.Value, e.Status, e.Last)
 	}
+	r, err := http.NewRequestWithContext(client.WithNewKey(t.Context(), "not this one"), http.MethodPost, s.server.URL, strings.NewReader("body"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	r.Header.Set(client.HeaderKey, "mine")
+	_, err = c.Do(r)
+	expectError(t, err, idempotency.OutcomeUnknown, client.ErrAttemptsSpent)
 	_, _, err = post(t, c, client.WithNewKey(t.Context(), "mine"), s.server.URL, "body")
 	expectError(t, err, idempotency.OutcomeNotExecuted, client.ErrAttemptsSpent)
 }
