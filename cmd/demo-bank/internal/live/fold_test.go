@@ -23,7 +23,9 @@ func TestASnapshotIsWhatTheUpdatesAddUpTo(t *testing.T) {
 				if err != nil {
 					t.Fatal(err)
 				}
-				s.Apply(e)
+				if err := s.Apply(e); err != nil {
+					t.Fatal(err)
+				}
 			}
 		}
 		apply(&watched, b.Snapshot())

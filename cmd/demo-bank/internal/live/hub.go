@@ -21,7 +21,7 @@ const (
 	pingInterval   = 15 * time.Second
 	ringMax        = 64        // updates that a viewer who comes back can still be sent
 	ringBytesMax   = 512 << 10 // of them all
-	queueMax       = 16        // events that wait for one viewer: who is further behind is dropped
+	queueMax       = 32        // events that wait for one viewer: who is further behind is dropped
 )
 
 var (

@@ -8,6 +8,7 @@ import (
 	"io"
 	"iter"
 	"slices"
+	"strconv"
 	"strings"
 
 	"github.com/paidonce/idempotency/cmd/demo-bank/internal/live"
@@ -15,14 +16,32 @@ import (
 
 // Event is one event of the stream.
 type Event struct {
-	ID    string
-	Kind  string // snapshot or update
-	Frame live.Frame
-	Bytes int
+	ID   string
+	Kind string // snapshot or update
+	Data string
+}
+
+// Sequence is the number of the event in its process, or -1.
+func (e Event) Sequence() int64 {
+	_, text, _ := strings.Cut(e.ID, "-")
+	n, err := strconv.ParseInt(text, 10, 64)
+	if err != nil {
+		return -1
+	}
+	return n
+}
+
+// Frame reads the event's data.
+func (e Event) Frame() (live.Frame, error) {
+	var f live.Frame
+	if err := json.Unmarshal([]byte(e.Data), &f); err != nil {
+		return f, fmt.Errorf("event %s: %w", e.ID, err)
+	}
+	return f, nil
 }
 
 // Events reads a stream to its end. Comments and the like are left out. The last error is that of the reader, if it had
-// one, or of an event that can't be read.
+// one.
 func Events(r io.Reader) iter.Seq2[Event, error] {
 	return func(yield func(Event, error) bool) {
 		lines := bufio.NewScanner(r)
@@ -30,7 +49,6 @@ func Events(r io.Reader) iter.Seq2[Event, error] {
 		var e Event
 		for lines.Scan() {
 			line := lines.Text()
-			e.Bytes += len(line) + 1
 			name, value, _ := strings.Cut(line, ": ")
 			switch {
 			case name == "id":
@@ -38,16 +56,11 @@ func Events(r io.Reader) iter.Seq2[Event, error] {
 			case name == "event":
 				e.Kind = value
 			case name == "data":
-				if err := json.Unmarshal([]byte(value), &e.Frame); err != nil {
-					yield(e, fmt.Errorf("event %s: %w", e.ID, err))
-					return
-				}
-			case line == "" && e.Kind != "":
-				if !yield(e, nil) {
-					return
-				}
-				e = Event{}
+				e.Data = value
 			case line == "":
+				if e.Kind != "" && !yield(e, nil) {
+					return
+				}
 				e = Event{}
 			}
 		}
@@ -71,8 +84,11 @@ type State struct {
 }
 
 // Apply applies an event.
-func (s *State) Apply(e Event) {
-	f := e.Frame
+func (s *State) Apply(e Event) error {
+	f, err := e.Frame()
+	if err != nil {
+		return err
+	}
 	if e.Kind == "snapshot" {
 		*s = State{Epoch: f.Epoch, limits: *f.Limits}
 	}
@@ -104,6 +120,7 @@ func (s *State) Apply(e Event) {
 		kept = append(kept, lanes[max(0, len(lanes)-s.limits.LanesMax):]...)
 	}
 	s.Lanes = kept
+	return nil
 }
 
 // Twin returns one side's twin of the last proof, or nil.
