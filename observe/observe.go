@@ -108,12 +108,3 @@ func ErrorKind(err error) string {
 	}
 	return KindOther
 }
-
-// Kinds returns every kind that [ErrorKind] knows, [KindOther] included.
-func Kinds() []string {
-	var all []string
-	for _, k := range kinds {
-		all = append(all, k.kind)
-	}
-	return append(all, KindOther)
-}

@@ -9,15 +9,20 @@ import (
 	"go.opentelemetry.io/otel/trace"
 )
 
-// TraceID names the trace of a request for its record: pass it as middleware.Options.TraceID. It is a traceparent (W3C
-// Trace Context, version 00) of the span in the request's context, which is the server's where the middleware is mounted inside
-// otelhttp, or else of the one that the client sent; empty where there is none. Its 55 characters hold what a link needs, which
-// a trace's id alone does not.
+// TraceID names the trace of a request for its record: pass it as middleware.Options.TraceID. It is [TraceIDFrom] of the
+// request's context, whose span is the server's where the middleware is mounted inside otelhttp, or else of the span that the client
+// sent (traceparent, W3C Trace Context); empty where there is none.
 func TraceID(r *http.Request) string {
-	span := trace.SpanContextFromContext(r.Context())
-	if !span.IsValid() {
-		span = trace.SpanContextFromContext(propagation.TraceContext{}.Extract(r.Context(), propagation.HeaderCarrier(r.Header)))
+	if id := TraceIDFrom(r.Context()); id != "" {
+		return id
 	}
+	return TraceIDFrom(propagation.TraceContext{}.Extract(r.Context(), propagation.HeaderCarrier(r.Header)))
+}
+
+// TraceIDFrom names the trace of a context for idempotency.Request.TraceID: a traceparent, version 00, of the context's span,
+// and empty where there is none. Its 55 characters hold what a link needs, which a trace's id alone does not.
+func TraceIDFrom(ctx context.Context) string {
+	span := trace.SpanContextFromContext(ctx)
 	if !span.IsValid() {
 		return ""
 	}

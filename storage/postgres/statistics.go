@@ -25,8 +25,8 @@ type Statistics struct {
 	IndexBytes int64
 }
 
-// Statistics reads figures about the table, in one round trip on a connection of the pool that is held for at most
-// [StatisticsTimeoutMax]. It needs SELECT on the table. Its cost does not grow with the table; still, ask every half minute
+// Statistics reads figures about the table, in one round trip where the connection of the pool knows the statements, and holds
+// it for little longer than [StatisticsTimeoutMax]. It needs SELECT on the table. Its cost does not grow with the table; still, ask every half minute
 // and not for each request. Safe for concurrent use.
 func (s *Store) Statistics(ctx context.Context) (Statistics, error) {
 	var stats Statistics
