@@ -36,7 +36,7 @@ func observe(t *testing.T, opts *promobserve.Options) *observed {
 			return postgres.Statistics{}, o.unread
 		}
 		return o.Store.Statistics(ctx)
-	}, &promobserve.RecordsOptions{Interval: time.Nanosecond}))
+	}, &promobserve.RecordsOptions{Interval: time.Nanosecond, Timeout: 20 * time.Second}))
 	return o
 }
 
@@ -58,6 +58,7 @@ func TestEveryMetricSaysWhatHappened(t *testing.T) {
 	o.Conflict(2)
 	o.Wait(func() bool { return strings.Contains(scrape(t, o.registry), "\nidempotency_requests_waiting 1\n") })
 	o.Unavailable(1)
+	o.GiveUp()
 	o.LoseCommit(true)
 	o.LoseCommit(false)
 	o.LoseDatabase()

@@ -41,8 +41,9 @@ const Slow = 45 * time.Millisecond
 // Limits of the service.
 const (
 	PoolMax        = 4
-	acquireTimeout = 50 * time.Millisecond
-	resolveTimeout = 300 * time.Millisecond
+	acquireTimeout = 20 * time.Second       // nothing here is for lack of time, on however busy a machine
+	resolveTimeout = 20 * time.Second       // of Transfers
+	giveUpTimeout  = 100 * time.Millisecond // of the look for a lost COMMIT of Payments
 	bodyBytesMax   = 1000
 )
 
@@ -112,7 +113,9 @@ func New(t testing.TB, opts Options) *House {
 	})
 	mux := http.NewServeMux()
 	mux.Handle(Transfers, h.Idem.Handler(http.HandlerFunc(h.pay)))
-	mux.Handle(Payments, h.Idem.With(func(o *middleware.Options) { o.Engine.Wait = 20 * time.Second }).Handler(http.HandlerFunc(h.pay)))
+	mux.Handle(Payments, h.Idem.With(func(o *middleware.Options) {
+		o.Engine.Wait, o.Engine.ResolveTimeout = 20*time.Second, giveUpTimeout
+	}).Handler(http.HandlerFunc(h.pay)))
 	h.handler = mux
 	if opts.Around != nil {
 		h.handler = opts.Around(mux)
@@ -300,15 +303,29 @@ func (h *House) Saturate(during func()) {
 	during()
 }
 
-// Unavailable sends n requests that get no connection.
-func (h *House) Unavailable(n int) {
+// GiveUp waits for a connection while every one is held, and gives up.
+func (h *House) GiveUp() {
 	h.t.Helper()
 	h.Saturate(func() {
-		for range n {
-			key := h.NewKey()
-			h.Send(Transfers, key, "pay", key, idempotency.OutcomeNotExecuted)
+		ctx, cancel := context.WithTimeout(context.Background(), time.Millisecond)
+		defer cancel()
+		if conn, err := h.Pool.Acquire(ctx); err == nil {
+			conn.Release()
+			h.t.Error("there was a connection")
 		}
 	})
+}
+
+// Unavailable sends n requests while there is no database.
+func (h *House) Unavailable(n int) {
+	h.t.Helper()
+	h.proxy.SetRefuse(true)
+	defer h.proxy.SetRefuse(false)
+	for range n {
+		h.Pool.Reset() // or the connections that it has go on
+		key := h.NewKey()
+		h.Send(Transfers, key, "pay", key, idempotency.OutcomeNotExecuted)
+	}
 }
 
 // LoseCommit sends a request whose COMMIT loses its reply, after it was carried out or before.
@@ -333,7 +350,7 @@ func (h *House) LoseDatabase() {
 	}()
 	h.next.Store(&pgfault.Fault{Kind: pgfault.CutAfter})
 	key := h.NewKey()
-	h.Send(Transfers, key, "pay", key, idempotency.OutcomeUnknown)
+	h.Send(Payments, key, "pay", key, idempotency.OutcomeUnknown)
 }
 
 // Corrupt executes a request, plants a header in its record that is never recorded, and sends it again.

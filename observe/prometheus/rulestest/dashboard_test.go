@@ -58,7 +58,7 @@ var legendLabel = regexp.MustCompile(`\{\{(\w+)\}\}`)
 // Where everything happens, each query of the dashboard has something to show, with the labels that its legend names.
 func TestEveryQueryOfTheDashboardReturnsData(t *testing.T) {
 	t.Parallel()
-	w := newWorld(t, idempotency.HandlerTimeoutDefault)
+	w := newWorld(t, idempotency.HandlerTimeoutDefault, patience)
 	for n := range 12 {
 		w.tick(func() {
 			w.usual(n)
@@ -76,6 +76,7 @@ func TestEveryQueryOfTheDashboardReturnsData(t *testing.T) {
 				w.LoseDatabase()
 			case 2:
 				w.Unavailable(1)
+				w.GiveUp()
 				w.unread = errors.New(house.Canary)
 			case 3:
 				w.Expire(time.Minute)

@@ -43,7 +43,7 @@ type world struct {
 	engine  *promql.Engine
 }
 
-func newWorld(t *testing.T, handlerTimeout time.Duration) *world {
+func newWorld(t *testing.T, handlerTimeout, recordsTimeout time.Duration) *world {
 	t.Helper()
 	w := &world{t: t, begin: time.Unix(1_700_000_000, 0)}
 	w.now = w.begin
@@ -55,7 +55,7 @@ func newWorld(t *testing.T, handlerTimeout time.Duration) *world {
 			return postgres.Statistics{}, w.unread
 		}
 		return w.Store.Statistics(ctx)
-	}, &promobserve.RecordsOptions{Timeout: 50 * time.Millisecond, Now: func() time.Time { return w.now }}))
+	}, &promobserve.RecordsOptions{Timeout: recordsTimeout, Now: func() time.Time { return w.now }}))
 	w.scraped = promhttp.HandlerFor(registry, promhttp.HandlerOpts{ErrorHandling: promhttp.HTTPErrorOnError})
 
 	options := tsdb.DefaultOptions()
