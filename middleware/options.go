@@ -64,8 +64,8 @@ type Options struct {
 	// answers 503 instead, because a second run may be routed to a 404.
 	RouterState RouterStateFunc
 
-	// TraceID names the trace of a request, to be kept with the record. The default takes it from traceparent (W3C
-	// Trace Context).
+	// TraceID names the trace of a request, to be kept with the record. The default takes its id from traceparent (W3C
+	// Trace Context). Package observe/otel has one that records the server's span too, which a link from a replay needs.
 	TraceID func(r *http.Request) string
 
 	// Route names the route of a request for the tracer, such as "POST /transfers". It must come from a small set, never
