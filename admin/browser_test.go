@@ -3,7 +3,9 @@ package admin_test
 import (
 	"context"
 	"encoding/json"
+	"maps"
 	"net/http"
+	"net/http/httptest"
 	"os"
 	"path/filepath"
 	"regexp"
@@ -158,7 +160,7 @@ func TestOperatorInABrowser(t *testing.T) {
 			t.Errorf("the browser complains: %s", problem)
 		}
 	}
-	times.check(t, server.Client())
+	times.check(t, server)
 }
 
 // signedIn is what authentication would be in front of the page.
@@ -191,20 +193,32 @@ func (s *stopwatch) around(next http.Handler) http.Handler {
 }
 
 // check has each page be answered in time. One that was not, on a machine that had other work, is asked for again.
-func (s *stopwatch) check(t *testing.T, client *http.Client) {
+func (s *stopwatch) check(t *testing.T, server *httptest.Server) {
 	t.Helper()
 	s.mu.Lock()
-	defer s.mu.Unlock()
+	taken := maps.Clone(s.taken)
+	s.mu.Unlock()
 	slowest, which := time.Duration(0), ""
-	for asked, took := range s.taken {
-		if took > slowest {
-			slowest, which = took, asked
+	for asked, took := range taken {
+		method, uri, _ := strings.Cut(asked, " ")
+		for again := 0; took > answerMax && again < 3 && method == http.MethodGet; again++ {
+			response, err := server.Client().Get(server.URL + uri)
+			if err != nil {
+				t.Fatal(err)
+			}
+			text(t, response, http.StatusOK)
+			s.mu.Lock()
+			took = min(took, s.taken[asked])
+			s.mu.Unlock()
 		}
 		if took > answerMax {
 			t.Errorf("%.40s took %v", asked, took)
 		}
+		if took > slowest {
+			slowest, which = took, asked
+		}
 	}
-	t.Logf("%d pages on a million keys; the slowest, %.20s, took %v", len(s.taken), which, slowest.Round(time.Millisecond))
+	t.Logf("%d pages on a million keys; the slowest, %.20s, took %v", len(taken), which, slowest.Round(time.Millisecond))
 }
 
 // user is somebody at the browser. What can't be done within a while fails the test.
