@@ -22,7 +22,7 @@ func TestStart(t *testing.T) {
 	if testing.Short() {
 		t.Skip("starts a browser")
 	}
-	before := profiles(t)
+	t.Setenv("TMPDIR", t.TempDir()) // other tests start browsers too
 	t.Run("page", func(t *testing.T) {
 		server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 			w.Header().Set("Content-Type", "text/html")
@@ -31,6 +31,9 @@ func TestStart(t *testing.T) {
 		}))
 		t.Cleanup(server.Close)
 		ctx := browsertest.Start(t)
+		if n := profiles(t); n != 1 {
+			t.Errorf("there are %d profile folders while it runs", n)
+		}
 		problems := browsertest.Problems(t, ctx)
 		if err := chromedp.Do(ctx, chromedp.Navigate(server.URL), chromedp.WaitReady(chromedp.CSS("#p"))); err != nil {
 			t.Fatal(err)
@@ -52,8 +55,8 @@ func TestStart(t *testing.T) {
 			t.Error("it resolves names")
 		}
 	})
-	if after := profiles(t); after > before {
-		t.Errorf("%d profile folders are left, %d were there before", after, before)
+	if left := profiles(t); left != 0 {
+		t.Errorf("%d profile folders are left", left)
 	}
 }
 
