@@ -7,18 +7,20 @@ import (
 	"github.com/paidonce/idempotency"
 )
 
-// Trace returns a tracer that tells next everything, and the page what became of each request. Requests of the page's
-// own storm are left to the storm, which knows more of them.
-func (l *Live) Trace(next idempotency.Tracer) idempotency.Tracer { return &tracer{next, l} }
+// Tracer returns a tracer that tells the page what became of each request. Requests of the page's own storm are left to
+// the storm, which knows more of them.
+func (l *Live) Tracer() idempotency.Tracer { return tracer{l} }
 
-type tracer struct {
-	idempotency.Tracer
-	live *Live
-}
+type tracer struct{ live *Live }
+
+// TraceRequestStart implements [idempotency.Tracer].
+func (tracer) TraceRequestStart(ctx context.Context, _ idempotency.RequestStart) context.Context { return ctx }
+
+// TraceStep implements [idempotency.Tracer].
+func (tracer) TraceStep(context.Context, idempotency.StepEnd) {}
 
 // TraceRequestEnd implements [idempotency.Tracer].
-func (t *tracer) TraceRequestEnd(ctx context.Context, end idempotency.RequestEnd) {
-	t.Tracer.TraceRequestEnd(ctx, end)
+func (t tracer) TraceRequestEnd(ctx context.Context, end idempotency.RequestEnd) {
 	if markedFrom(ctx) != nil {
 		return
 	}
@@ -28,8 +30,7 @@ func (t *tracer) TraceRequestEnd(ctx context.Context, end idempotency.RequestEnd
 }
 
 // TraceRefused implements [idempotency.Tracer].
-func (t *tracer) TraceRefused(ctx context.Context, refused idempotency.Refused) {
-	t.Tracer.TraceRefused(ctx, refused)
+func (t tracer) TraceRefused(ctx context.Context, _ idempotency.Refused) {
 	if markedFrom(ctx) == nil {
 		t.live.board.attempt(time.Now(), Protected, "refused", "refused", DotFailed, DotFailed)
 	}

@@ -19,6 +19,7 @@ import (
 	"github.com/paidonce/idempotency/cmd/demo-bank/internal/web"
 	"github.com/paidonce/idempotency/middleware"
 	"github.com/paidonce/idempotency/middleware/chiroute"
+	"github.com/paidonce/idempotency/observe"
 	"github.com/paidonce/idempotency/storage/postgres"
 )
 
@@ -30,7 +31,7 @@ func (s *Server) handler(store *postgres.Store, books *bank.Bank, ids *nodeid.So
 	idem := middleware.New(store, bank.Tenant, &middleware.Options{
 		Engine: idempotency.Options{
 			TTL: s.config.TTL, Wait: s.config.Wait, HandlerTimeout: s.config.HandlerTimeout, Speculative: s.config.Speculative,
-			Tracer: watch.Trace(s.metrics),
+			Tracer: observe.Join(s.metrics, watch.Tracer()),
 		},
 		RouterState: chiroute.State,
 		Logger:      s.logger,
