@@ -14,7 +14,9 @@ func (l *Live) Tracer() idempotency.Tracer { return tracer{l} }
 type tracer struct{ live *Live }
 
 // TraceRequestStart implements [idempotency.Tracer].
-func (tracer) TraceRequestStart(ctx context.Context, _ idempotency.RequestStart) context.Context { return ctx }
+func (tracer) TraceRequestStart(ctx context.Context, _ idempotency.RequestStart) context.Context {
+	return ctx
+}
 
 // TraceStep implements [idempotency.Tracer].
 func (tracer) TraceStep(context.Context, idempotency.StepEnd) {}
