@@ -87,7 +87,10 @@ func (r *sealedRows) Values() ([]any, error) {
 func (r *sealedRows) Conn() *pgx.Conn { return nil }
 
 // sealedRow is the first of some rows.
-type sealedRow struct{ rows pgx.Rows }
+type sealedRow struct {
+	rows pgx.Rows
+	own  sealedRows // what rows is, where something was sent
+}
 
 func (r *sealedRow) Scan(dest ...any) error {
 	defer r.rows.Close()
@@ -122,18 +125,22 @@ func (b *sealedBatch) Exec() (tag pgconn.CommandTag, err error) {
 	return tag, err
 }
 
-func (b *sealedBatch) Query() (pgx.Rows, error) {
+func (b *sealedBatch) Query() (pgx.Rows, error) { return b.query(new(sealedRows)) }
+
+func (b *sealedBatch) query(into *sealedRows) (pgx.Rows, error) {
 	if err := b.tx.use(); err != nil {
 		return failedRows{err}, err
 	}
 	rows, err := b.BatchResults.Query()
 	b.tx.done(err)
-	return &sealedRows{Rows: rows, tx: b.tx}, err
+	*into = sealedRows{Rows: rows, tx: b.tx}
+	return into, err
 }
 
 func (b *sealedBatch) QueryRow() pgx.Row {
-	rows, _ := b.Query() // Scan reports the error
-	return &sealedRow{rows}
+	row := new(sealedRow)
+	row.rows, _ = b.query(&row.own) // Scan reports the error
+	return row
 }
 
 func (b *sealedBatch) Close() error {
@@ -168,7 +175,7 @@ type failedBatch struct{ err error }
 
 func (b failedBatch) Exec() (pgconn.CommandTag, error) { return pgconn.CommandTag{}, b.err }
 func (b failedBatch) Query() (pgx.Rows, error)         { return failedRows(b), b.err }
-func (b failedBatch) QueryRow() pgx.Row                { return &sealedRow{failedRows(b)} }
+func (b failedBatch) QueryRow() pgx.Row                { return &sealedRow{rows: failedRows(b)} }
 func (b failedBatch) Close() error                     { return b.err }
 func (b failedBatch) Tx() pgx.Tx                       { return nil }
 

@@ -297,7 +297,11 @@ func (tx *sealedTx) Exec(ctx context.Context, sql string, arguments ...any) (tag
 	return rows.CommandTag(), rows.Err()
 }
 
-func (tx *sealedTx) Query(ctx context.Context, sql string, arguments ...any) (_ pgx.Rows, err error) {
+func (tx *sealedTx) Query(ctx context.Context, sql string, arguments ...any) (pgx.Rows, error) {
+	return tx.query(ctx, new(sealedRows), sql, arguments)
+}
+
+func (tx *sealedTx) query(ctx context.Context, into *sealedRows, sql string, arguments []any) (_ pgx.Rows, err error) {
 	if err := tx.use(); err != nil {
 		return failedRows{err}, err
 	}
@@ -306,12 +310,14 @@ func (tx *sealedTx) Query(ctx context.Context, sql string, arguments ...any) (_ 
 		return failedRows{err}, err
 	}
 	rows, err := tx.conn.Query(ctx, sql, tx.extended(arguments, false)...)
-	return &sealedRows{Rows: rows, tx: tx.transaction}, err
+	*into = sealedRows{Rows: rows, tx: tx.transaction}
+	return into, err
 }
 
 func (tx *sealedTx) QueryRow(ctx context.Context, sql string, arguments ...any) pgx.Row {
-	rows, _ := tx.Query(ctx, sql, arguments...) // Scan reports the error
-	return &sealedRow{rows}
+	row := new(sealedRow)
+	row.rows, _ = tx.query(ctx, &row.own, sql, arguments) // Scan reports the error
+	return row
 }
 
 func (tx *sealedTx) Prepare(ctx context.Context, name, sql string) (_ *pgconn.StatementDescription, err error) {

@@ -80,6 +80,8 @@ type Config struct {
 	// Progress gets a line that is written over on a terminal, and one every ten seconds elsewhere. Nil: none.
 	Progress io.Writer
 	Terminal bool // Progress is a terminal
+
+	waitWindows int // see there
 }
 
 // full returns the config with nothing left out but the seed.
@@ -110,6 +112,7 @@ func (c *Config) full() Config {
 		full.Parts = Parts()
 	}
 	setDefault(&full.Rounds, pick(RoundsDefault, RoundsQuick).(int))
+	setDefault(&full.waitWindows, pick(waitWindows, waitWindowsQuick).(int))
 	setDefault(&full.Slice, pick(SliceDefault, SliceQuick).(time.Duration))
 	setDefault(&full.Expired, pick(int64(ExpiredDefault), int64(ExpiredQuick)).(int64))
 	setDefault(&full.DurationMax, pick(DurationMaxDefault, DurationMaxQuick).(time.Duration))

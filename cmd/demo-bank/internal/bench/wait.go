@@ -82,10 +82,7 @@ func (r *run) measureWait(ctx context.Context) error {
 	latency := hdr.New(1, latencyMax.Microseconds(), 3)
 	with, without := hdr.New(1, latencyMax.Microseconds(), 3), hdr.New(1, latencyMax.Microseconds(), 3)
 	var p99With, p99Without []float64
-	w.Rounds, w.Windows = r.config.Rounds, waitWindows
-	if r.config.Quick {
-		w.Windows = waitWindowsQuick
-	}
+	w.Rounds, w.Windows = r.config.Rounds, r.config.waitWindows
 	for round := range w.Rounds {
 		r.enter("duplicates of a request that runs: round %d of %d", round+1, w.Rounds)
 		roundWith, roundWithout := hdr.New(1, latencyMax.Microseconds(), 3), hdr.New(1, latencyMax.Microseconds(), 3)
