@@ -48,9 +48,10 @@ func decide(f fact) step {
 		return step{again: f.maybe || passing(f.status) || f.bodyUnread}
 	case "":
 		// No word of the middleware: a server without one, or something in front of it. Nothing is proven. A success is never
-		// asked for again: it is the best sign that nobody there honours keys.
+		// asked for again: it is the best sign that nobody there honours keys. A redirect is none, and who follows it makes a
+		// request with another key.
 		switch {
-		case f.status < 400 || !f.honoured:
+		case f.status < 300 || !f.honoured:
 			return step{}
 		case passing(f.status):
 			return step{again: true, maybe: true}

@@ -43,7 +43,7 @@
 // Answers are read whole before the caller gets them. Streams don't belong here.
 //
 // A redirect that repeats the body (307, 308) is a request of its own, with a key of its own: set CheckRedirect to return
-// [http.ErrUseLastResponse] where the server may answer with one.
+// [http.ErrUseLastResponse] where the server may answer with one. Once an attempt may have been executed none is returned.
 //
 // The package imports the standard library, the root package and google/uuid.
 package client

@@ -67,6 +67,9 @@ func TestAnswersAreActedUpon(t *testing.T) {
 		{"302", 1, "302 "},
 		{"lost,401,201 replayed", 3, "201 replayed"},
 		{"lost,200", 2, "200 "},
+		// A redirect is no success. Who follows it makes a request with another key.
+		{"lost,307,201 replayed", 3, "201 replayed"},
+		{"lost,302", 4, "unknown"},
 	} {
 		t.Run(one.answers, func(t *testing.T) {
 			t.Parallel()
@@ -94,6 +97,29 @@ func TestAnswersAreActedUpon(t *testing.T) {
 				t.Errorf("the error says %d attempts, key %q, started %v", e.Attempts, e.Key.Value, e.Started)
 			}
 		})
+	}
+}
+
+// TestRedirectAfterALostReplyPaysOnce: http.Client follows a 307 with a request of its own, whose key is another.
+func TestRedirectAfterALostReplyPaysOnce(t *testing.T) {
+	t.Parallel()
+	s := newScript(t, func(n int, w http.ResponseWriter, r *http.Request) {
+		switch n {
+		case 1: // it was executed
+			lose()
+		case 2: // something in front of the server
+			http.Redirect(w, r, "/elsewhere", http.StatusTemporaryRedirect)
+		default:
+			say(w, 201, "replayed")
+		}
+	})
+	if _, _, err := post(t, newClient(t, quick()), t.Context(), s.server.URL, "body"); err != nil {
+		t.Error(err)
+	}
+	for _, r := range s.requests() {
+		if r.key != s.requests()[0].key {
+			t.Errorf("the same thing was asked for with keys %s and %s", s.requests()[0].key, r.key)
+		}
 	}
 }
 
