@@ -22,7 +22,7 @@ type fact struct {
 	status     int                 // of an answer
 	bodyUnread bool                // of an answer: the server says that the body did not arrive whole
 	honoured   bool                // the server honours keys: somebody said so, or it has shown it
-	maybe      bool                // an earlier attempt of this call may have been executed
+	maybe      bool                // an earlier attempt of this call may have been executed, or of one before that left its intent
 }
 
 // step is what follows.

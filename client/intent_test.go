@@ -122,6 +122,7 @@ func TestIntentIsSavedBeforeAndForgottenAfter(t *testing.T) {
 	for name, one := range map[string]struct {
 		answers  string
 		own      bool // the key is the caller's own
+		isNew    bool // and the caller says that nobody sent it
 		kept     bool // the intent was kept before the call
 		fail     string
 		err      error
@@ -138,7 +139,8 @@ func TestIntentIsSavedBeforeAndForgottenAfter(t *testing.T) {
 		"unknown":                         {answers: "lost", calls: "save", left: 1, requests: 4, outcome: idempotency.OutcomeUnknown},
 		"own key, not executed":           {answers: "503 not-executed", own: true, calls: "save", left: 1, requests: 4, outcome: idempotency.OutcomeUnknown},
 		"own key, about the request":      {answers: "401 not-executed", own: true, calls: "save,abandon", requests: 1},
-		"kept before, about the request":  {answers: "401 not-executed", own: true, kept: true, calls: "save", left: 1, requests: 1},
+		"kept before, about the request":  {answers: "401 not-executed", own: true, kept: true, calls: "save", left: 1, requests: 4, outcome: idempotency.OutcomeUnknown},
+		"kept before, whatever is said":   {answers: "503 not-executed", own: true, isNew: true, kept: true, calls: "save", left: 1, requests: 4, outcome: idempotency.OutcomeUnknown},
 		"kept before, executed":           {answers: "201 executed", own: true, kept: true, calls: "save,done", requests: 1},
 		"save is refused":                 {fail: "save", err: client.ErrIntentRefused, calls: "save", outcome: idempotency.OutcomeNotExecuted},
 		"save fails, and may have saved":  {fail: "save", err: failure, calls: "save,abandon", outcome: idempotency.OutcomeUnknown},
@@ -164,6 +166,9 @@ func TestIntentIsSavedBeforeAndForgottenAfter(t *testing.T) {
 			ctx := t.Context()
 			if one.own {
 				ctx = client.WithKey(ctx, "mine")
+			}
+			if one.isNew {
+				ctx = client.WithNewKey(ctx, "mine")
 			}
 			if one.kept {
 				store.kept["mine"] = &client.Intent{Key: idempotency.Key{Value: "mine"}}

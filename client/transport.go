@@ -70,6 +70,7 @@ func (t *Transport) RoundTrip(r *http.Request) (*http.Response, error) {
 	if t.options.Intents != nil {
 		before, err := t.options.Intents.Save(r.Context(), t.intentOf(op))
 		op.saved, op.savedBefore = !errors.Is(err, ErrIntentRefused), before
+		op.maybe = before // as for an intent that is resumed
 		if err != nil {
 			return nil, t.end(op, nil, fmt.Errorf("save the intent: %w", err))
 		}
@@ -99,7 +100,7 @@ type operation struct {
 
 	started  time.Time
 	attempts int
-	maybe    bool // an attempt of this call may have been executed
+	maybe    bool // an attempt of this call may have been executed, or of one before that left its intent
 	honoured bool
 	status   int // of the last answer
 	last     idempotency.Outcome
