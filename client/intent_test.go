@@ -321,13 +321,15 @@ func TestResumeLeavesAlone(t *testing.T) {
 	}
 	store.before = nil
 	save()
-	store.age = time.Hour
-	report, err := transport.Resume(t.Context(), func(_ context.Context, r *client.Resumed) error {
-		expectError(t, r.Err, idempotency.OutcomeUnknown, client.ErrIntentTooOld)
-		return nil
-	})
-	if err != nil || report.Kept != 1 || store.count() != 1 || len(s.requests()) != 1 {
-		t.Errorf("report is %+v, %v; %d requests arrived", report, err, len(s.requests()))
+	for _, age := range []time.Duration{time.Hour, -client.IntentSkewMax - time.Minute} { // of the second nobody knows
+		store.age = age
+		report, err := transport.Resume(t.Context(), func(_ context.Context, r *client.Resumed) error {
+			expectError(t, r.Err, idempotency.OutcomeUnknown, client.ErrIntentTooOld)
+			return nil
+		})
+		if err != nil || report.Kept != 1 || store.count() != 1 || len(s.requests()) != 1 {
+			t.Errorf("at %v report is %+v, %v; %d requests arrived", age, report, err, len(s.requests()))
+		}
 	}
 	if _, err := client.New(nil, nil).Resume(t.Context(), nil); err == nil {
 		t.Error("Resume without a store has a report")

@@ -24,6 +24,7 @@ const (
 	AnswerBytesMaxDefault   = 4 << 20
 	IntentAgeMaxDefault     = 12 * time.Hour // half of the time that a key counts at the server by default
 
+	IntentSkewMax  = time.Minute     // an intent that was saved later than that from now on tells no age, and is not sent again
 	RoutesMax      = 1000            // routes of which it is remembered that they honour keys
 	ResumeAtOnce   = 4               // intents that are resumed at once
 	SettleTimeout  = 5 * time.Second // for an IntentStore to forget an intent, also when the request's context is over

@@ -117,8 +117,11 @@ func (t *Transport) resumeOne(ctx context.Context, key string, handle func(conte
 
 // resend sends an intent's request.
 func (t *Transport) resend(op *operation, intent *Intent) (*http.Response, error) {
-	if age := time.Since(intent.SavedAt); age >= t.options.IntentAgeMax {
+	switch age := time.Since(intent.SavedAt); {
+	case age >= t.options.IntentAgeMax:
 		return nil, fmt.Errorf("%w: it was saved %v ago", ErrIntentTooOld, age.Round(time.Second))
+	case age < -IntentSkewMax:
+		return nil, fmt.Errorf("%w: it was saved in %v from now, says a clock that was set back since", ErrIntentTooOld, -age.Round(time.Second))
 	}
 	r, err := http.NewRequestWithContext(op.ctx, intent.Method, intent.URL, nil)
 	if err != nil {
