@@ -51,7 +51,8 @@ type IntentStore interface {
 	// the caller is told that it is unknown.
 	Abandon(ctx context.Context, key string) error
 
-	// Pending returns the keys of intents that may be taken, oldest first. A store may return the first of them only.
+	// Pending returns the keys of intents that may be taken, oldest first. A store may return the first of them only, if it
+	// comes to the others when those were taken.
 	Pending(ctx context.Context) ([]string, error)
 
 	// Take returns the intent of a key for it to be sent again. It is nil where it is not kept any more, or is somebody

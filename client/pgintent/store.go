@@ -127,7 +127,8 @@ func New(db DB, options *Options) *Store {
 	s.done = `DELETE FROM ` + table + ` WHERE owner = $1 AND key = $2`
 	s.abandon = `DELETE FROM ` + table + ` USING ` + durable + ` WHERE owner = $1 AND key = $2 AND holder = $3 AND durable.setting <> ''`
 	const mayTake = `(holder = $2 OR touched_at <= clock_timestamp() - $3 * interval '1 microsecond')`
-	s.pending = `SELECT key FROM ` + table + ` WHERE owner = $1 AND ` + mayTake + ` ORDER BY saved_at, key LIMIT $4`
+	// Those that were taken last come last, or a page of them that stay would keep all others from being resumed.
+	s.pending = `SELECT key FROM ` + table + ` WHERE owner = $1 AND ` + mayTake + ` ORDER BY touched_at, saved_at, key LIMIT $4`
 	// Of two that take at once the second waits for the row, and sees it touched.
 	s.take = `UPDATE ` + table + ` SET holder = $2, touched_at = clock_timestamp() WHERE owner = $1 AND key = $4 AND ` + mayTake + `
 		RETURNING method, url, host, header, body, (extract(epoch FROM clock_timestamp() - saved_at) * 1000000)::bigint`
@@ -193,7 +194,7 @@ func (s *Store) Abandon(ctx context.Context, key string) error {
 }
 
 // Pending returns the keys of the intents that this store holds, and of those that others have held for too long: the
-// oldest [PendingMax].
+// oldest [PendingMax], by when they were saved or taken last.
 func (s *Store) Pending(ctx context.Context) ([]string, error) {
 	rows, err := s.db.Query(ctx, s.pending, s.options.Owner, s.holder, s.options.PendingAfter.Microseconds(), PendingMax)
 	if err != nil {

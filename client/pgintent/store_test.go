@@ -150,6 +150,26 @@ func TestPendingHasALimit(t *testing.T) {
 	}
 }
 
+// TestPendingComesToAll: intents that stay, because they are too old to be sent, keep nobody's place for ever.
+func TestPendingComesToAll(t *testing.T) {
+	t.Parallel()
+	pool := setup(t)
+	_, err := pool.Exec(t.Context(), `INSERT INTO idempotency_intents (owner, key, holder, method, url, host, header, body, saved_at, touched_at)
+		SELECT '', 'k' || i, gen_random_uuid(), 'POST', '', '', '', '', at, at
+		FROM generate_series(1, $1) AS i, LATERAL (SELECT clock_timestamp() - interval '1 day' + i * interval '1 second' AS at) AS old`, pgintent.PendingMax+1)
+	if err != nil {
+		t.Fatal(err)
+	}
+	store := pgintent.New(pool, nil)
+	if intent, err := store.Take(t.Context(), "k1"); intent == nil || err != nil {
+		t.Fatalf("it was not taken: %v, %v", intent, err)
+	}
+	keys, err := store.Pending(t.Context())
+	if err != nil || len(keys) != pgintent.PendingMax || keys[0] != "k2" || keys[len(keys)-1] != "k1001" {
+		t.Errorf("%d are pending, from %s to %s, %v", len(keys), keys[0], keys[len(keys)-1], err)
+	}
+}
+
 // TestSaveIsDurableWhateverTheSessionSays: a session with synchronous_commit off acknowledges what a crash undoes. Both statements ask
 // for more, in their own transaction, and leave the session as it is.
 func TestSaveIsDurableWhateverTheSessionSays(t *testing.T) {
