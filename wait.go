@@ -195,11 +195,11 @@ func (p *place) withdraw() bool {
 	return true
 }
 
-// leave gives a leader's place up; a follower's is given up by then. A record answers all that wait, and an unknown outcome
-// is theirs too: to look again would take each as long. Otherwise the next of them leads: it finds the answer that the
-// leader's attempt recorded, or a key that is free.
+// leave gives a leader's place up; a follower's is given up by then, unless a tracer panicked. A record answers all that wait,
+// and an unknown outcome is theirs too: to look again would take each as long. Otherwise the next of them leads: it finds
+// the answer that the leader's attempt recorded, or a key that is free.
 func (p *place) leave(result *Result) {
-	if !p.leads {
+	if !p.leads && !p.flee() {
 		return
 	}
 	if result.Record == nil && result.Outcome != OutcomeUnknown {
@@ -212,6 +212,19 @@ func (p *place) leave(result *Result) {
 			told.Record = copyOf(told.Record)
 		}
 		follower.news <- &told
+	}
+}
+
+// flee takes a follower out of its line that may be in it still, and reports whether it was made the leader before.
+func (p *place) flee() bool {
+	if p.withdraw() {
+		return false
+	}
+	select {
+	case told := <-p.news: // there by now, where it makes a leader: see pass
+		return told == nil
+	default:
+		return false
 	}
 }
 

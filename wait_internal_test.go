@@ -64,3 +64,41 @@ func TestAnswerThatComesAtTheLastMomentIsTaken(t *testing.T) {
 		}
 	}
 }
+
+// panicking is a tracer that panics when a request begins to wait.
+type panicking struct{ Tracer }
+
+func (panicking) TraceWaitStart(context.Context) { panic("tracer") }
+
+// A follower whose tracer panics is gone from its line, also where its turn comes in that moment: or all that come later would
+// wait for it.
+func TestFollowerWhoseTracerPanicsLeavesItsLine(t *testing.T) {
+	t.Parallel()
+	for name, turn := range map[string]bool{"in the line": false, "its turn": true} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			l, key := newLines(), Key{Scope: "acme", Value: "k"}
+			first, late, next := l.mustEnter(key), l.mustEnter(key), l.mustEnter(key)
+			end := func() { first.leave(&Result{Outcome: OutcomeExecuted}) }
+			func() {
+				defer func() { _ = recover() }()
+				defer late.leave(&Result{})
+				if turn {
+					end()
+				}
+				follow(t.Context(), &Request{Key: key}, late, time.Now().Add(time.Hour), &trace{tracer: panicking{}})
+			}()
+			if !turn {
+				end()
+			}
+			told, err := next.wait(t.Context(), time.Now())
+			if told != nil || err != nil || !next.leads {
+				t.Fatalf("the next was told %v, %v", told, err)
+			}
+			next.leave(&Result{})
+			if len(l.byKey) != 0 || l.followers != 0 {
+				t.Errorf("%d lines, %d followers", len(l.byKey), l.followers)
+			}
+		})
+	}
+}
