@@ -368,3 +368,31 @@ func TestResumeOfALaterProcess(t *testing.T) {
 		}
 	}
 }
+
+// TestResumeSpellsTheKeyAsBefore: to a server that reads no strings of RFC 8941 the two spellings of a key are two keys.
+func TestResumeSpellsTheKeyAsBefore(t *testing.T) {
+	t.Parallel()
+	for _, bare := range []bool{false, true} {
+		for _, header := range []string{`mine`, `"mine"`} {
+			s := newScript(t, each("lost", "lost", "201 executed"))
+			transport := client.New(&http.Transport{DisableKeepAlives: true}, quick(func(o *client.Options) {
+				o.Intents, o.AttemptsMax, o.BareKeys = newIntents(), 2, bare
+			}))
+			r, err := http.NewRequestWithContext(t.Context(), http.MethodPost, s.server.URL, strings.NewReader("body"))
+			if err != nil {
+				t.Fatal(err)
+			}
+			r.Header.Set(client.HeaderKey, header)
+			_, err = transport.RoundTrip(r)
+			expectError(t, err, idempotency.OutcomeUnknown, client.ErrAttemptsSpent)
+			if report, err := transport.Resume(t.Context(), nil); err != nil || report.Settled != 1 {
+				t.Errorf("report is %+v, %v", report, err)
+			}
+			for _, arrived := range s.requests() {
+				if arrived.key != s.requests()[0].key {
+					t.Errorf("with BareKeys %t the key %s was sent as %s, then as %s", bare, header, s.requests()[0].key, arrived.key)
+				}
+			}
+		}
+	}
+}

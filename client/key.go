@@ -25,7 +25,8 @@ type ownKey struct {
 // WithKey returns a context whose requests carry a key of the caller's in place of a minted one: to go on with a key
 // after [ErrUnknown], or because the caller keeps it with what it is for. It may have been sent before, so a request
 // that gets no answer is never said to be [ErrNotExecuted]. The context is for one request: all that carry it share the
-// key. An Idempotency-Key header of the request's own does the same, and wins.
+// key. An Idempotency-Key header of the request's own does the same, and wins. It is sent as it is, but where intents are kept,
+// which are resumed with keys that are spelt as Options.BareKeys says.
 //
 // A key is 1 to idempotency.KeyBytesMax visible ASCII characters without comma, space and quote; with another one
 // nothing is sent.

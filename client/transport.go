@@ -136,7 +136,7 @@ func (t *Transport) prepare(r *http.Request) (*operation, error) {
 	if op.request.Header == nil {
 		op.request.Header = http.Header{}
 	}
-	if len(op.request.Header.Values(HeaderKey)) == 0 {
+	if len(op.request.Header.Values(HeaderKey)) == 0 || t.options.Intents != nil { // an intent does not keep how it was spelt
 		spelt := key
 		if !t.options.BareKeys {
 			spelt = quote(key)
