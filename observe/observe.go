@@ -86,7 +86,8 @@ var kinds = []struct {
 	err  error
 	kind string
 }{
-	{idempotency.ErrRecordCorrupt, "record-corrupt"}, {idempotency.ErrUnknown, "unknown"},
+	{idempotency.ErrRecordCorrupt, "record-corrupt"},
+	{idempotency.ErrUnknown, "unknown"},
 	{idempotency.ErrTransactionLost, "transaction-lost"},
 	{idempotency.ErrKeyRecorded, "key-recorded"},
 	{idempotency.ErrNotClaimed, "not-claimed"},
