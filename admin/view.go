@@ -262,7 +262,7 @@ func tellEvent(e operator.Event) string {
 		return "Request refused: the key was in progress"
 	case operator.EventMismatch:
 		return "Request refused: the key is another request's"
-	case operator.EventNotDone:
+	case operator.EventNotExecuted:
 		return "Request not executed"
 	case operator.EventUnknown:
 		return "Outcome unknown to the client"
@@ -277,7 +277,7 @@ func eventTone(kind operator.EventKind) string {
 		return "good"
 	case operator.EventActExpire, operator.EventActForget, operator.EventUnknown:
 		return "bad"
-	case operator.EventRunning, operator.EventMismatch, operator.EventNotDone, operator.EventInProgress:
+	case operator.EventRunning, operator.EventMismatch, operator.EventNotExecuted, operator.EventInProgress:
 		return "warn"
 	}
 	return "plain"

@@ -48,8 +48,8 @@ func (a Act) Validate() error {
 }
 
 // Expire ends the record's time, and returns the record as it was. The reaper deletes it on its next walk, and until then it
-// counts: retries are still replayed. From then on the key is new, and
-// a retry of the request runs again, WHICH CAN PAY TWICE, as it can after [Operator.Forget].
+// counts: retries are still replayed. From then on the key is new, and a retry of the request runs again, WHICH CAN PAY
+// TWICE, as it can after [Operator.Forget].
 //
 // Like Forget it takes the key's lock as a claim does, and leaves a row in the audit table in the same transaction.
 // Errors: [ErrNotFound], [ErrInProgress] where an attempt or a retry holds the key, [ErrChanged], [ErrInvalid];

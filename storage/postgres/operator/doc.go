@@ -8,8 +8,8 @@
 // Nothing here is on the path of a request, and nothing here slows one down: there is no index beside the table's primary
 // key, so each look is bounded instead, in rows, in pages and in time, and says how far it came.
 //
-// Everything but [Operator.Expire], [Operator.Forget] and [Operator.GC] reads. Those two are the only acts by hand on a
-// record that are safe while the service runs; each leaves a row in the table idempotency_audit, in the same transaction.
+// Everything but [Operator.Expire], [Operator.Forget] and [Operator.GC] reads. Expire and Forget are the only acts by hand on
+// a record that are safe while the service runs; each leaves a row in the table idempotency_audit, in the same transaction.
 //
 // What is returned holds scopes, keys and answers, as the table does: it is for the eyes of operators. Errors hold none of it.
 //

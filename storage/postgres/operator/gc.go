@@ -30,11 +30,11 @@ type GCOptions struct {
 // GCProgress says how far a walk is.
 type GCProgress struct {
 	Table     string // its name
-	Pages, Of int64
-	Deleted   int64
+	Pages, Of int64  // gone through, and in all
+	Deleted   int64  // rows so far
 }
 
-// GCResult is what a walk deleted.
+// GCResult is how many rows of each table a walk deleted.
 type GCResult struct {
 	Records, Events, Audit int64
 }

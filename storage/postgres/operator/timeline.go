@@ -20,18 +20,18 @@ type EventKind string
 
 // The kinds. Those of [idempotency.Outcome] are requests as a service saw them end, from the table idempotency_events.
 const (
-	EventRecorded   EventKind = "recorded"    // the record says so: an attempt was executed, and its answer committed
-	EventRunning    EventKind = "running"     // somebody holds the key now; At is when their transaction began
-	EventExpires    EventKind = "expires"     // the record's time will be over
-	EventExpired    EventKind = "expired"     // it is; the record counts until the reaper deletes it
-	EventActExpire  EventKind = "act-expire"  // an operator ended its time
-	EventActForget  EventKind = "act-forget"  // an operator deleted a record
-	EventExecuted   EventKind = "executed"    // as [idempotency.OutcomeExecuted]
-	EventReplayed   EventKind = "replayed"    // and so on
-	EventInProgress EventKind = "in-progress" //
-	EventMismatch   EventKind = "mismatch"
-	EventNotDone    EventKind = "not-executed"
-	EventUnknown    EventKind = "unknown"
+	EventRecorded    EventKind = "recorded"    // the record says so: an attempt was executed, and its answer committed
+	EventRunning     EventKind = "running"     // somebody holds the key now; At is when their transaction began
+	EventExpires     EventKind = "expires"     // the record's time will be over
+	EventExpired     EventKind = "expired"     // it is; the record counts until the reaper deletes it
+	EventActExpire   EventKind = "act-expire"  // an operator ended its time
+	EventActForget   EventKind = "act-forget"  // an operator deleted a record
+	EventExecuted    EventKind = "executed"    // as [idempotency.OutcomeExecuted]
+	EventReplayed    EventKind = "replayed"    // and so on
+	EventInProgress  EventKind = "in-progress" //
+	EventMismatch    EventKind = "mismatch"
+	EventNotExecuted EventKind = "not-executed"
+	EventUnknown     EventKind = "unknown"
 )
 
 // Event is one thing that is known to have happened to a key.
