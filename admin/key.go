@@ -201,11 +201,9 @@ func (h *Handler) doneOf(p *page, key idempotency.Key) *done {
 }
 
 func parseAttempt(s string) (id idempotency.AttemptID, err error) {
-	b, err := hex.DecodeString(strings.ReplaceAll(s, "-", ""))
-	if err != nil || len(b) != len(id) {
+	if id, err = operator.ParseAttemptID(s); err != nil {
 		return id, invalid("An attempt's id is a UUID: 32 hexadecimal digits.")
 	}
-	copy(id[:], b)
 	return id, nil
 }
 
