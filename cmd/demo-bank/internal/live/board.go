@@ -253,7 +253,7 @@ func (b *board) lastProof() *Proof {
 	return b.proof
 }
 
-// running is the storm that runs or ran last in this process, or nil.
+// current returns the storm that runs or ran last in this process, or nil.
 func (b *board) current() *Storm {
 	b.mu.Lock()
 	defer b.mu.Unlock()

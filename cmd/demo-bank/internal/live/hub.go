@@ -141,9 +141,17 @@ func (h *hub) watched() <-chan struct{} {
 	return h.present
 }
 
-// run publishes what changes, until ctx ends. It does nothing while nobody watches.
+// run publishes what changes, until ctx ends.
 func (h *hub) run(ctx context.Context) {
-	// The pause comes after each look: no two updates are closer to each other, however late a timer is.
+	h.whileWatched(ctx, func() time.Duration {
+		h.publish()
+		return updateInterval
+	})
+}
+
+// whileWatched calls do again and again until ctx ends, and not while nobody watches. do returns how long to pause after
+// it: no two calls are closer to each other, however late a timer is.
+func (h *hub) whileWatched(ctx context.Context, do func() (pause time.Duration)) {
 	pause := time.NewTimer(0)
 	defer pause.Stop()
 	for {
@@ -157,8 +165,7 @@ func (h *hub) run(ctx context.Context) {
 			return
 		case <-h.watched():
 		}
-		h.publish()
-		pause.Reset(updateInterval)
+		pause.Reset(do())
 	}
 }
 

@@ -37,10 +37,10 @@ type Twin struct {
 	Side         Side   `json:"side"`
 	Payer        string `json:"payer"`
 	Payee        string `json:"payee"`
-	Opening      int64  `json:"opening"`       // of both together
-	PayerBalance int64  `json:"payer_balance"` //
-	PayeeBalance int64  `json:"payee_balance"` //
-	PayerOpening int64  `json:"payer_opening"` //
+	Opening      int64  `json:"opening"` // of both together
+	PayerBalance int64  `json:"payer_balance"`
+	PayeeBalance int64  `json:"payee_balance"`
+	PayerOpening int64  `json:"payer_opening"` // its part of Opening; the payee's is the rest
 	EntriesPayer int64  `json:"entries_payer"` // sum of the ledger's
 	EntriesPayee int64  `json:"entries_payee"`
 	Payments     int64  `json:"payments"`   // distinct references: what was ordered
@@ -266,23 +266,11 @@ func (p *Proof) readMoves(ctx context.Context, tx pgx.Tx, since int64, ttl time.
 
 // prover reads a proof twice a second as long as somebody watches, one at a time, for all viewers.
 func (l *Live) prover(ctx context.Context) {
-	pause := time.NewTimer(0)
-	defer pause.Stop()
-	for {
-		select {
-		case <-ctx.Done():
-			return
-		case <-pause.C:
-		}
-		select {
-		case <-ctx.Done():
-			return
-		case <-l.hub.watched():
-		}
+	l.hub.whileWatched(ctx, func() time.Duration {
 		started := time.Now()
 		l.proveOnce(ctx)
-		pause.Reset(max(proofInterval, proofRest*time.Since(started)))
-	}
+		return max(proofInterval, proofRest*time.Since(started))
+	})
 }
 
 func (l *Live) proveOnce(ctx context.Context) {
