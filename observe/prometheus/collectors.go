@@ -146,7 +146,7 @@ var recordsMetrics = []struct {
 }{
 	{recordsDesc("live_estimate", "Records that count, about."), func(r Records) float64 { return float64(r.Records - r.Expired) }},
 	{recordsDesc("expired_estimate", "Records that have expired and wait for the reaper, about."), func(r Records) float64 { return float64(r.Expired) }},
-	{recordsDesc("overdue_seconds_estimate", "For how long the oldest expired record waits for the reaper, at least."), func(r Records) float64 { return r.Overdue.Seconds() }},
+	{recordsDesc("overdue_estimate_seconds", "For how long the oldest expired record waits for the reaper, at least."), func(r Records) float64 { return r.Overdue.Seconds() }},
 	{recordsDesc("table_bytes", "Size of the table of the records, bodies included."), func(r Records) float64 { return float64(r.TableBytes) }},
 	{recordsDesc("index_bytes", "Size of its index."), func(r Records) float64 { return float64(r.IndexBytes) }},
 }

@@ -72,7 +72,7 @@ func TestEveryMetricSaysWhatHappened(t *testing.T) {
 	o.unread = errors.New(house.Canary)
 	scrape(t, o.registry)
 	o.unread = nil
-	wantLines(t, scrape(t, o.registry), "idempotency_records_expired_estimate 0", "idempotency_records_overdue_seconds_estimate 0")
+	wantLines(t, scrape(t, o.registry), "idempotency_records_expired_estimate 0", "idempotency_records_overdue_estimate_seconds 0")
 	o.Expire(90 * time.Second)
 	o.Execute(house.Transfers, 1)
 

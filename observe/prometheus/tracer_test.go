@@ -143,7 +143,7 @@ func TestRecordsAreReadOncePerInterval(t *testing.T) {
 		now, failure = now.Add(step.sleep), step.failure
 		wantLines(t, scrape(t, registry), "idempotency_records_live_estimate "+step.live, "idempotency_records_read_age_seconds "+step.age,
 			"idempotency_records_read_failures_total "+step.failed, "idempotency_records_expired_estimate 1",
-			"idempotency_records_overdue_seconds_estimate 60", "idempotency_records_table_bytes 3", "idempotency_records_index_bytes 4")
+			"idempotency_records_overdue_estimate_seconds 60", "idempotency_records_table_bytes 3", "idempotency_records_index_bytes 4")
 	}
 	if reads != 5 {
 		t.Errorf("read %d times, want 5", reads)
