@@ -270,7 +270,7 @@ func TestWatch(t *testing.T) {
 	}
 	b.want(t, exitRefused, "key", "watch", "acme", "k", "--for", "150ms", "--interval", "100ms", "--until", "absent")
 	b.want(t, 0, "key", "watch", "acme", "k", "--for", "150ms", "--interval", "100ms")
-	b.want(t, exitUsage, "key", "watch", "acme", "k", "--interval", "1ms")
+	b.want(t, exitUsage, "key", "watch", "acme", "k", "--interval", "99ms")
 	b.want(t, exitUsage, "key", "watch", "acme", "k", "--until", "soon")
 }
 

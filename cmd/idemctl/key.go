@@ -255,7 +255,7 @@ func (a *app) printList(list operator.List) error {
 		if r.Expired {
 			expires += " (over)"
 		}
-		lines = append(lines, fmt.Sprintf("%s\t%s\t%d\t%s\t%s\t%s\t%s", clean(r.Key.Scope), clean(r.Key.Value), r.Status, stamp(r.CreatedAt), expires, megabytes(r.BodyBytes), r.Attempt))
+		lines = append(lines, fmt.Sprintf("%s\t%s\t%d\t%s\t%s\t%s\t%s", clean(r.Key.Scope), clean(r.Key.Value), r.Status, stamp(r.CreatedAt), expires, sizeText(r.BodyBytes), r.Attempt))
 	}
 	if err := a.table(lines); err != nil {
 		return err

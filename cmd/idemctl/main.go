@@ -36,7 +36,7 @@ const description = `Looks at the records of idempotent requests, and after them
   idemctl serve                           the same as pages, on this machine, behind a token
 
 The database is that of --database-url, else of DATABASE_URL, else of the variables of libpq: PGHOST, PGUSER, PGPASSFILE, PGSERVICE
-and so on. A password belongs into one of those, not into an argument, which other users of the machine can see; a
+and so on. A password belongs in one of those, not into an argument, which other users of the machine can see; a
 key can be kept from them too: "-" reads it from the standard input.
 
 Exit codes: 0 done, 1 failed, 2 not a command, 3 no such record, 4 the doctor found a failure, 5 refused: the key is in

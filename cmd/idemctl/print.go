@@ -149,8 +149,8 @@ func stamp(at time.Time) string {
 	return at.UTC().Format("2006-01-02 15:04:05.000Z")
 }
 
-// megabytes returns a size with its unit.
-func megabytes(bytes int64) string {
+// sizeText returns a size with its unit, of powers of 1024, as PostgreSQL writes sizes.
+func sizeText(bytes int64) string {
 	switch {
 	case bytes < 10<<10:
 		return fmt.Sprintf("%d B", bytes)

@@ -108,11 +108,14 @@ func TestServeAsksForItsToken(t *testing.T) {
 	}
 }
 
-// A token that is given is used, and never printed.
+// A token that is given is used, up to its limits, and never printed.
 func TestServeWithATokenOfYourOwn(t *testing.T) {
 	t.Parallel()
 	b := setup(t)
-	const token = "correct-horse-battery"
+	token, longest := "correct-horse-bt", strings.Repeat("x", tokenBytesMax)
+	if len(token) != tokenBytesMin {
+		t.Fatalf("the shortest token has %d bytes", len(token))
+	}
 	file := filepath.Join(t.TempDir(), "token")
 	if err := os.WriteFile(file, []byte(token+"\n"), 0o600); err != nil {
 		t.Fatal(err)
@@ -120,9 +123,14 @@ func TestServeWithATokenOfYourOwn(t *testing.T) {
 	for name, p := range map[string]*pages{
 		"variable": b.pagesOf(t, []string{tokenVariable + "=" + token}),
 		"file":     b.pagesOf(t, []string{tokenVariable + "=something-else-entirely"}, "--token-file", file, "--read-only", "--actor", "alice"),
+		"longest":  b.pagesOf(t, []string{tokenVariable + "=" + longest}),
 	} {
 		if p.Token != "" {
 			t.Errorf("%s: the token is printed", name)
+		}
+		token := token
+		if name == "longest" {
+			token = longest
 		}
 		if response, _ := p.get(t, "", token); response.StatusCode != http.StatusOK {
 			t.Errorf("%s: %d", name, response.StatusCode)
@@ -133,8 +141,9 @@ func TestServeWithATokenOfYourOwn(t *testing.T) {
 func TestServeRefuses(t *testing.T) {
 	t.Parallel()
 	b := setup(t)
-	short, empty := filepath.Join(t.TempDir(), "short"), filepath.Join(t.TempDir(), "empty")
-	for file, content := range map[string]string{short: "canary", empty: ""} {
+	folder := t.TempDir()
+	short, long, empty := filepath.Join(folder, "short"), filepath.Join(folder, "long"), filepath.Join(folder, "empty")
+	for file, content := range map[string]string{short: "canary" + strings.Repeat("x", tokenBytesMin-7), long: "canary" + strings.Repeat("x", tokenBytesMax-5), empty: ""} {
 		if err := os.WriteFile(file, []byte(content), 0o600); err != nil {
 			t.Fatal(err)
 		}
@@ -149,6 +158,7 @@ func TestServeRefuses(t *testing.T) {
 		"another machine's":    {"", []string{"--addr", "192.0.2.1:0"}, exitUsage},
 		"no port":              {"", []string{"--addr", "127.0.0.1"}, exitUsage},
 		"short token":          {"", []string{"--token-file", short}, exitUsage},
+		"long token":           {"", []string{"--token-file", long}, exitUsage},
 		"empty token":          {"", []string{"--token-file", empty}, exitUsage},
 		"empty variable":       {tokenVariable + "=", nil, exitUsage},
 		"short variable":       {tokenVariable + "=canary", nil, exitUsage},

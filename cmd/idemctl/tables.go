@@ -214,10 +214,10 @@ func statsLines(s *operator.Stats) []string {
 		"expired\t" + countText(s.Expired),
 		"reaper behind\t" + behind,
 		"oldest\t" + stamp(s.OldestCreated),
-		"table\t" + megabytes(s.TableBytes),
-		"index\t" + megabytes(s.IndexBytes),
-		"large bodies\t" + megabytes(s.ToastBytes),
-		"audit, history\t" + megabytes(s.AuditBytes) + ", " + megabytes(s.EventsBytes),
+		"table\t" + sizeText(s.TableBytes),
+		"index\t" + sizeText(s.IndexBytes),
+		"large bodies\t" + sizeText(s.ToastBytes),
+		"audit, history\t" + sizeText(s.AuditBytes) + ", " + sizeText(s.EventsBytes),
 		fmt.Sprintf("dead rows\t%d", s.DeadRows),
 		"last vacuum\t" + stamp(s.LastVacuum),
 		"last analyze\t" + stamp(s.LastAnalyze),
@@ -259,10 +259,10 @@ func (c *gcCommand) Run(a *app) error {
 		var printed error // what was deleted is deleted, whatever stopped it
 		if a.cli.JSON {
 			printed = a.printJSON(struct {
-				Records  int64 `json:"records"`
-				Events   int64 `json:"events"`
-				Audit    int64 `json:"audit"`
-				Duration int64 `json:"duration_ms"`
+				Records    int64 `json:"records"`
+				Events     int64 `json:"events"`
+				Audit      int64 `json:"audit"`
+				DurationMS int64 `json:"duration_ms"`
 			}{result.Records, result.Events, result.Audit, took.Milliseconds()})
 		} else {
 			printed = a.printf("deleted %d records, %d rows of history, %d of the audit, in %v\n", result.Records, result.Events, result.Audit, took)
@@ -360,7 +360,7 @@ func (c *topCommand) show(a *app, s, before *operator.Stats, screen bool) error 
 		return fmt.Sprintf("%.1f/s", *r)
 	}
 	line := fmt.Sprintf("%s  in flight %d  recorded %s  deleted %s  live %s  expired %s  table %s",
-		stamp(s.Now), s.InFlight, rate(inserted), rate(deleted), countText(s.Live), countText(s.Expired), megabytes(s.TableBytes+s.IndexBytes+s.ToastBytes))
+		stamp(s.Now), s.InFlight, rate(inserted), rate(deleted), countText(s.Live), countText(s.Expired), sizeText(s.TableBytes+s.IndexBytes+s.ToastBytes))
 	if !screen {
 		return a.printf("%s\n", line)
 	}
