@@ -35,7 +35,7 @@ func notFound(slug, detail string) *Problem {
 // WriteProblem answers with a problem document.
 func WriteProblem(w http.ResponseWriter, p *Problem) {
 	w.Header().Set("Content-Type", "application/problem+json")
-	writeJSON(w, p.Status, struct {
+	WriteJSON(w, p.Status, struct {
 		Type   string `json:"type"`
 		Title  string `json:"title"`
 		Status int    `json:"status"`
@@ -55,9 +55,7 @@ func (b *Bank) writeError(w http.ResponseWriter, r *http.Request, err error) {
 }
 
 // WriteJSON answers with a value that can be encoded; it panics where it can't.
-func WriteJSON(w http.ResponseWriter, status int, value any) { writeJSON(w, status, value) }
-
-func writeJSON(w http.ResponseWriter, status int, value any) {
+func WriteJSON(w http.ResponseWriter, status int, value any) {
 	if w.Header().Get("Content-Type") == "" {
 		w.Header().Set("Content-Type", "application/json")
 	}

@@ -96,7 +96,7 @@ type answer struct {
 
 func (a *answer) write(w http.ResponseWriter) {
 	w.Header().Set("Location", a.location)
-	writeJSON(w, a.status, a.body)
+	WriteJSON(w, a.status, a.body)
 }
 
 // work is what a request writes, in whichever transaction it is given.
@@ -180,7 +180,7 @@ func (b *Bank) get(read func(ctx context.Context, id string) (any, error)) http.
 			b.writeError(w, r, err)
 			return
 		}
-		writeJSON(w, http.StatusOK, value)
+		WriteJSON(w, http.StatusOK, value)
 	}
 }
 
@@ -200,7 +200,7 @@ func (b *Bank) getAccounts(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	accounts, next := cutPage(accounts, limit, func(a Account) string { return a.ID })
-	writeJSON(w, http.StatusOK, struct {
+	WriteJSON(w, http.StatusOK, struct {
 		Accounts []Account `json:"accounts"`
 		Next     *string   `json:"next"`
 	}{accounts, next})
@@ -228,7 +228,7 @@ func (b *Bank) getTransfers(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	transfers, next := cutPage(transfers, limit, func(t Transfer) string { return t.ID })
-	writeJSON(w, http.StatusOK, struct {
+	WriteJSON(w, http.StatusOK, struct {
 		Transfers []Transfer `json:"transfers"`
 		Next      *string    `json:"next"`
 	}{transfers, next})
@@ -240,7 +240,7 @@ func (b *Bank) getProducts(w http.ResponseWriter, r *http.Request) {
 		b.writeError(w, r, err)
 		return
 	}
-	writeJSON(w, http.StatusOK, struct {
+	WriteJSON(w, http.StatusOK, struct {
 		Products []Product `json:"products"`
 	}{products})
 }
@@ -254,7 +254,7 @@ func (b *Bank) getAudit(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	w.Header().Set("Cache-Control", "no-store")
-	writeJSON(w, http.StatusOK, audit)
+	WriteJSON(w, http.StatusOK, audit)
 }
 
 // pageLimit reads the limit of a page.

@@ -195,8 +195,8 @@ func (e early) Flush() {
 }
 
 // carriesChiRoute reports`},
-				{bankFile, `	writeJSON(w, a.status, a.body)
-}`, `	writeJSON(w, a.status, a.body)
+				{bankFile, `	WriteJSON(w, a.status, a.body)
+}`, `	WriteJSON(w, a.status, a.body)
 	_ = http.NewResponseController(w).Flush()
 }`},
 			},
