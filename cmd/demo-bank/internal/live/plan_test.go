@@ -1,8 +1,11 @@
 package live
 
 import (
+	"fmt"
 	"net/url"
+	"os"
 	"reflect"
+	"regexp"
 	"strconv"
 	"strings"
 	"testing"
@@ -42,5 +45,38 @@ func TestLimitsOfAStorm(t *testing.T) {
 	}
 	if plan, err := parsePlan(form("fault", "slow slow slow")); err != nil || len(plan.Faults) != 1 {
 		t.Errorf("a fault that is named again: %+v, %v", plan, err)
+	}
+}
+
+// TestTheFormHasTheLimits: the page's form names the limits, faults and modes that the bank takes.
+func TestTheFormHasTheLimits(t *testing.T) {
+	t.Parallel()
+	page, err := os.ReadFile("../web/assets/page.html")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for name, limit := range map[string][2]int{"keys": {1, KeysMax}, "copies": {1, CopiesMax}, "clients": {1, ClientsMax}, "share": {0, SharePercentMax}} {
+		input := regexp.MustCompile(`<input name="` + name + `"[^>]*>`).FindString(string(page))
+		if want := fmt.Sprintf(`min="%d" max="%d"`, limit[0], limit[1]); !strings.Contains(input, want) {
+			t.Errorf("the field %s is %q, want %s", name, input, want)
+		}
+	}
+	var faults, modes []string
+	for _, found := range regexp.MustCompile(`name="fault" value="([^"]*)"`).FindAllStringSubmatch(string(page), -1) {
+		faults = append(faults, found[1])
+	}
+	for _, found := range regexp.MustCompile(`<option value="([^"]*)"`).FindAllStringSubmatch(string(page), -1) {
+		modes = append(modes, found[1])
+	}
+	if len(faults) != len(Faults()) {
+		t.Errorf("the form has %d faults, want %d", len(faults), len(Faults()))
+	}
+	if len(modes) != 3 {
+		t.Errorf("the form has the modes %q", modes)
+	}
+	for _, mode := range modes {
+		if _, err := parsePlan(form("mode", mode, "fault", strings.Join(faults, " "))); err != nil {
+			t.Errorf("mode %s with all of the form's faults: %v", mode, err)
+		}
 	}
 }
