@@ -25,20 +25,30 @@ type Statistics struct {
 	IndexBytes int64
 }
 
-// Statistics reads figures about the table, in one round trip where the connection of the pool knows the statements, and holds
-// it for little longer than [StatisticsTimeoutMax]. It needs SELECT on the table. Its cost does not grow with the table; still, ask every half minute
-// and not for each request. Safe for concurrent use.
+// Statistics reads figures about the table, in four round trips on a connection of the pool, which it holds for little longer
+// than [StatisticsTimeoutMax]; where a connection has to be made first, ctx alone bounds that. It needs SELECT on the table.
+// Its cost does not grow with the table; still, ask every half minute and not for each request. Safe for concurrent use.
 func (s *Store) Statistics(ctx context.Context) (Statistics, error) {
 	var stats Statistics
 	var read, pages int64
 	var overdueSeconds float64
-	batch := &pgx.Batch{}
-	// By the server and not by ctx, which would cost the pool its connection.
-	batch.Queue("SELECT set_config('statement_timeout', $1, true)", fmt.Sprint(StatisticsTimeoutMax.Milliseconds()))
-	batch.Queue(s.statisticsSQL(), pgx.Identifier{s.options.Schema, TableName}.Sanitize(), StatisticsPagesMax, rand.Float64()).QueryRow(func(row pgx.Row) error {
-		return row.Scan(&pages, &stats.TableBytes, &stats.IndexBytes, &read, &stats.Records, &stats.Expired, &overdueSeconds)
-	})
-	if err := s.pool.SendBatch(ctx, batch).Close(); err != nil {
+	tx, err := s.pool.BeginTx(ctx, pgx.TxOptions{IsoLevel: pgx.ReadCommitted, AccessMode: pgx.ReadOnly})
+	if err != nil {
+		return Statistics{}, fmt.Errorf("statistics: %w", sqlError(err))
+	}
+	defer func() {
+		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), StatisticsTimeoutMax)
+		defer cancel()
+		_ = tx.Rollback(ctx) // it wrote nothing
+	}()
+	// By the server and not by ctx, which would cost the pool its connection. Nothing is prepared: that would be done before the
+	// timeout is set, and waits for a locked table too.
+	_, err = tx.Exec(ctx, "SELECT set_config('statement_timeout', $1, true)", pgx.QueryExecModeExec, fmt.Sprint(StatisticsTimeoutMax.Milliseconds()))
+	if err == nil {
+		err = tx.QueryRow(ctx, s.statisticsSQL(), pgx.QueryExecModeExec, pgx.Identifier{s.options.Schema, TableName}.Sanitize(), StatisticsPagesMax, rand.Float64()).
+			Scan(&pages, &stats.TableBytes, &stats.IndexBytes, &read, &stats.Records, &stats.Expired, &overdueSeconds)
+	}
+	if err != nil {
 		return Statistics{}, fmt.Errorf("statistics: %w", sqlError(err))
 	}
 	stats.Overdue = time.Duration(overdueSeconds * float64(time.Second))
