@@ -1,6 +1,6 @@
 // Bars: one for each second and side, stacked by what attempts came to.
 
-import { count, dots, element, sides } from "./format.js";
+import { count, dots, element, plural, sides } from "./format.js";
 
 const height = 120;
 const slot = 10;
@@ -17,6 +17,7 @@ export function drawBars(state) {
   const first = last - state.limits.bars_max + 1;
   let most = 20;
   for (const bar of state.bars.values()) {
+    if (bar.t < first || bar.t > last) continue; // kept, but not shown: a quiet second has no bar
     for (const counts of bar.sides) most = Math.max(most, sum(counts));
   }
   sides.forEach((side, index) => {
@@ -44,7 +45,7 @@ export function drawBars(state) {
     }
     for (const rect of pool.slice(used)) set(rect, "height", 0);
     const counts = state.counts?.[index];
-    const label = counts ? Object.values(dots).filter((d) => counts[d.count]).map((d) => `${count(counts[d.count])} ${d.name}`).join(", ") : "";
+    const label = counts ? Object.values(dots).filter((d) => counts[d.count]).map((d) => plural(counts[d.count], d.name, d.many || d.name)).join(", ") : "";
     set(svg, "aria-label", label ? `${label}. Most in a second: ${count(peak)}.` : "No attempts yet");
     const caption = document.querySelector(`[data-count=${side}]`);
     if (caption.textContent !== label) caption.textContent = label;

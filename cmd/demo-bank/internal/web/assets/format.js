@@ -9,16 +9,16 @@ export const euros = (cents) => minor.format(cents / 100);
 export const money = (cents) => euros(cents) + " EUR";
 export const plural = (n, one, many) => `${count(n)} ${n === 1 ? one : many}`;
 
-// The letter of a dot, as the bank sends it: what it is called, and the name of its count. Colour, shape and letter all
+// The letter of a dot, as the bank sends it: what it is called, alone and where there are many, and the name of its count. Colour, shape and letter all
 // say the same.
 export const dots = {
   e: { name: "executed", count: "executed" },
   r: { name: "replayed", count: "replayed" },
   p: { name: "in progress", count: "in_progress" },
-  m: { name: "mismatch", count: "mismatch" },
+  m: { name: "mismatch", many: "mismatches", count: "mismatch" },
   f: { name: "failed", count: "failed" },
-  l: { name: "reply lost", count: "lost_replies" },
-  x: { name: "request lost", count: "lost_requests" },
+  l: { name: "reply lost", many: "replies lost", count: "lost_replies" },
+  x: { name: "request lost", many: "requests lost", count: "lost_requests" },
 };
 
 // sides, in the order in which the bank sends their counts.
