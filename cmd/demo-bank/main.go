@@ -194,11 +194,20 @@ func main() {
 	context.AfterFunc(ctx, stop) // a second signal ends the program at once
 
 	var cli commands
-	parsed := kong.Parse(&cli,
-		kong.Name("demo-bank"), kong.Description(description), kong.UsageOnError(),
+	parser, err := kong.New(&cli,
+		kong.Name("demo-bank"), kong.Description(description),
 		kong.ConfigureHelp(kong.HelpOptions{Compact: true, FlagsLast: true, NoExpandSubcommands: false}),
 		kong.BindTo(ctx, (*context.Context)(nil)),
 		defaults)
+	if err != nil {
+		panic(err) // the tags of the commands
+	}
+	parsed, err := parser.Parse(os.Args[1:])
+	if err != nil {
+		fmt.Fprintln(os.Stderr, "demo-bank:", err)
+		fmt.Fprintln(os.Stderr, "demo-bank --help, or demo-bank COMMAND --help, says what there is")
+		os.Exit(2) // no verdict either
+	}
 	if err := parsed.Run(); err != nil {
 		fmt.Fprintln(os.Stderr, "demo-bank:", err)
 		if errors.As(err, new(noVerdict)) {
