@@ -132,6 +132,18 @@ func oneLine(err error) string {
 	return strings.Join(strings.FieldsFunc(err.Error(), func(r rune) bool { return r == '\n' || r == '\t' }), " ")
 }
 
+// lookAfter says how to look at the records in an embedded PostgreSQL. Whose database it otherwise is knows its address, which
+// may hold a password.
+func (d *database) lookAfter() string {
+	if d.embedded == nil {
+		return ""
+	}
+	return fmt.Sprintf(`
+Look at the records:
+  DATABASE_URL='%s' go run ./cmd/idemctl --schema %s key list --recent
+`, d.url, bank.Schema)
+}
+
 // done is closed when an embedded PostgreSQL ended, and never where the database is somebody else's.
 func (d *database) done() <-chan struct{} {
 	if d.embedded == nil {

@@ -137,5 +137,5 @@ Send it again: 201, Idempotency-Status: replayed, and the same bytes
 
 Send thousands of duplicates and read the verdict:
   go run ./cmd/demo-bank storm --url %s
-`, s.url, db.where, curl, curl, s.url) // a closed stdout is no reason not to serve
+%s`, s.url, db.where, curl, curl, s.url, db.lookAfter()) // a closed stdout is no reason not to serve
 }
