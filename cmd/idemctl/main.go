@@ -13,11 +13,13 @@ import (
 	"io"
 	"os"
 	"os/signal"
+	"regexp"
 	"slices"
 	"strings"
 	"syscall"
 
 	"github.com/alecthomas/kong"
+	"github.com/jackc/pgx/v5/pgconn"
 
 	"github.com/paidonce/idempotency/storage/postgres"
 	"github.com/paidonce/idempotency/storage/postgres/operator"
@@ -131,10 +133,17 @@ func run() int {
 		err = errors.New("interrupted")
 	}
 	if err != nil && !errors.Is(err, errFindings) { // which is on stdout already
-		fmt.Fprintln(os.Stderr, "idemctl:", err)
+		// pgx lists each address that it tried on a line of its own.
+		fmt.Fprintln(os.Stderr, "idemctl:", strings.Join(strings.Fields(err.Error()), " "))
+		if errors.As(err, new(*pgconn.ConnectError)) {
+			fmt.Fprintln(os.Stderr, "see --database-url, DATABASE_URL and the variables of libpq (PGHOST, PGPORT, PGSERVICE, ...), and that the server is up")
+		}
 	}
 	return exitCode(err)
 }
+
+// shortArgument is how long an argument is that hides a secret wherever it stands.
+const shortArgument = 4
 
 // withoutArguments takes what the user typed out of a message, but for the names of commands and flags: it may be a key, a
 // scope or a password, and the message may go to a log.
@@ -152,7 +161,11 @@ func withoutArguments(message string, arguments []string, model *kong.Applicatio
 		if strings.HasPrefix(argument, "-") {
 			_, argument, _ = strings.Cut(argument, "=")
 		}
-		if argument != "" && !slices.Contains(words, argument) {
+		switch {
+		case argument == "" || slices.Contains(words, argument):
+		case len(argument) < shortArgument: // it is a part of too many words
+			message = regexp.MustCompile(`(^|\W)`+regexp.QuoteMeta(argument)+`(\W|$)`).ReplaceAllString(message, "$1...$2")
+		default:
 			message = strings.ReplaceAll(message, argument, "...")
 		}
 	}

@@ -257,14 +257,15 @@ func (c *gcCommand) Run(a *app) error {
 			fmt.Fprint(a.stderr, "\r\x1b[K")
 		}
 		var printed error // what was deleted is deleted, whatever stopped it
-		if a.cli.JSON {
+		switch {
+		case a.cli.JSON:
 			printed = a.printJSON(struct {
 				Records    int64 `json:"records"`
 				Events     int64 `json:"events"`
 				Audit      int64 `json:"audit"`
 				DurationMS int64 `json:"duration_ms"`
 			}{result.Records, result.Events, result.Audit, took.Milliseconds()})
-		} else {
+		case err == nil || result != (operator.GCResult{}):
 			printed = a.printf("deleted %d records, %d rows of history, %d of the audit, in %v\n", result.Records, result.Events, result.Audit, took)
 		}
 		return errors.Join(err, printed)

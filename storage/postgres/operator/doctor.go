@@ -4,9 +4,11 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"strings"
 	"time"
 
 	"github.com/jackc/pgx/v5"
+	"github.com/jackc/pgx/v5/pgconn"
 
 	"github.com/paidonce/idempotency/storage/postgres"
 )
@@ -121,15 +123,26 @@ func (o *Operator) Doctor(ctx context.Context) []Finding {
 		}()
 		switch {
 		case err != nil && i == 0:
-			e.fail("see that the address, the role and its password are right, and that the server is up", "it can't be reached: %v", sqlError(err))
+			e.fail("see that the address, the role and its password are right, and that the server is up", "it can't be reached: %s",
+				strings.Join(strings.Fields(sqlError(err).Error()), " ")) // pgx lists each address on a line of its own
 			return e.findings
 		case err != nil && len(e.findings) == before:
-			e.warn("see the error; the right that is missing may be that of pg_monitor", "it could not be looked at: %v", sqlError(err))
+			remedy := "see the error; the right that is missing may be that of pg_monitor"
+			if undefined(err) {
+				remedy = "see what the check schema says"
+			}
+			e.warn(remedy, "it could not be looked at: %v", sqlError(err))
 		case err == nil && len(e.findings) == before:
 			e.ok("nothing found")
 		}
 	}
 	return e.findings
+}
+
+// undefined reports whether err is of a schema, table or column that is not there.
+func undefined(err error) bool {
+	var pgErr *pgconn.PgError
+	return errors.As(err, &pgErr) && (pgErr.Code == "42P01" || pgErr.Code == "3F000" || pgErr.Code == "42703")
 }
 
 // row asks for one row, in a transaction of its own that can't write.
@@ -240,7 +253,7 @@ func (e *examination) schema(ctx context.Context) error {
 		switch {
 		case errors.Is(err, postgres.ErrSchemaOutdated), errors.Is(err, postgres.ErrTableUnlogged):
 			bad = true
-			e.fail("idemctl migrate up, or what the text says", "%v", err)
+			e.fail("idemctl migrate up, or what the text says; idemctl --schema NAME where the tables are in another schema", "%v", err)
 		case errors.Is(err, postgres.ErrNotPrimary), errors.Is(err, postgres.ErrCommitNotDurable), errors.Is(err, postgres.ErrNotConfigured):
 			// other checks tell; and the service's pool is another one
 		default:

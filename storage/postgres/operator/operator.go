@@ -192,11 +192,18 @@ func (o *Operator) remedy(err error) error {
 	if !errors.As(err, &pgErr) {
 		return err
 	}
+	if undefined(err) {
+		return fmt.Errorf("%w: schema %s has no tables of version %d: run the migrations, or name the schema that has them", err, o.options.Schema, SchemaVersion)
+	}
 	switch pgErr.Code {
-	case "42P01", "3F000", "42703": // table, schema, column
-		return fmt.Errorf("%w: schema %s is not in version %d, or not the right one: run the migrations", err, o.options.Schema, SchemaVersion)
 	case "42501":
 		return fmt.Errorf("%w: the role lacks a right on the tables of schema %s: package operator lists those it needs", err, o.options.Schema)
+	case "28P01", "28000":
+		return fmt.Errorf("%w: the server refuses this role or its password: see the database's address", err)
+	case "3D000":
+		return fmt.Errorf("%w: the server has no such database: see the database's address", err)
+	case "53300":
+		return fmt.Errorf("%w: the server has no connection left: try again, or raise max_connections", err)
 	case "57014":
 		return fmt.Errorf("%w: the statement took longer than %v", err, o.options.StatementTimeout)
 	case "55P03":
