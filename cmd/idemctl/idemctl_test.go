@@ -177,7 +177,7 @@ func TestKeyList(t *testing.T) {
 		}
 	}
 	recent := b.want(t, 0, "key", "list", "--recent", "--rows", "1").stdout
-	wantText(t, recent, "b1", "1 records")
+	wantText(t, recent, "b1", "1 record, ")
 	for _, args := range [][]string{
 		{"--live", "--expired"}, {"--status", "7"}, {"--rows", "1001"}, {"--since", "canary"}, {"--attempt", "canary"}, {"--after", "canary"},
 		{"--recent", "--scope", "acme"}, {"canary"}, {"--canary"}, {"--rows", "canary"},
@@ -222,7 +222,7 @@ func TestForgetAndExpire(t *testing.T) {
 	if n := b.count(t, "SELECT count(*) FROM idempotency_audit WHERE action = 'expire' AND actor <> '' AND actor <> 'alice'"); n != 1 {
 		t.Error("who it was is not in the audit table")
 	}
-	wantText(t, b.want(t, 0, "gc").stdout, "deleted 1 records")
+	wantText(t, b.want(t, 0, "gc").stdout, "deleted 1 record, ")
 	b.want(t, exitNotFound, "key", "get", "acme", "k")
 
 	finish := b.running(t, "k")

@@ -264,7 +264,7 @@ func (a *app) printList(list operator.List) error {
 	if list.Next != "" {
 		more = "more with --after " + string(list.Next)
 	}
-	return a.printf("%d records, %d rows examined; %s\n", len(list.Records), list.RowsExamined, more)
+	return a.printf("%s, %s examined; %s\n", counted(int64(len(list.Records)), "record"), counted(list.RowsExamined, "row"), more)
 }
 
 type watchCommand struct {
@@ -451,7 +451,7 @@ func actorOr(name string) (string, error) {
 // ask returns nil where somebody said yes.
 func (a *app) ask(r *operator.Record, means string) error {
 	fmt.Fprintf(a.stderr, "%s / %s: status %d, created %s, expires %s\n", clean(r.Key.Scope), clean(r.Key.Value), r.Status, stamp(r.CreatedAt), stamp(r.ExpiresAt))
-	fmt.Fprintf(a.stderr, "After this %s.\nThen a retry of the request RUNS AGAIN, and can PAY TWICE. Type yes to go on: ", means)
+	fmt.Fprintf(a.stderr, "With yes %s.\nThen a retry of the request RUNS AGAIN, and can PAY TWICE. Type yes to go on: ", means)
 	answers := make(chan string, 1)
 	go func() {
 		answer, _ := bufio.NewReader(a.stdin).ReadString('\n') // what can't be read is not yes

@@ -83,7 +83,7 @@ func TestOnAMillionRecords(t *testing.T) {
 			took = append(took, r.took)
 			if len(took) == 1 {
 				if test.name == "list of a trace" {
-					test.want = []string{"records"} // it may be behind the page
+					test.want = []string{"record"} // it may be behind the page
 				}
 				wantText(t, r.stdout+r.stderr, test.want...)
 			}

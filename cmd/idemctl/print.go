@@ -203,3 +203,11 @@ func eventText(e *operator.Event) string {
 	}
 	return stamp(e.At) + "\t" + string(e.Kind) + "\t" + strings.Join(parts, ", ")
 }
+
+// counted is a number of things.
+func counted(n int64, one string) string {
+	if n == 1 {
+		return "1 " + one
+	}
+	return fmt.Sprintf("%d %ss", n, one)
+}

@@ -266,7 +266,8 @@ func (c *gcCommand) Run(a *app) error {
 				DurationMS int64 `json:"duration_ms"`
 			}{result.Records, result.Events, result.Audit, took.Milliseconds()})
 		case err == nil || result != (operator.GCResult{}):
-			printed = a.printf("deleted %d records, %d rows of history, %d of the audit, in %v\n", result.Records, result.Events, result.Audit, took)
+			printed = a.printf("deleted %s, %s of history, %d of the audit, in %v\n",
+				counted(result.Records, "record"), counted(result.Events, "row"), result.Audit, took)
 		}
 		return errors.Join(err, printed)
 	})
