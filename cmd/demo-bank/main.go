@@ -189,6 +189,9 @@ var defaults = kong.Vars{
 	"profile": chaos.ProfileDefault, "clients": fmt.Sprint(chaos.ClientsDefault), "banks": fmt.Sprint(chaos.BanksDefault),
 }
 
+// exitUsage is kong's: a script tells a flag that is wrong from a storm without a verdict.
+const exitUsage = 80
+
 func main() {
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	context.AfterFunc(ctx, stop) // a second signal ends the program at once
@@ -204,9 +207,8 @@ func main() {
 	}
 	parsed, err := parser.Parse(os.Args[1:])
 	if err != nil {
-		fmt.Fprintln(os.Stderr, "demo-bank:", err)
-		fmt.Fprintln(os.Stderr, "demo-bank --help, or demo-bank COMMAND --help, says what there is")
-		os.Exit(2) // no verdict either
+		fmt.Fprintf(os.Stderr, "demo-bank: %v: see demo-bank --help, or demo-bank COMMAND --help\n", err)
+		os.Exit(exitUsage)
 	}
 	if err := parsed.Run(); err != nil {
 		fmt.Fprintln(os.Stderr, "demo-bank:", err)
