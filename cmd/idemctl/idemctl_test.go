@@ -10,6 +10,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/alecthomas/kong"
 	"github.com/jackc/pgx/v5"
 
 	"github.com/paidonce/idempotency"
@@ -366,6 +367,9 @@ func TestPasswordIsNeverPrinted(t *testing.T) {
 			if strings.Contains(r.stdout+r.stderr, "canary") || r.stdout+r.stderr == "" {
 				t.Errorf("%s, %v: %s%s", name, args, r.stdout, r.stderr)
 			}
+			if args[0] == "stats" && (name == "nobody there" || name == "no such database") {
+				wantText(t, r.stderr, "see ") // what to do about it
+			}
 		}
 	}
 	r := execute(t, command(t.Context(), "", "--database-url", "postgres://u:canary@"+nobody+"/x", "stats", "--nope"))
@@ -444,5 +448,21 @@ func TestExitCodesOfBadCommands(t *testing.T) {
 	}
 	if r := execute(t, command(t.Context(), "", "--help")); r.code != 0 || !strings.Contains(r.stdout, "Exit codes: 0 done, "+strconv.Itoa(exitFailed)+" failed") {
 		t.Errorf("--help: exit code %d, %s", r.code, r.stdout)
+	}
+}
+
+// TestArgumentsAreTakenOutOfMessages: whole, and without blotting out the words beside them.
+func TestArgumentsAreTakenOutOfMessages(t *testing.T) {
+	t.Parallel()
+	model := &kong.Application{Node: &kong.Node{Name: "idemctl"}}
+	for _, test := range []struct{ message, want string }{
+		{"missing flags: --reason=TEXT", "missing flags: --reason=TEXT"},
+		{"unexpected argument a", "unexpected argument ..."},
+		{`--until must be one of "absent" but got "canary"`, `--until must be one of "absent" but got "..."`},
+		{"xcanaryx", "x...x"},
+	} {
+		if got := withoutArguments(test.message, []string{"a", "canary"}, model); got != test.want {
+			t.Errorf("%q became %q, want %q", test.message, got, test.want)
+		}
 	}
 }
