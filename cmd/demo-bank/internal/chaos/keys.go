@@ -230,6 +230,9 @@ func (r *ring) draw(index int) *key {
 	case n < 38:
 		k.together = 5
 	}
+	if r.shares.crowd > 0 && thousandth(r.shares.crowd) {
+		k.together = lanesMax
+	}
 	switch n := choice.IntN(1000) - r.shares.declined; {
 	case n < 0:
 		k.asks, k.from = askDeclined, "acct-none"

@@ -32,6 +32,7 @@ type shares struct {
 	twin                             int // the same key under another tenant
 	changed                          int // another body under the key
 	cut, hangUp, halfSent, slow      int // of a copy's first request
+	crowd                            int // as many copies at once as a client can send
 }
 
 var allWeights = map[commitKind]int{
@@ -78,7 +79,7 @@ var profiles = map[string]profile{
 		points:       []string{"after_handler", "before_commit", "after_commit", "half_response", "resolving"},
 		reapInterval: 50 * time.Millisecond, commits: 210, weights: map[commitKind]int{cutBefore: 30, cutAfter: 34, lateCommit: 18, terminateBefore: 6, terminateAfter: 6, killCommitting: 2, halfOpen: 2, hangUpAtCommit: 40},
 		giveUp:   1,
-		shares:   shares{declined: 30, order: 20, account: 10, reused: 200, twin: 80, changed: 80, cut: 120, hangUp: 120, halfSent: 10, slow: 10},
+		shares:   shares{declined: 30, order: 20, account: 10, reused: 200, twin: 80, changed: 80, cut: 120, hangUp: 120, halfSent: 10, slow: 10, crowd: 400},
 		killsMin: 6, commitsMin: 170,
 	},
 }

@@ -15,6 +15,9 @@ import (
 	"strings"
 )
 
+// runsMax is how many runs may look for a mutant. Some bugs show in a few requests of thousands.
+const runsMax = 5
+
 // Run builds a bank of each mutant, of those named or of all, and has it judged. It prints which check caught which.
 // The error wraps [ErrSurvived] where none did. It needs the go command and a checkout around the working directory.
 func Run(ctx context.Context, judge Verdict, names []string, out io.Writer) error {
@@ -52,9 +55,11 @@ func Run(ctx context.Context, judge Verdict, names []string, out io.Writer) erro
 		if err != nil {
 			return err
 		}
-		caught, err := judge(ctx, bank, mutant.Name)
-		if err != nil {
-			return fmt.Errorf("mutant %s: %w", mutant.Name, err)
+		var caught []string
+		for run := 0; run < runsMax && len(caught) == 0; run++ {
+			if caught, err = judge(ctx, bank, mutant.Name); err != nil {
+				return fmt.Errorf("mutant %s: %w", mutant.Name, err)
+			}
 		}
 		verdict := "caught by " + strings.Join(caught, ", ")
 		if len(caught) == 0 {
