@@ -254,3 +254,47 @@ func TestAbsenceOfARecordThatMayHaveExpiredProvesNothing(t *testing.T) {
 		}
 	})
 }
+
+// pickyStore is a store whose own timeouts are too short for a handler of more than a minute.
+type pickyStore struct{ *script }
+
+func (pickyStore) CheckBudget(handlerTimeout, _ time.Duration) error {
+	if handlerTimeout > time.Minute {
+		return errors.New("picky: raise the timeout")
+	}
+	return nil
+}
+
+func TestWiringMistakesPanic(t *testing.T) {
+	t.Parallel()
+	store := scripted(turn{})
+	for name, test := range map[string]struct {
+		make func()
+		want string // what the panic says; empty where there is none
+	}{
+		"no store":               {func() { idempotency.NewEngine(nil, nil) }, "needs a Store"},
+		"negative handler time":  {func() { idempotency.NewEngine(store, &idempotency.Options{HandlerTimeout: -1}) }, "HandlerTimeout"},
+		"negative commit time":   {func() { idempotency.NewEngine(store, &idempotency.Options{CommitTimeout: -1}) }, "CommitTimeout"},
+		"negative rollback time": {func() { idempotency.NewEngine(store, &idempotency.Options{RollbackTimeout: -1}) }, "RollbackTimeout"},
+		"TTL under the least":    {func() { idempotency.NewEngine(store, &idempotency.Options{TTL: time.Second - 1}) }, "TTL"},
+		"least TTL":              {func() { idempotency.NewEngine(store, &idempotency.Options{TTL: time.Second}) }, ""},
+		"budget of the store":    {func() { idempotency.NewEngine(pickyStore{store}, &idempotency.Options{HandlerTimeout: time.Minute}) }, ""},
+		"over the store's budget": {func() {
+			idempotency.NewEngine(pickyStore{store}, &idempotency.Options{HandlerTimeout: time.Minute + 1})
+		}, "raise the timeout"},
+		"a relative over the store's budget": {func() {
+			idempotency.NewEngine(pickyStore{store}, nil).With(&idempotency.Options{HandlerTimeout: time.Hour})
+		}, "raise the timeout"},
+	} {
+		func() {
+			defer func() {
+				value := recover()
+				text, _ := value.(string)
+				if (value != nil) != (test.want != "") || !strings.Contains(text, test.want) || value != nil && !strings.HasPrefix(text, "idempotency: ") {
+					t.Errorf("%s: panic %v, want %q", name, value, test.want)
+				}
+			}()
+			test.make()
+		}()
+	}
+}

@@ -82,7 +82,7 @@ func (c *call) messages(prepared *preparedNames) (pgproto3.Parse, pgproto3.Bind)
 // exchangeBefore is an exchange whose context ends by time alone: the socket itself watches the clock.
 func exchangeBefore(ctx *deadline.Context, conn *pgconn.PgConn, calls []call) (reply, error) {
 	at, _ := ctx.Deadline()
-	_ = conn.Conn().SetDeadline(at)
+	_ = conn.Conn().SetDeadline(at) // where a socket knows none, it can't be interrupted by the watch either
 	result, err := exchange(conn, calls)
 	if !conn.IsClosed() {
 		_ = conn.Conn().SetDeadline(time.Time{})

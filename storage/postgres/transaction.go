@@ -118,7 +118,7 @@ func (t *transaction) seal() error {
 func (t *transaction) interrupt() error {
 	_ = t.conn.PgConn().Conn().Close() // a socket is safe for concurrent use; a connection is not
 	taken := make(chan struct{})
-	go func() {
+	go func() { // ends when the use does, and keeps the slot from then on: nobody uses an abandoned connection
 		t.slot.Lock()
 		close(taken)
 	}()
