@@ -80,7 +80,6 @@ const (
 	FactRecordCorrupt                      // a record that is not what was recorded
 	FactUnavailable                        // no connection, or the database failed before COMMIT was sent
 	FactSerialization                      // 40001 or 40P01, wherever it came from
-	FactNotClaimed                         // the claim was postponed, and has failed
 	FactRestartsSpent                      // another restart was due, and the budget of restarts is used up
 	FactRecordUnread                       // unavailable or spent, after another attempt was seen to record the key
 
@@ -153,7 +152,7 @@ func Decide(fact Fact) Decision {
 	// At any point before COMMIT was sent.
 	case FactUnavailable:
 		return Decision{ActionRefuse, OutcomeNotExecuted, ReasonUnavailable}
-	case FactSerialization, FactNotClaimed:
+	case FactSerialization:
 		return Decision{Action: ActionRestart}
 	case FactRestartsSpent:
 		return Decision{ActionRefuse, OutcomeNotExecuted, ReasonUnavailable}
@@ -259,8 +258,6 @@ func factAfterHandler(sealed, failed error, disposition Disposition) Fact {
 	switch {
 	case errors.Is(sealed, ErrTransactionLost):
 		return FactTransactionLost
-	case errors.Is(sealed, ErrNotClaimed): // before all that the handler made of it
-		return FactNotClaimed
 	case errors.Is(sealed, ErrSerialization):
 		return FactSerialization
 	case errors.Is(sealed, ErrUnavailable), errors.Is(failed, ErrUnavailable):
@@ -283,8 +280,6 @@ func factAfterRollback(fact Fact, err error) Fact {
 	switch {
 	case fact == FactTransactionLost, errors.Is(err, ErrTransactionLost):
 		return FactTransactionLost
-	case errors.Is(err, ErrNotClaimed):
-		return FactNotClaimed
 	case errors.Is(err, ErrKeyRecorded):
 		return FactKeyRecorded
 	case errors.Is(err, ErrUnknown):
@@ -301,8 +296,6 @@ func factAfterCommit(req *Request, err error) Fact {
 	case errors.Is(err, ErrUnknown): // first: it outweighs whatever else the error wraps
 	case errors.Is(err, ErrTransactionLost):
 		return FactTransactionLost
-	case errors.Is(err, ErrNotClaimed):
-		return FactNotClaimed
 	case errors.Is(err, ErrKeyRecorded):
 		return FactKeyRecorded
 	case errors.Is(err, ErrSerialization):
@@ -326,8 +319,6 @@ func factAfterDecline(err error) Fact {
 	case errors.Is(err, ErrUnknown):
 	case errors.Is(err, ErrTransactionLost):
 		return FactTransactionLost
-	case errors.Is(err, ErrNotClaimed):
-		return FactNotClaimed
 	case errors.Is(err, ErrKeyRecorded):
 		return FactKeyRecorded
 	case errors.Is(err, ErrSerialization), errors.Is(err, ErrUnavailable), errors.Is(err, ErrAborted):

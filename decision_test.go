@@ -18,7 +18,6 @@ func TestDecideEveryRow(t *testing.T) {
 		FactRecordedUnreadable: {ActionRefuse, OutcomeUnknown, ReasonOutcomeUnknown},
 		FactUnavailable:        {ActionRefuse, OutcomeNotExecuted, ReasonUnavailable},
 		FactSerialization:      {Action: ActionRestart},
-		FactNotClaimed:         {Action: ActionRestart},
 		FactRestartsSpent:      {ActionRefuse, OutcomeNotExecuted, ReasonUnavailable},
 		FactRecordUnread:       {ActionRefuse, OutcomeUnknown, ReasonOutcomeUnknown},
 		FactAnsweredCommit:     {Action: ActionCommit},
@@ -208,7 +207,7 @@ func TestFactAfterHandler(t *testing.T) {
 		other       Fact
 	}
 	first := map[error]Fact{
-		ErrTransactionLost: FactTransactionLost, ErrNotClaimed: FactNotClaimed, ErrSerialization: FactSerialization, ErrUnavailable: FactUnavailable,
+		ErrTransactionLost: FactTransactionLost, ErrSerialization: FactSerialization, ErrUnavailable: FactUnavailable,
 	}
 	with := func(err error, fact Fact) map[error]Fact {
 		all := map[error]Fact{err: fact}
@@ -224,7 +223,7 @@ func TestFactAfterHandler(t *testing.T) {
 		"no disposition we know":    {nil, Disposition(9), first, FactAnsweredForget},
 		"failed":                    {errOther, Forget, first, FactHandlerFailed},
 		"panicked":                  {panicked, Forget, first, FactHandlerFailed},
-		"could not run":             {wrap(ErrUnavailable), Forget, map[error]Fact{ErrTransactionLost: FactTransactionLost, ErrNotClaimed: FactNotClaimed, ErrSerialization: FactSerialization}, FactUnavailable},
+		"could not run":             {wrap(ErrUnavailable), Forget, map[error]Fact{ErrTransactionLost: FactTransactionLost, ErrSerialization: FactSerialization}, FactUnavailable},
 		"failed with a serializing": {wrap(ErrSerialization), Forget, first, FactHandlerFailed},
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -239,7 +238,7 @@ func TestFactAfterCommit(t *testing.T) {
 	keyed := &Request{Key: Key{Scope: "acme", Value: "k"}}
 	for req, unknown := range map[*Request]Fact{keyed: FactCommitUnknown, {}: FactOutcomeUnknown} {
 		checkFacts(t, func(err error) Fact { return factAfterCommit(req, err) }, map[error]Fact{
-			nil: FactCommitted, ErrTransactionLost: FactTransactionLost, ErrNotClaimed: FactNotClaimed, ErrKeyRecorded: FactKeyRecorded,
+			nil: FactCommitted, ErrTransactionLost: FactTransactionLost, ErrKeyRecorded: FactKeyRecorded,
 			ErrSerialization: FactSerialization, ErrUnavailable: FactUnavailable, ErrAborted: FactCommitAborted,
 		}, unknown)
 		// What may have been executed is never told otherwise.
@@ -257,7 +256,7 @@ func TestFactAfterCommit(t *testing.T) {
 func TestFactAfterDecline(t *testing.T) {
 	t.Parallel()
 	checkFacts(t, factAfterDecline, map[error]Fact{
-		nil: FactDeclined, ErrTransactionLost: FactTransactionLost, ErrNotClaimed: FactNotClaimed, ErrKeyRecorded: FactKeyRecorded,
+		nil: FactDeclined, ErrTransactionLost: FactTransactionLost, ErrKeyRecorded: FactKeyRecorded,
 		ErrSerialization: FactDeclineFailed, ErrUnavailable: FactDeclineFailed, ErrAborted: FactDeclineFailed,
 	}, FactCommitUnknown)
 }
@@ -308,9 +307,6 @@ func TestFactAfterRollback(t *testing.T) {
 		{FactSerialization, nil, FactSerialization},
 		{FactForgotten, ErrTransactionLost, FactTransactionLost},
 		{FactSerialization, ErrTransactionLost, FactTransactionLost},
-		{FactForgotten, ErrNotClaimed, FactNotClaimed},
-		{FactHandlerFailed, errors.Join(ErrNotClaimed, ErrKeyRecorded), FactNotClaimed},
-		{FactTransactionLost, ErrNotClaimed, FactTransactionLost},
 		{FactForgotten, ErrKeyRecorded, FactKeyRecorded},
 		{FactHandlerFailed, ErrUnknown, FactOutcomeUnknown},
 		{FactTransactionLost, nil, FactTransactionLost},

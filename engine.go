@@ -60,25 +60,14 @@ type Options struct {
 	// retries. The default is [TTLDefault], the least [TTLMin].
 	TTL time.Duration
 
-	// Restarts is how often a request is started again after a serialization failure or a lost race. The claim that
-	// follows a postponed one does not count. Negative means never. The default is [RestartsDefault].
+	// Restarts is how often a request is started again after a serialization failure or a lost race. Negative means never.
+	// The default is [RestartsDefault].
 	Restarts int
 
 	// InFlightMax is how many requests may be past the reading of their body at once; what comes above it is refused
 	// as unavailable. Each holds a connection, or waits for one or for another attempt. Negative means no limit. The default is
 	// [InFlightMaxDefault].
 	InFlightMax int
-
-	// Speculative runs the handler before its key is claimed: the claim travels with the handler's first statement, which
-	// saves a round trip. Where the key turns out to be taken or recorded that statement fails, with [ErrNotClaimed] or an
-	// error of the database's, and so does every other: the handler must return. Whatever it answers is dropped, and the
-	// client gets the recorded answer or hears that the key is in progress, as ever.
-	//
-	// So what a handler does before its first statement happens for each copy of a request, also at once, and once
-	// more for each retry: it must have no effect outside the transaction, such as a call to another service, and should be
-	// cheap. A handler that runs again needs its router's state (package middleware: Options.RouterState). Retries
-	// that come while the first is in progress cost two round trips more. A store that can't postpone a claim claims first.
-	Speculative bool
 
 	// Reduce returns what is recorded of an answer, where that is not to be all of it: a one-time secret in a body, for
 	// example. The first client gets the whole answer all the same, and retries get what was recorded. It must not change
@@ -246,7 +235,6 @@ func (e *Engine) do(ctx context.Context, req *Request, run RunFunc, trace *trace
 	if e.inFlight.Add(1) > int64(e.options.InFlightMax) && e.options.InFlightMax > 0 {
 		return refuse(Decide(FactUnavailable), ErrInFlightMax)
 	}
-	req.Speculative = e.options.Speculative
 	if e.options.Wait > 0 && !req.Keyless() {
 		return e.inLine(ctx, req, run, trace)
 	}
@@ -263,16 +251,11 @@ func (e *Engine) attempts(ctx context.Context, req *Request, run RunFunc, trace 
 	budget.Start(&bounds.parent, e.options.HandlerTimeout)
 	defer budget.End()
 	recorded := false // by another attempt
-	for restarts := 0; ; {
+	for restarts := 0; ; restarts++ {
 		req.Attempt = NewAttemptID()
 		result, again := e.attempt(&bounds.parent, budget, req, run, trace)
 		recorded = recorded || errors.Is(again, ErrKeyRecorded)
-		postponed := req.Speculative && errors.Is(again, ErrNotClaimed)
-		req.Speculative = false
-		if again != nil && budget.Err() == nil && (postponed || restarts < e.options.Restarts) {
-			if !postponed { // then the claim is made now, for the first time
-				restarts++
-			}
+		if again != nil && budget.Err() == nil && restarts < e.options.Restarts {
 			continue
 		}
 		if again != nil {

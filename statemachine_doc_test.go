@@ -11,7 +11,7 @@ func TestStateMachineDocIsTheTable(t *testing.T) {
 	t.Parallel()
 	facts := map[string]Fact{
 		"Claimed": FactClaimed, "InProgress": FactInProgress, "Awaited": FactAwaited, "Turn": FactTurn, "RecordedSame": FactRecordedSame, "RecordedOther": FactRecordedOther,
-		"RecordedUnreadable": FactRecordedUnreadable, "Unavailable": FactUnavailable, "Serialization": FactSerialization, "NotClaimed": FactNotClaimed,
+		"RecordedUnreadable": FactRecordedUnreadable, "Unavailable": FactUnavailable, "Serialization": FactSerialization,
 		"RestartsSpent": FactRestartsSpent, "RecordUnread": FactRecordUnread, "AnsweredCommit": FactAnsweredCommit, "AnsweredDecline": FactAnsweredDecline,
 		"AnsweredForget": FactAnsweredForget, "HandlerFailed": FactHandlerFailed, "TransactionLost": FactTransactionLost,
 		"Committed": FactCommitted, "Declined": FactDeclined, "Forgotten": FactForgotten, "KeyRecorded": FactKeyRecorded,

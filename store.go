@@ -33,14 +33,6 @@ type Request struct {
 	// from the path. May be empty.
 	Route string
 
-	// Speculative allows Begin to postpone the claim until the handler's first statement, which it may travel with. The
-	// engine sets it as [Options.Speculative] says. A store that can't postpone does not look at it.
-	Speculative bool
-
-	// Memo is the store's: what an attempt leaves for the next one at the same request. Callers leave it nil, and the engine
-	// does not look at it.
-	Memo any
-
 	// Attempt is set by the engine, anew for each attempt.
 	Attempt AttemptID
 }
@@ -133,9 +125,6 @@ var (
 	ErrAborted = errors.New("transaction is aborted")
 	// ErrKeyRecorded: another attempt recorded the key first; nothing of this one remains.
 	ErrKeyRecorded = errors.New("key was recorded by another attempt")
-	// ErrNotClaimed: the claim was postponed, and the key turned out to be another attempt's or recorded, or could not be
-	// asked for; nothing was executed. It wraps ErrKeyRecorded too where there is a record.
-	ErrNotClaimed = errors.New("key is not claimed")
 	// ErrTransactionLost: the handler ended the transaction behind the store's back. What it wrote until then may stand.
 	ErrTransactionLost = errors.New("transaction was ended by the handler")
 	// ErrUnknown: the end of the transaction was asked for, and whether it happened is not known. From Begin: there is a
@@ -159,10 +148,6 @@ type Store interface {
 	//
 	// A record wins over the claim: it is returned also while others hold the key. Begin never waits for another
 	// attempt. ctx bounds Begin alone. For a keyless request Begin returns an Attempt that records nothing.
-	//
-	// Where req.Speculative is set Begin may return an Attempt whose claim is postponed: the handler's first statement, or
-	// else the end of the attempt, makes it. Where it fails the handler's statements fail, and so do Seal, Commit, Decline
-	// and Rollback, with ErrNotClaimed; Begin for the same req, without Speculative, says why.
 	Begin(ctx context.Context, req *Request) (Attempt, *Record, error)
 
 	// Resolve finds out what became of an attempt whose Commit or Decline was ErrUnknown, or of any other with this key.
@@ -180,12 +165,12 @@ type Attempt interface {
 	Context(ctx context.Context) context.Context
 
 	// Seal takes the transaction out of the handler's hands and reports what it left behind: nil where it can commit,
-	// else ErrSerialization, ErrUnavailable, ErrNotClaimed, ErrTransactionLost or ErrAborted. Whatever the handler still holds
+	// else ErrSerialization, ErrUnavailable, ErrTransactionLost or ErrAborted. Whatever the handler still holds
 	// answers errors from now on. It sends nothing.
 	Seal() error
 
 	// Commit records the answer and commits it with the handler's writes. Nil means that it is durable. Errors:
-	// ErrKeyRecorded, ErrNotClaimed, ErrSerialization, ErrUnavailable, ErrAborted, ErrTransactionLost; anything else is ErrUnknown.
+	// ErrKeyRecorded, ErrSerialization, ErrUnavailable, ErrAborted, ErrTransactionLost; anything else is ErrUnknown.
 	// ctx is never the request's.
 	Commit(ctx context.Context, answer *Answer) error
 
@@ -195,7 +180,7 @@ type Attempt interface {
 	Decline(ctx context.Context, answer *Answer) error
 
 	// Rollback undoes everything and forgets the attempt. Where its own message is lost the transaction ends all the
-	// same, with its connection, which is no error. Errors: ErrTransactionLost, ErrNotClaimed, ErrKeyRecorded where another attempt
+	// same, with its connection, which is no error. Errors: ErrTransactionLost, ErrKeyRecorded where another attempt
 	// recorded the key unseen by the claim, and ErrUnknown where that could not be told.
 	Rollback(ctx context.Context) error
 }

@@ -36,7 +36,6 @@ func (e *Engine) inLine(ctx context.Context, req *Request, run RunFunc, trace *t
 		if result, settled := follow(ctx, req, place, over, trace); settled {
 			return result
 		}
-		req.Speculative = false // most likely there is a record
 	}
 	for pause := waitPauseMin; ; pause = min(2*pause, waitPauseMax) {
 		result = e.attempts(ctx, req, run, trace)

@@ -25,8 +25,7 @@ const (
 // A request is counted once its claim has shown that its key is new. So a replay, a mismatch and a conflict are never
 // refused, however far over its quota the scope is, and a refused request costs what a conflict costs: the claim and a
 // ROLLBACK, two round trips that write nothing. To refuse it any earlier would be to refuse replays, for which nobody
-// but the table has the answer. What leaves no record, such as a 500, is counted off again. With Engine.Speculative a
-// request is counted before its claim, and counted off where that shows a record: replays under way take places for a moment.
+// but the table has the answer. What leaves no record, such as a 500, is counted off again.
 //
 // While there is a quota, an answer 429 is forgotten, whatever Engine.Disposition makes of it.
 type Quota struct {

@@ -90,7 +90,6 @@ var kinds = []struct {
 	{idempotency.ErrUnknown, "unknown"},
 	{idempotency.ErrTransactionLost, "transaction-lost"},
 	{idempotency.ErrKeyRecorded, "key-recorded"},
-	{idempotency.ErrNotClaimed, "not-claimed"},
 	{idempotency.ErrInProgress, "in-progress"},
 	{idempotency.ErrSerialization, "serialization"},
 	{idempotency.ErrUnavailable, "unavailable"},

@@ -95,7 +95,6 @@ func TestErrorKind(t *testing.T) {
 		{idempotency.ErrSerialization, "serialization"},
 		{idempotency.ErrAborted, "aborted"},
 		{idempotency.ErrKeyRecorded, "key-recorded"},
-		{idempotency.ErrNotClaimed, "not-claimed"},
 		{idempotency.ErrTransactionLost, "transaction-lost"},
 		{idempotency.ErrUnknown, "unknown"},
 		{idempotency.ErrRecordCorrupt, "record-corrupt"},

@@ -22,7 +22,7 @@ type chaosCommand struct {
 	Operations    int           `placeholder:"N" help:"Requests to send at least, with as many faults as fit. Without it the profile's."`
 	Clients       int           `placeholder:"N" default:"${clients}" help:"Clients that send at once. (default: ${default})"`
 	Banks         int           `placeholder:"N" default:"${banks}" help:"Bank processes that share the database. (default: ${default})"`
-	FastPaths     bool          `help:"Run the banks with --speculative, --wait and --cache-mib."`
+	Wait          bool          `help:"Have duplicates wait for the answer: run the banks with --wait."`
 	DurationMax   time.Duration `placeholder:"DURATION" help:"A run that takes longer has failed. Without it the profile's: 3m, 20m or 75m."`
 	JSON          bool          `name:"json" help:"Print one JSON object instead of a table."`
 	Report        string        `placeholder:"FILE" help:"Write the JSON object to a file too."`
@@ -45,7 +45,7 @@ func (c *chaosCommand) Validate() error {
 func (c *chaosCommand) config() chaos.Config {
 	return chaos.Config{
 		Profile: c.Profile, Seed: c.Seed, Operations: c.Operations, Clients: c.Clients, Banks: c.Banks,
-		FastPaths: c.FastPaths, DurationMax: c.DurationMax, Keep: c.Keep, Bank: c.Bank,
+		Wait: c.Wait, DurationMax: c.DurationMax, Keep: c.Keep, Bank: c.Bank,
 	}
 }
 

@@ -25,7 +25,6 @@ func TestLimitsOfTheFlags(t *testing.T) {
 		{"--wait", []string{"0s", "1ms", "1m"}, []string{"1m1ns", "-1s"}},
 		{"--wait=2s --ttl", []string{"3s"}, []string{"2s"}},
 		{"--acquire-timeout", []string{"1ms", "3s"}, []string{"999us", "0s", "-1s"}},
-		{"--cache-mib", []string{"0", "1", "65536"}, []string{"-1", "65537", "x"}},
 		{"--pool-size", []string{"1", "1000"}, []string{"0", "1001"}},
 	} {
 		for _, value := range test.good {
@@ -45,7 +44,7 @@ func TestLimitsOfTheFlags(t *testing.T) {
 	}
 	got := cli.Serve
 	if got.TTL != 24*time.Hour || got.ReapInterval != time.Minute || got.HandlerTimeout != 10*time.Second ||
-		got.Wait != 0 || got.AcquireTimeout != 3*time.Second || got.PoolSize != server.PoolSizeDefault || got.CacheMiB != 0 || got.Speculative {
+		got.Wait != 0 || got.AcquireTimeout != 3*time.Second || got.PoolSize != server.PoolSizeDefault {
 		t.Errorf("the defaults are %+v", got)
 	}
 }

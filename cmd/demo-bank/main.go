@@ -59,8 +59,6 @@ type serveCommand struct {
 	HandlerTimeout  time.Duration `placeholder:"DURATION" default:"${handlerTimeout}" help:"How long a request may take until its COMMIT, ${handlerTimeoutMax} at most. (default: ${default})"`
 	Wait            time.Duration `placeholder:"DURATION" default:"0s" help:"How long a request waits for one with its key that is in progress, ${waitMax} at most and less than --ttl; 0s is 409 at once. (default: ${default})"`
 	AcquireTimeout  time.Duration `placeholder:"DURATION" default:"${acquireTimeout}" help:"How long a request waits for a database connection. (default: ${default})"`
-	Speculative     bool          `help:"Have the claim of a key travel with its request's first statement: a round trip less."`
-	CacheMiB        int64         `name:"cache-mib" placeholder:"N" default:"0" help:"Memory for answers that are replayed without asking the database, in MiB; 0 keeps none. (default: ${default})"`
 	LogLevel        slog.Level    `placeholder:"LEVEL" default:"INFO" help:"DEBUG, INFO, WARN or ERROR; DEBUG logs each request. (default: ${default})"`
 }
 
@@ -93,9 +91,6 @@ func (c *serveCommand) Validate() error {
 	if c.AcquireTimeout < server.AcquireTimeoutMin {
 		return fmt.Errorf("--acquire-timeout must be at least %v", server.AcquireTimeoutMin)
 	}
-	if c.CacheMiB < 0 || c.CacheMiB > server.CacheMiBMax {
-		return fmt.Errorf("--cache-mib must be from 0 to %d", server.CacheMiBMax)
-	}
 	return nil
 }
 
@@ -112,8 +107,8 @@ func (c *serveCommand) Run(ctx context.Context) error {
 	return server.New(server.Config{
 		Addr: c.Addr, DatabaseURL: c.DatabaseURL, DataDir: dataDir, PoolSize: c.PoolSize,
 		ShutdownTimeout: c.ShutdownTimeout, TTL: c.TTL, ReapInterval: c.ReapInterval,
-		HandlerTimeout: c.HandlerTimeout, Wait: c.Wait, AcquireTimeout: c.AcquireTimeout, Speculative: c.Speculative,
-		CacheBytesMax: c.CacheMiB << 20, CrashPoint: point, Stdout: os.Stdout, Stderr: os.Stderr,
+		HandlerTimeout: c.HandlerTimeout, Wait: c.Wait, AcquireTimeout: c.AcquireTimeout,
+		CrashPoint: point, Stdout: os.Stdout, Stderr: os.Stderr,
 		Logger: slog.New(slog.NewTextHandler(os.Stderr, &slog.HandlerOptions{Level: c.LogLevel})),
 	}).Run(ctx)
 }

@@ -159,7 +159,7 @@ func (t *Tracer) TraceStep(ctx context.Context, step idempotency.StepEnd) {
 // isFailure tells what an operator would call an error from what a claim finds on a good day.
 func isFailure(err error, kind string) bool {
 	switch kind {
-	case observe.ErrorKind(idempotency.ErrInProgress), observe.ErrorKind(idempotency.ErrKeyRecorded), observe.ErrorKind(idempotency.ErrNotClaimed):
+	case observe.ErrorKind(idempotency.ErrInProgress), observe.ErrorKind(idempotency.ErrKeyRecorded):
 		return false
 	}
 	return err != nil

@@ -13,7 +13,6 @@ import (
 	"github.com/paidonce/idempotency/middleware"
 	"github.com/paidonce/idempotency/storage/encrypted"
 	"github.com/paidonce/idempotency/storage/memory"
-	"github.com/paidonce/idempotency/storage/postgres"
 )
 
 // No byte of a body reaches the table: not in a row, and not in the pages of the table's files.
@@ -293,27 +292,4 @@ func TestKeysThatCannotWorkPanic(t *testing.T) {
 		}
 	}
 	encrypted.New(inner, encrypted.Keys{Current: secretOf(0, 1), Older: []encrypted.Key{secretOf(255, 2)}})
-}
-
-// What the store within caches is encrypted as the table is, and opening it for one request changes it for no other.
-func TestCachedBodyStaysEncrypted(t *testing.T) {
-	t.Parallel()
-	d := newDatabase(t, &postgres.Options{CacheBytesMax: postgres.CacheBytesMin})
-	s := serve(t, encrypted.New(d.store, oneKey), nil)
-	want(t, "first", s.post(t, "acme", "k", "/", "canary"), 201, idempotency.OutcomeExecuted, "canary")
-	want(t, "read", s.post(t, "acme", "k", "/", "canary"), 201, idempotency.OutcomeReplayed, "canary")
-	for range 3 {
-		want(t, "cached", s.post(t, "acme", "k", "/", "canary"), 201, idempotency.OutcomeReplayed, "canary")
-		req := &idempotency.Request{Key: idempotency.Key{Scope: "acme", Value: "k"}}
-		_, record, err := d.store.Begin(t.Context(), req)
-		if err != nil || record == nil {
-			t.Fatalf("nothing is cached: %v", err)
-		}
-		if bytes.Contains(record.Answer.Body, []byte("canary")) || len(record.Answer.Body) != len("canary")+encrypted.EnvelopeBytes {
-			t.Errorf("%q is cached", record.Answer.Body)
-		}
-	}
-	// Nor does it answer for a store that does not hold the key.
-	other := serve(t, encrypted.New(d.store, encrypted.Keys{Current: secretOf(2, 2)}), nil)
-	want(t, "without the key", other.post(t, "acme", "k", "/", "canary"), 503, idempotency.OutcomeUnknown, "#outcome-unknown")
 }

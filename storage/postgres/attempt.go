@@ -28,7 +28,6 @@ type attempt struct {
 	claimedAt   [8]byte // transaction_timestamp() of the claim, as it came
 	synchronous bool    // COMMIT waits for standbys
 	record      *idempotency.Record
-	heard       news
 
 	// Parameters of the statements, in binary format.
 	lockNumber [8]byte
@@ -85,49 +84,14 @@ func (a *attempt) lookUpCall(row rowReader) call {
 	return call{statement: &a.store.statements.lookUp, params: a.params[1:3:3], row: row}
 }
 
-// postpone leaves the claim to be sent with the handler's first statement. It reports false where that can't be: the
-// pool's config did not go through [Configure].
-func (a *attempt) postpone() bool {
-	conn, ok := a.conn().Conn().(*tappedConn)
-	if !ok {
-		return false
-	}
-	s := &a.store.statements
-	claim := &postponedClaim{conn: conn, statements: s, params: [...][]byte{a.lockNumber[:], a.scope, a.key}}
-	claim.calls = [...]call{
-		{statement: &s.begin},
-		{statement: &s.lockOrFail, params: claim.params[:1], row: lockOrFailRow{a}},
-		{statement: &s.lookUpAbsent, params: claim.params[1:], row: recordRow{a}},
-	}
-	a.tx.claim = claim
-	a.heard = a.store.cache.ask()
-	return true
-}
-
 // lockRow reads what the claim's lock says.
 type lockRow struct{ *attempt }
 
 func (a lockRow) readRow(values [][]byte) error {
 	d := decoder{values: values}
 	a.locked = d.bool()
-	return a.readClaim(&d)
-}
-
-// lockOrFailRow reads what a postponed claim's lock says. It does not get here without the lock.
-type lockOrFailRow struct{ *attempt }
-
-func (a lockOrFailRow) readRow(values [][]byte) error {
-	d := decoder{values: values}
-	d.next(-1)
-	a.locked = true
-	return a.readClaim(&d)
-}
-
-// readClaim reads what comes behind the lock, in both forms of a claim.
-func (a *attempt) readClaim(d *decoder) error {
 	copy(a.claimedAt[:], d.next(len(a.claimedAt)))
 	a.synchronous = d.bool()
-	a.heard.hear(d, a.claimedAt, a.synchronous, a.store.cache)
 	return d.err
 }
 
@@ -140,19 +104,11 @@ func (a recordRow) readRow(values [][]byte) (err error) {
 }
 
 // Seal implements [idempotency.Attempt].
-func (a *attempt) Seal() error {
-	if a.tx.claim != nil && a.tx.claim.granted() {
-		a.store.learn(a.req, a.number, nil, a.heard, nil)
-	}
-	return a.tx.seal()
-}
+func (a *attempt) Seal() error { return a.tx.seal() }
 
 // Commit implements [idempotency.Attempt]: INSERT and COMMIT in one round trip.
 func (a *attempt) Commit(ctx context.Context, answer *idempotency.Answer) error {
 	defer a.release(ctx)
-	if err := a.claimNow(ctx, "commit"); err != nil {
-		return err
-	}
 	if !a.tx.abandoned && !plainText(a.conn()) {
 		return fail("commit", idempotency.ErrAborted, errEncoding)
 	}
@@ -171,9 +127,6 @@ func (a *attempt) Decline(ctx context.Context, answer *idempotency.Answer) error
 		return a.Rollback(ctx)
 	}
 	defer a.release(ctx)
-	if err := a.claimNow(ctx, "decline"); err != nil {
-		return err
-	}
 	s := &a.store.statements
 	calls := a.calls[:0]
 	// An abandoned connection is not ours to look at; in an aborted transaction nothing but ROLLBACK is heard.
@@ -194,9 +147,6 @@ func (a *attempt) Decline(ctx context.Context, answer *idempotency.Answer) error
 // the server.
 func (a *attempt) Rollback(ctx context.Context) error {
 	defer a.release(ctx)
-	if err := a.claimNow(ctx, "rollback"); err != nil { // whose answer is not worth recording may be a retry all the same
-		return err
-	}
 	if a.tx.abandoned || a.conn().IsClosed() || a.conn().IsBusy() {
 		return nil
 	}
@@ -230,35 +180,6 @@ func (a *attempt) Rollback(ctx context.Context) error {
 	}
 	return nil
 }
-
-// claimNow makes the claim where the handler sent no statement that it could travel with, and reports one that has failed. It
-// never travels with COMMIT: a COMMIT that is late must hold the lock by then, or who looks for it would find the key free.
-//
-// A record that came with the failure is kept for the claim that follows: to take a connection for it again might fail.
-// Where COMMIT waits for standbys there is more to do for it.
-func (a *attempt) claimNow(ctx context.Context, step string) error {
-	claim := a.tx.claim
-	if claim == nil || a.tx.abandoned {
-		return nil
-	}
-	if err := claim.send(ctx, a.conn()); err != nil && claim.refusal() == nil {
-		_ = a.pooled.Conn().Close(ctx) // nobody else may send it, or read its replies
-		return fail(step, idempotency.ErrNotClaimed, err)
-	}
-	refusal := claim.refusal()
-	if refusal == nil {
-		return nil
-	}
-	if a.record != nil {
-		a.store.learn(a.req, a.number, a.record, a.heard, nil)
-		if !a.synchronous {
-			a.req.Memo = a.record
-		}
-	}
-	return fmt.Errorf("%s: %w", step, refusal)
-}
-
-var errClosed = errors.New("connection is closed")
 
 // guardCall fails where the transaction is not the one of the claim.
 func (a *attempt) guardCall() call {
@@ -302,10 +223,11 @@ func (a *attempt) end(ctx context.Context, step string, calls []call) error {
 	case err == nil && a.synchronous && warned(a.conn()):
 		return fail(step, idempotency.ErrUnknown, errNotReplicated)
 	case err == nil:
-		a.recorded()
+		if !a.req.Keyless() && !a.synchronous { // with standbys a replay takes more than a look
+			a.store.hints.set(a.number)
+		}
 		return nil
 	}
-	a.store.cache.fail(err)
 	pgErr, ok := definite(err)
 	if !ok {
 		// Only a fresh connection could tell what became of it, so this one is of no more use.
@@ -331,15 +253,6 @@ func (a *attempt) release(ctx context.Context) {
 		return
 	}
 	a.tx.sealed.Store(true)
-	if claim := a.tx.claim; claim != nil && claim.queued && !claim.answered() {
-		_ = a.pooled.Conn().Close(ctx) // nobody else may send it, or read its replies
-	}
-	if a.conn().IsClosed() {
-		a.store.cache.fail(errClosed) // there may be another server behind the next one
-	}
-	if refusal := a.tx.claim.refusal(); unprepared(refusal) {
-		delete(a.conn().CustomData(), preparedMark)
-	}
 	if status := a.conn().TxStatus(); (status == 'T' || status == 'E') && !a.conn().IsClosed() && !a.conn().IsBusy() {
 		// Alone in its flush: in an aborted transaction nothing else would be heard before it.
 		_, _ = a.store.statements.flush(ctx, a.conn(), call{statement: &a.store.statements.rollback}) // else destroyed below

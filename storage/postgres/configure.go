@@ -23,7 +23,6 @@ var ErrEscape = errors.New("idempotency/postgres: an idempotent handler must not
 //   - our statements prepared on connect, in pgx's default mode, so that a warm connection parses nothing. Where the
 //     table is not there yet, as before the first migration, they are sent as text for that connection's life.
 //   - a notice handler, which learns that a COMMIT did not wait for the standbys
-//   - a tap on each connection, for claims that travel with a handler's first statement
 //   - a tracer that refuses a handler a second connection, with [ErrEscape]
 //
 // Hooks and tracers of the config are kept and called first.
@@ -57,7 +56,6 @@ func Configure(config *pgxpool.Config, opts *Options) {
 		}
 	}
 	conn.OnNotice = markWarnings(conn.OnNotice)
-	conn.AfterNetConnect = tapConnection(conn.AfterNetConnect)
 	if conn.Tracer == nil {
 		conn.Tracer = escapeTracer{}
 	} else {

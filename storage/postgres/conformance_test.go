@@ -18,18 +18,17 @@ func TestConformance(t *testing.T) {
 	for name, mode := range map[string]struct {
 		exec      pgx.QueryExecMode
 		isolation pgx.TxIsoLevel
-		cache     int64
 	}{
-		"default":        {exec: pgx.QueryExecModeCacheStatement},
-		"exec and cache": {exec: pgx.QueryExecModeExec, cache: postgres.CacheBytesMin},
-		"serializable":   {exec: pgx.QueryExecModeCacheStatement, isolation: pgx.Serializable},
+		"default":      {exec: pgx.QueryExecModeCacheStatement},
+		"exec":         {exec: pgx.QueryExecModeExec},
+		"serializable": {exec: pgx.QueryExecModeCacheStatement, isolation: pgx.Serializable},
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
 			// Above READ COMMITTED the claim's snapshot may be older than its lock; the primary key undoes the second run.
 			features := storagetest.Features{RunsAgain: mode.isolation != ""}
 			// On a slow machine 64 requests wait longer for one of 8 connections than a client should.
-			options := &postgres.Options{Isolation: mode.isolation, CacheBytesMax: mode.cache, AcquireTimeout: 20 * time.Second}
+			options := &postgres.Options{Isolation: mode.isolation, AcquireTimeout: 20 * time.Second}
 			storagetest.Run(t, features, func(t *testing.T) *storagetest.Harness {
 				return newHarness(t, options, mode.exec)
 			})

@@ -49,11 +49,16 @@ func (s *statements) flush(ctx context.Context, conn *pgconn.PgConn, calls ...ca
 	}
 	frontend, prepared := conn.Frontend(), s.namesOn(conn)
 	for i := range calls {
-		parse, bind := calls[i].messages(prepared)
-		if bind.PreparedStatement == "" {
-			frontend.SendParse(&parse)
+		c, name := &calls[i], ""
+		if prepared != nil {
+			name = prepared.names[c.statement.number]
 		}
-		frontend.SendBind(&bind)
+		if name == "" {
+			frontend.SendParse(&pgproto3.Parse{Query: c.statement.sql, ParameterOIDs: c.statement.oids})
+		}
+		frontend.SendBind(&pgproto3.Bind{
+			PreparedStatement: name, Parameters: c.params, ParameterFormatCodes: binaryFormat, ResultFormatCodes: binaryFormat,
+		})
 		frontend.SendExecute(&pgproto3.Execute{})
 	}
 	frontend.SendSync(&pgproto3.Sync{})
@@ -68,15 +73,6 @@ func (s *statements) flush(ctx context.Context, conn *pgconn.PgConn, calls ...ca
 		delete(conn.CustomData(), preparedMark) // from now on they are sent as text
 	}
 	return result, err
-}
-
-// messages returns what calls a statement: by its name, where it is prepared, else after Parse.
-func (c *call) messages(prepared *preparedNames) (pgproto3.Parse, pgproto3.Bind) {
-	bind := pgproto3.Bind{Parameters: c.params, ParameterFormatCodes: binaryFormat, ResultFormatCodes: binaryFormat}
-	if prepared != nil {
-		bind.PreparedStatement = prepared.names[c.statement.number]
-	}
-	return pgproto3.Parse{Query: c.statement.sql, ParameterOIDs: c.statement.oids}, bind
 }
 
 // exchangeBefore is an exchange whose context ends by time alone: the socket itself watches the clock.

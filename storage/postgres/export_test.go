@@ -2,7 +2,6 @@ package postgres
 
 import (
 	"context"
-	"time"
 
 	"github.com/jackc/pgx/v5"
 
@@ -44,32 +43,6 @@ func ResolversOf(s *Store) int { return cap(s.resolvers) }
 
 // ForgetHint has a store forget that it knew a record of the key, as one does that another process recorded.
 func ForgetHint(s *Store, key idempotency.Key) { s.hints.clear(key.LockNumber(s.table)) }
-
-// SetCacheClock gives the cache of a store that nobody uses yet another clock.
-func SetCacheClock(s *Store, clock func() time.Duration) { s.cache.clock = clock }
-
-// The cache's bounds in time.
-const (
-	CacheProofMax = cacheProofMax
-	CacheAgeMax   = cacheAgeMax
-)
-
-// CachedOf returns how many answers are in the cache, and how many bytes they count for.
-func CachedOf(s *Store) (entries int, bytes int64) {
-	s.cache.mu.Lock()
-	defer s.cache.mu.Unlock()
-	return len(s.cache.entries), s.cache.bytes
-}
-
-// LoseProof has a cache forget that it heard of the primary, as time does.
-func LoseProof(s *Store) {
-	s.cache.mu.Lock()
-	defer s.cache.mu.Unlock()
-	s.cache.heard = -time.Hour
-}
-
-// EmptyCache has a cache forget everything, as it does when a connection fails.
-func EmptyCache(s *Store) { s.cache.fail(errStale) }
 
 // StatisticsSQL is what Statistics sends.
 func StatisticsSQL(s *Store) string { return s.statisticsSQL() }

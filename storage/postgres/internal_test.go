@@ -13,7 +13,7 @@ import (
 func TestAdmitSQL(t *testing.T) {
 	t.Parallel()
 	for _, sql := range []string{
-		";", " -- nothing", "SELECT 1", "select 1;", "SELECT 1 ; -- done", "SELECT ';commit;'", `SELECT "a;b"`,
+		"", ";", " -- nothing", "SELECT 1", "select 1;", "SELECT 1 ; -- done", "SELECT ';commit;'", `SELECT "a;b"`,
 		"SELECT $$;commit;$$", "SELECT $x$;$$;commit;$x$", "SELECT E'\\';commit;'", "SELECT '';", "SELECT 'it''s; so'",
 		"/* a; /* b; */ commit; */ SELECT 1", "SELECT $1 + $2", "INSERT INTO commits (begin_at) VALUES ($1)", "PREPARE x AS SELECT 1",
 		"SELECT a$b$c FROM t", "SELECT 1 -- ; commit", "WITH rollback AS (SELECT 1) SELECT 1", "SELECT U&'\\0041;'", "select e.x from e where e.x = ';'",
@@ -23,7 +23,7 @@ func TestAdmitSQL(t *testing.T) {
 		}
 	}
 	for _, sql := range []string{
-		"", "COMMIT", "commit;", " \n\tCommit", "-- c\nCOMMIT", "/* c */ROLLBACK", "/* /* */ */ end", ";COMMIT", "; ; -- x\n abort",
+		"COMMIT", "commit;", " \n\tCommit", "-- c\nCOMMIT", "/* c */ROLLBACK", "/* /* */ */ end", ";COMMIT", "; ; -- x\n abort",
 		"BEGIN", "START TRANSACTION", "ROLLBACK TO SAVEPOINT a", "SAVEPOINT a", "RELEASE a", "PREPARE TRANSACTION 'a'", "prepare /* x */ transaction 'a'", "COMMIT PREPARED 'a'",
 		"SELECT 1; COMMIT", "SELECT 1;SELECT 2", "SELECT '';COMMIT", "SELECT ''';';COMMIT", `SELECT "a";COMMIT`, "SELECT $$ $$;COMMIT",
 		"SELECT $a$ $a$;COMMIT", "SELECT '\\';COMMIT;--'", "SELECT E'a''\\'';COMMIT", "SELECT 1 /* ; */;COMMIT", "SELECT a$$;COMMIT;$$",
@@ -155,5 +155,31 @@ func TestErrorsQuoteNothing(t *testing.T) {
 	err := fail("claim", idempotency.ErrUnavailable, &pgconn.PgError{Code: "22P02", Message: `invalid input syntax: "canary"`, Detail: "canary", ConstraintName: "c"})
 	if got, want := err.Error(), "claim: store is unavailable: SQLSTATE 22P02 on constraint c"; got != want {
 		t.Errorf("%q, want %q", got, want)
+	}
+}
+
+func TestHintsAreAboutOneNumber(t *testing.T) {
+	t.Parallel()
+	h := new(hints)
+	one, samePlace := int64(5), int64(5+hintsMax)
+	h.set(one)
+	if !h.has(one) || h.has(samePlace) || h.has(6) {
+		t.Error("a hint is about other numbers")
+	}
+	h.clear(samePlace)
+	if !h.has(one) {
+		t.Error("a hint was cleared for another number")
+	}
+	h.set(samePlace)
+	if h.has(one) || !h.has(samePlace) {
+		t.Error("a hint does not take the place of another")
+	}
+	if h.clear(samePlace); h.has(samePlace) {
+		t.Error("a hint is there after it was cleared")
+	}
+	if negative := int64(-7); h.has(negative) {
+		t.Error("a hint of a negative number")
+	} else if h.set(negative); !h.has(negative) {
+		t.Error("no hint of a negative number")
 	}
 }

@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"sync/atomic"
-	"time"
 
 	"github.com/jackc/pgx/v5/pgconn"
 
@@ -27,20 +26,6 @@ func (h *hints) has(number int64) bool { return h.place(number).Load() == uint64
 
 func (h *hints) clear(number int64) { h.place(number).CompareAndSwap(uint64(number), 0) }
 
-// news is what a claim or a look-up hears beside the record. The cache wants it.
-type news struct {
-	asked       time.Duration // by the cache's clock, before anything was sent
-	now         time.Time     // by the server's clock, after that
-	server      serverID
-	synchronous bool // COMMIT waits for standbys
-}
-
-// serverID tells one running PostgreSQL from another: when its postmaster started, to the microsecond. A standby that
-// is promoted is another postmaster than the primary before it, and a restore to an earlier time needs a new one.
-// Anybody may ask for it. It comes with each reply, because behind a pooler or a virtual address a connection says
-// nothing of the server.
-type serverID [8]byte
-
 // peek looks for the record of a key in one statement outside of a transaction: where there is one, that is the whole
 // replay. It returns the record, or an error that ends the claim, or neither: then the claim has to tell. In that case
 // the connection is as it was.
@@ -50,13 +35,12 @@ type serverID [8]byte
 // replayed, as it may be by the claim. Role, row security and statement_timeout are those of the
 // connection, as for the claim; with TransactionPooling only ctx bounds it.
 func (s *Store) peek(ctx context.Context, conn *pgconn.PgConn, req *idempotency.Request, number int64) (*idempotency.Record, error) {
-	row := peekRow{cache: s.cache, heard: s.cache.ask()}
+	var row peekRow
 	_, err := s.statements.flush(ctx, conn, call{
 		statement: &s.statements.peek, params: [][]byte{[]byte(req.Key.Scope), []byte(req.Key.Value)}, row: &row,
 	})
 	switch {
 	case err == nil && row.record != nil:
-		s.cache.learn(req.Key, number, row.record, row.heard)
 		return row.record, nil
 	case err == nil:
 		s.hints.clear(number)
@@ -64,7 +48,6 @@ func (s *Store) peek(ctx context.Context, conn *pgconn.PgConn, req *idempotency.
 	case errors.Is(err, errRecord):
 		return nil, fail("read the record", idempotency.ErrUnknown, err)
 	}
-	s.cache.fail(err)
 	if conn.IsClosed() { // nothing but a SELECT was sent
 		return nil, fail("look the key up", idempotency.ErrUnavailable, errors.Join(errStale, sqlError(err)))
 	}
@@ -73,55 +56,15 @@ func (s *Store) peek(ctx context.Context, conn *pgconn.PgConn, req *idempotency.
 
 // peekRow reads the row of a peek.
 type peekRow struct {
-	cache  *cache
-	heard  news
 	record *idempotency.Record // nil where the claim has to tell
 }
 
 func (r *peekRow) readRow(values [][]byte) (err error) {
 	d := decoder{values: values[min(recordColumnsCount, len(values)):]}
-	standby := d.bool()
-	r.heard.synchronous = d.bool()
-	if r.cache != nil {
-		r.heard.now = d.timestamp()
-		copy(r.heard.server[:], d.next(len(r.heard.server)))
-	}
-	if d.err != nil || standby || r.heard.synchronous {
+	standby, synchronous := d.bool(), d.bool()
+	if d.err != nil || standby || synchronous {
 		return d.err
 	}
 	r.record, err = decodeRecord(values)
 	return err
-}
-
-// hear reads what the reply to a claim holds for the cache, where there is one.
-func (n *news) hear(d *decoder, claimedAt [8]byte, synchronous bool, c *cache) {
-	n.synchronous = synchronous
-	if c == nil {
-		return
-	}
-	n.now = (&decoder{values: [][]byte{claimedAt[:]}}).timestamp()
-	copy(n.server[:], d.next(len(n.server)))
-}
-
-// learn keeps what a claim heard of a key, where it did not fail: record is nil where there is none.
-func (s *Store) learn(req *idempotency.Request, number int64, record *idempotency.Record, heard news, err error) {
-	if err != nil {
-		s.cache.fail(err)
-		return
-	}
-	if record != nil && !heard.synchronous {
-		s.hints.set(number)
-	}
-	s.cache.learn(req.Key, number, record, heard)
-}
-
-// recorded notes that this attempt's record is committed.
-func (a *attempt) recorded() {
-	if a.req.Keyless() {
-		return
-	}
-	if !a.synchronous { // with standbys a replay takes more than a look
-		a.store.hints.set(a.number)
-	}
-	a.store.cache.forget(a.req.Key)
 }

@@ -24,8 +24,8 @@ import (
 	"github.com/paidonce/idempotency/storage/postgres"
 )
 
-// BenchmarkReplay compares a GET by id with replays: of a key that was recorded elsewhere (claim and ROLLBACK), of one
-// that this process knows (a look-up), from the cache; and, for scale, a POST with the same body and headers that is
+// BenchmarkReplay compares a GET by id with replays: of a key that was recorded elsewhere (claim and ROLLBACK), and of one
+// that this process knows (a look-up); and, for scale, a POST with the same body and headers that is
 // answered without this library and without a database. Real HTTP, clients at once, answers of about 200 bytes. Each of
 // b.N rounds sends to all in random order; what is reported are medians and quartiles of each round's ratio to its own
 // GET: of requests a second, and of requests for a second of CPU time (client, service and PostgreSQL), which says the
@@ -43,14 +43,6 @@ const benchKeys, benchRound = 64, 40 * time.Millisecond
 func benchmarkReplay(b *testing.B, clients int) {
 	ctx := context.Background()
 	bundle := setup(b, &setupOptions{store: &postgres.Options{AcquireTimeout: time.Minute}, configure: func(c *pgxpool.Config) { c.MaxConns, c.MinConns = 16, 16 }})
-	cachedConfig := bundle.pool.Config()
-	cachedOptions := &postgres.Options{AcquireTimeout: time.Minute, CacheBytesMax: postgres.CacheBytesMin}
-	postgres.Configure(cachedConfig, cachedOptions)
-	cachedPool, err := pgxpool.NewWithConfig(ctx, cachedConfig)
-	if err != nil {
-		b.Fatal(err)
-	}
-	defer cachedPool.Close()
 	if _, err := bundle.pool.Exec(ctx, `CREATE TABLE transfers (id bigint PRIMARY KEY, debit text NOT NULL, credit text NOT NULL, amount bigint NOT NULL, created_at timestamptz NOT NULL);
 		INSERT INTO transfers SELECT n, 'acct-0001', 'acct-0002', n, now() FROM generate_series(1, 1000) n`); err != nil {
 		b.Fatal(err)
@@ -87,7 +79,6 @@ func benchmarkReplay(b *testing.B, clients int) {
 	})
 	mux.Handle("POST /unhinted", middleware.New(unhinted{bundle.store}, scope, nil).Handler(pay))
 	mux.Handle("POST /hinted", middleware.New(bundle.store, scope, nil).Handler(pay))
-	mux.Handle("POST /cached", middleware.New(postgres.New(cachedPool, cachedOptions), scope, nil).Handler(pay))
 	mux.HandleFunc("POST /bare", func(w http.ResponseWriter, r *http.Request) {
 		_, _ = io.Copy(io.Discard, r.Body)
 		w.Header().Set("Idempotent-Replayed", "true")
@@ -121,7 +112,7 @@ func benchmarkReplay(b *testing.B, clients int) {
 			b.Errorf("%s: %d %s", kind, response.StatusCode, status)
 		}
 	}
-	backends := backendsOf(b, bundle.pool, cachedPool)
+	backends := backendsOf(b, bundle.pool)
 	type rate struct{ wall, cpu, goUS, pgUS float64 }
 	perSecond := func(kind string) rate {
 		goBefore, pgBefore := cpuTime(b, backends)
@@ -142,7 +133,7 @@ func benchmarkReplay(b *testing.B, clients int) {
 		goUS, pgUS := (goAfter-goBefore).Seconds()*1e6/n, (pgAfter-pgBefore).Seconds()*1e6/n
 		return rate{n / time.Since(started).Seconds(), 1e6 / (goUS + pgUS), goUS, pgUS}
 	}
-	kinds := []string{"get", "unhinted", "hinted", "cached", "bare"}
+	kinds := []string{"get", "unhinted", "hinted", "bare"}
 	for _, kind := range kinds { // recorded, and warm
 		for n := range benchKeys {
 			send(kind, n)

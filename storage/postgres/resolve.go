@@ -42,7 +42,6 @@ func (s *Store) Resolve(ctx context.Context, req *idempotency.Request) (*idempot
 			return record, nil
 		}
 		last = err
-		s.cache.fail(err)
 		if errors.Is(err, errRecord) {
 			return nil, fail("resolve", idempotency.ErrUnknown, err)
 		}

@@ -32,10 +32,6 @@ type statements struct {
 	lookUp statement
 	peek   statement // the look-up of a replay, outside of a transaction
 
-	// Of a postponed claim: both fail with a division by zero where the key can't be claimed.
-	lockOrFail   statement // as lock
-	lookUpAbsent statement // as lookUp; returns a record and fails
-
 	insert   statement
 	guard    statement // fails where the transaction is not the one of the claim
 	commit   statement
@@ -68,13 +64,8 @@ const hearWarnings = " AND pg_catalog.set_config('client_min_messages', 'warning
 
 func newStatements(o *Options) statements {
 	table := pgx.Identifier{o.Schema, TableName}.Sanitize()
-	server, serverAndTime := "", "" // for the cache
-	if o.CacheBytesMax > 0 {
-		server = ", pg_catalog.pg_postmaster_start_time()"
-		serverAndTime = ", pg_catalog.clock_timestamp()" + server
-	}
 	// With a pooler that hands out a server connection per transaction, settings live and die with the transaction.
-	settings := server
+	settings := ""
 	if o.TransactionPooling {
 		for _, setting := range o.settings() {
 			settings += fmt.Sprintf(", pg_catalog.set_config('%s', '%s', true)", setting.name, setting.value)
@@ -86,19 +77,6 @@ func newStatements(o *Options) statements {
 			sql:  "SELECT pg_catalog.pg_try_advisory_xact_lock($1), pg_catalog.transaction_timestamp(), " + synchronousStandbys + settings,
 			oids: []uint32{pgtype.Int8OID},
 		},
-		lockOrFail: statement{
-			sql: "SELECT 1 OPERATOR(pg_catalog./) CASE WHEN pg_catalog.pg_try_advisory_xact_lock($1) THEN 1 ELSE 0 END," +
-				" pg_catalog.transaction_timestamp(), " + synchronousStandbys + settings,
-			oids: []uint32{pgtype.Int8OID},
-		},
-		// The record's row comes twice: the first is sent, the second divides by zero. 0 * status keeps the condition with the
-		// row, so that nothing fails where there is none.
-		lookUpAbsent: statement{
-			sql: "SELECT " + recordColumns + " FROM " + table + " CROSS JOIN pg_catalog.generate_series(1, 2) AS n" +
-				" WHERE scope = $1 AND key = $2" +
-				" AND (1 OPERATOR(pg_catalog./) (2 OPERATOR(pg_catalog.-) n OPERATOR(pg_catalog.+) (0 OPERATOR(pg_catalog.*) status))) OPERATOR(pg_catalog.>) 0",
-			oids: []uint32{pgtype.TextOID, pgtype.TextOID},
-		},
 		// A statement of its own: its snapshot must be younger than the lock, or it misses a record whose transaction
 		// let the lock go in between, and the handler runs twice.
 		lookUp: statement{
@@ -106,7 +84,7 @@ func newStatements(o *Options) statements {
 			oids: []uint32{pgtype.TextOID, pgtype.TextOID},
 		},
 		peek: statement{
-			sql: "SELECT " + recordColumns + ", pg_catalog.pg_is_in_recovery(), " + synchronousStandbys + serverAndTime +
+			sql: "SELECT " + recordColumns + ", pg_catalog.pg_is_in_recovery(), " + synchronousStandbys +
 				" FROM " + table + " WHERE scope = $1 AND key = $2",
 			oids: []uint32{pgtype.TextOID, pgtype.TextOID},
 		},
@@ -157,7 +135,7 @@ func newStatements(o *Options) statements {
 }
 
 func (s *statements) all() []*statement {
-	return []*statement{&s.begin, &s.lock, &s.lookUp, &s.peek, &s.lockOrFail, &s.lookUpAbsent, &s.insert, &s.guard, &s.commit, &s.rollback}
+	return []*statement{&s.begin, &s.lock, &s.lookUp, &s.peek, &s.insert, &s.guard, &s.commit, &s.rollback}
 }
 
 // preparedMark is the key under which a connection's custom data says which statements of ours are prepared on it, and

@@ -64,16 +64,6 @@ type Options struct {
 	// [ResolversMaxDefault].
 	ResolversMax int
 
-	// CacheBytesMax is how much memory may hold answers that were read of late, so that a replay of one asks no
-	// database: bodies, headers, keys, and about 1 kB for each answer; one answer takes at most a sixteenth of it. Zero,
-	// the default, keeps none; the least is [CacheBytesMin].
-	//
-	// Such a replay passes all that others pass: fingerprint, AuthorizeReplay, encryption. It may be up to a second behind
-	// a fail-over, and up to 10 seconds behind a row that was deleted by hand. No answer is kept past its time, none while
-	// COMMIT waits for standbys, and none once a connection failed or led to another server. Leave it off where a hook of
-	// the pool decides by the request which rows a connection sees: the cache goes by scope and key alone.
-	CacheBytesMax int64
-
 	// TransactionPooling says that the pool's connections lead to a pooler, such as PgBouncer, that hands out a server
 	// connection per transaction. Settings then travel with each claim, and nothing is prepared. Use it together with
 	// pgx.QueryExecModeExec or pgx.QueryExecModeCacheDescribe.
@@ -100,9 +90,6 @@ func (o *Options) full() *Options {
 	}
 	if full.ResolversMax < 0 {
 		panic(fmt.Sprintf("idempotency/postgres: Options.ResolversMax is %d: it must be positive", full.ResolversMax))
-	}
-	if full.CacheBytesMax != 0 && full.CacheBytesMax < CacheBytesMin {
-		panic(fmt.Sprintf("idempotency/postgres: Options.CacheBytesMax is %d: it must be 0 or at least %d", full.CacheBytesMax, CacheBytesMin))
 	}
 	for _, field := range []struct {
 		name    string
@@ -175,7 +162,6 @@ type Store struct {
 	mode       pgx.QueryExecMode // of the pool's connections
 	resolvers  chan struct{}     // a place for each that runs
 	hints      *hints
-	cache      *cache // nil: there is none
 
 	synchronousCommit []byte // the option, as a parameter
 }
@@ -196,7 +182,7 @@ func New(pool *pgxpool.Pool, opts *Options) *Store {
 	return &Store{
 		pool: pool, options: o, table: o.Schema + "." + TableName, statements: newStatements(o),
 		mode:      pool.Config().ConnConfig.DefaultQueryExecMode,
-		resolvers: make(chan struct{}, o.ResolversMax), hints: new(hints), cache: newCache(o.CacheBytesMax),
+		resolvers: make(chan struct{}, o.ResolversMax), hints: new(hints),
 		synchronousCommit: []byte(o.SynchronousCommit),
 	}
 }
@@ -213,15 +199,8 @@ func (s *Store) CheckBudget(handlerTimeout, _ time.Duration) error {
 var errStale = errors.New("connection was stale")
 
 // Begin implements [idempotency.Store]: BEGIN, lock and look-up in one round trip. A record that this store has seen
-// before comes from the cache, or by a look-up alone.
+// before comes by a look-up alone.
 func (s *Store) Begin(ctx context.Context, req *idempotency.Request) (idempotency.Attempt, *idempotency.Record, error) {
-	if record, ok := req.Memo.(*idempotency.Record); ok { // see attempt.refused
-		req.Memo = nil
-		return nil, record, nil
-	}
-	if record := s.cache.get(req.Key); record != nil {
-		return nil, record, nil
-	}
 	attempt, record, err := s.claim(ctx, req, s.acquire)
 	if errors.Is(err, errStale) && ctx.Err() == nil {
 		// Nothing but the claim was sent, and nothing of it remains.
@@ -236,7 +215,6 @@ func (s *Store) Begin(ctx context.Context, req *idempotency.Request) (idempotenc
 func (s *Store) claim(ctx context.Context, req *idempotency.Request, acquire func(context.Context) (*pgxpool.Conn, error)) (*attempt, *idempotency.Record, error) {
 	conn, err := acquire(ctx)
 	if err != nil {
-		s.cache.failAcquire(err)
 		return nil, nil, fail("acquire a connection", idempotency.ErrUnavailable, err)
 	}
 	if !plainText(conn.Conn().PgConn()) {
@@ -256,16 +234,14 @@ func (s *Store) claim(ctx context.Context, req *idempotency.Request, acquire fun
 		}
 	}
 	a := newAttempt(s, conn, req, number)
-	if req.Speculative && !req.Keyless() && a.postpone() {
-		return a, nil, nil
-	}
 	claim := append(a.calls[:0], call{statement: &s.statements.begin}, a.lockCall(lockRow{a}))
 	if !req.Keyless() {
 		claim = append(claim, a.lookUpCall(recordRow{a}))
 	}
-	a.heard = s.cache.ask()
 	_, err = s.statements.flush(ctx, conn.Conn().PgConn(), claim...)
-	s.learn(req, number, a.record, a.heard, err)
+	if err == nil && a.record != nil && !a.synchronous { // with standbys a replay takes more than a look
+		s.hints.set(number)
+	}
 	switch {
 	case errors.Is(err, errRecord):
 		a.release(ctx)

@@ -55,8 +55,7 @@ type transaction struct {
 	sealed atomic.Bool
 	slot   sync.Mutex // taken while conn is in use; guards it and what follows
 
-	claim *postponedClaim // nil: the claim came before the handler
-	batch sealedBatch     // the first: most handlers send one or two
+	batch sealedBatch // the first: most handlers send one or two
 
 	failure    error // the first error of the database that no savepoint undid
 	savepoints []savepoint
@@ -89,19 +88,10 @@ func (t *transaction) seal() error {
 	switch {
 	case t.lost: // before all else: what was committed stays so, whatever became of the connection since
 		return fail("after the handler", idempotency.ErrTransactionLost, errors.New("the handler ended the transaction"))
-	case t.claim.refusal() != nil:
-		return fmt.Errorf("after the handler: %w", t.claim.refusal())
-	case conn.IsClosed() && !t.claim.answered(): // it may have been dead when it was taken
-		return fail("after the handler", idempotency.ErrNotClaimed, errors.New("the connection is closed"))
 	case conn.IsClosed():
 		return fail("after the handler", idempotency.ErrUnavailable, errors.Join(t.failure, errors.New("the connection is closed")))
 	case conn.IsBusy():
 		return fail("after the handler", idempotency.ErrAborted, errors.New("rows, a batch or a copy were left open"))
-	case t.claim.astray(): // what the handler was told may be the claim's replies
-		closeNow(conn)
-		return fail("after the handler", idempotency.ErrNotClaimed, errors.New("the claim's replies are missing"))
-	case !t.claim.answered(): // the end sends it
-		return nil
 	case conn.TxStatus() == 'I':
 		return fail("after the handler", idempotency.ErrTransactionLost, errors.New("no transaction is open"))
 	case t.failure != nil:
@@ -153,23 +143,13 @@ func (t *transaction) use() error {
 		t.give()
 		return fmt.Errorf("%w: the handler has returned", ErrSealed)
 	}
-	if t.claim == nil {
-		return nil
-	}
-	err := t.claim.refusal()
-	if err == nil {
-		err = t.claim.queue(t.conn.PgConn()) // with what is sent next
-	}
-	if err != nil {
-		t.give()
-	}
-	return err
+	return nil
 }
 
 // done ends a use, and remembers its error where it is the database's, and whether the transaction is over.
 func (t *transaction) done(err error) {
 	t.remember(err)
-	if conn := t.conn.PgConn(); conn.TxStatus() == 'I' && !conn.IsBusy() && (t.claim == nil || t.claim.granted() && !conn.IsClosed()) {
+	if conn := t.conn.PgConn(); conn.TxStatus() == 'I' && !conn.IsBusy() {
 		t.lost = true // also where another one is begun at the next use
 	}
 	t.give()
@@ -185,14 +165,10 @@ func (t *transaction) remember(err error) {
 	}
 }
 
-// exec runs a statement of ours on behalf of a handle, by the extended protocol: a claim may travel with it.
+// exec runs a statement of ours on behalf of a handle.
 func (t *transaction) exec(ctx context.Context, sql string) error {
-	rows, err := t.conn.Query(ctx, sql, pgx.QueryExecModeExec)
-	if err != nil {
-		return err
-	}
-	rows.Close()
-	return rows.Err()
+	_, err := t.conn.Exec(ctx, sql)
+	return err
 }
 
 // sealedTx is a handle on a transaction: the whole of it, or one of its savepoints.
@@ -336,9 +312,6 @@ func (tx *sealedTx) CopyFrom(ctx context.Context, table pgx.Identifier, columns 
 		return 0, err
 	}
 	defer func() { tx.done(err) }()
-	if err := tx.claim.send(ctx, tx.conn.PgConn()); err != nil { // COPY is of the simple protocol
-		return 0, err
-	}
 	return tx.conn.CopyFrom(ctx, table, columns, source)
 }
 
@@ -347,11 +320,6 @@ func (tx *sealedTx) SendBatch(ctx context.Context, batch *pgx.Batch) pgx.BatchRe
 		return failedBatch{err}
 	}
 	defer tx.done(nil)
-	if tx.mode == pgx.QueryExecModeSimpleProtocol { // the batch will be one simple query
-		if err := tx.claim.send(ctx, tx.conn.PgConn()); err != nil {
-			return failedBatch{err}
-		}
-	}
 	for _, query := range batch.QueuedQueries {
 		arguments, err := tx.admit(query.SQL, query.Arguments)
 		if err != nil {

@@ -17,29 +17,6 @@ var engineCases = []testCase{
 		run:  storm,
 	},
 	{
-		name: "SpeculativeRetryLeavesNothing",
-		rule: "Where a claim may be postponed a retry's handler may run, but what it writes goes, and the recorded answer wins over its own. A store that claims first need do nothing for it.",
-		run: func(c *check) {
-			engine := idempotency.NewEngine(c.Store, &idempotency.Options{Speculative: true})
-			for try, want := range []idempotency.Outcome{idempotency.OutcomeExecuted, idempotency.OutcomeReplayed, idempotency.OutcomeReplayed} {
-				result := engine.Do(c.ctx, *request("acme", "k"), func(ctx context.Context) (*idempotency.Answer, error) {
-					if !c.features.WritesStay {
-						if err := c.Write(ctx, "w"); err != nil {
-							return answer(500, "refused"), nil
-						}
-					}
-					return answer(201, fmt.Sprint("try ", try)), nil
-				})
-				if result.Outcome != want || result.Answer == nil || string(result.Answer.Body) != "try 0" {
-					c.Errorf("try %d ends as %s: %v", try, result.Outcome, result.Err)
-				}
-			}
-			if !c.features.WritesStay {
-				c.wantWritten("w", 1)
-			}
-		},
-	},
-	{
 		name: "PanicFreesTheKey",
 		rule: "After a handler's panic nothing of the attempt is left, and the retry runs.",
 		run: func(c *check) {

@@ -155,7 +155,6 @@ func (s *reference) Begin(ctx context.Context, req *idempotency.Request) (idempo
 	if record := s.records[key]; record != nil {
 		switch {
 		case s.fault == "expires by the clock" && record.ExpiresAt.Before(s.now):
-		case s.fault == "speculates without a claim" && req.Speculative:
 		case s.fault == "hides records of other requests" && record.Fingerprint != req.Fingerprint:
 		case s.fault == "one replay at a time" && !s.claims[key]:
 			s.claims[key] = true
@@ -386,7 +385,7 @@ func (a *referenceAttempt) Commit(ctx context.Context, answer *idempotency.Answe
 	case a.broken:
 		a.end(nil, false, "")
 		return idempotency.ErrAborted
-	case !a.req.Keyless() && s.records[s.key(&a.req)] != nil && s.fault != "overwrites" && s.fault != "speculates without a claim":
+	case !a.req.Keyless() && s.records[s.key(&a.req)] != nil && s.fault != "overwrites":
 		a.end(nil, s.fault == "loser keeps its writes", "")
 		return idempotency.ErrKeyRecorded
 	}
@@ -408,7 +407,7 @@ func (a *referenceAttempt) Decline(ctx context.Context, answer *idempotency.Answ
 	case a.broken && s.fault == "can't decline what is broken":
 		a.end(nil, false, "")
 		return idempotency.ErrAborted
-	case !a.req.Keyless() && s.records[s.key(&a.req)] != nil && s.fault != "overwrites" && s.fault != "speculates without a claim":
+	case !a.req.Keyless() && s.records[s.key(&a.req)] != nil && s.fault != "overwrites":
 		a.end(nil, false, "")
 		return idempotency.ErrKeyRecorded
 	}

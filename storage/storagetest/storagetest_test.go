@@ -98,7 +98,6 @@ var faults = map[string]string{
 	"gives up as unavailable":         "ResolveIsBoundByItsContext",
 	"resolves in every scope":         "ResolveKeepsScopesApart",
 	"resolves one at a time":          "ManyResolveAtOnce",
-	"speculates without a claim":      "SpeculativeRetryLeavesNothing",
 }
 
 // TestEveryFaultIsFound: a case that can't fail guards nothing.

@@ -65,7 +65,7 @@ func (o *Operator) Expire(ctx context.Context, key idempotency.Key, act Act) (Re
 // It never takes a record from under an attempt: it takes the key's lock as a claim does, and does nothing where it
 // can't. But an attempt whose reply to COMMIT was lost holds nothing any more, and looks for its record for the engine's
 // ResolveTimeout: one that is not there proves to it that nothing was committed, and ITS CLIENT HEARS NOT-EXECUTED OF WHAT WAS. So
-// leave a record alone that is younger than a minute, the more so while the network or the database is in trouble. A process that keeps answers in memory (postgres.Options.CacheBytesMax) may repeat the old one for 10 seconds more.
+// leave a record alone that is younger than a minute, the more so while the network or the database is in trouble.
 // Errors are those of [Operator.Expire].
 func (o *Operator) Forget(ctx context.Context, key idempotency.Key, act Act) (Record, error) {
 	return o.act(ctx, "forget", key, act, "DELETE FROM "+o.keys+" WHERE scope = $1 AND key = $2 AND attempt_id = $3::uuid")

@@ -27,14 +27,12 @@ var designs = []design{
 	{name: "bare-batch", kind: fresh, bases: []string{"bare-batch"}},
 	{name: "bare-folded", kind: fresh, bases: []string{"bare-batch"}},
 	{name: "ours-batch", kind: fresh, keyed: true, bases: []string{"bare-batch", "lease"}},
-	{name: "ours-speculative", kind: fresh, keyed: true, bases: []string{"bare-batch", "lease"}},
 	{name: "insert-first", kind: fresh, keyed: true, bases: []string{"bare-batch"}},
 	{name: "lease", kind: fresh, keyed: true, bases: []string{"bare-batch"}},
 	{name: "bare-naive", kind: fresh, bases: []string{"bare-naive"}},
 	{name: "ours-naive", kind: fresh, keyed: true, bases: []string{"bare-naive"}},
 	{name: "get-by-id", kind: read, bases: []string{"get-by-id"}},
 	{name: "replay-database", kind: replay, keyed: true, bases: []string{"get-by-id"}},
-	{name: "replay-cached", kind: replay, keyed: true, bases: []string{"get-by-id"}},
 	{name: "no-database", kind: plain, bases: []string{"get-by-id"}},
 }
 

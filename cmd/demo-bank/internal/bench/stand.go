@@ -26,8 +26,6 @@ const (
 	acquireTimeout = 10 * time.Second // a pool that is small is waited for
 	connectTimeout = 5 * time.Second
 
-	cacheBytesMax = 64 << 20 // of replay-cached
-
 	waitMax  = 5 * time.Second        // of the route that waits
 	waitWork = 200 * time.Millisecond // how long its handler takes before it pays
 )
@@ -114,8 +112,8 @@ func (d *stand) open(ctx context.Context, opts *postgres.Options) (*pgxpool.Pool
 }
 
 // protect returns a middleware on a store with a pool of its own.
-func (d *stand) protect(ctx context.Context, schema string, cacheBytesMax int64) (*middleware.Middleware, error) {
-	opts := &postgres.Options{Schema: schema, AcquireTimeout: acquireTimeout, CacheBytesMax: cacheBytesMax}
+func (d *stand) protect(ctx context.Context, schema string) (*middleware.Middleware, error) {
+	opts := &postgres.Options{Schema: schema, AcquireTimeout: acquireTimeout}
 	pool, err := d.open(ctx, opts)
 	if err != nil {
 		return nil, err
@@ -157,25 +155,17 @@ func (d *stand) mount(ctx context.Context, schema string, pool *pgxpool.Pool) er
 	post("lease", func(r *http.Request, t *transfer, body []byte) (*answer, error) {
 		return lease(r.Context(), pool, r.Header.Get("Idempotency-Key"), sumOf(r, body), t)
 	})
-	if d.wants("ours-naive", "ours-batch", "ours-speculative", "replay-database", replayOld, routeWait, routeOther) {
-		ours, err := d.protect(ctx, schema, 0)
+	if d.wants("ours-naive", "ours-batch", "replay-database", replayOld, routeWait, routeOther) {
+		ours, err := d.protect(ctx, schema)
 		if err != nil {
 			return err
 		}
 		post("ours-naive", given(naive), ours.Handler)
 		post("ours-batch", given(batch), ours.Handler)
-		post("ours-speculative", given(batch), ours.With(func(o *middleware.Options) { o.Engine.Speculative = true }).Handler)
 		post("replay-database", given(batch), ours.Handler)
 		post(replayOld, given(batch), ours.Handler)
 		post(routeOther, given(batch), ours.Handler)
 		post(routeWait, d.slowly(given(batch)), d.holders.mark, ours.With(func(o *middleware.Options) { o.Engine.Wait = waitMax }).Handler)
-	}
-	if d.wants("replay-cached") {
-		cached, err := d.protect(ctx, schema, cacheBytesMax)
-		if err != nil {
-			return err
-		}
-		post("replay-cached", given(batch), cached.Handler)
 	}
 	d.router.Get(at("get-by-id")+"/{id}", func(w http.ResponseWriter, r *http.Request) {
 		a, err := get(r.Context(), pool, chi.URLParam(r, "id"))

@@ -26,14 +26,13 @@ const (
 	handlerTimeout = 4 * time.Second // a half-open transaction ends ten seconds after it, and its request is unknown before that
 	acquireTimeout = time.Second
 
+	// duplicateWait is shorter than what holds a key may take, so that some requests are still told in-progress.
+	duplicateWait = 50 * time.Millisecond
+
 	serveWaitMax = 30 * time.Second // from a bank's start until it serves, starts that failed included
 	restartPause = 100 * time.Millisecond
 	stopWaitMax  = 20 * time.Second
 )
-
-// fastPaths are the flags of a bank that has everything switched on which makes it faster. It waits for less time than
-// what holds a key may take, so that requests in progress are still heard of.
-var fastPaths = []string{"--speculative", "--wait", "50ms", "--cache-mib", "8"}
 
 // banks are the processes under test, each in a slot with an address of its own. A bank that dies is started again.
 type banks struct {
@@ -219,8 +218,8 @@ func (s *slot) begin() (*life, error) {
 	l.cmd = exec.Command(s.program, "serve", "--addr", s.address, "--database-url", s.url, "--log-level", "WARN",
 		"--pool-size", strconv.Itoa(poolSize), "--handler-timeout", handlerTimeout.String(),
 		"--acquire-timeout", acquireTimeout.String(), "--reap-interval", s.run.profile.reapInterval.String())
-	if s.run.config.FastPaths {
-		l.cmd.Args = append(l.cmd.Args, fastPaths...)
+	if s.run.config.Wait {
+		l.cmd.Args = append(l.cmd.Args, "--wait", duplicateWait.String())
 	}
 	l.cmd.SysProcAttr = isolate()
 	l.cmd.Env = slices.DeleteFunc(os.Environ(), func(entry string) bool {

@@ -33,7 +33,7 @@ type Report struct {
 	Operations      int     `json:"operations"`
 	Clients         int     `json:"clients"`
 	Banks           int     `json:"banks"`
-	FastPaths       bool    `json:"fast_paths"`
+	Wait            bool    `json:"wait"`
 	DurationMaxSecs float64 `json:"duration_max_seconds"`
 
 	Versions Versions `json:"versions"`
@@ -103,7 +103,7 @@ func (r *run) report() *Report {
 	keys := r.keys.all()
 	p := &Report{
 		Profile: r.config.Profile, Seed: r.config.Seed, Schedule: r.schedule.hash(), Operations: r.config.Operations,
-		Clients: r.config.Clients, Banks: r.config.Banks, FastPaths: r.config.FastPaths, DurationMaxSecs: r.config.DurationMax.Seconds(),
+		Clients: r.config.Clients, Banks: r.config.Banks, Wait: r.config.Wait, DurationMaxSecs: r.config.DurationMax.Seconds(),
 		Versions: versions(r.cluster.version()),
 		Phase:    r.phase(), Seconds: r.clock().Seconds(), LoadSeconds: r.loadEnded.Seconds(), SettleSeconds: r.settled.Seconds(),
 		Requests: t.finished.Load(), FinalReplays: t.replays.Load(), Unsent: t.unsent.Load(), Keys: len(keys), KeyedCommits: r.commits.seen.Load(),
@@ -243,8 +243,8 @@ func (p *Report) WriteText(w io.Writer) error {
 	var b strings.Builder
 	fmt.Fprintf(&b, "chaos: profile %s, seed %d, schedule %s\n", p.Profile, p.Seed, p.Schedule)
 	fmt.Fprintf(&b, "options: %d operations, %d clients, %d banks, at most %.0f s", p.Operations, p.Clients, p.Banks, p.DurationMaxSecs)
-	if p.FastPaths {
-		fmt.Fprint(&b, ", fast paths")
+	if p.Wait {
+		fmt.Fprint(&b, ", duplicates wait")
 	}
 	fmt.Fprintln(&b)
 	fmt.Fprintf(&b, "versions: PostgreSQL %s, %s, %s, %d CPUs", p.Versions.PostgreSQL, p.Versions.Go, p.Versions.Platform, p.Versions.CPUs)

@@ -124,9 +124,13 @@ func Catalogue() []Mutant {
 	return call{statement: &a.store.statements.lock, params: a.params[:3:3], row: row}
 `},
 				{attemptFile, `	a.locked = d.bool()
-	return a.readClaim(&d)
+	copy(a.claimedAt[:], d.next(len(a.claimedAt)))
+	a.synchronous = d.bool()
+	return d.err
 `, `	a.locked = d.bool()
-	err := a.readClaim(&d)
+	copy(a.claimedAt[:], d.next(len(a.claimedAt)))
+	a.synchronous = d.bool()
+	err := d.err
 	if row := values[len(values)-recordColumnsCount:]; row[0] != nil {
 		a.record, err = decodeRecord(row)
 	}

@@ -100,17 +100,6 @@ func TestTimeoutsFitTheHandlers(t *testing.T) {
 	}
 }
 
-// TestCacheIsTheStores: the bank keeps what it is told, and nothing by default.
-func TestCacheIsTheStores(t *testing.T) {
-	t.Parallel()
-	for _, bytes := range []int64{0, postgres.CacheBytesMin} {
-		s := New(Config{CacheBytesMax: bytes})
-		if got := storeOptions(&s.config).CacheBytesMax; got != bytes {
-			t.Errorf("a cache of %d bytes, want %d", got, bytes)
-		}
-	}
-}
-
 // TestTheLongestHandlerFitsTheStore: a bank with either limit starts, which the store would prevent.
 func TestTheLongestHandlerFitsTheStore(t *testing.T) {
 	t.Parallel()

@@ -21,7 +21,6 @@ const (
 	HandlerTimeoutMin = 10 * time.Millisecond
 	HandlerTimeoutMax = idleInTransactionMax - 5*time.Second
 	AcquireTimeoutMin = time.Millisecond
-	CacheMiBMax       = 64 << 10 // 64 GiB
 	ReapIntervalMin   = time.Millisecond
 )
 
@@ -41,7 +40,7 @@ const (
 // storeOptions are those of the store and of the pool that it uses.
 func storeOptions(config *Config) *postgres.Options {
 	return &postgres.Options{
-		Schema: bank.Schema, AcquireTimeout: config.AcquireTimeout, CacheBytesMax: config.CacheBytesMax,
+		Schema: bank.Schema, AcquireTimeout: config.AcquireTimeout,
 		IdleInTransactionTimeout: min(max(config.HandlerTimeout+idleBeside, idleInTransactionMin), idleInTransactionMax),
 	}
 }

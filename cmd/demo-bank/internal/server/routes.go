@@ -30,7 +30,7 @@ const readyTimeout = 2 * time.Second
 func (s *Server) handler(store *postgres.Store, books *bank.Bank, ids *nodeid.Source, watch *live.Live) http.Handler {
 	idem := middleware.New(store, bank.Tenant, &middleware.Options{
 		Engine: idempotency.Options{
-			TTL: s.config.TTL, Wait: s.config.Wait, HandlerTimeout: s.config.HandlerTimeout, Speculative: s.config.Speculative,
+			TTL: s.config.TTL, Wait: s.config.Wait, HandlerTimeout: s.config.HandlerTimeout,
 			Tracer: observe.Join(s.metrics, watch.Tracer()),
 		},
 		RouterState: chiroute.State,

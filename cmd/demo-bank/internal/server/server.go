@@ -76,13 +76,6 @@ type Config struct {
 	// slow than shed: the default, [AcquireTimeoutDefault], is longer than a service under real load should have.
 	AcquireTimeout time.Duration
 
-	// Speculative runs a request's handler before its key is claimed.
-	Speculative bool
-
-	// CacheBytesMax is the memory for answers that are replayed without asking the database; see postgres.Options. The
-	// default is none.
-	CacheBytesMax int64
-
 	// CrashPoint kills the process at a point of its own choice. Nil: nothing of it is installed.
 	CrashPoint *crashpoint.Point
 

@@ -10,7 +10,6 @@ import (
 
 	"github.com/paidonce/idempotency/cmd/demo-bank/internal/storm"
 	"github.com/paidonce/idempotency/internal/pgtest"
-	"github.com/paidonce/idempotency/storage/postgres"
 )
 
 func stormOn(t *testing.T, url string, change ...func(*storm.Config)) *storm.Report {
@@ -71,11 +70,10 @@ func TestStormProgramExitsWithTheVerdict(t *testing.T) {
 	}
 }
 
-// TestAStormCanBeRepeated: keys are new each time, also with the same seed, and the books stay right, with a
-// cache of answers too.
+// TestAStormCanBeRepeated: keys are new each time, also with the same seed, and the books stay right.
 func TestAStormCanBeRepeated(t *testing.T) {
 	t.Parallel()
-	b := setup(t, func(c *Config) { c.CacheBytesMax = postgres.CacheBytesMin })
+	b := setup(t)
 	for i, change := range []func(*storm.Config){
 		func(c *storm.Config) { c.Keys, c.Copies, c.Clients, c.Seed = 20, 1, 1, 7 },
 		func(c *storm.Config) { c.Keys, c.Copies, c.Clients, c.Seed = 20, 3, 3, 7 },

@@ -1,0 +1,87 @@
+package postgres_test
+
+import (
+	"context"
+	"testing"
+
+	"github.com/jackc/pgx/v5"
+	"github.com/jackc/pgx/v5/pgxpool"
+
+	"github.com/paidonce/idempotency"
+	"github.com/paidonce/idempotency/migrations"
+	"github.com/paidonce/idempotency/storage/postgres"
+)
+
+// A look-up first is no more than that: where what was prepared is gone, or the connection is, the claim tells.
+func TestReplayOutlivesWhatItsConnectionLost(t *testing.T) {
+	t.Parallel()
+	ctx := context.Background()
+	b := setup(t, &setupOptions{configure: func(c *pgxpool.Config) { c.MaxConns = 1 }})
+	want(t, b.do(t, request("k", ""), pay(t, 201)), idempotency.OutcomeExecuted, "")
+	for _, sql := range []string{
+		"DEALLOCATE ALL",
+		"ALTER TABLE idempotency_keys ALTER trace_id TYPE varchar", // the result is of another type than the plan's
+		"SELECT pg_terminate_backend(pg_backend_pid())",
+		"SELECT 1",
+	} {
+		_, _ = b.pool.Exec(ctx, sql, pgx.QueryExecModeSimpleProtocol)
+		for range 2 {
+			want(t, b.do(t, request("k", ""), pay(t, 201)), idempotency.OutcomeReplayed, "")
+		}
+	}
+}
+
+// A statement that is gone is missed once on each connection.
+func TestLookUpIsSentAsTextOnceItsStatementIsGone(t *testing.T) {
+	t.Parallel()
+	ctx := context.Background()
+	b := setup(t, &setupOptions{configure: func(c *pgxpool.Config) { c.MaxConns = 1 }})
+	want(t, b.do(t, request("k", ""), pay(t, 201)), idempotency.OutcomeExecuted, "")
+	var name string
+	if err := b.pool.QueryRow(ctx, "SELECT quote_ident(name) FROM pg_prepared_statements WHERE name LIKE 'idempotency%' AND statement LIKE '%pg_is_in_recovery%'").Scan(&name); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := b.pool.Exec(ctx, "DEALLOCATE "+name); err != nil {
+		t.Fatal(err)
+	}
+	for _, roundTrips := range []int{3, 1, 1} { // looked up in vain, claimed, rolled back
+		before := b.wire.count()
+		want(t, b.do(t, request("k", ""), pay(t, 201)), idempotency.OutcomeReplayed, "")
+		if got := b.wire.count() - before; got != roundTrips {
+			t.Errorf("%d round trips, want %d", got, roundTrips)
+		}
+	}
+}
+
+// While COMMIT waits for standbys a replay waits too, also of a key that was known before there were any.
+func TestF20QuickReplayWaitsForTheStandbys(t *testing.T) {
+	t.Parallel()
+	ctx := context.Background()
+	config := configOfOwnServer(t)
+	postgres.Configure(config, nil)
+	pool, err := pgxpool.NewWithConfig(ctx, config)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer pool.Close()
+	if err := migrations.Up(ctx, pool, nil); err != nil {
+		t.Fatal(err)
+	}
+	engine := idempotency.NewEngine(postgres.New(pool, nil), nil)
+	do := func(key string) idempotency.Result {
+		return engine.Do(ctx, request(key, ""), func(context.Context) (*idempotency.Answer, error) { return answer(201), nil })
+	}
+	want(t, do("k"), idempotency.OutcomeExecuted, "")
+	want(t, do("k"), idempotency.OutcomeReplayed, "")
+	setStandbys(t, pool, "nobody")
+	for range 2 {
+		replay := make(chan idempotency.Result, 1)
+		go func() { replay <- do("k") }()
+		cancelWaiting(t, pool)
+		want(t, <-replay, idempotency.OutcomeUnknown, idempotency.ReasonOutcomeUnknown)
+	}
+	setStandbys(t, pool, "")
+	for range 2 {
+		want(t, do("k"), idempotency.OutcomeReplayed, "")
+	}
+}
