@@ -10,6 +10,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"net"
 	"net/url"
 	"os"
@@ -55,6 +56,11 @@ type Options struct {
 	// Env are variables ("NAME=value") for PostgreSQL itself, and not for the programs that make its data.
 	Env []string
 
+	// TLS has PostgreSQL listen on 127.0.0.1 as well, for clients that use TLS and log in with a password by
+	// SCRAM-SHA-256: [Server.TLSURL] leads there. The certificate is made by Start and lasts a day. Not for standbys, and
+	// not on Windows. The default is false: a socket alone.
+	TLS bool
+
 	// Progress gets one line for each thing that takes long (a download, an old PostgreSQL still stopping).
 	// It is not used after Start has returned. Nil: none.
 	Progress io.Writer
@@ -64,7 +70,8 @@ type Options struct {
 type Server struct {
 	binaries binaries
 	process  *process
-	address  url.URL // without the database
+	address  url.URL      // without the database
+	tls      *tlsListener // nil without Options.TLS
 	release  func() error
 	stop     func() error
 }
@@ -88,6 +95,9 @@ func Start(ctx context.Context, opts *Options) (*Server, error) {
 func start(ctx context.Context, opts *Options, primary *Server) (_ *Server, err error) {
 	if err := checkSettings(opts.Settings); err != nil {
 		return nil, err
+	}
+	if opts.TLS && primary != nil {
+		return nil, errors.New("TLS: not for standbys")
 	}
 	progress := opts.Progress
 	if progress == nil {
@@ -149,8 +159,21 @@ func start(ctx context.Context, opts *Options, primary *Server) (_ *Server, err 
 	if err != nil {
 		return nil, err
 	}
+	if opts.TLS {
+		if s.tls, err = newTLSListener(run.path, acct); err != nil {
+			return nil, err
+		}
+		maps.Copy(listen, s.tls.settings())
+		s.address.RawQuery = url.Values{"host": {run.socketDir()}, "port": {s.tls.port}, "sslmode": {"disable"}}.Encode()
+	}
 	if err := s.launch(ctx, data, acct, listen, opts, progress); err != nil {
 		return nil, err
+	}
+	if s.tls != nil {
+		if err := s.tls.setPassword(ctx, s.URL()); err != nil {
+			s.process.kill()
+			return nil, err
+		}
 	}
 	s.release = undo.run
 	s.stop = sync.OnceValue(s.shutdown)

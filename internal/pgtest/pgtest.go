@@ -98,6 +98,27 @@ func Server(t testing.TB) *pgserver.Server {
 	return server
 }
 
+// TLS starts a server of the test's own that takes clients by TLS and SCRAM-SHA-256: see [pgserver.Options].TLS. It ends
+// with the test, which is skipped if PAIDONCE_TEST_DATABASE_URL names a server that we did not start.
+func TLS(t testing.TB) *pgserver.Server {
+	t.Helper()
+	if os.Getenv(databaseVariable) != "" {
+		t.Skipf("%s is set, so no server of our own is started", databaseVariable)
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), startMax)
+	defer cancel()
+	server, err := pgserver.Start(ctx, &pgserver.Options{TLS: true, Settings: map[string]string{"fsync": "off"}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := server.Stop(); err != nil {
+			t.Errorf("stop: %v", err)
+		}
+	})
+	return server
+}
+
 // Folder returns a temporary folder for pgserver's DataDir. Unlike t.TempDir it may be entered by the account which
 // PostgreSQL runs as when the tests run as root.
 func Folder(t testing.TB) string {
