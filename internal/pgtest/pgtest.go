@@ -107,7 +107,7 @@ func TLS(t testing.TB) *pgserver.Server {
 	}
 	ctx, cancel := context.WithTimeout(context.Background(), startMax)
 	defer cancel()
-	server, err := pgserver.Start(ctx, &pgserver.Options{TLS: true, Settings: map[string]string{"fsync": "off"}})
+	server, err := pgserver.Start(ctx, &pgserver.Options{TLS: true})
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -26,6 +26,7 @@ type testBundle struct {
 type setupOptions struct {
 	database  string // its URL; default: a new one
 	store     *postgres.Options
+	before    func(*pgxpool.Config) // before postgres.Configure
 	configure func(*pgxpool.Config) // after postgres.Configure
 	cold      bool                  // leave postgres.Configure out
 }
@@ -68,6 +69,9 @@ func setup(t testing.TB, opts *setupOptions) *testBundle {
 			return nil, err
 		}
 		return &wireConn{Conn: conn, wire: b.wire}, nil
+	}
+	if opts.before != nil {
+		opts.before(config)
 	}
 	if !opts.cold {
 		postgres.Configure(config, opts.store)

@@ -1,0 +1,27 @@
+package main
+
+import (
+	"testing"
+
+	"github.com/paidonce/idempotency"
+	"github.com/paidonce/idempotency/internal/pgtest"
+	"github.com/paidonce/idempotency/storage/postgres"
+)
+
+// The program and the service that it looks at reach a server that wants each connection bound to its TLS channel.
+func TestProgramKeepsChannelBinding(t *testing.T) {
+	t.Parallel()
+	b := &testBundle{url: pgtest.TLS(t).TLSURL("postgres") + "&channel_binding=require"}
+	b.want(t, 0, "migrate", "up")
+	b.pool = open(t, b.url, "10s")
+	b.engine = idempotency.NewEngine(postgres.New(b.pool, nil), nil)
+	if outcome := b.do(t, "paid"); outcome != idempotency.OutcomeExecuted {
+		t.Errorf("the service: %s", outcome)
+	}
+	wantText(t, b.want(t, 0, "key", "get", "acme", "paid").stdout, "201")
+	b.want(t, 0, "key", "list")
+	b.want(t, 0, "stats")
+	b.want(t, 0, "gc")
+	b.want(t, 0, "key", "forget", "acme", "paid", "--reason", "a test", "--yes")
+	b.want(t, 0, "doctor")
+}
