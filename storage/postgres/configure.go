@@ -25,7 +25,8 @@ var ErrEscape = errors.New("idempotency/postgres: an idempotent handler must not
 //   - a notice handler, which learns that a COMMIT did not wait for the standbys
 //   - a tracer that refuses a handler a second connection, with [ErrEscape]
 //
-// Hooks and tracers of the config are kept and called first.
+// Hooks and tracers of the config are kept and called first. The connection itself stays as it was made: pgconn looks at its
+// type to bind the log-in to TLS.
 func Configure(config *pgxpool.Config, opts *Options) {
 	o := opts.full()
 	conn := config.ConnConfig

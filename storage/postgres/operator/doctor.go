@@ -60,6 +60,7 @@ var checks = [...]check{
 	{"server", (*examination).server},
 	{"primary", (*examination).primary},
 	{"pooler", (*examination).pooler},
+	{"encryption", (*examination).encryption},
 	{"schema", (*examination).schema},
 	{"index", (*examination).index},
 	{"rights", (*examination).rights},
@@ -109,7 +110,7 @@ func (e *examination) add(level Level, remedy, what string, arguments ...any) {
 
 // Doctor looks for what is wrong with the database and for what will go wrong, and returns at least one finding for each
 // of [Checks], in that order. A check that fails is a finding itself, and ends none of the others. It changes nothing, and makes
-// two connections beside the pool's, for a moment. Each check takes at most 5 seconds. Where the database can't be reached
+// three connections beside the pool's, for a moment. Each check takes at most 5 seconds. Where the database can't be reached
 // there is one finding, of the check server.
 func (o *Operator) Doctor(ctx context.Context) []Finding {
 	e := &examination{o: o}
