@@ -99,9 +99,7 @@ func TestDependencies(t *testing.T) {
 		{[]string{"./middleware/chiroute"}, []string{"middleware/chiroute"}, []string{"github.com/go-chi/chi/v5"}},
 		{[]string{"./client"}, []string{"", "client"}, []string{uuid}},
 		{[]string{"./client/fileintent"}, []string{"", "client", "client/fileintent"}, []string{uuid}},
-		{[]string{"./client/pgintent"}, []string{"", "client", "client/pgintent"}, []string{
-			uuid, "github.com/jackc/pgpassfile", "github.com/jackc/pgservicefile", "github.com/jackc/pgx/v5", "golang.org/x/text",
-		}},
+		{[]string{"./client/pgintent"}, []string{"", "client", "client/pgintent"}, append([]string{uuid}, pgx...)},
 		{[]string{"./middleware", "./storage/postgres"}, []string{"", "middleware", "storage/postgres"}, append([]string{httpsfv}, pgx...)},
 		{[]string{"./observe/lostkey"}, []string{"", "observe/lostkey"}, nil},
 		{[]string{"./observe"}, []string{"", "observe", "observe/lostkey"}, nil},

@@ -39,7 +39,8 @@ func (i Intent) MarshalJSON() ([]byte, error) {
 type IntentStore interface {
 	// Save keeps an intent, and returns when it would outlive a crash: nothing was sent before. The store keeps no reference
 	// to it, and sets SavedAt itself. before reports that the key was kept already, with the same request (all but SavedAt);
-	// with another one it is [ErrIntentOther]. An error that wraps [ErrIntentRefused] says that nothing was changed.
+	// with another one it is [ErrIntentOther]. Saved again with the same request it becomes the saver's, as by Take. An
+	// error that wraps [ErrIntentRefused] says that nothing was changed.
 	Save(ctx context.Context, intent *Intent) (before bool, err error)
 
 	// Done forgets the intent of a key that is settled: whoever sends it again changes nothing. A key that is not kept is no

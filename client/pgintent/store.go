@@ -15,6 +15,7 @@ import (
 	"github.com/google/uuid"
 	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgconn"
+	"github.com/jackc/pgx/v5/pgxpool"
 
 	"github.com/paidonce/idempotency"
 	"github.com/paidonce/idempotency/client"
@@ -105,15 +106,19 @@ type Store struct {
 	options Options
 	holder  uuid.UUID
 
-	save, compare, done, abandon, pending, take string
+	save, takeOver, done, abandon, pending, take, isKept, isPending string
 }
 
 var _ client.IntentStore = (*Store)(nil)
 
-// New returns a store. It sends nothing: the table must be there by its first use, see [Create].
+// New returns a store. It sends nothing: the table must be there by its first use, see [Create]. It panics on a
+// transaction: what [Store.Save] writes must be committed before the request is sent.
 func New(db DB, options *Options) *Store {
 	if db == nil {
 		panic("idempotency/client/pgintent: New needs a DB")
+	}
+	if _, inside := db.(pgx.Tx); inside {
+		panic("idempotency/client/pgintent: New needs a pool, not a transaction: an intent must be committed before its request is sent")
 	}
 	s := &Store{db: db, options: options.full(), holder: uuid.New()}
 	table := s.options.table()
@@ -121,49 +126,92 @@ func New(db DB, options *Options) *Store {
 	// statement's transaction asks for it; OFFSET keeps the planner from leaving that out.
 	const durable = `(SELECT set_config('synchronous_commit', CASE WHEN current_setting('synchronous_commit') IN ('off', 'local')
 		THEN 'on' ELSE current_setting('synchronous_commit') END, true) AS setting OFFSET 0) AS durable`
-	s.save = `INSERT INTO ` + table + ` (owner, key, holder, method, url, host, header, body)
-		SELECT $1, $2, $3::uuid, $4, $5, $6, $7::bytea, $8::bytea FROM ` + durable + ` WHERE durable.setting <> '' ON CONFLICT DO NOTHING`
-	s.compare = `SELECT method = $3 AND url = $4 AND host = $5 AND header = $6 AND body = $7 FROM ` + table + ` WHERE owner = $1 AND key = $2`
+	// RETURNING counts what was written and shows what a trigger made of it. A rule that diverts the statement makes it fail.
+	const same = `method = $4 AND url = $5 AND host = $6 AND header = $7 AND body = $8`
+	s.save = `INSERT INTO ` + table + ` AS kept (owner, key, holder, method, url, host, header, body)
+		SELECT $1, $2, $3::uuid, $4, $5, $6, $7::bytea, $8::bytea FROM ` + durable + ` WHERE durable.setting <> '' ON CONFLICT DO NOTHING
+		RETURNING owner = $1 AND key = $2 AND holder = $3 AND ` + same
+	// Whoever held the intent must not say not-executed any more: this store sends it too.
+	s.takeOver = `UPDATE ` + table + ` SET holder = CASE WHEN ` + same + ` THEN $3 ELSE holder END,
+		touched_at = CASE WHEN ` + same + ` THEN clock_timestamp() ELSE touched_at END
+		FROM ` + durable + ` WHERE owner = $1 AND key = $2 AND durable.setting <> '' RETURNING ` + same + `, holder = $3`
 	s.done = `DELETE FROM ` + table + ` WHERE owner = $1 AND key = $2`
 	s.abandon = `DELETE FROM ` + table + ` USING ` + durable + ` WHERE owner = $1 AND key = $2 AND holder = $3 AND durable.setting <> ''`
 	const mayTake = `(holder = $2 OR touched_at <= clock_timestamp() - $3 * interval '1 microsecond')`
 	// Those that were taken last come last, or a page of them that stay would keep all others from being resumed.
 	s.pending = `SELECT key FROM ` + table + ` WHERE owner = $1 AND ` + mayTake + ` ORDER BY touched_at, saved_at, key LIMIT $4`
 	// Of two that take at once the second waits for the row, and sees it touched.
-	s.take = `UPDATE ` + table + ` SET holder = $2, touched_at = clock_timestamp() WHERE owner = $1 AND key = $4 AND ` + mayTake + `
+	s.take = `UPDATE ` + table + ` SET holder = $2, touched_at = clock_timestamp() FROM ` + durable + `
+		WHERE owner = $1 AND key = $4 AND ` + mayTake + ` AND durable.setting <> ''
 		RETURNING method, url, host, header, body, (extract(epoch FROM clock_timestamp() - saved_at) * 1000000)::bigint`
+	// A statement that changed no row is only believed if there is none: a trigger can keep it from doing its work.
+	s.isKept = `SELECT EXISTS (SELECT FROM ` + table + ` WHERE owner = $1 AND key = $2)`
+	s.isPending = `SELECT EXISTS (SELECT FROM ` + table + ` WHERE owner = $1 AND key = $4 AND ` + mayTake + `)`
 	return s
 }
 
-// Save keeps an intent. It returns when it is committed, durably whatever the session's synchronous_commit.
+// Save keeps an intent. It returns when it is committed, durably whatever the session's synchronous_commit. An intent that
+// another store holds becomes this store's, so that the other can't say any more that it was not executed.
 func (s *Store) Save(ctx context.Context, intent *client.Intent) (before bool, err error) {
 	var header bytes.Buffer
 	if err := intent.Header.Write(&header); err != nil {
 		return false, fmt.Errorf("%w: %w", client.ErrIntentRefused, err)
 	}
 	head, body := append([]byte{}, header.Bytes()...), append([]byte{}, intent.Body...) // nil would be NULL
-	key := intent.Key.Value
+	arguments := []any{s.options.Owner, intent.Key.Value, s.holder, intent.Method, intent.URL, intent.Host, head, body}
+	db, release, err := s.connection(ctx)
+	if err != nil {
+		return false, err
+	}
+	defer release()
 	for range 2 { // it may be forgotten between the two statements
-		tag, err := s.db.Exec(ctx, s.save, s.options.Owner, key, s.holder, intent.Method, intent.URL, intent.Host, head, body)
-		if err != nil {
+		var same, held bool
+		switch err := db.QueryRow(ctx, s.save, arguments...).Scan(&same); {
+		case err == nil && !same:
+			return false, fmt.Errorf("the database kept another intent: a trigger of table %s changes it; drop the trigger", s.options.table())
+		case err == nil:
+			return false, nil
+		case !errors.Is(err, pgx.ErrNoRows):
 			return false, refused(err)
 		}
-		if tag.RowsAffected() == 1 {
-			return false, nil
-		}
-		var same bool
-		err = s.db.QueryRow(ctx, s.compare, s.options.Owner, key, intent.Method, intent.URL, intent.Host, head, body).Scan(&same)
-		switch {
+		switch err := db.QueryRow(ctx, s.takeOver, arguments...).Scan(&same, &held); {
 		case errors.Is(err, pgx.ErrNoRows):
 			continue
 		case err != nil:
-			return true, err
+			return true, refused(err)
 		case !same:
 			return true, client.ErrIntentOther
+		case !held:
+			return true, fmt.Errorf("%w: a trigger of table %s undoes its holder; drop the trigger", client.ErrIntentRefused, s.options.table())
 		}
 		return true, nil
 	}
-	return false, fmt.Errorf("%w: others save and forget its key", client.ErrIntentRefused)
+	if err := db.QueryRow(ctx, s.isKept, s.options.Owner, intent.Key.Value).Scan(&before); err != nil {
+		return true, refused(err)
+	}
+	return before, fmt.Errorf("%w: the database took the statements and wrote no row: look for a trigger or row level security on table %s",
+		client.ErrIntentRefused, s.options.table())
+}
+
+// connection returns a connection to save on. Without one nothing was changed, and the error says so.
+func (s *Store) connection(ctx context.Context) (db DB, release func(), err error) {
+	switch db := s.db.(type) {
+	case *pgxpool.Pool:
+		conn, err := db.Acquire(ctx)
+		if err != nil {
+			if _, inside := idempotency.AttemptIDFrom(ctx); inside {
+				err = fmt.Errorf("%w (inside an idempotent handler a pgintent.Store needs a pool of its own, which is not the pool of the handler's store)", err)
+			}
+			return nil, nil, fmt.Errorf("%w: take a connection: %w", client.ErrIntentRefused, err)
+		}
+		return conn, conn.Release, nil
+	case *pgx.Conn:
+		if db.PgConn().TxStatus() != 'I' {
+			return nil, nil, fmt.Errorf("%w: its connection is in a transaction, and an intent must be committed before its request is sent: give pgintent.New a pool",
+				client.ErrIntentRefused)
+		}
+	}
+	return s.db, func() {}, nil
 }
 
 // refused says of an error whether it proves that nothing was changed: the server refused the statement, or no connection
@@ -180,8 +228,23 @@ func refused(err error) error {
 
 // Done forgets an intent, whoever holds it.
 func (s *Store) Done(ctx context.Context, key string) error {
-	_, err := s.db.Exec(ctx, s.done, s.options.Owner, key)
-	return err
+	tag, err := s.db.Exec(ctx, s.done, s.options.Owner, key)
+	if err != nil || tag.RowsAffected() > 0 {
+		return err
+	}
+	return s.expectNone(ctx, s.isKept, key)
+}
+
+// expectNone is nil if a query about a key finds no row, after a statement that changed none.
+func (s *Store) expectNone(ctx context.Context, query string, arguments ...any) error {
+	var found bool
+	if err := s.db.QueryRow(ctx, query, append([]any{s.options.Owner}, arguments...)...).Scan(&found); err != nil {
+		return err
+	}
+	if found {
+		return fmt.Errorf("a statement changed no row, and there is one: look for a trigger or row level security on table %s", s.options.table())
+	}
+	return nil
 }
 
 // Abandon forgets an intent that this store holds.
@@ -212,7 +275,7 @@ func (s *Store) Take(ctx context.Context, key string) (*client.Intent, error) {
 		Scan(&intent.Method, &intent.URL, &intent.Host, &header, &intent.Body, &ageMicroseconds)
 	switch {
 	case errors.Is(err, pgx.ErrNoRows):
-		return nil, nil
+		return nil, s.expectNone(ctx, s.isPending, s.holder, s.options.PendingAfter.Microseconds(), key)
 	case err != nil:
 		return nil, err
 	}

@@ -60,9 +60,6 @@ func TestTakenIntentIsNotItsOldHoldersAnyMore(t *testing.T) {
 	if _, err := holder.Save(ctx, intenttest.Intent("k")); err != nil {
 		t.Fatal(err)
 	}
-	if before, err := patient.Save(ctx, intenttest.Intent("k")); !before || err != nil {
-		t.Errorf("saved by another store: %t, %v", before, err)
-	}
 	for name, one := range map[string]struct {
 		store *pgintent.Store
 		want  int
@@ -170,8 +167,8 @@ func TestPendingComesToAll(t *testing.T) {
 	}
 }
 
-// TestSaveIsDurableWhateverTheSessionSays: a session with synchronous_commit off acknowledges what a crash undoes. Both statements ask
-// for more, in their own transaction, and leave the session as it is.
+// TestSaveIsDurableWhateverTheSessionSays: a session with synchronous_commit off acknowledges what a crash undoes. Save, also
+// when it takes over, Take and Abandon ask for more, in their own transaction, and leave the session as it is.
 func TestSaveIsDurableWhateverTheSessionSays(t *testing.T) {
 	t.Parallel()
 	database := pgtest.Database(t)
@@ -179,7 +176,7 @@ func TestSaveIsDurableWhateverTheSessionSays(t *testing.T) {
 	_, err := setupOn(t, database).Exec(t.Context(), `CREATE TABLE seen (setting text, session text);
 		CREATE FUNCTION see() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
 			INSERT INTO seen VALUES (current_setting('synchronous_commit'), current_setting('application_name')); RETURN NULL; END $$;
-		CREATE CONSTRAINT TRIGGER see AFTER INSERT OR DELETE ON idempotency_intents DEFERRABLE INITIALLY DEFERRED
+		CREATE CONSTRAINT TRIGGER see AFTER INSERT OR UPDATE OR DELETE ON idempotency_intents DEFERRABLE INITIALLY DEFERRED
 			FOR EACH ROW EXECUTE FUNCTION see()`)
 	if err != nil {
 		t.Fatal(err)
@@ -193,6 +190,12 @@ func TestSaveIsDurableWhateverTheSessionSays(t *testing.T) {
 		if _, err := store.Save(t.Context(), intenttest.Intent("k")); err != nil {
 			t.Fatal(err)
 		}
+		if before, err := store.Save(t.Context(), intenttest.Intent("k")); !before || err != nil {
+			t.Fatal(before, err)
+		}
+		if intent, err := store.Take(t.Context(), "k"); intent == nil || err != nil {
+			t.Fatal(intent, err)
+		}
 		if err := store.Abandon(t.Context(), "k"); err != nil {
 			t.Fatal(err)
 		}
@@ -201,8 +204,8 @@ func TestSaveIsDurableWhateverTheSessionSays(t *testing.T) {
 		if err := pool.QueryRow(t.Context(), "SELECT count(*), current_setting('synchronous_commit') FROM seen WHERE setting = $1 AND session = $2", want, session).Scan(&n, &after); err != nil {
 			t.Fatal(err)
 		}
-		if n != 2 || after != session {
-			t.Errorf("with %s %d of 2 commits went by %s, and the session has %s", session, n, want, after)
+		if n != 4 || after != session {
+			t.Errorf("with %s %d of 4 commits went by %s, and the session has %s", session, n, want, after)
 		}
 	}
 }
@@ -247,6 +250,7 @@ func TestOptionsThatCannotWorkPanic(t *testing.T) {
 	for name, f := range map[string]func(){
 		"no DB":                 func() { pgintent.New(nil, nil) },
 		"negative PendingAfter": func() { pgintent.New(new(pgxpool.Pool), &pgintent.Options{PendingAfter: -1}) },
+		"a transaction":         func() { pgintent.New(new(pgxpool.Tx), nil) },
 		"a NUL":                 func() { pgintent.New(new(pgxpool.Pool), &pgintent.Options{Owner: "\x00"}) },
 	} {
 		func() {
