@@ -240,7 +240,7 @@ func (a *attempt) end(ctx context.Context, step string, calls []call) error {
 	case failed == &a.store.statements.guard && pgErr.Code == "22012",
 		failed == &a.store.statements.insert && pgErr.Code == "23502" && pgErr.ColumnName == "created_at":
 		return fail(step, idempotency.ErrTransactionLost, err)
-	case failed == &a.store.statements.insert && pgErr.Code == "23505" && pgErr.ConstraintName == TableName+"_pkey":
+	case failed == &a.store.statements.insert && pgErr.Code == "23505" && pgErr.ConstraintName == primaryKey:
 		return fail(step, idempotency.ErrKeyRecorded, err)
 	}
 	return fail(step, classify(err), err)

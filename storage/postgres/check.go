@@ -14,6 +14,7 @@ var (
 	ErrNotPrimary       = errors.New("the server is a standby")
 	ErrSchemaOutdated   = errors.New("the schema is not what this version needs")
 	ErrTableUnlogged    = errors.New("the table is unlogged")
+	ErrTableUnsafe      = errors.New("the table does not keep each record as it is written")
 	ErrCommitNotDurable = errors.New("COMMIT does not wait for the disk")
 	ErrNotConfigured    = errors.New("the pool's config did not go through Configure")
 )
@@ -25,8 +26,9 @@ const SchemaVersion = 2
 const versionTable = "idempotency_migrations"
 
 // Check reports whether the database and the pool can keep what the store promises: it is the primary, the schema is
-// there in the version of this package or a later one, the table is a plain logged one with its primary key, COMMIT waits for the disk,
-// and the pool refuses a handler a second connection. The error joins everything that is wrong. A service calls it when it starts and from its readiness probe.
+// there in the version of this package or a later one, the table is a plain logged one with its primary key, no rule, no
+// BEFORE ROW trigger that is enabled and no child table, COMMIT waits for the disk, and the pool refuses a handler a
+// second connection. The error joins everything that is wrong. A service calls it when it starts and from its readiness probe.
 func (s *Store) Check(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(ctx, s.options.AcquireTimeout+s.options.StatementTimeout)
 	defer cancel()
@@ -34,21 +36,32 @@ func (s *Store) Check(ctx context.Context) error {
 		standby           bool
 		synchronousCommit string
 		kind, persistence *string
-		primaryKey        bool
+		keyName, keyOf    *string
+		altered           alterations
 		versions          *string
 	)
 	err := s.pool.QueryRow(ctx, `
 		SELECT pg_is_in_recovery(),
 		       current_setting('synchronous_commit'),
 		       c.relkind::text, c.relpersistence::text,
-		       EXISTS (SELECT FROM pg_constraint WHERE conrelid = c.oid AND contype = 'p' AND conname = $3),
+		       p.name, p.columns,
+		       ARRAY(SELECT quote_ident(rulename) FROM pg_rewrite WHERE ev_class = c.oid AND ev_enabled <> 'D' AND rulename <> '_RETURN' ORDER BY 1),
+		       ARRAY(SELECT quote_ident(tgname) FROM pg_trigger
+		             WHERE tgrelid = c.oid AND NOT tgisinternal AND tgenabled <> 'D' AND tgtype & 3 = 3 ORDER BY 1), -- BEFORE, ROW
+		       ARRAY(SELECT inhrelid::regclass::text FROM pg_inherits WHERE inhparent = c.oid AND c.relkind = 'r' ORDER BY 1),
 		       to_regclass($2)::text
 		FROM (SELECT to_regclass($1) AS oid) AS named
-		LEFT JOIN pg_class AS c ON c.oid = named.oid`,
+		LEFT JOIN pg_class AS c ON c.oid = named.oid
+		LEFT JOIN LATERAL (
+			SELECT quote_ident(k.conname) AS name,
+			       CASE WHEN k.condeferrable THEN 'deferrable' ELSE string_agg(a.attname, ', ' ORDER BY array_position(k.conkey, a.attnum)) END AS columns
+			FROM pg_constraint AS k JOIN pg_attribute AS a ON a.attrelid = k.conrelid AND a.attnum = ANY (k.conkey)
+			WHERE k.conrelid = c.oid AND k.contype = 'p'
+			GROUP BY k.conname, k.condeferrable
+		) AS p ON true`,
 		pgx.Identifier{s.options.Schema, TableName}.Sanitize(),
 		pgx.Identifier{s.options.Schema, versionTable}.Sanitize(),
-		TableName+"_pkey",
-	).Scan(&standby, &synchronousCommit, &kind, &persistence, &primaryKey, &versions)
+	).Scan(&standby, &synchronousCommit, &kind, &persistence, &keyName, &keyOf, &altered.rules, &altered.triggers, &altered.children, &versions)
 	if err != nil {
 		return fmt.Errorf("check: %w", sqlError(err))
 	}
@@ -66,11 +79,16 @@ func (s *Store) Check(ctx context.Context) error {
 	case kind == nil:
 		add(ErrSchemaOutdated, "table %s is missing: run the migrations", s.table)
 	case *kind != "r":
-		add(ErrSchemaOutdated, "%s is not a plain table: a view or a partitioned table can't keep keys unique", s.table)
+		add(ErrSchemaOutdated, "%s is not a plain table, so nothing keeps its keys unique: while no service runs, put a plain one in its place, as docs/operations.md says", s.table)
 	case *persistence != "p":
 		add(ErrTableUnlogged, "a crash empties it: ALTER TABLE %s SET LOGGED", s.table)
-	case !primaryKey:
-		add(ErrSchemaOutdated, "table %s has no primary key %s_pkey: run the migrations", s.table, TableName)
+	default:
+		if remedy := s.keyRemedy(keyName, keyOf); remedy != "" {
+			add(ErrSchemaOutdated, "table %s has no primary key %s on (scope, key), so a key may be recorded twice: %s", s.table, primaryKey, remedy)
+		}
+	}
+	if kind != nil {
+		wrong = append(wrong, s.checkAlterations(&altered)...)
 	}
 	if kind != nil {
 		if err := s.checkVersion(ctx, versions); err != nil {
@@ -84,6 +102,44 @@ func (s *Store) Check(ctx context.Context) error {
 		}
 	}
 	return errors.Join(wrong...)
+}
+
+// primaryKey is the name of the table's primary key. An INSERT that loses a race is known by it.
+const primaryKey = TableName + "_pkey"
+
+// keyRemedy returns the SQL that gives the table its primary key, given the name and the columns of the one it has. It is
+// empty if that is the right one.
+func (s *Store) keyRemedy(name, columns *string) string {
+	table := "ALTER TABLE " + s.table
+	add := "ADD CONSTRAINT " + primaryKey + " PRIMARY KEY (scope, key)"
+	switch {
+	case name == nil:
+		return table + " " + add + ", once each (scope, key) that is there twice has one row left"
+	case *columns != "scope, key":
+		return table + " DROP CONSTRAINT " + *name + ", " + add
+	case *name != primaryKey:
+		return table + " RENAME CONSTRAINT " + *name + " TO " + primaryKey
+	}
+	return ""
+}
+
+// alterations are what was added to the table that may drop, change or hide its rows. Names are quoted.
+type alterations struct{ rules, triggers, children []string }
+
+func (s *Store) checkAlterations(a *alterations) (wrong []error) {
+	add := func(what, remedy string, args ...any) {
+		wrong = append(wrong, fmt.Errorf("check: %w: %s: %s", ErrTableUnsafe, what, fmt.Sprintf(remedy, args...)))
+	}
+	for _, name := range a.rules {
+		add("rule "+name+" rewrites its statements", "DROP RULE %s ON %s", name, s.table)
+	}
+	for _, name := range a.triggers {
+		add("trigger "+name+" may drop or change a row before it is written", "ALTER TABLE %s DISABLE TRIGGER %s, and write an AFTER trigger in its place", s.table, name)
+	}
+	for _, name := range a.children {
+		add("table "+name+" inherits from it, and its primary key does not reach there", "ALTER TABLE %s NO INHERIT %s", name, s.table)
+	}
+	return wrong
 }
 
 // refusesEscapes tries what a handler must not be able to: to take a connection while it holds one.

@@ -255,6 +255,9 @@ func (e *examination) schema(ctx context.Context) error {
 		case errors.Is(err, postgres.ErrSchemaOutdated), errors.Is(err, postgres.ErrTableUnlogged):
 			bad = true
 			e.fail("idemctl migrate up, or what the text says; idemctl --schema NAME where the tables are in another schema", "%v", err)
+		case errors.Is(err, postgres.ErrTableUnsafe):
+			bad = true
+			e.fail("what the text says, with a look at who added it and why", "%v", err)
 		case errors.Is(err, postgres.ErrNotPrimary), errors.Is(err, postgres.ErrCommitNotDurable), errors.Is(err, postgres.ErrNotConfigured):
 			// other checks tell; and the service's pool is another one
 		default:
@@ -266,8 +269,14 @@ func (e *examination) schema(ctx context.Context) error {
 		return nil
 	}
 	var version int
-	if err := e.row(ctx, "SELECT version FROM "+e.o.versions, nil, &version); err != nil {
+	var after *string
+	if err := e.row(ctx, "SELECT version, (SELECT string_agg(quote_ident(tgname), ', ' ORDER BY tgname) FROM pg_trigger"+
+		" WHERE tgrelid = $1::text::regclass AND NOT tgisinternal AND tgenabled <> 'D' AND tgtype & 2 = 0) FROM "+e.o.versions, []any{e.o.keys}, &version, &after); err != nil {
 		return err
+	}
+	if after != nil {
+		e.warn("see that it is quick, that it changes no setting, and that it may fail the request: its error undoes the handler's writes",
+			"AFTER triggers run with each record: %s", *after)
 	}
 	if version < SchemaVersion {
 		e.warn("idemctl migrate up: a service needs nothing of it, and runs on through it",
@@ -298,7 +307,7 @@ func (e *examination) index(ctx context.Context) error {
 		FROM pg_index AS i WHERE i.indrelid = $1::text::regclass AND i.indisprimary`, []any{e.o.keys}, &valid, &ready, &unique, &collations, &more)
 	switch {
 	case errors.Is(err, pgx.ErrNoRows):
-		e.fail("idemctl migrate up", "the table has no primary key: nothing but the lock keeps a key from being recorded twice")
+		e.fail("what the check schema says", "the table has no primary key: nothing but the lock keeps a key from being recorded twice")
 		return nil
 	case err != nil:
 		return err

@@ -86,7 +86,11 @@ func TestDoctorFindsWhatIsWrong(t *testing.T) {
 		"old":           {"UPDATE idempotency_migrations SET version = 1", "schema", operator.LevelFail, "version 1", nil},
 		"without 3":     {"UPDATE idempotency_migrations SET version = 2", "schema", operator.LevelWarn, "services work", nil},
 		"unlogged":      {"ALTER TABLE idempotency_keys SET UNLOGGED", "schema", operator.LevelFail, "SET LOGGED", nil},
-		"no key":        {"ALTER TABLE idempotency_keys DROP CONSTRAINT idempotency_keys_pkey", "index", operator.LevelFail, "no primary key", []string{"schema"}},
+		"no key":        {"ALTER TABLE idempotency_keys DROP CONSTRAINT idempotency_keys_pkey", "index", operator.LevelFail, "ADD CONSTRAINT idempotency_keys_pkey", []string{"schema"}},
+		"a rule":        {"CREATE RULE skip AS ON INSERT TO idempotency_keys DO INSTEAD NOTHING", "schema", operator.LevelFail, "DROP RULE skip", nil},
+		"a trigger":     {noTrigger + "BEFORE INSERT ON idempotency_keys FOR EACH ROW EXECUTE FUNCTION skip()", "schema", operator.LevelFail, "DISABLE TRIGGER skip", nil},
+		"an AFTER one":  {noTrigger + "AFTER INSERT ON idempotency_keys FOR EACH ROW EXECUTE FUNCTION skip()", "schema", operator.LevelWarn, "AFTER triggers run with each record: skip", nil},
+		"a child":       {"CREATE TABLE archive () INHERITS (idempotency_keys)", "schema", operator.LevelFail, "ALTER TABLE archive NO INHERIT", nil},
 		"invalid index": {"UPDATE pg_index SET indisvalid = false WHERE indexrelid = 'idempotency_keys_pkey'::regclass", "index", operator.LevelFail, "REINDEX", nil},
 		"collation":     {`ALTER TABLE idempotency_keys ALTER COLUMN key TYPE text COLLATE "default"`, "index", operator.LevelFail, "collation C", nil},
 		"more indexes":  {"CREATE INDEX ON idempotency_keys (created_at)", "index", operator.LevelWarn, "1 more indexes", nil},
@@ -124,6 +128,8 @@ func TestDoctorFindsWhatIsWrong(t *testing.T) {
 		})
 	}
 }
+
+const noTrigger = "CREATE FUNCTION skip() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN RETURN NULL; END $$; CREATE TRIGGER skip "
 
 func contains(all []string, one string) bool {
 	return strings.Contains(" "+strings.Join(all, " ")+" ", " "+one+" ")
