@@ -4,7 +4,8 @@ import (
 	"context"
 	"crypto/sha256"
 	"fmt"
-	"runtime"
+	"io"
+	"reflect"
 	"time"
 )
 
@@ -30,8 +31,11 @@ func (c *attemptContext) Value(key any) any {
 	return c.Context.Value(key)
 }
 
-// String names the contexts, as those of package context do, and no value.
-func (c *attemptContext) String() string { return fmt.Sprint(c.Context) + ".WithAttempt" }
+// String names the context alone. What is below it belongs to others, who may change it while it is printed.
+func (*attemptContext) String() string { return "idempotency.WithAttempt" }
+
+// Format keeps the key, and what is below, out of every verb of fmt.
+func (c *attemptContext) Format(f fmt.State, _ rune) { _, _ = io.WriteString(f, c.String()) } // fmt has no use for the error
 
 // detached is a context.WithoutCancel that can lie within something else: it has the values of a context, and never ends.
 type detached struct{ context.Context }
@@ -45,8 +49,11 @@ func (*detached) Done() <-chan struct{} { return nil }
 // Err implements context.Context.
 func (*detached) Err() error { return nil }
 
-// String names the contexts, as those of package context do, and no value.
-func (c *detached) String() string { return fmt.Sprint(c.Context) + ".WithoutCancel" }
+// String names the context alone, as that of attemptContext does.
+func (*detached) String() string { return "idempotency.WithoutCancel" }
+
+// Format keeps what is below out of every verb of fmt.
+func (c *detached) Format(f fmt.State, _ rune) { _, _ = io.WriteString(f, c.String()) } // fmt has no use for the error
 
 // AttemptIDFrom returns the id of the attempt that runs with this context, and false outside an idempotent handler.
 // It differs from run to run: see [DerivedKey] for what stays the same.
@@ -100,21 +107,29 @@ type UsageError string
 
 func (e UsageError) Error() string { return string(e) }
 
-// PanicError is a panic of the handler. Its text shows a runtime error and a [UsageError] whole, and of everything else
-// the type alone, because it may hold the handler's data. A [Tracer] that may show it finds it in Value.
+// PanicError is a panic of the handler. Its text shows an error of package runtime and a [UsageError] whole, and of
+// everything else the type alone, because it may hold the handler's data. A [Tracer] that may show it finds it in Value.
 type PanicError struct {
 	Value any
 	Stack []byte // the goroutine's stack at the panic
 }
 
 func (p *PanicError) Error() string {
-	switch value := p.Value.(type) {
-	case runtime.Error:
-		return fmt.Sprintf("handler panicked: %v", value)
-	case UsageError:
-		return fmt.Sprintf("handler panicked: %v", value)
+	err, ok := p.Value.(error)
+	if _, ours := err.(UsageError); ok && (ours || ofRuntime(err)) {
+		return "handler panicked: " + err.Error()
 	}
 	return fmt.Sprintf("handler panicked with a %T", p.Value)
+}
+
+// ofRuntime reports whether an error's type is one of package runtime. To have the methods of a runtime.Error is not
+// enough: the text of another type is the service's.
+func ofRuntime(err error) bool {
+	t := reflect.TypeOf(err)
+	if t.Kind() == reflect.Pointer {
+		t = t.Elem()
+	}
+	return t.PkgPath() == "runtime"
 }
 
 // Unwrap returns the panic's value where it is an error.

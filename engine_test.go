@@ -272,6 +272,14 @@ func TestHandlerThatEndsItsGoroutineHoldsNothing(t *testing.T) {
 	}
 }
 
+// serviceError is an error of a service's, with a text of the service's, that calls itself one of package runtime.
+type serviceError string
+
+func (e serviceError) Error() string { return string(e) }
+func (serviceError) RuntimeError()   {}
+
+var _ runtime.Error = serviceError("")
+
 func TestPanicIsKeptForTheOperator(t *testing.T) {
 	t.Parallel()
 	for name, test := range map[string]struct {
@@ -281,6 +289,7 @@ func TestPanicIsKeptForTheOperator(t *testing.T) {
 	}{
 		"string":        {"canary 4111111111111111", "handler panicked with a string", nil},
 		"error":         {fmt.Errorf("canary: %w", http.ErrAbortHandler), "handler panicked with a *fmt.wrapError", http.ErrAbortHandler},
+		"service's own": {serviceError("canary"), "handler panicked with a idempotency_test.serviceError", nil},
 		"runtime error": {nil, "handler panicked: runtime error: index out of range [3] with length 0", nil},
 	} {
 		run := panicking(test.value)

@@ -12,7 +12,6 @@ import (
 	"net/http"
 	"os"
 	"strconv"
-	"strings"
 	"time"
 
 	"github.com/paidonce/idempotency"
@@ -288,7 +287,7 @@ type run struct {
 }
 
 // errRouterState is why a handler did not run again.
-var errRouterState = errors.New("handler can't run again: set Options.RouterState (package middleware/chiroute)")
+var errRouterState = errors.New("handler can't run again, because a router's state may have changed: set Options.RouterState (package middleware/chiroute)")
 
 // once runs the handler on a copy of the request, into a recorder.
 func (run *run) once(ctx context.Context) (*idempotency.Answer, error) {
@@ -300,7 +299,7 @@ func (run *run) once(ctx context.Context) (*idempotency.Answer, error) {
 		switch {
 		case run.restore != nil:
 			ctx = run.restore(ctx)
-		case carriesChiRoute(ctx):
+		case mayCarryChiRoute(run.request.Context()):
 			return nil, fmt.Errorf("%w: %w", idempotency.ErrUnavailable, errRouterState)
 		}
 	}
@@ -340,13 +339,6 @@ type memoryBody struct{ bytes.Reader }
 
 // Close implements io.Closer.
 func (*memoryBody) Close() error { return nil }
-
-// carriesChiRoute reports whether chi routed the request. chi keeps its state in one value that routing changes in
-// place, so that a second run may be routed to a 404, which would be recorded for good. Its key is not exported by
-// name to those who don't import chi, but it prints as itself. Asked only before a second run.
-func carriesChiRoute(ctx context.Context) bool {
-	return strings.Contains(fmt.Sprint(ctx), "chi context value RouteContext")
-}
 
 // log tells the operator of what needs one. The key is shown as eight digits of a hash.
 func (m *Middleware) log(r *http.Request, key idempotency.Key, result idempotency.Result) {

@@ -60,8 +60,9 @@ type Options struct {
 	Quota Quota
 
 	// RouterState gives a handler that has to run again the state of a router that the first run changed; package
-	// middleware/chiroute has it for chi. Nil runs again without, but where chi has routed the request: there it
-	// answers 503 instead, because a second run may be routed to a 404.
+	// middleware/chiroute has it for chi. If it is nil a handler runs again without, unless chi has routed the request,
+	// or may have: then the answer is 503 instead, because a second run may be routed to a 404. It may have if one of the
+	// request's contexts is not of package context, because the middleware never looks into those.
 	RouterState RouterStateFunc
 
 	// TraceID names the trace of a request, to be kept with the record. The default takes its id from traceparent (W3C

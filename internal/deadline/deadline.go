@@ -5,6 +5,8 @@ package deadline
 
 import (
 	"context"
+	"fmt"
+	"io"
 	"sync"
 	"time"
 )
@@ -71,6 +73,12 @@ func (c *Context) Err() error {
 	defer c.mu.Unlock()
 	return c.ended()
 }
+
+// String names the context alone. What is below it belongs to others, who may change it while it is printed.
+func (*Context) String() string { return "deadline.Context" }
+
+// Format keeps what is below out of every verb of fmt.
+func (c *Context) Format(f fmt.State, _ rune) { _, _ = io.WriteString(f, c.String()) } // fmt has no use for the error
 
 // End ends the context, where it has not ended, and lets go of its timer. The maker calls it when the work is done.
 func (c *Context) End() { c.finish(context.Canceled) }

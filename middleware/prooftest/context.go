@@ -2,6 +2,8 @@ package prooftest
 
 import (
 	"context"
+	"fmt"
+	"io"
 	"sync/atomic"
 	"time"
 )
@@ -34,6 +36,12 @@ func (w *tripwire) use() {
 func (w *tripwire) disarm() (tripped bool) {
 	return w.at > 0 && !w.armed.CompareAndSwap(true, false)
 }
+
+// String names the context alone. What is below it belongs to others, who may change it while it is printed.
+func (*tripwire) String() string { return "prooftest.tripwire" }
+
+// Format keeps what is below out of every verb of fmt.
+func (w *tripwire) Format(f fmt.State, _ rune) { _, _ = io.WriteString(f, w.String()) } // fmt has no use for the error
 
 // Deadline implements context.Context.
 func (w *tripwire) Deadline() (time.Time, bool) { w.use(); return w.Context.Deadline() }

@@ -279,3 +279,24 @@ func TestTripwireEndsAtTheNamedUse(t *testing.T) {
 		t.Error("it ended after it was disarmed")
 	}
 }
+
+type foreignContext struct {
+	context.Context
+	Values fmt.Stringer
+}
+
+type stringFunc func() string
+
+func (f stringFunc) String() string { return f() }
+
+// A handler may print its context. It shows nothing of what the service put below, and is no use of it.
+func TestTripwirePrintsNothingThatIsNotOurs(t *testing.T) {
+	t.Parallel()
+	read := stringFunc(func() string { t.Error("a value of somebody else's was read"); return "" })
+	w := newTripwire(t.Context(), 1, func() bool { t.Error("it was tripped"); return false })
+	w.Context = foreignContext{w.Context, read}
+	for _, verb := range []string{"%v", "%+v", "%#v", "%s", "%d"} {
+		_ = fmt.Sprintf(verb, w)
+		_ = fmt.Sprintf(verb, context.WithValue(w, exchangeKey{}, nil))
+	}
+}

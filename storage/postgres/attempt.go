@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 
 	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgconn"
@@ -69,8 +70,11 @@ func (c *txContext) Value(key any) any {
 	return c.Context.Value(key)
 }
 
-// String names the contexts, as those of package context do, and no value.
-func (c *txContext) String() string { return fmt.Sprint(c.Context) + ".WithTx" }
+// String names the context alone. What is below it belongs to others, who may change it while it is printed.
+func (*txContext) String() string { return "postgres.WithTx" }
+
+// Format keeps the transaction, and what is below, out of every verb of fmt.
+func (c *txContext) Format(f fmt.State, _ rune) { _, _ = io.WriteString(f, c.String()) } // fmt has no use for the error
 
 // lockCall tries to lock the key.
 func (a *attempt) lockCall(row rowReader) call {

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"time"
 
 	"github.com/jackc/pgx/v5"
@@ -11,8 +12,10 @@ import (
 	"github.com/jackc/pgx/v5/pgxpool"
 )
 
-// ErrEscape is what a handler gets that takes a connection from the store's pool while it holds one: what it writes
-// there would not be in the transaction, and a pool full of such handlers would wait for itself forever.
+// ErrEscape is returned to a handler that acquires a connection from the store's pool with its own context, or one that
+// was made from it: what it writes there would not be in the transaction, and a pool full of such handlers would wait for
+// itself. A handler that acquires one with any other context, such as context.Background, or from another pool, can't be
+// told from the rest of the program and is not refused: what it writes is committed apart from its request.
 var ErrEscape = errors.New("idempotency/postgres: an idempotent handler must not take a connection from the pool: use postgres.Tx(ctx)")
 
 // Configure gives a pool's config what a [Store] wants of its connections, to be called once before
@@ -23,7 +26,7 @@ var ErrEscape = errors.New("idempotency/postgres: an idempotent handler must not
 //   - our statements prepared on connect, in pgx's default mode, so that a warm connection parses nothing. Where the
 //     table is not there yet, as before the first migration, they are sent as text for that connection's life.
 //   - a notice handler, which learns that a COMMIT did not wait for the standbys
-//   - a tracer that refuses a handler a second connection, with [ErrEscape]
+//   - a tracer that refuses an Acquire whose context is a running handler's, with [ErrEscape]
 //
 // Hooks and tracers of the config are kept and called first. The connection itself stays as it was made: pgconn looks at its
 // type to bind the log-in to TLS.
@@ -97,4 +100,6 @@ func (refusedContext) Err() error { return ErrEscape }
 
 func (refusedContext) Deadline() (time.Time, bool) { return time.Time{}, false }
 
-func (refusedContext) String() string { return fmt.Sprint(ErrEscape) }
+func (refusedContext) String() string { return "postgres.WithRefusal" }
+
+func (c refusedContext) Format(f fmt.State, _ rune) { _, _ = io.WriteString(f, c.String()) } // fmt has no use for the error

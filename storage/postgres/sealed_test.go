@@ -465,6 +465,104 @@ func TestPoolIsRefusedToAHandler(t *testing.T) {
 	}
 }
 
+// The pool knows a handler by its context alone. A context without the attempt is anybody's: what is written by one is
+// committed apart, and stays whatever becomes of the request. The README says so, and no hook of pgx could prevent it.
+func TestPoolIsRefusedToTheHandlersContextAndToNoOther(t *testing.T) {
+	t.Parallel()
+	for status, outcome := range map[int]idempotency.Outcome{201: idempotency.OutcomeExecuted, 402: idempotency.OutcomeExecuted, 500: idempotency.OutcomeNotExecuted} {
+		t.Run(fmt.Sprint(status), func(t *testing.T) {
+			t.Parallel()
+			b := setup(t, nil)
+			result := b.do(t, request("k", ""), func(ctx context.Context, _ pgx.Tx) int {
+				timeout, cancel := context.WithTimeout(ctx, time.Minute)
+				defer cancel()
+				for name, carrying := range map[string]context.Context{
+					"its own": ctx, "one with a timeout": timeout, "one without its end": context.WithoutCancel(ctx),
+				} {
+					if _, err := b.pool.Exec(carrying, "INSERT INTO effects (name) VALUES ('refused')"); !errors.Is(err, postgres.ErrEscape) {
+						t.Errorf("%s: %v, want ErrEscape", name, err)
+					}
+				}
+				if _, err := b.pool.Exec(context.Background(), "INSERT INTO effects (name) VALUES ('escaped')"); err != nil {
+					t.Errorf("a context that carries no attempt: %v", err)
+				}
+				return status
+			})
+			want(t, result, outcome, "")
+			if n := b.count(t, "SELECT count(*) FROM effects WHERE name = 'escaped'"); n != 1 {
+				t.Errorf("%d rows escaped, want 1", n)
+			}
+			if n := b.count(t, "SELECT count(*) FROM effects WHERE name = 'refused'"); n != 0 {
+				t.Errorf("%d rows that were refused are there", n)
+			}
+		})
+	}
+}
+
+// foreignContext is a context of somebody else's. What it holds may change at any time: who prints it while it does ends
+// the process.
+type foreignContext struct {
+	context.Context
+	Values foreignValues
+}
+
+type foreignValues struct{ read *atomic.Int64 }
+
+func (v foreignValues) String() string { v.read.Add(1); return "canary" }
+
+// acquires keeps the contexts of Acquires that are over.
+type acquires struct{ ended []context.Context }
+
+func (*acquires) TraceQueryStart(ctx context.Context, _ *pgx.Conn, _ pgx.TraceQueryStartData) context.Context {
+	return ctx
+}
+func (*acquires) TraceQueryEnd(context.Context, *pgx.Conn, pgx.TraceQueryEndData) {}
+func (*acquires) TraceAcquireStart(ctx context.Context, _ *pgxpool.Pool, _ pgxpool.TraceAcquireStartData) context.Context {
+	return ctx
+}
+
+func (a *acquires) TraceAcquireEnd(ctx context.Context, _ *pgxpool.Pool, _ pgxpool.TraceAcquireEndData) {
+	a.ended = append(a.ended, ctx)
+}
+
+// Whoever prints a context of ours, a handler or a tracer of the pool, reads nothing that others put below it.
+func TestContextsPrintNothingThatIsNotOurs(t *testing.T) {
+	t.Parallel()
+	var read atomic.Int64
+	tracer := &acquires{}
+	b := setup(t, &setupOptions{cold: true, configure: func(c *pgxpool.Config) {
+		c.ConnConfig.Tracer = tracer
+		postgres.Configure(c, nil)
+	}})
+	print := func(ctx context.Context) {
+		for _, verb := range []string{"%v", "%+v", "%#v", "%s", "%d"} {
+			if text := fmt.Sprintf(verb, ctx); strings.Contains(text, "canary") {
+				t.Errorf("%s of %T is %q", verb, ctx, text)
+			}
+		}
+	}
+	values := foreignValues{&read}
+	req := request("canary", "")
+	req.Attempt = idempotency.NewAttemptID()
+	attempt, _, err := b.store.Begin(t.Context(), &req)
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx := attempt.Context(foreignContext{t.Context(), values})
+	print(ctx)
+	if _, err := b.pool.Exec(foreignContext{ctx, values}, "SELECT 1"); !errors.Is(err, postgres.ErrEscape) {
+		t.Errorf("Exec on the pool: %v", err)
+	}
+	print(tracer.ended[len(tracer.ended)-1])
+	_ = attempt.Seal()
+	if err := attempt.Rollback(t.Context()); err != nil {
+		t.Error(err)
+	}
+	if n := read.Load(); n != 0 {
+		t.Errorf("values of others were read %d times", n)
+	}
+}
+
 func TestTxOutsideAHandlerPanics(t *testing.T) {
 	t.Parallel()
 	defer func() {

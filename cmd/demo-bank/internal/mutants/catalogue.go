@@ -189,7 +189,7 @@ func Catalogue() []Mutant {
 `, `	run.recorder.Flusher = early{run}
 	run.next.ServeHTTP(run.recorder, r)
 `},
-				{middlewareFile, `// carriesChiRoute reports`, `// early sends what is there to the real connection, as an Unwrap lets http.ResponseController do.
+				{middlewareFile, `// memoryBody is a request's body`, `// early sends what is there to the real connection, as an Unwrap lets http.ResponseController do.
 type early struct{ run *run }
 
 func (e early) Flush() {
@@ -198,7 +198,7 @@ func (e early) Flush() {
 	_ = http.NewResponseController(e.run.w).Flush()
 }
 
-// carriesChiRoute reports`},
+// memoryBody is a request's body`},
 				{bankFile, `	WriteJSON(w, a.status, a.body)
 }`, `	WriteJSON(w, a.status, a.body)
 	_ = http.NewResponseController(w).Flush()

@@ -1,0 +1,40 @@
+package middleware
+
+import (
+	"context"
+	"reflect"
+)
+
+// mayCarryChiRoute reports whether chi may have routed a request with this context. chi keeps its state in one value that
+// routing changes in place, so that a second run may be routed to a 404, which would be recorded for good. It is asked
+// only before a second run.
+//
+// Those who don't import chi don't have its key. So the contexts are walked, from one to the next below, for a key of
+// chi's type. No value in them is read or printed: they belong to others, who may change them at the same time. The
+// contexts of package context never change what they hold; nothing is known of those of another package, and below one
+// chi may be hidden, so it returns true.
+func mayCarryChiRoute(ctx context.Context) bool {
+	for c := reflect.ValueOf(ctx); ; {
+		for c.Kind() == reflect.Interface || c.Kind() == reflect.Pointer {
+			c = c.Elem()
+		}
+		if c.Kind() != reflect.Struct || c.Type().PkgPath() != "context" {
+			return true
+		}
+		switch c.Type().Name() {
+		case "backgroundCtx", "todoCtx":
+			return false
+		}
+		if key := c.FieldByName("key"); key.IsValid() && key.Elem().Type().String() == "*chi.contextKey" {
+			return true
+		}
+		below := c.FieldByName("Context")
+		if !below.IsValid() {
+			below = c.FieldByName("c") // of a WithoutCancel
+		}
+		if !below.IsValid() {
+			return true
+		}
+		c = below
+	}
+}

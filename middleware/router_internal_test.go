@@ -1,0 +1,62 @@
+package middleware
+
+import (
+	"context"
+	"errors"
+	"testing"
+	"time"
+
+	"github.com/go-chi/chi/v5"
+	chimiddleware "github.com/go-chi/chi/v5/middleware"
+)
+
+// ownContext is a context of a package that nobody knows.
+type ownContext struct{ context.Context }
+
+// chi is found below everything that package context makes, and what can't be looked through may hide it. A release of Go
+// that keeps its contexts another way makes this test fail.
+func TestChiIsFoundBelowEveryContext(t *testing.T) {
+	t.Parallel()
+	routed := context.WithValue(context.Background(), chi.RouteCtxKey, chi.NewRouteContext())
+	for name, c := range map[string]struct {
+		ctx  context.Context
+		want bool
+	}{
+		"background":    {context.Background(), false},
+		"todo":          {context.TODO(), false},
+		"chi":           {routed, true},
+		"chi's other":   {context.WithValue(context.Background(), chimiddleware.RequestIDKey, "id"), false},
+		"chi's log key": {context.WithValue(context.Background(), chimiddleware.LogEntryCtxKey, "entry"), false},
+		"another key":   {context.WithValue(context.Background(), ownContext{}, chi.NewRouteContext()), false},
+		"a string":      {context.WithValue(context.Background(), any("*chi.contextKey"), 1), false},
+		"unknown":       {ownContext{context.Background()}, true},
+		"unknown's own": {&ownContext{context.Background()}, true},
+		"nil":           {nil, true},
+	} {
+		if got := mayCarryChiRoute(c.ctx); got != c.want {
+			t.Errorf("%s: %v, want %v", name, got, c.want)
+		}
+		if c.ctx == nil {
+			continue
+		}
+		value := context.WithValue(c.ctx, ownContext{}, 1)
+		cancel, stop := context.WithCancel(c.ctx)
+		defer stop()
+		cause, stopCause := context.WithCancelCause(c.ctx)
+		defer stopCause(nil)
+		timeout, stopTimeout := context.WithTimeout(c.ctx, time.Hour)
+		defer stopTimeout()
+		timeoutCause, stopTimeoutCause := context.WithTimeoutCause(c.ctx, time.Hour, errors.New("cause"))
+		defer stopTimeoutCause()
+		all, stopAll := context.WithTimeout(context.WithoutCancel(context.WithValue(cancel, ownContext{}, 1)), time.Hour)
+		defer stopAll()
+		for above, ctx := range map[string]context.Context{
+			"value": value, "cancel": cancel, "cause": cause, "timeout": timeout, "timeout with a cause": timeoutCause,
+			"without cancel": context.WithoutCancel(c.ctx), "all of them": all,
+		} {
+			if got := mayCarryChiRoute(ctx); got != c.want {
+				t.Errorf("%s below %s: %v, want %v", name, above, got, c.want)
+			}
+		}
+	}
+}
