@@ -261,6 +261,10 @@ func (h *History) write(batch []event) {
 		return
 	}
 	h.written.Add(written)
+	if lost := len(batch) - int(written); lost > 0 { // COPY says how many rows it wrote
+		h.lost.Add(int64(lost))
+		h.options.OnError(fmt.Errorf("history: write: a BEFORE trigger on %s drops rows: ALTER TABLE ... DISABLE TRIGGER", TableName), lost)
+	}
 }
 
 // sqlError returns err fit for a log: the server's message may quote a key.

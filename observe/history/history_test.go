@@ -254,6 +254,25 @@ func TestHistoryNeedsInsertAlone(t *testing.T) {
 	}
 }
 
+// What COPY did not write is lost, and neither counted as written nor kept quiet.
+func TestRowsThatATriggerDropsAreLost(t *testing.T) {
+	t.Parallel()
+	var told error
+	lost := 0
+	b := setup(t, &history.Options{Interval: time.Hour, OnError: func(err error, n int) { told, lost = err, n }}, nil)
+	b.exec(t, `CREATE FUNCTION skip() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN IF NEW.key = 'dropped' THEN RETURN NULL; END IF; RETURN NEW; END $$;
+		CREATE TRIGGER skip BEFORE INSERT ON idempotency_events FOR EACH ROW EXECUTE FUNCTION skip()`)
+	b.do("kept", "x", "", 201)
+	b.do("dropped", "x", "", 201)
+	b.close(t)
+	if s := b.history.Stats(); s.Written != 1 || s.Lost != 1 {
+		t.Errorf("%+v", s)
+	}
+	if told == nil || lost != 1 || !strings.Contains(told.Error(), "trigger") {
+		t.Errorf("%d lost: %v", lost, told)
+	}
+}
+
 func TestOptionsThatCannotWorkPanic(t *testing.T) {
 	t.Parallel()
 	pool, err := pgxpool.New(t.Context(), "postgres://nobody@127.0.0.1:1/x")

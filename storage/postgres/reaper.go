@@ -111,10 +111,11 @@ func (w *walk) deleteRange(ctx context.Context, lock, first, last int64) error {
 // two delete is deleted once.
 //
 // There is no FOR UPDATE SKIP LOCKED: each row's lock would go to the WAL beside its deletion, and would need the privilege to update.
-// ctid can't lead to another row: while this statement runs no place is used again that held a row when it began.
+// ctid can't lead to another row: while this statement runs no place is used again that held a row when it began. ONLY: a
+// place in a child table is another row.
 func (w *walk) deleteBatch(ctx context.Context, lock, first, last int64) error {
 	tag, err := w.store.pool.Exec(ctx, `
-		DELETE FROM `+w.table+`
+		DELETE FROM ONLY `+w.table+`
 		WHERE ctid >= $1::tid AND ctid < $2::tid AND expires_at < statement_timestamp()
 		  AND (SELECT pg_try_advisory_xact_lock($3) AND set_config('lock_timeout', '`+reaperLockTimeoutMS+`', true) IS NOT NULL)`,
 		fmt.Sprintf("(%d,0)", first), fmt.Sprintf("(%d,0)", last), lock)

@@ -30,6 +30,24 @@ func (b *testBundle) pages(t *testing.T) int {
 	return b.count(t, "SELECT pg_relation_size('idempotency_keys') / 8192")
 }
 
+// A place in a child table is another row than the same place in ours.
+func TestDeleteExpiredLeavesChildTablesAlone(t *testing.T) {
+	t.Parallel()
+	b := setup(t, nil)
+	b.plant(t, 30, 1)
+	b.exec(t, "CREATE TABLE archive () INHERITS (idempotency_keys)")
+	b.exec(t, "INSERT INTO archive SELECT * FROM ONLY idempotency_keys")
+	if n, err := b.store.DeleteExpired(context.Background()); n != 20 || err != nil {
+		t.Errorf("%d deleted, %v, want 20", n, err)
+	}
+	if n := b.count(t, "SELECT count(*) FROM archive"); n != 30 {
+		t.Errorf("%d rows in the child table, want 30", n)
+	}
+	if stats, err := b.store.Statistics(context.Background()); err != nil || stats.Records != 10 || stats.Expired != 0 {
+		t.Errorf("%+v, %v", stats, err)
+	}
+}
+
 // The reaper deletes everything expired and nothing else, across many pages. A page on which somebody holds a row waits
 // for the next walk.
 func TestDeleteExpiredWalksTheWholeTable(t *testing.T) {

@@ -75,7 +75,7 @@ func (s *Store) statisticsSQL() string {
 		) page ON true
 		LEFT JOIN LATERAL (
 			SELECT count(*) AS records, count(*) FILTER (WHERE expires_at < statement_timestamp()) AS expired, min(expires_at) AS oldest
-			FROM ` + pgx.Identifier{s.options.Schema, TableName}.Sanitize() + `
+			FROM ONLY ` + pgx.Identifier{s.options.Schema, TableName}.Sanitize() + `
 			WHERE ctid >= format('(%s,0)', page.number)::tid AND ctid < format('(%s,0)', page.number + 1)::tid
 		) found ON true
 		GROUP BY size.pages`

@@ -55,7 +55,7 @@ func (a Act) Validate() error {
 // Errors: [ErrNotFound], [ErrInProgress] where an attempt or a retry holds the key, [ErrChanged], [ErrInvalid];
 // [ErrUnknown] where the reply to COMMIT was lost. Expiring what has expired is no error, and keeps the time it had.
 func (o *Operator) Expire(ctx context.Context, key idempotency.Key, act Act) (Record, error) {
-	return o.act(ctx, "expire", key, act, "UPDATE "+o.keys+" SET expires_at = least(expires_at, transaction_timestamp()) WHERE scope = $1 AND key = $2 AND attempt_id = $3::uuid")
+	return o.act(ctx, "expire", key, act, "UPDATE ONLY "+o.keys+" SET expires_at = least(expires_at, transaction_timestamp()) WHERE scope = $1 AND key = $2 AND attempt_id = $3::uuid")
 }
 
 // Forget deletes the record at once, and returns it as it was. From then on the key is new: a retry of the request RUNS
@@ -68,7 +68,7 @@ func (o *Operator) Expire(ctx context.Context, key idempotency.Key, act Act) (Re
 // leave a record alone that is younger than a minute, the more so while the network or the database is in trouble.
 // Errors are those of [Operator.Expire].
 func (o *Operator) Forget(ctx context.Context, key idempotency.Key, act Act) (Record, error) {
-	return o.act(ctx, "forget", key, act, "DELETE FROM "+o.keys+" WHERE scope = $1 AND key = $2 AND attempt_id = $3::uuid")
+	return o.act(ctx, "forget", key, act, "DELETE FROM ONLY "+o.keys+" WHERE scope = $1 AND key = $2 AND attempt_id = $3::uuid")
 }
 
 func (o *Operator) act(ctx context.Context, action string, key idempotency.Key, act Act, sql string) (Record, error) {
@@ -98,7 +98,10 @@ func (o *Operator) actIn(ctx context.Context, tx pgx.Tx, action string, key idem
 		return Record{}, ErrInProgress
 	}
 	// As in a claim: a statement of its own, whose snapshot is younger than the lock.
-	record, err := scanRecord(tx.QueryRow(ctx, "SELECT "+recordColumns+" FROM "+o.keys+" WHERE scope = $1 AND key = $2", key.Scope, key.Value))
+	look := func() (Record, error) {
+		return scanRecord(tx.QueryRow(ctx, "SELECT "+recordColumns+" FROM "+o.keys+" WHERE scope = $1 AND key = $2", key.Scope, key.Value))
+	}
+	record, err := look()
 	switch {
 	case errors.Is(err, pgx.ErrNoRows):
 		return Record{}, ErrNotFound
@@ -111,11 +114,17 @@ func (o *Operator) actIn(ctx context.Context, tx pgx.Tx, action string, key idem
 	switch {
 	case err != nil:
 		return Record{}, err
-	case tag.RowsAffected() == 0: // the reaper took it
+	case tag.RowsAffected() == 0: // the reaper took it, unless it is still there
+		if still, err := look(); err == nil && still.Attempt == record.Attempt {
+			return Record{}, fmt.Errorf("nothing was done: the record stays: idemctl doctor names the rule, trigger or child table of %s that keeps it", o.table)
+		}
 		return Record{}, ErrNotFound
 	}
-	_, err = tx.Exec(ctx, "INSERT INTO "+o.audit+` (action, actor, reason, scope, key, attempt_id, status, record_created_at, record_expires_at)
+	tag, err = tx.Exec(ctx, "INSERT INTO "+o.audit+` (action, actor, reason, scope, key, attempt_id, status, record_created_at, record_expires_at)
 		VALUES ($1, $2, $3, $4, $5, $6::uuid, $7::smallint, $8::timestamptz, $9::timestamptz)`,
 		action, act.Actor, act.Reason, key.Scope, key.Value, record.Attempt.String(), record.Status, record.CreatedAt, record.ExpiresAt)
+	if err == nil && tag.RowsAffected() != 1 {
+		err = fmt.Errorf("nothing was done: no row was written to %s.%s: drop its rules and its BEFORE triggers", o.options.Schema, AuditTableName)
+	}
 	return record, err
 }

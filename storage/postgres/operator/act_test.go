@@ -160,6 +160,38 @@ func TestNothingIsDoneThatIsNotAudited(t *testing.T) {
 	}
 }
 
+// A statement that succeeds has not always written its row. An act whose audit row or whose record was left as it was is
+// undone, and says so.
+func TestActThatWritesNothingIsRefused(t *testing.T) {
+	t.Parallel()
+	const skip = "CREATE FUNCTION skip() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN RETURN NULL; END $$; CREATE TRIGGER skip BEFORE "
+	for name, c := range map[string]struct{ sql, says string }{
+		"trigger on the audit table":   {skip + "INSERT ON idempotency_audit FOR EACH ROW EXECUTE FUNCTION skip()", "no row was written to public.idempotency_audit"},
+		"rule on the audit table":      {"CREATE RULE skip AS ON INSERT TO idempotency_audit DO INSTEAD NOTHING", "no row was written to public.idempotency_audit"},
+		"trigger that keeps records":   {skip + "DELETE OR UPDATE ON idempotency_keys FOR EACH ROW EXECUTE FUNCTION skip()", "the record stays"},
+		"rules that keep records":      {"CREATE RULE d AS ON DELETE TO idempotency_keys DO INSTEAD NOTHING; CREATE RULE u AS ON UPDATE TO idempotency_keys DO INSTEAD NOTHING", "the record stays"},
+		"record lies in a child table": {"CREATE TABLE archive () INHERITS (idempotency_keys); WITH gone AS (DELETE FROM idempotency_keys RETURNING *) INSERT INTO archive SELECT * FROM gone", "the record stays"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			b := setup(t, nil)
+			b.do(t, key("k"), 201)
+			b.exec(t, c.sql)
+			for action, act1 := range map[string]func(context.Context, idempotency.Key, operator.Act) (operator.Record, error){"expire": b.operator.Expire, "forget": b.operator.Forget} {
+				if _, err := act1(t.Context(), key("k"), act); err == nil || !strings.Contains(err.Error(), c.says) {
+					t.Errorf("%s: %v, want %q", action, err, c.says)
+				}
+			}
+			if got := b.text(t, "SELECT count(*) || ' ' || count(*) FILTER (WHERE expires_at > now()) FROM idempotency_keys"); got != "1 1" {
+				t.Errorf("records, and live ones: %s", got)
+			}
+			if got := b.audits(t); got != "" {
+				t.Errorf("audit is %q", got)
+			}
+		})
+	}
+}
+
 func TestActsSayWhoAndWhy(t *testing.T) {
 	t.Parallel()
 	b := setup(t, nil)

@@ -85,7 +85,7 @@ func (o *Operator) deleteOld(ctx context.Context, name, table string, age time.D
 	for page := int64(0); err == nil && page < pages; page += gcPagesMax {
 		next := min(page+gcPagesMax, pages)
 		err = o.in(ctx, pgx.TxOptions{IsoLevel: pgx.ReadCommitted, AccessMode: pgx.ReadWrite}, func(ctx context.Context, tx pgx.Tx) error {
-			tag, err := tx.Exec(ctx, "DELETE FROM "+table+" WHERE ctid >= $1::tid AND ctid < $2::tid AND at < statement_timestamp() - $3::float8 * interval '1 second'",
+			tag, err := tx.Exec(ctx, "DELETE FROM ONLY "+table+" WHERE ctid >= $1::tid AND ctid < $2::tid AND at < statement_timestamp() - $3::float8 * interval '1 second'",
 				fmt.Sprintf("(%d,0)", page), fmt.Sprintf("(%d,0)", next), age.Seconds())
 			deleted += tag.RowsAffected()
 			return err

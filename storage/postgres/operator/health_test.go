@@ -198,6 +198,7 @@ func TestGC(t *testing.T) {
 		SELECT now() - n * interval '1 day', 1, 'replayed', 1, 'acme', 'k' FROM generate_series(0, 99) AS n`)
 	b.exec(t, `INSERT INTO idempotency_audit (at, action, actor, reason, scope, key, attempt_id, status, record_created_at, record_expires_at)
 		SELECT now() - n * interval '1 day', 'forget', 'alice', 'r', 'acme', 'k', gen_random_uuid(), 201, now(), now() FROM generate_series(0, 9) AS n`)
+	b.exec(t, `CREATE TABLE archive () INHERITS (idempotency_events); INSERT INTO archive SELECT * FROM ONLY idempotency_events`)
 	for _, test := range []struct {
 		options *operator.GCOptions
 		want    operator.GCResult
@@ -219,6 +220,10 @@ func TestGC(t *testing.T) {
 			t.Errorf("progress %+v", told)
 		}
 	}
+	if n := b.count(t, "SELECT count(*) FROM archive"); n != 100 {
+		t.Errorf("%d rows in a child of the history, want 100", n)
+	}
+	b.exec(t, "DROP TABLE archive")
 	if n := b.count(t, "SELECT count(*) FROM idempotency_keys"); n != 90 {
 		t.Errorf("%d records are left, want 90", n)
 	}

@@ -312,7 +312,7 @@ func (o *Operator) Recent(ctx context.Context, rows int) (List, error) {
 			return err
 		}
 		first := max(0, pages-RecentPages)
-		found, err := tx.Query(ctx, "SELECT "+recordColumns+", count(*) OVER (), statement_timestamp() FROM "+o.keys+
+		found, err := tx.Query(ctx, "SELECT "+recordColumns+", count(*) OVER (), statement_timestamp() FROM ONLY "+o.keys+
 			" WHERE ctid >= $1::tid ORDER BY created_at DESC, scope, key LIMIT $2::int", fmt.Sprintf("(%d,0)", first), rows)
 		if err != nil {
 			return err

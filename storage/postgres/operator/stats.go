@@ -103,7 +103,7 @@ func (o *Operator) counts(ctx context.Context, tx pgx.Tx, s *Stats) error {
 	err := tx.QueryRow(ctx, `
 		SELECT count(*) FILTER (WHERE expires_at >= statement_timestamp()), count(*) FILTER (WHERE expires_at < statement_timestamp()),
 		       min(created_at), min(expires_at) FILTER (WHERE expires_at < statement_timestamp())
-		FROM `+o.keys+sample).Scan(&live, &expired, &created, &expiredAt)
+		FROM ONLY `+o.keys+sample).Scan(&live, &expired, &created, &expiredAt)
 	if err != nil {
 		return err
 	}
