@@ -69,6 +69,18 @@ func (o *Options) full() Options {
 
 func (o *Options) table() string { return pgx.Identifier{o.Schema, "idempotency_intents"}.Sanitize() }
 
+// ErrRowSecurity is returned where row-level security applies to the table of intents: one that is not seen may be there, and
+// would never be resumed. The text names the remedy.
+var ErrRowSecurity = errors.New("row-level security may hide intents")
+
+func (s *Store) rowSecurity() error {
+	return fmt.Errorf("%w: ALTER TABLE %s DISABLE ROW LEVEL SECURITY, or ALTER ROLE ... BYPASSRLS for the service's role", ErrRowSecurity, s.options.table())
+}
+
+// anew has a statement planned each time: a plan that was made with policies goes on with them after ALTER ROLE ... BYPASSRLS,
+// when row_security_active says that none applies any more. It works behind a pooler too.
+const anew = pgx.QueryExecModeExec
+
 // createLock is taken while the table is made: CREATE IF NOT EXISTS fails where two do it at once.
 const createLock = 0x696e74656e74 // "intent"
 
@@ -126,27 +138,31 @@ func New(db DB, options *Options) *Store {
 	// statement's transaction asks for it; OFFSET keeps the planner from leaving that out.
 	const durable = `(SELECT set_config('synchronous_commit', CASE WHEN current_setting('synchronous_commit') IN ('off', 'local')
 		THEN 'on' ELSE current_setting('synchronous_commit') END, true) AS setting OFFSET 0) AS durable`
+	hidden := `row_security_active('` + strings.ReplaceAll(table, "'", "''") + `'::regclass)`
 	// RETURNING counts what was written and shows what a trigger made of it. A rule that diverts the statement makes it fail.
 	const same = `method = $4 AND url = $5 AND host = $6 AND header = $7 AND body = $8`
 	s.save = `INSERT INTO ` + table + ` AS kept (owner, key, holder, method, url, host, header, body)
 		SELECT $1, $2, $3::uuid, $4, $5, $6, $7::bytea, $8::bytea FROM ` + durable + ` WHERE durable.setting <> '' ON CONFLICT DO NOTHING
-		RETURNING owner = $1 AND key = $2 AND holder = $3 AND ` + same
+		RETURNING owner = $1 AND key = $2 AND holder = $3::uuid AND ` + same
 	// Whoever held the intent must not say not-executed any more: this store sends it too.
-	s.takeOver = `UPDATE ` + table + ` SET holder = CASE WHEN ` + same + ` THEN $3 ELSE holder END,
+	s.takeOver = `UPDATE ` + table + ` SET holder = CASE WHEN ` + same + ` THEN $3::uuid ELSE holder END,
 		touched_at = CASE WHEN ` + same + ` THEN clock_timestamp() ELSE touched_at END
-		FROM ` + durable + ` WHERE owner = $1 AND key = $2 AND durable.setting <> '' RETURNING ` + same + `, holder = $3`
+		FROM ` + durable + ` WHERE owner = $1 AND key = $2 AND durable.setting <> '' RETURNING ` + same + `, holder = $3::uuid`
 	s.done = `DELETE FROM ` + table + ` WHERE owner = $1 AND key = $2`
-	s.abandon = `DELETE FROM ` + table + ` USING ` + durable + ` WHERE owner = $1 AND key = $2 AND holder = $3 AND durable.setting <> ''`
-	const mayTake = `(holder = $2 OR touched_at <= clock_timestamp() - $3 * interval '1 microsecond')`
+	s.abandon = `DELETE FROM ` + table + ` USING ` + durable + ` WHERE owner = $1 AND key = $2 AND holder = $3::uuid AND durable.setting <> ''`
+	const mayTake = `(holder = $2::uuid OR touched_at <= clock_timestamp() - $3 * interval '1 microsecond')`
 	// Those that were taken last come last, or a page of them that stay would keep all others from being resumed.
-	s.pending = `SELECT key FROM ` + table + ` WHERE owner = $1 AND ` + mayTake + ` ORDER BY touched_at, saved_at, key LIMIT $4`
+	s.pending = `SELECT ` + hidden + `, found.key FROM (SELECT) AS one
+		LEFT JOIN (SELECT * FROM ` + table + ` WHERE owner = $1 AND ` + mayTake + ` ORDER BY touched_at, saved_at, key LIMIT $4) AS found ON true
+		ORDER BY found.touched_at, found.saved_at, found.key`
 	// Of two that take at once the second waits for the row, and sees it touched.
-	s.take = `UPDATE ` + table + ` SET holder = $2, touched_at = clock_timestamp() FROM ` + durable + `
+	s.take = `UPDATE ` + table + ` SET holder = $2::uuid, touched_at = clock_timestamp() FROM ` + durable + `
 		WHERE owner = $1 AND key = $4 AND ` + mayTake + ` AND durable.setting <> ''
 		RETURNING method, url, host, header, body, (extract(epoch FROM clock_timestamp() - saved_at) * 1000000)::bigint`
-	// A statement that changed no row is only believed if there is none: a trigger can keep it from doing its work.
-	s.isKept = `SELECT EXISTS (SELECT FROM ` + table + ` WHERE owner = $1 AND key = $2)`
-	s.isPending = `SELECT EXISTS (SELECT FROM ` + table + ` WHERE owner = $1 AND key = $4 AND ` + mayTake + `)`
+	// A statement that changed no row is only believed if there is none: a trigger can keep it from doing its work, and
+	// row-level security can hide the row.
+	s.isKept = `SELECT ` + hidden + `, EXISTS (SELECT FROM ` + table + ` WHERE owner = $1 AND key = $2)`
+	s.isPending = `SELECT ` + hidden + `, EXISTS (SELECT FROM ` + table + ` WHERE owner = $1 AND key = $4 AND ` + mayTake + `)`
 	return s
 }
 
@@ -158,7 +174,7 @@ func (s *Store) Save(ctx context.Context, intent *client.Intent) (before bool, e
 		return false, fmt.Errorf("%w: %w", client.ErrIntentRefused, err)
 	}
 	head, body := append([]byte{}, header.Bytes()...), append([]byte{}, intent.Body...) // nil would be NULL
-	arguments := []any{s.options.Owner, intent.Key.Value, s.holder, intent.Method, intent.URL, intent.Host, head, body}
+	arguments := []any{anew, s.options.Owner, intent.Key.Value, s.holder.String(), intent.Method, intent.URL, intent.Host, head, body}
 	db, release, err := s.connection(ctx)
 	if err != nil {
 		return false, err
@@ -172,13 +188,13 @@ func (s *Store) Save(ctx context.Context, intent *client.Intent) (before bool, e
 		case err == nil:
 			return false, nil
 		case !errors.Is(err, pgx.ErrNoRows):
-			return false, refused(err)
+			return false, s.refused(err)
 		}
 		switch err := db.QueryRow(ctx, s.takeOver, arguments...).Scan(&same, &held); {
 		case errors.Is(err, pgx.ErrNoRows):
 			continue
 		case err != nil:
-			return true, refused(err)
+			return true, s.refused(err)
 		case !same:
 			return true, client.ErrIntentOther
 		case !held:
@@ -186,8 +202,12 @@ func (s *Store) Save(ctx context.Context, intent *client.Intent) (before bool, e
 		}
 		return true, nil
 	}
-	if err := db.QueryRow(ctx, s.isKept, s.options.Owner, intent.Key.Value).Scan(&before); err != nil {
-		return true, refused(err)
+	var hidden bool
+	if err := db.QueryRow(ctx, s.isKept, anew, s.options.Owner, intent.Key.Value).Scan(&hidden, &before); err != nil {
+		return true, s.refused(err)
+	}
+	if hidden && !before {
+		return true, fmt.Errorf("%w: %w", client.ErrIntentRefused, s.rowSecurity())
 	}
 	return before, fmt.Errorf("%w: the database took the statements and wrote no row: look for a trigger or row level security on table %s",
 		client.ErrIntentRefused, s.options.table())
@@ -216,9 +236,12 @@ func (s *Store) connection(ctx context.Context) (db DB, release func(), err erro
 
 // refused says of an error whether it proves that nothing was changed: the server refused the statement, or no connection
 // was made.
-func refused(err error) error {
+func (s *Store) refused(err error) error {
 	var answer *pgconn.PgError
 	var connecting *pgconn.ConnectError
+	if errors.As(err, &answer) && answer.Code == "42501" && answer.Routine == "ExecWithCheckOptions" { // a policy
+		err = fmt.Errorf("%w: %w", s.rowSecurity(), err)
+	}
 	if errors.As(err, &connecting) ||
 		errors.As(err, &answer) && answer.SeverityUnlocalized == "ERROR" && !strings.HasPrefix(answer.Code, "08") {
 		return fmt.Errorf("%w: %w", client.ErrIntentRefused, err)
@@ -228,7 +251,7 @@ func refused(err error) error {
 
 // Done forgets an intent, whoever holds it.
 func (s *Store) Done(ctx context.Context, key string) error {
-	tag, err := s.db.Exec(ctx, s.done, s.options.Owner, key)
+	tag, err := s.db.Exec(ctx, s.done, anew, s.options.Owner, key)
 	if err != nil || tag.RowsAffected() > 0 {
 		return err
 	}
@@ -237,9 +260,12 @@ func (s *Store) Done(ctx context.Context, key string) error {
 
 // expectNone is nil if a query about a key finds no row, after a statement that changed none.
 func (s *Store) expectNone(ctx context.Context, query string, arguments ...any) error {
-	var found bool
-	if err := s.db.QueryRow(ctx, query, append([]any{s.options.Owner}, arguments...)...).Scan(&found); err != nil {
+	var hidden, found bool
+	if err := s.db.QueryRow(ctx, query, append([]any{anew, s.options.Owner}, arguments...)...).Scan(&hidden, &found); err != nil {
 		return err
+	}
+	if hidden && !found {
+		return s.rowSecurity()
 	}
 	if found {
 		return fmt.Errorf("a statement changed no row, and there is one: look for a trigger or row level security on table %s", s.options.table())
@@ -249,21 +275,36 @@ func (s *Store) expectNone(ctx context.Context, query string, arguments ...any) 
 
 // Abandon forgets an intent that this store holds.
 func (s *Store) Abandon(ctx context.Context, key string) error {
-	tag, err := s.db.Exec(ctx, s.abandon, s.options.Owner, key, s.holder)
-	if err == nil && tag.RowsAffected() == 0 {
-		return client.ErrIntentTaken
+	tag, err := s.db.Exec(ctx, s.abandon, anew, s.options.Owner, key, s.holder.String())
+	if err != nil || tag.RowsAffected() > 0 {
+		return err
 	}
-	return err
+	if err := s.expectNone(ctx, s.isKept, key); errors.Is(err, ErrRowSecurity) {
+		return err
+	}
+	return client.ErrIntentTaken
 }
 
 // Pending returns the keys of the intents that this store holds, and of those that others have held for too long: the
-// oldest [PendingMax], by when they were saved or taken last.
+// oldest [PendingMax], by when they were saved or taken last. It fails with [ErrRowSecurity] where any may be hidden.
 func (s *Store) Pending(ctx context.Context) ([]string, error) {
-	rows, err := s.db.Query(ctx, s.pending, s.options.Owner, s.holder, s.options.PendingAfter.Microseconds(), PendingMax)
+	rows, err := s.db.Query(ctx, s.pending, anew, s.options.Owner, s.holder.String(), s.options.PendingAfter.Microseconds(), PendingMax)
 	if err != nil {
 		return nil, err
 	}
-	return pgx.CollectRows(rows, pgx.RowTo[string])
+	var keys []string
+	var hidden bool
+	var key *string
+	_, err = pgx.ForEachRow(rows, []any{&hidden, &key}, func() error {
+		if hidden {
+			return s.rowSecurity()
+		}
+		if key != nil {
+			keys = append(keys, *key)
+		}
+		return nil
+	})
+	return keys, err
 }
 
 // Take makes an intent this store's, and returns it; nil where it is not kept, or another's.
@@ -271,11 +312,11 @@ func (s *Store) Take(ctx context.Context, key string) (*client.Intent, error) {
 	intent := &client.Intent{Key: idempotency.Key{Value: key}}
 	var header []byte
 	var ageMicroseconds int64
-	err := s.db.QueryRow(ctx, s.take, s.options.Owner, s.holder, s.options.PendingAfter.Microseconds(), key).
+	err := s.db.QueryRow(ctx, s.take, anew, s.options.Owner, s.holder.String(), s.options.PendingAfter.Microseconds(), key).
 		Scan(&intent.Method, &intent.URL, &intent.Host, &header, &intent.Body, &ageMicroseconds)
 	switch {
 	case errors.Is(err, pgx.ErrNoRows):
-		return nil, s.expectNone(ctx, s.isPending, s.holder, s.options.PendingAfter.Microseconds(), key)
+		return nil, s.expectNone(ctx, s.isPending, s.holder.String(), s.options.PendingAfter.Microseconds(), key)
 	case err != nil:
 		return nil, err
 	}

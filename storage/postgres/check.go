@@ -27,8 +27,9 @@ const versionTable = "idempotency_migrations"
 
 // Check reports whether the database and the pool can keep what the store promises: it is the primary, the schema is
 // there in the version of this package or a later one, the table is a plain logged one with its primary key, no rule, no
-// BEFORE ROW trigger that is enabled and no child table, COMMIT waits for the disk, and the pool refuses a handler a
-// second connection. The error joins everything that is wrong. A service calls it when it starts and from its readiness probe.
+// BEFORE ROW trigger that is enabled and no child table, no row-level security hides its rows from the pool's role, the
+// database's encoding is UTF8 or SQL_ASCII, COMMIT waits for the disk, and the pool refuses a handler a second connection.
+// The error joins everything that is wrong. A service calls it when it starts and from its readiness probe.
 func (s *Store) Check(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(ctx, s.options.AcquireTimeout+s.options.StatementTimeout)
 	defer cancel()
@@ -95,6 +96,9 @@ func (s *Store) Check(ctx context.Context) error {
 			wrong = append(wrong, err)
 		}
 	}
+	for _, err := range s.checkAbsence(ctx) {
+		wrong = append(wrong, fmt.Errorf("check: %w", err))
+	}
 	if !s.options.TransactionPooling { // there the setting comes with each claim
 		switch synchronousCommit {
 		case "off", "local", "remote_write":
@@ -156,11 +160,16 @@ func (s *Store) checkVersion(ctx context.Context, versions *string) error {
 		return fmt.Errorf("check: %w: table %s.%s is missing: run the migrations", ErrSchemaOutdated, s.options.Schema, versionTable)
 	}
 	var version int
-	var dirty bool
-	err := s.pool.QueryRow(ctx, "SELECT version, dirty FROM "+pgx.Identifier{s.options.Schema, versionTable}.Sanitize()).Scan(&version, &dirty)
+	var found, dirty, hidden bool
+	var role string
+	table := pgx.Identifier{s.options.Schema, versionTable}.Sanitize()
+	err := s.pool.QueryRow(ctx, "SELECT v.version IS NOT NULL, COALESCE(v.version, 0), COALESCE(v.dirty, false), row_security_active($1), current_user::text FROM (SELECT) AS one LEFT JOIN "+table+" AS v ON true",
+		pgx.QueryExecModeExec, table).Scan(&found, &version, &dirty, &hidden, &role)
 	var pgErr *pgconn.PgError
 	switch {
-	case errors.Is(err, pgx.ErrNoRows):
+	case err == nil && !found && hidden:
+		return fmt.Errorf("check: %w", rowSecurity(s.options.Schema+"."+versionTable, pgx.Identifier{role}.Sanitize()))
+	case err == nil && !found:
 		return fmt.Errorf("check: %w: nothing was migrated yet: run the migrations", ErrSchemaOutdated)
 	case errors.As(err, &pgErr) && pgErr.Code == "42501":
 		return fmt.Errorf("check: %w: its version can't be read: GRANT SELECT ON %s.%s to the service's role", ErrSchemaOutdated, s.options.Schema, versionTable)

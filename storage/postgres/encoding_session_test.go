@@ -2,12 +2,17 @@ package postgres_test
 
 import (
 	"context"
+	"errors"
+	"net/url"
+	"strings"
 	"testing"
 
+	"github.com/google/uuid"
 	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgxpool"
 
 	"github.com/paidonce/idempotency"
+	"github.com/paidonce/idempotency/storage/postgres"
 )
 
 // In another client_encoding the server reads another scope out of the same bytes: the look-up misses, the primary key
@@ -53,4 +58,48 @@ func TestHandlersEncodingCannotHideTheRecord(t *testing.T) {
 			t.Errorf("%d effects, want 1", n)
 		}
 	})
+}
+
+// U+FF0D and U+2212 are one character in EUC_JP: two accounts would share a record.
+func TestEncodingThatMakesOneScopeOfTwoIsRefused(t *testing.T) {
+	t.Parallel()
+	ctx := context.Background()
+	admin := setup(t, nil)
+	name := "euc_" + strings.ReplaceAll(uuid.NewString(), "-", "")
+	create := func(name, how string) string {
+		admin.exec(t, "CREATE DATABASE "+name+" "+how)
+		t.Cleanup(func() { admin.exec(t, "DROP DATABASE "+name+" WITH (FORCE)") })
+		address, err := url.Parse(admin.pool.Config().ConnString())
+		if err != nil {
+			t.Fatal(err)
+		}
+		address.Path = "/" + name
+		return address.String()
+	}
+	b := setup(t, &setupOptions{database: create(name, "ENCODING 'EUC_JP' LOCALE 'C' TEMPLATE template0")})
+	for _, scope := range []string{"\uff0d", "\u2212"} {
+		req := request("k", "")
+		req.Key.Scope = scope
+		want(t, b.do(t, req, pay(t, 201)), idempotency.OutcomeNotExecuted, idempotency.ReasonUnavailable)
+	}
+	if n := b.effects(t); n != 0 {
+		t.Errorf("%d effects, want none", n)
+	}
+	err := b.store.Check(ctx)
+	if !errors.Is(err, postgres.ErrEncoding) {
+		t.Fatalf("got %v", err)
+	}
+	_, remedy, _ := strings.Cut(err.Error(), "CREATE DATABASE ... ")
+	b = setup(t, &setupOptions{database: create(name+"_2", remedy)})
+	if err := b.store.Check(ctx); err != nil {
+		t.Errorf("in a database made as it says: %v", err)
+	}
+	for i, scope := range []string{"\uff0d", "\u2212"} {
+		req := request("k", "")
+		req.Key.Scope = scope
+		want(t, b.do(t, req, pay(t, 201)), idempotency.OutcomeExecuted, "")
+		if n := b.effects(t); n != i+1 {
+			t.Errorf("%d effects, want %d", n, i+1)
+		}
+	}
 }

@@ -34,7 +34,8 @@ const ReaperIntervalDefault = time.Minute
 //
 // It goes through the table by place, batch by batch, each in a transaction of its own, and needs no index, which each
 // insert would have to pay for. A row is deleted because it has expired and never because of its key: a key that came
-// back in the meantime has a new row. A range of the table that another reaper works on is left to it, and a page on which
+// back in the meantime has a new row. [ErrRowSecurity] where expired records may be hidden from the role: those that it
+// sees are deleted first. A range of the table that another reaper works on is left to it, and a page on which
 // anybody else holds a row to the next walk. A batch that is cut off by statement_timeout is tried again in halves, down
 // to one page. Safe for concurrent use.
 func (s *Store) DeleteExpired(ctx context.Context) (deleted int64, err error) {
@@ -46,7 +47,8 @@ func (s *Store) DeleteExpired(ctx context.Context) (deleted int64, err error) {
 func (s *Store) DeleteExpiredTold(ctx context.Context, progress func(pages, of, deleted int64)) (deleted int64, err error) {
 	table := pgx.Identifier{s.options.Schema, TableName}.Sanitize()
 	var pages int64
-	err = s.pool.QueryRow(ctx, "SELECT pg_relation_size($1::regclass) / current_setting('block_size')::bigint", table).Scan(&pages)
+	var hidden bool
+	err = s.pool.QueryRow(ctx, "SELECT pg_relation_size($1::regclass) / current_setting('block_size')::bigint, row_security_active($1::regclass)", pgx.QueryExecModeExec, table).Scan(&pages, &hidden)
 	if err != nil {
 		return 0, fmt.Errorf("delete expired: %w", sqlError(err))
 	}
@@ -60,6 +62,9 @@ func (s *Store) DeleteExpiredTold(ctx context.Context, progress func(pages, of, 
 		if progress != nil {
 			progress(next, pages, w.deleted)
 		}
+	}
+	if hidden { // what it saw is deleted all the same
+		return w.deleted, fmt.Errorf("delete expired: %w", rowSecurity(s.table, ""))
 	}
 	return w.deleted, nil
 }
@@ -118,6 +123,7 @@ func (w *walk) deleteBatch(ctx context.Context, lock, first, last int64) error {
 		DELETE FROM ONLY `+w.table+`
 		WHERE ctid >= $1::tid AND ctid < $2::tid AND expires_at < statement_timestamp()
 		  AND (SELECT pg_try_advisory_xact_lock($3) AND set_config('lock_timeout', '`+reaperLockTimeoutMS+`', true) IS NOT NULL)`,
+		pgx.QueryExecModeExec, // planned anew: see ErrRowSecurity
 		fmt.Sprintf("(%d,0)", first), fmt.Sprintf("(%d,0)", last), lock)
 	w.deleted += tag.RowsAffected()
 	return err

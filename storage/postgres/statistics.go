@@ -2,11 +2,13 @@ package postgres
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"math/rand/v2"
 	"time"
 
 	"github.com/jackc/pgx/v5"
+	"github.com/jackc/pgx/v5/pgconn"
 )
 
 // StatisticsPagesMax is how many pages of the table [Store.Statistics] reads at most: 2 MB, whatever the size of the table.
@@ -26,7 +28,8 @@ type Statistics struct {
 }
 
 // Statistics reads figures about the table, in four round trips on a connection of the pool, which it holds for little longer
-// than [StatisticsTimeoutMax]; where a connection has to be made first, ctx alone bounds that. It needs SELECT on the table.
+// than [StatisticsTimeoutMax]; where a connection has to be made first, ctx alone bounds that. It needs SELECT on the table,
+// and fails with [ErrRowSecurity] where rows may be hidden from the role.
 // Its cost does not grow with the table; still, ask every half minute and not for each request. Safe for concurrent use.
 func (s *Store) Statistics(ctx context.Context) (Statistics, error) {
 	var stats Statistics
@@ -42,13 +45,18 @@ func (s *Store) Statistics(ctx context.Context) (Statistics, error) {
 		_ = tx.Rollback(ctx) // it wrote nothing
 	}()
 	// By the server and not by ctx, which would cost the pool its connection. Nothing is prepared: that would be done before the
-	// timeout is set, and waits for a locked table too.
-	_, err = tx.Exec(ctx, "SELECT set_config('statement_timeout', $1, true)", pgx.QueryExecModeExec, fmt.Sprint(StatisticsTimeoutMax.Milliseconds()))
+	// timeout is set, and waits for a locked table too. With row_security off the next statement fails where policies would
+	// have it count fewer rows than there are.
+	_, err = tx.Exec(ctx, "SELECT set_config('statement_timeout', $1, true), set_config('row_security', 'off', true)", pgx.QueryExecModeExec, fmt.Sprint(StatisticsTimeoutMax.Milliseconds()))
 	if err == nil {
 		err = tx.QueryRow(ctx, s.statisticsSQL(), pgx.QueryExecModeExec, pgx.Identifier{s.options.Schema, TableName}.Sanitize(), StatisticsPagesMax, rand.Float64()).
 			Scan(&pages, &stats.TableBytes, &stats.IndexBytes, &read, &stats.Records, &stats.Expired, &overdueSeconds)
 	}
-	if err != nil {
+	var pgErr *pgconn.PgError
+	switch {
+	case errors.As(err, &pgErr) && pgErr.Code == "42501" && pgErr.Routine == "check_enable_rls":
+		return Statistics{}, fmt.Errorf("statistics: %w", rowSecurity(s.table, ""))
+	case err != nil:
 		return Statistics{}, fmt.Errorf("statistics: %w", sqlError(err))
 	}
 	stats.Overdue = time.Duration(overdueSeconds * float64(time.Second))

@@ -275,17 +275,19 @@ func (s *Store) claim(ctx context.Context, req *idempotency.Request, acquire fun
 	return a, nil, nil
 }
 
-var errEncoding = errors.New("client_encoding is not UTF8: put the pool's config through Configure, and leave it alone in handlers")
+var errEncoding = errors.New("client_encoding is not UTF8, or the database's is neither UTF8 nor SQL_ASCII: put the pool's config through Configure, leave it alone in handlers, and see Store.Check")
 
-// plainText reports whether the server takes our text as the bytes that we send. In any other encoding it would read
-// another scope out of the same bytes: the look-up misses, the primary key does not conflict, and the handler pays again.
+// plainText reports whether the server takes our text as the bytes that we send, and keeps it apart. In any other
+// client_encoding it would read another scope out of the same bytes: the look-up misses, the primary key does not
+// conflict, and the handler pays again. And it may convert two scopes to one: EUC_JP does.
 func plainText(conn *pgconn.PgConn) bool {
+	server := conn.ParameterStatus("server_encoding")
+	kept := server == "UTF8" || server == "SQL_ASCII"
 	switch conn.ParameterStatus("client_encoding") {
 	case "UTF8":
-		return true
+		return kept || server == "" // a pooler may not say; Check asks
 	case "SQL_ASCII": // nothing is converted
-		server := conn.ParameterStatus("server_encoding")
-		return server == "UTF8" || server == "SQL_ASCII"
+		return kept
 	}
 	return false
 }

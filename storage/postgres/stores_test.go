@@ -132,7 +132,7 @@ func TestReaperSendsNoTime(t *testing.T) {
 	if _, err := b.store.DeleteExpired(context.Background()); err != nil {
 		t.Fatal(err)
 	}
-	if fmt.Sprint(sent) != "[string string int64]" { // the first page, the last, and the lock's number
+	if fmt.Sprint(sent) != "[pgx.QueryExecMode string string int64]" { // the first page, the last, and the lock's number
 		t.Errorf("the batch was sent with %v", sent)
 	}
 }

@@ -64,6 +64,7 @@ var checks = [...]check{
 	{"schema", (*examination).schema},
 	{"index", (*examination).index},
 	{"rights", (*examination).rights},
+	{"row-security", (*examination).rowSecurity},
 	{"durability", (*examination).durability},
 	{"isolation", (*examination).isolation},
 	{"timeouts", (*examination).timeouts},
@@ -153,12 +154,18 @@ func (e *examination) row(ctx context.Context, sql string, arguments []any, to .
 
 func (e *examination) server(ctx context.Context) error {
 	var number int
-	var version, role, database string
-	if err := e.row(ctx, "SELECT current_setting('server_version_num')::int, current_setting('server_version'), session_user::text, current_database()::text", nil, &number, &version, &role, &database); err != nil {
+	var version, role, database, encoding string
+	if err := e.row(ctx, "SELECT current_setting('server_version_num')::int, current_setting('server_version'), session_user::text, current_database()::text, current_setting('server_encoding')",
+		nil, &number, &version, &role, &database, &encoding); err != nil {
 		return err
 	}
 	if number/10000 < serverVersionMin {
 		e.fail(fmt.Sprintf("upgrade to PostgreSQL %d or later", serverVersionMin), "PostgreSQL %s: too old", version)
+		return nil
+	}
+	if encoding != "UTF8" && encoding != "SQL_ASCII" {
+		e.fail("dump the database and restore it into one made by CREATE DATABASE ... ENCODING 'UTF8' LOCALE 'C' TEMPLATE template0",
+			"the database's encoding is %s, which may make one key of two: services refuse it", encoding)
 		return nil
 	}
 	e.ok("PostgreSQL %s, database %s, role %s", version, database, role)
@@ -258,7 +265,8 @@ func (e *examination) schema(ctx context.Context) error {
 		case errors.Is(err, postgres.ErrTableUnsafe):
 			bad = true
 			e.fail("what the text says, with a look at who added it and why", "%v", err)
-		case errors.Is(err, postgres.ErrNotPrimary), errors.Is(err, postgres.ErrCommitNotDurable), errors.Is(err, postgres.ErrNotConfigured):
+		case errors.Is(err, postgres.ErrNotPrimary), errors.Is(err, postgres.ErrCommitNotDurable), errors.Is(err, postgres.ErrNotConfigured),
+			errors.Is(err, postgres.ErrRowSecurity), errors.Is(err, postgres.ErrEncoding):
 			// other checks tell; and the service's pool is another one
 		default:
 			bad = true
@@ -358,6 +366,53 @@ func (e *examination) rights(ctx context.Context) error {
 		e.ok("this role may read and write records, as a service's does")
 	} else {
 		e.ok("this role may read records, and adds none")
+	}
+	return nil
+}
+
+// rowSecurity finds the roles that a policy may hide rows from: this one, and those that may read the table and write or
+// delete records, as services and reapers do. Superusers, roles with BYPASSRLS and, unless it is forced, the table's owner see all.
+func (e *examination) rowSecurity(ctx context.Context) error {
+	type hidden struct {
+		table string
+		roles []string
+	}
+	var found []hidden
+	err := e.o.read(ctx, func(ctx context.Context, tx pgx.Tx) error {
+		rows, err := tx.Query(ctx, `
+			SELECT format('%I.%I', c.relnamespace::regnamespace, c.relname), ARRAY(
+				SELECT quote_ident(r.rolname) FROM pg_roles AS r
+				WHERE NOT r.rolsuper AND NOT r.rolbypassrls AND (c.relforcerowsecurity OR NOT pg_has_role(r.oid, c.relowner, 'USAGE'))
+				  AND (r.rolname = current_user OR left(r.rolname, 3) <> 'pg_' AND has_table_privilege(r.oid, c.oid, 'SELECT')
+				       AND (has_table_privilege(r.oid, to_regclass($1)::oid, 'INSERT') OR has_table_privilege(r.oid, to_regclass($1)::oid, 'DELETE')))
+				ORDER BY r.rolname LIMIT 10)
+			FROM pg_class AS c WHERE c.relrowsecurity AND c.oid IN (to_regclass($1), to_regclass($2), to_regclass($3), to_regclass($4))
+			ORDER BY c.relname DESC`, e.o.keys, e.o.versions, e.o.audit, e.o.events)
+		if err != nil {
+			return err
+		}
+		found, err = pgx.CollectRows(rows, func(row pgx.CollectableRow) (h hidden, err error) {
+			err = row.Scan(&h.table, &h.roles)
+			return h, err
+		})
+		return err
+	})
+	if err != nil {
+		return err
+	}
+	for _, h := range found {
+		if len(h.roles) == 0 {
+			e.ok("%s has row-level security, and every role that it concerns bypasses that", h.table)
+			continue
+		}
+		remedy := "ALTER TABLE " + h.table + " DISABLE ROW LEVEL SECURITY, or "
+		for i, role := range h.roles {
+			if i > 0 {
+				remedy += "; "
+			}
+			remedy += "ALTER ROLE " + role + " BYPASSRLS"
+		}
+		e.fail(remedy, "row-level security may hide rows of %s from %s: a record that is not seen may be there", h.table, strings.Join(h.roles, ", "))
 	}
 	return nil
 }

@@ -32,7 +32,9 @@ const (
 	ScanTimeMaxDefault      = 500 * time.Millisecond
 )
 
-// What callers branch on. No error holds a scope, a key or anything of a record.
+// What callers branch on. No error holds a scope, a key or anything of a record. A call on a table that has row-level
+// security for the role fails with postgres.ErrRowSecurity, whatever the policies say: none of its answers could be
+// trusted.
 var (
 	// ErrNotFound: the key has no record.
 	ErrNotFound = errors.New("key has no record")
@@ -126,7 +128,8 @@ func setDefault[T comparable](field *T, value T) {
 const lockTimeoutMS = "2000"
 
 // in runs do in a transaction of its own, with the settings that bound it, and commits where do returned nil. Names are
-// found in pg_catalog alone, or are qualified.
+// found in pg_catalog alone, or are qualified. With row_security off a statement fails that row-level security would
+// keep rows from: an operator never takes what a policy hides for absent.
 func (o *Operator) in(ctx context.Context, options pgx.TxOptions, do func(ctx context.Context, tx pgx.Tx) error) error {
 	ctx, cancel := context.WithTimeout(ctx, o.options.CallTimeout)
 	defer cancel()
@@ -140,7 +143,8 @@ func (o *Operator) in(ctx context.Context, options pgx.TxOptions, do func(ctx co
 		_ = tx.Rollback(ctx)
 	}()
 	if _, err := tx.Exec(ctx, `SELECT pg_catalog.set_config('statement_timeout', $1, true), pg_catalog.set_config('lock_timeout', $2, true),
-		pg_catalog.set_config('search_path', 'pg_catalog', true), pg_catalog.set_config('client_encoding', 'UTF8', true)`,
+		pg_catalog.set_config('search_path', 'pg_catalog', true), pg_catalog.set_config('client_encoding', 'UTF8', true),
+		pg_catalog.set_config('row_security', 'off', true)`,
 		o.statementTimeoutMS, lockTimeoutMS); err != nil {
 		return sqlError(err)
 	}
@@ -197,6 +201,10 @@ func (o *Operator) remedy(err error) error {
 	}
 	switch pgErr.Code {
 	case "42501":
+		if pgErr.Routine == "check_enable_rls" { // see in
+			return fmt.Errorf("%w on a table of schema %s: ALTER TABLE ... DISABLE ROW LEVEL SECURITY, or ALTER ROLE ... BYPASSRLS for this role; the doctor names both: %w",
+				postgres.ErrRowSecurity, o.options.Schema, err)
+		}
 		return fmt.Errorf("%w: the role lacks a right on the tables of schema %s: package operator lists those it needs", err, o.options.Schema)
 	case "28P01", "28000":
 		return fmt.Errorf("%w: the server refuses this role or its password: see the database's address", err)
