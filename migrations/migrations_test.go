@@ -17,6 +17,7 @@ import (
 	"time"
 
 	"github.com/golang-migrate/migrate/v4"
+	_ "github.com/golang-migrate/migrate/v4/database/pgx/v5"
 	_ "github.com/golang-migrate/migrate/v4/source/file" // what the migrate program reads files with
 	"github.com/google/uuid"
 	"github.com/jackc/pgx/v5"
@@ -333,44 +334,62 @@ func TestFilesAndVersionTableBelongTogether(t *testing.T) {
 	b.wantTables(t)
 }
 
-// A migration that fails in the middle leaves the schema dirty. Nothing goes on before somebody has looked, and the
+// A file that ends its transaction and then fails leaves the schema dirty. Nothing goes on before somebody has looked, and the
 // error says what to do.
 func TestDirtySchema(t *testing.T) {
 	t.Parallel()
+	for version := uint(1); version <= 2; version++ {
+		b := setup(t)
+		files := fstest.MapFS{
+			"000001_create_transfers.up.sql": {Data: []byte("CREATE TABLE transfers (id bigint)")},
+			"000002_add_amount.up.sql":       {Data: []byte("ALTER TABLE transfers ADD COLUMN amount bigint")},
+		}
+		own := &migrations.Options{VersionTable: "service_migrations", Files: files}
+		file := files[[]string{"000001_create_transfers.up.sql", "000002_add_amount.up.sql"}[version-1]]
+		whole := file.Data
+		file.Data = append(slices.Clip(whole), "; COMMIT; SELECT 1/0"...)
+		if err := migrations.Up(t.Context(), b.pool, own); err == nil || errors.Is(err, migrations.ErrDirty) || !strings.HasPrefix(err.Error(), "migrate: ") {
+			t.Fatalf("the migration that fails: %v", err)
+		}
+		if got, err := migrations.Version(t.Context(), b.pool, own); got != version || !errors.Is(err, migrations.ErrDirty) {
+			t.Errorf("version is %d, %v; want %d, ErrDirty", got, err, version)
+		}
+		var remedy string
+		for name, call := range map[string]func(context.Context, *pgxpool.Pool, *migrations.Options) error{"Up": migrations.Up, "Down": migrations.Down} {
+			err := call(t.Context(), b.pool, own)
+			if !errors.Is(err, migrations.ErrDirty) || !strings.Contains(err.Error(), "version "+strconv.Itoa(int(version))+" failed") {
+				t.Fatalf("%s on a dirty schema: %v", name, err)
+			}
+			remedy = strings.Split(err.Error(), "`")[1]
+		}
+
+		b.exec(t, []string{"DROP TABLE transfers", "ALTER TABLE transfers DROP COLUMN amount"}[version-1]) // what it left
+		b.exec(t, remedy)
+		b.wantVersion(t, own, version-1)
+		file.Data = whole
+		b.up(t, own)
+		b.wantVersion(t, own, 2)
+	}
+}
+
+// A migration that fails leaves the schema as it was: once its file is mended it goes on.
+func TestMigrationThatFailsLeavesNothing(t *testing.T) {
+	t.Parallel()
 	b := setup(t)
 	files := fstest.MapFS{
-		"000001_create_transfers.up.sql": {Data: []byte("CREATE TABLE transfers (id bigint)")},
+		"000001_create_transfers.up.sql": {Data: []byte("CREATE TABLE transfers (id bigint); SELECT 1/0")},
 		"000002_add_amount.up.sql":       {Data: []byte("ALTER TABLE transfers ADD COLUMN amount bigint; SELECT 1/0")},
 	}
 	own := &migrations.Options{VersionTable: "service_migrations", Files: files}
-	if err := migrations.Up(t.Context(), b.pool, own); err == nil || errors.Is(err, migrations.ErrDirty) || !strings.HasPrefix(err.Error(), "migrate: ") {
-		t.Fatalf("the migration that fails: %v", err)
-	}
-	version, err := migrations.Version(t.Context(), b.pool, own)
-	if version != 2 || !errors.Is(err, migrations.ErrDirty) {
-		t.Errorf("version is %d, %v; want 2, ErrDirty", version, err)
-	}
-	for name, call := range map[string]func(context.Context, *pgxpool.Pool, *migrations.Options) error{"Up": migrations.Up, "Down": migrations.Down} {
-		err := call(t.Context(), b.pool, own)
-		if !errors.Is(err, migrations.ErrDirty) || !strings.Contains(err.Error(), "version 2 failed") || !strings.Contains(err.Error(), "migrate force") {
-			t.Errorf("%s on a dirty schema: %v", name, err)
+	for version, name := range []string{"000001_create_transfers.up.sql", "000002_add_amount.up.sql"} {
+		if err := migrations.Up(t.Context(), b.pool, own); err == nil || !strings.Contains(err.Error(), "22012") {
+			t.Fatalf("it did not fail: %v", err)
 		}
+		b.wantVersion(t, own, uint(version))
+		files[name].Data = []byte(strings.TrimSuffix(string(files[name].Data), "; SELECT 1/0"))
 	}
-
-	// The remedy that the error names.
-	files["000002_add_amount.up.sql"].Data = []byte("ALTER TABLE transfers ADD COLUMN amount bigint")
-	b.force(t, "service_migrations", 1)
 	b.up(t, own)
 	b.wantVersion(t, own, 2)
-}
-
-// force is `migrate force`.
-func (b *testBundle) force(t *testing.T, versionTable string, version int) {
-	t.Helper()
-	m := b.program(t, versionTable)
-	if err := m.Force(version); err != nil {
-		t.Fatal(err)
-	}
 }
 
 // program is the migrate program: this folder's files as they are, and a database by its URL.

@@ -6,7 +6,6 @@ import (
 	"io/fs"
 	"net"
 	"strconv"
-	"strings"
 	"sync/atomic"
 	"testing"
 	"testing/fstest"
@@ -18,8 +17,8 @@ import (
 	"github.com/paidonce/idempotency/storage/postgres"
 )
 
-// A context that ends in the middle lets the migration under way finish, and no other begin. Up takes it up again.
-func TestUpStopsBetweenMigrations(t *testing.T) {
+// A context that ends in the middle undoes the migration under way, and no other begins. Up takes it up again.
+func TestUpThatIsStoppedLeavesNothing(t *testing.T) {
 	t.Parallel()
 	b := setup(t)
 	ctx, cancel := context.WithCancel(t.Context())
@@ -34,9 +33,10 @@ func TestUpStopsBetweenMigrations(t *testing.T) {
 		t.Errorf("error is %v; want context.Canceled", err)
 	}
 	version, err := migrations.Version(t.Context(), b.pool, own)
-	if version > 1 || err != nil {
+	if version != 0 || err != nil {
 		t.Errorf("it stopped at version %d, %v", version, err)
 	}
+	b.wantTables(t)
 	b.up(t, own)
 	b.wantVersion(t, own, 2)
 }
@@ -161,24 +161,6 @@ func TestUpStopsWaiting(t *testing.T) {
 	if err := <-first; err != nil {
 		t.Error(err)
 	}
-}
-
-// Before the first migration there is no version 0 to go back to.
-func TestFirstMigrationFails(t *testing.T) {
-	t.Parallel()
-	b := setup(t)
-	files := fstest.MapFS{"000001_create_transfers.up.sql": {Data: []byte("SELECT 1/0")}}
-	own := &migrations.Options{VersionTable: "service_migrations", Files: files}
-	if err := migrations.Up(t.Context(), b.pool, own); err == nil {
-		t.Fatal("it did not fail")
-	}
-	if err := migrations.Up(t.Context(), b.pool, own); !errors.Is(err, migrations.ErrDirty) || !strings.Contains(err.Error(), "migrate force -- -1`") {
-		t.Errorf("error is %v", err)
-	}
-	files["000001_create_transfers.up.sql"].Data = []byte("CREATE TABLE transfers (id bigint)")
-	b.force(t, "service_migrations", -1)
-	b.up(t, own)
-	b.wantVersion(t, own, 1)
 }
 
 // A service that is rolled back finds a schema of a later release, and must start.

@@ -1,0 +1,529 @@
+package migrations
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"slices"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/golang-migrate/migrate/v4/database"
+	"github.com/golang-migrate/migrate/v4/source"
+	"github.com/golang-migrate/migrate/v4/source/iofs"
+	"github.com/jackc/pgx/v5"
+	"github.com/jackc/pgx/v5/pgconn"
+	"github.com/jackc/pgx/v5/pgconn/ctxwatch"
+	"github.com/jackc/pgx/v5/pgxpool"
+
+	"github.com/paidonce/idempotency/internal/pooler"
+)
+
+const (
+	// endMax bounds what is done after a context has ended: the server's answer to a request to cancel, a ROLLBACK, COMMIT.
+	endMax = 5 * time.Second
+	// pausesMax is how many times LockTimeout the longest pause is.
+	pausesMax = 8
+	// turnPauseMin and turnPauseMax are the pauses between looks whether another migration is through.
+	turnPauseMin, turnPauseMax = 50 * time.Millisecond, time.Second
+
+	none = database.NilVersion // the version before the first
+)
+
+// migrator migrates one schema, on a connection that keeps its session: search_path, timeouts and an advisory lock are the
+// session's.
+//
+// golang-migrate's files, table of versions and lock are kept, so that its program can be used as well. Its driver is not:
+// it takes no context, it truncates the table of versions, for which every reader would have to be through, and it marks the schema
+// dirty before it waits.
+type migrator struct {
+	options  Options
+	schema   string // sanitized
+	table    string // of versions, sanitized
+	own      bool   // the files are a program's own, and may hold anything
+	files    source.Driver
+	versions []uint // of the files, ascending
+
+	conn    *pgx.Conn
+	pid     int       // its server process
+	watcher *pgx.Conn // sees whom conn waits for
+}
+
+func newMigrator(opts *Options) (*migrator, error) {
+	m := &migrator{}
+	if opts != nil {
+		m.options = *opts
+	}
+	o := &m.options
+	if (o.Files == nil) != (o.VersionTable == "") {
+		return nil, errors.New("Options.Files and Options.VersionTable belong together: set both or none")
+	}
+	if m.own = o.Files != nil; !m.own {
+		o.Files, o.VersionTable = files, VersionTableDefault
+	}
+	if o.Schema == "" {
+		o.Schema = SchemaDefault
+	}
+	if o.LockTimeout == 0 {
+		o.LockTimeout = LockTimeoutDefault
+	}
+	if o.LockTimeout < time.Millisecond {
+		return nil, fmt.Errorf("Options.LockTimeout is %v: it must be at least a millisecond", o.LockTimeout)
+	}
+	m.schema = pgx.Identifier{o.Schema}.Sanitize()
+	m.table = pgx.Identifier{o.Schema, o.VersionTable}.Sanitize()
+	var err error
+	if m.files, err = iofs.New(o.Files, "."); err != nil {
+		return nil, fmt.Errorf("read files: %w", err)
+	}
+	version, err := m.files.First()
+	for ; err == nil; version, err = m.files.Next(version) {
+		m.versions = append(m.versions, version)
+	}
+	if !errors.Is(err, fs.ErrNotExist) {
+		return nil, fmt.Errorf("read files: %w", err)
+	}
+	return m, nil
+}
+
+// connect makes a connection as the pool would, but for its AfterConnect.
+func connect(ctx context.Context, pool *pgxpool.Pool) (*pgx.Conn, error) {
+	config := pool.Config()
+	conn := config.ConnConfig
+	if config.BeforeConnect != nil {
+		if err := config.BeforeConnect(ctx, conn); err != nil {
+			return nil, err
+		}
+	}
+	conn.DefaultQueryExecMode = pgx.QueryExecModeExec
+	// When a context ends the server is asked to cancel, and answers: the session lives on, and what became of a file is known.
+	conn.BuildContextWatcherHandler = func(conn *pgconn.PgConn) ctxwatch.Handler {
+		return &pgconn.CancelRequestContextWatcherHandler{Conn: conn, DeadlineDelay: endMax}
+	}
+	return pgx.ConnectConfig(ctx, conn)
+}
+
+// begin connects, sees that the session is its own, and waits for its turn.
+func (m *migrator) begin(ctx context.Context, pool *pgxpool.Pool) (err error) {
+	if m.conn, err = connect(ctx, pool); err != nil {
+		return fmt.Errorf("connect: %w", err)
+	}
+	if m.watcher, err = connect(ctx, pool); err != nil {
+		return fmt.Errorf("connect: %w", err)
+	}
+	switch mode, err := pooler.Find(ctx, m.conn, m.watcher); {
+	case err != nil:
+		return fmt.Errorf("look for a pooler: %w", err)
+	case mode == pooler.Transaction:
+		return fmt.Errorf("%w that hands a server connection on after each transaction, and would leave the search_path, the timeouts and the lock of a migration"+
+			" to another client: connect to PostgreSQL itself (its own port, not PgBouncer's), or to a pool in session mode", ErrPooler)
+	}
+	if err := m.conn.QueryRow(ctx, "SELECT pg_backend_pid()").Scan(&m.pid); err != nil {
+		return fmt.Errorf("connect: %w", err)
+	}
+	// A migration may take as long as it needs; it may not wait as long as it likes.
+	for _, conn := range []*pgx.Conn{m.conn, m.watcher} {
+		_, err := conn.Exec(ctx, `SELECT set_config(name, CASE name WHEN 'lock_timeout' THEN $1 ELSE '0' END, false) FROM pg_settings WHERE name IN
+			('lock_timeout', 'statement_timeout', 'transaction_timeout', 'idle_in_transaction_session_timeout', 'idle_session_timeout')`, m.lockTimeoutMS())
+		if err == nil {
+			_, err = conn.Exec(ctx, "SELECT set_config('search_path', $1, false)", m.schema)
+		}
+		if err != nil {
+			return fmt.Errorf("set timeouts: %w", err)
+		}
+	}
+	return m.takeTurn(ctx)
+}
+
+func (m *migrator) lockTimeoutMS() string {
+	return strconv.FormatInt(m.options.LockTimeout.Milliseconds(), 10)
+}
+
+// close ends the session. What a pooler in session mode may keep of it is reset first.
+func (m *migrator) close(ctx context.Context) {
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), endMax)
+	defer cancel()
+	for _, conn := range []*pgx.Conn{m.conn, m.watcher} {
+		if conn == nil || conn.IsClosed() {
+			continue
+		}
+		_, _ = conn.Exec(ctx, "DISCARD ALL") // the server does the same when the connection is gone
+		_ = conn.Close(ctx)                  // whatever it says, it is closed
+	}
+	_ = m.files.Close() // they were read
+}
+
+// takeTurn waits until nobody else migrates the schema. It asks again and again: a session that waits in a statement has a
+// snapshot, which CREATE INDEX CONCURRENTLY in another would wait for.
+func (m *migrator) takeTurn(ctx context.Context) error {
+	var name string
+	if err := m.conn.QueryRow(ctx, "SELECT current_database()").Scan(&name); err != nil {
+		return err
+	}
+	var locks [2]int64
+	for i, alias := range []string{name, "/" + name} { // golang-migrate's driver as a library, and its program
+		id, err := lockID(alias, m.options.Schema, m.options.VersionTable)
+		if err != nil {
+			return err
+		}
+		locks[i] = id
+	}
+	waiting := Waiting{What: "another migration", Pause: turnPauseMin}
+	for {
+		var first, both bool
+		err := m.conn.QueryRow(ctx, "SELECT first, first AND pg_try_advisory_lock($2::bigint) FROM (SELECT pg_try_advisory_lock($1::bigint) AS first OFFSET 0) AS locked", locks[0], locks[1]).Scan(&first, &both)
+		if err == nil && first && !both {
+			_, err = m.conn.Exec(ctx, "SELECT pg_advisory_unlock($1::bigint)", locks[0])
+		}
+		if both || err != nil {
+			return err
+		}
+		waiting.Tries++
+		waiting.Blockers, err = m.blockers(ctx, `SELECT DISTINCT pid FROM pg_locks WHERE locktype = 'advisory' AND granted AND objsubid = 1
+			AND classid = 0 AND objid::bigint = ANY ($1) AND database = (SELECT oid FROM pg_database WHERE datname = current_database())`, locks[:])
+		if err != nil {
+			return err
+		}
+		if err := m.pause(ctx, waiting); err != nil {
+			return err
+		}
+		waiting.Pause = min(2*waiting.Pause, turnPauseMax)
+	}
+}
+
+func lockID(name, schema, table string) (int64, error) {
+	id, err := database.GenerateAdvisoryLockId(name, schema, table)
+	if err != nil {
+		return 0, err
+	}
+	return strconv.ParseInt(id, 10, 64)
+}
+
+// blockers returns the sessions of the processes that sql selects.
+func (m *migrator) blockers(ctx context.Context, sql string, argument any) ([]Blocker, error) {
+	rows, err := m.watcher.Query(ctx, `SELECT b.pid, COALESCE(a.application_name, ''), COALESCE(a.state, ''),
+		COALESCE(extract(epoch FROM clock_timestamp() - a.xact_start)::float8, 0)
+		FROM (`+sql+`) AS b (pid) LEFT JOIN pg_stat_activity AS a ON a.pid = b.pid ORDER BY b.pid`, argument)
+	if err != nil {
+		return nil, err
+	}
+	return pgx.CollectRows(rows, func(row pgx.CollectableRow) (b Blocker, err error) {
+		var seconds float64
+		err = row.Scan(&b.PID, &b.Application, &b.State, &seconds)
+		b.Age = time.Duration(seconds * float64(time.Second))
+		return b, err
+	})
+}
+
+// pause tells what is waited for, and waits.
+func (m *migrator) pause(ctx context.Context, waiting Waiting) error {
+	if m.options.Waiting != nil {
+		m.options.Waiting(waiting)
+	}
+	select {
+	case <-ctx.Done():
+		text := "nobody that can be seen any more"
+		if len(waiting.Blockers) > 0 {
+			names := make([]string, 0, len(waiting.Blockers))
+			for _, b := range waiting.Blockers {
+				names = append(names, b.String())
+			}
+			text = strings.Join(names, "; ")
+		}
+		return fmt.Errorf("%s has waited, %d times, for %s: %w", waiting.What, waiting.Tries, text, ctx.Err())
+	case <-time.After(waiting.Pause):
+		return nil
+	}
+}
+
+// version returns the version of the schema, or none.
+func (m *migrator) version(ctx context.Context) (int, error) {
+	var exists bool
+	err := m.conn.QueryRow(ctx, "SELECT EXISTS (SELECT FROM pg_class JOIN pg_namespace ON pg_namespace.oid = relnamespace WHERE nspname = $1 AND relname = $2)",
+		m.options.Schema, m.options.VersionTable).Scan(&exists)
+	if err != nil || !exists {
+		return none, err
+	}
+	var version int
+	var dirty bool
+	err = m.conn.QueryRow(ctx, "SELECT version, dirty FROM "+m.table).Scan(&version, &dirty)
+	switch {
+	case errors.Is(err, pgx.ErrNoRows):
+		return none, nil
+	case err != nil:
+		return none, fmt.Errorf("read the table of versions: %w", err)
+	case dirty:
+		return version, m.dirty(version)
+	}
+	return version, nil
+}
+
+func (m *migrator) dirty(version int) error {
+	remedy := "DELETE FROM " + m.table
+	if before, err := m.before(version); err == nil && before != none {
+		remedy = fmt.Sprintf("UPDATE %s SET version = %d, dirty = false", m.table, before)
+	}
+	return fmt.Errorf("%w: version %d failed in the middle: undo what it left, then `%s`", ErrDirty, version, remedy)
+}
+
+// after returns the version that follows, if there is one.
+func (m *migrator) after(version int) (next int, ok bool, err error) {
+	i, found := 0, version == none
+	if !found {
+		i, found = slices.BinarySearch(m.versions, uint(version))
+		if found {
+			i++
+		}
+	}
+	switch {
+	case i == len(m.versions):
+		return 0, false, nil
+	case !found:
+		return 0, false, fmt.Errorf("the schema has version %d, which is not among the files", version)
+	}
+	return int(m.versions[i]), true, nil
+}
+
+// before returns the version that precedes, or none.
+func (m *migrator) before(version int) (int, error) {
+	i, found := slices.BinarySearch(m.versions, uint(max(version, 0)))
+	switch {
+	case !found:
+		return none, fmt.Errorf("the schema has version %d, which is not among the files", version)
+	case i == 0:
+		return none, nil
+	}
+	return int(m.versions[i-1]), nil
+}
+
+// body returns a file's text, empty if there is none for this way.
+func (m *migrator) body(version uint, up bool) (string, error) {
+	read := m.files.ReadDown
+	if up {
+		read = m.files.ReadUp
+	}
+	file, _, err := read(version)
+	if errors.Is(err, fs.ErrNotExist) {
+		return "", nil
+	}
+	if err != nil {
+		return "", err
+	}
+	text, err := io.ReadAll(file)
+	return string(text), errors.Join(err, file.Close())
+}
+
+// step takes the schema from one version to a neighbour.
+func (m *migrator) step(ctx context.Context, from, to int, up bool) error {
+	number, name := to, "up"
+	if !up {
+		number, name = from, "down"
+	}
+	name = fmt.Sprintf("migration %d %s", number, name)
+	body, err := m.body(uint(number), up)
+	if err != nil {
+		return fmt.Errorf("%s: %w", name, err)
+	}
+	if err := m.again(ctx, name, m.prepare); err != nil {
+		return fmt.Errorf("make the table of versions: %w", err)
+	}
+	err = m.again(ctx, name, func(ctx context.Context) error {
+		if m.own {
+			return m.runOwn(ctx, from, to, body)
+		}
+		_, err := m.run(ctx, to, body)
+		return err
+	})
+	if err != nil {
+		return fmt.Errorf("%s: %w", name, err)
+	}
+	return nil
+}
+
+// leftError is the error of what may have left something behind, and so is not tried again.
+type leftError struct{ error }
+
+func (e leftError) Unwrap() error { return e.error }
+
+// again calls try until it has the locks that it needs.
+func (m *migrator) again(ctx context.Context, name string, try func(context.Context) error) error {
+	waiting := Waiting{What: name, Pause: m.options.LockTimeout}
+	for {
+		seen := m.watch()
+		err := try(ctx)
+		blockers := seen()
+		var pgErr *pgconn.PgError
+		// Requests that wait for one table and hold another make it a deadlock.
+		if err == nil || errors.As(err, new(leftError)) || !errors.As(err, &pgErr) || pgErr.Code != "55P03" && pgErr.Code != "40P01" {
+			return err
+		}
+		waiting.Tries, waiting.Blockers = waiting.Tries+1, blockers
+		if err := m.pause(ctx, waiting); err != nil {
+			return err
+		}
+		waiting.Pause = min(2*waiting.Pause, pausesMax*m.options.LockTimeout)
+	}
+}
+
+// watch looks whom conn waits for, until the returned function is called, which returns those that were seen last. When a lock was
+// not to be had in time it is too late to look.
+func (m *migrator) watch() (seen func() []Blocker) {
+	var blockers []Blocker
+	stop, stopped := make(chan struct{}), make(chan struct{})
+	go func() {
+		defer close(stopped)
+		for {
+			select {
+			case <-stop:
+				return
+			case <-time.After(m.options.LockTimeout / 3):
+			}
+			ctx, cancel := context.WithTimeout(context.Background(), endMax)
+			// What can't be seen is not told.
+			if now, err := m.blockers(ctx, "SELECT DISTINCT unnest(pg_blocking_pids($1))", m.pid); err == nil && len(now) > 0 {
+				blockers = now
+			}
+			cancel()
+		}
+	}()
+	return func() []Blocker {
+		close(stop)
+		<-stopped
+		return blockers
+	}
+}
+
+// prepare makes the schema and the table of versions. The look comes before CREATE, which needs a right that the look does not.
+func (m *migrator) prepare(ctx context.Context) error {
+	var schema, table bool
+	err := m.conn.QueryRow(ctx, `SELECT to_regnamespace($1) IS NOT NULL,
+		EXISTS (SELECT FROM pg_class JOIN pg_namespace ON pg_namespace.oid = relnamespace WHERE nspname = $2 AND relname = $3)`,
+		m.schema, m.options.Schema, m.options.VersionTable).Scan(&schema, &table)
+	if err == nil && !schema {
+		_, err = m.conn.Exec(ctx, "CREATE SCHEMA IF NOT EXISTS "+m.schema)
+	}
+	if err == nil && !table {
+		_, err = m.conn.Exec(ctx, "CREATE TABLE IF NOT EXISTS "+m.table+" (version bigint not null primary key, dirty boolean not null)")
+	}
+	return err
+}
+
+// run runs a file and writes down its version, in one transaction. ended reports whether the file ended the transaction, or
+// COMMIT was sent: only otherwise does an error mean that nothing happened.
+func (m *migrator) run(ctx context.Context, to int, body string) (ended bool, err error) {
+	if _, err := m.conn.Exec(ctx, "BEGIN"); err != nil {
+		return false, err
+	}
+	defer func() {
+		if !m.conn.IsClosed() && m.conn.PgConn().TxStatus() != 'I' {
+			err = errors.Join(err, m.end(ctx, "ROLLBACK"))
+		}
+	}()
+	if ended, err = m.send(ctx, body); err != nil {
+		return ended, err
+	}
+	if m.conn.PgConn().TxStatus() == 'I' { // the file ended ours
+		return true, m.mark(context.WithoutCancel(ctx), to, false)
+	}
+	if err := m.write(ctx, to, false); err != nil {
+		return ended, err
+	}
+	err = m.end(ctx, "COMMIT")
+	var pgErr *pgconn.PgError
+	if errors.As(err, &pgErr) && pgErr.SeverityUnlocalized == "ERROR" { // a deferred constraint: nothing was committed
+		return ended, err
+	}
+	return true, err
+}
+
+// runOwn is run for files that may hold anything. While such a file runs the schema is dirty, because if it is not one
+// transaction nobody can tell afterwards how far it came.
+func (m *migrator) runOwn(ctx context.Context, from, to int, body string) error {
+	if err := m.mark(ctx, to, true); err != nil {
+		return err
+	}
+	ended, err := m.run(ctx, to, body)
+	var pgErr *pgconn.PgError
+	switch {
+	case err == nil:
+		return nil
+	case ended || m.conn.IsClosed():
+		return leftError{err}
+	case errors.As(err, &pgErr) && (pgErr.Code == "25001" || pgErr.Code == "2D000"): // can't be in a transaction
+		err = m.runOutside(ctx, body)
+		if err == nil {
+			err = m.mark(context.WithoutCancel(ctx), to, false)
+		}
+		if err != nil {
+			return leftError{err}
+		}
+		return nil
+	}
+	if markErr := m.mark(context.WithoutCancel(ctx), from, false); markErr != nil {
+		return leftError{errors.Join(err, markErr)}
+	}
+	return err
+}
+
+// runOutside runs a file outside of a transaction. CONCURRENTLY waits for whole transactions of others, and holds nobody up.
+func (m *migrator) runOutside(ctx context.Context, body string) error {
+	if strings.Contains(strings.ToUpper(body), "CONCURRENTLY") {
+		if _, err := m.conn.Exec(ctx, "SET lock_timeout = 0"); err != nil {
+			return err
+		}
+		defer func() { // a connection that it fails on is of no use to what follows either
+			_, _ = m.conn.Exec(context.WithoutCancel(ctx), "SELECT set_config('lock_timeout', $1, false)", m.lockTimeoutMS())
+		}()
+	}
+	_, err := m.send(ctx, body)
+	return err
+}
+
+// send sends a file as it is. ended reports whether a statement of it ended a transaction, or went back in it.
+func (m *migrator) send(ctx context.Context, body string) (ended bool, err error) {
+	results := m.conn.PgConn().Exec(ctx, body)
+	for results.NextResult() {
+		tag, _ := results.ResultReader().Close() // the error comes again at the end
+		switch tag.String() {
+		case "COMMIT", "ROLLBACK", "PREPARE TRANSACTION":
+			ended = true
+		}
+	}
+	return ended, results.Close()
+}
+
+// mark writes the version down in a transaction of its own.
+func (m *migrator) mark(ctx context.Context, version int, dirty bool) error {
+	ctx, cancel := context.WithTimeout(ctx, endMax+m.options.LockTimeout)
+	defer cancel()
+	if _, err := m.conn.Exec(ctx, "BEGIN"); err != nil {
+		return err
+	}
+	if err := m.write(ctx, version, dirty); err != nil {
+		return errors.Join(err, m.end(ctx, "ROLLBACK"))
+	}
+	return m.end(ctx, "COMMIT")
+}
+
+func (m *migrator) write(ctx context.Context, version int, dirty bool) error {
+	// Not TRUNCATE, which waits for every reader and has every later one wait.
+	_, err := m.conn.Exec(ctx, "DELETE FROM "+m.table)
+	if err == nil && (version != none || dirty) {
+		_, err = m.conn.Exec(ctx, "INSERT INTO "+m.table+" (version, dirty) VALUES ($1, $2)", version, dirty)
+	}
+	if err != nil {
+		return fmt.Errorf("write the version: %w", err)
+	}
+	return nil
+}
+
+// end ends a transaction, on a context of its own.
+func (m *migrator) end(ctx context.Context, sql string) error {
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), endMax)
+	defer cancel()
+	_, err := m.conn.Exec(ctx, sql)
+	return err
+}
