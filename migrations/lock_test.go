@@ -291,7 +291,7 @@ func TestMigrationThatADeadlockEndsComesAgain(t *testing.T) {
 	pool := open(t, b.url, func(config *pgxpool.Config) { config.ConnConfig.RuntimeParams["deadlock_timeout"] = "10ms" })
 	told, migrated := make(chan migrations.Waiting, 100), make(chan error, 1)
 	own := &migrations.Options{
-		VersionTable: "service_migrations", LockTimeout: time.Minute, Waiting: func(w migrations.Waiting) { told <- w },
+		VersionTable: "service_migrations", LockTimeout: 2 * time.Second, Waiting: func(w migrations.Waiting) { told <- w },
 		Files: fstest.MapFS{"000001_alter_both.up.sql": {Data: []byte("ALTER TABLE one ADD COLUMN a bigint; ALTER TABLE two ADD COLUMN a bigint")}},
 	}
 	go func() { migrated <- migrations.Up(t.Context(), pool, own) }()

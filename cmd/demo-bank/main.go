@@ -24,6 +24,7 @@ import (
 	"github.com/paidonce/idempotency/cmd/demo-bank/internal/crashpoint"
 	"github.com/paidonce/idempotency/cmd/demo-bank/internal/server"
 	"github.com/paidonce/idempotency/cmd/demo-bank/internal/storm"
+	"github.com/paidonce/idempotency/cmd/internal/terminal"
 	"github.com/paidonce/idempotency/storage/postgres"
 )
 
@@ -206,7 +207,7 @@ func main() {
 		os.Exit(exitUsage)
 	}
 	if err := parsed.Run(); err != nil {
-		fmt.Fprintln(os.Stderr, "demo-bank:", err)
+		fmt.Fprintln(os.Stderr, "demo-bank:", terminal.CleanLines(err.Error()))
 		if errors.As(err, new(noVerdict)) {
 			os.Exit(2) // 1 would mean that the bank is broken
 		}

@@ -15,6 +15,7 @@ import (
 	"golang.org/x/term"
 
 	"github.com/paidonce/idempotency"
+	"github.com/paidonce/idempotency/cmd/internal/terminal"
 	"github.com/paidonce/idempotency/storage/postgres/operator"
 )
 
@@ -94,18 +95,18 @@ func (a *app) getJSON(key idempotency.Key, found operator.State, events []operat
 }
 
 func (a *app) getText(key idempotency.Key, found operator.State, events []operator.Event, body []byte) error {
-	lines := []string{"scope\t" + clean(key.Scope), "key\t" + clean(key.Value), "state\t" + state(found)}
+	lines := []string{"scope\t" + terminal.Clean(key.Scope), "key\t" + terminal.Clean(key.Value), "state\t" + state(found)}
 	if r := found.Record; r != nil {
 		lines = append(lines,
 			fmt.Sprintf("status\t%d", r.Status),
 			"attempt\t"+r.Attempt.String(),
-			"trace\t"+orDash(clean(r.TraceID)),
+			"trace\t"+orDash(terminal.Clean(r.TraceID)),
 			"created\t"+stamp(r.CreatedAt),
 			"expires\t"+stamp(r.ExpiresAt),
 			fmt.Sprintf("fingerprint\t%x (version %d)", r.Fingerprint.Sum, r.Fingerprint.Version),
 			fmt.Sprintf("body\t%d bytes", r.BodyBytes))
 		if r.HeaderErr != nil {
-			lines = append(lines, "headers\t"+r.HeaderErr.Error())
+			lines = append(lines, "headers\t"+terminal.Clean(r.HeaderErr.Error()))
 		}
 		names := make([]string, 0, len(r.Header))
 		for name := range r.Header {
@@ -114,7 +115,7 @@ func (a *app) getText(key idempotency.Key, found operator.State, events []operat
 		slices.Sort(names)
 		for _, name := range names {
 			for _, value := range r.Header[name] {
-				lines = append(lines, "header\t"+clean(name)+": "+clean(value))
+				lines = append(lines, "header\t"+terminal.Clean(name)+": "+terminal.Clean(value))
 			}
 		}
 	}
@@ -141,7 +142,7 @@ func (a *app) getText(key idempotency.Key, found operator.State, events []operat
 	}
 	text := strings.Split(strings.TrimSuffix(string(body), "\n"), "\n")
 	for i := range text {
-		text[i] = clean(text[i])
+		text[i] = terminal.Clean(text[i])
 	}
 	return a.printf("\n%s\n", strings.Join(text, "\n"))
 }
@@ -255,7 +256,7 @@ func (a *app) printList(list operator.List) error {
 		if r.Expired {
 			expires += " (over)"
 		}
-		lines = append(lines, fmt.Sprintf("%s\t%s\t%d\t%s\t%s\t%s\t%s", clean(r.Key.Scope), clean(r.Key.Value), r.Status, stamp(r.CreatedAt), expires, sizeText(r.BodyBytes), r.Attempt))
+		lines = append(lines, fmt.Sprintf("%s\t%s\t%d\t%s\t%s\t%s\t%s", terminal.Clean(r.Key.Scope), terminal.Clean(r.Key.Value), r.Status, stamp(r.CreatedAt), expires, sizeText(r.BodyBytes), r.Attempt))
 	}
 	if err := a.table(lines); err != nil {
 		return err
@@ -450,7 +451,7 @@ func actorOr(name string) (string, error) {
 
 // ask returns nil where somebody said yes.
 func (a *app) ask(r *operator.Record, means string) error {
-	fmt.Fprintf(a.stderr, "%s / %s: status %d, created %s, expires %s\n", clean(r.Key.Scope), clean(r.Key.Value), r.Status, stamp(r.CreatedAt), stamp(r.ExpiresAt))
+	fmt.Fprintf(a.stderr, "%s / %s: status %d, created %s, expires %s\n", terminal.Clean(r.Key.Scope), terminal.Clean(r.Key.Value), r.Status, stamp(r.CreatedAt), stamp(r.ExpiresAt))
 	fmt.Fprintf(a.stderr, "With yes %s.\nThen a retry of the request RUNS AGAIN, and can PAY TWICE. Type yes to go on: ", means)
 	answers := make(chan string, 1)
 	go func() {

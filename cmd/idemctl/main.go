@@ -21,6 +21,7 @@ import (
 	"github.com/alecthomas/kong"
 	"github.com/jackc/pgx/v5/pgconn"
 
+	"github.com/paidonce/idempotency/cmd/internal/terminal"
 	"github.com/paidonce/idempotency/storage/postgres"
 	"github.com/paidonce/idempotency/storage/postgres/operator"
 )
@@ -124,7 +125,7 @@ func run() int {
 		return exited
 	}
 	if err != nil {
-		fmt.Fprintln(os.Stderr, "idemctl:", withoutArguments(err.Error(), os.Args[1:], parser.Model))
+		fmt.Fprintln(os.Stderr, "idemctl:", terminal.Clean(withoutArguments(err.Error(), os.Args[1:], parser.Model)))
 		fmt.Fprintln(os.Stderr, "idemctl --help, or idemctl COMMAND --help, says what there is")
 		return exitUsage
 	}
@@ -134,7 +135,7 @@ func run() int {
 	}
 	if err != nil && !errors.Is(err, errFindings) { // which is on stdout already
 		// pgx lists each address that it tried on a line of its own.
-		fmt.Fprintln(os.Stderr, "idemctl:", strings.Join(strings.Fields(err.Error()), " "))
+		fmt.Fprintln(os.Stderr, "idemctl:", terminal.Clean(strings.Join(strings.Fields(err.Error()), " ")))
 		if errors.As(err, new(*pgconn.ConnectError)) {
 			fmt.Fprintln(os.Stderr, "see --database-url, DATABASE_URL and the variables of libpq (PGHOST, PGPORT, PGSERVICE, ...), and that the server is up")
 		}

@@ -1,15 +1,14 @@
 package main
 
 import (
-	"encoding/json"
 	"fmt"
 	"io"
 	"strconv"
 	"strings"
 	"text/tabwriter"
 	"time"
-	"unicode"
 
+	"github.com/paidonce/idempotency/cmd/internal/terminal"
 	"github.com/paidonce/idempotency/storage/postgres/operator"
 )
 
@@ -97,9 +96,7 @@ func eventOf(e *operator.Event) eventJSON {
 
 // printJSON prints one object on one line.
 func (a *app) printJSON(value any) error {
-	encoder := json.NewEncoder(a.out)
-	encoder.SetEscapeHTML(false)
-	if err := encoder.Encode(value); err != nil {
+	if err := terminal.WriteJSON(a.out, value, ""); err != nil {
 		return fmt.Errorf("print: %w", err)
 	}
 	return nil
@@ -122,17 +119,6 @@ func (a *app) printf(format string, arguments ...any) error {
 		return fmt.Errorf("print: %w", err)
 	}
 	return nil
-}
-
-// clean returns text that somebody else wrote fit for a terminal: a scope, a header or a reason may hold what moves the
-// cursor or sets the window's title.
-func clean(text string) string {
-	for _, r := range text {
-		if !unicode.IsPrint(r) || r == unicode.ReplacementChar {
-			return strconv.Quote(text)
-		}
-	}
-	return text
 }
 
 func orDash(text string) string {
@@ -167,7 +153,7 @@ func holderText(h *operator.Holder) string {
 	}
 	for _, part := range []string{h.State, h.WaitEvent, h.Application, h.Client} {
 		if part != "" {
-			parts = append(parts, clean(part))
+			parts = append(parts, terminal.Clean(part))
 		}
 	}
 	return strings.Join(parts, ", ")
@@ -177,7 +163,7 @@ func eventText(e *operator.Event) string {
 	var parts []string
 	add := func(name, value string) {
 		if value != "" {
-			parts = append(parts, name+clean(value))
+			parts = append(parts, name+terminal.Clean(value))
 		}
 	}
 	if e.Status != 0 {

@@ -8,6 +8,7 @@ import (
 
 	"golang.org/x/term"
 
+	"github.com/paidonce/idempotency/cmd/internal/terminal"
 	"github.com/paidonce/idempotency/migrations"
 	"github.com/paidonce/idempotency/storage/postgres"
 	"github.com/paidonce/idempotency/storage/postgres/operator"
@@ -43,7 +44,7 @@ func (c *upCommand) Run(a *app) error {
 			return err
 		}
 		defer pool.Close()
-		return migrations.Up(a.ctx, pool, &migrations.Options{Schema: a.cli.Schema})
+		return migrations.Up(a.ctx, pool, a.migrateOptions())
 	})
 }
 
@@ -58,12 +59,29 @@ func (c *downCommand) Run(a *app) error {
 			return err
 		}
 		defer pool.Close()
-		return migrations.DownTo(a.ctx, pool, *c.To, &migrations.Options{Schema: a.cli.Schema})
+		return migrations.DownTo(a.ctx, pool, *c.To, a.migrateOptions())
 	})
 }
 
 // Run is called by kong.
 func (c *statusCommand) Run(a *app) error { return a.migrated(func() error { return nil }) }
+
+// migrateOptions say what a migration waits for, on stderr, once for each holder of what it needs.
+func (a *app) migrateOptions() *migrations.Options {
+	told := map[string]bool{}
+	return &migrations.Options{Schema: a.cli.Schema, Waiting: func(w migrations.Waiting) {
+		if len(w.Blockers) == 0 && w.Tries > 1 && !told[w.What] {
+			told[w.What] = true
+			fmt.Fprintf(a.stderr, "%s waits for a lock; it can't be seen who holds it (GRANT pg_monitor)\n", w.What)
+		}
+		for _, blocker := range w.Blockers {
+			if name := fmt.Sprint(w.What, blocker.PID); !told[name] {
+				told[name] = true
+				fmt.Fprintf(a.stderr, "%s waits for %s; requests go on, and Ctrl-C undoes what was begun\n", w.What, terminal.Clean(blocker.String()))
+			}
+		}
+	}}
+}
 
 // migrated calls do, and prints the version that there is then.
 func (a *app) migrated(do func() error) error {
@@ -117,9 +135,9 @@ func (c *doctorCommand) Run(a *app) error {
 				worst = f.Level
 			}
 			out.Findings = append(out.Findings, findingJSON{f.Check, string(f.Level), f.What, f.Remedy})
-			lines = append(lines, fmt.Sprintf("%s\t%s\t%s", f.Level, f.Check, clean(f.What)))
+			lines = append(lines, fmt.Sprintf("%s\t%s\t%s", f.Level, f.Check, terminal.Clean(f.What)))
 			if f.Remedy != "" {
-				lines = append(lines, "\t\t-> "+clean(f.Remedy))
+				lines = append(lines, "\t\t-> "+terminal.Clean(f.Remedy))
 			}
 		}
 		out.Verdict = string(worst)

@@ -17,8 +17,8 @@ import (
 	"github.com/paidonce/idempotency"
 )
 
-// terminal is the program at a terminal, with somebody who reads and types.
-type terminal struct {
+// person is somebody at the program at a terminal, with somebody who reads and types.
+type person struct {
 	t      *testing.T
 	cmd    *exec.Cmd
 	keys   *os.File
@@ -28,7 +28,7 @@ type terminal struct {
 }
 
 // at starts the program at a terminal.
-func (b *testBundle) at(t *testing.T, args ...string) *terminal {
+func (b *testBundle) at(t *testing.T, args ...string) *person {
 	t.Helper()
 	keys, err := os.OpenFile("/dev/ptmx", os.O_RDWR|syscall.O_NOCTTY, 0)
 	if err != nil {
@@ -55,7 +55,7 @@ func (b *testBundle) at(t *testing.T, args ...string) *terminal {
 	defer func() { _ = tty.Close() }() // the program has its own
 	ctx, cancel := context.WithTimeout(context.Background(), waitMax)
 	t.Cleanup(cancel)
-	term := &terminal{t: t, cmd: command(ctx, b.url, args...), keys: keys, ended: make(chan struct{})}
+	term := &person{t: t, cmd: command(ctx, b.url, args...), keys: keys, ended: make(chan struct{})}
 	term.cmd.Stdin, term.cmd.Stdout, term.cmd.Stderr = tty, tty, tty
 	term.cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true, Setctty: true}
 	if err := term.cmd.Start(); err != nil {
@@ -77,14 +77,14 @@ func (b *testBundle) at(t *testing.T, args ...string) *terminal {
 	return term
 }
 
-func (term *terminal) text() string {
+func (term *person) text() string {
 	term.mu.Lock()
 	defer term.mu.Unlock()
 	return term.screen.String()
 }
 
 // sees waits until the screen shows a text.
-func (term *terminal) sees(text string) {
+func (term *person) sees(text string) {
 	term.t.Helper()
 	for deadline := time.Now().Add(waitMax); !strings.Contains(term.text(), text); time.Sleep(5 * time.Millisecond) {
 		if time.Now().After(deadline) {
@@ -93,7 +93,7 @@ func (term *terminal) sees(text string) {
 	}
 }
 
-func (term *terminal) types(text string) {
+func (term *person) types(text string) {
 	term.t.Helper()
 	if _, err := term.keys.WriteString(text); err != nil {
 		term.t.Fatal(err)
@@ -101,7 +101,7 @@ func (term *terminal) types(text string) {
 }
 
 // code waits for the program to end and returns its exit code.
-func (term *terminal) code() int {
+func (term *person) code() int {
 	_ = term.cmd.Wait() // the code says it
 	<-term.ended
 	return term.cmd.ProcessState.ExitCode()

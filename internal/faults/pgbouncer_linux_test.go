@@ -185,6 +185,14 @@ type bouncer struct {
 
 func startBouncer(t *testing.T, onCommit func(pgfault.Commit) pgfault.Fault) *bouncer {
 	t.Helper()
+	b := startBouncerIn(t, "pool_mode = transaction", bouncerConnections, onCommit)
+	migrateUp(t, b.direct)
+	return b
+}
+
+// startBouncerIn starts one with settings of its own, in front of an empty database.
+func startBouncerIn(t *testing.T, settings string, connections int, onCommit func(pgfault.Commit) pgfault.Fault) *bouncer {
+	t.Helper()
 	program, err := exec.LookPath("pgbouncer")
 	if err != nil {
 		program, err = exec.LookPath("/usr/sbin/pgbouncer")
@@ -194,7 +202,6 @@ func startBouncer(t *testing.T, onCommit func(pgfault.Commit) pgfault.Fault) *bo
 	}
 	server := pgtest.Server(t)
 	b := &bouncer{direct: pgtest.Database(t)}
-	migrateUp(t, b.direct)
 	network, address, err := pgfault.Upstream(b.direct)
 	if err != nil {
 		t.Fatal(err)
@@ -213,14 +220,14 @@ func startBouncer(t *testing.T, onCommit func(pgfault.Commit) pgfault.Fault) *bo
 	config := fmt.Sprintf(`[databases]
 * = host=%s port=%s user=postgres
 [pgbouncer]
-pool_mode = transaction
+%s
 default_pool_size = %d
 max_client_conn = 200
 auth_type = any
 listen_addr =
 listen_port = 6432
 unix_socket_dir = %s
-`, upstream.Hostname(), upstream.Port(), bouncerConnections, dir)
+`, upstream.Hostname(), upstream.Port(), settings, connections, dir)
 	file := filepath.Join(dir, "pgbouncer.ini")
 	if err := os.WriteFile(file, []byte(config), 0o644); err != nil {
 		t.Fatal(err)
@@ -228,7 +235,7 @@ unix_socket_dir = %s
 	startProgram(t, asAccountOf(t, server, dir, exec.Command(program, file)))
 	query := url.Values{"host": {dir}, "port": {"6432"}, "sslmode": {"disable"}}
 	b.url = "postgres://postgres@" + upstream.Path + "?" + query.Encode()
-	await(t, b.url+"&default_query_exec_mode=exec", "pgbouncer answers", "true")
+	await(t, b.url+"&default_query_exec_mode=simple_protocol", "pgbouncer answers", "true")
 	return b
 }
 

@@ -61,9 +61,11 @@ func round(ctx context.Context, a, b *pgx.Conn, first process) (shared bool, err
 	if err != nil {
 		return false, err
 	}
-	again, err := look(ctx, a)
-	if err != nil {
-		return false, err
+	again := first
+	if other != first { // else a, which has none, could wait for the one that b holds
+		if again, err = look(ctx, a); err != nil {
+			return false, err
+		}
 	}
 	if _, err := b.Exec(ctx, "ROLLBACK", pgx.QueryExecModeExec); err != nil {
 		return false, err

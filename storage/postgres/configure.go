@@ -23,8 +23,9 @@ var ErrEscape = errors.New("idempotency/postgres: an idempotent handler must not
 //
 //   - the settings of opts. One that the config already has stays, but for synchronous_commit.
 //   - TCP keep-alives, so that the server notices a service that vanished
-//   - our statements prepared on connect, in pgx's default mode, so that a warm connection parses nothing. Where the
-//     table is not there yet, as before the first migration, they are sent as text for that connection's life.
+//   - our statements prepared on connect, in pgx's default mode, so that a warm connection parses nothing. If the
+//     table is not there yet, as before the first migration, or is locked for longer than Options.PrepareTimeout, they are sent as
+//     text for that connection's life.
 //   - a notice handler, which learns that a COMMIT did not wait for the standbys
 //   - a tracer that refuses an Acquire whose context is a running handler's, with [ErrEscape]
 //
@@ -55,7 +56,7 @@ func Configure(config *pgxpool.Config, opts *Options) {
 				if ctx.Value(unpreparedKey{}) != nil {
 					return nil
 				}
-				return statements.prepare(ctx, conn.PgConn(), names)
+				return statements.prepare(ctx, conn.PgConn(), names, o.PrepareTimeout)
 			}
 		}
 	}

@@ -260,14 +260,14 @@ func TestOptionsThatCannotWorkPanic(t *testing.T) {
 	}
 	for _, opts := range []*postgres.Options{
 		{Schema: "Public"}, {Schema: "a.b"}, {Schema: `a"b`}, {Schema: "1a"}, {Schema: "pg_x"}, {Schema: strings.Repeat("a", 64)},
-		{Isolation: "chaos"}, {AcquireTimeout: -1}, {LockTimeout: time.Microsecond}, {SynchronousCommit: "off"},
+		{Isolation: "chaos"}, {AcquireTimeout: -1}, {LockTimeout: time.Microsecond}, {PrepareTimeout: time.Microsecond}, {SynchronousCommit: "off"},
 		{IdleInTransactionTimeout: postgres.IdleInTransactionTimeoutMax},
 	} {
 		if text := panics(func() { postgres.New(pool, opts) }); !strings.HasPrefix(text, "idempotency/postgres: ") {
 			t.Errorf("%+v: %q", opts, text)
 		}
 	}
-	for _, opts := range []*postgres.Options{nil, {Schema: strings.Repeat("a", 63)}, {Isolation: pgx.Serializable}, {LockTimeout: time.Millisecond}, {IdleInTransactionTimeout: postgres.IdleInTransactionTimeoutMax - 1}} {
+	for _, opts := range []*postgres.Options{nil, {Schema: strings.Repeat("a", 63)}, {Isolation: pgx.Serializable}, {LockTimeout: time.Millisecond}, {PrepareTimeout: time.Millisecond}, {IdleInTransactionTimeout: postgres.IdleInTransactionTimeoutMax - 1}} {
 		if text := panics(func() { postgres.New(pool, opts) }); text != "" {
 			t.Errorf("%+v: %q", opts, text)
 		}

@@ -168,17 +168,40 @@ func (s *statements) namesOn(conn *pgconn.PgConn) *preparedNames {
 	return p
 }
 
-// prepare prepares the statements on a new connection. A table that is not there yet is no error: the connection may
-// be the one that a migration needs. Its statements are then parsed anew each time, which costs no round trip either.
-func (s *statements) prepare(ctx context.Context, conn *pgconn.PgConn, p *preparedNames) error {
+// prepare prepares the statements on a new connection, in one round trip. The connection is good without them: they are then sent as
+// text, which costs no round trip either. So a table that is not there yet is no error, because the connection may be the one that
+// a migration needs, and neither is one that somebody has locked for longer than timeout, because the connection may be for a
+// request that needs no record.
+func (s *statements) prepare(ctx context.Context, conn *pgconn.PgConn, p *preparedNames, timeout time.Duration) error {
+	pipeline := conn.StartPipeline(ctx)
+	// For the transaction, which all that comes before the Sync is.
+	pipeline.SendQueryParams("SELECT pg_catalog.set_config('lock_timeout', $1, true)",
+		[][]byte{strconv.AppendInt(nil, timeout.Milliseconds(), 10)}, []uint32{pgtype.TextOID}, nil, nil)
 	for _, one := range s.all() {
-		if _, err := conn.Prepare(ctx, p.names[one.number], one.sql, one.oids); err != nil {
-			var pgErr *pgconn.PgError
-			if errors.As(err, &pgErr) && (pgErr.Code == "42P01" || pgErr.Code == "3F000") {
-				return nil
-			}
-			return fmt.Errorf("idempotency/postgres: prepare: %w", sqlError(err))
+		pipeline.SendPrepare(p.names[one.number], one.sql, one.oids)
+	}
+	err := pipeline.Sync()
+	for err == nil {
+		var result any
+		if result, err = pipeline.GetResults(); result == nil {
+			break
 		}
+		if reader, ok := result.(*pgconn.ResultReader); ok {
+			_, err = reader.Close()
+		}
+	}
+	if closeErr := pipeline.Close(); err == nil {
+		err = closeErr
+	}
+	var pgErr *pgconn.PgError
+	if errors.As(err, &pgErr) {
+		switch pgErr.Code {
+		case "42P01", "3F000", "55P03", "57014": // no table, no schema, lock_timeout, statement_timeout
+			return nil
+		}
+	}
+	if err != nil {
+		return fmt.Errorf("idempotency/postgres: prepare: %w", sqlError(err))
 	}
 	conn.CustomData()[preparedMark] = p
 	return nil

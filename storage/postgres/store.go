@@ -24,6 +24,7 @@ const (
 	AcquireTimeoutDefault           = time.Second
 	StatementTimeoutDefault         = 10 * time.Second
 	LockTimeoutDefault              = 5 * time.Second
+	PrepareTimeoutDefault           = 250 * time.Millisecond
 	IdleInTransactionTimeoutDefault = 20 * time.Second
 
 	ResolversMaxDefault = 8
@@ -54,6 +55,11 @@ type Options struct {
 	StatementTimeout         time.Duration
 	LockTimeout              time.Duration
 	IdleInTransactionTimeout time.Duration
+
+	// PrepareTimeout is how long a new connection waits for the table when [Configure] prepares the store's statements on it.
+	// If somebody has the table locked for longer, as a migration has, the connection goes without them: all works, and the server
+	// parses each statement anew. Defaults to 250 milliseconds; at least 1 millisecond.
+	PrepareTimeout time.Duration
 
 	// SynchronousCommit is what COMMIT waits for: "on", the default, or "remote_apply". Weaker ones are refused: they
 	// answer before the answer is safe.
@@ -99,6 +105,7 @@ func (o *Options) full() *Options {
 		{"AcquireTimeout", &full.AcquireTimeout, AcquireTimeoutDefault},
 		{"StatementTimeout", &full.StatementTimeout, StatementTimeoutDefault},
 		{"LockTimeout", &full.LockTimeout, LockTimeoutDefault},
+		{"PrepareTimeout", &full.PrepareTimeout, PrepareTimeoutDefault},
 		{"IdleInTransactionTimeout", &full.IdleInTransactionTimeout, IdleInTransactionTimeoutDefault},
 	} {
 		if *field.value == 0 {

@@ -10,6 +10,7 @@ import (
 	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgconn"
 
+	"github.com/paidonce/idempotency/internal/pooler"
 	"github.com/paidonce/idempotency/storage/postgres"
 )
 
@@ -189,51 +190,29 @@ func (e *examination) primary(ctx context.Context) error {
 	return nil
 }
 
-// pooler finds out whether a pooler such as PgBouncer is in between: the number that a session was given when it
-// connected is its server process's, unless somebody else gave it. In transaction mode two clients get to see the same
-// process, or one client sees two.
+// pooler finds out whether a pooler such as PgBouncer is in between.
 func (e *examination) pooler(ctx context.Context) error {
 	a, err := e.connect(ctx)
 	if err != nil {
 		return err
 	}
 	defer closeConn(a)
-	pidOf := func(conn *pgx.Conn) (pid uint32, err error) {
-		err = conn.QueryRow(ctx, "SELECT pg_backend_pid()", pgx.QueryExecModeExec).Scan(&pid)
-		return pid, err
-	}
-	first, err := pidOf(a)
-	if err != nil {
-		return err
-	}
-	if a.PgConn().PID() == first {
-		e.ok("none in between")
-		return nil
-	}
 	b, err := e.connect(ctx)
 	if err != nil {
 		return err
 	}
 	defer closeConn(b)
-	tx, err := b.Begin(ctx)
-	if err != nil {
+	switch mode, err := pooler.Find(ctx, a, b); {
+	case err != nil:
 		return err
-	}
-	defer func() { _ = tx.Rollback(ctx) }() // it is closed next
-	second, err := pidOf(b)
-	if err != nil {
-		return err
-	}
-	again, err := pidOf(a)
-	if err != nil {
-		return err
-	}
-	if second == first || again != first {
-		e.warn("services on it need postgres.Options.TransactionPooling and pgx.QueryExecModeExec or CacheDescribe; see docs/guarantees.md, F31",
+	case mode == pooler.Transaction:
+		e.warn("services on it need postgres.Options.TransactionPooling and pgx.QueryExecModeExec or CacheDescribe; see docs/guarantees.md, F31. Migrations go around it",
 			"a pooler is in between, and hands out a server connection per transaction")
-		return nil
+	case mode == pooler.Session:
+		e.ok("a pooler is in between, and a client keeps its server connection as far as can be seen")
+	default:
+		e.ok("none in between")
 	}
-	e.ok("a pooler is in between, and a client keeps its server connection as far as can be seen")
 	return nil
 }
 

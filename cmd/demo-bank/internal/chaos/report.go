@@ -1,7 +1,6 @@
 package chaos
 
 import (
-	"encoding/json"
 	"fmt"
 	"io"
 	"maps"
@@ -12,6 +11,7 @@ import (
 	"text/tabwriter"
 
 	"github.com/paidonce/idempotency/cmd/demo-bank/internal/check"
+	"github.com/paidonce/idempotency/cmd/internal/terminal"
 )
 
 // Count is how often something happened. Fewer than Least is a failure of the run: what was not hit was not tested.
@@ -233,9 +233,7 @@ func versions(postgres string) Versions {
 
 // WriteJSON writes the report as one JSON object.
 func (p *Report) WriteJSON(w io.Writer) error {
-	encoder := json.NewEncoder(w)
-	encoder.SetEscapeHTML(false)
-	return encoder.Encode(p)
+	return terminal.WriteJSON(w, p, "")
 }
 
 // WriteText writes the report for people.
@@ -288,7 +286,7 @@ func (p *Report) WriteText(w io.Writer) error {
 		}
 		fmt.Fprintf(table, "%s\t%s\t%d looked at\t%s\n", c.Name, verdict, c.Seen, c.Title)
 		for _, example := range c.Examples {
-			fmt.Fprintf(table, "\t  %s\n", example)
+			fmt.Fprintf(table, "\t  %s\n", terminal.Clean(example))
 		}
 	}
 	if err := table.Flush(); err != nil {
@@ -296,7 +294,7 @@ func (p *Report) WriteText(w io.Writer) error {
 	}
 	fmt.Fprintf(&b, "\n")
 	for _, broken := range p.Broken {
-		fmt.Fprintf(&b, "broken: %s\n", broken)
+		fmt.Fprintf(&b, "broken: %s\n", terminal.Clean(broken))
 	}
 	if p.Kept != "" {
 		fmt.Fprintf(&b, "kept: %s\n", p.Kept)

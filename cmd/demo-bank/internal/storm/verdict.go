@@ -2,7 +2,6 @@ package storm
 
 import (
 	"context"
-	"encoding/json"
 	"fmt"
 	"io"
 	"strings"
@@ -16,6 +15,7 @@ import (
 	"github.com/paidonce/idempotency"
 	keyed "github.com/paidonce/idempotency/client"
 	"github.com/paidonce/idempotency/cmd/demo-bank/internal/bank"
+	"github.com/paidonce/idempotency/cmd/internal/terminal"
 )
 
 // tally counts what the clients met. It is safe for concurrent use.
@@ -254,9 +254,7 @@ const VerdictNone = "none"
 
 // WriteJSON writes the report as one JSON object.
 func (r *Report) WriteJSON(w io.Writer) error {
-	encoder := json.NewEncoder(w)
-	encoder.SetEscapeHTML(false)
-	return encoder.Encode(r)
+	return terminal.WriteJSON(w, r, "")
 }
 
 // WriteText writes the report for people.
@@ -295,10 +293,10 @@ func (r *Report) WriteText(w io.Writer) error {
 	}
 	fmt.Fprintf(&b, "\nverdict: %s\n", r.Verdict)
 	for _, broken := range r.Broken {
-		fmt.Fprintf(&b, "  broken: %s\n", broken)
+		fmt.Fprintf(&b, "  broken: %s\n", terminal.Clean(broken))
 	}
 	for _, example := range r.Examples {
-		fmt.Fprintf(&b, "  %s\n", example)
+		fmt.Fprintf(&b, "  %s\n", terminal.Clean(example))
 	}
 	_, err := io.WriteString(w, b.String())
 	return err

@@ -1,0 +1,152 @@
+package faults_test
+
+import (
+	"context"
+	"errors"
+	"strings"
+	"sync"
+	"testing"
+
+	"github.com/jackc/pgx/v5"
+	"github.com/jackc/pgx/v5/pgxpool"
+
+	"github.com/paidonce/idempotency/migrations"
+)
+
+// A migration's search_path, timeouts and lock are the session's. A pooler that hands server connections on would leave them to
+// other clients: it is found out before anything is changed.
+func TestF31MigrationThroughAPoolerThatHandsConnectionsOnIsRefused(t *testing.T) {
+	t.Parallel()
+	for name, test := range map[string]struct {
+		settings    string
+		connections int
+		others      int // clients that use the pooler meanwhile
+	}{
+		"transaction mode":                   {"pool_mode = transaction", 8, 0},
+		"transaction mode, beside others":    {"pool_mode = transaction", 8, 6},
+		"transaction mode, round robin":      {"pool_mode = transaction\nserver_round_robin = 1", 8, 3},
+		"transaction mode, one connection":   {"pool_mode = transaction", 1, 0},
+		"transaction mode, settings ignored": {"pool_mode = transaction\nignore_startup_parameters = search_path,lock_timeout,statement_timeout", 8, 0},
+		"statement mode":                     {"pool_mode = statement", 8, 0},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			b := startBouncerIn(t, test.settings, test.connections, nil)
+			stop := b.busy(t, test.others)
+			pool := b.open(t)
+			for call, migrate := range map[string]func(context.Context, *pgxpool.Pool, *migrations.Options) error{"Up": migrations.Up, "Down": migrations.Down} {
+				err := migrate(t.Context(), pool, &migrations.Options{Schema: "payments"})
+				if !errors.Is(err, migrations.ErrPooler) || !strings.Contains(err.Error(), "connect to PostgreSQL itself") {
+					t.Errorf("%s: %v; want ErrPooler, and what to do", call, err)
+				}
+			}
+			if version, err := migrations.Version(t.Context(), pool, &migrations.Options{Schema: "payments"}); version != 0 || err != nil {
+				t.Errorf("a look at the version, which holds nothing: %d, %v", version, err)
+			}
+			stop()
+			if n := count(t, b.direct, "SELECT count(*) FROM pg_namespace WHERE nspname = 'payments'"); n != 0 {
+				t.Error("the schema was made")
+			}
+			b.nothingIsLeft(t, test.connections)
+
+			// The remedy.
+			direct, err := pgxpool.New(t.Context(), b.direct)
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer direct.Close()
+			if err := migrations.Up(t.Context(), direct, &migrations.Options{Schema: "payments"}); err != nil {
+				t.Errorf("on PostgreSQL itself: %v", err)
+			}
+		})
+	}
+}
+
+// In session mode a client's server connection is its own, and is reset before the next gets it, by us if not by the pooler. A proxy
+// that passes everything on is no pooler.
+func TestF31MigrationThroughAPoolerInSessionMode(t *testing.T) {
+	t.Parallel()
+	for name, settings := range map[string]string{"as it comes": "", "which resets nothing": "\nserver_reset_query ="} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			const connections = 8
+			b := startBouncerIn(t, "pool_mode = session"+settings, connections, nil)
+			stop := b.busy(t, 3)
+			pool := b.open(t)
+			for range 3 {
+				if err := migrations.Up(t.Context(), pool, &migrations.Options{Schema: "payments"}); err != nil {
+					t.Error(err)
+				}
+			}
+			stop()
+			b.nothingIsLeft(t, connections)
+			proxied, err := pgxpool.New(t.Context(), b.proxy.URL(b.direct))
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer proxied.Close()
+			if err := migrations.Down(t.Context(), proxied, &migrations.Options{Schema: "payments"}); err != nil {
+				t.Errorf("through a proxy: %v", err)
+			}
+		})
+	}
+}
+
+func (b *bouncer) open(t *testing.T) *pgxpool.Pool {
+	t.Helper()
+	pool, err := pgxpool.New(t.Context(), b.url+"&default_query_exec_mode=exec")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(pool.Close)
+	return pool
+}
+
+// busy has clients use the pooler until stop is called.
+func (b *bouncer) busy(t *testing.T, clients int) (stop func()) {
+	t.Helper()
+	ctx, cancel := context.WithCancel(t.Context())
+	var running sync.WaitGroup
+	for range clients {
+		conn, err := pgx.Connect(ctx, b.url+"&default_query_exec_mode=exec")
+		if err != nil {
+			t.Fatal(err)
+		}
+		running.Go(func() {
+			defer func() { _ = conn.Close(context.Background()) }()
+			for ctx.Err() == nil {
+				if _, err := conn.Exec(ctx, "SELECT pg_sleep(0.001)"); err != nil && ctx.Err() == nil {
+					t.Error(err)
+					return
+				}
+			}
+		})
+	}
+	return func() { cancel(); running.Wait() }
+}
+
+// nothingIsLeft looks at server connections as other clients get them, and at the locks of all.
+func (b *bouncer) nothingIsLeft(t *testing.T, connections int) {
+	t.Helper()
+	const settings = `SELECT string_agg(name || '=' || setting, ' ' ORDER BY name) FROM pg_settings WHERE name IN
+		('statement_timeout', 'lock_timeout', 'idle_in_transaction_session_timeout', 'search_path')`
+	var want string
+	query(t, b.direct, &want, settings)
+	for range connections {
+		conn, err := pgx.Connect(t.Context(), b.url+"&default_query_exec_mode=simple_protocol")
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer conn.Close(context.WithoutCancel(t.Context()))
+		var got string
+		if err := conn.QueryRow(t.Context(), settings).Scan(&got); err != nil {
+			t.Fatal(err)
+		}
+		if got != want {
+			t.Errorf("another client finds %s, want %s", got, want)
+		}
+	}
+	if n := count(t, b.direct, "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND database = (SELECT oid FROM pg_database WHERE datname = current_database())"); n != 0 {
+		t.Errorf("%d advisory locks are left", n)
+	}
+}

@@ -1,0 +1,103 @@
+package postgres_test
+
+import (
+	"context"
+	"testing"
+	"time"
+
+	"github.com/jackc/pgx/v5"
+	"github.com/jackc/pgx/v5/pgxpool"
+
+	"github.com/paidonce/idempotency"
+	"github.com/paidonce/idempotency/storage/postgres"
+)
+
+// While somebody has the table locked, as a migration has or whoever waits for it, new connections serve requests that need no record. They
+// serve the others once the lock is gone, by statements that are sent as text.
+func TestConnectionThatCannotPrepareServesAllTheSame(t *testing.T) {
+	t.Parallel()
+	for name, test := range map[string]struct {
+		timeout  time.Duration
+		prepared bool
+	}{
+		"the lock outlasts the limit": {50 * time.Millisecond, false},
+		"the limit outlasts the lock": {time.Minute, true},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			ctx := t.Context()
+			b := setup(t, &setupOptions{
+				store:     &postgres.Options{PrepareTimeout: test.timeout, AcquireTimeout: 20 * time.Second, LockTimeout: 20 * time.Second},
+				configure: func(config *pgxpool.Config) { config.MaxConns = 1 },
+			})
+			other, err := pgx.Connect(ctx, b.pool.Config().ConnString())
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer func() { _ = other.Close(context.Background()) }()
+			if _, err := other.Exec(ctx, "BEGIN; LOCK TABLE idempotency_keys IN ACCESS EXCLUSIVE MODE"); err != nil {
+				t.Fatal(err)
+			}
+			acquired := make(chan error, 1)
+			go func() {
+				_, err := b.pool.Exec(ctx, "INSERT INTO effects (name) VALUES ('without a key')")
+				acquired <- err
+			}()
+			if test.prepared {
+				waits := "SELECT EXISTS (SELECT FROM pg_locks WHERE NOT granted AND relation = 'idempotency_keys'::regclass)"
+				for waiting := false; !waiting; {
+					if err := other.QueryRow(ctx, waits).Scan(&waiting); err != nil {
+						t.Fatal(err)
+					}
+				}
+			} else if err := <-acquired; err != nil {
+				t.Fatalf("a request without a key: %v", err)
+			}
+			if _, err := other.Exec(ctx, "COMMIT"); err != nil {
+				t.Fatal(err)
+			}
+			if test.prepared {
+				if err := <-acquired; err != nil {
+					t.Fatal(err)
+				}
+			}
+
+			const lookUps = "SELECT count(*) FROM pg_prepared_statements WHERE name LIKE 'idempotency_%' AND statement LIKE 'INSERT INTO%'"
+			if n := b.count(t, lookUps); (n == 1) != test.prepared {
+				t.Errorf("%d of our INSERTs are prepared; want them prepared %v", n, test.prepared)
+			}
+			if timeout := b.count(t, "SELECT setting::int FROM pg_settings WHERE name = 'lock_timeout'"); timeout != 20_000 {
+				t.Errorf("the connection's lock_timeout is %d ms", timeout)
+			}
+			engine := idempotency.NewEngine(b.store, nil)
+			for _, want := range []idempotency.Outcome{idempotency.OutcomeExecuted, idempotency.OutcomeReplayed} {
+				before := b.wire.count()
+				got := engine.Do(ctx, request("k", "body"), func(context.Context) (*idempotency.Answer, error) { return &idempotency.Answer{Status: 201}, nil })
+				if got.Outcome != want {
+					t.Errorf("outcome is %s, %v; want %s", got.Outcome, got.Err, want)
+				}
+				if trips := b.wire.count() - before; trips > 2 {
+					t.Errorf("%s in %d round trips", want, trips)
+				}
+			}
+		})
+	}
+}
+
+// A new connection costs one round trip for all that is prepared.
+func TestPreparingTakesOneRoundTrip(t *testing.T) {
+	t.Parallel()
+	trips := map[bool]int{}
+	for _, cold := range []bool{true, false} {
+		b := setup(t, &setupOptions{cold: cold})
+		conn, err := b.pool.Acquire(t.Context())
+		if err != nil {
+			t.Fatal(err)
+		}
+		trips[cold] = b.wire.count()
+		conn.Release()
+	}
+	if trips[false] != trips[true]+1 {
+		t.Errorf("a connection takes %d round trips, and %d without Configure; want one more", trips[false], trips[true])
+	}
+}
