@@ -266,7 +266,22 @@ func (m *migrator) dirty(version int) error {
 	if before, err := m.before(version); err == nil && before != none {
 		remedy = fmt.Sprintf("UPDATE %s SET version = %d, dirty = false", m.table, before)
 	}
-	return fmt.Errorf("%w: version %d failed in the middle: undo what it left, then `%s`", ErrDirty, version, remedy)
+	if m.own {
+		return fmt.Errorf("%w: version %d failed in the middle: undo what it left, then `%s`", ErrDirty, version, remedy)
+	}
+	return fmt.Errorf("%w: another tool's migration to or from version %d failed in the middle: if the tool sends a file as one, `%s` writes down which version is there",
+		ErrDirty, max(version, 0), m.lookAndMend())
+}
+
+// lookAndMend is SQL that tells this package's versions apart by what each of them made, and mends the table of versions.
+func (m *migrator) lookAndMend() string {
+	quoted := func(table string) string {
+		return "'" + strings.ReplaceAll(pgx.Identifier{m.options.Schema, table}.Sanitize(), "'", "''") + "'"
+	}
+	return fmt.Sprintf("DELETE FROM %[1]s WHERE to_regclass(%[2]s) IS NULL; UPDATE %[1]s SET dirty = false, version = CASE"+
+		" WHEN EXISTS (SELECT FROM pg_constraint WHERE conname = 'idempotency_keys_status_check' AND conrelid = to_regclass(%[2]s)) THEN 1"+
+		" WHEN to_regclass(%[3]s) IS NULL THEN 2 ELSE 3 END",
+		m.table, quoted("idempotency_keys"), quoted("idempotency_audit"))
 }
 
 // after returns the version that follows, if there is one.

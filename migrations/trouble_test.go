@@ -6,6 +6,7 @@ import (
 	"io/fs"
 	"net"
 	"strconv"
+	"strings"
 	"sync/atomic"
 	"testing"
 	"testing/fstest"
@@ -175,5 +176,37 @@ func TestUpOnALaterSchema(t *testing.T) {
 	b.exec(t, "UPDATE idempotency_migrations SET dirty = true")
 	if err := migrations.Up(t.Context(), b.pool, nil); !errors.Is(err, migrations.ErrDirty) {
 		t.Errorf("on a later schema that is dirty: %v", err)
+	}
+}
+
+// The migrate program marks the schema dirty before it runs a file, and may be killed then or later. What Up says tells from what
+// is there which version that is.
+func TestDirtySchemaOfTheMigrateProgram(t *testing.T) {
+	t.Parallel()
+	for there := range uint(migrations.Latest) + 1 {
+		b := setup(t)
+		options := &migrations.Options{Schema: "pay's"}
+		b.up(t, options)
+		if err := migrations.DownTo(t.Context(), b.pool, there, options); err != nil {
+			t.Fatal(err)
+		}
+		for _, marked := range []int{max(int(there), 1), min(int(there)+1, migrations.Latest)} { // on the way down, or up; killed before the file, or after it
+			b.exec(t, `DELETE FROM "pay's".idempotency_migrations`)
+			b.exec(t, `INSERT INTO "pay's".idempotency_migrations VALUES ($1, true)`, marked)
+			err := migrations.Up(t.Context(), b.pool, options)
+			if !errors.Is(err, migrations.ErrDirty) {
+				t.Fatalf("marked as %d: %v", marked, err)
+			}
+			b.exec(t, strings.Split(err.Error(), "`")[1])
+			b.wantVersion(t, options, there)
+		}
+		b.up(t, options)
+		b.wantVersion(t, options, migrations.Latest)
+	}
+	b := setup(t)
+	b.up(t, nil)
+	b.exec(t, "UPDATE idempotency_migrations SET dirty = true")
+	if err := postgres.New(b.pool, nil).Check(t.Context()); !errors.Is(err, postgres.ErrSchemaOutdated) || !strings.Contains(err.Error(), "idemctl migrate up") {
+		t.Errorf("Check says %v", err)
 	}
 }

@@ -1,6 +1,7 @@
 package pgintent_test
 
 import (
+	"context"
 	"errors"
 	"sync"
 	"testing"
@@ -243,6 +244,25 @@ func TestCreateAtOnce(t *testing.T) {
 		})
 	}
 	group.Wait()
+}
+
+// A service that calls Create at each start waits for nobody: a table that is there is not locked for it, whoever holds it.
+func TestCreateOfATableThatIsThereWaitsForNobody(t *testing.T) {
+	t.Parallel()
+	pool := setup(t)
+	tx, err := pool.Begin(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = tx.Rollback(context.Background()) }()
+	if _, err := tx.Exec(t.Context(), "LOCK TABLE idempotency_intents IN ACCESS EXCLUSIVE MODE"); err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second)
+	defer cancel()
+	if err := pgintent.Create(ctx, pool, nil); err != nil {
+		t.Error(err)
+	}
 }
 
 func TestOptionsThatCannotWorkPanic(t *testing.T) {

@@ -3,6 +3,7 @@ package main
 import (
 	"strings"
 	"testing"
+	"time"
 	"unicode"
 
 	"github.com/paidonce/idempotency"
@@ -72,12 +73,16 @@ func TestMigrationThatWaitsSaysForWhom(t *testing.T) {
 	ended := make(chan result, 1)
 	go func() { ended <- b.idemctl(t, "migrate", "down", "--to", "2", "--yes") }()
 	const waits = "SELECT count(*) FROM pg_stat_activity WHERE application_name = 'idemctl' AND wait_event_type = 'Lock' AND datname = current_database()"
-	for tries := 0; tries < 2; { // the first was given up
-		for b.count(t, waits) == 0 {
+	await := func(waiting bool) {
+		for deadline := time.Now().Add(waitMax); b.count(t, waits) > 0 != waiting; {
+			if time.Now().After(deadline) {
+				t.Fatalf("that it waits: never %v", waiting)
+			}
 		}
-		for b.count(t, waits) > 0 {
-		}
-		tries++
+	}
+	for range 2 { // the first try is given up
+		await(true)
+		await(false)
 	}
 	if err := tx.Rollback(ctx); err != nil {
 		t.Fatal(err)

@@ -99,7 +99,7 @@ func (a *app) migrated(do func() error) error {
 		text := fmt.Sprintf("version %d of %d", version, migrations.Latest)
 		switch {
 		case dirty:
-			text += ": its migration failed in the middle. Repair what it left, and force the version with the migrate program"
+			text += ": its migration failed in the middle. idemctl migrate up says how to mend it"
 		case version < postgres.SchemaVersion:
 			text += ": services can't work with it. idemctl migrate up"
 		case version < migrations.Latest:

@@ -17,7 +17,7 @@ import (
 	"github.com/paidonce/idempotency"
 )
 
-// person is somebody at the program at a terminal, with somebody who reads and types.
+// person is somebody at a terminal, who runs the program, reads and types.
 type person struct {
 	t      *testing.T
 	cmd    *exec.Cmd

@@ -176,7 +176,7 @@ func (s *Store) checkVersion(ctx context.Context, versions *string) error {
 	case err != nil:
 		return fmt.Errorf("check: %w", sqlError(err))
 	case dirty:
-		return fmt.Errorf("check: %w: migration %d failed in the middle: repair it and force the version", ErrSchemaOutdated, version)
+		return fmt.Errorf("check: %w: migration %d failed in the middle: idemctl migrate up, or migrations.Up, says how to mend it", ErrSchemaOutdated, version)
 	case version < SchemaVersion:
 		return fmt.Errorf("check: %w: it has version %d, and version %d is needed: run the migrations", ErrSchemaOutdated, version, SchemaVersion)
 	}

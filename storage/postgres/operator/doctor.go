@@ -36,6 +36,7 @@ type Finding struct {
 const (
 	ClockSkewMax      = 5 * time.Second  // between the server and this process
 	ReaperBehindMax   = 10 * time.Minute // since an expired record should be gone
+	TableLockAgeMax   = 2 * time.Second  // of a lock on the table that requests wait behind
 	AttemptAgeMax     = postgres.IdleInTransactionTimeoutMax
 	TransactionAgeMax = 10 * time.Minute // of any transaction, since it keeps vacuum from its work
 	deadRowsShareMax  = 0.2
@@ -64,6 +65,7 @@ var checks = [...]check{
 	{"encryption", (*examination).encryption},
 	{"schema", (*examination).schema},
 	{"index", (*examination).index},
+	{"locks", (*examination).locks},
 	{"rights", (*examination).rights},
 	{"row-security", (*examination).rowSecurity},
 	{"durability", (*examination).durability},
@@ -308,6 +310,37 @@ func (e *examination) index(ctx context.Context) error {
 	}
 	if more > 0 {
 		e.warn("drop what is not needed: looking records up by other columns is what idemctl key list is for", "%d more indexes on the table: each request pays for each", more)
+	}
+	return nil
+}
+
+// locks looks for whoever holds the table so that requests have to wait, or waits to do so: every later request waits behind
+// it, for as long as whoever is before it takes. ALTER TABLE, VACUUM FULL and LOCK TABLE do that.
+func (e *examination) locks(ctx context.Context) error {
+	var pid int
+	var granted bool
+	var seconds float64
+	var before string
+	err := e.row(ctx, `
+		SELECT l.pid, l.granted, age.s, COALESCE((SELECT string_agg(DISTINCT b::text, ', ') FROM unnest(CASE WHEN NOT l.granted THEN pg_blocking_pids(l.pid) END) AS b), '')
+		FROM pg_locks AS l LEFT JOIN pg_stat_activity AS a ON a.pid = l.pid,
+		LATERAL (SELECT COALESCE(extract(epoch FROM clock_timestamp() - CASE WHEN l.granted THEN a.xact_start ELSE l.waitstart END), 0)::float8 AS s) AS age
+		WHERE l.relation = to_regclass($1) AND l.database = (SELECT oid FROM pg_database WHERE datname = current_database())
+		AND l.mode IN ('ShareLock', 'ShareRowExclusiveLock', 'ExclusiveLock', 'AccessExclusiveLock')
+		ORDER BY age.s DESC LIMIT 1`, []any{e.o.keys}, &pid, &granted, &seconds, &before)
+	age := time.Duration(seconds * float64(time.Second)).Round(100 * time.Millisecond)
+	switch {
+	case errors.Is(err, pgx.ErrNoRows), err == nil && age <= TableLockAgeMax:
+		e.ok("nobody keeps requests from the table")
+		return nil
+	case err != nil:
+		return err
+	case granted:
+		e.fail(fmt.Sprintf("wait for it, or SELECT pg_terminate_backend(%d), which undoes what it did", pid),
+			"process %d has had the table locked for %v: requests wait for it", pid, age)
+	default:
+		e.fail(fmt.Sprintf("SELECT pg_cancel_backend(%d), and requests go on; then idemctl migrate up, or SET lock_timeout = '1s' before what it did", pid),
+			"process %d has waited for a lock on the table for %v, behind %s: requests wait behind it", pid, age, before)
 	}
 	return nil
 }
