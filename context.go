@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"reflect"
+	"sync/atomic"
 	"time"
 )
 
@@ -15,6 +16,8 @@ type contextKey struct{}
 type running struct {
 	key     Key
 	attempt AttemptID
+	service string
+	derived *atomic.Bool // whether any run of the request has asked for a derived key
 }
 
 // attemptContext carries the attempt: a context.WithValue whose value lies within.
@@ -80,14 +83,32 @@ func KeyFrom(ctx context.Context) (Key, bool) {
 // original from it. It has the layout of a version 8 UUID (RFC 9562).
 //
 // What the handler does outside its transaction happens at least once, and a decline or a rollback does not undo it.
-// With a derived key the other side can tell the repetitions. A request that came without a key gets a key of this one attempt. It panics outside an idempotent
-// handler, because a key that is not stable would be worse than none.
+// With a derived key the other side can tell the repetitions. So from this call on the request is never not-executed: if
+// nothing is recorded, because its answer is forgotten, it fails, or its commit does, it is [OutcomeUnknown], and the
+// client goes on with the same key. That holds for all runs of one [Engine.Do], whichever asked. The key must be asked for
+// before the handler returns; a goroutine that asks later does not change what the client is told.
+//
+// A request that came without a key gets a key of this one attempt, which no retry can repeat: if it is unknown it stays
+// so. [Options.Service] tells the keys of two services apart. It may be called from several goroutines. It panics outside
+// an idempotent handler, because a key that is not stable would be worse than none.
 func DerivedKey(ctx context.Context, name string) string {
 	r, ok := ctx.Value(contextKey{}).(*running)
 	if !ok {
 		panic(UsageError("idempotency: DerivedKey outside an idempotent handler: pass the request's context on"))
 	}
-	fields := appendField(nil, "paidonce derived key 1")
+	r.derived.Store(true)
+	return r.derive(name)
+}
+
+// derive makes a derived key, and does not say that the handler has asked for one.
+func (r *running) derive(name string) string {
+	var fields []byte
+	if r.service == "" {
+		fields = appendField(nil, "paidonce derived key 1")
+	} else {
+		fields = appendField(nil, "paidonce derived key 2")
+		fields = appendField(fields, r.service)
+	}
 	fields = appendField(fields, r.key.Scope)
 	fields = appendField(fields, r.key.Value)
 	if r.key.Value == "" {

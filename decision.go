@@ -11,7 +11,7 @@ const (
 	OutcomeReplayed    Outcome = "replayed"     // an earlier attempt's answer, repeated
 	OutcomeInProgress  Outcome = "in-progress"  // another attempt is running
 	OutcomeMismatch    Outcome = "mismatch"     // the key belongs to a different request
-	OutcomeNotExecuted Outcome = "not-executed" // proven: this request left nothing in the database
+	OutcomeNotExecuted Outcome = "not-executed" // proven: this request left nothing in the database, and asked for no DerivedKey
 	OutcomeUnknown     Outcome = "unknown"      // it may or may not have been executed; keep the key and ask again
 )
 
@@ -35,6 +35,7 @@ const (
 	ReasonTransactionLost Reason = "transaction-lost"
 	ReasonUnavailable     Reason = "unavailable"
 	ReasonOutcomeUnknown  Reason = "outcome-unknown"
+	ReasonCallUnknown     Reason = "call-unknown"
 	ReasonRecordCorrupt   Reason = "record-corrupt"
 )
 
@@ -99,6 +100,9 @@ const (
 
 	FactResolvedOurs   // asked again, the store has this attempt's record
 	FactResolvedAbsent // asked again, the store proves that nothing was recorded
+
+	FactCallForgotten  // Forgotten, and a run of the request asked for a derived key
+	FactCallUnknown    // the request ends in another way without a record, and a run of it asked for a derived key
 	FactOutcomeUnknown // what became of the request could not be found out
 )
 
@@ -190,9 +194,44 @@ func Decide(fact Fact) Decision {
 		return Decision{Action: ActionAnswer, Outcome: OutcomeExecuted}
 	case FactResolvedAbsent:
 		return Decision{ActionRefuse, OutcomeNotExecuted, ReasonUnavailable}
+
+	// After all of it, when a derived key was asked for and nothing is recorded.
+	case FactCallForgotten:
+		return Decision{Action: ActionAnswer, Outcome: OutcomeUnknown}
+	case FactCallUnknown:
+		return Decision{ActionRefuse, OutcomeUnknown, ReasonCallUnknown}
 	}
 	// FactOutcomeUnknown, and whatever nobody thought of.
 	return Decision{ActionRefuse, OutcomeUnknown, ReasonOutcomeUnknown}
+}
+
+// factOfEnd is asked last of all about a fact that may end the request, because a request has more than one attempt.
+//
+// If one of them saw that another attempt had recorded the key (recorded), the record may be that of this request. If one of
+// them asked for a [DerivedKey] (derived), another service may have done what no rollback undoes, and only a record would
+// bring a retry the answer to it: no end without one is called not executed, and none invites to a new key.
+func factOfEnd(fact Fact, recorded, derived bool) Fact {
+	switch decision := Decide(fact); {
+	case recorded && decision.Reason == ReasonUnavailable:
+		return FactRecordUnread
+	case !derived:
+	case decision.Outcome == OutcomeNotExecuted && decision.Action == ActionAnswer:
+		return FactCallForgotten
+	case decision.Outcome == OutcomeNotExecuted, decision.Outcome == OutcomeMismatch:
+		return FactCallUnknown
+	}
+	return fact
+}
+
+// passesTurn reports whether a request that ended so leaves its key free, so that the next that waits for it has its turn.
+func passesTurn(result *Result) bool {
+	switch {
+	case result.Record != nil:
+		return false
+	case result.Outcome == OutcomeUnknown: // FactCallForgotten and FactCallUnknown leave nothing in the database
+		return result.Answer != nil || result.Reason == ReasonCallUnknown
+	}
+	return true
 }
 
 // factAfterClaim reads what Begin returned.

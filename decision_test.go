@@ -3,6 +3,7 @@ package idempotency
 import (
 	"errors"
 	"fmt"
+	"maps"
 	"testing"
 )
 
@@ -35,6 +36,8 @@ func TestDecideEveryRow(t *testing.T) {
 		FactCommitUnknown:      {Action: ActionResolve},
 		FactResolvedOurs:       {Action: ActionAnswer, Outcome: OutcomeExecuted},
 		FactResolvedAbsent:     {ActionRefuse, OutcomeNotExecuted, ReasonUnavailable},
+		FactCallForgotten:      {Action: ActionAnswer, Outcome: OutcomeUnknown},
+		FactCallUnknown:        {ActionRefuse, OutcomeUnknown, ReasonCallUnknown},
 		FactOutcomeUnknown:     {ActionRefuse, OutcomeUnknown, ReasonOutcomeUnknown},
 	}
 	unknown := rows[FactOutcomeUnknown]
@@ -60,6 +63,68 @@ func TestDecisionsAreWhole(t *testing.T) {
 		ends := d.Action == ActionAnswer || d.Action == ActionReplay || d.Action == ActionRefuse
 		if ends != (d.Outcome != "") || (d.Action == ActionRefuse) != (d.Reason != "") {
 			t.Errorf("fact %d: %+v", fact, d)
+		}
+	}
+}
+
+// After a derived key was asked for no end without a record says that nothing was executed, or invites to a new key. After
+// another attempt was seen to record the key nothing that was not looked up says so either. Everything else stays.
+func TestFactOfEnd(t *testing.T) {
+	t.Parallel()
+	recorded := map[Fact]Fact{
+		FactUnavailable: FactRecordUnread, FactRestartsSpent: FactRecordUnread, FactDeclineFailed: FactRecordUnread,
+		FactResolvedAbsent: FactRecordUnread,
+	}
+	derived := map[Fact]Fact{
+		FactForgotten: FactCallForgotten,
+
+		FactUnavailable: FactCallUnknown, FactRestartsSpent: FactCallUnknown, FactHandlerFailed: FactCallUnknown,
+		FactCommitAborted: FactCallUnknown, FactDeclineFailed: FactCallUnknown, FactResolvedAbsent: FactCallUnknown,
+		FactRecordedOther: FactCallUnknown,
+	}
+	both := maps.Clone(derived)
+	maps.Copy(both, recorded)
+	for fact := range Fact(255) {
+		for _, test := range []struct {
+			recorded, derived bool
+			want              map[Fact]Fact
+		}{{false, false, nil}, {true, false, recorded}, {false, true, derived}, {true, true, both}} {
+			want, ok := test.want[fact]
+			if !ok {
+				want = fact
+			}
+			got := factOfEnd(fact, test.recorded, test.derived)
+			if got != want {
+				t.Errorf("fact %d, recorded %v, derived %v: %d, want %d", fact, test.recorded, test.derived, got, want)
+			}
+			decision := Decide(got)
+			if test.derived && (decision.Outcome == OutcomeNotExecuted || decision.Outcome == OutcomeMismatch) || decision.Action != Decide(fact).Action {
+				t.Errorf("fact %d, recorded %v, derived %v: %+v, alone %+v", fact, test.recorded, test.derived, decision, Decide(fact))
+			}
+		}
+	}
+}
+
+// Those that wait run after everything that left their key free, and after nothing else.
+func TestPassesTurn(t *testing.T) {
+	t.Parallel()
+	answer := &Answer{Status: 504}
+	for name, test := range map[string]struct {
+		result Result
+		want   bool
+	}{
+		"a record":                      {Result{Outcome: OutcomeReplayed, Record: &Record{}}, false},
+		"executed":                      {Result{Outcome: OutcomeExecuted, Answer: answer}, true},
+		"not executed":                  {Result{Outcome: OutcomeNotExecuted, Reason: ReasonUnavailable}, true},
+		"in progress":                   {Result{Outcome: OutcomeInProgress, Reason: ReasonInProgress}, true},
+		"unknown":                       {refuse(Decide(FactOutcomeUnknown), nil), false},
+		"transaction lost":              {refuse(Decide(FactTransactionLost), nil), false},
+		"corrupt":                       {refuse(Decide(FactRecordCorrupt), nil), false},
+		"answered after a derived key":  {Result{Outcome: Decide(FactCallForgotten).Outcome, Answer: answer}, true},
+		"otherwise after a derived key": {refuse(Decide(FactCallUnknown), nil), true},
+	} {
+		if got := passesTurn(&test.result); got != test.want {
+			t.Errorf("%s: %v, want %v", name, got, test.want)
 		}
 	}
 }

@@ -5,8 +5,10 @@ import (
 	"errors"
 	"fmt"
 	"runtime/debug"
+	"strings"
 	"sync/atomic"
 	"time"
+	"unicode/utf8"
 
 	"github.com/paidonce/idempotency/internal/deadline"
 )
@@ -21,6 +23,7 @@ const (
 	TTLMin                 = time.Second
 	RestartsDefault        = 3
 	InFlightMaxDefault     = 512
+	ServiceBytesMax        = 255 // of Options.Service
 )
 
 // ErrInFlightMax is why a request was refused when [Options.InFlightMax] others were in flight.
@@ -69,6 +72,14 @@ type Options struct {
 	// [InFlightMaxDefault].
 	InFlightMax int
 
+	// Service goes into every [DerivedKey], so that two services that use the same scopes, keys and names don't derive the
+	// same. It is at most [ServiceBytesMax] bytes of UTF-8 without NUL. Empty, the default, leaves it out.
+	//
+	// All replicas must have the same one, and all releases: to set or change it changes every derived key, also those
+	// of requests that are under way, whose retries would then charge twice. So stop accepting new requests, let the time
+	// go by in which clients retry (the TTL at most), and change it then.
+	Service string
+
 	// Reduce returns what is recorded of an answer, where that is not to be all of it: a one-time secret in a body, for
 	// example. The first client gets the whole answer all the same, and retries get what was recorded. It must not change
 	// the answer's header or body in place. It is called from many goroutines. A result that can't be recorded is 500
@@ -112,7 +123,23 @@ func (o *Options) full() Options {
 	if full.Wait > WaitMax || full.Wait >= full.TTL {
 		panic(fmt.Sprintf("idempotency: Options.Wait is %v: it must be at most %v, and shorter than the TTL, which is %v", full.Wait, WaitMax, full.TTL))
 	}
+	if err := validateService(full.Service); err != nil {
+		panic("idempotency: Options.Service " + err.Error())
+	}
 	return full
+}
+
+// validateService returns an error, which continues the name of the option, if a service's name can't be one.
+func validateService(service string) error {
+	switch {
+	case len(service) > ServiceBytesMax:
+		return fmt.Errorf("has %d bytes, over the limit of %d", len(service), ServiceBytesMax)
+	case !utf8.ValidString(service):
+		return errors.New("is not UTF-8")
+	case strings.ContainsRune(service, 0):
+		return errors.New("contains a NUL")
+	}
+	return nil
 }
 
 func setDefault[T comparable](field *T, value T) {
@@ -238,40 +265,53 @@ func (e *Engine) do(ctx context.Context, req *Request, run RunFunc, trace *trace
 	if e.options.Wait > 0 && !req.Keyless() {
 		return e.inLine(ctx, req, run, trace)
 	}
-	return e.attempts(ctx, req, run, trace)
+	return e.attempts(ctx, req, run, trace, nil)
 }
 
-// attempts begins attempts until one need not be started again.
-func (e *Engine) attempts(ctx context.Context, req *Request, run RunFunc, trace *trace) Result {
+// attempts begins attempts until one need not be started again. derived is set once a run of the request has asked for
+// a derived key; nil if no attempts went before these.
+func (e *Engine) attempts(ctx context.Context, req *Request, run RunFunc, trace *trace, derived *atomic.Bool) Result {
 	bounds := &struct { // one piece of memory
-		parent detached
-		budget deadline.Context // of the claim and of all runs
+		parent  detached
+		budget  deadline.Context // of the claim and of all runs
+		derived atomic.Bool
 	}{parent: detached{ctx}}
+	if derived == nil {
+		derived = &bounds.derived
+	}
 	budget := &bounds.budget
 	budget.Start(&bounds.parent, e.options.HandlerTimeout)
 	defer budget.End()
-	recorded := false // by another attempt
+	past := past{derived: derived}
 	for restarts := 0; ; restarts++ {
 		req.Attempt = NewAttemptID()
-		result, again := e.attempt(&bounds.parent, budget, req, run, trace)
-		recorded = recorded || errors.Is(again, ErrKeyRecorded)
+		result, again := e.attempt(&bounds.parent, budget, req, run, trace, past)
+		past.recorded = past.recorded || errors.Is(again, ErrKeyRecorded)
 		if again != nil && budget.Err() == nil && restarts < e.options.Restarts {
 			continue
 		}
 		if again != nil {
-			result = refuse(Decide(FactRestartsSpent), again)
-		}
-		if recorded && result.Reason == ReasonUnavailable {
-			result = refuse(Decide(FactRecordUnread), result.Err)
+			result = refuse(past.decide(FactRestartsSpent), again)
 		}
 		return result
 	}
 }
 
+// past is what the attempts of one request have shown so far.
+type past struct {
+	recorded bool         // another attempt has recorded the key
+	derived  *atomic.Bool // a run of the handler has asked for a derived key
+}
+
+// decide is [Decide] for a fact that may end the request.
+func (p past) decide(fact Fact) Decision {
+	return Decide(factOfEnd(fact, p.recorded, p.derived.Load()))
+}
+
 // attempt claims the key and, where it is ours, runs the handler within what is left of the budget, and ends the transaction,
 // which is bounded apart: neither the client nor the handler's timeout may cut that off. ctx never ends. It returns a
 // result, or the reason to start again.
-func (e *Engine) attempt(ctx context.Context, budget *deadline.Context, req *Request, run RunFunc, trace *trace) (result Result, again error) {
+func (e *Engine) attempt(ctx context.Context, budget *deadline.Context, req *Request, run RunFunc, trace *trace, past past) (result Result, again error) {
 	// The claim.
 	started := trace.now()
 	attempt, record, err := e.store.Begin(budget, req)
@@ -292,7 +332,7 @@ func (e *Engine) attempt(ctx context.Context, budget *deadline.Context, req *Req
 		}
 	}()
 	trace.step(StepClaim, started, err)
-	switch decision := Decide(factAfterClaim(req, record, err)); decision.Action {
+	switch decision := past.decide(factAfterClaim(req, record, err)); decision.Action {
 	case ActionRun:
 	case ActionReplay:
 		return Result{Outcome: decision.Outcome, Answer: &record.Answer, Record: record}, nil
@@ -310,7 +350,9 @@ func (e *Engine) attempt(ctx context.Context, budget *deadline.Context, req *Req
 	bounds := &struct { // one piece of memory
 		handler attemptContext
 		end     deadline.Context
-	}{handler: attemptContext{Context: handlerCtx, running: running{key: req.Key, attempt: req.Attempt}}}
+	}{handler: attemptContext{Context: handlerCtx, running: running{
+		key: req.Key, attempt: req.Attempt, service: e.options.Service, derived: past.derived,
+	}}}
 	answer, failed := call(attempt.Context(&bounds.handler), run)
 	trace.step(StepHandler, started, failed)
 	sealed := attempt.Seal()
@@ -351,7 +393,7 @@ func (e *Engine) attempt(ctx context.Context, budget *deadline.Context, req *Req
 	if Decide(fact).Action == ActionResolve {
 		fact, record, err = e.resolve(ctx, req, disposition, sent, err, trace)
 	}
-	switch decision := Decide(fact); decision.Action {
+	switch decision := past.decide(fact); decision.Action {
 	case ActionAnswer:
 		return Result{Outcome: decision.Outcome, Answer: answer}, nil
 	case ActionReplay:

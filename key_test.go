@@ -181,7 +181,12 @@ func TestFingerprintEqual(t *testing.T) {
 // inHandler calls f with the context of an idempotent handler.
 func inHandler(t *testing.T, key idempotency.Key, f func(ctx context.Context)) {
 	t.Helper()
-	result := idempotency.NewEngine(memory.New(nil), nil).Do(t.Context(), idempotency.Request{Key: key, Fingerprint: idempotency.FingerprintOf(100, nil)}, func(ctx context.Context) (*idempotency.Answer, error) {
+	inHandlerOf(t, nil, key, f)
+}
+
+func inHandlerOf(t *testing.T, opts *idempotency.Options, key idempotency.Key, f func(ctx context.Context)) {
+	t.Helper()
+	result := idempotency.NewEngine(memory.New(nil), opts).Do(t.Context(), idempotency.Request{Key: key, Fingerprint: idempotency.FingerprintOf(100, nil)}, func(ctx context.Context) (*idempotency.Answer, error) {
 		f(ctx)
 		return &idempotency.Answer{Status: 500}, nil
 	})
@@ -204,6 +209,78 @@ func TestDerivedKeyIsFrozen(t *testing.T) {
 			}
 		}
 	})
+}
+
+// With a service's name they are frozen too, and others.
+func TestDerivedKeyOfAServiceIsFrozen(t *testing.T) {
+	t.Parallel()
+	for service, want := range map[string][2]string{
+		"orders":                       {"84965852-9633-8e90-b0fe-559b571d7596", "8f7e5396-a817-8b8f-b114-89f303b7c0ff"},
+		"refunds":                      {"2559c4af-3163-8fbe-8407-7d9fbaaaa9c4", "cab82dbb-31eb-8adc-b85a-634ee1881d42"},
+		"acme":                         {"03d49daa-6da2-86e9-ab12-d2de2d06c86d", "d5c2a3f2-b0f7-8152-95f5-14693ed9cd43"},
+		strings.Repeat("ü", 127) + "x": {"a6c6ee52-bad0-8dae-9a4a-992651216349", "16d38742-9f14-809b-b131-7d07f269c3d1"},
+	} {
+		inHandlerOf(t, &idempotency.Options{Service: service}, idempotency.Key{Scope: "acme", Value: uuid}, func(ctx context.Context) {
+			for i, name := range []string{"ledger", ""} {
+				if got := idempotency.DerivedKey(ctx, name); got != want[i] {
+					t.Errorf("service %q, name %q: %s, want %s", service, name, got, want[i])
+				}
+			}
+		})
+	}
+}
+
+// Two services that share scopes, keys and names derive keys of their own, whatever they are called, and every replica of one
+// derives the same.
+func TestTwoServicesDeriveTwoKeys(t *testing.T) {
+	t.Parallel()
+	derive := func(service, scope, value, name string) (key string) {
+		inHandlerOf(t, &idempotency.Options{Service: service}, idempotency.Key{Scope: scope, Value: value}, func(ctx context.Context) {
+			key = idempotency.DerivedKey(ctx, name)
+		})
+		return key
+	}
+	seen := map[string][4]string{}
+	for _, parts := range [][4]string{
+		{"", "a", "b", "c"}, {"a", "a", "b", "c"}, {"ab", "a", "b", "c"}, {"a", "ba", "b", "c"}, {"b", "a", "b", "c"}, {"a", "b", "c", ""}, {"", "ab", "c", ""},
+		{"paidonce derived key 1", "a", "b", "c"},
+	} {
+		key := derive(parts[0], parts[1], parts[2], parts[3])
+		if other, ok := seen[key]; ok {
+			t.Errorf("%q and %q derive one key", parts, other)
+		}
+		seen[key] = parts
+		if derive(parts[0], parts[1], parts[2], parts[3]) != key {
+			t.Errorf("another replica of %q derives another key", parts)
+		}
+	}
+}
+
+func TestNameOfAService(t *testing.T) {
+	t.Parallel()
+	for name, test := range map[string]struct{ service, refused string }{
+		"none":           {"", ""},
+		"at the limit":   {strings.Repeat("a", idempotency.ServiceBytesMax), ""},
+		"over the limit": {strings.Repeat("a", idempotency.ServiceBytesMax+1), "256 bytes, over the limit of 255"},
+		"in bytes":       {strings.Repeat("ü", 128), "256 bytes, over the limit of 255"},
+		"no UTF-8":       {"a\xff", "is not UTF-8"},
+		"with a NUL":     {"a\x00b", "contains a NUL"},
+		"with a space":   {"orders and refunds", ""},
+	} {
+		func() {
+			defer func() {
+				value := recover()
+				text, _ := value.(string)
+				if (value != nil) != (test.refused != "") || value != nil && !(strings.HasPrefix(text, "idempotency: Options.Service ") && strings.HasSuffix(text, test.refused)) {
+					t.Errorf("%s: %v", name, value)
+				}
+			}()
+			engine := idempotency.NewEngine(memory.New(nil), &idempotency.Options{Service: test.service})
+			if engine.Options().Service != test.service || engine.With(&idempotency.Options{Service: test.service}).Options().Service != test.service {
+				t.Errorf("%s: it has become %q", name, engine.Options().Service)
+			}
+		}()
+	}
 }
 
 func TestDerivedKeyIsOnePerRequestAndName(t *testing.T) {

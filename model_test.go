@@ -48,6 +48,7 @@ type modelRequest struct {
 	content string
 	ttl     time.Duration
 	does    behaviour
+	asks    int                          // the run that asks for a derived key; 0 is none
 	faults  map[idempotency.Step][]error // of the store, one after another
 }
 
@@ -59,7 +60,17 @@ type modelResult struct {
 	body    string
 }
 
-func (m *model) do(req modelRequest) modelResult {
+func (m *model) do(req modelRequest) (result modelResult) {
+	runs, asked := 0, false
+	defer func() { // what another service may have done is unknown without a record
+		switch {
+		case !asked || result.outcome != idempotency.OutcomeNotExecuted && result.outcome != idempotency.OutcomeMismatch:
+		case result.reason == "":
+			result.outcome = idempotency.OutcomeUnknown
+		default:
+			result = modelResult{outcome: idempotency.OutcomeUnknown, reason: idempotency.ReasonCallUnknown}
+		}
+	}()
 	fault := func(step idempotency.Step) (err error) {
 		if queue := req.faults[step]; len(queue) > 0 {
 			err, req.faults[step] = queue[0], queue[1:]
@@ -88,6 +99,8 @@ func (m *model) do(req modelRequest) modelResult {
 		}
 
 		m.runs++
+		runs++
+		asked = asked || runs == req.asks
 		status := int(req.does)
 		if status < 0 {
 			return failed
@@ -217,6 +230,7 @@ func drawRequest(t *rapid.T) modelRequest {
 		does: rapid.SampledFrom([]behaviour{
 			200, 201, 303, 399, 400, 402, 401, 429, 500, 503, panics, aborts, fails, saysNothing, endsItsGoroutine,
 		}).Draw(t, "does"),
+		asks: rapid.IntRange(0, 3).Draw(t, "asks"),
 		faults: map[idempotency.Step][]error{
 			idempotency.StepClaim:   faults(nil, idempotency.ErrSerialization, idempotency.ErrUnavailable, idempotency.ErrInProgress, idempotency.ErrUnknown, errOther),
 			idempotency.StepCommit:  faults(idempotency.ErrSerialization, idempotency.ErrKeyRecorded, idempotency.ErrAborted, idempotency.ErrUnavailable, idempotency.ErrUnknown, errOther),
@@ -233,10 +247,14 @@ func send(t *rapid.T, engine *idempotency.Engine, req modelRequest, runs *int, m
 	copyOutcome := idempotency.OutcomeInProgress
 	var got idempotency.Result
 	done := make(chan struct{})
+	ran := 0
 	go func() {
 		defer close(done)
 		got = engine.Do(context.Background(), request, func(ctx context.Context) (*idempotency.Answer, error) {
 			*runs++
+			if ran++; ran == req.asks {
+				_ = idempotency.DerivedKey(ctx, "charge")
+			}
 			if mayCopy() {
 				copied := engine.Do(ctx, request, func(context.Context) (*idempotency.Answer, error) {
 					*runs += 1000

@@ -17,6 +17,7 @@ func TestStateMachineDocIsTheTable(t *testing.T) {
 		"Committed": FactCommitted, "Declined": FactDeclined, "Forgotten": FactForgotten, "KeyRecorded": FactKeyRecorded,
 		"CommitAborted": FactCommitAborted, "DeclineFailed": FactDeclineFailed, "OutcomeUnknown": FactOutcomeUnknown,
 		"RecordCorrupt": FactRecordCorrupt, "CommitUnknown": FactCommitUnknown, "ResolvedOurs": FactResolvedOurs, "ResolvedAbsent": FactResolvedAbsent,
+		"CallForgotten": FactCallForgotten, "CallUnknown": FactCallUnknown,
 	}
 	if len(facts) != int(FactOutcomeUnknown) {
 		t.Fatalf("the test knows %d facts of %d", len(facts), FactOutcomeUnknown)

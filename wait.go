@@ -8,6 +8,7 @@ import (
 	"math/rand/v2"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"time"
 )
 
@@ -29,7 +30,7 @@ func (e *Engine) inLine(ctx context.Context, req *Request, run RunFunc, trace *t
 	over := time.Now().Add(e.options.Wait)
 	place, ok := e.lines.enter(req.Key, e.followersMax())
 	if !ok { // too many wait already
-		return e.attempts(ctx, req, run, trace)
+		return e.attempts(ctx, req, run, trace, nil)
 	}
 	defer func() { place.leave(&result) }() // whatever way this is left by, somebody else leads
 	if !place.leads {
@@ -38,7 +39,7 @@ func (e *Engine) inLine(ctx context.Context, req *Request, run RunFunc, trace *t
 		}
 	}
 	for pause := waitPauseMin; ; pause = min(2*pause, waitPauseMax) {
-		result = e.attempts(ctx, req, run, trace)
+		result = e.attempts(ctx, req, run, trace, &place.derived)
 		if result.Outcome != OutcomeInProgress || Decide(factOfWait(mayWait(ctx, over))).Action != ActionWait {
 			return result
 		}
@@ -131,11 +132,12 @@ type line struct {
 
 // place is a request's place in its line. It is used by the request's goroutine.
 type place struct {
-	lines *lines
-	line  *line
-	key   Key
-	leads bool
-	news  chan *Result // of a follower: once it is out of the line, what it is told is here, or about to be. Nil: it leads
+	lines   *lines
+	line    *line
+	key     Key
+	leads   bool
+	derived atomic.Bool  // whether a run of the request has asked for a derived key
+	news    chan *Result // of a follower: once it is out of the line, what it is told is here, or about to be. Nil: it leads
 }
 
 func newLines() *lines { return &lines{byKey: map[Key]*line{}} }
@@ -195,13 +197,13 @@ func (p *place) withdraw() bool {
 }
 
 // leave gives a leader's place up; a follower's is given up by then, unless a tracer panicked. A record answers all that wait,
-// and an unknown outcome is theirs too: to look again would take each as long. Otherwise the next of them leads: it finds
-// the answer that the leader's attempt recorded, or a key that is free.
+// and so does a COMMIT that may have happened: to look again would take each as long. Otherwise the next of them leads: it
+// finds the answer that the leader's attempt recorded, or a key that is free.
 func (p *place) leave(result *Result) {
 	if !p.leads && !p.flee() {
 		return
 	}
-	if result.Record == nil && result.Outcome != OutcomeUnknown {
+	if passesTurn(result) {
 		p.pass()
 		return
 	}

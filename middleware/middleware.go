@@ -175,7 +175,8 @@ func (m *Middleware) answer(w http.ResponseWriter, r *http.Request, result idemp
 		return
 	case result.Answer == run.refused:
 		h.Set("Retry-After", retryAfter(run.retryAfter))
-		m.refuse(w, r, idempotency.ReasonQuotaExceeded, errQuotaExceeded, nil)
+		m.traceRefused(r, idempotency.ReasonQuotaExceeded, errQuotaExceeded, nil)
+		m.writeProblem(w, idempotency.ReasonQuotaExceeded, result.Outcome, nil)
 		return
 	case result.Record == nil: // the handler's own answer, with all its headers
 		clear(h)
@@ -342,12 +343,15 @@ func (*memoryBody) Close() error { return nil }
 
 // log tells the operator of what needs one. The key is shown as eight digits of a hash.
 func (m *Middleware) log(r *http.Request, key idempotency.Key, result idempotency.Result) {
-	level := slog.LevelWarn
-	switch result.Reason {
-	case idempotency.ReasonHandlerFailed, idempotency.ReasonTransactionLost, idempotency.ReasonOutcomeUnknown,
-		idempotency.ReasonRecordCorrupt:
+	level, message := slog.LevelWarn, "idempotency: request was not answered by its handler"
+	switch {
+	case result.Reason == idempotency.ReasonHandlerFailed, result.Reason == idempotency.ReasonTransactionLost,
+		result.Reason == idempotency.ReasonOutcomeUnknown, result.Reason == idempotency.ReasonCallUnknown,
+		result.Reason == idempotency.ReasonRecordCorrupt:
 		level = slog.LevelError
-	case idempotency.ReasonUnavailable:
+	case result.Reason == idempotency.ReasonUnavailable:
+	case result.Answer != nil && result.Outcome == idempotency.OutcomeUnknown:
+		message = "idempotency: handler asked for a derived key, and its answer is not recorded"
 	default:
 		return
 	}
@@ -357,11 +361,17 @@ func (m *Middleware) log(r *http.Request, key idempotency.Key, result idempotenc
 	}
 	attributes := []slog.Attr{
 		slog.String("outcome", string(result.Outcome)), slog.String("reason", string(result.Reason)),
-		slog.Any("key", key), slog.String("method", r.Method), slog.Any("error", result.Err),
+		slog.Any("key", key), slog.String("method", r.Method),
+	}
+	if result.Err != nil {
+		attributes = append(attributes, slog.Any("error", result.Err))
+	}
+	if result.Answer != nil {
+		attributes = append(attributes, slog.Int("status", result.Answer.Status))
 	}
 	var panicked *idempotency.PanicError
 	if errors.As(result.Err, &panicked) {
 		attributes = append(attributes, slog.String("stack", string(panicked.Stack)))
 	}
-	m.options.Logger.LogAttrs(ctx, level, "idempotency: request was not answered by its handler", attributes...)
+	m.options.Logger.LogAttrs(ctx, level, message, attributes...)
 }

@@ -24,7 +24,7 @@ const (
 // Options tune a [Middleware]. Nil and the zero value are the defaults, which are the safest.
 type Options struct {
 	// Engine are the engine's: how long a record counts, what an answer means for the transaction, whether a duplicate
-	// waits for the answer, how many requests may be in flight.
+	// waits for the answer, how many requests may be in flight, what the service is called in derived keys.
 	Engine idempotency.Options
 
 	// Optional lets requests without a key through. Their handler gets its transaction, which commits with a 2xx or

@@ -60,6 +60,8 @@ var texts = map[idempotency.Reason]text{
 		"This request left nothing in the database. Try again with the same key, or give up if no earlier one may have been executed.", true},
 	idempotency.ReasonOutcomeUnknown: {http.StatusServiceUnavailable, "The outcome is not known",
 		"The request may or may not have been executed. Try again with the same key until the answer is another one.", true},
+	idempotency.ReasonCallUnknown: {http.StatusServiceUnavailable, "The outcome is not known",
+		"This request left nothing in the database, but may have had an effect at another service that it called. Try again with the same key until the answer is another one.", true},
 	idempotency.ReasonRecordCorrupt: {http.StatusInternalServerError, "The recorded answer can't be trusted",
 		"The request may have been executed, and the record of its answer was changed. Keep the key.", false},
 }

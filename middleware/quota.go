@@ -185,11 +185,12 @@ func (run *run) count() bool {
 	return true
 }
 
-// settle gives the request's place back where nothing was recorded.
+// settle gives the request's place back if it is proven that nothing was recorded. So it is with an unknown outcome that
+// has the handler's answer, or is about another service: the retry must not be refused for it.
 func (run *run) settle(result idempotency.Result) {
+	unknown := result.Outcome == idempotency.OutcomeUnknown && result.Answer == nil && result.Reason != idempotency.ReasonCallUnknown
 	switch {
-	case run.counted == nil:
-	case result.Outcome == idempotency.OutcomeExecuted, result.Outcome == idempotency.OutcomeUnknown:
+	case run.counted == nil, unknown, result.Outcome == idempotency.OutcomeExecuted:
 	default:
 		run.m.quota.giveBack(run.counted)
 	}

@@ -191,9 +191,16 @@ func (t *Tracer) describe(span trace.Span, end idempotency.RequestEnd) {
 	if result.Answer != nil {
 		span.SetAttributes(attributeStatus.Int(result.Answer.Status))
 	}
-	if result.Outcome == idempotency.OutcomeUnknown || result.Outcome == idempotency.OutcomeNotExecuted && result.Reason != "" {
-		span.SetStatus(codes.Error, string(result.Reason))
-		span.SetAttributes(attributeError.String(string(result.Reason)))
+	failed := result.Reason
+	switch {
+	case result.Outcome == idempotency.OutcomeUnknown && failed == "": // the handler answered, after it had asked for a derived key
+		failed = idempotency.ReasonCallUnknown
+	case result.Outcome != idempotency.OutcomeUnknown && result.Outcome != idempotency.OutcomeNotExecuted:
+		failed = ""
+	}
+	if failed != "" {
+		span.SetStatus(codes.Error, string(failed))
+		span.SetAttributes(attributeError.String(string(failed)))
 	}
 	if result.Record != nil && result.Outcome == idempotency.OutcomeReplayed {
 		link(span, result.Record.TraceID)

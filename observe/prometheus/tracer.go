@@ -129,7 +129,9 @@ var ends = []struct {
 	{idempotency.OutcomeInProgress, []idempotency.Reason{idempotency.ReasonInProgress}},
 	{idempotency.OutcomeMismatch, []idempotency.Reason{idempotency.ReasonKeyReused}},
 	{idempotency.OutcomeNotExecuted, []idempotency.Reason{"", idempotency.ReasonHandlerFailed, idempotency.ReasonUnavailable}},
-	{idempotency.OutcomeUnknown, []idempotency.Reason{idempotency.ReasonOutcomeUnknown, idempotency.ReasonRecordCorrupt, idempotency.ReasonTransactionLost}},
+	{idempotency.OutcomeUnknown, []idempotency.Reason{
+		"", idempotency.ReasonCallUnknown, idempotency.ReasonOutcomeUnknown, idempotency.ReasonRecordCorrupt, idempotency.ReasonTransactionLost,
+	}},
 }
 
 // refusals are the reasons of the middleware.

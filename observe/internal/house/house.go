@@ -155,6 +155,12 @@ func (h *House) pay(w http.ResponseWriter, r *http.Request) {
 		w.WriteHeader(http.StatusPaymentRequired)
 	case "forget":
 		w.WriteHeader(http.StatusInternalServerError)
+	case "call":
+		_ = idempotency.DerivedKey(r.Context(), Canary)
+		w.WriteHeader(http.StatusGatewayTimeout)
+	case "call-and-panic":
+		_ = idempotency.DerivedKey(r.Context(), Canary)
+		panic(Canary)
 	case "panic":
 		panic(Canary)
 	case "slow":
@@ -225,6 +231,17 @@ func (h *House) Forget() {
 	h.t.Helper()
 	key := h.NewKey()
 	h.Send(Transfers, key, "forget", key, idempotency.OutcomeNotExecuted)
+}
+
+// Call sends a request whose handler asks for a derived key and answers 504, or panics.
+func (h *House) Call(panics bool) {
+	h.t.Helper()
+	body := "call"
+	if panics {
+		body = "call-and-panic"
+	}
+	key := h.NewKey()
+	h.Send(Transfers, key, body, key, idempotency.OutcomeUnknown)
 }
 
 // Fail sends a request whose handler panics.
