@@ -18,8 +18,9 @@ import (
 // runsMax is how many runs may look for a mutant. Some bugs show in a few requests of thousands.
 const runsMax = 5
 
-// Run builds a bank of each mutant, of those named or of all, and has it judged. It prints which check caught which.
-// The error wraps [ErrSurvived] where none did. It needs the go command and a checkout around the working directory.
+// Run builds a bank of each mutant, of those named or of all, and has it judged, or runs the test that the mutant names. It
+// prints what caught which. The error wraps [ErrSurvived] if nothing did. It needs the go command and a checkout around
+// the working directory.
 func Run(ctx context.Context, judge Verdict, names []string, out io.Writer) error {
 	root, err := checkout(ctx)
 	if err != nil {
@@ -35,31 +36,25 @@ func Run(ctx context.Context, judge Verdict, names []string, out io.Writer) erro
 			return fmt.Errorf("there is no mutant %q: they are %s", name, strings.Join(namesOf(Catalogue()), ", "))
 		}
 	}
-	// What catches a healthy bank too catches nothing.
-	caught, err := judge(ctx, "", "none")
-	switch {
-	case err != nil:
-		return fmt.Errorf("without a mutant: %w", err)
-	case len(caught) > 0:
-		return fmt.Errorf("the checks find %s wrong with a bank that has no mutant", strings.Join(caught, ", "))
-	}
-	if _, err := fmt.Fprintln(out, "none: every check is ok"); err != nil {
-		return err
-	}
-	var survived []string
-	for _, mutant := range Catalogue() {
-		if len(names) > 0 && !slices.Contains(names, mutant.Name) {
-			continue
+	chosen := slices.DeleteFunc(Catalogue(), func(m Mutant) bool { return len(names) > 0 && !slices.Contains(names, m.Name) })
+	if slices.ContainsFunc(chosen, func(m Mutant) bool { return m.Test == Test{} }) {
+		// What catches a healthy bank too catches nothing.
+		caught, err := judge(ctx, "", "none")
+		switch {
+		case err != nil:
+			return fmt.Errorf("without a mutant: %w", err)
+		case len(caught) > 0:
+			return fmt.Errorf("the checks find %s wrong with a bank that has no mutant", strings.Join(caught, ", "))
 		}
-		bank, err := Build(ctx, root, folder, mutant)
-		if err != nil {
+		if _, err := fmt.Fprintln(out, "none: every check is ok"); err != nil {
 			return err
 		}
-		var caught []string
-		for run := 0; run < runsMax && len(caught) == 0; run++ {
-			if caught, err = judge(ctx, bank, mutant.Name); err != nil {
-				return fmt.Errorf("mutant %s: %w", mutant.Name, err)
-			}
+	}
+	var survived []string
+	for _, mutant := range chosen {
+		caught, err := catch(ctx, root, folder, mutant, judge)
+		if err != nil {
+			return fmt.Errorf("mutant %s: %w", mutant.Name, err)
 		}
 		verdict := "caught by " + strings.Join(caught, ", ")
 		if len(caught) == 0 {
@@ -69,12 +64,64 @@ func Run(ctx context.Context, judge Verdict, names []string, out io.Writer) erro
 		if _, err := fmt.Fprintf(out, "%s: %s\n  %s\n", mutant.Name, verdict, mutant.Bug); err != nil {
 			return err
 		}
-		_ = os.Remove(bank) // the folder goes anyway
 	}
 	if len(survived) > 0 {
 		return fmt.Errorf("%w: %s", ErrSurvived, strings.Join(survived, ", "))
 	}
 	return nil
+}
+
+// catch returns what caught the mutant: the test that it names, or checks of the judge.
+func catch(ctx context.Context, root, folder string, mutant Mutant, judge Verdict) (caught []string, err error) {
+	if mutant.Test != (Test{}) {
+		failed, err := FailsItsTest(ctx, root, folder, mutant)
+		if failed {
+			caught = []string{mutant.Test.Func}
+		}
+		return caught, err
+	}
+	bank, err := Build(ctx, root, folder, mutant)
+	if err != nil {
+		return nil, err
+	}
+	defer func() { _ = os.Remove(bank) }() // the folder goes anyway
+	for run := 0; run < runsMax && len(caught) == 0 && err == nil; run++ {
+		caught, err = judge(ctx, bank, mutant.Name)
+	}
+	return caught, err
+}
+
+// FailsItsTest reports whether the test that the mutant names fails with its bug. An error means that it does not apply or
+// compile, or that the test is not there or fails without it.
+func FailsItsTest(ctx context.Context, root, folder string, mutant Mutant) (bool, error) {
+	overlay, err := mutant.Overlay(root, folder)
+	if err != nil {
+		return false, err
+	}
+	passes := func(flags ...string) (bool, []byte, error) {
+		program := filepath.Join(folder, mutant.Name+".test")
+		build := exec.CommandContext(ctx, "go", append(append([]string{"test", "-c", "-o", program}, flags...), "./"+mutant.Test.Folder)...)
+		build.Dir = root
+		if out, err := build.CombinedOutput(); err != nil {
+			return false, nil, fmt.Errorf("build its test: %w\n%s", err, bytes.TrimSpace(out))
+		}
+		test := exec.CommandContext(ctx, program, "-test.v", "-test.run", "^"+mutant.Test.Func+"$")
+		test.Dir = filepath.Join(root, mutant.Test.Folder)
+		out, err := test.CombinedOutput()
+		return err == nil && bytes.Contains(out, []byte("--- PASS: "+mutant.Test.Func+" ")), out, ctx.Err()
+	}
+	healthy, out, err := passes()
+	if err != nil {
+		return false, err
+	}
+	if !healthy {
+		return false, fmt.Errorf("without the bug %s does not pass in %s:\n%s", mutant.Test.Func, mutant.Test.Folder, bytes.TrimSpace(out))
+	}
+	passed, out, err := passes("-overlay", overlay)
+	if err == nil && !passed && !bytes.Contains(out, []byte("--- FAIL: "+mutant.Test.Func+" ")) {
+		err = fmt.Errorf("%s did not come to a verdict:\n%s", mutant.Test.Func, bytes.TrimSpace(out))
+	}
+	return !passed, err
 }
 
 func namesOf(mutants []Mutant) (names []string) {

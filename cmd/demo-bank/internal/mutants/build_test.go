@@ -9,7 +9,8 @@ import (
 	"github.com/paidonce/idempotency/cmd/demo-bank/internal/mutants"
 )
 
-// A mutant is a change of sources that go on changing: each must still apply, and compile. With -short it must apply.
+// A mutant is a change of sources that go on changing: each must still apply, and compile, and fail the test that it
+// names. With -short it must apply.
 func TestEveryMutantBuilds(t *testing.T) {
 	root, err := filepath.Abs("../../../..")
 	if err != nil {
@@ -21,6 +22,12 @@ func TestEveryMutantBuilds(t *testing.T) {
 				t.Fatal(err)
 			}
 			if testing.Short() {
+				return
+			}
+			if mutant.Test != (mutants.Test{}) {
+				if failed, err := mutants.FailsItsTest(t.Context(), root, t.TempDir(), mutant); err != nil || !failed {
+					t.Errorf("%s passes with the bug, %v", mutant.Test.Func, err)
+				}
 				return
 			}
 			if _, err := mutants.Build(t.Context(), root, t.TempDir(), mutant); err != nil {

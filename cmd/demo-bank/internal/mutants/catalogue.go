@@ -6,8 +6,12 @@ package mutants
 type Mutant struct {
 	Name  string
 	Bug   string // what is wrong
+	Test  Test   // the test that must fail; zero: chaos must catch it
 	edits []edit
 }
+
+// Test names a test that catches a bug which no storm on the bank can show.
+type Test struct{ Folder, Func string }
 
 // edit replaces the one place in a file where before stands.
 type edit struct{ file, before, after string }
@@ -168,6 +172,24 @@ func Catalogue() []Mutant {
 			Name:  "scope-left-out",
 			Bug:   "keys of all accounts share one scope",
 			edits: []edit{{middlewareFile, `Key:         idempotency.Key{Scope: scope, Value: key},`, `Key:         idempotency.Key{Scope: "all", Value: key},`}},
+		},
+		{
+			Name: "derived-key-forgotten",
+			Bug:  "a request that asked for a derived key is called not executed",
+			Test: Test{"examples/orders", "TestLostAnswerOfThePaymentServiceChargesOnce"},
+			edits: []edit{{contextFile, `	r.derived.Store(true)
+`, ``}},
+		},
+		{
+			Name: "derived-key-of-an-earlier-run-forgotten",
+			Bug:  "a derived key counts for the run that asked for it, and not for the runs after a restart",
+			Test: Test{".", "TestDerivedKeyOfAnEarlierRunIsNotForgotten"},
+			edits: []edit{{engineFile, `	// The claim.
+	started := trace.now()
+`, `	// The claim.
+	past.derived.Store(false)
+	started := trace.now()
+`}},
 		},
 		{
 			Name: "recorder-unwraps",

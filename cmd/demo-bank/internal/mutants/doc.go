@@ -1,5 +1,5 @@
-// Package mutants holds the bugs that the chaos run must catch, each as a change of this repository's sources, and
-// builds a bank of each. It is empty but for a message unless it is built with -tags mutants: the normal program
+// Package mutants holds the bugs that the chaos run must catch, or a test that the bug names, each as a change of this
+// repository's sources, and builds a bank or that test of each. It is empty but for a message unless it is built with -tags mutants: the normal program
 // contains none of them, not even as text.
 package mutants
 
