@@ -95,6 +95,7 @@ func TestCheckNamesTheMissingGrant(t *testing.T) {
 func TestUpWithoutPrivilege(t *testing.T) {
 	t.Parallel()
 	b := setup(t)
+	b.exec(t, "REVOKE CREATE ON SCHEMA public FROM PUBLIC") // PostgreSQL 14 grants it
 	for _, options := range []*migrations.Options{nil, {Schema: "payments"}} {
 		err := migrations.Up(t.Context(), b.role(t), options)
 		if err == nil || !strings.HasPrefix(err.Error(), "migrate: ") || !strings.Contains(err.Error(), "42501") {

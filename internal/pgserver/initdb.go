@@ -47,10 +47,38 @@ func (d *dataDir) init(ctx context.Context, bin binaries, acct *account, tempora
 			_ = os.RemoveAll(dir)
 		}
 	}()
+	if primary != nil {
+		err = d.copy(ctx, dir, acct, !temporary, primary)
+	} else {
+		err = d.initdb(ctx, dir, bin, acct, !temporary)
+	}
+	if err != nil {
+		return err
+	}
+	if err := os.Rename(dir, d.cluster()); err != nil {
+		return fmt.Errorf("make database cluster: %w", err)
+	}
+	return syncDir(d.path)
+}
+
+// copy copies the primary's cluster to dir. The account gets it only when it is complete: root does not write where
+// the account can.
+func (d *dataDir) copy(ctx context.Context, dir string, acct *account, sync bool, primary *Server) error {
+	if err := primary.copyTo(ctx, dir, sync); err != nil {
+		return fmt.Errorf("copy the primary: %w", err)
+	}
+	if err := acct.ownTree(dir); err != nil {
+		return fmt.Errorf("copy the primary: %w", err)
+	}
+	return nil
+}
+
+// initdb makes an empty cluster in dir.
+func (d *dataDir) initdb(ctx context.Context, dir string, bin binaries, acct *account, sync bool) error {
 	if err := acct.own(dir); err != nil {
 		return fmt.Errorf("make database cluster: %w", err)
 	}
-	program, args := bin.initdb(), []string{"-D", dir, "--username=" + superuser, "--encoding=UTF8", "--no-locale", "--no-instructions"}
+	args := []string{"-D", dir, "--username=" + superuser, "--encoding=UTF8", "--no-locale", "--no-instructions"}
 	if unixSockets {
 		args = append(args, "--auth-local=trust", "--auth-host=reject") // the socket's folder is private
 	} else {
@@ -59,22 +87,10 @@ func (d *dataDir) init(ctx context.Context, bin binaries, acct *account, tempora
 		}
 		args = append(args, "--auth=scram-sha-256", "--pwfile="+d.file(passwordName))
 	}
-	if primary != nil {
-		if program, err = bin.basebackup(); err != nil {
-			return err
-		}
-		args = primary.copyArgs(dir)
-	}
-	if temporary {
+	if !sync {
 		args = append(args, "--no-sync")
 	}
-	if err := runToEnd(ctx, acct.commandContext(ctx, dir, program, args...)); err != nil {
-		return err
-	}
-	if err := os.Rename(dir, d.cluster()); err != nil {
-		return fmt.Errorf("make database cluster: %w", err)
-	}
-	return syncDir(d.path)
+	return runToEnd(ctx, acct.commandContext(ctx, dir, bin.initdb(), args...))
 }
 
 // letIn lets PostgreSQL's account pass through a folder of root's own that is closed to others.

@@ -1,19 +1,20 @@
 package pgserver
 
 import (
-	"errors"
+	"context"
 	"path/filepath"
+	"strconv"
 	"strings"
+	"sync"
 	"testing"
 	"time"
+
+	"github.com/jackc/pgx/v5"
 )
 
 func startStandby(t *testing.T, primary *Server, opts *Options) *Server {
 	t.Helper()
 	s, err := Standby(t.Context(), primary, opts)
-	if errors.Is(err, ErrNoBaseBackup) {
-		t.Skip(err)
-	}
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -63,6 +64,63 @@ func TestStandbyFollowsUntilItIsPromoted(t *testing.T) {
 	if err := standby.Promote(t.Context()); err == nil {
 		t.Error("a primary was promoted")
 	}
+}
+
+// The copy is made while files are written, made and removed, and while WAL that it needs could be recycled.
+func TestStandbyOfABusyServerHasEverythingThatWasCommitted(t *testing.T) {
+	t.Parallel()
+	primary := startServer(t, &Options{Settings: map[string]string{"fsync": "off", "wal_recycle": "off", "min_wal_size": "32MB"}})
+	execute(t, primary.URL(), "CREATE TABLE payment (n int PRIMARY KEY, filler text)")
+	execute(t, primary.URL(), "CREATE DATABASE another")
+	ctx, cancel := context.WithCancel(t.Context())
+	var busy sync.WaitGroup
+	defer busy.Wait()
+	defer cancel()
+	written := make(chan struct{})
+	busy.Go(func() {
+		conn, err := pgx.Connect(t.Context(), primary.URL())
+		if err != nil {
+			t.Error(err)
+			return
+		}
+		defer conn.Close(context.WithoutCancel(ctx))
+		for n := 0; ctx.Err() == nil; n++ {
+			if n == 20 {
+				close(written)
+			}
+			for _, sql := range []string{
+				"INSERT INTO payment SELECT " + strconv.Itoa(n) + ", repeat('x', 5000)",
+				"CREATE TABLE brief AS SELECT generate_series(1, 1000) AS n",
+				"DROP TABLE brief",
+				"SELECT pg_switch_wal()",
+				"CHECKPOINT",
+			} {
+				if _, err := conn.Exec(t.Context(), sql); err != nil {
+					t.Error(err)
+					return
+				}
+			}
+		}
+	})
+	<-written
+	standby := startStandby(t, primary, &Options{Settings: map[string]string{"fsync": "off"}})
+	cancel()
+	busy.Wait()
+	const sum = "SELECT count(*) || ' ' || md5(string_agg(n || filler, ',' ORDER BY n)) FROM payment"
+	want := queryText(t, primary.URL(), sum)
+	for begin := time.Now(); queryText(t, standby.URL(), sum) != want; {
+		if time.Since(begin) > 20*time.Second {
+			t.Fatalf("the standby has %s, the primary %s", queryText(t, standby.URL(), sum), want)
+		}
+	}
+	if left := queryText(t, primary.URL(), "SELECT count(*)::text FROM pg_replication_slots"); left != "0" {
+		t.Errorf("%s replication slots are left", left)
+	}
+	primary.Kill()
+	if err := standby.Promote(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	execute(t, strings.Replace(standby.URL(), "/postgres?", "/another?", 1), "CREATE TABLE brief ()")
 }
 
 func TestKilledServerRecoversOnItsData(t *testing.T) {

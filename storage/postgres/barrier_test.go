@@ -248,9 +248,6 @@ func TestWarningsOfTheServiceAreClearedUp(t *testing.T) {
 	}
 	defer func() { _ = primary.Stop() }()
 	standby, err := pgserver.Standby(ctx, primary, &pgserver.Options{Settings: map[string]string{"fsync": "off"}})
-	if errors.Is(err, pgserver.ErrNoBaseBackup) {
-		t.Skip(err)
-	}
 	if err != nil {
 		t.Fatal(err)
 	}
