@@ -96,9 +96,6 @@ func start(ctx context.Context, opts *Options, primary *Server) (_ *Server, err 
 	if err := checkSettings(opts.Settings); err != nil {
 		return nil, err
 	}
-	if opts.TLS && primary != nil {
-		return nil, errors.New("TLS: not for standbys")
-	}
 	progress := opts.Progress
 	if progress == nil {
 		progress = io.Discard

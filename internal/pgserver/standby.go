@@ -33,6 +33,9 @@ func Standby(ctx context.Context, primary *Server, opts *Options) (*Server, erro
 }
 
 func (s *Server) startStandby(ctx context.Context, opts *Options) (*Server, error) {
+	if opts.TLS {
+		return nil, errors.New("TLS: not for standbys")
+	}
 	conn, err := pgx.Connect(ctx, s.URL())
 	if err != nil {
 		return nil, err
