@@ -39,20 +39,25 @@ func ExampleEngine_Do() {
 	// balance: 90
 }
 
-// A handler that calls another service passes on a key of its own, which is the same for every attempt.
+// A handler that calls another service passes on a key of its own, which is the same for every attempt. The first run's
+// answer is not recorded, and the other service may have done what it was asked, so the outcome is unknown: the client sends
+// the request again with its own key as it was.
 func ExampleDerivedKey() {
 	engine := idempotency.NewEngine(memory.New(nil), nil)
 	request := idempotency.Request{Key: idempotency.Key{Scope: "acme", Value: "8e03978e-40d5-43dd-bc93-6894a57f9324"}}
 	request.Fingerprint = idempotency.FingerprintV1("POST", "/transfers", "", "application/json", []byte(`{}`))
 	for _, status := range []int{503, 201} {
-		engine.Do(context.Background(), request, func(ctx context.Context) (*idempotency.Answer, error) {
-			fmt.Println(status, idempotency.DerivedKey(ctx, "card-network"))
+		result := engine.Do(context.Background(), request, func(ctx context.Context) (*idempotency.Answer, error) {
+			fmt.Println("to the card network:", idempotency.DerivedKey(ctx, "card-network"))
 			return &idempotency.Answer{Status: status}, nil
 		})
+		fmt.Println("to the client:", result.Answer.Status, result.Outcome)
 	}
 	// Output:
-	// 503 7fd89d25-1078-81fc-af06-77ba7848f1a5
-	// 201 7fd89d25-1078-81fc-af06-77ba7848f1a5
+	// to the card network: 7fd89d25-1078-81fc-af06-77ba7848f1a5
+	// to the client: 503 unknown
+	// to the card network: 7fd89d25-1078-81fc-af06-77ba7848f1a5
+	// to the client: 201 executed
 }
 
 func ExampleDecide() {

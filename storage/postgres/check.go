@@ -28,8 +28,9 @@ const versionTable = "idempotency_migrations"
 // Check reports whether the database and the pool can keep what the store promises: it is the primary, the schema is
 // there in the version of this package or a later one, the table is a plain logged one with its primary key, no rule, no
 // BEFORE ROW trigger that is enabled and no child table, no row-level security hides its rows from the pool's role, the
-// database's encoding is UTF8 or SQL_ASCII, COMMIT waits for the disk, and the pool refuses a handler a second connection.
-// The error joins everything that is wrong. A service calls it when it starts and from its readiness probe.
+// database's encoding is UTF8 or SQL_ASCII, COMMIT waits for the disk, and the pool refuses an Acquire
+// with a running handler's context. The error joins everything that is wrong. A service calls it when it starts and from
+// its readiness probe.
 func (s *Store) Check(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(ctx, s.options.AcquireTimeout+s.options.StatementTimeout)
 	defer cancel()
@@ -68,7 +69,7 @@ func (s *Store) Check(ctx context.Context) error {
 	}
 	var wrong []error
 	if !s.refusesEscapes(ctx) {
-		wrong = append(wrong, fmt.Errorf("check: %w: a handler could write around its transaction: call postgres.Configure before pgxpool.NewWithConfig", ErrNotConfigured))
+		wrong = append(wrong, fmt.Errorf("check: %w: a handler that uses the pool with its own context would write around its transaction, and nothing would stop it: call postgres.Configure before pgxpool.NewWithConfig", ErrNotConfigured))
 	}
 	add := func(sentinel error, remedy string, args ...any) {
 		wrong = append(wrong, fmt.Errorf("check: %w: %s", sentinel, fmt.Sprintf(remedy, args...)))
