@@ -8,12 +8,10 @@ import (
 	"fmt"
 	"io"
 	"mime"
-	"net"
 	"net/http"
 	"net/http/httptrace"
 	"strconv"
 	"strings"
-	"sync/atomic"
 	"time"
 
 	"github.com/paidonce/idempotency"
@@ -29,6 +27,7 @@ type attempt struct {
 	outcome  idempotency.Outcome
 	response *http.Response // of an answer
 	content  []byte         // what was read of its body
+	hopeless bool           // of one that was not sent: another try would end the same way
 	err      error          // where there is no answer
 }
 
@@ -58,36 +57,41 @@ func (t *Transport) exchange(op *operation) *attempt {
 		timer.Stop()
 		cancel(nil)
 	}
-	var connections atomic.Int64
-	r := op.request.Clone(httptrace.WithClientTrace(ctx, &httptrace.ClientTrace{
-		GotConn: func(httptrace.GotConnInfo) { connections.Add(1) },
-	}))
+	out := new(sending)
+	r := op.request.Clone(httptrace.WithClientTrace(ctx, out.trace()))
 	body, err := op.body()
 	if err != nil {
 		release()
 		return &attempt{seen: seenUnsent, err: fmt.Errorf("get body: %w", err)}
 	}
-	r.Body = body
+	r.Body = out.watch(body)
 	response, err := t.base.RoundTrip(r)
-	if connections.Load() > 1 {
+	if out.got.Load() > 1 {
 		op.maybe = true // net/http has sent it before, and nobody saw what became of that
 	}
-	if err == nil {
-		var content []byte
-		if content, err = t.readBody(response, release); err == nil {
-			response.Request = r
-			return t.answered(op, response, content)
+	if err != nil {
+		release()
+		a := &attempt{seen: seenLost, err: timedOut(ctx, err)}
+		if out.unsent() {
+			a.seen, a.hopeless = seenUnsent, hopeless(err)
 		}
+		return a
 	}
-	release()
-	if errors.Is(context.Cause(ctx), ErrAttemptTimeout) {
-		err = fmt.Errorf("%w: %w", ErrAttemptTimeout, err)
+	content, err := t.readBody(response, release)
+	if err != nil {
+		release()
+		return &attempt{seen: seenLost, err: timedOut(ctx, err)}
 	}
-	var dialing *net.OpError
-	if errors.As(err, &dialing) && dialing.Op == "dial" && connections.Load() == 0 {
-		return &attempt{seen: seenUnsent, err: err}
+	response.Request = r
+	return t.answered(op, response, content)
+}
+
+// timedOut adds to an error that it is AttemptTimeout's doing.
+func timedOut(ctx context.Context, err error) error {
+	if errors.Is(context.Cause(ctx), ErrAttemptTimeout) && !errors.Is(err, ErrAttemptTimeout) {
+		return fmt.Errorf("%w: %w", ErrAttemptTimeout, err)
 	}
-	return &attempt{seen: seenLost, err: err}
+	return err
 }
 
 // answered notes what an answer says.
@@ -135,6 +139,13 @@ type longBody struct {
 func (b *longBody) Close() error {
 	defer b.release()
 	return b.rest.Close()
+}
+
+// discard closes an answer that nobody is going to read.
+func (a *attempt) discard() {
+	if a.response != nil {
+		_ = a.response.Body.Close() // what is left of it is not wanted
+	}
 }
 
 // why says what came of the attempt, for an error's text.

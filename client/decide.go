@@ -10,7 +10,7 @@ import (
 type seen uint8
 
 const (
-	seenUnsent   seen = iota + 1 // nothing left this process: no connection was made
+	seenUnsent   seen = iota + 1 // the server can't have it: no connection was got, or nothing was written
 	seenLost                     // it was sent, at least in part, and there is no whole answer
 	seenAnswered                 // there is a whole answer
 )
@@ -18,11 +18,12 @@ const (
 // fact is what is known after one attempt.
 type fact struct {
 	seen       seen
+	hopeless   bool                // of one that was not sent: another try would end the same way
 	outcome    idempotency.Outcome // of an answer: its Idempotency-Status, empty where there is none
 	status     int                 // of an answer
 	bodyUnread bool                // of an answer: the server says that the body did not arrive whole
 	honoured   bool                // the server honours keys: somebody said so, or it has shown it
-	maybe      bool                // an earlier attempt of this call may have been executed, or of one before that left its intent
+	maybe      bool                // an earlier attempt of this call may have been executed, or one of another call with the key
 }
 
 // step is what follows.
@@ -35,7 +36,7 @@ type step struct {
 func decide(f fact) step {
 	switch f.seen {
 	case seenUnsent:
-		return step{again: true}
+		return step{again: !f.hopeless}
 	case seenLost:
 		return step{again: f.honoured, maybe: true}
 	}

@@ -347,6 +347,8 @@ func TestOptionsThatCannotWorkPanic(t *testing.T) {
 		"negative AnswerBytesMax":            {AnswerBytesMax: -1},
 		"a credential is kept":               {IntentHeaders: []string{"authorization"}},
 		"a cookie is kept":                   {IntentHeaders: []string{"Cookie"}},
+		"a header is kept and omitted":       {IntentHeaders: []string{"X-Order"}, IntentHeadersOmitted: []string{"x-order"}},
+		"a method that is none":              {Methods: []string{"PO ST"}},
 		"intents, and nobody's word":         {Intents: newIntents()},
 		"an intent too old while it is sent": {Intents: newIntents(), Honours: client.Everywhere, TotalMax: time.Hour, IntentAgeMax: time.Minute},
 	} {

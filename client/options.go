@@ -85,9 +85,15 @@ type Options struct {
 	// go on by [Transport.Resume]. A store belongs to one Transport. Nil keeps none.
 	Intents IntentStore
 
-	// IntentHeaders are kept with an intent, beside [IntentHeadersDefault]. Those that carry credentials are refused: the
-	// base RoundTripper has to add them, as it does for any request.
+	// IntentHeaders are kept with an intent, beside [IntentHeadersDefault]. A request with a header that is neither kept nor
+	// omitted is refused with [ErrIntentRefused] before anything is sent: a header can decide whose request it is, and a
+	// resumed request without it would be another request. Those of [IntentHeadersOmittedDefault] can't be kept.
 	IntentHeaders []string
+
+	// IntentHeadersOmitted are not kept with an intent, beside [IntentHeadersOmittedDefault]: credentials, which the base
+	// RoundTripper has to add to a resumed request as to any other, and headers that decide nothing. What the base adds must
+	// follow from the request: the context is that of Resume.
+	IntentHeadersOmitted []string
 
 	// IntentAgeMax is the age from which on an intent is not sent again: a key counts at the server for a time, and is new
 	// after it. It must be under that time. The default is [IntentAgeMaxDefault].
@@ -103,11 +109,21 @@ func Everywhere(*http.Request) bool { return true }
 
 // IntentHeadersDefault returns the request headers that an intent keeps.
 func IntentHeadersDefault() []string {
-	return []string{"Accept", "Accept-Language", "Content-Encoding", "Content-Language", "Content-Type", "Prefer", "User-Agent"}
+	return []string{
+		"Accept", "Accept-Charset", "Accept-Encoding", "Accept-Language", "Content-Digest", "Content-Encoding", "Content-Language", "Content-Md5",
+		"Content-Type", "Digest", "If-Match", "If-Modified-Since", "If-None-Match", "If-Unmodified-Since", "Prefer", "Referer", "Repr-Digest", "User-Agent",
+	}
 }
 
-// neverKept are headers that carry credentials, and the key, which an intent has apart.
-var neverKept = []string{"Authorization", "Proxy-Authorization", "Cookie", HeaderKey}
+// IntentHeadersOmittedDefault returns the request headers that an intent never keeps: credentials, those of the connection
+// and those that net/http makes itself, and the trace context, which by its standard decides nothing.
+func IntentHeadersOmittedDefault() []string {
+	return []string{
+		"Authorization", "Cookie", "Proxy-Authorization", "X-Api-Key",
+		"Connection", "Content-Length", "Expect", "Host", "Keep-Alive", "Proxy-Connection", "Te", "Trailer", "Transfer-Encoding", "Upgrade",
+		"Traceparent", "Tracestate",
+	}
+}
 
 // full returns a copy of o in which nothing is left out. It panics on values that can't work.
 func (o *Options) full() Options {
@@ -121,8 +137,11 @@ func (o *Options) full() Options {
 	full.Methods = slices.Clone(full.Methods)
 	for _, method := range full.Methods {
 		switch method {
-		case "", http.MethodGet, http.MethodHead, http.MethodOptions, http.MethodTrace, http.MethodConnect:
+		case http.MethodGet, http.MethodHead, http.MethodOptions, http.MethodTrace, http.MethodConnect:
 			panic(fmt.Sprintf("idempotency/client: Options.Methods names %q, which never carries a key", method))
+		}
+		if !isToken(method) {
+			panic(fmt.Sprintf("idempotency/client: Options.Methods names %q, which is no method", method))
 		}
 	}
 	setDefault(&full.BackoffFirst, BackoffFirstDefault)
@@ -149,16 +168,27 @@ func (o *Options) full() Options {
 	if full.Intents != nil && full.IntentAgeMax < full.TotalMax {
 		panic(fmt.Sprintf("idempotency/client: Options.IntentAgeMax is %v and TotalMax is %v: an intent must not grow too old while it is sent", full.IntentAgeMax, full.TotalMax))
 	}
-	headers := IntentHeadersDefault()
+	full.IntentHeadersOmitted = append(IntentHeadersOmittedDefault(), canonical(full.IntentHeadersOmitted)...)
+	full.IntentHeaders = canonical(full.IntentHeaders)
 	for _, name := range full.IntentHeaders {
-		name = textproto.CanonicalMIMEHeaderKey(name)
-		if slices.Contains(neverKept, name) {
-			panic(fmt.Sprintf("idempotency/client: Options.IntentHeaders names %s, which is never kept", name))
+		if name == HeaderKey || slices.Contains(full.IntentHeadersOmitted, name) {
+			panic(fmt.Sprintf("idempotency/client: Options.IntentHeaders names %s, which is never kept or is omitted", name))
 		}
-		headers = append(headers, name)
 	}
-	full.IntentHeaders = headers
+	for _, name := range IntentHeadersDefault() {
+		if !slices.Contains(full.IntentHeadersOmitted, name) {
+			full.IntentHeaders = append(full.IntentHeaders, name)
+		}
+	}
 	return full
+}
+
+func canonical(names []string) []string {
+	list := make([]string, len(names))
+	for i, name := range names {
+		list[i] = textproto.CanonicalMIMEHeaderKey(name)
+	}
+	return list
 }
 
 func setDefault[T comparable](field *T, value T) {

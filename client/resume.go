@@ -4,8 +4,12 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"net/http"
+	"net/textproto"
+	"net/url"
 	"slices"
+	"strings"
 	"sync"
 	"time"
 
@@ -137,6 +141,9 @@ func (t *Transport) resend(op *operation, intent *Intent) (*http.Response, error
 		spelt = quote(spelt)
 	}
 	r.Header.Set(HeaderKey, spelt)
+	if err := sendable(r); err != nil {
+		return nil, err
+	}
 	op.request = r
 	op.setBody(intent.Body)
 	if op.honoured = t.honours(r); !op.honoured {
@@ -145,22 +152,33 @@ func (t *Transport) resend(op *operation, intent *Intent) (*http.Response, error
 	return t.send(op)
 }
 
-// intentOf returns what is kept of a request.
-func (t *Transport) intentOf(op *operation) *Intent {
+// intentOf returns what is kept of a request. It refuses a request that would be another one when it is resumed.
+func (t *Transport) intentOf(op *operation) (*Intent, error) {
 	r := op.request
 	address := *r.URL
 	address.User = nil // a credential
 	address.Fragment, address.RawFragment = "", ""
 	intent := &Intent{Key: op.key, Method: r.Method, URL: address.String(), Header: http.Header{}, Body: op.bytes}
+	if again, err := url.Parse(intent.URL); err != nil || again.Scheme != address.Scheme || again.Host != address.Host || again.RequestURI() != address.RequestURI() {
+		return nil, fmt.Errorf("%w: its URL can't be written down: leave out Opaque", ErrIntentRefused)
+	}
 	if r.Host != r.URL.Host {
 		intent.Host = r.Host
 	}
-	for _, name := range t.options.IntentHeaders {
-		if values := r.Header.Values(name); len(values) > 0 {
-			intent.Header[name] = slices.Clone(values)
+	var unknown []string
+	for _, name := range slices.Sorted(maps.Keys(r.Header)) {
+		switch canonical := textproto.CanonicalMIMEHeaderKey(name); {
+		case slices.Contains(t.options.IntentHeaders, canonical):
+			intent.Header[canonical] = append(intent.Header[canonical], r.Header[name]...)
+		case !slices.Contains(t.options.IntentHeadersOmitted, canonical) && canonical != HeaderKey:
+			unknown = append(unknown, canonical)
 		}
 	}
-	return intent
+	if unknown != nil {
+		return nil, fmt.Errorf("%w: it would be resumed without %s: name each in Options.IntentHeaders to have it kept, "+
+			"or in IntentHeadersOmitted if the base RoundTripper adds it or it decides nothing", ErrIntentRefused, strings.Join(unknown, ", "))
+	}
+	return intent, nil
 }
 
 // done forgets a settled intent. Where that fails it will be sent once more, and replayed.

@@ -62,13 +62,19 @@ func (t *Transport) RoundTrip(r *http.Request) (*http.Response, error) {
 		return t.base.RoundTrip(r)
 	}
 	op, err := t.prepare(r)
+	if op.key.Value != "" {
+		t.flights.enter(op.key.Value)
+		defer t.flights.leave(op.key.Value)
+	}
 	if err != nil {
 		return nil, t.end(op, nil, err)
 	}
-	t.flights.enter(op.key.Value)
-	defer t.flights.leave(op.key.Value)
 	if t.options.Intents != nil {
-		before, err := t.options.Intents.Save(r.Context(), t.intentOf(op))
+		intent, err := t.intentOf(op)
+		if err != nil {
+			return nil, t.end(op, nil, err)
+		}
+		before, err := t.options.Intents.Save(r.Context(), intent)
 		op.saved, op.savedBefore = !errors.Is(err, ErrIntentRefused), before
 		op.maybe = before // as for an intent that is resumed
 		if err != nil {
@@ -100,7 +106,7 @@ type operation struct {
 
 	started  time.Time
 	attempts int
-	maybe    bool // an attempt of this call may have been executed, or of one before that left its intent
+	maybe    bool // an attempt of this call may have been executed, or one of another call with the key
 	honoured bool
 	status   int // of the last answer
 	last     idempotency.Outcome
@@ -131,6 +137,10 @@ func (t *Transport) prepare(r *http.Request) (*operation, error) {
 		return op, err
 	}
 	op.key.Value = key
+	if err := sendable(r); err != nil {
+		closeBody()
+		return op, err
+	}
 	op.request = r.Clone(r.Context())
 	op.request.GetBody = nil // else net/http sends a keyed request again by itself, unseen
 	if op.request.Header == nil {
@@ -202,14 +212,19 @@ func (t *Transport) send(op *operation) (*http.Response, error) {
 			return nil, err
 		}
 		a := t.attempt(op)
+		op.maybe = op.maybe || t.flights.shared(op.key.Value)
 		next := decide(fact{
-			seen: a.seen, outcome: a.outcome, status: a.status, bodyUnread: a.bodyUnread(), honoured: op.honoured, maybe: op.maybe,
+			seen: a.seen, hopeless: a.hopeless, outcome: a.outcome, status: a.status, bodyUnread: a.bodyUnread(), honoured: op.honoured, maybe: op.maybe,
 		})
 		op.maybe = op.maybe || next.maybe
+		if !next.again && a.seen == seenAnswered {
+			return a.response, nil
+		}
+		a.discard()
 		why := a.why()
 		switch {
-		case !next.again && a.seen == seenAnswered:
-			return a.response, nil
+		case !next.again && a.seen == seenUnsent:
+			return nil, fmt.Errorf("another try would not help: %w", why)
 		case !next.again:
 			return nil, fmt.Errorf("%w: %w", ErrNotHonoured, why)
 		case ctx.Err() != nil:
@@ -247,7 +262,7 @@ func (t *Transport) settle(op *operation, response *http.Response, err error) (*
 		return nil, t.end(op, nil, err)
 	}
 	// The caller may do it anew, so nobody else may do it any more.
-	if err := t.abandon(op); err != nil {
+	if err := t.flights.endAlone(op.key.Value, func() error { return t.abandon(op) }); err != nil {
 		return nil, t.end(op, response, err)
 	}
 	t.trace(op, Event{Kind: EventEnded, Attempt: op.attempts, Status: op.status, Outcome: outcome, Took: time.Since(op.started)})
@@ -264,7 +279,7 @@ func (t *Transport) end(op *operation, response *http.Response, err error) *Erro
 		Outcome: idempotency.OutcomeUnknown, Key: op.key, Started: op.started, Attempts: op.attempts, Status: op.status, Last: op.last, Err: err,
 	}
 	if op.isNew && !op.maybe && response == nil {
-		if abandonErr := t.abandon(op); abandonErr != nil {
+		if abandonErr := t.flights.endAlone(op.key.Value, func() error { return t.abandon(op) }); abandonErr != nil {
 			e.Err = errors.Join(err, abandonErr)
 		} else {
 			e.Outcome = idempotency.OutcomeNotExecuted
@@ -343,37 +358,96 @@ func (r *routes) saw(route string, said bool) {
 
 // flights counts the requests of each key that are under way. The zero value is ready; it is safe for concurrent use.
 type flights struct {
-	mu    sync.Mutex
-	count map[string]int
+	mu sync.Mutex
+	of map[string]*flight
 }
 
+type flight struct {
+	count  int
+	shared bool          // there were several at once
+	ending chan struct{} // closed when the one that is under way has forgotten its intent; nil if it is not about to
+}
+
+// enter counts a request. It waits for one that is forgetting its intent, or the intent of this one would be forgotten too.
 func (f *flights) enter(key string) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	if f.count == nil {
-		f.count = make(map[string]int)
+	for {
+		one := f.of[key]
+		if one == nil {
+			f.add(key)
+			return
+		}
+		if one.ending == nil {
+			one.count++
+			one.shared = true
+			return
+		}
+		ended := one.ending
+		f.mu.Unlock()
+		<-ended
+		f.mu.Lock()
 	}
-	f.count[key]++
+}
+
+func (f *flights) add(key string) {
+	if f.of == nil {
+		f.of = make(map[string]*flight)
+	}
+	f.of[key] = &flight{count: 1}
 }
 
 // enterAlone is false, and enters nothing, where another request of the key is under way.
 func (f *flights) enterAlone(key string) bool {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	if f.count[key] > 0 {
+	if f.of[key] != nil {
 		return false
 	}
-	if f.count == nil {
-		f.count = make(map[string]int)
-	}
-	f.count[key]++
+	f.add(key)
 	return true
 }
+
+// shared reports whether another request of the key is or was under way beside the caller's.
+func (f *flights) shared(key string) bool {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	one := f.of[key]
+	return one != nil && one.shared
+}
+
+// endAlone runs a function and returns its error, unless another request of the key is or was under way beside the
+// caller's: that one may be executed, and needs the intent.
+func (f *flights) endAlone(key string, forget func() error) error {
+	f.mu.Lock()
+	one := f.of[key]
+	if one == nil { // it never got as far as that
+		f.mu.Unlock()
+		return forget()
+	}
+	if one.shared {
+		f.mu.Unlock()
+		return errShared
+	}
+	ended := make(chan struct{})
+	one.ending = ended
+	f.mu.Unlock()
+	defer func() {
+		f.mu.Lock()
+		defer f.mu.Unlock()
+		one.ending = nil
+		close(ended)
+	}()
+	return forget()
+}
+
+var errShared = errors.New("another request of this client has the same key, and may be executed")
 
 func (f *flights) leave(key string) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	if f.count[key]--; f.count[key] == 0 {
-		delete(f.count, key)
+	one := f.of[key]
+	if one.count--; one.count == 0 {
+		delete(f.of, key)
 	}
 }
