@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"time"
 
 	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgconn"
@@ -16,6 +17,7 @@ var (
 	ErrTableUnlogged    = errors.New("the table is unlogged")
 	ErrTableUnsafe      = errors.New("the table does not keep each record as it is written")
 	ErrCommitNotDurable = errors.New("COMMIT does not wait for the disk")
+	ErrSessionUnbounded = errors.New("nothing ends a session that stopped")
 	ErrNotConfigured    = errors.New("the pool's config did not go through Configure")
 )
 
@@ -28,15 +30,16 @@ const versionTable = "idempotency_migrations"
 // Check reports whether the database and the pool can keep what the store promises: it is the primary, the schema is
 // there in the version of this package or a later one, the table is a plain logged one with its primary key, no rule, no
 // BEFORE ROW trigger that is enabled and no child table, no row-level security hides its rows from the pool's role, the
-// database's encoding is UTF8 or SQL_ASCII, COMMIT waits for the disk, and the pool refuses an Acquire
-// with a running handler's context. The error joins everything that is wrong. A service calls it when it starts and from
-// its readiness probe.
+// database's encoding is UTF8 or SQL_ASCII, COMMIT waits for the disk, a session that idles in a transaction is ended
+// within a minute, and the pool refuses an Acquire with a running handler's context. The error joins everything that is
+// wrong. A service calls it when it starts and from its readiness probe.
 func (s *Store) Check(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(ctx, s.options.AcquireTimeout+s.options.StatementTimeout)
 	defer cancel()
 	var (
 		standby           bool
 		synchronousCommit string
+		idleMS            int64
 		kind, persistence *string
 		keyName, keyOf    *string
 		altered           alterations
@@ -45,6 +48,7 @@ func (s *Store) Check(ctx context.Context) error {
 	err := s.pool.QueryRow(ctx, `
 		SELECT pg_is_in_recovery(),
 		       current_setting('synchronous_commit'),
+		       (SELECT setting::bigint FROM pg_settings WHERE name = 'idle_in_transaction_session_timeout'),
 		       c.relkind::text, c.relpersistence::text,
 		       p.name, p.columns,
 		       ARRAY(SELECT quote_ident(rulename) FROM pg_rewrite WHERE ev_class = c.oid AND ev_enabled <> 'D' AND rulename <> '_RETURN' ORDER BY 1),
@@ -63,7 +67,7 @@ func (s *Store) Check(ctx context.Context) error {
 		) AS p ON true`,
 		pgx.Identifier{s.options.Schema, TableName}.Sanitize(),
 		pgx.Identifier{s.options.Schema, versionTable}.Sanitize(),
-	).Scan(&standby, &synchronousCommit, &kind, &persistence, &keyName, &keyOf, &altered.rules, &altered.triggers, &altered.children, &versions)
+	).Scan(&standby, &synchronousCommit, &idleMS, &kind, &persistence, &keyName, &keyOf, &altered.rules, &altered.triggers, &altered.children, &versions)
 	if err != nil {
 		return fmt.Errorf("check: %w", sqlError(err))
 	}
@@ -100,7 +104,10 @@ func (s *Store) Check(ctx context.Context) error {
 	for _, err := range s.checkAbsence(ctx) {
 		wrong = append(wrong, fmt.Errorf("check: %w", err))
 	}
-	if !s.options.TransactionPooling { // there the setting comes with each claim
+	if !s.options.TransactionPooling { // there the settings come with each claim
+		if idle := time.Duration(idleMS) * time.Millisecond; idle == 0 || idle > IdleInTransactionTimeoutMax {
+			add(ErrSessionUnbounded, "idle_in_transaction_session_timeout is %v, so that a service that vanishes keeps its key for longer than %v: take it out of the pool's config and put the config through Configure", idle, IdleInTransactionTimeoutMax)
+		}
 		switch synchronousCommit {
 		case "off", "local", "remote_write":
 			add(ErrCommitNotDurable, "synchronous_commit is %s: put the pool's config through Configure", synchronousCommit)

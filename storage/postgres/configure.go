@@ -22,7 +22,8 @@ var ErrEscape = errors.New("idempotency/postgres: an idempotent handler must not
 // pgxpool.NewWithConfig:
 //
 //   - the settings of opts. One that the config already has stays, but for synchronous_commit.
-//   - TCP keep-alives, so that the server notices a service that vanished
+//   - TCP keep-alives after 30 seconds, each 10 seconds, and tcp_user_timeout: the server ends a connection if the other side
+//     acknowledges nothing for 60 seconds
 //   - our statements prepared on connect, in pgx's default mode, so that a warm connection parses nothing. If the
 //     table is not there yet, as before the first migration, or is locked for longer than Options.PrepareTimeout, they are sent as
 //     text for that connection's life.
@@ -39,7 +40,11 @@ func Configure(config *pgxpool.Config, opts *Options) {
 	}
 	conn.RuntimeParams["client_encoding"] = "UTF8" // see plainText; a pooler knows this one
 	if !o.TransactionPooling {                     // a pooler refuses them, or hands them on to other clients
-		for _, setting := range append(o.settings(), setting{"tcp_keepalives_idle", "30"}, setting{"tcp_keepalives_interval", "10"}, setting{"tcp_keepalives_count", "3"}) {
+		keepAlive := []setting{
+			{"tcp_keepalives_idle", "30"}, {"tcp_keepalives_interval", "10"}, {"tcp_keepalives_count", "3"},
+			{"tcp_user_timeout", "60000"}, // without it, what was sent last and not acknowledged keeps a connection for 15 minutes
+		}
+		for _, setting := range append(o.settings(), keepAlive...) {
 			if _, ok := conn.RuntimeParams[setting.name]; !ok || setting.name == "synchronous_commit" {
 				conn.RuntimeParams[setting.name] = setting.value
 			}

@@ -52,6 +52,8 @@ func TestCheckFindsWhatIsWrong(t *testing.T) {
 		"no versions":  {"DROP TABLE idempotency_migrations", postgres.ErrSchemaOutdated, "run the migrations"},
 		"asynchronous": {"SET synchronous_commit = off", postgres.ErrCommitNotDurable, "Configure"},
 		"local":        {"SET synchronous_commit = local", postgres.ErrCommitNotDurable, "Configure"},
+		"unbounded":    {"SET idle_in_transaction_session_timeout = 0", postgres.ErrSessionUnbounded, "Configure"},
+		"long":         {"SET idle_in_transaction_session_timeout = '61s'", postgres.ErrSessionUnbounded, "Configure"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
@@ -279,6 +281,13 @@ func TestOptionsThatCannotWorkPanic(t *testing.T) {
 	}
 	if text := panics(func() { idempotency.NewEngine(store, &idempotency.Options{HandlerTimeout: 15 * time.Second}) }); text != "" {
 		t.Errorf("a handler timeout of 15 s: %q", text)
+	}
+	// The commit's time too, since a server that can bounds the whole transaction by the same.
+	if text := panics(func() { idempotency.NewEngine(store, &idempotency.Options{CommitTimeout: 11 * time.Second}) }); !strings.Contains(text, "CommitTimeout of 11s") {
+		t.Errorf("a commit timeout of 11 s: %q", text)
+	}
+	if text := panics(func() { idempotency.NewEngine(store, &idempotency.Options{CommitTimeout: 10 * time.Second}) }); text != "" {
+		t.Errorf("a commit timeout of 10 s: %q", text)
 	}
 }
 

@@ -65,8 +65,10 @@ const hearWarnings = " AND pg_catalog.set_config('client_min_messages', 'warning
 func newStatements(o *Options) statements {
 	table := pgx.Identifier{o.Schema, TableName}.Sanitize()
 	// With a pooler that hands out a server connection per transaction, settings live and die with the transaction.
-	settings := ""
+	settings := ", " + o.transactionTimeout()
+	resolveSettings := settings
 	if o.TransactionPooling {
+		resolveSettings += fmt.Sprintf(", pg_catalog.set_config('idle_in_transaction_session_timeout', '%d', true)", o.IdleInTransactionTimeout.Milliseconds())
 		for _, setting := range o.settings() {
 			settings += fmt.Sprintf(", pg_catalog.set_config('%s', '%s', true)", setting.name, setting.value)
 		}
@@ -119,7 +121,7 @@ func newStatements(o *Options) statements {
 		resolveBegin: statement{sql: "BEGIN ISOLATION LEVEL READ COMMITTED READ WRITE"},
 		resolveSet: statement{
 			sql: "SELECT pg_catalog.set_config('lock_timeout', $1, true), pg_catalog.set_config('statement_timeout', '0', true), " +
-				"pg_catalog.pg_is_in_recovery(), " + synchronousStandbys,
+				"pg_catalog.pg_is_in_recovery(), " + synchronousStandbys + resolveSettings,
 			oids: []uint32{pgtype.TextOID},
 		},
 		resolveLock: statement{sql: "SELECT pg_catalog.pg_advisory_xact_lock($1)", oids: []uint32{pgtype.Int8OID}},

@@ -48,10 +48,11 @@ type Options struct {
 	AcquireTimeout time.Duration
 
 	// StatementTimeout, LockTimeout and IdleInTransactionTimeout are the settings of the same names on each connection.
-	// A statement that is cut off by the first two makes its request unavailable. The last must be longer than the
-	// handler may take by 5 seconds, and shorter than [IdleInTransactionTimeoutMax]: it is what frees the key of a
-	// service that vanished. The defaults are [StatementTimeoutDefault], [LockTimeoutDefault] and
-	// [IdleInTransactionTimeoutDefault].
+	// A statement that is cut off by the first two makes its request unavailable. The last frees the key of a service that
+	// vanished. From PostgreSQL 17 on it is the transaction_timeout of each request as well, so that a session that stopped
+	// in the middle of its messages is ended too. It must exceed the handler's timeout by 5 seconds or, if that is longer, by
+	// the engine's CommitTimeout, and be less than 60 seconds ([IdleInTransactionTimeoutMax]). They default to 10, 5 and
+	// 20 seconds.
 	StatementTimeout         time.Duration
 	LockTimeout              time.Duration
 	IdleInTransactionTimeout time.Duration
@@ -160,6 +161,14 @@ func (o *Options) settings() []setting {
 	}
 }
 
+// transactionTimeout is an expression that bounds the transaction that it is evaluated in, on servers that can. It is set in
+// each transaction of ours and not for the session: the service's own work on the pool may take as long as it needs.
+func (o *Options) transactionTimeout() string {
+	const since = 170000
+	return fmt.Sprintf("CASE WHEN pg_catalog.current_setting('server_version_num')::pg_catalog.int4 OPERATOR(pg_catalog.>=) %d"+
+		" THEN pg_catalog.set_config('transaction_timeout', '%d', true) END", since, o.IdleInTransactionTimeout.Milliseconds())
+}
+
 // Store keeps records in PostgreSQL, in the transaction of the handler that they report. It is safe for concurrent use.
 type Store struct {
 	pool       *pgxpool.Pool
@@ -194,10 +203,13 @@ func New(pool *pgxpool.Pool, opts *Options) *Store {
 	}
 }
 
-// CheckBudget returns an error where PostgreSQL would cut off a handler that takes no longer than it may.
-func (s *Store) CheckBudget(handlerTimeout, _ time.Duration) error {
-	if least := handlerTimeout + 5*time.Second; s.options.IdleInTransactionTimeout < least {
-		return fmt.Errorf("postgres: Options.IdleInTransactionTimeout is %v: with a HandlerTimeout of %v it must be at least %v", s.options.IdleInTransactionTimeout, handlerTimeout, least)
+// CheckBudget returns an error if PostgreSQL would end the transaction of a handler and a commit that take no longer than
+// they may: Options.IdleInTransactionTimeout must exceed the handler's timeout by 5 seconds or, if that is longer, by the
+// commit's.
+func (s *Store) CheckBudget(handlerTimeout, commitTimeout time.Duration) error {
+	if least := handlerTimeout + max(5*time.Second, commitTimeout); s.options.IdleInTransactionTimeout < least {
+		return fmt.Errorf("postgres: Options.IdleInTransactionTimeout is %v: with a HandlerTimeout of %v and a CommitTimeout of %v it must be at least %v",
+			s.options.IdleInTransactionTimeout, handlerTimeout, commitTimeout, least)
 	}
 	return nil
 }

@@ -140,7 +140,7 @@ func (e *examination) attempts(ctx context.Context) error {
 		}
 	}
 	if old > 0 {
-		e.warn("idemctl top shows them; pg_terminate_backend ends one, which undoes what it wrote. postgres.Configure sets idle_in_transaction_session_timeout, which does it by itself",
+		e.warn("idemctl top shows them; pg_terminate_backend ends one, which undoes what it wrote. postgres.Configure has PostgreSQL end those that idle; one that stopped in the middle of a COPY is ended by nothing else",
 			"%d of %d attempts have held their key for over %v", old, s.InFlight, AttemptAgeMax)
 		return nil
 	}

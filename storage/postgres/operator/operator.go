@@ -58,8 +58,8 @@ type Options struct {
 	// StatementTimeout is how long one statement may take: the server ends it then. The default is [StatementTimeoutDefault].
 	StatementTimeout time.Duration
 
-	// CallTimeout is how long one call may take, the wait for a connection included. [Operator.GC] and [Operator.Doctor]
-	// have their own. The default is [CallTimeoutDefault].
+	// CallTimeout is how long one call may take, the wait for a connection included. The server ends a session that idles
+	// in a call for as long. [Operator.GC] and [Operator.Doctor] have their own. Defaults to 10 seconds.
 	CallTimeout time.Duration
 
 	// RowsExaminedMax and ScanTimeMax bound how much of the table one page of [Operator.List] goes through for its filter:
@@ -80,6 +80,7 @@ type Operator struct {
 	audit, events      string
 	versions           string
 	statementTimeoutMS string
+	callTimeoutMS      string
 }
 
 // New returns an operator on the pool, which may but need not have gone through postgres.Configure: settings travel with
@@ -114,6 +115,7 @@ func New(pool *pgxpool.Pool, opts *Options) *Operator {
 		keys:  name(postgres.TableName), audit: name(AuditTableName), events: name(EventsTableName),
 		versions:           name("idempotency_migrations"),
 		statementTimeoutMS: strconv.FormatInt(o.StatementTimeout.Milliseconds(), 10),
+		callTimeoutMS:      strconv.FormatInt(o.CallTimeout.Milliseconds(), 10),
 	}
 }
 
@@ -142,10 +144,12 @@ func (o *Operator) in(ctx context.Context, options pgx.TxOptions, do func(ctx co
 		defer cancel()
 		_ = tx.Rollback(ctx)
 	}()
+	// The idle time too: a program that is stopped in between, at a terminal say, must not keep a key.
 	if _, err := tx.Exec(ctx, `SELECT pg_catalog.set_config('statement_timeout', $1, true), pg_catalog.set_config('lock_timeout', $2, true),
+		pg_catalog.set_config('idle_in_transaction_session_timeout', $3, true),
 		pg_catalog.set_config('search_path', 'pg_catalog', true), pg_catalog.set_config('client_encoding', 'UTF8', true),
 		pg_catalog.set_config('row_security', 'off', true)`,
-		o.statementTimeoutMS, lockTimeoutMS); err != nil {
+		o.statementTimeoutMS, lockTimeoutMS, o.callTimeoutMS); err != nil {
 		return sqlError(err)
 	}
 	if err := do(ctx, tx); err != nil {
