@@ -23,6 +23,12 @@ func admitSQL(sql string, plainStrings bool) error {
 		return fmt.Errorf("%w: %s by SQL text is refused: it is ended when the handler returns; Begin opens a nested one", ErrSealed, verb)
 	case "SAVEPOINT", "RELEASE":
 		return fmt.Errorf("%w: %s by SQL text is refused: use Begin on the transaction", ErrSealed, verb)
+	case "LISTEN":
+		return fmt.Errorf("%w: LISTEN is refused: the connection goes back to the pool, and what it is told would pile up: listen on a connection of your own", ErrSealed)
+	case "DECLARE":
+		if s.holdsCursor() {
+			return fmt.Errorf("%w: a cursor WITH HOLD is refused: COMMIT would run its query, after the record was written", ErrSealed)
+		}
 	case "PREPARE":
 		if s.skip(); strings.ToUpper(s.word()) == "TRANSACTION" {
 			return fmt.Errorf("%w: PREPARE TRANSACTION is refused", ErrSealed)
@@ -102,6 +108,26 @@ func (s *scanner) word() string {
 	word := s.rest[:end]
 	s.rest = s.rest[end:]
 	return word
+}
+
+// holdsCursor reports whether a DECLARE says WITH HOLD, which stands in front of its FOR.
+func (s *scanner) holdsCursor() bool {
+	for last := ""; ; {
+		s.skip()
+		if s.rest == "" || s.rest[0] == ';' {
+			return false
+		}
+		word := strings.ToUpper(s.word())
+		switch {
+		case word == "HOLD" && last == "WITH":
+			return true
+		case word == "FOR":
+			return false
+		case word == "": // a quoted name
+			s.token()
+		}
+		last = word
+	}
 }
 
 // token takes one token, and white space and comments before it. At a semicolon it stops.

@@ -40,6 +40,8 @@ type attempt struct {
 	headers    [160]byte // recorded, where they are few
 	params     [insertParams][]byte
 	calls      [6]call // of the flush under way
+
+	guardParams [2][]byte
 }
 
 func newAttempt(store *Store, conn *pgxpool.Conn, req *idempotency.Request, number int64) *attempt {
@@ -110,17 +112,19 @@ func (a recordRow) readRow(values [][]byte) (err error) {
 // Seal implements [idempotency.Attempt].
 func (a *attempt) Seal() error { return a.tx.seal() }
 
-// Commit implements [idempotency.Attempt]: INSERT and COMMIT in one round trip.
+// Commit implements [idempotency.Attempt]: what was deferred, the record and COMMIT in one round trip. The guard is first: of
+// a transaction that is not the claim's an error of a deferred constraint would prove nothing.
 func (a *attempt) Commit(ctx context.Context, answer *idempotency.Answer) error {
 	defer a.release(ctx)
 	if !a.tx.abandoned && !plainText(a.conn()) {
 		return fail("commit", idempotency.ErrAborted, errEncoding)
 	}
 	s := &a.store.statements
-	if a.req.Keyless() {
-		return a.end(ctx, "commit", append(a.calls[:0], a.guardCall(), call{statement: &s.commit}))
+	last := a.guardCall() // which sets what COMMIT waits for, as the record does
+	if !a.req.Keyless() {
+		last = a.insertCall(a.claimedAt[:], answer)
 	}
-	return a.end(ctx, "commit", append(a.calls[:0], a.insertCall(a.claimedAt[:], answer), call{statement: &s.commit}))
+	return a.end(ctx, "commit", append(a.calls[:0], a.guardCall(), call{statement: &s.constraints}, last, call{statement: &s.commit}))
 }
 
 // Decline implements [idempotency.Attempt]: the handler's writes go, the answer stays, in one round trip. Between the
@@ -187,7 +191,8 @@ func (a *attempt) Rollback(ctx context.Context) error {
 
 // guardCall fails where the transaction is not the one of the claim.
 func (a *attempt) guardCall() call {
-	return call{statement: &a.store.statements.guard, params: [][]byte{a.claimedAt[:], a.store.synchronousCommit}}
+	a.guardParams = [...][]byte{a.claimedAt[:], a.store.synchronousCommit}
+	return call{statement: &a.store.statements.guard, params: a.guardParams[:]}
 }
 
 // insertCall records the answer. claimedAt is nil in a transaction other than that of the claim.
@@ -238,16 +243,8 @@ func (a *attempt) end(ctx context.Context, step string, calls []call) error {
 		_ = a.pooled.Conn().Close(ctx)
 		return fail(step, idempotency.ErrUnknown, err)
 	}
-	// A deferred constraint of the handler's raises at COMMIT what an INSERT raises at once: so what an error means depends
-	// on the statement that it came from.
-	switch failed := calls[min(reply.failed, len(calls)-1)].statement; {
-	case failed == &a.store.statements.guard && pgErr.Code == "22012",
-		failed == &a.store.statements.insert && pgErr.Code == "23502" && pgErr.ColumnName == "created_at":
-		return fail(step, idempotency.ErrTransactionLost, err)
-	case failed == &a.store.statements.insert && pgErr.Code == "23505" && pgErr.ConstraintName == primaryKey:
-		return fail(step, idempotency.ErrKeyRecorded, err)
-	}
-	return fail(step, classify(err), err)
+	sentinel, explained := a.store.statements.meaning(calls[min(reply.failed, len(calls)-1)].statement, pgErr)
+	return fail(step, sentinel, explained)
 }
 
 // release ends whatever is still open and gives the connection back. The pool destroys it unless it is idle.
@@ -257,6 +254,9 @@ func (a *attempt) release(ctx context.Context) {
 		return
 	}
 	a.tx.sealed.Store(true)
+	if a.tx.stalePlans {
+		_ = a.pooled.Conn().Close(ctx) // there may be more of them
+	}
 	if status := a.conn().TxStatus(); (status == 'T' || status == 'E') && !a.conn().IsClosed() && !a.conn().IsBusy() {
 		// Alone in its flush: in an aborted transaction nothing else would be heard before it.
 		_, _ = a.store.statements.flush(ctx, a.conn(), call{statement: &a.store.statements.rollback}) // else destroyed below

@@ -17,6 +17,7 @@ func TestAdmitSQL(t *testing.T) {
 		"SELECT $$;commit;$$", "SELECT $x$;$$;commit;$x$", "SELECT E'\\';commit;'", "SELECT '';", "SELECT 'it''s; so'",
 		"/* a; /* b; */ commit; */ SELECT 1", "SELECT $1 + $2", "INSERT INTO commits (begin_at) VALUES ($1)", "PREPARE x AS SELECT 1",
 		"SELECT a$b$c FROM t", "SELECT 1 -- ; commit", "WITH rollback AS (SELECT 1) SELECT 1", "SELECT U&'\\0041;'", "select e.x from e where e.x = ';'",
+		"NOTIFY paid", "UNLISTEN paid", "DECLARE c CURSOR FOR SELECT 'with hold'", "DECLARE c CURSOR WITHOUT HOLD FOR SELECT 1", "DECLARE c CURSOR FOR SELECT a AS with_ FROM hold", `DECLARE "with" CURSOR FOR SELECT 1`,
 	} {
 		if err := admitSQL(sql, true); err != nil {
 			t.Errorf("%q is refused: %v", sql, err)
@@ -28,6 +29,8 @@ func TestAdmitSQL(t *testing.T) {
 		"SELECT 1; COMMIT", "SELECT 1;SELECT 2", "SELECT '';COMMIT", "SELECT ''';';COMMIT", `SELECT "a";COMMIT`, "SELECT $$ $$;COMMIT",
 		"SELECT $a$ $a$;COMMIT", "SELECT '\\';COMMIT;--'", "SELECT E'a''\\'';COMMIT", "SELECT 1 /* ; */;COMMIT", "SELECT a$$;COMMIT;$$",
 		"INSERT INTO t VALUES (1); commit; begin",
+		"LISTEN paid", "/* c */ listen paid", "DECLARE c CURSOR WITH HOLD FOR SELECT 1", "declare c no scroll cursor /* c */ with -- d\n hold for select 1",
+		`DECLARE "for" INSENSITIVE CURSOR WITH HOLD FOR SELECT 1`,
 		"INSERT INTO t VALUES (E'a'\n'\\''); commit; begin; select ''", "SELECT E'a' -- c\n '\\'';COMMIT", "SELECT 1;;COMMIT", "SELECT $1;COMMIT;--$1",
 	} {
 		if err := admitSQL(sql, true); !errors.Is(err, ErrSealed) {
@@ -137,7 +140,7 @@ func TestClassify(t *testing.T) {
 		"40001": idempotency.ErrSerialization, "40P01": idempotency.ErrSerialization,
 		"08006": idempotency.ErrUnavailable, "53100": idempotency.ErrUnavailable, "53300": idempotency.ErrUnavailable,
 		"57014": idempotency.ErrUnavailable, "57P01": idempotency.ErrUnavailable, "58030": idempotency.ErrUnavailable,
-		"55P03": idempotency.ErrUnavailable, "25006": idempotency.ErrUnavailable,
+		"55P03": idempotency.ErrUnavailable, "25006": idempotency.ErrAborted,
 		"23505": idempotency.ErrAborted, "22012": idempotency.ErrAborted, "55000": idempotency.ErrAborted, "": idempotency.ErrAborted,
 	} {
 		if got := classify(&pgconn.PgError{Code: code}); !errors.Is(got, want) {

@@ -45,7 +45,11 @@ func classify(err error) error {
 	switch pgErr.Code {
 	case "40001", "40P01":
 		return idempotency.ErrSerialization
-	case "55P03", "25006": // lock_timeout; a standby
+	case "0A000":
+		if stalePlan(err) { // another connection plans anew
+			return idempotency.ErrSerialization
+		}
+	case "55P03": // lock_timeout
 		return idempotency.ErrUnavailable
 	}
 	switch class(pgErr) {
@@ -54,6 +58,51 @@ func classify(err error) error {
 	}
 	return idempotency.ErrAborted
 }
+
+// stalePlan reports whether a table was changed under a prepared statement. Nothing of the statement was executed, and the
+// connection goes on failing so until it is prepared anew. 0A000 alone means many other things.
+func stalePlan(err error) bool {
+	var pgErr *pgconn.PgError
+	return errors.As(err, &pgErr) && pgErr.Code == "0A000" && pgErr.Routine == "RevalidateCachedQuery"
+}
+
+// isStandby reports whether a BEGIN was refused because the server is a standby.
+func isStandby(err error) bool {
+	var pgErr *pgconn.PgError
+	return errors.As(err, &pgErr) && (pgErr.Code == "0A000" || pgErr.Code == "25006")
+}
+
+// meaning says what an error means that PostgreSQL gave for one of the statements of the last flush, and adds what can be done
+// about it. It depends on the statement: what an INSERT of ours raises at once, the handler's own deferred constraints
+// and triggers raise too, in front of it.
+func (s *statements) meaning(failed *statement, err *pgconn.PgError) (sentinel, explained error) {
+	switch failed {
+	case &s.guard:
+		if err.Code == "22012" {
+			return idempotency.ErrTransactionLost, err
+		}
+	case &s.insert:
+		switch {
+		case err.Code == "23502" && err.ColumnName == "created_at":
+			return idempotency.ErrTransactionLost, err
+		case err.Code == "23505" && err.ConstraintName == primaryKey:
+			return idempotency.ErrKeyRecorded, err
+		case err.Code == "22012" && err.Where == "", err.Code == "0A000": // in Where a trigger's own would name its function
+			return idempotency.ErrUnavailable, explain(err, "the record would not be kept as it was written: Store.Check and idemctl doctor name the trigger or rule on the table that must go")
+		case err.Code == "25006":
+			return idempotency.ErrAborted, explain(err, remedyReadOnly)
+		case err.Code == "42501":
+			return idempotency.ErrAborted, explain(err, "the role in force may not write the record: GRANT SELECT, INSERT ON the table to it, or RESET ROLE before the handler returns")
+		}
+	}
+	return classify(err), err
+}
+
+// explain adds to a database error what can be done about it.
+func explain(err error, remedy string) error { return fmt.Errorf("%w: %s", sqlError(err), remedy) }
+
+// remedyReadOnly: the claim asked for a transaction that writes, so it was the handler that changed that.
+const remedyReadOnly = "the handler made its transaction read-only: leave SET TRANSACTION READ ONLY and transaction_read_only alone"
 
 func class(pgErr *pgconn.PgError) string {
 	if len(pgErr.Code) < 2 {

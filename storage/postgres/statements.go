@@ -32,11 +32,12 @@ type statements struct {
 	lookUp statement
 	peek   statement // the look-up of a replay, outside of a transaction
 
-	insert   statement
-	guard    statement // fails where the transaction is not the one of the claim
-	commit   statement
-	rollback statement
-	barrier  statement // makes the COMMIT that follows wait for the standbys, and so for all that was committed before
+	guard       statement // fails where the transaction is not the one of the claim
+	constraints statement // runs what was deferred to COMMIT
+	insert      statement // fails unless the record was written as it was sent
+	commit      statement
+	rollback    statement
+	barrier     statement // makes the COMMIT that follows wait for the standbys, and so for all that was committed before
 
 	// Of the resolver, on connections of its own: never prepared.
 	resolveBegin statement
@@ -90,15 +91,21 @@ func newStatements(o *Options) statements {
 				" FROM " + table + " WHERE scope = $1 AND key = $2",
 			oids: []uint32{pgtype.TextOID, pgtype.TextOID},
 		},
+		// Triggers of the handler's that run inside COMMIT could change what COMMIT waits for after the record set it.
+		constraints: statement{sql: "SET CONSTRAINTS ALL IMMEDIATE"},
 		// created_at is NULL, and so refused, where the transaction is not the one of the claim: then the handler ended
 		// ours behind our back. $1 is NULL after a decline, whose transaction is a new one. set_config: COMMIT waits for
 		// the disk whatever the handler set. The TTL runs from now: a record is not born expired, however long the handler
-		// took.
+		// took. A trigger may drop or change the row and have the INSERT succeed: COMMIT is on its way behind it, so that fails
+		// here, by a division by zero. A rule is refused by PostgreSQL: INSERT stands in WITH.
 		insert: statement{
-			sql: "INSERT INTO " + table + " (created_at, expires_at, status, fingerprint_version, attempt_id, scope, key, fingerprint, headers, body, trace_id)" +
+			sql: "WITH written AS (INSERT INTO " + table + " (created_at, expires_at, status, fingerprint_version, attempt_id, scope, key, fingerprint, headers, body, trace_id)" +
 				" VALUES (CASE WHEN pg_catalog.transaction_timestamp() OPERATOR(pg_catalog.=) COALESCE($1, pg_catalog.transaction_timestamp())" +
 				" AND pg_catalog.set_config('synchronous_commit', $2, true) IS NOT NULL" + hearWarnings + " THEN pg_catalog.transaction_timestamp() END," +
-				" pg_catalog.clock_timestamp() OPERATOR(pg_catalog.+) ($3 OPERATOR(pg_catalog.*) interval '1 microsecond'), $4, $5, $6, $7, $8, $9, $10, $11, $12)",
+				" pg_catalog.clock_timestamp() OPERATOR(pg_catalog.+) ($3 OPERATOR(pg_catalog.*) interval '1 microsecond'), $4, $5, $6, $7, $8, $9, $10, $11, $12)" +
+				" RETURNING attempt_id OPERATOR(pg_catalog.=) $6 AND scope OPERATOR(pg_catalog.=) $7 AND key OPERATOR(pg_catalog.=) $8" +
+				" AND fingerprint OPERATOR(pg_catalog.=) $9 AS same)" +
+				" SELECT 1 OPERATOR(pg_catalog./) pg_catalog.count(*) FILTER (WHERE same) FROM written",
 			oids: []uint32{
 				pgtype.TimestamptzOID, pgtype.TextOID, pgtype.Int8OID, pgtype.Int2OID, pgtype.Int2OID, pgtype.UUIDOID,
 				pgtype.TextOID, pgtype.TextOID, pgtype.ByteaOID, pgtype.ByteaOID, pgtype.ByteaOID, pgtype.TextOID,
@@ -137,7 +144,7 @@ func newStatements(o *Options) statements {
 }
 
 func (s *statements) all() []*statement {
-	return []*statement{&s.begin, &s.lock, &s.lookUp, &s.peek, &s.insert, &s.guard, &s.commit, &s.rollback}
+	return []*statement{&s.begin, &s.lock, &s.lookUp, &s.peek, &s.guard, &s.constraints, &s.insert, &s.commit, &s.rollback}
 }
 
 // preparedMark is the key under which a connection's custom data says which statements of ours are prepared on it, and
@@ -172,8 +179,8 @@ func (s *statements) namesOn(conn *pgconn.PgConn) *preparedNames {
 
 // prepare prepares the statements on a new connection, in one round trip. The connection is good without them: they are then sent as
 // text, which costs no round trip either. So a table that is not there yet is no error, because the connection may be the one that
-// a migration needs, and neither is one that somebody has locked for longer than timeout, because the connection may be for a
-// request that needs no record.
+// a migration needs, and neither is one that somebody has locked for longer than timeout or put a rule on, because the connection
+// may be for a request that needs no record.
 func (s *statements) prepare(ctx context.Context, conn *pgconn.PgConn, p *preparedNames, timeout time.Duration) error {
 	pipeline := conn.StartPipeline(ctx)
 	// For the transaction, which all that comes before the Sync is.
@@ -198,7 +205,7 @@ func (s *statements) prepare(ctx context.Context, conn *pgconn.PgConn, p *prepar
 	var pgErr *pgconn.PgError
 	if errors.As(err, &pgErr) {
 		switch pgErr.Code {
-		case "42P01", "3F000", "55P03", "57014": // no table, no schema, lock_timeout, statement_timeout
+		case "42P01", "3F000", "0A000", "55P03", "57014": // no table, no schema, a rule, lock_timeout, statement_timeout
 			return nil
 		}
 	}
@@ -212,11 +219,11 @@ func (s *statements) prepare(ctx context.Context, conn *pgconn.PgConn, p *prepar
 // unprepared reports whether a prepared statement can't be used any more: somebody deallocated it on this connection,
 // or the table changed under its plan.
 func unprepared(err error) bool {
-	if err == nil {
+	if err == nil { // no memory for nothing
 		return false
 	}
 	var pgErr *pgconn.PgError
-	return errors.As(err, &pgErr) && (pgErr.Code == "26000" || pgErr.Code == "0A000")
+	return stalePlan(err) || errors.As(err, &pgErr) && pgErr.Code == "26000"
 }
 
 // The encodings of PostgreSQL's binary format that our statements need. Text, bytea and uuid are their bytes.

@@ -266,7 +266,7 @@ func (s *Store) claim(ctx context.Context, req *idempotency.Request, acquire fun
 		a.release(ctx)
 		return nil, nil, fail("read the record", idempotency.ErrUnknown, err)
 	case err != nil:
-		stale := conn.Conn().IsClosed() || unprepared(err)
+		stale := conn.Conn().IsClosed() || unprepared(err) || isStandby(err)
 		if classify(err) == idempotency.ErrAborted { // for a role, say, that a handler set for the session
 			_ = conn.Conn().Close(ctx)
 		}

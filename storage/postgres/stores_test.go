@@ -252,7 +252,7 @@ func TestLookUpIsYoungerThanTheLock(t *testing.T) {
 		CREATE FUNCTION gate() RETURNS boolean LANGUAGE plpgsql AS $$
 		BEGIN PERFORM pg_advisory_lock_shared(42); PERFORM pg_advisory_unlock_shared(42); RETURN true; END $$;
 		CREATE VIEW idempotency_keys AS WITH gate AS MATERIALIZED (SELECT gate()) SELECT * FROM kept_keys WHERE EXISTS (SELECT FROM gate);
-		CREATE RULE keep AS ON INSERT TO idempotency_keys DO INSTEAD INSERT INTO kept_keys VALUES (NEW.*)`); err != nil {
+		CREATE RULE keep AS ON INSERT TO idempotency_keys DO INSTEAD INSERT INTO kept_keys VALUES (NEW.*) RETURNING *`); err != nil {
 		t.Fatal(err)
 	}
 	b.pool.Reset() // what is prepared already knows the table by its number

@@ -61,6 +61,7 @@ type transaction struct {
 	savepoints []savepoint
 	sequence   int
 	lost       bool // the transaction was over after a use
+	stalePlans bool // a statement's plan was older than its table
 	abandoned  bool // a use went on past the seal: the connection is not ours any more
 }
 
@@ -95,7 +96,11 @@ func (t *transaction) seal() error {
 	case conn.TxStatus() == 'I':
 		return fail("after the handler", idempotency.ErrTransactionLost, errors.New("no transaction is open"))
 	case t.failure != nil:
-		return fail("after the handler", classify(t.failure), t.failure)
+		failure, pgErr := t.failure, (*pgconn.PgError)(nil)
+		if errors.As(failure, &pgErr) && pgErr.Code == "25006" {
+			failure = explain(failure, remedyReadOnly)
+		}
+		return fail("after the handler", classify(failure), failure)
 	case conn.TxStatus() != 'T':
 		return fail("after the handler", idempotency.ErrAborted, errors.New("the transaction is aborted"))
 	case len(t.savepoints) > 0:
@@ -156,7 +161,11 @@ func (t *transaction) done(err error) {
 }
 
 func (t *transaction) remember(err error) {
-	if err == nil || t.failure != nil {
+	if err == nil {
+		return
+	}
+	t.stalePlans = t.stalePlans || stalePlan(err)
+	if t.failure != nil {
 		return
 	}
 	var pgErr *pgconn.PgError

@@ -31,8 +31,10 @@ const (
 	bankFile       = "cmd/demo-bank/internal/bank/routes.go"
 )
 
-const keyedCommit = `	return a.end(ctx, "commit", append(a.calls[:0], a.insertCall(a.claimedAt[:], answer), call{statement: &s.commit}))
+const keyedCommit = `		last = a.insertCall(a.claimedAt[:], answer)
 `
+
+const countedRows = `" SELECT 1 OPERATOR(pg_catalog./) pg_catalog.count(*) FILTER (WHERE same) FROM written",`
 
 // Catalogue is every seeded bug.
 func Catalogue() []Mutant {
@@ -40,24 +42,23 @@ func Catalogue() []Mutant {
 		{
 			Name: "record-apart",
 			Bug:  "the record is committed in a transaction of its own, before the handler's",
-			edits: []edit{{attemptFile, keyedCommit, `	conn, err := a.store.connectPrimary(ctx)
-	if err != nil {
-		return fail("record", idempotency.ErrUnavailable, err)
-	}
-	defer func() { _ = conn.Close(ctx) }()
-	if _, err := s.flush(ctx, conn.PgConn(), call{statement: &s.begin}, a.insertCall(nil, answer), call{statement: &s.commit}); err != nil {
-		return fail("record", classify(err), err)
-	}
-	return a.end(ctx, "commit", append(a.calls[:0], a.guardCall(), call{statement: &s.commit}))
+			edits: []edit{{attemptFile, keyedCommit, `		conn, err := a.store.connectPrimary(ctx)
+		if err != nil {
+			return fail("record", idempotency.ErrUnavailable, err)
+		}
+		defer func() { _ = conn.Close(ctx) }()
+		if _, err := s.flush(ctx, conn.PgConn(), call{statement: &s.begin}, a.insertCall(nil, answer), call{statement: &s.commit}); err != nil {
+			return fail("record", classify(err), err)
+		}
 `}},
 		},
 		{
 			Name: "store-after-commit",
 			Bug:  "the record is stored after the handler's transaction has committed",
-			edits: []edit{{attemptFile, keyedCommit, `	if err := a.end(ctx, "commit", append(a.calls[:0], a.guardCall(), call{statement: &s.commit})); err != nil {
-		return err
-	}
-	return a.end(ctx, "commit", append(a.calls[:0], call{statement: &s.begin}, a.insertCall(nil, answer), call{statement: &s.commit}))
+			edits: []edit{{attemptFile, keyedCommit, `		if err := a.end(ctx, "commit", append(a.calls[:0], last, call{statement: &s.commit})); err != nil {
+			return err
+		}
+		return a.end(ctx, "commit", append(a.calls[:0], call{statement: &s.begin}, a.insertCall(nil, answer), call{statement: &s.commit}))
 `}},
 		},
 		{
@@ -96,7 +97,8 @@ func Catalogue() []Mutant {
 `},
 				{storeFile, `	case a.record != nil: // also where`, `	case req.Again:
 	case a.record != nil: // also where`},
-				{statementsFile, `$4, $5, $6, $7, $8, $9, $10, $11, $12)",`, `$4, $5, $6, $7, $8, $9, $10, $11, $12) ON CONFLICT DO NOTHING",`},
+				{statementsFile, `$4, $5, $6, $7, $8, $9, $10, $11, $12)" +`, `$4, $5, $6, $7, $8, $9, $10, $11, $12) ON CONFLICT DO NOTHING" +`},
+				{statementsFile, countedRows, `" SELECT pg_catalog.count(*) FROM written",`},
 			},
 		},
 		{
@@ -143,6 +145,12 @@ func Catalogue() []Mutant {
 				{attemptFile, `		call{statement: &s.lock, params: [][]byte{a.lockNumber[:]}},`,
 					`		call{statement: &s.lock, params: [][]byte{a.lockNumber[:], a.scope, a.key}},`},
 			},
+		},
+		{
+			Name:  "row-count-not-looked-at",
+			Bug:   "an INSERT that succeeded is taken for a record that was written",
+			edits: []edit{{statementsFile, countedRows, `" SELECT pg_catalog.count(*) FROM written",`}},
+			Test:  Test{"storage/postgres", "TestRecordThatIsNotKeptIsNotExecuted"},
 		},
 		{
 			Name: "no-fingerprint-check",
