@@ -80,7 +80,7 @@ const (
 	FactRecordedUnreadable                 // a record whose fingerprint or answer this program can't read, or can't vouch for yet
 	FactRecordCorrupt                      // a record that is not what was recorded
 	FactUnavailable                        // no connection, or the database failed before COMMIT was sent
-	FactSerialization                      // 40001 or 40P01, wherever it came from
+	FactSerialization                      // 40001, 40P01 or a plan that a migration made stale, wherever it came from
 	FactRestartsSpent                      // another restart was due, and the budget of restarts is used up
 	FactRecordUnread                       // unavailable or spent, after another attempt was seen to record the key
 

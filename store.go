@@ -119,7 +119,7 @@ var (
 	ErrInProgress = errors.New("key is in progress")
 	// ErrUnavailable: there is no connection, or the database failed; nothing was executed.
 	ErrUnavailable = errors.New("store is unavailable")
-	// ErrSerialization: the transaction must be started again (SQLSTATE 40001, 40P01); nothing was executed.
+	// ErrSerialization: the transaction must be started again (SQLSTATE 40001, 40P01, a stale plan); nothing was executed.
 	ErrSerialization = errors.New("transaction must be started again")
 	// ErrAborted: the transaction can't commit; nothing was executed.
 	ErrAborted = errors.New("transaction is aborted")
