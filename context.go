@@ -128,19 +128,33 @@ type UsageError string
 
 func (e UsageError) Error() string { return string(e) }
 
-// PanicError is a panic of the handler. Its text shows an error of package runtime and a [UsageError] whole, and of
-// everything else the type alone, because it may hold the handler's data. A [Tracer] that may show it finds it in Value.
+// PanicError is a panic of the handler, of a policy ([Options.Disposition], [Options.Reduce]) or of a [Tracer]; its text says
+// of which. The text shows an error of package runtime and a [UsageError] whole, and of everything else the type alone: the
+// value may hold the handler's data, so no log of this module has it. A [Tracer] that may show it finds it in Value:
+//
+//	func (reporter) TraceRequestEnd(_ context.Context, end idempotency.RequestEnd) {
+//		var panicked *idempotency.PanicError
+//		if errors.As(end.Result.Err, &panicked) {
+//			report(panicked.Value, panicked.Stack)
+//		}
+//	}
 type PanicError struct {
 	Value any
 	Stack []byte // the goroutine's stack at the panic
+
+	whose string // empty is the handler's
 }
 
 func (p *PanicError) Error() string {
+	whose := "handler"
+	if p.whose != "" {
+		whose = p.whose
+	}
 	err, ok := p.Value.(error)
 	if _, ours := err.(UsageError); ok && (ours || ofRuntime(err)) {
-		return "handler panicked: " + err.Error()
+		return whose + " panicked: " + err.Error()
 	}
-	return fmt.Sprintf("handler panicked with a %T", p.Value)
+	return fmt.Sprintf("%s panicked with a %T", whose, p.Value)
 }
 
 // ofRuntime reports whether an error's type is one of package runtime. To have the methods of a runtime.Error is not
@@ -153,8 +167,11 @@ func ofRuntime(err error) bool {
 	return t.PkgPath() == "runtime"
 }
 
-// Unwrap returns the panic's value where it is an error.
+// Unwrap returns the value of a handler's panic if it is an error. No other panic speaks for the handler.
 func (p *PanicError) Unwrap() error {
+	if p.whose != "" {
+		return nil
+	}
 	err, _ := p.Value.(error)
 	return err
 }

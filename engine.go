@@ -222,11 +222,16 @@ func (e *Engine) Do(ctx context.Context, req Request, run RunFunc) (result Resul
 	}
 	trace := e.startTrace(ctx, &req)
 	result = refuse(Decide(FactOutcomeUnknown), errGoexit) // unless do returns
-	defer func() { trace.end(result) }()
+	defer func() {
+		trace.end(result)
+		if trace.panicked != nil {
+			result.Err = errors.Join(result.Err, trace.panicked)
+		}
+	}()
 	return e.do(trace.ctx, &req, run, &trace)
 }
 
-// errGoexit stands for a handler that ended its goroutine, or a hook of the caller's that panicked.
+// errGoexit stands for a handler that ended its goroutine.
 var errGoexit = errors.New("handler did not return")
 
 // validate reports why a request can't be taken, and the reason that a client is given.
@@ -360,7 +365,7 @@ func (e *Engine) attempt(ctx context.Context, budget *deadline.Context, req *Req
 	// The end.
 	disposition := Forget
 	if failed == nil {
-		disposition = e.disposition(req, answer)
+		disposition, failed = e.disposition(req, answer)
 	}
 	recorded := answer
 	switch {
@@ -405,13 +410,15 @@ func (e *Engine) attempt(ctx context.Context, budget *deadline.Context, req *Req
 	}
 }
 
-// disposition asks the policy. Without a key there is nothing to keep an answer under, so a decline is forgotten.
-func (e *Engine) disposition(req *Request, answer *Answer) Disposition {
-	disposition := e.options.Disposition(answer.Status)
+// disposition asks the policy. Without a key there is nothing to keep an answer under, so a decline is forgotten. A policy that
+// panics fails the handler: it has not said that the answer is for good.
+func (e *Engine) disposition(req *Request, answer *Answer) (disposition Disposition, err error) {
+	defer recovered("Options.Disposition", &err)
+	disposition = e.options.Disposition(answer.Status)
 	if disposition == Decline && req.Keyless() {
-		return Forget
+		return Forget, nil
 	}
-	return disposition
+	return disposition, nil
 }
 
 // end runs Commit or Decline within a time of its own, which it ends.
@@ -441,21 +448,25 @@ func (e *Engine) resolve(ctx context.Context, req *Request, disposition Disposit
 var errMayHaveExpired = fmt.Errorf("%w: the record may have been there, and expired", ErrUnknown)
 
 // reduce returns what is recorded of an answer, or why that can't be recorded.
-func (e *Engine) reduce(answer *Answer) (*Answer, error) {
+func (e *Engine) reduce(answer *Answer) (recorded *Answer, err error) {
 	if err := answer.Validate(); err != nil || e.options.Reduce == nil {
 		return answer, err
 	}
+	defer recovered("Options.Reduce", &err)
 	reduced := e.options.Reduce(*answer)
 	return &reduced, reduced.Validate()
 }
 
+// recovered is deferred around what is not the engine's own. It turns a panic into an error, unless there was one before.
+func recovered(whose string, err *error) {
+	if value := recover(); value != nil && *err == nil {
+		*err = &PanicError{Value: value, Stack: debug.Stack(), whose: whose}
+	}
+}
+
 // call runs the handler and turns a panic into an error.
 func call(ctx context.Context, run RunFunc) (answer *Answer, err error) {
-	defer func() {
-		if value := recover(); value != nil {
-			answer, err = nil, &PanicError{Value: value, Stack: debug.Stack()}
-		}
-	}()
+	defer recovered("", &err)
 	answer, err = run(ctx)
 	if answer == nil && err == nil {
 		err = errors.New("handler gave no answer")

@@ -4,6 +4,8 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"net/http"
+	"runtime"
 	"strings"
 	"sync"
 	"testing"
@@ -11,6 +13,7 @@ import (
 	"time"
 
 	"github.com/paidonce/idempotency"
+	"github.com/paidonce/idempotency/storage/memory"
 )
 
 // A key that somebody recorded is never called not executed, whatever keeps us from reading the record.
@@ -132,12 +135,20 @@ func TestTimeoutHidesNoPanic(t *testing.T) {
 	}
 }
 
-// hooks is a tracer that counts, and panics where it is told to.
+// hooks is a tracer that counts, and panics after a step, or ends its goroutine there.
 type hooks struct {
-	mu         sync.Mutex
-	starts     int
-	ends       []idempotency.RequestEnd
-	panicAfter idempotency.Step
+	mu     sync.Mutex
+	starts int
+	ends   []idempotency.RequestEnd
+	after  idempotency.Step
+	exits  bool
+}
+
+func (h *hooks) fail() {
+	if h.exits {
+		runtime.Goexit()
+	}
+	panic("a hook of the caller's")
 }
 
 func (h *hooks) TraceRequestStart(ctx context.Context, _ idempotency.RequestStart) context.Context {
@@ -146,8 +157,8 @@ func (h *hooks) TraceRequestStart(ctx context.Context, _ idempotency.RequestStar
 }
 
 func (h *hooks) TraceStep(_ context.Context, data idempotency.StepEnd) {
-	if data.Step == h.panicAfter {
-		panic("a hook of the caller's")
+	if data.Step == h.after {
+		h.fail()
 	}
 }
 
@@ -159,30 +170,113 @@ func (h *hooks) TraceRequestEnd(_ context.Context, data idempotency.RequestEnd) 
 
 func (h *hooks) TraceRefused(context.Context, idempotency.Refused) {}
 
-// Whatever panics in the caller's hooks, and wherever its goroutine ends: nothing is held, and every start has its end.
-func TestHooksThatPanicHoldNothing(t *testing.T) {
+// A tracer that panics takes no answer from a client; the operator hears of it. Where it ends its goroutine, nothing is held. Every
+// start has its end.
+func TestTracerThatPanicsChangesNothing(t *testing.T) {
 	t.Parallel()
-	for _, step := range []idempotency.Step{idempotency.StepClaim, idempotency.StepHandler, idempotency.StepCommit} {
-		tracer := &hooks{panicAfter: step}
-		store := scripted(turn{})
-		engine := idempotency.NewEngine(store, &idempotency.Options{Tracer: tracer})
-		func() {
-			defer func() {
-				if recover() == nil {
-					t.Errorf("%s: the panic was swallowed", step)
-				}
+	for _, exits := range []bool{false, true} {
+		for _, step := range []idempotency.Step{idempotency.StepClaim, idempotency.StepHandler, idempotency.StepCommit} {
+			tracer := &hooks{after: step, exits: exits}
+			store := scripted(turn{})
+			engine := idempotency.NewEngine(store, &idempotency.Options{Tracer: tracer})
+			var result idempotency.Result
+			ended := make(chan struct{})
+			go func() {
+				defer close(ended)
+				result = engine.Do(t.Context(), keyed("k"), answering(201))
 			}()
-			engine.Do(t.Context(), keyed("k"), answering(201))
-		}()
-		ended := strings.Contains(store.log(), "rollback") || strings.Contains(store.log(), "commit")
-		if !ended || strings.Count(store.log(), "rollback")+strings.Count(store.log(), "commit") != 1 {
-			t.Errorf("%s: steps %q", step, store.log())
+			<-ended
+			if strings.Count(store.log(), "rollback")+strings.Count(store.log(), "commit") != 1 {
+				t.Errorf("%s, exits %t: steps %q", step, exits, store.log())
+			}
+			if tracer.starts != 1 || len(tracer.ends) != 1 || engine.InFlight() != 0 {
+				t.Errorf("%s, exits %t: %d starts, %d ends, %d in flight", step, exits, tracer.starts, len(tracer.ends), engine.InFlight())
+			}
+			want := idempotency.OutcomeExecuted
+			if exits {
+				want = idempotency.OutcomeUnknown
+			}
+			if outcome := tracer.ends[0].Result.Outcome; outcome != want {
+				t.Errorf("%s, exits %t: outcome %s", step, exits, outcome)
+			}
+			if exits {
+				continue
+			}
+			var panicked *idempotency.PanicError
+			if result.Outcome != want || result.Answer == nil || !errors.As(result.Err, &panicked) || panicked.Value != "a hook of the caller's" ||
+				panicked.Error() != "Tracer panicked with a string" || len(panicked.Stack) == 0 {
+				t.Errorf("%s: result %+v", step, result)
+			}
 		}
-		if tracer.starts != 1 || len(tracer.ends) != 1 || engine.InFlight() != 0 {
-			t.Errorf("%s: %d starts, %d ends, %d in flight", step, tracer.starts, len(tracer.ends), engine.InFlight())
+	}
+}
+
+// A panic of a tracer's at the start, at the end or when a wait begins is no other; and it never speaks for the handler, whose
+// http.ErrAbortHandler an adapter passes on.
+func TestTracerThatPanicsAtStartAndEndChangesNothing(t *testing.T) {
+	t.Parallel()
+	for _, at := range []string{"start", "end"} {
+		result := idempotency.NewEngine(memory.New(nil), &idempotency.Options{Tracer: brokenTracer(at)}).Do(t.Context(), keyed("k"), answering(201))
+		var panicked *idempotency.PanicError
+		if result.Outcome != idempotency.OutcomeExecuted || !errors.As(result.Err, &panicked) || errors.Is(result.Err, http.ErrAbortHandler) {
+			t.Errorf("%s: %+v", at, result)
 		}
-		if outcome := tracer.ends[0].Result.Outcome; outcome != idempotency.OutcomeUnknown {
-			t.Errorf("%s: outcome %s", step, outcome)
+	}
+	synctest.Test(t, func(t *testing.T) {
+		engine := idempotency.NewEngine(memory.New(nil), &idempotency.Options{Tracer: brokenTracer("wait"), Wait: time.Minute})
+		results := make(chan idempotency.Result, 2)
+		for range 2 {
+			go func() {
+				results <- engine.Do(t.Context(), keyed("k"), func(context.Context) (*idempotency.Answer, error) {
+					time.Sleep(time.Second) // so that the other waits
+					return &idempotency.Answer{Status: 201}, nil
+				})
+			}()
+		}
+		for _, want := range []idempotency.Outcome{idempotency.OutcomeExecuted, idempotency.OutcomeReplayed} {
+			if result := <-results; result.Outcome != want || (result.Err != nil) != (want == idempotency.OutcomeReplayed) {
+				t.Errorf("%s: %+v", want, result)
+			}
+		}
+	})
+}
+
+// brokenTracer is the name of the event at which it panics.
+type brokenTracer string
+
+func (b brokenTracer) maybe(at string) {
+	if string(b) == at {
+		panic(http.ErrAbortHandler)
+	}
+}
+
+func (b brokenTracer) TraceRequestStart(ctx context.Context, _ idempotency.RequestStart) context.Context {
+	b.maybe("start")
+	return ctx
+}
+func (b brokenTracer) TraceStep(context.Context, idempotency.StepEnd)          {}
+func (b brokenTracer) TraceRequestEnd(context.Context, idempotency.RequestEnd) { b.maybe("end") }
+func (b brokenTracer) TraceRefused(context.Context, idempotency.Refused)       {}
+func (b brokenTracer) TraceWaitStart(context.Context)                          { b.maybe("wait") }
+
+// A policy that panics has not said that the answer is for good: the handler's writes are undone, and that is what the
+// client hears.
+func TestPolicyThatPanicsFailsTheHandler(t *testing.T) {
+	t.Parallel()
+	for whose, options := range map[string]idempotency.Options{
+		"Options.Disposition": {Disposition: func(int) idempotency.Disposition { panic(http.ErrAbortHandler) }},
+		"Options.Reduce":      {Reduce: func(idempotency.Answer) idempotency.Answer { panic(http.ErrAbortHandler) }},
+	} {
+		for _, status := range []int{201, 402} {
+			store := scripted(turn{})
+			engine := idempotency.NewEngine(store, &options)
+			result := engine.Do(t.Context(), keyed("k"), answering(status))
+			if result.Outcome != idempotency.OutcomeNotExecuted || result.Reason != idempotency.ReasonHandlerFailed || store.log() != "begin seal rollback" {
+				t.Errorf("%s, %d: %+v, steps %q", whose, status, result, store.log())
+			}
+			if errors.Is(result.Err, http.ErrAbortHandler) || !strings.Contains(result.Err.Error(), whose+" panicked with a *errors.errorString") || engine.InFlight() != 0 {
+				t.Errorf("%s, %d: error %v, %d in flight", whose, status, result.Err, engine.InFlight())
+			}
 		}
 	}
 }

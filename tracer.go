@@ -6,7 +6,8 @@ import (
 )
 
 // Tracer is told of everything that happens to requests. Metrics and traces are built on it. Its methods are called
-// from the goroutine of the request, at once, and concurrently for different requests: they should be quick.
+// from the goroutine of the request, at once, and concurrently for different requests: they should be quick. A panic of one
+// changes nothing of the request: it is in [Result].Err afterwards, as a [PanicError].
 //
 // What is passed holds keys and scopes, for detectors and samplers. They must not become labels or log fields; a [Key]
 // prints as a hash.
@@ -91,11 +92,13 @@ type trace struct {
 	attempts int
 	last     Step // of the steps that end an attempt
 	resolved bool
+	panicked error // the tracer's panics
 }
 
-func (e *Engine) startTrace(ctx context.Context, req *Request) trace {
-	t := trace{tracer: e.options.Tracer, ctx: ctx, req: req}
+func (e *Engine) startTrace(ctx context.Context, req *Request) (t trace) {
+	t = trace{tracer: e.options.Tracer, ctx: ctx, req: req}
 	if t.tracer != nil {
+		defer recovered(panicOfTracer, &t.panicked)
 		t.started = time.Now()
 		t.ctx = t.tracer.TraceRequestStart(ctx, RequestStart{
 			Key: req.Key, Fingerprint: req.Fingerprint, TraceID: req.TraceID, Route: req.Route,
@@ -103,6 +106,8 @@ func (e *Engine) startTrace(ctx context.Context, req *Request) trace {
 	}
 	return t
 }
+
+const panicOfTracer = "Tracer"
 
 func (t *trace) now() time.Time {
 	if t.tracer == nil {
@@ -114,9 +119,14 @@ func (t *trace) now() time.Time {
 // wait is now, at the beginning of a wait.
 func (t *trace) wait() time.Time {
 	if waiter, ok := t.tracer.(WaitTracer); ok {
-		waiter.TraceWaitStart(t.ctx)
+		t.waitStart(waiter)
 	}
 	return t.now()
+}
+
+func (t *trace) waitStart(waiter WaitTracer) {
+	defer recovered(panicOfTracer, &t.panicked)
+	waiter.TraceWaitStart(t.ctx)
 }
 
 func (t *trace) step(step Step, started time.Time, err error) {
@@ -131,6 +141,7 @@ func (t *trace) step(step Step, started time.Time, err error) {
 	if t.tracer == nil {
 		return
 	}
+	defer recovered(panicOfTracer, &t.panicked)
 	t.tracer.TraceStep(t.ctx, StepEnd{Attempt: t.req.Attempt, Step: step, Started: started, Duration: time.Since(started), Err: err})
 }
 
@@ -138,6 +149,7 @@ func (t *trace) end(result Result) {
 	if t.tracer == nil {
 		return
 	}
+	defer recovered(panicOfTracer, &t.panicked)
 	t.tracer.TraceRequestEnd(t.ctx, RequestEnd{
 		Key: t.req.Key, Route: t.req.Route, Attempt: t.req.Attempt, Attempts: t.attempts, Result: result, Resolved: t.resolved,
 		Declined: result.Outcome == OutcomeExecuted && t.last == StepDecline,

@@ -196,9 +196,9 @@ func (p *place) withdraw() bool {
 	return true
 }
 
-// leave gives a leader's place up; a follower's is given up by then, unless a tracer panicked. A record answers all that wait,
-// and so does a COMMIT that may have happened: to look again would take each as long. Otherwise the next of them leads: it
-// finds the answer that the leader's attempt recorded, or a key that is free.
+// leave gives a leader's place up; a follower's is given up by then, unless a tracer ended its goroutine. A record answers all
+// that wait, and so does a COMMIT that may have happened: to look again would take each as long. Otherwise the next of them
+// leads: it finds the answer that the leader's attempt recorded, or a key that is free.
 func (p *place) leave(result *Result) {
 	if !p.leads && !p.flee() {
 		return

@@ -174,35 +174,40 @@ func TestTracerIsToldOfWaiting(t *testing.T) {
 	}
 }
 
-// Whatever panics in a caller's hook, those behind it are not forgotten.
+// Whatever a tracer does, those that wait behind its request are not forgotten.
 func TestHookThatPanicsLeavesNobodyWaiting(t *testing.T) {
 	t.Parallel()
-	for step, want := range map[idempotency.Step]idempotency.Outcome{
-		idempotency.StepClaim: idempotency.OutcomeExecuted, idempotency.StepHandler: idempotency.OutcomeExecuted,
-		idempotency.StepCommit: idempotency.OutcomeReplayed, idempotency.StepWait: idempotency.OutcomeReplayed,
-	} {
-		synctest.Test(t, func(t *testing.T) {
-			b := setupWait(t, nil)
-			gate := make(chan struct{})
-			b.store.gate.Store(&gate)
-			if step == idempotency.StepWait {
-				b.send(t.Context(), keyed("k"), answering(201))
+	for _, exits := range []bool{false, true} {
+		for step, want := range map[idempotency.Step]idempotency.Outcome{
+			idempotency.StepClaim: idempotency.OutcomeExecuted, idempotency.StepHandler: idempotency.OutcomeExecuted,
+			idempotency.StepCommit: idempotency.OutcomeReplayed, idempotency.StepWait: idempotency.OutcomeReplayed,
+		} {
+			if !exits {
+				want = idempotency.OutcomeReplayed
 			}
-			hooked := b.engine.With(&idempotency.Options{Wait: waitFor, Tracer: &hooks{panicAfter: step}})
-			panicked := false
-			b.group.Go(func() {
-				defer func() { panicked = recover() != nil }()
-				hooked.Do(t.Context(), keyed("k"), answering(201))
+			synctest.Test(t, func(t *testing.T) {
+				b := setupWait(t, nil)
+				gate := make(chan struct{})
+				b.store.gate.Store(&gate)
+				if step == idempotency.StepWait {
+					b.send(t.Context(), keyed("k"), answering(201))
+				}
+				hooked := b.engine.With(&idempotency.Options{Wait: waitFor, Tracer: &hooks{after: step, exits: exits}})
+				returned := false
+				b.group.Go(func() {
+					hooked.Do(t.Context(), keyed("k"), answering(201))
+					returned = true
+				})
+				synctest.Wait()
+				last := b.send(t.Context(), keyed("k"), answering(201))
+				close(gate)
+				b.settle()
+				last.want(t, string(step), want, "")
+				if returned == exits || last.after != 0 {
+					t.Errorf("%s: exits: %t, returned: %t; the last was answered after %v", step, exits, returned, last.after)
+				}
 			})
-			synctest.Wait()
-			last := b.send(t.Context(), keyed("k"), answering(201))
-			close(gate)
-			b.settle()
-			last.want(t, string(step), want, "")
-			if !panicked || last.after != 0 {
-				t.Errorf("%s: panicked: %t; the last was answered after %v", step, panicked, last.after)
-			}
-		})
+		}
 	}
 }
 

@@ -3,6 +3,7 @@ package idempotency
 import (
 	"context"
 	"errors"
+	"runtime"
 	"testing"
 	"time"
 )
@@ -65,14 +66,14 @@ func TestAnswerThatComesAtTheLastMomentIsTaken(t *testing.T) {
 	}
 }
 
-// panicking is a tracer that panics when a request begins to wait.
-type panicking struct{ Tracer }
+// exiting is a tracer that ends the goroutine when a request begins to wait.
+type exiting struct{ Tracer }
 
-func (panicking) TraceWaitStart(context.Context) { panic("tracer") }
+func (exiting) TraceWaitStart(context.Context) { runtime.Goexit() }
 
-// A follower whose tracer panics is gone from its line, also where its turn comes in that moment: or all that come later would
+// A follower whose tracer ends its goroutine is gone from its line, also where its turn comes in that moment: or all that come later would
 // wait for it.
-func TestFollowerWhoseTracerPanicsLeavesItsLine(t *testing.T) {
+func TestFollowerWhoseTracerExitsLeavesItsLine(t *testing.T) {
 	t.Parallel()
 	for name, turn := range map[string]bool{"in the line": false, "its turn": true} {
 		t.Run(name, func(t *testing.T) {
@@ -80,14 +81,16 @@ func TestFollowerWhoseTracerPanicsLeavesItsLine(t *testing.T) {
 			l, key := newLines(), Key{Scope: "acme", Value: "k"}
 			first, late, next := l.mustEnter(key), l.mustEnter(key), l.mustEnter(key)
 			end := func() { first.leave(&Result{Outcome: OutcomeExecuted}) }
-			func() {
-				defer func() { _ = recover() }()
+			gone := make(chan struct{})
+			go func() {
+				defer close(gone)
 				defer late.leave(&Result{})
 				if turn {
 					end()
 				}
-				follow(t.Context(), &Request{Key: key}, late, time.Now().Add(time.Hour), &trace{tracer: panicking{}})
+				follow(t.Context(), &Request{Key: key}, late, time.Now().Add(time.Hour), &trace{tracer: exiting{}})
 			}()
+			<-gone
 			if !turn {
 				end()
 			}
