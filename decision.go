@@ -50,10 +50,10 @@ const (
 )
 
 // DefaultDisposition commits 2xx and 3xx, declines 4xx, and forgets what a retry may change: 401, 403, 407, 408, 421,
-// 425, 429 and everything else.
+// 425, 429, 499 (a call that was canceled, as gateways and gRPC spell it) and everything else.
 func DefaultDisposition(status int) Disposition {
 	switch status {
-	case 401, 403, 407, 408, 421, 425, 429:
+	case 401, 403, 407, 408, 421, 425, 429, 499:
 		return Forget
 	}
 	switch {
@@ -87,7 +87,7 @@ const (
 	FactAnsweredCommit  // the handler answered, by policy for good
 	FactAnsweredDecline // the handler answered, by policy without its writes
 	FactAnsweredForget  // the handler answered, by policy for this once
-	FactHandlerFailed   // the handler panicked, its answer can't be recorded, or it wants to commit an aborted transaction
+	FactHandlerFailed   // the handler or a policy panicked, its answer can't be recorded, or it wants to commit an aborted transaction
 	FactTransactionLost // the handler ended the transaction behind our back
 
 	FactCommitted     // COMMIT returned

@@ -131,7 +131,7 @@ func TestPassesTurn(t *testing.T) {
 
 func TestDefaultDisposition(t *testing.T) {
 	t.Parallel()
-	forget := map[int]bool{401: true, 403: true, 407: true, 408: true, 421: true, 425: true, 429: true}
+	forget := map[int]bool{401: true, 403: true, 407: true, 408: true, 421: true, 425: true, 429: true, 499: true}
 	for status := range 1000 {
 		want := Forget
 		switch {

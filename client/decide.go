@@ -66,7 +66,7 @@ func decide(f fact) step {
 // passing reports whether a refusal may be another one in a moment.
 func passing(status int) bool {
 	switch status {
-	case http.StatusRequestTimeout, http.StatusConflict, http.StatusTooEarly, http.StatusTooManyRequests:
+	case http.StatusRequestTimeout, http.StatusConflict, http.StatusTooEarly, http.StatusTooManyRequests, 499: // a canceled call
 		return true
 	}
 	return status >= 500

@@ -334,6 +334,7 @@ func TestOptionsThatCannotWorkPanic(t *testing.T) {
 	for name, o := range map[string]client.Options{
 		"GET":                                {Methods: []string{"GET"}},
 		"TRACE":                              {Methods: []string{"POST", "TRACE"}},
+		"QUERY":                              {Methods: []string{"QUERY"}},
 		"negative BackoffFirst":              {BackoffFirst: -1},
 		"BackoffMax under BackoffFirst":      {BackoffFirst: 2, BackoffMax: 1},
 		"negative RetryAfterMax":             {RetryAfterMax: -1},

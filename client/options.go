@@ -34,7 +34,7 @@ const (
 // Options tune a [Transport]. Nil and the zero value are the defaults, which are the safest.
 type Options struct {
 	// Methods are the methods whose requests get a key. The default is POST and PATCH. PUT and DELETE may be named too
-	// where the server honours keys for them. GET, HEAD, OPTIONS and TRACE may not: they always pass through untouched.
+	// where the server honours keys for them. GET, HEAD, OPTIONS, TRACE and QUERY may not: they always pass through untouched.
 	Methods []string
 
 	// Honours says whether the server honours keys for a request, so that it may be sent again although its reply was
@@ -137,7 +137,7 @@ func (o *Options) full() Options {
 	full.Methods = slices.Clone(full.Methods)
 	for _, method := range full.Methods {
 		switch method {
-		case http.MethodGet, http.MethodHead, http.MethodOptions, http.MethodTrace, http.MethodConnect:
+		case http.MethodGet, http.MethodHead, http.MethodOptions, http.MethodTrace, http.MethodConnect, "QUERY":
 			panic(fmt.Sprintf("idempotency/client: Options.Methods names %q, which never carries a key", method))
 		}
 		if !isToken(method) {

@@ -44,6 +44,7 @@ func TestAnswersAreActedUpon(t *testing.T) {
 		{"503 not-executed,500 not-executed,429 not-executed,201 executed", 4, "201 executed"},
 		{"503 not-executed", 4, "not-executed"},
 		{"408 not-executed", 4, "not-executed"},
+		{"499 not-executed", 4, "not-executed"},
 		{"425 not-executed", 4, "not-executed"},
 		{"409 not-executed", 4, "not-executed"},
 		{"400 not-executed", 1, "400 not-executed"},
@@ -266,7 +267,7 @@ func TestOtherMethodsPassUntouched(t *testing.T) {
 	t.Parallel()
 	s := newScript(t, each("503"))
 	c := newClient(t, quick(func(o *client.Options) { o.Methods = []string{"PUT"} }))
-	for _, method := range []string{"GET", "HEAD", "OPTIONS", "TRACE", "POST", "DELETE"} {
+	for _, method := range []string{"GET", "HEAD", "OPTIONS", "TRACE", "QUERY", "POST", "DELETE"} {
 		before := len(s.requests())
 		r, err := http.NewRequestWithContext(t.Context(), method, s.server.URL, nil)
 		if err != nil {
