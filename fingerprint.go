@@ -25,8 +25,8 @@ func (f Fingerprint) Equal(other Fingerprint) bool {
 	return f.Version == other.Version && subtle.ConstantTimeCompare(f.Sum[:], other.Sum[:]) == 1
 }
 
-// FingerprintV1 is SHA-256 over the length-prefixed method, escaped path, raw query, Content-Type and body bytes. It
-// is frozen: a change would turn every retry that crosses an upgrade into a mismatch.
+// FingerprintV1 is SHA-256 over the length-prefixed method, escaped path, raw query, Content-Type and body bytes. None of them is
+// normalized: two spellings of one media type are two requests. It is frozen: a change would turn every retry that crosses an upgrade into a mismatch.
 func FingerprintV1(method, escapedPath, rawQuery, contentType string, body []byte) Fingerprint {
 	var buffer [512]byte // for most of them, on the stack
 	head := appendField(buffer[:0], method)

@@ -165,30 +165,6 @@ func TestLogTellsTheOperatorAndNobodysSecrets(t *testing.T) {
 	}
 }
 
-// An answer of any size goes out with its length, and one that has no body without.
-func TestAnswerHasALength(t *testing.T) {
-	t.Parallel()
-	long := strings.Repeat("x", 10_000) // over what net/http counts by itself
-	b := setup(t, setupOptions{}, func(w http.ResponseWriter, r *http.Request) {
-		if r.URL.Path == "/304" {
-			w.WriteHeader(http.StatusNotModified)
-			if _, err := io.WriteString(w, "x"); err != http.ErrBodyNotAllowed {
-				t.Errorf("304 with a body: %v", err)
-			}
-			return
-		}
-		_, _ = io.WriteString(w, long)
-	})
-	for _, outcome := range []idempotency.Outcome{idempotency.OutcomeExecuted, idempotency.OutcomeReplayed} {
-		got := b.post(t, "/", "{}", "Idempotency-Key", "long")
-		want(t, got, 200, outcome, "")
-		if got.body != long || got.header.Get("Content-Length") != "10000" {
-			t.Errorf("%s: %d bytes, Content-Length %q", outcome, len(got.body), got.header.Get("Content-Length"))
-		}
-		want(t, b.post(t, "/304", "{}", "Idempotency-Key", "none"), 304, outcome, "")
-	}
-}
-
 // The limit of an answer is the longest that there may be.
 func TestAnswerAtItsLimit(t *testing.T) {
 	t.Parallel()
@@ -311,14 +287,17 @@ func TestBodyReadOutsideIsRefused(t *testing.T) {
 	}}, transfer)
 	for _, body := range []string{"amount=1", "amount=1000"} {
 		got := b.post(t, "/", body, "Idempotency-Key", "k", "Content-Type", "application/x-www-form-urlencoded")
-		want(t, got, 400, idempotency.OutcomeNotExecuted, idempotency.ReasonBodyUnread)
+		want(t, got, 500, idempotency.OutcomeNotExecuted, idempotency.ReasonHandlerFailed)
 	}
 	for _, body := range []string{"amount=1", "amount=1000"} { // nor where no length was announced
 		got := b.send(t, http.MethodPost, "/", io.MultiReader(strings.NewReader(body)), "Idempotency-Key", "chunked", "Content-Type", "application/x-www-form-urlencoded")
-		want(t, got, 400, idempotency.OutcomeNotExecuted, idempotency.ReasonBodyUnread)
+		want(t, got, 500, idempotency.OutcomeNotExecuted, idempotency.ReasonHandlerFailed)
 	}
 	if b.runs.Load() != 0 {
 		t.Error("the handler ran")
+	}
+	if logged := b.logs.String(); strings.Count(logged, "level=ERROR") != 4 || !strings.Contains(logged, "inside") {
+		t.Errorf("the log names no remedy: %s", logged)
 	}
 }
 

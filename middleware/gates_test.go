@@ -20,12 +20,12 @@ import (
 // Round trips, WAL and connections have theirs in storage/postgres.
 const (
 	// A fresh request over the same handler in a plain transaction of pgx, for two batches and an answer of 200 bytes.
-	allocsFreshMax = 20
+	allocsFreshMax = 19
 	// A replay from PostgreSQL, all of it but net/http.
-	allocsReplayMax = 38
+	allocsReplayMax = 37
 	// The middleware and the engine with the memory store, over the handler alone, the store's allocations included.
-	allocsMemoryFreshMax  = 33
-	allocsMemoryReplayMax = 29
+	allocsMemoryFreshMax  = 32
+	allocsMemoryReplayMax = 28
 )
 
 // These tests count what the whole process allocates, so nothing else may run: they are not parallel.

@@ -9,8 +9,9 @@ import (
 	"github.com/paidonce/idempotency"
 )
 
-// RecordedHeaders returns the names of the answer headers that are recorded and replayed. What else a handler sets goes
-// out with the first answer only.
+// RecordedHeaders returns the names of the answer headers that are recorded and replayed, with the values that they have
+// when the handler is done, also those that were set outside of the middleware before it. What else there is goes out with
+// the first answer only. Content-Encoding is recorded if the handler set it: a compressor outside encodes a replay too.
 func RecordedHeaders() []string {
 	return []string{
 		"Cache-Control", "Content-Disposition", "Content-Encoding", "Content-Language", "Content-Type", "Etag",
@@ -18,7 +19,7 @@ func RecordedHeaders() []string {
 	}
 }
 
-// neverRecorded reports whether a header carries a credential, belongs to one connection, or is ours.
+// neverRecorded reports whether a header carries a credential, belongs to one connection or one origin, or is ours.
 func neverRecorded(name string) bool {
 	switch name {
 	case "Authorization", "Cookie", "Set-Cookie", "Set-Cookie2", "Proxy-Authorization", "Proxy-Authenticate",
@@ -27,16 +28,20 @@ func neverRecorded(name string) bool {
 		"Content-Length", "Date":
 		return true
 	}
-	return ours(name) || strings.HasPrefix(name, http.TrailerPrefix)
+	return ours(name) || ofOrigin(name) || strings.HasPrefix(name, http.TrailerPrefix)
 }
+
+// ofOrigin reports whether a header tells a browser which site may read the answer: a retry may come from another one.
+func ofOrigin(name string) bool { return strings.HasPrefix(name, "Access-Control-") }
 
 // ours reports whether a header is the middleware's to set.
 func ours(name string) bool {
 	return strings.HasPrefix(name, "Idempotency-") || strings.HasPrefix(name, "Idempotent-")
 }
 
-// recordable returns what of an answer's headers is recorded: those of the allow-list that the handler changed, but
-// none that Connection names. The values are copies.
+// recordable returns what of an answer's headers is recorded: those of the allow-list, whoever set them, so that the record
+// is the answer and no difference to what is mounted outside today. None that Connection names is, and no Content-Encoding
+// that was there before. The values are copies.
 func recordable(header, before http.Header, allowed map[string]bool) map[string][]string {
 	var named []string
 	for spelled, values := range header {
@@ -53,7 +58,10 @@ func recordable(header, before http.Header, allowed map[string]bool) map[string]
 	copies := make([]string, 0, len(header)) // of all values, where each header has one
 	for spelled, values := range header {
 		name := http.CanonicalHeaderKey(spelled) // a handler may write the map itself: ETag
-		if !allowed[name] || neverRecorded(name) || slices.Contains(named, name) || slices.Equal(values, before[name]) {
+		if !allowed[name] || neverRecorded(name) || slices.Contains(named, name) {
+			continue
+		}
+		if name == "Content-Encoding" && slices.Equal(values, before[spelled]) {
 			continue
 		}
 		first := len(copies)
@@ -69,6 +77,58 @@ func recordable(header, before http.Header, allowed map[string]bool) map[string]
 		}
 	}
 	return recorded
+}
+
+// replay puts recorded headers into those that are set outside. They replace them, in whatever spelling, but for Vary, which
+// says of both what they depend on. An answer that had no type has none again: net/http, or the Accept header of the retry,
+// would make one up.
+func replay(outside http.Header, recorded map[string][]string) {
+	for spelled := range outside {
+		name := http.CanonicalHeaderKey(spelled)
+		if _, replaced := recorded[name]; replaced && name != spelled {
+			if name == "Vary" {
+				outside[name] = append(slices.Clip(outside[name]), outside[spelled]...)
+			}
+			delete(outside, spelled)
+		}
+	}
+	for name, values := range recorded {
+		switch {
+		case ofOrigin(name): // releases before recorded them where they were listed
+		case name == "Vary":
+			outside[name] = mergeVary(outside[name], values)
+		default:
+			outside[name] = values
+		}
+	}
+	if _, set := recorded["Content-Type"]; !set {
+		outside["Content-Type"] = nil
+	}
+	delete(outside, "Content-Length")
+}
+
+// mergeVary returns both lists, without the second's values of which each name is in the first.
+func mergeVary(outside, recorded []string) []string {
+	merged := slices.Clip(outside)
+	for _, value := range recorded {
+		for name := range strings.SplitSeq(value, ",") {
+			if !slices.ContainsFunc(outside, func(list string) bool { return listed(list, name) }) {
+				merged = append(merged, value)
+				break
+			}
+		}
+	}
+	return merged
+}
+
+// listed reports whether a comma-separated list has a name, in whatever case.
+func listed(list, name string) bool {
+	for one := range strings.SplitSeq(list, ",") {
+		if strings.EqualFold(strings.TrimSpace(one), strings.TrimSpace(name)) {
+			return true
+		}
+	}
+	return false
 }
 
 // cleanValue makes a value what net/http would send: line breaks become spaces, and it is trimmed. Other control
@@ -113,7 +173,7 @@ func vet(answer *idempotency.Answer) error {
 		return fmt.Errorf("%w: %w", idempotency.ErrRecordCorrupt, err)
 	}
 	for name := range answer.Header {
-		if neverRecorded(http.CanonicalHeaderKey(name)) {
+		if name = http.CanonicalHeaderKey(name); neverRecorded(name) && !ofOrigin(name) {
 			return errHeaderPlanted
 		}
 	}

@@ -1,17 +1,16 @@
 package middleware
 
 import (
-	"bytes"
 	"context"
 	"errors"
 	"fmt"
 	"io"
 	"log/slog"
 	"maps"
-	"math"
 	"net/http"
 	"os"
-	"strconv"
+	"runtime/debug"
+	"sync/atomic"
 	"time"
 
 	"github.com/paidonce/idempotency"
@@ -19,7 +18,8 @@ import (
 
 // ScopeFunc says whose key a request carries: the account, never the credential, so that a rotated token still finds
 // its own requests. An error refuses the request with 401, or with the status of a [StatusError]; an empty or
-// malformed scope is refused too.
+// malformed scope is refused too. A function that reads the body must put all of it back into r.Body: a request whose body
+// was read is answered 500, because its fingerprint would be that of others.
 type ScopeFunc func(r *http.Request) (string, error)
 
 // Middleware makes handlers idempotent. It is safe for concurrent use.
@@ -29,6 +29,8 @@ type Middleware struct {
 	options Options
 	headers map[string]bool // the allow-list
 	quota   *quota          // nil: there is none
+	notices notices
+	routed  atomic.Bool // whether a router inside has been seen to name a route
 }
 
 // New returns a middleware on the store. It panics where the store or the scope function is missing, or the options
@@ -69,19 +71,32 @@ func newMiddleware(engine *idempotency.Engine, scope ScopeFunc, o Options, quota
 // InFlight returns how many requests are past the reading of their body now.
 func (m *Middleware) InFlight() int { return m.engine.InFlight() }
 
-// Handler returns next made idempotent. GET, HEAD, OPTIONS and TRACE pass through untouched.
+// methodQuery is a safe method: a GET with a body (RFC 10008).
+const methodQuery = "QUERY"
+
+// Handler returns next made idempotent. GET, HEAD, OPTIONS, TRACE and QUERY pass through untouched.
 //
 // next runs on a copy of the request whose body is in memory and whose context outlives the client: once begun, the
-// work is finished. It may run more than once, always from the request as it came, and only one run counts.
+// work is finished. It may run more than once, always from the request as it came, and only one run counts. Headers
+// that begin with Idempotency- and Idempotent- are the middleware's: those that next sets are dropped, and the log
+// says so once per route.
+//
+// Mount it once on a request's way, on its route and inside of the router: a router inside would have its own 404 and
+// 405 recorded. A request that passes two mounts is answered 500, and the log names both.
 func (m *Middleware) Handler(next http.Handler) http.Handler {
-	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) { m.serve(w, r, next) })
+	at := newMount()
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) { m.serve(w, r, next, at) })
 }
 
 // serve takes one request from its headers to its answer.
-func (m *Middleware) serve(w http.ResponseWriter, r *http.Request, next http.Handler) {
+func (m *Middleware) serve(w http.ResponseWriter, r *http.Request, next http.Handler, at *mount) {
 	switch r.Method {
-	case http.MethodGet, http.MethodHead, http.MethodOptions, http.MethodTrace:
+	case http.MethodGet, http.MethodHead, http.MethodOptions, http.MethodTrace, methodQuery:
 		next.ServeHTTP(w, r)
+		return
+	}
+	if _, within := idempotency.KeyFrom(r.Context()); within {
+		m.refuseSecond(w, r, at)
 		return
 	}
 
@@ -96,6 +111,8 @@ func (m *Middleware) serve(w http.ResponseWriter, r *http.Request, next http.Han
 		m.refuse(w, r, idempotency.ReasonKeyInvalid, err, nil)
 		return
 	}
+	run := &run{m: m, next: next, at: at, outer: w.Header(), request: r}
+	run.watch()
 	scope, err := m.scope(r)
 	if err != nil {
 		err = &serviceError{err}
@@ -109,11 +126,19 @@ func (m *Middleware) serve(w http.ResponseWriter, r *http.Request, next http.Han
 		return
 	}
 
+	traceID, route := m.options.TraceID(r), m.options.Route(r)
+
 	// What does it ask for? The whole body is read before any connection is taken: a slow client holds nothing.
-	run := &run{m: m, next: next, outer: w.Header(), request: r}
-	body, err := run.readBody(w)
+	err = run.readBody(w, key != "")
 	var tooLarge *http.MaxBytesError
 	switch {
+	case errors.Is(err, errBodyTaken):
+		m.refuseBroken(w, r, err)
+		return
+	case errors.Is(err, errBodyUnannounced):
+		m.notice(r, slog.LevelWarn, "an empty body came without a length, and was refused: if something outside reads bodies, mount it inside")
+		m.refuse(w, r, idempotency.ReasonBodyUnread, err, &StatusError{Status: http.StatusLengthRequired, Detail: "The body is empty, and its length was not announced. Send an empty body with Content-Length: 0. Nothing was executed."})
+		return
 	case errors.As(err, &tooLarge):
 		m.refuse(w, r, idempotency.ReasonBodyTooLarge, err, nil)
 		return
@@ -126,15 +151,15 @@ func (m *Middleware) serve(w http.ResponseWriter, r *http.Request, next http.Han
 	}
 	request := idempotency.Request{
 		Key:         idempotency.Key{Scope: scope, Value: key},
-		Fingerprint: m.options.Fingerprints[0].of(r, body),
-		TraceID:     m.options.TraceID(r),
-		Route:       m.options.Route(r),
+		Fingerprint: run.fingerprint(m.options.Fingerprints[0]),
+		TraceID:     traceID,
+		Route:       route,
 	}
 	if len(m.options.Fingerprints) > 1 {
 		request.FingerprintAt = func(version int16) (idempotency.Fingerprint, bool) {
 			for _, f := range m.options.Fingerprints {
 				if f.Version == version {
-					return f.of(r, body), true
+					return run.fingerprint(f), true
 				}
 			}
 			return idempotency.Fingerprint{}, false
@@ -142,12 +167,11 @@ func (m *Middleware) serve(w http.ResponseWriter, r *http.Request, next http.Han
 	}
 
 	// Nothing goes to the client before Do returned. By then nothing is held: a slow reader costs nothing either.
-	run.body, run.key = body, request.Key
+	run.key = request.Key
 	if m.options.RouterState != nil {
 		run.restore = m.options.RouterState(r.Context())
 	}
-	result := m.engine.Do(r.Context(), request, run.once)
-	run.settle(result)
+	result := run.do(request)
 	if result.Record != nil {
 		if err := vet(result.Answer); err != nil {
 			result = idempotency.Result{Outcome: idempotency.OutcomeUnknown, Reason: idempotency.ReasonRecordCorrupt, Err: err}
@@ -161,7 +185,8 @@ func (m *Middleware) serve(w http.ResponseWriter, r *http.Request, next http.Han
 	m.answer(w, r, result, run)
 }
 
-// answer tells the client what became of its request.
+// answer tells the client what became of its request. How long it is is left to net/http: what is outside may change its
+// length, as a compressor does, and a bare handler says nothing of it either.
 func (m *Middleware) answer(w http.ResponseWriter, r *http.Request, result idempotency.Result, run *run) {
 	h := w.Header()
 	values := run.values[:]
@@ -183,25 +208,18 @@ func (m *Middleware) answer(w http.ResponseWriter, r *http.Request, result idemp
 		maps.Copy(h, run.recorder.sent)
 	default:
 		if m.options.AuthorizeReplay != nil {
-			if err := m.options.AuthorizeReplay(r, result.Record); err != nil {
+			if err := run.authorize(result.Record); err != nil {
 				m.refuse(w, r, idempotency.ReasonReplayDenied, &serviceError{err}, nil)
 				return
 			}
 		}
-		maps.Copy(h, result.Answer.Header)
-		if _, set := h["Content-Type"]; !set {
-			h["Content-Type"] = nil // the first answer had none, and net/http would guess one
-		}
+		replay(h, result.Answer.Header)
 		set("Idempotent-Replayed", "true")
 		set("Idempotency-Created-At", result.Record.CreatedAt.UTC().Format(time.RFC3339))
 		set("Idempotency-Expires-At", result.Record.ExpiresAt.UTC().Format(time.RFC3339))
 	}
 	set("Idempotency-Status", string(result.Outcome))
-	status := result.Answer.Status
-	if status != http.StatusNoContent && status != http.StatusNotModified {
-		set("Content-Length", strconv.Itoa(len(result.Answer.Body)))
-	}
-	w.WriteHeader(status)
+	w.WriteHeader(result.Answer.Status)
 	_, _ = w.Write(result.Answer.Body) // a client that is gone asks again
 }
 
@@ -217,6 +235,12 @@ func (m *Middleware) refuse(w http.ResponseWriter, r *http.Request, reason idemp
 
 func (m *Middleware) traceRefused(r *http.Request, reason idempotency.Reason, err error, status *StatusError) {
 	if tracer := m.options.Engine.Tracer; tracer != nil {
+		defer func() { // as in the engine, a panic of a Tracer's changes nothing of the request
+			if value := recover(); value != nil {
+				m.options.Logger.LogAttrs(r.Context(), slog.LevelError, "idempotency: a Tracer panicked",
+					slog.String("error", fmt.Sprintf("Tracer panicked with a %T", value)), slog.String("stack", string(debug.Stack())))
+			}
+		}()
 		tracer.TraceRefused(r.Context(), idempotency.Refused{
 			Route: m.options.Route(r), Reason: reason, Status: textOf(reason, status).status, Err: err,
 		})
@@ -230,57 +254,24 @@ func (e *serviceError) Error() string { return "refused by the service" }
 
 func (e *serviceError) Unwrap() error { return e.err }
 
-// errBodyRead is why a body is shorter than it was announced, although it arrived.
-var errBodyRead = errors.New("body was read before the middleware: mount what reads it inside")
-
-// readBody reads the body within its limit; over it the error is an *http.MaxBytesError. Where Content-Length says so
-// nothing is read, so that a client that waits for 100 Continue keeps its body.
-func (run *run) readBody(w http.ResponseWriter) ([]byte, error) {
-	r, limit := run.request, run.m.options.BodyBytesMax
-	tooLarge := func() ([]byte, error) {
-		w.Header().Set("Connection", "close") // the rest is not worth reading
-		return nil, &http.MaxBytesError{Limit: limit}
-	}
-	if r.ContentLength > limit {
-		return tooLarge()
-	}
-	var buffer bytes.Buffer
-	if r.Body != nil && r.Body != http.NoBody {
-		if r.ContentLength > 0 {
-			buffer.Grow(int(r.ContentLength) + bytes.MinRead) // so that ReadFrom need not grow it
-		}
-		run.reader = io.LimitedReader{R: r.Body, N: limit}
-		if limit < math.MaxInt64 {
-			run.reader.N++
-		}
-		if _, err := buffer.ReadFrom(&run.reader); err != nil {
-			return nil, fmt.Errorf("read body: %w", err)
-		}
-		if int64(buffer.Len()) > limit {
-			return tooLarge()
-		}
-	}
-	if int64(buffer.Len()) < r.ContentLength || buffer.Len() == 0 && (len(r.PostForm) > 0 || r.MultipartForm != nil) { // its fingerprint would be that of other bodies
-		return nil, errBodyRead
-	}
-	return buffer.Bytes(), nil
-}
-
 // run is the handler and all it needs to run again from the start.
 type run struct {
 	m       *Middleware
 	next    http.Handler
+	at      *mount
 	outer   http.Header
 	request *http.Request // as it came, and kept so
 	body    []byte
 	key     idempotency.Key
 	restore func(context.Context) context.Context // nil where there is no router state to restore
 
-	reader io.LimitedReader // of the body
-	values [5]string        // of the headers that the middleware sets
+	watched watchedBody      // the body, as the service's own functions see it
+	reader  io.LimitedReader // of the body
+	values  [4]string        // of the headers that the middleware sets
 
 	runs     int
 	recorder *recorder // of the last run
+	answered bool      // whether the last run gave an answer
 
 	counted    *slot               // the request's place in its scope's quota
 	refused    *idempotency.Answer // what the last run answered where there was none
@@ -296,6 +287,7 @@ func (run *run) once(ctx context.Context) (*idempotency.Answer, error) {
 		return run.refused, nil
 	}
 	run.runs++
+	run.answered = false
 	if run.runs > 1 {
 		switch {
 		case run.restore != nil:
@@ -308,41 +300,44 @@ func (run *run) once(ctx context.Context) (*idempotency.Answer, error) {
 		recorder recorder
 		body     memoryBody
 		answer   idempotency.Answer
-	}{recorder: newRecorder(run.outer, run.m.options.AnswerBytesMax)}
-	r := run.request.Clone(ctx)
-	one.body.Reset(run.body)
-	r.Body = &one.body
-	r.ContentLength = int64(len(run.body))
-	r.TransferEncoding = nil
-	if len(run.body) == 0 {
-		r.Body = http.NoBody
-	}
-	defer func() { // net/http does so for its own request, and knows nothing of the copy
-		if r.MultipartForm != nil && run.request.MultipartForm == nil {
-			_ = r.MultipartForm.RemoveAll() // temporary files
-		}
-	}()
+		ctx      mountContext
+	}{recorder: newRecorder(run.outer, run.m.options.AnswerBytesMax), ctx: mountContext{Context: ctx, outer: run.at}}
+	r := run.request.Clone(&one.ctx)
+	run.give(r, &one.body)
+	defer run.removeForm(r)
 	run.recorder = &one.recorder
 	run.next.ServeHTTP(run.recorder, r)
-	if err := run.recorder.finish(); err != nil {
+	if inner := one.ctx.inner.Load(); inner != nil {
+		return nil, errSecondMount(run.at, inner)
+	}
+	if err := run.recorder.finish(run.outer); err != nil {
 		return nil, err
 	}
+	run.noticeAnswer(r)
 	one.answer = idempotency.Answer{
 		Status: run.recorder.status,
 		Header: recordable(run.recorder.sent, run.outer, run.m.headers),
 		Body:   run.recorder.body,
 	}
+	run.answered = true
 	return &one.answer, nil
 }
 
-// memoryBody is a request's body that was read.
-type memoryBody struct{ bytes.Reader }
+// refuseBroken answers a request that the service's own wiring makes impossible to take: no retry helps, and the log says
+// what would.
+func (m *Middleware) refuseBroken(w http.ResponseWriter, r *http.Request, err error) {
+	m.options.Logger.LogAttrs(r.Context(), slog.LevelError, "idempotency: request can't be taken",
+		slog.String("method", r.Method), slog.String("route", m.options.Route(r)), slog.Any("error", err))
+	m.refuse(w, r, idempotency.ReasonHandlerFailed, err, nil)
+}
 
-// Close implements io.Closer.
-func (*memoryBody) Close() error { return nil }
-
-// log tells the operator of what needs one. The key is shown as eight digits of a hash.
+// log tells the operator of what needs one. The key is shown as eight digits of a hash, and a panic as its type and
+// stack: its value may hold anything, and is for a Tracer (idempotency.PanicError).
 func (m *Middleware) log(r *http.Request, key idempotency.Key, result idempotency.Result) {
+	var panicked *idempotency.PanicError
+	if result.Err != nil {
+		panicked = panicOf(result.Err)
+	}
 	level, message := slog.LevelWarn, "idempotency: request was not answered by its handler"
 	switch {
 	case result.Reason == idempotency.ReasonHandlerFailed, result.Reason == idempotency.ReasonTransactionLost,
@@ -350,6 +345,8 @@ func (m *Middleware) log(r *http.Request, key idempotency.Key, result idempotenc
 		result.Reason == idempotency.ReasonRecordCorrupt:
 		level = slog.LevelError
 	case result.Reason == idempotency.ReasonUnavailable:
+	case panicked != nil:
+		level, message = slog.LevelError, "idempotency: a Tracer panicked"
 	case result.Answer != nil && result.Outcome == idempotency.OutcomeUnknown:
 		message = "idempotency: handler asked for a derived key, and its answer is not recorded"
 	default:
@@ -369,9 +366,14 @@ func (m *Middleware) log(r *http.Request, key idempotency.Key, result idempotenc
 	if result.Answer != nil {
 		attributes = append(attributes, slog.Int("status", result.Answer.Status))
 	}
-	var panicked *idempotency.PanicError
-	if errors.As(result.Err, &panicked) {
+	if panicked != nil {
 		attributes = append(attributes, slog.String("stack", string(panicked.Stack)))
 	}
 	m.options.Logger.LogAttrs(ctx, level, message, attributes...)
+}
+
+// panicOf returns the panic that an error tells of, or nil.
+func panicOf(err error) (panicked *idempotency.PanicError) {
+	errors.As(err, &panicked)
+	return panicked
 }

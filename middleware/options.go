@@ -45,15 +45,19 @@ type Options struct {
 	// Fingerprints replace the built-in fingerprint. The first makes new ones; the others are kept to compare with
 	// records that they made, until those have expired. Nil is version 1 alone. To go back to the built-in one, or to
 	// keep it, name [FingerprintV1].
+	//
+	// The built-in one takes method, path, query, Content-Type and body byte by byte. If something on the way spells media
+	// types anew ("application/json" and "application/json; charset=utf-8" differ), signs the query or compresses bodies,
+	// retries are mismatches: then a function of yours takes what matters.
 	Fingerprints []Fingerprint
 
-	// RecordHeaders are recorded and replayed beside [RecordedHeaders]. Those that carry a credential or belong to the
-	// connection are refused.
+	// RecordHeaders are recorded and replayed beside [RecordedHeaders]. Those that carry a credential, belong to the
+	// connection or tell which site may read the answer (Access-Control-*) are refused.
 	RecordHeaders []string
 
 	// AuthorizeReplay is asked before an answer is replayed, when no connection is held. An error refuses it with 403:
 	// for a caller who has lost the right to see it since. Nil allows, which is right where authorization is mounted
-	// outside.
+	// outside. It gets a copy of the request, with its body.
 	AuthorizeReplay func(r *http.Request, record *idempotency.Record) error
 
 	// Quota bounds how many keys each scope may record. The zero value bounds nothing.
@@ -70,7 +74,7 @@ type Options struct {
 	TraceID func(r *http.Request) string
 
 	// Route names the route of a request for the tracer, such as "POST /transfers". It must come from a small set, never
-	// from the path, and is asked before the handler. The default is the pattern that net/http's ServeMux or chi matched,
+	// from the path, and is asked before the handler; it must not read the body, nor may TraceID. The default is the pattern that net/http's ServeMux or chi matched,
 	// which is empty where the middleware is mounted outside of the router.
 	Route func(r *http.Request) string
 
@@ -80,8 +84,9 @@ type Options struct {
 	// ProblemBase is what the type of a problem document begins with. The default is [ProblemBaseDefault].
 	ProblemBase string
 
-	// Logger is told of failed handlers, unavailable databases and unknown outcomes, never of a key, body or
-	// credential. The default is slog.Default().
+	// Logger is told of failed handlers, unavailable databases and unknown outcomes, and once per route of what should
+	// be mounted otherwise; never of a key, body or credential. Of a panic it gets the type and the stack, not the value,
+	// which may hold anything: a Tracer finds that in [idempotency.PanicError]. The default is slog.Default().
 	Logger *slog.Logger
 }
 
@@ -92,7 +97,7 @@ type Fingerprint struct {
 
 	// Content returns what two requests must have in common to be the same, for example the canonical form of some
 	// fields of the body. It is hashed with SHA-256. Everything left out of it may differ unnoticed. Where the body
-	// can't be read in its terms it returns the body.
+	// can't be read in its terms it returns the body. r is a copy of the request with the body, to read and to parse.
 	Content func(r *http.Request, body []byte) []byte
 }
 

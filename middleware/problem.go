@@ -43,7 +43,7 @@ var texts = map[idempotency.Reason]text{
 	idempotency.ReasonBodyTooLarge: {http.StatusRequestEntityTooLarge, "The body is too large",
 		"The request's body is over the limit. Nothing was executed.", false},
 	idempotency.ReasonBodyUnread: {http.StatusBadRequest, "The body did not arrive",
-		"The request's body ended early or took too long. Nothing was executed.", false},
+		"The request's body ended early, took too long or could not be decoded. Nothing was executed.", false},
 	idempotency.ReasonReplayDenied: {http.StatusForbidden, "The answer may not be shown",
 		"This request was answered before, and you may not see that answer now.", false},
 	idempotency.ReasonQuotaExceeded: {http.StatusTooManyRequests, "Too many new keys",
@@ -99,7 +99,7 @@ func (m *Middleware) writeProblem(w http.ResponseWriter, reason idempotency.Reas
 	if t.retry {
 		h.Set("Retry-After", retryAfter(m.options.RetryAfter))
 	}
-	h.Set("Content-Length", strconv.Itoa(len(body)))
+	h.Del("Content-Length") // net/http sets it, unless what is outside changes it
 	w.WriteHeader(t.status)
 	_, _ = w.Write(body) // a client that is gone asks again
 }

@@ -185,6 +185,20 @@ func (run *run) count() bool {
 	return true
 }
 
+// do takes the request through the engine. Whatever way that is left by, its place in the quota is settled.
+func (run *run) do(request idempotency.Request) (result idempotency.Result) {
+	returned := false
+	defer func() {
+		if !returned && run.answered { // by a Goexit after the handler: it may have been recorded
+			result.Outcome = idempotency.OutcomeUnknown
+		}
+		run.settle(result)
+	}()
+	result = run.m.engine.Do(run.request.Context(), request, run.once)
+	returned = true
+	return result
+}
+
 // settle gives the request's place back if it is proven that nothing was recorded. So it is with an unknown outcome that
 // has the handler's answer, or is about another service: the retry must not be refused for it.
 func (run *run) settle(result idempotency.Result) {

@@ -1,8 +1,14 @@
 package middleware_test
 
 import (
+	"context"
+	"errors"
 	"io"
+	"log/slog"
 	"net/http"
+	"net/http/httptest"
+	"runtime"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -10,6 +16,7 @@ import (
 
 	"github.com/paidonce/idempotency"
 	"github.com/paidonce/idempotency/middleware"
+	"github.com/paidonce/idempotency/storage/memory"
 )
 
 // stopped is a clock that stands still until a test moves it.
@@ -141,5 +148,137 @@ func TestQuotaHoldsForRequestsAtOnce(t *testing.T) {
 	want(t, b.post(t, "/", "{}", "Idempotency-Key", "4"), 429, idempotency.OutcomeNotExecuted, idempotency.ReasonQuotaExceeded)
 	if b.records(t) != 2 {
 		t.Errorf("%d records, want 2", b.records(t))
+	}
+}
+
+// broken panics, or ends the goroutine, at one of the places where the service's own functions are called.
+type broken struct {
+	at    string
+	exits bool
+	hit   bool
+}
+
+func (b *broken) maybe(at string) {
+	if b.at != at {
+		return
+	}
+	b.hit = true
+	if b.exits {
+		runtime.Goexit()
+	}
+	panic("a bug of " + at)
+}
+
+func (b *broken) TraceRequestStart(ctx context.Context, _ idempotency.RequestStart) context.Context {
+	b.maybe("start")
+	return ctx
+}
+func (b *broken) TraceStep(_ context.Context, data idempotency.StepEnd)   { b.maybe(string(data.Step)) }
+func (b *broken) TraceRequestEnd(context.Context, idempotency.RequestEnd) { b.maybe("end") }
+func (b *broken) TraceRefused(context.Context, idempotency.Refused)       { b.maybe("refused") }
+func (b *broken) Enabled(context.Context, slog.Level) bool                { return true }
+func (b *broken) Handle(context.Context, slog.Record) error               { b.maybe("logger"); return nil }
+func (b *broken) WithAttrs([]slog.Attr) slog.Handler                      { return b }
+func (b *broken) WithGroup(string) slog.Handler                           { return b }
+
+// serializing fails each first commit as a serialization failure does.
+type serializing struct {
+	idempotency.Store
+	n int
+}
+
+func (s *serializing) Begin(ctx context.Context, req *idempotency.Request) (idempotency.Attempt, *idempotency.Record, error) {
+	attempt, record, err := s.Store.Begin(ctx, req)
+	if attempt == nil {
+		return nil, record, err
+	}
+	return &serialized{attempt, s}, nil, nil
+}
+
+type serialized struct {
+	idempotency.Attempt
+	s *serializing
+}
+
+func (a *serialized) Commit(ctx context.Context, answer *idempotency.Answer) error {
+	if a.s.n++; a.s.n == 1 {
+		return errors.Join(idempotency.ErrSerialization, a.Rollback(ctx))
+	}
+	return a.Attempt.Commit(ctx, answer)
+}
+
+// Whatever of the service's own functions panics or ends its goroutine, and wherever: a key counts for the quota if it was
+// recorded, and not otherwise; only one whose goroutine ended after its handler, which is nobody's to tell, may count without a
+// record. Nothing is in flight.
+func TestQuotaCountsRecordsWhateverPanics(t *testing.T) {
+	t.Parallel()
+	places := []string{"start", "claim", "handler", "commit", "decline", "rollback", "end", "reduce", "disposition", "fingerprint", "scope", "traceid",
+		"route", "routerstate", "restore", "clock", "logger", "the handler itself"}
+	afterHandler := []string{"handler", "commit", "decline", "rollback", "end", "reduce", "disposition"}
+	for _, place := range places {
+		hit := false
+		for _, exits := range []bool{false, true} {
+			for _, status := range []int{201, 404, 500} {
+				for _, again := range []bool{false, true} { // whether the first commit has to be started again
+					bug := &broken{at: place, exits: exits}
+					records := memory.New(nil)
+					var store idempotency.Store = records
+					if again {
+						store = &serializing{Store: store}
+					}
+					idem := middleware.New(store, func(*http.Request) (string, error) { bug.maybe("scope"); return "acme", nil }, &middleware.Options{
+						Quota:        middleware.Quota{KeysMax: 1, Now: func() time.Time { bug.maybe("clock"); return time.Now() }},
+						Logger:       slog.New(bug),
+						TraceID:      func(*http.Request) string { bug.maybe("traceid"); return "" },
+						Route:        func(*http.Request) string { bug.maybe("route"); return "" },
+						Fingerprints: []middleware.Fingerprint{{Version: 100, Content: func(_ *http.Request, body []byte) []byte { bug.maybe("fingerprint"); return body }}},
+						RouterState: func(context.Context) func(context.Context) context.Context {
+							bug.maybe("routerstate")
+							return func(ctx context.Context) context.Context { bug.maybe("restore"); return ctx }
+						},
+						Engine: idempotency.Options{
+							Tracer: bug,
+							Reduce: func(answer idempotency.Answer) idempotency.Answer { bug.maybe("reduce"); return answer },
+							Disposition: func(status int) idempotency.Disposition {
+								bug.maybe("disposition")
+								return idempotency.DefaultDisposition(status)
+							},
+						},
+					})
+					handler := idem.Handler(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
+						bug.maybe("the handler itself")
+						w.Header().Set("Idempotency-Status", "for the logger")
+						w.WriteHeader(status)
+					}))
+					send := func(key string) int {
+						w, done := httptest.NewRecorder(), make(chan struct{})
+						go func() {
+							defer close(done)
+							defer func() { _ = recover() }()
+							r := httptest.NewRequest(http.MethodPost, "/", nil)
+							r.Header.Set("Idempotency-Key", key)
+							handler.ServeHTTP(w, r)
+						}()
+						<-done
+						return w.Code
+					}
+					send("first")
+					hit = hit || bug.hit
+					bug.at = ""
+					recorded := len(records.Records())
+					status = 201
+					want := map[int]int{0: 201, 1: 429}[recorded]
+					if exits && recorded == 0 && slices.Contains(afterHandler, place) {
+						want = 0 // nobody knows whether it was recorded: its place may be kept
+					}
+					if got := send("second"); got != want && want != 0 || idem.InFlight() != 0 {
+						t.Errorf("%s, exits %t, again %t: %d records, then %d, want %d; %d in flight", place, exits, again, recorded, got, want, idem.InFlight())
+					}
+				}
+			}
+		}
+		if !hit {
+			t.Errorf("nothing ever called %s", place)
+		}
 	}
 }

@@ -4,6 +4,8 @@ import (
 	"errors"
 	"fmt"
 	"net/http"
+	"slices"
+	"strconv"
 )
 
 // errAnswerTooLarge fails a handler whose answer is over [Options.AnswerBytesMax].
@@ -20,6 +22,7 @@ type recorder struct {
 	sent    http.Header
 	body    []byte
 	tooLong bool
+	dropped []string // names of headers that are the middleware's, and that the handler set
 }
 
 func newRecorder(outer http.Header, bytesMax int) recorder {
@@ -61,8 +64,9 @@ func (w *recorder) Write(p []byte) (int, error) {
 	return len(p), nil
 }
 
-// finish completes the answer as net/http would.
-func (w *recorder) finish() error {
+// finish completes the answer as net/http would. outer is what middleware outside has set before the handler. A handler that
+// says how long its answer is gets the length that it has; who says nothing leaves it to net/http.
+func (w *recorder) finish(outer http.Header) error {
 	w.WriteHeader(http.StatusOK)
 	if w.tooLong {
 		return errAnswerTooLarge
@@ -70,11 +74,21 @@ func (w *recorder) finish() error {
 	if _, set := w.sent["Content-Type"]; !set && len(w.body) > 0 && w.sent.Get("Content-Encoding") == "" {
 		w.sent.Set("Content-Type", http.DetectContentType(w.body))
 	}
-	w.sent.Del("Content-Length") // recomputed
-	for name := range w.sent {
-		if ours(http.CanonicalHeaderKey(name)) {
+	announced := false
+	for name, values := range w.sent {
+		switch canonical := http.CanonicalHeaderKey(name); {
+		case ours(canonical):
 			delete(w.sent, name)
+			if !slices.Equal(values, outer[name]) {
+				w.dropped = append(w.dropped, canonical)
+			}
+		case canonical == "Content-Length":
+			delete(w.sent, name)
+			announced = announced || !slices.Equal(values, outer[name])
 		}
+	}
+	if announced && w.status != http.StatusNoContent && w.status != http.StatusNotModified {
+		w.sent.Set("Content-Length", strconv.Itoa(len(w.body)))
 	}
 	return nil
 }

@@ -65,7 +65,7 @@ func TestBodyThatIsGoneIsRefused(t *testing.T) {
 	})
 	for _, amount := range []string{"10", "9999"} {
 		got := b.post(t, "/", "amount="+amount, "Idempotency-Key", "k", "Content-Type", "application/x-www-form-urlencoded")
-		want(t, got, 400, idempotency.OutcomeNotExecuted, idempotency.ReasonBodyUnread)
+		want(t, got, 500, idempotency.OutcomeNotExecuted, idempotency.ReasonHandlerFailed)
 	}
 }
 

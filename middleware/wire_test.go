@@ -307,16 +307,16 @@ func TestOutcomeUnknown(t *testing.T) {
 func TestSafeMethodsPassThrough(t *testing.T) {
 	t.Parallel()
 	b := setup(t, setupOptions{}, func(w http.ResponseWriter, _ *http.Request) { w.WriteHeader(http.StatusTeapot) })
-	for _, method := range []string{"GET", "HEAD", "OPTIONS", "TRACE"} {
+	for _, method := range []string{"GET", "HEAD", "OPTIONS", "TRACE", "QUERY"} {
 		for range 2 {
-			got := b.send(t, method, "/", http.NoBody, "Idempotency-Key", "k", "Account", "")
+			got := b.send(t, method, "/", strings.NewReader(map[string]string{"QUERY": "amount > 100"}[method]), "Idempotency-Key", "k", "Account", "")
 			if got.status != http.StatusTeapot || got.outcome != "" {
 				t.Errorf("%s: %d %q", method, got.status, got.outcome)
 			}
 		}
 	}
-	if b.runs.Load() != 8 {
-		t.Errorf("%d runs, want 8", b.runs.Load())
+	if b.runs.Load() != 10 {
+		t.Errorf("%d runs, want 10", b.runs.Load())
 	}
 }
 

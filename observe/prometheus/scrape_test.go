@@ -104,7 +104,7 @@ func TestEveryMetricSaysWhatHappened(t *testing.T) {
 		`idempotency_handler_timeout_seconds 7`,
 		`idempotency_refused_total{reason="key-missing"} 1`, `idempotency_refused_total{reason="key-invalid"} 1`, `idempotency_refused_total{reason="scope"} 1`,
 		`idempotency_refused_total{reason="body-too-large"} 1`, `idempotency_refused_total{reason="replay-denied"} 1`, `idempotency_refused_total{reason="record-corrupt"} 1`,
-		`idempotency_refused_total{reason="body-unread"} 0`, `idempotency_refused_total{reason="quota-exceeded"} 0`,
+		`idempotency_refused_total{reason="body-unread"} 0`, `idempotency_refused_total{reason="handler-failed"} 0`, `idempotency_refused_total{reason="quota-exceeded"} 0`,
 		`idempotency_resolved_total{result="found"} 1`, `idempotency_resolved_total{result="not-found"} 1`, `idempotency_resolved_total{result="unknown"} 1`,
 		`idempotency_duplicates_total{outcome="replayed",route="POST /transfers"} 2`, `idempotency_duplicates_total{outcome="replayed",route="POST /payments"} 2`,
 		`idempotency_duplicates_total{outcome="in-progress",route="POST /transfers"} 2`, `idempotency_duplicates_total{outcome="in-progress",route="POST /payments"} 0`,

@@ -138,6 +138,7 @@ var ends = []struct {
 var refusals = []idempotency.Reason{
 	idempotency.ReasonKeyMissing, idempotency.ReasonKeyInvalid, idempotency.ReasonScope, idempotency.ReasonBodyTooLarge,
 	idempotency.ReasonBodyUnread, idempotency.ReasonReplayDenied, idempotency.ReasonQuotaExceeded, idempotency.ReasonRecordCorrupt,
+	idempotency.ReasonHandlerFailed,
 }
 
 const labelOther = "other"

@@ -1,0 +1,154 @@
+package middleware
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"io"
+	"math"
+	"net/http"
+	"strconv"
+
+	"github.com/paidonce/idempotency"
+)
+
+// bodyBytesAhead is how much memory is taken for a body before it comes. Further memory follows what came: a client that
+// announces much and sends little must not cost much.
+const bodyBytesAhead = 4 << 10
+
+// Why a request is refused although its body arrived: the fingerprint would be that of other bodies too.
+var (
+	errBodyTaken       = errors.New("body was taken before its fingerprint")
+	errBodyUnannounced = errors.New("body is empty and its length was not announced, as that of a body which was read outside: send Content-Length, or mount what reads bodies inside")
+)
+
+// watchedBody counts what is read of a body.
+type watchedBody struct {
+	io.ReadCloser
+	n int64
+}
+
+// Read implements io.Reader.
+func (b *watchedBody) Read(p []byte) (int, error) {
+	n, err := b.ReadCloser.Read(p)
+	b.n += int64(n)
+	return n, err
+}
+
+// watch puts a watch on the body before functions of the service's see it, which might read it.
+func (run *run) watch() {
+	if r := run.request; r.Body != nil && r.Body != http.NoBody {
+		run.watched.ReadCloser = r.Body
+		r.Body = &run.watched
+	}
+}
+
+// readBody reads the body within its limit; over it the error is an *http.MaxBytesError. Where Content-Length says so
+// nothing is read, so that a client that waits for 100 Continue keeps its body. What came must be all there was if the
+// request is keyed: it is fingerprinted.
+func (run *run) readBody(w http.ResponseWriter, keyed bool) error {
+	r, limit := run.request, run.m.options.BodyBytesMax
+	tooLarge := func() error {
+		w.Header().Set("Connection", "close") // the rest is not worth reading
+		return &http.MaxBytesError{Limit: limit}
+	}
+	if r.ContentLength > limit {
+		return tooLarge()
+	}
+	var buffer bytes.Buffer
+	if r.Body != nil && r.Body != http.NoBody {
+		if r.ContentLength > 0 {
+			buffer.Grow(int(min(r.ContentLength, bodyBytesAhead)) + bytes.MinRead) // so that ReadFrom need not grow it
+		}
+		run.reader = io.LimitedReader{R: r.Body, N: limit}
+		if limit < math.MaxInt64 {
+			run.reader.N++
+		}
+		if _, err := buffer.ReadFrom(&run.reader); err != nil {
+			return fmt.Errorf("read body: %w", err)
+		}
+		if int64(buffer.Len()) > limit {
+			return tooLarge()
+		}
+	}
+	if r.Body == &run.watched {
+		r.Body = run.watched.ReadCloser
+	}
+	run.body = buffer.Bytes()
+	if !keyed {
+		return nil
+	}
+	return run.whole()
+}
+
+// whole reports whether the body that was read is all that the client sent. A server's own body ends early with an error.
+// So one that ends early without was read before, in part or whole, or replaced by another.
+func (run *run) whole() error {
+	r, came := run.request, int64(len(run.body))
+	switch {
+	case run.watched.ReadCloser != nil && run.watched.n != came:
+		return fmt.Errorf("%w: %d of %d bytes were left to it: a ScopeFunc, Route or TraceID must not read the body, or must put it back whole", errBodyTaken, came, run.watched.n)
+	case came == 0 && (len(r.PostForm) > 0 || r.MultipartForm != nil):
+		return fmt.Errorf("%w: its form was parsed outside: mount what does so inside", errBodyTaken)
+	case came == 0 && r.ContentLength < 0:
+		return errBodyUnannounced
+	case came < r.ContentLength && (came == 0 || !replaced(r)):
+		return fmt.Errorf("%w: %d bytes came of %d: mount what reads bodies inside; what replaces one, as a decompressor does, must set r.ContentLength to -1", errBodyTaken, came, r.ContentLength)
+	}
+	return nil
+}
+
+// replaced reports whether somebody outside put another body in the place of the client's, and left r.ContentLength behind:
+// then the header is gone or says another length.
+func replaced(r *http.Request) bool {
+	announced, err := strconv.ParseInt(r.Header.Get("Content-Length"), 10, 64)
+	return err != nil || announced != r.ContentLength
+}
+
+// give gives a request the body that was read.
+func (run *run) give(r *http.Request, body *memoryBody) {
+	body.Reset(run.body)
+	r.Body = body
+	r.ContentLength = int64(len(run.body))
+	r.TransferEncoding = nil
+	if len(run.body) == 0 {
+		r.Body = http.NoBody
+	}
+}
+
+// removeForm removes the temporary files of a form: net/http does so for its own request, and knows nothing of a copy.
+func (run *run) removeForm(r *http.Request) {
+	if r.MultipartForm != nil && run.request.MultipartForm == nil {
+		_ = r.MultipartForm.RemoveAll()
+	}
+}
+
+// copied returns the request with the body that was read, for a function of the service's: a form that it parses is its own.
+func (run *run) copied() *http.Request {
+	r := run.request.WithContext(run.request.Context())
+	run.give(r, new(memoryBody))
+	return r
+}
+
+// fingerprint returns the request's fingerprint by one of the functions.
+func (run *run) fingerprint(f Fingerprint) idempotency.Fingerprint {
+	r := run.request
+	if f.Content != nil {
+		r = run.copied()
+		defer run.removeForm(r)
+	}
+	return f.of(r, run.body)
+}
+
+// authorize asks whether the record may be replayed.
+func (run *run) authorize(record *idempotency.Record) error {
+	r := run.copied()
+	defer run.removeForm(r)
+	return run.m.options.AuthorizeReplay(r, record)
+}
+
+// memoryBody is a request's body that was read.
+type memoryBody struct{ bytes.Reader }
+
+// Close implements io.Closer.
+func (*memoryBody) Close() error { return nil }

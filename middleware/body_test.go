@@ -1,0 +1,343 @@
+package middleware_test
+
+import (
+	"bytes"
+	"compress/gzip"
+	"fmt"
+	"io"
+	"log/slog"
+	"net/http"
+	"net/http/httptest"
+	"runtime"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/paidonce/idempotency"
+	"github.com/paidonce/idempotency/middleware"
+	"github.com/paidonce/idempotency/storage/memory"
+)
+
+// trickle is a body of which one byte came.
+type trickle struct {
+	asked   *sync.WaitGroup // done when all of it that came was read, and more is asked for
+	release <-chan struct{}
+	read    bool
+}
+
+func (t *trickle) Read(p []byte) (int, error) {
+	if !t.read {
+		t.read = true
+		p[0] = '{'
+		return 1, nil
+	}
+	t.asked.Done()
+	<-t.release
+	return 0, io.ErrUnexpectedEOF
+}
+
+func (*trickle) Close() error { return nil }
+
+// Memory follows the bytes that came. A client that announces the most there may be, and sends a byte, costs what a byte does.
+func TestAnnouncedBodyTakesNoMemory(t *testing.T) {
+	const conns, announced = 200, 8 << 20
+	handler := middleware.New(memory.New(nil), byAccount, &middleware.Options{BodyBytesMax: announced}).Handler(http.NotFoundHandler())
+	heap := func() int64 {
+		runtime.GC()
+		var m runtime.MemStats
+		runtime.ReadMemStats(&m)
+		return int64(m.HeapAlloc)
+	}
+	release := make(chan struct{})
+	var asked, served sync.WaitGroup
+	asked.Add(conns)
+	before := heap()
+	for i := range conns {
+		served.Go(func() {
+			r := httptest.NewRequest(http.MethodPost, "/", &trickle{asked: &asked, release: release})
+			r.ContentLength = announced
+			r.Header.Set("Idempotency-Key", fmt.Sprint("k", i))
+			r.Header.Set("Account", "acme")
+			handler.ServeHTTP(httptest.NewRecorder(), r)
+		})
+	}
+	asked.Wait()
+	each := (heap() - before) / conns
+	close(release)
+	served.Wait()
+	if each > 32<<10 {
+		t.Errorf("a request that sent one byte takes %d kB", each>>10)
+	}
+}
+
+// A body whose length is more than is taken ahead arrives whole.
+func TestLongBodyIsReadWhole(t *testing.T) {
+	t.Parallel()
+	for _, length := range []int{4<<10 - 1, 4 << 10, 4<<10 + 1, 1 << 20} {
+		body := strings.Repeat("x", length-1) + "y"
+		handler := middleware.New(memory.New(nil), byAccount, nil).Handler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+			if got, err := io.ReadAll(r.Body); err != nil || string(got) != body || r.ContentLength != int64(length) {
+				t.Errorf("%d of %d bytes, Content-Length %d, %v", len(got), length, r.ContentLength, err)
+			}
+		}))
+		r := httptest.NewRequest(http.MethodPost, "/", strings.NewReader(body))
+		r.Header.Set("Idempotency-Key", "k")
+		r.Header.Set("Account", "acme")
+		w := httptest.NewRecorder()
+		if handler.ServeHTTP(w, r); w.Code != 200 {
+			t.Errorf("%d bytes: %d", length, w.Code)
+		}
+	}
+}
+
+// reading serves a handler whose functions of the service's read the body in some way, and counts its runs.
+func reading(t *testing.T, logs io.Writer, options *middleware.Options, scope middleware.ScopeFunc) (url string, runs *int) {
+	t.Helper()
+	runs = new(int)
+	options.Logger = slog.New(slog.NewTextHandler(logs, nil))
+	server := httptest.NewServer(middleware.New(memory.New(nil), scope, options).Handler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		*runs++
+		body, _ := io.ReadAll(r.Body)
+		_, _ = fmt.Fprintf(w, "paid %q", body)
+	})))
+	t.Cleanup(server.Close)
+	return server.URL, runs
+}
+
+// sendTo posts a body, with its length or chunked.
+func sendTo(t *testing.T, url, body string, chunked bool) reply {
+	t.Helper()
+	var reader io.Reader = strings.NewReader(body)
+	if chunked {
+		reader = struct{ io.Reader }{reader}
+	}
+	r, err := http.NewRequest(http.MethodPost, url, reader)
+	if err != nil {
+		t.Fatal(err)
+	}
+	r.Header.Set("Idempotency-Key", "k")
+	r.Header.Set("Account", "acme")
+	response, err := http.DefaultClient.Do(r)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return read(t, response)
+}
+
+// A function of the service's that reads the body, or a part of it, before it is fingerprinted would make other requests
+// the same. The request is refused, chunked or not; and it is none of the client's doing.
+func TestBodyReadByTheServiceIsRefused(t *testing.T) {
+	t.Parallel()
+	whole := func(r *http.Request) { _, _ = io.Copy(io.Discard, r.Body) }
+	part := func(r *http.Request) { _, _ = r.Body.Read(make([]byte, 5)) }
+	backInPart := func(r *http.Request) { r.Body = io.NopCloser(io.LimitReader(r.Body, 5)) }
+	for how, take := range map[string]func(*http.Request){"whole": whole, "a part": part, "put back in part": func(r *http.Request) {
+		body, _ := io.ReadAll(r.Body)
+		r.Body = io.NopCloser(bytes.NewReader(body[:5]))
+	}, "cut short": func(r *http.Request) { backInPart(r); whole(r) }} {
+		for whose, set := range map[string]func(*middleware.Options) middleware.ScopeFunc{
+			"ScopeFunc": func(*middleware.Options) middleware.ScopeFunc {
+				return func(r *http.Request) (string, error) { take(r); return "acme", nil }
+			},
+			"Route": func(o *middleware.Options) middleware.ScopeFunc {
+				o.Route = func(r *http.Request) string { take(r); return "" }
+				return byAccount
+			},
+			"TraceID": func(o *middleware.Options) middleware.ScopeFunc {
+				o.TraceID = func(r *http.Request) string { take(r); return "" }
+				return byAccount
+			},
+		} {
+			for _, chunked := range []bool{false, true} {
+				var logs strings.Builder
+				options := &middleware.Options{}
+				scope := set(options)
+				if whose == "Route" && how != "whole" && how != "a part" {
+					continue // it is asked again for the log, and takes more
+				}
+				url, runs := reading(t, &logs, options, scope)
+				for _, body := range []string{"acme pays 10 to bob", "acme pays 9999 to mallory"} {
+					got := sendTo(t, url, body, chunked)
+					want(t, got, 500, idempotency.OutcomeNotExecuted, idempotency.ReasonHandlerFailed)
+				}
+				if *runs != 0 || !strings.Contains(logs.String(), "ScopeFunc, Route or TraceID must not read the body") && !strings.Contains(logs.String(), "mount what reads bodies inside") {
+					t.Errorf("%s reads %s, chunked %t: %d runs; logged %s", whose, how, chunked, *runs, logs.String())
+				}
+			}
+		}
+	}
+}
+
+// Who reads the body to find out whose it is, and puts it back, does no harm.
+func TestBodyPutBackWholeIsFine(t *testing.T) {
+	t.Parallel()
+	url, runs := reading(t, io.Discard, &middleware.Options{}, func(r *http.Request) (string, error) {
+		body, err := io.ReadAll(r.Body)
+		r.Body = io.NopCloser(bytes.NewReader(body))
+		account, _, _ := bytes.Cut(body, []byte(" "))
+		return string(account), err
+	})
+	for _, chunked := range []bool{true, false} {
+		got := sendTo(t, url, "acme pays 10 to bob", chunked)
+		if got.status != 200 || got.body != `paid "acme pays 10 to bob"` {
+			t.Errorf("chunked %t: %d %s", chunked, got.status, got.body)
+		}
+		want(t, sendTo(t, url, "acme pays 9999 to mallory", chunked), 422, idempotency.OutcomeMismatch, idempotency.ReasonKeyReused)
+	}
+	if *runs != 1 {
+		t.Errorf("%d runs", *runs)
+	}
+}
+
+// A body that was read outside and a chunked one that is empty look alike. So the client is asked for its length; without a
+// key there is no fingerprint to be wrong.
+func TestEmptyBodyNeedsALength(t *testing.T) {
+	t.Parallel()
+	b := setup(t, setupOptions{
+		middleware: &middleware.Options{Optional: true},
+		mount: func(idem *middleware.Middleware, handler http.Handler) http.Handler {
+			inner := idem.Handler(handler)
+			return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+				if r.URL.Path == "/signed" { // a signature of the body is checked outside
+					_, _ = io.Copy(io.Discard, r.Body)
+				}
+				inner.ServeHTTP(w, r)
+			})
+		},
+	}, transfer)
+	const head = "POST /%s HTTP/1.1\r\nHost: x\r\nAccount: acme\r\n%sTransfer-Encoding: chunked\r\n\r\n%s0\r\n\r\n"
+	for range 2 {
+		got := b.raw(t, fmt.Sprintf(head, "", "Idempotency-Key: k\r\n", ""))
+		want(t, got, 411, idempotency.OutcomeNotExecuted, idempotency.ReasonBodyUnread)
+	}
+	for _, body := range []string{"2\r\n{}\r\n", "3\r\n{1}\r\n"} {
+		want(t, b.raw(t, fmt.Sprintf(head, "signed", "Idempotency-Key: k\r\n", body)), 411, idempotency.OutcomeNotExecuted, idempotency.ReasonBodyUnread)
+	}
+	if logged := b.logs.String(); strings.Count(logged, "level=WARN") != 1 || !strings.Contains(logged, "mount it inside") {
+		t.Errorf("logged %s", logged)
+	}
+	want(t, b.raw(t, fmt.Sprintf(head, "", "", "")), 201, idempotency.OutcomeExecuted, "")
+	want(t, b.raw(t, fmt.Sprintf(head, "", "Idempotency-Key: k\r\n", "2\r\n{}\r\n")), 201, idempotency.OutcomeExecuted, "")
+	if b.effects(t) != 2 {
+		t.Errorf("%d effects", b.effects(t))
+	}
+}
+
+func zipped(t *testing.T, text string, modified time.Time) string {
+	t.Helper()
+	var buffer bytes.Buffer
+	w := gzip.NewWriter(&buffer)
+	w.ModTime = modified
+	if _, err := io.WriteString(w, text); err != nil {
+		t.Fatal(err)
+	}
+	if err := w.Close(); err != nil {
+		t.Fatal(err)
+	}
+	return buffer.String()
+}
+
+// decompress is what decompressors do: the body is replaced. Some leave the length that was announced for the one before, in
+// r.ContentLength, or there and in the header.
+func decompress(next http.Handler, leaveField, leaveHeader bool) http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if r.Header.Get("Content-Encoding") == "gzip" {
+			z, err := gzip.NewReader(r.Body)
+			if err != nil {
+				http.Error(w, err.Error(), http.StatusBadRequest)
+				return
+			}
+			r.Body = io.NopCloser(z)
+			r.Header.Del("Content-Encoding")
+			if !leaveHeader {
+				r.Header.Del("Content-Length")
+			}
+			if !leaveField {
+				r.ContentLength = -1
+			}
+		}
+		next.ServeHTTP(w, r)
+	})
+}
+
+// The body is what came, whatever was announced for another one. One that is shorter than both the field and the header
+// say may have been read in part: the operator hears what to change, and the client that it is not its doing.
+func TestBodyReplacedOutside(t *testing.T) {
+	t.Parallel()
+	short, long := `{"from":"alice","to":"bob","amount":1250}`, `{"note":"`+strings.Repeat("a", 500)+`"}`
+	for _, c := range []struct {
+		body                    string
+		leaveField, leaveHeader bool
+		status                  int
+	}{
+		{short, false, false, 201}, {short, false, true, 201}, {short, true, false, 201}, {short, true, true, 500},
+		{long, false, false, 201}, {long, false, true, 201}, {long, true, false, 201}, {long, true, true, 201},
+	} {
+		t.Run(fmt.Sprintf("%d bytes, field left %t, header left %t", len(c.body), c.leaveField, c.leaveHeader), func(t *testing.T) {
+			t.Parallel()
+			var saw string
+			b := setup(t, setupOptions{mount: func(idem *middleware.Middleware, h http.Handler) http.Handler {
+				return decompress(idem.Handler(h), c.leaveField, c.leaveHeader)
+			}}, func(w http.ResponseWriter, r *http.Request) {
+				body, _ := io.ReadAll(r.Body)
+				saw = string(body)
+				transfer(w, r)
+			})
+			// A retry that is compressed anew is the same request: package gzip, as others, writes the time.
+			for i, outcome := range []idempotency.Outcome{idempotency.OutcomeExecuted, idempotency.OutcomeReplayed} {
+				got := b.post(t, "/", zipped(t, c.body, time.Unix(1_700_000_000+int64(i), 0)), "Idempotency-Key", "k", "Content-Encoding", "gzip")
+				if c.status == 201 {
+					want(t, got, 201, outcome, "")
+				} else {
+					want(t, got, 500, idempotency.OutcomeNotExecuted, idempotency.ReasonHandlerFailed)
+				}
+			}
+			if c.status == 201 && saw != c.body {
+				t.Errorf("the handler saw %.60q", saw)
+			}
+			if logged := b.logs.String(); c.status == 500 && !strings.Contains(logged, "must set r.ContentLength to -1") {
+				t.Errorf("the log names no remedy: %s", logged)
+			}
+		})
+	}
+}
+
+// A function that parses the form of a request has a copy with a body of its own: fingerprints differ, and the handler
+// finds the form as it came.
+func TestFunctionsOfTheServiceHaveABodyOfTheirOwn(t *testing.T) {
+	t.Parallel()
+	seen := ""
+	b := setup(t, setupOptions{middleware: &middleware.Options{
+		Fingerprints:    []middleware.Fingerprint{{Version: 100, Content: func(r *http.Request, _ []byte) []byte { return []byte(r.FormValue("amount")) }}},
+		AuthorizeReplay: func(r *http.Request, _ *idempotency.Record) error { seen = r.FormValue("amount"); return nil },
+	}}, func(w http.ResponseWriter, r *http.Request) {
+		if got := r.FormValue("amount"); got != "10" {
+			t.Errorf("the handler found amount %q", got)
+		}
+		transfer(w, r)
+	})
+	form := []string{"Idempotency-Key", "k", "Content-Type", "application/x-www-form-urlencoded"}
+	want(t, b.post(t, "/", "amount=10", form...), 201, idempotency.OutcomeExecuted, "")
+	want(t, b.post(t, "/", "amount=9999", form...), 422, idempotency.OutcomeMismatch, idempotency.ReasonKeyReused)
+	want(t, b.post(t, "/", "amount=10&note=again", form...), 201, idempotency.OutcomeReplayed, "")
+	if seen != "10" {
+		t.Errorf("AuthorizeReplay found amount %q", seen)
+	}
+}
+
+// What comes behind a chunked body reaches the handler.
+func TestTrailerReachesTheHandler(t *testing.T) {
+	t.Parallel()
+	var trailer string
+	b := setup(t, setupOptions{}, func(w http.ResponseWriter, r *http.Request) {
+		trailer = r.Trailer.Get("X-Checksum")
+		transfer(w, r)
+	})
+	const text = "POST / HTTP/1.1\r\nHost: x\r\nAccount: acme\r\nIdempotency-Key: k\r\nTransfer-Encoding: chunked\r\nTrailer: X-Checksum\r\n\r\n2\r\n{}\r\n0\r\nX-Checksum: abc\r\n\r\n"
+	want(t, b.raw(t, text), 201, idempotency.OutcomeExecuted, "")
+	want(t, b.raw(t, text), 201, idempotency.OutcomeReplayed, "")
+	if trailer != "abc" {
+		t.Errorf("trailer %q", trailer)
+	}
+}
