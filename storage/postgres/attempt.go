@@ -123,6 +123,7 @@ func (a *attempt) Commit(ctx context.Context, answer *idempotency.Answer) error 
 	last := a.guardCall() // which sets what COMMIT waits for, as the record does
 	if !a.req.Keyless() {
 		last = a.insertCall(a.claimedAt[:], answer)
+		last.apart = len(last.params[headersParam])+len(last.params[headersParam+1]) > recordTogetherBytesMax
 	}
 	return a.end(ctx, "commit", append(a.calls[:0], a.guardCall(), call{statement: &s.constraints}, last, call{statement: &s.commit}))
 }
@@ -188,6 +189,14 @@ func (a *attempt) Rollback(ctx context.Context) error {
 	}
 	return nil
 }
+
+// recordTogetherBytesMax is how many bytes headers and body may have, encoded, to be sent together with what comes in front of them.
+// More does not fit into one segment of TCP with the rest of the flush, and may arrive in part. A decline begins its
+// transaction in the same flush, so its record is never apart.
+const recordTogetherBytesMax = 512
+
+// headersParam is the place of the headers among the parameters of the record. The body's is next.
+const headersParam = 9
 
 // guardCall fails where the transaction is not the one of the claim.
 func (a *attempt) guardCall() call {

@@ -19,6 +19,11 @@ type call struct {
 	statement *statement
 	params    [][]byte
 	row       rowReader
+
+	// apart puts a Sync in front of the statement. No timeout of PostgreSQL's runs in a session that has executed something and
+	// waits for the rest of a message; behind a Sync idle_in_transaction_session_timeout does. The transaction has to be
+	// open by then: if it is, an error in front of the Sync fails what stands behind it too.
+	apart bool
 }
 
 // rowReader reads a row in binary format. The values are the connection's buffer: what stays is copied.
@@ -50,6 +55,9 @@ func (s *statements) flush(ctx context.Context, conn *pgconn.PgConn, calls ...ca
 	frontend, prepared := conn.Frontend(), s.namesOn(conn)
 	for i := range calls {
 		c, name := &calls[i], ""
+		if c.apart {
+			frontend.SendSync(&pgproto3.Sync{})
+		}
 		if prepared != nil {
 			name = prepared.names[c.statement.number]
 		}
@@ -108,7 +116,12 @@ func exchange(conn *pgconn.PgConn, calls []call) (result reply, err error) {
 		abandon(conn)
 		return reply{}, err
 	}
-	reader := replyReader{calls: calls}
+	reader := replyReader{calls: calls, syncs: 1}
+	for i := range calls {
+		if calls[i].apart {
+			reader.syncs++
+		}
+	}
 	for {
 		message, err := conn.ReceiveMessage(context.Background()) // the watch has the context
 		if err != nil {
@@ -126,9 +139,10 @@ func exchange(conn *pgconn.PgConn, calls []call) (result reply, err error) {
 	}
 }
 
-// replyReader reads the messages that answer calls, up to and with ReadyForQuery.
+// replyReader reads the messages that answer calls, up to and with the ReadyForQuery of the last Sync.
 type replyReader struct {
 	calls []call
+	syncs int // that were not answered yet
 	reply reply
 	row   bool  // the call under way returned one
 	err   error // of the call that failed
@@ -155,6 +169,10 @@ func (r *replyReader) read(message pgproto3.BackendMessage) (over bool, err erro
 			r.err = pgconn.ErrorResponseToPgError(message)
 		}
 	case *pgproto3.ReadyForQuery:
+		r.row = false
+		if r.syncs--; r.syncs > 0 {
+			return false, nil
+		}
 		if r.err == nil && r.reply.failed != len(r.calls) {
 			return false, errors.New("server answered fewer statements than were sent")
 		}

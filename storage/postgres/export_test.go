@@ -17,6 +17,9 @@ const ReaperHeldMax = reaperHeldMax
 // AbandonTimeout is how long a goroutine left behind is waited for.
 const AbandonTimeout = abandonTimeout
 
+// RecordTogetherBytesMax is how long a record may be that is sent without a Sync in front of it.
+const RecordTogetherBytesMax = recordTogetherBytesMax
+
 // RawConn leads around the seal, as a handler in bad faith might find a way to.
 func RawConn(tx pgx.Tx) *pgx.Conn { return tx.(*sealedTx).conn }
 

@@ -1,10 +1,14 @@
 package postgres_test
 
 import (
+	"bytes"
 	"context"
+	"encoding/binary"
 	"fmt"
+	"net"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -180,6 +184,73 @@ func TestLostTransactionWithAFailingConstraintIsUnknown(t *testing.T) {
 		if n := b.effects(t); n != 1 {
 			t.Errorf("%d effects, want the first one", n)
 		}
+	}
+}
+
+// syncs counts the Sync messages that a connection sends.
+type syncs struct {
+	net.Conn
+	sent *atomic.Int64
+}
+
+func (c syncs) Write(p []byte) (int, error) {
+	for rest := p; len(rest) >= 5; rest = rest[min(len(rest), 1+int(binary.BigEndian.Uint32(rest[1:]))):] {
+		if rest[0] == 'S' {
+			c.sent.Add(1)
+		}
+	}
+	return c.Conn.Write(p)
+}
+
+// A record that may arrive in part is sent behind a Sync, so that PostgreSQL's timeout runs while it waits for the rest. Nothing else
+// changes: what fails in front of the Sync fails the record behind it, whatever transaction is open.
+func TestLongRecordIsSentBehindASync(t *testing.T) {
+	t.Parallel()
+	for _, c := range []struct{ bytes, syncs int }{{postgres.RecordTogetherBytesMax, 1}, {postgres.RecordTogetherBytesMax + 1, 2}, {1 << 20, 2}} {
+		t.Run(fmt.Sprint(c.bytes), func(t *testing.T) {
+			t.Parallel()
+			sent := new(atomic.Int64)
+			b := setup(t, &setupOptions{configure: func(config *pgxpool.Config) {
+				dial := config.ConnConfig.DialFunc
+				config.ConnConfig.DialFunc = func(ctx context.Context, network, address string) (net.Conn, error) {
+					conn, err := dial(ctx, network, address)
+					return syncs{conn, sent}, err
+				}
+			}})
+			b.exec(t, `CREATE FUNCTION fault() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN RAISE 'no'; END $$;
+				CREATE CONSTRAINT TRIGGER fault AFTER INSERT ON effects DEFERRABLE INITIALLY DEFERRED FOR EACH ROW WHEN (NEW.name = 'bad') EXECUTE FUNCTION fault()`)
+			engine := idempotency.NewEngine(b.store, nil)
+			do := func(key string, handler func(ctx context.Context)) idempotency.Result {
+				return engine.Do(context.Background(), request(key, ""), func(ctx context.Context) (*idempotency.Answer, error) {
+					handler(ctx)
+					sent.Store(0)
+					const headers = 2 // without one: version and count
+					return &idempotency.Answer{Status: 201, Body: bytes.Repeat([]byte("x"), c.bytes-headers)}, nil
+				})
+			}
+			want(t, do("k", func(ctx context.Context) { effect(ctx, t) }), idempotency.OutcomeExecuted, "")
+			if n := int(sent.Load()); n != c.syncs {
+				t.Errorf("%d Syncs, want %d", n, c.syncs)
+			}
+			if again := do("k", func(context.Context) { t.Error("it ran again") }); again.Outcome != idempotency.OutcomeReplayed || len(again.Answer.Body) != c.bytes-2 {
+				t.Errorf("%s: %v", again.Outcome, again.Err)
+			}
+			want(t, do("deferred", func(ctx context.Context) {
+				if _, err := postgres.Tx(ctx).Exec(ctx, "INSERT INTO effects (name) VALUES ('bad')"); err != nil {
+					t.Error(err)
+				}
+			}), idempotency.OutcomeNotExecuted, idempotency.ReasonHandlerFailed)
+			for _, sql := range []string{"COMMIT", "COMMIT; BEGIN", "COMMIT; BEGIN; INSERT INTO effects (name) VALUES ('bad')"} {
+				want(t, do(fmt.Sprint("lost", len(sql)), func(ctx context.Context) {
+					if _, err := postgres.RawConn(postgres.Tx(ctx)).Exec(ctx, sql); err != nil {
+						t.Error(err)
+					}
+				}), idempotency.OutcomeUnknown, idempotency.ReasonTransactionLost)
+			}
+			if effects, records := b.effects(t), b.count(t, "SELECT count(*) FROM idempotency_keys"); effects != 1 || records != 1 {
+				t.Errorf("%d effects and %d records, want one of each", effects, records)
+			}
+		})
 	}
 }
 
