@@ -94,7 +94,7 @@ func replay(outside http.Header, recorded map[string][]string) {
 	}
 	for name, values := range recorded {
 		switch {
-		case ofOrigin(name): // releases before recorded them where they were listed
+		case ofOrigin(http.CanonicalHeaderKey(name)): // releases before recorded them where they were listed
 		case name == "Vary":
 			outside[name] = mergeVary(outside[name], values)
 		default:

@@ -85,6 +85,7 @@ func FuzzRecordChangedInTheTable(f *testing.F) {
 		{"Location", "/1\r\nX-Injected: 1"}, {"Location", "/1\nX-Injected: 1"}, {"Location", "/1\r\n\r\n<script>"}, {"X-A\r\nX-Injected", "1"},
 		{"X-A: 1\r\nX-Injected", "1"}, {"Set-Cookie", "s=1"}, {"Transfer-Encoding", "chunked"}, {"Content-Length", "0"}, {"Connection", "close"},
 		{"", "x"}, {"A", "\x00"}, {"A b", "x"}, {"Idempotency-Status", "executed"}, {"Trailer:Etag", "x"}, {"Etag", "ü\xff\ttab"},
+		{"Access-Control-Allow-Origin", "*", "access-control-allow-credentials", "true", "Vary", "Origin"},
 	} {
 		f.Add(int16(201), encodeRecorded(pairs...))
 	}
@@ -115,6 +116,9 @@ func FuzzRecordChangedInTheTable(f *testing.F) {
 		}
 		recorded := http.Header{}
 		for i := 0; i < len(pairs); i += 2 {
+			if strings.HasPrefix(strings.ToLower(pairs[i]), "access-control-") { // of the origin that asks, and left out
+				continue
+			}
 			recorded.Add(pairs[i], strings.Trim(pairs[i+1], " \t"))
 		}
 		for name, values := range got.header {
