@@ -20,9 +20,10 @@ type call struct {
 	params    [][]byte
 	row       rowReader
 
-	// apart puts a Sync in front of the statement. No timeout of PostgreSQL's runs in a session that has executed something and
-	// waits for the rest of a message; behind a Sync idle_in_transaction_session_timeout does. The transaction has to be
-	// open by then: if it is, an error in front of the Sync fails what stands behind it too.
+	// apart puts a Sync in front of the parameters, behind the text of a statement that is not prepared. No timeout of
+	// PostgreSQL's runs in a session that has parsed or executed something and waits for the rest of a message; behind a
+	// Sync idle_in_transaction_session_timeout does. The transaction has to be open by then: if it is, an error in front of
+	// the Sync fails what stands behind it too.
 	apart bool
 }
 
@@ -55,14 +56,14 @@ func (s *statements) flush(ctx context.Context, conn *pgconn.PgConn, calls ...ca
 	frontend, prepared := conn.Frontend(), s.namesOn(conn)
 	for i := range calls {
 		c, name := &calls[i], ""
-		if c.apart {
-			frontend.SendSync(&pgproto3.Sync{})
-		}
 		if prepared != nil {
 			name = prepared.names[c.statement.number]
 		}
 		if name == "" {
 			frontend.SendParse(&pgproto3.Parse{Query: c.statement.sql, ParameterOIDs: c.statement.oids})
+		}
+		if c.apart {
+			frontend.SendSync(&pgproto3.Sync{})
 		}
 		frontend.SendBind(&pgproto3.Bind{
 			PreparedStatement: name, Parameters: c.params, ParameterFormatCodes: binaryFormat, ResultFormatCodes: binaryFormat,

@@ -76,39 +76,53 @@ func (c *stoppedConn) Close() error {
 	return c.Conn.Close()
 }
 
-// beforeCommit cuts a flush off before the three messages of its COMMIT: Bind, Execute, Sync.
+// beforeCommit cuts a flush off before the messages of its last statement: Bind, Execute, Sync, and a Parse in front of
+// them if it is not prepared.
 func beforeCommit(written []byte) (send int, stopped bool) {
 	var starts []int
 	for at := 0; at+5 <= len(written); at += 1 + int(binary.BigEndian.Uint32(written[at+1:])) {
 		starts = append(starts, at)
 	}
-	return starts[len(starts)-3], true
+	last := len(starts) - 3
+	if written[starts[last-1]] == 'P' {
+		last--
+	}
+	return starts[last], true
 }
 
-func half(written []byte) (send int, stopped bool) { return len(written) / 2, len(written) > 1000 }
+func half(written []byte) (send int, stopped bool) { return len(written) / 2, len(written) > 600 }
 
 // F12: a process that is stopped, on a machine that still answers for it, keeps its key until PostgreSQL ends the session.
 // Each case says which of PostgreSQL's timeouts does, and where none does that pg_terminate_backend does.
 func TestKeyOfAStoppedProcessIsFreed(t *testing.T) {
 	t.Parallel()
 	const patience = time.Second
+	const long = 1 << 16
 	record := func(ctx context.Context, attempt idempotency.Attempt, body int) {
 		a := answer(201)
 		a.Body = []byte(strings.Repeat("x", body))
 		_ = attempt.Seal()
 		_ = attempt.Commit(ctx, a) // the stopped process never hears what became of it
 	}
-	for name, c := range map[string]struct {
+	decline := func(ctx context.Context, attempt idempotency.Attempt) {
+		a := answer(402)
+		a.Body = []byte(strings.Repeat("x", long))
+		_ = attempt.Seal()
+		_ = attempt.Decline(ctx, a)
+	}
+	type stopped struct {
 		stop    func(written []byte) (send int, stopped bool)
 		do      func(ctx context.Context, attempt idempotency.Attempt)
-		commits bool
+		commits bool // or declines
 		// The first major version of PostgreSQL whose timeouts end the session. 0: none.
 		since int
-	}{
+	}
+	for name, c := range map[string]stopped{
 		"in the handler": {nil, func(context.Context, idempotency.Attempt) {}, false, 14},
 		"in the middle of a long record": {half, func(ctx context.Context, attempt idempotency.Attempt) {
-			record(ctx, attempt, 1<<20)
+			record(ctx, attempt, long)
 		}, true, 14},
+		"in the middle of a long decline": {half, decline, true, 17},
 		"in the middle of a long statement of the handler's": {half, func(ctx context.Context, attempt idempotency.Attempt) {
 			_, _ = postgres.Tx(attempt.Context(ctx)).Exec(ctx, "INSERT INTO effects (name) VALUES ($1)", strings.Repeat("x", 1<<20))
 		}, false, 14},
@@ -131,61 +145,66 @@ func TestKeyOfAStoppedProcessIsFreed(t *testing.T) {
 				_, _ = postgres.Tx(attempt.Context(ctx)).CopyFrom(ctx, pgx.Identifier{"effects"}, []string{"name"}, pgx.CopyFromRows(rows))
 			}, false, 0},
 	} {
-		t.Run(name, func(t *testing.T) {
-			t.Parallel()
-			s := &stopper{}
-			b := setup(t, &setupOptions{store: &postgres.Options{IdleInTransactionTimeout: patience}, configure: s.configure(t)})
-			other := setupOther(t, b)
-			version := other.count(t, "SELECT current_setting('server_version_num')::int / 10000")
-			ctx, cancel := context.WithCancel(context.Background())
-			req := request("k", "")
-			req.Attempt, req.TTL = idempotency.NewAttemptID(), time.Hour
-			attempt, record, err := b.store.Begin(ctx, &req)
-			if err != nil || record != nil {
-				t.Fatal(record, err)
+		for _, pooling := range []bool{false, true} { // which also means that nothing is prepared
+			if pooling && !c.commits {
+				continue // the handler's own statements
 			}
-			pid := postgres.RawConnOf(attempt).PgConn().PID()
-			held := func() bool {
-				return other.count(t, "SELECT count(*) FROM pg_locks WHERE pid = $1 AND locktype = 'advisory' AND granted", int(pid)) > 0
-			}
-			if !held() {
-				t.Fatal("the key is not held")
-			}
-			s.arm(c.stop)
-			done := make(chan struct{})
-			began := time.Now()
-			go func() {
-				defer close(done)
-				c.do(ctx, attempt)
-				if !c.commits {
-					<-ctx.Done()
-					_ = attempt.Rollback(context.Background())
+			t.Run(name+map[bool]string{true: ", as through a pooler"}[pooling], func(t *testing.T) {
+				t.Parallel()
+				s := &stopper{}
+				b := setup(t, &setupOptions{store: &postgres.Options{IdleInTransactionTimeout: patience, TransactionPooling: pooling}, configure: s.configure(t)})
+				other := setupOther(t, b)
+				version := other.count(t, "SELECT current_setting('server_version_num')::int / 10000")
+				ctx, cancel := context.WithCancel(context.Background())
+				req := request("k", "")
+				req.Attempt, req.TTL = idempotency.NewAttemptID(), time.Hour
+				attempt, record, err := b.store.Begin(ctx, &req)
+				if err != nil || record != nil {
+					t.Fatal(record, err)
 				}
-			}()
-			t.Cleanup(func() { cancel(); <-done })
-			bounded := c.since != 0 && version >= c.since
-			limit := 5 * patience
-			if bounded {
-				limit = time.Minute // a machine that is busy
-			}
-			for held() && time.Since(began) < limit {
-				time.Sleep(20 * time.Millisecond)
-			}
-			switch took := time.Since(began); {
-			case bounded && held():
-				t.Fatalf("the key is still held after %v: %s", took, other.text(t, "SELECT concat_ws(' ', state, wait_event, query) FROM pg_stat_activity WHERE pid = $1", int(pid)))
-			case bounded && took < patience/2:
-				t.Errorf("the key was given up after %v", took)
-			case !bounded && !held():
-				t.Errorf("PostgreSQL %d ended the session after %v: docs/guarantees.md says that it does not", version, took)
-			case !bounded:
-				other.count(t, "SELECT count(*) FROM (SELECT pg_terminate_backend($1, 10000)) AS ended", int(pid))
-			}
-			want(t, other.do(t, request("k", ""), pay(t, 201)), idempotency.OutcomeExecuted, "")
-			if n := other.effects(t); n != 1 {
-				t.Errorf("%d effects, want 1", n)
-			}
-		})
+				pid := postgres.RawConnOf(attempt).PgConn().PID()
+				held := func() bool {
+					return other.count(t, "SELECT count(*) FROM pg_locks WHERE pid = $1 AND locktype = 'advisory' AND granted", int(pid)) > 0
+				}
+				if !held() {
+					t.Fatal("the key is not held")
+				}
+				s.arm(c.stop)
+				done := make(chan struct{})
+				began := time.Now()
+				go func() {
+					defer close(done)
+					c.do(ctx, attempt)
+					if !c.commits {
+						<-ctx.Done()
+						_ = attempt.Rollback(context.Background())
+					}
+				}()
+				t.Cleanup(func() { cancel(); <-done })
+				bounded := c.since != 0 && version >= c.since
+				limit := 5 * patience
+				if bounded {
+					limit = time.Minute // a machine that is busy
+				}
+				for held() && time.Since(began) < limit {
+					time.Sleep(20 * time.Millisecond)
+				}
+				switch took := time.Since(began); {
+				case bounded && held():
+					t.Fatalf("the key is still held after %v: %s", took, other.text(t, "SELECT concat_ws(' ', state, wait_event, query) FROM pg_stat_activity WHERE pid = $1", int(pid)))
+				case bounded && took < patience/2:
+					t.Errorf("the key was given up after %v", took)
+				case !bounded && !held():
+					t.Errorf("PostgreSQL %d ended the session after %v: docs/guarantees.md says that it does not", version, took)
+				case !bounded:
+					other.count(t, "SELECT count(*) FROM (SELECT pg_terminate_backend($1, 10000)) AS ended", int(pid))
+				}
+				want(t, other.do(t, request("k", ""), pay(t, 201)), idempotency.OutcomeExecuted, "")
+				if n := other.effects(t); n != 1 {
+					t.Errorf("%d effects, want 1", n)
+				}
+			})
+		}
 	}
 }
 
@@ -255,6 +274,48 @@ func TestServerNoticesAMachineThatIsGone(t *testing.T) {
 	for name, want := range map[string]string{"tcp_keepalives_idle": "30", "tcp_keepalives_interval": "10", "tcp_keepalives_count": "3", "tcp_user_timeout": "60000"} {
 		if got := b.text(t, "SELECT current_setting($1)", name); got != want && !(name == "tcp_user_timeout" && got == "1min") {
 			t.Errorf("%s is %s, want %s", name, got, want)
+		}
+	}
+}
+
+// The Sync before a long record changes no meaning: what fails in front of it leaves nothing behind, and is said as ever.
+func TestLongRecordsFailAsShortOnesDo(t *testing.T) {
+	t.Parallel()
+	for name, c := range map[string]struct {
+		sick    string
+		handle  func(t *testing.T, b *testBundle, ctx context.Context, tx pgx.Tx)
+		outcome idempotency.Outcome
+		reason  idempotency.Reason
+		effects int
+	}{
+		"nothing is wrong": {"SELECT 1", func(*testing.T, *testBundle, context.Context, pgx.Tx) {}, idempotency.OutcomeExecuted, "", 1},
+		"a deferred constraint": {"ALTER TABLE effects ADD CONSTRAINT once UNIQUE (name) DEFERRABLE INITIALLY DEFERRED",
+			func(t *testing.T, _ *testBundle, ctx context.Context, _ pgx.Tx) { effect(ctx, t) }, idempotency.OutcomeNotExecuted, idempotency.ReasonHandlerFailed, 0},
+		"a lost race": {"SELECT 1",
+			func(t *testing.T, b *testBundle, _ context.Context, _ pgx.Tx) { record(t, b.pool, "k", "", "theirs") }, idempotency.OutcomeReplayed, "", 0},
+		"a trigger that drops the record": {"CREATE FUNCTION drop_row() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN RETURN NULL; END'; CREATE TRIGGER drop_row BEFORE INSERT ON idempotency_keys FOR EACH ROW EXECUTE FUNCTION drop_row()",
+			func(*testing.T, *testBundle, context.Context, pgx.Tx) {}, idempotency.OutcomeNotExecuted, idempotency.ReasonUnavailable, 0},
+		"another transaction": {"SELECT 1", func(t *testing.T, _ *testBundle, ctx context.Context, tx pgx.Tx) {
+			for _, sql := range []string{"COMMIT", "BEGIN"} {
+				if err := postgres.SendUnadmitted(ctx, tx, true, sql); err != nil {
+					t.Error(err)
+				}
+			}
+		}, idempotency.OutcomeUnknown, idempotency.ReasonTransactionLost, 1},
+	} {
+		for _, length := range []int{1, postgres.RecordTogetherBytesMax + 1} {
+			b := setup(t, nil)
+			b.exec(t, c.sick)
+			result := idempotency.NewEngine(b.store, nil).Do(t.Context(), request("k", ""), func(ctx context.Context) (*idempotency.Answer, error) {
+				effect(ctx, t)
+				c.handle(t, b, ctx, postgres.Tx(ctx))
+				a := answer(201)
+				a.Body = []byte(strings.Repeat("x", length))
+				return a, nil
+			})
+			if result.Outcome != c.outcome || result.Reason != c.reason || b.effects(t) != c.effects {
+				t.Errorf("%s, %d bytes: %s %q %v, %d effects; want %s %q, %d", name, length, result.Outcome, result.Reason, result.Err, b.effects(t), c.outcome, c.reason, c.effects)
+			}
 		}
 	}
 }
