@@ -204,7 +204,7 @@ type Result struct {
 	Answer  *Answer // the handler's answer or the recorded one; nil where Reason is set
 	Reason  Reason  // why there is no answer; empty where Answer is set
 	Record  *Record // the record that is replayed; nil otherwise. Its body may be another request's too: it is only read
-	Err     error   // for the operator: what went wrong; its text holds no key, body or credential
+	Err     error   // for the operator: what went wrong, also a panic of a Tracer beside an answer; its text holds no key, body or credential
 }
 
 // Do takes one request through the protocol and returns when everything about it is settled and nothing is held. The

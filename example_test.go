@@ -2,6 +2,7 @@ package idempotency_test
 
 import (
 	"context"
+	"errors"
 	"fmt"
 
 	"github.com/paidonce/idempotency"
@@ -78,4 +79,31 @@ func ExampleKey() {
 	// Output:
 	// 0302c680 0302c680 0302c680
 	// key is invalid: character 2 is not a visible ASCII character other than comma and quote
+}
+
+// reporter is a tracer that shows what handlers panicked with: the log has the type alone.
+type reporter struct{ idempotency.Tracer }
+
+func (reporter) TraceRequestStart(ctx context.Context, _ idempotency.RequestStart) context.Context {
+	return ctx
+}
+func (reporter) TraceStep(context.Context, idempotency.StepEnd) {}
+func (reporter) TraceRequestEnd(_ context.Context, end idempotency.RequestEnd) {
+	var panicked *idempotency.PanicError
+	if errors.As(end.Result.Err, &panicked) {
+		fmt.Println("value:", panicked.Value)
+	}
+}
+
+func ExamplePanicError() {
+	engine := idempotency.NewEngine(memory.New(nil), &idempotency.Options{Tracer: reporter{}})
+	request := idempotency.Request{
+		Key:         idempotency.Key{Scope: "acme", Value: "k"},
+		Fingerprint: idempotency.FingerprintV1("POST", "/transfers", "", "application/json", []byte(`{"amount":1250}`)),
+	}
+	result := engine.Do(context.Background(), request, func(context.Context) (*idempotency.Answer, error) { panic("no rate for EUR") })
+	fmt.Println("error:", result.Err)
+	// Output:
+	// value: no rate for EUR
+	// error: handler panicked with a string
 }

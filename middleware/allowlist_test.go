@@ -1,6 +1,7 @@
 package middleware_test
 
 import (
+	"log/slog"
 	"maps"
 	"net/http"
 	"net/http/httptest"
@@ -52,7 +53,7 @@ func TestReplayHoldsTheAllowListAndNothingElse(t *testing.T) {
 		}
 		store := memory.New(nil)
 		scope := func(*http.Request) (string, error) { return "acme", nil }
-		handler := middleware.New(store, scope, &middleware.Options{RecordHeaders: own}).Handler(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
+		handler := middleware.New(store, scope, &middleware.Options{RecordHeaders: own, Logger: slog.New(slog.DiscardHandler)}).Handler(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
 			for name, values := range set {
 				w.Header()[name] = values
 			}

@@ -5,6 +5,7 @@ import (
 	"context"
 	"fmt"
 	"io"
+	"log/slog"
 	"net/http"
 	"net/http/httptest"
 	"net/http/httputil"
@@ -56,7 +57,7 @@ func TestReverseProxyAsHandler(t *testing.T) {
 	}
 	proxy := httputil.NewSingleHostReverseProxy(target)
 	proxy.FlushInterval = -1
-	proxy.ErrorLog = nil
+	proxy.ErrorLog = slog.NewLogLogger(slog.DiscardHandler, slog.LevelError)
 	b := setup(t, setupOptions{}, func(w http.ResponseWriter, r *http.Request) {
 		if _, err := postgres.Tx(r.Context()).Exec(r.Context(), "INSERT INTO effects DEFAULT VALUES"); err != nil {
 			t.Error(err)
@@ -132,9 +133,7 @@ func TestTimeoutHandlerInside(t *testing.T) {
 		}
 		ctx := context.WithoutCancel(r.Context())
 		tx := postgres.Tx(ctx)
-		if _, err := tx.Exec(ctx, "INSERT INTO effects DEFAULT VALUES"); err != nil {
-			t.Error(err)
-		}
+		_, _ = tx.Exec(ctx, "INSERT INTO effects DEFAULT VALUES") // on a busy machine the time may be over by now
 		<-sealed
 		_, err := tx.Exec(ctx, "INSERT INTO effects DEFAULT VALUES")
 		late <- err
