@@ -77,7 +77,7 @@ const (
 	FactTurn                               // that attempt left no answer to this request, whose turn it is to ask the store
 	FactRecordedSame                       // a record of this very request
 	FactRecordedOther                      // a record of a different request
-	FactRecordedUnreadable                 // a record whose fingerprint or answer this program can't read, or can't vouch for yet
+	FactRecordedUnreadable                 // a record whose fingerprint or answer this program can't read, or can't vouch for yet; or one that it may not be shown
 	FactRecordCorrupt                      // a record that is not what was recorded
 	FactUnavailable                        // no connection, or the database failed before COMMIT was sent
 	FactSerialization                      // 40001, 40P01 or a plan that a migration made stale, wherever it came from

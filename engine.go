@@ -291,8 +291,11 @@ func (e *Engine) attempts(ctx context.Context, req *Request, run RunFunc, trace 
 	for restarts := 0; ; restarts++ {
 		req.Attempt = NewAttemptID()
 		result, again := e.attempt(&bounds.parent, budget, req, run, trace, past)
-		past.recorded = past.recorded || errors.Is(again, ErrKeyRecorded)
-		if again != nil && budget.Err() == nil && restarts < e.options.Restarts {
+		lost := errors.Is(again, ErrKeyRecorded)
+		// Once more for the record alone, also where the restarts are spent: the claim that follows finds it.
+		read := lost && !past.recorded
+		past.recorded = past.recorded || lost
+		if again != nil && budget.Err() == nil && (read || restarts < e.options.Restarts) {
 			continue
 		}
 		if again != nil {
@@ -375,7 +378,6 @@ func (e *Engine) attempt(ctx context.Context, budget *deadline.Context, req *Req
 		failed = errors.Join(failed, fmt.Errorf("%w: the handler took longer than %v", ErrUnavailable, e.options.HandlerTimeout))
 	}
 	fact := factAfterHandler(sealed, failed, disposition)
-	sent := time.Now()
 	switch Decide(fact).Action {
 	case ActionCommit:
 		open = false
@@ -396,7 +398,7 @@ func (e *Engine) attempt(ctx context.Context, budget *deadline.Context, req *Req
 		err = errors.Join(failed, sealed, undone)
 	}
 	if Decide(fact).Action == ActionResolve {
-		fact, record, err = e.resolve(ctx, req, disposition, sent, err, trace)
+		fact, record, err = e.resolve(ctx, req, disposition, err, trace)
 	}
 	switch decision := past.decide(fact); decision.Action {
 	case ActionAnswer:
@@ -430,22 +432,15 @@ func end(ctx *deadline.Context, end func(context.Context, *Answer) error, answer
 	return err
 }
 
-// resolve asks the store what became of a COMMIT that was sent then, and whose reply was lost; lost is how.
-func (e *Engine) resolve(ctx context.Context, req *Request, disposition Disposition, sent time.Time, lost error, trace *trace) (Fact, *Record, error) {
+// resolve asks the store what became of a COMMIT whose reply was lost; lost is how.
+func (e *Engine) resolve(ctx context.Context, req *Request, disposition Disposition, lost error, trace *trace) (Fact, *Record, error) {
 	started := trace.now()
 	bounded := deadline.After(ctx, e.options.ResolveTimeout)
 	defer bounded.End()
 	record, err := e.store.Resolve(bounded, req)
-	if err == nil && record == nil && 2*time.Since(sent) >= req.TTL {
-		err = errMayHaveExpired
-	}
 	trace.step(StepResolve, started, err)
 	return factAfterResolve(req, disposition, record, err), record, errors.Join(lost, err)
 }
-
-// errMayHaveExpired is why an absent record proves nothing: half of the TTL or more went by since COMMIT was sent, because
-// the TTL is short or the process stood still.
-var errMayHaveExpired = fmt.Errorf("%w: the record may have been there, and expired", ErrUnknown)
 
 // reduce returns what is recorded of an answer, or why that can't be recorded.
 func (e *Engine) reduce(answer *Answer) (recorded *Answer, err error) {

@@ -326,29 +326,6 @@ func TestResolveHasItsOwnTime(t *testing.T) {
 	}
 }
 
-// A record that may have expired since COMMIT was sent proves nothing by its absence.
-func TestAbsenceOfARecordThatMayHaveExpiredProvesNothing(t *testing.T) {
-	t.Parallel()
-	synctest.Test(t, func(t *testing.T) {
-		for took, want := range map[time.Duration]idempotency.Outcome{
-			500 * time.Millisecond: idempotency.OutcomeUnknown, 499 * time.Millisecond: idempotency.OutcomeNotExecuted,
-		} {
-			req := keyed("k")
-			req.TTL = time.Second
-			store := scripted(turn{end: idempotency.ErrUnknown, resolving: func() { time.Sleep(took) }})
-			result := idempotency.NewEngine(store, nil).Do(t.Context(), req, answering(201))
-			if result.Outcome != want {
-				t.Errorf("looked up after %v: %s, want %s", took, result.Outcome, want)
-			}
-			store = scripted(turn{end: idempotency.ErrUnknown, resolve: idempotency.ErrRecordCorrupt, resolving: func() { time.Sleep(took) }})
-			result = idempotency.NewEngine(store, nil).Do(t.Context(), req, answering(201))
-			if result.Reason != idempotency.ReasonRecordCorrupt {
-				t.Errorf("a record that was changed, looked up after %v: %s", took, result.Reason)
-			}
-		}
-	})
-}
-
 // pickyStore is a store whose own timeouts are too short for a handler of more than a minute.
 type pickyStore struct{ *script }
 

@@ -80,7 +80,8 @@ func (m *model) do(req modelRequest) (result modelResult) {
 	unavailable := modelResult{outcome: idempotency.OutcomeNotExecuted, reason: idempotency.ReasonUnavailable}
 	failed := modelResult{outcome: idempotency.OutcomeNotExecuted, reason: idempotency.ReasonHandlerFailed}
 	unknown := modelResult{outcome: idempotency.OutcomeUnknown, reason: idempotency.ReasonOutcomeUnknown}
-	for range idempotency.RestartsDefault + 1 {
+	attempts, recorded := idempotency.RestartsDefault+1, false
+	for ; attempts > 0; attempts-- {
 		switch fault(idempotency.StepClaim) {
 		case nil:
 		case idempotency.ErrSerialization:
@@ -123,6 +124,10 @@ func (m *model) do(req modelRequest) (result modelResult) {
 			return answered
 		case err == idempotency.ErrKeyRecorded:
 			unavailable = unknown // somebody recorded the key
+			if !recorded && attempts == 1 {
+				attempts++ // to read the record
+			}
+			recorded = true
 			continue
 		case err == idempotency.ErrSerialization && !declined:
 			continue

@@ -35,6 +35,16 @@ type Request struct {
 
 	// Attempt is set by the engine, anew for each attempt.
 	Attempt AttemptID
+
+	// Claim is set by Begin, for Resolve. Callers leave it alone.
+	Claim Claim
+}
+
+// Claim is when and where a key was claimed, by the store's own clock and log.
+type Claim struct {
+	At       time.Time // zero where nothing was claimed
+	Timeline uint32    // of the log; 0 where the store has none, or does not tell
+	Position uint64    // in the log
 }
 
 // Keyless reports whether the request came without a key.
@@ -128,7 +138,7 @@ var (
 	// ErrTransactionLost: the handler ended the transaction behind the store's back. What it wrote until then may stand.
 	ErrTransactionLost = errors.New("transaction was ended by the handler")
 	// ErrUnknown: the end of the transaction was asked for, and whether it happened is not known. From Begin: there is a
-	// record, and it can't be read, or is not safe yet.
+	// record, and it can't be read, or is not safe yet; or there may be one that this store is not shown.
 	ErrUnknown = errors.New("outcome is unknown")
 	// ErrRecordCorrupt: there is a record, and it is not what was recorded. Somebody changed it, or an
 	// encryption key has another secret here.
@@ -143,7 +153,7 @@ type Store interface {
 	//   - an Attempt: the key is absent and ours; the caller must end it with Commit, Decline or Rollback
 	//   - a Record: the key is recorded; no transaction is left open, and no fingerprint was compared
 	//   - an error: ErrInProgress where another attempt holds the key, ErrSerialization where Begin should be called
-	//     again, ErrUnknown where there is a record that can't be read or is not safe yet, ErrRecordCorrupt where it was
+	//     again, ErrUnknown where there is a record that can't be read or is not safe yet, or may be one that is not shown, ErrRecordCorrupt where it was
 	//     tampered with, and anything else where the store is unavailable; nothing is left open
 	//
 	// A record wins over the claim: it is returned also while others hold the key. Begin never waits for another
@@ -152,8 +162,10 @@ type Store interface {
 
 	// Resolve finds out what became of an attempt whose Commit or Decline was ErrUnknown, or of any other with this key.
 	// It waits until nobody holds req.Key, and returns its record, or nil where there is none. After a Commit nil is
-	// proof that nothing was recorded; after a Decline it is none, because the record may still appear. No fingerprint
-	// was compared. The error is ErrUnknown for what can't be found out until ctx ends, and ErrRecordCorrupt for a
+	// proof that nothing was recorded; after a Decline it is none, because the record may still appear. A store that can't
+	// vouch for nil returns ErrUnknown: where a record may be there that it is not shown, where it asked a database that may
+	// be behind the one of req.Claim, and once half of req.TTL has gone by since req.Claim.At by its own clock, because the
+	// record may have expired. No fingerprint was compared. The error is ErrUnknown for what can't be found out until ctx ends, and ErrRecordCorrupt for a
 	// record that was tampered with. It changes nothing and may be called again. req has a key.
 	Resolve(ctx context.Context, req *Request) (*Record, error)
 }

@@ -1,6 +1,7 @@
 package faults_test
 
 import (
+	"bytes"
 	"context"
 	"os"
 	"path/filepath"
@@ -8,7 +9,11 @@ import (
 	"testing"
 	"time"
 
+	"github.com/jackc/pgx/v5"
+	"github.com/jackc/pgx/v5/pgxpool"
+
 	"github.com/paidonce/idempotency"
+	"github.com/paidonce/idempotency/internal/pgfault"
 	"github.com/paidonce/idempotency/internal/pgserver"
 	"github.com/paidonce/idempotency/internal/pgtest"
 	"github.com/paidonce/idempotency/middleware"
@@ -140,5 +145,47 @@ func (c *clock) jump(t *testing.T, offset time.Duration) {
 	query(t, c.url, &now, "SELECT clock_timestamp()")
 	if wrong := time.Since(now) + offset; wrong.Abs() > 30*time.Second {
 		t.Fatalf("the database's clock is %v off, want %v", -time.Since(now), offset)
+	}
+}
+
+// The process's own clock stands still while its machine is suspended, as the database's goes on: by the time that it looks for
+// a lost COMMIT the record may have expired, and the reaper have deleted it. To the process it was a moment.
+func TestF18AbsenceAfterTheMachineWasSuspendedIsNoProof(t *testing.T) {
+	t.Parallel()
+	c := startClock(t)
+	network, address, err := pgfault.Upstream(c.url)
+	if err != nil {
+		t.Fatal(err)
+	}
+	lost := make(chan struct{})
+	proxy, err := pgfault.Start(pgfault.Options{Network: network, Address: address, OnCommit: func(commit pgfault.Commit) pgfault.Fault {
+		if !bytes.Contains(commit.Messages, []byte("lost")) {
+			return pgfault.Fault{}
+		}
+		close(lost)
+		return pgfault.Fault{Kind: pgfault.CutAfter}
+	}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = proxy.Close() })
+	migrateUp(t, c.url)
+	s := serveOn(t, proxy.URL(c.url), &serviceOptions{
+		middleware: &middleware.Options{Engine: idempotency.Options{TTL: 2 * time.Hour}},
+		pool: func(config *pgxpool.Config) {
+			config.BeforeConnect = func(context.Context, *pgx.ConnConfig) error {
+				select {
+				case <-lost: // the resolver's: PostgreSQL has committed
+					c.jump(t, 3*time.Hour)
+					execute(t, c.url, "DELETE FROM idempotency_keys WHERE expires_at < clock_timestamp()")
+				default:
+				}
+				return nil
+			}
+		},
+	})
+	s.mustPay(t, "lost", 503, "unknown")
+	if n := count(t, c.url, "SELECT count(*) FROM payments WHERE key = 'lost'"); n != 1 {
+		t.Errorf("%d payments, want 1", n)
 	}
 }

@@ -61,7 +61,8 @@ func (s *Store) Begin(ctx context.Context, req *idempotency.Request) (idempotenc
 	if err := s.refuse(ctx, idempotency.StepClaim); err != nil {
 		return nil, nil, err
 	}
-	a := &attempt{store: s, req: *req, claimedAt: s.now()}
+	req.Claim = idempotency.Claim{At: s.now()}
+	a := &attempt{store: s, req: *req, claimedAt: req.Claim.At}
 	if req.Keyless() {
 		return a, nil, nil
 	}
@@ -89,7 +90,11 @@ func (s *Store) Resolve(ctx context.Context, req *idempotency.Request) (*idempot
 			record = clone(record)
 		}
 		s.mu.Unlock()
-		if claim == nil {
+		switch {
+		case claim != nil:
+		case record == nil && !req.Claim.At.IsZero() && 2*s.now().Sub(req.Claim.At) >= req.TTL:
+			return nil, fmt.Errorf("resolve: %w: the record may have been there, and expired", idempotency.ErrUnknown)
+		default:
 			return record, nil
 		}
 		select {

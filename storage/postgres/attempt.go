@@ -29,6 +29,7 @@ type attempt struct {
 	claimedAt   [8]byte // transaction_timestamp() of the claim, as it came
 	synchronous bool    // COMMIT waits for standbys
 	record      *idempotency.Record
+	hidden      bool // row-level security applies: no record is absent that is not seen
 
 	// Parameters of the statements, in binary format.
 	lockNumber [8]byte
@@ -78,10 +79,13 @@ func (*txContext) String() string { return "postgres.WithTx" }
 // Format keeps the transaction, and what is below, out of every verb of fmt.
 func (c *txContext) Format(f fmt.State, _ rune) { _, _ = io.WriteString(f, c.String()) } // fmt has no use for the error
 
-// lockCall tries to lock the key.
-func (a *attempt) lockCall(row rowReader) call {
+// lockCall tries to lock the key, and where it can asks for the place of the claim too.
+func (a *attempt) lockCall() call {
 	a.params[0] = a.lockNumber[:]
-	return call{statement: &a.store.statements.lock, params: a.params[:1:1], row: row}
+	if a.req.Keyless() || a.store.withoutPosition.Load() {
+		return call{statement: &a.store.statements.lock, params: a.params[:1:1], row: lockRow{a}}
+	}
+	return call{statement: &a.store.statements.lockAt, params: a.params[:1:1], row: lockAtRow{a}}
 }
 
 // lookUpCall looks the record up. Its parameters lie beside those of lockCall.
@@ -95,17 +99,32 @@ type lockRow struct{ *attempt }
 
 func (a lockRow) readRow(values [][]byte) error {
 	d := decoder{values: values}
+	a.readLock(&d)
+	return d.err
+}
+
+// lockAtRow reads what the claim's lock says, and the place of the claim.
+type lockAtRow struct{ *attempt }
+
+func (a lockAtRow) readRow(values [][]byte) error {
+	d := decoder{values: values}
+	a.readLock(&d)
+	a.req.Claim.Timeline, a.req.Claim.Position = d.position()
+	return d.err
+}
+
+func (a *attempt) readLock(d *decoder) {
 	a.locked = d.bool()
 	copy(a.claimedAt[:], d.next(len(a.claimedAt)))
+	a.req.Claim = idempotency.Claim{At: (&decoder{values: [][]byte{a.claimedAt[:]}}).timestamp()}
 	a.synchronous = d.bool()
-	return d.err
 }
 
 // recordRow reads the record.
 type recordRow struct{ *attempt }
 
 func (a recordRow) readRow(values [][]byte) (err error) {
-	a.record, err = decodeRecord(values)
+	a.record, a.hidden, err = decodeLookUp(values)
 	return err
 }
 
@@ -116,6 +135,10 @@ func (a *attempt) Seal() error { return a.tx.seal() }
 // a transaction that is not the claim's an error of a deferred constraint would prove nothing.
 func (a *attempt) Commit(ctx context.Context, answer *idempotency.Answer) error {
 	defer a.release(ctx)
+	return a.lookAgain(ctx, "commit", a.commit(ctx, answer))
+}
+
+func (a *attempt) commit(ctx context.Context, answer *idempotency.Answer) error {
 	if !a.tx.abandoned && !plainText(a.conn()) {
 		return fail("commit", idempotency.ErrAborted, errEncoding)
 	}
@@ -149,45 +172,80 @@ func (a *attempt) Decline(ctx context.Context, answer *idempotency.Answer) error
 		a.insertCall(nil, answer),
 		call{statement: &s.commit},
 	)
-	return a.end(ctx, "decline", calls)
+	return a.lookAgain(ctx, "decline", a.end(ctx, "decline", calls))
+}
+
+// looks reports whether the claim's snapshot may be older than its lock: what was recorded in between was not seen then, and
+// no end of this attempt is not-executed before the key was looked up once more.
+func (a *attempt) looks() bool {
+	return a.store.options.Isolation != pgx.ReadCommitted && !a.req.Keyless()
+}
+
+// lookAgain returns what an end means that left no record: err, unless another attempt's record is there, or that can't be
+// told.
+func (a *attempt) lookAgain(ctx context.Context, step string, err error) error {
+	if err == nil || !a.looks() || errors.Is(err, idempotency.ErrUnknown) || errors.Is(err, idempotency.ErrTransactionLost) || errors.Is(err, idempotency.ErrKeyRecorded) {
+		return err
+	}
+	if looked := a.undoAndLook(ctx, step, a.calls[:0]); looked != nil {
+		return fmt.Errorf("%w (before that: %w)", looked, err)
+	}
+	return err
 }
 
 // Rollback implements [idempotency.Attempt]. A connection that can't be rolled back is closed, which is the same to
 // the server.
 func (a *attempt) Rollback(ctx context.Context) error {
 	defer a.release(ctx)
-	if a.tx.abandoned || a.conn().IsClosed() || a.conn().IsBusy() {
-		return nil
-	}
-	s := &a.store.statements
 	calls := a.calls[:0]
-	switch a.conn().TxStatus() {
-	case 'T':
+	if !a.tx.abandoned && a.conn().TxStatus() == 'T' { // in an aborted transaction nothing but ROLLBACK is heard
 		calls = append(calls, a.guardCall())
-	case 'E': // nothing but ROLLBACK is heard
-	default:
+	}
+	return a.undoAndLook(ctx, "rollback", calls)
+}
+
+// undoAndLook sends the calls and ROLLBACK, and in the same flush looks the key up where that is to be done. It returns nil
+// where there is no record, or where none had to be looked for: then ROLLBACK may fail, which ends the connection.
+func (a *attempt) undoAndLook(ctx context.Context, step string, calls []call) error {
+	s, looks := &a.store.statements, a.looks()
+	if a.tx.abandoned || a.conn().IsClosed() || a.conn().IsBusy() {
+		if looks {
+			return fail(step, idempotency.ErrUnknown, errors.New("the connection was lost before the key could be looked up again"))
+		}
 		return nil
 	}
-	calls = append(calls, call{statement: &s.rollback})
-	recorded, looks := false, a.store.options.Isolation != pgx.ReadCommitted && !a.req.Keyless()
+	if status := a.conn().TxStatus(); status == 'T' || status == 'E' {
+		calls = append(calls, call{statement: &s.rollback})
+	}
 	if looks {
-		// The snapshot may be older than the lock: what was recorded in between was not seen by the claim.
-		calls = append(calls, call{statement: &s.lookUp, params: [][]byte{a.scope, a.key}, row: rowFunc(func([][]byte) error {
-			recorded = true
-			return nil
-		})})
+		a.record = nil
+		calls = append(calls, call{statement: &s.lookUp, params: [][]byte{a.scope, a.key}, row: recordRow{a}})
+	}
+	if len(calls) == 0 {
+		return nil
 	}
 	reply, err := s.flush(ctx, a.conn(), calls...)
+	a.distrust()
 	var pgErr *pgconn.PgError
 	switch {
 	case errors.As(err, &pgErr) && pgErr.Code == "22012" && calls[min(reply.failed, len(calls)-1)].statement == &s.guard:
-		return fail("rollback", idempotency.ErrTransactionLost, err)
+		return fail(step, idempotency.ErrTransactionLost, err)
 	case err != nil && looks:
-		return fail("rollback", idempotency.ErrUnknown, err)
-	case recorded:
-		return fail("rollback", idempotency.ErrKeyRecorded, errors.New("the claim's snapshot was older than the record"))
+		return fail(step, idempotency.ErrUnknown, err)
+	case looks && a.record != nil:
+		return fail(step, idempotency.ErrKeyRecorded, errors.New("the claim's snapshot was older than the record"))
+	case looks && a.hidden:
+		return fail(step, idempotency.ErrUnknown, rowSecurity(a.store.table, ""))
 	}
 	return nil
+}
+
+// distrust has the connection plan its statements each time from now on, where row-level security applied: a plan with
+// policies would outlive them. See [ErrRowSecurity].
+func (a *attempt) distrust() {
+	if a.hidden {
+		delete(a.conn().CustomData(), preparedMark)
+	}
 }
 
 // recordTogetherBytesMax is how many bytes headers and body may have, encoded, to be sent together with what comes in front of them.

@@ -23,9 +23,11 @@ func TestRecordedKeyIsNeverCalledNotExecuted(t *testing.T) {
 	for name, c := range map[string]struct {
 		options idempotency.Options
 		wait    time.Duration
+		outcome idempotency.Outcome
+		reason  idempotency.Reason
 	}{
-		"no restarts":  {options: idempotency.Options{Restarts: -1}},
-		"no time left": {options: idempotency.Options{HandlerTimeout: 100 * time.Millisecond}, wait: 200 * time.Millisecond},
+		"no restarts":  {options: idempotency.Options{Restarts: -1}, outcome: idempotency.OutcomeMismatch, reason: idempotency.ReasonKeyReused},
+		"no time left": {options: idempotency.Options{HandlerTimeout: 100 * time.Millisecond}, wait: 200 * time.Millisecond, outcome: idempotency.OutcomeUnknown, reason: idempotency.ReasonOutcomeUnknown},
 	} {
 		for _, status := range []int{201, 402} {
 			key := fmt.Sprint(name[3:], status)
@@ -41,8 +43,91 @@ func TestRecordedKeyIsNeverCalledNotExecuted(t *testing.T) {
 				time.Sleep(c.wait)
 				return answer(status), nil
 			})
-			want(t, result, idempotency.OutcomeUnknown, idempotency.ReasonOutcomeUnknown)
+			want(t, result, c.outcome, c.reason)
 		}
+	}
+}
+
+// Above READ COMMITTED another attempt's record may be unseen by the claim. However an attempt ends that leaves no record of
+// its own, also with no restart left, it looks again: the record is a replay or a mismatch, and where that can't be told the
+// outcome is unknown.
+func TestEveryEndAboveReadCommittedLooksAgain(t *testing.T) {
+	t.Parallel()
+	sql := func(sql string, status int) func(context.Context, pgx.Tx) (int, error) {
+		return func(ctx context.Context, tx pgx.Tx) (int, error) {
+			_, err := tx.Exec(ctx, sql)
+			return status, err
+		}
+	}
+	ends := map[string]struct {
+		do     func(ctx context.Context, tx pgx.Tx) (status int, err error)
+		cannot bool // look again on its connection
+	}{
+		"commits":                     {do: sql("SELECT", 201)},
+		"declines":                    {do: sql("SELECT", 402)},
+		"forgets":                     {do: sql("SELECT", 503)},
+		"fails":                       {do: sql("SELECT 1 / 0", 201)},
+		"panics":                      {do: func(context.Context, pgx.Tx) (int, error) { panic("handler") }},
+		"can't commit its encoding":   {do: sql("SET LOCAL client_encoding = 'LATIN1'", 201)},
+		"can't commit its constraint": {do: sql("INSERT INTO deferred VALUES (1), (1)", 201)},
+		"must start again":            {do: sql("DO $$ BEGIN RAISE EXCEPTION USING ERRCODE = '40001'; END $$", 201)},
+		"must start again at COMMIT":  {do: sql("INSERT INTO again VALUES (1)", 201)},
+		"loses its connection":        {do: sql("SELECT pg_terminate_backend(pg_backend_pid())", 201), cannot: true},
+	}
+	for _, isolation := range []pgx.TxIsoLevel{pgx.RepeatableRead, pgx.Serializable} {
+		b := setup(t, &setupOptions{store: &postgres.Options{Isolation: isolation, AcquireTimeout: 20 * time.Second}})
+		b.exec(t, "CREATE TABLE deferred (id int UNIQUE DEFERRABLE INITIALLY DEFERRED)")
+		b.exec(t, "CREATE TABLE again (id int)")
+		b.exec(t, "CREATE FUNCTION again() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN RAISE EXCEPTION USING ERRCODE = '40001'; END $$")
+		b.exec(t, "CREATE CONSTRAINT TRIGGER again AFTER INSERT ON again DEFERRABLE INITIALLY DEFERRED FOR EACH ROW EXECUTE FUNCTION again()")
+		engine := idempotency.NewEngine(b.store, &idempotency.Options{Restarts: -1})
+		for name, end := range ends {
+			for _, body := range []string{"the same", "another"} {
+				// One after another: what is serialized must not fail because of the others.
+				t.Run(fmt.Sprint(isolation, ", ", name, ", ", body), func(t *testing.T) {
+					key := fmt.Sprintf("%x", name+body)
+					result := engine.Do(context.Background(), request(key, "the same"), func(ctx context.Context) (*idempotency.Answer, error) {
+						effect(ctx, t)
+						b.recordElsewhere(t, isolation, request(key, body))
+						status, err := end.do(ctx, postgres.Tx(ctx))
+						if err != nil {
+							return answer(500), nil
+						}
+						return answer(status), nil
+					})
+					switch {
+					case end.cannot:
+						want(t, result, idempotency.OutcomeUnknown, idempotency.ReasonOutcomeUnknown)
+					case body == "the same":
+						want(t, result, idempotency.OutcomeReplayed, "")
+					default:
+						want(t, result, idempotency.OutcomeMismatch, idempotency.ReasonKeyReused)
+					}
+				})
+			}
+		}
+		t.Cleanup(func() {
+			if n := b.effects(t); n != 0 {
+				t.Errorf("%d effects, want none", n)
+			}
+		})
+	}
+}
+
+// recordElsewhere records a request as another attempt does, at the same isolation level.
+func (b *testBundle) recordElsewhere(t *testing.T, isolation pgx.TxIsoLevel, req idempotency.Request) {
+	t.Helper()
+	err := pgx.BeginTxFunc(context.Background(), b.pool, pgx.TxOptions{IsoLevel: isolation}, func(tx pgx.Tx) error {
+		if _, err := tx.Exec(context.Background(), "SELECT FROM idempotency_keys WHERE scope = $1 AND key = $2", req.Key.Scope, req.Key.Value); err != nil {
+			return err
+		}
+		_, err := tx.Exec(context.Background(), `INSERT INTO idempotency_keys (created_at, expires_at, status, fingerprint_version, attempt_id, scope, key, fingerprint, headers, body)
+			VALUES (now(), now() + interval '1 day', 202, $1, gen_random_uuid(), $2, $3, $4, '\x0100', 'theirs')`,
+			req.Fingerprint.Version, req.Key.Scope, req.Key.Value, req.Fingerprint.Sum[:])
+		return err
+	})
+	if err != nil {
+		t.Error(err)
 	}
 }
 

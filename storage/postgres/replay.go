@@ -39,6 +39,9 @@ func (s *Store) peek(ctx context.Context, conn *pgconn.PgConn, req *idempotency.
 	_, err := s.statements.flush(ctx, conn, call{
 		statement: &s.statements.peek, params: [][]byte{[]byte(req.Key.Scope), []byte(req.Key.Value)}, row: &row,
 	})
+	if row.hidden {
+		delete(conn.CustomData(), preparedMark) // as in distrust
+	}
 	switch {
 	case err == nil && row.record != nil:
 		return row.record, nil
@@ -57,14 +60,15 @@ func (s *Store) peek(ctx context.Context, conn *pgconn.PgConn, req *idempotency.
 // peekRow reads the row of a peek.
 type peekRow struct {
 	record *idempotency.Record // nil where the claim has to tell
+	hidden bool
 }
 
 func (r *peekRow) readRow(values [][]byte) (err error) {
-	d := decoder{values: values[min(recordColumnsCount, len(values)):]}
+	d := decoder{values: values[min(1+recordColumnsCount, len(values)):]}
 	standby, synchronous := d.bool(), d.bool()
 	if d.err != nil || standby || synchronous {
 		return d.err
 	}
-	r.record, err = decodeRecord(values)
+	r.record, r.hidden, err = decodeLookUp(values)
 	return err
 }

@@ -1,6 +1,7 @@
 package postgres
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -28,6 +29,9 @@ const (
 // pg_xact_status is asked: the one is true after a COMMIT that happened, the other says committed for what a fail-over
 // lost.
 //
+// A server whose log is not as far as it was at the claim is not asked: it is an old primary that nobody has stopped, or a
+// copy. Nor does absence prove anything where row-level security applies to the role, or once half of the TTL went by.
+//
 // A decline gives the lock away at its ROLLBACK, before its INSERT: after one, nil says nothing of its record.
 func (s *Store) Resolve(ctx context.Context, req *idempotency.Request) (*idempotency.Record, error) {
 	last := errors.New("no place among the resolvers: raise Options.ResolversMax")
@@ -42,7 +46,7 @@ func (s *Store) Resolve(ctx context.Context, req *idempotency.Request) (*idempot
 			return record, nil
 		}
 		last = err
-		if errors.Is(err, errRecord) {
+		if errors.Is(err, errRecord) || errors.Is(err, ErrRowSecurity) || errors.Is(err, errMayHaveExpired) { // it stays so
 			return nil, fail("resolve", idempotency.ErrUnknown, err)
 		}
 		select {
@@ -58,6 +62,14 @@ func (s *Store) resolveInPlace(ctx context.Context, req *idempotency.Request) (*
 	defer func() { <-s.resolvers }()
 	return s.resolveOnce(ctx, req)
 }
+
+var (
+	errOldPrimary = errors.New("connected to a primary that is behind the one of the claim: an old one that was not stopped, or a copy. Stop it, or lead its name elsewhere")
+
+	// errMayHaveExpired is why an absent record proves nothing: half of the TTL or more went by since the claim, because the
+	// TTL is short or the machine stood still. It goes by the database's clock: the process's own stands still with it.
+	errMayHaveExpired = errors.New("the record may have been there, and expired")
+)
 
 var errStandby = errors.New("connected to a standby: the connection string must lead to the primary, or name all hosts")
 
@@ -79,11 +91,12 @@ func (s *Store) resolveOnce(ctx context.Context, req *idempotency.Request) (*ide
 		return nil, errEncoding
 	}
 	var record *idempotency.Record
-	synchronous := false
+	var now time.Time
+	synchronous, hidden := false, false
 	statements, lockNumber := &s.statements, encodeInt8(req.Key.LockNumber(s.table))
-	_, err = statements.flush(ctx, conn.PgConn(),
-		call{statement: &statements.resolveBegin},
-		call{statement: &statements.resolveSet, params: [][]byte{[]byte(strconv.FormatInt(resolveLockTimeout.Milliseconds(), 10))}, row: rowFunc(func(values [][]byte) error {
+	calls := []call{
+		{statement: &statements.resolveBegin},
+		{statement: &statements.resolveSet, params: [][]byte{[]byte(strconv.FormatInt(resolveLockTimeout.Milliseconds(), 10))}, row: rowFunc(func(values [][]byte) error {
 			d := decoder{values: values}
 			d.next(-1)
 			d.next(-1)
@@ -94,12 +107,37 @@ func (s *Store) resolveOnce(ctx context.Context, req *idempotency.Request) (*ide
 			}
 			return d.err
 		})},
+	}
+	if req.Claim.Timeline != 0 {
+		calls = append(calls, call{statement: &statements.resolveAt, row: rowFunc(func(values [][]byte) error {
+			d := decoder{values: values}
+			timeline, position := d.position()
+			if timeline < req.Claim.Timeline || timeline == req.Claim.Timeline && position < req.Claim.Position {
+				return cmp.Or(d.err, errOldPrimary)
+			}
+			return d.err
+		})})
+	}
+	calls = append(calls,
 		call{statement: &statements.resolveLock, params: [][]byte{lockNumber[:]}},
 		call{statement: &statements.lookUp, params: [][]byte{[]byte(req.Key.Scope), []byte(req.Key.Value)}, row: rowFunc(func(values [][]byte) (err error) {
-			record, err = decodeRecord(values)
+			record, hidden, err = decodeLookUp(values)
 			return err
 		})},
+		call{statement: &statements.resolveTime, row: rowFunc(func(values [][]byte) error { // after the look
+			d := decoder{values: values}
+			now = d.timestamp()
+			return d.err
+		})},
 	)
+	_, err = statements.flush(ctx, conn.PgConn(), calls...)
+	switch {
+	case err != nil || record != nil:
+	case hidden:
+		err = rowSecurity(s.table, "")
+	case !req.Claim.At.IsZero() && 2*now.Sub(req.Claim.At) >= req.TTL:
+		err = errMayHaveExpired
+	}
 	if err == nil && synchronous {
 		// For an absent record too: a primary that was replaced, and does not know it, is told by no standby that it is right.
 		err = s.barrier(ctx, conn.PgConn())

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"math"
 	"net"
 	"slices"
 	"strings"
@@ -423,4 +424,88 @@ func TestResolverConnectsToTheNextServer(t *testing.T) {
 	ctx, cancel := context.WithTimeout(context.Background(), 7*time.Second)
 	defer cancel()
 	b.resolve(ctx, "k").wantBody(t, "done")
+}
+
+// A server counts where its log has come as far as it was at the claim: on a later timeline wherever it is, on the same one
+// not before that position, and never on an earlier one. A record on another is not believed either.
+func TestResolveAsksNoServerThatIsBehindTheClaim(t *testing.T) {
+	t.Parallel()
+	b := setup(t, nil)
+	for _, recorded := range []bool{false, true} {
+		req := request(fmt.Sprint("k", recorded), "")
+		req.TTL, req.Attempt = time.Hour, idempotency.NewAttemptID()
+		attempt, record, err := b.store.Begin(t.Context(), &req)
+		if err != nil || record != nil {
+			t.Fatal(record, err)
+		}
+		if recorded {
+			err = attempt.Commit(t.Context(), answer(201))
+		} else {
+			err = attempt.Rollback(t.Context())
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		if req.Claim.Timeline == 0 || req.Claim.Position == 0 || req.Claim.At.IsZero() {
+			t.Fatalf("the claim was made at %+v", req.Claim)
+		}
+		for _, c := range []struct {
+			name   string
+			change func(*idempotency.Claim)
+			counts bool
+		}{
+			{"as it is", func(*idempotency.Claim) {}, true},
+			{"a later timeline", func(c *idempotency.Claim) { c.Timeline--; c.Position = math.MaxUint64 }, true},
+			{"an earlier timeline", func(c *idempotency.Claim) { c.Timeline++; c.Position = 0 }, false},
+			{"the same, earlier", func(c *idempotency.Claim) { c.Position += 1 << 40 }, false},
+			{"not told", func(c *idempotency.Claim) { c.Timeline = 0; c.Position = math.MaxUint64 }, true},
+		} {
+			asked := req
+			c.change(&asked.Claim)
+			timeout := 10 * time.Second
+			if !c.counts {
+				timeout = 300 * time.Millisecond // another server might come
+			}
+			ctx, cancel := context.WithTimeout(t.Context(), timeout)
+			record, err := b.store.Resolve(ctx, &asked)
+			cancel()
+			if c.counts && (err != nil || (record != nil) != recorded) || !c.counts && (record != nil || !errors.Is(err, idempotency.ErrUnknown) || !strings.Contains(err.Error(), "old one that was not stopped")) {
+				t.Errorf("%s, recorded %t: record %t, %v", c.name, recorded, record != nil, err)
+			}
+		}
+	}
+}
+
+// Some services that speak PostgreSQL's protocol don't say where their log is. They are served all the same, and asked once.
+func TestServerThatDoesNotTellItsPositionIsServed(t *testing.T) {
+	t.Parallel()
+	for name, sql := range map[string]string{
+		"not allowed":   "REVOKE EXECUTE ON FUNCTION pg_catalog.pg_current_wal_flush_lsn() FROM PUBLIC",
+		"not there":     "ALTER FUNCTION pg_catalog.pg_walfile_name(pg_lsn) RENAME TO pg_walfile_name_gone",
+		"not supported": "ALTER FUNCTION pg_catalog.pg_current_wal_flush_lsn() RENAME TO pg_current_wal_flush_lsn_gone; CREATE FUNCTION pg_catalog.pg_current_wal_flush_lsn() RETURNS pg_lsn LANGUAGE plpgsql AS $$ BEGIN RAISE EXCEPTION USING ERRCODE = '55000'; END $$",
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			owner := setup(t, nil)
+			role := owner.role(t, rightsOfAService...)
+			owner.exec(t, "SET allow_system_table_mods = on; "+sql) // in this database alone
+			b := owner.as(t, role, nil, func(c *pgxpool.Config) { c.MaxConns = 1 })
+			for _, key := range []string{"first", "second"} {
+				want(t, b.do(t, request(key, ""), pay(t, 201)), idempotency.OutcomeExecuted, "")
+				want(t, b.do(t, request(key, ""), pay(t, 201)), idempotency.OutcomeReplayed, "")
+			}
+			req := request("claimed", "")
+			req.TTL = time.Hour
+			attempt, _, err := b.store.Begin(t.Context(), &req)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if err := attempt.Rollback(t.Context()); err != nil || req.Claim.Timeline != 0 || req.Claim.At.IsZero() {
+				t.Errorf("%+v, %v", req.Claim, err)
+			}
+			if record, err := b.store.Resolve(t.Context(), &req); record != nil || err != nil {
+				t.Errorf("%v, %v", record, err)
+			}
+		})
+	}
 }

@@ -3,13 +3,17 @@ package postgres_test
 import (
 	"context"
 	"errors"
+	"fmt"
 	"strings"
+	"sync/atomic"
 	"testing"
 
 	"github.com/google/uuid"
+	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgxpool"
 
 	"github.com/paidonce/idempotency"
+	"github.com/paidonce/idempotency/internal/pgfault"
 	"github.com/paidonce/idempotency/storage/postgres"
 )
 
@@ -110,5 +114,155 @@ func TestReaperSaysThatRowsMayBeHidden(t *testing.T) {
 	}
 	if n, err := b.store.DeleteExpired(t.Context()); n != 1 || err != nil {
 		t.Errorf("%d deleted, %v", n, err)
+	}
+}
+
+// policies let a service record, and hide all records, those of a tenant that nobody named, or none.
+var policies = map[string]string{
+	"insert alone":        "FOR INSERT WITH CHECK (true)",
+	"the handler's":       "USING (scope = current_setting('app.tenant', true)) WITH CHECK (true)",
+	"none that it denies": "USING (true)",
+}
+
+// A claim that may not see the record runs nothing, and says so; a record that it sees is replayed. The remedy of its error
+// is run, and works on the connection that was there.
+func TestClaimThatMayNotSeeTheRecordRunsNothing(t *testing.T) {
+	t.Parallel()
+	for name, policy := range policies {
+		for _, remedy := range []string{"ALTER TABLE public.idempotency_keys DISABLE ROW LEVEL SECURITY", "ALTER ROLE ... BYPASSRLS"} {
+			for _, known := range []bool{false, true} {
+				t.Run(fmt.Sprintf("%s, %s, known %t", name, strings.Fields(remedy)[1], known), func(t *testing.T) {
+					t.Parallel()
+					owner := setup(t, nil)
+					role := owner.role(t, rightsOfAService...)
+					b := owner.as(t, role, nil, func(c *pgxpool.Config) { c.MaxConns = 1 })
+					recorder := owner
+					if known { // to this process, so that it looks before it claims
+						recorder = b
+					}
+					want(t, recorder.do(t, request("recorded", ""), pay(t, 201)), idempotency.OutcomeExecuted, "")
+					owner.exec(t, "ALTER TABLE idempotency_keys ENABLE ROW LEVEL SECURITY")
+					owner.exec(t, "CREATE POLICY p ON idempotency_keys "+policy)
+					run := func(context.Context, pgx.Tx) int {
+						t.Error("the handler ran")
+						return 201
+					}
+					for _, key := range []string{"recorded", "fresh", "recorded"} {
+						if name == "none that it denies" && key == "recorded" {
+							want(t, b.do(t, request(key, ""), run), idempotency.OutcomeReplayed, "")
+							continue
+						}
+						result := b.do(t, request(key, ""), run)
+						want(t, result, idempotency.OutcomeUnknown, idempotency.ReasonOutcomeUnknown)
+						if !errors.Is(result.Err, postgres.ErrRowSecurity) || !strings.Contains(result.Err.Error(), remedy) {
+							t.Errorf("the log says %v", result.Err)
+						}
+					}
+					owner.exec(t, strings.Replace(remedy, "...", role, 1))
+					want(t, b.do(t, request("recorded", ""), run), idempotency.OutcomeReplayed, "")
+					want(t, b.do(t, request("fresh", ""), pay(t, 201)), idempotency.OutcomeExecuted, "")
+					want(t, b.do(t, request("fresh", ""), run), idempotency.OutcomeReplayed, "")
+					if n := owner.effects(t); n != 2 {
+						t.Errorf("%d effects, want 2", n)
+					}
+				})
+			}
+		}
+	}
+}
+
+// A plan that was made with policies goes on with them after ALTER ROLE ... BYPASSRLS, when row_security_active says that
+// none applies: no statement is prepared on a connection that met them.
+func TestPlanWithPoliciesDoesNotOutliveThem(t *testing.T) {
+	t.Parallel()
+	run := func(context.Context, pgx.Tx) int {
+		t.Error("the handler ran")
+		return 201
+	}
+	for name, meet := range map[string]func(t *testing.T, b *testBundle){
+		"when it connected": func(t *testing.T, b *testBundle) { b.pool.Reset() },
+		"in a claim": func(t *testing.T, b *testBundle) {
+			want(t, b.do(t, request("seen", ""), run), idempotency.OutcomeReplayed, "")
+		},
+		"in a look before the claim": func(t *testing.T, b *testBundle) {
+			want(t, b.do(t, request("seen", ""), run), idempotency.OutcomeReplayed, "")
+			want(t, b.do(t, request("seen", ""), run), idempotency.OutcomeReplayed, "")
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			owner := setup(t, nil)
+			role := owner.role(t, rightsOfAService...)
+			b := owner.as(t, role, nil, func(c *pgxpool.Config) { c.MaxConns = 1 })
+			for _, key := range []string{"seen", "hidden"} {
+				want(t, owner.do(t, request(key, ""), pay(t, 201)), idempotency.OutcomeExecuted, "")
+			}
+			b.count(t, "SELECT 1") // connected before
+			owner.exec(t, "ALTER TABLE idempotency_keys ENABLE ROW LEVEL SECURITY")
+			owner.exec(t, "CREATE POLICY p ON idempotency_keys USING (key = 'seen')")
+			meet(t, b)
+			b.count(t, "SELECT 1") // connected while they apply
+			owner.exec(t, "ALTER ROLE "+role+" BYPASSRLS")
+			want(t, b.do(t, request("hidden", ""), run), idempotency.OutcomeReplayed, "")
+		})
+	}
+}
+
+// A lost COMMIT that may not be seen any more is unknown, and a retry finds it once it may.
+func TestLostCommitThatMayNotBeSeenIsUnknown(t *testing.T) {
+	t.Parallel()
+	owner := setup(t, nil)
+	role := owner.role(t, rightsOfAService...)
+	owner.exec(t, "ALTER TABLE idempotency_keys ENABLE ROW LEVEL SECURITY")
+	owner.exec(t, "ALTER ROLE "+role+" BYPASSRLS")
+	var lost atomic.Bool
+	b := owner.as(t, role, nil, func(c *pgxpool.Config) {
+		lose := onLost(pgfault.Fault{Kind: pgfault.CutAfter})
+		through(t, c.ConnConfig, func(commit pgfault.Commit) pgfault.Fault {
+			lost.Store(true)
+			return lose(commit)
+		})
+		c.BeforeConnect = func(context.Context, *pgx.ConnConfig) error {
+			if lost.Swap(false) { // committed, and the resolver comes
+				owner.exec(t, "ALTER ROLE "+role+" NOBYPASSRLS")
+			}
+			return nil
+		}
+	})
+	result := b.do(t, request("lost", ""), pay(t, 201))
+	want(t, result, idempotency.OutcomeUnknown, idempotency.ReasonOutcomeUnknown)
+	if !errors.Is(result.Err, postgres.ErrRowSecurity) {
+		t.Errorf("the log says %v", result.Err)
+	}
+	owner.exec(t, "ALTER ROLE "+role+" BYPASSRLS")
+	want(t, b.do(t, request("lost", ""), pay(t, 201)), idempotency.OutcomeReplayed, "")
+	if n := owner.effects(t); n != 1 {
+		t.Errorf("%d effects, want 1", n)
+	}
+}
+
+// Above READ COMMITTED an attempt that leaves no record looks again before it says not-executed: a look that may not see is
+// unknown.
+func TestLookAgainThatMayNotSeeIsUnknown(t *testing.T) {
+	t.Parallel()
+	owner := setup(t, nil)
+	role := owner.role(t, rightsOfAService...)
+	owner.exec(t, "ALTER TABLE idempotency_keys ENABLE ROW LEVEL SECURITY")
+	b := owner.as(t, role, &postgres.Options{Isolation: pgx.RepeatableRead})
+	for _, status := range []int{500, 201} {
+		owner.exec(t, "ALTER ROLE "+role+" BYPASSRLS")
+		result := b.do(t, request(fmt.Sprint(status), ""), func(ctx context.Context, tx pgx.Tx) int {
+			owner.exec(t, "ALTER ROLE "+role+" NOBYPASSRLS")
+			if status == 201 { // which then can't commit
+				if _, err := tx.Exec(ctx, "SET LOCAL client_encoding = 'LATIN1'"); err != nil {
+					t.Error(err)
+				}
+			}
+			return status
+		})
+		want(t, result, idempotency.OutcomeUnknown, idempotency.ReasonOutcomeUnknown)
+		if !errors.Is(result.Err, postgres.ErrRowSecurity) {
+			t.Errorf("%d: the log says %v", status, result.Err)
+		}
 	}
 }

@@ -1,6 +1,7 @@
 package postgres
 
 import (
+	"cmp"
 	"context"
 	"crypto/rand"
 	"crypto/sha256"
@@ -27,9 +28,11 @@ type statement struct {
 // SET LOCAL search_path can't redirect them.
 type statements struct {
 	id     string // of their texts together
+	table  string // sanitized
 	begin  statement
 	lock   statement // try to lock; also tells the transaction's timestamp, and whether COMMIT waits for standbys
-	lookUp statement
+	lockAt statement // as lock; also tells where the server's log is
+	lookUp statement // always returns a row: whether row-level security applies, and the record or NULLs
 	peek   statement // the look-up of a replay, outside of a transaction
 
 	guard       statement // fails where the transaction is not the one of the claim
@@ -42,7 +45,9 @@ type statements struct {
 	// Of the resolver, on connections of its own: never prepared.
 	resolveBegin statement
 	resolveSet   statement
+	resolveAt    statement // where the server's log is
 	resolveLock  statement // waits
+	resolveTime  statement // of the server's clock
 }
 
 // insertParams is how many parameters the longest of them has.
@@ -55,6 +60,10 @@ const (
 	recordColumns      = "fingerprint_version, fingerprint, attempt_id, status, headers, body, trace_id, created_at, expires_at"
 	recordColumnsCount = 9
 )
+
+// logPosition is where the server's log is: the file, which begins with the timeline in hexadecimal, and how far it is on the
+// disk. The end of what is flushed survives a crash of the server, which what is written may not. Both fail on a standby.
+const logPosition = "pg_catalog.pg_walfile_name(pg_catalog.pg_current_wal_flush_lsn()), pg_catalog.pg_current_wal_flush_lsn()"
 
 // synchronousStandbys is true where COMMIT waits for standbys.
 const synchronousStandbys = "pg_catalog.current_setting('synchronous_standby_names') OPERATOR(pg_catalog.<>) ''"
@@ -74,21 +83,29 @@ func newStatements(o *Options) statements {
 			settings += fmt.Sprintf(", pg_catalog.set_config('%s', '%s', true)", setting.name, setting.value)
 		}
 	}
+	// Nothing that is not seen is absent while policies apply to the role of this moment. The outer join returns a row with
+	// that where there is no record, in the same statement.
+	hidden := "pg_catalog.row_security_active('" + table + "'::pg_catalog.regclass)"
+	lookedUp := " FROM (SELECT) AS one LEFT JOIN " + table + " ON scope = $1 AND key = $2"
 	s := statements{
+		table: table,
 		begin: statement{sql: "BEGIN ISOLATION LEVEL " + string(o.Isolation) + " READ WRITE"},
 		lock: statement{
 			sql:  "SELECT pg_catalog.pg_try_advisory_xact_lock($1), pg_catalog.transaction_timestamp(), " + synchronousStandbys + settings,
 			oids: []uint32{pgtype.Int8OID},
 		},
+		lockAt: statement{
+			sql:  "SELECT pg_catalog.pg_try_advisory_xact_lock($1), pg_catalog.transaction_timestamp(), " + synchronousStandbys + ", " + logPosition + settings,
+			oids: []uint32{pgtype.Int8OID},
+		},
 		// A statement of its own: its snapshot must be younger than the lock, or it misses a record whose transaction
 		// let the lock go in between, and the handler runs twice.
 		lookUp: statement{
-			sql:  "SELECT " + recordColumns + " FROM " + table + " WHERE scope = $1 AND key = $2",
+			sql:  "SELECT " + hidden + ", " + recordColumns + lookedUp,
 			oids: []uint32{pgtype.TextOID, pgtype.TextOID},
 		},
 		peek: statement{
-			sql: "SELECT " + recordColumns + ", pg_catalog.pg_is_in_recovery(), " + synchronousStandbys +
-				" FROM " + table + " WHERE scope = $1 AND key = $2",
+			sql:  "SELECT " + hidden + ", " + recordColumns + ", pg_catalog.pg_is_in_recovery(), " + synchronousStandbys + lookedUp,
 			oids: []uint32{pgtype.TextOID, pgtype.TextOID},
 		},
 		// Triggers of the handler's that run inside COMMIT could change what COMMIT waits for after the record set it.
@@ -131,7 +148,9 @@ func newStatements(o *Options) statements {
 				"pg_catalog.pg_is_in_recovery(), " + synchronousStandbys + resolveSettings,
 			oids: []uint32{pgtype.TextOID},
 		},
+		resolveAt:   statement{sql: "SELECT " + logPosition},
 		resolveLock: statement{sql: "SELECT pg_catalog.pg_advisory_xact_lock($1)", oids: []uint32{pgtype.Int8OID}},
+		resolveTime: statement{sql: "SELECT pg_catalog.clock_timestamp()"},
 	}
 	texts := sha256.New()
 	for i, one := range s.all() {
@@ -144,7 +163,7 @@ func newStatements(o *Options) statements {
 }
 
 func (s *statements) all() []*statement {
-	return []*statement{&s.begin, &s.lock, &s.lookUp, &s.peek, &s.guard, &s.constraints, &s.insert, &s.commit, &s.rollback}
+	return []*statement{&s.begin, &s.lock, &s.lockAt, &s.lookUp, &s.peek, &s.guard, &s.constraints, &s.insert, &s.commit, &s.rollback}
 }
 
 // preparedMark is the key under which a connection's custom data says which statements of ours are prepared on it, and
@@ -180,7 +199,7 @@ func (s *statements) namesOn(conn *pgconn.PgConn) *preparedNames {
 // prepare prepares the statements on a new connection, in one round trip. The connection is good without them: they are then sent as
 // text, which costs no round trip either. So a table that is not there yet is no error, because the connection may be the one that
 // a migration needs, and neither is one that somebody has locked for longer than timeout or put a rule on, because the connection
-// may be for a request that needs no record.
+// may be for a request that needs no record. On a table with row-level security they are sent as text too: see [ErrRowSecurity].
 func (s *statements) prepare(ctx context.Context, conn *pgconn.PgConn, p *preparedNames, timeout time.Duration) error {
 	pipeline := conn.StartPipeline(ctx)
 	// For the transaction, which all that comes before the Sync is.
@@ -189,6 +208,9 @@ func (s *statements) prepare(ctx context.Context, conn *pgconn.PgConn, p *prepar
 	for _, one := range s.all() {
 		pipeline.SendPrepare(p.names[one.number], one.sql, one.oids)
 	}
+	// Whomever it applies to, and after they were parsed.
+	pipeline.SendQueryParams("SELECT relrowsecurity FROM pg_catalog.pg_class WHERE oid = '"+s.table+"'::pg_catalog.regclass", nil, nil, nil, nil)
+	rowSecurity := "t"
 	err := pipeline.Sync()
 	for err == nil {
 		var result any
@@ -196,6 +218,9 @@ func (s *statements) prepare(ctx context.Context, conn *pgconn.PgConn, p *prepar
 			break
 		}
 		if reader, ok := result.(*pgconn.ResultReader); ok {
+			if reader.NextRow() { // of the last: that of the first is not looked at
+				rowSecurity = string(reader.Values()[0])
+			}
 			_, err = reader.Close()
 		}
 	}
@@ -205,14 +230,16 @@ func (s *statements) prepare(ctx context.Context, conn *pgconn.PgConn, p *prepar
 	var pgErr *pgconn.PgError
 	if errors.As(err, &pgErr) {
 		switch pgErr.Code {
-		case "42P01", "3F000", "0A000", "55P03", "57014": // no table, no schema, a rule, lock_timeout, statement_timeout
+		case "42P01", "3F000", "42883", "0A000", "55P03", "57014": // no table, schema or function, a rule, lock_timeout, statement_timeout
 			return nil
 		}
 	}
 	if err != nil {
 		return fmt.Errorf("idempotency/postgres: prepare: %w", sqlError(err))
 	}
-	conn.CustomData()[preparedMark] = p
+	if rowSecurity == "f" {
+		conn.CustomData()[preparedMark] = p
+	}
 	return nil
 }
 
@@ -269,6 +296,24 @@ func (d *decoder) int2() int16 {
 
 // bytes returns a copy: the connection's buffer is used again.
 func (d *decoder) bytes() []byte { return append([]byte{}, d.next(-1)...) }
+
+// position reads where the server's log is.
+func (d *decoder) position() (timeline uint32, position uint64) {
+	const digits = 24 // of the name of a file of the log
+	name := d.next(digits)
+	position = binary.BigEndian.Uint64(d.next(8))
+	for _, digit := range name[:8] {
+		switch {
+		case digit >= '0' && digit <= '9':
+			timeline = timeline<<4 | uint32(digit-'0')
+		case digit >= 'A' && digit <= 'F':
+			timeline = timeline<<4 | uint32(digit-'A'+10)
+		default:
+			d.err = cmp.Or(d.err, errors.New("name of a file of the log is not hexadecimal"))
+		}
+	}
+	return timeline, position
+}
 
 // timestamp reads microseconds since the year 2000.
 func (d *decoder) timestamp() time.Time {

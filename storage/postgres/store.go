@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"strconv"
+	"sync/atomic"
 	"time"
 
 	"github.com/jackc/pgx/v5"
@@ -179,6 +180,10 @@ type Store struct {
 	resolvers  chan struct{}     // a place for each that runs
 	hints      *hints
 
+	// withoutPosition is set once a server would not say where its log is: some services that speak PostgreSQL's protocol
+	// don't. Claims then go without, and an old primary is not known by it.
+	withoutPosition atomic.Bool
+
 	synchronousCommit []byte // the option, as a parameter
 }
 
@@ -253,11 +258,12 @@ func (s *Store) claim(ctx context.Context, req *idempotency.Request, acquire fun
 		}
 	}
 	a := newAttempt(s, conn, req, number)
-	claim := append(a.calls[:0], call{statement: &s.statements.begin}, a.lockCall(lockRow{a}))
+	claim := append(a.calls[:0], call{statement: &s.statements.begin}, a.lockCall())
 	if !req.Keyless() {
 		claim = append(claim, a.lookUpCall(recordRow{a}))
 	}
-	_, err = s.statements.flush(ctx, conn.Conn().PgConn(), claim...)
+	reply, err := s.statements.flush(ctx, conn.Conn().PgConn(), claim...)
+	a.distrust()
 	if err == nil && a.record != nil && !a.synchronous { // with standbys a replay takes more than a look
 		s.hints.set(number)
 	}
@@ -267,6 +273,10 @@ func (s *Store) claim(ctx context.Context, req *idempotency.Request, acquire fun
 		return nil, nil, fail("read the record", idempotency.ErrUnknown, err)
 	case err != nil:
 		stale := conn.Conn().IsClosed() || unprepared(err) || isStandby(err)
+		if failed := claim[min(reply.failed, len(claim)-1)].statement; failed == &s.statements.lockAt && withoutPosition(err) {
+			s.withoutPosition.Store(true)
+			stale = true
+		}
 		if classify(err) == idempotency.ErrAborted { // for a role, say, that a handler set for the session
 			_ = conn.Conn().Close(ctx)
 		}
@@ -287,11 +297,21 @@ func (s *Store) claim(ctx context.Context, req *idempotency.Request, acquire fun
 			return nil, nil, fail("make the record safe", idempotency.ErrUnknown, err)
 		}
 		return nil, a.record, nil
+	case a.hidden: // also where the lock is taken: by a replay of what is hidden, perhaps
+		a.release(ctx)
+		return nil, nil, fail("look the record up", idempotency.ErrUnknown, rowSecurity(s.table, ""))
 	case !a.locked:
 		a.release(ctx)
 		return nil, nil, idempotency.ErrInProgress
 	}
 	return a, nil, nil
+}
+
+// withoutPosition reports whether a server refuses to say where its log is: its functions are not there, not allowed or
+// not supported.
+func withoutPosition(err error) bool {
+	pgErr, ok := definite(err)
+	return ok && (pgErr.Code == "42883" || pgErr.Code == "42501" || pgErr.Code == "0A000" || pgErr.Code == "55000")
 }
 
 var errEncoding = errors.New("client_encoding is not UTF8, or the database's is neither UTF8 nor SQL_ASCII: put the pool's config through Configure, leave it alone in handlers, and see Store.Check")
@@ -337,6 +357,17 @@ func (s *Store) acquireFresh(ctx context.Context) (*pgxpool.Conn, error) {
 		}
 		conn.Release() // which destroys a dead one
 	}
+}
+
+// decodeLookUp reads what a look-up returns: no record where there is none, or where it is hidden by row-level security.
+func decodeLookUp(values [][]byte) (record *idempotency.Record, hidden bool, err error) {
+	d := decoder{values: values}
+	hidden = d.bool()
+	if d.err != nil || len(d.values) == 0 || d.values[0] == nil { // the version is never NULL in a record
+		return nil, hidden, d.err
+	}
+	record, err = decodeRecord(d.values)
+	return record, hidden, err
 }
 
 func decodeRecord(values [][]byte) (*idempotency.Record, error) {

@@ -138,6 +138,9 @@ func (s *reference) Begin(ctx context.Context, req *idempotency.Request) (idempo
 	a := &referenceAttempt{store: s, req: *req, begin: ctx}
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	if s.fault != "does not say when it claimed" {
+		req.Claim.At = s.now
+	}
 	if ctx.Err() != nil && s.fault != "claims when cancelled" {
 		return nil, nil, ctx.Err()
 	}
@@ -258,6 +261,9 @@ func (s *reference) Resolve(ctx context.Context, req *idempotency.Request) (*ide
 		delete(s.records, key)
 	}
 	if record == nil {
+		if s.fault != "takes an old absence for proof" && !req.Claim.At.IsZero() && 2*s.now.Sub(req.Claim.At) >= req.TTL {
+			return nil, idempotency.ErrUnknown
+		}
 		return nil, nil
 	}
 	found := s.clone(record)

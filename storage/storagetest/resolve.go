@@ -121,6 +121,28 @@ var resolveCases = []testCase{
 		},
 	},
 	{
+		name:    "ResolveKnowsWhatMayHaveExpired",
+		promise: expires,
+		rule:    "Half of the TTL after its claim, by the store's clock, an absent record proves nothing: it may have been there, and expired. The clock of the process is none: it stands still while the machine is suspended.",
+		run: func(c *check) {
+			req := request("acme", "late")
+			req.TTL = time.Hour
+			c.claim(req).Rollback(c.ctx)
+			if req.Claim.At.IsZero() {
+				c.Fatalf("Begin left Request.Claim without a time")
+			}
+			c.wantAbsent(req)
+			req.Claim.At = req.Claim.At.Add(-req.TTL / 2) // as if the attempt had taken so long
+			if record, err := c.Store.Resolve(c.ctx, req); record != nil || !errors.Is(err, idempotency.ErrUnknown) {
+				c.Errorf("Resolve of an absent key: record %v, error %v; want ErrUnknown", record != nil, err)
+			}
+			kept := request("acme", "kept")
+			c.commit(c.claim(kept), answer(201, "kept"))
+			kept.Claim.At = kept.Claim.At.Add(-kept.TTL)
+			c.wantResolved(kept, kept, answer(201, "kept"))
+		},
+	},
+	{
 		name: "ManyResolveAtOnce",
 		rule: "However many ask, and however busy the store is, each gets the truth: when a database comes back all those ask at once whose replies were lost.",
 		run: func(c *check) {

@@ -98,6 +98,8 @@ var faults = map[string]string{
 	"gives up as unavailable":         "ResolveIsBoundByItsContext",
 	"resolves in every scope":         "ResolveKeepsScopesApart",
 	"resolves one at a time":          "ManyResolveAtOnce",
+	"takes an old absence for proof":  "ResolveKnowsWhatMayHaveExpired",
+	"does not say when it claimed":    "ResolveKnowsWhatMayHaveExpired",
 }
 
 // TestEveryFaultIsFound: a case that can't fail guards nothing.
