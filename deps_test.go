@@ -98,7 +98,6 @@ func TestDependencies(t *testing.T) {
 		{[]string{"./middleware/prooftest"}, []string{"", "middleware", "middleware/prooftest"}, []string{httpsfv}},
 		{[]string{"./middleware/chiroute"}, []string{"middleware/chiroute"}, []string{"github.com/go-chi/chi/v5"}},
 		{[]string{"./client"}, []string{"", "client"}, []string{uuid}},
-		{[]string{"./client/fileintent"}, []string{"", "client", "client/fileintent"}, []string{uuid}},
 		{[]string{"./client/pgintent"}, []string{"", "client", "client/pgintent"}, append([]string{uuid}, pgx...)},
 		{[]string{"./middleware", "./storage/postgres"}, []string{"", "middleware", "storage/postgres"}, append([]string{httpsfv}, pgx...)},
 		{[]string{"./observe/lostkey"}, []string{"", "observe/lostkey"}, nil},
@@ -141,6 +140,18 @@ func TestNobodyDependsOnPrometheusItself(t *testing.T) {
 	}
 	if strings.Contains(string(file), "github.com/prometheus/prometheus") {
 		t.Error("go.mod names github.com/prometheus/prometheus: it belongs to observe/prometheus/rulestest")
+	}
+}
+
+// A file of intents is bbolt's work, in a module of its own.
+func TestNobodyDependsOnBbolt(t *testing.T) {
+	t.Parallel()
+	file, err := os.ReadFile("go.mod")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if strings.Contains(string(file), "go.etcd.io/bbolt") {
+		t.Error("go.mod names go.etcd.io/bbolt: it belongs to client/boltintent")
 	}
 }
 

@@ -7,13 +7,10 @@ import (
 	"io"
 	"net/http"
 	"net/http/httptest"
-	"os"
-	"path/filepath"
 	"strings"
 	"sync/atomic"
 
 	"github.com/paidonce/idempotency/client"
-	"github.com/paidonce/idempotency/client/fileintent"
 	"github.com/paidonce/idempotency/middleware"
 	"github.com/paidonce/idempotency/storage/memory"
 )
@@ -88,45 +85,4 @@ func ExampleWithKey() {
 	defer func() { _ = response.Body.Close() }()
 	fmt.Println(response.StatusCode, response.Header.Get("Idempotency-Status"), client.KeyFrom(response) == key, transfers.Load())
 	// Output: 201 replayed true 1
-}
-
-// A process dies while it waits for an answer. The next one finds the intent, and learns what became of it.
-func ExampleTransport_Resume() {
-	var transfers atomic.Int64
-	server := bankOf(1, &transfers)
-	defer server.Close()
-	dir, err := os.MkdirTemp("", "intents")
-	if err != nil {
-		fmt.Println(err)
-		return
-	}
-	defer func() { _ = os.RemoveAll(dir) }()
-	start := func() (*client.Transport, *fileintent.Store) {
-		intents, err := fileintent.Open(filepath.Join(dir, "intents"), nil)
-		if err != nil {
-			panic(err)
-		}
-		return client.New(nil, &client.Options{Honours: client.Everywhere, AttemptsMax: 1, Intents: intents}), intents
-	}
-
-	transport, intents := start()
-	_, err = (&http.Client{Transport: transport}).Post(server.URL, "text/plain", strings.NewReader("pay"))
-	fmt.Println("unknown:", errors.Is(err, client.ErrUnknown))
-	_ = intents.Close() // the process is gone
-
-	transport, intents = start()
-	defer func() { _ = intents.Close() }()
-	report, err := transport.Resume(context.Background(), func(_ context.Context, r *client.Resumed) error {
-		if r.Err != nil {
-			return nil // it stays, for the next time
-		}
-		body, err := io.ReadAll(r.Response.Body)
-		fmt.Println(r.Response.Header.Get("Idempotency-Status"), string(body))
-		return err
-	})
-	fmt.Println(report.Settled, report.Kept, err, transfers.Load())
-	// Output:
-	// unknown: true
-	// replayed transfer 1
-	// 1 0 <nil> 1
 }

@@ -18,7 +18,7 @@ type Intent struct {
 	Method  string
 	URL     string      // absolute, without user and password
 	Host    string      // of the request, where it is not the URL's; empty
-	Header  http.Header // those of the allow-list; never a credential
+	Header  http.Header // those that are kept (Options.IntentHeaders); never a credential
 	Body    []byte
 	SavedAt time.Time // as this process's clock would have said
 }
@@ -34,7 +34,7 @@ func (i Intent) MarshalJSON() ([]byte, error) {
 	return nil, fmt.Errorf("idempotency/client: an Intent has no JSON: its key would be a hash")
 }
 
-// IntentStore keeps intents across the death of a process. Package client/fileintent keeps them in a file, client/pgintent in
+// IntentStore keeps intents across the death of a process. Package client/boltintent keeps them in a file, client/pgintent in
 // PostgreSQL. All methods are safe for concurrent use. An error means that it is not known whether the thing was done.
 type IntentStore interface {
 	// Save keeps an intent, and returns when it would outlive a crash: nothing was sent before. The store keeps no reference

@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"net/http"
-	"path/filepath"
 	"slices"
 	"strings"
 	"sync"
@@ -13,7 +12,6 @@ import (
 
 	"github.com/paidonce/idempotency"
 	"github.com/paidonce/idempotency/client"
-	"github.com/paidonce/idempotency/client/fileintent"
 )
 
 // intents are a store in memory whose calls fail where a test says so. It is for what a Transport does with a store; the
@@ -337,35 +335,6 @@ func TestResumeLeavesAlone(t *testing.T) {
 	store.fail["pending"] = errFailing
 	if _, err := transport.Resume(t.Context(), nil); !errors.Is(err, errFailing) {
 		t.Errorf("Resume of a store that fails ended with %v", err)
-	}
-}
-
-// TestResumeOfALaterProcess: what one Transport could not settle another one does, with the same key, out of a file.
-func TestResumeOfALaterProcess(t *testing.T) {
-	t.Parallel()
-	s := newScript(t, each("lost", "201 replayed"))
-	path := filepath.Join(t.TempDir(), "intents")
-	var key string
-	for life := range 2 {
-		store, err := fileintent.Open(path, nil)
-		if err != nil {
-			t.Fatal(err)
-		}
-		transport := client.New(&http.Transport{DisableKeepAlives: true}, quick(func(o *client.Options) { o.Intents, o.AttemptsMax = store, 1 }))
-		if life == 0 {
-			_, _, err := post(t, &http.Client{Transport: transport}, t.Context(), s.server.URL, "body")
-			key = expectError(t, err, idempotency.OutcomeUnknown, nil).Key.Value
-		} else if report, err := transport.Resume(t.Context(), nil); err != nil || report.Settled != 1 {
-			t.Errorf("report is %+v, %v", report, err)
-		}
-		if err := store.Close(); err != nil {
-			t.Error(err)
-		}
-	}
-	for _, r := range s.requests() {
-		if r.key != `"`+key+`"` || r.body != "body" {
-			t.Errorf("arrived: %+v", r)
-		}
 	}
 }
 

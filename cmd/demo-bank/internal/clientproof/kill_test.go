@@ -8,7 +8,6 @@ import (
 	"net/http"
 	"os"
 	"os/exec"
-	"path/filepath"
 	"strconv"
 	"strings"
 	"sync"
@@ -17,10 +16,10 @@ import (
 	"time"
 
 	"github.com/paidonce/idempotency/client"
-	"github.com/paidonce/idempotency/client/fileintent"
+	"github.com/paidonce/idempotency/internal/pgtest"
 )
 
-// childVariable makes the test binary a client: "<bank's URL> <file of intents> <round>".
+// childVariable makes the test binary a client: "<bank's URL> <database of intents> <round>".
 const childVariable = "PAIDONCE_CLIENTPROOF_CHILD"
 
 const (
@@ -41,7 +40,8 @@ func child() int {
 		return 2
 	}
 	say := func(words ...string) { _, _ = os.Stdout.WriteString(strings.Join(words, " ") + "\n") } // one write; the parent reads until the kill
-	intents, err := fileintent.Open(arguments[1], &fileintent.Options{CompactBytes: 4 << 10})
+	ctx := context.Background()
+	intents, _, err := openIntents(ctx, arguments[1])
 	if err != nil {
 		return fail(err)
 	}
@@ -53,7 +53,6 @@ func child() int {
 		}
 	}
 	transport := client.New(newBase(), o)
-	ctx := context.Background()
 	report, err := transport.Resume(ctx, nil)
 	if err != nil {
 		return fail(err)
@@ -85,22 +84,18 @@ func TestKilledClientGoesOnWithTheSameKeys(t *testing.T) {
 	t.Parallel()
 	b := setup(t)
 	p := startProxy(t, b.host)
-	path := filepath.Join(t.TempDir(), "intents")
+	database := pgtest.Database(t)
 	saved, paid, resumed := map[string]bool{}, map[string]bool{}, 0
 	for round := range rounds {
-		resumed += runChild(t, fmt.Sprintf("http://%s %s %02d", p.address, path, round), saved, paid)
+		resumed += runChild(t, fmt.Sprintf("http://%s %s %02d", p.address, database, round), saved, paid)
 	}
 
 	// One that is not killed.
-	intents, err := fileintent.Open(path, nil)
+	intents, pool, err := openIntents(t.Context(), database)
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer func() {
-		if err := intents.Close(); err != nil {
-			t.Error(err)
-		}
-	}()
+	defer pool.Close()
 	o := options(intents)
 	o.Unbudgeted = true
 	transport := client.New(newBase(), o)

@@ -12,6 +12,7 @@ import (
 
 	"github.com/jackc/pgx/v5/pgxpool"
 
+	"github.com/paidonce/idempotency/client/pgintent"
 	"github.com/paidonce/idempotency/cmd/demo-bank/internal/bank"
 	"github.com/paidonce/idempotency/cmd/demo-bank/internal/server"
 	"github.com/paidonce/idempotency/internal/pgtest"
@@ -79,6 +80,20 @@ func setup(t *testing.T) *bundle {
 		t.Fatal(err)
 	}
 	return &bundle{t: t, url: s.URL(), host: address.Host, db: db}
+}
+
+// openIntents returns a store in a database that is not the bank's. Those of a process that was killed may be taken at once.
+func openIntents(ctx context.Context, database string) (*pgintent.Store, *pgxpool.Pool, error) {
+	config, err := pgxpool.ParseConfig(database)
+	if err != nil {
+		return nil, nil, err
+	}
+	config.MaxConns = 8
+	pool, err := pgxpool.NewWithConfig(ctx, config)
+	if err != nil {
+		return nil, nil, err
+	}
+	return pgintent.New(pool, &pgintent.Options{PendingAfter: time.Microsecond}), pool, pgintent.Create(ctx, pool, nil)
 }
 
 // lookerName is the application_name of the test's own connections.

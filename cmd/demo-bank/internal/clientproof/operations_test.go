@@ -8,7 +8,6 @@ import (
 	"io"
 	"math/rand/v2"
 	"net/http"
-	"path/filepath"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -16,8 +15,8 @@ import (
 	"time"
 
 	"github.com/paidonce/idempotency/client"
-	"github.com/paidonce/idempotency/client/fileintent"
 	"github.com/paidonce/idempotency/cmd/demo-bank/internal/bank"
+	"github.com/paidonce/idempotency/internal/pgtest"
 )
 
 const (
@@ -108,15 +107,11 @@ func TestOperationsThroughTheProxyPayOnce(t *testing.T) {
 	t.Parallel()
 	b := setup(t)
 	p := startProxy(t, b.host)
-	intents, err := fileintent.Open(filepath.Join(t.TempDir(), "intents"), nil)
+	intents, pool, err := openIntents(t.Context(), pgtest.Database(t))
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer func() {
-		if err := intents.Close(); err != nil {
-			t.Error(err)
-		}
-	}()
+	defer pool.Close()
 	var attempts, lost atomic.Int64
 	o := options(intents)
 	o.Trace = func(_ context.Context, e client.Event) {

@@ -1,0 +1,35 @@
+//go:build unix
+
+package boltintent
+
+import (
+	"errors"
+	"os"
+	"syscall"
+)
+
+// tryLock takes the lock that bbolt takes, of the same open file, so that bbolt finds it taken by itself.
+func tryLock(file *os.File) (locked bool, err error) {
+	err = syscall.Flock(int(file.Fd()), syscall.LOCK_EX|syscall.LOCK_NB)
+	if errors.Is(err, syscall.EWOULDBLOCK) {
+		return false, nil
+	}
+	return err == nil, err
+}
+
+// unlock gives the lock up and closes the file. Closing alone would not do while the file is mapped into memory.
+func unlock(file *os.File) error {
+	return errors.Join(syscall.Flock(int(file.Fd()), syscall.LOCK_UN), file.Close())
+}
+
+// leaveLock leaves the lock to bbolt, which has it by now.
+func leaveLock(*os.File) error { return nil }
+
+// syncFolder makes the name of a new file durable.
+func syncFolder(path string) error {
+	folder, err := os.Open(path)
+	if err != nil {
+		return err
+	}
+	return errors.Join(folder.Sync(), folder.Close())
+}
