@@ -228,7 +228,11 @@ func (s *Store) Begin(ctx context.Context, req *idempotency.Request) (idempotenc
 	attempt, record, err := s.claim(ctx, req, s.acquire)
 	if errors.Is(err, errStale) && ctx.Err() == nil {
 		// Nothing but the claim was sent, and nothing of it remains.
-		attempt, record, err = s.claim(ctx, req, s.acquireFresh)
+		acquire := s.acquireFresh
+		if unprepared(err) {
+			acquire = s.acquireUnprepared
+		}
+		attempt, record, err = s.claim(ctx, req, acquire)
 	}
 	if err != nil || record != nil {
 		return nil, record, err
@@ -368,6 +372,16 @@ func decodeLookUp(values [][]byte) (record *idempotency.Record, hidden bool, err
 	}
 	record, err = decodeRecord(d.values)
 	return record, hidden, err
+}
+
+// acquireUnprepared takes a connection that answers, and has our statements sent on it as text. Whatever deallocated them on
+// one connection did so on others: a pool may reset its sessions.
+func (s *Store) acquireUnprepared(ctx context.Context) (*pgxpool.Conn, error) {
+	conn, err := s.acquireFresh(ctx)
+	if err == nil {
+		delete(conn.Conn().PgConn().CustomData(), preparedMark)
+	}
+	return conn, err
 }
 
 func decodeRecord(values [][]byte) (*idempotency.Record, error) {
