@@ -216,13 +216,26 @@ func TestMigrationThatWaitsEndsWithItsContext(t *testing.T) {
 	}
 }
 
+// waits returns what a migration is told to wait for next.
+func waits(t *testing.T, told <-chan migrations.Waiting, migrated <-chan error) (w migrations.Waiting) {
+	t.Helper()
+	select {
+	case w = <-told:
+	case err := <-migrated:
+		t.Fatalf("it does not wait: %v", err)
+	case <-time.After(waitMax):
+		t.Fatal("it says nothing")
+	}
+	return w
+}
+
 // awaitWaiting waits until somebody waits for ACCESS EXCLUSIVE, or nobody does.
 func (b *testBundle) awaitWaiting(t *testing.T, want bool) {
 	t.Helper()
 	for deadline := time.Now().Add(waitMax); time.Now().Before(deadline); time.Sleep(time.Millisecond) {
-		waits := b.strings(t, `SELECT pid::text FROM pg_locks WHERE NOT granted AND mode = 'AccessExclusiveLock'
+		waiting := b.strings(t, `SELECT pid::text FROM pg_locks WHERE NOT granted AND mode = 'AccessExclusiveLock'
 			AND database = (SELECT oid FROM pg_database WHERE datname = current_database())`)
-		if len(waits) > 0 == want {
+		if len(waiting) > 0 == want {
 			return
 		}
 	}
@@ -248,11 +261,11 @@ func TestLockTimeoutOfAMigration(t *testing.T) {
 		}()
 		if test.tries {
 			for pause := test.timeout; pause <= 8*test.timeout; pause *= 2 { // twice as long each time
-				if w := <-told; w.Pause != pause || w.What != "migration 3 down" {
+				if w := waits(t, told, migrated); w.Pause != pause || w.What != "migration 3 down" {
 					t.Errorf("%s waits for %v, want %v", w.What, w.Pause, pause)
 				}
 			}
-			if w := <-told; w.Pause != 8*test.timeout || w.Tries != 5 {
+			if w := waits(t, told, migrated); w.Pause != 8*test.timeout || w.Tries != 5 {
 				t.Errorf("after %d tries the pause is %v", w.Tries, w.Pause)
 			}
 		} else {
@@ -299,7 +312,7 @@ func TestMigrationThatADeadlockEndsComesAgain(t *testing.T) {
 	if _, err := conn.Exec(t.Context(), "INSERT INTO one VALUES (1)"); err != nil { // the migration has it, and gives it up
 		t.Fatal(err)
 	}
-	<-told
+	waits(t, told, migrated)
 	if _, err := conn.Exec(t.Context(), "COMMIT"); err != nil {
 		t.Fatal(err)
 	}
@@ -409,9 +422,9 @@ func TestFileThatCantBeATransaction(t *testing.T) {
 	}}
 	migrated := make(chan error, 1)
 	go func() { migrated <- migrations.Up(t.Context(), b.pool, own) }()
-	waits := `SELECT (now() - query_start > interval '200 ms')::text FROM pg_stat_activity WHERE query LIKE 'CREATE INDEX CONCURRENTLY%' AND wait_event_type = 'Lock'`
+	longWait := `SELECT (now() - query_start > interval '200 ms')::text FROM pg_stat_activity WHERE query LIKE 'CREATE INDEX CONCURRENTLY%' AND wait_event_type = 'Lock'`
 	for deadline := time.Now().Add(waitMax); ; time.Sleep(5 * time.Millisecond) { // four times as long as LockTimeout
-		if long := b.strings(t, waits); len(long) > 0 && long[0] == "true" {
+		if long := b.strings(t, longWait); len(long) > 0 && long[0] == "true" {
 			break
 		}
 		if time.Now().After(deadline) {

@@ -252,7 +252,12 @@ func (m *migrator) version(ctx context.Context) (int, error) {
 	err = m.conn.QueryRow(ctx, "SELECT version, dirty FROM "+m.table).Scan(&version, &dirty)
 	switch {
 	case errors.Is(err, pgx.ErrNoRows):
-		return none, nil
+		var hidden bool // what is not seen is no proof that nothing was migrated
+		err := m.conn.QueryRow(ctx, "SELECT row_security_active($1)", m.table).Scan(&hidden)
+		if err == nil && hidden {
+			err = fmt.Errorf("row-level security may hide the version: ALTER TABLE %s DISABLE ROW LEVEL SECURITY, or migrate as its owner", m.table)
+		}
+		return none, err
 	case err != nil:
 		return none, fmt.Errorf("read the table of versions: %w", err)
 	case dirty:

@@ -137,3 +137,24 @@ func TestReaperNeedsSelectAndDelete(t *testing.T) {
 		wantDenied(t, reaper, sql)
 	}
 }
+
+// A version that row-level security hides is not taken for none: Down would find nothing to do, and Version would say 0.
+func TestHiddenVersionIsNotNone(t *testing.T) {
+	t.Parallel()
+	b := setup(t)
+	b.up(t, nil)
+	b.exec(t, "ALTER TABLE idempotency_migrations ENABLE ROW LEVEL SECURITY")
+	service := b.role(t, "SELECT ON idempotency_migrations")
+	for name, err := range map[string]error{
+		"Up": migrations.Up(t.Context(), service, nil), "Down": migrations.Down(t.Context(), service, nil),
+		"Version": func() error { _, err := migrations.Version(t.Context(), service, nil); return err }(),
+	} {
+		if err == nil || !strings.Contains(err.Error(), "DISABLE ROW LEVEL SECURITY") {
+			t.Errorf("%s: %v", name, err)
+		}
+	}
+	b.exec(t, "ALTER TABLE idempotency_migrations DISABLE ROW LEVEL SECURITY") // the remedy
+	if version, err := migrations.Version(t.Context(), service, nil); version != migrations.Latest || err != nil {
+		t.Errorf("after the remedy: version %d, %v", version, err)
+	}
+}

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 
 	"github.com/jackc/pgx/v5"
@@ -105,24 +106,26 @@ func (b *bouncer) open(t *testing.T) *pgxpool.Pool {
 // busy has clients use the pooler until stop is called.
 func (b *bouncer) busy(t *testing.T, clients int) (stop func()) {
 	t.Helper()
-	ctx, cancel := context.WithCancel(t.Context())
+	var stopped atomic.Bool // a context would have PgBouncer cancel by what may be another client's by then
 	var running sync.WaitGroup
 	for range clients {
-		conn, err := pgx.Connect(ctx, b.url+"&default_query_exec_mode=exec")
+		conn, err := pgx.Connect(t.Context(), b.url+"&default_query_exec_mode=exec")
 		if err != nil {
 			t.Fatal(err)
 		}
 		running.Go(func() {
 			defer func() { _ = conn.Close(context.Background()) }()
-			for ctx.Err() == nil {
-				if _, err := conn.Exec(ctx, "SELECT pg_sleep(0.001)"); err != nil && ctx.Err() == nil {
+			for !stopped.Load() {
+				if _, err := conn.Exec(context.Background(), "SELECT pg_sleep(0.001)"); err != nil {
 					t.Error(err)
 					return
 				}
 			}
 		})
 	}
-	return func() { cancel(); running.Wait() }
+	stop = sync.OnceFunc(func() { stopped.Store(true); running.Wait() })
+	t.Cleanup(stop)
+	return stop
 }
 
 // nothingIsLeft looks at server connections as other clients get them, and at the locks of all.

@@ -304,6 +304,17 @@ func (s *Server) DatabaseURL(name string) string {
 // Version is PostgreSQL's version, such as "17.5".
 func (s *Server) Version() string { return s.binaries.version }
 
+// Program returns the path of a program that was installed with the server, such as pg_dump. It reports false if there is
+// none: downloads hold the server alone.
+func (s *Server) Program(name string) (path string, ok bool) {
+	bin := s.binaries
+	if postgres, err := filepath.EvalSymlinks(bin.postgres()); err == nil {
+		bin.dir = filepath.Dir(postgres)
+	}
+	info, err := os.Stat(bin.program(name))
+	return bin.program(name), err == nil && info.Mode().IsRegular()
+}
+
 // PID is the postmaster's process id.
 func (s *Server) PID() int { return s.process.pid() }
 

@@ -22,7 +22,7 @@ const (
 
 // roundsMax is how often two clients are compared behind something that gave them numbers of its own. Other clients may take a
 // server connection in between, which hides one round.
-const roundsMax = 5
+const roundsMax = 20
 
 // Find returns the mode of a and b, two idle connections that were made alike. It leaves nothing behind: it reads, and
 // begins transactions on b that write nothing. An error is of the connections; b may be closed then.

@@ -27,10 +27,10 @@ const SchemaVersion = 2
 
 const versionTable = "idempotency_migrations"
 
-// Check reports whether the database and the pool can keep what the store promises: it is the primary, the schema is
-// there in the version of this package or a later one, the table is a plain logged one with its primary key, no rule, no
-// BEFORE ROW trigger that is enabled and no child table, no row-level security hides its rows from the pool's role, the
-// database's encoding is UTF8 or SQL_ASCII, COMMIT waits for the disk, a session that idles in a transaction is ended
+// Check reports whether the database and the pool can keep what the store promises: it is the primary, and no logical
+// replica of one, the schema is there in the version of this package or a later one, the table is a plain logged one with
+// its primary key, no rule, no BEFORE ROW trigger that is enabled and no child table, no row-level security hides its rows
+// from the pool's role, the database's encoding is UTF8 or SQL_ASCII, COMMIT waits for the disk, a session that idles in a transaction is ended
 // within a minute, and the pool refuses an Acquire with a running handler's context. The error joins everything that is
 // wrong. A service calls it when it starts and from its readiness probe.
 func (s *Store) Check(ctx context.Context) error {
@@ -44,6 +44,7 @@ func (s *Store) Check(ctx context.Context) error {
 		keyName, keyOf    *string
 		altered           alterations
 		versions          *string
+		subscriptions     []string
 	)
 	err := s.pool.QueryRow(ctx, `
 		SELECT pg_is_in_recovery(),
@@ -55,7 +56,9 @@ func (s *Store) Check(ctx context.Context) error {
 		       ARRAY(SELECT quote_ident(tgname) FROM pg_trigger
 		             WHERE tgrelid = c.oid AND NOT tgisinternal AND tgenabled <> 'D' AND tgtype & 3 = 3 ORDER BY 1), -- BEFORE, ROW
 		       ARRAY(SELECT inhrelid::regclass::text FROM pg_inherits WHERE inhparent = c.oid AND c.relkind = 'r' ORDER BY 1),
-		       to_regclass($2)::text
+		       to_regclass($2)::text,
+		       ARRAY(SELECT quote_ident(s.subname) FROM pg_subscription_rel AS r JOIN pg_subscription AS s ON s.oid = r.srsubid
+		             WHERE r.srrelid = c.oid AND s.subenabled ORDER BY 1)
 		FROM (SELECT to_regclass($1) AS oid) AS named
 		LEFT JOIN pg_class AS c ON c.oid = named.oid
 		LEFT JOIN LATERAL (
@@ -67,7 +70,7 @@ func (s *Store) Check(ctx context.Context) error {
 		) AS p ON true`,
 		pgx.Identifier{s.options.Schema, TableName}.Sanitize(),
 		pgx.Identifier{s.options.Schema, versionTable}.Sanitize(),
-	).Scan(&standby, &synchronousCommit, &idleMS, &kind, &persistence, &keyName, &keyOf, &altered.rules, &altered.triggers, &altered.children, &versions)
+	).Scan(&standby, &synchronousCommit, &idleMS, &kind, &persistence, &keyName, &keyOf, &altered.rules, &altered.triggers, &altered.children, &versions, &subscriptions)
 	if err != nil {
 		return fmt.Errorf("check: %w", sqlError(err))
 	}
@@ -80,6 +83,9 @@ func (s *Store) Check(ctx context.Context) error {
 	}
 	if standby {
 		add(ErrNotPrimary, "connect to the primary (target_session_attrs=read-write)")
+	}
+	for _, name := range subscriptions {
+		add(ErrNotPrimary, "subscription %[1]s writes to the table, so that another server is the primary: connect to that one, or stop it for good and ALTER SUBSCRIPTION %[1]s DISABLE", name)
 	}
 	switch {
 	case kind == nil:

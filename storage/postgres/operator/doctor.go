@@ -177,11 +177,18 @@ func (e *examination) server(ctx context.Context) error {
 
 func (e *examination) primary(ctx context.Context) error {
 	var standby bool
-	var readOnly string
-	if err := e.row(ctx, "SELECT pg_is_in_recovery(), (SELECT reset_val FROM pg_settings WHERE name = 'default_transaction_read_only')", nil, &standby, &readOnly); err != nil {
+	var readOnly, subscription string
+	err := e.row(ctx, `
+		SELECT pg_is_in_recovery(), (SELECT reset_val FROM pg_settings WHERE name = 'default_transaction_read_only'),
+		       COALESCE((SELECT min(quote_ident(s.subname)) FROM pg_subscription_rel AS r JOIN pg_subscription AS s ON s.oid = r.srsubid
+		                 WHERE r.srrelid = to_regclass($1) AND s.subenabled), '')`, []any{e.o.keys}, &standby, &readOnly, &subscription)
+	if err != nil {
 		return err
 	}
 	switch {
+	case subscription != "":
+		e.fail("connect to the primary; or, once that is stopped for good, ALTER SUBSCRIPTION "+subscription+" DISABLE, and docs/operations.md has what else",
+			"subscription %s writes to the table: the server is a logical replica, and a request that runs here may run on the primary too", subscription)
 	case standby:
 		e.fail("connect to the primary (target_session_attrs=read-write)", "the server is a standby, or is still recovering: it takes no requests")
 	case readOnly == "on":
