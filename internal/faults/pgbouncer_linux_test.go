@@ -30,51 +30,57 @@ import (
 
 const bouncerConnections = 8 // to the server
 
+// With Wait no duplicate is told 409: it waits, and claims through PgBouncer again and again.
 func TestF31PgBouncerInTransactionModeIsAsWithoutIt(t *testing.T) {
 	t.Parallel()
 	for name, mode := range bouncerModes {
-		t.Run(name, func(t *testing.T) {
-			t.Parallel()
-			const keys, duplicates, clients = 200, 2, 8
-			b := startBouncer(t, nil)
-			s := b.serve(t, mode, nil)
-			// Both duplicates of a key are on their way at once: clients*duplicates requests share eight connections.
-			work := make(chan string)
-			var clientsDone sync.WaitGroup
-			for range clients {
-				clientsDone.Go(func() {
-					for key := range work {
-						s.payDuplicates(t, key, duplicates)
-					}
-				})
-			}
-			for n := range keys {
-				work <- fmt.Sprintf("key-%d", n)
-			}
-			close(work)
-			clientsDone.Wait()
-			if paid := count(t, b.direct, "SELECT count(*) FROM payments"); paid != keys {
-				t.Errorf("%d payments of %d keys", paid, keys)
-			}
-			const parted = "SELECT count(*) FROM payments FULL JOIN idempotency_keys USING (key) WHERE payments.id IS NULL OR scope IS NULL"
-			if n := count(t, b.direct, parted); n != 0 {
-				t.Errorf("%d payments without a record or records without a payment", n)
-			}
-			b.settingsAreUntouched(t)
-		})
+		for _, wait := range []time.Duration{0, awaitMax} {
+			t.Run(fmt.Sprint(name, ", wait ", wait), func(t *testing.T) {
+				t.Parallel()
+				const keys, duplicates, clients = 100, 3, 6
+				b := startBouncer(t, nil)
+				options := &middleware.Options{Engine: idempotency.Options{Wait: wait}}
+				// Two processes, which wait for each other's attempts.
+				services := []*service{b.serve(t, mode, options), b.serve(t, mode, options)}
+				// All duplicates of a key are on their way at once: clients*duplicates requests share eight connections.
+				work := make(chan string)
+				var clientsDone sync.WaitGroup
+				for range clients {
+					clientsDone.Go(func() {
+						for key := range work {
+							payDuplicates(t, services, key, duplicates, wait == 0)
+						}
+					})
+				}
+				for n := range keys {
+					work <- fmt.Sprintf("key-%d", n)
+				}
+				close(work)
+				clientsDone.Wait()
+				if paid := count(t, b.direct, "SELECT count(*) FROM payments"); paid != keys {
+					t.Errorf("%d payments of %d keys", paid, keys)
+				}
+				const parted = "SELECT count(*) FROM payments FULL JOIN idempotency_keys USING (key) WHERE payments.id IS NULL OR scope IS NULL"
+				if n := count(t, b.direct, parted); n != 0 {
+					t.Errorf("%d payments without a record or records without a payment", n)
+				}
+				b.settingsAreUntouched(t)
+			})
+		}
 	}
 }
 
-// payDuplicates sends a key several times at once, each until it is answered for good: executed once, and replayed.
-func (s *service) payDuplicates(t *testing.T, key string, duplicates int) {
+// payDuplicates sends a key several times at once, to the services in turn, each until it is answered for good: executed
+// once, and replayed. If busy is false none may be told that the key is in progress.
+func payDuplicates(t *testing.T, services []*service, key string, duplicates int, busy bool) {
 	replies := make([]reply, duplicates)
 	var sent sync.WaitGroup
 	for i := range replies {
 		sent.Go(func() {
 			for begin := time.Now(); time.Since(begin) < awaitMax; time.Sleep(time.Millisecond) {
-				got, err := s.pay(key)
+				got, err := services[i%len(services)].pay(key)
 				replies[i] = got
-				if err != nil || !got.is(409, "in-progress") {
+				if err != nil || !busy || !got.is(409, "in-progress") {
 					if err != nil {
 						t.Errorf("%s: %v", key, err)
 					}
