@@ -17,12 +17,14 @@ import (
 
 	"github.com/paidonce/idempotency"
 	"github.com/paidonce/idempotency/middleware"
+	"github.com/paidonce/idempotency/storage/postgres"
 )
 
 // setupHTTP2 serves a handler over HTTP/2 without TLS (h2c), to a client that speaks nothing else. It counts connections.
 func setupHTTP2(t *testing.T, opts setupOptions, handler http.HandlerFunc) (*testBundle, *atomic.Int64) {
 	t.Helper()
 	var conns atomic.Int64
+	opts.store = &postgres.Options{AcquireTimeout: 20 * time.Second} // how long it takes is not the question
 	opts.server = func(s *http.Server) {
 		s.Protocols = new(http.Protocols)
 		s.Protocols.SetUnencryptedHTTP2(true)

@@ -14,6 +14,7 @@ import (
 	"github.com/paidonce/idempotency"
 	"github.com/paidonce/idempotency/middleware"
 	"github.com/paidonce/idempotency/storage/memory"
+	"github.com/paidonce/idempotency/storage/postgres"
 )
 
 // inFlight waits until so many requests are.
@@ -57,6 +58,7 @@ func TestDuplicatesThatWaitGetTheAnswer(t *testing.T) {
 			Quota:           middleware.Quota{KeysMax: 2},
 			AuthorizeReplay: func(*http.Request, *idempotency.Record) error { authorized.Add(1); return nil },
 		},
+		store: &postgres.Options{AcquireTimeout: 20 * time.Second}, // how long it takes is not the question
 		mount: func(m *middleware.Middleware, h http.Handler) http.Handler {
 			idem = m
 			protected, atOnce := m.Handler(h), m.With(func(o *middleware.Options) { o.Engine.Wait = 0 }).Handler(h)
@@ -76,6 +78,8 @@ func TestDuplicatesThatWaitGetTheAnswer(t *testing.T) {
 		w.Header().Set("Link", "first ")
 		transfer(w, r)
 	})
+	release := sync.OnceFunc(func() { close(released) })
+	t.Cleanup(release) // before the server is closed, which waits for its handlers
 	replies := make([]reply, copies)
 	var group sync.WaitGroup
 	for i := range copies {
@@ -88,7 +92,7 @@ func TestDuplicatesThatWaitGetTheAnswer(t *testing.T) {
 	group.Go(func() { wrong <- b.post(t, "/other", "{}", "Idempotency-Key", "k") })
 	inFlight(t, idem, copies+1)
 	want(t, b.post(t, "/quick", "{}", "Idempotency-Key", "k2"), 201, idempotency.OutcomeExecuted, "") // within the quota
-	close(released)
+	release()
 	group.Wait()
 
 	executed := 0
