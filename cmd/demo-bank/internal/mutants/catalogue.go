@@ -90,9 +90,9 @@ func Catalogue() []Mutant {
 			Name: "run-again-on-ambiguous-commit",
 			Bug:  "the handler runs again where the outcome of COMMIT is not known",
 			edits: []edit{
-				{"store.go", "	Attempt AttemptID\n}\n\n// Keyless", "	Attempt AttemptID\n	Again   bool\n}\n\n// Keyless"},
-				{engineFile, `		fact, record, err = e.resolve(ctx, req, disposition, sent, err, trace)
-`, `		_, req.Again = sent, true
+				{"store.go", "	Attempt AttemptID\n\n	// Claim is", "	Attempt AttemptID\n	Again   bool\n\n	// Claim is"},
+				{engineFile, `		fact, record, err = e.resolve(ctx, req, disposition, err, trace)
+`, `		req.Again = true
 		return Result{}, err
 `},
 				{storeFile, `	case a.record != nil: // also where`, `	case req.Again:
@@ -125,17 +125,20 @@ func Catalogue() []Mutant {
 	}
 `, ""},
 				{attemptFile, `	a.params[0] = a.lockNumber[:]
-	return call{statement: &a.store.statements.lock, params: a.params[:1:1], row: row}
+	if a.req.Keyless() || a.store.withoutPosition.Load() {
+		return call{statement: &a.store.statements.lock, params: a.params[:1:1], row: lockRow{a}}
+	}
+	return call{statement: &a.store.statements.lockAt, params: a.params[:1:1], row: lockAtRow{a}}
 `, `	a.params[0], a.params[1], a.params[2] = a.lockNumber[:], a.scope, a.key
-	return call{statement: &a.store.statements.lock, params: a.params[:3:3], row: row}
+	return call{statement: &a.store.statements.lock, params: a.params[:3:3], row: lockRow{a}}
 `},
-				{attemptFile, `	a.locked = d.bool()
-	copy(a.claimedAt[:], d.next(len(a.claimedAt)))
-	a.synchronous = d.bool()
+				{attemptFile, `func (a lockRow) readRow(values [][]byte) error {
+	d := decoder{values: values}
+	a.readLock(&d)
 	return d.err
-`, `	a.locked = d.bool()
-	copy(a.claimedAt[:], d.next(len(a.claimedAt)))
-	a.synchronous = d.bool()
+`, `func (a lockRow) readRow(values [][]byte) error {
+	d := decoder{values: values}
+	a.readLock(&d)
 	err := d.err
 	if row := values[len(values)-recordColumnsCount:]; row[0] != nil {
 		a.record, err = decodeRecord(row)
@@ -151,6 +154,31 @@ func Catalogue() []Mutant {
 			Bug:   "an INSERT that succeeded is taken for a record that was written",
 			edits: []edit{{statementsFile, countedRows, `" SELECT pg_catalog.count(*) FROM written",`}},
 			Test:  Test{"storage/postgres", "TestRecordThatIsNotKeptIsNotExecuted"},
+		},
+		{
+			Name: "row-security-not-looked-at",
+			Bug:  "a record that row-level security hides from a claim is taken for absent",
+			Test: Test{"storage/postgres", "TestClaimThatMayNotSeeTheRecordRunsNothing"},
+			edits: []edit{{storeFile, `	case a.hidden: // also where the lock is taken: by a replay of what is hidden, perhaps
+		a.release(ctx)
+		return nil, nil, fail("look the record up", idempotency.ErrUnknown, rowSecurity(s.table, ""))
+`, ``}},
+		},
+		{
+			Name: "row-security-not-looked-at-after-a-lost-commit",
+			Bug:  "a record that row-level security hides from the look for a lost COMMIT is taken for absent",
+			Test: Test{"storage/postgres", "TestLostCommitThatMayNotBeSeenIsUnknown"},
+			edits: []edit{{resolveFile, `	case hidden:
+`, `	case hidden && false:
+`}},
+		},
+		{
+			Name: "old-primary-believed",
+			Bug:  "absence on a server that is behind the claim's is taken for proof",
+			Test: Test{"storage/postgres", "TestResolveAsksNoServerThatIsBehindTheClaim"},
+			edits: []edit{{resolveFile, `				return cmp.Or(d.err, errOldPrimary)
+`, `				return cmp.Or(d.err, nil)
+`}},
 		},
 		{
 			Name: "no-fingerprint-check",
