@@ -247,7 +247,7 @@ func Catalogue() []Mutant {
 `, `	run.recorder.Flusher = early{run}
 	run.next.ServeHTTP(run.recorder, r)
 `},
-				{middlewareFile, `// memoryBody is a request's body`, `// early sends what is there to the real connection, as an Unwrap lets http.ResponseController do.
+				{middlewareFile, `// panicOf returns the panic that an error`, `// early sends what is there to the real connection, as an Unwrap lets http.ResponseController do.
 type early struct{ run *run }
 
 func (e early) Flush() {
@@ -256,7 +256,7 @@ func (e early) Flush() {
 	_ = http.NewResponseController(e.run.w).Flush()
 }
 
-// memoryBody is a request's body`},
+// panicOf returns the panic that an error`},
 				{bankFile, `	WriteJSON(w, a.status, a.body)
 }`, `	WriteJSON(w, a.status, a.body)
 	_ = http.NewResponseController(w).Flush()
