@@ -24,7 +24,7 @@ func admitSQL(sql string, plainStrings bool) error {
 	case "SAVEPOINT", "RELEASE":
 		return fmt.Errorf("%w: %s by SQL text is refused: use Begin on the transaction", ErrSealed, verb)
 	case "LISTEN":
-		return fmt.Errorf("%w: LISTEN is refused: the connection goes back to the pool, and what it is told would pile up: listen on a connection of your own", ErrSealed)
+		return fmt.Errorf("%w: LISTEN is refused: the connection goes back to the pool, and its notifications would pile up: listen on a connection of your own", ErrSealed)
 	case "DECLARE":
 		if s.holdsCursor() {
 			return fmt.Errorf("%w: a cursor WITH HOLD is refused: COMMIT would run its query, after the record was written", ErrSealed)
@@ -110,7 +110,7 @@ func (s *scanner) word() string {
 	return word
 }
 
-// holdsCursor reports whether a DECLARE says WITH HOLD, which stands in front of its FOR.
+// holdsCursor reports whether a DECLARE has WITH HOLD, which precedes its FOR.
 func (s *scanner) holdsCursor() bool {
 	for last := ""; ; {
 		s.skip()

@@ -29,7 +29,7 @@ type attempt struct {
 	claimedAt   [8]byte // transaction_timestamp() of the claim, as it came
 	synchronous bool    // COMMIT waits for standbys
 	record      *idempotency.Record
-	hidden      bool // row-level security applies: no record is absent that is not seen
+	hidden      bool // row-level security applies: a record that is not seen may still be there
 
 	// Parameters of the statements, in binary format.
 	lockNumber [8]byte
@@ -73,13 +73,14 @@ func (c *txContext) Value(key any) any {
 	return c.Context.Value(key)
 }
 
-// String names the context alone. What is below it belongs to others, who may change it while it is printed.
+// String returns only the context's name. The contexts below it belong to others, who may change
+// them while it is printed.
 func (*txContext) String() string { return "postgres.WithTx" }
 
-// Format keeps the transaction, and what is below, out of every verb of fmt.
+// Format keeps the transaction and the contexts below out of every verb of fmt.
 func (c *txContext) Format(f fmt.State, _ rune) { _, _ = io.WriteString(f, c.String()) } // fmt has no use for the error
 
-// lockCall tries to lock the key, and where it can asks for the place of the claim too.
+// lockCall tries to lock the key. If the server can tell, it also reads the position of its log.
 func (a *attempt) lockCall() call {
 	a.params[0] = a.lockNumber[:]
 	if a.req.Keyless() || a.store.withoutPosition.Load() {
@@ -103,7 +104,7 @@ func (a lockRow) readRow(values [][]byte) error {
 	return d.err
 }
 
-// lockAtRow reads what the claim's lock says, and the place of the claim.
+// lockAtRow reads the result of the claim's lock, and the position of the server's log.
 type lockAtRow struct{ *attempt }
 
 func (a lockAtRow) readRow(values [][]byte) error {
@@ -131,8 +132,9 @@ func (a recordRow) readRow(values [][]byte) (err error) {
 // Seal implements [idempotency.Attempt].
 func (a *attempt) Seal() error { return a.tx.seal() }
 
-// Commit implements [idempotency.Attempt]: what was deferred, the record and COMMIT in one round trip. The guard is first: of
-// a transaction that is not the claim's an error of a deferred constraint would prove nothing.
+// Commit implements [idempotency.Attempt]: the deferred constraints, the record and COMMIT in one
+// round trip. The guard comes first: if the transaction is not the claim's, an error of a deferred
+// constraint proves nothing.
 func (a *attempt) Commit(ctx context.Context, answer *idempotency.Answer) error {
 	defer a.release(ctx)
 	return a.lookAgain(ctx, "commit", a.commit(ctx, answer))
@@ -143,7 +145,7 @@ func (a *attempt) commit(ctx context.Context, answer *idempotency.Answer) error 
 		return fail("commit", idempotency.ErrAborted, errEncoding)
 	}
 	s := &a.store.statements
-	last := a.guardCall() // which sets what COMMIT waits for, as the record does
+	last := a.guardCall() // it sets synchronous_commit, as the record does
 	if !a.req.Keyless() {
 		last = a.insertCall(a.claimedAt[:], answer)
 		last.apart = len(last.params[headersParam])+len(last.params[headersParam+1]) > recordTogetherBytesMax
@@ -175,14 +177,15 @@ func (a *attempt) Decline(ctx context.Context, answer *idempotency.Answer) error
 	return a.lookAgain(ctx, "decline", a.end(ctx, "decline", calls))
 }
 
-// looks reports whether the claim's snapshot may be older than its lock: what was recorded in between was not seen then, and
-// no end of this attempt is not-executed before the key was looked up once more.
+// looks reports whether the claim's snapshot may be older than its lock. The claim did not see a
+// record that was committed in between, so no end of this attempt may report not-executed until the
+// key is looked up once more.
 func (a *attempt) looks() bool {
 	return a.store.options.Isolation != pgx.ReadCommitted && !a.req.Keyless()
 }
 
-// lookAgain returns what an end means that left no record: err, unless another attempt's record is there, or that can't be
-// told.
+// lookAgain corrects the error of an end that left no record. It returns err, unless the key has
+// another attempt's record or the look-up fails.
 func (a *attempt) lookAgain(ctx context.Context, step string, err error) error {
 	if err == nil || !a.looks() || errors.Is(err, idempotency.ErrUnknown) || errors.Is(err, idempotency.ErrTransactionLost) || errors.Is(err, idempotency.ErrKeyRecorded) {
 		return err
@@ -204,8 +207,9 @@ func (a *attempt) Rollback(ctx context.Context) error {
 	return a.undoAndLook(ctx, "rollback", calls)
 }
 
-// undoAndLook sends the calls and ROLLBACK, and in the same flush looks the key up where that is to be done. It returns nil
-// where there is no record, or where none had to be looked for: then ROLLBACK may fail, which ends the connection.
+// undoAndLook sends the calls and ROLLBACK, and looks the key up in the same flush if looks says
+// so. It returns nil if there is no record, or if no look-up was needed: then ROLLBACK may fail,
+// which ends the connection.
 func (a *attempt) undoAndLook(ctx context.Context, step string, calls []call) error {
 	s, looks := &a.store.statements, a.looks()
 	if a.tx.abandoned || a.conn().IsClosed() || a.conn().IsBusy() {
@@ -240,17 +244,18 @@ func (a *attempt) undoAndLook(ctx context.Context, step string, calls []call) er
 	return nil
 }
 
-// distrust has the connection plan its statements each time from now on, where row-level security applied: a plan with
-// policies would outlive them. See [ErrRowSecurity].
+// distrust makes the connection plan its statements each time from now on if row-level security
+// applied: a plan with policies would outlive them. See [ErrRowSecurity].
 func (a *attempt) distrust() {
 	if a.hidden {
 		delete(a.conn().CustomData(), preparedMark)
 	}
 }
 
-// recordTogetherBytesMax is how many bytes headers and body may have, encoded, to be sent together with what comes in front of them.
-// More does not fit into one segment of TCP with the rest of the flush, and may arrive in part. A decline begins its
-// transaction in the same flush, so its record is never apart.
+// recordTogetherBytesMax is the maximum size of headers and body, encoded, that are sent together
+// with the statements in front of them. More does not fit into one TCP segment with the rest of the
+// flush, and may arrive in part. A decline begins its transaction in the same flush, so its record
+// is never apart.
 const recordTogetherBytesMax = 512
 
 // headersParam is the place of the headers among the parameters of the record. The body's is next.
@@ -299,7 +304,7 @@ func (a *attempt) end(ctx context.Context, step string, calls []call) error {
 	case err == nil && a.synchronous && warned(a.conn()):
 		return fail(step, idempotency.ErrUnknown, errNotReplicated)
 	case err == nil:
-		if !a.req.Keyless() && !a.synchronous { // with standbys a replay takes more than a look
+		if !a.req.Keyless() && !a.synchronous { // with standbys a look-up is not enough for a replay
 			a.store.hints.set(a.number)
 		}
 		return nil

@@ -27,12 +27,14 @@ const SchemaVersion = 2
 
 const versionTable = "idempotency_migrations"
 
-// Check reports whether the database and the pool can keep what the store promises: it is the primary, and no logical
-// replica of one, the schema is there in the version of this package or a later one, the table is a plain logged one with
-// its primary key, no rule, no BEFORE ROW trigger that is enabled and no child table, no row-level security hides its rows
-// from the pool's role, the database's encoding is UTF8 or SQL_ASCII, COMMIT waits for the disk, a session that idles in a transaction is ended
-// within a minute, and the pool refuses an Acquire with a running handler's context. The error joins everything that is
-// wrong. A service calls it when it starts and from its readiness probe.
+// Check reports whether the database and the pool can keep what the store promises: it is the
+// primary and no logical replica of one, the schema is there in the version of this package or a
+// later one, the table is a plain logged one with its primary key, no rule, no BEFORE ROW trigger
+// that is enabled and no child table, no row-level security hides its rows from the pool's role,
+// the database's encoding is UTF8 or SQL_ASCII, COMMIT waits for the disk, the server ends a
+// session that is idle in a transaction within a minute, and the pool refuses an Acquire with a
+// running handler's context. The error joins all faults it finds. A service calls it when it starts
+// and from its readiness probe.
 func (s *Store) Check(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(ctx, s.options.AcquireTimeout+s.options.StatementTimeout)
 	defer cancel()
@@ -122,11 +124,12 @@ func (s *Store) Check(ctx context.Context) error {
 	return errors.Join(wrong...)
 }
 
-// primaryKey is the name of the table's primary key. An INSERT that loses a race is known by it.
+// primaryKey is the name of the table's primary key. An INSERT that loses a race is recognized by
+// it.
 const primaryKey = TableName + "_pkey"
 
-// keyRemedy returns the SQL that gives the table its primary key, given the name and the columns of the one it has. It is
-// empty if that is the right one.
+// keyRemedy returns the SQL that gives the table its primary key, given the name and the columns of
+// the one it has. It returns "" if that one is right.
 func (s *Store) keyRemedy(name, columns *string) string {
 	table := "ALTER TABLE " + s.table
 	add := "ADD CONSTRAINT " + primaryKey + " PRIMARY KEY (scope, key)"
@@ -141,7 +144,7 @@ func (s *Store) keyRemedy(name, columns *string) string {
 	return ""
 }
 
-// alterations are what was added to the table that may drop, change or hide its rows. Names are quoted.
+// alterations are additions to the table that may drop, change or hide its rows. Names are quoted.
 type alterations struct{ rules, triggers, children []string }
 
 func (s *Store) checkAlterations(a *alterations) (wrong []error) {

@@ -12,10 +12,11 @@ import (
 	"github.com/jackc/pgx/v5/pgxpool"
 )
 
-// ErrEscape is returned to a handler that acquires a connection from the store's pool with its own context, or one that
-// was made from it: what it writes there would not be in the transaction, and a pool full of such handlers would wait for
-// itself. A handler that acquires one with any other context, such as context.Background, or from another pool, can't be
-// told from the rest of the program and is not refused: what it writes is committed apart from its request.
+// ErrEscape is returned to a handler that acquires a connection from the store's pool with its own
+// context, or one derived from it: its writes there would not be in the transaction, and a pool
+// full of such handlers would wait for itself. A handler that acquires one with any other context,
+// such as context.Background, or from another pool, can't be told from the rest of the program. It
+// is not refused, and its writes are committed apart from its request.
 var ErrEscape = errors.New("idempotency/postgres: an idempotent handler must not take a connection from the pool: use postgres.Tx(ctx)")
 
 // Configure gives a pool's config what a [Store] wants of its connections, to be called once before
@@ -30,8 +31,8 @@ var ErrEscape = errors.New("idempotency/postgres: an idempotent handler must not
 //   - a notice handler, which learns that a COMMIT did not wait for the standbys
 //   - a tracer that refuses an Acquire whose context is a running handler's, with [ErrEscape]
 //
-// Hooks and tracers of the config are kept and called first. The connection itself stays as it was made: pgconn looks at its
-// type to bind the log-in to TLS.
+// Hooks and tracers of the config are kept and called first. The connection itself is not wrapped:
+// pgconn checks its type to bind the log-in to TLS.
 func Configure(config *pgxpool.Config, opts *Options) {
 	o := opts.full()
 	conn := config.ConnConfig
@@ -42,7 +43,7 @@ func Configure(config *pgxpool.Config, opts *Options) {
 	if !o.TransactionPooling {                     // a pooler refuses them, or hands them on to other clients
 		keepAlive := []setting{
 			{"tcp_keepalives_idle", "30"}, {"tcp_keepalives_interval", "10"}, {"tcp_keepalives_count", "3"},
-			{"tcp_user_timeout", "60000"}, // without it, what was sent last and not acknowledged keeps a connection for 15 minutes
+			{"tcp_user_timeout", "60000"}, // without it, unacknowledged data keeps a connection for 15 minutes
 		}
 		for _, setting := range append(o.settings(), keepAlive...) {
 			if _, ok := conn.RuntimeParams[setting.name]; !ok || setting.name == "synchronous_commit" {

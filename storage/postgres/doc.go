@@ -6,9 +6,10 @@
 //	pool, err := pgxpool.NewWithConfig(ctx, config)
 //	store := postgres.New(pool, nil)
 //
-// The handler's statements go through [Tx]. BEGIN, the lock and the look-up are one round trip; the record and COMMIT
-// are another; so a request costs as many as its handler would in a plain transaction. A replay costs one where this store knows
-// the key, two where it does not. docs/architecture.md shows the messages, docs/guarantees.md what they are worth.
+// The handler's statements go through [Tx]. BEGIN, the lock and the look-up are one round trip; the
+// record and COMMIT are another; so a request costs as many as its handler would in a plain
+// transaction. A replay costs one if this store knows the key, two if it does not.
+// docs/architecture.md shows the messages, docs/guarantees.md the promises that rest on them.
 //
 // The package makes no table, starts no goroutine and keeps no state outside its values.
 package postgres

@@ -20,10 +20,11 @@ type call struct {
 	params    [][]byte
 	row       rowReader
 
-	// apart puts a Sync in front of the parameters, behind the text of a statement that is not prepared. No timeout of
-	// PostgreSQL's runs in a session that has parsed or executed something and waits for the rest of a message; behind a
-	// Sync idle_in_transaction_session_timeout does. The transaction has to be open by then: if it is, an error in front of
-	// the Sync fails what stands behind it too.
+	// apart puts a Sync in front of the parameters, after the text of a statement that is not
+	// prepared. No timeout of PostgreSQL's runs in a session that has parsed or executed something
+	// and waits for the rest of a message; after a Sync idle_in_transaction_session_timeout does.
+	// The transaction must be open by then: only so does an error before the Sync fail the
+	// statements after it too.
 	apart bool
 }
 
@@ -140,10 +141,11 @@ func exchange(conn *pgconn.PgConn, calls []call) (result reply, err error) {
 	}
 }
 
-// replyReader reads the messages that answer calls, up to and with the ReadyForQuery of the last Sync.
+// replyReader reads the messages that answer calls, up to and including the ReadyForQuery of the
+// last Sync.
 type replyReader struct {
 	calls []call
-	syncs int // that were not answered yet
+	syncs int // not answered yet
 	reply reply
 	row   bool  // the call under way returned one
 	err   error // of the call that failed

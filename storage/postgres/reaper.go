@@ -32,12 +32,13 @@ const ReaperIntervalDefault = time.Minute
 // DeleteExpired deletes the records whose time was over, by the database's clock, when their batch began, and returns
 // how many it deleted, also together with an error.
 //
-// It goes through the table by place, batch by batch, each in a transaction of its own, and needs no index, which each
-// insert would have to pay for. A row is deleted because it has expired and never because of its key: a key that came
-// back in the meantime has a new row. [ErrRowSecurity] where expired records may be hidden from the role: those that it
-// sees are deleted first. A range of the table that another reaper works on is left to it, and a page on which
-// anybody else holds a row to the next walk. A batch that is cut off by statement_timeout is tried again in halves, down
-// to one page. Safe for concurrent use.
+// It goes through the table by place, batch by batch, each in a transaction of its own, and needs
+// no index, which each insert would have to pay for. A row is deleted because it has expired and
+// never because of its key: a key that came back in the meantime has a new row. If expired records
+// may be hidden from the role, it deletes those it sees and returns [ErrRowSecurity]. It skips a
+// range of the table that another reaper works on, and leaves a page on which anybody else holds a
+// row to the next walk. If statement_timeout cuts a batch off, it retries in halves, down to one
+// page. Safe for concurrent use.
 func (s *Store) DeleteExpired(ctx context.Context) (deleted int64, err error) {
 	return s.DeleteExpiredTold(ctx, nil)
 }
@@ -63,7 +64,7 @@ func (s *Store) DeleteExpiredTold(ctx context.Context, progress func(pages, of, 
 			progress(next, pages, w.deleted)
 		}
 	}
-	if hidden { // what it saw is deleted all the same
+	if hidden { // the rows that it saw are deleted all the same
 		return w.deleted, fmt.Errorf("delete expired: %w", rowSecurity(s.table, ""))
 	}
 	return w.deleted, nil
@@ -115,15 +116,16 @@ func (w *walk) deleteRange(ctx context.Context, lock, first, last int64) error {
 // lock. The lock keeps reapers from waiting for each other and ends with the statement. Nothing rests on it: a row that
 // two delete is deleted once.
 //
-// There is no FOR UPDATE SKIP LOCKED: each row's lock would go to the WAL beside its deletion, and would need the privilege to update.
-// ctid can't lead to another row: while this statement runs no place is used again that held a row when it began. ONLY: a
-// place in a child table is another row.
+// There is no FOR UPDATE SKIP LOCKED: each row's lock would go to the WAL beside its deletion, and
+// would need the privilege to update. ctid can't lead to another row: while this statement runs, no
+// place that held a row when it began is used again. ONLY: the same place in a child table is
+// another row.
 func (w *walk) deleteBatch(ctx context.Context, lock, first, last int64) error {
 	tag, err := w.store.pool.Exec(ctx, `
 		DELETE FROM ONLY `+w.table+`
 		WHERE ctid >= $1::tid AND ctid < $2::tid AND expires_at < statement_timestamp()
 		  AND (SELECT pg_try_advisory_xact_lock($3) AND set_config('lock_timeout', '`+reaperLockTimeoutMS+`', true) IS NOT NULL)`,
-		pgx.QueryExecModeExec, // planned anew: see ErrRowSecurity
+		pgx.QueryExecModeExec, // never from a cached plan: see ErrRowSecurity
 		fmt.Sprintf("(%d,0)", first), fmt.Sprintf("(%d,0)", last), lock)
 	w.deleted += tag.RowsAffected()
 	return err

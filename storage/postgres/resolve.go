@@ -29,8 +29,9 @@ const (
 // pg_xact_status is asked: the one is true after a COMMIT that happened, the other says committed for what a fail-over
 // lost.
 //
-// A server whose log is not as far as it was at the claim is not asked: it is an old primary that nobody has stopped, or a
-// copy. Nor does absence prove anything where row-level security applies to the role, or once half of the TTL went by.
+// It does not trust a server with a log that is behind its position at the claim: that is an old
+// primary that nobody has stopped, or a copy. Absence also proves nothing if row-level security
+// applies to the role, or once half of the TTL has passed.
 //
 // A decline gives the lock away at its ROLLBACK, before its INSERT: after one, nil says nothing of its record.
 func (s *Store) Resolve(ctx context.Context, req *idempotency.Request) (*idempotency.Record, error) {
@@ -46,7 +47,7 @@ func (s *Store) Resolve(ctx context.Context, req *idempotency.Request) (*idempot
 			return record, nil
 		}
 		last = err
-		if errors.Is(err, errRecord) || errors.Is(err, ErrRowSecurity) || errors.Is(err, errMayHaveExpired) { // it stays so
+		if errors.Is(err, errRecord) || errors.Is(err, ErrRowSecurity) || errors.Is(err, errMayHaveExpired) { // no retry changes it
 			return nil, fail("resolve", idempotency.ErrUnknown, err)
 		}
 		select {
@@ -66,8 +67,9 @@ func (s *Store) resolveInPlace(ctx context.Context, req *idempotency.Request) (*
 var (
 	errOldPrimary = errors.New("connected to a primary that is behind the one of the claim: an old one that was not stopped, or a copy. Stop it, or lead its name elsewhere")
 
-	// errMayHaveExpired is why an absent record proves nothing: half of the TTL or more went by since the claim, because the
-	// TTL is short or the machine stood still. It goes by the database's clock: the process's own stands still with it.
+	// errMayHaveExpired means that an absent record proves nothing: half of the TTL or more has
+	// passed since the claim, because the TTL is short or the machine stood still. The database's
+	// clock decides: the process's own stands still with the machine.
 	errMayHaveExpired = errors.New("the record may have been there, and expired")
 )
 
@@ -124,7 +126,7 @@ func (s *Store) resolveOnce(ctx context.Context, req *idempotency.Request) (*ide
 			record, hidden, err = decodeLookUp(values)
 			return err
 		})},
-		call{statement: &statements.resolveTime, row: rowFunc(func(values [][]byte) error { // after the look
+		call{statement: &statements.resolveTime, row: rowFunc(func(values [][]byte) error { // after the look-up
 			d := decoder{values: values}
 			now = d.timestamp()
 			return d.err

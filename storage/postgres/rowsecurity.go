@@ -8,19 +8,21 @@ import (
 	"github.com/jackc/pgx/v5"
 )
 
-// ErrRowSecurity is returned where row-level security applies to a table of ours, and so to what is looked for in it: a
-// record that is not seen may be there. PostgreSQL does not say whether a policy hides anything, so each policy counts
-// that applies to the role.
+// ErrRowSecurity is returned if row-level security applies to one of our tables: a record may be
+// there although the look-up does not see it. PostgreSQL does not report whether a policy hides a
+// row, so every policy that applies to the role counts.
 //
-// A statement that looks is asked for this in the same breath, and is not taken from a plan that was made before: one that
-// was made with policies goes on with them after ALTER ROLE ... BYPASSRLS, while row_security_active says that none applies.
+// Each look-up reads row_security_active in the same statement. A connection on which row-level
+// security applied no longer caches plans: a plan that was made with policies keeps them after
+// ALTER ROLE ... BYPASSRLS, while row_security_active then reports that none applies.
 var ErrRowSecurity = errors.New("row-level security may hide rows")
 
-// ErrEncoding is what [Store.Check] returns for a database in an encoding other than UTF8 and SQL_ASCII: some, such as
-// EUC_JP, convert two texts of a client to one, and two scopes would share a record.
+// ErrEncoding is returned by [Store.Check] if the database's encoding is neither UTF8 nor
+// SQL_ASCII: some, such as EUC_JP, convert two different texts of a client to the same one, and two
+// scopes would share a record.
 var ErrEncoding = errors.New("the database's encoding may make one key of two")
 
-// rowSecurity is the error for a table, with its remedy. An empty role stands for that of the connection.
+// rowSecurity returns the error for a table, with its remedy. An empty role means the connection's.
 func rowSecurity(table, role string) error {
 	if role == "" {
 		role = "..."
@@ -28,8 +30,8 @@ func rowSecurity(table, role string) error {
 	return fmt.Errorf("%w: ALTER TABLE %s DISABLE ROW LEVEL SECURITY, or ALTER ROLE %s BYPASSRLS", ErrRowSecurity, table, role)
 }
 
-// checkAbsence reports what could make a look for a record miss one: row-level security, and an encoding that is not
-// one to one.
+// checkAbsence reports conditions in which a look-up could miss a record: row-level security, and
+// an encoding that is not one to one.
 func (s *Store) checkAbsence(ctx context.Context) (wrong []error) {
 	var role, encoding string
 	var hidden *bool

@@ -46,7 +46,7 @@ func classify(err error) error {
 	case "40001", "40P01":
 		return idempotency.ErrSerialization
 	case "0A000":
-		if stalePlan(err) { // another connection plans anew
+		if stalePlan(err) { // another connection makes a new plan
 			return idempotency.ErrSerialization
 		}
 	case "55P03": // lock_timeout
@@ -59,8 +59,9 @@ func classify(err error) error {
 	return idempotency.ErrAborted
 }
 
-// stalePlan reports whether a table was changed under a prepared statement. Nothing of the statement was executed, and the
-// connection goes on failing so until it is prepared anew. 0A000 alone means many other things.
+// stalePlan reports whether a table was changed under a prepared statement. Nothing of the
+// statement was executed, and it keeps failing on this connection until it is prepared again. The
+// code 0A000 by itself can mean many other things.
 func stalePlan(err error) bool {
 	var pgErr *pgconn.PgError
 	return errors.As(err, &pgErr) && pgErr.Code == "0A000" && pgErr.Routine == "RevalidateCachedQuery"
@@ -72,9 +73,9 @@ func isStandby(err error) bool {
 	return errors.As(err, &pgErr) && (pgErr.Code == "0A000" || pgErr.Code == "25006")
 }
 
-// meaning says what an error means that PostgreSQL gave for one of the statements of the last flush, and adds what can be done
-// about it. It depends on the statement: what an INSERT of ours raises at once, the handler's own deferred constraints
-// and triggers raise too, in front of it.
+// meaning returns the sentinel for PostgreSQL's error in one of the statements of the last flush,
+// and the error with a remedy added. It depends on the statement: the handler's own deferred
+// constraints and triggers, which run before our INSERT, can raise the same codes.
 func (s *statements) meaning(failed *statement, err *pgconn.PgError) (sentinel, explained error) {
 	switch failed {
 	case &s.guard:
@@ -87,7 +88,7 @@ func (s *statements) meaning(failed *statement, err *pgconn.PgError) (sentinel, 
 			return idempotency.ErrTransactionLost, err
 		case err.Code == "23505" && err.ConstraintName == primaryKey:
 			return idempotency.ErrKeyRecorded, err
-		case err.Code == "22012" && err.Where == "", err.Code == "0A000": // in Where a trigger's own would name its function
+		case err.Code == "22012" && err.Where == "", err.Code == "0A000": // a trigger's own error would name its function in its context
 			return idempotency.ErrUnavailable, explain(err, "the record would not be kept as it was written: Store.Check and idemctl doctor name the trigger or rule on the table that must go")
 		case err.Code == "25006":
 			return idempotency.ErrAborted, explain(err, remedyReadOnly)
@@ -98,10 +99,10 @@ func (s *statements) meaning(failed *statement, err *pgconn.PgError) (sentinel, 
 	return classify(err), err
 }
 
-// explain adds to a database error what can be done about it.
+// explain adds a remedy to a database error.
 func explain(err error, remedy string) error { return fmt.Errorf("%w: %s", sqlError(err), remedy) }
 
-// remedyReadOnly: the claim asked for a transaction that writes, so it was the handler that changed that.
+// remedyReadOnly: the claim began a read-write transaction, so the handler must have changed it.
 const remedyReadOnly = "the handler made its transaction read-only: leave SET TRANSACTION READ ONLY and transaction_read_only alone"
 
 func class(pgErr *pgconn.PgError) string {

@@ -31,23 +31,23 @@ type statements struct {
 	table  string // sanitized
 	begin  statement
 	lock   statement // try to lock; also tells the transaction's timestamp, and whether COMMIT waits for standbys
-	lockAt statement // as lock; also tells where the server's log is
-	lookUp statement // always returns a row: whether row-level security applies, and the record or NULLs
+	lockAt statement // as lock; also returns the position of the server's log
+	lookUp statement // always returns a row: whether row-level security applies, then the record or NULLs
 	peek   statement // the look-up of a replay, outside of a transaction
 
-	guard       statement // fails where the transaction is not the one of the claim
-	constraints statement // runs what was deferred to COMMIT
-	insert      statement // fails unless the record was written as it was sent
+	guard       statement // fails if the transaction is not the one of the claim
+	constraints statement // runs the constraints and triggers that were deferred to COMMIT
+	insert      statement // fails unless the record was written exactly as sent
 	commit      statement
 	rollback    statement
-	barrier     statement // makes the COMMIT that follows wait for the standbys, and so for all that was committed before
+	barrier     statement // makes the next COMMIT, and so all earlier ones, wait for the standbys
 
 	// Of the resolver, on connections of its own: never prepared.
 	resolveBegin statement
 	resolveSet   statement
-	resolveAt    statement // where the server's log is
+	resolveAt    statement // the position of the server's log
 	resolveLock  statement // waits
-	resolveTime  statement // of the server's clock
+	resolveTime  statement // the server's clock
 }
 
 // insertParams is how many parameters the longest of them has.
@@ -61,8 +61,9 @@ const (
 	recordColumnsCount = 9
 )
 
-// logPosition is where the server's log is: the file, which begins with the timeline in hexadecimal, and how far it is on the
-// disk. The end of what is flushed survives a crash of the server, which what is written may not. Both fail on a standby.
+// logPosition is the position of the server's log: the name of its file, which begins with the
+// timeline in hexadecimal, and the flush position. The log up to there survives a crash of the
+// server; up to the write position it may not. Both functions fail on a standby.
 const logPosition = "pg_catalog.pg_walfile_name(pg_catalog.pg_current_wal_flush_lsn()), pg_catalog.pg_current_wal_flush_lsn()"
 
 // synchronousStandbys is true where COMMIT waits for standbys.
@@ -83,8 +84,8 @@ func newStatements(o *Options) statements {
 			settings += fmt.Sprintf(", pg_catalog.set_config('%s', '%s', true)", setting.name, setting.value)
 		}
 	}
-	// Nothing that is not seen is absent while policies apply to the role of this moment. The outer join returns a row with
-	// that where there is no record, in the same statement.
+	// While policies apply to the current role, a record that is not seen may still be there. The
+	// outer join returns a row that says so even if there is no record, in the same statement.
 	hidden := "pg_catalog.row_security_active('" + table + "'::pg_catalog.regclass)"
 	lookedUp := " FROM (SELECT) AS one LEFT JOIN " + table + " ON scope = $1 AND key = $2"
 	s := statements{
@@ -108,13 +109,16 @@ func newStatements(o *Options) statements {
 			sql:  "SELECT " + hidden + ", " + recordColumns + ", pg_catalog.pg_is_in_recovery(), " + synchronousStandbys + lookedUp,
 			oids: []uint32{pgtype.TextOID, pgtype.TextOID},
 		},
-		// Triggers of the handler's that run inside COMMIT could change what COMMIT waits for after the record set it.
+		// The handler's triggers that run inside COMMIT could change synchronous_commit after the
+		// record set it.
 		constraints: statement{sql: "SET CONSTRAINTS ALL IMMEDIATE"},
-		// created_at is NULL, and so refused, where the transaction is not the one of the claim: then the handler ended
-		// ours behind our back. $1 is NULL after a decline, whose transaction is a new one. set_config: COMMIT waits for
-		// the disk whatever the handler set. The TTL runs from now: a record is not born expired, however long the handler
-		// took. A trigger may drop or change the row and have the INSERT succeed: COMMIT is on its way behind it, so that fails
-		// here, by a division by zero. A rule is refused by PostgreSQL: INSERT stands in WITH.
+		// created_at is NULL, and so refused, if the transaction is not the one of the claim: then
+		// the handler ended ours behind our back. $1 is NULL after a decline, which records in a
+		// new transaction. set_config: COMMIT waits for the disk whatever the handler set. The TTL
+		// runs from now: a record is not born expired, however long the handler took. A trigger may
+		// drop or change the row while the INSERT succeeds. COMMIT is already on its way behind it,
+		// so this statement must fail itself, by a division by zero. PostgreSQL refuses a rule,
+		// because the INSERT is inside WITH.
 		insert: statement{
 			sql: "WITH written AS (INSERT INTO " + table + " (created_at, expires_at, status, fingerprint_version, attempt_id, scope, key, fingerprint, headers, body, trace_id)" +
 				" VALUES (CASE WHEN pg_catalog.transaction_timestamp() OPERATOR(pg_catalog.=) COALESCE($1, pg_catalog.transaction_timestamp())" +
@@ -196,19 +200,21 @@ func (s *statements) namesOn(conn *pgconn.PgConn) *preparedNames {
 	return p
 }
 
-// prepare prepares the statements on a new connection, in one round trip. The connection is good without them: they are then sent as
-// text, which costs no round trip either. So a table that is not there yet is no error, because the connection may be the one that
-// a migration needs, and neither is one that somebody has locked for longer than timeout or put a rule on, because the connection
-// may be for a request that needs no record. On a table with row-level security they are sent as text too: see [ErrRowSecurity].
+// prepare prepares the statements on a new connection, in one round trip. The connection is usable
+// without them: they are then sent as text, which adds no round trip. So a missing table is no
+// error, because a migration may need the connection. Neither is a table that has a rule, or that
+// somebody keeps locked for longer than timeout, because the connection may be for a request that
+// needs no record. If the table has row-level security, they are sent as text too: see
+// [ErrRowSecurity].
 func (s *statements) prepare(ctx context.Context, conn *pgconn.PgConn, p *preparedNames, timeout time.Duration) error {
 	pipeline := conn.StartPipeline(ctx)
-	// For the transaction, which all that comes before the Sync is.
+	// Local to the transaction: all messages before the Sync run in one.
 	pipeline.SendQueryParams("SELECT pg_catalog.set_config('lock_timeout', $1, true)",
 		[][]byte{strconv.AppendInt(nil, timeout.Milliseconds(), 10)}, []uint32{pgtype.TextOID}, nil, nil)
 	for _, one := range s.all() {
 		pipeline.SendPrepare(p.names[one.number], one.sql, one.oids)
 	}
-	// Whomever it applies to, and after they were parsed.
+	// Read after the statements were parsed, and regardless of the roles that it applies to.
 	pipeline.SendQueryParams("SELECT relrowsecurity FROM pg_catalog.pg_class WHERE oid = '"+s.table+"'::pg_catalog.regclass", nil, nil, nil, nil)
 	rowSecurity := "t"
 	err := pipeline.Sync()
@@ -218,7 +224,7 @@ func (s *statements) prepare(ctx context.Context, conn *pgconn.PgConn, p *prepar
 			break
 		}
 		if reader, ok := result.(*pgconn.ResultReader); ok {
-			if reader.NextRow() { // of the last: that of the first is not looked at
+			if reader.NextRow() { // the last query's value remains
 				rowSecurity = string(reader.Values()[0])
 			}
 			_, err = reader.Close()
@@ -246,7 +252,7 @@ func (s *statements) prepare(ctx context.Context, conn *pgconn.PgConn, p *prepar
 // unprepared reports whether a prepared statement can't be used any more: somebody deallocated it on this connection,
 // or the table changed under its plan.
 func unprepared(err error) bool {
-	if err == nil { // no memory for nothing
+	if err == nil { // saves the allocation below
 		return false
 	}
 	var pgErr *pgconn.PgError
@@ -297,9 +303,9 @@ func (d *decoder) int2() int16 {
 // bytes returns a copy: the connection's buffer is used again.
 func (d *decoder) bytes() []byte { return append([]byte{}, d.next(-1)...) }
 
-// position reads where the server's log is.
+// position reads the position of the server's log.
 func (d *decoder) position() (timeline uint32, position uint64) {
-	const digits = 24 // of the name of a file of the log
+	const digits = 24 // in the name of a log file
 	name := d.next(digits)
 	position = binary.BigEndian.Uint64(d.next(8))
 	for _, digit := range name[:8] {

@@ -27,10 +27,11 @@ type Statistics struct {
 	IndexBytes int64
 }
 
-// Statistics reads figures about the table, in four round trips on a connection of the pool, which it holds for little longer
-// than [StatisticsTimeoutMax]; where a connection has to be made first, ctx alone bounds that. It needs SELECT on the table,
-// and fails with [ErrRowSecurity] where rows may be hidden from the role.
-// Its cost does not grow with the table; still, ask every half minute and not for each request. Safe for concurrent use.
+// Statistics reads figures about the table, in four round trips on a connection of the pool, which
+// it holds for little longer than [StatisticsTimeoutMax]. If the pool has to connect first, only
+// ctx bounds that. It needs SELECT on the table, and fails with [ErrRowSecurity] if rows may be
+// hidden from the role. Its cost does not grow with the table; still, ask every half minute and not
+// for each request. Safe for concurrent use.
 func (s *Store) Statistics(ctx context.Context) (Statistics, error) {
 	var stats Statistics
 	var read, pages int64
@@ -44,9 +45,9 @@ func (s *Store) Statistics(ctx context.Context) (Statistics, error) {
 		defer cancel()
 		_ = tx.Rollback(ctx) // it wrote nothing
 	}()
-	// By the server and not by ctx, which would cost the pool its connection. Nothing is prepared: that would be done before the
-	// timeout is set, and waits for a locked table too. With row_security off the next statement fails where policies would
-	// have it count fewer rows than there are.
+	// The server's timeout and not ctx, which would cost the pool its connection. Nothing is
+	// prepared: that would happen before the timeout is set, and also waits for a locked table.
+	// With row_security off, the next statement fails if policies would hide rows from its count.
 	_, err = tx.Exec(ctx, "SELECT set_config('statement_timeout', $1, true), set_config('row_security', 'off', true)", pgx.QueryExecModeExec, fmt.Sprint(StatisticsTimeoutMax.Milliseconds()))
 	if err == nil {
 		err = tx.QueryRow(ctx, s.statisticsSQL(), pgx.QueryExecModeExec, pgx.Identifier{s.options.Schema, TableName}.Sanitize(), StatisticsPagesMax, rand.Float64()).

@@ -48,19 +48,21 @@ type Options struct {
 	// AcquireTimeout is how long a request waits for a connection. The default is [AcquireTimeoutDefault].
 	AcquireTimeout time.Duration
 
-	// StatementTimeout, LockTimeout and IdleInTransactionTimeout are the settings of the same names on each connection.
-	// A statement that is cut off by the first two makes its request unavailable. The last frees the key of a service that
-	// vanished. From PostgreSQL 17 on it is the transaction_timeout of each request as well, so that a session that stopped
-	// in the middle of its messages is ended too. It must exceed the handler's timeout by 5 seconds or, if that is longer, by
-	// the engine's CommitTimeout, and be less than 60 seconds ([IdleInTransactionTimeoutMax]). They default to 10, 5 and
-	// 20 seconds.
+	// StatementTimeout, LockTimeout and IdleInTransactionTimeout are the settings of the same names
+	// on each connection. If one of the first two cuts off a statement, its request is unavailable.
+	// The last frees the key of a service that vanished. From PostgreSQL 17 on it is also the
+	// transaction_timeout of each request, so that the server ends a session that stopped in the
+	// middle of its messages too. It must exceed the handler's timeout by 5 seconds or, if that is
+	// longer, by the engine's CommitTimeout, and be less than 60 seconds
+	// ([IdleInTransactionTimeoutMax]). They default to 10, 5 and 20 seconds.
 	StatementTimeout         time.Duration
 	LockTimeout              time.Duration
 	IdleInTransactionTimeout time.Duration
 
-	// PrepareTimeout is how long a new connection waits for the table when [Configure] prepares the store's statements on it.
-	// If somebody has the table locked for longer, as a migration has, the connection goes without them: all works, and the server
-	// parses each statement anew. Defaults to 250 milliseconds; at least 1 millisecond.
+	// PrepareTimeout is how long a new connection waits for the table when [Configure] prepares the
+	// store's statements on it. If somebody keeps the table locked for longer, as a migration may,
+	// the connection works without them, and the server parses each statement every time. Defaults
+	// to 250 milliseconds; at least 1 millisecond.
 	PrepareTimeout time.Duration
 
 	// SynchronousCommit is what COMMIT waits for: "on", the default, or "remote_apply". Weaker ones are refused: they
@@ -162,8 +164,9 @@ func (o *Options) settings() []setting {
 	}
 }
 
-// transactionTimeout is an expression that bounds the transaction that it is evaluated in, on servers that can. It is set in
-// each transaction of ours and not for the session: the service's own work on the pool may take as long as it needs.
+// transactionTimeout returns a SQL expression that limits the transaction that evaluates it, if the
+// server has transaction_timeout. It is set in each of our transactions and not for the session:
+// the service's own work on the pool may take as long as it needs.
 func (o *Options) transactionTimeout() string {
 	const since = 170000
 	return fmt.Sprintf("CASE WHEN pg_catalog.current_setting('server_version_num')::pg_catalog.int4 OPERATOR(pg_catalog.>=) %d"+
@@ -180,8 +183,9 @@ type Store struct {
 	resolvers  chan struct{}     // a place for each that runs
 	hints      *hints
 
-	// withoutPosition is set once a server would not say where its log is: some services that speak PostgreSQL's protocol
-	// don't. Claims then go without, and an old primary is not known by it.
+	// withoutPosition is set once a server refuses to return the position of its log, as some
+	// services that speak PostgreSQL's protocol do. Claims then have no position, and an old
+	// primary can't be recognized by it.
 	withoutPosition atomic.Bool
 
 	synchronousCommit []byte // the option, as a parameter
@@ -208,9 +212,9 @@ func New(pool *pgxpool.Pool, opts *Options) *Store {
 	}
 }
 
-// CheckBudget returns an error if PostgreSQL would end the transaction of a handler and a commit that take no longer than
-// they may: Options.IdleInTransactionTimeout must exceed the handler's timeout by 5 seconds or, if that is longer, by the
-// commit's.
+// CheckBudget returns an error if PostgreSQL might end the transaction while handler and commit are
+// still within their timeouts: Options.IdleInTransactionTimeout must exceed the handler's timeout
+// by 5 seconds or, if that is longer, by the commit's.
 func (s *Store) CheckBudget(handlerTimeout, commitTimeout time.Duration) error {
 	if least := handlerTimeout + max(5*time.Second, commitTimeout); s.options.IdleInTransactionTimeout < least {
 		return fmt.Errorf("postgres: Options.IdleInTransactionTimeout is %v: with a HandlerTimeout of %v and a CommitTimeout of %v it must be at least %v",
@@ -222,8 +226,8 @@ func (s *Store) CheckBudget(handlerTimeout, commitTimeout time.Duration) error {
 // errStale marks a claim that failed because its connection was dead when it was taken, or had lost our statements.
 var errStale = errors.New("connection was stale")
 
-// Begin implements [idempotency.Store]: BEGIN, lock and look-up in one round trip. A record that this store has seen
-// before comes by a look-up alone.
+// Begin implements [idempotency.Store]: BEGIN, lock and look-up in one round trip. For a record
+// that this store has seen before, a look-up is enough.
 func (s *Store) Begin(ctx context.Context, req *idempotency.Request) (idempotency.Attempt, *idempotency.Record, error) {
 	attempt, record, err := s.claim(ctx, req, s.acquire)
 	if errors.Is(err, errStale) && ctx.Err() == nil {
@@ -301,7 +305,7 @@ func (s *Store) claim(ctx context.Context, req *idempotency.Request, acquire fun
 			return nil, nil, fail("make the record safe", idempotency.ErrUnknown, err)
 		}
 		return nil, a.record, nil
-	case a.hidden: // also where the lock is taken: by a replay of what is hidden, perhaps
+	case a.hidden: // also if the lock is taken: perhaps by the replay of a hidden record
 		a.release(ctx)
 		return nil, nil, fail("look the record up", idempotency.ErrUnknown, rowSecurity(s.table, ""))
 	case !a.locked:
@@ -311,8 +315,8 @@ func (s *Store) claim(ctx context.Context, req *idempotency.Request, acquire fun
 	return a, nil, nil
 }
 
-// withoutPosition reports whether a server refuses to say where its log is: its functions are not there, not allowed or
-// not supported.
+// withoutPosition reports whether a server refuses to return the position of its log: the functions
+// are missing, not allowed or not supported.
 func withoutPosition(err error) bool {
 	pgErr, ok := definite(err)
 	return ok && (pgErr.Code == "42883" || pgErr.Code == "42501" || pgErr.Code == "0A000" || pgErr.Code == "55000")
@@ -320,9 +324,10 @@ func withoutPosition(err error) bool {
 
 var errEncoding = errors.New("client_encoding is not UTF8, or the database's is neither UTF8 nor SQL_ASCII: put the pool's config through Configure, leave it alone in handlers, and see Store.Check")
 
-// plainText reports whether the server takes our text as the bytes that we send, and keeps it apart. In any other
-// client_encoding it would read another scope out of the same bytes: the look-up misses, the primary key does not
-// conflict, and the handler pays again. And it may convert two scopes to one: EUC_JP does.
+// plainText reports whether the server takes our text as the bytes that we send, and keeps
+// different texts different. In any other client_encoding it would read another scope from the same
+// bytes: the look-up misses, the primary key does not conflict, and the handler pays again. A
+// database in EUC_JP, for example, may convert two scopes to the same text.
 func plainText(conn *pgconn.PgConn) bool {
 	server := conn.ParameterStatus("server_encoding")
 	kept := server == "UTF8" || server == "SQL_ASCII"
@@ -363,7 +368,8 @@ func (s *Store) acquireFresh(ctx context.Context) (*pgxpool.Conn, error) {
 	}
 }
 
-// decodeLookUp reads what a look-up returns: no record where there is none, or where it is hidden by row-level security.
+// decodeLookUp reads the row of a look-up. The record is nil if there is none, or if row-level
+// security hides it.
 func decodeLookUp(values [][]byte) (record *idempotency.Record, hidden bool, err error) {
 	d := decoder{values: values}
 	hidden = d.bool()

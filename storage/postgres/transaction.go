@@ -55,13 +55,13 @@ type transaction struct {
 	sealed atomic.Bool
 	slot   sync.Mutex // taken while conn is in use; guards it and what follows
 
-	batch sealedBatch // the first: most handlers send one or two
+	batch sealedBatch // used for the first batch: most handlers send one or two
 
 	failure    error // the first error of the database that no savepoint undid
 	savepoints []savepoint
 	sequence   int
 	lost       bool // the transaction was over after a use
-	stalePlans bool // a statement's plan was older than its table
+	stalePlans bool // a table changed under a prepared statement
 	abandoned  bool // a use went on past the seal: the connection is not ours any more
 }
 
@@ -174,7 +174,7 @@ func (t *transaction) remember(err error) {
 	}
 }
 
-// exec runs a statement of ours on behalf of a handle.
+// exec runs one of our statements on behalf of a handle.
 func (t *transaction) exec(ctx context.Context, sql string) error {
 	_, err := t.conn.Exec(ctx, sql)
 	return err
