@@ -38,7 +38,7 @@ func blackHole(t *testing.T) string {
 		}
 		t.Cleanup(func() { _ = conn.Close() }) // it was there to fill the queue
 	}
-	t.Fatal("this kernel's queue does not fill")
+	t.Skip("THIS FAULT WAS NOT TESTED: this kernel's queue does not fill")
 	return ""
 }
 

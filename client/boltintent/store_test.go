@@ -356,6 +356,9 @@ func TestDamageIsAnError(t *testing.T) {
 	page := os.Getpagesize()
 	damages, intact := 0, 0
 	for at := range content {
+		if offset := at % page; offset > 512 && offset < page-512 && at%11 > 0 {
+			continue
+		}
 		changed := slices.Clone(content)
 		changed[at] ^= byte(1 << (at % 8))
 		// Each opening takes a few writes to the disk.

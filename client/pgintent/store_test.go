@@ -3,6 +3,8 @@ package pgintent_test
 import (
 	"context"
 	"errors"
+	"os"
+	"strings"
 	"sync"
 	"testing"
 	"time"
@@ -15,7 +17,12 @@ import (
 	"github.com/paidonce/idempotency/internal/pgtest"
 )
 
-func TestMain(m *testing.M) { pgtest.Main(m) }
+func TestMain(m *testing.M) {
+	if arguments := strings.Fields(os.Getenv(childVariable)); len(arguments) == 2 {
+		os.Exit(payAsChild(arguments))
+	}
+	pgtest.Main(m)
+}
 
 func setup(t *testing.T, change ...func(*pgxpool.Config)) *pgxpool.Pool {
 	t.Helper()
