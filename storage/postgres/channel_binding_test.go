@@ -94,10 +94,15 @@ func TestChannelBindingIsNotGivenUp(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			ctx, cancel := context.WithTimeout(t.Context(), time.Second)
-			req := request("k", "")
-			_, err = postgres.New(pool, nil).Resolve(ctx, &req)
-			cancel()
+			for range 10 { // its last try may end with its time
+				ctx, cancel := context.WithTimeout(t.Context(), time.Second)
+				req := request("k", "")
+				_, err = postgres.New(pool, nil).Resolve(ctx, &req)
+				cancel()
+				if !errors.Is(err, context.DeadlineExceeded) {
+					break
+				}
+			}
 			pool.Close()
 			if bound := errors.As(err, &refused) && refused.Code == "28000"; bound != c.refused {
 				t.Errorf("%s, resolver: %v", name, err)
