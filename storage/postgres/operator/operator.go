@@ -167,7 +167,7 @@ func (o *Operator) in(ctx context.Context, options pgx.TxOptions, do func(ctx co
 }
 
 // Version returns the version of the schema, and whether a migration failed in the middle. 0 where nothing was migrated
-// yet. Unlike migrations.Version it makes nothing.
+// yet.
 func (o *Operator) Version(ctx context.Context) (version uint, dirty bool, err error) {
 	err = o.read(ctx, func(ctx context.Context, tx pgx.Tx) error {
 		var exists bool
