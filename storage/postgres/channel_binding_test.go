@@ -25,7 +25,8 @@ import (
 	"github.com/paidonce/idempotency/storage/postgres/operator"
 )
 
-// A connection that must be bound to its TLS channel is made, and everything that the store connects for works on it.
+// With channel_binding=require the store can connect, and everything that it does works on such
+// connections.
 func TestConfigureKeepsChannelBinding(t *testing.T) {
 	t.Parallel()
 	ctx := t.Context()
@@ -59,8 +60,8 @@ func TestConfigureKeepsChannelBinding(t *testing.T) {
 	}
 }
 
-// By default a client binds when it can. Only then does the server notice that somebody in between, whom the client does
-// not verify, ends the TLS connection and opens another.
+// By default a client binds when it can. Only then does the server notice somebody in between, whom
+// the client does not verify, who ends the TLS connection and opens another.
 func TestChannelBindingIsNotGivenUp(t *testing.T) {
 	t.Parallel()
 	server := pgtest.TLS(t)
@@ -71,7 +72,7 @@ func TestChannelBindingIsNotGivenUp(t *testing.T) {
 	}{
 		"prefer":  {"", true},
 		"require": {"&channel_binding=require", true},
-		"disable": {"&channel_binding=disable", false}, // so that the one in between is known to work
+		"disable": {"&channel_binding=disable", false}, // shows that the man in the middle works
 	} {
 		for _, configured := range []bool{false, true} {
 			config, err := pgxpool.ParseConfig(between + c.binding)
@@ -121,8 +122,8 @@ func ping(t *testing.T, config *pgxpool.Config) error {
 	return pool.Ping(t.Context())
 }
 
-// manInTheMiddle ends TLS with a certificate of its own and opens another connection to the server. It returns the
-// address for a client that verifies nothing.
+// manInTheMiddle ends TLS with its own certificate and opens another connection to the server. It
+// returns the address for a client that verifies nothing.
 func manInTheMiddle(t *testing.T, server *pgserver.Server) string {
 	t.Helper()
 	unused := httptest.NewTLSServer(nil) // for its certificate
@@ -151,7 +152,7 @@ func manInTheMiddle(t *testing.T, server *pgserver.Server) string {
 	return "postgres://" + upstream.User + ":" + upstream.Password + "@" + listener.Addr().String() + "/postgres?sslmode=require"
 }
 
-// forwardTLS is one connection of a man in the middle's.
+// forwardTLS serves one connection of a man in the middle.
 func forwardTLS(client net.Conn, own *tls.Config, address string) {
 	defer client.Close()
 	server, err := net.Dial("tcp", address)
@@ -179,7 +180,7 @@ func forwardTLS(client net.Conn, own *tls.Config, address string) {
 	both.Wait()
 }
 
-// What a service put into its pool's config is still called, and gets what it got before.
+// The hooks in a service's pool config are still called, with the same arguments as before.
 func TestConfigureKeepsTheServicesHooks(t *testing.T) {
 	t.Parallel()
 	server := pgtest.TLS(t)
@@ -282,7 +283,7 @@ func TestConfigureKeepsTheServicesHooks(t *testing.T) {
 	}
 }
 
-// hookTracer notes which of pgx's tracers are called.
+// hookTracer notes the calls of pgx's tracers.
 type hookTracer func(name string)
 
 func (h hookTracer) TraceConnectStart(ctx context.Context, _ pgx.TraceConnectStartData) context.Context {

@@ -17,7 +17,8 @@ const ReaperHeldMax = reaperHeldMax
 // AbandonTimeout is how long a goroutine left behind is waited for.
 const AbandonTimeout = abandonTimeout
 
-// RecordTogetherBytesMax is how long a record may be that is sent without a Sync in front of it.
+// RecordTogetherBytesMax is the maximum size of a record that is sent without a Sync in front of
+// it.
 const RecordTogetherBytesMax = recordTogetherBytesMax
 
 // RawConn leads around the seal, as a handler in bad faith might find a way to.

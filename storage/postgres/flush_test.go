@@ -20,8 +20,9 @@ import (
 	"github.com/paidonce/idempotency/storage/postgres"
 )
 
-// An INSERT that succeeds has not always written its row, nor the row that was sent. Without its record nothing is committed, and
-// the error says where to look. Once the table is mended the same connections work again.
+// An INSERT that succeeds may have written no row, or another one than was sent. Without its record
+// nothing is committed, and the error names the remedy. Once the table is mended the same
+// connections work again.
 func TestRecordThatIsNotKeptIsNotExecuted(t *testing.T) {
 	t.Parallel()
 	trigger := func(body string) string {
@@ -84,7 +85,7 @@ func TestRecordThatIsNotKeptIsNotExecuted(t *testing.T) {
 	}
 }
 
-// Executed is told when the commit is on the disk. A trigger that was deferred to COMMIT can't talk it out of that.
+// Executed is answered only when the commit is on the disk. A trigger that is deferred to COMMIT can't change that.
 func TestDeferredTriggerDoesNotLoosenTheCommit(t *testing.T) {
 	t.Parallel()
 	server, err := pgserver.Start(t.Context(), &pgserver.Options{Settings: map[string]string{
@@ -112,7 +113,7 @@ func TestDeferredTriggerDoesNotLoosenTheCommit(t *testing.T) {
 	}
 }
 
-// The warning is all that a COMMIT says whose wait for the standbys was canceled. A deferred trigger can't hide it.
+// If a COMMIT's wait for the standbys is canceled, a warning is the only sign. A deferred trigger can't hide it.
 func TestF20DeferredTriggerDoesNotHideTheWarning(t *testing.T) {
 	t.Parallel()
 	config := configOfOwnServer(t)
@@ -135,7 +136,8 @@ func TestF20DeferredTriggerDoesNotHideTheWarning(t *testing.T) {
 	}
 }
 
-// What was deferred to COMMIT runs in front of it, and fails the request as it did inside it. A decline has undone it by then.
+// Constraints and triggers that were deferred to COMMIT run before it, and fail the request as they
+// would inside it. A decline has undone them by then.
 func TestDeferredErrorsMeanWhatTheyMeanAtCommit(t *testing.T) {
 	t.Parallel()
 	for state, reason := range map[string]idempotency.Reason{
@@ -167,7 +169,8 @@ func TestDeferredErrorsMeanWhatTheyMeanAtCommit(t *testing.T) {
 	}
 }
 
-// A transaction that is not the claim's stays unknown, also if what was deferred in it fails: the first one may have committed.
+// If the transaction is not the claim's, the outcome stays unknown, even if one of its deferred
+// triggers fails: the first transaction may have committed.
 func TestLostTransactionWithAFailingConstraintIsUnknown(t *testing.T) {
 	t.Parallel()
 	for _, key := range []string{"k", ""} {
@@ -202,8 +205,9 @@ func (c syncs) Write(p []byte) (int, error) {
 	return c.Conn.Write(p)
 }
 
-// A record that may arrive in part is sent behind a Sync, so that PostgreSQL's timeout runs while it waits for the rest. Nothing else
-// changes: what fails in front of the Sync fails the record behind it, whatever transaction is open.
+// A record that may arrive in part is sent after a Sync, so that PostgreSQL's timeout runs while it
+// waits for the rest. Nothing else changes: an error before the Sync fails the record after it,
+// whatever transaction is open.
 func TestLongRecordIsSentBehindASync(t *testing.T) {
 	t.Parallel()
 	for _, c := range []struct{ bytes, syncs int }{{postgres.RecordTogetherBytesMax, 1}, {postgres.RecordTogetherBytesMax + 1, 2}, {1 << 20, 2}} {
@@ -254,8 +258,8 @@ func TestLongRecordIsSentBehindASync(t *testing.T) {
 	}
 }
 
-// A handler that takes another role, or makes its transaction read-only, has the record refused. That is its own failure
-// and no outage, and the log says what to do.
+// If a handler takes another role, or makes its transaction read-only, PostgreSQL refuses the
+// record. That is the handler's failure and no outage, and the log names the remedy.
 func TestHandlerThatForbidsTheRecordFails(t *testing.T) {
 	t.Parallel()
 	role := "tenant_" + strings.ToLower(idempotency.NewAttemptID().String()[:8])
@@ -311,15 +315,16 @@ func TestHandlerThatForbidsTheRecordFails(t *testing.T) {
 					t.Errorf("%v does not say %q", result.Err, c.says)
 				}
 			}
-			// A decline begins anew, and without a key there is nothing to forbid.
+			// A decline begins a new transaction, and a request without a key writes no record that
+			// could be refused.
 			want(t, quiet("declined", 402), idempotency.OutcomeExecuted, "")
 			want(t, quiet("", 201), idempotency.OutcomeExecuted, "")
 		})
 	}
 }
 
-// NOTIFY belongs to the transaction: it is sent with a 201, and not with what is undone or replayed. LISTEN belongs to the
-// session, and is refused.
+// NOTIFY belongs to the transaction: it is sent with a 201, and not after a rollback or on a
+// replay. LISTEN belongs to the session, and is refused.
 func TestNotifyIsOfTheTransactionAndListenIsRefused(t *testing.T) {
 	t.Parallel()
 	ctx := context.Background()
@@ -359,7 +364,8 @@ func TestNotifyIsOfTheTransactionAndListenIsRefused(t *testing.T) {
 	}
 }
 
-// A cursor WITH HOLD has COMMIT run its query, behind the record: it could set what COMMIT waits for.
+// COMMIT runs the query of a cursor WITH HOLD, after the record: the query could set what COMMIT
+// waits for.
 func TestCursorThatOutlivesTheTransactionIsRefused(t *testing.T) {
 	t.Parallel()
 	b := setup(t, nil)
@@ -376,8 +382,8 @@ func TestCursorThatOutlivesTheTransactionIsRefused(t *testing.T) {
 	}), idempotency.OutcomeExecuted, "")
 }
 
-// A migration makes plans stale on every connection of a pool. PostgreSQL says so before it executes anything, so the
-// request starts again, on a connection that plans anew.
+// A migration makes plans stale on every connection of a pool. PostgreSQL reports that before it
+// executes anything, so the request starts again, on a connection with new plans.
 func TestPlanThatAMigrationMadeStaleStartsAgain(t *testing.T) {
 	t.Parallel()
 	const conns = 4
@@ -428,7 +434,7 @@ func TestPlanThatAMigrationMadeStaleStartsAgain(t *testing.T) {
 	}
 }
 
-// 0A000 says of many things that they are not supported. They would not be the next time.
+// 0A000 stands for many unsupported features. A second run would not support them either.
 func TestWhatIsNotSupportedIsTriedOnce(t *testing.T) {
 	t.Parallel()
 	b := setup(t, nil)

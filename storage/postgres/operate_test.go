@@ -68,11 +68,12 @@ func TestCheckFindsWhatIsWrong(t *testing.T) {
 	}
 }
 
-// A table that may lose, change or scatter records is found, and what the error says to do mends it.
+// Check finds a table that may lose, change or scatter records, and the remedy in its error mends
+// it.
 func TestCheckNamesARemedyThatMendsTheTable(t *testing.T) {
 	t.Parallel()
 	const trigger = "CREATE FUNCTION skip() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN RETURN NULL; END $$; CREATE TRIGGER skip BEFORE "
-	// As docs/operations.md has it.
+	// The steps of docs/operations.md.
 	const plain = `BEGIN;
 		ALTER TABLE public.idempotency_keys RENAME TO idempotency_keys_old;
 		CREATE TABLE public.idempotency_keys (LIKE public.idempotency_keys_old INCLUDING ALL EXCLUDING INDEXES);
@@ -122,7 +123,7 @@ func TestCheckNamesARemedyThatMendsTheTable(t *testing.T) {
 	}
 }
 
-// What is switched off, or runs after the row was written, is not an error.
+// Rules and triggers that are disabled, or run after the row was written, are no error.
 func TestCheckLeavesHarmlessTriggersAlone(t *testing.T) {
 	t.Parallel()
 	b := setup(t, nil)
@@ -282,7 +283,8 @@ func TestOptionsThatCannotWorkPanic(t *testing.T) {
 	if text := panics(func() { idempotency.NewEngine(store, &idempotency.Options{HandlerTimeout: 15 * time.Second}) }); text != "" {
 		t.Errorf("a handler timeout of 15 s: %q", text)
 	}
-	// The commit's time too, since a server that can bounds the whole transaction by the same.
+	// The commit's timeout too: from PostgreSQL 17 on the same limit holds for the whole
+	// transaction.
 	if text := panics(func() { idempotency.NewEngine(store, &idempotency.Options{CommitTimeout: 11 * time.Second}) }); !strings.Contains(text, "CommitTimeout of 11s") {
 		t.Errorf("a commit timeout of 11 s: %q", text)
 	}

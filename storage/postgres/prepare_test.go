@@ -12,8 +12,9 @@ import (
 	"github.com/paidonce/idempotency/storage/postgres"
 )
 
-// While somebody has the table locked, as a migration has or whoever waits for it, new connections serve requests that need no record. They
-// serve the others once the lock is gone, by statements that are sent as text.
+// While the table is locked, by a migration or by a session that waits behind it, new connections
+// serve requests that need no record. Once the lock is gone they serve the others too, with
+// statements that are sent as text.
 func TestConnectionThatCannotPrepareServesAllTheSame(t *testing.T) {
 	t.Parallel()
 	for name, test := range map[string]struct {
@@ -84,7 +85,7 @@ func TestConnectionThatCannotPrepareServesAllTheSame(t *testing.T) {
 	}
 }
 
-// A new connection costs one round trip for all that is prepared.
+// A new connection prepares all statements in one round trip.
 func TestPreparingTakesOneRoundTrip(t *testing.T) {
 	t.Parallel()
 	trips := map[bool]int{}

@@ -48,9 +48,9 @@ func TestRecordedKeyIsNeverCalledNotExecuted(t *testing.T) {
 	}
 }
 
-// Above READ COMMITTED another attempt's record may be unseen by the claim. However an attempt ends that leaves no record of
-// its own, also with no restart left, it looks again: the record is a replay or a mismatch, and where that can't be told the
-// outcome is unknown.
+// Above READ COMMITTED the claim may not see another attempt's record. An attempt that leaves no
+// record of its own, however it ends and even with no restart left, looks the key up again: the
+// record is a replay or a mismatch, and if the look-up fails the outcome is unknown.
 func TestEveryEndAboveReadCommittedLooksAgain(t *testing.T) {
 	t.Parallel()
 	sql := func(sql string, status int) func(context.Context, pgx.Tx) (int, error) {
@@ -61,7 +61,7 @@ func TestEveryEndAboveReadCommittedLooksAgain(t *testing.T) {
 	}
 	ends := map[string]struct {
 		do     func(ctx context.Context, tx pgx.Tx) (status int, err error)
-		cannot bool // look again on its connection
+		cannot bool // it can't look again on its connection
 	}{
 		"commits":                     {do: sql("SELECT", 201)},
 		"declines":                    {do: sql("SELECT", 402)},
@@ -83,7 +83,8 @@ func TestEveryEndAboveReadCommittedLooksAgain(t *testing.T) {
 		engine := idempotency.NewEngine(b.store, &idempotency.Options{Restarts: -1})
 		for name, end := range ends {
 			for _, body := range []string{"the same", "another"} {
-				// One after another: what is serialized must not fail because of the others.
+				// One after another: the serializable transactions must not fail because of each
+				// other.
 				t.Run(fmt.Sprint(isolation, ", ", name, ", ", body), func(t *testing.T) {
 					key := fmt.Sprintf("%x", name+body)
 					result := engine.Do(context.Background(), request(key, "the same"), func(ctx context.Context) (*idempotency.Answer, error) {

@@ -12,7 +12,8 @@ import (
 	"github.com/paidonce/idempotency/storage/postgres"
 )
 
-// A look-up first is no more than that: where what was prepared is gone, or the connection is, the claim tells.
+// The look-up before a claim is only a try: if its prepared statement or its connection is gone,
+// the claim decides.
 func TestReplayOutlivesWhatItsConnectionLost(t *testing.T) {
 	t.Parallel()
 	ctx := context.Background()
@@ -31,7 +32,7 @@ func TestReplayOutlivesWhatItsConnectionLost(t *testing.T) {
 	}
 }
 
-// A statement that is gone is missed once on each connection.
+// A missing prepared statement costs one failed look-up on each connection.
 func TestLookUpIsSentAsTextOnceItsStatementIsGone(t *testing.T) {
 	t.Parallel()
 	ctx := context.Background()
@@ -53,7 +54,8 @@ func TestLookUpIsSentAsTextOnceItsStatementIsGone(t *testing.T) {
 	}
 }
 
-// While COMMIT waits for standbys a replay waits too, also of a key that was known before there were any.
+// While COMMIT waits for standbys a replay waits too, even if the key was known before there were
+// any.
 func TestF20QuickReplayWaitsForTheStandbys(t *testing.T) {
 	t.Parallel()
 	ctx := context.Background()

@@ -426,8 +426,9 @@ func TestResolverConnectsToTheNextServer(t *testing.T) {
 	b.resolve(ctx, "k").wantBody(t, "done")
 }
 
-// A server counts where its log has come as far as it was at the claim: on a later timeline wherever it is, on the same one
-// not before that position, and never on an earlier one. A record on another is not believed either.
+// The resolver trusts a server only if its log is at least as far as at the claim: any position on
+// a later timeline, the claim's position or later on the same one, never an earlier timeline. From
+// any other server it does not even believe a record.
 func TestResolveAsksNoServerThatIsBehindTheClaim(t *testing.T) {
 	t.Parallel()
 	b := setup(t, nil)
@@ -476,7 +477,8 @@ func TestResolveAsksNoServerThatIsBehindTheClaim(t *testing.T) {
 	}
 }
 
-// Some services that speak PostgreSQL's protocol don't say where their log is. They are served all the same, and asked once.
+// Some services that speak PostgreSQL's protocol don't return the position of their log. The store
+// works with them all the same, and asks once.
 func TestServerThatDoesNotTellItsPositionIsServed(t *testing.T) {
 	t.Parallel()
 	for name, sql := range map[string]string{

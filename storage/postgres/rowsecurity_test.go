@@ -17,7 +17,7 @@ import (
 	"github.com/paidonce/idempotency/storage/postgres"
 )
 
-// role makes a role with the rights and no others, and returns its name.
+// role creates a role with only these rights, and returns its name.
 func (b *testBundle) role(t *testing.T, grants ...string) string {
 	t.Helper()
 	name := "test_" + strings.ReplaceAll(uuid.NewString(), "-", "")
@@ -32,7 +32,7 @@ func (b *testBundle) role(t *testing.T, grants ...string) string {
 	return name
 }
 
-// as returns a store on the same database, with connections of the role's.
+// as returns a store on the same database, with connections of the role.
 func (b *testBundle) as(t *testing.T, role string, opts *postgres.Options, configure ...func(*pgxpool.Config)) *testBundle {
 	t.Helper()
 	config, err := pgxpool.ParseConfig(b.pool.Config().ConnString())
@@ -52,13 +52,14 @@ func (b *testBundle) as(t *testing.T, role string, opts *postgres.Options, confi
 	return &testBundle{pool: pool, store: postgres.New(pool, opts), wire: &wire{}}
 }
 
-// rightsOfAService and of a reaper are those of docs/guarantees.md, and what the tests' handlers need.
+// rightsOfAService and rightsOfAReaper are those of docs/guarantees.md, and the ones that the
+// tests' handlers need.
 var (
 	rightsOfAService = []string{"SELECT, INSERT ON idempotency_keys", "SELECT ON idempotency_migrations", "SELECT, INSERT ON effects", "USAGE ON SEQUENCE effects_id_seq"}
 	rightsOfAReaper  = []string{"SELECT, DELETE ON idempotency_keys"}
 )
 
-// Both remedies of Check's are run, and Check finds nothing after either.
+// Check finds nothing after either of its two remedies.
 func TestCheckFindsRowSecurity(t *testing.T) {
 	t.Parallel()
 	for _, table := range []string{"idempotency_keys", "idempotency_migrations"} {
@@ -90,7 +91,7 @@ func TestCheckFindsRowSecurity(t *testing.T) {
 	}
 }
 
-// A reaper that may not see all deletes what it sees, and says that there may be more.
+// A reaper that may not see all rows deletes those it sees, and reports that there may be more.
 func TestReaperSaysThatRowsMayBeHidden(t *testing.T) {
 	t.Parallel()
 	owner := setup(t, nil)
@@ -108,7 +109,7 @@ func TestReaperSaysThatRowsMayBeHidden(t *testing.T) {
 	if _, err := b.store.Statistics(t.Context()); !errors.Is(err, postgres.ErrRowSecurity) {
 		t.Errorf("statistics of what is seen: %v", err)
 	}
-	owner.exec(t, "ALTER ROLE "+role+" BYPASSRLS") // its connection has plans that were made before
+	owner.exec(t, "ALTER ROLE "+role+" BYPASSRLS") // its connection has older plans
 	if stats, err := b.store.Statistics(t.Context()); stats.Records != 1 || err != nil {
 		t.Errorf("%+v, %v", stats, err)
 	}
@@ -124,8 +125,8 @@ var policies = map[string]string{
 	"none that it denies": "USING (true)",
 }
 
-// A claim that may not see the record runs nothing, and says so; a record that it sees is replayed. The remedy of its error
-// is run, and works on the connection that was there.
+// A claim that may not see the record runs nothing and reports why; a record that it sees is
+// replayed. The remedy in its error works, also on connections that were open before.
 func TestClaimThatMayNotSeeTheRecordRunsNothing(t *testing.T) {
 	t.Parallel()
 	for name, policy := range policies {
@@ -171,8 +172,9 @@ func TestClaimThatMayNotSeeTheRecordRunsNothing(t *testing.T) {
 	}
 }
 
-// A plan that was made with policies goes on with them after ALTER ROLE ... BYPASSRLS, when row_security_active says that
-// none applies: no statement is prepared on a connection that met them.
+// A plan that was made with policies keeps them after ALTER ROLE ... BYPASSRLS, while
+// row_security_active reports that none applies: on a connection that met policies no statement
+// stays prepared.
 func TestPlanWithPoliciesDoesNotOutliveThem(t *testing.T) {
 	t.Parallel()
 	run := func(context.Context, pgx.Tx) int {
@@ -208,7 +210,8 @@ func TestPlanWithPoliciesDoesNotOutliveThem(t *testing.T) {
 	}
 }
 
-// A lost COMMIT that may not be seen any more is unknown, and a retry finds it once it may.
+// If row-level security hides the record of a lost COMMIT, the outcome is unknown. A retry finds it
+// once it is visible again.
 func TestLostCommitThatMayNotBeSeenIsUnknown(t *testing.T) {
 	t.Parallel()
 	owner := setup(t, nil)
@@ -241,8 +244,8 @@ func TestLostCommitThatMayNotBeSeenIsUnknown(t *testing.T) {
 	}
 }
 
-// Above READ COMMITTED an attempt that leaves no record looks again before it says not-executed: a look that may not see is
-// unknown.
+// Above READ COMMITTED an attempt that leaves no record looks again before it reports not-executed.
+// If row-level security may hide the record, the outcome is unknown.
 func TestLookAgainThatMayNotSeeIsUnknown(t *testing.T) {
 	t.Parallel()
 	owner := setup(t, nil)

@@ -465,8 +465,9 @@ func TestPoolIsRefusedToAHandler(t *testing.T) {
 	}
 }
 
-// The pool knows a handler by its context alone. A context without the attempt is anybody's: what is written by one is
-// committed apart, and stays whatever becomes of the request. The README says so, and no hook of pgx could prevent it.
+// The pool recognizes a handler only by its context. A context without the attempt could be
+// anybody's: its writes are committed apart, and stay whatever becomes of the request. The README
+// says so, and no hook of pgx could prevent it.
 func TestPoolIsRefusedToTheHandlersContextAndToNoOther(t *testing.T) {
 	t.Parallel()
 	for status, outcome := range map[int]idempotency.Outcome{201: idempotency.OutcomeExecuted, 402: idempotency.OutcomeExecuted, 500: idempotency.OutcomeNotExecuted} {
@@ -499,8 +500,8 @@ func TestPoolIsRefusedToTheHandlersContextAndToNoOther(t *testing.T) {
 	}
 }
 
-// foreignContext is a context of somebody else's. What it holds may change at any time: who prints it while it does ends
-// the process.
+// foreignContext is a context of other code. Its contents may change at any time: printing it at
+// that moment would end the process.
 type foreignContext struct {
 	context.Context
 	Values foreignValues
@@ -510,7 +511,7 @@ type foreignValues struct{ read *atomic.Int64 }
 
 func (v foreignValues) String() string { v.read.Add(1); return "canary" }
 
-// acquires keeps the contexts of Acquires that are over.
+// acquires keeps the contexts of Acquires that have ended.
 type acquires struct{ ended []context.Context }
 
 func (*acquires) TraceQueryStart(ctx context.Context, _ *pgx.Conn, _ pgx.TraceQueryStartData) context.Context {
@@ -525,7 +526,8 @@ func (a *acquires) TraceAcquireEnd(ctx context.Context, _ *pgxpool.Pool, _ pgxpo
 	a.ended = append(a.ended, ctx)
 }
 
-// Whoever prints a context of ours, a handler or a tracer of the pool, reads nothing that others put below it.
+// If a handler or a tracer of the pool prints one of our contexts, it reads no value that others
+// put below it.
 func TestContextsPrintNothingThatIsNotOurs(t *testing.T) {
 	t.Parallel()
 	var read atomic.Int64

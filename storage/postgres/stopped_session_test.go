@@ -17,8 +17,9 @@ import (
 	"github.com/paidonce/idempotency/storage/postgres"
 )
 
-// stopper makes a pool's connections stop as those of a process do that is stopped: once stop, when it is given what is
-// written, says so, the rest is never sent, nothing is received, and nothing is closed.
+// stopper makes a pool's connections behave as if their process was stopped: once stop reports so
+// for the bytes that are to be written, the rest is never sent, nothing is received, and nothing is
+// closed.
 type stopper struct {
 	mu   sync.Mutex
 	stop func(written []byte) (send int, stopped bool) // nil: everything passes
@@ -92,8 +93,9 @@ func beforeCommit(written []byte) (send int, stopped bool) {
 
 func half(written []byte) (send int, stopped bool) { return len(written) / 2, len(written) > 600 }
 
-// F12: a process that is stopped, on a machine that still answers for it, keeps its key until PostgreSQL ends the session.
-// Each case says which of PostgreSQL's timeouts does, and where none does that pg_terminate_backend does.
+// A process that is stopped, on a machine that still answers for it, keeps its key until PostgreSQL
+// ends the session. Each case names the first version with a timeout that does; if there is none,
+// pg_terminate_backend does.
 func TestKeyOfAStoppedProcessIsFreed(t *testing.T) {
 	t.Parallel()
 	const patience = time.Second
@@ -102,7 +104,7 @@ func TestKeyOfAStoppedProcessIsFreed(t *testing.T) {
 		a := answer(201)
 		a.Body = []byte(strings.Repeat("x", body))
 		_ = attempt.Seal()
-		_ = attempt.Commit(ctx, a) // the stopped process never hears what became of it
+		_ = attempt.Commit(ctx, a) // the stopped process never gets the result
 	}
 	decline := func(ctx context.Context, attempt idempotency.Attempt) {
 		a := answer(402)
@@ -184,7 +186,7 @@ func TestKeyOfAStoppedProcessIsFreed(t *testing.T) {
 				bounded := c.since != 0 && version >= c.since
 				limit := 5 * patience
 				if bounded {
-					limit = time.Minute // a machine that is busy
+					limit = time.Minute // the machine may be busy
 				}
 				for held() && time.Since(began) < limit {
 					time.Sleep(20 * time.Millisecond)
@@ -208,7 +210,7 @@ func TestKeyOfAStoppedProcessIsFreed(t *testing.T) {
 	}
 }
 
-// setupOther returns a service of its own on the bundle's database.
+// setupOther returns another service on the bundle's database.
 func setupOther(t *testing.T, b *testBundle) *testBundle {
 	t.Helper()
 	plain := b.pool.Config().ConnConfig
@@ -234,7 +236,8 @@ func (b *testBundle) text(t *testing.T, sql string, arguments ...any) (text stri
 	return text
 }
 
-// A process that is stopped while it looks for a lost COMMIT holds the key no longer than one that runs a handler.
+// If a process is stopped while it looks for a lost COMMIT, it holds the key no longer than one
+// that runs a handler.
 func TestResolverOfAStoppedProcessFreesItsKey(t *testing.T) {
 	t.Parallel()
 	for name, pooling := range map[string]bool{"directly": false, "as through a pooler": true} {
@@ -267,7 +270,7 @@ func TestResolverOfAStoppedProcessFreesItsKey(t *testing.T) {
 	}
 }
 
-// On a connection by TCP the server notices a machine that is gone, whatever was sent last.
+// Over TCP the server notices a machine that is gone, whatever was sent last.
 func TestServerNoticesAMachineThatIsGone(t *testing.T) {
 	t.Parallel()
 	b := setup(t, &setupOptions{database: pgtest.TLS(t).TLSURL("postgres")})
@@ -278,7 +281,8 @@ func TestServerNoticesAMachineThatIsGone(t *testing.T) {
 	}
 }
 
-// The Sync before a long record changes no meaning: what fails in front of it leaves nothing behind, and is said as ever.
+// The Sync before a long record changes no outcome: a failure before it leaves nothing behind, and
+// is reported as without it.
 func TestLongRecordsFailAsShortOnesDo(t *testing.T) {
 	t.Parallel()
 	for name, c := range map[string]struct {

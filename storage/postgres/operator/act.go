@@ -51,9 +51,10 @@ func (a Act) Validate() error {
 // counts: retries are still replayed. From then on the key is new, and a retry of the request runs again, WHICH CAN PAY
 // TWICE, as it can after [Operator.Forget].
 //
-// Like Forget it takes the key's lock as a claim does, and leaves a row in the audit table in the same transaction.
-// Errors: [ErrNotFound], [ErrInProgress] where an attempt or a retry holds the key, [ErrChanged], [ErrInvalid];
-// [ErrUnknown] where the reply to COMMIT was lost. Expiring what has expired is no error, and keeps the time it had.
+// Like Forget it takes the key's lock as a claim does, and leaves a row in the audit table in the
+// same transaction. Errors: [ErrNotFound], [ErrInProgress] if an attempt or a retry holds the key,
+// [ErrChanged], [ErrInvalid]; [ErrUnknown] if the reply to COMMIT was lost. Expiring what has
+// expired is no error, and keeps the time it had.
 func (o *Operator) Expire(ctx context.Context, key idempotency.Key, act Act) (Record, error) {
 	return o.act(ctx, "expire", key, act, "UPDATE ONLY "+o.keys+" SET expires_at = least(expires_at, transaction_timestamp()) WHERE scope = $1 AND key = $2 AND attempt_id = $3::uuid")
 }
@@ -62,11 +63,12 @@ func (o *Operator) Expire(ctx context.Context, key idempotency.Key, act Act) (Re
 // AGAIN, AND CAN PAY TWICE. It is for a record that is known to be wrong, after the money was looked at, and when the client
 // is known to send no more retries, or is meant to.
 //
-// It never takes a record from under an attempt: it takes the key's lock as a claim does, and does nothing where it
-// can't. But an attempt whose reply to COMMIT was lost holds nothing any more, and looks for its record for the engine's
-// ResolveTimeout: one that is not there proves to it that nothing was committed, and ITS CLIENT HEARS NOT-EXECUTED OF WHAT WAS. So
-// leave a record alone that is younger than a minute, the more so while the network or the database is in trouble.
-// Errors are those of [Operator.Expire].
+// It never takes a record from under an attempt: it takes the key's lock as a claim does, and does
+// nothing if it can't. But if an attempt lost the reply to its COMMIT, it no longer holds the lock,
+// and looks for its record for the engine's ResolveTimeout. If Forget has deleted that record, the
+// attempt takes its absence as proof, and ITS CLIENT GETS NOT-EXECUTED FOR WORK THAT WAS COMMITTED.
+// So leave a record that is younger than a minute alone, the more so while the network or the
+// database is in trouble. Errors are those of [Operator.Expire].
 func (o *Operator) Forget(ctx context.Context, key idempotency.Key, act Act) (Record, error) {
 	return o.act(ctx, "forget", key, act, "DELETE FROM ONLY "+o.keys+" WHERE scope = $1 AND key = $2 AND attempt_id = $3::uuid")
 }
@@ -114,7 +116,7 @@ func (o *Operator) actIn(ctx context.Context, tx pgx.Tx, action string, key idem
 	switch {
 	case err != nil:
 		return Record{}, err
-	case tag.RowsAffected() == 0: // the reaper took it, unless it is still there
+	case tag.RowsAffected() == 0: // the reaper deleted it, unless it is still there
 		if still, err := look(); err == nil && still.Attempt == record.Attempt {
 			return Record{}, fmt.Errorf("nothing was done: the record stays: idemctl doctor names the rule, trigger or child table of %s that keeps it", o.table)
 		}

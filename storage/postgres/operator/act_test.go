@@ -160,8 +160,8 @@ func TestNothingIsDoneThatIsNotAudited(t *testing.T) {
 	}
 }
 
-// A statement that succeeds has not always written its row. An act whose audit row or whose record was left as it was is
-// undone, and says so.
+// A statement that succeeds may have written no row. If the audit row or the change of the record
+// is missing, the act is undone and returns an error that says so.
 func TestActThatWritesNothingIsRefused(t *testing.T) {
 	t.Parallel()
 	const skip = "CREATE FUNCTION skip() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN RETURN NULL; END $$; CREATE TRIGGER skip BEFORE "

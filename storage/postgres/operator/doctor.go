@@ -36,7 +36,7 @@ type Finding struct {
 const (
 	ClockSkewMax      = 5 * time.Second  // between the server and this process
 	ReaperBehindMax   = 10 * time.Minute // since an expired record should be gone
-	TableLockAgeMax   = 2 * time.Second  // of a lock on the table that requests wait behind
+	TableLockAgeMax   = 2 * time.Second  // of a lock on the table that blocks requests
 	AttemptAgeMax     = postgres.IdleInTransactionTimeoutMax
 	TransactionAgeMax = 10 * time.Minute // of any transaction, since it keeps vacuum from its work
 	deadRowsShareMax  = 0.2
@@ -112,10 +112,11 @@ func (e *examination) add(level Level, remedy, what string, arguments ...any) {
 	e.findings = append(e.findings, Finding{Check: e.check, Level: level, What: fmt.Sprintf(what, arguments...), Remedy: remedy})
 }
 
-// Doctor looks for what is wrong with the database and for what will go wrong, and returns at least one finding for each
-// of [Checks], in that order. A check that fails is a finding itself, and ends none of the others. It changes nothing, and makes
-// three connections beside the pool's, for a moment. Each check takes at most 5 seconds. Where the database can't be reached
-// there is one finding, of the check server.
+// Doctor looks for what is wrong with the database and for what will go wrong, and returns at least
+// one finding for each of [Checks], in that order. A check that fails is a finding itself, and does
+// not stop the others. Doctor changes nothing, and makes three connections beside the pool's, for a
+// moment. Each check takes at most 5 seconds. If the database can't be reached there is one
+// finding, of the check server.
 func (o *Operator) Doctor(ctx context.Context) []Finding {
 	e := &examination{o: o}
 	for i, c := range checks {
@@ -199,7 +200,7 @@ func (e *examination) primary(ctx context.Context) error {
 	return nil
 }
 
-// pooler finds out whether a pooler such as PgBouncer is in between.
+// pooler finds out whether there is a pooler such as PgBouncer in between.
 func (e *examination) pooler(ctx context.Context) error {
 	a, err := e.connect(ctx)
 	if err != nil {
@@ -321,8 +322,9 @@ func (e *examination) index(ctx context.Context) error {
 	return nil
 }
 
-// locks looks for whoever holds the table so that requests have to wait, or waits to do so: every later request waits behind
-// it, for as long as whoever is before it takes. ALTER TABLE, VACUUM FULL and LOCK TABLE do that.
+// locks finds a session that holds a lock on the table that blocks requests, or waits for one.
+// While it waits, every later request queues behind it, for as long as the session in front of it
+// takes. ALTER TABLE, VACUUM FULL and LOCK TABLE take such a lock.
 func (e *examination) locks(ctx context.Context) error {
 	var pid int
 	var granted bool
@@ -389,8 +391,9 @@ func (e *examination) rights(ctx context.Context) error {
 	return nil
 }
 
-// rowSecurity finds the roles that a policy may hide rows from: this one, and those that may read the table and write or
-// delete records, as services and reapers do. Superusers, roles with BYPASSRLS and, unless it is forced, the table's owner see all.
+// rowSecurity finds the roles that a policy may hide rows from: this one, and those that may read
+// the table and write or delete records, as services and reapers do. Superusers and roles with
+// BYPASSRLS see all rows, and so does the table's owner unless row-level security is forced.
 func (e *examination) rowSecurity(ctx context.Context) error {
 	type hidden struct {
 		table string

@@ -12,14 +12,15 @@ import (
 	"github.com/jackc/pgx/v5/pgproto3"
 )
 
-// encryption looks at a connection as the pool makes them: whether somebody in between could read or change what passes.
+// encryption makes a connection as the pool does, and checks whether somebody in between could read
+// or change its data.
 func (e *examination) encryption(ctx context.Context) error {
 	pool := e.o.pool.Config()
 	config := pool.ConnConfig
 	var login loginWatch
 	build := config.BuildFrontend
 	config.BuildFrontend = func(r io.Reader, w io.Writer) *pgproto3.Frontend {
-		login = loginWatch{Writer: w} // of this attempt: of several hosts the last one is connected to
+		login = loginWatch{Writer: w} // new for each host that is tried: the last one is connected
 		return build(r, &login)
 	}
 	var encrypted *tls.Conn // before the pool's hook gets it
@@ -62,18 +63,19 @@ func (e *examination) encryption(ctx context.Context) error {
 	return nil
 }
 
-// verified reports whether the server's certificate was verified, be it by a function of the config's as for verify-ca.
+// verified reports whether the server's certificate was verified, be it by a function in the config
+// as for verify-ca.
 func verified(conn *tls.Conn, config *tls.Config) bool {
 	return len(conn.ConnectionState().VerifiedChains) > 0 || config != nil && (config.VerifyPeerCertificate != nil || config.VerifyConnection != nil)
 }
 
-// local reports whether an address is of this machine.
+// local reports whether an address belongs to this machine.
 func local(address net.Addr) bool {
 	tcp, ok := address.(*net.TCPAddr)
 	return !ok || tcp.IP.IsLoopback()
 }
 
-// loginWatch sees which mechanism a client logs in by. It keeps nothing of what passes.
+// loginWatch notes the mechanism by which a client logs in. It keeps nothing else.
 type loginWatch struct {
 	io.Writer
 	bound bool

@@ -15,10 +15,11 @@ import (
 	"github.com/paidonce/idempotency/storage/postgres/operator"
 )
 
-// wrapped is a connection of a hook's that hides the TLS connection below it.
+// wrapped is a hook's connection that hides the TLS connection below it.
 type wrapped struct{ net.Conn }
 
-// The doctor says how a connection is protected, and what protects it where nothing does; each remedy is tried.
+// The doctor reports how a connection is protected, or names a remedy if it is not; the test tries
+// each remedy.
 func TestDoctorLooksAtTheEncryption(t *testing.T) {
 	t.Parallel()
 	server := pgtest.TLS(t)
@@ -27,7 +28,7 @@ func TestDoctorLooksAtTheEncryption(t *testing.T) {
 	unverified := func(address string) string {
 		return strings.Replace(address, "sslmode=verify-full", "sslmode=require", 1)
 	}
-	// libpq, and pgx after it, take require for verify-ca if there is a root certificate.
+	// libpq, and pgx like it, treat require as verify-ca if there is a root certificate.
 	withoutRoot := func(address string) string {
 		u, err := url.Parse(address)
 		if err != nil {
@@ -41,7 +42,7 @@ func TestDoctorLooksAtTheEncryption(t *testing.T) {
 	wrap := func(c *pgxpool.Config) {
 		c.ConnConfig.AfterNetConnect = func(_ context.Context, _ *pgconn.Config, conn net.Conn) (net.Conn, error) { return wrapped{conn}, nil }
 	}
-	away := func(c *pgxpool.Config) { // the socket, by a connection that looks as one to another machine
+	away := func(c *pgxpool.Config) { // the socket, through a connection that looks like one to another machine
 		dial := c.ConnConfig.DialFunc
 		c.ConnConfig.DialFunc = func(ctx context.Context, network, address string) (net.Conn, error) {
 			conn, err := dial(ctx, network, address)

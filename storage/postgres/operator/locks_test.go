@@ -13,11 +13,12 @@ import (
 	"github.com/paidonce/idempotency/storage/postgres/operator"
 )
 
-// Somebody's ALTER TABLE behind a reader stops every request. The doctor says who it is, and its remedy helps.
+// An ALTER TABLE that waits behind a reader stops every request. The doctor names its process, and
+// its remedy helps.
 func TestDoctorFindsWhoKeepsRequestsFromTheTable(t *testing.T) {
 	t.Parallel()
 	for name, test := range map[string]struct {
-		reads bool // somebody reads, for whom the other waits
+		reads bool // a reader holds the table, and the ALTER TABLE waits for it
 		says  string
 	}{
 		"waits": {true, "requests wait behind it"},

@@ -32,9 +32,9 @@ const (
 	ScanTimeMaxDefault      = 500 * time.Millisecond
 )
 
-// What callers branch on. No error holds a scope, a key or anything of a record. A call on a table that has row-level
-// security for the role fails with postgres.ErrRowSecurity, whatever the policies say: none of its answers could be
-// trusted.
+// Errors for callers to branch on. None contains a scope, a key or any part of a record. A call on
+// a table that has row-level security for the role fails with postgres.ErrRowSecurity, whatever the
+// policies say: none of its answers could be trusted.
 var (
 	// ErrNotFound: the key has no record.
 	ErrNotFound = errors.New("key has no record")
@@ -58,8 +58,9 @@ type Options struct {
 	// StatementTimeout is how long one statement may take: the server ends it then. The default is [StatementTimeoutDefault].
 	StatementTimeout time.Duration
 
-	// CallTimeout is how long one call may take, the wait for a connection included. The server ends a session that idles
-	// in a call for as long. [Operator.GC] and [Operator.Doctor] have their own. Defaults to 10 seconds.
+	// CallTimeout is how long one call may take, the wait for a connection included. The server
+	// ends a session that is idle in a call for as long. [Operator.GC] and [Operator.Doctor] have
+	// their own. Defaults to 10 seconds.
 	CallTimeout time.Duration
 
 	// RowsExaminedMax and ScanTimeMax bound how much of the table one page of [Operator.List] goes through for its filter:
@@ -129,9 +130,10 @@ func setDefault[T comparable](field *T, value T) {
 // lockTimeoutMS is how long an act waits for a row or a table that somebody holds.
 const lockTimeoutMS = "2000"
 
-// in runs do in a transaction of its own, with the settings that bound it, and commits where do returned nil. Names are
-// found in pg_catalog alone, or are qualified. With row_security off a statement fails that row-level security would
-// keep rows from: an operator never takes what a policy hides for absent.
+// in runs do in a transaction of its own, with the settings that bound it, and commits if do
+// returns nil. The search_path is only pg_catalog; all other names are qualified. With row_security
+// off, a statement fails if row-level security would hide rows from it: an operator never takes a
+// hidden record for absent.
 func (o *Operator) in(ctx context.Context, options pgx.TxOptions, do func(ctx context.Context, tx pgx.Tx) error) error {
 	ctx, cancel := context.WithTimeout(ctx, o.options.CallTimeout)
 	defer cancel()
@@ -144,7 +146,8 @@ func (o *Operator) in(ctx context.Context, options pgx.TxOptions, do func(ctx co
 		defer cancel()
 		_ = tx.Rollback(ctx)
 	}()
-	// The idle time too: a program that is stopped in between, at a terminal say, must not keep a key.
+	// The idle time too: a program that is stopped in between, for example at a terminal, must not
+	// keep a key.
 	if _, err := tx.Exec(ctx, `SELECT pg_catalog.set_config('statement_timeout', $1, true), pg_catalog.set_config('lock_timeout', $2, true),
 		pg_catalog.set_config('idle_in_transaction_session_timeout', $3, true),
 		pg_catalog.set_config('search_path', 'pg_catalog', true), pg_catalog.set_config('client_encoding', 'UTF8', true),

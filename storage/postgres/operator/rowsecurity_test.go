@@ -11,14 +11,15 @@ import (
 	"github.com/paidonce/idempotency/storage/postgres/operator"
 )
 
-// rightsOfAnOperator are those of the package's documentation, and that to delete audit rows by age.
+// rightsOfAnOperator are those of the package's documentation, and the right to delete audit rows
+// by age.
 var rightsOfAnOperator = []string{
 	"SELECT, DELETE, UPDATE (expires_at) ON idempotency_keys", "SELECT, INSERT, DELETE ON idempotency_audit", "SELECT, DELETE ON idempotency_events",
 	"SELECT ON idempotency_migrations", "pg_monitor",
 }
 
-// What row-level security hides is never said to be absent: each look, and each act, says so instead, with the remedy. The
-// doctor's remedy is run, each of its two ways, and works.
+// A row that row-level security hides is never reported as absent: each look-up and each act fails
+// instead, with the remedy. Each of the doctor's two remedies works.
 func TestHiddenRowsAreNotCalledAbsent(t *testing.T) {
 	t.Parallel()
 	ctx := context.Background()
@@ -106,7 +107,7 @@ func TestHiddenRowsAreNotCalledAbsent(t *testing.T) {
 	}
 }
 
-// The doctor is asked by the tables' owner, who sees all, and finds the service that does not.
+// The tables' owner, who sees all rows, runs the doctor, which finds the service that does not.
 func TestDoctorFindsTheRoleThatSeesNothing(t *testing.T) {
 	t.Parallel()
 	b := setup(t, nil)

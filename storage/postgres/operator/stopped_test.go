@@ -13,7 +13,7 @@ import (
 	"github.com/paidonce/idempotency/storage/postgres/operator"
 )
 
-// stopAt stops a program before a statement until the test lets it go on.
+// stopAt stops a program before a statement until the test continues it.
 type stopAt struct {
 	prefix  string
 	stopped chan struct{}
@@ -31,7 +31,8 @@ func (s *stopAt) TraceQueryStart(ctx context.Context, _ *pgx.Conn, data pgx.Trac
 
 func (s *stopAt) TraceQueryEnd(context.Context, *pgx.Conn, pgx.TraceQueryEndData) {}
 
-// A program that is stopped in the middle of an act, by a terminal's Ctrl-Z say, gives the key back, and the act is not done.
+// If a program is stopped in the middle of an act, for example by Ctrl-Z, the key becomes free and
+// the act is not done.
 func TestStoppedActGivesTheKeyBack(t *testing.T) {
 	t.Parallel()
 	b := setup(t, nil)
