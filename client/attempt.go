@@ -94,11 +94,22 @@ func timedOut(ctx context.Context, err error) error {
 	return err
 }
 
+// outcomeOf returns what an answer says, "" if it says nothing. One that says two things proves neither.
+func outcomeOf(header http.Header) idempotency.Outcome {
+	values := header.Values(headerStatus)
+	for _, value := range values {
+		if value != values[0] {
+			return idempotency.OutcomeUnknown
+		}
+	}
+	return idempotency.Outcome(header.Get(headerStatus))
+}
+
 // answered notes what an answer says.
 func (t *Transport) answered(op *operation, response *http.Response, content []byte) *attempt {
 	a := &attempt{
 		seen: seenAnswered, status: response.StatusCode, response: response, content: content,
-		outcome: idempotency.Outcome(response.Header.Get(headerStatus)),
+		outcome: outcomeOf(response.Header),
 	}
 	switch {
 	case a.outcome != "":
@@ -159,15 +170,18 @@ func (a *attempt) why() error {
 // errAnswer stands for an answer, whose status the error tells.
 var errAnswer = errors.New("no definite answer")
 
-// retryAfter returns what the answer's Retry-After asks for: seconds, or a date, which is read by the server's own
+// retryAfter returns what the answer's Retry-After asks for: seconds, which some servers send with a fraction, or a date, which is read by the server's own
 // clock where the answer tells its time. It is 0 where there is none.
 func (a *attempt) retryAfter() time.Duration {
 	if a.response == nil {
 		return 0
 	}
 	value := strings.TrimSpace(a.response.Header.Get("Retry-After"))
-	if seconds, err := strconv.ParseUint(value, 10, 32); err == nil {
-		return time.Duration(seconds) * time.Second
+	if strings.Trim(value, "0123456789.") == "" { // else ParseFloat takes signs, exponents and words
+		const most = 1e9 // more than a Duration has is as good as that
+		if seconds, err := strconv.ParseFloat(value, 64); err == nil || errors.Is(err, strconv.ErrRange) {
+			return time.Duration(min(seconds, most) * float64(time.Second))
+		}
 	}
 	at, err := http.ParseTime(value)
 	if err != nil {

@@ -102,7 +102,11 @@ func TestRetryAfterIsHonouredUpToItsMost(t *testing.T) {
 		"a date that is over":            {at(-time.Hour), nil, 0},
 		"negative":                       {text("-5"), nil, 0},
 		"nonsense":                       {text("soon"), nil, 0},
-		"more seconds than a number has": {text("99999999999999999999"), nil, 0},
+		"more seconds than a number has": {text("99999999999999999999"), nil, 10 * time.Second},
+		"seconds with a fraction":        {text("1.5"), nil, 1500 * time.Millisecond},
+		"an exponent":                    {text("1e3"), nil, 0},
+		"no number":                      {text("."), nil, 0},
+		"nothing":                        {text(" "), nil, 0},
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()

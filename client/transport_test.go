@@ -124,6 +124,19 @@ func TestRedirectAfterALostReplyPaysOnce(t *testing.T) {
 	}
 }
 
+// TestTwoStatusesProveNothing: something between the two added its own, and nobody knows which is the server's.
+func TestTwoStatusesProveNothing(t *testing.T) {
+	t.Parallel()
+	for _, statuses := range [][]string{{"not-executed", "unknown"}, {"unknown", "not-executed"}, {"executed", "not-executed"}, {"Not-Executed"}} {
+		s := newScript(t, func(_ int, w http.ResponseWriter, _ *http.Request) {
+			w.Header()["Idempotency-Status"] = statuses
+			w.WriteHeader(503)
+		})
+		_, _, err := post(t, newClient(t, quick()), t.Context(), s.server.URL, "body")
+		expectError(t, err, idempotency.OutcomeUnknown, client.ErrAttemptsSpent)
+	}
+}
+
 // TestBodyThatDidNotArriveIsSentAgain: the one 400 that is the network's fault.
 func TestBodyThatDidNotArriveIsSentAgain(t *testing.T) {
 	t.Parallel()
