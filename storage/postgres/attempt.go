@@ -301,7 +301,7 @@ func (a *attempt) end(ctx context.Context, step string, calls []call) error {
 	switch {
 	case err == nil && !reply.committed:
 		return fail(step, idempotency.ErrAborted, errors.New("COMMIT was answered with ROLLBACK"))
-	case err == nil && a.synchronous && warned(a.conn()):
+	case err == nil && waitedInVain(a.conn(), a.synchronous): // standbys may have been named since the claim
 		return fail(step, idempotency.ErrUnknown, errNotReplicated)
 	case err == nil:
 		if !a.req.Keyless() && !a.synchronous { // with standbys a look-up is not enough for a replay

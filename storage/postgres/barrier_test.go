@@ -312,3 +312,37 @@ func TestWarningsOfTheServiceAreClearedUp(t *testing.T) {
 		}
 	}
 }
+
+// Standbys may be named while a request runs. COMMIT waits for them though the claim knew of none, and a wait that is canceled
+// is as little of an answer then.
+func TestF20StandbysNamedAfterTheClaimAreWaitedFor(t *testing.T) {
+	t.Parallel()
+	ctx := t.Context()
+	config := configOfOwnServer(t)
+	postgres.Configure(config, nil)
+	pool, err := pgxpool.NewWithConfig(ctx, config)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer pool.Close()
+	if err := migrations.Up(ctx, pool, nil); err != nil {
+		t.Fatal(err)
+	}
+	store := postgres.New(pool, nil)
+	for name, end := range map[string]func(idempotency.Attempt, context.Context, *idempotency.Answer) error{
+		"commit": idempotency.Attempt.Commit, "decline": idempotency.Attempt.Decline,
+	} {
+		setStandbys(t, pool, "")
+		attempt, _, err := store.Begin(ctx, new(withAttemptID(request(name, ""))))
+		if err != nil {
+			t.Fatal(err)
+		}
+		setStandbys(t, pool, "nobody")
+		done := make(chan error, 1)
+		go func() { done <- end(attempt, ctx, answer(201)) }()
+		cancelWaiting(t, pool)
+		if err := <-done; !errors.Is(err, idempotency.ErrUnknown) {
+			t.Errorf("%s: error %v, want ErrUnknown", name, err)
+		}
+	}
+}

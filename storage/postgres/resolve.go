@@ -231,13 +231,23 @@ func (s *Store) barrier(ctx context.Context, conn *pgconn.PgConn) error {
 	return nil
 }
 
-// warningMark is the key under which a connection's custom data says that the server warned of something. That is all
-// a COMMIT says whose wait for the standbys was canceled: it succeeds.
+// warningMark is the key under which a connection's custom data says that the server warned of something: the routine of
+// its that did. That is all a COMMIT says whose wait for the standbys was canceled: it succeeds.
 const warningMark = "paidonce/idempotency/warned"
+
+// canceledWait is the routine that warns of such a COMMIT.
+const canceledWait = "SyncRepWaitForLSN"
 
 func forgetWarning(conn *pgconn.PgConn) { delete(conn.CustomData(), warningMark) }
 
-func warned(conn *pgconn.PgConn) bool { return conn.CustomData()[warningMark] == true }
+func warned(conn *pgconn.PgConn) bool { return conn.CustomData()[warningMark] != nil }
+
+// waitedInVain reports whether the last COMMIT did not wait for the standbys to its end. synchronous says that there were
+// some when the transaction began: then any warning is taken for that one, because not every server names its routines.
+func waitedInVain(conn *pgconn.PgConn, synchronous bool) bool {
+	routine, ok := conn.CustomData()[warningMark].(string)
+	return ok && (synchronous || routine == canceledWait)
+}
 
 // markWarnings returns a notice handler that marks the connection, after inner was told.
 func markWarnings(inner pgconn.NoticeHandler) pgconn.NoticeHandler {
@@ -246,7 +256,9 @@ func markWarnings(inner pgconn.NoticeHandler) pgconn.NoticeHandler {
 			inner(conn, notice)
 		}
 		if notice.SeverityUnlocalized == "WARNING" {
-			conn.CustomData()[warningMark] = true
+			if mark := conn.CustomData(); mark[warningMark] != canceledWait { // one of several may be it
+				mark[warningMark] = notice.Routine
+			}
 		}
 	}
 }
