@@ -168,7 +168,7 @@ func (r *replyReader) read(message pgproto3.BackendMessage) (over bool, err erro
 		}
 		r.row = false
 	case *pgproto3.ErrorResponse:
-		if r.err == nil {
+		if committed := r.reply.committed && r.reply.failed == len(r.calls); r.err == nil && !committed { // no error takes a COMMIT back
 			r.err = pgconn.ErrorResponseToPgError(message)
 		}
 	case *pgproto3.ReadyForQuery:
