@@ -448,3 +448,30 @@ func TestWhatIsNotSupportedIsTriedOnce(t *testing.T) {
 		t.Errorf("%d runs, want 1", runs)
 	}
 }
+
+// A trigger of the service's that copies records into a table of the same names is no race that was lost, and no lost
+// transaction: its errors are its own.
+func TestErrorOfATriggersOwnTableIsNotOurs(t *testing.T) {
+	t.Parallel()
+	for name, archive := range map[string]string{
+		"its primary key": "(scope text, key text, CONSTRAINT idempotency_keys_pkey PRIMARY KEY (scope, key)); INSERT INTO archive.idempotency_keys VALUES ('acme', 'k')",
+		"its column":      "(scope text, key text, created_at timestamptz NOT NULL)",
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			b := setup(t, nil)
+			b.exec(t, "CREATE SCHEMA archive; CREATE TABLE archive.idempotency_keys "+archive+`;
+				CREATE FUNCTION archive() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN INSERT INTO archive.idempotency_keys (scope, key) VALUES (NEW.scope, NEW.key); RETURN NULL; END $$;
+				CREATE TRIGGER archive AFTER INSERT ON idempotency_keys FOR EACH ROW EXECUTE FUNCTION archive()`)
+			runs := 0
+			want(t, b.do(t, request("k", ""), func(ctx context.Context, _ pgx.Tx) int {
+				runs++
+				effect(ctx, t)
+				return 201
+			}), idempotency.OutcomeNotExecuted, idempotency.ReasonHandlerFailed)
+			if runs != 1 || b.effects(t) != 0 {
+				t.Errorf("%d runs and %d effects, want 1 and none", runs, b.effects(t))
+			}
+		})
+	}
+}

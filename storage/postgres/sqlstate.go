@@ -83,10 +83,12 @@ func (s *statements) meaning(failed *statement, err *pgconn.PgError) (sentinel, 
 			return idempotency.ErrTransactionLost, err
 		}
 	case &s.insert:
+		// A trigger may copy records into a table of the same names elsewhere. An error that names no table is taken for ours.
+		ours := err.TableName == "" || err.TableName == TableName && err.SchemaName == s.schema
 		switch {
-		case err.Code == "23502" && err.ColumnName == "created_at":
+		case ours && err.Code == "23502" && err.ColumnName == "created_at":
 			return idempotency.ErrTransactionLost, err
-		case err.Code == "23505" && err.ConstraintName == primaryKey:
+		case ours && err.Code == "23505" && err.ConstraintName == primaryKey:
 			return idempotency.ErrKeyRecorded, err
 		case err.Code == "22012" && err.Where == "", err.Code == "0A000": // a trigger's own error would name its function in its context
 			return idempotency.ErrUnavailable, explain(err, "the record would not be kept as it was written: Store.Check and idemctl doctor name the trigger or rule on the table that must go")

@@ -28,6 +28,7 @@ type statement struct {
 // SET LOCAL search_path can't redirect them.
 type statements struct {
 	id     string // of their texts together
+	schema string
 	table  string // sanitized
 	begin  statement
 	lock   statement // try to lock; also tells the transaction's timestamp, and whether COMMIT waits for standbys
@@ -89,7 +90,7 @@ func newStatements(o *Options) statements {
 	hidden := "pg_catalog.row_security_active('" + table + "'::pg_catalog.regclass)"
 	lookedUp := " FROM (SELECT) AS one LEFT JOIN " + table + " ON scope = $1 AND key = $2"
 	s := statements{
-		table: table,
+		schema: o.Schema, table: table,
 		begin: statement{sql: "BEGIN ISOLATION LEVEL " + string(o.Isolation) + " READ WRITE"},
 		lock: statement{
 			sql:  "SELECT pg_catalog.pg_try_advisory_xact_lock($1), pg_catalog.transaction_timestamp(), " + synchronousStandbys + settings,
