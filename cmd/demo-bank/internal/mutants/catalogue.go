@@ -159,7 +159,7 @@ func Catalogue() []Mutant {
 			Name: "row-security-not-looked-at",
 			Bug:  "a record that row-level security hides from a claim is taken for absent",
 			Test: Test{"storage/postgres", "TestClaimThatMayNotSeeTheRecordRunsNothing"},
-			edits: []edit{{storeFile, `	case a.hidden: // also where the lock is taken: by a replay of what is hidden, perhaps
+			edits: []edit{{storeFile, `	case a.hidden: // also if the lock is taken: perhaps by the replay of a hidden record
 		a.release(ctx)
 		return nil, nil, fail("look the record up", idempotency.ErrUnknown, rowSecurity(s.table, ""))
 `, ``}},
