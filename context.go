@@ -34,10 +34,11 @@ func (c *attemptContext) Value(key any) any {
 	return c.Context.Value(key)
 }
 
-// String names the context alone. What is below it belongs to others, who may change it while it is printed.
+// String returns only the context's name. The contexts below it belong to others, who may change
+// them while it is printed.
 func (*attemptContext) String() string { return "idempotency.WithAttempt" }
 
-// Format keeps the key, and what is below, out of every verb of fmt.
+// Format keeps the key and the contexts below out of every verb of fmt.
 func (c *attemptContext) Format(f fmt.State, _ rune) { _, _ = io.WriteString(f, c.String()) } // fmt has no use for the error
 
 // detached is a context.WithoutCancel that can lie within something else: it has the values of a context, and never ends.
@@ -52,10 +53,10 @@ func (*detached) Done() <-chan struct{} { return nil }
 // Err implements context.Context.
 func (*detached) Err() error { return nil }
 
-// String names the context alone, as that of attemptContext does.
+// String returns only the context's name, as that of attemptContext does.
 func (*detached) String() string { return "idempotency.WithoutCancel" }
 
-// Format keeps what is below out of every verb of fmt.
+// Format keeps the contexts below out of every verb of fmt.
 func (c *detached) Format(f fmt.State, _ rune) { _, _ = io.WriteString(f, c.String()) } // fmt has no use for the error
 
 // AttemptIDFrom returns the id of the attempt that runs with this context, and false outside an idempotent handler.
@@ -82,15 +83,18 @@ func KeyFrom(ctx context.Context) (Key, bool) {
 // request, different for every other request and name, and safe to show to the other side, which can't tell the
 // original from it. It has the layout of a version 8 UUID (RFC 9562).
 //
-// What the handler does outside its transaction happens at least once, and a decline or a rollback does not undo it.
-// With a derived key the other side can tell the repetitions. So from this call on the request is never not-executed: if
-// nothing is recorded, because its answer is forgotten, it fails, or its commit does, it is [OutcomeUnknown], and the
-// client goes on with the same key. That holds for all runs of one [Engine.Do], whichever asked. The key must be asked for
-// before the handler returns; a goroutine that asks later does not change what the client is told.
+// The handler's effects outside its transaction happen at least once, and a decline or a rollback
+// does not undo them. With a derived key the other side can recognize repetitions. So from this
+// call on the request is never not-executed: if nothing is recorded, because the answer is
+// forgotten, the handler fails, or the commit fails, the outcome is [OutcomeUnknown], and the
+// client retries with the same key. That holds for all runs of one [Engine.Do], whichever of them
+// called DerivedKey. Call it before the handler returns; a later call from a goroutine does not
+// change the client's answer.
 //
-// A request that came without a key gets a key of this one attempt, which no retry can repeat: if it is unknown it stays
-// so. [Options.Service] tells the keys of two services apart. It may be called from several goroutines. It panics outside
-// an idempotent handler, because a key that is not stable would be worse than none.
+// For a request without a key it returns a key of this one attempt, which no retry can repeat: if
+// the outcome is unknown, it stays so. [Options.Service] keeps the keys of two services apart.
+// DerivedKey may be called from several goroutines. It panics outside an idempotent handler,
+// because a key that is not stable would be worse than none.
 func DerivedKey(ctx context.Context, name string) string {
 	r, ok := ctx.Value(contextKey{}).(*running)
 	if !ok {
@@ -100,7 +104,7 @@ func DerivedKey(ctx context.Context, name string) string {
 	return r.derive(name)
 }
 
-// derive makes a derived key, and does not say that the handler has asked for one.
+// derive returns a derived key without marking the request.
 func (r *running) derive(name string) string {
 	var fields []byte
 	if r.service == "" {
@@ -128,9 +132,10 @@ type UsageError string
 
 func (e UsageError) Error() string { return string(e) }
 
-// PanicError is a panic of the handler, of a policy ([Options.Disposition], [Options.Reduce]) or of a [Tracer]; its text says
-// of which. The text shows an error of package runtime and a [UsageError] whole, and of everything else the type alone: the
-// value may hold the handler's data, so no log of this module has it. A [Tracer] that may show it finds it in Value:
+// PanicError is a panic of the handler, of a policy ([Options.Disposition], [Options.Reduce]) or of
+// a [Tracer]; its text says which. The text contains an error of package runtime or a [UsageError]
+// in full, and for any other value only its type: the value may hold the handler's data, so no log
+// of this module has it. A [Tracer] that may show it finds it in Value:
 //
 //	func (reporter) TraceRequestEnd(_ context.Context, end idempotency.RequestEnd) {
 //		var panicked *idempotency.PanicError
@@ -142,7 +147,7 @@ type PanicError struct {
 	Value any
 	Stack []byte // the goroutine's stack at the panic
 
-	whose string // empty is the handler's
+	whose string // empty: the handler
 }
 
 func (p *PanicError) Error() string {
@@ -157,8 +162,8 @@ func (p *PanicError) Error() string {
 	return fmt.Sprintf("%s panicked with a %T", whose, p.Value)
 }
 
-// ofRuntime reports whether an error's type is one of package runtime. To have the methods of a runtime.Error is not
-// enough: the text of another type is the service's.
+// ofRuntime reports whether an error's type is one of package runtime. The methods of runtime.Error
+// are not enough: the text of any other type comes from the service.
 func ofRuntime(err error) bool {
 	t := reflect.TypeOf(err)
 	if t.Kind() == reflect.Pointer {
@@ -167,7 +172,8 @@ func ofRuntime(err error) bool {
 	return t.PkgPath() == "runtime"
 }
 
-// Unwrap returns the value of a handler's panic if it is an error. No other panic speaks for the handler.
+// Unwrap returns the value of a handler's panic if it is an error. A panic of a policy or a tracer
+// must not pass for the handler's.
 func (p *PanicError) Unwrap() error {
 	if p.whose != "" {
 		return nil

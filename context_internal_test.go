@@ -6,8 +6,8 @@ import (
 	"testing"
 )
 
-// Only a handler that asks gets its request marked. A key that the library derives for itself is the same key, and is sent to
-// nobody.
+// Only a handler that calls DerivedKey marks its request. The library derives the same key for
+// itself without sending it to anybody.
 func TestKeysThatTheLibraryDerivesMarkNothing(t *testing.T) {
 	t.Parallel()
 	ctx := &attemptContext{Context: context.Background(), running: running{key: Key{Scope: "acme", Value: "k"}, derived: new(atomic.Bool)}}

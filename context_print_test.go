@@ -11,8 +11,8 @@ import (
 	"github.com/paidonce/idempotency/storage/memory"
 )
 
-// foreignContext is a context of somebody else's. What it carries may be changed at any time, and must not be read by
-// those who don't own it: to print a map while another goroutine writes to it ends the process.
+// foreignContext is a context of other code. Its contents may change at any time, and only its
+// owner may read them: printing a map while another goroutine writes to it ends the process.
 type foreignContext struct {
 	context.Context
 	Values foreignValues
@@ -37,8 +37,8 @@ func (s printingStore) Begin(ctx context.Context, req *idempotency.Request) (ide
 	return s.Store.Begin(ctx, req)
 }
 
-// A service may print the contexts that it gets from us, in a log or an error. They show nothing of what other code put
-// below them, and not the key.
+// A service may print the contexts that it gets from us, in a log or an error. They show neither
+// the key nor any value that other code put below them.
 func TestContextsPrintNothingThatIsNotOurs(t *testing.T) {
 	t.Parallel()
 	var printed atomic.Int64
@@ -54,7 +54,7 @@ func TestContextsPrintNothingThatIsNotOurs(t *testing.T) {
 	req := keyed("key-canary")
 	result := engine.Do(below, req, func(ctx context.Context) (*idempotency.Answer, error) {
 		print(ctx)
-		cancelable, cancel := context.WithCancel(ctx) // package context names what is below with String
+		cancelable, cancel := context.WithCancel(ctx) // package context prints the parent with String
 		defer cancel()
 		print(cancelable)
 		return &idempotency.Answer{Status: 201}, nil

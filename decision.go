@@ -11,7 +11,7 @@ const (
 	OutcomeReplayed    Outcome = "replayed"     // an earlier attempt's answer, repeated
 	OutcomeInProgress  Outcome = "in-progress"  // another attempt is running
 	OutcomeMismatch    Outcome = "mismatch"     // the key belongs to a different request
-	OutcomeNotExecuted Outcome = "not-executed" // proven: this request left nothing in the database, and asked for no DerivedKey
+	OutcomeNotExecuted Outcome = "not-executed" // proven: this request left nothing in the database, and did not call DerivedKey
 	OutcomeUnknown     Outcome = "unknown"      // it may or may not have been executed; keep the key and ask again
 )
 
@@ -77,7 +77,7 @@ const (
 	FactTurn                               // that attempt left no answer to this request, whose turn it is to ask the store
 	FactRecordedSame                       // a record of this very request
 	FactRecordedOther                      // a record of a different request
-	FactRecordedUnreadable                 // a record whose fingerprint or answer this program can't read, or can't vouch for yet; or one that it may not be shown
+	FactRecordedUnreadable                 // a record with a fingerprint or an answer that this program can't read, or can't vouch for yet; or one that may be hidden from it
 	FactRecordCorrupt                      // a record that is not what was recorded
 	FactUnavailable                        // no connection, or the database failed before COMMIT was sent
 	FactSerialization                      // 40001, 40P01 or a plan that a migration made stale, wherever it came from
@@ -205,11 +205,12 @@ func Decide(fact Fact) Decision {
 	return Decision{ActionRefuse, OutcomeUnknown, ReasonOutcomeUnknown}
 }
 
-// factOfEnd is asked last of all about a fact that may end the request, because a request has more than one attempt.
+// factOfEnd adjusts a fact that may end the request to its earlier attempts.
 //
-// If one of them saw that another attempt had recorded the key (recorded), the record may be that of this request. If one of
-// them asked for a [DerivedKey] (derived), another service may have done what no rollback undoes, and only a record would
-// bring a retry the answer to it: no end without one is called not executed, and none invites to a new key.
+// If one of them saw that another attempt had recorded the key (recorded), the record may be that
+// of this request. If one of them called [DerivedKey] (derived), another service may have done
+// something that no rollback undoes, and only a record would give a retry its answer. So without a
+// record no end is not-executed, and none suggests a new key.
 func factOfEnd(fact Fact, recorded, derived bool) Fact {
 	switch decision := Decide(fact); {
 	case recorded && decision.Reason == ReasonUnavailable:
@@ -223,7 +224,8 @@ func factOfEnd(fact Fact, recorded, derived bool) Fact {
 	return fact
 }
 
-// passesTurn reports whether a request that ended so leaves its key free, so that the next that waits for it has its turn.
+// passesTurn reports whether a request that ended with this result leaves its key free, so that the
+// next waiting request runs.
 func passesTurn(result *Result) bool {
 	switch {
 	case result.Record != nil:

@@ -67,8 +67,9 @@ func TestDecisionsAreWhole(t *testing.T) {
 	}
 }
 
-// After a derived key was asked for no end without a record says that nothing was executed, or invites to a new key. After
-// another attempt was seen to record the key nothing that was not looked up says so either. Everything else stays.
+// After a call of DerivedKey no end without a record reports not-executed, or suggests a new key.
+// After an attempt saw another one's record, no end reports not-executed without a look-up. All
+// other facts stay as they are.
 func TestFactOfEnd(t *testing.T) {
 	t.Parallel()
 	recorded := map[Fact]Fact{
@@ -105,7 +106,7 @@ func TestFactOfEnd(t *testing.T) {
 	}
 }
 
-// Those that wait run after everything that left their key free, and after nothing else.
+// Waiting requests run after every result that left their key free, and after no other.
 func TestPassesTurn(t *testing.T) {
 	t.Parallel()
 	answer := &Answer{Status: 504}

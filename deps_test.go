@@ -143,7 +143,7 @@ func TestNobodyDependsOnPrometheusItself(t *testing.T) {
 	}
 }
 
-// A file of intents is bbolt's work, in a module of its own.
+// A file of intents needs bbolt, and so lives in a module of its own.
 func TestNobodyDependsOnBbolt(t *testing.T) {
 	t.Parallel()
 	file, err := os.ReadFile("go.mod")

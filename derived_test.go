@@ -12,7 +12,7 @@ import (
 	"github.com/paidonce/idempotency/storage/memory"
 )
 
-// A derived key that any run has asked for marks the request to its end, whatever the runs after that do.
+// Once any run has called DerivedKey, the request stays marked to its end, whatever later runs do.
 func TestDerivedKeyOfAnEarlierRunIsNotForgotten(t *testing.T) {
 	t.Parallel()
 	again := turn{end: idempotency.ErrSerialization}
@@ -54,7 +54,7 @@ func TestDerivedKeyOfAnEarlierRunIsNotForgotten(t *testing.T) {
 	}
 }
 
-// The mark is set by any goroutine of the handler's: one of many, and one that an earlier run left behind.
+// Any goroutine of the handler sets the mark: one of many, or one that an earlier run left behind.
 func TestDerivedKeyMayBeAskedForByAnyGoroutine(t *testing.T) {
 	t.Parallel()
 	result := idempotency.NewEngine(memory.New(nil), nil).Do(t.Context(), keyed("many"), func(ctx context.Context) (*idempotency.Answer, error) {
@@ -89,7 +89,8 @@ func TestDerivedKeyMayBeAskedForByAnyGoroutine(t *testing.T) {
 	}
 }
 
-// What a handler learns of its request is no call to anybody, and a request that was refused before its handler ran made none.
+// A handler that only reads its request's properties calls no other service, and neither does a
+// request that was refused before its handler ran.
 func TestOnlyADerivedKeyMarksARequest(t *testing.T) {
 	t.Parallel()
 	for _, value := range []string{"k", ""} {
@@ -114,8 +115,8 @@ func TestOnlyADerivedKeyMarksARequest(t *testing.T) {
 	}
 }
 
-// A request without a key can't be asked for again with the same derived key. What another service made of it stays unknown,
-// also with a 4xx, which is not recorded without a key.
+// A request without a key can't be retried with the same derived key. Its effect at another service
+// stays unknown, also with a 4xx, which is not recorded without a key.
 func TestDerivedKeyOfARequestWithoutAKeyIsUnknown(t *testing.T) {
 	t.Parallel()
 	for status, want := range map[int]idempotency.Outcome{
@@ -147,7 +148,8 @@ func TestDerivedKeyOfAHandlerThatTookTooLongIsUnknown(t *testing.T) {
 	})
 }
 
-// A request that waits behind one that ends so is its retry: the key is free, so it runs, and derives the same key.
+// A request that waits behind one with such an end is its retry: the key is free, so it runs, and
+// derives the same key.
 func TestDerivedKeyOfTheLeaderLeavesTheTurnToThoseThatWait(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {

@@ -22,7 +22,7 @@
 //   - package middleware mounts the engine on net/http: New and Handler
 //   - package storage/postgres keeps the records: New, and Tx for the handler's own statements
 //   - package storage/memory is for a handler's unit tests
-//   - [Options] has what a route may switch on: Wait instead of 409, for example
+//   - [Options] has the features that a route may switch on: Wait instead of 409, for example
 //   - [Engine.Do] is the protocol, top to bottom; [Decide] is the state machine
 //   - [Store] is what a store promises; package storage/storagetest holds it to that
 //   - [DerivedKey] is for calls to other services, which happen at least once

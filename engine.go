@@ -72,12 +72,14 @@ type Options struct {
 	// [InFlightMaxDefault].
 	InFlightMax int
 
-	// Service goes into every [DerivedKey], so that two services that use the same scopes, keys and names don't derive the
-	// same. It is at most [ServiceBytesMax] bytes of UTF-8 without NUL. Empty, the default, leaves it out.
+	// Service goes into every [DerivedKey], so that two services with the same scopes, keys and
+	// names derive different keys. It is at most 255 bytes ([ServiceBytesMax]) of UTF-8 without
+	// NUL. Empty, the default, leaves it out.
 	//
-	// All replicas must have the same one, and all releases: to set or change it changes every derived key, also those
-	// of requests that are under way, whose retries would then charge twice. So stop accepting new requests, let the time
-	// go by in which clients retry (the TTL at most), and change it then.
+	// All replicas and all releases must have the same one. Setting or changing it changes every
+	// derived key: the retry of a request that is under way would then charge twice. So stop
+	// accepting new requests, wait until clients no longer retry (the TTL at most), and only then
+	// change it.
 	Service string
 
 	// Reduce returns what is recorded of an answer, where that is not to be all of it: a one-time secret in a body, for
@@ -129,7 +131,8 @@ func (o *Options) full() Options {
 	return full
 }
 
-// validateService returns an error, which continues the name of the option, if a service's name can't be one.
+// validateService returns an error if a service's name is invalid. Its text continues the name of
+// the option.
 func validateService(service string) error {
 	switch {
 	case len(service) > ServiceBytesMax:
@@ -204,7 +207,7 @@ type Result struct {
 	Answer  *Answer // the handler's answer or the recorded one; nil where Reason is set
 	Reason  Reason  // why there is no answer; empty where Answer is set
 	Record  *Record // the record that is replayed; nil otherwise. Its body may be another request's too: it is only read
-	Err     error   // for the operator: what went wrong, also a panic of a Tracer beside an answer; its text holds no key, body or credential
+	Err     error   // for the operator: the fault, or a panic of a Tracer beside an answer; its text holds no key, body or credential
 }
 
 // Do takes one request through the protocol and returns when everything about it is settled and nothing is held. The
@@ -273,8 +276,8 @@ func (e *Engine) do(ctx context.Context, req *Request, run RunFunc, trace *trace
 	return e.attempts(ctx, req, run, trace, nil)
 }
 
-// attempts begins attempts until one need not be started again. derived is set once a run of the request has asked for
-// a derived key; nil if no attempts went before these.
+// attempts begins attempts until one need not be started again. derived is set once a run of the
+// request has called DerivedKey; pass nil if there were no attempts before.
 func (e *Engine) attempts(ctx context.Context, req *Request, run RunFunc, trace *trace, derived *atomic.Bool) Result {
 	bounds := &struct { // one piece of memory
 		parent  detached
@@ -292,7 +295,8 @@ func (e *Engine) attempts(ctx context.Context, req *Request, run RunFunc, trace 
 		req.Attempt = NewAttemptID()
 		result, again := e.attempt(&bounds.parent, budget, req, run, trace, past)
 		lost := errors.Is(again, ErrKeyRecorded)
-		// Once more for the record alone, also where the restarts are spent: the claim that follows finds it.
+		// Once more only to read the record, even if the restarts are spent: the next claim finds
+		// it.
 		read := lost && !past.recorded
 		past.recorded = past.recorded || lost
 		if again != nil && budget.Err() == nil && (read || restarts < e.options.Restarts) {
@@ -305,10 +309,10 @@ func (e *Engine) attempts(ctx context.Context, req *Request, run RunFunc, trace 
 	}
 }
 
-// past is what the attempts of one request have shown so far.
+// past collects facts from the attempts of one request so far.
 type past struct {
 	recorded bool         // another attempt has recorded the key
-	derived  *atomic.Bool // a run of the handler has asked for a derived key
+	derived  *atomic.Bool // a run of the handler has called DerivedKey
 }
 
 // decide is [Decide] for a fact that may end the request.
@@ -412,8 +416,8 @@ func (e *Engine) attempt(ctx context.Context, budget *deadline.Context, req *Req
 	}
 }
 
-// disposition asks the policy. Without a key there is nothing to keep an answer under, so a decline is forgotten. A policy that
-// panics fails the handler: it has not said that the answer is for good.
+// disposition calls the policy. Without a key no answer can be recorded, so a decline is forgotten.
+// If the policy panics the handler has failed: nothing says that the answer is final.
 func (e *Engine) disposition(req *Request, answer *Answer) (disposition Disposition, err error) {
 	defer recovered("Options.Disposition", &err)
 	disposition = e.options.Disposition(answer.Status)
@@ -432,7 +436,8 @@ func end(ctx *deadline.Context, end func(context.Context, *Answer) error, answer
 	return err
 }
 
-// resolve asks the store what became of a COMMIT whose reply was lost; lost is how.
+// resolve calls the store's Resolve after the reply to a COMMIT was lost; lost is the error that
+// lost it.
 func (e *Engine) resolve(ctx context.Context, req *Request, disposition Disposition, lost error, trace *trace) (Fact, *Record, error) {
 	started := trace.now()
 	bounded := deadline.After(ctx, e.options.ResolveTimeout)
@@ -452,7 +457,8 @@ func (e *Engine) reduce(answer *Answer) (recorded *Answer, err error) {
 	return &reduced, reduced.Validate()
 }
 
-// recovered is deferred around what is not the engine's own. It turns a panic into an error, unless there was one before.
+// recovered is deferred around calls to the service's functions. It turns a panic into an error,
+// unless *err is set already.
 func recovered(whose string, err *error) {
 	if value := recover(); value != nil && *err == nil {
 		*err = &PanicError{Value: value, Stack: debug.Stack(), whose: whose}

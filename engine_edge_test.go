@@ -170,8 +170,8 @@ func (h *hooks) TraceRequestEnd(_ context.Context, data idempotency.RequestEnd) 
 
 func (h *hooks) TraceRefused(context.Context, idempotency.Refused) {}
 
-// A tracer that panics takes no answer from a client; the operator hears of it. Where it ends its goroutine, nothing is held. Every
-// start has its end.
+// If a tracer panics, the client still gets its answer, and the operator gets the error. If it ends
+// its goroutine, nothing stays held. Every start has its end.
 func TestTracerThatPanicsChangesNothing(t *testing.T) {
 	t.Parallel()
 	for _, exits := range []bool{false, true} {
@@ -211,8 +211,8 @@ func TestTracerThatPanicsChangesNothing(t *testing.T) {
 	}
 }
 
-// A panic of a tracer's at the start, at the end or when a wait begins is no other; and it never speaks for the handler, whose
-// http.ErrAbortHandler an adapter passes on.
+// The same holds for a tracer's panic at the start, at the end or when a wait begins. It never
+// passes for the handler's http.ErrAbortHandler, which an adapter passes on.
 func TestTracerThatPanicsAtStartAndEndChangesNothing(t *testing.T) {
 	t.Parallel()
 	for _, at := range []string{"start", "end"} {
@@ -259,8 +259,8 @@ func (b brokenTracer) TraceRequestEnd(context.Context, idempotency.RequestEnd) {
 func (b brokenTracer) TraceRefused(context.Context, idempotency.Refused)       {}
 func (b brokenTracer) TraceWaitStart(context.Context)                          { b.maybe("wait") }
 
-// A policy that panics has not said that the answer is for good: the handler's writes are undone, and that is what the
-// client hears.
+// If a policy panics, nothing says that the answer is final: the handler's writes are undone, and
+// the client gets not-executed.
 func TestPolicyThatPanicsFailsTheHandler(t *testing.T) {
 	t.Parallel()
 	for whose, options := range map[string]idempotency.Options{

@@ -129,7 +129,7 @@ func panicking(value any) idempotency.RunFunc {
 	return func(context.Context) (*idempotency.Answer, error) { panic(value) }
 }
 
-// asking returns a handler that asks for a derived key before it does what run does.
+// asking returns a handler that calls DerivedKey before it calls run.
 func asking(run idempotency.RunFunc) idempotency.RunFunc {
 	return func(ctx context.Context) (*idempotency.Answer, error) {
 		_ = idempotency.DerivedKey(ctx, "charge")
@@ -264,7 +264,8 @@ func TestEveryStepEveryError(t *testing.T) {
 				return
 			}
 
-			// The same of a handler that asks for a derived key: without a record its end is unknown, and nothing else differs.
+			// The same for a handler that calls DerivedKey: without a record its end is unknown,
+			// and nothing else differs.
 			switch {
 			case test.outcome == notExecuted && test.reason == "":
 				test.outcome = unknown
@@ -297,7 +298,7 @@ func TestHandlerThatEndsItsGoroutineHoldsNothing(t *testing.T) {
 	}
 }
 
-// serviceError is an error of a service's, with a text of the service's, that calls itself one of package runtime.
+// serviceError is a service's error, with the service's text, that implements runtime.Error.
 type serviceError string
 
 func (e serviceError) Error() string { return string(e) }

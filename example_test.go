@@ -40,9 +40,9 @@ func ExampleEngine_Do() {
 	// balance: 90
 }
 
-// A handler that calls another service passes on a key of its own, which is the same for every attempt. The first run's
-// answer is not recorded, and the other service may have done what it was asked, so the outcome is unknown: the client sends
-// the request again with its own key as it was.
+// A handler that calls another service passes on a key of its own, which is the same for every
+// attempt. The first run's answer is not recorded, and the other service may have acted, so the
+// outcome is unknown: the client retries with the same key.
 func ExampleDerivedKey() {
 	engine := idempotency.NewEngine(memory.New(nil), nil)
 	request := idempotency.Request{Key: idempotency.Key{Scope: "acme", Value: "8e03978e-40d5-43dd-bc93-6894a57f9324"}}
@@ -81,7 +81,7 @@ func ExampleKey() {
 	// key is invalid: character 2 is not a visible ASCII character other than comma and quote
 }
 
-// reporter is a tracer that shows what handlers panicked with: the log has the type alone.
+// reporter is a tracer that shows the values of handlers' panics: the log has only their types.
 type reporter struct{ idempotency.Tracer }
 
 func (reporter) TraceRequestStart(ctx context.Context, _ idempotency.RequestStart) context.Context {

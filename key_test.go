@@ -211,7 +211,7 @@ func TestDerivedKeyIsFrozen(t *testing.T) {
 	})
 }
 
-// With a service's name they are frozen too, and others.
+// With a service's name the derived keys are different, and frozen too.
 func TestDerivedKeyOfAServiceIsFrozen(t *testing.T) {
 	t.Parallel()
 	for service, want := range map[string][2]string{
@@ -230,8 +230,8 @@ func TestDerivedKeyOfAServiceIsFrozen(t *testing.T) {
 	}
 }
 
-// Two services that share scopes, keys and names derive keys of their own, whatever they are called, and every replica of one
-// derives the same.
+// Two services that share scopes, keys and names derive different keys, whatever they are called,
+// and all replicas of one service derive the same.
 func TestTwoServicesDeriveTwoKeys(t *testing.T) {
 	t.Parallel()
 	derive := func(service, scope, value, name string) (key string) {

@@ -48,7 +48,7 @@ type modelRequest struct {
 	content string
 	ttl     time.Duration
 	does    behaviour
-	asks    int                          // the run that asks for a derived key; 0 is none
+	asks    int                          // the run that calls DerivedKey; 0 is none
 	faults  map[idempotency.Step][]error // of the store, one after another
 }
 
@@ -62,7 +62,7 @@ type modelResult struct {
 
 func (m *model) do(req modelRequest) (result modelResult) {
 	runs, asked := 0, false
-	defer func() { // what another service may have done is unknown without a record
+	defer func() { // without a record the effect at another service is unknown
 		switch {
 		case !asked || result.outcome != idempotency.OutcomeNotExecuted && result.outcome != idempotency.OutcomeMismatch:
 		case result.reason == "":

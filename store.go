@@ -40,10 +40,10 @@ type Request struct {
 	Claim Claim
 }
 
-// Claim is when and where a key was claimed, by the store's own clock and log.
+// Claim is the time and position of a key's claim, by the store's own clock and log.
 type Claim struct {
-	At       time.Time // zero where nothing was claimed
-	Timeline uint32    // of the log; 0 where the store has none, or does not tell
+	At       time.Time // zero if nothing was claimed
+	Timeline uint32    // of the log; 0 if the store has none, or does not report it
 	Position uint64    // in the log
 }
 
@@ -137,8 +137,9 @@ var (
 	ErrKeyRecorded = errors.New("key was recorded by another attempt")
 	// ErrTransactionLost: the handler ended the transaction behind the store's back. What it wrote until then may stand.
 	ErrTransactionLost = errors.New("transaction was ended by the handler")
-	// ErrUnknown: the end of the transaction was asked for, and whether it happened is not known. From Begin: there is a
-	// record, and it can't be read, or is not safe yet; or there may be one that this store is not shown.
+	// ErrUnknown: the end of the transaction was asked for, and whether it happened is not known.
+	// From Begin: there is a record that can't be read or is not safe yet, or one may be hidden
+	// from this store.
 	ErrUnknown = errors.New("outcome is unknown")
 	// ErrRecordCorrupt: there is a record, and it is not what was recorded. Somebody changed it, or an
 	// encryption key has another secret here.
@@ -152,21 +153,24 @@ type Store interface {
 	//
 	//   - an Attempt: the key is absent and ours; the caller must end it with Commit, Decline or Rollback
 	//   - a Record: the key is recorded; no transaction is left open, and no fingerprint was compared
-	//   - an error: ErrInProgress where another attempt holds the key, ErrSerialization where Begin should be called
-	//     again, ErrUnknown where there is a record that can't be read or is not safe yet, or may be one that is not shown, ErrRecordCorrupt where it was
-	//     tampered with, and anything else where the store is unavailable; nothing is left open
+	//   - an error: ErrInProgress if another attempt holds the key, ErrSerialization if Begin
+	//     should be called again, ErrUnknown if there is a record that can't be read or is not safe
+	//     yet, or if one may be hidden, ErrRecordCorrupt if it was tampered with, and anything else
+	//     if the store is unavailable; nothing is left open
 	//
 	// A record wins over the claim: it is returned also while others hold the key. Begin never waits for another
 	// attempt. ctx bounds Begin alone. For a keyless request Begin returns an Attempt that records nothing.
 	Begin(ctx context.Context, req *Request) (Attempt, *Record, error)
 
-	// Resolve finds out what became of an attempt whose Commit or Decline was ErrUnknown, or of any other with this key.
-	// It waits until nobody holds req.Key, and returns its record, or nil where there is none. After a Commit nil is
-	// proof that nothing was recorded; after a Decline it is none, because the record may still appear. A store that can't
-	// vouch for nil returns ErrUnknown: where a record may be there that it is not shown, where it asked a database that may
-	// be behind the one of req.Claim, and once half of req.TTL has gone by since req.Claim.At by its own clock, because the
-	// record may have expired. No fingerprint was compared. The error is ErrUnknown for what can't be found out until ctx ends, and ErrRecordCorrupt for a
-	// record that was tampered with. It changes nothing and may be called again. req has a key.
+	// Resolve finds the record of an attempt that got ErrUnknown from Commit or Decline, or of any
+	// other attempt with this key. It blocks until nobody holds req.Key, and returns the key's
+	// record, or nil if there is none. After a Commit nil is proof that nothing was recorded; after
+	// a Decline it is not, because the record may still appear. If the store can't vouch for nil,
+	// it returns ErrUnknown: if a record may be hidden from it, if its database may be behind the
+	// one of req.Claim, or if half of req.TTL has passed since req.Claim.At by its own clock,
+	// because the record may have expired. No fingerprint was compared. The error is ErrUnknown if
+	// the result can't be found before ctx ends, and ErrRecordCorrupt if the record was tampered
+	// with. It changes nothing and may be called again. req has a key.
 	Resolve(ctx context.Context, req *Request) (*Record, error)
 }
 
@@ -176,9 +180,9 @@ type Attempt interface {
 	// Context returns ctx carrying the transaction for the handler.
 	Context(ctx context.Context) context.Context
 
-	// Seal takes the transaction out of the handler's hands and reports what it left behind: nil where it can commit,
-	// else ErrSerialization, ErrUnavailable, ErrTransactionLost or ErrAborted. Whatever the handler still holds
-	// answers errors from now on. It sends nothing.
+	// Seal takes the transaction away from the handler and reports its state: nil if it can commit,
+	// else ErrSerialization, ErrUnavailable, ErrTransactionLost or ErrAborted. From now on every
+	// handle that the handler still holds returns errors. Seal sends nothing.
 	Seal() error
 
 	// Commit records the answer and commits it with the handler's writes. Nil means that it is durable. Errors:
@@ -191,8 +195,9 @@ type Attempt interface {
 	// keyless attempt it is Rollback.
 	Decline(ctx context.Context, answer *Answer) error
 
-	// Rollback undoes everything and forgets the attempt. Where its own message is lost the transaction ends all the
-	// same, with its connection, which is no error. Errors: ErrTransactionLost, ErrKeyRecorded where another attempt
-	// recorded the key unseen by the claim, and ErrUnknown where that could not be told.
+	// Rollback undoes everything and forgets the attempt. If its own message is lost the
+	// transaction ends all the same, with its connection, which is no error. Errors:
+	// ErrTransactionLost, ErrKeyRecorded if another attempt recorded the key unseen by the claim,
+	// and ErrUnknown if the store could not find that out.
 	Rollback(ctx context.Context) error
 }

@@ -5,9 +5,10 @@ import (
 	"time"
 )
 
-// Tracer is told of everything that happens to requests. Metrics and traces are built on it. Its methods are called
-// from the goroutine of the request, at once, and concurrently for different requests: they should be quick. A panic of one
-// changes nothing of the request: it is in [Result].Err afterwards, as a [PanicError].
+// Tracer observes everything that happens to requests. Metrics and traces are built on it. Its
+// methods are called synchronously in the goroutine of the request, and concurrently for different
+// requests: they should be quick. If one panics, the request goes on unchanged, and [Result].Err
+// contains the panic as a [PanicError].
 //
 // What is passed holds keys and scopes, for detectors and samplers. They must not become labels or log fields; a [Key]
 // prints as a hash.

@@ -136,8 +136,8 @@ type place struct {
 	line    *line
 	key     Key
 	leads   bool
-	derived atomic.Bool  // whether a run of the request has asked for a derived key
-	news    chan *Result // of a follower: once it is out of the line, what it is told is here, or about to be. Nil: it leads
+	derived atomic.Bool  // whether a run of the request has called DerivedKey
+	news    chan *Result // of a follower: once it is out of the line, its result is here or comes at once. Nil: it leads
 }
 
 func newLines() *lines { return &lines{byKey: map[Key]*line{}} }
@@ -196,9 +196,10 @@ func (p *place) withdraw() bool {
 	return true
 }
 
-// leave gives a leader's place up; a follower's is given up by then, unless a tracer ended its goroutine. A record answers all
-// that wait, and so does a COMMIT that may have happened: to look again would take each as long. Otherwise the next of them
-// leads: it finds the answer that the leader's attempt recorded, or a key that is free.
+// leave removes a leader from its line; a follower has left it by then, unless a tracer ended its
+// goroutine. A record answers all waiting requests, and so does a COMMIT that may have happened:
+// another look would take each of them as long. Otherwise the next of them leads: it finds the
+// answer that the leader's attempt recorded, or a free key.
 func (p *place) leave(result *Result) {
 	if !p.leads && !p.flee() {
 		return

@@ -174,7 +174,7 @@ func TestTracerIsToldOfWaiting(t *testing.T) {
 	}
 }
 
-// Whatever a tracer does, those that wait behind its request are not forgotten.
+// Whatever a tracer does, the requests that wait behind its request get their answer.
 func TestHookThatPanicsLeavesNobodyWaiting(t *testing.T) {
 	t.Parallel()
 	for _, exits := range []bool{false, true} {

@@ -71,8 +71,8 @@ type exiting struct{ Tracer }
 
 func (exiting) TraceWaitStart(context.Context) { runtime.Goexit() }
 
-// A follower whose tracer ends its goroutine is gone from its line, also where its turn comes in that moment: or all that come later would
-// wait for it.
+// If a tracer ends a follower's goroutine, the follower leaves its line, even if its turn comes at
+// that moment: otherwise all later requests would wait for it.
 func TestFollowerWhoseTracerExitsLeavesItsLine(t *testing.T) {
 	t.Parallel()
 	for name, turn := range map[string]bool{"in the line": false, "its turn": true} {
