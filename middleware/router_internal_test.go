@@ -13,6 +13,9 @@ import (
 // ownContext is a context of a package that nobody knows.
 type ownContext struct{ context.Context }
 
+// stringKey is a context key that reads like chi's.
+type stringKey string
+
 // chi is found below everything that package context makes, and what can't be looked through may hide it. A release of Go
 // that keeps its contexts another way makes this test fail.
 func TestChiIsFoundBelowEveryContext(t *testing.T) {
@@ -28,7 +31,7 @@ func TestChiIsFoundBelowEveryContext(t *testing.T) {
 		"chi's other":   {context.WithValue(context.Background(), chimiddleware.RequestIDKey, "id"), false},
 		"chi's log key": {context.WithValue(context.Background(), chimiddleware.LogEntryCtxKey, "entry"), false},
 		"another key":   {context.WithValue(context.Background(), ownContext{}, chi.NewRouteContext()), false},
-		"a string":      {context.WithValue(context.Background(), any("*chi.contextKey"), 1), false},
+		"only the text": {context.WithValue(context.Background(), stringKey("*chi.contextKey"), 1), false},
 		"unknown":       {ownContext{context.Background()}, true},
 		"unknown's own": {&ownContext{context.Background()}, true},
 		"nil":           {nil, true},
