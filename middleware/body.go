@@ -12,17 +12,17 @@ import (
 	"github.com/paidonce/idempotency"
 )
 
-// bodyBytesAhead is how much memory is taken for a body before it comes. Further memory follows what came: a client that
-// announces much and sends little must not cost much.
+// bodyBytesAhead is the maximum memory that is allocated for a body before it arrives. More is
+// allocated as bytes arrive: a client that announces much and sends little must not cost much.
 const bodyBytesAhead = 4 << 10
 
-// Why a request is refused although its body arrived: the fingerprint would be that of other bodies too.
+// These refuse a request although its body arrived: its fingerprint would match other bodies too.
 var (
 	errBodyTaken       = errors.New("body was taken before its fingerprint")
 	errBodyUnannounced = errors.New("body is empty and its length was not announced, as that of a body which was read outside: send Content-Length, or mount what reads bodies inside")
 )
 
-// watchedBody counts what is read of a body.
+// watchedBody counts the bytes that are read from a body.
 type watchedBody struct {
 	io.ReadCloser
 	n int64
@@ -35,7 +35,7 @@ func (b *watchedBody) Read(p []byte) (int, error) {
 	return n, err
 }
 
-// watch puts a watch on the body before functions of the service's see it, which might read it.
+// watch wraps the body before the service's functions, which might read it, see it.
 func (run *run) watch() {
 	if r := run.request; r.Body != nil && r.Body != http.NoBody {
 		run.watched.ReadCloser = r.Body
@@ -43,9 +43,10 @@ func (run *run) watch() {
 	}
 }
 
-// readBody reads the body within its limit; over it the error is an *http.MaxBytesError. Where Content-Length says so
-// nothing is read, so that a client that waits for 100 Continue keeps its body. What came must be all there was if the
-// request is keyed: it is fingerprinted.
+// readBody reads the body within its limit; over it the error is an *http.MaxBytesError. If
+// Content-Length already exceeds the limit nothing is read, so that a client that waits for 100
+// Continue does not send its body. The body of a keyed request must be complete, because it is
+// fingerprinted.
 func (run *run) readBody(w http.ResponseWriter, keyed bool) error {
 	r, limit := run.request, run.m.options.BodyBytesMax
 	tooLarge := func() error {
@@ -81,8 +82,9 @@ func (run *run) readBody(w http.ResponseWriter, keyed bool) error {
 	return run.whole()
 }
 
-// whole reports whether the body that was read is all that the client sent. A server's own body ends early with an error.
-// So one that ends early without was read before, in part or whole, or replaced by another.
+// whole returns nil if the body that was read is all that the client sent. A server's own body that
+// ends early returns an error. So a body that ends early without one was read before, in part or
+// whole, or replaced by another.
 func (run *run) whole() error {
 	r, came := run.request, int64(len(run.body))
 	switch {
@@ -98,14 +100,14 @@ func (run *run) whole() error {
 	return nil
 }
 
-// replaced reports whether somebody outside put another body in the place of the client's, and left r.ContentLength behind:
-// then the header is gone or says another length.
+// replaced reports whether outer middleware replaced the client's body and left r.ContentLength as
+// it was: then the header is gone or has another length.
 func replaced(r *http.Request) bool {
 	announced, err := strconv.ParseInt(r.Header.Get("Content-Length"), 10, 64)
 	return err != nil || announced != r.ContentLength
 }
 
-// give gives a request the body that was read.
+// give sets a request's body to the bytes that were read.
 func (run *run) give(r *http.Request, body *memoryBody) {
 	body.Reset(run.body)
 	r.Body = body
@@ -116,14 +118,16 @@ func (run *run) give(r *http.Request, body *memoryBody) {
 	}
 }
 
-// removeForm removes the temporary files of a form: net/http does so for its own request, and knows nothing of a copy.
+// removeForm removes the temporary files of a form: net/http does so only for its own request, not
+// for a copy.
 func (run *run) removeForm(r *http.Request) {
 	if r.MultipartForm != nil && run.request.MultipartForm == nil {
 		_ = r.MultipartForm.RemoveAll()
 	}
 }
 
-// copied returns the request with the body that was read, for a function of the service's: a form that it parses is its own.
+// copied returns a copy of the request with the body that was read, for a function of the service:
+// the form that it parses belongs to the copy.
 func (run *run) copied() *http.Request {
 	r := run.request.WithContext(run.request.Context())
 	run.give(r, new(memoryBody))
@@ -140,14 +144,14 @@ func (run *run) fingerprint(f Fingerprint) idempotency.Fingerprint {
 	return f.of(r, run.body)
 }
 
-// authorize asks whether the record may be replayed.
+// authorize calls AuthorizeReplay.
 func (run *run) authorize(record *idempotency.Record) error {
 	r := run.copied()
 	defer run.removeForm(r)
 	return run.m.options.AuthorizeReplay(r, record)
 }
 
-// memoryBody is a request's body that was read.
+// memoryBody is a request's body in memory.
 type memoryBody struct{ bytes.Reader }
 
 // Close implements io.Closer.

@@ -19,9 +19,9 @@ import (
 	"github.com/paidonce/idempotency/storage/memory"
 )
 
-// trickle is a body of which one byte came.
+// trickle is a body of which only one byte has arrived.
 type trickle struct {
-	asked   *sync.WaitGroup // done when all of it that came was read, and more is asked for
+	asked   *sync.WaitGroup // done when that byte was read and the reader wants more
 	release <-chan struct{}
 	read    bool
 }
@@ -39,7 +39,8 @@ func (t *trickle) Read(p []byte) (int, error) {
 
 func (*trickle) Close() error { return nil }
 
-// Memory follows the bytes that came. A client that announces the most there may be, and sends a byte, costs what a byte does.
+// Memory grows with the bytes that arrived. A client that announces the maximum and sends one byte
+// costs as much as that byte.
 func TestAnnouncedBodyTakesNoMemory(t *testing.T) {
 	const conns, announced = 200, 8 << 20
 	handler := middleware.New(memory.New(nil), byAccount, &middleware.Options{BodyBytesMax: announced}).Handler(http.NotFoundHandler())
@@ -71,7 +72,7 @@ func TestAnnouncedBodyTakesNoMemory(t *testing.T) {
 	}
 }
 
-// A body whose length is more than is taken ahead arrives whole.
+// A body longer than the memory that is allocated ahead arrives whole.
 func TestLongBodyIsReadWhole(t *testing.T) {
 	t.Parallel()
 	for _, length := range []int{4<<10 - 1, 4 << 10, 4<<10 + 1, 1 << 20} {
@@ -91,7 +92,8 @@ func TestLongBodyIsReadWhole(t *testing.T) {
 	}
 }
 
-// reading serves a handler whose functions of the service's read the body in some way, and counts its runs.
+// reading serves a handler with service functions that read the body in some way, and counts its
+// runs.
 func reading(t *testing.T, logs io.Writer, options *middleware.Options, scope middleware.ScopeFunc) (url string, runs *int) {
 	t.Helper()
 	runs = new(int)
@@ -125,8 +127,9 @@ func sendTo(t *testing.T, url, body string, chunked bool) reply {
 	return read(t, response)
 }
 
-// A function of the service's that reads the body, or a part of it, before it is fingerprinted would make other requests
-// the same. The request is refused, chunked or not; and it is none of the client's doing.
+// If a function of the service reads the body, or a part of it, before it is fingerprinted,
+// different requests would look the same. The request is refused, chunked or not, and the answer
+// does not blame the client.
 func TestBodyReadByTheServiceIsRefused(t *testing.T) {
 	t.Parallel()
 	whole := func(r *http.Request) { _, _ = io.Copy(io.Discard, r.Body) }
@@ -154,7 +157,7 @@ func TestBodyReadByTheServiceIsRefused(t *testing.T) {
 				options := &middleware.Options{}
 				scope := set(options)
 				if whose == "Route" && how != "whole" && how != "a part" {
-					continue // it is asked again for the log, and takes more
+					continue // it is called again for the log, and takes more
 				}
 				url, runs := reading(t, &logs, options, scope)
 				for _, body := range []string{"acme pays 10 to bob", "acme pays 9999 to mallory"} {
@@ -169,7 +172,7 @@ func TestBodyReadByTheServiceIsRefused(t *testing.T) {
 	}
 }
 
-// Who reads the body to find out whose it is, and puts it back, does no harm.
+// A function that reads the body to find its scope, and puts it back, does no harm.
 func TestBodyPutBackWholeIsFine(t *testing.T) {
 	t.Parallel()
 	url, runs := reading(t, io.Discard, &middleware.Options{}, func(r *http.Request) (string, error) {
@@ -190,8 +193,8 @@ func TestBodyPutBackWholeIsFine(t *testing.T) {
 	}
 }
 
-// A body that was read outside and a chunked one that is empty look alike. So the client is asked for its length; without a
-// key there is no fingerprint to be wrong.
+// A body that was read outside and an empty chunked one look alike. So the client must send a
+// length; without a key there is no fingerprint to be wrong.
 func TestEmptyBodyNeedsALength(t *testing.T) {
 	t.Parallel()
 	b := setup(t, setupOptions{
@@ -238,8 +241,8 @@ func zipped(t *testing.T, text string, modified time.Time) string {
 	return buffer.String()
 }
 
-// decompress is what decompressors do: the body is replaced. Some leave the length that was announced for the one before, in
-// r.ContentLength, or there and in the header.
+// decompress replaces the body, as decompressors do. Some keep the length of the compressed body,
+// in r.ContentLength, or there and in the header.
 func decompress(next http.Handler, leaveField, leaveHeader bool) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		if r.Header.Get("Content-Encoding") == "gzip" {
@@ -261,8 +264,9 @@ func decompress(next http.Handler, leaveField, leaveHeader bool) http.Handler {
 	})
 }
 
-// The body is what came, whatever was announced for another one. One that is shorter than both the field and the header
-// say may have been read in part: the operator hears what to change, and the client that it is not its doing.
+// The length of a replaced body does not matter. But a body that is shorter than both the field and
+// the header say may have been read in part: the log names the remedy, and the answer does not
+// blame the client.
 func TestBodyReplacedOutside(t *testing.T) {
 	t.Parallel()
 	short, long := `{"from":"alice","to":"bob","amount":1250}`, `{"note":"`+strings.Repeat("a", 500)+`"}`
@@ -284,7 +288,8 @@ func TestBodyReplacedOutside(t *testing.T) {
 				saw = string(body)
 				transfer(w, r)
 			})
-			// A retry that is compressed anew is the same request: package gzip, as others, writes the time.
+			// A retry that is compressed again is the same request: gzip, among others, may write
+			// the time.
 			for i, outcome := range []idempotency.Outcome{idempotency.OutcomeExecuted, idempotency.OutcomeReplayed} {
 				got := b.post(t, "/", zipped(t, c.body, time.Unix(1_700_000_000+int64(i), 0)), "Idempotency-Key", "k", "Content-Encoding", "gzip")
 				if c.status == 201 {
@@ -303,8 +308,8 @@ func TestBodyReplacedOutside(t *testing.T) {
 	}
 }
 
-// A function that parses the form of a request has a copy with a body of its own: fingerprints differ, and the handler
-// finds the form as it came.
+// A function that parses the form of a request has a copy with its own body: fingerprints differ,
+// and the handler finds the form as the client sent it.
 func TestFunctionsOfTheServiceHaveABodyOfTheirOwn(t *testing.T) {
 	t.Parallel()
 	seen := ""
@@ -326,7 +331,7 @@ func TestFunctionsOfTheServiceHaveABodyOfTheirOwn(t *testing.T) {
 	}
 }
 
-// What comes behind a chunked body reaches the handler.
+// The trailers of a chunked body reach the handler.
 func TestTrailerReachesTheHandler(t *testing.T) {
 	t.Parallel()
 	var trailer string

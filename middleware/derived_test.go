@@ -12,8 +12,8 @@ import (
 	"github.com/paidonce/idempotency/storage/postgres"
 )
 
-// After a handler has asked for a derived key a client is never told that its request was not executed, unless an answer is
-// recorded. It goes on with the same key, and the next run passes on the same derived key.
+// After a handler has called DerivedKey its client is never answered not-executed, unless an answer
+// is recorded. It retries with the same key, and the next run passes on the same derived key.
 func TestCallToAnotherServiceIsNeverNotExecuted(t *testing.T) {
 	t.Parallel()
 	exec := func(r *http.Request, sql string) { _, _ = postgres.Tx(r.Context()).Exec(r.Context(), sql) }
@@ -31,7 +31,7 @@ func TestCallToAnotherServiceIsNeverNotExecuted(t *testing.T) {
 		"500": {answering(500), 500, idempotency.OutcomeUnknown, "", []string{"level=WARN", "status=500"}},
 		"429": {answering(429), 429, idempotency.OutcomeUnknown, "", []string{"status=429"}},
 		"401": {answering(401), 401, idempotency.OutcomeUnknown, "", []string{"status=401"}},
-		"402": {answering(402), 402, idempotency.OutcomeExecuted, "", nil}, // recorded, and so is repeated
+		"402": {answering(402), 402, idempotency.OutcomeExecuted, "", nil}, // recorded, and so replayed
 		"panic": {func(http.ResponseWriter, *http.Request) { panic("handler") }, 503, idempotency.OutcomeUnknown, idempotency.ReasonCallUnknown,
 			[]string{"level=ERROR", "reason=call-unknown", "stack="}},
 		"too long an answer": {func(w http.ResponseWriter, _ *http.Request) { _, _ = w.Write(make([]byte, 1<<10)) }, 503, idempotency.OutcomeUnknown, idempotency.ReasonCallUnknown, nil},
@@ -91,7 +91,8 @@ func TestCallToAnotherServiceIsNeverNotExecuted(t *testing.T) {
 	}
 }
 
-// The retry is what settles a call to another service. So its account's quota is not used up by tries that left no record.
+// Only the retry can settle a call to another service. So attempts that left no record do not use
+// up the account's quota.
 func TestCallToAnotherServiceTakesNoPlaceInTheQuota(t *testing.T) {
 	t.Parallel()
 	var failing atomic.Int64

@@ -7,8 +7,8 @@ import (
 	"testing"
 )
 
-// What is recorded is what an answer has of the allow-list, whoever set it, without what Connection names, what is never
-// recorded, and the encoding of a compressor outside.
+// The record has an answer's headers on the allow-list, whoever set them, except those that
+// Connection names, those that are never recorded, and the encoding of a compressor outside.
 func TestRecordable(t *testing.T) {
 	t.Parallel()
 	allowed := map[string]bool{"Etag": true, "Vary": true, "Location": true, "Set-Cookie": true, "Content-Encoding": true, "Www-Authenticate": true, "Access-Control-Allow-Origin": true}
@@ -31,7 +31,8 @@ func TestRecordable(t *testing.T) {
 	}
 }
 
-// On a replay what is recorded replaces what is set outside, in whatever spelling, and Vary is both.
+// On a replay recorded headers replace those set outside, in any spelling; Vary is the union of
+// both.
 func TestReplayReplaces(t *testing.T) {
 	t.Parallel()
 	for name, c := range map[string]struct {

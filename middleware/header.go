@@ -9,9 +9,10 @@ import (
 	"github.com/paidonce/idempotency"
 )
 
-// RecordedHeaders returns the names of the answer headers that are recorded and replayed, with the values that they have
-// when the handler is done, also those that were set outside of the middleware before it. What else there is goes out with
-// the first answer only. Content-Encoding is recorded if the handler set it: a compressor outside encodes a replay too.
+// RecordedHeaders returns the names of the answer headers that are recorded and replayed. Their
+// values are those at the end of the handler, including values that outer middleware set before it.
+// All other headers go out with the first answer only. Content-Encoding is recorded if the handler
+// set it: a compressor outside encodes a replay too.
 func RecordedHeaders() []string {
 	return []string{
 		"Cache-Control", "Content-Disposition", "Content-Encoding", "Content-Language", "Content-Type", "Etag",
@@ -31,7 +32,8 @@ func neverRecorded(name string) bool {
 	return ours(name) || ofOrigin(name) || strings.HasPrefix(name, http.TrailerPrefix)
 }
 
-// ofOrigin reports whether a header tells a browser which site may read the answer: a retry may come from another one.
+// ofOrigin reports whether a header tells a browser which site may read the answer: a retry may
+// come from another site.
 func ofOrigin(name string) bool { return strings.HasPrefix(name, "Access-Control-") }
 
 // ours reports whether a header is the middleware's to set.
@@ -39,9 +41,10 @@ func ours(name string) bool {
 	return strings.HasPrefix(name, "Idempotency-") || strings.HasPrefix(name, "Idempotent-")
 }
 
-// recordable returns what of an answer's headers is recorded: those of the allow-list, whoever set them, so that the record
-// is the answer and no difference to what is mounted outside today. None that Connection names is, and no Content-Encoding
-// that was there before. The values are copies.
+// recordable returns the headers of an answer that are recorded: those on the allow-list, whoever
+// set them, so that the record is the whole answer and does not depend on the middleware outside
+// today. It leaves out headers that Connection names, and a Content-Encoding that was set outside.
+// The values are copies.
 func recordable(header, before http.Header, allowed map[string]bool) map[string][]string {
 	var named []string
 	for spelled, values := range header {
@@ -79,9 +82,9 @@ func recordable(header, before http.Header, allowed map[string]bool) map[string]
 	return recorded
 }
 
-// replay puts recorded headers into those that are set outside. They replace them, in whatever spelling, but for Vary, which
-// says of both what they depend on. An answer that had no type has none again: net/http, or the Accept header of the retry,
-// would make one up.
+// replay merges recorded headers into those that are set outside. They replace them, in any
+// spelling, except Vary, which becomes the union of both. An answer without a Content-Type is
+// replayed without one: net/http, or middleware by the retry's Accept header, would make one up.
 func replay(outside http.Header, recorded map[string][]string) {
 	for spelled := range outside {
 		name := http.CanonicalHeaderKey(spelled)
@@ -94,7 +97,7 @@ func replay(outside http.Header, recorded map[string][]string) {
 	}
 	for name, values := range recorded {
 		switch {
-		case ofOrigin(http.CanonicalHeaderKey(name)): // releases before recorded them where they were listed
+		case ofOrigin(http.CanonicalHeaderKey(name)): // earlier releases recorded them if RecordHeaders listed them
 		case name == "Vary":
 			outside[name] = mergeVary(outside[name], values)
 		default:
@@ -107,7 +110,8 @@ func replay(outside http.Header, recorded map[string][]string) {
 	delete(outside, "Content-Length")
 }
 
-// mergeVary returns both lists, without the second's values of which each name is in the first.
+// mergeVary returns the first list, and the second's values that have a name which is not in the
+// first.
 func mergeVary(outside, recorded []string) []string {
 	merged := slices.Clip(outside)
 	for _, value := range recorded {
@@ -121,7 +125,7 @@ func mergeVary(outside, recorded []string) []string {
 	return merged
 }
 
-// listed reports whether a comma-separated list has a name, in whatever case.
+// listed reports whether a comma-separated list contains a name, ignoring case.
 func listed(list, name string) bool {
 	for one := range strings.SplitSeq(list, ",") {
 		if strings.EqualFold(strings.TrimSpace(one), strings.TrimSpace(name)) {

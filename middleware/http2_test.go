@@ -20,11 +20,12 @@ import (
 	"github.com/paidonce/idempotency/storage/postgres"
 )
 
-// setupHTTP2 serves a handler over HTTP/2 without TLS (h2c), to a client that speaks nothing else. It counts connections.
+// setupHTTP2 serves a handler over HTTP/2 without TLS (h2c), to a client that speaks only that. It
+// counts connections.
 func setupHTTP2(t *testing.T, opts setupOptions, handler http.HandlerFunc) (*testBundle, *atomic.Int64) {
 	t.Helper()
 	var conns atomic.Int64
-	opts.store = &postgres.Options{AcquireTimeout: 20 * time.Second} // how long it takes is not the question
+	opts.store = &postgres.Options{AcquireTimeout: 20 * time.Second} // duration does not matter here
 	opts.server = func(s *http.Server) {
 		s.Protocols = new(http.Protocols)
 		s.Protocols.SetUnencryptedHTTP2(true)
@@ -42,7 +43,8 @@ func setupHTTP2(t *testing.T, opts setupOptions, handler http.HandlerFunc) (*tes
 	return b, &conns
 }
 
-// Many requests at once on one connection: duplicates are executed once, and others are not held up by them.
+// Many requests at once on one connection: duplicates are executed once, and do not delay other
+// requests.
 func TestHTTP2StreamsOfOneConnection(t *testing.T) {
 	t.Parallel()
 	entered, release := make(chan struct{}), make(chan struct{})
@@ -85,8 +87,8 @@ func TestHTTP2StreamsOfOneConnection(t *testing.T) {
 	}
 }
 
-// A stream that its client resets is a client that hangs up: the work is finished, and the retry on the same connection is a
-// replay.
+// If a client resets a stream, that is a client that hangs up: the work is finished, and the retry
+// on the same connection is a replay.
 func TestHTTP2ResetStreamIsFinished(t *testing.T) {
 	t.Parallel()
 	entered, release := make(chan context.Context), make(chan struct{})
@@ -125,8 +127,9 @@ func TestHTTP2ResetStreamIsFinished(t *testing.T) {
 	}
 }
 
-// A server that says GOAWAY in the middle of a request, because it is stopped, answers it on the same connection, and the retry,
-// at another replica, is a replay. What comes at the same time is executed once, here or there.
+// If a server sends GOAWAY in the middle of a request, because it shuts down, it still answers on
+// the same connection, and the retry at another replica is a replay. A request that arrives at the
+// same time is executed once, here or there.
 func TestHTTP2GoawayOfTheServer(t *testing.T) {
 	t.Parallel()
 	entered, release := make(chan struct{}), make(chan struct{})
@@ -189,7 +192,7 @@ const (
 	flagEndStream, flagEndHeaders                                   = 0x1, 0x4
 )
 
-// http2Conn is a connection whose frames a test writes itself.
+// http2Conn is a connection on which a test writes the frames itself.
 type http2Conn struct {
 	net.Conn
 	t *testing.T
@@ -229,7 +232,7 @@ func (c http2Conn) headers(fields ...string) {
 	c.frame(frameHeaders, flagEndHeaders, 1, block)
 }
 
-// answer reads until stream 1 ends, and returns its body, or reset where the server reset it.
+// answer reads until stream 1 ends, and returns its body, or reset if the server reset it.
 func (c http2Conn) answer() (body string, reset bool) {
 	c.t.Helper()
 	var content bytes.Buffer
@@ -259,8 +262,8 @@ func (c http2Conn) answer() (body string, reset bool) {
 	}
 }
 
-// A client that says GOAWAY in the middle of its request gets the answer all the same. One that is gone before it came
-// finds it with a retry.
+// If a client sends GOAWAY in the middle of its request it still gets the answer. If it is gone
+// before the answer comes, a retry replays it.
 func TestHTTP2GoawayOfTheClient(t *testing.T) {
 	t.Parallel()
 	for _, waits := range []bool{true, false} {
@@ -293,8 +296,8 @@ func TestHTTP2GoawayOfTheClient(t *testing.T) {
 	}
 }
 
-// A stream that ends with less than its content-length is refused, and one without a length that is empty is asked for one,
-// as over HTTP/1.1; a body without a length is one request, in however many frames.
+// A stream that ends with less than its content-length is refused. An empty one without a length
+// gets 411, as over HTTP/1.1. A body without a length is one request, however many frames it has.
 func TestHTTP2Bodies(t *testing.T) {
 	t.Parallel()
 	b, _ := setupHTTP2(t, setupOptions{}, transfer)

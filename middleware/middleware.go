@@ -16,10 +16,11 @@ import (
 	"github.com/paidonce/idempotency"
 )
 
-// ScopeFunc says whose key a request carries: the account, never the credential, so that a rotated token still finds
-// its own requests. An error refuses the request with 401, or with the status of a [StatusError]; an empty or
-// malformed scope is refused too. A function that reads the body must put all of it back into r.Body: a request whose body
-// was read is answered 500, because its fingerprint would be that of others.
+// ScopeFunc returns the scope of a request's key: the account, never the credential, so that a
+// rotated token still finds its own requests. An error refuses the request with 401, or with the
+// status of a [StatusError]; an empty or malformed scope is refused too. A function that reads the
+// body must put all of it back into r.Body: otherwise the request gets 500, because its fingerprint
+// would match other requests.
 type ScopeFunc func(r *http.Request) (string, error)
 
 // Middleware makes handlers idempotent. It is safe for concurrent use.
@@ -76,13 +77,13 @@ const methodQuery = "QUERY"
 
 // Handler returns next made idempotent. GET, HEAD, OPTIONS, TRACE and QUERY pass through untouched.
 //
-// next runs on a copy of the request whose body is in memory and whose context outlives the client: once begun, the
-// work is finished. It may run more than once, always from the request as it came, and only one run counts. Headers
-// that begin with Idempotency- and Idempotent- are the middleware's: those that next sets are dropped, and the log
-// says so once per route.
+// next runs on a copy of the request. Its body is in memory, and its context outlives the client:
+// once begun, the work is finished. next may run more than once, always on the request as it
+// arrived, and only one run counts. Headers that begin with Idempotency- and Idempotent- are the
+// middleware's: if next sets one it is dropped, and the log says so once per route.
 //
-// Mount it once on a request's way, on its route and inside of the router: a router inside would have its own 404 and
-// 405 recorded. A request that passes two mounts is answered 500, and the log names both.
+// Mount it once, on the route and inside the router: if the router is inside, its own 404 and 405
+// are recorded. A request that passes two mounts gets 500, and the log names both.
 func (m *Middleware) Handler(next http.Handler) http.Handler {
 	at := newMount()
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) { m.serve(w, r, next, at) })
@@ -185,8 +186,8 @@ func (m *Middleware) serve(w http.ResponseWriter, r *http.Request, next http.Han
 	m.answer(w, r, result, run)
 }
 
-// answer tells the client what became of its request. How long it is is left to net/http: what is outside may change its
-// length, as a compressor does, and a bare handler says nothing of it either.
+// answer writes the client's answer. net/http sets its length: middleware outside may change it, as
+// a compressor does, and a bare handler sets none either.
 func (m *Middleware) answer(w http.ResponseWriter, r *http.Request, result idempotency.Result, run *run) {
 	h := w.Header()
 	values := run.values[:]
@@ -235,7 +236,7 @@ func (m *Middleware) refuse(w http.ResponseWriter, r *http.Request, reason idemp
 
 func (m *Middleware) traceRefused(r *http.Request, reason idempotency.Reason, err error, status *StatusError) {
 	if tracer := m.options.Engine.Tracer; tracer != nil {
-		defer func() { // as in the engine, a panic of a Tracer's changes nothing of the request
+		defer func() { // as in the engine, a Tracer's panic does not affect the request
 			if value := recover(); value != nil {
 				m.options.Logger.LogAttrs(r.Context(), slog.LevelError, "idempotency: a Tracer panicked",
 					slog.String("error", fmt.Sprintf("Tracer panicked with a %T", value)), slog.String("stack", string(debug.Stack())))
@@ -271,7 +272,7 @@ type run struct {
 
 	runs     int
 	recorder *recorder // of the last run
-	answered bool      // whether the last run gave an answer
+	answered bool      // the last run gave an answer
 
 	counted    *slot               // the request's place in its scope's quota
 	refused    *idempotency.Answer // what the last run answered where there was none
@@ -323,16 +324,17 @@ func (run *run) once(ctx context.Context) (*idempotency.Answer, error) {
 	return &one.answer, nil
 }
 
-// refuseBroken answers a request that the service's own wiring makes impossible to take: no retry helps, and the log says
-// what would.
+// refuseBroken answers a request that the service's own wiring makes impossible to serve: no retry
+// helps, and the log names the remedy.
 func (m *Middleware) refuseBroken(w http.ResponseWriter, r *http.Request, err error) {
 	m.options.Logger.LogAttrs(r.Context(), slog.LevelError, "idempotency: request can't be taken",
 		slog.String("method", r.Method), slog.String("route", m.options.Route(r)), slog.Any("error", err))
 	m.refuse(w, r, idempotency.ReasonHandlerFailed, err, nil)
 }
 
-// log tells the operator of what needs one. The key is shown as eight digits of a hash, and a panic as its type and
-// stack: its value may hold anything, and is for a Tracer (idempotency.PanicError).
+// log reports results that need an operator. It shows the key as eight digits of a hash, and a
+// panic as its type and stack: its value may hold anything, and is for a Tracer
+// (idempotency.PanicError).
 func (m *Middleware) log(r *http.Request, key idempotency.Key, result idempotency.Result) {
 	var panicked *idempotency.PanicError
 	if result.Err != nil {
@@ -372,7 +374,7 @@ func (m *Middleware) log(r *http.Request, key idempotency.Key, result idempotenc
 	m.options.Logger.LogAttrs(ctx, level, message, attributes...)
 }
 
-// panicOf returns the panic that an error tells of, or nil.
+// panicOf returns the panic in an error's chain, or nil.
 func panicOf(err error) (panicked *idempotency.PanicError) {
 	errors.As(err, &panicked)
 	return panicked

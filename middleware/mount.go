@@ -15,7 +15,7 @@ import (
 	"github.com/paidonce/idempotency"
 )
 
-// mount is one call of [Middleware.Handler], known by its place in the program.
+// mount is one call of [Middleware.Handler], identified by its call stack.
 type mount struct {
 	callers [16]uintptr
 	n       int
@@ -27,8 +27,8 @@ func newMount() *mount {
 	return m
 }
 
-// String names the line of the service's that mounted it: the first outside of the module cache and of vendor folders, where
-// routers are.
+// String returns the service's line that mounted it: the first one outside the module cache and
+// vendor folders, which hold the routers.
 func (m *mount) String() string {
 	first := ""
 	for frames := runtime.CallersFrames(m.callers[:m.n]); ; {
@@ -48,7 +48,7 @@ func (m *mount) String() string {
 
 type mountKey struct{}
 
-// mountContext tells a handler's context of the mount around it, and that mount of one within.
+// mountContext lets an inner mount find the mount around it, and report itself to it.
 type mountContext struct {
 	context.Context
 	outer *mount
@@ -63,10 +63,11 @@ func (c *mountContext) Value(key any) any {
 	return c.Context.Value(key)
 }
 
-// String names the context alone. What is below it belongs to others, who may change it while it is printed.
+// String returns only the context's name. The contexts below it belong to others, who may change
+// them while it is printed.
 func (*mountContext) String() string { return "middleware.WithMount" }
 
-// Format keeps what is below out of every verb of fmt.
+// Format keeps the contexts below out of every verb of fmt.
 func (c *mountContext) Format(f fmt.State, _ rune) { _, _ = io.WriteString(f, c.String()) } // fmt has no use for the error
 
 var errMountedTwice = errors.New("middleware is mounted twice on the way of a request: leave one of the two out")
@@ -75,8 +76,9 @@ func errSecondMount(outer, inner *mount) error {
 	return fmt.Errorf("%w: outside at %v, and again at %v", errMountedTwice, outer, inner)
 }
 
-// refuseSecond answers a request that another mount has taken already. To claim its key a second time would be to wait for
-// itself. The mount around it is told, whatever becomes of the answer on its way there: it fails the request, and logs why.
+// refuseSecond answers a request that another mount already serves. Claiming its key a second time
+// would make it wait for itself. It also marks the outer mount, which fails the request and logs
+// why, even if the answer changes on its way there.
 func (m *Middleware) refuseSecond(w http.ResponseWriter, r *http.Request, at *mount) {
 	if around, ok := r.Context().Value(mountKey{}).(*mountContext); ok {
 		around.inner.CompareAndSwap(nil, at)
@@ -86,10 +88,11 @@ func (m *Middleware) refuseSecond(w http.ResponseWriter, r *http.Request, at *mo
 	m.refuseBroken(w, r, fmt.Errorf("%w: an Engine's attempt runs already, and again at %v", errMountedTwice, at))
 }
 
-// noticesMax bounds what is remembered of notices; Options.Route should name few routes.
+// noticesMax is the maximum number of notices that are remembered; Options.Route should name few
+// routes.
 const noticesMax = 1000
 
-// notices are what the log was told, to be told once per route.
+// notices remembers the notices that were logged, so that each is logged once per route.
 type notices struct {
 	mu   sync.Mutex
 	told map[[2]string]bool
@@ -109,7 +112,7 @@ func (n *notices) first(route, text string) bool {
 	return true
 }
 
-// notice tells the log what a service should change, once per route.
+// notice logs what a service should change, once per route.
 func (m *Middleware) notice(r *http.Request, level slog.Level, text string, attributes ...slog.Attr) {
 	route := m.options.Route(r)
 	if m.notices.first(route, text) {
@@ -117,8 +120,9 @@ func (m *Middleware) notice(r *http.Request, level slog.Level, text string, attr
 	}
 }
 
-// noticeAnswer tells of what surprises in a handler's answer: headers that were dropped, and a router's own 404 or 405,
-// which is recorded as a handler's would be. ran is the request as the handler left it: a router names the route in it.
+// noticeAnswer logs two surprises in a handler's answer: headers that were dropped, and a router's
+// own 404 or 405, which is recorded as a handler's would be. ran is the request as the handler left
+// it: a router stores the route in it.
 func (run *run) noticeAnswer(ran *http.Request) {
 	m, r := run.m, run.request
 	if len(run.recorder.dropped) > 0 {

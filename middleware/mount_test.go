@@ -20,14 +20,15 @@ import (
 	"github.com/paidonce/idempotency/storage/postgres"
 )
 
-// here returns the line below its caller's, as the log names it.
+// here returns the line after its caller's, as the log names it.
 func here() string {
 	_, file, line, _ := runtime.Caller(1)
 	return fmt.Sprintf("%s:%d", file, line+1)
 }
 
-// A request that passes two mounts would claim its key twice, and wait for itself. It is refused, whatever lies between the
-// two, takes one connection, and leaves nothing, also where a policy keeps every answer. The log names both lines.
+// A request that passes two mounts would claim its key twice, and wait for itself. It is refused,
+// whatever lies between the two, takes one connection, and leaves no record, even if a policy keeps
+// every answer. The log names both lines.
 func TestMountedTwiceNamesBothMounts(t *testing.T) {
 	t.Parallel()
 	keepAll := func(o *middleware.Options) {
@@ -87,7 +88,7 @@ func TestMountedTwiceNamesBothMounts(t *testing.T) {
 	}
 }
 
-// An attempt that an Engine runs without the middleware is as good as a mount around it.
+// An attempt that an Engine runs without the middleware counts as an outer mount.
 func TestMountWithinAnAttemptIsRefused(t *testing.T) {
 	t.Parallel()
 	store := memory.New(nil)
@@ -111,7 +112,7 @@ func TestMountWithinAnAttemptIsRefused(t *testing.T) {
 	}
 }
 
-// Headers that are the middleware's are dropped from a handler's answer, and the log says so once per route.
+// If a handler sets the middleware's headers they are dropped, and the log says so once per route.
 func TestHandlersOwnStatusHeadersAreDroppedAndLoggedOnce(t *testing.T) {
 	t.Parallel()
 	b := setup(t, setupOptions{mount: func(idem *middleware.Middleware, h http.Handler) http.Handler {
@@ -141,8 +142,9 @@ func TestHandlersOwnStatusHeadersAreDroppedAndLoggedOnce(t *testing.T) {
 	}
 }
 
-// A router inside of the middleware has its own 404 and 405 recorded. The log says once what to do, and mounted on routes the
-// request of a route that comes with the next version is executed.
+// If the router is inside the middleware, its own 404 and 405 are recorded, and the log names the
+// remedy once. If the middleware is mounted on routes, a request for a route that only the next
+// version has is executed after the deployment.
 func TestRoutersOwn404IsNoticedAndNotRecordedByWith(t *testing.T) {
 	t.Parallel()
 	type version struct{ before, after http.Handler }

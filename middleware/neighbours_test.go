@@ -19,10 +19,10 @@ import (
 	"github.com/paidonce/idempotency/storage/postgres"
 )
 
-// What else is in the chain of a service: proxies, timeouts, limits and clients as there are.
+// Other parts of a service's chain: proxies, timeouts, limits and clients.
 
-// A gateway mounts a reverse proxy as the handler. The upstream may stream, send 1xx, speak the same protocol, or break off:
-// an answer that broke off is not recorded, and leaves nothing.
+// A gateway mounts a reverse proxy as the handler. The upstream may stream, send 1xx, speak the
+// same protocol, or break off: an answer that broke off is not recorded, and its writes are undone.
 func TestReverseProxyAsHandler(t *testing.T) {
 	t.Parallel()
 	upstream := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
@@ -94,7 +94,8 @@ func TestReverseProxyAsHandler(t *testing.T) {
 	}
 }
 
-// A timeout outside that writes its 504 when the handler is done comes too late: the answer is there.
+// A timeout outside that writes its 504 after the handler has returned comes too late: the answer
+// is already written.
 func TestTimeoutOfAContextOutside(t *testing.T) {
 	t.Parallel()
 	b := setup(t, setupOptions{mount: func(idem *middleware.Middleware, h http.Handler) http.Handler {
@@ -120,7 +121,8 @@ func TestTimeoutOfAContextOutside(t *testing.T) {
 	want(t, b.post(t, "/", "{}", "Idempotency-Key", "k"), 201, idempotency.OutcomeReplayed, "")
 }
 
-// A timeout inside gives the handler up, and its goroutine goes on: it finds the transaction sealed.
+// A timeout inside abandons the handler, and its goroutine goes on: it finds the transaction
+// sealed.
 func TestTimeoutHandlerInside(t *testing.T) {
 	t.Parallel()
 	slow, sealed, late := true, make(chan struct{}), make(chan error, 1)
@@ -133,7 +135,7 @@ func TestTimeoutHandlerInside(t *testing.T) {
 		}
 		ctx := context.WithoutCancel(r.Context())
 		tx := postgres.Tx(ctx)
-		_, _ = tx.Exec(ctx, "INSERT INTO effects DEFAULT VALUES") // on a busy machine the time may be over by now
+		_, _ = tx.Exec(ctx, "INSERT INTO effects DEFAULT VALUES") // on a busy machine the timeout may have passed by now
 		<-sealed
 		_, err := tx.Exec(ctx, "INSERT INTO effects DEFAULT VALUES")
 		late <- err
@@ -150,7 +152,7 @@ func TestTimeoutHandlerInside(t *testing.T) {
 	}
 }
 
-// A limit outside that is lower than ours is a limit all the same.
+// An outer body limit that is lower than ours still applies.
 func TestMaxBytesHandlerOutside(t *testing.T) {
 	t.Parallel()
 	b := setup(t, setupOptions{mount: func(idem *middleware.Middleware, h http.Handler) http.Handler {
@@ -160,7 +162,7 @@ func TestMaxBytesHandlerOutside(t *testing.T) {
 	want(t, b.post(t, "/", strings.Repeat("x", 10), "Idempotency-Key", "k"), 201, idempotency.OutcomeExecuted, "")
 }
 
-// A handler of server-sent events finds that it can't stream, and says so.
+// A handler of server-sent events finds that it can't stream, and answers so.
 func TestServerSentEventsAreRefused(t *testing.T) {
 	t.Parallel()
 	b := setup(t, setupOptions{}, func(w http.ResponseWriter, _ *http.Request) {
@@ -200,8 +202,8 @@ func TestKeyTwiceInTwoSpellingsIsInvalid(t *testing.T) {
 	want(t, got, 400, idempotency.OutcomeNotExecuted, idempotency.ReasonKeyInvalid)
 }
 
-// A retry that is signed anew is the same request if the signature is in headers. In the query it is another one, unless a
-// fingerprint leaves it out. The path counts as it is spelled.
+// A retry with a new signature is the same request if the signature is in headers. In the query it
+// is another one, unless a fingerprint leaves it out. The path is compared as it is spelled.
 func TestWhatIsSpelledAnewIsAnotherRequest(t *testing.T) {
 	t.Parallel()
 	b := setup(t, setupOptions{mount: func(idem *middleware.Middleware, h http.Handler) http.Handler {

@@ -23,8 +23,9 @@ const (
 
 // Options tune a [Middleware]. Nil and the zero value are the defaults, which are the safest.
 type Options struct {
-	// Engine are the engine's: how long a record counts, what an answer means for the transaction, whether a duplicate
-	// waits for the answer, how many requests may be in flight, what the service is called in derived keys.
+	// Engine are the engine's options: the TTL of a record, the disposition of an answer, whether a
+	// duplicate waits for the answer, the maximum number of requests in flight, the service's name
+	// in derived keys.
 	Engine idempotency.Options
 
 	// Optional lets requests without a key through. Their handler gets its transaction, which commits with a 2xx or
@@ -46,36 +47,41 @@ type Options struct {
 	// records that they made, until those have expired. Nil is version 1 alone. To go back to the built-in one, or to
 	// keep it, name [FingerprintV1].
 	//
-	// The built-in one takes method, path, query, Content-Type and body byte by byte. If something on the way spells media
-	// types anew ("application/json" and "application/json; charset=utf-8" differ), signs the query or compresses bodies,
-	// retries are mismatches: then a function of yours takes what matters.
+	// The built-in one takes method, path, query, Content-Type and body byte by byte. If something
+	// on the way respells media types ("application/json" and "application/json; charset=utf-8"
+	// differ), signs the query or compresses bodies, retries are mismatches: then write a function
+	// that takes only the relevant parts.
 	Fingerprints []Fingerprint
 
-	// RecordHeaders are recorded and replayed beside [RecordedHeaders]. Those that carry a credential, belong to the
-	// connection or tell which site may read the answer (Access-Control-*) are refused.
+	// RecordHeaders are recorded and replayed in addition to [RecordedHeaders]. Headers that carry
+	// a credential, belong to the connection or tell which site may read the answer
+	// (Access-Control-*) are refused.
 	RecordHeaders []string
 
-	// AuthorizeReplay is asked before an answer is replayed, when no connection is held. An error refuses it with 403:
-	// for a caller who has lost the right to see it since. Nil allows, which is right where authorization is mounted
-	// outside. It gets a copy of the request, with its body.
+	// AuthorizeReplay is called before an answer is replayed, when no connection is held. An error
+	// refuses it with 403, for example if the caller has lost the right to see it since. Nil allows
+	// all replays, which is right if authorization is mounted outside. It gets a copy of the
+	// request, with its body.
 	AuthorizeReplay func(r *http.Request, record *idempotency.Record) error
 
 	// Quota bounds how many keys each scope may record. The zero value bounds nothing.
 	Quota Quota
 
-	// RouterState gives a handler that has to run again the state of a router that the first run changed; package
-	// middleware/chiroute has it for chi. If it is nil a handler runs again without, unless chi has routed the request,
-	// or may have: then the answer is 503 instead, because a second run may be routed to a 404. It may have if one of the
-	// request's contexts is not of package context, because the middleware never looks into those.
+	// RouterState restores the state of a router before a handler runs again; package
+	// middleware/chiroute has it for chi. If it is nil a handler runs again without it, unless chi
+	// has routed the request, or may have: then the answer is 503 instead, because a second run may
+	// be routed to a 404. It may have if one of the request's contexts is not of package context,
+	// because the middleware never looks into those.
 	RouterState RouterStateFunc
 
 	// TraceID names the trace of a request, to be kept with the record. The default takes its id from traceparent (W3C
 	// Trace Context). Package observe/otel has one that records the server's span too, which a link from a replay needs.
 	TraceID func(r *http.Request) string
 
-	// Route names the route of a request for the tracer, such as "POST /transfers". It must come from a small set, never
-	// from the path, and is asked before the handler; it must not read the body, nor may TraceID. The default is the pattern that net/http's ServeMux or chi matched,
-	// which is empty where the middleware is mounted outside of the router.
+	// Route names the route of a request for the tracer, such as "POST /transfers". It must come
+	// from a small set, never from the path. It is called before the handler. Neither it nor
+	// TraceID may read the body. The default is the pattern that net/http's ServeMux or chi
+	// matched, which is empty if the middleware is mounted outside the router.
 	Route func(r *http.Request) string
 
 	// RetryAfter is what Retry-After tells clients, in full seconds. The default is [RetryAfterDefault].
@@ -84,9 +90,10 @@ type Options struct {
 	// ProblemBase is what the type of a problem document begins with. The default is [ProblemBaseDefault].
 	ProblemBase string
 
-	// Logger is told of failed handlers, unavailable databases and unknown outcomes, and once per route of what should
-	// be mounted otherwise; never of a key, body or credential. Of a panic it gets the type and the stack, not the value,
-	// which may hold anything: a Tracer finds that in [idempotency.PanicError]. The default is slog.Default().
+	// Logger gets failed handlers, unavailable databases and unknown outcomes, and once per route
+	// each mistake in mounting; never a key, body or credential. For a panic it gets the type and
+	// the stack, not the value, which may hold anything: a Tracer finds that in
+	// [idempotency.PanicError]. The default is slog.Default().
 	Logger *slog.Logger
 }
 
@@ -95,9 +102,10 @@ type Fingerprint struct {
 	// Version is at least idempotency.FingerprintVersionUserMin, and new for every change of Content.
 	Version int16
 
-	// Content returns what two requests must have in common to be the same, for example the canonical form of some
-	// fields of the body. It is hashed with SHA-256. Everything left out of it may differ unnoticed. Where the body
-	// can't be read in its terms it returns the body. r is a copy of the request with the body, to read and to parse.
+	// Content returns the bytes that are equal for equal requests, for example the canonical form
+	// of some fields of the body. They are hashed with SHA-256. Everything left out of them may
+	// differ unnoticed. If it can't parse the body it returns the body. r is a copy of the request
+	// with the body, to read and to parse.
 	Content func(r *http.Request, body []byte) []byte
 }
 

@@ -14,9 +14,10 @@ import (
 	"github.com/paidonce/idempotency/middleware"
 )
 
-// What is mounted outside: it changes an answer's headers and its length, and may do so in another way when a retry comes.
+// Middleware outside changes an answer's headers and its length, and may change them differently
+// for a retry.
 
-// outside returns a mount whose middleware sets headers before ours.
+// outside returns a mount with outer middleware that sets headers.
 func outside(set func(h http.Header, r *http.Request)) func(*middleware.Middleware, http.Handler) http.Handler {
 	return func(idem *middleware.Middleware, handler http.Handler) http.Handler {
 		inner := idem.Handler(handler)
@@ -48,7 +49,8 @@ func TestReplayHasTheTypeOfItsBytes(t *testing.T) {
 	}
 }
 
-// A deployment between a request and its retry changes what is set outside: the retry gets what the first client got.
+// A deployment between a request and its retry changes the headers that are set outside: the retry
+// gets those that the first client got.
 func TestReplayOutlivesADeployment(t *testing.T) {
 	t.Parallel()
 	defaults := map[string]string{"Content-Type": "application/json", "Cache-Control": "no-store", "Content-Language": "de", "X-Request-Id": "1"}
@@ -78,7 +80,8 @@ func TestReplayOutlivesADeployment(t *testing.T) {
 	}
 }
 
-// squeeze is the compressor of many tutorials: it leaves Content-Length as it is, because handlers set none.
+// squeeze is the compressor of many tutorials: it leaves Content-Length as it is, because handlers
+// set none.
 type squeeze struct {
 	io.Writer
 	http.ResponseWriter
@@ -99,8 +102,8 @@ func squeezing(next http.Handler) http.Handler {
 	})
 }
 
-// What is outside may change how long an answer is: the first one, a replay, and a refusal. Its encoding is its own, and is
-// not recorded: a retry that takes no gzip gets none.
+// Middleware outside may change the length of an answer: the first one, a replay, and a refusal.
+// Its encoding is not recorded: a retry that does not accept gzip gets none.
 func TestOutsideMayChangeTheLengthOfAnswers(t *testing.T) {
 	t.Parallel()
 	for name, body := range map[string]string{"short": `{"id":1}`, "long": `{"id":"` + strings.Repeat("1", 10_000) + `"}`, "empty": ""} {
@@ -131,8 +134,9 @@ func TestOutsideMayChangeTheLengthOfAnswers(t *testing.T) {
 	}
 }
 
-// How long an answer is net/http says, as for a bare handler: a short one has a length, and a long one is chunked or, for a
-// client of HTTP/1.0, ends with its connection. A handler that says it is taken at its word, if it is true.
+// net/http sets an answer's length, as for a bare handler: a short one has a length, and a long one
+// is chunked or, for an HTTP/1.0 client, ends with its connection. If a handler sets the true
+// length, it stays.
 func TestLengthOfAnswersIsNetHTTPs(t *testing.T) {
 	t.Parallel()
 	long := strings.Repeat("x", 100_000)
@@ -178,7 +182,8 @@ func TestLengthOfAnswersIsNetHTTPs(t *testing.T) {
 	}
 }
 
-// cors is what its middlewares do. Mounted outside, it is on every answer; a preflight carries no key and passes.
+// cors does the same as CORS middleware. Mounted outside, its headers are on every answer; a
+// preflight carries no key and passes.
 func cors(next http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		w.Header().Add("Vary", "Origin")
@@ -193,8 +198,8 @@ func cors(next http.Handler) http.Handler {
 	})
 }
 
-// A page reads every answer, whatever became of its request, and a replay too that another page asks for: what CORS says
-// is of the request that is answered.
+// A page can read every answer, whatever the outcome, and also a replay of another page's request:
+// the CORS headers belong to the request that is answered.
 func TestPagesOfTwoOriginsReadTheirAnswers(t *testing.T) {
 	t.Parallel()
 	entered, release := make(chan struct{}), make(chan struct{})
@@ -235,8 +240,8 @@ func TestPagesOfTwoOriginsReadTheirAnswers(t *testing.T) {
 	}
 }
 
-// The media type is compared byte by byte: what may rewrite it on the way must do so always, or Options.Fingerprints leaves
-// it out.
+// The media type is compared byte by byte: if a proxy may rewrite it, it must always do so, or
+// Options.Fingerprints must leave it out.
 func TestMediaTypesAreComparedByteByByte(t *testing.T) {
 	t.Parallel()
 	b := setup(t, setupOptions{}, transfer)
@@ -246,8 +251,8 @@ func TestMediaTypesAreComparedByteByByte(t *testing.T) {
 	}
 }
 
-// A call that was canceled says nothing of the request, and is no answer for good; what is locked or depends on another
-// request is one, unless the policy says otherwise.
+// A canceled call proves nothing about the request, so its answer is not final. A 423 or 424 is,
+// unless the policy says otherwise.
 func TestCanceledCallIsNoAnswerForGood(t *testing.T) {
 	t.Parallel()
 	for status, kept := range map[int]bool{408: false, 499: false, 423: true, 424: true} {

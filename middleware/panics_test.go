@@ -53,8 +53,8 @@ func (h *trap) TraceWaitStart(context.Context) {
 	h.spring("wait start")
 }
 
-// Each hook of a service's panics, once before and once after the key has its record: no connection, no place in
-// flight and no key stays taken, and nothing is paid twice.
+// Each of a service's hooks panics, once before and once after the key has its record: no
+// connection, no place in flight and no key stays taken, and nothing is paid twice.
 func TestPanicInAHookLeavesNothingBehind(t *testing.T) {
 	t.Parallel()
 	hooks := []string{

@@ -99,7 +99,7 @@ func (m *Middleware) writeProblem(w http.ResponseWriter, reason idempotency.Reas
 	if t.retry {
 		h.Set("Retry-After", retryAfter(m.options.RetryAfter))
 	}
-	h.Del("Content-Length") // net/http sets it, unless what is outside changes it
+	h.Del("Content-Length") // net/http sets it, after outer middleware
 	w.WriteHeader(t.status)
 	_, _ = w.Write(body) // a client that is gone asks again
 }

@@ -22,10 +22,11 @@ const (
 // is refused with 429, and its handler does not run. It is approximate: it is counted in this process alone, forgotten
 // when it ends, and up to twice as much fits where two windows meet. A limit on requests, mounted outside, it does not replace.
 //
-// A request is counted once its claim has shown that its key is new. So a replay, a mismatch and a conflict are never
-// refused, however far over its quota the scope is, and a refused request costs what a conflict costs: the claim and a
-// ROLLBACK, two round trips that write nothing. To refuse it any earlier would be to refuse replays, for which nobody
-// but the table has the answer. What leaves no record, such as a 500, is counted off again.
+// A request is counted once its claim has shown that its key is new. So a replay, a mismatch and a
+// conflict are never refused, however far over its quota the scope is, and a refused request costs
+// what a conflict costs: the claim and a ROLLBACK, two round trips that write nothing. An earlier
+// refusal would also refuse replays, because only the table knows which requests they are. A
+// request that leaves no record, such as a 500, is subtracted again.
 //
 // While there is a quota, an answer 429 is forgotten, whatever Engine.Disposition makes of it.
 type Quota struct {
@@ -185,7 +186,7 @@ func (run *run) count() bool {
 	return true
 }
 
-// do takes the request through the engine. Whatever way that is left by, its place in the quota is settled.
+// do runs the request through the engine, and settles its place in the quota however that ends.
 func (run *run) do(request idempotency.Request) (result idempotency.Result) {
 	returned := false
 	defer func() {
@@ -199,8 +200,9 @@ func (run *run) do(request idempotency.Request) (result idempotency.Result) {
 	return result
 }
 
-// settle gives the request's place back if it is proven that nothing was recorded. So it is with an unknown outcome that
-// has the handler's answer, or is about another service: the retry must not be refused for it.
+// settle gives the request's place back if it is proven that nothing was recorded. That includes an
+// unknown outcome that has the handler's answer, or that concerns another service: its retry must
+// not be refused.
 func (run *run) settle(result idempotency.Result) {
 	unknown := result.Outcome == idempotency.OutcomeUnknown && result.Answer == nil && result.Reason != idempotency.ReasonCallUnknown
 	switch {

@@ -207,9 +207,9 @@ func (a *serialized) Commit(ctx context.Context, answer *idempotency.Answer) err
 	return a.Attempt.Commit(ctx, answer)
 }
 
-// Whatever of the service's own functions panics or ends its goroutine, and wherever: a key counts for the quota if it was
-// recorded, and not otherwise; only one whose goroutine ended after its handler, which is nobody's to tell, may count without a
-// record. Nothing is in flight.
+// Whichever of the service's own functions panics or ends its goroutine: a key counts for the quota
+// if it was recorded, and not otherwise. Only if the goroutine ended after its handler, when nobody
+// knows, may it count without a record. Nothing is in flight.
 func TestQuotaCountsRecordsWhateverPanics(t *testing.T) {
 	t.Parallel()
 	places := []string{"start", "claim", "handler", "commit", "decline", "rollback", "end", "reduce", "disposition", "fingerprint", "scope", "traceid",

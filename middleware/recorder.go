@@ -22,7 +22,7 @@ type recorder struct {
 	sent    http.Header
 	body    []byte
 	tooLong bool
-	dropped []string // names of headers that are the middleware's, and that the handler set
+	dropped []string // names of the middleware's headers that the handler set
 }
 
 func newRecorder(outer http.Header, bytesMax int) recorder {
@@ -64,8 +64,9 @@ func (w *recorder) Write(p []byte) (int, error) {
 	return len(p), nil
 }
 
-// finish completes the answer as net/http would. outer is what middleware outside has set before the handler. A handler that
-// says how long its answer is gets the length that it has; who says nothing leaves it to net/http.
+// finish completes the answer as net/http would. outer are the headers that outer middleware set
+// before the handler. If the handler sets a Content-Length, it becomes the answer's actual length;
+// otherwise net/http decides.
 func (w *recorder) finish(outer http.Header) error {
 	w.WriteHeader(http.StatusOK)
 	if w.tooLong {

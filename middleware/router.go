@@ -5,14 +5,14 @@ import (
 	"reflect"
 )
 
-// mayCarryChiRoute reports whether chi may have routed a request with this context. chi keeps its state in one value that
-// routing changes in place, so that a second run may be routed to a 404, which would be recorded for good. It is asked
-// only before a second run.
+// mayCarryChiRoute reports whether chi may have routed a request with this context. chi keeps its
+// state in one value that routing changes in place, so that a second run may be routed to a 404,
+// which would be recorded for good. It is called only before a second run.
 //
-// Those who don't import chi don't have its key. So the contexts are walked, from one to the next below, for a key of
-// chi's type. No value in them is read or printed: they belong to others, who may change them at the same time. The
-// contexts of package context never change what they hold; nothing is known of those of another package, and below one
-// chi may be hidden, so it returns true.
+// This package does not import chi, so it does not have chi's key. It walks the chain of contexts
+// for a key of chi's type. It never reads or prints a value in them: they belong to others, who may
+// change them at the same time. The contexts of package context are immutable. A context of any
+// other package is opaque and may hide chi's, so it returns true.
 func mayCarryChiRoute(ctx context.Context) bool {
 	for c := reflect.ValueOf(ctx); ; {
 		for c.Kind() == reflect.Interface || c.Kind() == reflect.Pointer {

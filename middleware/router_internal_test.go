@@ -10,14 +10,14 @@ import (
 	chimiddleware "github.com/go-chi/chi/v5/middleware"
 )
 
-// ownContext is a context of a package that nobody knows.
+// ownContext is a context of an unknown package.
 type ownContext struct{ context.Context }
 
 // stringKey is a context key that reads like chi's.
 type stringKey string
 
-// chi is found below everything that package context makes, and what can't be looked through may hide it. A release of Go
-// that keeps its contexts another way makes this test fail.
+// chi is found below every context of package context, and any other context may hide it. If a Go
+// release changes the layout of its contexts, this test fails.
 func TestChiIsFoundBelowEveryContext(t *testing.T) {
 	t.Parallel()
 	routed := context.WithValue(context.Background(), chi.RouteCtxKey, chi.NewRouteContext())

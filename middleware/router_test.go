@@ -12,8 +12,8 @@ import (
 	"github.com/paidonce/idempotency/storage/postgres"
 )
 
-// foreignContext is a context of an outer middleware's own. Its values may change at any time, under a lock that only
-// their owner has: to print a map while another goroutine writes to it ends the process.
+// foreignContext is a context of outer middleware. Its values may change at any time, under a lock
+// that only their owner has: printing a map while another goroutine writes to it ends the process.
 type foreignContext struct {
 	context.Context
 	Values foreignValues
@@ -23,8 +23,8 @@ type foreignValues struct{ read *atomic.Int64 }
 
 func (v foreignValues) String() string { v.read.Add(1); return "values" }
 
-// A handler runs again without a look into what others put into its context. Nobody knows whether such a context hides
-// the state of a router, so the service has to say.
+// A handler runs again without a look into other code's contexts. Such a context may hide the state
+// of a router, so the service has to set Options.RouterState.
 func TestSecondRunReadsNobodysContext(t *testing.T) {
 	t.Parallel()
 	var read atomic.Int64

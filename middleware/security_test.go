@@ -298,7 +298,8 @@ func TestPlantedHeaderIsNeverReplayed(t *testing.T) {
 			t.Fatalf("told %+v", told.refused)
 		}
 	}
-	// What tells a browser who may read an answer was recorded by releases before where somebody listed it: it is left out.
+	// Earlier releases recorded Access-Control headers if RecordHeaders listed them: they are left
+	// out of a replay.
 	for _, name := range []string{"Access-Control-Allow-Origin", "access-control-allow-credentials"} {
 		want(t, b.post(t, "/", "{}", "Idempotency-Key", name), 201, idempotency.OutcomeExecuted, "")
 		b.plant(t, name, encodeRecorded(name, "planted"))

@@ -58,7 +58,7 @@ func TestDuplicatesThatWaitGetTheAnswer(t *testing.T) {
 			Quota:           middleware.Quota{KeysMax: 2},
 			AuthorizeReplay: func(*http.Request, *idempotency.Record) error { authorized.Add(1); return nil },
 		},
-		store: &postgres.Options{AcquireTimeout: 20 * time.Second}, // how long it takes is not the question
+		store: &postgres.Options{AcquireTimeout: 20 * time.Second}, // duration does not matter here
 		mount: func(m *middleware.Middleware, h http.Handler) http.Handler {
 			idem = m
 			protected, atOnce := m.Handler(h), m.With(func(o *middleware.Options) { o.Engine.Wait = 0 }).Handler(h)

@@ -37,10 +37,11 @@ func (w *tripwire) disarm() (tripped bool) {
 	return w.at > 0 && !w.armed.CompareAndSwap(true, false)
 }
 
-// String names the context alone. What is below it belongs to others, who may change it while it is printed.
+// String returns only the context's name. The contexts below it belong to others, who may change
+// them while it is printed.
 func (*tripwire) String() string { return "prooftest.tripwire" }
 
-// Format keeps what is below out of every verb of fmt.
+// Format keeps the contexts below out of every verb of fmt.
 func (w *tripwire) Format(f fmt.State, _ rune) { _, _ = io.WriteString(f, w.String()) } // fmt has no use for the error
 
 // Deadline implements context.Context.

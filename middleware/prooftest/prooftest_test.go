@@ -289,7 +289,8 @@ type stringFunc func() string
 
 func (f stringFunc) String() string { return f() }
 
-// A handler may print its context. It shows nothing of what the service put below, and is no use of it.
+// A handler may print its context. That shows nothing that the service put below it, and does not
+// count as a use.
 func TestTripwirePrintsNothingThatIsNotOurs(t *testing.T) {
 	t.Parallel()
 	read := stringFunc(func() string { t.Error("a value of somebody else's was read"); return "" })
