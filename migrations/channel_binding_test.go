@@ -10,7 +10,7 @@ import (
 	"github.com/paidonce/idempotency/storage/postgres"
 )
 
-// Migrations run on connections that must be bound to their TLS channel, and a store's pool will do for them.
+// Migrations run on connections with channel_binding=require, and with a store's pool.
 func TestMigrationsKeepChannelBinding(t *testing.T) {
 	t.Parallel()
 	url := pgtest.TLS(t).TLSURL("postgres") + "&channel_binding=require"

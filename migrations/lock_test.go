@@ -22,7 +22,7 @@ import (
 	"github.com/paidonce/idempotency/storage/postgres"
 )
 
-// reader holds what a pg_dump holds of every table until release is called: ACCESS SHARE.
+// reader locks every table as pg_dump does, ACCESS SHARE, until release is called.
 func (b *testBundle) reader(t *testing.T) (pid int, release func()) {
 	t.Helper()
 	conn, err := pgx.Connect(t.Context(), b.with(t, "application_name", "report"))
@@ -43,7 +43,8 @@ func (b *testBundle) reader(t *testing.T) (pid int, release func()) {
 	return int(conn.PgConn().PID()), release
 }
 
-// load sends requests, each with a key of its own, until stop is called, which returns how many were executed. Each of them has to be.
+// load sends requests, each with a new key, until stop is called. All must be executed; stop
+// returns their number.
 func (b *testBundle) load(t *testing.T) (stop func() int64) {
 	t.Helper()
 	const clients = 3
@@ -74,7 +75,8 @@ func (b *testBundle) load(t *testing.T) (stop func() int64) {
 	}
 }
 
-// Whoever reads the tables for long, as pg_dump does, holds up a migration, and the migration holds up nobody for long.
+// A long reader such as pg_dump delays a migration, but the migration never delays requests for
+// long.
 func TestEachMigrationBehindAReaderLetsRequestsGoOn(t *testing.T) {
 	t.Parallel()
 	for version := uint(1); version <= migrations.Latest; version++ {
@@ -169,7 +171,8 @@ func wantWaitsFor(t *testing.T, w migrations.Waiting, pid int) {
 	t.Errorf("%s waits for %v, want process %d among them", w.What, w.Blockers, pid)
 }
 
-// A migration that waits for a table ends with its context, and leaves nothing: no lock, no wait, no dirty schema.
+// A migration that waits for a table ends with its context, and leaves no lock, no waiting
+// statement and no dirty schema.
 func TestMigrationThatWaitsEndsWithItsContext(t *testing.T) {
 	t.Parallel()
 	files := fstest.MapFS{
@@ -216,7 +219,7 @@ func TestMigrationThatWaitsEndsWithItsContext(t *testing.T) {
 	}
 }
 
-// waits returns what a migration is told to wait for next.
+// waits returns the migration's next call of Waiting.
 func waits(t *testing.T, told <-chan migrations.Waiting, migrated <-chan error) (w migrations.Waiting) {
 	t.Helper()
 	select {
@@ -242,7 +245,8 @@ func (b *testBundle) awaitWaiting(t *testing.T, want bool) {
 	t.Fatalf("somebody waits for a table: never %v", want)
 }
 
-// A reader that is through before LockTimeout is waited for at once; one that takes longer is told, and waited for again.
+// If a reader ends before LockTimeout, the first try succeeds. If it takes longer, Waiting is
+// called, and the migration tries again.
 func TestLockTimeoutOfAMigration(t *testing.T) {
 	t.Parallel()
 	for _, test := range []struct {
@@ -288,7 +292,8 @@ func TestLockTimeoutOfAMigration(t *testing.T) {
 	}
 }
 
-// A request that waits for a table and holds another makes a deadlock of it, which may end the migration: it comes again.
+// A request that waits for a table and holds another can deadlock with the migration. PostgreSQL
+// may then end the migration, which tries again.
 func TestMigrationThatADeadlockEndsComesAgain(t *testing.T) {
 	t.Parallel()
 	b := setup(t)
@@ -322,8 +327,8 @@ func TestMigrationThatADeadlockEndsComesAgain(t *testing.T) {
 	b.wantVersion(t, own, 1)
 }
 
-// Each file of this package runs in one transaction with its version, so none can be there by halves: it holds nothing that
-// ends a transaction.
+// Each file of this package runs in one transaction with its version, so it is applied whole or not
+// at all: no file contains a statement that ends a transaction.
 func TestEachFileIsOneTransaction(t *testing.T) {
 	t.Parallel()
 	b := setup(t)
@@ -402,7 +407,8 @@ func TestUpWaitsForTheMigrateProgram(t *testing.T) {
 	}
 }
 
-// CREATE INDEX CONCURRENTLY can't be in a transaction, and waits for those of others, for as long as they take.
+// CREATE INDEX CONCURRENTLY can't run in a transaction, and waits for the transactions of others,
+// however long they take.
 func TestFileThatCantBeATransaction(t *testing.T) {
 	t.Parallel()
 	b := setup(t)

@@ -35,7 +35,7 @@ const (
 // need this one.
 const Latest = 3
 
-// What callers branch on. The remedy is in the error's text.
+// Errors for callers to branch on. Their texts name the remedy.
 var (
 	// ErrDirty: an earlier migration failed in the middle.
 	ErrDirty = errors.New("schema is dirty")
@@ -46,34 +46,37 @@ var (
 
 // Options tell where the migrations go. Nil and the zero value are the defaults.
 type Options struct {
-	// Schema holds the table, and the table of versions. It is created if it is missing. The store is told the same
-	// in its own options. Defaults to "public".
+	// Schema holds the table, and the table of versions. It is created if it is missing. Set the
+	// same schema in the store's options. Defaults to "public".
 	Schema string
 
-	// Files and VersionTable let a program run migrations of its own by the same means. The defaults are this package's
-	// files and "idempotency_migrations"; set both or none.
+	// Files and VersionTable let a program run its own migrations in the same way. The defaults are
+	// this package's files and "idempotency_migrations"; set both or none.
 	//
-	// A file is run in one transaction together with its version. One that can't be, because it ends the transaction itself
-	// or holds a statement such as CREATE INDEX CONCURRENTLY (which must then be alone in its file), is run as it is: if it
-	// fails it is not repeated, and the schema is dirty.
+	// A file runs in one transaction together with its version. If it can't, because it ends the
+	// transaction itself or contains a statement such as CREATE INDEX CONCURRENTLY (which must then
+	// be the only one in its file), it is sent as it is: if it then fails it is not repeated, and
+	// the schema is dirty.
 	Files        fs.FS
 	VersionTable string
 
-	// LockTimeout is how long a migration waits for a lock on a table. While it waits, every later request waits behind it.
-	// After that it is rolled back and tried again, with pauses of LockTimeout at first and of eight times as long at last,
-	// until its context ends. Defaults to 1 second; at least 1 millisecond.
+	// LockTimeout is the longest wait of a migration for a lock on a table. While it waits, every
+	// later request waits behind it. Then it is rolled back and tried again after a pause of
+	// LockTimeout, which grows to eight times as much, until its context ends. Defaults to 1
+	// second; at least 1 millisecond.
 	LockTimeout time.Duration
 
-	// Waiting is called before each pause, by the goroutine that migrates, with what is waited for. Nil tells nobody.
+	// Waiting is called before each pause, by the goroutine that migrates, with the sessions that
+	// it waits for. May be nil.
 	Waiting func(Waiting)
 }
 
-// Waiting says what a migration waits for.
+// Waiting describes a migration that waits.
 type Waiting struct {
 	What     string        // "migration 2 up", or "another migration": its turn
 	Tries    int           // so far
 	Pause    time.Duration // until the next
-	Blockers []Blocker     // who holds what it needs; empty if that could not be seen
+	Blockers []Blocker     // the holders of the locks that it needs; empty if the role may not see them
 }
 
 // Blocker is a session that holds a lock, as far as the role may see it: another role's sessions show no more than their
@@ -101,14 +104,16 @@ func (b Blocker) String() string {
 	return text
 }
 
-// Up applies every migration that is missing. It is safe to call from several processes at once, and beside the migrate
-// program: one works, the others wait. Requests go on meanwhile, see [Options.LockTimeout]. A schema of a later release is
-// left as it is: a service that is rolled back must start.
+// Up applies every migration that is missing. It is safe to call from several processes at once,
+// and beside the migrate program: one works, the others wait. Meanwhile requests are served, see
+// [Options.LockTimeout]. A schema of a later release is left as it is, so that a service can start
+// after a rollback to an older release.
 //
-// It opens two connections of its own with the pool's settings, and calls the pool's BeforeConnect for each. They must not lead
-// through a pooler in transaction or statement mode: [ErrPooler].
+// Up opens two connections of its own with the pool's settings, and calls the pool's BeforeConnect
+// for each. They must not lead through a pooler in transaction or statement mode: [ErrPooler].
 //
-// It ends with ctx, within 5 seconds if the server does not answer. What was under way is undone, and calling it again goes on.
+// It ends with ctx, within 5 seconds if the server does not answer. The migration under way is
+// undone, and another call of Up continues from there.
 func Up(ctx context.Context, pool *pgxpool.Pool, opts *Options) error {
 	return migrate(ctx, pool, opts, func(m *migrator) error {
 		for {
@@ -127,15 +132,15 @@ func Up(ctx context.Context, pool *pgxpool.Pool, opts *Options) error {
 	})
 }
 
-// Down undoes every migration, and with it loses every record: each retry of an executed request runs again. It waits, and
-// ends, as [Up].
+// Down undoes every migration, and with it loses every record: each retry of an executed request
+// runs again. It waits and ends as [Up] does.
 func Down(ctx context.Context, pool *pgxpool.Pool, opts *Options) error {
 	return DownTo(ctx, pool, 0, opts)
 }
 
-// DownTo undoes the migrations above a version, the newest first, each with what it made. To 0 it is [Down]: every
-// record is lost, and each retry of an executed request runs again. A schema that is not above the version is left as it
-// is. It waits, and ends, as [Up].
+// DownTo undoes the migrations above a version, the newest first, each with what it made. To 0 it
+// is [Down]: every record is lost, and each retry of an executed request runs again. A schema that
+// is not above the version is left as it is. It waits and ends as [Up] does.
 func DownTo(ctx context.Context, pool *pgxpool.Pool, version uint, opts *Options) error {
 	return migrate(ctx, pool, opts, func(m *migrator) error {
 		for {
@@ -157,8 +162,8 @@ func DownTo(ctx context.Context, pool *pgxpool.Pool, version uint, opts *Options
 	})
 }
 
-// Version returns the version of the schema, 0 if nothing was migrated yet. A migration that failed in the middle is
-// [ErrDirty]. It makes nothing, and a pooler in between may be of any mode.
+// Version returns the version of the schema, 0 if nothing was migrated yet. A migration that failed
+// in the middle is [ErrDirty]. It changes nothing, and works through a pooler in any mode.
 func Version(ctx context.Context, pool *pgxpool.Pool, opts *Options) (version uint, err error) {
 	m, err := newMigrator(opts)
 	if err != nil {
@@ -175,7 +180,7 @@ func Version(ctx context.Context, pool *pgxpool.Pool, opts *Options) (version ui
 	return uint(max(current, 0)), err
 }
 
-// migrate calls do with a migrator whose turn it is.
+// migrate waits for its turn, and calls do with a migrator.
 func migrate(ctx context.Context, pool *pgxpool.Pool, opts *Options, do func(*migrator) error) error {
 	m, err := newMigrator(opts)
 	if err == nil {

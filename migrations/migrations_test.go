@@ -334,8 +334,8 @@ func TestFilesAndVersionTableBelongTogether(t *testing.T) {
 	b.wantTables(t)
 }
 
-// A file that ends its transaction and then fails leaves the schema dirty. Nothing goes on before somebody has looked, and the
-// error says what to do.
+// A file that ends its transaction and then fails leaves the schema dirty. Every further migration
+// is refused until somebody mends it, and the error says how.
 func TestDirtySchema(t *testing.T) {
 	t.Parallel()
 	for version := uint(1); version <= 2; version++ {
@@ -372,7 +372,7 @@ func TestDirtySchema(t *testing.T) {
 	}
 }
 
-// A migration that fails leaves the schema as it was: once its file is mended it goes on.
+// A migration that fails leaves the schema as it was: once its file is mended Up succeeds.
 func TestMigrationThatFailsLeavesNothing(t *testing.T) {
 	t.Parallel()
 	b := setup(t)

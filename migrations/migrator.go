@@ -23,33 +23,35 @@ import (
 )
 
 const (
-	// endMax bounds what is done after a context has ended: the server's answer to a request to cancel, a ROLLBACK, COMMIT.
+	// endMax limits each step after a context has ended: the server's answer to a cancel request, a
+	// ROLLBACK, a COMMIT.
 	endMax = 5 * time.Second
-	// pausesMax is how many times LockTimeout the longest pause is.
+	// pausesMax is the longest pause as a multiple of LockTimeout.
 	pausesMax = 8
-	// turnPauseMin and turnPauseMax are the pauses between looks whether another migration is through.
+	// turnPauseMin and turnPauseMax limit the pauses between checks whether another migration has
+	// ended.
 	turnPauseMin, turnPauseMax = 50 * time.Millisecond, time.Second
 
 	none = database.NilVersion // the version before the first
 )
 
-// migrator migrates one schema, on a connection that keeps its session: search_path, timeouts and an advisory lock are the
-// session's.
+// migrator migrates one schema, on a connection with a session of its own: it sets search_path and
+// timeouts for the session, and holds an advisory lock.
 //
-// golang-migrate's files, table of versions and lock are kept, so that its program can be used as well. Its driver is not:
-// it takes no context, it truncates the table of versions, for which every reader would have to be through, and it marks the schema
-// dirty before it waits.
+// It keeps golang-migrate's file names, version table and lock, so that its program can be used as
+// well. It does not use its driver, which takes no context, truncates the version table (so that it
+// waits for every reader), and marks the schema dirty before it waits.
 type migrator struct {
 	options  Options
 	schema   string // sanitized
 	table    string // of versions, sanitized
-	own      bool   // the files are a program's own, and may hold anything
+	own      bool   // the files are a program's own, and may contain any statement
 	files    source.Driver
 	versions []uint // of the files, ascending
 
 	conn    *pgx.Conn
 	pid     int       // its server process
-	watcher *pgx.Conn // sees whom conn waits for
+	watcher *pgx.Conn // reads the sessions that conn waits for
 }
 
 func newMigrator(opts *Options) (*migrator, error) {
@@ -89,7 +91,7 @@ func newMigrator(opts *Options) (*migrator, error) {
 	return m, nil
 }
 
-// connect makes a connection as the pool would, but for its AfterConnect.
+// connect makes a connection as the pool does, but does not call its AfterConnect.
 func connect(ctx context.Context, pool *pgxpool.Pool) (*pgx.Conn, error) {
 	config := pool.Config()
 	conn := config.ConnConfig
@@ -99,14 +101,15 @@ func connect(ctx context.Context, pool *pgxpool.Pool) (*pgx.Conn, error) {
 		}
 	}
 	conn.DefaultQueryExecMode = pgx.QueryExecModeExec
-	// When a context ends the server is asked to cancel, and answers: the session lives on, and what became of a file is known.
+	// When a context ends, the connection sends a cancel request and waits for the answer: the
+	// session stays usable, and the outcome of a file is known.
 	conn.BuildContextWatcherHandler = func(conn *pgconn.PgConn) ctxwatch.Handler {
 		return &pgconn.CancelRequestContextWatcherHandler{Conn: conn, DeadlineDelay: endMax}
 	}
 	return pgx.ConnectConfig(ctx, conn)
 }
 
-// begin connects, sees that the session is its own, and waits for its turn.
+// begin connects, checks that no pooler shares the session, and waits for its turn.
 func (m *migrator) begin(ctx context.Context, pool *pgxpool.Pool) (err error) {
 	if m.conn, err = connect(ctx, pool); err != nil {
 		return fmt.Errorf("connect: %w", err)
@@ -124,7 +127,7 @@ func (m *migrator) begin(ctx context.Context, pool *pgxpool.Pool) (err error) {
 	if err := m.conn.QueryRow(ctx, "SELECT pg_backend_pid()").Scan(&m.pid); err != nil {
 		return fmt.Errorf("connect: %w", err)
 	}
-	// A migration may take as long as it needs; it may not wait as long as it likes.
+	// A migration may run as long as it needs, but its waits are limited.
 	for _, conn := range []*pgx.Conn{m.conn, m.watcher} {
 		_, err := conn.Exec(ctx, `SELECT set_config(name, CASE name WHEN 'lock_timeout' THEN $1 ELSE '0' END, false) FROM pg_settings WHERE name IN
 			('lock_timeout', 'statement_timeout', 'transaction_timeout', 'idle_in_transaction_session_timeout', 'idle_session_timeout')`, m.lockTimeoutMS())
@@ -142,7 +145,7 @@ func (m *migrator) lockTimeoutMS() string {
 	return strconv.FormatInt(m.options.LockTimeout.Milliseconds(), 10)
 }
 
-// close ends the session. What a pooler in session mode may keep of it is reset first.
+// close ends the session, after a reset of the state that a pooler in session mode might keep.
 func (m *migrator) close(ctx context.Context) {
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), endMax)
 	defer cancel()
@@ -150,14 +153,14 @@ func (m *migrator) close(ctx context.Context) {
 		if conn == nil || conn.IsClosed() {
 			continue
 		}
-		_, _ = conn.Exec(ctx, "DISCARD ALL") // the server does the same when the connection is gone
-		_ = conn.Close(ctx)                  // whatever it says, it is closed
+		_, _ = conn.Exec(ctx, "DISCARD ALL") // if it fails, the end of the connection does the same
+		_ = conn.Close(ctx)                  // closed even if it returns an error
 	}
 	_ = m.files.Close() // they were read
 }
 
-// takeTurn waits until nobody else migrates the schema. It asks again and again: a session that waits in a statement has a
-// snapshot, which CREATE INDEX CONCURRENTLY in another would wait for.
+// takeTurn waits until nobody else migrates the schema. It polls: a session that waits inside a
+// statement has a snapshot, and CREATE INDEX CONCURRENTLY in another session would wait for that.
 func (m *migrator) takeTurn(ctx context.Context) error {
 	var name string
 	if err := m.conn.QueryRow(ctx, "SELECT current_database()").Scan(&name); err != nil {
@@ -218,7 +221,7 @@ func (m *migrator) blockers(ctx context.Context, sql string, argument any) ([]Bl
 	})
 }
 
-// pause tells what is waited for, and waits.
+// pause calls Waiting, and waits.
 func (m *migrator) pause(ctx context.Context, waiting Waiting) error {
 	if m.options.Waiting != nil {
 		m.options.Waiting(waiting)
@@ -252,7 +255,7 @@ func (m *migrator) version(ctx context.Context) (int, error) {
 	err = m.conn.QueryRow(ctx, "SELECT version, dirty FROM "+m.table).Scan(&version, &dirty)
 	switch {
 	case errors.Is(err, pgx.ErrNoRows):
-		var hidden bool // what is not seen is no proof that nothing was migrated
+		var hidden bool // an unseen version does not prove that nothing was migrated
 		err := m.conn.QueryRow(ctx, "SELECT row_security_active($1)", m.table).Scan(&hidden)
 		if err == nil && hidden {
 			err = fmt.Errorf("row-level security may hide the version: ALTER TABLE %s DISABLE ROW LEVEL SECURITY, or migrate as its owner", m.table)
@@ -278,7 +281,8 @@ func (m *migrator) dirty(version int) error {
 		ErrDirty, max(version, 0), m.lookAndMend())
 }
 
-// lookAndMend is SQL that tells this package's versions apart by what each of them made, and mends the table of versions.
+// lookAndMend returns SQL that recognizes this package's version by the objects in the schema, and
+// mends the version table.
 func (m *migrator) lookAndMend() string {
 	quoted := func(table string) string {
 		return "'" + strings.ReplaceAll(pgx.Identifier{m.options.Schema, table}.Sanitize(), "'", "''") + "'"
@@ -289,7 +293,7 @@ func (m *migrator) lookAndMend() string {
 		m.table, quoted("idempotency_keys"), quoted("idempotency_audit"))
 }
 
-// after returns the version that follows, if there is one.
+// after returns the next version, if there is one.
 func (m *migrator) after(version int) (next int, ok bool, err error) {
 	i, found := 0, version == none
 	if !found {
@@ -319,7 +323,7 @@ func (m *migrator) before(version int) (int, error) {
 	return int(m.versions[i-1]), nil
 }
 
-// body returns a file's text, empty if there is none for this way.
+// body returns a file's text, empty if there is none for this direction.
 func (m *migrator) body(version uint, up bool) (string, error) {
 	read := m.files.ReadDown
 	if up {
@@ -363,7 +367,7 @@ func (m *migrator) step(ctx context.Context, from, to int, up bool) error {
 	return nil
 }
 
-// leftError is the error of what may have left something behind, and so is not tried again.
+// leftError is the error of a file that may have left something behind, and so is not tried again.
 type leftError struct{ error }
 
 func (e leftError) Unwrap() error { return e.error }
@@ -388,8 +392,8 @@ func (m *migrator) again(ctx context.Context, name string, try func(context.Cont
 	}
 }
 
-// watch looks whom conn waits for, until the returned function is called, which returns those that were seen last. When a lock was
-// not to be had in time it is too late to look.
+// watch polls the sessions that conn waits for. The function that it returns stops it, and returns
+// the last ones seen. After a lock timeout it is too late to look.
 func (m *migrator) watch() (seen func() []Blocker) {
 	var blockers []Blocker
 	stop, stopped := make(chan struct{}), make(chan struct{})
@@ -402,7 +406,7 @@ func (m *migrator) watch() (seen func() []Blocker) {
 			case <-time.After(m.options.LockTimeout / 3):
 			}
 			ctx, cancel := context.WithTimeout(context.Background(), endMax)
-			// What can't be seen is not told.
+			// Without the right to see them, none are reported.
 			if now, err := m.blockers(ctx, "SELECT DISTINCT unnest(pg_blocking_pids($1))", m.pid); err == nil && len(now) > 0 {
 				blockers = now
 			}
@@ -416,7 +420,8 @@ func (m *migrator) watch() (seen func() []Blocker) {
 	}
 }
 
-// prepare makes the schema and the table of versions. The look comes before CREATE, which needs a right that the look does not.
+// prepare creates the schema and the version table. It checks first whether they exist, because
+// CREATE needs a right that the check does not.
 func (m *migrator) prepare(ctx context.Context) error {
 	var schema, table bool
 	err := m.conn.QueryRow(ctx, `SELECT to_regnamespace($1) IS NOT NULL,
@@ -431,8 +436,9 @@ func (m *migrator) prepare(ctx context.Context) error {
 	return err
 }
 
-// run runs a file and writes down its version, in one transaction. ended reports whether the file ended the transaction, or
-// COMMIT was sent: only otherwise does an error mean that nothing happened.
+// run executes a file and records its version, in one transaction. ended reports whether the file
+// ended the transaction, or COMMIT was sent: only otherwise does an error mean that nothing
+// happened.
 func (m *migrator) run(ctx context.Context, to int, body string) (ended bool, err error) {
 	if _, err := m.conn.Exec(ctx, "BEGIN"); err != nil {
 		return false, err
@@ -459,8 +465,8 @@ func (m *migrator) run(ctx context.Context, to int, body string) (ended bool, er
 	return true, err
 }
 
-// runOwn is run for files that may hold anything. While such a file runs the schema is dirty, because if it is not one
-// transaction nobody can tell afterwards how far it came.
+// runOwn is run for files that may contain any statement. While such a file runs the schema is
+// dirty: if it is more than one transaction, nobody can tell afterwards how far it got.
 func (m *migrator) runOwn(ctx context.Context, from, to int, body string) error {
 	if err := m.mark(ctx, to, true); err != nil {
 		return err
@@ -488,13 +494,14 @@ func (m *migrator) runOwn(ctx context.Context, from, to int, body string) error 
 	return err
 }
 
-// runOutside runs a file outside of a transaction. CONCURRENTLY waits for whole transactions of others, and holds nobody up.
+// runOutside runs a file outside of a transaction. CONCURRENTLY waits for whole transactions of
+// others, and blocks nobody.
 func (m *migrator) runOutside(ctx context.Context, body string) error {
 	if strings.Contains(strings.ToUpper(body), "CONCURRENTLY") {
 		if _, err := m.conn.Exec(ctx, "SET lock_timeout = 0"); err != nil {
 			return err
 		}
-		defer func() { // a connection that it fails on is of no use to what follows either
+		defer func() { // if this fails on the connection, later statements fail on it too
 			_, _ = m.conn.Exec(context.WithoutCancel(ctx), "SELECT set_config('lock_timeout', $1, false)", m.lockTimeoutMS())
 		}()
 	}
@@ -502,7 +509,8 @@ func (m *migrator) runOutside(ctx context.Context, body string) error {
 	return err
 }
 
-// send sends a file as it is. ended reports whether a statement of it ended a transaction, or went back in it.
+// send sends a file as it is. ended reports whether one of its statements ended a transaction, or
+// rolled back to a savepoint.
 func (m *migrator) send(ctx context.Context, body string) (ended bool, err error) {
 	results := m.conn.PgConn().Exec(ctx, body)
 	for results.NextResult() {
@@ -515,7 +523,7 @@ func (m *migrator) send(ctx context.Context, body string) (ended bool, err error
 	return ended, results.Close()
 }
 
-// mark writes the version down in a transaction of its own.
+// mark records the version in a transaction of its own.
 func (m *migrator) mark(ctx context.Context, version int, dirty bool) error {
 	ctx, cancel := context.WithTimeout(ctx, endMax+m.options.LockTimeout)
 	defer cancel()
@@ -529,7 +537,7 @@ func (m *migrator) mark(ctx context.Context, version int, dirty bool) error {
 }
 
 func (m *migrator) write(ctx context.Context, version int, dirty bool) error {
-	// Not TRUNCATE, which waits for every reader and has every later one wait.
+	// Not TRUNCATE, which waits for every reader and blocks every later one.
 	_, err := m.conn.Exec(ctx, "DELETE FROM "+m.table)
 	if err == nil && (version != none || dirty) {
 		_, err = m.conn.Exec(ctx, "INSERT INTO "+m.table+" (version, dirty) VALUES ($1, $2)", version, dirty)

@@ -138,7 +138,8 @@ func TestReaperNeedsSelectAndDelete(t *testing.T) {
 	}
 }
 
-// A version that row-level security hides is not taken for none: Down would find nothing to do, and Version would say 0.
+// A version that row-level security hides is not taken for 0: Down would do nothing, and Version
+// would return 0.
 func TestHiddenVersionIsNotNone(t *testing.T) {
 	t.Parallel()
 	b := setup(t)

@@ -18,7 +18,8 @@ import (
 	"github.com/paidonce/idempotency/storage/postgres"
 )
 
-// A context that ends in the middle undoes the migration under way, and no other begins. Up takes it up again.
+// If the context ends in the middle, the migration under way is undone, and no other begins.
+// Another Up continues from there.
 func TestUpThatIsStoppedLeavesNothing(t *testing.T) {
 	t.Parallel()
 	b := setup(t)
@@ -180,8 +181,8 @@ func TestUpOnALaterSchema(t *testing.T) {
 	}
 }
 
-// The migrate program marks the schema dirty before it runs a file, and may be killed then or later. What Up says tells from what
-// is there which version that is.
+// The migrate program marks the schema dirty before it runs a file, and may be killed then or
+// later. The SQL in Up's error finds the version from the objects in the schema.
 func TestDirtySchemaOfTheMigrateProgram(t *testing.T) {
 	t.Parallel()
 	for there := range uint(migrations.Latest) + 1 {
