@@ -100,7 +100,7 @@ func TestExamples(t *testing.T) {
 // TestHelpersAreTheSame: each example stands alone, and so has its own copy of what has nothing to do with it.
 func TestHelpersAreTheSame(t *testing.T) {
 	t.Parallel()
-	for _, copied := range []string{"orders/database.go", "sqlc/database.go", "orders/serve.go", "sqlc/serve.go", "handlertest/serve.go"} {
+	for _, copied := range []string{"orders/database.go", "sqlc/database.go", "river/database.go", "orders/serve.go", "sqlc/serve.go", "handlertest/serve.go", "river/serve.go"} {
 		original, err := os.ReadFile(filepath.Join("quickstart", filepath.Base(copied)))
 		if err != nil {
 			t.Fatal(err)
