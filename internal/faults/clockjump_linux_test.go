@@ -6,6 +6,7 @@ import (
 	"os"
 	"path/filepath"
 	"strconv"
+	"sync"
 	"testing"
 	"time"
 
@@ -24,17 +25,18 @@ func TestF18DatabaseClockJumps(t *testing.T) {
 	const ttl = 2 * time.Hour
 	c := startClock(t)
 	inHandler, goOn := make(chan string), make(chan struct{})
+	var held sync.Map // keys, once
 	s := serve(t, c.url, &serviceOptions{
 		middleware: &middleware.Options{Engine: idempotency.Options{TTL: ttl}},
 		handling: func(_ context.Context, key string) {
-			if key == "across-ahead" || key == "across-back" {
+			if _, again := held.LoadOrStore(key, true); !again && (key == "across-ahead" || key == "across-back") {
 				inHandler <- key
 				<-goOn
 			}
 		},
 	})
 	// across pays while the clock jumps in the middle of the handler.
-	across := func(key string, to time.Duration) {
+	across := func(key string, to time.Duration, status int, outcome string) {
 		t.Helper()
 		replies := make(chan reply, 1)
 		go func() {
@@ -48,8 +50,8 @@ func TestF18DatabaseClockJumps(t *testing.T) {
 		}
 		c.jump(t, to)
 		goOn <- struct{}{}
-		if got := <-replies; !got.is(201, "executed") {
-			t.Errorf("%s: %v", key, got)
+		if got := <-replies; !got.is(status, outcome) {
+			t.Errorf("%s: %v, want %d %s", key, got, status, outcome)
 		}
 	}
 	reap := func(want int64) {
@@ -62,14 +64,20 @@ func TestF18DatabaseClockJumps(t *testing.T) {
 	}
 
 	first := s.mustPay(t, "before", 201, "executed") // expires at +2 h
-	across("across-ahead", time.Hour)                // at +3 h
+	if count(t, c.url, "SELECT current_setting('server_version_num')::int") < 170000 {
+		across("across-ahead", time.Hour, 201, "executed") // at +3 h
+	} else {
+		// transaction_timeout ends it, by the wall clock. Absence proves nothing when half of the TTL is over.
+		across("across-ahead", time.Hour, 503, "unknown")
+		s.mustPay(t, "across-ahead", 201, "executed") // at +3 h
+	}
 	reap(0)
 	s.mustPay(t, "ahead", 201, "executed") // at +3 h
 	for _, key := range []string{"before", "across-ahead", "ahead"} {
 		s.mustPay(t, key, 201, "replayed")
 	}
 
-	across("across-back", -time.Hour) // at +1 h
+	across("across-back", -time.Hour, 201, "executed") // at +1 h
 	reap(0)
 	s.mustPay(t, "back", 201, "executed") // at +1 h
 	keys := []string{"before", "across-ahead", "ahead", "across-back", "back"}
