@@ -374,7 +374,7 @@ func (m *Middleware) log(r *http.Request, key idempotency.Key, result idempotenc
 	m.options.Logger.LogAttrs(ctx, level, message, attributes...)
 }
 
-// panicOf returns the panic in an error's chain, or nil.
+// panicOf returns the panic that an error wraps, or nil.
 func panicOf(err error) (panicked *idempotency.PanicError) {
 	errors.As(err, &panicked)
 	return panicked
