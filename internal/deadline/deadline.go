@@ -74,10 +74,11 @@ func (c *Context) Err() error {
 	return c.ended()
 }
 
-// String names the context alone. What is below it belongs to others, who may change it while it is printed.
+// String returns only the context's name. The contexts below it belong to others, who may change
+// them while it is printed.
 func (*Context) String() string { return "deadline.Context" }
 
-// Format keeps what is below out of every verb of fmt.
+// Format keeps the contexts below out of every verb of fmt.
 func (c *Context) Format(f fmt.State, _ rune) { _, _ = io.WriteString(f, c.String()) } // fmt has no use for the error
 
 // End ends the context, where it has not ended, and lets go of its timer. The maker calls it when the work is done.

@@ -156,8 +156,9 @@ func (c *clock) jump(t *testing.T, offset time.Duration) {
 	}
 }
 
-// The process's own clock stands still while its machine is suspended, as the database's goes on: by the time that it looks for
-// a lost COMMIT the record may have expired, and the reaper have deleted it. To the process it was a moment.
+// The process's own clock stands still while its machine is suspended, but the database's goes on.
+// When the process looks for a lost COMMIT, the record may have expired and the reaper may have
+// deleted it, although only a moment has passed by the process's clock.
 func TestF18AbsenceAfterTheMachineWasSuspendedIsNoProof(t *testing.T) {
 	t.Parallel()
 	c := startClock(t)

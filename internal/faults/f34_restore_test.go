@@ -17,8 +17,9 @@ import (
 const parted = `SELECT count(*) FROM (SELECT key FROM payments) AS p FULL JOIN (SELECT key FROM idempotency_keys) AS r USING (key)
 	WHERE p.key IS NULL OR r.key IS NULL`
 
-// A dump is of one moment: whatever runs meanwhile, each payment is in it together with its record, or neither is. What was paid before
-// the dump is replayed after the restore, and what was paid later is forgotten altogether.
+// A dump is of one moment: whatever runs meanwhile, it contains a payment together with its record,
+// or neither. After the restore payments from before the dump are replayed, and later ones are
+// completely forgotten.
 func TestF34DumpUnderLoadKeepsPaymentsAndRecordsTogether(t *testing.T) {
 	t.Parallel()
 	s := serve(t, pgtest.Database(t), nil)
@@ -79,7 +80,7 @@ func TestF34DumpUnderLoadKeepsPaymentsAndRecordsTogether(t *testing.T) {
 	meanwhile.Range(func(key, body any) bool {
 		if again.records(t, key.(string)) == 0 {
 			if lost++; lost <= looked {
-				again.mustPay(t, key.(string), 201, "executed") // its money was gone as well
+				again.mustPay(t, key.(string), 201, "executed") // its payment is gone too
 			}
 		} else if kept++; kept <= looked && again.mustPay(t, key.(string), 201, "replayed").body != body {
 			t.Errorf("%s has another answer than at first", key)
@@ -92,9 +93,10 @@ func TestF34DumpUnderLoadKeepsPaymentsAndRecordsTogether(t *testing.T) {
 	}
 }
 
-// A service that runs while its database is restored in one transaction answers not-executed until all of it is there, and
-// replays then. A restore that commits table by table leaves a time in which a record is missing and its key would run: Check
-// refuses the table until the last step gave it its primary key.
+// A service that runs while its database is restored in one transaction answers not-executed until
+// all of it is there, and then replays. If a restore commits table by table, there is a time in
+// which a record is missing and its key would run: Check refuses the table until the last step has
+// added its primary key.
 func TestF34RestoreUnderARunningService(t *testing.T) {
 	t.Parallel()
 	s := serve(t, pgtest.Database(t), nil)

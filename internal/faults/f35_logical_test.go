@@ -14,7 +14,8 @@ import (
 	"github.com/paidonce/idempotency/storage/postgres/operator"
 )
 
-// logical is a publisher and its subscriber, each with the tables: logical replication makes none.
+// logical is a publisher and its subscriber. Both have the tables: logical replication does not
+// create them.
 type logical struct{ publisher, subscriber *pgserver.Server }
 
 func startLogical(t *testing.T) *logical {
@@ -37,7 +38,8 @@ func startLogical(t *testing.T) *logical {
 	return l
 }
 
-// subscribe has the subscriber follow a publication of the tables, and waits until their first copy is through.
+// subscribe lets the subscriber follow a publication of the tables, and waits until their first
+// copy is complete.
 func (l *logical) subscribe(t *testing.T, name string, tables ...string) {
 	t.Helper()
 	execute(t, l.publisher.URL(), "CREATE PUBLICATION "+name+" FOR TABLE "+strings.Join(tables, ", "))
@@ -72,7 +74,7 @@ func TestF35PromotedLogicalReplicaReplays(t *testing.T) {
 	}
 	expire(t, l.publisher.URL(), "key-9")
 
-	// Until the replica is promoted nothing on it tells that it is none: it takes writes.
+	// Until it is promoted the replica looks like a primary: it takes writes.
 	after := serveOn(t, l.subscriber.URL(), nil)
 	if err := after.store.Check(t.Context()); !errors.Is(err, postgres.ErrNotPrimary) || !strings.Contains(err.Error(), "ALTER SUBSCRIPTION everything DISABLE") {
 		t.Errorf("Check of a logical replica says %v", err)
@@ -99,12 +101,14 @@ func TestF35PromotedLogicalReplicaReplays(t *testing.T) {
 		s.onePayment(t, key)
 	}
 
-	// Sequences are not replicated: the handler's ids begin at 1 again, and collide. That pays nothing, and is no record.
+	// Sequences are not replicated: the handler's ids begin at 1 again, and collide. That pays
+	// nothing and records nothing.
 	s.mustPay(t, "new", 500, "not-executed")
 	execute(t, l.subscriber.URL(), "SELECT setval('payments_id_seq', max(id)) FROM payments")
 	s.mustPay(t, "new", 201, "executed")
 
-	// Those of the operator's tables collide as well, and an act that can't be audited is not done.
+	// The ids of the operator's tables collide as well, and an act that can't be audited is not
+	// done.
 	o := operator.New(after.pool, nil)
 	act := operator.Act{Actor: "tester", Reason: "a test"}
 	if _, err := o.Forget(t.Context(), idempotency.Key{Scope: "acme", Value: "new"}, act); err == nil || s.records(t, "new") != 1 {
@@ -117,8 +121,8 @@ func TestF35PromotedLogicalReplicaReplays(t *testing.T) {
 	}
 }
 
-// A subscription for each table applies them apart: a payment can be there without its record, and its retry pays again. So one
-// subscription must have all tables of a transaction.
+// With one subscription per table the tables are applied separately: a payment can be there without
+// its record, and its retry pays again. So one subscription must have all tables of a transaction.
 func TestF35SubscriptionPerTableTearsPaymentsFromRecords(t *testing.T) {
 	t.Parallel()
 	l := startLogical(t)

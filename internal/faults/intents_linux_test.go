@@ -19,14 +19,16 @@ import (
 	"github.com/paidonce/idempotency/internal/pgserver"
 )
 
-// TestFullDiskUnderIntentsIsNotExecuted: the client's own database has no room for an intent. Nothing is sent, the caller
-// learns that it was not executed, and what is kept is resumed when there is room again.
+// TestFullDiskUnderIntentsIsNotExecuted: the client's own database has no room for an intent.
+// Nothing is sent, the caller gets ErrNotExecuted, and the kept intents are resumed when there is
+// room again.
 func TestFullDiskUnderIntentsIsNotExecuted(t *testing.T) {
 	t.Parallel()
 	ctx := t.Context()
 	disk := smallDisk(t)
 	server, err := pgserver.Start(ctx, &pgserver.Options{DataDir: filepath.Join(disk, "data"), Settings: map[string]string{
-		// The disk fills under the table, not under the log: all that is written here goes into its first segment.
+		// The disk fills under the table, not under the WAL: all writes here fit into its first
+		// segment.
 		"max_wal_size": "64MB", "min_wal_size": "32MB", "checkpoint_timeout": "1h", "autovacuum": "off",
 	}})
 	if err != nil {
@@ -55,7 +57,7 @@ func TestFullDiskUnderIntentsIsNotExecuted(t *testing.T) {
 	}))
 	defer bank.Close()
 	transport := client.New(&http.Transport{DisableKeepAlives: true}, &client.Options{Honours: client.Everywhere, AttemptsMax: 1, Intents: pgintent.New(pool, nil)})
-	body := make([]byte, 64<<10) // each needs pages of its own, so that none fits into what the table has
+	body := make([]byte, 64<<10) // each needs new pages, so that none fits into the table's free space
 	for i := range body {
 		body[i] = byte(rand.IntN(256))
 	}

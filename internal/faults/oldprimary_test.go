@@ -16,7 +16,8 @@ import (
 	"github.com/paidonce/idempotency/middleware"
 )
 
-// A resolver that is led to an old primary, which nobody has stopped, finds no record there. That proves nothing.
+// If a resolver connects to an old primary, which nobody has stopped, it finds no record there.
+// That proves nothing.
 func TestF19AbsenceOnAnOldPrimaryIsNoProof(t *testing.T) {
 	t.Parallel()
 	p := startPair(t, false)
@@ -24,7 +25,7 @@ func TestF19AbsenceOnAnOldPrimaryIsNoProof(t *testing.T) {
 	lostThenLedTo(t, p.standby.URL(), p.primary.URL())
 }
 
-// A copy of the primary's disk that was started beside it has the same timeline, and is behind.
+// A copy of the primary's disk that runs beside it has the same timeline, and is behind.
 func TestAbsenceOnACopyOfThePrimaryIsNoProof(t *testing.T) {
 	t.Parallel()
 	dir := pgtest.Folder(t)
@@ -49,8 +50,8 @@ func TestAbsenceOnACopyOfThePrimaryIsNoProof(t *testing.T) {
 	lostThenLedTo(t, primary.URL(), copied.URL())
 }
 
-// lostThenLedTo has a service lose the reply to a COMMIT on one server, and look for it on another, where it is not. Once it
-// is led back a retry is a replay.
+// lostThenLedTo lets a service lose the reply to a COMMIT on one server, and look for it on
+// another, which does not have it. Once the service is back on the first, a retry is a replay.
 func lostThenLedTo(t *testing.T, database, other string) {
 	t.Helper()
 	network, address, err := pgfault.Upstream(database)

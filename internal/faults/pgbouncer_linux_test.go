@@ -30,7 +30,7 @@ import (
 
 const bouncerConnections = 8 // to the server
 
-// With Wait no duplicate is told 409: it waits, and claims through PgBouncer again and again.
+// With Wait no duplicate gets 409: it waits, and claims through PgBouncer again and again.
 func TestF31PgBouncerInTransactionModeIsAsWithoutIt(t *testing.T) {
 	t.Parallel()
 	for name, mode := range bouncerModes {
@@ -70,8 +70,8 @@ func TestF31PgBouncerInTransactionModeIsAsWithoutIt(t *testing.T) {
 	}
 }
 
-// payDuplicates sends a key several times at once, to the services in turn, each until it is answered for good: executed
-// once, and replayed. If busy is false none may be told that the key is in progress.
+// payDuplicates sends a key several times at once, to the services in turn, each until its final
+// answer: one executed, the others replayed. If busy is false none may get in-progress.
 func payDuplicates(t *testing.T, services []*service, key string, duplicates int, busy bool) {
 	replies := make([]reply, duplicates)
 	var sent sync.WaitGroup
@@ -196,7 +196,7 @@ func startBouncer(t *testing.T, onCommit func(pgfault.Commit) pgfault.Fault) *bo
 	return b
 }
 
-// startBouncerIn starts one with settings of its own, in front of an empty database.
+// startBouncerIn starts one with these settings, in front of an empty database.
 func startBouncerIn(t *testing.T, settings string, connections int, onCommit func(pgfault.Commit) pgfault.Fault) *bouncer {
 	t.Helper()
 	program, err := exec.LookPath("pgbouncer")

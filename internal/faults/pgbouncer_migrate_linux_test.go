@@ -14,8 +14,8 @@ import (
 	"github.com/paidonce/idempotency/migrations"
 )
 
-// A migration's search_path, timeouts and lock are the session's. A pooler that hands server connections on would leave them to
-// other clients: it is found out before anything is changed.
+// A migration sets search_path, timeouts and a lock for its session. A pooler that shares server
+// connections would pass them on to other clients: Up detects it before it changes anything.
 func TestF31MigrationThroughAPoolerThatHandsConnectionsOnIsRefused(t *testing.T) {
 	t.Parallel()
 	for name, test := range map[string]struct {
@@ -63,8 +63,8 @@ func TestF31MigrationThroughAPoolerThatHandsConnectionsOnIsRefused(t *testing.T)
 	}
 }
 
-// In session mode a client's server connection is its own, and is reset before the next gets it, by us if not by the pooler. A proxy
-// that passes everything on is no pooler.
+// In session mode a client has a server connection to itself. It is reset before the next client
+// gets it, by us if not by the pooler. A plain proxy is no pooler.
 func TestF31MigrationThroughAPoolerInSessionMode(t *testing.T) {
 	t.Parallel()
 	for name, settings := range map[string]string{"as it comes": "", "which resets nothing": "\nserver_reset_query ="} {
@@ -103,10 +103,10 @@ func (b *bouncer) open(t *testing.T) *pgxpool.Pool {
 	return pool
 }
 
-// busy has clients use the pooler until stop is called.
+// busy lets clients use the pooler until stop is called.
 func (b *bouncer) busy(t *testing.T, clients int) (stop func()) {
 	t.Helper()
-	var stopped atomic.Bool // a context would have PgBouncer cancel by what may be another client's by then
+	var stopped atomic.Bool // canceling a context could make PgBouncer cancel another client's statement
 	var running sync.WaitGroup
 	for range clients {
 		conn, err := pgx.Connect(t.Context(), b.url+"&default_query_exec_mode=exec")
@@ -128,7 +128,7 @@ func (b *bouncer) busy(t *testing.T, clients int) (stop func()) {
 	return stop
 }
 
-// nothingIsLeft looks at server connections as other clients get them, and at the locks of all.
+// nothingIsLeft checks server connections as other clients get them, and all locks.
 func (b *bouncer) nothingIsLeft(t *testing.T, connections int) {
 	t.Helper()
 	const settings = `SELECT string_agg(name || '=' || setting, ' ' ORDER BY name) FROM pg_settings WHERE name IN

@@ -8,8 +8,8 @@ import (
 	"github.com/jackc/pgx/v5/pgxpool"
 )
 
-// A replay by one look-up is the primary's answer: a standby's record is not believed, and what a fail-over lost is not
-// replayed.
+// A replay by one look-up comes from the primary: a standby's record is not trusted, and a record
+// that a fail-over lost is not replayed.
 func TestF21QuickReplaysFollowTheFailover(t *testing.T) {
 	t.Parallel()
 	p := startPair(t, false)

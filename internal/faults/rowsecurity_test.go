@@ -19,8 +19,8 @@ import (
 	"github.com/paidonce/idempotency/internal/pgtest"
 )
 
-// A client that takes not-executed at its word pays once, whatever row-level security hides from the service, and whenever it
-// was switched on: from the claim, or from the look for a COMMIT whose reply was lost.
+// A client that trusts not-executed pays once, whatever row-level security hides from the service,
+// and whether it was switched on before the claim or before the look-up of a lost COMMIT.
 func TestRowSecurityNeverTellsAClientToPayAgain(t *testing.T) {
 	t.Parallel()
 	for name, hidden := range map[string]string{"from the claim": "NOBYPASSRLS", "from the look": "BYPASSRLS"} {

@@ -61,8 +61,8 @@ func (d *dataDir) init(ctx context.Context, bin binaries, acct *account, tempora
 	return syncDir(d.path)
 }
 
-// copy copies the primary's cluster to dir. The account gets it only when it is complete: root does not write where
-// the account can.
+// copy copies the primary's cluster to dir. The account becomes its owner only when it is complete:
+// root never writes to a folder that the account can write to.
 func (d *dataDir) copy(ctx context.Context, dir string, acct *account, sync bool, primary *Server) error {
 	if err := primary.copyTo(ctx, dir, sync); err != nil {
 		return fmt.Errorf("copy the primary: %w", err)

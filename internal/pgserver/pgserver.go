@@ -56,9 +56,9 @@ type Options struct {
 	// Env are variables ("NAME=value") for PostgreSQL itself, and not for the programs that make its data.
 	Env []string
 
-	// TLS has PostgreSQL listen on 127.0.0.1 as well, for clients that use TLS and log in with a password by
-	// SCRAM-SHA-256: [Server.TLSURL] leads there. The certificate is made by Start and lasts a day. Not for standbys, and
-	// not on Windows. The default is false: a socket alone.
+	// TLS makes PostgreSQL listen on 127.0.0.1 as well, for clients that use TLS and log in with a
+	// password by SCRAM-SHA-256; see [Server.TLSURL]. Start makes the certificate, which is valid
+	// for a day. Not for standbys, and not on Windows. The default is false: only a socket.
 	TLS bool
 
 	// Progress gets one line for each thing that takes long (a download, an old PostgreSQL still stopping).
@@ -304,8 +304,8 @@ func (s *Server) DatabaseURL(name string) string {
 // Version is PostgreSQL's version, such as "17.5".
 func (s *Server) Version() string { return s.binaries.version }
 
-// Program returns the path of a program that was installed with the server, such as pg_dump. It reports false if there is
-// none: downloads hold the server alone.
+// Program returns the path of a program that was installed with the server, such as pg_dump. It
+// reports false if there is none: downloads contain only the server.
 func (s *Server) Program(name string) (path string, ok bool) {
 	bin := s.binaries
 	if postgres, err := filepath.EvalSymlinks(bin.postgres()); err == nil {

@@ -16,11 +16,11 @@ import (
 	"github.com/jackc/pgx/v5/pgconn"
 )
 
-// Standby copies the running primary and starts the copy as its hot standby. It returns when the standby answers
-// queries and follows. The primary's commits don't wait for it until the primary's synchronous_standby_names says so;
-// the name of the standby is "walreceiver". opts are as for [Start], but DataDir must be new, and a setting that sizes
-// shared memory, such as max_connections, must not be smaller than the primary's. Each of the two is stopped on its own.
-// Not on Windows.
+// Standby copies the running primary and starts the copy as its hot standby. It returns when the
+// standby answers queries and follows. The primary's commits don't wait for it unless the primary's
+// synchronous_standby_names names it; the standby's name is "walreceiver". opts are as for [Start],
+// but DataDir must be new, and a setting that sizes shared memory, such as max_connections, must
+// not be smaller than the primary's. The two are stopped separately. Not on Windows.
 func Standby(ctx context.Context, primary *Server, opts *Options) (*Server, error) {
 	if opts == nil {
 		opts = &Options{}
@@ -41,7 +41,7 @@ func (s *Server) startStandby(ctx context.Context, opts *Options) (*Server, erro
 		return nil, err
 	}
 	defer conn.Close(context.WithoutCancel(ctx))
-	// The slot keeps the WAL that the copy and the standby need. It is gone with the connection.
+	// The slot keeps the WAL that the copy and the standby need. It ends with the connection.
 	const reserve = "SELECT now() FROM pg_create_physical_replication_slot('standby_' || pg_backend_pid(), true, true)"
 	var begin time.Time
 	if err := conn.QueryRow(ctx, reserve).Scan(&begin); err != nil {
@@ -58,8 +58,8 @@ func (s *Server) startStandby(ctx context.Context, opts *Options) (*Server, erro
 	return standby, nil
 }
 
-// awaitSender returns when the primary of conn sends to a standby that connected after begin. The standby's own
-// pg_stat_wal_receiver says so too early.
+// awaitSender returns when the primary of conn sends to a standby that connected after begin. The
+// standby's own pg_stat_wal_receiver reports that too early.
 func awaitSender(ctx context.Context, conn *pgx.Conn, begin time.Time) error {
 	ctx, cancel := context.WithTimeoutCause(ctx, startWaitMax, fmt.Errorf("it does not follow within %s", startWaitMax))
 	defer cancel()
@@ -79,8 +79,8 @@ func awaitSender(ctx context.Context, conn *pgx.Conn, begin time.Time) error {
 	}
 }
 
-// Of a primary's data folder a copy does not get the files of its process, nor what is in these folders.
-// pg_wal and pg_control come last.
+// A copy of a primary's data folder leaves out the files of its process and the contents of these
+// folders. pg_wal and pg_control come last.
 var (
 	notCopiedFiles   = []string{"postmaster.pid", "postmaster.opts", pgControl}
 	notCopiedFolders = []string{
@@ -93,9 +93,10 @@ const (
 	pgWAL     = "pg_wal"
 )
 
-// copyTo writes a copy of the running server's data to the empty folder dir, with the files that make it a standby of
-// this server. It uses the backup functions of SQL: pg_basebackup is missing from downloads, and the one that is
-// installed may be older than the server and refuse it. If sync is true the files are on disk when it returns.
+// copyTo writes a copy of the running server's data to the empty folder dir, with the files that
+// make it a standby of this server. It uses the backup functions of SQL: downloads have no
+// pg_basebackup, and an installed one may be older than the server and refuse it. If sync is true
+// the files are on disk when it returns.
 func (s *Server) copyTo(ctx context.Context, dir string, sync bool) error {
 	conn, err := pgx.Connect(ctx, s.URL())
 	if err != nil {
@@ -162,7 +163,7 @@ func (s *Server) copyTo(ctx context.Context, dir string, sync bool) error {
 	)
 }
 
-// copying appends files to those of the folder to.
+// copying copies files into the folder to.
 type copying struct {
 	ctx  context.Context
 	from *os.Root
@@ -170,7 +171,8 @@ type copying struct {
 	sync bool
 }
 
-// copy copies a folder without what is in it, or a file. err is the walk's; what vanished meanwhile is not needed.
+// copy copies a file, or a folder without its contents. err is the walk's; a file that vanished
+// meanwhile is not needed.
 func (c copying) copy(name string, entry fs.DirEntry, err error) error {
 	if err == nil {
 		err = c.ctx.Err()

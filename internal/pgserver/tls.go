@@ -25,10 +25,10 @@ const (
 	keyName         = "server.key"
 	hbaName         = "pg_hba.conf"
 
-	// certificateLife is longer than a test, and covers a clock that is a little behind.
+	// certificateLife is longer than a test, and allows for a clock that is a little behind.
 	certificateLife = 24 * time.Hour
 
-	// tlsAccess lets nobody in over TCP without TLS and a password. The socket stays as it was.
+	// tlsAccess refuses TCP connections without TLS and a password. The socket stays as it was.
 	tlsAccess = "local all all trust\nlocal replication all trust\nhostssl all all 127.0.0.1/32 scram-sha-256\n"
 )
 
@@ -37,7 +37,8 @@ type tlsListener struct {
 	dir, port, password string
 }
 
-// newTLSListener makes what PostgreSQL needs for it in dir, which the account may pass through.
+// newTLSListener makes the files that PostgreSQL needs for it in dir, which the account may pass
+// through.
 func newTLSListener(dir string, acct *account) (*tlsListener, error) {
 	if !unixSockets {
 		return nil, errors.New("TLS: it needs Unix sockets beside it")
@@ -84,8 +85,8 @@ func (l *tlsListener) setPassword(ctx context.Context, socketURL string) error {
 	return nil
 }
 
-// TLSURL is the address of the named database by way of TLS, with the superuser's password, for clients that verify the
-// server's certificate. It panics without [Options.TLS].
+// TLSURL returns the TLS address of the named database, with the superuser's password, for clients
+// that verify the server's certificate. It panics without [Options.TLS].
 func (s *Server) TLSURL(database string) string {
 	query := url.Values{"sslmode": {"verify-full"}, "sslrootcert": {s.tls.file(certificateName)}}
 	address := url.URL{

@@ -74,7 +74,7 @@ func Database(t testing.TB) string {
 	name := "test_" + strings.ReplaceAll(uuid.NewString(), "-", "")
 	create := "CREATE DATABASE " + name
 	if c.versionNumber >= 150000 {
-		create += " STRATEGY FILE_COPY" // what 14 does without being asked
+		create += " STRATEGY FILE_COPY" // the only strategy of 14
 	}
 	if err := execute(admin, create); err != nil {
 		t.Fatalf("create database: %v", err)
@@ -103,8 +103,9 @@ func Server(t testing.TB) *pgserver.Server {
 	return server
 }
 
-// TLS starts a server of the test's own that takes clients by TLS and SCRAM-SHA-256: see [pgserver.Options].TLS. It ends
-// with the test, which is skipped if PAIDONCE_TEST_DATABASE_URL names a server that we did not start.
+// TLS starts a server for this test that accepts clients over TLS with SCRAM-SHA-256: see
+// [pgserver.Options].TLS. It ends with the test. The test is skipped if PAIDONCE_TEST_DATABASE_URL
+// names another server.
 func TLS(t testing.TB) *pgserver.Server {
 	t.Helper()
 	if os.Getenv(databaseVariable) != "" {

@@ -1,5 +1,5 @@
-// Package pooler finds out whether connections lead through a pooler, such as PgBouncer, and how long it leaves a client its server
-// connection.
+// Package pooler detects whether connections lead through a pooler, such as PgBouncer, and how long
+// a client keeps its server connection.
 package pooler
 
 import (
@@ -10,32 +10,35 @@ import (
 	"github.com/jackc/pgx/v5/pgconn"
 )
 
-// Mode says for how long a client has a server connection to itself.
+// Mode is how long a client has a server connection to itself.
 type Mode int
 
-// The modes. A pooler that is [Transaction] hands a session's settings and advisory locks on to other clients.
+// The modes. In mode [Transaction] a pooler passes a session's settings and advisory locks on to
+// other clients.
 const (
 	Direct      Mode = iota // no pooler: until it disconnects
 	Session                 // a pooler, and as far as can be seen until the client disconnects
 	Transaction             // a pooler, and until the transaction or the statement ends
 )
 
-// roundsMax is how often two clients are compared behind something that gave them numbers of its own. Other clients may take a
-// server connection in between, which hides one round.
+// roundsMax is the number of comparisons of two clients if something in between gave them process
+// numbers of its own. Another client may take a server connection in between, which spoils one
+// round.
 const roundsMax = 20
 
-// Find returns the mode of a and b, two idle connections that were made alike. It leaves nothing behind: it reads, and
-// begins transactions on b that write nothing. An error is of the connections; b may be closed then.
+// Find returns the mode of a and b, two idle connections with the same config. It leaves nothing
+// behind: it reads, and begins transactions on b that write nothing. It returns only errors of the
+// connections; b may then be closed.
 //
-// A connection without a pooler is never taken for one with it: nobody else gets to see its server process, and it sees no
-// other.
+// A connection without a pooler is never taken for one with a pooler: no other client sees its
+// server process, and it sees no other.
 func Find(ctx context.Context, a, b *pgx.Conn) (Mode, error) {
 	first, err := look(ctx, a)
 	if err != nil {
 		return Direct, err
 	}
 	mode, rounds := Direct, 1
-	if first.pid != a.PgConn().PID() { // whoever answered gave a a number of its own
+	if first.pid != a.PgConn().PID() { // something in between gave a a number of its own
 		mode, rounds = Session, roundsMax
 	}
 	for range rounds {
@@ -47,11 +50,13 @@ func Find(ctx context.Context, a, b *pgx.Conn) (Mode, error) {
 	return mode, nil
 }
 
-// round has b hold a server connection for a transaction, and reports whether it was that of a, or a lost its own.
+// round lets b hold a server connection for a transaction, and reports whether b got that of a, or
+// a lost its own.
 func round(ctx context.Context, a, b *pgx.Conn, first process) (shared bool, err error) {
 	if _, err := b.Exec(ctx, "BEGIN", pgx.QueryExecModeExec); err != nil {
 		var pgErr *pgconn.PgError
-		// PgBouncer in statement mode, which has no transactions. A pooler's own error has no untranslated severity.
+		// PgBouncer in statement mode, which has no transactions. A pooler's own errors have no
+		// untranslated severity.
 		if errors.As(err, &pgErr) && pgErr.SeverityUnlocalized == "" {
 			return true, nil
 		}
@@ -73,7 +78,8 @@ func round(ctx context.Context, a, b *pgx.Conn, first process) (shared bool, err
 	return other == first || again != first, nil
 }
 
-// process is a server process. Two servers may have processes of one number, but not since the same microsecond.
+// process is a server process. Two servers may have processes with the same number, but not with
+// the same start to the microsecond.
 type process struct {
 	pid   uint32
 	since string
