@@ -261,7 +261,7 @@ func (h *History) write(batch []event) {
 		return
 	}
 	h.written.Add(written)
-	if lost := len(batch) - int(written); lost > 0 { // COPY says how many rows it wrote
+	if lost := len(batch) - int(written); lost > 0 { // COPY returns the number of rows that it wrote
 		h.lost.Add(int64(lost))
 		h.options.OnError(fmt.Errorf("history: write: a BEFORE trigger on %s drops rows: ALTER TABLE ... DISABLE TRIGGER", TableName), lost)
 	}

@@ -254,7 +254,7 @@ func TestHistoryNeedsInsertAlone(t *testing.T) {
 	}
 }
 
-// What COPY did not write is lost, and neither counted as written nor kept quiet.
+// Rows that COPY did not write are lost: they are reported, and not counted as written.
 func TestRowsThatATriggerDropsAreLost(t *testing.T) {
 	t.Parallel()
 	var told error

@@ -193,7 +193,7 @@ func (t *Tracer) describe(span trace.Span, end idempotency.RequestEnd) {
 	}
 	failed := result.Reason
 	switch {
-	case result.Outcome == idempotency.OutcomeUnknown && failed == "": // the handler answered, after it had asked for a derived key
+	case result.Outcome == idempotency.OutcomeUnknown && failed == "": // the handler answered, after it had called DerivedKey
 		failed = idempotency.ReasonCallUnknown
 	case result.Outcome != idempotency.OutcomeUnknown && result.Outcome != idempotency.OutcomeNotExecuted:
 		failed = ""

@@ -123,7 +123,7 @@ var resolveCases = []testCase{
 	{
 		name:    "ResolveKnowsWhatMayHaveExpired",
 		promise: expires,
-		rule:    "Half of the TTL after its claim, by the store's clock, an absent record proves nothing: it may have been there, and expired. The clock of the process is none: it stands still while the machine is suspended.",
+		rule:    "From half of the TTL after its claim on, by the store's clock, an absent record proves nothing: it may have been there, and expired. The clock of the process does not count: it stands still while the machine is suspended.",
 		run: func(c *check) {
 			req := request("acme", "late")
 			req.TTL = time.Hour
@@ -132,7 +132,7 @@ var resolveCases = []testCase{
 				c.Fatalf("Begin left Request.Claim without a time")
 			}
 			c.wantAbsent(req)
-			req.Claim.At = req.Claim.At.Add(-req.TTL / 2) // as if the attempt had taken so long
+			req.Claim.At = req.Claim.At.Add(-req.TTL / 2) // as if the claim were that old
 			if record, err := c.Store.Resolve(c.ctx, req); record != nil || !errors.Is(err, idempotency.ErrUnknown) {
 				c.Errorf("Resolve of an absent key: record %v, error %v; want ErrUnknown", record != nil, err)
 			}

@@ -233,7 +233,7 @@ func (h *House) Forget() {
 	h.Send(Transfers, key, "forget", key, idempotency.OutcomeNotExecuted)
 }
 
-// Call sends a request whose handler asks for a derived key and answers 504, or panics.
+// Call sends a request to a handler that calls DerivedKey and answers 504, or panics.
 func (h *House) Call(panics bool) {
 	h.t.Helper()
 	body := "call"
