@@ -140,8 +140,8 @@ type program struct {
 	url     string
 	curls   []string // the lines to try that it printed
 	stderr  bytes.Buffer
-	unknown int           // answers whose outcome is unknown: it says so once for each on stderr, and nothing else
-	ended   chan struct{} // closed when it has ended and was waited for
+	unknown int           // answers with an unknown outcome: one line each on stderr, and no others
+	ended   chan struct{} // closed after Wait returned
 }
 
 // start starts an example and waits until it has printed all its lines to try. It is killed when the test ends.

@@ -8,7 +8,7 @@ import (
 	"github.com/paidonce/idempotency/storage/postgres"
 )
 
-// The program and the service that it looks at reach a server that wants each connection bound to its TLS channel.
+// The program and its service can connect to a server with channel_binding=require.
 func TestProgramKeepsChannelBinding(t *testing.T) {
 	t.Parallel()
 	b := &testBundle{url: pgtest.TLS(t).TLSURL("postgres") + "&channel_binding=require"}

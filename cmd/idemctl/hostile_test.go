@@ -10,11 +10,12 @@ import (
 	"github.com/paidonce/idempotency/migrations"
 )
 
-// hostile is text that a terminal would obey: it moves the cursor, sets the title, turns the writing around.
+// hostile is text that a terminal would obey: it moves the cursor, sets the title, reverses the
+// writing direction.
 const hostile = "ac\u009b2J\u009d0;title\u009c\u202eme\x7f"
 
-// Whoever may choose a scope, a header, a trace, a reason or an application's name moves no cursor of the operator who looks, with --json
-// or without.
+// A scope, a header, a trace, a reason or an application's name can't control the operator's
+// terminal, with --json or without.
 func TestWhatOthersWroteMovesNoCursor(t *testing.T) {
 	t.Parallel()
 	b := setup(t)
@@ -49,7 +50,8 @@ func TestWhatOthersWroteMovesNoCursor(t *testing.T) {
 	}
 }
 
-// A migration that waits says for whom, and an application's name moves no cursor there either.
+// A migration that waits prints the session that it waits for, and an application's name can't
+// control the terminal there either.
 func TestMigrationThatWaitsSaysForWhom(t *testing.T) {
 	t.Parallel()
 	b := setup(t)
@@ -80,7 +82,7 @@ func TestMigrationThatWaitsSaysForWhom(t *testing.T) {
 			}
 		}
 	}
-	for range 2 { // the first try is given up
+	for range 2 { // the first try times out
 		await(true)
 		await(false)
 	}

@@ -66,7 +66,7 @@ func (c *downCommand) Run(a *app) error {
 // Run is called by kong.
 func (c *statusCommand) Run(a *app) error { return a.migrated(func() error { return nil }) }
 
-// migrateOptions say what a migration waits for, on stderr, once for each holder of what it needs.
+// migrateOptions print on stderr the sessions that a migration waits for, each once.
 func (a *app) migrateOptions() *migrations.Options {
 	told := map[string]bool{}
 	return &migrations.Options{Schema: a.cli.Schema, Waiting: func(w migrations.Waiting) {

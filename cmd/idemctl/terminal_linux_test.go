@@ -17,7 +17,7 @@ import (
 	"github.com/paidonce/idempotency"
 )
 
-// person is somebody at a terminal, who runs the program, reads and types.
+// person runs the program at a terminal, reads and types.
 type person struct {
 	t      *testing.T
 	cmd    *exec.Cmd

@@ -11,9 +11,9 @@ import (
 	"github.com/paidonce/idempotency/storage/postgres"
 )
 
-// The payment service charges the card and its answer is lost: 504, and so the shop answers 503. Nothing of the order is in
-// the shop's database, and yet a client must not take that for a proof that it was not charged. It keeps the key, and the
-// same order again is charged once.
+// The payment service charges the card and its answer is lost: 504, and so the shop answers 503.
+// The shop's database has nothing of the order, but that does not prove that the card was not
+// charged. The client keeps the key, and its retry is charged once.
 func TestLostAnswerOfThePaymentServiceChargesOnce(t *testing.T) {
 	t.Parallel()
 	shop := openShop(t)

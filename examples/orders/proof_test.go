@@ -68,8 +68,9 @@ func newOrder(token, card string) *http.Request {
 	return r
 }
 
-// checkBooks: each order that was acknowledged is there once, with its payment, its goods and its charge, and nothing
-// else is. A client gives up only what is proven not to have been executed, and so not to have been charged either.
+// checkBooks checks that each acknowledged order is there once, with its payment, its goods and its
+// charge, and nothing else. A client gives up only if it is proven that its order was not executed,
+// and so not charged either.
 func checkBooks(ctx context.Context, shop *shop, acknowledged int) error {
 	orders, err := query(ctx, shop.pool, "SELECT count(*) FROM shop.orders")
 	if err != nil {

@@ -1,5 +1,6 @@
-// Package terminal makes text that somebody else wrote fit to be shown at a terminal: a scope, a header or a server's message may
-// hold what moves the cursor, sets the window's title or turns the writing around.
+// Package terminal makes untrusted text safe to print at a terminal: a scope, a header or a
+// server's message may contain characters that move the cursor, set the window's title or reverse
+// the writing direction.
 package terminal
 
 import (
@@ -14,7 +15,7 @@ import (
 	"unicode/utf8"
 )
 
-// Clean returns text as it is if all of it can be seen, and else quoted, as in Go.
+// Clean returns text unchanged if it is all printable, and otherwise as a quoted Go string.
 func Clean(text string) string {
 	for _, r := range text {
 		if !unicode.IsPrint(r) || r == unicode.ReplacementChar {
@@ -24,7 +25,7 @@ func Clean(text string) string {
 	return text
 }
 
-// CleanLines is Clean of each line.
+// CleanLines applies Clean to each line.
 func CleanLines(text string) string {
 	lines := strings.Split(text, "\n")
 	for i := range lines {
@@ -33,8 +34,9 @@ func CleanLines(text string) string {
 	return strings.Join(lines, "\n")
 }
 
-// WriteJSON writes value as JSON and a line feed, indented by indent if that is not empty. What can't be seen is escaped: encoding/json
-// leaves DEL, the controls above it and the marks that turn the writing around as they are. The value of the JSON is the same.
+// WriteJSON writes value as JSON and a line feed, indented by indent if that is not empty.
+// Unprintable characters are escaped: encoding/json does not escape DEL, the controls above it and
+// bidirectional marks. The value of the JSON is the same.
 func WriteJSON(w io.Writer, value any, indent string) error {
 	var plain bytes.Buffer
 	encoder := json.NewEncoder(&plain)
@@ -47,7 +49,8 @@ func WriteJSON(w io.Writer, value any, indent string) error {
 	return err
 }
 
-// escape writes what can't be seen as \u, which JSON takes in strings. Outside of strings JSON has none of it but spaces and line feeds.
+// escape writes unprintable characters as \u, which is valid in JSON strings. Outside strings, the
+// only ones in JSON are spaces and line feeds.
 func escape(text []byte) []byte {
 	escaped := make([]byte, 0, len(text))
 	for len(text) > 0 {

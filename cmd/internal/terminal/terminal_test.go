@@ -10,7 +10,7 @@ import (
 	"github.com/paidonce/idempotency/cmd/internal/terminal"
 )
 
-// hostile is text that a terminal would obey: CSI, OSC, a mark that turns the writing around, DEL, and others.
+// hostile is text that a terminal would obey: CSI, OSC, a bidirectional mark, DEL, and others.
 const hostile = "ac\u009b2J\u009d0;title\u009c\u202eme\x7f\x1b[2J\u2066\u200b\u2028\U000e0041\u00ad\ufeff"
 
 func TestCleanTextMovesNoCursor(t *testing.T) {

@@ -26,7 +26,8 @@ const (
 	handlerTimeout = 4 * time.Second // a half-open transaction ends ten seconds after it, and its request is unknown before that
 	acquireTimeout = time.Second
 
-	// duplicateWait is shorter than what holds a key may take, so that some requests are still told in-progress.
+	// duplicateWait is shorter than an attempt may hold a key, so that some requests still get
+	// in-progress.
 	duplicateWait = 50 * time.Millisecond
 
 	serveWaitMax = 30 * time.Second // from a bank's start until it serves, starts that failed included

@@ -56,7 +56,7 @@ type Config struct {
 	// DurationMax bounds the whole run; one that takes longer has failed. The default is the profile's.
 	DurationMax time.Duration
 
-	// Wait has the banks' duplicates wait for the answer for a moment, before they are told 409.
+	// Wait lets the banks' duplicates wait for the answer for a moment before they get 409.
 	Wait bool
 
 	// Bank is the program that serves, a demo-bank or a variant of it. The default is this program.

@@ -82,7 +82,8 @@ func setup(t *testing.T) *bundle {
 	return &bundle{t: t, url: s.URL(), host: address.Host, db: db}
 }
 
-// openIntents returns a store in a database that is not the bank's. Those of a process that was killed may be taken at once.
+// openIntents returns a store in a database that is not the bank's. The intents of a killed process
+// may be taken at once.
 func openIntents(ctx context.Context, database string) (*pgintent.Store, *pgxpool.Pool, error) {
 	config, err := pgxpool.ParseConfig(database)
 	if err != nil {

@@ -18,9 +18,9 @@ import (
 // runsMax is how many runs may look for a mutant. Some bugs show in a few requests of thousands.
 const runsMax = 5
 
-// Run builds a bank of each mutant, of those named or of all, and has it judged, or runs the test that the mutant names. It
-// prints what caught which. The error wraps [ErrSurvived] if nothing did. It needs the go command and a checkout around
-// the working directory.
+// Run builds a bank of each named mutant, or of all, and judges it, or runs the test that the
+// mutant names. It prints the checks that caught each. The error wraps [ErrSurvived] if nothing
+// caught one. It needs the go command and a checkout around the working directory.
 func Run(ctx context.Context, judge Verdict, names []string, out io.Writer) error {
 	root, err := checkout(ctx)
 	if err != nil {
@@ -38,7 +38,7 @@ func Run(ctx context.Context, judge Verdict, names []string, out io.Writer) erro
 	}
 	chosen := slices.DeleteFunc(Catalogue(), func(m Mutant) bool { return len(names) > 0 && !slices.Contains(names, m.Name) })
 	if slices.ContainsFunc(chosen, func(m Mutant) bool { return m.Test == Test{} }) {
-		// What catches a healthy bank too catches nothing.
+		// A check that fails on a healthy bank too catches nothing.
 		caught, err := judge(ctx, "", "none")
 		switch {
 		case err != nil:
@@ -71,7 +71,7 @@ func Run(ctx context.Context, judge Verdict, names []string, out io.Writer) erro
 	return nil
 }
 
-// catch returns what caught the mutant: the test that it names, or checks of the judge.
+// catch returns the names of the test or the judge's checks that caught the mutant.
 func catch(ctx context.Context, root, folder string, mutant Mutant, judge Verdict) (caught []string, err error) {
 	if mutant.Test != (Test{}) {
 		failed, err := FailsItsTest(ctx, root, folder, mutant)

@@ -9,8 +9,8 @@ import (
 	"github.com/paidonce/idempotency/cmd/demo-bank/internal/mutants"
 )
 
-// A mutant is a change of sources that go on changing: each must still apply, and compile, and fail the test that it
-// names. With -short it must apply.
+// A mutant changes sources that evolve: each must still apply, and compile, and fail the test that
+// it names. With -short it must only apply.
 func TestEveryMutantBuilds(t *testing.T) {
 	root, err := filepath.Abs("../../../..")
 	if err != nil {

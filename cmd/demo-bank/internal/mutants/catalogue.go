@@ -10,7 +10,7 @@ type Mutant struct {
 	edits []edit
 }
 
-// Test names a test that catches a bug which no storm on the bank can show.
+// Test names a test that catches a bug that no storm on the bank can show.
 type Test struct{ Folder, Func string }
 
 // edit replaces the one place in a file where before stands.
