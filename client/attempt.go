@@ -27,7 +27,7 @@ type attempt struct {
 	outcome  idempotency.Outcome
 	response *http.Response // of an answer
 	content  []byte         // what was read of its body
-	hopeless bool           // of one that was not sent: another try would end the same way
+	hopeless bool           // it was not sent, and another try would end the same way
 	err      error          // where there is no answer
 }
 
@@ -86,7 +86,7 @@ func (t *Transport) exchange(op *operation) *attempt {
 	return t.answered(op, response, content)
 }
 
-// timedOut adds to an error that it is AttemptTimeout's doing.
+// timedOut adds to an error that AttemptTimeout is its cause.
 func timedOut(ctx context.Context, err error) error {
 	if errors.Is(context.Cause(ctx), ErrAttemptTimeout) && !errors.Is(err, ErrAttemptTimeout) {
 		return fmt.Errorf("%w: %w", ErrAttemptTimeout, err)
@@ -94,7 +94,8 @@ func timedOut(ctx context.Context, err error) error {
 	return err
 }
 
-// outcomeOf returns what an answer says, "" if it says nothing. One that says two things proves neither.
+// outcomeOf returns the outcome in an answer, "" if there is none. An answer with two proves
+// neither.
 func outcomeOf(header http.Header) idempotency.Outcome {
 	values := header.Values(headerStatus)
 	for _, value := range values {
@@ -155,7 +156,7 @@ func (b *longBody) Close() error {
 // discard closes an answer that nobody is going to read.
 func (a *attempt) discard() {
 	if a.response != nil {
-		_ = a.response.Body.Close() // what is left of it is not wanted
+		_ = a.response.Body.Close() // the rest is not needed
 	}
 }
 
@@ -170,15 +171,15 @@ func (a *attempt) why() error {
 // errAnswer stands for an answer, whose status the error tells.
 var errAnswer = errors.New("no definite answer")
 
-// retryAfter returns what the answer's Retry-After asks for: seconds, which some servers send with a fraction, or a date, which is read by the server's own
-// clock where the answer tells its time. It is 0 where there is none.
+// retryAfter returns the delay in the answer's Retry-After: seconds, which some servers send with a
+// fraction, or a date, compared with the answer's Date if it has one. It is 0 if there is none.
 func (a *attempt) retryAfter() time.Duration {
 	if a.response == nil {
 		return 0
 	}
 	value := strings.TrimSpace(a.response.Header.Get("Retry-After"))
 	if strings.Trim(value, "0123456789.") == "" { // else ParseFloat takes signs, exponents and words
-		const most = 1e9 // more than a Duration has is as good as that
+		const most = 1e9 // seconds; more would overflow a Duration
 		if seconds, err := strconv.ParseFloat(value, 64); err == nil || errors.Is(err, strconv.ErrRange) {
 			return time.Duration(min(seconds, most) * float64(time.Second))
 		}

@@ -18,7 +18,7 @@ const (
 // fact is what is known after one attempt.
 type fact struct {
 	seen       seen
-	hopeless   bool                // of one that was not sent: another try would end the same way
+	hopeless   bool                // it was not sent, and another try would end the same way
 	outcome    idempotency.Outcome // of an answer: its Idempotency-Status, empty where there is none
 	status     int                 // of an answer
 	bodyUnread bool                // of an answer: the server says that the body did not arrive whole

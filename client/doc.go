@@ -27,7 +27,8 @@
 //   - [New] and [Options]: what gets a key, how long it asks, and whether a server is trusted to honour keys
 //   - [Error], [ErrNotExecuted], [ErrUnknown]: what is true where there is no answer
 //   - [WithKey], [WithNewKey], [KeyFrom]: keys of the caller's own
-//   - [IntentStore] and [Transport.Resume]: going on after the process died; client/boltintent (a module of its own) and client/pgintent keep intents
+//   - [IntentStore] and [Transport.Resume]: continuing after the process died; client/boltintent (a
+//     module of its own) and client/pgintent keep intents
 //   - [Options.Trace]: every attempt, as it happens
 //
 // # What to know

@@ -13,9 +13,9 @@ import (
 
 // What is true of a request that has no answer. An [*Error] is one of the two.
 var (
-	// ErrNotExecuted means that it is proven: no request with the key has left or will leave anything in the server's
-	// database, and none has asked for a derived key (idempotency.DerivedKey) to call another service with. The caller may
-	// give up, or make a new request with a new key.
+	// ErrNotExecuted is proof: no request with the key has left or will leave anything in the
+	// server's database, and no handler has called idempotency.DerivedKey for a call to another
+	// service. The caller may give up, or make a new request with a new key.
 	ErrNotExecuted = errors.New("not executed")
 	// ErrUnknown means that it may or may not have been executed. The caller keeps the key, goes on with it later, and
 	// never makes a new one for the same thing.

@@ -34,13 +34,15 @@ func (i Intent) MarshalJSON() ([]byte, error) {
 	return nil, fmt.Errorf("idempotency/client: an Intent has no JSON: its key would be a hash")
 }
 
-// IntentStore keeps intents across the death of a process. Package client/boltintent keeps them in a file, client/pgintent in
-// PostgreSQL. All methods are safe for concurrent use. An error means that it is not known whether the thing was done.
+// IntentStore keeps intents across the death of a process. Package client/boltintent keeps them in
+// a file, client/pgintent in PostgreSQL. All methods are safe for concurrent use. After an error it
+// is not known whether the call took effect.
 type IntentStore interface {
-	// Save keeps an intent, and returns when it would outlive a crash: nothing was sent before. The store keeps no reference
-	// to it, and sets SavedAt itself. before reports that the key was kept already, with the same request (all but SavedAt);
-	// with another one it is [ErrIntentOther]. Saved again with the same request it becomes the saver's, as by Take. An
-	// error that wraps [ErrIntentRefused] says that nothing was changed.
+	// Save keeps an intent, and returns when it would survive a crash: until then nothing is sent.
+	// The store keeps no reference to it, and sets SavedAt itself. before reports that the key was
+	// kept already, with the same request (all but SavedAt); with another request the error is
+	// [ErrIntentOther]. If the same request is saved again, the caller takes the intent over, as by
+	// Take. An error that wraps [ErrIntentRefused] means that nothing was changed.
 	Save(ctx context.Context, intent *Intent) (before bool, err error)
 
 	// Done forgets the intent of a key that is settled: whoever sends it again changes nothing. A key that is not kept is no

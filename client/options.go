@@ -33,8 +33,9 @@ const (
 
 // Options tune a [Transport]. Nil and the zero value are the defaults, which are the safest.
 type Options struct {
-	// Methods are the methods whose requests get a key. The default is POST and PATCH. PUT and DELETE may be named too
-	// where the server honours keys for them. GET, HEAD, OPTIONS, TRACE and QUERY may not: they always pass through untouched.
+	// Requests with these Methods get a key. The default is POST and PATCH. PUT and DELETE may be
+	// added if the server honours keys for them. GET, HEAD, OPTIONS, TRACE and QUERY may not: they
+	// always pass through untouched.
 	Methods []string
 
 	// Honours says whether the server honours keys for a request, so that it may be sent again although its reply was
@@ -85,14 +86,16 @@ type Options struct {
 	// go on by [Transport.Resume]. A store belongs to one Transport. Nil keeps none.
 	Intents IntentStore
 
-	// IntentHeaders are kept with an intent, beside [IntentHeadersDefault]. A request with a header that is neither kept nor
-	// omitted is refused with [ErrIntentRefused] before anything is sent: a header can decide whose request it is, and a
-	// resumed request without it would be another request. Those of [IntentHeadersOmittedDefault] can't be kept.
+	// IntentHeaders are kept with an intent, in addition to [IntentHeadersDefault]. A request with
+	// a header that is neither kept nor omitted is refused with [ErrIntentRefused] before anything
+	// is sent: a header can select the account, and a resumed request without it would be another
+	// request. Those of [IntentHeadersOmittedDefault] can't be kept.
 	IntentHeaders []string
 
-	// IntentHeadersOmitted are not kept with an intent, beside [IntentHeadersOmittedDefault]: credentials, which the base
-	// RoundTripper has to add to a resumed request as to any other, and headers that decide nothing. What the base adds must
-	// follow from the request: the context is that of Resume.
+	// IntentHeadersOmitted are not kept with an intent, in addition to
+	// [IntentHeadersOmittedDefault]: credentials, which the base RoundTripper must add to a resumed
+	// request as to any other, and headers that the server ignores. The headers that the base adds
+	// must depend only on the request: the context is that of Resume.
 	IntentHeadersOmitted []string
 
 	// IntentAgeMax is the age from which on an intent is not sent again: a key counts at the server for a time, and is new
@@ -115,8 +118,9 @@ func IntentHeadersDefault() []string {
 	}
 }
 
-// IntentHeadersOmittedDefault returns the request headers that an intent never keeps: credentials, those of the connection
-// and those that net/http makes itself, and the trace context, which by its standard decides nothing.
+// IntentHeadersOmittedDefault returns the request headers that an intent never keeps: credentials,
+// those of the connection and those that net/http makes itself, and the trace context, which by its
+// standard does not change a request's meaning.
 func IntentHeadersOmittedDefault() []string {
 	return []string{
 		"Authorization", "Cookie", "Proxy-Authorization", "X-Api-Key",

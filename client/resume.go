@@ -152,7 +152,8 @@ func (t *Transport) resend(op *operation, intent *Intent) (*http.Response, error
 	return t.send(op)
 }
 
-// intentOf returns what is kept of a request. It refuses a request that would be another one when it is resumed.
+// intentOf returns the intent of a request. It refuses a request that would be another one when it
+// is resumed.
 func (t *Transport) intentOf(op *operation) (*Intent, error) {
 	r := op.request
 	address := *r.URL

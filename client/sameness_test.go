@@ -18,8 +18,8 @@ import (
 	"github.com/paidonce/idempotency/storage/memory"
 )
 
-// TestResumedRequestIsTheSameRequest: a header decides whose request it is. Without it the resumed request would be paid out
-// of another account, so it is kept, or nothing is sent.
+// TestResumedRequestIsTheSameRequest: a header selects the account. Without it the resumed request
+// would be paid out of another one, so it is kept, or nothing is sent.
 func TestResumedRequestIsTheSameRequest(t *testing.T) {
 	t.Parallel()
 	for name, one := range map[string]struct {
@@ -76,7 +76,7 @@ func TestResumedRequestIsTheSameRequest(t *testing.T) {
 	}
 }
 
-// TestIntentHeaders: what is kept, what is left out, and what is refused.
+// TestIntentHeaders lists headers that are kept, left out and refused.
 func TestIntentHeaders(t *testing.T) {
 	t.Parallel()
 	for name, one := range map[string]struct {
@@ -132,8 +132,8 @@ func TestIntentHeaders(t *testing.T) {
 	}
 }
 
-// TestURLThatCannotBeWrittenDownIsRefused: an intent keeps a URL as text, and what is read from it must be the same
-// request.
+// TestURLThatCannotBeWrittenDownIsRefused: an intent keeps a URL as text, which must parse to the
+// same request.
 func TestURLThatCannotBeWrittenDownIsRefused(t *testing.T) {
 	t.Parallel()
 	for name, one := range map[string]struct {

@@ -37,10 +37,11 @@ func (s *sending) watch(body io.ReadCloser) io.ReadCloser {
 	return s.body
 }
 
-// unsent reports whether the server can't have the request, now that RoundTrip has returned an error. No base says so by
-// itself, so there are two proofs: a connection was asked for and never given; or not a byte of the body was read, which
-// also holds for a base that fails before it comes to net/http. HTTP/2 tells of a header after it is written, so that
-// silence alone proves nothing once there is a connection.
+// unsent reports whether the server can't have the request, now that RoundTrip has returned an
+// error. No base says so by itself, so there are two proofs: the base asked for a connection and
+// never got one; or not a byte of the body was read, which also holds for a base that fails before
+// it calls net/http. HTTP/2 reports a header only after it is written, so once there is a
+// connection, silence by itself proves nothing.
 func (s *sending) unsent() bool {
 	if s.headed.Load() {
 		return false
@@ -81,7 +82,7 @@ func hopeless(err error) bool {
 		errors.As(err, &name) && name.IsNotFound && !name.IsTemporary && !name.IsTimeout
 }
 
-// sendable returns an error for a request that no base sends.
+// sendable returns an error for a request that no base would send.
 func sendable(r *http.Request) error {
 	switch u := r.URL; {
 	case u == nil:
@@ -108,7 +109,7 @@ func sendable(r *http.Request) error {
 	return nil
 }
 
-// visible reports whether a text has no control character but, if wanted, tabs.
+// visible reports whether a text has no control character, except tabs if they are allowed.
 func visible(text string, tabs bool) bool {
 	for i := range len(text) {
 		if c := text[i]; c == 0x7f || c < ' ' && (c != '\t' || !tabs) {

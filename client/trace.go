@@ -14,7 +14,7 @@ const (
 	EventStarted  EventKind = "started"  // an attempt is about to be sent; an intent is saved by now
 	EventAnswered EventKind = "answered" // an attempt's answer is there, whole
 	EventLost     EventKind = "lost"     // an attempt has no answer, or not all of it
-	EventUnsent   EventKind = "unsent"   // an attempt is over before the server could have it: no connection was got, or nothing was written
+	EventUnsent   EventKind = "unsent"   // an attempt ended before the server could have it: it got no connection, or nothing was written
 	EventWaiting  EventKind = "waiting"  // a pause begins; another attempt follows
 	EventEnded    EventKind = "ended"    // the caller gets its answer, or Err
 	EventKept     EventKind = "kept"     // an IntentStore failed to forget an intent that is settled: it will be asked for once more

@@ -365,10 +365,11 @@ type flights struct {
 type flight struct {
 	count  int
 	shared bool          // there were several at once
-	ending chan struct{} // closed when the one that is under way has forgotten its intent; nil if it is not about to
+	ending chan struct{} // closed when the request that is ending has forgotten its intent; nil if none is
 }
 
-// enter counts a request. It waits for one that is forgetting its intent, or the intent of this one would be forgotten too.
+// enter counts a request. It waits for one that is forgetting its intent, because that would also
+// forget the intent of this one.
 func (f *flights) enter(key string) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
@@ -408,7 +409,7 @@ func (f *flights) enterAlone(key string) bool {
 	return true
 }
 
-// shared reports whether another request of the key is or was under way beside the caller's.
+// shared reports whether another request of the key is or was under way at the same time.
 func (f *flights) shared(key string) bool {
 	f.mu.Lock()
 	defer f.mu.Unlock()
@@ -416,12 +417,12 @@ func (f *flights) shared(key string) bool {
 	return one != nil && one.shared
 }
 
-// endAlone runs a function and returns its error, unless another request of the key is or was under way beside the
-// caller's: that one may be executed, and needs the intent.
+// endAlone runs a function and returns its error, unless another request of the key is or was under
+// way at the same time: that one may be executed, and needs the intent.
 func (f *flights) endAlone(key string, forget func() error) error {
 	f.mu.Lock()
 	one := f.of[key]
-	if one == nil { // it never got as far as that
+	if one == nil { // it was never counted
 		f.mu.Unlock()
 		return forget()
 	}

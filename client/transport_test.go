@@ -124,7 +124,8 @@ func TestRedirectAfterALostReplyPaysOnce(t *testing.T) {
 	}
 }
 
-// TestTwoStatusesProveNothing: something between the two added its own, and nobody knows which is the server's.
+// TestTwoStatusesProveNothing: something in between added its own, and nobody knows which one is
+// the server's.
 func TestTwoStatusesProveNothing(t *testing.T) {
 	t.Parallel()
 	for _, statuses := range [][]string{{"not-executed", "unknown"}, {"unknown", "not-executed"}, {"executed", "not-executed"}, {"Not-Executed"}} {

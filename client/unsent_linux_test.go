@@ -42,7 +42,8 @@ func blackHole(t *testing.T) string {
 	return ""
 }
 
-// TestBlackHoleIsNotExecuted: the dialer's timeout and the attempt's are the same by default, and either may be first.
+// TestBlackHoleIsNotExecuted: the timeouts of the dialer and of the attempt are equal by default,
+// and either may end first.
 func TestBlackHoleIsNotExecuted(t *testing.T) {
 	t.Parallel()
 	address := blackHole(t)

@@ -22,7 +22,8 @@ import (
 	"github.com/paidonce/idempotency/client"
 )
 
-// authorizing is a base RoundTripper as many services have one: it adds a credential, or fails to get one.
+// authorizing is a base RoundTripper like many services': it adds a credential, or fails to get
+// one.
 type authorizing struct {
 	base  http.RoundTripper
 	token string
@@ -39,8 +40,9 @@ func (a authorizing) RoundTrip(r *http.Request) (*http.Response, error) {
 	return a.base.RoundTrip(r)
 }
 
-// TestWhatWasNeverSentIsNotExecuted: a request that never got a connection, or of which nothing was written, is proven
-// not to have been executed, whoever found out. If another try would end the same way there is none.
+// TestWhatWasNeverSentIsNotExecuted: if a request never got a connection, or nothing of it was
+// written, it is proven not to have been executed, whatever failed. If another try would end the
+// same way there is none.
 func TestWhatWasNeverSentIsNotExecuted(t *testing.T) {
 	t.Parallel()
 	var served atomic.Int64
@@ -128,22 +130,22 @@ func as[T error](err error) bool {
 
 type dial func(ctx context.Context, network, address string) (net.Conn, error)
 
-// notFound answers as a name server does.
+// notFound fails as a look-up at a name server does.
 func notFound(temporary bool) dial {
 	return func(context.Context, string, string) (net.Conn, error) {
 		return nil, &net.OpError{Op: "dial", Err: &net.DNSError{Err: "no such host", Name: "bank.invalid", IsNotFound: !temporary, IsTemporary: temporary}}
 	}
 }
 
-// dialing dials an address of the test's.
+// dialing always dials the given address.
 func dialing(address string) dial {
 	return func(ctx context.Context, network, _ string) (net.Conn, error) {
 		return new(net.Dialer).DialContext(ctx, network, address)
 	}
 }
 
-// TestDroppedPacketsAreNotExecuted: nobody answers the dialer, and it does not matter if its patience or the attempt's
-// ends first.
+// TestDroppedPacketsAreNotExecuted: nobody answers the dialer, and it does not matter whether its
+// timeout or the attempt's ends first.
 func TestDroppedPacketsAreNotExecuted(t *testing.T) {
 	t.Parallel()
 	over := make(chan struct{})
@@ -172,7 +174,8 @@ func TestDroppedPacketsAreNotExecuted(t *testing.T) {
 	}
 }
 
-// TestUnsentAfterALostAttemptIsUnknown: what was never sent says nothing about what was.
+// TestUnsentAfterALostAttemptIsUnknown: an attempt that was never sent proves nothing about one
+// that was.
 func TestUnsentAfterALostAttemptIsUnknown(t *testing.T) {
 	t.Parallel()
 	s := newScript(t, each("lost"))
@@ -189,8 +192,8 @@ func TestUnsentAfterALostAttemptIsUnknown(t *testing.T) {
 	}
 }
 
-// TestSilentBaseProvesNothing: a base that tells httptrace nothing may have sent what it read, and a request without a
-// body leaves no trace at all.
+// TestSilentBaseProvesNothing: a base that calls no hook of httptrace may have sent the body that
+// it read, and a request without a body leaves no trace at all.
 func TestSilentBaseProvesNothing(t *testing.T) {
 	t.Parallel()
 	for name, one := range map[string]struct {
@@ -273,7 +276,7 @@ func TestWrittenRequestIsNeverNotExecuted(t *testing.T) {
 	}
 }
 
-// TestErrorsNameTheOption that would have made a difference.
+// TestErrorsNameTheOption: each error names the option that would have helped.
 func TestErrorsNameTheOption(t *testing.T) {
 	t.Parallel()
 	s := newScript(t, each("lost"))
@@ -291,8 +294,8 @@ func TestErrorsNameTheOption(t *testing.T) {
 	}
 }
 
-// TestRefusedAnswersAreClosed: an answer that is longer than AnswerBytesMax and is asked for again, or followed by an
-// error, holds its connection no longer.
+// TestRefusedAnswersAreClosed: an answer longer than AnswerBytesMax, after which the client retries
+// or returns an error, releases its connection.
 func TestRefusedAnswersAreClosed(t *testing.T) {
 	t.Parallel()
 	for name, outcome := range map[string]idempotency.Outcome{"asked again": idempotency.OutcomeUnknown, "not executed": idempotency.OutcomeNotExecuted} {
@@ -328,8 +331,9 @@ func TestRefusedAnswersAreClosed(t *testing.T) {
 	}
 }
 
-// TestOneKeyTwiceAtOnceIsUnknown: two requests of one client carry the same key. The first is refused while the second may
-// be executed, and neither is said to be proven. The intent stays as long as the second needs it.
+// TestOneKeyTwiceAtOnceIsUnknown: two requests of one client carry the same key. The first is
+// refused while the second may be executed, and neither is reported as proven. The intent stays as
+// long as the second needs it.
 func TestOneKeyTwiceAtOnceIsUnknown(t *testing.T) {
 	t.Parallel()
 	for name, one := range map[string]struct {

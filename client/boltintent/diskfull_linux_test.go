@@ -16,8 +16,9 @@ import (
 	"github.com/paidonce/idempotency/client/internal/intenttest"
 )
 
-// TestFullDiskIsNotExecuted: an intent that finds no room is not kept, nothing is sent, and the caller learns that it was not. What
-// is kept stays whole, and there is room again when something is forgotten or the disk is cleared.
+// TestFullDiskIsNotExecuted: an intent that finds no room is not kept, nothing is sent, and the
+// caller gets ErrNotExecuted. The kept intents stay whole, and there is room again when one is
+// forgotten or the disk is cleared.
 func TestFullDiskIsNotExecuted(t *testing.T) {
 	t.Parallel()
 	if os.Geteuid() != 0 {

@@ -18,7 +18,8 @@ import (
 	"github.com/paidonce/idempotency/storage/memory"
 )
 
-// A process dies while it waits for an answer. The next one finds the intent, and learns what became of it.
+// A process dies while it waits for an answer. The next one finds the intent, and learns its
+// outcome.
 func ExampleOpen() {
 	var transfers atomic.Int64
 	server := bank(&transfers)
@@ -41,7 +42,7 @@ func ExampleOpen() {
 		if err != nil {
 			return err
 		}
-		r.Header.Set("Account", "acme") // it says whose request it is, and is kept
+		r.Header.Set("Account", "acme") // it selects the account, and is kept
 		response, err := (&http.Client{Transport: transport}).Do(r)
 		if err == nil {
 			_ = response.Body.Close()
@@ -70,7 +71,7 @@ func ExampleOpen() {
 	// 1 0 <nil> 1
 }
 
-// bank is a service whose first reply is lost after its handler ran. It counts the transfers.
+// bank is a service that loses its first reply after its handler ran. It counts the transfers.
 func bank(transfers *atomic.Int64) *httptest.Server {
 	transfer := http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		w.WriteHeader(http.StatusCreated)

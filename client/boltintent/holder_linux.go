@@ -8,8 +8,8 @@ import (
 	"syscall"
 )
 
-// holder returns the process that has locked a file, and its name; 0 if it can't be found out, as that of another
-// container can't.
+// holder returns the process that has locked a file, and its name; 0 if it is not known, as for a
+// process in another container.
 func holder(file *os.File) (pid int, name string) {
 	info, err := file.Stat()
 	if err != nil {

@@ -8,7 +8,7 @@ import (
 
 const lockPause = 10 * time.Millisecond
 
-// waitForLock takes the lock of a file before anything of it is read.
+// waitForLock takes the lock of a file before any byte of it is read.
 func waitForLock(file *os.File, timeout time.Duration) error {
 	for began := time.Now(); ; time.Sleep(lockPause) {
 		locked, err := tryLock(file)
@@ -21,7 +21,7 @@ func waitForLock(file *os.File, timeout time.Duration) error {
 	}
 }
 
-// heldBy is the error for a file that another has.
+// heldBy returns the error for a file that another process or Store has.
 func heldBy(file *os.File) error {
 	switch pid, name := holder(file); {
 	case pid == os.Getpid():

@@ -8,7 +8,7 @@ import (
 	"syscall"
 )
 
-// tryLock takes the lock that bbolt takes, of the same open file, so that bbolt finds it taken by itself.
+// tryLock takes the lock that bbolt takes, on the same open file, so that bbolt can lock it again.
 func tryLock(file *os.File) (locked bool, err error) {
 	err = syscall.Flock(int(file.Fd()), syscall.LOCK_EX|syscall.LOCK_NB)
 	if errors.Is(err, syscall.EWOULDBLOCK) {
@@ -17,7 +17,8 @@ func tryLock(file *os.File) (locked bool, err error) {
 	return err == nil, err
 }
 
-// unlock gives the lock up and closes the file. Closing alone would not do while the file is mapped into memory.
+// unlock releases the lock and closes the file. While the file is mapped into memory, closing would
+// not release it.
 func unlock(file *os.File) error {
 	return errors.Join(syscall.Flock(int(file.Fd()), syscall.LOCK_UN), file.Close())
 }

@@ -22,10 +22,10 @@ func tryLock(file *os.File) (locked bool, err error) {
 	return err == nil, err
 }
 
-// unlock gives the lock up and closes the file.
+// unlock releases the lock and closes the file.
 func unlock(file *os.File) error { return errors.Join(leaveLock(file), file.Close()) }
 
-// leaveLock gives the lock up for bbolt to take it: Windows would let it wait for itself.
+// leaveLock releases the lock for bbolt to take it: on Windows bbolt would wait for our own lock.
 func leaveLock(file *os.File) error {
 	return windows.UnlockFileEx(windows.Handle(file.Fd()), 0, 1, 0, lockAt())
 }

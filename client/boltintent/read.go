@@ -11,8 +11,9 @@ import (
 	"slices"
 )
 
-// bbolt's own Tx.Check is no use on a file that may be damaged: it runs in a goroutine of its own, reads past the end of the file
-// and follows circles, and each of the three ends the process. So the file is read here, with bounds.
+// bbolt's own Tx.Check can't be used on a file that may be damaged: it runs in a goroutine of its
+// own, reads past the end of the file and follows cycles, and each of the three can end the
+// process. So the file is read here, with bounds.
 
 // The layout of bbolt's file, version 2. Numbers are in the machine's own order.
 const (
@@ -33,7 +34,7 @@ const (
 
 var order = binary.NativeEndian
 
-// contents is what there is in a file.
+// contents are the contents of a file.
 type contents struct {
 	bytes int64
 	sum   sum
@@ -43,11 +44,11 @@ type contents struct {
 type reader struct {
 	file     io.ReaderAt
 	pageSize uint64
-	pages    uint64 // that the file says it has
+	pages    uint64 // the number of pages by the file's head
 	seen     map[uint64]bool
 	buckets  map[string]bool
 	found    contents
-	want     []byte // the sum that the file has
+	want     []byte // the sum that is stored in the file
 }
 
 func damaged(format string, values ...any) error {
@@ -55,7 +56,7 @@ func damaged(format string, values ...any) error {
 		append([]any{ErrDamaged}, values...)...)
 }
 
-// read returns what there is in a file, which nobody writes to meanwhile. An empty file is a new one.
+// read returns the contents of a file, which must not change meanwhile. An empty file is a new one.
 func read(file *os.File) (contents, error) {
 	info, err := file.Stat()
 	if err != nil || info.Size() == 0 {
@@ -76,7 +77,7 @@ func readFrom(file io.ReaderAt, size uint64) (contents, error) {
 	if err := r.readFree(free); err != nil {
 		return contents{}, err
 	}
-	if len(r.buckets) == 0 && commits < 2 { // its maker died before it was
+	if len(r.buckets) == 0 && commits < 2 { // its creator died before the first commit
 		return contents{}, nil
 	}
 	want, err := decodeSum(r.want)
@@ -86,7 +87,8 @@ func readFrom(file io.ReaderAt, size uint64) (contents, error) {
 	return r.found, nil
 }
 
-// readMeta reads the two heads. bbolt is content with one, and takes the one before the last commit for it.
+// readMeta reads the two heads. bbolt itself accepts a file with only one valid head, even the one
+// from before the last commit.
 func (r *reader) readMeta(size uint64) (root, free, last uint64, err error) {
 	r.pageSize = pageSizeMin
 	for number := range uint64(2) {
@@ -124,7 +126,7 @@ func unread(err error) error {
 	return err
 }
 
-// page returns a page with those that belong to it. Each is read once.
+// page returns a page with its overflow pages. Each is read once.
 func (r *reader) page(number uint64) ([]byte, error) {
 	head := make([]byte, headBytes)
 	if number < 2 || number >= r.pages {
@@ -150,7 +152,8 @@ func (r *reader) page(number uint64) ([]byte, error) {
 	return page, nil
 }
 
-// readPage reads a page of a bucket, nil for the bucket of buckets, and those below it. Its keys are from first up to last.
+// readPage reads a page of a bucket, nil for the bucket of buckets, and the pages below it. Its
+// keys are from first up to last.
 func (r *reader) readPage(number uint64, bucket, first, last []byte) error {
 	page, err := r.page(number)
 	if err != nil {
@@ -164,7 +167,7 @@ func (r *reader) readElements(page []byte, number uint64, bucket, first, last []
 	if kind != pageBranch && kind != pageLeaf || headBytes+count*elementBytes > len(page) || kind == pageBranch && count == 0 {
 		return damaged("page %d is not one of a bucket", number)
 	}
-	// part returns bytes that are so far behind an element's beginning.
+	// part returns bytes at an offset from an element's beginning.
 	part := func(element int, behind, length uint64) ([]byte, error) {
 		from := uint64(headBytes+element*elementBytes) + behind
 		if behind > uint64(len(page)) || length > uint64(len(page)) || from+length > uint64(len(page)) {
@@ -236,7 +239,8 @@ func (r *reader) readValue(bucket []byte, flags uint32, key, value []byte) error
 	return damaged("there is something in it that no intent is")
 }
 
-// readFree reads the list of free pages, none of which may be in use: the next commit overwrites them.
+// readFree reads the list of free pages. None of them may be in use: the next commit overwrites
+// them.
 func (r *reader) readFree(number uint64) error {
 	page, err := r.page(number)
 	if err != nil {

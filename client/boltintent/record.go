@@ -25,7 +25,8 @@ var (
 	keySum        = []byte("sum")
 )
 
-// content is what a record says beside its key: gob, between a sequence number of 8 bytes and a SHA-256 over key and all.
+// content is the value of a record: encoded by gob, between a sequence number of 8 bytes and a
+// SHA-256 over the key and all of it.
 type content struct {
 	Method, URL, Host string
 	Header            http.Header
@@ -97,7 +98,7 @@ func sameRequest(a, b *client.Intent) bool {
 		maps.EqualFunc(a.Header, b.Header, slices.Equal[[]string])
 }
 
-// sum is how many records there are, and their checksums combined: a record that is missing shows.
+// sum is the number of records and their combined checksums, which reveal a missing record.
 type sum struct {
 	records  uint64
 	combined [sha256.Size]byte
@@ -116,7 +117,7 @@ func decodeSum(text []byte) (s sum, err error) {
 	return s, nil
 }
 
-// add counts a record that comes (1) or goes (-1).
+// add counts a record that is added (1) or removed (-1).
 func (s *sum) add(record []byte, n int) {
 	s.records += uint64(n)
 	subtle.XORBytes(s.combined[:], s.combined[:], record[len(record)-sha256.Size:])

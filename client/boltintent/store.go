@@ -35,12 +35,12 @@ var (
 
 // Options tune a [Store]. Nil and the zero value are the defaults.
 type Options struct {
-	// BytesMax bounds what the intents that are kept take together. Over it Save refuses with [ErrFull]. Defaults to
-	// 256 MiB.
+	// BytesMax is the maximum total size of the kept intents. Over it Save returns [ErrFull].
+	// Defaults to 256 MiB.
 	BytesMax int64
 
-	// LockTimeout is how long Open waits for a process that holds the file, as one that is just ending does. Defaults to
-	// 1 second.
+	// LockTimeout is how long Open waits for a process that holds the file, for example one that is
+	// just ending. Defaults to 1 second.
 	LockTimeout time.Duration
 }
 
@@ -65,25 +65,26 @@ type Store struct {
 	file    *os.File // bbolt's
 	info    os.FileInfo
 
-	writing sync.Mutex // held by whoever commits
-	live    int64      // bytes of what is kept; under writing
+	writing sync.Mutex // held during a commit
+	live    int64      // bytes of the kept intents; under writing
 
 	mu      sync.Mutex
 	waiting []*change
-	failed  error // after this nothing is known of what the file holds, or it is closed
+	failed  error // after it the contents of the file are not known, or it is closed
 }
 
 var _ client.IntentStore = (*Store)(nil)
 
-// change is what one caller wants to be committed.
+// change is one caller's change to commit.
 type change struct {
 	apply func(tx *bbolt.Tx) (changed bool, err error) // one that returns an error has changed nothing
 	over  bool                                         // under Store.writing, as all of it
 	err   error
 }
 
-// Open opens the file, or makes it, and locks it. The error wraps [ErrLocked] if another has it, and [ErrDamaged] if it is not
-// whole or no file of intents; then it is left as it is. The folder must be there.
+// Open opens the file, or makes it, and locks it. The error wraps [ErrLocked] if another process or
+// Store has it, and [ErrDamaged] if it is not whole or no file of intents; then it is left as it
+// is. The folder must exist.
 func Open(path string, options *Options) (*Store, error) {
 	s := &Store{path: path, options: options.full()}
 	if err := guard(s.open); err != nil {
@@ -107,13 +108,14 @@ func (s *Store) open() error {
 		if err := s.file.Chmod(0o600); err != nil {
 			return nil, err
 		}
-		// Before bbolt, which believes what it reads: it maps the file into memory, and follows each number in it.
+		// Before bbolt opens it, which trusts the file: it maps it into memory, and follows each
+		// number in it.
 		if found, err = read(s.file); err != nil {
 			return nil, err
 		}
 		return s.file, leaveLock(s.file)
 	}
-	// The zero values of NoSync, NoGrowSync and NoFreelistSync are what makes a commit durable.
+	// A commit is durable because NoSync, NoGrowSync and NoFreelistSync are false.
 	db, err := bbolt.Open(s.path, 0o600, &bbolt.Options{Timeout: s.options.LockTimeout, OpenFile: openFile})
 	if errors.Is(err, bolterrors.ErrTimeout) {
 		err = heldBy(s.file)
@@ -146,12 +148,12 @@ func (s *Store) open() error {
 
 var errNothing = errors.New("nothing is to be committed")
 
-// guard runs what reads the file through bbolt. A file that is damaged or cut while it is open makes bbolt panic, or its
-// memory fault.
+// guard runs a function that reads the file through bbolt. If the file is damaged or cut while it
+// is open bbolt panics, or its memory faults.
 func guard(f func() error) (err error) {
 	defer debug.SetPanicOnFault(debug.SetPanicOnFault(true))
 	defer func() {
-		if recover() != nil { // its text may quote what the file holds
+		if recover() != nil { // its text may quote the file's contents
 			err = fmt.Errorf("%w: it is not what it was when it was opened", ErrDamaged)
 		}
 	}()
@@ -260,7 +262,7 @@ func (s *Store) Take(_ context.Context, key string) (intent *client.Intent, err 
 	return intent, err
 }
 
-// Close lets another process have the file. Every call after it fails with [ErrClosed].
+// Close releases the file. Every later call fails with [ErrClosed].
 func (s *Store) Close() error {
 	s.writing.Lock()
 	defer s.writing.Unlock()
@@ -318,7 +320,7 @@ func (s *Store) view(f func(tx *bbolt.Tx) error) error {
 	return err
 }
 
-// update commits a change, together with those of others that wait for the disk meanwhile.
+// update commits a change, together with other callers' changes that wait for the disk.
 func (s *Store) update(apply func(tx *bbolt.Tx) (changed bool, err error)) error {
 	mine := &change{apply: apply}
 	s.mu.Lock()
@@ -326,7 +328,7 @@ func (s *Store) update(apply func(tx *bbolt.Tx) (changed bool, err error)) error
 	s.mu.Unlock()
 	s.writing.Lock()
 	defer s.writing.Unlock()
-	if mine.over { // whoever was before committed it
+	if mine.over { // the previous caller committed it
 		return mine.err
 	}
 	s.mu.Lock()
@@ -343,7 +345,7 @@ func (s *Store) update(apply func(tx *bbolt.Tx) (changed bool, err error)) error
 	return mine.err
 }
 
-// commit applies changes in one transaction. Its error is that of all.
+// commit applies changes in one transaction. All get its error.
 func (s *Store) commit(batch []*change) error {
 	if err := s.usable(); err != nil {
 		return err
@@ -382,6 +384,7 @@ func (s *Store) commit(batch []*change) error {
 	if viewErr := guard(func() error { return s.db.View(func(tx *bbolt.Tx) error { committed = tx.ID(); return nil }) }); viewErr == nil && committed < id {
 		return fmt.Errorf("%w: %w", client.ErrIntentRefused, err) // as on a full disk
 	}
-	// The commit is in memory, and may be on the disk or not: a second fsync would say that all is well.
+	// The commit is in memory, and may or may not be on the disk: a second fsync would succeed
+	// without proving it.
 	return s.fail(fmt.Errorf("write intents: %w", err))
 }

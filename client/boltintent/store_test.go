@@ -63,7 +63,7 @@ func expectPending(t testing.TB, s *Store, want ...string) {
 	}
 }
 
-// hasAll reports whether a store has these intents, each as it was saved, and no other.
+// hasAll reports whether a store has exactly these intents, each as it was saved.
 func hasAll(s *Store, keys ...string) bool {
 	pending, err := s.Pending(context.Background())
 	if err != nil || !slices.Equal(pending, keys) {
@@ -111,7 +111,7 @@ func TestReopened(t *testing.T) {
 	}
 }
 
-// TestCommitsAreDurable: nothing that bbolt does for that is switched off.
+// TestCommitsAreDurable: none of bbolt's options that weaken it is set.
 func TestCommitsAreDurable(t *testing.T) {
 	t.Parallel()
 	if db := open(t, newPath(t), nil).db; db.NoSync || db.NoGrowSync || db.NoFreelistSync {
@@ -119,7 +119,7 @@ func TestCommitsAreDurable(t *testing.T) {
 	}
 }
 
-// start starts another process, and returns the lines that it says. Each test ends it.
+// start starts another process, and returns the lines that it prints. Each test ends it.
 func start(t *testing.T, what, path, round string) (*exec.Cmd, *bufio.Scanner) {
 	t.Helper()
 	command := exec.Command(os.Args[0])
@@ -177,7 +177,8 @@ func child(what, path, round string) int {
 	return 0
 }
 
-// TestOneProcessAtATime: a second one learns who has the file, and gets it when that one is killed.
+// TestOneProcessAtATime: a second process gets an error that names the holder, and gets the file
+// when the holder is killed.
 func TestOneProcessAtATime(t *testing.T) {
 	t.Parallel()
 	path := newPath(t)
@@ -213,15 +214,15 @@ func TestOneProcessAtATime(t *testing.T) {
 	}
 }
 
-// TestKilledWhileItSaves: a process is killed with kill -9 in the middle of its commits, again and again. What was saved is
-// there, what was forgotten is not, and the file is whole.
+// TestKilledWhileItSaves: a process is killed with kill -9 in the middle of its commits, again and
+// again. Saved intents are there, forgotten ones are not, and the file is whole.
 func TestKilledWhileItSaves(t *testing.T) {
 	t.Parallel()
 	path := newPath(t)
 	said := map[string]map[string]bool{"saving": {}, "saved": {}, "forgets": {}, "forgot": {}, "open": {}}
 	for round := range 12 {
 		command, lines := start(t, "save", path, fmt.Sprintf("%02d", round))
-		for left := 20 + rand.IntN(100); lines.Scan(); left-- { // to the end: what it said before the kill counts
+		for left := 20 + rand.IntN(100); lines.Scan(); left-- { // to the end: all lines before the kill count
 			what, key, _ := strings.Cut(lines.Text(), " ")
 			said[what][key] = true
 			if left == 0 {
@@ -254,8 +255,8 @@ func TestKilledWhileItSaves(t *testing.T) {
 	}
 }
 
-// TestReplacedFileKeepsNothing: the lock is on the file itself, so no name beside it can be taken away. If its own name is
-// another file's, nothing more is saved that nobody would find.
+// TestReplacedFileKeepsNothing: the lock is on the file itself, so there is no lock file that could
+// be removed. If the name belongs to another file by now, Save fails: nobody would find the intent.
 func TestReplacedFileKeepsNothing(t *testing.T) {
 	t.Parallel()
 	for name, replace := range map[string]func(path string) error{
@@ -293,8 +294,8 @@ func TestReplacedFileKeepsNothing(t *testing.T) {
 	}
 }
 
-// whole returns the bytes of a file with three intents, one of which has pages of its own and one of which came after another
-// was forgotten.
+// whole returns the bytes of a file with three intents: one has overflow pages, and one was saved
+// after another was forgotten.
 func whole(t testing.TB) (content []byte, keys []string) {
 	t.Helper()
 	path := newPath(t)
@@ -314,7 +315,7 @@ func whole(t testing.TB) (content []byte, keys []string) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	// What is behind the pages of the two heads is room to grow.
+	// The bytes after the heads' number of pages are room to grow.
 	page := os.Getpagesize()
 	pages := max(order.Uint64(content[headBytes+40:]), order.Uint64(content[page+headBytes+40:]))
 	return content[:int(pages)*page], []string{"a", "b", "c"}
@@ -348,7 +349,8 @@ func reopen(t *testing.T, path string, content []byte, keys []string, what strin
 	return true
 }
 
-// TestDamageIsAnError: whichever bits of the file change, it is an error, or a place that nothing depends on.
+// TestDamageIsAnError: every changed bit of the file is an error, or in a place that nothing
+// depends on.
 func TestDamageIsAnError(t *testing.T) {
 	t.Parallel()
 	content, keys := whole(t)
@@ -479,7 +481,8 @@ func TestNotAFileOfIntents(t *testing.T) {
 	}
 }
 
-// TestBodyIsNoRecord: a body that holds a whole file of intents, or a record, is a body, also in a file that is damaged.
+// TestBodyIsNoRecord: a body that contains a whole file of intents, or a record, stays a body, even
+// in a damaged file.
 func TestBodyIsNoRecord(t *testing.T) {
 	t.Parallel()
 	content, _ := whole(t)
@@ -520,7 +523,8 @@ func TestBodyIsNoRecord(t *testing.T) {
 	}
 }
 
-// TestBytesMax: what fits is kept, and what does not is refused until something is forgotten.
+// TestBytesMax: an intent that fits is kept. One that does not is refused until another is
+// forgotten.
 func TestBytesMax(t *testing.T) {
 	t.Parallel()
 	path := newPath(t)
@@ -558,7 +562,7 @@ func TestBytesMax(t *testing.T) {
 	}
 }
 
-// FuzzRead: whatever is in a file, reading it ends, and does no harm.
+// FuzzRead: reading ends and does no harm, whatever the file contains.
 func FuzzRead(f *testing.F) {
 	content, _ := whole(f)
 	f.Add(content, uint16(0), byte(0))

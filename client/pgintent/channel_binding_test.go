@@ -11,8 +11,8 @@ import (
 	"github.com/paidonce/idempotency/storage/postgres"
 )
 
-// A service that sends payments and takes them may keep its intents through its store's pool, also when each connection
-// must be bound to its TLS channel.
+// A service that both sends and receives payments may keep its intents through its store's pool,
+// even with channel_binding=require.
 func TestIntentsKeepChannelBinding(t *testing.T) {
 	t.Parallel()
 	pool := setupOn(t, pgtest.TLS(t).TLSURL("postgres")+"&channel_binding=require", func(config *pgxpool.Config) { postgres.Configure(config, nil) })

@@ -8,16 +8,17 @@
 // The table, idempotency_intents, is the client's own, in the client's own database: it has nothing to do with the records of
 // a server. It holds the bodies and URLs of requests as they are, and belongs where those may be.
 //
-// Any number of processes share it. Each intent has a holder, the [Store] that saved it or took it last. What another store
-// has held for longer than [Options.PendingAfter] may be taken, and so may an intent that is saved again because its caller sends
-// the key from here too. From then on the one that held it can't say any more that it was not executed, and says unknown. So
-// a process that was only slow does no harm.
+// Any number of processes share it. Each intent has a holder, the [Store] that saved it or took it
+// last. A store may take an intent that another has held for longer than [Options.PendingAfter], or
+// that it saves again because it sends the key too. From then on the former holder can no longer
+// report not-executed, and reports unknown. So a process that was only slow does no harm.
 //
-// [Store.Save] looks at the row that was written. If a trigger, a rule or row level security keeps the row out or
-// changes it, Save is an error and nothing is sent.
+// [Store.Save] reads the written row back. If a trigger, a rule or row-level security keeps the row
+// out or changes it, Save fails and nothing is sent.
 //
-// Inside an idempotent handler a [Store] needs a pool of its own: the handler's store refuses a second connection
-// from its pool. A transaction is no DB for it either, because an intent must be committed before its request is sent.
+// Inside an idempotent handler a [Store] needs a pool of its own: the handler's store refuses a
+// second connection from its pool. It does not accept a transaction either, because an intent must
+// be committed before its request is sent.
 //
 // A process needs SELECT, INSERT, UPDATE and DELETE on the table.
 package pgintent

@@ -46,8 +46,9 @@ func payAsChild(arguments []string) int {
 	return 2
 }
 
-// TestKilledInSave: a client is killed with kill -9 while PostgreSQL is busy with its INSERT. Nothing was sent. If the row is
-// kept all the same, the next process sends it, once; if not, nobody does, and nobody was told that it was paid.
+// TestKilledInSave: a client is killed with kill -9 while PostgreSQL is busy with its INSERT.
+// Nothing was sent. If the row is kept all the same, the next process sends it, once. If not,
+// nobody sends it, and nobody reported it as paid.
 func TestKilledInSave(t *testing.T) {
 	t.Parallel()
 	for name, kept := range map[string]bool{"PostgreSQL goes on": true, "PostgreSQL ends the session": false} {

@@ -15,8 +15,9 @@ import (
 	"github.com/paidonce/idempotency/internal/pgtest"
 )
 
-// TestHiddenIntentIsNotCalledDone: an intent that row-level security hides is never said to be gone, taken or not
-// pending, and none is saved that would never be resumed. The remedies are run, and work on connections that were there.
+// TestHiddenIntentIsNotCalledDone: an intent that row-level security hides is never reported as
+// gone, taken or not pending, and no intent is saved that would never be resumed. The remedies
+// work, also on connections that were open before.
 func TestHiddenIntentIsNotCalledDone(t *testing.T) {
 	t.Parallel()
 	for way, name := range []string{"DISABLE", "BYPASSRLS"} {

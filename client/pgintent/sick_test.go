@@ -23,8 +23,8 @@ import (
 	"github.com/paidonce/idempotency/storage/postgres"
 )
 
-// TestNothingIsSentWithoutARow: a statement that succeeds and writes no row, or another one, keeps no intent. The
-// request must not leave, and the caller learns that it did not.
+// TestNothingIsSentWithoutARow: a statement that succeeds and writes no row, or another one, keeps
+// no intent. The request must not be sent, and the error says so.
 func TestNothingIsSentWithoutARow(t *testing.T) {
 	t.Parallel()
 	const returns = `CREATE FUNCTION f() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN %; END $$;`
@@ -87,8 +87,8 @@ func TestNothingIsSentWithoutARow(t *testing.T) {
 	}
 }
 
-// TestAnUntouchedRowIsNoAbsentRow: a trigger that drops the UPDATE of Take, or the DELETE of Done, is told of. An intent
-// that nobody can take would never be sent, and nobody would know.
+// TestAnUntouchedRowIsNoAbsentRow: if a trigger drops the UPDATE of Take, or the DELETE of Done,
+// the call fails. An intent that nobody can take would never be sent, and nobody would notice.
 func TestAnUntouchedRowIsNoAbsentRow(t *testing.T) {
 	t.Parallel()
 	pool := setup(t)
@@ -118,7 +118,7 @@ func TestAnUntouchedRowIsNoAbsentRow(t *testing.T) {
 	}
 }
 
-// TestSaveInAnOpenTransactionIsRefused: what is saved there is not committed when the request is sent.
+// TestSaveInAnOpenTransactionIsRefused: the intent would not be committed when the request is sent.
 func TestSaveInAnOpenTransactionIsRefused(t *testing.T) {
 	t.Parallel()
 	pool := setup(t)
@@ -142,8 +142,8 @@ func TestSaveInAnOpenTransactionIsRefused(t *testing.T) {
 	}
 }
 
-// TestSaveTakesOverFromAnotherProcess: two processes send one key. The first must not say that it was not executed,
-// because the second may get it executed.
+// TestSaveTakesOverFromAnotherProcess: two processes send one key. The first must not report
+// not-executed, because the second may get it executed.
 func TestSaveTakesOverFromAnotherProcess(t *testing.T) {
 	t.Parallel()
 	pool := setup(t)
@@ -171,8 +171,8 @@ func TestSaveTakesOverFromAnotherProcess(t *testing.T) {
 	}
 }
 
-// TestTwoProcessesOnOneKeyPayOnce: the first request is refused while the second is on its way. Its caller would take
-// ErrNotExecuted at its word and pay with a new key, so it must be ErrUnknown.
+// TestTwoProcessesOnOneKeyPayOnce: the first request is refused while the second is on its way. Its
+// caller would trust ErrNotExecuted and pay with a new key, so it must be ErrUnknown.
 func TestTwoProcessesOnOneKeyPayOnce(t *testing.T) {
 	t.Parallel()
 	pool := setup(t)
@@ -273,8 +273,8 @@ func TestIntentsInsideAHandlerNeedAPoolOfTheirOwn(t *testing.T) {
 	}
 }
 
-// TestNoConnectionSavesNothing: a pool that gives none in time proves that nothing was kept, so that the caller is not
-// left with a request that may have been executed.
+// TestNoConnectionSavesNothing: if the pool has no connection in time it is proven that nothing was
+// kept, so the caller gets ErrNotExecuted and not ErrUnknown.
 func TestNoConnectionSavesNothing(t *testing.T) {
 	t.Parallel()
 	pool := setup(t, func(c *pgxpool.Config) { c.MaxConns = 1 })

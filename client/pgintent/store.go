@@ -69,16 +69,17 @@ func (o *Options) full() Options {
 
 func (o *Options) table() string { return pgx.Identifier{o.Schema, "idempotency_intents"}.Sanitize() }
 
-// ErrRowSecurity is returned where row-level security applies to the table of intents: one that is not seen may be there, and
-// would never be resumed. The text names the remedy.
+// ErrRowSecurity is returned if row-level security applies to the table of intents: an intent may
+// be hidden, and would never be resumed. The text names the remedy.
 var ErrRowSecurity = errors.New("row-level security may hide intents")
 
 func (s *Store) rowSecurity() error {
 	return fmt.Errorf("%w: ALTER TABLE %s DISABLE ROW LEVEL SECURITY, or ALTER ROLE ... BYPASSRLS for the service's role", ErrRowSecurity, s.options.table())
 }
 
-// anew has a statement planned each time: a plan that was made with policies goes on with them after ALTER ROLE ... BYPASSRLS,
-// when row_security_active says that none applies any more. It works behind a pooler too.
+// anew makes PostgreSQL plan a statement each time: a plan that was made with policies keeps them
+// after ALTER ROLE ... BYPASSRLS, while row_security_active reports that none applies. It works
+// behind a pooler too.
 const anew = pgx.QueryExecModeExec
 
 // createLock is taken while the table is made: CREATE IF NOT EXISTS fails where two do it at once.
@@ -123,8 +124,8 @@ type Store struct {
 
 var _ client.IntentStore = (*Store)(nil)
 
-// New returns a store. It sends nothing: the table must be there by its first use, see [Create]. It panics on a
-// transaction: what [Store.Save] writes must be committed before the request is sent.
+// New returns a store. It sends nothing: the table must be there by its first use, see [Create]. It
+// panics on a transaction: an intent must be committed before its request is sent.
 func New(db DB, options *Options) *Store {
 	if db == nil {
 		panic("idempotency/client/pgintent: New needs a DB")
@@ -139,12 +140,13 @@ func New(db DB, options *Options) *Store {
 	const durable = `(SELECT set_config('synchronous_commit', CASE WHEN current_setting('synchronous_commit') IN ('off', 'local')
 		THEN 'on' ELSE current_setting('synchronous_commit') END, true) AS setting OFFSET 0) AS durable`
 	hidden := `row_security_active('` + strings.ReplaceAll(table, "'", "''") + `'::regclass)`
-	// RETURNING counts what was written and shows what a trigger made of it. A rule that diverts the statement makes it fail.
+	// RETURNING counts the written rows and shows a trigger's changes. With a rule that diverts the
+	// statement it fails.
 	const same = `method = $4 AND url = $5 AND host = $6 AND header = $7 AND body = $8`
 	s.save = `INSERT INTO ` + table + ` AS kept (owner, key, holder, method, url, host, header, body)
 		SELECT $1, $2, $3::uuid, $4, $5, $6, $7::bytea, $8::bytea FROM ` + durable + ` WHERE durable.setting <> '' ON CONFLICT DO NOTHING
 		RETURNING owner = $1 AND key = $2 AND holder = $3::uuid AND ` + same
-	// Whoever held the intent must not say not-executed any more: this store sends it too.
+	// The former holder must no longer report not-executed: this store sends the request too.
 	s.takeOver = `UPDATE ` + table + ` SET holder = CASE WHEN ` + same + ` THEN $3::uuid ELSE holder END,
 		touched_at = CASE WHEN ` + same + ` THEN clock_timestamp() ELSE touched_at END
 		FROM ` + durable + ` WHERE owner = $1 AND key = $2 AND durable.setting <> '' RETURNING ` + same + `, holder = $3::uuid`
@@ -159,15 +161,16 @@ func New(db DB, options *Options) *Store {
 	s.take = `UPDATE ` + table + ` SET holder = $2::uuid, touched_at = clock_timestamp() FROM ` + durable + `
 		WHERE owner = $1 AND key = $4 AND ` + mayTake + ` AND durable.setting <> ''
 		RETURNING method, url, host, header, body, (extract(epoch FROM clock_timestamp() - saved_at) * 1000000)::bigint`
-	// A statement that changed no row is only believed if there is none: a trigger can keep it from doing its work, and
-	// row-level security can hide the row.
+	// A statement that changed no row is only trusted if there is none: a trigger can skip the row,
+	// and row-level security can hide it.
 	s.isKept = `SELECT ` + hidden + `, EXISTS (SELECT FROM ` + table + ` WHERE owner = $1 AND key = $2)`
 	s.isPending = `SELECT ` + hidden + `, EXISTS (SELECT FROM ` + table + ` WHERE owner = $1 AND key = $4 AND ` + mayTake + `)`
 	return s
 }
 
-// Save keeps an intent. It returns when it is committed, durably whatever the session's synchronous_commit. An intent that
-// another store holds becomes this store's, so that the other can't say any more that it was not executed.
+// Save keeps an intent. It returns when it is committed, durably whatever the session's
+// synchronous_commit. An intent that another store holds becomes this store's, so that the other
+// can no longer report not-executed.
 func (s *Store) Save(ctx context.Context, intent *client.Intent) (before bool, err error) {
 	var header bytes.Buffer
 	if err := intent.Header.Write(&header); err != nil {
@@ -213,7 +216,8 @@ func (s *Store) Save(ctx context.Context, intent *client.Intent) (before bool, e
 		client.ErrIntentRefused, s.options.table())
 }
 
-// connection returns a connection to save on. Without one nothing was changed, and the error says so.
+// connection returns a connection to save on. If there is none the error says that nothing was
+// changed.
 func (s *Store) connection(ctx context.Context) (db DB, release func(), err error) {
 	switch db := s.db.(type) {
 	case *pgxpool.Pool:
@@ -258,7 +262,7 @@ func (s *Store) Done(ctx context.Context, key string) error {
 	return s.expectNone(ctx, s.isKept, key)
 }
 
-// expectNone is nil if a query about a key finds no row, after a statement that changed none.
+// expectNone returns nil if a query finds no row of a key, after a statement that changed none.
 func (s *Store) expectNone(ctx context.Context, query string, arguments ...any) error {
 	var hidden, found bool
 	if err := s.db.QueryRow(ctx, query, append([]any{anew, s.options.Owner}, arguments...)...).Scan(&hidden, &found); err != nil {
@@ -285,8 +289,9 @@ func (s *Store) Abandon(ctx context.Context, key string) error {
 	return client.ErrIntentTaken
 }
 
-// Pending returns the keys of the intents that this store holds, and of those that others have held for too long: the
-// oldest [PendingMax], by when they were saved or taken last. It fails with [ErrRowSecurity] where any may be hidden.
+// Pending returns the keys of the intents that this store holds, and of those that others have held
+// for too long: the oldest [PendingMax], by the time of their last Save or Take. It fails with
+// [ErrRowSecurity] if any may be hidden.
 func (s *Store) Pending(ctx context.Context) ([]string, error) {
 	rows, err := s.db.Query(ctx, s.pending, anew, s.options.Owner, s.holder.String(), s.options.PendingAfter.Microseconds(), PendingMax)
 	if err != nil {

@@ -175,8 +175,9 @@ func TestPendingComesToAll(t *testing.T) {
 	}
 }
 
-// TestSaveIsDurableWhateverTheSessionSays: a session with synchronous_commit off acknowledges what a crash undoes. Save, also
-// when it takes over, Take and Abandon ask for more, in their own transaction, and leave the session as it is.
+// TestSaveIsDurableWhateverTheSessionSays: with synchronous_commit off a session acknowledges
+// commits that a crash may undo. Save, also when it takes over, Take and Abandon switch it on for
+// their own transaction, and leave the session as it is.
 func TestSaveIsDurableWhateverTheSessionSays(t *testing.T) {
 	t.Parallel()
 	database := pgtest.Database(t)
@@ -253,7 +254,8 @@ func TestCreateAtOnce(t *testing.T) {
 	group.Wait()
 }
 
-// A service that calls Create at each start waits for nobody: a table that is there is not locked for it, whoever holds it.
+// A service that calls Create at each start waits for nobody: Create does not lock an existing
+// table, and so does not wait for its locks.
 func TestCreateOfATableThatIsThereWaitsForNobody(t *testing.T) {
 	t.Parallel()
 	pool := setup(t)
