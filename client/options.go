@@ -59,8 +59,9 @@ type Options struct {
 	AttemptTimeout time.Duration
 
 	// TotalMax and AttemptsMax bound a request with all of its attempts and pauses. A pause that would end too late is not
-	// begun. The defaults are [TotalMaxDefault] and [AttemptsMaxDefault]. It must be well
-	// under the time that a key counts at the server, and with Intents not exceed IntentAgeMax.
+	// begun, and after one that took longer, because the process was stopped or the machine suspended, nothing is sent. They
+	// default to 2 minutes and 10. TotalMax must be well under the time that a key counts at the server, and with Intents not
+	// exceed IntentAgeMax.
 	TotalMax    time.Duration
 	AttemptsMax int
 

@@ -94,7 +94,8 @@ func (t *Transport) resumeOne(ctx context.Context, key string, handle func(conte
 	if intent == nil {
 		return false, false, nil
 	}
-	op := &operation{ctx: ctx, key: intent.Key, saved: true, maybe: true, started: time.Now()}
+	op := newOperation(ctx)
+	op.key, op.saved, op.maybe = intent.Key, true, true
 	resumed := &Resumed{Intent: intent}
 	response, err := t.resend(op, intent)
 	switch {

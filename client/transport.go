@@ -105,6 +105,7 @@ type operation struct {
 	savedBefore bool // it was kept before this call
 
 	started  time.Time
+	began    time.Time // as started, without the monotonic clock
 	attempts int
 	maybe    bool // an attempt of this call may have been executed, or one of another call with the key
 	honoured bool
@@ -112,9 +113,22 @@ type operation struct {
 	last     idempotency.Outcome
 }
 
+func newOperation(ctx context.Context) *operation {
+	now := time.Now()
+	return &operation{ctx: ctx, started: now, began: now.Round(0)}
+}
+
+// age returns how long ago the request began, by the clock that says more: while the machine is suspended the monotonic one
+// stands still, and the other may be set back.
+func (op *operation) age() time.Duration {
+	now := time.Now()
+	return max(now.Sub(op.started), now.Round(0).Sub(op.began))
+}
+
 // prepare makes a request ready to be sent more than once, and closes its body. The operation is never nil.
 func (t *Transport) prepare(r *http.Request) (*operation, error) {
-	op := &operation{ctx: r.Context(), isNew: true, started: time.Now()}
+	op := newOperation(r.Context())
+	op.isNew = true
 	closeBody := func() {
 		if r.Body != nil {
 			_ = r.Body.Close() // it was read, or it is not going to be
@@ -205,7 +219,7 @@ func (op *operation) setBody(content []byte) {
 
 // send sends until there is an answer that is the caller's, or no more time, attempts or retries.
 func (t *Transport) send(op *operation) (*http.Response, error) {
-	ctx, deadline := op.ctx, op.started.Add(t.options.TotalMax)
+	ctx := op.ctx
 	t.budget.earn()
 	for bound := t.options.BackoffFirst; ; bound = min(2*bound, t.options.BackoffMax) {
 		if err := ctx.Err(); err != nil {
@@ -233,11 +247,10 @@ func (t *Transport) send(op *operation) (*http.Response, error) {
 			return nil, fmt.Errorf("%w: %w", ErrAttemptsSpent, why)
 		}
 		pause := rand.N(bound) + min(a.retryAfter(), t.options.RetryAfterMax)
-		ends := time.Now().Add(pause)
-		if by, ok := ctx.Deadline(); ok && ends.After(by) {
+		if by, ok := ctx.Deadline(); ok && time.Now().Add(pause).After(by) {
 			return nil, fmt.Errorf("%w before the next attempt: %w", context.DeadlineExceeded, why)
 		}
-		if ends.After(deadline) {
+		if op.age()+pause > t.options.TotalMax {
 			return nil, fmt.Errorf("%w: %w", ErrTimeSpent, why)
 		}
 		if !t.budget.spend(time.Now()) {
@@ -246,6 +259,10 @@ func (t *Transport) send(op *operation) (*http.Response, error) {
 		t.trace(op, Event{Kind: EventWaiting, Attempt: op.attempts, Pause: pause})
 		if err := sleep(ctx, pause); err != nil {
 			return nil, fmt.Errorf("%w: %w", err, why)
+		}
+		// The process may have been stopped, or the machine suspended, until the key is new at the server.
+		if op.age() > t.options.TotalMax {
+			return nil, fmt.Errorf("%w: %w", ErrTimeSpent, why)
 		}
 	}
 }
