@@ -113,6 +113,23 @@ func TestDeferredTriggerDoesNotLoosenTheCommit(t *testing.T) {
 	}
 }
 
+// A deferred trigger runs in front of the record. One that changes the client's encoding would have the server read another
+// scope from the same bytes, and the retry would pay again.
+func TestDeferredTriggerDoesNotMoveTheRecord(t *testing.T) {
+	t.Parallel()
+	b := setup(t, nil)
+	b.exec(t, `CREATE FUNCTION move() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN PERFORM set_config('client_encoding', 'LATIN1', true); RETURN NULL; END $$;
+		CREATE CONSTRAINT TRIGGER move AFTER INSERT ON effects DEFERRABLE INITIALLY DEFERRED FOR EACH ROW EXECUTE FUNCTION move()`)
+	req := request("k", "")
+	req.Key.Scope = "Zo\u00eb"
+	for range 2 {
+		want(t, b.do(t, req, pay(t, 201)), idempotency.OutcomeNotExecuted, idempotency.ReasonUnavailable)
+	}
+	if n := b.effects(t); n != 0 {
+		t.Errorf("paid %d times", n)
+	}
+}
+
 // If a COMMIT's wait for the standbys is canceled, a warning is the only sign. A deferred trigger can't hide it.
 func TestF20DeferredTriggerDoesNotHideTheWarning(t *testing.T) {
 	t.Parallel()

@@ -117,16 +117,18 @@ func newStatements(o *Options) statements {
 		// the handler ended ours behind our back. $1 is NULL after a decline, which records in a
 		// new transaction. set_config: COMMIT waits for the disk whatever the handler set. The TTL
 		// runs from now: a record is not born expired, however long the handler took. A trigger may
-		// drop or change the row while the INSERT succeeds. COMMIT is already on its way behind it,
-		// so this statement must fail itself, by a division by zero. PostgreSQL refuses a rule,
-		// because the INSERT is inside WITH.
+		// drop or change the row while the INSERT succeeds, and a deferred trigger may have set the
+		// client_encoding, so that the server read another scope: see plainText. COMMIT is already on
+		// its way behind it, so this statement must fail itself, by a division by zero. PostgreSQL
+		// refuses a rule, because the INSERT is inside WITH.
 		insert: statement{
 			sql: "WITH written AS (INSERT INTO " + table + " (created_at, expires_at, status, fingerprint_version, attempt_id, scope, key, fingerprint, headers, body, trace_id)" +
 				" VALUES (CASE WHEN pg_catalog.transaction_timestamp() OPERATOR(pg_catalog.=) COALESCE($1, pg_catalog.transaction_timestamp())" +
 				" AND pg_catalog.set_config('synchronous_commit', $2, true) IS NOT NULL" + hearWarnings + " THEN pg_catalog.transaction_timestamp() END," +
 				" pg_catalog.clock_timestamp() OPERATOR(pg_catalog.+) ($3 OPERATOR(pg_catalog.*) interval '1 microsecond'), $4, $5, $6, $7, $8, $9, $10, $11, $12)" +
 				" RETURNING attempt_id OPERATOR(pg_catalog.=) $6 AND scope OPERATOR(pg_catalog.=) $7 AND key OPERATOR(pg_catalog.=) $8" +
-				" AND fingerprint OPERATOR(pg_catalog.=) $9 AS same)" +
+				" AND fingerprint OPERATOR(pg_catalog.=) $9" +
+				" AND pg_catalog.pg_client_encoding() OPERATOR(pg_catalog.=) ANY ('{UTF8,SQL_ASCII}'::pg_catalog.name[]) AS same)" +
 				" SELECT 1 OPERATOR(pg_catalog./) pg_catalog.count(*) FILTER (WHERE same) FROM written",
 			oids: []uint32{
 				pgtype.TimestamptzOID, pgtype.TextOID, pgtype.Int8OID, pgtype.Int2OID, pgtype.Int2OID, pgtype.UUIDOID,
