@@ -189,7 +189,8 @@ func TestDerivedKeyOfTheLeaderLeavesTheTurnToThoseThatWait(t *testing.T) {
 	})
 }
 
-// A request that waits claims again and again. A run before that, whose restart found the key taken, still counts.
+// A waiting request claims again and again. An earlier run still counts, even if its restart found
+// the key taken.
 func TestDerivedKeyIsNotForgottenWhileTheRequestWaits(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {

@@ -38,7 +38,7 @@ func (s *sending) watch(body io.ReadCloser) io.ReadCloser {
 }
 
 // unsent reports whether the server can't have the request, now that RoundTrip has returned an
-// error. No base says so by itself, so there are two proofs: the base asked for a connection and
+// error. No base reports that itself, so there are two proofs: the base asked for a connection and
 // never got one; or not a byte of the body was read, which also holds for a base that fails before
 // it calls net/http. HTTP/2 reports a header only after it is written, so once there is a
 // connection, silence by itself proves nothing.

@@ -151,7 +151,7 @@ func TestQuotaHoldsForRequestsAtOnce(t *testing.T) {
 	}
 }
 
-// broken panics, or ends the goroutine, at one of the places where the service's own functions are called.
+// broken panics, or ends the goroutine, in one of the service's own functions.
 type broken struct {
 	at    string
 	exits bool

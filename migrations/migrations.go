@@ -138,9 +138,9 @@ func Down(ctx context.Context, pool *pgxpool.Pool, opts *Options) error {
 	return DownTo(ctx, pool, 0, opts)
 }
 
-// DownTo undoes the migrations above a version, the newest first, each with what it made. To 0 it
-// is [Down]: every record is lost, and each retry of an executed request runs again. A schema that
-// is not above the version is left as it is. It waits and ends as [Up] does.
+// DownTo undoes the migrations above a version, the newest first, each with all that it created. To
+// 0 it is [Down]: every record is lost, and each retry of an executed request runs again. A schema
+// that is not above the version is left as it is. It waits and ends as [Up] does.
 func DownTo(ctx context.Context, pool *pgxpool.Pool, version uint, opts *Options) error {
 	return migrate(ctx, pool, opts, func(m *migrator) error {
 		for {

@@ -274,7 +274,7 @@ func (s *Store) Close() error {
 	case errors.Is(failed, ErrClosed):
 		return nil
 	case failed != nil:
-		return unlock(s.file) // what panicked may hold the locks that bbolt's own Close waits for
+		return unlock(s.file) // a call that panicked may hold the locks that bbolt's own Close waits for
 	}
 	return s.db.Close()
 }

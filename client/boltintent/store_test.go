@@ -442,7 +442,7 @@ func TestFileThatIsCutWhileItIsOpen(t *testing.T) {
 	}
 }
 
-// TestNotAFileOfIntents: another program's file is left alone, also one of bbolt's.
+// TestNotAFileOfIntents: another program's file is left as it is, also a bbolt file.
 func TestNotAFileOfIntents(t *testing.T) {
 	t.Parallel()
 	text := newPath(t)

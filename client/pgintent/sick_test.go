@@ -222,7 +222,7 @@ func TestTwoProcessesOnOneKeyPayOnce(t *testing.T) {
 	}
 }
 
-// TestIntentsInsideAHandlerNeedAPoolOfTheirOwn, and the error says so. Nothing is sent without one.
+// TestIntentsInsideAHandlerNeedAPoolOfTheirOwn: the error says so, and nothing is sent without one.
 func TestIntentsInsideAHandlerNeedAPoolOfTheirOwn(t *testing.T) {
 	t.Parallel()
 	database := pgtest.Database(t)

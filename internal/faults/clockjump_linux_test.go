@@ -67,7 +67,8 @@ func TestF18DatabaseClockJumps(t *testing.T) {
 	if count(t, c.url, "SELECT current_setting('server_version_num')::int") < 170000 {
 		across("across-ahead", time.Hour, 201, "executed") // at +3 h
 	} else {
-		// transaction_timeout ends it, by the wall clock. Absence proves nothing when half of the TTL is over.
+		// transaction_timeout ends it, by the wall clock. Absence proves nothing once half of the
+		// TTL has passed.
 		across("across-ahead", time.Hour, 503, "unknown")
 		s.mustPay(t, "across-ahead", 201, "executed") // at +3 h
 	}

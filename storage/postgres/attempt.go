@@ -201,7 +201,7 @@ func (a *attempt) lookAgain(ctx context.Context, step string, err error) error {
 func (a *attempt) Rollback(ctx context.Context) error {
 	defer a.release(ctx)
 	calls := a.calls[:0]
-	if !a.tx.abandoned && a.conn().TxStatus() == 'T' { // in an aborted transaction nothing but ROLLBACK is heard
+	if !a.tx.abandoned && a.conn().TxStatus() == 'T' { // an aborted transaction accepts only ROLLBACK
 		calls = append(calls, a.guardCall())
 	}
 	return a.undoAndLook(ctx, "rollback", calls)

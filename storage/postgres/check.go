@@ -27,14 +27,14 @@ const SchemaVersion = 2
 
 const versionTable = "idempotency_migrations"
 
-// Check reports whether the database and the pool can keep what the store promises: it is the
-// primary and no logical replica of one, the schema is there in the version of this package or a
-// later one, the table is a plain logged one with its primary key, no rule, no BEFORE ROW trigger
-// that is enabled and no child table, no row-level security hides its rows from the pool's role,
-// the database's encoding is UTF8 or SQL_ASCII, COMMIT waits for the disk, the server ends a
-// session that is idle in a transaction within a minute, and the pool refuses an Acquire with a
-// running handler's context. The error joins all faults it finds. A service calls it when it starts
-// and from its readiness probe.
+// Check reports whether the database and the pool can keep the store's promises: it is the primary
+// and no logical replica of one, the schema is there in the version of this package or a later one,
+// the table is a plain logged one with its primary key, no rule, no BEFORE ROW trigger that is
+// enabled and no child table, no row-level security hides its rows from the pool's role, the
+// database's encoding is UTF8 or SQL_ASCII, COMMIT waits for the disk, the server ends a session
+// that is idle in a transaction within a minute, and the pool refuses an Acquire with a running
+// handler's context. The error joins all faults it finds. A service calls it when it starts and
+// from its readiness probe.
 func (s *Store) Check(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(ctx, s.options.AcquireTimeout+s.options.StatementTimeout)
 	defer cancel()

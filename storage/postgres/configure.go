@@ -29,7 +29,7 @@ var ErrEscape = errors.New("idempotency/postgres: an idempotent handler must not
 //     table is not there yet, as before the first migration, or is locked for longer than Options.PrepareTimeout, they are sent as
 //     text for that connection's life.
 //   - a notice handler, which learns that a COMMIT did not wait for the standbys
-//   - a tracer that refuses an Acquire whose context is a running handler's, with [ErrEscape]
+//   - a tracer that refuses an Acquire with a running handler's context, with [ErrEscape]
 //
 // Hooks and tracers of the config are kept and called first. The connection itself is not wrapped:
 // pgconn checks its type to bind the log-in to TLS.

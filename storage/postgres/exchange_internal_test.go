@@ -7,8 +7,8 @@ import (
 	"github.com/jackc/pgx/v5/pgproto3"
 )
 
-// What the server says after it answered COMMIT, or what a pooler says then, takes nothing back: neither an error, of
-// whatever severity, nor a connection that breaks.
+// After the server has answered COMMIT, no message of the server or a pooler takes it back: neither
+// an error of any severity, nor a connection that breaks.
 func TestErrorBehindTheReplyToCommitTakesNothingBack(t *testing.T) {
 	t.Parallel()
 	committed := []pgproto3.BackendMessage{

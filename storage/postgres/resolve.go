@@ -231,8 +231,9 @@ func (s *Store) barrier(ctx context.Context, conn *pgconn.PgConn) error {
 	return nil
 }
 
-// warningMark is the key under which a connection's custom data says that the server warned of something: the routine of
-// its that did. That is all a COMMIT says whose wait for the standbys was canceled: it succeeds.
+// warningMark is the key under which a connection's custom data holds the server routine that sent
+// a warning. If the wait of a COMMIT for the standbys was canceled, a warning is the only sign:
+// COMMIT succeeds.
 const warningMark = "paidonce/idempotency/warned"
 
 // canceledWait is the routine that warns of such a COMMIT.
@@ -242,8 +243,9 @@ func forgetWarning(conn *pgconn.PgConn) { delete(conn.CustomData(), warningMark)
 
 func warned(conn *pgconn.PgConn) bool { return conn.CustomData()[warningMark] != nil }
 
-// waitedInVain reports whether the last COMMIT did not wait for the standbys to its end. synchronous says that there were
-// some when the transaction began: then any warning is taken for that one, because not every server names its routines.
+// waitedInVain reports whether the wait of the last COMMIT for the standbys was cut short.
+// synchronous means that there were standbys when the transaction began: then any warning counts,
+// because not every server names its routines.
 func waitedInVain(conn *pgconn.PgConn, synchronous bool) bool {
 	routine, ok := conn.CustomData()[warningMark].(string)
 	return ok && (synchronous || routine == canceledWait)
@@ -256,7 +258,7 @@ func markWarnings(inner pgconn.NoticeHandler) pgconn.NoticeHandler {
 			inner(conn, notice)
 		}
 		if notice.SeverityUnlocalized == "WARNING" {
-			if mark := conn.CustomData(); mark[warningMark] != canceledWait { // one of several may be it
+			if mark := conn.CustomData(); mark[warningMark] != canceledWait { // of several warnings one may be it
 				mark[warningMark] = notice.Routine
 			}
 		}

@@ -490,7 +490,7 @@ func TestServerThatDoesNotTellItsPositionIsServed(t *testing.T) {
 			t.Parallel()
 			owner := setup(t, nil)
 			role := owner.role(t, rightsOfAService...)
-			owner.exec(t, "SET allow_system_table_mods = on; "+sql) // in this database alone
+			owner.exec(t, "SET allow_system_table_mods = on; "+sql) // only in this database
 			b := owner.as(t, role, nil, func(c *pgxpool.Config) { c.MaxConns = 1 })
 			for _, key := range []string{"first", "second"} {
 				want(t, b.do(t, request(key, ""), pay(t, 201)), idempotency.OutcomeExecuted, "")

@@ -116,7 +116,7 @@ func TestKeyOfAStoppedProcessIsFreed(t *testing.T) {
 		stop    func(written []byte) (send int, stopped bool)
 		do      func(ctx context.Context, attempt idempotency.Attempt)
 		commits bool // or declines
-		// The first major version of PostgreSQL whose timeouts end the session. 0: none.
+		// The first major version of PostgreSQL with a timeout that ends the session. 0: none.
 		since int
 	}
 	for name, c := range map[string]stopped{

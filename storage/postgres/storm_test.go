@@ -146,7 +146,7 @@ func (s *stormRun) draw(n int) int {
 	return s.draws.IntN(n)
 }
 
-// terminateBackends ends one connection of the pool each time that it is asked to, and returns how many it ended.
+// terminateBackends ends one connection of the pool per signal, and returns how many it ended.
 func (s *stormRun) terminateBackends(t *testing.T, asked <-chan struct{}) (terminated int64) {
 	conn, err := pgx.ConnectConfig(t.Context(), s.pool.Config().ConnConfig.Copy())
 	if err != nil {
@@ -215,7 +215,7 @@ func (s *stormRun) handle(ctx context.Context, key int) (*idempotency.Answer, er
 	return paid, nil
 }
 
-// judge compares what the callers were told with the books, and wants nothing left behind.
+// judge compares the callers' answers with the books, and wants nothing left behind.
 func (s *stormRun) judge(t *testing.T) {
 	t.Helper()
 	until(t, "all connections are given back, and no request is in flight", func() bool {
@@ -242,7 +242,7 @@ func (s *stormRun) judge(t *testing.T) {
 				declined++
 			case reply.status == 201:
 				paid++
-				// Who executes is answered in full, and a replay is what Reduce left.
+				// The executed request gets the full answer, and a replay the reduced one.
 				if !s.reduces || reply.outcome == idempotency.OutcomeReplayed {
 					bodies = append(bodies, reply.body)
 				}
@@ -269,7 +269,7 @@ func until(t *testing.T, name string, holds func() bool) {
 	}
 }
 
-// Whatever a handler sets, for its transaction or for the connection, which is the pool's only one: a payment and its
+// Whatever a handler sets, for its transaction or for the pool's only connection: a payment and its
 // record are there together, and a retry is replayed.
 func TestNoSettingOfAHandlerPartsPaymentAndRecord(t *testing.T) {
 	t.Parallel()
@@ -344,7 +344,8 @@ func (b *testBundle) setsAndPays(t *testing.T, setting string, mayFail bool) {
 	}
 }
 
-// Two stores, each with a schema of its own, share one connection and what Configure installs there twice.
+// Two stores with different schemas share one connection, on which Configure installs its hooks
+// twice.
 func TestTwoStoresShareAPoolOfOneConnection(t *testing.T) {
 	t.Parallel()
 	const second = "second"
@@ -376,8 +377,9 @@ func TestTwoStoresShareAPoolOfOneConnection(t *testing.T) {
 	}
 }
 
-// Callers that leave while they wait, and just as it would be their turn, leave nothing behind: no goroutine, no place in
-// flight, no connection, and no line that nobody leads. Every tenth stays, and gets the leader's answer or runs itself.
+// Callers that leave while they wait, even at the moment of their turn, leave nothing behind: no
+// goroutine, no place in flight, no connection, and no line without a leader. Every tenth stays,
+// and gets the leader's answer or runs itself.
 func TestCallersThatLeaveWhileTheyWaitLeaveNothingBehind(t *testing.T) {
 	t.Parallel()
 	b := setup(t, nil)
@@ -452,7 +454,7 @@ func TestCallersThatLeaveWhileTheyWaitLeaveNothingBehind(t *testing.T) {
 // leaver is the key of a caller's number in its context.
 type leaver struct{}
 
-// leavers has the next caller leave at the moment in which its turn comes.
+// leavers makes the next caller leave at the moment of its turn.
 type leavers struct {
 	began chan struct{} // gets a value for each request that begins to wait
 	leave func(caller int)

@@ -53,8 +53,8 @@ func (a Act) Validate() error {
 //
 // Like Forget it takes the key's lock as a claim does, and leaves a row in the audit table in the
 // same transaction. Errors: [ErrNotFound], [ErrInProgress] if an attempt or a retry holds the key,
-// [ErrChanged], [ErrInvalid]; [ErrUnknown] if the reply to COMMIT was lost. Expiring what has
-// expired is no error, and keeps the time it had.
+// [ErrChanged], [ErrInvalid]; [ErrUnknown] if the reply to COMMIT was lost. Expiring an expired
+// record is no error, and keeps its time.
 func (o *Operator) Expire(ctx context.Context, key idempotency.Key, act Act) (Record, error) {
 	return o.act(ctx, "expire", key, act, "UPDATE ONLY "+o.keys+" SET expires_at = least(expires_at, transaction_timestamp()) WHERE scope = $1 AND key = $2 AND attempt_id = $3::uuid")
 }

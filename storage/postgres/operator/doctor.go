@@ -112,11 +112,11 @@ func (e *examination) add(level Level, remedy, what string, arguments ...any) {
 	e.findings = append(e.findings, Finding{Check: e.check, Level: level, What: fmt.Sprintf(what, arguments...), Remedy: remedy})
 }
 
-// Doctor looks for what is wrong with the database and for what will go wrong, and returns at least
-// one finding for each of [Checks], in that order. A check that fails is a finding itself, and does
-// not stop the others. Doctor changes nothing, and makes three connections beside the pool's, for a
-// moment. Each check takes at most 5 seconds. If the database can't be reached there is one
-// finding, of the check server.
+// Doctor looks for present and coming faults of the database, and returns at least one finding for
+// each of [Checks], in that order. A check that fails is a finding itself, and does not stop the
+// others. Doctor changes nothing, and makes three connections beside the pool's, for a moment. Each
+// check takes at most 5 seconds. If the database can't be reached there is one finding, of the
+// check server.
 func (o *Operator) Doctor(ctx context.Context) []Finding {
 	e := &examination{o: o}
 	for i, c := range checks {
