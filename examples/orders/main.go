@@ -106,7 +106,7 @@ Order again: 201, Idempotency-Status: replayed, and the same bytes
 A card that is declined: 402, executed; the answer is kept, the stock is not touched
   %s
 
-A payment that loses its answer: 503, unknown, because the card may have been charged
+The payment service's answer is lost: 503, unknown, because the card may have been charged
   %s
 The same again: 201, executed, and not charged twice
   %s
