@@ -202,7 +202,7 @@ func (b *bank) receipts(w http.ResponseWriter, r *http.Request) {
 	_ = json.NewEncoder(w).Encode(receipts)
 }
 
-// greet prints lines to try. Run the first one twice: its key stays the same.
+// greet prints lines to try. The first one comes twice, with the same key.
 func greet(url string) {
 	curl := func(amount int) string {
 		return fmt.Sprintf(`curl -i %s/transfers -H 'Account: alice' -H 'Idempotency-Key: %s' -d '{"to":"bob","amount":%d}'`, url, rand.Text(), amount)
