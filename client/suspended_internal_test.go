@@ -12,8 +12,9 @@ type roundTrip func(*http.Request) (*http.Response, error)
 
 func (f roundTrip) RoundTrip(r *http.Request) (*http.Response, error) { return f(r) }
 
-// While a machine is suspended its monotonic clock stands still: by it no time has passed when the machine goes on, although
-// the key may be new at the server by then. A clock that is set back does not lengthen the time either.
+// While a machine is suspended its monotonic clock stands still: by that clock no time has passed
+// when the machine resumes, although the key may be new at the server by then. A clock that is set
+// back does not lengthen the time either.
 func TestMachineThatWasSuspendedDoesNotSendAgain(t *testing.T) {
 	t.Parallel()
 	for name, shift := range map[string]func(op *operation){

@@ -12,8 +12,8 @@ import (
 	"github.com/paidonce/idempotency/client"
 )
 
-// TestRequestThatStoodStillIsNotSentAgain: a process may be stopped during a pause for longer than a key counts at the
-// server. Sent again, the request would be executed again.
+// TestRequestThatStoodStillIsNotSentAgain: a process may be stopped during a pause for longer than
+// the server keeps a key. If it sent the request again, it would be executed again.
 func TestRequestThatStoodStillIsNotSentAgain(t *testing.T) {
 	t.Parallel()
 	for name, stopped := range map[string]time.Duration{"within TotalMax": 9 * time.Second, "past TotalMax": 25 * time.Hour} {

@@ -118,8 +118,8 @@ func newOperation(ctx context.Context) *operation {
 	return &operation{ctx: ctx, started: now, began: now.Round(0)}
 }
 
-// age returns how long ago the request began, by the clock that says more: while the machine is suspended the monotonic one
-// stands still, and the other may be set back.
+// age returns the time since the request began, the larger of two clocks': while the machine is
+// suspended the monotonic clock stands still, and the wall clock may be set back.
 func (op *operation) age() time.Duration {
 	now := time.Now()
 	return max(now.Sub(op.started), now.Round(0).Sub(op.began))

@@ -20,7 +20,7 @@ const (
 	shutdownTimeout = 20 * time.Second
 )
 
-// start runs a program with one flag, the address that it serves on, until Ctrl-C or SIGTERM.
+// start runs a program whose only flag is the address that it serves on, until Ctrl-C or SIGTERM.
 func start(name, address string, run func(ctx context.Context, address string) error) {
 	flag.StringVar(&address, "listen", address, "address to serve on; port 0 takes any free one")
 	flag.Parse()
@@ -32,8 +32,7 @@ func start(name, address string, run func(ctx context.Context, address string) e
 	}
 }
 
-// serve serves until ctx ends, and then lets the requests in flight finish. It calls greet with its
-// URL.
+// serve serves until ctx ends, and then lets the requests in flight finish. greet is told where.
 func serve(ctx context.Context, address string, handler http.Handler, greet func(url string)) error {
 	listener, err := net.Listen("tcp", address)
 	if err != nil {

@@ -113,8 +113,8 @@ func TestDeferredTriggerDoesNotLoosenTheCommit(t *testing.T) {
 	}
 }
 
-// A deferred trigger runs in front of the record. One that changes the client's encoding would have the server read another
-// scope from the same bytes, and the retry would pay again.
+// A deferred trigger runs before the record. If it changes client_encoding, the server would read
+// another scope from the same bytes, and the retry would pay again.
 func TestDeferredTriggerDoesNotMoveTheRecord(t *testing.T) {
 	t.Parallel()
 	b := setup(t, nil)
