@@ -33,9 +33,9 @@ const (
 
 // Options tune a [Transport]. Nil and the zero value are the defaults, which are the safest.
 type Options struct {
-	// Requests with these Methods get a key. The default is POST and PATCH. PUT and DELETE may be
-	// added if the server honours keys for them. GET, HEAD, OPTIONS, TRACE and QUERY may not: they
-	// always pass through untouched.
+	// Methods are the request methods that get a key. The default is POST and PATCH. PUT and DELETE
+	// may be added if the server honours keys for them. GET, HEAD, OPTIONS, TRACE and QUERY may
+	// not: they always pass through untouched.
 	Methods []string
 
 	// Honours says whether the server honours keys for a request, so that it may be sent again although its reply was
@@ -58,10 +58,10 @@ type Options struct {
 	// each retry finds the attempt before still in progress. The default is [AttemptTimeoutDefault].
 	AttemptTimeout time.Duration
 
-	// TotalMax and AttemptsMax bound a request with all of its attempts and pauses. A pause that would end too late is not
-	// begun, and after one that took longer, because the process was stopped or the machine suspended, nothing is sent. They
-	// default to 2 minutes and 10. TotalMax must be well under the time that a key counts at the server, and with Intents not
-	// exceed IntentAgeMax.
+	// TotalMax and AttemptsMax limit a request with all of its attempts and pauses. A pause that
+	// would end too late is not begun. If one took longer, because the process was stopped or the
+	// machine suspended, nothing more is sent. They default to 2 minutes and 10 attempts. TotalMax
+	// must be well under the server's TTL of a key and, with Intents, must not exceed IntentAgeMax.
 	TotalMax    time.Duration
 	AttemptsMax int
 
