@@ -103,6 +103,7 @@ func TestRetryAfterIsHonouredUpToItsMost(t *testing.T) {
 		"negative":                       {text("-5"), nil, 0},
 		"nonsense":                       {text("soon"), nil, 0},
 		"more seconds than a number has": {text("99999999999999999999"), nil, 10 * time.Second},
+		"a date that never comes":        {text("Fri, 31 Dec 9999 23:59:59 GMT"), nil, 10 * time.Second},
 		"seconds with a fraction":        {text("1.5"), nil, 1500 * time.Millisecond},
 		"an exponent":                    {text("1e3"), nil, 0},
 		"no number":                      {text("."), nil, 0},

@@ -234,3 +234,42 @@ func TestWhatIsSpelledAnewIsAnotherRequest(t *testing.T) {
 		}
 	}
 }
+
+// A retry that is compressed anew is another request if the handler unpacks it: the bytes count, and
+// compressors write the time. Mounted outside, the decompressor makes them one
+// (TestBodyReplacedOutside).
+func TestBodyCompressedAnewIsAnotherRequestToAHandlerThatUnpacks(t *testing.T) {
+	t.Parallel()
+	b := setup(t, setupOptions{mount: func(idem *middleware.Middleware, h http.Handler) http.Handler {
+		return idem.Handler(decompress(h, false, false))
+	}}, transfer)
+	send := func(at int64) reply {
+		return b.post(t, "/", zipped(t, `{"to":"bob"}`, time.Unix(at, 0)), "Idempotency-Key", "k", "Content-Encoding", "gzip")
+	}
+	want(t, send(1_700_000_000), 201, idempotency.OutcomeExecuted, "")
+	want(t, send(1_700_000_000), 201, idempotency.OutcomeReplayed, "")
+	want(t, send(1_700_000_030), 422, idempotency.OutcomeMismatch, idempotency.ReasonKeyReused)
+}
+
+// The status decides, and not the body: an error within a 200, as GraphQL answers, is an answer for
+// good, with its writes.
+func TestErrorWithinA200IsAnAnswer(t *testing.T) {
+	t.Parallel()
+	const failed = `{"data":null,"errors":[{"message":"upstream timed out"}]}`
+	b := setup(t, setupOptions{}, func(w http.ResponseWriter, r *http.Request) {
+		if _, err := postgres.Tx(r.Context()).Exec(r.Context(), "INSERT INTO effects DEFAULT VALUES"); err != nil {
+			t.Error(err)
+		}
+		_, _ = io.WriteString(w, failed)
+	})
+	for _, outcome := range []idempotency.Outcome{idempotency.OutcomeExecuted, idempotency.OutcomeReplayed} {
+		got := b.post(t, "/graphql", `{"query":"mutation{pay}"}`, "Idempotency-Key", "k")
+		want(t, got, 200, outcome, "")
+		if got.body != failed {
+			t.Errorf("%s: %s", outcome, got.body)
+		}
+	}
+	if n := b.effects(t); n != 1 {
+		t.Errorf("%d effects", n)
+	}
+}

@@ -2,12 +2,14 @@ package postgres_test
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"sync"
 	"testing"
 	"time"
 
 	"github.com/jackc/pgx/v5"
+	"github.com/jackc/pgx/v5/pgconn"
 	"github.com/jackc/pgx/v5/pgxpool"
 
 	"github.com/paidonce/idempotency"
@@ -130,5 +132,178 @@ func TestSQLWithSemicolonsInItIsOneStatement(t *testing.T) {
 	}), idempotency.OutcomeExecuted, "")
 	if n := b.effects(t); n != 6 {
 		t.Errorf("%d effects, want 6", n)
+	}
+}
+
+// A handler that sets the mode of its transaction, as helpers do that begin one of their own. The
+// level can't be changed any more, and the handler learns so; the rest is its own to choose.
+func TestHandlerThatSetsItsTransactionsMode(t *testing.T) {
+	t.Parallel()
+	b := setup(t, nil)
+	for i, c := range []struct {
+		sql     string
+		outcome idempotency.Outcome
+		effects int
+	}{
+		{"SET TRANSACTION ISOLATION LEVEL SERIALIZABLE", idempotency.OutcomeNotExecuted, 0},
+		{"SET TRANSACTION READ WRITE", idempotency.OutcomeExecuted, 1},
+		{"SET CONSTRAINTS ALL DEFERRED", idempotency.OutcomeExecuted, 1},
+		{"LOCK TABLE effects IN SHARE ROW EXCLUSIVE MODE", idempotency.OutcomeExecuted, 1},
+	} {
+		before := b.effects(t)
+		want(t, b.do(t, request(fmt.Sprint(i), ""), func(ctx context.Context, tx pgx.Tx) int {
+			if _, err := tx.Exec(ctx, c.sql); err != nil {
+				return 500
+			}
+			effect(ctx, t)
+			return 201
+		}), c.outcome, "")
+		if n := b.effects(t) - before; n != c.effects {
+			t.Errorf("%s: %d effects, want %d", c.sql, n, c.effects)
+		}
+	}
+}
+
+// A service's enum works as it is. COPY of a composite type needs its codec, which a connection gets
+// in AfterConnect: a handler has no connection to load it from.
+func TestTypesOfTheServiceAreRegisteredOnConnect(t *testing.T) {
+	t.Parallel()
+	type price struct {
+		Amount   int64
+		Currency string
+	}
+	for registered, status := range map[bool]int{true: 201, false: 422} {
+		t.Run(fmt.Sprint("registered ", registered), func(t *testing.T) {
+			t.Parallel()
+			b := setup(t, &setupOptions{before: func(config *pgxpool.Config) {
+				config.AfterConnect = func(ctx context.Context, conn *pgx.Conn) error {
+					if !registered {
+						return nil
+					}
+					one, err := conn.LoadType(ctx, "price")
+					if err == nil {
+						conn.TypeMap().RegisterType(one)
+					}
+					var pgErr *pgconn.PgError
+					if errors.As(err, &pgErr) { // before it is created
+						return nil
+					}
+					return err
+				}
+			}})
+			b.exec(t, "CREATE TYPE mood AS ENUM ('ok', 'bad'); CREATE TYPE price AS (amount bigint, currency text); CREATE TABLE orders (m mood, p price)")
+			b.pool.Reset()
+			want(t, b.do(t, request("enum", ""), func(ctx context.Context, tx pgx.Tx) int {
+				if _, err := tx.Exec(ctx, "INSERT INTO orders VALUES ($1)", "ok"); err != nil {
+					t.Error(err)
+				}
+				if _, err := tx.CopyFrom(ctx, pgx.Identifier{"orders"}, []string{"m"}, pgx.CopyFromRows([][]any{{"bad"}})); err != nil {
+					t.Error(err)
+				}
+				rows, _ := tx.Query(ctx, "SELECT m FROM orders ORDER BY m") // the collector returns its error
+				if moods, err := pgx.CollectRows(rows, pgx.RowTo[string]); err != nil || fmt.Sprint(moods) != "[ok bad]" {
+					t.Errorf("%q, %v", moods, err)
+				}
+				return 201
+			}), idempotency.OutcomeExecuted, "")
+			result := b.do(t, request("composite", ""), func(ctx context.Context, tx pgx.Tx) int {
+				if _, err := tx.CopyFrom(ctx, pgx.Identifier{"orders"}, []string{"p"}, pgx.CopyFromRows([][]any{{price{1250, "EUR"}}})); err != nil {
+					return 422
+				}
+				return 201
+			})
+			want(t, result, idempotency.OutcomeExecuted, "")
+			copied := b.count(t, "SELECT count(*) FROM orders WHERE (p).amount = 1250 AND (p).currency = 'EUR'")
+			if result.Answer == nil || result.Answer.Status != status || (copied == 1) != registered {
+				t.Errorf("%v, %d rows were copied", result.Answer, copied)
+			}
+		})
+	}
+}
+
+// pgx's own helpers work on the handler's transaction: a nested one that fails or panics is undone
+// alone.
+func TestHelpersOfPgxWork(t *testing.T) {
+	t.Parallel()
+	b := setup(t, nil)
+	insert := func(ctx context.Context, tx pgx.Tx, name string) {
+		if _, err := tx.Exec(ctx, "INSERT INTO effects (name) VALUES (@name)", pgx.NamedArgs{"name": name}); err != nil {
+			t.Error(err)
+		}
+	}
+	failed := errors.New("it failed")
+	want(t, b.do(t, request("k", ""), func(ctx context.Context, tx pgx.Tx) int {
+		insert(ctx, tx, "outer")
+		if err := pgx.BeginFunc(ctx, tx, func(tx pgx.Tx) error {
+			insert(ctx, tx, "undone")
+			_, _ = tx.Exec(ctx, "SELECT 1/0") // the savepoint's rollback forgets it
+			return failed
+		}); !errors.Is(err, failed) {
+			t.Errorf("a nested one that fails: %v", err)
+		}
+		func() {
+			defer func() {
+				if recover() != failed {
+					t.Error("the panic did not go on")
+				}
+			}()
+			_ = pgx.BeginFunc(ctx, tx, func(tx pgx.Tx) error {
+				insert(ctx, tx, "undone")
+				panic(failed)
+			})
+		}()
+		if err := pgx.BeginFunc(ctx, tx, func(tx pgx.Tx) error {
+			return pgx.BeginFunc(ctx, tx, func(tx pgx.Tx) error {
+				insert(ctx, tx, "inner")
+				return nil
+			})
+		}); err != nil {
+			t.Error(err)
+		}
+		rows, _ := tx.Query(ctx, "SELECT name FROM effects") // the collector returns its error
+		if _, err := pgx.CollectExactlyOneRow(rows, pgx.RowTo[string]); !errors.Is(err, pgx.ErrTooManyRows) {
+			t.Errorf("CollectExactlyOneRow: %v", err)
+		}
+		rows, _ = tx.Query(ctx, "SELECT name FROM effects ORDER BY id")
+		var names []string
+		var name string
+		if _, err := pgx.ForEachRow(rows, []any{&name}, func() error { names = append(names, name); return nil }); err != nil {
+			t.Error(err)
+		}
+		if got := fmt.Sprint(names); got != "[outer inner]" {
+			t.Errorf("effects are %s", got)
+		}
+		return 201
+	}), idempotency.OutcomeExecuted, "")
+	if n := b.effects(t); n != 2 {
+		t.Errorf("%d effects, want 2", n)
+	}
+}
+
+// Of two goroutines that use the transaction at once one is refused, and what was not refused is
+// committed.
+func TestTwoGoroutinesOnOneTransaction(t *testing.T) {
+	t.Parallel()
+	b := setup(t, nil)
+	written := 0
+	want(t, b.do(t, request("k", ""), func(ctx context.Context, tx pgx.Tx) int {
+		var errs [2]error
+		var group sync.WaitGroup
+		for i := range errs {
+			group.Go(func() { _, errs[i] = tx.Exec(ctx, "INSERT INTO effects (name) SELECT 'x' FROM pg_sleep(0.1)") })
+		}
+		group.Wait()
+		for _, err := range errs {
+			switch {
+			case err == nil:
+				written++
+			case !errors.Is(err, postgres.ErrBusy):
+				t.Error(err)
+			}
+		}
+		return 201
+	}), idempotency.OutcomeExecuted, "")
+	if n := b.effects(t); n != written || written == 0 {
+		t.Errorf("%d effects, and %d were written without an error", n, written)
 	}
 }

@@ -16,7 +16,7 @@ func TestAdmitSQL(t *testing.T) {
 		"", ";", " -- nothing", "SELECT 1", "select 1;", "SELECT 1 ; -- done", "SELECT ';commit;'", `SELECT "a;b"`,
 		"SELECT $$;commit;$$", "SELECT $x$;$$;commit;$x$", "SELECT E'\\';commit;'", "SELECT '';", "SELECT 'it''s; so'",
 		"/* a; /* b; */ commit; */ SELECT 1", "SELECT $1 + $2", "INSERT INTO commits (begin_at) VALUES ($1)", "PREPARE x AS SELECT 1",
-		"SELECT a$b$c FROM t", "SELECT 1 -- ; commit", "WITH rollback AS (SELECT 1) SELECT 1", "SELECT U&'\\0041;'", "select e.x from e where e.x = ';'",
+		"SELECT a$b$c FROM t", "SELECT 1 -- ; commit", "WITH rollback AS (SELECT 1) SELECT 1", "SELECT U&'\\0041;'", `SELECT '{"a":"b;c"}'::jsonb ? 'a'`, "select e.x from e where e.x = ';'",
 		"NOTIFY paid", "UNLISTEN paid", "DECLARE c CURSOR FOR SELECT 'with hold'", "DECLARE c CURSOR WITHOUT HOLD FOR SELECT 1", "DECLARE c CURSOR FOR SELECT a AS with_ FROM hold", `DECLARE "with" CURSOR FOR SELECT 1`,
 	} {
 		if err := admitSQL(sql, true); err != nil {
@@ -32,6 +32,7 @@ func TestAdmitSQL(t *testing.T) {
 		"LISTEN paid", "/* c */ listen paid", "DECLARE c CURSOR WITH HOLD FOR SELECT 1", "declare c no scroll cursor /* c */ with -- d\n hold for select 1",
 		`DECLARE "for" INSENSITIVE CURSOR WITH HOLD FOR SELECT 1`,
 		"INSERT INTO t VALUES (E'a'\n'\\''); commit; begin; select ''", "SELECT E'a' -- c\n '\\'';COMMIT", "SELECT 1;;COMMIT", "SELECT $1;COMMIT;--$1",
+		"CREATE FUNCTION one() RETURNS int LANGUAGE SQL BEGIN ATOMIC SELECT 1; SELECT 2; END", // refused to be on the safe side
 	} {
 		if err := admitSQL(sql, true); !errors.Is(err, ErrSealed) {
 			t.Errorf("%q is admitted", sql)
@@ -146,6 +147,9 @@ func TestClassify(t *testing.T) {
 		if got := classify(&pgconn.PgError{Code: code}); !errors.Is(got, want) {
 			t.Errorf("%q: %v, want %v", code, got, want)
 		}
+	}
+	if got := classify(&pgconn.PgError{Code: "57014", Routine: "CopyGetData"}); !errors.Is(got, idempotency.ErrAborted) {
+		t.Errorf("a COPY that the handler's rows ended: %v", got)
 	}
 	if got := classify(errors.New("unexpected EOF")); !errors.Is(got, idempotency.ErrUnavailable) {
 		t.Errorf("an I/O error: %v", got)

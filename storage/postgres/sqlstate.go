@@ -51,6 +51,10 @@ func classify(err error) error {
 		}
 	case "55P03": // lock_timeout
 		return idempotency.ErrUnavailable
+	case "57014":
+		if pgErr.Routine == "CopyGetData" { // the handler's own rows ended a COPY: no outage
+			return idempotency.ErrAborted
+		}
 	}
 	switch class(pgErr) {
 	case "08", "53", "57", "58": // connection, resources, operator, system
