@@ -16,6 +16,9 @@
 // [Store.Save] reads the written row back. If a trigger, a rule or row-level security keeps the row
 // out or changes it, Save fails and nothing is sent.
 //
+// If the database has synchronous standbys, call [Configure] on the config of the pool before the pool is made: a commit that
+// did not wait for them is an error then.
+//
 // Inside an idempotent handler a [Store] needs a pool of its own: the handler's store refuses a
 // second connection from its pool. It does not accept a transaction either, because an intent must
 // be committed before its request is sent.

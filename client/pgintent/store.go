@@ -137,8 +137,11 @@ func New(db DB, options *Options) *Store {
 	table := s.options.table()
 	// A commit that the database forgets in a crash would be worse than none. Where the session asks for less than "on" the
 	// statement's transaction asks for it; OFFSET keeps the planner from leaving that out.
+	// So it is with the warning that Configure waits for.
 	const durable = `(SELECT set_config('synchronous_commit', CASE WHEN current_setting('synchronous_commit') IN ('off', 'local')
-		THEN 'on' ELSE current_setting('synchronous_commit') END, true) AS setting OFFSET 0) AS durable`
+		THEN 'on' ELSE current_setting('synchronous_commit') END, true) || set_config('client_min_messages',
+		CASE current_setting('client_min_messages') WHEN 'error' THEN 'warning' ELSE current_setting('client_min_messages') END, true)
+		AS setting OFFSET 0) AS durable`
 	hidden := `row_security_active('` + strings.ReplaceAll(table, "'", "''") + `'::regclass)`
 	// RETURNING counts the written rows and shows a trigger's changes. With a rule that diverts the
 	// statement it fails.
@@ -183,6 +186,14 @@ func (s *Store) Save(ctx context.Context, intent *client.Intent) (before bool, e
 		return false, err
 	}
 	defer release()
+	forgetWarning(db)
+	if before, err = s.saveOn(ctx, db, arguments); err == nil {
+		err = notReplicated(db)
+	}
+	return before, err
+}
+
+func (s *Store) saveOn(ctx context.Context, db DB, arguments []any) (before bool, err error) {
 	for range 2 { // it may be forgotten between the two statements
 		var same, held bool
 		switch err := db.QueryRow(ctx, s.save, arguments...).Scan(&same); {
@@ -206,7 +217,7 @@ func (s *Store) Save(ctx context.Context, intent *client.Intent) (before bool, e
 		return true, nil
 	}
 	var hidden bool
-	if err := db.QueryRow(ctx, s.isKept, anew, s.options.Owner, intent.Key.Value).Scan(&hidden, &before); err != nil {
+	if err := db.QueryRow(ctx, s.isKept, arguments[:3]...).Scan(&hidden, &before); err != nil {
 		return true, s.refused(err)
 	}
 	if hidden && !before {
@@ -216,7 +227,53 @@ func (s *Store) Save(ctx context.Context, intent *client.Intent) (before bool, e
 		client.ErrIntentRefused, s.options.table())
 }
 
-// connection returns a connection to save on. If there is none the error says that nothing was
+// Configure lets a [Store] notice a commit that did not wait for the synchronous standbys, because
+// somebody canceled the wait: PostgreSQL only warns of it. Then Save, Take and Abandon fail, because
+// a failover could undo what they did: an intent that was abandoned would come back, and be sent
+// after its caller got not-executed. Call it on the config of the connection, or on ConnConfig of
+// the pool's, before it is opened. If no standby is synchronous it changes nothing.
+func Configure(config *pgx.ConnConfig) {
+	inner := config.OnNotice
+	config.OnNotice = func(conn *pgconn.PgConn, notice *pgconn.Notice) {
+		if inner != nil {
+			inner(conn, notice)
+		}
+		// Not every server names its routines. A trigger's own warning has another name.
+		if notice.Code == "01000" && (notice.Routine == "SyncRepWaitForLSN" || notice.Routine == "") {
+			conn.CustomData()[warningMark] = true
+		}
+	}
+}
+
+// warningMark is the key in a connection's custom data that marks such a warning.
+const warningMark = "paidonce/pgintent/warned"
+
+var errNotReplicated = errors.New("the commit did not wait for the standbys: pg_stat_replication shows which are away")
+
+func forgetWarning(db DB) {
+	if conn := pgConnOf(db); conn != nil {
+		delete(conn.CustomData(), warningMark)
+	}
+}
+
+func notReplicated(db DB) error {
+	if conn := pgConnOf(db); conn != nil && conn.CustomData()[warningMark] != nil {
+		return errNotReplicated
+	}
+	return nil
+}
+
+func pgConnOf(db DB) *pgconn.PgConn {
+	switch db := db.(type) {
+	case *pgxpool.Conn:
+		return db.Conn().PgConn()
+	case *pgx.Conn:
+		return db.PgConn()
+	}
+	return nil
+}
+
+// connection returns a connection to write on. If there is none the error says that nothing was
 // changed.
 func (s *Store) connection(ctx context.Context) (db DB, release func(), err error) {
 	switch db := s.db.(type) {
@@ -259,13 +316,13 @@ func (s *Store) Done(ctx context.Context, key string) error {
 	if err != nil || tag.RowsAffected() > 0 {
 		return err
 	}
-	return s.expectNone(ctx, s.isKept, key)
+	return s.expectNone(ctx, s.db, s.isKept, key)
 }
 
 // expectNone returns nil if a query finds no row of a key, after a statement that changed none.
-func (s *Store) expectNone(ctx context.Context, query string, arguments ...any) error {
+func (s *Store) expectNone(ctx context.Context, db DB, query string, arguments ...any) error {
 	var hidden, found bool
-	if err := s.db.QueryRow(ctx, query, append([]any{anew, s.options.Owner}, arguments...)...).Scan(&hidden, &found); err != nil {
+	if err := db.QueryRow(ctx, query, append([]any{anew, s.options.Owner}, arguments...)...).Scan(&hidden, &found); err != nil {
 		return err
 	}
 	if hidden && !found {
@@ -279,11 +336,20 @@ func (s *Store) expectNone(ctx context.Context, query string, arguments ...any) 
 
 // Abandon forgets an intent that this store holds.
 func (s *Store) Abandon(ctx context.Context, key string) error {
-	tag, err := s.db.Exec(ctx, s.abandon, anew, s.options.Owner, key, s.holder.String())
-	if err != nil || tag.RowsAffected() > 0 {
+	db, release, err := s.connection(ctx)
+	if err != nil {
 		return err
 	}
-	if err := s.expectNone(ctx, s.isKept, key); errors.Is(err, ErrRowSecurity) {
+	defer release()
+	forgetWarning(db)
+	tag, err := db.Exec(ctx, s.abandon, anew, s.options.Owner, key, s.holder.String())
+	switch {
+	case err != nil:
+		return err
+	case tag.RowsAffected() > 0:
+		return notReplicated(db)
+	}
+	if err := s.expectNone(ctx, db, s.isKept, key); errors.Is(err, ErrRowSecurity) {
 		return err
 	}
 	return client.ErrIntentTaken
@@ -317,12 +383,21 @@ func (s *Store) Take(ctx context.Context, key string) (*client.Intent, error) {
 	intent := &client.Intent{Key: idempotency.Key{Value: key}}
 	var header []byte
 	var ageMicroseconds int64
-	err := s.db.QueryRow(ctx, s.take, anew, s.options.Owner, s.holder.String(), s.options.PendingAfter.Microseconds(), key).
+	db, release, err := s.connection(ctx)
+	if err != nil {
+		return nil, err
+	}
+	defer release()
+	forgetWarning(db)
+	err = db.QueryRow(ctx, s.take, anew, s.options.Owner, s.holder.String(), s.options.PendingAfter.Microseconds(), key).
 		Scan(&intent.Method, &intent.URL, &intent.Host, &header, &intent.Body, &ageMicroseconds)
 	switch {
 	case errors.Is(err, pgx.ErrNoRows):
-		return nil, s.expectNone(ctx, s.isPending, s.holder.String(), s.options.PendingAfter.Microseconds(), key)
+		return nil, s.expectNone(ctx, db, s.isPending, s.holder.String(), s.options.PendingAfter.Microseconds(), key)
 	case err != nil:
+		return nil, err
+	}
+	if err := notReplicated(db); err != nil {
 		return nil, err
 	}
 	// The age is the database's to tell; the two clocks may differ.
