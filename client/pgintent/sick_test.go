@@ -118,27 +118,40 @@ func TestAnUntouchedRowIsNoAbsentRow(t *testing.T) {
 	}
 }
 
-// TestSaveInAnOpenTransactionIsRefused: the intent would not be committed when the request is sent.
+// TestSaveInAnOpenTransactionIsRefused: the intent would not be committed when the request is sent. Nor would Abandon and Take
+// be when their results are told.
 func TestSaveInAnOpenTransactionIsRefused(t *testing.T) {
 	t.Parallel()
+	ctx := t.Context()
 	pool := setup(t)
-	conn, err := pool.Acquire(t.Context())
+	if _, err := pgintent.New(pool, nil).Save(ctx, intenttest.Intent("kept")); err != nil {
+		t.Fatal(err)
+	}
+	pooled, err := pool.Acquire(ctx)
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer conn.Release()
-	store := pgintent.New(conn.Conn(), nil)
-	err = pgx.BeginFunc(t.Context(), conn, func(pgx.Tx) error {
-		if _, err := store.Save(t.Context(), intenttest.Intent("k")); !errors.Is(err, client.ErrIntentRefused) {
-			t.Errorf("saved in a transaction: %v", err)
+	defer pooled.Release()
+	for name, db := range map[string]pgintent.DB{"a connection": pooled.Conn(), "a pool's connection": pooled} {
+		store := pgintent.New(db, &pgintent.Options{PendingAfter: time.Microsecond})
+		err := pgx.BeginFunc(ctx, pooled, func(pgx.Tx) error {
+			if _, err := store.Save(ctx, intenttest.Intent("k")); !errors.Is(err, client.ErrIntentRefused) {
+				t.Errorf("%s: Save: error is %v, want that nothing was changed", name, err)
+			}
+			if intent, err := store.Take(ctx, "kept"); !errors.Is(err, client.ErrIntentRefused) {
+				t.Errorf("%s: Take: %v, %v, want that nothing was changed", name, intent, err)
+			}
+			if err := store.Abandon(ctx, "kept"); !errors.Is(err, client.ErrIntentRefused) {
+				t.Errorf("%s: Abandon: error is %v, want that nothing was changed", name, err)
+			}
+			return nil
+		})
+		if err != nil {
+			t.Error(err)
 		}
-		return nil
-	})
-	if err != nil {
-		t.Fatal(err)
-	}
-	if _, err := store.Save(t.Context(), intenttest.Intent("k")); err != nil {
-		t.Error(err)
+		if _, err := store.Save(ctx, intenttest.Intent("k")); err != nil {
+			t.Errorf("%s: after the transaction: %v", name, err)
+		}
 	}
 }
 

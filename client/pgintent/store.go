@@ -276,9 +276,8 @@ func pgConnOf(db DB) *pgconn.PgConn {
 // connection returns a connection to write on. If there is none the error says that nothing was
 // changed.
 func (s *Store) connection(ctx context.Context) (db DB, release func(), err error) {
-	switch db := s.db.(type) {
-	case *pgxpool.Pool:
-		conn, err := db.Acquire(ctx)
+	if pool, ok := s.db.(*pgxpool.Pool); ok {
+		conn, err := pool.Acquire(ctx)
 		if err != nil {
 			if _, inside := idempotency.AttemptIDFrom(ctx); inside {
 				err = fmt.Errorf("%w (inside an idempotent handler a pgintent.Store needs a pool of its own, which is not the pool of the handler's store)", err)
@@ -286,11 +285,10 @@ func (s *Store) connection(ctx context.Context) (db DB, release func(), err erro
 			return nil, nil, fmt.Errorf("%w: take a connection: %w", client.ErrIntentRefused, err)
 		}
 		return conn, conn.Release, nil
-	case *pgx.Conn:
-		if db.PgConn().TxStatus() != 'I' {
-			return nil, nil, fmt.Errorf("%w: its connection is in a transaction, and an intent must be committed before its request is sent: give pgintent.New a pool",
-				client.ErrIntentRefused)
-		}
+	}
+	if conn := pgConnOf(s.db); conn != nil && conn.TxStatus() != 'I' {
+		return nil, nil, fmt.Errorf("%w: its connection is in a transaction, and an intent must be committed before its request is sent: give pgintent.New a pool",
+			client.ErrIntentRefused)
 	}
 	return s.db, func() {}, nil
 }
