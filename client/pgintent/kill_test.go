@@ -3,11 +3,13 @@ package pgintent_test
 import (
 	"bufio"
 	"context"
+	"errors"
 	"fmt"
 	"net/http"
 	"net/http/httptest"
 	"os"
 	"os/exec"
+	"strconv"
 	"strings"
 	"sync/atomic"
 	"testing"
@@ -20,7 +22,8 @@ import (
 	"github.com/paidonce/idempotency/internal/pgtest"
 )
 
-// childVariable makes the test binary a client that pays once: "<server's URL> <database>".
+// childVariable makes the test binary a client that pays once: "<server's URL> <database>
+// <AttemptsMax>". It prints "pays" and, if it is not killed, how that ended.
 const childVariable = "PAIDONCE_PGINTENT_CHILD"
 
 func payAsChild(arguments []string) int {
@@ -36,14 +39,41 @@ func payAsChild(arguments []string) int {
 		fmt.Fprintln(os.Stderr, "child:", err)
 		return 2
 	}
-	transport := client.New(nil, &client.Options{Honours: client.Everywhere, Intents: pgintent.New(pool, nil)})
+	attempts, _ := strconv.Atoi(arguments[2]) // 0: the default
+	transport := client.New(nil, &client.Options{Honours: client.Everywhere, AttemptsMax: attempts, Intents: pgintent.New(pool, nil)})
 	_, _ = os.Stdout.WriteString("pays\n") // the parent reads until the kill
 	r, err := http.NewRequestWithContext(client.WithNewKey(ctx, "order-1"), http.MethodPost, arguments[0], strings.NewReader("body"))
 	if err == nil {
 		_, err = transport.RoundTrip(r)
 	}
-	fmt.Fprintln(os.Stderr, "child: it was not killed:", err)
-	return 2
+	ended := fmt.Sprintf("unknown %t, taken %t, not executed %t\n",
+		errors.Is(err, client.ErrUnknown), errors.Is(err, client.ErrIntentTaken), errors.Is(err, client.ErrNotExecuted))
+	_, _ = os.Stdout.WriteString(ended)
+	return 0
+}
+
+// startChild starts a client in a process of its own, and returns it with the lines that it prints.
+func startChild(t *testing.T, server, database string, attemptsMax int) (*exec.Cmd, *bufio.Scanner) {
+	t.Helper()
+	command := exec.Command(os.Args[0])
+	command.Env = append(os.Environ(), fmt.Sprintf("%s=%s %s %d", childVariable, server, database, attemptsMax))
+	command.Stderr = os.Stderr
+	stdout, err := command.StdoutPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := command.Start(); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		_ = command.Process.Kill() // it may have ended
+		_ = command.Wait()
+	})
+	lines := bufio.NewScanner(stdout)
+	if !lines.Scan() || lines.Text() != "pays" {
+		t.Fatalf("the child says %q", lines.Text())
+	}
+	return command, lines
 }
 
 // TestKilledInSave: a client is killed with kill -9 while PostgreSQL is busy with its INSERT.
@@ -71,19 +101,7 @@ func TestKilledInSave(t *testing.T) {
 			if _, err := lock.Exec(ctx, "LOCK TABLE idempotency_intents IN EXCLUSIVE MODE"); err != nil {
 				t.Fatal(err)
 			}
-			command := exec.Command(os.Args[0])
-			command.Env = append(os.Environ(), childVariable+"="+server.URL+" "+database)
-			command.Stderr = os.Stderr
-			stdout, err := command.StdoutPipe()
-			if err != nil {
-				t.Fatal(err)
-			}
-			if err := command.Start(); err != nil {
-				t.Fatal(err)
-			}
-			if !bufio.NewScanner(stdout).Scan() {
-				t.Error("the child did nothing")
-			}
+			command, _ := startChild(t, server.URL, database, 0)
 			await := func(condition string) {
 				t.Helper()
 				for begin := time.Now(); ; time.Sleep(5 * time.Millisecond) {

@@ -18,7 +18,7 @@ import (
 )
 
 func TestMain(m *testing.M) {
-	if arguments := strings.Fields(os.Getenv(childVariable)); len(arguments) == 2 {
+	if arguments := strings.Fields(os.Getenv(childVariable)); len(arguments) == 3 {
 		os.Exit(payAsChild(arguments))
 	}
 	pgtest.Main(m)
