@@ -42,7 +42,7 @@ func TestDocsNameTestsThatExist(t *testing.T) {
 			t.Errorf("%s is named, and does not exist", match[1])
 		}
 	}
-	for fault := 1; fault <= 33; fault++ {
+	for fault := 1; fault <= 35; fault++ {
 		row := regexp.MustCompile(`(?m)^\| F` + strconv.Itoa(fault) + " .*(`Test|chaos)")
 		if !row.Match(doc) {
 			t.Errorf("F%d has no row with a test", fault)

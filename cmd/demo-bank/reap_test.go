@@ -61,12 +61,12 @@ func TestF04KilledInTheReapersBatch(t *testing.T) {
 		t.Fatal(err)
 	}
 
-	// The DELETE has to wait, so that it is certainly under way when the bank dies; not for a lock, which the reaper does not do for
-	// long.
+	// The DELETE has to wait, so that it is certainly under way when the bank dies; not for a lock, which
+	// the reaper does not do for long, and not in a BEFORE ROW trigger, with which no bank starts.
 	if _, err := db.Exec(t.Context(), `
 		CREATE FUNCTION wait_for_the_test() RETURNS trigger LANGUAGE plpgsql AS
-		$$ BEGIN WHILE NOT pg_try_advisory_xact_lock_shared(4711) LOOP PERFORM pg_sleep(0.01); END LOOP; RETURN OLD; END $$;
-		CREATE TRIGGER wait_for_the_test BEFORE DELETE ON idempotency_keys FOR EACH ROW EXECUTE FUNCTION wait_for_the_test()`); err != nil {
+		$$ BEGIN WHILE NOT pg_try_advisory_xact_lock_shared(4711) LOOP PERFORM pg_sleep(0.01); END LOOP; RETURN NULL; END $$;
+		CREATE TRIGGER wait_for_the_test AFTER DELETE ON idempotency_keys FOR EACH ROW EXECUTE FUNCTION wait_for_the_test()`); err != nil {
 		t.Fatal(err)
 	}
 	tx, err := db.Begin(t.Context())
@@ -80,8 +80,8 @@ func TestF04KilledInTheReapersBatch(t *testing.T) {
 	dying := start(t, crashCommand("reaper_batch:1", database, "--reap-interval", "1h"))
 	dying.diesAt("reaper_batch")
 	eventually(t, "PostgreSQL has the DELETE of the dead bank, and ends it", func() bool {
-		ended := 0
-		err := tx.QueryRow(t.Context(), `
+		ended := 0 // outside of tx, which would see the activity of its first look for ever
+		err := db.QueryRow(t.Context(), `
 			SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity
 			WHERE datname = current_database() AND query ~ 'DELETE FROM' AND wait_event = 'PgSleep' AND pid <> pg_backend_pid()`).Scan(&ended)
 		if err != nil {
