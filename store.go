@@ -154,9 +154,9 @@ type Store interface {
 	//   - an Attempt: the key is absent and ours; the caller must end it with Commit, Decline or Rollback
 	//   - a Record: the key is recorded; no transaction is left open, and no fingerprint was compared
 	//   - an error: ErrInProgress if another attempt holds the key, ErrSerialization if Begin
-	//     should be called again, ErrUnknown if there is a record that can't be read or is not safe
-	//     yet, or if one may be hidden, ErrRecordCorrupt if it was tampered with, and anything else
-	//     if the store is unavailable; nothing is left open
+	//     should be called again (with ErrKeyRecorded if a record was seen), ErrUnknown if there is a
+	//     record that can't be read or is not safe yet, or if one may be hidden, ErrRecordCorrupt if
+	//     it was tampered with, and anything else if the store is unavailable; nothing is left open
 	//
 	// A record wins over the claim: it is returned also while others hold the key. Begin never waits for another
 	// attempt. ctx bounds Begin alone. For a keyless request Begin returns an Attempt that records nothing.

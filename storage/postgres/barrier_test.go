@@ -346,3 +346,24 @@ func TestF20StandbysNamedAfterTheClaimAreWaitedFor(t *testing.T) {
 		}
 	}
 }
+
+// A claim that sees the record, and whose barrier fails until the restarts are spent, does not make the request one that was
+// not executed: the record may be its own. The barrier's function fails here as a transaction does that was chosen for a victim.
+func TestF20RecordThatWasSeenIsNotForgottenByRestarts(t *testing.T) {
+	t.Parallel()
+	config := configOfOwnServer(t)
+	b := setup(t, &setupOptions{database: config.ConnString()})
+	want(t, b.do(t, request("k", ""), pay(t, 201)), idempotency.OutcomeExecuted, "")
+	setStandbys(t, b.pool, "nobody")
+	defer setStandbys(t, b.pool, "")
+	b.exec(t, `SET LOCAL allow_system_table_mods = on; SET LOCAL synchronous_commit = local;
+		ALTER FUNCTION pg_catalog.pg_logical_emit_message(boolean, text, text) RENAME TO real_emit_message;
+		CREATE FUNCTION pg_catalog.pg_logical_emit_message(boolean, text, text) RETURNS pg_lsn LANGUAGE plpgsql AS $$ BEGIN RAISE SQLSTATE '40001'; END $$`)
+	want(t, b.do(t, request("k", ""), pay(t, 201)), idempotency.OutcomeUnknown, idempotency.ReasonOutcomeUnknown)
+	b.exec(t, `SET LOCAL allow_system_table_mods = on; SET LOCAL synchronous_commit = local;
+		DROP FUNCTION pg_catalog.pg_logical_emit_message(boolean, text, text);
+		ALTER FUNCTION pg_catalog.real_emit_message(boolean, text, text) RENAME TO pg_logical_emit_message`)
+	if n := b.effects(t); n != 1 {
+		t.Errorf("%d effects, want 1", n)
+	}
+}

@@ -300,7 +300,7 @@ func (s *Store) claim(ctx context.Context, req *idempotency.Request, acquire fun
 		a.release(ctx)
 		switch {
 		case err != nil && classify(err) == idempotency.ErrSerialization:
-			return nil, nil, fail("make the record safe", idempotency.ErrSerialization, err)
+			return nil, nil, fail("make the record safe", idempotency.ErrSerialization, fmt.Errorf("%w: %w", idempotency.ErrKeyRecorded, sqlError(err)))
 		case err != nil:
 			return nil, nil, fail("make the record safe", idempotency.ErrUnknown, err)
 		}
