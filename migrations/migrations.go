@@ -42,6 +42,9 @@ var (
 	// ErrPooler: the connections lead through a pooler that hands a server connection on after each transaction. Nothing was
 	// done.
 	ErrPooler = errors.New("a pooler is in between")
+	// ErrVersionUntrue: the table of the records is missing although its version is written down,
+	// or it is there and its version is not. Nothing was done.
+	ErrVersionUntrue = errors.New("the table and its version do not fit")
 )
 
 // Options tell where the migrations go. Nil and the zero value are the defaults.
@@ -119,6 +122,9 @@ func Up(ctx context.Context, pool *pgxpool.Pool, opts *Options) error {
 		for {
 			current, err := m.version(ctx)
 			if err != nil {
+				return err
+			}
+			if err := m.compare(ctx, current); err != nil {
 				return err
 			}
 			next, ok, err := m.after(current)

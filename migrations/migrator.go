@@ -281,6 +281,32 @@ func (m *migrator) dirty(version int) error {
 		ErrDirty, max(version, 0), m.lookAndMend())
 }
 
+// compare returns an error if the version table says that there is a table of records and there is
+// none, or the other way round: otherwise Up would have nothing to do, or would fail at the first
+// file. It knows this package's files only, up to their newest version.
+func (m *migrator) compare(ctx context.Context, version int) error {
+	if m.own || version > Latest {
+		return nil
+	}
+	var exists bool
+	records := pgx.Identifier{m.options.Schema, "idempotency_keys"}.Sanitize()
+	if err := m.conn.QueryRow(ctx, "SELECT to_regclass($1) IS NOT NULL", records).Scan(&exists); err != nil {
+		return err
+	}
+	switch {
+	case exists && version <= 0:
+		return fmt.Errorf("%w: %s is there, and %s has no version:"+
+			" `CREATE TABLE IF NOT EXISTS %[3]s (version bigint not null primary key, dirty boolean not null); INSERT INTO %[3]s VALUES (%d, false); %s` writes down which it is",
+			ErrVersionUntrue, records, m.table, Latest, m.lookAndMend())
+	case !exists && version > 0:
+		others := pgx.Identifier{m.options.Schema, "idempotency_audit"}.Sanitize() + ", " + pgx.Identifier{m.options.Schema, "idempotency_events"}.Sanitize()
+		return fmt.Errorf("%w: %s has version %d, and %s is missing: restore it together with what its records report. Without it every retry runs again:"+
+			" if no client retries any more, `DROP TABLE IF EXISTS %s; DELETE FROM %[2]s` and migrate up begin anew, without the audit table and the history",
+			ErrVersionUntrue, m.table, version, records, others)
+	}
+	return nil
+}
+
 // lookAndMend returns SQL that recognizes this package's version by the objects in the schema, and
 // mends the version table.
 func (m *migrator) lookAndMend() string {

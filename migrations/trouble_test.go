@@ -212,3 +212,40 @@ func TestDirtySchemaOfTheMigrateProgram(t *testing.T) {
 		t.Errorf("Check says %v", err)
 	}
 }
+
+// If somebody dropped the table of records, or lost the version of one that is there, Up says so
+// instead of finding nothing to do or failing in CREATE TABLE, and the SQL in its error mends it.
+func TestUpNoticesThatTableAndVersionDoNotFit(t *testing.T) {
+	t.Parallel()
+	for name, sick := range map[string]string{
+		"no table":         "DROP TABLE pay.idempotency_keys",
+		"no version":       "DELETE FROM pay.idempotency_migrations",
+		"no version table": "DROP TABLE pay.idempotency_migrations",
+	} {
+		for there := uint(1); there <= migrations.Latest; there++ {
+			t.Run(name+" of version "+strconv.Itoa(int(there)), func(t *testing.T) {
+				t.Parallel()
+				b := setup(t)
+				options := &migrations.Options{Schema: "pay"}
+				b.up(t, options)
+				if err := migrations.DownTo(t.Context(), b.pool, there, options); err != nil {
+					t.Fatal(err)
+				}
+				b.exec(t, sick)
+				err := migrations.Up(t.Context(), b.pool, options)
+				if !errors.Is(err, migrations.ErrVersionUntrue) {
+					t.Fatalf("got %v, want ErrVersionUntrue", err)
+				}
+				b.exec(t, strings.Split(err.Error(), "`")[1])
+				if name != "no table" {
+					b.wantVersion(t, options, there)
+				}
+				b.up(t, options)
+				b.wantVersion(t, options, migrations.Latest)
+				if err := postgres.New(b.pool, &postgres.Options{Schema: "pay"}).Check(t.Context()); errors.Is(err, postgres.ErrSchemaOutdated) {
+					t.Errorf("after the remedy: %v", err)
+				}
+			})
+		}
+	}
+}
