@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"strings"
 	"time"
 
 	"github.com/jackc/pgx/v5"
@@ -29,12 +30,12 @@ const versionTable = "idempotency_migrations"
 
 // Check reports whether the database and the pool can keep the store's promises: it is the primary
 // and no logical replica of one, the schema is there in the version of this package or a later one,
-// the table is a plain logged one with its primary key, no rule, no BEFORE ROW trigger that is
-// enabled and no child table, no row-level security hides its rows from the pool's role, the
-// database's encoding is UTF8 or SQL_ASCII, COMMIT waits for the disk, the server ends a session
-// that is idle in a transaction within a minute, and the pool refuses an Acquire with a running
-// handler's context. The error joins all faults it finds. A service calls it when it starts and
-// from its readiness probe.
+// the table is a plain logged one with its primary key, all of its columns and no other NOT NULL
+// column without a default, no rule, no BEFORE ROW trigger that is enabled and no child table, no
+// row-level security hides its rows from the pool's role, the database's encoding is UTF8 or
+// SQL_ASCII, COMMIT waits for the disk, the server ends a session that is idle in a transaction
+// within a minute, and the pool refuses an Acquire with a running handler's context. The error
+// joins all faults it finds. A service calls it when it starts and from its readiness probe.
 func (s *Store) Check(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(ctx, s.options.AcquireTimeout+s.options.StatementTimeout)
 	defer cancel()
@@ -47,6 +48,7 @@ func (s *Store) Check(ctx context.Context) error {
 		altered           alterations
 		versions          *string
 		subscriptions     []string
+		missing, demanded []string // columns that a record needs; that it does not have
 	)
 	err := s.pool.QueryRow(ctx, `
 		SELECT pg_is_in_recovery(),
@@ -60,7 +62,12 @@ func (s *Store) Check(ctx context.Context) error {
 		       ARRAY(SELECT inhrelid::regclass::text FROM pg_inherits WHERE inhparent = c.oid AND c.relkind = 'r' ORDER BY 1),
 		       to_regclass($2)::text,
 		       ARRAY(SELECT quote_ident(s.subname) FROM pg_subscription_rel AS r JOIN pg_subscription AS s ON s.oid = r.srsubid
-		             WHERE r.srrelid = c.oid AND s.subenabled ORDER BY 1)
+		             WHERE r.srrelid = c.oid AND s.subenabled ORDER BY 1),
+		       ARRAY(SELECT n.name FROM unnest($3::text[]) WITH ORDINALITY AS n(name, at) WHERE NOT EXISTS (
+		             SELECT FROM pg_attribute AS a WHERE a.attrelid = c.oid AND a.attname = n.name AND a.attnum > 0 AND NOT a.attisdropped) ORDER BY n.at),
+		       ARRAY(SELECT quote_ident(a.attname) FROM pg_attribute AS a WHERE a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped
+		             AND a.attnotnull AND NOT a.atthasdef AND a.attidentity = '' AND a.attname <> ALL ($3)
+		             AND (SELECT typdefault FROM pg_type WHERE oid = a.atttypid) IS NULL ORDER BY a.attnum)
 		FROM (SELECT to_regclass($1) AS oid) AS named
 		LEFT JOIN pg_class AS c ON c.oid = named.oid
 		LEFT JOIN LATERAL (
@@ -72,7 +79,8 @@ func (s *Store) Check(ctx context.Context) error {
 		) AS p ON true`,
 		pgx.Identifier{s.options.Schema, TableName}.Sanitize(),
 		pgx.Identifier{s.options.Schema, versionTable}.Sanitize(),
-	).Scan(&standby, &synchronousCommit, &idleMS, &kind, &persistence, &keyName, &keyOf, &altered.rules, &altered.triggers, &altered.children, &versions, &subscriptions)
+		strings.Split("scope, key, "+recordColumns, ", "),
+	).Scan(&standby, &synchronousCommit, &idleMS, &kind, &persistence, &keyName, &keyOf, &altered.rules, &altered.triggers, &altered.children, &versions, &subscriptions, &missing, &demanded)
 	if err != nil {
 		return fmt.Errorf("check: %w", sqlError(err))
 	}
@@ -100,6 +108,12 @@ func (s *Store) Check(ctx context.Context) error {
 		if remedy := s.keyRemedy(keyName, keyOf); remedy != "" {
 			add(ErrSchemaOutdated, "table %s has no primary key %s on (scope, key), so a key may be recorded twice: %s", s.table, primaryKey, remedy)
 		}
+	}
+	if kind != nil && len(missing) > 0 {
+		add(ErrSchemaOutdated, "table %s has no column %s, so nothing can be recorded or replayed: restore the table", s.table, strings.Join(missing, ", "))
+	}
+	for _, column := range demanded {
+		add(ErrSchemaOutdated, "column %[2]s of table %[1]s must not be NULL, and no record has it: ALTER TABLE %[1]s ALTER COLUMN %[2]s DROP NOT NULL", s.table, column)
 	}
 	if kind != nil {
 		wrong = append(wrong, s.checkAlterations(&altered)...)

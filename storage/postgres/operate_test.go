@@ -97,6 +97,8 @@ func TestCheckNamesARemedyThatMendsTheTable(t *testing.T) {
 		"one of another name":                           {"ALTER TABLE idempotency_keys RENAME CONSTRAINT idempotency_keys_pkey TO k", postgres.ErrSchemaOutdated, "ALTER TABLE public.idempotency_keys RENAME CONSTRAINT k TO idempotency_keys_pkey", ""},
 		"one on other columns":                          {"ALTER TABLE idempotency_keys DROP CONSTRAINT idempotency_keys_pkey, ADD CONSTRAINT idempotency_keys_pkey PRIMARY KEY (key, attempt_id)", postgres.ErrSchemaOutdated, "ALTER TABLE public.idempotency_keys DROP CONSTRAINT idempotency_keys_pkey, ADD CONSTRAINT idempotency_keys_pkey PRIMARY KEY (scope, key)", ""},
 		"one that is deferrable":                        {"ALTER TABLE idempotency_keys DROP CONSTRAINT idempotency_keys_pkey, ADD CONSTRAINT idempotency_keys_pkey PRIMARY KEY (scope, key) DEFERRABLE INITIALLY DEFERRED", postgres.ErrSchemaOutdated, "ALTER TABLE public.idempotency_keys DROP CONSTRAINT idempotency_keys_pkey, ADD CONSTRAINT idempotency_keys_pkey PRIMARY KEY (scope, key)", ""},
+		"a column that no record has":                   {"ALTER TABLE idempotency_keys ADD COLUMN \"Pay day\" date NOT NULL", postgres.ErrSchemaOutdated, `ALTER TABLE public.idempotency_keys ALTER COLUMN "Pay day" DROP NOT NULL`, ""},
+		"no column headers":                             {"ALTER TABLE idempotency_keys DROP COLUMN headers", postgres.ErrSchemaOutdated, "no column headers", `ALTER TABLE idempotency_keys ADD COLUMN headers bytea NOT NULL`},
 		"a partitioned table": {`ALTER TABLE idempotency_keys RENAME TO t; ALTER TABLE t RENAME CONSTRAINT idempotency_keys_pkey TO t_pkey;
 			CREATE TABLE idempotency_keys (LIKE t INCLUDING ALL EXCLUDING INDEXES, CONSTRAINT idempotency_keys_pkey PRIMARY KEY (scope, key)) PARTITION BY HASH (scope);
 			CREATE TABLE part PARTITION OF idempotency_keys FOR VALUES WITH (MODULUS 1, REMAINDER 0)`, postgres.ErrSchemaOutdated, "docs/operations.md", plain},
@@ -107,6 +109,7 @@ func TestCheckNamesARemedyThatMendsTheTable(t *testing.T) {
 			ctx := context.Background()
 			b := setup(t, nil)
 			b.exec(t, c.sick)
+			b.pool.Reset() // as a service that starts on such a table
 			if err := b.store.Check(ctx); !errors.Is(err, c.want) || !strings.Contains(err.Error(), c.remedy) {
 				t.Errorf("got %v, want %v with %q", err, c.want, c.remedy)
 			}

@@ -204,8 +204,8 @@ func (s *statements) namesOn(conn *pgconn.PgConn) *preparedNames {
 }
 
 // prepare prepares the statements on a new connection, in one round trip. The connection is usable
-// without them: they are then sent as text, which adds no round trip. So a missing table is no
-// error, because a migration may need the connection. Neither is a table that has a rule, or that
+// without them: they are then sent as text, which adds no round trip. So a missing table or column
+// is no error, because a migration, or Check, may need the connection. Neither is a table that has a rule, or that
 // somebody keeps locked for longer than timeout, because the connection may be for a request that
 // needs no record. If the table has row-level security, they are sent as text too: see
 // [ErrRowSecurity].
@@ -239,7 +239,7 @@ func (s *statements) prepare(ctx context.Context, conn *pgconn.PgConn, p *prepar
 	var pgErr *pgconn.PgError
 	if errors.As(err, &pgErr) {
 		switch pgErr.Code {
-		case "42P01", "3F000", "42883", "0A000", "55P03", "57014": // no table, schema or function, a rule, lock_timeout, statement_timeout
+		case "42P01", "42703", "3F000", "42883", "0A000", "55P03", "57014": // no table, column, schema or function, a rule, lock_timeout, statement_timeout
 			return nil
 		}
 	}

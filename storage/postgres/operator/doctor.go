@@ -134,8 +134,11 @@ func (o *Operator) Doctor(ctx context.Context) []Finding {
 			return e.findings
 		case err != nil && len(e.findings) == before:
 			remedy := "see the error; the right that is missing may be that of pg_monitor"
-			if undefined(err) {
+			switch {
+			case undefined(err):
 				remedy = "see what the check schema says"
+			case errors.Is(err, postgres.ErrRowSecurity):
+				remedy = "see what the check row-security says"
 			}
 			e.warn(remedy, "it could not be looked at: %v", sqlError(err))
 		case err == nil && len(e.findings) == before:
@@ -250,7 +253,7 @@ func (e *examination) schema(ctx context.Context) error {
 		switch {
 		case errors.Is(err, postgres.ErrSchemaOutdated), errors.Is(err, postgres.ErrTableUnlogged):
 			bad = true
-			e.fail("idemctl migrate up, or what the text says; idemctl --schema NAME where the tables are in another schema", "%v", err)
+			e.fail("do what the text says; the migrations are idemctl migrate up, with --schema NAME if the tables are in another schema", "%v", err)
 		case errors.Is(err, postgres.ErrTableUnsafe):
 			bad = true
 			e.fail("what the text says, with a look at who added it and why", "%v", err)

@@ -87,6 +87,7 @@ func TestDoctorFindsWhatIsWrong(t *testing.T) {
 		"without 3":     {"UPDATE idempotency_migrations SET version = 2", "schema", operator.LevelWarn, "services work", nil},
 		"unlogged":      {"ALTER TABLE idempotency_keys SET UNLOGGED", "schema", operator.LevelFail, "SET LOGGED", nil},
 		"no key":        {"ALTER TABLE idempotency_keys DROP CONSTRAINT idempotency_keys_pkey", "index", operator.LevelFail, "ADD CONSTRAINT idempotency_keys_pkey", []string{"schema"}},
+		"no column":     {"ALTER TABLE idempotency_keys DROP COLUMN headers", "schema", operator.LevelFail, "no column headers", nil},
 		"a rule":        {"CREATE RULE skip AS ON INSERT TO idempotency_keys DO INSTEAD NOTHING", "schema", operator.LevelFail, "DROP RULE skip", nil},
 		"a trigger":     {noTrigger + "BEFORE INSERT ON idempotency_keys FOR EACH ROW EXECUTE FUNCTION skip()", "schema", operator.LevelFail, "DISABLE TRIGGER skip", nil},
 		"an AFTER one":  {noTrigger + "AFTER INSERT ON idempotency_keys FOR EACH ROW EXECUTE FUNCTION skip()", "schema", operator.LevelWarn, "AFTER triggers run with each record: skip", nil},
