@@ -359,31 +359,33 @@ func (e *examination) locks(ctx context.Context) error {
 
 func (e *examination) rights(ctx context.Context) error {
 	var read, write, remove, expire, audit, events, monitor bool
+	var role string
 	err := e.row(ctx, `
 		SELECT has_table_privilege($1::text, 'SELECT'), has_table_privilege($1::text, 'INSERT'), has_table_privilege($1::text, 'DELETE'),
 		       has_column_privilege($1::text, 'expires_at', 'UPDATE'),
 		       COALESCE(has_table_privilege(to_regclass($2)::oid, 'SELECT') AND has_table_privilege(to_regclass($2)::oid, 'INSERT'), false),
-		       COALESCE(has_table_privilege(to_regclass($3)::oid, 'SELECT'), false), pg_has_role('pg_read_all_stats', 'USAGE')`,
-		[]any{e.o.keys, e.o.audit, e.o.events}, &read, &write, &remove, &expire, &audit, &events, &monitor)
+		       COALESCE(has_table_privilege(to_regclass($3)::oid, 'SELECT'), false), pg_has_role('pg_read_all_stats', 'USAGE'), quote_ident(current_user)`,
+		[]any{e.o.keys, e.o.audit, e.o.events}, &read, &write, &remove, &expire, &audit, &events, &monitor, &role)
 	if err != nil {
 		return err
 	}
 	if !read {
-		e.fail("GRANT SELECT ON "+e.o.table, "this role can't read the records")
+		e.fail("GRANT SELECT ON "+e.o.table+" TO "+role, "this role can't read the records")
 		return nil
 	}
+	grantAudit := "GRANT SELECT, INSERT ON " + e.o.options.Schema + "." + AuditTableName + " TO " + role
 	for _, right := range []struct {
 		there   bool
 		what    string
 		granted string
 	}{
-		{remove && audit, "forget a key", "GRANT DELETE ON " + e.o.table + "; GRANT SELECT, INSERT ON " + e.o.options.Schema + "." + AuditTableName},
-		{expire && audit, "expire a key", "GRANT UPDATE (expires_at) ON " + e.o.table + "; GRANT SELECT, INSERT ON " + e.o.options.Schema + "." + AuditTableName},
-		{events, "see a key's history", "GRANT SELECT ON " + e.o.options.Schema + "." + EventsTableName},
-		{monitor, "see other sessions", "GRANT pg_monitor"},
+		{remove && audit, "forget a key", "GRANT DELETE ON " + e.o.table + " TO " + role + "; " + grantAudit},
+		{expire && audit, "expire a key", "GRANT UPDATE (expires_at) ON " + e.o.table + " TO " + role + "; " + grantAudit},
+		{events, "see a key's history", "GRANT SELECT ON " + e.o.options.Schema + "." + EventsTableName + " TO " + role},
+		{monitor, "see other sessions", "GRANT pg_monitor TO " + role},
 	} {
 		if !right.there {
-			e.warn(right.granted+" to it, where it should", "this role can't %s", right.what)
+			e.warn(right.granted+" (if it should)", "this role can't %s", right.what)
 		}
 	}
 	if write {
