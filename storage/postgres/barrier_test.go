@@ -3,6 +3,7 @@ package postgres_test
 import (
 	"context"
 	"errors"
+	"fmt"
 	"os"
 	"sync/atomic"
 	"testing"
@@ -356,13 +357,14 @@ func TestF20RecordThatWasSeenIsNotForgottenByRestarts(t *testing.T) {
 	want(t, b.do(t, request("k", ""), pay(t, 201)), idempotency.OutcomeExecuted, "")
 	setStandbys(t, b.pool, "nobody")
 	defer setStandbys(t, b.pool, "")
-	b.exec(t, `SET LOCAL allow_system_table_mods = on; SET LOCAL synchronous_commit = local;
-		ALTER FUNCTION pg_catalog.pg_logical_emit_message(boolean, text, text) RENAME TO real_emit_message;
+	const inSystem = "SET LOCAL allow_system_table_mods = on; SET LOCAL synchronous_commit = local;"
+	// From PostgreSQL 17 on the function has a fourth argument, and is not in the way.
+	const rename = `DO $$ BEGIN IF to_regprocedure('pg_catalog.%[1]s(boolean, text, text)') IS NOT NULL THEN
+		ALTER FUNCTION pg_catalog.%[1]s(boolean, text, text) RENAME TO %[2]s; END IF; END $$;`
+	b.exec(t, inSystem+fmt.Sprintf(rename, "pg_logical_emit_message", "real_emit_message")+`
 		CREATE FUNCTION pg_catalog.pg_logical_emit_message(boolean, text, text) RETURNS pg_lsn LANGUAGE plpgsql AS $$ BEGIN RAISE SQLSTATE '40001'; END $$`)
 	want(t, b.do(t, request("k", ""), pay(t, 201)), idempotency.OutcomeUnknown, idempotency.ReasonOutcomeUnknown)
-	b.exec(t, `SET LOCAL allow_system_table_mods = on; SET LOCAL synchronous_commit = local;
-		DROP FUNCTION pg_catalog.pg_logical_emit_message(boolean, text, text);
-		ALTER FUNCTION pg_catalog.real_emit_message(boolean, text, text) RENAME TO pg_logical_emit_message`)
+	b.exec(t, inSystem+"DROP FUNCTION pg_catalog.pg_logical_emit_message(boolean, text, text);"+fmt.Sprintf(rename, "real_emit_message", "pg_logical_emit_message"))
 	if n := b.effects(t); n != 1 {
 		t.Errorf("%d effects, want 1", n)
 	}
