@@ -31,8 +31,10 @@ const (
 	startWaitMax = 60 * time.Second
 	// stopWaitMax bounds the fast shutdown; after it comes the immediate one, which gets as long again.
 	stopWaitMax = 10 * time.Second
-	// oldPostmasterWaitMax bounds the wait for the postmaster of a killed owner that is still dying.
-	oldPostmasterWaitMax = 10 * time.Second
+	// oldPostmasterWaitMax bounds the wait for the postmaster of a killed owner that is still dying, and
+	// for its children. On PostgreSQL 14 an autovacuum launcher may wait 10 seconds for statistics from a
+	// collector that is gone, and notices the end of its postmaster only then.
+	oldPostmasterWaitMax = 15 * time.Second
 
 	readyPollInterval = 10 * time.Millisecond
 	readyConnectMax   = time.Second
