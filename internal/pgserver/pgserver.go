@@ -31,10 +31,12 @@ const (
 	startWaitMax = 60 * time.Second
 	// stopWaitMax bounds the fast shutdown; after it comes the immediate one, which gets as long again.
 	stopWaitMax = 10 * time.Second
-	// oldPostmasterWaitMax bounds the wait for the postmaster of a killed owner that is still dying, and
-	// for its children. On PostgreSQL 14 an autovacuum launcher may wait 10 seconds for statistics from a
-	// collector that is gone, and notices the end of its postmaster only then.
-	oldPostmasterWaitMax = 15 * time.Second
+	// oldPostmasterWaitMax bounds the wait for the postmaster of a killed owner that is still dying.
+	oldPostmasterWaitMax = 10 * time.Second
+	// oldChildrenWaitMax bounds the wait for the children of a postmaster that was killed. On PostgreSQL 14
+	// an autovacuum launcher may wait twice 10 seconds for statistics from a collector that is gone, and
+	// notices only then that its postmaster is gone too.
+	oldChildrenWaitMax = 25 * time.Second
 
 	readyPollInterval = 10 * time.Millisecond
 	readyConnectMax   = time.Second
@@ -209,8 +211,8 @@ func (s *Server) listen(socketDir string, data *dataDir) (map[string]string, err
 // launch starts the postmaster, waiting for the processes of an earlier one that still hold the folder.
 func (s *Server) launch(ctx context.Context, data *dataDir, acct *account, listen map[string]string, opts *Options,
 	progress io.Writer) error {
-	deadline := time.Now().Add(oldPostmasterWaitMax)
-	stalePID, err := data.awaitOldPostmaster(ctx, deadline, progress)
+	started := time.Now()
+	stalePID, err := data.awaitOldPostmaster(ctx, started.Add(oldPostmasterWaitMax), progress)
 	if err != nil {
 		return err
 	}
@@ -218,7 +220,7 @@ func (s *Server) launch(ctx context.Context, data *dataDir, acct *account, liste
 		err := s.launchOnce(ctx, data, acct, listen, opts, stalePID)
 		// The postmaster is gone but its children still end: PostgreSQL finds their shared memory in use. A refused
 		// start has no SQLSTATE, so this is the one place which reads the text (locale C, so it is not translated).
-		if err == nil || !strings.Contains(err.Error(), "pre-existing shared memory block") || time.Now().After(deadline) {
+		if err == nil || !strings.Contains(err.Error(), "pre-existing shared memory block") || time.Since(started) > oldChildrenWaitMax {
 			return err
 		}
 		if err := sleep(ctx, retryInterval); err != nil {
