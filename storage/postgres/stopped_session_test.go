@@ -3,6 +3,7 @@ package postgres_test
 import (
 	"context"
 	"encoding/binary"
+	"fmt"
 	"net"
 	"strings"
 	"sync"
@@ -307,6 +308,7 @@ func TestLongRecordsFailAsShortOnesDo(t *testing.T) {
 			}
 		}, idempotency.OutcomeUnknown, idempotency.ReasonTransactionLost, 1},
 	} {
+		var short string // the error with a short record
 		for _, length := range []int{1, postgres.RecordTogetherBytesMax + 1} {
 			b := setup(t, nil)
 			b.exec(t, c.sick)
@@ -319,6 +321,11 @@ func TestLongRecordsFailAsShortOnesDo(t *testing.T) {
 			})
 			if result.Outcome != c.outcome || result.Reason != c.reason || b.effects(t) != c.effects {
 				t.Errorf("%s, %d bytes: %s %q %v, %d effects; want %s %q, %d", name, length, result.Outcome, result.Reason, result.Err, b.effects(t), c.outcome, c.reason, c.effects)
+			}
+			if text := fmt.Sprint(result.Err); length == 1 {
+				short = text
+			} else if text != short {
+				t.Errorf("%s, %d bytes: error is %q, with a short record %q", name, length, text, short)
 			}
 		}
 	}
