@@ -407,19 +407,27 @@ func TestPlanThatAMigrationMadeStaleStartsAgain(t *testing.T) {
 	b := setup(t, &setupOptions{configure: func(c *pgxpool.Config) { c.MaxConns, c.MinConns = conns, conns }})
 	runs := make(chan struct{}, 100)
 	round := func(name string, status int) {
-		together := new(sync.WaitGroup) // each holds a connection
-		together.Add(conns)
+		// In their first runs all hold a connection at once, and in their second runs again: a quick
+		// request would else leave its new connection to a slow one.
+		var arrived [2]atomic.Int64
+		together := [2]chan struct{}{make(chan struct{}), make(chan struct{})}
 		var group sync.WaitGroup
 		for i := range conns {
 			group.Go(func() {
-				first := true
+				run := 0
 				want(t, b.do(t, request(fmt.Sprint(name, i), ""), func(ctx context.Context, tx pgx.Tx) int {
 					runs <- struct{}{}
-					if first {
-						first = false
-						together.Done()
-						together.Wait()
+					if run < len(together) {
+						if arrived[run].Add(1) == conns {
+							close(together[run])
+						}
+						select {
+						case <-together[run]:
+						case <-ctx.Done():
+							t.Errorf("%d requests came to run %d", arrived[run].Load(), run+1)
+						}
 					}
+					run++
 					rows, err := tx.Query(ctx, "SELECT * FROM effects WHERE id = $1", int64(1))
 					if err == nil {
 						_, err = pgx.CollectRows(rows, pgx.RowToMap)
