@@ -2,6 +2,7 @@ package operator_test
 
 import (
 	"context"
+	"errors"
 	"strings"
 	"sync"
 	"testing"
@@ -228,16 +229,20 @@ func TestActsAndRequestsAtOnce(t *testing.T) {
 	k := key("canary")
 	b.exec(t, "CREATE TABLE effects (id bigserial)")
 	const rounds, workers = 40, 3
+	b.engine.Do(t.Context(), request(k), b.effect) // so that there is something to forget
 	var all sync.WaitGroup
-	for range workers {
+	for range workers { // a round that meets another is repeated, or all of them may
 		all.Go(func() {
 			for range rounds {
-				b.engine.Do(context.Background(), request(k), b.effect)
+				for b.engine.Do(context.Background(), request(k), b.effect).Outcome == idempotency.OutcomeInProgress {
+				}
 			}
 		})
 		all.Go(func() {
 			for range rounds {
-				_, _ = b.operator.Forget(context.Background(), k, act) // whatever it finds
+				for err := operator.ErrInProgress; errors.Is(err, operator.ErrInProgress); {
+					_, err = b.operator.Forget(context.Background(), k, act) // whatever it finds
+				}
 			}
 		})
 	}
