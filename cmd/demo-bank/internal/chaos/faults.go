@@ -12,10 +12,12 @@ import (
 
 const (
 	crashWaitMax    = 60 * time.Second // for a cluster to restart itself
+	crashNoticeMax  = 10 * time.Second // for a cluster to notice that one of its backends died
 	killNextWaitMax = 3 * time.Second  // for a COMMIT to come by
 	lullMax         = 18 * time.Second
 	lullCommits     = 3 // half-open ones for each bank
 	insistMax       = 5 * time.Second
+	insistCrashMax  = 30 * time.Second // a try that hits nothing takes crashNoticeMax
 	deadlockPause   = 300 * time.Millisecond
 	lockWaitMax     = 3 * time.Second // of our own sessions for others' locks
 )
@@ -102,21 +104,21 @@ func (r *run) do(ctx context.Context, e event) (bool, error) {
 		r.tally.crashes.Add(1)
 		return true, r.cluster.crash(ctx)
 	case crashBackend:
-		return r.insist(ctx, func() (bool, error) { return r.crashBackend(ctx) })
+		return r.insist(ctx, insistCrashMax, func() (bool, error) { return r.crashBackend(ctx) })
 	case crashCommitting:
-		return r.insist(ctx, func() (bool, error) { return r.crashCommitting(ctx) })
+		return r.insist(ctx, insistCrashMax, func() (bool, error) { return r.crashCommitting(ctx) })
 	case terminateBackends:
-		return r.insist(ctx, func() (bool, error) {
+		return r.insist(ctx, insistMax, func() (bool, error) {
 			n, err := r.terminateSome(ctx, e.amount)
 			r.allow(n)
 			return n > 0, err
 		})
 	case rowLocks:
-		return r.insist(ctx, func() (bool, error) {
+		return r.insist(ctx, insistMax, func() (bool, error) {
 			return r.holdLocks(ctx, e.length, lockFree, r.keys.names[e.amount], r.keys.names[e.amount+lockedRows-1])
 		})
 	case squeeze:
-		return r.insist(ctx, func() (bool, error) {
+		return r.insist(ctx, insistMax, func() (bool, error) {
 			held, err := r.holdLocks(ctx, e.length, `LOCK TABLE accounts IN EXCLUSIVE MODE`)
 			var pgErr *pgconn.PgError
 			waited := errors.As(err, &pgErr) && pgErr.Code == "55P03" // and everybody behind it, which is as good
@@ -125,7 +127,7 @@ func (r *run) do(ctx context.Context, e event) (bool, error) {
 	case lull:
 		return r.lull(ctx)
 	case deadlock:
-		return r.insist(ctx, func() (bool, error) { return r.deadlock(ctx) })
+		return r.insist(ctx, insistMax, func() (bool, error) { return r.deadlock(ctx) })
 	}
 	return false, errors.New("nobody knows how")
 }
@@ -141,8 +143,8 @@ func (r *run) allowAll() {
 
 // insist does something until it has its effect, or was tried for long enough: the database may be what something else
 // breaks at the same time, and nobody may be at work.
-func (r *run) insist(ctx context.Context, do func() (bool, error)) (bool, error) {
-	for deadline := time.Now().Add(insistMax); ; {
+func (r *run) insist(ctx context.Context, limit time.Duration, do func() (bool, error)) (bool, error) {
+	for deadline := time.Now().Add(limit); ; {
 		done, err := do()
 		if err != nil {
 			r.note("could not: %v", err)
@@ -191,7 +193,7 @@ func (r *run) crashBackend(ctx context.Context) (bool, error) {
 	if signalKill(int(pid)) != nil {
 		return false, nil // it has just ended
 	}
-	return r.awaitRestart(ctx, before)
+	return r.awaitRestart(ctx, before, crashNoticeMax)
 }
 
 // crashCommitting does the same to the backend of the next COMMIT, while that is on the wire.
@@ -213,7 +215,7 @@ func (r *run) crashCommitting(ctx context.Context) (bool, error) {
 		}
 		<-told
 	}
-	return r.awaitRestart(ctx, before)
+	return r.awaitRestart(ctx, before, crashNoticeMax)
 }
 
 // postmasterStart asks for the start of the last crash recovery's end, and for what else is wanted.
@@ -230,14 +232,18 @@ func (r *run) postmasterStart(ctx context.Context, also func(context.Context, *p
 // checkpointerStart changes with each restart of the cluster: pg_postmaster_start_time() does not.
 const checkpointerStart = `SELECT backend_start FROM pg_stat_activity WHERE backend_type = 'checkpointer'`
 
-// awaitRestart waits until the cluster has restarted itself.
-func (r *run) awaitRestart(ctx context.Context, before time.Time) (bool, error) {
-	deadline := time.Now().Add(crashWaitMax)
-	for time.Now().Before(deadline) {
+// awaitRestart waits until the cluster has restarted itself, and reports whether it did. A backend that is about to
+// exit takes a SIGKILL without dying of it: then the cluster goes on answering, and nothing was broken.
+func (r *run) awaitRestart(ctx context.Context, before time.Time, notice time.Duration) (bool, error) {
+	began := time.Now()
+	for time.Since(began) < crashWaitMax {
 		now, err := r.postmasterStart(ctx, nil)
-		if err == nil && !now.Equal(before) {
+		switch {
+		case err == nil && !now.Equal(before):
 			r.tally.crashes.Add(1)
 			return true, nil
+		case err == nil && time.Since(began) > notice:
+			return false, nil
 		}
 		if err := sleep(ctx, idlePause); err != nil {
 			return false, err
