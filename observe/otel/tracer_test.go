@@ -19,16 +19,16 @@ import (
 
 	"github.com/paidonce/idempotency"
 	"github.com/paidonce/idempotency/internal/pgtest"
-	"github.com/paidonce/idempotency/observe/internal/house"
+	"github.com/paidonce/idempotency/observe/internal/fixture"
 	"github.com/paidonce/idempotency/observe/lostkey"
 	otelobserve "github.com/paidonce/idempotency/observe/otel"
 )
 
 func TestMain(m *testing.M) { pgtest.Main(m) }
 
-// observed is a house whose server makes a span for each request, as otelhttp does.
+// observed is a service whose server makes a span for each request, as otelhttp does.
 type observed struct {
-	*house.House
+	*fixture.Service
 	spans  *tracetest.InMemoryExporter
 	reader *sdkmetric.ManualReader
 }
@@ -43,7 +43,7 @@ func observe(t *testing.T, sampler sdktrace.Sampler, traceID func(*http.Request)
 		_ = meters.Shutdown(context.Background())
 	})
 	server := traces.Tracer("server")
-	o.House = house.New(t, house.Options{
+	o.Service = fixture.New(t, fixture.Options{
 		Tracer:  otelobserve.New(&otelobserve.Options{TracerProvider: traces, MeterProvider: meters}),
 		TraceID: traceID,
 		Around: func(next http.Handler) http.Handler {
@@ -101,9 +101,9 @@ func TestSpansOfEachOutcome(t *testing.T) {
 		more    map[string]string
 		failed  string // the status' description
 	}{
-		{"executed", func() { o.Execute(house.Transfers, 1) }, "claim, handler, commit, idempotency, server", "executed",
+		{"executed", func() { o.Execute(fixture.Transfers, 1) }, "claim, handler, commit, idempotency, server", "executed",
 			map[string]string{"http.route": "/transfers", "http.request.method": "POST", "http.response.status_code": "200", "idempotency.attempts": "1"}, ""},
-		{"replayed", func() { o.Replay(house.Payments) }, "claim, idempotency, server", "replayed", map[string]string{"http.route": "/payments"}, ""},
+		{"replayed", func() { o.Replay(fixture.Payments) }, "claim, idempotency, server", "replayed", map[string]string{"http.route": "/payments"}, ""},
 		{"declined", o.Decline, "claim, handler, decline, idempotency, server", "declined", map[string]string{"http.response.status_code": "402"}, ""},
 		{"forgotten", o.Forget, "claim, handler, rollback, idempotency, server", "not-executed", map[string]string{"http.response.status_code": "500"}, ""},
 		{"failed", o.Fail, "claim, handler, rollback, idempotency, server", "not-executed", map[string]string{"idempotency.reason": "handler-failed"}, "handler-failed"},
@@ -165,7 +165,7 @@ func TestSpansOfEachOutcome(t *testing.T) {
 func TestReplayLinksToTheOriginalAttempt(t *testing.T) {
 	t.Parallel()
 	o := observe(t, sdktrace.AlwaysSample(), otelobserve.TraceID)
-	o.Replay(house.Transfers)
+	o.Replay(fixture.Transfers)
 	spans := o.take()
 	first, requests := named(spans, "server")[0].SpanContext, named(spans, "idempotency")
 	if len(requests[0].Links) != 0 {
@@ -183,7 +183,7 @@ func TestReplayLinksToTheOriginalAttempt(t *testing.T) {
 	const parent = "4bf92f3577b34da6a3ce929d0e0e4736"
 	key := bare.NewKey()
 	for _, outcome := range []idempotency.Outcome{idempotency.OutcomeExecuted, idempotency.OutcomeReplayed} {
-		bare.Send(house.Transfers, key, "pay", key, outcome, "Traceparent", "00-"+parent+"-00f067aa0ba902b7-01")
+		bare.Send(fixture.Transfers, key, "pay", key, outcome, "Traceparent", "00-"+parent+"-00f067aa0ba902b7-01")
 	}
 	replay := named(bare.take(), "idempotency")[1]
 	if got := attributes(replay)["idempotency.original.trace_id"]; got != parent || len(replay.Links) != 0 {
@@ -191,8 +191,8 @@ func TestReplayLinksToTheOriginalAttempt(t *testing.T) {
 	}
 
 	// What somebody else's function recorded is shown nowhere.
-	own := observe(t, sdktrace.AlwaysSample(), func(*http.Request) string { return house.Canary })
-	own.Replay(house.Transfers)
+	own := observe(t, sdktrace.AlwaysSample(), func(*http.Request) string { return fixture.Canary })
+	own.Replay(fixture.Transfers)
 	if replay := named(own.take(), "idempotency")[1]; attributes(replay)["idempotency.original.trace_id"] != "" || len(replay.Links) != 0 {
 		t.Errorf("%+v", replay)
 	}
@@ -205,7 +205,7 @@ func TestTraceID(t *testing.T) {
 	if got := otelobserve.TraceID(r); got != "" {
 		t.Errorf("without a trace: %q", got)
 	}
-	r.Header.Set("Traceparent", house.Canary)
+	r.Header.Set("Traceparent", fixture.Canary)
 	if got := otelobserve.TraceID(r); got != "" {
 		t.Errorf("of a bad header: %q", got)
 	}
@@ -264,7 +264,7 @@ func TestEventsAndWaits(t *testing.T) {
 func TestMetricsCountWhatIsNotSampled(t *testing.T) {
 	t.Parallel()
 	o := observe(t, sdktrace.NeverSample(), otelobserve.TraceID)
-	o.Replay(house.Transfers)
+	o.Replay(fixture.Transfers)
 	o.Conflict(2)
 	o.LoseCommit(true)
 	o.LoseKey()
@@ -318,7 +318,7 @@ func (o *observed) collect() metricdata.ResourceMetrics {
 func TestNoCanaryInSpansAndMetrics(t *testing.T) {
 	t.Parallel()
 	o := observe(t, sdktrace.AlwaysSample(), otelobserve.TraceID)
-	o.Replay(house.Transfers)
+	o.Replay(fixture.Transfers)
 	o.Decline()
 	o.Forget()
 	o.Fail()
@@ -347,7 +347,7 @@ func TestNoCanaryInSpansAndMetrics(t *testing.T) {
 		}
 	}
 	_, _ = fmt.Fprintf(&text, "%+v", o.collect())
-	if got := text.String(); strings.Contains(got, house.Canary) || !strings.Contains(got, "outcome-unknown") || !strings.Contains(got, "/transfers") {
+	if got := text.String(); strings.Contains(got, fixture.Canary) || !strings.Contains(got, "outcome-unknown") || !strings.Contains(got, "/transfers") {
 		t.Errorf("of %d spans: %s", len(spans), got)
 	}
 }

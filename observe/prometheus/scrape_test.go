@@ -12,15 +12,15 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 	dto "github.com/prometheus/client_model/go"
 
-	"github.com/paidonce/idempotency/observe/internal/house"
+	"github.com/paidonce/idempotency/observe/internal/fixture"
 	"github.com/paidonce/idempotency/observe/lostkey"
 	promobserve "github.com/paidonce/idempotency/observe/prometheus"
 	"github.com/paidonce/idempotency/storage/postgres"
 )
 
-// observed is a house with every metric on.
+// observed is a service with every metric on.
 type observed struct {
-	*house.House
+	*fixture.Service
 	registry *prometheus.Registry
 	pool     *prometheus.Registry // the pool alone: in the other one the scrape itself holds a connection for a moment
 	tracer   *promobserve.Tracer
@@ -31,7 +31,7 @@ func observe(t *testing.T, opts *promobserve.Options) *observed {
 	t.Helper()
 	o := &observed{registry: prometheus.NewRegistry()}
 	o.tracer = promobserve.New(o.registry, opts)
-	o.House = house.New(t, house.Options{Tracer: o.tracer})
+	o.Service = fixture.New(t, fixture.Options{Tracer: o.tracer})
 	o.pool = prometheus.NewRegistry()
 	o.pool.MustRegister(promobserve.NewPoolCollector(o.Pool.Stat))
 	o.registry.MustRegister(promobserve.NewPoolCollector(o.Pool.Stat), promobserve.NewRecordsCollector(func(ctx context.Context) (postgres.Statistics, error) {
@@ -48,15 +48,15 @@ func TestEveryMetricSaysWhatHappened(t *testing.T) {
 	t.Parallel()
 	// With room for two requests the detector forgets, and still finds what comes at once.
 	o := observe(t, &promobserve.Options{HandlerTimeout: 7 * time.Second, LostKeys: lostkey.Options{RequestsMax: 2}})
-	o.Execute(house.Transfers, 3)
-	o.Replay(house.Payments)
+	o.Execute(fixture.Transfers, 3)
+	o.Replay(fixture.Payments)
 	o.Decline()
 	o.Forget()
 	o.Fail()
 	o.Mismatch()
 	o.LoseKey()
 	o.Settle()
-	o.Hold(house.Transfers, func(string) {
+	o.Hold(fixture.Transfers, func(string) {
 		wantLines(t, scrape(t, o.registry), "idempotency_requests_in_flight 1")
 		wantLines(t, scrape(t, o.pool), "idempotency_pool_connections_acquired 1")
 	})
@@ -69,12 +69,12 @@ func TestEveryMetricSaysWhatHappened(t *testing.T) {
 	o.LoseDatabase()
 	o.Corrupt()
 	o.Refuse()
-	o.unread = errors.New(house.Canary)
+	o.unread = errors.New(fixture.Canary)
 	scrape(t, o.registry)
 	o.unread = nil
 	wantLines(t, scrape(t, o.registry), "idempotency_records_expired_estimate 0", "idempotency_records_overdue_estimate_seconds 0")
 	o.Expire(90 * time.Second)
-	o.Execute(house.Transfers, 1)
+	o.Execute(fixture.Transfers, 1)
 
 	o.Settle()
 	wantLines(t, scrape(t, o.pool), "idempotency_pool_connections_acquired 0")
@@ -116,15 +116,15 @@ func TestEveryMetricSaysWhatHappened(t *testing.T) {
 
 	deleted, err := o.Store.DeleteExpired(context.Background())
 	o.tracer.OnWalk(deleted, time.Second, err)
-	o.tracer.OnWalk(0, time.Second, errors.New(house.Canary))
+	o.tracer.OnWalk(0, time.Second, errors.New(fixture.Canary))
 	text = scrape(t, o.registry)
 	wantLines(t, text, `idempotency_records_deleted_total 15`, `idempotency_reaper_walks_total{result="ok"} 1`, `idempotency_reaper_walks_total{result="failed"} 1`,
 		`idempotency_reaper_walk_duration_seconds_count 2`, `idempotency_records_live_estimate 1`, `idempotency_records_expired_estimate 0`)
-	if strings.Contains(text, house.Canary) {
+	if strings.Contains(text, fixture.Canary) {
 		t.Error("the scrape holds what a client sent, or an error's text")
 	}
 	o.Expire(90 * time.Second)
-	o.Execute(house.Transfers, 1)
+	o.Execute(fixture.Transfers, 1)
 	wantDocumented(t, o.registry)
 }
 

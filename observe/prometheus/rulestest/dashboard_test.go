@@ -13,7 +13,7 @@ import (
 	"github.com/prometheus/prometheus/promql/parser"
 
 	"github.com/paidonce/idempotency"
-	"github.com/paidonce/idempotency/observe/internal/house"
+	"github.com/paidonce/idempotency/observe/internal/fixture"
 )
 
 // dashboard is what a test looks at of one of Grafana's.
@@ -69,7 +69,7 @@ func TestEveryQueryOfTheDashboardReturnsData(t *testing.T) {
 			w.Refuse()
 			w.LoseCommit(true)
 			w.LoseCommit(false)
-			w.tracer.OnWalk(1, time.Second, errors.New(house.Canary))
+			w.tracer.OnWalk(1, time.Second, errors.New(fixture.Canary))
 			w.unread = nil
 			switch n % 4 {
 			case 1:
@@ -77,7 +77,7 @@ func TestEveryQueryOfTheDashboardReturnsData(t *testing.T) {
 			case 2:
 				w.Unavailable(1)
 				w.GiveUp()
-				w.unread = errors.New(house.Canary)
+				w.unread = errors.New(fixture.Canary)
 			case 3:
 				w.Expire(time.Minute)
 				w.Wait(func() bool {

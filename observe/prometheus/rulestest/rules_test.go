@@ -14,7 +14,7 @@ import (
 	"github.com/prometheus/prometheus/promql/parser"
 
 	"github.com/paidonce/idempotency"
-	"github.com/paidonce/idempotency/observe/internal/house"
+	"github.com/paidonce/idempotency/observe/internal/fixture"
 )
 
 // rules are the alerts of rules.yaml, as Prometheus reads them.
@@ -108,7 +108,7 @@ func TestAlertsFireWhereTheyShould(t *testing.T) {
 		}, 0, []string{"IdempotencyPoolSaturated"}, []string{"IdempotencyFiguresStale"}},
 		"handlers are slow": {func(w *world, n int) {
 			w.usual(n)
-			w.Send(house.Transfers, w.NewKey(), "slow", w.NewKey(), idempotency.OutcomeExecuted)
+			w.Send(fixture.Transfers, w.NewKey(), "slow", w.NewKey(), idempotency.OutcomeExecuted)
 		}, 0, []string{"IdempotencyHandlersSlow"}, nil},
 		"handlers fail": {func(w *world, n int) {
 			w.usual(n)
@@ -128,19 +128,19 @@ func TestAlertsFireWhereTheyShould(t *testing.T) {
 		}, 0, []string{"IdempotencyLostKeys"}, nil},
 		"answers reach nobody": {func(w *world, n int) {
 			w.usual(n)
-			key := w.Execute(house.Transfers, 1)[0]
+			key := w.Execute(fixture.Transfers, 1)[0]
 			for range 12 {
-				w.Send(house.Transfers, key, "pay", key, idempotency.OutcomeReplayed)
+				w.Send(fixture.Transfers, key, "pay", key, idempotency.OutcomeReplayed)
 			}
 		}, 0, []string{"IdempotencyDuplicatesSpike"}, nil},
 		"the reaper has stopped": {func(w *world, n int) {
-			w.Execute(house.Transfers, 3)
+			w.Execute(fixture.Transfers, 3)
 			if n == 0 {
 				w.Expire(time.Minute)
 			}
 		}, 80, []string{"IdempotencyReaperStopped"}, nil},
 		"the reaper does not keep up": {func(w *world, n int) {
-			w.Execute(house.Transfers, 3)
+			w.Execute(fixture.Transfers, 3)
 			w.Expire(2 * time.Hour)
 			w.tracer.OnWalk(0, time.Second, nil)
 		}, 0, []string{"IdempotencyExpiredBacklog"}, nil},
@@ -156,7 +156,7 @@ func TestAlertsFireWhereTheyShould(t *testing.T) {
 			t.Parallel()
 			handlerTimeout := idempotency.HandlerTimeoutDefault
 			if slices.Contains(test.fires, "IdempotencyHandlersSlow") {
-				handlerTimeout = house.Slow + 5*time.Millisecond
+				handlerTimeout = fixture.Slow + 5*time.Millisecond
 			}
 			recordsTimeout := patience
 			if slices.Contains(test.fires, "IdempotencyPoolSaturated") {

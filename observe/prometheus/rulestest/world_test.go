@@ -20,7 +20,7 @@ import (
 	"github.com/prometheus/prometheus/tsdb"
 
 	"github.com/paidonce/idempotency/internal/pgtest"
-	"github.com/paidonce/idempotency/observe/internal/house"
+	"github.com/paidonce/idempotency/observe/internal/fixture"
 	promobserve "github.com/paidonce/idempotency/observe/prometheus"
 	"github.com/paidonce/idempotency/storage/postgres"
 )
@@ -32,7 +32,7 @@ const interval = 30 * time.Second
 
 // world is a service and the Prometheus that scrapes it. Time goes by when it says so.
 type world struct {
-	*house.House
+	*fixture.Service
 	t       *testing.T
 	tracer  *promobserve.Tracer
 	scraped http.Handler
@@ -49,7 +49,7 @@ func newWorld(t *testing.T, handlerTimeout, recordsTimeout time.Duration) *world
 	w.now = w.begin
 	registry := prometheus.NewRegistry()
 	w.tracer = promobserve.New(registry, &promobserve.Options{HandlerTimeout: handlerTimeout})
-	w.House = house.New(t, house.Options{Tracer: w.tracer})
+	w.Service = fixture.New(t, fixture.Options{Tracer: w.tracer})
 	registry.MustRegister(promobserve.NewPoolCollector(w.Pool.Stat), promobserve.NewRecordsCollector(func(ctx context.Context) (postgres.Statistics, error) {
 		if w.unread != nil {
 			return postgres.Statistics{}, w.unread
@@ -96,10 +96,10 @@ func (w *world) scrapeNow() {
 // usual is what happens in an interval of a good day: payments, a retry now and then, a declined one, a walk of the reaper.
 func (w *world) usual(n int) {
 	w.t.Helper()
-	w.Execute(house.Transfers, 3)
-	w.Execute(house.Payments, 2)
+	w.Execute(fixture.Transfers, 3)
+	w.Execute(fixture.Payments, 2)
 	if n%3 == 0 {
-		w.Replay(house.Transfers)
+		w.Replay(fixture.Transfers)
 	}
 	if n%5 == 0 {
 		w.Decline()
