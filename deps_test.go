@@ -1,57 +1,72 @@
 package idempotency_test
 
 import (
+	"encoding/json"
+	"errors"
+	"io"
 	"io/fs"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"slices"
 	"strings"
+	"sync"
 	"testing"
 )
 
 const module = "github.com/paidonce/idempotency"
 
-// dependencies returns what the packages bring into a program that imports them: those of our own packages, and the
-// modules of the others.
-func dependencies(t *testing.T, packages ...string) (ours, modules []string) {
-	t.Helper()
-	format := "{{if not .Standard}}{{.ImportPath}} {{.Module.Path}}{{end}}"
-	for _, line := range goList(t, append([]string{"-deps", "-f", format}, packages...)...) {
-		path, from, _ := strings.Cut(line, " ")
-		if from == module && strings.HasSuffix(path, "/internal/deadline") {
-			continue // a part of the root package, which storage/postgres knows too
-		}
-		if from == module {
-			ours = append(ours, strings.TrimPrefix(strings.TrimPrefix(path, module), "/"))
-			continue
-		}
-		modules = append(modules, from)
-	}
-	slices.Sort(ours)
-	slices.Sort(modules)
-	return ours, slices.Compact(modules)
+// listed is a package as the go command lists it.
+type listed struct {
+	ImportPath                         string
+	Standard                           bool
+	Module                             struct{ Path string }
+	Imports, TestImports, XTestImports []string
+	Deps                               []string // all that it needs, without its tests
 }
 
-func goList(t *testing.T, args ...string) []string {
+// workspace returns every package of the workspace and all that they need, by import path. One run
+// of the go command serves all tests.
+func workspace(t *testing.T) map[string]listed {
 	t.Helper()
 	watchSources(t)
-	command := exec.CommandContext(t.Context(), "go", append([]string{"list"}, args...)...)
-	var stderr strings.Builder
-	command.Stderr = &stderr
-	out, err := command.Output()
+	packages, err := listWorkspace()
 	if err != nil {
-		t.Fatalf("%v: %v\n%s", command, err, stderr.String())
+		t.Fatal(err)
 	}
-	return strings.FieldsFunc(string(out), func(r rune) bool { return r == '\n' })
+	if _, ok := packages[module+"/cmd/demo-bank"]; !ok {
+		t.Skip("NOT RUN: GOWORK=off hides the other modules; run go test work")
+	}
+	return packages
 }
 
-// watchSources looks at every source file of the module. The go command takes notice, and runs these tests again when
-// one of them has changed.
+var listWorkspace = sync.OnceValues(func() (map[string]listed, error) {
+	command := exec.Command("go", "list", "-deps", "-json=ImportPath,Standard,Module,Imports,TestImports,XTestImports,Deps", "work")
+	out, err := command.Output()
+	if failed, ok := errors.AsType[*exec.ExitError](err); ok {
+		err = errors.New(string(failed.Stderr))
+	}
+	if err != nil {
+		return nil, err
+	}
+	packages := map[string]listed{}
+	for decoder := json.NewDecoder(strings.NewReader(string(out))); ; {
+		var p listed
+		if err := decoder.Decode(&p); errors.Is(err, io.EOF) {
+			return packages, nil
+		} else if err != nil {
+			return nil, err
+		}
+		packages[p.ImportPath] = p
+	}
+})
+
+// watchSources looks at every source file of the modules. The go command takes notice, and runs
+// these tests again when one of them has changed.
 func watchSources(t *testing.T) {
 	t.Helper()
 	err := filepath.WalkDir(".", func(path string, entry fs.DirEntry, err error) error {
-		if err == nil && (strings.HasSuffix(path, ".go") || path == "go.mod") {
+		if err == nil && (strings.HasSuffix(path, ".go") || entry.Name() == "go.mod") {
 			_, err = os.Stat(path)
 		}
 		return err
@@ -61,10 +76,11 @@ func watchSources(t *testing.T) {
 	}
 }
 
-// The arrows of the house: who imports one package gets these packages of ours and these modules, and no others. A
-// module that is to be added here is one that every user will have to trust.
+// The arrows of the house: a program that imports these packages gets these packages of ours and
+// these modules, and no others. A module that is added here is one that every user has to trust.
 func TestDependencies(t *testing.T) {
 	t.Parallel()
+	packages := workspace(t)
 	pgx := []string{
 		"github.com/jackc/pgpassfile", "github.com/jackc/pgservicefile", "github.com/jackc/pgx/v5", "github.com/jackc/puddle/v2",
 		"golang.org/x/sync", "golang.org/x/text",
@@ -99,6 +115,7 @@ func TestDependencies(t *testing.T) {
 		{[]string{"./middleware/chiroute"}, []string{"middleware/chiroute"}, []string{"github.com/go-chi/chi/v5"}},
 		{[]string{"./client"}, []string{"", "client"}, []string{uuid}},
 		{[]string{"./client/pgintent"}, []string{"", "client", "client/pgintent"}, append([]string{uuid}, pgx...)},
+		{[]string{"./client/boltintent"}, []string{"", "client", "client/boltintent"}, []string{uuid, "go.etcd.io/bbolt", "golang.org/x/sys"}},
 		{[]string{"./middleware", "./storage/postgres"}, []string{"", "middleware", "storage/postgres"}, append([]string{httpsfv}, pgx...)},
 		{[]string{"./observe/lostkey"}, []string{"", "observe/lostkey"}, nil},
 		{[]string{"./observe"}, []string{"", "observe", "observe/lostkey"}, nil},
@@ -107,7 +124,28 @@ func TestDependencies(t *testing.T) {
 	} {
 		t.Run(strings.Join(test.packages, " "), func(t *testing.T) {
 			t.Parallel()
-			ours, modules := dependencies(t, test.packages...)
+			var ours, modules []string
+			for _, name := range test.packages {
+				path := strings.TrimSuffix(module+strings.TrimPrefix(name, "."), "/")
+				if _, ok := packages[path]; !ok {
+					t.Fatalf("there is no package %s", path)
+				}
+				for _, needed := range append(packages[path].Deps, path) {
+					p := packages[needed]
+					switch {
+					case p.Standard:
+					case needed == module+"/internal/deadline": // a part of the root package, which storage/postgres knows too
+					case needed == module || strings.HasPrefix(needed, module+"/"):
+						ours = append(ours, strings.TrimPrefix(strings.TrimPrefix(needed, module), "/"))
+					default:
+						modules = append(modules, p.Module.Path)
+					}
+				}
+			}
+			for _, found := range []*[]string{&ours, &modules} {
+				slices.Sort(*found)
+				*found = slices.Compact(*found)
+			}
 			if !slices.Equal(ours, test.ours) {
 				t.Errorf("packages of ours: %q, want %q", ours, test.ours)
 			}
@@ -121,8 +159,10 @@ func TestDependencies(t *testing.T) {
 func TestOnlyMigrationsImportsMigrate(t *testing.T) {
 	t.Parallel()
 	var importers []string
-	for _, line := range goList(t, "-e", "-f", "{{.ImportPath}} {{.Imports}} {{.TestImports}} {{.XTestImports}}", "./...") {
-		if path, imports, _ := strings.Cut(line, " "); strings.Contains(imports, "github.com/golang-migrate/") {
+	for path, p := range workspace(t) {
+		imports := slices.Concat(p.Imports, p.TestImports, p.XTestImports)
+		ours := path == module || strings.HasPrefix(path, module+"/")
+		if ours && slices.ContainsFunc(imports, func(s string) bool { return strings.HasPrefix(s, "github.com/golang-migrate/") }) {
 			importers = append(importers, path)
 		}
 	}
@@ -131,38 +171,142 @@ func TestOnlyMigrationsImportsMigrate(t *testing.T) {
 	}
 }
 
-// Prometheus itself is needed to test rules and dashboard, in a module of its own.
-func TestNobodyDependsOnPrometheusItself(t *testing.T) {
-	t.Parallel()
-	file, err := os.ReadFile("go.mod")
-	if err != nil {
-		t.Fatal(err)
-	}
-	if strings.Contains(string(file), "github.com/prometheus/prometheus") {
-		t.Error("go.mod names github.com/prometheus/prometheus: it belongs to observe/prometheus/rulestest")
-	}
-}
-
-// A file of intents needs bbolt, and so lives in a module of its own.
-func TestNobodyDependsOnBbolt(t *testing.T) {
-	t.Parallel()
-	file, err := os.ReadFile("go.mod")
-	if err != nil {
-		t.Fatal(err)
-	}
-	if strings.Contains(string(file), "go.etcd.io/bbolt") {
-		t.Error("go.mod names go.etcd.io/bbolt: it belongs to client/boltintent")
-	}
-}
-
 // What drives a browser is for tests alone: internal/browsertest, which only they import.
 func TestOnlyTestsDriveABrowser(t *testing.T) {
 	t.Parallel()
 	const browsertest = module + "/internal/browsertest"
-	for _, line := range goList(t, "-e", "-f", "{{.ImportPath}} {{.Imports}}", "./...") {
-		path, imports, _ := strings.Cut(line, " ")
-		if path != browsertest && (strings.Contains(imports, "github.com/chromedp/") || strings.Contains(imports, browsertest)) {
+	for path, p := range workspace(t) {
+		if path == browsertest || !strings.HasPrefix(path, module) {
+			continue
+		}
+		if slices.ContainsFunc(p.Imports, func(s string) bool { return strings.HasPrefix(s, "github.com/chromedp/") || s == browsertest }) {
 			t.Errorf("%s imports a browser's driver outside of its tests", path)
 		}
+	}
+}
+
+// A module that this list does not name is one that no user of the library has to have. Others
+// belong to a module of their own: this one's versions are the least that each user gets.
+func TestTheRootRequiresNoMore(t *testing.T) {
+	t.Parallel()
+	mod := readModule(t, ".")
+	var direct, indirect []string
+	for _, r := range mod.Require {
+		if r.Indirect {
+			indirect = append(indirect, r.Path)
+		} else {
+			direct = append(direct, r.Path)
+		}
+	}
+	for _, c := range []struct {
+		what      string
+		got, want []string
+	}{
+		{"what packages of the root module import", direct, []string{
+			"github.com/chromedp/cdproto", "github.com/chromedp/chromedp", // browser tests
+			"github.com/dunglas/httpsfv",
+			"github.com/fergusstrange/embedded-postgres", // tests and examples
+			"github.com/go-chi/chi/v5",
+			"github.com/golang-migrate/migrate/v4",
+			"github.com/google/uuid",
+			"github.com/jackc/pgx/v5",
+			"go.uber.org/goleak", // tests
+			"golang.org/x/sys",   // tests
+			"pgregory.net/rapid", // tests
+		}},
+		{"what those need", indirect, []string{
+			"github.com/go-json-experiment/json", "github.com/jackc/pgerrcode", "github.com/jackc/pgpassfile",
+			"github.com/jackc/pgservicefile", "github.com/jackc/puddle/v2", "github.com/lib/pq", "github.com/xi2/xz",
+			"golang.org/x/sync", "golang.org/x/text",
+		}},
+	} {
+		slices.Sort(c.got)
+		if !slices.Equal(c.got, c.want) {
+			t.Errorf("%s: go.mod has %q, want %q", c.what, c.got, c.want)
+		}
+	}
+}
+
+// Every module is in the workspace, and finds the others in the checkout also without it.
+func TestEveryModuleIsInTheWorkspace(t *testing.T) {
+	t.Parallel()
+	var work struct{ Use []struct{ DiskPath string } }
+	goJSON(t, &work, "work", "edit", "-json", "go.work")
+	var used []string
+	for _, u := range work.Use {
+		used = append(used, filepath.Clean(u.DiskPath))
+	}
+	// Prometheus itself raises half of the modules here, and needs a newer Go: it would be tested
+	// with the library in place of the versions that go.mod names.
+	const apart = "observe/prometheus/rulestest"
+	folders := map[string]string{} // by module path
+	for _, folder := range append(used, apart) {
+		folders[readModule(t, folder).Module.Path] = folder
+	}
+	err := filepath.WalkDir(".", func(path string, entry fs.DirEntry, err error) error {
+		if err == nil && entry.Name() == "testdata" {
+			return fs.SkipDir
+		}
+		if folder := filepath.ToSlash(filepath.Dir(path)); entry != nil && entry.Name() == "go.mod" && folder != apart && !slices.Contains(used, filepath.FromSlash(folder)) {
+			t.Errorf("go.work does not use ./%s", folder)
+		}
+		return err
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for path, folder := range folders {
+		if want := strings.TrimSuffix(module+"/"+filepath.ToSlash(folder), "/."); path != want {
+			t.Errorf("the module in %s is %s, want %s", folder, path, want)
+		}
+		mod := readModule(t, folder)
+		for _, r := range mod.Require {
+			if r.Path != module && !strings.HasPrefix(r.Path, module+"/") {
+				continue
+			}
+			replaced := ""
+			for _, replace := range mod.Replace {
+				if replace.Old.Path == r.Path {
+					replaced = filepath.Join(folder, filepath.FromSlash(replace.New.Path))
+				}
+			}
+			if replaced != filepath.Clean(folders[r.Path]) {
+				t.Errorf("%s replaces %s with %q", path, r.Path, replaced)
+			}
+		}
+	}
+}
+
+// modFile is a go.mod.
+type modFile struct {
+	Module  struct{ Path string }
+	Require []struct {
+		Path, Version string
+		Indirect      bool
+	}
+	Replace []struct {
+		Old, New struct{ Path, Version string }
+	}
+}
+
+func readModule(t *testing.T, folder string) (mod modFile) {
+	t.Helper()
+	path := filepath.Join(folder, "go.mod")
+	if _, err := os.Stat(path); err != nil { // so that the go command runs this test again when the file changes
+		t.Fatal(err)
+	}
+	goJSON(t, &mod, "mod", "edit", "-json", path)
+	return mod
+}
+
+func goJSON(t *testing.T, to any, arguments ...string) {
+	t.Helper()
+	command := exec.CommandContext(t.Context(), "go", arguments...)
+	out, err := command.Output()
+	if err == nil {
+		err = json.Unmarshal(out, to)
+	}
+	if err != nil {
+		t.Fatalf("%v: %v", command, err)
 	}
 }

@@ -135,10 +135,11 @@ const module = "github.com/paidonce/idempotency"
 
 // checkout returns the folder of the sources.
 func checkout(ctx context.Context) (string, error) {
-	out, err := exec.CommandContext(ctx, "go", "list", "-m", "-f", "{{.Path}} {{.Dir}}").Output()
-	path, dir, _ := strings.Cut(strings.TrimSpace(string(out)), " ")
-	if err != nil || path != module {
-		return "", fmt.Errorf("mutants are built from the sources: run this inside a checkout of %s, with the go command", module)
+	// In the workspace, the root's module is one of the main modules, in whatever folder this runs.
+	out, err := exec.CommandContext(ctx, "go", "list", "-m", "-f", "{{.Main}} {{.Dir}}", module).Output()
+	main, dir, _ := strings.Cut(strings.TrimSpace(string(out)), " ")
+	if err != nil || main != "true" {
+		return "", fmt.Errorf("mutants are built from the sources: run this inside a checkout of %s, with the go command and without GOWORK=off", module)
 	}
 	return dir, nil
 }
