@@ -248,7 +248,7 @@ func (a *attempt) undoAndLook(ctx context.Context, step string, calls []call) er
 // applied: a plan with policies would outlive them. See [ErrRowSecurity].
 func (a *attempt) distrust() {
 	if a.hidden {
-		delete(a.conn().CustomData(), preparedMark)
+		delete(a.conn().CustomData(), a.store.statements.mark)
 	}
 }
 

@@ -4,45 +4,58 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"strconv"
 	"strings"
 	"time"
 
 	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgconn"
+	"github.com/jackc/pgx/v5/pgxpool"
 )
 
 // What [Store.Check] finds wrong. Each error's text names the remedy.
 var (
+	ErrServerOutdated   = errors.New("the server is older than PostgreSQL 14")
 	ErrNotPrimary       = errors.New("the server is a standby")
 	ErrSchemaOutdated   = errors.New("the schema is not what this version needs")
 	ErrTableUnlogged    = errors.New("the table is unlogged")
 	ErrTableUnsafe      = errors.New("the table does not keep each record as it is written")
 	ErrCommitNotDurable = errors.New("COMMIT does not wait for the disk")
 	ErrSessionUnbounded = errors.New("nothing ends a session that stopped")
-	ErrNotConfigured    = errors.New("the pool's config did not go through Configure")
+	ErrNotConfigured    = errors.New("the pool is not configured for this store")
 )
 
 // SchemaVersion is the least version of the schema that this package needs; package migrations provides it. Later ones
 // may add tables for others, such as the operator's in version 3.
 const SchemaVersion = 2
 
+const serverVersionMin = 14
+
 const versionTable = "idempotency_migrations"
 
-// Check reports whether the database and the pool can keep the store's promises: it is the primary
-// and no logical replica of one, the schema is there in the version of this package or a later one,
+// Check reports whether the database and the pool can keep the store's promises: it is PostgreSQL
+// 14 or later, the primary and no logical replica of one, the schema is there in the version of this package or a later one,
 // the table is a plain logged one with its primary key, all of its columns and no other NOT NULL
 // column without a default, no rule, no BEFORE ROW trigger that is enabled and no child table, no
 // row-level security hides its rows from the pool's role, the database's encoding is UTF8 or
 // SQL_ASCII, COMMIT waits for the disk, the server ends a session that is idle in a transaction
-// within a minute, and the pool refuses an Acquire with a running handler's context. The error
-// joins all faults it finds. A service calls it when it starts and from its readiness probe.
-func (s *Store) Check(ctx context.Context) error {
+// within a minute, a connection has the settings of the store's options, and the pool refuses an
+// Acquire with a running handler's context. The error joins all faults it finds. A service calls it
+// when it starts and from its readiness probe.
+func (s *Store) Check(ctx context.Context) error { return errors.Join(s.check(ctx)...) }
+
+func (s *Store) check(ctx context.Context) (wrong []error) {
 	ctx, cancel := context.WithTimeout(ctx, s.options.AcquireTimeout+s.options.StatementTimeout)
 	defer cancel()
+	add := func(sentinel error, remedy string, args ...any) {
+		wrong = append(wrong, fmt.Errorf("check: %w: %s", sentinel, fmt.Sprintf(remedy, args...)))
+	}
 	var (
 		standby           bool
-		synchronousCommit string
-		idleMS            int64
+		session           []string // the values of its settings, in the order of Options.settings
+		encoding          string
+		version           string // "15.14 (Debian 15.14-1)"
+		othersPrepared    bool
 		kind, persistence *string
 		keyName, keyOf    *string
 		altered           alterations
@@ -50,10 +63,14 @@ func (s *Store) Check(ctx context.Context) error {
 		subscriptions     []string
 		missing, demanded []string // columns that a record needs; that it does not have
 	)
-	err := s.pool.QueryRow(ctx, `
+	var names []string
+	for _, setting := range s.options.settings() {
+		names = append(names, setting.name)
+	}
+	const sql = `
 		SELECT pg_is_in_recovery(),
-		       current_setting('synchronous_commit'),
-		       (SELECT setting::bigint FROM pg_settings WHERE name = 'idle_in_transaction_session_timeout'),
+		       ARRAY(SELECT COALESCE(s.setting, '') FROM unnest($4::text[]) WITH ORDINALITY AS n(name, at) LEFT JOIN pg_settings AS s ON s.name = n.name ORDER BY n.at),
+		       current_setting('client_encoding'),
 		       c.relkind::text, c.relpersistence::text,
 		       p.name, p.columns,
 		       ARRAY(SELECT quote_ident(rulename) FROM pg_rewrite WHERE ev_class = c.oid AND ev_enabled <> 'D' AND rulename <> '_RETURN' ORDER BY 1),
@@ -76,20 +93,33 @@ func (s *Store) Check(ctx context.Context) error {
 			FROM pg_constraint AS k JOIN pg_attribute AS a ON a.attrelid = k.conrelid AND a.attnum = ANY (k.conkey)
 			WHERE k.conrelid = c.oid AND k.contype = 'p'
 			GROUP BY k.conname, k.condeferrable
-		) AS p ON true`,
-		pgx.Identifier{s.options.Schema, TableName}.Sanitize(),
-		pgx.Identifier{s.options.Schema, versionTable}.Sanitize(),
-		strings.Split("scope, key, "+recordColumns, ", "),
-	).Scan(&standby, &synchronousCommit, &idleMS, &kind, &persistence, &keyName, &keyOf, &altered.rules, &altered.triggers, &altered.children, &versions, &subscriptions, &missing, &demanded)
+		) AS p ON true`
+	err := s.pool.AcquireFunc(ctx, func(conn *pgxpool.Conn) error {
+		version = conn.Conn().PgConn().ParameterStatus("server_version")
+		othersPrepared = s.statements.othersOn(conn.Conn().PgConn())
+		return conn.QueryRow(ctx, sql,
+			pgx.Identifier{s.options.Schema, TableName}.Sanitize(),
+			pgx.Identifier{s.options.Schema, versionTable}.Sanitize(),
+			strings.Split("scope, key, "+recordColumns, ", "),
+			names,
+		).Scan(&standby, &session, &encoding, &kind, &persistence, &keyName, &keyOf, &altered.rules, &altered.triggers, &altered.children, &versions, &subscriptions, &missing, &demanded)
+	})
 	if err != nil {
-		return fmt.Errorf("check: %w", sqlError(err))
+		return []error{fmt.Errorf("check: %w", reachError(err))}
 	}
-	var wrong []error
 	if !s.refusesEscapes(ctx) {
-		wrong = append(wrong, fmt.Errorf("check: %w: a handler that uses the pool with its own context would write around its transaction, and nothing would stop it: call postgres.Configure before pgxpool.NewWithConfig", ErrNotConfigured))
+		add(ErrNotConfigured, "a handler that uses the pool with its own context would write around its transaction, and nothing would stop it: call postgres.Configure before pgxpool.NewWithConfig")
 	}
-	add := func(sentinel error, remedy string, args ...any) {
-		wrong = append(wrong, fmt.Errorf("check: %w: %s", sentinel, fmt.Sprintf(remedy, args...)))
+	if encoding != "UTF8" && encoding != "SQL_ASCII" {
+		add(ErrNotConfigured, "client_encoding is %s, in which two keys may be one: put the pool's config through Configure", encoding)
+	}
+	if othersPrepared {
+		add(ErrNotConfigured, "its connections have the statements of other options prepared, of another schema or isolation level, so that PostgreSQL parses this store's each time: put the pool's config through Configure with this store's options too")
+	}
+	if major := 0; version != "" {
+		if _, err := fmt.Sscan(version, &major); err == nil && major < serverVersionMin {
+			add(ErrServerOutdated, "it is version %d: upgrade it", major)
+		}
 	}
 	if standby {
 		add(ErrNotPrimary, "connect to the primary (target_session_attrs=read-write)")
@@ -126,16 +156,50 @@ func (s *Store) Check(ctx context.Context) error {
 	for _, err := range s.checkAbsence(ctx) {
 		wrong = append(wrong, fmt.Errorf("check: %w", err))
 	}
-	if !s.options.TransactionPooling { // there the settings come with each claim
-		if idle := time.Duration(idleMS) * time.Millisecond; idle == 0 || idle > IdleInTransactionTimeoutMax {
-			add(ErrSessionUnbounded, "idle_in_transaction_session_timeout is %v, so that a service that vanishes keeps its key for longer than %v: take it out of the pool's config and put the config through Configure", idle, IdleInTransactionTimeoutMax)
+	return append(wrong, s.checkSession(session)...)
+}
+
+// checkSession compares a connection's settings, in the order of Options.settings, with those that
+// the options ask for.
+func (s *Store) checkSession(session []string) (wrong []error) {
+	add := func(sentinel error, remedy string, args ...any) {
+		wrong = append(wrong, fmt.Errorf("check: %w: %s", sentinel, fmt.Sprintf(remedy, args...)))
+	}
+	if s.options.TransactionPooling { // the settings come with each claim
+		if s.mode == pgx.QueryExecModeCacheStatement || s.mode == pgx.QueryExecModeDescribeExec {
+			add(ErrNotConfigured, "Options.TransactionPooling says that a pooler hands out a server connection per transaction, and the pool's mode %q prepares statements on one and uses them on the next:"+
+				" give Configure the same options, or set ConnConfig.DefaultQueryExecMode to pgx.QueryExecModeExec", s.mode)
 		}
-		switch synchronousCommit {
-		case "off", "local", "remote_write":
-			add(ErrCommitNotDurable, "synchronous_commit is %s: put the pool's config through Configure", synchronousCommit)
+		return wrong
+	}
+	for i, setting := range s.options.settings() {
+		got := session[i]
+		switch {
+		case setting.name == "synchronous_commit" && (got == "off" || got == "local" || got == "remote_write"):
+			add(ErrCommitNotDurable, "synchronous_commit is %s: put the pool's config through Configure", got)
+		case setting.name == "idle_in_transaction_session_timeout" && !bounded(got):
+			add(ErrSessionUnbounded, "idle_in_transaction_session_timeout is %s, so that a service that vanishes keeps its key for longer than %v: take it out of the pool's config and put the config through Configure", inTime(got), IdleInTransactionTimeoutMax)
+		case got != setting.value:
+			add(ErrNotConfigured, "%s is %s, and Options.%s says %s: give Configure and New the same options, and take %[1]s out of the database's address and of hooks, or set the option to it",
+				setting.name, inTime(got), setting.option, inTime(setting.value))
 		}
 	}
-	return errors.Join(wrong...)
+	return wrong
+}
+
+// bounded reports whether a timeout in milliseconds is one, and is short enough.
+func bounded(ms string) bool {
+	n, err := strconv.ParseInt(ms, 10, 64)
+	return err == nil && n > 0 && n <= IdleInTransactionTimeoutMax.Milliseconds()
+}
+
+// inTime returns a setting in milliseconds as a duration, and any other as it is.
+func inTime(value string) string {
+	ms, err := strconv.ParseInt(value, 10, 64)
+	if err != nil {
+		return value
+	}
+	return (time.Duration(ms) * time.Millisecond).String()
 }
 
 // primaryKey is the name of the table's primary key. An INSERT that loses a race is recognized by

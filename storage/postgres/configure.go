@@ -19,15 +19,18 @@ import (
 // is not refused, and its writes are committed apart from its request.
 var ErrEscape = errors.New("idempotency/postgres: an idempotent handler must not take a connection from the pool: use postgres.Tx(ctx)")
 
-// Configure gives a pool's config what a [Store] wants of its connections, to be called once before
-// pgxpool.NewWithConfig:
+// Configure gives a pool's config what a [Store] wants of its connections. [Open] calls it; call it
+// before pgxpool.NewWithConfig for a pool of your own, with the options that [New] will get, and
+// once more for each other store on the pool:
 //
-//   - the settings of opts. One that the config already has stays, but for synchronous_commit.
+//   - the settings of opts. One that the config already has stays, except for synchronous_commit;
+//     [Store.Check] then finds that it differs.
 //   - TCP keep-alives after 30 seconds, each 10 seconds, and tcp_user_timeout: the server ends a connection if the other side
 //     acknowledges nothing for 60 seconds
 //   - our statements prepared on connect, in pgx's default mode, so that a warm connection parses nothing. If the
 //     table is not there yet, as before the first migration, or is locked for longer than Options.PrepareTimeout, they are sent as
 //     text for that connection's life.
+//   - with Options.TransactionPooling, pgx.QueryExecModeExec in place of pgx's default mode, which prepares statements
 //   - a notice handler, which learns that a COMMIT did not wait for the standbys
 //   - a tracer that refuses an Acquire with a running handler's context, with [ErrEscape]
 //
@@ -42,8 +45,8 @@ func Configure(config *pgxpool.Config, opts *Options) {
 	conn.RuntimeParams["client_encoding"] = "UTF8" // see plainText; a pooler knows this one
 	if !o.TransactionPooling {                     // a pooler refuses them, or hands them on to other clients
 		keepAlive := []setting{
-			{"tcp_keepalives_idle", "30"}, {"tcp_keepalives_interval", "10"}, {"tcp_keepalives_count", "3"},
-			{"tcp_user_timeout", "60000"}, // without it, unacknowledged data keeps a connection for 15 minutes
+			{name: "tcp_keepalives_idle", value: "30"}, {name: "tcp_keepalives_interval", value: "10"}, {name: "tcp_keepalives_count", value: "3"},
+			{name: "tcp_user_timeout", value: "60000"}, // without it, unacknowledged data keeps a connection for 15 minutes
 		}
 		for _, setting := range append(o.settings(), keepAlive...) {
 			if _, ok := conn.RuntimeParams[setting.name]; !ok || setting.name == "synchronous_commit" {
@@ -65,6 +68,8 @@ func Configure(config *pgxpool.Config, opts *Options) {
 				return statements.prepare(ctx, conn.PgConn(), names, o.PrepareTimeout)
 			}
 		}
+	} else if conn.DefaultQueryExecMode == pgx.QueryExecModeCacheStatement {
+		conn.DefaultQueryExecMode = pgx.QueryExecModeExec
 	}
 	conn.OnNotice = markWarnings(conn.OnNotice)
 	if conn.Tracer == nil {

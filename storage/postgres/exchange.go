@@ -80,7 +80,7 @@ func (s *statements) flush(ctx context.Context, conn *pgconn.PgConn, calls ...ca
 		result, err = exchangeWatched(ctx, conn, calls)
 	}
 	if unprepared(err) {
-		delete(conn.CustomData(), preparedMark) // from now on they are sent as text
+		delete(conn.CustomData(), s.mark) // from now on they are sent as text
 	}
 	return result, err
 }

@@ -40,7 +40,7 @@ func (s *Store) peek(ctx context.Context, conn *pgconn.PgConn, req *idempotency.
 		statement: &s.statements.peek, params: [][]byte{[]byte(req.Key.Scope), []byte(req.Key.Value)}, row: &row,
 	})
 	if row.hidden {
-		delete(conn.CustomData(), preparedMark) // as in distrust
+		delete(conn.CustomData(), s.statements.mark) // as in distrust
 	}
 	switch {
 	case err == nil && row.record != nil:

@@ -10,6 +10,7 @@ import (
 	"errors"
 	"fmt"
 	"strconv"
+	"strings"
 	"time"
 
 	"github.com/jackc/pgx/v5"
@@ -27,7 +28,7 @@ type statement struct {
 // statements are all that a store ever sends on the path of a request. Every name in them is qualified: a handler's
 // SET LOCAL search_path can't redirect them.
 type statements struct {
-	id     string // of their texts together
+	mark   string // the key of their *preparedNames in a connection's custom data
 	schema string
 	table  string // sanitized
 	begin  statement
@@ -165,7 +166,7 @@ func newStatements(o *Options) statements {
 		sum := sha256.Sum256([]byte(one.sql))
 		_, _ = texts.Write(sum[:]) // a hash never fails
 	}
-	s.id = hex.EncodeToString(texts.Sum(nil))
+	s.mark = preparedMark + hex.EncodeToString(texts.Sum(nil))
 	return s
 }
 
@@ -173,21 +174,19 @@ func (s *statements) all() []*statement {
 	return []*statement{&s.begin, &s.lock, &s.lockAt, &s.lookUp, &s.peek, &s.guard, &s.constraints, &s.insert, &s.commit, &s.rollback}
 }
 
-// preparedMark is the key under which a connection's custom data says which statements of ours are prepared on it, and
-// by what names: a *preparedNames.
-const preparedMark = "paidonce/idempotency"
+// preparedMark begins the keys under which a connection's custom data says that a store's statements are prepared on
+// it, and by what names: a *preparedNames. The rest of the key is of their texts: those of another schema or isolation
+// level are others, and both may be prepared.
+const preparedMark = "paidonce/idempotency/prepared/"
 
 // preparedNames are the names of prepared statements, by number; that of number 0 is empty.
-type preparedNames struct {
-	id    string // of the statements: those of another schema or isolation level are others
-	names []string
-}
+type preparedNames struct{ names []string }
 
 // newNames draws names that nobody else knows. EXECUTE is SQL text as any other to the guard that reads what a handler
 // sends, and COMMIT is among the statements.
 func (s *statements) newNames() *preparedNames {
 	prefix := "idempotency_" + rand.Text() + "_"
-	p := &preparedNames{id: s.id, names: []string{""}}
+	p := &preparedNames{names: []string{""}}
 	for _, one := range s.all() {
 		p.names = append(p.names, prefix+strconv.Itoa(one.number))
 	}
@@ -196,11 +195,16 @@ func (s *statements) newNames() *preparedNames {
 
 // namesOn returns the names of these statements on a connection, nil where they are not prepared there.
 func (s *statements) namesOn(conn *pgconn.PgConn) *preparedNames {
-	p, ok := conn.CustomData()[preparedMark].(*preparedNames)
-	if !ok || p.id != s.id {
-		return nil
-	}
+	p, _ := conn.CustomData()[s.mark].(*preparedNames)
 	return p
+}
+
+// othersOn reports whether the statements of a store with other options are prepared on a connection, and these are not.
+func (s *statements) othersOn(conn *pgconn.PgConn) (others bool) {
+	for mark := range conn.CustomData() {
+		others = others || strings.HasPrefix(mark, preparedMark)
+	}
+	return others && s.namesOn(conn) == nil
 }
 
 // prepare prepares the statements on a new connection, in one round trip. The connection is usable
@@ -247,7 +251,7 @@ func (s *statements) prepare(ctx context.Context, conn *pgconn.PgConn, p *prepar
 		return fmt.Errorf("idempotency/postgres: prepare: %w", sqlError(err))
 	}
 	if rowSecurity == "f" {
-		conn.CustomData()[preparedMark] = p
+		conn.CustomData()[s.mark] = p
 	}
 	return nil
 }

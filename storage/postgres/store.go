@@ -34,8 +34,8 @@ const (
 	IdleInTransactionTimeoutMax = 60 * time.Second
 )
 
-// Options tune a [Store]. Nil and the zero value are the defaults, which are the safest. Pass the same to [Configure]
-// and to [New].
+// Options tune a [Store]. Nil and the zero value are the defaults, which are the safest. For a pool of your own pass the
+// same to [Configure] and to [New].
 type Options struct {
 	// Schema holds the table of the records: 1 to 63 lower-case letters, digits and underscores. The migrations are told
 	// the same in their own options. The default is [SchemaDefault].
@@ -75,9 +75,13 @@ type Options struct {
 	ResolversMax int
 
 	// TransactionPooling says that the pool's connections lead to a pooler, such as PgBouncer, that hands out a server
-	// connection per transaction. Settings then travel with each claim, and nothing is prepared. Use it together with
-	// pgx.QueryExecModeExec or pgx.QueryExecModeCacheDescribe.
+	// connection per transaction. Settings then travel with each claim, and nothing is prepared: pgx's default mode
+	// becomes pgx.QueryExecModeExec; pgx.QueryExecModeCacheDescribe works too.
 	TransactionPooling bool
+
+	// PoolConfig changes the config of the pool that [Open] makes, before [Configure] completes it:
+	// its size, BeforeConnect for a token in place of a password, a tracer. Nothing else calls it.
+	PoolConfig func(config *pgxpool.Config)
 }
 
 // full returns a copy in which nothing is left out. It panics on values that can't work.
@@ -150,17 +154,17 @@ func validSchema(s string) bool {
 	return true
 }
 
-// setting is a setting of PostgreSQL.
-type setting struct{ name, value string }
+// setting is a setting of PostgreSQL, and the option that decides it.
+type setting struct{ name, value, option string }
 
 // settings returns the settings that every connection must have.
 func (o *Options) settings() []setting {
 	ms := func(d time.Duration) string { return strconv.FormatInt(d.Milliseconds(), 10) }
 	return []setting{
-		{"synchronous_commit", o.SynchronousCommit},
-		{"statement_timeout", ms(o.StatementTimeout)},
-		{"lock_timeout", ms(o.LockTimeout)},
-		{"idle_in_transaction_session_timeout", ms(o.IdleInTransactionTimeout)},
+		{"synchronous_commit", o.SynchronousCommit, "SynchronousCommit"},
+		{"statement_timeout", ms(o.StatementTimeout), "StatementTimeout"},
+		{"lock_timeout", ms(o.LockTimeout), "LockTimeout"},
+		{"idle_in_transaction_session_timeout", ms(o.IdleInTransactionTimeout), "IdleInTransactionTimeout"},
 	}
 }
 
@@ -176,6 +180,7 @@ func (o *Options) transactionTimeout() string {
 // Store keeps records in PostgreSQL, in the transaction of the handler that they report. It is safe for concurrent use.
 type Store struct {
 	pool       *pgxpool.Pool
+	owned      bool // Open made the pool
 	options    *Options
 	table      string // qualified, unquoted: a part of the lock number
 	statements statements
@@ -196,9 +201,10 @@ var (
 	_ idempotency.BudgetChecker = (*Store)(nil)
 )
 
-// New returns a store on the pool, whose config should have gone through [Configure] with the same options. It sends
-// nothing: the table is made by package migrations, and [Store.Check] says whether all is well. It panics where the
-// pool is nil or the options can't work.
+// New returns a store on a pool of the caller's; [Open] makes one itself. The pool's config should
+// have gone through [Configure] with the same options. New sends nothing: package migrations makes
+// the table, and [Store.Check] reports whether all is well. It panics if the pool is nil or the
+// options can't work.
 func New(pool *pgxpool.Pool, opts *Options) *Store {
 	if pool == nil {
 		panic("idempotency/postgres: New needs a pool")
@@ -385,7 +391,7 @@ func decodeLookUp(values [][]byte) (record *idempotency.Record, hidden bool, err
 func (s *Store) acquireUnprepared(ctx context.Context) (*pgxpool.Conn, error) {
 	conn, err := s.acquireFresh(ctx)
 	if err == nil {
-		delete(conn.Conn().PgConn().CustomData(), preparedMark)
+		delete(conn.Conn().PgConn().CustomData(), s.statements.mark)
 	}
 	return conn, err
 }

@@ -257,7 +257,7 @@ func (e *examination) schema(ctx context.Context) error {
 		case errors.Is(err, postgres.ErrTableUnsafe):
 			bad = true
 			e.fail("what the text says, with a look at who added it and why", "%v", err)
-		case errors.Is(err, postgres.ErrNotPrimary), errors.Is(err, postgres.ErrCommitNotDurable), errors.Is(err, postgres.ErrNotConfigured),
+		case errors.Is(err, postgres.ErrServerOutdated), errors.Is(err, postgres.ErrNotPrimary), errors.Is(err, postgres.ErrCommitNotDurable), errors.Is(err, postgres.ErrNotConfigured),
 			errors.Is(err, postgres.ErrSessionUnbounded), errors.Is(err, postgres.ErrRowSecurity), errors.Is(err, postgres.ErrEncoding):
 			// other checks tell; and the service's pool is another one
 		default:
