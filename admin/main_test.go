@@ -60,7 +60,7 @@ func setup(t testing.TB, change func(*admin.Options)) *testBundle {
 	t.Helper()
 	b := &testBundle{url: pgtest.Database(t), log: &logBuffer{}}
 	b.pool = open(t, b.url)
-	if err := migrations.Up(t.Context(), b.pool, nil); err != nil {
+	if err := migrations.Up(t.Context(), postgres.New(b.pool, nil), nil); err != nil {
 		t.Fatal(err)
 	}
 	b.engine = idempotency.NewEngine(postgres.New(b.pool, nil), nil)

@@ -67,7 +67,7 @@ func onPostgreSQL(t *testing.T) *real {
 		t.Fatal(err)
 	}
 	t.Cleanup(pool.Close)
-	if err := migrations.Up(t.Context(), pool, nil); err != nil {
+	if err := migrations.Up(t.Context(), postgres.New(pool, nil), nil); err != nil {
 		t.Fatal(err)
 	}
 	if _, err := pool.Exec(t.Context(), "CREATE TABLE effects (id bigserial PRIMARY KEY)"); err != nil {

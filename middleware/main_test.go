@@ -67,7 +67,7 @@ func setup(t testing.TB, opts setupOptions, handler http.HandlerFunc) *testBundl
 		t.Fatal(err)
 	}
 	t.Cleanup(b.pool.Close)
-	if err := migrations.Up(ctx, b.pool, nil); err != nil {
+	if err := migrations.Up(ctx, postgres.New(b.pool, nil), nil); err != nil {
 		t.Fatal(err)
 	}
 	if _, err := b.pool.Exec(ctx, "CREATE TABLE effects (id bigserial PRIMARY KEY)"); err != nil {

@@ -19,10 +19,10 @@ func TestMigrationsKeepChannelBinding(t *testing.T) {
 		"a store's pool": func(config *pgxpool.Config) { postgres.Configure(config, nil) },
 	} {
 		pool := open(t, url, change)
-		if err := migrations.Up(t.Context(), pool, nil); err != nil {
+		if err := migrations.Up(t.Context(), postgres.New(pool, nil), nil); err != nil {
 			t.Errorf("%s: up: %v", name, err)
 		}
-		if err := migrations.Down(t.Context(), pool, nil); err != nil {
+		if err := migrations.Down(t.Context(), postgres.New(pool, nil), nil); err != nil {
 			t.Errorf("%s: down: %v", name, err)
 		}
 	}

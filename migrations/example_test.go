@@ -5,24 +5,22 @@ import (
 	"fmt"
 	"os"
 
-	"github.com/jackc/pgx/v5/pgxpool"
-
 	"github.com/paidonce/idempotency/migrations"
+	"github.com/paidonce/idempotency/storage/postgres"
 )
 
 // A deployment brings the schema up to date before the service starts.
 func ExampleUp() {
 	ctx := context.Background()
-	pool, err := pgxpool.New(ctx, os.Getenv("DATABASE_URL"))
+	store, err := postgres.Open(ctx, os.Getenv("DATABASE_URL"), nil)
 	if err != nil {
 		panic(err)
 	}
-	defer pool.Close()
-	options := &migrations.Options{Schema: "payments"} // nil is the schema public
-	if err := migrations.Up(ctx, pool, options); err != nil {
+	defer store.Close()
+	if err := migrations.Up(ctx, store, nil); err != nil {
 		panic(err)
 	}
-	version, err := migrations.Version(ctx, pool, options)
+	version, err := migrations.Version(ctx, store, nil)
 	if err != nil {
 		panic(err)
 	}

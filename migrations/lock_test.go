@@ -89,7 +89,7 @@ func TestEachMigrationBehindAReaderLetsRequestsGoOn(t *testing.T) {
 				if up {
 					from, to = to, from
 				}
-				if err := migrations.DownTo(t.Context(), b.pool, from, nil); err != nil {
+				if err := migrations.DownTo(t.Context(), b.on(b.pool), from, nil); err != nil {
 					t.Fatal(err)
 				}
 				pid, release := b.reader(t)
@@ -101,11 +101,11 @@ func TestEachMigrationBehindAReaderLetsRequestsGoOn(t *testing.T) {
 				options := &migrations.Options{Waiting: func(w migrations.Waiting) { waiting <- w }}
 				go func() {
 					if up {
-						options.Files, options.VersionTable = upTo(t, to), migrations.VersionTableDefault
-						migrated <- migrations.Up(t.Context(), b.pool, options)
+						options.Files, options.VersionTable = upTo(t, to), versionTable
+						migrated <- migrations.Up(t.Context(), b.on(b.pool), options)
 						return
 					}
-					migrated <- migrations.DownTo(t.Context(), b.pool, to, options)
+					migrated <- migrations.DownTo(t.Context(), b.on(b.pool), to, options)
 				}()
 				done := false
 				for tries := 0; tries < 2 && !done; {
@@ -193,7 +193,7 @@ func TestMigrationThatWaitsEndsWithItsContext(t *testing.T) {
 				options.Waiting = func(migrations.Waiting) { cancel() }
 			}
 			ended := make(chan error, 1)
-			go func() { ended <- migrations.Up(ctx, b.pool, options) }()
+			go func() { ended <- migrations.Up(ctx, b.on(b.pool), options) }()
 			if lockTimeout > time.Second {
 				b.awaitWaiting(t, true)
 				cancel()
@@ -259,7 +259,7 @@ func TestLockTimeoutOfAMigration(t *testing.T) {
 		told := make(chan migrations.Waiting, 1000)
 		migrated := make(chan error, 1)
 		go func() {
-			migrated <- migrations.DownTo(t.Context(), b.pool, 2, &migrations.Options{
+			migrated <- migrations.DownTo(t.Context(), b.on(b.pool), 2, &migrations.Options{
 				LockTimeout: test.timeout, Waiting: func(w migrations.Waiting) { told <- w },
 			})
 		}()
@@ -286,7 +286,7 @@ func TestLockTimeoutOfAMigration(t *testing.T) {
 	}
 	b := setup(t)
 	for _, timeout := range []time.Duration{-time.Second, time.Millisecond - 1} {
-		if err := migrations.Up(t.Context(), b.pool, &migrations.Options{LockTimeout: timeout}); err == nil || !strings.Contains(err.Error(), "at least a millisecond") {
+		if err := migrations.Up(t.Context(), b.on(b.pool), &migrations.Options{LockTimeout: timeout}); err == nil || !strings.Contains(err.Error(), "at least a millisecond") {
 			t.Errorf("LockTimeout %v: %v", timeout, err)
 		}
 	}
@@ -312,7 +312,7 @@ func TestMigrationThatADeadlockEndsComesAgain(t *testing.T) {
 		VersionTable: "service_migrations", LockTimeout: 2 * time.Second, Waiting: func(w migrations.Waiting) { told <- w },
 		Files: fstest.MapFS{"000001_alter_both.up.sql": {Data: []byte("ALTER TABLE one ADD COLUMN a bigint; ALTER TABLE two ADD COLUMN a bigint")}},
 	}
-	go func() { migrated <- migrations.Up(t.Context(), pool, own) }()
+	go func() { migrated <- migrations.Up(t.Context(), b.on(pool), own) }()
 	b.awaitWaiting(t, true)
 	if _, err := conn.Exec(t.Context(), "INSERT INTO one VALUES (1)"); err != nil { // the migration has it, and gives it up
 		t.Fatal(err)
@@ -377,7 +377,7 @@ func TestEachFileIsOneTransaction(t *testing.T) {
 func TestUpWaitsForTheMigrateProgram(t *testing.T) {
 	t.Parallel()
 	b := setup(t)
-	address := strings.Replace(b.with(t, "x-migrations-table", migrations.VersionTableDefault), "postgres://", "pgx5://", 1)
+	address := strings.Replace(b.with(t, "x-migrations-table", versionTable), "postgres://", "pgx5://", 1)
 	program, err := (&migratepgx.Postgres{}).Open(address)
 	if err != nil {
 		t.Fatal(err)
@@ -388,7 +388,7 @@ func TestUpWaitsForTheMigrateProgram(t *testing.T) {
 	}
 	told, migrated := make(chan migrations.Waiting, 100), make(chan error, 1)
 	go func() {
-		migrated <- migrations.Up(t.Context(), b.pool, &migrations.Options{Waiting: func(w migrations.Waiting) { told <- w }})
+		migrated <- migrations.Up(t.Context(), b.on(b.pool), &migrations.Options{Waiting: func(w migrations.Waiting) { told <- w }})
 	}()
 	select {
 	case w := <-told:
@@ -427,7 +427,7 @@ func TestFileThatCantBeATransaction(t *testing.T) {
 		"000002_alter_table.up.sql":  {Data: []byte("SELECT set_config('test.timeout', current_setting('lock_timeout'), false); CREATE TABLE told AS SELECT current_setting('lock_timeout') AS lock_timeout")},
 	}}
 	migrated := make(chan error, 1)
-	go func() { migrated <- migrations.Up(t.Context(), b.pool, own) }()
+	go func() { migrated <- migrations.Up(t.Context(), b.on(b.pool), own) }()
 	longWait := `SELECT (now() - query_start > interval '200 ms')::text FROM pg_stat_activity WHERE query LIKE 'CREATE INDEX CONCURRENTLY%' AND wait_event_type = 'Lock'`
 	for deadline := time.Now().Add(waitMax); ; time.Sleep(5 * time.Millisecond) { // four times as long as LockTimeout
 		if long := b.strings(t, longWait); len(long) > 0 && long[0] == "true" {

@@ -24,13 +24,6 @@ import (
 //go:embed *.sql
 var files embed.FS
 
-// Defaults of [Options].
-const (
-	SchemaDefault       = "public"
-	VersionTableDefault = "idempotency_migrations"
-	LockTimeoutDefault  = time.Second
-)
-
 // Latest is the newest version of this release. A service serves from postgres.SchemaVersion on; the operator's tools
 // need this one.
 const Latest = 3
@@ -47,12 +40,15 @@ var (
 	ErrVersionUntrue = errors.New("the table and its version do not fit")
 )
 
-// Options tell where the migrations go. Nil and the zero value are the defaults.
-type Options struct {
-	// Schema holds the table, and the table of versions. It is created if it is missing. Set the
-	// same schema in the store's options. Defaults to "public".
-	Schema string
+// Store is a database and the schema in it that is migrated: a *postgres.Store, which postgres.Open
+// and postgres.New return. The schema is created if it is missing.
+type Store interface {
+	Pool() *pgxpool.Pool
+	Schema() string
+}
 
+// Options tune a migration. Nil and the zero value are the defaults.
+type Options struct {
 	// Files and VersionTable let a program run its own migrations in the same way. The defaults are
 	// this package's files and "idempotency_migrations"; set both or none.
 	//
@@ -112,13 +108,13 @@ func (b Blocker) String() string {
 // [Options.LockTimeout]. A schema of a later release is left as it is, so that a service can start
 // after a rollback to an older release.
 //
-// Up opens two connections of its own with the pool's settings, and calls the pool's BeforeConnect
+// Up opens two connections of its own with the settings of the store's pool, and calls the pool's BeforeConnect
 // for each. They must not lead through a pooler in transaction or statement mode: [ErrPooler].
 //
 // It ends with ctx, within 5 seconds if the server does not answer. The migration under way is
 // undone, and another call of Up continues from there.
-func Up(ctx context.Context, pool *pgxpool.Pool, opts *Options) error {
-	return migrate(ctx, pool, opts, func(m *migrator) error {
+func Up(ctx context.Context, store Store, opts *Options) error {
+	return migrate(ctx, store, opts, func(m *migrator) error {
 		for {
 			current, err := m.version(ctx)
 			if err != nil {
@@ -140,15 +136,15 @@ func Up(ctx context.Context, pool *pgxpool.Pool, opts *Options) error {
 
 // Down undoes every migration, and with it loses every record: each retry of an executed request
 // runs again. It waits and ends as [Up] does.
-func Down(ctx context.Context, pool *pgxpool.Pool, opts *Options) error {
-	return DownTo(ctx, pool, 0, opts)
+func Down(ctx context.Context, store Store, opts *Options) error {
+	return DownTo(ctx, store, 0, opts)
 }
 
 // DownTo undoes the migrations above a version, the newest first, each with all that it created. To
 // 0 it is [Down]: every record is lost, and each retry of an executed request runs again. A schema
 // that is not above the version is left as it is. It waits and ends as [Up] does.
-func DownTo(ctx context.Context, pool *pgxpool.Pool, version uint, opts *Options) error {
-	return migrate(ctx, pool, opts, func(m *migrator) error {
+func DownTo(ctx context.Context, store Store, version uint, opts *Options) error {
+	return migrate(ctx, store, opts, func(m *migrator) error {
 		for {
 			current, err := m.version(ctx)
 			if err != nil {
@@ -170,13 +166,13 @@ func DownTo(ctx context.Context, pool *pgxpool.Pool, version uint, opts *Options
 
 // Version returns the version of the schema, 0 if nothing was migrated yet. A migration that failed
 // in the middle is [ErrDirty]. It changes nothing, and works through a pooler in any mode.
-func Version(ctx context.Context, pool *pgxpool.Pool, opts *Options) (version uint, err error) {
-	m, err := newMigrator(opts)
+func Version(ctx context.Context, store Store, opts *Options) (version uint, err error) {
+	m, err := newMigrator(store, opts)
 	if err != nil {
 		return 0, fmt.Errorf("migrate: %w", err)
 	}
 	defer m.close(ctx)
-	if m.conn, err = connect(ctx, pool); err != nil {
+	if m.conn, err = connect(ctx, store.Pool()); err != nil {
 		return 0, fmt.Errorf("migrate: connect: %w", err)
 	}
 	current, err := m.version(ctx)
@@ -187,11 +183,11 @@ func Version(ctx context.Context, pool *pgxpool.Pool, opts *Options) (version ui
 }
 
 // migrate waits for its turn, and calls do with a migrator.
-func migrate(ctx context.Context, pool *pgxpool.Pool, opts *Options, do func(*migrator) error) error {
-	m, err := newMigrator(opts)
+func migrate(ctx context.Context, store Store, opts *Options, do func(*migrator) error) error {
+	m, err := newMigrator(store, opts)
 	if err == nil {
 		defer m.close(ctx)
-		if err = m.begin(ctx, pool); err == nil {
+		if err = m.begin(ctx, store.Pool()); err == nil {
 			err = do(m)
 		}
 	}

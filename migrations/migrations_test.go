@@ -1,6 +1,7 @@
 package migrations_test
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"net/url"
@@ -35,11 +36,29 @@ func TestMain(m *testing.M) { pgtest.Main(m) }
 // waitMax bounds what a test undoes at its end.
 const waitMax = 30 * time.Second
 
+// versionTable is where the migrate program is told to keep the versions.
+const versionTable = "idempotency_migrations"
+
 // testBundle is an empty database.
 type testBundle struct {
-	url  string
-	pool *pgxpool.Pool
+	url    string
+	pool   *pgxpool.Pool
+	schema string // of the tables; default: public
 }
+
+// on returns what is migrated through a pool.
+func (b *testBundle) on(pool *pgxpool.Pool) migrations.Store {
+	return place{pool, cmp.Or(b.schema, "public")}
+}
+
+// place is a schema of any name. A *postgres.Store takes fewer.
+type place struct {
+	pool   *pgxpool.Pool
+	schema string
+}
+
+func (p place) Pool() *pgxpool.Pool { return p.pool }
+func (p place) Schema() string      { return p.schema }
 
 func setup(t *testing.T) *testBundle {
 	t.Helper()
@@ -102,14 +121,14 @@ func (b *testBundle) strings(t *testing.T, sql string, arguments ...any) []strin
 
 func (b *testBundle) up(t *testing.T, opts *migrations.Options) {
 	t.Helper()
-	if err := migrations.Up(t.Context(), b.pool, opts); err != nil {
+	if err := migrations.Up(t.Context(), b.on(b.pool), opts); err != nil {
 		t.Fatal(err)
 	}
 }
 
 func (b *testBundle) wantVersion(t *testing.T, opts *migrations.Options, want uint) {
 	t.Helper()
-	if got, err := migrations.Version(t.Context(), b.pool, opts); err != nil || got != want {
+	if got, err := migrations.Version(t.Context(), b.on(b.pool), opts); err != nil || got != want {
 		t.Errorf("version is %d, %v; want %d", got, err, want)
 	}
 }
@@ -201,7 +220,7 @@ func (b *testBundle) upAtOnce(t *testing.T, opts *migrations.Options) {
 	for range 4 {
 		pool := open(t, b.url, nil)
 		wait.Go(func() {
-			if err := migrations.Up(t.Context(), pool, opts); err != nil {
+			if err := migrations.Up(t.Context(), b.on(pool), opts); err != nil {
 				t.Error(err)
 			}
 		})
@@ -214,7 +233,7 @@ func TestDownAndUpAgain(t *testing.T) {
 	b := setup(t)
 	b.up(t, nil)
 	for range 2 { // the second finds nothing to undo
-		if err := migrations.Down(t.Context(), b.pool, nil); err != nil {
+		if err := migrations.Down(t.Context(), b.on(b.pool), nil); err != nil {
 			t.Fatal(err)
 		}
 		b.wantVersion(t, nil, 0)
@@ -237,7 +256,7 @@ func TestDownTo(t *testing.T) {
 		t.Fatal(got.Err)
 	}
 	for range 2 { // the second finds nothing to undo
-		if err := migrations.DownTo(t.Context(), b.pool, postgres.SchemaVersion, nil); err != nil {
+		if err := migrations.DownTo(t.Context(), b.on(b.pool), postgres.SchemaVersion, nil); err != nil {
 			t.Fatal(err)
 		}
 		b.wantVersion(t, nil, postgres.SchemaVersion)
@@ -247,12 +266,12 @@ func TestDownTo(t *testing.T) {
 	if got := do(t.Context(), engine, "k", 201); got.Outcome != idempotency.OutcomeReplayed {
 		t.Errorf("a retry is %s, %v", got.Outcome, got.Err)
 	}
-	if err := migrations.DownTo(t.Context(), b.pool, 0, nil); err != nil {
+	if err := migrations.DownTo(t.Context(), b.on(b.pool), 0, nil); err != nil {
 		t.Fatal(err)
 	}
 	b.wantTables(t, "public.idempotency_migrations")
 	b.exec(t, "INSERT INTO idempotency_migrations VALUES (3, true)")
-	if err := migrations.DownTo(t.Context(), b.pool, 0, nil); !errors.Is(err, migrations.ErrDirty) {
+	if err := migrations.DownTo(t.Context(), b.on(b.pool), 0, nil); !errors.Is(err, migrations.ErrDirty) {
 		t.Errorf("of a dirty schema: %v", err)
 	}
 }
@@ -262,20 +281,24 @@ func TestSchema(t *testing.T) {
 	t.Parallel()
 	b := setup(t)
 	b.exec(t, "CREATE SCHEMA other")
-	pool := open(t, b.with(t, "search_path", "other,public"), nil)
-	options := &migrations.Options{Schema: "payments"}
-	if err := migrations.Up(t.Context(), pool, options); err != nil {
+	pool := open(t, b.with(t, "search_path", "other,public"), func(config *pgxpool.Config) {
+		postgres.Configure(config, &postgres.Options{Schema: "payments"})
+	})
+	b.schema = "payments"
+	if err := migrations.Up(t.Context(), b.on(pool), nil); err != nil {
 		t.Fatal(err)
 	}
 	b.wantTables(t, tablesOf("payments")...)
-	b.wantVersion(t, options, migrations.Latest)
+	b.wantVersion(t, nil, migrations.Latest)
 	wantKeeps(t, pool, &postgres.Options{Schema: "payments"})
 
-	if err := migrations.Up(t.Context(), pool, nil); err != nil {
+	b.schema = "public"
+	if err := migrations.Up(t.Context(), b.on(pool), nil); err != nil {
 		t.Fatal(err)
 	}
 	b.wantTables(t, append(tablesOf("payments"), tablesOf("public")...)...)
-	if err := migrations.Down(t.Context(), pool, options); err != nil {
+	b.schema = "payments"
+	if err := migrations.Down(t.Context(), b.on(pool), nil); err != nil {
 		t.Fatal(err)
 	}
 	b.wantTables(t, append([]string{"payments.idempotency_migrations"}, tablesOf("public")...)...)
@@ -292,7 +315,7 @@ func TestUpOutlastsTheStatementTimeoutOfThePool(t *testing.T) {
 		postgres.Configure(config, &postgres.Options{StatementTimeout: 100 * time.Millisecond})
 	})
 	files := fstest.MapFS{"000001_wait.up.sql": {Data: []byte("SELECT pg_sleep(0.5)")}}
-	if err := migrations.Up(t.Context(), pool, &migrations.Options{Files: files, VersionTable: "service_migrations"}); err != nil {
+	if err := migrations.Up(t.Context(), b.on(pool), &migrations.Options{Files: files, VersionTable: "service_migrations"}); err != nil {
 		t.Error(err)
 	}
 }
@@ -312,7 +335,7 @@ func TestFilesOfAProgramsOwn(t *testing.T) {
 	b.wantVersion(t, own, 2)
 	b.wantVersion(t, nil, migrations.Latest)
 	b.exec(t, "INSERT INTO transfers (id, amount) VALUES (1, 1)")
-	if err := migrations.Down(t.Context(), b.pool, own); err != nil {
+	if err := migrations.Down(t.Context(), b.on(b.pool), own); err != nil {
 		t.Fatal(err)
 	}
 	b.wantVersion(t, own, 0)
@@ -327,7 +350,7 @@ func TestFilesAndVersionTableBelongTogether(t *testing.T) {
 		{VersionTable: "service_migrations"},
 		{Files: fstest.MapFS{"000001_a.up.sql": {Data: []byte("SELECT 1")}}},
 	} {
-		if err := migrations.Up(t.Context(), b.pool, options); err == nil || !strings.Contains(err.Error(), "set both or none") {
+		if err := migrations.Up(t.Context(), b.on(b.pool), options); err == nil || !strings.Contains(err.Error(), "set both or none") {
 			t.Errorf("%v: %v", options, err)
 		}
 	}
@@ -348,15 +371,15 @@ func TestDirtySchema(t *testing.T) {
 		file := files[[]string{"000001_create_transfers.up.sql", "000002_add_amount.up.sql"}[version-1]]
 		whole := file.Data
 		file.Data = append(slices.Clip(whole), "; COMMIT; SELECT 1/0"...)
-		if err := migrations.Up(t.Context(), b.pool, own); err == nil || errors.Is(err, migrations.ErrDirty) || !strings.HasPrefix(err.Error(), "migrate: ") {
+		if err := migrations.Up(t.Context(), b.on(b.pool), own); err == nil || errors.Is(err, migrations.ErrDirty) || !strings.HasPrefix(err.Error(), "migrate: ") {
 			t.Fatalf("the migration that fails: %v", err)
 		}
-		if got, err := migrations.Version(t.Context(), b.pool, own); got != version || !errors.Is(err, migrations.ErrDirty) {
+		if got, err := migrations.Version(t.Context(), b.on(b.pool), own); got != version || !errors.Is(err, migrations.ErrDirty) {
 			t.Errorf("version is %d, %v; want %d, ErrDirty", got, err, version)
 		}
 		var remedy string
-		for name, call := range map[string]func(context.Context, *pgxpool.Pool, *migrations.Options) error{"Up": migrations.Up, "Down": migrations.Down} {
-			err := call(t.Context(), b.pool, own)
+		for name, call := range map[string]func(context.Context, migrations.Store, *migrations.Options) error{"Up": migrations.Up, "Down": migrations.Down} {
+			err := call(t.Context(), b.on(b.pool), own)
 			if !errors.Is(err, migrations.ErrDirty) || !strings.Contains(err.Error(), "version "+strconv.Itoa(int(version))+" failed") {
 				t.Fatalf("%s on a dirty schema: %v", name, err)
 			}
@@ -382,7 +405,7 @@ func TestMigrationThatFailsLeavesNothing(t *testing.T) {
 	}
 	own := &migrations.Options{VersionTable: "service_migrations", Files: files}
 	for version, name := range []string{"000001_create_transfers.up.sql", "000002_add_amount.up.sql"} {
-		if err := migrations.Up(t.Context(), b.pool, own); err == nil || !strings.Contains(err.Error(), "22012") {
+		if err := migrations.Up(t.Context(), b.on(b.pool), own); err == nil || !strings.Contains(err.Error(), "22012") {
 			t.Fatalf("it did not fail: %v", err)
 		}
 		b.wantVersion(t, own, uint(version))
@@ -420,7 +443,7 @@ func (b *testBundle) program(t *testing.T, versionTable string) *migrate.Migrate
 func TestPlainMigrateProgram(t *testing.T) {
 	t.Parallel()
 	b := setup(t)
-	program := b.program(t, migrations.VersionTableDefault)
+	program := b.program(t, versionTable)
 	if err := program.Up(); err != nil {
 		t.Fatal(err)
 	}
@@ -500,10 +523,10 @@ func TestUpWithAnEndedContext(t *testing.T) {
 	b := setup(t)
 	ctx, cancel := context.WithCancel(t.Context())
 	cancel()
-	if err := migrations.Up(ctx, b.pool, nil); !errors.Is(err, context.Canceled) {
+	if err := migrations.Up(ctx, b.on(b.pool), nil); !errors.Is(err, context.Canceled) {
 		t.Errorf("Up: %v", err)
 	}
-	if _, err := migrations.Version(ctx, b.pool, nil); !errors.Is(err, context.Canceled) {
+	if _, err := migrations.Version(ctx, b.on(b.pool), nil); !errors.Is(err, context.Canceled) {
 		t.Errorf("Version: %v", err)
 	}
 	b.wantTables(t)

@@ -1,6 +1,7 @@
 package migrations
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -43,7 +44,7 @@ const (
 // waits for every reader), and marks the schema dirty before it waits.
 type migrator struct {
 	options  Options
-	schema   string // sanitized
+	schema   string
 	table    string // of versions, sanitized
 	own      bool   // the files are a program's own, and may contain any statement
 	files    source.Driver
@@ -54,8 +55,8 @@ type migrator struct {
 	watcher *pgx.Conn // reads the sessions that conn waits for
 }
 
-func newMigrator(opts *Options) (*migrator, error) {
-	m := &migrator{}
+func newMigrator(store Store, opts *Options) (*migrator, error) {
+	m := &migrator{schema: store.Schema()}
 	if opts != nil {
 		m.options = *opts
 	}
@@ -64,19 +65,13 @@ func newMigrator(opts *Options) (*migrator, error) {
 		return nil, errors.New("Options.Files and Options.VersionTable belong together: set both or none")
 	}
 	if m.own = o.Files != nil; !m.own {
-		o.Files, o.VersionTable = files, VersionTableDefault
+		o.Files, o.VersionTable = files, "idempotency_migrations"
 	}
-	if o.Schema == "" {
-		o.Schema = SchemaDefault
-	}
-	if o.LockTimeout == 0 {
-		o.LockTimeout = LockTimeoutDefault
-	}
+	o.LockTimeout = cmp.Or(o.LockTimeout, time.Second)
 	if o.LockTimeout < time.Millisecond {
 		return nil, fmt.Errorf("Options.LockTimeout is %v: it must be at least a millisecond", o.LockTimeout)
 	}
-	m.schema = pgx.Identifier{o.Schema}.Sanitize()
-	m.table = pgx.Identifier{o.Schema, o.VersionTable}.Sanitize()
+	m.table = pgx.Identifier{m.schema, o.VersionTable}.Sanitize()
 	var err error
 	if m.files, err = iofs.New(o.Files, "."); err != nil {
 		return nil, fmt.Errorf("read files: %w", err)
@@ -132,7 +127,7 @@ func (m *migrator) begin(ctx context.Context, pool *pgxpool.Pool) (err error) {
 		_, err := conn.Exec(ctx, `SELECT set_config(name, CASE name WHEN 'lock_timeout' THEN $1 ELSE '0' END, false) FROM pg_settings WHERE name IN
 			('lock_timeout', 'statement_timeout', 'transaction_timeout', 'idle_in_transaction_session_timeout', 'idle_session_timeout')`, m.lockTimeoutMS())
 		if err == nil {
-			_, err = conn.Exec(ctx, "SELECT set_config('search_path', $1, false)", m.schema)
+			_, err = conn.Exec(ctx, "SELECT set_config('search_path', $1, false)", pgx.Identifier{m.schema}.Sanitize())
 		}
 		if err != nil {
 			return fmt.Errorf("set timeouts: %w", err)
@@ -168,7 +163,7 @@ func (m *migrator) takeTurn(ctx context.Context) error {
 	}
 	var locks [2]int64
 	for i, alias := range []string{name, "/" + name} { // golang-migrate's driver as a library, and its program
-		id, err := lockID(alias, m.options.Schema, m.options.VersionTable)
+		id, err := lockID(alias, m.schema, m.options.VersionTable)
 		if err != nil {
 			return err
 		}
@@ -246,7 +241,7 @@ func (m *migrator) pause(ctx context.Context, waiting Waiting) error {
 func (m *migrator) version(ctx context.Context) (int, error) {
 	var exists bool
 	err := m.conn.QueryRow(ctx, "SELECT EXISTS (SELECT FROM pg_class JOIN pg_namespace ON pg_namespace.oid = relnamespace WHERE nspname = $1 AND relname = $2)",
-		m.options.Schema, m.options.VersionTable).Scan(&exists)
+		m.schema, m.options.VersionTable).Scan(&exists)
 	if err != nil || !exists {
 		return none, err
 	}
@@ -289,7 +284,7 @@ func (m *migrator) compare(ctx context.Context, version int) error {
 		return nil
 	}
 	var exists bool
-	records := pgx.Identifier{m.options.Schema, "idempotency_keys"}.Sanitize()
+	records := pgx.Identifier{m.schema, "idempotency_keys"}.Sanitize()
 	if err := m.conn.QueryRow(ctx, "SELECT to_regclass($1) IS NOT NULL", records).Scan(&exists); err != nil {
 		return err
 	}
@@ -299,7 +294,7 @@ func (m *migrator) compare(ctx context.Context, version int) error {
 			" `CREATE TABLE IF NOT EXISTS %[3]s (version bigint not null primary key, dirty boolean not null); INSERT INTO %[3]s VALUES (%d, false); %s` writes down which it is",
 			ErrVersionUntrue, records, m.table, Latest, m.lookAndMend())
 	case !exists && version > 0:
-		others := pgx.Identifier{m.options.Schema, "idempotency_audit"}.Sanitize() + ", " + pgx.Identifier{m.options.Schema, "idempotency_events"}.Sanitize()
+		others := pgx.Identifier{m.schema, "idempotency_audit"}.Sanitize() + ", " + pgx.Identifier{m.schema, "idempotency_events"}.Sanitize()
 		return fmt.Errorf("%w: %s has version %d, and %s is missing: restore it together with what its records report. Without it every retry runs again:"+
 			" if no client retries any more, `DROP TABLE IF EXISTS %s; DELETE FROM %[2]s` and migrate up begin anew, without the audit table and the history",
 			ErrVersionUntrue, m.table, version, records, others)
@@ -311,7 +306,7 @@ func (m *migrator) compare(ctx context.Context, version int) error {
 // mends the version table.
 func (m *migrator) lookAndMend() string {
 	quoted := func(table string) string {
-		return "'" + strings.ReplaceAll(pgx.Identifier{m.options.Schema, table}.Sanitize(), "'", "''") + "'"
+		return "'" + strings.ReplaceAll(pgx.Identifier{m.schema, table}.Sanitize(), "'", "''") + "'"
 	}
 	return fmt.Sprintf("DELETE FROM %[1]s WHERE to_regclass(%[2]s) IS NULL; UPDATE %[1]s SET dirty = false, version = CASE"+
 		" WHEN EXISTS (SELECT FROM pg_constraint WHERE conname = 'idempotency_keys_status_check' AND conrelid = to_regclass(%[2]s)) THEN 1"+
@@ -452,9 +447,9 @@ func (m *migrator) prepare(ctx context.Context) error {
 	var schema, table bool
 	err := m.conn.QueryRow(ctx, `SELECT to_regnamespace($1) IS NOT NULL,
 		EXISTS (SELECT FROM pg_class JOIN pg_namespace ON pg_namespace.oid = relnamespace WHERE nspname = $2 AND relname = $3)`,
-		m.schema, m.options.Schema, m.options.VersionTable).Scan(&schema, &table)
+		pgx.Identifier{m.schema}.Sanitize(), m.schema, m.options.VersionTable).Scan(&schema, &table)
 	if err == nil && !schema {
-		_, err = m.conn.Exec(ctx, "CREATE SCHEMA IF NOT EXISTS "+m.schema)
+		_, err = m.conn.Exec(ctx, "CREATE SCHEMA IF NOT EXISTS "+pgx.Identifier{m.schema}.Sanitize())
 	}
 	if err == nil && !table {
 		_, err = m.conn.Exec(ctx, "CREATE TABLE IF NOT EXISTS "+m.table+" (version bigint not null primary key, dirty boolean not null)")

@@ -71,10 +71,10 @@ func TestServiceNeedsOnlySelectAndInsert(t *testing.T) {
 	} {
 		wantDenied(t, service, sql)
 	}
-	if version, err := migrations.Version(t.Context(), service, nil); version != migrations.Latest || err != nil {
+	if version, err := migrations.Version(t.Context(), b.on(service), nil); version != migrations.Latest || err != nil {
 		t.Errorf("the service reads version %d, %v", version, err)
 	}
-	if err := migrations.Up(t.Context(), service, nil); err != nil {
+	if err := migrations.Up(t.Context(), b.on(service), nil); err != nil {
 		t.Errorf("an Up with nothing to do fails: %v", err)
 	}
 }
@@ -96,8 +96,9 @@ func TestUpWithoutPrivilege(t *testing.T) {
 	t.Parallel()
 	b := setup(t)
 	b.exec(t, "REVOKE CREATE ON SCHEMA public FROM PUBLIC") // PostgreSQL 14 grants it
-	for _, options := range []*migrations.Options{nil, {Schema: "payments"}} {
-		err := migrations.Up(t.Context(), b.role(t), options)
+	for _, schema := range []string{"public", "payments"} {
+		b.schema = schema
+		err := migrations.Up(t.Context(), b.on(b.role(t)), nil)
 		if err == nil || !strings.HasPrefix(err.Error(), "migrate: ") || !strings.Contains(err.Error(), "42501") {
 			t.Errorf("error is %v; want SQLSTATE 42501", err)
 		}
@@ -147,15 +148,15 @@ func TestHiddenVersionIsNotNone(t *testing.T) {
 	b.exec(t, "ALTER TABLE idempotency_migrations ENABLE ROW LEVEL SECURITY")
 	service := b.role(t, "SELECT ON idempotency_migrations")
 	for name, err := range map[string]error{
-		"Up": migrations.Up(t.Context(), service, nil), "Down": migrations.Down(t.Context(), service, nil),
-		"Version": func() error { _, err := migrations.Version(t.Context(), service, nil); return err }(),
+		"Up": migrations.Up(t.Context(), b.on(service), nil), "Down": migrations.Down(t.Context(), b.on(service), nil),
+		"Version": func() error { _, err := migrations.Version(t.Context(), b.on(service), nil); return err }(),
 	} {
 		if err == nil || !strings.Contains(err.Error(), "DISABLE ROW LEVEL SECURITY") {
 			t.Errorf("%s: %v", name, err)
 		}
 	}
 	b.exec(t, "ALTER TABLE idempotency_migrations DISABLE ROW LEVEL SECURITY") // the remedy
-	if version, err := migrations.Version(t.Context(), service, nil); version != migrations.Latest || err != nil {
+	if version, err := migrations.Version(t.Context(), b.on(service), nil); version != migrations.Latest || err != nil {
 		t.Errorf("after the remedy: version %d, %v", version, err)
 	}
 }

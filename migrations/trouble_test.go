@@ -31,10 +31,10 @@ func TestUpThatIsStoppedLeavesNothing(t *testing.T) {
 		},
 		name: "000001_create_one.up.sql", stop: cancel,
 	}}
-	if err := migrations.Up(ctx, b.pool, own); !errors.Is(err, context.Canceled) {
+	if err := migrations.Up(ctx, b.on(b.pool), own); !errors.Is(err, context.Canceled) {
 		t.Errorf("error is %v; want context.Canceled", err)
 	}
-	version, err := migrations.Version(t.Context(), b.pool, own)
+	version, err := migrations.Version(t.Context(), b.on(b.pool), own)
 	if version != 0 || err != nil {
 		t.Errorf("it stopped at version %d, %v", version, err)
 	}
@@ -62,7 +62,8 @@ func TestUpThatFailsLeavesNoConnection(t *testing.T) {
 	t.Parallel()
 	b := setup(t)
 	b.exec(t, "REVOKE CREATE ON SCHEMA public FROM PUBLIC") // PostgreSQL 14 grants it
-	for _, options := range []*migrations.Options{nil, {Schema: "payments"}} {
+	for _, schema := range []string{"public", "payments"} {
+		b.schema = schema
 		var openNow atomic.Int64
 		config := b.role(t).Config()
 		dial := config.ConnConfig.DialFunc
@@ -79,7 +80,7 @@ func TestUpThatFailsLeavesNoConnection(t *testing.T) {
 			t.Fatal(err)
 		}
 		t.Cleanup(pool.Close)
-		if err := migrations.Up(t.Context(), pool, options); err == nil {
+		if err := migrations.Up(t.Context(), b.on(pool), nil); err == nil {
 			t.Error("it may migrate")
 		}
 		if n := openNow.Load(); n != 0 {
@@ -107,7 +108,8 @@ func TestSchemaFromManyProcessesAtOnce(t *testing.T) {
 	t.Parallel()
 	b := setup(t)
 	for i := range 20 {
-		b.upAtOnce(t, &migrations.Options{Schema: "payments_" + strconv.Itoa(i)})
+		b.schema = "payments_" + strconv.Itoa(i)
+		b.upAtOnce(t, nil)
 	}
 }
 
@@ -123,7 +125,7 @@ func TestUpOutlastsTheLockTimeoutOfThePool(t *testing.T) {
 	}}
 	errs := make(chan error)
 	for range 2 {
-		go func() { errs <- migrations.Up(t.Context(), pool, own) }()
+		go func() { errs <- migrations.Up(t.Context(), b.on(pool), own) }()
 	}
 	for range 2 {
 		if err := <-errs; err != nil {
@@ -142,13 +144,13 @@ func TestUpStopsWaiting(t *testing.T) {
 		name: "000001_wait.up.sql", stop: func() { close(reached); <-release },
 	}}
 	first := make(chan error)
-	go func() { first <- migrations.Up(t.Context(), b.pool, own) }()
+	go func() { first <- migrations.Up(t.Context(), b.on(b.pool), own) }()
 	<-reached
 	ctx, cancel := context.WithTimeout(t.Context(), 100*time.Millisecond)
 	defer cancel()
 	second := make(chan error, 1)
 	go func() {
-		second <- migrations.Up(ctx, b.pool, &migrations.Options{VersionTable: "service_migrations", Files: fstest.MapFS{
+		second <- migrations.Up(ctx, b.on(b.pool), &migrations.Options{VersionTable: "service_migrations", Files: fstest.MapFS{
 			"000001_wait.up.sql": {Data: []byte("SELECT 1")},
 		}})
 	}()
@@ -176,7 +178,7 @@ func TestUpOnALaterSchema(t *testing.T) {
 	b.wantVersion(t, nil, migrations.Latest+1)
 	wantKeeps(t, b.pool, nil)
 	b.exec(t, "UPDATE idempotency_migrations SET dirty = true")
-	if err := migrations.Up(t.Context(), b.pool, nil); !errors.Is(err, migrations.ErrDirty) {
+	if err := migrations.Up(t.Context(), b.on(b.pool), nil); !errors.Is(err, migrations.ErrDirty) {
 		t.Errorf("on a later schema that is dirty: %v", err)
 	}
 }
@@ -187,23 +189,23 @@ func TestDirtySchemaOfTheMigrateProgram(t *testing.T) {
 	t.Parallel()
 	for there := range uint(migrations.Latest) + 1 {
 		b := setup(t)
-		options := &migrations.Options{Schema: "pay's"}
-		b.up(t, options)
-		if err := migrations.DownTo(t.Context(), b.pool, there, options); err != nil {
+		b.schema = "pay's"
+		b.up(t, nil)
+		if err := migrations.DownTo(t.Context(), b.on(b.pool), there, nil); err != nil {
 			t.Fatal(err)
 		}
 		for _, marked := range []int{max(int(there), 1), min(int(there)+1, migrations.Latest)} { // on the way down, or up; killed before the file, or after it
 			b.exec(t, `DELETE FROM "pay's".idempotency_migrations`)
 			b.exec(t, `INSERT INTO "pay's".idempotency_migrations VALUES ($1, true)`, marked)
-			err := migrations.Up(t.Context(), b.pool, options)
+			err := migrations.Up(t.Context(), b.on(b.pool), nil)
 			if !errors.Is(err, migrations.ErrDirty) {
 				t.Fatalf("marked as %d: %v", marked, err)
 			}
 			b.exec(t, strings.Split(err.Error(), "`")[1])
-			b.wantVersion(t, options, there)
+			b.wantVersion(t, nil, there)
 		}
-		b.up(t, options)
-		b.wantVersion(t, options, migrations.Latest)
+		b.up(t, nil)
+		b.wantVersion(t, nil, migrations.Latest)
 	}
 	b := setup(t)
 	b.up(t, nil)
@@ -226,22 +228,22 @@ func TestUpNoticesThatTableAndVersionDoNotFit(t *testing.T) {
 			t.Run(name+" of version "+strconv.Itoa(int(there)), func(t *testing.T) {
 				t.Parallel()
 				b := setup(t)
-				options := &migrations.Options{Schema: "pay"}
-				b.up(t, options)
-				if err := migrations.DownTo(t.Context(), b.pool, there, options); err != nil {
+				b.schema = "pay"
+				b.up(t, nil)
+				if err := migrations.DownTo(t.Context(), b.on(b.pool), there, nil); err != nil {
 					t.Fatal(err)
 				}
 				b.exec(t, sick)
-				err := migrations.Up(t.Context(), b.pool, options)
+				err := migrations.Up(t.Context(), b.on(b.pool), nil)
 				if !errors.Is(err, migrations.ErrVersionUntrue) {
 					t.Fatalf("got %v, want ErrVersionUntrue", err)
 				}
 				b.exec(t, strings.Split(err.Error(), "`")[1])
 				if name != "no table" {
-					b.wantVersion(t, options, there)
+					b.wantVersion(t, nil, there)
 				}
-				b.up(t, options)
-				b.wantVersion(t, options, migrations.Latest)
+				b.up(t, nil)
+				b.wantVersion(t, nil, migrations.Latest)
 				if err := postgres.New(b.pool, &postgres.Options{Schema: "pay"}).Check(t.Context()); errors.Is(err, postgres.ErrSchemaOutdated) {
 					t.Errorf("after the remedy: %v", err)
 				}

@@ -238,7 +238,7 @@ func TestIntentsInsideAHandlerNeedAPoolOfTheirOwn(t *testing.T) {
 	database := pgtest.Database(t)
 	own := setupOn(t, database)
 	service := setupOn(t, database, func(c *pgxpool.Config) { postgres.Configure(c, nil) })
-	if err := migrations.Up(t.Context(), service, nil); err != nil {
+	if err := migrations.Up(t.Context(), postgres.New(service, nil), nil); err != nil {
 		t.Fatal(err)
 	}
 	var paid atomic.Int64

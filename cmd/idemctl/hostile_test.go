@@ -8,6 +8,7 @@ import (
 
 	"github.com/paidonce/idempotency"
 	"github.com/paidonce/idempotency/migrations"
+	"github.com/paidonce/idempotency/storage/postgres"
 )
 
 // hostile is text that a terminal would obey: it moves the cursor, sets the title, reverses the
@@ -97,7 +98,7 @@ func TestMigrationThatWaitsSaysForWhom(t *testing.T) {
 	if strings.ContainsRune(r.stderr, 0x1b) {
 		t.Errorf("it prints control characters: %q", r.stderr)
 	}
-	if version, err := migrations.Version(ctx, b.pool, nil); version != 2 || err != nil {
+	if version, err := migrations.Version(ctx, postgres.New(b.pool, nil), nil); version != 2 || err != nil {
 		t.Errorf("version is %d, %v", version, err)
 	}
 }

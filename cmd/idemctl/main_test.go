@@ -49,7 +49,7 @@ func setup(t testing.TB) *testBundle {
 	t.Helper()
 	b := &testBundle{url: pgtest.Database(t)}
 	b.pool = open(t, b.url, "10s")
-	if err := migrations.Up(t.Context(), b.pool, nil); err != nil {
+	if err := migrations.Up(t.Context(), postgres.New(b.pool, nil), nil); err != nil {
 		t.Fatal(err)
 	}
 	b.engine = idempotency.NewEngine(postgres.New(b.pool, nil), nil)

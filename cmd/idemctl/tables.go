@@ -44,7 +44,7 @@ func (c *upCommand) Run(a *app) error {
 			return err
 		}
 		defer pool.Close()
-		return migrations.Up(a.ctx, pool, a.migrateOptions())
+		return migrations.Up(a.ctx, postgres.New(pool, &postgres.Options{Schema: a.cli.Schema}), a.migrateOptions())
 	})
 }
 
@@ -59,7 +59,7 @@ func (c *downCommand) Run(a *app) error {
 			return err
 		}
 		defer pool.Close()
-		return migrations.DownTo(a.ctx, pool, *c.To, a.migrateOptions())
+		return migrations.DownTo(a.ctx, postgres.New(pool, &postgres.Options{Schema: a.cli.Schema}), *c.To, a.migrateOptions())
 	})
 }
 
@@ -69,7 +69,7 @@ func (c *statusCommand) Run(a *app) error { return a.migrated(func() error { ret
 // migrateOptions print on stderr the sessions that a migration waits for, each once.
 func (a *app) migrateOptions() *migrations.Options {
 	told := map[string]bool{}
-	return &migrations.Options{Schema: a.cli.Schema, Waiting: func(w migrations.Waiting) {
+	return &migrations.Options{Waiting: func(w migrations.Waiting) {
 		if len(w.Blockers) == 0 && w.Tries > 1 && !told[w.What] {
 			told[w.What] = true
 			fmt.Fprintf(a.stderr, "%s waits for a lock; it can't be seen who holds it (GRANT pg_monitor)\n", w.What)

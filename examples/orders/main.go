@@ -69,7 +69,7 @@ func open(ctx context.Context, url string) (*pgxpool.Pool, error) {
 	if err != nil {
 		return nil, err
 	}
-	if err = migrations.Up(ctx, pool, nil); err == nil {
+	if err = migrations.Up(ctx, postgres.New(pool, nil), nil); err == nil {
 		_, err = pool.Exec(ctx, schema)
 	}
 	if err != nil {

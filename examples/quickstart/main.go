@@ -18,7 +18,7 @@ import (
 )
 
 func newHandler(ctx context.Context, pool *pgxpool.Pool) (http.Handler, error) {
-	if err := migrations.Up(ctx, pool, nil); err != nil { // the table of the records
+	if err := migrations.Up(ctx, postgres.New(pool, nil), nil); err != nil { // the table of the records
 		return nil, err
 	}
 	idem := middleware.New(postgres.New(pool, nil), accountID, nil)

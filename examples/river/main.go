@@ -75,7 +75,7 @@ func open(ctx context.Context, url string) (*pgxpool.Pool, error) {
 }
 
 func migrate(ctx context.Context, pool *pgxpool.Pool) error {
-	if err := migrations.Up(ctx, pool, nil); err != nil {
+	if err := migrations.Up(ctx, postgres.New(pool, nil), nil); err != nil {
 		return err
 	}
 	migrator, err := rivermigrate.New(riverpgxv5.New(pool), nil)

@@ -12,6 +12,7 @@ import (
 	"github.com/jackc/pgx/v5/pgxpool"
 
 	"github.com/paidonce/idempotency/migrations"
+	"github.com/paidonce/idempotency/storage/postgres"
 )
 
 // A migration sets search_path, timeouts and a lock for its session. A pooler that shares server
@@ -35,13 +36,13 @@ func TestF31MigrationThroughAPoolerThatHandsConnectionsOnIsRefused(t *testing.T)
 			b := startBouncerIn(t, test.settings, test.connections, nil)
 			stop := b.busy(t, test.others)
 			pool := b.open(t)
-			for call, migrate := range map[string]func(context.Context, *pgxpool.Pool, *migrations.Options) error{"Up": migrations.Up, "Down": migrations.Down} {
-				err := migrate(t.Context(), pool, &migrations.Options{Schema: "payments"})
+			for call, migrate := range map[string]func(context.Context, migrations.Store, *migrations.Options) error{"Up": migrations.Up, "Down": migrations.Down} {
+				err := migrate(t.Context(), postgres.New(pool, &postgres.Options{Schema: "payments"}), nil)
 				if !errors.Is(err, migrations.ErrPooler) || !strings.Contains(err.Error(), "connect to PostgreSQL itself") {
 					t.Errorf("%s: %v; want ErrPooler, and what to do", call, err)
 				}
 			}
-			if version, err := migrations.Version(t.Context(), pool, &migrations.Options{Schema: "payments"}); version != 0 || err != nil {
+			if version, err := migrations.Version(t.Context(), postgres.New(pool, &postgres.Options{Schema: "payments"}), nil); version != 0 || err != nil {
 				t.Errorf("a look at the version, which holds nothing: %d, %v", version, err)
 			}
 			stop()
@@ -56,7 +57,7 @@ func TestF31MigrationThroughAPoolerThatHandsConnectionsOnIsRefused(t *testing.T)
 				t.Fatal(err)
 			}
 			defer direct.Close()
-			if err := migrations.Up(t.Context(), direct, &migrations.Options{Schema: "payments"}); err != nil {
+			if err := migrations.Up(t.Context(), postgres.New(direct, &postgres.Options{Schema: "payments"}), nil); err != nil {
 				t.Errorf("on PostgreSQL itself: %v", err)
 			}
 		})
@@ -75,7 +76,7 @@ func TestF31MigrationThroughAPoolerInSessionMode(t *testing.T) {
 			stop := b.busy(t, 3)
 			pool := b.open(t)
 			for range 3 {
-				if err := migrations.Up(t.Context(), pool, &migrations.Options{Schema: "payments"}); err != nil {
+				if err := migrations.Up(t.Context(), postgres.New(pool, &postgres.Options{Schema: "payments"}), nil); err != nil {
 					t.Error(err)
 				}
 			}
@@ -86,7 +87,7 @@ func TestF31MigrationThroughAPoolerInSessionMode(t *testing.T) {
 				t.Fatal(err)
 			}
 			defer proxied.Close()
-			if err := migrations.Down(t.Context(), proxied, &migrations.Options{Schema: "payments"}); err != nil {
+			if err := migrations.Down(t.Context(), postgres.New(proxied, &postgres.Options{Schema: "payments"}), nil); err != nil {
 				t.Errorf("through a proxy: %v", err)
 			}
 		})

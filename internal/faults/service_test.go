@@ -85,7 +85,7 @@ func migrateUp(t *testing.T, databaseURL string) {
 		t.Fatal(err)
 	}
 	defer pool.Close()
-	if err := migrations.Up(t.Context(), pool, nil); err != nil {
+	if err := migrations.Up(t.Context(), postgres.New(pool, nil), nil); err != nil {
 		t.Fatal(err)
 	}
 	const payments = "CREATE TABLE IF NOT EXISTS payments (id bigserial PRIMARY KEY, key text NOT NULL, memo text)"

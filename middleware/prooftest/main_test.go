@@ -52,7 +52,7 @@ func setup(t *testing.T) *testBundle {
 		t.Fatal(err)
 	}
 	t.Cleanup(b.pool.Close)
-	if err := migrations.Up(t.Context(), b.pool, nil); err != nil {
+	if err := migrations.Up(t.Context(), postgres.New(b.pool, nil), nil); err != nil {
 		t.Fatal(err)
 	}
 	if _, err := b.pool.Exec(t.Context(), "CREATE TABLE payments (n bigint NOT NULL, account text NOT NULL)"); err != nil {

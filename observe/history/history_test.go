@@ -46,7 +46,7 @@ func setup(t *testing.T, opts *history.Options, change func(*testBundle, *pgxpoo
 		return pool
 	}
 	b := &testBundle{pool: open(func(*pgxpool.Config) {})}
-	if err := migrations.Up(t.Context(), b.pool, nil); err != nil {
+	if err := migrations.Up(t.Context(), postgres.New(b.pool, nil), nil); err != nil {
 		t.Fatal(err)
 	}
 	pool := b.pool

@@ -54,7 +54,7 @@ func newDatabase(t *testing.T, options *postgres.Options) *database {
 		t.Fatal(err)
 	}
 	t.Cleanup(pool.Close)
-	if err := migrations.Up(t.Context(), pool, nil); err != nil {
+	if err := migrations.Up(t.Context(), postgres.New(pool, nil), nil); err != nil {
 		t.Fatal(err)
 	}
 	d := &database{pool: pool, store: postgres.New(pool, options)}

@@ -55,7 +55,7 @@ func TestF20NoAnswerBeforeTheStandbysHaveIt(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer pool.Close()
-	if err := migrations.Up(ctx, pool, nil); err != nil {
+	if err := migrations.Up(ctx, postgres.New(pool, nil), nil); err != nil {
 		t.Fatal(err)
 	}
 	// A service's role needs no rights for the barrier that others don't have.
@@ -266,7 +266,7 @@ func TestWarningsOfTheServiceAreClearedUp(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer pool.Close()
-	if err := migrations.Up(ctx, pool, nil); err != nil {
+	if err := migrations.Up(ctx, postgres.New(pool, nil), nil); err != nil {
 		t.Fatal(err)
 	}
 	if _, err := pool.Exec(ctx, `
@@ -326,7 +326,7 @@ func TestF20StandbysNamedAfterTheClaimAreWaitedFor(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer pool.Close()
-	if err := migrations.Up(ctx, pool, nil); err != nil {
+	if err := migrations.Up(ctx, postgres.New(pool, nil), nil); err != nil {
 		t.Fatal(err)
 	}
 	store := postgres.New(pool, nil)

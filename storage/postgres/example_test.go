@@ -28,7 +28,7 @@ func ExampleNew() {
 		panic(err)
 	}
 	defer pool.Close()
-	if err := migrations.Up(ctx, pool, nil); err != nil {
+	if err := migrations.Up(ctx, postgres.New(pool, nil), nil); err != nil {
 		panic(err)
 	}
 	store := postgres.New(pool, options)

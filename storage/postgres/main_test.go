@@ -54,7 +54,7 @@ func setup(t testing.TB, opts *setupOptions) *testBundle {
 		t.Fatal(err)
 	}
 	defer bare.Close()
-	if err := migrations.Up(ctx, bare, &migrations.Options{Schema: schema}); err != nil {
+	if err := migrations.Up(ctx, postgres.New(bare, &postgres.Options{Schema: schema}), nil); err != nil {
 		t.Fatal(err)
 	}
 	if _, err := bare.Exec(ctx, "CREATE TABLE effects (id bigserial PRIMARY KEY, name text NOT NULL, attempt_id uuid)"); err != nil {

@@ -36,7 +36,7 @@ func TestOpenThenMigrateThenPay(t *testing.T) {
 	if err := store.Check(t.Context()); !errors.Is(err, postgres.ErrSchemaOutdated) || !strings.Contains(err.Error(), "run the migrations") {
 		t.Errorf("check before the migrations: %v", err)
 	}
-	if err := migrations.Up(t.Context(), store.Pool(), nil); err != nil {
+	if err := migrations.Up(t.Context(), postgres.New(store.Pool(), nil), nil); err != nil {
 		t.Fatal(err)
 	}
 	if err := store.Check(t.Context()); err != nil {
@@ -222,7 +222,7 @@ func TestCheckFindsAPoolThatWasConfiguredOtherwise(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
 			b := setup(t, &setupOptions{store: &postgres.Options{Schema: "payments"}})
-			if err := migrations.Up(t.Context(), b.pool, nil); err != nil { // in public too
+			if err := migrations.Up(t.Context(), postgres.New(b.pool, nil), nil); err != nil { // in public too
 				t.Fatal(err)
 			}
 			config, err := pgxpool.ParseConfig(b.pool.Config().ConnString())

@@ -156,12 +156,12 @@ func TestMigrationAfterConnect(t *testing.T) {
 	t.Parallel()
 	ctx := context.Background()
 	b := setup(t, &setupOptions{configure: func(c *pgxpool.Config) { c.MaxConns = 1 }})
-	if err := migrations.Down(ctx, b.pool, nil); err != nil {
+	if err := migrations.Down(ctx, postgres.New(b.pool, nil), nil); err != nil {
 		t.Fatal(err)
 	}
 	b.pool.Reset()
 	want(t, b.do(t, request("k", ""), pay(t, 201)), idempotency.OutcomeNotExecuted, idempotency.ReasonUnavailable)
-	if err := migrations.Up(ctx, b.pool, nil); err != nil {
+	if err := migrations.Up(ctx, postgres.New(b.pool, nil), nil); err != nil {
 		t.Fatal(err)
 	}
 	want(t, b.do(t, request("k", ""), pay(t, 201)), idempotency.OutcomeExecuted, "")

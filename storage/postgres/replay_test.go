@@ -66,7 +66,7 @@ func TestF20QuickReplayWaitsForTheStandbys(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer pool.Close()
-	if err := migrations.Up(ctx, pool, nil); err != nil {
+	if err := migrations.Up(ctx, postgres.New(pool, nil), nil); err != nil {
 		t.Fatal(err)
 	}
 	engine := idempotency.NewEngine(postgres.New(pool, nil), nil)

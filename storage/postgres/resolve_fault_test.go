@@ -205,7 +205,7 @@ func TestResolveOutlivesARestart(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer pool.Close()
-	if err := migrations.Up(ctx, pool, nil); err != nil {
+	if err := migrations.Up(ctx, postgres.New(pool, nil), nil); err != nil {
 		t.Fatal(err)
 	}
 	restarted := make(chan struct{})

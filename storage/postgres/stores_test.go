@@ -21,7 +21,7 @@ func TestStoresOfTwoSchemasDoNotBlockEachOther(t *testing.T) {
 	t.Parallel()
 	b := setup(t, nil)
 	ctx := context.Background()
-	if err := migrations.Up(ctx, b.pool, &migrations.Options{Schema: "payments"}); err != nil {
+	if err := migrations.Up(ctx, postgres.New(b.pool, &postgres.Options{Schema: "payments"}), nil); err != nil {
 		t.Fatal(err)
 	}
 	other := idempotency.NewEngine(postgres.New(b.pool, &postgres.Options{Schema: "payments"}), nil)
@@ -167,7 +167,7 @@ func TestStoresOfTwoSchemasShareAPool(t *testing.T) {
 	t.Parallel()
 	b := setup(t, nil)
 	ctx := context.Background()
-	if err := migrations.Up(ctx, b.pool, &migrations.Options{Schema: "payments"}); err != nil {
+	if err := migrations.Up(ctx, postgres.New(b.pool, &postgres.Options{Schema: "payments"}), nil); err != nil {
 		t.Fatal(err)
 	}
 	payments := postgres.New(b.pool, &postgres.Options{Schema: "payments"})
@@ -194,7 +194,7 @@ func TestLookUpIsInTheStoresOwnSchema(t *testing.T) {
 		postgres.Configure(c, payments)
 		postgres.Configure(c, nil)
 	}})
-	if err := migrations.Up(ctx, b.pool, &migrations.Options{Schema: "payments"}); err != nil {
+	if err := migrations.Up(ctx, postgres.New(b.pool, &postgres.Options{Schema: "payments"}), nil); err != nil {
 		t.Fatal(err)
 	}
 	b.pool.Reset()
@@ -217,7 +217,7 @@ func TestPoolConnectsBeforeTheFirstMigration(t *testing.T) {
 	t.Parallel()
 	ctx := context.Background()
 	b := setup(t, nil)
-	if err := migrations.Down(ctx, b.pool, nil); err != nil {
+	if err := migrations.Down(ctx, postgres.New(b.pool, nil), nil); err != nil {
 		t.Fatal(err)
 	}
 	b.pool.Reset()

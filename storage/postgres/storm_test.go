@@ -353,7 +353,7 @@ func TestTwoStoresShareAPoolOfOneConnection(t *testing.T) {
 		config.MaxConns = 1
 		postgres.Configure(config, &postgres.Options{Schema: second})
 	}})
-	if err := migrations.Up(t.Context(), b.pool, &migrations.Options{Schema: second}); err != nil {
+	if err := migrations.Up(t.Context(), postgres.New(b.pool, &postgres.Options{Schema: second}), nil); err != nil {
 		t.Fatal(err)
 	}
 	stores := []*postgres.Store{b.store, postgres.New(b.pool, &postgres.Options{Schema: second})}

@@ -43,7 +43,7 @@ func TestDoctorOnAServerOfItsOwn(t *testing.T) {
 	})
 	b := &testBundle{url: server.URL()}
 	b.pool = b.open(t, nil)
-	if err := migrations.Up(t.Context(), b.pool, nil); err != nil {
+	if err := migrations.Up(t.Context(), postgres.New(b.pool, nil), nil); err != nil {
 		t.Fatal(err)
 	}
 	findings := operator.New(b.pool, nil).Doctor(t.Context())
@@ -181,7 +181,7 @@ func TestStatsCountWhatThereIs(t *testing.T) {
 		t.Error(err)
 	}
 	finish()
-	if err := migrations.DownTo(t.Context(), b.pool, postgres.SchemaVersion, nil); err != nil {
+	if err := migrations.DownTo(t.Context(), postgres.New(b.pool, nil), postgres.SchemaVersion, nil); err != nil {
 		t.Fatal(err)
 	}
 	if s, err := b.operator.Stats(t.Context()); err != nil || s.AuditBytes != 0 || s.EventsBytes != 0 || s.Live.Rows != 91 {
@@ -230,7 +230,7 @@ func TestGC(t *testing.T) {
 	}
 	_, err := b.operator.GC(t.Context(), &operator.GCOptions{AuditAgeMax: -1})
 	wantError(t, err, operator.ErrInvalid)
-	if err := migrations.DownTo(t.Context(), b.pool, postgres.SchemaVersion, nil); err != nil {
+	if err := migrations.DownTo(t.Context(), postgres.New(b.pool, nil), postgres.SchemaVersion, nil); err != nil {
 		t.Fatal(err)
 	}
 	if _, err := b.operator.GC(t.Context(), &operator.GCOptions{AuditAgeMax: time.Hour}); err != nil {
@@ -289,7 +289,7 @@ func TestTimelineOfARecord(t *testing.T) {
 	}
 	_, err := b.operator.Timeline(t.Context(), idempotency.Key{Value: "canary"})
 	wantError(t, err, operator.ErrInvalid)
-	if err := migrations.DownTo(t.Context(), b.pool, postgres.SchemaVersion, nil); err != nil {
+	if err := migrations.DownTo(t.Context(), postgres.New(b.pool, nil), postgres.SchemaVersion, nil); err != nil {
 		t.Fatal(err)
 	}
 	k = key("canary")
@@ -422,7 +422,7 @@ func TestVersion(t *testing.T) {
 	if n := b.count(t, "SELECT count(*) FROM pg_tables WHERE schemaname = 'public'"); n != 0 {
 		t.Errorf("it made %d tables", n)
 	}
-	if err := migrations.Up(t.Context(), b.pool, nil); err != nil {
+	if err := migrations.Up(t.Context(), postgres.New(b.pool, nil), nil); err != nil {
 		t.Fatal(err)
 	}
 	want(operator.SchemaVersion, false)

@@ -36,7 +36,7 @@ func setup(t testing.TB, opts *operator.Options) *testBundle {
 	if opts != nil {
 		schema = opts.Schema
 	}
-	if err := migrations.Up(t.Context(), b.pool, &migrations.Options{Schema: schema}); err != nil {
+	if err := migrations.Up(t.Context(), postgres.New(b.pool, &postgres.Options{Schema: schema}), nil); err != nil {
 		t.Fatal(err)
 	}
 	b.engine = idempotency.NewEngine(postgres.New(b.pool, &postgres.Options{Schema: schema}), nil)

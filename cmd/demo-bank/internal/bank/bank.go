@@ -13,6 +13,7 @@ import (
 	"github.com/jackc/pgx/v5/pgxpool"
 
 	"github.com/paidonce/idempotency/migrations"
+	"github.com/paidonce/idempotency/storage/postgres"
 )
 
 //go:embed migrations/*.sql
@@ -34,7 +35,7 @@ func Migrate(ctx context.Context, pool *pgxpool.Pool) error {
 	if err != nil {
 		return fmt.Errorf("migrate the bank: %w", err)
 	}
-	if err := migrations.Up(ctx, pool, &migrations.Options{Schema: Schema, Files: sql, VersionTable: versionTable}); err != nil {
+	if err := migrations.Up(ctx, postgres.New(pool, &postgres.Options{Schema: Schema}), &migrations.Options{Files: sql, VersionTable: versionTable}); err != nil {
 		return fmt.Errorf("migrate the bank: %w", err)
 	}
 	return nil

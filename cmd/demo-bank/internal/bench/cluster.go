@@ -93,7 +93,7 @@ func (c *cluster) make(ctx context.Context, url string) error {
 		return err
 	}
 	for _, keys := range append([]int64{0}, c.config.Keys...) {
-		if err := migrations.Up(ctx, pool, &migrations.Options{Schema: schemaOf(keys)}); err != nil {
+		if err := migrations.Up(ctx, postgres.New(pool, &postgres.Options{Schema: schemaOf(keys)}), nil); err != nil {
 			return err
 		}
 	}

@@ -41,7 +41,7 @@ func (r *run) measureExpiry(ctx context.Context) error {
 		return fmt.Errorf("open a pool: %w", err)
 	}
 	defer pool.Close()
-	if err := migrations.Up(ctx, pool, &migrations.Options{Schema: schemaExpiry}); err != nil {
+	if err := migrations.Up(ctx, postgres.New(pool, &postgres.Options{Schema: schemaExpiry}), nil); err != nil {
 		return err
 	}
 	f := &filled{keys: r.config.Expired, from: time.Now().Add(-3 * fillBefore).UnixMilli(), body: transferBody(nil, 1, 2, 1, 1)}

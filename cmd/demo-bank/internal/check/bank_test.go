@@ -57,7 +57,7 @@ func setup(t *testing.T) *bundle {
 		t.Fatal(err)
 	}
 	defer migrating.Close()
-	if err := migrations.Up(t.Context(), migrating, &migrations.Options{Schema: bank.Schema}); err != nil {
+	if err := migrations.Up(t.Context(), postgres.New(migrating, &postgres.Options{Schema: bank.Schema}), nil); err != nil {
 		t.Fatal(err)
 	}
 	if err := bank.Migrate(t.Context(), migrating); err != nil {

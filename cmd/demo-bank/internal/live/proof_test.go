@@ -13,6 +13,7 @@ import (
 	"github.com/paidonce/idempotency/cmd/demo-bank/internal/bank"
 	"github.com/paidonce/idempotency/internal/pgtest"
 	"github.com/paidonce/idempotency/migrations"
+	"github.com/paidonce/idempotency/storage/postgres"
 )
 
 func TestMain(m *testing.M) { pgtest.Main(m) }
@@ -32,7 +33,7 @@ func twins(t *testing.T) *pgxpool.Pool {
 		t.Fatal(err)
 	}
 	t.Cleanup(pool.Close)
-	if err := migrations.Up(t.Context(), pool, &migrations.Options{Schema: bank.Schema}); err != nil {
+	if err := migrations.Up(t.Context(), postgres.New(pool, &postgres.Options{Schema: bank.Schema}), nil); err != nil {
 		t.Fatal(err)
 	}
 	if err := bank.Migrate(t.Context(), pool); err != nil {

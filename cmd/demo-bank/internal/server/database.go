@@ -120,7 +120,7 @@ func migrate(ctx context.Context, config *pgxpool.Config) error {
 	if err := pool.Ping(ctx); err != nil {
 		return fmt.Errorf("the database can't be reached: %s: start it or mend --database-url (DATABASE_URL), or leave it out for an embedded PostgreSQL", oneLine(err))
 	}
-	if err := migrations.Up(ctx, pool, &migrations.Options{Schema: bank.Schema}); err != nil {
+	if err := migrations.Up(ctx, postgres.New(pool, &postgres.Options{Schema: bank.Schema}), nil); err != nil {
 		return err
 	}
 	return bank.Migrate(ctx, pool)

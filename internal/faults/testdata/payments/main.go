@@ -1,5 +1,5 @@
-// Command payments is a service that TestF30 builds twice: from these sources and from older ones. It uses nothing but
-// what both have.
+// Command payments is a service that TestF30 builds twice: from these sources and from older ones, which have their own.
+// Both must have the same flags.
 package main
 
 import (
@@ -34,25 +34,18 @@ func main() {
 // run says where it listens, and serves until its input ends.
 func run(name, database, files string, fingerprint int16) error {
 	ctx := context.Background()
-	config, err := pgxpool.ParseConfig(database)
+	store, err := postgres.Open(ctx, database, &postgres.Options{PoolConfig: func(config *pgxpool.Config) { config.MaxConns = 8 }})
 	if err != nil {
 		return err
 	}
-	config.MaxConns = 8
-	postgres.Configure(config, nil)
-	pool, err := pgxpool.NewWithConfig(ctx, config)
-	if err != nil {
-		return err
-	}
-	defer pool.Close()
+	defer store.Close()
 	var up *migrations.Options
 	if files != "" {
-		up = &migrations.Options{Files: os.DirFS(files), VersionTable: migrations.VersionTableDefault}
+		up = &migrations.Options{Files: os.DirFS(files), VersionTable: "idempotency_migrations"}
 	}
-	if err := migrations.Up(ctx, pool, up); err != nil {
+	if err := migrations.Up(ctx, store, up); err != nil {
 		return err
 	}
-	store := postgres.New(pool, nil)
 	if err := store.Check(ctx); err != nil {
 		return err
 	}
