@@ -203,6 +203,7 @@ func TestTheRootRequiresNoMore(t *testing.T) {
 		got, want []string
 	}{
 		{"what packages of the root module import", direct, []string{
+			"github.com/bwmarrin/snowflake",                               // examples/orders
 			"github.com/chromedp/cdproto", "github.com/chromedp/chromedp", // browser tests
 			"github.com/dunglas/httpsfv",
 			"github.com/fergusstrange/embedded-postgres", // tests and examples

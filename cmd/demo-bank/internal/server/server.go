@@ -20,7 +20,7 @@ import (
 	"github.com/paidonce/idempotency/cmd/demo-bank/internal/crashpoint"
 	"github.com/paidonce/idempotency/cmd/demo-bank/internal/live"
 	"github.com/paidonce/idempotency/cmd/demo-bank/internal/metrics"
-	"github.com/paidonce/idempotency/cmd/demo-bank/internal/nodeid"
+	"github.com/paidonce/idempotency/internal/nodeid"
 	"github.com/paidonce/idempotency/storage/postgres"
 )
 

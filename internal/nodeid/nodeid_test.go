@@ -116,7 +116,7 @@ func TestALostLeaseMakesNoIDs(t *testing.T) {
 	if _, err := elsewhere.Exec(t.Context(), `ALTER DATABASE `+name+` WITH ALLOW_CONNECTIONS false`); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := admin.Exec(t.Context(), `SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name = 'demo-bank node id' AND datname = current_database()`); err != nil {
+	if _, err := admin.Exec(t.Context(), `SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name = 'node id' AND datname = current_database()`); err != nil {
 		t.Fatal(err)
 	}
 	if _, err := admin.Exec(t.Context(), `SELECT pg_advisory_lock($1, $2)`, lockNamespace, before); err != nil {

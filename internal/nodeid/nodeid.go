@@ -16,7 +16,7 @@ import (
 )
 
 const (
-	// Nodes is how many node numbers there are, and so how many banks may share a database: 10 bits of a snowflake.
+	// Nodes is how many node numbers there are, and so how many processes may share a database: 10 bits of a snowflake.
 	Nodes = 1024
 
 	// lockNamespace is the first half of the advisory locks that are the leases; the second is the node number.
@@ -48,7 +48,7 @@ type Source struct {
 func Open(ctx context.Context, config *pgx.ConnConfig, logger *slog.Logger) (*Source, error) {
 	s := &Source{config: config.Copy(), logger: logger}
 	// The lease waits for nothing and for nobody: a timeout of the pool's connections must not end it.
-	s.config.RuntimeParams["application_name"] = "demo-bank node id"
+	s.config.RuntimeParams["application_name"] = "node id"
 	if err := s.lease(ctx); err != nil {
 		return nil, err
 	}
