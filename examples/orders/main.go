@@ -8,13 +8,16 @@ import (
 	"context"
 	"crypto/rand"
 	"fmt"
+	"log/slog"
 	"net"
 	"net/http"
+	"sync"
 
 	"github.com/go-chi/chi/v5"
 	"github.com/jackc/pgx/v5/pgxpool"
 
 	"github.com/paidonce/idempotency"
+	"github.com/paidonce/idempotency/internal/nodeid"
 	"github.com/paidonce/idempotency/middleware"
 	"github.com/paidonce/idempotency/middleware/chiroute"
 	"github.com/paidonce/idempotency/migrations"
@@ -34,13 +37,18 @@ func run(ctx context.Context, address string) error {
 		return err
 	}
 	defer pool.Close()
+	ids, release, err := leaseIDs(ctx, pool)
+	if err != nil {
+		return err
+	}
+	defer release()
 	payments, closePayments, err := servePayments()
 	if err != nil {
 		return err
 	}
 	defer closePayments()
 
-	shop := &shop{pool: pool, payments: &paymentClient{url: payments}}
+	shop := &shop{pool: pool, ids: ids, payments: &paymentClient{url: payments}}
 	return serve(ctx, address, newRouter(shop, postgres.New(pool, nil)), func(url string) { greet(url, payments) })
 }
 
@@ -77,6 +85,18 @@ func open(ctx context.Context, url string) (*pgxpool.Pool, error) {
 		return nil, err
 	}
 	return pool, nil
+}
+
+// leaseIDs leases this process a node number, on a connection of its own, until release is called.
+func leaseIDs(ctx context.Context, pool *pgxpool.Pool) (ids *nodeid.Source, release func(), err error) {
+	ids, err = nodeid.Open(ctx, pool.Config().ConnConfig, slog.Default())
+	if err != nil {
+		return nil, nil, err
+	}
+	ctx, cancel := context.WithCancel(context.WithoutCancel(ctx)) // requests in flight still need ids
+	var group sync.WaitGroup
+	group.Go(func() { ids.Run(ctx) })
+	return ids, func() { cancel(); group.Wait() }, nil
 }
 
 // servePayments runs the payment service on a port of its own, as if it were somebody else's.

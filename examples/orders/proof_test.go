@@ -50,12 +50,17 @@ func openShop(t *testing.T) *shop {
 	if _, err := pool.Exec(t.Context(), "UPDATE shop.stock SET quantity = $1 WHERE sku = 'tea'", stocked); err != nil {
 		t.Fatal(err)
 	}
+	ids, release, err := leaseIDs(t.Context(), pool)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(release)
 	payments, stop, err := servePayments()
 	if err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { stop(); http.DefaultClient.CloseIdleConnections() })
-	return &shop{pool: pool, payments: &paymentClient{url: payments}}
+	return &shop{pool: pool, ids: ids, payments: &paymentClient{url: payments}}
 }
 
 func newOrder(token, card string) *http.Request {

@@ -4,13 +4,14 @@ import (
 	"context"
 	"encoding/json"
 	"errors"
-	"fmt"
 	"net/http"
+	"strconv"
 
 	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgxpool"
 
 	"github.com/paidonce/idempotency"
+	"github.com/paidonce/idempotency/internal/nodeid"
 	"github.com/paidonce/idempotency/storage/postgres"
 )
 
@@ -19,7 +20,7 @@ const schema = `
 	CREATE TABLE IF NOT EXISTS shop.stock (
 		sku text PRIMARY KEY, price bigint NOT NULL, quantity bigint NOT NULL CHECK (quantity >= 0));
 	CREATE TABLE IF NOT EXISTS shop.orders (
-		id bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY, account text NOT NULL,
+		id bigint PRIMARY KEY, account text NOT NULL,
 		sku text NOT NULL REFERENCES shop.stock, quantity bigint NOT NULL, total bigint NOT NULL);
 	CREATE TABLE IF NOT EXISTS shop.payments (
 		order_id bigint PRIMARY KEY REFERENCES shop.orders, charge text NOT NULL UNIQUE, amount bigint NOT NULL);
@@ -27,6 +28,7 @@ const schema = `
 
 type shop struct {
 	pool     *pgxpool.Pool
+	ids      *nodeid.Source // of orders: no other replica makes the same
 	payments *paymentClient
 }
 
@@ -43,17 +45,22 @@ func (s *shop) order(w http.ResponseWriter, r *http.Request) {
 		writeProblem(w, http.StatusBadRequest, "send a sku, a quantity from 1 to 100 and a card")
 		return
 	}
+	order, err := s.ids.Next()
+	if err != nil { // before the charge, so that the middleware can promise that nothing happened
+		writeProblem(w, http.StatusServiceUnavailable, "no order number can be made now: send the order again with the same key")
+		return
+	}
 	ctx := r.Context()
 	tx := postgres.Tx(ctx)
 	key, _ := idempotency.KeyFrom(ctx)
 	chargeKey := idempotency.DerivedKey(ctx, "charge") // the same in every attempt at this order
 
-	var order, total int64
-	err := tx.QueryRow(ctx, `
+	var total int64
+	err = tx.QueryRow(ctx, `
 		WITH taken AS (
 			UPDATE shop.stock SET quantity = quantity - $3 WHERE sku = $2 AND quantity >= $3 RETURNING price)
-		INSERT INTO shop.orders (account, sku, quantity, total) SELECT $1, $2, $3, price * $3 FROM taken
-		RETURNING id, total`, key.Scope, o.SKU, o.Quantity).Scan(&order, &total)
+		INSERT INTO shop.orders (id, account, sku, quantity, total) SELECT $4, $1, $2, $3, price * $3 FROM taken
+		RETURNING total`, key.Scope, o.SKU, o.Quantity, order).Scan(&total)
 	switch {
 	case errors.Is(err, pgx.ErrNoRows):
 		s.declineOutOfStock(ctx, w, chargeKey)
@@ -78,8 +85,9 @@ func (s *shop) order(w http.ResponseWriter, r *http.Request) {
 		writeProblem(w, http.StatusInternalServerError, "the order failed: send it again with the same key")
 		return
 	}
-	w.Header().Set("Location", fmt.Sprintf("/orders/%d", order))
-	writeJSON(w, http.StatusCreated, map[string]any{"order": order, "total": total, "charge": charge})
+	id := strconv.FormatInt(order, 10) // a string: it has more digits than a number of JavaScript holds
+	w.Header().Set("Location", "/orders/"+id)
+	writeJSON(w, http.StatusCreated, map[string]any{"order": id, "total": total, "charge": charge})
 }
 
 // declineOutOfStock answers 409, for good. An earlier attempt at this order may have found the goods, charged the card
