@@ -8,7 +8,6 @@ import (
 
 	"github.com/paidonce/idempotency"
 	"github.com/paidonce/idempotency/client"
-	"github.com/paidonce/idempotency/storage/postgres"
 )
 
 // The payment service charges the card and its answer is lost: 504, and so the shop answers 503.
@@ -16,8 +15,8 @@ import (
 // charged. The client keeps the key, and its retry is charged once.
 func TestLostAnswerOfThePaymentServiceChargesOnce(t *testing.T) {
 	t.Parallel()
-	shop := openShop(t)
-	server := httptest.NewServer(newRouter(shop, postgres.New(shop.pool, nil)))
+	shop, store := openShop(t)
+	server := httptest.NewServer(newRouter(shop, store))
 	t.Cleanup(server.Close)
 	once := &http.Client{Transport: client.New(nil, &client.Options{Honours: client.Everywhere, AttemptsMax: 1})}
 	order := func() *http.Request {

@@ -12,7 +12,7 @@ import (
 // A shop that has lost its node number makes no order, charges no card, and can say so.
 func TestOrderWithoutALeaseIsNotExecuted(t *testing.T) {
 	t.Parallel()
-	shop := openShop(t)
+	shop, _ := openShop(t)
 	ids, release, err := leaseIDs(t.Context(), shop.pool)
 	if err != nil {
 		t.Fatal(err)

@@ -32,12 +32,12 @@ func run(ctx context.Context, address string) error {
 		return err
 	}
 	defer stop()
-	pool, err := open(ctx, url)
+	store, err := open(ctx, url)
 	if err != nil {
 		return err
 	}
-	defer pool.Close()
-	ids, release, err := leaseIDs(ctx, pool)
+	defer store.Close()
+	ids, release, err := leaseIDs(ctx, store.Pool())
 	if err != nil {
 		return err
 	}
@@ -48,8 +48,8 @@ func run(ctx context.Context, address string) error {
 	}
 	defer closePayments()
 
-	shop := &shop{pool: pool, ids: ids, payments: &paymentClient{url: payments}}
-	return serve(ctx, address, newRouter(shop, postgres.New(pool, nil)), func(url string) { greet(url, payments) })
+	shop := &shop{pool: store.Pool(), ids: ids, payments: &paymentClient{url: payments}}
+	return serve(ctx, address, newRouter(shop, store), func(url string) { greet(url, payments) })
 }
 
 // newRouter mounts authentication outside and idempotency inside. A caller who is not known is refused before a key
@@ -67,24 +67,19 @@ func newRouter(shop *shop, store idempotency.Store) http.Handler {
 }
 
 // open connects to the database and brings it up to date.
-func open(ctx context.Context, url string) (*pgxpool.Pool, error) {
-	config, err := pgxpool.ParseConfig(url)
+func open(ctx context.Context, url string) (*postgres.Store, error) {
+	store, err := postgres.Open(ctx, url, nil)
 	if err != nil {
 		return nil, err
 	}
-	postgres.Configure(config, nil)
-	pool, err := pgxpool.NewWithConfig(ctx, config)
-	if err != nil {
-		return nil, err
-	}
-	if err = migrations.Up(ctx, postgres.New(pool, nil), nil); err == nil {
-		_, err = pool.Exec(ctx, schema)
+	if err = migrations.Up(ctx, store, nil); err == nil {
+		_, err = store.Pool().Exec(ctx, schema)
 	}
 	if err != nil {
-		pool.Close()
+		store.Close()
 		return nil, err
 	}
-	return pool, nil
+	return store, nil
 }
 
 // leaseIDs leases this process a node number, on a connection of its own, until release is called.

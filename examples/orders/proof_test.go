@@ -24,9 +24,9 @@ func TestMain(m *testing.M) {
 
 func TestOrdersOutliveCrashes(t *testing.T) {
 	t.Parallel()
-	shop := openShop(t)
+	shop, store := openShop(t)
 	prooftest.Run(t, prooftest.Config{
-		Store:    postgres.New(shop.pool, nil),
+		Store:    store,
 		New:      func(store idempotency.Store) http.Handler { return newRouter(shop, store) },
 		Request:  func(n int) *http.Request { return newOrder("token-of-acme", fmt.Sprintf("card-%d", n)) },
 		Declined: func(int) *http.Request { return newOrder("token-of-acme", "empty") },
@@ -39,18 +39,18 @@ func TestOrdersOutliveCrashes(t *testing.T) {
 
 const stocked = 1_000_000
 
-// openShop returns a shop with enough tea, on a database and a payment service of its own.
-func openShop(t *testing.T) *shop {
+// openShop returns a shop, and the store of its records, with enough tea, on a database and a payment service of its own.
+func openShop(t *testing.T) (*shop, *postgres.Store) {
 	t.Helper()
-	pool, err := open(t.Context(), pgtest.Database(t))
+	store, err := open(t.Context(), pgtest.Database(t))
 	if err != nil {
 		t.Fatal(err)
 	}
-	t.Cleanup(pool.Close)
-	if _, err := pool.Exec(t.Context(), "UPDATE shop.stock SET quantity = $1 WHERE sku = 'tea'", stocked); err != nil {
+	t.Cleanup(store.Close)
+	if _, err := store.Pool().Exec(t.Context(), "UPDATE shop.stock SET quantity = $1 WHERE sku = 'tea'", stocked); err != nil {
 		t.Fatal(err)
 	}
-	ids, release, err := leaseIDs(t.Context(), pool)
+	ids, release, err := leaseIDs(t.Context(), store.Pool())
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -60,7 +60,7 @@ func openShop(t *testing.T) *shop {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { stop(); http.DefaultClient.CloseIdleConnections() })
-	return &shop{pool: pool, ids: ids, payments: &paymentClient{url: payments}}
+	return &shop{pool: store.Pool(), ids: ids, payments: &paymentClient{url: payments}}, store
 }
 
 func newOrder(token, card string) *http.Request {

@@ -10,21 +10,28 @@ import (
 	"fmt"
 	"net/http"
 
-	"github.com/jackc/pgx/v5/pgxpool"
-
 	"github.com/paidonce/idempotency/middleware"
 	"github.com/paidonce/idempotency/migrations"
 	"github.com/paidonce/idempotency/storage/postgres"
 )
 
-func newHandler(ctx context.Context, pool *pgxpool.Pool) (http.Handler, error) {
-	if err := migrations.Up(ctx, postgres.New(pool, nil), nil); err != nil { // the table of the records
-		return nil, err
+func run(ctx context.Context, databaseURL, address string) error {
+	store, err := postgres.Open(ctx, databaseURL, nil) // connects, and checks what it finds
+	if err != nil {
+		return err
 	}
-	idem := middleware.New(postgres.New(pool, nil), accountID, nil)
+	defer store.Close()
+	if err := migrations.Up(ctx, store, nil); err != nil { // creates or upgrades the tables of the records
+		return err
+	}
+	if _, err := store.Pool().Exec(ctx, schema); err != nil { // your own tables
+		return err
+	}
+	go postgres.NewReaper(store, nil).Run(ctx) // deletes expired records
+	idem := middleware.New(store, accountID, nil)
 	mux := http.NewServeMux()
 	mux.Handle("POST /transfers", idem.Handler(http.HandlerFunc(transfer)))
-	return mux, nil
+	return serve(ctx, address, mux, greet) // an http.Server with timeouts
 }
 
 // accountID says whose key it is: what your authentication, mounted outside, found. Without one the answer is 401.
@@ -68,32 +75,15 @@ const schema = `
 	CREATE TABLE IF NOT EXISTS quickstart.accounts (name text PRIMARY KEY, balance bigint NOT NULL);
 	INSERT INTO quickstart.accounts VALUES ('alice', 10000), ('bob', 0) ON CONFLICT DO NOTHING`
 
-func main() { start("quickstart", "127.0.0.1:8081", run) }
-
-func run(ctx context.Context, address string) error {
-	url, stop, err := databaseURL(ctx)
-	if err != nil {
-		return err
-	}
-	defer stop()
-	config, err := pgxpool.ParseConfig(url)
-	if err != nil {
-		return err
-	}
-	postgres.Configure(config, nil) // what the store wants of its connections
-	pool, err := pgxpool.NewWithConfig(ctx, config)
-	if err != nil {
-		return err
-	}
-	defer pool.Close()
-	if _, err := pool.Exec(ctx, schema); err != nil {
-		return err
-	}
-	handler, err := newHandler(ctx, pool)
-	if err != nil {
-		return err
-	}
-	return serve(ctx, address, handler, greet)
+func main() {
+	start("quickstart", "127.0.0.1:8081", func(ctx context.Context, address string) error {
+		url, stop, err := databaseURL(ctx)
+		if err != nil {
+			return err
+		}
+		defer stop()
+		return run(ctx, url, address)
+	})
 }
 
 // greet prints what to try. The same line twice is the point: its key is the same.

@@ -32,19 +32,19 @@ func run(ctx context.Context, address string) error {
 		return err
 	}
 	defer stop()
-	pool, err := open(ctx, url)
+	store, err := open(ctx, url)
 	if err != nil {
 		return err
 	}
-	defer pool.Close()
-	jobs, err := newJobs(pool)
+	defer store.Close()
+	jobs, err := newJobs(store.Pool())
 	if err != nil {
 		return err
 	}
 	if err := jobs.Start(context.WithoutCancel(ctx)); err != nil {
 		return err
 	}
-	err = serve(ctx, address, newHandler(pool, jobs), greet)
+	err = serve(ctx, address, newHandler(store, jobs), greet)
 	// The requests have ended, so no further job comes. A job that is not done by now is done after
 	// the next start.
 	stopping, cancel := context.WithTimeout(context.WithoutCancel(ctx), shutdownTimeout)
@@ -57,35 +57,30 @@ func run(ctx context.Context, address string) error {
 
 // open connects to the database and brings it up to date: the records, River's tables and the
 // bank's.
-func open(ctx context.Context, url string) (*pgxpool.Pool, error) {
-	config, err := pgxpool.ParseConfig(url)
+func open(ctx context.Context, url string) (*postgres.Store, error) {
+	store, err := postgres.Open(ctx, url, nil)
 	if err != nil {
 		return nil, err
 	}
-	postgres.Configure(config, nil)
-	pool, err := pgxpool.NewWithConfig(ctx, config)
-	if err != nil {
+	if err := migrate(ctx, store); err != nil {
+		store.Close()
 		return nil, err
 	}
-	if err := migrate(ctx, pool); err != nil {
-		pool.Close()
-		return nil, err
-	}
-	return pool, nil
+	return store, nil
 }
 
-func migrate(ctx context.Context, pool *pgxpool.Pool) error {
-	if err := migrations.Up(ctx, postgres.New(pool, nil), nil); err != nil {
+func migrate(ctx context.Context, store *postgres.Store) error {
+	if err := migrations.Up(ctx, store, nil); err != nil {
 		return err
 	}
-	migrator, err := rivermigrate.New(riverpgxv5.New(pool), nil)
+	migrator, err := rivermigrate.New(riverpgxv5.New(store.Pool()), nil)
 	if err != nil {
 		return err
 	}
 	if _, err := migrator.Migrate(ctx, rivermigrate.DirectionUp, nil); err != nil {
 		return err
 	}
-	_, err = pool.Exec(ctx, schema)
+	_, err = store.Pool().Exec(ctx, schema)
 	return err
 }
 
@@ -114,9 +109,9 @@ const sendReceipt = `
 	INSERT INTO river_example.receipts SELECT id, payee, amount FROM river_example.transfers WHERE id = $1
 	ON CONFLICT DO NOTHING`
 
-func newHandler(pool *pgxpool.Pool, jobs *river.Client[pgx.Tx]) http.Handler {
-	b := &bank{pool: pool, jobs: jobs}
-	idem := middleware.New(postgres.New(pool, nil), accountID, nil)
+func newHandler(store *postgres.Store, jobs *river.Client[pgx.Tx]) http.Handler {
+	b := &bank{pool: store.Pool(), jobs: jobs}
+	idem := middleware.New(store, accountID, nil)
 	mux := http.NewServeMux()
 	mux.Handle("POST /transfers", idem.Handler(http.HandlerFunc(b.transfer)))
 	mux.HandleFunc("GET /receipts", b.receipts)

@@ -27,22 +27,23 @@ func TestMain(m *testing.M) {
 const waitMax = 60 * time.Second
 
 type testBundle struct {
-	pool *pgxpool.Pool
-	jobs *river.Client[pgx.Tx]
+	pool  *pgxpool.Pool
+	store *postgres.Store
+	jobs  *river.Client[pgx.Tx]
 }
 
 func setup(t *testing.T) *testBundle {
 	t.Helper()
-	pool, err := open(t.Context(), pgtest.Database(t))
+	store, err := open(t.Context(), pgtest.Database(t))
 	if err != nil {
 		t.Fatal(err)
 	}
-	t.Cleanup(pool.Close)
-	jobs, err := newJobs(pool)
+	t.Cleanup(store.Close)
+	jobs, err := newJobs(store.Pool())
 	if err != nil {
 		t.Fatal(err)
 	}
-	return &testBundle{pool: pool, jobs: jobs}
+	return &testBundle{pool: store.Pool(), store: store, jobs: jobs}
 }
 
 func (b *testBundle) wantJobs(t *testing.T, when string, want int) {
@@ -74,7 +75,7 @@ func post(t *testing.T, handler http.Handler, key, body string, status int, outc
 func TestOneReceiptForEachPayment(t *testing.T) {
 	t.Parallel()
 	b := setup(t)
-	handler := newHandler(b.pool, b.jobs)
+	handler := newHandler(b.store, b.jobs)
 	const paid = `{"to":"bob","amount":1250}`
 	post(t, handler, "paid", paid, http.StatusCreated, "executed")
 	b.wantJobs(t, "paid", 1)
@@ -158,7 +159,7 @@ func TestJobsEndAsTheirRequestDoes(t *testing.T) {
 			t.Parallel()
 			b := setup(t)
 			status := 0
-			handler := middleware.New(postgres.New(b.pool, nil), accountID, nil).Handler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+			handler := middleware.New(b.store, accountID, nil).Handler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 				if err := test.enqueue(r.Context(), b.jobs, postgres.Tx(r.Context())); err != nil {
 					t.Error(err)
 				}
@@ -190,7 +191,7 @@ func TestJobsEndAsTheirRequestDoes(t *testing.T) {
 	t.Run("Insert", func(t *testing.T) {
 		t.Parallel()
 		b := setup(t)
-		handler := middleware.New(postgres.New(b.pool, nil), accountID, nil).Handler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		handler := middleware.New(b.store, accountID, nil).Handler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 			if _, err := b.jobs.Insert(r.Context(), receipt{}, nil); err == nil {
 				t.Error("a handler enqueued a job that no rollback undoes")
 			}

@@ -13,8 +13,6 @@ import (
 	"net/http"
 	"slices"
 
-	"github.com/jackc/pgx/v5/pgxpool"
-
 	"github.com/paidonce/idempotency/examples/sqlc/ledger"
 	"github.com/paidonce/idempotency/middleware"
 	"github.com/paidonce/idempotency/migrations"
@@ -32,14 +30,14 @@ func run(ctx context.Context, address string) error {
 		return err
 	}
 	defer stop()
-	pool, err := open(ctx, url)
+	store, err := open(ctx, url)
 	if err != nil {
 		return err
 	}
-	defer pool.Close()
+	defer store.Close()
 
-	b := &bank{queries: ledger.New(pool)}
-	idem := middleware.New(postgres.New(pool, nil), accountID, nil)
+	b := &bank{queries: ledger.New(store.Pool())}
+	idem := middleware.New(store, accountID, nil)
 	mux := http.NewServeMux()
 	mux.Handle("POST /transfers", idem.Handler(http.HandlerFunc(b.transfer)))
 	mux.HandleFunc("GET /transfers", b.transfers)
@@ -47,24 +45,19 @@ func run(ctx context.Context, address string) error {
 }
 
 // open connects to the database and brings it up to date.
-func open(ctx context.Context, url string) (*pgxpool.Pool, error) {
-	config, err := pgxpool.ParseConfig(url)
+func open(ctx context.Context, url string) (*postgres.Store, error) {
+	store, err := postgres.Open(ctx, url, nil)
 	if err != nil {
 		return nil, err
 	}
-	postgres.Configure(config, nil)
-	pool, err := pgxpool.NewWithConfig(ctx, config)
-	if err != nil {
-		return nil, err
-	}
-	if err = migrations.Up(ctx, postgres.New(pool, nil), nil); err == nil {
-		_, err = pool.Exec(ctx, schema)
+	if err = migrations.Up(ctx, store, nil); err == nil {
+		_, err = store.Pool().Exec(ctx, schema)
 	}
 	if err != nil {
-		pool.Close()
+		store.Close()
 		return nil, err
 	}
-	return pool, nil
+	return store, nil
 }
 
 // accountID says whose key it is: what your authentication, mounted outside, found. Without one the answer is 401.

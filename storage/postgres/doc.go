@@ -1,10 +1,16 @@
 // Package postgres keeps idempotency records in PostgreSQL, in the same transaction as the writes of the handler that
 // they report.
 //
-//	config, err := pgxpool.ParseConfig(databaseURL)
-//	postgres.Configure(config, nil)
-//	pool, err := pgxpool.NewWithConfig(ctx, config)
-//	store := postgres.New(pool, nil)
+//	store, err := postgres.Open(ctx, databaseURL, nil)
+//	if err != nil {
+//		return err
+//	}
+//	defer store.Close()
+//	if err := migrations.Up(ctx, store, nil); err != nil {
+//		return err
+//	}
+//
+// [Open] makes the pool. [New] takes one of the caller's, whose config went through [Configure].
 //
 // The handler's statements go through [Tx]. BEGIN, the lock and the look-up are one round trip; the
 // record and COMMIT are another; so a request costs as many as its handler would in a plain

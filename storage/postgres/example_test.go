@@ -14,10 +14,31 @@ import (
 	"github.com/paidonce/idempotency/storage/postgres"
 )
 
-// A service opens its pool, brings the schema up to date, asks whether all is well, and serves.
+// A service opens its store, brings the schema up to date, and serves.
+func ExampleOpen() {
+	ctx := context.Background()
+	store, err := postgres.Open(ctx, os.Getenv("DATABASE_URL"), &postgres.Options{
+		LockTimeout: 2 * time.Second, // nil options are fine
+		PoolConfig:  func(config *pgxpool.Config) { config.MaxConns = 50 },
+	})
+	if err != nil {
+		panic(err)
+	}
+	defer store.Close()
+	if err := migrations.Up(ctx, store, nil); err != nil {
+		panic(err)
+	}
+
+	account := func(r *http.Request) (string, error) { return r.Header.Get("Account"), nil }
+	idem := middleware.New(store, account, nil)
+	mux := http.NewServeMux()
+	mux.Handle("POST /transfers", idem.Handler(http.HandlerFunc(func(http.ResponseWriter, *http.Request) {})))
+}
+
+// A program that has a pool already puts its config through Configure, and checks the store.
 func ExampleNew() {
 	ctx := context.Background()
-	options := &postgres.Options{LockTimeout: 2 * time.Second} // the same for Configure and New; nil is fine
+	options := &postgres.Options{LockTimeout: 2 * time.Second} // the same for Configure and New
 	config, err := pgxpool.ParseConfig(os.Getenv("DATABASE_URL"))
 	if err != nil {
 		panic(err)
@@ -28,18 +49,10 @@ func ExampleNew() {
 		panic(err)
 	}
 	defer pool.Close()
-	if err := migrations.Up(ctx, postgres.New(pool, nil), nil); err != nil {
-		panic(err)
-	}
 	store := postgres.New(pool, options)
 	if err := store.Check(ctx); err != nil {
 		panic(err)
 	}
-
-	account := func(r *http.Request) (string, error) { return r.Header.Get("Account"), nil }
-	idem := middleware.New(store, account, nil)
-	mux := http.NewServeMux()
-	mux.Handle("POST /transfers", idem.Handler(http.HandlerFunc(func(http.ResponseWriter, *http.Request) {})))
 }
 
 // A handler's writes go through Tx. They are committed with a 2xx answer, and undone with a 4xx or 5xx.
@@ -57,7 +70,7 @@ func ExampleTx() {
 
 // Every replica may run a reaper. The program starts it, and stops it by ending its context.
 func ExampleReaper() {
-	var store *postgres.Store // see New
+	var store *postgres.Store // see Open
 	ctx, stop := context.WithCancel(context.Background())
 	reaper := postgres.NewReaper(store, &postgres.ReaperOptions{
 		OnWalk: func(deleted int64, duration time.Duration, err error) {
