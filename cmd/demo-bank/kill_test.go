@@ -7,13 +7,15 @@ import (
 	"encoding/json"
 	"net"
 	"net/http"
-	"strings"
+	"net/http/httptest"
+	"net/http/httputil"
+	"net/url"
+	"sync/atomic"
 	"testing"
 
 	"github.com/jackc/pgx/v5/pgxpool"
 
 	"github.com/paidonce/idempotency/cmd/demo-bank/internal/bank"
-	"github.com/paidonce/idempotency/cmd/demo-bank/internal/proxytest"
 	"github.com/paidonce/idempotency/cmd/demo-bank/internal/storm"
 	"github.com/paidonce/idempotency/internal/pgtest"
 )
@@ -105,7 +107,7 @@ func TestAStormOutlivesFiveKills(t *testing.T) {
 }
 
 // TestTwoBanksOnOneDatabaseUnderAStorm: two processes start on an empty database at once and share its keys and its
-// money. The storm's connections lead to one and the other in turn, so that the copies of a transfer meet both.
+// money. The storm's requests are led to one and the other in turn, so that the copies of a transfer meet both.
 func TestTwoBanksOnOneDatabaseUnderAStorm(t *testing.T) {
 	t.Parallel()
 	const keys = 300
@@ -115,11 +117,21 @@ func TestTwoBanksOnOneDatabaseUnderAStorm(t *testing.T) {
 	}
 	one, other := start(), start()
 	banks := []*program{one(), other()}
-	proxy := proxytest.Start(t, func(n int) (net.Conn, error) {
-		return net.Dial("tcp", strings.TrimPrefix(banks[n%len(banks)].url, "http://"))
-	})
+	var addresses []*url.URL
+	for _, p := range banks {
+		address, err := url.Parse(p.url)
+		if err != nil {
+			t.Fatal(err)
+		}
+		addresses = append(addresses, address)
+	}
+	var requests atomic.Int64
+	balancer := httptest.NewServer(&httputil.ReverseProxy{Rewrite: func(r *httputil.ProxyRequest) {
+		r.SetURL(addresses[int(requests.Add(1))%len(addresses)])
+	}})
+	defer balancer.Close()
 	report, err := storm.Run(t.Context(), storm.Config{
-		URL: "http://" + proxy.Address, Keys: keys, Copies: 4, Clients: 16, Patience: waitMax,
+		URL: balancer.URL, Keys: keys, Copies: 4, Clients: 16, Patience: waitMax,
 	})
 	if err != nil {
 		t.Fatal(err)

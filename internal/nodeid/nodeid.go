@@ -19,8 +19,8 @@ const (
 	// Nodes is how many node numbers there are, and so how many processes may share a database: 10 bits of a snowflake.
 	Nodes = 1024
 
-	// lockNamespace is the first half of the advisory locks that are the leases; the second is the node number.
-	lockNamespace = 0x6e6f6465 // "node"
+	// LockNamespace is the first half of the advisory locks that are the leases; the second is the node number.
+	LockNamespace = 0x6e6f6465 // "node"
 
 	probeInterval = 5 * time.Second // how often a connection that looks alive is asked
 	probeTimeout  = 2 * time.Second
@@ -103,7 +103,7 @@ func (s *Source) lease(ctx context.Context) error {
 	for i := range Nodes {
 		number := (first + i) % Nodes
 		var locked bool
-		if err := conn.QueryRow(ctx, `SELECT pg_try_advisory_lock($1, $2)`, lockNamespace, number).Scan(&locked); err != nil {
+		if err := conn.QueryRow(ctx, `SELECT pg_try_advisory_lock($1, $2)`, LockNamespace, number).Scan(&locked); err != nil {
 			s.release()
 			return fmt.Errorf("lease a node number: %w", err)
 		}

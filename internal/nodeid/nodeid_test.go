@@ -60,7 +60,7 @@ func connect(t *testing.T, database string) *pgx.Conn {
 // takeAllBut locks every node number but some.
 func takeAllBut(t *testing.T, conn *pgx.Conn, free ...int) {
 	t.Helper()
-	_, err := conn.Exec(t.Context(), `SELECT pg_advisory_lock($1, n) FROM generate_series(0, $2 - 1) AS n WHERE n <> ALL ($3)`, lockNamespace, Nodes, free)
+	_, err := conn.Exec(t.Context(), `SELECT pg_advisory_lock($1, n) FROM generate_series(0, $2 - 1) AS n WHERE n <> ALL ($3)`, LockNamespace, Nodes, free)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -119,7 +119,7 @@ func TestALostLeaseMakesNoIDs(t *testing.T) {
 	if _, err := admin.Exec(t.Context(), `SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name = 'node id' AND datname = current_database()`); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := admin.Exec(t.Context(), `SELECT pg_advisory_lock($1, $2)`, lockNamespace, before); err != nil {
+	if _, err := admin.Exec(t.Context(), `SELECT pg_advisory_lock($1, $2)`, LockNamespace, before); err != nil {
 		t.Fatal(err)
 	}
 	eventually(t, "the loss is noticed", func() bool {
@@ -134,7 +134,7 @@ func TestALostLeaseMakesNoIDs(t *testing.T) {
 		t.Errorf("without a free number Next says %v", err)
 	}
 	const free = 400
-	if _, err := admin.Exec(t.Context(), `SELECT pg_advisory_unlock($1, $2)`, lockNamespace, free); err != nil {
+	if _, err := admin.Exec(t.Context(), `SELECT pg_advisory_unlock($1, $2)`, LockNamespace, free); err != nil {
 		t.Fatal(err)
 	}
 	eventually(t, "there is a new lease", func() bool { return s.Check() == nil })

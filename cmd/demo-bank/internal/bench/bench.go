@@ -18,7 +18,7 @@ import (
 	"slices"
 	"time"
 
-	"github.com/paidonce/idempotency/cmd/demo-bank/internal/progress"
+	"github.com/paidonce/idempotency/cmd/internal/terminal"
 )
 
 // Limits of [Config].
@@ -189,7 +189,7 @@ func Run(ctx context.Context, config Config) (_ *Report, err error) {
 	r := newRun(config)
 	bounded, cancel := context.WithTimeoutCause(ctx, config.DurationMax, errDuration)
 	defer cancel()
-	endProgress := progress.Show(config.Progress, config.Terminal, "bench", r.progress)
+	endProgress := terminal.ShowProgress(config.Progress, config.Terminal, "bench", r.progress)
 	err = errors.Join(r.parts(bounded), r.close())
 	endProgress()
 	switch {

@@ -3,12 +3,12 @@ package chaos
 import (
 	"fmt"
 
-	"github.com/paidonce/idempotency/cmd/demo-bank/internal/progress"
+	"github.com/paidonce/idempotency/cmd/internal/terminal"
 )
 
 // showProgress says how far the run is until the returned function is called.
 func (r *run) showProgress() (end func()) {
-	return progress.Show(r.config.Progress, r.config.Terminal, "chaos", r.progress)
+	return terminal.ShowProgress(r.config.Progress, r.config.Terminal, "chaos", r.progress)
 }
 
 func (r *run) progress() string {

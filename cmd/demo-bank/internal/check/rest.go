@@ -6,6 +6,8 @@ import (
 	"fmt"
 
 	"github.com/jackc/pgx/v5"
+
+	"github.com/paidonce/idempotency/internal/nodeid"
 )
 
 // Bounds is how big the table of records may be.
@@ -55,9 +57,6 @@ func Live(ctx context.Context, conn *pgx.Conn, live []Key, limit Bounds) (Result
 	return r, wrap("records", err)
 }
 
-// leaseNamespace is the first half of the advisory locks by which each bank that runs holds its node number.
-const leaseNamespace = 0x6e6f6465
-
 // Quiet is the second half of I11: besides conn no session of its database holds or awaits an advisory lock (but the
 // lease of a node number), is idle in a transaction or waits for a lock. It looks once. Its role must see the others'
 // sessions: a superuser, a member of pg_read_all_stats, or the role of all of them. Else it is an error.
@@ -85,7 +84,7 @@ func Quiet(ctx context.Context, conn *pgx.Conn) (Result, error) {
 		UNION ALL
 		SELECT format('session %s waits for a lock (%s)', pid, wait_event) FROM pg_stat_activity
 		WHERE datname = current_database() AND pid <> pg_backend_pid() AND wait_event_type = 'Lock'
-		ORDER BY 1`, int64(leaseNamespace))
+		ORDER BY 1`, int64(nodeid.LockNamespace))
 	if err != nil {
 		return r, wrap("sessions", err)
 	}

@@ -8,6 +8,8 @@ import (
 
 	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgconn"
+
+	"github.com/paidonce/idempotency/internal/nodeid"
 )
 
 func (b *bundle) live(limit Bounds, planted ...Key) []Result {
@@ -71,7 +73,7 @@ func TestWhatAFaultLeavesBehindIsCaught(t *testing.T) {
 		"a session":              {[]string{"SELECT 1"}, false},
 		"a key's lock":           {[]string{"SELECT pg_advisory_lock(-12345678901)"}, true},
 		"another kind of lock":   {[]string{"SELECT pg_advisory_lock(1, 2)"}, true},
-		"a bank's lease":         {[]string{fmt.Sprintf("SELECT pg_advisory_lock(%d, 2)", leaseNamespace)}, false},
+		"a bank's lease":         {[]string{fmt.Sprintf("SELECT pg_advisory_lock(%d, 2)", nodeid.LockNamespace)}, false},
 		"an open transaction":    {[]string{"BEGIN"}, true},
 		"an aborted transaction": {[]string{"BEGIN", "SELECT 1/0"}, true},
 	} {

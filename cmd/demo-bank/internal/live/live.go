@@ -1,6 +1,7 @@
-// Package live is the server side of the bank's page: a storm that the bank sends to itself, what becomes of it and of
+// Package live is the bank's page for people and its server side: a storm that the bank sends to itself, what becomes of it and of
 // everybody else's requests as a stream of events, and the proof, read from the books.
 //
+//   - page.go and assets are the page
 //   - storm.go is the storm, plan.go its form, client.go its client, faults.go what goes wrong on the way and in the bank
 //   - board.go is all that can be seen; tracer.go tells it of requests that are not the storm's
 //   - proof.go is what PostgreSQL says of the twins' money
@@ -57,9 +58,12 @@ func New(pool *pgxpool.Pool, url string, ttl time.Duration, logger *slog.Logger)
 	return l
 }
 
-// Mount puts the page's requests on a router. Those that change something are refused where another site's page sends
+// Mount puts the page and its requests on a router. Those that change something are refused where another site's page sends
 // them.
 func (l *Live) Mount(r chi.Router) {
+	page := newDocument()
+	r.Get("/", page.ServeHTTP)
+	r.Get("/assets/*", page.serveAssets)
 	r.Get("/live/events", l.events)
 	r.Group(func(r chi.Router) {
 		r.Use(http.NewCrossOriginProtection().Handler)

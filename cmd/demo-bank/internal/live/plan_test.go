@@ -51,7 +51,7 @@ func TestLimitsOfAStorm(t *testing.T) {
 // TestTheFormHasTheLimits: the page's form names the limits, faults and modes that the bank takes.
 func TestTheFormHasTheLimits(t *testing.T) {
 	t.Parallel()
-	page, err := os.ReadFile("../web/assets/page.html")
+	page, err := os.ReadFile("assets/page.html")
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -2,19 +2,15 @@ package server
 
 import (
 	"context"
-	"net"
 	"net/http"
-	"net/url"
 	"sync"
 	"testing"
 	"time"
 
 	"github.com/google/uuid"
-	"github.com/jackc/pgx/v5"
-	"github.com/jackc/pgx/v5/pgconn"
 
 	"github.com/paidonce/idempotency/cmd/demo-bank/internal/bank"
-	"github.com/paidonce/idempotency/cmd/demo-bank/internal/proxytest"
+	"github.com/paidonce/idempotency/internal/pgfault"
 	"github.com/paidonce/idempotency/internal/pgtest"
 )
 
@@ -134,8 +130,8 @@ func TestAuditIsRightWhileRecordsExpire(t *testing.T) {
 	b := setupOn(t, database, short)
 	slowURL, proxy := slowDatabase(t, database)
 	auditor := setupOn(t, slowURL, short, func(c *Config) { c.PoolSize = 2 })
-	proxy.Delay.Store(int64(20 * time.Millisecond))
-	defer proxy.Delay.Store(0)
+	proxy.SetLatency(10 * time.Millisecond) // each way
+	defer proxy.SetLatency(0)
 
 	ctx, cancel := context.WithTimeout(t.Context(), 4*time.Second)
 	defer cancel()
@@ -170,20 +166,18 @@ func TestAuditIsRightWhileRecordsExpire(t *testing.T) {
 }
 
 // slowDatabase returns a URL that leads to the database, through a proxy that can take its time.
-func slowDatabase(t *testing.T, database string) (slowURL string, proxy *proxytest.Proxy) {
+func slowDatabase(t *testing.T, database string) (slowURL string, proxy *pgfault.Proxy) {
 	t.Helper()
-	config, err := pgx.ParseConfig(database)
+	network, address, err := pgfault.Upstream(database)
 	if err != nil {
 		t.Fatal(err)
 	}
-	network, server := pgconn.NetworkAddress(config.Host, config.Port)
-	proxy = proxytest.Start(t, func(int) (net.Conn, error) { return net.Dial(network, server) })
-	user := url.User(config.User)
-	if config.Password != "" {
-		user = url.UserPassword(config.User, config.Password)
+	proxy, err = pgfault.Start(pgfault.Options{Network: network, Address: address})
+	if err != nil {
+		t.Fatal(err)
 	}
-	slowURL = (&url.URL{Scheme: "postgres", User: user, Host: proxy.Address, Path: "/" + config.Database, RawQuery: "sslmode=disable"}).String()
-	return slowURL, proxy
+	t.Cleanup(func() { _ = proxy.Close() }) // what it cuts is over
+	return proxy.URL(database), proxy
 }
 
 // TestAuditNeverSeesHalfAMove: each read during a run of transfers and orders is balanced.

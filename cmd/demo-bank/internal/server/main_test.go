@@ -7,6 +7,7 @@ import (
 	"io"
 	"log/slog"
 	"net/http"
+	"os"
 	"strconv"
 	"strings"
 	"testing"
@@ -19,7 +20,13 @@ import (
 	"github.com/paidonce/idempotency/internal/pgtest"
 )
 
-func TestMain(m *testing.M) { pgtest.Main(m) }
+// TestMain makes this test binary a client that is killed, if it is started as one.
+func TestMain(m *testing.M) {
+	if os.Getenv(childVariable) != "" {
+		os.Exit(child())
+	}
+	pgtest.Main(m)
+}
 
 // startTimeout bounds the start and the stop of a bank in a test, on a machine that does other things too.
 const startTimeout = 60 * time.Second
@@ -42,6 +49,9 @@ func setup(t *testing.T, change ...func(*Config)) *bundle {
 	return b
 }
 
+// testerName is the application_name of the test's own connections.
+const testerName = "test"
+
 // connect opens a pool of the test's own, to look and to meddle behind the bank's back.
 func connect(t *testing.T, database string) *pgxpool.Pool {
 	t.Helper()
@@ -50,6 +60,7 @@ func connect(t *testing.T, database string) *pgxpool.Pool {
 		t.Fatal(err)
 	}
 	config.ConnConfig.RuntimeParams["search_path"] = bank.Schema
+	config.ConnConfig.RuntimeParams["application_name"] = testerName
 	pool, err := pgxpool.NewWithConfig(t.Context(), config)
 	if err != nil {
 		t.Fatalf("open pool: %v", err)
@@ -168,6 +179,15 @@ func (b *bundle) balance(account string) int64 {
 	var a bank.Account
 	b.into(b.get("/v1/accounts/"+account), &a)
 	return a.Balance
+}
+
+// count returns a number that a statement finds in the books.
+func (b *bundle) count(sql string, args ...any) (n int) {
+	b.t.Helper()
+	if err := b.db.QueryRow(b.t.Context(), sql, args...).Scan(&n); err != nil {
+		b.t.Fatalf("%s: %v", sql, err)
+	}
+	return n
 }
 
 // exec runs a statement on the bank's database behind its back.

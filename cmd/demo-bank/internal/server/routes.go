@@ -15,7 +15,6 @@ import (
 	"github.com/paidonce/idempotency"
 	"github.com/paidonce/idempotency/cmd/demo-bank/internal/bank"
 	"github.com/paidonce/idempotency/cmd/demo-bank/internal/live"
-	"github.com/paidonce/idempotency/cmd/demo-bank/internal/web"
 	"github.com/paidonce/idempotency/internal/nodeid"
 	"github.com/paidonce/idempotency/middleware"
 	"github.com/paidonce/idempotency/middleware/chiroute"
@@ -40,10 +39,7 @@ func (s *Server) handler(store *postgres.Store, books *bank.Bank, ids *nodeid.So
 	r.Use(watch.Recognise, s.logRequests, chimiddleware.GetHead)
 	books.Mount(r, s.protect(idem))
 	watch.Mount(r)
-	page := web.New()
-	r.Get("/", page.ServeHTTP)
-	r.Get("/assets/*", page.Assets)
-	r.Get("/metrics", s.metrics.Handler().ServeHTTP)
+	r.Get("/metrics", s.metrics.handler().ServeHTTP)
 	r.Get("/healthz", func(w http.ResponseWriter, _ *http.Request) { alive(w) })
 	r.Get("/readyz", func(w http.ResponseWriter, r *http.Request) {
 		if err := ready(r.Context(), store, books, ids); err != nil {

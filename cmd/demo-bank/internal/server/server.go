@@ -19,7 +19,6 @@ import (
 	"github.com/paidonce/idempotency/cmd/demo-bank/internal/bank"
 	"github.com/paidonce/idempotency/cmd/demo-bank/internal/crashpoint"
 	"github.com/paidonce/idempotency/cmd/demo-bank/internal/live"
-	"github.com/paidonce/idempotency/cmd/demo-bank/internal/metrics"
 	"github.com/paidonce/idempotency/internal/nodeid"
 	"github.com/paidonce/idempotency/storage/postgres"
 )
@@ -92,7 +91,7 @@ type Config struct {
 type Server struct {
 	config  Config
 	logger  *slog.Logger
-	metrics *metrics.Metrics
+	metrics *metrics
 	gate    *gate
 	serving chan struct{}
 	url     string
@@ -100,7 +99,7 @@ type Server struct {
 
 // New returns a bank that does nothing until [Server.Run].
 func New(config Config) *Server {
-	s := &Server{config: config, metrics: metrics.New(config.HandlerTimeout), gate: newGate(), serving: make(chan struct{})}
+	s := &Server{config: config, metrics: newMetrics(config.HandlerTimeout), gate: newGate(), serving: make(chan struct{})}
 	c := &s.config
 	if c.Addr == "" {
 		c.Addr = AddrDefault
@@ -163,7 +162,7 @@ func (s *Server) Run(ctx context.Context) (err error) {
 	}
 	defer pool.Close()
 	store := postgres.New(pool, storeOptions(&s.config))
-	s.metrics.Observe(pool, store)
+	s.metrics.observe(pool, store)
 	if err := store.Check(ctx); err != nil {
 		return endOfStart(ctx, err)
 	}

@@ -1,9 +1,10 @@
-package clientproof
+package server
 
 import (
 	"context"
 	"encoding/json"
 	"errors"
+	"flag"
 	"fmt"
 	"io"
 	"math/rand/v2"
@@ -14,7 +15,10 @@ import (
 	"testing"
 	"time"
 
+	"github.com/jackc/pgx/v5/pgxpool"
+
 	"github.com/paidonce/idempotency/client"
+	"github.com/paidonce/idempotency/client/pgintent"
 	"github.com/paidonce/idempotency/cmd/demo-bank/internal/bank"
 	"github.com/paidonce/idempotency/internal/pgtest"
 )
@@ -25,6 +29,14 @@ const (
 	againMax       = 20 * time.Millisecond // from an error to the caller's going on
 )
 
+var operations = flag.Int("operations", 2000, "how many operations go through the proxy")
+
+// setupShedding runs a bank whose pool is small enough for it to shed now and then.
+func setupShedding(t *testing.T) *bundle {
+	t.Helper()
+	return setup(t, func(c *Config) { c.PoolSize, c.AcquireTimeout = 8, 20*time.Millisecond })
+}
+
 // options make a Transport that gives up soon, so that its errors are put to the proof and not its patience.
 func options(intents client.IntentStore) *client.Options {
 	return &client.Options{
@@ -32,6 +44,32 @@ func options(intents client.IntentStore) *client.Options {
 		RetryAfterMax: 10 * time.Millisecond, AttemptTimeout: 2 * time.Second, AttemptsMax: 3, RetryPercent: 60,
 	}
 }
+
+// openIntents returns a store in a database that is not the bank's. The intents of a killed process
+// may be taken at once.
+func openIntents(ctx context.Context, database string) (*pgintent.Store, *pgxpool.Pool, error) {
+	config, err := pgxpool.ParseConfig(database)
+	if err != nil {
+		return nil, nil, err
+	}
+	config.MaxConns = 8
+	pool, err := pgxpool.NewWithConfig(ctx, config)
+	if err != nil {
+		return nil, nil, err
+	}
+	return pgintent.New(pool, &pgintent.Options{PendingAfter: time.Microsecond}), pool, pgintent.Create(ctx, pool, nil)
+}
+
+// authorized adds the credential that an intent must not keep.
+type authorized struct{ base http.RoundTripper }
+
+func (a authorized) RoundTrip(r *http.Request) (*http.Response, error) {
+	r = r.Clone(r.Context())
+	r.Header.Set("Authorization", "Bearer demo-acme")
+	return a.base.RoundTrip(r)
+}
+
+func (a authorized) CloseIdleConnections() { a.base.(*http.Transport).CloseIdleConnections() }
 
 func newBase() authorized {
 	return authorized{&http.Transport{MaxIdleConnsPerHost: payers, DisableCompression: true}}
@@ -105,8 +143,8 @@ func transferOf(response *http.Response) (id string, err error) {
 // answer is true, because its caller acts upon it.
 func TestOperationsThroughTheProxyPayOnce(t *testing.T) {
 	t.Parallel()
-	b := setup(t)
-	p := startProxy(t, b.host)
+	b := setupShedding(t)
+	p := startProxy(t, b)
 	intents, pool, err := openIntents(t.Context(), pgtest.Database(t))
 	if err != nil {
 		t.Fatal(err)
@@ -208,7 +246,7 @@ func terminate(t *testing.T, b *bundle, due <-chan struct{}) (terminated int64) 
 	for range due {
 		tag, err := b.db.Exec(t.Context(), `SELECT pg_terminate_backend(pid) FROM pg_stat_activity
 			WHERE datname = current_database() AND application_name <> $1 AND backend_type = 'client backend'
-			AND (query LIKE '%transfers%' OR query LIKE '%idempotency_keys%' OR query ILIKE 'commit%') ORDER BY random() LIMIT 1`, lookerName)
+			AND (query LIKE '%transfers%' OR query LIKE '%idempotency_keys%' OR query ILIKE 'commit%') ORDER BY random() LIMIT 1`, testerName)
 		if err != nil {
 			t.Error(err)
 			continue

@@ -1,4 +1,4 @@
-package clientproof
+package server
 
 import (
 	"bufio"
@@ -9,6 +9,7 @@ import (
 	"net"
 	"net/http"
 	"net/http/httputil"
+	"strings"
 	"sync"
 	"testing"
 	"time"
@@ -57,13 +58,13 @@ type proxy struct {
 	count map[fault]int
 }
 
-func startProxy(t *testing.T, bank string) *proxy {
+func startProxy(t *testing.T, b *bundle) *proxy {
 	t.Helper()
 	listener, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
 		t.Fatal(err)
 	}
-	p := &proxy{address: listener.Addr().String(), bank: bank, open: map[net.Conn]struct{}{}, count: map[fault]int{}}
+	p := &proxy{address: listener.Addr().String(), bank: strings.TrimPrefix(b.url, "http://"), open: map[net.Conn]struct{}{}, count: map[fault]int{}}
 	p.group.Go(func() {
 		for {
 			conn, err := listener.Accept()

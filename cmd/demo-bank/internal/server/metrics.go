@@ -1,6 +1,4 @@
-// Package metrics is what the bank shows to Prometheus: the engine's metrics, its pool's and its table's, and those of the
-// process. No key, scope or body is ever a label.
-package metrics
+package server
 
 import (
 	"net/http"
@@ -15,29 +13,30 @@ import (
 	"github.com/paidonce/idempotency/storage/postgres"
 )
 
-// Metrics is a registry of its own and a tracer that feeds it.
-type Metrics struct {
+// metrics are what the bank shows to Prometheus: the engine's metrics, its pool's and its table's, and those of the process. No
+// key, scope or body is ever a label.
+type metrics struct {
 	*promobserve.Tracer
 	registry *prometheus.Registry
 }
 
-// New returns metrics that count from zero. handlerTimeout is the engine's; zero is its default.
-func New(handlerTimeout time.Duration) *Metrics {
+// newMetrics returns metrics that count from zero. handlerTimeout is the engine's; zero is its default.
+func newMetrics(handlerTimeout time.Duration) *metrics {
 	registry := prometheus.NewRegistry()
 	registry.MustRegister(collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
-	return &Metrics{
+	return &metrics{
 		Tracer:   promobserve.New(registry, &promobserve.Options{HandlerTimeout: handlerTimeout}),
 		registry: registry,
 	}
 }
 
-// Handler answers a scrape.
-func (m *Metrics) Handler() http.Handler {
+// handler answers a scrape.
+func (m *metrics) handler() http.Handler {
 	return promhttp.HandlerFor(m.registry, promhttp.HandlerOpts{Registry: m.registry})
 }
 
-// Observe shows the pool's connections and the store's table. Call it once.
-func (m *Metrics) Observe(pool *pgxpool.Pool, store *postgres.Store) {
+// observe shows the pool's connections and the store's table. Call it once.
+func (m *metrics) observe(pool *pgxpool.Pool, store *postgres.Store) {
 	m.registry.MustRegister(promobserve.NewPoolCollector(pool.Stat), promobserve.NewRecordsCollector(
 		store.Statistics, &promobserve.RecordsOptions{Timeout: time.Second})) // a scrape must not be late
 }

@@ -1,5 +1,4 @@
-// Package progress says how far a command is, to whoever looks on.
-package progress
+package terminal
 
 import (
 	"fmt"
@@ -13,10 +12,10 @@ const (
 	intervalPlain    = 10 * time.Second
 )
 
-// Show writes what text returns until the returned function is called: over and over on one line of a terminal, elsewhere
+// ShowProgress writes what text returns until the returned function is called: over and over on one line of a terminal, elsewhere
 // a line every ten seconds that begins with the command's name. text is called from a goroutine of its own. Where w is
 // nil nothing is written.
-func Show(w io.Writer, terminal bool, name string, text func() string) (end func()) {
+func ShowProgress(w io.Writer, terminal bool, name string, text func() string) (end func()) {
 	if w == nil {
 		return func() {}
 	}

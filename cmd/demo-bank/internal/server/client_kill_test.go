@@ -1,4 +1,4 @@
-package clientproof
+package server
 
 import (
 	"bufio"
@@ -82,8 +82,8 @@ func child() int {
 // requests and replies. Of what it ever meant to pay, each is paid once.
 func TestKilledClientGoesOnWithTheSameKeys(t *testing.T) {
 	t.Parallel()
-	b := setup(t)
-	p := startProxy(t, b.host)
+	b := setupShedding(t)
+	p := startProxy(t, b)
 	database := pgtest.Database(t)
 	saved, paid, resumed := map[string]bool{}, map[string]bool{}, 0
 	for round := range rounds {

@@ -1,5 +1,4 @@
-// Package web is the bank's page for people: a storm to start, the money of its twins, the proof, and payments by hand.
-package web
+package live
 
 import (
 	"bytes"
@@ -12,32 +11,32 @@ import (
 //go:embed assets
 var assets embed.FS
 
-// Page answers GET / and serves what the page loads, under /assets/. Nothing comes from elsewhere.
-type Page struct {
+// document answers GET / and serves what the page loads, under /assets/. Nothing comes from elsewhere.
+type document struct {
 	template *template.Template
 	assets   http.Handler
 }
 
-// New returns the page.
-func New() *Page {
+// newDocument returns the page.
+func newDocument() *document {
 	files, err := fs.Sub(assets, "assets")
 	if err != nil { // the folder is compiled in
 		panic(err)
 	}
-	return &Page{
+	return &document{
 		template: template.Must(template.ParseFS(files, "page.html")),
 		assets:   http.StripPrefix("/assets/", http.FileServerFS(files)),
 	}
 }
 
-// Assets serves the style sheets and the scripts.
-func (p *Page) Assets(w http.ResponseWriter, r *http.Request) {
+// serveAssets serves the style sheets and the scripts.
+func (p *document) serveAssets(w http.ResponseWriter, r *http.Request) {
 	secure(w)
 	p.assets.ServeHTTP(w, r)
 }
 
 // ServeHTTP answers with the page. Its curl lines name the host that the request was sent to.
-func (p *Page) ServeHTTP(w http.ResponseWriter, r *http.Request) {
+func (p *document) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	var body bytes.Buffer
 	if err := p.template.Execute(&body, struct{ URL string }{"http://" + r.Host}); err != nil {
 		http.Error(w, "the page could not be made", http.StatusInternalServerError)
