@@ -12,8 +12,8 @@ import (
 	"github.com/jackc/pgx/v5/pgxpool"
 
 	"github.com/paidonce/idempotency"
+	"github.com/paidonce/idempotency/idempotencytest"
 	"github.com/paidonce/idempotency/internal/pgtest"
-	"github.com/paidonce/idempotency/middleware/prooftest"
 	"github.com/paidonce/idempotency/storage/postgres"
 )
 
@@ -25,13 +25,13 @@ func TestMain(m *testing.M) {
 func TestOrdersOutliveCrashes(t *testing.T) {
 	t.Parallel()
 	shop, store := openShop(t)
-	prooftest.Run(t, prooftest.Config{
+	idempotencytest.Run(t, idempotencytest.Config{
 		Store:    store,
 		New:      func(store idempotency.Store) http.Handler { return newRouter(shop, store) },
 		Request:  func(n int) *http.Request { return newOrder("token-of-acme", fmt.Sprintf("card-%d", n)) },
 		Declined: func(int) *http.Request { return newOrder("token-of-acme", "empty") },
 		Other:    func(n int) *http.Request { return newOrder("token-of-globex", fmt.Sprintf("card-%d", n)) },
-		Invariant: func(ctx context.Context, told prooftest.Told) error {
+		Invariant: func(ctx context.Context, told idempotencytest.Told) error {
 			return checkBooks(ctx, shop, len(told.Acknowledged))
 		},
 	})

@@ -1,13 +1,13 @@
-// Package prooftest runs a handler and a store of yours through crashes and storms of duplicates, from a test of yours,
-// and asks your own tables whether each request had its effect once:
+// Package idempotencytest runs a handler and a store of yours through crashes and storms of
+// duplicates, from a test of yours, and asks your own tables whether each request had its effect once:
 //
 //	func TestOrdersOutliveCrashes(t *testing.T) {
 //		pool := openTestDatabase(t)
-//		prooftest.Run(t, prooftest.Config{
+//		idempotencytest.Run(t, idempotencytest.Config{
 //			Store:   postgres.New(pool, nil),
 //			New:     func(store idempotency.Store) http.Handler { return newRouter(pool, store) },
 //			Request: func(n int) *http.Request { return newOrder("acme", n) },
-//			Invariant: func(ctx context.Context, told prooftest.Told) error {
+//			Invariant: func(ctx context.Context, told idempotencytest.Told) error {
 //				return countOrders(ctx, pool, len(told.Acknowledged))
 //			},
 //		})
@@ -52,7 +52,7 @@
 // rolled back, its goroutine is unwound by a panic with http.ErrAbortHandler, and the connection to the client is closed.
 // So it shows what your handler, your wiring and your store make of each crash, and not what an operating system or
 // PostgreSQL makes of one: for that the demo bank's chaos command kills real processes.
-package prooftest
+package idempotencytest
 
 import (
 	"cmp"
@@ -154,7 +154,7 @@ func Run(t *testing.T, config Config) {
 	t.Helper()
 	full, err := config.full()
 	if err != nil {
-		t.Fatalf("prooftest: %v", err)
+		t.Fatalf("idempotencytest: %v", err)
 	}
 	l := newLab(full)
 	t.Cleanup(l.close)
@@ -164,7 +164,7 @@ func Run(t *testing.T, config Config) {
 			t.Errorf("%s: %s", f.check, f.text)
 		}
 		if len(found) > 0 {
-			t.Logf("To repeat it: prooftest.Config.Seed = %d, and go test -run '^%s$'", full.Seed, strings.ReplaceAll(t.Name(), "/", "$/^"))
+			t.Logf("To repeat it: idempotencytest.Config.Seed = %d, and go test -run '^%s$'", full.Seed, strings.ReplaceAll(t.Name(), "/", "$/^"))
 		}
 	}
 	if found := l.prepare(t.Context()); len(found) > 0 {

@@ -1,4 +1,4 @@
-package prooftest
+package idempotencytest
 
 import (
 	"context"
@@ -189,7 +189,7 @@ func TestSeededBugsAreFound(t *testing.T) {
 // TestEveryCheckIsSeenToFail: each check has a bug that only it is named for.
 func TestEveryCheckIsSeenToFail(t *testing.T) {
 	t.Parallel()
-	elsewhere := []string{checkHits, checkConfig, checkRest, checkRecord} // below, and in prooftest_test.go
+	elsewhere := []string{checkHits, checkConfig, checkRest, checkRecord} // below, and in idempotencytest_test.go
 	for _, check := range []string{
 		checkTable, checkSettled, checkOnce, checkOneAnswer, checkAccepted, checkChanged, checkPoint, checkHits, checkRest,
 		checkRecord, checkScope, checkInvariant, checkConfig,

@@ -1,4 +1,4 @@
-package prooftest
+package idempotencytest
 
 import (
 	"context"
@@ -15,7 +15,7 @@ import (
 // abandonMax bounds the ROLLBACK of an attempt whose process is said to have died.
 const abandonMax = 5 * time.Second
 
-var errLost = fmt.Errorf("%w: prooftest lost it", idempotency.ErrUnknown)
+var errLost = fmt.Errorf("%w: idempotencytest lost it", idempotency.ErrUnknown)
 
 // store is the user's store with the crash points at its seams.
 type store struct {
@@ -60,7 +60,7 @@ func (s *store) Begin(ctx context.Context, req *idempotency.Request) (idempotenc
 	}
 	k.seen(req)
 	if k.take(beforeBegin) {
-		return nil, nil, fmt.Errorf("begin: %w: prooftest", idempotency.ErrUnavailable)
+		return nil, nil, fmt.Errorf("begin: %w: idempotencytest", idempotency.ErrUnavailable)
 	}
 	inner, record, err := s.inner.Begin(ctx, req)
 	if inner == nil {

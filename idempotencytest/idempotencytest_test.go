@@ -1,4 +1,4 @@
-package prooftest
+package idempotencytest
 
 import (
 	"bytes"
@@ -111,7 +111,7 @@ func TestFailureSaysHowToRepeatIt(t *testing.T) {
 	output := run("^TestFails$/^Crash$/^after_handler$")
 	for _, want := range []string{
 		"--- FAIL: TestFails/Crash/after_handler", "invariant: paid 17, and 9 were acknowledged",
-		"prooftest.Config.Seed = 42, and go test -run '^TestFails$/^Crash$/^after_handler$'",
+		"idempotencytest.Config.Seed = 42, and go test -run '^TestFails$/^Crash$/^after_handler$'",
 	} {
 		if !strings.Contains(output, want) {
 			t.Errorf("it does not say %q:\n%s", want, output)

@@ -1,4 +1,4 @@
-package prooftest
+package idempotencytest
 
 import (
 	"context"
@@ -39,7 +39,7 @@ func (w *tripwire) disarm() (tripped bool) {
 
 // String returns only the context's name. The contexts below it belong to others, who may change
 // them while it is printed.
-func (*tripwire) String() string { return "prooftest.tripwire" }
+func (*tripwire) String() string { return "idempotencytest.tripwire" }
 
 // Format keeps the contexts below out of every verb of fmt.
 func (w *tripwire) Format(f fmt.State, _ rune) { _, _ = io.WriteString(f, w.String()) } // fmt has no use for the error

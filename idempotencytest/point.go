@@ -1,4 +1,4 @@
-package prooftest
+package idempotencytest
 
 import (
 	"slices"
