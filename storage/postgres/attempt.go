@@ -46,7 +46,7 @@ type attempt struct {
 }
 
 func newAttempt(store *Store, conn *pgxpool.Conn, req *idempotency.Request, number int64) *attempt {
-	a := &attempt{store: store, req: req, number: number, lockNumber: encodeInt8(number), pooled: conn, tx: newTransaction(store.pool, conn.Conn(), store.mode)}
+	a := &attempt{store: store, req: req, number: number, lockNumber: encodeInt8(number), pooled: conn, tx: newTransaction(store.pool, conn.Conn(), store.mode, store.options.DeferredMax)}
 	a.handle.transaction = &a.tx
 	text := append(append(a.text[:0], req.Key.Scope...), req.Key.Value...)
 	a.scope, a.key = text[:len(req.Key.Scope)], text[len(req.Key.Scope):]
@@ -145,12 +145,25 @@ func (a *attempt) commit(ctx context.Context, answer *idempotency.Answer) error 
 		return fail("commit", idempotency.ErrAborted, errEncoding)
 	}
 	s := &a.store.statements
+	calls, together := append(a.calls[:0], a.guardCall()), 0
+	var recorded rowReader
+	if d := a.tx.deferred.Load(); d != nil {
+		if _, refused := d.state(); refused != nil {
+			return fail("commit", refusal(refused), refused)
+		}
+		calls, together = append(calls, d.calls...), d.together
+		recorded = rowFunc(func([][]byte) error { // a warning of theirs is none of COMMIT's
+			forgetWarning(a.conn())
+			return nil
+		})
+	}
 	last := a.guardCall() // it sets synchronous_commit, as the record does
 	if !a.req.Keyless() {
 		last = a.insertCall(a.claimedAt[:], answer)
-		last.apart = len(last.params[headersParam])+len(last.params[headersParam+1]) > recordTogetherBytesMax
+		last.apart = together+len(last.params[headersParam])+len(last.params[headersParam+1]) > togetherBytesMax
 	}
-	return a.end(ctx, "commit", append(a.calls[:0], a.guardCall(), call{statement: &s.constraints}, last, call{statement: &s.commit}))
+	last.row = recorded
+	return a.end(ctx, "commit", append(calls, call{statement: &s.constraints}, last, call{statement: &s.commit}))
 }
 
 // Decline implements [idempotency.Attempt]: the handler's writes go, the answer stays, in one round trip. Between the
@@ -252,11 +265,11 @@ func (a *attempt) distrust() {
 	}
 }
 
-// recordTogetherBytesMax is the maximum size of headers and body, encoded, that are sent together
-// with the statements in front of them. More does not fit into one TCP segment with the rest of the
-// flush, and may arrive in part. A decline begins its transaction in the same flush, so its record
-// is never apart.
-const recordTogetherBytesMax = 512
+// togetherBytesMax is the maximum size of parameters, encoded, that are sent together with the
+// statements in front of them: of deferred statements, and the headers and body of the record. More
+// does not fit into one TCP segment with the rest of the flush, and may arrive in part. A decline
+// begins its transaction in the same flush, so its record is never apart.
+const togetherBytesMax = 512
 
 // headersParam is the place of the headers among the parameters of the record. The body's is next.
 const headersParam = 9
@@ -315,7 +328,7 @@ func (a *attempt) end(ctx context.Context, step string, calls []call) error {
 		_ = a.pooled.Conn().Close(ctx)
 		return fail(step, idempotency.ErrUnknown, err)
 	}
-	sentinel, explained := a.store.statements.meaning(calls[min(reply.failed, len(calls)-1)].statement, pgErr)
+	sentinel, explained := a.store.statements.meaning(&calls[min(reply.failed, len(calls)-1)], pgErr)
 	return fail(step, sentinel, explained)
 }
 

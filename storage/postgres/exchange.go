@@ -20,6 +20,11 @@ type call struct {
 	params    [][]byte
 	row       rowReader
 
+	// A deferred statement of the handler's: its place among them, from 1 on, and the formats of its
+	// parameters. Ours are all binary.
+	deferred int
+	formats  []int16
+
 	// apart puts a Sync in front of the parameters, after the text of a statement that is not
 	// prepared. No timeout of PostgreSQL's runs in a session that has parsed or executed something
 	// and waits for the rest of a message; after a Sync idle_in_transaction_session_timeout does.
@@ -56,9 +61,13 @@ func (s *statements) flush(ctx context.Context, conn *pgconn.PgConn, calls ...ca
 	}
 	frontend, prepared := conn.Frontend(), s.namesOn(conn)
 	for i := range calls {
-		c, name := &calls[i], ""
-		if prepared != nil {
+		c := &calls[i]
+		name, formats := c.statement.name, binaryFormat
+		if name == "" && prepared != nil {
 			name = prepared.names[c.statement.number]
+		}
+		if c.deferred > 0 {
+			formats = c.formats
 		}
 		if name == "" {
 			frontend.SendParse(&pgproto3.Parse{Query: c.statement.sql, ParameterOIDs: c.statement.oids})
@@ -67,7 +76,7 @@ func (s *statements) flush(ctx context.Context, conn *pgconn.PgConn, calls ...ca
 			frontend.SendSync(&pgproto3.Sync{})
 		}
 		frontend.SendBind(&pgproto3.Bind{
-			PreparedStatement: name, Parameters: c.params, ParameterFormatCodes: binaryFormat, ResultFormatCodes: binaryFormat,
+			PreparedStatement: name, Parameters: c.params, ParameterFormatCodes: formats, ResultFormatCodes: binaryFormat,
 		})
 		frontend.SendExecute(&pgproto3.Execute{})
 	}
@@ -80,7 +89,7 @@ func (s *statements) flush(ctx context.Context, conn *pgconn.PgConn, calls ...ca
 		result, err = exchangeWatched(ctx, conn, calls)
 	}
 	if unprepared(err) {
-		delete(conn.CustomData(), s.mark) // from now on they are sent as text
+		s.forgetPrepared(conn)
 	}
 	return result, err
 }

@@ -17,9 +17,8 @@ const ReaperHeldMax = reaperHeldMax
 // AbandonTimeout is how long a goroutine left behind is waited for.
 const AbandonTimeout = abandonTimeout
 
-// RecordTogetherBytesMax is the maximum size of a record that is sent without a Sync in front of
-// it.
-const RecordTogetherBytesMax = recordTogetherBytesMax
+// TogetherBytesMax is the maximum size of a record that is sent without a Sync in front of it.
+const TogetherBytesMax = togetherBytesMax
 
 // RawConn leads around the seal, as a handler in bad faith might find a way to.
 func RawConn(tx pgx.Tx) *pgx.Conn { return tx.(*sealedTx).conn }
@@ -50,3 +49,6 @@ func ForgetHint(s *Store, key idempotency.Key) { s.hints.clear(key.LockNumber(s.
 
 // StatisticsSQL is what Statistics sends.
 func StatisticsSQL(s *Store) string { return s.statisticsSQL() }
+
+// DeferredTextsMax is the maximum number of deferred statements that a connection remembers.
+const DeferredTextsMax = deferredTextsMax

@@ -227,7 +227,7 @@ func (c syncs) Write(p []byte) (int, error) {
 // whatever transaction is open.
 func TestLongRecordIsSentBehindASync(t *testing.T) {
 	t.Parallel()
-	for _, c := range []struct{ bytes, syncs int }{{postgres.RecordTogetherBytesMax, 1}, {postgres.RecordTogetherBytesMax + 1, 2}, {1 << 20, 2}} {
+	for _, c := range []struct{ bytes, syncs int }{{postgres.TogetherBytesMax, 1}, {postgres.TogetherBytesMax + 1, 2}, {1 << 20, 2}} {
 		t.Run(fmt.Sprint(c.bytes), func(t *testing.T) {
 			t.Parallel()
 			sent := new(atomic.Int64)

@@ -80,8 +80,11 @@ func isStandby(err error) bool {
 // meaning returns the sentinel for PostgreSQL's error in one of the statements of the last flush,
 // and the error with a remedy added. It depends on the statement: the handler's own deferred
 // constraints and triggers, which run before our INSERT, can raise the same codes.
-func (s *statements) meaning(failed *statement, err *pgconn.PgError) (sentinel, explained error) {
-	switch failed {
+func (s *statements) meaning(failed *call, err *pgconn.PgError) (sentinel, explained error) {
+	if failed.deferred > 0 {
+		return deferredMeaning(failed.deferred, err)
+	}
+	switch failed.statement {
 	case &s.guard:
 		if err.Code == "22012" {
 			return idempotency.ErrTransactionLost, err

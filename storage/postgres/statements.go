@@ -23,6 +23,7 @@ type statement struct {
 	number int // its place in the names of a connection that has it prepared; 0: it is never prepared
 	sql    string
 	oids   []uint32 // of the parameters, so that nothing has to be described first
+	name   string   // of a deferred statement that is prepared on its connection
 }
 
 // statements are all that a store ever sends on the path of a request. Every name in them is qualified: a handler's
@@ -254,6 +255,12 @@ func (s *statements) prepare(ctx context.Context, conn *pgconn.PgConn, p *prepar
 		conn.CustomData()[s.mark] = p
 	}
 	return nil
+}
+
+// forgetPrepared has our statements sent as text from now on, and deferred ones prepared once more.
+func (s *statements) forgetPrepared(conn *pgconn.PgConn) {
+	delete(conn.CustomData(), s.mark)
+	delete(conn.CustomData(), deferredMark)
 }
 
 // unprepared reports whether a prepared statement can't be used any more: somebody deallocated it on this connection,

@@ -309,7 +309,7 @@ func TestLongRecordsFailAsShortOnesDo(t *testing.T) {
 		}, idempotency.OutcomeUnknown, idempotency.ReasonTransactionLost, 1},
 	} {
 		var short string // the error with a short record
-		for _, length := range []int{1, postgres.RecordTogetherBytesMax + 1} {
+		for _, length := range []int{1, postgres.TogetherBytesMax + 1} {
 			b := setup(t, nil)
 			b.exec(t, c.sick)
 			result := idempotency.NewEngine(b.store, nil).Do(t.Context(), request("k", ""), func(ctx context.Context) (*idempotency.Answer, error) {

@@ -29,6 +29,7 @@ const (
 	IdleInTransactionTimeoutDefault = 20 * time.Second
 
 	ResolversMaxDefault = 8
+	DeferredMaxDefault  = 64
 
 	// IdleInTransactionTimeoutMax: no dead service holds a key for longer.
 	IdleInTransactionTimeoutMax = 60 * time.Second
@@ -74,6 +75,10 @@ type Options struct {
 	// [ResolversMaxDefault].
 	ResolversMax int
 
+	// DeferredMax is the maximum number of statements that one request may defer: see [DeferExec].
+	// Defaults to 64.
+	DeferredMax int
+
 	// TransactionPooling says that the pool's connections lead to a pooler, such as PgBouncer, that hands out a server
 	// connection per transaction. Settings then travel with each claim, and nothing is prepared: pgx's default mode
 	// becomes pgx.QueryExecModeExec; pgx.QueryExecModeCacheDescribe works too.
@@ -104,6 +109,12 @@ func (o *Options) full() *Options {
 	}
 	if full.ResolversMax < 0 {
 		panic(fmt.Sprintf("idempotency/postgres: Options.ResolversMax is %d: it must be positive", full.ResolversMax))
+	}
+	if full.DeferredMax == 0 {
+		full.DeferredMax = DeferredMaxDefault
+	}
+	if full.DeferredMax < 0 {
+		panic(fmt.Sprintf("idempotency/postgres: Options.DeferredMax is %d: it must be positive", full.DeferredMax))
 	}
 	for _, field := range []struct {
 		name    string
@@ -391,7 +402,7 @@ func decodeLookUp(values [][]byte) (record *idempotency.Record, hidden bool, err
 func (s *Store) acquireUnprepared(ctx context.Context) (*pgxpool.Conn, error) {
 	conn, err := s.acquireFresh(ctx)
 	if err == nil {
-		delete(conn.Conn().PgConn().CustomData(), s.statements.mark)
+		s.statements.forgetPrepared(conn.Conn().PgConn())
 	}
 	return conn, err
 }

@@ -36,10 +36,13 @@ type txKey struct{}
 // the seal.
 //
 // Tx panics outside an idempotent handler, so that no write escapes the transaction unseen.
-func Tx(ctx context.Context) pgx.Tx {
+func Tx(ctx context.Context) pgx.Tx { return handleOf(ctx, "Tx") }
+
+// handleOf returns the transaction of the handler that called a function of this package.
+func handleOf(ctx context.Context, function string) *sealedTx {
 	tx, ok := ctx.Value(txKey{}).(*sealedTx)
 	if !ok {
-		panic(idempotency.UsageError("idempotency/postgres: Tx outside an idempotent handler: mount the middleware with this store on the route, and pass the request's context on"))
+		panic(idempotency.UsageError("idempotency/postgres: " + function + " outside an idempotent handler: mount the middleware with this store on the route, and pass the request's context on"))
 	}
 	return tx
 }
@@ -55,6 +58,9 @@ type transaction struct {
 	sealed atomic.Bool
 	slot   sync.Mutex // taken while conn is in use; guards it and what follows
 
+	deferred    atomic.Pointer[deferred] // nil until the handler defers a statement
+	deferredMax int
+
 	batch sealedBatch // used for the first batch: most handlers send one or two
 
 	failure    error // the first error of the database that no savepoint undid
@@ -69,10 +75,13 @@ type transaction struct {
 type savepoint struct {
 	number  int
 	failure error // of the transaction when it was opened: what ROLLBACK TO goes back to
+
+	deferred int // statements when it was opened
+	refused  error
 }
 
-func newTransaction(pool *pgxpool.Pool, conn *pgx.Conn, mode pgx.QueryExecMode) transaction {
-	return transaction{pool: pool, conn: conn, mode: mode}
+func newTransaction(pool *pgxpool.Pool, conn *pgx.Conn, mode pgx.QueryExecMode, deferredMax int) transaction {
+	return transaction{pool: pool, conn: conn, mode: mode, deferredMax: deferredMax}
 }
 
 // abandonTimeout is how long seal waits for a use whose socket was closed under it.
@@ -223,7 +232,9 @@ func (tx *sealedTx) Begin(ctx context.Context) (_ pgx.Tx, err error) {
 		return nil, err
 	}
 	tx.sequence = number
-	tx.savepoints = append(tx.savepoints, savepoint{number: number, failure: tx.failure})
+	s := savepoint{number: number, failure: tx.failure}
+	s.deferred, s.refused = tx.deferred.Load().state()
+	tx.savepoints = append(tx.savepoints, s)
 	return &sealedTx{transaction: tx.transaction, savepoint: number}, nil
 }
 
@@ -259,6 +270,7 @@ func (tx *sealedTx) Rollback(ctx context.Context) (err error) {
 	}
 	depth := tx.depth()
 	tx.failure = tx.savepoints[depth].failure
+	tx.deferred.Load().backTo(tx.savepoints[depth].deferred, tx.savepoints[depth].refused)
 	if err := tx.exec(ctx, "RELEASE SAVEPOINT "+name); err != nil {
 		return err
 	}
