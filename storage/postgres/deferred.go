@@ -319,6 +319,9 @@ func parameter(text string) (n int) {
 // deferredMeaning returns the sentinel for PostgreSQL's error in the handler's deferred statement
 // of this number, and the error with its place added. It is never about the record.
 func deferredMeaning(number int, err *pgconn.PgError) (sentinel, explained error) {
+	if err.Code == "26000" && err.Where == "" { // deallocated by somebody: the next run prepares it once more
+		return idempotency.ErrSerialization, err
+	}
 	remedy := "deferred statement " + strconv.Itoa(number)
 	if err.Code == "22012" && err.Where == "" { // a function's own error would name it in its context
 		remedy += " touched another number of rows than it must, or divides by zero itself: give DeferExec a Rows, or look before the handler answers"

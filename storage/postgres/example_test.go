@@ -2,8 +2,10 @@ package postgres_test
 
 import (
 	"context"
+	"fmt"
 	"log/slog"
 	"net/http"
+	"net/http/httptest"
 	"os"
 	"time"
 
@@ -85,4 +87,43 @@ func ExampleReaper() {
 
 	stop()
 	<-stopped
+}
+
+// The last writes of a handler that needs no result of theirs travel with the record and COMMIT. The balance was
+// locked and looked at before, so by now the handler knows its answer.
+func ExampleDeferExec() {
+	ctx := context.Background()
+	store, closeStore := exampleStore(ctx, "CREATE TABLE accounts (id text PRIMARY KEY, balance bigint NOT NULL); INSERT INTO accounts VALUES ('alice', 1000), ('bob', 0)")
+	defer closeStore()
+
+	transfer := func(w http.ResponseWriter, r *http.Request) {
+		ctx := r.Context()
+		var balance int64
+		const look = "SELECT balance FROM accounts WHERE id = $1 FOR NO KEY UPDATE"
+		if err := postgres.Tx(ctx).QueryRow(ctx, look, "alice").Scan(&balance); err != nil {
+			http.Error(w, "the transfer failed", http.StatusInternalServerError)
+			return
+		}
+		if balance < 250 {
+			http.Error(w, "not enough money", http.StatusPaymentRequired)
+			return
+		}
+		// Each must touch one row. An error fails the request, whether it is looked at or not.
+		_ = postgres.DeferExec(ctx, "UPDATE accounts SET balance = balance - $2 WHERE id = $1", "alice", 250)
+		_ = postgres.DeferExec(ctx, "UPDATE accounts SET balance = balance + $2 WHERE id = $1", r.FormValue("to"), 250)
+		w.WriteHeader(http.StatusCreated)
+	}
+
+	account := func(*http.Request) (string, error) { return "alice", nil }
+	handler := middleware.New(store, account, nil).Handler(http.HandlerFunc(transfer))
+	for _, to := range []string{"bob", "bbo"} {
+		r := httptest.NewRequest(http.MethodPost, "/transfers?to="+to, nil)
+		r.Header.Set("Idempotency-Key", "transfer-to-"+to)
+		w := httptest.NewRecorder()
+		handler.ServeHTTP(w, r)
+		fmt.Println(to, w.Code, w.Header().Get("Idempotency-Status"))
+	}
+	// Output:
+	// bob 201 executed
+	// bbo 500 not-executed
 }

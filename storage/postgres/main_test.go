@@ -9,6 +9,7 @@ import (
 	"github.com/jackc/pgx/v5/pgxpool"
 
 	"github.com/paidonce/idempotency"
+	"github.com/paidonce/idempotency/internal/pgserver"
 	"github.com/paidonce/idempotency/internal/pgtest"
 	"github.com/paidonce/idempotency/migrations"
 	"github.com/paidonce/idempotency/storage/postgres"
@@ -156,5 +157,29 @@ func effect(ctx context.Context, t *testing.T) {
 	attempt, _ := idempotency.AttemptIDFrom(ctx)
 	if _, err := postgres.Tx(ctx).Exec(ctx, "INSERT INTO effects (name, attempt_id) VALUES ('transfer', $1)", attempt.String()); err != nil {
 		t.Errorf("effect: %v", err)
+	}
+}
+
+// exampleStore returns a store on a database of its own, in which sql was executed.
+func exampleStore(ctx context.Context, sql string) (_ *postgres.Store, closeStore func()) {
+	server, err := pgserver.Start(ctx, nil)
+	if err != nil {
+		panic(err)
+	}
+	pool, err := pgxpool.New(ctx, server.URL())
+	if err != nil {
+		panic(err)
+	}
+	if err := migrations.Up(ctx, pool, nil); err != nil {
+		panic(err)
+	}
+	if _, err := pool.Exec(ctx, sql); err != nil {
+		panic(err)
+	}
+	return postgres.New(pool, nil), func() {
+		pool.Close()
+		if err := server.Stop(); err != nil {
+			panic(err)
+		}
 	}
 }
