@@ -166,18 +166,18 @@ func exampleStore(ctx context.Context, sql string) (_ *postgres.Store, closeStor
 	if err != nil {
 		panic(err)
 	}
-	pool, err := pgxpool.New(ctx, server.URL())
+	store, err := postgres.Open(ctx, server.URL(), nil)
 	if err != nil {
 		panic(err)
 	}
-	if err := migrations.Up(ctx, pool, nil); err != nil {
+	if err := migrations.Up(ctx, store, nil); err != nil {
 		panic(err)
 	}
-	if _, err := pool.Exec(ctx, sql); err != nil {
+	if _, err := store.Pool().Exec(ctx, sql); err != nil {
 		panic(err)
 	}
-	return postgres.New(pool, nil), func() {
-		pool.Close()
+	return store, func() {
+		store.Close()
 		if err := server.Stop(); err != nil {
 			panic(err)
 		}
