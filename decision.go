@@ -65,144 +65,144 @@ func DefaultDisposition(status int) Disposition {
 	return Forget
 }
 
-// Fact is what is known of a request at one of its turning points: after the claim or a wait for another attempt, after
+// fact is what is known of a request at one of its turning points: after the claim or a wait for another attempt, after
 // the handler, after the end of the transaction, and after the look for a COMMIT whose reply was lost.
-type Fact uint8
+type fact uint8
 
 // The facts.
 const (
-	FactClaimed            Fact = iota + 1 // no record; the claim is ours
-	FactInProgress                         // no record; the claim is another attempt's, and the request does not wait, or no longer
-	FactAwaited                            // no record; the claim is another attempt's, and the request may wait for it
-	FactTurn                               // that attempt left no answer to this request, whose turn it is to ask the store
-	FactRecordedSame                       // a record of this very request
-	FactRecordedOther                      // a record of a different request
-	FactRecordedUnreadable                 // a record with a fingerprint or an answer that this program can't read, or can't vouch for yet; or one that may be hidden from it
-	FactRecordCorrupt                      // a record that is not what was recorded
-	FactUnavailable                        // no connection, or the database failed before COMMIT was sent
-	FactSerialization                      // 40001, 40P01 or a plan that a migration made stale, wherever it came from
-	FactRestartsSpent                      // another restart was due, and the budget of restarts is used up
-	FactRecordUnread                       // unavailable or spent, after another attempt was seen to record the key
+	factClaimed            fact = iota + 1 // no record; the claim is ours
+	factInProgress                         // no record; the claim is another attempt's, and the request does not wait, or no longer
+	factAwaited                            // no record; the claim is another attempt's, and the request may wait for it
+	factTurn                               // that attempt left no answer to this request, whose turn it is to ask the store
+	factRecordedSame                       // a record of this very request
+	factRecordedOther                      // a record of a different request
+	factRecordedUnreadable                 // a record with a fingerprint or an answer that this program can't read, or can't vouch for yet; or one that may be hidden from it
+	factRecordCorrupt                      // a record that is not what was recorded
+	factUnavailable                        // no connection, or the database failed before COMMIT was sent
+	factSerialization                      // 40001, 40P01 or a plan that a migration made stale, wherever it came from
+	factRestartsSpent                      // another restart was due, and the budget of restarts is used up
+	factRecordUnread                       // unavailable or spent, after another attempt was seen to record the key
 
-	FactAnsweredCommit  // the handler answered, by policy for good
-	FactAnsweredDecline // the handler answered, by policy without its writes
-	FactAnsweredForget  // the handler answered, by policy for this once
-	FactHandlerFailed   // the handler or a policy panicked, its answer can't be recorded, or it wants to commit an aborted transaction
-	FactTransactionLost // the handler ended the transaction behind our back
+	factAnsweredCommit  // the handler answered, by policy for good
+	factAnsweredDecline // the handler answered, by policy without its writes
+	factAnsweredForget  // the handler answered, by policy for this once
+	factHandlerFailed   // the handler or a policy panicked, its answer can't be recorded, or it wants to commit an aborted transaction
+	factTransactionLost // the handler ended the transaction behind our back
 
-	FactCommitted     // COMMIT returned
-	FactDeclined      // COMMIT of the answer alone returned
-	FactForgotten     // ROLLBACK, after an answer that is not recorded
-	FactKeyRecorded   // our INSERT found another attempt's record
-	FactCommitAborted // the database refused COMMIT: a deferred constraint, for example
-	FactDeclineFailed // the answer of a decline was not recorded; its writes are undone too
-	FactCommitUnknown // COMMIT was sent and its reply is missing
+	factCommitted     // COMMIT returned
+	factDeclined      // COMMIT of the answer alone returned
+	factForgotten     // ROLLBACK, after an answer that is not recorded
+	factKeyRecorded   // our INSERT found another attempt's record
+	factCommitAborted // the database refused COMMIT: a deferred constraint, for example
+	factDeclineFailed // the answer of a decline was not recorded; its writes are undone too
+	factCommitUnknown // COMMIT was sent and its reply is missing
 
-	FactResolvedOurs   // asked again, the store has this attempt's record
-	FactResolvedAbsent // asked again, the store proves that nothing was recorded
+	factResolvedOurs   // asked again, the store has this attempt's record
+	factResolvedAbsent // asked again, the store proves that nothing was recorded
 
-	FactCallForgotten  // Forgotten, and a run of the request asked for a derived key
-	FactCallUnknown    // the request ends in another way without a record, and a run of it asked for a derived key
-	FactOutcomeUnknown // what became of the request could not be found out
+	factCallForgotten  // Forgotten, and a run of the request asked for a derived key
+	factCallUnknown    // the request ends in another way without a record, and a run of it asked for a derived key
+	factOutcomeUnknown // what became of the request could not be found out
 )
 
-// Action is what the engine does about a fact.
-type Action uint8
+// action is what the engine does about a fact.
+type action uint8
 
 // The actions.
 const (
-	ActionRun     Action = iota + 1 // run the handler
-	ActionWait                      // wait for what becomes of the other attempt
-	ActionClaim                     // claim the key
-	ActionReplay                    // answer with the record
-	ActionCommit                    // record the answer and commit it with the handler's writes
-	ActionDecline                   // undo the handler's writes; record the answer and commit it
-	ActionForget                    // undo the handler's writes and answer what the handler answered
-	ActionAnswer                    // answer what the handler answered
-	ActionRestart                   // undo everything and claim again
-	ActionResolve                   // ask the store what became of COMMIT
-	ActionRefuse                    // undo what is open and answer a problem
+	actionRun     action = iota + 1 // run the handler
+	actionWait                      // wait for what becomes of the other attempt
+	actionClaim                     // claim the key
+	actionReplay                    // answer with the record
+	actionCommit                    // record the answer and commit it with the handler's writes
+	actionDecline                   // undo the handler's writes; record the answer and commit it
+	actionForget                    // undo the handler's writes and answer what the handler answered
+	actionAnswer                    // answer what the handler answered
+	actionRestart                   // undo everything and claim again
+	actionResolve                   // ask the store what became of COMMIT
+	actionRefuse                    // undo what is open and answer a problem
 )
 
-// Decision is one row of the table: what to do, and what to tell the client where that ends the request.
-type Decision struct {
-	Action  Action
-	Outcome Outcome
-	Reason  Reason
+// decision is one row of the table: what to do, and what to tell the client where that ends the request.
+type decision struct {
+	action  action
+	outcome Outcome
+	reason  Reason
 }
 
-// Decide is the state machine of a key: the one place that branches on what is known of a request. Everything else
+// decide is the state machine of a key: the one place that branches on what is known of a request. Everything else
 // finds facts or carries out actions. docs/state-machine.md holds the same table in words.
-func Decide(fact Fact) Decision {
+func decide(fact fact) decision {
 	switch fact {
 	// After the claim, and after a wait.
-	case FactClaimed:
-		return Decision{Action: ActionRun}
-	case FactInProgress:
-		return Decision{ActionRefuse, OutcomeInProgress, ReasonInProgress}
-	case FactAwaited:
-		return Decision{Action: ActionWait}
-	case FactTurn:
-		return Decision{Action: ActionClaim}
-	case FactRecordedSame:
-		return Decision{Action: ActionReplay, Outcome: OutcomeReplayed}
-	case FactRecordedOther:
-		return Decision{ActionRefuse, OutcomeMismatch, ReasonKeyReused}
-	case FactRecordedUnreadable:
-		return Decision{ActionRefuse, OutcomeUnknown, ReasonOutcomeUnknown}
-	case FactRecordCorrupt:
-		return Decision{ActionRefuse, OutcomeUnknown, ReasonRecordCorrupt}
+	case factClaimed:
+		return decision{action: actionRun}
+	case factInProgress:
+		return decision{actionRefuse, OutcomeInProgress, ReasonInProgress}
+	case factAwaited:
+		return decision{action: actionWait}
+	case factTurn:
+		return decision{action: actionClaim}
+	case factRecordedSame:
+		return decision{action: actionReplay, outcome: OutcomeReplayed}
+	case factRecordedOther:
+		return decision{actionRefuse, OutcomeMismatch, ReasonKeyReused}
+	case factRecordedUnreadable:
+		return decision{actionRefuse, OutcomeUnknown, ReasonOutcomeUnknown}
+	case factRecordCorrupt:
+		return decision{actionRefuse, OutcomeUnknown, ReasonRecordCorrupt}
 
 	// At any point before COMMIT was sent.
-	case FactUnavailable:
-		return Decision{ActionRefuse, OutcomeNotExecuted, ReasonUnavailable}
-	case FactSerialization:
-		return Decision{Action: ActionRestart}
-	case FactRestartsSpent:
-		return Decision{ActionRefuse, OutcomeNotExecuted, ReasonUnavailable}
-	case FactRecordUnread:
-		return Decision{ActionRefuse, OutcomeUnknown, ReasonOutcomeUnknown}
+	case factUnavailable:
+		return decision{actionRefuse, OutcomeNotExecuted, ReasonUnavailable}
+	case factSerialization:
+		return decision{action: actionRestart}
+	case factRestartsSpent:
+		return decision{actionRefuse, OutcomeNotExecuted, ReasonUnavailable}
+	case factRecordUnread:
+		return decision{actionRefuse, OutcomeUnknown, ReasonOutcomeUnknown}
 
 	// After the handler.
-	case FactAnsweredCommit:
-		return Decision{Action: ActionCommit}
-	case FactAnsweredDecline:
-		return Decision{Action: ActionDecline}
-	case FactAnsweredForget:
-		return Decision{Action: ActionForget}
-	case FactHandlerFailed:
-		return Decision{ActionRefuse, OutcomeNotExecuted, ReasonHandlerFailed}
-	case FactTransactionLost:
-		return Decision{ActionRefuse, OutcomeUnknown, ReasonTransactionLost}
+	case factAnsweredCommit:
+		return decision{action: actionCommit}
+	case factAnsweredDecline:
+		return decision{action: actionDecline}
+	case factAnsweredForget:
+		return decision{action: actionForget}
+	case factHandlerFailed:
+		return decision{actionRefuse, OutcomeNotExecuted, ReasonHandlerFailed}
+	case factTransactionLost:
+		return decision{actionRefuse, OutcomeUnknown, ReasonTransactionLost}
 
 	// After the end of the transaction.
-	case FactCommitted, FactDeclined:
-		return Decision{Action: ActionAnswer, Outcome: OutcomeExecuted}
-	case FactForgotten:
-		return Decision{Action: ActionAnswer, Outcome: OutcomeNotExecuted}
-	case FactKeyRecorded:
-		return Decision{Action: ActionRestart}
-	case FactCommitAborted:
-		return Decision{ActionRefuse, OutcomeNotExecuted, ReasonHandlerFailed}
-	case FactDeclineFailed:
-		return Decision{ActionRefuse, OutcomeNotExecuted, ReasonUnavailable}
-	case FactCommitUnknown:
-		return Decision{Action: ActionResolve}
+	case factCommitted, factDeclined:
+		return decision{action: actionAnswer, outcome: OutcomeExecuted}
+	case factForgotten:
+		return decision{action: actionAnswer, outcome: OutcomeNotExecuted}
+	case factKeyRecorded:
+		return decision{action: actionRestart}
+	case factCommitAborted:
+		return decision{actionRefuse, OutcomeNotExecuted, ReasonHandlerFailed}
+	case factDeclineFailed:
+		return decision{actionRefuse, OutcomeNotExecuted, ReasonUnavailable}
+	case factCommitUnknown:
+		return decision{action: actionResolve}
 
 	// After the look for a lost COMMIT, which may also find the facts of a record.
-	case FactResolvedOurs:
-		return Decision{Action: ActionAnswer, Outcome: OutcomeExecuted}
-	case FactResolvedAbsent:
-		return Decision{ActionRefuse, OutcomeNotExecuted, ReasonUnavailable}
+	case factResolvedOurs:
+		return decision{action: actionAnswer, outcome: OutcomeExecuted}
+	case factResolvedAbsent:
+		return decision{actionRefuse, OutcomeNotExecuted, ReasonUnavailable}
 
 	// After all of it, when a derived key was asked for and nothing is recorded.
-	case FactCallForgotten:
-		return Decision{Action: ActionAnswer, Outcome: OutcomeUnknown}
-	case FactCallUnknown:
-		return Decision{ActionRefuse, OutcomeUnknown, ReasonCallUnknown}
+	case factCallForgotten:
+		return decision{action: actionAnswer, outcome: OutcomeUnknown}
+	case factCallUnknown:
+		return decision{actionRefuse, OutcomeUnknown, ReasonCallUnknown}
 	}
-	// FactOutcomeUnknown, and whatever nobody thought of.
-	return Decision{ActionRefuse, OutcomeUnknown, ReasonOutcomeUnknown}
+	// factOutcomeUnknown, and whatever nobody thought of.
+	return decision{actionRefuse, OutcomeUnknown, ReasonOutcomeUnknown}
 }
 
 // factOfEnd adjusts a fact that may end the request to its earlier attempts.
@@ -211,15 +211,15 @@ func Decide(fact Fact) Decision {
 // of this request. If one of them called [DerivedKey] (derived), another service may have done
 // something that no rollback undoes, and only a record would give a retry its answer. So without a
 // record no end is not-executed, and none suggests a new key.
-func factOfEnd(fact Fact, recorded, derived bool) Fact {
-	switch decision := Decide(fact); {
-	case recorded && decision.Reason == ReasonUnavailable:
-		return FactRecordUnread
+func factOfEnd(fact fact, recorded, derived bool) fact {
+	switch decision := decide(fact); {
+	case recorded && decision.reason == ReasonUnavailable:
+		return factRecordUnread
 	case !derived:
-	case decision.Outcome == OutcomeNotExecuted && decision.Action == ActionAnswer:
-		return FactCallForgotten
-	case decision.Outcome == OutcomeNotExecuted, decision.Outcome == OutcomeMismatch:
-		return FactCallUnknown
+	case decision.outcome == OutcomeNotExecuted && decision.action == actionAnswer:
+		return factCallForgotten
+	case decision.outcome == OutcomeNotExecuted, decision.outcome == OutcomeMismatch:
+		return factCallUnknown
 	}
 	return fact
 }
@@ -230,53 +230,53 @@ func passesTurn(result *Result) bool {
 	switch {
 	case result.Record != nil:
 		return false
-	case result.Outcome == OutcomeUnknown: // FactCallForgotten and FactCallUnknown leave nothing in the database
+	case result.Outcome == OutcomeUnknown: // factCallForgotten and factCallUnknown leave nothing in the database
 		return result.Answer != nil || result.Reason == ReasonCallUnknown
 	}
 	return true
 }
 
 // factAfterClaim reads what Begin returned.
-func factAfterClaim(req *Request, record *Record, err error) Fact {
+func factAfterClaim(req *Request, record *Record, err error) fact {
 	switch {
 	case errors.Is(err, ErrInProgress):
-		return FactInProgress
+		return factInProgress
 	case errors.Is(err, ErrSerialization):
-		return FactSerialization
+		return factSerialization
 	case errors.Is(err, ErrRecordCorrupt):
-		return FactRecordCorrupt
+		return factRecordCorrupt
 	case errors.Is(err, ErrUnknown):
-		return FactRecordedUnreadable
+		return factRecordedUnreadable
 	case err != nil:
-		return FactUnavailable
+		return factUnavailable
 	case record == nil:
-		return FactClaimed
+		return factClaimed
 	}
 	return factOfRecord(req, record)
 }
 
 // factOfWait says of a request whose key is another attempt's whether it may wait.
-func factOfWait(mayWait bool) Fact {
+func factOfWait(mayWait bool) fact {
 	if mayWait {
-		return FactAwaited
+		return factAwaited
 	}
-	return FactInProgress
+	return factInProgress
 }
 
 // factOfLeader reads what a request that waited behind another was told when that one ended: its record, that the
 // outcome is unknown, or nil, which is this request's turn.
-func factOfLeader(req *Request, told *Result) Fact {
+func factOfLeader(req *Request, told *Result) fact {
 	switch {
 	case told == nil:
-		return FactTurn
+		return factTurn
 	case told.Record != nil:
 		return factOfRecord(req, told.Record)
 	}
-	return FactOutcomeUnknown
+	return factOutcomeUnknown
 }
 
 // factOfRecord compares fingerprints. Every path that answers with a record comes through here.
-func factOfRecord(req *Request, record *Record) Fact {
+func factOfRecord(req *Request, record *Record) fact {
 	ours, ok := req.Fingerprint, true
 	if record.Fingerprint.Version != ours.Version {
 		ours, ok = Fingerprint{}, false
@@ -286,101 +286,101 @@ func factOfRecord(req *Request, record *Record) Fact {
 	}
 	switch {
 	case !ok:
-		return FactRecordedUnreadable
+		return factRecordedUnreadable
 	case !ours.Equal(record.Fingerprint):
-		return FactRecordedOther
+		return factRecordedOther
 	}
-	return FactRecordedSame
+	return factRecordedSame
 }
 
 // factAfterHandler reads what the handler left: what became of its transaction, whether it failed, and what its
 // answer means. The transaction comes first: an answer given on a dead one is worth nothing.
-func factAfterHandler(sealed, failed error, disposition Disposition) Fact {
+func factAfterHandler(sealed, failed error, disposition Disposition) fact {
 	switch {
 	case errors.Is(sealed, ErrTransactionLost):
-		return FactTransactionLost
+		return factTransactionLost
 	case errors.Is(sealed, ErrSerialization):
-		return FactSerialization
+		return factSerialization
 	case errors.Is(sealed, ErrUnavailable), errors.Is(failed, ErrUnavailable):
-		return FactUnavailable
+		return factUnavailable
 	case failed != nil:
-		return FactHandlerFailed
+		return factHandlerFailed
 	case disposition == Decline:
-		return FactAnsweredDecline
+		return factAnsweredDecline
 	case disposition != Commit:
-		return FactAnsweredForget
+		return factAnsweredForget
 	case sealed != nil:
-		return FactHandlerFailed
+		return factHandlerFailed
 	}
-	return FactAnsweredCommit
+	return factAnsweredCommit
 }
 
 // factAfterRollback reads what Rollback returned; fact is what called for it. What a handler committed behind our back
 // stands, whatever else comes to light, so a lost transaction stays one.
-func factAfterRollback(fact Fact, err error) Fact {
+func factAfterRollback(fact fact, err error) fact {
 	switch {
-	case fact == FactTransactionLost, errors.Is(err, ErrTransactionLost):
-		return FactTransactionLost
+	case fact == factTransactionLost, errors.Is(err, ErrTransactionLost):
+		return factTransactionLost
 	case errors.Is(err, ErrKeyRecorded):
-		return FactKeyRecorded
+		return factKeyRecorded
 	case errors.Is(err, ErrUnknown):
-		return FactOutcomeUnknown
+		return factOutcomeUnknown
 	}
 	return fact
 }
 
 // factAfterCommit reads what Commit returned. Without a key there is no record to ask for.
-func factAfterCommit(req *Request, err error) Fact {
+func factAfterCommit(req *Request, err error) fact {
 	switch {
 	case err == nil:
-		return FactCommitted
+		return factCommitted
 	case errors.Is(err, ErrUnknown): // first: it outweighs whatever else the error wraps
 	case errors.Is(err, ErrTransactionLost):
-		return FactTransactionLost
+		return factTransactionLost
 	case errors.Is(err, ErrKeyRecorded):
-		return FactKeyRecorded
+		return factKeyRecorded
 	case errors.Is(err, ErrSerialization):
-		return FactSerialization
+		return factSerialization
 	case errors.Is(err, ErrUnavailable):
-		return FactUnavailable
+		return factUnavailable
 	case errors.Is(err, ErrAborted):
-		return FactCommitAborted
+		return factCommitAborted
 	}
 	if req.Keyless() {
-		return FactOutcomeUnknown
+		return factOutcomeUnknown
 	}
-	return FactCommitUnknown
+	return factCommitUnknown
 }
 
 // factAfterDecline reads what Decline returned.
-func factAfterDecline(err error) Fact {
+func factAfterDecline(err error) fact {
 	switch {
 	case err == nil:
-		return FactDeclined
+		return factDeclined
 	case errors.Is(err, ErrUnknown):
 	case errors.Is(err, ErrTransactionLost):
-		return FactTransactionLost
+		return factTransactionLost
 	case errors.Is(err, ErrKeyRecorded):
-		return FactKeyRecorded
+		return factKeyRecorded
 	case errors.Is(err, ErrSerialization), errors.Is(err, ErrUnavailable), errors.Is(err, ErrAborted):
-		return FactDeclineFailed
+		return factDeclineFailed
 	}
-	return FactCommitUnknown
+	return factCommitUnknown
 }
 
 // factAfterResolve reads what Resolve returned. An attempt is known by its id, which nobody else can have made. A decline
 // gives its claim away when it undoes the writes, and records the answer after that: so nobody held the key and nothing
 // was there may be true in between, and proves nothing.
-func factAfterResolve(req *Request, disposition Disposition, record *Record, err error) Fact {
+func factAfterResolve(req *Request, disposition Disposition, record *Record, err error) fact {
 	switch {
 	case errors.Is(err, ErrRecordCorrupt):
-		return FactRecordCorrupt
+		return factRecordCorrupt
 	case err != nil, record == nil && disposition == Decline:
-		return FactOutcomeUnknown
+		return factOutcomeUnknown
 	case record == nil:
-		return FactResolvedAbsent
+		return factResolvedAbsent
 	case record.Attempt == req.Attempt:
-		return FactResolvedOurs
+		return factResolvedOurs
 	}
 	return factOfRecord(req, record)
 }

@@ -9,48 +9,48 @@ import (
 
 func TestDecideEveryRow(t *testing.T) {
 	t.Parallel()
-	rows := map[Fact]Decision{
-		FactClaimed:            {Action: ActionRun},
-		FactInProgress:         {ActionRefuse, OutcomeInProgress, ReasonInProgress},
-		FactAwaited:            {Action: ActionWait},
-		FactTurn:               {Action: ActionClaim},
-		FactRecordedSame:       {Action: ActionReplay, Outcome: OutcomeReplayed},
-		FactRecordedOther:      {ActionRefuse, OutcomeMismatch, ReasonKeyReused},
-		FactRecordedUnreadable: {ActionRefuse, OutcomeUnknown, ReasonOutcomeUnknown},
-		FactUnavailable:        {ActionRefuse, OutcomeNotExecuted, ReasonUnavailable},
-		FactSerialization:      {Action: ActionRestart},
-		FactRestartsSpent:      {ActionRefuse, OutcomeNotExecuted, ReasonUnavailable},
-		FactRecordUnread:       {ActionRefuse, OutcomeUnknown, ReasonOutcomeUnknown},
-		FactAnsweredCommit:     {Action: ActionCommit},
-		FactAnsweredDecline:    {Action: ActionDecline},
-		FactAnsweredForget:     {Action: ActionForget},
-		FactHandlerFailed:      {ActionRefuse, OutcomeNotExecuted, ReasonHandlerFailed},
-		FactTransactionLost:    {ActionRefuse, OutcomeUnknown, ReasonTransactionLost},
-		FactCommitted:          {Action: ActionAnswer, Outcome: OutcomeExecuted},
-		FactDeclined:           {Action: ActionAnswer, Outcome: OutcomeExecuted},
-		FactForgotten:          {Action: ActionAnswer, Outcome: OutcomeNotExecuted},
-		FactKeyRecorded:        {Action: ActionRestart},
-		FactCommitAborted:      {ActionRefuse, OutcomeNotExecuted, ReasonHandlerFailed},
-		FactDeclineFailed:      {ActionRefuse, OutcomeNotExecuted, ReasonUnavailable},
-		FactRecordCorrupt:      {ActionRefuse, OutcomeUnknown, ReasonRecordCorrupt},
-		FactCommitUnknown:      {Action: ActionResolve},
-		FactResolvedOurs:       {Action: ActionAnswer, Outcome: OutcomeExecuted},
-		FactResolvedAbsent:     {ActionRefuse, OutcomeNotExecuted, ReasonUnavailable},
-		FactCallForgotten:      {Action: ActionAnswer, Outcome: OutcomeUnknown},
-		FactCallUnknown:        {ActionRefuse, OutcomeUnknown, ReasonCallUnknown},
-		FactOutcomeUnknown:     {ActionRefuse, OutcomeUnknown, ReasonOutcomeUnknown},
+	rows := map[fact]decision{
+		factClaimed:            {action: actionRun},
+		factInProgress:         {actionRefuse, OutcomeInProgress, ReasonInProgress},
+		factAwaited:            {action: actionWait},
+		factTurn:               {action: actionClaim},
+		factRecordedSame:       {action: actionReplay, outcome: OutcomeReplayed},
+		factRecordedOther:      {actionRefuse, OutcomeMismatch, ReasonKeyReused},
+		factRecordedUnreadable: {actionRefuse, OutcomeUnknown, ReasonOutcomeUnknown},
+		factUnavailable:        {actionRefuse, OutcomeNotExecuted, ReasonUnavailable},
+		factSerialization:      {action: actionRestart},
+		factRestartsSpent:      {actionRefuse, OutcomeNotExecuted, ReasonUnavailable},
+		factRecordUnread:       {actionRefuse, OutcomeUnknown, ReasonOutcomeUnknown},
+		factAnsweredCommit:     {action: actionCommit},
+		factAnsweredDecline:    {action: actionDecline},
+		factAnsweredForget:     {action: actionForget},
+		factHandlerFailed:      {actionRefuse, OutcomeNotExecuted, ReasonHandlerFailed},
+		factTransactionLost:    {actionRefuse, OutcomeUnknown, ReasonTransactionLost},
+		factCommitted:          {action: actionAnswer, outcome: OutcomeExecuted},
+		factDeclined:           {action: actionAnswer, outcome: OutcomeExecuted},
+		factForgotten:          {action: actionAnswer, outcome: OutcomeNotExecuted},
+		factKeyRecorded:        {action: actionRestart},
+		factCommitAborted:      {actionRefuse, OutcomeNotExecuted, ReasonHandlerFailed},
+		factDeclineFailed:      {actionRefuse, OutcomeNotExecuted, ReasonUnavailable},
+		factRecordCorrupt:      {actionRefuse, OutcomeUnknown, ReasonRecordCorrupt},
+		factCommitUnknown:      {action: actionResolve},
+		factResolvedOurs:       {action: actionAnswer, outcome: OutcomeExecuted},
+		factResolvedAbsent:     {actionRefuse, OutcomeNotExecuted, ReasonUnavailable},
+		factCallForgotten:      {action: actionAnswer, outcome: OutcomeUnknown},
+		factCallUnknown:        {actionRefuse, OutcomeUnknown, ReasonCallUnknown},
+		factOutcomeUnknown:     {actionRefuse, OutcomeUnknown, ReasonOutcomeUnknown},
 	}
-	unknown := rows[FactOutcomeUnknown]
-	for fact := range Fact(255) {
-		want, ok := rows[fact]
-		if known := fact >= FactClaimed && fact <= FactOutcomeUnknown; ok != known {
-			t.Errorf("fact %d is in the test: %v, in the table: %v", fact, ok, known)
+	unknown := rows[factOutcomeUnknown]
+	for f := range fact(255) {
+		want, ok := rows[f]
+		if known := f >= factClaimed && f <= factOutcomeUnknown; ok != known {
+			t.Errorf("fact %d is in the test: %v, in the table: %v", f, ok, known)
 		}
 		if !ok {
 			want = unknown
 		}
-		if got := Decide(fact); got != want {
-			t.Errorf("fact %d: %+v, want %+v", fact, got, want)
+		if got := decide(f); got != want {
+			t.Errorf("fact %d: %+v, want %+v", f, got, want)
 		}
 	}
 }
@@ -58,11 +58,11 @@ func TestDecideEveryRow(t *testing.T) {
 // A decision either goes on, or answers, or says why it does not: never two of them.
 func TestDecisionsAreWhole(t *testing.T) {
 	t.Parallel()
-	for fact := range Fact(255) {
-		d := Decide(fact)
-		ends := d.Action == ActionAnswer || d.Action == ActionReplay || d.Action == ActionRefuse
-		if ends != (d.Outcome != "") || (d.Action == ActionRefuse) != (d.Reason != "") {
-			t.Errorf("fact %d: %+v", fact, d)
+	for f := range fact(255) {
+		d := decide(f)
+		ends := d.action == actionAnswer || d.action == actionReplay || d.action == actionRefuse
+		if ends != (d.outcome != "") || (d.action == actionRefuse) != (d.reason != "") {
+			t.Errorf("fact %d: %+v", f, d)
 		}
 	}
 }
@@ -72,35 +72,35 @@ func TestDecisionsAreWhole(t *testing.T) {
 // other facts stay as they are.
 func TestFactOfEnd(t *testing.T) {
 	t.Parallel()
-	recorded := map[Fact]Fact{
-		FactUnavailable: FactRecordUnread, FactRestartsSpent: FactRecordUnread, FactDeclineFailed: FactRecordUnread,
-		FactResolvedAbsent: FactRecordUnread,
+	recorded := map[fact]fact{
+		factUnavailable: factRecordUnread, factRestartsSpent: factRecordUnread, factDeclineFailed: factRecordUnread,
+		factResolvedAbsent: factRecordUnread,
 	}
-	derived := map[Fact]Fact{
-		FactForgotten: FactCallForgotten,
+	derived := map[fact]fact{
+		factForgotten: factCallForgotten,
 
-		FactUnavailable: FactCallUnknown, FactRestartsSpent: FactCallUnknown, FactHandlerFailed: FactCallUnknown,
-		FactCommitAborted: FactCallUnknown, FactDeclineFailed: FactCallUnknown, FactResolvedAbsent: FactCallUnknown,
-		FactRecordedOther: FactCallUnknown,
+		factUnavailable: factCallUnknown, factRestartsSpent: factCallUnknown, factHandlerFailed: factCallUnknown,
+		factCommitAborted: factCallUnknown, factDeclineFailed: factCallUnknown, factResolvedAbsent: factCallUnknown,
+		factRecordedOther: factCallUnknown,
 	}
 	both := maps.Clone(derived)
 	maps.Copy(both, recorded)
-	for fact := range Fact(255) {
+	for f := range fact(255) {
 		for _, test := range []struct {
 			recorded, derived bool
-			want              map[Fact]Fact
+			want              map[fact]fact
 		}{{false, false, nil}, {true, false, recorded}, {false, true, derived}, {true, true, both}} {
-			want, ok := test.want[fact]
+			want, ok := test.want[f]
 			if !ok {
-				want = fact
+				want = f
 			}
-			got := factOfEnd(fact, test.recorded, test.derived)
+			got := factOfEnd(f, test.recorded, test.derived)
 			if got != want {
-				t.Errorf("fact %d, recorded %v, derived %v: %d, want %d", fact, test.recorded, test.derived, got, want)
+				t.Errorf("fact %d, recorded %v, derived %v: %d, want %d", f, test.recorded, test.derived, got, want)
 			}
-			decision := Decide(got)
-			if test.derived && (decision.Outcome == OutcomeNotExecuted || decision.Outcome == OutcomeMismatch) || decision.Action != Decide(fact).Action {
-				t.Errorf("fact %d, recorded %v, derived %v: %+v, alone %+v", fact, test.recorded, test.derived, decision, Decide(fact))
+			decision := decide(got)
+			if test.derived && (decision.outcome == OutcomeNotExecuted || decision.outcome == OutcomeMismatch) || decision.action != decide(f).action {
+				t.Errorf("fact %d, recorded %v, derived %v: %+v, alone %+v", f, test.recorded, test.derived, decision, decide(f))
 			}
 		}
 	}
@@ -118,11 +118,11 @@ func TestPassesTurn(t *testing.T) {
 		"executed":                      {Result{Outcome: OutcomeExecuted, Answer: answer}, true},
 		"not executed":                  {Result{Outcome: OutcomeNotExecuted, Reason: ReasonUnavailable}, true},
 		"in progress":                   {Result{Outcome: OutcomeInProgress, Reason: ReasonInProgress}, true},
-		"unknown":                       {refuse(Decide(FactOutcomeUnknown), nil), false},
-		"transaction lost":              {refuse(Decide(FactTransactionLost), nil), false},
-		"corrupt":                       {refuse(Decide(FactRecordCorrupt), nil), false},
-		"answered after a derived key":  {Result{Outcome: Decide(FactCallForgotten).Outcome, Answer: answer}, true},
-		"otherwise after a derived key": {refuse(Decide(FactCallUnknown), nil), true},
+		"unknown":                       {refuse(decide(factOutcomeUnknown), nil), false},
+		"transaction lost":              {refuse(decide(factTransactionLost), nil), false},
+		"corrupt":                       {refuse(decide(factRecordCorrupt), nil), false},
+		"answered after a derived key":  {Result{Outcome: decide(factCallForgotten).outcome, Answer: answer}, true},
+		"otherwise after a derived key": {refuse(decide(factCallUnknown), nil), true},
 	} {
 		if got := passesTurn(&test.result); got != test.want {
 			t.Errorf("%s: %v, want %v", name, got, test.want)
@@ -167,7 +167,7 @@ func wrap(err error) error {
 }
 
 // checkFacts calls f with each error of the contract, wrapped, and compares. What want leaves out is other.
-func checkFacts(t *testing.T, f func(error) Fact, want map[error]Fact, other Fact) {
+func checkFacts(t *testing.T, f func(error) fact, want map[error]fact, other fact) {
 	t.Helper()
 	for _, err := range sentinels {
 		fact, ok := want[err]
@@ -182,10 +182,10 @@ func checkFacts(t *testing.T, f func(error) Fact, want map[error]Fact, other Fac
 
 func TestFactAfterClaim(t *testing.T) {
 	t.Parallel()
-	checkFacts(t, func(err error) Fact { return factAfterClaim(&Request{}, nil, err) }, map[error]Fact{
-		nil: FactClaimed, ErrInProgress: FactInProgress, ErrSerialization: FactSerialization, ErrUnknown: FactRecordedUnreadable,
-		ErrRecordCorrupt: FactRecordCorrupt,
-	}, FactUnavailable)
+	checkFacts(t, func(err error) fact { return factAfterClaim(&Request{}, nil, err) }, map[error]fact{
+		nil: factClaimed, ErrInProgress: factInProgress, ErrSerialization: factSerialization, ErrUnknown: factRecordedUnreadable,
+		ErrRecordCorrupt: factRecordCorrupt,
+	}, factUnavailable)
 }
 
 func TestFactAfterClaimComparesFingerprints(t *testing.T) {
@@ -210,18 +210,18 @@ func TestFactAfterClaimComparesFingerprints(t *testing.T) {
 		ours     Fingerprint
 		at       func(int16) (Fingerprint, bool)
 		recorded Fingerprint
-		want     Fact
+		want     fact
 	}{
-		"same":                                  {one, nil, one, FactRecordedSame},
-		"other":                                 {one, nil, two, FactRecordedOther},
-		"other by one bit":                      {one, nil, lastBit, FactRecordedOther},
-		"same version asks nobody":              {one, func(int16) (Fingerprint, bool) { panic("asked") }, one, FactRecordedSame},
-		"other version, none known":             {one, nil, otherVersion, FactRecordedUnreadable},
-		"other version, not known":              {one, knows(101), of(100), FactRecordedUnreadable},
-		"other version, known and same":         {one, knows(100, 101), of(101), FactRecordedSame},
-		"other version, known and different":    {one, knows(100), FingerprintOf(100, []byte("another")), FactRecordedOther},
-		"other version, answered with our own":  {one, func(int16) (Fingerprint, bool) { return one, true }, otherVersion, FactRecordedOther},
-		"other version, answered with no print": {one, func(int16) (Fingerprint, bool) { return Fingerprint{}, true }, otherVersion, FactRecordedOther},
+		"same":                                  {one, nil, one, factRecordedSame},
+		"other":                                 {one, nil, two, factRecordedOther},
+		"other by one bit":                      {one, nil, lastBit, factRecordedOther},
+		"same version asks nobody":              {one, func(int16) (Fingerprint, bool) { panic("asked") }, one, factRecordedSame},
+		"other version, none known":             {one, nil, otherVersion, factRecordedUnreadable},
+		"other version, not known":              {one, knows(101), of(100), factRecordedUnreadable},
+		"other version, known and same":         {one, knows(100, 101), of(101), factRecordedSame},
+		"other version, known and different":    {one, knows(100), FingerprintOf(100, []byte("another")), factRecordedOther},
+		"other version, answered with our own":  {one, func(int16) (Fingerprint, bool) { return one, true }, otherVersion, factRecordedOther},
+		"other version, answered with no print": {one, func(int16) (Fingerprint, bool) { return Fingerprint{}, true }, otherVersion, factRecordedOther},
 	} {
 		req := &Request{Fingerprint: test.ours, FingerprintAt: test.at}
 		if got := factAfterClaim(req, &Record{Fingerprint: test.recorded}, nil); got != test.want {
@@ -232,7 +232,7 @@ func TestFactAfterClaimComparesFingerprints(t *testing.T) {
 
 func TestFactOfWait(t *testing.T) {
 	t.Parallel()
-	if factOfWait(true) != FactAwaited || factOfWait(false) != FactInProgress {
+	if factOfWait(true) != factAwaited || factOfWait(false) != factInProgress {
 		t.Errorf("facts %d and %d", factOfWait(true), factOfWait(false))
 	}
 }
@@ -244,18 +244,18 @@ func TestFactOfLeader(t *testing.T) {
 	print, other := FingerprintV1("POST", "/1", "", "", nil), FingerprintV1("POST", "/2", "", "", nil)
 	req := &Request{Fingerprint: print}
 	of := func(f Fingerprint) *Result { return &Result{Outcome: OutcomeReplayed, Record: &Record{Fingerprint: f}} }
-	unknown := refuse(Decide(FactCommitUnknown), errOther)
+	unknown := refuse(decide(factCommitUnknown), errOther)
 	for name, test := range map[string]struct {
 		told *Result
-		want Fact
+		want fact
 	}{
-		"nothing":                      {nil, FactTurn},
-		"a record of this request":     {of(print), FactRecordedSame},
-		"a record of another request":  {of(other), FactRecordedOther},
-		"a record of another version":  {of(FingerprintOf(100, nil)), FactRecordedUnreadable},
-		"that it is unknown":           {&unknown, FactOutcomeUnknown},
-		"something nobody should tell": {&Result{Outcome: OutcomeNotExecuted}, FactOutcomeUnknown},
-		"an answer without a record":   {&Result{Outcome: OutcomeExecuted, Answer: &Answer{Status: 201}}, FactOutcomeUnknown},
+		"nothing":                      {nil, factTurn},
+		"a record of this request":     {of(print), factRecordedSame},
+		"a record of another request":  {of(other), factRecordedOther},
+		"a record of another version":  {of(FingerprintOf(100, nil)), factRecordedUnreadable},
+		"that it is unknown":           {&unknown, factOutcomeUnknown},
+		"something nobody should tell": {&Result{Outcome: OutcomeNotExecuted}, factOutcomeUnknown},
+		"an answer without a record":   {&Result{Outcome: OutcomeExecuted, Answer: &Answer{Status: 201}}, factOutcomeUnknown},
 	} {
 		if got := factOfLeader(req, test.told); got != test.want {
 			t.Errorf("%s: fact %d, want %d", name, got, test.want)
@@ -269,32 +269,32 @@ func TestFactAfterHandler(t *testing.T) {
 	type row struct {
 		failed      error
 		disposition Disposition
-		want        map[error]Fact // by what Seal returned
-		other       Fact
+		want        map[error]fact // by what Seal returned
+		other       fact
 	}
-	first := map[error]Fact{
-		ErrTransactionLost: FactTransactionLost, ErrSerialization: FactSerialization, ErrUnavailable: FactUnavailable,
+	first := map[error]fact{
+		ErrTransactionLost: factTransactionLost, ErrSerialization: factSerialization, ErrUnavailable: factUnavailable,
 	}
-	with := func(err error, fact Fact) map[error]Fact {
-		all := map[error]Fact{err: fact}
-		for err, fact := range first {
-			all[err] = fact
+	with := func(err error, f fact) map[error]fact {
+		all := map[error]fact{err: f}
+		for err, f := range first {
+			all[err] = f
 		}
 		return all
 	}
 	for name, row := range map[string]row{
-		"commit":                    {nil, Commit, with(nil, FactAnsweredCommit), FactHandlerFailed},
-		"decline":                   {nil, Decline, first, FactAnsweredDecline},
-		"forget":                    {nil, Forget, first, FactAnsweredForget},
-		"no disposition we know":    {nil, Disposition(9), first, FactAnsweredForget},
-		"failed":                    {errOther, Forget, first, FactHandlerFailed},
-		"panicked":                  {panicked, Forget, first, FactHandlerFailed},
-		"could not run":             {wrap(ErrUnavailable), Forget, map[error]Fact{ErrTransactionLost: FactTransactionLost, ErrSerialization: FactSerialization}, FactUnavailable},
-		"failed with a serializing": {wrap(ErrSerialization), Forget, first, FactHandlerFailed},
+		"commit":                    {nil, Commit, with(nil, factAnsweredCommit), factHandlerFailed},
+		"decline":                   {nil, Decline, first, factAnsweredDecline},
+		"forget":                    {nil, Forget, first, factAnsweredForget},
+		"no disposition we know":    {nil, Disposition(9), first, factAnsweredForget},
+		"failed":                    {errOther, Forget, first, factHandlerFailed},
+		"panicked":                  {panicked, Forget, first, factHandlerFailed},
+		"could not run":             {wrap(ErrUnavailable), Forget, map[error]fact{ErrTransactionLost: factTransactionLost, ErrSerialization: factSerialization}, factUnavailable},
+		"failed with a serializing": {wrap(ErrSerialization), Forget, first, factHandlerFailed},
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
-			checkFacts(t, func(sealed error) Fact { return factAfterHandler(sealed, row.failed, row.disposition) }, row.want, row.other)
+			checkFacts(t, func(sealed error) fact { return factAfterHandler(sealed, row.failed, row.disposition) }, row.want, row.other)
 		})
 	}
 }
@@ -302,10 +302,10 @@ func TestFactAfterHandler(t *testing.T) {
 func TestFactAfterCommit(t *testing.T) {
 	t.Parallel()
 	keyed := &Request{Key: Key{Scope: "acme", Value: "k"}}
-	for req, unknown := range map[*Request]Fact{keyed: FactCommitUnknown, {}: FactOutcomeUnknown} {
-		checkFacts(t, func(err error) Fact { return factAfterCommit(req, err) }, map[error]Fact{
-			nil: FactCommitted, ErrTransactionLost: FactTransactionLost, ErrKeyRecorded: FactKeyRecorded,
-			ErrSerialization: FactSerialization, ErrUnavailable: FactUnavailable, ErrAborted: FactCommitAborted,
+	for req, unknown := range map[*Request]fact{keyed: factCommitUnknown, {}: factOutcomeUnknown} {
+		checkFacts(t, func(err error) fact { return factAfterCommit(req, err) }, map[error]fact{
+			nil: factCommitted, ErrTransactionLost: factTransactionLost, ErrKeyRecorded: factKeyRecorded,
+			ErrSerialization: factSerialization, ErrUnavailable: factUnavailable, ErrAborted: factCommitAborted,
 		}, unknown)
 		// What may have been executed is never told otherwise.
 		for _, err := range sentinels {
@@ -321,10 +321,10 @@ func TestFactAfterCommit(t *testing.T) {
 
 func TestFactAfterDecline(t *testing.T) {
 	t.Parallel()
-	checkFacts(t, factAfterDecline, map[error]Fact{
-		nil: FactDeclined, ErrTransactionLost: FactTransactionLost, ErrKeyRecorded: FactKeyRecorded,
-		ErrSerialization: FactDeclineFailed, ErrUnavailable: FactDeclineFailed, ErrAborted: FactDeclineFailed,
-	}, FactCommitUnknown)
+	checkFacts(t, factAfterDecline, map[error]fact{
+		nil: factDeclined, ErrTransactionLost: factTransactionLost, ErrKeyRecorded: factKeyRecorded,
+		ErrSerialization: factDeclineFailed, ErrUnavailable: factDeclineFailed, ErrAborted: factDeclineFailed,
+	}, factCommitUnknown)
 }
 
 // Only this attempt's own id makes a record its own; any other is compared as on every path.
@@ -332,29 +332,29 @@ func TestFactAfterResolve(t *testing.T) {
 	t.Parallel()
 	print, other := FingerprintV1("POST", "/1", "", "", nil), FingerprintV1("POST", "/2", "", "", nil)
 	req := &Request{Key: Key{Scope: "acme", Value: "k"}, Fingerprint: print, Attempt: NewAttemptID()}
-	checkFacts(t, func(err error) Fact { return factAfterResolve(req, Commit, nil, err) }, map[error]Fact{
-		nil: FactResolvedAbsent, ErrRecordCorrupt: FactRecordCorrupt,
-	}, FactOutcomeUnknown)
+	checkFacts(t, func(err error) fact { return factAfterResolve(req, Commit, nil, err) }, map[error]fact{
+		nil: factResolvedAbsent, ErrRecordCorrupt: factRecordCorrupt,
+	}, factOutcomeUnknown)
 	// A decline's record may come after the look.
-	checkFacts(t, func(err error) Fact { return factAfterResolve(req, Decline, nil, err) }, map[error]Fact{
-		ErrRecordCorrupt: FactRecordCorrupt,
-	}, FactOutcomeUnknown)
+	checkFacts(t, func(err error) fact { return factAfterResolve(req, Decline, nil, err) }, map[error]fact{
+		ErrRecordCorrupt: factRecordCorrupt,
+	}, factOutcomeUnknown)
 	for name, test := range map[string]struct {
 		record Record
-		want   Fact
+		want   fact
 	}{
-		"ours":                              {Record{Attempt: req.Attempt, Fingerprint: print}, FactResolvedOurs},
-		"another's, of the same request":    {Record{Attempt: NewAttemptID(), Fingerprint: print}, FactRecordedSame},
-		"another's, of a different request": {Record{Attempt: NewAttemptID(), Fingerprint: other}, FactRecordedOther},
-		"another's, of another version":     {Record{Attempt: NewAttemptID(), Fingerprint: FingerprintOf(100, nil)}, FactRecordedUnreadable},
+		"ours":                              {Record{Attempt: req.Attempt, Fingerprint: print}, factResolvedOurs},
+		"another's, of the same request":    {Record{Attempt: NewAttemptID(), Fingerprint: print}, factRecordedSame},
+		"another's, of a different request": {Record{Attempt: NewAttemptID(), Fingerprint: other}, factRecordedOther},
+		"another's, of another version":     {Record{Attempt: NewAttemptID(), Fingerprint: FingerprintOf(100, nil)}, factRecordedUnreadable},
 	} {
 		for _, disposition := range []Disposition{Commit, Decline} {
 			if got := factAfterResolve(req, disposition, &test.record, nil); got != test.want {
 				t.Errorf("%s: fact %d, want %d", name, got, test.want)
 			}
 		}
-		if got := factAfterResolve(req, Commit, &test.record, ErrUnknown); got != FactOutcomeUnknown {
-			t.Errorf("%s, with an error: fact %d, want %d", name, got, FactOutcomeUnknown)
+		if got := factAfterResolve(req, Commit, &test.record, ErrUnknown); got != factOutcomeUnknown {
+			t.Errorf("%s, with an error: fact %d, want %d", name, got, factOutcomeUnknown)
 		}
 	}
 }
@@ -364,20 +364,20 @@ func TestFactAfterResolve(t *testing.T) {
 func TestFactAfterRollback(t *testing.T) {
 	t.Parallel()
 	for _, test := range []struct {
-		fact Fact
+		fact fact
 		err  error
-		want Fact
+		want fact
 	}{
-		{FactForgotten, nil, FactForgotten},
-		{FactHandlerFailed, nil, FactHandlerFailed},
-		{FactSerialization, nil, FactSerialization},
-		{FactForgotten, ErrTransactionLost, FactTransactionLost},
-		{FactSerialization, ErrTransactionLost, FactTransactionLost},
-		{FactForgotten, ErrKeyRecorded, FactKeyRecorded},
-		{FactHandlerFailed, ErrUnknown, FactOutcomeUnknown},
-		{FactTransactionLost, nil, FactTransactionLost},
-		{FactTransactionLost, ErrKeyRecorded, FactTransactionLost},
-		{FactTransactionLost, ErrUnknown, FactTransactionLost},
+		{factForgotten, nil, factForgotten},
+		{factHandlerFailed, nil, factHandlerFailed},
+		{factSerialization, nil, factSerialization},
+		{factForgotten, ErrTransactionLost, factTransactionLost},
+		{factSerialization, ErrTransactionLost, factTransactionLost},
+		{factForgotten, ErrKeyRecorded, factKeyRecorded},
+		{factHandlerFailed, ErrUnknown, factOutcomeUnknown},
+		{factTransactionLost, nil, factTransactionLost},
+		{factTransactionLost, ErrKeyRecorded, factTransactionLost},
+		{factTransactionLost, ErrUnknown, factTransactionLost},
 	} {
 		if got := factAfterRollback(test.fact, test.err); got != test.want {
 			t.Errorf("fact %d, %v: %d, want %d", test.fact, test.err, got, test.want)

@@ -23,7 +23,7 @@
 //   - package storage/postgres keeps the records: New, and Tx for the handler's own statements
 //   - package storage/memory is for a handler's unit tests
 //   - [Options] has the features that a route may switch on: Wait instead of 409, for example
-//   - [Engine.Do] is the protocol, top to bottom; [Decide] is the state machine
+//   - [Engine.Do] is the protocol, top to bottom; decide, in decision.go, is the state machine
 //   - [Store] is what a store promises; package storage/storagetest holds it to that
 //   - [DerivedKey] is for calls to other services, which happen at least once
 //

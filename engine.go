@@ -214,7 +214,8 @@ type Result struct {
 // request's own cancellation is ignored: once begun, the work is finished, and the retry finds it. It only ends a wait
 // for another attempt ([Options.Wait]), while nothing of this request is begun.
 //
-// Read it together with [Decide]: this says in which order facts come to light, the table what follows from each.
+// Read it together with decide in decision.go: this method finds the facts in their order, and that
+// table says what follows from each.
 func (e *Engine) Do(ctx context.Context, req Request, run RunFunc) (result Result) {
 	setDefault(&req.TTL, e.options.TTL)
 	if !validTraceID(req.TraceID) {
@@ -224,7 +225,7 @@ func (e *Engine) Do(ctx context.Context, req Request, run RunFunc) (result Resul
 		return Result{Outcome: OutcomeNotExecuted, Reason: reason, Err: err}
 	}
 	trace := e.startTrace(ctx, &req)
-	result = refuse(Decide(FactOutcomeUnknown), errGoexit) // unless do returns
+	result = refuse(decide(factOutcomeUnknown), errGoexit) // unless do returns
 	defer func() {
 		trace.end(result)
 		if trace.panicked != nil {
@@ -268,7 +269,7 @@ func validTraceID(id string) bool {
 func (e *Engine) do(ctx context.Context, req *Request, run RunFunc, trace *trace) Result {
 	defer e.inFlight.Add(-1)
 	if e.inFlight.Add(1) > int64(e.options.InFlightMax) && e.options.InFlightMax > 0 {
-		return refuse(Decide(FactUnavailable), ErrInFlightMax)
+		return refuse(decide(factUnavailable), ErrInFlightMax)
 	}
 	if e.options.Wait > 0 && !req.Keyless() {
 		return e.inLine(ctx, req, run, trace)
@@ -303,7 +304,7 @@ func (e *Engine) attempts(ctx context.Context, req *Request, run RunFunc, trace 
 			continue
 		}
 		if again != nil {
-			result = refuse(past.decide(FactRestartsSpent), again)
+			result = refuse(past.decide(factRestartsSpent), again)
 		}
 		return result
 	}
@@ -315,9 +316,9 @@ type past struct {
 	derived  *atomic.Bool // a run of the handler has called DerivedKey
 }
 
-// decide is [Decide] for a fact that may end the request.
-func (p past) decide(fact Fact) Decision {
-	return Decide(factOfEnd(fact, p.recorded, p.derived.Load()))
+// decide is the table for a fact that may end the request.
+func (p past) decide(fact fact) decision {
+	return decide(factOfEnd(fact, p.recorded, p.derived.Load()))
 }
 
 // attempt claims the key and, where it is ours, runs the handler within what is left of the budget, and ends the transaction,
@@ -344,11 +345,11 @@ func (e *Engine) attempt(ctx context.Context, budget *deadline.Context, req *Req
 		}
 	}()
 	trace.step(StepClaim, started, err)
-	switch decision := past.decide(factAfterClaim(req, record, err)); decision.Action {
-	case ActionRun:
-	case ActionReplay:
-		return Result{Outcome: decision.Outcome, Answer: &record.Answer, Record: record}, nil
-	case ActionRestart:
+	switch decision := past.decide(factAfterClaim(req, record, err)); decision.action {
+	case actionRun:
+	case actionReplay:
+		return Result{Outcome: decision.outcome, Answer: &record.Answer, Record: record}, nil
+	case actionRestart:
 		return Result{}, err
 	default:
 		return refuse(decision, err), nil
@@ -382,34 +383,34 @@ func (e *Engine) attempt(ctx context.Context, budget *deadline.Context, req *Req
 		failed = errors.Join(failed, fmt.Errorf("%w: the handler took longer than %v", ErrUnavailable, e.options.HandlerTimeout))
 	}
 	fact := factAfterHandler(sealed, failed, disposition)
-	switch Decide(fact).Action {
-	case ActionCommit:
+	switch decide(fact).action {
+	case actionCommit:
 		open = false
 		bounds.end.Start(ctx, e.options.CommitTimeout)
 		err = end(&bounds.end, attempt.Commit, recorded, StepCommit, trace)
 		fact = factAfterCommit(req, err)
-	case ActionDecline:
+	case actionDecline:
 		open = false
 		bounds.end.Start(ctx, e.options.CommitTimeout)
 		err = end(&bounds.end, attempt.Decline, recorded, StepDecline, trace)
 		fact = factAfterDecline(err)
-	case ActionForget:
+	case actionForget:
 		err = rollback()
-		fact = factAfterRollback(FactForgotten, err)
+		fact = factAfterRollback(factForgotten, err)
 	default:
 		undone := rollback()
 		fact = factAfterRollback(fact, undone)
 		err = errors.Join(failed, sealed, undone)
 	}
-	if Decide(fact).Action == ActionResolve {
+	if decide(fact).action == actionResolve {
 		fact, record, err = e.resolve(ctx, req, disposition, err, trace)
 	}
-	switch decision := past.decide(fact); decision.Action {
-	case ActionAnswer:
-		return Result{Outcome: decision.Outcome, Answer: answer}, nil
-	case ActionReplay:
-		return Result{Outcome: decision.Outcome, Answer: &record.Answer, Record: record}, nil
-	case ActionRestart:
+	switch decision := past.decide(fact); decision.action {
+	case actionAnswer:
+		return Result{Outcome: decision.outcome, Answer: answer}, nil
+	case actionReplay:
+		return Result{Outcome: decision.outcome, Answer: &record.Answer, Record: record}, nil
+	case actionRestart:
 		return Result{}, err
 	default:
 		return refuse(decision, err), nil
@@ -438,7 +439,7 @@ func end(ctx *deadline.Context, end func(context.Context, *Answer) error, answer
 
 // resolve calls the store's Resolve after the reply to a COMMIT was lost; lost is the error that
 // lost it.
-func (e *Engine) resolve(ctx context.Context, req *Request, disposition Disposition, lost error, trace *trace) (Fact, *Record, error) {
+func (e *Engine) resolve(ctx context.Context, req *Request, disposition Disposition, lost error, trace *trace) (fact, *Record, error) {
 	started := trace.now()
 	bounded := deadline.After(ctx, e.options.ResolveTimeout)
 	defer bounded.End()
@@ -475,6 +476,6 @@ func call(ctx context.Context, run RunFunc) (answer *Answer, err error) {
 	return answer, err
 }
 
-func refuse(decision Decision, err error) Result {
-	return Result{Outcome: decision.Outcome, Reason: decision.Reason, Err: err}
+func refuse(decision decision, err error) Result {
+	return Result{Outcome: decision.outcome, Reason: decision.reason, Err: err}
 }

@@ -61,17 +61,6 @@ func ExampleDerivedKey() {
 	// to the client: 201 executed
 }
 
-func ExampleDecide() {
-	for _, fact := range []idempotency.Fact{idempotency.FactClaimed, idempotency.FactInProgress, idempotency.FactOutcomeUnknown} {
-		decision := idempotency.Decide(fact)
-		fmt.Printf("runs: %t, outcome: %q\n", decision.Action == idempotency.ActionRun, decision.Outcome)
-	}
-	// Output:
-	// runs: true, outcome: ""
-	// runs: false, outcome: "in-progress"
-	// runs: false, outcome: "unknown"
-}
-
 func ExampleKey() {
 	key := idempotency.Key{Scope: "acme", Value: "8e03978e-40d5-43dd-bc93-6894a57f9324"}
 	fmt.Printf("%v %#v %d\n", key, key, key)

@@ -6,25 +6,25 @@ import (
 	"testing"
 )
 
-// docs/state-machine.md holds the table of Decide in words. The two must not part.
+// docs/state-machine.md holds the table of decide in words. The two must not part.
 func TestStateMachineDocIsTheTable(t *testing.T) {
 	t.Parallel()
-	facts := map[string]Fact{
-		"Claimed": FactClaimed, "InProgress": FactInProgress, "Awaited": FactAwaited, "Turn": FactTurn, "RecordedSame": FactRecordedSame, "RecordedOther": FactRecordedOther,
-		"RecordedUnreadable": FactRecordedUnreadable, "Unavailable": FactUnavailable, "Serialization": FactSerialization,
-		"RestartsSpent": FactRestartsSpent, "RecordUnread": FactRecordUnread, "AnsweredCommit": FactAnsweredCommit, "AnsweredDecline": FactAnsweredDecline,
-		"AnsweredForget": FactAnsweredForget, "HandlerFailed": FactHandlerFailed, "TransactionLost": FactTransactionLost,
-		"Committed": FactCommitted, "Declined": FactDeclined, "Forgotten": FactForgotten, "KeyRecorded": FactKeyRecorded,
-		"CommitAborted": FactCommitAborted, "DeclineFailed": FactDeclineFailed, "OutcomeUnknown": FactOutcomeUnknown,
-		"RecordCorrupt": FactRecordCorrupt, "CommitUnknown": FactCommitUnknown, "ResolvedOurs": FactResolvedOurs, "ResolvedAbsent": FactResolvedAbsent,
-		"CallForgotten": FactCallForgotten, "CallUnknown": FactCallUnknown,
+	facts := map[string]fact{
+		"Claimed": factClaimed, "InProgress": factInProgress, "Awaited": factAwaited, "Turn": factTurn, "RecordedSame": factRecordedSame, "RecordedOther": factRecordedOther,
+		"RecordedUnreadable": factRecordedUnreadable, "Unavailable": factUnavailable, "Serialization": factSerialization,
+		"RestartsSpent": factRestartsSpent, "RecordUnread": factRecordUnread, "AnsweredCommit": factAnsweredCommit, "AnsweredDecline": factAnsweredDecline,
+		"AnsweredForget": factAnsweredForget, "HandlerFailed": factHandlerFailed, "TransactionLost": factTransactionLost,
+		"Committed": factCommitted, "Declined": factDeclined, "Forgotten": factForgotten, "KeyRecorded": factKeyRecorded,
+		"CommitAborted": factCommitAborted, "DeclineFailed": factDeclineFailed, "OutcomeUnknown": factOutcomeUnknown,
+		"RecordCorrupt": factRecordCorrupt, "CommitUnknown": factCommitUnknown, "ResolvedOurs": factResolvedOurs, "ResolvedAbsent": factResolvedAbsent,
+		"CallForgotten": factCallForgotten, "CallUnknown": factCallUnknown,
 	}
-	if len(facts) != int(FactOutcomeUnknown) {
-		t.Fatalf("the test knows %d facts of %d", len(facts), FactOutcomeUnknown)
+	if len(facts) != int(factOutcomeUnknown) {
+		t.Fatalf("the test knows %d facts of %d", len(facts), factOutcomeUnknown)
 	}
-	actions := map[string]Action{
-		"Run": ActionRun, "Wait": ActionWait, "Claim": ActionClaim, "Replay": ActionReplay, "Commit": ActionCommit, "Decline": ActionDecline, "Forget": ActionForget,
-		"Answer": ActionAnswer, "Restart": ActionRestart, "Resolve": ActionResolve, "Refuse": ActionRefuse,
+	actions := map[string]action{
+		"Run": actionRun, "Wait": actionWait, "Claim": actionClaim, "Replay": actionReplay, "Commit": actionCommit, "Decline": actionDecline, "Forget": actionForget,
+		"Answer": actionAnswer, "Restart": actionRestart, "Resolve": actionResolve, "Refuse": actionRefuse,
 	}
 	doc, err := os.ReadFile("docs/state-machine.md")
 	if err != nil {
@@ -43,9 +43,9 @@ func TestStateMachineDocIsTheTable(t *testing.T) {
 			continue
 		}
 		delete(facts, cells[1])
-		want := Decision{Action: actions[cells[3]], Outcome: Outcome(cells[4]), Reason: Reason(cells[5])}
-		if got := Decide(fact); got != want {
-			t.Errorf("%s: the doc says %+v, Decide %+v", cells[1], want, got)
+		want := decision{action: actions[cells[3]], outcome: Outcome(cells[4]), reason: Reason(cells[5])}
+		if got := decide(fact); got != want {
+			t.Errorf("%s: the doc says %+v, decide %+v", cells[1], want, got)
 		}
 	}
 	for name := range facts {

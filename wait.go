@@ -40,7 +40,7 @@ func (e *Engine) inLine(ctx context.Context, req *Request, run RunFunc, trace *t
 	}
 	for pause := waitPauseMin; ; pause = min(2*pause, waitPauseMax) {
 		result = e.attempts(ctx, req, run, trace, &place.derived)
-		if result.Outcome != OutcomeInProgress || Decide(factOfWait(mayWait(ctx, over))).Action != ActionWait {
+		if result.Outcome != OutcomeInProgress || decide(factOfWait(mayWait(ctx, over))).action != actionWait {
 			return result
 		}
 		// Processes that wait for the same key should not ask at the same time. The last look is when the time is over.
@@ -49,7 +49,7 @@ func (e *Engine) inLine(ctx context.Context, req *Request, run RunFunc, trace *t
 		gone := sleep(ctx, min(jittered, time.Until(over)))
 		trace.step(StepWait, started, gone)
 		if gone != nil { // nothing is begun, and nobody would take the answer
-			return refuse(Decide(factOfWait(false)), gone)
+			return refuse(decide(factOfWait(false)), gone)
 		}
 	}
 }
@@ -59,22 +59,22 @@ func (e *Engine) inLine(ctx context.Context, req *Request, run RunFunc, trace *t
 func follow(ctx context.Context, req *Request, place *place, over time.Time, trace *trace) (result Result, settled bool) {
 	started := trace.wait()
 	told, err := place.wait(ctx, over)
-	fact := FactTurn
+	fact := factTurn
 	if err == nil {
 		fact = factOfLeader(req, told)
 	}
 	err = nil
-	if Decide(fact).Action == ActionClaim && ctx.Err() != nil {
-		fact, err = FactInProgress, errClientGone(ctx) // nothing is begun, and nobody would take the answer
+	if decide(fact).action == actionClaim && ctx.Err() != nil {
+		fact, err = factInProgress, errClientGone(ctx) // nothing is begun, and nobody would take the answer
 	}
 	trace.step(StepWait, started, err)
-	switch decision := Decide(fact); decision.Action {
-	case ActionClaim:
+	switch decision := decide(fact); decision.action {
+	case actionClaim:
 		return Result{}, false
-	case ActionReplay:
-		return Result{Outcome: decision.Outcome, Answer: &told.Record.Answer, Record: told.Record}, true
+	case actionReplay:
+		return Result{Outcome: decision.outcome, Answer: &told.Record.Answer, Record: told.Record}, true
 	default:
-		if decision.Outcome == OutcomeUnknown {
+		if decision.outcome == OutcomeUnknown {
 			err = errAwaitedUnknown
 		}
 		return refuse(decision, err), true

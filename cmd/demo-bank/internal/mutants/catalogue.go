@@ -184,7 +184,7 @@ func Catalogue() []Mutant {
 			Name: "no-fingerprint-check",
 			Bug:  "a record is replayed without a look at its fingerprint",
 			edits: []edit{{decisionFile, `	case !ours.Equal(record.Fingerprint):
-		return FactRecordedOther
+		return factRecordedOther
 `, ``}},
 		},
 		{
