@@ -113,6 +113,14 @@ func TestKeyOfAStoppedProcessIsFreed(t *testing.T) {
 		_ = attempt.Seal()
 		_ = attempt.Decline(ctx, a)
 	}
+	deferNames := func(ctx context.Context, attempt idempotency.Attempt, names ...string) {
+		for _, name := range names {
+			if err := postgres.DeferExec(attempt.Context(ctx), "INSERT INTO effects (name) VALUES ($1)", name); err != nil {
+				t.Error(err)
+			}
+		}
+		record(ctx, attempt, 1)
+	}
 	type stopped struct {
 		stop    func(written []byte) (send int, stopped bool)
 		do      func(ctx context.Context, attempt idempotency.Attempt)
@@ -131,6 +139,12 @@ func TestKeyOfAStoppedProcessIsFreed(t *testing.T) {
 		}, false, 14},
 		"between the record and COMMIT": {beforeCommit, func(ctx context.Context, attempt idempotency.Attempt) {
 			record(ctx, attempt, 1)
+		}, true, 17},
+		"in the middle of a long deferred statement": {half, func(ctx context.Context, attempt idempotency.Attempt) {
+			deferNames(ctx, attempt, "x", strings.Repeat("x", long))
+		}, true, 14},
+		"between deferred statements": {half, func(ctx context.Context, attempt idempotency.Attempt) {
+			deferNames(ctx, attempt, strings.Split(strings.Repeat("x", 30), "")...)
 		}, true, 17},
 		"in the middle of a batch": {half, func(ctx context.Context, attempt idempotency.Attempt) {
 			batch := &pgx.Batch{}

@@ -20,6 +20,7 @@ const (
 	attemptFile    = "storage/postgres/attempt.go"
 	storeFile      = "storage/postgres/store.go"
 	exchangeFile   = "storage/postgres/exchange.go"
+	deferredFile   = "storage/postgres/deferred.go"
 	statementsFile = "storage/postgres/statements.go"
 	resolveFile    = "storage/postgres/resolve.go"
 	reaperFile     = "storage/postgres/reaper.go"
@@ -154,6 +155,14 @@ func Catalogue() []Mutant {
 			Bug:   "an INSERT that succeeded is taken for a record that was written",
 			edits: []edit{{statementsFile, countedRows, `" SELECT pg_catalog.count(*) FROM written",`}},
 			Test:  Test{"storage/postgres", "TestRecordThatIsNotKeptIsNotExecuted"},
+		},
+		{
+			Name: "deferred-count-not-looked-at",
+			Bug:  "a deferred statement that touched no row, or too many, is committed with the answer",
+			Test: Test{"storage/postgres", "TestDeferredStatementThatTouchesAnotherNumberOfRowsIsNotExecuted"},
+			edits: []edit{{deferredFile, `	if rows >= 0 {
+`, `	if rows > 1<<20 {
+`}},
 		},
 		{
 			Name: "row-security-not-looked-at",
