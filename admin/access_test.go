@@ -11,22 +11,21 @@ import (
 
 	"github.com/paidonce/idempotency"
 	"github.com/paidonce/idempotency/admin"
-	"github.com/paidonce/idempotency/storage/postgres/operator"
 )
 
 // Without an authorization function there is no page: not by New, and not by a value that New did not make.
 func TestRefusesToServeWithoutAuthorization(t *testing.T) {
 	t.Parallel()
 	b := setup(t, nil)
-	o := operator.New(b.pool, nil)
+	store := b.store
 	for name, test := range map[string]struct {
 		make func()
 		want string
 	}{
-		"no authorization": {func() { admin.New(o, nil, nil) }, "needs an AuthorizeFunc"},
-		"no operator":      {func() { admin.New(nil, byHeader, nil) }, "needs an operator"},
-		"a short secret":   {func() { admin.New(o, byHeader, &admin.Options{Secret: make([]byte, admin.SecretBytesMin-1)}) }, "at least 32"},
-		"an empty secret":  {func() { admin.New(o, byHeader, &admin.Options{Secret: []byte{}}) }, "at least 32"},
+		"no authorization": {func() { admin.New(store, nil, nil) }, "needs an AuthorizeFunc"},
+		"no store":         {func() { admin.New(nil, byHeader, nil) }, "needs a store"},
+		"a short secret":   {func() { admin.New(store, byHeader, &admin.Options{Secret: make([]byte, admin.SecretBytesMin-1)}) }, "at least 32"},
+		"an empty secret":  {func() { admin.New(store, byHeader, &admin.Options{Secret: []byte{}}) }, "at least 32"},
 	} {
 		func() {
 			defer func() {
@@ -38,7 +37,7 @@ func TestRefusesToServeWithoutAuthorization(t *testing.T) {
 			t.Errorf("%s: New returned", name)
 		}()
 	}
-	admin.New(o, byHeader, &admin.Options{Secret: make([]byte, admin.SecretBytesMin)})
+	admin.New(store, byHeader, &admin.Options{Secret: make([]byte, admin.SecretBytesMin)})
 
 	for _, path := range []string{"/", "/list", "/live", "/forget"} {
 		recorder := httptest.NewRecorder()
@@ -135,14 +134,14 @@ func TestActorMustBeNamed(t *testing.T) {
 		strings.Repeat("a", 255): http.StatusOK,
 		"alice@example.com":      http.StatusOK,
 	} {
-		h := admin.New(operator.New(b.pool, nil), func(*http.Request, admin.Permission) (string, error) { return actor, nil }, nil)
+		h := admin.New(b.store, func(*http.Request, admin.Permission) (string, error) { return actor, nil }, nil)
 		recorder := httptest.NewRecorder()
 		h.ServeHTTP(recorder, httptest.NewRequest(http.MethodGet, "/", nil))
 		if recorder.Code != want {
 			t.Errorf("for %q: %d, want %d", actor, recorder.Code, want)
 		}
 	}
-	h := admin.New(operator.New(b.pool, nil), func(*http.Request, admin.Permission) (string, error) { return "alice", errors.New("no") }, nil)
+	h := admin.New(b.store, func(*http.Request, admin.Permission) (string, error) { return "alice", errors.New("no") }, nil)
 	recorder := httptest.NewRecorder()
 	h.ServeHTTP(recorder, httptest.NewRequest(http.MethodGet, "/", nil))
 	if recorder.Code != http.StatusForbidden {

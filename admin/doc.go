@@ -2,7 +2,7 @@
 // look a key up, page through the records, see what became of a key, end its time or forget it, and see what is wrong with the
 // database. It is an [http.Handler] that a service mounts within itself, behind its own authentication:
 //
-//	records := admin.New(operator.New(pool, nil), authorize, nil)
+//	records := admin.New(store, authorize, nil)
 //	mux.Handle("/admin/keys/", authenticate(http.StripPrefix("/admin/keys", records)))
 //
 // Nothing is shown or done before the [AuthorizeFunc] has allowed it, for each request anew; there is no page without one. It

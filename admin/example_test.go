@@ -11,7 +11,7 @@ import (
 	"github.com/jackc/pgx/v5/pgxpool"
 
 	"github.com/paidonce/idempotency/admin"
-	"github.com/paidonce/idempotency/storage/postgres/operator"
+	"github.com/paidonce/idempotency/storage/postgres"
 )
 
 // The page is mounted behind the service's own authentication. Support may look, those on call may act.
@@ -33,7 +33,7 @@ func ExampleNew() {
 		}
 		return "", errors.New("neither in support nor on call")
 	}
-	records := admin.New(operator.New(pool, nil), authorize, &admin.Options{Title: "payments, production"})
+	records := admin.New(postgres.New(pool, nil), authorize, &admin.Options{Title: "payments, production"})
 	mux := http.NewServeMux()
 	mux.Handle("/ops/keys/", http.StripPrefix("/ops/keys", records))
 

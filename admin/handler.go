@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"github.com/paidonce/idempotency"
+	"github.com/paidonce/idempotency/storage/postgres"
 	"github.com/paidonce/idempotency/storage/postgres/operator"
 )
 
@@ -58,6 +59,9 @@ type Options struct {
 	// process is refused by another, and by all after a restart.
 	Secret []byte
 
+	// Operator tunes what the pages ask the database for.
+	Operator operator.Options
+
 	// Title says in the head of each page what is looked at, such as "payments, production". May be empty.
 	Title string
 
@@ -82,19 +86,20 @@ type Handler struct {
 
 var _ http.Handler = (*Handler)(nil)
 
-// New returns the pages of an operator's records. It sends nothing. It panics where the operator or the authorization
-// function is missing, or the options can't work.
-func New(o *operator.Operator, authorize AuthorizeFunc, opts *Options) *Handler {
-	if o == nil {
-		panic("idempotency/admin: New needs an operator")
+// New returns the pages of a store's records. It sends nothing. It panics if the store or the
+// authorization function is missing, or the options can't work.
+func New(store *postgres.Store, authorize AuthorizeFunc, opts *Options) *Handler {
+	if store == nil {
+		panic("idempotency/admin: New needs a store")
 	}
 	if authorize == nil {
 		panic("idempotency/admin: New needs an AuthorizeFunc: without it anyone could read and delete records")
 	}
-	h := &Handler{operator: o, authorize: authorize, crossOrigin: http.NewCrossOriginProtection(), now: time.Now}
+	h := &Handler{authorize: authorize, crossOrigin: http.NewCrossOriginProtection(), now: time.Now}
 	if opts != nil {
 		h.options = *opts
 	}
+	h.operator = operator.New(store, &h.options.Operator)
 	if h.options.Secret != nil && len(h.options.Secret) < SecretBytesMin {
 		panic(fmt.Sprintf("idempotency/admin: Options.Secret has %d bytes: it must have at least %d", len(h.options.Secret), SecretBytesMin))
 	}

@@ -36,6 +36,7 @@ var everything = []admin.Permission{admin.PermissionView, admin.PermissionViewBo
 type testBundle struct {
 	url     string
 	pool    *pgxpool.Pool
+	store   *postgres.Store
 	engine  *idempotency.Engine
 	handler *admin.Handler
 	site    http.Handler // the handler under /ops/keys/
@@ -60,10 +61,11 @@ func setup(t testing.TB, change func(*admin.Options)) *testBundle {
 	t.Helper()
 	b := &testBundle{url: pgtest.Database(t), log: &logBuffer{}}
 	b.pool = open(t, b.url)
-	if err := migrations.Up(t.Context(), postgres.New(b.pool, nil), nil); err != nil {
+	b.store = postgres.New(b.pool, nil)
+	if err := migrations.Up(t.Context(), b.store, nil); err != nil {
 		t.Fatal(err)
 	}
-	b.engine = idempotency.NewEngine(postgres.New(b.pool, nil), nil)
+	b.engine = idempotency.NewEngine(b.store, nil)
 	b.mount(change)
 	return b
 }
@@ -74,7 +76,7 @@ func (b *testBundle) mount(change func(*admin.Options)) {
 	if change != nil {
 		change(&options)
 	}
-	b.handler = admin.New(operator.New(b.pool, nil), byHeader, &options)
+	b.handler = admin.New(b.store, byHeader, &options)
 	mux := http.NewServeMux()
 	mux.Handle(prefix+"/", http.StripPrefix(prefix, b.handler))
 	b.site = mux

@@ -18,6 +18,7 @@ import (
 
 	"github.com/paidonce/idempotency"
 	"github.com/paidonce/idempotency/admin"
+	"github.com/paidonce/idempotency/storage/postgres"
 	"github.com/paidonce/idempotency/storage/postgres/operator"
 )
 
@@ -38,7 +39,7 @@ var examined = regexp.MustCompile(`([0-9,]+) rows gone through`)
 func TestPagesOfTheList(t *testing.T) {
 	t.Parallel()
 	b := setup(t, nil)
-	const rows = 3*operator.PageRowsDefault + 7
+	const rows = 3*50 + 7
 	b.fill(t, rows)
 	c := b.as("alice", everything...)
 	for _, order := range []string{"ascending", "descending"} {
@@ -76,7 +77,7 @@ func TestPageThatFindsNothingYet(t *testing.T) {
 	t.Parallel()
 	b := setup(t, nil)
 	b.fill(t, 2000)
-	b.handler = admin.New(operator.New(b.pool, &operator.Options{RowsExaminedMax: 1000}), byHeader, nil)
+	b.handler = admin.New(b.store, byHeader, &admin.Options{Operator: operator.Options{RowsExaminedMax: 1000}})
 	b.site = http.StripPrefix(prefix, b.handler)
 	c := b.as("alice", everything...)
 	page := c.page(t, c.filter(t, url.Values{"class": {"5"}}))
@@ -331,7 +332,7 @@ func TestDoctor(t *testing.T) {
 	b := setup(t, nil)
 	b.exec(t, "ALTER TABLE idempotency_keys DROP CONSTRAINT idempotency_keys_pkey")
 	page := b.as("alice", admin.PermissionView).page(t, "doctor")
-	findings := operator.New(b.pool, nil).Doctor(t.Context())
+	findings := operator.New(b.store, nil).Doctor(t.Context())
 	if len(findings) < len(operator.Checks()) {
 		t.Fatalf("%d findings", len(findings))
 	}
@@ -404,7 +405,7 @@ func TestRoleThatMayOnlySelect(t *testing.T) {
 		t.Fatal(err)
 	}
 	t.Cleanup(pool.Close)
-	b.site = http.StripPrefix(prefix, admin.New(operator.New(pool, nil), byHeader, nil))
+	b.site = http.StripPrefix(prefix, admin.New(postgres.New(pool, nil), byHeader, nil))
 	c := b.as("alice", everything...)
 	for _, link := range []string{"", "list", "stats", "doctor", "live"} {
 		c.page(t, link)

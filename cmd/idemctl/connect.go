@@ -9,50 +9,48 @@ import (
 	"strings"
 	"time"
 
-	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgxpool"
 
 	"github.com/paidonce/idempotency"
+	"github.com/paidonce/idempotency/storage/postgres"
 	"github.com/paidonce/idempotency/storage/postgres/operator"
 )
 
-// connectTimeoutDefault is how long a connection may take to be made, where PGCONNECT_TIMEOUT or the URL don't say.
-const connectTimeoutDefault = 5 * time.Second
+// connectTimeout is how long a connection may take to be made, unless PGCONNECT_TIMEOUT or the URL says.
+const connectTimeout = 5 * time.Second
 
-// connect returns a pool that makes its first connection when it is asked for one. A pooler in between may be of any mode.
-func (a *app) connect() (*pgxpool.Pool, error) {
+// connect calls do with a store, whose pool makes its first connection when it is asked for one.
+// postgres.Open would refuse a database that the doctor is to examine. A pooler in between may be of
+// any mode.
+func (a *app) connect(do func(*postgres.Store) error) error {
+	if err := validSchema(a.cli.Schema); err != nil {
+		return err
+	}
 	config, err := pgxpool.ParseConfig(a.cli.DatabaseURL)
 	if err != nil { // whose text may quote more than it means to
-		return nil, errors.New("the database's address can't be read: see --database-url, DATABASE_URL, and the variables of libpq (PGHOST, PGPORT, PGSERVICE, ...)")
+		return errors.New("the database's address can't be read: see --database-url, DATABASE_URL, and the variables of libpq (PGHOST, PGPORT, PGSERVICE, ...)")
 	}
 	conn := config.ConnConfig
-	conn.DefaultQueryExecMode = pgx.QueryExecModeExec
-	conn.RuntimeParams["client_encoding"] = "UTF8"
 	if conn.RuntimeParams["application_name"] == "" {
 		conn.RuntimeParams["application_name"] = "idemctl"
 	}
 	if conn.ConnectTimeout == 0 {
-		conn.ConnectTimeout = connectTimeoutDefault
+		conn.ConnectTimeout = connectTimeout
 	}
 	config.MaxConns, config.MinConns = 4, 0
+	options := &postgres.Options{Schema: a.cli.Schema, TransactionPooling: true}
+	postgres.Configure(config, options)
 	pool, err := pgxpool.NewWithConfig(context.WithoutCancel(a.ctx), config)
 	if err != nil {
-		return nil, fmt.Errorf("connect: %w", err)
+		return fmt.Errorf("connect: %w", err)
 	}
-	return pool, nil
+	defer pool.Close()
+	return do(postgres.New(pool, options))
 }
 
 // operate calls do with an operator.
 func (a *app) operate(do func(*operator.Operator) error) error {
-	if err := validSchema(a.cli.Schema); err != nil {
-		return err
-	}
-	pool, err := a.connect()
-	if err != nil {
-		return err
-	}
-	defer pool.Close()
-	return do(operator.New(pool, &operator.Options{Schema: a.cli.Schema}))
+	return a.connect(func(store *postgres.Store) error { return do(operator.New(store, nil)) })
 }
 
 func validSchema(name string) error {

@@ -17,6 +17,7 @@ import (
 	"slices"
 	"strings"
 	"syscall"
+	"time"
 
 	"github.com/alecthomas/kong"
 	"github.com/jackc/pgx/v5/pgconn"
@@ -56,7 +57,7 @@ const (
 
 type commands struct {
 	DatabaseURL string `name:"database-url" env:"DATABASE_URL" placeholder:"URL" help:"PostgreSQL to look at. Without it the variables of libpq (PGHOST, ...) say."`
-	Schema      string `placeholder:"NAME" default:"${schema}" help:"Schema that holds the tables. (default: ${default})"`
+	Schema      string `placeholder:"NAME" default:"public" help:"Schema that holds the tables. (default: ${default})"`
 	JSON        bool   `name:"json" help:"Print JSON: one object, or one a line for what may be many."`
 
 	Migrate migrateCommands `cmd:"" help:"Make, upgrade or undo the tables."`
@@ -113,8 +114,8 @@ func run() int {
 		kong.ConfigureHelp(kong.HelpOptions{Compact: true, FlagsLast: true, NoExpandSubcommands: false}),
 		kong.Exit(func(code int) { exited = code }), // after --help
 		kong.Vars{
-			"schema": postgres.SchemaDefault, "servingVersion": fmt.Sprint(postgres.SchemaVersion),
-			"tokenVariable": tokenVariable, "eventsAge": operator.EventsAgeMaxDefault.String(),
+			"servingVersion": fmt.Sprint(postgres.SchemaVersion),
+			"tokenVariable": tokenVariable, "eventsAge": (30 * 24 * time.Hour).String(),
 		},
 	)
 	if err != nil {

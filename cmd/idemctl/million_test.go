@@ -8,6 +8,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/paidonce/idempotency/storage/postgres"
 	"github.com/paidonce/idempotency/storage/postgres/operator"
 )
 
@@ -97,7 +98,7 @@ func TestOnAMillionRecords(t *testing.T) {
 		}
 	}
 	// What is counted by a sample is near the truth.
-	s, err := operator.New(b.pool, nil).Stats(context.Background())
+	s, err := operator.New(postgres.New(b.pool, nil), nil).Stats(context.Background())
 	if err != nil || !s.Live.Estimated {
 		t.Fatalf("%+v, %v", s.Live, err)
 	}

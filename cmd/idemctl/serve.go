@@ -16,6 +16,7 @@ import (
 	"time"
 
 	"github.com/paidonce/idempotency/admin"
+	"github.com/paidonce/idempotency/storage/postgres"
 	"github.com/paidonce/idempotency/storage/postgres/operator"
 )
 
@@ -62,8 +63,8 @@ func (c *serveCommand) Run(a *app) error {
 	if err != nil {
 		return err
 	}
-	return a.operate(func(o *operator.Operator) error {
-		if _, _, err := o.Version(a.ctx); err != nil { // who has no database has no page
+	return a.connect(func(store *postgres.Store) error {
+		if _, _, err := operator.New(store, nil).Version(a.ctx); err != nil { // who has no database has no page
 			return err
 		}
 		listener, err := (&net.ListenConfig{}).Listen(a.ctx, "tcp", c.Addr)
@@ -72,7 +73,7 @@ func (c *serveCommand) Run(a *app) error {
 		}
 		logger := slog.New(slog.NewTextHandler(a.stderr, nil))
 		server := &http.Server{
-			Handler:           c.handler(o, actor, token, logger),
+			Handler:           c.handler(store, actor, token, logger),
 			ReadHeaderTimeout: readHeaderTimeout, ReadTimeout: readTimeout, WriteTimeout: writeTimeout, IdleTimeout: idleTimeout,
 			MaxHeaderBytes: headerBytesMax, ErrorLog: slog.NewLogLogger(logger.Handler(), slog.LevelWarn),
 		}
@@ -127,9 +128,9 @@ func (c *serveCommand) token() (token string, made bool, err error) {
 
 // handler serves the pages to whoever knows the token, as the password of Basic authentication: a browser asks for it, and
 // sends it with every request.
-func (c *serveCommand) handler(o *operator.Operator, actor, token string, logger *slog.Logger) http.Handler {
+func (c *serveCommand) handler(store *postgres.Store, actor, token string, logger *slog.Logger) http.Handler {
 	want := sha256.Sum256([]byte(token))
-	return admin.New(o, func(r *http.Request, _ admin.Permission) (string, error) {
+	return admin.New(store, func(r *http.Request, _ admin.Permission) (string, error) {
 		_, password, _ := r.BasicAuth()
 		if bearer, ok := strings.CutPrefix(r.Header.Get("Authorization"), "Bearer "); ok {
 			password = bearer

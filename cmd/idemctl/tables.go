@@ -38,14 +38,7 @@ type versionJSON struct {
 
 // Run is called by kong.
 func (c *upCommand) Run(a *app) error {
-	return a.migrated(func() error {
-		pool, err := a.connect()
-		if err != nil {
-			return err
-		}
-		defer pool.Close()
-		return migrations.Up(a.ctx, postgres.New(pool, &postgres.Options{Schema: a.cli.Schema}), a.migrateOptions())
-	})
+	return a.migrated(func(store *postgres.Store) error { return migrations.Up(a.ctx, store, a.migrateOptions()) })
 }
 
 // Run is called by kong.
@@ -53,18 +46,15 @@ func (c *downCommand) Run(a *app) error {
 	if !c.Yes {
 		return refused{errors.New("--yes says that what is undone may be lost")}
 	}
-	return a.migrated(func() error {
-		pool, err := a.connect()
-		if err != nil {
-			return err
-		}
-		defer pool.Close()
-		return migrations.DownTo(a.ctx, postgres.New(pool, &postgres.Options{Schema: a.cli.Schema}), *c.To, a.migrateOptions())
+	return a.migrated(func(store *postgres.Store) error {
+		return migrations.DownTo(a.ctx, store, *c.To, a.migrateOptions())
 	})
 }
 
 // Run is called by kong.
-func (c *statusCommand) Run(a *app) error { return a.migrated(func() error { return nil }) }
+func (c *statusCommand) Run(a *app) error {
+	return a.migrated(func(*postgres.Store) error { return nil })
+}
 
 // migrateOptions print on stderr the sessions that a migration waits for, each once.
 func (a *app) migrateOptions() *migrations.Options {
@@ -84,12 +74,12 @@ func (a *app) migrateOptions() *migrations.Options {
 }
 
 // migrated calls do, and prints the version that there is then.
-func (a *app) migrated(do func() error) error {
-	return a.operate(func(o *operator.Operator) error {
-		if err := do(); err != nil {
+func (a *app) migrated(do func(*postgres.Store) error) error {
+	return a.connect(func(store *postgres.Store) error {
+		if err := do(store); err != nil {
 			return err
 		}
-		version, dirty, err := o.Version(a.ctx)
+		version, dirty, err := operator.New(store, nil).Version(a.ctx)
 		if err != nil {
 			return err
 		}

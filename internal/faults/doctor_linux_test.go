@@ -8,6 +8,7 @@ import (
 	"github.com/jackc/pgx/v5/pgxpool"
 
 	"github.com/paidonce/idempotency"
+	"github.com/paidonce/idempotency/storage/postgres"
 	"github.com/paidonce/idempotency/storage/postgres/operator"
 )
 
@@ -24,7 +25,7 @@ func operate(t *testing.T, databaseURL string) *operator.Operator {
 		t.Fatal(err)
 	}
 	t.Cleanup(pool.Close)
-	return operator.New(pool, nil)
+	return operator.New(postgres.New(pool, nil), nil)
 }
 
 // finding returns what the doctor found first by a check.

@@ -109,7 +109,7 @@ func TestF35PromotedLogicalReplicaReplays(t *testing.T) {
 
 	// The ids of the operator's tables collide as well, and an act that can't be audited is not
 	// done.
-	o := operator.New(after.pool, nil)
+	o := operator.New(postgres.New(after.pool, nil), nil)
 	act := operator.Act{Actor: "tester", Reason: "a test"}
 	if _, err := o.Forget(t.Context(), idempotency.Key{Scope: "acme", Value: "new"}, act); err == nil || s.records(t, "new") != 1 {
 		t.Errorf("an act whose audit row has a number that is taken: %v", err)
@@ -150,7 +150,7 @@ func TestF35SubscriptionPerTableTearsPaymentsFromRecords(t *testing.T) {
 
 func doctorOf(t *testing.T, pool *pgxpool.Pool, check string) (level operator.Level, text string) {
 	t.Helper()
-	for _, f := range operator.New(pool, nil).Doctor(t.Context()) {
+	for _, f := range operator.New(postgres.New(pool, nil), nil).Doctor(t.Context()) {
 		if f.Check == check {
 			return f.Level, f.What + " -> " + f.Remedy
 		}
@@ -167,7 +167,7 @@ func expire(t *testing.T, databaseURL, key string) {
 		t.Fatal(err)
 	}
 	defer pool.Close()
-	if _, err := operator.New(pool, nil).Expire(t.Context(), idempotency.Key{Scope: "acme", Value: key}, operator.Act{Actor: "tester", Reason: "a test"}); err != nil {
+	if _, err := operator.New(postgres.New(pool, nil), nil).Expire(t.Context(), idempotency.Key{Scope: "acme", Value: key}, operator.Act{Actor: "tester", Reason: "a test"}); err != nil {
 		t.Fatal(err)
 	}
 }

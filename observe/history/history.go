@@ -1,7 +1,7 @@
 // Package history writes how requests ended into the table idempotency_events, so that the timeline of a key shows its
 // retries too: a replay writes nothing of its own.
 //
-//	h := history.New(pool, nil)
+//	h := history.New(store, nil)
 //	defer h.Close(ctx) // after the server has stopped
 //	idem := middleware.New(store, accountID, &middleware.Options{Engine: idempotency.Options{Tracer: h}})
 //
@@ -15,6 +15,7 @@
 package history
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -30,31 +31,26 @@ import (
 	"github.com/paidonce/idempotency"
 )
 
-// Defaults of [Options].
-const (
-	SchemaDefault       = "public"
-	QueueMaxDefault     = 10_000
-	IntervalDefault     = time.Second
-	WriteTimeoutDefault = 5 * time.Second
-)
-
-// TableName is the name of the table. The schema is configurable, the name is not.
+// TableName is the name of the table, in the store's schema.
 const TableName = "idempotency_events"
+
+// Store is a database and the schema in it that has the table: a *postgres.Store.
+type Store interface {
+	Pool() *pgxpool.Pool
+	Schema() string
+}
 
 // Options tune a [History]. Nil and the zero value are the defaults.
 type Options struct {
-	// Schema holds the table, as in postgres.Options. The default is [SchemaDefault].
-	Schema string
-
-	// QueueMax is how many events wait in memory at most, each of up to 1 kB. What comes above it is dropped, and counted
-	// in [Stats.Dropped]. The default is [QueueMaxDefault].
+	// QueueMax is the maximum number of events that wait in memory, each of up to 1 kB. Further
+	// events are dropped, and counted in [Stats.Dropped]. Defaults to 10,000.
 	QueueMax int
 
-	// Interval is how long an event waits for others at most. The default is [IntervalDefault].
+	// Interval is how long an event waits for others at most. Defaults to 1 second.
 	Interval time.Duration
 
-	// WriteTimeout is how long one write may take, the wait for a connection included. What can't be written in it is
-	// dropped. The default is [WriteTimeoutDefault].
+	// WriteTimeout is how long one write may take, the wait for a connection included. Events that
+	// can't be written in that time are dropped. Defaults to 5 seconds.
 	WriteTimeout time.Duration
 
 	// Keep reports whether a request is worth a row. It is called from the goroutines of the requests. Nil keeps all of those
@@ -102,21 +98,20 @@ type event struct {
 	traceID  string
 }
 
-// New returns a history that writes through the pool, which may be the store's: one connection at a time is taken, never by a
-// request. It starts its goroutine with the first request, and [History.Close] ends it. It panics where the pool is nil or the
-// options can't work.
-func New(pool *pgxpool.Pool, opts *Options) *History {
-	if pool == nil {
-		panic("idempotency/history: New needs a pool")
+// New returns a history that writes through the store's pool: it takes one connection at a time, and
+// never in a request. It starts its goroutine with the first request, and [History.Close] ends it.
+// It panics if the store is nil or the options can't work.
+func New(store Store, opts *Options) *History {
+	if store == nil {
+		panic("idempotency/history: New needs a store")
 	}
 	var o Options
 	if opts != nil {
 		o = *opts
 	}
-	setDefault(&o.Schema, SchemaDefault)
-	setDefault(&o.QueueMax, QueueMaxDefault)
-	setDefault(&o.Interval, IntervalDefault)
-	setDefault(&o.WriteTimeout, WriteTimeoutDefault)
+	o.QueueMax = cmp.Or(o.QueueMax, 10_000)
+	o.Interval = cmp.Or(o.Interval, time.Second)
+	o.WriteTimeout = cmp.Or(o.WriteTimeout, 5*time.Second)
 	if o.QueueMax < 1 || o.Interval < 0 || o.WriteTimeout < 0 {
 		panic(fmt.Sprintf("idempotency/history: Options.QueueMax is %d, Interval %v, WriteTimeout %v: they must be positive", o.QueueMax, o.Interval, o.WriteTimeout))
 	}
@@ -126,18 +121,11 @@ func New(pool *pgxpool.Pool, opts *Options) *History {
 		}
 	}
 	h := &History{
-		pool: pool, options: o, table: pgx.Identifier{o.Schema, TableName},
+		pool: store.Pool(), options: o, table: pgx.Identifier{store.Schema(), TableName},
 		queue: make(chan event, o.QueueMax), half: make(chan struct{}, 1), closed: make(chan struct{}), ended: make(chan struct{}),
 	}
 	h.begin = sync.OnceFunc(func() { go h.run() })
 	return h
-}
-
-func setDefault[T comparable](field *T, value T) {
-	var zero T
-	if *field == zero {
-		*field = value
-	}
 }
 
 // Stats returns what became of the events so far.

@@ -53,7 +53,7 @@ func setup(t *testing.T, opts *history.Options, change func(*testBundle, *pgxpoo
 	if change != nil {
 		pool = open(func(config *pgxpool.Config) { change(b, config) })
 	}
-	b.history = history.New(pool, opts)
+	b.history = history.New(postgres.New(pool, nil), opts)
 	t.Cleanup(func() { b.close(t) })
 	b.engine = idempotency.NewEngine(postgres.New(b.pool, nil), &idempotency.Options{Tracer: b.history})
 	return b
@@ -97,7 +97,7 @@ func TestTimelineShowsRetries(t *testing.T) {
 	if s := b.history.Stats(); s != (history.Stats{Written: 5}) {
 		t.Errorf("%+v", s)
 	}
-	o := operator.New(b.pool, nil)
+	o := operator.New(postgres.New(b.pool, nil), nil)
 	events, err := o.Timeline(t.Context(), idempotency.Key{Scope: "acme", Value: "canary"})
 	if err != nil {
 		t.Fatal(err)
@@ -281,10 +281,10 @@ func TestOptionsThatCannotWorkPanic(t *testing.T) {
 	}
 	defer pool.Close()
 	for name, start := range map[string]func(){
-		"no pool":  func() { history.New(nil, nil) },
-		"queue":    func() { history.New(pool, &history.Options{QueueMax: -1}) },
-		"interval": func() { history.New(pool, &history.Options{Interval: -1}) },
-		"timeout":  func() { history.New(pool, &history.Options{WriteTimeout: -1}) },
+		"no store": func() { history.New(nil, nil) },
+		"queue":    func() { history.New(postgres.New(pool, nil), &history.Options{QueueMax: -1}) },
+		"interval": func() { history.New(postgres.New(pool, nil), &history.Options{Interval: -1}) },
+		"timeout":  func() { history.New(postgres.New(pool, nil), &history.Options{WriteTimeout: -1}) },
 	} {
 		func() {
 			defer func() {

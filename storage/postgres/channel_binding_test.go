@@ -50,7 +50,7 @@ func TestConfigureKeepsChannelBinding(t *testing.T) {
 	if _, err := b.store.DeleteExpired(ctx); err != nil {
 		t.Errorf("reaper: %v", err)
 	}
-	for _, finding := range operator.New(b.pool, nil).Doctor(ctx) {
+	for _, finding := range operator.New(b.store, nil).Doctor(ctx) {
 		if finding.Level == operator.LevelFail {
 			t.Errorf("doctor: %s: %s", finding.Check, finding.What)
 		}

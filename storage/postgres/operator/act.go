@@ -126,7 +126,7 @@ func (o *Operator) actIn(ctx context.Context, tx pgx.Tx, action string, key idem
 		VALUES ($1, $2, $3, $4, $5, $6::uuid, $7::smallint, $8::timestamptz, $9::timestamptz)`,
 		action, act.Actor, act.Reason, key.Scope, key.Value, record.Attempt.String(), record.Status, record.CreatedAt, record.ExpiresAt)
 	if err == nil && tag.RowsAffected() != 1 {
-		err = fmt.Errorf("nothing was done: no row was written to %s.%s: drop its rules and its BEFORE triggers", o.options.Schema, AuditTableName)
+		err = fmt.Errorf("nothing was done: no row was written to %s.%s: drop its rules and its BEFORE triggers", o.store.Schema(), AuditTableName)
 	}
 	return record, err
 }

@@ -2,7 +2,7 @@
 // of a key, end its time or forget it, count, and find out what is wrong with the database. The command idemctl and the
 // admin page are built on it.
 //
-//	o := operator.New(pool, nil)
+//	o := operator.New(store, nil)
 //	state, err := o.Get(ctx, idempotency.Key{Scope: "acme", Value: key})
 //
 // Nothing here is on the path of a request, and nothing here slows one down: there is no index beside the table's primary

@@ -373,7 +373,7 @@ func (e *examination) rights(ctx context.Context) error {
 		e.fail("GRANT SELECT ON "+e.o.table+" TO "+role, "this role can't read the records")
 		return nil
 	}
-	grantAudit := "GRANT SELECT, INSERT ON " + e.o.options.Schema + "." + AuditTableName + " TO " + role
+	grantAudit := "GRANT SELECT, INSERT ON " + e.o.store.Schema() + "." + AuditTableName + " TO " + role
 	for _, right := range []struct {
 		there   bool
 		what    string
@@ -381,7 +381,7 @@ func (e *examination) rights(ctx context.Context) error {
 	}{
 		{remove && audit, "forget a key", "GRANT DELETE ON " + e.o.table + " TO " + role + "; " + grantAudit},
 		{expire && audit, "expire a key", "GRANT UPDATE (expires_at) ON " + e.o.table + " TO " + role + "; " + grantAudit},
-		{events, "see a key's history", "GRANT SELECT ON " + e.o.options.Schema + "." + EventsTableName + " TO " + role},
+		{events, "see a key's history", "GRANT SELECT ON " + e.o.store.Schema() + "." + EventsTableName + " TO " + role},
 		{monitor, "see other sessions", "GRANT pg_monitor TO " + role},
 	} {
 		if !right.there {

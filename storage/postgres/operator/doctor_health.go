@@ -197,7 +197,7 @@ func (e *examination) bloat(ctx context.Context) error {
 	err := e.row(ctx, `
 		SELECT pg_relation_size(c.oid), greatest(c.reltuples, 0)::bigint,
 		       COALESCE((SELECT sum(avg_width)::bigint FROM pg_stats WHERE schemaname = $2 AND tablename = c.relname), 0)
-		FROM pg_class AS c WHERE c.oid = $1::text::regclass`, []any{e.o.keys, e.o.options.Schema}, &bytes, &rows, &width)
+		FROM pg_class AS c WHERE c.oid = $1::text::regclass`, []any{e.o.keys, e.o.store.Schema()}, &bytes, &rows, &width)
 	if err != nil {
 		return err
 	}

@@ -80,7 +80,7 @@ func TestDoctorLooksAtTheEncryption(t *testing.T) {
 			}
 			defer pool.Close()
 			var found []operator.Finding
-			for _, f := range operator.New(pool, nil).Doctor(t.Context()) {
+			for _, f := range operator.New(postgres.New(pool, nil), nil).Doctor(t.Context()) {
 				if f.Check == "encryption" {
 					found = append(found, f)
 				}

@@ -6,21 +6,20 @@ import (
 	"fmt"
 	"os"
 
-	"github.com/jackc/pgx/v5/pgxpool"
-
 	"github.com/paidonce/idempotency"
+	"github.com/paidonce/idempotency/storage/postgres"
 	"github.com/paidonce/idempotency/storage/postgres/operator"
 )
 
 // All declined requests of an account, page by page, in bounded steps.
 func ExampleOperator_List() {
 	ctx := context.Background()
-	pool, err := pgxpool.New(ctx, os.Getenv("DATABASE_URL"))
+	store, err := postgres.Open(ctx, os.Getenv("DATABASE_URL"), nil)
 	if err != nil {
 		panic(err)
 	}
-	defer pool.Close()
-	o := operator.New(pool, nil)
+	defer store.Close()
+	o := operator.New(store, nil)
 	for page := (operator.Page{Rows: 100}); ; {
 		list, err := o.List(ctx, operator.Filter{Scope: "acme", StatusClass: 4}, page)
 		if err != nil {
@@ -39,12 +38,12 @@ func ExampleOperator_List() {
 // A record is forgotten that somebody looked at before: only if it is still the same.
 func ExampleOperator_Forget() {
 	ctx := context.Background()
-	pool, err := pgxpool.New(ctx, os.Getenv("DATABASE_URL"))
+	store, err := postgres.Open(ctx, os.Getenv("DATABASE_URL"), nil)
 	if err != nil {
 		panic(err)
 	}
-	defer pool.Close()
-	o := operator.New(pool, nil)
+	defer store.Close()
+	o := operator.New(store, nil)
 	key := idempotency.Key{Scope: "acme", Value: "0198c0de-4b1e-7a3c-9d02-2f6a81c0e7d4"}
 	state, err := o.Get(ctx, key)
 	if err != nil || state.Record == nil {
@@ -62,12 +61,12 @@ func ExampleOperator_Forget() {
 // A look before a deployment.
 func ExampleOperator_Doctor() {
 	ctx := context.Background()
-	pool, err := pgxpool.New(ctx, os.Getenv("DATABASE_URL"))
+	store, err := postgres.Open(ctx, os.Getenv("DATABASE_URL"), nil)
 	if err != nil {
 		panic(err)
 	}
-	defer pool.Close()
-	for _, finding := range operator.New(pool, nil).Doctor(ctx) {
+	defer store.Close()
+	for _, finding := range operator.New(store, nil).Doctor(ctx) {
 		if finding.Level != operator.LevelOK {
 			fmt.Println(finding.Check, finding.What, finding.Remedy)
 		}

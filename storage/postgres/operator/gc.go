@@ -1,6 +1,7 @@
 package operator
 
 import (
+	"cmp"
 	"context"
 	"fmt"
 	"time"
@@ -8,16 +9,13 @@ import (
 	"github.com/jackc/pgx/v5"
 )
 
-// EventsAgeMaxDefault is how long the history is kept.
-const EventsAgeMaxDefault = 30 * 24 * time.Hour
-
 // gcPagesMax is how many pages of a table one statement of [Operator.GC] goes through at most.
 const gcPagesMax = 1000
 
 // GCOptions tune [Operator.GC]. Nil and the zero value are the defaults.
 type GCOptions struct {
-	// EventsAgeMax is how long the history is kept, by the services' clock. The default is [EventsAgeMaxDefault]; negative
-	// keeps all of it.
+	// EventsAgeMax is how long the history is kept, by the services' clock. Defaults to 30 days;
+	// negative keeps all of it.
 	EventsAgeMax time.Duration
 
 	// AuditAgeMax is how long the rows of the audit table are kept. Zero, the default, keeps them for good.
@@ -48,7 +46,7 @@ func (o *Operator) GC(ctx context.Context, opts *GCOptions) (GCResult, error) {
 	if opts != nil {
 		options = *opts
 	}
-	setDefault(&options.EventsAgeMax, EventsAgeMaxDefault)
+	options.EventsAgeMax = cmp.Or(options.EventsAgeMax, 30*24*time.Hour)
 	if options.AuditAgeMax < 0 {
 		return GCResult{}, fmt.Errorf("gc: %w: AuditAgeMax is negative", ErrInvalid)
 	}

@@ -46,7 +46,7 @@ func TestDoctorOnAServerOfItsOwn(t *testing.T) {
 	if err := migrations.Up(t.Context(), postgres.New(b.pool, nil), nil); err != nil {
 		t.Fatal(err)
 	}
-	findings := operator.New(b.pool, nil).Doctor(t.Context())
+	findings := operator.New(postgres.New(b.pool, nil), nil).Doctor(t.Context())
 	var checks []string
 	for _, f := range findings {
 		checks = append(checks, f.Check)
@@ -66,7 +66,7 @@ func TestDoctorOnAServerOfItsOwn(t *testing.T) {
 			t.Fatal("the setting does not arrive")
 		}
 	}
-	if worst, text := levels(operator.New(b.pool, nil).Doctor(t.Context())); worst["replication"] != operator.LevelFail || !strings.Contains(text, "none is connected") {
+	if worst, text := levels(operator.New(postgres.New(b.pool, nil), nil).Doctor(t.Context())); worst["replication"] != operator.LevelFail || !strings.Contains(text, "none is connected") {
 		t.Errorf("without its synchronous standby:\n%s", text)
 	}
 }
@@ -115,7 +115,7 @@ func TestDoctorFindsWhatIsWrong(t *testing.T) {
 				t.Fatal(err)
 			}
 			t.Cleanup(pool.Close)
-			findings := operator.New(pool, nil).Doctor(t.Context())
+			findings := operator.New(postgres.New(pool, nil), nil).Doctor(t.Context())
 			worst, text := levels(findings)
 			if worst[test.check] != test.level || !strings.Contains(text, test.says) || strings.Contains(text, "canary") {
 				t.Errorf("want %s %s with %q:\n%s", test.level, test.check, test.says, text)
@@ -143,7 +143,7 @@ func TestDoctorWhereNobodyAnswers(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer pool.Close()
-	findings := operator.New(pool, nil).Doctor(t.Context())
+	findings := operator.New(postgres.New(pool, nil), nil).Doctor(t.Context())
 	if len(findings) != 1 || findings[0].Check != "server" || findings[0].Level != operator.LevelFail || findings[0].Remedy == "" || strings.Contains(findings[0].What, "canary") {
 		t.Errorf("%+v", findings)
 	}
@@ -381,7 +381,7 @@ func TestStatementsAreBounded(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer pool.Close()
-	o := operator.New(pool, &operator.Options{StatementTimeout: 50 * time.Millisecond})
+	o := operator.New(postgres.New(pool, nil), &operator.Options{StatementTimeout: 50 * time.Millisecond})
 	tx, err := b.pool.Begin(t.Context())
 	if err != nil {
 		t.Fatal(err)
@@ -411,7 +411,7 @@ func TestVersion(t *testing.T) {
 	t.Parallel()
 	b := &testBundle{url: pgtest.Database(t)}
 	b.pool = b.open(t, nil)
-	o := operator.New(b.pool, nil)
+	o := operator.New(postgres.New(b.pool, nil), nil)
 	want := func(version uint, dirty bool) {
 		t.Helper()
 		if got, gotDirty, err := o.Version(t.Context()); got != version || gotDirty != dirty || err != nil {
@@ -440,12 +440,11 @@ func TestOptionsThatCannotWorkPanic(t *testing.T) {
 	}
 	defer pool.Close()
 	for name, make := range map[string]func(){
-		"no pool":       func() { operator.New(nil, nil) },
-		"schema":        func() { operator.New(pool, &operator.Options{Schema: "Payments"}) },
-		"statement":     func() { operator.New(pool, &operator.Options{StatementTimeout: time.Microsecond}) },
-		"call":          func() { operator.New(pool, &operator.Options{CallTimeout: operator.StatementTimeoutDefault - 1}) },
-		"rows examined": func() { operator.New(pool, &operator.Options{RowsExaminedMax: -1}) },
-		"scan time":     func() { operator.New(pool, &operator.Options{ScanTimeMax: -1}) },
+		"no store":      func() { operator.New(nil, nil) },
+		"statement":     func() { operator.New(postgres.New(pool, nil), &operator.Options{StatementTimeout: time.Microsecond}) },
+		"call":          func() { operator.New(postgres.New(pool, nil), &operator.Options{CallTimeout: 5*time.Second - 1}) },
+		"rows examined": func() { operator.New(postgres.New(pool, nil), &operator.Options{RowsExaminedMax: -1}) },
+		"scan time":     func() { operator.New(postgres.New(pool, nil), &operator.Options{ScanTimeMax: -1}) },
 	} {
 		func() {
 			defer func() {

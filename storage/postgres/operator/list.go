@@ -1,6 +1,7 @@
 package operator
 
 import (
+	"cmp"
 	"context"
 	"encoding/base64"
 	"encoding/json"
@@ -13,11 +14,10 @@ import (
 	"github.com/paidonce/idempotency"
 )
 
-// Limits of a page.
-const (
-	PageRowsDefault = 50
-	PageRowsMax     = 1000
-)
+// PageRowsMax is the maximum number of records on a page.
+const PageRowsMax = 1000
+
+const pageRows = 50 // if the caller names no number
 
 // Filter says which records are wanted: those that fit everything that is set. Scope leads straight to them, as does
 // KeyPrefix together with Scope. All else is compared record by record, so that a page may end before it is full: see
@@ -48,7 +48,7 @@ const (
 
 // Page says which part of the list is wanted.
 type Page struct {
-	Rows       int    // at most; 0 is [PageRowsDefault], and the most is [PageRowsMax]
+	Rows       int    // at most, and at most [PageRowsMax]. Defaults to 50
 	After      Cursor // where the page before ended; empty for the first
 	Descending bool   // from the last key to the first. The same for all pages of a walk
 }
@@ -139,7 +139,7 @@ func (q *listQuery) add(to *[]string, condition string, argument any) {
 
 func (o *Operator) listQuery(filter Filter, page Page) (*listQuery, error) {
 	q := &listQuery{table: o.keys, rows: page.Rows, descending: page.Descending, oneScope: filter.Scope != ""}
-	setDefault(&q.rows, PageRowsDefault)
+	q.rows = cmp.Or(q.rows, pageRows)
 	if q.rows < 0 || q.rows > PageRowsMax {
 		return nil, fmt.Errorf("%w: a page has 1 to %d rows", ErrInvalid, PageRowsMax)
 	}
@@ -297,12 +297,12 @@ func (c Cursor) place() (at [2]string, err error) {
 // RecentPages is how much of the table's end [Operator.Recent] reads, in pages of usually 8 kB.
 const RecentPages = 256
 
-// Recent returns about the newest records of all scopes, newest first, at most rows of them. It reads the last
+// Recent returns about the newest records of all scopes, newest first, at most rows of them; 0 is 50. It reads the last
 // [RecentPages] pages of the table and no more, so it is an approximation: where the reaper made room further in front, new
 // records go there, and are not seen.
 func (o *Operator) Recent(ctx context.Context, rows int) (List, error) {
 	var list List
-	setDefault(&rows, PageRowsDefault)
+	rows = cmp.Or(rows, pageRows)
 	if rows < 0 || rows > PageRowsMax {
 		return list, fmt.Errorf("recent: %w: a page has 1 to %d rows", ErrInvalid, PageRowsMax)
 	}

@@ -49,7 +49,7 @@ func TestListWalksEveryRecordOnce(t *testing.T) {
 			}
 		}
 	}
-	if list, err := b.operator.List(t.Context(), operator.Filter{}, operator.Page{}); err != nil || len(list.Records) != operator.PageRowsDefault || list.RowsExamined != operator.PageRowsDefault {
+	if list, err := b.operator.List(t.Context(), operator.Filter{}, operator.Page{}); err != nil || len(list.Records) != 50 || list.RowsExamined != 50 {
 		t.Errorf("a page without a size has %d records, %d examined, %v", len(list.Records), list.RowsExamined, err)
 	}
 }

@@ -10,6 +10,7 @@ import (
 	"github.com/jackc/pgx/v5"
 
 	"github.com/paidonce/idempotency"
+	"github.com/paidonce/idempotency/storage/postgres"
 	"github.com/paidonce/idempotency/storage/postgres/operator"
 )
 
@@ -28,7 +29,7 @@ func TestDoctorFindsWhoKeepsRequestsFromTheTable(t *testing.T) {
 			t.Parallel()
 			ctx := t.Context()
 			b := setup(t, nil)
-			o := operator.New(b.pool, nil)
+			o := operator.New(postgres.New(b.pool, nil), nil)
 			if worst, text := levels(o.Doctor(ctx)); worst["locks"] != operator.LevelOK {
 				t.Errorf("before:\n%s", text)
 			}

@@ -30,17 +30,19 @@ type testBundle struct {
 
 func setup(t testing.TB, opts *operator.Options) *testBundle {
 	t.Helper()
+	return setupIn(t, "public", opts)
+}
+
+func setupIn(t testing.TB, schema string, opts *operator.Options) *testBundle {
+	t.Helper()
 	b := &testBundle{url: pgtest.Database(t)}
 	b.pool = b.open(t, nil)
-	schema := ""
-	if opts != nil {
-		schema = opts.Schema
-	}
-	if err := migrations.Up(t.Context(), postgres.New(b.pool, &postgres.Options{Schema: schema}), nil); err != nil {
+	store := postgres.New(b.pool, &postgres.Options{Schema: schema})
+	if err := migrations.Up(t.Context(), store, nil); err != nil {
 		t.Fatal(err)
 	}
-	b.engine = idempotency.NewEngine(postgres.New(b.pool, &postgres.Options{Schema: schema}), nil)
-	b.operator = operator.New(b.pool, opts)
+	b.engine = idempotency.NewEngine(store, nil)
+	b.operator = operator.New(store, opts)
 	return b
 }
 
@@ -77,7 +79,8 @@ func (b *testBundle) role(t testing.TB, grants ...string) *operator.Operator {
 	for _, grant := range grants {
 		b.exec(t, "GRANT "+grant+" TO "+name)
 	}
-	return operator.New(b.open(t, func(config *pgxpool.Config) { config.ConnConfig.User, config.ConnConfig.Password = name, name }), nil)
+	pool := b.open(t, func(config *pgxpool.Config) { config.ConnConfig.User, config.ConnConfig.Password = name, name })
+	return operator.New(postgres.New(pool, nil), nil)
 }
 
 func (b *testBundle) exec(t testing.TB, sql string, arguments ...any) {

@@ -1,6 +1,7 @@
 package operator
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -18,18 +19,10 @@ import (
 // at records works from postgres.SchemaVersion on.
 const SchemaVersion = 3
 
-// Names of the tables, in [Options.Schema].
+// Names of the tables, in the store's schema.
 const (
 	AuditTableName  = "idempotency_audit"
 	EventsTableName = "idempotency_events"
-)
-
-// Defaults of [Options].
-const (
-	StatementTimeoutDefault = 5 * time.Second
-	CallTimeoutDefault      = 10 * time.Second
-	RowsExaminedMaxDefault  = 100_000
-	ScanTimeMaxDefault      = 500 * time.Millisecond
 )
 
 // Errors for callers to branch on. None contains a scope, a key or any part of a record. A call on
@@ -52,29 +45,27 @@ var (
 
 // Options tune an [Operator]. Nil and the zero value are the defaults.
 type Options struct {
-	// Schema holds the tables, as in postgres.Options. The default is postgres.SchemaDefault.
-	Schema string
-
-	// StatementTimeout is how long one statement may take: the server ends it then. The default is [StatementTimeoutDefault].
+	// StatementTimeout is how long one statement may take: the server ends it then. Defaults to 5
+	// seconds; at least 1 millisecond.
 	StatementTimeout time.Duration
 
 	// CallTimeout is how long one call may take, the wait for a connection included. The server
 	// ends a session that is idle in a call for as long. [Operator.GC] and [Operator.Doctor] have
-	// their own. Defaults to 10 seconds.
+	// their own. Defaults to 10 seconds; at least StatementTimeout.
 	CallTimeout time.Duration
 
-	// RowsExaminedMax and ScanTimeMax bound how much of the table one page of [Operator.List] goes through for its filter:
-	// it stops at whichever comes first, and says where. The defaults are [RowsExaminedMaxDefault] and
-	// [ScanTimeMaxDefault].
+	// RowsExaminedMax and ScanTimeMax bound how much of the table one page of [Operator.List] goes
+	// through for its filter: it stops at whichever comes first, and reports where. They default to
+	// 100,000 rows and 500 milliseconds.
 	RowsExaminedMax int
 	ScanTimeMax     time.Duration
 }
 
 // Operator looks at the records of one schema, and acts on them. It is safe for concurrent use.
 type Operator struct {
-	pool    *pgxpool.Pool
-	options Options
 	store   *postgres.Store
+	pool    *pgxpool.Pool // the store's
+	options Options
 
 	table              string // qualified, unquoted: a part of the lock number
 	keys               string // sanitized, as are the next
@@ -84,46 +75,35 @@ type Operator struct {
 	callTimeoutMS      string
 }
 
-// New returns an operator on the pool, which may but need not have gone through postgres.Configure: settings travel with
-// each transaction, so a pool that leads to PgBouncer will do too. It sends nothing. It panics where the pool is nil or the
-// options can't work.
-func New(pool *pgxpool.Pool, opts *Options) *Operator {
-	if pool == nil {
-		panic("idempotency/operator: New needs a pool")
+// New returns an operator on a store's pool and schema. The pool may but need not have gone through
+// postgres.Configure: settings travel with each transaction, so a pool that leads to PgBouncer works
+// too. New sends nothing. It panics if the store is nil or the options can't work.
+func New(store *postgres.Store, opts *Options) *Operator {
+	if store == nil {
+		panic("idempotency/operator: New needs a store")
 	}
 	var o Options
 	if opts != nil {
 		o = *opts
 	}
-	if o.Schema == "" {
-		o.Schema = postgres.SchemaDefault
-	}
-	setDefault(&o.StatementTimeout, StatementTimeoutDefault)
-	setDefault(&o.CallTimeout, CallTimeoutDefault)
-	setDefault(&o.ScanTimeMax, ScanTimeMaxDefault)
-	setDefault(&o.RowsExaminedMax, RowsExaminedMaxDefault)
+	o.StatementTimeout = cmp.Or(o.StatementTimeout, 5*time.Second)
+	o.CallTimeout = cmp.Or(o.CallTimeout, 10*time.Second)
+	o.ScanTimeMax = cmp.Or(o.ScanTimeMax, 500*time.Millisecond)
+	o.RowsExaminedMax = cmp.Or(o.RowsExaminedMax, 100_000)
 	if o.StatementTimeout < time.Millisecond || o.CallTimeout < o.StatementTimeout {
 		panic(fmt.Sprintf("idempotency/operator: Options.StatementTimeout is %v and CallTimeout %v: they must be at least a millisecond, and the second no shorter", o.StatementTimeout, o.CallTimeout))
 	}
 	if o.ScanTimeMax < 0 || o.RowsExaminedMax < 0 {
 		panic(fmt.Sprintf("idempotency/operator: Options.ScanTimeMax is %v and RowsExaminedMax %d: they must be positive", o.ScanTimeMax, o.RowsExaminedMax))
 	}
-	name := func(table string) string { return pgx.Identifier{o.Schema, table}.Sanitize() }
+	name := func(table string) string { return pgx.Identifier{store.Schema(), table}.Sanitize() }
 	return &Operator{
-		pool: pool, options: o,
-		store: postgres.New(pool, &postgres.Options{Schema: o.Schema}), // panics where the schema can't be
-		table: o.Schema + "." + postgres.TableName,
+		store: store, pool: store.Pool(), options: o,
+		table: store.Schema() + "." + postgres.TableName,
 		keys:  name(postgres.TableName), audit: name(AuditTableName), events: name(EventsTableName),
 		versions:           name("idempotency_migrations"),
 		statementTimeoutMS: strconv.FormatInt(o.StatementTimeout.Milliseconds(), 10),
 		callTimeoutMS:      strconv.FormatInt(o.CallTimeout.Milliseconds(), 10),
-	}
-}
-
-func setDefault[T comparable](field *T, value T) {
-	var zero T
-	if *field == zero {
-		*field = value
 	}
 }
 
@@ -204,15 +184,15 @@ func (o *Operator) remedy(err error) error {
 		return err
 	}
 	if undefined(err) {
-		return fmt.Errorf("%w: schema %s has no tables of version %d: run the migrations, or name the schema that has them", err, o.options.Schema, SchemaVersion)
+		return fmt.Errorf("%w: schema %s has no tables of version %d: run the migrations, or name the schema that has them", err, o.store.Schema(), SchemaVersion)
 	}
 	switch pgErr.Code {
 	case "42501":
 		if pgErr.Routine == "check_enable_rls" { // see in
 			return fmt.Errorf("%w on a table of schema %s: ALTER TABLE ... DISABLE ROW LEVEL SECURITY, or ALTER ROLE ... BYPASSRLS for this role; the doctor names both: %w",
-				postgres.ErrRowSecurity, o.options.Schema, err)
+				postgres.ErrRowSecurity, o.store.Schema(), err)
 		}
-		return fmt.Errorf("%w: the role lacks a right on the tables of schema %s: package operator lists those it needs", err, o.options.Schema)
+		return fmt.Errorf("%w: the role lacks a right on the tables of schema %s: package operator lists those it needs", err, o.store.Schema())
 	case "28P01", "28000":
 		return fmt.Errorf("%w: the server refuses this role or its password: see the database's address", err)
 	case "3D000":

@@ -10,8 +10,8 @@ import (
 
 func TestGetTellsWhatTheRecordHolds(t *testing.T) {
 	t.Parallel()
-	for _, opts := range []*operator.Options{nil, {Schema: "payments"}} {
-		b := setup(t, opts)
+	for _, schema := range []string{"public", "payments"} {
+		b := setupIn(t, schema, nil)
 		k := key("canary")
 		b.do(t, k, 201)
 		state, err := b.operator.Get(t.Context(), k)

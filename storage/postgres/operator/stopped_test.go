@@ -10,6 +10,7 @@ import (
 	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgxpool"
 
+	"github.com/paidonce/idempotency/storage/postgres"
 	"github.com/paidonce/idempotency/storage/postgres/operator"
 )
 
@@ -50,7 +51,7 @@ func TestStoppedActGivesTheKeyBack(t *testing.T) {
 	t.Cleanup(pool.Close)
 	acted := make(chan error, 1)
 	go func() {
-		_, err := operator.New(pool, &operator.Options{StatementTimeout: time.Second, CallTimeout: time.Second}).
+		_, err := operator.New(postgres.New(pool, nil), &operator.Options{StatementTimeout: time.Second, CallTimeout: time.Second}).
 			Forget(t.Context(), key("k"), operator.Act{Actor: "alice", Reason: "a test"})
 		acted <- err
 	}()
