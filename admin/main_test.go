@@ -24,7 +24,6 @@ import (
 	"github.com/paidonce/idempotency/internal/pgtest"
 	"github.com/paidonce/idempotency/migrations"
 	"github.com/paidonce/idempotency/storage/postgres"
-	"github.com/paidonce/idempotency/storage/postgres/operator"
 )
 
 func TestMain(m *testing.M) { pgtest.Main(m) }

@@ -115,7 +115,7 @@ func run() int {
 		kong.Exit(func(code int) { exited = code }), // after --help
 		kong.Vars{
 			"servingVersion": fmt.Sprint(postgres.SchemaVersion),
-			"tokenVariable": tokenVariable, "eventsAge": (30 * 24 * time.Hour).String(),
+			"tokenVariable":  tokenVariable, "eventsAge": (30 * 24 * time.Hour).String(),
 		},
 	)
 	if err != nil {
