@@ -44,9 +44,9 @@ type Disposition uint8
 
 // The dispositions.
 const (
-	Forget  Disposition = iota // undo the handler's writes and record nothing: a retry runs again
-	Commit                     // commit the handler's writes with the answer
-	Decline                    // undo the handler's writes, keep the answer
+	DispositionForget  Disposition = iota // undo the handler's writes and record nothing: a retry runs again
+	DispositionCommit                     // commit the handler's writes with the answer
+	DispositionDecline                    // undo the handler's writes, keep the answer
 )
 
 // DefaultDisposition commits 2xx and 3xx, declines 4xx, and forgets what a retry may change: 401, 403, 407, 408, 421,
@@ -54,15 +54,15 @@ const (
 func DefaultDisposition(status int) Disposition {
 	switch status {
 	case 401, 403, 407, 408, 421, 425, 429, 499:
-		return Forget
+		return DispositionForget
 	}
 	switch {
 	case status >= 200 && status < 400:
-		return Commit
+		return DispositionCommit
 	case status >= 400 && status < 500:
-		return Decline
+		return DispositionDecline
 	}
-	return Forget
+	return DispositionForget
 }
 
 // fact is what is known of a request at one of its turning points: after the claim or a wait for another attempt, after
@@ -305,9 +305,9 @@ func factAfterHandler(sealed, failed error, disposition Disposition) fact {
 		return factUnavailable
 	case failed != nil:
 		return factHandlerFailed
-	case disposition == Decline:
+	case disposition == DispositionDecline:
 		return factAnsweredDecline
-	case disposition != Commit:
+	case disposition != DispositionCommit:
 		return factAnsweredForget
 	case sealed != nil:
 		return factHandlerFailed
@@ -375,7 +375,7 @@ func factAfterResolve(req *Request, disposition Disposition, record *Record, err
 	switch {
 	case errors.Is(err, ErrRecordCorrupt):
 		return factRecordCorrupt
-	case err != nil, record == nil && disposition == Decline:
+	case err != nil, record == nil && disposition == DispositionDecline:
 		return factOutcomeUnknown
 	case record == nil:
 		return factResolvedAbsent

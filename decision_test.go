@@ -134,19 +134,19 @@ func TestDefaultDisposition(t *testing.T) {
 	t.Parallel()
 	forget := map[int]bool{401: true, 403: true, 407: true, 408: true, 421: true, 425: true, 429: true, 499: true}
 	for status := range 1000 {
-		want := Forget
+		want := DispositionForget
 		switch {
 		case forget[status]:
 		case status >= 200 && status <= 399:
-			want = Commit
+			want = DispositionCommit
 		case status >= 400 && status <= 499:
-			want = Decline
+			want = DispositionDecline
 		}
 		if got := DefaultDisposition(status); got != want {
 			t.Errorf("%d: %d, want %d", status, got, want)
 		}
 	}
-	if Disposition(0) != Forget {
+	if Disposition(0) != DispositionForget {
 		t.Error("a policy that forgets to decide must forget the attempt")
 	}
 }
@@ -283,14 +283,14 @@ func TestFactAfterHandler(t *testing.T) {
 		return all
 	}
 	for name, row := range map[string]row{
-		"commit":                    {nil, Commit, with(nil, factAnsweredCommit), factHandlerFailed},
-		"decline":                   {nil, Decline, first, factAnsweredDecline},
-		"forget":                    {nil, Forget, first, factAnsweredForget},
+		"commit":                    {nil, DispositionCommit, with(nil, factAnsweredCommit), factHandlerFailed},
+		"decline":                   {nil, DispositionDecline, first, factAnsweredDecline},
+		"forget":                    {nil, DispositionForget, first, factAnsweredForget},
 		"no disposition we know":    {nil, Disposition(9), first, factAnsweredForget},
-		"failed":                    {errOther, Forget, first, factHandlerFailed},
-		"panicked":                  {panicked, Forget, first, factHandlerFailed},
-		"could not run":             {wrap(ErrUnavailable), Forget, map[error]fact{ErrTransactionLost: factTransactionLost, ErrSerialization: factSerialization}, factUnavailable},
-		"failed with a serializing": {wrap(ErrSerialization), Forget, first, factHandlerFailed},
+		"failed":                    {errOther, DispositionForget, first, factHandlerFailed},
+		"panicked":                  {panicked, DispositionForget, first, factHandlerFailed},
+		"could not run":             {wrap(ErrUnavailable), DispositionForget, map[error]fact{ErrTransactionLost: factTransactionLost, ErrSerialization: factSerialization}, factUnavailable},
+		"failed with a serializing": {wrap(ErrSerialization), DispositionForget, first, factHandlerFailed},
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
@@ -332,11 +332,11 @@ func TestFactAfterResolve(t *testing.T) {
 	t.Parallel()
 	print, other := FingerprintV1("POST", "/1", "", "", nil), FingerprintV1("POST", "/2", "", "", nil)
 	req := &Request{Key: Key{Scope: "acme", Value: "k"}, Fingerprint: print, Attempt: NewAttemptID()}
-	checkFacts(t, func(err error) fact { return factAfterResolve(req, Commit, nil, err) }, map[error]fact{
+	checkFacts(t, func(err error) fact { return factAfterResolve(req, DispositionCommit, nil, err) }, map[error]fact{
 		nil: factResolvedAbsent, ErrRecordCorrupt: factRecordCorrupt,
 	}, factOutcomeUnknown)
 	// A decline's record may come after the look.
-	checkFacts(t, func(err error) fact { return factAfterResolve(req, Decline, nil, err) }, map[error]fact{
+	checkFacts(t, func(err error) fact { return factAfterResolve(req, DispositionDecline, nil, err) }, map[error]fact{
 		ErrRecordCorrupt: factRecordCorrupt,
 	}, factOutcomeUnknown)
 	for name, test := range map[string]struct {
@@ -348,12 +348,12 @@ func TestFactAfterResolve(t *testing.T) {
 		"another's, of a different request": {Record{Attempt: NewAttemptID(), Fingerprint: other}, factRecordedOther},
 		"another's, of another version":     {Record{Attempt: NewAttemptID(), Fingerprint: FingerprintOf(100, nil)}, factRecordedUnreadable},
 	} {
-		for _, disposition := range []Disposition{Commit, Decline} {
+		for _, disposition := range []Disposition{DispositionCommit, DispositionDecline} {
 			if got := factAfterResolve(req, disposition, &test.record, nil); got != test.want {
 				t.Errorf("%s: fact %d, want %d", name, got, test.want)
 			}
 		}
-		if got := factAfterResolve(req, Commit, &test.record, ErrUnknown); got != factOutcomeUnknown {
+		if got := factAfterResolve(req, DispositionCommit, &test.record, ErrUnknown); got != factOutcomeUnknown {
 			t.Errorf("%s, with an error: fact %d, want %d", name, got, factOutcomeUnknown)
 		}
 	}

@@ -371,13 +371,13 @@ func (e *Engine) attempt(ctx context.Context, budget *deadline.Context, req *Req
 	sealed := attempt.Seal()
 
 	// The end.
-	disposition := Forget
+	disposition := DispositionForget
 	if failed == nil {
 		disposition, failed = e.disposition(req, answer)
 	}
 	recorded := answer
 	switch {
-	case disposition != Forget:
+	case disposition != DispositionForget:
 		recorded, failed = e.reduce(answer)
 	case budget.Err() != nil:
 		failed = errors.Join(failed, fmt.Errorf("%w: the handler took longer than %v", ErrUnavailable, e.options.HandlerTimeout))
@@ -422,8 +422,8 @@ func (e *Engine) attempt(ctx context.Context, budget *deadline.Context, req *Req
 func (e *Engine) disposition(req *Request, answer *Answer) (disposition Disposition, err error) {
 	defer recovered("Options.Disposition", &err)
 	disposition = e.options.Disposition(answer.Status)
-	if disposition == Decline && req.Keyless() {
-		return Forget, nil
+	if disposition == DispositionDecline && req.Keyless() {
+		return DispositionForget, nil
 	}
 	return disposition, nil
 }

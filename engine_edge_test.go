@@ -60,9 +60,9 @@ func TestAnswerThatCannotBeReplayedIsNotRecorded(t *testing.T) {
 		store := scripted(turn{})
 		policy := &idempotency.Options{Disposition: func(status int) idempotency.Disposition {
 			if status == 402 {
-				return idempotency.Decline
+				return idempotency.DispositionDecline
 			}
-			return idempotency.Commit
+			return idempotency.DispositionCommit
 		}}
 		result := idempotency.NewEngine(store, policy).Do(t.Context(), keyed("k"), func(context.Context) (*idempotency.Answer, error) {
 			return &test.answer, nil

@@ -565,7 +565,7 @@ func TestInvalidKeyIsNeverBegun(t *testing.T) {
 
 func TestDispositionIsThePolicys(t *testing.T) {
 	t.Parallel()
-	policy := map[int]idempotency.Disposition{500: idempotency.Commit, 201: idempotency.Decline, 402: idempotency.Forget}
+	policy := map[int]idempotency.Disposition{500: idempotency.DispositionCommit, 201: idempotency.DispositionDecline, 402: idempotency.DispositionForget}
 	for status, want := range map[int]string{500: "commit", 201: "decline", 402: "rollback"} {
 		store := scripted(turn{})
 		engine := idempotency.NewEngine(store, &idempotency.Options{Disposition: func(status int) idempotency.Disposition { return policy[status] }})

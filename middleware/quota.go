@@ -85,7 +85,7 @@ func (o *Options) engine() *idempotency.Options {
 	policy := engine.Disposition
 	engine.Disposition = func(status int) idempotency.Disposition {
 		if status == http.StatusTooManyRequests {
-			return idempotency.Forget
+			return idempotency.DispositionForget
 		}
 		return policy(status)
 	}

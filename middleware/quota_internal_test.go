@@ -210,7 +210,7 @@ func TestQuotasThatCannotWorkPanic(t *testing.T) {
 func TestRoutesShareTheQuota(t *testing.T) {
 	t.Parallel()
 	asked := 0
-	policy := func(status int) idempotency.Disposition { asked++; return idempotency.Commit }
+	policy := func(status int) idempotency.Disposition { asked++; return idempotency.DispositionCommit }
 	m := New(stubStore{}, func(*http.Request) (string, error) { return "", nil }, &Options{
 		Quota: Quota{KeysMax: 1}, Engine: idempotency.Options{Disposition: policy},
 	})
@@ -221,10 +221,10 @@ func TestRoutesShareTheQuota(t *testing.T) {
 	if same.quota != m.quota || other.quota == m.quota || other.quota == nil || none.quota != nil {
 		t.Errorf("counts %p, %p, %p, %p", m.quota, same.quota, other.quota, none.quota)
 	}
-	if seen != idempotency.Commit || asked != 1 {
+	if seen != idempotency.DispositionCommit || asked != 1 {
 		t.Errorf("With shows a policy that is not the user's: %v, asked %d times", seen, asked)
 	}
-	if same.engine.Options().Disposition(429) != idempotency.Forget || none.engine.Options().Disposition(429) != idempotency.Commit {
+	if same.engine.Options().Disposition(429) != idempotency.DispositionForget || none.engine.Options().Disposition(429) != idempotency.DispositionCommit {
 		t.Error("429 is forgotten where there is a quota, and only there")
 	}
 }

@@ -106,7 +106,7 @@ func TestQuotaIsNeverRecorded(t *testing.T) {
 	clock := &stopped{now: time.Now()}
 	b := setup(t, setupOptions{middleware: &middleware.Options{
 		Quota:  middleware.Quota{KeysMax: 1, Now: clock.Now},
-		Engine: idempotency.Options{Disposition: func(int) idempotency.Disposition { return idempotency.Commit }},
+		Engine: idempotency.Options{Disposition: func(int) idempotency.Disposition { return idempotency.DispositionCommit }},
 	}}, transfer)
 	want(t, b.post(t, "/", "{}", "Idempotency-Key", "1"), 201, idempotency.OutcomeExecuted, "")
 	want(t, b.post(t, "/", "{}", "Idempotency-Key", "2"), 429, idempotency.OutcomeNotExecuted, idempotency.ReasonQuotaExceeded)

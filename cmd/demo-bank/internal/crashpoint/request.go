@@ -17,7 +17,7 @@ func (p *Point) Protect(idem *middleware.Middleware, path string) func(http.Hand
 		policy := o.Engine.Disposition
 		o.Engine.Disposition = func(status int) idempotency.Disposition {
 			disposition := policy(status)
-			if disposition == idempotency.Commit {
+			if disposition == idempotency.DispositionCommit {
 				p.reached(beforeCommit) // the engine asks when the handler's transaction is sealed, and commits next
 			}
 			return disposition
