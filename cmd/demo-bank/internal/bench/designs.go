@@ -27,6 +27,7 @@ var designs = []design{
 	{name: "bare-batch", kind: fresh, bases: []string{"bare-batch"}},
 	{name: "bare-folded", kind: fresh, bases: []string{"bare-batch"}},
 	{name: "ours-batch", kind: fresh, keyed: true, bases: []string{"bare-batch", "lease"}},
+	{name: "ours-deferred", kind: fresh, keyed: true, bases: []string{"bare-batch", "ours-batch"}},
 	{name: "insert-first", kind: fresh, keyed: true, bases: []string{"bare-batch"}},
 	{name: "lease", kind: fresh, keyed: true, bases: []string{"bare-batch"}},
 	{name: "bare-naive", kind: fresh, bases: []string{"bare-naive"}},

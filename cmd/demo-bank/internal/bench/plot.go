@@ -125,7 +125,7 @@ func (p *Report) plotted() (*Block, []Ratio) {
 // classOf says whose design it is.
 func classOf(name string) string {
 	switch {
-	case slices.Contains([]string{"ours-naive", "ours-batch"}, name):
+	case slices.Contains([]string{"ours-naive", "ours-batch", "ours-deferred"}, name):
 		return "ours"
 	case slices.Contains([]string{"insert-first", "lease"}, name):
 		return "rival"

@@ -155,13 +155,14 @@ func (d *stand) mount(ctx context.Context, schema string, pool *pgxpool.Pool) er
 	post("lease", func(r *http.Request, t *transfer, body []byte) (*answer, error) {
 		return lease(r.Context(), pool, r.Header.Get("Idempotency-Key"), sumOf(r, body), t)
 	})
-	if d.wants("ours-naive", "ours-batch", "replay-database", replayOld, routeWait, routeOther) {
+	if d.wants("ours-naive", "ours-batch", "ours-deferred", "replay-database", replayOld, routeWait, routeOther) {
 		ours, err := d.protect(ctx, schema)
 		if err != nil {
 			return err
 		}
 		post("ours-naive", given(naive), ours.Handler)
 		post("ours-batch", given(batch), ours.Handler)
+		post("ours-deferred", given(deferred), ours.Handler)
 		post("replay-database", given(batch), ours.Handler)
 		post(replayOld, given(batch), ours.Handler)
 		post(routeOther, given(batch), ours.Handler)

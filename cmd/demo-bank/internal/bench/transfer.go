@@ -14,19 +14,22 @@ import (
 	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgconn"
 	"github.com/jackc/pgx/v5/pgxpool"
+
+	"github.com/paidonce/idempotency/storage/postgres"
 )
 
-// The one transfer that all designs execute, in three forms: the same statements on the same tables, sent in different
-// ways. They make round trips of their own: naive 6, batch 2, folded 2 with BEGIN and COMMIT in them.
+// The one transfer that all designs execute, in four forms: the same statements on the same tables, sent in different
+// ways. They make round trips of their own: naive 6, batch 2, folded 2 with BEGIN and COMMIT in them, deferred 1.
 
 // The statements of a transfer.
 const (
 	// NO KEY UPDATE in the order of the ids: no two transfers wait for each other in a circle.
-	sqlLock     = `SELECT id, currency, balance FROM accounts WHERE id IN ($1, $2) ORDER BY id FOR NO KEY UPDATE`
-	sqlTake     = `UPDATE accounts SET balance = balance - $2 WHERE id = $1`
-	sqlGive     = `UPDATE accounts SET balance = balance + $2 WHERE id = $1`
-	sqlTransfer = `INSERT INTO transfers (id, from_account, to_account, amount, currency, reference) VALUES ($1, $2, $3, $4, $5, $6) RETURNING created_at`
-	sqlEntry    = `INSERT INTO entries (transfer_id, account, amount) VALUES ($1, $2, $3)`
+	sqlLock       = `SELECT id, currency, balance FROM accounts WHERE id IN ($1, $2) ORDER BY id FOR NO KEY UPDATE`
+	sqlTake       = `UPDATE accounts SET balance = balance - $2 WHERE id = $1`
+	sqlGive       = `UPDATE accounts SET balance = balance + $2 WHERE id = $1`
+	sqlTransfer   = `INSERT INTO transfers (id, from_account, to_account, amount, currency, reference) VALUES ($1, $2, $3, $4, $5, $6) RETURNING created_at`
+	sqlTransferAt = `INSERT INTO transfers (id, from_account, to_account, amount, currency, reference, created_at) VALUES ($1, $2, $3, $4, $5, $6, $7)`
+	sqlEntry      = `INSERT INTO entries (transfer_id, account, amount) VALUES ($1, $2, $3)`
 
 	sqlGet = `SELECT id, from_account, to_account, amount, currency, reference, created_at FROM transfers WHERE id = $1`
 )
@@ -174,6 +177,31 @@ func batch(ctx context.Context, tx pgx.Tx, t *transfer) (*answer, error) {
 	queueWrite(&second, t, id, &createdAt)
 	if err := tx.SendBatch(ctx, &second).Close(); err != nil {
 		return nil, fmt.Errorf("write the transfer: %w", err)
+	}
+	return t.answer(id, createdAt)
+}
+
+// deferred sends one batch to lock and look, and leaves the writes to the flush of the record. The time of the transfer is
+// therefore the service's.
+func deferred(ctx context.Context, tx pgx.Tx, t *transfer) (*answer, error) {
+	f := funds{t: t}
+	var first pgx.Batch
+	queueLook(&first, &f)
+	if err := tx.SendBatch(ctx, &first).Close(); err != nil {
+		return nil, fmt.Errorf("lock accounts: %w", err)
+	}
+	if err := f.err(); err != nil {
+		return nil, err
+	}
+	id, createdAt := nextID(), time.Now().Truncate(time.Microsecond)
+	if err := errors.Join(
+		postgres.DeferExec(ctx, sqlTake, t.From, t.Amount),
+		postgres.DeferExec(ctx, sqlGive, t.To, t.Amount),
+		postgres.DeferExec(ctx, sqlTransferAt, id, t.From, t.To, t.Amount, t.Currency, t.Reference, createdAt),
+		postgres.DeferExec(ctx, sqlEntry, id, t.From, -t.Amount),
+		postgres.DeferExec(ctx, sqlEntry, id, t.To, t.Amount),
+	); err != nil {
+		return nil, fmt.Errorf("defer the transfer: %w", err)
 	}
 	return t.answer(id, createdAt)
 }
