@@ -25,7 +25,6 @@ import (
 	"github.com/paidonce/idempotency/cmd/demo-bank/internal/server"
 	"github.com/paidonce/idempotency/cmd/demo-bank/internal/storm"
 	"github.com/paidonce/idempotency/cmd/internal/terminal"
-	"github.com/paidonce/idempotency/storage/postgres"
 )
 
 const description = `A bank whose transfers can be retried without fear: the record of a request, its answer and the money's move commit in
@@ -175,7 +174,7 @@ func (e noVerdict) Error() string { return "no verdict: " + e.error.Error() }
 var defaults = kong.Vars{
 	"addr": server.AddrDefault, "poolSize": fmt.Sprint(server.PoolSizeDefault),
 	"shutdownTimeout": server.ShutdownTimeoutDefault.String(),
-	"ttl":             idempotency.TTLDefault.String(), "reapInterval": postgres.ReaperIntervalDefault.String(),
+	"ttl":             idempotency.TTLDefault.String(), "reapInterval": time.Minute.String(),
 	"handlerTimeout": idempotency.HandlerTimeoutDefault.String(), "handlerTimeoutMax": server.HandlerTimeoutMax.String(),
 	"waitMax":        idempotency.WaitMax.String(),
 	"acquireTimeout": server.AcquireTimeoutDefault.String(),

@@ -1,6 +1,7 @@
 package postgres
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -25,9 +26,6 @@ const (
 	reaperLockTimeoutMS = "20"
 	reaperHeldMax       = 100
 )
-
-// ReaperIntervalDefault is how long a [Reaper] rests.
-const ReaperIntervalDefault = time.Minute
 
 // DeleteExpired deletes the records whose time was over, by the database's clock, when their batch began, and returns
 // how many it deleted, also together with an error.
@@ -133,8 +131,8 @@ func (w *walk) deleteBatch(ctx context.Context, lock, first, last int64) error {
 
 // ReaperOptions tune a [Reaper]. Nil and the zero value are the defaults.
 type ReaperOptions struct {
-	// Interval is how long it rests between two walks through the table, give or take a tenth, so that replicas don't
-	// walk in step. The default is [ReaperIntervalDefault].
+	// Interval is how long it rests between two walks through the table, give or take a tenth, so
+	// that replicas don't walk in step. Defaults to 1 minute.
 	Interval time.Duration
 
 	// OnWalk is told of every walk: how many records it deleted, how long it took, and its error. A walk that ends with
@@ -154,9 +152,7 @@ func NewReaper(store *Store, opts *ReaperOptions) *Reaper {
 	if opts != nil {
 		o = *opts
 	}
-	if o.Interval == 0 {
-		o.Interval = ReaperIntervalDefault
-	}
+	o.Interval = cmp.Or(o.Interval, time.Minute)
 	if o.OnWalk == nil {
 		o.OnWalk = func(_ int64, _ time.Duration, err error) {
 			if err != nil {

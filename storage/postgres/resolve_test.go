@@ -268,7 +268,7 @@ func TestResolveNeedsNoRoomInThePool(t *testing.T) {
 	}
 	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
 	defer cancel()
-	for range postgres.ResolversMaxDefault {
+	for range 8 {
 		b.resolve(ctx, "k").wantBody(t, "done")
 		b.resolve(ctx, "absent").wantAbsent(t)
 	}
@@ -387,7 +387,7 @@ func TestResolveWithoutATableIsUnknown(t *testing.T) {
 func TestOptionsOfResolvers(t *testing.T) {
 	t.Parallel()
 	b := setup(t, nil)
-	for given, want := range map[int]int{0: postgres.ResolversMaxDefault, 1: 1, 100: 100} {
+	for given, want := range map[int]int{0: 8, 1: 1, 100: 100} {
 		if got := postgres.ResolversOf(postgres.New(b.pool, &postgres.Options{ResolversMax: given})); got != want {
 			t.Errorf("ResolversMax %d: %d places, want %d", given, got, want)
 		}

@@ -1,6 +1,7 @@
 package postgres
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -19,34 +20,21 @@ import (
 // TableName is the name of the table of the records. The schema is configurable, the name is not.
 const TableName = "idempotency_keys"
 
-// Defaults of [Options].
-const (
-	SchemaDefault                   = "public"
-	AcquireTimeoutDefault           = time.Second
-	StatementTimeoutDefault         = 10 * time.Second
-	LockTimeoutDefault              = 5 * time.Second
-	PrepareTimeoutDefault           = 250 * time.Millisecond
-	IdleInTransactionTimeoutDefault = 20 * time.Second
-
-	ResolversMaxDefault = 8
-	DeferredMaxDefault  = 64
-
-	// IdleInTransactionTimeoutMax: no dead service holds a key for longer.
-	IdleInTransactionTimeoutMax = 60 * time.Second
-)
+// IdleInTransactionTimeoutMax bounds Options.IdleInTransactionTimeout: no dead service holds a key for longer.
+const IdleInTransactionTimeoutMax = 60 * time.Second
 
 // Options tune a [Store]. Nil and the zero value are the defaults, which are the safest. For a pool of your own pass the
 // same to [Configure] and to [New].
 type Options struct {
-	// Schema holds the table of the records: 1 to 63 lower-case letters, digits and underscores. The migrations are told
-	// the same in their own options. The default is [SchemaDefault].
+	// Schema holds the tables: 1 to 63 lower-case letters, digits and underscores. Defaults to
+	// "public".
 	Schema string
 
 	// Isolation is the level that handlers run at. Above pgx.ReadCommitted, which is the default, expect restarts: the
 	// claim shares the transaction's snapshot, and the primary key alone decides a race.
 	Isolation pgx.TxIsoLevel
 
-	// AcquireTimeout is how long a request waits for a connection. The default is [AcquireTimeoutDefault].
+	// AcquireTimeout is how long a request waits for a connection. Defaults to 1 second.
 	AcquireTimeout time.Duration
 
 	// StatementTimeout, LockTimeout and IdleInTransactionTimeout are the settings of the same names
@@ -71,8 +59,8 @@ type Options struct {
 	SynchronousCommit string
 
 	// ResolversMax is how many connections at most are made at once to find out what became of a COMMIT whose reply was
-	// lost, beside those of the pool: plan for them in max_connections. Others wait for their turn. The default is
-	// [ResolversMaxDefault].
+	// lost, beside those of the pool: plan for them in max_connections. Others wait for their turn. Defaults
+	// to 8.
 	ResolversMax int
 
 	// DeferredMax is the maximum number of statements that one request may defer: see [DeferExec].
@@ -95,24 +83,14 @@ func (o *Options) full() *Options {
 	if o != nil {
 		full = *o
 	}
-	if full.Schema == "" {
-		full.Schema = SchemaDefault
-	}
-	if full.Isolation == "" {
-		full.Isolation = pgx.ReadCommitted
-	}
-	if full.SynchronousCommit == "" {
-		full.SynchronousCommit = "on"
-	}
-	if full.ResolversMax == 0 {
-		full.ResolversMax = ResolversMaxDefault
-	}
+	full.Schema = cmp.Or(full.Schema, "public")
+	full.Isolation = cmp.Or(full.Isolation, pgx.ReadCommitted)
+	full.SynchronousCommit = cmp.Or(full.SynchronousCommit, "on")
+	full.ResolversMax = cmp.Or(full.ResolversMax, 8)
 	if full.ResolversMax < 0 {
 		panic(fmt.Sprintf("idempotency/postgres: Options.ResolversMax is %d: it must be positive", full.ResolversMax))
 	}
-	if full.DeferredMax == 0 {
-		full.DeferredMax = DeferredMaxDefault
-	}
+	full.DeferredMax = cmp.Or(full.DeferredMax, 64)
 	if full.DeferredMax < 0 {
 		panic(fmt.Sprintf("idempotency/postgres: Options.DeferredMax is %d: it must be positive", full.DeferredMax))
 	}
@@ -121,11 +99,11 @@ func (o *Options) full() *Options {
 		value   *time.Duration
 		initial time.Duration
 	}{
-		{"AcquireTimeout", &full.AcquireTimeout, AcquireTimeoutDefault},
-		{"StatementTimeout", &full.StatementTimeout, StatementTimeoutDefault},
-		{"LockTimeout", &full.LockTimeout, LockTimeoutDefault},
-		{"PrepareTimeout", &full.PrepareTimeout, PrepareTimeoutDefault},
-		{"IdleInTransactionTimeout", &full.IdleInTransactionTimeout, IdleInTransactionTimeoutDefault},
+		{"AcquireTimeout", &full.AcquireTimeout, time.Second},
+		{"StatementTimeout", &full.StatementTimeout, 10 * time.Second},
+		{"LockTimeout", &full.LockTimeout, 5 * time.Second},
+		{"PrepareTimeout", &full.PrepareTimeout, 250 * time.Millisecond},
+		{"IdleInTransactionTimeout", &full.IdleInTransactionTimeout, 20 * time.Second},
 	} {
 		if *field.value == 0 {
 			*field.value = field.initial

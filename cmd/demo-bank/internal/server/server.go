@@ -60,7 +60,7 @@ type Config struct {
 	// TTL is how long records count: at least idempotency.TTLMin. The default is idempotency.TTLDefault.
 	TTL time.Duration
 
-	// ReapInterval is how long the reaper of expired records rests. The default is postgres.ReaperIntervalDefault.
+	// ReapInterval is how long the reaper of expired records rests. Defaults to 1 minute.
 	ReapInterval time.Duration
 
 	// HandlerTimeout bounds the claim and the handler of a request together, up to [HandlerTimeoutMax]. The default is
