@@ -37,6 +37,9 @@ const (
 	ReasonOutcomeUnknown  Reason = "outcome-unknown"
 	ReasonCallUnknown     Reason = "call-unknown"
 	ReasonRecordCorrupt   Reason = "record-corrupt"
+
+	// reasonOfRefusal stands in the decision table for the reason of the [Refusal]. No result has it.
+	reasonOfRefusal Reason = "(its own)"
 )
 
 // Disposition says what an answer means for the transaction. A policy maps a status to it; see [DefaultDisposition].
@@ -87,6 +90,7 @@ const (
 	factAnsweredCommit  // the handler answered, by policy for good
 	factAnsweredDecline // the handler answered, by policy without its writes
 	factAnsweredForget  // the handler answered, by policy for this once
+	factRefused         // the adapter's function returned a Refusal: the handler did not run
 	factHandlerFailed   // the handler or a policy panicked, its answer can't be recorded, or it wants to commit an aborted transaction
 	factTransactionLost // the handler ended the transaction behind our back
 
@@ -170,6 +174,8 @@ func decide(fact fact) decision {
 		return decision{action: actionDecline}
 	case factAnsweredForget:
 		return decision{action: actionForget}
+	case factRefused:
+		return decision{actionRefuse, OutcomeNotExecuted, reasonOfRefusal}
 	case factHandlerFailed:
 		return decision{actionRefuse, OutcomeNotExecuted, ReasonHandlerFailed}
 	case factTransactionLost:
@@ -213,7 +219,7 @@ func decide(fact fact) decision {
 // record no end is not-executed, and none suggests a new key.
 func factOfEnd(fact fact, recorded, derived bool) fact {
 	switch decision := decide(fact); {
-	case recorded && decision.reason == ReasonUnavailable:
+	case recorded && (decision.reason == ReasonUnavailable || decision.reason == reasonOfRefusal):
 		return factRecordUnread
 	case !derived:
 	case decision.outcome == OutcomeNotExecuted && decision.action == actionAnswer:
@@ -301,8 +307,10 @@ func factAfterHandler(sealed, failed error, disposition Disposition) fact {
 		return factTransactionLost
 	case errors.Is(sealed, ErrSerialization):
 		return factSerialization
-	case errors.Is(sealed, ErrUnavailable), errors.Is(failed, ErrUnavailable):
+	case errors.Is(sealed, ErrUnavailable), errors.Is(failed, errHandlerTimeout):
 		return factUnavailable
+	case refusalOf(failed) != nil:
+		return factRefused
 	case failed != nil:
 		return factHandlerFailed
 	case disposition == DispositionDecline:

@@ -24,6 +24,7 @@ func TestDecideEveryRow(t *testing.T) {
 		factAnsweredCommit:     {action: actionCommit},
 		factAnsweredDecline:    {action: actionDecline},
 		factAnsweredForget:     {action: actionForget},
+		factRefused:            {actionRefuse, OutcomeNotExecuted, reasonOfRefusal},
 		factHandlerFailed:      {actionRefuse, OutcomeNotExecuted, ReasonHandlerFailed},
 		factTransactionLost:    {actionRefuse, OutcomeUnknown, ReasonTransactionLost},
 		factCommitted:          {action: actionAnswer, outcome: OutcomeExecuted},
@@ -74,14 +75,14 @@ func TestFactOfEnd(t *testing.T) {
 	t.Parallel()
 	recorded := map[fact]fact{
 		factUnavailable: factRecordUnread, factRestartsSpent: factRecordUnread, factDeclineFailed: factRecordUnread,
-		factResolvedAbsent: factRecordUnread,
+		factResolvedAbsent: factRecordUnread, factRefused: factRecordUnread,
 	}
 	derived := map[fact]fact{
 		factForgotten: factCallForgotten,
 
 		factUnavailable: factCallUnknown, factRestartsSpent: factCallUnknown, factHandlerFailed: factCallUnknown,
 		factCommitAborted: factCallUnknown, factDeclineFailed: factCallUnknown, factResolvedAbsent: factCallUnknown,
-		factRecordedOther: factCallUnknown,
+		factRecordedOther: factCallUnknown, factRefused: factCallUnknown,
 	}
 	both := maps.Clone(derived)
 	maps.Copy(both, recorded)
@@ -289,7 +290,11 @@ func TestFactAfterHandler(t *testing.T) {
 		"no disposition we know":    {nil, Disposition(9), first, factAnsweredForget},
 		"failed":                    {errOther, DispositionForget, first, factHandlerFailed},
 		"panicked":                  {panicked, DispositionForget, first, factHandlerFailed},
-		"could not run":             {wrap(ErrUnavailable), DispositionForget, map[error]fact{ErrTransactionLost: factTransactionLost, ErrSerialization: factSerialization}, factUnavailable},
+		"took longer":               {wrap(errHandlerTimeout), DispositionForget, map[error]fact{ErrTransactionLost: factTransactionLost, ErrSerialization: factSerialization}, factUnavailable},
+		"refused":                   {&Refusal{Reason: ReasonQuotaExceeded}, DispositionForget, first, factRefused},
+		"refused without a reason":  {&Refusal{}, DispositionForget, first, factHandlerFailed},
+		"panicked with a refusal":   {&PanicError{Value: &Refusal{Reason: ReasonQuotaExceeded}}, DispositionForget, first, factHandlerFailed},
+		"failed, unavailable":       {wrap(ErrUnavailable), DispositionForget, first, factHandlerFailed},
 		"failed with a serializing": {wrap(ErrSerialization), DispositionForget, first, factHandlerFailed},
 	} {
 		t.Run(name, func(t *testing.T) {

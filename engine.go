@@ -196,10 +196,42 @@ func (e *Engine) Options() Options { return e.options }
 // InFlight returns how many requests are in the engine now, those of its relatives by [Engine.With] included.
 func (e *Engine) InFlight() int { return int(e.inFlight.Load()) }
 
-// RunFunc runs the handler once. It is called again, with a new context, where the transaction has to be started
-// again, and must then start from the request as it came. An error means that there is no answer to keep: the handler
-// failed, or could not be run where it wraps [ErrUnavailable].
+// RunFunc runs the handler once and returns its answer. The engine calls it again, with a new
+// context, if the transaction has to be started again; each call must start from the request as it
+// arrived. A [*Refusal] means that the handler was not run, and any other error that it failed; in
+// both cases nothing is recorded.
 type RunFunc func(ctx context.Context) (*Answer, error)
+
+// Refusal is the error of a [RunFunc] that did not run the handler, after the claim has shown that
+// the request's key is new: a quota is used up, for example. It must be returned as it is, not
+// wrapped. The request ends as [OutcomeNotExecuted] with Reason; or as [OutcomeUnknown] if an
+// earlier run of the same request called [DerivedKey].
+type Refusal struct {
+	Reason     Reason        // required: without one the handler has failed
+	RetryAfter time.Duration // after which a retry may succeed; zero if that is not known
+	Err        error         // for the operator; its text holds no key, body or credential. May be nil
+}
+
+// Error returns the reason and the text of Err.
+func (r *Refusal) Error() string {
+	if r.Err == nil {
+		return "refused: " + string(r.Reason)
+	}
+	return "refused: " + string(r.Reason) + ": " + r.Err.Error()
+}
+
+// Unwrap returns Err.
+func (r *Refusal) Unwrap() error { return r.Err }
+
+// refusalOf returns the refusal that a RunFunc returned, or nil. A handler that panics with one has
+// failed.
+func refusalOf(failed error) *Refusal {
+	refusal, _ := failed.(*Refusal)
+	if refusal == nil || refusal.Reason == "" {
+		return nil
+	}
+	return refusal
+}
 
 // Result is what became of a request.
 type Result struct {
@@ -234,6 +266,9 @@ func (e *Engine) Do(ctx context.Context, req Request, run RunFunc) (result Resul
 	}()
 	return e.do(trace.ctx, &req, run, &trace)
 }
+
+// errHandlerTimeout means that an answer which is not recorded came after the handler's timeout.
+var errHandlerTimeout = fmt.Errorf("%w: the handler took longer", ErrUnavailable)
 
 // errGoexit stands for a handler that ended its goroutine.
 var errGoexit = errors.New("handler did not return")
@@ -380,7 +415,7 @@ func (e *Engine) attempt(ctx context.Context, budget *deadline.Context, req *Req
 	case disposition != DispositionForget:
 		recorded, failed = e.reduce(answer)
 	case budget.Err() != nil:
-		failed = errors.Join(failed, fmt.Errorf("%w: the handler took longer than %v", ErrUnavailable, e.options.HandlerTimeout))
+		failed = errors.Join(failed, fmt.Errorf("%w than %v", errHandlerTimeout, e.options.HandlerTimeout))
 	}
 	fact := factAfterHandler(sealed, failed, disposition)
 	switch decide(fact).action {
@@ -413,6 +448,9 @@ func (e *Engine) attempt(ctx context.Context, budget *deadline.Context, req *Req
 	case actionRestart:
 		return Result{}, err
 	default:
+		if decision.reason == reasonOfRefusal {
+			decision.reason = refusalOf(failed).Reason
+		}
 		return refuse(decision, err), nil
 	}
 }

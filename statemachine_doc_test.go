@@ -13,7 +13,7 @@ func TestStateMachineDocIsTheTable(t *testing.T) {
 		"Claimed": factClaimed, "InProgress": factInProgress, "Awaited": factAwaited, "Turn": factTurn, "RecordedSame": factRecordedSame, "RecordedOther": factRecordedOther,
 		"RecordedUnreadable": factRecordedUnreadable, "Unavailable": factUnavailable, "Serialization": factSerialization,
 		"RestartsSpent": factRestartsSpent, "RecordUnread": factRecordUnread, "AnsweredCommit": factAnsweredCommit, "AnsweredDecline": factAnsweredDecline,
-		"AnsweredForget": factAnsweredForget, "HandlerFailed": factHandlerFailed, "TransactionLost": factTransactionLost,
+		"AnsweredForget": factAnsweredForget, "Refused": factRefused, "HandlerFailed": factHandlerFailed, "TransactionLost": factTransactionLost,
 		"Committed": factCommitted, "Declined": factDeclined, "Forgotten": factForgotten, "KeyRecorded": factKeyRecorded,
 		"CommitAborted": factCommitAborted, "DeclineFailed": factDeclineFailed, "OutcomeUnknown": factOutcomeUnknown,
 		"RecordCorrupt": factRecordCorrupt, "CommitUnknown": factCommitUnknown, "ResolvedOurs": factResolvedOurs, "ResolvedAbsent": factResolvedAbsent,

@@ -213,7 +213,7 @@ func TestOneOfThoseThatWaitRunsWhereTheFirstLeavesNothing(t *testing.T) {
 		"answers 500":         answering(500),
 		"answers 429":         answering(429),
 		"fails":               failing(errOther),
-		"can't run":           failing(idempotency.ErrUnavailable),
+		"is refused":          failing(&idempotency.Refusal{Reason: idempotency.ReasonUnavailable}),
 		"panics":              panicking("value"),
 		"aborts":              panicking(http.ErrAbortHandler),
 		"ends its goroutine":  func(context.Context) (*idempotency.Answer, error) { runtime.Goexit(); return nil, nil },

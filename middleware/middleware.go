@@ -196,13 +196,14 @@ func (m *Middleware) answer(w http.ResponseWriter, r *http.Request, result idemp
 		h[name], values = values[:1:1], values[1:]
 	}
 	switch {
+	case result.Reason == idempotency.ReasonQuotaExceeded:
+		var refusal *idempotency.Refusal
+		errors.As(result.Err, &refusal)
+		h.Set("Retry-After", retryAfter(refusal.RetryAfter))
+		m.refuse(w, r, result.Reason, errQuotaExceeded, nil)
+		return
 	case result.Answer == nil:
 		m.writeProblem(w, result.Reason, result.Outcome, nil)
-		return
-	case result.Answer == run.refused:
-		h.Set("Retry-After", retryAfter(run.retryAfter))
-		m.traceRefused(r, idempotency.ReasonQuotaExceeded, errQuotaExceeded, nil)
-		m.writeProblem(w, idempotency.ReasonQuotaExceeded, result.Outcome, nil)
 		return
 	case result.Record == nil: // the handler's own answer, with all its headers
 		clear(h)
@@ -274,9 +275,7 @@ type run struct {
 	recorder *recorder // of the last run
 	answered bool      // the last run gave an answer
 
-	counted    *slot               // the request's place in its scope's quota
-	refused    *idempotency.Answer // what the last run answered where there was none
-	retryAfter time.Duration       // and when there is one again
+	counted *slot // the request's place in its scope's quota; nil if it has none
 }
 
 // errRouterState is why a handler did not run again.
@@ -284,8 +283,8 @@ var errRouterState = errors.New("handler can't run again, because a router's sta
 
 // once runs the handler on a copy of the request, into a recorder.
 func (run *run) once(ctx context.Context) (*idempotency.Answer, error) {
-	if !run.count() {
-		return run.refused, nil
+	if refusal := run.count(); refusal != nil {
+		return nil, refusal
 	}
 	run.runs++
 	run.answered = false
@@ -294,7 +293,7 @@ func (run *run) once(ctx context.Context) (*idempotency.Answer, error) {
 		case run.restore != nil:
 			ctx = run.restore(ctx)
 		case mayCarryChiRoute(run.request.Context()):
-			return nil, fmt.Errorf("%w: %w", idempotency.ErrUnavailable, errRouterState)
+			return nil, &idempotency.Refusal{Reason: idempotency.ReasonUnavailable, Err: errRouterState}
 		}
 	}
 	one := &struct { // of this run alone: an earlier one may not have let go of its own

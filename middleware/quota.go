@@ -27,8 +27,6 @@ const (
 // what a conflict costs: the claim and a ROLLBACK, two round trips that write nothing. An earlier
 // refusal would also refuse replays, because only the table knows which requests they are. A
 // request that leaves no record, such as a 500, is subtracted again.
-//
-// While there is a quota, an answer 429 is forgotten, whatever Engine.Disposition makes of it.
 type Quota struct {
 	// KeysMax is how many keys a scope may record per Window. Zero is no quota.
 	KeysMax int
@@ -66,9 +64,8 @@ func (q Quota) equal(other Quota) bool {
 	return q.KeysMax == other.KeysMax && q.Window == other.Window && q.ScopesMax == other.ScopesMax
 }
 
-// engine returns the engine's options. A reduced answer is rid of headers that no replay may hold: a record of them would
-// be taken for a forged one. A request over its quota is answered 429 by what stands in for its handler, and no policy may
-// take that for an answer to keep.
+// engine returns the engine's options. Reduce must not add a header that is never recorded: such a
+// record would be taken for a forged one.
 func (o *Options) engine() *idempotency.Options {
 	engine := o.Engine
 	if reduce := engine.Reduce; reduce != nil {
@@ -78,16 +75,6 @@ func (o *Options) engine() *idempotency.Options {
 			maps.DeleteFunc(reduced.Header, func(name string, _ []string) bool { return neverRecorded(http.CanonicalHeaderKey(name)) })
 			return reduced
 		}
-	}
-	if o.Quota.KeysMax == 0 {
-		return &engine
-	}
-	policy := engine.Disposition
-	engine.Disposition = func(status int) idempotency.Disposition {
-		if status == http.StatusTooManyRequests {
-			return idempotency.DispositionForget
-		}
-		return policy(status)
 	}
 	return &engine
 }
@@ -171,19 +158,18 @@ func (q *quota) forget(now time.Time) {
 // errQuotaExceeded is why a request was refused.
 var errQuotaExceeded = errors.New("scope has recorded as many keys as it may: see Options.Quota")
 
-// count gives the request its place in its scope's quota, and reports whether there was one. It is called when the key
-// has been claimed, before the handler.
-func (run *run) count() bool {
-	run.refused = nil
+// count counts the request's key in its scope's quota, before the handler's first run. It returns a
+// refusal if the scope has no key left.
+func (run *run) count() *idempotency.Refusal {
 	if run.m.quota == nil || run.key.Value == "" || run.counted != nil {
-		return true
+		return nil
 	}
-	run.counted, run.retryAfter = run.m.quota.take(run.key.Scope)
+	var wait time.Duration
+	run.counted, wait = run.m.quota.take(run.key.Scope)
 	if run.counted == nil {
-		run.refused = &idempotency.Answer{Status: http.StatusTooManyRequests}
-		return false
+		return &idempotency.Refusal{Reason: idempotency.ReasonQuotaExceeded, RetryAfter: wait, Err: errQuotaExceeded}
 	}
-	return true
+	return nil
 }
 
 // do runs the request through the engine, and settles its place in the quota however that ends.

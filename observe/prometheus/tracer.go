@@ -128,7 +128,7 @@ var ends = []struct {
 	{idempotency.OutcomeReplayed, []idempotency.Reason{""}},
 	{idempotency.OutcomeInProgress, []idempotency.Reason{idempotency.ReasonInProgress}},
 	{idempotency.OutcomeMismatch, []idempotency.Reason{idempotency.ReasonKeyReused}},
-	{idempotency.OutcomeNotExecuted, []idempotency.Reason{"", idempotency.ReasonHandlerFailed, idempotency.ReasonUnavailable}},
+	{idempotency.OutcomeNotExecuted, []idempotency.Reason{"", idempotency.ReasonHandlerFailed, idempotency.ReasonUnavailable, idempotency.ReasonQuotaExceeded}},
 	{idempotency.OutcomeUnknown, []idempotency.Reason{
 		"", idempotency.ReasonCallUnknown, idempotency.ReasonOutcomeUnknown, idempotency.ReasonRecordCorrupt, idempotency.ReasonTransactionLost,
 	}},
