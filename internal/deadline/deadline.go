@@ -110,3 +110,15 @@ func (c *Context) end(err error) {
 		close(c.done)
 	}
 }
+
+// Sleep returns nil after d, or ctx's error if ctx ends before.
+func Sleep(ctx context.Context, d time.Duration) error {
+	timer := time.NewTimer(d)
+	defer timer.Stop()
+	select {
+	case <-ctx.Done():
+		return ctx.Err()
+	case <-timer.C:
+		return nil
+	}
+}

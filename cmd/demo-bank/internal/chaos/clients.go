@@ -8,16 +8,17 @@ import (
 	"time"
 
 	"golang.org/x/sync/errgroup"
+
+	"github.com/paidonce/idempotency/cmd/demo-bank/internal/storm"
+	"github.com/paidonce/idempotency/internal/deadline"
 )
 
 const (
-	backoffFirst = 10 * time.Millisecond
-	backoffMax   = 500 * time.Millisecond
-	reusedPause  = 16 * time.Millisecond // between two looks whether an expired record is gone
-	laterMin     = time.Second
-	laterMax     = 5 * time.Second
-	lanesMax     = 5 // copies of one key that a client has in flight at once
-	idlePause    = 20 * time.Millisecond
+	reusedPause = 16 * time.Millisecond // between two looks whether an expired record is gone
+	laterMin    = time.Second
+	laterMax    = 5 * time.Second
+	lanesMax    = 5 // copies of one key that a client has in flight at once
+	idlePause   = 20 * time.Millisecond
 )
 
 // client works on one key after the other, with a few connections: it sends some keys twice or more at once.
@@ -33,7 +34,7 @@ func newClient(r *run, id int) *client {
 
 func (c *client) close() {
 	for _, l := range c.lanes {
-		l.close()
+		l.Close()
 	}
 }
 
@@ -44,7 +45,7 @@ func (c *client) work(ctx context.Context) {
 		over := r.loadOver.Load()
 		if k := r.later.pop(over); k != nil {
 			r.tally.clientFaults.add("later copy")
-			c.lanes[0].ask(ctx, k, false, noTrouble)
+			c.lanes[0].ask(ctx, k, false, storm.NoTrouble)
 			continue
 		}
 		if over {
@@ -80,7 +81,7 @@ func (c *client) drive(ctx context.Context, k *key) {
 		c.lanes[0].ask(ctx, k, false, r.drawTrouble(choice))
 	}
 	if k.changed && !k.open() { // after the key's own answer, so that the changed one can't be the one that is executed
-		c.lanes[0].ask(ctx, k, true, noTrouble)
+		c.lanes[0].ask(ctx, k, true, storm.NoTrouble)
 	}
 	if k.later > 0 && !k.abandoned() {
 		r.later.push(k, time.Now().Add(laterMin+rand.N(laterMax-laterMin)))
@@ -88,29 +89,29 @@ func (c *client) drive(ctx context.Context, k *key) {
 }
 
 // drawTrouble chooses what happens to the first request of a copy.
-func (r *run) drawTrouble(choice *rand.Rand) trouble {
+func (r *run) drawTrouble(choice *rand.Rand) storm.Trouble {
 	n, s := choice.IntN(1000), r.profile.shares
 	for _, one := range []struct {
 		share int
-		trouble
-	}{{s.cut, troubleCut}, {s.hangUp, troubleHangUp}, {s.halfSent, troubleHalfSent}, {s.slow, troubleSlow}} {
+		storm.Trouble
+	}{{s.cut, storm.Cut}, {s.hangUp, storm.HangUp}, {s.halfSent, storm.HalfSent}, {s.slow, storm.Slow}} {
 		if n -= one.share; n < 0 {
-			return one.trouble
+			return one.Trouble
 		}
 	}
-	return noTrouble
+	return storm.NoTrouble
 }
 
 // ask sends a key's request until it is answered for good, or the key is given up, or ctx ends. It is what
 // docs/guarantees.md tells a client to do.
-func (l *lane) ask(ctx context.Context, k *key, changed bool, t trouble) {
-	backoff := backoffFirst
+func (l *lane) ask(ctx context.Context, k *key, changed bool, t storm.Trouble) {
+	backoff := storm.BackoffFirst
 	for ctx.Err() == nil && k.begin() {
 		l.run.tally.trouble(t)
 		what := l.send(ctx, k, changed, false, t)
 		k.end(what)
 		l.run.finished(what)
-		t = noTrouble
+		t = storm.NoTrouble
 		switch what {
 		case resultAnswered, resultMismatch:
 			if changed != (what == resultMismatch) {
@@ -129,10 +130,10 @@ func (l *lane) ask(ctx context.Context, k *key, changed bool, t trouble) {
 		if k.asks == askReused && what == resultAgain {
 			pause = reusedPause
 		}
-		if sleep(ctx, pause/2+rand.N(pause/2)) != nil {
+		if deadline.Sleep(ctx, pause/2+rand.N(pause/2)) != nil {
 			return
 		}
-		backoff = min(2*backoff, backoffMax)
+		backoff = min(2*backoff, storm.BackoffMax)
 	}
 }
 
@@ -165,7 +166,7 @@ func (r *run) awaitLoad(ctx context.Context) error {
 		if r.tally.finished.Load() >= limit {
 			return nil // what was not reached is found by the report
 		}
-		if err := sleep(ctx, idlePause); err != nil {
+		if err := deadline.Sleep(ctx, idlePause); err != nil {
 			return err
 		}
 	}

@@ -14,6 +14,7 @@ import (
 	"time"
 
 	"github.com/paidonce/idempotency/cmd/demo-bank/internal/check"
+	"github.com/paidonce/idempotency/cmd/demo-bank/internal/storm"
 	"github.com/paidonce/idempotency/internal/pgfault"
 )
 
@@ -67,7 +68,7 @@ func clientOf(t *testing.T, b http.Handler, giveUp float64) (*run, *lane) {
 	r.banks = newBanks(r)
 	r.banks.slots = []*slot{{run: r, address: strings.TrimPrefix(server.URL, "http://")}}
 	l := newLane(r, 0)
-	t.Cleanup(l.close)
+	t.Cleanup(l.Close)
 	return r, l
 }
 
@@ -84,8 +85,8 @@ func diaryOf(t *testing.T, r *run) {
 
 func eventually(t *testing.T, what string, so func() bool) {
 	t.Helper()
-	for deadline := time.Now().Add(30 * time.Second); !so(); time.Sleep(5 * time.Millisecond) {
-		if time.Now().After(deadline) {
+	for until := time.Now().Add(30 * time.Second); !so(); time.Sleep(5 * time.Millisecond) {
+		if time.Now().After(until) {
 			t.Fatalf("it never came true: %s", what)
 		}
 	}
@@ -120,7 +121,7 @@ func TestAClientDoesWhatTheGuaranteesSay(t *testing.T) {
 		b := &bankOf{answers: one.answers}
 		r, l := clientOf(t, b, 1)
 		k := aTransfer()
-		l.ask(t.Context(), k, false, noTrouble)
+		l.ask(t.Context(), k, false, storm.NoTrouble)
 		if len(b.bodies) != one.asks || k.abandoned() != one.givenUp || k.settled == one.givenUp {
 			t.Errorf("%s: it asked %d times, gave up: %t, has its answer: %t", name, len(b.bodies), k.givenUp, k.settled)
 		}
@@ -143,7 +144,7 @@ func TestWhatAClientSaw(t *testing.T) {
 	t.Parallel()
 	_, l := clientOf(t, &bankOf{answers: []string{"cut"}}, 0)
 	k := aTransfer()
-	l.ask(t.Context(), k, false, noTrouble)
+	l.ask(t.Context(), k, false, storm.NoTrouble)
 	lost, answered := l.ops[0], l.ops[1]
 	if lost.Returned != 0 || lost.Outcome != "" || lost.Status != 0 || lost.Answer != [32]byte{} || lost.Sent == 0 {
 		t.Errorf("a lost reply is %+v", lost)
@@ -175,7 +176,7 @@ func TestAChangedBodyMustBeAMismatch(t *testing.T) {
 		"422 mismatch ": {false, true},
 	} {
 		r, l := clientOf(t, &bankOf{answers: []string{answer}}, 0)
-		l.ask(t.Context(), aTransfer(), one.changed, noTrouble)
+		l.ask(t.Context(), aTransfer(), one.changed, storm.NoTrouble)
 		if got := r.unexpected.count > 0; got != one.wrong {
 			t.Errorf("%s to a changed body (%t) is wrong: %t", answer, one.changed, got)
 		}
@@ -189,9 +190,9 @@ func TestAChangedBodyMustBeAMismatch(t *testing.T) {
 func TestTroubleIsMade(t *testing.T) {
 	t.Parallel()
 	for _, one := range []struct {
-		trouble
+		storm.Trouble
 		lost, whole int // replies that are missed; bodies that arrive
-	}{{troubleCut, 1, 2}, {troubleHangUp, 1, 2}, {troubleHalfSent, 0, 1}, {troubleSlow, 0, 1}} {
+	}{{storm.Cut, 1, 2}, {storm.HangUp, 1, 2}, {storm.HalfSent, 0, 1}, {storm.Slow, 0, 1}} {
 		b := &bankOf{}
 		r, l := clientOf(t, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 			b.mu.Lock()
@@ -212,7 +213,7 @@ func TestTroubleIsMade(t *testing.T) {
 		}), 0)
 		k := aTransfer()
 		started := time.Now()
-		l.ask(t.Context(), k, false, one.trouble)
+		l.ask(t.Context(), k, false, one.Trouble)
 		lost := 0
 		for _, op := range l.ops {
 			if op.Returned == 0 {
@@ -220,12 +221,12 @@ func TestTroubleIsMade(t *testing.T) {
 			}
 		}
 		if lost != one.lost || len(b.bodies) != one.whole || !k.settled || r.unexpected.count > 0 {
-			t.Errorf("trouble %d: %d replies were lost, %d bodies arrived: %q", one.trouble, lost, len(b.bodies), b.bodies)
+			t.Errorf("trouble %d: %d replies were lost, %d bodies arrived: %q", one.Trouble, lost, len(b.bodies), b.bodies)
 		}
-		if one.trouble == troubleSlow && time.Since(started) < 3*slowPause {
+		if one.Trouble == storm.Slow && time.Since(started) < 100*time.Millisecond {
 			t.Error("a slow body was quick")
 		}
-		if one.trouble == troubleHalfSent && b.begun != 2 {
+		if one.Trouble == storm.HalfSent && b.begun != 2 {
 			t.Errorf("the half-sent body did not come: %d requests", b.begun)
 		}
 	}
@@ -236,7 +237,7 @@ func TestAHalfSentBodyForbidsNothing(t *testing.T) {
 	t.Parallel()
 	_, l := clientOf(t, &bankOf{answers: []string{"503 not-executed"}}, 1)
 	k := aTransfer()
-	l.ask(t.Context(), k, false, troubleHalfSent)
+	l.ask(t.Context(), k, false, storm.HalfSent)
 	if !k.abandoned() || len(l.ops) != 1 {
 		t.Errorf("it was given up: %t; %d operations", k.abandoned(), len(l.ops))
 	}
@@ -257,8 +258,8 @@ func TestAHangUpAtCommitReachesTheClient(t *testing.T) {
 	for n, one := range []*key{k, twin} {
 		group.Go(func() {
 			lane := newLane(r, n+1)
-			defer lane.close()
-			if what := lane.send(t.Context(), one, false, false, noTrouble); what != resultLost || len(lane.ops) != 1 {
+			defer lane.Close()
+			if what := lane.send(t.Context(), one, false, false, storm.NoTrouble); what != resultLost || len(lane.ops) != 1 {
 				t.Errorf("a client that was hung up makes of it %d, %d operations", what, len(lane.ops))
 			}
 		})
@@ -288,7 +289,7 @@ func TestNobodyThere(t *testing.T) {
 	ctx, cancel := context.WithTimeout(t.Context(), 100*time.Millisecond)
 	defer cancel()
 	k := aTransfer()
-	l.ask(ctx, k, false, noTrouble)
+	l.ask(ctx, k, false, storm.NoTrouble)
 	if len(l.ops) != 0 || r.tally.unsent.Load() == 0 || r.tally.finished.Load() != 0 || k.tainted {
 		t.Errorf("%d operations, %d unsent, %d finished, tainted: %t", len(l.ops), r.tally.unsent.Load(), r.tally.finished.Load(), k.tainted)
 	}

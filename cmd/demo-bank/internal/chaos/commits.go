@@ -8,6 +8,7 @@ import (
 
 	"github.com/jackc/pgx/v5"
 
+	"github.com/paidonce/idempotency/internal/deadline"
 	"github.com/paidonce/idempotency/internal/pgfault"
 )
 
@@ -67,7 +68,7 @@ func (c *commits) fault(bank int, commit pgfault.Commit) pgfault.Fault {
 	c.run.tally.commitFaults.add(string(f.kind))
 	c.run.note("bank %d: COMMIT %d of key %d: %s", bank, n, k.index, f.kind)
 	switch f.kind {
-	case terminateBefore, terminateAfter, lateCommit, halfOpen: // F6, F11, F12
+	case terminateBefore, terminateAfter, lateCommit, halfOpen: // PostgreSQL itself may not know for a while
 		c.run.keys.markExempt(k)
 	}
 	terminate := func() { c.run.terminate(commit.BackendPID) }
@@ -91,7 +92,7 @@ func (c *commits) fault(bank int, commit pgfault.Commit) pgfault.Fault {
 	case hangUpAtCommit:
 		return pgfault.Fault{Kind: pgfault.CallBefore, Hook: func() {
 			c.run.keys.hangUp(k)
-			_ = sleep(context.Background(), hangUpPause)
+			_ = deadline.Sleep(context.Background(), hangUpPause)
 		}}
 	case killCommitting:
 		return pgfault.Fault{Kind: pgfault.CallAfter, Hook: func() { c.run.banks.kill(bank, arm{}) }}

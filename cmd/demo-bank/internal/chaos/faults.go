@@ -8,6 +8,8 @@ import (
 
 	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgconn"
+
+	"github.com/paidonce/idempotency/internal/deadline"
 )
 
 const (
@@ -42,7 +44,7 @@ func (r *run) tracks() [][]event {
 func (r *run) breakThings(ctx context.Context, track []event) error {
 	for _, e := range track {
 		for r.tally.finished.Load() < e.due {
-			if err := sleep(ctx, idlePause); err != nil {
+			if err := deadline.Sleep(ctx, idlePause); err != nil {
 				return err
 			}
 		}
@@ -85,20 +87,20 @@ func (r *run) do(ctx context.Context, e event) (bool, error) {
 		proxy.SetRefuse(true)
 		defer proxy.SetRefuse(false)
 		r.allow(proxy.CutAll())
-		return true, sleep(ctx, e.length)
+		return true, deadline.Sleep(ctx, e.length)
 	case pause:
 		r.allow(proxy.Connections())
 		proxy.SetPaused(true)
 		defer proxy.SetPaused(false)
-		return true, sleep(ctx, e.length)
+		return true, deadline.Sleep(ctx, e.length)
 	case latency:
 		proxy.SetLatency(time.Duration(e.amount) * time.Millisecond)
 		defer proxy.SetLatency(0)
-		return true, sleep(ctx, e.length)
+		return true, deadline.Sleep(ctx, e.length)
 	case slowLink:
 		proxy.SetRate(e.amount)
 		defer proxy.SetRate(0)
-		return true, sleep(ctx, e.length)
+		return true, deadline.Sleep(ctx, e.length)
 	case crashPostmaster:
 		r.allowAll()
 		r.tally.crashes.Add(1)
@@ -144,7 +146,7 @@ func (r *run) allowAll() {
 // insist does something until it has its effect, or was tried for long enough: the database may be what something else
 // breaks at the same time, and nobody may be at work.
 func (r *run) insist(ctx context.Context, limit time.Duration, do func() (bool, error)) (bool, error) {
-	for deadline := time.Now().Add(limit); ; {
+	for until := time.Now().Add(limit); ; {
 		done, err := do()
 		if err != nil {
 			r.note("could not: %v", err)
@@ -154,10 +156,10 @@ func (r *run) insist(ctx context.Context, limit time.Duration, do func() (bool, 
 			return false, ctx.Err()
 		case errors.Is(err, errNoRestart):
 			return false, err
-		case done || time.Now().After(deadline):
+		case done || time.Now().After(until):
 			return done, nil
 		}
-		if err := sleep(ctx, idlePause); err != nil {
+		if err := deadline.Sleep(ctx, idlePause); err != nil {
 			return false, err
 		}
 	}
@@ -245,7 +247,7 @@ func (r *run) awaitRestart(ctx context.Context, before time.Time, notice time.Du
 		case err == nil && time.Since(began) > notice:
 			return false, nil
 		}
-		if err := sleep(ctx, idlePause); err != nil {
+		if err := deadline.Sleep(ctx, idlePause); err != nil {
 			return false, err
 		}
 	}
@@ -263,7 +265,7 @@ func (r *run) holdLocks(ctx context.Context, length time.Duration, lock string, 
 				return err
 			}
 			held = true
-			return sleep(ctx, length)
+			return deadline.Sleep(ctx, length)
 		})
 	})
 	return held, err
@@ -275,11 +277,11 @@ func (r *run) lull(ctx context.Context) (bool, error) {
 	before := r.tally.unknown.Load()
 	r.commits.calm(lullCommits * r.config.Banks)
 	defer r.commits.calm(0)
-	for deadline := time.Now().Add(lullMax); r.tally.unknown.Load() == before; {
-		if time.Now().After(deadline) {
+	for until := time.Now().Add(lullMax); r.tally.unknown.Load() == before; {
+		if time.Now().After(until) {
 			return false, nil
 		}
-		if err := sleep(ctx, idlePause); err != nil {
+		if err := deadline.Sleep(ctx, idlePause); err != nil {
 			return false, err
 		}
 	}
@@ -294,7 +296,7 @@ func (r *run) deadlock(ctx context.Context) (bool, error) {
 			if _, err := tx.Exec(ctx, lockFree, r.keys.names[accounts*3/4], r.keys.names[accounts-1]); err != nil {
 				return err
 			}
-			if err := sleep(ctx, deadlockPause); err != nil {
+			if err := deadline.Sleep(ctx, deadlockPause); err != nil {
 				return err
 			}
 			wanted = true

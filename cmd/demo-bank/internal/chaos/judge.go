@@ -10,13 +10,14 @@ import (
 
 	"github.com/paidonce/idempotency"
 	"github.com/paidonce/idempotency/cmd/demo-bank/internal/check"
+	"github.com/paidonce/idempotency/internal/deadline"
 )
 
 const (
 	ttl           = 24 * time.Hour // the bank's default
 	judgeWaitMax  = 10 * time.Minute
 	quietWaitMax  = 20 * time.Second // a half-open transaction ends by itself
-	unknownRate   = 0.001            // of the answers outside of F6, F11 and F12
+	unknownRate   = 0.001            // of the answers where no COMMIT was left open or its backend ended
 	unknownAlways = 2                // in a run so short that its rate means nothing
 
 	causesName = "causes"
@@ -66,21 +67,21 @@ func (r *run) judge(ctx context.Context) error {
 	return nil
 }
 
-// baseline is I12, for all banks together.
+// baseline is back-at-baseline, for all banks together.
 func baseline(before, after check.Resources) check.Result { return check.Baseline(before, after) }
 
 // awaitQuiet looks until the cluster is quiet, or had time enough.
 func (r *run) awaitQuiet(ctx context.Context) (quiet check.Result, err error) {
-	deadline := time.Now().Add(quietWaitMax)
+	until := time.Now().Add(quietWaitMax)
 	for {
 		err = r.cluster.with(ctx, databaseTimeout, func(ctx context.Context, conn *pgx.Conn) error {
 			quiet, err = check.Quiet(ctx, conn)
 			return err
 		})
-		if err != nil || quiet.OK() || time.Now().After(deadline) {
+		if err != nil || quiet.OK() || time.Now().After(until) {
 			return quiet, err
 		}
-		if err := sleep(ctx, scrapeInterval); err != nil {
+		if err := deadline.Sleep(ctx, scrapeInterval); err != nil {
 			return quiet, err
 		}
 	}
@@ -104,7 +105,7 @@ func (r *run) withoutPlanted(ops []check.Operation) []check.Operation {
 	reused := make(map[check.Key]time.Duration) // when a fresh answer was first seen; 0: not yet
 	for _, k := range r.keys.all() {
 		if k.asks == askReused {
-			reused[check.Key{Scope: tenantNames[k.tenant].scope, Key: k.text}] = 0
+			reused[check.Key{Scope: tenants[k.tenant].scope, Key: k.text}] = 0
 		}
 	}
 	for i := range ops {
@@ -171,7 +172,7 @@ func (r *run) unknownCheck() check.Result {
 	t := &r.tally
 	others := t.unknown.Load() - t.unknownExempt.Load()
 	answers := t.replies.Load() - t.unknownExempt.Load()
-	result := check.Result{Name: "unknown", Title: "at most one answer in a thousand is unknown, but for F6, F11 and F12", Seen: int(answers), Examples: []string{}}
+	result := check.Result{Name: "unknown", Title: "at most one answer in a thousand is unknown, unless its COMMIT was late, left open or its backend ended", Seen: int(answers), Examples: []string{}}
 	if limit := max(unknownAlways, int64(unknownRate*float64(answers))); others > limit {
 		result.Count = int(others)
 		result.Examples = append(result.Examples, fmt.Sprintf("%d of %d answers, and at most %d may be", others, answers, limit))

@@ -14,11 +14,10 @@ const (
 	hotAccounts = 5    // the first ones, which many transfers meet at
 	lockedRows  = 100  // accounts that somebody else holds at once
 	amountMax   = 50   // small, so that no account runs dry
-	tenants     = 3
 )
 
 // tenant is a scope, and how a caller says that it is it.
-var tenantNames = [tenants]struct{ scope, authorization string }{
+var tenants = [...]struct{ scope, authorization string }{
 	{"public", ""}, {"acme", "Bearer demo-acme"}, {"globex", "Bearer demo-globex"},
 }
 
@@ -80,7 +79,7 @@ func (k *key) body(changed bool) []byte {
 	case askOrder:
 		return fmt.Appendf(nil, `{"account":%q,"sku":"coffee","quantity":%d}`, k.from, amount)
 	case askAccount:
-		return fmt.Appendf(nil, `{"id":"new-%s-%s","currency":"EUR","opening_balance":%d}`, tenantNames[k.tenant].scope, k.text, amount)
+		return fmt.Appendf(nil, `{"id":"new-%s-%s","currency":"EUR","opening_balance":%d}`, tenants[k.tenant].scope, k.text, amount)
 	}
 	return fmt.Appendf(nil, `{"from":%q,"to":%q,"amount":%d,"currency":"EUR","reference":"chaos"}`, k.from, k.to, amount)
 }
@@ -203,11 +202,11 @@ func (r *ring) next() *key {
 func (r *ring) draw(index int) *key {
 	choice := rand.New(rand.NewPCG(r.seed, uint64(index)))
 	thousandth := func(share int) bool { return choice.IntN(1000) < share }
-	k := &key{index: index, tenant: uint8(choice.IntN(tenants)), together: 1}
+	k := &key{index: index, tenant: uint8(choice.IntN(len(tenants))), together: 1}
 	named := index
 	if index > 0 && thousandth(r.shares.twin) && index%2 == 1 {
 		before := r.keys[index-1]
-		named, k.tenant = index-1, (before.tenant+1)%tenants
+		named, k.tenant = index-1, (before.tenant+1)%uint8(len(tenants))
 	}
 	k.text = fmt.Sprintf("%s%0*d", r.prefix, indexDigits, named)
 

@@ -74,7 +74,7 @@ func TestKeysAreTheSeeds(t *testing.T) {
 		if string(a.body(false)) != string(c.body(false)) {
 			differ++
 		}
-		name := check.Key{Scope: tenantNames[a.tenant].scope, Key: a.text}
+		name := check.Key{Scope: tenants[a.tenant].scope, Key: a.text}
 		if seen[name] {
 			t.Fatalf("key %d is there twice", i)
 		}

@@ -13,12 +13,15 @@ import (
 
 	"github.com/paidonce/idempotency"
 	"github.com/paidonce/idempotency/cmd/demo-bank/internal/check"
+	"github.com/paidonce/idempotency/cmd/demo-bank/internal/storm"
+	"github.com/paidonce/idempotency/internal/deadline"
 )
 
 const (
 	plantInterval = 300 * time.Millisecond
 	plantRows     = 5 // expired ones, and a live one beside them
 
+	contentType  = "application/json"
 	scopeExpired = "chaos-expired"
 	scopeLive    = "chaos-live"
 	plantedBody  = `{"planted":true}` + "\n"
@@ -27,7 +30,7 @@ const (
 )
 
 // plantedAnswer is the hash of what a planted record replays.
-var plantedAnswer = (&answer{status: http.StatusOK, contentType: contentType, body: []byte(plantedBody)}).hash()
+var plantedAnswer = storm.AnswerOf(http.StatusOK, contentType, "", []byte(plantedBody))
 
 // plantedHeaders are the planted answer's recorded headers: version 1, one pair, and each string after its length.
 func plantedHeaders() []byte {
@@ -80,7 +83,7 @@ func (p *planter) plant(ctx context.Context, seeds ...seed) error {
 // run plants until ctx ends. What can't be planted while the cluster is down is not.
 func (p *planter) run(ctx context.Context) {
 	fingerprint := idempotency.FingerprintV1(http.MethodPost, "/", "", contentType, nil)
-	for sleep(ctx, plantInterval) == nil && !p.owner.healed.Load() {
+	for deadline.Sleep(ctx, plantInterval) == nil && !p.owner.healed.Load() {
 		seeds := make([]seed, plantRows+1)
 		for n := range seeds {
 			var id [12]byte
@@ -105,14 +108,14 @@ func (p *planter) run(ctx context.Context) {
 // key is new.
 func (p *planter) reuse(ctx context.Context, k *key) {
 	f := idempotency.FingerprintV1(http.MethodPost, k.path(), "", contentType, k.body(false))
-	if p.plant(ctx, seed{tenantNames[k.tenant].scope, k.text, -24, f}) == nil {
+	if p.plant(ctx, seed{tenants[k.tenant].scope, k.text, -24, f}) == nil {
 		p.reused.Add(1)
 	}
 }
 
 // drainPlanted waits until no expired record is left, or the reapers had time enough.
 func (r *run) drainPlanted(ctx context.Context) error {
-	deadline := time.Now().Add(reapWaitMax)
+	until := time.Now().Add(reapWaitMax)
 	for {
 		var left int64
 		err := r.cluster.with(ctx, databaseTimeout, func(ctx context.Context, conn *pgx.Conn) error {
@@ -121,10 +124,10 @@ func (r *run) drainPlanted(ctx context.Context) error {
 		if err != nil {
 			return err
 		}
-		if left == 0 || time.Now().After(deadline) {
+		if left == 0 || time.Now().After(until) {
 			return nil // what is left is found by check.Live
 		}
-		if err := sleep(ctx, scrapeInterval); err != nil {
+		if err := deadline.Sleep(ctx, scrapeInterval); err != nil {
 			return err
 		}
 	}

@@ -58,7 +58,7 @@ type Report struct {
 	Totals       []Count `json:"totals"`
 
 	Unknown       int64   `json:"unknown"`
-	UnknownExempt int64   `json:"unknown_exempt"` // of keys whose COMMIT was hit by F6, F11 or F12
+	UnknownExempt int64   `json:"unknown_exempt"` // of keys whose COMMIT was late, left open or its backend ended
 	UnknownRate   float64 `json:"unknown_rate"`   // of the others, in all other answers
 
 	CommitFailures    int   `json:"commit_failures"`     // that the banks counted
@@ -274,7 +274,7 @@ func (p *Report) WriteText(w io.Writer) error {
 	if err := table.Flush(); err != nil {
 		return err
 	}
-	fmt.Fprintf(&b, "\nunknown: %d answers, %d of them where F6, F11 or F12 hit; %.3f %% of the others\n", p.Unknown, p.UnknownExempt, 100*p.UnknownRate)
+	fmt.Fprintf(&b, "\nunknown: %d answers, %d of them after a COMMIT that was late, left open or its backend ended; %.3f %% of the others\n", p.Unknown, p.UnknownExempt, 100*p.UnknownRate)
 	fmt.Fprintf(&b, "COMMITs: %d with a key; %d failed, %d were broken at most\n", p.KeyedCommits, p.CommitFailures, p.CommitFailuresMax)
 	fmt.Fprintf(&b, "expired records: %d planted, %d replayed before the reaper came, %d reaped\n\n", p.Planted, p.PlantedReplays, p.Reaped)
 

@@ -15,7 +15,7 @@ func goodReport() *Report {
 	return &Report{
 		Profile: "smoke", Seed: 42, Schedule: "0123", Phase: phaseLast,
 		Faults: once(), CommitFaults: once(), CrashPoints: once(), Clientele: once(), Answers: once(), Totals: once(),
-		Checks: []check.Result{{Name: "I1", Title: "money", Seen: 1}, {Name: "run", Title: "run"}},
+		Checks: []check.Result{{Name: check.MoneyKept, Title: "money", Seen: 1}, {Name: "run", Title: "run"}},
 	}
 }
 
@@ -47,7 +47,7 @@ func TestWhatWasNotHitFailsTheRun(t *testing.T) {
 		t.Errorf("a good run is %s: %v", p.Verdict, p.Broken)
 	}
 	p.Checks[0].Count = 3
-	if found := p.Found(); len(found) != 1 || found[0] != "I1" {
+	if found := p.Found(); len(found) != 1 || found[0] != check.MoneyKept {
 		t.Errorf("what was found is %v", found)
 	}
 }
@@ -82,7 +82,7 @@ func TestEveryKindIsRequired(t *testing.T) {
 func TestReportIsWritten(t *testing.T) {
 	t.Parallel()
 	p := goodReport()
-	p.Checks = append(p.Checks, check.Result{Name: "I3", Title: "no doubles", Seen: 5, Count: 2, Examples: []string{"acme/k has two"}})
+	p.Checks = append(p.Checks, check.Result{Name: check.OneEffect, Title: "no doubles", Seen: 5, Count: 2, Examples: []string{"acme/k has two"}})
 	p.Faults[0] = Count{Name: "pause", Count: 0, Least: 1}
 	p.Kept = "/somewhere"
 	p.judge()
@@ -90,7 +90,7 @@ func TestReportIsWritten(t *testing.T) {
 	if err := p.WriteText(&text); err != nil {
 		t.Fatal(err)
 	}
-	for _, want := range []string{"seed 42", "schedule 0123", "BROKEN 2 times", "acme/k has two", "pause  at least 1 were wanted", "kept: /somewhere\n", "broken: I3: no doubles (2)\n"} {
+	for _, want := range []string{"seed 42", "schedule 0123", "BROKEN 2 times", "acme/k has two", "pause  at least 1 were wanted", "kept: /somewhere\n", "broken: one effect: no doubles (2)\n"} {
 		if !strings.Contains(text.String(), want) {
 			t.Errorf("the text does not say %q:\n%s", want, text.String())
 		}

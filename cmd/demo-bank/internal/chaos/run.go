@@ -31,7 +31,6 @@ type run struct {
 	working sync.WaitGroup // the clients
 	later   queue
 
-	problems   internTable
 	tally      tally
 	findings   findings // wrongs of the run itself
 	unexpected findings // answers that no good request gets
@@ -144,12 +143,4 @@ func (f *findings) result(name, title string, seen int) check.Result {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	return check.Result{Name: name, Title: title, Seen: seen, Count: f.count, Examples: append([]string{}, f.examples...)}
-}
-
-// internTable keeps one copy of each string. The zero value is ready; it is safe for concurrent use.
-type internTable struct{ m sync.Map }
-
-func (t *internTable) intern(s string) string {
-	kept, _ := t.m.LoadOrStore(s, s)
-	return kept.(string)
 }

@@ -18,35 +18,35 @@ type eventKind string
 
 const (
 	killBank          eventKind = "bank-sigkill"              // and the next life of that bank has a crash point
-	crashPostmaster   eventKind = "postgres-immediate"        // SIGQUIT to the postmaster, then a start on the same folder (F7)
+	crashPostmaster   eventKind = "postgres-immediate"        // SIGQUIT to the postmaster, then a start on the same folder
 	crashBackend      eventKind = "backend-sigkill"           // of an idle or working backend: the cluster restarts itself
-	crashCommitting   eventKind = "backend-sigkill-at-commit" // the same while its COMMIT is on the wire (F6)
-	terminateBackends eventKind = "terminate-backends"        // pg_terminate_backend of working ones (F5)
+	crashCommitting   eventKind = "backend-sigkill-at-commit" // the same while its COMMIT is on the wire
+	terminateBackends eventKind = "terminate-backends"        // pg_terminate_backend of working ones
 	cutAll            eventKind = "cut-all"                   // every connection of one bank to its database
 	refuse            eventKind = "refuse-connections"        // the same, and no new ones for a moment
 	pause             eventKind = "pause"                     // nothing passes, nobody hangs up
-	latency           eventKind = "latency"                   // each way (F13)
-	slowLink          eventKind = "slow-link"                 // a few kB/s (F13)
-	rowLocks          eventKind = "row-locks"                 // somebody else holds rows for longer than lock_timeout (F16)
-	squeeze           eventKind = "pool-squeeze"              // a held table: every connection of the pools waits (F14)
-	lull              eventKind = "lull"                      // COMMITs that stay half-open (F12), and nothing else until one is unknown
-	deadlock          eventKind = "deadlock"                  // locks taken in the other order (F15)
+	latency           eventKind = "latency"                   // each way
+	slowLink          eventKind = "slow-link"                 // a few kB/s
+	rowLocks          eventKind = "row-locks"                 // somebody else holds rows for longer than lock_timeout
+	squeeze           eventKind = "pool-squeeze"              // a held table: every connection of the pools waits
+	lull              eventKind = "lull"                      // COMMITs that stay half-open, and nothing else until one is unknown
+	deadlock          eventKind = "deadlock"                  // locks taken in the other order
 )
 
 // commitKind is what happens to one COMMIT.
 type commitKind string
 
 const (
-	cutBefore       commitKind = "cut-before"       // F8
-	cutAfter        commitKind = "cut-after"        // F9
-	silence         commitKind = "silence"          // F10
-	lateCommit      commitKind = "late-commit"      // F11
-	halfOpen        commitKind = "half-open"        // F12
-	delayReply      commitKind = "delay-reply"      // F13
-	terminateBefore commitKind = "terminate-before" // F6
-	terminateAfter  commitKind = "terminate-after"  // F6
-	killCommitting  commitKind = "kill-bank"        // F2
-	hangUpAtCommit  commitKind = "hang-up"          // the client hangs up while COMMIT is on its way (F26): no cause to fail
+	cutBefore       commitKind = "cut-before"
+	cutAfter        commitKind = "cut-after"
+	silence         commitKind = "silence"
+	lateCommit      commitKind = "late-commit"
+	halfOpen        commitKind = "half-open"
+	delayReply      commitKind = "delay-reply"
+	terminateBefore commitKind = "terminate-before"
+	terminateAfter  commitKind = "terminate-after"
+	killCommitting  commitKind = "kill-bank"
+	hangUpAtCommit  commitKind = "hang-up" // the client hangs up while COMMIT is on its way: no cause to fail
 )
 
 // schedule is what a run does, decided by the seed alone. What becomes of it is not: that depends on who is where when

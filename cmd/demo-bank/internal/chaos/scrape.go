@@ -3,6 +3,7 @@ package chaos
 import (
 	"bufio"
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"net/http"
@@ -104,11 +105,13 @@ func (s *scrapes) sum(name string, labels ...string) (total float64) {
 // label is one as Prometheus writes it.
 func label(name, value string) string { return name + `="` + value + `"` }
 
+var errNoLife = errors.New("the bank is between two lives")
+
 // scrape asks a bank for its metrics. What comes while the life that was asked ends counts for nobody.
 func (s *slot) scrape(ctx context.Context, client *http.Client) (scraped, error) {
 	l := s.current()
 	if l == nil {
-		return nil, errUnsent
+		return nil, errNoLife
 	}
 	request, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://"+s.address+"/metrics", nil)
 	if err != nil {

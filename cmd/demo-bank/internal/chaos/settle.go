@@ -8,9 +8,11 @@ import (
 	"golang.org/x/sync/errgroup"
 
 	"github.com/paidonce/idempotency/cmd/demo-bank/internal/check"
+	"github.com/paidonce/idempotency/cmd/demo-bank/internal/storm"
+	"github.com/paidonce/idempotency/internal/deadline"
 )
 
-// settleMax is how long after the last fault every key must have its answer (I11).
+// settleMax is how long after the last fault every key must have its answer.
 const settleMax = 60 * time.Second
 
 // errUnsettled means that keys have no answer yet, so that no answer of theirs can be compared.
@@ -85,19 +87,19 @@ func (r *run) replay(ctx context.Context) error {
 
 // replay asks once more, until there is an answer. Nothing is broken any more, so that should be at once.
 func (l *lane) replay(ctx context.Context, k *key) error {
-	deadline := time.Now().Add(settleMax)
+	until := time.Now().Add(settleMax)
 	for {
 		l.run.tally.replays.Add(1)
-		switch what := l.send(ctx, k, false, true, noTrouble); {
+		switch what := l.send(ctx, k, false, true, storm.NoTrouble); {
 		case what == resultAnswered:
 			return nil
 		case ctx.Err() != nil:
 			return ctx.Err()
-		case what == resultMismatch || time.Now().After(deadline):
+		case what == resultMismatch || time.Now().After(until):
 			l.run.findings.add("key %s has no answer in the final replay", k.text)
 			return nil
 		}
-		if err := sleep(ctx, backoffFirst); err != nil {
+		if err := deadline.Sleep(ctx, storm.BackoffFirst); err != nil {
 			return err
 		}
 	}
@@ -115,7 +117,7 @@ func (r *run) history() (ops []check.Operation, expected []check.Expectation) {
 	keys := r.keys.all()
 	for _, k := range keys {
 		expected = append(expected, check.Expectation{
-			Scope: tenantNames[k.tenant].scope, Key: k.text, GivenUp: k.abandoned(), Declined: k.asks == askDeclined,
+			Scope: tenants[k.tenant].scope, Key: k.text, GivenUp: k.abandoned(), Declined: k.asks == askDeclined,
 		})
 	}
 	return ops, expected

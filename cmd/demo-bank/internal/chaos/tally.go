@@ -10,6 +10,7 @@ import (
 	"github.com/HdrHistogram/hdrhistogram-go"
 
 	"github.com/paidonce/idempotency/cmd/demo-bank/internal/check"
+	"github.com/paidonce/idempotency/cmd/demo-bank/internal/storm"
 )
 
 // tally counts what was done and what was answered. It is safe for concurrent use.
@@ -30,7 +31,7 @@ type tally struct {
 
 	replies       atomic.Int64 // of the load and the settling
 	unknown       atomic.Int64
-	unknownExempt atomic.Int64 // of keys whose COMMIT was hit by F6, F11 or F12
+	unknownExempt atomic.Int64 // of keys whose COMMIT was late, left open or its backend ended
 
 	plantedReplays int64 // counted by the judge
 
@@ -39,7 +40,7 @@ type tally struct {
 }
 
 func newTally() tally {
-	return tally{latency: hdrhistogram.New(1, requestTimeout.Microseconds(), 3)}
+	return tally{latency: hdrhistogram.New(1, storm.RequestTimeout.Microseconds(), 3)}
 }
 
 // count notes an operation.
@@ -82,15 +83,15 @@ func (t *tally) asked(k *key) {
 	}
 }
 
-func (t *tally) trouble(one trouble) {
+func (t *tally) trouble(one storm.Trouble) {
 	switch one {
-	case troubleCut:
+	case storm.Cut:
 		t.clientFaults.add("connection cut")
-	case troubleHangUp:
+	case storm.HangUp:
 		t.clientFaults.add("hang-up")
-	case troubleHalfSent:
+	case storm.HalfSent:
 		t.clientFaults.add("half-sent body")
-	case troubleSlow:
+	case storm.Slow:
 		t.clientFaults.add("slow body")
 	}
 }

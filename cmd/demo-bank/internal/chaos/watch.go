@@ -2,7 +2,6 @@ package chaos
 
 import (
 	"context"
-	"encoding/json"
 	"fmt"
 	"net/http"
 	"sync"
@@ -13,6 +12,8 @@ import (
 
 	"github.com/paidonce/idempotency/cmd/demo-bank/internal/bank"
 	"github.com/paidonce/idempotency/cmd/demo-bank/internal/check"
+	"github.com/paidonce/idempotency/cmd/demo-bank/internal/storm"
+	"github.com/paidonce/idempotency/internal/deadline"
 )
 
 const (
@@ -24,7 +25,7 @@ const (
 	auditTimeout = 25 * time.Second
 )
 
-// watched is I1 in all reads while the run was at work.
+// watched is [check.MoneyKept] in all reads while the run was at work.
 type watched struct {
 	findings findings
 	reads    atomic.Int64 // of sums
@@ -32,7 +33,7 @@ type watched struct {
 }
 
 func (w *watched) result() check.Result {
-	return w.findings.result("I1", "money is neither made nor lost, and no balance is negative", int(w.reads.Load()+w.audits.Load()))
+	return w.findings.result(check.MoneyKept, "money is neither made nor lost, and no balance is negative", int(w.reads.Load()+w.audits.Load()))
 }
 
 // watch looks on until the returned function is called: at the money, at the audit, at the banks' metrics. And it
@@ -48,7 +49,7 @@ func (r *run) watch(ctx context.Context) (end func()) {
 			client := newScraper()
 			for ctx.Err() == nil {
 				_, _ = s.scrape(ctx, client) // it may be down
-				_ = sleep(ctx, scrapeInterval)
+				_ = deadline.Sleep(ctx, scrapeInterval)
 			}
 		})
 	}
@@ -71,12 +72,12 @@ func (r *run) watchMoney(ctx context.Context) {
 				for _, example := range result.Examples {
 					r.money.findings.add("at %v: %s", r.clock().Round(time.Millisecond), example)
 				}
-				if err := sleep(ctx, moneyInterval); err != nil {
+				if err := deadline.Sleep(ctx, moneyInterval); err != nil {
 					return err
 				}
 			}
 		})
-		_ = sleep(ctx, moneyInterval)
+		_ = deadline.Sleep(ctx, moneyInterval)
 	}
 }
 
@@ -85,34 +86,15 @@ func (r *run) watchAudit(ctx context.Context) {
 	client := &http.Client{Timeout: auditTimeout, Transport: &http.Transport{DisableKeepAlives: true}}
 	for n := 0; ctx.Err() == nil; n++ {
 		started := time.Now()
-		if audit, err := r.audit(ctx, client, n%len(r.banks.slots)); err == nil { // else it was down, or busy
+		var audit bank.Audit
+		if err := storm.Get(ctx, client, "http://"+r.banks.address(n%len(r.banks.slots))+"/v1/audit", &audit); err == nil { // else it was down, or busy
 			r.money.audits.Add(1)
 			if !audit.OK {
-				r.money.findings.add("at %v the audit was not ok: %+v", r.clock().Round(time.Millisecond), *audit)
+				r.money.findings.add("at %v the audit was not ok: %+v", r.clock().Round(time.Millisecond), audit)
 			}
 		}
-		_ = sleep(ctx, max(auditInterval, auditShare*time.Since(started)))
+		_ = deadline.Sleep(ctx, max(auditInterval, auditShare*time.Since(started)))
 	}
-}
-
-func (r *run) audit(ctx context.Context, client *http.Client, number int) (*bank.Audit, error) {
-	request, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://"+r.banks.address(number)+"/v1/audit", nil)
-	if err != nil {
-		return nil, err
-	}
-	response, err := client.Do(request)
-	if err != nil {
-		return nil, err
-	}
-	defer func() { _ = response.Body.Close() }() // it was read to its end, or is of no use
-	if response.StatusCode != http.StatusOK {
-		return nil, fmt.Errorf("audit: status %d", response.StatusCode)
-	}
-	var audit bank.Audit
-	if err := json.NewDecoder(response.Body).Decode(&audit); err != nil {
-		return nil, fmt.Errorf("audit: %w", err)
-	}
-	return &audit, nil
 }
 
 // takeBaseline measures what the banks hold before anything is asked of them.
@@ -126,18 +108,18 @@ const measureWaitMax = 30 * time.Second
 // measure adds up what the banks hold, once their pools are as full as they get and it is good enough, or the wait is
 // at its end.
 func (r *run) measure(ctx context.Context, enough func(check.Resources) bool) (check.Resources, error) {
-	deadline := time.Now().Add(measureWaitMax)
+	until := time.Now().Add(measureWaitMax)
 	client := newScraper()
 	for {
 		total, full, err := r.measureOnce(ctx, client)
-		late := time.Now().After(deadline)
+		late := time.Now().After(until)
 		if err == nil && (full && enough(total) || late) {
 			return total, nil
 		}
 		if late {
 			return total, fmt.Errorf("measure the banks: %w", err)
 		}
-		if err := sleep(ctx, scrapeInterval); err != nil {
+		if err := deadline.Sleep(ctx, scrapeInterval); err != nil {
 			return total, err
 		}
 	}

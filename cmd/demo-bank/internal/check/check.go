@@ -13,11 +13,23 @@ import (
 	"github.com/paidonce/idempotency"
 )
 
-// The names of all checks, as I1 to I13 of the invariants and two that concern the history alone.
+// The names of all checks.
 const (
-	Linearizable = "linearizable"
-	Settled      = "I11 settled"
-	Quieted      = "I11 quiet"
+	MoneyKept          = "money kept"
+	EffectsCounted     = "effects counted"
+	OneEffect          = "one effect"
+	TwoEntries         = "two entries"
+	BalancesAddUp      = "balances add up"
+	EffectsRecorded    = "effects recorded"
+	RecordsHaveEffects = "records have effects"
+	OneAnswer          = "one answer"
+	InTheBooks         = "in the books"
+	GivenUpForGood     = "given up for good"
+	Settled            = "settled"
+	Quieted            = "quiet"
+	BackAtBaseline     = "back at baseline"
+	LiveRecordsKept    = "live records kept"
+	Linearizable       = "linearizable"
 )
 
 // ExamplesMax is how many examples a Result shows.
@@ -158,20 +170,20 @@ func Judge(results ...Result) Verdict {
 
 // titles are the promises, in the order in which they are shown.
 var titles = [...]struct{ name, title string }{
-	{"I1", "money is neither made nor lost, and no balance is negative"},
-	{"I2", "there are as many transfers and orders as keys acknowledged with 2xx"},
-	{"I3", "no key has more than one transfer or order"},
-	{"I4", "each transfer and order has two entries, which sum to 0"},
-	{"I5", "each balance is the opening balance plus the account's entries"},
-	{"I6", "each keyed transfer, order and account has its attempt's recorded 2xx"},
-	{"I7", "each recorded 2xx has its attempt's transfer, order or account"},
-	{"I8", "each key has one answer, the same status, headers and bytes in every reply"},
-	{"I9", "what was acknowledged first is in the books: id, accounts and amount"},
-	{"I10", "a key given up after not-executed never took effect"},
+	{MoneyKept, "money is neither made nor lost, and no balance is negative"},
+	{EffectsCounted, "there are as many transfers and orders as keys acknowledged with 2xx"},
+	{OneEffect, "no key has more than one transfer or order"},
+	{TwoEntries, "each transfer and order has two entries, which sum to 0"},
+	{BalancesAddUp, "each balance is the opening balance plus the account's entries"},
+	{EffectsRecorded, "each keyed transfer, order and account has its attempt's recorded 2xx"},
+	{RecordsHaveEffects, "each recorded 2xx has its attempt's transfer, order or account"},
+	{OneAnswer, "each key has one answer, the same status, headers and bytes in every reply"},
+	{InTheBooks, "what was acknowledged first is in the books: id, accounts and amount"},
+	{GivenUpForGood, "a key given up after not-executed never took effect"},
 	{Settled, "every key that was not given up has its answer in the end"},
 	{Quieted, "no advisory lock, no idle transaction and no waiting session is left"},
-	{"I12", "goroutines, file descriptors and connections are back at their baseline"},
-	{"I13", "no live record was deleted, and the table stayed bounded"},
+	{BackAtBaseline, "goroutines, file descriptors and connections are back at their baseline"},
+	{LiveRecordsKept, "no live record was deleted, and the table stayed bounded"},
 	{Linearizable, "each key's replies are those of some order of its requests, one at a time"},
 }
 

@@ -6,7 +6,7 @@ import (
 	"github.com/paidonce/idempotency"
 )
 
-// History judges a history alone: I2, I8, I9 and I10 as far as clients see them, I11 settled, and linearizable. It
+// History judges a history alone, as far as clients see it. It
 // takes a few seconds for a million operations. They may come in any order, and must not change meanwhile.
 func History(ops []Operation, expected []Expectation) []Result {
 	gs := groups(ops)
@@ -20,9 +20,9 @@ func History(ops []Operation, expected []Expectation) []Result {
 	}
 }
 
-// executedOnce is I2 in the history: no key is told twice that it was executed now, whatever was told meanwhile.
+// executedOnce is [EffectsCounted] in the history: no key is told twice that it was executed now, whatever was told meanwhile.
 func executedOnce(gs []group) Result {
-	r := result("I2")
+	r := result(EffectsCounted)
 	for i := range gs {
 		executed := 0
 		for _, op := range gs[i].ops {
@@ -40,9 +40,9 @@ func executedOnce(gs []group) Result {
 	return r
 }
 
-// oneAnswer is I8. It also refuses replies that no middleware of ours sends, for their bytes can't have waited for it.
+// oneAnswer is [OneAnswer]. It also refuses replies that no middleware of ours sends, for their bytes can't have waited for it.
 func oneAnswer(gs []group) Result {
-	r := result("I8")
+	r := result(OneAnswer)
 	for i := range gs {
 		g := &gs[i]
 		var first, other *Operation
@@ -103,10 +103,10 @@ func stray(op *Operation) string {
 	return ""
 }
 
-// oneID is I9 in the history: a key's 2xx answers name one transfer or order, and no other key's do. It finds an answer
+// oneID is [InTheBooks] in the history: a key's 2xx answers name one transfer or order, and no other key's do. It finds an answer
 // that went to another scope even where every key has one answer.
 func oneID(gs []group) Result {
-	r := result("I9")
+	r := result(InTheBooks)
 	owner := make(map[string]Key)
 	for i := range gs {
 		g := &gs[i]
@@ -133,10 +133,10 @@ func oneID(gs []group) Result {
 	return r
 }
 
-// givenUp is I10 in the history. A client that gives up otherwise than the promise allows is a wrong of the run: it
+// givenUp is [GivenUpForGood] in the history. A client that gives up otherwise than the promise allows is a wrong of the run: it
 // would hide a payment that was lost.
 func givenUp(gs []group, expected []Expectation) Result {
-	r := result("I10")
+	r := result(GivenUpForGood)
 	wanted := expectations(expected)
 	for i := range gs {
 		g := &gs[i]
@@ -160,7 +160,7 @@ func givenUp(gs []group, expected []Expectation) Result {
 	return r
 }
 
-// settled is the first half of I11: a client that goes on as the table of statuses says gets its answer, and the one
+// settled is [Settled]: a client that goes on as the table of statuses says gets its answer, and the one
 // that it must get.
 func settled(gs []group, expected []Expectation) Result {
 	r := result(Settled)

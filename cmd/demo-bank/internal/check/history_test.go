@@ -94,10 +94,10 @@ func TestBrokenHistoriesAreCaught(t *testing.T) {
 	other := func(op *Operation) { op.ID, op.Answer = "2", hash("other") }
 	both := []Expectation{{Scope: "acme", Key: "k"}, {Scope: "globex", Key: "k"}}
 	for _, c := range []historyCase{
-		{name: "executed twice", wrong: []string{"I2", "I8", "I9", Linearizable}, ops: []Operation{
+		{name: "executed twice", wrong: []string{EffectsCounted, OneAnswer, InTheBooks, Linearizable}, ops: []Operation{
 			op(1, 0, 10, "executed"), op(1, 20, 30, "executed").with(other), end(op(1, 40, 50, "replayed")),
 		}},
-		{name: "told twice that it was executed now", wrong: []string{"I2", Linearizable}, ops: []Operation{
+		{name: "told twice that it was executed now", wrong: []string{EffectsCounted, Linearizable}, ops: []Operation{
 			op(1, 0, 30, "executed"), op(1, 0, 30, "executed"), end(op(1, 40, 50, "replayed")),
 		}},
 		{name: "a decline executed twice", wrong: []string{Linearizable}, expected: mustDecline, ops: []Operation{
@@ -106,19 +106,19 @@ func TestBrokenHistoriesAreCaught(t *testing.T) {
 		{name: "executed again after it was replayed", wrong: []string{Linearizable}, ops: []Operation{
 			op(1, 0, 0, "lost"), op(1, 20, 30, "replayed"), op(1, 40, 50, "executed"), end(op(1, 60, 70, "replayed")),
 		}},
-		{name: "a replay changes", wrong: []string{"I8", Linearizable}, ops: []Operation{
+		{name: "a replay changes", wrong: []string{OneAnswer, Linearizable}, ops: []Operation{
 			op(1, 0, 10, "executed"), end(op(1, 20, 30, "replayed")).with(func(op *Operation) { op.Answer = hash("bytes") }),
 		}},
-		{name: "the final replay alone changes, after a lost reply", wrong: []string{"I8", "I9", Linearizable}, ops: []Operation{
+		{name: "the final replay alone changes, after a lost reply", wrong: []string{OneAnswer, InTheBooks, Linearizable}, ops: []Operation{
 			op(1, 0, 0, "lost"), op(1, 20, 30, "replayed"), end(op(1, 40, 50, "replayed")).with(other),
 		}},
-		{name: "a replay with another status", wrong: []string{"I8"}, ops: []Operation{
+		{name: "a replay with another status", wrong: []string{OneAnswer}, ops: []Operation{
 			op(1, 0, 10, "executed"), end(op(1, 20, 30, "replayed")).with(func(op *Operation) { op.Status = 200 }),
 		}},
-		{name: "another transfer in the same bytes", wrong: []string{"I9"}, ops: []Operation{
+		{name: "another transfer in the same bytes", wrong: []string{InTheBooks}, ops: []Operation{
 			op(1, 0, 10, "executed"), end(op(1, 20, 30, "replayed")).with(func(op *Operation) { op.ID = "2" }),
 		}},
-		{name: "a 2xx without an id", wrong: []string{"I9"}, ops: []Operation{
+		{name: "a 2xx without an id", wrong: []string{InTheBooks}, ops: []Operation{
 			op(1, 0, 10, "executed").with(func(op *Operation) { op.ID = "" }), end(op(1, 20, 30, "replayed")).with(func(op *Operation) { op.ID = "" }),
 		}},
 		{name: "not-executed was false", wrong: []string{Linearizable}, ops: []Operation{
@@ -130,10 +130,10 @@ func TestBrokenHistoriesAreCaught(t *testing.T) {
 		{name: "a replay before anything was sent that could be it", wrong: []string{Linearizable}, ops: []Operation{
 			op(1, 0, 10, "replayed"), op(1, 20, 0, "lost"), end(op(1, 40, 50, "replayed")),
 		}},
-		{name: "a changed body gets the real one's answer", wrong: []string{"I8", Linearizable}, ops: []Operation{
+		{name: "a changed body gets the real one's answer", wrong: []string{OneAnswer, Linearizable}, ops: []Operation{
 			op(1, 0, 10, "executed"), op(2, 20, 30, "replayed"), end(op(1, 40, 50, "replayed")),
 		}},
-		{name: "a changed body is executed under a key that is held", wrong: []string{"I2", "I8", "I9", Linearizable}, ops: []Operation{
+		{name: "a changed body is executed under a key that is held", wrong: []string{EffectsCounted, OneAnswer, InTheBooks, Linearizable}, ops: []Operation{
 			op(1, 0, 10, "executed"), op(2, 20, 30, "executed").with(other), end(op(1, 40, 50, "replayed")),
 		}},
 		{name: "mismatch without a record", wrong: []string{Linearizable}, ops: []Operation{
@@ -159,52 +159,52 @@ func TestBrokenHistoriesAreCaught(t *testing.T) {
 		{name: "in-progress after the record", wrong: []string{Linearizable}, ops: []Operation{
 			op(1, 0, 0, "lost"), op(1, 10, 20, "replayed"), op(1, 30, 40, "in-progress"), end(op(1, 50, 60, "replayed")),
 		}},
-		{name: "another scope's answer", wrong: []string{"I9"}, expected: both, ops: []Operation{
+		{name: "another scope's answer", wrong: []string{InTheBooks}, expected: both, ops: []Operation{
 			op(1, 0, 10, "executed"), end(op(1, 20, 30, "replayed")),
 			op(1, 0, 10, "executed").with(func(op *Operation) { op.Scope = "globex" }),
 			end(op(1, 20, 30, "replayed")).with(func(op *Operation) { op.Scope = "globex" }),
 		}},
-		{name: "another scope's record", wrong: []string{"I9", Linearizable}, expected: both, ops: []Operation{
+		{name: "another scope's record", wrong: []string{InTheBooks, Linearizable}, expected: both, ops: []Operation{
 			op(1, 0, 10, "executed"), end(op(1, 20, 30, "replayed")),
 			op(1, 40, 50, "replayed").with(func(op *Operation) { op.Scope = "globex" }),
 			end(op(1, 60, 70, "replayed")).with(func(op *Operation) { op.Scope = "globex" }),
 		}},
-		{name: "a 2xx without a status", wrong: []string{"I8"}, ops: []Operation{
+		{name: "a 2xx without a status", wrong: []string{OneAnswer}, ops: []Operation{
 			op(1, 0, 10, "").with(func(op *Operation) { op.Status, op.ID = 201, "1" }), op(1, 20, 30, "replayed"), end(op(1, 40, 50, "replayed")),
 		}},
-		{name: "a problem without a status", wrong: []string{"I8"}, ops: []Operation{
+		{name: "a problem without a status", wrong: []string{OneAnswer}, ops: []Operation{
 			op(1, 0, 10, "").with(func(op *Operation) { op.Status, op.Problem = 402, "insufficient-funds" }),
 			op(1, 20, 30, "executed"), end(op(1, 40, 50, "replayed")),
 		}},
-		{name: "a status that does not exist", wrong: []string{"I8"}, ops: []Operation{
+		{name: "a status that does not exist", wrong: []string{OneAnswer}, ops: []Operation{
 			op(1, 0, 10, "done"), op(1, 20, 30, "executed"), end(op(1, 40, 50, "replayed")),
 		}},
-		{name: "a 2xx that says not-executed", wrong: []string{"I8"}, ops: []Operation{
+		{name: "a 2xx that says not-executed", wrong: []string{OneAnswer}, ops: []Operation{
 			op(1, 0, 10, "not-executed").with(func(op *Operation) { op.Status = 201 }), op(1, 20, 30, "executed"), end(op(1, 40, 50, "replayed")),
 		}},
-		{name: "a 5xx that was recorded", wrong: []string{"I8", Settled}, ops: []Operation{
+		{name: "a 5xx that was recorded", wrong: []string{OneAnswer, Settled}, ops: []Operation{
 			op(1, 0, 10, "executed").with(func(op *Operation) { op.Status = 500 }), end(op(1, 20, 30, "replayed")).with(func(op *Operation) { op.Status = 500 }),
 		}},
-		{name: "answers that nobody hashed", wrong: []string{"I8"}, ops: []Operation{
+		{name: "answers that nobody hashed", wrong: []string{OneAnswer}, ops: []Operation{
 			op(1, 0, 10, "executed").with(func(op *Operation) { op.Answer = [32]byte{} }), end(op(1, 20, 30, "replayed")).with(func(op *Operation) { op.Answer = [32]byte{} }),
 		}},
-		{name: "no final replay", wrong: []string{"I8"}, ops: []Operation{op(1, 0, 10, "executed")}},
-		{name: "the final replay finds nothing out", wrong: []string{"I8"}, ops: []Operation{
+		{name: "no final replay", wrong: []string{OneAnswer}, ops: []Operation{op(1, 0, 10, "executed")}},
+		{name: "the final replay finds nothing out", wrong: []string{OneAnswer}, ops: []Operation{
 			op(1, 0, 10, "executed"), end(op(1, 20, 30, "unknown")),
 		}},
-		{name: "a given-up key took effect", wrong: []string{"I10", Linearizable}, expected: gaveUp, ops: []Operation{
+		{name: "a given-up key took effect", wrong: []string{GivenUpForGood, Linearizable}, expected: gaveUp, ops: []Operation{
 			op(1, 0, 10, "not-executed"), end(op(1, 20, 30, "replayed")),
 		}},
-		{name: "a given-up key is executed by the final look", wrong: []string{"I10"}, expected: gaveUp, ops: []Operation{
+		{name: "a given-up key is executed by the final look", wrong: []string{GivenUpForGood}, expected: gaveUp, ops: []Operation{
 			op(1, 0, 10, "not-executed"), end(op(1, 20, 30, "executed")),
 		}},
-		{name: "given up after a lost reply", wrong: []string{"I10"}, expected: gaveUp, ops: []Operation{
+		{name: "given up after a lost reply", wrong: []string{GivenUpForGood}, expected: gaveUp, ops: []Operation{
 			op(1, 0, 0, "lost"), op(1, 20, 30, "not-executed"),
 		}},
-		{name: "given up after unknown", wrong: []string{"I10"}, expected: gaveUp, ops: []Operation{
+		{name: "given up after unknown", wrong: []string{GivenUpForGood}, expected: gaveUp, ops: []Operation{
 			op(1, 0, 10, "unknown"), op(1, 20, 30, "not-executed"),
 		}},
-		{name: "given up for nothing", wrong: []string{"I10", Linearizable}, expected: gaveUp, ops: []Operation{
+		{name: "given up for nothing", wrong: []string{GivenUpForGood, Linearizable}, expected: gaveUp, ops: []Operation{
 			op(1, 0, 10, "in-progress"),
 		}},
 		{name: "a payment without an answer", wrong: []string{Settled}, ops: []Operation{
@@ -229,7 +229,7 @@ func TestBrokenHistoriesAreCaught(t *testing.T) {
 		{name: "a reply before its request", wrong: []string{Linearizable}, ops: []Operation{
 			op(1, 20, 10, "not-executed"), op(1, 20, 30, "executed"), end(op(1, 40, 50, "replayed")),
 		}},
-		{name: "a reply at no time", wrong: []string{"I8", Linearizable}, ops: []Operation{
+		{name: "a reply at no time", wrong: []string{OneAnswer, Linearizable}, ops: []Operation{
 			op(1, 0, 0, "executed"), op(1, 20, 30, "replayed"), end(op(1, 40, 50, "replayed")),
 		}},
 	} {
@@ -265,7 +265,7 @@ func TestHistorySaysHowMuchItSaw(t *testing.T) {
 		{Scope: "acme", Key: "k"}, {Scope: "acme", Key: "given up", GivenUp: true}, {Scope: "acme", Key: "declined", Declined: true},
 	})
 	wantWrong(t, results)
-	want := map[string]int{"I2": 1, "I8": 2, "I9": 1, "I10": 1, Settled: 2, Linearizable: 3}
+	want := map[string]int{EffectsCounted: 1, OneAnswer: 2, InTheBooks: 1, GivenUpForGood: 1, Settled: 2, Linearizable: 3}
 	for _, r := range results {
 		if r.Seen != want[r.Name] {
 			t.Errorf("%s saw %d, want %d", r.Name, r.Seen, want[r.Name])

@@ -29,7 +29,7 @@ func snapshot(ctx context.Context, conn *pgx.Conn, read func(pgx.Tx) error) erro
 	return read(tx)
 }
 
-// Ledger holds the history against the books, at rest: I1 to I7, I9 and I10. It reads one snapshot of the schema
+// Ledger holds the history against the books, at rest. It reads one snapshot of the schema
 // demo_bank, by a role that may read it. ttl is the store's: what is older may have lost its record. An error means
 // that the books could not be read, and says nothing of the promises.
 func Ledger(ctx context.Context, conn *pgx.Conn, ops []Operation, expected []Expectation, ttl time.Duration) ([]Result, error) {
@@ -60,7 +60,7 @@ func Ledger(ctx context.Context, conn *pgx.Conn, ops []Operation, expected []Exp
 	return results, nil
 }
 
-// Money is I1 in one snapshot, for reads while the bank is at work.
+// Money is [MoneyKept] in one snapshot, for reads while the bank is at work.
 func Money(ctx context.Context, conn *pgx.Conn) (r Result, err error) {
 	err = snapshot(ctx, conn, func(tx pgx.Tx) error {
 		r, err = statements[0].run(ctx, tx, 0)
@@ -143,9 +143,9 @@ func recorded(ctx context.Context, tx pgx.Tx, expected []Expectation) (map[Key]s
 	return found, nil
 }
 
-// counted is I2: the keys with an effect are those that were acknowledged with 2xx. Keys that were given up are I10's.
+// counted is [EffectsCounted]: the keys with an effect are those that were acknowledged with 2xx. Keys that were given up are [GivenUpForGood]'s.
 func (b *books) counted(gs []group, wanted map[Key]Expectation) Result {
-	r := result("I2")
+	r := result(EffectsCounted)
 	sent := make(map[Key]bool, len(gs)) // whether it was acknowledged with 2xx
 	for i := range gs {
 		g := &gs[i]
@@ -174,9 +174,9 @@ func (b *books) counted(gs []group, wanted map[Key]Expectation) Result {
 	return r
 }
 
-// unique is I3.
+// unique is [OneEffect].
 func (b *books) unique() Result {
-	r := result("I3")
+	r := result(OneEffect)
 	r.Seen = len(b.order)
 	for _, key := range b.order {
 		if effects := b.effects[key]; len(effects) > 1 {
@@ -186,9 +186,9 @@ func (b *books) unique() Result {
 	return r
 }
 
-// acknowledged is I9.
+// acknowledged is [InTheBooks].
 func (b *books) acknowledged(gs []group) Result {
-	r := result("I9")
+	r := result(InTheBooks)
 	for i := range gs {
 		g := &gs[i]
 		first := g.firstPaid()
@@ -226,9 +226,9 @@ func (e effect) is(op *Operation) bool {
 	return e.kind == kind && e.from == op.From && e.to == op.To && sameAmount
 }
 
-// abandoned is I10.
+// abandoned is [GivenUpForGood].
 func (b *books) abandoned(expected []Expectation) Result {
-	r := result("I10")
+	r := result(GivenUpForGood)
 	for _, e := range expected {
 		if !e.GivenUp {
 			continue

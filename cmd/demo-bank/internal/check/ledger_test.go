@@ -18,7 +18,7 @@ func TestTheRealBankKeepsEveryPromise(t *testing.T) {
 	wantWrong(t, history)
 	wantWrong(t, ledger)
 	// k1, k2, globex's k1, an order and an account took effect; one was declined and one given up.
-	seen := map[string]int{"I2": 5, "I3": 5, "I4": 4, "I6": 5, "I7": 5, "I9": 5, "I10": 1, "I1": 1004, "I5": 1004}
+	seen := map[string]int{EffectsCounted: 5, OneEffect: 5, TwoEntries: 4, EffectsRecorded: 5, RecordsHaveEffects: 5, InTheBooks: 5, GivenUpForGood: 1, MoneyKept: 1004, BalancesAddUp: 1004}
 	for _, r := range ledger {
 		if r.Seen != seen[r.Name] {
 			t.Errorf("%s saw %d, want %d", r.Name, r.Seen, seen[r.Name])
@@ -53,16 +53,16 @@ func TestCorruptedBooksAreCaught(t *testing.T) {
 		wrong []string
 	}{
 		"money from nowhere": {
-			[]string{"UPDATE demo_bank.accounts SET balance = balance + 1 WHERE id = 'bob'"}, []string{"I1", "I5"},
+			[]string{"UPDATE demo_bank.accounts SET balance = balance + 1 WHERE id = 'bob'"}, []string{MoneyKept, BalancesAddUp},
 		},
 		"a negative balance": {
-			[]string{"UPDATE demo_bank.accounts SET balance = -1, opening_balance = -1 WHERE id = 'bob'"}, []string{"I1"},
+			[]string{"UPDATE demo_bank.accounts SET balance = -1, opening_balance = -1 WHERE id = 'bob'"}, []string{MoneyKept},
 		},
 		"a balance at another's cost": {
 			[]string{
 				"UPDATE demo_bank.accounts SET balance = balance + 1 WHERE id = 'bob'",
 				"UPDATE demo_bank.accounts SET balance = balance - 1 WHERE id = 'alice'",
-			}, []string{"I5"},
+			}, []string{BalancesAddUp},
 		},
 		"a transfer of the same key and attempt twice": {
 			[]string{
@@ -70,7 +70,7 @@ func TestCorruptedBooksAreCaught(t *testing.T) {
 				"INSERT INTO demo_bank.entries (transfer_id, account, amount) VALUES (9001, 'acct-0001', -100), (9001, 'acct-0002', 100)",
 				"UPDATE demo_bank.accounts SET balance = balance - 100 WHERE id = 'acct-0001'",
 				"UPDATE demo_bank.accounts SET balance = balance + 100 WHERE id = 'acct-0002'",
-			}, []string{"I3"},
+			}, []string{OneEffect},
 		},
 		"the second transfer of a key by another attempt": {
 			[]string{
@@ -78,11 +78,11 @@ func TestCorruptedBooksAreCaught(t *testing.T) {
 				"INSERT INTO demo_bank.entries (transfer_id, account, amount) VALUES (9001, 'acct-0001', -100), (9001, 'acct-0002', 100)",
 				"UPDATE demo_bank.accounts SET balance = balance - 100 WHERE id = 'acct-0001'",
 				"UPDATE demo_bank.accounts SET balance = balance + 100 WHERE id = 'acct-0002'",
-			}, []string{"I3", "I6"},
+			}, []string{OneEffect, EffectsRecorded},
 		},
 		"an order under a transfer's key": {
 			[]string{"UPDATE demo_bank.orders SET (scope, key, attempt_id) = (SELECT scope, key, attempt_id FROM demo_bank.transfers WHERE id = " + transfer + ")"},
-			[]string{"I2", "I3", "I7", "I9"},
+			[]string{EffectsCounted, OneEffect, RecordsHaveEffects, InTheBooks},
 		},
 		"an acknowledged transfer is lost with its money": {
 			[]string{
@@ -90,7 +90,7 @@ func TestCorruptedBooksAreCaught(t *testing.T) {
 				"UPDATE demo_bank.accounts SET balance = balance - 100 WHERE id = 'acct-0002'",
 				"DELETE FROM demo_bank.entries WHERE transfer_id = " + transfer,
 				"DELETE FROM demo_bank.transfers WHERE id = " + transfer,
-			}, []string{"I2", "I7", "I9"},
+			}, []string{EffectsCounted, RecordsHaveEffects, InTheBooks},
 		},
 		"it is lost with its money and its record": {
 			[]string{
@@ -99,46 +99,46 @@ func TestCorruptedBooksAreCaught(t *testing.T) {
 				"DELETE FROM demo_bank.entries WHERE transfer_id = " + transfer,
 				"DELETE FROM demo_bank.transfers WHERE id = " + transfer,
 				"DELETE FROM demo_bank.idempotency_keys WHERE scope = 'acme' AND key = 'k1'",
-			}, []string{"I2", "I9"},
+			}, []string{EffectsCounted, InTheBooks},
 		},
 		"a transfer without entries": {
-			[]string{"DELETE FROM demo_bank.entries WHERE transfer_id = " + transfer}, []string{"I4", "I5"},
+			[]string{"DELETE FROM demo_bank.entries WHERE transfer_id = " + transfer}, []string{TwoEntries, BalancesAddUp},
 		},
 		"half a transfer": {
-			[]string{"DELETE FROM demo_bank.entries WHERE transfer_id = " + transfer + " AND amount < 0"}, []string{"I4", "I5"},
+			[]string{"DELETE FROM demo_bank.entries WHERE transfer_id = " + transfer + " AND amount < 0"}, []string{TwoEntries, BalancesAddUp},
 		},
 		"entries of another amount": {
 			[]string{
 				"UPDATE demo_bank.entries SET amount = amount * 2 WHERE transfer_id = " + transfer,
 				"UPDATE demo_bank.accounts SET balance = balance - 100 WHERE id = 'acct-0001'",
 				"UPDATE demo_bank.accounts SET balance = balance + 100 WHERE id = 'acct-0002'",
-			}, []string{"I4"},
+			}, []string{TwoEntries},
 		},
 		"a third and a fourth entry": {
 			[]string{"INSERT INTO demo_bank.entries (transfer_id, account, amount) VALUES (" + transfer + ", 'bob', 1), (" + transfer + ", 'bob', -1)"},
-			[]string{"I4"},
+			[]string{TwoEntries},
 		},
 		"entries of the wrong account": {
 			[]string{
 				"UPDATE demo_bank.entries SET account = 'bob' WHERE transfer_id = " + transfer + " AND amount > 0",
 				"UPDATE demo_bank.accounts SET balance = balance - 100 WHERE id = 'acct-0002'",
 				"UPDATE demo_bank.accounts SET balance = balance + 100 WHERE id = 'bob'",
-			}, []string{"I4"},
+			}, []string{TwoEntries},
 		},
 		"an order without its credit": {
-			[]string{"DELETE FROM demo_bank.entries WHERE order_id IS NOT NULL AND amount > 0"}, []string{"I4", "I5"},
+			[]string{"DELETE FROM demo_bank.entries WHERE order_id IS NOT NULL AND amount > 0"}, []string{TwoEntries, BalancesAddUp},
 		},
 		"a record in another transaction": {
-			[]string{"UPDATE demo_bank.idempotency_keys SET attempt_id = gen_random_uuid() WHERE scope = 'acme' AND key = 'k1'"}, []string{"I6", "I7"},
+			[]string{"UPDATE demo_bank.idempotency_keys SET attempt_id = gen_random_uuid() WHERE scope = 'acme' AND key = 'k1'"}, []string{EffectsRecorded, RecordsHaveEffects},
 		},
 		"a transfer without its record": {
-			[]string{"DELETE FROM demo_bank.idempotency_keys WHERE scope = 'globex'"}, []string{"I6"},
+			[]string{"DELETE FROM demo_bank.idempotency_keys WHERE scope = 'globex'"}, []string{EffectsRecorded},
 		},
 		"a declined request kept its record as a 2xx": {
-			[]string{"UPDATE demo_bank.idempotency_keys SET status = 201 WHERE key = 'declined'"}, []string{"I7"},
+			[]string{"UPDATE demo_bank.idempotency_keys SET status = 201 WHERE key = 'declined'"}, []string{RecordsHaveEffects},
 		},
 		"a refusal that kept its writes": {
-			[]string{"UPDATE demo_bank.idempotency_keys SET status = 402 WHERE key = 'k2'"}, []string{"I6"},
+			[]string{"UPDATE demo_bank.idempotency_keys SET status = 402 WHERE key = 'k2'"}, []string{EffectsRecorded},
 		},
 		"records older than the TTL are nobody's": {
 			[]string{
@@ -151,7 +151,7 @@ func TestCorruptedBooksAreCaught(t *testing.T) {
 				"INSERT INTO demo_bank.transfers SELECT 9001, amount, created_at, from_account, to_account, currency, reference, scope, key, attempt_id FROM demo_bank.transfers WHERE id = " + transfer,
 				"UPDATE demo_bank.entries SET transfer_id = 9001 WHERE transfer_id = " + transfer,
 				"DELETE FROM demo_bank.transfers WHERE id <> 9001 AND scope = 'acme' AND key = 'k1'",
-			}, []string{"I9"},
+			}, []string{InTheBooks},
 		},
 		"another amount": {
 			[]string{
@@ -159,7 +159,7 @@ func TestCorruptedBooksAreCaught(t *testing.T) {
 				"UPDATE demo_bank.entries SET amount = sign(amount) * 101 WHERE transfer_id = " + transfer,
 				"UPDATE demo_bank.accounts SET balance = balance - 1 WHERE id = 'acct-0001'",
 				"UPDATE demo_bank.accounts SET balance = balance + 1 WHERE id = 'acct-0002'",
-			}, []string{"I9"},
+			}, []string{InTheBooks},
 		},
 		"another account": {
 			[]string{
@@ -167,33 +167,33 @@ func TestCorruptedBooksAreCaught(t *testing.T) {
 				"UPDATE demo_bank.entries SET account = 'bob' WHERE transfer_id = " + transfer + " AND amount > 0",
 				"UPDATE demo_bank.accounts SET balance = balance - 100 WHERE id = 'acct-0002'",
 				"UPDATE demo_bank.accounts SET balance = balance + 100 WHERE id = 'bob'",
-			}, []string{"I9"},
+			}, []string{InTheBooks},
 		},
 		"a scope that was left out": {
 			[]string{
 				"UPDATE demo_bank.transfers SET scope = 'public' WHERE scope = 'globex'",
 				"UPDATE demo_bank.idempotency_keys SET scope = 'public' WHERE scope = 'globex'",
-			}, []string{"I2", "I9"},
+			}, []string{EffectsCounted, InTheBooks},
 		},
 		"a transfer whose key nobody sent": {
 			[]string{forged("acme", "unsent"), money},
-			[]string{"I2"},
+			[]string{EffectsCounted},
 		},
 		"a transfer without a key": {
 			[]string{"INSERT INTO demo_bank.transfers (id, amount, from_account, to_account, currency, reference) VALUES (9001, 5, 'acct-0001', 'acct-0002', 'EUR', '')", money},
-			[]string{"I2"},
+			[]string{EffectsCounted},
 		},
 		"a declined request moved money": {
 			[]string{
 				"DELETE FROM demo_bank.idempotency_keys WHERE key = 'declined'",
 				forged("acme", "declined"), money,
-			}, []string{"I2"},
+			}, []string{EffectsCounted},
 		},
 		"a key that was given up moved money": {
-			[]string{forged("acme", "given up"), money}, []string{"I10"},
+			[]string{forged("acme", "given up"), money}, []string{GivenUpForGood},
 		},
 		"a key that was given up was declined": {
-			[]string{"UPDATE demo_bank.idempotency_keys SET key = 'given up' WHERE key = 'declined'"}, []string{"I10"},
+			[]string{"UPDATE demo_bank.idempotency_keys SET key = 'given up' WHERE key = 'declined'"}, []string{GivenUpForGood},
 		},
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -205,7 +205,7 @@ func TestCorruptedBooksAreCaught(t *testing.T) {
 			}
 			wantWrong(t, b.ledger(), c.wrong...)
 			money, err := Money(t.Context(), b.conn)
-			if err != nil || money.OK() == slices.Contains(c.wrong, "I1") {
+			if err != nil || money.OK() == slices.Contains(c.wrong, MoneyKept) {
 				t.Errorf("money is %+v, %v", money, err)
 			}
 		})
@@ -239,19 +239,19 @@ func TestAHistoryThatTheBooksDoNotKnowIsCaught(t *testing.T) {
 		change func(*bundle)
 		wrong  []string
 	}{
-		"another id was acknowledged": {func(b *bundle) { b.ops[0].ID = "12345" }, []string{"I9"}},
-		"another amount was asked":    {func(b *bundle) { b.ops[0].Amount = 99 }, []string{"I9"}},
-		"another account was asked":   {func(b *bundle) { b.ops[0].From = "acct-0009" }, []string{"I9"}},
+		"another id was acknowledged": {func(b *bundle) { b.ops[0].ID = "12345" }, []string{InTheBooks}},
+		"another amount was asked":    {func(b *bundle) { b.ops[0].Amount = 99 }, []string{InTheBooks}},
+		"another account was asked":   {func(b *bundle) { b.ops[0].From = "acct-0009" }, []string{InTheBooks}},
 		"a key was acknowledged that did nothing": {func(b *bundle) {
 			b.ops = append(b.ops, op(1, 0, 1, "executed").with(of("public", "k9")))
-		}, []string{"I2", "I9"}},
+		}, []string{EffectsCounted, InTheBooks}},
 		"a key took effect and was never acknowledged": {func(b *bundle) {
 			for i := range b.ops {
 				if b.ops[i].Scope == "globex" {
 					b.ops[i].Outcome, b.ops[i].Status = "unknown", 503
 				}
 			}
-		}, []string{"I2"}},
+		}, []string{EffectsCounted}},
 		"a key took effect and was given up": {func(b *bundle) {
 			for i := range b.ops {
 				if b.ops[i].Scope == "globex" {
@@ -261,7 +261,7 @@ func TestAHistoryThatTheBooksDoNotKnowIsCaught(t *testing.T) {
 			for i := range b.expected {
 				b.expected[i].GivenUp = b.expected[i].GivenUp || b.expected[i].Scope == "globex"
 			}
-		}, []string{"I10"}},
+		}, []string{GivenUpForGood}},
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()

@@ -16,10 +16,10 @@ type Bounds struct {
 	Expired int64 // rows that the reaper may still have before it
 }
 
-// Live is I13: each of the keys has its record, and the table is within bounds. The keys must be younger than the TTL:
+// Live is [LiveRecordsKept]: each of the keys has its record, and the table is within bounds. The keys must be younger than the TTL:
 // those that were acknowledged and those that were planted to tempt the reaper.
 func Live(ctx context.Context, conn *pgx.Conn, live []Key, limit Bounds) (Result, error) {
-	r := result("I13")
+	r := result(LiveRecordsKept)
 	r.Seen = len(live)
 	scopes, keys := make([]string, len(live)), make([]string, len(live))
 	for i, key := range live {
@@ -57,7 +57,7 @@ func Live(ctx context.Context, conn *pgx.Conn, live []Key, limit Bounds) (Result
 	return r, wrap("records", err)
 }
 
-// Quiet is the second half of I11: besides conn no session of its database holds or awaits an advisory lock (but the
+// Quiet is [Quieted]: besides conn no session of its database holds or awaits an advisory lock (but the
 // lease of a node number), is idle in a transaction or waits for a lock. It looks once. Its role must see the others'
 // sessions: a superuser, a member of pg_read_all_stats, or the role of all of them. Else it is an error.
 func Quiet(ctx context.Context, conn *pgx.Conn) (Result, error) {
@@ -109,10 +109,10 @@ const (
 	ConnectionsMore     = 2
 )
 
-// Baseline is I12: after holds no more than before, but for GoroutinesMore, FileDescriptorsMore and ConnectionsMore.
+// Baseline is [BackAtBaseline]: after holds no more than before, but for GoroutinesMore, FileDescriptorsMore and ConnectionsMore.
 // Goroutines or file descriptors that are 0 were not measured, which is a wrong.
 func Baseline(before, after Resources) Result {
-	r := result("I12")
+	r := result(BackAtBaseline)
 	for _, resource := range []struct {
 		name                string
 		before, after, more int

@@ -36,8 +36,8 @@ func TestDeletedLiveRecordIsCaught(t *testing.T) {
 	plant("old 2", "-1 hour")
 	bounds := Bounds{Live: 7, Expired: 2}
 	wantWrong(t, b.live(bounds, young))
-	wantWrong(t, b.live(Bounds{Live: 6, Expired: 2}, young), "I13")
-	wantWrong(t, b.live(Bounds{Live: 7, Expired: 1}, young), "I13")
+	wantWrong(t, b.live(Bounds{Live: 6, Expired: 2}, young), LiveRecordsKept)
+	wantWrong(t, b.live(Bounds{Live: 7, Expired: 1}, young), LiveRecordsKept)
 	if deleted, err := b.store.DeleteExpired(t.Context()); deleted != 2 || err != nil {
 		t.Fatalf("the reaper deleted %d, %v", deleted, err)
 	}
@@ -45,10 +45,10 @@ func TestDeletedLiveRecordIsCaught(t *testing.T) {
 	wantWrong(t, b.live(bounds, young))
 
 	b.exec("DELETE FROM demo_bank.idempotency_keys WHERE scope = 'planted'")
-	wantWrong(t, b.live(bounds, young), "I13")
+	wantWrong(t, b.live(bounds, young), LiveRecordsKept)
 	wantWrong(t, b.live(bounds))
 	b.exec("DELETE FROM demo_bank.idempotency_keys WHERE scope = 'globex' AND key = 'k1'")
-	wantWrong(t, b.live(bounds), "I13")
+	wantWrong(t, b.live(bounds), LiveRecordsKept)
 	if got := b.live(bounds)[0]; got.Seen != 6 || got.Count != 1 {
 		t.Errorf("live is %+v", got)
 	}
@@ -199,11 +199,11 @@ func TestLeakedResourcesAreCaught(t *testing.T) {
 		"as many more as are allowed": {func(r *Resources) {
 			*r = Resources{20 + GoroutinesMore, 30 + FileDescriptorsMore, 8 + ConnectionsMore}
 		}, nil},
-		"a goroutine too many":       {func(r *Resources) { r.Goroutines += GoroutinesMore + 1 }, []string{"I12"}},
-		"a file too many":            {func(r *Resources) { r.FileDescriptors += FileDescriptorsMore + 1 }, []string{"I12"}},
-		"a connection too many":      {func(r *Resources) { r.Connections += ConnectionsMore + 1 }, []string{"I12"}},
-		"goroutines nobody measured": {func(r *Resources) { r.Goroutines = 0 }, []string{"I12"}},
-		"files nobody measured":      {func(r *Resources) { r.FileDescriptors = 0 }, []string{"I12"}},
+		"a goroutine too many":       {func(r *Resources) { r.Goroutines += GoroutinesMore + 1 }, []string{BackAtBaseline}},
+		"a file too many":            {func(r *Resources) { r.FileDescriptors += FileDescriptorsMore + 1 }, []string{BackAtBaseline}},
+		"a connection too many":      {func(r *Resources) { r.Connections += ConnectionsMore + 1 }, []string{BackAtBaseline}},
+		"goroutines nobody measured": {func(r *Resources) { r.Goroutines = 0 }, []string{BackAtBaseline}},
+		"files nobody measured":      {func(r *Resources) { r.FileDescriptors = 0 }, []string{BackAtBaseline}},
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
@@ -212,5 +212,5 @@ func TestLeakedResourcesAreCaught(t *testing.T) {
 			wantWrong(t, []Result{Baseline(before, after)}, c.wrong...)
 		})
 	}
-	wantWrong(t, []Result{Baseline(Resources{}, before)}, "I12")
+	wantWrong(t, []Result{Baseline(Resources{}, before)}, BackAtBaseline)
 }

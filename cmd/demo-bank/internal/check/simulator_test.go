@@ -24,11 +24,11 @@ type fate int
 
 const (
 	executed        fate = iota
-	executedLost         // F3: committed, and no reply
-	executedUnknown      // F11: told unknown, before the commit or after it
+	executedLost         // committed, and no reply
+	executedUnknown      // told unknown, before the commit or after it
 	undone               // told not-executed, while the connection may still be dying
-	undoneLost           // F1
-	undoneUnknown        // F12
+	undoneLost
+	undoneUnknown
 	fates
 )
 

@@ -55,7 +55,7 @@ const written = `
 // statements are run in this order; the first is Money's.
 var statements = [...]statement{
 	{
-		name: "I1", subject: "accounts",
+		name: MoneyKept, subject: "accounts",
 		wrong: `
 			SELECT format('balances are %s where %s were put in', sum(balance), sum(opening_balance))
 			FROM accounts HAVING sum(balance) <> sum(opening_balance)
@@ -63,7 +63,7 @@ var statements = [...]statement{
 			SELECT format('account %s has %s', id, balance) FROM accounts WHERE balance < 0`,
 	},
 	{
-		name: "I4", subject: "moves",
+		name: TwoEntries, subject: "moves",
 		with: `
 			moves AS MATERIALIZED (
 				SELECT 'transfer ' || t.id AS move, count(e.id) AS entries, COALESCE(sum(e.amount), 0) AS total,
@@ -81,7 +81,7 @@ var statements = [...]statement{
 			FROM moves WHERE (entries, debits, credits) <> (2, 1, 1)`,
 	},
 	{
-		name: "I5", subject: "accounts",
+		name: BalancesAddUp, subject: "accounts",
 		with: `totals AS (SELECT account, sum(amount) AS total FROM entries GROUP BY account),`,
 		wrong: `
 			SELECT format('account %s has %s, and its opening balance and entries make %s', a.id, a.balance, a.opening_balance + COALESCE(t.total, 0))
@@ -89,13 +89,13 @@ var statements = [...]statement{
 			WHERE a.balance <> a.opening_balance + COALESCE(t.total, 0)`,
 	},
 	{
-		name: "I6", subject: "effects", with: written,
+		name: EffectsRecorded, subject: "effects", with: written,
 		wrong: `
 			SELECT format('%s/%s: no recorded 2xx of the attempt that made %s', e.scope, e.key, e.effect) FROM effects e
 			WHERE NOT EXISTS (SELECT FROM records r WHERE r.attempt_id = e.attempt_id AND r.scope = e.scope AND r.key = e.key)`,
 	},
 	{
-		name: "I7", subject: "records", with: written,
+		name: RecordsHaveEffects, subject: "records", with: written,
 		wrong: `
 			SELECT format('%s/%s: a recorded 2xx whose attempt made nothing', r.scope, r.key) FROM records r
 			WHERE NOT EXISTS (SELECT FROM effects e WHERE e.attempt_id = r.attempt_id AND e.scope = r.scope AND e.key = r.key)`,

@@ -3,262 +3,291 @@ package storm
 import (
 	"bytes"
 	"context"
+	"crypto/sha256"
 	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
-	"math"
 	"math/rand/v2"
 	"net"
 	"net/http"
+	"net/http/httptrace"
+	"strings"
 	"time"
+	"unique"
 
-	keyed "github.com/paidonce/idempotency/client"
-	"github.com/paidonce/idempotency/cmd/demo-bank/internal/bank"
+	"github.com/paidonce/idempotency/cmd/demo-bank/internal/check"
+	"github.com/paidonce/idempotency/internal/deadline"
 )
 
 const (
-	requestTimeout = 40 * time.Second // more than a bank lets any request take
-	backoffFirst   = 10 * time.Millisecond
-	backoffMax     = 500 * time.Millisecond
-	// retryAfterMax caps Retry-After: a second, as the bank says, is right for a client and long for a storm.
-	retryAfterMax  = 25 * time.Millisecond
-	cutDelayMax    = 4 * time.Millisecond // from the last byte of a request to the end of its connection
+	// RequestTimeout is more than a bank lets any request take, its look for a lost COMMIT included.
+	RequestTimeout = 40 * time.Second
+
+	// Between two requests with one key a client pauses from BackoffFirst on, twice as long each time, up to BackoffMax.
+	BackoffFirst = 10 * time.Millisecond
+	BackoffMax   = 500 * time.Millisecond
+
+	dialTimeout    = 2 * time.Second
 	answerBytesMax = 1 << 20
+	slowPause      = 40 * time.Millisecond // between the parts of a slow body
+	contentType    = "application/json"
 )
 
-// errPatience means that a request had no definite answer for as long as the storm's patience.
-var errPatience = errors.New("no definite answer")
+// Trouble is what a client does to a request of its own.
+type Trouble uint8
 
-var errNotFound = errors.New("not found")
+// The kinds of trouble.
+const (
+	NoTrouble Trouble = iota
+	Cut               // the connection is cut before the reply, by a reset or a goodbye
+	HangUp            // the client stops waiting
+	HalfSent          // the body ends in the middle
+	Slow              // the body comes in parts
+)
 
-// client is one good client with a connection of its own. It is used by one goroutine at a time.
-//
-// How it retries is package client's doing, which here has no budget of retries: a storm is to go on through a bank's
-// death. What it loses on purpose is the storm's, see cut.
-type client struct {
-	storm *storm
-	keyed http.Client // for what carries a key
-	plain http.Client // for what does not
+// Client is one connection of a client's. It sends a request once, and says what it saw: to ask again is its caller's
+// decision. It is used by one goroutine at a time.
+type Client struct {
+	id       int
+	clock    func() time.Duration
+	cutAfter time.Duration
+	http     http.Client
 }
 
-func newClient(s *storm) *client {
-	c := &client{storm: s}
-	base := &http.Transport{MaxIdleConnsPerHost: 1, DisableCompression: true}
-	c.plain = http.Client{Transport: base, Timeout: requestTimeout}
-	c.keyed = http.Client{Transport: keyed.New(base, &keyed.Options{
-		Honours: keyed.Everywhere, BackoffFirst: backoffFirst, BackoffMax: backoffMax, RetryAfterMax: retryAfterMax,
-		AttemptTimeout: requestTimeout, TotalMax: s.config.Patience, AttemptsMax: math.MaxInt, Unbudgeted: true,
-		AnswerBytesMax: answerBytesMax, Trace: s.tally.trace,
-	})}
-	return c
+// NewClient returns a client that has the given number in a history. clock is the run's, and is never 0. A client that
+// loses a reply on purpose goes away within cutAfter of the last byte of its request.
+func NewClient(id int, clock func() time.Duration, cutAfter time.Duration) *Client {
+	return &Client{id: id, clock: clock, cutAfter: cutAfter, http: http.Client{
+		Timeout: RequestTimeout,
+		Transport: &http.Transport{
+			DialContext:         (&net.Dialer{Timeout: dialTimeout}).DialContext,
+			MaxIdleConnsPerHost: 1, DisableCompression: true,
+		},
+	}}
 }
 
-func (c *client) close() { c.plain.CloseIdleConnections() }
+// Close closes the connection. The client can still be used.
+func (c *Client) Close() { c.http.CloseIdleConnections() }
 
-// answer is what came back: all of it that the bank must repeat, and what a client branches on.
-type answer struct {
-	status      int
-	location    string
-	contentType string
-	body        []byte
-
-	outcome string // of Idempotency-Status; empty where the bank has no middleware
+// Request is what a client asks for.
+type Request struct {
+	Asked         check.Operation // but for what the reply is
+	URL           string
+	Authorization string // the header's value; empty: none
+	Body          []byte
 }
 
-// same reports whether two answers to one key are one answer.
-func (a *answer) same(b *answer) bool {
-	return a.status == b.status && a.location == b.location && a.contentType == b.contentType && bytes.Equal(a.body, b.body)
+// Send sends a request once. It returns the operation for the history and the body of the reply, which is nil if none
+// came. It reports false if nothing that can be executed has left the client: then there was no operation.
+func (c *Client) Send(ctx context.Context, q *Request, t Trouble) (op check.Operation, body []byte, sent bool) {
+	op = q.Asked
+	op.Client = c.id
+	if t == HalfSent {
+		c.sendHalf(ctx, q)
+		return op, nil, false
+	}
+	op.Sent = c.clock()
+	var response *http.Response
+	var err error
+	if t == Cut {
+		err = c.cut(ctx, q)
+	} else {
+		response, body, err = c.exchange(ctx, q, t)
+	}
+	returned := c.clock()
+	switch {
+	case errors.Is(err, errUnsent):
+		return op, nil, false
+	case err != nil:
+		return op, nil, true
+	}
+	op.Returned, op.Status = returned, response.StatusCode
+	fill(&op, response.Header, body)
+	return op, body, true
 }
 
-func (a *answer) acknowledged() bool { return a.status >= 200 && a.status < 300 }
-
-// sendCopy sends one copy of a transfer and keeps asking until it has its answer. With cut the first reply is lost.
-func (c *client) sendCopy(ctx context.Context, t *transfer, cut bool) error {
-	if cut {
-		if err := c.cut(ctx, t); err == nil {
-			c.storm.tally.lostReplies.Add(1)
-			c.storm.tally.retries.Add(1)
+// fill takes what a reply says into an operation. It keeps one string of each kind: a run may have millions.
+func fill(op *check.Operation, header http.Header, body []byte) {
+	op.Outcome = unique.Make(header.Get("Idempotency-Status")).Value()
+	kind := header.Get("Content-Type")
+	if strings.HasPrefix(kind, "application/problem+json") {
+		op.Problem = unique.Make(problemOf(body)).Value()
+	}
+	switch op.Outcome {
+	case "executed", "replayed", "":
+		op.Answer = AnswerOf(op.Status, kind, header.Get("Location"), body)
+		if op.Status >= 200 && op.Status <= 299 {
+			var told struct {
+				ID string `json:"id"`
+			}
+			_ = json.Unmarshal(body, &told) // an answer without an id is found by the checks
+			op.ID = told.ID
 		}
 	}
-	a, err := c.ask(ctx, t.key, t.body)
-	if err != nil {
-		return err
-	}
-	c.storm.compare(t, a)
-	return nil
 }
 
-// sendChanged sends another body under a transfer's key. It comes after the transfer's own answer, so that it can't be
-// the one that is executed.
-func (c *client) sendChanged(ctx context.Context, t *transfer) error {
-	a, err := c.ask(ctx, t.key, t.bodyOf(t.amount+1))
-	if err != nil {
-		return err
-	}
-	if a.outcome != "mismatch" {
-		c.storm.faults.add(faultChangedBody, "key %s: another body was answered with %d %s", t.key, a.status, a.outcome)
-	}
-	return nil
+// AnswerOf is the hash of all that a replay must repeat.
+func AnswerOf(status int, contentType, location string, body []byte) [sha256.Size]byte {
+	h := sha256.New()
+	fmt.Fprintf(h, "%d\n%q\n%q\n", status, contentType, location)
+	h.Write(body)
+	var sum [sha256.Size]byte
+	h.Sum(sum[:0])
+	return sum
 }
 
-// replay asks for a transfer once more when all is over.
-func (c *client) replay(ctx context.Context, t *transfer) error {
-	a, err := c.ask(ctx, t.key, t.body)
-	if err != nil {
-		return err
+// problemOf is the end of a problem document's type.
+func problemOf(body []byte) string {
+	var document struct {
+		Type string `json:"type"`
 	}
-	if a.outcome == "executed" {
-		c.storm.faults.add(faultForgotten, "key %s: was executed again after it had been answered", t.key)
+	if json.Unmarshal(body, &document) != nil {
+		return "unreadable"
 	}
-	c.storm.compare(t, a)
-	return nil
+	_, slug, _ := strings.Cut(document.Type, "#")
+	return slug
 }
 
-// readBack looks an acknowledged transfer up in the bank's books.
-func (c *client) readBack(ctx context.Context, t *transfer) error {
-	if t.first == nil || !t.first.acknowledged() {
-		return nil
-	}
-	var told, found bank.Transfer
-	if err := json.Unmarshal(t.first.body, &told); err != nil || told.ID == "" {
-		c.storm.faults.add(faultUnexpected, "key %s: the answer is not a transfer", t.key)
-		return nil
-	}
-	err := c.get(ctx, "/v1/transfers/"+told.ID, c.storm.config.Patience, &found)
-	switch {
-	case errors.Is(err, errNotFound):
-		c.storm.faults.add(faultMissing, "key %s: transfer %s was acknowledged and is not in the books", t.key, told.ID)
-	case err != nil:
-		return err
-	case found != told || found.From != t.from || found.To != t.to || found.Amount != t.amount:
-		c.storm.faults.add(faultMissing, "key %s: transfer %s is in the books, but is not what was acknowledged", t.key, told.ID)
-	}
-	return nil
-}
+// errUnsent means that nothing of a request left the client.
+var errUnsent = errors.New("no connection")
 
-// ask sends a request until it has a definite answer: the same bytes under the same key, with pauses that grow.
-func (c *client) ask(ctx context.Context, key string, body []byte) (*answer, error) {
-	r, err := c.request(ctx, key, body)
+func (q *Request) http(ctx context.Context, body io.Reader) (*http.Request, error) {
+	r, err := http.NewRequestWithContext(ctx, http.MethodPost, q.URL, body)
 	if err != nil {
 		return nil, err
 	}
-	response, err := c.keyed.Do(r)
-	switch {
-	case ctx.Err() != nil:
-		if err == nil {
-			_ = response.Body.Close() // nobody reads it
-		}
-		return nil, ctx.Err()
-	case err != nil:
-		return nil, fmt.Errorf("%w within %v: %w", errPatience, c.storm.config.Patience, err)
+	// Without a GetBody Go's client can't send a request again by itself, which nobody would see.
+	r.GetBody, r.ContentLength = nil, int64(len(q.Body))
+	r.Header.Set("Content-Type", contentType)
+	r.Header.Set("Idempotency-Key", q.Asked.Key)
+	if q.Authorization != "" {
+		r.Header.Set("Authorization", q.Authorization)
 	}
-	return read(response)
-}
-
-func (c *client) request(ctx context.Context, key string, body []byte) (*http.Request, error) {
-	r, err := http.NewRequestWithContext(ctx, http.MethodPost, c.storm.base.JoinPath("/v1/transfers").String(), bytes.NewReader(body))
-	if err != nil {
-		return nil, err
-	}
-	r.Header.Set("Content-Type", "application/json")
-	r.Header.Set("Idempotency-Key", key)
 	return r, nil
 }
 
-// read reads an answer to its end.
-func read(response *http.Response) (*answer, error) {
-	defer func() { _ = response.Body.Close() }() // it was read to its end, or the connection is broken
-	body, err := io.ReadAll(io.LimitReader(response.Body, answerBytesMax))
-	if err != nil {
-		return nil, err
+// exchange sends a request and reads its reply to the end.
+func (c *Client) exchange(ctx context.Context, q *Request, t Trouble) (*http.Response, []byte, error) {
+	var body io.Reader = bytes.NewReader(q.Body)
+	switch t {
+	case Slow:
+		body = &slowReader{ctx: ctx, rest: q.Body}
+	case HangUp:
+		var cancel context.CancelFunc
+		ctx, cancel = context.WithTimeout(ctx, time.Millisecond+rand.N(c.cutAfter))
+		defer cancel()
 	}
-	return &answer{
-		status: response.StatusCode, body: body, outcome: response.Header.Get("Idempotency-Status"),
-		location: response.Header.Get("Location"), contentType: response.Header.Get("Content-Type"),
-	}, nil
+	connected := false
+	request, err := q.http(httptrace.WithClientTrace(ctx, &httptrace.ClientTrace{
+		GotConn: func(httptrace.GotConnInfo) { connected = true }, // called by Do, before anything is sent
+	}), body)
+	if err != nil {
+		return nil, nil, err
+	}
+	response, err := c.http.Do(request)
+	if err != nil {
+		if !connected {
+			return nil, nil, fmt.Errorf("%w: %w", errUnsent, err)
+		}
+		return nil, nil, err
+	}
+	defer func() { _ = response.Body.Close() }() // it was read to its end, or the connection is broken
+	content, err := io.ReadAll(io.LimitReader(response.Body, answerBytesMax))
+	return response, content, err
 }
 
-// cut sends a request and closes the connection before its reply: at once, or a moment later. An error means that it
-// was not sent whole.
-func (c *client) cut(ctx context.Context, t *transfer) error {
-	r, err := c.request(ctx, t.key, t.body)
+// slowReader is a body in parts.
+type slowReader struct {
+	ctx  context.Context
+	rest []byte
+}
+
+func (r *slowReader) Read(p []byte) (int, error) {
+	if len(r.rest) == 0 {
+		return 0, io.EOF
+	}
+	if err := deadline.Sleep(r.ctx, slowPause); err != nil {
+		return 0, err
+	}
+	n := copy(p, r.rest[:min(len(r.rest), 16)])
+	r.rest = r.rest[n:]
+	return n, nil
+}
+
+var errCut = errors.New("cut")
+
+// cut sends a request and closes the connection before its reply. It always returns an error.
+func (c *Client) cut(ctx context.Context, q *Request) error {
+	request, err := q.http(ctx, bytes.NewReader(q.Body))
 	if err != nil {
 		return err
 	}
-	address := c.storm.base.Host
-	if c.storm.base.Port() == "" {
-		address = net.JoinHostPort(c.storm.base.Hostname(), "80")
-	}
-	dialer := net.Dialer{Timeout: requestTimeout}
-	conn, err := dialer.DialContext(ctx, "tcp", address)
+	conn, err := dial(ctx, request)
 	if err != nil {
 		return err
 	}
 	defer func() { _ = conn.Close() }() // closed below, but where writing failed
-	if err := r.Write(conn); err != nil {
+	if err := request.Write(conn); err != nil {
 		return err
 	}
-	c.storm.tally.requests.Add(1)
-	select {
-	case <-ctx.Done():
-	case <-time.After(rand.N(cutDelayMax)):
-	}
+	_ = deadline.Sleep(ctx, rand.N(c.cutAfter))
 	if tcp, ok := conn.(*net.TCPConn); ok && rand.IntN(2) == 0 {
 		_ = tcp.SetLinger(0) // a reset instead of a goodbye
 	}
-	return conn.Close()
+	return errors.Join(errCut, conn.Close())
 }
 
-// get reads something of the bank's, patiently.
-func (c *client) get(ctx context.Context, path string, patience time.Duration, into any) error {
-	a, err := c.patiently(ctx, c.storm.base.JoinPath(path).String(), patience)
-	switch {
-	case err != nil:
-		return fmt.Errorf("GET %s: %w", path, err)
-	case a.status == http.StatusNotFound:
-		return fmt.Errorf("GET %s: %w", path, errNotFound)
-	case a.status != http.StatusOK:
-		return fmt.Errorf("GET %s: status %d", path, a.status)
+func dial(ctx context.Context, r *http.Request) (net.Conn, error) {
+	address := r.URL.Host
+	if r.URL.Port() == "" {
+		address = net.JoinHostPort(r.URL.Hostname(), "80")
 	}
-	if err := json.Unmarshal(a.body, into); err != nil {
-		return fmt.Errorf("GET %s: %w", path, err)
+	dialer := net.Dialer{Timeout: dialTimeout}
+	conn, err := dialer.DialContext(ctx, "tcp", address)
+	if err != nil {
+		return nil, fmt.Errorf("%w: %w", errUnsent, err)
 	}
-	return nil
+	return conn, nil
 }
 
-// patiently asks for a URL until there is an answer or the patience is at its end. Reading needs no key.
-func (c *client) patiently(ctx context.Context, url string, patience time.Duration) (*answer, error) {
-	deadline := time.Now().Add(patience)
-	for backoff := backoffFirst; ; backoff = min(2*backoff, backoffMax) {
-		a, err := c.getOnce(ctx, url)
-		switch {
-		case ctx.Err() != nil:
-			return nil, ctx.Err()
-		case err == nil && a.status < 500 && a.status != http.StatusTooManyRequests:
-			return a, nil
-		case time.Now().After(deadline) && err != nil:
-			return nil, fmt.Errorf("%w within %v: %w", errPatience, patience, err)
-		case time.Now().After(deadline):
-			return nil, fmt.Errorf("%w within %v: the last one was %d", errPatience, patience, a.status)
-		}
-		select {
-		case <-ctx.Done():
-			return nil, ctx.Err()
-		case <-time.After(backoff/2 + rand.N(backoff/2)): // or all would come back at once
-		}
-		c.storm.tally.retries.Add(1)
+// sendHalf sends a request whose body ends in the middle: it can't be executed, and nobody asks what became of it.
+func (c *Client) sendHalf(ctx context.Context, q *Request) {
+	request, err := q.http(ctx, bytes.NewReader(q.Body))
+	if err != nil {
+		return
 	}
+	var whole bytes.Buffer
+	if err := request.Write(&whole); err != nil {
+		return
+	}
+	conn, err := dial(ctx, request)
+	if err != nil {
+		return
+	}
+	defer func() { _ = conn.Close() }() // it has no reply
+	_, _ = conn.Write(whole.Bytes()[:whole.Len()-len(q.Body)/2])
+	_ = deadline.Sleep(ctx, rand.N(c.cutAfter))
 }
 
-func (c *client) getOnce(ctx context.Context, url string) (*answer, error) {
+// StatusError is a reply to a GET that is not 200.
+type StatusError int
+
+func (e StatusError) Error() string { return fmt.Sprintf("status %d", int(e)) }
+
+// Get reads JSON from a bank. The error is a [StatusError] if the bank answered otherwise than with 200.
+func Get(ctx context.Context, client *http.Client, url string, into any) error {
 	r, err := http.NewRequestWithContext(ctx, http.MethodGet, url, nil)
 	if err != nil {
-		return nil, err
+		return err
 	}
-	response, err := c.plain.Do(r)
+	response, err := client.Do(r)
 	if err != nil {
-		return nil, err
+		return err
 	}
-	return read(response)
+	defer func() { _ = response.Body.Close() }() // it was read to its end, or is of no use
+	if response.StatusCode != http.StatusOK {
+		return StatusError(response.StatusCode)
+	}
+	return json.NewDecoder(io.LimitReader(response.Body, answerBytesMax)).Decode(into)
 }

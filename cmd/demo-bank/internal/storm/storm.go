@@ -4,24 +4,32 @@
 // It knows what any client knows: its own requests, the answers it got, and the bank's HTTP interface.
 //
 //   - [Run] is the storm from the first request to the verdict
-//   - client.go is a good client: how it retries, and how it loses an answer
-//   - verdict.go is what must hold
+//   - [Client] sends a request once, as well or as badly as clients do; package chaos sends by it too
+//   - verdict.go is what must hold: package check judges the answers, the bank's audit its books
 package storm
 
 import (
+	"cmp"
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
 	"math/rand/v2"
+	"net/http"
 	"net/url"
+	"slices"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/google/uuid"
 	"golang.org/x/sync/errgroup"
 
 	"github.com/paidonce/idempotency/cmd/demo-bank/internal/bank"
+	"github.com/paidonce/idempotency/cmd/demo-bank/internal/check"
+	"github.com/paidonce/idempotency/cmd/internal/terminal"
+	"github.com/paidonce/idempotency/internal/deadline"
 )
 
 // Limits of [Config].
@@ -36,6 +44,8 @@ const (
 	amountMax    = 50   // small, so that many storms on one bank still find funds
 	changedEvery = 100  // one key in so many is sent with a changed body too
 	helloMax     = 5 * time.Second
+	cutAfter     = 4 * time.Millisecond
+	scope        = "public" // of a request without an Authorization header
 )
 
 // Config says how hard it storms. All fields but Seed and Progress must be set.
@@ -71,23 +81,43 @@ func (c *Config) Validate() error {
 type storm struct {
 	config    Config
 	base      *url.URL
+	started   time.Time
 	transfers []*transfer
-	tally     tally
+	clients   []*client
 	faults    faults
+
+	phase    atomic.Value // of string
+	done     atomic.Int64 // transfers of this phase
+	requests atomic.Int64
+	retries  atomic.Int64
+}
+
+// client is one good client. It is used by one goroutine at a time.
+type client struct {
+	*Client
+	ops []check.Operation
 }
 
 // transfer is one thing that should happen once, whatever its copies meet.
 type transfer struct {
+	number int
 	key    string
-	body   []byte
 	choice *rand.Rand // of this transfer's copies, so that a seed repeats them whoever sends them
 	from   string
 	to     string
 	amount int64
 
 	mu    sync.Mutex
-	first *answer // the first definite answer; every other must equal it
+	first *told // the first definite answer; package check compares the others with it
 }
+
+// told is an answer to a transfer.
+type told struct {
+	status int
+	body   []byte
+}
+
+func (a *told) acknowledged() bool { return a != nil && a.status >= 200 && a.status < 300 }
 
 // Run storms and returns what it found. An error means that there is no verdict: the bank is not there, or a request
 // had no definite answer within the patience, or ctx ended.
@@ -99,51 +129,52 @@ func Run(ctx context.Context, config Config) (*Report, error) {
 	if err != nil {
 		return nil, err
 	}
-	if config.Seed == 0 {
-		config.Seed = rand.Uint64()
-	}
-	s := &storm{config: config, base: base, tally: newTally()}
+	config.Seed = cmp.Or(config.Seed, rand.Uint64())
+	s := &storm{config: config, base: base, started: time.Now()}
+	s.phase.Store("starting")
 	if err := s.plan(); err != nil {
 		return nil, err
 	}
-	clients := make([]*client, config.Clients)
-	for i := range clients {
-		clients[i] = newClient(s)
-		defer clients[i].close()
+	for i := range config.Clients {
+		c := &client{Client: NewClient(i, s.clock, cutAfter)}
+		s.clients = append(s.clients, c)
+		defer c.Close()
 	}
-	before, err := s.hello(ctx, clients[0])
-	if err != nil {
-		return nil, err
+	reader := &http.Client{Transport: &http.Transport{MaxIdleConnsPerHost: config.Clients}, Timeout: RequestTimeout}
+	defer reader.CloseIdleConnections()
+	var before, after bank.Audit
+	// A bank that may not be there is not waited for for long.
+	if err := s.get(ctx, reader, "/v1/audit", min(helloMax, config.Patience), &before); err != nil {
+		return nil, fmt.Errorf("there is no bank at %s: %w: start one with `demo-bank serve`, or name it with --url", config.URL, err)
 	}
 
-	started := time.Now()
-	endProgress := s.showProgress(ctx)
-	err = s.send(ctx, clients)
-	sent := time.Since(started)
+	sending := time.Now()
+	endProgress := terminal.ShowProgress(config.Progress, true, "storm", s.progress)
+	err = s.each(ctx, "sending", 2, s.sendCopies)
+	sent := time.Since(sending)
 	if err == nil {
-		err = s.each(ctx, clients, "replaying", (*client).replay)
+		err = s.each(ctx, "replaying", 1, func(ctx context.Context, clients []*client, t *transfer) error {
+			return s.ask(ctx, clients[0], t, manner{final: true})
+		})
 	}
 	if err == nil {
-		err = s.each(ctx, clients, "reading back", (*client).readBack)
+		err = s.each(ctx, "reading back", 1, func(ctx context.Context, _ []*client, t *transfer) error { return s.readBack(ctx, reader, t) })
 	}
 	endProgress()
 	if err != nil {
 		return nil, err
 	}
-	var after bank.Audit
-	if err := clients[0].get(ctx, "/v1/audit", config.Patience, &after); err != nil {
+	if err := s.get(ctx, reader, "/v1/audit", config.Patience, &after); err != nil {
 		return nil, fmt.Errorf("ask for the audit: %w", err)
 	}
-	return s.report(before, &after, sent), nil
+	return s.report(&before, &after, sent), nil
 }
 
-// hello asks for the audit before the storm, and does not wait long for a bank that may not be there.
-func (s *storm) hello(ctx context.Context, c *client) (*bank.Audit, error) {
-	var audit bank.Audit
-	if err := c.get(ctx, "/v1/audit", min(helloMax, s.config.Patience), &audit); err != nil {
-		return nil, fmt.Errorf("there is no bank at %s: %w: start one with `demo-bank serve`, or name it with --url", s.config.URL, err)
-	}
-	return &audit, nil
+// clock is the time since the start. It is never 0, which means no time at all.
+func (s *storm) clock() time.Duration { return max(1, time.Since(s.started)) }
+
+func (s *storm) progress() string {
+	return fmt.Sprintf("%v %d of %d keys, %d requests, %d retries", s.phase.Load(), s.done.Load(), s.config.Keys, s.requests.Load(), s.retries.Load())
 }
 
 // plan draws the transfers. Keys are new for each run and close together in time's order, as UUIDv7 keys are.
@@ -154,66 +185,56 @@ func (s *storm) plan() error {
 	}
 	for i := range s.config.Keys {
 		t := &transfer{
-			key:    fmt.Sprintf("%s-%06d", id, i),
+			number: i, key: fmt.Sprintf("%s-%06d", id, i),
 			choice: rand.New(rand.NewPCG(s.config.Seed, uint64(i))),
 		}
 		from := t.choice.IntN(accounts)
 		to := (from + 1 + t.choice.IntN(accounts-1)) % accounts
 		t.from, t.to = fmt.Sprintf("acct-%04d", from), fmt.Sprintf("acct-%04d", to)
 		t.amount = 1 + t.choice.Int64N(amountMax)
-		t.body = t.bodyOf(t.amount)
 		s.transfers = append(s.transfers, t)
 	}
 	return nil
 }
 
-// bodyOf is the transfer's body for an amount: its own, or a changed one.
-func (t *transfer) bodyOf(amount int64) []byte {
-	return fmt.Appendf(nil, `{"from":"%s","to":"%s","amount":%d,"currency":"EUR","reference":"storm"}`, t.from, t.to, amount)
+// manner is how a transfer is asked for.
+type manner struct {
+	changed bool // with another body
+	final   bool // when all has its answer
+	trouble Trouble
 }
 
-// send sends all copies of all transfers. Clients work in pairs, so that two copies can leave at once.
-func (s *storm) send(ctx context.Context, clients []*client) error {
-	s.tally.phase.Store("sending")
-	work := make(chan int)
-	group, ctx := errgroup.WithContext(ctx)
-	group.Go(func() error {
-		defer close(work)
-		return feed(ctx, work, len(s.transfers))
-	})
-	for first := 0; first < len(clients); first += 2 {
-		pair := clients[first:min(first+2, len(clients))]
-		group.Go(func() error {
-			for i := range work {
-				if err := s.sendCopies(ctx, pair, i); err != nil {
-					return err
-				}
-				s.tally.keys.Add(1)
-			}
-			return nil
-		})
+func (s *storm) request(t *transfer, m manner) *Request {
+	amount, number := t.amount, uint64(2*t.number)
+	if m.changed {
+		amount, number = amount+1, number+1
 	}
-	return group.Wait()
+	return &Request{
+		Asked: check.Operation{Scope: scope, Key: t.key, Request: number, From: t.from, To: t.to, Amount: amount, Final: m.final},
+		URL:   s.base.JoinPath(bank.TransfersPath).String(),
+		Body:  fmt.Appendf(nil, `{"from":"%s","to":"%s","amount":%d,"currency":"EUR","reference":"storm"}`, t.from, t.to, amount),
+	}
 }
 
 // sendCopies sends every copy of one transfer: some at once, some later, some whose answer gets lost, and for one
 // transfer in a hundred one that asks for something else under the same key.
-func (s *storm) sendCopies(ctx context.Context, clients []*client, i int) error {
-	t := s.transfers[i]
+func (s *storm) sendCopies(ctx context.Context, clients []*client, t *transfer) error {
 	atOnce := min(len(clients), s.config.Copies)
 	if atOnce > 1 && t.choice.IntN(4) == 0 {
 		atOnce = 1
 	}
-	cut := make([]bool, s.config.Copies)
-	for n := range cut {
-		cut[n] = t.choice.IntN(8) == 0
+	troubles := make([]Trouble, s.config.Copies)
+	for n := range troubles {
+		if t.choice.IntN(8) == 0 {
+			troubles[n] = Cut
+		}
 	}
 	barrier := make(chan struct{})
 	group, groupCtx := errgroup.WithContext(ctx)
 	for n, c := range clients[:atOnce] {
 		group.Go(func() error {
 			<-barrier
-			return c.sendCopy(groupCtx, t, cut[n])
+			return s.ask(groupCtx, c, t, manner{trouble: troubles[n]})
 		})
 	}
 	close(barrier)
@@ -221,77 +242,152 @@ func (s *storm) sendCopies(ctx context.Context, clients []*client, i int) error 
 		return err
 	}
 	for n := atOnce; n < s.config.Copies; n++ {
-		if err := clients[n%len(clients)].sendCopy(ctx, t, cut[n]); err != nil {
+		if err := s.ask(ctx, clients[n%len(clients)], t, manner{trouble: troubles[n]}); err != nil {
 			return err
 		}
 	}
-	if i%changedEvery == 0 {
-		return clients[0].sendChanged(ctx, t)
+	if t.number%changedEvery == 0 { // after the transfer's own answer, so that it can't be the one that is executed
+		return s.ask(ctx, clients[0], t, manner{changed: true})
 	}
 	return nil
 }
 
-// each lets the clients do one thing with every transfer.
-func (s *storm) each(ctx context.Context, clients []*client, phase string, do func(*client, context.Context, *transfer) error) error {
-	s.tally.phase.Store(phase)
-	s.tally.keys.Store(0)
-	work := make(chan int)
+// ask sends a transfer's request until it has a definite answer: the same bytes under the same key, with pauses that
+// grow.
+func (s *storm) ask(ctx context.Context, c *client, t *transfer, m manner) error {
+	request := s.request(t, m)
+	patient, cancel := context.WithTimeout(ctx, s.config.Patience)
+	defer cancel()
+	for backoff, trouble := BackoffFirst, m.trouble; ; backoff, trouble = min(2*backoff, BackoffMax), NoTrouble {
+		op, body, sent := c.Send(patient, request, trouble)
+		if sent {
+			s.requests.Add(1)
+			if definite(&op) {
+				s.answered(c, t, m, op, body)
+				return nil
+			}
+			c.ops = append(c.ops, op)
+		}
+		if trouble != Cut { // who lost the reply on purpose comes back at once, while the request may still run
+			_ = deadline.Sleep(patient, backoff/2+rand.N(backoff/2)) // or all would come back at the same time
+		}
+		switch {
+		case ctx.Err() != nil:
+			return ctx.Err()
+		case patient.Err() != nil:
+			return fmt.Errorf("%w within %v: the last try: %v", errPatience, s.config.Patience, &op)
+		}
+		s.retries.Add(1)
+	}
+}
+
+// errPatience means that a request had no definite answer for as long as the storm's patience.
+var errPatience = errors.New("no definite answer")
+
+// definite reports whether an answer is the last word on its request.
+func definite(op *check.Operation) bool {
+	switch op.Outcome {
+	case "executed", "replayed", "mismatch":
+		return true
+	case "in-progress", "unknown":
+		return false
+	}
+	return op.Returned != 0 && op.Status < 500 && op.Status != http.StatusRequestTimeout &&
+		op.Status != http.StatusTooEarly && op.Status != http.StatusTooManyRequests
+}
+
+// answered takes a definite answer into the history.
+func (s *storm) answered(c *client, t *transfer, m manner, op check.Operation, body []byte) {
+	if op.Outcome == "" { // a bank without the middleware says what it did, and not that it did it
+		op.Outcome = "executed"
+	}
+	c.ops = append(c.ops, op)
+	switch mismatch := op.Outcome == "mismatch"; {
+	case m.changed && !mismatch:
+		s.faults.add(faultChangedBody, "key %s: another body was answered with %v", t.key, &op)
+	case m.changed:
+	case mismatch:
+		s.faults.add(faultUnexpected, "key %s: its own body was called a mismatch", t.key)
+	case op.Status != http.StatusCreated && op.Status != http.StatusPaymentRequired:
+		s.faults.add(faultUnexpected, "key %s: a good request was answered with %v", t.key, &op)
+	default:
+		t.mu.Lock()
+		defer t.mu.Unlock()
+		if t.first == nil {
+			t.first = &told{op.Status, body}
+		}
+	}
+}
+
+// readBack looks an acknowledged transfer up in the bank's books.
+func (s *storm) readBack(ctx context.Context, reader *http.Client, t *transfer) error {
+	if !t.first.acknowledged() {
+		return nil
+	}
+	var told, found bank.Transfer
+	if err := json.Unmarshal(t.first.body, &told); err != nil || told.ID == "" {
+		s.faults.add(faultUnexpected, "key %s: the answer is not a transfer", t.key)
+		return nil
+	}
+	err := s.get(ctx, reader, bank.TransfersPath+"/"+told.ID, s.config.Patience, &found)
+	switch {
+	case errors.Is(err, StatusError(http.StatusNotFound)):
+		s.faults.add(faultMissing, "key %s: transfer %s was acknowledged and is not in the books", t.key, told.ID)
+	case err != nil:
+		return err
+	case found != told || found.From != t.from || found.To != t.to || found.Amount != t.amount:
+		s.faults.add(faultMissing, "key %s: transfer %s is in the books, but is not what was acknowledged", t.key, told.ID)
+	}
+	return nil
+}
+
+// get reads something of the bank's, patiently.
+func (s *storm) get(ctx context.Context, reader *http.Client, path string, patience time.Duration, into any) error {
+	until := time.Now().Add(patience)
+	for backoff := BackoffFirst; ; backoff = min(2*backoff, BackoffMax) {
+		err := Get(ctx, reader, s.base.JoinPath(path).String(), into)
+		var status StatusError
+		switch {
+		case err == nil:
+			return nil
+		case ctx.Err() != nil:
+			return ctx.Err()
+		case errors.As(err, &status) && status < 500 && status != http.StatusTooManyRequests:
+			return fmt.Errorf("GET %s: %w", path, err)
+		case time.Now().After(until):
+			return fmt.Errorf("GET %s: %w within %v: %w", path, errPatience, patience, err)
+		}
+		_ = deadline.Sleep(ctx, backoff/2+rand.N(backoff/2)) // ctx is looked at above
+	}
+}
+
+// each lets the clients do one thing with every transfer, so many of them together.
+func (s *storm) each(ctx context.Context, phase string, together int, do func(context.Context, []*client, *transfer) error) error {
+	s.phase.Store(phase)
+	s.done.Store(0)
+	work := make(chan *transfer)
 	group, ctx := errgroup.WithContext(ctx)
 	group.Go(func() error {
 		defer close(work)
-		return feed(ctx, work, len(s.transfers))
+		for _, t := range s.transfers {
+			select {
+			case work <- t:
+			case <-ctx.Done():
+				return ctx.Err()
+			}
+		}
+		return nil
 	})
-	for _, c := range clients {
+	for clients := range slices.Chunk(s.clients, together) {
 		group.Go(func() error {
-			for i := range work {
-				if err := do(c, ctx, s.transfers[i]); err != nil {
+			for t := range work {
+				if err := do(ctx, clients, t); err != nil {
 					return err
 				}
-				s.tally.keys.Add(1)
+				s.done.Add(1)
 			}
 			return nil
 		})
 	}
 	return group.Wait()
-}
-
-func feed(ctx context.Context, work chan<- int, n int) error {
-	for i := range n {
-		select {
-		case work <- i:
-		case <-ctx.Done():
-			return ctx.Err()
-		}
-	}
-	return nil
-}
-
-// progressInterval is how often the progress line is written.
-const progressInterval = 200 * time.Millisecond
-
-// showProgress writes a progress line until the returned function is called, which removes it.
-func (s *storm) showProgress(ctx context.Context) (end func()) {
-	if s.config.Progress == nil {
-		return func() {}
-	}
-	ctx, cancel := context.WithCancel(ctx)
-	var group sync.WaitGroup
-	group.Go(func() {
-		tick := time.NewTicker(progressInterval)
-		defer tick.Stop()
-		for ctx.Err() == nil {
-			// A terminal that is gone is no reason to stop.
-			_, _ = fmt.Fprintf(s.config.Progress, "\r\x1b[K%v %d of %d keys, %d requests, %d retries",
-				s.tally.phase.Load(), s.tally.keys.Load(), s.config.Keys, s.tally.requests.Load(), s.tally.retries.Load())
-			select {
-			case <-ctx.Done():
-			case <-tick.C:
-			}
-		}
-		_, _ = fmt.Fprint(s.config.Progress, "\r\x1b[K")
-	})
-	return func() {
-		cancel()
-		group.Wait()
-	}
 }

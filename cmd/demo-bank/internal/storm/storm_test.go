@@ -34,6 +34,8 @@ type model struct {
 	lose     bool                                            // acknowledges without keeping
 	alter    bool                                            // keeps another amount than it acknowledged
 	trusting bool                                            // does not compare bodies
+	slow     bool                                            // loses the first reply to a key, and is at it still when it is asked again
+	asked    map[string]int                                  // how often a key was, on a slow bank
 	fail     func(n int, w http.ResponseWriter) (taken bool) // answers the n-th POST itself
 }
 
@@ -64,6 +66,15 @@ func (m *model) post(w http.ResponseWriter, r *http.Request) {
 		return // the client cut the connection
 	}
 	key := r.Header.Get("Idempotency-Key")
+	if m.slow {
+		switch m.asked[key]++; m.asked[key] {
+		case 1:
+			panic(http.ErrAbortHandler)
+		case 2:
+			reply(w, 409, "in-progress", struct{}{})
+			return
+		}
+	}
 	first, known := m.answers[key]
 	switch {
 	case known && !m.trusting && m.bodies[key] != body.String():
@@ -100,6 +111,7 @@ func reply(w http.ResponseWriter, status int, outcome string, value any) {
 func run(t *testing.T, m *model, change ...func(*Config)) (*Report, error) {
 	t.Helper()
 	m.answers, m.bodies, m.ids = map[string]*bank.Transfer{}, map[string]string{}, map[string]bank.Transfer{}
+	m.asked = map[string]int{}
 	if m.audit == (bank.Audit{}) {
 		m.audit = bank.Audit{OK: true, BalanceTotal: "5", OpeningTotal: "5", EntriesTotal: "0"}
 	}
@@ -133,8 +145,9 @@ func TestVerdict(t *testing.T) {
 		{"a good bank", &model{}, nil},
 		{"a good bank that is often busy", &model{fail: unavailable(503, "not-executed")}, nil},
 		{"a good bank that often does not know", &model{fail: unavailable(503, "unknown")}, nil},
-		{"a good bank with keys in progress", &model{fail: unavailable(409, "in-progress")}, nil},
+		{"a good bank with keys in progress", &model{slow: true}, nil},
 		{"a good bank whose handlers fail", &model{fail: unavailable(500, "not-executed")}, nil},
+		{"it says in progress where nobody is at work", &model{fail: unavailable(409, "in-progress")}, []fault{faultOrder}},
 		{"it executes again", &model{forget: true}, []fault{faultTwoAnswers, faultForgotten}},
 		{"it acknowledges and keeps nothing", &model{lose: true}, []fault{faultMissing}},
 		{"it keeps something else", &model{alter: true}, []fault{faultMissing}},

@@ -1,97 +1,19 @@
 package storm
 
 import (
-	"context"
 	"fmt"
 	"io"
+	"slices"
 	"strings"
 	"sync"
-	"sync/atomic"
 	"text/tabwriter"
 	"time"
 
-	"github.com/HdrHistogram/hdrhistogram-go"
-
 	"github.com/paidonce/idempotency"
-	keyed "github.com/paidonce/idempotency/client"
 	"github.com/paidonce/idempotency/cmd/demo-bank/internal/bank"
+	"github.com/paidonce/idempotency/cmd/demo-bank/internal/check"
 	"github.com/paidonce/idempotency/cmd/internal/terminal"
 )
-
-// tally counts what the clients met. It is safe for concurrent use.
-type tally struct {
-	phase    atomic.Value // of string
-	keys     atomic.Int64 // finished in this phase
-	requests atomic.Int64
-	retries  atomic.Int64
-
-	executed    atomic.Int64
-	replayed    atomic.Int64
-	inProgress  atomic.Int64
-	mismatches  atomic.Int64
-	notExecuted atomic.Int64
-	unknown     atomic.Int64
-	lostReplies atomic.Int64
-
-	latency *latency
-}
-
-type latency struct {
-	mu        sync.Mutex
-	histogram *hdrhistogram.Histogram // of microseconds
-}
-
-func newTally() tally {
-	return tally{latency: &latency{histogram: hdrhistogram.New(1, requestTimeout.Microseconds(), 3)}}
-}
-
-// trace counts what happens to the requests that carry a key.
-func (t *tally) trace(ctx context.Context, e keyed.Event) {
-	switch e.Kind {
-	case keyed.EventStarted:
-		t.requests.Add(1)
-		if e.Attempt > 1 {
-			t.retries.Add(1)
-		}
-	case keyed.EventLost:
-		if ctx.Err() == nil { // else nobody waits for it any more
-			t.lostReplies.Add(1)
-		}
-	case keyed.EventAnswered:
-		t.observe(e.Took)
-		t.count(e.Outcome)
-	}
-}
-
-func (t *tally) count(outcome idempotency.Outcome) {
-	switch outcome {
-	case idempotency.OutcomeExecuted:
-		t.executed.Add(1)
-	case idempotency.OutcomeReplayed:
-		t.replayed.Add(1)
-	case idempotency.OutcomeInProgress:
-		t.inProgress.Add(1)
-	case idempotency.OutcomeMismatch:
-		t.mismatches.Add(1)
-	case idempotency.OutcomeNotExecuted:
-		t.notExecuted.Add(1)
-	case idempotency.OutcomeUnknown:
-		t.unknown.Add(1)
-	}
-}
-
-func (t *tally) observe(d time.Duration) {
-	t.latency.mu.Lock()
-	defer t.latency.mu.Unlock()
-	_ = t.latency.histogram.RecordValue(max(1, d.Microseconds())) // what is over the range had timed out
-}
-
-// quantile is in milliseconds.
-func (t *tally) quantile(percent float64) float64 {
-	t.latency.mu.Lock()
-	defer t.latency.mu.Unlock()
-	return float64(t.latency.histogram.ValueAtQuantile(percent)) / 1000
-}
 
 // fault is a kind of wrong that a storm finds.
 type fault string
@@ -105,7 +27,16 @@ const (
 	faultMoney       fault = "money is not conserved"
 	faultDoubles     fault = "a key has two transfers"
 	faultAudit       fault = "the audit is not ok"
+	faultSettled     fault = "a key has no answer of its own"
+	faultIDs         fault = "an answer is that of another key"
+	faultOrder       fault = "no order of a key's requests explains their answers"
 )
+
+// faultOf is what a check of the history finds.
+var faultOf = map[string]fault{
+	check.EffectsCounted: faultForgotten, check.OneAnswer: faultTwoAnswers, check.InTheBooks: faultIDs,
+	check.Settled: faultSettled, check.Linearizable: faultOrder,
+}
 
 // examplesMax is how many faults are told in full; all are counted.
 const examplesMax = 10
@@ -119,6 +50,10 @@ type faults struct {
 }
 
 func (f *faults) add(kind fault, format string, args ...any) {
+	f.addAll(kind, 1, fmt.Sprintf(format, args...))
+}
+
+func (f *faults) addAll(kind fault, count int, examples ...string) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	if f.counts == nil {
@@ -127,10 +62,8 @@ func (f *faults) add(kind fault, format string, args ...any) {
 	if f.counts[kind] == 0 {
 		f.order = append(f.order, kind)
 	}
-	f.counts[kind]++
-	if len(f.examples) < examplesMax {
-		f.examples = append(f.examples, fmt.Sprintf(format, args...))
-	}
+	f.counts[kind] += count
+	f.examples = append(f.examples, examples[:min(len(examples), examplesMax-len(f.examples))]...)
 }
 
 // list returns each kind of fault with its count, in the order of their first appearance.
@@ -142,26 +75,6 @@ func (f *faults) list() []string {
 		list = append(list, fmt.Sprintf("%s (%d)", kind, f.counts[kind]))
 	}
 	return list
-}
-
-// compare holds a definite answer against the first one for its key.
-func (s *storm) compare(t *transfer, a *answer) {
-	switch {
-	case a.outcome == "mismatch":
-		s.faults.add(faultUnexpected, "key %s: its own body was called a mismatch", t.key)
-		return
-	case a.status != 201 && a.status != 402:
-		s.faults.add(faultUnexpected, "key %s: a good request was answered with %d %s", t.key, a.status, a.outcome)
-		return
-	}
-	t.mu.Lock()
-	defer t.mu.Unlock()
-	if t.first == nil {
-		t.first = a
-	} else if !t.first.same(a) {
-		s.faults.add(faultTwoAnswers, "key %s: %d %s, then %d %s", t.key,
-			t.first.status, strings.TrimSpace(string(t.first.body)), a.status, strings.TrimSpace(string(a.body)))
-	}
 }
 
 // Report is what a storm found. Its JSON is one object.
@@ -203,20 +116,27 @@ func (r *Report) OK() bool { return len(r.Broken) == 0 }
 func (s *storm) report(before, after *bank.Audit, sent time.Duration) *Report {
 	r := &Report{
 		Keys: s.config.Keys, Copies: s.config.Copies, Clients: s.config.Clients, Seed: s.config.Seed,
-		Requests: s.tally.requests.Load(), Executed: s.tally.executed.Load(), Replayed: s.tally.replayed.Load(),
-		InProgress: s.tally.inProgress.Load(), Mismatches: s.tally.mismatches.Load(),
-		NotExecuted: s.tally.notExecuted.Load(), Unknown: s.tally.unknown.Load(),
-		Retries: s.tally.retries.Load(), LostReplies: s.tally.lostReplies.Load(),
-		P50MS: s.tally.quantile(50), P99MS: s.tally.quantile(99), Seconds: sent.Seconds(),
-		AuditBefore: before, Audit: after,
+		Requests: s.requests.Load(), Retries: s.retries.Load(), Seconds: sent.Seconds(), AuditBefore: before, Audit: after,
 	}
+	var ops []check.Operation
+	for _, c := range s.clients {
+		ops = append(ops, c.ops...)
+	}
+	r.count(ops)
+	expected := make([]check.Expectation, 0, len(s.transfers))
 	for _, t := range s.transfers {
+		declined := t.first != nil && !t.first.acknowledged()
+		expected = append(expected, check.Expectation{Scope: scope, Key: t.key, Declined: declined})
 		switch {
-		case t.first == nil: // every answer was a fault, and is counted as one
-		case t.first.acknowledged():
-			r.KeysAcknowledged++
-		default:
+		case declined:
 			r.KeysDeclined++
+		case t.first != nil: // else every answer was a fault, and is counted as one
+			r.KeysAcknowledged++
+		}
+	}
+	for _, result := range check.History(ops, expected) {
+		if !result.OK() {
+			s.faults.addAll(faultOf[result.Name], result.Count, result.Examples...)
 		}
 	}
 	if after.BalanceTotal != after.OpeningTotal || after.EntriesTotal != "0" {
@@ -247,6 +167,38 @@ func (s *storm) report(before, after *bank.Audit, sent time.Duration) *Report {
 		r.Verdict = "ok"
 	}
 	return r
+}
+
+// count says what the answers were, and how long they took.
+func (r *Report) count(ops []check.Operation) {
+	took := make([]time.Duration, 0, len(ops))
+	for i := range ops {
+		op := &ops[i]
+		if op.Returned == 0 {
+			r.LostReplies++
+			continue
+		}
+		took = append(took, op.Returned-op.Sent)
+		switch idempotency.Outcome(op.Outcome) {
+		case idempotency.OutcomeExecuted:
+			r.Executed++
+		case idempotency.OutcomeReplayed:
+			r.Replayed++
+		case idempotency.OutcomeInProgress:
+			r.InProgress++
+		case idempotency.OutcomeMismatch:
+			r.Mismatches++
+		case idempotency.OutcomeNotExecuted:
+			r.NotExecuted++
+		case idempotency.OutcomeUnknown:
+			r.Unknown++
+		}
+	}
+	if len(took) > 0 {
+		slices.Sort(took)
+		at := func(percent int) float64 { return took[(len(took)-1)*percent/100].Seconds() * 1000 }
+		r.P50MS, r.P99MS = at(50), at(99)
+	}
 }
 
 // VerdictNone is the verdict on a bank that moved no money: nothing can be wrong with it, and nothing was shown.
