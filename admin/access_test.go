@@ -39,7 +39,7 @@ func TestRefusesToServeWithoutAuthorization(t *testing.T) {
 	}
 	admin.New(store, byHeader, &admin.Options{Secret: make([]byte, admin.SecretBytesMin)})
 
-	for _, path := range []string{"/", "/list", "/live", "/forget"} {
+	for _, path := range []string{"/", "/list", "/live", "/delete"} {
 		recorder := httptest.NewRecorder()
 		new(admin.Handler).ServeHTTP(recorder, httptest.NewRequest(http.MethodGet, path, nil))
 		if recorder.Code != http.StatusForbidden {
@@ -55,10 +55,10 @@ func (b *testBundle) everyPath(t testing.TB) (gets, posts []string) {
 	home := c.page(t, "")
 	key := c.open(t, "acme", "key-1")
 	gets = append([]string{"", "list", "stats", "doctor", "live", key, c.filter(t, url.Values{"scope": {"acme"}})}, append(links(home, "admin-"), links(home, "icon-")...)...)
-	for _, act := range []string{"body", "expire", "forget"} {
+	for _, act := range []string{"body", "expire", "delete"} {
 		gets = append(gets, strings.Replace(key, "key?", act+"?", 1))
 	}
-	return gets, []string{"search", "expire", "forget"}
+	return gets, []string{"search", "expire", "delete"}
 }
 
 // Every path asks the authorization function before it shows or does anything.
@@ -70,14 +70,14 @@ func TestEveryPathIsAuthorized(t *testing.T) {
 	if len(gets) < 13 {
 		t.Fatalf("only %d paths: %q", len(gets), gets)
 	}
-	form := url.Values{"ticket": {b.as("alice", everything...).ticket(t, "acme", "key-1", admin.PermissionForget)}, "reason": {"x"}, "confirm": {"forget"}}
+	form := url.Values{"ticket": {b.as("alice", everything...).ticket(t, "acme", "key-1", admin.PermissionDelete)}, "reason": {"x"}, "confirm": {"delete"}}
 	for name, test := range map[string]struct {
 		caller *caller
 		want   int
 	}{
 		"nobody":            {b.as(""), http.StatusUnauthorized},
 		"without any right": {b.as("alice"), http.StatusForbidden},
-		"without the view":  {b.as("alice", admin.PermissionViewBody, admin.PermissionExpire, admin.PermissionForget), http.StatusForbidden},
+		"without the view":  {b.as("alice", admin.PermissionViewBody, admin.PermissionExpire, admin.PermissionDelete), http.StatusForbidden},
 	} {
 		ask := func(path string, response *http.Response) {
 			body := text(t, response, test.want)
@@ -154,8 +154,8 @@ func TestEachPermissionIsApart(t *testing.T) {
 	t.Parallel()
 	b := setup(t, nil)
 	b.record(t, "acme", "key-1", paid)
-	acts := []admin.Permission{admin.PermissionViewBody, admin.PermissionExpire, admin.PermissionForget}
-	path := map[admin.Permission]string{admin.PermissionViewBody: "body", admin.PermissionExpire: "expire", admin.PermissionForget: "forget"}
+	acts := []admin.Permission{admin.PermissionViewBody, admin.PermissionExpire, admin.PermissionDelete}
+	path := map[admin.Permission]string{admin.PermissionViewBody: "body", admin.PermissionExpire: "expire", admin.PermissionDelete: "delete"}
 	tickets := map[admin.Permission]string{}
 	for _, act := range acts[1:] {
 		tickets[act] = b.as("alice", everything...).ticket(t, "acme", "key-1", act)
@@ -172,7 +172,7 @@ func TestEachPermissionIsApart(t *testing.T) {
 				t.Errorf("with %s: %s is offered: %v, and answered %d", has, act, offered, answer)
 			}
 			if ticket := tickets[act]; ticket != "" && act != has {
-				text(t, c.post(path[act], url.Values{"ticket": {ticket}, "reason": {"x"}, "confirm": {"forget"}}), http.StatusForbidden)
+				text(t, c.post(path[act], url.Values{"ticket": {ticket}, "reason": {"x"}, "confirm": {"delete"}}), http.StatusForbidden)
 			}
 		}
 	}
@@ -198,8 +198,8 @@ func TestReadOnly(t *testing.T) {
 	secret := func(o *admin.Options) { o.Secret = []byte(strings.Repeat("s", admin.SecretBytesMin)) }
 	b.mount(secret)
 	c := b.as("alice", everything...)
-	form := url.Values{"reason": {"x"}, "confirm": {"forget"}}
-	tickets := map[string]string{"expire": c.ticket(t, "acme", "key-1", admin.PermissionExpire), "forget": c.ticket(t, "acme", "key-1", admin.PermissionForget)}
+	form := url.Values{"reason": {"x"}, "confirm": {"delete"}}
+	tickets := map[string]string{"expire": c.ticket(t, "acme", "key-1", admin.PermissionExpire), "delete": c.ticket(t, "acme", "key-1", admin.PermissionDelete)}
 	b.mount(func(o *admin.Options) { secret(o); o.ReadOnly = true })
 	key := c.open(t, "acme", "key-1")
 	page := c.page(t, key)
@@ -223,14 +223,14 @@ func TestCrossSiteFormIsRefused(t *testing.T) {
 	b := setup(t, nil)
 	b.record(t, "acme", "key-1", paid)
 	c := b.as("alice", everything...)
-	form := url.Values{"ticket": {c.ticket(t, "acme", "key-1", admin.PermissionForget)}, "reason": {"x"}, "confirm": {"forget"}}
+	form := url.Values{"ticket": {c.ticket(t, "acme", "key-1", admin.PermissionDelete)}, "reason": {"x"}, "confirm": {"delete"}}
 	for _, header := range []http.Header{
 		{"Sec-Fetch-Site": {"cross-site"}},
 		{"Sec-Fetch-Site": {"same-site"}},
 		{"Sec-Fetch-Site": {""}, "Origin": {"https://evil.example"}}, // a browser of before 2023
 		{"Sec-Fetch-Site": {""}, "Origin": {"null"}},
 	} {
-		for _, path := range []string{"forget", "expire", "search"} {
+		for _, path := range []string{"delete", "expire", "search"} {
 			from := c
 			for name, values := range header {
 				from = from.with(name, values[0])
@@ -242,7 +242,7 @@ func TestCrossSiteFormIsRefused(t *testing.T) {
 		}
 	}
 	b.wantUntouched(t, "key-1")
-	location(t, c.with("Sec-Fetch-Site", "").with("Origin", "http://example.com").post("forget", form)) // its own: httptest's host
+	location(t, c.with("Sec-Fetch-Site", "").with("Origin", "http://example.com").post("delete", form)) // its own: httptest's host
 }
 
 // What is not a page is not asked for that way.
@@ -250,7 +250,7 @@ func TestMethods(t *testing.T) {
 	t.Parallel()
 	b := setup(t, nil)
 	c := b.as("alice", everything...)
-	for path, allow := range map[string]string{"search": "POST", "": "GET, HEAD", "key": "GET, HEAD", "live": "GET, HEAD", "forget": "GET, HEAD, POST"} {
+	for path, allow := range map[string]string{"search": "POST", "": "GET, HEAD", "key": "GET, HEAD", "live": "GET, HEAD", "delete": "GET, HEAD, POST"} {
 		for _, method := range []string{http.MethodGet, http.MethodHead, http.MethodPost, http.MethodPut, http.MethodDelete, http.MethodPatch, http.MethodOptions} {
 			r := httptest.NewRequest(method, prefix+"/"+path, nil)
 			r.Header.Set("Sec-Fetch-Site", "same-origin")
@@ -282,9 +282,9 @@ func TestNoKeyInTheLog(t *testing.T) {
 	c := b.as("alice", everything...)
 	page := c.open(t, scope, key)
 	c.page(t, strings.Replace(page, "key?", "body?", 1))
-	form := url.Values{"ticket": {c.ticket(t, scope, key, admin.PermissionForget)}, "reason": {"canary-reason"}, "confirm": {"forget"}}
-	location(t, c.post("forget", form))
-	text(t, c.post("forget", form), http.StatusNotFound) // again
+	form := url.Values{"ticket": {c.ticket(t, scope, key, admin.PermissionDelete)}, "reason": {"canary-reason"}, "confirm": {"delete"}}
+	location(t, c.post("delete", form))
+	text(t, c.post("delete", form), http.StatusNotFound) // again
 	b.exec(t, "ALTER TABLE idempotency_keys RENAME TO away")
 	text(t, c.get(page), http.StatusServiceUnavailable)
 	got := b.log.String()

@@ -20,8 +20,8 @@ type ticket struct {
 	Made    time.Time  `json:"d"`
 }
 
-// ForgetWord is what is typed to confirm that a record is to be forgotten.
-const ForgetWord = "forget"
+// DeleteWord is what is typed to confirm that a record is to be deleted.
+const DeleteWord = "delete"
 
 // confirmPage is what confirm.html shows.
 type confirmPage struct {
@@ -38,8 +38,8 @@ type confirmPage struct {
 func (h *Handler) confirmExpire(p *page) error {
 	return h.confirm(p, PermissionExpire, p.r.URL.Query().Get("k"), "", "")
 }
-func (h *Handler) confirmForget(p *page) error {
-	return h.confirm(p, PermissionForget, p.r.URL.Query().Get("k"), "", "")
+func (h *Handler) confirmDelete(p *page) error {
+	return h.confirm(p, PermissionDelete, p.r.URL.Query().Get("k"), "", "")
 }
 
 // confirm shows what an act would do, with the form that does it. problem says why it is shown again.
@@ -63,12 +63,12 @@ func (h *Handler) confirm(p *page, act Permission, token, reason, problem string
 		Act: act, Scope: ref.Scope, Value: ref.Value, State: state, Token: token, ReasonBytesMax: operator.ReasonBytesMax, Reason: reason, Problem: problem,
 		Ticket: h.sealer.seal(purposeForm, ticket{act, actor, ref, state.Record.Attempt.String(), h.now()}),
 	}
-	if act == PermissionForget {
-		view.Word = ForgetWord
+	if act == PermissionDelete {
+		view.Word = DeleteWord
 	}
 	title := "Expire this record?"
-	if act == PermissionForget {
-		title = "Forget this record?"
+	if act == PermissionDelete {
+		title = "Delete this record?"
 	}
 	status := http.StatusOK
 	if problem != "" {
@@ -78,7 +78,7 @@ func (h *Handler) confirm(p *page, act Permission, token, reason, problem string
 }
 
 func (h *Handler) expire(p *page) error { return h.act(p, PermissionExpire, h.operator.Expire) }
-func (h *Handler) forget(p *page) error { return h.act(p, PermissionForget, h.operator.Forget) }
+func (h *Handler) delete(p *page) error { return h.act(p, PermissionDelete, h.operator.Delete) }
 
 // act does what a confirmed form asks for. Each of its checks fails closed, and the database makes those again that others
 // can change meanwhile: that the record is the one that was shown, and that nobody holds the key.
@@ -102,8 +102,8 @@ func (h *Handler) act(p *page, act Permission, do func(context.Context, idempote
 	deed := operator.Act{Actor: actor, Reason: strings.TrimSpace(form.Get("reason")), Attempt: attempt}
 	problem := ""
 	switch {
-	case act == PermissionForget && strings.TrimSpace(form.Get("confirm")) != ForgetWord:
-		problem = "Nothing was done: type the word " + ForgetWord + " to confirm."
+	case act == PermissionDelete && strings.TrimSpace(form.Get("confirm")) != DeleteWord:
+		problem = "Nothing was done: type the word " + DeleteWord + " to confirm."
 	case deed.Reason == "":
 		problem = "Nothing was done: say why. It is kept with your name."
 	case deed.Validate() != nil:

@@ -16,15 +16,15 @@ import (
 
 const auditRows = "SELECT action || ' ' || scope || ' ' || key || ' ' || status || ' by ' || actor || ': ' || reason FROM idempotency_audit ORDER BY id"
 
-// Forgetting takes a confirmation, deletes the record and leaves its row in the audit table; a retry runs again.
-func TestForget(t *testing.T) {
+// Deleting takes a confirmation, deletes the record and leaves its row in the audit table; a retry runs again.
+func TestDelete(t *testing.T) {
 	t.Parallel()
 	b := setup(t, nil)
 	b.record(t, "acme", "key-1", paid)
 	b.record(t, "acme", "key-2", paid)
 	c := b.as("alice", everything...)
 
-	confirm := c.page(t, link(t, c.page(t, c.open(t, "acme", "key-1")), "forget?"))
+	confirm := c.page(t, link(t, c.page(t, c.open(t, "acme", "key-1")), "delete?"))
 	for _, want := range []string{"will run again, and may pay twice", "key-1", "acme", `name="reason"`, `name="confirm"`, "201 executed"} {
 		if !strings.Contains(confirm, want) {
 			t.Errorf("the confirmation does not say %q", want)
@@ -32,20 +32,20 @@ func TestForget(t *testing.T) {
 	}
 	b.wantUntouched(t, "key-1")
 
-	after := location(t, c.post("forget", url.Values{"ticket": {field(t, confirm, "ticket")}, "reason": {" OPS-7: wrong amount "}, "confirm": {"forget"}}))
+	after := location(t, c.post("delete", url.Values{"ticket": {field(t, confirm, "ticket")}, "reason": {" OPS-7: wrong amount "}, "confirm": {"delete"}}))
 	if got := b.strings(t, "SELECT key FROM idempotency_keys"); !slices.Equal(got, []string{"key-2"}) {
 		t.Errorf("records left are %q", got)
 	}
-	if got := b.strings(t, auditRows); !slices.Equal(got, []string{"forget acme key-1 201 by alice: OPS-7: wrong amount"}) {
+	if got := b.strings(t, auditRows); !slices.Equal(got, []string{"delete acme key-1 201 by alice: OPS-7: wrong amount"}) {
 		t.Errorf("the audit table has %q", got)
 	}
 	page := c.page(t, after)
-	for _, want := range []string{"<strong>Forgotten.</strong>", "This key has no record", "Forgotten by alice", "OPS-7: wrong amount"} {
+	for _, want := range []string{"<strong>Deleted.</strong>", "This key has no record", "Deleted by alice", "OPS-7: wrong amount"} {
 		if !strings.Contains(page, want) {
 			t.Errorf("the page after does not say %q: %s", want, page)
 		}
 	}
-	if page := b.as("bob", everything...).page(t, after); strings.Contains(page, "<strong>Forgotten.</strong>") {
+	if page := b.as("bob", everything...).page(t, after); strings.Contains(page, "<strong>Deleted.</strong>") {
 		t.Error("another is told that it was he")
 	}
 	runs := 0
@@ -95,7 +95,7 @@ func TestFormWithoutItsTicketIsRefused(t *testing.T) {
 	alice, bob := b.as("alice", everything...), b.as("bob", everything...)
 	now := time.Now()
 	b.handler.SetNow(func() time.Time { return now })
-	good := alice.ticket(t, "acme", "key-1", admin.PermissionForget)
+	good := alice.ticket(t, "acme", "key-1", admin.PermissionDelete)
 	link, err := url.Parse(alice.open(t, "acme", "key-1"))
 	if err != nil {
 		t.Fatal(err)
@@ -112,46 +112,46 @@ func TestFormWithoutItsTicketIsRefused(t *testing.T) {
 		"changed":              string(flipped),
 		"cut short":            good[:len(good)-4],
 		"for another act":      alice.ticket(t, "acme", "key-1", admin.PermissionExpire),
-		"another's":            bob.ticket(t, "acme", "key-1", admin.PermissionForget),
-		"of another process":   other.as("alice", everything...).ticket(t, "acme", "key-1", admin.PermissionForget),
+		"another's":            bob.ticket(t, "acme", "key-1", admin.PermissionDelete),
+		"of another process":   other.as("alice", everything...).ticket(t, "acme", "key-1", admin.PermissionDelete),
 		"twice the same field": "",
 	} {
-		form := url.Values{"reason": {"x"}, "confirm": {"forget"}, "ticket": {ticket}}
+		form := url.Values{"reason": {"x"}, "confirm": {"delete"}, "ticket": {ticket}}
 		if name == "twice the same field" {
 			form["ticket"] = []string{"anything", good}
 		}
-		if body := text(t, alice.post("forget", form), http.StatusForbidden); !strings.Contains(body, "Nothing was done") {
+		if body := text(t, alice.post("delete", form), http.StatusForbidden); !strings.Contains(body, "Nothing was done") {
 			t.Errorf("%s: %s", name, body)
 		}
 	}
-	text(t, alice.post("forget?ticket="+good+"&reason=x&confirm=forget", nil), http.StatusForbidden) // not from a URL
+	text(t, alice.post("delete?ticket="+good+"&reason=x&confirm=delete", nil), http.StatusForbidden) // not from a URL
 	now = now.Add(admin.FormAgeMax + time.Second)
-	form := url.Values{"reason": {"x"}, "confirm": {"forget"}, "ticket": {good}}
-	if body := text(t, alice.post("forget", form), http.StatusForbidden); !strings.Contains(body, "too old") {
+	form := url.Values{"reason": {"x"}, "confirm": {"delete"}, "ticket": {good}}
+	if body := text(t, alice.post("delete", form), http.StatusForbidden); !strings.Contains(body, "too old") {
 		t.Errorf("a form of half an hour ago: %s", body)
 	}
 	b.wantUntouched(t, "key-1")
 	now = now.Add(-time.Second)
-	location(t, alice.post("forget", form))
+	location(t, alice.post("delete", form))
 }
 
-// To forget takes the word and a reason. What was typed is kept.
-func TestForgetNeedsTheWordAndAReason(t *testing.T) {
+// To delete takes the word and a reason. What was typed is kept.
+func TestDeleteNeedsTheWordAndAReason(t *testing.T) {
 	t.Parallel()
 	b := setup(t, nil)
 	b.record(t, "acme", "key-1", paid)
 	c := b.as("alice", everything...)
-	ticket := c.ticket(t, "acme", "key-1", admin.PermissionForget)
+	ticket := c.ticket(t, "acme", "key-1", admin.PermissionDelete)
 	for name, form := range map[string]url.Values{
 		"no word":          {"reason": {"typed before"}},
 		"another word":     {"reason": {"typed before"}, "confirm": {"forge"}},
-		"no reason":        {"confirm": {"forget"}},
-		"an empty reason":  {"confirm": {"forget"}, "reason": {" \n"}},
-		"a long reason":    {"confirm": {"forget"}, "reason": {strings.Repeat("r", 1001)}},
-		"a reason of NULs": {"confirm": {"forget"}, "reason": {"a\x00b"}},
+		"no reason":        {"confirm": {"delete"}},
+		"an empty reason":  {"confirm": {"delete"}, "reason": {" \n"}},
+		"a long reason":    {"confirm": {"delete"}, "reason": {strings.Repeat("r", 1001)}},
+		"a reason of NULs": {"confirm": {"delete"}, "reason": {"a\x00b"}},
 	} {
 		form.Set("ticket", ticket)
-		page := text(t, c.post("forget", form), http.StatusUnprocessableEntity)
+		page := text(t, c.post("delete", form), http.StatusUnprocessableEntity)
 		if !strings.Contains(page, `role="alert"`) || !strings.Contains(page, "Nothing was done") {
 			t.Errorf("%s: it is not said", name)
 		}
@@ -161,20 +161,20 @@ func TestForgetNeedsTheWordAndAReason(t *testing.T) {
 		ticket = field(t, page, "ticket") // the form that is shown again works
 	}
 	b.wantUntouched(t, "key-1")
-	location(t, c.post("forget", url.Values{"ticket": {ticket}, "confirm": {"forget"}, "reason": {strings.Repeat("r", 1000)}}))
+	location(t, c.post("delete", url.Values{"ticket": {ticket}, "confirm": {"delete"}, "reason": {strings.Repeat("r", 1000)}}))
 }
 
-// Who looked at one record does not forget the next one of the same key.
-func TestRecordThatChangedIsNotForgotten(t *testing.T) {
+// Who looked at one record does not delete the next one of the same key.
+func TestRecordThatChangedIsNotDeleted(t *testing.T) {
 	t.Parallel()
 	b := setup(t, nil)
 	b.record(t, "acme", "key-1", paid)
 	c := b.as("alice", everything...)
-	form := url.Values{"ticket": {c.ticket(t, "acme", "key-1", admin.PermissionForget)}, "reason": {"x"}, "confirm": {"forget"}}
+	form := url.Values{"ticket": {c.ticket(t, "acme", "key-1", admin.PermissionDelete)}, "reason": {"x"}, "confirm": {"delete"}}
 	b.exec(t, "DELETE FROM idempotency_keys")
-	text(t, c.post("forget", form), http.StatusNotFound)
+	text(t, c.post("delete", form), http.StatusNotFound)
 	b.record(t, "acme", "key-1", paid)
-	if body := text(t, c.post("forget", form), http.StatusConflict); !strings.Contains(body, "Nothing was done") {
+	if body := text(t, c.post("delete", form), http.StatusConflict); !strings.Contains(body, "Nothing was done") {
 		t.Error(body)
 	}
 	b.wantUntouched(t, "key-1")
@@ -186,7 +186,7 @@ func TestHeldKey(t *testing.T) {
 	b := setup(t, nil)
 	b.record(t, "acme", "key-1", paid)
 	c := b.as("alice", everything...)
-	form := url.Values{"ticket": {c.ticket(t, "acme", "key-1", admin.PermissionForget)}, "reason": {"x"}, "confirm": {"forget"}}
+	form := url.Values{"ticket": {c.ticket(t, "acme", "key-1", admin.PermissionDelete)}, "reason": {"x"}, "confirm": {"delete"}}
 
 	tx, err := b.pool.Begin(t.Context())
 	if err != nil {
@@ -200,12 +200,12 @@ func TestHeldKey(t *testing.T) {
 	if page := c.page(t, c.open(t, "acme", "key-1")); !strings.Contains(page, "Somebody holds this key now") {
 		t.Error("the page does not say that it is held")
 	}
-	text(t, c.post("forget", form), http.StatusConflict)
+	text(t, c.post("delete", form), http.StatusConflict)
 	b.wantUntouched(t, "key-1")
 	if err := tx.Rollback(t.Context()); err != nil {
 		t.Fatal(err)
 	}
-	location(t, c.post("forget", form))
+	location(t, c.post("delete", form))
 }
 
 // An attempt that has not committed is shown while it runs.
@@ -245,8 +245,8 @@ func TestActIsFinishedThoughTheClientLeft(t *testing.T) {
 	b := setup(t, nil)
 	b.record(t, "acme", "key-1", paid)
 	c := b.as("alice", everything...)
-	form := url.Values{"ticket": {c.ticket(t, "acme", "key-1", admin.PermissionForget)}, "reason": {"x"}, "confirm": {"forget"}}
-	r := httptest.NewRequest(http.MethodPost, prefix+"/forget", strings.NewReader(form.Encode()))
+	form := url.Values{"ticket": {c.ticket(t, "acme", "key-1", admin.PermissionDelete)}, "reason": {"x"}, "confirm": {"delete"}}
+	r := httptest.NewRequest(http.MethodPost, prefix+"/delete", strings.NewReader(form.Encode()))
 	r.Header.Set("Content-Type", "application/x-www-form-urlencoded")
 	gone, cancel := context.WithCancel(r.Context())
 	cancel()
@@ -262,9 +262,9 @@ func TestNoActWithoutItsAuditRow(t *testing.T) {
 	b := setup(t, nil)
 	b.record(t, "acme", "key-1", paid)
 	c := b.as("alice", everything...)
-	form := url.Values{"ticket": {c.ticket(t, "acme", "key-1", admin.PermissionForget)}, "reason": {"x"}, "confirm": {"forget"}}
+	form := url.Values{"ticket": {c.ticket(t, "acme", "key-1", admin.PermissionDelete)}, "reason": {"x"}, "confirm": {"delete"}}
 	b.exec(t, "ALTER TABLE idempotency_audit RENAME TO away")
-	if body := text(t, c.post("forget", form), http.StatusServiceUnavailable); !strings.Contains(body, "Run the migrations") {
+	if body := text(t, c.post("delete", form), http.StatusServiceUnavailable); !strings.Contains(body, "Run the migrations") {
 		t.Error(body)
 	}
 	b.exec(t, "ALTER TABLE away RENAME TO idempotency_audit")
@@ -281,11 +281,11 @@ func TestSecretIsSharedByProcesses(t *testing.T) {
 	share := func(o *admin.Options) { o.Secret = secret }
 	b.mount(share)
 	key := c.open(t, "acme", "key-1")
-	form := url.Values{"ticket": {c.ticket(t, "acme", "key-1", admin.PermissionForget)}, "reason": {"x"}, "confirm": {"forget"}}
+	form := url.Values{"ticket": {c.ticket(t, "acme", "key-1", admin.PermissionDelete)}, "reason": {"x"}, "confirm": {"delete"}}
 	b.mount(nil)
 	text(t, c.get(key), http.StatusNotFound)
-	text(t, c.post("forget", form), http.StatusForbidden)
+	text(t, c.post("delete", form), http.StatusForbidden)
 	b.mount(share)
 	c.page(t, key)
-	location(t, c.post("forget", form))
+	location(t, c.post("delete", form))
 }

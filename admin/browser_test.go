@@ -31,7 +31,7 @@ const shotsVariable = "PAIDONCE_SCREENSHOTS"
 const answerMax = time.Second
 
 // In a browser, on a table of a million keys: search, page through, open a key, see its timeline and body, expire and
-// forget. Each page is answered within a second, is as wide as a phone, and complains of nothing.
+// delete. Each page is answered within a second, is as wide as a phone, and complains of nothing.
 func TestOperatorInABrowser(t *testing.T) {
 	if testing.Short() {
 		t.Skip("makes a million records and starts a browser")
@@ -104,26 +104,26 @@ func TestOperatorInABrowser(t *testing.T) {
 	u.click("form.filter .primary", `.empty`)
 	u.wantText("Nothing so far.")
 
-	// Forget: the consequence, a reason, and the word.
+	// Delete: the consequence, a reason, and the word.
 	u.do(chromedp.Navigate(u.home), chromedp.WaitVisible(chromedp.CSS("form.open")))
 	u.type_("#scope", scope)
 	u.type_("#key", second)
 	u.click("form.open button", ".timeline")
-	u.click(`a[href^="forget?"]`, "form.confirm")
+	u.click(`a[href^="delete?"]`, "form.confirm")
 	u.wantText("A retry of this request will run again, and may pay twice.")
-	u.shots("forget")
+	u.shots("delete")
 	u.type_("#reason", "OPS-2: customer sends it again")
-	u.type_("#confirm", "forgot")
+	u.type_("#confirm", "deleted")
 	u.click("form.confirm button", `[role="alert"]`)
 	u.wantText("Nothing was done")
-	u.type_("#confirm", "forget")
+	u.type_("#confirm", "delete")
 	u.click("form.confirm button", ".notice.good")
 	u.wantText("This key has no record.")
-	u.wantText("Forgotten by alice@example.com")
+	u.wantText("Deleted by alice@example.com")
 	got := b.strings(t, auditRows)
 	want := []string{
 		"expire " + scope + " " + first + " 201 by alice@example.com: OPS-1: cleaned up",
-		"forget " + scope + " " + second + " 402 by alice@example.com: OPS-2: customer sends it again",
+		"delete " + scope + " " + second + " 402 by alice@example.com: OPS-2: customer sends it again",
 	}
 	if !slices.Equal(got, want) {
 		t.Errorf("the audit table has %q, want %q", got, want)
@@ -148,7 +148,7 @@ func TestOperatorInABrowser(t *testing.T) {
 	u.do(chromedp.EmulateViewport(390, 844))
 	c := b.as("alice@example.com", everything...)
 	long := c.open(t, strings.Repeat("t", 255), strings.Repeat("k", 255))
-	for _, link := range []string{"", "list", c.open(t, scope, first), long, strings.Replace(long, "key?", "forget?", 1), strings.Replace(long, "key?", "body?", 1), "stats", "doctor", c.open(t, scope, "none")} {
+	for _, link := range []string{"", "list", c.open(t, scope, first), long, strings.Replace(long, "key?", "delete?", 1), strings.Replace(long, "key?", "body?", 1), "stats", "doctor", c.open(t, scope, "none")} {
 		u.do(chromedp.Navigate(u.home+strings.TrimPrefix(link, "./")), chromedp.WaitVisible(chromedp.CSS("h1")))
 		if got := u.eval("document.documentElement.scrollWidth + ''"); got != "390" {
 			t.Errorf("%s is %s pixels wide on a phone of 390", link, got)
@@ -167,7 +167,7 @@ func TestOperatorInABrowser(t *testing.T) {
 func signedIn(next http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		r.Header.Set("User", "alice@example.com")
-		r.Header.Set("May", "view view-body expire forget")
+		r.Header.Set("May", "view view-body expire delete")
 		next.ServeHTTP(w, r)
 	})
 }

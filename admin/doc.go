@@ -1,5 +1,5 @@
 // Package admin is a page, for people who run a service, to look at its idempotency records in PostgreSQL and to act on them:
-// look a key up, page through the records, see what became of a key, end its time or forget it, and see what is wrong with the
+// look a key up, page through the records, see what became of a key, end its time or delete it, and see what is wrong with the
 // database. It is an [http.Handler] that a service mounts within itself, behind its own authentication:
 //
 //	records := admin.New(store, authorize, nil)

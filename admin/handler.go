@@ -26,8 +26,8 @@ const (
 	PermissionViewBody Permission = "view-body"
 	// PermissionExpire is for ending a record's time, after which a retry of its request may run again.
 	PermissionExpire Permission = "expire"
-	// PermissionForget is for deleting a record, after which a retry of its request runs again and may pay twice.
-	PermissionForget Permission = "forget"
+	// PermissionDelete is for deleting a record, after which a retry of its request runs again and may pay twice.
+	PermissionDelete Permission = "delete"
 )
 
 // AuthorizeFunc says whether the caller of a request has a permission, and who the caller is: a name that the audit table can
@@ -51,7 +51,7 @@ const (
 
 // Options tune a [Handler]. Nil and the zero value are the defaults, which are the safest.
 type Options struct {
-	// ReadOnly leaves out expire and forget, whoever asks. A role that may only SELECT needs no more.
+	// ReadOnly leaves out expire and delete, whoever asks. A role that may only SELECT needs no more.
 	ReadOnly bool
 
 	// Secret seals what stands for keys in URLs and forms: at least [SecretBytesMin] random bytes, the same in all
@@ -132,7 +132,7 @@ var routes = map[string]route{
 	"key":    {get: (*Handler).key},
 	"body":   {get: (*Handler).body},
 	"expire": {get: (*Handler).confirmExpire, post: (*Handler).expire},
-	"forget": {get: (*Handler).confirmForget, post: (*Handler).forget},
+	"delete": {get: (*Handler).confirmDelete, post: (*Handler).delete},
 	"stats":  {get: (*Handler).stats},
 	"doctor": {get: (*Handler).doctor},
 	"live":   {get: (*Handler).live},
@@ -216,7 +216,7 @@ func (r route) allow() string {
 
 // allowed returns the actor who asks, or the refusal of one who does not have the permission.
 func (h *Handler) allowed(r *http.Request, want Permission) (actor string, err error) {
-	if h.options.ReadOnly && (want == PermissionExpire || want == PermissionForget) {
+	if h.options.ReadOnly && (want == PermissionExpire || want == PermissionDelete) {
 		return "", refusal{status: http.StatusForbidden, detail: "This page is for looking only."}
 	}
 	actor, err = h.authorize(r, want)

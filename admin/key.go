@@ -26,7 +26,7 @@ type keyPage struct {
 	Done         *done  // what was done to the key just now, nil for nothing
 	Token        string // of the key, for links
 
-	MayViewBody, MayExpire, MayForget bool
+	MayViewBody, MayExpire, MayDelete bool
 }
 
 type header struct{ Name, Value string }
@@ -50,7 +50,7 @@ func (h *Handler) key(p *page) error {
 	}
 	view := keyPage{
 		Scope: key.Scope, Value: key.Value, State: state, Timeline: timeline, Done: h.doneOf(p, key), Token: p.r.URL.Query().Get("k"),
-		MayViewBody: h.has(p, PermissionViewBody), MayExpire: h.has(p, PermissionExpire), MayForget: h.has(p, PermissionForget),
+		MayViewBody: h.has(p, PermissionViewBody), MayExpire: h.has(p, PermissionExpire), MayDelete: h.has(p, PermissionDelete),
 	}
 	if state.Record != nil {
 		view.Headers = headersOf(state.Record.Header)

@@ -29,7 +29,7 @@ import (
 func TestMain(m *testing.M) { pgtest.Main(m) }
 
 // everything is all permissions.
-var everything = []admin.Permission{admin.PermissionView, admin.PermissionViewBody, admin.PermissionExpire, admin.PermissionForget}
+var everything = []admin.Permission{admin.PermissionView, admin.PermissionViewBody, admin.PermissionExpire, admin.PermissionDelete}
 
 // testBundle is the pages of a service's records, mounted under a prefix, on a database of its own.
 type testBundle struct {

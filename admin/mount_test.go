@@ -22,7 +22,7 @@ func TestMountedAnywhere(t *testing.T) {
 		handler := http.StripPrefix(mounted, b.handler)
 		mux.Handle("/", http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 			r.Header.Set("User", "alice")
-			r.Header.Set("May", "view view-body expire forget")
+			r.Header.Set("May", "view view-body expire delete")
 			handler.ServeHTTP(w, r)
 		}))
 		server := serve(t, mux)
@@ -62,7 +62,7 @@ func TestMountedAnywhere(t *testing.T) {
 				}
 			}
 		}
-		for _, kind := range []string{"", "list", "key", "body", "expire", "forget", "stats", "doctor"} {
+		for _, kind := range []string{"", "list", "key", "body", "expire", "delete", "stats", "doctor"} {
 			if kinds[kind] == 0 {
 				t.Errorf("under %q no link led to %q: %v", mounted, kind, kinds)
 			}
@@ -79,7 +79,7 @@ func TestSecurityHeaders(t *testing.T) {
 	gets, _ := b.everyPath(t)
 	responses := map[string]*http.Response{
 		"nothing": c.get("nothing"), "nobody": b.as("").get(""), "a problem": b.as("").with("Accept", "application/json").get(""),
-		"a redirect": c.post("search", url.Values{"scope": {"acme"}}), "another site's": c.with("Sec-Fetch-Site", "cross-site").post("forget", nil),
+		"a redirect": c.post("search", url.Values{"scope": {"acme"}}), "another site's": c.with("Sec-Fetch-Site", "cross-site").post("delete", nil),
 	}
 	for _, path := range gets {
 		responses[path] = c.get(path)

@@ -239,7 +239,7 @@ func TestNothingOfARecordActs(t *testing.T) {
 	c := b.as(evil, everything...)
 	key := c.open(t, evil, evil)
 	pages := []string{c.page(t, ""), c.page(t, "list"), c.page(t, c.filter(t, url.Values{"scope": {evil}, "key": {evil}})), c.page(t, key)}
-	for _, act := range []string{"body", "expire", "forget"} {
+	for _, act := range []string{"body", "expire", "delete"} {
 		pages = append(pages, c.page(t, strings.Replace(key, "key?", act+"?", 1)))
 	}
 	form := url.Values{"ticket": {c.ticket(t, evil, evil, admin.PermissionExpire)}, "reason": {evil}}
@@ -268,7 +268,7 @@ func TestNoKeyInAURL(t *testing.T) {
 	form := url.Values{"ticket": {c.ticket(t, scope, key, admin.PermissionExpire)}, "reason": {"x"}}
 	after := location(t, c.post("expire", form))
 	urls := []string{open, filtered, after}
-	for _, page := range []string{"", "list", open, filtered, after, c.filter(t, nil), strings.Replace(open, "key?", "forget?", 1)} {
+	for _, page := range []string{"", "list", open, filtered, after, c.filter(t, nil), strings.Replace(open, "key?", "delete?", 1)} {
 		urls = append(urls, links(c.page(t, page), "")...)
 	}
 	if len(urls) < 100 {
@@ -316,10 +316,10 @@ func TestEmptyTable(t *testing.T) {
 			t.Errorf("%s does not say %q", link, want)
 		}
 	}
-	for _, act := range []string{"forget", "expire", "body"} {
+	for _, act := range []string{"delete", "expire", "body"} {
 		text(t, c.get(strings.Replace(c.open(t, "acme", "none"), "key?", act+"?", 1)), http.StatusNotFound)
 	}
-	for _, link := range []string{"key", "key?k=", "key?k=abc", "list?q=abc", "forget?k=abc", "body?k=abc"} {
+	for _, link := range []string{"key", "key?k=", "key?k=abc", "list?q=abc", "delete?k=abc", "body?k=abc"} {
 		if body := text(t, c.get(link), http.StatusNotFound); !strings.Contains(body, "leads nowhere") {
 			t.Errorf("%s: %s", link, body)
 		}
@@ -411,8 +411,8 @@ func TestRoleThatMayOnlySelect(t *testing.T) {
 		c.page(t, link)
 	}
 	c.page(t, strings.Replace(c.open(t, "acme", "key-1"), "key?", "body?", 1))
-	form := url.Values{"ticket": {c.ticket(t, "acme", "key-1", admin.PermissionForget)}, "reason": {"x"}, "confirm": {"forget"}}
-	if body := text(t, c.post("forget", form), http.StatusServiceUnavailable); !strings.Contains(body, "lacks a right") {
+	form := url.Values{"ticket": {c.ticket(t, "acme", "key-1", admin.PermissionDelete)}, "reason": {"x"}, "confirm": {"delete"}}
+	if body := text(t, c.post("delete", form), http.StatusServiceUnavailable); !strings.Contains(body, "lacks a right") {
 		t.Error(body)
 	}
 	b.wantUntouched(t, "key-1")

@@ -35,7 +35,7 @@ func refusalOf(err error) (refused refusal, failed bool) {
 	case errors.Is(err, operator.ErrInvalid):
 		return refusal{http.StatusBadRequest, "That can't be asked for", "Look at the form's fields again."}, false
 	case errors.Is(err, operator.ErrNotFound):
-		return refusal{http.StatusNotFound, "This key has no record", "No attempt has committed, or the record expired and was deleted, or somebody forgot it. Its page shows what else is known."}, false
+		return refusal{http.StatusNotFound, "This key has no record", "No attempt has committed, or the record expired, or somebody deleted it. Its page shows what else is known."}, false
 	case errors.Is(err, operator.ErrInProgress):
 		return refusal{http.StatusConflict, "Somebody holds this key", "An attempt runs, or a retry reads the record just now. Nothing was done. Wait until it has ended, and look again."}, false
 	case errors.Is(err, operator.ErrChanged):

@@ -252,8 +252,8 @@ func tellEvent(e operator.Event) string {
 		return "Record expired; replayed until the reaper deletes it"
 	case operator.EventActExpire:
 		return "Expired by " + e.Actor
-	case operator.EventActForget:
-		return "Forgotten by " + e.Actor
+	case operator.EventActDelete:
+		return "Deleted by " + e.Actor
 	case operator.EventExecuted:
 		return "Request executed"
 	case operator.EventReplayed:
@@ -275,7 +275,7 @@ func eventTone(kind operator.EventKind) string {
 	switch kind {
 	case operator.EventRecorded, operator.EventExecuted:
 		return "good"
-	case operator.EventActExpire, operator.EventActForget, operator.EventUnknown:
+	case operator.EventActExpire, operator.EventActDelete, operator.EventUnknown:
 		return "bad"
 	case operator.EventRunning, operator.EventMismatch, operator.EventNotExecuted, operator.EventInProgress:
 		return "warn"

@@ -17,7 +17,7 @@ CREATE TABLE idempotency_audit (
     record_expires_at timestamptz NOT NULL,
 
     CONSTRAINT idempotency_audit_pkey PRIMARY KEY (id),
-    CONSTRAINT idempotency_audit_action_check CHECK (action IN ('expire', 'forget')),
+    CONSTRAINT idempotency_audit_action_check CHECK (action IN ('expire', 'delete')),
     CONSTRAINT idempotency_audit_actor_check CHECK (actor <> ''),
     CONSTRAINT idempotency_audit_reason_check CHECK (reason <> '')
 );
@@ -27,7 +27,7 @@ CREATE INDEX idempotency_audit_key_idx ON idempotency_audit (scope, key, id);
 
 COMMENT ON TABLE idempotency_audit IS 'What operators did to records by hand, committed together with the deed. Rows are added and never changed.';
 COMMENT ON COLUMN idempotency_audit.at IS 'When, by this server''s clock.';
-COMMENT ON COLUMN idempotency_audit.action IS 'expire: the record''s time was ended, and the reaper takes it. forget: it was deleted at once. A retry runs again after either.';
+COMMENT ON COLUMN idempotency_audit.action IS 'expire: the record''s time was ended, and the reaper takes it. delete: it was deleted at once. A retry runs again after either.';
 COMMENT ON COLUMN idempotency_audit.actor IS 'Who, as the tool was told.';
 COMMENT ON COLUMN idempotency_audit.database_role IS 'The role that the session logged in with.';
 COMMENT ON COLUMN idempotency_audit.reason IS 'Why, in the actor''s words.';

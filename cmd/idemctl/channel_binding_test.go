@@ -22,6 +22,6 @@ func TestProgramKeepsChannelBinding(t *testing.T) {
 	b.want(t, 0, "key", "list")
 	b.want(t, 0, "stats")
 	b.want(t, 0, "gc")
-	b.want(t, 0, "key", "forget", "acme", "paid", "--reason", "a test", "--yes")
+	b.want(t, 0, "key", "delete", "acme", "paid", "--reason", "a test", "--yes")
 	b.want(t, 0, "doctor")
 }

@@ -189,31 +189,31 @@ func TestKeyList(t *testing.T) {
 	}
 }
 
-func TestForgetAndExpire(t *testing.T) {
+func TestDeleteAndExpire(t *testing.T) {
 	t.Parallel()
 	b := setup(t)
 	b.do(t, "k")
-	b.want(t, exitUsage, "key", "forget", "acme", "k", "--yes")
-	r := b.want(t, exitRefused, "key", "forget", "acme", "k", "--reason", "ticket 7")
+	b.want(t, exitUsage, "key", "delete", "acme", "k", "--yes")
+	r := b.want(t, exitRefused, "key", "delete", "acme", "k", "--reason", "ticket 7")
 	wantText(t, r.stderr, "--yes", "pay twice")
-	b.want(t, exitUsage, "key", "forget", "acme", "k", "--reason", " ", "--yes")
+	b.want(t, exitUsage, "key", "delete", "acme", "k", "--reason", " ", "--yes")
 	if b.do(t, "k") != idempotency.OutcomeReplayed {
-		t.Fatal("it was forgotten without a yes")
+		t.Fatal("it was deleted without a yes")
 	}
 	attempt := object[getJSON](t, b.want(t, 0, "--json", "key", "get", "acme", "k")).Record.Attempt
-	b.want(t, exitRefused, "key", "forget", "acme", "k", "--reason", "r", "--yes", "--attempt", "00000000-0000-4000-8000-000000000001")
+	b.want(t, exitRefused, "key", "delete", "acme", "k", "--reason", "r", "--yes", "--attempt", "00000000-0000-4000-8000-000000000001")
 	done := object[struct {
 		Done, Actor, Reason string
 		Record              recordJSON
-	}](t, b.want(t, 0, "--json", "key", "forget", "acme", "k", "--reason", "ticket 7", "--actor", "alice", "--yes", "--attempt", attempt))
-	if done.Done != "forgotten" || done.Actor != "alice" || done.Reason != "ticket 7" || done.Record.Attempt != attempt {
+	}](t, b.want(t, 0, "--json", "key", "delete", "acme", "k", "--reason", "ticket 7", "--actor", "alice", "--yes", "--attempt", attempt))
+	if done.Done != "deleted" || done.Actor != "alice" || done.Reason != "ticket 7" || done.Record.Attempt != attempt {
 		t.Errorf("%+v", done)
 	}
-	if r := b.want(t, exitNotFound, "key", "forget", "acme", "k", "--reason", "again", "--yes"); strings.Contains(r.stderr, "acme") {
+	if r := b.want(t, exitNotFound, "key", "delete", "acme", "k", "--reason", "again", "--yes"); strings.Contains(r.stderr, "acme") {
 		t.Errorf("an error shows the scope: %s", r.stderr)
 	}
 	r = b.want(t, exitNotFound, "key", "get", "acme", "k")
-	wantText(t, r.stdout, "absent", "act-forget", "by alice", "ticket 7", attempt)
+	wantText(t, r.stdout, "absent", "act-delete", "by alice", "ticket 7", attempt)
 	if b.do(t, "k") != idempotency.OutcomeExecuted {
 		t.Error("a retry did not run again")
 	}
@@ -228,7 +228,7 @@ func TestForgetAndExpire(t *testing.T) {
 
 	finish := b.running(t, "k")
 	defer finish()
-	for _, action := range []string{"forget", "expire"} {
+	for _, action := range []string{"delete", "expire"} {
 		b.want(t, exitRefused, "key", action, "acme", "k", "--reason", "r", "--yes")
 	}
 }
@@ -414,7 +414,7 @@ func TestLeastPrivilege(t *testing.T) {
 		{[]string{"doctor"}, exitDoctor, exitDoctor}, // fsync is off
 		{[]string{"gc"}, 0, exitFailed},
 		{[]string{"key", "expire", "acme", "k", "--reason", "r", "--yes"}, 0, exitFailed},
-		{[]string{"key", "forget", "acme", "k", "--reason", "r", "--yes"}, 0, exitFailed},
+		{[]string{"key", "delete", "acme", "k", "--reason", "r", "--yes"}, 0, exitFailed},
 	} {
 		for j, database := range []string{looks, full} {
 			want := []int{test.looking, test.fullCode}[j]

@@ -24,7 +24,7 @@ type keyCommands struct {
 	List   listCommand   `cmd:"" help:"Show a page of keys."`
 	Watch  watchCommand  `cmd:"" help:"Show what becomes of one key, as it happens."`
 	Expire expireCommand `cmd:"" help:"End a record's time. Once the reaper has been by, a retry RUNS AGAIN and can pay twice."`
-	Forget forgetCommand `cmd:"" help:"Delete a record now. A retry RUNS AGAIN and can pay twice."`
+	Delete deleteCommand `cmd:"" help:"Delete a record now. A retry RUNS AGAIN and can pay twice."`
 }
 
 type getCommand struct {
@@ -372,7 +372,7 @@ type actFlags struct {
 
 type (
 	expireCommand struct{ actFlags }
-	forgetCommand struct{ actFlags }
+	deleteCommand struct{ actFlags }
 )
 
 // Run is called by kong.
@@ -381,8 +381,8 @@ func (c *expireCommand) Run(a *app) error {
 }
 
 // Run is called by kong.
-func (c *forgetCommand) Run(a *app) error {
-	return c.act(a, "forgotten", "its record is deleted now", (*operator.Operator).Forget)
+func (c *deleteCommand) Run(a *app) error {
+	return c.act(a, "deleted", "its record is deleted now", (*operator.Operator).Delete)
 }
 
 func (c *actFlags) act(a *app, done, means string, do func(*operator.Operator, context.Context, idempotency.Key, operator.Act) (operator.Record, error)) error {

@@ -34,7 +34,7 @@ const description = `Looks at the records of idempotent requests, and after them
   idemctl key get acme 0198c0de-...       one key: its record, who holds it, what became of it
   idemctl key list --scope acme --status 4
   idemctl key watch acme 0198c0de-...     until Ctrl-C
-  idemctl key forget acme 0198c0de-... --reason "ticket 7"     a retry RUNS AGAIN after this, and can pay twice
+  idemctl key delete acme 0198c0de-... --reason "ticket 7"     a retry RUNS AGAIN after this, and can pay twice
   idemctl stats, idemctl top              counts and sizes; what is in flight
   idemctl gc                              delete what is expired, as the service's reaper does
   idemctl serve                           the same as pages, on this machine, behind a token

@@ -76,7 +76,7 @@ func TestOnAMillionRecords(t *testing.T) {
 		{"doctor", []string{"doctor"}, []string{"version 3", "the primary key is valid"}},
 		{"watch", []string{"key", "watch", account, key, "--until", "recorded"}, []string{"is recorded"}},
 		{"expire", []string{"key", "expire", account, key, "--reason", "test", "--yes"}, []string{"expired: the record of attempt"}},
-		{"forget", []string{"key", "forget", account, key, "--reason", "test", "--yes"}, []string{"forgotten: the record of attempt"}},
+		{"delete", []string{"key", "delete", account, key, "--reason", "test", "--yes"}, []string{"deleted: the record of attempt"}},
 	} {
 		var took []time.Duration
 		for range 3 {
@@ -108,7 +108,7 @@ func TestOnAMillionRecords(t *testing.T) {
 	}
 	// All pages of a walk together hold each record of it once.
 	r := b.want(t, 0, "--json", "key", "list", "--status", "4", "--rows", "1000", "--all")
-	if n := strings.Count(r.stdout, `"status":409`); n != 999 { // of a thousand, one was forgotten
+	if n := strings.Count(r.stdout, `"status":409`); n != 999 { // of a thousand, one was deleted
 		t.Errorf("%d declined records, want 999", n)
 	}
 	// The reaper's walk is one over the whole table, and takes as long as it takes.

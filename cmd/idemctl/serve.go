@@ -43,7 +43,7 @@ type serveCommand struct {
 	Addr      string `placeholder:"HOST:PORT" default:"127.0.0.1:8484" help:"Address to listen on; port 0 takes any free one. (default: ${default})"`
 	TokenFile string `placeholder:"FILE" help:"File with the token that the page asks for. Else ${tokenVariable} has it, else one is made and printed."`
 	Actor     string `placeholder:"NAME" help:"Who acts are noted down as; the page asks nobody's name. (default: your account on this machine)"`
-	ReadOnly  bool   `help:"Leave out expire and forget."`
+	ReadOnly  bool   `help:"Leave out expire and delete."`
 	Anywhere  bool   `help:"Listen on other addresses than this machine's own too. The page speaks plain HTTP: put TLS in front of it."`
 }
 

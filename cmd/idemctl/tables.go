@@ -93,7 +93,7 @@ func (a *app) migrated(do func(*postgres.Store) error) error {
 		case version < postgres.SchemaVersion:
 			text += ": services can't work with it. idemctl migrate up"
 		case version < migrations.Latest:
-			text += ": services work; expire, forget and the history don't. idemctl migrate up"
+			text += ": services work; expire, delete and the history don't. idemctl migrate up"
 		case version > migrations.Latest:
 			text += ": of a later release than this program"
 		}

@@ -107,13 +107,13 @@ func (term *person) code() int {
 	return term.cmd.ProcessState.ExitCode()
 }
 
-// At a terminal forget shows what it is about to do, and does it for a yes alone.
-func TestForgetAsksAtATerminal(t *testing.T) {
+// At a terminal delete shows what it is about to do, and does it for a yes alone.
+func TestDeleteAsksAtATerminal(t *testing.T) {
 	t.Parallel()
 	b := setup(t)
 	b.do(t, "k")
 	for _, answer := range []string{"\n", "no\n", "y\n", "yes please\n", "\x04"} { // the last ends the input
-		term := b.at(t, "key", "forget", "acme", "k", "--reason", "ticket 7")
+		term := b.at(t, "key", "delete", "acme", "k", "--reason", "ticket 7")
 		term.sees("Type yes to go on")
 		wantText(t, term.text(), "acme / k: status 201", "RUNS AGAIN", "PAY TWICE")
 		term.types(answer)
@@ -126,7 +126,7 @@ func TestForgetAsksAtATerminal(t *testing.T) {
 	}
 
 	// The record that was shown is not there any more when the yes comes: the next one stays.
-	term := b.at(t, "key", "forget", "acme", "k", "--reason", "ticket 7")
+	term := b.at(t, "key", "delete", "acme", "k", "--reason", "ticket 7")
 	term.sees("Type yes to go on")
 	b.exec(t, "DELETE FROM idempotency_keys")
 	b.do(t, "k")
@@ -135,7 +135,7 @@ func TestForgetAsksAtATerminal(t *testing.T) {
 		t.Errorf("of another attempt: exit code %d\n%s", code, term.text())
 	}
 
-	term = b.at(t, "key", "forget", "acme", "k", "--reason", "ticket 7")
+	term = b.at(t, "key", "delete", "acme", "k", "--reason", "ticket 7")
 	term.sees("Type yes to go on")
 	term.types("yes\n")
 	if code := term.code(); code != 0 || b.do(t, "k") != idempotency.OutcomeExecuted {

@@ -64,7 +64,7 @@ func TestDoctorKnowsPgBouncer(t *testing.T) {
 	if _, err := o.Expire(t.Context(), key, act); err != nil {
 		t.Error(err)
 	}
-	if _, err := o.Forget(t.Context(), key, act); err != nil {
+	if _, err := o.Delete(t.Context(), key, act); err != nil {
 		t.Error(err)
 	}
 	if events, err := o.Timeline(t.Context(), key); err != nil || len(events) != 2 {
@@ -87,7 +87,7 @@ func TestDoctorKnowsStandbys(t *testing.T) {
 	if _, err := standby.List(t.Context(), operator.Filter{}, operator.Page{}); err != nil {
 		t.Errorf("a standby can be looked at: %v", err)
 	}
-	if _, err := standby.Forget(t.Context(), idempotency.Key{Scope: "acme", Value: "canary"}, operator.Act{Actor: "alice", Reason: "test"}); err == nil || !strings.Contains(err.Error(), "connect to the primary") {
+	if _, err := standby.Delete(t.Context(), idempotency.Key{Scope: "acme", Value: "canary"}, operator.Act{Actor: "alice", Reason: "test"}); err == nil || !strings.Contains(err.Error(), "connect to the primary") {
 		t.Errorf("an act on a standby: %v", err)
 	}
 }

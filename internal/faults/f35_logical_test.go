@@ -111,12 +111,12 @@ func TestF35PromotedLogicalReplicaReplays(t *testing.T) {
 	// done.
 	o := operator.New(postgres.New(after.pool, nil), nil)
 	act := operator.Act{Actor: "tester", Reason: "a test"}
-	if _, err := o.Forget(t.Context(), idempotency.Key{Scope: "acme", Value: "new"}, act); err == nil || s.records(t, "new") != 1 {
+	if _, err := o.Delete(t.Context(), idempotency.Key{Scope: "acme", Value: "new"}, act); err == nil || s.records(t, "new") != 1 {
 		t.Errorf("an act whose audit row has a number that is taken: %v", err)
 	}
 	execute(t, l.subscriber.URL(), `SELECT setval(pg_get_serial_sequence(t, 'id'), max) FROM (SELECT 'idempotency_audit' AS t, max(id) FROM idempotency_audit
 		UNION ALL SELECT 'idempotency_events', max(id) FROM idempotency_events) AS ours WHERE max IS NOT NULL`)
-	if _, err := o.Forget(t.Context(), idempotency.Key{Scope: "acme", Value: "new"}, act); err != nil {
+	if _, err := o.Delete(t.Context(), idempotency.Key{Scope: "acme", Value: "new"}, act); err != nil {
 		t.Error(err)
 	}
 }

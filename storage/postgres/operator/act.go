@@ -49,9 +49,9 @@ func (a Act) Validate() error {
 
 // Expire ends the record's time, and returns the record as it was. The reaper deletes it on its next walk, and until then it
 // counts: retries are still replayed. From then on the key is new, and a retry of the request runs again, WHICH CAN PAY
-// TWICE, as it can after [Operator.Forget].
+// TWICE, as it can after [Operator.Delete].
 //
-// Like Forget it takes the key's lock as a claim does, and leaves a row in the audit table in the
+// Like Delete it takes the key's lock as a claim does, and leaves a row in the audit table in the
 // same transaction. Errors: [ErrNotFound], [ErrInProgress] if an attempt or a retry holds the key,
 // [ErrChanged], [ErrInvalid]; [ErrUnknown] if the reply to COMMIT was lost. Expiring an expired
 // record is no error, and keeps its time.
@@ -59,18 +59,18 @@ func (o *Operator) Expire(ctx context.Context, key idempotency.Key, act Act) (Re
 	return o.act(ctx, "expire", key, act, "UPDATE ONLY "+o.keys+" SET expires_at = least(expires_at, transaction_timestamp()) WHERE scope = $1 AND key = $2 AND attempt_id = $3::uuid")
 }
 
-// Forget deletes the record at once, and returns it as it was. From then on the key is new: a retry of the request RUNS
+// Delete deletes the record at once, and returns it as it was. From then on the key is new: a retry of the request RUNS
 // AGAIN, AND CAN PAY TWICE. It is for a record that is known to be wrong, after the money was looked at, and when the client
 // is known to send no more retries, or is meant to.
 //
 // It never takes a record from under an attempt: it takes the key's lock as a claim does, and does
 // nothing if it can't. But if an attempt lost the reply to its COMMIT, it no longer holds the lock,
-// and looks for its record for the engine's ResolveTimeout. If Forget has deleted that record, the
+// and looks for its record for the engine's ResolveTimeout. If Delete has deleted that record, the
 // attempt takes its absence as proof, and ITS CLIENT GETS NOT-EXECUTED FOR WORK THAT WAS COMMITTED.
 // So leave a record that is younger than a minute alone, the more so while the network or the
 // database is in trouble. Errors are those of [Operator.Expire].
-func (o *Operator) Forget(ctx context.Context, key idempotency.Key, act Act) (Record, error) {
-	return o.act(ctx, "forget", key, act, "DELETE FROM ONLY "+o.keys+" WHERE scope = $1 AND key = $2 AND attempt_id = $3::uuid")
+func (o *Operator) Delete(ctx context.Context, key idempotency.Key, act Act) (Record, error) {
+	return o.act(ctx, "delete", key, act, "DELETE FROM ONLY "+o.keys+" WHERE scope = $1 AND key = $2 AND attempt_id = $3::uuid")
 }
 
 func (o *Operator) act(ctx context.Context, action string, key idempotency.Key, act Act, sql string) (Record, error) {

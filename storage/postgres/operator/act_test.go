@@ -19,17 +19,17 @@ func (b *testBundle) audits(t testing.TB) string {
 	return b.text(t, "SELECT COALESCE(string_agg(concat_ws(' ', action, actor, reason, scope, key, attempt_id, status), '; ' ORDER BY id), '') FROM idempotency_audit")
 }
 
-func TestForgetLetsARetryRunAgain(t *testing.T) {
+func TestDeleteLetsARetryRunAgain(t *testing.T) {
 	t.Parallel()
 	b := setup(t, nil)
 	k := key("canary")
 	b.do(t, k, 201)
 	b.do(t, key("other"), 201)
-	record, err := b.operator.Forget(t.Context(), k, act)
+	record, err := b.operator.Delete(t.Context(), k, act)
 	if err != nil || record.Key != k || record.Status != 201 {
 		t.Fatalf("%+v, %v", record, err)
 	}
-	if got, want := b.audits(t), "forget alice ticket 7 acme canary "+record.Attempt.String()+" 201"; got != want {
+	if got, want := b.audits(t), "delete alice ticket 7 acme canary "+record.Attempt.String()+" 201"; got != want {
 		t.Errorf("audit is %q, want %q", got, want)
 	}
 	if result := b.do(t, k, 201); result.Outcome != idempotency.OutcomeExecuted {
@@ -81,7 +81,7 @@ func TestActOnARunningAttempt(t *testing.T) {
 	b := setup(t, nil)
 	k := key("canary")
 	finish := b.running(t, k)
-	_, err := b.operator.Forget(t.Context(), k, act)
+	_, err := b.operator.Delete(t.Context(), k, act)
 	wantError(t, err, operator.ErrInProgress)
 	_, err = b.operator.Expire(t.Context(), k, act)
 	wantError(t, err, operator.ErrInProgress)
@@ -101,14 +101,14 @@ func TestActOnTheRecordOfAnotherAttempt(t *testing.T) {
 	b := setup(t, nil)
 	k := key("canary")
 	b.do(t, k, 201)
-	first, err := b.operator.Forget(t.Context(), k, act)
+	first, err := b.operator.Delete(t.Context(), k, act)
 	if err != nil {
 		t.Fatal(err)
 	}
 	b.do(t, k, 201)
 	named := act
 	named.Attempt = first.Attempt
-	_, err = b.operator.Forget(t.Context(), k, named)
+	_, err = b.operator.Delete(t.Context(), k, named)
 	wantError(t, err, operator.ErrChanged)
 	_, err = b.operator.Expire(t.Context(), k, named)
 	wantError(t, err, operator.ErrChanged)
@@ -117,7 +117,7 @@ func TestActOnTheRecordOfAnotherAttempt(t *testing.T) {
 		t.Fatalf("%+v, %v", state.Record, err)
 	}
 	named.Attempt = state.Record.Attempt
-	if _, err := b.operator.Forget(t.Context(), k, named); err != nil {
+	if _, err := b.operator.Delete(t.Context(), k, named); err != nil {
 		t.Error(err)
 	}
 }
@@ -126,7 +126,7 @@ func TestActOnWhatIsNotThere(t *testing.T) {
 	t.Parallel()
 	b := setup(t, nil)
 	b.do(t, key("other"), 201)
-	_, err := b.operator.Forget(t.Context(), key("canary"), act)
+	_, err := b.operator.Delete(t.Context(), key("canary"), act)
 	wantError(t, err, operator.ErrNotFound)
 	_, err = b.operator.Expire(t.Context(), key("canary"), act)
 	wantError(t, err, operator.ErrNotFound)
@@ -142,7 +142,7 @@ func TestNothingIsDoneThatIsNotAudited(t *testing.T) {
 	k := key("canary")
 	b.do(t, k, 201)
 	b.exec(t, "ALTER TABLE idempotency_audit ADD CONSTRAINT full_disk CHECK (false)")
-	for name, do := range map[string]func(context.Context, idempotency.Key, operator.Act) (operator.Record, error){"forget": b.operator.Forget, "expire": b.operator.Expire} {
+	for name, do := range map[string]func(context.Context, idempotency.Key, operator.Act) (operator.Record, error){"delete": b.operator.Delete, "expire": b.operator.Expire} {
 		if _, err := do(t.Context(), k, act); err == nil || !strings.Contains(err.Error(), "23514") {
 			t.Errorf("%s: %v", name, err)
 		} else {
@@ -150,7 +150,7 @@ func TestNothingIsDoneThatIsNotAudited(t *testing.T) {
 		}
 	}
 	b.exec(t, "DROP TABLE idempotency_audit")
-	for name, do := range map[string]func(context.Context, idempotency.Key, operator.Act) (operator.Record, error){"forget": b.operator.Forget, "expire": b.operator.Expire} {
+	for name, do := range map[string]func(context.Context, idempotency.Key, operator.Act) (operator.Record, error){"delete": b.operator.Delete, "expire": b.operator.Expire} {
 		if _, err := do(t.Context(), k, act); err == nil || !strings.Contains(err.Error(), "run the migrations") {
 			t.Errorf("%s without the table: %v", name, err)
 		}
@@ -178,7 +178,7 @@ func TestActThatWritesNothingIsRefused(t *testing.T) {
 			b := setup(t, nil)
 			b.do(t, key("k"), 201)
 			b.exec(t, c.sql)
-			for action, act1 := range map[string]func(context.Context, idempotency.Key, operator.Act) (operator.Record, error){"expire": b.operator.Expire, "forget": b.operator.Forget} {
+			for action, act1 := range map[string]func(context.Context, idempotency.Key, operator.Act) (operator.Record, error){"expire": b.operator.Expire, "delete": b.operator.Delete} {
 				if _, err := act1(t.Context(), key("k"), act); err == nil || !strings.Contains(err.Error(), c.says) {
 					t.Errorf("%s: %v, want %q", action, err, c.says)
 				}
@@ -207,17 +207,17 @@ func TestActsSayWhoAndWhy(t *testing.T) {
 		"not UTF-8":         {Actor: "\xff", Reason: "why"},
 		"NUL in the reason": {Actor: "alice", Reason: "\x00"},
 	} {
-		if _, err := b.operator.Forget(t.Context(), key("canary"), bad); err == nil {
+		if _, err := b.operator.Delete(t.Context(), key("canary"), bad); err == nil {
 			t.Errorf("%s: no error", name)
 		} else {
 			wantError(t, err, operator.ErrInvalid)
 		}
 	}
 	longest := operator.Act{Actor: strings.Repeat("x", operator.ActorBytesMax), Reason: strings.Repeat("y", operator.ReasonBytesMax)}
-	if _, err := b.operator.Forget(t.Context(), key("canary"), longest); err != nil {
+	if _, err := b.operator.Delete(t.Context(), key("canary"), longest); err != nil {
 		t.Errorf("the longest: %v", err)
 	}
-	_, err := b.operator.Forget(t.Context(), idempotency.Key{Scope: "acme", Value: "canary canary"}, act)
+	_, err := b.operator.Delete(t.Context(), idempotency.Key{Scope: "acme", Value: "canary canary"}, act)
 	wantError(t, err, operator.ErrInvalid)
 }
 
@@ -229,7 +229,7 @@ func TestActsAndRequestsAtOnce(t *testing.T) {
 	k := key("canary")
 	b.exec(t, "CREATE TABLE effects (id bigserial)")
 	const rounds, workers = 40, 3
-	b.engine.Do(t.Context(), request(k), b.effect) // so that there is something to forget
+	b.engine.Do(t.Context(), request(k), b.effect) // so that there is something to delete
 	var all sync.WaitGroup
 	for range workers { // a round that meets another is repeated, or all of them may
 		all.Go(func() {
@@ -241,7 +241,7 @@ func TestActsAndRequestsAtOnce(t *testing.T) {
 		all.Go(func() {
 			for range rounds {
 				for err := operator.ErrInProgress; errors.Is(err, operator.ErrInProgress); {
-					_, err = b.operator.Forget(context.Background(), k, act) // whatever it finds
+					_, err = b.operator.Delete(context.Background(), k, act) // whatever it finds
 				}
 			}
 		})
@@ -250,7 +250,7 @@ func TestActsAndRequestsAtOnce(t *testing.T) {
 	effects, acts := b.count(t, "SELECT count(*) FROM effects"), b.count(t, "SELECT count(*) FROM idempotency_audit")
 	left := b.count(t, "SELECT count(*) FROM idempotency_keys")
 	if effects != acts+left || acts == 0 {
-		t.Errorf("%d effects, %d forgotten and %d left", effects, acts, left)
+		t.Errorf("%d effects, %d deleted and %d left", effects, acts, left)
 	}
 	if n := b.count(t, "SELECT count(DISTINCT attempt_id) FROM idempotency_audit"); n != acts {
 		t.Errorf("%d acts hit %d attempts", acts, n)

@@ -280,7 +280,7 @@ func (e *examination) schema(ctx context.Context) error {
 	}
 	if version < SchemaVersion {
 		e.warn("idemctl migrate up: a service needs nothing of it, and runs on through it",
-			"version %d: services work; expire, forget and the history need version %d", version, SchemaVersion)
+			"version %d: services work; expire, delete and the history need version %d", version, SchemaVersion)
 		return nil
 	}
 	e.ok("version %d", version)
@@ -379,7 +379,7 @@ func (e *examination) rights(ctx context.Context) error {
 		what    string
 		granted string
 	}{
-		{remove && audit, "forget a key", "GRANT DELETE ON " + e.o.table + " TO " + role + "; " + grantAudit},
+		{remove && audit, "delete a key", "GRANT DELETE ON " + e.o.table + " TO " + role + "; " + grantAudit},
 		{expire && audit, "expire a key", "GRANT UPDATE (expires_at) ON " + e.o.table + " TO " + role + "; " + grantAudit},
 		{events, "see a key's history", "GRANT SELECT ON " + e.o.store.Schema() + "." + EventsTableName + " TO " + role},
 		{monitor, "see other sessions", "GRANT pg_monitor TO " + role},

@@ -35,8 +35,8 @@ func ExampleOperator_List() {
 	}
 }
 
-// A record is forgotten that somebody looked at before: only if it is still the same.
-func ExampleOperator_Forget() {
+// A record is deleted that somebody looked at before: only if it is still the same.
+func ExampleOperator_Delete() {
 	ctx := context.Background()
 	store, err := postgres.Open(ctx, os.Getenv("DATABASE_URL"), nil)
 	if err != nil {
@@ -49,7 +49,7 @@ func ExampleOperator_Forget() {
 	if err != nil || state.Record == nil {
 		panic(err)
 	}
-	_, err = o.Forget(ctx, key, operator.Act{Actor: "alice", Reason: "ticket 7", Attempt: state.Record.Attempt})
+	_, err = o.Delete(ctx, key, operator.Act{Actor: "alice", Reason: "ticket 7", Attempt: state.Record.Attempt})
 	switch {
 	case errors.Is(err, operator.ErrInProgress), errors.Is(err, operator.ErrChanged):
 		fmt.Println("look again")

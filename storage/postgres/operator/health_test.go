@@ -198,7 +198,7 @@ func TestGC(t *testing.T) {
 	b.exec(t, `INSERT INTO idempotency_events (at, duration_us, outcome, attempts, scope, key)
 		SELECT now() - n * interval '1 day', 1, 'replayed', 1, 'acme', 'k' FROM generate_series(0, 99) AS n`)
 	b.exec(t, `INSERT INTO idempotency_audit (at, action, actor, reason, scope, key, attempt_id, status, record_created_at, record_expires_at)
-		SELECT now() - n * interval '1 day', 'forget', 'alice', 'r', 'acme', 'k', gen_random_uuid(), 201, now(), now() FROM generate_series(0, 9) AS n`)
+		SELECT now() - n * interval '1 day', 'delete', 'alice', 'r', 'acme', 'k', gen_random_uuid(), 201, now(), now() FROM generate_series(0, 9) AS n`)
 	b.exec(t, `CREATE TABLE archive () INHERITS (idempotency_events); INSERT INTO archive SELECT * FROM ONLY idempotency_events`)
 	for _, test := range []struct {
 		options *operator.GCOptions
@@ -275,14 +275,14 @@ func TestTimelineOfARecord(t *testing.T) {
 		t.Fatal(err)
 	}
 	want("recorded", "expired", "act-expire")
-	if _, err := b.operator.Forget(t.Context(), k, act); err != nil {
+	if _, err := b.operator.Delete(t.Context(), k, act); err != nil {
 		t.Fatal(err)
 	}
-	want("act-expire", "act-forget")
+	want("act-expire", "act-delete")
 	b.do(t, k, 201)
-	want("act-expire", "act-forget", "recorded", "expires")
+	want("act-expire", "act-delete", "recorded", "expires")
 	b.exec(t, `INSERT INTO idempotency_audit (action, actor, reason, scope, key, attempt_id, status, record_created_at, record_expires_at)
-		SELECT 'forget', 'alice', 'ticket 7', 'acme', 'many', gen_random_uuid(), 201, now(), now() FROM generate_series(1, $1)`, operator.EventsMax+1)
+		SELECT 'delete', 'alice', 'ticket 7', 'acme', 'many', gen_random_uuid(), 201, now(), now() FROM generate_series(1, $1)`, operator.EventsMax+1)
 	k = key("many")
 	if got := kinds(); len(got) != operator.EventsMax {
 		t.Errorf("%d events, want %d", len(got), operator.EventsMax)
@@ -316,7 +316,7 @@ func TestDoctorsGrantsAreEnough(t *testing.T) {
 		}
 	}
 	if granted != 5 {
-		t.Errorf("%d remedies, want those of look, forget, expire, history and other sessions", granted)
+		t.Errorf("%d remedies, want those of look, delete, expire, history and other sessions", granted)
 	}
 }
 
@@ -358,7 +358,7 @@ func TestLeastPrivilege(t *testing.T) {
 		}{
 			{"gc", func() error { _, err := o.GC(ctx, nil); return err }},
 			{"expire", func() error { _, err := o.Expire(ctx, key("canary"), act); return err }},
-			{"forget", func() error { _, err := o.Forget(ctx, key("canary"), act); return err }},
+			{"delete", func() error { _, err := o.Delete(ctx, key("canary"), act); return err }},
 		} {
 			err := what.do()
 			if (err == nil) != (name == "an operator") || err != nil && !strings.Contains(err.Error(), "42501") {
@@ -397,7 +397,7 @@ func TestStatementsAreBounded(t *testing.T) {
 			return err
 		},
 		"stats":  func() error { _, err := o.Stats(t.Context()); return err },
-		"forget": func() error { _, err := o.Forget(t.Context(), key("canary"), act); return err },
+		"delete": func() error { _, err := o.Delete(t.Context(), key("canary"), act); return err },
 	} {
 		if err := do(); err == nil || !strings.Contains(err.Error(), "57014") || !strings.Contains(err.Error(), "took longer") {
 			t.Errorf("%s: %v", what, err)

@@ -39,15 +39,15 @@ func TestHiddenRowsAreNotCalledAbsent(t *testing.T) {
 			_, err := o.GC(ctx, &operator.GCOptions{AuditAgeMax: time.Hour})
 			return err
 		},
-		"forget": func(o *operator.Operator) error { _, err := o.Forget(ctx, key("canary"), act); return err },
+		"delete": func(o *operator.Operator) error { _, err := o.Delete(ctx, key("canary"), act); return err },
 	}
 	for _, test := range []struct {
 		table, policy string
 		fail          string // the calls that must fail
 	}{
-		{"idempotency_keys", "", "get body list recent timeline stats expire gc forget"},
-		{"idempotency_keys", "FOR SELECT USING (true)", "get body list recent timeline stats expire gc forget"}, // which deletes nothing
-		{"idempotency_audit", "FOR INSERT WITH CHECK (true)", "timeline expire gc forget"},
+		{"idempotency_keys", "", "get body list recent timeline stats expire gc delete"},
+		{"idempotency_keys", "FOR SELECT USING (true)", "get body list recent timeline stats expire gc delete"}, // which deletes nothing
+		{"idempotency_audit", "FOR INSERT WITH CHECK (true)", "timeline expire gc delete"},
 		{"idempotency_events", "", "timeline gc"},
 		{"idempotency_migrations", "", "version"},
 	} {
@@ -72,7 +72,7 @@ func TestHiddenRowsAreNotCalledAbsent(t *testing.T) {
 						if err != nil && (!strings.Contains(err.Error(), "DISABLE ROW LEVEL SECURITY") || !strings.Contains(err.Error(), "BYPASSRLS")) {
 							t.Errorf("%s names no remedy: %v", name, err)
 						}
-					case name == "expire" || name == "forget": // one of them may have come first
+					case name == "expire" || name == "delete": // one of them may have come first
 						if err != nil && !errors.Is(err, operator.ErrNotFound) {
 							t.Errorf("%s: %v", name, err)
 						}
@@ -80,7 +80,7 @@ func TestHiddenRowsAreNotCalledAbsent(t *testing.T) {
 						t.Errorf("%s: %v", name, err)
 					}
 				}
-				if n := b.count(t, "SELECT count(*) FROM idempotency_keys"); n != 1 && contains(strings.Fields(test.fail), "forget") {
+				if n := b.count(t, "SELECT count(*) FROM idempotency_keys"); n != 1 && contains(strings.Fields(test.fail), "delete") {
 					t.Error("the record is gone")
 				}
 				var remedies []string
@@ -93,7 +93,7 @@ func TestHiddenRowsAreNotCalledAbsent(t *testing.T) {
 					t.Fatalf("the doctor names %d remedies: %q", len(remedies), remedies)
 				}
 				b.exec(t, remedies[way])
-				b.engine.Do(ctx, request(key("canary")), b.effect) // there again, if it was forgotten
+				b.engine.Do(ctx, request(key("canary")), b.effect) // there again, if it was deleted
 				if worst, text := levels(o.Doctor(ctx)); worst["row-security"] != operator.LevelOK {
 					t.Errorf("after %s:\n%s", remedies[way], text)
 				}

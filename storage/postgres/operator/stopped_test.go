@@ -52,7 +52,7 @@ func TestStoppedActGivesTheKeyBack(t *testing.T) {
 	acted := make(chan error, 1)
 	go func() {
 		_, err := operator.New(postgres.New(pool, nil), &operator.Options{StatementTimeout: time.Second, CallTimeout: time.Second}).
-			Forget(t.Context(), key("k"), operator.Act{Actor: "alice", Reason: "a test"})
+			Delete(t.Context(), key("k"), operator.Act{Actor: "alice", Reason: "a test"})
 		acted <- err
 	}()
 	<-stop.stopped

@@ -25,7 +25,7 @@ const (
 	EventExpires     EventKind = "expires"     // the record's time will be over
 	EventExpired     EventKind = "expired"     // it is; the record counts until the reaper deletes it
 	EventActExpire   EventKind = "act-expire"  // an operator ended its time
-	EventActForget   EventKind = "act-forget"  // an operator deleted a record
+	EventActDelete   EventKind = "act-delete"  // an operator deleted a record
 	EventExecuted    EventKind = "executed"    // as [idempotency.OutcomeExecuted]
 	EventReplayed    EventKind = "replayed"    // and so on
 	EventInProgress  EventKind = "in-progress" //
