@@ -11,17 +11,18 @@ import (
 	"time"
 
 	"github.com/paidonce/idempotency"
+	"github.com/paidonce/idempotency/cmd/demo-bank/internal/bank"
 )
 
 // The names of all checks.
 const (
-	MoneyKept          = "money kept"
+	MoneyKept          = bank.MoneyKept
 	EffectsCounted     = "effects counted"
-	OneEffect          = "one effect"
-	TwoEntries         = "two entries"
-	BalancesAddUp      = "balances add up"
-	EffectsRecorded    = "effects recorded"
-	RecordsHaveEffects = "records have effects"
+	OneEffect          = bank.OneEffect
+	TwoEntries         = bank.TwoEntries
+	BalancesAddUp      = bank.BalancesAddUp
+	EffectsRecorded    = bank.EffectsRecorded
+	RecordsHaveEffects = bank.RecordsHaveEffects
 	OneAnswer          = "one answer"
 	InTheBooks         = "in the books"
 	GivenUpForGood     = "given up for good"
@@ -33,7 +34,7 @@ const (
 )
 
 // ExamplesMax is how many examples a Result shows.
-const ExamplesMax = 5
+const ExamplesMax = bank.ExamplesMax
 
 // Operation is one request and what its client saw of it. A retry is an Operation of its own.
 type Operation struct {

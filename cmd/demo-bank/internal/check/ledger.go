@@ -10,23 +10,14 @@ import (
 	"github.com/paidonce/idempotency/cmd/demo-bank/internal/bank"
 )
 
-const rollbackMax = 5 * time.Second
-
-// snapshot reads the bank's schema in one REPEATABLE READ snapshot.
+// snapshot reads the bank's schema in one snapshot.
 func snapshot(ctx context.Context, conn *pgx.Conn, read func(pgx.Tx) error) error {
-	tx, err := conn.BeginTx(ctx, pgx.TxOptions{IsoLevel: pgx.RepeatableRead, AccessMode: pgx.ReadOnly})
-	if err != nil {
-		return fmt.Errorf("begin: %w", err)
-	}
-	defer func() {
-		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), rollbackMax)
-		defer cancel()
-		_ = tx.Rollback(ctx) // it wrote nothing
-	}()
-	if _, err := tx.Exec(ctx, "SET LOCAL search_path TO "+pgx.Identifier{bank.Schema}.Sanitize()); err != nil {
-		return fmt.Errorf("find the schema: %w", err)
-	}
-	return read(tx)
+	return bank.Snapshot(ctx, conn, func(tx pgx.Tx) error {
+		if _, err := tx.Exec(ctx, "SET LOCAL search_path TO "+pgx.Identifier{bank.Schema}.Sanitize()); err != nil {
+			return fmt.Errorf("find the schema: %w", err)
+		}
+		return read(tx)
+	})
 }
 
 // Ledger holds the history against the books, at rest. It reads one snapshot of the schema
@@ -35,12 +26,9 @@ func snapshot(ctx context.Context, conn *pgx.Conn, read func(pgx.Tx) error) erro
 func Ledger(ctx context.Context, conn *pgx.Conn, ops []Operation, expected []Expectation, ttl time.Duration) ([]Result, error) {
 	var results []Result
 	err := snapshot(ctx, conn, func(tx pgx.Tx) error {
-		for _, statement := range statements {
-			r, err := statement.run(ctx, tx, ttl)
-			if err != nil {
-				return err
-			}
-			results = append(results, r)
+		var err error
+		if results, err = inspected(ctx, tx, ttl); err != nil {
+			return err
 		}
 		b, err := readBooks(ctx, tx)
 		if err != nil {
@@ -51,7 +39,7 @@ func Ledger(ctx context.Context, conn *pgx.Conn, ops []Operation, expected []Exp
 		}
 		gs := groups(ops)
 		wanted := expectations(expected)
-		results = append(results, b.counted(gs, wanted), b.unique(), b.acknowledged(gs), b.abandoned(expected))
+		results = append(results, b.counted(gs, wanted), b.acknowledged(gs), b.abandoned(expected))
 		return nil
 	})
 	if err != nil {
@@ -63,10 +51,24 @@ func Ledger(ctx context.Context, conn *pgx.Conn, ops []Operation, expected []Exp
 // Money is [MoneyKept] in one snapshot, for reads while the bank is at work.
 func Money(ctx context.Context, conn *pgx.Conn) (r Result, err error) {
 	err = snapshot(ctx, conn, func(tx pgx.Tx) error {
-		r, err = statements[0].run(ctx, tx, 0)
+		results, err := inspected(ctx, tx, 0, MoneyKept)
+		if err == nil {
+			r = results[0]
+		}
 		return err
 	})
 	return r, wrap("the money", err)
+}
+
+// inspected makes results of what the books alone decide.
+func inspected(ctx context.Context, tx pgx.Tx, ttl time.Duration, names ...string) (results []Result, err error) {
+	findings, err := bank.Inspect(ctx, tx, ttl, names...)
+	for _, f := range findings {
+		r := result(f.Name)
+		r.Seen, r.Count, r.Examples = f.Seen, f.Count, f.Examples
+		results = append(results, r)
+	}
+	return results, err
 }
 
 // effect is a row that a keyed request wrote.
@@ -170,18 +172,6 @@ func (b *books) counted(gs []group, wanted map[Key]Expectation) Result {
 	}
 	for _, e := range b.keyless {
 		r.add("%s has no key", e)
-	}
-	return r
-}
-
-// unique is [OneEffect].
-func (b *books) unique() Result {
-	r := result(OneEffect)
-	r.Seen = len(b.order)
-	for _, key := range b.order {
-		if effects := b.effects[key]; len(effects) > 1 {
-			r.add("%s: has %d effects, among them %s and %s", key, len(effects), effects[0], effects[1])
-		}
 	}
 	return r
 }

@@ -8,6 +8,8 @@ import (
 
 	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgxpool"
+
+	"github.com/paidonce/idempotency/cmd/demo-bank/internal/bank"
 )
 
 const (
@@ -121,16 +123,13 @@ const selectTwins = `
 	WHERE id = ANY (SELECT COALESCE((SELECT prefix FROM newest), 'twin-' || $1 || '-') || name
 		FROM unnest('{protected,protected-payee,unprotected,unprotected-payee}'::text[]) name)`
 
-// selectMoves reads the payers' transfers by their index, and their records by primary key. The TTL's cutoff is that of
-// the audit: a record may be gone when its time is over.
+// selectMoves reads the payers' transfers by their index, and their records by primary key.
 const selectMoves = `
-	WITH cutoff AS MATERIALIZED (
-		SELECT clock_timestamp() - $2 * interval '1 microsecond' AS at
-	),
+	WITH ` + bank.Cutoff + `,
 	moves AS MATERIALIZED (
 		SELECT from_account, amount, reference, scope, key, attempt_id, created_at,
 			row_number() OVER (PARTITION BY from_account, reference ORDER BY id) AS nth
-		FROM transfers WHERE from_account = ANY($1)
+		FROM transfers WHERE from_account = ANY($2)
 	)
 	SELECT from_account, count(DISTINCT reference), count(*), count(DISTINCT (scope, key)) FILTER (WHERE key IS NOT NULL),
 		count(*) FILTER (WHERE nth > 1), COALESCE(sum(amount) FILTER (WHERE nth > 1), 0)::bigint,
@@ -152,21 +151,15 @@ const selectLedger = `
 // prove reads a proof of the given run's twins, or of the newest where run is empty.
 func prove(ctx context.Context, pool *pgxpool.Pool, run string, ttl time.Duration) (*Proof, error) {
 	started := time.Now()
-	tx, err := pool.BeginTx(ctx, pgx.TxOptions{IsoLevel: pgx.RepeatableRead, AccessMode: pgx.ReadOnly})
-	if err != nil {
-		return nil, fmt.Errorf("prove: begin: %w", err)
-	}
-	defer func() {
-		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), proofTimeout)
-		defer cancel()
-		_ = tx.Rollback(ctx) // it wrote nothing
-	}()
 	p := &Proof{}
-	since, err := p.readTwins(ctx, tx, run)
+	err := bank.Snapshot(ctx, pool, func(tx pgx.Tx) error {
+		since, err := p.readTwins(ctx, tx, run)
+		if err != nil {
+			return fmt.Errorf("accounts: %w", err)
+		}
+		return p.readMoves(ctx, tx, since, ttl)
+	})
 	if err != nil {
-		return nil, fmt.Errorf("prove: accounts: %w", err)
-	}
-	if err := p.readMoves(ctx, tx, since, ttl); err != nil {
 		return nil, fmt.Errorf("prove: %w", err)
 	}
 	for i := range p.Twins {
@@ -230,7 +223,7 @@ func (p *Proof) readMoves(ctx context.Context, tx pgx.Tx, since int64, ttl time.
 		byPayer[t.Payer], entries[t.Payer], entries[t.Payee] = t, &t.EntriesPayer, &t.EntriesPayee
 	}
 	var batch pgx.Batch
-	batch.Queue(selectMoves, payers, ttl/time.Microsecond).Query(func(rows pgx.Rows) error {
+	batch.Queue(selectMoves, ttl/time.Microsecond, payers).Query(func(rows pgx.Rows) error {
 		var payer string
 		var m Twin
 		_, err := pgx.ForEachRow(rows, []any{&payer, &m.Payments, &m.Transfers, &m.Keys, &m.Doubles, &m.LostMoney, &m.Unrecorded}, func() error {

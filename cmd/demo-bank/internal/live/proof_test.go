@@ -177,7 +177,7 @@ func TestTheProofDoesNotReadTheWholeBooks(t *testing.T) {
 	payers := []string{payerOf(testRun, Protected), payerOf(testRun, Unprotected)}
 	for sql, args := range map[string][]any{
 		selectTwins:   {""},
-		selectMoves:   {payers, time.Hour / time.Microsecond},
+		selectMoves:   {time.Hour / time.Microsecond, payers},
 		selectEntries: {payers, int64(42)},
 		selectLedger:  {payers, ledgerLines},
 	} {

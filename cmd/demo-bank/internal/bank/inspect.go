@@ -1,0 +1,170 @@
+package bank
+
+import (
+	"context"
+	"fmt"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/jackc/pgx/v5"
+)
+
+// What the books alone decide. The names are those of package check's results too.
+const (
+	MoneyKept          = "money kept"
+	OneEffect          = "one effect"
+	TwoEntries         = "two entries"
+	BalancesAddUp      = "balances add up"
+	EffectsRecorded    = "effects recorded"
+	RecordsHaveEffects = "records have effects"
+)
+
+// ExamplesMax is how many examples a [Finding] shows.
+const ExamplesMax = 5
+
+// Finding is what one look at the books found.
+type Finding struct {
+	Name     string
+	Seen     int // how many things were looked at
+	Count    int // of wrongs
+	Examples []string
+}
+
+// Snapshot reads the books in one REPEATABLE READ snapshot.
+func Snapshot(ctx context.Context, db interface {
+	BeginTx(ctx context.Context, options pgx.TxOptions) (pgx.Tx, error)
+}, read func(pgx.Tx) error) error {
+	tx, err := db.BeginTx(ctx, pgx.TxOptions{IsoLevel: pgx.RepeatableRead, AccessMode: pgx.ReadOnly})
+	if err != nil {
+		return fmt.Errorf("begin: %w", err)
+	}
+	defer func() {
+		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), rollbackTimeout)
+		defer cancel()
+		_ = tx.Rollback(ctx) // it wrote nothing
+	}()
+	return read(tx)
+}
+
+// Inspect looks for the named wrongs, or for all, in a snapshot whose search_path leads to the schema. ttl is the
+// store's: what is older may have lost its record. An error says nothing of the books.
+func Inspect(ctx context.Context, tx pgx.Tx, ttl time.Duration, names ...string) ([]Finding, error) {
+	var batch pgx.Batch
+	findings := inspect(&batch, ttl, names...)
+	if err := tx.SendBatch(ctx, &batch).Close(); err != nil {
+		return nil, fmt.Errorf("inspect the books: %w", err)
+	}
+	return findings, nil
+}
+
+// inspect queues the statements; the findings are filled in when the batch was sent.
+func inspect(batch *pgx.Batch, ttl time.Duration, names ...string) []Finding {
+	findings := make([]Finding, 0, len(statements))
+	for _, s := range statements {
+		if len(names) > 0 && !slices.Contains(names, s.name) {
+			continue
+		}
+		sql := "WITH " + s.with + " wrong (example) AS MATERIALIZED (" + s.wrong + `)
+			SELECT (SELECT count(*) FROM ` + s.subject + `), (SELECT count(*) FROM wrong),
+				ARRAY(SELECT example FROM wrong ORDER BY example LIMIT ` + fmt.Sprint(ExamplesMax) + `)`
+		var args []any
+		if strings.Contains(sql, "$1") {
+			args = []any{ttl / time.Microsecond}
+		}
+		findings = append(findings, Finding{Name: s.name})
+		f := &findings[len(findings)-1] // which does not move: there is room for all
+		batch.Queue(sql, args...).QueryRow(func(row pgx.Row) error { return row.Scan(&f.Seen, &f.Count, &f.Examples) })
+	}
+	return findings
+}
+
+// Cutoff is the common table expression by which the books are held against records that may have expired. $1 is the TTL in
+// microseconds.
+//
+// It is read while its statement runs, and so after the snapshot was taken. A record that the snapshot does not have any more
+// had expired before that by the same clock: a row younger than the cutoff can't have lost its record to the reaper, however
+// the two race. A row and its record carry the same created_at, that of their transaction, so both are cut at the same point.
+const Cutoff = `cutoff AS MATERIALIZED (SELECT clock_timestamp() - $1 * interval '1 microsecond' AS at)`
+
+// effects is what keyed requests wrote.
+const effects = `
+	SELECT 'transfer ' || id AS effect, scope, key, attempt_id, created_at FROM transfers WHERE key IS NOT NULL
+	UNION ALL
+	SELECT 'order ' || id, scope, key, attempt_id, created_at FROM orders WHERE key IS NOT NULL
+	UNION ALL
+	SELECT 'account ' || id, scope, key, attempt_id, created_at FROM accounts WHERE key IS NOT NULL`
+
+// written is what keyed requests wrote and recorded what was recorded of them, among those younger than the TTL.
+const written = Cutoff + `,
+	effects AS MATERIALIZED (SELECT e.* FROM cutoff, (` + effects + `) e WHERE e.created_at > cutoff.at),
+	records AS MATERIALIZED (
+		SELECT r.scope, r.key, r.attempt_id FROM idempotency_keys r, cutoff
+		WHERE r.status BETWEEN 200 AND 299 AND r.created_at > cutoff.at
+	),`
+
+// statement is one look at the books: subject is what it looks at, wrong has a row for each wrong, with one column, example.
+type statement struct {
+	name           string
+	with           string // common table expressions, of both
+	subject, wrong string // after FROM, after WITH
+}
+
+// statements are run in this order.
+var statements = [...]statement{
+	{
+		name: MoneyKept, subject: "accounts",
+		wrong: `
+			SELECT format('balances are %s where %s were put in', sum(balance), sum(opening_balance))
+			FROM accounts HAVING sum(balance) <> sum(opening_balance)
+			UNION ALL
+			SELECT format('account %s has %s', id, balance) FROM accounts WHERE balance < 0`,
+	},
+	{
+		name: OneEffect, subject: "keys",
+		with: `
+			keys AS MATERIALIZED (
+				SELECT scope, key, count(*) AS effects, min(effect) AS one, max(effect) AS other FROM (` + effects + `) e GROUP BY scope, key
+			),`,
+		wrong: `
+			SELECT format('%s/%s: has %s effects, among them %s and %s', scope, key, effects, one, other) FROM keys WHERE effects > 1`,
+	},
+	{
+		name: TwoEntries, subject: "moves",
+		with: `
+			moves AS MATERIALIZED (
+				SELECT 'transfer ' || t.id AS move, count(e.id) AS entries, COALESCE(sum(e.amount), 0) AS total,
+					count(*) FILTER (WHERE e.account = t.from_account AND e.amount = -t.amount) AS debits,
+					count(*) FILTER (WHERE e.account = t.to_account AND e.amount = t.amount) AS credits
+				FROM transfers t LEFT JOIN entries e ON e.transfer_id = t.id GROUP BY t.id
+				UNION ALL
+				SELECT 'order ' || o.id, count(e.id), COALESCE(sum(e.amount), 0),
+					count(*) FILTER (WHERE e.account = o.account AND e.amount = -o.amount),
+					count(*) FILTER (WHERE e.account <> o.account AND e.amount = o.amount)
+				FROM orders o LEFT JOIN entries e ON e.order_id = o.id GROUP BY o.id
+			),`,
+		wrong: `
+			SELECT format('%s has %s entries that sum to %s, %s of its debit and %s of its credit', move, entries, total, debits, credits)
+			FROM moves WHERE (entries, debits, credits) <> (2, 1, 1)`,
+	},
+	{
+		name: BalancesAddUp, subject: "accounts",
+		with: `totals AS (SELECT account, sum(amount) AS total FROM entries GROUP BY account),`,
+		wrong: `
+			SELECT format('account %s has %s, and its opening balance and entries make %s', a.id, a.balance, a.opening_balance + COALESCE(t.total, 0))
+			FROM accounts a LEFT JOIN totals t ON t.account = a.id
+			WHERE a.balance <> a.opening_balance + COALESCE(t.total, 0)`,
+	},
+	{
+		name: EffectsRecorded, subject: "effects", with: written,
+		wrong: `
+			SELECT format('%s/%s: no recorded 2xx of the attempt that made %s', e.scope, e.key, e.effect) FROM effects e
+			WHERE NOT EXISTS (SELECT FROM records r WHERE r.attempt_id = e.attempt_id AND r.scope = e.scope AND r.key = e.key)`,
+	},
+	{
+		name: RecordsHaveEffects, subject: "records", with: written,
+		wrong: `
+			SELECT format('%s/%s: a recorded 2xx whose attempt made nothing', r.scope, r.key) FROM records r
+			WHERE NOT EXISTS (SELECT FROM effects e WHERE e.attempt_id = r.attempt_id AND e.scope = r.scope AND e.key = r.key)`,
+	},
+}
