@@ -108,6 +108,7 @@ func TestDependencies(t *testing.T) {
 		{[]string{"./storage/storagetest"}, []string{"", "storage/storagetest"}, nil},
 		{[]string{"./storage/postgres"}, []string{"", "storage/postgres"}, pgx},
 		{[]string{"./storage/postgres/operator"}, []string{"", "internal/pooler", "storage/postgres", "storage/postgres/operator"}, pgx},
+		{[]string{"./migrations"}, []string{"internal/pooler", "migrations"}, append([]string{"github.com/golang-migrate/migrate/v4"}, pgx...)},
 		{[]string{"./observe/history"}, []string{"", "observe/history"}, pgx},
 		{[]string{"./admin"}, []string{"", "admin", "internal/pooler", "storage/postgres", "storage/postgres/operator"}, pgx},
 		{[]string{"./middleware"}, []string{"", "middleware"}, []string{httpsfv}},

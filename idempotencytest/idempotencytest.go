@@ -2,13 +2,13 @@
 // duplicates, from a test of yours, and asks your own tables whether each request had its effect once:
 //
 //	func TestOrdersOutliveCrashes(t *testing.T) {
-//		pool := openTestDatabase(t)
+//		store := openTestStore(t) // postgres.Open, migrations.Up
 //		idempotencytest.Run(t, idempotencytest.Config{
-//			Store:   postgres.New(pool, nil),
-//			New:     func(store idempotency.Store) http.Handler { return newRouter(pool, store) },
+//			Store:   store,
+//			New:     func(store idempotency.Store) http.Handler { return newRouter(store) },
 //			Request: func(n int) *http.Request { return newOrder("acme", n) },
 //			Invariant: func(ctx context.Context, told idempotencytest.Told) error {
-//				return countOrders(ctx, pool, len(told.Acknowledged))
+//				return countOrders(ctx, store.Pool(), len(told.Acknowledged))
 //			},
 //		})
 //	}

@@ -1,7 +1,8 @@
 // Package encrypted encrypts the recorded bodies of a store, for answers that hold what must not lie in a table, in its
 // backups and in its replicas.
 //
-//	store := encrypted.New(postgres.New(pool, nil), encrypted.Keys{Current: encrypted.Key{ID: 1, Secret: secret}})
+//	database, err := postgres.Open(ctx, databaseURL, nil)
+//	store := encrypted.New(database, encrypted.Keys{Current: encrypted.Key{ID: 1, Secret: secret}})
 //	idem := middleware.New(store, accountID, nil)
 //
 // A body is sealed with AES-256-GCM and bound to its scope, key, fingerprint, attempt, status and headers: a body that
