@@ -1,6 +1,7 @@
 package client
 
 import (
+	"cmp"
 	"context"
 	"fmt"
 	"net/http"
@@ -9,21 +10,8 @@ import (
 	"time"
 )
 
-// Defaults of [Options], and limits that have none.
+// Limits that no option changes.
 const (
-	BackoffFirstDefault     = 100 * time.Millisecond
-	BackoffMaxDefault       = 10 * time.Second
-	RetryAfterMaxDefault    = 30 * time.Second
-	AttemptTimeoutDefault   = 30 * time.Second // as long as a server's WriteTimeout is to be
-	TotalMaxDefault         = 2 * time.Minute
-	AttemptsMaxDefault      = 10
-	RetryPercentDefault     = 20
-	RetriesPerSecondDefault = 10
-	RetryBurstDefault       = 100
-	BodyBytesMaxDefault     = 1 << 20 // as middleware.BodyBytesMaxDefault
-	AnswerBytesMaxDefault   = 4 << 20
-	IntentAgeMaxDefault     = 12 * time.Hour // half of the time that a key counts at the server by default
-
 	IntentSkewMax  = time.Minute     // an intent that was saved later than that from now on tells no age, and is not sent again
 	RoutesMax      = 1000            // routes of which it is remembered that they honour keys
 	ResumeAtOnce   = 4               // intents that are resumed at once
@@ -31,7 +19,8 @@ const (
 	problemBodyMax = 64 << 10        // bytes of a problem document that is looked into
 )
 
-// Options tune a [Transport]. Nil and the zero value are the defaults, which are the safest.
+// Options tune a [Transport]. Nil and the zero value are the defaults, which are the safest. A
+// negative number panics.
 type Options struct {
 	// Methods are the request methods that get a key. The default is POST and PATCH. PUT and DELETE
 	// may be added if the server honours keys for them. GET, HEAD, OPTIONS, TRACE and QUERY may
@@ -49,13 +38,15 @@ type Options struct {
 
 	// BackoffFirst and BackoffMax bound the pause before a retry: it is drawn evenly from zero to the bound (full jitter),
 	// which is BackoffFirst at first and doubles up to BackoffMax. Retry-After of an answer, up to RetryAfterMax, comes on
-	// top. The defaults are [BackoffFirstDefault], [BackoffMaxDefault] and [RetryAfterMaxDefault].
+	// top. They default to 100 milliseconds, 10 seconds (BackoffFirst, if that is longer) and 30
+	// seconds.
 	BackoffFirst  time.Duration
 	BackoffMax    time.Duration
 	RetryAfterMax time.Duration
 
 	// AttemptTimeout bounds one attempt, its answer's body included. It should be longer than the server takes at most, or
-	// each retry finds the attempt before still in progress. The default is [AttemptTimeoutDefault].
+	// each retry finds the attempt before still in progress. Defaults to 30 seconds, as long as a server's WriteTimeout
+	// should be.
 	AttemptTimeout time.Duration
 
 	// TotalMax and AttemptsMax limit a request with all of its attempts and pauses. A pause that
@@ -67,20 +58,20 @@ type Options struct {
 
 	// RetryPercent, RetriesPerSecond and RetryBurst bound the retries of all requests of a Transport together, so that an
 	// outage is not amplified: each request earns RetryPercent of a retry, each second RetriesPerSecond, and RetryBurst can
-	// be saved up. A request that finds none left ends with [ErrRetriesSpent]. The defaults are [RetryPercentDefault],
-	// [RetriesPerSecondDefault] and [RetryBurstDefault]. Unbudgeted lifts the bound.
+	// be saved up. A request that finds none left ends with [ErrRetriesSpent]. They default to 20, 10 and 100.
+	// Unbudgeted lifts the bound.
 	RetryPercent     int
 	RetriesPerSecond int
 	RetryBurst       int
 	Unbudgeted       bool
 
 	// BodyBytesMax bounds a request's body, which is kept in memory to be sent again. A longer one is sent only if the
-	// request has GetBody and no intent is kept of it; else it is refused with [ErrBodyTooLarge], before anything is sent. The
-	// default is [BodyBytesMaxDefault].
+	// request has GetBody and no intent is kept of it; else it is refused with [ErrBodyTooLarge], before anything is sent.
+	// Defaults to 1 MiB, the limit of package middleware.
 	BodyBytesMax int64
 
 	// AnswerBytesMax is how much of an answer's body is read before the caller gets it, because an answer that breaks off
-	// is a lost one. What is beyond is read by the caller as it comes. The default is [AnswerBytesMaxDefault].
+	// is a lost one. What is beyond is read by the caller as it comes. Defaults to 4 MiB.
 	AnswerBytesMax int64
 
 	// Intents keeps each keyed request from before its first attempt until it is settled, so that a process that dies can
@@ -100,7 +91,7 @@ type Options struct {
 	IntentHeadersOmitted []string
 
 	// IntentAgeMax is the age from which on an intent is not sent again: a key counts at the server for a time, and is new
-	// after it. It must be under that time. The default is [IntentAgeMaxDefault].
+	// after it. It must be under that time. Defaults to 12 hours, half of the server's default TTL.
 	IntentAgeMax time.Duration
 
 	// Trace is told of everything that happens to a keyed request, from the goroutine of the request and with its context.
@@ -149,18 +140,18 @@ func (o *Options) full() Options {
 			panic(fmt.Sprintf("idempotency/client: Options.Methods names %q, which is no method", method))
 		}
 	}
-	setDefault(&full.BackoffFirst, BackoffFirstDefault)
-	setDefault(&full.BackoffMax, max(BackoffMaxDefault, full.BackoffFirst))
-	setDefault(&full.RetryAfterMax, RetryAfterMaxDefault)
-	setDefault(&full.AttemptTimeout, AttemptTimeoutDefault)
-	setDefault(&full.TotalMax, TotalMaxDefault)
-	setDefault(&full.AttemptsMax, AttemptsMaxDefault)
-	setDefault(&full.RetryPercent, RetryPercentDefault)
-	setDefault(&full.RetriesPerSecond, RetriesPerSecondDefault)
-	setDefault(&full.RetryBurst, RetryBurstDefault)
-	setDefault(&full.BodyBytesMax, BodyBytesMaxDefault)
-	setDefault(&full.AnswerBytesMax, AnswerBytesMaxDefault)
-	setDefault(&full.IntentAgeMax, IntentAgeMaxDefault)
+	full.BackoffFirst = cmp.Or(full.BackoffFirst, 100*time.Millisecond)
+	full.BackoffMax = cmp.Or(full.BackoffMax, max(10*time.Second, full.BackoffFirst))
+	full.RetryAfterMax = cmp.Or(full.RetryAfterMax, 30*time.Second)
+	full.AttemptTimeout = cmp.Or(full.AttemptTimeout, 30*time.Second)
+	full.TotalMax = cmp.Or(full.TotalMax, 2*time.Minute)
+	full.AttemptsMax = cmp.Or(full.AttemptsMax, 10)
+	full.RetryPercent = cmp.Or(full.RetryPercent, 20)
+	full.RetriesPerSecond = cmp.Or(full.RetriesPerSecond, 10)
+	full.RetryBurst = cmp.Or(full.RetryBurst, 100)
+	full.BodyBytesMax = cmp.Or(full.BodyBytesMax, 1<<20)
+	full.AnswerBytesMax = cmp.Or(full.AnswerBytesMax, 4<<20)
+	full.IntentAgeMax = cmp.Or(full.IntentAgeMax, 12*time.Hour)
 	if full.BackoffFirst < 0 || full.BackoffMax < full.BackoffFirst || full.RetryAfterMax < 0 {
 		panic("idempotency/client: Options.BackoffFirst must not be negative, nor RetryAfterMax, and BackoffMax must not be less than BackoffFirst")
 	}
@@ -194,11 +185,4 @@ func canonical(names []string) []string {
 		list[i] = textproto.CanonicalMIMEHeaderKey(name)
 	}
 	return list
-}
-
-func setDefault[T comparable](field *T, value T) {
-	var zero T
-	if *field == zero {
-		*field = value
-	}
 }

@@ -538,7 +538,7 @@ func TestBodyIsClosedAndAsLongAsAnnounced(t *testing.T) {
 		length int64
 		ctx    context.Context
 		sent   int
-	}{{4, t.Context(), 1}, {5, t.Context(), 0}, {client.BodyBytesMaxDefault + 1, t.Context(), 0}, {4, client.WithKey(t.Context(), "a b"), 0}} {
+	}{{4, t.Context(), 1}, {5, t.Context(), 0}, {1<<20 + 1, t.Context(), 0}, {4, client.WithKey(t.Context(), "a b"), 0}} {
 		before := len(s.requests())
 		var closed atomic.Int64
 		r, err := http.NewRequestWithContext(one.ctx, http.MethodPost, s.server.URL, closing{strings.NewReader("body"), &closed})

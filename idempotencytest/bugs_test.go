@@ -232,7 +232,7 @@ func (s seeded) patience() time.Duration {
 	if s.waits {
 		return impatient
 	}
-	return PatienceDefault
+	return 20 * time.Second
 }
 
 // prove runs the part that is named, after what every run begins with.

@@ -67,15 +67,6 @@ import (
 	"github.com/paidonce/idempotency"
 )
 
-// Defaults of [Config].
-const (
-	KeysDefault     = 60
-	PointDefault    = 8
-	CopiesDefault   = 4
-	ClientsDefault  = 8
-	PatienceDefault = 20 * time.Second
-)
-
 // Config says what is put to the proof. Store, New, Request and Invariant are required.
 type Config struct {
 	// Store keeps the records. It is used through the interface alone.
@@ -101,14 +92,14 @@ type Config struct {
 	Other func(n int) *http.Request
 
 	// Keys is how many keys the storm has, Copies how often each is sent, and Clients how many keys are at work at
-	// once, each with half of its copies. The defaults are [KeysDefault], [CopiesDefault] and [ClientsDefault]. The
+	// once, each with half of its copies. They default to 60, 4 and 8. The
 	// storm has at least one key for each point.
 	Keys, Copies, Clients int
 
-	// Point is how many keys each crash point has. The default is [PointDefault].
+	// Point is how many keys each crash point has. Defaults to 8.
 	Point int
 
-	// Patience is how long a key may take to be settled, and the run to come to rest. The default is [PatienceDefault].
+	// Patience is how long a key may take to be settled, and the run to come to rest. Defaults to 20 seconds.
 	Patience time.Duration
 
 	// Seed makes all decisions: 0 draws one, which a test that fails prints. The same seed makes the same decisions
@@ -137,11 +128,11 @@ func (c Config) full() (Config, error) {
 	case c.Keys < 0 || c.Copies < 0 || c.Clients < 0 || c.Point < 0 || c.Patience < 0:
 		return c, fmt.Errorf("Config.Keys, Copies, Clients, Point and Patience must not be negative")
 	}
-	c.Keys = cmp.Or(c.Keys, KeysDefault)
-	c.Copies = cmp.Or(c.Copies, CopiesDefault)
-	c.Clients = cmp.Or(c.Clients, ClientsDefault)
-	c.Point = cmp.Or(c.Point, PointDefault)
-	c.Patience = cmp.Or(c.Patience, PatienceDefault)
+	c.Keys = cmp.Or(c.Keys, 60)
+	c.Copies = cmp.Or(c.Copies, 4)
+	c.Clients = cmp.Or(c.Clients, 8)
+	c.Point = cmp.Or(c.Point, 8)
+	c.Patience = cmp.Or(c.Patience, 20*time.Second)
 	for c.Seed == 0 {
 		c.Seed = rand.Uint64()
 	}

@@ -18,12 +18,6 @@ import (
 	"github.com/paidonce/idempotency/client"
 )
 
-// Defaults of [Options].
-const (
-	BytesMaxDefault    = 256 << 20
-	LockTimeoutDefault = time.Second
-)
-
 // Errors of [Open] and of a [Store].
 var (
 	ErrLocked   = errors.New("file of intents is held by another")
@@ -33,7 +27,7 @@ var (
 	ErrClosed   = fmt.Errorf("%w: the file of intents is closed", client.ErrIntentRefused)
 )
 
-// Options tune a [Store]. Nil and the zero value are the defaults.
+// Options tune a [Store]. Nil and the zero value are the defaults. A negative number panics.
 type Options struct {
 	// BytesMax is the maximum total size of the kept intents. Over it Save returns [ErrFull].
 	// Defaults to 256 MiB.
@@ -49,8 +43,8 @@ func (o *Options) full() Options {
 	if o != nil {
 		full = *o
 	}
-	full.BytesMax = cmp.Or(full.BytesMax, BytesMaxDefault)
-	full.LockTimeout = cmp.Or(full.LockTimeout, LockTimeoutDefault)
+	full.BytesMax = cmp.Or(full.BytesMax, 256<<20)
+	full.LockTimeout = cmp.Or(full.LockTimeout, time.Second)
 	if full.BytesMax < 0 || full.LockTimeout < 0 {
 		panic("idempotency/client/boltintent: Options.BytesMax and LockTimeout must not be negative")
 	}

@@ -21,12 +21,8 @@ import (
 	"github.com/paidonce/idempotency/client"
 )
 
-// Defaults of [Options], and the most that [Store.Pending] returns at a time.
-const (
-	SchemaDefault       = "public"
-	PendingAfterDefault = 5 * time.Minute // more than client.TotalMaxDefault
-	PendingMax          = 1000
-)
+// PendingMax is the maximum number of intents that one call of [Store.Pending] returns.
+const PendingMax = 1000
 
 // DB is what a store needs of a *pgxpool.Pool or a *pgx.Conn. It is the service's own database, and never that of the
 // server that is called. A store on a *pgx.Conn is not safe for concurrent use.
@@ -36,9 +32,9 @@ type DB interface {
 	QueryRow(ctx context.Context, sql string, arguments ...any) pgx.Row
 }
 
-// Options tune a [Store]. Nil and the zero value are the defaults.
+// Options tune a [Store]. Nil and the zero value are the defaults. A negative number panics.
 type Options struct {
-	// Schema holds the table. The default is [SchemaDefault].
+	// Schema holds the table. Defaults to "public".
 	Schema string
 
 	// Owner parts the intents of clients that share the table. Those that may resume each other's are of one owner: they
@@ -46,8 +42,8 @@ type Options struct {
 	Owner string
 
 	// PendingAfter is how long another store's intent is left to it. It should be longer than client.Options.TotalMax, or
-	// intents that are under way elsewhere are sent twice, which is safe and in vain. A store's own are pending at once. The
-	// default is [PendingAfterDefault].
+	// intents that are under way elsewhere are sent twice, which is safe and in vain. A store's own are pending at once.
+	// Defaults to 5 minutes.
 	PendingAfter time.Duration
 }
 
@@ -56,8 +52,8 @@ func (o *Options) full() Options {
 	if o != nil {
 		full = *o
 	}
-	full.Schema = cmp.Or(full.Schema, SchemaDefault)
-	full.PendingAfter = cmp.Or(full.PendingAfter, PendingAfterDefault)
+	full.Schema = cmp.Or(full.Schema, "public")
+	full.PendingAfter = cmp.Or(full.PendingAfter, 5*time.Minute)
 	if full.PendingAfter < 0 {
 		panic("idempotency/client/pgintent: Options.PendingAfter must not be negative")
 	}

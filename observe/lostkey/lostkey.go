@@ -6,6 +6,7 @@
 package lostkey
 
 import (
+	"cmp"
 	"context"
 	"fmt"
 	"hash/maphash"
@@ -16,22 +17,18 @@ import (
 	"github.com/paidonce/idempotency"
 )
 
-// Defaults and limits of [Options].
-const (
-	WindowDefault      = 30 * time.Second
-	RequestsMaxDefault = 32_768
-	RequestsMaxMin     = 2
-)
+// RequestsMaxMin is the least [Options.RequestsMax].
+const RequestsMaxMin = 2
 
-// Options tune a [Detector]. Nil and the zero value are the defaults.
+// Options tune a [Detector]. Nil and the zero value are the defaults. A negative number panics.
 type Options struct {
 	// Window is how soon after a request the same one with another key is a finding. Longer than the pause between two tries of a
-	// client, shorter than the pause between two purchases. The default is [WindowDefault].
+	// client, shorter than the pause between two purchases. Defaults to 30 seconds.
 	Window time.Duration
 
 	// RequestsMax is how many requests are remembered at most, as hashes under a seed of the process, some 70 bytes each. Where
-	// more come the older half is forgotten before its time: findings are missed then, and none is made up. The default is
-	// [RequestsMaxDefault], enough for 500 requests a second; the least [RequestsMaxMin].
+	// more come the older half is forgotten before its time: findings are missed then, and none is made up. Defaults to 32,768,
+	// enough for 500 requests a second. At least [RequestsMaxMin].
 	RequestsMax int
 
 	// OnLost is told of each finding, in the goroutine of the request and before it is claimed: it should be quick. Nil
@@ -48,12 +45,8 @@ func (o *Options) full() Options {
 	if o != nil {
 		full = *o
 	}
-	if full.Window == 0 {
-		full.Window = WindowDefault
-	}
-	if full.RequestsMax == 0 {
-		full.RequestsMax = RequestsMaxDefault
-	}
+	full.Window = cmp.Or(full.Window, 30*time.Second)
+	full.RequestsMax = cmp.Or(full.RequestsMax, 32_768)
 	if full.OnLost == nil {
 		full.OnLost = func(context.Context, Event) {}
 	}

@@ -139,18 +139,19 @@ func TestMemoryIsBounded(t *testing.T) {
 
 // What the limit's default costs in memory is what its doc says.
 func TestRequestsMaxDefaultsMemory(t *testing.T) {
+	const requestsMax = 32_768 // the default
 	d := lostkey.New(&lostkey.Options{Window: time.Hour})
 	var before, after runtime.MemStats
 	runtime.GC()
 	runtime.ReadMemStats(&before)
-	for n := range 4 * lostkey.RequestsMaxDefault {
+	for n := range 4 * requestsMax {
 		s := start("acme", "k", "")
 		s.Fingerprint.Sum = sha256.Sum256(strconv.AppendInt(nil, int64(n), 10))
 		d.TraceRequestStart(context.Background(), s)
 	}
 	runtime.GC()
 	runtime.ReadMemStats(&after)
-	bytes := int(after.HeapAlloc-before.HeapAlloc) / lostkey.RequestsMaxDefault
+	bytes := int(after.HeapAlloc-before.HeapAlloc) / requestsMax
 	t.Logf("%d bytes for each request", bytes)
 	if bytes > 100 {
 		t.Errorf("a request takes %d bytes", bytes)

@@ -1,6 +1,7 @@
 package promobserve
 
 import (
+	"cmp"
 	"context"
 	"fmt"
 	"sync"
@@ -74,20 +75,15 @@ type Records struct {
 	IndexBytes int64
 }
 
-// Defaults of [RecordsOptions].
-const (
-	RecordsIntervalDefault = 30 * time.Second
-	RecordsTimeoutDefault  = 2 * time.Second
-)
-
-// RecordsOptions tune a collector of records. Nil and the zero value are the defaults.
+// RecordsOptions tune a collector of records. Nil and the zero value are the defaults. A negative
+// number panics.
 type RecordsOptions struct {
 	// Interval is how long figures are shown before they are read again, with the scrape that comes then. However many
-	// scrape, and however often, the store is asked once per interval. The default is [RecordsIntervalDefault].
+	// scrape, and however often, the store is asked once per interval. Defaults to 30 seconds.
 	Interval time.Duration
 
-	// Timeout bounds the reading, and with it how late a scrape is. It must be well below the scrape's own. The default is
-	// [RecordsTimeoutDefault].
+	// Timeout bounds the reading, and with it how late a scrape is. It must be well below the scrape's own.
+	// Defaults to 2 seconds.
 	Timeout time.Duration
 
 	// Now is the clock. The default is time.Now.
@@ -110,12 +106,8 @@ func NewRecordsCollector[S interface {
 	if opts != nil {
 		o = *opts
 	}
-	if o.Interval == 0 {
-		o.Interval = RecordsIntervalDefault
-	}
-	if o.Timeout == 0 {
-		o.Timeout = RecordsTimeoutDefault
-	}
+	o.Interval = cmp.Or(o.Interval, 30*time.Second)
+	o.Timeout = cmp.Or(o.Timeout, 2*time.Second)
 	if o.Now == nil {
 		o.Now = time.Now
 	}

@@ -1,6 +1,7 @@
 package promobserve
 
 import (
+	"cmp"
 	"context"
 	"fmt"
 	"strings"
@@ -15,27 +16,26 @@ import (
 	"github.com/paidonce/idempotency/observe/lostkey"
 )
 
-// Defaults and limits of [Options].
+// How routes are shown.
 const (
-	RoutesMaxDefault = 100
-	RouteBytesMax    = 128 // a longer one is cut off
+	RouteBytesMax = 128 // a longer one is cut off
 
 	// RouteOther stands for the routes over [Options.RoutesMax].
 	RouteOther = "other"
 )
 
-// Options tune a [Tracer]. Nil and the zero value are the defaults.
+// Options tune a [Tracer]. Nil and the zero value are the defaults. A negative number panics.
 type Options struct {
-	// HandlerTimeout is the engine's, shown as a metric so that an alert can compare handlers with it. The default is
-	// idempotency.HandlerTimeoutDefault.
+	// HandlerTimeout is the engine's, shown as a metric so that an alert can compare handlers with it.
+	// Defaults to 10 seconds, as the engine's does.
 	HandlerTimeout time.Duration
 
 	// Route names a request's route from the context that it came with, where Request.Route is not what is wanted. It must
 	// come from a small set. Nil takes Request.Route, which the middleware fills in.
 	Route func(ctx context.Context, route string) string
 
-	// RoutesMax is how many routes have series of their own, of about 6 each; those above are [RouteOther]. The default is
-	// [RoutesMaxDefault].
+	// RoutesMax is how many routes have series of their own, of about 6 each; those above are [RouteOther].
+	// Defaults to 100.
 	RoutesMax int
 
 	// LostKeys tune the detector of clients that lose their keys. Its OnLost is called after the finding was counted.
@@ -51,12 +51,8 @@ func (o *Options) full() Options {
 	if o != nil {
 		full = *o
 	}
-	if full.HandlerTimeout == 0 {
-		full.HandlerTimeout = idempotency.HandlerTimeoutDefault
-	}
-	if full.RoutesMax == 0 {
-		full.RoutesMax = RoutesMaxDefault
-	}
+	full.HandlerTimeout = cmp.Or(full.HandlerTimeout, 10*time.Second)
+	full.RoutesMax = cmp.Or(full.RoutesMax, 100)
 	if full.Route == nil {
 		full.Route = func(_ context.Context, route string) string { return route }
 	}

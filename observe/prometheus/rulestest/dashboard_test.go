@@ -58,7 +58,7 @@ var legendLabel = regexp.MustCompile(`\{\{(\w+)\}\}`)
 // Where everything happens, each query of the dashboard has something to show, with the labels that its legend names.
 func TestEveryQueryOfTheDashboardReturnsData(t *testing.T) {
 	t.Parallel()
-	w := newWorld(t, idempotency.HandlerTimeoutDefault, patience)
+	w := newWorld(t, 10*time.Second, patience)
 	for n := range 12 {
 		w.tick(func() {
 			w.usual(n)

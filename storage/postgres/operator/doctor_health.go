@@ -5,8 +5,6 @@ import (
 	"time"
 
 	"github.com/jackc/pgx/v5"
-
-	"github.com/paidonce/idempotency"
 )
 
 func (e *examination) isolation(ctx context.Context) error {
@@ -34,7 +32,7 @@ func (e *examination) timeouts(ctx context.Context) error {
 		return err
 	}
 	ms := func(n int64) time.Duration { return time.Duration(n) * time.Millisecond }
-	longest := idempotency.HandlerTimeoutDefault + idempotency.CommitTimeoutDefault
+	longest := 15 * time.Second // what an engine allows a handler and its commit by default
 	if transactionMS != 0 && ms(transactionMS) < longest {
 		e.warn("set transaction_timeout to more than HandlerTimeout and CommitTimeout together, or to 0",
 			"transaction_timeout is %v: attempts that take longer end as unavailable, and the defaults allow %v", ms(transactionMS), longest)
