@@ -1,4 +1,4 @@
-// Package pgtest gives every test an empty PostgreSQL database of its own.
+// Package pgtest gives every test a PostgreSQL database of its own.
 //
 // A package's tests share one PostgreSQL server, which starts with the first test that asks for it:
 //
@@ -69,27 +69,79 @@ func fuzzing() bool {
 // It is safe for parallel tests.
 func Database(t testing.TB) string {
 	t.Helper()
+	return shared.start(t).database(t, "")
+}
+
+// Copy is Database for many tests that begin with the same tables. The first call with a name has
+// prepare make them, in a database that later calls copy: a copy takes as long as an empty database.
+// prepare must close its connections. Its error is that of all calls.
+func Copy(t testing.TB, name string, prepare func(databaseURL string) error) string {
+	t.Helper()
 	c := shared.start(t)
-	admin := c.adminURL
-	name := "test_" + strings.ReplaceAll(uuid.NewString(), "-", "")
-	create := "CREATE DATABASE " + name
-	if c.versionNumber >= 150000 {
-		create += " STRATEGY FILE_COPY" // the only strategy of 14
+	template, err := c.template(name, prepare)
+	if err != nil {
+		t.Fatalf("pgtest: template %q: %v", name, err)
 	}
-	if err := execute(admin, create); err != nil {
+	return c.database(t, template)
+}
+
+// database creates a database for a test, as a copy of the template if one is named.
+func (c *cluster) database(t testing.TB, template string) string {
+	t.Helper()
+	name, err := c.create(template)
+	if err != nil {
 		t.Fatalf("create database: %v", err)
 	}
 	t.Cleanup(func() {
-		if err := execute(admin, "DROP DATABASE IF EXISTS "+name+" WITH (FORCE)"); err != nil {
+		if err := c.drop(name); err != nil {
 			t.Errorf("drop database: %v", err)
 		}
 	})
-	address, err := url.Parse(admin)
-	if err != nil {
-		t.Fatalf("%s: %v", databaseVariable, err)
+	return c.address(name)
+}
+
+func (c *cluster) create(template string) (name string, err error) {
+	name = "test_" + strings.ReplaceAll(uuid.NewString(), "-", "")
+	create := "CREATE DATABASE " + name
+	if template != "" {
+		create += " TEMPLATE " + template
 	}
+	if c.versionNumber >= 150000 {
+		create += " STRATEGY FILE_COPY" // the only strategy of 14
+	}
+	return name, execute(c.adminURL, create)
+}
+
+func (c *cluster) drop(name string) error {
+	return execute(c.adminURL, "DROP DATABASE IF EXISTS "+name+" WITH (FORCE)")
+}
+
+// address returns the URL of a database.
+func (c *cluster) address(name string) string {
+	address := *c.admin
 	address.Path = "/" + name
 	return address.String()
+}
+
+// template returns the name of the database that Copy copies.
+func (c *cluster) template(name string, prepare func(databaseURL string) error) (string, error) {
+	c.mu.Lock()
+	template, made := c.templates[name]
+	if !made {
+		template = sync.OnceValues(func() (string, error) {
+			database, err := c.create("")
+			if err != nil {
+				return "", err
+			}
+			return database, prepare(c.address(database))
+		})
+		if c.templates == nil {
+			c.templates = map[string]func() (string, error){}
+		}
+		c.templates[name] = template
+	}
+	c.mu.Unlock()
+	return template()
 }
 
 // Server returns the server that the tests share. A test which needs to stop or kill PostgreSQL starts its own with
@@ -150,9 +202,12 @@ type cluster struct {
 	started  bool
 	err      error
 	adminURL string
+	admin    *url.URL         // adminURL
 	server   *pgserver.Server // nil when the server is not ours
 
 	versionNumber int // 140023
+
+	templates map[string]func() (database string, err error) // by the name that Copy was given
 }
 
 func (c *cluster) open() {
@@ -181,7 +236,7 @@ func (c *cluster) start(t testing.TB) *cluster {
 
 func (c *cluster) startOnce() error {
 	if c.adminURL = os.Getenv(databaseVariable); c.adminURL != "" {
-		if err := c.askVersion(databaseVariable); err != nil {
+		if err := c.connect(databaseVariable); err != nil {
 			return fmt.Errorf("%s: %w", databaseVariable, err)
 		}
 		return nil
@@ -201,21 +256,30 @@ func (c *cluster) startOnce() error {
 		return err
 	}
 	c.server, c.adminURL = server, server.URL()
-	return c.askVersion("its own")
+	return c.connect("its own")
 }
 
 func (c *cluster) close() error {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	c.opened = false
-	if c.server == nil {
-		return nil
+	if c.server != nil {
+		return c.server.Stop()
 	}
-	return c.server.Stop()
+	var errs []error
+	for _, template := range c.templates {
+		if name, _ := template(); name != "" { // its test has told the error
+			errs = append(errs, c.drop(name))
+		}
+	}
+	return errors.Join(errs...)
 }
 
-// askVersion asks the server for its version and prints it.
-func (c *cluster) askVersion(server string) error {
+// connect asks the server for its version and prints it.
+func (c *cluster) connect(server string) (err error) {
+	if c.admin, err = url.Parse(c.adminURL); err != nil {
+		return err
+	}
 	return withConnection(c.adminURL, func(ctx context.Context, conn *pgx.Conn) error {
 		var version string
 		const ask = "SELECT current_setting('server_version'), current_setting('server_version_num')::int"

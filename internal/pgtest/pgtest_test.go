@@ -2,6 +2,8 @@ package pgtest_test
 
 import (
 	"context"
+	"errors"
+	"sync/atomic"
 	"testing"
 
 	"github.com/jackc/pgx/v5"
@@ -18,6 +20,30 @@ func TestDatabasesAreEmptyAndApart(t *testing.T) {
 		if _, err := conn.Exec(t.Context(), "CREATE TABLE account (id int)"); err != nil {
 			t.Fatal(err)
 		}
+	}
+}
+
+func TestCopiesBeginAlikeAndAreApart(t *testing.T) {
+	t.Parallel()
+	var prepared atomic.Int32
+	for range 3 {
+		database := pgtest.Copy(t, t.Name(), func(databaseURL string) error {
+			prepared.Add(1)
+			conn, err := pgx.Connect(t.Context(), databaseURL)
+			if err != nil {
+				return err
+			}
+			_, err = conn.Exec(t.Context(), "CREATE TABLE account (id int); INSERT INTO account VALUES (1)")
+			return errors.Join(err, conn.Close(t.Context()))
+		})
+		var rows int
+		const add = "WITH one AS (INSERT INTO account VALUES (2)) SELECT count(*) FROM account"
+		if err := connect(t, database).QueryRow(t.Context(), add).Scan(&rows); err != nil || rows != 1 {
+			t.Errorf("a copy begins with %d rows, %v; want 1", rows, err)
+		}
+	}
+	if n := prepared.Load(); n != 1 {
+		t.Errorf("prepared %d times, want once", n)
 	}
 }
 

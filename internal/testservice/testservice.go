@@ -1,0 +1,198 @@
+// Package testservice gives a test a service on a PostgreSQL database of its own: the tables, a
+// pool, a store and an engine, and a table effects for handlers to write to.
+package testservice
+
+import (
+	"context"
+	"net/url"
+	"strings"
+	"sync"
+	"testing"
+
+	"github.com/google/uuid"
+	"github.com/jackc/pgx/v5"
+	"github.com/jackc/pgx/v5/pgxpool"
+
+	"github.com/paidonce/idempotency"
+	"github.com/paidonce/idempotency/internal/pgtest"
+	"github.com/paidonce/idempotency/migrations"
+	"github.com/paidonce/idempotency/storage/postgres"
+)
+
+// Service answers requests on a database of its own.
+type Service struct {
+	URL    string
+	Pool   *pgxpool.Pool // as the owner of everything
+	Store  *postgres.Store
+	Engine *idempotency.Engine
+}
+
+// New opens a service on a new database. It ends with the test.
+func New(t testing.TB, opts *postgres.Options) *Service {
+	t.Helper()
+	schema := ""
+	if opts != nil {
+		schema = opts.Schema
+	}
+	return On(t, Database(t, schema), opts)
+}
+
+// On opens a service on a database with its tables.
+func On(t testing.TB, databaseURL string, opts *postgres.Options) *Service {
+	t.Helper()
+	store, err := postgres.Open(context.Background(), databaseURL, opts)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(store.Close)
+	return &Service{URL: databaseURL, Pool: store.Pool(), Store: store, Engine: idempotency.NewEngine(store, nil)}
+}
+
+// Database returns the URL of a new database that has the tables in the schema (default: public),
+// and effects. They are made once and copied for each test.
+func Database(t testing.TB, schema string) string {
+	t.Helper()
+	return pgtest.Copy(t, "testservice in schema "+schema, func(databaseURL string) error {
+		ctx := context.Background()
+		store, err := postgres.Open(ctx, databaseURL, &postgres.Options{Schema: schema})
+		if err != nil {
+			return err
+		}
+		defer store.Close()
+		if err := migrations.Up(ctx, store, nil); err != nil {
+			return err
+		}
+		_, err = store.Pool().Exec(ctx, "CREATE TABLE effects (id bigserial PRIMARY KEY, name text NOT NULL DEFAULT '', attempt_id uuid)")
+		return err
+	})
+}
+
+// Open opens another store on the service's database.
+func (s *Service) Open(t testing.TB, opts *postgres.Options) *postgres.Store {
+	t.Helper()
+	return open(t, s.URL, opts)
+}
+
+// Role makes a role that has the privileges and no others, and returns a store for it, and the
+// database's URL with its name. It is dropped when the test ends.
+func (s *Service) Role(t testing.TB, grants ...string) (store *postgres.Store, databaseURL string) {
+	t.Helper()
+	name := "test_" + strings.ReplaceAll(uuid.NewString(), "-", "")
+	s.Exec(t, "CREATE ROLE "+name+" LOGIN PASSWORD 'canary-password'")
+	t.Cleanup(func() {
+		for _, sql := range []string{"DROP OWNED BY " + name, "DROP ROLE " + name} {
+			if _, err := s.Pool.Exec(context.Background(), sql); err != nil {
+				t.Errorf("%s: %v", sql, err)
+			}
+		}
+	})
+	for _, grant := range grants {
+		s.Exec(t, "GRANT "+grant+" TO "+name)
+	}
+	address, err := url.Parse(s.URL)
+	if err != nil {
+		t.Fatal(err)
+	}
+	address.User = url.UserPassword(name, "canary-password")
+	return open(t, address.String(), nil), address.String()
+}
+
+// open is postgres.Open without its checks, which a role may not pass.
+func open(t testing.TB, databaseURL string, opts *postgres.Options) *postgres.Store {
+	t.Helper()
+	config, err := pgxpool.ParseConfig(databaseURL)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if opts != nil && opts.PoolConfig != nil {
+		opts.PoolConfig(config)
+	}
+	postgres.Configure(config, opts)
+	pool, err := pgxpool.NewWithConfig(context.Background(), config)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(pool.Close)
+	return postgres.New(pool, opts)
+}
+
+// Exec executes a statement.
+func (s *Service) Exec(t testing.TB, sql string, arguments ...any) {
+	t.Helper()
+	if _, err := s.Pool.Exec(context.Background(), sql, arguments...); err != nil {
+		t.Fatalf("%s: %v", sql, err)
+	}
+}
+
+// Count returns the number that a query returns.
+func (s *Service) Count(t testing.TB, sql string, arguments ...any) (n int) {
+	t.Helper()
+	if err := s.Pool.QueryRow(context.Background(), sql, arguments...).Scan(&n); err != nil {
+		t.Fatalf("%s: %v", sql, err)
+	}
+	return n
+}
+
+// Strings returns the texts of a query's one column.
+func (s *Service) Strings(t testing.TB, sql string, arguments ...any) []string {
+	t.Helper()
+	rows, err := s.Pool.Query(context.Background(), sql, arguments...)
+	if err != nil {
+		t.Fatalf("%s: %v", sql, err)
+	}
+	all, err := pgx.CollectRows(rows, pgx.RowTo[string])
+	if err != nil {
+		t.Fatalf("%s: %v", sql, err)
+	}
+	return all
+}
+
+// Effects returns how many rows handlers left behind.
+func (s *Service) Effects(t testing.TB) int {
+	t.Helper()
+	return s.Count(t, "SELECT count(*) FROM effects")
+}
+
+// Request returns a request whose body is the key's value.
+func Request(key idempotency.Key) idempotency.Request {
+	return idempotency.Request{
+		Key: key, Fingerprint: idempotency.FingerprintV1("POST", "/transfers", "", "application/json", []byte(key.Value)),
+		TraceID: "trace-" + key.Value,
+	}
+}
+
+// Do has the service answer a request. It fails the test on an error.
+func (s *Service) Do(t testing.TB, key idempotency.Key, answer *idempotency.Answer) idempotency.Result {
+	t.Helper()
+	result := s.Engine.Do(context.Background(), Request(key), func(context.Context) (*idempotency.Answer, error) { return answer, nil })
+	if result.Err != nil {
+		t.Fatal(result.Err)
+	}
+	return result
+}
+
+// Running starts a request whose handler runs until finish is called, or the test ends. It returns
+// when the handler runs, finish when the request has ended.
+func (s *Service) Running(t testing.TB, key idempotency.Key) (finish func() idempotency.Result) {
+	t.Helper()
+	began, release := make(chan struct{}), make(chan struct{})
+	ended := make(chan idempotency.Result, 1)
+	go func() {
+		ended <- s.Engine.Do(context.Background(), Request(key), func(context.Context) (*idempotency.Answer, error) {
+			close(began)
+			<-release
+			return &idempotency.Answer{Status: 201}, nil
+		})
+	}()
+	finish = sync.OnceValue(func() idempotency.Result {
+		close(release)
+		return <-ended
+	})
+	select {
+	case <-began:
+	case result := <-ended:
+		t.Fatalf("it did not run: %v", result.Err)
+	}
+	t.Cleanup(func() { finish() }) // before the pool is closed
+	return finish
+}
