@@ -17,7 +17,7 @@ import (
 func TestRefusesToServeWithoutAuthorization(t *testing.T) {
 	t.Parallel()
 	b := setup(t, nil)
-	store := b.store
+	store := b.Store
 	for name, test := range map[string]struct {
 		make func()
 		want string
@@ -97,7 +97,7 @@ func TestEveryPathIsAuthorized(t *testing.T) {
 			ask(path, test.caller.post(path, form))
 		}
 	}
-	if n := b.strings(t, "SELECT count(*)::text FROM idempotency_keys"); n[0] != "1" {
+	if n := b.Strings(t, "SELECT count(*)::text FROM idempotency_keys"); n[0] != "1" {
 		t.Errorf("%s records are left", n)
 	}
 	for _, path := range gets {
@@ -134,14 +134,14 @@ func TestActorMustBeNamed(t *testing.T) {
 		strings.Repeat("a", 255): http.StatusOK,
 		"alice@example.com":      http.StatusOK,
 	} {
-		h := admin.New(b.store, func(*http.Request, admin.Permission) (string, error) { return actor, nil }, nil)
+		h := admin.New(b.Store, func(*http.Request, admin.Permission) (string, error) { return actor, nil }, nil)
 		recorder := httptest.NewRecorder()
 		h.ServeHTTP(recorder, httptest.NewRequest(http.MethodGet, "/", nil))
 		if recorder.Code != want {
 			t.Errorf("for %q: %d, want %d", actor, recorder.Code, want)
 		}
 	}
-	h := admin.New(b.store, func(*http.Request, admin.Permission) (string, error) { return "alice", errors.New("no") }, nil)
+	h := admin.New(b.Store, func(*http.Request, admin.Permission) (string, error) { return "alice", errors.New("no") }, nil)
 	recorder := httptest.NewRecorder()
 	h.ServeHTTP(recorder, httptest.NewRequest(http.MethodGet, "/", nil))
 	if recorder.Code != http.StatusForbidden {
@@ -182,10 +182,10 @@ func TestEachPermissionIsApart(t *testing.T) {
 // wantUntouched has a record lie there as it was, and nothing in the audit table.
 func (b *testBundle) wantUntouched(t testing.TB, key string) {
 	t.Helper()
-	if got := b.strings(t, "SELECT 'live' FROM idempotency_keys WHERE key = $1 AND expires_at > now() + interval '1 hour'", key); !slices.Equal(got, []string{"live"}) {
+	if got := b.Strings(t, "SELECT 'live' FROM idempotency_keys WHERE key = $1 AND expires_at > now() + interval '1 hour'", key); !slices.Equal(got, []string{"live"}) {
 		t.Errorf("the record is gone, or its time ended")
 	}
-	if got := b.strings(t, "SELECT action || ' by ' || actor FROM idempotency_audit"); got != nil {
+	if got := b.Strings(t, "SELECT action || ' by ' || actor FROM idempotency_audit"); got != nil {
 		t.Errorf("the audit table has %q", got)
 	}
 }
@@ -285,7 +285,7 @@ func TestNoKeyInTheLog(t *testing.T) {
 	form := url.Values{"ticket": {c.ticket(t, scope, key, admin.PermissionDelete)}, "reason": {"canary-reason"}, "confirm": {"delete"}}
 	location(t, c.post("delete", form))
 	text(t, c.post("delete", form), http.StatusNotFound) // again
-	b.exec(t, "ALTER TABLE idempotency_keys RENAME TO away")
+	b.Exec(t, "ALTER TABLE idempotency_keys RENAME TO away")
 	text(t, c.get(page), http.StatusServiceUnavailable)
 	got := b.log.String()
 	for _, want := range []string{"a recorded body was shown", "an act was done", "an act was not done", "a request failed", "actor=alice", "attempt="} {

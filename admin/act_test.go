@@ -33,10 +33,10 @@ func TestDelete(t *testing.T) {
 	b.wantUntouched(t, "key-1")
 
 	after := location(t, c.post("delete", url.Values{"ticket": {field(t, confirm, "ticket")}, "reason": {" OPS-7: wrong amount "}, "confirm": {"delete"}}))
-	if got := b.strings(t, "SELECT key FROM idempotency_keys"); !slices.Equal(got, []string{"key-2"}) {
+	if got := b.Strings(t, "SELECT key FROM idempotency_keys"); !slices.Equal(got, []string{"key-2"}) {
 		t.Errorf("records left are %q", got)
 	}
-	if got := b.strings(t, auditRows); !slices.Equal(got, []string{"delete acme key-1 201 by alice: OPS-7: wrong amount"}) {
+	if got := b.Strings(t, auditRows); !slices.Equal(got, []string{"delete acme key-1 201 by alice: OPS-7: wrong amount"}) {
 		t.Errorf("the audit table has %q", got)
 	}
 	page := c.page(t, after)
@@ -49,7 +49,7 @@ func TestDelete(t *testing.T) {
 		t.Error("another is told that it was he")
 	}
 	runs := 0
-	result := b.engine.Do(t.Context(), idempotency.Request{
+	result := b.Engine.Do(t.Context(), idempotency.Request{
 		Key: idempotency.Key{Scope: "acme", Value: "key-1"}, Fingerprint: idempotency.FingerprintV1("POST", "/transfers", "", "application/json", []byte("key-1")),
 	}, func(context.Context) (*idempotency.Answer, error) { runs++; return paid, nil })
 	if result.Outcome != idempotency.OutcomeExecuted || runs != 1 {
@@ -73,10 +73,10 @@ func TestExpire(t *testing.T) {
 		t.Error("a word is to be typed")
 	}
 	after := location(t, c.post("expire", url.Values{"ticket": {field(t, confirm, "ticket")}, "reason": {"done with it"}}))
-	if got := b.strings(t, "SELECT (expires_at <= now())::text FROM idempotency_keys"); !slices.Equal(got, []string{"true"}) {
+	if got := b.Strings(t, "SELECT (expires_at <= now())::text FROM idempotency_keys"); !slices.Equal(got, []string{"true"}) {
 		t.Errorf("its time is over: %q", got)
 	}
-	if got := b.strings(t, auditRows); !slices.Equal(got, []string{"expire acme key-1 201 by alice: done with it"}) {
+	if got := b.Strings(t, auditRows); !slices.Equal(got, []string{"expire acme key-1 201 by alice: done with it"}) {
 		t.Errorf("the audit table has %q", got)
 	}
 	page := c.page(t, after)
@@ -171,7 +171,7 @@ func TestRecordThatChangedIsNotDeleted(t *testing.T) {
 	b.record(t, "acme", "key-1", paid)
 	c := b.as("alice", everything...)
 	form := url.Values{"ticket": {c.ticket(t, "acme", "key-1", admin.PermissionDelete)}, "reason": {"x"}, "confirm": {"delete"}}
-	b.exec(t, "DELETE FROM idempotency_keys")
+	b.Exec(t, "DELETE FROM idempotency_keys")
 	text(t, c.post("delete", form), http.StatusNotFound)
 	b.record(t, "acme", "key-1", paid)
 	if body := text(t, c.post("delete", form), http.StatusConflict); !strings.Contains(body, "Nothing was done") {
@@ -188,7 +188,7 @@ func TestHeldKey(t *testing.T) {
 	c := b.as("alice", everything...)
 	form := url.Values{"ticket": {c.ticket(t, "acme", "key-1", admin.PermissionDelete)}, "reason": {"x"}, "confirm": {"delete"}}
 
-	tx, err := b.pool.Begin(t.Context())
+	tx, err := b.Pool.Begin(t.Context())
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -215,7 +215,7 @@ func TestRunningAttemptIsShown(t *testing.T) {
 	c := b.as("alice", everything...)
 	begun, finish, ended := make(chan struct{}), make(chan struct{}), make(chan idempotency.Result)
 	go func() {
-		ended <- b.engine.Do(context.Background(), idempotency.Request{
+		ended <- b.Engine.Do(context.Background(), idempotency.Request{
 			Key: idempotency.Key{Scope: "acme", Value: "slow"}, Fingerprint: idempotency.FingerprintV1("POST", "/", "", "", nil),
 		}, func(context.Context) (*idempotency.Answer, error) { close(begun); <-finish; return paid, nil })
 	}()
@@ -251,7 +251,7 @@ func TestActIsFinishedThoughTheClientLeft(t *testing.T) {
 	gone, cancel := context.WithCancel(r.Context())
 	cancel()
 	location(t, c.send(r.WithContext(gone)))
-	if got := b.strings(t, auditRows); len(got) != 1 {
+	if got := b.Strings(t, auditRows); len(got) != 1 {
 		t.Errorf("the audit table has %q", got)
 	}
 }
@@ -263,11 +263,11 @@ func TestNoActWithoutItsAuditRow(t *testing.T) {
 	b.record(t, "acme", "key-1", paid)
 	c := b.as("alice", everything...)
 	form := url.Values{"ticket": {c.ticket(t, "acme", "key-1", admin.PermissionDelete)}, "reason": {"x"}, "confirm": {"delete"}}
-	b.exec(t, "ALTER TABLE idempotency_audit RENAME TO away")
+	b.Exec(t, "ALTER TABLE idempotency_audit RENAME TO away")
 	if body := text(t, c.post("delete", form), http.StatusServiceUnavailable); !strings.Contains(body, "Run the migrations") {
 		t.Error(body)
 	}
-	b.exec(t, "ALTER TABLE away RENAME TO idempotency_audit")
+	b.Exec(t, "ALTER TABLE away RENAME TO idempotency_audit")
 	b.wantUntouched(t, "key-1")
 }
 

@@ -44,7 +44,7 @@ func TestOperatorInABrowser(t *testing.T) {
 	b.record(t, scope, first, paid)
 	b.record(t, scope, second, &idempotency.Answer{Status: 402, Body: []byte("not enough money")})
 	b.record(t, strings.Repeat("t", 255), strings.Repeat("k", 255), paid)
-	b.exec(t, `INSERT INTO idempotency_events (at, duration_us, outcome, attempts, scope, key) SELECT clock_timestamp() + interval '40 milliseconds' * n, 1800, 'replayed', 1, $1, $2 FROM generate_series(1, 2) AS n`, scope, first)
+	b.Exec(t, `INSERT INTO idempotency_events (at, duration_us, outcome, attempts, scope, key) SELECT clock_timestamp() + interval '40 milliseconds' * n, 1800, 'replayed', 1, $1, $2 FROM generate_series(1, 2) AS n`, scope, first)
 	times := &stopwatch{}
 	b.mount(func(o *admin.Options) { o.Title = "payments, production" })
 	server := serve(t, times.around(signedIn(b.site)))
@@ -120,7 +120,7 @@ func TestOperatorInABrowser(t *testing.T) {
 	u.click("form.confirm button", ".notice.good")
 	u.wantText("This key has no record.")
 	u.wantText("Deleted by alice@example.com")
-	got := b.strings(t, auditRows)
+	got := b.Strings(t, auditRows)
 	want := []string{
 		"expire " + scope + " " + first + " 201 by alice@example.com: OPS-1: cleaned up",
 		"delete " + scope + " " + second + " 402 by alice@example.com: OPS-2: customer sends it again",
@@ -128,7 +128,7 @@ func TestOperatorInABrowser(t *testing.T) {
 	if !slices.Equal(got, want) {
 		t.Errorf("the audit table has %q, want %q", got, want)
 	}
-	if left := b.strings(t, "SELECT key FROM idempotency_keys WHERE scope = $1 AND key = ANY ($2)", scope, []string{first, second}); !slices.Equal(left, []string{first}) {
+	if left := b.Strings(t, "SELECT key FROM idempotency_keys WHERE scope = $1 AND key = ANY ($2)", scope, []string{first, second}); !slices.Equal(left, []string{first}) {
 		t.Errorf("records left are %q", left)
 	}
 

@@ -17,13 +17,11 @@ import (
 	"time"
 
 	"github.com/jackc/pgx/v5"
-	"github.com/jackc/pgx/v5/pgxpool"
 
 	"github.com/paidonce/idempotency"
 	"github.com/paidonce/idempotency/admin"
 	"github.com/paidonce/idempotency/internal/pgtest"
-	"github.com/paidonce/idempotency/migrations"
-	"github.com/paidonce/idempotency/storage/postgres"
+	"github.com/paidonce/idempotency/internal/testservice"
 )
 
 func TestMain(m *testing.M) { pgtest.Main(m) }
@@ -33,10 +31,7 @@ var everything = []admin.Permission{admin.PermissionView, admin.PermissionViewBo
 
 // testBundle is the pages of a service's records, mounted under a prefix, on a database of its own.
 type testBundle struct {
-	url     string
-	pool    *pgxpool.Pool
-	store   *postgres.Store
-	engine  *idempotency.Engine
+	*testservice.Service
 	handler *admin.Handler
 	site    http.Handler // the handler under /ops/keys/
 	log     *logBuffer
@@ -58,13 +53,7 @@ func byHeader(r *http.Request, want admin.Permission) (string, error) {
 
 func setup(t testing.TB, change func(*admin.Options)) *testBundle {
 	t.Helper()
-	b := &testBundle{url: pgtest.Database(t), log: &logBuffer{}}
-	b.pool = open(t, b.url)
-	b.store = postgres.New(b.pool, nil)
-	if err := migrations.Up(t.Context(), b.store, nil); err != nil {
-		t.Fatal(err)
-	}
-	b.engine = idempotency.NewEngine(b.store, nil)
+	b := &testBundle{Service: testservice.New(t, nil), log: &logBuffer{}}
 	b.mount(change)
 	return b
 }
@@ -75,59 +64,16 @@ func (b *testBundle) mount(change func(*admin.Options)) {
 	if change != nil {
 		change(&options)
 	}
-	b.handler = admin.New(b.store, byHeader, &options)
+	b.handler = admin.New(b.Store, byHeader, &options)
 	mux := http.NewServeMux()
 	mux.Handle(prefix+"/", http.StripPrefix(prefix, b.handler))
 	b.site = mux
 }
 
-func open(t testing.TB, databaseURL string) *pgxpool.Pool {
-	t.Helper()
-	config, err := pgxpool.ParseConfig(databaseURL)
-	if err != nil {
-		t.Fatal(err)
-	}
-	postgres.Configure(config, nil)
-	pool, err := pgxpool.NewWithConfig(t.Context(), config)
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(pool.Close)
-	return pool
-}
-
-func (b *testBundle) exec(t testing.TB, sql string, arguments ...any) {
-	t.Helper()
-	if _, err := b.pool.Exec(context.Background(), sql, arguments...); err != nil {
-		t.Fatalf("%s: %v", sql, err)
-	}
-}
-
-func (b *testBundle) strings(t testing.TB, sql string, arguments ...any) []string {
-	t.Helper()
-	var all []string
-	rows, err := b.pool.Query(context.Background(), sql, arguments...)
-	if err != nil {
-		t.Fatalf("%s: %v", sql, err)
-	}
-	defer rows.Close()
-	for rows.Next() {
-		var one string
-		if err := rows.Scan(&one); err != nil {
-			t.Fatal(err)
-		}
-		all = append(all, one)
-	}
-	if err := rows.Err(); err != nil {
-		t.Fatal(err)
-	}
-	return all
-}
-
 // fill makes records by SQL, with UUIDv7 keys of the last 26 hours, of 400 scopes; the oldest have expired.
 func (b *testBundle) fill(t testing.TB, rows int) {
 	t.Helper()
-	conn, err := pgx.Connect(t.Context(), b.url) // a million take longer than a statement of the pool's may
+	conn, err := pgx.Connect(t.Context(), b.URL) // a million take longer than a statement of the pool's may
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -157,13 +103,7 @@ func (b *testBundle) fill(t testing.TB, rows int) {
 // record has the service execute a request, and record an answer.
 func (b *testBundle) record(t testing.TB, scope, key string, answer *idempotency.Answer) {
 	t.Helper()
-	result := b.engine.Do(context.Background(), idempotency.Request{
-		Key: idempotency.Key{Scope: scope, Value: key}, Fingerprint: idempotency.FingerprintV1("POST", "/transfers", "", "application/json", []byte(key)),
-		TraceID: "trace-" + key,
-	}, func(context.Context) (*idempotency.Answer, error) { return answer, nil })
-	if result.Err != nil {
-		t.Fatal(result.Err)
-	}
+	b.Do(t, idempotency.Key{Scope: scope, Value: key}, answer)
 }
 
 var paid = &idempotency.Answer{

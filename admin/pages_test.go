@@ -59,7 +59,7 @@ func TestPagesOfTheList(t *testing.T) {
 				t.Error("the last page does not say that it is")
 			}
 		}
-		want := b.strings(t, "SELECT key FROM idempotency_keys ORDER BY scope, key")
+		want := b.Strings(t, "SELECT key FROM idempotency_keys ORDER BY scope, key")
 		if order == "descending" {
 			slices.Reverse(want)
 		}
@@ -77,7 +77,7 @@ func TestPageThatFindsNothingYet(t *testing.T) {
 	t.Parallel()
 	b := setup(t, nil)
 	b.fill(t, 2000)
-	b.handler = admin.New(b.store, byHeader, &admin.Options{Operator: operator.Options{RowsExaminedMax: 1000}})
+	b.handler = admin.New(b.Store, byHeader, &admin.Options{Operator: operator.Options{RowsExaminedMax: 1000}})
 	b.site = http.StripPrefix(prefix, b.handler)
 	c := b.as("alice", everything...)
 	page := c.page(t, c.filter(t, url.Values{"class": {"5"}}))
@@ -100,8 +100,8 @@ func TestFilters(t *testing.T) {
 	b.record(t, "acme", "declined", &idempotency.Answer{Status: 402})
 	b.record(t, "other", "a-3", paid)
 	b.record(t, `sc<o>&"pe`, "x", paid)
-	b.exec(t, "UPDATE idempotency_keys SET created_at = '2026-01-01 12:00:30Z', expires_at = '2026-01-02 12:00Z' WHERE key = 'b-1'")
-	attempt := b.strings(t, "SELECT attempt_id::text FROM idempotency_keys WHERE key = 'a-2'")[0]
+	b.Exec(t, "UPDATE idempotency_keys SET created_at = '2026-01-01 12:00:30Z', expires_at = '2026-01-02 12:00Z' WHERE key = 'b-1'")
+	attempt := b.Strings(t, "SELECT attempt_id::text FROM idempotency_keys WHERE key = 'a-2'")[0]
 	c := b.as("alice", everything...)
 	for _, test := range []struct {
 		form url.Values
@@ -167,11 +167,11 @@ func TestKeyPage(t *testing.T) {
 	b.record(t, "acme", "key-1", &idempotency.Answer{
 		Status: 201, Header: map[string][]string{"Content-Type": {"application/json"}, "Link": {"</a>", "</b>"}}, Body: []byte("hidden body"),
 	})
-	b.exec(t, `INSERT INTO idempotency_events (at, duration_us, outcome, reason, attempts, scope, key, trace_id)
+	b.Exec(t, `INSERT INTO idempotency_events (at, duration_us, outcome, reason, attempts, scope, key, trace_id)
 		SELECT clock_timestamp() + interval '1 second' * n, 2500, (ARRAY['replayed', 'mismatch', 'unknown'])[n], (ARRAY[NULL, 'key-reused', 'outcome-unknown'])[n], 1, 'acme', 'key-1', 'trace-' || n FROM generate_series(1, 3) AS n`)
-	b.exec(t, `INSERT INTO idempotency_audit (action, actor, reason, scope, key, attempt_id, status, record_created_at, record_expires_at)
+	b.Exec(t, `INSERT INTO idempotency_audit (action, actor, reason, scope, key, attempt_id, status, record_created_at, record_expires_at)
 		SELECT 'expire', 'bob <b>', 'why <i>', scope, key, attempt_id, status, created_at, expires_at FROM idempotency_keys`)
-	record := b.strings(t, "SELECT unnest(ARRAY[attempt_id::text, encode(fingerprint, 'hex'), trace_id, to_char(created_at AT TIME ZONE 'UTC', 'YYYY-MM-DD HH24:MI:SS'), to_char(expires_at AT TIME ZONE 'UTC', 'YYYY-MM-DD HH24:MI:SS')]) FROM idempotency_keys")
+	record := b.Strings(t, "SELECT unnest(ARRAY[attempt_id::text, encode(fingerprint, 'hex'), trace_id, to_char(created_at AT TIME ZONE 'UTC', 'YYYY-MM-DD HH24:MI:SS'), to_char(expires_at AT TIME ZONE 'UTC', 'YYYY-MM-DD HH24:MI:SS')]) FROM idempotency_keys")
 	c := b.as("alice", admin.PermissionView)
 	page := c.page(t, c.open(t, "acme", "key-1"))
 	for _, want := range append(record, "acme", "key-1", "201 executed", "application/json", "&lt;/a&gt;", "&lt;/b&gt;", "11 B",
@@ -184,7 +184,7 @@ func TestKeyPage(t *testing.T) {
 	if strings.Contains(page, "hidden body") {
 		t.Error("the body is shown unasked")
 	}
-	b.exec(t, "UPDATE idempotency_keys SET headers = '\\x07'")
+	b.Exec(t, "UPDATE idempotency_keys SET headers = '\\x07'")
 	if page := c.page(t, c.open(t, "acme", "key-1")); !strings.Contains(page, "They can&#39;t be read") && !strings.Contains(page, "They can't be read") {
 		t.Error("headers that can't be read are not told")
 	}
@@ -330,9 +330,9 @@ func TestEmptyTable(t *testing.T) {
 func TestDoctor(t *testing.T) {
 	t.Parallel()
 	b := setup(t, nil)
-	b.exec(t, "ALTER TABLE idempotency_keys DROP CONSTRAINT idempotency_keys_pkey")
+	b.Exec(t, "ALTER TABLE idempotency_keys DROP CONSTRAINT idempotency_keys_pkey")
 	page := b.as("alice", admin.PermissionView).page(t, "doctor")
-	findings := operator.New(b.store, nil).Doctor(t.Context())
+	findings := operator.New(b.Store, nil).Doctor(t.Context())
 	if len(findings) < len(operator.Checks()) {
 		t.Fatalf("%d findings", len(findings))
 	}
@@ -362,7 +362,7 @@ func TestLiveFigures(t *testing.T) {
 	if err := json.Unmarshal([]byte(body), &figures); err != nil || response.Header.Get("Content-Type") != "application/json" {
 		t.Fatalf("%s: %v", body, err)
 	}
-	live := b.strings(t, "SELECT to_char(count(*) FILTER (WHERE expires_at >= now()), 'FM9,999') FROM idempotency_keys")[0]
+	live := b.Strings(t, "SELECT to_char(count(*) FILTER (WHERE expires_at >= now()), 'FM9,999') FROM idempotency_keys")[0]
 	if figures["live"] != live || figures["running"] != "0" || figures["expired"] == "0" {
 		t.Errorf("the figures are %v, want %s live", figures, live)
 	}
@@ -378,7 +378,7 @@ func TestLiveFigures(t *testing.T) {
 func TestNoDatabase(t *testing.T) {
 	t.Parallel()
 	b := setup(t, nil)
-	b.pool.Close()
+	b.Pool.Close()
 	c := b.as("alice", everything...)
 	for _, link := range []string{"", "list", "stats", "live", c.open(t, "acme", "key-1")} {
 		if body := text(t, c.get(link), http.StatusServiceUnavailable); !strings.Contains(body, "could not be asked") || strings.Contains(body, "closed pool") {
@@ -393,12 +393,12 @@ func TestRoleThatMayOnlySelect(t *testing.T) {
 	t.Parallel()
 	b := setup(t, nil)
 	b.record(t, "acme", "key-1", paid)
-	b.exec(t, "CREATE ROLE "+role(b)+" LOGIN PASSWORD 'x'")
-	t.Cleanup(func() { b.exec(t, "DROP OWNED BY "+role(b)); b.exec(t, "DROP ROLE "+role(b)) })
+	b.Exec(t, "CREATE ROLE "+role(b)+" LOGIN PASSWORD 'x'")
+	t.Cleanup(func() { b.Exec(t, "DROP OWNED BY "+role(b)); b.Exec(t, "DROP ROLE "+role(b)) })
 	for _, table := range []string{"idempotency_keys", "idempotency_audit", "idempotency_events", "idempotency_migrations"} {
-		b.exec(t, "GRANT SELECT ON "+table+" TO "+role(b))
+		b.Exec(t, "GRANT SELECT ON "+table+" TO "+role(b))
 	}
-	config := b.pool.Config()
+	config := b.Pool.Config()
 	config.ConnConfig.User, config.ConnConfig.Password = role(b), "x"
 	pool, err := pgxpool.NewWithConfig(context.Background(), config)
 	if err != nil {
@@ -418,7 +418,7 @@ func TestRoleThatMayOnlySelect(t *testing.T) {
 	b.wantUntouched(t, "key-1")
 }
 
-func role(b *testBundle) string { return b.pool.Config().ConnConfig.Database + "_reader" }
+func role(b *testBundle) string { return b.Pool.Config().ConnConfig.Database + "_reader" }
 
 // A handler of its own for each test's server, as a service has one.
 func serve(t testing.TB, handler http.Handler) *httptest.Server {

@@ -5,16 +5,14 @@ import (
 
 	"github.com/paidonce/idempotency"
 	"github.com/paidonce/idempotency/internal/pgtest"
-	"github.com/paidonce/idempotency/storage/postgres"
+	"github.com/paidonce/idempotency/internal/testservice"
 )
 
 // The program and its service can connect to a server with channel_binding=require.
 func TestProgramKeepsChannelBinding(t *testing.T) {
 	t.Parallel()
-	b := &testBundle{url: pgtest.TLS(t).TLSURL("postgres") + "&channel_binding=require"}
+	b := &testBundle{testservice.On(t, pgtest.TLS(t).TLSURL("postgres")+"&channel_binding=require", nil)}
 	b.want(t, 0, "migrate", "up")
-	b.pool = open(t, b.url, "10s")
-	b.engine = idempotency.NewEngine(postgres.New(b.pool, nil), nil)
 	if outcome := b.do(t, "paid"); outcome != idempotency.OutcomeExecuted {
 		t.Errorf("the service: %s", outcome)
 	}

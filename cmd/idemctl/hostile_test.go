@@ -24,8 +24,8 @@ func TestWhatOthersWroteMovesNoCursor(t *testing.T) {
 	if err := idempotency.ValidateScope(hostile); err != nil {
 		t.Fatal(err)
 	}
-	b.exec(t, `UPDATE idempotency_keys SET scope = $1, trace_id = $1, headers = decode('01000000010000000158000000010000000a', 'hex') || convert_to($2, 'UTF8')`, hostile, "\u202eabc\u009b1")
-	b.exec(t, `INSERT INTO idempotency_audit (action, actor, reason, scope, key, attempt_id, status, record_created_at, record_expires_at)
+	b.Exec(t, `UPDATE idempotency_keys SET scope = $1, trace_id = $1, headers = decode('01000000010000000158000000010000000a', 'hex') || convert_to($2, 'UTF8')`, hostile, "\u202eabc\u009b1")
+	b.Exec(t, `INSERT INTO idempotency_audit (action, actor, reason, scope, key, attempt_id, status, record_created_at, record_expires_at)
 		SELECT 'expire', $1, $1, scope, key, attempt_id, status, created_at, expires_at FROM idempotency_keys`, hostile)
 	finish := b.running(t, "held")
 	defer finish()
@@ -57,7 +57,7 @@ func TestMigrationThatWaitsSaysForWhom(t *testing.T) {
 	t.Parallel()
 	b := setup(t)
 	ctx := t.Context()
-	conn, err := b.pool.Acquire(ctx)
+	conn, err := b.Pool.Acquire(ctx)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -77,7 +77,7 @@ func TestMigrationThatWaitsSaysForWhom(t *testing.T) {
 	go func() { ended <- b.idemctl(t, "migrate", "down", "--to", "2", "--yes") }()
 	const waits = "SELECT count(*) FROM pg_stat_activity WHERE application_name = 'idemctl' AND wait_event_type = 'Lock' AND datname = current_database()"
 	await := func(waiting bool) {
-		for deadline := time.Now().Add(waitMax); b.count(t, waits) > 0 != waiting; {
+		for deadline := time.Now().Add(waitMax); b.Count(t, waits) > 0 != waiting; {
 			if time.Now().After(deadline) {
 				t.Fatalf("that it waits: never %v", waiting)
 			}
@@ -98,7 +98,7 @@ func TestMigrationThatWaitsSaysForWhom(t *testing.T) {
 	if strings.ContainsRune(r.stderr, 0x1b) {
 		t.Errorf("it prints control characters: %q", r.stderr)
 	}
-	if version, err := migrations.Version(ctx, postgres.New(b.pool, nil), nil); version != 2 || err != nil {
+	if version, err := migrations.Version(ctx, postgres.New(b.Pool, nil), nil); version != 2 || err != nil {
 		t.Errorf("version is %d, %v", version, err)
 	}
 }

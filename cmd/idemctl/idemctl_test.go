@@ -38,7 +38,7 @@ func TestMigrate(t *testing.T) {
 		{[]string{"up"}, versionJSON{3, 3, 2, false}, ""},
 	} {
 		if step.want.Version == 0 && step.args[0] == "down" {
-			if n := b.count(t, "SELECT count(*) FROM idempotency_keys"); n != 1 {
+			if n := b.Count(t, "SELECT count(*) FROM idempotency_keys"); n != 1 {
 				t.Errorf("%d records before they are given up", n)
 			}
 		}
@@ -50,11 +50,11 @@ func TestMigrate(t *testing.T) {
 		}
 	}
 	wantText(t, b.want(t, 0, "--schema", "payments", "migrate", "up").stdout, "version 3 of 3")
-	if n := b.count(t, "SELECT count(*) FROM pg_tables WHERE schemaname = 'payments'"); n != 4 {
+	if n := b.Count(t, "SELECT count(*) FROM pg_tables WHERE schemaname = 'payments'"); n != 4 {
 		t.Errorf("%d tables in the other schema, want 4", n)
 	}
 	b.want(t, exitUsage, "--schema", "Payments!", "migrate", "up")
-	b.exec(t, "UPDATE idempotency_migrations SET dirty = true")
+	b.Exec(t, "UPDATE idempotency_migrations SET dirty = true")
 	wantText(t, b.want(t, 0, "migrate", "status").stdout, "failed in the middle")
 	b.want(t, exitFailed, "migrate", "up")
 }
@@ -123,7 +123,7 @@ func TestKeyFromStandardInput(t *testing.T) {
 		"endless":       {[]string{"acme", "-"}, strings.Repeat("canary", 100_000), exitUsage},
 		"not a key":     {[]string{"acme", "-"}, "canary key\n", exitUsage},
 	} {
-		cmd := command(t.Context(), b.url, append([]string{"key", "get"}, test.args...)...)
+		cmd := command(t.Context(), b.URL, append([]string{"key", "get"}, test.args...)...)
 		cmd.Stdin = strings.NewReader(test.stdin)
 		if r := execute(t, cmd); r.code != test.code || strings.Contains(r.stderr, "canary") {
 			t.Errorf("%s: exit code %d, want %d: %s", name, r.code, test.code, r.stderr)
@@ -137,7 +137,7 @@ func TestKeyList(t *testing.T) {
 	for _, value := range []string{"a1", "a2", "a3", "b1"} {
 		b.do(t, value)
 	}
-	b.exec(t, "UPDATE idempotency_keys SET expires_at = now() - interval '1 minute', status = 422 WHERE key = 'a2'")
+	b.Exec(t, "UPDATE idempotency_keys SET expires_at = now() - interval '1 minute', status = 422 WHERE key = 'a2'")
 	attempt := object[getJSON](t, b.want(t, 0, "--json", "key", "get", "acme", "a3")).Record.Attempt
 	for want, args := range map[string][]string{
 		"a1 a2 a3 b1": nil,
@@ -220,7 +220,7 @@ func TestDeleteAndExpire(t *testing.T) {
 
 	b.want(t, 0, "key", "expire", "acme", "k", "--reason", "ticket 8", "--yes")
 	wantText(t, b.want(t, 0, "key", "get", "acme", "k").stdout, "expired", "act-expire", "ticket 8")
-	if n := b.count(t, "SELECT count(*) FROM idempotency_audit WHERE action = 'expire' AND actor <> '' AND actor <> 'alice'"); n != 1 {
+	if n := b.Count(t, "SELECT count(*) FROM idempotency_audit WHERE action = 'expire' AND actor <> '' AND actor <> 'alice'"); n != 1 {
 		t.Error("who it was is not in the audit table")
 	}
 	wantText(t, b.want(t, 0, "gc").stdout, "deleted 1 record, ")
@@ -240,7 +240,7 @@ func TestWatch(t *testing.T) {
 	defer finish()
 	ctx, cancel := context.WithTimeout(t.Context(), waitMax)
 	defer cancel()
-	cmd := command(ctx, b.url, "--json", "key", "watch", "acme", "k", "--interval", "100ms", "--until", "expired")
+	cmd := command(ctx, b.URL, "--json", "key", "watch", "acme", "k", "--interval", "100ms", "--until", "expired")
 	stdout, err := cmd.StdoutPipe()
 	if err != nil {
 		t.Fatal(err)
@@ -259,7 +259,7 @@ func TestWatch(t *testing.T) {
 		case "running":
 			finish()
 		case "expires":
-			b.exec(t, "UPDATE idempotency_keys SET expires_at = now() - interval '1 second'")
+			b.Exec(t, "UPDATE idempotency_keys SET expires_at = now() - interval '1 second'")
 		}
 	}
 	if err := cmd.Wait(); err != nil {
@@ -280,7 +280,7 @@ func TestStatsAndTop(t *testing.T) {
 	b := setup(t)
 	b.do(t, "a")
 	b.do(t, "b")
-	b.exec(t, "UPDATE idempotency_keys SET expires_at = now() - interval '1 hour' WHERE key = 'b'")
+	b.Exec(t, "UPDATE idempotency_keys SET expires_at = now() - interval '1 hour' WHERE key = 'b'")
 	finish := b.running(t, "c")
 	defer finish()
 	s := object[statsJSON](t, b.want(t, 0, "--json", "stats"))
@@ -324,7 +324,7 @@ func TestDoctor(t *testing.T) {
 		}
 	}
 	wantText(t, b.want(t, exitDoctor, "doctor").stdout, "fail  durability", "-> ", "verdict", "none in between")
-	b.exec(t, "DROP TABLE idempotency_keys")
+	b.Exec(t, "DROP TABLE idempotency_keys")
 	wantText(t, b.want(t, exitDoctor, "doctor").stdout, "fail  schema", "run the migrations")
 }
 
@@ -332,7 +332,7 @@ func TestDoctor(t *testing.T) {
 func TestPasswordIsNeverPrinted(t *testing.T) {
 	t.Parallel()
 	b := setup(t)
-	config := b.pool.Config().ConnConfig
+	config := b.Pool.Config().ConnConfig
 	const secret = "canary%zz" // not an escape: the address can't be read
 	closed, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
@@ -433,7 +433,7 @@ func TestLeastPrivilege(t *testing.T) {
 			}
 		}
 	}
-	if n := b.count(t, "SELECT count(*) FROM idempotency_audit"); n != 2 {
+	if n := b.Count(t, "SELECT count(*) FROM idempotency_audit"); n != 2 {
 		t.Errorf("%d acts in the audit table", n)
 	}
 }

@@ -5,22 +5,16 @@ import (
 	"context"
 	"encoding/json"
 	"errors"
-	"net/url"
 	"os"
 	"os/exec"
 	"slices"
 	"strings"
-	"sync"
 	"testing"
 	"time"
 
-	"github.com/google/uuid"
-	"github.com/jackc/pgx/v5/pgxpool"
-
 	"github.com/paidonce/idempotency"
 	"github.com/paidonce/idempotency/internal/pgtest"
-	"github.com/paidonce/idempotency/migrations"
-	"github.com/paidonce/idempotency/storage/postgres"
+	"github.com/paidonce/idempotency/internal/testservice"
 )
 
 // asProgram, in the environment, makes this test binary the program, built once and with the race detector where the
@@ -38,118 +32,40 @@ func TestMain(m *testing.M) {
 	pgtest.Main(m)
 }
 
-// testBundle is a database with the tables in it, and a service on it.
-type testBundle struct {
-	url    string
-	pool   *pgxpool.Pool
-	engine *idempotency.Engine
-}
+// testBundle is a service on a database, which the program looks at.
+type testBundle struct{ *testservice.Service }
 
 func setup(t testing.TB) *testBundle {
 	t.Helper()
-	b := &testBundle{url: pgtest.Database(t)}
-	b.pool = open(t, b.url, "10s")
-	if err := migrations.Up(t.Context(), postgres.New(b.pool, nil), nil); err != nil {
-		t.Fatal(err)
-	}
-	b.engine = idempotency.NewEngine(postgres.New(b.pool, nil), nil)
-	return b
-}
-
-func open(t testing.TB, database, statementTimeout string) *pgxpool.Pool {
-	t.Helper()
-	config, err := pgxpool.ParseConfig(database)
-	if err != nil {
-		t.Fatal(err)
-	}
-	config.ConnConfig.RuntimeParams["statement_timeout"] = statementTimeout
-	postgres.Configure(config, nil)
-	pool, err := pgxpool.NewWithConfig(context.Background(), config)
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(pool.Close)
-	return pool
+	return &testBundle{testservice.New(t, nil)}
 }
 
 // role makes a role with the privileges and no others, and returns the database's address as it sees it.
 func (b *testBundle) role(t testing.TB, grants ...string) (database string) {
 	t.Helper()
-	name := "test_" + strings.ReplaceAll(uuid.NewString(), "-", "")
-	b.exec(t, "CREATE ROLE "+name+" LOGIN PASSWORD 'canary-password'")
-	t.Cleanup(func() {
-		for _, sql := range []string{"DROP OWNED BY " + name, "DROP ROLE " + name} {
-			if _, err := b.pool.Exec(context.Background(), sql); err != nil {
-				t.Errorf("%s: %v", sql, err)
-			}
-		}
-	})
-	for _, grant := range grants {
-		b.exec(t, "GRANT "+grant+" TO "+name)
-	}
-	address, err := url.Parse(b.url)
-	if err != nil {
-		t.Fatal(err)
-	}
-	address.User = url.UserPassword(name, "canary-password")
-	return address.String()
+	_, database = b.Role(t, grants...)
+	return database
 }
 
-func (b *testBundle) exec(t testing.TB, sql string, arguments ...any) {
-	t.Helper()
-	if _, err := b.pool.Exec(context.Background(), sql, arguments...); err != nil {
-		t.Fatalf("%s: %v", sql, err)
-	}
-}
-
-func (b *testBundle) count(t testing.TB, sql string, arguments ...any) (n int) {
-	t.Helper()
-	if err := b.pool.QueryRow(context.Background(), sql, arguments...).Scan(&n); err != nil {
-		t.Fatalf("%s: %v", sql, err)
-	}
-	return n
-}
-
-func request(value string) idempotency.Request {
-	return idempotency.Request{
-		Key:         idempotency.Key{Scope: "acme", Value: value},
-		Fingerprint: idempotency.FingerprintV1("POST", "/transfers", "", "application/json", []byte(value)), TraceID: "trace-" + value,
-	}
-}
+func key(value string) idempotency.Key { return idempotency.Key{Scope: "acme", Value: value} }
 
 // do has the service answer a request.
 func (b *testBundle) do(t testing.TB, value string) idempotency.Outcome {
 	t.Helper()
-	result := b.engine.Do(context.Background(), request(value), func(context.Context) (*idempotency.Answer, error) {
-		return &idempotency.Answer{Status: 201, Header: map[string][]string{"Content-Type": {"text/plain"}}, Body: []byte("paid\n\x1b[31m")}, nil
-	})
-	if result.Err != nil {
-		t.Fatal(result.Err)
-	}
-	return result.Outcome
+	return b.Do(t, key(value), &idempotency.Answer{
+		Status: 201, Header: map[string][]string{"Content-Type": {"text/plain"}}, Body: []byte("paid\n\x1b[31m"),
+	}).Outcome
 }
 
 // running starts a request whose handler runs until the returned function is called.
 func (b *testBundle) running(t testing.TB, value string) (finish func()) {
 	t.Helper()
-	begun, release := make(chan struct{}), make(chan struct{})
-	ended := make(chan idempotency.Result, 1)
-	go func() {
-		ended <- b.engine.Do(context.Background(), request(value), func(context.Context) (*idempotency.Answer, error) {
-			close(begun)
-			<-release
-			return &idempotency.Answer{Status: 201}, nil
-		})
-	}()
-	<-begun
-	finish = sync.OnceFunc(func() {
-		close(release)
-		if result := <-ended; result.Outcome != idempotency.OutcomeExecuted {
+	end := b.Running(t, key(value))
+	return func() {
+		if result := end(); result.Outcome != idempotency.OutcomeExecuted {
 			t.Errorf("it ended as %s, %v", result.Outcome, result.Err)
 		}
-	})
-	t.Cleanup(finish) // a pool is closed after that
-	return finish
+	}
 }
 
 // result is what the program did.
@@ -191,7 +107,7 @@ func (b *testBundle) idemctl(t testing.TB, args ...string) result {
 	t.Helper()
 	ctx, cancel := context.WithTimeout(context.Background(), waitMax)
 	defer cancel()
-	return execute(t, command(ctx, b.url, args...))
+	return execute(t, command(ctx, b.URL, args...))
 }
 
 // want has the program end with a code, and returns what it did.

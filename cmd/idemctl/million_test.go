@@ -8,6 +8,8 @@ import (
 	"testing"
 	"time"
 
+	"github.com/jackc/pgx/v5/pgxpool"
+
 	"github.com/paidonce/idempotency/storage/postgres"
 	"github.com/paidonce/idempotency/storage/postgres/operator"
 )
@@ -17,7 +19,9 @@ import (
 func (b *testBundle) plantMillion(t testing.TB) {
 	t.Helper()
 	started := time.Now()
-	slow := open(t, b.url, "0") // no statement is cut off
+	slow := b.Open(t, &postgres.Options{PoolConfig: func(config *pgxpool.Config) {
+		config.ConnConfig.RuntimeParams["statement_timeout"] = "0" // none of these is cut off
+	}}).Pool()
 	exec := func(sql string) {
 		t.Helper()
 		if _, err := slow.Exec(t.Context(), sql); err != nil {
@@ -49,7 +53,7 @@ func TestOnAMillionRecords(t *testing.T) {
 	b.plantMillion(t)
 	const account = "account-0007"
 	var key string
-	if err := b.pool.QueryRow(t.Context(), "SELECT key FROM idempotency_keys WHERE scope = $1 ORDER BY key OFFSET 700 LIMIT 1", account).Scan(&key); err != nil {
+	if err := b.Pool.QueryRow(t.Context(), "SELECT key FROM idempotency_keys WHERE scope = $1 ORDER BY key OFFSET 700 LIMIT 1", account).Scan(&key); err != nil {
 		t.Fatal(err)
 	}
 	for _, test := range []struct {
@@ -98,11 +102,11 @@ func TestOnAMillionRecords(t *testing.T) {
 		}
 	}
 	// What is counted by a sample is near the truth.
-	s, err := operator.New(postgres.New(b.pool, nil), nil).Stats(context.Background())
+	s, err := operator.New(postgres.New(b.Pool, nil), nil).Stats(context.Background())
 	if err != nil || !s.Live.Estimated {
 		t.Fatalf("%+v, %v", s.Live, err)
 	}
-	live, expired := int64(b.count(t, "SELECT count(*) FROM idempotency_keys WHERE expires_at >= now()")), int64(b.count(t, "SELECT count(*) FROM idempotency_keys WHERE expires_at < now()"))
+	live, expired := int64(b.Count(t, "SELECT count(*) FROM idempotency_keys WHERE expires_at >= now()")), int64(b.Count(t, "SELECT count(*) FROM idempotency_keys WHERE expires_at < now()"))
 	if s.Live.Rows < live*8/10 || s.Live.Rows > live*12/10 || s.Expired.Rows < expired*5/10 || s.Expired.Rows > expired*15/10 {
 		t.Errorf("%d live and %d expired by the sample, %d and %d by counting", s.Live.Rows, s.Expired.Rows, live, expired)
 	}

@@ -25,7 +25,7 @@ type pages struct {
 func (b *testBundle) pagesOf(t *testing.T, environment []string, args ...string) *pages {
 	t.Helper()
 	ctx, cancel := context.WithTimeout(context.Background(), waitMax)
-	cmd := command(ctx, b.url, append([]string{"--json", "serve", "--addr", "127.0.0.1:0"}, args...)...)
+	cmd := command(ctx, b.URL, append([]string{"--json", "serve", "--addr", "127.0.0.1:0"}, args...)...)
 	cmd.Env = append(cmd.Env, environment...)
 	p := &pages{}
 	cmd.Stderr = &p.stderr
@@ -167,7 +167,7 @@ func TestServeRefuses(t *testing.T) {
 		"no database":          {"DATABASE_URL=postgres://nobody@127.0.0.1:1/x", nil, exitFailed},
 	} {
 		ctx, cancel := context.WithTimeout(t.Context(), waitMax)
-		cmd := command(ctx, b.url, append([]string{"serve"}, test.args...)...)
+		cmd := command(ctx, b.URL, append([]string{"serve"}, test.args...)...)
 		if test.environment != "" {
 			cmd.Env = append(cmd.Env, test.environment)
 		}

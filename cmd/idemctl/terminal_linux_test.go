@@ -55,7 +55,7 @@ func (b *testBundle) at(t *testing.T, args ...string) *person {
 	defer func() { _ = tty.Close() }() // the program has its own
 	ctx, cancel := context.WithTimeout(context.Background(), waitMax)
 	t.Cleanup(cancel)
-	term := &person{t: t, cmd: command(ctx, b.url, args...), keys: keys, ended: make(chan struct{})}
+	term := &person{t: t, cmd: command(ctx, b.URL, args...), keys: keys, ended: make(chan struct{})}
 	term.cmd.Stdin, term.cmd.Stdout, term.cmd.Stderr = tty, tty, tty
 	term.cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true, Setctty: true}
 	if err := term.cmd.Start(); err != nil {
@@ -121,14 +121,14 @@ func TestDeleteAsksAtATerminal(t *testing.T) {
 			t.Errorf("after %q: exit code %d\n%s", answer, code, term.text())
 		}
 	}
-	if n := b.count(t, "SELECT count(*) FROM idempotency_audit"); n != 0 || b.do(t, "k") != idempotency.OutcomeReplayed {
+	if n := b.Count(t, "SELECT count(*) FROM idempotency_audit"); n != 0 || b.do(t, "k") != idempotency.OutcomeReplayed {
 		t.Fatalf("%d acts without a yes", n)
 	}
 
 	// The record that was shown is not there any more when the yes comes: the next one stays.
 	term := b.at(t, "key", "delete", "acme", "k", "--reason", "ticket 7")
 	term.sees("Type yes to go on")
-	b.exec(t, "DELETE FROM idempotency_keys")
+	b.Exec(t, "DELETE FROM idempotency_keys")
 	b.do(t, "k")
 	term.types("yes\n")
 	if code := term.code(); code != exitRefused || b.do(t, "k") != idempotency.OutcomeReplayed {

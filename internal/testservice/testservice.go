@@ -133,6 +133,15 @@ func (s *Service) Count(t testing.TB, sql string, arguments ...any) (n int) {
 	return n
 }
 
+// Text returns the text that a query returns.
+func (s *Service) Text(t testing.TB, sql string, arguments ...any) (text string) {
+	t.Helper()
+	if err := s.Pool.QueryRow(context.Background(), sql, arguments...).Scan(&text); err != nil {
+		t.Fatalf("%s: %v", sql, err)
+	}
+	return text
+}
+
 // Strings returns the texts of a query's one column.
 func (s *Service) Strings(t testing.TB, sql string, arguments ...any) []string {
 	t.Helper()
@@ -140,7 +149,7 @@ func (s *Service) Strings(t testing.TB, sql string, arguments ...any) []string {
 	if err != nil {
 		t.Fatalf("%s: %v", sql, err)
 	}
-	all, err := pgx.CollectRows(rows, pgx.RowTo[string])
+	all, err := pgx.AppendRows([]string(nil), rows, pgx.RowTo[string]) // nil if there are none
 	if err != nil {
 		t.Fatalf("%s: %v", sql, err)
 	}

@@ -13,7 +13,7 @@ import (
 
 	"github.com/paidonce/idempotency"
 	"github.com/paidonce/idempotency/internal/pgtest"
-	"github.com/paidonce/idempotency/migrations"
+	"github.com/paidonce/idempotency/internal/testservice"
 	"github.com/paidonce/idempotency/observe/history"
 	"github.com/paidonce/idempotency/storage/postgres"
 	"github.com/paidonce/idempotency/storage/postgres/operator"
@@ -22,40 +22,21 @@ import (
 func TestMain(m *testing.M) { pgtest.Main(m) }
 
 type testBundle struct {
-	pool    *pgxpool.Pool
+	*testservice.Service
 	history *history.History
-	engine  *idempotency.Engine
 }
 
 // setup makes a service that writes its history, through a pool of its own where change is set.
 func setup(t *testing.T, opts *history.Options, change func(*testBundle, *pgxpool.Config)) *testBundle {
 	t.Helper()
-	database := pgtest.Database(t)
-	open := func(change func(*pgxpool.Config)) *pgxpool.Pool {
-		config, err := pgxpool.ParseConfig(database)
-		if err != nil {
-			t.Fatal(err)
-		}
-		change(config)
-		postgres.Configure(config, nil)
-		pool, err := pgxpool.NewWithConfig(t.Context(), config)
-		if err != nil {
-			t.Fatal(err)
-		}
-		t.Cleanup(pool.Close)
-		return pool
-	}
-	b := &testBundle{pool: open(func(*pgxpool.Config) {})}
-	if err := migrations.Up(t.Context(), postgres.New(b.pool, nil), nil); err != nil {
-		t.Fatal(err)
-	}
-	pool := b.pool
+	b := &testBundle{Service: testservice.New(t, nil)}
+	store := b.Store
 	if change != nil {
-		pool = open(func(config *pgxpool.Config) { change(b, config) })
+		store = b.Open(t, &postgres.Options{PoolConfig: func(config *pgxpool.Config) { change(b, config) }})
 	}
-	b.history = history.New(postgres.New(pool, nil), opts)
+	b.history = history.New(store, opts)
 	t.Cleanup(func() { b.close(t) })
-	b.engine = idempotency.NewEngine(postgres.New(b.pool, nil), &idempotency.Options{Tracer: b.history})
+	b.Engine = idempotency.NewEngine(b.Store, &idempotency.Options{Tracer: b.history})
 	return b
 }
 
@@ -68,16 +49,9 @@ func (b *testBundle) close(t *testing.T) {
 	}
 }
 
-func (b *testBundle) exec(t *testing.T, sql string) {
-	t.Helper()
-	if _, err := b.pool.Exec(context.Background(), sql); err != nil {
-		t.Fatal(err)
-	}
-}
-
 // do has the service answer a request whose trace has the name.
 func (b *testBundle) do(value, body, traceID string, status int) idempotency.Result {
-	return b.engine.Do(context.Background(), idempotency.Request{
+	return b.Engine.Do(context.Background(), idempotency.Request{
 		Key: idempotency.Key{Scope: "acme", Value: value}, TraceID: traceID,
 		Fingerprint: idempotency.FingerprintV1("POST", "/transfers", "", "", []byte(body)),
 	}, func(context.Context) (*idempotency.Answer, error) { return &idempotency.Answer{Status: status}, nil })
@@ -97,7 +71,7 @@ func TestTimelineShowsRetries(t *testing.T) {
 	if s := b.history.Stats(); s != (history.Stats{Written: 5}) {
 		t.Errorf("%+v", s)
 	}
-	o := operator.New(postgres.New(b.pool, nil), nil)
+	o := operator.New(b.Store, nil)
 	events, err := o.Timeline(t.Context(), idempotency.Key{Scope: "acme", Value: "canary"})
 	if err != nil {
 		t.Fatal(err)
@@ -160,7 +134,7 @@ func TestQueueAtItsLimit(t *testing.T) {
 		case <-release:
 		}
 	}}, nil)
-	b.exec(t, "DROP TABLE idempotency_events")
+	b.Exec(t, "DROP TABLE idempotency_events")
 	b.end(1)
 	select {
 	case <-writing:
@@ -207,7 +181,7 @@ func TestManyEventsAtOnce(t *testing.T) {
 	all.Wait()
 	b.close(t)
 	var n int
-	if err := b.pool.QueryRow(t.Context(), "SELECT count(*) FROM idempotency_events").Scan(&n); err != nil || n != 8000 {
+	if err := b.Pool.QueryRow(t.Context(), "SELECT count(*) FROM idempotency_events").Scan(&n); err != nil || n != 8000 {
 		t.Errorf("%d rows, %v", n, err)
 	}
 	if s := b.history.Stats(); s != (history.Stats{Written: 8000}) {
@@ -233,10 +207,10 @@ func TestHistoryNeedsInsertAlone(t *testing.T) {
 		var told error
 		b := setup(t, &history.Options{OnError: func(err error, _ int) { told = err }}, func(b *testBundle, config *pgxpool.Config) {
 			name := "test_" + strings.ReplaceAll(uuid.NewString(), "-", "")
-			b.exec(t, "CREATE ROLE "+name+" LOGIN PASSWORD '"+name+"'")
-			t.Cleanup(func() { b.exec(t, "DROP OWNED BY "+name); b.exec(t, "DROP ROLE "+name) })
+			b.Exec(t, "CREATE ROLE "+name+" LOGIN PASSWORD '"+name+"'")
+			t.Cleanup(func() { b.Exec(t, "DROP OWNED BY "+name); b.Exec(t, "DROP ROLE "+name) })
 			if granted {
-				b.exec(t, "GRANT INSERT ON idempotency_events TO "+name)
+				b.Exec(t, "GRANT INSERT ON idempotency_events TO "+name)
 			}
 			config.ConnConfig.User, config.ConnConfig.Password = name, name
 		})
@@ -260,7 +234,7 @@ func TestRowsThatATriggerDropsAreLost(t *testing.T) {
 	var told error
 	lost := 0
 	b := setup(t, &history.Options{Interval: time.Hour, OnError: func(err error, n int) { told, lost = err, n }}, nil)
-	b.exec(t, `CREATE FUNCTION skip() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN IF NEW.key = 'dropped' THEN RETURN NULL; END IF; RETURN NEW; END $$;
+	b.Exec(t, `CREATE FUNCTION skip() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN IF NEW.key = 'dropped' THEN RETURN NULL; END IF; RETURN NEW; END $$;
 		CREATE TRIGGER skip BEFORE INSERT ON idempotency_events FOR EACH ROW EXECUTE FUNCTION skip()`)
 	b.do("kept", "x", "", 201)
 	b.do("dropped", "x", "", 201)

@@ -8,6 +8,7 @@ import (
 	"testing"
 
 	"github.com/paidonce/idempotency"
+	"github.com/paidonce/idempotency/internal/testservice"
 	"github.com/paidonce/idempotency/storage/postgres/operator"
 )
 
@@ -16,7 +17,7 @@ var act = operator.Act{Actor: "alice", Reason: "ticket 7"}
 // audits returns the rows of the audit table, oldest first.
 func (b *testBundle) audits(t testing.TB) string {
 	t.Helper()
-	return b.text(t, "SELECT COALESCE(string_agg(concat_ws(' ', action, actor, reason, scope, key, attempt_id, status), '; ' ORDER BY id), '') FROM idempotency_audit")
+	return b.Text(t, "SELECT COALESCE(string_agg(concat_ws(' ', action, actor, reason, scope, key, attempt_id, status), '; ' ORDER BY id), '') FROM idempotency_audit")
 }
 
 func TestDeleteLetsARetryRunAgain(t *testing.T) {
@@ -80,7 +81,7 @@ func TestActOnARunningAttempt(t *testing.T) {
 	t.Parallel()
 	b := setup(t, nil)
 	k := key("canary")
-	finish := b.running(t, k)
+	finish := b.Running(t, k)
 	_, err := b.operator.Delete(t.Context(), k, act)
 	wantError(t, err, operator.ErrInProgress)
 	_, err = b.operator.Expire(t.Context(), k, act)
@@ -141,7 +142,7 @@ func TestNothingIsDoneThatIsNotAudited(t *testing.T) {
 	b := setup(t, nil)
 	k := key("canary")
 	b.do(t, k, 201)
-	b.exec(t, "ALTER TABLE idempotency_audit ADD CONSTRAINT full_disk CHECK (false)")
+	b.Exec(t, "ALTER TABLE idempotency_audit ADD CONSTRAINT full_disk CHECK (false)")
 	for name, do := range map[string]func(context.Context, idempotency.Key, operator.Act) (operator.Record, error){"delete": b.operator.Delete, "expire": b.operator.Expire} {
 		if _, err := do(t.Context(), k, act); err == nil || !strings.Contains(err.Error(), "23514") {
 			t.Errorf("%s: %v", name, err)
@@ -149,7 +150,7 @@ func TestNothingIsDoneThatIsNotAudited(t *testing.T) {
 			wantError(t, err, err)
 		}
 	}
-	b.exec(t, "DROP TABLE idempotency_audit")
+	b.Exec(t, "DROP TABLE idempotency_audit")
 	for name, do := range map[string]func(context.Context, idempotency.Key, operator.Act) (operator.Record, error){"delete": b.operator.Delete, "expire": b.operator.Expire} {
 		if _, err := do(t.Context(), k, act); err == nil || !strings.Contains(err.Error(), "run the migrations") {
 			t.Errorf("%s without the table: %v", name, err)
@@ -177,13 +178,13 @@ func TestActThatWritesNothingIsRefused(t *testing.T) {
 			t.Parallel()
 			b := setup(t, nil)
 			b.do(t, key("k"), 201)
-			b.exec(t, c.sql)
+			b.Exec(t, c.sql)
 			for action, act1 := range map[string]func(context.Context, idempotency.Key, operator.Act) (operator.Record, error){"expire": b.operator.Expire, "delete": b.operator.Delete} {
 				if _, err := act1(t.Context(), key("k"), act); err == nil || !strings.Contains(err.Error(), c.says) {
 					t.Errorf("%s: %v, want %q", action, err, c.says)
 				}
 			}
-			if got := b.text(t, "SELECT count(*) || ' ' || count(*) FILTER (WHERE expires_at > now()) FROM idempotency_keys"); got != "1 1" {
+			if got := b.Text(t, "SELECT count(*) || ' ' || count(*) FILTER (WHERE expires_at > now()) FROM idempotency_keys"); got != "1 1" {
 				t.Errorf("records, and live ones: %s", got)
 			}
 			if got := b.audits(t); got != "" {
@@ -227,14 +228,13 @@ func TestActsAndRequestsAtOnce(t *testing.T) {
 	t.Parallel()
 	b := setup(t, nil)
 	k := key("canary")
-	b.exec(t, "CREATE TABLE effects (id bigserial)")
 	const rounds, workers = 40, 3
-	b.engine.Do(t.Context(), request(k), b.effect) // so that there is something to delete
+	b.Engine.Do(t.Context(), testservice.Request(k), b.effect) // so that there is something to delete
 	var all sync.WaitGroup
 	for range workers { // a round that meets another is repeated, or all of them may
 		all.Go(func() {
 			for range rounds {
-				for b.engine.Do(context.Background(), request(k), b.effect).Outcome == idempotency.OutcomeInProgress {
+				for b.Engine.Do(context.Background(), testservice.Request(k), b.effect).Outcome == idempotency.OutcomeInProgress {
 				}
 			}
 		})
@@ -247,12 +247,12 @@ func TestActsAndRequestsAtOnce(t *testing.T) {
 		})
 	}
 	all.Wait()
-	effects, acts := b.count(t, "SELECT count(*) FROM effects"), b.count(t, "SELECT count(*) FROM idempotency_audit")
-	left := b.count(t, "SELECT count(*) FROM idempotency_keys")
+	effects, acts := b.Count(t, "SELECT count(*) FROM effects"), b.Count(t, "SELECT count(*) FROM idempotency_audit")
+	left := b.Count(t, "SELECT count(*) FROM idempotency_keys")
 	if effects != acts+left || acts == 0 {
 		t.Errorf("%d effects, %d deleted and %d left", effects, acts, left)
 	}
-	if n := b.count(t, "SELECT count(DISTINCT attempt_id) FROM idempotency_audit"); n != acts {
+	if n := b.Count(t, "SELECT count(DISTINCT attempt_id) FROM idempotency_audit"); n != acts {
 		t.Errorf("%d acts hit %d attempts", acts, n)
 	}
 }

@@ -12,6 +12,7 @@ import (
 	"github.com/paidonce/idempotency"
 	"github.com/paidonce/idempotency/internal/pgserver"
 	"github.com/paidonce/idempotency/internal/pgtest"
+	"github.com/paidonce/idempotency/internal/testservice"
 	"github.com/paidonce/idempotency/migrations"
 	"github.com/paidonce/idempotency/storage/postgres"
 	"github.com/paidonce/idempotency/storage/postgres/operator"
@@ -41,12 +42,11 @@ func TestDoctorOnAServerOfItsOwn(t *testing.T) {
 			t.Error(err)
 		}
 	})
-	b := &testBundle{url: server.URL()}
-	b.pool = b.open(t, nil)
-	if err := migrations.Up(t.Context(), postgres.New(b.pool, nil), nil); err != nil {
+	b := testservice.On(t, server.URL(), nil)
+	if err := migrations.Up(t.Context(), b.Store, nil); err != nil {
 		t.Fatal(err)
 	}
-	findings := operator.New(postgres.New(b.pool, nil), nil).Doctor(t.Context())
+	findings := operator.New(b.Store, nil).Doctor(t.Context())
 	var checks []string
 	for _, f := range findings {
 		checks = append(checks, f.Check)
@@ -59,14 +59,14 @@ func TestDoctorOnAServerOfItsOwn(t *testing.T) {
 	}
 
 	// COMMIT waits for a standby that is not there: so must not what follows.
-	b.exec(t, "ALTER SYSTEM SET synchronous_standby_names = 'nobody'")
-	b.exec(t, "SELECT pg_reload_conf()")
-	for deadline := time.Now().Add(30 * time.Second); b.text(t, "SHOW synchronous_standby_names") != "nobody"; time.Sleep(5 * time.Millisecond) {
+	b.Exec(t, "ALTER SYSTEM SET synchronous_standby_names = 'nobody'")
+	b.Exec(t, "SELECT pg_reload_conf()")
+	for deadline := time.Now().Add(30 * time.Second); b.Text(t, "SHOW synchronous_standby_names") != "nobody"; time.Sleep(5 * time.Millisecond) {
 		if time.Now().After(deadline) {
 			t.Fatal("the setting does not arrive")
 		}
 	}
-	if worst, text := levels(operator.New(postgres.New(b.pool, nil), nil).Doctor(t.Context())); worst["replication"] != operator.LevelFail || !strings.Contains(text, "none is connected") {
+	if worst, text := levels(operator.New(b.Store, nil).Doctor(t.Context())); worst["replication"] != operator.LevelFail || !strings.Contains(text, "none is connected") {
 		t.Errorf("without its synchronous standby:\n%s", text)
 	}
 }
@@ -108,9 +108,9 @@ func TestDoctorFindsWhatIsWrong(t *testing.T) {
 			t.Parallel()
 			b := setup(t, nil)
 			if test.sql != "" {
-				b.exec(t, strings.Replace(test.sql, "%s", b.pool.Config().ConnConfig.Database, 1))
+				b.Exec(t, strings.Replace(test.sql, "%s", b.Pool.Config().ConnConfig.Database, 1))
 			}
-			pool, err := pgxpool.New(t.Context(), b.url) // not through Configure, as an operator's
+			pool, err := pgxpool.New(t.Context(), b.URL) // not through Configure, as an operator's
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -158,9 +158,9 @@ func TestStatsCountWhatThereIs(t *testing.T) {
 		t.Errorf("of an empty table: %+v, %v", s, err)
 	}
 	b.plant(t, "acme", 100)
-	b.exec(t, "UPDATE idempotency_keys SET expires_at = now() - interval '1 hour' WHERE key LIKE '%7'")
-	finish := b.running(t, key("canary"))
-	tx, err := b.pool.Begin(t.Context()) // a lock of somebody else's, on the same database
+	b.Exec(t, "UPDATE idempotency_keys SET expires_at = now() - interval '1 hour' WHERE key LIKE '%7'")
+	finish := b.Running(t, key("canary"))
+	tx, err := b.Pool.Begin(t.Context()) // a lock of somebody else's, on the same database
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -181,7 +181,7 @@ func TestStatsCountWhatThereIs(t *testing.T) {
 		t.Error(err)
 	}
 	finish()
-	if err := migrations.DownTo(t.Context(), postgres.New(b.pool, nil), postgres.SchemaVersion, nil); err != nil {
+	if err := migrations.DownTo(t.Context(), b.Store, postgres.SchemaVersion, nil); err != nil {
 		t.Fatal(err)
 	}
 	if s, err := b.operator.Stats(t.Context()); err != nil || s.AuditBytes != 0 || s.EventsBytes != 0 || s.Live.Rows != 91 {
@@ -194,12 +194,12 @@ func TestGC(t *testing.T) {
 	t.Parallel()
 	b := setup(t, nil)
 	b.plant(t, "acme", 100)
-	b.exec(t, "UPDATE idempotency_keys SET expires_at = now() - interval '1 second' WHERE key LIKE '%7'")
-	b.exec(t, `INSERT INTO idempotency_events (at, duration_us, outcome, attempts, scope, key)
+	b.Exec(t, "UPDATE idempotency_keys SET expires_at = now() - interval '1 second' WHERE key LIKE '%7'")
+	b.Exec(t, `INSERT INTO idempotency_events (at, duration_us, outcome, attempts, scope, key)
 		SELECT now() - n * interval '1 day', 1, 'replayed', 1, 'acme', 'k' FROM generate_series(0, 99) AS n`)
-	b.exec(t, `INSERT INTO idempotency_audit (at, action, actor, reason, scope, key, attempt_id, status, record_created_at, record_expires_at)
+	b.Exec(t, `INSERT INTO idempotency_audit (at, action, actor, reason, scope, key, attempt_id, status, record_created_at, record_expires_at)
 		SELECT now() - n * interval '1 day', 'delete', 'alice', 'r', 'acme', 'k', gen_random_uuid(), 201, now(), now() FROM generate_series(0, 9) AS n`)
-	b.exec(t, `CREATE TABLE archive () INHERITS (idempotency_events); INSERT INTO archive SELECT * FROM ONLY idempotency_events`)
+	b.Exec(t, `CREATE TABLE archive () INHERITS (idempotency_events); INSERT INTO archive SELECT * FROM ONLY idempotency_events`)
 	for _, test := range []struct {
 		options *operator.GCOptions
 		want    operator.GCResult
@@ -221,16 +221,16 @@ func TestGC(t *testing.T) {
 			t.Errorf("progress %+v", told)
 		}
 	}
-	if n := b.count(t, "SELECT count(*) FROM archive"); n != 100 {
+	if n := b.Count(t, "SELECT count(*) FROM archive"); n != 100 {
 		t.Errorf("%d rows in a child of the history, want 100", n)
 	}
-	b.exec(t, "DROP TABLE archive")
-	if n := b.count(t, "SELECT count(*) FROM idempotency_keys"); n != 90 {
+	b.Exec(t, "DROP TABLE archive")
+	if n := b.Count(t, "SELECT count(*) FROM idempotency_keys"); n != 90 {
 		t.Errorf("%d records are left, want 90", n)
 	}
 	_, err := b.operator.GC(t.Context(), &operator.GCOptions{AuditAgeMax: -1})
 	wantError(t, err, operator.ErrInvalid)
-	if err := migrations.DownTo(t.Context(), postgres.New(b.pool, nil), postgres.SchemaVersion, nil); err != nil {
+	if err := migrations.DownTo(t.Context(), b.Store, postgres.SchemaVersion, nil); err != nil {
 		t.Fatal(err)
 	}
 	if _, err := b.operator.GC(t.Context(), &operator.GCOptions{AuditAgeMax: time.Hour}); err != nil {
@@ -267,7 +267,7 @@ func TestTimelineOfARecord(t *testing.T) {
 		}
 	}
 	want()
-	finish := b.running(t, k)
+	finish := b.Running(t, k)
 	want("running")
 	finish()
 	want("recorded", "expires")
@@ -281,7 +281,7 @@ func TestTimelineOfARecord(t *testing.T) {
 	want("act-expire", "act-delete")
 	b.do(t, k, 201)
 	want("act-expire", "act-delete", "recorded", "expires")
-	b.exec(t, `INSERT INTO idempotency_audit (action, actor, reason, scope, key, attempt_id, status, record_created_at, record_expires_at)
+	b.Exec(t, `INSERT INTO idempotency_audit (action, actor, reason, scope, key, attempt_id, status, record_created_at, record_expires_at)
 		SELECT 'delete', 'alice', 'ticket 7', 'acme', 'many', gen_random_uuid(), 201, now(), now() FROM generate_series(1, $1)`, operator.EventsMax+1)
 	k = key("many")
 	if got := kinds(); len(got) != operator.EventsMax {
@@ -289,7 +289,7 @@ func TestTimelineOfARecord(t *testing.T) {
 	}
 	_, err := b.operator.Timeline(t.Context(), idempotency.Key{Value: "canary"})
 	wantError(t, err, operator.ErrInvalid)
-	if err := migrations.DownTo(t.Context(), postgres.New(b.pool, nil), postgres.SchemaVersion, nil); err != nil {
+	if err := migrations.DownTo(t.Context(), b.Store, postgres.SchemaVersion, nil); err != nil {
 		t.Fatal(err)
 	}
 	k = key("canary")
@@ -305,7 +305,7 @@ func TestDoctorsGrantsAreEnough(t *testing.T) {
 	for range 2 { // without SELECT it says no more than that
 		for _, f := range o.Doctor(t.Context()) {
 			if f.Check == "rights" && f.Level != operator.LevelOK {
-				b.exec(t, strings.TrimSuffix(f.Remedy, " (if it should)"))
+				b.Exec(t, strings.TrimSuffix(f.Remedy, " (if it should)"))
 				granted++
 			}
 		}
@@ -326,7 +326,7 @@ func TestLeastPrivilege(t *testing.T) {
 	b := setup(t, nil)
 	looks := []string{"SELECT ON idempotency_keys", "SELECT ON idempotency_audit", "SELECT ON idempotency_events", "SELECT ON idempotency_migrations"}
 	full := append([]string{"DELETE ON idempotency_keys", "UPDATE (expires_at) ON idempotency_keys", "INSERT ON idempotency_audit", "DELETE ON idempotency_events", "pg_monitor"}, looks...)
-	finish := b.running(t, key("running"))
+	finish := b.Running(t, key("running"))
 	defer finish()
 	for _, name := range []string{"who looks", "an operator"} {
 		b.do(t, key("canary"), 201)
@@ -376,13 +376,13 @@ func TestStatementsAreBounded(t *testing.T) {
 	t.Parallel()
 	b := setup(t, nil)
 	b.do(t, key("canary"), 201)
-	pool, err := pgxpool.New(t.Context(), b.url) // a new connection of the other would prepare statements, and wait for the lock as it is told
+	pool, err := pgxpool.New(t.Context(), b.URL) // a new connection of the other would prepare statements, and wait for the lock as it is told
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer pool.Close()
 	o := operator.New(postgres.New(pool, nil), &operator.Options{StatementTimeout: 50 * time.Millisecond})
-	tx, err := b.pool.Begin(t.Context())
+	tx, err := b.Pool.Begin(t.Context())
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -409,9 +409,8 @@ func TestStatementsAreBounded(t *testing.T) {
 
 func TestVersion(t *testing.T) {
 	t.Parallel()
-	b := &testBundle{url: pgtest.Database(t)}
-	b.pool = b.open(t, nil)
-	o := operator.New(postgres.New(b.pool, nil), nil)
+	b := testservice.On(t, pgtest.Database(t), nil)
+	o := operator.New(b.Store, nil)
 	want := func(version uint, dirty bool) {
 		t.Helper()
 		if got, gotDirty, err := o.Version(t.Context()); got != version || gotDirty != dirty || err != nil {
@@ -419,16 +418,16 @@ func TestVersion(t *testing.T) {
 		}
 	}
 	want(0, false)
-	if n := b.count(t, "SELECT count(*) FROM pg_tables WHERE schemaname = 'public'"); n != 0 {
+	if n := b.Count(t, "SELECT count(*) FROM pg_tables WHERE schemaname = 'public'"); n != 0 {
 		t.Errorf("it made %d tables", n)
 	}
-	if err := migrations.Up(t.Context(), postgres.New(b.pool, nil), nil); err != nil {
+	if err := migrations.Up(t.Context(), b.Store, nil); err != nil {
 		t.Fatal(err)
 	}
 	want(operator.SchemaVersion, false)
-	b.exec(t, "UPDATE idempotency_migrations SET dirty = true")
+	b.Exec(t, "UPDATE idempotency_migrations SET dirty = true")
 	want(operator.SchemaVersion, true)
-	b.exec(t, "DELETE FROM idempotency_migrations")
+	b.Exec(t, "DELETE FROM idempotency_migrations")
 	want(0, false)
 }
 

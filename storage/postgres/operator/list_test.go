@@ -37,7 +37,7 @@ func TestListWalksEveryRecordOnce(t *testing.T) {
 	b.plant(t, "acme", 250)
 	b.plant(t, "Zeta", 3) // before acme, by bytes
 	b.plant(t, "zürich", 3)
-	want := strings.Split(b.text(t, "SELECT string_agg(scope || '/' || key, ' ' ORDER BY scope, key) FROM idempotency_keys"), " ")
+	want := strings.Split(b.Text(t, "SELECT string_agg(scope || '/' || key, ' ' ORDER BY scope, key) FROM idempotency_keys"), " ")
 	for _, rows := range []int{1, 50, 128, 256, 1000} {
 		for _, descending := range []bool{false, true} {
 			keys, pages := b.walk(t, operator.Filter{}, operator.Page{Rows: rows, Descending: descending})
@@ -54,23 +54,15 @@ func TestListWalksEveryRecordOnce(t *testing.T) {
 	}
 }
 
-func (b *testBundle) text(t testing.TB, sql string, arguments ...any) (s string) {
-	t.Helper()
-	if err := b.pool.QueryRow(t.Context(), sql, arguments...).Scan(&s); err != nil {
-		t.Fatal(err)
-	}
-	return s
-}
-
 // Each filter finds what a plain statement finds.
 func TestListFilters(t *testing.T) {
 	t.Parallel()
 	b := setup(t, nil)
 	b.plant(t, "acme", 300)
 	b.plant(t, "beta", 300)
-	b.exec(t, "UPDATE idempotency_keys SET expires_at = now() - interval '1 second', trace_id = 'trace-1' WHERE key LIKE '%3'")
+	b.Exec(t, "UPDATE idempotency_keys SET expires_at = now() - interval '1 second', trace_id = 'trace-1' WHERE key LIKE '%3'")
 	created := time.Now().Add(-100 * time.Second).UTC().Truncate(time.Microsecond)
-	attempt := b.text(t, "SELECT attempt_id::text FROM idempotency_keys WHERE scope = 'beta' AND key = 'k00000123'")
+	attempt := b.Text(t, "SELECT attempt_id::text FROM idempotency_keys WHERE scope = 'beta' AND key = 'k00000123'")
 	id, err := operator.ParseAttemptID(attempt)
 	if err != nil {
 		t.Fatal(err)
@@ -96,7 +88,7 @@ func TestListFilters(t *testing.T) {
 		"attempt":             {operator.Filter{Attempt: id}, "attempt_id = '" + attempt + "'"},
 		"together":            {operator.Filter{Scope: "acme", StatusClass: 2, Expiry: operator.ExpiryExpired, TraceID: "trace-1"}, "scope = 'acme' AND key LIKE '%3'"},
 	} {
-		want := strings.Fields(b.text(t, "SELECT COALESCE(string_agg(scope || '/' || key, ' ' ORDER BY scope, key), '') FROM idempotency_keys WHERE "+test.where))
+		want := strings.Fields(b.Text(t, "SELECT COALESCE(string_agg(scope || '/' || key, ' ' ORDER BY scope, key), '') FROM idempotency_keys WHERE "+test.where))
 		for _, rows := range []int{7, 1000} {
 			keys, _ := b.walk(t, test.filter, operator.Page{Rows: rows})
 			if !slices.Equal(keys, want) {
@@ -184,7 +176,7 @@ func TestRecentShowsTheNewestOfAllScopes(t *testing.T) {
 	if err != nil || len(list.Records) != 3 || list.Records[0].Key.Scope != "beta" || list.Records[1].Key != key("canary") {
 		t.Fatalf("%+v, %v", list, err)
 	}
-	if total := int64(b.count(t, "SELECT count(*) FROM idempotency_keys")); list.RowsExamined == 0 || list.RowsExamined >= total {
+	if total := int64(b.Count(t, "SELECT count(*) FROM idempotency_keys")); list.RowsExamined == 0 || list.RowsExamined >= total {
 		t.Errorf("%d of %d rows were read", list.RowsExamined, total)
 	}
 	_, err = b.operator.Recent(t.Context(), operator.PageRowsMax+1)

@@ -10,7 +10,6 @@ import (
 	"github.com/jackc/pgx/v5"
 
 	"github.com/paidonce/idempotency"
-	"github.com/paidonce/idempotency/storage/postgres"
 	"github.com/paidonce/idempotency/storage/postgres/operator"
 )
 
@@ -29,7 +28,7 @@ func TestDoctorFindsWhoKeepsRequestsFromTheTable(t *testing.T) {
 			t.Parallel()
 			ctx := t.Context()
 			b := setup(t, nil)
-			o := operator.New(postgres.New(b.pool, nil), nil)
+			o := operator.New(b.Store, nil)
 			if worst, text := levels(o.Doctor(ctx)); worst["locks"] != operator.LevelOK {
 				t.Errorf("before:\n%s", text)
 			}
@@ -74,7 +73,7 @@ func TestDoctorFindsWhoKeepsRequestsFromTheTable(t *testing.T) {
 
 func (b *testBundle) conn(t *testing.T) *pgx.Conn {
 	t.Helper()
-	conn, err := pgx.Connect(t.Context(), b.url)
+	conn, err := pgx.Connect(t.Context(), b.URL)
 	if err != nil {
 		t.Fatal(err)
 	}

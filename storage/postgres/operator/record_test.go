@@ -5,6 +5,7 @@ import (
 	"testing"
 
 	"github.com/paidonce/idempotency"
+	"github.com/paidonce/idempotency/internal/testservice"
 	"github.com/paidonce/idempotency/storage/postgres/operator"
 )
 
@@ -20,7 +21,7 @@ func TestGetTellsWhatTheRecordHolds(t *testing.T) {
 		}
 		r := state.Record
 		want := operator.Record{
-			Key: k, Status: 201, Fingerprint: request(k).Fingerprint, Attempt: r.Attempt, TraceID: "trace-canary", CreatedAt: r.CreatedAt, ExpiresAt: r.ExpiresAt,
+			Key: k, Status: 201, Fingerprint: testservice.Request(k).Fingerprint, Attempt: r.Attempt, TraceID: "trace-canary", CreatedAt: r.CreatedAt, ExpiresAt: r.ExpiresAt,
 			BodyBytes: 4, Header: map[string][]string{"Content-Type": {"text/plain"}, "Vary": {"A", "B"}},
 		}
 		if !reflect.DeepEqual(*r, want) || r.Attempt.IsZero() || !soon(r.CreatedAt) || !soon(state.Now) || r.ExpiresAt.Sub(r.CreatedAt) < idempotency.TTLDefault {
@@ -48,7 +49,7 @@ func TestGetOfARunningAttempt(t *testing.T) {
 	t.Parallel()
 	b := setup(t, nil)
 	k := key("canary")
-	finish := b.running(t, k)
+	finish := b.Running(t, k)
 	state, err := b.operator.Get(t.Context(), k)
 	if err != nil || state.Record != nil || state.Holder == nil {
 		t.Fatalf("%+v, %v", state, err)
@@ -72,7 +73,7 @@ func TestGetOfACorruptRecord(t *testing.T) {
 	t.Parallel()
 	b := setup(t, nil)
 	b.do(t, key("canary"), 201)
-	b.exec(t, `UPDATE idempotency_keys SET headers = '\x09'`)
+	b.Exec(t, `UPDATE idempotency_keys SET headers = '\x09'`)
 	state, err := b.operator.Get(t.Context(), key("canary"))
 	if err != nil || state.Record == nil || state.Record.HeaderErr == nil || state.Record.Header != nil {
 		t.Errorf("%+v, %v", state, err)
@@ -83,11 +84,11 @@ func TestBodyAtItsLimit(t *testing.T) {
 	t.Parallel()
 	b := setup(t, nil)
 	b.do(t, key("canary"), 201)
-	b.exec(t, `UPDATE idempotency_keys SET body = convert_to(repeat('x', $1), 'UTF8')`, operator.BodyBytesMax)
+	b.Exec(t, `UPDATE idempotency_keys SET body = convert_to(repeat('x', $1), 'UTF8')`, operator.BodyBytesMax)
 	if body, err := b.operator.Body(t.Context(), key("canary")); len(body) != operator.BodyBytesMax || err != nil {
 		t.Errorf("%d bytes, %v", len(body), err)
 	}
-	b.exec(t, `UPDATE idempotency_keys SET body = body || 'x'`)
+	b.Exec(t, `UPDATE idempotency_keys SET body = body || 'x'`)
 	_, err := b.operator.Body(t.Context(), key("canary"))
 	wantError(t, err, operator.ErrTooLarge)
 }

@@ -7,6 +7,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/paidonce/idempotency/internal/testservice"
 	"github.com/paidonce/idempotency/storage/postgres"
 	"github.com/paidonce/idempotency/storage/postgres/operator"
 )
@@ -56,12 +57,12 @@ func TestHiddenRowsAreNotCalledAbsent(t *testing.T) {
 				t.Parallel()
 				b := setup(t, nil)
 				b.do(t, key("canary"), 201)
-				b.exec(t, "INSERT INTO idempotency_events (at, duration_us, outcome, attempts, scope, key) VALUES (now(), 1, 'replayed', 1, 'acme', 'canary')")
-				b.exec(t, `INSERT INTO idempotency_audit (action, actor, reason, scope, key, attempt_id, status, record_created_at, record_expires_at)
+				b.Exec(t, "INSERT INTO idempotency_events (at, duration_us, outcome, attempts, scope, key) VALUES (now(), 1, 'replayed', 1, 'acme', 'canary')")
+				b.Exec(t, `INSERT INTO idempotency_audit (action, actor, reason, scope, key, attempt_id, status, record_created_at, record_expires_at)
 					VALUES ('expire', 'alice', 'r', 'acme', 'canary', gen_random_uuid(), 201, now(), now())`)
-				b.exec(t, "ALTER TABLE "+test.table+" ENABLE ROW LEVEL SECURITY")
+				b.Exec(t, "ALTER TABLE "+test.table+" ENABLE ROW LEVEL SECURITY")
 				if test.policy != "" {
-					b.exec(t, "CREATE POLICY p ON "+test.table+" "+test.policy)
+					b.Exec(t, "CREATE POLICY p ON "+test.table+" "+test.policy)
 				}
 				o := b.role(t, rightsOfAnOperator...)
 				for name, call := range calls {
@@ -80,7 +81,7 @@ func TestHiddenRowsAreNotCalledAbsent(t *testing.T) {
 						t.Errorf("%s: %v", name, err)
 					}
 				}
-				if n := b.count(t, "SELECT count(*) FROM idempotency_keys"); n != 1 && contains(strings.Fields(test.fail), "delete") {
+				if n := b.Count(t, "SELECT count(*) FROM idempotency_keys"); n != 1 && contains(strings.Fields(test.fail), "delete") {
 					t.Error("the record is gone")
 				}
 				var remedies []string
@@ -92,8 +93,8 @@ func TestHiddenRowsAreNotCalledAbsent(t *testing.T) {
 				if len(remedies) != 2 {
 					t.Fatalf("the doctor names %d remedies: %q", len(remedies), remedies)
 				}
-				b.exec(t, remedies[way])
-				b.engine.Do(ctx, request(key("canary")), b.effect) // there again, if it was deleted
+				b.Exec(t, remedies[way])
+				b.Engine.Do(ctx, testservice.Request(key("canary")), b.effect) // there again, if it was deleted
 				if worst, text := levels(o.Doctor(ctx)); worst["row-security"] != operator.LevelOK {
 					t.Errorf("after %s:\n%s", remedies[way], text)
 				}
@@ -111,7 +112,7 @@ func TestHiddenRowsAreNotCalledAbsent(t *testing.T) {
 func TestDoctorFindsTheRoleThatSeesNothing(t *testing.T) {
 	t.Parallel()
 	b := setup(t, nil)
-	b.exec(t, "ALTER TABLE idempotency_keys ENABLE ROW LEVEL SECURITY")
+	b.Exec(t, "ALTER TABLE idempotency_keys ENABLE ROW LEVEL SECURITY")
 	if worst, text := levels(b.operator.Doctor(t.Context())); worst["row-security"] != operator.LevelOK || !strings.Contains(text, "bypasses") {
 		t.Errorf("without a role that it concerns:\n%s", text)
 	}

@@ -38,7 +38,7 @@ func TestStoppedActGivesTheKeyBack(t *testing.T) {
 	t.Parallel()
 	b := setup(t, nil)
 	b.do(t, key("k"), 201)
-	config, err := pgxpool.ParseConfig(b.url)
+	config, err := pgxpool.ParseConfig(b.URL)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -57,10 +57,10 @@ func TestStoppedActGivesTheKeyBack(t *testing.T) {
 	}()
 	<-stop.stopped
 	const held = "SELECT count(*)::text FROM pg_locks WHERE locktype = 'advisory' AND granted AND database = (SELECT oid FROM pg_database WHERE datname = current_database())"
-	if n := b.text(t, held); n != "1" {
+	if n := b.Text(t, held); n != "1" {
 		t.Errorf("%s keys are held, want 1", n)
 	}
-	for deadline := time.Now().Add(time.Minute); b.text(t, held) != "0"; time.Sleep(20 * time.Millisecond) {
+	for deadline := time.Now().Add(time.Minute); b.Text(t, held) != "0"; time.Sleep(20 * time.Millisecond) {
 		if time.Now().After(deadline) {
 			t.Error("the key is held for as long as the program is stopped")
 			break
@@ -70,7 +70,7 @@ func TestStoppedActGivesTheKeyBack(t *testing.T) {
 	if err := <-acted; err == nil {
 		t.Error("the act was done by a session that had ended")
 	}
-	if n := b.text(t, "SELECT count(*)::text FROM idempotency_keys"); n != "1" {
+	if n := b.Text(t, "SELECT count(*)::text FROM idempotency_keys"); n != "1" {
 		t.Errorf("%s records, want 1", n)
 	}
 }
