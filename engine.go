@@ -1,6 +1,7 @@
 package idempotency
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -13,64 +14,47 @@ import (
 	"github.com/paidonce/idempotency/internal/deadline"
 )
 
-// Defaults of [Options].
+// Limits of [Options].
 const (
-	HandlerTimeoutDefault  = 10 * time.Second
-	CommitTimeoutDefault   = 5 * time.Second
-	RollbackTimeoutDefault = 2 * time.Second
-	ResolveTimeoutDefault  = 8 * time.Second
-	TTLDefault             = 24 * time.Hour
-	TTLMin                 = time.Second
-	RestartsDefault        = 3
-	InFlightMaxDefault     = 512
-	ServiceBytesMax        = 255 // of Options.Service
+	TTLMin          = time.Second
+	ServiceBytesMax = 255 // of Options.Service
 )
 
 // ErrInFlightMax is why a request was refused when [Options.InFlightMax] others were in flight.
 var ErrInFlightMax = errors.New("too many requests in flight")
 
-// Options tune an [Engine]. Nil and the zero value are the defaults, which are the safest.
+// Options tune an [Engine]. Nil and the zero value are the defaults, which are the safest. A
+// negative value turns something off if its comment says so, and panics otherwise.
 type Options struct {
-	// HandlerTimeout bounds the claim and all runs of the handler together. When it is over the handler's context ends,
-	// and with it what the handler has under way in the database; what the handler then answers counts if it is to be
-	// recorded, and is unavailable otherwise. The default is [HandlerTimeoutDefault].
-	HandlerTimeout time.Duration
-
-	// CommitTimeout bounds the record and COMMIT, on a context of their own. When it is over the store is asked what
-	// became of them. The default is [CommitTimeoutDefault].
-	CommitTimeout time.Duration
-
-	// ResolveTimeout bounds the look for a COMMIT whose reply was lost, on a context of its own. When it is over the
-	// outcome is unknown, and a retry looks again. The default is [ResolveTimeoutDefault].
-	ResolveTimeout time.Duration
-
-	// RollbackTimeout bounds ROLLBACK; after it the connection is closed, which has the same effect. The default is
-	// [RollbackTimeoutDefault].
-	RollbackTimeout time.Duration
-
-	// Wait is how long a request whose key is in progress waits for the answer of the attempt that has it, before it is
-	// answered in-progress; counted from its arrival, and at most [WaitMax]. While it waits it holds no connection: of all
-	// requests of a process with one key, one at a time asks the store. Where the attempt leaves no answer one of those
-	// that wait runs, with the whole of HandlerTimeout. A client that is gone ends the wait.
-	//
-	// It must be shorter than TTL and than what clients, balancers and the server have patience for: a server's WriteTimeout
-	// must exceed its ReadTimeout, Wait, HandlerTimeout, CommitTimeout and ResolveTimeout together. Requests that wait count
-	// for InFlightMax and may be half of it, so that a flood of duplicates leaves room for others; those above
-	// do not wait. Zero, the default, is never: a retry costs a request then, and no place.
-	Wait time.Duration
-
-	// TTL is how long a record counts, from its commit on. A retry that comes later runs again, so it must be longer than any client
-	// retries. The default is [TTLDefault], the least [TTLMin].
+	// TTL is how long a record counts, from its commit on. A retry that comes later runs again, so
+	// TTL must be longer than any client retries. At least 1 second. Defaults to 24 hours.
 	TTL time.Duration
 
-	// Restarts is how often a request is started again after a serialization failure or a lost race. Negative means never.
-	// The default is [RestartsDefault].
-	Restarts int
+	// Wait is how long a request waits for the answer of the attempt that holds its key, before it is
+	// answered in-progress; counted from its arrival, at most 1 minute ([WaitMax]). While it waits it
+	// holds no connection: of all requests of a process with one key, one at a time asks the store.
+	// If the attempt leaves no answer, one of the waiting requests runs, with the whole of
+	// Timeouts.Handler. A wait ends early if the client is gone.
+	//
+	// It must be shorter than TTL and than the patience of clients and balancers: a server's
+	// WriteTimeout must exceed its ReadTimeout, Wait and Timeouts.Handler, Commit and Resolve
+	// together. Waiting requests count for InFlightMax and may be half of it, so that a flood of
+	// duplicates leaves room for others; further ones do not wait. Defaults to 0: no request waits.
+	Wait time.Duration
 
-	// InFlightMax is how many requests may be past the reading of their body at once; what comes above it is refused
-	// as unavailable. Each holds a connection, or waits for one or for another attempt. Negative means no limit. The default is
-	// [InFlightMaxDefault].
-	InFlightMax int
+	// Disposition returns what an answer with this status means for the transaction. Defaults to
+	// [DefaultDisposition].
+	Disposition func(status int) Disposition
+
+	// Reduce returns the part of an answer that is recorded, if that is not all of it: a body may
+	// hold a one-time secret, for example. The first client gets the whole answer all the same, and
+	// retries get the recorded one. Reduce must not change the answer's header or body in place, and
+	// is called from many goroutines. If its result can't be recorded, the request is 500
+	// not-executed and the handler's writes are undone. Defaults to recording everything.
+	Reduce func(answer Answer) Answer
+
+	// Tracer gets all events. Defaults to none.
+	Tracer Tracer
 
 	// Service goes into every [DerivedKey], so that two services with the same scopes, keys and
 	// names derive different keys. It is at most 255 bytes ([ServiceBytesMax]) of UTF-8 without
@@ -82,38 +66,58 @@ type Options struct {
 	// change it.
 	Service string
 
-	// Reduce returns what is recorded of an answer, where that is not to be all of it: a one-time secret in a body, for
-	// example. The first client gets the whole answer all the same, and retries get what was recorded. It must not change
-	// the answer's header or body in place. It is called from many goroutines. A result that can't be recorded is 500
-	// not-executed, and the handler's writes are undone. The default records everything.
-	Reduce func(answer Answer) Answer
+	// Restarts is how often a request is started again after a serialization failure or a lost race.
+	// Negative means never. Defaults to 3.
+	Restarts int
 
-	// Disposition decides by the status what an answer means for the transaction. The default is [DefaultDisposition].
-	Disposition func(status int) Disposition
+	// InFlightMax is the maximum number of requests in progress, counted after their body is read.
+	// Further ones are refused as unavailable. Each holds a connection, or waits for one or for
+	// another attempt. Negative means no limit. Defaults to 512.
+	InFlightMax int
 
-	// Tracer is told of everything that happens. Nil tells nobody.
-	Tracer Tracer
+	// Timeouts bound the steps of a request.
+	Timeouts Timeouts
 }
 
-// full returns a copy of o in which nothing is left out. It panics on values that can't work.
+// Timeouts bound the steps of a request. Zero values are the defaults.
+type Timeouts struct {
+	// Handler bounds the claim and all runs of the handler together. Then the handler's context
+	// ends, and with it the handler's statement in the database. If the handler answers later, the
+	// answer counts if it is recorded, and is unavailable otherwise. Defaults to 10 seconds.
+	Handler time.Duration
+
+	// Commit bounds the record and COMMIT, on a context of their own. Then the store is asked for
+	// their outcome. Defaults to 5 seconds.
+	Commit time.Duration
+
+	// Resolve bounds the look for a COMMIT if its reply was lost, on a context of its own. Then the
+	// outcome is unknown, and a retry looks again. Defaults to 8 seconds.
+	Resolve time.Duration
+
+	// Rollback bounds ROLLBACK. Then the connection is closed, which has the same effect. Defaults
+	// to 2 seconds.
+	Rollback time.Duration
+}
+
+// full returns a copy of o with every default filled in. It panics on values that can't work.
 func (o *Options) full() Options {
 	var full Options
 	if o != nil {
 		full = *o
 	}
-	setDefault(&full.HandlerTimeout, HandlerTimeoutDefault)
-	setDefault(&full.CommitTimeout, CommitTimeoutDefault)
-	setDefault(&full.RollbackTimeout, RollbackTimeoutDefault)
-	setDefault(&full.ResolveTimeout, ResolveTimeoutDefault)
-	setDefault(&full.TTL, TTLDefault)
-	setDefault(&full.Restarts, RestartsDefault)
-	setDefault(&full.InFlightMax, InFlightMaxDefault)
+	t := &full.Timeouts
+	t.Handler = cmp.Or(t.Handler, 10*time.Second)
+	t.Commit = cmp.Or(t.Commit, 5*time.Second)
+	t.Resolve = cmp.Or(t.Resolve, 8*time.Second)
+	t.Rollback = cmp.Or(t.Rollback, 2*time.Second)
+	full.TTL = cmp.Or(full.TTL, 24*time.Hour)
+	full.Restarts = cmp.Or(full.Restarts, 3)
+	full.InFlightMax = cmp.Or(full.InFlightMax, 512)
 	if full.Disposition == nil {
 		full.Disposition = DefaultDisposition
 	}
 	for name, value := range map[string]time.Duration{
-		"HandlerTimeout": full.HandlerTimeout, "CommitTimeout": full.CommitTimeout, "RollbackTimeout": full.RollbackTimeout,
-		"ResolveTimeout": full.ResolveTimeout, "Wait": full.Wait,
+		"Timeouts.Handler": t.Handler, "Timeouts.Commit": t.Commit, "Timeouts.Resolve": t.Resolve, "Timeouts.Rollback": t.Rollback, "Wait": full.Wait,
 	} {
 		if value < 0 {
 			panic(fmt.Sprintf("idempotency: Options.%s is %v: it must not be negative", name, value))
@@ -143,13 +147,6 @@ func validateService(service string) error {
 		return errors.New("contains a NUL")
 	}
 	return nil
-}
-
-func setDefault[T comparable](field *T, value T) {
-	var zero T
-	if *field == zero {
-		*field = value
-	}
 }
 
 // BudgetChecker is implemented by a [Store] whose own timeouts must fit the engine's. [NewEngine] asks it.
@@ -183,7 +180,7 @@ func (e *Engine) With(opts *Options) *Engine { return newEngine(e.store, opts, e
 func newEngine(store Store, opts *Options, inFlight *atomic.Int64, lines *lines) *Engine {
 	e := &Engine{store: store, options: opts.full(), inFlight: inFlight, lines: lines}
 	if checker, ok := store.(BudgetChecker); ok {
-		if err := checker.CheckBudget(e.options.HandlerTimeout, e.options.CommitTimeout); err != nil {
+		if err := checker.CheckBudget(e.options.Timeouts.Handler, e.options.Timeouts.Commit); err != nil {
 			panic("idempotency: " + err.Error())
 		}
 	}
@@ -249,7 +246,7 @@ type Result struct {
 // Read it together with decide in decision.go: this method finds the facts in their order, and that
 // table says what follows from each.
 func (e *Engine) Do(ctx context.Context, req Request, run RunFunc) (result Result) {
-	setDefault(&req.TTL, e.options.TTL)
+	req.TTL = cmp.Or(req.TTL, e.options.TTL)
 	if !validTraceID(req.TraceID) {
 		req.TraceID = ""
 	}
@@ -324,7 +321,7 @@ func (e *Engine) attempts(ctx context.Context, req *Request, run RunFunc, trace 
 		derived = &bounds.derived
 	}
 	budget := &bounds.budget
-	budget.Start(&bounds.parent, e.options.HandlerTimeout)
+	budget.Start(&bounds.parent, e.options.Timeouts.Handler)
 	defer budget.End()
 	past := past{derived: derived}
 	for restarts := 0; ; restarts++ {
@@ -367,7 +364,7 @@ func (e *Engine) attempt(ctx context.Context, budget *deadline.Context, req *Req
 	rollback := func() error {
 		open = false
 		started := trace.now()
-		bounded := deadline.After(ctx, e.options.RollbackTimeout)
+		bounded := deadline.After(ctx, e.options.Timeouts.Rollback)
 		defer bounded.End()
 		err := attempt.Rollback(bounded)
 		trace.step(StepRollback, started, err)
@@ -415,18 +412,18 @@ func (e *Engine) attempt(ctx context.Context, budget *deadline.Context, req *Req
 	case disposition != DispositionForget:
 		recorded, failed = e.reduce(answer)
 	case budget.Err() != nil:
-		failed = errors.Join(failed, fmt.Errorf("%w than %v", errHandlerTimeout, e.options.HandlerTimeout))
+		failed = errors.Join(failed, fmt.Errorf("%w than %v", errHandlerTimeout, e.options.Timeouts.Handler))
 	}
 	fact := factAfterHandler(sealed, failed, disposition)
 	switch decide(fact).action {
 	case actionCommit:
 		open = false
-		bounds.end.Start(ctx, e.options.CommitTimeout)
+		bounds.end.Start(ctx, e.options.Timeouts.Commit)
 		err = end(&bounds.end, attempt.Commit, recorded, StepCommit, trace)
 		fact = factAfterCommit(req, err)
 	case actionDecline:
 		open = false
-		bounds.end.Start(ctx, e.options.CommitTimeout)
+		bounds.end.Start(ctx, e.options.Timeouts.Commit)
 		err = end(&bounds.end, attempt.Decline, recorded, StepDecline, trace)
 		fact = factAfterDecline(err)
 	case actionForget:
@@ -479,7 +476,7 @@ func end(ctx *deadline.Context, end func(context.Context, *Answer) error, answer
 // lost it.
 func (e *Engine) resolve(ctx context.Context, req *Request, disposition Disposition, lost error, trace *trace) (fact, *Record, error) {
 	started := trace.now()
-	bounded := deadline.After(ctx, e.options.ResolveTimeout)
+	bounded := deadline.After(ctx, e.options.Timeouts.Resolve)
 	defer bounded.End()
 	record, err := e.store.Resolve(bounded, req)
 	trace.step(StepResolve, started, err)

@@ -25,7 +25,7 @@ func TestRecordedKeyIsNeverCalledNotExecuted(t *testing.T) {
 		turns []turn
 	}{
 		"the restarts are spent":  {idempotency.Options{Restarts: -1}, []turn{lost}},
-		"the time is over":        {idempotency.Options{HandlerTimeout: time.Nanosecond}, []turn{lost}},
+		"the time is over":        {idempotency.Options{Timeouts: idempotency.Timeouts{Handler: time.Nanosecond}}, []turn{lost}},
 		"the store is gone":       {idempotency.Options{}, []turn{lost, {begin: idempotency.ErrUnavailable}}},
 		"then a serialization":    {idempotency.Options{Restarts: 1}, []turn{lost, {begin: idempotency.ErrSerialization}}},
 		"then an unknown failure": {idempotency.Options{}, []turn{lost, {begin: errOther}}},
@@ -124,7 +124,7 @@ func TestTraceIDThatCannotBeRecordedIsLeftOut(t *testing.T) {
 func TestTimeoutHidesNoPanic(t *testing.T) {
 	t.Parallel()
 	cause := errors.New("cause")
-	engine := idempotency.NewEngine(scripted(turn{}), &idempotency.Options{HandlerTimeout: time.Millisecond})
+	engine := idempotency.NewEngine(scripted(turn{}), &idempotency.Options{Timeouts: idempotency.Timeouts{Handler: time.Millisecond}})
 	result := engine.Do(t.Context(), keyed("k"), func(ctx context.Context) (*idempotency.Answer, error) {
 		<-ctx.Done()
 		panic(cause)
@@ -310,7 +310,7 @@ func TestReduceIsRecordedAndNotAnswered(t *testing.T) {
 func TestResolveHasItsOwnTime(t *testing.T) {
 	t.Parallel()
 	store := scripted(turn{end: idempotency.ErrUnknown, resolved: ours})
-	options := &idempotency.Options{HandlerTimeout: time.Nanosecond, CommitTimeout: time.Nanosecond, ResolveTimeout: time.Hour}
+	options := &idempotency.Options{Timeouts: idempotency.Timeouts{Handler: time.Nanosecond, Commit: time.Nanosecond, Resolve: time.Hour}}
 	ctx, cancel := context.WithCancel(t.Context())
 	run := func(context.Context) (*idempotency.Answer, error) {
 		cancel()
@@ -343,18 +343,24 @@ func TestWiringMistakesPanic(t *testing.T) {
 		make func()
 		want string // what the panic says; empty where there is none
 	}{
-		"no store":               {func() { idempotency.NewEngine(nil, nil) }, "needs a Store"},
-		"negative handler time":  {func() { idempotency.NewEngine(store, &idempotency.Options{HandlerTimeout: -1}) }, "HandlerTimeout"},
-		"negative commit time":   {func() { idempotency.NewEngine(store, &idempotency.Options{CommitTimeout: -1}) }, "CommitTimeout"},
-		"negative rollback time": {func() { idempotency.NewEngine(store, &idempotency.Options{RollbackTimeout: -1}) }, "RollbackTimeout"},
-		"TTL under the least":    {func() { idempotency.NewEngine(store, &idempotency.Options{TTL: time.Second - 1}) }, "TTL"},
-		"least TTL":              {func() { idempotency.NewEngine(store, &idempotency.Options{TTL: time.Second}) }, ""},
-		"budget of the store":    {func() { idempotency.NewEngine(pickyStore{store}, &idempotency.Options{HandlerTimeout: time.Minute}) }, ""},
+		"no store": {func() { idempotency.NewEngine(nil, nil) }, "needs a Store"},
+		"negative handler time": {func() {
+			idempotency.NewEngine(store, &idempotency.Options{Timeouts: idempotency.Timeouts{Handler: -1}})
+		}, "Timeouts.Handler"},
+		"negative commit time": {func() { idempotency.NewEngine(store, &idempotency.Options{Timeouts: idempotency.Timeouts{Commit: -1}}) }, "Timeouts.Commit"},
+		"negative rollback time": {func() {
+			idempotency.NewEngine(store, &idempotency.Options{Timeouts: idempotency.Timeouts{Rollback: -1}})
+		}, "Timeouts.Rollback"},
+		"TTL under the least": {func() { idempotency.NewEngine(store, &idempotency.Options{TTL: time.Second - 1}) }, "TTL"},
+		"least TTL":           {func() { idempotency.NewEngine(store, &idempotency.Options{TTL: time.Second}) }, ""},
+		"budget of the store": {func() {
+			idempotency.NewEngine(pickyStore{store}, &idempotency.Options{Timeouts: idempotency.Timeouts{Handler: time.Minute}})
+		}, ""},
 		"over the store's budget": {func() {
-			idempotency.NewEngine(pickyStore{store}, &idempotency.Options{HandlerTimeout: time.Minute + 1})
+			idempotency.NewEngine(pickyStore{store}, &idempotency.Options{Timeouts: idempotency.Timeouts{Handler: time.Minute + 1}})
 		}, "raise the timeout"},
 		"a relative over the store's budget": {func() {
-			idempotency.NewEngine(pickyStore{store}, nil).With(&idempotency.Options{HandlerTimeout: time.Hour})
+			idempotency.NewEngine(pickyStore{store}, nil).With(&idempotency.Options{Timeouts: idempotency.Timeouts{Handler: time.Hour}})
 		}, "raise the timeout"},
 	} {
 		func() {

@@ -382,7 +382,7 @@ func TestRestartsHaveABudget(t *testing.T) {
 func TestRestartsEndWithTheTimeout(t *testing.T) {
 	t.Parallel()
 	store := scripted(turn{end: idempotency.ErrSerialization})
-	engine := idempotency.NewEngine(store, &idempotency.Options{HandlerTimeout: time.Millisecond, Restarts: 1 << 30})
+	engine := idempotency.NewEngine(store, &idempotency.Options{Timeouts: idempotency.Timeouts{Handler: time.Millisecond}, Restarts: 1 << 30})
 	result := engine.Do(t.Context(), keyed("k"), func(ctx context.Context) (*idempotency.Answer, error) {
 		<-ctx.Done()
 		return &idempotency.Answer{Status: 201}, nil
@@ -447,7 +447,7 @@ func TestHandlerContext(t *testing.T) {
 	ctx, cancel := context.WithCancel(context.WithValue(t.Context(), contextKey{}, "value"))
 	cancel()
 	store := scripted(turn{end: idempotency.ErrSerialization}, turn{})
-	engine := idempotency.NewEngine(store, &idempotency.Options{HandlerTimeout: time.Hour, CommitTimeout: time.Minute})
+	engine := idempotency.NewEngine(store, &idempotency.Options{Timeouts: idempotency.Timeouts{Handler: time.Hour, Commit: time.Minute}})
 	var first time.Time
 	var attempts []idempotency.AttemptID
 	result := engine.Do(ctx, keyed("k"), func(ctx context.Context) (*idempotency.Answer, error) {
@@ -506,7 +506,7 @@ func TestHandlerTimeout(t *testing.T) {
 		500: {"begin seal rollback", idempotency.OutcomeNotExecuted, idempotency.ReasonUnavailable},
 	} {
 		store := scripted(turn{})
-		engine := idempotency.NewEngine(store, &idempotency.Options{HandlerTimeout: time.Millisecond})
+		engine := idempotency.NewEngine(store, &idempotency.Options{Timeouts: idempotency.Timeouts{Handler: time.Millisecond}})
 		result := engine.Do(t.Context(), keyed("k"), func(ctx context.Context) (*idempotency.Answer, error) {
 			<-ctx.Done()
 			if !errors.Is(ctx.Err(), context.DeadlineExceeded) {
@@ -518,9 +518,9 @@ func TestHandlerTimeout(t *testing.T) {
 			t.Errorf("%d: %s, %s, %q; want %s, %s, %q", status, store.log(), result.Outcome, result.Reason, want.steps, want.outcome, want.reason)
 		}
 		deadline, ok := store.ends[0].Deadline()
-		least := idempotency.RollbackTimeoutDefault
+		least := 2 * time.Second
 		if status != 500 {
-			least = idempotency.CommitTimeoutDefault
+			least = 5 * time.Second
 		}
 		if left := time.Until(deadline); !ok || left > least || left < least/2 {
 			t.Errorf("%d: the end has %v, want %v", status, left, least)
@@ -583,7 +583,7 @@ func TestDispositionIsThePolicys(t *testing.T) {
 func TestOptions(t *testing.T) {
 	t.Parallel()
 	got := idempotency.NewEngine(scripted(turn{}), nil).Options()
-	if got.HandlerTimeout != 10*time.Second || got.CommitTimeout != 5*time.Second || got.RollbackTimeout != 2*time.Second ||
+	if got.Timeouts.Handler != 10*time.Second || got.Timeouts.Commit != 5*time.Second || got.Timeouts.Rollback != 2*time.Second ||
 		got.TTL != 24*time.Hour || got.Restarts != 3 || got.InFlightMax != 512 || got.Disposition == nil || got.Tracer != nil {
 		t.Errorf("defaults: %+v", got)
 	}

@@ -80,7 +80,7 @@ func (m *model) do(req modelRequest) (result modelResult) {
 	unavailable := modelResult{outcome: idempotency.OutcomeNotExecuted, reason: idempotency.ReasonUnavailable}
 	failed := modelResult{outcome: idempotency.OutcomeNotExecuted, reason: idempotency.ReasonHandlerFailed}
 	unknown := modelResult{outcome: idempotency.OutcomeUnknown, reason: idempotency.ReasonOutcomeUnknown}
-	attempts, recorded := idempotency.RestartsDefault+1, false
+	attempts, recorded := 3+1, false
 	for ; attempts > 0; attempts-- {
 		switch fault(idempotency.StepClaim) {
 		case nil:

@@ -21,7 +21,7 @@ import (
 func TestHandlersTimeBeginsWithItsAttempt(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
-		b := setupWait(t, nil, func(o *idempotency.Options) { o.HandlerTimeout = 6 * time.Second })
+		b := setupWait(t, nil, func(o *idempotency.Options) { o.Timeouts.Handler = 6 * time.Second })
 		hold := func(ctx context.Context) (*idempotency.Answer, error) {
 			deadline, _ := ctx.Deadline()
 			if left := time.Until(deadline); left != 6*time.Second {

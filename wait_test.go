@@ -223,7 +223,7 @@ func TestOneOfThoseThatWaitRunsWhereTheFirstLeavesNothing(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
 			synctest.Test(t, func(t *testing.T) {
-				b := setupWait(t, nil, func(o *idempotency.Options) { o.HandlerTimeout = 5 * time.Second })
+				b := setupWait(t, nil, func(o *idempotency.Options) { o.Timeouts.Handler = 5 * time.Second })
 				released := make(chan struct{})
 				first := b.send(t.Context(), keyed("k"), func(ctx context.Context) (*idempotency.Answer, error) {
 					<-released
@@ -350,7 +350,7 @@ func TestEachRequestHasItsOwnWait(t *testing.T) {
 		b := setupWait(t, nil)
 		patient := b.engine.With(&idempotency.Options{Wait: 3 * waitFor})
 		hasty := b.engine.With(&idempotency.Options{Wait: time.Second})
-		elsewhere := idempotency.NewEngine(b.store.Store, &idempotency.Options{HandlerTimeout: time.Hour})
+		elsewhere := idempotency.NewEngine(b.store.Store, &idempotency.Options{Timeouts: idempotency.Timeouts{Handler: time.Hour}})
 		run, release := blocking(201)
 		b.sendTo(t.Context(), elsewhere, keyed("k"), run)
 		leader := b.send(t.Context(), keyed("k"), answering(201))

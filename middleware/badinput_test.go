@@ -343,7 +343,7 @@ func TestTimeoutHandlerOutside(t *testing.T) {
 func TestHandlerTimeout(t *testing.T) {
 	t.Parallel()
 	slow := true
-	b := setup(t, setupOptions{middleware: &middleware.Options{Engine: idempotency.Options{HandlerTimeout: 200 * time.Millisecond}}}, func(w http.ResponseWriter, r *http.Request) {
+	b := setup(t, setupOptions{middleware: &middleware.Options{Timeouts: idempotency.Timeouts{Handler: 200 * time.Millisecond}}}, func(w http.ResponseWriter, r *http.Request) {
 		if slow {
 			<-r.Context().Done()
 		}

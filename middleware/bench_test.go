@@ -53,7 +53,7 @@ func BenchmarkRecorder(b *testing.B) {
 			outer := http.Header{"X-Request-Id": {"1"}}
 			b.ReportAllocs()
 			for b.Loop() {
-				w := newRecorder(outer, AnswerBytesMaxDefault)
+				w := newRecorder(outer, 1<<20)
 				w.Header().Set("Content-Type", "application/json")
 				w.Header().Set("Location", "/transfers/1")
 				w.WriteHeader(http.StatusCreated)

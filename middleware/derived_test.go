@@ -123,8 +123,8 @@ func TestServiceNamesItsDerivedKeys(t *testing.T) {
 	t.Parallel()
 	keys := map[string]bool{}
 	for _, service := range []string{"", "orders", "refunds"} {
-		b := setup(t, setupOptions{middleware: &middleware.Options{Engine: idempotency.Options{Service: service}}, mount: func(idem *middleware.Middleware, handler http.Handler) http.Handler {
-			return idem.With(func(o *middleware.Options) { o.Engine.TTL = time.Hour }).Handler(handler)
+		b := setup(t, setupOptions{middleware: &middleware.Options{Service: service}, mount: func(idem *middleware.Middleware, handler http.Handler) http.Handler {
+			return idem.With(func(o *middleware.Options) { o.TTL = time.Hour }).Handler(handler)
 		}}, func(w http.ResponseWriter, r *http.Request) {
 			keys[idempotency.DerivedKey(r.Context(), "charge")] = true
 			transfer(w, r)

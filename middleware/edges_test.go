@@ -61,7 +61,7 @@ func (t *tracer) TraceRefused(_ context.Context, data idempotency.Refused) {
 func TestTracerIsToldOfRefusals(t *testing.T) {
 	t.Parallel()
 	told := &tracer{}
-	b := setup(t, setupOptions{middleware: &middleware.Options{BodyBytesMax: 10, Engine: idempotency.Options{Tracer: told}}}, transfer)
+	b := setup(t, setupOptions{middleware: &middleware.Options{BodyBytesMax: 10, Tracer: told}}, transfer)
 	for i, got := range []reply{
 		b.post(t, "/", "{}"),
 		b.post(t, "/", "{}", "Idempotency-Key", "canary canary"),
@@ -233,11 +233,11 @@ func TestRoutesShareTheInFlightCap(t *testing.T) {
 	entered, release := make(chan struct{}), make(chan struct{})
 	var inFlight func() int
 	b := setup(t, setupOptions{
-		middleware: &middleware.Options{Engine: idempotency.Options{InFlightMax: 1}},
+		middleware: &middleware.Options{InFlightMax: 1},
 		mount: func(idem *middleware.Middleware, handler http.Handler) http.Handler {
 			mux := http.NewServeMux()
 			mux.Handle("/one", idem.Handler(handler))
-			mux.Handle("/other", idem.With(func(o *middleware.Options) { o.Engine.TTL = time.Hour }).Handler(handler))
+			mux.Handle("/other", idem.With(func(o *middleware.Options) { o.TTL = time.Hour }).Handler(handler))
 			inFlight = idem.InFlight
 			return mux
 		},

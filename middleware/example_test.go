@@ -63,7 +63,7 @@ func ExampleMiddleware_With() {
 	idem := middleware.New(memory.New(nil), exampleAccount, nil)
 	optional := idem.With(func(o *middleware.Options) {
 		o.Optional = true
-		o.Engine.TTL = time.Hour
+		o.TTL = time.Hour
 	})
 	mux := http.NewServeMux()
 	mux.Handle("POST /transfers", idem.Handler(subscribe))
@@ -118,7 +118,7 @@ func ExampleOptions_fingerprints() {
 func ExampleOptions_wait() {
 	running, finish := make(chan struct{}), make(chan struct{})
 	idem := middleware.New(memory.New(nil), exampleAccount, nil)
-	transfers := idem.With(func(o *middleware.Options) { o.Engine.Wait = 5 * time.Second })
+	transfers := idem.With(func(o *middleware.Options) { o.Wait = 5 * time.Second })
 	handler := transfers.Handler(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
 		close(running)
 		<-finish

@@ -157,7 +157,7 @@ func cleanValue(value string) string {
 // a one-time password: of an answer its status and its Location are recorded. The first client gets all of it; a retry
 // gets status and Location, and an empty body.
 //
-//	passwords := idem.With(func(o *middleware.Options) { o.Engine.Reduce = middleware.StatusAndLocation })
+//	passwords := idem.With(func(o *middleware.Options) { o.Reduce = middleware.StatusAndLocation })
 func StatusAndLocation(answer idempotency.Answer) idempotency.Answer {
 	reduced := idempotency.Answer{Status: answer.Status}
 	if location := answer.Header["Location"]; len(location) > 0 {

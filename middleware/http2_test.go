@@ -49,7 +49,7 @@ func TestHTTP2StreamsOfOneConnection(t *testing.T) {
 	t.Parallel()
 	entered, release := make(chan struct{}), make(chan struct{})
 	var once sync.Once
-	b, conns := setupHTTP2(t, setupOptions{middleware: &middleware.Options{Engine: idempotency.Options{Wait: 30 * time.Second}}}, func(w http.ResponseWriter, r *http.Request) {
+	b, conns := setupHTTP2(t, setupOptions{middleware: &middleware.Options{Wait: 30 * time.Second}}, func(w http.ResponseWriter, r *http.Request) {
 		if r.ProtoMajor != 2 {
 			t.Errorf("%s", r.Proto)
 		}

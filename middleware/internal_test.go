@@ -128,7 +128,7 @@ func TestOptionsThatCannotWorkPanic(t *testing.T) {
 		{RecordHeaders: []string{"access-control-allow-origin"}}, {RecordHeaders: []string{"www-authenticate"}},
 		{Fingerprints: []Fingerprint{{Version: 99, Content: own}}}, {Fingerprints: []Fingerprint{{Version: 100}}}, {Fingerprints: []Fingerprint{{Version: 1, Content: own}}},
 		{Fingerprints: []Fingerprint{FingerprintV1(), FingerprintV1()}},
-		{Engine: idempotency.Options{TTL: 1}}, {Engine: idempotency.Options{HandlerTimeout: -1}},
+		{TTL: 1}, {Timeouts: idempotency.Timeouts{Handler: -1}},
 	} {
 		if text := panics(func() { New(stubStore{}, scope, opts) }); !strings.HasPrefix(text, "idempotency") {
 			t.Errorf("%+v: %q", opts, text)
@@ -183,7 +183,7 @@ func TestEveryProblemIsDescribed(t *testing.T) {
 func TestRouteIsTheRouters(t *testing.T) {
 	t.Parallel()
 	heard := &routes{}
-	idem := New(memory.New(nil), func(*http.Request) (string, error) { return "acme", nil }, &Options{Engine: idempotency.Options{Tracer: heard}})
+	idem := New(memory.New(nil), func(*http.Request) (string, error) { return "acme", nil }, &Options{Tracer: heard})
 	answer := http.HandlerFunc(func(http.ResponseWriter, *http.Request) {})
 	mux := http.NewServeMux()
 	mux.Handle("POST /transfers/{id}", idem.Handler(answer))

@@ -118,7 +118,7 @@ func TestNoCanaryInLogsMetricsAndErrors(t *testing.T) {
 			BodyBytesMax: 1000,
 			Quota:        middleware.Quota{KeysMax: 100},
 			Logger:       slog.New(slog.NewJSONHandler(logs, &slog.HandlerOptions{Level: slog.LevelDebug})),
-			Engine:       idempotency.Options{Tracer: told, ResolveTimeout: 300 * time.Millisecond},
+			Tracer:       told, Timeouts: idempotency.Timeouts{Resolve: 300 * time.Millisecond},
 			AuthorizeReplay: func(r *http.Request, _ *idempotency.Record) error {
 				if r.Header.Get("Revoked") != "" {
 					return errors.New(thrown)
@@ -147,7 +147,7 @@ func TestNoCanaryInLogsMetricsAndErrors(t *testing.T) {
 			_, _ = tx.Exec(r.Context(), "DO $$ BEGIN RAISE EXCEPTION '"+thrown+"' USING DETAIL = '"+thrown+"', HINT = '"+thrown+"'; END $$")
 			return
 		case "/long":
-			_, _ = io.WriteString(w, strings.Repeat(answer, middleware.AnswerBytesMaxDefault/len(answer)+1))
+			_, _ = io.WriteString(w, strings.Repeat(answer, (1<<20)/len(answer)+1))
 			return
 		case "/header":
 			w.Header().Set("Etag", strings.Repeat(answer, idempotency.HeaderBytesMax/len(answer)+1))

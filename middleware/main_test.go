@@ -157,6 +157,9 @@ func (b *testBundle) send(t *testing.T, method, path string, body io.Reader, hea
 	return read(t, response)
 }
 
+// problemBase is the default of Options.ProblemBase.
+const problemBase = "https://github.com/paidonce/idempotency/blob/main/docs/problems.md#"
+
 func read(t *testing.T, response *http.Response) reply {
 	t.Helper()
 	defer func() { _ = response.Body.Close() }()
@@ -165,7 +168,7 @@ func read(t *testing.T, response *http.Response) reply {
 		t.Fatal(err)
 	}
 	r := reply{status: response.StatusCode, header: response.Header, body: string(body), outcome: response.Header.Get("Idempotency-Status")}
-	if response.Header.Get("Content-Type") == "application/problem+json" && strings.Contains(r.body, middleware.ProblemBaseDefault) {
+	if response.Header.Get("Content-Type") == "application/problem+json" && strings.Contains(r.body, problemBase) {
 		var document struct {
 			Type, Title, Detail string
 			Status              int
@@ -173,7 +176,7 @@ func read(t *testing.T, response *http.Response) reply {
 		if err := json.Unmarshal(body, &document); err != nil {
 			t.Fatal(err)
 		}
-		r.problem = strings.TrimPrefix(document.Type, middleware.ProblemBaseDefault)
+		r.problem = strings.TrimPrefix(document.Type, problemBase)
 		if document.Status != r.status || document.Title == "" || document.Detail == "" {
 			t.Errorf("problem document %s with status %d", r.body, r.status)
 		}

@@ -58,10 +58,8 @@ func (m *Middleware) With(change func(o *Options)) *Middleware {
 }
 
 func newMiddleware(engine *idempotency.Engine, scope ScopeFunc, o Options, quota *quota) *Middleware {
-	// These stay the caller's: engine() wraps them, and With would wrap the wrapped ones.
-	disposition, reduce := o.Engine.Disposition, o.Engine.Reduce
-	o.Engine = engine.Options() // so that With shows those in force
-	o.Engine.Disposition, o.Engine.Reduce = disposition, reduce
+	in := engine.Options() // so that With shows the options in force
+	o.TTL, o.Disposition, o.Restarts, o.InFlightMax, o.Timeouts = in.TTL, in.Disposition, in.Restarts, in.InFlightMax, in.Timeouts
 	m := &Middleware{engine: engine, scope: scope, options: o, headers: map[string]bool{}, quota: quota}
 	for _, name := range append(RecordedHeaders(), o.RecordHeaders...) {
 		m.headers[http.CanonicalHeaderKey(name)] = true
@@ -236,7 +234,7 @@ func (m *Middleware) refuse(w http.ResponseWriter, r *http.Request, reason idemp
 }
 
 func (m *Middleware) traceRefused(r *http.Request, reason idempotency.Reason, err error, status *StatusError) {
-	if tracer := m.options.Engine.Tracer; tracer != nil {
+	if tracer := m.options.Tracer; tracer != nil {
 		defer func() { // as in the engine, a Tracer's panic does not affect the request
 			if value := recover(); value != nil {
 				m.options.Logger.LogAttrs(r.Context(), slog.LevelError, "idempotency: a Tracer panicked",

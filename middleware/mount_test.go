@@ -32,7 +32,7 @@ func here() string {
 func TestMountedTwiceNamesBothMounts(t *testing.T) {
 	t.Parallel()
 	keepAll := func(o *middleware.Options) {
-		o.Engine.Disposition = func(int) idempotency.Disposition { return idempotency.DispositionCommit }
+		o.Disposition = func(int) idempotency.Disposition { return idempotency.DispositionCommit }
 	}
 	var outer, inner string // the lines of the two
 	for name, mount := range map[string]func(idem *middleware.Middleware, h http.Handler) http.Handler{
@@ -44,7 +44,7 @@ func TestMountedTwiceNamesBothMounts(t *testing.T) {
 		},
 		"with other options": func(idem *middleware.Middleware, h http.Handler) http.Handler {
 			inner = here()
-			within := idem.With(func(o *middleware.Options) { o.Engine.TTL = time.Hour }).Handler(h)
+			within := idem.With(func(o *middleware.Options) { o.TTL = time.Hour }).Handler(h)
 			outer = here()
 			return idem.With(keepAll).Handler(within)
 		},

@@ -1,9 +1,11 @@
 package middleware
 
 import (
+	"cmp"
 	"context"
 	"fmt"
 	"log/slog"
+	"maps"
 	"net/http"
 	"net/url"
 	"slices"
@@ -13,33 +15,58 @@ import (
 	"github.com/paidonce/idempotency"
 )
 
-// Defaults of [Options].
-const (
-	BodyBytesMaxDefault   = 1 << 20
-	AnswerBytesMaxDefault = 1 << 20
-	RetryAfterDefault     = time.Second
-	ProblemBaseDefault    = "https://github.com/paidonce/idempotency/blob/main/docs/problems.md#"
-)
-
-// Options tune a [Middleware]. Nil and the zero value are the defaults, which are the safest.
+// Options tune a [Middleware]. Nil and the zero value are the defaults, which are the safest. A
+// negative value turns something off if its comment says so, and panics otherwise.
 type Options struct {
-	// Engine are the engine's options: the TTL of a record, the disposition of an answer, whether a
-	// duplicate waits for the answer, the maximum number of requests in flight, the service's name
-	// in derived keys.
-	Engine idempotency.Options
+	// TTL is how long a record counts. A retry that comes later runs again, so TTL must be longer
+	// than any client retries. Defaults to 24 hours.
+	TTL time.Duration
+
+	// Wait is how long a duplicate of a running request waits for its answer before it gets 409.
+	// Defaults to 0: it gets 409 at once. See [idempotency.Options.Wait] for the server's timeouts
+	// that must exceed it.
+	Wait time.Duration
+
+	// Disposition returns what an answer with this status means for the transaction. Defaults to
+	// [idempotency.DefaultDisposition]: 2xx and 3xx are committed, 4xx recorded without the
+	// handler's writes, and 5xx forgotten.
+	Disposition func(status int) idempotency.Disposition
+
+	// Reduce returns the part of an answer that is recorded, if that is not all of it: see
+	// [StatusAndLocation] and [idempotency.Options.Reduce]. Headers that are never recorded are
+	// dropped from its result. Defaults to recording everything.
+	Reduce func(answer idempotency.Answer) idempotency.Answer
+
+	// Tracer gets all events. Defaults to none.
+	Tracer idempotency.Tracer
+
+	// Service is the service's name in derived keys. All replicas and releases must have the same:
+	// read [idempotency.Options.Service] before you set it.
+	Service string
+
+	// Restarts is how often a request is started again after a serialization failure or a lost race.
+	// Negative means never. Defaults to 3.
+	Restarts int
+
+	// InFlightMax is the maximum number of requests in progress, counted after their body is read.
+	// Further ones get 503. Negative means no limit. Defaults to 512.
+	InFlightMax int
+
+	// Timeouts bound the handler (10 seconds by default), COMMIT and what follows if its reply is
+	// lost.
+	Timeouts idempotency.Timeouts
 
 	// Optional lets requests without a key through. Their handler gets its transaction, which commits with a 2xx or
 	// 3xx and is undone with everything else; nothing is recorded. A malformed key is still refused.
 	Optional bool
 
-	// KeyBytesMin and KeyBytesMax bound the key after unquoting. The defaults are 1 and idempotency.KeyBytesMax, which
-	// is also the most.
+	// KeyBytesMin and KeyBytesMax bound the key after unquoting. They default to 1 and 255, which is
+	// also the most ([idempotency.KeyBytesMax]).
 	KeyBytesMin int
 	KeyBytesMax int
 
-	// BodyBytesMax bounds the request's body, and AnswerBytesMax the answer's. A longer body is refused with 413; a
-	// longer answer fails the handler. Both are held in memory. The defaults are [BodyBytesMaxDefault] and
-	// [AnswerBytesMaxDefault].
+	// BodyBytesMax bounds the request's body, and AnswerBytesMax the answer's. A longer body gets
+	// 413; a longer answer fails the handler. Both are held in memory. Both default to 1 MiB.
 	BodyBytesMax   int64
 	AnswerBytesMax int
 
@@ -84,10 +111,11 @@ type Options struct {
 	// matched, which is empty if the middleware is mounted outside the router.
 	Route func(r *http.Request) string
 
-	// RetryAfter is what Retry-After tells clients, in full seconds. The default is [RetryAfterDefault].
+	// RetryAfter goes into the header Retry-After, in full seconds. Defaults to 1 second.
 	RetryAfter time.Duration
 
-	// ProblemBase is what the type of a problem document begins with. The default is [ProblemBaseDefault].
+	// ProblemBase is the beginning of a problem document's type. Defaults to the address of
+	// docs/problems.md in this project's repository, with "#" at its end.
 	ProblemBase string
 
 	// Logger gets failed handlers, unavailable databases and unknown outcomes, and once per route
@@ -145,12 +173,12 @@ func (o *Options) full() Options {
 	if o != nil {
 		full = *o
 	}
-	setDefault(&full.KeyBytesMin, 1)
-	setDefault(&full.KeyBytesMax, idempotency.KeyBytesMax)
-	setDefault(&full.BodyBytesMax, BodyBytesMaxDefault)
-	setDefault(&full.AnswerBytesMax, AnswerBytesMaxDefault)
-	setDefault(&full.RetryAfter, RetryAfterDefault)
-	setDefault(&full.ProblemBase, ProblemBaseDefault)
+	full.KeyBytesMin = cmp.Or(full.KeyBytesMin, 1)
+	full.KeyBytesMax = cmp.Or(full.KeyBytesMax, idempotency.KeyBytesMax)
+	full.BodyBytesMax = cmp.Or(full.BodyBytesMax, 1<<20)
+	full.AnswerBytesMax = cmp.Or(full.AnswerBytesMax, 1<<20)
+	full.RetryAfter = cmp.Or(full.RetryAfter, time.Second)
+	full.ProblemBase = cmp.Or(full.ProblemBase, "https://github.com/paidonce/idempotency/blob/main/docs/problems.md#")
 	if full.TraceID == nil {
 		full.TraceID = traceID
 	}
@@ -167,9 +195,6 @@ func (o *Options) full() Options {
 		panic("idempotency/middleware: Options.BodyBytesMax, AnswerBytesMax and RetryAfter must not be negative")
 	}
 	full.Quota = full.Quota.full()
-	if full.Engine.Disposition == nil {
-		full.Engine.Disposition = idempotency.DefaultDisposition
-	}
 	if len(full.Fingerprints) == 0 {
 		full.Fingerprints = []Fingerprint{FingerprintV1()}
 	}
@@ -191,11 +216,21 @@ func (o *Options) full() Options {
 	return full
 }
 
-func setDefault[T comparable](field *T, value T) {
-	var zero T
-	if *field == zero {
-		*field = value
+// engine returns the engine's options.
+func (o *Options) engine() *idempotency.Options {
+	engine := &idempotency.Options{
+		TTL: o.TTL, Wait: o.Wait, Disposition: o.Disposition, Tracer: o.Tracer, Service: o.Service,
+		Restarts: o.Restarts, InFlightMax: o.InFlightMax, Timeouts: o.Timeouts,
 	}
+	if o.Reduce != nil {
+		engine.Reduce = func(answer idempotency.Answer) idempotency.Answer {
+			reduced := o.Reduce(answer)
+			reduced.Header = maps.Clone(reduced.Header)
+			maps.DeleteFunc(reduced.Header, func(name string, _ []string) bool { return neverRecorded(http.CanonicalHeaderKey(name)) })
+			return reduced
+		}
+	}
+	return engine
 }
 
 // traceID takes the trace id from a traceparent header: version, 32 hexadecimal digits, parent, flags.

@@ -95,17 +95,15 @@ func newPanics(t *testing.T, h *trap, wait time.Duration) *panics {
 	t.Helper()
 	p := &panics{trap: h, waits: wait != 0, held: make(chan struct{}), released: make(chan struct{})}
 	options := &middleware.Options{
-		Engine: idempotency.Options{
-			Wait:   wait,
-			Tracer: h,
-			Reduce: func(a idempotency.Answer) idempotency.Answer {
-				h.spring("reduce")
-				return a
-			},
-			Disposition: func(status int) idempotency.Disposition {
-				h.spring("disposition")
-				return idempotency.DefaultDisposition(status)
-			},
+		Wait:   wait,
+		Tracer: h,
+		Reduce: func(a idempotency.Answer) idempotency.Answer {
+			h.spring("reduce")
+			return a
+		},
+		Disposition: func(status int) idempotency.Disposition {
+			h.spring("disposition")
+			return idempotency.DefaultDisposition(status)
 		},
 		AuthorizeReplay: func(*http.Request, *idempotency.Record) error {
 			h.spring("authorize")

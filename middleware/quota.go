@@ -1,21 +1,14 @@
 package middleware
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
 	"hash/maphash"
-	"maps"
-	"net/http"
 	"sync"
 	"time"
 
 	"github.com/paidonce/idempotency"
-)
-
-// Defaults of [Quota].
-const (
-	QuotaWindowDefault    = time.Hour
-	QuotaScopesMaxDefault = 100_000
 )
 
 // Quota bounds how many keys a scope may record, so that no account floods the table. A request with a new key over it
@@ -31,15 +24,15 @@ type Quota struct {
 	// KeysMax is how many keys a scope may record per Window. Zero is no quota.
 	KeysMax int
 
-	// Window is how long a scope's count goes on. It begins with the scope's first key; when it is over the count begins
-	// anew. The default is [QuotaWindowDefault]. A scope's share of the table is at most KeysMax, times the processes,
+	// Window is how long a scope's count lasts, from the scope's first key on; then the count starts
+	// at zero again. At least 1 second. Defaults to 1 hour. A scope's share of the table is at most KeysMax, times the processes,
 	// times the windows that the TTL spans and one more.
 	Window time.Duration
 
 	// ScopesMax is how many scopes are counted at once, at about 100 bytes each. While that many windows are open, all
 	// further scopes share one count and one KeysMax. So memory and table stay bounded, and a scope that was not
 	// refused alone may be refused: set it well above the number of accounts that are active within a window. The
-	// default is [QuotaScopesMaxDefault].
+	// default is 100,000.
 	ScopesMax int
 
 	// Now is the clock. It is called from many goroutines. The default is time.Now.
@@ -48,8 +41,8 @@ type Quota struct {
 
 // full returns a copy in which nothing is left out. It panics on values that can't work.
 func (q Quota) full() Quota {
-	setDefault(&q.Window, QuotaWindowDefault)
-	setDefault(&q.ScopesMax, QuotaScopesMaxDefault)
+	q.Window = cmp.Or(q.Window, time.Hour)
+	q.ScopesMax = cmp.Or(q.ScopesMax, 100_000)
 	if q.Now == nil {
 		q.Now = time.Now
 	}
@@ -62,21 +55,6 @@ func (q Quota) full() Quota {
 // equal reports whether two quotas bound the same. Another clock alone makes no new count.
 func (q Quota) equal(other Quota) bool {
 	return q.KeysMax == other.KeysMax && q.Window == other.Window && q.ScopesMax == other.ScopesMax
-}
-
-// engine returns the engine's options. Reduce must not add a header that is never recorded: such a
-// record would be taken for a forged one.
-func (o *Options) engine() *idempotency.Options {
-	engine := o.Engine
-	if reduce := engine.Reduce; reduce != nil {
-		engine.Reduce = func(answer idempotency.Answer) idempotency.Answer {
-			reduced := reduce(answer)
-			reduced.Header = maps.Clone(reduced.Header)
-			maps.DeleteFunc(reduced.Header, func(name string, _ []string) bool { return neverRecorded(http.CanonicalHeaderKey(name)) })
-			return reduced
-		}
-	}
-	return &engine
 }
 
 // quota counts keys by scope.

@@ -198,7 +198,7 @@ func TestQuotasThatCannotWorkPanic(t *testing.T) {
 		}
 	}
 	m := New(stubStore{}, scope, &Options{Quota: Quota{KeysMax: 1, Window: time.Second}})
-	if q := m.options.Quota; q.ScopesMax != QuotaScopesMaxDefault || q.Now == nil {
+	if q := m.options.Quota; q.ScopesMax != 100_000 || q.Now == nil {
 		t.Errorf("defaults %+v", q)
 	}
 	if New(stubStore{}, scope, nil).quota != nil {
@@ -212,10 +212,10 @@ func TestRoutesShareTheQuota(t *testing.T) {
 	asked := 0
 	policy := func(status int) idempotency.Disposition { asked++; return idempotency.DispositionCommit }
 	m := New(stubStore{}, func(*http.Request) (string, error) { return "", nil }, &Options{
-		Quota: Quota{KeysMax: 1}, Engine: idempotency.Options{Disposition: policy},
+		Quota: Quota{KeysMax: 1}, Disposition: policy,
 	})
 	var seen idempotency.Disposition
-	same := m.With(func(o *Options) { o.Optional = true; seen = o.Engine.Disposition(429) })
+	same := m.With(func(o *Options) { o.Optional = true; seen = o.Disposition(429) })
 	other := same.With(func(o *Options) { o.Quota.KeysMax = 2 })
 	none := same.With(func(o *Options) { o.Quota = Quota{} })
 	if same.quota != m.quota || other.quota == m.quota || other.quota == nil || none.quota != nil {

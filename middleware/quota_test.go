@@ -45,7 +45,7 @@ func TestQuotaRefusesNewKeysAlone(t *testing.T) {
 	b := setup(t, setupOptions{middleware: &middleware.Options{
 		Quota:    middleware.Quota{KeysMax: 3, Window: 90 * time.Second, Now: clock.Now},
 		Optional: true,
-		Engine:   idempotency.Options{Tracer: told},
+		Tracer:   told,
 	}}, func(w http.ResponseWriter, r *http.Request) {
 		switch r.URL.Path {
 		case "/declined":
@@ -105,15 +105,15 @@ func TestQuotaIsNeverRecorded(t *testing.T) {
 	t.Parallel()
 	clock := &stopped{now: time.Now()}
 	b := setup(t, setupOptions{middleware: &middleware.Options{
-		Quota:  middleware.Quota{KeysMax: 1, Now: clock.Now},
-		Engine: idempotency.Options{Disposition: func(int) idempotency.Disposition { return idempotency.DispositionCommit }},
+		Quota:       middleware.Quota{KeysMax: 1, Now: clock.Now},
+		Disposition: func(int) idempotency.Disposition { return idempotency.DispositionCommit },
 	}}, transfer)
 	want(t, b.post(t, "/", "{}", "Idempotency-Key", "1"), 201, idempotency.OutcomeExecuted, "")
 	want(t, b.post(t, "/", "{}", "Idempotency-Key", "2"), 429, idempotency.OutcomeNotExecuted, idempotency.ReasonQuotaExceeded)
 	if b.records(t) != 1 {
 		t.Errorf("%d records", b.records(t))
 	}
-	clock.advance(middleware.QuotaWindowDefault)
+	clock.advance(time.Hour)
 	want(t, b.post(t, "/", "{}", "Idempotency-Key", "2"), 201, idempotency.OutcomeExecuted, "")
 }
 
@@ -236,13 +236,11 @@ func TestQuotaCountsRecordsWhateverPanics(t *testing.T) {
 							bug.maybe("routerstate")
 							return func(ctx context.Context) context.Context { bug.maybe("restore"); return ctx }
 						},
-						Engine: idempotency.Options{
-							Tracer: bug,
-							Reduce: func(answer idempotency.Answer) idempotency.Answer { bug.maybe("reduce"); return answer },
-							Disposition: func(status int) idempotency.Disposition {
-								bug.maybe("disposition")
-								return idempotency.DefaultDisposition(status)
-							},
+						Tracer: bug,
+						Reduce: func(answer idempotency.Answer) idempotency.Answer { bug.maybe("reduce"); return answer },
+						Disposition: func(status int) idempotency.Disposition {
+							bug.maybe("disposition")
+							return idempotency.DefaultDisposition(status)
 						},
 					})
 					handler := idem.Handler(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {

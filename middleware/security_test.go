@@ -128,7 +128,7 @@ func TestStatusAndLocationOnly(t *testing.T) {
 	b := setup(t, setupOptions{mount: func(idem *middleware.Middleware, handler http.Handler) http.Handler {
 		mux := http.NewServeMux()
 		mux.Handle("/whole", idem.Handler(handler))
-		mux.Handle("/reduced", idem.With(func(o *middleware.Options) { o.Engine.Reduce = middleware.StatusAndLocation }).Handler(handler))
+		mux.Handle("/reduced", idem.With(func(o *middleware.Options) { o.Reduce = middleware.StatusAndLocation }).Handler(handler))
 		return mux
 	}}, handler)
 	scan := func() (found int) {
@@ -159,10 +159,10 @@ func TestStatusAndLocationOnly(t *testing.T) {
 // a forged one, and the key would be of no use until it expires.
 func TestReducedAnswerCanBeReplayed(t *testing.T) {
 	t.Parallel()
-	b := setup(t, setupOptions{middleware: &middleware.Options{Engine: idempotency.Options{Reduce: func(answer idempotency.Answer) idempotency.Answer {
+	b := setup(t, setupOptions{middleware: &middleware.Options{Reduce: func(answer idempotency.Answer) idempotency.Answer {
 		header := http.Header{"Content-Length": {"0"}, "date": {"today"}, "Idempotency-Status": {"executed"}, "Location": {"/1"}}
 		return idempotency.Answer{Status: answer.Status, Header: header}
-	}}}}, func(w http.ResponseWriter, _ *http.Request) { w.WriteHeader(http.StatusCreated) })
+	}}}, func(w http.ResponseWriter, _ *http.Request) { w.WriteHeader(http.StatusCreated) })
 	for _, outcome := range []idempotency.Outcome{idempotency.OutcomeExecuted, idempotency.OutcomeReplayed} {
 		want(t, b.post(t, "/", "{}", "Idempotency-Key", "k"), 201, outcome, "")
 	}
@@ -174,7 +174,7 @@ func TestHalfSentBodiesHoldNoConnection(t *testing.T) {
 	b := setup(t, setupOptions{
 		poolMax:    2,
 		store:      &postgres.Options{AcquireTimeout: 20 * time.Second}, // how long it takes is not the question
-		middleware: &middleware.Options{Engine: idempotency.Options{InFlightMax: 10}},
+		middleware: &middleware.Options{InFlightMax: 10},
 		server:     func(s *http.Server) { s.ReadTimeout = time.Minute },
 	}, transfer)
 	const slow, others = 200, 40
@@ -221,7 +221,7 @@ func TestFloodOfDuplicatesTakesNothingFromOthers(t *testing.T) {
 	b := setup(t, setupOptions{
 		poolMax:    4,
 		store:      &postgres.Options{AcquireTimeout: 20 * time.Second, IdleInTransactionTimeout: 59 * time.Second},
-		middleware: &middleware.Options{Engine: idempotency.Options{HandlerTimeout: 50 * time.Second}},
+		middleware: &middleware.Options{Timeouts: idempotency.Timeouts{Handler: 50 * time.Second}},
 	}, func(w http.ResponseWriter, r *http.Request) {
 		if key, _ := idempotency.KeyFrom(r.Context()); key.Value == "running" {
 			close(entered)
@@ -279,7 +279,7 @@ func TestFloodOfDuplicatesTakesNothingFromOthers(t *testing.T) {
 func TestPlantedHeaderIsNeverReplayed(t *testing.T) {
 	t.Parallel()
 	told := &tracer{}
-	b := setup(t, setupOptions{middleware: &middleware.Options{Engine: idempotency.Options{Tracer: told}}}, transfer)
+	b := setup(t, setupOptions{middleware: &middleware.Options{Tracer: told}}, transfer)
 	for i, name := range []string{
 		"Set-Cookie", "set-cookie", "SET-COOKIE2", "Authorization", "Www-Authenticate", "Proxy-Authenticate", "Transfer-Encoding",
 		"transfer-encoding", "Content-Length", "Connection", "Keep-Alive", "Upgrade", "Trailer", "Te", "Date", "Idempotency-Status",

@@ -54,14 +54,14 @@ func TestDuplicatesThatWaitGetTheAnswer(t *testing.T) {
 	released := make(chan struct{})
 	b := setup(t, setupOptions{
 		middleware: &middleware.Options{
-			Engine:          idempotency.Options{Wait: 50 * time.Second},
+			Wait:            50 * time.Second,
 			Quota:           middleware.Quota{KeysMax: 2},
 			AuthorizeReplay: func(*http.Request, *idempotency.Record) error { authorized.Add(1); return nil },
 		},
 		store: &postgres.Options{AcquireTimeout: 20 * time.Second}, // duration does not matter here
 		mount: func(m *middleware.Middleware, h http.Handler) http.Handler {
 			idem = m
-			protected, atOnce := m.Handler(h), m.With(func(o *middleware.Options) { o.Engine.Wait = 0 }).Handler(h)
+			protected, atOnce := m.Handler(h), m.With(func(o *middleware.Options) { o.Wait = 0 }).Handler(h)
 			return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 				if r.Header.Get("Prefer") != "" {
 					atOnce.ServeHTTP(w, r)
@@ -118,7 +118,7 @@ func TestDuplicatesThatWaitGetTheAnswer(t *testing.T) {
 func waitServer(t *testing.T, readTimeout time.Duration) (idem *middleware.Middleware, send func(context.Context) string, release func()) {
 	t.Helper()
 	released := make(chan struct{})
-	idem = middleware.New(memory.New(nil), exampleAccount, &middleware.Options{Engine: idempotency.Options{Wait: 50 * time.Second}})
+	idem = middleware.New(memory.New(nil), exampleAccount, &middleware.Options{Wait: 50 * time.Second})
 	server := httptest.NewUnstartedServer(idem.Handler(http.HandlerFunc(func(http.ResponseWriter, *http.Request) { <-released })))
 	server.Config.ReadTimeout = readTimeout
 	server.Start()

@@ -268,7 +268,7 @@ func TestOutcomeUnknown(t *testing.T) {
 	var b *testBundle
 	lock := idempotency.Key{Scope: "acme", Value: "k"}.LockNumber("public." + postgres.TableName)
 	var holder *pgxpool.Conn
-	b = setup(t, setupOptions{middleware: &middleware.Options{Engine: idempotency.Options{ResolveTimeout: 500 * time.Millisecond}}}, func(w http.ResponseWriter, r *http.Request) {
+	b = setup(t, setupOptions{middleware: &middleware.Options{Timeouts: idempotency.Timeouts{Resolve: 500 * time.Millisecond}}}, func(w http.ResponseWriter, r *http.Request) {
 		transfer(w, r)
 		if holder != nil {
 			return
@@ -371,7 +371,7 @@ func TestAuthorizeReplay(t *testing.T) {
 func TestInFlightCapCountsNoSlowBodies(t *testing.T) {
 	t.Parallel()
 	entered, release := make(chan struct{}), make(chan struct{})
-	b := setup(t, setupOptions{middleware: &middleware.Options{Engine: idempotency.Options{InFlightMax: 1}}}, func(w http.ResponseWriter, r *http.Request) {
+	b := setup(t, setupOptions{middleware: &middleware.Options{InFlightMax: 1}}, func(w http.ResponseWriter, r *http.Request) {
 		if r.Header.Get("Slow") != "" {
 			close(entered)
 			<-release
@@ -398,7 +398,7 @@ func TestRoutesHaveOptionsOfTheirOwn(t *testing.T) {
 	b := setup(t, setupOptions{mount: func(idem *middleware.Middleware, handler http.Handler) http.Handler {
 		mux := http.NewServeMux()
 		mux.Handle("/day", idem.Handler(handler))
-		mux.Handle("/hour", idem.With(func(o *middleware.Options) { o.Engine.TTL = time.Hour; o.Optional = true }).Handler(handler))
+		mux.Handle("/hour", idem.With(func(o *middleware.Options) { o.TTL = time.Hour; o.Optional = true }).Handler(handler))
 		return mux
 	}}, transfer)
 	want(t, b.post(t, "/day", "{}"), 400, idempotency.OutcomeNotExecuted, idempotency.ReasonKeyMissing)

@@ -174,8 +174,8 @@ func (e noVerdict) Error() string { return "no verdict: " + e.error.Error() }
 var defaults = kong.Vars{
 	"addr": server.AddrDefault, "poolSize": fmt.Sprint(server.PoolSizeDefault),
 	"shutdownTimeout": server.ShutdownTimeoutDefault.String(),
-	"ttl":             idempotency.TTLDefault.String(), "reapInterval": time.Minute.String(),
-	"handlerTimeout": idempotency.HandlerTimeoutDefault.String(), "handlerTimeoutMax": server.HandlerTimeoutMax.String(),
+	"ttl":             (24 * time.Hour).String(), "reapInterval": time.Minute.String(),
+	"handlerTimeout": (10 * time.Second).String(), "handlerTimeoutMax": server.HandlerTimeoutMax.String(),
 	"waitMax":        idempotency.WaitMax.String(),
 	"acquireTimeout": server.AcquireTimeoutDefault.String(),
 	"benchDesigns":   strings.Join(bench.Designs(), ", "), "benchParts": strings.Join(bench.Parts(), ", "),

@@ -5,7 +5,6 @@ import (
 	"testing/synctest"
 	"time"
 
-	"github.com/paidonce/idempotency"
 	"github.com/paidonce/idempotency/internal/pgtest"
 	"github.com/paidonce/idempotency/middleware"
 )
@@ -57,5 +56,5 @@ func TestF18ApplicationClockIsNotAsked(t *testing.T) {
 }
 
 func ttlOf(ttl time.Duration) *serviceOptions {
-	return &serviceOptions{middleware: &middleware.Options{Engine: idempotency.Options{TTL: ttl}}}
+	return &serviceOptions{middleware: &middleware.Options{TTL: ttl}}
 }

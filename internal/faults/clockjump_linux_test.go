@@ -13,7 +13,6 @@ import (
 	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgxpool"
 
-	"github.com/paidonce/idempotency"
 	"github.com/paidonce/idempotency/internal/pgfault"
 	"github.com/paidonce/idempotency/internal/pgserver"
 	"github.com/paidonce/idempotency/internal/pgtest"
@@ -27,7 +26,7 @@ func TestF18DatabaseClockJumps(t *testing.T) {
 	inHandler, goOn := make(chan string), make(chan struct{})
 	var held sync.Map // keys, once
 	s := serve(t, c.url, &serviceOptions{
-		middleware: &middleware.Options{Engine: idempotency.Options{TTL: ttl}},
+		middleware: &middleware.Options{TTL: ttl},
 		handling: func(_ context.Context, key string) {
 			if _, again := held.LoadOrStore(key, true); !again && (key == "across-ahead" || key == "across-back") {
 				inHandler <- key
@@ -181,7 +180,7 @@ func TestF18AbsenceAfterTheMachineWasSuspendedIsNoProof(t *testing.T) {
 	t.Cleanup(func() { _ = proxy.Close() })
 	migrateUp(t, c.url)
 	s := serveOn(t, proxy.URL(c.url), &serviceOptions{
-		middleware: &middleware.Options{Engine: idempotency.Options{TTL: 2 * time.Hour}},
+		middleware: &middleware.Options{TTL: 2 * time.Hour},
 		pool: func(config *pgxpool.Config) {
 			config.BeforeConnect = func(context.Context, *pgx.ConnConfig) error {
 				select {

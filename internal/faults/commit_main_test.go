@@ -35,7 +35,7 @@ type commitFault struct {
 func commitPatience(commit, resolve time.Duration) *serviceOptions {
 	return &serviceOptions{
 		store:      &postgres.Options{AcquireTimeout: 20 * time.Second},
-		middleware: &middleware.Options{Engine: idempotency.Options{CommitTimeout: commit, ResolveTimeout: resolve}},
+		middleware: &middleware.Options{Timeouts: idempotency.Timeouts{Commit: commit, Resolve: resolve}},
 	}
 }
 

@@ -17,7 +17,7 @@ func TestF10SilenceAfterCommitIsExecuted(t *testing.T) {
 	started := time.Now()
 	first := s.mustPay(t, "key-1", 201, "executed")
 	if took := time.Since(started); took < commitTimeout {
-		t.Errorf("it took %v: a reply came within CommitTimeout", took)
+		t.Errorf("it took %v: a reply came within Timeouts.Commit", took)
 	}
 	s.wantHit(t, pgfault.Silence, 1)
 	s.settled(t, "key-1", first)

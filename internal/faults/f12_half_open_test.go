@@ -10,7 +10,7 @@ import (
 // commitHalfOpen returns a service whose COMMIT of key-1 never arrives while PostgreSQL still waits for it.
 func commitHalfOpen(t *testing.T, resolve time.Duration) *commitService {
 	opts := commitPatience(500*time.Millisecond, resolve)
-	opts.middleware.Engine.HandlerTimeout = time.Second
+	opts.middleware.Timeouts.Handler = time.Second
 	opts.store.IdleInTransactionTimeout = idleInTransaction
 	opts.pool = commitPool
 	s := commitServe(t, opts)
@@ -18,7 +18,7 @@ func commitHalfOpen(t *testing.T, resolve time.Duration) *commitService {
 	return s
 }
 
-const idleInTransaction = 6 * time.Second // the least with a HandlerTimeout of a second
+const idleInTransaction = 6 * time.Second // the least with a Timeouts.Handler of a second
 
 func TestF12HalfOpenIsUnknownUntilPostgreSQLEndsTheSession(t *testing.T) {
 	t.Parallel()

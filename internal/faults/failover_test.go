@@ -73,9 +73,7 @@ func TestF20CancelledWaitForTheStandbyIsNeverPaid(t *testing.T) {
 	t.Parallel()
 	p := startPair(t, true)
 	s := serveOn(t, p.primary.URL(), nil)
-	hasty := serveOn(t, p.primary.URL(), &serviceOptions{middleware: &middleware.Options{Engine: idempotency.Options{
-		HandlerTimeout: 2 * time.Second, CommitTimeout: time.Second, ResolveTimeout: time.Second,
-	}}})
+	hasty := serveOn(t, p.primary.URL(), &serviceOptions{middleware: &middleware.Options{Timeouts: idempotency.Timeouts{Handler: 2 * time.Second, Commit: time.Second, Resolve: time.Second}}})
 	s.mustPay(t, "before", 201, "executed")
 
 	// Each of these ends the wait of a COMMIT: it is visible here, and the standby has not got it.
@@ -85,7 +83,7 @@ func TestF20CancelledWaitForTheStandbyIsNeverPaid(t *testing.T) {
 	if cancelled := stop(); cancelled == 0 {
 		t.Fatal("no wait was cancelled")
 	}
-	hasty.mustPay(t, "cancelled-by-the-service", 503, "unknown") // its CommitTimeout
+	hasty.mustPay(t, "cancelled-by-the-service", 503, "unknown") // its Timeouts.Commit
 	keys := []string{"cancelled-by-an-operator", "cancelled-by-the-service"}
 	s.onePayment(t, keys...) // what a replay without a barrier would answer from
 

@@ -70,9 +70,7 @@ func lostThenLedTo(t *testing.T, database, other string) {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { _ = proxy.Close() })
-	s = serveOn(t, proxy.URL(database), &serviceOptions{middleware: &middleware.Options{Engine: idempotency.Options{
-		CommitTimeout: 5 * time.Second, ResolveTimeout: 3 * time.Second,
-	}}})
+	s = serveOn(t, proxy.URL(database), &serviceOptions{middleware: &middleware.Options{Timeouts: idempotency.Timeouts{Commit: 5 * time.Second, Resolve: 3 * time.Second}}})
 	s.mustPay(t, "before", 201, "executed")
 	s.mustPay(t, "lost", 503, "unknown")
 	if hits := proxy.Hits()[pgfault.CutAfter]; hits != 1 {

@@ -39,7 +39,7 @@ func TestF31PgBouncerInTransactionModeIsAsWithoutIt(t *testing.T) {
 				t.Parallel()
 				const keys, duplicates, clients = 100, 3, 6
 				b := startBouncer(t, nil)
-				options := &middleware.Options{Engine: idempotency.Options{Wait: wait}}
+				options := &middleware.Options{Wait: wait}
 				// Two processes, which wait for each other's attempts.
 				services := []*service{b.serve(t, mode, options), b.serve(t, mode, options)}
 				// All duplicates of a key are on their way at once: clients*duplicates requests share eight connections.
@@ -123,7 +123,7 @@ func TestF31PgBouncerLosesItsServerInCommit(t *testing.T) {
 				return pgfault.Fault{}
 			})
 			seen := &commitErrors{}
-			s := b.serve(t, mode, &middleware.Options{Engine: idempotency.Options{Tracer: seen}})
+			s := b.serve(t, mode, &middleware.Options{Tracer: seen})
 
 			s.mustPay(t, "arrives", 201, "executed")
 			s.mustPay(t, "arrives", 201, "replayed")

@@ -10,7 +10,6 @@ import (
 
 	"github.com/jackc/pgx/v5/pgxpool"
 
-	"github.com/paidonce/idempotency"
 	"github.com/paidonce/idempotency/internal/pgtest"
 	"github.com/paidonce/idempotency/middleware"
 	"github.com/paidonce/idempotency/storage/postgres"
@@ -182,7 +181,7 @@ const (
 func startReaperFault(t *testing.T, trigger string, change func(*pgxpool.Config)) *reaperFault {
 	t.Helper()
 	f := &reaperFault{url: pgtest.Database(t)}
-	f.service = serve(t, f.url, &serviceOptions{middleware: &middleware.Options{Engine: idempotency.Options{TTL: time.Hour}}})
+	f.service = serve(t, f.url, &serviceOptions{middleware: &middleware.Options{TTL: time.Hour}})
 	if trigger != "" {
 		execute(t, f.url, pauseReaper)
 		execute(t, f.url, "CREATE TRIGGER pause "+trigger+" EXECUTE FUNCTION pause_reaper()")

@@ -3,7 +3,7 @@
 //
 //	h := history.New(store, nil)
 //	defer h.Close(ctx) // after the server has stopped
-//	idem := middleware.New(store, accountID, &middleware.Options{Engine: idempotency.Options{Tracer: h}})
+//	idem := middleware.New(store, accountID, &middleware.Options{Tracer: h})
 //
 // It is opt-in, and off the path of a request: a request puts its end into a queue in memory and goes on; one goroutine writes what is
 // in the queue, once a second or when it is half full. Where the database is slow or away the queue fills, and what does

@@ -7,7 +7,6 @@ import (
 	"net/http/httptest"
 	"strings"
 
-	"github.com/paidonce/idempotency"
 	"github.com/paidonce/idempotency/middleware"
 	"github.com/paidonce/idempotency/observe/lostkey"
 	"github.com/paidonce/idempotency/storage/memory"
@@ -19,7 +18,7 @@ func ExampleNew() {
 		fmt.Println("lost its key:", event.Route)
 	}})
 	account := func(*http.Request) (string, error) { return "acme", nil }
-	idem := middleware.New(memory.New(nil), account, &middleware.Options{Engine: idempotency.Options{Tracer: detector}})
+	idem := middleware.New(memory.New(nil), account, &middleware.Options{Tracer: detector})
 	mux := http.NewServeMux()
 	mux.Handle("POST /transfers", idem.Handler(http.HandlerFunc(func(http.ResponseWriter, *http.Request) {})))
 

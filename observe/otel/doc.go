@@ -1,7 +1,7 @@
 // Package otelobserve makes spans and metrics of what the idempotency engine does, by the API of OpenTelemetry.
 //
 //	idem := middleware.New(store, account, &middleware.Options{
-//		Engine:  idempotency.Options{Tracer: otelobserve.New(nil)},
+//		Tracer: otelobserve.New(nil),
 //		TraceID: otelobserve.TraceID,
 //	})
 //	handler := otelhttp.NewHandler(idem.Handler(transfer), "transfer") // otelhttp outside: its span is the server's

@@ -10,7 +10,6 @@ import (
 	sdktrace "go.opentelemetry.io/otel/sdk/trace"
 	"go.opentelemetry.io/otel/sdk/trace/tracetest"
 
-	"github.com/paidonce/idempotency"
 	"github.com/paidonce/idempotency/middleware"
 	otelobserve "github.com/paidonce/idempotency/observe/otel"
 	"github.com/paidonce/idempotency/storage/memory"
@@ -24,7 +23,7 @@ func ExampleNew() {
 
 	account := func(*http.Request) (string, error) { return "acme", nil }
 	idem := middleware.New(memory.New(nil), account, &middleware.Options{
-		Engine:  idempotency.Options{Tracer: otelobserve.New(&otelobserve.Options{TracerProvider: provider})},
+		Tracer:  otelobserve.New(&otelobserve.Options{TracerProvider: provider}),
 		TraceID: otelobserve.TraceID,
 	})
 	handler := idem.Handler(http.HandlerFunc(func(http.ResponseWriter, *http.Request) {}))

@@ -3,7 +3,7 @@
 //
 //	metrics := promobserve.New(prometheus.DefaultRegisterer, nil)
 //	prometheus.MustRegister(promobserve.NewPoolCollector(pool.Stat), promobserve.NewRecordsCollector(store.Statistics, nil))
-//	idem := middleware.New(store, account, &middleware.Options{Engine: idempotency.Options{Tracer: metrics}})
+//	idem := middleware.New(store, account, &middleware.Options{Tracer: metrics})
 //	go postgres.NewReaper(store, &postgres.ReaperOptions{OnWalk: metrics.OnWalk}).Run(ctx)
 //
 // It imports neither pgx nor a store: the pool and the store are given by their methods. Labels are outcomes, reasons, steps,

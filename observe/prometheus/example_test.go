@@ -11,7 +11,6 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/client_golang/prometheus/promhttp"
 
-	"github.com/paidonce/idempotency"
 	"github.com/paidonce/idempotency/middleware"
 	promobserve "github.com/paidonce/idempotency/observe/prometheus"
 	"github.com/paidonce/idempotency/storage/memory"
@@ -23,7 +22,7 @@ func ExampleNew() {
 	registry := prometheus.NewRegistry()
 	account := func(*http.Request) (string, error) { return "acme", nil }
 	idem := middleware.New(memory.New(nil), account, &middleware.Options{
-		Engine: idempotency.Options{Tracer: promobserve.New(registry, nil)},
+		Tracer: promobserve.New(registry, nil),
 	})
 	mux := http.NewServeMux()
 	mux.Handle("POST /transfers", idem.Handler(http.HandlerFunc(func(http.ResponseWriter, *http.Request) {})))

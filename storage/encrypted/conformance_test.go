@@ -88,12 +88,12 @@ func TestBudgetOfTheStoreWithinIsChecked(t *testing.T) {
 	for handlerTimeout, fits := range map[time.Duration]bool{10 * time.Second: true, 30 * time.Second: false} {
 		panicked := func() (panicked bool) {
 			defer func() { panicked = recover() != nil }()
-			idempotency.NewEngine(encrypted.New(d.store, oneKey), &idempotency.Options{HandlerTimeout: handlerTimeout})
+			idempotency.NewEngine(encrypted.New(d.store, oneKey), &idempotency.Options{Timeouts: idempotency.Timeouts{Handler: handlerTimeout}})
 			return false
 		}()
 		if panicked == fits {
-			t.Errorf("a HandlerTimeout of %v panics: %v", handlerTimeout, panicked)
+			t.Errorf("a Timeouts.Handler of %v panics: %v", handlerTimeout, panicked)
 		}
 	}
-	idempotency.NewEngine(encrypted.New(memory.New(nil), oneKey), &idempotency.Options{HandlerTimeout: time.Hour}) // which has none
+	idempotency.NewEngine(encrypted.New(memory.New(nil), oneKey), &idempotency.Options{Timeouts: idempotency.Timeouts{Handler: time.Hour}}) // which has none
 }

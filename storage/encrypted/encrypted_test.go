@@ -233,7 +233,7 @@ func TestAnswerToTheClientIsNotChanged(t *testing.T) {
 func TestEncryptedAndReduced(t *testing.T) {
 	t.Parallel()
 	d := newDatabase(t, nil)
-	s := serve(t, encrypted.New(d.store, oneKey), func(o *middleware.Options) { o.Engine.Reduce = middleware.StatusAndLocation })
+	s := serve(t, encrypted.New(d.store, oneKey), func(o *middleware.Options) { o.Reduce = middleware.StatusAndLocation })
 	want(t, "first", s.post(t, "acme", "k", "/", "canary"), 201, idempotency.OutcomeExecuted, "canary")
 	replay := s.post(t, "acme", "k", "/", "canary")
 	want(t, "replay", replay, 201, idempotency.OutcomeReplayed, "")

@@ -45,7 +45,7 @@ const AnyRowsUnchecked Rows = -1
 //
 // With an answer that undoes the handler's writes, such as a 4xx or 5xx, the statements are not
 // sent. Those that were deferred while a nested transaction was open go if it is rolled back.
-// Their time counts for the engine's CommitTimeout.
+// Their time counts for the engine's Timeouts.Commit.
 //
 // An error means that the statement was not added; ignoring it does not commit the rest, but fails
 // the request. As [Tx], DeferExec is for one goroutine at a time, returns [ErrBusy] or [ErrSealed],

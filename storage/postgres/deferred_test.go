@@ -731,7 +731,7 @@ func TestWarningOfADeferredStatementIsItsOwn(t *testing.T) {
 		CREATE TRIGGER warn BEFORE INSERT ON effects FOR EACH ROW EXECUTE FUNCTION warn()`)
 	setStandbys(t, b.pool, "nobody")
 	defer setStandbys(t, b.pool, "")
-	engine := idempotency.NewEngine(b.store, &idempotency.Options{ResolveTimeout: 10 * time.Millisecond})
+	engine := idempotency.NewEngine(b.store, &idempotency.Options{Timeouts: idempotency.Timeouts{Resolve: 10 * time.Millisecond}})
 	for _, c := range []struct {
 		key     string
 		outcome idempotency.Outcome

@@ -139,7 +139,7 @@ func TestF20DeferredTriggerDoesNotHideTheWarning(t *testing.T) {
 		CREATE CONSTRAINT TRIGGER hush AFTER INSERT ON effects DEFERRABLE INITIALLY DEFERRED FOR EACH ROW EXECUTE FUNCTION hush()`)
 	setStandbys(t, b.pool, "nobody")
 	defer setStandbys(t, b.pool, "")
-	engine := idempotency.NewEngine(b.store, &idempotency.Options{ResolveTimeout: 10 * time.Millisecond})
+	engine := idempotency.NewEngine(b.store, &idempotency.Options{Timeouts: idempotency.Timeouts{Resolve: 10 * time.Millisecond}})
 	for _, key := range []string{"k", ""} {
 		done := make(chan idempotency.Result, 1)
 		go func() {

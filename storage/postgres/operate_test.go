@@ -280,18 +280,26 @@ func TestOptionsThatCannotWorkPanic(t *testing.T) {
 	}
 	// The handler's time must fit into PostgreSQL's patience with an idle transaction.
 	store := postgres.New(pool, nil)
-	if text := panics(func() { idempotency.NewEngine(store, &idempotency.Options{HandlerTimeout: 16 * time.Second}) }); !strings.Contains(text, "IdleInTransactionTimeout") {
+	if text := panics(func() {
+		idempotency.NewEngine(store, &idempotency.Options{Timeouts: idempotency.Timeouts{Handler: 16 * time.Second}})
+	}); !strings.Contains(text, "IdleInTransactionTimeout") {
 		t.Errorf("a handler timeout of 16 s: %q", text)
 	}
-	if text := panics(func() { idempotency.NewEngine(store, &idempotency.Options{HandlerTimeout: 15 * time.Second}) }); text != "" {
+	if text := panics(func() {
+		idempotency.NewEngine(store, &idempotency.Options{Timeouts: idempotency.Timeouts{Handler: 15 * time.Second}})
+	}); text != "" {
 		t.Errorf("a handler timeout of 15 s: %q", text)
 	}
 	// The commit's timeout too: from PostgreSQL 17 on the same limit holds for the whole
 	// transaction.
-	if text := panics(func() { idempotency.NewEngine(store, &idempotency.Options{CommitTimeout: 11 * time.Second}) }); !strings.Contains(text, "CommitTimeout of 11s") {
+	if text := panics(func() {
+		idempotency.NewEngine(store, &idempotency.Options{Timeouts: idempotency.Timeouts{Commit: 11 * time.Second}})
+	}); !strings.Contains(text, "Timeouts.Commit of 11s") {
 		t.Errorf("a commit timeout of 11 s: %q", text)
 	}
-	if text := panics(func() { idempotency.NewEngine(store, &idempotency.Options{CommitTimeout: 10 * time.Second}) }); text != "" {
+	if text := panics(func() {
+		idempotency.NewEngine(store, &idempotency.Options{Timeouts: idempotency.Timeouts{Commit: 10 * time.Second}})
+	}); text != "" {
 		t.Errorf("a commit timeout of 10 s: %q", text)
 	}
 }

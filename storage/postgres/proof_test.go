@@ -27,7 +27,7 @@ func TestRecordedKeyIsNeverCalledNotExecuted(t *testing.T) {
 		reason  idempotency.Reason
 	}{
 		"no restarts":  {options: idempotency.Options{Restarts: -1}, outcome: idempotency.OutcomeMismatch, reason: idempotency.ReasonKeyReused},
-		"no time left": {options: idempotency.Options{HandlerTimeout: 100 * time.Millisecond}, wait: 200 * time.Millisecond, outcome: idempotency.OutcomeUnknown, reason: idempotency.ReasonOutcomeUnknown},
+		"no time left": {options: idempotency.Options{Timeouts: idempotency.Timeouts{Handler: 100 * time.Millisecond}}, wait: 200 * time.Millisecond, outcome: idempotency.OutcomeUnknown, reason: idempotency.ReasonOutcomeUnknown},
 	} {
 		for _, status := range []int{201, 402} {
 			key := fmt.Sprint(name[3:], status)

@@ -76,9 +76,9 @@ func TestF08ToF12LostReplyToCommitIsLookedUp(t *testing.T) {
 			t.Run(name+map[int]string{201: ", commit", 402: ", decline"}[status], func(t *testing.T) {
 				t.Parallel()
 				b, proxy := setupFault(t, c.fault)
-				options := &idempotency.Options{CommitTimeout: time.Second}
+				options := &idempotency.Options{Timeouts: idempotency.Timeouts{Commit: time.Second}}
 				if c.outcome == idempotency.OutcomeUnknown {
-					options.ResolveTimeout = time.Second
+					options.Timeouts.Resolve = time.Second
 				}
 				engine := idempotency.NewEngine(b.store, options)
 				runs := 0
@@ -227,7 +227,7 @@ func TestResolveOutlivesARestart(t *testing.T) {
 		proxy.SetUpstream(network, address)
 		proxy.SetRefuse(false)
 	}()
-	engine := idempotency.NewEngine(postgres.New(pool, nil), &idempotency.Options{ResolveTimeout: time.Minute})
+	engine := idempotency.NewEngine(postgres.New(pool, nil), &idempotency.Options{Timeouts: idempotency.Timeouts{Resolve: time.Minute}})
 	run := func(context.Context) (*idempotency.Answer, error) { return answer(201), nil }
 	want(t, engine.Do(ctx, request("lost", ""), run), idempotency.OutcomeExecuted, "")
 	<-restarted

@@ -42,7 +42,7 @@ type Options struct {
 	// The last frees the key of a service that vanished. From PostgreSQL 17 on it is also the
 	// transaction_timeout of each request, so that the server ends a session that stopped in the
 	// middle of its messages too. It must exceed the handler's timeout by 5 seconds or, if that is
-	// longer, by the engine's CommitTimeout, and be less than 60 seconds
+	// longer, by the engine's Timeouts.Commit, and be less than 60 seconds
 	// ([IdleInTransactionTimeoutMax]). They default to 10, 5 and 20 seconds.
 	StatementTimeout         time.Duration
 	LockTimeout              time.Duration
@@ -212,7 +212,7 @@ func New(pool *pgxpool.Pool, opts *Options) *Store {
 // by 5 seconds or, if that is longer, by the commit's.
 func (s *Store) CheckBudget(handlerTimeout, commitTimeout time.Duration) error {
 	if least := handlerTimeout + max(5*time.Second, commitTimeout); s.options.IdleInTransactionTimeout < least {
-		return fmt.Errorf("postgres: Options.IdleInTransactionTimeout is %v: with a HandlerTimeout of %v and a CommitTimeout of %v it must be at least %v",
+		return fmt.Errorf("postgres: Options.IdleInTransactionTimeout is %v: with a Timeouts.Handler of %v and a Timeouts.Commit of %v it must be at least %v",
 			s.options.IdleInTransactionTimeout, handlerTimeout, commitTimeout, least)
 	}
 	return nil

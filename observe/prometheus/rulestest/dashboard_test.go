@@ -12,7 +12,6 @@ import (
 
 	"github.com/prometheus/prometheus/promql/parser"
 
-	"github.com/paidonce/idempotency"
 	"github.com/paidonce/idempotency/observe/internal/fixture"
 )
 

@@ -65,7 +65,7 @@ func (o *Operator) Expire(ctx context.Context, key idempotency.Key, act Act) (Re
 //
 // It never takes a record from under an attempt: it takes the key's lock as a claim does, and does
 // nothing if it can't. But if an attempt lost the reply to its COMMIT, it no longer holds the lock,
-// and looks for its record for the engine's ResolveTimeout. If Delete has deleted that record, the
+// and looks for its record for the engine's Timeouts.Resolve. If Delete has deleted that record, the
 // attempt takes its absence as proof, and ITS CLIENT GETS NOT-EXECUTED FOR WORK THAT WAS COMMITTED.
 // So leave a record that is younger than a minute alone, the more so while the network or the
 // database is in trouble. Errors are those of [Operator.Expire].

@@ -34,7 +34,7 @@ func (e *examination) timeouts(ctx context.Context) error {
 	ms := func(n int64) time.Duration { return time.Duration(n) * time.Millisecond }
 	longest := 15 * time.Second // what an engine allows a handler and its commit by default
 	if transactionMS != 0 && ms(transactionMS) < longest {
-		e.warn("set transaction_timeout to more than HandlerTimeout and CommitTimeout together, or to 0",
+		e.warn("set transaction_timeout to more than Timeouts.Handler and Timeouts.Commit together, or to 0",
 			"transaction_timeout is %v: attempts that take longer end as unavailable, and the defaults allow %v", ms(transactionMS), longest)
 		return nil
 	}

@@ -3,6 +3,7 @@ package operator_test
 import (
 	"reflect"
 	"testing"
+	"time"
 
 	"github.com/paidonce/idempotency"
 	"github.com/paidonce/idempotency/internal/testservice"
@@ -24,7 +25,7 @@ func TestGetTellsWhatTheRecordHolds(t *testing.T) {
 			Key: k, Status: 201, Fingerprint: testservice.Request(k).Fingerprint, Attempt: r.Attempt, TraceID: "trace-canary", CreatedAt: r.CreatedAt, ExpiresAt: r.ExpiresAt,
 			BodyBytes: 4, Header: map[string][]string{"Content-Type": {"text/plain"}, "Vary": {"A", "B"}},
 		}
-		if !reflect.DeepEqual(*r, want) || r.Attempt.IsZero() || !soon(r.CreatedAt) || !soon(state.Now) || r.ExpiresAt.Sub(r.CreatedAt) < idempotency.TTLDefault {
+		if !reflect.DeepEqual(*r, want) || r.Attempt.IsZero() || !soon(r.CreatedAt) || !soon(state.Now) || r.ExpiresAt.Sub(r.CreatedAt) < 24*time.Hour {
 			t.Errorf("%+v, want %+v", *r, want)
 		}
 		if body, err := b.operator.Body(t.Context(), k); string(body) != "done" || err != nil {

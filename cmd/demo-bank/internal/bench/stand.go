@@ -166,7 +166,7 @@ func (d *stand) mount(ctx context.Context, schema string, pool *pgxpool.Pool) er
 		post("replay-database", given(batch), ours.Handler)
 		post(replayOld, given(batch), ours.Handler)
 		post(routeOther, given(batch), ours.Handler)
-		post(routeWait, d.slowly(given(batch)), d.holders.mark, ours.With(func(o *middleware.Options) { o.Engine.Wait = waitMax }).Handler)
+		post(routeWait, d.slowly(given(batch)), d.holders.mark, ours.With(func(o *middleware.Options) { o.Wait = waitMax }).Handler)
 	}
 	d.router.Get(at("get-by-id")+"/{id}", func(w http.ResponseWriter, r *http.Request) {
 		a, err := get(r.Context(), pool, chi.URLParam(r, "id"))

@@ -16,7 +16,6 @@ import (
 	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgxpool"
 
-	"github.com/paidonce/idempotency"
 	"github.com/paidonce/idempotency/cmd/demo-bank/internal/bank"
 	"github.com/paidonce/idempotency/internal/pgtest"
 	"github.com/paidonce/idempotency/middleware"
@@ -73,7 +72,7 @@ func setup(t *testing.T) *bundle {
 	logger := slog.New(slog.DiscardHandler)
 	r := chi.NewRouter()
 	bank.New(pool, new(counter), ttl, logger).Mount(r, middleware.New(b.store, bank.Tenant, &middleware.Options{
-		Engine: idempotency.Options{TTL: ttl}, Logger: logger,
+		TTL: ttl, Logger: logger,
 	}).Handler)
 	b.handler = r
 	b.conn = b.connect()

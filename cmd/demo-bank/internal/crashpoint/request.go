@@ -13,9 +13,9 @@ import (
 // Protect returns idem's Handler with the point in it. Only requests to path meet the point. idem must require keys.
 func (p *Point) Protect(idem *middleware.Middleware, path string) func(http.Handler) http.Handler {
 	crashing := idem.With(func(o *middleware.Options) {
-		o.Engine.Tracer = &requestTracer{Tracer: o.Engine.Tracer, point: p}
-		policy := o.Engine.Disposition
-		o.Engine.Disposition = func(status int) idempotency.Disposition {
+		o.Tracer = &requestTracer{Tracer: o.Tracer, point: p}
+		policy := o.Disposition
+		o.Disposition = func(status int) idempotency.Disposition {
 			disposition := policy(status)
 			if disposition == idempotency.DispositionCommit {
 				p.reached(beforeCommit) // the engine asks when the handler's transaction is sealed, and commits next

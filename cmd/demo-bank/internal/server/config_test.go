@@ -39,7 +39,7 @@ func TestWithoutACrashPointNothingIsInstalled(t *testing.T) {
 		configurePool(ours, &s.config)
 		pool = reflect.TypeOf(plain.ConnConfig.Tracer) == reflect.TypeOf(ours.ConnConfig.Tracer) &&
 			function(plain.ConnConfig.BuildFrontend) == function(ours.ConnConfig.BuildFrontend)
-		idem := middleware.New(memory.New(nil), bank.Tenant, &middleware.Options{Engine: idempotency.Options{Tracer: s.metrics}})
+		idem := middleware.New(memory.New(nil), bank.Tenant, &middleware.Options{Tracer: s.metrics})
 		protection := s.protect(idem)
 		handler := protection(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { w.WriteHeader(http.StatusCreated) }))
 		allocations = testing.AllocsPerRun(100, func() {
@@ -91,9 +91,9 @@ func TestTimeoutsFitTheHandlers(t *testing.T) {
 		if options.IdleInTransactionTimeout != test.idle {
 			t.Errorf("handler timeout %v: a transaction may be idle for %v, want %v", test.handler, options.IdleInTransactionTimeout, test.idle)
 		}
-		engine := idempotency.NewEngine(memory.New(nil), &idempotency.Options{HandlerTimeout: test.handler, Wait: test.wait}).Options()
+		engine := idempotency.NewEngine(memory.New(nil), &idempotency.Options{Timeouts: idempotency.Timeouts{Handler: test.handler}, Wait: test.wait}).Options()
 		server := s.httpServer(http.NotFoundHandler())
-		parts := server.ReadTimeout + engine.Wait + engine.HandlerTimeout + engine.CommitTimeout + engine.ResolveTimeout
+		parts := server.ReadTimeout + engine.Wait + engine.Timeouts.Handler + engine.Timeouts.Commit + engine.Timeouts.Resolve
 		if total := server.WriteTimeout; total <= parts {
 			t.Errorf("handler timeout %v: an answer must be written after %v, and its parts take up to %v", test.handler, total, parts)
 		}
@@ -112,7 +112,7 @@ func TestTheLongestHandlerFitsTheStore(t *testing.T) {
 		fits := func(timeout time.Duration) (ok bool) {
 			defer func() { ok = recover() == nil }()
 			s := New(Config{HandlerTimeout: timeout})
-			idempotency.NewEngine(postgres.New(pool, storeOptions(&s.config)), &idempotency.Options{HandlerTimeout: timeout})
+			idempotency.NewEngine(postgres.New(pool, storeOptions(&s.config)), &idempotency.Options{Timeouts: idempotency.Timeouts{Handler: timeout}})
 			return true
 		}
 		if !fits(timeout) {
@@ -207,7 +207,7 @@ func TestTTLIsThatOfTheRecords(t *testing.T) {
 		b := setup(t, func(c *Config) { c.TTL = ttl })
 		want := ttl
 		if want == 0 {
-			want = idempotency.TTLDefault
+			want = 24 * time.Hour
 		}
 		for range 2 {
 			r := b.send(http.MethodPost, "/v1/transfers", `{"from":"alice","to":"bob","amount":1}`, "Idempotency-Key", "k")

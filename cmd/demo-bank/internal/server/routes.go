@@ -28,10 +28,8 @@ const readyTimeout = 2 * time.Second
 // handler is everything that the bank answers.
 func (s *Server) handler(store *postgres.Store, books *bank.Bank, ids *nodeid.Source, watch *live.Live) http.Handler {
 	idem := middleware.New(store, bank.Tenant, &middleware.Options{
-		Engine: idempotency.Options{
-			TTL: s.config.TTL, Wait: s.config.Wait, HandlerTimeout: s.config.HandlerTimeout,
-			Tracer: observe.Join(s.metrics, watch.Tracer()),
-		},
+		TTL: s.config.TTL, Wait: s.config.Wait, Timeouts: idempotency.Timeouts{Handler: s.config.HandlerTimeout},
+		Tracer:      observe.Join(s.metrics, watch.Tracer()),
 		RouterState: chiroute.State,
 		Logger:      s.logger,
 	})

@@ -15,7 +15,6 @@ import (
 	"syscall"
 	"time"
 
-	"github.com/paidonce/idempotency"
 	"github.com/paidonce/idempotency/cmd/demo-bank/internal/bank"
 	"github.com/paidonce/idempotency/cmd/demo-bank/internal/crashpoint"
 	"github.com/paidonce/idempotency/cmd/demo-bank/internal/live"
@@ -57,14 +56,14 @@ type Config struct {
 	// [ShutdownTimeoutDefault].
 	ShutdownTimeout time.Duration
 
-	// TTL is how long records count: at least idempotency.TTLMin. The default is idempotency.TTLDefault.
+	// TTL is how long records count: at least idempotency.TTLMin. Defaults to 24 hours.
 	TTL time.Duration
 
 	// ReapInterval is how long the reaper of expired records rests. Defaults to 1 minute.
 	ReapInterval time.Duration
 
-	// HandlerTimeout bounds the claim and the handler of a request together, up to [HandlerTimeoutMax]. The default is
-	// idempotency.HandlerTimeoutDefault.
+	// HandlerTimeout bounds the claim and the handler of a request together, up to [HandlerTimeoutMax].
+	// Defaults to 10 seconds.
 	HandlerTimeout time.Duration
 
 	// Wait is how long a request waits for another with its key that is in progress, before it is answered 409: at most
@@ -111,10 +110,10 @@ func New(config Config) *Server {
 		c.ShutdownTimeout = ShutdownTimeoutDefault
 	}
 	if c.TTL == 0 {
-		c.TTL = idempotency.TTLDefault
+		c.TTL = 24 * time.Hour
 	}
 	if c.HandlerTimeout == 0 {
-		c.HandlerTimeout = idempotency.HandlerTimeoutDefault
+		c.HandlerTimeout = 10 * time.Second
 	}
 	if c.AcquireTimeout == 0 {
 		c.AcquireTimeout = AcquireTimeoutDefault
@@ -189,8 +188,8 @@ func (s *Server) Run(ctx context.Context) (err error) {
 // writeTimeout is what net/http gives a request from its headers to the end of its answer: more than all that happens in
 // between together, so that an answer which is settled is not kept from a client that waits for it.
 func writeTimeout(wait, handlerTimeout time.Duration) time.Duration {
-	return readTimeout + wait + handlerTimeout + idempotency.RollbackTimeoutDefault +
-		idempotency.CommitTimeoutDefault + idempotency.ResolveTimeoutDefault + answerTimeout
+	return readTimeout + wait + handlerTimeout + 2*time.Second + // ROLLBACK, COMMIT and the look for it take as long at most
+		5*time.Second + 8*time.Second + answerTimeout
 }
 
 // endOfStart tells a start that failed from one that was told to stop.
