@@ -161,8 +161,8 @@ type BudgetChecker interface {
 type Engine struct {
 	store    Store
 	options  Options
-	inFlight *atomic.Int64 // shared with relatives, as are the lines
-	lines    *lines
+	inFlight *atomic.Int64 // shared with relatives, as are the queues
+	queues   *queues
 }
 
 // NewEngine returns an engine on the store. It panics where the store is nil or the options can't work together.
@@ -170,15 +170,15 @@ func NewEngine(store Store, opts *Options) *Engine {
 	if store == nil {
 		panic("idempotency: NewEngine needs a Store")
 	}
-	return newEngine(store, opts, new(atomic.Int64), newLines())
+	return newEngine(store, opts, new(atomic.Int64), newQueues())
 }
 
 // With returns an engine with other options on the same store, which shares the count of requests in flight and waits
 // for the same attempts.
-func (e *Engine) With(opts *Options) *Engine { return newEngine(e.store, opts, e.inFlight, e.lines) }
+func (e *Engine) With(opts *Options) *Engine { return newEngine(e.store, opts, e.inFlight, e.queues) }
 
-func newEngine(store Store, opts *Options, inFlight *atomic.Int64, lines *lines) *Engine {
-	e := &Engine{store: store, options: opts.full(), inFlight: inFlight, lines: lines}
+func newEngine(store Store, opts *Options, inFlight *atomic.Int64, queues *queues) *Engine {
+	e := &Engine{store: store, options: opts.full(), inFlight: inFlight, queues: queues}
 	if checker, ok := store.(BudgetChecker); ok {
 		if err := checker.CheckBudget(e.options.Timeouts.Handler, e.options.Timeouts.Commit); err != nil {
 			panic("idempotency: " + err.Error())
@@ -304,7 +304,7 @@ func (e *Engine) do(ctx context.Context, req *Request, run RunFunc, trace *trace
 		return refuse(decide(factUnavailable), ErrInFlightMax)
 	}
 	if e.options.Wait > 0 && !req.Keyless() {
-		return e.inLine(ctx, req, run, trace)
+		return e.inQueue(ctx, req, run, trace)
 	}
 	return e.attempts(ctx, req, run, trace, nil)
 }

@@ -22,13 +22,13 @@ const (
 	waitPauseMax = 250 * time.Millisecond
 )
 
-// inLine takes a request that may wait through the protocol. The first with its key in this process is the leader: it
+// inQueue takes a request that may wait through the protocol. The first with its key in this process is the leader: it
 // asks the store. The others, its followers, wait in memory until it ends, and are told what it knows then, or one of
 // them that it leads now. So many duplicates take one connection, and none while the attempt that they wait for is in
 // another process: the leader claims again and again, and holds nothing in between.
-func (e *Engine) inLine(ctx context.Context, req *Request, run RunFunc, trace *trace) (result Result) {
+func (e *Engine) inQueue(ctx context.Context, req *Request, run RunFunc, trace *trace) (result Result) {
 	over := time.Now().Add(e.options.Wait)
-	place, ok := e.lines.enter(req.Key, e.followersMax())
+	place, ok := e.queues.enter(req.Key, e.followersMax())
 	if !ok { // too many wait already
 		return e.attempts(ctx, req, run, trace, nil)
 	}
@@ -117,47 +117,47 @@ func sleep(ctx context.Context, d time.Duration) error {
 	}
 }
 
-// lines are the requests of one process that may wait, by key. A line is there for as long as it has a leader. It is safe
+// queues are the requests of one process that may wait, by key. A queue is there for as long as it has a leader. It is safe
 // for concurrent use, and as large as there are requests in flight.
-type lines struct {
+type queues struct {
 	mu        sync.Mutex
-	byKey     map[Key]*line
-	followers int // of all lines together
+	byKey     map[Key]*queue
+	followers int // of all queues together
 }
 
-// line is the requests with one key.
-type line struct {
-	followers []*place // in the order of their arrival; guarded by lines.mu
+// queue is the requests with one key.
+type queue struct {
+	followers []*place // in the order of their arrival; guarded by queues.mu
 }
 
-// place is a request's place in its line. It is used by the request's goroutine.
+// place is a request's place in its queue. It is used by the request's goroutine.
 type place struct {
-	lines   *lines
-	line    *line
+	queues  *queues
+	queue   *queue
 	key     Key
 	leads   bool
 	derived atomic.Bool  // whether a run of the request has called DerivedKey
-	news    chan *Result // of a follower: once it is out of the line, its result is here or comes at once. Nil: it leads
+	news    chan *Result // of a follower: once it is out of the queue, its result is here or comes at once. Nil: it leads
 }
 
-func newLines() *lines { return &lines{byKey: map[Key]*line{}} }
+func newQueues() *queues { return &queues{byKey: map[Key]*queue{}} }
 
 // enter gives a request its place, which must be left. It reports false where there are followersMax followers already.
-func (l *lines) enter(key Key, followersMax int) (*place, bool) {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	p := &place{lines: l, line: l.byKey[key], key: key}
-	if p.line == nil {
-		p.line, p.leads = &line{}, true
-		l.byKey[key] = p.line
+func (q *queues) enter(key Key, followersMax int) (*place, bool) {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	p := &place{queues: q, queue: q.byKey[key], key: key}
+	if p.queue == nil {
+		p.queue, p.leads = &queue{}, true
+		q.byKey[key] = p.queue
 		return p, true
 	}
-	if l.followers >= followersMax {
+	if q.followers >= followersMax {
 		return nil, false
 	}
 	p.news = make(chan *Result, 1)
-	p.line.followers = append(p.line.followers, p)
-	l.followers++
+	p.queue.followers = append(p.queue.followers, p)
+	q.followers++
 	return p, true
 }
 
@@ -183,20 +183,20 @@ func (p *place) wait(ctx context.Context, over time.Time) (told *Result, err err
 	return told, nil
 }
 
-// withdraw takes a follower out of its line. It reports false where somebody else just did.
+// withdraw takes a follower out of its queue. It reports false where somebody else just did.
 func (p *place) withdraw() bool {
-	p.lines.mu.Lock()
-	defer p.lines.mu.Unlock()
-	i := slices.Index(p.line.followers, p)
+	p.queues.mu.Lock()
+	defer p.queues.mu.Unlock()
+	i := slices.Index(p.queue.followers, p)
 	if i < 0 {
 		return false
 	}
-	p.line.followers = slices.Delete(p.line.followers, i, i+1)
-	p.lines.followers--
+	p.queue.followers = slices.Delete(p.queue.followers, i, i+1)
+	p.queues.followers--
 	return true
 }
 
-// leave removes a leader from its line; a follower has left it by then, unless a tracer ended its
+// leave removes a leader from its queue; a follower has left it by then, unless a tracer ended its
 // goroutine. A record answers all waiting requests, and so does a COMMIT that may have happened:
 // another look would take each of them as long. Otherwise the next of them leads: it finds the
 // answer that the leader's attempt recorded, or a free key.
@@ -217,7 +217,7 @@ func (p *place) leave(result *Result) {
 	}
 }
 
-// flee takes a follower out of its line that may be in it still, and reports whether it was made the leader before.
+// flee takes a follower out of its queue that may be in it still, and reports whether it was made the leader before.
 func (p *place) flee() bool {
 	if p.withdraw() {
 		return false
@@ -230,28 +230,28 @@ func (p *place) flee() bool {
 	}
 }
 
-// pass makes the first follower the leader. Where there is none the line is closed.
+// pass makes the first follower the leader. Where there is none the queue is closed.
 func (p *place) pass() {
-	p.lines.mu.Lock()
-	defer p.lines.mu.Unlock()
-	if len(p.line.followers) == 0 {
-		delete(p.lines.byKey, p.key)
+	p.queues.mu.Lock()
+	defer p.queues.mu.Unlock()
+	if len(p.queue.followers) == 0 {
+		delete(p.queues.byKey, p.key)
 		return
 	}
-	next := p.line.followers[0]
-	p.line.followers = slices.Delete(p.line.followers, 0, 1)
-	p.lines.followers--
+	next := p.queue.followers[0]
+	p.queue.followers = slices.Delete(p.queue.followers, 0, 1)
+	p.queues.followers--
 	next.news <- nil
 }
 
-// close closes the line and returns those who are to be told.
+// close closes the queue and returns those who are to be told.
 func (p *place) close() []*place {
-	p.lines.mu.Lock()
-	defer p.lines.mu.Unlock()
-	delete(p.lines.byKey, p.key)
-	followers := p.line.followers
-	p.line.followers = nil // so that none of them withdraws any more
-	p.lines.followers -= len(followers)
+	p.queues.mu.Lock()
+	defer p.queues.mu.Unlock()
+	delete(p.queues.byKey, p.key)
+	followers := p.queue.followers
+	p.queue.followers = nil // so that none of them withdraws any more
+	p.queues.followers -= len(followers)
 	return followers
 }
 

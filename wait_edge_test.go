@@ -211,8 +211,8 @@ func TestHookThatPanicsLeavesNobodyWaiting(t *testing.T) {
 	}
 }
 
-// Many keys, many requests, some of which give up: each key is executed once, and no line is left.
-func TestLinesAreGoneWhenNobodyWaits(t *testing.T) {
+// Many keys, many requests, some of which give up: each key is executed once, and no queue is left.
+func TestQueuesAreGoneWhenNobodyWaits(t *testing.T) {
 	t.Parallel()
 	const keys, copies = 20, 40
 	engine := idempotency.NewEngine(memory.New(nil), &idempotency.Options{Wait: time.Minute, InFlightMax: -1})
@@ -256,8 +256,8 @@ func TestLinesAreGoneWhenNobodyWaits(t *testing.T) {
 			t.Errorf("key %d: %d executed, %d replayed", key, executed[key].Load(), replayed[key].Load())
 		}
 	}
-	if lines, followers := idempotency.Lines(engine); lines != 0 || followers != 0 || engine.InFlight() != 0 {
-		t.Errorf("%d lines, %d followers, %d in flight", lines, followers, engine.InFlight())
+	if queues, followers := idempotency.Queues(engine); queues != 0 || followers != 0 || engine.InFlight() != 0 {
+		t.Errorf("%d queues, %d followers, %d in flight", queues, followers, engine.InFlight())
 	}
 }
 

@@ -8,16 +8,16 @@ import (
 	"time"
 )
 
-// Lines returns how many lines there are, of requests that may wait, and how many wait in them.
-func Lines(e *Engine) (lines, followers int) {
-	e.lines.mu.Lock()
-	defer e.lines.mu.Unlock()
-	return len(e.lines.byKey), e.lines.followers
+// Queues returns how many queues there are, of requests that may wait, and how many wait in them.
+func Queues(e *Engine) (queues, followers int) {
+	e.queues.mu.Lock()
+	defer e.queues.mu.Unlock()
+	return len(e.queues.byKey), e.queues.followers
 }
 
 // mustEnter is enter where there is room.
-func (l *lines) mustEnter(key Key) *place {
-	p, ok := l.enter(key, 3)
+func (q *queues) mustEnter(key Key) *place {
+	p, ok := q.enter(key, 3)
 	if !ok {
 		panic("no room")
 	}
@@ -31,8 +31,8 @@ func TestTurnThatComesTooLateIsHandedOn(t *testing.T) {
 	canceled, cancel := context.WithCancel(t.Context())
 	cancel()
 	for range 100 {
-		l, key := newLines(), Key{Scope: "acme", Value: "k"}
-		first, late, next := l.mustEnter(key), l.mustEnter(key), l.mustEnter(key)
+		q, key := newQueues(), Key{Scope: "acme", Value: "k"}
+		first, late, next := q.mustEnter(key), q.mustEnter(key), q.mustEnter(key)
 		first.leave(&Result{Outcome: OutcomeExecuted})
 		result, settled := follow(canceled, &Request{Key: key}, late, time.Now().Add(time.Hour), &trace{})
 		if !settled || result.Outcome != OutcomeInProgress || !errors.Is(result.Err, context.Canceled) {
@@ -44,8 +44,8 @@ func TestTurnThatComesTooLateIsHandedOn(t *testing.T) {
 			t.Fatalf("the next was told %v, %v", told, err)
 		}
 		next.leave(&Result{})
-		if len(l.byKey) != 0 || l.followers != 0 {
-			t.Fatalf("%d lines, %d followers", len(l.byKey), l.followers)
+		if len(q.byKey) != 0 || q.followers != 0 {
+			t.Fatalf("%d queues, %d followers", len(q.byKey), q.followers)
 		}
 	}
 }
@@ -54,14 +54,14 @@ func TestTurnThatComesTooLateIsHandedOn(t *testing.T) {
 func TestAnswerThatComesAtTheLastMomentIsTaken(t *testing.T) {
 	t.Parallel()
 	for range 100 {
-		l, key := newLines(), Key{Scope: "acme", Value: "k"}
-		first, late := l.mustEnter(key), l.mustEnter(key)
+		q, key := newQueues(), Key{Scope: "acme", Value: "k"}
+		first, late := q.mustEnter(key), q.mustEnter(key)
 		req := &Request{Key: key, Fingerprint: FingerprintOf(100, nil)}
 		first.leave(&Result{Outcome: OutcomeReplayed, Record: &Record{Fingerprint: req.Fingerprint}})
 		result, settled := follow(t.Context(), req, late, time.Now(), &trace{})
 		late.leave(&result)
-		if !settled || result.Outcome != OutcomeReplayed || len(l.byKey) != 0 {
-			t.Fatalf("settled: %t, %s, %d lines", settled, result.Outcome, len(l.byKey))
+		if !settled || result.Outcome != OutcomeReplayed || len(q.byKey) != 0 {
+			t.Fatalf("settled: %t, %s, %d queues", settled, result.Outcome, len(q.byKey))
 		}
 	}
 }
@@ -71,15 +71,15 @@ type exiting struct{ Tracer }
 
 func (exiting) TraceWaitStart(context.Context) { runtime.Goexit() }
 
-// If a tracer ends a follower's goroutine, the follower leaves its line, even if its turn comes at
+// If a tracer ends a follower's goroutine, the follower leaves its queue, even if its turn comes at
 // that moment: otherwise all later requests would wait for it.
-func TestFollowerWhoseTracerExitsLeavesItsLine(t *testing.T) {
+func TestFollowerWhoseTracerExitsLeavesItsQueue(t *testing.T) {
 	t.Parallel()
-	for name, turn := range map[string]bool{"in the line": false, "its turn": true} {
+	for name, turn := range map[string]bool{"in the queue": false, "its turn": true} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
-			l, key := newLines(), Key{Scope: "acme", Value: "k"}
-			first, late, next := l.mustEnter(key), l.mustEnter(key), l.mustEnter(key)
+			q, key := newQueues(), Key{Scope: "acme", Value: "k"}
+			first, late, next := q.mustEnter(key), q.mustEnter(key), q.mustEnter(key)
 			end := func() { first.leave(&Result{Outcome: OutcomeExecuted}) }
 			gone := make(chan struct{})
 			go func() {
@@ -99,8 +99,8 @@ func TestFollowerWhoseTracerExitsLeavesItsLine(t *testing.T) {
 				t.Fatalf("the next was told %v, %v", told, err)
 			}
 			next.leave(&Result{})
-			if len(l.byKey) != 0 || l.followers != 0 {
-				t.Errorf("%d lines, %d followers", len(l.byKey), l.followers)
+			if len(q.byKey) != 0 || q.followers != 0 {
+				t.Errorf("%d queues, %d followers", len(q.byKey), q.followers)
 			}
 		})
 	}

@@ -104,8 +104,8 @@ func (b *waitBundle) settle() {
 	if n := b.engine.InFlight(); n != 0 {
 		b.t.Errorf("%d requests are in flight", n)
 	}
-	if lines, followers := idempotency.Lines(b.engine); lines != 0 || followers != 0 {
-		b.t.Errorf("%d lines are left, and %d followers", lines, followers)
+	if queues, followers := idempotency.Queues(b.engine); queues != 0 || followers != 0 {
+		b.t.Errorf("%d queues are left, and %d followers", queues, followers)
 	}
 }
 
