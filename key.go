@@ -30,8 +30,8 @@ var (
 // own requests and another account never does. Value is what the client sent. The two are stored, locked and compared
 // apart and never joined into one string, so ("a", "b:c") and ("a:b", "c") are different keys.
 //
-// A Key prints as eight hexadecimal digits of a hash, by every verb of fmt, in slog and in JSON, so that neither part
-// reaches a log.
+// A Key prints as eight hexadecimal digits of a hash by every verb of fmt and in slog, so that
+// neither part reaches a log. It has no JSON or text form: encoding one fails.
 type Key struct {
 	Scope string
 	Value string
@@ -90,8 +90,15 @@ func (k Key) String() string {
 // Format keeps the key out of every verb of fmt.
 func (k Key) Format(f fmt.State, _ rune) { _, _ = f.Write([]byte(k.String())) } // fmt has no use for the error
 
-// MarshalText keeps the key out of JSON, and so out of what holds a key in a structured log.
-func (k Key) MarshalText() ([]byte, error) { return []byte(k.String()), nil }
+// errKeyEncoded is returned instead of a hash, which nobody could decode, and instead of the parts,
+// which would be in the log of whoever logs a struct as JSON.
+var errKeyEncoded = errors.New("idempotency: a Key is not encoded, so that it reaches no log by accident: encode its Scope and Value as fields of your own")
+
+// MarshalJSON returns an error. Encode Scope and Value as fields of your own.
+func (k Key) MarshalJSON() ([]byte, error) { return nil, errKeyEncoded }
+
+// MarshalText returns an error, as MarshalJSON does, for map keys in JSON, XML, YAML and others.
+func (k Key) MarshalText() ([]byte, error) { return nil, errKeyEncoded }
 
 // LogValue keeps the key out of structured logs.
 func (k Key) LogValue() slog.Value { return slog.StringValue(k.String()) }

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"encoding/hex"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -95,6 +96,28 @@ func TestKeyIsNeverPrinted(t *testing.T) {
 	}
 	if other := (idempotency.Key{Scope: "scope-canar", Value: "yvalue-canary"}); other.String() == key.String() {
 		t.Error("another key is shown as the same")
+	}
+}
+
+// A hash in JSON looks like a key and can't be read back; the parts could end in a log.
+func TestKeyIsNotEncoded(t *testing.T) {
+	t.Parallel()
+	key := idempotency.Key{Scope: "scope-canary", Value: "value-canary"}
+	for name, value := range map[string]any{
+		"key": key, "pointer": &key, "slice": []idempotency.Key{key}, "struct": struct{ Key idempotency.Key }{key},
+		"map key": map[idempotency.Key]int{key: 1}, "request": idempotency.RequestStart{Key: key},
+	} {
+		out, err := json.Marshal(value)
+		if err == nil || !strings.Contains(err.Error(), "encode its Scope and Value as fields of your own") {
+			t.Errorf("%s: %s, %v, want an error that names the remedy", name, out, err)
+		} else if strings.Contains(err.Error(), "canary") {
+			t.Errorf("%s: the error quotes the key: %v", name, err)
+		}
+	}
+	var out bytes.Buffer
+	slog.New(slog.NewJSONHandler(&out, nil)).Info("a struct", "request", idempotency.RequestStart{Key: key, Route: "POST /"})
+	if text := out.String(); strings.Contains(text, "canary") {
+		t.Errorf("a part of the key is logged: %s", text)
 	}
 }
 

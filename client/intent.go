@@ -2,6 +2,7 @@ package client
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"log/slog"
@@ -29,9 +30,9 @@ func (i Intent) Format(f fmt.State, _ rune) { _, _ = io.WriteString(f, "intent "
 // LogValue keeps key and body out of structured logs.
 func (i Intent) LogValue() slog.Value { return slog.StringValue("intent " + i.Key.String()) }
 
-// MarshalJSON refuses: what came of it would lack the key, which prints as a hash.
+// MarshalJSON returns an error, as that of its key does: an IntentStore encodes the fields.
 func (i Intent) MarshalJSON() ([]byte, error) {
-	return nil, fmt.Errorf("idempotency/client: an Intent has no JSON: its key would be a hash")
+	return nil, errors.New("idempotency/client: an Intent is not encoded, so that its key and body reach no log by accident: encode its fields")
 }
 
 // IntentStore keeps intents across the death of a process. Package client/boltintent keeps them in
