@@ -136,7 +136,9 @@ func (tx *sealedTx) deferExec(ctx context.Context, sql string, args []any) (err 
 		d.refuse(errArguments)
 		return fmt.Errorf("idempotency/postgres: %w", err)
 	}
-	c := call{statement: &s.statement, params: encoded.ParamValues, formats: encoded.ParamFormats, deferred: len(d.calls) + 1}
+	number := len(d.calls) + 1
+	c := call{statement: &s.statement, params: encoded.ParamValues, formats: encoded.ParamFormats}
+	c.meaning = func(err *pgconn.PgError) (sentinel, explained error) { return deferredMeaning(number, err) }
 	size := 0
 	for _, param := range c.params {
 		size += len(param)
@@ -273,7 +275,7 @@ func countRows(sql string, rows Rows) (counted string, params int, err error) {
 		return "", 0, fmt.Errorf("%w: a deferred statement must be an INSERT, UPDATE, DELETE or SELECT: use Tx for others", ErrSealed)
 	}
 	depth := 0
-	for s.skip(); s.rest != "" && s.rest[0] != ';'; s.skip() {
+	for s.skip(); s.rest != "" && s.rest[0] != ';' && depth >= 0; s.skip() {
 		if n := parameter(s.rest); n > 0 {
 			params = max(params, n)
 		}
@@ -287,9 +289,9 @@ func countRows(sql string, rows Rows) (counted string, params int, err error) {
 		case depth == 0 && strings.EqualFold(token, "RETURNING"):
 			returning = true
 		}
-		if depth < 0 {
-			return "", 0, fmt.Errorf("%w: parentheses of a deferred statement do not match", ErrSealed)
-		}
+	}
+	if depth != 0 {
+		return "", 0, fmt.Errorf("%w: parentheses of a deferred statement do not match", ErrSealed)
 	}
 	body = body[:len(body)-len(s.rest)]
 	if !returning {

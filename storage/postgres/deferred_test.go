@@ -651,6 +651,43 @@ func (c *lossyConn) Read(p []byte) (int, error) {
 	return n, err
 }
 
+// In a transaction that is not the claim's, an error of a deferred statement proves nothing: the first transaction may
+// have committed.
+func TestLostTransactionWithAFailingDeferredStatementIsUnknown(t *testing.T) {
+	t.Parallel()
+	for _, key := range []string{"k", ""} {
+		b := setup(t, nil)
+		want(t, b.do(t, request(key, ""), func(ctx context.Context, tx pgx.Tx) int {
+			effect(ctx, t)
+			deferred(t, "DELETE FROM effects WHERE name = 'none'")(ctx, tx)
+			if _, err := postgres.RawConn(tx).Exec(ctx, "COMMIT; BEGIN"); err != nil {
+				t.Error(err)
+			}
+			return 201
+		}), idempotency.OutcomeUnknown, idempotency.ReasonTransactionLost)
+		if n := b.effects(t); n != 1 {
+			t.Errorf("%d effects, want the first one", n)
+		}
+	}
+}
+
+// A deferred statement that changes the encoding can't move the record to another key.
+func TestDeferredStatementDoesNotMoveTheRecord(t *testing.T) {
+	t.Parallel()
+	b := setup(t, nil)
+	req := request("k", "")
+	req.Key.Scope = "Zo\u00eb"
+	for range 2 {
+		want(t, b.do(t, req, func(ctx context.Context, _ pgx.Tx) int {
+			deferEffect(ctx, t)
+			return deferred(t, "SELECT set_config('client_encoding', 'LATIN1', true)")(ctx, nil)
+		}), idempotency.OutcomeNotExecuted, idempotency.ReasonUnavailable)
+	}
+	if n := b.effects(t); n != 0 {
+		t.Errorf("paid %d times", n)
+	}
+}
+
 // The record comes after deferred statements, so they can't weaken what it sets, and what they leave to COMMIT runs
 // before it.
 func TestDeferredStatementsRunBeforeTheRecord(t *testing.T) {

@@ -20,10 +20,11 @@ type call struct {
 	params    [][]byte
 	row       rowReader
 
-	// A deferred statement of the handler's: its place among them, from 1 on, and the formats of its
-	// parameters. Ours are all binary.
-	deferred int
-	formats  []int16
+	formats []int16 // of the parameters; nil: all are binary
+
+	// meaning returns the sentinel for PostgreSQL's error in this call, and the error with a remedy
+	// added. It is nil in calls of the store's own: see statements.meaning.
+	meaning func(err *pgconn.PgError) (sentinel, explained error)
 
 	// apart puts a Sync in front of the parameters, after the text of a statement that is not
 	// prepared. No timeout of PostgreSQL's runs in a session that has parsed or executed something
@@ -62,12 +63,12 @@ func (s *statements) flush(ctx context.Context, conn *pgconn.PgConn, calls ...ca
 	frontend, prepared := conn.Frontend(), s.namesOn(conn)
 	for i := range calls {
 		c := &calls[i]
-		name, formats := c.statement.name, binaryFormat
+		name, formats := c.statement.name, c.formats
 		if name == "" && prepared != nil {
 			name = prepared.names[c.statement.number]
 		}
-		if c.deferred > 0 {
-			formats = c.formats
+		if formats == nil {
+			formats = binaryFormat
 		}
 		if name == "" {
 			frontend.SendParse(&pgproto3.Parse{Query: c.statement.sql, ParameterOIDs: c.statement.oids})

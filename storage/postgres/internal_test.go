@@ -69,6 +69,51 @@ func FuzzAdmitSQL(f *testing.F) {
 	})
 }
 
+// FuzzCountRows: what is made of an admitted statement is one statement too, which ends where ours does: what the text
+// leaves open would swallow the count.
+func FuzzCountRows(f *testing.F) {
+	for _, seed := range []string{"INSERT INTO t VALUES ($1) -- a", "UPDATE t SET a = '(' RETURNING b;", "delete from t where b in (1)", "SELECT $$)$$ /* ( */", "SELECT 1) SELECT (1"} {
+		f.Add(seed)
+	}
+	f.Fuzz(func(t *testing.T, sql string) {
+		if admitSQL(sql, true) != nil {
+			return
+		}
+		counted, _, err := countRows(sql, 2)
+		if err != nil {
+			if !errors.Is(err, ErrSealed) {
+				t.Errorf("%q: %v", sql, err)
+			}
+			return
+		}
+		if err := admitSQL(counted, true); err != nil {
+			t.Errorf("%q becomes %q: %v", sql, counted, err)
+		}
+		depth, closed := 0, 0
+		for s := (scanner{rest: counted}); s.rest != ""; {
+			s.skip()
+			before := s.rest
+			s.token()
+			switch before[:len(before)-len(s.rest)] {
+			case "(":
+				depth++
+			case ")":
+				if depth--; depth == 0 {
+					closed = len(s.rest)
+					break
+				}
+			}
+			if depth == 0 && closed > 0 {
+				break
+			}
+		}
+		const count = " SELECT 1 OPERATOR(pg_catalog./) CASE WHEN pg_catalog.count(*) OPERATOR(pg_catalog.=) 2 THEN 1 ELSE 0 END FROM idempotency_deferred"
+		if closed != len(count) {
+			t.Errorf("%q becomes %q: the count is not all that follows it", sql, counted)
+		}
+	})
+}
+
 func TestHeadersRoundTrip(t *testing.T) {
 	t.Parallel()
 	for _, header := range []map[string][]string{

@@ -59,26 +59,37 @@ func TestEveryEndAboveReadCommittedLooksAgain(t *testing.T) {
 			return status, err
 		}
 	}
+	deferExec := func(sql string, status int) func(context.Context, pgx.Tx) (int, error) {
+		return func(ctx context.Context, _ pgx.Tx) (int, error) {
+			_ = postgres.DeferExec(ctx, sql) // what is refused fails the commit
+			return status, nil
+		}
+	}
 	ends := map[string]struct {
 		do     func(ctx context.Context, tx pgx.Tx) (status int, err error)
 		cannot bool // it can't look again on its connection
 	}{
-		"commits":                     {do: sql("SELECT", 201)},
-		"declines":                    {do: sql("SELECT", 402)},
-		"forgets":                     {do: sql("SELECT", 503)},
-		"fails":                       {do: sql("SELECT 1 / 0", 201)},
-		"panics":                      {do: func(context.Context, pgx.Tx) (int, error) { panic("handler") }},
-		"can't commit its encoding":   {do: sql("SET LOCAL client_encoding = 'LATIN1'", 201)},
-		"can't commit its constraint": {do: sql("INSERT INTO deferred VALUES (1), (1)", 201)},
-		"must start again":            {do: sql("DO $$ BEGIN RAISE EXCEPTION USING ERRCODE = '40001'; END $$", 201)},
-		"must start again at COMMIT":  {do: sql("INSERT INTO again VALUES (1)", 201)},
-		"loses its connection":        {do: sql("SELECT pg_terminate_backend(pg_backend_pid())", 201), cannot: true},
+		"commits":                           {do: sql("SELECT", 201)},
+		"declines":                          {do: sql("SELECT", 402)},
+		"forgets":                           {do: sql("SELECT", 503)},
+		"fails":                             {do: sql("SELECT 1 / 0", 201)},
+		"panics":                            {do: func(context.Context, pgx.Tx) (int, error) { panic("handler") }},
+		"can't commit its encoding":         {do: sql("SET LOCAL client_encoding = 'LATIN1'", 201)},
+		"can't commit its constraint":       {do: sql("INSERT INTO deferred VALUES (1), (1)", 201)},
+		"can't commit a deferred statement": {do: deferExec("DELETE FROM again", 201)},
+		"can't defer a statement":           {do: deferExec("SET LOCAL lock_timeout = 1", 201)},
+		"must start again at a deferred statement": {do: deferExec("INSERT INTO now VALUES (1)", 201)},
+		"must start again":                         {do: sql("DO $$ BEGIN RAISE EXCEPTION USING ERRCODE = '40001'; END $$", 201)},
+		"must start again at COMMIT":               {do: sql("INSERT INTO again VALUES (1)", 201)},
+		"loses its connection":                     {do: sql("SELECT pg_terminate_backend(pg_backend_pid())", 201), cannot: true},
 	}
 	for _, isolation := range []pgx.TxIsoLevel{pgx.RepeatableRead, pgx.Serializable} {
 		b := setup(t, &setupOptions{store: &postgres.Options{Isolation: isolation, AcquireTimeout: 20 * time.Second}})
 		b.exec(t, "CREATE TABLE deferred (id int UNIQUE DEFERRABLE INITIALLY DEFERRED)")
 		b.exec(t, "CREATE TABLE again (id int)")
+		b.exec(t, "CREATE TABLE now (id int)")
 		b.exec(t, "CREATE FUNCTION again() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN RAISE EXCEPTION USING ERRCODE = '40001'; END $$")
+		b.exec(t, "CREATE TRIGGER again BEFORE INSERT ON now FOR EACH ROW EXECUTE FUNCTION again()")
 		b.exec(t, "CREATE CONSTRAINT TRIGGER again AFTER INSERT ON again DEFERRABLE INITIALLY DEFERRED FOR EACH ROW EXECUTE FUNCTION again()")
 		engine := idempotency.NewEngine(b.store, &idempotency.Options{Restarts: -1})
 		for name, end := range ends {

@@ -81,8 +81,8 @@ func isStandby(err error) bool {
 // and the error with a remedy added. It depends on the statement: the handler's own deferred
 // constraints and triggers, which run before our INSERT, can raise the same codes.
 func (s *statements) meaning(failed *call, err *pgconn.PgError) (sentinel, explained error) {
-	if failed.deferred > 0 {
-		return deferredMeaning(failed.deferred, err)
+	if failed.meaning != nil {
+		return failed.meaning(err)
 	}
 	switch failed.statement {
 	case &s.guard:
@@ -98,7 +98,7 @@ func (s *statements) meaning(failed *call, err *pgconn.PgError) (sentinel, expla
 		case ours && err.Code == "23505" && err.ConstraintName == primaryKey:
 			return idempotency.ErrKeyRecorded, err
 		case err.Code == "22012" && err.Where == "", err.Code == "0A000": // a trigger's own error would name its function in its context
-			return idempotency.ErrUnavailable, explain(err, "the record would not be kept as it was written: Store.Check and idemctl doctor name the trigger or rule on the table that must go; if there is none, a deferred trigger of another table sets client_encoding")
+			return idempotency.ErrUnavailable, explain(err, "the record would not be kept as it was written: Store.Check and idemctl doctor name the trigger or rule on the table that must go; if there is none, a deferred statement, or a deferred trigger of another table, sets client_encoding")
 		case err.Code == "25006":
 			return idempotency.ErrAborted, explain(err, remedyReadOnly)
 		case err.Code == "42501":
