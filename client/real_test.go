@@ -13,9 +13,8 @@ import (
 	"github.com/paidonce/idempotency"
 	"github.com/paidonce/idempotency/client"
 	"github.com/paidonce/idempotency/client/pgintent"
-	"github.com/paidonce/idempotency/internal/pgtest"
+	"github.com/paidonce/idempotency/internal/testservice"
 	"github.com/paidonce/idempotency/middleware"
-	"github.com/paidonce/idempotency/migrations"
 	"github.com/paidonce/idempotency/storage/memory"
 	"github.com/paidonce/idempotency/storage/postgres"
 )
@@ -57,22 +56,7 @@ func onMemory(t *testing.T) *real {
 func account(*http.Request) (string, error) { return "acme", nil }
 
 func onPostgreSQL(t *testing.T) *real {
-	config, err := pgxpool.ParseConfig(pgtest.Database(t))
-	if err != nil {
-		t.Fatal(err)
-	}
-	postgres.Configure(config, nil)
-	pool, err := pgxpool.NewWithConfig(t.Context(), config)
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(pool.Close)
-	if err := migrations.Up(t.Context(), postgres.New(pool, nil), nil); err != nil {
-		t.Fatal(err)
-	}
-	if _, err := pool.Exec(t.Context(), "CREATE TABLE effects (id bigserial PRIMARY KEY)"); err != nil {
-		t.Fatal(err)
-	}
+	s := testservice.New(t, nil)
 	handler := http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		var id int64
 		if err := postgres.Tx(r.Context()).QueryRow(r.Context(), "INSERT INTO effects DEFAULT VALUES RETURNING id").Scan(&id); err != nil {
@@ -82,15 +66,10 @@ func onPostgreSQL(t *testing.T) *real {
 		w.WriteHeader(http.StatusCreated)
 		_, _ = fmt.Fprintf(w, "effect %d", id)
 	})
-	idem := middleware.New(postgres.New(pool, nil), account, nil)
+	idem := middleware.New(s.Store, account, nil)
 	server := httptest.NewServer(lossy(idem.Handler(handler)))
 	t.Cleanup(server.Close)
-	return &real{url: server.URL, pool: pool, effects: func() (n int) {
-		if err := pool.QueryRow(t.Context(), "SELECT count(*) FROM effects").Scan(&n); err != nil {
-			t.Error(err)
-		}
-		return n
-	}}
+	return &real{url: server.URL, pool: s.Pool, effects: func() int { return s.Effects(t) }}
 }
 
 // TestLostRepliesHaveOneEffect: with the real middleware, on memory and on PostgreSQL, each request has one effect and its caller gets

@@ -17,8 +17,8 @@ import (
 
 	"github.com/paidonce/idempotency"
 	"github.com/paidonce/idempotency/internal/pgtest"
+	"github.com/paidonce/idempotency/internal/testservice"
 	"github.com/paidonce/idempotency/middleware"
-	"github.com/paidonce/idempotency/migrations"
 	"github.com/paidonce/idempotency/storage/postgres"
 )
 
@@ -41,24 +41,10 @@ type testBundle struct {
 
 func setup(t *testing.T) *testBundle {
 	t.Helper()
-	config, err := pgxpool.ParseConfig(pgtest.Database(t))
-	if err != nil {
-		t.Fatal(err)
-	}
-	config.MaxConns = 10
-	postgres.Configure(config, nil)
-	b := &testBundle{pay: pay, asked: map[int]int{}}
-	if b.pool, err = pgxpool.NewWithConfig(t.Context(), config); err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(b.pool.Close)
-	if err := migrations.Up(t.Context(), postgres.New(b.pool, nil), nil); err != nil {
-		t.Fatal(err)
-	}
-	if _, err := b.pool.Exec(t.Context(), "CREATE TABLE payments (n bigint NOT NULL, account text NOT NULL)"); err != nil {
-		t.Fatal(err)
-	}
-	b.store, b.check = postgres.New(b.pool, nil), b.invariant
+	service := testservice.New(t, &postgres.Options{PoolConfig: func(config *pgxpool.Config) { config.MaxConns = 10 }})
+	service.Exec(t, "CREATE TABLE payments (n bigint NOT NULL, account text NOT NULL)")
+	b := &testBundle{pool: service.Pool, store: service.Store, pay: pay, asked: map[int]int{}}
+	b.check = b.invariant
 	t.Cleanup(b.endKept)
 	b.options.Logger = slog.New(slog.DiscardHandler)
 	return b

@@ -2,6 +2,7 @@ package middleware_test
 
 import (
 	"bufio"
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -19,8 +20,8 @@ import (
 
 	"github.com/paidonce/idempotency"
 	"github.com/paidonce/idempotency/internal/pgtest"
+	"github.com/paidonce/idempotency/internal/testservice"
 	"github.com/paidonce/idempotency/middleware"
-	"github.com/paidonce/idempotency/migrations"
 	"github.com/paidonce/idempotency/storage/postgres"
 )
 
@@ -48,32 +49,17 @@ type setupOptions struct {
 // setup serves a handler behind the middleware. The scope is the Account header; without one the caller is unknown.
 func setup(t testing.TB, opts setupOptions, handler http.HandlerFunc) *testBundle {
 	t.Helper()
-	ctx := context.Background()
-	database := pgtest.Database(t)
+	database := testservice.Database(t, "")
 	if opts.url != nil {
 		database = opts.url(database)
 	}
-	config, err := pgxpool.ParseConfig(database)
-	if err != nil {
-		t.Fatal(err)
+	var storeOptions postgres.Options
+	if opts.store != nil {
+		storeOptions = *opts.store
 	}
-	config.MaxConns = 10
-	if opts.poolMax != 0 {
-		config.MaxConns = opts.poolMax
-	}
-	postgres.Configure(config, opts.store)
-	b := &testBundle{logs: &strings.Builder{}}
-	if b.pool, err = pgxpool.NewWithConfig(ctx, config); err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(b.pool.Close)
-	if err := migrations.Up(ctx, postgres.New(b.pool, nil), nil); err != nil {
-		t.Fatal(err)
-	}
-	if _, err := b.pool.Exec(ctx, "CREATE TABLE effects (id bigserial PRIMARY KEY)"); err != nil {
-		t.Fatal(err)
-	}
-	b.store = postgres.New(b.pool, opts.store)
+	storeOptions.PoolConfig = func(config *pgxpool.Config) { config.MaxConns = cmp.Or(opts.poolMax, 10) }
+	service := testservice.On(t, database, &storeOptions)
+	b := &testBundle{pool: service.Pool, store: service.Store, logs: &strings.Builder{}}
 
 	var o middleware.Options
 	if opts.middleware != nil {

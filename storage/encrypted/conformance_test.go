@@ -9,6 +9,7 @@ import (
 	"github.com/jackc/pgx/v5/pgxpool"
 
 	"github.com/paidonce/idempotency"
+	"github.com/paidonce/idempotency/internal/testservice"
 	"github.com/paidonce/idempotency/storage/encrypted"
 	"github.com/paidonce/idempotency/storage/memory"
 	"github.com/paidonce/idempotency/storage/postgres"
@@ -40,10 +41,10 @@ func TestConformance(t *testing.T) {
 
 func newHarness(t *testing.T) *storagetest.Harness {
 	options := &postgres.Options{AcquireTimeout: 20 * time.Second} // on a slow machine many requests wait for few connections
-	d := newDatabase(t, options)
-	store := encrypted.New(d.store, oneKey)
+	d := testservice.New(t, options)
+	store := encrypted.New(d.Store, oneKey)
 	exec := func(ctx context.Context, sql string, arguments ...any) error {
-		_, err := d.pool.Exec(ctx, sql, arguments...)
+		_, err := d.Pool.Exec(ctx, sql, arguments...)
 		return err
 	}
 	return &storagetest.Harness{
@@ -53,7 +54,7 @@ func newHarness(t *testing.T) *storagetest.Harness {
 			return err
 		},
 		Written: func(ctx context.Context, name string) (n int, err error) {
-			err = d.pool.QueryRow(ctx, "SELECT count(*) FROM effects WHERE name = $1", name).Scan(&n)
+			err = d.Pool.QueryRow(ctx, "SELECT count(*) FROM effects WHERE name = $1", name).Scan(&n)
 			return n, err
 		},
 		Break: func(ctx context.Context) error {
@@ -61,7 +62,7 @@ func newHarness(t *testing.T) *storagetest.Harness {
 			return err
 		},
 		Reopen: func(ctx context.Context) (idempotency.Store, error) {
-			pool, err := pgxpool.NewWithConfig(ctx, d.pool.Config())
+			pool, err := pgxpool.NewWithConfig(ctx, d.Pool.Config())
 			if err != nil {
 				return nil, err
 			}
@@ -71,7 +72,7 @@ func newHarness(t *testing.T) *storagetest.Harness {
 		Advance: func(ctx context.Context, d time.Duration) error {
 			return exec(ctx, "UPDATE idempotency_keys SET created_at = created_at - $1::interval, expires_at = expires_at - $1::interval", d)
 		},
-		DeleteExpired: d.store.DeleteExpired,
+		DeleteExpired: d.Store.DeleteExpired,
 		Record: func(ctx context.Context, req *idempotency.Request, answer *idempotency.Answer) error {
 			return exec(ctx, `INSERT INTO idempotency_keys
 				(created_at, expires_at, status, fingerprint_version, attempt_id, scope, key, fingerprint, headers, body)
@@ -84,11 +85,11 @@ func newHarness(t *testing.T) *storagetest.Harness {
 // A wrapped store's own timeouts are still held against the engine's.
 func TestBudgetOfTheStoreWithinIsChecked(t *testing.T) {
 	t.Parallel()
-	d := newDatabase(t, nil)
+	d := testservice.New(t, nil)
 	for handlerTimeout, fits := range map[time.Duration]bool{10 * time.Second: true, 30 * time.Second: false} {
 		panicked := func() (panicked bool) {
 			defer func() { panicked = recover() != nil }()
-			idempotency.NewEngine(encrypted.New(d.store, oneKey), &idempotency.Options{Timeouts: idempotency.Timeouts{Handler: handlerTimeout}})
+			idempotency.NewEngine(encrypted.New(d.Store, oneKey), &idempotency.Options{Timeouts: idempotency.Timeouts{Handler: handlerTimeout}})
 			return false
 		}()
 		if panicked == fits {

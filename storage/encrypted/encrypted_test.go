@@ -10,6 +10,7 @@ import (
 	"testing"
 
 	"github.com/paidonce/idempotency"
+	"github.com/paidonce/idempotency/internal/testservice"
 	"github.com/paidonce/idempotency/middleware"
 	"github.com/paidonce/idempotency/storage/encrypted"
 	"github.com/paidonce/idempotency/storage/memory"
@@ -18,17 +19,17 @@ import (
 // No byte of a body reaches the table: not in a row, and not in the pages of the table's files.
 func TestBodyIsNotInTheTable(t *testing.T) {
 	t.Parallel()
-	d := newDatabase(t, nil)
+	d := testservice.New(t, nil)
 	const hidden, plain = "canary-of-an-encrypted-body", "canary-of-a-plain-body"
-	s := serve(t, encrypted.New(d.store, oneKey), nil)
+	s := serve(t, encrypted.New(d.Store, oneKey), nil)
 	large := strings.Repeat(hidden, 10_000) // which lies outside of the row
 	want(t, "first", s.post(t, "acme", "small", "/", hidden), 201, idempotency.OutcomeExecuted, hidden)
 	want(t, "declined", s.post(t, "acme", "declined", "/declined", hidden), 404, idempotency.OutcomeExecuted, hidden)
 	want(t, "large", s.post(t, "acme", "large", "/", large), 201, idempotency.OutcomeExecuted, large)
 	want(t, "empty", s.post(t, "acme", "empty", "/", ""), 201, idempotency.OutcomeExecuted, "")
-	want(t, "plain", serve(t, d.store, nil).post(t, "acme", "plain", "/", plain), 201, idempotency.OutcomeExecuted, plain)
+	want(t, "plain", serve(t, d.Store, nil).post(t, "acme", "plain", "/", plain), 201, idempotency.OutcomeExecuted, plain)
 
-	found := d.heap(t)
+	found := heap(t, d)
 	if !bytes.Contains(found, []byte(plain)) || !bytes.Contains(found, []byte("declined")) {
 		t.Fatal("the scan sees nothing: not even a body that is not encrypted, and a key")
 	}
@@ -38,7 +39,7 @@ func TestBodyIsNotInTheTable(t *testing.T) {
 	for key, body := range map[string]string{"small": hidden, "declined": hidden, "large": large, "empty": ""} {
 		var row string
 		var length int
-		if err := d.pool.QueryRow(t.Context(), "SELECT r::text, length(body) FROM idempotency_keys r WHERE key = $1", key).Scan(&row, &length); err != nil {
+		if err := d.Pool.QueryRow(t.Context(), "SELECT r::text, length(body) FROM idempotency_keys r WHERE key = $1", key).Scan(&row, &length); err != nil {
 			t.Fatal(err)
 		}
 		if strings.Contains(row, hidden) || strings.Contains(row, hex.EncodeToString([]byte(hidden))) {
@@ -60,10 +61,10 @@ func TestBodyIsNotInTheTable(t *testing.T) {
 }
 
 // heap returns the files of the table of the records and of what lies outside of its rows.
-func (d *database) heap(t *testing.T) (all []byte) {
+func heap(t *testing.T, d *testservice.Service) (all []byte) {
 	t.Helper()
-	d.exec(t, "CHECKPOINT")
-	rows, err := d.pool.Query(t.Context(), `SELECT pg_read_binary_file(pg_relation_filepath(r.oid)) FROM pg_class r
+	d.Exec(t, "CHECKPOINT")
+	rows, err := d.Pool.Query(t.Context(), `SELECT pg_read_binary_file(pg_relation_filepath(r.oid)) FROM pg_class r
 		WHERE r.oid = 'idempotency_keys'::regclass OR r.oid = (SELECT reltoastrelid FROM pg_class WHERE oid = 'idempotency_keys'::regclass)`)
 	if err != nil {
 		t.Fatal(err)
@@ -102,14 +103,14 @@ func TestChangedRowIsNeverAnswered(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
-			d := newDatabase(t, nil)
-			s := serve(t, encrypted.New(d.store, oneKey), nil)
+			d := testservice.New(t, nil)
+			s := serve(t, encrypted.New(d.Store, oneKey), nil)
 			for _, key := range [][2]string{{"acme", "mine"}, {"acme", "other"}, {"globex", "mine"}} {
 				want(t, "first", s.post(t, key[0], key[1], "/", "canary"), 201, idempotency.OutcomeExecuted, "canary")
 			}
 			want(t, "unchanged", s.post(t, "acme", "mine", "/", "canary"), 201, idempotency.OutcomeReplayed, "canary")
 			for statement := range strings.SplitSeq(change, ";") {
-				d.exec(t, statement)
+				d.Exec(t, statement)
 			}
 			refused := s.post(t, "acme", "mine", "/", "canary")
 			want(t, "changed", refused, 500, idempotency.OutcomeUnknown, "#record-corrupt")
@@ -127,19 +128,19 @@ func TestChangedRowIsNeverAnswered(t *testing.T) {
 // request can't be passed off as that of another.
 func TestBodyIsBoundToTheFingerprint(t *testing.T) {
 	t.Parallel()
-	d := newDatabase(t, nil)
-	s := serve(t, encrypted.New(d.store, oneKey), nil)
+	d := testservice.New(t, nil)
+	s := serve(t, encrypted.New(d.Store, oneKey), nil)
 	want(t, "10", s.post(t, "acme", "ten", "/", "10"), 201, idempotency.OutcomeExecuted, "10")
 	want(t, "99", s.post(t, "acme", "other", "/", "99"), 201, idempotency.OutcomeExecuted, "99")
-	d.exec(t, "UPDATE idempotency_keys a SET fingerprint = b.fingerprint FROM idempotency_keys b WHERE a.key = 'ten' AND b.key = 'other'")
+	d.Exec(t, "UPDATE idempotency_keys a SET fingerprint = b.fingerprint FROM idempotency_keys b WHERE a.key = 'ten' AND b.key = 'other'")
 	want(t, "the record of 10 for a request of 99", s.post(t, "acme", "ten", "/", "99"), 500, idempotency.OutcomeUnknown, "#record-corrupt")
 }
 
 // The look for a lost COMMIT finds encrypted records too, and is not fooled by changed ones.
 func TestResolveDecrypts(t *testing.T) {
 	t.Parallel()
-	d := newDatabase(t, nil)
-	store := encrypted.New(d.store, oneKey)
+	d := testservice.New(t, nil)
+	store := encrypted.New(d.Store, oneKey)
 	s := serve(t, store, nil)
 	want(t, "first", s.post(t, "acme", "k", "/", "canary"), 201, idempotency.OutcomeExecuted, "canary")
 	req := &idempotency.Request{Key: idempotency.Key{Scope: "acme", Value: "k"}}
@@ -147,11 +148,11 @@ func TestResolveDecrypts(t *testing.T) {
 	if err != nil || record == nil || string(record.Answer.Body) != "canary" {
 		t.Fatalf("resolved %+v, %v", record, err)
 	}
-	d.exec(t, "UPDATE idempotency_keys SET status = 200")
+	d.Exec(t, "UPDATE idempotency_keys SET status = 200")
 	if record, err := store.Resolve(t.Context(), req); record != nil || !isCorrupt(err) {
 		t.Errorf("a changed record is resolved as %+v, %v", record, err)
 	}
-	if record, err := encrypted.New(d.store, encrypted.Keys{Current: secretOf(2, 2)}).Resolve(t.Context(), req); record != nil || !isUnknown(err) {
+	if record, err := encrypted.New(d.Store, encrypted.Keys{Current: secretOf(2, 2)}).Resolve(t.Context(), req); record != nil || !isUnknown(err) {
 		t.Errorf("a record of a key that is not held is resolved as %+v, %v", record, err)
 	}
 }
@@ -159,12 +160,12 @@ func TestResolveDecrypts(t *testing.T) {
 // Keys rotate without a pause: what was recorded under the old one is replayed while the new one encrypts.
 func TestRotation(t *testing.T) {
 	t.Parallel()
-	d := newDatabase(t, nil)
+	d := testservice.New(t, nil)
 	first, second := secretOf(1, 0xa1), secretOf(2, 0xb2)
-	before := serve(t, encrypted.New(d.store, encrypted.Keys{Current: first}), nil)
-	ready := serve(t, encrypted.New(d.store, encrypted.Keys{Current: first, Older: []encrypted.Key{second}}), nil)
-	rotated := serve(t, encrypted.New(d.store, encrypted.Keys{Current: second, Older: []encrypted.Key{first}}), nil)
-	after := serve(t, encrypted.New(d.store, encrypted.Keys{Current: second}), nil)
+	before := serve(t, encrypted.New(d.Store, encrypted.Keys{Current: first}), nil)
+	ready := serve(t, encrypted.New(d.Store, encrypted.Keys{Current: first, Older: []encrypted.Key{second}}), nil)
+	rotated := serve(t, encrypted.New(d.Store, encrypted.Keys{Current: second, Older: []encrypted.Key{first}}), nil)
+	after := serve(t, encrypted.New(d.Store, encrypted.Keys{Current: second}), nil)
 
 	want(t, "under the first", before.post(t, "acme", "one", "/", "canary"), 201, idempotency.OutcomeExecuted, "canary")
 	want(t, "under the second", rotated.post(t, "acme", "two", "/", "canary"), 201, idempotency.OutcomeExecuted, "canary")
@@ -179,7 +180,7 @@ func TestRotation(t *testing.T) {
 		t.Errorf("the operator is not told the remedy: %s", logged)
 	}
 	var ids string
-	if err := d.pool.QueryRow(t.Context(), "SELECT string_agg(key || get_byte(body, 5), ' ' ORDER BY key) FROM idempotency_keys").Scan(&ids); err != nil || ids != "one1 two2" {
+	if err := d.Pool.QueryRow(t.Context(), "SELECT string_agg(key || get_byte(body, 5), ' ' ORDER BY key) FROM idempotency_keys").Scan(&ids); err != nil || ids != "one1 two2" {
 		t.Errorf("key ids in the table: %q, %v", ids, err)
 	}
 }
@@ -232,15 +233,15 @@ func TestAnswerToTheClientIsNotChanged(t *testing.T) {
 // Encryption together with status and Location only: nothing is left to read, and what is recorded can't be changed.
 func TestEncryptedAndReduced(t *testing.T) {
 	t.Parallel()
-	d := newDatabase(t, nil)
-	s := serve(t, encrypted.New(d.store, oneKey), func(o *middleware.Options) { o.Reduce = middleware.StatusAndLocation })
+	d := testservice.New(t, nil)
+	s := serve(t, encrypted.New(d.Store, oneKey), func(o *middleware.Options) { o.Reduce = middleware.StatusAndLocation })
 	want(t, "first", s.post(t, "acme", "k", "/", "canary"), 201, idempotency.OutcomeExecuted, "canary")
 	replay := s.post(t, "acme", "k", "/", "canary")
 	want(t, "replay", replay, 201, idempotency.OutcomeReplayed, "")
 	if replay.body != "" || replay.header.Get("Location") != "/transfers/1" {
 		t.Errorf("replayed %q, Location %q", replay.body, replay.header.Get("Location"))
 	}
-	d.exec(t, `UPDATE idempotency_keys SET headers = '\x0101084c6f636174696f6e062f6f74686572'`) // Location: /other
+	d.Exec(t, `UPDATE idempotency_keys SET headers = '\x0101084c6f636174696f6e062f6f74686572'`) // Location: /other
 	want(t, "changed Location", s.post(t, "acme", "k", "/", "canary"), 500, idempotency.OutcomeUnknown, "#record-corrupt")
 }
 

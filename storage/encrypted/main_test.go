@@ -12,14 +12,10 @@ import (
 	"sync/atomic"
 	"testing"
 
-	"github.com/jackc/pgx/v5/pgxpool"
-
 	"github.com/paidonce/idempotency"
 	"github.com/paidonce/idempotency/internal/pgtest"
 	"github.com/paidonce/idempotency/middleware"
-	"github.com/paidonce/idempotency/migrations"
 	"github.com/paidonce/idempotency/storage/encrypted"
-	"github.com/paidonce/idempotency/storage/postgres"
 )
 
 func TestMain(m *testing.M) { pgtest.Main(m) }
@@ -34,40 +30,6 @@ func secretOf(id, fill byte) encrypted.Key {
 }
 
 var oneKey = encrypted.Keys{Current: secretOf(1, 0xa1)}
-
-// database is a PostgreSQL of a test's own, with a table for handlers to write to.
-type database struct {
-	pool  *pgxpool.Pool
-	store *postgres.Store
-}
-
-func newDatabase(t *testing.T, options *postgres.Options) *database {
-	t.Helper()
-	config, err := pgxpool.ParseConfig(pgtest.Database(t))
-	if err != nil {
-		t.Fatal(err)
-	}
-	config.MaxConns = 8
-	postgres.Configure(config, options)
-	pool, err := pgxpool.NewWithConfig(t.Context(), config)
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(pool.Close)
-	if err := migrations.Up(t.Context(), postgres.New(pool, nil), nil); err != nil {
-		t.Fatal(err)
-	}
-	d := &database{pool: pool, store: postgres.New(pool, options)}
-	d.exec(t, "CREATE TABLE effects (id bigserial PRIMARY KEY, name text NOT NULL)")
-	return d
-}
-
-func (d *database) exec(t *testing.T, sql string, arguments ...any) {
-	t.Helper()
-	if _, err := d.pool.Exec(t.Context(), sql, arguments...); err != nil {
-		t.Fatal(err)
-	}
-}
 
 // service is a server whose answers are recorded in a store.
 type service struct {
