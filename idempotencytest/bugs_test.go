@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"github.com/paidonce/idempotency"
+	"github.com/paidonce/idempotency/internal/crashpoint"
 	"github.com/paidonce/idempotency/middleware"
 	"github.com/paidonce/idempotency/storage/postgres"
 )
@@ -23,7 +24,7 @@ type seeded struct {
 }
 
 var bugs = map[string]seeded{
-	"handler writes on a connection of its own": {string(afterHandler), checkInvariant, func(b *testBundle) {
+	"handler writes on a connection of its own": {string(crashpoint.AfterHandler), checkInvariant, func(b *testBundle) {
 		b.pay = func(w http.ResponseWriter, r *http.Request, n int, amount int64) {
 			if amount < 0 {
 				pay(w, r, n, amount)
@@ -42,7 +43,7 @@ var bugs = map[string]seeded{
 			pay(w, r, n, amount)
 		}
 	}, false},
-	"handler answers 201 whatever became of its statement": {string(handlerCanceled), checkInvariant, func(b *testBundle) {
+	"handler answers 201 whatever became of its statement": {string(crashpoint.HandlerCanceled), checkInvariant, func(b *testBundle) {
 		b.pay = func(w http.ResponseWriter, r *http.Request, n int, amount int64) {
 			if amount < 0 {
 				pay(w, r, n, amount)
@@ -52,7 +53,7 @@ var bugs = map[string]seeded{
 			paid(w, n)
 		}
 	}, false},
-	"handler declines where it was cut off": {string(handlerCanceled), checkAccepted, func(b *testBundle) {
+	"handler declines where it was cut off": {string(crashpoint.HandlerCanceled), checkAccepted, func(b *testBundle) {
 		b.pay = func(w http.ResponseWriter, r *http.Request, n int, amount int64) {
 			if r.Context().Err() != nil {
 				http.Error(w, "the payment failed", http.StatusConflict)
@@ -61,7 +62,7 @@ var bugs = map[string]seeded{
 			pay(w, r, n, amount)
 		}
 	}, false},
-	"handler notes in memory that it has paid": {string(beforeCommit), checkInvariant, func(b *testBundle) {
+	"handler notes in memory that it has paid": {string(crashpoint.BeforeCommit), checkInvariant, func(b *testBundle) {
 		var done sync.Map
 		b.pay = func(w http.ResponseWriter, r *http.Request, n int, amount int64) {
 			if _, again := done.LoadOrStore(n, true); again {
@@ -76,7 +77,7 @@ var bugs = map[string]seeded{
 			return []byte(r.URL.Path)
 		}}}
 	}, false},
-	"record in a transaction of its own": {string(midCommit), checkInvariant, func(b *testBundle) {
+	"record in a transaction of its own": {string(crashpoint.MidCommit), checkInvariant, func(b *testBundle) {
 		b.store = &wrapped{Store: b.store, begin: func(ctx context.Context, s idempotency.Store, req *idempotency.Request) (idempotency.Attempt, *idempotency.Record, error) {
 			claim, record, err := s.Begin(ctx, req)
 			if claim == nil {
@@ -92,7 +93,7 @@ var bugs = map[string]seeded{
 			return &twice{Attempt: writes, store: s, req: req}, nil, nil
 		}}
 	}, false},
-	"record kept before COMMIT": {string(midCommit), checkInvariant, func(b *testBundle) {
+	"record kept before COMMIT": {string(crashpoint.MidCommit), checkInvariant, func(b *testBundle) {
 		var cache sync.Map
 		b.store = &wrapped{Store: b.store, begin: func(ctx context.Context, s idempotency.Store, req *idempotency.Request) (idempotency.Attempt, *idempotency.Record, error) {
 			if record, ok := cache.Load(req.Key); ok {
@@ -107,12 +108,12 @@ var bugs = map[string]seeded{
 			}}, nil, nil
 		}}
 	}, false},
-	"lost COMMIT is taken for none": {string(commitLost), checkInvariant, func(b *testBundle) {
+	"lost COMMIT is taken for none": {string(crashpoint.CommitLost), checkInvariant, func(b *testBundle) {
 		b.store = &wrapped{Store: b.store, resolve: func(context.Context, idempotency.Store, *idempotency.Request) (*idempotency.Record, error) {
 			return nil, nil
 		}}
 	}, false},
-	"lost COMMIT is taken for one that happened": {string(commitNeverArrived), checkPoint, func(b *testBundle) {
+	"lost COMMIT is taken for one that happened": {string(crashpoint.CommitNeverArrived), checkPoint, func(b *testBundle) {
 		b.store = &wrapped{Store: b.store, resolve: func(_ context.Context, _ idempotency.Store, req *idempotency.Request) (*idempotency.Record, error) {
 			return &idempotency.Record{Attempt: req.Attempt, Fingerprint: req.Fingerprint}, nil
 		}}
@@ -145,7 +146,7 @@ var bugs = map[string]seeded{
 			return a, record, err
 		}}
 	}, false},
-	"rollback that keeps the transaction": {string(afterBegin), checkSettled, func(b *testBundle) {
+	"rollback that keeps the transaction": {string(crashpoint.AfterBegin), checkSettled, func(b *testBundle) {
 		b.store = &wrapped{Store: b.store, begin: func(ctx context.Context, s idempotency.Store, req *idempotency.Request) (idempotency.Attempt, *idempotency.Record, error) {
 			a, record, err := s.Begin(ctx, req)
 			if a == nil {
@@ -213,7 +214,7 @@ func TestStoreIsLookedAtToo(t *testing.T) {
 		b := setup(t)
 		bugs["lost COMMIT is taken for none"].plant(b)
 		b.check = blind
-		wantFinding(t, prove(t, b.config(), string(commitLost), 0), checkRecord)
+		wantFinding(t, prove(t, b.config(), string(crashpoint.CommitLost), 0), checkRecord)
 	})
 	t.Run("left open", func(t *testing.T) {
 		t.Parallel()
@@ -221,7 +222,7 @@ func TestStoreIsLookedAtToo(t *testing.T) {
 		bugs["lost COMMIT is taken for none"].plant(b)
 		bugs["rollback that keeps the transaction"].plant(b)
 		b.check = blind
-		wantFinding(t, prove(t, b.config(), string(commitNeverArrived), impatient), checkRest)
+		wantFinding(t, prove(t, b.config(), string(crashpoint.CommitNeverArrived), impatient), checkRest)
 	})
 }
 

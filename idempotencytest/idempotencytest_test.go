@@ -14,6 +14,7 @@ import (
 	"testing"
 
 	"github.com/paidonce/idempotency"
+	"github.com/paidonce/idempotency/internal/crashpoint"
 	"github.com/paidonce/idempotency/middleware"
 	"github.com/paidonce/idempotency/storage/memory"
 )
@@ -173,7 +174,7 @@ func TestPointThatIsNeverHitIsFound(t *testing.T) {
 		t.Fatal(found)
 	}
 	for _, p := range plans() {
-		if p.point == midHandler { // this handler does not look at its context
+		if p.point == crashpoint.MidHandler { // this handler does not look at its context
 			wantFinding(t, l.crash(t.Context(), p), checkHits)
 		}
 	}
@@ -237,13 +238,13 @@ func TestClientGivesUpOnlyWhereItMay(t *testing.T) {
 		pending []point
 		gives   bool
 	}{
-		{[]point{beforeBegin}, true},
-		{[]point{commitNeverArrived}, true},
-		{[]point{beforeBegin, afterCommit}, true},
-		{[]point{afterBegin, beforeBegin}, false},   // no answer
-		{[]point{afterCommit, beforeBegin}, false},  // no answer
-		{[]point{halfResponse, beforeBegin}, false}, // half an answer
-		{[]point{unresolvable, beforeBegin}, false}, // unknown
+		{[]point{crashpoint.BeforeBegin}, true},
+		{[]point{crashpoint.CommitNeverArrived}, true},
+		{[]point{crashpoint.BeforeBegin, crashpoint.AfterCommit}, true},
+		{[]point{crashpoint.AfterBegin, crashpoint.BeforeBegin}, false},   // no answer
+		{[]point{crashpoint.AfterCommit, crashpoint.BeforeBegin}, false},  // no answer
+		{[]point{crashpoint.HalfResponse, crashpoint.BeforeBegin}, false}, // half an answer
+		{[]point{crashpoint.Unresolvable, crashpoint.BeforeBegin}, false}, // unknown
 		{nil, false},
 	} {
 		var pending []step

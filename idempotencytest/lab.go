@@ -14,6 +14,7 @@ import (
 	"sync/atomic"
 
 	"github.com/paidonce/idempotency"
+	"github.com/paidonce/idempotency/internal/crashpoint"
 )
 
 // What is checked. Each finding names one.
@@ -146,11 +147,11 @@ func (l *lab) newKey(n int, declined bool, pending ...step) *key {
 func (l *lab) step(p point, part float64) step {
 	uses := int64(0)
 	switch p {
-	case midHandler, handlerCanceled:
+	case crashpoint.MidHandler, crashpoint.HandlerCanceled:
 		uses = l.handlerUses
-	case midCommit, commitCanceled:
+	case crashpoint.MidCommit, crashpoint.CommitCanceled:
 		uses = l.commitUses
-	case midDecline:
+	case crashpoint.MidDecline:
 		uses = l.declineUses
 	}
 	return step{point: p, at: min(1+int64(part*float64(uses)), max(uses, 1))}
@@ -161,9 +162,9 @@ func (l *lab) impossible(p plan) string {
 	switch {
 	case p.decline && l.config.Declined == nil:
 		return "Config.Declined is not set"
-	case (p.point == midHandler || p.point == handlerCanceled) && l.handlerUses == 0:
+	case (p.point == crashpoint.MidHandler || p.point == crashpoint.HandlerCanceled) && l.handlerUses == 0:
 		return "the handler does not use its context, so that it can't end in the middle of it"
-	case (p.point == midCommit || p.point == commitCanceled) && l.commitUses == 0, p.point == midDecline && l.declineUses == 0:
+	case (p.point == crashpoint.MidCommit || p.point == crashpoint.CommitCanceled) && l.commitUses == 0, p.point == crashpoint.MidDecline && l.declineUses == 0:
 		return "the store does not use its context, so that it can't end in the middle of it"
 	}
 	return ""

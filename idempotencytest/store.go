@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"github.com/paidonce/idempotency"
+	"github.com/paidonce/idempotency/internal/crashpoint"
 )
 
 // abandonMax bounds the ROLLBACK of an attempt whose process is said to have died.
@@ -59,7 +60,7 @@ func (s *store) Begin(ctx context.Context, req *idempotency.Request) (idempotenc
 		return s.inner.Begin(ctx, req)
 	}
 	k.seen(req)
-	if k.take(beforeBegin) {
+	if k.take(crashpoint.BeforeBegin) {
 		return nil, nil, fmt.Errorf("begin: %w: idempotencytest", idempotency.ErrUnavailable)
 	}
 	inner, record, err := s.inner.Begin(ctx, req)
@@ -68,7 +69,7 @@ func (s *store) Begin(ctx context.Context, req *idempotency.Request) (idempotenc
 	}
 	s.open.Add(1)
 	a := &attempt{store: s, inner: inner, key: k, exchange: x}
-	if k.take(afterBegin) {
+	if k.take(crashpoint.AfterBegin) {
 		a.abandon(ctx)
 		x.die()
 	}
@@ -105,8 +106,8 @@ type attempt struct {
 func (a *attempt) Context(ctx context.Context) context.Context {
 	planned := a.key.head()
 	ctx = a.inner.Context(ctx)
-	a.dies = planned.point == midHandler
-	a.handler = a.key.tripwire(ctx, midHandler, handlerCanceled)
+	a.dies = planned.point == crashpoint.MidHandler
+	a.handler = a.key.tripwire(ctx, crashpoint.MidHandler, crashpoint.HandlerCanceled)
 	return a.handler
 }
 
@@ -122,7 +123,7 @@ func (a *attempt) Seal() error {
 		died = a.handler.disarm() && a.dies
 		a.key.handlerUses.Store(a.handler.uses.Load())
 	}
-	if died || a.key.take(afterHandler) {
+	if died || a.key.take(crashpoint.AfterHandler) {
 		a.abandon(context.Background())
 		a.exchange.die()
 	}

@@ -14,7 +14,7 @@ import (
 
 	"github.com/jackc/pgx/v5/pgxpool"
 
-	"github.com/paidonce/idempotency/cmd/demo-bank/internal/crashpoint"
+	"github.com/paidonce/idempotency/internal/crashpoint"
 	"github.com/paidonce/idempotency/internal/pgfault"
 	"github.com/paidonce/idempotency/internal/pgtest"
 )
@@ -28,7 +28,7 @@ const (
 func crashCommand(point, database string, args ...string) *exec.Cmd {
 	cmd := command(context.Background(), append([]string{"--addr", "127.0.0.1:0", "--database-url", database, "--pool-size", "4", "--log-level", "ERROR"}, args...)...)
 	if point != "" {
-		cmd.Env = append(cmd.Env, crashpoint.Variable+"="+point)
+		cmd.Env = append(cmd.Env, crashpoint.BankVariable+"="+point)
 	}
 	return cmd
 }

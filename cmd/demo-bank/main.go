@@ -21,7 +21,6 @@ import (
 	"github.com/paidonce/idempotency"
 	"github.com/paidonce/idempotency/cmd/demo-bank/internal/bench"
 	"github.com/paidonce/idempotency/cmd/demo-bank/internal/chaos"
-	"github.com/paidonce/idempotency/cmd/demo-bank/internal/crashpoint"
 	"github.com/paidonce/idempotency/cmd/demo-bank/internal/server"
 	"github.com/paidonce/idempotency/cmd/demo-bank/internal/storm"
 	"github.com/paidonce/idempotency/cmd/internal/terminal"
@@ -100,7 +99,7 @@ func (c *serveCommand) Run(ctx context.Context) error {
 	if c.DataDir != nil {
 		dataDir = *c.DataDir
 	}
-	point, err := crashpoint.FromEnvironment(os.Stderr)
+	point, err := server.CrashPointFromEnvironment(os.Stderr)
 	if err != nil {
 		return err
 	}

@@ -22,7 +22,7 @@ import (
 	"testing"
 	"time"
 
-	"github.com/paidonce/idempotency/cmd/demo-bank/internal/crashpoint"
+	"github.com/paidonce/idempotency/internal/crashpoint"
 	"github.com/paidonce/idempotency/internal/pgtest"
 )
 
@@ -55,7 +55,7 @@ type program struct {
 func command(ctx context.Context, args ...string) *exec.Cmd {
 	cmd := exec.CommandContext(ctx, os.Args[0], args...)
 	cmd.Env = append(slices.DeleteFunc(os.Environ(), func(s string) bool {
-		return strings.HasPrefix(s, "DATABASE_URL=") || strings.HasPrefix(s, crashpoint.Variable+"=")
+		return strings.HasPrefix(s, "DATABASE_URL=") || strings.HasPrefix(s, crashpoint.BankVariable+"=")
 	}), asProgram+"=1")
 	return cmd
 }

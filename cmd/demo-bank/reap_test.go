@@ -11,7 +11,7 @@ import (
 
 	"github.com/jackc/pgx/v5/pgxpool"
 
-	"github.com/paidonce/idempotency/cmd/demo-bank/internal/crashpoint"
+	"github.com/paidonce/idempotency/internal/crashpoint"
 	"github.com/paidonce/idempotency/internal/pgtest"
 )
 
@@ -147,7 +147,7 @@ func TestACrashPointCountsKeyedTransfersAlone(t *testing.T) {
 func TestACrashPointThatIsNoneIsRefused(t *testing.T) {
 	t.Parallel()
 	line := failsAs(t, 1, crashCommand("nowhere:1", "postgres://nobody@127.0.0.1:1/none"))
-	if !strings.Contains(line, crashpoint.Variable) || !strings.Contains(line, "after_body") {
+	if !strings.Contains(line, crashpoint.BankVariable) || !strings.Contains(line, "after_body") {
 		t.Errorf("a crash point that does not exist: %s", line)
 	}
 }

@@ -16,7 +16,7 @@ import (
 	"sync"
 	"time"
 
-	"github.com/paidonce/idempotency/cmd/demo-bank/internal/crashpoint"
+	"github.com/paidonce/idempotency/internal/crashpoint"
 )
 
 const (
@@ -224,10 +224,10 @@ func (s *slot) begin() (*life, error) {
 	}
 	l.cmd.SysProcAttr = isolate()
 	l.cmd.Env = slices.DeleteFunc(os.Environ(), func(entry string) bool {
-		return strings.HasPrefix(entry, "DATABASE_URL=") || strings.HasPrefix(entry, crashpoint.Variable+"=")
+		return strings.HasPrefix(entry, "DATABASE_URL=") || strings.HasPrefix(entry, crashpoint.BankVariable+"=")
 	})
 	if l.armed.point != "" {
-		l.cmd.Env = append(l.cmd.Env, crashpoint.Variable+"="+l.armed.String())
+		l.cmd.Env = append(l.cmd.Env, crashpoint.BankVariable+"="+l.armed.String())
 	}
 	l.cmd.Stdout, l.cmd.Stderr = &lines{each: func(line string) { l.hear(s.run, line) }}, &lines{each: func(line string) { l.overhear(line, s.log) }}
 	if err := l.cmd.Start(); err != nil {
@@ -305,7 +305,7 @@ func (b *banks) disarmed() bool {
 // awaitsResolve reports whether a bank is to die while it resolves.
 func (b *banks) awaitsResolve(bank int) bool {
 	l := b.slots[bank].current()
-	return l != nil && l.armed.point == pointResolving
+	return l != nil && l.armed.point == crashpoint.Resolving
 }
 
 // heal kills the banks whose crash point is still armed, and waits until all serve.

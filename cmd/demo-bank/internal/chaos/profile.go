@@ -6,7 +6,7 @@ import (
 	"slices"
 	"time"
 
-	"github.com/paidonce/idempotency/cmd/demo-bank/internal/crashpoint"
+	"github.com/paidonce/idempotency/internal/crashpoint"
 )
 
 // profile is how hard a run is. Counts of faults are for its operations; another number of operations scales them.
@@ -51,7 +51,7 @@ var profiles = map[string]profile{
 			killBank: 11, crashPostmaster: 3, crashBackend: 2, crashCommitting: 2, terminateBackends: 8, cutAll: 6,
 			refuse: 3, pause: 4, latency: 4, slowLink: 3, rowLocks: 3, squeeze: 2, deadlock: 3, lull: 1,
 		},
-		points: crashpoint.Names(), reapInterval: 300 * time.Millisecond, commits: 325, weights: allWeights, giveUp: 0.5, shares: allShares,
+		points: crashpoint.Bank(), reapInterval: 300 * time.Millisecond, commits: 325, weights: allWeights, giveUp: 0.5, shares: allShares,
 		killsMin: 20, crashesMin: 5, commitsMin: 300,
 	},
 	"nightly": {
@@ -60,7 +60,7 @@ var profiles = map[string]profile{
 			killBank: 40, crashPostmaster: 12, crashBackend: 6, crashCommitting: 6, terminateBackends: 60, cutAll: 24,
 			refuse: 12, pause: 16, latency: 16, slowLink: 12, rowLocks: 12, squeeze: 10, deadlock: 12, lull: 2,
 		},
-		points: crashpoint.Names(), reapInterval: time.Second, commits: 2800, weights: allWeights, giveUp: 0.5, shares: allShares,
+		points: crashpoint.Bank(), reapInterval: time.Second, commits: 2800, weights: allWeights, giveUp: 0.5, shares: allShares,
 		killsMin: 60, crashesMin: 20, commitsMin: 2500,
 	},
 	"release": {
@@ -69,14 +69,14 @@ var profiles = map[string]profile{
 			killBank: 130, crashPostmaster: 60, crashBackend: 25, crashCommitting: 25, terminateBackends: 200, cutAll: 80,
 			refuse: 40, pause: 40, latency: 40, slowLink: 30, rowLocks: 40, squeeze: 30, deadlock: 40, lull: 6,
 		},
-		points: crashpoint.Names(), reapInterval: 4 * time.Second, commits: 11_000, weights: allWeights, giveUp: 0.5, shares: allShares,
+		points: crashpoint.Bank(), reapInterval: 4 * time.Second, commits: 11_000, weights: allWeights, giveUp: 0.5, shares: allShares,
 		killsMin: 200, crashesMin: 100, commitsMin: 10_000,
 	},
 	// For variants of the bank with a known bug: short and dense, and every client gives up as soon as it may.
 	"mutant": {
 		operations: 3_000, durationMax: 2 * time.Minute,
 		events:       map[eventKind]int{killBank: 5, terminateBackends: 3, latency: 2},
-		points:       []string{"after_handler", "before_commit", "after_commit", "half_response", "resolving"},
+		points:       []string{crashpoint.AfterHandler, crashpoint.BeforeCommit, crashpoint.AfterCommit, crashpoint.HalfResponse, crashpoint.Resolving},
 		reapInterval: 50 * time.Millisecond, commits: 210, weights: map[commitKind]int{cutBefore: 30, cutAfter: 34, lateCommit: 18, terminateBefore: 6, terminateAfter: 6, killCommitting: 2, halfOpen: 2, hangUpAtCommit: 40},
 		giveUp:   1,
 		shares:   shares{declined: 30, order: 20, account: 10, reused: 200, twin: 80, changed: 80, cut: 120, hangUp: 120, halfSent: 10, slow: 10, crowd: 400},

@@ -11,6 +11,8 @@ import (
 	"slices"
 	"strings"
 	"time"
+
+	"github.com/paidonce/idempotency/internal/crashpoint"
 )
 
 // eventKind is something that is done to the cluster, a proxy or a bank.
@@ -73,12 +75,6 @@ type commitFault struct {
 	kind   commitKind
 	delay  time.Duration
 }
-
-// Crash points that are reached more rarely than once in a transfer.
-const (
-	pointResolving   = "resolving"
-	pointReaperBatch = "reaper_batch"
-)
 
 const (
 	// commitsPerOperation is how many COMMITs with a key an operation brings at least, the rest being replays, copies
@@ -157,9 +153,9 @@ func (s *schedule) armPoints(points []string, choice *rand.Rand) {
 		}
 		e.point, turn = turn[0], turn[1:]
 		switch e.point {
-		case pointResolving:
+		case crashpoint.Resolving:
 			e.nth = 1
-		case pointReaperBatch:
+		case crashpoint.ReaperBatch:
 			e.nth = 1 + choice.IntN(4)
 		default:
 			e.nth = 1 + choice.IntN(80)

@@ -15,7 +15,7 @@ import (
 
 	"github.com/paidonce/idempotency"
 	"github.com/paidonce/idempotency/cmd/demo-bank/internal/bank"
-	"github.com/paidonce/idempotency/cmd/demo-bank/internal/crashpoint"
+	"github.com/paidonce/idempotency/internal/crashpoint"
 	"github.com/paidonce/idempotency/middleware"
 	"github.com/paidonce/idempotency/storage/memory"
 	"github.com/paidonce/idempotency/storage/postgres"
@@ -32,7 +32,7 @@ func TestWithoutACrashPointNothingIsInstalled(t *testing.T) {
 		return config
 	}
 	function := func(f any) uintptr { return reflect.ValueOf(f).Pointer() }
-	same := func(point *crashpoint.Point) (pool, protect bool, allocations float64) {
+	same := func(point *CrashPoint) (pool, protect bool, allocations float64) {
 		s := New(Config{CrashPoint: point})
 		plain, ours := parse(), parse()
 		postgres.Configure(plain, storeOptions(&s.config))
@@ -53,9 +53,9 @@ func TestWithoutACrashPointNothingIsInstalled(t *testing.T) {
 		})
 		return pool, function(protection) == function(idem.Handler), allocations
 	}
-	point := func(value string) *crashpoint.Point {
-		t.Setenv(crashpoint.Variable, value)
-		point, err := crashpoint.FromEnvironment(io.Discard)
+	point := func(value string) *CrashPoint {
+		t.Setenv(crashpoint.BankVariable, value)
+		point, err := CrashPointFromEnvironment(io.Discard)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -66,7 +66,7 @@ func TestWithoutACrashPointNothingIsInstalled(t *testing.T) {
 		t.Errorf("without a crash point the pool is plain: %t, and the middleware: %t", pool, protect)
 	}
 	// The comparison would notice one.
-	for _, name := range crashpoint.Names() {
+	for _, name := range crashpoint.Bank() {
 		pool, protect, with := same(point(name + ":1000000"))
 		if pool || protect || with <= without {
 			t.Errorf("with %s the pool is plain: %t, and the middleware: %t; %v allocations with and %v without", name, pool, protect, with, without)

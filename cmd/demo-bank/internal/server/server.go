@@ -16,7 +16,6 @@ import (
 	"time"
 
 	"github.com/paidonce/idempotency/cmd/demo-bank/internal/bank"
-	"github.com/paidonce/idempotency/cmd/demo-bank/internal/crashpoint"
 	"github.com/paidonce/idempotency/cmd/demo-bank/internal/live"
 	"github.com/paidonce/idempotency/internal/nodeid"
 	"github.com/paidonce/idempotency/storage/postgres"
@@ -75,7 +74,7 @@ type Config struct {
 	AcquireTimeout time.Duration
 
 	// CrashPoint kills the process at a point of its own choice. Nil: nothing of it is installed.
-	CrashPoint *crashpoint.Point
+	CrashPoint *CrashPoint
 
 	// Stdout is told the URL and what to try, once. Stderr gets the embedded PostgreSQL's progress. Nil: nobody.
 	Stdout, Stderr io.Writer

@@ -1,6 +1,6 @@
 //go:build unix
 
-package crashpoint
+package server
 
 import "syscall"
 

@@ -1,4 +1,4 @@
-package crashpoint
+package server
 
 import (
 	"bytes"
@@ -7,13 +7,15 @@ import (
 	"os"
 	"strings"
 	"testing"
+
+	"github.com/paidonce/idempotency/internal/crashpoint"
 )
 
 func TestTheSwitchNamesAPointAndACount(t *testing.T) {
 	t.Parallel()
-	for _, name := range Names() {
+	for _, name := range crashpoint.Bank() {
 		for _, count := range []string{"1", "9223372036854775807"} {
-			point, err := parse(name+":"+count, io.Discard)
+			point, err := parseCrashPoint(name+":"+count, io.Discard)
 			if err != nil || point.String() != name+":"+count {
 				t.Errorf("%s:%s: %v %v", name, count, point, err)
 			}
@@ -23,30 +25,30 @@ func TestTheSwitchNamesAPointAndACount(t *testing.T) {
 		"", ":", ":1", "after_body", "after_body:", "after_body:0", "after_body:-1", "after_body:x", "after_body:1:1",
 		"after_body:1 ", "after_body:9223372036854775808", "nowhere:1", "AFTER_BODY:1", " after_body:1",
 	} {
-		point, err := parse(value, io.Discard)
+		point, err := parseCrashPoint(value, io.Discard)
 		if err == nil || point != nil {
 			t.Errorf("%q is taken for %v", value, point)
 			continue
 		}
-		if text := err.Error(); !strings.HasPrefix(text, Variable+" ") || strings.Contains(text, "\n") {
+		if text := err.Error(); !strings.HasPrefix(text, crashpoint.BankVariable+" ") || strings.Contains(text, "\n") {
 			t.Errorf("%q: %s", value, text)
 		}
 	}
 }
 
 func TestUnsetIsNoPoint(t *testing.T) {
-	t.Setenv(Variable, "after_body:1") // which puts the environment back at the end
-	if point, err := FromEnvironment(io.Discard); err != nil || point == nil || point.String() != "after_body:1" {
+	t.Setenv(crashpoint.BankVariable, "after_body:1") // which puts the environment back at the end
+	if point, err := CrashPointFromEnvironment(io.Discard); err != nil || point == nil || point.String() != "after_body:1" {
 		t.Errorf("set: %v %v", point, err)
 	}
-	t.Setenv(Variable, "")
-	if point, err := FromEnvironment(io.Discard); err == nil {
+	t.Setenv(crashpoint.BankVariable, "")
+	if point, err := CrashPointFromEnvironment(io.Discard); err == nil {
 		t.Errorf("set to nothing: %v", point)
 	}
-	if err := os.Unsetenv(Variable); err != nil {
+	if err := os.Unsetenv(crashpoint.BankVariable); err != nil {
 		t.Fatal(err)
 	}
-	if point, err := FromEnvironment(io.Discard); err != nil || point != nil {
+	if point, err := CrashPointFromEnvironment(io.Discard); err != nil || point != nil {
 		t.Errorf("unset: %v %v", point, err)
 	}
 }
@@ -55,19 +57,19 @@ func TestUnsetIsNoPoint(t *testing.T) {
 func TestOthersDoNotCount(t *testing.T) {
 	t.Parallel()
 	var stderr bytes.Buffer
-	point, err := parse(afterBody+":3", &stderr)
+	point, err := parseCrashPoint(crashpoint.AfterBody+":3", &stderr)
 	if err != nil {
 		t.Fatal(err)
 	}
-	for _, name := range Names() {
-		if name != afterBody {
+	for _, name := range crashpoint.Bank() {
+		if name != crashpoint.AfterBody {
 			for range 3 {
 				point.reached(name)
 			}
 		}
 	}
-	point.reached(afterBody)
-	point.reached(afterBody)
+	point.reached(crashpoint.AfterBody)
+	point.reached(crashpoint.AfterBody)
 	if point.hits.Load() != 2 || stderr.Len() > 0 {
 		t.Errorf("%d hits, and on stderr %q", point.hits.Load(), stderr.String())
 	}

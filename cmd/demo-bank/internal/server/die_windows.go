@@ -1,4 +1,8 @@
-package crashpoint
+package server
+
+import (
+	"os"
+)
 
 import "os"
 

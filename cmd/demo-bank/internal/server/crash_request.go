@@ -1,4 +1,4 @@
-package crashpoint
+package server
 
 import (
 	"context"
@@ -7,18 +7,19 @@ import (
 	"sync/atomic"
 
 	"github.com/paidonce/idempotency"
+	"github.com/paidonce/idempotency/internal/crashpoint"
 	"github.com/paidonce/idempotency/middleware"
 )
 
 // Protect returns idem's Handler with the point in it. Only requests to path meet the point. idem must require keys.
-func (p *Point) Protect(idem *middleware.Middleware, path string) func(http.Handler) http.Handler {
+func (p *CrashPoint) Protect(idem *middleware.Middleware, path string) func(http.Handler) http.Handler {
 	crashing := idem.With(func(o *middleware.Options) {
-		o.Tracer = &requestTracer{Tracer: o.Tracer, point: p}
+		o.Tracer = &crashTracer{Tracer: o.Tracer, point: p}
 		policy := o.Disposition
 		o.Disposition = func(status int) idempotency.Disposition {
 			disposition := policy(status)
 			if disposition == idempotency.DispositionCommit {
-				p.reached(beforeCommit) // the engine asks when the handler's transaction is sealed, and commits next
+				p.reached(crashpoint.BeforeCommit) // the engine asks when the handler's transaction is sealed, and commits next
 			}
 			return disposition
 		}
@@ -26,7 +27,7 @@ func (p *Point) Protect(idem *middleware.Middleware, path string) func(http.Hand
 	return func(next http.Handler) http.Handler {
 		others := idem.Handler(next)
 		chosen := crashing.Handler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-			p.reached(afterBegin)
+			p.reached(crashpoint.AfterBegin)
 			next.ServeHTTP(w, r)
 		}))
 		return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
@@ -39,45 +40,45 @@ func (p *Point) Protect(idem *middleware.Middleware, path string) func(http.Hand
 	}
 }
 
-// request is in the context of each request that meets the point, down to its connections.
-type request struct {
+// crashRequest is in the context of each request that meets the point, down to its connections.
+type crashRequest struct {
 	lost atomic.Bool // the reply to its COMMIT did not come
 }
 
-type requestKey struct{}
+type crashRequestKey struct{}
 
-func requestFrom(ctx context.Context) *request {
-	r, _ := ctx.Value(requestKey{}).(*request)
+func crashRequestFrom(ctx context.Context) *crashRequest {
+	r, _ := ctx.Value(crashRequestKey{}).(*crashRequest)
 	return r
 }
 
-// requestTracer tells the service's own tracer first.
-type requestTracer struct {
+// crashTracer tells the service's own tracer first.
+type crashTracer struct {
 	idempotency.Tracer
-	point *Point
+	point *CrashPoint
 }
 
 // TraceRequestStart implements [idempotency.Tracer].
-func (t *requestTracer) TraceRequestStart(ctx context.Context, start idempotency.RequestStart) context.Context {
-	ctx = context.WithValue(t.Tracer.TraceRequestStart(ctx, start), requestKey{}, new(request))
-	t.point.reached(afterBody)
+func (t *crashTracer) TraceRequestStart(ctx context.Context, start idempotency.RequestStart) context.Context {
+	ctx = context.WithValue(t.Tracer.TraceRequestStart(ctx, start), crashRequestKey{}, new(crashRequest))
+	t.point.reached(crashpoint.AfterBody)
 	return ctx
 }
 
 // TraceStep implements [idempotency.Tracer].
-func (t *requestTracer) TraceStep(ctx context.Context, step idempotency.StepEnd) {
+func (t *crashTracer) TraceStep(ctx context.Context, step idempotency.StepEnd) {
 	t.Tracer.TraceStep(ctx, step)
 	switch step.Step {
 	case idempotency.StepHandler:
 		if step.Err == nil {
-			t.point.reached(afterHandler)
+			t.point.reached(crashpoint.AfterHandler)
 		}
 	case idempotency.StepCommit, idempotency.StepDecline:
-		if r := requestFrom(ctx); r != nil && errors.Is(step.Err, idempotency.ErrUnknown) {
+		if r := crashRequestFrom(ctx); r != nil && errors.Is(step.Err, idempotency.ErrUnknown) {
 			r.lost.Store(true)
 		}
 		if step.Err == nil {
-			t.point.reached(afterCommit)
+			t.point.reached(crashpoint.AfterCommit)
 		}
 	}
 }
@@ -85,7 +86,7 @@ func (t *requestTracer) TraceStep(ctx context.Context, step idempotency.StepEnd)
 // halfWriter sends half of a 201's body before it lets the process die.
 type halfWriter struct {
 	http.ResponseWriter
-	point   *Point
+	point   *CrashPoint
 	created bool
 }
 
@@ -97,7 +98,7 @@ func (w *halfWriter) WriteHeader(status int) {
 
 // Write implements http.ResponseWriter. The middleware writes a body at once.
 func (w *halfWriter) Write(body []byte) (int, error) {
-	if !w.created || w.point.name != halfResponse {
+	if !w.created || w.point.name != crashpoint.HalfResponse {
 		return w.ResponseWriter.Write(body)
 	}
 	half := len(body) / 2
@@ -106,7 +107,7 @@ func (w *halfWriter) Write(body []byte) (int, error) {
 		return n, err
 	}
 	_ = http.NewResponseController(w.ResponseWriter).Flush() // a client that is gone hears of nothing either way
-	w.point.reached(halfResponse)
+	w.point.reached(crashpoint.HalfResponse)
 	rest, err := w.ResponseWriter.Write(body[half:])
 	return n + rest, err
 }

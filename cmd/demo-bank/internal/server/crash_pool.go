@@ -1,4 +1,4 @@
-package crashpoint
+package server
 
 import (
 	"context"
@@ -13,14 +13,15 @@ import (
 	"github.com/jackc/pgx/v5/pgproto3"
 	"github.com/jackc/pgx/v5/pgxpool"
 
+	"github.com/paidonce/idempotency/internal/crashpoint"
 	"github.com/paidonce/idempotency/storage/postgres"
 )
 
 // Configure puts the point into the config of the service's pool, before postgres.Configure.
-func (p *Point) Configure(config *pgxpool.Config) {
+func (p *CrashPoint) Configure(config *pgxpool.Config) {
 	conn := config.ConnConfig
-	tracer := &poolTracer{point: p}
-	if p.name == reaperBatch {
+	tracer := &crashPoolTracer{point: p}
+	if p.name == crashpoint.ReaperBatch {
 		build := conn.BuildFrontend
 		conn.BuildFrontend = func(r io.Reader, w io.Writer) *pgproto3.Frontend {
 			sent := &sentWriter{Writer: w, point: p}
@@ -36,21 +37,21 @@ func (p *Point) Configure(config *pgxpool.Config) {
 	}
 }
 
-// poolTracer sees the statements of the handler and of the reaper, and the resolver's connection.
-type poolTracer struct {
-	point *Point
+// crashPoolTracer sees the statements of the handler and of the reaper, and the resolver's connection.
+type crashPoolTracer struct {
+	point *CrashPoint
 	sent  sync.Map // *sentWriter by *pgproto3.Frontend
 }
 
 var (
-	_ pgx.QueryTracer   = (*poolTracer)(nil)
-	_ pgx.BatchTracer   = (*poolTracer)(nil)
-	_ pgx.ConnectTracer = (*poolTracer)(nil)
+	_ pgx.QueryTracer   = (*crashPoolTracer)(nil)
+	_ pgx.BatchTracer   = (*crashPoolTracer)(nil)
+	_ pgx.ConnectTracer = (*crashPoolTracer)(nil)
 )
 
 // TraceQueryStart implements [pgx.QueryTracer].
-func (t *poolTracer) TraceQueryStart(ctx context.Context, conn *pgx.Conn, data pgx.TraceQueryStartData) context.Context {
-	if t.point.name == reaperBatch && strings.Contains(data.SQL, "DELETE FROM") && strings.Contains(data.SQL, postgres.TableName) {
+func (t *crashPoolTracer) TraceQueryStart(ctx context.Context, conn *pgx.Conn, data pgx.TraceQueryStartData) context.Context {
+	if t.point.name == crashpoint.ReaperBatch && strings.Contains(data.SQL, "DELETE FROM") && strings.Contains(data.SQL, postgres.TableName) {
 		if sent, ok := t.sent.Load(conn.PgConn().Frontend()); ok {
 			sent.(*sentWriter).batch.Store(true)
 		}
@@ -59,38 +60,38 @@ func (t *poolTracer) TraceQueryStart(ctx context.Context, conn *pgx.Conn, data p
 }
 
 // TraceQueryEnd implements [pgx.QueryTracer].
-func (t *poolTracer) TraceQueryEnd(context.Context, *pgx.Conn, pgx.TraceQueryEndData) {}
+func (t *crashPoolTracer) TraceQueryEnd(context.Context, *pgx.Conn, pgx.TraceQueryEndData) {}
 
 // TraceBatchStart implements [pgx.BatchTracer]. A transfer locks and looks in one round trip, and writes in a batch.
-func (t *poolTracer) TraceBatchStart(ctx context.Context, _ *pgx.Conn, _ pgx.TraceBatchStartData) context.Context {
-	if requestFrom(ctx) != nil {
-		t.point.reached(midHandler)
+func (t *crashPoolTracer) TraceBatchStart(ctx context.Context, _ *pgx.Conn, _ pgx.TraceBatchStartData) context.Context {
+	if crashRequestFrom(ctx) != nil {
+		t.point.reached(crashpoint.MidHandler)
 	}
 	return ctx
 }
 
 // TraceBatchQuery implements [pgx.BatchTracer].
-func (t *poolTracer) TraceBatchQuery(context.Context, *pgx.Conn, pgx.TraceBatchQueryData) {}
+func (t *crashPoolTracer) TraceBatchQuery(context.Context, *pgx.Conn, pgx.TraceBatchQueryData) {}
 
 // TraceBatchEnd implements [pgx.BatchTracer].
-func (t *poolTracer) TraceBatchEnd(context.Context, *pgx.Conn, pgx.TraceBatchEndData) {}
+func (t *crashPoolTracer) TraceBatchEnd(context.Context, *pgx.Conn, pgx.TraceBatchEndData) {}
 
 // TraceConnectStart implements [pgx.ConnectTracer].
-func (t *poolTracer) TraceConnectStart(ctx context.Context, _ pgx.TraceConnectStartData) context.Context {
+func (t *crashPoolTracer) TraceConnectStart(ctx context.Context, _ pgx.TraceConnectStartData) context.Context {
 	return ctx
 }
 
 // TraceConnectEnd implements [pgx.ConnectTracer].
-func (t *poolTracer) TraceConnectEnd(ctx context.Context, data pgx.TraceConnectEndData) {
-	if r := requestFrom(ctx); r != nil && data.Err == nil && r.lost.CompareAndSwap(true, false) {
-		t.point.reached(resolving)
+func (t *crashPoolTracer) TraceConnectEnd(ctx context.Context, data pgx.TraceConnectEndData) {
+	if r := crashRequestFrom(ctx); r != nil && data.Err == nil && r.lost.CompareAndSwap(true, false) {
+		t.point.reached(crashpoint.Resolving)
 	}
 }
 
 // sentWriter is the way to the server. It lets the process die when a batch of the reaper's went that way.
 type sentWriter struct {
 	io.Writer
-	point *Point
+	point *CrashPoint
 	batch atomic.Bool // the next statement that is executed is the reaper's DELETE
 }
 
@@ -98,7 +99,7 @@ type sentWriter struct {
 func (w *sentWriter) Write(messages []byte) (int, error) {
 	n, err := w.Writer.Write(messages)
 	if err == nil && executes(messages) && w.batch.Swap(false) {
-		w.point.reached(reaperBatch)
+		w.point.reached(crashpoint.ReaperBatch)
 	}
 	return n, err
 }
