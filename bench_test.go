@@ -17,7 +17,7 @@ func BenchmarkFingerprintV1(b *testing.B) {
 			b.ReportAllocs()
 			b.SetBytes(int64(size))
 			for b.Loop() {
-				idempotency.FingerprintV1("POST", "/transfers", "", "application/json", body)
+				idempotency.NewFingerprintV1("POST", "/transfers", "", "application/json", body)
 			}
 		})
 	}
@@ -35,7 +35,7 @@ func BenchmarkValidateKeyValue(b *testing.B) {
 func BenchmarkEngine(b *testing.B) {
 	said := &idempotency.Answer{Status: 201, Header: map[string][]string{"Content-Type": {"application/json"}}, Body: bytes.Repeat([]byte("x"), 200)}
 	run := func(context.Context) (*idempotency.Answer, error) { return said, nil }
-	fingerprint := idempotency.FingerprintV1("POST", "/transfers", "", "", nil)
+	fingerprint := idempotency.NewFingerprintV1("POST", "/transfers", "", "", nil)
 	b.Run("fresh", func(b *testing.B) { // the memory store's part included
 		engine := idempotency.NewEngine(memory.New(nil), nil)
 		b.ReportAllocs()

@@ -191,8 +191,8 @@ func TestFactAfterClaim(t *testing.T) {
 
 func TestFactAfterClaimComparesFingerprints(t *testing.T) {
 	t.Parallel()
-	one, two := FingerprintV1("POST", "/1", "", "", nil), FingerprintV1("POST", "/2", "", "", nil)
-	of := func(version int16) Fingerprint { return FingerprintOf(version, []byte("request")) }
+	one, two := NewFingerprintV1("POST", "/1", "", "", nil), NewFingerprintV1("POST", "/2", "", "", nil)
+	of := func(version int16) Fingerprint { return NewFingerprint(version, []byte("request")) }
 	knows := func(versions ...int16) func(int16) (Fingerprint, bool) {
 		return func(version int16) (Fingerprint, bool) {
 			for _, v := range versions {
@@ -220,7 +220,7 @@ func TestFactAfterClaimComparesFingerprints(t *testing.T) {
 		"other version, none known":             {one, nil, otherVersion, factRecordedUnreadable},
 		"other version, not known":              {one, knows(101), of(100), factRecordedUnreadable},
 		"other version, known and same":         {one, knows(100, 101), of(101), factRecordedSame},
-		"other version, known and different":    {one, knows(100), FingerprintOf(100, []byte("another")), factRecordedOther},
+		"other version, known and different":    {one, knows(100), NewFingerprint(100, []byte("another")), factRecordedOther},
 		"other version, answered with our own":  {one, func(int16) (Fingerprint, bool) { return one, true }, otherVersion, factRecordedOther},
 		"other version, answered with no print": {one, func(int16) (Fingerprint, bool) { return Fingerprint{}, true }, otherVersion, factRecordedOther},
 	} {
@@ -242,7 +242,7 @@ func TestFactOfWait(t *testing.T) {
 // anybody could run on, or that one of them is to ask.
 func TestFactOfLeader(t *testing.T) {
 	t.Parallel()
-	print, other := FingerprintV1("POST", "/1", "", "", nil), FingerprintV1("POST", "/2", "", "", nil)
+	print, other := NewFingerprintV1("POST", "/1", "", "", nil), NewFingerprintV1("POST", "/2", "", "", nil)
 	req := &Request{Fingerprint: print}
 	of := func(f Fingerprint) *Result { return &Result{Outcome: OutcomeReplayed, Record: &Record{Fingerprint: f}} }
 	unknown := refuse(decide(factCommitUnknown), errOther)
@@ -253,7 +253,7 @@ func TestFactOfLeader(t *testing.T) {
 		"nothing":                      {nil, factTurn},
 		"a record of this request":     {of(print), factRecordedSame},
 		"a record of another request":  {of(other), factRecordedOther},
-		"a record of another version":  {of(FingerprintOf(100, nil)), factRecordedUnreadable},
+		"a record of another version":  {of(NewFingerprint(100, nil)), factRecordedUnreadable},
 		"that it is unknown":           {&unknown, factOutcomeUnknown},
 		"something nobody should tell": {&Result{Outcome: OutcomeNotExecuted}, factOutcomeUnknown},
 		"an answer without a record":   {&Result{Outcome: OutcomeExecuted, Answer: &Answer{Status: 201}}, factOutcomeUnknown},
@@ -335,7 +335,7 @@ func TestFactAfterDecline(t *testing.T) {
 // Only this attempt's own id makes a record its own; any other is compared as on every path.
 func TestFactAfterResolve(t *testing.T) {
 	t.Parallel()
-	print, other := FingerprintV1("POST", "/1", "", "", nil), FingerprintV1("POST", "/2", "", "", nil)
+	print, other := NewFingerprintV1("POST", "/1", "", "", nil), NewFingerprintV1("POST", "/2", "", "", nil)
 	req := &Request{Key: Key{Scope: "acme", Value: "k"}, Fingerprint: print, Attempt: NewAttemptID()}
 	checkFacts(t, func(err error) fact { return factAfterResolve(req, DispositionCommit, nil, err) }, map[error]fact{
 		nil: factResolvedAbsent, ErrRecordCorrupt: factRecordCorrupt,
@@ -351,7 +351,7 @@ func TestFactAfterResolve(t *testing.T) {
 		"ours":                              {Record{Attempt: req.Attempt, Fingerprint: print}, factResolvedOurs},
 		"another's, of the same request":    {Record{Attempt: NewAttemptID(), Fingerprint: print}, factRecordedSame},
 		"another's, of a different request": {Record{Attempt: NewAttemptID(), Fingerprint: other}, factRecordedOther},
-		"another's, of another version":     {Record{Attempt: NewAttemptID(), Fingerprint: FingerprintOf(100, nil)}, factRecordedUnreadable},
+		"another's, of another version":     {Record{Attempt: NewAttemptID(), Fingerprint: NewFingerprint(100, nil)}, factRecordedUnreadable},
 	} {
 		for _, disposition := range []Disposition{DispositionCommit, DispositionDecline} {
 			if got := factAfterResolve(req, disposition, &test.record, nil); got != test.want {

@@ -106,8 +106,8 @@ func (a *scriptAttempt) end(step string, ctx context.Context, answer *idempotenc
 func scripted(turns ...turn) *script { return &script{turns: turns} }
 
 var (
-	fingerprint      = idempotency.FingerprintV1("POST", "/transfers", "", "", nil)
-	otherFingerprint = idempotency.FingerprintV1("POST", "/orders", "", "", nil)
+	fingerprint      = idempotency.NewFingerprintV1("POST", "/transfers", "", "", nil)
+	otherFingerprint = idempotency.NewFingerprintV1("POST", "/orders", "", "", nil)
 )
 
 func keyed(value string) idempotency.Request {
@@ -178,7 +178,7 @@ func TestEveryStepEveryError(t *testing.T) {
 		"claim: start again":         {[]turn{{begin: idempotency.ErrSerialization}, {}}, answering(201), executed, "", "begin begin seal commit", nil},
 		"claim: replay":              {[]turn{{record: record(fingerprint)}}, nil, replayed, "", "begin", nil},
 		"claim: other request":       {[]turn{{record: record(otherFingerprint)}}, nil, mismatch, idempotency.ReasonKeyReused, "begin", nil},
-		"claim: unknown print":       {[]turn{{record: record(idempotency.FingerprintOf(100, nil))}}, nil, unknown, outcomeUnknown, "begin", nil},
+		"claim: unknown print":       {[]turn{{record: record(idempotency.NewFingerprint(100, nil))}}, nil, unknown, outcomeUnknown, "begin", nil},
 		"handler: 201":               {[]turn{{}}, answering(201), executed, "", once + "commit", nil},
 		"handler: 303":               {[]turn{{}}, answering(303), executed, "", once + "commit", nil},
 		"handler: 402":               {[]turn{{}}, answering(402), executed, "", once + "decline", nil},

@@ -17,7 +17,7 @@ func ExampleEngine_Do() {
 		body := fmt.Appendf(nil, "%d", amount)
 		request := idempotency.Request{
 			Key:         idempotency.Key{Scope: "acme", Value: "message-1"},
-			Fingerprint: idempotency.FingerprintOf(100, body),
+			Fingerprint: idempotency.NewFingerprint(100, body),
 		}
 		result := engine.Do(context.Background(), request, func(context.Context) (*idempotency.Answer, error) {
 			balance -= amount
@@ -46,7 +46,7 @@ func ExampleEngine_Do() {
 func ExampleDerivedKey() {
 	engine := idempotency.NewEngine(memory.New(nil), nil)
 	request := idempotency.Request{Key: idempotency.Key{Scope: "acme", Value: "8e03978e-40d5-43dd-bc93-6894a57f9324"}}
-	request.Fingerprint = idempotency.FingerprintV1("POST", "/transfers", "", "application/json", []byte(`{}`))
+	request.Fingerprint = idempotency.NewFingerprintV1("POST", "/transfers", "", "application/json", []byte(`{}`))
 	for _, status := range []int{503, 201} {
 		result := engine.Do(context.Background(), request, func(ctx context.Context) (*idempotency.Answer, error) {
 			fmt.Println("to the card network:", idempotency.DerivedKey(ctx, "card-network"))
@@ -88,7 +88,7 @@ func ExamplePanicError() {
 	engine := idempotency.NewEngine(memory.New(nil), &idempotency.Options{Tracer: reporter{}})
 	request := idempotency.Request{
 		Key:         idempotency.Key{Scope: "acme", Value: "k"},
-		Fingerprint: idempotency.FingerprintV1("POST", "/transfers", "", "application/json", []byte(`{"amount":1250}`)),
+		Fingerprint: idempotency.NewFingerprintV1("POST", "/transfers", "", "application/json", []byte(`{"amount":1250}`)),
 	}
 	result := engine.Do(context.Background(), request, func(context.Context) (*idempotency.Answer, error) { panic("no rate for EUR") })
 	fmt.Println("error:", result.Err)

@@ -6,14 +6,14 @@ import (
 	"encoding/binary"
 )
 
-// FingerprintVersionUserMin is the lowest version number that a user's own fingerprint function may bring. Those below
-// it are ours.
+// FingerprintVersionUserMin is the least version of a function of your own.
 const FingerprintVersionUserMin = 100
 
-// Fingerprint tells whether two requests with one key ask for the same thing.
+// Fingerprint is a hash of what a request asks for: two requests with one key must have equal ones.
 //
-// Version names the function that made it, because fingerprints of different functions can't be compared: version 1
-// is [FingerprintV1], numbers from [FingerprintVersionUserMin] on are the user's.
+// Version names the function that made it, because fingerprints of different functions can't be
+// compared: [NewFingerprintV1] has version 1, and functions of your own have versions from
+// [FingerprintVersionUserMin] on.
 type Fingerprint struct {
 	Version int16
 	Sum     [sha256.Size]byte
@@ -25,9 +25,11 @@ func (f Fingerprint) Equal(other Fingerprint) bool {
 	return f.Version == other.Version && subtle.ConstantTimeCompare(f.Sum[:], other.Sum[:]) == 1
 }
 
-// FingerprintV1 is SHA-256 over the length-prefixed method, escaped path, raw query, Content-Type and body bytes. None of them is
-// normalized: two spellings of one media type are two requests. It is frozen: a change would turn every retry that crosses an upgrade into a mismatch.
-func FingerprintV1(method, escapedPath, rawQuery, contentType string, body []byte) Fingerprint {
+// NewFingerprintV1 returns the fingerprint of an HTTP request: SHA-256 over the length-prefixed
+// method, escaped path, raw query, Content-Type and body. None of them is normalized: two spellings
+// of one media type are two requests. It is frozen: a change would turn every retry that crosses an
+// upgrade into a mismatch.
+func NewFingerprintV1(method, escapedPath, rawQuery, contentType string, body []byte) Fingerprint {
 	var buffer [512]byte // for most of them, on the stack
 	head := appendField(buffer[:0], method)
 	head = appendField(head, escapedPath)
@@ -42,7 +44,8 @@ func FingerprintV1(method, escapedPath, rawQuery, contentType string, body []byt
 	return f
 }
 
-// FingerprintOf is SHA-256 over the bytes that a user's own function made of a request, under that function's version.
-func FingerprintOf(version int16, content []byte) Fingerprint {
+// NewFingerprint returns the fingerprint of a request by a function of your own: SHA-256 over
+// content, the bytes that the function took from the request, under the function's version.
+func NewFingerprint(version int16, content []byte) Fingerprint {
 	return Fingerprint{Version: version, Sum: sha256.Sum256(content)}
 }

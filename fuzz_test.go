@@ -34,7 +34,7 @@ func FuzzFingerprintV1(f *testing.F) {
 		if len(rest) > 0 {
 			t.Fatalf("%d bytes belong to no field", len(rest))
 		}
-		fingerprint := FingerprintV1(method, path, query, contentType, body)
+		fingerprint := NewFingerprintV1(method, path, query, contentType, body)
 		if fingerprint.Version != 1 || fingerprint.Sum != sha256.Sum256(fed) {
 			t.Fatalf("version %d, %x is not the hash of the fields", fingerprint.Version, fingerprint.Sum)
 		}
@@ -46,7 +46,7 @@ func FuzzFingerprintV1(f *testing.F) {
 			}
 			moved[i+1] = moved[i][len(moved[i])-1:] + moved[i+1]
 			moved[i] = moved[i][:len(moved[i])-1]
-			if fingerprint.Equal(FingerprintV1(moved[0], moved[1], moved[2], moved[3], []byte(moved[4]))) {
+			if fingerprint.Equal(NewFingerprintV1(moved[0], moved[1], moved[2], moved[3], []byte(moved[4]))) {
 				t.Fatalf("%q and %q have one fingerprint", fields, moved)
 			}
 		}

@@ -169,27 +169,27 @@ func TestLockNumberJoinsNothing(t *testing.T) {
 func TestFingerprintV1IsFrozen(t *testing.T) {
 	t.Parallel()
 	for want, got := range map[string]idempotency.Fingerprint{
-		"fa3614b87790282aa184d1a4fe64a869c1caeaf6862faf51af459760f32b78ac": idempotency.FingerprintV1("POST", "/transfers", "", "application/json", []byte(`{"amount":"10.00"}`)),
-		"70ad35c086e37dab24aff74883e1bc7294f3801f22c79df806b30a7660b36523": idempotency.FingerprintV1("PATCH", "/orders/%2F1", "a=1&b=%20", "", []byte{0, 255}),
-		"2c34ce1df23b838c5abf2a7f6437cca3d3067ed509ff25f11df6b11b582b51eb": idempotency.FingerprintV1("", "", "", "", nil),
+		"fa3614b87790282aa184d1a4fe64a869c1caeaf6862faf51af459760f32b78ac": idempotency.NewFingerprintV1("POST", "/transfers", "", "application/json", []byte(`{"amount":"10.00"}`)),
+		"70ad35c086e37dab24aff74883e1bc7294f3801f22c79df806b30a7660b36523": idempotency.NewFingerprintV1("PATCH", "/orders/%2F1", "a=1&b=%20", "", []byte{0, 255}),
+		"2c34ce1df23b838c5abf2a7f6437cca3d3067ed509ff25f11df6b11b582b51eb": idempotency.NewFingerprintV1("", "", "", "", nil),
 	} {
 		if sum := hex.EncodeToString(got.Sum[:]); sum != want || got.Version != 1 {
 			t.Errorf("version %d, %s; want version 1, %s", got.Version, sum, want)
 		}
 	}
 	const want = "e3d38880db9cecf70391f2c3e9a244e63a50f16948937d76c01fec7b7d3f99b1"
-	if got := idempotency.FingerprintOf(100, []byte("amount=10.00")); hex.EncodeToString(got.Sum[:]) != want || got.Version != 100 {
-		t.Errorf("FingerprintOf: version %d, %x; want version 100, %s", got.Version, got.Sum, want)
+	if got := idempotency.NewFingerprint(100, []byte("amount=10.00")); hex.EncodeToString(got.Sum[:]) != want || got.Version != 100 {
+		t.Errorf("NewFingerprint: version %d, %x; want version 100, %s", got.Version, got.Sum, want)
 	}
 }
 
 func TestFingerprintEqual(t *testing.T) {
 	t.Parallel()
-	one := idempotency.FingerprintOf(100, []byte("a"))
-	if !one.Equal(idempotency.FingerprintOf(100, []byte("a"))) {
+	one := idempotency.NewFingerprint(100, []byte("a"))
+	if !one.Equal(idempotency.NewFingerprint(100, []byte("a"))) {
 		t.Error("equal fingerprints differ")
 	}
-	if one.Equal(idempotency.FingerprintOf(101, []byte("a"))) {
+	if one.Equal(idempotency.NewFingerprint(101, []byte("a"))) {
 		t.Error("fingerprints of two functions are equal")
 	}
 	for i := range one.Sum {
@@ -209,7 +209,7 @@ func inHandler(t *testing.T, key idempotency.Key, f func(ctx context.Context)) {
 
 func inHandlerOf(t *testing.T, opts *idempotency.Options, key idempotency.Key, f func(ctx context.Context)) {
 	t.Helper()
-	result := idempotency.NewEngine(memory.New(nil), opts).Do(t.Context(), idempotency.Request{Key: key, Fingerprint: idempotency.FingerprintOf(100, nil)}, func(ctx context.Context) (*idempotency.Answer, error) {
+	result := idempotency.NewEngine(memory.New(nil), opts).Do(t.Context(), idempotency.Request{Key: key, Fingerprint: idempotency.NewFingerprint(100, nil)}, func(ctx context.Context) (*idempotency.Answer, error) {
 		f(ctx)
 		return &idempotency.Answer{Status: 500}, nil
 	})

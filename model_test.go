@@ -209,7 +209,7 @@ func TestEngineDoesWhatTheModelSays(t *testing.T) {
 				for key, want := range m.records {
 					got := records[key]
 					if got == nil || got.Answer.Status != want.status || string(got.Answer.Body) != want.body ||
-						!got.ExpiresAt.Equal(want.expires) || got.Fingerprint != idempotency.FingerprintOf(100, []byte(want.content)) {
+						!got.ExpiresAt.Equal(want.expires) || got.Fingerprint != idempotency.NewFingerprint(100, []byte(want.content)) {
 						t.Fatalf("key %v: record %+v, want %+v", key, got, want)
 					}
 				}
@@ -248,7 +248,7 @@ func drawRequest(t *rapid.T) modelRequest {
 // send sends a request as a client would, and returns what the client sees, and false where its handler took the
 // goroutine with it. Copies that arrive while the handler runs must be told so, and run nothing.
 func send(t *rapid.T, engine *idempotency.Engine, req modelRequest, runs *int, mayCopy func() bool) (result modelResult, returned bool) {
-	request := idempotency.Request{Key: req.key, Fingerprint: idempotency.FingerprintOf(100, []byte(req.content)), TTL: req.ttl}
+	request := idempotency.Request{Key: req.key, Fingerprint: idempotency.NewFingerprint(100, []byte(req.content)), TTL: req.ttl}
 	copyOutcome := idempotency.OutcomeInProgress
 	var got idempotency.Result
 	done := make(chan struct{})

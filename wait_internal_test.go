@@ -56,7 +56,7 @@ func TestAnswerThatComesAtTheLastMomentIsTaken(t *testing.T) {
 	for range 100 {
 		q, key := newQueues(), Key{Scope: "acme", Value: "k"}
 		first, late := q.mustEnter(key), q.mustEnter(key)
-		req := &Request{Key: key, Fingerprint: FingerprintOf(100, nil)}
+		req := &Request{Key: key, Fingerprint: NewFingerprint(100, nil)}
 		first.leave(&Result{Outcome: OutcomeReplayed, Record: &Record{Fingerprint: req.Fingerprint}})
 		result, settled := follow(t.Context(), req, late, time.Now(), &trace{})
 		late.leave(&result)

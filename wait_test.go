@@ -158,7 +158,7 @@ func TestThoseThatWaitGetTheAnswer(t *testing.T) {
 func TestAnotherRequestThatWaitedIsAMismatch(t *testing.T) {
 	t.Parallel()
 	older := keyed("k")
-	older.Fingerprint = idempotency.FingerprintOf(100, nil)
+	older.Fingerprint = idempotency.NewFingerprint(100, nil)
 	translated := older
 	translated.FingerprintAt = func(version int16) (idempotency.Fingerprint, bool) { return fingerprint, version == 1 }
 	other := keyed("k")

@@ -50,7 +50,7 @@ func TestDelete(t *testing.T) {
 	}
 	runs := 0
 	result := b.Engine.Do(t.Context(), idempotency.Request{
-		Key: idempotency.Key{Scope: "acme", Value: "key-1"}, Fingerprint: idempotency.FingerprintV1("POST", "/transfers", "", "application/json", []byte("key-1")),
+		Key: idempotency.Key{Scope: "acme", Value: "key-1"}, Fingerprint: idempotency.NewFingerprintV1("POST", "/transfers", "", "application/json", []byte("key-1")),
 	}, func(context.Context) (*idempotency.Answer, error) { runs++; return paid, nil })
 	if result.Outcome != idempotency.OutcomeExecuted || runs != 1 {
 		t.Errorf("a retry is %s, after %d runs", result.Outcome, runs)
@@ -216,7 +216,7 @@ func TestRunningAttemptIsShown(t *testing.T) {
 	begun, finish, ended := make(chan struct{}), make(chan struct{}), make(chan idempotency.Result)
 	go func() {
 		ended <- b.Engine.Do(context.Background(), idempotency.Request{
-			Key: idempotency.Key{Scope: "acme", Value: "slow"}, Fingerprint: idempotency.FingerprintV1("POST", "/", "", "", nil),
+			Key: idempotency.Key{Scope: "acme", Value: "slow"}, Fingerprint: idempotency.NewFingerprintV1("POST", "/", "", "", nil),
 		}, func(context.Context) (*idempotency.Answer, error) { close(begun); <-finish; return paid, nil })
 	}()
 	<-begun

@@ -73,7 +73,7 @@ var bugs = map[string]seeded{
 		}
 	}, false},
 	"fingerprint without the body": {"Prepare", checkChanged, func(b *testBundle) {
-		b.options.Fingerprints = []middleware.Fingerprint{{Version: 100, Content: func(r *http.Request, _ []byte) []byte {
+		b.options.Fingerprinters = []middleware.Fingerprinter{{Version: 100, Content: func(r *http.Request, _ []byte) []byte {
 			return []byte(r.URL.Path)
 		}}}
 	}, false},

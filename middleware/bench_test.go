@@ -36,7 +36,7 @@ func BenchmarkFingerprint(b *testing.B) {
 			body := bytes.Repeat([]byte("x"), size)
 			r := httptest.NewRequest("POST", "/transfers?dry=1", nil)
 			r.Header.Set("Content-Type", "application/json")
-			f := FingerprintV1()
+			f := FingerprinterV1()
 			b.ReportAllocs()
 			b.SetBytes(int64(size))
 			for b.Loop() {

@@ -135,7 +135,7 @@ func (run *run) copied() *http.Request {
 }
 
 // fingerprint returns the request's fingerprint by one of the functions.
-func (run *run) fingerprint(f Fingerprint) idempotency.Fingerprint {
+func (run *run) fingerprint(f Fingerprinter) idempotency.Fingerprint {
 	r := run.request
 	if f.Content != nil {
 		r = run.copied()

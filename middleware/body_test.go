@@ -314,7 +314,7 @@ func TestFunctionsOfTheServiceHaveABodyOfTheirOwn(t *testing.T) {
 	t.Parallel()
 	seen := ""
 	b := setup(t, setupOptions{middleware: &middleware.Options{
-		Fingerprints:    []middleware.Fingerprint{{Version: 100, Content: func(r *http.Request, _ []byte) []byte { return []byte(r.FormValue("amount")) }}},
+		Fingerprinters:  []middleware.Fingerprinter{{Version: 100, Content: func(r *http.Request, _ []byte) []byte { return []byte(r.FormValue("amount")) }}},
 		AuthorizeReplay: func(r *http.Request, _ *idempotency.Record) error { seen = r.FormValue("amount"); return nil },
 	}}, func(w http.ResponseWriter, r *http.Request) {
 		if got := r.FormValue("amount"); got != "10" {

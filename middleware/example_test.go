@@ -87,7 +87,7 @@ func ExampleMiddleware_With() {
 // A fingerprint of your own says what makes two requests the same: here the fields that move money, whatever the order
 // and the white space.
 func ExampleOptions_fingerprints() {
-	fields := middleware.Fingerprint{
+	fields := middleware.Fingerprinter{
 		Version: idempotency.FingerprintVersionUserMin,
 		Content: func(r *http.Request, body []byte) []byte {
 			var transfer struct{ To, Amount json.RawMessage }
@@ -102,7 +102,7 @@ func ExampleOptions_fingerprints() {
 		},
 	}
 	handler := middleware.New(memory.New(nil), exampleAccount, &middleware.Options{
-		Fingerprints: []middleware.Fingerprint{fields, middleware.FingerprintV1()}, // the second for records of before
+		Fingerprinters: []middleware.Fingerprinter{fields, middleware.FingerprinterV1()}, // the second for records of before
 	}).Handler(http.HandlerFunc(func(http.ResponseWriter, *http.Request) {}))
 
 	exampleSend(handler, "8e03978e", `{"to":"bob","amount":1250}`)

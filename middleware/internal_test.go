@@ -126,15 +126,15 @@ func TestOptionsThatCannotWorkPanic(t *testing.T) {
 		{KeyBytesMin: 9, KeyBytesMax: 8}, {KeyBytesMin: -1}, {KeyBytesMax: 256}, {BodyBytesMax: -1}, {AnswerBytesMax: -1}, {RetryAfter: -1},
 		{RecordHeaders: []string{"set-cookie"}}, {RecordHeaders: []string{"connection"}}, {RecordHeaders: []string{"Idempotency-Status"}},
 		{RecordHeaders: []string{"access-control-allow-origin"}}, {RecordHeaders: []string{"www-authenticate"}},
-		{Fingerprints: []Fingerprint{{Version: 99, Content: own}}}, {Fingerprints: []Fingerprint{{Version: 100}}}, {Fingerprints: []Fingerprint{{Version: 1, Content: own}}},
-		{Fingerprints: []Fingerprint{FingerprintV1(), FingerprintV1()}},
+		{Fingerprinters: []Fingerprinter{{Version: 99, Content: own}}}, {Fingerprinters: []Fingerprinter{{Version: 100}}}, {Fingerprinters: []Fingerprinter{{Version: 1, Content: own}}},
+		{Fingerprinters: []Fingerprinter{FingerprinterV1(), FingerprinterV1()}},
 		{TTL: 1}, {Timeouts: idempotency.Timeouts{Handler: -1}},
 	} {
 		if text := panics(func() { New(stubStore{}, scope, opts) }); !strings.HasPrefix(text, "idempotency") {
 			t.Errorf("%+v: %q", opts, text)
 		}
 	}
-	for _, opts := range []*Options{nil, {KeyBytesMin: 8, KeyBytesMax: 8}, {KeyBytesMax: 255}, {Fingerprints: []Fingerprint{{Version: 100, Content: own}}}, {RecordHeaders: []string{"x-own"}}} {
+	for _, opts := range []*Options{nil, {KeyBytesMin: 8, KeyBytesMax: 8}, {KeyBytesMax: 255}, {Fingerprinters: []Fingerprinter{{Version: 100, Content: own}}}, {RecordHeaders: []string{"x-own"}}} {
 		if text := panics(func() { New(stubStore{}, scope, opts) }); text != "" {
 			t.Errorf("%+v: %q", opts, text)
 		}

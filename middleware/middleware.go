@@ -150,13 +150,13 @@ func (m *Middleware) serve(w http.ResponseWriter, r *http.Request, next http.Han
 	}
 	request := idempotency.Request{
 		Key:         idempotency.Key{Scope: scope, Value: key},
-		Fingerprint: run.fingerprint(m.options.Fingerprints[0]),
+		Fingerprint: run.fingerprint(m.options.Fingerprinters[0]),
 		TraceID:     traceID,
 		Route:       route,
 	}
-	if len(m.options.Fingerprints) > 1 {
+	if len(m.options.Fingerprinters) > 1 {
 		request.FingerprintAt = func(version int16) (idempotency.Fingerprint, bool) {
-			for _, f := range m.options.Fingerprints {
+			for _, f := range m.options.Fingerprinters {
 				if f.Version == version {
 					return run.fingerprint(f), true
 				}

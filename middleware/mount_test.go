@@ -96,7 +96,7 @@ func TestMountWithinAnAttemptIsRefused(t *testing.T) {
 	handler := middleware.New(store, byAccount, &middleware.Options{Logger: slog.New(slog.NewTextHandler(&logs, nil))}).Handler(http.HandlerFunc(func(http.ResponseWriter, *http.Request) {
 		t.Error("the handler ran")
 	}))
-	request := idempotency.Request{Key: idempotency.Key{Scope: "acme", Value: "k"}, Fingerprint: idempotency.FingerprintOf(100, nil)}
+	request := idempotency.Request{Key: idempotency.Key{Scope: "acme", Value: "k"}, Fingerprint: idempotency.NewFingerprint(100, nil)}
 	result := idempotency.NewEngine(store, nil).Do(t.Context(), request, func(ctx context.Context) (*idempotency.Answer, error) {
 		r := httptest.NewRequestWithContext(ctx, http.MethodPost, "/", nil)
 		r.Header = http.Header{"Idempotency-Key": {"k"}, "Account": {"acme"}}

@@ -210,7 +210,7 @@ func TestWhatIsSpelledAnewIsAnotherRequest(t *testing.T) {
 		mux := http.NewServeMux()
 		mux.Handle("/", idem.Handler(h))
 		mux.Handle("/signed", idem.With(func(o *middleware.Options) {
-			o.Fingerprints = []middleware.Fingerprint{{Version: 100, Content: func(r *http.Request, body []byte) []byte {
+			o.Fingerprinters = []middleware.Fingerprinter{{Version: 100, Content: func(r *http.Request, body []byte) []byte {
 				query := r.URL.Query()
 				query.Del("ts")
 				query.Del("sig")

@@ -70,15 +70,15 @@ type Options struct {
 	BodyBytesMax   int64
 	AnswerBytesMax int
 
-	// Fingerprints replace the built-in fingerprint. The first makes new ones; the others are kept to compare with
-	// records that they made, until those have expired. Nil is version 1 alone. To go back to the built-in one, or to
-	// keep it, name [FingerprintV1].
+	// Fingerprinters make the fingerprints of requests. The first makes those of new records. The
+	// others are for records that they made, until those have expired. Defaults to the built-in
+	// [FingerprinterV1]; beside one of your own, name it if it was in use.
 	//
 	// The built-in one takes method, path, query, Content-Type and body byte by byte. If something
 	// on the way respells media types ("application/json" and "application/json; charset=utf-8"
 	// differ), signs the query or compresses bodies, retries are mismatches: then write a function
 	// that takes only the relevant parts.
-	Fingerprints []Fingerprint
+	Fingerprinters []Fingerprinter
 
 	// RecordHeaders are recorded and replayed in addition to [RecordedHeaders]. Headers that carry
 	// a credential, belong to the connection or tell which site may read the answer
@@ -125,8 +125,8 @@ type Options struct {
 	Logger *slog.Logger
 }
 
-// Fingerprint is a fingerprint function and its version.
-type Fingerprint struct {
+// Fingerprinter makes the fingerprint of a request, by a function of your own.
+type Fingerprinter struct {
 	// Version is at least idempotency.FingerprintVersionUserMin, and new for every change of Content.
 	Version int16
 
@@ -139,15 +139,15 @@ type Fingerprint struct {
 
 const fingerprintVersionBuiltIn = 1
 
-// FingerprintV1 returns the built-in fingerprint, to be named in [Options.Fingerprints].
-func FingerprintV1() Fingerprint { return Fingerprint{Version: fingerprintVersionBuiltIn} }
+// FingerprinterV1 returns the built-in one, for [Options.Fingerprinters].
+func FingerprinterV1() Fingerprinter { return Fingerprinter{Version: fingerprintVersionBuiltIn} }
 
-func (f Fingerprint) of(r *http.Request, body []byte) idempotency.Fingerprint {
+func (f Fingerprinter) of(r *http.Request, body []byte) idempotency.Fingerprint {
 	if f.Content == nil {
 		escapedPath, rawQuery := target(r)
-		return idempotency.FingerprintV1(r.Method, escapedPath, rawQuery, r.Header.Get("Content-Type"), body)
+		return idempotency.NewFingerprintV1(r.Method, escapedPath, rawQuery, r.Header.Get("Content-Type"), body)
 	}
-	return idempotency.FingerprintOf(f.Version, f.Content(r, body))
+	return idempotency.NewFingerprint(f.Version, f.Content(r, body))
 }
 
 // target returns the target as the client sent it: http.StripPrefix outside would make two routes one.
@@ -195,16 +195,16 @@ func (o *Options) full() Options {
 		panic("idempotency/middleware: Options.BodyBytesMax, AnswerBytesMax and RetryAfter must not be negative")
 	}
 	full.Quota = full.Quota.full()
-	if len(full.Fingerprints) == 0 {
-		full.Fingerprints = []Fingerprint{FingerprintV1()}
+	if len(full.Fingerprinters) == 0 {
+		full.Fingerprinters = []Fingerprinter{FingerprinterV1()}
 	}
 	var versions []int16
-	for _, f := range full.Fingerprints {
+	for _, f := range full.Fingerprinters {
 		if builtIn := f.Version == fingerprintVersionBuiltIn; builtIn != (f.Content == nil) || !builtIn && f.Version < idempotency.FingerprintVersionUserMin {
-			panic(fmt.Sprintf("idempotency/middleware: a Fingerprint has version %d: a function of your own needs one from %d on", f.Version, idempotency.FingerprintVersionUserMin))
+			panic(fmt.Sprintf("idempotency/middleware: a Fingerprinter has version %d: a function of your own needs one from %d on", f.Version, idempotency.FingerprintVersionUserMin))
 		}
 		if slices.Contains(versions, f.Version) {
-			panic(fmt.Sprintf("idempotency/middleware: two Fingerprints have version %d", f.Version))
+			panic(fmt.Sprintf("idempotency/middleware: two Fingerprinters have version %d", f.Version))
 		}
 		versions = append(versions, f.Version)
 	}

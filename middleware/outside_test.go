@@ -241,7 +241,7 @@ func TestPagesOfTwoOriginsReadTheirAnswers(t *testing.T) {
 }
 
 // The media type is compared byte by byte: if a proxy may rewrite it, it must always do so, or
-// Options.Fingerprints must leave it out.
+// Options.Fingerprinters must leave it out.
 func TestMediaTypesAreComparedByteByByte(t *testing.T) {
 	t.Parallel()
 	b := setup(t, setupOptions{}, transfer)

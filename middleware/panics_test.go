@@ -124,7 +124,7 @@ func newPanics(t *testing.T, h *trap, wait time.Duration) *panics {
 				return ctx
 			}
 		},
-		Fingerprints: []middleware.Fingerprint{{Version: 100, Content: func(_ *http.Request, body []byte) []byte {
+		Fingerprinters: []middleware.Fingerprinter{{Version: 100, Content: func(_ *http.Request, body []byte) []byte {
 			h.spring("fingerprint")
 			return body
 		}}},

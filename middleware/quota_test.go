@@ -227,11 +227,11 @@ func TestQuotaCountsRecordsWhateverPanics(t *testing.T) {
 						store = &serializing{Store: store}
 					}
 					idem := middleware.New(store, func(*http.Request) (string, error) { bug.maybe("scope"); return "acme", nil }, &middleware.Options{
-						Quota:        middleware.Quota{KeysMax: 1, Now: func() time.Time { bug.maybe("clock"); return time.Now() }},
-						Logger:       slog.New(bug),
-						TraceID:      func(*http.Request) string { bug.maybe("traceid"); return "" },
-						Route:        func(*http.Request) string { bug.maybe("route"); return "" },
-						Fingerprints: []middleware.Fingerprint{{Version: 100, Content: func(_ *http.Request, body []byte) []byte { bug.maybe("fingerprint"); return body }}},
+						Quota:          middleware.Quota{KeysMax: 1, Now: func() time.Time { bug.maybe("clock"); return time.Now() }},
+						Logger:         slog.New(bug),
+						TraceID:        func(*http.Request) string { bug.maybe("traceid"); return "" },
+						Route:          func(*http.Request) string { bug.maybe("route"); return "" },
+						Fingerprinters: []middleware.Fingerprinter{{Version: 100, Content: func(_ *http.Request, body []byte) []byte { bug.maybe("fingerprint"); return body }}},
 						RouterState: func(context.Context) func(context.Context) context.Context {
 							bug.maybe("routerstate")
 							return func(ctx context.Context) context.Context { bug.maybe("restore"); return ctx }

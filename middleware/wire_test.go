@@ -496,12 +496,12 @@ func TestOwnFingerprint(t *testing.T) {
 	}
 	b := setup(t, setupOptions{mount: func(idem *middleware.Middleware, handler http.Handler) http.Handler {
 		programs := map[string]http.Handler{}
-		for program, fingerprints := range map[string][]middleware.Fingerprint{
+		for program, fingerprints := range map[string][]middleware.Fingerprinter{
 			"built-in": nil,
-			"own":      {{Version: 100, Content: byHeader("One")}, middleware.FingerprintV1()},
+			"own":      {{Version: 100, Content: byHeader("One")}, middleware.FingerprinterV1()},
 			"newer":    {{Version: 101, Content: byHeader("Two")}, {Version: 100, Content: byHeader("One")}},
 		} {
-			programs[program] = idem.With(func(o *middleware.Options) { o.Fingerprints = fingerprints }).Handler(handler)
+			programs[program] = idem.With(func(o *middleware.Options) { o.Fingerprinters = fingerprints }).Handler(handler)
 		}
 		return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) { programs[r.Header.Get("Program")].ServeHTTP(w, r) })
 	}}, transfer)

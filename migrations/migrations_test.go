@@ -171,7 +171,7 @@ func wantKeeps(t *testing.T, pool *pgxpool.Pool, opts *postgres.Options) {
 func do(ctx context.Context, engine *idempotency.Engine, key string, status int) idempotency.Result {
 	request := idempotency.Request{
 		Key:         idempotency.Key{Scope: "acme", Value: key},
-		Fingerprint: idempotency.FingerprintV1("POST", "/transfers", "", "", nil),
+		Fingerprint: idempotency.NewFingerprintV1("POST", "/transfers", "", "", nil),
 	}
 	return engine.Do(ctx, request, func(context.Context) (*idempotency.Answer, error) {
 		return &idempotency.Answer{Status: status, Body: []byte("done")}, nil

@@ -25,7 +25,7 @@ func ExampleJoin() {
 
 	for _, key := range []string{"8e03978e", "c2a91b07"} { // one transfer, sent twice
 		engine.Do(context.Background(), idempotency.Request{
-			Key: idempotency.Key{Scope: "acme", Value: key}, Fingerprint: idempotency.FingerprintOf(100, []byte("1250 to bob")), Route: "POST /transfers",
+			Key: idempotency.Key{Scope: "acme", Value: key}, Fingerprint: idempotency.NewFingerprint(100, []byte("1250 to bob")), Route: "POST /transfers",
 		}, func(context.Context) (*idempotency.Answer, error) { return &idempotency.Answer{Status: 201}, nil })
 	}
 	// Output:

@@ -130,7 +130,7 @@ func TestLogWritesEventsWithoutSecrets(t *testing.T) {
 	engine := idempotency.NewEngine(memory.New(nil), &idempotency.Options{Tracer: observe.Join(log, detector)})
 	do := func(key, body string, run idempotency.RunFunc) {
 		engine.Do(context.Background(), idempotency.Request{
-			Key: idempotency.Key{Scope: "canary-scope", Value: key}, Fingerprint: idempotency.FingerprintOf(100, []byte(body)),
+			Key: idempotency.Key{Scope: "canary-scope", Value: key}, Fingerprint: idempotency.NewFingerprint(100, []byte(body)),
 			TraceID: "canary-trace", Route: "POST /transfers",
 		}, run)
 	}

@@ -165,7 +165,7 @@ func (s *Service) Effects(t testing.TB) int {
 // Request returns a request whose body is the key's value.
 func Request(key idempotency.Key) idempotency.Request {
 	return idempotency.Request{
-		Key: key, Fingerprint: idempotency.FingerprintV1("POST", "/transfers", "", "application/json", []byte(key.Value)),
+		Key: key, Fingerprint: idempotency.NewFingerprintV1("POST", "/transfers", "", "application/json", []byte(key.Value)),
 		TraceID: "trace-" + key.Value,
 	}
 }

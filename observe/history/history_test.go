@@ -53,7 +53,7 @@ func (b *testBundle) close(t *testing.T) {
 func (b *testBundle) do(value, body, traceID string, status int) idempotency.Result {
 	return b.Engine.Do(context.Background(), idempotency.Request{
 		Key: idempotency.Key{Scope: "acme", Value: value}, TraceID: traceID,
-		Fingerprint: idempotency.FingerprintV1("POST", "/transfers", "", "", []byte(body)),
+		Fingerprint: idempotency.NewFingerprintV1("POST", "/transfers", "", "", []byte(body)),
 	}, func(context.Context) (*idempotency.Answer, error) { return &idempotency.Answer{Status: status}, nil })
 }
 

@@ -34,7 +34,7 @@ func (c *clock) sleep(d time.Duration) {
 
 func start(scope, key, body string) idempotency.RequestStart {
 	return idempotency.RequestStart{
-		Key: idempotency.Key{Scope: scope, Value: key}, Fingerprint: idempotency.FingerprintOf(100, []byte(body)), Route: "POST /transfers",
+		Key: idempotency.Key{Scope: scope, Value: key}, Fingerprint: idempotency.NewFingerprint(100, []byte(body)), Route: "POST /transfers",
 	}
 }
 

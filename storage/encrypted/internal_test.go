@@ -18,7 +18,7 @@ var (
 	fixedKey     = Key{ID: 7, Secret: [SecretBytes]byte{1, 2, 3}}
 	fixedRequest = idempotency.Request{
 		Key:         idempotency.Key{Scope: "acme", Value: "k"},
-		Fingerprint: idempotency.FingerprintV1("POST", "/", "", "", nil),
+		Fingerprint: idempotency.NewFingerprintV1("POST", "/", "", "", nil),
 		Attempt:     idempotency.AttemptID{0: 1, 15: 2},
 	}
 	fixedAnswer = idempotency.Answer{Status: 201, Header: map[string][]string{"Location": {"/1"}, "Link": {"<a>", "<b>"}}, Body: []byte("done")}

@@ -41,7 +41,7 @@ func TestConformance(t *testing.T) {
 func do(e *idempotency.Engine, value string, status int) idempotency.Result {
 	req := idempotency.Request{
 		Key:         idempotency.Key{Scope: "acme", Value: value},
-		Fingerprint: idempotency.FingerprintV1("POST", "/transfers", "", "", nil),
+		Fingerprint: idempotency.NewFingerprintV1("POST", "/transfers", "", "", nil),
 	}
 	return e.Do(context.Background(), req, func(context.Context) (*idempotency.Answer, error) {
 		return &idempotency.Answer{Status: status, Header: map[string][]string{"X-Empty": {}}, Body: []byte("done")}, nil

@@ -142,7 +142,7 @@ func (c *wireConn) Read(p []byte) (int, error) {
 func request(value, body string) idempotency.Request {
 	return idempotency.Request{
 		Key:         idempotency.Key{Scope: "acme", Value: value},
-		Fingerprint: idempotency.FingerprintV1("POST", "/transfers", "", "application/json", []byte(body)),
+		Fingerprint: idempotency.NewFingerprintV1("POST", "/transfers", "", "application/json", []byte(body)),
 	}
 }
 

@@ -16,7 +16,7 @@ var recordCases = []testCase{
 		run: func(c *check) {
 			for i, answer := range answers() {
 				req := request("acme", "k"+string(rune('a'+i)))
-				req.Fingerprint = idempotency.FingerprintOf(int16(100+i), []byte{byte(i)})
+				req.Fingerprint = idempotency.NewFingerprint(int16(100+i), []byte{byte(i)})
 				if i%2 == 0 {
 					req.TraceID = "0af7651916cd43dd8448eb211c80319c"
 				}
@@ -81,7 +81,7 @@ var recordCases = []testCase{
 			req := request("acme", "k")
 			c.commit(c.claim(req), answer(201, "done"))
 			other := request("acme", "k")
-			other.Fingerprint = idempotency.FingerprintOf(100, []byte("another request"))
+			other.Fingerprint = idempotency.NewFingerprint(100, []byte("another request"))
 			if record := c.replay(other); record.Fingerprint != req.Fingerprint {
 				c.Errorf("the record has the fingerprint of the request that found it")
 			}

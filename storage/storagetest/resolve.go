@@ -24,7 +24,7 @@ var resolveCases = []testCase{
 			committed, declined := request("acme", "committed"), request("acme", "declined")
 			for _, req := range []*idempotency.Request{committed, declined} {
 				req.TraceID = "0af7651916cd43dd8448eb211c80319c"
-				req.Fingerprint = idempotency.FingerprintOf(100, []byte(req.Key.Value))
+				req.Fingerprint = idempotency.NewFingerprint(100, []byte(req.Key.Value))
 			}
 			written := &idempotency.Answer{Status: 201, Header: map[string][]string{"Link": {"<a>", "<b>"}}, Body: []byte("done\x00")}
 			c.commit(c.claim(committed), written)

@@ -334,7 +334,7 @@ const ttl = time.Hour
 func request(scope, value string) *idempotency.Request {
 	return &idempotency.Request{
 		Key:         idempotency.Key{Scope: scope, Value: value},
-		Fingerprint: idempotency.FingerprintV1("POST", "/", "", "", nil),
+		Fingerprint: idempotency.NewFingerprintV1("POST", "/", "", "", nil),
 		TTL:         ttl,
 		Attempt:     idempotency.NewAttemptID(),
 	}

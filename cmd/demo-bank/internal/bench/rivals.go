@@ -79,7 +79,7 @@ func kept(ctx context.Context, db querier, sql, key string, sum []byte) (*answer
 }
 
 func sumOf(r *http.Request, body []byte) []byte {
-	f := idempotency.FingerprintV1(r.Method, r.URL.EscapedPath(), r.URL.RawQuery, r.Header.Get("Content-Type"), body)
+	f := idempotency.NewFingerprintV1(r.Method, r.URL.EscapedPath(), r.URL.RawQuery, r.Header.Get("Content-Type"), body)
 	return f.Sum[:]
 }
 

@@ -82,7 +82,7 @@ func (p *planter) plant(ctx context.Context, seeds ...seed) error {
 
 // run plants until ctx ends. What can't be planted while the cluster is down is not.
 func (p *planter) run(ctx context.Context) {
-	fingerprint := idempotency.FingerprintV1(http.MethodPost, "/", "", contentType, nil)
+	fingerprint := idempotency.NewFingerprintV1(http.MethodPost, "/", "", contentType, nil)
 	for deadline.Sleep(ctx, plantInterval) == nil && !p.owner.healed.Load() {
 		seeds := make([]seed, plantRows+1)
 		for n := range seeds {
@@ -107,7 +107,7 @@ func (p *planter) run(ctx context.Context) {
 // reuse plants an expired record of a key that is about to be used: as long as it is there it is replayed, and then the
 // key is new.
 func (p *planter) reuse(ctx context.Context, k *key) {
-	f := idempotency.FingerprintV1(http.MethodPost, k.path(), "", contentType, k.body(false))
+	f := idempotency.NewFingerprintV1(http.MethodPost, k.path(), "", contentType, k.body(false))
 	if p.plant(ctx, seed{tenants[k.tenant].scope, k.text, -24, f}) == nil {
 		p.reused.Add(1)
 	}

@@ -52,9 +52,9 @@ func run(name, database, files string, fingerprint int16) error {
 
 	var opts middleware.Options
 	if fingerprint != 0 {
-		opts.Fingerprints = []middleware.Fingerprint{
+		opts.Fingerprinters = []middleware.Fingerprinter{
 			{Version: fingerprint, Content: func(_ *http.Request, body []byte) []byte { return body }},
-			middleware.FingerprintV1(),
+			middleware.FingerprinterV1(),
 		}
 	}
 	scope := func(*http.Request) (string, error) { return "acme", nil }
