@@ -487,6 +487,12 @@ func TestDeferredMax(t *testing.T) {
 			t.Errorf("%d effects, want %d", n, c.most)
 		}
 	}
+	defer func() {
+		if text := fmt.Sprint(recover()); !strings.Contains(text, "Options.DeferredMax is -1") {
+			t.Errorf("panic %s", text)
+		}
+	}()
+	postgres.New(setup(t, nil).pool, &postgres.Options{DeferredMax: -1})
 }
 
 // What was deferred while a nested transaction was open is undone with it.
