@@ -412,7 +412,7 @@ func TestStartFailsInOneLine(t *testing.T) {
 		t.Fatal(err)
 	}
 	line = fails(t, "--addr", "127.0.0.1:0", "--database-url", "postgres://someone:canary4711@"+nobody+"/bank?sslmode=disable")
-	if !strings.Contains(line, "reached") || !strings.Contains(line, "--database-url") || strings.Contains(line, "canary4711") {
+	if !strings.Contains(line, "connection refused") || !strings.Contains(line, "--database-url") || strings.Contains(line, "canary4711") {
 		t.Errorf("a database that is not there: %s", line)
 	}
 	line = fails(t, "--addr", "127.0.0.1:0", "--database-url", "postgres://someone:canary4711@host:notaport/bank")
