@@ -29,3 +29,20 @@ func TestReadmeShowsTheQuickstart(t *testing.T) {
 		t.Errorf("the README has %d lines, and should have less than 250", lines)
 	}
 }
+
+// Whoever considers the library looks for the license and for where to report a hole.
+func TestReadmeNamesLicenseAndSecurity(t *testing.T) {
+	t.Parallel()
+	readme, err := os.ReadFile("README.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for name, first := range map[string]string{"LICENSE": "MIT License\n", "SECURITY.md": "# Security\n"} {
+		if content, err := os.ReadFile(name); err != nil || !strings.HasPrefix(string(content), first) {
+			t.Errorf("%s: %v, and it should begin with %q", name, err, first)
+		}
+		if !strings.Contains(string(readme), "]("+name+")") {
+			t.Errorf("the README has no link to %s", name)
+		}
+	}
+}
