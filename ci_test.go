@@ -42,6 +42,22 @@ func TestCINamesItsLanes(t *testing.T) {
 	}
 }
 
+// .ci/release is strict about what it is called with: it makes tags that can't be taken back.
+func TestReleaseRefusesWhatIsNoVersion(t *testing.T) {
+	t.Parallel()
+	if runtime.GOOS == "windows" {
+		t.Skip("a bash script")
+	}
+	for _, arguments := range [][]string{nil, {"--dry-run"}, {"0.1.0"}, {"v0.1"}, {"v2.0.0"}, {"v0.1.0", "v0.2.0"}, {"v0.1.0 "}} {
+		cmd := exec.Command("bash", append([]string{".ci/release"}, arguments...)...)
+		cmd.Env = append(os.Environ(), "PATH="+toolsWithoutGo(t))
+		output, _ := cmd.CombinedOutput()
+		if code := cmd.ProcessState.ExitCode(); code != 2 || !strings.Contains(string(output), "usage: ") {
+			t.Errorf(".ci/release %q: exit code %d, want 2 and the usage:\n%s", arguments, code, output)
+		}
+	}
+}
+
 // toolsWithoutGo is a PATH with the programs that the usage needs.
 func toolsWithoutGo(t *testing.T) string {
 	t.Helper()

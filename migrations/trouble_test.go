@@ -107,11 +107,7 @@ func (c *countedConn) Close() error {
 func TestSchemaFromManyProcessesAtOnce(t *testing.T) {
 	t.Parallel()
 	b := setup(t)
-	rounds := 20
-	if testing.Short() {
-		rounds = 2
-	}
-	for i := range rounds {
+	for i := range 20 {
 		b.schema = "payments_" + strconv.Itoa(i)
 		b.upAtOnce(t, nil)
 	}

@@ -14,7 +14,6 @@ import (
 
 func TestF07PostgresStoppedAgainAndAgainPaysOnce(t *testing.T) {
 	t.Parallel()
-	pgtest.Slow(t, "starts a PostgreSQL of its own, again and again")
 	const (
 		clients  = 4
 		restarts = 3

@@ -112,7 +112,9 @@ func TestStartWaitsForADyingPostmaster(t *testing.T) {
 
 func TestStartGivesUpOnAPostmasterThatNobodyHolds(t *testing.T) {
 	t.Parallel()
-	slow(t)
+	if testing.Short() {
+		t.Skip("takes 10 s")
+	}
 	dir := filepath.Join(folder(t), "data")
 	s := startServer(t, &Options{DataDir: dir})
 	if err := s.Stop(); err != nil {
@@ -177,7 +179,9 @@ func TestReusedProcessIDInPostmasterPIDDoesNotStopTheStart(t *testing.T) {
 
 func TestStopOfAHangingServerIsImmediateAndSaysSo(t *testing.T) {
 	t.Parallel()
-	slow(t)
+	if testing.Short() {
+		t.Skip("takes 15 s")
+	}
 	s, err := Start(t.Context(), nil)
 	if err != nil {
 		t.Fatal(err)

@@ -33,11 +33,10 @@ func twins(t *testing.T) *pgxpool.Pool {
 		t.Fatal(err)
 	}
 	t.Cleanup(pool.Close)
-	store := postgres.New(pool, &postgres.Options{Schema: bank.Schema})
-	if err := migrations.Up(t.Context(), store, nil); err != nil {
+	if err := migrations.Up(t.Context(), postgres.New(pool, &postgres.Options{Schema: bank.Schema}), nil); err != nil {
 		t.Fatal(err)
 	}
-	if err := bank.Migrate(t.Context(), store); err != nil {
+	if err := bank.Migrate(t.Context(), pool); err != nil {
 		t.Fatal(err)
 	}
 	seed(t, pool)
