@@ -32,6 +32,7 @@ const waitMax = 60 * time.Second
 // promises, a clean end, and nothing left behind.
 func TestExamples(t *testing.T) {
 	t.Parallel()
+	pgtest.Slow(t, "builds and runs each example")
 	folder := build(t, "quickstart", "orders", "sqlc", "handlertest")
 
 	t.Run("quickstart", func(t *testing.T) {

@@ -108,8 +108,12 @@ func (b Blocker) String() string {
 // [Options.LockTimeout]. A schema of a later release is left as it is, so that a service can start
 // after a rollback to an older release.
 //
-// Up opens two connections of its own with the settings of the store's pool, and calls the pool's BeforeConnect
-// for each. They must not lead through a pooler in transaction or statement mode: [ErrPooler].
+// Up opens two connections of its own with the settings of the store's pool, and calls the pool's
+// BeforeConnect for each. They must not lead through a pooler in transaction or statement mode:
+// [ErrPooler].
+//
+// If Up changed the schema it resets the pool: a connection that was made before the tables has
+// none of the store's statements prepared, and is closed once it is given back.
 //
 // It ends with ctx, within 5 seconds if the server does not answer. The migration under way is
 // undone, and another call of Up continues from there.
@@ -189,6 +193,9 @@ func migrate(ctx context.Context, store Store, opts *Options, do func(*migrator)
 		defer m.close(ctx)
 		if err = m.begin(ctx, store.Pool()); err == nil {
 			err = do(m)
+		}
+		if m.changed {
+			store.Pool().Reset()
 		}
 	}
 	switch {

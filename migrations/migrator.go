@@ -50,6 +50,8 @@ type migrator struct {
 	files    source.Driver
 	versions []uint // of the files, ascending
 
+	changed bool // a migration was applied or undone
+
 	conn    *pgx.Conn
 	pid     int       // its server process
 	watcher *pgx.Conn // reads the sessions that conn waits for
@@ -385,6 +387,7 @@ func (m *migrator) step(ctx context.Context, from, to int, up bool) error {
 	if err != nil {
 		return fmt.Errorf("%s: %w", name, err)
 	}
+	m.changed = true
 	return nil
 }
 

@@ -107,7 +107,11 @@ func (c *countedConn) Close() error {
 func TestSchemaFromManyProcessesAtOnce(t *testing.T) {
 	t.Parallel()
 	b := setup(t)
-	for i := range 20 {
+	rounds := 20
+	if testing.Short() {
+		rounds = 2
+	}
+	for i := range rounds {
 		b.schema = "payments_" + strconv.Itoa(i)
 		b.upAtOnce(t, nil)
 	}

@@ -12,12 +12,14 @@ import (
 	"github.com/paidonce/idempotency/client/internal/intenttest"
 	"github.com/paidonce/idempotency/client/pgintent"
 	"github.com/paidonce/idempotency/internal/pgserver"
+	"github.com/paidonce/idempotency/internal/pgtest"
 )
 
 // TestCanceledWaitForTheStandbyIsAnError: a failover could undo a write whose COMMIT did not wait. An abandoned intent would
 // be sent after its caller got not-executed, and of two holders each would be the only one.
 func TestCanceledWaitForTheStandbyIsAnError(t *testing.T) {
 	t.Parallel()
+	pgtest.Slow(t, "starts a PostgreSQL of its own")
 	ctx := t.Context()
 	server, err := pgserver.Start(ctx, &pgserver.Options{Settings: map[string]string{"fsync": "off", "synchronous_standby_names": "nobody"}})
 	if err != nil {

@@ -15,6 +15,7 @@ import (
 	"time"
 
 	"github.com/paidonce/idempotency/cmd/demo-bank/internal/chaos"
+	"github.com/paidonce/idempotency/internal/pgtest"
 )
 
 // chaosCommandIn runs chaos with a folder of its own for temporary files, so that what it leaves behind is seen.
@@ -123,6 +124,7 @@ func TestChaosPrintsItsSchedule(t *testing.T) {
 // TestChaosStopsWhenTold: exit code 2 is for what could not be judged, and nothing is left behind.
 func TestChaosStopsWhenTold(t *testing.T) {
 	t.Parallel()
+	pgtest.Slow(t, "runs a bank under chaos")
 	dir := temporaryFolder(t)
 	cmd := chaosCommandIn(t.Context(), dir, "--clients", "2")
 	var stderr bytes.Buffer

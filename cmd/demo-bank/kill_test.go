@@ -55,6 +55,7 @@ func transfersMade(client *http.Client, url string) int64 {
 // started again on the same data folder. Nothing is paid twice, nothing acknowledged is lost.
 func TestAStormOutlivesFiveKills(t *testing.T) {
 	t.Parallel()
+	pgtest.Slow(t, "kills and restarts a bank five times")
 	const keys, kills = 1200, 5
 	listener, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
@@ -112,6 +113,7 @@ func TestAStormOutlivesFiveKills(t *testing.T) {
 // money. The storm's requests are led to one and the other in turn, so that the copies of a transfer meet both.
 func TestTwoBanksOnOneDatabaseUnderAStorm(t *testing.T) {
 	t.Parallel()
+	pgtest.Slow(t, "starts two banks and a storm")
 	const keys = 300
 	database := pgtest.Database(t)
 	start := func() func() *program {

@@ -245,6 +245,7 @@ func gone(pid int) bool {
 // behind.
 func TestTheTwoLinesThatItPrints(t *testing.T) {
 	t.Parallel()
+	pgtest.Slow(t, "starts banks with a PostgreSQL of their own")
 	dir := pgtest.Folder(t)
 	p := serve(t, "--addr", "127.0.0.1:0", "--data-dir", dir)
 	if len(p.curls) != 2 || p.curls[0] != p.curls[1] {
@@ -387,6 +388,7 @@ func TestStopUnderLoad(t *testing.T) {
 // TestStartFailsInOneLine: what keeps the bank from starting is said with its remedy, and nothing is left behind.
 func TestStartFailsInOneLine(t *testing.T) {
 	t.Parallel()
+	pgtest.Slow(t, "starts many banks")
 	dir := pgtest.Folder(t)
 	p := serve(t, "--addr", "127.0.0.1:0", "--data-dir", dir)
 
@@ -410,7 +412,7 @@ func TestStartFailsInOneLine(t *testing.T) {
 		t.Fatal(err)
 	}
 	line = fails(t, "--addr", "127.0.0.1:0", "--database-url", "postgres://someone:canary4711@"+nobody+"/bank?sslmode=disable")
-	if !strings.Contains(line, "reached") || !strings.Contains(line, "--database-url") || strings.Contains(line, "canary4711") {
+	if !strings.Contains(line, "connection refused") || !strings.Contains(line, "--database-url") || strings.Contains(line, "canary4711") {
 		t.Errorf("a database that is not there: %s", line)
 	}
 	line = fails(t, "--addr", "127.0.0.1:0", "--database-url", "postgres://someone:canary4711@host:notaport/bank")
@@ -430,6 +432,7 @@ func TestStartFailsInOneLine(t *testing.T) {
 // TestAPostgreSQLThatEndsTakesTheBankWithIt: without its database the bank can keep no promise.
 func TestAPostgreSQLThatEndsTakesTheBankWithIt(t *testing.T) {
 	t.Parallel()
+	pgtest.Slow(t, "starts a bank with a PostgreSQL of its own")
 	dir := pgtest.Folder(t)
 	p := serve(t, "--addr", "127.0.0.1:0", "--data-dir", dir)
 	if err := syscall.Kill(postmaster(t, dir), syscall.SIGKILL); err != nil {

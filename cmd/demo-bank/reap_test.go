@@ -48,6 +48,7 @@ func expired(t *testing.T, db *pgxpool.Pool) (over, live int) {
 // reaper of the next bank deletes what has expired, and nothing that lives.
 func TestF04KilledInTheReapersBatch(t *testing.T) {
 	t.Parallel()
+	pgtest.Slow(t, "kills and restarts a bank")
 	const count = 10
 	database := pgtest.Database(t)
 	first := bankOn(t, "", database, "--reap-interval", "1h")

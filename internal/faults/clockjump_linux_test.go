@@ -104,6 +104,7 @@ type clock struct {
 
 func startClock(t *testing.T) *clock {
 	t.Helper()
+	pgtest.Slow(t, "starts a PostgreSQL of its own")
 	library := ""
 	for _, pattern := range []string{"/usr/lib/*/faketime/libfaketime.so.1", "/usr/lib*/faketime/libfaketime.so.1"} {
 		if found, err := filepath.Glob(pattern); err == nil && len(found) > 0 {

@@ -17,6 +17,7 @@ import (
 
 func TestF17DiskFullIsNotExecutedUntilThereIsSpace(t *testing.T) {
 	t.Parallel()
+	pgtest.Slow(t, "starts a PostgreSQL of its own")
 	disk := smallDisk(t)
 	server, err := pgserver.Start(t.Context(), &pgserver.Options{DataDir: filepath.Join(disk, "data"), Settings: map[string]string{
 		// The disk fills under the tables, not under the log: all that is written here goes into its first segment.

@@ -9,6 +9,7 @@ import (
 
 	"github.com/paidonce/idempotency/internal/pgfault"
 	"github.com/paidonce/idempotency/internal/pgserver"
+	"github.com/paidonce/idempotency/internal/pgtest"
 )
 
 // commitSlowly makes COMMIT of a payment take a moment where its key begins with "slow": the backend then ends inside of it.
@@ -104,6 +105,7 @@ func (s *commitService) awaitPaid(t *testing.T, key string, want int) {
 
 func TestF06BackendTerminatedDuringCommit(t *testing.T) {
 	t.Parallel()
+	pgtest.Slow(t, "ends a session in each of many COMMITs")
 	s := commitServe(t, commitPatience(0, 30*time.Second))
 	execute(t, s.direct, commitSlowly)
 	terminate := func(wait time.Duration) func(pid uint32) error {
@@ -127,6 +129,7 @@ func TestF06BackendTerminatedDuringCommit(t *testing.T) {
 // TestF06BackendKilledDuringCommit: PostgreSQL restarts all of itself when one of its processes is killed.
 func TestF06BackendKilledDuringCommit(t *testing.T) {
 	t.Parallel()
+	pgtest.Slow(t, "starts a PostgreSQL of its own, whose backends it kills")
 	server, err := pgserver.Start(t.Context(), nil)
 	if err != nil {
 		t.Fatal(err)

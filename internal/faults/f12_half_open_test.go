@@ -5,6 +5,7 @@ import (
 	"time"
 
 	"github.com/paidonce/idempotency/internal/pgfault"
+	"github.com/paidonce/idempotency/internal/pgtest"
 )
 
 // commitHalfOpen returns a service whose COMMIT of key-1 never arrives while PostgreSQL still waits for it.
@@ -22,6 +23,7 @@ const idleInTransaction = 6 * time.Second // the least with a Timeouts.Handler o
 
 func TestF12HalfOpenIsUnknownUntilPostgreSQLEndsTheSession(t *testing.T) {
 	t.Parallel()
+	pgtest.Slow(t, "waits until PostgreSQL ends a session that is silent")
 	s := commitHalfOpen(t, 500*time.Millisecond)
 
 	started := time.Now()
@@ -53,6 +55,7 @@ func TestF12HalfOpenIsUnknownUntilPostgreSQLEndsTheSession(t *testing.T) {
 
 func TestF12HalfOpenIsNotExecutedOncePostgreSQLEndedTheSession(t *testing.T) {
 	t.Parallel()
+	pgtest.Slow(t, "waits until PostgreSQL ends a session that is silent")
 	s := commitHalfOpen(t, 30*time.Second)
 
 	started := time.Now()

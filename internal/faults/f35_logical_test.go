@@ -10,6 +10,7 @@ import (
 
 	"github.com/paidonce/idempotency"
 	"github.com/paidonce/idempotency/internal/pgserver"
+	"github.com/paidonce/idempotency/internal/pgtest"
 	"github.com/paidonce/idempotency/storage/postgres"
 	"github.com/paidonce/idempotency/storage/postgres/operator"
 )
@@ -20,6 +21,7 @@ type logical struct{ publisher, subscriber *pgserver.Server }
 
 func startLogical(t *testing.T) *logical {
 	t.Helper()
+	pgtest.Slow(t, "starts a primary and a subscriber of its own")
 	l := &logical{}
 	for _, server := range []**pgserver.Server{&l.publisher, &l.subscriber} {
 		started, err := pgserver.Start(t.Context(), &pgserver.Options{Settings: map[string]string{

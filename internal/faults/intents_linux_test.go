@@ -17,6 +17,7 @@ import (
 	"github.com/paidonce/idempotency/client"
 	"github.com/paidonce/idempotency/client/pgintent"
 	"github.com/paidonce/idempotency/internal/pgserver"
+	"github.com/paidonce/idempotency/internal/pgtest"
 )
 
 // TestFullDiskUnderIntentsIsNotExecuted: the client's own database has no room for an intent.
@@ -24,6 +25,7 @@ import (
 // room again.
 func TestFullDiskUnderIntentsIsNotExecuted(t *testing.T) {
 	t.Parallel()
+	pgtest.Slow(t, "starts a PostgreSQL of its own")
 	ctx := t.Context()
 	disk := smallDisk(t)
 	server, err := pgserver.Start(ctx, &pgserver.Options{DataDir: filepath.Join(disk, "data"), Settings: map[string]string{

@@ -28,6 +28,7 @@ func TestF19AbsenceOnAnOldPrimaryIsNoProof(t *testing.T) {
 // A copy of the primary's disk that runs beside it has the same timeline, and is behind.
 func TestAbsenceOnACopyOfThePrimaryIsNoProof(t *testing.T) {
 	t.Parallel()
+	pgtest.Slow(t, "starts a primary and a copy of it")
 	dir := pgtest.Folder(t)
 	start := func(name string) *pgserver.Server {
 		server, err := pgserver.Start(t.Context(), &pgserver.Options{DataDir: filepath.Join(dir, name), Settings: fast})

@@ -14,6 +14,7 @@ import (
 
 func TestF07PostgresStoppedAgainAndAgainPaysOnce(t *testing.T) {
 	t.Parallel()
+	pgtest.Slow(t, "starts a PostgreSQL of its own, again and again")
 	const (
 		clients  = 4
 		restarts = 3

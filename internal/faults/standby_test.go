@@ -7,6 +7,7 @@ import (
 	"testing"
 
 	"github.com/paidonce/idempotency/internal/pgserver"
+	"github.com/paidonce/idempotency/internal/pgtest"
 )
 
 // pair is a primary and its standby, on sockets and data of their own.
@@ -18,6 +19,7 @@ var fast = map[string]string{"fsync": "off", "full_page_writes": "off"}
 // startPair starts a primary with the tables, and a standby that follows it. Synchronous: each COMMIT waits for it.
 func startPair(t *testing.T, synchronous bool) *pair {
 	t.Helper()
+	pgtest.Slow(t, "starts a primary and a standby of its own")
 	p := &pair{}
 	var err error
 	if p.primary, err = pgserver.Start(t.Context(), &pgserver.Options{Settings: fast}); err != nil {

@@ -26,6 +26,7 @@ import (
 // too, and differs by the schema alone.
 func TestF30KeysCrossVersionsThroughAMigration(t *testing.T) {
 	t.Parallel()
+	pgtest.Slow(t, "builds older versions of the library")
 	oldProgram, newProgram := buildPrograms(t)
 	f := &versions{url: pgtest.Database(t), files: newerMigrations(t)}
 	execute(t, f.url, "CREATE TABLE payments (id bigserial PRIMARY KEY, key text NOT NULL)")

@@ -112,9 +112,7 @@ func TestStartWaitsForADyingPostmaster(t *testing.T) {
 
 func TestStartGivesUpOnAPostmasterThatNobodyHolds(t *testing.T) {
 	t.Parallel()
-	if testing.Short() {
-		t.Skip("takes 10 s")
-	}
+	slow(t)
 	dir := filepath.Join(folder(t), "data")
 	s := startServer(t, &Options{DataDir: dir})
 	if err := s.Stop(); err != nil {
@@ -179,9 +177,7 @@ func TestReusedProcessIDInPostmasterPIDDoesNotStopTheStart(t *testing.T) {
 
 func TestStopOfAHangingServerIsImmediateAndSaysSo(t *testing.T) {
 	t.Parallel()
-	if testing.Short() {
-		t.Skip("takes 15 s")
-	}
+	slow(t)
 	s, err := Start(t.Context(), nil)
 	if err != nil {
 		t.Fatal(err)

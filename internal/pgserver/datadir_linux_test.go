@@ -84,6 +84,7 @@ func TestEmptyFolderIsTaken(t *testing.T) {
 // An initdb that was killed leaves its folder under another name than the cluster's.
 func TestHalfFinishedInitdbIsRecovered(t *testing.T) {
 	t.Parallel()
+	slow(t)
 	dir := filepath.Join(folder(t), "data [1]")
 	half := filepath.Join(dir, unfinished+"123")
 	if err := os.MkdirAll(filepath.Join(half, "base"), 0o755); err != nil {
@@ -103,6 +104,7 @@ func TestHalfFinishedInitdbIsRecovered(t *testing.T) {
 
 func TestKilledDuringInitdbIsRecovered(t *testing.T) {
 	t.Parallel()
+	slow(t)
 	dir := filepath.Join(folder(t), "data")
 	cmd := exec.Command(os.Args[0], dir)
 	cmd.Env = append(os.Environ(), helperVariable+"=serve")
@@ -171,6 +173,7 @@ func TestLongLogIsSetAside(t *testing.T) {
 
 func TestOrdinaryUserRunsItAsItself(t *testing.T) {
 	t.Parallel()
+	slow(t)
 	cmd, dir := ordinaryUser(t, "roundtrip")
 	output, err := cmd.CombinedOutput()
 	if err != nil {

@@ -86,9 +86,18 @@ type helper struct {
 	url    string // what it printed
 }
 
+// slow skips a test under -short.
+func slow(t *testing.T) {
+	t.Helper()
+	if testing.Short() {
+		t.Skip("left out by -short, because it starts PostgreSQL: one test of a start and a stop is kept")
+	}
+}
+
 // startHelper starts a helper in a process group of its own and waits for its first line.
 func startHelper(t *testing.T, name string, args ...string) *helper {
 	t.Helper()
+	slow(t)
 	h := &helper{cmd: exec.Command(os.Args[0], args...)}
 	h.cmd.Env = append(os.Environ(), helperVariable+"="+name)
 	h.cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
@@ -124,8 +133,14 @@ func (h *helper) kill() {
 	_ = h.cmd.Wait()
 }
 
-// startServer starts a Server that the test's end stops.
+// startServer starts a Server that the test's end stops. -short leaves the test out.
 func startServer(t *testing.T, opts *Options) *Server {
+	t.Helper()
+	slow(t)
+	return startAnyway(t, opts)
+}
+
+func startAnyway(t *testing.T, opts *Options) *Server {
 	t.Helper()
 	s, err := Start(t.Context(), opts)
 	if err != nil {

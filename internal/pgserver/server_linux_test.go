@@ -17,7 +17,7 @@ import (
 func TestStartAnswersAndStopEndsIt(t *testing.T) {
 	t.Parallel()
 	begin := time.Now()
-	s := startServer(t, nil)
+	s := startAnyway(t, nil)
 	t.Logf("started PostgreSQL %s in %s", s.Version(), time.Since(begin).Round(time.Millisecond))
 
 	for query, want := range map[string]string{
@@ -146,6 +146,7 @@ func TestDoneTellsThatPostgresDied(t *testing.T) {
 // The kernel ends PostgreSQL with the thread that forked it, so that thread must not be the caller's.
 func TestServerOutlivesTheThreadThatStartedIt(t *testing.T) {
 	t.Parallel()
+	slow(t)
 	started := make(chan *Server)
 	var startOnDyingThread func()
 	startOnDyingThread = func() {

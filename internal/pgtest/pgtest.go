@@ -160,6 +160,7 @@ func Server(t testing.TB) *pgserver.Server {
 // names another server.
 func TLS(t testing.TB) *pgserver.Server {
 	t.Helper()
+	Slow(t, "starts a server of its own, for TLS")
 	if os.Getenv(databaseVariable) != "" {
 		t.Skipf("%s is set, so no server of our own is started", databaseVariable)
 	}
@@ -175,6 +176,14 @@ func TLS(t testing.TB) *pgserver.Server {
 		}
 	})
 	return server
+}
+
+// Slow skips a test under -short. why completes the sentence "This test takes seconds: it ...".
+func Slow(t testing.TB, why string) {
+	t.Helper()
+	if testing.Short() {
+		t.Skipf("left out by -short, because it %s", why)
+	}
 }
 
 // Folder returns a temporary folder for pgserver's DataDir. Unlike t.TempDir it may be entered by the account which

@@ -7,7 +7,6 @@ import (
 	"net/http/httptest"
 	"strings"
 
-	"github.com/jackc/pgx/v5/pgxpool"
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/client_golang/prometheus/promhttp"
 
@@ -48,10 +47,9 @@ func ExampleNew() {
 
 // The pool's connections and the table's records, beside the engine's metrics.
 func ExampleNewRecordsCollector() {
-	serve := func(ctx context.Context, pool *pgxpool.Pool) {
-		store := postgres.New(pool, nil)
+	serve := func(ctx context.Context, store *postgres.Store) {
 		metrics := promobserve.New(prometheus.DefaultRegisterer, nil)
-		prometheus.MustRegister(promobserve.NewPoolCollector(pool.Stat), promobserve.NewRecordsCollector(store.Statistics, nil))
+		prometheus.MustRegister(promobserve.NewPoolCollector(store.Pool().Stat), promobserve.NewRecordsCollector(store.Statistics, nil))
 		postgres.NewReaper(store, &postgres.ReaperOptions{OnWalk: metrics.OnWalk}).Run(ctx)
 	}
 	_ = serve

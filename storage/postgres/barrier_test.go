@@ -15,6 +15,7 @@ import (
 
 	"github.com/paidonce/idempotency"
 	"github.com/paidonce/idempotency/internal/pgserver"
+	"github.com/paidonce/idempotency/internal/pgtest"
 	"github.com/paidonce/idempotency/migrations"
 	"github.com/paidonce/idempotency/storage/postgres"
 )
@@ -41,6 +42,7 @@ func configOfOwnServer(t *testing.T) *pgxpool.Config {
 // before the standbys have it: a fail-over would lose it.
 func TestF20NoAnswerBeforeTheStandbysHaveIt(t *testing.T) {
 	t.Parallel()
+	pgtest.Slow(t, "starts a primary and a standby of its own")
 	ctx := context.Background()
 	config := configOfOwnServer(t)
 	var told atomic.Int64

@@ -100,7 +100,6 @@ func FuzzCountRows(f *testing.F) {
 			case ")":
 				if depth--; depth == 0 {
 					closed = len(s.rest)
-					break
 				}
 			}
 			if depth == 0 && closed > 0 {

@@ -36,7 +36,7 @@ func TestOpenThenMigrateThenPay(t *testing.T) {
 	if err := store.Check(t.Context()); !errors.Is(err, postgres.ErrSchemaOutdated) || !strings.Contains(err.Error(), "run the migrations") {
 		t.Errorf("check before the migrations: %v", err)
 	}
-	if err := migrations.Up(t.Context(), postgres.New(store.Pool(), nil), nil); err != nil {
+	if err := migrations.Up(t.Context(), store, nil); err != nil {
 		t.Fatal(err)
 	}
 	if err := store.Check(t.Context()); err != nil {
@@ -46,6 +46,32 @@ func TestOpenThenMigrateThenPay(t *testing.T) {
 	want(t, b.do(t, request("k", ""), pay(t, 201)), idempotency.OutcomeReplayed, "")
 	if n := b.effects(t); n != 1 {
 		t.Errorf("%d effects, want 1", n)
+	}
+}
+
+// A connection that was made before the tables has nothing prepared. The first migration ends it.
+func TestConnectionsAreMadeAnewAfterTheFirstMigration(t *testing.T) {
+	t.Parallel()
+	store, err := postgres.Open(t.Context(), pgtest.Database(t), nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer store.Close()
+	b := &testBundle{pool: store.Pool()}
+	const prepared = "SELECT count(*) FROM pg_prepared_statements WHERE name LIKE 'idempotency_%' AND statement LIKE '%INSERT INTO%'"
+	if n := b.count(t, prepared); n != 0 {
+		t.Errorf("%d of our INSERTs are prepared before the migrations", n)
+	}
+	for range 2 { // the second changes nothing, and ends no connection
+		if err := migrations.Up(t.Context(), store, nil); err != nil {
+			t.Fatal(err)
+		}
+		if n := b.count(t, prepared); n == 0 {
+			t.Error("our INSERT is not prepared")
+		}
+	}
+	if n := store.Pool().Stat().NewConnsCount(); n != 2 {
+		t.Errorf("%d connections were made, want 2", n)
 	}
 }
 

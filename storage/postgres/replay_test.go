@@ -8,6 +8,7 @@ import (
 	"github.com/jackc/pgx/v5/pgxpool"
 
 	"github.com/paidonce/idempotency"
+	"github.com/paidonce/idempotency/internal/pgtest"
 	"github.com/paidonce/idempotency/migrations"
 	"github.com/paidonce/idempotency/storage/postgres"
 )
@@ -58,6 +59,7 @@ func TestLookUpIsSentAsTextOnceItsStatementIsGone(t *testing.T) {
 // any.
 func TestF20QuickReplayWaitsForTheStandbys(t *testing.T) {
 	t.Parallel()
+	pgtest.Slow(t, "starts a PostgreSQL of its own")
 	ctx := context.Background()
 	config := configOfOwnServer(t)
 	postgres.Configure(config, nil)

@@ -165,6 +165,7 @@ func TestLostReplyOfAKeylessCommitIsUnknown(t *testing.T) {
 // An outage that begins with the loss of the reply: who asks until the database is back is told the truth.
 func TestResolveOutlivesARestart(t *testing.T) {
 	t.Parallel()
+	pgtest.Slow(t, "starts a PostgreSQL of its own, and restarts it")
 	ctx := context.Background()
 	if os.Getenv("PAIDONCE_TEST_DATABASE_URL") != "" {
 		t.Skip("it stops a server of its own")

@@ -33,6 +33,7 @@ func levels(findings []operator.Finding) (worst map[string]operator.Level, text 
 // Where all is well the doctor says so of each check, in order, and names no remedy. On a server that keeps what it is told.
 func TestDoctorOnAServerOfItsOwn(t *testing.T) {
 	t.Parallel()
+	pgtest.Slow(t, "starts a PostgreSQL of its own")
 	server, err := pgserver.Start(t.Context(), &pgserver.Options{Settings: map[string]string{"synchronous_commit": "on"}})
 	if err != nil {
 		t.Fatal(err)

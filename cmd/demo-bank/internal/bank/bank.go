@@ -13,7 +13,6 @@ import (
 	"github.com/jackc/pgx/v5/pgxpool"
 
 	"github.com/paidonce/idempotency/migrations"
-	"github.com/paidonce/idempotency/storage/postgres"
 )
 
 //go:embed migrations/*.sql
@@ -29,13 +28,13 @@ const versionTable = "demo_bank_migrations"
 // SchemaVersion is the version of the bank's tables that this program needs.
 const SchemaVersion = 2
 
-// Migrate creates or upgrades the bank's tables and seeds them once. It is safe to call from several processes at once.
-func Migrate(ctx context.Context, pool *pgxpool.Pool) error {
+// Migrate creates or upgrades the bank's tables, in the store's schema, and seeds them once. It is safe to call from several processes at once.
+func Migrate(ctx context.Context, store migrations.Store) error {
 	sql, err := fs.Sub(files, "migrations")
 	if err != nil {
 		return fmt.Errorf("migrate the bank: %w", err)
 	}
-	if err := migrations.Up(ctx, postgres.New(pool, &postgres.Options{Schema: Schema}), &migrations.Options{Files: sql, VersionTable: versionTable}); err != nil {
+	if err := migrations.Up(ctx, store, &migrations.Options{Files: sql, VersionTable: versionTable}); err != nil {
 		return fmt.Errorf("migrate the bank: %w", err)
 	}
 	return nil

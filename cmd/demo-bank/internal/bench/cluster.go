@@ -89,7 +89,7 @@ func (c *cluster) make(ctx context.Context, url string) error {
 		return fmt.Errorf("make the tables: %w", err)
 	}
 	defer pool.Close()
-	if err := bank.Migrate(ctx, pool); err != nil {
+	if err := bank.Migrate(ctx, postgres.New(pool, &postgres.Options{Schema: bank.Schema})); err != nil {
 		return err
 	}
 	for _, keys := range append([]int64{0}, c.config.Keys...) {

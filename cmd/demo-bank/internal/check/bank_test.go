@@ -44,34 +44,24 @@ func (c *counter) Next() (int64, error) { return c.last.Add(1), nil }
 func setup(t *testing.T) *bundle {
 	t.Helper()
 	b := &bundle{t: t, url: pgtest.Database(t)}
-	config, err := pgxpool.ParseConfig(b.url)
+	store, err := postgres.Open(t.Context(), b.url, &postgres.Options{Schema: bank.Schema, PoolConfig: func(config *pgxpool.Config) {
+		config.ConnConfig.RuntimeParams["search_path"] = bank.Schema
+		config.MaxConns = 3
+	}})
 	if err != nil {
 		t.Fatal(err)
 	}
-	config.ConnConfig.RuntimeParams["search_path"] = bank.Schema
-	config.MaxConns = 3
-	options := &postgres.Options{Schema: bank.Schema}
-	migrating, err := pgxpool.NewWithConfig(t.Context(), config.Copy())
-	if err != nil {
+	t.Cleanup(store.Close)
+	if err := migrations.Up(t.Context(), store, nil); err != nil {
 		t.Fatal(err)
 	}
-	defer migrating.Close()
-	if err := migrations.Up(t.Context(), postgres.New(migrating, &postgres.Options{Schema: bank.Schema}), nil); err != nil {
+	if err := bank.Migrate(t.Context(), store); err != nil {
 		t.Fatal(err)
 	}
-	if err := bank.Migrate(t.Context(), migrating); err != nil {
-		t.Fatal(err)
-	}
-	postgres.Configure(config, options)
-	pool, err := pgxpool.NewWithConfig(t.Context(), config)
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(pool.Close)
-	b.store = postgres.New(pool, options)
+	b.store = store
 	logger := slog.New(slog.DiscardHandler)
 	r := chi.NewRouter()
-	bank.New(pool, new(counter), ttl, logger).Mount(r, middleware.New(b.store, bank.Tenant, &middleware.Options{
+	bank.New(store.Pool(), new(counter), ttl, logger).Mount(r, middleware.New(b.store, bank.Tenant, &middleware.Options{
 		TTL: ttl, Logger: logger,
 	}).Handler)
 	b.handler = r

@@ -33,10 +33,11 @@ func twins(t *testing.T) *pgxpool.Pool {
 		t.Fatal(err)
 	}
 	t.Cleanup(pool.Close)
-	if err := migrations.Up(t.Context(), postgres.New(pool, &postgres.Options{Schema: bank.Schema}), nil); err != nil {
+	store := postgres.New(pool, &postgres.Options{Schema: bank.Schema})
+	if err := migrations.Up(t.Context(), store, nil); err != nil {
 		t.Fatal(err)
 	}
-	if err := bank.Migrate(t.Context(), pool); err != nil {
+	if err := bank.Migrate(t.Context(), store); err != nil {
 		t.Fatal(err)
 	}
 	seed(t, pool)

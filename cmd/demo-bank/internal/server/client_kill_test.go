@@ -82,6 +82,7 @@ func child() int {
 // requests and replies. Of what it ever meant to pay, each is paid once.
 func TestKilledClientGoesOnWithTheSameKeys(t *testing.T) {
 	t.Parallel()
+	pgtest.Slow(t, "kills and restarts a client")
 	b := setupShedding(t)
 	p := startProxy(t, b)
 	database := pgtest.Database(t)

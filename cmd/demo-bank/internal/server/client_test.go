@@ -143,6 +143,7 @@ func transferOf(response *http.Response) (id string, err error) {
 // answer is true, because its caller acts upon it.
 func TestOperationsThroughTheProxyPayOnce(t *testing.T) {
 	t.Parallel()
+	pgtest.Slow(t, "pays while connections break")
 	b := setupShedding(t)
 	p := startProxy(t, b)
 	intents, pool, err := openIntents(t.Context(), pgtest.Database(t))

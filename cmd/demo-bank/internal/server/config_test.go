@@ -37,6 +37,7 @@ func TestWithoutACrashPointNothingIsInstalled(t *testing.T) {
 		plain, ours := parse(), parse()
 		postgres.Configure(plain, storeOptions(&s.config))
 		configurePool(ours, &s.config)
+		postgres.Configure(ours, storeOptions(&s.config))
 		pool = reflect.TypeOf(plain.ConnConfig.Tracer) == reflect.TypeOf(ours.ConnConfig.Tracer) &&
 			function(plain.ConnConfig.BuildFrontend) == function(ours.ConnConfig.BuildFrontend)
 		idem := middleware.New(memory.New(nil), bank.Tenant, &middleware.Options{Tracer: s.metrics})

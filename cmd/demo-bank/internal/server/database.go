@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"strconv"
-	"strings"
 	"time"
 
 	"github.com/jackc/pgx/v5/pgxpool"
@@ -42,6 +41,19 @@ func storeOptions(config *Config) *postgres.Options {
 	return &postgres.Options{
 		Schema: bank.Schema, AcquireTimeout: config.AcquireTimeout,
 		IdleInTransactionTimeout: min(max(config.HandlerTimeout+idleBeside, idleInTransactionMin), idleInTransactionMax),
+		PoolConfig:               func(pool *pgxpool.Config) { configurePool(pool, config) },
+	}
+}
+
+func configurePool(pool *pgxpool.Config, config *Config) {
+	if pool.ConnConfig.ConnectTimeout == 0 {
+		pool.ConnConfig.ConnectTimeout = connectTimeout
+	}
+	pool.ConnConfig.RuntimeParams["search_path"] = bank.Schema
+	pool.MaxConns = int32(config.PoolSize)
+	pool.MinConns = pool.MaxConns // made at once and kept: a burst must not wait for connections to be made
+	if config.CrashPoint != nil {
+		config.CrashPoint.Configure(pool)
 	}
 }
 
@@ -56,7 +68,7 @@ type database struct {
 func openDatabase(ctx context.Context, config *Config) (*database, error) {
 	if config.DatabaseURL != "" {
 		where := "the given database"
-		if parsed, err := pgxpool.ParseConfig(config.DatabaseURL); err == nil { // openPool tells what is wrong with it
+		if parsed, err := pgxpool.ParseConfig(config.DatabaseURL); err == nil { // openStore tells what is wrong with it
 			where = fmt.Sprintf("schema %s of database %s at %s", bank.Schema, parsed.ConnConfig.Database, parsed.ConnConfig.Host)
 		}
 		return &database{url: config.DatabaseURL, where: where}, nil
@@ -79,56 +91,24 @@ func openDatabase(ctx context.Context, config *Config) (*database, error) {
 	return &database{url: server.URL(), where: where, embedded: server}, nil
 }
 
-// openPool migrates the database and returns the pool of the bank's connections.
-func (d *database) openPool(ctx context.Context, c *Config) (*pgxpool.Pool, error) {
-	config, err := pgxpool.ParseConfig(d.url)
+// openStore opens the store of the records, and migrates its tables and the bank's.
+func (d *database) openStore(ctx context.Context, config *Config) (*postgres.Store, error) {
+	store, err := postgres.Open(ctx, d.url, storeOptions(config))
 	if err != nil {
-		return nil, fmt.Errorf("the database URL can't be read: %s: it looks like postgres://user@host:5432/name", oneLine(err))
+		return nil, fmt.Errorf("the database can't be used: %w: mend --database-url (DATABASE_URL), or leave it out for an embedded PostgreSQL", err)
 	}
-	if config.ConnConfig.ConnectTimeout == 0 {
-		config.ConnConfig.ConnectTimeout = connectTimeout
+	err = migrations.Up(ctx, store, nil)
+	if err == nil {
+		err = bank.Migrate(ctx, store)
 	}
-	config.ConnConfig.RuntimeParams["search_path"] = bank.Schema
-	// Migrations come before the pool: its connections prepare statements on tables that must be there.
-	if err := migrate(ctx, config.Copy()); err != nil {
+	if err == nil {
+		err = store.Check(ctx)
+	}
+	if err != nil {
+		store.Close()
 		return nil, err
 	}
-	configurePool(config, c)
-	pool, err := pgxpool.NewWithConfig(ctx, config)
-	if err != nil {
-		return nil, fmt.Errorf("open the connection pool: %w", err)
-	}
-	return pool, nil
-}
-
-func configurePool(config *pgxpool.Config, c *Config) {
-	config.MaxConns = int32(c.PoolSize)
-	config.MinConns = config.MaxConns // made at once and kept: a burst must not wait for connections to be made
-	if c.CrashPoint != nil {
-		c.CrashPoint.Configure(config)
-	}
-	postgres.Configure(config, storeOptions(c))
-}
-
-func migrate(ctx context.Context, config *pgxpool.Config) error {
-	config.MaxConns, config.MinConns = 1, 0
-	pool, err := pgxpool.NewWithConfig(ctx, config)
-	if err != nil {
-		return fmt.Errorf("migrate: %w", err)
-	}
-	defer pool.Close()
-	if err := pool.Ping(ctx); err != nil {
-		return fmt.Errorf("the database can't be reached: %s: start it or mend --database-url (DATABASE_URL), or leave it out for an embedded PostgreSQL", oneLine(err))
-	}
-	if err := migrations.Up(ctx, postgres.New(pool, &postgres.Options{Schema: bank.Schema}), nil); err != nil {
-		return err
-	}
-	return bank.Migrate(ctx, pool)
-}
-
-// oneLine makes one line of an error's text. pgx lists each address that it tried on a line of its own.
-func oneLine(err error) string {
-	return strings.Join(strings.FieldsFunc(err.Error(), func(r rune) bool { return r == '\n' || r == '\t' }), " ")
+	return store, nil
 }
 
 // lookAfter says how to look at the records in an embedded PostgreSQL. Whose database it otherwise is knows its address, which

@@ -4,7 +4,6 @@ import (
 	"net/http"
 	"time"
 
-	"github.com/jackc/pgx/v5/pgxpool"
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/client_golang/prometheus/collectors"
 	"github.com/prometheus/client_golang/prometheus/promhttp"
@@ -36,7 +35,7 @@ func (m *metrics) handler() http.Handler {
 }
 
 // observe shows the pool's connections and the store's table. Call it once.
-func (m *metrics) observe(pool *pgxpool.Pool, store *postgres.Store) {
-	m.registry.MustRegister(promobserve.NewPoolCollector(pool.Stat), promobserve.NewRecordsCollector(
+func (m *metrics) observe(store *postgres.Store) {
+	m.registry.MustRegister(promobserve.NewPoolCollector(store.Pool().Stat), promobserve.NewRecordsCollector(
 		store.Statistics, &promobserve.RecordsOptions{Timeout: time.Second})) // a scrape must not be late
 }

@@ -154,16 +154,13 @@ func (s *Server) Run(ctx context.Context) (err error) {
 		return endOfStart(ctx, err)
 	}
 	defer func() { err = errors.Join(err, db.stop()) }()
-	pool, err := db.openPool(ctx, &s.config)
+	store, err := db.openStore(ctx, &s.config)
 	if err != nil {
 		return endOfStart(ctx, err)
 	}
-	defer pool.Close()
-	store := postgres.New(pool, storeOptions(&s.config))
-	s.metrics.observe(pool, store)
-	if err := store.Check(ctx); err != nil {
-		return endOfStart(ctx, err)
-	}
+	defer store.Close()
+	pool := store.Pool()
+	s.metrics.observe(store)
 	ids, err := nodeid.Open(ctx, pool.Config().ConnConfig, s.logger)
 	if err != nil {
 		return endOfStart(ctx, err)

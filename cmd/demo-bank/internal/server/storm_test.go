@@ -56,6 +56,7 @@ func TestStormFindsAMissingMiddleware(t *testing.T) {
 // TestStormProgramExitsWithTheVerdict: 0 against the bank, 1 against the same bank without its middleware.
 func TestStormProgramExitsWithTheVerdict(t *testing.T) {
 	t.Parallel()
+	pgtest.Slow(t, "starts the storm as a program")
 	program := filepath.Join(t.TempDir(), "demo-bank")
 	if output, err := exec.CommandContext(t.Context(), "go", "build", "-o", program, "github.com/paidonce/idempotency/cmd/demo-bank").CombinedOutput(); err != nil {
 		t.Fatalf("build: %v\n%s", err, output)
