@@ -10,6 +10,8 @@ import (
 	"sync"
 	"sync/atomic"
 	"time"
+
+	"github.com/paidonce/idempotency/internal/deadline"
 )
 
 // WaitMax is the longest [Options.Wait]: about as long as a service that is gone can hold a key in PostgreSQL, and as
@@ -107,14 +109,10 @@ func errClientGone(ctx context.Context) error {
 
 // sleep returns nil after d, or why the wait is over before.
 func sleep(ctx context.Context, d time.Duration) error {
-	timer := time.NewTimer(d)
-	defer timer.Stop()
-	select {
-	case <-timer.C:
-		return nil
-	case <-ctx.Done():
+	if deadline.Sleep(ctx, d) != nil {
 		return errClientGone(ctx)
 	}
+	return nil
 }
 
 // queues are the requests of one process that may wait, by key. A queue is there for as long as it has a leader. It is safe

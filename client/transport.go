@@ -14,6 +14,7 @@ import (
 	"time"
 
 	"github.com/paidonce/idempotency"
+	"github.com/paidonce/idempotency/internal/deadline"
 )
 
 // Transport is an [http.RoundTripper] that gives each request which changes something a key, and sends it until there
@@ -257,7 +258,7 @@ func (t *Transport) send(op *operation) (*http.Response, error) {
 			return nil, fmt.Errorf("%w: %w", ErrRetriesSpent, why)
 		}
 		t.trace(op, Event{Kind: EventWaiting, Attempt: op.attempts, Pause: pause})
-		if err := sleep(ctx, pause); err != nil {
+		if err := deadline.Sleep(ctx, pause); err != nil {
 			return nil, fmt.Errorf("%w: %w", err, why)
 		}
 		// The process may have been stopped, or the machine suspended, until the key is new at the server.
@@ -310,17 +311,6 @@ func (t *Transport) trace(op *operation, e Event) {
 	if t.options.Trace != nil {
 		e.Key = op.key
 		t.options.Trace(op.ctx, e)
-	}
-}
-
-func sleep(ctx context.Context, d time.Duration) error {
-	timer := time.NewTimer(d)
-	defer timer.Stop()
-	select {
-	case <-ctx.Done():
-		return ctx.Err()
-	case <-timer.C:
-		return nil
 	}
 }
 

@@ -12,6 +12,8 @@ import (
 	"strconv"
 	"strings"
 	"time"
+
+	"github.com/paidonce/idempotency/internal/deadline"
 )
 
 // The names in a data folder. The lock file also marks a folder as made by this package. The folder and these files
@@ -156,7 +158,7 @@ func (d *dataDir) cluster() string         { return d.file(clusterName) }
 
 // awaitOldPostmaster waits until no postmaster runs on the data: after a SIGKILL of its owner it needs a moment to
 // die. It returns the process id in postmaster.pid when that now belongs to a process which is no such postmaster.
-func (d *dataDir) awaitOldPostmaster(ctx context.Context, deadline time.Time, progress io.Writer) (stalePID int, err error) {
+func (d *dataDir) awaitOldPostmaster(ctx context.Context, until time.Time, progress io.Writer) (stalePID int, err error) {
 	for announced := false; ; {
 		pid, err := readPostmasterPID(filepath.Join(d.cluster(), "postmaster.pid"))
 		if err != nil || pid == 0 {
@@ -165,7 +167,7 @@ func (d *dataDir) awaitOldPostmaster(ctx context.Context, deadline time.Time, pr
 		if !isPostmaster(pid, d.cluster()) {
 			return pid, nil
 		}
-		if time.Now().After(deadline) {
+		if time.Now().After(until) {
 			return 0, fmt.Errorf("data folder %s: a PostgreSQL that nobody holds still runs on it (process %d) after %s; "+
 				"stop it first", d.path, pid, oldPostmasterWaitMax)
 		}
@@ -173,8 +175,8 @@ func (d *dataDir) awaitOldPostmaster(ctx context.Context, deadline time.Time, pr
 			fmt.Fprintf(progress, "waiting for the last PostgreSQL of %s to end (process %d)\n", d.path, pid)
 			announced = true
 		}
-		if err := sleep(ctx, oldPollPeriod); err != nil {
-			return 0, err
+		if deadline.Sleep(ctx, oldPollPeriod) != nil {
+			return 0, context.Cause(ctx)
 		}
 	}
 }

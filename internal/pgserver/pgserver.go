@@ -21,6 +21,8 @@ import (
 	"time"
 
 	"github.com/jackc/pgx/v5/pgconn"
+
+	"github.com/paidonce/idempotency/internal/deadline"
 )
 
 const (
@@ -223,8 +225,8 @@ func (s *Server) launch(ctx context.Context, data *dataDir, acct *account, liste
 		if err == nil || !strings.Contains(err.Error(), "pre-existing shared memory block") || time.Since(started) > oldChildrenWaitMax {
 			return err
 		}
-		if err := sleep(ctx, retryInterval); err != nil {
-			return err
+		if deadline.Sleep(ctx, retryInterval) != nil {
+			return context.Cause(ctx)
 		}
 	}
 }
@@ -353,17 +355,6 @@ func (c *cleanups) run() error {
 		errs = append(errs, (*c)[i]())
 	}
 	return errors.Join(errs...)
-}
-
-func sleep(ctx context.Context, d time.Duration) error {
-	timer := time.NewTimer(d)
-	defer timer.Stop()
-	select {
-	case <-ctx.Done():
-		return context.Cause(ctx)
-	case <-timer.C:
-		return nil
-	}
 }
 
 func freePort() (string, error) {

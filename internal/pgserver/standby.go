@@ -14,6 +14,8 @@ import (
 
 	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgconn"
+
+	"github.com/paidonce/idempotency/internal/deadline"
 )
 
 // Standby copies the running primary and starts the copy as its hot standby. It returns when the
@@ -68,7 +70,7 @@ func awaitSender(ctx context.Context, conn *pgx.Conn, begin time.Time) error {
 		var follows bool
 		err := conn.QueryRow(ctx, ask, begin).Scan(&follows)
 		if err == nil && !follows {
-			err = sleep(ctx, readyPollInterval)
+			err = deadline.Sleep(ctx, readyPollInterval)
 		}
 		switch {
 		case ctx.Err() != nil:

@@ -10,6 +10,7 @@
 package bench
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -87,43 +88,36 @@ type Config struct {
 // full returns the config with nothing left out but the seed.
 func (c *Config) full() Config {
 	full := *c
-	pick := func(normal, quick any) any {
-		if c.Quick {
-			return quick
+	d := Config{
+		Clients: []int{1, 16, 64}, Keys: []int64{0, 1_000_000}, Delays: []time.Duration{time.Millisecond}, Rounds: RoundsDefault,
+		Slice: SliceDefault, Expired: ExpiredDefault, DurationMax: DurationMaxDefault, waitWindows: waitWindows,
+	}
+	if c.Quick {
+		d = Config{
+			Clients: []int{64}, Keys: []int64{0}, Delays: []time.Duration{0}, Rounds: RoundsQuick,
+			Slice: SliceQuick, Expired: ExpiredQuick, DurationMax: DurationMaxQuick, waitWindows: waitWindowsQuick,
 		}
-		return normal
 	}
-	if len(full.Clients) == 0 {
-		full.Clients = pick([]int{1, 16, 64}, []int{64}).([]int)
-	}
-	if len(full.Fsync) == 0 {
-		full.Fsync = []string{"on", "off"}
-	}
-	if len(full.Keys) == 0 {
-		full.Keys = pick([]int64{0, 1_000_000}, []int64{0}).([]int64)
-	}
-	if len(full.Delays) == 0 {
-		full.Delays = pick([]time.Duration{time.Millisecond}, []time.Duration{0}).([]time.Duration)
-	}
-	if len(full.Designs) == 0 {
-		full.Designs = Designs()
-	}
-	if len(full.Parts) == 0 {
-		full.Parts = Parts()
-	}
-	setDefault(&full.Rounds, pick(RoundsDefault, RoundsQuick).(int))
-	setDefault(&full.waitWindows, pick(waitWindows, waitWindowsQuick).(int))
-	setDefault(&full.Slice, pick(SliceDefault, SliceQuick).(time.Duration))
-	setDefault(&full.Expired, pick(int64(ExpiredDefault), int64(ExpiredQuick)).(int64))
-	setDefault(&full.DurationMax, pick(DurationMaxDefault, DurationMaxQuick).(time.Duration))
+	full.Clients = orElse(full.Clients, d.Clients)
+	full.Fsync = orElse(full.Fsync, []string{"on", "off"})
+	full.Keys = orElse(full.Keys, d.Keys)
+	full.Delays = orElse(full.Delays, d.Delays)
+	full.Designs = orElse(full.Designs, Designs())
+	full.Parts = orElse(full.Parts, Parts())
+	full.Rounds = cmp.Or(full.Rounds, d.Rounds)
+	full.Slice = cmp.Or(full.Slice, d.Slice)
+	full.Expired = cmp.Or(full.Expired, d.Expired)
+	full.DurationMax = cmp.Or(full.DurationMax, d.DurationMax)
+	full.waitWindows = cmp.Or(full.waitWindows, d.waitWindows)
 	return full
 }
 
-func setDefault[T comparable](field *T, value T) {
-	var zero T
-	if *field == zero {
-		*field = value
+// orElse returns values, or others if there are none.
+func orElse[T any](values, others []T) []T {
+	if len(values) == 0 {
+		return others
 	}
+	return values
 }
 
 // Validate reports whether the run is possible.

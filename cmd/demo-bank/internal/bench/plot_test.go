@@ -10,6 +10,8 @@ import (
 	"os"
 	"strconv"
 	"testing"
+
+	"github.com/paidonce/idempotency/cmd/internal/terminal"
 )
 
 // plottable is a report of two blocks, of which the plot shows the second.
@@ -18,7 +20,7 @@ func plottable() *Report {
 		return Ratio{Design: design, Base: plotBase, Throughput: Spread{lower, median, upper}}
 	}
 	return &Report{
-		Versions: Versions{PostgreSQL: "15.1 <&>", Go: "go1", CPUs: 2},
+		Versions: terminal.Versions{PostgreSQL: "15.1 <&>", Go: "go1", CPUs: 2},
 		Blocks: []*Block{
 			{Part: PartDesigns, Clients: 256, Fsync: "off", Ratios: []Ratio{ratio("lease", 9, 9, 9)}},
 			{Part: PartDesigns, Clients: 64, Fsync: "on", Ratios: []Ratio{

@@ -5,37 +5,28 @@ import (
 	"fmt"
 	"io"
 	"math"
-	"runtime"
-	"runtime/debug"
 	"slices"
 	"strings"
 	"text/tabwriter"
 	"time"
 
 	hdr "github.com/HdrHistogram/hdrhistogram-go"
+
+	"github.com/paidonce/idempotency/cmd/internal/terminal"
 )
 
 // Report is what a run measured. Its JSON is one object.
 type Report struct {
-	Seed     uint64   `json:"seed"`
-	Command  []string `json:"command"`
-	Seconds  float64  `json:"seconds"`
-	LeftOut  []string `json:"left_out"` // what the time was over for
-	CPUKnown bool     `json:"cpu_known"`
-	Versions Versions `json:"versions"`
+	Seed     uint64            `json:"seed"`
+	Command  []string          `json:"command"`
+	Seconds  float64           `json:"seconds"`
+	LeftOut  []string          `json:"left_out"` // what the time was over for
+	CPUKnown bool              `json:"cpu_known"`
+	Versions terminal.Versions `json:"versions"`
 
 	Blocks []*Block `json:"blocks"`
 	Wait   *Wait    `json:"wait,omitempty"`
 	Expiry *Expiry  `json:"expiry,omitempty"`
-}
-
-// Versions say what was run.
-type Versions struct {
-	PostgreSQL string `json:"postgresql"`
-	Go         string `json:"go"`
-	Platform   string `json:"platform"`
-	CPUs       int    `json:"cpus"`
-	Revision   string `json:"revision"` // of this program's source; empty where it is not known
 }
 
 // Block is one setting, and what was measured in it.
@@ -167,18 +158,8 @@ func ratio(e, base *entry, cpuKnown bool) Ratio {
 func (r *run) report() *Report {
 	p := &Report{
 		Seed: r.config.Seed, Seconds: time.Since(r.started).Seconds(), LeftOut: append([]string{}, r.leftOut...), CPUKnown: r.cpuKnown,
-		Versions: Versions{PostgreSQL: r.postgres, Go: runtime.Version(), Platform: runtime.GOOS + "/" + runtime.GOARCH, CPUs: runtime.NumCPU()},
+		Versions: terminal.NewVersions(r.postgres),
 		Blocks:   append([]*Block{}, r.blocks...), Wait: r.wait, Expiry: r.expiry,
-	}
-	if info, ok := debug.ReadBuildInfo(); ok {
-		for _, setting := range info.Settings {
-			switch {
-			case setting.Key == "vcs.revision":
-				p.Versions.Revision = setting.Value + p.Versions.Revision
-			case setting.Key == "vcs.modified" && setting.Value == "true":
-				p.Versions.Revision += "+changes"
-			}
-		}
 	}
 	return p
 }
@@ -194,10 +175,7 @@ func (p *Report) WriteJSON(w io.Writer) error {
 func (p *Report) WriteText(w io.Writer) error {
 	var b strings.Builder
 	fmt.Fprintf(&b, "bench: seed %d, %.0f s: %s\n", p.Seed, p.Seconds, strings.Join(p.Command, " "))
-	fmt.Fprintf(&b, "versions: PostgreSQL %s, %s, %s, %d CPUs", p.Versions.PostgreSQL, p.Versions.Go, p.Versions.Platform, p.Versions.CPUs)
-	if p.Versions.Revision != "" {
-		fmt.Fprintf(&b, ", source %s", p.Versions.Revision)
-	}
+	fmt.Fprint(&b, p.Versions)
 	fmt.Fprintf(&b, "\nratios: median of the rounds, and its quartiles; CPU is the service's and PostgreSQL's together")
 	if !p.CPUKnown {
 		fmt.Fprintf(&b, ", and is not known on this system")

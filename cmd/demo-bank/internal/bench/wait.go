@@ -13,6 +13,8 @@ import (
 
 	hdr "github.com/HdrHistogram/hdrhistogram-go"
 	"github.com/google/uuid"
+
+	"github.com/paidonce/idempotency/internal/deadline"
 )
 
 const (
@@ -184,7 +186,7 @@ func beside(ctx context.Context, clients []*client, t *target, do func(context.C
 			c.latency.Reset()
 			next := started.Add(waitOthersPause * time.Duration(i) / time.Duration(len(clients)))
 			for ; !over.Load() && ctx.Err() == nil; next = next.Add(waitOthersPause) {
-				if !pause(ctx, time.Until(next)) {
+				if deadline.Sleep(ctx, time.Until(next)) != nil {
 					return
 				}
 				sent := time.Now()
@@ -199,7 +201,7 @@ func beside(ctx context.Context, clients []*client, t *target, do func(context.C
 	if err := do(ctx); err != nil {
 		cancel(err)
 	}
-	pause(ctx, waitWindow-time.Since(started))
+	_ = deadline.Sleep(ctx, waitWindow-time.Since(started)) // what ended it is told below
 	over.Store(true)
 	group.Wait()
 	all := hdr.New(1, latencyMax.Microseconds(), 3)
@@ -207,16 +209,6 @@ func beside(ctx context.Context, clients []*client, t *target, do func(context.C
 		all.Merge(c.latency)
 	}
 	return all, context.Cause(ctx)
-}
-
-// pause waits, and reports whether ctx still goes on.
-func pause(ctx context.Context, d time.Duration) bool {
-	select {
-	case <-time.After(d):
-		return true
-	case <-ctx.Done():
-		return false
-	}
 }
 
 func (w *Wait) write(b io.Writer) {

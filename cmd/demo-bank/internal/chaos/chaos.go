@@ -10,6 +10,7 @@
 package chaos
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -93,22 +94,13 @@ func (c *Config) Validate() error {
 // full returns the config with nothing left out but the seed.
 func (c *Config) full() Config {
 	full := *c
-	if full.Profile == "" {
-		full.Profile = ProfileDefault
-	}
+	full.Profile = cmp.Or(full.Profile, ProfileDefault)
 	p := profiles[full.Profile]
-	setDefault(&full.Operations, p.operations)
-	setDefault(&full.Clients, ClientsDefault)
-	setDefault(&full.Banks, BanksDefault)
-	setDefault(&full.DurationMax, p.durationMax)
+	full.Operations = cmp.Or(full.Operations, p.operations)
+	full.Clients = cmp.Or(full.Clients, ClientsDefault)
+	full.Banks = cmp.Or(full.Banks, BanksDefault)
+	full.DurationMax = cmp.Or(full.DurationMax, p.durationMax)
 	return full
-}
-
-func setDefault[T comparable](field *T, value T) {
-	var zero T
-	if *field == zero {
-		*field = value
-	}
 }
 
 // errDuration is the cause of a context that ended because a run took longer than it may.

@@ -1,9 +1,9 @@
 package chaos
 
 import (
-	"container/heap"
 	"context"
 	"math/rand/v2"
+	"slices"
 	"sync"
 	"time"
 
@@ -176,23 +176,7 @@ func (r *run) awaitLoad(ctx context.Context) error {
 // queue holds the keys of which a copy is sent later. It is safe for concurrent use.
 type queue struct {
 	mu    sync.Mutex
-	later laterHeap
-}
-
-func (q *queue) push(k *key, due time.Time) {
-	q.mu.Lock()
-	defer q.mu.Unlock()
-	heap.Push(&q.later, laterCopy{k, due})
-}
-
-// pop returns a key that is due, or with all any; nil where there is none.
-func (q *queue) pop(all bool) *key {
-	q.mu.Lock()
-	defer q.mu.Unlock()
-	if len(q.later) == 0 || !all && time.Now().Before(q.later[0].due) {
-		return nil
-	}
-	return heap.Pop(&q.later).(laterCopy).key
+	later []laterCopy // the first that is due first
 }
 
 type laterCopy struct {
@@ -200,15 +184,21 @@ type laterCopy struct {
 	due time.Time
 }
 
-type laterHeap []laterCopy
+func (q *queue) push(k *key, due time.Time) {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	at, _ := slices.BinarySearchFunc(q.later, due, func(l laterCopy, due time.Time) int { return l.due.Compare(due) })
+	q.later = slices.Insert(q.later, at, laterCopy{k, due})
+}
 
-func (h laterHeap) Len() int           { return len(h) }
-func (h laterHeap) Less(a, b int) bool { return h[a].due.Before(h[b].due) }
-func (h laterHeap) Swap(a, b int)      { h[a], h[b] = h[b], h[a] }
-func (h *laterHeap) Push(x any)        { *h = append(*h, x.(laterCopy)) }
-func (h *laterHeap) Pop() any {
-	old := *h
-	last := old[len(old)-1]
-	*h = old[:len(old)-1]
-	return last
+// pop returns a key that is due, or with all any; nil if there is none.
+func (q *queue) pop(all bool) *key {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	if len(q.later) == 0 || !all && time.Now().Before(q.later[0].due) {
+		return nil
+	}
+	first := q.later[0].key
+	q.later = slices.Delete(q.later, 0, 1)
+	return first
 }

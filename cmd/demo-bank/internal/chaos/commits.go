@@ -71,33 +71,30 @@ func (c *commits) fault(bank int, commit pgfault.Commit) pgfault.Fault {
 	case terminateBefore, terminateAfter, lateCommit, halfOpen: // PostgreSQL itself may not know for a while
 		c.run.keys.markExempt(k)
 	}
-	terminate := func() { c.run.terminate(commit.BackendPID) }
+	kind, known := kinds[f.kind]
+	if !known {
+		panic("chaos: no fault of a COMMIT is named " + string(f.kind))
+	}
+	broken := pgfault.Fault{Kind: kind, Delay: f.delay}
 	switch f.kind {
-	case cutBefore:
-		return pgfault.Fault{Kind: pgfault.CutBefore}
-	case cutAfter:
-		return pgfault.Fault{Kind: pgfault.CutAfter}
-	case silence:
-		return pgfault.Fault{Kind: pgfault.Silence}
-	case lateCommit:
-		return pgfault.Fault{Kind: pgfault.LateCommit, Delay: f.delay}
-	case halfOpen:
-		return pgfault.Fault{Kind: pgfault.HalfOpen}
-	case delayReply:
-		return pgfault.Fault{Kind: pgfault.DelayReply, Delay: f.delay}
-	case terminateBefore:
-		return pgfault.Fault{Kind: pgfault.CallBefore, Hook: terminate}
-	case terminateAfter:
-		return pgfault.Fault{Kind: pgfault.CallAfter, Hook: terminate}
+	case terminateBefore, terminateAfter:
+		broken.Hook = func() { c.run.terminate(commit.BackendPID) }
 	case hangUpAtCommit:
-		return pgfault.Fault{Kind: pgfault.CallBefore, Hook: func() {
+		broken.Hook = func() {
 			c.run.keys.hangUp(k)
 			_ = deadline.Sleep(context.Background(), hangUpPause)
-		}}
+		}
 	case killCommitting:
-		return pgfault.Fault{Kind: pgfault.CallAfter, Hook: func() { c.run.banks.kill(bank, arm{}) }}
+		broken.Hook = func() { c.run.banks.kill(bank, arm{}) }
 	}
-	panic("chaos: no fault of a COMMIT is named " + string(f.kind))
+	return broken
+}
+
+// kinds are what the proxy does for each kind.
+var kinds = map[commitKind]pgfault.Kind{
+	cutBefore: pgfault.CutBefore, cutAfter: pgfault.CutAfter, silence: pgfault.Silence, lateCommit: pgfault.LateCommit,
+	halfOpen: pgfault.HalfOpen, delayReply: pgfault.DelayReply, terminateBefore: pgfault.CallBefore, terminateAfter: pgfault.CallAfter,
+	hangUpAtCommit: pgfault.CallBefore, killCommitting: pgfault.CallAfter,
 }
 
 // calm begins a lull with so many half-open COMMITs, and with none it ends it.

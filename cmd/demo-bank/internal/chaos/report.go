@@ -4,8 +4,6 @@ import (
 	"fmt"
 	"io"
 	"maps"
-	"runtime"
-	"runtime/debug"
 	"slices"
 	"strings"
 	"text/tabwriter"
@@ -36,7 +34,7 @@ type Report struct {
 	Wait            bool    `json:"wait"`
 	DurationMaxSecs float64 `json:"duration_max_seconds"`
 
-	Versions Versions `json:"versions"`
+	Versions terminal.Versions `json:"versions"`
 
 	Phase         string  `json:"phase"` // the last one
 	Seconds       float64 `json:"seconds"`
@@ -74,15 +72,6 @@ type Report struct {
 	MaxMS float64 `json:"max_ms"`
 }
 
-// Versions say what was run.
-type Versions struct {
-	PostgreSQL string `json:"postgresql"`
-	Go         string `json:"go"`
-	Platform   string `json:"platform"`
-	CPUs       int    `json:"cpus"`
-	Revision   string `json:"revision"` // of this program's source; empty where it is not known
-}
-
 // OK reports whether every promise held, and everything was tried.
 func (r *Report) OK() bool { return len(r.Broken) == 0 }
 
@@ -104,7 +93,7 @@ func (r *run) report() *Report {
 	p := &Report{
 		Profile: r.config.Profile, Seed: r.config.Seed, Schedule: r.schedule.hash(), Operations: r.config.Operations,
 		Clients: r.config.Clients, Banks: r.config.Banks, Wait: r.config.Wait, DurationMaxSecs: r.config.DurationMax.Seconds(),
-		Versions: versions(r.cluster.version()),
+		Versions: terminal.NewVersions(r.cluster.version()),
 		Phase:    r.phase(), Seconds: r.clock().Seconds(), LoadSeconds: r.loadEnded.Seconds(), SettleSeconds: r.settled.Seconds(),
 		Requests: t.finished.Load(), FinalReplays: t.replays.Load(), Unsent: t.unsent.Load(), Keys: len(keys), KeyedCommits: r.commits.seen.Load(),
 		Faults:       t.faults.list(slices.Sorted(namesOf(r.profile.events))),
@@ -216,21 +205,6 @@ func namesOf[K ~string](m map[K]int) func(func(string) bool) {
 	}
 }
 
-func versions(postgres string) Versions {
-	v := Versions{PostgreSQL: postgres, Go: runtime.Version(), Platform: runtime.GOOS + "/" + runtime.GOARCH, CPUs: runtime.NumCPU()}
-	if info, ok := debug.ReadBuildInfo(); ok {
-		for _, setting := range info.Settings {
-			switch {
-			case setting.Key == "vcs.revision":
-				v.Revision = setting.Value + v.Revision
-			case setting.Key == "vcs.modified" && setting.Value == "true":
-				v.Revision += "+changes"
-			}
-		}
-	}
-	return v
-}
-
 // WriteJSON writes the report as one JSON object.
 func (p *Report) WriteJSON(w io.Writer) error {
 	return terminal.WriteJSON(w, p, "")
@@ -245,10 +219,7 @@ func (p *Report) WriteText(w io.Writer) error {
 		fmt.Fprint(&b, ", duplicates wait")
 	}
 	fmt.Fprintln(&b)
-	fmt.Fprintf(&b, "versions: PostgreSQL %s, %s, %s, %d CPUs", p.Versions.PostgreSQL, p.Versions.Go, p.Versions.Platform, p.Versions.CPUs)
-	if p.Versions.Revision != "" {
-		fmt.Fprintf(&b, ", source %s", p.Versions.Revision)
-	}
+	fmt.Fprint(&b, p.Versions)
 	fmt.Fprintf(&b, "\ntime: %.1f s; load until %.1f s; every key had its answer %.1f s after the last fault\n", p.Seconds, p.LoadSeconds, p.SettleSeconds)
 	fmt.Fprintf(&b, "sent: %d requests for %d keys, %d of them given up; %d in the final replay; %d tries found no bank\n",
 		p.Requests, p.Keys, p.GivenUp, p.FinalReplays, p.Unsent)

@@ -3,9 +3,8 @@ package chaos
 import (
 	"context"
 	"errors"
+	"slices"
 	"time"
-
-	"golang.org/x/sync/errgroup"
 
 	"github.com/paidonce/idempotency/cmd/demo-bank/internal/check"
 	"github.com/paidonce/idempotency/cmd/demo-bank/internal/storm"
@@ -51,34 +50,8 @@ func (r *run) settle(ctx context.Context) error {
 
 // replay asks for every key that was not given up once more: its answer must be the one that it got.
 func (r *run) replay(ctx context.Context) error {
-	keys := r.keys.all()
-	work := make(chan *key)
-	group, ctx := errgroup.WithContext(ctx)
-	group.Go(func() error {
-		defer close(work)
-		for _, k := range keys {
-			if k.abandoned() {
-				continue
-			}
-			select {
-			case work <- k:
-			case <-ctx.Done():
-				return ctx.Err()
-			}
-		}
-		return nil
-	})
-	for _, c := range r.clients {
-		group.Go(func() error {
-			for k := range work {
-				if err := c.lanes[0].replay(ctx, k); err != nil {
-					return err
-				}
-			}
-			return nil
-		})
-	}
-	err := group.Wait()
+	keys := slices.DeleteFunc(slices.Clone(r.keys.all()), (*key).abandoned)
+	err := storm.Each(ctx, r.clients, keys, func(ctx context.Context, c *client, k *key) error { return c.lanes[0].replay(ctx, k) })
 	for _, c := range r.clients {
 		c.close()
 	}

@@ -151,28 +151,13 @@ func (l *Live) rageOn(ctx context.Context, base http.RoundTripper, s Storm, side
 	payer := newClient(&weather{
 		base: base, board: l.board, side: side, token: l.token, faults: s.Plan.Faults, share: float64(s.Plan.SharePercent) / 100,
 	})
-	work := make(chan *payment)
 	group, ctx := errgroup.WithContext(ctx)
-	group.Go(func() error {
-		defer close(work)
-		for i := range s.Plan.Keys {
-			select {
-			case work <- newPayment(s, side, i):
-			case <-ctx.Done():
-				return ctx.Err()
-			}
+	group.SetLimit(s.Plan.Clients)
+	for i := range s.Plan.Keys {
+		if ctx.Err() != nil {
+			break
 		}
-		return nil
-	})
-	for range s.Plan.Clients {
-		group.Go(func() error {
-			for p := range work {
-				if err := l.pay(ctx, payer, p, s.Plan.Copies, side); err != nil {
-					return err
-				}
-			}
-			return nil
-		})
+		group.Go(func() error { return l.pay(ctx, payer, newPayment(s, side, i), s.Plan.Copies, side) })
 	}
 	return group.Wait()
 }

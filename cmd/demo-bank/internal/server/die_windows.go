@@ -1,9 +1,5 @@
 package server
 
-import (
-	"os"
-)
-
 import "os"
 
 // die ends the process without running anything of it, with the code that a shell shows for kill -9.

@@ -3,6 +3,7 @@
 package server
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -99,34 +100,15 @@ type Server struct {
 func New(config Config) *Server {
 	s := &Server{config: config, metrics: newMetrics(config.HandlerTimeout), gate: newGate(), serving: make(chan struct{})}
 	c := &s.config
-	if c.Addr == "" {
-		c.Addr = AddrDefault
-	}
-	if c.PoolSize <= 0 {
-		c.PoolSize = PoolSizeDefault
-	}
-	if c.ShutdownTimeout <= 0 {
-		c.ShutdownTimeout = ShutdownTimeoutDefault
-	}
-	if c.TTL == 0 {
-		c.TTL = 24 * time.Hour
-	}
-	if c.HandlerTimeout == 0 {
-		c.HandlerTimeout = 10 * time.Second
-	}
-	if c.AcquireTimeout == 0 {
-		c.AcquireTimeout = AcquireTimeoutDefault
-	}
-	if c.Stdout == nil {
-		c.Stdout = io.Discard
-	}
-	if c.Stderr == nil {
-		c.Stderr = io.Discard
-	}
-	s.logger = c.Logger
-	if s.logger == nil {
-		s.logger = slog.New(slog.DiscardHandler)
-	}
+	c.Addr = cmp.Or(c.Addr, AddrDefault)
+	c.PoolSize = cmp.Or(max(c.PoolSize, 0), PoolSizeDefault)
+	c.ShutdownTimeout = cmp.Or(max(c.ShutdownTimeout, 0), ShutdownTimeoutDefault)
+	c.TTL = cmp.Or(c.TTL, 24*time.Hour)
+	c.HandlerTimeout = cmp.Or(c.HandlerTimeout, 10*time.Second)
+	c.AcquireTimeout = cmp.Or(c.AcquireTimeout, AcquireTimeoutDefault)
+	c.Stdout = cmp.Or(c.Stdout, io.Discard)
+	c.Stderr = cmp.Or(c.Stderr, io.Discard)
+	s.logger = cmp.Or(c.Logger, slog.New(slog.DiscardHandler))
 	return s
 }
 

@@ -365,29 +365,32 @@ func (s *storm) get(ctx context.Context, reader *http.Client, path string, patie
 func (s *storm) each(ctx context.Context, phase string, together int, do func(context.Context, []*client, *transfer) error) error {
 	s.phase.Store(phase)
 	s.done.Store(0)
-	work := make(chan *transfer)
-	group, ctx := errgroup.WithContext(ctx)
-	group.Go(func() error {
-		defer close(work)
-		for _, t := range s.transfers {
-			select {
-			case work <- t:
-			case <-ctx.Done():
-				return ctx.Err()
-			}
-		}
-		return nil
+	return Each(ctx, slices.Collect(slices.Chunk(s.clients, together)), s.transfers, func(ctx context.Context, clients []*client, t *transfer) error {
+		defer s.done.Add(1)
+		return do(ctx, clients, t)
 	})
-	for clients := range slices.Chunk(s.clients, together) {
+}
+
+// Each does something with every item, each worker at one at a time, until one of them returns an error or ctx ends.
+func Each[W, T any](ctx context.Context, workers []W, items []T, do func(context.Context, W, T) error) error {
+	free := make(chan W, len(workers))
+	for _, worker := range workers {
+		free <- worker
+	}
+	group, groupCtx := errgroup.WithContext(ctx)
+	group.SetLimit(len(workers))
+	for _, item := range items {
+		if groupCtx.Err() != nil {
+			break
+		}
 		group.Go(func() error {
-			for t := range work {
-				if err := do(ctx, clients, t); err != nil {
-					return err
-				}
-				s.done.Add(1)
-			}
-			return nil
+			worker := <-free
+			defer func() { free <- worker }()
+			return do(groupCtx, worker, item)
 		})
 	}
-	return group.Wait()
+	if err := group.Wait(); err != nil {
+		return err
+	}
+	return ctx.Err()
 }
