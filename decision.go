@@ -74,7 +74,8 @@ type fact uint8
 
 // The facts.
 const (
-	factClaimed            fact = iota + 1 // no record; the claim is ours
+	factRunsHere           fact = iota + 1 // the key's handler runs in this process; the store was not asked
+	factClaimed                            // no record; the claim is ours
 	factInProgress                         // no record; the claim is another attempt's, and the request does not wait, or no longer
 	factAwaited                            // no record; the claim is another attempt's, and the request may wait for it
 	factTurn                               // that attempt left no answer to this request, whose turn it is to ask the store
@@ -139,6 +140,10 @@ type decision struct {
 // finds facts or carries out actions. docs/state-machine.md holds the same table in words.
 func decide(fact fact) decision {
 	switch fact {
+	// Before the claim.
+	case factRunsHere:
+		return decision{actionRefuse, OutcomeInProgress, ReasonInProgress}
+
 	// After the claim, and after a wait.
 	case factClaimed:
 		return decision{action: actionRun}

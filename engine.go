@@ -159,10 +159,16 @@ type BudgetChecker interface {
 // Engine runs the protocol: claim, run, record, commit, each request in one transaction of its [Store]. It knows
 // nothing of net/http; package middleware is its adapter. It is safe for concurrent use.
 type Engine struct {
-	store    Store
-	options  Options
-	inFlight *atomic.Int64 // shared with relatives, as are the queues
-	queues   *queues
+	store   Store
+	options Options
+	family  *family
+}
+
+// family is what an engine shares with its relatives by [Engine.With].
+type family struct {
+	inFlight atomic.Int64
+	running  runningKeys
+	queues   queues
 }
 
 // NewEngine returns an engine on the store. It panics where the store is nil or the options can't work together.
@@ -170,15 +176,15 @@ func NewEngine(store Store, opts *Options) *Engine {
 	if store == nil {
 		panic("idempotency: NewEngine needs a Store")
 	}
-	return newEngine(store, opts, new(atomic.Int64), newQueues())
+	return newEngine(store, opts, &family{})
 }
 
 // With returns an engine with other options on the same store, which shares the count of requests in flight and waits
 // for the same attempts.
-func (e *Engine) With(opts *Options) *Engine { return newEngine(e.store, opts, e.inFlight, e.queues) }
+func (e *Engine) With(opts *Options) *Engine { return newEngine(e.store, opts, e.family) }
 
-func newEngine(store Store, opts *Options, inFlight *atomic.Int64, queues *queues) *Engine {
-	e := &Engine{store: store, options: opts.full(), inFlight: inFlight, queues: queues}
+func newEngine(store Store, opts *Options, family *family) *Engine {
+	e := &Engine{store: store, options: opts.full(), family: family}
 	if checker, ok := store.(BudgetChecker); ok {
 		if err := checker.CheckBudget(e.options.Timeouts.Handler, e.options.Timeouts.Commit); err != nil {
 			panic("idempotency: " + err.Error())
@@ -191,7 +197,7 @@ func newEngine(store Store, opts *Options, inFlight *atomic.Int64, queues *queue
 func (e *Engine) Options() Options { return e.options }
 
 // InFlight returns how many requests are in the engine now, those of its relatives by [Engine.With] included.
-func (e *Engine) InFlight() int { return int(e.inFlight.Load()) }
+func (e *Engine) InFlight() int { return int(e.family.inFlight.Load()) }
 
 // RunFunc runs the handler once and returns its answer. The engine calls it again, with a new
 // context, if the transaction has to be started again; each call must start from the request as it
@@ -299,8 +305,8 @@ func validTraceID(id string) bool {
 }
 
 func (e *Engine) do(ctx context.Context, req *Request, run RunFunc, trace *trace) Result {
-	defer e.inFlight.Add(-1)
-	if e.inFlight.Add(1) > int64(e.options.InFlightMax) && e.options.InFlightMax > 0 {
+	defer e.family.inFlight.Add(-1)
+	if e.family.inFlight.Add(1) > int64(e.options.InFlightMax) && e.options.InFlightMax > 0 {
 		return refuse(decide(factUnavailable), ErrInFlightMax)
 	}
 	if e.options.Wait > 0 && !req.Keyless() {
@@ -312,6 +318,9 @@ func (e *Engine) do(ctx context.Context, req *Request, run RunFunc, trace *trace
 // attempts begins attempts until one need not be started again. derived is set once a run of the
 // request has called DerivedKey; pass nil if there were no attempts before.
 func (e *Engine) attempts(ctx context.Context, req *Request, run RunFunc, trace *trace, derived *atomic.Bool) Result {
+	if e.family.running.has(req.Key) {
+		return refuse(decide(factRunsHere), errRunsHere)
+	}
 	bounds := &struct { // one piece of memory
 		parent  detached
 		budget  deadline.Context // of the claim and of all runs
@@ -398,7 +407,7 @@ func (e *Engine) attempt(ctx context.Context, budget *deadline.Context, req *Req
 	}{handler: attemptContext{Context: handlerCtx, running: running{
 		key: req.Key, attempt: req.Attempt, service: e.options.Service, derived: past.derived,
 	}}}
-	answer, failed := call(attempt.Context(&bounds.handler), run)
+	answer, failed := e.call(attempt.Context(&bounds.handler), req, handlerEnd, run)
 	trace.step(StepHandler, started, failed)
 	sealed := attempt.Seal()
 
@@ -425,6 +434,7 @@ func (e *Engine) attempt(ctx context.Context, budget *deadline.Context, req *Req
 		open = false
 		bounds.end.Start(ctx, e.options.Timeouts.Commit)
 		err = end(&bounds.end, attempt.Decline, recorded, StepDecline, trace)
+		e.family.running.removeAny(req.Key) // another attempt may have claimed the key in between: it must not hide the record
 		fact = factAfterDecline(err)
 	case actionForget:
 		err = rollback()
@@ -501,9 +511,12 @@ func recovered(whose string, err *error) {
 	}
 }
 
-// call runs the handler and turns a panic into an error.
-func call(ctx context.Context, run RunFunc) (answer *Answer, err error) {
+// call runs the handler and turns a panic into an error. While it runs the key is in memory, until
+// the handler's deadline at most.
+func (e *Engine) call(ctx context.Context, req *Request, handlerEnd time.Time, run RunFunc) (answer *Answer, err error) {
 	defer recovered("", &err)
+	e.family.running.add(req, handlerEnd)
+	defer e.family.running.remove(req)
 	answer, err = run(ctx)
 	if answer == nil && err == nil {
 		err = errors.New("handler gave no answer")

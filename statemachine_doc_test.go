@@ -10,7 +10,7 @@ import (
 func TestStateMachineDocIsTheTable(t *testing.T) {
 	t.Parallel()
 	facts := map[string]fact{
-		"Claimed": factClaimed, "InProgress": factInProgress, "Awaited": factAwaited, "Turn": factTurn, "RecordedSame": factRecordedSame, "RecordedOther": factRecordedOther,
+		"RunsHere": factRunsHere, "Claimed": factClaimed, "InProgress": factInProgress, "Awaited": factAwaited, "Turn": factTurn, "RecordedSame": factRecordedSame, "RecordedOther": factRecordedOther,
 		"RecordedUnreadable": factRecordedUnreadable, "Unavailable": factUnavailable, "Serialization": factSerialization,
 		"RestartsSpent": factRestartsSpent, "RecordUnread": factRecordUnread, "AnsweredCommit": factAnsweredCommit, "AnsweredDecline": factAnsweredDecline,
 		"AnsweredForget": factAnsweredForget, "Refused": factRefused, "HandlerFailed": factHandlerFailed, "TransactionLost": factTransactionLost,

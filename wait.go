@@ -30,7 +30,7 @@ const (
 // another process: the leader claims again and again, and holds nothing in between.
 func (e *Engine) inQueue(ctx context.Context, req *Request, run RunFunc, trace *trace) (result Result) {
 	over := time.Now().Add(e.options.Wait)
-	place, ok := e.queues.enter(req.Key, e.followersMax())
+	place, ok := e.family.queues.enter(req.Key, e.followersMax())
 	if !ok { // too many wait already
 		return e.attempts(ctx, req, run, trace, nil)
 	}
@@ -138,8 +138,6 @@ type place struct {
 	news    chan *Result // of a follower: once it is out of the queue, its result is here or comes at once. Nil: it leads
 }
 
-func newQueues() *queues { return &queues{byKey: map[Key]*queue{}} }
-
 // enter gives a request its place, which must be left. It reports false where there are followersMax followers already.
 func (q *queues) enter(key Key, followersMax int) (*place, bool) {
 	q.mu.Lock()
@@ -147,6 +145,9 @@ func (q *queues) enter(key Key, followersMax int) (*place, bool) {
 	p := &place{queues: q, queue: q.byKey[key], key: key}
 	if p.queue == nil {
 		p.queue, p.leads = &queue{}, true
+		if q.byKey == nil {
+			q.byKey = map[Key]*queue{}
+		}
 		q.byKey[key] = p.queue
 		return p, true
 	}

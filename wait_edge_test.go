@@ -136,7 +136,7 @@ func TestTracerIsToldOfWaiting(t *testing.T) {
 		"behind another":              {waitFor, 201, 0, "start, waits, wait, claim, end replayed", nil, time.Second},
 		"behind two":                  {waitFor, 201, 1, "start, waits, wait, end replayed", nil, time.Second},
 		"then runs":                   {waitFor, 500, 0, "start, waits, wait, claim, handler, commit, end executed", nil, time.Second},
-		"until the time is over":      {time.Millisecond, 201, 0, "start, waits, wait, claim, end in-progress", nil, time.Millisecond},
+		"until the time is over":      {time.Millisecond, 201, 0, "start, waits, wait, end in-progress", nil, time.Millisecond},
 		"elsewhere until it is over":  {time.Millisecond, 0, 0, "start, claim, waits, wait, claim, end in-progress", nil, time.Millisecond},
 		"elsewhere, and it goes away": {waitFor, -1, 0, "start, claim, waits, wait, end in-progress", context.Canceled, time.Millisecond},
 	} {
@@ -148,7 +148,7 @@ func TestTracerIsToldOfWaiting(t *testing.T) {
 				defer hangUp()
 				holder := b.engine
 				if test.status <= 0 {
-					holder = holder.With(nil)
+					holder = idempotency.NewEngine(b.store.Store, nil)
 				}
 				b.sendTo(t.Context(), holder, keyed("k"), func(context.Context) (*idempotency.Answer, error) {
 					if test.status < 0 {

@@ -10,9 +10,9 @@ import (
 
 // Queues returns how many queues there are, of requests that may wait, and how many wait in them.
 func Queues(e *Engine) (queues, followers int) {
-	e.queues.mu.Lock()
-	defer e.queues.mu.Unlock()
-	return len(e.queues.byKey), e.queues.followers
+	e.family.queues.mu.Lock()
+	defer e.family.queues.mu.Unlock()
+	return len(e.family.queues.byKey), e.family.queues.followers
 }
 
 // mustEnter is enter where there is room.
@@ -31,7 +31,7 @@ func TestTurnThatComesTooLateIsHandedOn(t *testing.T) {
 	canceled, cancel := context.WithCancel(t.Context())
 	cancel()
 	for range 100 {
-		q, key := newQueues(), Key{Scope: "acme", Value: "k"}
+		q, key := &queues{}, Key{Scope: "acme", Value: "k"}
 		first, late, next := q.mustEnter(key), q.mustEnter(key), q.mustEnter(key)
 		first.leave(&Result{Outcome: OutcomeExecuted})
 		result, settled := follow(canceled, &Request{Key: key}, late, time.Now().Add(time.Hour), &trace{})
@@ -54,7 +54,7 @@ func TestTurnThatComesTooLateIsHandedOn(t *testing.T) {
 func TestAnswerThatComesAtTheLastMomentIsTaken(t *testing.T) {
 	t.Parallel()
 	for range 100 {
-		q, key := newQueues(), Key{Scope: "acme", Value: "k"}
+		q, key := &queues{}, Key{Scope: "acme", Value: "k"}
 		first, late := q.mustEnter(key), q.mustEnter(key)
 		req := &Request{Key: key, Fingerprint: NewFingerprint(100, nil)}
 		first.leave(&Result{Outcome: OutcomeReplayed, Record: &Record{Fingerprint: req.Fingerprint}})
@@ -78,7 +78,7 @@ func TestFollowerWhoseTracerExitsLeavesItsQueue(t *testing.T) {
 	for name, turn := range map[string]bool{"in the queue": false, "its turn": true} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
-			q, key := newQueues(), Key{Scope: "acme", Value: "k"}
+			q, key := &queues{}, Key{Scope: "acme", Value: "k"}
 			first, late, next := q.mustEnter(key), q.mustEnter(key), q.mustEnter(key)
 			end := func() { first.leave(&Result{Outcome: OutcomeExecuted}) }
 			gone := make(chan struct{})

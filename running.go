@@ -1,0 +1,72 @@
+package idempotency
+
+import (
+	"fmt"
+	"sync"
+	"time"
+)
+
+// runningKeys are the keys whose handlers run in this process. A duplicate of such a request is
+// answered without the store: it holds no connection and sends nothing.
+//
+// A key is here only while its handler runs: from a granted claim until the end of the transaction
+// begins. From then on only the store knows whether the key is recorded. So a retry of a recorded
+// key is never told in-progress from memory, even if the reply to COMMIT is late or lost. To remove
+// a key too early is always safe: the store is asked.
+//
+// The zero value is ready to use. It is safe for concurrent use, and holds at most one entry per
+// request in flight.
+type runningKeys struct {
+	mu    sync.Mutex
+	byKey map[Key]runningKey
+}
+
+type runningKey struct {
+	attempt AttemptID // that added the key
+	until   time.Time // the handler's deadline; afterwards the store is asked
+}
+
+// errRunsHere is the error of a duplicate that was answered from memory.
+var errRunsHere = fmt.Errorf("%w: its handler runs in this process", ErrInProgress)
+
+// add notes that the handler of this request runs, until the given time at most. The caller must
+// call remove. It does nothing for a request without a key.
+func (r *runningKeys) add(req *Request, until time.Time) {
+	if req.Keyless() {
+		return
+	}
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if r.byKey == nil {
+		r.byKey = map[Key]runningKey{}
+	}
+	r.byKey[req.Key] = runningKey{req.Attempt, until}
+}
+
+// remove takes back the add of this attempt. It leaves the entry of another attempt alone: the
+// store may have granted the key again while a handler ran past its deadline.
+func (r *runningKeys) remove(req *Request) {
+	if req.Keyless() {
+		return
+	}
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if r.byKey[req.Key].attempt == req.Attempt {
+		delete(r.byKey, req.Key)
+	}
+}
+
+// removeAny removes the key, whichever attempt added it.
+func (r *runningKeys) removeAny(key Key) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	delete(r.byKey, key)
+}
+
+// has reports whether the key's handler runs here and is within its time.
+func (r *runningKeys) has(key Key) bool {
+	r.mu.Lock()
+	running, ok := r.byKey[key]
+	r.mu.Unlock()
+	return ok && time.Now().Before(running.until)
+}
