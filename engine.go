@@ -72,7 +72,8 @@ type Options struct {
 
 	// InFlightMax is the maximum number of requests in progress, counted after their body is read.
 	// Further ones are refused as unavailable. Each holds a connection, or waits for one or for
-	// another attempt. Negative means no limit. Defaults to 512.
+	// another attempt. A duplicate that is answered from memory holds nothing, and counts until it
+	// is answered. Negative means no limit. Defaults to 512.
 	InFlightMax int
 
 	// Timeouts bound the steps of a request.
