@@ -128,6 +128,7 @@ func TestRoundTripsOfAConflictAreTwo(t *testing.T) {
 	ctx := context.Background()
 	b := setup(t, nil)
 	engine := idempotency.NewEngine(b.store, nil)
+	anotherProcess := idempotency.NewEngine(b.store, nil)
 
 	// Two warm connections: one to hold the key, one to be refused on.
 	warm := make([]*pgxpool.Conn, 2)
@@ -139,7 +140,7 @@ func TestRoundTripsOfAConflictAreTwo(t *testing.T) {
 	}
 	result := engine.Do(ctx, request("k", ""), func(context.Context) (*idempotency.Answer, error) {
 		before := b.wire.count()
-		conflict := engine.Do(ctx, request("k", ""), func(context.Context) (*idempotency.Answer, error) {
+		conflict := anotherProcess.Do(ctx, request("k", ""), func(context.Context) (*idempotency.Answer, error) {
 			t.Error("the handler ran twice")
 			return answer(201), nil
 		})
