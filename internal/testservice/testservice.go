@@ -53,24 +53,55 @@ func On(t testing.TB, databaseURL string, opts *postgres.Options) *Service {
 func Database(t testing.TB, schema string) string {
 	t.Helper()
 	return pgtest.Copy(t, "testservice in schema "+schema, func(databaseURL string) error {
-		ctx := context.Background()
-		store, err := postgres.Open(ctx, databaseURL, &postgres.Options{Schema: schema})
-		if err != nil {
-			return err
-		}
-		defer store.Close()
-		if err := migrations.Up(ctx, store, nil); err != nil {
-			return err
-		}
-		_, err = store.Pool().Exec(ctx, "CREATE TABLE effects (id bigserial PRIMARY KEY, name text NOT NULL DEFAULT '', attempt_id uuid)")
-		return err
+		return Prepare(context.Background(), databaseURL, schema)
 	})
+}
+
+// Prepare makes the tables of [Database], for a test with a PostgreSQL of its own.
+func Prepare(ctx context.Context, databaseURL, schema string) error {
+	store, err := newStore(databaseURL, &postgres.Options{Schema: schema})
+	if err != nil {
+		return err
+	}
+	defer store.Pool().Close()
+	if err := migrations.Up(ctx, store, nil); err != nil {
+		return err
+	}
+	_, err = store.Pool().Exec(ctx, "CREATE TABLE effects (id bigserial PRIMARY KEY, name text NOT NULL DEFAULT '', attempt_id uuid)")
+	return err
 }
 
 // Open opens another store on the service's database.
 func (s *Service) Open(t testing.TB, opts *postgres.Options) *postgres.Store {
 	t.Helper()
 	return open(t, s.URL, opts)
+}
+
+func open(t testing.TB, databaseURL string, opts *postgres.Options) *postgres.Store {
+	t.Helper()
+	store, err := newStore(databaseURL, opts)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(store.Pool().Close)
+	return store
+}
+
+// newStore is postgres.Open without its checks, which a test's role or database may not pass.
+func newStore(databaseURL string, opts *postgres.Options) (*postgres.Store, error) {
+	config, err := pgxpool.ParseConfig(databaseURL)
+	if err != nil {
+		return nil, err
+	}
+	if opts != nil && opts.PoolConfig != nil {
+		opts.PoolConfig(config)
+	}
+	postgres.Configure(config, opts)
+	pool, err := pgxpool.NewWithConfig(context.Background(), config)
+	if err != nil {
+		return nil, err
+	}
+	return postgres.New(pool, opts), nil
 }
 
 // Role makes a role that has the privileges and no others, and returns a store for it, and the
@@ -95,25 +126,6 @@ func (s *Service) Role(t testing.TB, grants ...string) (store *postgres.Store, d
 	}
 	address.User = url.UserPassword(name, "canary-password")
 	return open(t, address.String(), nil), address.String()
-}
-
-// open is postgres.Open without its checks, which a role may not pass.
-func open(t testing.TB, databaseURL string, opts *postgres.Options) *postgres.Store {
-	t.Helper()
-	config, err := pgxpool.ParseConfig(databaseURL)
-	if err != nil {
-		t.Fatal(err)
-	}
-	if opts != nil && opts.PoolConfig != nil {
-		opts.PoolConfig(config)
-	}
-	postgres.Configure(config, opts)
-	pool, err := pgxpool.NewWithConfig(context.Background(), config)
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(pool.Close)
-	return postgres.New(pool, opts)
 }
 
 // Exec executes a statement.

@@ -11,6 +11,7 @@ import (
 	"github.com/paidonce/idempotency"
 	"github.com/paidonce/idempotency/internal/pgserver"
 	"github.com/paidonce/idempotency/internal/pgtest"
+	"github.com/paidonce/idempotency/internal/testservice"
 	"github.com/paidonce/idempotency/migrations"
 	"github.com/paidonce/idempotency/storage/postgres"
 )
@@ -38,27 +39,18 @@ func setup(t testing.TB, opts *setupOptions) *testBundle {
 		opts = &setupOptions{}
 	}
 	ctx := context.Background()
-	database := opts.database
-	if database == "" {
-		database = pgtest.Database(t)
-	}
-	config, err := pgxpool.ParseConfig(database)
-	if err != nil {
-		t.Fatal(err)
-	}
 	schema := ""
 	if opts.store != nil {
 		schema = opts.store.Schema
 	}
-	bare, err := pgxpool.NewWithConfig(ctx, config)
+	database := opts.database
+	if database == "" {
+		database = testservice.Database(t, schema)
+	} else if err := testservice.Prepare(ctx, database, schema); err != nil {
+		t.Fatal(err)
+	}
+	config, err := pgxpool.ParseConfig(database)
 	if err != nil {
-		t.Fatal(err)
-	}
-	defer bare.Close()
-	if err := migrations.Up(ctx, postgres.New(bare, &postgres.Options{Schema: schema}), nil); err != nil {
-		t.Fatal(err)
-	}
-	if _, err := bare.Exec(ctx, "CREATE TABLE effects (id bigserial PRIMARY KEY, name text NOT NULL, attempt_id uuid)"); err != nil {
 		t.Fatal(err)
 	}
 
