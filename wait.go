@@ -14,27 +14,28 @@ import (
 	"github.com/paidonce/idempotency/internal/deadline"
 )
 
-// WaitMax is the longest [Options.Wait]: about as long as a service that is gone can hold a key in PostgreSQL, and as
-// clients and balancers have patience.
+// WaitMax is the maximum of [Options.Wait]. PostgreSQL frees the key of a machine that is gone after
+// about as long, and clients and balancers rarely wait longer.
 const WaitMax = time.Minute
 
-// Pauses between two claims of a request that waits for an attempt of another process.
+// The pauses between two claims of a request that waits for an attempt of another process. Each is
+// twice the one before, up to the maximum.
 const (
 	waitPauseMin = 25 * time.Millisecond
 	waitPauseMax = 250 * time.Millisecond
 )
 
-// inQueue takes a request that may wait through the protocol. The first with its key in this process is the leader: it
-// asks the store. The others, its followers, wait in memory until it ends, and are told what it knows then, or one of
-// them that it leads now. So many duplicates take one connection, and none while the attempt that they wait for is in
-// another process: the leader claims again and again, and holds nothing in between.
+// inQueue takes a request that may wait through the protocol. The first request with its key in this
+// process is the leader: it makes the claims. The others are its followers: they wait in memory until
+// the leader ends, and get its result, or one of them becomes the leader. So all duplicates together
+// use one connection. While another process holds the key they use none between two claims.
 func (e *Engine) inQueue(ctx context.Context, req *Request, run RunFunc, trace *trace) (result Result) {
 	over := time.Now().Add(e.options.Wait)
 	place, ok := e.family.queues.enter(req.Key, e.followersMax())
-	if !ok { // too many wait already
+	if !ok { // too many requests wait already
 		return e.attempts(ctx, req, run, trace, nil)
 	}
-	defer func() { place.leave(&result) }() // whatever way this is left by, somebody else leads
+	defer func() { place.leave(&result) }() // deferred: a panic or a Goexit must not leave the queue without a leader
 	if !place.leads {
 		if result, settled := follow(ctx, req, place, over, trace); settled {
 			return result
@@ -45,19 +46,21 @@ func (e *Engine) inQueue(ctx context.Context, req *Request, run RunFunc, trace *
 		if result.Outcome != OutcomeInProgress || decide(factOfWait(mayWait(ctx, over))).action != actionWait {
 			return result
 		}
-		// Processes that wait for the same key should not ask at the same time. The last look is when the time is over.
+		// The jitter keeps processes that wait for one key from claiming at the same time. The last
+		// claim is made when Wait has elapsed.
 		jittered := pause*3/4 + rand.N(pause/2)
 		started := trace.wait()
 		gone := sleep(ctx, min(jittered, time.Until(over)))
 		trace.step(StepWait, started, gone)
-		if gone != nil { // nothing is begun, and nobody would take the answer
+		if gone != nil { // nothing has begun, and there is no client to answer
 			return refuse(decide(factOfWait(false)), gone)
 		}
 	}
 }
 
-// follow waits behind the leader. It returns a result, or false where the request asks the store itself: because it leads
-// now, or its time is over. A leader that is slow for reasons of its own must not keep an answer from it.
+// follow waits until the leader ends, and returns the request's result. It returns false if the
+// request must call the store itself: it is the leader now, or its Wait has elapsed. In the second
+// case the answer may be there although the leader, which may be slow, has not seen it.
 func follow(ctx context.Context, req *Request, place *place, over time.Time, trace *trace) (result Result, settled bool) {
 	started := trace.wait()
 	told, err := place.wait(ctx, over)
@@ -67,7 +70,7 @@ func follow(ctx context.Context, req *Request, place *place, over time.Time, tra
 	}
 	err = nil
 	if decide(fact).action == actionClaim && ctx.Err() != nil {
-		fact, err = factInProgress, errClientGone(ctx) // nothing is begun, and nobody would take the answer
+		fact, err = factInProgress, errClientGone(ctx) // nothing has begun, and there is no client to answer
 	}
 	trace.step(StepWait, started, err)
 	switch decision := decide(fact); decision.action {
@@ -83,7 +86,7 @@ func follow(ctx context.Context, req *Request, place *place, over time.Time, tra
 	}
 }
 
-// followersMax is how many requests may wait in memory: half of those that may be in flight, or any number.
+// followersMax returns the maximum number of followers: half of InFlightMax, or no limit.
 func (e *Engine) followersMax() int {
 	if e.options.InFlightMax < 0 {
 		return math.MaxInt
@@ -91,23 +94,24 @@ func (e *Engine) followersMax() int {
 	return e.options.InFlightMax / 2
 }
 
-// mayWait reports whether a request's time goes on, and its client is there.
+// mayWait reports whether the request's Wait has not elapsed and its client is still there.
 func mayWait(ctx context.Context, over time.Time) bool {
 	return ctx.Err() == nil && time.Now().Before(over)
 }
 
-// errAwaitedUnknown is why a request is unknown that waited. What went wrong is told of the attempt alone.
+// errAwaitedUnknown is the error of a follower with a leader that ended as unknown. The cause is in
+// the leader's own error.
 var errAwaitedUnknown = fmt.Errorf("%w: that of the attempt which the request waited for, or its record can't be compared", ErrUnknown)
 
-// errWaitOver is why a request no longer waits, and looks for itself.
+// errWaitOver is the error of a follower when its Wait has elapsed.
 var errWaitOver = fmt.Errorf("%w: Options.Wait is over", ErrInProgress)
 
-// errClientGone is why a request no longer waits, and begins nothing.
+// errClientGone returns the error of a waiting request when its client is gone.
 func errClientGone(ctx context.Context) error {
 	return fmt.Errorf("%w: the client did not wait: %w", ErrInProgress, ctx.Err())
 }
 
-// sleep returns nil after d, or why the wait is over before.
+// sleep blocks for d. It returns an error if ctx ends first.
 func sleep(ctx context.Context, d time.Duration) error {
 	if deadline.Sleep(ctx, d) != nil {
 		return errClientGone(ctx)
@@ -115,30 +119,35 @@ func sleep(ctx context.Context, d time.Duration) error {
 	return nil
 }
 
-// queues are the requests of one process that may wait, by key. A queue is there for as long as it has a leader. It is safe
-// for concurrent use, and as large as there are requests in flight.
+// queues are the wait queues of one process, by key. A queue exists while it has a leader. queues is
+// safe for concurrent use, and holds at most one entry per request in flight. The zero value is ready
+// to use.
 type queues struct {
 	mu        sync.Mutex
 	byKey     map[Key]*queue
-	followers int // of all queues together
+	followers int // in all queues
 }
 
-// queue is the requests with one key.
+// queue holds the waiting requests with one key.
 type queue struct {
-	followers []*place // in the order of their arrival; guarded by queues.mu
+	followers []*place // in order of arrival; guarded by queues.mu
 }
 
-// place is a request's place in its queue. It is used by the request's goroutine.
+// place is a request's place in its queue. Only the request's goroutine uses it.
 type place struct {
 	queues  *queues
 	queue   *queue
 	key     Key
 	leads   bool
-	derived atomic.Bool  // whether a run of the request has called DerivedKey
-	news    chan *Result // of a follower: once it is out of the queue, its result is here or comes at once. Nil: it leads
+	derived atomic.Bool // a run of the request has called DerivedKey
+
+	// news gets the leader's result once the follower is out of the queue; nil means that the
+	// follower is the leader now. It is nil for a request that was the leader from the start.
+	news chan *Result
 }
 
-// enter gives a request its place, which must be left. It reports false where there are followersMax followers already.
+// enter adds the request to its key's queue; the caller must call leave. It returns false if
+// followersMax requests already wait.
 func (q *queues) enter(key Key, followersMax int) (*place, bool) {
 	q.mu.Lock()
 	defer q.mu.Unlock()
@@ -160,7 +169,8 @@ func (q *queues) enter(key Key, followersMax int) (*place, bool) {
 	return p, true
 }
 
-// wait returns what a follower is told, nil where it leads now, or an error where ctx or its time ended first.
+// wait blocks until the leader ends, and returns its result, or nil if this follower is the leader
+// now. It returns an error if ctx ends or Wait elapses first.
 func (p *place) wait(ctx context.Context, over time.Time) (told *Result, err error) {
 	timer := time.NewTimer(time.Until(over))
 	defer timer.Stop()
@@ -177,12 +187,12 @@ func (p *place) wait(ctx context.Context, over time.Time) (told *Result, err err
 		}
 		return nil, errClientGone(ctx)
 	}
-	told = <-p.news // it is being told in this moment
+	told = <-p.news // somebody took it out of the queue, and is sending
 	p.leads = told == nil
 	return told, nil
 }
 
-// withdraw takes a follower out of its queue. It reports false where somebody else just did.
+// withdraw removes a follower from its queue. It returns false if it was removed already.
 func (p *place) withdraw() bool {
 	p.queues.mu.Lock()
 	defer p.queues.mu.Unlock()
@@ -195,10 +205,10 @@ func (p *place) withdraw() bool {
 	return true
 }
 
-// leave removes a leader from its queue; a follower has left it by then, unless a tracer ended its
-// goroutine. A record answers all waiting requests, and so does a COMMIT that may have happened:
-// another look would take each of them as long. Otherwise the next of them leads: it finds the
-// answer that the leader's attempt recorded, or a free key.
+// leave removes the leader from its queue. A follower has left by then, unless a tracer ended its
+// goroutine. If the result has a record, or the outcome of a COMMIT is unknown, all followers get it:
+// if each of them looked again it would take each as long. Otherwise the first follower becomes the
+// leader: it finds the answer that this attempt recorded, or a free key.
 func (p *place) leave(result *Result) {
 	if !p.leads && !p.flee() {
 		return
@@ -216,20 +226,21 @@ func (p *place) leave(result *Result) {
 	}
 }
 
-// flee takes a follower out of its queue that may be in it still, and reports whether it was made the leader before.
+// flee removes a follower that may still be in its queue, and reports whether it had become the
+// leader.
 func (p *place) flee() bool {
 	if p.withdraw() {
 		return false
 	}
 	select {
-	case told := <-p.news: // there by now, where it makes a leader: see pass
+	case told := <-p.news: // pass sends before it releases the lock, so a leader's news is here
 		return told == nil
 	default:
 		return false
 	}
 }
 
-// pass makes the first follower the leader. Where there is none the queue is closed.
+// pass makes the first follower the leader. Without followers it removes the queue.
 func (p *place) pass() {
 	p.queues.mu.Lock()
 	defer p.queues.mu.Unlock()
@@ -243,18 +254,19 @@ func (p *place) pass() {
 	next.news <- nil
 }
 
-// close closes the queue and returns those who are to be told.
+// close removes the queue and returns its followers, which must get the result.
 func (p *place) close() []*place {
 	p.queues.mu.Lock()
 	defer p.queues.mu.Unlock()
 	delete(p.queues.byKey, p.key)
 	followers := p.queue.followers
-	p.queue.followers = nil // so that none of them withdraws any more
+	p.queue.followers = nil // from now on none of them can withdraw
 	p.queues.followers -= len(followers)
 	return followers
 }
 
-// copyOf returns a copy that shares the body alone: what is around a handler may change headers in place.
+// copyOf returns a copy of r that shares only its body. Middleware around a handler may change the
+// headers in place.
 func copyOf(r *Record) *Record {
 	c := *r
 	c.Answer.Header = maps.Clone(r.Answer.Header)
