@@ -14,6 +14,8 @@ import (
 	"github.com/paidonce/idempotency/internal/deadline"
 )
 
+var binaryFormat = []int16{1} // stands for all parameters, and for all columns
+
 // call is a statement with its parameters and, where it returns a row, the reader of its first row.
 type call struct {
 	statement *statement
@@ -53,7 +55,7 @@ type reply struct {
 //
 // It speaks the extended query protocol by pgconn's own frontend. pgconn's Pipeline does the same for anybody; this
 // knows the columns of its few statements, so that nothing is described, and keeps no queues.
-func (s *statements) flush(ctx context.Context, conn *pgconn.PgConn, calls ...call) (reply, error) {
+func (s *set) flush(ctx context.Context, conn *pgconn.PgConn, calls ...call) (reply, error) {
 	switch {
 	case ctx.Err() != nil:
 		return reply{}, fmt.Errorf("nothing was sent: %w", ctx.Err())

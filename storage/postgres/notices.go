@@ -1,0 +1,37 @@
+package postgres
+
+import "github.com/jackc/pgx/v5/pgconn"
+
+// warningMark is the key under which a connection's custom data holds the server routine that sent
+// a warning. If the wait of a COMMIT for the standbys was canceled, a warning is the only sign:
+// COMMIT succeeds.
+const warningMark = "paidonce/idempotency/warned"
+
+// canceledWait is the routine that warns of such a COMMIT.
+const canceledWait = "SyncRepWaitForLSN"
+
+func forgetWarning(conn *pgconn.PgConn) { delete(conn.CustomData(), warningMark) }
+
+func warned(conn *pgconn.PgConn) bool { return conn.CustomData()[warningMark] != nil }
+
+// waitedInVain reports whether the wait of the last COMMIT for the standbys was cut short.
+// synchronous means that there were standbys when the transaction began: then any warning counts,
+// because not every server names its routines.
+func waitedInVain(conn *pgconn.PgConn, synchronous bool) bool {
+	routine, ok := conn.CustomData()[warningMark].(string)
+	return ok && (synchronous || routine == canceledWait)
+}
+
+// markWarnings returns a notice handler that marks the connection, after inner was told.
+func markWarnings(inner pgconn.NoticeHandler) pgconn.NoticeHandler {
+	return func(conn *pgconn.PgConn, notice *pgconn.Notice) {
+		if inner != nil {
+			inner(conn, notice)
+		}
+		if notice.SeverityUnlocalized == "WARNING" {
+			if mark := conn.CustomData(); mark[warningMark] != canceledWait { // of several warnings one may be it
+				mark[warningMark] = notice.Routine
+			}
+		}
+	}
+}

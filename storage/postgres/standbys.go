@@ -1,0 +1,28 @@
+package postgres
+
+import (
+	"context"
+	"errors"
+
+	"github.com/jackc/pgx/v5/pgconn"
+)
+
+var errNotReplicated = errors.New("COMMIT did not wait for the standbys: pg_stat_replication says which are away")
+
+// barrier ends the transaction with a COMMIT that waits for the standbys, and so for all that was committed before it.
+// A COMMIT whose wait was canceled is visible on the primary, but a fail-over would lose it: nothing is answered from
+// it before it is safe.
+func (s *Store) barrier(ctx context.Context, conn *pgconn.PgConn) error {
+	forgetWarning(conn)
+	reply, err := s.statements.flush(ctx, conn,
+		call{statement: &s.statements.barrier, params: [][]byte{s.synchronousCommit}},
+		call{statement: &s.statements.commit},
+	)
+	switch {
+	case err != nil:
+		return err
+	case !reply.committed || warned(conn):
+		return errNotReplicated
+	}
+	return nil
+}
