@@ -85,6 +85,7 @@ func TestDependencies(t *testing.T) {
 		"github.com/jackc/pgpassfile", "github.com/jackc/pgservicefile", "github.com/jackc/pgx/v5", "github.com/jackc/puddle/v2",
 		"golang.org/x/sync", "golang.org/x/text",
 	}
+	pgconn := []string{"github.com/jackc/pgpassfile", "github.com/jackc/pgservicefile", "github.com/jackc/pgx/v5", "golang.org/x/text"}
 	const httpsfv = "github.com/dunglas/httpsfv"
 	// What a metric costs is client_golang's choice, and what a span costs OpenTelemetry's: who wants neither imports neither.
 	prometheus := []string{
@@ -107,6 +108,7 @@ func TestDependencies(t *testing.T) {
 		{[]string{"./storage/encrypted"}, []string{"", "storage/encrypted"}, nil},
 		{[]string{"./storage/storagetest"}, []string{"", "storage/storagetest"}, nil},
 		{[]string{"./storage/postgres"}, []string{"", "storage/postgres"}, pgx},
+		{[]string{"./storage/postgres/internal/wire"}, nil, pgconn}, // nothing of the store, or of keys
 		{[]string{"./storage/postgres/operator"}, []string{"", "internal/pooler", "storage/postgres", "storage/postgres/operator"}, pgx},
 		{[]string{"./migrations"}, []string{"internal/pooler", "migrations"}, append([]string{"github.com/golang-migrate/migrate/v4"}, pgx...)},
 		{[]string{"./observe/history"}, []string{"", "observe/history"}, pgx},
@@ -135,6 +137,7 @@ func TestDependencies(t *testing.T) {
 					p := packages[needed]
 					switch {
 					case p.Standard:
+					case strings.HasPrefix(needed, module+"/storage/postgres/internal/"): // parts of storage/postgres
 					case needed == module+"/internal/deadline": // a part of the root package, which storage/postgres knows too
 					case needed == module || strings.HasPrefix(needed, module+"/"):
 						ours = append(ours, strings.TrimPrefix(strings.TrimPrefix(needed, module), "/"))

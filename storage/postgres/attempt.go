@@ -11,6 +11,7 @@ import (
 	"github.com/jackc/pgx/v5/pgxpool"
 
 	"github.com/paidonce/idempotency"
+	"github.com/paidonce/idempotency/storage/postgres/internal/wire"
 )
 
 // attempt is one run of a handler in an open transaction on a connection of its own. It is one piece of memory with all
@@ -40,13 +41,13 @@ type attempt struct {
 	text       [96]byte  // of scope and key, where they are short
 	headers    [160]byte // recorded, where they are few
 	params     [insertParams][]byte
-	calls      [6]call // of the flush under way
+	calls      [6]wire.Call // of the flush under way
 
 	guardParams [2][]byte
 }
 
 func newAttempt(store *Store, conn *pgxpool.Conn, req *idempotency.Request, number int64) *attempt {
-	a := &attempt{store: store, req: req, number: number, lockNumber: encodeInt8(number), pooled: conn, tx: newTransaction(store.pool, conn.Conn(), store.mode, store.options.DeferredMax)}
+	a := &attempt{store: store, req: req, number: number, lockNumber: wire.EncodeInt8(number), pooled: conn, tx: newTransaction(store.pool, conn.Conn(), store.mode, store.options.DeferredMax)}
 	a.handle.transaction = &a.tx
 	text := append(append(a.text[:0], req.Key.Scope...), req.Key.Value...)
 	a.scope, a.key = text[:len(req.Key.Scope)], text[len(req.Key.Scope):]
@@ -81,50 +82,50 @@ func (*txContext) String() string { return "postgres.WithTx" }
 func (c *txContext) Format(f fmt.State, _ rune) { _, _ = io.WriteString(f, c.String()) } // fmt has no use for the error
 
 // lockCall tries to lock the key. If the server can tell, it also reads the position of its log.
-func (a *attempt) lockCall() call {
+func (a *attempt) lockCall() wire.Call {
 	a.params[0] = a.lockNumber[:]
 	if a.req.Keyless() || a.store.withoutPosition.Load() {
-		return call{statement: &a.store.statements.lock, params: a.params[:1:1], row: lockRow{a}}
+		return wire.Call{Statement: &a.store.statements.lock, Params: a.params[:1:1], Row: lockRow{a}}
 	}
-	return call{statement: &a.store.statements.lockAt, params: a.params[:1:1], row: lockAtRow{a}}
+	return wire.Call{Statement: &a.store.statements.lockAt, Params: a.params[:1:1], Row: lockAtRow{a}}
 }
 
 // lookUpCall looks the record up. Its parameters lie beside those of lockCall.
-func (a *attempt) lookUpCall(row rowReader) call {
+func (a *attempt) lookUpCall(row wire.RowReader) wire.Call {
 	a.params[1], a.params[2] = a.scope, a.key
-	return call{statement: &a.store.statements.lookUp, params: a.params[1:3:3], row: row}
+	return wire.Call{Statement: &a.store.statements.lookUp, Params: a.params[1:3:3], Row: row}
 }
 
 // lockRow reads what the claim's lock says.
 type lockRow struct{ *attempt }
 
-func (a lockRow) readRow(values [][]byte) error {
-	d := decoder{values: values}
+func (a lockRow) ReadRow(values [][]byte) error {
+	d := wire.Decoder{Values: values}
 	a.readLock(&d)
-	return d.err
+	return d.Err
 }
 
 // lockAtRow reads the result of the claim's lock, and the position of the server's log.
 type lockAtRow struct{ *attempt }
 
-func (a lockAtRow) readRow(values [][]byte) error {
-	d := decoder{values: values}
+func (a lockAtRow) ReadRow(values [][]byte) error {
+	d := wire.Decoder{Values: values}
 	a.readLock(&d)
-	a.req.Claim.Timeline, a.req.Claim.Position = d.position()
-	return d.err
+	a.req.Claim.Timeline, a.req.Claim.Position = d.Position()
+	return d.Err
 }
 
-func (a *attempt) readLock(d *decoder) {
-	a.locked = d.bool()
-	copy(a.claimedAt[:], d.next(len(a.claimedAt)))
-	a.req.Claim = idempotency.Claim{At: (&decoder{values: [][]byte{a.claimedAt[:]}}).timestamp()}
-	a.synchronous = d.bool()
+func (a *attempt) readLock(d *wire.Decoder) {
+	a.locked = d.Bool()
+	copy(a.claimedAt[:], d.Next(len(a.claimedAt)))
+	a.req.Claim = idempotency.Claim{At: (&wire.Decoder{Values: [][]byte{a.claimedAt[:]}}).Timestamp()}
+	a.synchronous = d.Bool()
 }
 
 // recordRow reads the record.
 type recordRow struct{ *attempt }
 
-func (a recordRow) readRow(values [][]byte) (err error) {
+func (a recordRow) ReadRow(values [][]byte) (err error) {
 	a.record, a.hidden, err = decodeLookUp(values)
 	return err
 }
@@ -146,24 +147,24 @@ func (a *attempt) commit(ctx context.Context, answer *idempotency.Answer) error 
 	}
 	s := &a.store.statements
 	calls, together := append(a.calls[:0], a.guardCall()), 0
-	var recorded rowReader
+	var recorded wire.RowReader
 	if d := a.tx.deferred.Load(); d != nil {
 		if _, refused := d.state(); refused != nil {
 			return fail("commit", refusal(refused), refused)
 		}
 		calls, together = append(calls, d.calls...), d.together
-		recorded = rowFunc(func([][]byte) error { // a warning of theirs is none of COMMIT's
-			forgetWarning(a.conn())
+		recorded = wire.RowFunc(func([][]byte) error { // a warning of theirs is none of COMMIT's
+			wire.ForgetWarning(a.conn())
 			return nil
 		})
 	}
 	last := a.guardCall() // it sets synchronous_commit, as the record does
 	if !a.req.Keyless() {
 		last = a.insertCall(a.claimedAt[:], answer)
-		last.apart = together+len(last.params[headersParam])+len(last.params[headersParam+1]) > togetherBytesMax
+		last.Apart = together+len(last.Params[headersParam])+len(last.Params[headersParam+1]) > togetherBytesMax
 	}
-	last.row = recorded
-	return a.end(ctx, "commit", append(calls, call{statement: &s.constraints}, last, call{statement: &s.commit}))
+	last.Row = recorded
+	return a.end(ctx, "commit", append(calls, wire.Call{Statement: &s.constraints}, last, wire.Call{Statement: &s.commit}))
 }
 
 // Decline implements [idempotency.Attempt]: the handler's writes go, the answer stays, in one round trip. Between the
@@ -181,11 +182,11 @@ func (a *attempt) Decline(ctx context.Context, answer *idempotency.Answer) error
 		calls = append(calls, a.guardCall())
 	}
 	calls = append(calls,
-		call{statement: &s.rollback},
-		call{statement: &s.begin},
-		call{statement: &s.lock, params: [][]byte{a.lockNumber[:]}},
+		wire.Call{Statement: &s.rollback},
+		wire.Call{Statement: &s.begin},
+		wire.Call{Statement: &s.lock, Params: [][]byte{a.lockNumber[:]}},
 		a.insertCall(nil, answer),
-		call{statement: &s.commit},
+		wire.Call{Statement: &s.commit},
 	)
 	return a.lookAgain(ctx, "decline", a.end(ctx, "decline", calls))
 }
@@ -223,7 +224,7 @@ func (a *attempt) Rollback(ctx context.Context) error {
 // undoAndLook sends the calls and ROLLBACK, and looks the key up in the same flush if looks says
 // so. It returns nil if there is no record, or if no look-up was needed: then ROLLBACK may fail,
 // which ends the connection.
-func (a *attempt) undoAndLook(ctx context.Context, step string, calls []call) error {
+func (a *attempt) undoAndLook(ctx context.Context, step string, calls []wire.Call) error {
 	s, looks := &a.store.statements, a.looks()
 	if a.tx.abandoned || a.conn().IsClosed() || a.conn().IsBusy() {
 		if looks {
@@ -232,20 +233,20 @@ func (a *attempt) undoAndLook(ctx context.Context, step string, calls []call) er
 		return nil
 	}
 	if status := a.conn().TxStatus(); status == 'T' || status == 'E' {
-		calls = append(calls, call{statement: &s.rollback})
+		calls = append(calls, wire.Call{Statement: &s.rollback})
 	}
 	if looks {
 		a.record = nil
-		calls = append(calls, call{statement: &s.lookUp, params: [][]byte{a.scope, a.key}, row: recordRow{a}})
+		calls = append(calls, wire.Call{Statement: &s.lookUp, Params: [][]byte{a.scope, a.key}, Row: recordRow{a}})
 	}
 	if len(calls) == 0 {
 		return nil
 	}
-	reply, err := s.flush(ctx, a.conn(), calls...)
+	reply, err := s.Flush(ctx, a.conn(), calls...)
 	a.distrust()
 	var pgErr *pgconn.PgError
 	switch {
-	case errors.As(err, &pgErr) && pgErr.Code == "22012" && calls[min(reply.failed, len(calls)-1)].statement == &s.guard:
+	case errors.As(err, &pgErr) && pgErr.Code == "22012" && calls[min(reply.Failed, len(calls)-1)].Statement == &s.guard:
 		return fail(step, idempotency.ErrTransactionLost, err)
 	case err != nil && looks:
 		return fail(step, idempotency.ErrUnknown, err)
@@ -261,7 +262,7 @@ func (a *attempt) undoAndLook(ctx context.Context, step string, calls []call) er
 // applied: a plan with policies would outlive them. See [ErrRowSecurity].
 func (a *attempt) distrust() {
 	if a.hidden {
-		delete(a.conn().CustomData(), a.store.statements.mark)
+		a.store.statements.Distrust(a.conn())
 	}
 }
 
@@ -275,16 +276,16 @@ const togetherBytesMax = 512
 const headersParam = 9
 
 // guardCall fails where the transaction is not the one of the claim.
-func (a *attempt) guardCall() call {
+func (a *attempt) guardCall() wire.Call {
 	a.guardParams = [...][]byte{a.claimedAt[:], a.store.synchronousCommit}
-	return call{statement: &a.store.statements.guard, params: a.guardParams[:]}
+	return wire.Call{Statement: &a.store.statements.guard, Params: a.guardParams[:]}
 }
 
 // insertCall records the answer. claimedAt is nil in a transaction other than that of the claim.
-func (a *attempt) insertCall(claimedAt []byte, answer *idempotency.Answer) call {
-	a.ttl = encodeInt8(a.req.TTL.Microseconds())
-	a.status = encodeInt2(int16(answer.Status))
-	a.version = encodeInt2(a.req.Fingerprint.Version)
+func (a *attempt) insertCall(claimedAt []byte, answer *idempotency.Answer) wire.Call {
+	a.ttl = wire.EncodeInt8(a.req.TTL.Microseconds())
+	a.status = wire.EncodeInt2(int16(answer.Status))
+	a.version = wire.EncodeInt2(a.req.Fingerprint.Version)
 	body := answer.Body
 	if body == nil {
 		body = []byte{} // nil would be NULL
@@ -296,11 +297,11 @@ func (a *attempt) insertCall(claimedAt []byte, answer *idempotency.Answer) call 
 	if a.req.TraceID != "" {
 		a.params[insertParams-1] = []byte(a.req.TraceID)
 	}
-	return call{statement: &a.store.statements.insert, params: a.params[:]}
+	return wire.Call{Statement: &a.store.statements.insert, Params: a.params[:]}
 }
 
 // end sends the last flush, whose last statement is COMMIT, and says what became of the transaction.
-func (a *attempt) end(ctx context.Context, step string, calls []call) error {
+func (a *attempt) end(ctx context.Context, step string, calls []wire.Call) error {
 	switch {
 	case a.tx.abandoned:
 		return fail(step, idempotency.ErrUnavailable, errors.New("a goroutine of the handler's still uses the connection"))
@@ -309,12 +310,12 @@ func (a *attempt) end(ctx context.Context, step string, calls []call) error {
 	case ctx.Err() != nil:
 		return fail(step, idempotency.ErrUnavailable, fmt.Errorf("time was over before COMMIT was sent: %w", ctx.Err()))
 	}
-	forgetWarning(a.conn())
-	reply, err := a.store.statements.flush(ctx, a.conn(), calls...)
+	wire.ForgetWarning(a.conn())
+	reply, err := a.store.statements.Flush(ctx, a.conn(), calls...)
 	switch {
-	case err == nil && !reply.committed:
+	case err == nil && !reply.Committed:
 		return fail(step, idempotency.ErrAborted, errors.New("COMMIT was answered with ROLLBACK"))
-	case err == nil && waitedInVain(a.conn(), a.synchronous): // standbys may have been named since the claim
+	case err == nil && wire.WaitedInVain(a.conn(), a.synchronous): // standbys may have been named since the claim
 		return fail(step, idempotency.ErrUnknown, errNotReplicated)
 	case err == nil:
 		if !a.req.Keyless() && !a.synchronous { // with standbys a look-up is not enough for a replay
@@ -322,13 +323,13 @@ func (a *attempt) end(ctx context.Context, step string, calls []call) error {
 		}
 		return nil
 	}
-	pgErr, ok := definite(err)
+	pgErr, ok := wire.Definite(err)
 	if !ok {
 		// Only a fresh connection could tell what became of it, so this one is of no more use.
 		_ = a.pooled.Conn().Close(ctx)
 		return fail(step, idempotency.ErrUnknown, err)
 	}
-	sentinel, explained := a.store.statements.meaning(&calls[min(reply.failed, len(calls)-1)], pgErr)
+	sentinel, explained := a.store.statements.meaning(&calls[min(reply.Failed, len(calls)-1)], pgErr)
 	return fail(step, sentinel, explained)
 }
 
@@ -344,7 +345,7 @@ func (a *attempt) release(ctx context.Context) {
 	}
 	if status := a.conn().TxStatus(); (status == 'T' || status == 'E') && !a.conn().IsClosed() && !a.conn().IsBusy() {
 		// Alone in its flush: in an aborted transaction nothing else would be heard before it.
-		_, _ = a.store.statements.flush(ctx, a.conn(), call{statement: &a.store.statements.rollback}) // else destroyed below
+		_, _ = a.store.statements.Flush(ctx, a.conn(), wire.Call{Statement: &a.store.statements.rollback}) // else destroyed below
 	}
 	a.pooled.Release()
 }

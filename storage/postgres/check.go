@@ -11,6 +11,8 @@ import (
 	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgconn"
 	"github.com/jackc/pgx/v5/pgxpool"
+
+	"github.com/paidonce/idempotency/storage/postgres/internal/wire"
 )
 
 // What [Store.Check] finds wrong. Each error's text names the remedy.
@@ -96,7 +98,7 @@ func (s *Store) check(ctx context.Context) (wrong []error) {
 		) AS p ON true`
 	err := s.pool.AcquireFunc(ctx, func(conn *pgxpool.Conn) error {
 		version = conn.Conn().PgConn().ParameterStatus("server_version")
-		othersPrepared = s.statements.othersOn(conn.Conn().PgConn())
+		othersPrepared = s.statements.OthersOn(conn.Conn().PgConn())
 		return conn.QueryRow(ctx, sql,
 			pgx.Identifier{s.options.Schema, TableName}.Sanitize(),
 			pgx.Identifier{s.options.Schema, versionTable}.Sanitize(),
@@ -269,7 +271,7 @@ func (s *Store) checkVersion(ctx context.Context, versions *string) error {
 	case errors.As(err, &pgErr) && pgErr.Code == "42501":
 		return fmt.Errorf("check: %w: its version can't be read: GRANT SELECT ON %s.%s to the service's role", ErrSchemaOutdated, s.options.Schema, versionTable)
 	case err != nil:
-		return fmt.Errorf("check: %w", sqlError(err))
+		return fmt.Errorf("check: %w", wire.SQLError(err))
 	case dirty:
 		return fmt.Errorf("check: %w: migration %d failed in the middle: idemctl migrate up, or migrations.Up, says how to mend it", ErrSchemaOutdated, version)
 	case version < SchemaVersion:

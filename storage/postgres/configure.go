@@ -10,6 +10,8 @@ import (
 	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/multitracer"
 	"github.com/jackc/pgx/v5/pgxpool"
+
+	"github.com/paidonce/idempotency/storage/postgres/internal/wire"
 )
 
 // ErrEscape is returned to a handler that acquires a connection from the store's pool with its own
@@ -55,7 +57,7 @@ func Configure(config *pgxpool.Config, opts *Options) {
 		}
 		if conn.DefaultQueryExecMode == pgx.QueryExecModeCacheStatement {
 			statements, inner := newStatements(o), config.AfterConnect
-			names := statements.newNames()
+			names := statements.NewNames()
 			config.AfterConnect = func(ctx context.Context, conn *pgx.Conn) error {
 				if inner != nil {
 					if err := inner(ctx, conn); err != nil {
@@ -65,13 +67,13 @@ func Configure(config *pgxpool.Config, opts *Options) {
 				if ctx.Value(unpreparedKey{}) != nil {
 					return nil
 				}
-				return statements.prepare(ctx, conn.PgConn(), names, o.PrepareTimeout)
+				return statements.Prepare(ctx, conn.PgConn(), names, o.PrepareTimeout)
 			}
 		}
 	} else if conn.DefaultQueryExecMode == pgx.QueryExecModeCacheStatement {
 		conn.DefaultQueryExecMode = pgx.QueryExecModeExec
 	}
-	conn.OnNotice = markWarnings(conn.OnNotice)
+	conn.OnNotice = wire.MarkWarnings(conn.OnNotice)
 	if conn.Tracer == nil {
 		conn.Tracer = escapeTracer{}
 	} else {

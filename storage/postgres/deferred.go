@@ -13,6 +13,7 @@ import (
 	"github.com/jackc/pgx/v5/pgconn"
 
 	"github.com/paidonce/idempotency"
+	"github.com/paidonce/idempotency/storage/postgres/internal/wire"
 )
 
 // Rows is the exact number of rows that a deferred statement must touch. Put it in front of the
@@ -59,7 +60,7 @@ type deferred struct {
 	together int // bytes of parameters since the last Sync
 
 	mu      sync.Mutex // a goroutine that finds the transaction in use takes it too
-	calls   []call
+	calls   []wire.Call
 	refused error // why a statement is missing
 }
 
@@ -137,14 +138,14 @@ func (tx *sealedTx) deferExec(ctx context.Context, sql string, args []any) (err 
 		return fmt.Errorf("idempotency/postgres: %w", err)
 	}
 	number := len(d.calls) + 1
-	c := call{statement: &s.statement, params: encoded.ParamValues, formats: encoded.ParamFormats}
-	c.meaning = func(err *pgconn.PgError) (sentinel, explained error) { return deferredMeaning(number, err) }
+	c := wire.Call{Statement: &s.Statement, Params: encoded.ParamValues, Formats: encoded.ParamFormats}
+	c.Meaning = func(err *pgconn.PgError) (sentinel, explained error) { return deferredMeaning(number, err) }
 	size := 0
-	for _, param := range c.params {
+	for _, param := range c.Params {
 		size += len(param)
 	}
 	if d.together += size; d.together > togetherBytesMax {
-		c.apart, d.together = true, size
+		c.Apart, d.together = true, size
 	}
 	d.mu.Lock()
 	defer d.mu.Unlock()
@@ -187,7 +188,7 @@ options:
 
 // deferredStatement is the SQL text of a deferred statement, made ready for a connection.
 type deferredStatement struct {
-	statement
+	wire.Statement
 	params      int
 	description *pgconn.StatementDescription // nil: parameters are encoded as in pgx.QueryExecModeExec
 }
@@ -222,18 +223,18 @@ func (tx *sealedTx) deferredStatement(ctx context.Context, sql string, rows Rows
 	if err != nil {
 		return nil, err
 	}
-	s := &deferredStatement{statement: statement{sql: counted}, params: params}
+	s := &deferredStatement{Statement: wire.Statement{SQL: counted}, params: params}
 	switch tx.mode {
 	case pgx.QueryExecModeCacheStatement:
-		s.name = "idempotency_deferred_" + rand.Text()
+		s.Name = "idempotency_deferred_" + rand.Text()
 	case pgx.QueryExecModeCacheDescribe, pgx.QueryExecModeDescribeExec:
 	default:
 		return s, nil
 	}
-	if s.description, err = conn.Prepare(ctx, s.name, s.sql, nil); err != nil {
+	if s.description, err = conn.Prepare(ctx, s.Name, s.SQL, nil); err != nil {
 		return nil, fmt.Errorf("idempotency/postgres: prepare a deferred statement: %w", err)
 	}
-	s.oids = s.description.ParamOIDs
+	s.OIDs = s.description.ParamOIDs
 	if known == nil {
 		known = map[deferredText]*deferredStatement{}
 		conn.CustomData()[deferredMark] = known
@@ -242,8 +243,8 @@ func (tx *sealedTx) deferredStatement(ctx context.Context, sql string, rows Rows
 		if len(known) < deferredTextsMax {
 			break
 		}
-		if other.name != "" {
-			if err := conn.Deallocate(ctx, other.name); err != nil {
+		if other.Name != "" {
+			if err := conn.Deallocate(ctx, other.Name); err != nil {
 				return nil, fmt.Errorf("idempotency/postgres: deallocate a deferred statement: %w", err)
 			}
 		}

@@ -7,11 +7,12 @@ import (
 	"github.com/jackc/pgx/v5/pgconn"
 
 	"github.com/paidonce/idempotency"
+	"github.com/paidonce/idempotency/storage/postgres/internal/wire"
 )
 
 // fail wraps an error of a step in the sentinel that says what it means.
 func fail(step string, sentinel, err error) error {
-	return fmt.Errorf("%s: %w: %w", step, sentinel, sqlError(err))
+	return fmt.Errorf("%s: %w: %w", step, sentinel, wire.SQLError(err))
 }
 
 // classify says what an error means that came before COMMIT was sent, or that the database gave instead of a commit.
@@ -24,7 +25,7 @@ func classify(err error) error {
 	case "40001", "40P01":
 		return idempotency.ErrSerialization
 	case "0A000":
-		if stalePlan(err) { // another connection makes a new plan
+		if wire.StalePlan(err) { // another connection makes a new plan
 			return idempotency.ErrSerialization
 		}
 	case "55P03": // lock_timeout
@@ -34,7 +35,7 @@ func classify(err error) error {
 			return idempotency.ErrAborted
 		}
 	}
-	switch class(pgErr) {
+	switch wire.Class(pgErr) {
 	case "08", "53", "57", "58": // connection, resources, operator, system
 		return idempotency.ErrUnavailable
 	}
@@ -44,11 +45,11 @@ func classify(err error) error {
 // meaning returns the sentinel for PostgreSQL's error in one of the statements of the last flush,
 // and the error with a remedy added. It depends on the statement: the handler's own deferred
 // constraints and triggers, which run before our INSERT, can raise the same codes.
-func (s *statements) meaning(failed *call, err *pgconn.PgError) (sentinel, explained error) {
-	if failed.meaning != nil {
-		return failed.meaning(err)
+func (s *statements) meaning(failed *wire.Call, err *pgconn.PgError) (sentinel, explained error) {
+	if failed.Meaning != nil {
+		return failed.Meaning(err)
 	}
-	switch failed.statement {
+	switch failed.Statement {
 	case &s.guard:
 		if err.Code == "22012" {
 			return idempotency.ErrTransactionLost, err
@@ -73,7 +74,7 @@ func (s *statements) meaning(failed *call, err *pgconn.PgError) (sentinel, expla
 }
 
 // explain adds a remedy to a database error.
-func explain(err error, remedy string) error { return fmt.Errorf("%w: %s", sqlError(err), remedy) }
+func explain(err error, remedy string) error { return fmt.Errorf("%w: %s", wire.SQLError(err), remedy) }
 
 // remedyReadOnly: the claim began a read-write transaction, so the handler must have changed it.
 const remedyReadOnly = "the handler made its transaction read-only: leave SET TRANSACTION READ ONLY and transaction_read_only alone"

@@ -8,6 +8,7 @@ import (
 	"github.com/jackc/pgx/v5/pgconn"
 
 	"github.com/paidonce/idempotency"
+	"github.com/paidonce/idempotency/storage/postgres/internal/wire"
 )
 
 func TestAdmitSQL(t *testing.T) {
@@ -173,7 +174,7 @@ func TestDefinite(t *testing.T) {
 		{&pgconn.PgError{Severity: "FATAL", Code: "08P01"}, false}, // PgBouncer's
 		{errors.New("unexpected EOF"), false},
 	} {
-		if _, got := definite(c.err); got != c.want {
+		if _, got := wire.Definite(c.err); got != c.want {
 			t.Errorf("%v: %v, want %v", c.err, got, c.want)
 		}
 	}

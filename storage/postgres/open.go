@@ -9,6 +9,8 @@ import (
 
 	"github.com/jackc/pgx/v5/pgconn"
 	"github.com/jackc/pgx/v5/pgxpool"
+
+	"github.com/paidonce/idempotency/storage/postgres/internal/wire"
 )
 
 // errAddress hides the parser's error: it quotes the address, and can't always tell the password in it.
@@ -82,7 +84,7 @@ func reachError(err error) error {
 	case errors.Is(err, context.DeadlineExceeded):
 		return &connectError{err: err, text: "there was no answer in time: " + unreachable}
 	}
-	return sqlError(err)
+	return wire.SQLError(err)
 }
 
 func connectRemedy(err *pgconn.PgError) string {

@@ -13,6 +13,7 @@ import (
 	"github.com/jackc/pgx/v5/pgconn"
 
 	"github.com/paidonce/idempotency"
+	"github.com/paidonce/idempotency/storage/postgres/internal/wire"
 )
 
 // reaperPagesMax is how many pages of the table one batch of [Store.DeleteExpired] goes through at most: 8 MB. It is also
@@ -49,7 +50,7 @@ func (s *Store) DeleteExpiredTold(ctx context.Context, progress func(pages, of, 
 	var hidden bool
 	err = s.pool.QueryRow(ctx, "SELECT pg_relation_size($1::regclass) / current_setting('block_size')::bigint, row_security_active($1::regclass)", pgx.QueryExecModeExec, table).Scan(&pages, &hidden)
 	if err != nil {
-		return 0, fmt.Errorf("delete expired: %w", sqlError(err))
+		return 0, fmt.Errorf("delete expired: %w", wire.SQLError(err))
 	}
 	w := &walk{store: s, batchPages: reaperPagesMax, table: table}
 	for page := int64(0); page < pages; page += reaperPagesMax {
@@ -102,9 +103,9 @@ func (w *walk) deleteRange(ctx context.Context, lock, first, last int64) error {
 				first = next // left to the next walk
 			}
 		case pgErr.Code == "42501":
-			return fmt.Errorf("%w: GRANT SELECT, DELETE ON %s to the reaper's role", sqlError(err), w.store.table)
+			return fmt.Errorf("%w: GRANT SELECT, DELETE ON %s to the reaper's role", wire.SQLError(err), w.store.table)
 		default:
-			return sqlError(err)
+			return wire.SQLError(err)
 		}
 	}
 	return nil

@@ -8,6 +8,7 @@ import (
 	"github.com/jackc/pgx/v5/pgconn"
 
 	"github.com/paidonce/idempotency"
+	"github.com/paidonce/idempotency/storage/postgres/internal/wire"
 )
 
 // hintsMax is how many keys a store has a hint for at most: 8 bytes each, 512 kB.
@@ -36,11 +37,11 @@ func (h *hints) clear(number int64) { h.place(number).CompareAndSwap(uint64(numb
 // connection, as for the claim; with TransactionPooling only ctx bounds it.
 func (s *Store) peek(ctx context.Context, conn *pgconn.PgConn, req *idempotency.Request, number int64) (*idempotency.Record, error) {
 	var row peekRow
-	_, err := s.statements.flush(ctx, conn, call{
-		statement: &s.statements.peek, params: [][]byte{[]byte(req.Key.Scope), []byte(req.Key.Value)}, row: &row,
+	_, err := s.statements.Flush(ctx, conn, wire.Call{
+		Statement: &s.statements.peek, Params: [][]byte{[]byte(req.Key.Scope), []byte(req.Key.Value)}, Row: &row,
 	})
 	if row.hidden {
-		delete(conn.CustomData(), s.statements.mark) // as in distrust
+		s.statements.Distrust(conn) // as in distrust
 	}
 	switch {
 	case err == nil && row.record != nil:
@@ -52,7 +53,7 @@ func (s *Store) peek(ctx context.Context, conn *pgconn.PgConn, req *idempotency.
 		return nil, fail("read the record", idempotency.ErrUnknown, err)
 	}
 	if conn.IsClosed() { // nothing but a SELECT was sent
-		return nil, fail("look the key up", idempotency.ErrUnavailable, errors.Join(errStale, sqlError(err)))
+		return nil, fail("look the key up", idempotency.ErrUnavailable, errors.Join(errStale, wire.SQLError(err)))
 	}
 	return nil, nil
 }
@@ -63,11 +64,11 @@ type peekRow struct {
 	hidden bool
 }
 
-func (r *peekRow) readRow(values [][]byte) (err error) {
-	d := decoder{values: values[min(1+recordColumnsCount, len(values)):]}
-	standby, synchronous := d.bool(), d.bool()
-	if d.err != nil || standby || synchronous {
-		return d.err
+func (r *peekRow) ReadRow(values [][]byte) (err error) {
+	d := wire.Decoder{Values: values[min(1+recordColumnsCount, len(values)):]}
+	standby, synchronous := d.Bool(), d.Bool()
+	if d.Err != nil || standby || synchronous {
+		return d.Err
 	}
 	r.record, r.hidden, err = decodeLookUp(values)
 	return err

@@ -13,6 +13,7 @@ import (
 	"github.com/jackc/pgx/v5/pgxpool"
 
 	"github.com/paidonce/idempotency"
+	"github.com/paidonce/idempotency/storage/postgres/internal/wire"
 )
 
 const (
@@ -85,7 +86,7 @@ func (s *Store) resolveOnce(ctx context.Context, req *idempotency.Request) (*ide
 		defer cancel()
 		// Closing alone would end the transaction too, but a moment later: a retry at once would find the key in progress.
 		if conn.PgConn().TxStatus() != 'I' {
-			_, _ = s.statements.flush(ctx, conn.PgConn(), call{statement: &s.statements.rollback})
+			_, _ = s.statements.Flush(ctx, conn.PgConn(), wire.Call{Statement: &s.statements.rollback})
 		}
 		_ = conn.Close(ctx)
 	}()
@@ -95,44 +96,44 @@ func (s *Store) resolveOnce(ctx context.Context, req *idempotency.Request) (*ide
 	var record *idempotency.Record
 	var now time.Time
 	synchronous, hidden := false, false
-	statements, lockNumber := &s.statements, encodeInt8(req.Key.LockNumber(s.table))
-	calls := []call{
-		{statement: &statements.resolveBegin},
-		{statement: &statements.resolveSet, params: [][]byte{[]byte(strconv.FormatInt(resolveLockTimeout.Milliseconds(), 10))}, row: rowFunc(func(values [][]byte) error {
-			d := decoder{values: values}
-			d.next(-1)
-			d.next(-1)
-			standby := d.bool()
-			synchronous = d.bool()
+	statements, lockNumber := &s.statements, wire.EncodeInt8(req.Key.LockNumber(s.table))
+	calls := []wire.Call{
+		{Statement: &statements.resolveBegin},
+		{Statement: &statements.resolveSet, Params: [][]byte{[]byte(strconv.FormatInt(resolveLockTimeout.Milliseconds(), 10))}, Row: wire.RowFunc(func(values [][]byte) error {
+			d := wire.Decoder{Values: values}
+			d.Next(-1)
+			d.Next(-1)
+			standby := d.Bool()
+			synchronous = d.Bool()
 			if standby {
 				return errStandby
 			}
-			return d.err
+			return d.Err
 		})},
 	}
 	if req.Claim.Timeline != 0 {
-		calls = append(calls, call{statement: &statements.resolveAt, row: rowFunc(func(values [][]byte) error {
-			d := decoder{values: values}
-			timeline, position := d.position()
+		calls = append(calls, wire.Call{Statement: &statements.resolveAt, Row: wire.RowFunc(func(values [][]byte) error {
+			d := wire.Decoder{Values: values}
+			timeline, position := d.Position()
 			if timeline < req.Claim.Timeline || timeline == req.Claim.Timeline && position < req.Claim.Position {
-				return cmp.Or(d.err, errOldPrimary)
+				return cmp.Or(d.Err, errOldPrimary)
 			}
-			return d.err
+			return d.Err
 		})})
 	}
 	calls = append(calls,
-		call{statement: &statements.resolveLock, params: [][]byte{lockNumber[:]}},
-		call{statement: &statements.lookUp, params: [][]byte{[]byte(req.Key.Scope), []byte(req.Key.Value)}, row: rowFunc(func(values [][]byte) (err error) {
+		wire.Call{Statement: &statements.resolveLock, Params: [][]byte{lockNumber[:]}},
+		wire.Call{Statement: &statements.lookUp, Params: [][]byte{[]byte(req.Key.Scope), []byte(req.Key.Value)}, Row: wire.RowFunc(func(values [][]byte) (err error) {
 			record, hidden, err = decodeLookUp(values)
 			return err
 		})},
-		call{statement: &statements.resolveTime, row: rowFunc(func(values [][]byte) error { // after the look-up
-			d := decoder{values: values}
-			now = d.timestamp()
-			return d.err
+		wire.Call{Statement: &statements.resolveTime, Row: wire.RowFunc(func(values [][]byte) error { // after the look-up
+			d := wire.Decoder{Values: values}
+			now = d.Timestamp()
+			return d.Err
 		})},
 	)
-	_, err = statements.flush(ctx, conn.PgConn(), calls...)
+	_, err = statements.Flush(ctx, conn.PgConn(), calls...)
 	switch {
 	case err != nil || record != nil:
 	case hidden:
@@ -166,7 +167,7 @@ func (s *Store) connectPrimary(ctx context.Context) (*pgx.Conn, error) {
 			return nil, err
 		}
 	}
-	config.OnNotice = markWarnings(config.OnNotice) // also where the pool's config did not go through Configure
+	config.OnNotice = wire.MarkWarnings(config.OnNotice) // also where the pool's config did not go through Configure
 	conn, err := pgx.ConnectConfig(ctx, config)
 	if err != nil {
 		return nil, err

@@ -6,6 +6,8 @@ import (
 	"fmt"
 
 	"github.com/jackc/pgx/v5"
+
+	"github.com/paidonce/idempotency/storage/postgres/internal/wire"
 )
 
 // ErrRowSecurity is returned if row-level security applies to one of our tables: a record may be
@@ -38,7 +40,7 @@ func (s *Store) checkAbsence(ctx context.Context) (wrong []error) {
 	err := s.pool.QueryRow(ctx, "SELECT current_user::text, current_setting('server_encoding'), row_security_active(to_regclass($1)::oid)",
 		pgx.Identifier{s.options.Schema, TableName}.Sanitize()).Scan(&role, &encoding, &hidden)
 	if err != nil {
-		return []error{sqlError(err)}
+		return []error{wire.SQLError(err)}
 	}
 	if hidden != nil && *hidden {
 		wrong = append(wrong, rowSecurity(s.table, pgx.Identifier{role}.Sanitize()))

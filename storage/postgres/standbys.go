@@ -5,6 +5,8 @@ import (
 	"errors"
 
 	"github.com/jackc/pgx/v5/pgconn"
+
+	"github.com/paidonce/idempotency/storage/postgres/internal/wire"
 )
 
 var errNotReplicated = errors.New("COMMIT did not wait for the standbys: pg_stat_replication says which are away")
@@ -13,15 +15,15 @@ var errNotReplicated = errors.New("COMMIT did not wait for the standbys: pg_stat
 // A COMMIT whose wait was canceled is visible on the primary, but a fail-over would lose it: nothing is answered from
 // it before it is safe.
 func (s *Store) barrier(ctx context.Context, conn *pgconn.PgConn) error {
-	forgetWarning(conn)
-	reply, err := s.statements.flush(ctx, conn,
-		call{statement: &s.statements.barrier, params: [][]byte{s.synchronousCommit}},
-		call{statement: &s.statements.commit},
+	wire.ForgetWarning(conn)
+	reply, err := s.statements.Flush(ctx, conn,
+		wire.Call{Statement: &s.statements.barrier, Params: [][]byte{s.synchronousCommit}},
+		wire.Call{Statement: &s.statements.commit},
 	)
 	switch {
 	case err != nil:
 		return err
-	case !reply.committed || warned(conn):
+	case !reply.Committed || wire.Warned(conn):
 		return errNotReplicated
 	}
 	return nil

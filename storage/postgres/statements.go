@@ -5,33 +5,35 @@ import (
 
 	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgtype"
+
+	"github.com/paidonce/idempotency/storage/postgres/internal/wire"
 )
 
 // statements are all that a store ever sends on the path of a request. Every name in them is qualified: a handler's
 // SET LOCAL search_path can't redirect them.
 type statements struct {
-	set    // those that are prepared on each connection of the pool
-	schema string
-	table  string // sanitized
-	begin  statement
-	lock   statement // try to lock; also tells the transaction's timestamp, and whether COMMIT waits for standbys
-	lockAt statement // as lock; also returns the position of the server's log
-	lookUp statement // always returns a row: whether row-level security applies, then the record or NULLs
-	peek   statement // the look-up of a replay, outside of a transaction
+	wire.Set // those that are prepared on each connection of the pool
+	schema   string
+	table    string // sanitized
+	begin    wire.Statement
+	lock     wire.Statement // try to lock; also tells the transaction's timestamp, and whether COMMIT waits for standbys
+	lockAt   wire.Statement // as lock; also returns the position of the server's log
+	lookUp   wire.Statement // always returns a row: whether row-level security applies, then the record or NULLs
+	peek     wire.Statement // the look-up of a replay, outside of a transaction
 
-	guard       statement // fails if the transaction is not the one of the claim
-	constraints statement // runs the constraints and triggers that were deferred to COMMIT
-	insert      statement // fails unless the record was written exactly as sent
-	commit      statement
-	rollback    statement
-	barrier     statement // makes the next COMMIT, and so all earlier ones, wait for the standbys
+	guard       wire.Statement // fails if the transaction is not the one of the claim
+	constraints wire.Statement // runs the constraints and triggers that were deferred to COMMIT
+	insert      wire.Statement // fails unless the record was written exactly as sent
+	commit      wire.Statement
+	rollback    wire.Statement
+	barrier     wire.Statement // makes the next COMMIT, and so all earlier ones, wait for the standbys
 
 	// Of the resolver, on connections of its own: never prepared.
-	resolveBegin statement
-	resolveSet   statement
-	resolveAt    statement // the position of the server's log
-	resolveLock  statement // waits
-	resolveTime  statement // the server's clock
+	resolveBegin wire.Statement
+	resolveSet   wire.Statement
+	resolveAt    wire.Statement // the position of the server's log
+	resolveLock  wire.Statement // waits
+	resolveTime  wire.Statement // the server's clock
 }
 
 // insertParams is how many parameters the longest of them has.
@@ -72,28 +74,28 @@ func newStatements(o *Options) statements {
 	lookedUp := " FROM (SELECT) AS one LEFT JOIN " + table + " ON scope = $1 AND key = $2"
 	s := statements{
 		schema: o.Schema, table: table,
-		begin: statement{sql: "BEGIN ISOLATION LEVEL " + string(o.Isolation) + " READ WRITE"},
-		lock: statement{
-			sql:  "SELECT pg_catalog.pg_try_advisory_xact_lock($1), pg_catalog.transaction_timestamp(), " + synchronousStandbys + settings,
-			oids: []uint32{pgtype.Int8OID},
+		begin: wire.Statement{SQL: "BEGIN ISOLATION LEVEL " + string(o.Isolation) + " READ WRITE"},
+		lock: wire.Statement{
+			SQL:  "SELECT pg_catalog.pg_try_advisory_xact_lock($1), pg_catalog.transaction_timestamp(), " + synchronousStandbys + settings,
+			OIDs: []uint32{pgtype.Int8OID},
 		},
-		lockAt: statement{
-			sql:  "SELECT pg_catalog.pg_try_advisory_xact_lock($1), pg_catalog.transaction_timestamp(), " + synchronousStandbys + ", " + logPosition + settings,
-			oids: []uint32{pgtype.Int8OID},
+		lockAt: wire.Statement{
+			SQL:  "SELECT pg_catalog.pg_try_advisory_xact_lock($1), pg_catalog.transaction_timestamp(), " + synchronousStandbys + ", " + logPosition + settings,
+			OIDs: []uint32{pgtype.Int8OID},
 		},
 		// A statement of its own: its snapshot must be younger than the lock, or it misses a record whose transaction
 		// let the lock go in between, and the handler runs twice.
-		lookUp: statement{
-			sql:  "SELECT " + hidden + ", " + recordColumns + lookedUp,
-			oids: []uint32{pgtype.TextOID, pgtype.TextOID},
+		lookUp: wire.Statement{
+			SQL:  "SELECT " + hidden + ", " + recordColumns + lookedUp,
+			OIDs: []uint32{pgtype.TextOID, pgtype.TextOID},
 		},
-		peek: statement{
-			sql:  "SELECT " + hidden + ", " + recordColumns + ", pg_catalog.pg_is_in_recovery(), " + synchronousStandbys + lookedUp,
-			oids: []uint32{pgtype.TextOID, pgtype.TextOID},
+		peek: wire.Statement{
+			SQL:  "SELECT " + hidden + ", " + recordColumns + ", pg_catalog.pg_is_in_recovery(), " + synchronousStandbys + lookedUp,
+			OIDs: []uint32{pgtype.TextOID, pgtype.TextOID},
 		},
 		// The handler's triggers that run inside COMMIT could change synchronous_commit after the
 		// record set it.
-		constraints: statement{sql: "SET CONSTRAINTS ALL IMMEDIATE"},
+		constraints: wire.Statement{SQL: "SET CONSTRAINTS ALL IMMEDIATE"},
 		// created_at is NULL, and so refused, if the transaction is not the one of the claim: then
 		// the handler ended ours behind our back. $1 is NULL after a decline, which records in a
 		// new transaction. set_config: COMMIT waits for the disk whatever the handler set. The TTL
@@ -102,8 +104,8 @@ func newStatements(o *Options) statements {
 		// client_encoding, so that the server read another scope: see plainText. COMMIT is already on
 		// its way behind it, so this statement must fail itself, by a division by zero. PostgreSQL
 		// refuses a rule, because the INSERT is inside WITH.
-		insert: statement{
-			sql: "WITH written AS (INSERT INTO " + table + " (created_at, expires_at, status, fingerprint_version, attempt_id, scope, key, fingerprint, headers, body, trace_id)" +
+		insert: wire.Statement{
+			SQL: "WITH written AS (INSERT INTO " + table + " (created_at, expires_at, status, fingerprint_version, attempt_id, scope, key, fingerprint, headers, body, trace_id)" +
 				" VALUES (CASE WHEN pg_catalog.transaction_timestamp() OPERATOR(pg_catalog.=) COALESCE($1, pg_catalog.transaction_timestamp())" +
 				" AND pg_catalog.set_config('synchronous_commit', $2, true) IS NOT NULL" + hearWarnings + " THEN pg_catalog.transaction_timestamp() END," +
 				" pg_catalog.clock_timestamp() OPERATOR(pg_catalog.+) ($3 OPERATOR(pg_catalog.*) interval '1 microsecond'), $4, $5, $6, $7, $8, $9, $10, $11, $12)" +
@@ -111,35 +113,35 @@ func newStatements(o *Options) statements {
 				" AND fingerprint OPERATOR(pg_catalog.=) $9" +
 				" AND pg_catalog.pg_client_encoding() OPERATOR(pg_catalog.=) ANY ('{UTF8,SQL_ASCII}'::pg_catalog.name[]) AS same)" +
 				" SELECT 1 OPERATOR(pg_catalog./) pg_catalog.count(*) FILTER (WHERE same) FROM written",
-			oids: []uint32{
+			OIDs: []uint32{
 				pgtype.TimestamptzOID, pgtype.TextOID, pgtype.Int8OID, pgtype.Int2OID, pgtype.Int2OID, pgtype.UUIDOID,
 				pgtype.TextOID, pgtype.TextOID, pgtype.ByteaOID, pgtype.ByteaOID, pgtype.ByteaOID, pgtype.TextOID,
 			},
 		},
-		guard: statement{
-			sql: "SELECT 1 OPERATOR(pg_catalog./) CASE WHEN pg_catalog.transaction_timestamp() OPERATOR(pg_catalog.=) $1" +
+		guard: wire.Statement{
+			SQL: "SELECT 1 OPERATOR(pg_catalog./) CASE WHEN pg_catalog.transaction_timestamp() OPERATOR(pg_catalog.=) $1" +
 				" AND pg_catalog.set_config('synchronous_commit', $2, true) IS NOT NULL" + hearWarnings + " THEN 1 ELSE 0 END",
-			oids: []uint32{pgtype.TimestamptzOID, pgtype.TextOID},
+			OIDs: []uint32{pgtype.TimestamptzOID, pgtype.TextOID},
 		},
-		commit:   statement{sql: "COMMIT"},
-		rollback: statement{sql: "ROLLBACK"},
-		barrier: statement{
-			sql: "SELECT pg_catalog.set_config('synchronous_commit', $1, true), pg_catalog.set_config('client_min_messages', 'warning', true)," +
+		commit:   wire.Statement{SQL: "COMMIT"},
+		rollback: wire.Statement{SQL: "ROLLBACK"},
+		barrier: wire.Statement{
+			SQL: "SELECT pg_catalog.set_config('synchronous_commit', $1, true), pg_catalog.set_config('client_min_messages', 'warning', true)," +
 				" pg_catalog.pg_logical_emit_message(true, 'idempotency', '')",
-			oids: []uint32{pgtype.TextOID},
+			OIDs: []uint32{pgtype.TextOID},
 		},
 		// READ COMMITTED whatever the store's isolation: the look-up's snapshot must be younger than the lock. READ WRITE
 		// fails on a standby.
-		resolveBegin: statement{sql: "BEGIN ISOLATION LEVEL READ COMMITTED READ WRITE"},
-		resolveSet: statement{
-			sql: "SELECT pg_catalog.set_config('lock_timeout', $1, true), pg_catalog.set_config('statement_timeout', '0', true), " +
+		resolveBegin: wire.Statement{SQL: "BEGIN ISOLATION LEVEL READ COMMITTED READ WRITE"},
+		resolveSet: wire.Statement{
+			SQL: "SELECT pg_catalog.set_config('lock_timeout', $1, true), pg_catalog.set_config('statement_timeout', '0', true), " +
 				"pg_catalog.pg_is_in_recovery(), " + synchronousStandbys + resolveSettings,
-			oids: []uint32{pgtype.TextOID},
+			OIDs: []uint32{pgtype.TextOID},
 		},
-		resolveAt:   statement{sql: "SELECT " + logPosition},
-		resolveLock: statement{sql: "SELECT pg_catalog.pg_advisory_xact_lock($1)", oids: []uint32{pgtype.Int8OID}},
-		resolveTime: statement{sql: "SELECT pg_catalog.clock_timestamp()"},
+		resolveAt:   wire.Statement{SQL: "SELECT " + logPosition},
+		resolveLock: wire.Statement{SQL: "SELECT pg_catalog.pg_advisory_xact_lock($1)", OIDs: []uint32{pgtype.Int8OID}},
+		resolveTime: wire.Statement{SQL: "SELECT pg_catalog.clock_timestamp()"},
 	}
-	s.set = newSet(s.table, deferredMark, &s.begin, &s.lock, &s.lockAt, &s.lookUp, &s.peek, &s.guard, &s.constraints, &s.insert, &s.commit, &s.rollback)
+	s.Set = wire.NewSet(s.table, deferredMark, &s.begin, &s.lock, &s.lockAt, &s.lookUp, &s.peek, &s.guard, &s.constraints, &s.insert, &s.commit, &s.rollback)
 	return s
 }

@@ -9,6 +9,8 @@ import (
 
 	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgconn"
+
+	"github.com/paidonce/idempotency/storage/postgres/internal/wire"
 )
 
 // StatisticsPagesMax is how many pages of the table [Store.Statistics] reads at most: 2 MB, whatever the size of the table.
@@ -38,7 +40,7 @@ func (s *Store) Statistics(ctx context.Context) (Statistics, error) {
 	var overdueSeconds float64
 	tx, err := s.pool.BeginTx(ctx, pgx.TxOptions{IsoLevel: pgx.ReadCommitted, AccessMode: pgx.ReadOnly})
 	if err != nil {
-		return Statistics{}, fmt.Errorf("statistics: %w", sqlError(err))
+		return Statistics{}, fmt.Errorf("statistics: %w", wire.SQLError(err))
 	}
 	defer func() {
 		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), StatisticsTimeoutMax)
@@ -58,7 +60,7 @@ func (s *Store) Statistics(ctx context.Context) (Statistics, error) {
 	case errors.As(err, &pgErr) && pgErr.Code == "42501" && pgErr.Routine == "check_enable_rls":
 		return Statistics{}, fmt.Errorf("statistics: %w", rowSecurity(s.table, ""))
 	case err != nil:
-		return Statistics{}, fmt.Errorf("statistics: %w", sqlError(err))
+		return Statistics{}, fmt.Errorf("statistics: %w", wire.SQLError(err))
 	}
 	stats.Overdue = time.Duration(overdueSeconds * float64(time.Second))
 	if read > 0 && read < pages {

@@ -15,6 +15,7 @@ import (
 
 	"github.com/paidonce/idempotency"
 	"github.com/paidonce/idempotency/internal/deadline"
+	"github.com/paidonce/idempotency/storage/postgres/internal/wire"
 )
 
 // TableName is the name of the table of the records. The schema is configurable, the name is not.
@@ -228,7 +229,7 @@ func (s *Store) Begin(ctx context.Context, req *idempotency.Request) (idempotenc
 	if errors.Is(err, errStale) && ctx.Err() == nil {
 		// Nothing but the claim was sent, and nothing of it remains.
 		acquire := s.acquireFresh
-		if unprepared(err) {
+		if wire.Unprepared(err) {
 			acquire = s.acquireUnprepared
 		}
 		attempt, record, err = s.claim(ctx, req, acquire)
@@ -261,11 +262,11 @@ func (s *Store) claim(ctx context.Context, req *idempotency.Request, acquire fun
 		}
 	}
 	a := newAttempt(s, conn, req, number)
-	claim := append(a.calls[:0], call{statement: &s.statements.begin}, a.lockCall())
+	claim := append(a.calls[:0], wire.Call{Statement: &s.statements.begin}, a.lockCall())
 	if !req.Keyless() {
 		claim = append(claim, a.lookUpCall(recordRow{a}))
 	}
-	reply, err := s.statements.flush(ctx, conn.Conn().PgConn(), claim...)
+	reply, err := s.statements.Flush(ctx, conn.Conn().PgConn(), claim...)
 	a.distrust()
 	if err == nil && a.record != nil && !a.synchronous { // with standbys a replay takes more than a look
 		s.hints.set(number)
@@ -275,8 +276,8 @@ func (s *Store) claim(ctx context.Context, req *idempotency.Request, acquire fun
 		a.release(ctx)
 		return nil, nil, fail("read the record", idempotency.ErrUnknown, err)
 	case err != nil:
-		stale := conn.Conn().IsClosed() || unprepared(err) || isStandby(err)
-		if failed := claim[min(reply.failed, len(claim)-1)].statement; failed == &s.statements.lockAt && withoutPosition(err) {
+		stale := conn.Conn().IsClosed() || wire.Unprepared(err) || wire.IsStandby(err)
+		if failed := claim[min(reply.Failed, len(claim)-1)].Statement; failed == &s.statements.lockAt && withoutPosition(err) {
 			s.withoutPosition.Store(true)
 			stale = true
 		}
@@ -285,7 +286,7 @@ func (s *Store) claim(ctx context.Context, req *idempotency.Request, acquire fun
 		}
 		a.release(ctx)
 		if stale {
-			return nil, nil, fail("claim", idempotency.ErrUnavailable, errors.Join(errStale, sqlError(err)))
+			return nil, nil, fail("claim", idempotency.ErrUnavailable, errors.Join(errStale, wire.SQLError(err)))
 		}
 		return nil, nil, fail("claim", classify(err), err)
 	case a.record != nil: // also where the lock is taken: replays may hold it
@@ -295,7 +296,7 @@ func (s *Store) claim(ctx context.Context, req *idempotency.Request, acquire fun
 		a.release(ctx)
 		switch {
 		case err != nil && classify(err) == idempotency.ErrSerialization:
-			return nil, nil, fail("make the record safe", idempotency.ErrSerialization, fmt.Errorf("%w: %w", idempotency.ErrKeyRecorded, sqlError(err)))
+			return nil, nil, fail("make the record safe", idempotency.ErrSerialization, fmt.Errorf("%w: %w", idempotency.ErrKeyRecorded, wire.SQLError(err)))
 		case err != nil:
 			return nil, nil, fail("make the record safe", idempotency.ErrUnknown, err)
 		}
@@ -313,7 +314,7 @@ func (s *Store) claim(ctx context.Context, req *idempotency.Request, acquire fun
 // withoutPosition reports whether a server refuses to return the position of its log: the functions
 // are missing, not allowed or not supported.
 func withoutPosition(err error) bool {
-	pgErr, ok := definite(err)
+	pgErr, ok := wire.Definite(err)
 	return ok && (pgErr.Code == "42883" || pgErr.Code == "42501" || pgErr.Code == "0A000" || pgErr.Code == "55000")
 }
 
@@ -366,12 +367,12 @@ func (s *Store) acquireFresh(ctx context.Context) (*pgxpool.Conn, error) {
 // decodeLookUp reads the row of a look-up. The record is nil if there is none, or if row-level
 // security hides it.
 func decodeLookUp(values [][]byte) (record *idempotency.Record, hidden bool, err error) {
-	d := decoder{values: values}
-	hidden = d.bool()
-	if d.err != nil || len(d.values) == 0 || d.values[0] == nil { // the version is never NULL in a record
-		return nil, hidden, d.err
+	d := wire.Decoder{Values: values}
+	hidden = d.Bool()
+	if d.Err != nil || len(d.Values) == 0 || d.Values[0] == nil { // the version is never NULL in a record
+		return nil, hidden, d.Err
 	}
-	record, err = decodeRecord(d.values)
+	record, err = decodeRecord(d.Values)
 	return record, hidden, err
 }
 
@@ -380,25 +381,25 @@ func decodeLookUp(values [][]byte) (record *idempotency.Record, hidden bool, err
 func (s *Store) acquireUnprepared(ctx context.Context) (*pgxpool.Conn, error) {
 	conn, err := s.acquireFresh(ctx)
 	if err == nil {
-		s.statements.forgetPrepared(conn.Conn().PgConn())
+		s.statements.ForgetPrepared(conn.Conn().PgConn())
 	}
 	return conn, err
 }
 
 func decodeRecord(values [][]byte) (*idempotency.Record, error) {
-	d := decoder{values: values}
+	d := wire.Decoder{Values: values}
 	var r idempotency.Record
-	r.Fingerprint.Version = d.int2()
-	copy(r.Fingerprint.Sum[:], d.next(len(r.Fingerprint.Sum)))
-	copy(r.Attempt[:], d.next(len(r.Attempt)))
-	r.Answer.Status = int(d.int2())
-	headers := d.next(-1)
-	r.Answer.Body = d.bytes()
-	r.TraceID = string(d.next(-1))
-	r.CreatedAt = d.timestamp()
-	r.ExpiresAt = d.timestamp()
-	if d.err != nil {
-		return nil, errors.Join(errRecord, d.err)
+	r.Fingerprint.Version = d.Int2()
+	copy(r.Fingerprint.Sum[:], d.Next(len(r.Fingerprint.Sum)))
+	copy(r.Attempt[:], d.Next(len(r.Attempt)))
+	r.Answer.Status = int(d.Int2())
+	headers := d.Next(-1)
+	r.Answer.Body = d.Bytes()
+	r.TraceID = string(d.Next(-1))
+	r.CreatedAt = d.Timestamp()
+	r.ExpiresAt = d.Timestamp()
+	if d.Err != nil {
+		return nil, errors.Join(errRecord, d.Err)
 	}
 	var err error
 	if r.Answer.Header, err = decodeHeaders(headers); err != nil {

@@ -15,6 +15,7 @@ import (
 	"github.com/jackc/pgx/v5/pgxpool"
 
 	"github.com/paidonce/idempotency"
+	"github.com/paidonce/idempotency/storage/postgres/internal/wire"
 )
 
 // Errors that a handler meets where it does with its transaction what it can't.
@@ -173,7 +174,7 @@ func (t *transaction) remember(err error) {
 	if err == nil {
 		return
 	}
-	t.stalePlans = t.stalePlans || stalePlan(err)
+	t.stalePlans = t.stalePlans || wire.StalePlan(err)
 	if t.failure != nil {
 		return
 	}

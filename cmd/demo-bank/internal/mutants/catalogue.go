@@ -19,7 +19,7 @@ type edit struct{ file, before, after string }
 const (
 	attemptFile    = "storage/postgres/attempt.go"
 	storeFile      = "storage/postgres/store.go"
-	exchangeFile   = "storage/postgres/exchange.go"
+	exchangeFile   = "storage/postgres/internal/wire/exchange.go"
 	deferredFile   = "storage/postgres/deferred.go"
 	statementsFile = "storage/postgres/statements.go"
 	resolveFile    = "storage/postgres/resolve.go"
@@ -48,7 +48,7 @@ func Catalogue() []Mutant {
 			return fail("record", idempotency.ErrUnavailable, err)
 		}
 		defer func() { _ = conn.Close(ctx) }()
-		if _, err := s.flush(ctx, conn.PgConn(), call{statement: &s.begin}, a.insertCall(nil, answer), call{statement: &s.commit}); err != nil {
+		if _, err := s.Flush(ctx, conn.PgConn(), wire.Call{Statement: &s.begin}, a.insertCall(nil, answer), wire.Call{Statement: &s.commit}); err != nil {
 			return fail("record", classify(err), err)
 		}
 `}},
@@ -56,21 +56,21 @@ func Catalogue() []Mutant {
 		{
 			Name: "store-after-commit",
 			Bug:  "the record is stored after the handler's transaction has committed",
-			edits: []edit{{attemptFile, keyedCommit, `		if err := a.end(ctx, "commit", append(a.calls[:0], last, call{statement: &s.commit})); err != nil {
+			edits: []edit{{attemptFile, keyedCommit, `		if err := a.end(ctx, "commit", append(a.calls[:0], last, wire.Call{Statement: &s.commit})); err != nil {
 			return err
 		}
-		return a.end(ctx, "commit", append(a.calls[:0], call{statement: &s.begin}, a.insertCall(nil, answer), call{statement: &s.commit}))
+		return a.end(ctx, "commit", append(a.calls[:0], wire.Call{Statement: &s.begin}, a.insertCall(nil, answer), wire.Call{Statement: &s.commit}))
 `}},
 		},
 		{
 			Name: "trust-safe-to-retry",
 			Bug:  "pgconn.SafeToRetry is believed when the reply to COMMIT is lost",
 			edits: []edit{
-				{attemptFile, `	pgErr, ok := definite(err)
+				{attemptFile, `	pgErr, ok := wire.Definite(err)
 `, `	if pgconn.SafeToRetry(err) {
 		return fail(step, idempotency.ErrUnavailable, err)
 	}
-	pgErr, ok := definite(err)
+	pgErr, ok := wire.Definite(err)
 `},
 				// The error of COMMIT itself, and not of the statement before it, as one gets it that sends them one by one.
 				{exchangeFile, `		if err != nil {
@@ -106,10 +106,10 @@ func Catalogue() []Mutant {
 			Name: "resolve-without-the-lock",
 			Bug:  "a lost COMMIT is looked up without waiting for the key's lock",
 			edits: []edit{
-				{resolveFile, `	statements, lockNumber := &s.statements, encodeInt8(req.Key.LockNumber(s.table))
+				{resolveFile, `	statements, lockNumber := &s.statements, wire.EncodeInt8(req.Key.LockNumber(s.table))
 `, `	statements := &s.statements
 `},
-				{resolveFile, `		call{statement: &statements.resolveLock, params: [][]byte{lockNumber[:]}},
+				{resolveFile, `		wire.Call{Statement: &statements.resolveLock, Params: [][]byte{lockNumber[:]}},
 `, ``},
 			},
 		},
@@ -117,37 +117,37 @@ func Catalogue() []Mutant {
 			Name: "lock-and-look-up-in-one",
 			Bug:  "lock and look-up are one statement, whose snapshot is older than the lock",
 			edits: []edit{
-				{statementsFile, `			sql:  "SELECT pg_catalog.pg_try_advisory_xact_lock($1), pg_catalog.transaction_timestamp(), " + synchronousStandbys + settings,
-			oids: []uint32{pgtype.Int8OID},`, `			sql: "SELECT pg_catalog.pg_try_advisory_xact_lock($1), pg_catalog.transaction_timestamp(), " + synchronousStandbys + settings +
+				{statementsFile, `			SQL:  "SELECT pg_catalog.pg_try_advisory_xact_lock($1), pg_catalog.transaction_timestamp(), " + synchronousStandbys + settings,
+			OIDs: []uint32{pgtype.Int8OID},`, `			SQL: "SELECT pg_catalog.pg_try_advisory_xact_lock($1), pg_catalog.transaction_timestamp(), " + synchronousStandbys + settings +
 				", " + recordColumns + " FROM (SELECT 1) one LEFT JOIN " + table + " ON scope = $2 AND key = $3",
-			oids: []uint32{pgtype.Int8OID, pgtype.TextOID, pgtype.TextOID},`},
+			OIDs: []uint32{pgtype.Int8OID, pgtype.TextOID, pgtype.TextOID},`},
 				{storeFile, `	if !req.Keyless() {
 		claim = append(claim, a.lookUpCall(recordRow{a}))
 	}
 `, ""},
 				{attemptFile, `	a.params[0] = a.lockNumber[:]
 	if a.req.Keyless() || a.store.withoutPosition.Load() {
-		return call{statement: &a.store.statements.lock, params: a.params[:1:1], row: lockRow{a}}
+		return wire.Call{Statement: &a.store.statements.lock, Params: a.params[:1:1], Row: lockRow{a}}
 	}
-	return call{statement: &a.store.statements.lockAt, params: a.params[:1:1], row: lockAtRow{a}}
+	return wire.Call{Statement: &a.store.statements.lockAt, Params: a.params[:1:1], Row: lockAtRow{a}}
 `, `	a.params[0], a.params[1], a.params[2] = a.lockNumber[:], a.scope, a.key
-	return call{statement: &a.store.statements.lock, params: a.params[:3:3], row: lockRow{a}}
+	return wire.Call{Statement: &a.store.statements.lock, Params: a.params[:3:3], Row: lockRow{a}}
 `},
-				{attemptFile, `func (a lockRow) readRow(values [][]byte) error {
-	d := decoder{values: values}
+				{attemptFile, `func (a lockRow) ReadRow(values [][]byte) error {
+	d := wire.Decoder{Values: values}
 	a.readLock(&d)
-	return d.err
-`, `func (a lockRow) readRow(values [][]byte) error {
-	d := decoder{values: values}
+	return d.Err
+`, `func (a lockRow) ReadRow(values [][]byte) error {
+	d := wire.Decoder{Values: values}
 	a.readLock(&d)
-	err := d.err
+	err := d.Err
 	if row := values[len(values)-recordColumnsCount:]; row[0] != nil {
 		a.record, err = decodeRecord(row)
 	}
 	return err
 `},
-				{attemptFile, `		call{statement: &s.lock, params: [][]byte{a.lockNumber[:]}},`,
-					`		call{statement: &s.lock, params: [][]byte{a.lockNumber[:], a.scope, a.key}},`},
+				{attemptFile, `		wire.Call{Statement: &s.lock, Params: [][]byte{a.lockNumber[:]}},`,
+					`		wire.Call{Statement: &s.lock, Params: [][]byte{a.lockNumber[:], a.scope, a.key}},`},
 			},
 		},
 		{
@@ -185,8 +185,8 @@ func Catalogue() []Mutant {
 			Name: "old-primary-believed",
 			Bug:  "absence on a server that is behind the claim's is taken for proof",
 			Test: Test{"storage/postgres", "TestResolveAsksNoServerThatIsBehindTheClaim"},
-			edits: []edit{{resolveFile, `				return cmp.Or(d.err, errOldPrimary)
-`, `				return cmp.Or(d.err, nil)
+			edits: []edit{{resolveFile, `				return cmp.Or(d.Err, errOldPrimary)
+`, `				return cmp.Or(d.Err, nil)
 `}},
 		},
 		{

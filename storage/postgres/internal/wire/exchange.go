@@ -1,4 +1,7 @@
-package postgres
+// Package wire exchanges messages with PostgreSQL: several statements in one round trip, prepared
+// statements, the binary format, SQLSTATEs and notices. It knows pgconn, and nothing of keys and
+// records.
+package wire
 
 import (
 	"context"
@@ -16,46 +19,46 @@ import (
 
 var binaryFormat = []int16{1} // stands for all parameters, and for all columns
 
-// call is a statement with its parameters and, where it returns a row, the reader of its first row.
-type call struct {
-	statement *statement
-	params    [][]byte
-	row       rowReader
+// Call is a statement with its parameters and, where it returns a row, the reader of its first row.
+type Call struct {
+	Statement *Statement
+	Params    [][]byte
+	Row       RowReader
 
-	formats []int16 // of the parameters; nil: all are binary
+	Formats []int16 // of the parameters; nil: all are binary
 
-	// meaning returns the sentinel for PostgreSQL's error in this call, and the error with a remedy
-	// added. It is nil in calls of the store's own: see statements.meaning.
-	meaning func(err *pgconn.PgError) (sentinel, explained error)
+	// Meaning returns the sentinel for PostgreSQL's error in this call, and the error with a remedy
+	// added. It is nil in calls of the store's own.
+	Meaning func(err *pgconn.PgError) (sentinel, explained error)
 
-	// apart puts a Sync in front of the parameters, after the text of a statement that is not
+	// Apart puts a Sync in front of the parameters, after the text of a statement that is not
 	// prepared. No timeout of PostgreSQL's runs in a session that has parsed or executed something
 	// and waits for the rest of a message; after a Sync idle_in_transaction_session_timeout does.
 	// The transaction must be open by then: only so does an error before the Sync fail the
 	// statements after it too.
-	apart bool
+	Apart bool
 }
 
-// rowReader reads a row in binary format. The values are the connection's buffer: what stays is copied.
-type rowReader interface{ readRow(values [][]byte) error }
+// RowReader reads a row in binary format. The values are the connection's buffer: what stays is copied.
+type RowReader interface{ ReadRow(values [][]byte) error }
 
-// rowFunc is a function as a rowReader.
-type rowFunc func(values [][]byte) error
+// RowFunc is a function as a [RowReader].
+type RowFunc func(values [][]byte) error
 
-func (f rowFunc) readRow(values [][]byte) error { return f(values) }
+func (f RowFunc) ReadRow(values [][]byte) error { return f(values) }
 
-// reply is what came back from a flush.
+// Reply is the result of a flush.
 type reply struct {
-	committed bool // the last statement that completed was COMMIT, and it committed
-	failed    int  // index of the call that failed; the number of calls where none did
+	Committed bool // the last statement that completed was COMMIT, and it committed
+	Failed    int  // index of the call that failed; the number of calls where none did
 }
 
-// flush sends the calls in one message and reads their results: one round trip. On an error the server skipped what
+// Flush sends the calls in one message and reads their results: one round trip. On an error the server skipped what
 // comes after the failed call; what came before it was done.
 //
 // It speaks the extended query protocol by pgconn's own frontend. pgconn's Pipeline does the same for anybody; this
 // knows the columns of its few statements, so that nothing is described, and keeps no queues.
-func (s *set) flush(ctx context.Context, conn *pgconn.PgConn, calls ...call) (reply, error) {
+func (s *Set) Flush(ctx context.Context, conn *pgconn.PgConn, calls ...Call) (reply, error) {
 	switch {
 	case ctx.Err() != nil:
 		return reply{}, fmt.Errorf("nothing was sent: %w", ctx.Err())
@@ -65,21 +68,21 @@ func (s *set) flush(ctx context.Context, conn *pgconn.PgConn, calls ...call) (re
 	frontend, prepared := conn.Frontend(), s.namesOn(conn)
 	for i := range calls {
 		c := &calls[i]
-		name, formats := c.statement.name, c.formats
+		name, formats := c.Statement.Name, c.Formats
 		if name == "" && prepared != nil {
-			name = prepared.names[c.statement.number]
+			name = prepared.names[c.Statement.number]
 		}
 		if formats == nil {
 			formats = binaryFormat
 		}
 		if name == "" {
-			frontend.SendParse(&pgproto3.Parse{Query: c.statement.sql, ParameterOIDs: c.statement.oids})
+			frontend.SendParse(&pgproto3.Parse{Query: c.Statement.SQL, ParameterOIDs: c.Statement.OIDs})
 		}
-		if c.apart {
+		if c.Apart {
 			frontend.SendSync(&pgproto3.Sync{})
 		}
 		frontend.SendBind(&pgproto3.Bind{
-			PreparedStatement: name, Parameters: c.params, ParameterFormatCodes: formats, ResultFormatCodes: binaryFormat,
+			PreparedStatement: name, Parameters: c.Params, ParameterFormatCodes: formats, ResultFormatCodes: binaryFormat,
 		})
 		frontend.SendExecute(&pgproto3.Execute{})
 	}
@@ -91,14 +94,14 @@ func (s *set) flush(ctx context.Context, conn *pgconn.PgConn, calls ...call) (re
 	} else {
 		result, err = exchangeWatched(ctx, conn, calls)
 	}
-	if unprepared(err) {
-		s.forgetPrepared(conn)
+	if Unprepared(err) {
+		s.ForgetPrepared(conn)
 	}
 	return result, err
 }
 
 // exchangeBefore is an exchange whose context ends by time alone: the socket itself watches the clock.
-func exchangeBefore(ctx *deadline.Context, conn *pgconn.PgConn, calls []call) (reply, error) {
+func exchangeBefore(ctx *deadline.Context, conn *pgconn.PgConn, calls []Call) (reply, error) {
 	at, _ := ctx.Deadline()
 	_ = conn.Conn().SetDeadline(at) // where a socket knows none, it can't be interrupted by the watch either
 	result, err := exchange(conn, calls)
@@ -112,7 +115,7 @@ func exchangeBefore(ctx *deadline.Context, conn *pgconn.PgConn, calls []call) (r
 }
 
 // exchangeWatched is an exchange whose context may end for any reason.
-func exchangeWatched(ctx context.Context, conn *pgconn.PgConn, calls []call) (reply, error) {
+func exchangeWatched(ctx context.Context, conn *pgconn.PgConn, calls []Call) (reply, error) {
 	watch := watchContext(ctx, conn)
 	result, err := exchange(conn, calls)
 	if interrupted := watch.end(); interrupted && err != nil {
@@ -125,14 +128,14 @@ func exchangeWatched(ctx context.Context, conn *pgconn.PgConn, calls []call) (re
 //
 // All is written before anything is read. That can't block both sides: what is sent fits into one message that the
 // server reads whole, or what comes back fits into the socket's buffer.
-func exchange(conn *pgconn.PgConn, calls []call) (result reply, err error) {
+func exchange(conn *pgconn.PgConn, calls []Call) (result reply, err error) {
 	if err := conn.Frontend().Flush(); err != nil {
 		abandon(conn)
 		return reply{}, err
 	}
 	reader := replyReader{calls: calls, syncs: 1}
 	for i := range calls {
-		if calls[i].apart {
+		if calls[i].Apart {
 			reader.syncs++
 		}
 	}
@@ -156,7 +159,7 @@ func exchange(conn *pgconn.PgConn, calls []call) (result reply, err error) {
 // replyReader reads the messages that answer calls, up to and including the ReadyForQuery of the
 // last Sync.
 type replyReader struct {
-	calls []call
+	calls []Call
 	syncs int // not answered yet
 	reply reply
 	row   bool  // the call under way returned one
@@ -169,18 +172,18 @@ func (r *replyReader) read(message pgproto3.BackendMessage) (over bool, err erro
 	case *pgproto3.ParseComplete, *pgproto3.BindComplete,
 		*pgproto3.ParameterStatus, *pgproto3.NoticeResponse, *pgproto3.NotificationResponse: // pgconn has seen to the last three
 	case *pgproto3.DataRow:
-		if r.err == nil && !r.row && r.reply.failed < len(r.calls) && r.calls[r.reply.failed].row != nil {
-			r.err = r.calls[r.reply.failed].row.readRow(message.Values)
+		if r.err == nil && !r.row && r.reply.Failed < len(r.calls) && r.calls[r.reply.Failed].Row != nil {
+			r.err = r.calls[r.reply.Failed].Row.ReadRow(message.Values)
 		}
 		r.row = true
 	case *pgproto3.CommandComplete:
 		if r.err == nil {
-			r.reply.committed = string(message.CommandTag) == "COMMIT"
-			r.reply.failed++
+			r.reply.Committed = string(message.CommandTag) == "COMMIT"
+			r.reply.Failed++
 		}
 		r.row = false
 	case *pgproto3.ErrorResponse:
-		if committed := r.reply.committed && r.reply.failed == len(r.calls); r.err == nil && !committed { // no error takes a COMMIT back
+		if committed := r.reply.Committed && r.reply.Failed == len(r.calls); r.err == nil && !committed { // no error takes a COMMIT back
 			r.err = pgconn.ErrorResponseToPgError(message)
 		}
 	case *pgproto3.ReadyForQuery:
@@ -188,7 +191,7 @@ func (r *replyReader) read(message pgproto3.BackendMessage) (over bool, err erro
 		if r.syncs--; r.syncs > 0 {
 			return false, nil
 		}
-		if r.err == nil && r.reply.failed != len(r.calls) {
+		if r.err == nil && r.reply.Failed != len(r.calls) {
 			return false, errors.New("server answered fewer statements than were sent")
 		}
 		return true, nil
@@ -203,7 +206,7 @@ func (r *replyReader) broken(err error) error {
 	switch {
 	case r.err != nil:
 		return r.err
-	case r.reply.failed == len(r.calls):
+	case r.reply.Failed == len(r.calls):
 		return nil
 	}
 	return err

@@ -1,4 +1,4 @@
-package postgres
+package wire
 
 import "github.com/jackc/pgx/v5/pgconn"
 
@@ -10,20 +10,22 @@ const warningMark = "paidonce/idempotency/warned"
 // canceledWait is the routine that warns of such a COMMIT.
 const canceledWait = "SyncRepWaitForLSN"
 
-func forgetWarning(conn *pgconn.PgConn) { delete(conn.CustomData(), warningMark) }
+// ForgetWarning makes the connection as if no warning had come.
+func ForgetWarning(conn *pgconn.PgConn) { delete(conn.CustomData(), warningMark) }
 
-func warned(conn *pgconn.PgConn) bool { return conn.CustomData()[warningMark] != nil }
+// Warned reports whether a warning has come since the last ForgetWarning.
+func Warned(conn *pgconn.PgConn) bool { return conn.CustomData()[warningMark] != nil }
 
-// waitedInVain reports whether the wait of the last COMMIT for the standbys was cut short.
+// WaitedInVain reports whether the wait of the last COMMIT for the standbys was cut short.
 // synchronous means that there were standbys when the transaction began: then any warning counts,
 // because not every server names its routines.
-func waitedInVain(conn *pgconn.PgConn, synchronous bool) bool {
+func WaitedInVain(conn *pgconn.PgConn, synchronous bool) bool {
 	routine, ok := conn.CustomData()[warningMark].(string)
 	return ok && (synchronous || routine == canceledWait)
 }
 
-// markWarnings returns a notice handler that marks the connection, after inner was told.
-func markWarnings(inner pgconn.NoticeHandler) pgconn.NoticeHandler {
+// MarkWarnings returns a notice handler that marks the connection, after inner was told.
+func MarkWarnings(inner pgconn.NoticeHandler) pgconn.NoticeHandler {
 	return func(conn *pgconn.PgConn, notice *pgconn.Notice) {
 		if inner != nil {
 			inner(conn, notice)

@@ -1,4 +1,4 @@
-package postgres
+package wire
 
 import (
 	"errors"
@@ -18,8 +18,8 @@ func (e *stateError) Error() string {
 
 func (e *stateError) Unwrap() error { return e.err }
 
-// sqlError returns err fit for a log: a database error by its SQLSTATE, anything else as it is.
-func sqlError(err error) error {
+// SQLError returns err fit for a log: a database error by its SQLSTATE, anything else as it is.
+func SQLError(err error) error {
 	var shown *stateError
 	var pgErr *pgconn.PgError
 	if errors.As(err, &pgErr) && !errors.As(err, &shown) {
@@ -28,34 +28,35 @@ func sqlError(err error) error {
 	return err
 }
 
-// stalePlan reports whether a table was changed under a prepared statement. Nothing of the
+// StalePlan reports whether a table was changed under a prepared statement. Nothing of the
 // statement was executed, and it keeps failing on this connection until it is prepared again. The
 // code 0A000 by itself can mean many other things.
-func stalePlan(err error) bool {
+func StalePlan(err error) bool {
 	var pgErr *pgconn.PgError
 	return errors.As(err, &pgErr) && pgErr.Code == "0A000" && pgErr.Routine == "RevalidateCachedQuery"
 }
 
-// isStandby reports whether a BEGIN was refused because the server is a standby.
-func isStandby(err error) bool {
+// IsStandby reports whether a BEGIN was refused because the server is a standby.
+func IsStandby(err error) bool {
 	var pgErr *pgconn.PgError
 	return errors.As(err, &pgErr) && (pgErr.Code == "0A000" || pgErr.Code == "25006")
 }
 
-func class(pgErr *pgconn.PgError) string {
+// Class returns the first two characters of the SQLSTATE.
+func Class(pgErr *pgconn.PgError) string {
 	if len(pgErr.Code) < 2 {
 		return ""
 	}
 	return pgErr.Code[:2]
 }
 
-// definite reports whether an error in place of COMMIT's reply proves that nothing was committed: an ERROR by
+// Definite reports whether an error in place of COMMIT's reply proves that nothing was committed: an ERROR by
 // PostgreSQL itself. A FATAL, a connection error, an error without the unlocalized severity (PgBouncer's) and every
 // error of the network prove nothing. pgconn.SafeToRetry is not asked: it is true after a COMMIT that happened.
-func definite(err error) (*pgconn.PgError, bool) {
+func Definite(err error) (*pgconn.PgError, bool) {
 	var pgErr *pgconn.PgError
 	if !errors.As(err, &pgErr) {
 		return nil, false
 	}
-	return pgErr, pgErr.SeverityUnlocalized == "ERROR" && class(pgErr) != "08"
+	return pgErr, pgErr.SeverityUnlocalized == "ERROR" && Class(pgErr) != "08"
 }

@@ -1,4 +1,4 @@
-package postgres
+package wire
 
 import (
 	"errors"
@@ -18,7 +18,7 @@ func TestErrorBehindTheReplyToCommitTakesNothingBack(t *testing.T) {
 	for _, severity := range []string{"ERROR", "FATAL", ""} {
 		failure := &pgproto3.ErrorResponse{Severity: severity, SeverityUnlocalized: severity, Code: "57014"}
 		for name, last := range map[string]pgproto3.BackendMessage{"ready": &pgproto3.ReadyForQuery{TxStatus: 'I'}, "broken": nil} {
-			reader := replyReader{calls: make([]call, 2), syncs: 1}
+			reader := replyReader{calls: make([]Call, 2), syncs: 1}
 			for _, message := range append(committed, failure) {
 				if over, err := reader.read(message); over || err != nil {
 					t.Fatal(over, err)
@@ -30,7 +30,7 @@ func TestErrorBehindTheReplyToCommitTakesNothingBack(t *testing.T) {
 			} else if over, broken := reader.read(last); !over || broken != nil {
 				t.Errorf("%s, %q: %v, %v", name, severity, over, broken)
 			}
-			if err != nil || !reader.reply.committed || reader.reply.failed != 2 {
+			if err != nil || !reader.reply.Committed || reader.reply.Failed != 2 {
 				t.Errorf("%s, %q: %v, %+v", name, severity, err, reader.reply)
 			}
 		}
