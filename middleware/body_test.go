@@ -1,13 +1,18 @@
 package middleware_test
 
 import (
+	"bufio"
 	"bytes"
 	"compress/gzip"
+	"context"
 	"fmt"
 	"io"
 	"log/slog"
+	"mime/multipart"
+	"net"
 	"net/http"
 	"net/http/httptest"
+	"path/filepath"
 	"runtime"
 	"strings"
 	"sync"
@@ -17,6 +22,7 @@ import (
 	"github.com/paidonce/idempotency"
 	"github.com/paidonce/idempotency/middleware"
 	"github.com/paidonce/idempotency/storage/memory"
+	"github.com/paidonce/idempotency/storage/postgres"
 )
 
 // trickle is a body of which only one byte has arrived.
@@ -345,4 +351,218 @@ func TestTrailerReachesTheHandler(t *testing.T) {
 	if trailer != "abc" {
 		t.Errorf("trailer %q", trailer)
 	}
+}
+
+// A body that ends early or comes a byte a second is given up, and holds no connection meanwhile.
+func TestBodyThatDoesNotArrive(t *testing.T) {
+	t.Parallel()
+	b := setup(t, setupOptions{poolMax: 1, server: func(s *http.Server) { s.ReadTimeout = 300 * time.Millisecond }}, transfer)
+	const head = "POST / HTTP/1.1\r\nHost: x\r\nAccount: acme\r\nIdempotency-Key: k\r\n"
+
+	slow := b.dial(t)
+	if _, err := io.WriteString(slow, head+"Content-Length: 10\r\n\r\n{"); err != nil {
+		t.Fatal(err)
+	}
+	want(t, b.post(t, "/", "{}", "Idempotency-Key", "other"), 201, idempotency.OutcomeExecuted, "") // with the pool's only connection
+	response, err := http.ReadResponse(bufio.NewReader(slow), nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	want(t, read(t, response), 408, idempotency.OutcomeNotExecuted, idempotency.ReasonBodyUnread)
+
+	short := b.dial(t)
+	if _, err := io.WriteString(short, head+"Content-Length: 10\r\n\r\n{"); err != nil {
+		t.Fatal(err)
+	}
+	if err := short.(*net.TCPConn).CloseWrite(); err != nil {
+		t.Fatal(err)
+	}
+	response, err = http.ReadResponse(bufio.NewReader(short), nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	want(t, read(t, response), 400, idempotency.OutcomeNotExecuted, idempotency.ReasonBodyUnread)
+	if b.runs.Load() != 1 {
+		t.Errorf("%d runs, want 1", b.runs.Load())
+	}
+}
+
+func TestBodiesThatAreFine(t *testing.T) {
+	t.Parallel()
+	var seen string
+	b := setup(t, setupOptions{}, func(w http.ResponseWriter, r *http.Request) {
+		body, err := io.ReadAll(r.Body)
+		if err != nil {
+			t.Error(err)
+		}
+		seen = string(body)
+		transfer(w, r)
+	})
+	want(t, b.post(t, "/", "", "Idempotency-Key", "empty"), 201, idempotency.OutcomeExecuted, "")
+	want(t, b.post(t, "/", "", "Idempotency-Key", "empty"), 201, idempotency.OutcomeReplayed, "")
+	bomb := "\x1f\x8b\x08\x00 not inflated by anybody"
+	want(t, b.post(t, "/", bomb, "Idempotency-Key", "gzip", "Content-Encoding", "gzip"), 201, idempotency.OutcomeExecuted, "")
+	if seen != bomb {
+		t.Errorf("the handler saw %q", seen)
+	}
+}
+
+func TestBodyTooLarge(t *testing.T) {
+	t.Parallel()
+	b := setup(t, setupOptions{middleware: &middleware.Options{BodyBytesMax: 100}, poolMax: 1}, transfer)
+	held, err := b.pool.Acquire(context.Background()) // nothing below may need a connection
+	if err != nil {
+		t.Fatal(err)
+	}
+	want(t, b.post(t, "/transfers", strings.Repeat("x", 101), "Idempotency-Key", "k"), 413, idempotency.OutcomeNotExecuted, idempotency.ReasonBodyTooLarge)
+	want(t, b.send(t, "POST", "/transfers", io.MultiReader(strings.NewReader(strings.Repeat("x", 101))), "Idempotency-Key", "k"), 413, idempotency.OutcomeNotExecuted, idempotency.ReasonBodyTooLarge)
+	// A client that waits for 100 Continue is answered 413 at once, and keeps its body.
+	want(t, b.raw(t, "POST /transfers HTTP/1.1\r\nHost: x\r\nAccount: acme\r\nIdempotency-Key: k\r\nExpect: 100-continue\r\nContent-Length: 101\r\n\r\n"), 413, idempotency.OutcomeNotExecuted, idempotency.ReasonBodyTooLarge)
+	held.Release()
+	want(t, b.post(t, "/transfers", strings.Repeat("x", 100), "Idempotency-Key", "k"), 201, idempotency.OutcomeExecuted, "")
+	want(t, b.send(t, "POST", "/transfers", io.MultiReader(strings.NewReader(strings.Repeat("x", 100))), "Idempotency-Key", "k"), 201, idempotency.OutcomeReplayed, "")
+}
+
+// The rest of a body that is refused unread is not waited for.
+func TestRefusedBodyClosesTheConnection(t *testing.T) {
+	t.Parallel()
+	b := setup(t, setupOptions{middleware: &middleware.Options{BodyBytesMax: 10}}, transfer)
+	conn := b.dial(t)
+	if _, err := io.WriteString(conn, "POST / HTTP/1.1\r\nHost: x\r\nAccount: acme\r\nIdempotency-Key: k\r\nContent-Length: 11\r\n\r\n12345678901"); err != nil {
+		t.Fatal(err)
+	}
+	if err := conn.SetReadDeadline(time.Now().Add(5 * time.Second)); err != nil {
+		t.Fatal(err)
+	}
+	answer, err := io.ReadAll(conn) // until the server closes
+	if err != nil || !strings.Contains(string(answer), "\r\nConnection: close\r\n") {
+		t.Errorf("%v: %s", err, answer)
+	}
+}
+
+// The handler sees a body of known length, however it came.
+func TestChunkedBodyHasALength(t *testing.T) {
+	t.Parallel()
+	b := setup(t, setupOptions{}, func(w http.ResponseWriter, r *http.Request) {
+		if r.ContentLength != 2 || len(r.TransferEncoding) != 0 {
+			t.Errorf("Content-Length %d, Transfer-Encoding %q", r.ContentLength, r.TransferEncoding)
+		}
+		transfer(w, r)
+	})
+	want(t, b.send(t, "POST", "/", io.MultiReader(strings.NewReader("{}")), "Idempotency-Key", "k"), 201, idempotency.OutcomeExecuted, "")
+}
+
+// A body that something outside has read is no empty body: two transfers would have one fingerprint.
+func TestBodyReadOutsideIsRefused(t *testing.T) {
+	t.Parallel()
+	b := setup(t, setupOptions{mount: func(idem *middleware.Middleware, handler http.Handler) http.Handler {
+		inner := idem.Handler(handler)
+		return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+			_ = r.ParseForm()
+			inner.ServeHTTP(w, r)
+		})
+	}}, transfer)
+	for _, body := range []string{"amount=1", "amount=1000"} {
+		got := b.post(t, "/", body, "Idempotency-Key", "k", "Content-Type", "application/x-www-form-urlencoded")
+		want(t, got, 500, idempotency.OutcomeNotExecuted, idempotency.ReasonHandlerFailed)
+	}
+	for _, body := range []string{"amount=1", "amount=1000"} { // nor where no length was announced
+		got := b.send(t, http.MethodPost, "/", io.MultiReader(strings.NewReader(body)), "Idempotency-Key", "chunked", "Content-Type", "application/x-www-form-urlencoded")
+		want(t, got, 500, idempotency.OutcomeNotExecuted, idempotency.ReasonHandlerFailed)
+	}
+	if b.runs.Load() != 0 {
+		t.Error("the handler ran")
+	}
+	if logged := b.logs.String(); strings.Count(logged, "level=ERROR") != 4 || !strings.Contains(logged, "inside") {
+		t.Errorf("the log names no remedy: %s", logged)
+	}
+}
+
+// Where somebody outside has read the body all bodies would have one fingerprint.
+func TestBodyThatIsGoneIsRefused(t *testing.T) {
+	t.Parallel()
+	b := setup(t, setupOptions{mount: func(idem *middleware.Middleware, h http.Handler) http.Handler {
+		inner := idem.Handler(h)
+		return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+			_ = r.FormValue("csrf")
+			inner.ServeHTTP(w, r)
+		})
+	}}, func(w http.ResponseWriter, r *http.Request) {
+		_, _ = io.WriteString(w, "paid "+r.PostFormValue("amount"))
+	})
+	for _, amount := range []string{"10", "9999"} {
+		got := b.post(t, "/", "amount="+amount, "Idempotency-Key", "k", "Content-Type", "application/x-www-form-urlencoded")
+		want(t, got, 500, idempotency.OutcomeNotExecuted, idempotency.ReasonHandlerFailed)
+	}
+}
+
+// net/http removes the files of a form from its own request, not from the handler's copy.
+func TestFilesOfAFormAreRemoved(t *testing.T) {
+	dir := t.TempDir()
+	t.Setenv("TMPDIR", dir)
+	b := setup(t, setupOptions{}, func(w http.ResponseWriter, r *http.Request) {
+		if err := r.ParseMultipartForm(1); err != nil {
+			t.Error(err)
+		}
+		if files, _ := filepath.Glob(dir + "/multipart-*"); len(files) != 1 {
+			t.Errorf("%d files", len(files))
+		}
+	})
+	var body bytes.Buffer
+	form := multipart.NewWriter(&body)
+	file, err := form.CreateFormFile("file", "x")
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, _ = file.Write(make([]byte, 200<<10))
+	_ = form.Close()
+	want(t, b.post(t, "/", body.String(), "Idempotency-Key", "k", "Content-Type", form.FormDataContentType()), 200, idempotency.OutcomeExecuted, "")
+	if files, _ := filepath.Glob(dir + "/multipart-*"); len(files) != 0 {
+		t.Errorf("%d files are left", len(files))
+	}
+}
+
+// Slowloris: 200 clients that send half a body hold nothing, and the others are served by a pool of 2.
+func TestHalfSentBodiesHoldNoConnection(t *testing.T) {
+	t.Parallel()
+	b := setup(t, setupOptions{
+		poolMax:    2,
+		store:      &postgres.Options{AcquireTimeout: 20 * time.Second}, // how long it takes is not the question
+		middleware: &middleware.Options{InFlightMax: 10},
+		server:     func(s *http.Server) { s.ReadTimeout = time.Minute },
+	}, transfer)
+	const slow, others = 200, 40
+	head := func(key string) string {
+		return "POST / HTTP/1.1\r\nHost: x\r\nAccount: acme\r\nIdempotency-Key: " + key + "\r\nContent-Length: 10\r\n\r\n{\"a\""
+	}
+	before := b.pool.Stat().AcquireCount()
+	var conns []net.Conn
+	for i := range slow {
+		conn := b.dial(t)
+		if _, err := io.WriteString(conn, head(fmt.Sprint("slow-", i))); err != nil {
+			t.Fatal(err)
+		}
+		conns = append(conns, conn)
+	}
+	answers := make(chan reply, others)
+	var senders sync.WaitGroup
+	for sender := range 4 {
+		senders.Go(func() {
+			for i := range others / 4 {
+				answers <- b.post(t, "/", "{}", "Idempotency-Key", fmt.Sprint("other-", sender, "-", i))
+			}
+		})
+	}
+	senders.Wait()
+	for range others {
+		want(t, <-answers, 201, idempotency.OutcomeExecuted, "")
+	}
+	if acquired := b.pool.Stat().AcquireCount() - before; acquired != others || b.runs.Load() != others {
+		t.Errorf("%d connections were taken and %d handlers ran, want %d of each: none for half a body", acquired, b.runs.Load(), others)
+	}
+	// They were there all the time: one of them sends the rest.
+	if _, err := io.WriteString(conns[0], ":true}"); err != nil {
+		t.Fatal(err)
+	}
+	want(t, b.readFrom(t, conns[0]), 201, idempotency.OutcomeExecuted, "")
 }

@@ -194,14 +194,6 @@ func TestPipelinedRequestsAreOne(t *testing.T) {
 	}
 }
 
-// Two spellings of the header's name are two headers.
-func TestKeyTwiceInTwoSpellingsIsInvalid(t *testing.T) {
-	t.Parallel()
-	b := setup(t, setupOptions{}, transfer)
-	got := b.raw(t, "POST / HTTP/1.1\r\nHost: x\r\nAccount: acme\r\nIdempotency-Key: k\r\nidempotency-key: k\r\nContent-Length: 2\r\n\r\n{}")
-	want(t, got, 400, idempotency.OutcomeNotExecuted, idempotency.ReasonKeyInvalid)
-}
-
 // A retry with a new signature is the same request if the signature is in headers. In the query it
 // is another one, unless a fingerprint leaves it out. The path is compared as it is spelled.
 func TestWhatIsSpelledAnewIsAnotherRequest(t *testing.T) {

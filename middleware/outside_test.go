@@ -28,27 +28,6 @@ func outside(set func(h http.Header, r *http.Request)) func(*middleware.Middlewa
 	}
 }
 
-// The type is chosen outside by the Accept header. A retry with another one gets the first answer's bytes, and so its type.
-func TestReplayHasTheTypeOfItsBytes(t *testing.T) {
-	t.Parallel()
-	b := setup(t, setupOptions{mount: outside(func(h http.Header, r *http.Request) {
-		h.Set("Content-Type", r.Header.Get("Accept"))
-		h.Add("Vary", "Accept")
-	})}, func(w http.ResponseWriter, _ *http.Request) {
-		w.Header().Add("Vary", "Account")
-		w.WriteHeader(http.StatusCreated)
-		_, _ = io.WriteString(w, "in "+w.Header().Get("Content-Type"))
-	})
-	first := b.post(t, "/", "{}", "Idempotency-Key", "k", "Accept", "application/json")
-	replay := b.post(t, "/", "{}", "Idempotency-Key", "k", "Accept", "application/xml")
-	want(t, replay, 201, idempotency.OutcomeReplayed, "")
-	for _, got := range []reply{first, replay} {
-		if got.body != "in application/json" || got.header.Get("Content-Type") != "application/json" || !slices.Equal(got.header.Values("Vary"), []string{"Accept", "Account"}) {
-			t.Errorf("%s, Content-Type %q, Vary %q", got.body, got.header.Values("Content-Type"), got.header.Values("Vary"))
-		}
-	}
-}
-
 // A deployment between a request and its retry changes the headers that are set outside: the retry
 // gets those that the first client got.
 func TestReplayOutlivesADeployment(t *testing.T) {

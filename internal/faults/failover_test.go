@@ -3,8 +3,11 @@
 package faults_test
 
 import (
+	"bytes"
 	"errors"
 	"fmt"
+	"os/exec"
+	"path/filepath"
 	"sync"
 	"testing"
 	"time"
@@ -12,6 +15,9 @@ import (
 	"github.com/jackc/pgx/v5/pgxpool"
 
 	"github.com/paidonce/idempotency"
+	"github.com/paidonce/idempotency/internal/pgfault"
+	"github.com/paidonce/idempotency/internal/pgserver"
+	"github.com/paidonce/idempotency/internal/pgtest"
 	"github.com/paidonce/idempotency/middleware"
 	"github.com/paidonce/idempotency/storage/postgres"
 )
@@ -261,4 +267,113 @@ func TestF32CheckRefusesAStandby(t *testing.T) {
 	}
 	s.mustPay(t, "key", 201, "executed")
 	s.onePayment(t, "key")
+}
+
+// A replay by one look-up comes from the primary: a standby's record is not trusted, and a record
+// that a fail-over lost is not replayed.
+func TestF21QuickReplaysFollowTheFailover(t *testing.T) {
+	t.Parallel()
+	p := startPair(t, false)
+	quick := func() *service {
+		return serveOn(t, p.primary.URL(), &serviceOptions{
+			pool: func(config *pgxpool.Config) { config.MaxConns = 4 },
+		})
+	}
+	s, idle := quick(), quick()
+	s.mustPay(t, "kept", 201, "executed")
+	kept := s.mustPay(t, "kept", 201, "replayed")
+	await(t, p.standby.URL(), "the standby has it", "EXISTS (SELECT FROM idempotency_keys WHERE key = 'kept')")
+	paused := p.pause(t)
+	for _, one := range []*service{s, idle} {
+		lost := map[*service]string{s: "lost", idle: "lost-too"}[one]
+		one.mustPay(t, lost, 201, "executed")
+		one.mustPay(t, lost, 201, "replayed")
+	}
+
+	// The primary is gone, and the service's connections lead to a standby: it has the record, and must not be believed.
+	p.primary.Kill()
+	s.upstream.set(p.standby.URL())
+	idle.upstream.set(p.standby.URL())
+	for range 2 {
+		s.mustPay(t, "kept", 503, "not-executed")
+	}
+
+	// It takes over. What it never got was never paid.
+	paused.kill(t)
+	p.promote(t)
+	s.mustPay(t, "lost", 201, "executed")
+	if again := s.mustPay(t, "kept", 201, "replayed"); again.body != kept.body {
+		t.Errorf("replayed %s, first %s", again.body, kept.body)
+	}
+	// Nor where the first that is heard of the new one is about another key.
+	idle.mustPay(t, "new", 201, "executed")
+	idle.mustPay(t, "lost-too", 201, "executed")
+	s.onePayment(t, "kept", "lost", "lost-too", "new")
+}
+
+// If a resolver connects to an old primary, which nobody has stopped, it finds no record there.
+// That proves nothing.
+func TestF19AbsenceOnAnOldPrimaryIsNoProof(t *testing.T) {
+	t.Parallel()
+	p := startPair(t, false)
+	p.promote(t) // and the primary runs on
+	lostThenLedTo(t, p.standby.URL(), p.primary.URL())
+}
+
+// A copy of the primary's disk that runs beside it has the same timeline, and is behind.
+func TestAbsenceOnACopyOfThePrimaryIsNoProof(t *testing.T) {
+	t.Parallel()
+	pgtest.Slow(t, "starts a primary and a copy of it")
+	dir := pgtest.Folder(t)
+	start := func(name string) *pgserver.Server {
+		server, err := pgserver.Start(t.Context(), &pgserver.Options{DataDir: filepath.Join(dir, name), Settings: fast})
+		if err != nil {
+			t.Fatal(err)
+		}
+		return server
+	}
+	primary := start("primary")
+	migrateUp(t, primary.URL())
+	if err := primary.Stop(); err != nil {
+		t.Fatal(err)
+	}
+	if out, err := exec.CommandContext(t.Context(), "cp", "-a", filepath.Join(dir, "primary"), filepath.Join(dir, "copy")).CombinedOutput(); err != nil {
+		t.Fatalf("copy: %v: %s", err, out)
+	}
+	primary, copied := start("primary"), start("copy")
+	t.Cleanup(func() { _ = primary.Stop(); _ = copied.Stop() })
+	execute(t, primary.URL(), "CREATE TABLE later AS SELECT generate_series(1, 100000)")
+	lostThenLedTo(t, primary.URL(), copied.URL())
+}
+
+// lostThenLedTo lets a service lose the reply to a COMMIT on one server, and look for it on
+// another, which does not have it. Once the service is back on the first, a retry is a replay.
+func lostThenLedTo(t *testing.T, database, other string) {
+	t.Helper()
+	network, address, err := pgfault.Upstream(database)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var s *service
+	proxy, err := pgfault.Start(pgfault.Options{Network: network, Address: address, OnCommit: func(c pgfault.Commit) pgfault.Fault {
+		if !bytes.Contains(c.Messages, []byte("lost")) {
+			return pgfault.Fault{}
+		}
+		s.upstream.set(other)
+		return pgfault.Fault{Kind: pgfault.CutAfter}
+	}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = proxy.Close() })
+	s = serveOn(t, proxy.URL(database), &serviceOptions{middleware: &middleware.Options{Timeouts: idempotency.Timeouts{Commit: 5 * time.Second, Resolve: 3 * time.Second}}})
+	s.mustPay(t, "before", 201, "executed")
+	s.mustPay(t, "lost", 503, "unknown")
+	if hits := proxy.Hits()[pgfault.CutAfter]; hits != 1 {
+		t.Fatalf("%d COMMITs lost their replies", hits)
+	}
+	s.upstream.set(database)
+	s.pool.Reset()
+	s.mustPay(t, "lost", 201, "replayed")
+	s.onePayment(t, "before", "lost")
 }

@@ -3,9 +3,12 @@ package middleware_test
 import (
 	"context"
 	"errors"
+	"fmt"
 	"io"
+	"net"
 	"net/http"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -51,18 +54,6 @@ func TestFirstRunThenReplay(t *testing.T) {
 	}
 }
 
-func TestKeyMissing(t *testing.T) {
-	t.Parallel()
-	b := setup(t, setupOptions{}, transfer)
-	want(t, b.post(t, "/transfers", "{}"), 400, idempotency.OutcomeNotExecuted, idempotency.ReasonKeyMissing)
-	want(t, b.post(t, "/transfers?idempotency-key=k", `{"idempotency_key":"k"}`, "Idempotency_Key", "k"), 400, idempotency.OutcomeNotExecuted, idempotency.ReasonKeyMissing)
-	trailer := b.raw(t, "POST /transfers HTTP/1.1\r\nHost: x\r\nAccount: acme\r\nTransfer-Encoding: chunked\r\nTrailer: Idempotency-Key\r\n\r\n2\r\n{}\r\n0\r\nIdempotency-Key: k\r\n\r\n")
-	want(t, trailer, 400, idempotency.OutcomeNotExecuted, idempotency.ReasonKeyMissing)
-	if b.runs.Load() != 0 {
-		t.Error("the handler ran")
-	}
-}
-
 func TestCallerUnknown(t *testing.T) {
 	t.Parallel()
 	b := setup(t, setupOptions{}, transfer)
@@ -78,22 +69,6 @@ func TestCallerUnknown(t *testing.T) {
 		t.Error("the handler ran")
 	}
 	want(t, b.post(t, "/transfers", "{}", "Idempotency-Key", "k", "Account", strings.Repeat("a", 255)), 201, idempotency.OutcomeExecuted, "")
-}
-
-func TestBodyTooLarge(t *testing.T) {
-	t.Parallel()
-	b := setup(t, setupOptions{middleware: &middleware.Options{BodyBytesMax: 100}, poolMax: 1}, transfer)
-	held, err := b.pool.Acquire(context.Background()) // nothing below may need a connection
-	if err != nil {
-		t.Fatal(err)
-	}
-	want(t, b.post(t, "/transfers", strings.Repeat("x", 101), "Idempotency-Key", "k"), 413, idempotency.OutcomeNotExecuted, idempotency.ReasonBodyTooLarge)
-	want(t, b.send(t, "POST", "/transfers", io.MultiReader(strings.NewReader(strings.Repeat("x", 101))), "Idempotency-Key", "k"), 413, idempotency.OutcomeNotExecuted, idempotency.ReasonBodyTooLarge)
-	// A client that waits for 100 Continue is answered 413 at once, and keeps its body.
-	want(t, b.raw(t, "POST /transfers HTTP/1.1\r\nHost: x\r\nAccount: acme\r\nIdempotency-Key: k\r\nExpect: 100-continue\r\nContent-Length: 101\r\n\r\n"), 413, idempotency.OutcomeNotExecuted, idempotency.ReasonBodyTooLarge)
-	held.Release()
-	want(t, b.post(t, "/transfers", strings.Repeat("x", 100), "Idempotency-Key", "k"), 201, idempotency.OutcomeExecuted, "")
-	want(t, b.send(t, "POST", "/transfers", io.MultiReader(strings.NewReader(strings.Repeat("x", 100))), "Idempotency-Key", "k"), 201, idempotency.OutcomeReplayed, "")
 }
 
 func TestKeyReused(t *testing.T) {
@@ -198,8 +173,10 @@ func TestHandlerFailed(t *testing.T) {
 // headerless hides a handler's answer, and leaves its effect.
 type headerless struct{ w http.ResponseWriter }
 
-func (h *headerless) Header() http.Header         { return http.Header{} }
-func (h *headerless) WriteHeader(int)             {}
+func (h *headerless) Header() http.Header { return http.Header{} }
+
+func (h *headerless) WriteHeader(int) {}
+
 func (h *headerless) Write(p []byte) (int, error) { return len(p), nil }
 
 // F24: http.ErrAbortHandler goes on, and nothing is executed.
@@ -318,28 +295,6 @@ func TestSafeMethodsPassThrough(t *testing.T) {
 	if b.runs.Load() != 10 {
 		t.Errorf("%d runs, want 10", b.runs.Load())
 	}
-}
-
-func TestOptionalKey(t *testing.T) {
-	t.Parallel()
-	status := http.StatusCreated
-	b := setup(t, setupOptions{middleware: &middleware.Options{Optional: true}}, func(w http.ResponseWriter, r *http.Request) {
-		transfer(&headerless{w}, r)
-		w.WriteHeader(status)
-	})
-	want(t, b.post(t, "/", "{}"), 201, idempotency.OutcomeExecuted, "")
-	want(t, b.post(t, "/", "{}"), 201, idempotency.OutcomeExecuted, "")
-	status = http.StatusPaymentRequired
-	want(t, b.post(t, "/", "{}"), 402, idempotency.OutcomeNotExecuted, "")
-	status = http.StatusInternalServerError
-	want(t, b.post(t, "/", "{}"), 500, idempotency.OutcomeNotExecuted, "")
-	if b.effects(t) != 2 || b.records(t) != 0 {
-		t.Errorf("%d effects, %d records; want 2 and none", b.effects(t), b.records(t))
-	}
-	want(t, b.post(t, "/", "{}", "Idempotency-Key", "a b"), 400, idempotency.OutcomeNotExecuted, idempotency.ReasonKeyInvalid)
-	status = http.StatusCreated
-	want(t, b.post(t, "/", "{}", "Idempotency-Key", "k"), 201, idempotency.OutcomeExecuted, "")
-	want(t, b.post(t, "/", "{}", "Idempotency-Key", "k"), 201, idempotency.OutcomeReplayed, "")
 }
 
 func TestAuthorizeReplay(t *testing.T) {
@@ -530,4 +485,316 @@ func TestFingerprintIsOfTheTargetAsItWasSent(t *testing.T) {
 	want(t, b.post(t, "/alice/debit", "{}", "Idempotency-Key", "k"), 201, idempotency.OutcomeExecuted, "")
 	want(t, b.post(t, "/alice/debit", "{}", "Idempotency-Key", "k"), 201, idempotency.OutcomeReplayed, "")
 	want(t, b.post(t, "/bob/debit", "{}", "Idempotency-Key", "k"), 422, idempotency.OutcomeMismatch, idempotency.ReasonKeyReused)
+}
+
+// A caller without a scope is nobody, with a key and without one.
+func TestCallerWithoutAScopeHasNoTransactionEither(t *testing.T) {
+	t.Parallel()
+	b := setup(t, setupOptions{middleware: &middleware.Options{Optional: true}}, transfer)
+	for _, account := range []string{"empty", strings.Repeat("a", 256)} {
+		want(t, b.post(t, "/", "{}", "Account", account), 401, idempotency.OutcomeNotExecuted, idempotency.ReasonScope)
+		want(t, b.post(t, "/", "{}", "Account", account, "Idempotency-Key", "k"), 401, idempotency.OutcomeNotExecuted, idempotency.ReasonScope)
+	}
+	if b.runs.Load() != 0 {
+		t.Error("the handler ran")
+	}
+}
+
+// tracer keeps what it is told.
+type tracer struct {
+	mu      sync.Mutex
+	refused []idempotency.Refused
+	ended   []idempotency.RequestEnd
+	started []idempotency.RequestStart
+}
+
+func (t *tracer) TraceRequestStart(ctx context.Context, data idempotency.RequestStart) context.Context {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	t.started = append(t.started, data)
+	return ctx
+}
+
+func (t *tracer) TraceStep(context.Context, idempotency.StepEnd) {}
+
+func (t *tracer) TraceRequestEnd(_ context.Context, data idempotency.RequestEnd) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	t.ended = append(t.ended, data)
+}
+
+func (t *tracer) TraceRefused(_ context.Context, data idempotency.Refused) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	t.refused = append(t.refused, data)
+}
+
+// The tracer is told of each refusal as the client is, and of nothing that the client or the scope function said.
+func TestTracerIsToldOfRefusals(t *testing.T) {
+	t.Parallel()
+	told := &tracer{}
+	b := setup(t, setupOptions{middleware: &middleware.Options{BodyBytesMax: 10, Tracer: told}}, transfer)
+	for i, got := range []reply{
+		b.post(t, "/", "{}"),
+		b.post(t, "/", "{}", "Idempotency-Key", "canary canary"),
+		b.post(t, "/", "{}", "Idempotency-Key", "canary", "Account", ""),
+		b.post(t, "/", "{}", "Idempotency-Key", "canary", "Account", "blocked"),
+		b.post(t, "/", strings.Repeat("canary", 2), "Idempotency-Key", "canary"),
+	} {
+		last := told.refused[i]
+		if string(last.Reason) != got.problem || last.Status != got.status || last.Err == nil {
+			t.Errorf("told %+v of %d %s", last, got.status, got.problem)
+		}
+		if text := fmt.Sprint(last.Err); strings.Contains(text, "canary") || strings.Contains(text, "account") {
+			t.Errorf("told %q", text)
+		}
+	}
+	if len(told.refused) != 5 || len(told.ended) != 0 {
+		t.Errorf("%d refusals and %d requests, want 5 and none", len(told.refused), len(told.ended))
+	}
+}
+
+// Retry-After is in full seconds, rounded up, and no problem is ever cached.
+func TestRetryAfterIsRoundedUp(t *testing.T) {
+	t.Parallel()
+	entered, release := make(chan struct{}), make(chan struct{})
+	b := setup(t, setupOptions{middleware: &middleware.Options{RetryAfter: 1500 * time.Millisecond}}, func(w http.ResponseWriter, r *http.Request) {
+		close(entered)
+		<-release
+		transfer(w, r)
+	})
+	done := make(chan reply)
+	go func() { done <- b.post(t, "/", "{}", "Idempotency-Key", "k") }()
+	<-entered
+	conflict := b.post(t, "/", "{}", "Idempotency-Key", "k")
+	close(release)
+	want(t, <-done, 201, idempotency.OutcomeExecuted, "")
+	if after, cache := conflict.header.Get("Retry-After"), conflict.header.Get("Cache-Control"); after != "2" || cache != "no-store" {
+		t.Errorf("Retry-After %q, Cache-Control %q", after, cache)
+	}
+}
+
+// What the operator is told names the reason and follows the key by its hash; no part of a request is in it.
+func TestLogTellsTheOperatorAndNobodysSecrets(t *testing.T) {
+	t.Parallel()
+	const secret = "canary"
+	b := setup(t, setupOptions{store: &postgres.Options{AcquireTimeout: 50 * time.Millisecond}, poolMax: 1}, func(http.ResponseWriter, *http.Request) { panic(secret) })
+	send := func() reply {
+		return b.post(t, "/"+secret, `{"pan":"`+secret+`"}`, "Idempotency-Key", secret, "Account", secret, "Authorization", "Bearer "+secret, "Cookie", "session="+secret)
+	}
+	hash := idempotency.Key{Scope: secret, Value: secret}.String()
+
+	want(t, send(), 500, idempotency.OutcomeNotExecuted, idempotency.ReasonHandlerFailed)
+	failed := b.logs.String()
+	b.logs.Reset()
+	held, err := b.pool.Acquire(context.Background())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer held.Release()
+	want(t, send(), 503, idempotency.OutcomeNotExecuted, idempotency.ReasonUnavailable)
+	for logged, parts := range map[string][]string{
+		failed:          {"level=ERROR", "reason=handler-failed", "outcome=not-executed", "key=" + hash, "stack=", "middleware_test.go"},
+		b.logs.String(): {"level=WARN", "reason=unavailable", "outcome=not-executed", "key=" + hash},
+	} {
+		for _, part := range parts {
+			if !strings.Contains(logged, part) {
+				t.Errorf("%s is not in: %s", part, logged)
+			}
+		}
+		if strings.Contains(logged, secret) {
+			t.Errorf("logged: %s", logged)
+		}
+	}
+}
+
+// Every method that may change something is made idempotent.
+func TestUnsafeMethodsAreIdempotent(t *testing.T) {
+	t.Parallel()
+	b := setup(t, setupOptions{}, transfer)
+	for _, method := range []string{"POST", "PUT", "PATCH", "DELETE", "CONNECTED", "get"} {
+		want(t, b.send(t, method, "/", http.NoBody), 400, idempotency.OutcomeNotExecuted, idempotency.ReasonKeyMissing)
+		want(t, b.send(t, method, "/", http.NoBody, "Idempotency-Key", method), 201, idempotency.OutcomeExecuted, "")
+		want(t, b.send(t, method, "/", http.NoBody, "Idempotency-Key", method), 201, idempotency.OutcomeReplayed, "")
+	}
+	if b.effects(t) != 6 {
+		t.Errorf("%d effects, want 6", b.effects(t))
+	}
+}
+
+// Routes with options of their own share one count of requests in flight.
+func TestRoutesShareTheInFlightCap(t *testing.T) {
+	t.Parallel()
+	entered, release := make(chan struct{}), make(chan struct{})
+	var inFlight func() int
+	b := setup(t, setupOptions{
+		middleware: &middleware.Options{InFlightMax: 1},
+		mount: func(idem *middleware.Middleware, handler http.Handler) http.Handler {
+			mux := http.NewServeMux()
+			mux.Handle("/one", idem.Handler(handler))
+			mux.Handle("/other", idem.With(func(o *middleware.Options) { o.TTL = time.Hour }).Handler(handler))
+			inFlight = idem.InFlight
+			return mux
+		},
+	}, func(w http.ResponseWriter, r *http.Request) {
+		if r.URL.Path == "/other" {
+			close(entered)
+			<-release
+		}
+		transfer(w, r)
+	})
+	done := make(chan reply)
+	go func() { done <- b.post(t, "/other", "{}", "Idempotency-Key", "other") }()
+	<-entered
+	if n := inFlight(); n != 1 {
+		t.Errorf("%d in flight, want 1", n)
+	}
+	want(t, b.post(t, "/one", "{}", "Idempotency-Key", "one"), 503, idempotency.OutcomeNotExecuted, idempotency.ReasonUnavailable)
+	close(release)
+	want(t, <-done, 201, idempotency.OutcomeExecuted, "")
+	want(t, b.post(t, "/one", "{}", "Idempotency-Key", "one"), 201, idempotency.OutcomeExecuted, "")
+	if n := inFlight(); n != 0 {
+		t.Errorf("%d in flight, want none", n)
+	}
+}
+
+// The record keeps the trace of the run that was executed, not of a retry.
+func TestTraceOfTheFirstRunIsRecorded(t *testing.T) {
+	t.Parallel()
+	b := setup(t, setupOptions{}, transfer)
+	const first, second = "4bf92f3577b34da6a3ce929d0e0e4736", "0af7651916cd43dd8448eb211c80319c"
+	want(t, b.post(t, "/", "{}", "Idempotency-Key", "k", "Traceparent", "00-"+first+"-00f067aa0ba902b7-01"), 201, idempotency.OutcomeExecuted, "")
+	want(t, b.post(t, "/", "{}", "Idempotency-Key", "k", "Traceparent", "00-"+second+"-00f067aa0ba902b7-01"), 201, idempotency.OutcomeReplayed, "")
+	if n := b.count(t, "SELECT count(*) FROM idempotency_keys WHERE trace_id = '"+first+"'"); n != 1 {
+		t.Errorf("%d records have the first trace, want 1", n)
+	}
+}
+
+// F26: a client that hangs up, in whatever phase, finds its request executed once when it asks again.
+func TestClientThatHangsUp(t *testing.T) {
+	t.Parallel()
+	entered := make(chan context.Context)
+	release := make(chan struct{})
+	b := setup(t, setupOptions{}, func(w http.ResponseWriter, r *http.Request) {
+		entered <- r.Context()
+		<-release
+		transfer(w, r)
+	})
+	head := func(key string) string {
+		return "POST / HTTP/1.1\r\nHost: x\r\nAccount: acme\r\nContent-Type: application/json\r\nIdempotency-Key: " + key + "\r\nContent-Length: 2\r\n\r\n"
+	}
+	hang := func(text string) {
+		conn := b.dial(t)
+		if _, err := io.WriteString(conn, text); err != nil {
+			t.Fatal(err)
+		}
+		if err := conn.(*net.TCPConn).SetLinger(0); err != nil { // a reset
+			t.Fatal(err)
+		}
+		_ = conn.Close()
+	}
+	hang(head("in-the-head")[:40])
+	hang(head("in-the-body") + "{")
+
+	// While the handler runs: its context lives on.
+	conn := b.dial(t)
+	if _, err := io.WriteString(conn, head("in-the-handler")+"{}"); err != nil {
+		t.Fatal(err)
+	}
+	ctx := <-entered
+	if err := conn.(*net.TCPConn).SetLinger(0); err != nil {
+		t.Fatal(err)
+	}
+	_ = conn.Close()
+	want(t, b.post(t, "/", "{}", "Idempotency-Key", "in-the-handler"), 409, idempotency.OutcomeInProgress, idempotency.ReasonInProgress)
+	if ctx.Err() != nil {
+		t.Errorf("the handler's context ended with its client: %v", ctx.Err())
+	}
+	close(release)
+	go func() {
+		for range entered { // later handlers need not wait
+		}
+	}()
+	t.Cleanup(func() { close(entered) })
+	want(t, b.settle(t, "in-the-handler"), 201, idempotency.OutcomeReplayed, "")
+	hang(head("before-the-answer") + "{}")
+	for _, key := range []string{"in-the-head", "in-the-body", "before-the-answer"} {
+		if got := b.settle(t, key); got.status != 201 {
+			t.Errorf("%s: %d %s", key, got.status, got.body)
+		}
+	}
+	if b.effects(t) != 4 || b.records(t) != 4 {
+		t.Errorf("%d effects, %d records; want 4 of each", b.effects(t), b.records(t))
+	}
+}
+
+// F27: 200 duplicates at once are one run.
+func TestDuplicatesAtOnce(t *testing.T) {
+	t.Parallel()
+	b := setup(t, setupOptions{}, transfer)
+	const copies = 200
+	start := make(chan struct{})
+	answers := make(chan reply, copies)
+	for range copies {
+		go func() {
+			<-start
+			answers <- b.post(t, "/", "{}", "Idempotency-Key", "k")
+		}()
+	}
+	close(start)
+	seen := map[string]int{}
+	bodies := map[string]bool{}
+	for range copies {
+		got := <-answers
+		seen[fmt.Sprint(got.status, " ", got.outcome)]++
+		if got.status == 201 {
+			bodies[got.body] = true
+		}
+	}
+	if seen["201 executed"] != 1 || seen["201 executed"]+seen["201 replayed"]+seen["409 in-progress"]+seen["503 not-executed"] != copies || len(bodies) != 1 {
+		t.Errorf("answers %v, bodies %v", seen, bodies)
+	}
+	if b.runs.Load() != 1 || b.effects(t) != 1 {
+		t.Errorf("%d runs, %d effects", b.runs.Load(), b.effects(t))
+	}
+}
+
+// F28: outside an http.TimeoutHandler the client gets its 503, the work is finished, and the retry is a replay.
+func TestTimeoutHandlerOutside(t *testing.T) {
+	t.Parallel()
+	release := make(chan struct{})
+	b := setup(t, setupOptions{mount: func(idem *middleware.Middleware, handler http.Handler) http.Handler {
+		return http.TimeoutHandler(idem.Handler(handler), 50*time.Millisecond, "too slow")
+	}}, func(w http.ResponseWriter, r *http.Request) {
+		<-release
+		transfer(w, r)
+	})
+	if got := b.post(t, "/", "{}", "Idempotency-Key", "k"); got.status != 503 || got.outcome != "" {
+		t.Errorf("%d %q", got.status, got.outcome)
+	}
+	close(release)
+	want(t, b.settle(t, "k"), 201, idempotency.OutcomeReplayed, "")
+	if b.runs.Load() != 1 || b.effects(t) != 1 {
+		t.Errorf("%d runs, %d effects", b.runs.Load(), b.effects(t))
+	}
+}
+
+// F28: a handler that takes longer than it may.
+func TestHandlerTimeout(t *testing.T) {
+	t.Parallel()
+	slow := true
+	b := setup(t, setupOptions{middleware: &middleware.Options{Timeouts: idempotency.Timeouts{Handler: 200 * time.Millisecond}}}, func(w http.ResponseWriter, r *http.Request) {
+		if slow {
+			<-r.Context().Done()
+		}
+		transfer(w, r)
+	})
+	want(t, b.post(t, "/", "{}", "Idempotency-Key", "k"), 503, idempotency.OutcomeNotExecuted, idempotency.ReasonUnavailable)
+	slow = false
+	want(t, b.post(t, "/", "{}", "Idempotency-Key", "k"), 201, idempotency.OutcomeExecuted, "")
+}
+
+// spellings writes a name as a handler may that fills the map itself.
+func spellings(name string) []string {
+	return []string{http.CanonicalHeaderKey(name), strings.ToLower(name), strings.ToUpper(name)}
 }

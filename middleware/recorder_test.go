@@ -1,0 +1,346 @@
+package middleware_test
+
+import (
+	"fmt"
+	"io"
+	"log/slog"
+	"maps"
+	"net/http"
+	"net/http/httptest"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"pgregory.net/rapid"
+
+	"github.com/paidonce/idempotency"
+	"github.com/paidonce/idempotency/middleware"
+	"github.com/paidonce/idempotency/storage/memory"
+)
+
+func TestAnswersAsNetHTTPWouldGiveThem(t *testing.T) {
+	t.Parallel()
+	for name, c := range map[string]struct {
+		handler http.HandlerFunc
+		status  int
+		body    string
+		header  map[string]string
+	}{
+		"103 is dropped": {func(w http.ResponseWriter, _ *http.Request) {
+			w.WriteHeader(http.StatusEarlyHints)
+			w.WriteHeader(http.StatusAccepted)
+		}, 202, "", nil},
+		"the second status loses": {func(w http.ResponseWriter, _ *http.Request) {
+			w.WriteHeader(http.StatusAccepted)
+			w.WriteHeader(http.StatusOK)
+		}, 202, "", nil},
+		"headers after the status are too late": {func(w http.ResponseWriter, _ *http.Request) {
+			w.WriteHeader(http.StatusAccepted)
+			w.Header().Set("Location", "late")
+		}, 202, "", map[string]string{"Location": ""}},
+		"204 has no body": {func(w http.ResponseWriter, _ *http.Request) {
+			w.WriteHeader(http.StatusNoContent)
+			if _, err := w.Write([]byte("x")); err != http.ErrBodyNotAllowed {
+				t.Error(err)
+			}
+		}, 204, "", map[string]string{"Content-Length": ""}},
+		"Content-Length is recomputed": {func(w http.ResponseWriter, _ *http.Request) {
+			w.Header().Set("Content-Length", "99")
+			_, _ = io.WriteString(w, "four")
+		}, 200, "four", map[string]string{"Content-Length": "4"}},
+		"the type is guessed": {func(w http.ResponseWriter, _ *http.Request) {
+			_, _ = io.WriteString(w, "<html>")
+		}, 200, "<html>", map[string]string{"Content-Type": "text/html; charset=utf-8"}},
+		"nothing at all is 200": {func(http.ResponseWriter, *http.Request) {}, 200, "", nil},
+		"a redirect":            {func(w http.ResponseWriter, r *http.Request) { http.Redirect(w, r, "/there", http.StatusSeeOther) }, 303, "", map[string]string{"Location": "/there"}},
+		"nothing goes out early": {func(w http.ResponseWriter, _ *http.Request) {
+			controller := http.NewResponseController(w)
+			if err := controller.Flush(); err == nil {
+				t.Error("Flush works")
+			}
+			if _, _, err := controller.Hijack(); err == nil {
+				t.Error("Hijack works")
+			}
+			if err := controller.SetWriteDeadline(time.Time{}); err == nil {
+				t.Error("SetWriteDeadline works")
+			}
+			if _, ok := w.(interface{ Unwrap() http.ResponseWriter }); ok {
+				t.Error("Unwrap leads around the recorder")
+			}
+		}, 200, "", nil},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			b := setup(t, setupOptions{}, c.handler)
+			for _, outcome := range []idempotency.Outcome{idempotency.OutcomeExecuted, idempotency.OutcomeReplayed} {
+				got := b.post(t, "/", "{}", "Idempotency-Key", "k")
+				want(t, got, c.status, outcome, "")
+				if got.body != c.body {
+					t.Errorf("%s: body %q, want %q", outcome, got.body, c.body)
+				}
+				for header, value := range c.header {
+					if got.header.Get(header) != value {
+						t.Errorf("%s: %s %q, want %q", outcome, header, got.header.Get(header), value)
+					}
+				}
+			}
+		})
+	}
+}
+
+// The limit of an answer is the longest that there may be.
+func TestAnswerAtItsLimit(t *testing.T) {
+	t.Parallel()
+	b := setup(t, setupOptions{middleware: &middleware.Options{AnswerBytesMax: 100}}, func(w http.ResponseWriter, _ *http.Request) {
+		_, _ = w.Write(make([]byte, 60))
+		_, _ = w.Write(make([]byte, 40))
+	})
+	for _, outcome := range []idempotency.Outcome{idempotency.OutcomeExecuted, idempotency.OutcomeReplayed} {
+		got := b.post(t, "/", "{}", "Idempotency-Key", "k")
+		want(t, got, 200, outcome, "")
+		if len(got.body) != 100 {
+			t.Errorf("%s: %d bytes, want 100", outcome, len(got.body))
+		}
+	}
+}
+
+// What the handler says of its headers stands: an encoded body gets no guessed type, and what it took away of the
+// headers set outside stays away.
+func TestHeadersOfTheAnswerAreTheHandlers(t *testing.T) {
+	t.Parallel()
+	b := setup(t, setupOptions{mount: func(idem *middleware.Middleware, handler http.Handler) http.Handler {
+		inner := idem.Handler(handler)
+		return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+			w.Header().Set("X-Outside", "set")
+			w.Header().Set("X-Kept", "set")
+			inner.ServeHTTP(w, r)
+		})
+	}}, func(w http.ResponseWriter, _ *http.Request) {
+		w.Header().Del("X-Outside")
+		w.Header().Set("Content-Encoding", "gzip")
+		_, _ = io.WriteString(w, "\x1f\x8b\x08")
+	})
+	r, err := http.NewRequest("POST", b.server.URL, strings.NewReader("{}"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	r.Header = http.Header{"Account": {"acme"}, "Idempotency-Key": {"k"}, "Accept-Encoding": {"gzip"}} // or the transport decodes it
+	response, err := b.client.Do(r)
+	if err != nil {
+		t.Fatal(err)
+	}
+	got := read(t, response)
+	want(t, got, 200, idempotency.OutcomeExecuted, "")
+	if _, set := got.header["Content-Type"]; set || got.header.Get("X-Outside") != "" || got.header.Get("X-Kept") != "set" {
+		t.Errorf("header %v", got.header)
+	}
+}
+
+// Whatever headers a handler sets, however it spells them: the record and the replay hold none but the allow-list's and
+// the service's own, none that Connection names in any spelling, no credential, and no value that ends its line. The
+// first client gets all of it that is not the middleware's own.
+func TestReplayHoldsTheAllowListAndNothingElse(t *testing.T) {
+	t.Parallel()
+	own := []string{"X-Own", "x-request-cost"}
+	allowed := []string{
+		"cache-control", "content-disposition", "content-encoding", "content-language", "content-type", "etag", "link", "location",
+		"retry-after", "vary", "x-own", "x-request-cost",
+	}
+	names := slices.Concat(allowed, allowed, neverOnTheWire, []string{
+		"x-authorization", "x-api-key", "x-amz-security-token", "authorization-info", "set-cookie3", "cookie2", "x-forwarded-authorization",
+		"idempotency-status", "idempotent-replayed", "idempotency-key", "location2", "server", "strict-transport-security", "refresh",
+		"access-control-allow-origin", "access-control-expose-headers",
+	})
+	spelled := rapid.OneOf(
+		rapid.Custom(func(t *rapid.T) string {
+			return rapid.SampledFrom(spellings(rapid.SampledFrom(names).Draw(t, "name"))).Draw(t, "spelling")
+		}),
+		rapid.StringMatching(`[A-Za-z!#$%&'*+.^_|~-]{1,12}`), // any token
+	)
+	value := rapid.OneOf(rapid.String(), rapid.SampledFrom([]string{
+		"", "x", "session=secret", "a\r\nSet-Cookie: b", "a\nb", "\x00", "close", "close, etag", "Location ,\tVARY", " x-own", "ü",
+	}))
+	rapid.Check(t, func(t *rapid.T) {
+		set := rapid.MapOfN(spelled, rapid.SliceOfN(value, 0, 3), 0, 6).Draw(t, "headers")
+		if rapid.Bool().Draw(t, "Connection names one of them") && len(set) > 0 {
+			token := rapid.SampledFrom(slices.Sorted(maps.Keys(set))).Draw(t, "which")
+			set[rapid.SampledFrom(spellings("Connection")).Draw(t, "spelling")] = []string{"close", "x , " + rapid.SampledFrom(spellings(token)).Draw(t, "token")}
+		}
+		store := memory.New(nil)
+		scope := func(*http.Request) (string, error) { return "acme", nil }
+		handler := middleware.New(store, scope, &middleware.Options{RecordHeaders: own, Logger: slog.New(slog.DiscardHandler)}).Handler(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
+			for name, values := range set {
+				w.Header()[name] = values
+			}
+			w.WriteHeader(http.StatusCreated)
+		}))
+		send := func() http.Header {
+			r := httptest.NewRequest(http.MethodPost, "/", nil)
+			r.Header.Set("Idempotency-Key", "k")
+			w := httptest.NewRecorder()
+			handler.ServeHTTP(w, r)
+			if w.Code != http.StatusCreated {
+				t.Fatalf("%d %s", w.Code, w.Body)
+			}
+			return w.Header()
+		}
+		first, again := send(), send()
+		if first.Get("Idempotency-Status") != "executed" || again.Get("Idempotency-Status") != "replayed" {
+			t.Fatalf("%v, then %v", first, again)
+		}
+		var named []string // by Connection
+		for name, values := range set {
+			if strings.EqualFold(name, "Connection") {
+				for _, token := range strings.Split(strings.Join(values, ","), ",") {
+					named = append(named, strings.ToLower(strings.TrimSpace(token)))
+				}
+			}
+		}
+		ours := []string{"idempotency-status", "idempotent-replayed", "idempotency-created-at", "idempotency-expires-at", "content-length"}
+		recorded := store.Records()[idempotency.Key{Scope: "acme", Value: "k"}].Answer.Header
+		for where, header := range map[string]map[string][]string{"the record": recorded, "the replay": again} {
+			for name, values := range header {
+				lower := strings.ToLower(name)
+				if where == "the replay" && slices.Contains(ours, lower) {
+					continue
+				}
+				if where == "the replay" && name == "Content-Type" && values == nil { // so that net/http guesses none
+					continue
+				}
+				if !slices.Contains(allowed, lower) || slices.Contains(neverOnTheWire, lower) || slices.Contains(named, lower) {
+					t.Fatalf("%s holds %s", where, name)
+				}
+				if strings.ContainsAny(strings.Join(values, ""), "\r\n\x00") {
+					t.Fatalf("%s holds %s: %q", where, name, values)
+				}
+			}
+		}
+		if status := again.Values("Idempotency-Status"); len(status) != 1 || len(again.Values("Idempotent-Replayed")) != 1 {
+			t.Fatalf("Idempotency-Status %q", status)
+		}
+		// And nothing of the allow-list is lost.
+		for name, values := range set {
+			lower := strings.ToLower(name)
+			if slices.Contains(allowed, lower) && !slices.Contains(named, lower) && len(values) > 0 && len(recorded[http.CanonicalHeaderKey(name)]) < len(values) {
+				t.Fatalf("%s: %q is recorded as %q", name, values, recorded[http.CanonicalHeaderKey(name)])
+			}
+		}
+	})
+}
+
+// A handler that wants no Content-Type gets none, and a replay has none either.
+func TestReplayGuessesNoType(t *testing.T) {
+	t.Parallel()
+	b := setup(t, setupOptions{}, func(w http.ResponseWriter, _ *http.Request) {
+		w.Header()["Content-Type"] = nil
+		_, _ = io.WriteString(w, "<html>")
+	})
+	for _, outcome := range []idempotency.Outcome{idempotency.OutcomeExecuted, idempotency.OutcomeReplayed} {
+		got := b.post(t, "/", "{}", "Idempotency-Key", "k")
+		want(t, got, 200, outcome, "")
+		if types := got.header["Content-Type"]; types != nil {
+			t.Errorf("%s: Content-Type %q", outcome, types)
+		}
+	}
+}
+
+// A replay has the recorded headers of the first answer as they were: bytes, spellings, and what is not there.
+func TestReplayHasTheHeadersOfTheFirstAnswer(t *testing.T) {
+	t.Parallel()
+	for name, set := range map[string]func(h http.Header){
+		"bytes":       func(h http.Header) { h.Set("Content-Disposition", "attachment; filename=\"caf\xe9\"") },
+		"spelling":    func(h http.Header) { h["ETag"] = []string{`"v1"`} },
+		"no sniffing": func(h http.Header) { h["Content-Type"] = nil },
+	} {
+		b := setup(t, setupOptions{}, func(w http.ResponseWriter, _ *http.Request) {
+			set(w.Header())
+			_, _ = io.WriteString(w, "<html>")
+		})
+		first := b.post(t, "/", "", "Idempotency-Key", "k")
+		replay := b.post(t, "/", "", "Idempotency-Key", "k")
+		want(t, replay, 200, idempotency.OutcomeReplayed, "")
+		for _, header := range middleware.RecordedHeaders() {
+			if !slices.Equal(first.header.Values(header), replay.header.Values(header)) {
+				t.Errorf("%s: %s is %q, then %q", name, header, first.header.Values(header), replay.header.Values(header))
+			}
+		}
+	}
+}
+
+// What could not be read back must not be recorded: each retry would be unknown for good.
+func TestHeadersOverTheLimitFail(t *testing.T) {
+	t.Parallel()
+	b := setup(t, setupOptions{}, func(w http.ResponseWriter, _ *http.Request) {
+		for range 20 {
+			w.Header().Add("Link", strings.Repeat("x", 60_000))
+		}
+	})
+	b.client.Transport.(*http.Transport).MaxResponseHeaderBytes = 4 << 20
+	for range 2 {
+		want(t, b.post(t, "/", "", "Idempotency-Key", "k"), 500, idempotency.OutcomeNotExecuted, idempotency.ReasonHandlerFailed)
+	}
+}
+
+// The type is chosen outside by the Accept header. A retry with another one gets the first answer's bytes, and so its type.
+func TestReplayHasTheTypeOfItsBytes(t *testing.T) {
+	t.Parallel()
+	b := setup(t, setupOptions{mount: outside(func(h http.Header, r *http.Request) {
+		h.Set("Content-Type", r.Header.Get("Accept"))
+		h.Add("Vary", "Accept")
+	})}, func(w http.ResponseWriter, _ *http.Request) {
+		w.Header().Add("Vary", "Account")
+		w.WriteHeader(http.StatusCreated)
+		_, _ = io.WriteString(w, "in "+w.Header().Get("Content-Type"))
+	})
+	first := b.post(t, "/", "{}", "Idempotency-Key", "k", "Accept", "application/json")
+	replay := b.post(t, "/", "{}", "Idempotency-Key", "k", "Accept", "application/xml")
+	want(t, replay, 201, idempotency.OutcomeReplayed, "")
+	for _, got := range []reply{first, replay} {
+		if got.body != "in application/json" || got.header.Get("Content-Type") != "application/json" || !slices.Equal(got.header.Values("Vary"), []string{"Accept", "Account"}) {
+			t.Errorf("%s, Content-Type %q, Vary %q", got.body, got.header.Values("Content-Type"), got.header.Values("Vary"))
+		}
+	}
+}
+
+// A record in which somebody planted a header that nothing records is not answered from.
+func TestPlantedHeaderIsNeverReplayed(t *testing.T) {
+	t.Parallel()
+	told := &tracer{}
+	b := setup(t, setupOptions{middleware: &middleware.Options{Tracer: told}}, transfer)
+	for i, name := range []string{
+		"Set-Cookie", "set-cookie", "SET-COOKIE2", "Authorization", "Www-Authenticate", "Proxy-Authenticate", "Transfer-Encoding",
+		"transfer-encoding", "Content-Length", "Connection", "Keep-Alive", "Upgrade", "Trailer", "Te", "Date", "Idempotency-Status",
+		"idempotent-replayed",
+	} {
+		key := fmt.Sprint("k", i)
+		want(t, b.post(t, "/", "{}", "Idempotency-Key", key), 201, idempotency.OutcomeExecuted, "")
+		b.plant(t, key, encodeRecorded(name, "planted"))
+		got := b.post(t, "/", "{}", "Idempotency-Key", key)
+		t.Log(name)
+		want(t, got, 500, idempotency.OutcomeUnknown, idempotency.ReasonRecordCorrupt)
+		if strings.Contains(fmt.Sprint(got.header), "planted") || got.header.Get("Idempotent-Replayed") != "" {
+			t.Errorf("header %v", got.header)
+		}
+		if len(told.refused) != i+1 || told.refused[i].Reason != idempotency.ReasonRecordCorrupt || told.refused[i].Status != 500 {
+			t.Fatalf("told %+v", told.refused)
+		}
+	}
+	// Earlier releases recorded Access-Control headers if RecordHeaders listed them: they are left
+	// out of a replay.
+	for _, name := range []string{"Access-Control-Allow-Origin", "access-control-allow-credentials"} {
+		want(t, b.post(t, "/", "{}", "Idempotency-Key", name), 201, idempotency.OutcomeExecuted, "")
+		b.plant(t, name, encodeRecorded(name, "planted"))
+		got := b.post(t, "/", "{}", "Idempotency-Key", name)
+		want(t, got, 201, idempotency.OutcomeReplayed, "")
+		if got.header.Get(name) != "" {
+			t.Errorf("%s is replayed", name)
+		}
+	}
+	if logged := b.logs.String(); !strings.Contains(logged, "level=ERROR") || !strings.Contains(logged, "reason=record-corrupt") || strings.Contains(logged, "planted") {
+		t.Errorf("logged %s", logged)
+	}
+	if b.effects(t) != b.records(t) {
+		t.Errorf("%d effects of %d keys", b.effects(t), b.records(t))
+	}
+}
