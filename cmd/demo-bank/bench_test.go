@@ -19,12 +19,6 @@ import (
 	"github.com/paidonce/idempotency/cmd/demo-bank/internal/bench"
 )
 
-func benchCommandIn(ctx context.Context, temporary string, args ...string) *exec.Cmd {
-	cmd := command(ctx, append([]string{"bench"}, args...)...)
-	cmd.Env = append(cmd.Env, "TMPDIR="+temporary)
-	return cmd
-}
-
 // TestBenchReports: on stdout, in a file, and as a picture; and it leaves nothing else behind.
 func TestBenchReports(t *testing.T) {
 	if testing.Short() {
@@ -39,7 +33,7 @@ func TestBenchReports(t *testing.T) {
 		"--quick", "--seed", "3", "--parts", "designs", "--designs", "bare-batch,ours-batch", "--clients", "1", "--fsync", "off", "--rounds", "3", "--slice", "20ms",
 		"--json", "--report", report, "--plot", plot,
 	}
-	output, err := benchCommandIn(ctx, dir, args...).Output()
+	output, err := commandIn(ctx, dir, append([]string{"bench"}, args...)...).Output()
 	if err != nil {
 		t.Fatalf("it ended with %v: %s", err, output)
 	}
@@ -73,7 +67,7 @@ func TestBenchReports(t *testing.T) {
 func TestBenchStopsWhenTold(t *testing.T) {
 	t.Parallel()
 	dir := temporaryFolder(t)
-	cmd := benchCommandIn(t.Context(), dir, "--parts", "designs", "--clients", "2")
+	cmd := commandIn(t.Context(), dir, "bench", "--parts", "designs", "--clients", "2")
 	var stdout, stderr bytes.Buffer
 	cmd.Stdout, cmd.Stderr = &stdout, &stderr
 	if err := cmd.Start(); err != nil {
@@ -102,7 +96,7 @@ func TestBenchRefusesWhatCannotBe(t *testing.T) {
 		{"--clients", "0"}, {"--fsync", "maybe"}, {"--keys=-1"}, {"--delay", "1us"}, {"--designs", "x"}, {"--parts", "x"}, {"--rounds", "2"},
 		{"--slice", "1ms"}, {"--pool-size", "257"}, {"--expired=-1"}, {"--duration-max", "1s"},
 	} {
-		output, err := benchCommandIn(t.Context(), t.TempDir(), args...).CombinedOutput()
+		output, err := commandIn(t.Context(), t.TempDir(), append([]string{"bench"}, args...)...).CombinedOutput()
 		var exit *exec.ExitError
 		flag, _, _ := strings.Cut(args[0], "=")
 		if !errors.As(err, &exit) || !strings.Contains(string(output), flag+" must be") {

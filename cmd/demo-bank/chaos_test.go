@@ -18,13 +18,6 @@ import (
 	"github.com/paidonce/idempotency/internal/pgtest"
 )
 
-// chaosCommandIn runs chaos with a folder of its own for temporary files, so that what it leaves behind is seen.
-func chaosCommandIn(ctx context.Context, temporary string, args ...string) *exec.Cmd {
-	cmd := command(ctx, append([]string{"chaos"}, args...)...)
-	cmd.Env = append(cmd.Env, "TMPDIR="+temporary)
-	return cmd
-}
-
 // temporaryFolder is one that PostgreSQL's account may enter, with a short name.
 func temporaryFolder(t *testing.T) string {
 	t.Helper()
@@ -49,7 +42,7 @@ func TestChaosFindsNothingInAGoodBank(t *testing.T) {
 	ctx, cancel := context.WithTimeout(t.Context(), 6*time.Minute)
 	defer cancel()
 	file := filepath.Join(dir, "report.json")
-	cmd := chaosCommandIn(ctx, dir, "--seed", "11", "--operations", "1500", "--clients", "16", "--duration-max", "5m", "--json", "--report", file)
+	cmd := commandIn(ctx, dir, "chaos", "--seed", "11", "--operations", "1500", "--clients", "16", "--duration-max", "5m", "--json", "--report", file)
 	var stdout, stderr bytes.Buffer
 	cmd.Stdout, cmd.Stderr = &stdout, &stderr
 	err := cmd.Run()
@@ -85,7 +78,7 @@ func TestChaosInTimeOrBroken(t *testing.T) {
 	dir := temporaryFolder(t)
 	ctx, cancel := context.WithTimeout(t.Context(), 2*time.Minute)
 	defer cancel()
-	cmd := chaosCommandIn(ctx, dir, "--duration-max", "10s", "--clients", "4", "--keep")
+	cmd := commandIn(ctx, dir, "chaos", "--duration-max", "10s", "--clients", "4", "--keep")
 	output, err := cmd.Output()
 	var exit *exec.ExitError
 	if !errors.As(err, &exit) || exit.ExitCode() != 1 {
@@ -105,7 +98,7 @@ func TestChaosPrintsItsSchedule(t *testing.T) {
 	t.Parallel()
 	dir := temporaryFolder(t)
 	schedule := func(args ...string) string {
-		output, err := chaosCommandIn(t.Context(), dir, append(args, "--print-schedule")...).Output()
+		output, err := commandIn(t.Context(), dir, append(append([]string{"chaos"}, args...), "--print-schedule")...).Output()
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -126,7 +119,7 @@ func TestChaosStopsWhenTold(t *testing.T) {
 	t.Parallel()
 	pgtest.Slow(t, "runs a bank under chaos")
 	dir := temporaryFolder(t)
-	cmd := chaosCommandIn(t.Context(), dir, "--clients", "2")
+	cmd := commandIn(t.Context(), dir, "chaos", "--clients", "2")
 	var stderr bytes.Buffer
 	cmd.Stderr = &stderr
 	if err := cmd.Start(); err != nil {

@@ -24,17 +24,7 @@ import (
 
 func connect(t *testing.T, database string) *pgxpool.Pool {
 	t.Helper()
-	config, err := pgxpool.ParseConfig(database)
-	if err != nil {
-		t.Fatal(err)
-	}
-	config.ConnConfig.RuntimeParams["search_path"] = bank.Schema
-	pool, err := pgxpool.NewWithConfig(t.Context(), config)
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(pool.Close)
-	return pool
+	return pgtest.Pool(t, database, map[string]string{"search_path": bank.Schema})
 }
 
 // transfersMade asks a bank how many transfers are in its books, -1 where it does not answer.

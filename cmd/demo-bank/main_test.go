@@ -60,6 +60,13 @@ func command(ctx context.Context, args ...string) *exec.Cmd {
 	return cmd
 }
 
+// commandIn is a command with a folder of its own for temporary files, so that what it leaves behind is seen.
+func commandIn(ctx context.Context, temporary string, args ...string) *exec.Cmd {
+	cmd := command(ctx, args...)
+	cmd.Env = append(cmd.Env, "TMPDIR="+temporary)
+	return cmd
+}
+
 // serve starts the program and waits until it serves. It is killed when the test ends.
 func serve(t *testing.T, args ...string) *program {
 	t.Helper()

@@ -23,16 +23,7 @@ const testRun = "01a20ef36616-2a"
 // twins returns a database with twins that paid three payments each, exactly.
 func twins(t *testing.T) *pgxpool.Pool {
 	t.Helper()
-	config, err := pgxpool.ParseConfig(pgtest.Database(t))
-	if err != nil {
-		t.Fatal(err)
-	}
-	config.ConnConfig.RuntimeParams["search_path"] = bank.Schema
-	pool, err := pgxpool.NewWithConfig(t.Context(), config)
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(pool.Close)
+	pool := pgtest.Pool(t, pgtest.Database(t), map[string]string{"search_path": bank.Schema})
 	store := postgres.New(pool, &postgres.Options{Schema: bank.Schema})
 	if err := migrations.Up(t.Context(), store, nil); err != nil {
 		t.Fatal(err)

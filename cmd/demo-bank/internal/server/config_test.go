@@ -6,6 +6,7 @@ import (
 	"io"
 	"net/http"
 	"net/http/httptest"
+	"net/url"
 	"reflect"
 	"strings"
 	"testing"
@@ -16,6 +17,7 @@ import (
 	"github.com/paidonce/idempotency"
 	"github.com/paidonce/idempotency/cmd/demo-bank/internal/bank"
 	"github.com/paidonce/idempotency/internal/crashpoint"
+	"github.com/paidonce/idempotency/internal/pgtest"
 	"github.com/paidonce/idempotency/middleware"
 	"github.com/paidonce/idempotency/storage/memory"
 	"github.com/paidonce/idempotency/storage/postgres"
@@ -227,5 +229,21 @@ func TestTTLIsThatOfTheRecords(t *testing.T) {
 				t.Errorf("a record counts for %v, want %v", kept, want)
 			}
 		}
+	}
+}
+
+// TestLockTimeoutOfTheAddressIsTheStores: a bank whose address asks for another lock_timeout than the store's default serves.
+func TestLockTimeoutOfTheAddressIsTheStores(t *testing.T) {
+	t.Parallel()
+	address, err := url.Parse(pgtest.Database(t))
+	if err != nil {
+		t.Fatal(err)
+	}
+	query := address.Query()
+	query.Set("lock_timeout", "1500")
+	address.RawQuery = query.Encode()
+	b := setupOn(t, address.String())
+	if r := b.keyed("/v1/transfers", `{"from":"alice","to":"bob","amount":1}`); r.status != http.StatusCreated {
+		t.Errorf("transfer: %d %s", r.status, r.body)
 	}
 }

@@ -1,6 +1,7 @@
 package server
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -39,17 +40,34 @@ const (
 // storeOptions are those of the store and of the pool that it uses.
 func storeOptions(config *Config) *postgres.Options {
 	return &postgres.Options{
-		Schema: bank.Schema, AcquireTimeout: config.AcquireTimeout,
+		Schema: bank.Schema, AcquireTimeout: config.AcquireTimeout, LockTimeout: lockTimeout(config.DatabaseURL),
 		IdleInTransactionTimeout: min(max(config.HandlerTimeout+idleBeside, idleInTransactionMin), idleInTransactionMax),
 		PoolConfig:               func(pool *pgxpool.Config) { configurePool(pool, config) },
 	}
 }
 
-func configurePool(pool *pgxpool.Config, config *Config) {
-	if pool.ConnConfig.ConnectTimeout == 0 {
-		pool.ConnConfig.ConnectTimeout = connectTimeout
+// lockTimeout is the one that a database URL asks for, in milliseconds as PostgreSQL reads it; zero, the store's default, if
+// it asks for none. Another one than the store's would be refused.
+func lockTimeout(url string) time.Duration {
+	config, err := pgxpool.ParseConfig(url)
+	if err != nil {
+		return 0 // the store says what is wrong with it
 	}
+	ms, err := strconv.Atoi(config.ConnConfig.RuntimeParams["lock_timeout"])
+	if err != nil {
+		return 0
+	}
+	return time.Duration(ms) * time.Millisecond
+}
+
+// findSchema leads a pool's connections to the bank's tables.
+func findSchema(pool *pgxpool.Config) {
+	pool.ConnConfig.ConnectTimeout = cmp.Or(pool.ConnConfig.ConnectTimeout, connectTimeout)
 	pool.ConnConfig.RuntimeParams["search_path"] = bank.Schema
+}
+
+func configurePool(pool *pgxpool.Config, config *Config) {
+	findSchema(pool)
 	pool.MaxConns = int32(config.PoolSize)
 	pool.MinConns = pool.MaxConns // made at once and kept: a burst must not wait for connections to be made
 	if config.CrashPoint != nil {
@@ -91,20 +109,30 @@ func openDatabase(ctx context.Context, config *Config) (*database, error) {
 	return &database{url: server.URL(), where: where, embedded: server}, nil
 }
 
-// openStore opens the store of the records, and migrates its tables and the bank's.
+// openStore migrates the tables of the records and the bank's, and opens the store.
 func (d *database) openStore(ctx context.Context, config *Config) (*postgres.Store, error) {
-	store, err := postgres.Open(ctx, d.url, storeOptions(config))
+	const unusable = "the database can't be used: %w: mend --database-url (DATABASE_URL), or leave it out for an embedded PostgreSQL"
+	options := storeOptions(config)
+	// Migrations have a store of their own, and come first: they reset the pool, and pgxpool would take a minute to fill it again.
+	first := *options
+	first.PoolConfig = findSchema
+	migrating, err := postgres.Open(ctx, d.url, &first)
 	if err != nil {
-		return nil, fmt.Errorf("the database can't be used: %w: mend --database-url (DATABASE_URL), or leave it out for an embedded PostgreSQL", err)
+		return nil, fmt.Errorf(unusable, err)
 	}
-	err = migrations.Up(ctx, store, nil)
+	err = migrations.Up(ctx, migrating, nil)
 	if err == nil {
-		err = bank.Migrate(ctx, store)
+		err = bank.Migrate(ctx, migrating)
 	}
-	if err == nil {
-		err = store.Check(ctx)
-	}
+	migrating.Close()
 	if err != nil {
+		return nil, err
+	}
+	store, err := postgres.Open(ctx, d.url, options)
+	if err != nil {
+		return nil, fmt.Errorf(unusable, err)
+	}
+	if err := store.Check(ctx); err != nil {
 		store.Close()
 		return nil, err
 	}

@@ -259,3 +259,17 @@ func TestNothingPrivateIsLoggedOrCounted(t *testing.T) {
 		}
 	}
 }
+
+// TestThePoolIsFilledAtTheStart: no request has to wait for a connection to be made. pgxpool itself fills a pool that was reset
+// a minute later.
+func TestThePoolIsFilledAtTheStart(t *testing.T) {
+	t.Parallel()
+	const size = 5
+	b := setup(t, func(c *Config) { c.PoolSize = size })
+	want := fmt.Sprintf("\nidempotency_pool_connections %d\n", size)
+	for until := time.Now().Add(30 * time.Second); !strings.Contains(string(b.get("/metrics").body), want); time.Sleep(20 * time.Millisecond) {
+		if time.Now().After(until) {
+			t.Fatalf("the pool is not full after 30 s")
+		}
+	}
+}

@@ -55,18 +55,7 @@ const testerName = "test"
 // connect opens a pool of the test's own, to look and to meddle behind the bank's back.
 func connect(t *testing.T, database string) *pgxpool.Pool {
 	t.Helper()
-	config, err := pgxpool.ParseConfig(database)
-	if err != nil {
-		t.Fatal(err)
-	}
-	config.ConnConfig.RuntimeParams["search_path"] = bank.Schema
-	config.ConnConfig.RuntimeParams["application_name"] = testerName
-	pool, err := pgxpool.NewWithConfig(t.Context(), config)
-	if err != nil {
-		t.Fatalf("open pool: %v", err)
-	}
-	t.Cleanup(pool.Close)
-	return pool
+	return pgtest.Pool(t, database, map[string]string{"search_path": bank.Schema, "application_name": testerName})
 }
 
 // setupOn runs a bank on the given database.
