@@ -32,9 +32,9 @@ type printingStore struct {
 	print func(ctx context.Context)
 }
 
-func (s printingStore) Begin(ctx context.Context, req *idempotency.Request) (idempotency.Attempt, *idempotency.Record, error) {
+func (s printingStore) Begin(ctx context.Context, claim *idempotency.Claim) (idempotency.Attempt, *idempotency.Record, error) {
 	s.print(ctx)
-	return s.Store.Begin(ctx, req)
+	return s.Store.Begin(ctx, claim)
 }
 
 // A service may print the contexts that it gets from us, in a log or an error. They show neither

@@ -343,7 +343,7 @@ func factAfterRollback(fact fact, err error) fact {
 }
 
 // factAfterCommit reads what Commit returned. Without a key there is no record to ask for.
-func factAfterCommit(req *Request, err error) fact {
+func factAfterCommit(keyless bool, err error) fact {
 	switch {
 	case err == nil:
 		return factCommitted
@@ -359,7 +359,7 @@ func factAfterCommit(req *Request, err error) fact {
 	case errors.Is(err, ErrAborted):
 		return factCommitAborted
 	}
-	if req.Keyless() {
+	if keyless {
 		return factOutcomeUnknown
 	}
 	return factCommitUnknown
@@ -384,7 +384,7 @@ func factAfterDecline(err error) fact {
 // factAfterResolve reads what Resolve returned. An attempt is known by its id, which nobody else can have made. A decline
 // gives its claim away when it undoes the writes, and records the answer after that: so nobody held the key and nothing
 // was there may be true in between, and proves nothing.
-func factAfterResolve(req *Request, disposition Disposition, record *Record, err error) fact {
+func factAfterResolve(req *ongoing, disposition Disposition, record *Record, err error) fact {
 	switch {
 	case errors.Is(err, ErrRecordCorrupt):
 		return factRecordCorrupt
@@ -392,8 +392,8 @@ func factAfterResolve(req *Request, disposition Disposition, record *Record, err
 		return factOutcomeUnknown
 	case record == nil:
 		return factResolvedAbsent
-	case record.Attempt == req.Attempt:
+	case record.Attempt == req.claim.Attempt:
 		return factResolvedOurs
 	}
-	return factOfRecord(req, record)
+	return factOfRecord(&req.Request, record)
 }

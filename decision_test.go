@@ -307,9 +307,8 @@ func TestFactAfterHandler(t *testing.T) {
 
 func TestFactAfterCommit(t *testing.T) {
 	t.Parallel()
-	keyed := &Request{Key: Key{Scope: "acme", Value: "k"}}
-	for req, unknown := range map[*Request]fact{keyed: factCommitUnknown, {}: factOutcomeUnknown} {
-		checkFacts(t, func(err error) fact { return factAfterCommit(req, err) }, map[error]fact{
+	for keyless, unknown := range map[bool]fact{false: factCommitUnknown, true: factOutcomeUnknown} {
+		checkFacts(t, func(err error) fact { return factAfterCommit(keyless, err) }, map[error]fact{
 			nil: factCommitted, ErrTransactionLost: factTransactionLost, ErrKeyRecorded: factKeyRecorded,
 			ErrSerialization: factSerialization, ErrUnavailable: factUnavailable, ErrAborted: factCommitAborted,
 		}, unknown)
@@ -318,7 +317,7 @@ func TestFactAfterCommit(t *testing.T) {
 			if err == nil {
 				continue
 			}
-			if got := factAfterCommit(req, errors.Join(err, ErrUnknown)); got != unknown {
+			if got := factAfterCommit(keyless, errors.Join(err, ErrUnknown)); got != unknown {
 				t.Errorf("%v together with ErrUnknown: fact %d, want %d", err, got, unknown)
 			}
 		}
@@ -337,7 +336,7 @@ func TestFactAfterDecline(t *testing.T) {
 func TestFactAfterResolve(t *testing.T) {
 	t.Parallel()
 	print, other := NewFingerprintV1("POST", "/1", "", "", nil), NewFingerprintV1("POST", "/2", "", "", nil)
-	req := &Request{Key: Key{Scope: "acme", Value: "k"}, Fingerprint: print, Attempt: NewAttemptID()}
+	req := &ongoing{Request: Request{Key: Key{Scope: "acme", Value: "k"}, Fingerprint: print}, claim: Claim{Attempt: NewAttemptID()}}
 	checkFacts(t, func(err error) fact { return factAfterResolve(req, DispositionCommit, nil, err) }, map[error]fact{
 		nil: factResolvedAbsent, ErrRecordCorrupt: factRecordCorrupt,
 	}, factOutcomeUnknown)
@@ -349,7 +348,7 @@ func TestFactAfterResolve(t *testing.T) {
 		record Record
 		want   fact
 	}{
-		"ours":                              {Record{Attempt: req.Attempt, Fingerprint: print}, factResolvedOurs},
+		"ours":                              {Record{Attempt: req.claim.Attempt, Fingerprint: print}, factResolvedOurs},
 		"another's, of the same request":    {Record{Attempt: NewAttemptID(), Fingerprint: print}, factRecordedSame},
 		"another's, of a different request": {Record{Attempt: NewAttemptID(), Fingerprint: other}, factRecordedOther},
 		"another's, of another version":     {Record{Attempt: NewAttemptID(), Fingerprint: NewFingerprint(100, nil)}, factRecordedUnreadable},

@@ -253,14 +253,15 @@ type Result struct {
 // Read it together with decide in decision.go: this method finds the facts in their order, and that
 // table says what follows from each.
 func (e *Engine) Do(ctx context.Context, req Request, run RunFunc) (result Result) {
-	req.TTL = cmp.Or(req.TTL, e.options.TTL)
-	if !validTraceID(req.TraceID) {
-		req.TraceID = ""
+	o := &ongoing{Request: req}
+	o.TTL = cmp.Or(o.TTL, e.options.TTL)
+	if !validTraceID(o.TraceID) {
+		o.TraceID = ""
 	}
-	if reason, err := validate(&req); err != nil {
+	if reason, err := validate(&o.Request); err != nil {
 		return Result{Outcome: OutcomeNotExecuted, Reason: reason, Err: err}
 	}
-	trace := e.startTrace(ctx, &req)
+	trace := e.startTrace(ctx, o)
 	result = refuse(decide(factOutcomeUnknown), errGoexit) // unless do returns
 	defer func() {
 		trace.end(result)
@@ -268,8 +269,16 @@ func (e *Engine) Do(ctx context.Context, req Request, run RunFunc) (result Resul
 			result.Err = errors.Join(result.Err, trace.panicked)
 		}
 	}()
-	return e.do(trace.ctx, &req, run, &trace)
+	return e.do(trace.ctx, o, run, &trace)
 }
+
+// ongoing is a request on its way through the engine.
+type ongoing struct {
+	Request
+	claim Claim // of the latest attempt; zero if none was begun
+}
+
+func (o *ongoing) keyless() bool { return o.Key.Value == "" }
 
 // errHandlerTimeout means that an answer which is not recorded came after the handler's timeout.
 var errHandlerTimeout = fmt.Errorf("%w: the handler took longer", ErrUnavailable)
@@ -282,7 +291,7 @@ func validate(req *Request) (Reason, error) {
 	if req.TTL < TTLMin {
 		return ReasonHandlerFailed, fmt.Errorf("request's TTL is %v: it must be at least %v", req.TTL, TTLMin)
 	}
-	if req.Keyless() {
+	if req.Key.Value == "" {
 		return "", nil
 	}
 	if err := req.Key.Validate(); errors.Is(err, ErrScopeInvalid) {
@@ -305,12 +314,12 @@ func validTraceID(id string) bool {
 	return len(id) <= TraceIDBytesMax
 }
 
-func (e *Engine) do(ctx context.Context, req *Request, run RunFunc, trace *trace) Result {
+func (e *Engine) do(ctx context.Context, req *ongoing, run RunFunc, trace *trace) Result {
 	defer e.family.inFlight.Add(-1)
 	if e.family.inFlight.Add(1) > int64(e.options.InFlightMax) && e.options.InFlightMax > 0 {
 		return refuse(decide(factUnavailable), ErrInFlightMax)
 	}
-	if e.options.Wait > 0 && !req.Keyless() {
+	if e.options.Wait > 0 && !req.keyless() {
 		return e.inQueue(ctx, req, run, trace)
 	}
 	return e.attempts(ctx, req, run, trace, nil)
@@ -318,7 +327,7 @@ func (e *Engine) do(ctx context.Context, req *Request, run RunFunc, trace *trace
 
 // attempts begins attempts until one need not be started again. derived is set once a run of the
 // request has called DerivedKey; pass nil if there were no attempts before.
-func (e *Engine) attempts(ctx context.Context, req *Request, run RunFunc, trace *trace, derived *atomic.Bool) Result {
+func (e *Engine) attempts(ctx context.Context, req *ongoing, run RunFunc, trace *trace, derived *atomic.Bool) Result {
 	if e.family.running.has(req.Key) {
 		return refuse(decide(factRunsHere), errRunsHere)
 	}
@@ -335,7 +344,7 @@ func (e *Engine) attempts(ctx context.Context, req *Request, run RunFunc, trace 
 	defer budget.End()
 	past := past{derived: derived}
 	for restarts := 0; ; restarts++ {
-		req.Attempt = NewAttemptID()
+		req.claim = Claim{Key: req.Key, Fingerprint: req.Fingerprint, TTL: req.TTL, TraceID: req.TraceID, Attempt: NewAttemptID()}
 		result, again := e.attempt(&bounds.parent, budget, req, run, trace, past)
 		lost := errors.Is(again, ErrKeyRecorded)
 		// Once more only to read the record, even if the restarts are spent: the next claim finds
@@ -366,10 +375,10 @@ func (p past) decide(fact fact) decision {
 // attempt claims the key and, where it is ours, runs the handler within what is left of the budget, and ends the transaction,
 // which is bounded apart: neither the client nor the handler's timeout may cut that off. ctx never ends. It returns a
 // result, or the reason to start again.
-func (e *Engine) attempt(ctx context.Context, budget *deadline.Context, req *Request, run RunFunc, trace *trace, past past) (result Result, again error) {
+func (e *Engine) attempt(ctx context.Context, budget *deadline.Context, req *ongoing, run RunFunc, trace *trace, past past) (result Result, again error) {
 	// The claim.
 	started := trace.now()
-	attempt, record, err := e.store.Begin(budget, req)
+	attempt, record, err := e.store.Begin(budget, &req.claim)
 	open := attempt != nil
 	rollback := func() error {
 		open = false
@@ -387,7 +396,7 @@ func (e *Engine) attempt(ctx context.Context, budget *deadline.Context, req *Req
 		}
 	}()
 	trace.step(StepClaim, started, err)
-	switch decision := past.decide(factAfterClaim(req, record, err)); decision.action {
+	switch decision := past.decide(factAfterClaim(&req.Request, record, err)); decision.action {
 	case actionRun:
 	case actionReplay:
 		return Result{Outcome: decision.outcome, Answer: &record.Answer, Record: record}, nil
@@ -406,9 +415,9 @@ func (e *Engine) attempt(ctx context.Context, budget *deadline.Context, req *Req
 		handler attemptContext
 		end     deadline.Context
 	}{handler: attemptContext{Context: handlerCtx, running: running{
-		key: req.Key, attempt: req.Attempt, service: e.options.Service, derived: past.derived,
+		key: req.Key, attempt: req.claim.Attempt, service: e.options.Service, derived: past.derived,
 	}}}
-	answer, failed := e.call(attempt.Context(&bounds.handler), req, handlerEnd, run)
+	answer, failed := e.call(attempt.Context(&bounds.handler), &req.claim, handlerEnd, run)
 	trace.step(StepHandler, started, failed)
 	sealed := attempt.Seal()
 
@@ -430,7 +439,7 @@ func (e *Engine) attempt(ctx context.Context, budget *deadline.Context, req *Req
 		open = false
 		bounds.end.Start(ctx, e.options.Timeouts.Commit)
 		err = end(&bounds.end, attempt.Commit, recorded, StepCommit, trace)
-		fact = factAfterCommit(req, err)
+		fact = factAfterCommit(req.keyless(), err)
 	case actionDecline:
 		open = false
 		bounds.end.Start(ctx, e.options.Timeouts.Commit)
@@ -465,10 +474,10 @@ func (e *Engine) attempt(ctx context.Context, budget *deadline.Context, req *Req
 
 // disposition calls the policy. Without a key no answer can be recorded, so a decline is forgotten.
 // If the policy panics the handler has failed: nothing says that the answer is final.
-func (e *Engine) disposition(req *Request, answer *Answer) (disposition Disposition, err error) {
+func (e *Engine) disposition(req *ongoing, answer *Answer) (disposition Disposition, err error) {
 	defer recovered("Options.Disposition", &err)
 	disposition = e.options.Disposition(answer.Status)
-	if disposition == DispositionDecline && req.Keyless() {
+	if disposition == DispositionDecline && req.keyless() {
 		return DispositionForget, nil
 	}
 	return disposition, nil
@@ -485,11 +494,11 @@ func end(ctx *deadline.Context, end func(context.Context, *Answer) error, answer
 
 // resolve calls the store's Resolve after the reply to a COMMIT was lost; lost is the error that
 // lost it.
-func (e *Engine) resolve(ctx context.Context, req *Request, disposition Disposition, lost error, trace *trace) (fact, *Record, error) {
+func (e *Engine) resolve(ctx context.Context, req *ongoing, disposition Disposition, lost error, trace *trace) (fact, *Record, error) {
 	started := trace.now()
 	bounded := deadline.After(ctx, e.options.Timeouts.Resolve)
 	defer bounded.End()
-	record, err := e.store.Resolve(bounded, req)
+	record, err := e.store.Resolve(bounded, &req.claim)
 	trace.step(StepResolve, started, err)
 	return factAfterResolve(req, disposition, record, err), record, errors.Join(lost, err)
 }
@@ -514,10 +523,10 @@ func recovered(whose string, err *error) {
 
 // call runs the handler and turns a panic into an error. While it runs the key is in memory, until
 // the handler's deadline at most.
-func (e *Engine) call(ctx context.Context, req *Request, handlerEnd time.Time, run RunFunc) (answer *Answer, err error) {
+func (e *Engine) call(ctx context.Context, claim *Claim, handlerEnd time.Time, run RunFunc) (answer *Answer, err error) {
 	defer recovered("", &err)
-	e.family.running.add(req, handlerEnd)
-	defer e.family.running.remove(req)
+	e.family.running.add(claim, handlerEnd)
+	defer e.family.running.remove(claim)
 	answer, err = run(ctx)
 	if answer == nil && err == nil {
 		err = errors.New("handler gave no answer")

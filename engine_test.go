@@ -23,7 +23,7 @@ type script struct {
 
 	mu      sync.Mutex
 	steps   []string
-	begun   []idempotency.Request
+	begun   []idempotency.Claim
 	ends    []context.Context // what Commit, Decline and Rollback were given
 	answers []*idempotency.Answer
 }
@@ -44,9 +44,9 @@ type turn struct {
 // ours stands for the record of the attempt that asks.
 var ours = &idempotency.Record{}
 
-func (s *script) Begin(_ context.Context, req *idempotency.Request) (idempotency.Attempt, *idempotency.Record, error) {
+func (s *script) Begin(_ context.Context, claim *idempotency.Claim) (idempotency.Attempt, *idempotency.Record, error) {
 	turn := s.turns[min(len(s.begun), len(s.turns)-1)]
-	s.begun = append(s.begun, *req)
+	s.begun = append(s.begun, *claim)
 	s.took("begin")
 	if turn.begin != nil || turn.record != nil {
 		return nil, turn.record, turn.begin
@@ -54,7 +54,7 @@ func (s *script) Begin(_ context.Context, req *idempotency.Request) (idempotency
 	return &scriptAttempt{s, turn}, nil, nil
 }
 
-func (s *script) Resolve(ctx context.Context, req *idempotency.Request) (*idempotency.Record, error) {
+func (s *script) Resolve(ctx context.Context, claim *idempotency.Claim) (*idempotency.Record, error) {
 	turn := s.turns[min(len(s.begun), len(s.turns))-1]
 	s.took("resolve")
 	if turn.resolving != nil {
@@ -62,7 +62,7 @@ func (s *script) Resolve(ctx context.Context, req *idempotency.Request) (*idempo
 	}
 	s.ends = append(s.ends, ctx)
 	if turn.resolved == ours {
-		return &idempotency.Record{Attempt: req.Attempt}, turn.resolve
+		return &idempotency.Record{Attempt: claim.Attempt}, turn.resolve
 	}
 	return turn.resolved, turn.resolve
 }

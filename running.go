@@ -31,8 +31,8 @@ var errRunsHere = fmt.Errorf("%w: its handler runs in this process", ErrInProgre
 
 // add notes that the handler of this request runs, until the given time at most. The caller must
 // call remove. It does nothing for a request without a key.
-func (r *runningKeys) add(req *Request, until time.Time) {
-	if req.Keyless() {
+func (r *runningKeys) add(claim *Claim, until time.Time) {
+	if claim.Keyless() {
 		return
 	}
 	r.mu.Lock()
@@ -40,19 +40,19 @@ func (r *runningKeys) add(req *Request, until time.Time) {
 	if r.byKey == nil {
 		r.byKey = map[Key]runningKey{}
 	}
-	r.byKey[req.Key] = runningKey{req.Attempt, until}
+	r.byKey[claim.Key] = runningKey{claim.Attempt, until}
 }
 
 // remove takes back the add of this attempt. It leaves the entry of another attempt alone: the
 // store may have granted the key again while a handler ran past its deadline.
-func (r *runningKeys) remove(req *Request) {
-	if req.Keyless() {
+func (r *runningKeys) remove(claim *Claim) {
+	if claim.Keyless() {
 		return
 	}
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	if r.byKey[req.Key].attempt == req.Attempt {
-		delete(r.byKey, req.Key)
+	if r.byKey[claim.Key].attempt == claim.Attempt {
+		delete(r.byKey, claim.Key)
 	}
 }
 

@@ -21,17 +21,17 @@ type hooked struct {
 	after  func(step idempotency.Step) error // Commit or Decline is through; may be nil. An error replaces its result
 }
 
-func (h *hooked) Begin(ctx context.Context, req *idempotency.Request) (idempotency.Attempt, *idempotency.Record, error) {
-	attempt, record, err := h.counted.Begin(ctx, req)
+func (h *hooked) Begin(ctx context.Context, claim *idempotency.Claim) (idempotency.Attempt, *idempotency.Record, error) {
+	attempt, record, err := h.counted.Begin(ctx, claim)
 	if attempt != nil {
 		attempt = &hookedAttempt{attempt, h}
 	}
 	return attempt, record, err
 }
 
-func (h *hooked) Resolve(ctx context.Context, req *idempotency.Request) (*idempotency.Record, error) {
+func (h *hooked) Resolve(ctx context.Context, claim *idempotency.Claim) (*idempotency.Record, error) {
 	h.call(idempotency.StepResolve)
-	return h.counted.Resolve(ctx, req)
+	return h.counted.Resolve(ctx, claim)
 }
 
 func (h *hooked) call(step idempotency.Step) {

@@ -8,10 +8,10 @@ import (
 	"time"
 )
 
-// Request is what the engine asks a [Store] to claim.
+// Request is what a caller asks an [Engine] for.
 type Request struct {
-	// Key names the request. A Key with an empty Value asks for a transaction without a claim: nothing is locked,
-	// looked up or recorded (see [Request.Keyless]).
+	// Key names the request. If its Value is empty the request is keyless: the handler gets a
+	// transaction, and nothing is locked, looked up or recorded.
 	Key Key
 
 	// Fingerprint is compared with the record's on every path that answers. A request with a key must have one.
@@ -21,8 +21,8 @@ type Request struct {
 	// version of the program made. It reports false for a version it does not know. Nil knows Fingerprint alone.
 	FingerprintAt func(version int16) (Fingerprint, bool)
 
-	// TTL is how long the record counts from its commit on, by the store's clock: at least [TTLMin]. The engine fills in
-	// its own where this is zero.
+	// TTL is how long the record counts from its commit on, by the store's clock: at least
+	// [TTLMin]. Defaults to the TTL in [Options].
 	TTL time.Duration
 
 	// TraceID is kept in the record, so that a replay can be linked to the trace of the attempt that was executed. May
@@ -32,23 +32,26 @@ type Request struct {
 	// Route is the request's route, such as "POST /transfers", for the [Tracer] alone. It must come from a small set, never
 	// from the path. May be empty.
 	Route string
-
-	// Attempt is set by the engine, anew for each attempt.
-	Attempt AttemptID
-
-	// Claim is set by Begin, for Resolve. Callers leave it alone.
-	Claim Claim
 }
 
-// Claim is the time and position of a key's claim, by the store's own clock and log.
+// Claim is one attempt's claim on a key: what the engine asks a [Store] for, and what the store
+// notes for the look for a COMMIT whose reply was lost.
 type Claim struct {
+	// Set by the engine, anew for each attempt.
+	Key         Key // Value is empty for a keyless request
+	Fingerprint Fingerprint
+	TTL         time.Duration // in force, at least TTLMin
+	TraceID     string        // may be empty
+	Attempt     AttemptID
+
+	// Set by Begin, by the store's own clock and log, for Resolve.
 	At       time.Time // zero if nothing was claimed
 	Timeline uint32    // of the log; 0 if the store has none, or does not report it
 	Position uint64    // in the log
 }
 
-// Keyless reports whether the request came without a key.
-func (r *Request) Keyless() bool { return r.Key.Value == "" }
+// Keyless reports whether the request came without a key: nothing is locked, looked up or recorded.
+func (c *Claim) Keyless() bool { return c.Key.Value == "" }
 
 // Answer is what the handler said, and what a replay repeats byte by byte.
 type Answer struct {
@@ -149,7 +152,7 @@ var (
 // Store keeps records and runs attempts in transactions. Implementations are safe for concurrent use. The suite in
 // storage/storagetest holds them to what is said here.
 type Store interface {
-	// Begin opens a transaction, claims req.Key and looks its record up. Exactly one of the three results is set:
+	// Begin opens a transaction, claims the key and looks its record up. Exactly one of the three results is set:
 	//
 	//   - an Attempt: the key is absent and ours; the caller must end it with Commit, Decline or Rollback
 	//   - a Record: the key is recorded; no transaction is left open, and no fingerprint was compared
@@ -159,19 +162,21 @@ type Store interface {
 	//     it was tampered with, and anything else if the store is unavailable; nothing is left open
 	//
 	// A record wins over the claim: it is returned also while others hold the key. Begin never waits for another
-	// attempt. ctx bounds Begin alone. For a keyless request Begin returns an Attempt that records nothing.
-	Begin(ctx context.Context, req *Request) (Attempt, *Record, error)
+	// attempt. ctx bounds Begin alone. For a keyless claim Begin returns an Attempt that records nothing.
+	// Begin sets the claim's At, Timeline and Position. The engine changes nothing of the claim
+	// until the attempt has ended.
+	Begin(ctx context.Context, claim *Claim) (Attempt, *Record, error)
 
 	// Resolve finds the record of an attempt that got ErrUnknown from Commit or Decline, or of any
-	// other attempt with this key. It blocks until nobody holds req.Key, and returns the key's
+	// other attempt with this key. It blocks until nobody holds the key, and returns the key's
 	// record, or nil if there is none. After a Commit nil is proof that nothing was recorded; after
 	// a Decline it is not, because the record may still appear. If the store can't vouch for nil,
 	// it returns ErrUnknown: if a record may be hidden from it, if its database may be behind the
-	// one of req.Claim, or if half of req.TTL has passed since req.Claim.At by its own clock,
+	// one of the claim, or if half of the TTL has passed since the claim by its own clock,
 	// because the record may have expired. No fingerprint was compared. The error is ErrUnknown if
 	// the result can't be found before ctx ends, and ErrRecordCorrupt if the record was tampered
-	// with. It changes nothing and may be called again. req has a key.
-	Resolve(ctx context.Context, req *Request) (*Record, error)
+	// with. It changes nothing and may be called again. The claim has a key.
+	Resolve(ctx context.Context, claim *Claim) (*Record, error)
 }
 
 // Attempt is one run of a handler inside an open transaction. It is used by one goroutine, and ended exactly once:

@@ -88,7 +88,7 @@ type Refused struct {
 type trace struct {
 	tracer   Tracer
 	ctx      context.Context
-	req      *Request
+	req      *ongoing
 	started  time.Time
 	attempts int
 	last     Step // of the steps that end an attempt
@@ -96,7 +96,7 @@ type trace struct {
 	panicked error // the tracer's panics
 }
 
-func (e *Engine) startTrace(ctx context.Context, req *Request) (t trace) {
+func (e *Engine) startTrace(ctx context.Context, req *ongoing) (t trace) {
 	t = trace{tracer: e.options.Tracer, ctx: ctx, req: req}
 	if t.tracer != nil {
 		defer recovered(panicOfTracer, &t.panicked)
@@ -143,7 +143,7 @@ func (t *trace) step(step Step, started time.Time, err error) {
 		return
 	}
 	defer recovered(panicOfTracer, &t.panicked)
-	t.tracer.TraceStep(t.ctx, StepEnd{Attempt: t.req.Attempt, Step: step, Started: started, Duration: time.Since(started), Err: err})
+	t.tracer.TraceStep(t.ctx, StepEnd{Attempt: t.req.claim.Attempt, Step: step, Started: started, Duration: time.Since(started), Err: err})
 }
 
 func (t *trace) end(result Result) {
@@ -152,7 +152,7 @@ func (t *trace) end(result Result) {
 	}
 	defer recovered(panicOfTracer, &t.panicked)
 	t.tracer.TraceRequestEnd(t.ctx, RequestEnd{
-		Key: t.req.Key, Route: t.req.Route, Attempt: t.req.Attempt, Attempts: t.attempts, Result: result, Resolved: t.resolved,
+		Key: t.req.Key, Route: t.req.Route, Attempt: t.req.claim.Attempt, Attempts: t.attempts, Result: result, Resolved: t.resolved,
 		Declined: result.Outcome == OutcomeExecuted && t.last == StepDecline,
 		Started:  t.started, Duration: time.Since(t.started),
 	})

@@ -29,7 +29,7 @@ const (
 // process is the leader: it makes the claims. The others are its followers: they wait in memory until
 // the leader ends, and get its result, or one of them becomes the leader. So all duplicates together
 // use one connection. While another process holds the key they use none between two claims.
-func (e *Engine) inQueue(ctx context.Context, req *Request, run RunFunc, trace *trace) (result Result) {
+func (e *Engine) inQueue(ctx context.Context, req *ongoing, run RunFunc, trace *trace) (result Result) {
 	over := time.Now().Add(e.options.Wait)
 	place, ok := e.family.queues.enter(req.Key, e.followersMax())
 	if !ok { // too many requests wait already
@@ -61,12 +61,12 @@ func (e *Engine) inQueue(ctx context.Context, req *Request, run RunFunc, trace *
 // follow waits until the leader ends, and returns the request's result. It returns false if the
 // request must call the store itself: it is the leader now, or its Wait has elapsed. In the second
 // case the answer may be there although the leader, which may be slow, has not seen it.
-func follow(ctx context.Context, req *Request, place *place, over time.Time, trace *trace) (result Result, settled bool) {
+func follow(ctx context.Context, req *ongoing, place *place, over time.Time, trace *trace) (result Result, settled bool) {
 	started := trace.wait()
 	told, err := place.wait(ctx, over)
 	fact := factTurn
 	if err == nil {
-		fact = factOfLeader(req, told)
+		fact = factOfLeader(&req.Request, told)
 	}
 	err = nil
 	if decide(fact).action == actionClaim && ctx.Err() != nil {

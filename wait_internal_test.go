@@ -34,7 +34,7 @@ func TestTurnThatComesTooLateIsHandedOn(t *testing.T) {
 		q, key := &queues{}, Key{Scope: "acme", Value: "k"}
 		first, late, next := q.mustEnter(key), q.mustEnter(key), q.mustEnter(key)
 		first.leave(&Result{Outcome: OutcomeExecuted})
-		result, settled := follow(canceled, &Request{Key: key}, late, time.Now().Add(time.Hour), &trace{})
+		result, settled := follow(canceled, &ongoing{Request: Request{Key: key}}, late, time.Now().Add(time.Hour), &trace{})
 		if !settled || result.Outcome != OutcomeInProgress || !errors.Is(result.Err, context.Canceled) {
 			t.Fatalf("settled: %t, %s, %v", settled, result.Outcome, result.Err)
 		}
@@ -56,7 +56,7 @@ func TestAnswerThatComesAtTheLastMomentIsTaken(t *testing.T) {
 	for range 100 {
 		q, key := &queues{}, Key{Scope: "acme", Value: "k"}
 		first, late := q.mustEnter(key), q.mustEnter(key)
-		req := &Request{Key: key, Fingerprint: NewFingerprint(100, nil)}
+		req := &ongoing{Request: Request{Key: key, Fingerprint: NewFingerprint(100, nil)}}
 		first.leave(&Result{Outcome: OutcomeReplayed, Record: &Record{Fingerprint: req.Fingerprint}})
 		result, settled := follow(t.Context(), req, late, time.Now(), &trace{})
 		late.leave(&result)
@@ -88,7 +88,7 @@ func TestFollowerWhoseTracerExitsLeavesItsQueue(t *testing.T) {
 				if turn {
 					end()
 				}
-				follow(t.Context(), &Request{Key: key}, late, time.Now().Add(time.Hour), &trace{tracer: exiting{}})
+				follow(t.Context(), &ongoing{Request: Request{Key: key}}, late, time.Now().Add(time.Hour), &trace{tracer: exiting{}})
 			}()
 			<-gone
 			if !turn {

@@ -33,12 +33,12 @@ type counted struct {
 	gate  atomic.Pointer[chan struct{}] // the next claim waits until it is closed
 }
 
-func (c *counted) Begin(ctx context.Context, req *idempotency.Request) (idempotency.Attempt, *idempotency.Record, error) {
+func (c *counted) Begin(ctx context.Context, claim *idempotency.Claim) (idempotency.Attempt, *idempotency.Record, error) {
 	c.begun.Add(1)
 	if gate := c.gate.Swap(nil); gate != nil {
 		<-*gate
 	}
-	return c.Store.Begin(ctx, req)
+	return c.Store.Begin(ctx, claim)
 }
 
 const waitFor = 10 * time.Second

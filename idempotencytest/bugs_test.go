@@ -78,59 +78,59 @@ var bugs = map[string]seeded{
 		}}}
 	}, false},
 	"record in a transaction of its own": {string(crashpoint.MidCommit), checkInvariant, func(b *testBundle) {
-		b.store = &wrapped{Store: b.store, begin: func(ctx context.Context, s idempotency.Store, req *idempotency.Request) (idempotency.Attempt, *idempotency.Record, error) {
-			claim, record, err := s.Begin(ctx, req)
-			if claim == nil {
+		b.store = &wrapped{Store: b.store, begin: func(ctx context.Context, s idempotency.Store, claim *idempotency.Claim) (idempotency.Attempt, *idempotency.Record, error) {
+			kept, record, err := s.Begin(ctx, claim)
+			if kept == nil {
 				return nil, record, err
 			}
-			_ = claim.Rollback(ctx)
-			keyless := *req
+			_ = kept.Rollback(ctx)
+			keyless := *claim
 			keyless.Key.Value = ""
 			writes, _, err := s.Begin(ctx, &keyless)
 			if err != nil {
 				return nil, nil, err
 			}
-			return &twice{Attempt: writes, store: s, req: req}, nil, nil
+			return &twice{Attempt: writes, store: s, claim: claim}, nil, nil
 		}}
 	}, false},
 	"record kept before COMMIT": {string(crashpoint.MidCommit), checkInvariant, func(b *testBundle) {
 		var cache sync.Map
-		b.store = &wrapped{Store: b.store, begin: func(ctx context.Context, s idempotency.Store, req *idempotency.Request) (idempotency.Attempt, *idempotency.Record, error) {
-			if record, ok := cache.Load(req.Key); ok {
+		b.store = &wrapped{Store: b.store, begin: func(ctx context.Context, s idempotency.Store, claim *idempotency.Claim) (idempotency.Attempt, *idempotency.Record, error) {
+			if record, ok := cache.Load(claim.Key); ok {
 				return nil, record.(*idempotency.Record), nil
 			}
-			a, record, err := s.Begin(ctx, req)
+			a, record, err := s.Begin(ctx, claim)
 			if a == nil {
 				return nil, record, err
 			}
 			return &early{Attempt: a, keep: func(answer *idempotency.Answer) {
-				cache.Store(req.Key, &idempotency.Record{Fingerprint: req.Fingerprint, Attempt: req.Attempt, Answer: *answer})
+				cache.Store(claim.Key, &idempotency.Record{Fingerprint: claim.Fingerprint, Attempt: claim.Attempt, Answer: *answer})
 			}}, nil, nil
 		}}
 	}, false},
 	"lost COMMIT is taken for none": {string(crashpoint.CommitLost), checkInvariant, func(b *testBundle) {
-		b.store = &wrapped{Store: b.store, resolve: func(context.Context, idempotency.Store, *idempotency.Request) (*idempotency.Record, error) {
+		b.store = &wrapped{Store: b.store, resolve: func(context.Context, idempotency.Store, *idempotency.Claim) (*idempotency.Record, error) {
 			return nil, nil
 		}}
 	}, false},
 	"lost COMMIT is taken for one that happened": {string(crashpoint.CommitNeverArrived), checkPoint, func(b *testBundle) {
-		b.store = &wrapped{Store: b.store, resolve: func(_ context.Context, _ idempotency.Store, req *idempotency.Request) (*idempotency.Record, error) {
-			return &idempotency.Record{Attempt: req.Attempt, Fingerprint: req.Fingerprint}, nil
+		b.store = &wrapped{Store: b.store, resolve: func(_ context.Context, _ idempotency.Store, claim *idempotency.Claim) (*idempotency.Record, error) {
+			return &idempotency.Record{Attempt: claim.Attempt, Fingerprint: claim.Fingerprint}, nil
 		}}
 	}, false},
 	"scope left out": {"Scope", checkScope, func(b *testBundle) {
 		b.store = &wrapped{
 			Store: b.store,
-			begin: func(ctx context.Context, s idempotency.Store, req *idempotency.Request) (idempotency.Attempt, *idempotency.Record, error) {
-				all := *req
+			begin: func(ctx context.Context, s idempotency.Store, claim *idempotency.Claim) (idempotency.Attempt, *idempotency.Record, error) {
+				all := *claim
 				all.Key.Scope = "all"
 				return s.Begin(ctx, &all)
 			},
 		}
 	}, false},
 	"replay of other bytes": {"Prepare", checkOneAnswer, func(b *testBundle) {
-		b.store = &wrapped{Store: b.store, begin: func(ctx context.Context, s idempotency.Store, req *idempotency.Request) (idempotency.Attempt, *idempotency.Record, error) {
-			a, record, err := s.Begin(ctx, req)
+		b.store = &wrapped{Store: b.store, begin: func(ctx context.Context, s idempotency.Store, claim *idempotency.Claim) (idempotency.Attempt, *idempotency.Record, error) {
+			a, record, err := s.Begin(ctx, claim)
 			if record != nil {
 				record.Answer.Body = append(record.Answer.Body, '\n')
 			}
@@ -138,8 +138,8 @@ var bugs = map[string]seeded{
 		}}
 	}, false},
 	"replay without a header": {"Prepare", checkOneAnswer, func(b *testBundle) {
-		b.store = &wrapped{Store: b.store, begin: func(ctx context.Context, s idempotency.Store, req *idempotency.Request) (idempotency.Attempt, *idempotency.Record, error) {
-			a, record, err := s.Begin(ctx, req)
+		b.store = &wrapped{Store: b.store, begin: func(ctx context.Context, s idempotency.Store, claim *idempotency.Claim) (idempotency.Attempt, *idempotency.Record, error) {
+			a, record, err := s.Begin(ctx, claim)
 			if record != nil {
 				delete(record.Answer.Header, "Location")
 			}
@@ -147,8 +147,8 @@ var bugs = map[string]seeded{
 		}}
 	}, false},
 	"rollback that keeps the transaction": {string(crashpoint.AfterBegin), checkSettled, func(b *testBundle) {
-		b.store = &wrapped{Store: b.store, begin: func(ctx context.Context, s idempotency.Store, req *idempotency.Request) (idempotency.Attempt, *idempotency.Record, error) {
-			a, record, err := s.Begin(ctx, req)
+		b.store = &wrapped{Store: b.store, begin: func(ctx context.Context, s idempotency.Store, claim *idempotency.Claim) (idempotency.Attempt, *idempotency.Record, error) {
+			a, record, err := s.Begin(ctx, claim)
 			if a == nil {
 				return nil, record, err
 			}
@@ -280,36 +280,36 @@ func wantFinding(t *testing.T, found []finding, check string) {
 // wrapped is a store with a bug.
 type wrapped struct {
 	idempotency.Store
-	begin   func(context.Context, idempotency.Store, *idempotency.Request) (idempotency.Attempt, *idempotency.Record, error)
-	resolve func(context.Context, idempotency.Store, *idempotency.Request) (*idempotency.Record, error)
+	begin   func(context.Context, idempotency.Store, *idempotency.Claim) (idempotency.Attempt, *idempotency.Record, error)
+	resolve func(context.Context, idempotency.Store, *idempotency.Claim) (*idempotency.Record, error)
 }
 
-func (w *wrapped) Begin(ctx context.Context, req *idempotency.Request) (idempotency.Attempt, *idempotency.Record, error) {
+func (w *wrapped) Begin(ctx context.Context, claim *idempotency.Claim) (idempotency.Attempt, *idempotency.Record, error) {
 	if w.begin == nil {
-		return w.Store.Begin(ctx, req)
+		return w.Store.Begin(ctx, claim)
 	}
-	return w.begin(ctx, w.Store, req)
+	return w.begin(ctx, w.Store, claim)
 }
 
-func (w *wrapped) Resolve(ctx context.Context, req *idempotency.Request) (*idempotency.Record, error) {
+func (w *wrapped) Resolve(ctx context.Context, claim *idempotency.Claim) (*idempotency.Record, error) {
 	if w.resolve == nil {
-		return w.Store.Resolve(ctx, req)
+		return w.Store.Resolve(ctx, claim)
 	}
-	return w.resolve(ctx, w.Store, req)
+	return w.resolve(ctx, w.Store, claim)
 }
 
 // twice commits the writes, and then the record.
 type twice struct {
 	idempotency.Attempt
 	store idempotency.Store
-	req   *idempotency.Request
+	claim *idempotency.Claim
 }
 
 func (a *twice) Commit(ctx context.Context, answer *idempotency.Answer) error {
 	if err := a.Attempt.Commit(ctx, answer); err != nil {
 		return err
 	}
-	record, _, err := a.store.Begin(ctx, a.req)
+	record, _, err := a.store.Begin(ctx, a.claim)
 	if record == nil {
 		return errors.Join(idempotency.ErrUnknown, err)
 	}
@@ -320,7 +320,7 @@ func (a *twice) Decline(ctx context.Context, answer *idempotency.Answer) error {
 	if err := a.Rollback(ctx); err != nil {
 		return err
 	}
-	record, _, err := a.store.Begin(ctx, a.req)
+	record, _, err := a.store.Begin(ctx, a.claim)
 	if record == nil {
 		return errors.Join(idempotency.ErrUnknown, err)
 	}

@@ -33,9 +33,9 @@ type key struct {
 	mu        sync.Mutex
 	pending   []step
 	hits      map[point]int
-	last      *idempotency.Request // as it came to the store
-	answer    *Answer              // the first that was told
-	executed  int                  // how often it was said to be executed
+	last      *idempotency.Claim // as it came to the store
+	answer    *Answer            // the first that was told
+	executed  int                // how often it was said to be executed
 	abandoned bool
 }
 
@@ -84,11 +84,11 @@ func (k *key) tripwire(ctx context.Context, points ...point) *tripwire {
 }
 
 // seen keeps the request as the store was asked for it.
-func (k *key) seen(req *idempotency.Request) {
+func (k *key) seen(claim *idempotency.Claim) {
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	if k.last == nil { // the first is the real one: changed requests come later
-		copied := *req
+		copied := *claim
 		k.last = &copied
 	}
 }

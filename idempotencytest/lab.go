@@ -209,13 +209,13 @@ func (l *lab) settle(ctx context.Context, keys []*key) {
 func (l *lab) lookUp(ctx context.Context, k *key) {
 	ctx, cancel := context.WithTimeout(ctx, l.config.Patience)
 	defer cancel()
-	req := k.last
-	if req == nil {
+	claim := k.last
+	if claim == nil {
 		return // refused before it came to the store
 	}
 	for {
-		req.Attempt = idempotency.NewAttemptID()
-		attempt, record, err := l.store.inner.Begin(ctx, req)
+		claim.Attempt = idempotency.NewAttemptID()
+		attempt, record, err := l.store.inner.Begin(ctx, claim)
 		if attempt != nil {
 			_ = attempt.Seal() // nothing was written in it
 			_ = attempt.Rollback(ctx)

@@ -40,13 +40,13 @@ func (s *store) CheckBudget(handlerTimeout, commitTimeout time.Duration) error {
 }
 
 // keyOf returns what is planned for a request, or nil where nothing is.
-func (s *store) keyOf(ctx context.Context, req *idempotency.Request) (*key, *exchange) {
+func (s *store) keyOf(ctx context.Context, claim *idempotency.Claim) (*key, *exchange) {
 	x, ok := ctx.Value(exchangeKey{}).(*exchange)
 	if !ok {
 		s.stray.Add(1)
 		return nil, nil
 	}
-	k, _ := s.keys.Load(req.Key.Value)
+	k, _ := s.keys.Load(claim.Key.Value)
 	if k == nil {
 		return nil, nil
 	}
@@ -54,16 +54,16 @@ func (s *store) keyOf(ctx context.Context, req *idempotency.Request) (*key, *exc
 }
 
 // Begin implements [idempotency.Store].
-func (s *store) Begin(ctx context.Context, req *idempotency.Request) (idempotency.Attempt, *idempotency.Record, error) {
-	k, x := s.keyOf(ctx, req)
+func (s *store) Begin(ctx context.Context, claim *idempotency.Claim) (idempotency.Attempt, *idempotency.Record, error) {
+	k, x := s.keyOf(ctx, claim)
 	if k == nil {
-		return s.inner.Begin(ctx, req)
+		return s.inner.Begin(ctx, claim)
 	}
-	k.seen(req)
+	k.seen(claim)
 	if k.take(crashpoint.BeforeBegin) {
 		return nil, nil, fmt.Errorf("begin: %w: idempotencytest", idempotency.ErrUnavailable)
 	}
-	inner, record, err := s.inner.Begin(ctx, req)
+	inner, record, err := s.inner.Begin(ctx, claim)
 	if inner == nil {
 		return inner, record, err
 	}
@@ -77,7 +77,7 @@ func (s *store) Begin(ctx context.Context, req *idempotency.Request) (idempotenc
 }
 
 // Resolve implements [idempotency.Store].
-func (s *store) Resolve(ctx context.Context, req *idempotency.Request) (*idempotency.Record, error) {
+func (s *store) Resolve(ctx context.Context, claim *idempotency.Claim) (*idempotency.Record, error) {
 	if x, ok := ctx.Value(exchangeKey{}).(*exchange); ok {
 		switch {
 		case x.resolving.Load():
@@ -86,7 +86,7 @@ func (s *store) Resolve(ctx context.Context, req *idempotency.Request) (*idempot
 			return nil, errLost
 		}
 	}
-	return s.inner.Resolve(ctx, req)
+	return s.inner.Resolve(ctx, claim)
 }
 
 // attempt is an attempt of the user's store. It is used by one goroutine, as the contract says, but for what the

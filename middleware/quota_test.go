@@ -187,8 +187,8 @@ type serializing struct {
 	n int
 }
 
-func (s *serializing) Begin(ctx context.Context, req *idempotency.Request) (idempotency.Attempt, *idempotency.Record, error) {
-	attempt, record, err := s.Store.Begin(ctx, req)
+func (s *serializing) Begin(ctx context.Context, claim *idempotency.Claim) (idempotency.Attempt, *idempotency.Record, error) {
+	attempt, record, err := s.Store.Begin(ctx, claim)
 	if attempt == nil {
 		return nil, record, err
 	}

@@ -73,11 +73,11 @@ func newHarness(t *testing.T) *storagetest.Harness {
 			return exec(ctx, "UPDATE idempotency_keys SET created_at = created_at - $1::interval, expires_at = expires_at - $1::interval", d)
 		},
 		DeleteExpired: d.Store.DeleteExpired,
-		Record: func(ctx context.Context, req *idempotency.Request, answer *idempotency.Answer) error {
+		Record: func(ctx context.Context, claim *idempotency.Claim, answer *idempotency.Answer) error {
 			return exec(ctx, `INSERT INTO idempotency_keys
 				(created_at, expires_at, status, fingerprint_version, attempt_id, scope, key, fingerprint, headers, body)
 				VALUES (now(), now() + $1::interval, $2, $3, $4, $5, $6, $7, '\x0100', $8)`,
-				req.TTL, answer.Status, req.Fingerprint.Version, req.Attempt.String(), req.Key.Scope, req.Key.Value, req.Fingerprint.Sum[:], store.Seal(req, answer).Body)
+				claim.TTL, answer.Status, claim.Fingerprint.Version, claim.Attempt.String(), claim.Key.Scope, claim.Key.Value, claim.Fingerprint.Sum[:], store.Seal(claim, answer).Body)
 		},
 	}
 }

@@ -49,12 +49,12 @@ func (s *Store) open(key idempotency.Key, record *idempotency.Record) error {
 }
 
 // seal returns the answer with its body encrypted. The one that came is not changed: it goes to the client.
-func (s *Store) seal(req *idempotency.Request, answer *idempotency.Answer) *idempotency.Answer {
+func (s *Store) seal(claim *idempotency.Claim, answer *idempotency.Answer) *idempotency.Answer {
 	sealed := *answer
 	envelope := make([]byte, 0, headBytes+sealBytes+len(answer.Body))
 	envelope = append(envelope, mark...)
 	envelope = append(envelope, envelopeVersion, s.current)
-	sealed.Body = s.ciphers[s.current].Seal(envelope, nil, answer.Body, bound(s.current, req.Key, req.Fingerprint, req.Attempt, answer))
+	sealed.Body = s.ciphers[s.current].Seal(envelope, nil, answer.Body, bound(s.current, claim.Key, claim.Fingerprint, claim.Attempt, answer))
 	return &sealed
 }
 

@@ -15,8 +15,8 @@ import (
 )
 
 var (
-	fixedKey     = Key{ID: 7, Secret: [SecretBytes]byte{1, 2, 3}}
-	fixedRequest = idempotency.Request{
+	fixedKey   = Key{ID: 7, Secret: [SecretBytes]byte{1, 2, 3}}
+	fixedClaim = idempotency.Claim{
 		Key:         idempotency.Key{Scope: "acme", Value: "k"},
 		Fingerprint: idempotency.NewFingerprintV1("POST", "/", "", "", nil),
 		Attempt:     idempotency.AttemptID{0: 1, 15: 2},
@@ -32,7 +32,7 @@ func fixedStore() *Store { return New(stub{}, Keys{Current: fixedKey}) }
 func recordOf(body []byte) *idempotency.Record {
 	answer := fixedAnswer
 	answer.Body = body
-	return &idempotency.Record{Fingerprint: fixedRequest.Fingerprint, Attempt: fixedRequest.Attempt, Answer: answer}
+	return &idempotency.Record{Fingerprint: fixedClaim.Fingerprint, Attempt: fixedClaim.Attempt, Answer: answer}
 }
 
 // The envelope is frozen: a record outlives the program that made it.
@@ -43,8 +43,8 @@ func TestEnvelopeIsFrozen(t *testing.T) {
 		t.Fatal(err)
 	}
 	record := recordOf(stored)
-	if err := fixedStore().open(fixedRequest.Key, record); err != nil || string(record.Answer.Body) != "done" {
-		t.Fatalf("%q, %v; a new one is %x", record.Answer.Body, err, fixedStore().seal(&fixedRequest, &fixedAnswer).Body)
+	if err := fixedStore().open(fixedClaim.Key, record); err != nil || string(record.Answer.Body) != "done" {
+		t.Fatalf("%q, %v; a new one is %x", record.Answer.Body, err, fixedStore().seal(&fixedClaim, &fixedAnswer).Body)
 	}
 }
 
@@ -52,7 +52,7 @@ func TestEnvelopeIsFrozen(t *testing.T) {
 func FuzzOpen(f *testing.F) {
 	store := fixedStore()
 	accepting := New(stub{}, Keys{Current: fixedKey, DangerAcceptUnencrypted: true})
-	sealed := store.seal(&fixedRequest, &fixedAnswer).Body
+	sealed := store.seal(&fixedClaim, &fixedAnswer).Body
 	f.Add(sealed, 0, byte(0))
 	f.Add(sealed, 5, byte(1))
 	f.Add([]byte{}, 0, byte(0))
@@ -60,7 +60,7 @@ func FuzzOpen(f *testing.F) {
 	f.Fuzz(func(t *testing.T, stored []byte, at int, flip byte) {
 		check := func(stored []byte) {
 			record := recordOf(stored)
-			err := store.open(fixedRequest.Key, record)
+			err := store.open(fixedClaim.Key, record)
 			switch {
 			case err == nil && !bytes.Equal(stored, sealed) && string(record.Answer.Body) != "done":
 				t.Fatalf("%x is answered %q", stored, record.Answer.Body)
@@ -70,7 +70,7 @@ func FuzzOpen(f *testing.F) {
 				t.Fatalf("%x became %x with %v", stored, record.Answer.Body, err)
 			}
 			plain := recordOf(stored)
-			if accepted := accepting.open(fixedRequest.Key, plain); accepted == nil && err != nil &&
+			if accepted := accepting.open(fixedClaim.Key, plain); accepted == nil && err != nil &&
 				(bytes.HasPrefix(stored, []byte(mark)) || !bytes.Equal(plain.Answer.Body, stored)) {
 				t.Fatalf("%x is accepted as not encrypted", stored)
 			}
@@ -80,7 +80,7 @@ func FuzzOpen(f *testing.F) {
 		changed[uint(at)%uint(len(changed))] ^= flip
 		check(changed)
 		if flip != 0 {
-			if err := store.open(fixedRequest.Key, recordOf(changed)); err == nil {
+			if err := store.open(fixedClaim.Key, recordOf(changed)); err == nil {
 				t.Fatalf("%x is answered", changed)
 			}
 		}
@@ -139,7 +139,7 @@ func TestBoundIsInjective(t *testing.T) {
 func TestEveryPartIsBound(t *testing.T) {
 	t.Parallel()
 	base := func() row {
-		return row{7, fixedRequest.Key, fixedRequest.Fingerprint, fixedRequest.Attempt, idempotency.Answer{Status: 201, Header: map[string][]string{"Link": {"<a>", "<b>"}}}}
+		return row{7, fixedClaim.Key, fixedClaim.Fingerprint, fixedClaim.Attempt, idempotency.Answer{Status: 201, Header: map[string][]string{"Link": {"<a>", "<b>"}}}}
 	}
 	for name, change := range map[string]func(r *row){
 		"key id":              func(r *row) { r.keyID++ },

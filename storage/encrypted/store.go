@@ -106,29 +106,29 @@ func (s *Store) CheckBudget(handlerTimeout, commitTimeout time.Duration) error {
 }
 
 // Begin implements [idempotency.Store].
-func (s *Store) Begin(ctx context.Context, req *idempotency.Request) (idempotency.Attempt, *idempotency.Record, error) {
-	begun, record, err := s.inner.Begin(ctx, req)
+func (s *Store) Begin(ctx context.Context, claim *idempotency.Claim) (idempotency.Attempt, *idempotency.Record, error) {
+	begun, record, err := s.inner.Begin(ctx, claim)
 	switch {
 	case err != nil:
 		return nil, nil, err
 	case record != nil:
-		if err := s.open(req.Key, record); err != nil {
+		if err := s.open(claim.Key, record); err != nil {
 			return nil, nil, fmt.Errorf("decrypt the record: %w", err)
 		}
 		return nil, record, nil
-	case req.Keyless(): // nothing will be recorded
+	case claim.Keyless(): // nothing will be recorded
 		return begun, nil, nil
 	}
-	return &attempt{Attempt: begun, store: s, req: *req}, nil, nil
+	return &attempt{Attempt: begun, store: s, claim: *claim}, nil, nil
 }
 
 // Resolve implements [idempotency.Store].
-func (s *Store) Resolve(ctx context.Context, req *idempotency.Request) (*idempotency.Record, error) {
-	record, err := s.inner.Resolve(ctx, req)
+func (s *Store) Resolve(ctx context.Context, claim *idempotency.Claim) (*idempotency.Record, error) {
+	record, err := s.inner.Resolve(ctx, claim)
 	if err != nil || record == nil {
 		return nil, err
 	}
-	if err := s.open(req.Key, record); err != nil {
+	if err := s.open(claim.Key, record); err != nil {
 		return nil, fmt.Errorf("decrypt the record: %w", err)
 	}
 	return record, nil
@@ -138,15 +138,15 @@ func (s *Store) Resolve(ctx context.Context, req *idempotency.Request) (*idempot
 type attempt struct {
 	idempotency.Attempt
 	store *Store
-	req   idempotency.Request
+	claim idempotency.Claim
 }
 
 // Commit implements [idempotency.Attempt].
 func (a *attempt) Commit(ctx context.Context, answer *idempotency.Answer) error {
-	return a.Attempt.Commit(ctx, a.store.seal(&a.req, answer))
+	return a.Attempt.Commit(ctx, a.store.seal(&a.claim, answer))
 }
 
 // Decline implements [idempotency.Attempt].
 func (a *attempt) Decline(ctx context.Context, answer *idempotency.Answer) error {
-	return a.Attempt.Decline(ctx, a.store.seal(&a.req, answer))
+	return a.Attempt.Decline(ctx, a.store.seal(&a.claim, answer))
 }

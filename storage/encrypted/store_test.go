@@ -143,16 +143,16 @@ func TestResolveDecrypts(t *testing.T) {
 	store := encrypted.New(d.Store, oneKey)
 	s := serve(t, store, nil)
 	want(t, "first", s.post(t, "acme", "k", "/", "canary"), 201, idempotency.OutcomeExecuted, "canary")
-	req := &idempotency.Request{Key: idempotency.Key{Scope: "acme", Value: "k"}}
-	record, err := store.Resolve(t.Context(), req)
+	claim := &idempotency.Claim{Key: idempotency.Key{Scope: "acme", Value: "k"}}
+	record, err := store.Resolve(t.Context(), claim)
 	if err != nil || record == nil || string(record.Answer.Body) != "canary" {
 		t.Fatalf("resolved %+v, %v", record, err)
 	}
 	d.Exec(t, "UPDATE idempotency_keys SET status = 200")
-	if record, err := store.Resolve(t.Context(), req); record != nil || !isCorrupt(err) {
+	if record, err := store.Resolve(t.Context(), claim); record != nil || !isCorrupt(err) {
 		t.Errorf("a changed record is resolved as %+v, %v", record, err)
 	}
-	if record, err := encrypted.New(d.Store, encrypted.Keys{Current: secretOf(2, 2)}).Resolve(t.Context(), req); record != nil || !isUnknown(err) {
+	if record, err := encrypted.New(d.Store, encrypted.Keys{Current: secretOf(2, 2)}).Resolve(t.Context(), claim); record != nil || !isUnknown(err) {
 		t.Errorf("a record of a key that is not held is resolved as %+v, %v", record, err)
 	}
 }
@@ -220,11 +220,11 @@ func TestRecordOfBeforeEncryption(t *testing.T) {
 func TestAnswerToTheClientIsNotChanged(t *testing.T) {
 	t.Parallel()
 	answer := &idempotency.Answer{Status: 201, Header: map[string][]string{"Etag": {"x"}}, Body: []byte("done")}
-	sealed := encrypted.New(memory.New(nil), oneKey).Seal(&idempotency.Request{}, answer)
+	sealed := encrypted.New(memory.New(nil), oneKey).Seal(&idempotency.Claim{}, answer)
 	if string(answer.Body) != "done" || answer.Status != 201 || string(sealed.Body) == "done" {
 		t.Errorf("the answer became %+v", answer)
 	}
-	again := encrypted.New(memory.New(nil), oneKey).Seal(&idempotency.Request{}, answer)
+	again := encrypted.New(memory.New(nil), oneKey).Seal(&idempotency.Claim{}, answer)
 	if bytes.Equal(sealed.Body, again.Body) {
 		t.Error("two runs have one ciphertext: the nonce is not random")
 	}

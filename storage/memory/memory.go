@@ -57,48 +57,48 @@ func New(opts *Options) *Store {
 }
 
 // Begin implements [idempotency.Store].
-func (s *Store) Begin(ctx context.Context, req *idempotency.Request) (idempotency.Attempt, *idempotency.Record, error) {
+func (s *Store) Begin(ctx context.Context, claim *idempotency.Claim) (idempotency.Attempt, *idempotency.Record, error) {
 	if err := s.refuse(ctx, idempotency.StepClaim); err != nil {
 		return nil, nil, err
 	}
-	req.Claim = idempotency.Claim{At: s.now()}
-	a := &attempt{store: s, req: *req, claimedAt: req.Claim.At}
-	if req.Keyless() {
+	claim.At = s.now()
+	a := &attempt{store: s, claim: *claim, claimedAt: claim.At}
+	if claim.Keyless() {
 		return a, nil, nil
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if record, ok := s.records[req.Key]; ok {
+	if record, ok := s.records[claim.Key]; ok {
 		return nil, clone(record), nil
 	}
-	if s.claims[req.Key] != nil {
+	if s.claims[claim.Key] != nil {
 		return nil, nil, idempotency.ErrInProgress
 	}
-	s.claims[req.Key] = make(chan struct{})
+	s.claims[claim.Key] = make(chan struct{})
 	return a, nil, nil
 }
 
 // Resolve implements [idempotency.Store].
-func (s *Store) Resolve(ctx context.Context, req *idempotency.Request) (*idempotency.Record, error) {
+func (s *Store) Resolve(ctx context.Context, claim *idempotency.Claim) (*idempotency.Record, error) {
 	if err := s.options.Fault(idempotency.StepResolve); err != nil {
 		return nil, fmt.Errorf("resolve: %w", err)
 	}
 	for {
 		s.mu.Lock()
-		record, claim := s.records[req.Key], s.claims[req.Key]
+		record, held := s.records[claim.Key], s.claims[claim.Key]
 		if record != nil {
 			record = clone(record)
 		}
 		s.mu.Unlock()
 		switch {
-		case claim != nil:
-		case record == nil && !req.Claim.At.IsZero() && 2*s.now().Sub(req.Claim.At) >= req.TTL:
+		case held != nil:
+		case record == nil && !claim.At.IsZero() && 2*s.now().Sub(claim.At) >= claim.TTL:
 			return nil, fmt.Errorf("resolve: %w: the record may have been there, and expired", idempotency.ErrUnknown)
 		default:
 			return record, nil
 		}
 		select {
-		case <-claim:
+		case <-held:
 		case <-ctx.Done():
 			return nil, fmt.Errorf("resolve: %w: %w", idempotency.ErrUnknown, ctx.Err())
 		}
@@ -151,7 +151,7 @@ func (s *Store) refuse(ctx context.Context, step idempotency.Step) error {
 // attempt is one run of a handler. Its claim is all that it holds.
 type attempt struct {
 	store     *Store
-	req       idempotency.Request
+	claim     idempotency.Claim
 	claimedAt time.Time
 	ended     bool // guarded by store.mu
 }
@@ -197,15 +197,15 @@ func (a *attempt) end(answer *idempotency.Answer, at time.Time) {
 		panic("idempotency/memory: an attempt is ended once")
 	}
 	a.ended = true
-	if a.req.Keyless() {
+	if a.claim.Keyless() {
 		return
 	}
-	close(s.claims[a.req.Key])
-	delete(s.claims, a.req.Key)
+	close(s.claims[a.claim.Key])
+	delete(s.claims, a.claim.Key)
 	if answer != nil {
-		s.records[a.req.Key] = clone(&idempotency.Record{
-			Fingerprint: a.req.Fingerprint, Attempt: a.req.Attempt, Answer: *answer, TraceID: a.req.TraceID,
-			CreatedAt: at, ExpiresAt: s.now().Add(a.req.TTL),
+		s.records[a.claim.Key] = clone(&idempotency.Record{
+			Fingerprint: a.claim.Fingerprint, Attempt: a.claim.Attempt, Answer: *answer, TraceID: a.claim.TraceID,
+			CreatedAt: at, ExpiresAt: s.now().Add(a.claim.TTL),
 		})
 	}
 }

@@ -119,7 +119,7 @@ func TestAttemptThatIsEndedTwicePanics(t *testing.T) {
 	t.Parallel()
 	for _, key := range []string{"", "k"} {
 		store := memory.New(nil)
-		attempt, _, err := store.Begin(t.Context(), &idempotency.Request{Key: idempotency.Key{Scope: "acme", Value: key}})
+		attempt, _, err := store.Begin(t.Context(), &idempotency.Claim{Key: idempotency.Key{Scope: "acme", Value: key}})
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -140,15 +140,15 @@ func TestStepOnADeadContextIsUnavailable(t *testing.T) {
 	dead, cancel := context.WithCancel(t.Context())
 	cancel()
 	store := memory.New(nil)
-	req := &idempotency.Request{Key: idempotency.Key{Scope: "acme", Value: "k"}}
-	if _, _, err := store.Begin(dead, req); !errors.Is(err, idempotency.ErrUnavailable) {
+	claim := &idempotency.Claim{Key: idempotency.Key{Scope: "acme", Value: "k"}}
+	if _, _, err := store.Begin(dead, claim); !errors.Is(err, idempotency.ErrUnavailable) {
 		t.Errorf("claim: %v", err)
 	}
 	for name, end := range map[string]func(idempotency.Attempt) error{
 		"commit":  func(a idempotency.Attempt) error { return a.Commit(dead, &idempotency.Answer{Status: 201}) },
 		"decline": func(a idempotency.Attempt) error { return a.Decline(dead, &idempotency.Answer{Status: 402}) },
 	} {
-		attempt, _, err := store.Begin(t.Context(), req)
+		attempt, _, err := store.Begin(t.Context(), claim)
 		if err != nil {
 			t.Fatal(err)
 		}

@@ -18,7 +18,7 @@ import (
 // that its statements are made of: a request should cost few allocations.
 type attempt struct {
 	store  *Store
-	req    *idempotency.Request
+	claim  *idempotency.Claim
 	number int64 // of the lock
 	pooled *pgxpool.Conn
 	tx     transaction
@@ -46,11 +46,11 @@ type attempt struct {
 	guardParams [2][]byte
 }
 
-func newAttempt(store *Store, conn *pgxpool.Conn, req *idempotency.Request, number int64) *attempt {
-	a := &attempt{store: store, req: req, number: number, lockNumber: wire.EncodeInt8(number), pooled: conn, tx: newTransaction(store.pool, conn.Conn(), store.mode, store.options.DeferredMax)}
+func newAttempt(store *Store, conn *pgxpool.Conn, claim *idempotency.Claim, number int64) *attempt {
+	a := &attempt{store: store, claim: claim, number: number, lockNumber: wire.EncodeInt8(number), pooled: conn, tx: newTransaction(store.pool, conn.Conn(), store.mode, store.options.DeferredMax)}
 	a.handle.transaction = &a.tx
-	text := append(append(a.text[:0], req.Key.Scope...), req.Key.Value...)
-	a.scope, a.key = text[:len(req.Key.Scope)], text[len(req.Key.Scope):]
+	text := append(append(a.text[:0], claim.Key.Scope...), claim.Key.Value...)
+	a.scope, a.key = text[:len(claim.Key.Scope)], text[len(claim.Key.Scope):]
 	return a
 }
 
@@ -84,7 +84,7 @@ func (c *txContext) Format(f fmt.State, _ rune) { _, _ = io.WriteString(f, c.Str
 // lockCall tries to lock the key. If the server can tell, it also reads the position of its log.
 func (a *attempt) lockCall() wire.Call {
 	a.params[0] = a.lockNumber[:]
-	if a.req.Keyless() || a.store.withoutPosition.Load() {
+	if a.claim.Keyless() || a.store.withoutPosition.Load() {
 		return wire.Call{Statement: &a.store.statements.lock, Params: a.params[:1:1], Row: lockRow{a}}
 	}
 	return wire.Call{Statement: &a.store.statements.lockAt, Params: a.params[:1:1], Row: lockAtRow{a}}
@@ -111,14 +111,14 @@ type lockAtRow struct{ *attempt }
 func (a lockAtRow) ReadRow(values [][]byte) error {
 	d := wire.Decoder{Values: values}
 	a.readLock(&d)
-	a.req.Claim.Timeline, a.req.Claim.Position = d.Position()
+	a.claim.Timeline, a.claim.Position = d.Position()
 	return d.Err
 }
 
 func (a *attempt) readLock(d *wire.Decoder) {
 	a.locked = d.Bool()
 	copy(a.claimedAt[:], d.Next(len(a.claimedAt)))
-	a.req.Claim = idempotency.Claim{At: (&wire.Decoder{Values: [][]byte{a.claimedAt[:]}}).Timestamp()}
+	a.claim.At, a.claim.Timeline, a.claim.Position = (&wire.Decoder{Values: [][]byte{a.claimedAt[:]}}).Timestamp(), 0, 0
 	a.synchronous = d.Bool()
 }
 
@@ -159,7 +159,7 @@ func (a *attempt) commit(ctx context.Context, answer *idempotency.Answer) error 
 		})
 	}
 	last := a.guardCall() // it sets synchronous_commit, as the record does
-	if !a.req.Keyless() {
+	if !a.claim.Keyless() {
 		last = a.insertCall(a.claimedAt[:], answer)
 		last.Apart = together+len(last.Params[headersParam])+len(last.Params[headersParam+1]) > togetherBytesMax
 	}
@@ -171,7 +171,7 @@ func (a *attempt) commit(ctx context.Context, answer *idempotency.Answer) error 
 // ROLLBACK and the INSERT another attempt may claim the key. The lock is therefore tried and its result ignored: to
 // wait for it would hold this connection for the other handler's whole run, and the primary key decides anyway.
 func (a *attempt) Decline(ctx context.Context, answer *idempotency.Answer) error {
-	if a.req.Keyless() {
+	if a.claim.Keyless() {
 		return a.Rollback(ctx)
 	}
 	defer a.release(ctx)
@@ -195,7 +195,7 @@ func (a *attempt) Decline(ctx context.Context, answer *idempotency.Answer) error
 // record that was committed in between, so no end of this attempt may report not-executed until the
 // key is looked up once more.
 func (a *attempt) looks() bool {
-	return a.store.options.Isolation != pgx.ReadCommitted && !a.req.Keyless()
+	return a.store.options.Isolation != pgx.ReadCommitted && !a.claim.Keyless()
 }
 
 // lookAgain corrects the error of an end that left no record. It returns err, unless the key has
@@ -283,19 +283,19 @@ func (a *attempt) guardCall() wire.Call {
 
 // insertCall records the answer. claimedAt is nil in a transaction other than that of the claim.
 func (a *attempt) insertCall(claimedAt []byte, answer *idempotency.Answer) wire.Call {
-	a.ttl = wire.EncodeInt8(a.req.TTL.Microseconds())
+	a.ttl = wire.EncodeInt8(a.claim.TTL.Microseconds())
 	a.status = wire.EncodeInt2(int16(answer.Status))
-	a.version = wire.EncodeInt2(a.req.Fingerprint.Version)
+	a.version = wire.EncodeInt2(a.claim.Fingerprint.Version)
 	body := answer.Body
 	if body == nil {
 		body = []byte{} // nil would be NULL
 	}
 	a.params = [...][]byte{
-		claimedAt, a.store.synchronousCommit, a.ttl[:], a.status[:], a.version[:], a.req.Attempt[:],
-		a.scope, a.key, a.req.Fingerprint.Sum[:], encodeHeaders(a.headers[:0], answer.Header), body, nil,
+		claimedAt, a.store.synchronousCommit, a.ttl[:], a.status[:], a.version[:], a.claim.Attempt[:],
+		a.scope, a.key, a.claim.Fingerprint.Sum[:], encodeHeaders(a.headers[:0], answer.Header), body, nil,
 	}
-	if a.req.TraceID != "" {
-		a.params[insertParams-1] = []byte(a.req.TraceID)
+	if a.claim.TraceID != "" {
+		a.params[insertParams-1] = []byte(a.claim.TraceID)
 	}
 	return wire.Call{Statement: &a.store.statements.insert, Params: a.params[:]}
 }
@@ -318,7 +318,7 @@ func (a *attempt) end(ctx context.Context, step string, calls []wire.Call) error
 	case err == nil && wire.WaitedInVain(a.conn(), a.synchronous): // standbys may have been named since the claim
 		return fail(step, idempotency.ErrUnknown, errNotReplicated)
 	case err == nil:
-		if !a.req.Keyless() && !a.synchronous { // with standbys a look-up is not enough for a replay
+		if !a.claim.Keyless() && !a.synchronous { // with standbys a look-up is not enough for a replay
 			a.store.hints.set(a.number)
 		}
 		return nil

@@ -80,9 +80,7 @@ func TestF20NoAnswerBeforeTheStandbysHaveIt(t *testing.T) {
 	begin := func(key string) (idempotency.Attempt, *idempotency.Record, error) {
 		short, cancel := context.WithTimeout(ctx, 5*time.Second)
 		defer cancel()
-		req := request(key, "")
-		req.Attempt, req.TTL = idempotency.NewAttemptID(), time.Hour
-		return store.Begin(short, &req)
+		return store.Begin(short, claimOf(request(key, "")))
 	}
 	setStandbys(t, admin, "nobody")
 	attempts := map[string]idempotency.Attempt{}
@@ -121,8 +119,7 @@ func TestF20NoAnswerBeforeTheStandbysHaveIt(t *testing.T) {
 	resolve := func(key string, wait time.Duration) resolution {
 		short, cancel := context.WithTimeout(ctx, wait)
 		defer cancel()
-		req := request(key, "")
-		record, err := store.Resolve(short, &req)
+		record, err := store.Resolve(short, claimOf(request(key, "")))
 		return resolution{record, err}
 	}
 	for _, key := range []string{"commit", "decline"} {
@@ -336,7 +333,7 @@ func TestF20StandbysNamedAfterTheClaimAreWaitedFor(t *testing.T) {
 		"commit": idempotency.Attempt.Commit, "decline": idempotency.Attempt.Decline,
 	} {
 		setStandbys(t, pool, "")
-		attempt, _, err := store.Begin(ctx, new(withAttemptID(request(name, ""))))
+		attempt, _, err := store.Begin(ctx, claimOf(request(name, "")))
 		if err != nil {
 			t.Fatal(err)
 		}

@@ -97,8 +97,7 @@ func TestChannelBindingIsNotGivenUp(t *testing.T) {
 			}
 			for range 10 { // its last try may end with its time
 				ctx, cancel := context.WithTimeout(t.Context(), time.Second)
-				req := request("k", "")
-				_, err = postgres.New(pool, nil).Resolve(ctx, &req)
+				_, err = postgres.New(pool, nil).Resolve(ctx, claimOf(request("k", "")))
 				cancel()
 				if !errors.Is(err, context.DeadlineExceeded) {
 					break

@@ -7,7 +7,6 @@ import (
 
 	"github.com/jackc/pgx/v5/pgxpool"
 
-	"github.com/paidonce/idempotency"
 	"github.com/paidonce/idempotency/internal/deadline"
 )
 
@@ -18,7 +17,7 @@ func TestExchangeLeavesNoDeadlineOnItsConnection(t *testing.T) {
 	b := setup(t, &setupOptions{configure: func(c *pgxpool.Config) { c.MaxConns = 1 }})
 	ctx := context.Background()
 	begun := deadline.After(ctx, 300*time.Millisecond)
-	attempt, _, err := b.store.Begin(begun, new(withAttemptID(request("k", ""))))
+	attempt, _, err := b.store.Begin(begun, claimOf(request("k", "")))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -38,10 +37,4 @@ func TestExchangeLeavesNoDeadlineOnItsConnection(t *testing.T) {
 	if stat := b.pool.Stat(); stat.NewConnsCount() != 1 {
 		t.Errorf("%d connections were made, want 1", stat.NewConnsCount())
 	}
-}
-
-func withAttemptID(req idempotency.Request) idempotency.Request {
-	req.Attempt = idempotency.NewAttemptID()
-	req.TTL = time.Hour
-	return req
 }

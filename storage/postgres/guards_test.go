@@ -169,9 +169,7 @@ func TestCommitThatWasNeverSentIsUnavailable(t *testing.T) {
 			t.Run(name+" "+step, func(t *testing.T) {
 				t.Parallel()
 				b := setup(t, nil)
-				req := request("k", "")
-				req.Attempt, req.TTL = idempotency.NewAttemptID(), time.Hour
-				attempt, _, err := b.store.Begin(context.Background(), &req)
+				attempt, _, err := b.store.Begin(context.Background(), claimOf(request("k", "")))
 				if err != nil {
 					t.Fatal(err)
 				}
@@ -195,9 +193,7 @@ func TestSealSeesAnAbortedTransaction(t *testing.T) {
 	t.Parallel()
 	b := setup(t, nil)
 	ctx := context.Background()
-	req := request("k", "")
-	req.Attempt, req.TTL = idempotency.NewAttemptID(), time.Hour
-	attempt, _, err := b.store.Begin(ctx, &req)
+	attempt, _, err := b.store.Begin(ctx, claimOf(request("k", "")))
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -5,6 +5,7 @@ import (
 	"net"
 	"sync"
 	"testing"
+	"time"
 
 	"github.com/jackc/pgx/v5/pgxpool"
 
@@ -136,6 +137,11 @@ func request(value, body string) idempotency.Request {
 		Key:         idempotency.Key{Scope: "acme", Value: value},
 		Fingerprint: idempotency.NewFingerprintV1("POST", "/transfers", "", "application/json", []byte(body)),
 	}
+}
+
+// claimOf returns a new attempt's claim on a request's key.
+func claimOf(req idempotency.Request) *idempotency.Claim {
+	return &idempotency.Claim{Key: req.Key, Fingerprint: req.Fingerprint, TTL: time.Hour, Attempt: idempotency.NewAttemptID()}
 }
 
 // answer returns an answer with a status.

@@ -142,8 +142,7 @@ func TestPrimaryKeyIsTheLastGuard(t *testing.T) {
 				runs++
 				effect(ctx, t)
 				// Somebody who never took the lock records the key meanwhile.
-				other := request("k", "")
-				other.Attempt = idempotency.NewAttemptID()
+				other := claimOf(request("k", ""))
 				_, err := b.pool.Exec(context.Background(), `INSERT INTO idempotency_keys
 					(created_at, expires_at, status, fingerprint_version, attempt_id, scope, key, fingerprint, headers, body)
 					VALUES (now(), now() + interval '1 day', 202, 1, $1, 'acme', 'k', $2, '\x0100', 'theirs')`,

@@ -35,10 +35,10 @@ func (h *hints) clear(number int64) { h.place(number).CompareAndSwap(uint64(numb
 // where COMMIT waits for standbys, a replay takes more than a look: the claim has to tell. A row in a reaper's hands is
 // replayed, as it may be by the claim. Role, row security and statement_timeout are those of the
 // connection, as for the claim; with TransactionPooling only ctx bounds it.
-func (s *Store) peek(ctx context.Context, conn *pgconn.PgConn, req *idempotency.Request, number int64) (*idempotency.Record, error) {
+func (s *Store) peek(ctx context.Context, conn *pgconn.PgConn, claim *idempotency.Claim, number int64) (*idempotency.Record, error) {
 	var row peekRow
 	_, err := s.statements.Flush(ctx, conn, wire.Call{
-		Statement: &s.statements.peek, Params: [][]byte{[]byte(req.Key.Scope), []byte(req.Key.Value)}, Row: &row,
+		Statement: &s.statements.peek, Params: [][]byte{[]byte(claim.Key.Scope), []byte(claim.Key.Value)}, Row: &row,
 	})
 	if row.hidden {
 		s.statements.Distrust(conn) // as in distrust

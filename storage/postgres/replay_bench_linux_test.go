@@ -210,7 +210,7 @@ func cpuTime(b *testing.B, backends []string) (ours, postgres time.Duration) {
 // unhinted is a store to which no key was ever known: each replay is one of a key that another process recorded.
 type unhinted struct{ *postgres.Store }
 
-func (s unhinted) Begin(ctx context.Context, req *idempotency.Request) (idempotency.Attempt, *idempotency.Record, error) {
-	postgres.ForgetHint(s.Store, req.Key)
-	return s.Store.Begin(ctx, req)
+func (s unhinted) Begin(ctx context.Context, claim *idempotency.Claim) (idempotency.Attempt, *idempotency.Record, error) {
+	postgres.ForgetHint(s.Store, claim.Key)
+	return s.Store.Begin(ctx, claim)
 }

@@ -35,7 +35,7 @@ const (
 // applies to the role, or once half of the TTL has passed.
 //
 // A decline gives the lock away at its ROLLBACK, before its INSERT: after one, nil says nothing of its record.
-func (s *Store) Resolve(ctx context.Context, req *idempotency.Request) (*idempotency.Record, error) {
+func (s *Store) Resolve(ctx context.Context, claim *idempotency.Claim) (*idempotency.Record, error) {
 	last := errors.New("no place among the resolvers: raise Options.ResolversMax")
 	for pause := resolvePauseMin; ; pause = min(2*pause, resolvePauseMax) {
 		select {
@@ -43,7 +43,7 @@ func (s *Store) Resolve(ctx context.Context, req *idempotency.Request) (*idempot
 		case <-ctx.Done():
 			return nil, fail("resolve", idempotency.ErrUnknown, last)
 		}
-		record, err := s.resolveInPlace(ctx, req)
+		record, err := s.resolveInPlace(ctx, claim)
 		if err == nil {
 			return record, nil
 		}
@@ -60,9 +60,9 @@ func (s *Store) Resolve(ctx context.Context, req *idempotency.Request) (*idempot
 }
 
 // resolveInPlace gives the place back, also where a hook of the pool's panics.
-func (s *Store) resolveInPlace(ctx context.Context, req *idempotency.Request) (*idempotency.Record, error) {
+func (s *Store) resolveInPlace(ctx context.Context, claim *idempotency.Claim) (*idempotency.Record, error) {
 	defer func() { <-s.resolvers }()
-	return s.resolveOnce(ctx, req)
+	return s.resolveOnce(ctx, claim)
 }
 
 var (
@@ -76,7 +76,7 @@ var (
 
 var errStandby = errors.New("connected to a standby: the connection string must lead to the primary, or name all hosts")
 
-func (s *Store) resolveOnce(ctx context.Context, req *idempotency.Request) (*idempotency.Record, error) {
+func (s *Store) resolveOnce(ctx context.Context, claim *idempotency.Claim) (*idempotency.Record, error) {
 	conn, err := s.connectPrimary(ctx)
 	if err != nil {
 		return nil, fmt.Errorf("connect: %w", err)
@@ -96,7 +96,7 @@ func (s *Store) resolveOnce(ctx context.Context, req *idempotency.Request) (*ide
 	var record *idempotency.Record
 	var now time.Time
 	synchronous, hidden := false, false
-	statements, lockNumber := &s.statements, wire.EncodeInt8(req.Key.LockNumber(s.table))
+	statements, lockNumber := &s.statements, wire.EncodeInt8(claim.Key.LockNumber(s.table))
 	calls := []wire.Call{
 		{Statement: &statements.resolveBegin},
 		{Statement: &statements.resolveSet, Params: [][]byte{[]byte(strconv.FormatInt(resolveLockTimeout.Milliseconds(), 10))}, Row: wire.RowFunc(func(values [][]byte) error {
@@ -111,11 +111,11 @@ func (s *Store) resolveOnce(ctx context.Context, req *idempotency.Request) (*ide
 			return d.Err
 		})},
 	}
-	if req.Claim.Timeline != 0 {
+	if claim.Timeline != 0 {
 		calls = append(calls, wire.Call{Statement: &statements.resolveAt, Row: wire.RowFunc(func(values [][]byte) error {
 			d := wire.Decoder{Values: values}
 			timeline, position := d.Position()
-			if timeline < req.Claim.Timeline || timeline == req.Claim.Timeline && position < req.Claim.Position {
+			if timeline < claim.Timeline || timeline == claim.Timeline && position < claim.Position {
 				return cmp.Or(d.Err, errOldPrimary)
 			}
 			return d.Err
@@ -123,7 +123,7 @@ func (s *Store) resolveOnce(ctx context.Context, req *idempotency.Request) (*ide
 	}
 	calls = append(calls,
 		wire.Call{Statement: &statements.resolveLock, Params: [][]byte{lockNumber[:]}},
-		wire.Call{Statement: &statements.lookUp, Params: [][]byte{[]byte(req.Key.Scope), []byte(req.Key.Value)}, Row: wire.RowFunc(func(values [][]byte) (err error) {
+		wire.Call{Statement: &statements.lookUp, Params: [][]byte{[]byte(claim.Key.Scope), []byte(claim.Key.Value)}, Row: wire.RowFunc(func(values [][]byte) (err error) {
 			record, hidden, err = decodeLookUp(values)
 			return err
 		})},
@@ -138,7 +138,7 @@ func (s *Store) resolveOnce(ctx context.Context, req *idempotency.Request) (*ide
 	case err != nil || record != nil:
 	case hidden:
 		err = rowSecurity(s.table, "")
-	case !req.Claim.At.IsZero() && 2*now.Sub(req.Claim.At) >= req.TTL:
+	case !claim.At.IsZero() && 2*now.Sub(claim.At) >= claim.TTL:
 		err = errMayHaveExpired
 	}
 	if err == nil && synchronous {

@@ -27,9 +27,7 @@ type resolution struct {
 }
 
 func (b *testBundle) resolve(ctx context.Context, key string) resolution {
-	req := request(key, "")
-	req.Attempt = idempotency.NewAttemptID()
-	record, err := b.store.Resolve(ctx, &req)
+	record, err := b.store.Resolve(ctx, claimOf(request(key, "")))
 	return resolution{record, err}
 }
 
@@ -344,10 +342,10 @@ func TestResolverRefusesAnotherEncoding(t *testing.T) {
 	req.Key.Scope = "Zoë"
 	want(t, b.do(t, req, pay(t, 201)), idempotency.OutcomeExecuted, "")
 	encoding.Store("LATIN1")
-	record, err := b.store.Resolve(shortly(t), &req)
+	record, err := b.store.Resolve(shortly(t), claimOf(req))
 	resolution{record, err}.wantUnknown(t)
 	encoding.Store("UTF8")
-	record, err = b.store.Resolve(context.Background(), &req)
+	record, err = b.store.Resolve(context.Background(), claimOf(req))
 	resolution{record, err}.wantBody(t, "done")
 }
 
@@ -433,9 +431,8 @@ func TestResolveAsksNoServerThatIsBehindTheClaim(t *testing.T) {
 	t.Parallel()
 	b := setup(t, nil)
 	for _, recorded := range []bool{false, true} {
-		req := request(fmt.Sprint("k", recorded), "")
-		req.TTL, req.Attempt = time.Hour, idempotency.NewAttemptID()
-		attempt, record, err := b.store.Begin(t.Context(), &req)
+		claim := claimOf(request(fmt.Sprint("k", recorded), ""))
+		attempt, record, err := b.store.Begin(t.Context(), claim)
 		if err != nil || record != nil {
 			t.Fatal(record, err)
 		}
@@ -447,8 +444,8 @@ func TestResolveAsksNoServerThatIsBehindTheClaim(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		if req.Claim.Timeline == 0 || req.Claim.Position == 0 || req.Claim.At.IsZero() {
-			t.Fatalf("the claim was made at %+v", req.Claim)
+		if claim.Timeline == 0 || claim.Position == 0 || claim.At.IsZero() {
+			t.Fatalf("the claim was made at %+v", claim)
 		}
 		for _, c := range []struct {
 			name   string
@@ -461,8 +458,8 @@ func TestResolveAsksNoServerThatIsBehindTheClaim(t *testing.T) {
 			{"the same, earlier", func(c *idempotency.Claim) { c.Position += 1 << 40 }, false},
 			{"not told", func(c *idempotency.Claim) { c.Timeline = 0; c.Position = math.MaxUint64 }, true},
 		} {
-			asked := req
-			c.change(&asked.Claim)
+			asked := *claim
+			c.change(&asked)
 			timeout := 10 * time.Second
 			if !c.counts {
 				timeout = 300 * time.Millisecond // another server might come
@@ -496,16 +493,15 @@ func TestServerThatDoesNotTellItsPositionIsServed(t *testing.T) {
 				want(t, b.do(t, request(key, ""), pay(t, 201)), idempotency.OutcomeExecuted, "")
 				want(t, b.do(t, request(key, ""), pay(t, 201)), idempotency.OutcomeReplayed, "")
 			}
-			req := request("claimed", "")
-			req.TTL = time.Hour
-			attempt, _, err := b.store.Begin(t.Context(), &req)
+			claim := claimOf(request("claimed", ""))
+			attempt, _, err := b.store.Begin(t.Context(), claim)
 			if err != nil {
 				t.Fatal(err)
 			}
-			if err := attempt.Rollback(t.Context()); err != nil || req.Claim.Timeline != 0 || req.Claim.At.IsZero() {
-				t.Errorf("%+v, %v", req.Claim, err)
+			if err := attempt.Rollback(t.Context()); err != nil || claim.Timeline != 0 || claim.At.IsZero() {
+				t.Errorf("%+v, %v", claim, err)
 			}
-			if record, err := b.store.Resolve(t.Context(), &req); record != nil || err != nil {
+			if record, err := b.store.Resolve(t.Context(), claim); record != nil || err != nil {
 				t.Errorf("%v, %v", record, err)
 			}
 		})

@@ -544,9 +544,7 @@ func TestContextsPrintNothingThatIsNotOurs(t *testing.T) {
 		}
 	}
 	values := foreignValues{&read}
-	req := request("canary", "")
-	req.Attempt = idempotency.NewAttemptID()
-	attempt, _, err := b.store.Begin(t.Context(), &req)
+	attempt, _, err := b.store.Begin(t.Context(), claimOf(request("canary", "")))
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -173,9 +173,7 @@ func TestKeyOfAStoppedProcessIsFreed(t *testing.T) {
 				other := setupOther(t, b)
 				version := other.count(t, "SELECT current_setting('server_version_num')::int / 10000")
 				ctx, cancel := context.WithCancel(context.Background())
-				req := request("k", "")
-				req.Attempt, req.TTL = idempotency.NewAttemptID(), time.Hour
-				attempt, record, err := b.store.Begin(ctx, &req)
+				attempt, record, err := b.store.Begin(ctx, claimOf(request("k", "")))
 				if err != nil || record != nil {
 					t.Fatal(record, err)
 				}

@@ -224,15 +224,15 @@ var errStale = errors.New("connection was stale")
 
 // Begin implements [idempotency.Store]: BEGIN, lock and look-up in one round trip. For a record
 // that this store has seen before, a look-up is enough.
-func (s *Store) Begin(ctx context.Context, req *idempotency.Request) (idempotency.Attempt, *idempotency.Record, error) {
-	attempt, record, err := s.claim(ctx, req, s.acquire)
+func (s *Store) Begin(ctx context.Context, claim *idempotency.Claim) (idempotency.Attempt, *idempotency.Record, error) {
+	attempt, record, err := s.claim(ctx, claim, s.acquire)
 	if errors.Is(err, errStale) && ctx.Err() == nil {
 		// Nothing but the claim was sent, and nothing of it remains.
 		acquire := s.acquireFresh
 		if wire.Unprepared(err) {
 			acquire = s.acquireUnprepared
 		}
-		attempt, record, err = s.claim(ctx, req, acquire)
+		attempt, record, err = s.claim(ctx, claim, acquire)
 	}
 	if err != nil || record != nil {
 		return nil, record, err
@@ -240,7 +240,7 @@ func (s *Store) Begin(ctx context.Context, req *idempotency.Request) (idempotenc
 	return attempt, nil, nil
 }
 
-func (s *Store) claim(ctx context.Context, req *idempotency.Request, acquire func(context.Context) (*pgxpool.Conn, error)) (*attempt, *idempotency.Record, error) {
+func (s *Store) claim(ctx context.Context, claim *idempotency.Claim, acquire func(context.Context) (*pgxpool.Conn, error)) (*attempt, *idempotency.Record, error) {
 	conn, err := acquire(ctx)
 	if err != nil {
 		return nil, nil, fail("acquire a connection", idempotency.ErrUnavailable, err)
@@ -250,23 +250,23 @@ func (s *Store) claim(ctx context.Context, req *idempotency.Request, acquire fun
 		conn.Release()
 		return nil, nil, fail("claim", idempotency.ErrUnavailable, errors.Join(errStale, errEncoding))
 	}
-	number := req.Key.LockNumber(s.table)
-	if req.Keyless() {
+	number := claim.Key.LockNumber(s.table)
+	if claim.Keyless() {
 		// No lock is wanted, only the timestamp and the settings: a number that nobody else takes.
-		number = idempotency.Key{Scope: "", Value: req.Attempt.String()}.LockNumber(s.table)
+		number = idempotency.Key{Scope: "", Value: claim.Attempt.String()}.LockNumber(s.table)
 	}
 	if s.hints.has(number) {
-		if record, err := s.peek(ctx, conn.Conn().PgConn(), req, number); record != nil || err != nil {
+		if record, err := s.peek(ctx, conn.Conn().PgConn(), claim, number); record != nil || err != nil {
 			conn.Release()
 			return nil, record, err
 		}
 	}
-	a := newAttempt(s, conn, req, number)
-	claim := append(a.calls[:0], wire.Call{Statement: &s.statements.begin}, a.lockCall())
-	if !req.Keyless() {
-		claim = append(claim, a.lookUpCall(recordRow{a}))
+	a := newAttempt(s, conn, claim, number)
+	calls := append(a.calls[:0], wire.Call{Statement: &s.statements.begin}, a.lockCall())
+	if !claim.Keyless() {
+		calls = append(calls, a.lookUpCall(recordRow{a}))
 	}
-	reply, err := s.statements.Flush(ctx, conn.Conn().PgConn(), claim...)
+	reply, err := s.statements.Flush(ctx, conn.Conn().PgConn(), calls...)
 	a.distrust()
 	if err == nil && a.record != nil && !a.synchronous { // with standbys a replay takes more than a look
 		s.hints.set(number)
@@ -277,7 +277,7 @@ func (s *Store) claim(ctx context.Context, req *idempotency.Request, acquire fun
 		return nil, nil, fail("read the record", idempotency.ErrUnknown, err)
 	case err != nil:
 		stale := conn.Conn().IsClosed() || wire.Unprepared(err) || wire.IsStandby(err)
-		if failed := claim[min(reply.Failed, len(claim)-1)].Statement; failed == &s.statements.lockAt && withoutPosition(err) {
+		if failed := calls[min(reply.Failed, len(calls)-1)].Statement; failed == &s.statements.lockAt && withoutPosition(err) {
 			s.withoutPosition.Store(true)
 			stale = true
 		}

@@ -16,9 +16,9 @@ var claimCases = []testCase{
 		name: "AbsentKeyIsClaimed",
 		rule: "Begin gives an attempt at a key that has no record and that nobody holds; another key or keyless request is not in its way.",
 		run: func(c *check) {
-			first := c.claim(request("acme", "k1"))
-			other := c.claim(request("acme", "k2"))
-			keyless := c.claim(request("acme", ""))
+			first := c.claim(claimOf("acme", "k1"))
+			other := c.claim(claimOf("acme", "k2"))
+			keyless := c.claim(claimOf("acme", ""))
 			c.commit(other, answer(200, "2"))
 			c.commit(keyless, answer(200, ""))
 			c.commit(first, answer(200, "1"))
@@ -28,10 +28,10 @@ var claimCases = []testCase{
 		name: "ClaimedKeyIsInProgress",
 		rule: "Begin answers ErrInProgress at once for a key that another attempt holds. It never waits: a waiting duplicate would hold a connection for the other handler's whole run.",
 		run: func(c *check) {
-			req := request("acme", "k")
-			first := c.claim(req)
+			claim := claimOf("acme", "k")
+			first := c.claim(claim)
 			for range 2 { // the second would get through if the first had taken the claim away
-				attempt, record, err := c.begin(request("acme", "k"))
+				attempt, record, err := c.begin(claimOf("acme", "k"))
 				switch {
 				case attempt != nil:
 					attempt.Rollback(c.ctx)
@@ -45,7 +45,7 @@ var claimCases = []testCase{
 				}
 			}
 			c.commit(first, answer(201, "first"))
-			c.wantBody(req, "first")
+			c.wantBody(claim, "first")
 		},
 	},
 	{
@@ -59,7 +59,7 @@ var claimCases = []testCase{
 			}
 			results := make([]result, copies)
 			atOnce(copies, func(i int) {
-				results[i].attempt, _, results[i].err = c.Store.Begin(c.ctx, request("acme", "k"))
+				results[i].attempt, _, results[i].err = c.Store.Begin(c.ctx, claimOf("acme", "k"))
 			})
 			claimed := 0
 			for _, r := range results {
@@ -74,18 +74,18 @@ var claimCases = []testCase{
 			if claimed != 1 {
 				c.Errorf("%d of %d attempts have the key, want 1", claimed, copies)
 			}
-			c.wantFree(request("acme", "k"))
+			c.wantFree(claimOf("acme", "k"))
 		},
 	},
 	{
 		name: "ManyReplaysAtOnce",
 		rule: "A recorded key is replayed to any number of requests at once: none of them is told that the key is in progress because another reads it.",
 		run: func(c *check) {
-			c.commit(c.claim(request("acme", "k")), answer(201, "done"))
+			c.commit(c.claim(claimOf("acme", "k")), answer(201, "done"))
 			const copies = 64
 			errs := make([]error, copies)
 			atOnce(copies, func(i int) {
-				attempt, record, err := c.Store.Begin(c.ctx, request("acme", "k"))
+				attempt, record, err := c.Store.Begin(c.ctx, claimOf("acme", "k"))
 				switch {
 				case attempt != nil:
 					attempt.Rollback(c.ctx)
@@ -170,12 +170,12 @@ var claimCases = []testCase{
 		run: func(c *check) {
 			cancelled, cancel := context.WithCancel(c.ctx)
 			cancel()
-			if attempt, _, _ := c.Store.Begin(cancelled, request("acme", "k0")); attempt != nil {
+			if attempt, _, _ := c.Store.Begin(cancelled, claimOf("acme", "k0")); attempt != nil {
 				attempt.Rollback(c.ctx)
 			}
-			c.wantFree(request("acme", "k0"))
+			c.wantFree(claimOf("acme", "k0"))
 			for i := range 30 {
-				req := request("acme", fmt.Sprintf("k%d", i+1))
+				claim := claimOf("acme", fmt.Sprintf("k%d", i+1))
 				ctx, cancel := context.WithCancel(c.ctx)
 				ended := make(chan struct{})
 				go func() {
@@ -185,7 +185,7 @@ var claimCases = []testCase{
 					cancel()
 					close(ended)
 				}()
-				attempt, _, err := c.Store.Begin(ctx, req)
+				attempt, _, err := c.Store.Begin(ctx, claim)
 				<-ended
 				switch {
 				case attempt != nil:
@@ -193,7 +193,7 @@ var claimCases = []testCase{
 				case err == nil:
 					c.Errorf("no attempt and no error")
 				}
-				c.wantFreeSoon(req)
+				c.wantFreeSoon(claim)
 			}
 		},
 	},
@@ -203,14 +203,14 @@ var claimCases = []testCase{
 		run: func(c *check) {
 			ctx, cancel := context.WithCancel(c.ctx)
 			defer cancel()
-			req := request("acme", "k")
-			attempt, _, err := c.beginWith(ctx, req)
+			claim := claimOf("acme", "k")
+			attempt, _, err := c.beginWith(ctx, claim)
 			if err != nil {
 				c.Fatalf("Begin: %v", err)
 			}
 			cancel()
 			c.commit(attempt, answer(201, "done"))
-			c.wantBody(req, "done")
+			c.wantBody(claim, "done")
 		},
 	},
 	{
@@ -219,7 +219,7 @@ var claimCases = []testCase{
 		run: func(c *check) {
 			var attempts []*attempt
 			for range 4 {
-				attempts = append(attempts, c.claim(request("acme", "")))
+				attempts = append(attempts, c.claim(claimOf("acme", "")))
 			}
 			c.commit(attempts[0], answer(201, "a"))
 			if err := attempts[1].Decline(c.ctx, answer(402, "b")); err != nil {
@@ -227,7 +227,7 @@ var claimCases = []testCase{
 			}
 			attempts[2].Rollback(c.ctx)
 			c.commit(attempts[3], answer(201, "c"))
-			c.wantFree(request("acme", ""))
+			c.wantFree(claimOf("acme", ""))
 		},
 	},
 }
@@ -238,7 +238,7 @@ func (c *check) wantApart(keys ...idempotency.Key) {
 	c.Helper()
 	attempts := make([]*attempt, len(keys))
 	for i, key := range keys {
-		attempt, record, err := c.begin(request(key.Scope, key.Value))
+		attempt, record, err := c.begin(claimOf(key.Scope, key.Value))
 		if attempt == nil {
 			c.Fatalf("key %d of %d was taken for an earlier one: record %v, error %v", i+1, len(keys), record != nil, err)
 		}
@@ -248,7 +248,7 @@ func (c *check) wantApart(keys ...idempotency.Key) {
 		c.commit(attempt, answer(201, fmt.Sprint(i)))
 	}
 	for i, key := range keys {
-		c.wantBody(request(key.Scope, key.Value), fmt.Sprint(i))
+		c.wantBody(claimOf(key.Scope, key.Value), fmt.Sprint(i))
 	}
 }
 
@@ -256,19 +256,19 @@ func (c *check) wantApart(keys ...idempotency.Key) {
 func (c *check) wantApartInTurn(keys ...idempotency.Key) {
 	c.Helper()
 	for i, key := range keys {
-		c.commit(c.claim(request(key.Scope, key.Value)), answer(201, fmt.Sprint(i)))
+		c.commit(c.claim(claimOf(key.Scope, key.Value)), answer(201, fmt.Sprint(i)))
 	}
 	for i, key := range keys {
-		c.wantBody(request(key.Scope, key.Value), fmt.Sprint(i))
+		c.wantBody(claimOf(key.Scope, key.Value), fmt.Sprint(i))
 	}
 }
 
 // wantFreeSoon fails where a key can't be claimed in the end. A store may take a moment to notice that a cancelled
 // request is gone.
-func (c *check) wantFreeSoon(req *idempotency.Request) {
+func (c *check) wantFreeSoon(claim *idempotency.Claim) {
 	c.Helper()
 	for {
-		attempt, record, err := c.begin(req)
+		attempt, record, err := c.begin(claim)
 		switch {
 		case attempt != nil:
 			attempt.Rollback(c.ctx)

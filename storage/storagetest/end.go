@@ -13,22 +13,22 @@ var endCases = []testCase{
 		name: "RollbackForgets",
 		rule: "After Rollback nothing of an attempt is left: no record, no claim.",
 		run: func(c *check) {
-			req := request("acme", "k")
-			attempt := c.claim(req)
+			claim := claimOf("acme", "k")
+			attempt := c.claim(claim)
 			c.seal(attempt)
 			attempt.Rollback(c.ctx)
-			c.claim(req).Rollback(c.ctx) // without Seal: the engine's way when a handler ends its goroutine
-			c.wantFree(req)
+			c.claim(claim).Rollback(c.ctx) // without Seal: the engine's way when a handler ends its goroutine
+			c.wantFree(claim)
 		},
 	},
 	{
 		name: "DeclineRecords",
 		rule: "After Decline the answer is recorded and the claim is given back.",
 		run: func(c *check) {
-			req := request("acme", "k")
-			attempt := c.claim(req)
+			claim := claimOf("acme", "k")
+			attempt := c.claim(claim)
 			c.decline(attempt, answer(402, "declined"))
-			c.wantRecord(req, answer(402, "declined"))
+			c.wantRecord(claim, answer(402, "declined"))
 		},
 	},
 	{
@@ -38,13 +38,13 @@ var endCases = []testCase{
 			for i := range 40 {
 				value := fmt.Sprint(i)
 				for _, key := range []string{value, ""} {
-					c.claim(request("rolled back", key)).Rollback(c.ctx)
-					c.commit(c.claim(request("committed", key)), answer(201, value))
-					c.decline(c.claim(request("declined", key)), answer(402, value))
+					c.claim(claimOf("rolled back", key)).Rollback(c.ctx)
+					c.commit(c.claim(claimOf("committed", key)), answer(201, value))
+					c.decline(c.claim(claimOf("declined", key)), answer(402, value))
 				}
-				c.wantBody(request("committed", value), value)
-				c.wantBody(request("declined", value), value)
-				c.wantFree(request("rolled back", value))
+				c.wantBody(claimOf("committed", value), value)
+				c.wantBody(claimOf("declined", value), value)
+				c.wantFree(claimOf("rolled back", value))
 			}
 		},
 	},
@@ -59,13 +59,13 @@ var endCases = []testCase{
 				func(a idempotency.Attempt) error { return a.Decline(dead, answer(402, "done")) },
 				func(a idempotency.Attempt) error { a.Rollback(dead); return idempotency.ErrAborted },
 			} {
-				req := request("acme", fmt.Sprint(i))
-				switch err := end(c.claim(req)); {
+				claim := claimOf("acme", fmt.Sprint(i))
+				switch err := end(c.claim(claim)); {
 				case err == nil:
-					c.wantBody(req, "done")
+					c.wantBody(claim, "done")
 				case errors.Is(err, idempotency.ErrUnknown):
 				case errors.Is(err, idempotency.ErrUnavailable), errors.Is(err, idempotency.ErrAborted), errors.Is(err, idempotency.ErrSerialization):
-					c.wantFreeSoon(req)
+					c.wantFreeSoon(claim)
 				case errors.Is(err, idempotency.ErrKeyRecorded), errors.Is(err, idempotency.ErrTransactionLost):
 					c.Errorf("end on a dead context: %v", err)
 				}
@@ -77,7 +77,7 @@ var endCases = []testCase{
 		rule: "The handler's context is the one that Context was given, with the transaction in it: its values and its end reach the handler.",
 		run: func(c *check) {
 			type contextKey struct{}
-			attempt := c.claim(request("acme", "k"))
+			attempt := c.claim(claimOf("acme", "k"))
 			ctx, cancel := context.WithCancel(context.WithValue(c.ctx, contextKey{}, "value"))
 			defer cancel()
 			handlers := attempt.Context(ctx)
@@ -92,7 +92,7 @@ var endCases = []testCase{
 				c.Errorf("the end of the context is lost")
 			}
 			c.commit(attempt, answer(201, "done"))
-			c.wantBody(request("acme", "k"), "done")
+			c.wantBody(claimOf("acme", "k"), "done")
 		},
 	},
 	{
@@ -105,8 +105,8 @@ var endCases = []testCase{
 				func(a idempotency.Attempt, r *idempotency.Answer) error { return a.Decline(c.ctx, r) },
 			} {
 				name := fmt.Sprint(i)
-				req, winner := request("acme", name), request("acme", name)
-				attempt := c.claim(req)
+				claim, winner := claimOf("acme", name), claimOf("acme", name)
+				attempt := c.claim(claim)
 				if !c.features.WritesStay {
 					c.write(attempt, name)
 				}
@@ -127,8 +127,8 @@ var endCases = []testCase{
 		rule:    "A record is returned also while another attempt holds the key: those who hold it may be on their way to replay it.",
 		promise: losesClaims,
 		run: func(c *check) {
-			attempt := c.claim(request("acme", "k"))
-			winner := request("acme", "k")
+			attempt := c.claim(claimOf("acme", "k"))
+			winner := claimOf("acme", "k")
 			c.record(winner, answer(201, "first"))
 			c.wantRecord(winner, answer(201, "first"))
 			attempt.Rollback(c.ctx)
@@ -137,9 +137,9 @@ var endCases = []testCase{
 	},
 }
 
-func (c *check) record(req *idempotency.Request, answer *idempotency.Answer) {
+func (c *check) record(claim *idempotency.Claim, answer *idempotency.Answer) {
 	c.Helper()
-	if err := c.Record(c.ctx, req, answer); err != nil {
+	if err := c.Record(c.ctx, claim, answer); err != nil {
 		c.Fatalf("Harness.Record: %v", err)
 	}
 }
@@ -150,13 +150,13 @@ var transactionCases = []testCase{
 		rule:    "The handler's writes are committed with its answer: nobody sees them before, everybody after.",
 		promise: undoesWrites,
 		run: func(c *check) {
-			attempt := c.claim(request("acme", "k"))
+			attempt := c.claim(claimOf("acme", "k"))
 			c.write(attempt, "w")
 			c.write(attempt, "w")
 			c.wantWritten("w", 0)
 			c.commit(attempt, answer(201, "done"))
 			c.wantWritten("w", 2)
-			c.wantBody(request("acme", "k"), "done")
+			c.wantBody(claimOf("acme", "k"), "done")
 		},
 	},
 	{
@@ -164,11 +164,11 @@ var transactionCases = []testCase{
 		rule:    "A declined answer stays and the handler's writes go: a 402 after a debit must not commit the debit.",
 		promise: undoesWrites,
 		run: func(c *check) {
-			attempt := c.claim(request("acme", "k"))
+			attempt := c.claim(claimOf("acme", "k"))
 			c.write(attempt, "w")
 			c.decline(attempt, answer(402, "declined"))
 			c.wantWritten("w", 0)
-			c.wantBody(request("acme", "k"), "declined")
+			c.wantBody(claimOf("acme", "k"), "declined")
 		},
 	},
 	{
@@ -176,11 +176,11 @@ var transactionCases = []testCase{
 		rule:    "A forgotten attempt leaves no write behind, and the next one begins without them.",
 		promise: undoesWrites,
 		run: func(c *check) {
-			attempt := c.claim(request("acme", "k"))
+			attempt := c.claim(claimOf("acme", "k"))
 			c.write(attempt, "w")
 			attempt.Rollback(c.ctx)
 			c.wantWritten("w", 0)
-			again := c.claim(request("acme", "k"))
+			again := c.claim(claimOf("acme", "k"))
 			c.write(again, "w")
 			c.commit(again, answer(201, "done"))
 			c.wantWritten("w", 1)
@@ -196,7 +196,7 @@ var transactionCases = []testCase{
 				"decline":  func(a idempotency.Attempt) error { return a.Decline(c.ctx, answer(402, "")) },
 				"rollback": func(a idempotency.Attempt) error { a.Rollback(c.ctx); return nil },
 			} {
-				attempt := c.claim(request("acme", ""))
+				attempt := c.claim(claimOf("acme", ""))
 				c.write(attempt, name)
 				c.seal(attempt)
 				if err := end(attempt); err != nil {
@@ -213,7 +213,7 @@ var transactionCases = []testCase{
 		rule:    "After Seal what the handler still holds answers errors: a goroutine that it left behind can't add to what is being committed.",
 		promise: undoesWrites,
 		run: func(c *check) {
-			attempt := c.claim(request("acme", "k"))
+			attempt := c.claim(claimOf("acme", "k"))
 			handlers := attempt.Context(c.ctx)
 			c.write(attempt, "w")
 			c.seal(attempt)
@@ -236,7 +236,7 @@ var transactionCases = []testCase{
 		promise: undoesWrites,
 		run: func(c *check) {
 			broken := func(key string) *attempt {
-				attempt := c.claim(request("acme", key))
+				attempt := c.claim(claimOf("acme", key))
 				c.write(attempt, key)
 				if err := c.Break(attempt.Context(c.ctx)); err == nil {
 					c.Errorf("Harness.Break returned no error")
@@ -251,14 +251,14 @@ var transactionCases = []testCase{
 				c.Errorf("Commit of a broken attempt: %v, want an error that says that nothing was executed", err)
 			}
 			c.wantWritten("committed", 0)
-			c.wantFree(request("acme", "committed"))
+			c.wantFree(claimOf("acme", "committed"))
 			if err := broken("declined").Decline(c.ctx, answer(409, "declined")); err != nil {
 				c.Errorf("Decline of a broken attempt: %v", err)
 			}
 			c.wantWritten("declined", 0)
-			c.wantBody(request("acme", "declined"), "declined")
+			c.wantBody(claimOf("acme", "declined"), "declined")
 			broken("rolled back").Rollback(c.ctx)
-			c.wantFree(request("acme", "rolled back"))
+			c.wantFree(claimOf("acme", "rolled back"))
 		},
 	},
 }

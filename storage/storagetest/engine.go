@@ -21,7 +21,7 @@ var engineCases = []testCase{
 		rule: "After a handler's panic nothing of the attempt is left, and the retry runs.",
 		run: func(c *check) {
 			engine := idempotency.NewEngine(c.Store, nil)
-			req := *request("acme", "k")
+			req := requestOf("acme", "k")
 			result := engine.Do(c.ctx, req, func(ctx context.Context) (*idempotency.Answer, error) {
 				if !c.features.WritesStay {
 					if err := c.Write(ctx, "w"); err != nil {
@@ -119,7 +119,7 @@ func (s *stormCounts) settled(key string, result idempotency.Result) {
 // untilSettled is a client: it asks until it has an answer that stays.
 func (s *stormCounts) untilSettled(c *check, engine *idempotency.Engine, key string, status int) error {
 	for c.ctx.Err() == nil {
-		result := engine.Do(c.ctx, *request("acme", key), func(ctx context.Context) (*idempotency.Answer, error) {
+		result := engine.Do(c.ctx, requestOf("acme", key), func(ctx context.Context) (*idempotency.Answer, error) {
 			run := s.run(key)
 			if !c.features.WritesStay {
 				if err := c.Write(ctx, key); err != nil {

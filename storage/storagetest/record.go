@@ -15,18 +15,18 @@ var recordCases = []testCase{
 		rule: "A replay is the answer as it was: status, every header with all its values in their order, and every byte of the body. Fingerprint with its version, attempt and trace come back as they went in.",
 		run: func(c *check) {
 			for i, answer := range answers() {
-				req := request("acme", "k"+string(rune('a'+i)))
-				req.Fingerprint = idempotency.NewFingerprint(int16(100+i), []byte{byte(i)})
+				claim := claimOf("acme", "k"+string(rune('a'+i)))
+				claim.Fingerprint = idempotency.NewFingerprint(int16(100+i), []byte{byte(i)})
 				if i%2 == 0 {
-					req.TraceID = "0af7651916cd43dd8448eb211c80319c"
+					claim.TraceID = "0af7651916cd43dd8448eb211c80319c"
 				}
-				attempt := c.claim(req)
+				attempt := c.claim(claim)
 				if i%3 == 2 {
 					c.decline(attempt, answer)
 				} else {
 					c.commit(attempt, answer)
 				}
-				c.wantRecord(req, answer)
+				c.wantRecord(claim, answer)
 			}
 		},
 	},
@@ -34,7 +34,7 @@ var recordCases = []testCase{
 		name: "RecordIsTheStoresOwn",
 		rule: "A record shares no memory with the answer that was recorded, nor with what an earlier replay was given: whoever changes those changes no replay.",
 		run: func(c *check) {
-			req := request("acme", "k")
+			claim := claimOf("acme", "k")
 			given := func() *idempotency.Answer {
 				return &idempotency.Answer{Status: 201, Header: map[string][]string{"Link": {"<a>", "<b>"}}, Body: []byte("done")}
 			}
@@ -42,11 +42,11 @@ var recordCases = []testCase{
 				r.Status, r.Body[0], r.Header["Link"][0], r.Header["New"] = 500, 'X', "<x>", []string{"x"}
 			}
 			first := given()
-			c.commit(c.claim(req), first)
+			c.commit(c.claim(claim), first)
 			spoil(first)
-			c.wantRecord(req, given())
-			spoil(&c.replay(req).Answer)
-			c.wantRecord(req, given())
+			c.wantRecord(claim, given())
+			spoil(&c.replay(claim).Answer)
+			c.wantRecord(claim, given())
 		},
 	},
 	{
@@ -58,12 +58,12 @@ var recordCases = []testCase{
 					func(a idempotency.Attempt) error { return a.Commit(c.ctx, answer(201, "")) },
 					func(a idempotency.Attempt) error { return a.Decline(c.ctx, answer(402, "")) },
 				} {
-					req := request("acme", idempotency.NewAttemptID().String())
-					req.TTL = ttl
-					if err := end(c.claim(req)); err != nil {
+					claim := claimOf("acme", idempotency.NewAttemptID().String())
+					claim.TTL = ttl
+					if err := end(c.claim(claim)); err != nil {
 						c.Fatalf("end: %v", err)
 					}
-					first, second := c.replay(req), c.replay(req)
+					first, second := c.replay(claim), c.replay(claim)
 					if got := first.ExpiresAt.Sub(first.CreatedAt); got < ttl-time.Millisecond || got > ttl+time.Minute {
 						c.Errorf("the record counts for %v, want %v", got, ttl)
 					}
@@ -78,11 +78,11 @@ var recordCases = []testCase{
 		name: "BeginComparesNothing",
 		rule: "Begin returns the record whatever the fingerprint is. The engine compares: a store that hid the record of a different request would let a handler run twice for one key.",
 		run: func(c *check) {
-			req := request("acme", "k")
-			c.commit(c.claim(req), answer(201, "done"))
-			other := request("acme", "k")
+			claim := claimOf("acme", "k")
+			c.commit(c.claim(claim), answer(201, "done"))
+			other := claimOf("acme", "k")
 			other.Fingerprint = idempotency.NewFingerprint(100, []byte("another request"))
-			if record := c.replay(other); record.Fingerprint != req.Fingerprint {
+			if record := c.replay(other); record.Fingerprint != claim.Fingerprint {
 				c.Errorf("the record has the fingerprint of the request that found it")
 			}
 		},
@@ -92,14 +92,14 @@ var recordCases = []testCase{
 		rule:    "A record is there for a program that was started after the one that made it.",
 		promise: isDurable,
 		run: func(c *check) {
-			req := request("acme", "k")
-			c.commit(c.claim(req), answer(201, "done"))
+			claim := claimOf("acme", "k")
+			c.commit(c.claim(claim), answer(201, "done"))
 			var err error
 			if c.Store, err = c.Reopen(c.ctx); err != nil {
 				c.Fatalf("Harness.Reopen: %v", err)
 			}
-			c.wantRecord(req, answer(201, "done"))
-			c.wantFree(request("acme", "other"))
+			c.wantRecord(claim, answer(201, "done"))
+			c.wantFree(claimOf("acme", "other"))
 		},
 	},
 	{
@@ -107,13 +107,13 @@ var recordCases = []testCase{
 		rule:    "An expired record counts until it is deleted: the path of a request reads no clock. Once it is deleted its key is absent, and the next request runs.",
 		promise: expires,
 		run: func(c *check) {
-			short, long := request("acme", "short"), request("acme", "long")
+			short, long := claimOf("acme", "short"), claimOf("acme", "long")
 			short.TTL, long.TTL = time.Hour, 3*time.Hour
 			c.commit(c.claim(short), answer(201, "short"))
 			c.commit(c.claim(long), answer(201, "long"))
-			declined := request("acme", "declined")
+			declined := claimOf("acme", "declined")
 			c.decline(c.claim(declined), answer(402, "declined"))
-			other := request("acme", "held")
+			other := claimOf("acme", "held")
 			held := c.claim(other)
 			c.wantDeleted(0)
 			c.advance(2 * time.Hour)
@@ -152,13 +152,13 @@ func answers() []*idempotency.Answer {
 }
 
 // wantRecord fails where the record of a request is not this answer's, field by field.
-func (c *check) wantRecord(req *idempotency.Request, want *idempotency.Answer) {
+func (c *check) wantRecord(claim *idempotency.Claim, want *idempotency.Answer) {
 	c.Helper()
-	c.wantEqual(c.replay(req), req, want)
+	c.wantEqual(c.replay(claim), claim, want)
 }
 
-// wantEqual fails where a record is not what req's attempt recorded.
-func (c *check) wantEqual(got *idempotency.Record, req *idempotency.Request, want *idempotency.Answer) {
+// wantEqual fails where a record is not what claim's attempt recorded.
+func (c *check) wantEqual(got *idempotency.Record, claim *idempotency.Claim, want *idempotency.Answer) {
 	c.Helper()
 	if got.Answer.Status != want.Status {
 		c.Errorf("status %d, want %d", got.Answer.Status, want.Status)
@@ -174,14 +174,14 @@ func (c *check) wantEqual(got *idempotency.Record, req *idempotency.Request, wan
 	if !bytes.Equal(got.Answer.Body, want.Body) {
 		c.Errorf("body of %d bytes %.40q, want %d bytes %.40q", len(got.Answer.Body), got.Answer.Body, len(want.Body), want.Body)
 	}
-	if got.Fingerprint != req.Fingerprint {
-		c.Errorf("fingerprint version %d, %x; want version %d, %x", got.Fingerprint.Version, got.Fingerprint.Sum, req.Fingerprint.Version, req.Fingerprint.Sum)
+	if got.Fingerprint != claim.Fingerprint {
+		c.Errorf("fingerprint version %d, %x; want version %d, %x", got.Fingerprint.Version, got.Fingerprint.Sum, claim.Fingerprint.Version, claim.Fingerprint.Sum)
 	}
-	if got.Attempt != req.Attempt {
-		c.Errorf("attempt %v, want %v", got.Attempt, req.Attempt)
+	if got.Attempt != claim.Attempt {
+		c.Errorf("attempt %v, want %v", got.Attempt, claim.Attempt)
 	}
-	if got.TraceID != req.TraceID {
-		c.Errorf("trace id %q, want %q", got.TraceID, req.TraceID)
+	if got.TraceID != claim.TraceID {
+		c.Errorf("trace id %q, want %q", got.TraceID, claim.TraceID)
 	}
 }
 

@@ -80,10 +80,10 @@ func (s *reference) harness() *Harness {
 			return nil
 		},
 		DeleteExpired: s.deleteExpired,
-		Record: func(_ context.Context, req *idempotency.Request, answer *idempotency.Answer) error {
+		Record: func(_ context.Context, claim *idempotency.Claim, answer *idempotency.Answer) error {
 			s.mu.Lock()
 			defer s.mu.Unlock()
-			s.record(req, answer)
+			s.record(claim, answer)
 			return nil
 		},
 	}
@@ -106,8 +106,8 @@ func (s *reference) deleteExpired(context.Context) (deleted int64, err error) {
 }
 
 // key is the key by which the store knows a request.
-func (s *reference) key(req *idempotency.Request) idempotency.Key {
-	k := req.Key
+func (s *reference) key(claim *idempotency.Claim) idempotency.Key {
+	k := claim.Key
 	truncate := func(s string) string { return s[:min(len(s), idempotency.KeyBytesMax-1)] }
 	switch s.fault {
 	case "ignores the scope":
@@ -134,12 +134,12 @@ func (s *reference) key(req *idempotency.Request) idempotency.Key {
 	return k
 }
 
-func (s *reference) Begin(ctx context.Context, req *idempotency.Request) (idempotency.Attempt, *idempotency.Record, error) {
-	a := &referenceAttempt{store: s, req: *req, begin: ctx}
+func (s *reference) Begin(ctx context.Context, claim *idempotency.Claim) (idempotency.Attempt, *idempotency.Record, error) {
+	a := &referenceAttempt{store: s, claim: *claim, begin: ctx}
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if s.fault != "does not say when it claimed" {
-		req.Claim.At = s.now
+		claim.At = s.now
 	}
 	if ctx.Err() != nil && s.fault != "claims when cancelled" {
 		return nil, nil, ctx.Err()
@@ -147,18 +147,18 @@ func (s *reference) Begin(ctx context.Context, req *idempotency.Request) (idempo
 	if s.slots == 0 {
 		return nil, nil, idempotency.ErrUnavailable
 	}
-	if req.Keyless() && s.fault != "keyless collides" && s.fault != "keyless records" {
+	if claim.Keyless() && s.fault != "keyless collides" && s.fault != "keyless records" {
 		s.slots--
 		return a, nil, nil
 	}
-	key := s.key(req)
+	key := s.key(claim)
 	if s.claims[key] && s.fault == "claim wins over record" {
 		return nil, nil, idempotency.ErrInProgress
 	}
 	if record := s.records[key]; record != nil {
 		switch {
 		case s.fault == "expires by the clock" && record.ExpiresAt.Before(s.now):
-		case s.fault == "hides records of other requests" && record.Fingerprint != req.Fingerprint:
+		case s.fault == "hides records of other requests" && record.Fingerprint != claim.Fingerprint:
 		case s.fault == "one replay at a time" && !s.claims[key]:
 			s.claims[key] = true
 			time.AfterFunc(50*time.Millisecond, func() { // holds the key while it reads
@@ -173,7 +173,7 @@ func (s *reference) Begin(ctx context.Context, req *idempotency.Request) (idempo
 			return nil, s.clone(record), idempotency.ErrInProgress
 		case s.fault == "record of the finder":
 			found := s.clone(record)
-			found.Fingerprint = req.Fingerprint
+			found.Fingerprint = claim.Fingerprint
 			return nil, found, nil
 		default:
 			return nil, s.clone(record), nil
@@ -200,10 +200,10 @@ func (s *reference) Begin(ctx context.Context, req *idempotency.Request) (idempo
 	return a, nil, nil
 }
 
-func (s *reference) Resolve(ctx context.Context, req *idempotency.Request) (*idempotency.Record, error) {
+func (s *reference) Resolve(ctx context.Context, claim *idempotency.Claim) (*idempotency.Record, error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	key := s.key(req)
+	key := s.key(claim)
 	if s.fault == "resolves in every scope" {
 		for other := range s.claims {
 			if other.Value == key.Value {
@@ -261,7 +261,7 @@ func (s *reference) Resolve(ctx context.Context, req *idempotency.Request) (*ide
 		delete(s.records, key)
 	}
 	if record == nil {
-		if s.fault != "takes an old absence for proof" && !req.Claim.At.IsZero() && 2*s.now.Sub(req.Claim.At) >= req.TTL {
+		if s.fault != "takes an old absence for proof" && !claim.At.IsZero() && 2*s.now.Sub(claim.At) >= claim.TTL {
 			return nil, idempotency.ErrUnknown
 		}
 		return nil, nil
@@ -269,8 +269,8 @@ func (s *reference) Resolve(ctx context.Context, req *idempotency.Request) (*ide
 	found := s.clone(record)
 	switch {
 	case s.fault == "resolves to itself":
-		found.Fingerprint, found.Attempt = req.Fingerprint, req.Attempt
-	case s.fault == "resolves its own alone" && found.Attempt != req.Attempt:
+		found.Fingerprint, found.Attempt = claim.Fingerprint, claim.Attempt
+	case s.fault == "resolves its own alone" && found.Attempt != claim.Attempt:
 		return nil, nil
 	}
 	return found, nil
@@ -289,10 +289,10 @@ func (s *reference) clone(record *idempotency.Record) *idempotency.Record {
 	return &c
 }
 
-func (s *reference) record(req *idempotency.Request, answer *idempotency.Answer) {
+func (s *reference) record(claim *idempotency.Claim, answer *idempotency.Answer) {
 	r := &idempotency.Record{
-		Fingerprint: req.Fingerprint, Attempt: req.Attempt, Answer: *answer, TraceID: req.TraceID,
-		CreatedAt: s.now, ExpiresAt: s.now.Add(req.TTL),
+		Fingerprint: claim.Fingerprint, Attempt: claim.Attempt, Answer: *answer, TraceID: claim.TraceID,
+		CreatedAt: s.now, ExpiresAt: s.now.Add(claim.TTL),
 	}
 	if s.fault != "shares the answer" {
 		r = s.clone(r)
@@ -334,14 +334,14 @@ func (s *reference) record(req *idempotency.Request, answer *idempotency.Answer)
 	case "ignores the TTL":
 		r.ExpiresAt = s.now.Add(ttl)
 	}
-	s.records[s.key(req)] = r
+	s.records[s.key(claim)] = r
 }
 
 type referenceKey struct{}
 
 type referenceAttempt struct {
 	store  *reference
-	req    idempotency.Request
+	claim  idempotency.Claim
 	begin  context.Context
 	writes []string
 	sealed bool
@@ -391,7 +391,7 @@ func (a *referenceAttempt) Commit(ctx context.Context, answer *idempotency.Answe
 	case a.broken:
 		a.end(nil, false, "")
 		return idempotency.ErrAborted
-	case !a.req.Keyless() && s.records[s.key(&a.req)] != nil && s.fault != "overwrites":
+	case !a.claim.Keyless() && s.records[s.key(&a.claim)] != nil && s.fault != "overwrites":
 		a.end(nil, s.fault == "loser keeps its writes", "")
 		return idempotency.ErrKeyRecorded
 	}
@@ -413,14 +413,14 @@ func (a *referenceAttempt) Decline(ctx context.Context, answer *idempotency.Answ
 	case a.broken && s.fault == "can't decline what is broken":
 		a.end(nil, false, "")
 		return idempotency.ErrAborted
-	case !a.req.Keyless() && s.records[s.key(&a.req)] != nil && s.fault != "overwrites":
+	case !a.claim.Keyless() && s.records[s.key(&a.claim)] != nil && s.fault != "overwrites":
 		a.end(nil, false, "")
 		return idempotency.ErrKeyRecorded
 	}
 	if s.fault == "declines are forgotten" {
 		answer = nil
 	}
-	a.end(answer, s.fault == "declines keep writes" || s.fault == "keyless declines keep writes" && a.req.Keyless(), "decline keeps the claim")
+	a.end(answer, s.fault == "declines keep writes" || s.fault == "keyless declines keep writes" && a.claim.Keyless(), "decline keeps the claim")
 	return nil
 }
 
@@ -446,13 +446,13 @@ func (a *referenceAttempt) end(answer *idempotency.Answer, keep bool, keepsClaim
 			s.written[name]++
 		}
 	}
-	if a.req.Keyless() && s.fault != "keyless collides" && s.fault != "keyless records" {
+	if a.claim.Keyless() && s.fault != "keyless collides" && s.fault != "keyless records" {
 		return
 	}
 	if s.fault != keepsClaim || keepsClaim == "" {
-		delete(s.claims, s.key(&a.req))
+		delete(s.claims, s.key(&a.claim))
 	}
-	if answer != nil && (!a.req.Keyless() || s.fault == "keyless records") {
-		s.record(&a.req, answer)
+	if answer != nil && (!a.claim.Keyless() || s.fault == "keyless records") {
+		s.record(&a.claim, answer)
 	}
 }

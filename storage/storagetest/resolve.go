@@ -21,20 +21,20 @@ var resolveCases = []testCase{
 		name: "ResolveFindsTheRecord",
 		rule: "Resolve returns the record of a key that has one, as it was recorded: whose attempt it is, and of which request, is for the engine to compare. Of a key without one it returns nil, and no error.",
 		run: func(c *check) {
-			committed, declined := request("acme", "committed"), request("acme", "declined")
-			for _, req := range []*idempotency.Request{committed, declined} {
-				req.TraceID = "0af7651916cd43dd8448eb211c80319c"
-				req.Fingerprint = idempotency.NewFingerprint(100, []byte(req.Key.Value))
+			committed, declined := claimOf("acme", "committed"), claimOf("acme", "declined")
+			for _, claim := range []*idempotency.Claim{committed, declined} {
+				claim.TraceID = "0af7651916cd43dd8448eb211c80319c"
+				claim.Fingerprint = idempotency.NewFingerprint(100, []byte(claim.Key.Value))
 			}
 			written := &idempotency.Answer{Status: 201, Header: map[string][]string{"Link": {"<a>", "<b>"}}, Body: []byte("done\x00")}
 			c.commit(c.claim(committed), written)
 			c.decline(c.claim(declined), answer(402, "declined"))
-			c.claim(request("acme", "rolled back")).Rollback(c.ctx)
+			c.claim(claimOf("acme", "rolled back")).Rollback(c.ctx)
 			c.wantResolved(committed, committed, written)
-			c.wantResolved(request("acme", "committed"), committed, written) // for another attempt at it
+			c.wantResolved(claimOf("acme", "committed"), committed, written) // for another attempt at it
 			c.wantResolved(declined, declined, answer(402, "declined"))
-			c.wantAbsent(request("acme", "rolled back"))
-			c.wantAbsent(request("acme", "unheard of"))
+			c.wantAbsent(claimOf("acme", "rolled back"))
+			c.wantAbsent(claimOf("acme", "unheard of"))
 		},
 	},
 	{
@@ -42,9 +42,9 @@ var resolveCases = []testCase{
 		rule: "While an attempt holds the key nobody knows what becomes of it. Resolve waits for its end, and only then looks: a look from before misses the record, and a payment that was made is called not executed.",
 		run: func(c *check) {
 			for _, end := range []string{"commit", "decline", "rollback"} {
-				req := request("acme", end)
-				attempt := c.claim(req)
-				resolved := c.resolveLater(request("acme", end))
+				claim := claimOf("acme", end)
+				attempt := c.claim(claim)
+				resolved := c.resolveLater(claimOf("acme", end))
 				select {
 				case got := <-resolved:
 					c.Fatalf("Resolve returned record %v, error %v while an attempt held the key", got.record != nil, got.err)
@@ -75,19 +75,19 @@ var resolveCases = []testCase{
 		name: "ResolveIsBoundByItsContext",
 		rule: "Resolve returns when its context is over, with ErrUnknown while the key is still held: never nil, which would say that nothing was executed.",
 		run: func(c *check) {
-			attempt := c.claim(request("acme", "k"))
+			attempt := c.claim(claimOf("acme", "k"))
 			for _, wait := range []time.Duration{resolveMax, 0} {
-				c.wantUnknown(request("acme", "k"), wait)
+				c.wantUnknown(claimOf("acme", "k"), wait)
 			}
 			attempt.Rollback(c.ctx)
-			c.wantAbsent(request("acme", "k"))
+			c.wantAbsent(claimOf("acme", "k"))
 		},
 	},
 	{
 		name: "ResolveChangesNothing",
 		rule: "Resolve may be asked again, by anybody and at any time: it leaves records, claims and free keys as they are.",
 		run: func(c *check) {
-			recorded, free, held := request("acme", "recorded"), request("acme", "free"), request("acme", "held")
+			recorded, free, held := claimOf("acme", "recorded"), claimOf("acme", "free"), claimOf("acme", "held")
 			c.commit(c.claim(recorded), answer(201, "done"))
 			attempt := c.claim(held)
 			for range 2 {
@@ -98,7 +98,7 @@ var resolveCases = []testCase{
 			c.wantRecord(recorded, answer(201, "done"))
 			c.wantFree(free)                                                             // at once: a retry follows close behind
 			for deadline := time.Now().Add(stillWaiting); time.Now().Before(deadline); { // also once it is gone
-				if stolen, _, _ := c.begin(request("acme", "held")); stolen != nil {
+				if stolen, _, _ := c.begin(claimOf("acme", "held")); stolen != nil {
 					stolen.Rollback(c.ctx)
 					c.Fatalf("the key that an attempt holds was claimed: Resolve took the claim away")
 				}
@@ -111,12 +111,12 @@ var resolveCases = []testCase{
 		name: "ResolveKeepsScopesApart",
 		rule: "Resolve looks at one scope: the same key of another is neither found nor waited for.",
 		run: func(c *check) {
-			theirs := request("globex", "recorded")
+			theirs := claimOf("globex", "recorded")
 			c.commit(c.claim(theirs), answer(201, "theirs"))
-			attempt := c.claim(request("globex", "held"))
-			c.wantAbsent(request("acme", "recorded"))
-			c.wantAbsent(request("acme", "held"))
-			c.wantResolved(request("globex", "recorded"), theirs, answer(201, "theirs"))
+			attempt := c.claim(claimOf("globex", "held"))
+			c.wantAbsent(claimOf("acme", "recorded"))
+			c.wantAbsent(claimOf("acme", "held"))
+			c.wantResolved(claimOf("globex", "recorded"), theirs, answer(201, "theirs"))
 			attempt.Rollback(c.ctx)
 		},
 	},
@@ -125,20 +125,20 @@ var resolveCases = []testCase{
 		promise: expires,
 		rule:    "From half of the TTL after its claim on, by the store's clock, an absent record proves nothing: it may have been there, and expired. The clock of the process does not count: it stands still while the machine is suspended.",
 		run: func(c *check) {
-			req := request("acme", "late")
-			req.TTL = time.Hour
-			c.claim(req).Rollback(c.ctx)
-			if req.Claim.At.IsZero() {
-				c.Fatalf("Begin left Request.Claim without a time")
+			claim := claimOf("acme", "late")
+			claim.TTL = time.Hour
+			c.claim(claim).Rollback(c.ctx)
+			if claim.At.IsZero() {
+				c.Fatalf("Begin left Claim.At without a time")
 			}
-			c.wantAbsent(req)
-			req.Claim.At = req.Claim.At.Add(-req.TTL / 2) // as if the claim were that old
-			if record, err := c.Store.Resolve(c.ctx, req); record != nil || !errors.Is(err, idempotency.ErrUnknown) {
+			c.wantAbsent(claim)
+			claim.At = claim.At.Add(-claim.TTL / 2) // as if the claim were that old
+			if record, err := c.Store.Resolve(c.ctx, claim); record != nil || !errors.Is(err, idempotency.ErrUnknown) {
 				c.Errorf("Resolve of an absent key: record %v, error %v; want ErrUnknown", record != nil, err)
 			}
-			kept := request("acme", "kept")
+			kept := claimOf("acme", "kept")
 			c.commit(c.claim(kept), answer(201, "kept"))
-			kept.Claim.At = kept.Claim.At.Add(-kept.TTL)
+			kept.At = kept.At.Add(-kept.TTL)
 			c.wantResolved(kept, kept, answer(201, "kept"))
 		},
 	},
@@ -152,11 +152,11 @@ var resolveCases = []testCase{
 			}
 			attempts := make([]*attempt, keys)
 			for key := range keys {
-				attempts[key] = c.claim(request("acme", fmt.Sprint(key)))
+				attempts[key] = c.claim(claimOf("acme", fmt.Sprint(key)))
 			}
 			var waiting []<-chan resolution
 			for i := range keys * copies {
-				waiting = append(waiting, c.resolveLater(request("acme", fmt.Sprint(i%keys))))
+				waiting = append(waiting, c.resolveLater(claimOf("acme", fmt.Sprint(i%keys))))
 			}
 			time.Sleep(stillWaiting) // for most of them to come so far that they wait
 			for key, attempt := range attempts {
@@ -187,19 +187,19 @@ type resolution struct {
 	err    error
 }
 
-func (c *check) resolveLater(req *idempotency.Request) <-chan resolution {
+func (c *check) resolveLater(claim *idempotency.Claim) <-chan resolution {
 	resolved := make(chan resolution, 1)
 	go func() {
-		record, err := c.Store.Resolve(c.ctx, req)
+		record, err := c.Store.Resolve(c.ctx, claim)
 		resolved <- resolution{record, err}
 	}()
 	return resolved
 }
 
 // wantResolved fails where Resolve does not return what recorded's attempt recorded.
-func (c *check) wantResolved(req, recorded *idempotency.Request, want *idempotency.Answer) {
+func (c *check) wantResolved(claim, recorded *idempotency.Claim, want *idempotency.Answer) {
 	c.Helper()
-	record, err := c.Store.Resolve(c.ctx, req)
+	record, err := c.Store.Resolve(c.ctx, claim)
 	switch {
 	case err != nil:
 		c.Fatalf("Resolve of a recorded key: %v", err)
@@ -210,20 +210,20 @@ func (c *check) wantResolved(req, recorded *idempotency.Request, want *idempoten
 }
 
 // wantAbsent fails where Resolve does not say that there is no record.
-func (c *check) wantAbsent(req *idempotency.Request) {
+func (c *check) wantAbsent(claim *idempotency.Claim) {
 	c.Helper()
-	record, err := c.Store.Resolve(c.ctx, req)
+	record, err := c.Store.Resolve(c.ctx, claim)
 	if record != nil || err != nil {
 		c.Fatalf("Resolve of an absent key: record %v, error %v; want neither", record != nil, err)
 	}
 }
 
 // wantUnknown fails where Resolve of a key that is held says anything else, or does not take the time that it has.
-func (c *check) wantUnknown(req *idempotency.Request, wait time.Duration) {
+func (c *check) wantUnknown(claim *idempotency.Claim, wait time.Duration) {
 	c.Helper()
 	ctx, cancel := context.WithTimeout(c.ctx, wait)
 	defer cancel()
-	record, err := c.Store.Resolve(ctx, req)
+	record, err := c.Store.Resolve(ctx, claim)
 	if record != nil || !errors.Is(err, idempotency.ErrUnknown) {
 		c.Errorf("Resolve of a key that is held: record %v, error %v; want ErrUnknown", record != nil, err)
 	}

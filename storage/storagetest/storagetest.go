@@ -63,7 +63,7 @@ type Harness struct {
 	DeleteExpired func(ctx context.Context) (int64, error)
 
 	// Record commits a record past all claims, as an attempt would that doesn't know of them.
-	Record func(ctx context.Context, req *idempotency.Request, answer *idempotency.Answer) error
+	Record func(ctx context.Context, claim *idempotency.Claim, answer *idempotency.Answer) error
 }
 
 // patienceDefault bounds everything that a case waits for. A store that is in order never makes it wait that long.
@@ -181,7 +181,7 @@ type check struct {
 // attempt is an attempt that the suite ends if its case does not.
 type attempt struct {
 	idempotency.Attempt
-	req   *idempotency.Request
+	claim *idempotency.Claim
 	ended bool
 }
 
@@ -210,18 +210,18 @@ func (c *check) endAll() {
 }
 
 // begin returns what Begin does, and fails where that is not exactly one of three.
-func (c *check) begin(req *idempotency.Request) (*attempt, *idempotency.Record, error) {
+func (c *check) begin(claim *idempotency.Claim) (*attempt, *idempotency.Record, error) {
 	c.Helper()
-	return c.beginWith(c.ctx, req)
+	return c.beginWith(c.ctx, claim)
 }
 
-func (c *check) beginWith(ctx context.Context, req *idempotency.Request) (*attempt, *idempotency.Record, error) {
+func (c *check) beginWith(ctx context.Context, claim *idempotency.Claim) (*attempt, *idempotency.Record, error) {
 	c.Helper()
-	begun, record, err := c.Store.Begin(ctx, req)
+	begun, record, err := c.Store.Begin(ctx, claim)
 	var a *attempt
 	set := 0
 	if begun != nil {
-		a = &attempt{Attempt: begun, req: req}
+		a = &attempt{Attempt: begun, claim: claim}
 		c.attempts = append(c.attempts, a)
 		set++
 	}
@@ -238,9 +238,9 @@ func (c *check) beginWith(ctx context.Context, req *idempotency.Request) (*attem
 }
 
 // claim begins an attempt at a key that is absent.
-func (c *check) claim(req *idempotency.Request) *attempt {
+func (c *check) claim(claim *idempotency.Claim) *attempt {
 	c.Helper()
-	attempt, record, err := c.begin(req)
+	attempt, record, err := c.begin(claim)
 	switch {
 	case err != nil:
 		c.Fatalf("an absent key was not claimed: %v", err)
@@ -251,9 +251,9 @@ func (c *check) claim(req *idempotency.Request) *attempt {
 }
 
 // replay returns the record of a key that has one.
-func (c *check) replay(req *idempotency.Request) *idempotency.Record {
+func (c *check) replay(claim *idempotency.Claim) *idempotency.Record {
 	c.Helper()
-	attempt, record, err := c.begin(req)
+	attempt, record, err := c.begin(claim)
 	switch {
 	case err != nil:
 		c.Fatalf("a recorded key was not found: %v", err)
@@ -270,7 +270,7 @@ func (c *check) commit(attempt *attempt, answer *idempotency.Answer) {
 	c.seal(attempt)
 	err := attempt.Commit(c.ctx, answer)
 	for c.features.RunsAgain && errors.Is(err, idempotency.ErrSerialization) && c.ctx.Err() == nil {
-		err = c.claim(attempt.req).Commit(c.ctx, answer)
+		err = c.claim(attempt.claim).Commit(c.ctx, answer)
 	}
 	if err != nil {
 		c.Fatalf("Commit: %v", err)
@@ -294,15 +294,15 @@ func (c *check) seal(attempt *attempt) {
 }
 
 // wantFree fails where the key can't be claimed, and leaves it free.
-func (c *check) wantFree(req *idempotency.Request) {
+func (c *check) wantFree(claim *idempotency.Claim) {
 	c.Helper()
-	c.claim(req).Rollback(c.ctx)
+	c.claim(claim).Rollback(c.ctx)
 }
 
 // wantBody fails where the key is not recorded with this body.
-func (c *check) wantBody(req *idempotency.Request, body string) {
+func (c *check) wantBody(claim *idempotency.Claim, body string) {
 	c.Helper()
-	if got := string(c.replay(req).Answer.Body); got != body {
+	if got := string(c.replay(claim).Answer.Body); got != body {
 		c.Errorf("the record has body %.60q, want %.60q", got, body)
 	}
 }
@@ -330,9 +330,15 @@ func (c *check) write(attempt *attempt, name string) {
 // ttl is how long the records of most cases count.
 const ttl = time.Hour
 
-// request returns a request, a new attempt at its key each time.
-func request(scope, value string) *idempotency.Request {
-	return &idempotency.Request{
+// requestOf returns a request for an engine.
+func requestOf(scope, value string) idempotency.Request {
+	claim := claimOf(scope, value)
+	return idempotency.Request{Key: claim.Key, Fingerprint: claim.Fingerprint, TTL: claim.TTL}
+}
+
+// claimOf returns a claim, of a new attempt each time.
+func claimOf(scope, value string) *idempotency.Claim {
+	return &idempotency.Claim{
 		Key:         idempotency.Key{Scope: scope, Value: value},
 		Fingerprint: idempotency.NewFingerprintV1("POST", "/", "", "", nil),
 		TTL:         ttl,

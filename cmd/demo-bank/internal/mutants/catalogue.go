@@ -91,12 +91,13 @@ func Catalogue() []Mutant {
 			Name: "run-again-on-ambiguous-commit",
 			Bug:  "the handler runs again where the outcome of COMMIT is not known",
 			edits: []edit{
-				{"store.go", "	Attempt AttemptID\n\n	// Claim is", "	Attempt AttemptID\n	Again   bool\n\n	// Claim is"},
+				{"store.go", "	// Set by Begin, by", "	Again bool\n\n	// Set by Begin, by"},
 				{engineFile, `		fact, record, err = e.resolve(ctx, req, disposition, err, trace)
-`, `		req.Again = true
+`, `		req.claim.Again = true
 		return Result{}, err
 `},
-				{storeFile, `	case a.record != nil: // also where`, `	case req.Again:
+				{engineFile, "Attempt: NewAttemptID()}", "Attempt: NewAttemptID(), Again: req.claim.Again}"},
+				{storeFile, `	case a.record != nil: // also where`, `	case claim.Again:
 	case a.record != nil: // also where`},
 				{statementsFile, `$4, $5, $6, $7, $8, $9, $10, $11, $12)" +`, `$4, $5, $6, $7, $8, $9, $10, $11, $12) ON CONFLICT DO NOTHING" +`},
 				{statementsFile, countedRows, `" SELECT pg_catalog.count(*) FROM written",`},
@@ -106,7 +107,7 @@ func Catalogue() []Mutant {
 			Name: "resolve-without-the-lock",
 			Bug:  "a lost COMMIT is looked up without waiting for the key's lock",
 			edits: []edit{
-				{resolveFile, `	statements, lockNumber := &s.statements, wire.EncodeInt8(req.Key.LockNumber(s.table))
+				{resolveFile, `	statements, lockNumber := &s.statements, wire.EncodeInt8(claim.Key.LockNumber(s.table))
 `, `	statements := &s.statements
 `},
 				{resolveFile, `		wire.Call{Statement: &statements.resolveLock, Params: [][]byte{lockNumber[:]}},
@@ -121,12 +122,12 @@ func Catalogue() []Mutant {
 			OIDs: []uint32{pgtype.Int8OID},`, `			SQL: "SELECT pg_catalog.pg_try_advisory_xact_lock($1), pg_catalog.transaction_timestamp(), " + synchronousStandbys + settings +
 				", " + recordColumns + " FROM (SELECT 1) one LEFT JOIN " + table + " ON scope = $2 AND key = $3",
 			OIDs: []uint32{pgtype.Int8OID, pgtype.TextOID, pgtype.TextOID},`},
-				{storeFile, `	if !req.Keyless() {
-		claim = append(claim, a.lookUpCall(recordRow{a}))
+				{storeFile, `	if !claim.Keyless() {
+		calls = append(calls, a.lookUpCall(recordRow{a}))
 	}
 `, ""},
 				{attemptFile, `	a.params[0] = a.lockNumber[:]
-	if a.req.Keyless() || a.store.withoutPosition.Load() {
+	if a.claim.Keyless() || a.store.withoutPosition.Load() {
 		return wire.Call{Statement: &a.store.statements.lock, Params: a.params[:1:1], Row: lockRow{a}}
 	}
 	return wire.Call{Statement: &a.store.statements.lockAt, Params: a.params[:1:1], Row: lockAtRow{a}}
@@ -283,7 +284,7 @@ func (e early) Flush() {
 `, `func (c *detached) Err() error { return c.Context.Err() }
 `},
 				{engineFile, `		err = end(&bounds.end, attempt.Commit, recorded, StepCommit, trace)
-`, `		requests, cancelCommit := context.WithTimeout(ctx, e.options.CommitTimeout)
+`, `		requests, cancelCommit := context.WithTimeout(ctx, e.options.Timeouts.Commit)
 		err = end(&bounds.end, func(_ context.Context, answer *Answer) error { return attempt.Commit(requests, answer) }, recorded, StepCommit, trace)
 		cancelCommit()
 `},
