@@ -11,6 +11,7 @@ import (
 	"github.com/jackc/pgx/v5/pgxpool"
 
 	"github.com/paidonce/idempotency"
+	"github.com/paidonce/idempotency/storage/postgres/internal/sealed"
 	"github.com/paidonce/idempotency/storage/postgres/internal/wire"
 )
 
@@ -21,8 +22,8 @@ type attempt struct {
 	claim  *idempotency.Claim
 	number int64 // of the lock
 	pooled *pgxpool.Conn
-	tx     transaction
-	handle sealedTx // the handler's
+	tx     sealed.Transaction
+	handle sealed.Tx // the handler's
 	ctx    txContext
 
 	// What the claim found.
@@ -47,8 +48,9 @@ type attempt struct {
 }
 
 func newAttempt(store *Store, conn *pgxpool.Conn, claim *idempotency.Claim, number int64) *attempt {
-	a := &attempt{store: store, claim: claim, number: number, lockNumber: wire.EncodeInt8(number), pooled: conn, tx: newTransaction(store.pool, conn.Conn(), store.mode, store.options.DeferredMax)}
-	a.handle.transaction = &a.tx
+	a := &attempt{store: store, claim: claim, number: number, lockNumber: wire.EncodeInt8(number), pooled: conn}
+	a.tx.Init(store.pool, conn.Conn(), store.mode, store.options.DeferredMax, deferredMeaning)
+	a.handle = a.tx.Handle()
 	text := append(append(a.text[:0], claim.Key.Scope...), claim.Key.Value...)
 	a.scope, a.key = text[:len(claim.Key.Scope)], text[len(claim.Key.Scope):]
 	return a
@@ -63,7 +65,7 @@ func (a *attempt) Context(ctx context.Context) context.Context {
 // txContext carries the handler's transaction: a context.WithValue whose value lies within.
 type txContext struct {
 	context.Context
-	tx *sealedTx
+	tx *sealed.Tx
 }
 
 // Value implements context.Context.
@@ -131,7 +133,26 @@ func (a recordRow) ReadRow(values [][]byte) (err error) {
 }
 
 // Seal implements [idempotency.Attempt].
-func (a *attempt) Seal() error { return a.tx.seal() }
+func (a *attempt) Seal() error {
+	const step = "after the handler"
+	switch state, err := a.tx.Seal(); state {
+	case sealed.StateReady:
+		return nil
+	case sealed.StateLost:
+		return fail(step, idempotency.ErrTransactionLost, err)
+	case sealed.StateClosed:
+		return fail(step, idempotency.ErrUnavailable, err)
+	case sealed.StateFailed:
+		sentinel := classify(err)
+		var pgErr *pgconn.PgError
+		if errors.As(err, &pgErr) && pgErr.Code == "25006" {
+			err = explain(err, remedyReadOnly)
+		}
+		return fail(step, sentinel, err)
+	default:
+		return fail(step, idempotency.ErrAborted, err)
+	}
+}
 
 // Commit implements [idempotency.Attempt]: the deferred constraints, the record and COMMIT in one
 // round trip. The guard comes first: if the transaction is not the claim's, an error of a deferred
@@ -142,17 +163,18 @@ func (a *attempt) Commit(ctx context.Context, answer *idempotency.Answer) error 
 }
 
 func (a *attempt) commit(ctx context.Context, answer *idempotency.Answer) error {
-	if !a.tx.abandoned && !plainText(a.conn()) {
+	if !a.tx.Abandoned() && !wire.PlainText(a.conn()) {
 		return fail("commit", idempotency.ErrAborted, errEncoding)
 	}
 	s := &a.store.statements
 	calls, together := append(a.calls[:0], a.guardCall()), 0
 	var recorded wire.RowReader
-	if d := a.tx.deferred.Load(); d != nil {
-		if _, refused := d.state(); refused != nil {
-			return fail("commit", refusal(refused), refused)
-		}
-		calls, together = append(calls, d.calls...), d.together
+	deferred, deferredBytes, refused := a.tx.Deferred()
+	if refused != nil {
+		return fail("commit", refusal(refused), refused)
+	}
+	if len(deferred) > 0 {
+		calls, together = append(calls, deferred...), deferredBytes
 		recorded = wire.RowFunc(func([][]byte) error { // a warning of theirs is none of COMMIT's
 			wire.ForgetWarning(a.conn())
 			return nil
@@ -161,7 +183,7 @@ func (a *attempt) commit(ctx context.Context, answer *idempotency.Answer) error 
 	last := a.guardCall() // it sets synchronous_commit, as the record does
 	if !a.claim.Keyless() {
 		last = a.insertCall(a.claimedAt[:], answer)
-		last.Apart = together+len(last.Params[headersParam])+len(last.Params[headersParam+1]) > togetherBytesMax
+		last.Apart = together+len(last.Params[headersParam])+len(last.Params[headersParam+1]) > wire.TogetherBytesMax
 	}
 	last.Row = recorded
 	return a.end(ctx, "commit", append(calls, wire.Call{Statement: &s.constraints}, last, wire.Call{Statement: &s.commit}))
@@ -178,7 +200,7 @@ func (a *attempt) Decline(ctx context.Context, answer *idempotency.Answer) error
 	s := &a.store.statements
 	calls := a.calls[:0]
 	// An abandoned connection is not ours to look at; in an aborted transaction nothing but ROLLBACK is heard.
-	if !a.tx.abandoned && a.conn().TxStatus() == 'T' {
+	if !a.tx.Abandoned() && a.conn().TxStatus() == 'T' {
 		calls = append(calls, a.guardCall())
 	}
 	calls = append(calls,
@@ -215,7 +237,7 @@ func (a *attempt) lookAgain(ctx context.Context, step string, err error) error {
 func (a *attempt) Rollback(ctx context.Context) error {
 	defer a.release(ctx)
 	calls := a.calls[:0]
-	if !a.tx.abandoned && a.conn().TxStatus() == 'T' { // an aborted transaction accepts only ROLLBACK
+	if !a.tx.Abandoned() && a.conn().TxStatus() == 'T' { // an aborted transaction accepts only ROLLBACK
 		calls = append(calls, a.guardCall())
 	}
 	return a.undoAndLook(ctx, "rollback", calls)
@@ -226,7 +248,7 @@ func (a *attempt) Rollback(ctx context.Context) error {
 // which ends the connection.
 func (a *attempt) undoAndLook(ctx context.Context, step string, calls []wire.Call) error {
 	s, looks := &a.store.statements, a.looks()
-	if a.tx.abandoned || a.conn().IsClosed() || a.conn().IsBusy() {
+	if a.tx.Abandoned() || a.conn().IsClosed() || a.conn().IsBusy() {
 		if looks {
 			return fail(step, idempotency.ErrUnknown, errors.New("the connection was lost before the key could be looked up again"))
 		}
@@ -266,12 +288,6 @@ func (a *attempt) distrust() {
 	}
 }
 
-// togetherBytesMax is the maximum size of parameters, encoded, that are sent together with the
-// statements in front of them: of deferred statements, and the headers and body of the record. More
-// does not fit into one TCP segment with the rest of the flush, and may arrive in part. A decline
-// begins its transaction in the same flush, so its record is never apart.
-const togetherBytesMax = 512
-
 // headersParam is the place of the headers among the parameters of the record. The body's is next.
 const headersParam = 9
 
@@ -303,7 +319,7 @@ func (a *attempt) insertCall(claimedAt []byte, answer *idempotency.Answer) wire.
 // end sends the last flush, whose last statement is COMMIT, and says what became of the transaction.
 func (a *attempt) end(ctx context.Context, step string, calls []wire.Call) error {
 	switch {
-	case a.tx.abandoned:
+	case a.tx.Abandoned():
 		return fail(step, idempotency.ErrUnavailable, errors.New("a goroutine of the handler's still uses the connection"))
 	case a.conn().IsClosed() || a.conn().IsBusy():
 		return fail(step, idempotency.ErrUnavailable, errors.New("connection was closed or busy before COMMIT was sent"))
@@ -335,12 +351,12 @@ func (a *attempt) end(ctx context.Context, step string, calls []wire.Call) error
 
 // release ends whatever is still open and gives the connection back. The pool destroys it unless it is idle.
 func (a *attempt) release(ctx context.Context) {
-	if a.tx.abandoned { // a goroutine of the handler's still uses it; its socket is closed
+	if a.tx.Abandoned() { // a goroutine of the handler's still uses it; its socket is closed
 		a.pooled.Hijack()
 		return
 	}
-	a.tx.sealed.Store(true)
-	if a.tx.stalePlans {
+	a.tx.End()
+	if a.tx.StalePlans() {
 		_ = a.pooled.Conn().Close(ctx) // there may be more of them
 	}
 	if status := a.conn().TxStatus(); (status == 'T' || status == 'E') && !a.conn().IsClosed() && !a.conn().IsBusy() {

@@ -12,6 +12,7 @@ import (
 	"github.com/jackc/pgx/v5/pgconn"
 	"github.com/jackc/pgx/v5/pgxpool"
 
+	"github.com/paidonce/idempotency/storage/postgres/internal/sealed"
 	"github.com/paidonce/idempotency/storage/postgres/internal/wire"
 )
 
@@ -245,7 +246,10 @@ func (s *Store) checkAlterations(a *alterations) (wrong []error) {
 
 // refusesEscapes tries what a handler must not be able to: to take a connection while it holds one.
 func (s *Store) refusesEscapes(ctx context.Context) bool {
-	conn, err := s.pool.Acquire(context.WithValue(ctx, txKey{}, &sealedTx{transaction: &transaction{pool: s.pool}}))
+	var tx sealed.Transaction
+	tx.Init(s.pool, nil, s.mode, 0, nil)
+	handle := tx.Handle()
+	conn, err := s.pool.Acquire(context.WithValue(ctx, txKey{}, &handle))
 	if err == nil {
 		conn.Release()
 	}

@@ -11,6 +11,7 @@ import (
 	"github.com/jackc/pgx/v5/multitracer"
 	"github.com/jackc/pgx/v5/pgxpool"
 
+	"github.com/paidonce/idempotency/storage/postgres/internal/sealed"
 	"github.com/paidonce/idempotency/storage/postgres/internal/wire"
 )
 
@@ -44,7 +45,7 @@ func Configure(config *pgxpool.Config, opts *Options) {
 	if conn.RuntimeParams == nil {
 		conn.RuntimeParams = map[string]string{}
 	}
-	conn.RuntimeParams["client_encoding"] = "UTF8" // see plainText; a pooler knows this one
+	conn.RuntimeParams["client_encoding"] = "UTF8" // see wire.PlainText; a pooler knows this one
 	if !o.TransactionPooling {                     // a pooler refuses them, or hands them on to other clients
 		keepAlive := []setting{
 			{name: "tcp_keepalives_idle", value: "30"}, {name: "tcp_keepalives_interval", value: "10"}, {name: "tcp_keepalives_count", value: "3"},
@@ -87,7 +88,7 @@ type escapeTracer struct{}
 var _ pgxpool.AcquireTracer = escapeTracer{}
 
 func (escapeTracer) TraceAcquireStart(ctx context.Context, pool *pgxpool.Pool, _ pgxpool.TraceAcquireStartData) context.Context {
-	if tx, ok := ctx.Value(txKey{}).(*sealedTx); ok && tx.pool == pool && !tx.sealed.Load() {
+	if tx, ok := ctx.Value(txKey{}).(*sealed.Tx); ok && tx.Holds(pool) {
 		return refusedContext{ctx}
 	}
 	return ctx

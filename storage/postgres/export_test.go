@@ -6,6 +6,8 @@ import (
 	"github.com/jackc/pgx/v5"
 
 	"github.com/paidonce/idempotency"
+	"github.com/paidonce/idempotency/storage/postgres/internal/sealed"
+	"github.com/paidonce/idempotency/storage/postgres/internal/wire"
 )
 
 // ReaperPagesMax is the size of a batch.
@@ -15,25 +17,25 @@ const ReaperPagesMax = reaperPagesMax
 const ReaperHeldMax = reaperHeldMax
 
 // AbandonTimeout is how long a goroutine left behind is waited for.
-const AbandonTimeout = abandonTimeout
+const AbandonTimeout = sealed.AbandonTimeout
 
 // TogetherBytesMax is the maximum size of a record that is sent without a Sync in front of it.
-const TogetherBytesMax = togetherBytesMax
+const TogetherBytesMax = wire.TogetherBytesMax
 
 // RawConn leads around the seal, as a handler in bad faith might find a way to.
-func RawConn(tx pgx.Tx) *pgx.Conn { return tx.(*sealedTx).conn }
+func RawConn(tx pgx.Tx) *pgx.Conn { return sealed.ConnOf(tx.(*sealed.Tx)) }
 
 // RawConnOf returns the connection of an attempt.
-func RawConnOf(a idempotency.Attempt) *pgx.Conn { return a.(*attempt).tx.conn }
+func RawConnOf(a idempotency.Attempt) *pgx.Conn { return a.(*attempt).pooled.Conn() }
 
 // SendUnadmitted sends SQL as Exec and Query do, but past the guard that reads its text.
 func SendUnadmitted(ctx context.Context, tx pgx.Tx, exec bool, sql string, arguments ...any) (err error) {
-	s := tx.(*sealedTx)
-	if err := s.use(); err != nil {
+	tx = sealed.Unguarded(tx.(*sealed.Tx))
+	if exec {
+		_, err := tx.Exec(ctx, sql, arguments...)
 		return err
 	}
-	defer func() { s.done(err) }()
-	rows, err := s.conn.Query(ctx, sql, s.extended(arguments, exec)...)
+	rows, err := tx.Query(ctx, sql, arguments...)
 	if err != nil {
 		return err
 	}
@@ -51,4 +53,4 @@ func ForgetHint(s *Store, key idempotency.Key) { s.hints.clear(key.LockNumber(s.
 func StatisticsSQL(s *Store) string { return s.statisticsSQL() }
 
 // DeferredTextsMax is the maximum number of deferred statements that a connection remembers.
-const DeferredTextsMax = deferredTextsMax
+const DeferredTextsMax = sealed.DeferredTextsMax

@@ -90,7 +90,7 @@ func (s *Store) resolveOnce(ctx context.Context, claim *idempotency.Claim) (*ide
 		}
 		_ = conn.Close(ctx)
 	}()
-	if !plainText(conn.PgConn()) {
+	if !wire.PlainText(conn.PgConn()) {
 		return nil, errEncoding
 	}
 	var record *idempotency.Record

@@ -6,6 +6,7 @@ import (
 	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgtype"
 
+	"github.com/paidonce/idempotency/storage/postgres/internal/sealed"
 	"github.com/paidonce/idempotency/storage/postgres/internal/wire"
 )
 
@@ -101,7 +102,7 @@ func newStatements(o *Options) statements {
 		// new transaction. set_config: COMMIT waits for the disk whatever the handler set. The TTL
 		// runs from now: a record is not born expired, however long the handler took. A trigger may
 		// drop or change the row while the INSERT succeeds, and a deferred trigger may have set the
-		// client_encoding, so that the server read another scope: see plainText. COMMIT is already on
+		// client_encoding, so that the server read another scope: see wire.PlainText. COMMIT is already on
 		// its way behind it, so this statement must fail itself, by a division by zero. PostgreSQL
 		// refuses a rule, because the INSERT is inside WITH.
 		insert: wire.Statement{
@@ -142,6 +143,6 @@ func newStatements(o *Options) statements {
 		resolveLock: wire.Statement{SQL: "SELECT pg_catalog.pg_advisory_xact_lock($1)", OIDs: []uint32{pgtype.Int8OID}},
 		resolveTime: wire.Statement{SQL: "SELECT pg_catalog.clock_timestamp()"},
 	}
-	s.Set = wire.NewSet(s.table, deferredMark, &s.begin, &s.lock, &s.lockAt, &s.lookUp, &s.peek, &s.guard, &s.constraints, &s.insert, &s.commit, &s.rollback)
+	s.Set = wire.NewSet(s.table, sealed.DeferredMark, &s.begin, &s.lock, &s.lockAt, &s.lookUp, &s.peek, &s.guard, &s.constraints, &s.insert, &s.commit, &s.rollback)
 	return s
 }

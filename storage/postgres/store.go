@@ -10,7 +10,6 @@ import (
 	"time"
 
 	"github.com/jackc/pgx/v5"
-	"github.com/jackc/pgx/v5/pgconn"
 	"github.com/jackc/pgx/v5/pgxpool"
 
 	"github.com/paidonce/idempotency"
@@ -245,7 +244,7 @@ func (s *Store) claim(ctx context.Context, claim *idempotency.Claim, acquire fun
 	if err != nil {
 		return nil, nil, fail("acquire a connection", idempotency.ErrUnavailable, err)
 	}
-	if !plainText(conn.Conn().PgConn()) {
+	if !wire.PlainText(conn.Conn().PgConn()) {
 		_ = conn.Conn().Close(ctx) // an earlier handler set it for the session: a new connection has its own again
 		conn.Release()
 		return nil, nil, fail("claim", idempotency.ErrUnavailable, errors.Join(errStale, errEncoding))
@@ -319,22 +318,6 @@ func withoutPosition(err error) bool {
 }
 
 var errEncoding = errors.New("client_encoding is not UTF8, or the database's is neither UTF8 nor SQL_ASCII: put the pool's config through Configure, leave it alone in handlers, and see Store.Check")
-
-// plainText reports whether the server takes our text as the bytes that we send, and keeps
-// different texts different. In any other client_encoding it would read another scope from the same
-// bytes: the look-up misses, the primary key does not conflict, and the handler pays again. A
-// database in EUC_JP, for example, may convert two scopes to the same text.
-func plainText(conn *pgconn.PgConn) bool {
-	server := conn.ParameterStatus("server_encoding")
-	kept := server == "UTF8" || server == "SQL_ASCII"
-	switch conn.ParameterStatus("client_encoding") {
-	case "UTF8":
-		return kept || server == "" // a pooler may not say; Check asks
-	case "SQL_ASCII": // nothing is converted
-		return kept
-	}
-	return false
-}
 
 // acquire takes a connection from the pool.
 func (s *Store) acquire(ctx context.Context) (*pgxpool.Conn, error) {

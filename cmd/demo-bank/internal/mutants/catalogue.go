@@ -20,7 +20,7 @@ const (
 	attemptFile    = "storage/postgres/attempt.go"
 	storeFile      = "storage/postgres/store.go"
 	exchangeFile   = "storage/postgres/internal/wire/exchange.go"
-	deferredFile   = "storage/postgres/deferred.go"
+	deferredFile   = "storage/postgres/internal/sealed/guard.go"
 	statementsFile = "storage/postgres/statements.go"
 	resolveFile    = "storage/postgres/resolve.go"
 	reaperFile     = "storage/postgres/reaper.go"

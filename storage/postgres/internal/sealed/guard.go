@@ -1,7 +1,8 @@
-package postgres
+package sealed
 
 import (
 	"fmt"
+	"strconv"
 	"strings"
 )
 
@@ -192,4 +193,69 @@ func (s *scanner) dollar() {
 
 func isWordByte(c byte) bool {
 	return c == '_' || c == '$' || c >= 0x80 || '0' <= c && c <= '9' || 'a' <= c && c <= 'z' || 'A' <= c && c <= 'Z'
+}
+
+// countRows returns a statement that does what sql does, and fails with a division by zero unless
+// the number of rows that sql touches is the one given. It also returns the number of parameters.
+// sql has been admitted: it is one statement, and ends outside of strings and comments.
+func countRows(sql string, rows int) (counted string, params int, err error) {
+	s := &scanner{rest: sql}
+	for s.skip(); s.rest != "" && s.rest[0] == ';'; s.skip() { // empty statements
+		s.rest = s.rest[1:]
+	}
+	body := s.rest
+	verb := strings.ToUpper(s.word())
+	with := " AS ("
+	returning := false
+	switch verb {
+	case "INSERT", "UPDATE", "DELETE":
+	case "SELECT":
+		with, returning = " AS MATERIALIZED (", true
+	case "WITH":
+		return "", 0, fmt.Errorf("%w: a deferred statement must not begin with WITH, because PostgreSQL does not count the rows of one WITH inside another: defer its parts one by one, or use Tx", ErrSealed)
+	default:
+		return "", 0, fmt.Errorf("%w: a deferred statement must be an INSERT, UPDATE, DELETE or SELECT: use Tx for others", ErrSealed)
+	}
+	depth := 0
+	for s.skip(); s.rest != "" && s.rest[0] != ';' && depth >= 0; s.skip() {
+		if n := parameter(s.rest); n > 0 {
+			params = max(params, n)
+		}
+		before := s.rest
+		s.token()
+		switch token := before[:len(before)-len(s.rest)]; {
+		case token == "(":
+			depth++
+		case token == ")":
+			depth--
+		case depth == 0 && strings.EqualFold(token, "RETURNING"):
+			returning = true
+		}
+	}
+	if depth != 0 {
+		return "", 0, fmt.Errorf("%w: parentheses of a deferred statement do not match", ErrSealed)
+	}
+	body = body[:len(body)-len(s.rest)]
+	if !returning {
+		body += "\nRETURNING 1"
+	}
+	count := "pg_catalog.count(*)"
+	if rows >= 0 {
+		count = "1 OPERATOR(pg_catalog./) CASE WHEN pg_catalog.count(*) OPERATOR(pg_catalog.=) " + strconv.Itoa(rows) + " THEN 1 ELSE 0 END"
+	}
+	// Each part on a line of its own: the text may end with a comment.
+	return "WITH idempotency_deferred" + with + "\n" + body + "\n) SELECT " + count + " FROM idempotency_deferred", params, nil
+}
+
+// parameter returns the number of the parameter that the text begins with, 0 if it begins with
+// something else.
+func parameter(text string) (n int) {
+	const most = 65535 // PostgreSQL's
+	if text[0] != '$' {
+		return 0
+	}
+	for i := 1; i < len(text) && text[i] >= '0' && text[i] <= '9' && n <= most; i++ {
+		n = n*10 + int(text[i]-'0')
+	}
+	return n
 }

@@ -1,4 +1,4 @@
-package postgres
+package sealed
 
 import (
 	"github.com/jackc/pgx/v5"
@@ -18,13 +18,13 @@ type heldUsage struct{ *transaction }
 func (h heldUsage) use() error     { return nil }
 func (h heldUsage) done(err error) { h.remember(err) }
 
-// sealedRows are the rows of a sealed transaction: each step is a use of it, and its error is remembered.
-type sealedRows struct {
+// handlerRows are the rows of a sealed transaction: each step is a use of it, and its error is remembered.
+type handlerRows struct {
 	pgx.Rows
 	tx usage
 }
 
-func (r *sealedRows) Next() bool {
+func (r *handlerRows) Next() bool {
 	if r.tx.use() != nil {
 		return false
 	}
@@ -33,7 +33,7 @@ func (r *sealedRows) Next() bool {
 	return more
 }
 
-func (r *sealedRows) Close() {
+func (r *handlerRows) Close() {
 	if r.tx.use() != nil {
 		return
 	}
@@ -42,7 +42,7 @@ func (r *sealedRows) Close() {
 }
 
 // done ends a use. Until the rows are closed their error may still come.
-func (r *sealedRows) done(more bool) {
+func (r *handlerRows) done(more bool) {
 	if more {
 		r.tx.done(nil)
 		return
@@ -50,7 +50,7 @@ func (r *sealedRows) done(more bool) {
 	r.tx.done(r.Rows.Err())
 }
 
-func (r *sealedRows) Err() error {
+func (r *handlerRows) Err() error {
 	if err := r.tx.use(); err != nil {
 		return err
 	}
@@ -59,7 +59,7 @@ func (r *sealedRows) Err() error {
 	return err
 }
 
-func (r *sealedRows) Scan(dest ...any) error {
+func (r *handlerRows) Scan(dest ...any) error {
 	if len(dest) == 1 {
 		if scanner, ok := dest[0].(pgx.RowScanner); ok { // it is given the rows: let it have these
 			return scanner.ScanRow(r)
@@ -74,7 +74,7 @@ func (r *sealedRows) Scan(dest ...any) error {
 	return err
 }
 
-func (r *sealedRows) Values() ([]any, error) {
+func (r *handlerRows) Values() ([]any, error) {
 	if err := r.tx.use(); err != nil {
 		return nil, err
 	}
@@ -84,15 +84,15 @@ func (r *sealedRows) Values() ([]any, error) {
 }
 
 // Conn returns nil: see [Tx].
-func (r *sealedRows) Conn() *pgx.Conn { return nil }
+func (r *handlerRows) Conn() *pgx.Conn { return nil }
 
-// sealedRow is the first of some rows.
-type sealedRow struct {
+// handlerRow is the first of some rows.
+type handlerRow struct {
 	rows pgx.Rows
-	own  sealedRows // what rows is, where something was sent
+	own  handlerRows // what rows is, where something was sent
 }
 
-func (r *sealedRow) Scan(dest ...any) error {
+func (r *handlerRow) Scan(dest ...any) error {
 	defer r.rows.Close()
 	if err := r.rows.Err(); err != nil {
 		return err
@@ -110,13 +110,13 @@ func (r *sealedRow) Scan(dest ...any) error {
 	return r.rows.Err()
 }
 
-// sealedBatch are the results of a batch in a sealed transaction.
-type sealedBatch struct {
+// handlerBatch are the results of a batch in a sealed transaction.
+type handlerBatch struct {
 	pgx.BatchResults
 	tx usage
 }
 
-func (b *sealedBatch) Exec() (tag pgconn.CommandTag, err error) {
+func (b *handlerBatch) Exec() (tag pgconn.CommandTag, err error) {
 	if err := b.tx.use(); err != nil {
 		return tag, err
 	}
@@ -125,25 +125,25 @@ func (b *sealedBatch) Exec() (tag pgconn.CommandTag, err error) {
 	return tag, err
 }
 
-func (b *sealedBatch) Query() (pgx.Rows, error) { return b.query(new(sealedRows)) }
+func (b *handlerBatch) Query() (pgx.Rows, error) { return b.query(new(handlerRows)) }
 
-func (b *sealedBatch) query(into *sealedRows) (pgx.Rows, error) {
+func (b *handlerBatch) query(into *handlerRows) (pgx.Rows, error) {
 	if err := b.tx.use(); err != nil {
 		return failedRows{err}, err
 	}
 	rows, err := b.BatchResults.Query()
 	b.tx.done(err)
-	*into = sealedRows{Rows: rows, tx: b.tx}
+	*into = handlerRows{Rows: rows, tx: b.tx}
 	return into, err
 }
 
-func (b *sealedBatch) QueryRow() pgx.Row {
-	row := new(sealedRow)
+func (b *handlerBatch) QueryRow() pgx.Row {
+	row := new(handlerRow)
 	row.rows, _ = b.query(&row.own) // Scan reports the error
 	return row
 }
 
-func (b *sealedBatch) Close() error {
+func (b *handlerBatch) Close() error {
 	if err := b.tx.use(); err != nil {
 		return err
 	}
@@ -154,7 +154,7 @@ func (b *sealedBatch) Close() error {
 }
 
 // Tx returns nil: a batch that begins a transaction is refused.
-func (b *sealedBatch) Tx() pgx.Tx { return nil }
+func (b *handlerBatch) Tx() pgx.Tx { return nil }
 
 // failedRows are the rows of a query that was not sent.
 type failedRows struct{ err error }
@@ -175,11 +175,11 @@ type failedBatch struct{ err error }
 
 func (b failedBatch) Exec() (pgconn.CommandTag, error) { return pgconn.CommandTag{}, b.err }
 func (b failedBatch) Query() (pgx.Rows, error)         { return failedRows(b), b.err }
-func (b failedBatch) QueryRow() pgx.Row                { return &sealedRow{rows: failedRows(b)} }
+func (b failedBatch) QueryRow() pgx.Row                { return &handlerRow{rows: failedRows(b)} }
 func (b failedBatch) Close() error                     { return b.err }
 func (b failedBatch) Tx() pgx.Tx                       { return nil }
 
 var (
-	_ pgx.Rows         = (*sealedRows)(nil)
-	_ pgx.BatchResults = (*sealedBatch)(nil)
+	_ pgx.Rows         = (*handlerRows)(nil)
+	_ pgx.BatchResults = (*handlerBatch)(nil)
 )

@@ -1,4 +1,7 @@
-package postgres
+// Package sealed is a pgx.Tx that a handler can't end: it refuses Commit and Rollback, SQL text that
+// controls transactions, and everything once the handler has returned. It knows pgx, and nothing of
+// keys and records.
+package sealed
 
 import (
 	"context"
@@ -18,35 +21,11 @@ import (
 	"github.com/paidonce/idempotency/storage/postgres/internal/wire"
 )
 
-// Errors that a handler meets where it does with its transaction what it can't.
+// Errors that a handler meets if it does with its transaction what it can't.
 var (
-	// ErrSealed: the transaction is not the handler's to end, or not any more the handler's to use.
 	ErrSealed = errors.New("idempotency/postgres: the transaction is sealed")
-	// ErrBusy: the transaction is used by two goroutines at once, or from inside a callback of its own.
-	ErrBusy = errors.New("idempotency/postgres: the transaction is busy")
+	ErrBusy   = errors.New("idempotency/postgres: the transaction is busy")
 )
-
-type txKey struct{}
-
-// Tx returns the transaction of the idempotent handler that runs with this context. What the handler writes through it
-// is committed together with its answer, or not at all.
-//
-// It is a pgx.Tx for one goroutine at a time. Commit and Rollback on it are refused, and so is SQL text that controls
-// transactions, with [ErrSealed]; Begin opens a savepoint, which must be ended before the handler returns. Once the
-// handler returned everything answers [ErrSealed]. Conn returns nil, and LargeObjects panics: both would lead around
-// the seal.
-//
-// Tx panics outside an idempotent handler, so that no write escapes the transaction unseen.
-func Tx(ctx context.Context) pgx.Tx { return handleOf(ctx, "Tx") }
-
-// handleOf returns the transaction of the handler that called a function of this package.
-func handleOf(ctx context.Context, function string) *sealedTx {
-	tx, ok := ctx.Value(txKey{}).(*sealedTx)
-	if !ok {
-		panic(idempotency.UsageError("idempotency/postgres: " + function + " outside an idempotent handler: mount the middleware with this store on the route, and pass the request's context on"))
-	}
-	return tx
-}
 
 // transaction is what the handles of one transaction share: the connection, and what the handler did to it.
 //
@@ -61,8 +40,9 @@ type transaction struct {
 
 	deferred    atomic.Pointer[deferred] // nil until the handler defers a statement
 	deferredMax int
+	meaning     meaningFunc
 
-	batch sealedBatch // used for the first batch: most handlers send one or two
+	batch handlerBatch // used for the first batch: most handlers send one or two
 
 	failure    error // the first error of the database that no savepoint undid
 	savepoints []savepoint
@@ -81,42 +61,71 @@ type savepoint struct {
 	refused  error
 }
 
-func newTransaction(pool *pgxpool.Pool, conn *pgx.Conn, mode pgx.QueryExecMode, deferredMax int) transaction {
-	return transaction{pool: pool, conn: conn, mode: mode, deferredMax: deferredMax}
+// meaningFunc returns the sentinel for an error of the deferred statement of this number, and the
+// error with its place added.
+type meaningFunc func(number int, err *pgconn.PgError) (sentinel, explained error)
+
+// Transaction is the store's side of a transaction. Its methods are not on [Tx], which handlers hold.
+type Transaction struct{ transaction }
+
+// Init makes t the open transaction of a connection of the pool. mode is the
+// connection's default, and meaning explains errors of deferred statements.
+func (t *Transaction) Init(pool *pgxpool.Pool, conn *pgx.Conn, mode pgx.QueryExecMode, deferredMax int, meaning meaningFunc) {
+	t.pool, t.conn, t.mode, t.deferredMax, t.meaning = pool, conn, mode, deferredMax, meaning
 }
 
-// abandonTimeout is how long seal waits for a use whose socket was closed under it.
-const abandonTimeout = time.Second
+// Handle returns the handler's handle.
+func (t *Transaction) Handle() Tx { return Tx{transaction: &t.transaction} }
 
-// seal ends the handler's use of the transaction and says what state it is in.
-func (t *transaction) seal() error {
+// End makes all further uses return [ErrSealed], also if Seal was not called.
+func (t *Transaction) End() { t.sealed.Store(true) }
+
+// Abandoned reports whether Seal gave up on a use that went on: the connection must not be touched.
+func (t *Transaction) Abandoned() bool { return t.abandoned }
+
+// StalePlans reports whether a table changed under a statement that is prepared on the connection.
+func (t *Transaction) StalePlans() bool { return t.stalePlans }
+
+// AbandonTimeout is how long seal waits for a use whose socket was closed under it.
+const AbandonTimeout = time.Second
+
+// State is the state of a transaction after the handler.
+type State int
+
+// The states. All but StateReady come with an error that says more.
+const (
+	StateReady  State = iota // it can be committed
+	StateLost                // the handler ended it: what it wrote may stand
+	StateClosed              // its connection is closed
+	StateFailed              // the error is the database's, and no savepoint undid it
+	StateUnfit               // aborted, in use, or with something left open
+)
+
+// Seal ends the handler's use of the transaction and returns its state.
+func (t *Transaction) Seal() (State, error) {
 	t.sealed.Store(true)
 	if !t.take() {
-		return t.interrupt()
+		return StateUnfit, t.interrupt()
 	}
 	defer t.give()
 	conn := t.conn.PgConn()
 	switch {
 	case t.lost: // before all else: what was committed stays so, whatever became of the connection since
-		return fail("after the handler", idempotency.ErrTransactionLost, errors.New("the handler ended the transaction"))
+		return StateLost, errors.New("the handler ended the transaction")
 	case conn.IsClosed():
-		return fail("after the handler", idempotency.ErrUnavailable, errors.Join(t.failure, errors.New("the connection is closed")))
+		return StateClosed, errors.Join(t.failure, errors.New("the connection is closed"))
 	case conn.IsBusy():
-		return fail("after the handler", idempotency.ErrAborted, errors.New("rows, a batch or a copy were left open"))
+		return StateUnfit, errors.New("rows, a batch or a copy were left open")
 	case conn.TxStatus() == 'I':
-		return fail("after the handler", idempotency.ErrTransactionLost, errors.New("no transaction is open"))
+		return StateLost, errors.New("no transaction is open")
 	case t.failure != nil:
-		failure, pgErr := t.failure, (*pgconn.PgError)(nil)
-		if errors.As(failure, &pgErr) && pgErr.Code == "25006" {
-			failure = explain(failure, remedyReadOnly)
-		}
-		return fail("after the handler", classify(failure), failure)
+		return StateFailed, t.failure
 	case conn.TxStatus() != 'T':
-		return fail("after the handler", idempotency.ErrAborted, errors.New("the transaction is aborted"))
+		return StateUnfit, errors.New("the transaction is aborted")
 	case len(t.savepoints) > 0:
-		return fail("after the handler", idempotency.ErrAborted, errors.New("a nested transaction was left open"))
+		return StateUnfit, errors.New("a nested transaction was left open")
 	}
-	return nil
+	return StateReady, nil
 }
 
 // interrupt takes the connection from a goroutine that the handler left behind, by closing its socket.
@@ -129,13 +138,13 @@ func (t *transaction) interrupt() error {
 	}()
 	select {
 	case <-taken:
-	case <-time.After(abandonTimeout):
+	case <-time.After(AbandonTimeout):
 		t.abandoned = true // read by the goroutine of the attempt alone, as it is written
-		return fail("after the handler", idempotency.ErrAborted, errors.New("the transaction is still in use"))
+		return errors.New("the transaction is still in use")
 	}
 	defer t.give()
 	_ = t.conn.Close(context.Background()) // the socket is closed: this marks the connection, and can't wait
-	return fail("after the handler", idempotency.ErrAborted, errors.New("the transaction was still in use"))
+	return errors.New("the transaction was still in use")
 }
 
 // take takes the slot where it is free; give gives it back.
@@ -190,16 +199,28 @@ func (t *transaction) exec(ctx context.Context, sql string) error {
 	return err
 }
 
-// sealedTx is a handle on a transaction: the whole of it, or one of its savepoints.
-type sealedTx struct {
+// Tx is a handle on a transaction: the whole of it, or one of its savepoints.
+type Tx struct {
 	*transaction
 	savepoint int // its number; 0 is the transaction itself
+	unguarded bool
 }
 
-var _ pgx.Tx = (*sealedTx)(nil)
+var _ pgx.Tx = (*Tx)(nil)
+
+// Holds reports whether the handler runs, and its transaction is on a connection of this pool.
+func (tx *Tx) Holds(pool *pgxpool.Pool) bool { return tx.pool == pool && !tx.sealed.Load() }
+
+// ConnOf leads around the seal, for tests.
+func ConnOf(tx *Tx) *pgx.Conn { return tx.conn }
+
+// Unguarded returns a handle that sends every SQL text, for tests of what the server itself refuses.
+func Unguarded(tx *Tx) *Tx {
+	return &Tx{transaction: tx.transaction, savepoint: tx.savepoint, unguarded: true}
+}
 
 // use begins a use through this handle.
-func (tx *sealedTx) use() error {
+func (tx *Tx) use() error {
 	if err := tx.transaction.use(); err != nil {
 		return err
 	}
@@ -211,7 +232,7 @@ func (tx *sealedTx) use() error {
 }
 
 // depth returns the place of the handle's savepoint among those that are open, -1 where it is closed.
-func (tx *sealedTx) depth() int {
+func (tx *Tx) depth() int {
 	for i, s := range tx.savepoints {
 		if s.number == tx.savepoint {
 			return i
@@ -223,7 +244,7 @@ func (tx *sealedTx) depth() int {
 func savepointName(number int) string { return "idempotency_" + strconv.Itoa(number) }
 
 // Begin opens a savepoint.
-func (tx *sealedTx) Begin(ctx context.Context) (_ pgx.Tx, err error) {
+func (tx *Tx) Begin(ctx context.Context) (_ pgx.Tx, err error) {
 	if err := tx.use(); err != nil {
 		return nil, err
 	}
@@ -236,11 +257,11 @@ func (tx *sealedTx) Begin(ctx context.Context) (_ pgx.Tx, err error) {
 	s := savepoint{number: number, failure: tx.failure}
 	s.deferred, s.refused = tx.deferred.Load().state()
 	tx.savepoints = append(tx.savepoints, s)
-	return &sealedTx{transaction: tx.transaction, savepoint: number}, nil
+	return &Tx{transaction: tx.transaction, savepoint: number}, nil
 }
 
 // Commit releases a savepoint; on the transaction itself it is refused.
-func (tx *sealedTx) Commit(ctx context.Context) (err error) {
+func (tx *Tx) Commit(ctx context.Context) (err error) {
 	if tx.savepoint == 0 {
 		return fmt.Errorf("%w: it is committed with the answer when the handler returns", ErrSealed)
 	}
@@ -256,7 +277,7 @@ func (tx *sealedTx) Commit(ctx context.Context) (err error) {
 }
 
 // Rollback undoes a savepoint; on the transaction itself it is refused.
-func (tx *sealedTx) Rollback(ctx context.Context) (err error) {
+func (tx *Tx) Rollback(ctx context.Context) (err error) {
 	if tx.savepoint == 0 {
 		return fmt.Errorf("%w: answer 4xx or 5xx to have its writes undone", ErrSealed)
 	}
@@ -279,7 +300,7 @@ func (tx *sealedTx) Rollback(ctx context.Context) (err error) {
 	return nil
 }
 
-func (tx *sealedTx) Exec(ctx context.Context, sql string, arguments ...any) (tag pgconn.CommandTag, err error) {
+func (tx *Tx) Exec(ctx context.Context, sql string, arguments ...any) (tag pgconn.CommandTag, err error) {
 	if err := tx.use(); err != nil {
 		return tag, err
 	}
@@ -295,11 +316,11 @@ func (tx *sealedTx) Exec(ctx context.Context, sql string, arguments ...any) (tag
 	return rows.CommandTag(), rows.Err()
 }
 
-func (tx *sealedTx) Query(ctx context.Context, sql string, arguments ...any) (pgx.Rows, error) {
-	return tx.query(ctx, new(sealedRows), sql, arguments)
+func (tx *Tx) Query(ctx context.Context, sql string, arguments ...any) (pgx.Rows, error) {
+	return tx.query(ctx, new(handlerRows), sql, arguments)
 }
 
-func (tx *sealedTx) query(ctx context.Context, into *sealedRows, sql string, arguments []any) (_ pgx.Rows, err error) {
+func (tx *Tx) query(ctx context.Context, into *handlerRows, sql string, arguments []any) (_ pgx.Rows, err error) {
 	if err := tx.use(); err != nil {
 		return failedRows{err}, err
 	}
@@ -308,17 +329,17 @@ func (tx *sealedTx) query(ctx context.Context, into *sealedRows, sql string, arg
 		return failedRows{err}, err
 	}
 	rows, err := tx.conn.Query(ctx, sql, tx.extended(arguments, false)...)
-	*into = sealedRows{Rows: rows, tx: tx.transaction}
+	*into = handlerRows{Rows: rows, tx: tx.transaction}
 	return into, err
 }
 
-func (tx *sealedTx) QueryRow(ctx context.Context, sql string, arguments ...any) pgx.Row {
-	row := new(sealedRow)
+func (tx *Tx) QueryRow(ctx context.Context, sql string, arguments ...any) pgx.Row {
+	row := new(handlerRow)
 	row.rows, _ = tx.query(ctx, &row.own, sql, arguments) // Scan reports the error
 	return row
 }
 
-func (tx *sealedTx) Prepare(ctx context.Context, name, sql string) (_ *pgconn.StatementDescription, err error) {
+func (tx *Tx) Prepare(ctx context.Context, name, sql string) (_ *pgconn.StatementDescription, err error) {
 	if err := tx.use(); err != nil {
 		return nil, err
 	}
@@ -329,7 +350,7 @@ func (tx *sealedTx) Prepare(ctx context.Context, name, sql string) (_ *pgconn.St
 	return tx.conn.Prepare(ctx, name, sql)
 }
 
-func (tx *sealedTx) CopyFrom(ctx context.Context, table pgx.Identifier, columns []string, source pgx.CopyFromSource) (_ int64, err error) {
+func (tx *Tx) CopyFrom(ctx context.Context, table pgx.Identifier, columns []string, source pgx.CopyFromSource) (_ int64, err error) {
 	if err := tx.use(); err != nil {
 		return 0, err
 	}
@@ -337,7 +358,7 @@ func (tx *sealedTx) CopyFrom(ctx context.Context, table pgx.Identifier, columns 
 	return tx.conn.CopyFrom(ctx, table, columns, source)
 }
 
-func (tx *sealedTx) SendBatch(ctx context.Context, batch *pgx.Batch) pgx.BatchResults {
+func (tx *Tx) SendBatch(ctx context.Context, batch *pgx.Batch) pgx.BatchResults {
 	if err := tx.use(); err != nil {
 		return failedBatch{err}
 	}
@@ -350,29 +371,32 @@ func (tx *sealedTx) SendBatch(ctx context.Context, batch *pgx.Batch) pgx.BatchRe
 		query.Arguments = arguments
 		if callback := query.Fn; callback != nil {
 			query.Fn = func(results pgx.BatchResults) error {
-				return callback(&sealedBatch{BatchResults: results, tx: heldUsage{tx.transaction}})
+				return callback(&handlerBatch{BatchResults: results, tx: heldUsage{tx.transaction}})
 			}
 		}
 	}
 	results := &tx.batch
 	if results.tx != nil { // taken, by a batch before this one
-		results = new(sealedBatch)
+		results = new(handlerBatch)
 	}
-	*results = sealedBatch{BatchResults: tx.conn.SendBatch(ctx, batch), tx: tx.transaction}
+	*results = handlerBatch{BatchResults: tx.conn.SendBatch(ctx, batch), tx: tx.transaction}
 	return results
 }
 
 // LargeObjects panics: its type can only be made around the seal.
-func (tx *sealedTx) LargeObjects() pgx.LargeObjects {
+func (tx *Tx) LargeObjects() pgx.LargeObjects {
 	panic(idempotency.UsageError("idempotency/postgres: LargeObjects is not to be had in an idempotent handler: call lo_create, lo_put and lo_get by SQL"))
 }
 
 // Conn returns nil: the connection would let the handler end the transaction.
-func (tx *sealedTx) Conn() *pgx.Conn { return nil }
+func (tx *Tx) Conn() *pgx.Conn { return nil }
 
 // admit refuses SQL text that controls transactions, also where a rewriter among the arguments makes it.
-func (tx *sealedTx) admit(sql string, arguments []any) ([]any, error) {
-	if !plainText(tx.conn.PgConn()) { // a quote may be half of a character there
+func (tx *Tx) admit(sql string, arguments []any) ([]any, error) {
+	if tx.unguarded {
+		return arguments, nil
+	}
+	if !wire.PlainText(tx.conn.PgConn()) { // a quote may be half of a character there
 		return nil, fmt.Errorf("%w: SQL is refused while client_encoding is not UTF8", ErrSealed)
 	}
 	plainStrings := tx.conn.PgConn().ParameterStatus("standard_conforming_strings") != "off"
@@ -395,7 +419,7 @@ func (tx *sealedTx) admit(sql string, arguments []any) ([]any, error) {
 // extended returns the arguments with the mode that sends them by the extended protocol, in which the server itself
 // refuses several statements in one string. Text without arguments would go by the simple one if it were left to pgx's
 // Exec; it is not prepared either, which would cost a round trip the first time.
-func (tx *sealedTx) extended(arguments []any, exec bool) []any {
+func (tx *Tx) extended(arguments []any, exec bool) []any {
 	mode, explicit, options := tx.mode, false, 0
 option:
 	for ; options < len(arguments); options++ {

@@ -1,0 +1,194 @@
+package sealed
+
+import (
+	"context"
+	"crypto/rand"
+	"errors"
+	"fmt"
+	"sync"
+
+	"github.com/jackc/pgx/v5"
+	"github.com/jackc/pgx/v5/pgconn"
+
+	"github.com/paidonce/idempotency/storage/postgres/internal/wire"
+)
+
+// deferred are the statements that a handler deferred.
+type deferred struct {
+	together int // bytes of parameters since the last Sync
+
+	mu      sync.Mutex // a goroutine that finds the transaction in use takes it too
+	calls   []wire.Call
+	refused error // why a statement is missing
+}
+
+// deferring returns the list, which it makes if need be. It needs no use of the connection.
+func (t *transaction) deferring() *deferred {
+	t.deferred.CompareAndSwap(nil, new(deferred))
+	return t.deferred.Load()
+}
+
+func (d *deferred) refuse(err error) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if d.refused == nil {
+		d.refused = fmt.Errorf("deferred statement %d: %w", len(d.calls)+1, err)
+	}
+}
+
+// state returns the length of the list, and why a statement is missing from it. d may be nil.
+func (d *deferred) state() (calls int, refused error) {
+	if d == nil {
+		return 0, nil
+	}
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	return len(d.calls), d.refused
+}
+
+// Deferred returns the deferred statements, the bytes of their parameters since the last Sync, and an
+// error if one of them was refused.
+func (t *Transaction) Deferred() (calls []wire.Call, together int, refused error) {
+	d := t.deferred.Load()
+	if d == nil {
+		return nil, 0, nil
+	}
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	return d.calls, d.together, d.refused
+}
+
+// backTo undoes what came after a state. d may be nil.
+func (d *deferred) backTo(calls int, refused error) {
+	if d == nil {
+		return
+	}
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	d.calls, d.refused = d.calls[:calls], refused
+}
+
+// errArguments stands for pgx's error, which quotes the argument.
+var errArguments = errors.New("an argument can't be encoded: DeferExec returned the reason")
+
+// Defer adds a statement to those that the last flush sends. statement returns it, and the number of
+// rows that it must touch, negative for any.
+func (tx *Tx) Defer(ctx context.Context, statement func() (rows int, sql string, args []any, err error)) (err error) {
+	d := tx.deferring()
+	if err := tx.use(); err != nil {
+		if errors.Is(err, ErrBusy) {
+			d.refuse(err)
+		}
+		return err
+	}
+	defer func() {
+		if err != nil {
+			d.refuse(err)
+		}
+		tx.done(err)
+	}()
+	if tx.conn.PgConn().IsBusy() { // by rows that are open
+		return ErrBusy
+	}
+	if len(d.calls) >= tx.deferredMax {
+		return fmt.Errorf("idempotency/postgres: more than %d deferred statements (Options.DeferredMax): use a statement that writes several rows", tx.deferredMax)
+	}
+	rows, sql, args, err := statement()
+	if err != nil {
+		return err
+	}
+	s, err := tx.deferredStatement(ctx, sql, rows)
+	if err != nil {
+		return err
+	}
+	if len(args) != s.params {
+		return fmt.Errorf("idempotency/postgres: deferred statement has %d parameters and %d arguments", s.params, len(args))
+	}
+	var encoded pgx.ExtendedQueryBuilder
+	if err := encoded.Build(tx.conn.TypeMap(), s.description, args); err != nil {
+		d.refuse(errArguments)
+		return fmt.Errorf("idempotency/postgres: %w", err)
+	}
+	number := len(d.calls) + 1
+	c := wire.Call{Statement: &s.Statement, Params: encoded.ParamValues, Formats: encoded.ParamFormats}
+	c.Meaning = func(err *pgconn.PgError) (sentinel, explained error) { return tx.meaning(number, err) }
+	size := 0
+	for _, param := range c.Params {
+		size += len(param)
+	}
+	if d.together += size; d.together > wire.TogetherBytesMax {
+		c.Apart, d.together = true, size
+	}
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	d.calls = append(d.calls, c)
+	return nil
+}
+
+// deferredStatement is the SQL text of a deferred statement, made ready for a connection.
+type deferredStatement struct {
+	wire.Statement
+	params      int
+	description *pgconn.StatementDescription // nil: parameters are encoded as in pgx.QueryExecModeExec
+}
+
+// deferredText is what a deferred statement is made of.
+type deferredText struct {
+	sql  string
+	rows int
+}
+
+// DeferredMark is the key under which a connection's custom data keeps its deferred statements, by
+// their text.
+const DeferredMark = "paidonce/idempotency/deferred"
+
+// DeferredTextsMax is the maximum number of texts that are remembered of one connection.
+const DeferredTextsMax = 128
+
+// deferredStatement returns the statement for a text. In pgx's modes that describe statements it is
+// prepared or described once for each connection, a round trip, and then remembered. In the others
+// the server infers the types of the parameters, and nothing is sent ahead.
+func (tx *Tx) deferredStatement(ctx context.Context, sql string, rows int) (*deferredStatement, error) {
+	conn := tx.conn.PgConn()
+	text := deferredText{sql, rows}
+	known, _ := conn.CustomData()[DeferredMark].(map[deferredText]*deferredStatement)
+	if s := known[text]; s != nil && wire.PlainText(conn) && conn.ParameterStatus("standard_conforming_strings") != "off" {
+		return s, nil // admitted before
+	}
+	if _, err := tx.admit(sql, nil); err != nil {
+		return nil, err
+	}
+	counted, params, err := countRows(sql, rows)
+	if err != nil {
+		return nil, err
+	}
+	s := &deferredStatement{Statement: wire.Statement{SQL: counted}, params: params}
+	switch tx.mode {
+	case pgx.QueryExecModeCacheStatement:
+		s.Name = "idempotency_deferred_" + rand.Text()
+	case pgx.QueryExecModeCacheDescribe, pgx.QueryExecModeDescribeExec:
+	default:
+		return s, nil
+	}
+	if s.description, err = conn.Prepare(ctx, s.Name, s.SQL, nil); err != nil {
+		return nil, fmt.Errorf("idempotency/postgres: prepare a deferred statement: %w", err)
+	}
+	s.OIDs = s.description.ParamOIDs
+	if known == nil {
+		known = map[deferredText]*deferredStatement{}
+		conn.CustomData()[DeferredMark] = known
+	}
+	for text, other := range known { // any of them
+		if len(known) < DeferredTextsMax {
+			break
+		}
+		if other.Name != "" {
+			if err := conn.Deallocate(ctx, other.Name); err != nil {
+				return nil, fmt.Errorf("idempotency/postgres: deallocate a deferred statement: %w", err)
+			}
+		}
+		delete(known, text)
+	}
+	known[text] = s
+	return s, nil
+}

@@ -1,0 +1,19 @@
+package wire
+
+import "github.com/jackc/pgx/v5/pgconn"
+
+// PlainText reports whether the server takes our text as the bytes that we send, and keeps
+// different texts different. In any other client_encoding it would read another scope from the same
+// bytes: the look-up misses, the primary key does not conflict, and the handler pays again. A
+// database in EUC_JP, for example, may convert two scopes to the same text.
+func PlainText(conn *pgconn.PgConn) bool {
+	server := conn.ParameterStatus("server_encoding")
+	kept := server == "UTF8" || server == "SQL_ASCII"
+	switch conn.ParameterStatus("client_encoding") {
+	case "UTF8":
+		return kept || server == "" // a pooler may not say; Check asks
+	case "SQL_ASCII": // nothing is converted
+		return kept
+	}
+	return false
+}

@@ -1,0 +1,40 @@
+package postgres
+
+import (
+	"context"
+
+	"github.com/jackc/pgx/v5"
+
+	"github.com/paidonce/idempotency"
+	"github.com/paidonce/idempotency/storage/postgres/internal/sealed"
+)
+
+// Errors of a handler that uses its transaction in a way that it must not.
+var (
+	// ErrSealed: the handler must not end the transaction, or has returned and must not use it any more.
+	ErrSealed = sealed.ErrSealed
+	// ErrBusy: the transaction is used by two goroutines at once, or from inside a callback of its own.
+	ErrBusy = sealed.ErrBusy
+)
+
+type txKey struct{}
+
+// Tx returns the transaction of the idempotent handler that runs with this context. What the handler writes through it
+// is committed together with its answer, or not at all.
+//
+// It is a pgx.Tx for one goroutine at a time. Commit and Rollback on it are refused, and so is SQL text that controls
+// transactions, with [ErrSealed]; Begin opens a savepoint, which must be ended before the handler returns. Once the
+// handler returned everything answers [ErrSealed]. Conn returns nil, and LargeObjects panics: both would lead around
+// the seal.
+//
+// Tx panics outside an idempotent handler, so that no write escapes the transaction unseen.
+func Tx(ctx context.Context) pgx.Tx { return handleOf(ctx, "Tx") }
+
+// handleOf returns the transaction of the handler that called a function of this package.
+func handleOf(ctx context.Context, function string) *sealed.Tx {
+	tx, ok := ctx.Value(txKey{}).(*sealed.Tx)
+	if !ok {
+		panic(idempotency.UsageError("idempotency/postgres: " + function + " outside an idempotent handler: mount the middleware with this store on the route, and pass the request's context on"))
+	}
+	return tx
+}
