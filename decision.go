@@ -252,7 +252,7 @@ func factAfterClaim(req *Request, record *Record, err error) fact {
 	switch {
 	case errors.Is(err, ErrInProgress):
 		return factInProgress
-	case errors.Is(err, ErrSerialization):
+	case errors.Is(err, ErrNotSerializable):
 		return factSerialization
 	case errors.Is(err, ErrRecordCorrupt):
 		return factRecordCorrupt
@@ -310,7 +310,7 @@ func factAfterHandler(sealed, failed error, disposition Disposition) fact {
 	switch {
 	case errors.Is(sealed, ErrTransactionLost):
 		return factTransactionLost
-	case errors.Is(sealed, ErrSerialization):
+	case errors.Is(sealed, ErrNotSerializable):
 		return factSerialization
 	case errors.Is(sealed, ErrUnavailable), errors.Is(failed, errHandlerTimeout):
 		return factUnavailable
@@ -352,7 +352,7 @@ func factAfterCommit(keyless bool, err error) fact {
 		return factTransactionLost
 	case errors.Is(err, ErrKeyRecorded):
 		return factKeyRecorded
-	case errors.Is(err, ErrSerialization):
+	case errors.Is(err, ErrNotSerializable):
 		return factSerialization
 	case errors.Is(err, ErrUnavailable):
 		return factUnavailable
@@ -375,7 +375,7 @@ func factAfterDecline(err error) fact {
 		return factTransactionLost
 	case errors.Is(err, ErrKeyRecorded):
 		return factKeyRecorded
-	case errors.Is(err, ErrSerialization), errors.Is(err, ErrUnavailable), errors.Is(err, ErrAborted):
+	case errors.Is(err, ErrNotSerializable), errors.Is(err, ErrUnavailable), errors.Is(err, ErrAborted):
 		return factDeclineFailed
 	}
 	return factCommitUnknown

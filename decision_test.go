@@ -157,7 +157,7 @@ var errOther = errors.New("an error nobody knows")
 
 // sentinels are all errors of the contract, and one that is not.
 var sentinels = []error{
-	nil, ErrInProgress, ErrUnavailable, ErrSerialization, ErrAborted, ErrKeyRecorded, ErrTransactionLost, ErrUnknown,
+	nil, ErrInProgress, ErrUnavailable, ErrNotSerializable, ErrAborted, ErrKeyRecorded, ErrTransactionLost, ErrUnknown,
 	ErrRecordCorrupt, errOther,
 }
 
@@ -185,7 +185,7 @@ func checkFacts(t *testing.T, f func(error) fact, want map[error]fact, other fac
 func TestFactAfterClaim(t *testing.T) {
 	t.Parallel()
 	checkFacts(t, func(err error) fact { return factAfterClaim(&Request{}, nil, err) }, map[error]fact{
-		nil: factClaimed, ErrInProgress: factInProgress, ErrSerialization: factSerialization, ErrUnknown: factRecordedUnreadable,
+		nil: factClaimed, ErrInProgress: factInProgress, ErrNotSerializable: factSerialization, ErrUnknown: factRecordedUnreadable,
 		ErrRecordCorrupt: factRecordCorrupt,
 	}, factUnavailable)
 }
@@ -275,7 +275,7 @@ func TestFactAfterHandler(t *testing.T) {
 		other       fact
 	}
 	first := map[error]fact{
-		ErrTransactionLost: factTransactionLost, ErrSerialization: factSerialization, ErrUnavailable: factUnavailable,
+		ErrTransactionLost: factTransactionLost, ErrNotSerializable: factSerialization, ErrUnavailable: factUnavailable,
 	}
 	with := func(err error, f fact) map[error]fact {
 		all := map[error]fact{err: f}
@@ -291,12 +291,12 @@ func TestFactAfterHandler(t *testing.T) {
 		"no disposition we know":    {nil, Disposition(9), first, factAnsweredForget},
 		"failed":                    {errOther, DispositionForget, first, factHandlerFailed},
 		"panicked":                  {panicked, DispositionForget, first, factHandlerFailed},
-		"took longer":               {wrap(errHandlerTimeout), DispositionForget, map[error]fact{ErrTransactionLost: factTransactionLost, ErrSerialization: factSerialization}, factUnavailable},
+		"took longer":               {wrap(errHandlerTimeout), DispositionForget, map[error]fact{ErrTransactionLost: factTransactionLost, ErrNotSerializable: factSerialization}, factUnavailable},
 		"refused":                   {&Refusal{Reason: ReasonQuotaExceeded}, DispositionForget, first, factRefused},
 		"refused without a reason":  {&Refusal{}, DispositionForget, first, factHandlerFailed},
 		"panicked with a refusal":   {&PanicError{Value: &Refusal{Reason: ReasonQuotaExceeded}}, DispositionForget, first, factHandlerFailed},
 		"failed, unavailable":       {wrap(ErrUnavailable), DispositionForget, first, factHandlerFailed},
-		"failed with a serializing": {wrap(ErrSerialization), DispositionForget, first, factHandlerFailed},
+		"failed with a serializing": {wrap(ErrNotSerializable), DispositionForget, first, factHandlerFailed},
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
@@ -310,7 +310,7 @@ func TestFactAfterCommit(t *testing.T) {
 	for keyless, unknown := range map[bool]fact{false: factCommitUnknown, true: factOutcomeUnknown} {
 		checkFacts(t, func(err error) fact { return factAfterCommit(keyless, err) }, map[error]fact{
 			nil: factCommitted, ErrTransactionLost: factTransactionLost, ErrKeyRecorded: factKeyRecorded,
-			ErrSerialization: factSerialization, ErrUnavailable: factUnavailable, ErrAborted: factCommitAborted,
+			ErrNotSerializable: factSerialization, ErrUnavailable: factUnavailable, ErrAborted: factCommitAborted,
 		}, unknown)
 		// What may have been executed is never told otherwise.
 		for _, err := range sentinels {
@@ -328,7 +328,7 @@ func TestFactAfterDecline(t *testing.T) {
 	t.Parallel()
 	checkFacts(t, factAfterDecline, map[error]fact{
 		nil: factDeclined, ErrTransactionLost: factTransactionLost, ErrKeyRecorded: factKeyRecorded,
-		ErrSerialization: factDeclineFailed, ErrUnavailable: factDeclineFailed, ErrAborted: factDeclineFailed,
+		ErrNotSerializable: factDeclineFailed, ErrUnavailable: factDeclineFailed, ErrAborted: factDeclineFailed,
 	}, factCommitUnknown)
 }
 

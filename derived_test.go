@@ -15,7 +15,7 @@ import (
 // Once any run has called DerivedKey, the request stays marked to its end, whatever later runs do.
 func TestDerivedKeyOfAnEarlierRunIsNotForgotten(t *testing.T) {
 	t.Parallel()
-	again := turn{end: idempotency.ErrSerialization}
+	again := turn{end: idempotency.ErrNotSerializable}
 	record := func(f idempotency.Fingerprint) *idempotency.Record {
 		return &idempotency.Record{Fingerprint: f, Answer: idempotency.Answer{Status: 201}}
 	}
@@ -71,7 +71,7 @@ func TestDerivedKeyMayBeAskedForByAnyGoroutine(t *testing.T) {
 
 	second, asked := make(chan struct{}), make(chan struct{})
 	runs := 0
-	result = idempotency.NewEngine(scripted(turn{end: idempotency.ErrSerialization}, turn{}), nil).Do(t.Context(), keyed("left"), func(ctx context.Context) (*idempotency.Answer, error) {
+	result = idempotency.NewEngine(scripted(turn{end: idempotency.ErrNotSerializable}, turn{}), nil).Do(t.Context(), keyed("left"), func(ctx context.Context) (*idempotency.Answer, error) {
 		if runs++; runs == 1 {
 			go func() {
 				<-second
@@ -195,7 +195,7 @@ func TestDerivedKeyIsNotForgottenWhileTheRequestWaits(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
 		taken := turn{begin: idempotency.ErrInProgress}
-		store := scripted(turn{end: idempotency.ErrSerialization}, taken, taken, turn{})
+		store := scripted(turn{end: idempotency.ErrNotSerializable}, taken, taken, turn{})
 		runs := 0
 		result := idempotency.NewEngine(store, &idempotency.Options{Wait: time.Second}).Do(t.Context(), keyed("k"), func(ctx context.Context) (*idempotency.Answer, error) {
 			if runs++; runs == 1 {

@@ -20,8 +20,8 @@ const (
 	ServiceBytesMax = 255 // of Options.Service
 )
 
-// ErrInFlightMax is why a request was refused when [Options.InFlightMax] others were in flight.
-var ErrInFlightMax = errors.New("too many requests in flight")
+// ErrInFlightExceeded is why a request was refused when [Options.InFlightMax] others were in flight.
+var ErrInFlightExceeded = errors.New("too many requests in flight")
 
 // Options tune an [Engine]. Nil and the zero value are the defaults, which are the safest. A
 // negative value turns something off if its comment says so, and panics otherwise.
@@ -317,7 +317,7 @@ func validTraceID(id string) bool {
 func (e *Engine) do(ctx context.Context, req *ongoing, run RunFunc, trace *trace) Result {
 	defer e.family.inFlight.Add(-1)
 	if e.family.inFlight.Add(1) > int64(e.options.InFlightMax) && e.options.InFlightMax > 0 {
-		return refuse(decide(factUnavailable), ErrInFlightMax)
+		return refuse(decide(factUnavailable), ErrInFlightExceeded)
 	}
 	if e.options.Wait > 0 && !req.keyless() {
 		return e.inQueue(ctx, req, run, trace)

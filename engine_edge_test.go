@@ -27,7 +27,7 @@ func TestRecordedKeyIsNeverCalledNotExecuted(t *testing.T) {
 		"the restarts are spent":  {idempotency.Options{Restarts: -1}, []turn{lost}},
 		"the time is over":        {idempotency.Options{Timeouts: idempotency.Timeouts{Handler: time.Nanosecond}}, []turn{lost}},
 		"the store is gone":       {idempotency.Options{}, []turn{lost, {begin: idempotency.ErrUnavailable}}},
-		"then a serialization":    {idempotency.Options{Restarts: 1}, []turn{lost, {begin: idempotency.ErrSerialization}}},
+		"then a serialization":    {idempotency.Options{Restarts: 1}, []turn{lost, {begin: idempotency.ErrNotSerializable}}},
 		"then an unknown failure": {idempotency.Options{}, []turn{lost, {begin: errOther}}},
 	} {
 		result := idempotency.NewEngine(scripted(test.turns...), &test.opts).Do(t.Context(), keyed("k"), answering(201))

@@ -175,7 +175,7 @@ func TestEveryStepEveryError(t *testing.T) {
 		"claim: aborted":             {[]turn{{begin: idempotency.ErrAborted}}, nil, notExecuted, unavailable, "begin", idempotency.ErrAborted},
 		"claim: any error":           {[]turn{{begin: errOther}}, nil, notExecuted, unavailable, "begin", errOther},
 		"claim: unreadable record":   {[]turn{{begin: idempotency.ErrUnknown}}, nil, unknown, outcomeUnknown, "begin", idempotency.ErrUnknown},
-		"claim: start again":         {[]turn{{begin: idempotency.ErrSerialization}, {}}, answering(201), executed, "", "begin begin seal commit", nil},
+		"claim: start again":         {[]turn{{begin: idempotency.ErrNotSerializable}, {}}, answering(201), executed, "", "begin begin seal commit", nil},
 		"claim: replay":              {[]turn{{record: record(fingerprint)}}, nil, replayed, "", "begin", nil},
 		"claim: other request":       {[]turn{{record: record(otherFingerprint)}}, nil, mismatch, idempotency.ReasonKeyReused, "begin", nil},
 		"claim: unknown print":       {[]turn{{record: record(idempotency.NewFingerprint(100, nil))}}, nil, unknown, outcomeUnknown, "begin", nil},
@@ -187,7 +187,7 @@ func TestEveryStepEveryError(t *testing.T) {
 		"handler: error":             {[]turn{{}}, failing(errOther), notExecuted, failed, once + "rollback", errOther},
 		"handler: unavailable":       {[]turn{{}}, failing(idempotency.ErrUnavailable), notExecuted, failed, once + "rollback", idempotency.ErrUnavailable},
 		"refused":                    {[]turn{{}}, failing(&idempotency.Refusal{Reason: "over-budget", Err: errOther}), notExecuted, "over-budget", once + "rollback", errOther},
-		"refused, serialization":     {[]turn{{seal: idempotency.ErrSerialization}, {}}, failing(&idempotency.Refusal{Reason: unavailable}), notExecuted, unavailable, once + "rollback " + once + "rollback", nil},
+		"refused, serialization":     {[]turn{{seal: idempotency.ErrNotSerializable}, {}}, failing(&idempotency.Refusal{Reason: unavailable}), notExecuted, unavailable, once + "rollback " + once + "rollback", nil},
 		"refused without a reason":   {[]turn{{}}, failing(&idempotency.Refusal{Err: errOther}), notExecuted, failed, once + "rollback", errOther},
 		"refused in a panic":         {[]turn{{}}, panicking(&idempotency.Refusal{Reason: "over-budget"}), notExecuted, failed, once + "rollback", nil},
 		"handler: nothing at all":    {[]turn{{}}, failing(nil), notExecuted, failed, once + "rollback", nil},
@@ -203,12 +203,12 @@ func TestEveryStepEveryError(t *testing.T) {
 		"seal: lost, 201":            {[]turn{{seal: idempotency.ErrTransactionLost}}, answering(201), unknown, lost, once + "rollback", idempotency.ErrTransactionLost},
 		"seal: lost, 404":            {[]turn{{seal: idempotency.ErrTransactionLost}}, answering(404), unknown, lost, once + "rollback", idempotency.ErrTransactionLost},
 		"seal: lost, panic":          {[]turn{{seal: idempotency.ErrTransactionLost}}, panicking("value"), unknown, lost, once + "rollback", idempotency.ErrTransactionLost},
-		"seal: start again, 201":     {[]turn{{seal: idempotency.ErrSerialization}, {}}, answering(201), executed, "", once + "rollback begin seal commit", nil},
-		"seal: start again, 500":     {[]turn{{seal: idempotency.ErrSerialization}, {}}, answering(500), notExecuted, "", once + "rollback begin seal rollback", nil},
-		"seal: start again, panic":   {[]turn{{seal: idempotency.ErrSerialization}, {record: record(fingerprint)}}, panicking("value"), replayed, "", once + "rollback begin", nil},
+		"seal: start again, 201":     {[]turn{{seal: idempotency.ErrNotSerializable}, {}}, answering(201), executed, "", once + "rollback begin seal commit", nil},
+		"seal: start again, 500":     {[]turn{{seal: idempotency.ErrNotSerializable}, {}}, answering(500), notExecuted, "", once + "rollback begin seal rollback", nil},
+		"seal: start again, panic":   {[]turn{{seal: idempotency.ErrNotSerializable}, {record: record(fingerprint)}}, panicking("value"), replayed, "", once + "rollback begin", nil},
 		"commit: recorded by other":  {[]turn{{end: idempotency.ErrKeyRecorded}, {record: record(fingerprint)}}, answering(201), replayed, "", once + "commit begin", nil},
 		"commit: other's request":    {[]turn{{end: idempotency.ErrKeyRecorded}, {record: record(otherFingerprint)}}, answering(201), mismatch, idempotency.ReasonKeyReused, once + "commit begin", nil},
-		"commit: start again":        {[]turn{{end: idempotency.ErrSerialization}, {}}, answering(201), executed, "", once + "commit begin seal commit", nil},
+		"commit: start again":        {[]turn{{end: idempotency.ErrNotSerializable}, {}}, answering(201), executed, "", once + "commit begin seal commit", nil},
 		"commit: aborted":            {[]turn{{end: idempotency.ErrAborted}}, answering(201), notExecuted, failed, once + "commit", idempotency.ErrAborted},
 		"commit: unavailable":        {[]turn{{end: idempotency.ErrUnavailable}}, answering(201), notExecuted, unavailable, once + "commit", idempotency.ErrUnavailable},
 		"commit: lost":               {[]turn{{end: idempotency.ErrTransactionLost}}, answering(201), unknown, lost, once + "commit", idempotency.ErrTransactionLost},
@@ -222,7 +222,7 @@ func TestEveryStepEveryError(t *testing.T) {
 		"claim: corrupt record":      {[]turn{{begin: idempotency.ErrRecordCorrupt}}, nil, unknown, recordCorrupt, "begin", idempotency.ErrRecordCorrupt},
 		"decline: recorded by other": {[]turn{{end: idempotency.ErrKeyRecorded}, {record: record(fingerprint)}}, answering(402), replayed, "", once + "decline begin", nil},
 		"decline: aborted":           {[]turn{{end: idempotency.ErrAborted}}, answering(402), notExecuted, unavailable, once + "decline", idempotency.ErrAborted},
-		"decline: start again":       {[]turn{{end: idempotency.ErrSerialization}}, answering(402), notExecuted, unavailable, once + "decline", idempotency.ErrSerialization},
+		"decline: start again":       {[]turn{{end: idempotency.ErrNotSerializable}}, answering(402), notExecuted, unavailable, once + "decline", idempotency.ErrNotSerializable},
 		"decline: lost":              {[]turn{{end: idempotency.ErrTransactionLost}}, answering(402), unknown, lost, once + "decline", idempotency.ErrTransactionLost},
 		"decline: unknown":           {[]turn{{end: idempotency.ErrUnknown}}, answering(402), unknown, outcomeUnknown, once + "decline resolve", idempotency.ErrUnknown},
 		"decline: unknown, but ours": {[]turn{{end: idempotency.ErrUnknown, resolved: ours}}, answering(402), executed, "", once + "decline resolve", nil},
@@ -352,7 +352,7 @@ func TestPanicIsKeptForTheOperator(t *testing.T) {
 
 func TestRestartsHaveABudget(t *testing.T) {
 	t.Parallel()
-	fails := turn{end: idempotency.ErrSerialization}
+	fails := turn{end: idempotency.ErrNotSerializable}
 	for _, test := range []struct {
 		restarts, failures int
 		want               idempotency.Outcome
@@ -366,7 +366,7 @@ func TestRestartsHaveABudget(t *testing.T) {
 		if result.Outcome != test.want {
 			t.Errorf("%d restarts, %d failures: %s, want %s", test.restarts, test.failures, result.Outcome, test.want)
 		}
-		if test.want == idempotency.OutcomeNotExecuted && (result.Reason != idempotency.ReasonUnavailable || !errors.Is(result.Err, idempotency.ErrSerialization)) {
+		if test.want == idempotency.OutcomeNotExecuted && (result.Reason != idempotency.ReasonUnavailable || !errors.Is(result.Err, idempotency.ErrNotSerializable)) {
 			t.Errorf("%d restarts, %d failures: %s, %v", test.restarts, test.failures, result.Reason, result.Err)
 		}
 		attempts := map[idempotency.AttemptID]bool{}
@@ -381,7 +381,7 @@ func TestRestartsHaveABudget(t *testing.T) {
 
 func TestRestartsEndWithTheTimeout(t *testing.T) {
 	t.Parallel()
-	store := scripted(turn{end: idempotency.ErrSerialization})
+	store := scripted(turn{end: idempotency.ErrNotSerializable})
 	engine := idempotency.NewEngine(store, &idempotency.Options{Timeouts: idempotency.Timeouts{Handler: time.Millisecond}, Restarts: 1 << 30})
 	result := engine.Do(t.Context(), keyed("k"), func(ctx context.Context) (*idempotency.Answer, error) {
 		<-ctx.Done()
@@ -419,7 +419,7 @@ func TestInFlightMax(t *testing.T) {
 	refused := func(e *idempotency.Engine) {
 		t.Helper()
 		result := e.Do(t.Context(), keyed("refused"), answering(201))
-		if result.Reason != idempotency.ReasonUnavailable || result.Outcome != idempotency.OutcomeNotExecuted || !errors.Is(result.Err, idempotency.ErrInFlightMax) {
+		if result.Reason != idempotency.ReasonUnavailable || result.Outcome != idempotency.OutcomeNotExecuted || !errors.Is(result.Err, idempotency.ErrInFlightExceeded) {
 			t.Errorf("over the limit: %s, %s, %v", result.Outcome, result.Reason, result.Err)
 		}
 	}
@@ -446,7 +446,7 @@ func TestHandlerContext(t *testing.T) {
 	type contextKey struct{}
 	ctx, cancel := context.WithCancel(context.WithValue(t.Context(), contextKey{}, "value"))
 	cancel()
-	store := scripted(turn{end: idempotency.ErrSerialization}, turn{})
+	store := scripted(turn{end: idempotency.ErrNotSerializable}, turn{})
 	engine := idempotency.NewEngine(store, &idempotency.Options{Timeouts: idempotency.Timeouts{Handler: time.Hour, Commit: time.Minute}})
 	var first time.Time
 	var attempts []idempotency.AttemptID

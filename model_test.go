@@ -84,7 +84,7 @@ func (m *model) do(req modelRequest) (result modelResult) {
 	for ; attempts > 0; attempts-- {
 		switch fault(idempotency.StepClaim) {
 		case nil:
-		case idempotency.ErrSerialization:
+		case idempotency.ErrNotSerializable:
 			continue
 		case idempotency.ErrInProgress:
 			return modelResult{outcome: idempotency.OutcomeInProgress, reason: idempotency.ReasonInProgress}
@@ -129,9 +129,9 @@ func (m *model) do(req modelRequest) (result modelResult) {
 			}
 			recorded = true
 			continue
-		case err == idempotency.ErrSerialization && !declined:
+		case err == idempotency.ErrNotSerializable && !declined:
 			continue
-		case err == idempotency.ErrUnavailable, declined && (err == idempotency.ErrSerialization || err == idempotency.ErrAborted):
+		case err == idempotency.ErrUnavailable, declined && (err == idempotency.ErrNotSerializable || err == idempotency.ErrAborted):
 			return unavailable
 		case err == idempotency.ErrAborted:
 			return failed
@@ -237,10 +237,10 @@ func drawRequest(t *rapid.T) modelRequest {
 		}).Draw(t, "does"),
 		asks: rapid.IntRange(0, 3).Draw(t, "asks"),
 		faults: map[idempotency.Step][]error{
-			idempotency.StepClaim:   faults(nil, idempotency.ErrSerialization, idempotency.ErrUnavailable, idempotency.ErrInProgress, idempotency.ErrUnknown, errOther),
-			idempotency.StepCommit:  faults(idempotency.ErrSerialization, idempotency.ErrKeyRecorded, idempotency.ErrAborted, idempotency.ErrUnavailable, idempotency.ErrUnknown, errOther),
+			idempotency.StepClaim:   faults(nil, idempotency.ErrNotSerializable, idempotency.ErrUnavailable, idempotency.ErrInProgress, idempotency.ErrUnknown, errOther),
+			idempotency.StepCommit:  faults(idempotency.ErrNotSerializable, idempotency.ErrKeyRecorded, idempotency.ErrAborted, idempotency.ErrUnavailable, idempotency.ErrUnknown, errOther),
 			idempotency.StepResolve: faults(nil, nil, idempotency.ErrUnknown, errOther),
-			idempotency.StepDecline: faults(idempotency.ErrSerialization, idempotency.ErrKeyRecorded, idempotency.ErrAborted, idempotency.ErrUnavailable, idempotency.ErrUnknown, errOther),
+			idempotency.StepDecline: faults(idempotency.ErrNotSerializable, idempotency.ErrKeyRecorded, idempotency.ErrAborted, idempotency.ErrUnavailable, idempotency.ErrUnknown, errOther),
 		},
 	}
 }

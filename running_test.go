@@ -135,7 +135,7 @@ func TestDuplicateOfWhatRunsHereIsTraced(t *testing.T) {
 			t.Errorf("end %+v", end)
 		}
 		result := engine.With(&idempotency.Options{InFlightMax: 1}).Do(t.Context(), keyed("k"), answering(201))
-		if result.Reason != idempotency.ReasonUnavailable || !errors.Is(result.Err, idempotency.ErrInFlightMax) {
+		if result.Reason != idempotency.ReasonUnavailable || !errors.Is(result.Err, idempotency.ErrInFlightExceeded) {
 			t.Errorf("over InFlightMax: %s, %v", result.Reason, result.Err)
 		}
 		return &idempotency.Answer{Status: 201}, nil
@@ -273,7 +273,7 @@ func TestDeclinedKeyIsNotHiddenByTheAttemptThatClaimedIt(t *testing.T) {
 // A request that is started again is in memory while each of its runs goes on, and not in between.
 func TestKeyIsInMemoryInEachRun(t *testing.T) {
 	t.Parallel()
-	store := hook(scripted(turn{end: idempotency.ErrSerialization}, turn{seal: idempotency.ErrSerialization}, turn{}))
+	store := hook(scripted(turn{end: idempotency.ErrNotSerializable}, turn{seal: idempotency.ErrNotSerializable}, turn{}))
 	engine := idempotency.NewEngine(store, nil)
 	var held []int
 	look := func() { held = append(held, idempotency.Running(engine)) }

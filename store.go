@@ -132,8 +132,8 @@ var (
 	ErrInProgress = errors.New("key is in progress")
 	// ErrUnavailable: there is no connection, or the database failed; nothing was executed.
 	ErrUnavailable = errors.New("store is unavailable")
-	// ErrSerialization: the transaction must be started again (SQLSTATE 40001, 40P01, a stale plan); nothing was executed.
-	ErrSerialization = errors.New("transaction must be started again")
+	// ErrNotSerializable: the transaction must be started again (SQLSTATE 40001, 40P01, a stale plan); nothing was executed.
+	ErrNotSerializable = errors.New("transaction must be started again")
 	// ErrAborted: the transaction can't commit; nothing was executed.
 	ErrAborted = errors.New("transaction is aborted")
 	// ErrKeyRecorded: another attempt recorded the key first; nothing of this one remains.
@@ -156,7 +156,7 @@ type Store interface {
 	//
 	//   - an Attempt: the key is absent and ours; the caller must end it with Commit, Decline or Rollback
 	//   - a Record: the key is recorded; no transaction is left open, and no fingerprint was compared
-	//   - an error: ErrInProgress if another attempt holds the key, ErrSerialization if Begin
+	//   - an error: ErrInProgress if another attempt holds the key, ErrNotSerializable if Begin
 	//     should be called again (with ErrKeyRecorded if a record was seen), ErrUnknown if there is a
 	//     record that can't be read or is not safe yet, or if one may be hidden, ErrRecordCorrupt if
 	//     it was tampered with, and anything else if the store is unavailable; nothing is left open
@@ -186,12 +186,12 @@ type Attempt interface {
 	Context(ctx context.Context) context.Context
 
 	// Seal takes the transaction away from the handler and reports its state: nil if it can commit,
-	// else ErrSerialization, ErrUnavailable, ErrTransactionLost or ErrAborted. From now on every
+	// else ErrNotSerializable, ErrUnavailable, ErrTransactionLost or ErrAborted. From now on every
 	// handle that the handler still holds returns errors. Seal sends nothing.
 	Seal() error
 
 	// Commit records the answer and commits it with the handler's writes. Nil means that it is durable. Errors:
-	// ErrKeyRecorded, ErrSerialization, ErrUnavailable, ErrAborted, ErrTransactionLost; anything else is ErrUnknown.
+	// ErrKeyRecorded, ErrNotSerializable, ErrUnavailable, ErrAborted, ErrTransactionLost; anything else is ErrUnknown.
 	// ctx is never the request's.
 	Commit(ctx context.Context, answer *Answer) error
 

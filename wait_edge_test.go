@@ -50,7 +50,7 @@ func TestThoseThatWaitAreInFlight(t *testing.T) {
 		b.sendMany(2, keyed("k"), run)
 		b.send(t.Context(), keyed("another"), run)
 		refused := b.send(t.Context(), keyed("k"), run)
-		if b.engine.InFlight() != 3 || !errors.Is(refused.result.Err, idempotency.ErrInFlightMax) {
+		if b.engine.InFlight() != 3 || !errors.Is(refused.result.Err, idempotency.ErrInFlightExceeded) {
 			t.Errorf("%d in flight; the one over the limit: %s, %v", b.engine.InFlight(), refused.result.Outcome, refused.result.Err)
 		}
 		release()

@@ -52,7 +52,7 @@ func (t *Transport) attempt(op *operation) *attempt {
 
 func (t *Transport) exchange(op *operation) *attempt {
 	ctx, cancel := context.WithCancelCause(op.ctx)
-	timer := time.AfterFunc(t.options.AttemptTimeout, func() { cancel(ErrAttemptTimeout) })
+	timer := time.AfterFunc(t.options.AttemptTimeout, func() { cancel(ErrAttemptTimedOut) })
 	release := func() {
 		timer.Stop()
 		cancel(nil)
@@ -88,8 +88,8 @@ func (t *Transport) exchange(op *operation) *attempt {
 
 // timedOut adds to an error that AttemptTimeout is its cause.
 func timedOut(ctx context.Context, err error) error {
-	if errors.Is(context.Cause(ctx), ErrAttemptTimeout) && !errors.Is(err, ErrAttemptTimeout) {
-		return fmt.Errorf("%w: %w", ErrAttemptTimeout, err)
+	if errors.Is(context.Cause(ctx), ErrAttemptTimedOut) && !errors.Is(err, ErrAttemptTimedOut) {
+		return fmt.Errorf("%w: %w", ErrAttemptTimedOut, err)
 	}
 	return err
 }

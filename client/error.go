@@ -25,16 +25,16 @@ var (
 // Why a [Transport] stopped asking. An [*Error] wraps one of these, or the error of the request's context, or that of an
 // [IntentStore], or what was wrong with the request.
 var (
-	ErrAttemptsSpent  = errors.New("attempts are spent (Options.AttemptsMax)")
-	ErrTimeSpent      = errors.New("time is spent (Options.TotalMax)")
-	ErrRetriesSpent   = errors.New("retries of all requests are spent (Options.RetryPercent, RetriesPerSecond and RetryBurst)")
-	ErrNotHonoured    = errors.New("server is not known to honour keys, so it is not asked again (Options.Honours: client.Everywhere if all routes of this client do)")
-	ErrAttemptTimeout = errors.New("attempt took too long (Options.AttemptTimeout)")
-	ErrBodyTooLarge   = errors.New("body is too large to be sent again (Options.BodyBytesMax)")
-	ErrIntentTooOld   = errors.New("intent is too old to be sent again (Options.IntentAgeMax)")
-	ErrIntentRefused  = errors.New("intent is not kept") // IntentStore.Save
-	ErrIntentOther    = fmt.Errorf("%w: its key is kept with another request", ErrIntentRefused)
-	ErrIntentTaken    = errors.New("somebody else has taken the intent") // IntentStore.Abandon
+	ErrAttemptsSpent   = errors.New("attempts are spent (Options.AttemptsMax)")
+	ErrTimeSpent       = errors.New("time is spent (Options.TotalMax)")
+	ErrRetriesSpent    = errors.New("retries of all requests are spent (Options.RetryPercent, RetriesPerSecond and RetryBurst)")
+	ErrNotHonoured     = errors.New("server is not known to honour keys, so it is not asked again (Options.Honours: client.Everywhere if all routes of this client do)")
+	ErrAttemptTimedOut = errors.New("attempt took too long (Options.AttemptTimeout)")
+	ErrBodyTooLarge    = errors.New("body is too large to be sent again (Options.BodyBytesMax)")
+	ErrIntentTooOld    = errors.New("intent is too old to be sent again (Options.IntentAgeMax)")
+	ErrIntentRefused   = errors.New("intent is not kept") // IntentStore.Save
+	ErrIntentDifferent = fmt.Errorf("%w: its key is kept with another request", ErrIntentRefused)
+	ErrIntentTaken     = errors.New("somebody else has taken the intent") // IntentStore.Abandon
 )
 
 // Error is what a caller gets in place of an answer. [errors.Is] tells [ErrNotExecuted] from [ErrUnknown], and

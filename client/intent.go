@@ -42,7 +42,7 @@ type IntentStore interface {
 	// Save keeps an intent, and returns when it would survive a crash: until then nothing is sent.
 	// The store keeps no reference to it, and sets SavedAt itself. before reports that the key was
 	// kept already, with the same request (all but SavedAt); with another request the error is
-	// [ErrIntentOther]. If the same request is saved again, the caller takes the intent over, as by
+	// [ErrIntentDifferent]. If the same request is saved again, the caller takes the intent over, as by
 	// Take. An error that wraps [ErrIntentRefused] means that nothing was changed.
 	Save(ctx context.Context, intent *Intent) (before bool, err error)
 

@@ -196,7 +196,7 @@ func TestAttemptTimeout(t *testing.T) {
 				}
 				continue
 			}
-			expectError(t, err, idempotency.OutcomeUnknown, client.ErrAttemptTimeout)
+			expectError(t, err, idempotency.OutcomeUnknown, client.ErrAttemptTimedOut)
 		}
 	})
 }

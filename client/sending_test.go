@@ -154,7 +154,7 @@ func TestDroppedPacketsAreNotExecuted(t *testing.T) {
 		dial func() error
 		why  error
 	}{
-		"the attempt's time ends first": {func() error { <-over; return errFailing }, client.ErrAttemptTimeout}, // net/http dials on
+		"the attempt's time ends first": {func() error { <-over; return errFailing }, client.ErrAttemptTimedOut}, // net/http dials on
 		"the dialer's time ends first":  {func() error { return errFailing }, errFailing},
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -286,7 +286,7 @@ func TestErrorsNameTheOption(t *testing.T) {
 		t.Errorf("the error names no remedy: %v", err)
 	}
 	for _, err := range []error{
-		client.ErrAttemptsSpent, client.ErrTimeSpent, client.ErrRetriesSpent, client.ErrAttemptTimeout, client.ErrBodyTooLarge, client.ErrIntentTooOld,
+		client.ErrAttemptsSpent, client.ErrTimeSpent, client.ErrRetriesSpent, client.ErrAttemptTimedOut, client.ErrBodyTooLarge, client.ErrIntentTooOld,
 	} {
 		if !strings.Contains(err.Error(), "(Options.") {
 			t.Errorf("%q names no option", err)

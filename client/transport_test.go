@@ -635,7 +635,7 @@ func TestAnswerThatNeverEndsIsLost(t *testing.T) {
 	})
 	c := newClient(t, quick(func(o *client.Options) { o.AttemptTimeout, o.AttemptsMax = 50*time.Millisecond, 3 }))
 	_, _, err := post(t, c, t.Context(), s.server.URL, "body")
-	expectError(t, err, idempotency.OutcomeUnknown, client.ErrAttemptTimeout)
+	expectError(t, err, idempotency.OutcomeUnknown, client.ErrAttemptTimedOut)
 	for _, r := range s.requests() {
 		if r.key != s.requests()[0].key {
 			t.Errorf("keys %s and %s", r.key, s.requests()[0].key)

@@ -202,7 +202,7 @@ type serialized struct {
 
 func (a *serialized) Commit(ctx context.Context, answer *idempotency.Answer) error {
 	if a.s.n++; a.s.n == 1 {
-		return errors.Join(idempotency.ErrSerialization, a.Rollback(ctx))
+		return errors.Join(idempotency.ErrNotSerializable, a.Rollback(ctx))
 	}
 	return a.Attempt.Commit(ctx, answer)
 }

@@ -32,9 +32,9 @@ const Latest = 3
 var (
 	// ErrDirty: an earlier migration failed in the middle.
 	ErrDirty = errors.New("schema is dirty")
-	// ErrPooler: the connections lead through a pooler that hands a server connection on after each transaction. Nothing was
+	// ErrPoolerInBetween: the connections lead through a pooler that hands a server connection on after each transaction. Nothing was
 	// done.
-	ErrPooler = errors.New("a pooler is in between")
+	ErrPoolerInBetween = errors.New("a pooler is in between")
 	// ErrVersionUntrue: the table of the records is missing although its version is written down,
 	// or it is there and its version is not. Nothing was done.
 	ErrVersionUntrue = errors.New("the table and its version do not fit")
@@ -110,7 +110,7 @@ func (b Blocker) String() string {
 //
 // Up opens two connections of its own with the settings of the store's pool, and calls the pool's
 // BeforeConnect for each. They must not lead through a pooler in transaction or statement mode:
-// [ErrPooler].
+// [ErrPoolerInBetween].
 //
 // If Up changed the schema it resets the pool: a connection that was made before the tables has
 // none of the store's statements prepared, and is closed once it is given back.

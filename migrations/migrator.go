@@ -119,7 +119,7 @@ func (m *migrator) begin(ctx context.Context, pool *pgxpool.Pool) (err error) {
 		return fmt.Errorf("look for a pooler: %w", err)
 	case mode == pooler.Transaction:
 		return fmt.Errorf("%w that hands a server connection on after each transaction, and would leave the search_path, the timeouts and the lock of a migration"+
-			" to another client: connect to PostgreSQL itself (its own port, not PgBouncer's), or to a pool in session mode", ErrPooler)
+			" to another client: connect to PostgreSQL itself (its own port, not PgBouncer's), or to a pool in session mode", ErrPoolerInBetween)
 	}
 	if err := m.conn.QueryRow(ctx, "SELECT pg_backend_pid()").Scan(&m.pid); err != nil {
 		return fmt.Errorf("connect: %w", err)

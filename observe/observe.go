@@ -91,7 +91,7 @@ var kinds = []struct {
 	{idempotency.ErrTransactionLost, "transaction-lost"},
 	{idempotency.ErrKeyRecorded, "key-recorded"},
 	{idempotency.ErrInProgress, "in-progress"},
-	{idempotency.ErrSerialization, "serialization"},
+	{idempotency.ErrNotSerializable, "serialization"},
 	{idempotency.ErrUnavailable, "unavailable"},
 	{idempotency.ErrAborted, "aborted"},
 }

@@ -92,7 +92,7 @@ func TestErrorKind(t *testing.T) {
 		{nil, ""},
 		{idempotency.ErrInProgress, "in-progress"},
 		{idempotency.ErrUnavailable, "unavailable"},
-		{idempotency.ErrSerialization, "serialization"},
+		{idempotency.ErrNotSerializable, "serialization"},
 		{idempotency.ErrAborted, "aborted"},
 		{idempotency.ErrKeyRecorded, "key-recorded"},
 		{idempotency.ErrTransactionLost, "transaction-lost"},

@@ -46,7 +46,7 @@ func (o *Options) full() Options {
 	full.BytesMax = cmp.Or(full.BytesMax, 256<<20)
 	full.LockTimeout = cmp.Or(full.LockTimeout, time.Second)
 	if full.BytesMax < 0 || full.LockTimeout < 0 {
-		panic("idempotency/client/boltintent: Options.BytesMax and LockTimeout must not be negative")
+		panic("idempotency/boltintent: Options.BytesMax and LockTimeout must not be negative")
 	}
 	return full
 }
@@ -163,7 +163,7 @@ func (s *Store) Save(_ context.Context, intent *client.Intent) (before bool, err
 			before = true
 			other, err := decode(key, kept)
 			if err == nil && !sameRequest(other, intent) {
-				err = client.ErrIntentOther
+				err = client.ErrIntentDifferent
 			}
 			return false, err
 		}

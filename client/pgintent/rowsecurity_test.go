@@ -65,14 +65,14 @@ func TestHiddenIntentIsNotCalledDone(t *testing.T) {
 					"done":    func() error { return store.Done(ctx, "k") },
 				} {
 					err := call()
-					if !errors.Is(err, pgintent.ErrRowSecurity) || errors.Is(err, client.ErrIntentTaken) ||
+					if !errors.Is(err, pgintent.ErrRowSecurityActive) || errors.Is(err, client.ErrIntentTaken) ||
 						errors.Is(err, client.ErrIntentRefused) != (name == "save" || name == "a new") {
 						t.Errorf("%s: %v", name, err)
 						continue
 					}
 					text = err.Error()
 				}
-				_, text, _ = strings.Cut(text, pgintent.ErrRowSecurity.Error()+": ")
+				_, text, _ = strings.Cut(text, pgintent.ErrRowSecurityActive.Error()+": ")
 				remedies := strings.Split(text, ", or ")
 				if len(remedies) != 2 {
 					t.Fatalf("remedies are %q", remedies)

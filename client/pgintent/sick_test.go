@@ -167,7 +167,7 @@ func TestSaveTakesOverFromAnotherProcess(t *testing.T) {
 	}
 	other := intenttest.Intent("k")
 	other.Body = []byte("another")
-	if before, err := second.Save(ctx, other); !before || !errors.Is(err, client.ErrIntentOther) {
+	if before, err := second.Save(ctx, other); !before || !errors.Is(err, client.ErrIntentDifferent) {
 		t.Errorf("another request is kept: %t, %v", before, err)
 	}
 	if keys, err := second.Pending(ctx); err != nil || len(keys) != 0 {
@@ -277,7 +277,7 @@ func TestIntentsInsideAHandlerNeedAPoolOfTheirOwn(t *testing.T) {
 		if one.paid == 1 && failed != nil {
 			t.Errorf("with %s pool: %v", name, failed)
 		}
-		if one.paid == 0 && (!errors.Is(failed, client.ErrNotExecuted) || !errors.Is(failed, postgres.ErrEscape) || !strings.Contains(failed.Error(), "a pool of its own")) {
+		if one.paid == 0 && (!errors.Is(failed, client.ErrNotExecuted) || !errors.Is(failed, postgres.ErrPoolRefused) || !strings.Contains(failed.Error(), "a pool of its own")) {
 			t.Errorf("with %s pool: %v", name, failed)
 		}
 	}

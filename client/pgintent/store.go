@@ -55,22 +55,22 @@ func (o *Options) full() Options {
 	full.Schema = cmp.Or(full.Schema, "public")
 	full.PendingAfter = cmp.Or(full.PendingAfter, 5*time.Minute)
 	if full.PendingAfter < 0 {
-		panic("idempotency/client/pgintent: Options.PendingAfter must not be negative")
+		panic("idempotency/pgintent: Options.PendingAfter must not be negative")
 	}
 	if strings.ContainsRune(full.Schema, 0) || strings.ContainsRune(full.Owner, 0) {
-		panic("idempotency/client/pgintent: Options.Schema and Owner must not contain a NUL")
+		panic("idempotency/pgintent: Options.Schema and Owner must not contain a NUL")
 	}
 	return full
 }
 
 func (o *Options) table() string { return pgx.Identifier{o.Schema, "idempotency_intents"}.Sanitize() }
 
-// ErrRowSecurity is returned if row-level security applies to the table of intents: an intent may
+// ErrRowSecurityActive is returned if row-level security applies to the table of intents: an intent may
 // be hidden, and would never be resumed. The text names the remedy.
-var ErrRowSecurity = errors.New("row-level security may hide intents")
+var ErrRowSecurityActive = errors.New("row-level security may hide intents")
 
 func (s *Store) rowSecurity() error {
-	return fmt.Errorf("%w: ALTER TABLE %s DISABLE ROW LEVEL SECURITY, or ALTER ROLE ... BYPASSRLS for the service's role", ErrRowSecurity, s.options.table())
+	return fmt.Errorf("%w: ALTER TABLE %s DISABLE ROW LEVEL SECURITY, or ALTER ROLE ... BYPASSRLS for the service's role", ErrRowSecurityActive, s.options.table())
 }
 
 // anew makes PostgreSQL plan a statement each time: a plan that was made with policies keeps them
@@ -124,10 +124,10 @@ var _ client.IntentStore = (*Store)(nil)
 // panics on a transaction: an intent must be committed before its request is sent.
 func New(db DB, options *Options) *Store {
 	if db == nil {
-		panic("idempotency/client/pgintent: New needs a DB")
+		panic("idempotency/pgintent: New needs a DB")
 	}
 	if _, inside := db.(pgx.Tx); inside {
-		panic("idempotency/client/pgintent: New needs a pool, not a transaction: an intent must be committed before its request is sent")
+		panic("idempotency/pgintent: New needs a pool, not a transaction: an intent must be committed before its request is sent")
 	}
 	s := &Store{db: db, options: options.full(), holder: uuid.New()}
 	table := s.options.table()
@@ -206,7 +206,7 @@ func (s *Store) saveOn(ctx context.Context, db DB, arguments []any) (before bool
 		case err != nil:
 			return true, s.refused(err)
 		case !same:
-			return true, client.ErrIntentOther
+			return true, client.ErrIntentDifferent
 		case !held:
 			return true, fmt.Errorf("%w: a trigger of table %s undoes its holder; drop the trigger", client.ErrIntentRefused, s.options.table())
 		}
@@ -343,7 +343,7 @@ func (s *Store) Abandon(ctx context.Context, key string) error {
 	case tag.RowsAffected() > 0:
 		return notReplicated(db)
 	}
-	if err := s.expectNone(ctx, db, s.isKept, key); errors.Is(err, ErrRowSecurity) {
+	if err := s.expectNone(ctx, db, s.isKept, key); errors.Is(err, ErrRowSecurityActive) {
 		return err
 	}
 	return client.ErrIntentTaken
@@ -351,7 +351,7 @@ func (s *Store) Abandon(ctx context.Context, key string) error {
 
 // Pending returns the keys of the intents that this store holds, and of those that others have held
 // for too long: the oldest [PendingMax], by the time of their last Save or Take. It fails with
-// [ErrRowSecurity] if any may be hidden.
+// [ErrRowSecurityActive] if any may be hidden.
 func (s *Store) Pending(ctx context.Context) ([]string, error) {
 	rows, err := s.db.Query(ctx, s.pending, anew, s.options.Owner, s.holder.String(), s.options.PendingAfter.Microseconds(), PendingMax)
 	if err != nil {

@@ -38,8 +38,8 @@ func TestF31MigrationThroughAPoolerThatHandsConnectionsOnIsRefused(t *testing.T)
 			pool := b.open(t)
 			for call, migrate := range map[string]func(context.Context, migrations.Store, *migrations.Options) error{"Up": migrations.Up, "Down": migrations.Down} {
 				err := migrate(t.Context(), postgres.New(pool, &postgres.Options{Schema: "payments"}), nil)
-				if !errors.Is(err, migrations.ErrPooler) || !strings.Contains(err.Error(), "connect to PostgreSQL itself") {
-					t.Errorf("%s: %v; want ErrPooler, and what to do", call, err)
+				if !errors.Is(err, migrations.ErrPoolerInBetween) || !strings.Contains(err.Error(), "connect to PostgreSQL itself") {
+					t.Errorf("%s: %v; want ErrPoolerInBetween, and what to do", call, err)
 				}
 			}
 			if version, err := migrations.Version(t.Context(), postgres.New(pool, &postgres.Options{Schema: "payments"}), nil); version != 0 || err != nil {

@@ -68,7 +68,7 @@ func newInstruments(meter metric.Meter) *instruments {
 // made returns an instrument. A meter refuses one whose name or buckets are no good, which a test would find.
 func made[T any](instrument T, err error) T {
 	if err != nil {
-		panic("idempotency/observe/otel: " + err.Error())
+		panic("idempotency/otel: " + err.Error())
 	}
 	return instrument
 }

@@ -25,7 +25,7 @@ type PoolStat interface {
 // Stat of a *pgxpool.Pool. Where there are two pools, register each with prometheus.WrapRegistererWith and a label.
 func NewPoolCollector[S PoolStat](stat func() S) prometheus.Collector {
 	if stat == nil {
-		panic("idempotency/observe/prometheus: NewPoolCollector needs a function")
+		panic("idempotency/prometheus: NewPoolCollector needs a function")
 	}
 	return &poolCollector{stat: func() PoolStat { return stat() }}
 }
@@ -112,7 +112,7 @@ func NewRecordsCollector[S interface {
 		o.Now = time.Now
 	}
 	if read == nil || o.Interval < 0 || o.Timeout < 0 {
-		panic(fmt.Sprintf("idempotency/observe/prometheus: NewRecordsCollector needs a function; RecordsOptions.Interval is %v and Timeout is %v: neither may be negative", o.Interval, o.Timeout))
+		panic(fmt.Sprintf("idempotency/prometheus: NewRecordsCollector needs a function; RecordsOptions.Interval is %v and Timeout is %v: neither may be negative", o.Interval, o.Timeout))
 	}
 	return &recordsCollector{options: o, read: func(ctx context.Context) (Records, error) {
 		stats, err := read(ctx)

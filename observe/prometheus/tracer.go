@@ -57,7 +57,7 @@ func (o *Options) full() Options {
 		full.Route = func(_ context.Context, route string) string { return route }
 	}
 	if full.HandlerTimeout < 0 || full.RoutesMax < 0 {
-		panic(fmt.Sprintf("idempotency/observe/prometheus: Options.HandlerTimeout is %v and RoutesMax is %d: neither may be negative", full.HandlerTimeout, full.RoutesMax))
+		panic(fmt.Sprintf("idempotency/prometheus: Options.HandlerTimeout is %v and RoutesMax is %d: neither may be negative", full.HandlerTimeout, full.RoutesMax))
 	}
 	return full
 }
@@ -158,7 +158,7 @@ const (
 // metrics are registered already, or where the options can't work. Two engines share one tracer.
 func New(registerer prometheus.Registerer, opts *Options) *Tracer {
 	if registerer == nil {
-		panic("idempotency/observe/prometheus: New needs a Registerer")
+		panic("idempotency/prometheus: New needs a Registerer")
 	}
 	t := &Tracer{
 		options: opts.full(),

@@ -281,7 +281,7 @@ func (a *attempt) undoAndLook(ctx context.Context, step string, calls []wire.Cal
 }
 
 // distrust makes the connection plan its statements each time from now on if row-level security
-// applied: a plan with policies would outlive them. See [ErrRowSecurity].
+// applied: a plan with policies would outlive them. See [ErrRowSecurityActive].
 func (a *attempt) distrust() {
 	if a.hidden {
 		a.store.statements.Distrust(a.conn())

@@ -253,7 +253,7 @@ func (s *Store) refusesEscapes(ctx context.Context) bool {
 	if err == nil {
 		conn.Release()
 	}
-	return errors.Is(err, ErrEscape)
+	return errors.Is(err, ErrPoolRefused)
 }
 
 func (s *Store) checkVersion(ctx context.Context, versions *string) error {

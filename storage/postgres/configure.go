@@ -15,12 +15,12 @@ import (
 	"github.com/paidonce/idempotency/storage/postgres/internal/wire"
 )
 
-// ErrEscape is returned to a handler that acquires a connection from the store's pool with its own
+// ErrPoolRefused is returned to a handler that acquires a connection from the store's pool with its own
 // context, or one derived from it: its writes there would not be in the transaction, and a pool
 // full of such handlers would wait for itself. A handler that acquires one with any other context,
 // such as context.Background, or from another pool, can't be told from the rest of the program. It
 // is not refused, and its writes are committed apart from its request.
-var ErrEscape = errors.New("idempotency/postgres: an idempotent handler must not take a connection from the pool: use postgres.Tx(ctx)")
+var ErrPoolRefused = errors.New("idempotency/postgres: an idempotent handler must not take a connection from the pool: use postgres.Tx(ctx)")
 
 // Configure gives a pool's config what a [Store] wants of its connections. [Open] calls it; call it
 // before pgxpool.NewWithConfig for a pool of your own, with the options that [New] will get, and
@@ -35,7 +35,7 @@ var ErrEscape = errors.New("idempotency/postgres: an idempotent handler must not
 //     text for that connection's life.
 //   - with Options.TransactionPooling, pgx.QueryExecModeExec in place of pgx's default mode, which prepares statements
 //   - a notice handler, which learns that a COMMIT did not wait for the standbys
-//   - a tracer that refuses an Acquire with a running handler's context, with [ErrEscape]
+//   - a tracer that refuses an Acquire with a running handler's context, with [ErrPoolRefused]
 //
 // Hooks and tracers of the config are kept and called first. The connection itself is not wrapped:
 // pgconn checks its type to bind the log-in to TLS.
@@ -111,7 +111,7 @@ func (refusedContext) Done() <-chan struct{} {
 	return done
 }
 
-func (refusedContext) Err() error { return ErrEscape }
+func (refusedContext) Err() error { return ErrPoolRefused }
 
 func (refusedContext) Deadline() (time.Time, bool) { return time.Time{}, false }
 

@@ -88,7 +88,7 @@ options:
 // of this number, and the error with its place added. It is never about the record.
 func deferredMeaning(number int, err *pgconn.PgError) (sentinel, explained error) {
 	if err.Code == "26000" && err.Where == "" { // deallocated by somebody: the next run prepares it once more
-		return idempotency.ErrSerialization, err
+		return idempotency.ErrNotSerializable, err
 	}
 	remedy := "deferred statement " + strconv.Itoa(number)
 	if err.Code == "22012" && err.Where == "" { // a function's own error would name it in its context

@@ -86,7 +86,7 @@ func TestEncodingThatMakesOneScopeOfTwoIsRefused(t *testing.T) {
 		t.Errorf("%d effects, want none", n)
 	}
 	err := b.store.Check(ctx)
-	if !errors.Is(err, postgres.ErrEncoding) {
+	if !errors.Is(err, postgres.ErrEncodingUnsafe) {
 		t.Fatalf("got %v", err)
 	}
 	_, remedy, _ := strings.Cut(err.Error(), "CREATE DATABASE ... ")

@@ -23,10 +23,10 @@ func classify(err error) error {
 	}
 	switch pgErr.Code {
 	case "40001", "40P01":
-		return idempotency.ErrSerialization
+		return idempotency.ErrNotSerializable
 	case "0A000":
 		if wire.StalePlan(err) { // another connection makes a new plan
-			return idempotency.ErrSerialization
+			return idempotency.ErrNotSerializable
 		}
 	case "55P03": // lock_timeout
 		return idempotency.ErrUnavailable

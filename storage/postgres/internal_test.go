@@ -57,7 +57,7 @@ const lockNumberOfAcmeK = -4293143674885497847
 func TestClassify(t *testing.T) {
 	t.Parallel()
 	for code, want := range map[string]error{
-		"40001": idempotency.ErrSerialization, "40P01": idempotency.ErrSerialization,
+		"40001": idempotency.ErrNotSerializable, "40P01": idempotency.ErrNotSerializable,
 		"08006": idempotency.ErrUnavailable, "53100": idempotency.ErrUnavailable, "53300": idempotency.ErrUnavailable,
 		"57014": idempotency.ErrUnavailable, "57P01": idempotency.ErrUnavailable, "58030": idempotency.ErrUnavailable,
 		"55P03": idempotency.ErrUnavailable, "25006": idempotency.ErrAborted,

@@ -54,7 +54,7 @@ func Open(ctx context.Context, address string, opts *Options) (*Store, error) {
 }
 
 // Pool returns the pool, for the rest of the program: queries outside of requests, its statistics.
-// A handler that uses it with its own context gets [ErrEscape].
+// A handler that uses it with its own context gets [ErrPoolRefused].
 func (s *Store) Pool() *pgxpool.Pool { return s.pool }
 
 // Schema returns the name of the schema that holds the tables.

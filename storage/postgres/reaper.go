@@ -34,7 +34,7 @@ const (
 // It goes through the table by place, batch by batch, each in a transaction of its own, and needs
 // no index, which each insert would have to pay for. A row is deleted because it has expired and
 // never because of its key: a key that came back in the meantime has a new row. If expired records
-// may be hidden from the role, it deletes those it sees and returns [ErrRowSecurity]. It skips a
+// may be hidden from the role, it deletes those it sees and returns [ErrRowSecurityActive]. It skips a
 // range of the table that another reaper works on, and leaves a page on which anybody else holds a
 // row to the next walk. If statement_timeout cuts a batch off, it retries in halves, down to one
 // page. Safe for concurrent use.
@@ -124,7 +124,7 @@ func (w *walk) deleteBatch(ctx context.Context, lock, first, last int64) error {
 		DELETE FROM ONLY `+w.table+`
 		WHERE ctid >= $1::tid AND ctid < $2::tid AND expires_at < statement_timestamp()
 		  AND (SELECT pg_try_advisory_xact_lock($3) AND set_config('lock_timeout', '`+reaperLockTimeoutMS+`', true) IS NOT NULL)`,
-		pgx.QueryExecModeExec, // never from a cached plan: see ErrRowSecurity
+		pgx.QueryExecModeExec, // never from a cached plan: see ErrRowSecurityActive
 		fmt.Sprintf("(%d,0)", first), fmt.Sprintf("(%d,0)", last), lock)
 	w.deleted += tag.RowsAffected()
 	return err

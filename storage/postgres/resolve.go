@@ -48,7 +48,7 @@ func (s *Store) Resolve(ctx context.Context, claim *idempotency.Claim) (*idempot
 			return record, nil
 		}
 		last = err
-		if errors.Is(err, errRecord) || errors.Is(err, ErrRowSecurity) || errors.Is(err, errMayHaveExpired) { // no retry changes it
+		if errors.Is(err, errRecord) || errors.Is(err, ErrRowSecurityActive) || errors.Is(err, errMayHaveExpired) { // no retry changes it
 			return nil, fail("resolve", idempotency.ErrUnknown, err)
 		}
 		select {

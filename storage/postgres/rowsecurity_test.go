@@ -74,9 +74,9 @@ func TestCheckFindsRowSecurity(t *testing.T) {
 				}
 				owner.exec(t, "ALTER TABLE "+table+" ENABLE ROW LEVEL SECURITY")
 				err := b.store.Check(t.Context())
-				_, text, ok := strings.Cut(err.Error(), postgres.ErrRowSecurity.Error()+": ")
+				_, text, ok := strings.Cut(err.Error(), postgres.ErrRowSecurityActive.Error()+": ")
 				remedies := strings.Split(text, ", or ")
-				if !errors.Is(err, postgres.ErrRowSecurity) || errors.Is(err, postgres.ErrSchemaOutdated) || !ok || len(remedies) != 2 {
+				if !errors.Is(err, postgres.ErrRowSecurityActive) || errors.Is(err, postgres.ErrSchemaOutdated) || !ok || len(remedies) != 2 {
 					t.Fatalf("got %v", err)
 				}
 				if err := owner.store.Check(t.Context()); err != nil {
@@ -103,10 +103,10 @@ func TestReaperSaysThatRowsMayBeHidden(t *testing.T) {
 	owner.exec(t, "UPDATE idempotency_keys SET expires_at = now() - interval '1 second'")
 	owner.exec(t, "ALTER TABLE idempotency_keys ENABLE ROW LEVEL SECURITY")
 	owner.exec(t, "CREATE POLICY p ON idempotency_keys USING (key = 'seen')")
-	if n, err := b.store.DeleteExpired(t.Context()); n != 1 || !errors.Is(err, postgres.ErrRowSecurity) || !strings.Contains(err.Error(), "BYPASSRLS") {
+	if n, err := b.store.DeleteExpired(t.Context()); n != 1 || !errors.Is(err, postgres.ErrRowSecurityActive) || !strings.Contains(err.Error(), "BYPASSRLS") {
 		t.Errorf("%d deleted, %v", n, err)
 	}
-	if _, err := b.store.Statistics(t.Context()); !errors.Is(err, postgres.ErrRowSecurity) {
+	if _, err := b.store.Statistics(t.Context()); !errors.Is(err, postgres.ErrRowSecurityActive) {
 		t.Errorf("statistics of what is seen: %v", err)
 	}
 	owner.exec(t, "ALTER ROLE "+role+" BYPASSRLS") // its connection has older plans
@@ -155,7 +155,7 @@ func TestClaimThatMayNotSeeTheRecordRunsNothing(t *testing.T) {
 						}
 						result := b.do(t, request(key, ""), run)
 						want(t, result, idempotency.OutcomeUnknown, idempotency.ReasonOutcomeUnknown)
-						if !errors.Is(result.Err, postgres.ErrRowSecurity) || !strings.Contains(result.Err.Error(), remedy) {
+						if !errors.Is(result.Err, postgres.ErrRowSecurityActive) || !strings.Contains(result.Err.Error(), remedy) {
 							t.Errorf("the log says %v", result.Err)
 						}
 					}
@@ -234,7 +234,7 @@ func TestLostCommitThatMayNotBeSeenIsUnknown(t *testing.T) {
 	})
 	result := b.do(t, request("lost", ""), pay(t, 201))
 	want(t, result, idempotency.OutcomeUnknown, idempotency.ReasonOutcomeUnknown)
-	if !errors.Is(result.Err, postgres.ErrRowSecurity) {
+	if !errors.Is(result.Err, postgres.ErrRowSecurityActive) {
 		t.Errorf("the log says %v", result.Err)
 	}
 	owner.exec(t, "ALTER ROLE "+role+" BYPASSRLS")
@@ -264,7 +264,7 @@ func TestLookAgainThatMayNotSeeIsUnknown(t *testing.T) {
 			return status
 		})
 		want(t, result, idempotency.OutcomeUnknown, idempotency.ReasonOutcomeUnknown)
-		if !errors.Is(result.Err, postgres.ErrRowSecurity) {
+		if !errors.Is(result.Err, postgres.ErrRowSecurityActive) {
 			t.Errorf("%d: the log says %v", status, result.Err)
 		}
 	}

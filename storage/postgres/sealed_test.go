@@ -444,10 +444,10 @@ func TestPoolIsRefusedToAHandler(t *testing.T) {
 	b := setup(t, &setupOptions{configure: func(c *pgxpool.Config) { c.MaxConns = 1 }})
 	other := setup(t, nil)
 	result := b.do(t, request("k", ""), func(ctx context.Context, _ pgx.Tx) int {
-		if _, err := b.pool.Exec(ctx, "INSERT INTO effects (name) VALUES ('escaped')"); !errors.Is(err, postgres.ErrEscape) {
+		if _, err := b.pool.Exec(ctx, "INSERT INTO effects (name) VALUES ('escaped')"); !errors.Is(err, postgres.ErrPoolRefused) {
 			t.Errorf("Exec on the pool: %v", err)
 		}
-		if _, err := b.pool.Begin(ctx); !errors.Is(err, postgres.ErrEscape) {
+		if _, err := b.pool.Begin(ctx); !errors.Is(err, postgres.ErrPoolRefused) {
 			t.Errorf("Begin on the pool: %v", err)
 		}
 		nested := b.do(t, request("nested", ""), func(context.Context, pgx.Tx) int { return 201 })
@@ -480,8 +480,8 @@ func TestPoolIsRefusedToTheHandlersContextAndToNoOther(t *testing.T) {
 				for name, carrying := range map[string]context.Context{
 					"its own": ctx, "one with a timeout": timeout, "one without its end": context.WithoutCancel(ctx),
 				} {
-					if _, err := b.pool.Exec(carrying, "INSERT INTO effects (name) VALUES ('refused')"); !errors.Is(err, postgres.ErrEscape) {
-						t.Errorf("%s: %v, want ErrEscape", name, err)
+					if _, err := b.pool.Exec(carrying, "INSERT INTO effects (name) VALUES ('refused')"); !errors.Is(err, postgres.ErrPoolRefused) {
+						t.Errorf("%s: %v, want ErrPoolRefused", name, err)
 					}
 				}
 				if _, err := b.pool.Exec(context.Background(), "INSERT INTO effects (name) VALUES ('escaped')"); err != nil {
@@ -550,7 +550,7 @@ func TestContextsPrintNothingThatIsNotOurs(t *testing.T) {
 	}
 	ctx := attempt.Context(foreignContext{t.Context(), values})
 	print(ctx)
-	if _, err := b.pool.Exec(foreignContext{ctx, values}, "SELECT 1"); !errors.Is(err, postgres.ErrEscape) {
+	if _, err := b.pool.Exec(foreignContext{ctx, values}, "SELECT 1"); !errors.Is(err, postgres.ErrPoolRefused) {
 		t.Errorf("Exec on the pool: %v", err)
 	}
 	print(tracer.ended[len(tracer.ended)-1])

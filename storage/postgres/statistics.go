@@ -31,7 +31,7 @@ type Statistics struct {
 
 // Statistics reads figures about the table, in four round trips on a connection of the pool, which
 // it holds for little longer than [StatisticsTimeoutMax]. If the pool has to connect first, only
-// ctx bounds that. It needs SELECT on the table, and fails with [ErrRowSecurity] if rows may be
+// ctx bounds that. It needs SELECT on the table, and fails with [ErrRowSecurityActive] if rows may be
 // hidden from the role. Its cost does not grow with the table; still, ask every half minute and not
 // for each request. Safe for concurrent use.
 func (s *Store) Statistics(ctx context.Context) (Statistics, error) {

@@ -294,8 +294,8 @@ func (s *Store) claim(ctx context.Context, claim *idempotency.Claim, acquire fun
 		}
 		a.release(ctx)
 		switch {
-		case err != nil && classify(err) == idempotency.ErrSerialization:
-			return nil, nil, fail("make the record safe", idempotency.ErrSerialization, fmt.Errorf("%w: %w", idempotency.ErrKeyRecorded, wire.SQLError(err)))
+		case err != nil && classify(err) == idempotency.ErrNotSerializable:
+			return nil, nil, fail("make the record safe", idempotency.ErrNotSerializable, fmt.Errorf("%w: %w", idempotency.ErrKeyRecorded, wire.SQLError(err)))
 		case err != nil:
 			return nil, nil, fail("make the record safe", idempotency.ErrUnknown, err)
 		}

@@ -64,7 +64,7 @@ var endCases = []testCase{
 				case err == nil:
 					c.wantBody(claim, "done")
 				case errors.Is(err, idempotency.ErrUnknown):
-				case errors.Is(err, idempotency.ErrUnavailable), errors.Is(err, idempotency.ErrAborted), errors.Is(err, idempotency.ErrSerialization):
+				case errors.Is(err, idempotency.ErrUnavailable), errors.Is(err, idempotency.ErrAborted), errors.Is(err, idempotency.ErrNotSerializable):
 					c.wantFreeSoon(claim)
 				case errors.Is(err, idempotency.ErrKeyRecorded), errors.Is(err, idempotency.ErrTransactionLost):
 					c.Errorf("end on a dead context: %v", err)
@@ -97,7 +97,7 @@ var endCases = []testCase{
 	},
 	{
 		name:    "LostClaim",
-		rule:    "Where another attempt recorded the key first, Commit and Decline report ErrKeyRecorded, or ErrSerialization, which both make the engine look again. The first record stays, and nothing of the loser does.",
+		rule:    "Where another attempt recorded the key first, Commit and Decline report ErrKeyRecorded, or ErrNotSerializable, which both make the engine look again. The first record stays, and nothing of the loser does.",
 		promise: losesClaims,
 		run: func(c *check) {
 			for i, end := range []func(idempotency.Attempt, *idempotency.Answer) error{
@@ -112,8 +112,8 @@ var endCases = []testCase{
 				}
 				c.record(winner, answer(201, "first"))
 				c.seal(attempt)
-				if err := end(attempt, answer(201, "second")); !errors.Is(err, idempotency.ErrKeyRecorded) && !errors.Is(err, idempotency.ErrSerialization) {
-					c.Errorf("error %v, want ErrKeyRecorded or ErrSerialization", err)
+				if err := end(attempt, answer(201, "second")); !errors.Is(err, idempotency.ErrKeyRecorded) && !errors.Is(err, idempotency.ErrNotSerializable) {
+					c.Errorf("error %v, want ErrKeyRecorded or ErrNotSerializable", err)
 				}
 				c.wantRecord(winner, answer(201, "first"))
 				if !c.features.WritesStay {

@@ -36,7 +36,7 @@ type Features struct {
 	// ErrKeyRecorded. Harness.Record may be nil.
 	ClaimsAreCertain bool
 
-	// RunsAgain: attempts that run at once may report ErrSerialization although nothing else is wrong, and two handlers
+	// RunsAgain: attempts that run at once may report ErrNotSerializable although nothing else is wrong, and two handlers
 	// may run for one key, of which one is undone and its client gets the answer of the other. So it is where a claim
 	// shares a snapshot with the handler, in PostgreSQL above READ COMMITTED.
 	RunsAgain bool
@@ -269,7 +269,7 @@ func (c *check) commit(attempt *attempt, answer *idempotency.Answer) {
 	c.Helper()
 	c.seal(attempt)
 	err := attempt.Commit(c.ctx, answer)
-	for c.features.RunsAgain && errors.Is(err, idempotency.ErrSerialization) && c.ctx.Err() == nil {
+	for c.features.RunsAgain && errors.Is(err, idempotency.ErrNotSerializable) && c.ctx.Err() == nil {
 		err = c.claim(attempt.claim).Commit(c.ctx, answer)
 	}
 	if err != nil {

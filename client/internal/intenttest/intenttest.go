@@ -65,7 +65,7 @@ func Run(t *testing.T, open func(t *testing.T) client.IntentStore) {
 			other := Intent("k")
 			change(other)
 			_, err := store.Save(t.Context(), other)
-			if !errors.Is(err, client.ErrIntentOther) || !errors.Is(err, client.ErrIntentRefused) {
+			if !errors.Is(err, client.ErrIntentDifferent) || !errors.Is(err, client.ErrIntentRefused) {
 				t.Errorf("with another %s: %v", name, err)
 			}
 		}

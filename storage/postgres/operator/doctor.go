@@ -137,7 +137,7 @@ func (o *Operator) Doctor(ctx context.Context) []Finding {
 			switch {
 			case undefined(err):
 				remedy = "see what the check schema says"
-			case errors.Is(err, postgres.ErrRowSecurity):
+			case errors.Is(err, postgres.ErrRowSecurityActive):
 				remedy = "see what the check row-security says"
 			}
 			e.warn(remedy, "it could not be looked at: %v", sqlError(err))
@@ -258,7 +258,7 @@ func (e *examination) schema(ctx context.Context) error {
 			bad = true
 			e.fail("what the text says, with a look at who added it and why", "%v", err)
 		case errors.Is(err, postgres.ErrServerOutdated), errors.Is(err, postgres.ErrNotPrimary), errors.Is(err, postgres.ErrCommitNotDurable), errors.Is(err, postgres.ErrNotConfigured),
-			errors.Is(err, postgres.ErrSessionUnbounded), errors.Is(err, postgres.ErrRowSecurity), errors.Is(err, postgres.ErrEncoding):
+			errors.Is(err, postgres.ErrSessionUnbounded), errors.Is(err, postgres.ErrRowSecurityActive), errors.Is(err, postgres.ErrEncodingUnsafe):
 			// other checks tell; and the service's pool is another one
 		default:
 			bad = true

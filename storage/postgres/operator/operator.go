@@ -26,7 +26,7 @@ const (
 )
 
 // Errors for callers to branch on. None contains a scope, a key or any part of a record. A call on
-// a table that has row-level security for the role fails with postgres.ErrRowSecurity, whatever the
+// a table that has row-level security for the role fails with postgres.ErrRowSecurityActive, whatever the
 // policies say: none of its answers could be trusted.
 var (
 	// ErrNotFound: the key has no record.
@@ -190,7 +190,7 @@ func (o *Operator) remedy(err error) error {
 	case "42501":
 		if pgErr.Routine == "check_enable_rls" { // see in
 			return fmt.Errorf("%w on a table of schema %s: ALTER TABLE ... DISABLE ROW LEVEL SECURITY, or ALTER ROLE ... BYPASSRLS for this role; the doctor names both: %w",
-				postgres.ErrRowSecurity, o.store.Schema(), err)
+				postgres.ErrRowSecurityActive, o.store.Schema(), err)
 		}
 		return fmt.Errorf("%w: the role lacks a right on the tables of schema %s: package operator lists those it needs", err, o.store.Schema())
 	case "28P01", "28000":

@@ -69,7 +69,7 @@ func TestHiddenRowsAreNotCalledAbsent(t *testing.T) {
 					err := call(o)
 					switch fails := contains(strings.Fields(test.fail), name); {
 					case fails:
-						wantError(t, err, postgres.ErrRowSecurity)
+						wantError(t, err, postgres.ErrRowSecurityActive)
 						if err != nil && (!strings.Contains(err.Error(), "DISABLE ROW LEVEL SECURITY") || !strings.Contains(err.Error(), "BYPASSRLS")) {
 							t.Errorf("%s names no remedy: %v", name, err)
 						}
