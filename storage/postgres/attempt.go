@@ -49,7 +49,7 @@ type attempt struct {
 
 func newAttempt(store *Store, conn *pgxpool.Conn, claim *idempotency.Claim, number int64) *attempt {
 	a := &attempt{store: store, claim: claim, number: number, lockNumber: wire.EncodeInt8(number), pooled: conn}
-	a.tx.Init(store.pool, conn.Conn(), store.mode, store.options.DeferredMax, deferredMeaning)
+	a.tx.Init(&store.transactions, conn.Conn())
 	a.handle = a.tx.Handle()
 	text := append(append(a.text[:0], claim.Key.Scope...), claim.Key.Value...)
 	a.scope, a.key = text[:len(claim.Key.Scope)], text[len(claim.Key.Scope):]

@@ -169,9 +169,9 @@ func (s *Store) checkSession(session []string) (wrong []error) {
 		wrong = append(wrong, fmt.Errorf("check: %w: %s", sentinel, fmt.Sprintf(remedy, args...)))
 	}
 	if s.options.TransactionPooling { // the settings come with each claim
-		if s.mode == pgx.QueryExecModeCacheStatement || s.mode == pgx.QueryExecModeDescribeExec {
+		if s.transactions.Mode == pgx.QueryExecModeCacheStatement || s.transactions.Mode == pgx.QueryExecModeDescribeExec {
 			add(ErrNotConfigured, "Options.TransactionPooling says that a pooler hands out a server connection per transaction, and the pool's mode %q prepares statements on one and uses them on the next:"+
-				" give Configure the same options, or set ConnConfig.DefaultQueryExecMode to pgx.QueryExecModeExec", s.mode)
+				" give Configure the same options, or set ConnConfig.DefaultQueryExecMode to pgx.QueryExecModeExec", s.transactions.Mode)
 		}
 		return wrong
 	}
@@ -247,7 +247,7 @@ func (s *Store) checkAlterations(a *alterations) (wrong []error) {
 // refusesEscapes tries what a handler must not be able to: to take a connection while it holds one.
 func (s *Store) refusesEscapes(ctx context.Context) bool {
 	var tx sealed.Transaction
-	tx.Init(s.pool, nil, s.mode, 0, nil)
+	tx.Init(&s.transactions, nil)
 	handle := tx.Handle()
 	conn, err := s.pool.Acquire(context.WithValue(ctx, txKey{}, &handle))
 	if err == nil {

@@ -360,6 +360,60 @@ func TestRowsLeftOpenAreNotExecuted(t *testing.T) {
 	}
 }
 
+// From QueryRow to Scan the transaction is in use, and whoever never scans is told of it.
+func TestRowIsOneUseOfTheTransaction(t *testing.T) {
+	t.Parallel()
+	b := setup(t, nil)
+	result := b.do(t, request("k", ""), func(ctx context.Context, tx pgx.Tx) int {
+		effect(ctx, t)
+		row := tx.QueryRow(ctx, "SELECT 1")
+		if _, err := tx.Exec(ctx, "SELECT 2"); !errors.Is(err, postgres.ErrBusy) {
+			t.Errorf("Exec before Scan: %v", err)
+		}
+		if err := tx.QueryRow(ctx, "SELECT 3").Scan(new(int)); !errors.Is(err, postgres.ErrBusy) {
+			t.Errorf("QueryRow before Scan: %v", err)
+		}
+		var one int
+		if err := row.Scan(&one); err != nil || one != 1 {
+			t.Errorf("scanned %d, error %v", one, err)
+		}
+		if err := row.Scan(&one); !errors.Is(err, postgres.ErrSealed) {
+			t.Errorf("the second Scan: %v", err)
+		}
+		func() {
+			defer func() { _ = recover() }()
+			_ = tx.QueryRow(ctx, "SELECT 4").Scan(panics{})
+		}()
+		if err := tx.QueryRow(ctx, "SELECT 5").Scan(&one); err != nil || one != 5 {
+			t.Errorf("after a Scanner that panics: scanned %d, error %v", one, err)
+		}
+		return 201
+	})
+	want(t, result, idempotency.OutcomeExecuted, "")
+
+	var left pgx.Row
+	result = b.do(t, request("left", ""), func(ctx context.Context, tx pgx.Tx) int {
+		effect(ctx, t)
+		left = tx.QueryRow(ctx, "SELECT 1")
+		return 201
+	})
+	want(t, result, idempotency.OutcomeNotExecuted, idempotency.ReasonHandlerFailed)
+	if text := fmt.Sprint(result.Err); !strings.Contains(text, "rows, a batch or a copy were left open") {
+		t.Errorf("a row that nobody scanned: %s", text)
+	}
+	if err := left.Scan(new(int)); !errors.Is(err, postgres.ErrSealed) {
+		t.Errorf("Scan after the handler: %v", err)
+	}
+	if n := b.effects(t); n != 1 {
+		t.Errorf("%d effects, want 1", n)
+	}
+}
+
+// panics is a Scanner that does.
+type panics struct{}
+
+func (panics) Scan(any) error { panic("scanned") }
+
 // F25: a transaction that is used after the handler returned answers an error, and the answer stands.
 func TestTransactionIsSealedWhenTheHandlerReturned(t *testing.T) {
 	t.Parallel()

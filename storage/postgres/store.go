@@ -14,6 +14,7 @@ import (
 
 	"github.com/paidonce/idempotency"
 	"github.com/paidonce/idempotency/internal/deadline"
+	"github.com/paidonce/idempotency/storage/postgres/internal/sealed"
 	"github.com/paidonce/idempotency/storage/postgres/internal/wire"
 )
 
@@ -168,14 +169,14 @@ func (o *Options) transactionTimeout() string {
 
 // Store keeps records in PostgreSQL, in the transaction of the handler that they report. It is safe for concurrent use.
 type Store struct {
-	pool       *pgxpool.Pool
-	owned      bool // Open made the pool
-	options    *Options
-	table      string // qualified, unquoted: a part of the lock number
-	statements statements
-	mode       pgx.QueryExecMode // of the pool's connections
-	resolvers  chan struct{}     // a place for each that runs
-	hints      *hints
+	pool         *pgxpool.Pool
+	owned        bool // Open made the pool
+	options      *Options
+	table        string // qualified, unquoted: a part of the lock number
+	statements   statements
+	transactions sealed.Settings // of handlers
+	resolvers    chan struct{}   // a place for each that runs
+	hints        *hints
 
 	// withoutPosition is set once a server refuses to return the position of its log, as some
 	// services that speak PostgreSQL's protocol do. Claims then have no position, and an old
@@ -201,7 +202,9 @@ func New(pool *pgxpool.Pool, opts *Options) *Store {
 	o := opts.full()
 	return &Store{
 		pool: pool, options: o, table: o.Schema + "." + TableName, statements: newStatements(o),
-		mode:      pool.Config().ConnConfig.DefaultQueryExecMode,
+		transactions: sealed.Settings{
+			Pool: pool, Mode: pool.Config().ConnConfig.DefaultQueryExecMode, DeferredMax: o.DeferredMax, Meaning: deferredMeaning,
+		},
 		resolvers: make(chan struct{}, o.ResolversMax), hints: new(hints),
 		synchronousCommit: []byte(o.SynchronousCommit),
 	}

@@ -90,8 +90,8 @@ func (tx *Tx) Defer(ctx context.Context, statement func() (rows int, sql string,
 	if tx.conn.PgConn().IsBusy() { // by rows that are open
 		return ErrBusy
 	}
-	if len(d.calls) >= tx.deferredMax {
-		return fmt.Errorf("idempotency/postgres: more than %d deferred statements (Options.DeferredMax): use a statement that writes several rows", tx.deferredMax)
+	if len(d.calls) >= tx.settings.DeferredMax {
+		return fmt.Errorf("idempotency/postgres: more than %d deferred statements (Options.DeferredMax): use a statement that writes several rows", tx.settings.DeferredMax)
 	}
 	rows, sql, args, err := statement()
 	if err != nil {
@@ -111,7 +111,7 @@ func (tx *Tx) Defer(ctx context.Context, statement func() (rows int, sql string,
 	}
 	number := len(d.calls) + 1
 	c := wire.Call{Statement: &s.Statement, Params: encoded.ParamValues, Formats: encoded.ParamFormats}
-	c.Meaning = func(err *pgconn.PgError) (sentinel, explained error) { return tx.meaning(number, err) }
+	c.Meaning = func(err *pgconn.PgError) (sentinel, explained error) { return tx.settings.Meaning(number, err) }
 	size := 0
 	for _, param := range c.Params {
 		size += len(param)
@@ -163,7 +163,7 @@ func (tx *Tx) deferredStatement(ctx context.Context, sql string, rows int) (*def
 		return nil, err
 	}
 	s := &deferredStatement{Statement: wire.Statement{SQL: counted}, params: params}
-	switch tx.mode {
+	switch tx.settings.Mode {
 	case pgx.QueryExecModeCacheStatement:
 		s.Name = "idempotency_deferred_" + rand.Text()
 	case pgx.QueryExecModeCacheDescribe, pgx.QueryExecModeDescribeExec:

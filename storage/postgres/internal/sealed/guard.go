@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"strconv"
 	"strings"
+	"sync"
 )
 
 // admitSQL refuses SQL text that controls transactions, and several statements in one string, before anything is sent:
@@ -48,6 +49,42 @@ func admitSQL(sql string, plainStrings bool) error {
 	if s.open { // in a batch of the simple protocol the next statement would end it
 		return fmt.Errorf("%w: a string, name or comment that does not end is refused", ErrSealed)
 	}
+	return nil
+}
+
+// Limits of the SQL texts that are remembered as admitted.
+const (
+	textsMax     = 1024 // of a store; then all are forgotten
+	textBytesMax = 4096 // of one; a longer text is read each time
+)
+
+// texts are SQL texts that were admitted with plain strings, so that the guard reads each once. It is
+// safe for concurrent use.
+type texts struct {
+	mu       sync.RWMutex
+	admitted map[string]struct{}
+}
+
+// admit is admitSQL, which it calls if the text is not remembered.
+func (t *texts) admit(sql string, plainStrings bool) error {
+	if !plainStrings || len(sql) > textBytesMax {
+		return admitSQL(sql, plainStrings)
+	}
+	t.mu.RLock()
+	_, admitted := t.admitted[sql]
+	t.mu.RUnlock()
+	if admitted {
+		return nil
+	}
+	if err := admitSQL(sql, plainStrings); err != nil {
+		return err
+	}
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if t.admitted == nil || len(t.admitted) >= textsMax {
+		t.admitted = map[string]struct{}{}
+	}
+	t.admitted[strings.Clone(sql)] = struct{}{}
 	return nil
 }
 

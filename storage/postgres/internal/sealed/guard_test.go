@@ -2,6 +2,8 @@ package sealed
 
 import (
 	"errors"
+	"strconv"
+	"strings"
 	"testing"
 )
 
@@ -122,5 +124,47 @@ func BenchmarkAdmitSQL(b *testing.B) {
 				}
 			}
 		})
+	}
+}
+
+// The guard reads a text once, within two bounds, and one that it refuses each time.
+func TestAdmittedTextsAreBounded(t *testing.T) {
+	t.Parallel()
+	var remembered texts
+	admit := func(sql string, plainStrings, wantRemembered bool) {
+		t.Helper()
+		if err := remembered.admit(sql, plainStrings); err != nil {
+			t.Fatal(err)
+		}
+		if _, ok := remembered.admitted[sql]; ok != wantRemembered {
+			t.Errorf("a text of %d bytes, plain strings %t: remembered is %t", len(sql), plainStrings, ok)
+		}
+	}
+	admit("SELECT 0", false, false)
+	admit("SELECT '"+strings.Repeat("x", textBytesMax-9)+"'", true, true)
+	admit("SELECT '"+strings.Repeat("x", textBytesMax-8)+"'", true, false)
+	for n := len(remembered.admitted); n < textsMax; n++ {
+		admit("SELECT "+strconv.Itoa(n), true, true)
+	}
+	if n := len(remembered.admitted); n != textsMax {
+		t.Errorf("%d texts are remembered, want %d", n, textsMax)
+	}
+	admit("SELECT 'one more'", true, true)
+	if n := len(remembered.admitted); n != 1 {
+		t.Errorf("%d texts are remembered after one over the limit, want 1", n)
+	}
+	for range 2 {
+		if err := remembered.admit("COMMIT", true); !errors.Is(err, ErrSealed) {
+			t.Errorf("COMMIT: %v", err)
+		}
+	}
+	// A text that was admitted with plain strings may hide another statement without.
+	sql := `SELECT '\'' ; COMMIT; --'`
+	admit(`SELECT 'a\'`, true, true)
+	if err := remembered.admit(`SELECT 'a\'`, false); !errors.Is(err, ErrSealed) {
+		t.Errorf("a backslash without plain strings: %v", err)
+	}
+	if err := remembered.admit(sql, false); !errors.Is(err, ErrSealed) {
+		t.Errorf("%s: %v", sql, err)
 	}
 }

@@ -1,6 +1,8 @@
 package sealed
 
 import (
+	"fmt"
+
 	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgconn"
 	"github.com/jackc/pgx/v5/pgtype"
@@ -89,10 +91,17 @@ func (r *handlerRows) Conn() *pgx.Conn { return nil }
 // handlerRow is the first of some rows.
 type handlerRow struct {
 	rows pgx.Rows
-	own  handlerRows // what rows is, where something was sent
+	own  handlerRows  // what rows is, unless the query failed
+	tx   *transaction // in use from the query on; nil if it is not, as in a batch
 }
 
 func (r *handlerRow) Scan(dest ...any) error {
+	if r.tx != nil {
+		if !r.tx.row.CompareAndSwap(r, nil) {
+			return fmt.Errorf("%w: the handler has returned, or the row was scanned before", ErrSealed)
+		}
+		defer r.tx.done(nil) // also if a Scanner panics; errors are remembered as they come
+	}
 	defer r.rows.Close()
 	if err := r.rows.Err(); err != nil {
 		return err

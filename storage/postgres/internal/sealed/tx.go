@@ -32,15 +32,13 @@ var (
 // A handler may leave goroutines behind that still use it. Every use therefore takes the one slot, and none begins once
 // sealed is set; a use never waits for the slot, because callbacks run while it is taken.
 type transaction struct {
-	pool   *pgxpool.Pool
-	conn   *pgx.Conn
-	mode   pgx.QueryExecMode // the connection's default
-	sealed atomic.Bool
-	slot   sync.Mutex // taken while conn is in use; guards it and what follows
+	settings *Settings
+	conn     *pgx.Conn
+	sealed   atomic.Bool
+	slot     sync.Mutex                 // taken while conn is in use; guards it and what follows
+	row      atomic.Pointer[handlerRow] // has taken the slot, and gives it back when it is scanned
 
-	deferred    atomic.Pointer[deferred] // nil until the handler defers a statement
-	deferredMax int
-	meaning     meaningFunc
+	deferred atomic.Pointer[deferred] // nil until the handler defers a statement
 
 	batch handlerBatch // used for the first batch: most handlers send one or two
 
@@ -61,18 +59,24 @@ type savepoint struct {
 	refused  error
 }
 
-// meaningFunc returns the sentinel for an error of the deferred statement of this number, and the
-// error with its place added.
-type meaningFunc func(number int, err *pgconn.PgError) (sentinel, explained error)
+// Settings are shared by the transactions of a store. They are not changed once one has begun.
+type Settings struct {
+	Pool        *pgxpool.Pool
+	Mode        pgx.QueryExecMode // the default of its connections
+	DeferredMax int               // the maximum number of deferred statements
+
+	// Meaning returns the sentinel for an error of the deferred statement of this number, and the
+	// error with its place added.
+	Meaning func(number int, err *pgconn.PgError) (sentinel, explained error)
+
+	texts texts
+}
 
 // Transaction is the store's side of a transaction. Its methods are not on [Tx], which handlers hold.
 type Transaction struct{ transaction }
 
-// Init makes t the open transaction of a connection of the pool. mode is the
-// connection's default, and meaning explains errors of deferred statements.
-func (t *Transaction) Init(pool *pgxpool.Pool, conn *pgx.Conn, mode pgx.QueryExecMode, deferredMax int, meaning meaningFunc) {
-	t.pool, t.conn, t.mode, t.deferredMax, t.meaning = pool, conn, mode, deferredMax, meaning
-}
+// Init makes t the open transaction of a connection.
+func (t *Transaction) Init(settings *Settings, conn *pgx.Conn) { t.settings, t.conn = settings, conn }
 
 // Handle returns the handler's handle.
 func (t *Transaction) Handle() Tx { return Tx{transaction: &t.transaction} }
@@ -104,7 +108,7 @@ const (
 // Seal ends the handler's use of the transaction and returns its state.
 func (t *Transaction) Seal() (State, error) {
 	t.sealed.Store(true)
-	if !t.take() {
+	if !t.take() && t.row.Swap(nil) == nil { // a row that nobody scanned holds the slot, and no goroutine
 		return StateUnfit, t.interrupt()
 	}
 	defer t.give()
@@ -209,7 +213,7 @@ type Tx struct {
 var _ pgx.Tx = (*Tx)(nil)
 
 // Holds reports whether the handler runs, and its transaction is on a connection of this pool.
-func (tx *Tx) Holds(pool *pgxpool.Pool) bool { return tx.pool == pool && !tx.sealed.Load() }
+func (tx *Tx) Holds(pool *pgxpool.Pool) bool { return tx.settings.Pool == pool && !tx.sealed.Load() }
 
 // ConnOf leads around the seal, for tests.
 func ConnOf(tx *Tx) *pgx.Conn { return tx.conn }
@@ -316,11 +320,7 @@ func (tx *Tx) Exec(ctx context.Context, sql string, arguments ...any) (tag pgcon
 	return rows.CommandTag(), rows.Err()
 }
 
-func (tx *Tx) Query(ctx context.Context, sql string, arguments ...any) (pgx.Rows, error) {
-	return tx.query(ctx, new(handlerRows), sql, arguments)
-}
-
-func (tx *Tx) query(ctx context.Context, into *handlerRows, sql string, arguments []any) (_ pgx.Rows, err error) {
+func (tx *Tx) Query(ctx context.Context, sql string, arguments ...any) (_ pgx.Rows, err error) {
 	if err := tx.use(); err != nil {
 		return failedRows{err}, err
 	}
@@ -329,13 +329,36 @@ func (tx *Tx) query(ctx context.Context, into *handlerRows, sql string, argument
 		return failedRows{err}, err
 	}
 	rows, err := tx.conn.Query(ctx, sql, tx.extended(arguments, false)...)
-	*into = handlerRows{Rows: rows, tx: tx.transaction}
-	return into, err
+	return &handlerRows{Rows: rows, tx: tx.transaction}, err
 }
 
+// QueryRow sends the query and keeps the connection in use until the row is scanned: the two are one
+// use of it.
 func (tx *Tx) QueryRow(ctx context.Context, sql string, arguments ...any) pgx.Row {
 	row := new(handlerRow)
-	row.rows, _ = tx.query(ctx, &row.own, sql, arguments) // Scan reports the error
+	if err := tx.use(); err != nil {
+		row.rows = failedRows{err}
+		return row
+	}
+	var err error
+	sent := false
+	defer func() { // also if an argument's encoder panics
+		if !sent {
+			tx.done(err)
+		}
+	}()
+	if arguments, err = tx.admit(sql, arguments); err != nil {
+		row.rows = failedRows{err}
+		return row
+	}
+	rows, err := tx.conn.Query(ctx, sql, tx.extended(arguments, false)...)
+	if err != nil {
+		row.rows = failedRows{err}
+		return row
+	}
+	row.own = handlerRows{Rows: rows, tx: heldUsage{tx.transaction}}
+	row.rows, row.tx, sent = &row.own, tx.transaction, true
+	tx.row.Store(row)
 	return row
 }
 
@@ -400,7 +423,7 @@ func (tx *Tx) admit(sql string, arguments []any) ([]any, error) {
 		return nil, fmt.Errorf("%w: SQL is refused while client_encoding is not UTF8", ErrSealed)
 	}
 	plainStrings := tx.conn.PgConn().ParameterStatus("standard_conforming_strings") != "off"
-	if err := admitSQL(sql, plainStrings); err != nil {
+	if err := tx.settings.texts.admit(sql, plainStrings); err != nil {
 		return nil, err
 	}
 	for i, argument := range arguments {
@@ -408,7 +431,7 @@ func (tx *Tx) admit(sql string, arguments []any) ([]any, error) {
 		case pgx.QueryExecMode, pgx.QueryResultFormats, pgx.QueryResultFormatsByOID:
 		case pgx.QueryRewriter:
 			arguments = slices.Clone(arguments)
-			arguments[i] = admittedRewriter{option, plainStrings}
+			arguments[i] = admittedRewriter{option, &tx.settings.texts, plainStrings}
 		default:
 			return arguments, nil // options come first
 		}
@@ -420,7 +443,7 @@ func (tx *Tx) admit(sql string, arguments []any) ([]any, error) {
 // refuses several statements in one string. Text without arguments would go by the simple one if it were left to pgx's
 // Exec; it is not prepared either, which would cost a round trip the first time.
 func (tx *Tx) extended(arguments []any, exec bool) []any {
-	mode, explicit, options := tx.mode, false, 0
+	mode, explicit, options := tx.settings.Mode, false, 0
 option:
 	for ; options < len(arguments); options++ {
 		switch option := arguments[options].(type) {
@@ -441,13 +464,14 @@ option:
 // admittedRewriter checks what a rewriter made.
 type admittedRewriter struct {
 	pgx.QueryRewriter
+	texts        *texts
 	plainStrings bool
 }
 
 func (r admittedRewriter) RewriteQuery(ctx context.Context, _ *pgx.Conn, sql string, arguments []any) (string, []any, error) {
 	sql, arguments, err := r.QueryRewriter.RewriteQuery(ctx, nil, sql, arguments) // the connection would lead around the seal
 	if err == nil {
-		err = admitSQL(sql, r.plainStrings)
+		err = r.texts.admit(sql, r.plainStrings)
 	}
 	return sql, arguments, err
 }
