@@ -20,7 +20,7 @@
 // # Where to look
 //
 //   - package middleware mounts the engine on net/http: New and Handler
-//   - package storage/postgres keeps the records: New, and Tx for the handler's own statements
+//   - package storage/postgres keeps the records: Open, and Tx for the handler's own statements
 //   - package storage/memory is for a handler's unit tests
 //   - [Options] has the features that a route may switch on: Wait instead of 409, for example
 //   - [Engine.Do] is the protocol, top to bottom; decide, in decision.go, is the state machine

@@ -335,7 +335,7 @@ func (a *attempt) end(ctx context.Context, step string, calls []wire.Call) error
 		return fail(step, idempotency.ErrUnknown, errNotReplicated)
 	case err == nil:
 		if !a.claim.Keyless() && !a.synchronous { // with standbys a look-up is not enough for a replay
-			a.store.hints.set(a.number)
+			a.store.recent.set(a.number)
 		}
 		return nil
 	}

@@ -46,8 +46,8 @@ func SendUnadmitted(ctx context.Context, tx pgx.Tx, exec bool, sql string, argum
 // ResolversOf returns how many resolvers may run at once.
 func ResolversOf(s *Store) int { return cap(s.resolvers) }
 
-// ForgetHint has a store forget that it knew a record of the key, as one does that another process recorded.
-func ForgetHint(s *Store, key idempotency.Key) { s.hints.clear(key.LockNumber(s.table)) }
+// ForgetRecentKey has a store forget that it knew a record of the key, as one does that another process recorded.
+func ForgetRecentKey(s *Store, key idempotency.Key) { s.recent.clear(key.LockNumber(s.table)) }
 
 // StatisticsSQL is what Statistics sends.
 func StatisticsSQL(s *Store) string { return s.statisticsSQL() }

@@ -11,21 +11,22 @@ import (
 	"github.com/paidonce/idempotency/storage/postgres/internal/wire"
 )
 
-// hintsMax is how many keys a store has a hint for at most: 8 bytes each, 512 kB.
-const hintsMax = 1 << 16
+// recentKeysMax is the maximum number of recent keys of a store: 8 bytes each, 512 kB.
+const recentKeysMax = 1 << 16
 
-// hints are the lock numbers of keys that this store knew a record of, each in the place that its low bits name. A new
-// one takes the place of another. A hint is never believed: it says that looking the key up first is worth a try. A
-// wrong one costs a fresh request one round trip, a missing one costs a replay one.
-type hints [hintsMax]atomic.Uint64
+// recentKeys are the lock numbers of keys that this store has seen recorded, each in the place that
+// its low bits name; a new one replaces the one in its place. Nobody relies on them: for a recent
+// key, looking the record up first is worth a try. A wrong one costs a fresh request one round trip,
+// a missing one costs a replay one.
+type recentKeys [recentKeysMax]atomic.Uint64
 
-func (h *hints) place(number int64) *atomic.Uint64 { return &h[uint64(number)%hintsMax] }
+func (h *recentKeys) place(number int64) *atomic.Uint64 { return &h[uint64(number)%recentKeysMax] }
 
-func (h *hints) set(number int64) { h.place(number).Store(uint64(number)) }
+func (h *recentKeys) set(number int64) { h.place(number).Store(uint64(number)) }
 
-func (h *hints) has(number int64) bool { return h.place(number).Load() == uint64(number) }
+func (h *recentKeys) has(number int64) bool { return h.place(number).Load() == uint64(number) }
 
-func (h *hints) clear(number int64) { h.place(number).CompareAndSwap(uint64(number), 0) }
+func (h *recentKeys) clear(number int64) { h.place(number).CompareAndSwap(uint64(number), 0) }
 
 // peek looks for the record of a key in one statement outside of a transaction: where there is one, that is the whole
 // replay. It returns the record, or an error that ends the claim, or neither: then the claim has to tell. In that case
@@ -47,7 +48,7 @@ func (s *Store) peek(ctx context.Context, conn *pgconn.PgConn, claim *idempotenc
 	case err == nil && row.record != nil:
 		return row.record, nil
 	case err == nil:
-		s.hints.clear(number)
+		s.recent.clear(number)
 		return nil, nil
 	case errors.Is(err, errRecord):
 		return nil, fail("read the record", idempotency.ErrUnknown, err)

@@ -211,6 +211,6 @@ func cpuTime(b *testing.B, backends []string) (ours, postgres time.Duration) {
 type unhinted struct{ *postgres.Store }
 
 func (s unhinted) Begin(ctx context.Context, claim *idempotency.Claim) (idempotency.Attempt, *idempotency.Record, error) {
-	postgres.ForgetHint(s.Store, claim.Key)
+	postgres.ForgetRecentKey(s.Store, claim.Key)
 	return s.Store.Begin(ctx, claim)
 }

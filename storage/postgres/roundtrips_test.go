@@ -82,7 +82,7 @@ func TestRoundTripsAreThoseOfAPlainTransaction(t *testing.T) {
 			elsewhere := func(key string) func() { // another process recorded it
 				return func() {
 					keyed(key, 201, executed)()
-					postgres.ForgetHint(b.store, request(key, "").Key)
+					postgres.ForgetRecentKey(b.store, request(key, "").Key)
 				}
 			}
 			reaped := func(key string) func() {
@@ -110,7 +110,7 @@ func TestRoundTripsAreThoseOfAPlainTransaction(t *testing.T) {
 				{"fresh request of a reaped key", reaped("reaped"), keyed("reaped", 201, executed), bare + 1},
 				{"its replay", nil, keyed("reaped", 201, replayed), 1},
 				{"forgotten answer of a reaped key", reaped("again"), keyed("again", 500, notExecuted), bare + 1},
-				{"fresh request once the hint was found wrong", nil, keyed("again", 201, executed), bare},
+				{"fresh request once the recent key was found wrong", nil, keyed("again", 201, executed), bare},
 			} {
 				if c.before != nil {
 					c.before()

@@ -176,7 +176,7 @@ type Store struct {
 	statements   statements
 	transactions sealed.Settings // of handlers
 	resolvers    chan struct{}   // a place for each that runs
-	hints        *hints
+	recent       *recentKeys
 
 	// withoutPosition is set once a server refuses to return the position of its log, as some
 	// services that speak PostgreSQL's protocol do. Claims then have no position, and an old
@@ -205,7 +205,7 @@ func New(pool *pgxpool.Pool, opts *Options) *Store {
 		transactions: sealed.Settings{
 			Pool: pool, Mode: pool.Config().ConnConfig.DefaultQueryExecMode, DeferredMax: o.DeferredMax, Meaning: deferredMeaning,
 		},
-		resolvers: make(chan struct{}, o.ResolversMax), hints: new(hints),
+		resolvers: make(chan struct{}, o.ResolversMax), recent: new(recentKeys),
 		synchronousCommit: []byte(o.SynchronousCommit),
 	}
 }
@@ -257,7 +257,7 @@ func (s *Store) claim(ctx context.Context, claim *idempotency.Claim, acquire fun
 		// No lock is wanted, only the timestamp and the settings: a number that nobody else takes.
 		number = idempotency.Key{Scope: "", Value: claim.Attempt.String()}.LockNumber(s.table)
 	}
-	if s.hints.has(number) {
+	if s.recent.has(number) {
 		if record, err := s.peek(ctx, conn.Conn().PgConn(), claim, number); record != nil || err != nil {
 			conn.Release()
 			return nil, record, err
@@ -271,7 +271,7 @@ func (s *Store) claim(ctx context.Context, claim *idempotency.Claim, acquire fun
 	reply, err := s.statements.Flush(ctx, conn.Conn().PgConn(), calls...)
 	a.distrust()
 	if err == nil && a.record != nil && !a.synchronous { // with standbys a replay takes more than a look
-		s.hints.set(number)
+		s.recent.set(number)
 	}
 	switch {
 	case errors.Is(err, errRecord):
