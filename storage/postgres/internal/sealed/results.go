@@ -90,33 +90,54 @@ func (r *handlerRows) Conn() *pgx.Conn { return nil }
 
 // handlerRow is the first of some rows.
 type handlerRow struct {
-	rows pgx.Rows
-	own  handlerRows  // what rows is, unless the query failed
-	tx   *transaction // in use from the query on; nil if it is not, as in a batch
+	rows pgx.Rows     // of a batch, or of a query that failed; else nil
+	own  handlerRows  // of a query
+	tx   *transaction // that is in use from the query until Scan
 }
 
 func (r *handlerRow) Scan(dest ...any) error {
-	if r.tx != nil {
-		if !r.tx.row.CompareAndSwap(r, nil) {
-			return fmt.Errorf("%w: the handler has returned, or the row was scanned before", ErrSealed)
-		}
-		defer r.tx.done(nil) // also if a Scanner panics; errors are remembered as they come
+	if r.rows != nil {
+		return scanOne(r.rows, dest)
 	}
-	defer r.rows.Close()
-	if err := r.rows.Err(); err != nil {
+	if !r.tx.row.CompareAndSwap(r, nil) {
+		return fmt.Errorf("%w: the handler has returned, or the row was scanned before", ErrSealed)
+	}
+	defer func() { // also if a Scanner panics
+		r.own.Rows.Close()
+		r.tx.done(r.own.Rows.Err())
+	}()
+	if scansRows(dest) {
+		return scanOne(&r.own, dest)
+	}
+	return scanOne(r.own.Rows, dest)
+}
+
+// scanOne scans the first row and closes the rows.
+func scanOne(rows pgx.Rows, dest []any) error {
+	defer rows.Close()
+	if err := rows.Err(); err != nil {
 		return err
 	}
-	if !r.rows.Next() {
-		if err := r.rows.Err(); err != nil {
+	if !rows.Next() {
+		if err := rows.Err(); err != nil {
 			return err
 		}
 		return pgx.ErrNoRows
 	}
-	if err := r.rows.Scan(dest...); err != nil {
+	if err := rows.Scan(dest...); err != nil {
 		return err
 	}
-	r.rows.Close()
-	return r.rows.Err()
+	rows.Close()
+	return rows.Err()
+}
+
+// scansRows reports whether the destination is given the rows themselves, so that they must be ours.
+func scansRows(dest []any) bool {
+	if len(dest) != 1 {
+		return false
+	}
+	_, ok := dest[0].(pgx.RowScanner)
+	return ok
 }
 
 // handlerBatch are the results of a batch in a sealed transaction.
@@ -147,9 +168,8 @@ func (b *handlerBatch) query(into *handlerRows) (pgx.Rows, error) {
 }
 
 func (b *handlerBatch) QueryRow() pgx.Row {
-	row := new(handlerRow)
-	row.rows, _ = b.query(&row.own) // Scan reports the error
-	return row
+	rows, _ := b.query(new(handlerRows)) // Scan reports the error
+	return &handlerRow{rows: rows}
 }
 
 func (b *handlerBatch) Close() error {

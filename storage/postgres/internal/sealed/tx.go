@@ -357,8 +357,11 @@ func (tx *Tx) QueryRow(ctx context.Context, sql string, arguments ...any) pgx.Ro
 		return row
 	}
 	row.own = handlerRows{Rows: rows, tx: heldUsage{tx.transaction}}
-	row.rows, row.tx, sent = &row.own, tx.transaction, true
+	row.tx, sent = tx.transaction, true
 	tx.row.Store(row)
+	if tx.sealed.Load() && tx.row.CompareAndSwap(row, nil) { // Seal waits for the slot, and this row may never be scanned
+		tx.done(nil)
+	}
 	return row
 }
 
