@@ -9,6 +9,7 @@ import (
 	"github.com/jackc/pgx/v5/pgxpool"
 
 	"github.com/paidonce/idempotency"
+	"github.com/paidonce/idempotency/internal/pgtest"
 	"github.com/paidonce/idempotency/storage/postgres"
 	"github.com/paidonce/idempotency/storage/storagetest"
 )
@@ -25,6 +26,9 @@ func TestConformance(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
+			if name != "default" {
+				pgtest.Slow(t, "runs the whole suite again, in another mode")
+			}
 			// Above READ COMMITTED the claim's snapshot may be older than its lock; the primary key undoes the second run.
 			features := storagetest.Features{RunsAgain: mode.isolation != ""}
 			// On a slow machine 64 requests wait longer for one of 8 connections than a client should.

@@ -99,6 +99,7 @@ func half(written []byte) (send int, stopped bool) { return len(written) / 2, le
 // pg_terminate_backend does.
 func TestKeyOfAStoppedProcessIsFreed(t *testing.T) {
 	t.Parallel()
+	pgtest.Slow(t, "waits until PostgreSQL ends many sessions that are silent")
 	const patience = time.Second
 	const long = 1 << 16
 	record := func(ctx context.Context, attempt idempotency.Attempt, body int) {
@@ -253,6 +254,7 @@ func (b *testBundle) text(t *testing.T, sql string, arguments ...any) (text stri
 // that runs a handler.
 func TestResolverOfAStoppedProcessFreesItsKey(t *testing.T) {
 	t.Parallel()
+	pgtest.Slow(t, "waits until PostgreSQL ends sessions that are silent")
 	for name, pooling := range map[string]bool{"directly": false, "as through a pooler": true} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()

@@ -16,6 +16,7 @@ import (
 	"github.com/jackc/pgx/v5/pgxpool"
 
 	"github.com/paidonce/idempotency"
+	"github.com/paidonce/idempotency/internal/pgtest"
 	"github.com/paidonce/idempotency/migrations"
 	"github.com/paidonce/idempotency/storage/encrypted"
 	"github.com/paidonce/idempotency/storage/postgres"
@@ -38,6 +39,7 @@ const (
 // goroutine, a savepoint or rows behind.
 func TestNoCombinationOfOptionsPaysTwiceUnderAStorm(t *testing.T) {
 	t.Parallel()
+	pgtest.Slow(t, "runs 48 storms")
 	slots := make(chan struct{}, stormsAtOnce)
 	for _, level := range []pgx.TxIsoLevel{pgx.ReadCommitted, pgx.RepeatableRead, pgx.Serializable} {
 		for mask := range 16 {
