@@ -18,18 +18,19 @@ const (
 	ReasonBytesMax = 1000
 )
 
-// Act says who does something to a record, and why. Both are kept in the audit table as they are.
+// Act names who changes a record, and why. The audit table stores both unchanged.
 type Act struct {
-	Actor  string // required: who, as far as the caller knows; the database's role is kept beside it
+	Actor  string // required: who, as far as the caller knows; the database role is stored too
 	Reason string // required: why
 
-	// Attempt, where it is set, has the act done only to the record of this attempt: who looked at a record and decided
-	// does not hit the next one by mistake. [ErrChanged] otherwise.
+	// Attempt, if set, restricts the act to the record of this attempt, so that an operator does
+	// not change a newer record than the one seen. If the record is another attempt's, the act
+	// returns [ErrChanged].
 	Attempt idempotency.AttemptID
 }
 
-// Validate reports whether the act can be kept: an actor and a reason, of at most [ActorBytesMax] and [ReasonBytesMax]
-// bytes of UTF-8. The error wraps [ErrInvalid].
+// Validate returns nil if the act can be stored: it needs an actor and a reason, of at most
+// [ActorBytesMax] and [ReasonBytesMax] bytes of UTF-8. The error wraps [ErrInvalid].
 func (a Act) Validate() error {
 	for _, field := range []struct {
 		name, value string
@@ -47,28 +48,29 @@ func (a Act) Validate() error {
 	return nil
 }
 
-// Expire ends the record's time, and returns the record as it was. The reaper deletes it on its next walk, and until then it
-// counts: retries are still replayed. From then on the key is new, and a retry of the request runs again, WHICH CAN PAY
-// TWICE, as it can after [Operator.Delete].
+// Expire sets the record's expiry to now, and returns the record as it was. Until the reaper
+// deletes the record on its next walk, retries still get a replay. After that the key is new, and a
+// retry of the request runs again, WHICH CAN PAY TWICE, as after [Operator.Delete].
 //
-// Like Delete it takes the key's lock as a claim does, and leaves a row in the audit table in the
-// same transaction. Errors: [ErrNotFound], [ErrInProgress] if an attempt or a retry holds the key,
-// [ErrChanged], [ErrInvalid]; [ErrUnknown] if the reply to COMMIT was lost. Expiring an expired
-// record is no error, and keeps its time.
+// Like Delete it takes the key's lock as a claim does, and adds a row to the audit table in the
+// same transaction. Errors: [ErrNotFound]; [ErrInProgress] if an attempt or a retry holds the key;
+// [ErrChanged]; [ErrInvalid]; [ErrUnknown] if the reply to COMMIT was lost. Expiring an expired
+// record is no error, and does not change its expiry.
 func (o *Operator) Expire(ctx context.Context, key idempotency.Key, act Act) (Record, error) {
 	return o.act(ctx, "expire", key, act, "UPDATE ONLY "+o.keys+" SET expires_at = least(expires_at, transaction_timestamp()) WHERE scope = $1 AND key = $2 AND attempt_id = $3::uuid")
 }
 
-// Delete deletes the record at once, and returns it as it was. From then on the key is new: a retry of the request RUNS
-// AGAIN, AND CAN PAY TWICE. It is for a record that is known to be wrong, after the money was looked at, and when the client
-// is known to send no more retries, or is meant to.
+// Delete deletes the record at once, and returns it as it was. After that the key is new: a retry
+// of the request RUNS AGAIN, AND CAN PAY TWICE. Delete a record only if it is known to be wrong,
+// the payment was checked, and the client is known to send no more retries or is meant to run the
+// request again.
 //
-// It never takes a record from under an attempt: it takes the key's lock as a claim does, and does
-// nothing if it can't. But if an attempt lost the reply to its COMMIT, it no longer holds the lock,
-// and looks for its record for the engine's Timeouts.Resolve. If Delete has deleted that record, the
-// attempt takes its absence as proof, and ITS CLIENT GETS NOT-EXECUTED FOR WORK THAT WAS COMMITTED.
-// So leave a record that is younger than a minute alone, the more so while the network or the
-// database is in trouble. Errors are those of [Operator.Expire].
+// Delete never takes a record from a running attempt: it takes the key's lock as a claim does, and
+// does nothing if it can't. But an attempt that lost the reply to its COMMIT no longer holds the
+// lock, and looks for its record for the engine's Timeouts.Resolve. If Delete has deleted that
+// record, the attempt takes its absence as proof, and ITS CLIENT GETS NOT-EXECUTED FOR WORK THAT
+// WAS COMMITTED. So do not delete a record that is younger than a minute, least of all while the
+// network or the database is in trouble. Delete returns the errors of [Operator.Expire].
 func (o *Operator) Delete(ctx context.Context, key idempotency.Key, act Act) (Record, error) {
 	return o.act(ctx, "delete", key, act, "DELETE FROM ONLY "+o.keys+" WHERE scope = $1 AND key = $2 AND attempt_id = $3::uuid")
 }
@@ -90,7 +92,7 @@ func (o *Operator) act(ctx context.Context, action string, key idempotency.Key, 
 
 func (o *Operator) actIn(ctx context.Context, tx pgx.Tx, action string, key idempotency.Key, act Act, sql string) (Record, error) {
 	var locked bool
-	// COMMIT waits for the disk, or for more where the role is told so.
+	// COMMIT waits for the local disk, or for more if the role's setting demands it.
 	err := tx.QueryRow(ctx, `SELECT pg_try_advisory_xact_lock($1::bigint), CASE WHEN current_setting('synchronous_commit') IN ('off', 'local', 'remote_write')
 		THEN set_config('synchronous_commit', 'on', true) END IS NULL`, key.LockNumber(o.table)).Scan(&locked, new(bool))
 	switch {
@@ -99,7 +101,7 @@ func (o *Operator) actIn(ctx context.Context, tx pgx.Tx, action string, key idem
 	case !locked:
 		return Record{}, ErrInProgress
 	}
-	// As in a claim: a statement of its own, whose snapshot is younger than the lock.
+	// As in a claim: a statement of its own, so that its snapshot is taken after the lock.
 	look := func() (Record, error) {
 		return scanRecord(tx.QueryRow(ctx, "SELECT "+recordColumns+" FROM "+o.keys+" WHERE scope = $1 AND key = $2", key.Scope, key.Value))
 	}
@@ -116,7 +118,7 @@ func (o *Operator) actIn(ctx context.Context, tx pgx.Tx, action string, key idem
 	switch {
 	case err != nil:
 		return Record{}, err
-	case tag.RowsAffected() == 0: // the reaper deleted it, unless it is still there
+	case tag.RowsAffected() == 0: // the reaper deleted it, unless the record is still there
 		if still, err := look(); err == nil && still.Attempt == record.Attempt {
 			return Record{}, fmt.Errorf("nothing was done: the record stays: idemctl doctor names the rule, trigger or child table of %s that keeps it", o.table)
 		}

@@ -14,31 +14,31 @@ import (
 	"github.com/paidonce/idempotency/storage/postgres"
 )
 
-// Level says how bad a [Finding] is.
+// Level is the severity of a [Finding].
 type Level string
 
 // The levels.
 const (
 	LevelOK   Level = "ok"
-	LevelWarn Level = "warn" // it works, and may not always, or was not looked at
-	LevelFail Level = "fail" // requests fail, or a promise does not hold
+	LevelWarn Level = "warn" // it works, but may fail later, or could not be checked
+	LevelFail Level = "fail" // requests fail, or a guarantee does not hold
 )
 
-// Finding is what one check of [Operator.Doctor] found.
+// Finding is one result of a check of [Operator.Doctor].
 type Finding struct {
-	Check  string // its name, stable: one of [Checks]
+	Check  string // the check's stable name: one of [Checks]
 	Level  Level
-	What   string // what was found. It holds names and numbers, and nothing of any record
-	Remedy string // what to do about it; empty where all is well
+	What   string // the fault or state found: names and numbers, nothing of any record
+	Remedy string // how to mend it; empty if all is well
 }
 
-// Where the doctor begins to worry.
+// The limits above which the doctor warns.
 const (
 	ClockSkewMax      = 5 * time.Second  // between the server and this process
-	ReaperBehindMax   = 10 * time.Minute // since an expired record should be gone
+	ReaperBehindMax   = 10 * time.Minute // since an expired record should have been deleted
 	TableLockAgeMax   = 2 * time.Second  // of a lock on the table that blocks requests
 	AttemptAgeMax     = postgres.IdleInTransactionTimeoutMax
-	TransactionAgeMax = 10 * time.Minute // of any transaction, since it keeps vacuum from its work
+	TransactionAgeMax = 10 * time.Minute // of any transaction, because it holds back vacuum
 	deadRowsShareMax  = 0.2
 	deadRowsMin       = 10_000
 	bloatShareMax     = 0.5
@@ -51,13 +51,13 @@ const (
 	serverVersionMin  = 14
 )
 
-// check is one of the doctor's.
+// check is one check of the doctor.
 type check struct {
 	name string
 	run  func(e *examination, ctx context.Context) error
 }
 
-// checks are in the order in which they are reported.
+// checks are in the order of the report.
 var checks = [...]check{
 	{"server", (*examination).server},
 	{"primary", (*examination).primary},
@@ -113,9 +113,9 @@ func (e *examination) add(level Level, remedy, what string, arguments ...any) {
 }
 
 // Doctor looks for present and coming faults of the database, and returns at least one finding for
-// each of [Checks], in that order. A check that fails is a finding itself, and does not stop the
-// others. Doctor changes nothing, and makes three connections beside the pool's, for a moment. Each
-// check takes at most 5 seconds. If the database can't be reached there is one finding, of the
+// each of [Checks], in that order. A check that fails is itself a finding, and the other checks
+// still run. Doctor changes nothing. It briefly opens three connections beside the pool's. Each
+// check takes at most 5 seconds. If the database can't be reached, the only finding is one of the
 // check server.
 func (o *Operator) Doctor(ctx context.Context) []Finding {
 	e := &examination{o: o}
@@ -148,13 +148,13 @@ func (o *Operator) Doctor(ctx context.Context) []Finding {
 	return e.findings
 }
 
-// undefined reports whether err is of a schema, table or column that is not there.
+// undefined reports whether err means that a schema, table or column does not exist.
 func undefined(err error) bool {
 	var pgErr *pgconn.PgError
 	return errors.As(err, &pgErr) && (pgErr.Code == "42P01" || pgErr.Code == "3F000" || pgErr.Code == "42703")
 }
 
-// row asks for one row, in a transaction of its own that can't write.
+// row reads one row, in a read-only transaction of its own.
 func (e *examination) row(ctx context.Context, sql string, arguments []any, to ...any) error {
 	return e.o.read(ctx, func(ctx context.Context, tx pgx.Tx) error { return tx.QueryRow(ctx, sql, arguments...).Scan(to...) })
 }
@@ -203,7 +203,7 @@ func (e *examination) primary(ctx context.Context) error {
 	return nil
 }
 
-// pooler finds out whether there is a pooler such as PgBouncer in between.
+// pooler checks whether a pooler such as PgBouncer is in between.
 func (e *examination) pooler(ctx context.Context) error {
 	a, err := e.connect(ctx)
 	if err != nil {
@@ -229,7 +229,7 @@ func (e *examination) pooler(ctx context.Context) error {
 	return nil
 }
 
-// connect makes a connection as the pool would.
+// connect opens a connection as the pool would.
 func (e *examination) connect(ctx context.Context) (*pgx.Conn, error) {
 	config := e.o.pool.Config()
 	if config.BeforeConnect != nil {
@@ -243,10 +243,10 @@ func (e *examination) connect(ctx context.Context) (*pgx.Conn, error) {
 func closeConn(conn *pgx.Conn) {
 	ctx, cancel := context.WithTimeout(context.Background(), rollbackTimeout)
 	defer cancel()
-	_ = conn.Close(ctx) // whatever it says, the connection is gone
+	_ = conn.Close(ctx) // the connection is gone, whatever the error
 }
 
-// schema has the store look at its table, and looks at the operator's.
+// schema lets the store check its table, and checks the operator's tables.
 func (e *examination) schema(ctx context.Context) error {
 	bad := false
 	for _, err := range joined(e.o.store.Check(ctx)) {
@@ -259,7 +259,7 @@ func (e *examination) schema(ctx context.Context) error {
 			e.fail("what the text says, with a look at who added it and why", "%v", err)
 		case errors.Is(err, postgres.ErrServerOutdated), errors.Is(err, postgres.ErrNotPrimary), errors.Is(err, postgres.ErrCommitNotDurable), errors.Is(err, postgres.ErrNotConfigured),
 			errors.Is(err, postgres.ErrSessionUnbounded), errors.Is(err, postgres.ErrRowSecurityActive), errors.Is(err, postgres.ErrEncodingUnsafe):
-			// other checks tell; and the service's pool is another one
+			// other checks report these, and the service's pool is another one
 		default:
 			bad = true
 			e.warn("see the error", "%v", err)
@@ -325,9 +325,9 @@ func (e *examination) index(ctx context.Context) error {
 	return nil
 }
 
-// locks finds a session that holds a lock on the table that blocks requests, or waits for one.
-// While it waits, every later request queues behind it, for as long as the session in front of it
-// takes. ALTER TABLE, VACUUM FULL and LOCK TABLE take such a lock.
+// locks looks for a session that holds, or waits for, a lock on the table that blocks requests.
+// While that session waits, every later request queues behind it until the session in front of it
+// releases its lock. ALTER TABLE, VACUUM FULL and LOCK TABLE take such a lock.
 func (e *examination) locks(ctx context.Context) error {
 	var pid int
 	var granted bool
@@ -396,9 +396,9 @@ func (e *examination) rights(ctx context.Context) error {
 	return nil
 }
 
-// rowSecurity finds the roles that a policy may hide rows from: this one, and those that may read
+// rowSecurity looks for roles that a policy may hide rows from: this role, and roles that may read
 // the table and write or delete records, as services and reapers do. Superusers and roles with
-// BYPASSRLS see all rows, and so does the table's owner unless row-level security is forced.
+// BYPASSRLS see all rows. So does the table's owner, unless row-level security is forced.
 func (e *examination) rowSecurity(ctx context.Context) error {
 	type hidden struct {
 		table string

@@ -12,7 +12,7 @@ import (
 	"github.com/jackc/pgx/v5/pgproto3"
 )
 
-// encryption makes a connection as the pool does, and checks whether somebody in between could read
+// encryption opens a connection as the pool does, and checks whether somebody in between could read
 // or change its data.
 func (e *examination) encryption(ctx context.Context) error {
 	pool := e.o.pool.Config()
@@ -23,7 +23,7 @@ func (e *examination) encryption(ctx context.Context) error {
 		login = loginWatch{Writer: w} // new for each host that is tried: the last one is connected
 		return build(r, &login)
 	}
-	var encrypted *tls.Conn // before the pool's hook gets it
+	var encrypted *tls.Conn // before the pool's hook gets the connection
 	inner := config.AfterNetConnect
 	config.AfterNetConnect = func(ctx context.Context, c *pgconn.Config, conn net.Conn) (net.Conn, error) {
 		encrypted, _ = conn.(*tls.Conn)
@@ -63,8 +63,8 @@ func (e *examination) encryption(ctx context.Context) error {
 	return nil
 }
 
-// verified reports whether the server's certificate was verified, be it by a function in the config
-// as for verify-ca.
+// verified reports whether the server's certificate was verified, by crypto/tls or by a function in
+// the config, as for verify-ca.
 func verified(conn *tls.Conn, config *tls.Config) bool {
 	return len(conn.ConnectionState().VerifiedChains) > 0 || config != nil && (config.VerifyPeerCertificate != nil || config.VerifyConnection != nil)
 }
@@ -75,7 +75,7 @@ func local(address net.Addr) bool {
 	return !ok || tcp.IP.IsLoopback()
 }
 
-// loginWatch notes the mechanism by which a client logs in. It keeps nothing else.
+// loginWatch records the mechanism by which a client logs in, and nothing else.
 type loginWatch struct {
 	io.Writer
 	bound bool

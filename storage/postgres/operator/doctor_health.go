@@ -20,7 +20,8 @@ func (e *examination) isolation(ctx context.Context) error {
 	return nil
 }
 
-// timeouts looks at what the server, the database or the role set for sessions that set nothing themselves.
+// timeouts checks the timeouts that the server, the database or the role sets for sessions that set
+// none.
 func (e *examination) timeouts(ctx context.Context) error {
 	var statementMS, idleMS, transactionMS int64
 	err := e.row(ctx, `
@@ -32,7 +33,7 @@ func (e *examination) timeouts(ctx context.Context) error {
 		return err
 	}
 	ms := func(n int64) time.Duration { return time.Duration(n) * time.Millisecond }
-	longest := 15 * time.Second // what an engine allows a handler and its commit by default
+	longest := 15 * time.Second // an engine's default for a handler and its commit
 	if transactionMS != 0 && ms(transactionMS) < longest {
 		e.warn("set transaction_timeout to more than Timeouts.Handler and Timeouts.Commit together, or to 0",
 			"transaction_timeout is %v: attempts that take longer end as unavailable, and the defaults allow %v", ms(transactionMS), longest)
@@ -103,7 +104,7 @@ func (e *examination) replication(ctx context.Context) error {
 func (e *examination) clock(ctx context.Context) error {
 	var server time.Time
 	skew, uncertain := time.Duration(0), time.Hour
-	for range 3 { // the quickest answer says it best
+	for range 3 { // the quickest answer is the most exact
 		err := e.o.read(ctx, func(ctx context.Context, tx pgx.Tx) error {
 			asked := time.Now()
 			err := tx.QueryRow(ctx, "SELECT clock_timestamp()").Scan(&server)
@@ -189,7 +190,8 @@ func (e *examination) vacuum(ctx context.Context) error {
 	return nil
 }
 
-// bloat compares the size of the table with what its rows need, by the planner's statistics.
+// bloat compares the size of the table with the size that its rows need, by the planner's
+// statistics.
 func (e *examination) bloat(ctx context.Context) error {
 	var bytes, rows, width int64
 	err := e.row(ctx, `

@@ -9,38 +9,39 @@ import (
 	"github.com/jackc/pgx/v5"
 )
 
-// gcPagesMax is how many pages of a table one statement of [Operator.GC] goes through at most.
+// gcPagesMax is the maximum number of pages of a table that one statement of [Operator.GC] reads.
 const gcPagesMax = 1000
 
 // GCOptions tune [Operator.GC]. Nil and the zero value are the defaults.
 type GCOptions struct {
-	// EventsAgeMax is how long the history is kept, by the services' clock. Defaults to 30 days;
-	// negative keeps all of it.
+	// EventsAgeMax is the age, by the services' clock, above which events of the history are
+	// deleted. Defaults to 30 days; negative keeps all of them.
 	EventsAgeMax time.Duration
 
-	// AuditAgeMax is how long the rows of the audit table are kept. Zero, the default, keeps them for good.
+	// AuditAgeMax is the age above which rows of the audit table are deleted. Zero, the default,
+	// keeps all of them.
 	AuditAgeMax time.Duration
 
-	// Progress, unless it is nil, is called after each batch, from the goroutine that called GC.
+	// Progress, if not nil, is called after each batch, on the goroutine that called GC.
 	Progress func(GCProgress)
 }
 
-// GCProgress says how far a walk is.
+// GCProgress is the progress of a walk.
 type GCProgress struct {
 	Table     string // its name
-	Pages, Of int64  // gone through, and in all
-	Deleted   int64  // rows so far
+	Pages, Of int64  // read so far, and in total
+	Deleted   int64  // rows deleted so far
 }
 
-// GCResult is how many rows of each table a walk deleted.
+// GCResult has the number of rows that a walk deleted from each table.
 type GCResult struct {
 	Records, Events, Audit int64
 }
 
-// GC deletes what is past its time: expired records as a reaper does (postgres.Store.DeleteExpired), then what is too old of the
-// history and of the audit table. Each batch is a transaction of its own, so what is deleted stays deleted where ctx ends it,
-// and the result is returned with the error too. It needs no reaper to stand still, and no service. Tables that are not
-// there yet are left out.
+// GC deletes expired records as a reaper does (postgres.Store.DeleteExpired), then rows of the
+// history and of the audit table that are too old. Each batch is a transaction of its own. So if
+// ctx ends the call, what was deleted stays deleted, and the result is returned together with the
+// error. Services and reapers may run meanwhile. GC skips tables that do not exist yet.
 func (o *Operator) GC(ctx context.Context, opts *GCOptions) (GCResult, error) {
 	var options GCOptions
 	if opts != nil {
@@ -74,7 +75,8 @@ func (o *Operator) GC(ctx context.Context, opts *GCOptions) (GCResult, error) {
 	return result, nil
 }
 
-// deleteOld deletes by place, as the reaper does, so that no index on the time is paid for by each insert.
+// deleteOld walks the table page by page, as the reaper does, so that inserts need not maintain an
+// index on the time.
 func (o *Operator) deleteOld(ctx context.Context, name, table string, age time.Duration, progress func(GCProgress)) (deleted int64, err error) {
 	var pages int64
 	err = o.read(ctx, func(ctx context.Context, tx pgx.Tx) error {

@@ -17,11 +17,11 @@ import (
 // PageRowsMax is the maximum number of records on a page.
 const PageRowsMax = 1000
 
-const pageRows = 50 // if the caller names no number
+const pageRows = 50 // the default
 
-// Filter says which records are wanted: those that fit everything that is set. Scope leads straight to them, as does
-// KeyPrefix together with Scope. All else is compared record by record, so that a page may end before it is full: see
-// [List].
+// Filter selects the records that match every field that is set. Scope, and KeyPrefix together with
+// Scope, are looked up in the primary key. All other fields are compared record by record, so a
+// page may end before it is full: see [List].
 type Filter struct {
 	Scope     string // exact
 	KeyPrefix string
@@ -36,7 +36,7 @@ type Filter struct {
 	Attempt idempotency.AttemptID // exact
 }
 
-// Expiry says whether a record's time is over, by the database's clock.
+// Expiry selects records by whether they have expired, by the database's clock.
 type Expiry string
 
 // The choices of [Filter.Expiry].
@@ -46,11 +46,11 @@ const (
 	ExpiryExpired Expiry = "expired"
 )
 
-// Page says which part of the list is wanted.
+// Page selects a part of the list.
 type Page struct {
-	Rows       int    // at most, and at most [PageRowsMax]. Defaults to 50
-	After      Cursor // where the page before ended; empty for the first
-	Descending bool   // from the last key to the first. The same for all pages of a walk
+	Rows       int    // the maximum, up to [PageRowsMax]. Defaults to 50
+	After      Cursor // the previous page's List.Next; empty for the first page
+	Descending bool   // from the last key to the first; must be the same for all pages of a walk
 }
 
 // Cursor is a place in the list, opaque and safe in a URL. It holds a scope and a key, which are no secret to who may see
@@ -61,18 +61,20 @@ type Cursor string
 type List struct {
 	Records []Record
 
-	// Next is where the next page begins; empty where the list ends here. A page may hold few records, or none, and still
-	// have a next one: then it went through as many rows as it may, and there may be more behind.
+	// Next is the start of the next page; empty if the list ends here. A page with few records or
+	// none may still have a Next: then it examined its maximum number of rows, and more matches may
+	// follow.
 	Next Cursor
 
-	RowsExamined int64 // that this page went through; tell the user
+	RowsExamined int64 // by this page; show it to the user
 	Now          time.Time
 }
 
-// List returns a page of the records in the order of scope and key, by bytes: within a scope UUIDv7 keys are in the order of
-// time. It goes along the primary key from where the page before ended, so the last page costs what the first does, and
-// stops at [Options.RowsExaminedMax] rows or [Options.ScanTimeMax]. A record that is added or deleted meanwhile is seen or
-// not; none is seen twice. Errors wrap [ErrInvalid] for what can't be asked.
+// List returns a page of the records in the order of scope and key, by bytes: within a scope,
+// UUIDv7 keys are in the order of time. It reads the primary key from the end of the previous page
+// on, so the last page costs as much as the first. It stops at [Options.RowsExaminedMax] rows or
+// [Options.ScanTimeMax]. A record that is added or deleted meanwhile may be returned or not; no
+// record is returned twice. The error for an invalid filter or page wraps [ErrInvalid].
 func (o *Operator) List(ctx context.Context, filter Filter, page Page) (List, error) {
 	var list List
 	q, err := o.listQuery(filter, page)
@@ -106,12 +108,13 @@ func (o *Operator) List(ctx context.Context, filter Filter, page Page) (List, er
 	return list, nil
 }
 
-// orderByKey has the planner go along the primary key, whatever the statistics say or do not say yet.
+// orderByKey makes the planner use the primary key, even if statistics are missing or suggest
+// another plan.
 const orderByKey = `SELECT set_config('enable_seqscan', 'off', true), set_config('enable_bitmapscan', 'off', true), set_config('enable_sort', 'off', true),
 	set_config('enable_incremental_sort', 'off', true), set_config('max_parallel_workers_per_gather', '0', true), set_config('jit', 'off', true)`
 
-// A statement goes through examineRowsMin rows at first and through more the longer none are found, so that the clock is
-// looked at in time also where each row comes from the disk.
+// The first statement examines examineRowsMin rows. Later ones examine more the longer none match.
+// So the clock is checked in time even if each row comes from the disk.
 const (
 	examineRowsMin = 500
 	examineRowsMax = 4000
@@ -128,8 +131,8 @@ type listQuery struct {
 	arguments  []any
 	descending bool
 	oneScope   bool
-	scope, key string // the place it is at
-	started    bool   // there is such a place
+	scope, key string // the current place
+	started    bool   // whether there is a current place
 }
 
 func (q *listQuery) add(to *[]string, condition string, argument any) {
@@ -158,7 +161,7 @@ func (o *Operator) listQuery(filter Filter, page Page) (*listQuery, error) {
 			to = &q.bounds
 		}
 		q.add(to, "key >= $%d::text", filter.KeyPrefix)
-		// Keys are visible ASCII: a byte above it comes after everything with the prefix.
+		// Keys are visible ASCII: a byte above that range sorts after every key with the prefix.
 		q.add(to, "key < $%d::text", filter.KeyPrefix+"\x7f")
 	}
 	switch {
@@ -201,8 +204,9 @@ func (o *Operator) listQuery(filter Filter, page Page) (*listQuery, error) {
 	return q, nil
 }
 
-// sql returns the statement that goes through the next rows, at most as many as its last argument says. It returns those
-// that match and, where it comes that far, the last row that it may look at and the last row that there is.
+// sql returns the statement that examines the next rows; its last argument is their maximum number.
+// The statement returns the rows that match, the last row that it may examine, and the last row of
+// the list, if it gets that far.
 func (q *listQuery) sql(examine int64) (string, []any) {
 	arguments := append([]any{}, q.arguments...)
 	place := func(value any, kind string) string {
@@ -214,13 +218,13 @@ func (q *listQuery) sql(examine int64) (string, []any) {
 	if q.descending {
 		direction, beyond = " DESC", "<"
 	}
-	order := "key" + direction // all that the planner takes for sorted beside scope = a
+	order := "key" + direction // all that the planner counts as sorted beside scope = a
 	if !q.oneScope {
 		order = "scope" + direction + ", " + order
 	}
 	switch {
 	case !q.started:
-	case q.oneScope: // beside scope = a comparison of rows would not lead to the place, but be tried on every entry before it
+	case q.oneScope: // beside scope = a, a comparison of rows would not seek, but filter every entry before the place
 		bounds = append(bounds, fmt.Sprintf("key %s %s", beyond, place(q.key, "text")))
 	default:
 		bounds = append(bounds, fmt.Sprintf("(scope, key) %s (%s, %s)", beyond, place(q.scope, "text"), place(q.key, "text")))
@@ -248,7 +252,8 @@ func (q *listQuery) sql(examine int64) (string, []any) {
 		strings.Join(matches, " AND "), q.table, strings.Join(bounds, " AND "), order, limit, place(q.rows, "int")), arguments
 }
 
-// step goes on by at most as many rows, adds what matches to the list, and reports whether it came to the end.
+// step examines the next rows, adds those that match to the list, and reports whether the list
+// ended.
 func (q *listQuery) step(ctx context.Context, tx pgx.Tx, examine int64, list *List) (end bool, err error) {
 	sql, arguments := q.sql(examine)
 	rows, err := tx.Query(ctx, sql, arguments...)
@@ -257,7 +262,7 @@ func (q *listQuery) step(ctx context.Context, tx pgx.Tx, examine int64, list *Li
 	}
 	defer rows.Close()
 	var number int64
-	end = true // unless a row says otherwise: there were none
+	end = true // unless a row shows otherwise
 	for rows.Next() {
 		var matches bool
 		record, err := scanRecord(rows, &number, &matches, &end, &list.Now)
@@ -277,9 +282,9 @@ func (q *listQuery) step(ctx context.Context, tx pgx.Tx, examine int64, list *Li
 	return end, rows.Err()
 }
 
-// cursor returns the place that the walk is at.
+// cursor returns the current place of the walk.
 func (q *listQuery) cursor() Cursor {
-	text, _ := json.Marshal([2]string{q.scope, q.key}) // of two strings: never fails
+	text, _ := json.Marshal([2]string{q.scope, q.key}) // two strings: this never fails
 	return Cursor(base64.RawURLEncoding.EncodeToString(text))
 }
 
@@ -294,12 +299,13 @@ func (c Cursor) place() (at [2]string, err error) {
 	return at, idempotency.Key{Scope: at[0], Value: at[1]}.Validate()
 }
 
-// RecentPages is how much of the table's end [Operator.Recent] reads, in pages of usually 8 kB.
+// RecentPages is the number of pages, usually of 8 kB, that [Operator.Recent] reads from the
+// table's end.
 const RecentPages = 256
 
-// Recent returns about the newest records of all scopes, newest first, at most rows of them; 0 is 50. It reads the last
-// [RecentPages] pages of the table and no more, so it is an approximation: where the reaper made room further in front, new
-// records go there, and are not seen.
+// Recent returns approximately the newest records of all scopes, newest first, and at most rows of
+// them; 0 means 50. It reads only the last [RecentPages] pages of the table. So it misses new
+// records in space that the reaper freed nearer to the table's beginning.
 func (o *Operator) Recent(ctx context.Context, rows int) (List, error) {
 	var list List
 	rows = cmp.Or(rows, pageRows)
@@ -328,7 +334,7 @@ func (o *Operator) Recent(ctx context.Context, rows int) (List, error) {
 	return list, nil
 }
 
-// pages returns how many pages the table has.
+// pages returns the table's number of pages.
 func (o *Operator) pages(ctx context.Context, tx pgx.Tx) (pages int64, err error) {
 	err = tx.QueryRow(ctx, "SELECT pg_relation_size($1::text::regclass) / current_setting('block_size')::bigint", o.keys).Scan(&pages)
 	return pages, err

@@ -15,8 +15,8 @@ import (
 	"github.com/paidonce/idempotency/storage/postgres"
 )
 
-// SchemaVersion is the least version of the schema that all of this package needs; package migrations provides it. Looking
-// at records works from postgres.SchemaVersion on.
+// SchemaVersion is the lowest version of the schema that this whole package works with; package
+// migrations provides it. Reading records works from postgres.SchemaVersion on.
 const SchemaVersion = 3
 
 // Names of the tables, in the store's schema.
@@ -25,43 +25,43 @@ const (
 	EventsTableName = "idempotency_events"
 )
 
-// Errors for callers to branch on. None contains a scope, a key or any part of a record. A call on
-// a table that has row-level security for the role fails with postgres.ErrRowSecurityActive, whatever the
-// policies say: none of its answers could be trusted.
+// Errors for callers to branch on. None contains a scope, a key or any part of a record. If
+// row-level security applies to the role on a table, a call on that table fails with
+// postgres.ErrRowSecurityActive, whatever the policies are: its answers could not be trusted.
 var (
 	// ErrNotFound: the key has no record.
 	ErrNotFound = errors.New("key has no record")
-	// ErrInProgress: an attempt holds the key, or a retry that reads its record does. Nothing was done.
+	// ErrInProgress: an attempt, or a retry that reads the record, holds the key. Nothing was done.
 	ErrInProgress = errors.New("key is in progress")
-	// ErrChanged: the record is not that of the attempt that was named in [Act.Attempt]. Nothing was done.
+	// ErrChanged: the record is not of the attempt named in [Act.Attempt]. Nothing was done.
 	ErrChanged = errors.New("record is of another attempt")
-	// ErrInvalid: what was asked for can't be. The text says why.
+	// ErrInvalid: an argument is invalid. The text says why.
 	ErrInvalid = errors.New("invalid")
 	// ErrTooLarge: the body is over [BodyBytesMax].
 	ErrTooLarge = errors.New("body is too large to show")
-	// ErrUnknown: the end of the transaction was asked for, and whether it happened is not known. Look the key up.
+	// ErrUnknown: COMMIT was sent, and it is not known whether it happened. Look the key up.
 	ErrUnknown = errors.New("outcome is unknown")
 )
 
 // Options tune an [Operator]. Nil and the zero value are the defaults.
 type Options struct {
-	// StatementTimeout is how long one statement may take: the server ends it then. Defaults to 5
-	// seconds; at least 1 millisecond.
+	// StatementTimeout is the maximum duration of one statement: after it the server cancels the
+	// statement. Defaults to 5 seconds; at least 1 millisecond.
 	StatementTimeout time.Duration
 
-	// CallTimeout is how long one call may take, the wait for a connection included. The server
-	// ends a session that is idle in a call for as long. [Operator.GC] and [Operator.Doctor] have
-	// their own. Defaults to 10 seconds; at least StatementTimeout.
+	// CallTimeout is the maximum duration of one call, including the wait for a connection. The
+	// server ends a session that is idle in a call for the same time. [Operator.GC] and
+	// [Operator.Doctor] have their own limits. Defaults to 10 seconds; at least StatementTimeout.
 	CallTimeout time.Duration
 
-	// RowsExaminedMax and ScanTimeMax bound how much of the table one page of [Operator.List] goes
-	// through for its filter: it stops at whichever comes first, and reports where. They default to
-	// 100,000 rows and 500 milliseconds.
+	// RowsExaminedMax and ScanTimeMax bound the part of the table that one page of [Operator.List]
+	// examines for its filter. The page stops at the first of the two, and returns its end. They
+	// default to 100,000 rows and 500 milliseconds.
 	RowsExaminedMax int
 	ScanTimeMax     time.Duration
 }
 
-// Operator looks at the records of one schema, and acts on them. It is safe for concurrent use.
+// Operator reads and changes the records of one schema. It is safe for concurrent use.
 type Operator struct {
 	store   *postgres.Store
 	pool    *pgxpool.Pool // the store's
@@ -75,9 +75,9 @@ type Operator struct {
 	callTimeoutMS      string
 }
 
-// New returns an operator on a store's pool and schema. The pool may but need not have gone through
-// postgres.Configure: settings travel with each transaction, so a pool that leads to PgBouncer works
-// too. New sends nothing. It panics if the store is nil or the options can't work.
+// New returns an operator on a store's pool and schema. The pool need not be set up by
+// postgres.Configure: each transaction sends its own settings, so a pool that leads to PgBouncer
+// works too. New sends nothing. It panics if the store is nil or an option is invalid.
 func New(store *postgres.Store, opts *Options) *Operator {
 	if store == nil {
 		panic("idempotency/operator: New needs a store")
@@ -107,7 +107,7 @@ func New(store *postgres.Store, opts *Options) *Operator {
 	}
 }
 
-// lockTimeoutMS is how long an act waits for a row or a table that somebody holds.
+// lockTimeoutMS is the maximum wait of an act for a locked row or table.
 const lockTimeoutMS = "2000"
 
 // in runs do in a transaction of its own, with the settings that bound it, and commits if do
@@ -121,13 +121,13 @@ func (o *Operator) in(ctx context.Context, options pgx.TxOptions, do func(ctx co
 	if err != nil {
 		return o.remedy(sqlError(err))
 	}
-	defer func() { // after a commit: nothing
+	defer func() { // no effect after a commit
 		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), rollbackTimeout)
 		defer cancel()
 		_ = tx.Rollback(ctx)
 	}()
-	// The idle time too: a program that is stopped in between, for example at a terminal, must not
-	// keep a key.
+	// The idle timeout too: a program that is stopped between two statements, for example at a
+	// terminal, must not keep a key locked.
 	if _, err := tx.Exec(ctx, `SELECT pg_catalog.set_config('statement_timeout', $1, true), pg_catalog.set_config('lock_timeout', $2, true),
 		pg_catalog.set_config('idle_in_transaction_session_timeout', $3, true),
 		pg_catalog.set_config('search_path', 'pg_catalog', true), pg_catalog.set_config('client_encoding', 'UTF8', true),
@@ -144,13 +144,13 @@ func (o *Operator) in(ctx context.Context, options pgx.TxOptions, do func(ctx co
 	case err == nil || options.AccessMode == pgx.ReadOnly:
 		return sqlError(err)
 	case errors.As(err, &pgErr) && pgErr.SeverityUnlocalized == "ERROR" && pgErr.Code[:2] != "08", errors.Is(err, pgx.ErrTxCommitRollback):
-		return sqlError(err) // proven: nothing was committed
+		return sqlError(err) // nothing was committed, for certain
 	}
 	return fmt.Errorf("%w: look the key up: %w", ErrUnknown, sqlError(err))
 }
 
-// Version returns the version of the schema, and whether a migration failed in the middle. 0 where nothing was migrated
-// yet.
+// Version returns the version of the schema, and whether a migration failed midway (dirty). The
+// version is 0 if no migration has run yet.
 func (o *Operator) Version(ctx context.Context) (version uint, dirty bool, err error) {
 	err = o.read(ctx, func(ctx context.Context, tx pgx.Tx) error {
 		var exists bool
@@ -172,12 +172,12 @@ func (o *Operator) Version(ctx context.Context) (version uint, dirty bool, err e
 // rollbackTimeout bounds ROLLBACK; after it the connection is closed.
 const rollbackTimeout = 2 * time.Second
 
-// read runs do in a transaction that can't write. Its statements each have a snapshot of their own.
+// read runs do in a read-only transaction. Each of its statements has its own snapshot.
 func (o *Operator) read(ctx context.Context, do func(ctx context.Context, tx pgx.Tx) error) error {
 	return o.in(ctx, pgx.TxOptions{IsoLevel: pgx.ReadCommitted, AccessMode: pgx.ReadOnly}, do)
 }
 
-// remedy adds to an error what can be done about it.
+// remedy adds a remedy to an error.
 func (o *Operator) remedy(err error) error {
 	var pgErr *pgconn.PgError
 	if !errors.As(err, &pgErr) {
@@ -209,7 +209,7 @@ func (o *Operator) remedy(err error) error {
 	return err
 }
 
-// stateError shows a database error by its SQLSTATE alone: the server's message may quote a key.
+// stateError prints only a database error's SQLSTATE: the server's message may quote a key.
 type stateError struct{ err *pgconn.PgError }
 
 func (e *stateError) Error() string {
@@ -222,7 +222,8 @@ func (e *stateError) Error() string {
 
 func (e *stateError) Unwrap() error { return e.err }
 
-// sqlError returns err fit for a log: a database error by its SQLSTATE, anything else as it is.
+// sqlError makes err safe to log: it prints only the SQLSTATE of a database error, and leaves
+// others unchanged.
 func sqlError(err error) error {
 	var shown *stateError
 	var pgErr *pgconn.PgError

@@ -14,51 +14,53 @@ import (
 	"github.com/paidonce/idempotency/storage/postgres"
 )
 
-// BodyBytesMax is the largest body that [Operator.Body] returns.
+// BodyBytesMax is the maximum size of a body that [Operator.Body] returns.
 const BodyBytesMax = 16 << 20
 
 // Record is a record as an operator sees it.
 type Record struct {
-	Key         idempotency.Key // prints as a hash; its parts are what the table holds
+	Key         idempotency.Key // prints as a hash; its fields are the table's columns
 	Status      int
 	Fingerprint idempotency.Fingerprint
 	Attempt     idempotency.AttemptID
-	TraceID     string // empty where there was none
+	TraceID     string // empty if there was none
 	CreatedAt   time.Time
 	ExpiresAt   time.Time
-	Expired     bool  // by the database's clock. The record counts all the same, until the reaper deletes it
-	BodyBytes   int64 // of the body as it is stored: package encrypted adds some
+	Expired     bool  // by the database's clock. An expired record counts until the reaper deletes it
+	BodyBytes   int64 // of the stored body: package encrypted adds some bytes
 
-	// Header holds the recorded headers, of Get alone. Nil with HeaderErr where they can't be read.
+	// Header holds the recorded headers; only Get sets it. If they can't be read, Header is nil and
+	// HeaderErr is set.
 	Header    map[string][]string
 	HeaderErr error
 }
 
-// Holder is a session that holds a key's lock: a running attempt, and for a moment also a retry that reads the record, a
-// look for a lost COMMIT, or an operator's act.
+// Holder is a session that holds a key's lock: a running attempt; or, for a moment, a retry that
+// reads the record, a search for a lost COMMIT, or an operator's act.
 type Holder struct {
 	PID int
 
-	// Of the session's transaction; zero and empty where the role may not see other sessions (pg_monitor).
-	Since       time.Time     // when it began
+	// Of the session's transaction; zero and empty if the role may not see other sessions
+	// (pg_monitor).
+	Since       time.Time     // its begin
 	Age         time.Duration // by the database's clock
 	State       string        // as in pg_stat_activity: active, idle in transaction, ...
-	WaitEvent   string        // what the session waits for, as type and name, empty where it waits for nothing
+	WaitEvent   string        // the event the session waits for, as type and name; empty if it waits for none
 	Application string        // application_name
-	Client      string        // the address it came from; empty for a Unix socket
+	Client      string        // the client's address; empty for a Unix socket
 }
 
-// State is what the database tells of a key now.
+// State is a key's present state in the database.
 type State struct {
-	Record *Record // nil: none was committed
-	Holder *Holder // nil: nobody holds the key
+	Record *Record // nil: no record was committed
+	Holder *Holder // nil: no session holds the key
 	Now    time.Time
 }
 
-// recordColumns are what scanRecord reads.
+// recordColumns are the columns that scanRecord reads.
 const recordColumns = "scope, key, status, fingerprint_version, fingerprint, attempt_id, octet_length(body)::bigint, trace_id, created_at, expires_at, expires_at < statement_timestamp()"
 
-// scanRecord reads recordColumns, and more behind them.
+// scanRecord reads recordColumns, and the columns after them into more.
 func scanRecord(row pgx.Row, more ...any) (Record, error) {
 	var r Record
 	var sum []byte
@@ -75,8 +77,9 @@ func scanRecord(row pgx.Row, more ...any) (Record, error) {
 	return r, err
 }
 
-// Get returns what the database tells of a key: its record without the body, and who holds it. [ErrNotFound] where there
-// is neither: no attempt has committed, and when the lock was looked at none ran. A key that can't be one is [ErrInvalid].
+// Get returns the key's record without its body, and the session that holds the key. If there is
+// neither, the error is [ErrNotFound]: no attempt has committed, and none was running when the lock
+// was checked. An invalid key returns [ErrInvalid].
 func (o *Operator) Get(ctx context.Context, key idempotency.Key) (State, error) {
 	var state State
 	if err := validKey(key); err != nil {
@@ -95,8 +98,8 @@ func (o *Operator) Get(ctx context.Context, key idempotency.Key) (State, error) 
 	return state, nil
 }
 
-// state looks at the lock first and at the record then, in a statement of its own: an attempt that commits in between is
-// seen twice and never not at all.
+// state checks the lock first, and then reads the record in a statement of its own: an attempt that
+// commits in between may be seen twice, but is never missed.
 func (o *Operator) state(ctx context.Context, tx pgx.Tx, key idempotency.Key) (state State, err error) {
 	if state.Holder, err = o.holder(ctx, tx, key); err != nil {
 		return state, err
@@ -114,7 +117,8 @@ func (o *Operator) state(ctx context.Context, tx pgx.Tx, key idempotency.Key) (s
 	return state, tx.QueryRow(ctx, "SELECT statement_timestamp()").Scan(&state.Now)
 }
 
-// holderColumns are what scanHolder reads, from pg_locks AS l LEFT JOIN pg_stat_activity AS a.
+// holderColumns are the columns that scanHolder reads, from pg_locks AS l LEFT JOIN
+// pg_stat_activity AS a.
 const holderColumns = `l.pid, a.xact_start, COALESCE(extract(epoch FROM clock_timestamp() - a.xact_start), 0)::float8, COALESCE(a.state, ''),
 	COALESCE(a.wait_event_type || ' ' || a.wait_event, ''), COALESCE(a.application_name, ''), COALESCE(host(a.client_addr), '')`
 
@@ -130,7 +134,7 @@ func scanHolder(row pgx.Row, more ...any) (Holder, error) {
 	return h, err
 }
 
-// holder returns who holds the key's lock, nil where nobody does.
+// holder returns the session that holds the key's lock, or nil.
 func (o *Operator) holder(ctx context.Context, tx pgx.Tx, key idempotency.Key) (*Holder, error) {
 	number := uint64(key.LockNumber(o.table))
 	holder, err := scanHolder(tx.QueryRow(ctx, "SELECT "+holderColumns+`
@@ -145,9 +149,10 @@ func (o *Operator) holder(ctx context.Context, tx pgx.Tx, key idempotency.Key) (
 	return &holder, err
 }
 
-// Body returns the recorded body of a key, as it is stored: bytes of whatever encoding the answer had, and ciphertext where the
-// service encrypts. It may hold what an operator need not see, so it is never returned unasked. [ErrNotFound] where there
-// is no record, [ErrTooLarge] where it is over [BodyBytesMax].
+// Body returns the recorded body of a key as it is stored: in the answer's content encoding, and as
+// ciphertext if the service encrypts. It may contain data that an operator need not see, so no
+// other call returns it. The error is [ErrNotFound] if there is no record, and [ErrTooLarge] if the
+// body is over [BodyBytesMax].
 func (o *Operator) Body(ctx context.Context, key idempotency.Key) ([]byte, error) {
 	if err := validKey(key); err != nil {
 		return nil, fmt.Errorf("body: %w", err)
@@ -177,7 +182,8 @@ func validKey(key idempotency.Key) error {
 	return nil
 }
 
-// ParseAttemptID reads an attempt's id as it is printed, with or without hyphens. The error wraps [ErrInvalid].
+// ParseAttemptID parses an attempt's id as it is printed, with or without hyphens. The error wraps
+// [ErrInvalid].
 func ParseAttemptID(text string) (id idempotency.AttemptID, err error) {
 	decoded, err := hex.DecodeString(strings.ReplaceAll(text, "-", ""))
 	if err != nil || len(decoded) != len(id) {

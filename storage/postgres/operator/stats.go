@@ -10,12 +10,13 @@ import (
 
 // Limits of [Operator.Stats].
 const (
-	CountExactBytesMax = 32 << 20 // a table of at most as many is counted row by row, a larger one by a sample
-	SamplePages        = 1000     // about how many pages the sample has
-	HoldersMax         = 100      // how many attempts are listed
+	CountExactBytesMax = 32 << 20 // up to this size a table's rows are counted, above it a sample's
+	SamplePages        = 1000     // the approximate number of pages in the sample
+	HoldersMax         = 100      // the maximum number of attempts listed
 )
 
-// Count is a number of rows. Estimated says that it comes from a sample: good to about a tenth, and worse where it is small.
+// Count is a number of rows. If Estimated, it comes from a sample: it is off by about a tenth, and
+// by more if it is small.
 type Count struct {
 	Rows      int64
 	Estimated bool
@@ -25,29 +26,32 @@ type Count struct {
 type Stats struct {
 	Now     time.Time
 	Live    Count
-	Expired Count // their time is over, and the reaper did not come by yet
+	Expired Count // expired, and not yet deleted by the reaper
 
-	// OldestCreated is the oldest that was counted, of a sample where the counts are estimated. Zero where there is none.
+	// OldestCreated is the creation time of the oldest counted record; of the sample if the counts
+	// are estimated. Zero if there is none.
 	OldestCreated time.Time
-	// OldestExpired is how long ago the time of a record was over that still lies there: how far the reaper is behind.
+	// OldestExpired is the time since the oldest expired record in the table expired: the reaper's
+	// delay.
 	OldestExpired time.Duration
 
 	TableBytes, IndexBytes, ToastBytes int64
 	AuditBytes, EventsBytes            int64 // with their indexes; 0 before migration 3
 
-	// From the server's statistics, which lag behind by up to a second, and are lost in a crash.
-	Inserted, Deleted int64 // rows ever, those that were rolled back included: rates are differences of these
-	DeadRows          int64 // that vacuum has yet to clean up
+	// From the server's statistics, which lag by up to a second and are lost in a crash.
+	Inserted, Deleted int64 // rows ever, including rolled back ones: subtract two readings to get a rate
+	DeadRows          int64 // not yet removed by vacuum
 	LastVacuum        time.Time
 	LastAnalyze       time.Time
 
-	// InFlight is how many sessions hold keys now, and Holders are those that have been at it for longest, at most
-	// [HoldersMax]. Which key a session holds can't be told from the lock; see [Operator.Get].
+	// InFlight is the number of sessions that hold keys now. Holders are the oldest of them, at
+	// most [HoldersMax]. The lock does not reveal which key a session holds; see [Operator.Get].
 	InFlight int
 	Holders  []Holder
 }
 
-// Stats returns the figures. On a table over [CountExactBytesMax] it reads a sample of [SamplePages] pages.
+// Stats returns the figures of the table. Above [CountExactBytesMax] it reads a sample of
+// [SamplePages] pages.
 func (o *Operator) Stats(ctx context.Context) (Stats, error) {
 	var s Stats
 	err := o.read(ctx, func(ctx context.Context, tx pgx.Tx) error {
@@ -118,8 +122,8 @@ func (o *Operator) counts(ctx context.Context, tx pgx.Tx, s *Stats) error {
 	return nil
 }
 
-// inFlight finds the sessions that hold a 64-bit advisory lock, and have read the table of the records in the same
-// transaction: the lock on a table lasts as long.
+// inFlight finds the sessions that hold a 64-bit advisory lock and have read the table of records
+// in the same transaction: the lock on a table lasts as long as the transaction.
 func (o *Operator) inFlight(ctx context.Context, tx pgx.Tx, s *Stats) error {
 	rows, err := tx.Query(ctx, `
 		WITH held AS MATERIALIZED (SELECT * FROM pg_locks WHERE granted AND database = (SELECT oid FROM pg_database WHERE datname = current_database())),

@@ -12,19 +12,20 @@ import (
 	"github.com/paidonce/idempotency"
 )
 
-// EventsMax is how many events of the history, and how many acts, a timeline holds at most: the newest.
+// EventsMax is the maximum number of history events, and of acts, in a timeline: the newest ones.
 const EventsMax = 500
 
-// EventKind says what happened.
+// EventKind is the kind of an [Event].
 type EventKind string
 
-// The kinds. Those of [idempotency.Outcome] are requests as a service saw them end, from the table idempotency_events.
+// The kinds. Those of [idempotency.Outcome] are ends of requests as a service saw them, from the
+// table idempotency_events.
 const (
-	EventRecorded    EventKind = "recorded"    // the record says so: an attempt was executed, and its answer committed
-	EventRunning     EventKind = "running"     // somebody holds the key now; At is when their transaction began
-	EventExpires     EventKind = "expires"     // the record's time will be over
-	EventExpired     EventKind = "expired"     // it is; the record counts until the reaper deletes it
-	EventActExpire   EventKind = "act-expire"  // an operator ended its time
+	EventRecorded    EventKind = "recorded"    // from the record: an attempt was executed, and its answer committed
+	EventRunning     EventKind = "running"     // a session holds the key now; At is the begin of its transaction
+	EventExpires     EventKind = "expires"     // the record will expire
+	EventExpired     EventKind = "expired"     // the record has expired; it counts until the reaper deletes it
+	EventActExpire   EventKind = "act-expire"  // an operator expired a record
 	EventActDelete   EventKind = "act-delete"  // an operator deleted a record
 	EventExecuted    EventKind = "executed"    // as [idempotency.OutcomeExecuted]
 	EventReplayed    EventKind = "replayed"    // and so on
@@ -34,17 +35,17 @@ const (
 	EventUnknown     EventKind = "unknown"
 )
 
-// Event is one thing that is known to have happened to a key.
+// Event is one known event of a key.
 type Event struct {
 	At      time.Time
 	Kind    EventKind
-	Attempt idempotency.AttemptID // zero where none is known. Of a replay: the attempt whose answer was repeated
-	TraceID string                // of a request: its own, also where it was a replay
-	Status  int                   // of a record, and of the record that an act hit; 0 otherwise
+	Attempt idempotency.AttemptID // zero if unknown. Of a replay: the attempt that recorded the answer
+	TraceID string                // of a request: its own, also if it was a replay
+	Status  int                   // of a record, and of the record that an act changed; otherwise 0
 
 	// Of requests from the history.
 	Outcome  idempotency.Outcome
-	Reason   string // why there was no answer. Of an act: the operator's
+	Reason   string // why there was no answer. Of an act: the operator's reason
 	Duration time.Duration
 	Attempts int
 
@@ -53,10 +54,11 @@ type Event struct {
 	Holder *Holder // of a running one
 }
 
-// Timeline returns what is known of a key, oldest first: from its record, its lock, the audit table, and, where a service
-// writes one, the history (package observe/history). Without a history retries are not known, because a replay writes
-// nothing. Empty where nothing is known; that is no error. Services' clocks set the time of what they saw, the database's that of
-// the rest.
+// Timeline returns the known events of a key, oldest first. They come from its record, its lock,
+// the audit table, and the history (package observe/history) if a service writes one. Without a
+// history retries are unknown, because a replay writes nothing. If nothing is known Timeline
+// returns no events and no error. Events that a service saw have the time of the service's clock;
+// all others have the database's time.
 func (o *Operator) Timeline(ctx context.Context, key idempotency.Key) ([]Event, error) {
 	var events []Event
 	err := validKey(key)
@@ -93,7 +95,7 @@ func (o *Operator) timeline(ctx context.Context, tx pgx.Tx, key idempotency.Key)
 		}
 		events = append(events, running)
 	}
-	// Before migration 3 there are none.
+	// Before migration 3 there are no such tables.
 	var audit, history bool
 	if err := tx.QueryRow(ctx, "SELECT to_regclass($1) IS NOT NULL, to_regclass($2) IS NOT NULL", o.audit, o.events).Scan(&audit, &history); err != nil {
 		return nil, err
