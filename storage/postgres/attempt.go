@@ -288,32 +288,10 @@ func (a *attempt) distrust() {
 	}
 }
 
-// headersParam is the place of the headers among the parameters of the record. The body's is next.
-const headersParam = 9
-
 // guardCall fails where the transaction is not the one of the claim.
 func (a *attempt) guardCall() wire.Call {
 	a.guardParams = [...][]byte{a.claimedAt[:], a.store.synchronousCommit}
 	return wire.Call{Statement: &a.store.statements.guard, Params: a.guardParams[:]}
-}
-
-// insertCall records the answer. claimedAt is nil in a transaction other than that of the claim.
-func (a *attempt) insertCall(claimedAt []byte, answer *idempotency.Answer) wire.Call {
-	a.ttl = wire.EncodeInt8(a.claim.TTL.Microseconds())
-	a.status = wire.EncodeInt2(int16(answer.Status))
-	a.version = wire.EncodeInt2(a.claim.Fingerprint.Version)
-	body := answer.Body
-	if body == nil {
-		body = []byte{} // nil would be NULL
-	}
-	a.params = [...][]byte{
-		claimedAt, a.store.synchronousCommit, a.ttl[:], a.status[:], a.version[:], a.claim.Attempt[:],
-		a.scope, a.key, a.claim.Fingerprint.Sum[:], encodeHeaders(a.headers[:0], answer.Header), body, nil,
-	}
-	if a.claim.TraceID != "" {
-		a.params[insertParams-1] = []byte(a.claim.TraceID)
-	}
-	return wire.Call{Statement: &a.store.statements.insert, Params: a.params[:]}
 }
 
 // end sends the last flush, whose last statement is COMMIT, and says what became of the transaction.

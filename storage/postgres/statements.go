@@ -37,15 +37,6 @@ type statements struct {
 	resolveTime  wire.Statement // the server's clock
 }
 
-// insertParams is how many parameters the longest of them has.
-const insertParams = 12
-
-// recordColumns are what [decodeRecord] reads.
-const (
-	recordColumns      = "fingerprint_version, fingerprint, attempt_id, status, headers, body, trace_id, created_at, expires_at"
-	recordColumnsCount = 9
-)
-
 // logPosition is the position of the server's log: the name of its file, which begins with the
 // timeline in hexadecimal, and the flush position. The log up to there survives a crash of the
 // server; up to the write position it may not. Both functions fail on a standby.

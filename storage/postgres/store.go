@@ -350,18 +350,6 @@ func (s *Store) acquireFresh(ctx context.Context) (*pgxpool.Conn, error) {
 	}
 }
 
-// decodeLookUp reads the row of a look-up. The record is nil if there is none, or if row-level
-// security hides it.
-func decodeLookUp(values [][]byte) (record *idempotency.Record, hidden bool, err error) {
-	d := wire.Decoder{Values: values}
-	hidden = d.Bool()
-	if d.Err != nil || len(d.Values) == 0 || d.Values[0] == nil { // the version is never NULL in a record
-		return nil, hidden, d.Err
-	}
-	record, err = decodeRecord(d.Values)
-	return record, hidden, err
-}
-
 // acquireUnprepared takes a connection that answers, and has our statements sent on it as text. Whatever deallocated them on
 // one connection did so on others: a pool may reset its sessions.
 func (s *Store) acquireUnprepared(ctx context.Context) (*pgxpool.Conn, error) {
@@ -370,29 +358,4 @@ func (s *Store) acquireUnprepared(ctx context.Context) (*pgxpool.Conn, error) {
 		s.statements.ForgetPrepared(conn.Conn().PgConn())
 	}
 	return conn, err
-}
-
-func decodeRecord(values [][]byte) (*idempotency.Record, error) {
-	d := wire.Decoder{Values: values}
-	var r idempotency.Record
-	r.Fingerprint.Version = d.Int2()
-	copy(r.Fingerprint.Sum[:], d.Next(len(r.Fingerprint.Sum)))
-	copy(r.Attempt[:], d.Next(len(r.Attempt)))
-	r.Answer.Status = int(d.Int2())
-	headers := d.Next(-1)
-	r.Answer.Body = d.Bytes()
-	r.TraceID = string(d.Next(-1))
-	r.CreatedAt = d.Timestamp()
-	r.ExpiresAt = d.Timestamp()
-	if d.Err != nil {
-		return nil, errors.Join(errRecord, d.Err)
-	}
-	var err error
-	if r.Answer.Header, err = decodeHeaders(headers); err != nil {
-		return nil, err
-	}
-	if err := r.Answer.Validate(); err != nil {
-		return nil, errors.Join(errRecord, err)
-	}
-	return &r, nil
 }

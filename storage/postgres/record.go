@@ -4,15 +4,89 @@ import (
 	"encoding/binary"
 	"errors"
 	"slices"
+
+	"github.com/paidonce/idempotency"
+	"github.com/paidonce/idempotency/storage/postgres/internal/wire"
 )
+
+// A record is written by one INSERT, which [statements] has, and read by one look-up. This file has
+// the parameters of the one, the columns of the other, and the encoding of the headers in between.
+
+// insertParams is the number of parameters of the INSERT.
+const insertParams = 12
+
+// headersParam is the index of the headers among the parameters of the INSERT. The body is next.
+const headersParam = 9
+
+// insertCall records the answer. claimedAt is nil in a transaction other than that of the claim.
+func (a *attempt) insertCall(claimedAt []byte, answer *idempotency.Answer) wire.Call {
+	a.ttl = wire.EncodeInt8(a.claim.TTL.Microseconds())
+	a.status = wire.EncodeInt2(int16(answer.Status))
+	a.version = wire.EncodeInt2(a.claim.Fingerprint.Version)
+	body := answer.Body
+	if body == nil {
+		body = []byte{} // nil would be NULL
+	}
+	a.params = [...][]byte{
+		claimedAt, a.store.synchronousCommit, a.ttl[:], a.status[:], a.version[:], a.claim.Attempt[:],
+		a.scope, a.key, a.claim.Fingerprint.Sum[:], encodeHeaders(a.headers[:0], answer.Header), body, nil,
+	}
+	if a.claim.TraceID != "" {
+		a.params[insertParams-1] = []byte(a.claim.TraceID)
+	}
+	return wire.Call{Statement: &a.store.statements.insert, Params: a.params[:]}
+}
+
+// recordColumns are the columns that [decodeRecord] reads, in its order.
+const (
+	recordColumns      = "fingerprint_version, fingerprint, attempt_id, status, headers, body, trace_id, created_at, expires_at"
+	recordColumnsCount = 9
+)
+
+// errRecord marks a record that this program can't read.
+var errRecord = errors.New("record can't be read")
+
+// decodeLookUp reads the row of a look-up. The record is nil if there is none, or if row-level
+// security hides it.
+func decodeLookUp(values [][]byte) (record *idempotency.Record, hidden bool, err error) {
+	d := wire.Decoder{Values: values}
+	hidden = d.Bool()
+	if d.Err != nil || len(d.Values) == 0 || d.Values[0] == nil { // the version is never NULL in a record
+		return nil, hidden, d.Err
+	}
+	record, err = decodeRecord(d.Values)
+	return record, hidden, err
+}
+
+func decodeRecord(values [][]byte) (*idempotency.Record, error) {
+	d := wire.Decoder{Values: values}
+	var r idempotency.Record
+	r.Fingerprint.Version = d.Int2()
+	copy(r.Fingerprint.Sum[:], d.Next(len(r.Fingerprint.Sum)))
+	copy(r.Attempt[:], d.Next(len(r.Attempt)))
+	r.Answer.Status = int(d.Int2())
+	headers := d.Next(-1)
+	r.Answer.Body = d.Bytes()
+	r.TraceID = string(d.Next(-1))
+	r.CreatedAt = d.Timestamp()
+	r.ExpiresAt = d.Timestamp()
+	if d.Err != nil {
+		return nil, errors.Join(errRecord, d.Err)
+	}
+	var err error
+	if r.Answer.Header, err = decodeHeaders(headers); err != nil {
+		return nil, err
+	}
+	if err := r.Answer.Validate(); err != nil {
+		return nil, errors.Join(errRecord, err)
+	}
+	return &r, nil
+}
 
 // Recorded headers are stored as a version byte, the number of (name, value) pairs, and the length-prefixed names and
 // values, names in order. A header with several values is several pairs: values are never joined. Lengths and counts
 // are unsigned varints.
 const headersVersion = 1
-
-// errRecord marks a record that this program can't read.
-var errRecord = errors.New("record can't be read")
 
 // encodeHeaders returns the stored form, in buffer where there is room for it. Equal headers give equal bytes.
 func encodeHeaders(buffer []byte, header map[string][]string) []byte {
