@@ -17,18 +17,18 @@ import (
 	"github.com/paidonce/idempotency"
 )
 
-// headerStatus says what became of a request.
+// headerStatus reports the outcome of a request.
 const headerStatus = "Idempotency-Status"
 
-// attempt is what one sending of a request brought.
+// attempt is the result of sending a request once.
 type attempt struct {
 	seen     seen
 	status   int
 	outcome  idempotency.Outcome
-	response *http.Response // of an answer
-	content  []byte         // what was read of its body
+	response *http.Response // nil if there was no answer
+	content  []byte         // the part of its body that was read
 	hopeless bool           // it was not sent, and another try would end the same way
-	err      error          // where there is no answer
+	err      error          // set if there is no answer
 }
 
 // attempt sends the request once, and reads the answer.
@@ -67,7 +67,7 @@ func (t *Transport) exchange(op *operation) *attempt {
 	r.Body = out.watch(body)
 	response, err := t.base.RoundTrip(r)
 	if out.got.Load() > 1 {
-		op.maybe = true // net/http has sent it before, and nobody saw what became of that
+		op.maybe = true // net/http sent it before, and its outcome is unknown
 	}
 	if err != nil {
 		release()
@@ -86,7 +86,7 @@ func (t *Transport) exchange(op *operation) *attempt {
 	return t.answered(op, response, content)
 }
 
-// timedOut adds to an error that AttemptTimeout is its cause.
+// timedOut adds to an error that AttemptTimeout caused it.
 func timedOut(ctx context.Context, err error) error {
 	if errors.Is(context.Cause(ctx), ErrAttemptTimedOut) && !errors.Is(err, ErrAttemptTimedOut) {
 		return fmt.Errorf("%w: %w", ErrAttemptTimedOut, err)
@@ -94,7 +94,7 @@ func timedOut(ctx context.Context, err error) error {
 	return err
 }
 
-// outcomeOf returns the outcome in an answer, "" if there is none. An answer with two proves
+// outcomeOf returns the outcome in an answer's header, or "". A header with two outcomes proves
 // neither.
 func outcomeOf(header http.Header) idempotency.Outcome {
 	values := header.Values(headerStatus)
@@ -106,7 +106,7 @@ func outcomeOf(header http.Header) idempotency.Outcome {
 	return idempotency.Outcome(header.Get(headerStatus))
 }
 
-// answered notes what an answer says.
+// answered records an answer.
 func (t *Transport) answered(op *operation, response *http.Response, content []byte) *attempt {
 	a := &attempt{
 		seen: seenAnswered, status: response.StatusCode, response: response, content: content,
@@ -122,8 +122,9 @@ func (t *Transport) answered(op *operation, response *http.Response, content []b
 	return a
 }
 
-// readBody reads an answer's body up to the limit and puts it back. An answer that breaks off before is an error. It
-// calls release once nothing more is to come: now, or when the rest, over the limit, is closed.
+// readBody reads an answer's body up to the limit and puts it back. It returns an error if the
+// answer breaks off before. It calls release when nothing more will be read: now, or when the rest
+// above the limit is closed.
 func (t *Transport) readBody(response *http.Response, release func()) ([]byte, error) {
 	content, err := io.ReadAll(io.LimitReader(response.Body, t.options.AnswerBytesMax+1))
 	if err != nil {
@@ -140,7 +141,7 @@ func (t *Transport) readBody(response *http.Response, release func()) ([]byte, e
 	return content, nil
 }
 
-// longBody is a body of which only the beginning is in memory.
+// longBody is a body with only its beginning in memory.
 type longBody struct {
 	io.Reader
 	rest    io.Closer
@@ -153,14 +154,14 @@ func (b *longBody) Close() error {
 	return b.rest.Close()
 }
 
-// discard closes an answer that nobody is going to read.
+// discard closes an answer that nobody will read.
 func (a *attempt) discard() {
 	if a.response != nil {
 		_ = a.response.Body.Close() // the rest is not needed
 	}
 }
 
-// why says what came of the attempt, for an error's text.
+// why describes the result of the attempt, for an error's text.
 func (a *attempt) why() error {
 	if a.err != nil {
 		return a.err
@@ -168,17 +169,17 @@ func (a *attempt) why() error {
 	return errAnswer
 }
 
-// errAnswer stands for an answer, whose status the error tells.
+// errAnswer stands for an answer; the error tells its status.
 var errAnswer = errors.New("no definite answer")
 
-// retryAfter returns the delay in the answer's Retry-After: seconds, which some servers send with a
-// fraction, or a date, compared with the answer's Date if it has one. It is 0 if there is none.
+// retryAfter returns the delay in the answer's Retry-After, or 0. The header has seconds, to which
+// some servers add a fraction, or a date, which is compared with the answer's Date if it has one.
 func (a *attempt) retryAfter() time.Duration {
 	if a.response == nil {
 		return 0
 	}
 	value := strings.TrimSpace(a.response.Header.Get("Retry-After"))
-	if strings.Trim(value, "0123456789.") == "" { // else ParseFloat takes signs, exponents and words
+	if strings.Trim(value, "0123456789.") == "" { // otherwise ParseFloat would accept signs, exponents and words
 		const most = 1e9 // seconds; more would overflow a Duration
 		if seconds, err := strconv.ParseFloat(value, 64); err == nil || errors.Is(err, strconv.ErrRange) {
 			return time.Duration(min(seconds, most) * float64(time.Second))
@@ -195,7 +196,8 @@ func (a *attempt) retryAfter() time.Duration {
 	return max(0, at.Sub(now))
 }
 
-// bodyUnread reports whether the server says that the body did not arrive whole, which is the network's doing.
+// bodyUnread reports whether the server says that the body did not arrive whole: a fault of the
+// network.
 func (a *attempt) bodyUnread() bool {
 	if a.seen != seenAnswered || a.status != http.StatusBadRequest || len(a.content) > problemBodyMax {
 		return false

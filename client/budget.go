@@ -5,8 +5,9 @@ import (
 	"time"
 )
 
-// budget bounds the retries of all requests together, so that an outage is not met with a multiple of the load. Each
-// first attempt earns a share of a retry, time earns a floor, and each retry spends one. It is safe for concurrent use.
+// budget bounds the retries of all requests together, so that an outage does not multiply the load.
+// Each first attempt adds a share of a retry, time adds RetriesPerSecond, and each retry spends
+// one. It is safe for concurrent use.
 type budget struct {
 	perRequest float64
 	perSecond  float64
@@ -17,7 +18,7 @@ type budget struct {
 	at      time.Time
 }
 
-// newBudget returns a budget that is full: a client that has just started may have keys to settle.
+// newBudget returns a full budget: a client that has just started may have keys to settle.
 func newBudget(percent, perSecond, most int) *budget {
 	return &budget{perRequest: float64(percent) / 100, perSecond: float64(perSecond), most: float64(most), balance: float64(most)}
 }
@@ -32,7 +33,8 @@ func (b *budget) earn() {
 	b.balance = min(b.most, b.balance+b.perRequest)
 }
 
-// spend takes a retry out of the budget, and reports whether there was one. A nil budget is without bounds.
+// spend takes a retry from the budget, and reports whether there was one. A nil budget is
+// unbounded.
 func (b *budget) spend(now time.Time) bool {
 	if b == nil {
 		return true

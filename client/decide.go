@@ -6,7 +6,7 @@ import (
 	"github.com/paidonce/idempotency"
 )
 
-// seen is what one attempt brought.
+// seen is the result of one attempt.
 type seen uint8
 
 const (
@@ -15,24 +15,24 @@ const (
 	seenAnswered                 // there is a whole answer
 )
 
-// fact is what is known after one attempt.
+// fact is the knowledge after one attempt.
 type fact struct {
 	seen       seen
 	hopeless   bool                // it was not sent, and another try would end the same way
-	outcome    idempotency.Outcome // of an answer: its Idempotency-Status, empty where there is none
+	outcome    idempotency.Outcome // of an answer: its Idempotency-Status, or empty
 	status     int                 // of an answer
 	bodyUnread bool                // of an answer: the server says that the body did not arrive whole
-	honoured   bool                // the server honours keys: somebody said so, or it has shown it
-	maybe      bool                // an earlier attempt of this call may have been executed, or one of another call with the key
+	honoured   bool                // the server honours keys: Options.Honours says so, or its answers have shown it
+	maybe      bool                // an earlier attempt of this call, or of another call with the key, may have been executed
 }
 
-// step is what follows.
+// step is the next step.
 type step struct {
 	again bool // send the same bytes with the same key again; else this attempt's answer is the caller's
-	maybe bool // this attempt may have been executed, or another with its key
+	maybe bool // this attempt, or another with its key, may have been executed
 }
 
-// decide is the one place that branches on what an attempt brought. docs/client.md holds the same table in words.
+// decide alone branches on the result of an attempt. docs/client.md has the same table in words.
 func decide(f fact) step {
 	switch f.seen {
 	case seenUnsent:
@@ -44,12 +44,14 @@ func decide(f fact) step {
 	case idempotency.OutcomeExecuted, idempotency.OutcomeReplayed, idempotency.OutcomeMismatch:
 		return step{}
 	case idempotency.OutcomeNotExecuted:
-		// It speaks of the request that it answers, and not of an earlier one (docs/decisions/0007): there is an end only
-		// with executed or replayed once that may have been executed.
+		// The answer describes the request that it answers, and not an earlier one
+		// (docs/decisions/0007). If an earlier one may have been executed, only executed or
+		// replayed is an end.
 		return step{again: f.maybe || passing(f.status) || f.bodyUnread}
 	case "":
-		// No word of the middleware: a server without one, or something in front of it. Nothing is proven. A success is never
-		// asked for again: it is the best sign that nobody there honours keys. A redirect is none, and who follows it makes a
+		// The middleware did not answer: the server has none, or something in front of it answered.
+		// Nothing is proven. A success is never retried: it is the best sign that the server does
+		// not honour keys. A redirect is not retried either, and a client that follows it sends a
 		// request with another key.
 		switch {
 		case f.status < 300 || !f.honoured:
@@ -63,7 +65,7 @@ func decide(f fact) step {
 	return step{again: true, maybe: true}
 }
 
-// passing reports whether a refusal may be another one in a moment.
+// passing reports whether a refusal may be a different answer in a moment.
 func passing(status int) bool {
 	switch status {
 	case http.StatusRequestTimeout, http.StatusConflict, http.StatusTooEarly, http.StatusTooManyRequests, 499: // a canceled call
@@ -72,7 +74,8 @@ func passing(status int) bool {
 	return status >= 500
 }
 
-// settles reports whether an answer ends its key's story: nobody need send it again, whatever went before.
+// settles reports whether an answer settles its key: nobody need send it again, whatever went
+// before.
 func settles(outcome idempotency.Outcome) bool {
 	switch outcome {
 	case idempotency.OutcomeExecuted, idempotency.OutcomeReplayed, idempotency.OutcomeMismatch:

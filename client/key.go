@@ -22,35 +22,38 @@ type ownKey struct {
 	isNew bool
 }
 
-// WithKey returns a context whose requests carry a key of the caller's in place of a minted one: to go on with a key
-// after [ErrUnknown], or because the caller keeps it with what it is for. It may have been sent before, so a request
-// that gets no answer is never said to be [ErrNotExecuted]. The context is for one request: all that carry it share the
-// key. An Idempotency-Key header of the request's own does the same, and wins. It is sent as it is, but where intents are kept,
-// which are resumed with keys that are spelt as Options.BareKeys says.
+// WithKey returns a context with the caller's key, which its request carries in place of a minted
+// one: to go on with a key after [ErrUnknown], or because the caller keeps the key with its
+// purpose. The key may have been sent before, so a request without an answer never ends with
+// [ErrNotExecuted]. Use the context for one request: all requests with it share the key. The
+// request's own Idempotency-Key header does the same, and takes precedence. That header is sent
+// unchanged, unless intents are kept: those are resumed with keys in the spelling of
+// Options.BareKeys.
 //
-// A key is 1 to idempotency.KeyBytesMax visible ASCII characters without comma, space and quote; with another one
-// nothing is sent.
+// A key is 1 to idempotency.KeyBytesMax visible ASCII characters without comma, space and quote.
+// With an invalid key nothing is sent.
 func WithKey(ctx context.Context, key string) context.Context {
 	return context.WithValue(ctx, contextKey{}, ownKey{value: key})
 }
 
-// WithNewKey is [WithKey] with the caller's word that no request with the key was ever sent, by anybody: then
-// [ErrNotExecuted] can be proven. Where the word is wrong a caller may be told to give up what was executed.
+// WithNewKey is [WithKey] for a key that nobody ever sent a request with, as the caller promises:
+// then [ErrNotExecuted] can be proven. If the promise is untrue, a caller may get not-executed for
+// a request that was executed.
 func WithNewKey(ctx context.Context, key string) context.Context {
 	return context.WithValue(ctx, contextKey{}, ownKey{value: key, isNew: true})
 }
 
-// KeyFrom returns the key that an answer's request carried, minted or not, and "" where it carried none. For a request
-// without an answer see [Error].
+// KeyFrom returns the key that an answer's request carried, minted or not, or "" if it carried
+// none. For a request without an answer see [Error].
 func KeyFrom(response *http.Response) string {
 	if response == nil || response.Request == nil {
 		return ""
 	}
-	key, _ := keyOf(response.Request.Header) // without one, or with one that is none, there is no key
+	key, _ := keyOf(response.Request.Header) // "" without a key, or with an invalid one
 	return key
 }
 
-// keyOf returns the key of a header, "" where there is none. Both spellings are the same key.
+// keyOf returns the key in a header, or "". Both spellings are the same key.
 func keyOf(header http.Header) (string, error) {
 	values := header.Values(HeaderKey)
 	switch len(values) {
@@ -74,11 +77,11 @@ func keyOf(header http.Header) (string, error) {
 	return key, nil
 }
 
-// quote spells a key as a string of RFC 8941, which is what the header is to be. A strict parser refuses a bare UUIDv7:
-// it begins with a digit, as a number would.
+// quote spells a key as a string of RFC 8941, as the header's definition demands. A strict parser
+// refuses a bare UUIDv7, because it begins with a digit, as a number does.
 func quote(key string) string { return `"` + strings.ReplaceAll(key, `\`, `\\`) + `"` }
 
-// unquote is the inverse of quote. Within a key only the backslash is ever escaped.
+// unquote is the inverse of quote. Within a key only a backslash is ever escaped.
 func unquote(text string) (key string, ok bool) {
 	inside, ok := strings.CutSuffix(text[1:], `"`)
 	if !ok {
@@ -102,7 +105,7 @@ func unquote(text string) (key string, ok bool) {
 	return b.String(), true
 }
 
-// mint makes a key: a UUIDv7, whose neighbours in time are neighbours in the server's index.
+// mint makes a key: a UUIDv7, so that keys of one time are neighbours in the server's index.
 func mint() (string, error) {
 	id, err := uuid.NewV7()
 	if err != nil {

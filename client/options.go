@@ -12,11 +12,11 @@ import (
 
 // Limits that no option changes.
 const (
-	IntentSkewMax  = time.Minute     // an intent that was saved later than that from now on tells no age, and is not sent again
-	RoutesMax      = 1000            // routes of which it is remembered that they honour keys
-	ResumeAtOnce   = 4               // intents that are resumed at once
-	SettleTimeout  = 5 * time.Second // for an IntentStore to forget an intent, also when the request's context is over
-	problemBodyMax = 64 << 10        // bytes of a problem document that is looked into
+	IntentSkewMax  = time.Minute     // an intent saved later than this from now has no reliable age, and is not sent again
+	RoutesMax      = 1000            // the maximum number of routes remembered to honour keys
+	ResumeAtOnce   = 4               // intents resumed concurrently
+	SettleTimeout  = 5 * time.Second // the time for an IntentStore to forget an intent, even if the request's context has ended
+	problemBodyMax = 64 << 10        // bytes of a problem document that are read
 )
 
 // Options tune a [Transport]. Nil and the zero value are the defaults, which are the safest. A
@@ -27,55 +27,61 @@ type Options struct {
 	// not: they always pass through untouched.
 	Methods []string
 
-	// Honours says whether the server honours keys for a request, so that it may be sent again although its reply was
-	// lost. Where it does not, that pays twice. [Everywhere] says so of all. Nil goes by what was seen: a route (method,
-	// scheme, host and path) that has answered with Idempotency-Status honours keys, and a lost reply of any other is
+	// Honours reports whether the server honours keys for a request, so that it may be sent again
+	// although its reply was lost. If it reports true wrongly, a retry pays twice. [Everywhere] is
+	// true for all requests. Nil goes by the answers: a route (method, scheme, host and path) that
+	// has answered with Idempotency-Status honours keys, and a lost reply of any other route is
 	// [ErrUnknown] at once. At most [RoutesMax] routes are remembered.
 	Honours func(r *http.Request) bool
 
-	// BareKeys sends keys as they are, for a server that does not read them as RFC 8941 strings, "in quotes".
+	// BareKeys sends keys without quotes, for a server that does not read them as RFC 8941 strings.
 	BareKeys bool
 
-	// BackoffFirst and BackoffMax bound the pause before a retry: it is drawn evenly from zero to the bound (full jitter),
-	// which is BackoffFirst at first and doubles up to BackoffMax. Retry-After of an answer, up to RetryAfterMax, comes on
-	// top. They default to 100 milliseconds, 10 seconds (BackoffFirst, if that is longer) and 30
-	// seconds.
+	// BackoffFirst and BackoffMax bound the pause before a retry. The pause is random, between zero
+	// and a bound (full jitter): the bound is BackoffFirst at first, and doubles up to BackoffMax.
+	// An answer's Retry-After, up to RetryAfterMax, is added. They default to 100 milliseconds, 10
+	// seconds (or BackoffFirst, if longer) and 30 seconds.
 	BackoffFirst  time.Duration
 	BackoffMax    time.Duration
 	RetryAfterMax time.Duration
 
-	// AttemptTimeout bounds one attempt, its answer's body included. It should be longer than the server takes at most, or
-	// each retry finds the attempt before still in progress. Defaults to 30 seconds, as long as a server's WriteTimeout
-	// should be.
+	// AttemptTimeout bounds one attempt, including its answer's body. It should be longer than the
+	// server's longest request, or each retry finds the previous attempt still in progress.
+	// Defaults to 30 seconds, the recommended WriteTimeout of a server.
 	AttemptTimeout time.Duration
 
 	// TotalMax and AttemptsMax limit a request with all of its attempts and pauses. A pause that
-	// would end too late is not begun. If one took longer, because the process was stopped or the
-	// machine suspended, nothing more is sent. They default to 2 minutes and 10 attempts. TotalMax
-	// must be well under the server's TTL of a key and, with Intents, must not exceed IntentAgeMax.
+	// would end too late is not begun. If a pause took longer, because the process was stopped or
+	// the machine suspended, nothing more is sent. They default to 2 minutes and 10 attempts.
+	// TotalMax must be well under the server's TTL of a key and, with Intents, must not exceed
+	// IntentAgeMax.
 	TotalMax    time.Duration
 	AttemptsMax int
 
-	// RetryPercent, RetriesPerSecond and RetryBurst bound the retries of all requests of a Transport together, so that an
-	// outage is not amplified: each request earns RetryPercent of a retry, each second RetriesPerSecond, and RetryBurst can
-	// be saved up. A request that finds none left ends with [ErrRetriesSpent]. They default to 20, 10 and 100.
-	// Unbudgeted lifts the bound.
+	// RetryPercent, RetriesPerSecond and RetryBurst bound the retries of all requests of a
+	// Transport together, so that an outage is not amplified. Each request adds RetryPercent of a
+	// retry, each second adds RetriesPerSecond, and at most RetryBurst are saved up. A request that
+	// finds none left ends with [ErrRetriesSpent]. They default to 20, 10 and 100. Unbudgeted
+	// removes the bound.
 	RetryPercent     int
 	RetriesPerSecond int
 	RetryBurst       int
 	Unbudgeted       bool
 
-	// BodyBytesMax bounds a request's body, which is kept in memory to be sent again. A longer one is sent only if the
-	// request has GetBody and no intent is kept of it; else it is refused with [ErrBodyTooLarge], before anything is sent.
-	// Defaults to 1 MiB, the limit of package middleware.
+	// BodyBytesMax bounds a request's body, which is kept in memory to be sent again. A longer body
+	// is sent only if the request has GetBody and no intent of it is kept; else the request is
+	// refused with [ErrBodyTooLarge], before anything is sent. Defaults to 1 MiB, the limit of
+	// package middleware.
 	BodyBytesMax int64
 
-	// AnswerBytesMax is how much of an answer's body is read before the caller gets it, because an answer that breaks off
-	// is a lost one. What is beyond is read by the caller as it comes. Defaults to 4 MiB.
+	// AnswerBytesMax is the number of bytes of an answer's body that are read before the caller
+	// gets the answer, because an answer that breaks off is a lost one. The caller reads the rest
+	// as it arrives. Defaults to 4 MiB.
 	AnswerBytesMax int64
 
-	// Intents keeps each keyed request from before its first attempt until it is settled, so that a process that dies can
-	// go on by [Transport.Resume]. A store belongs to one Transport. Nil keeps none.
+	// Intents keeps each keyed request from before its first attempt until it is settled, so that
+	// after a crash [Transport.Resume] can continue it. A store belongs to one Transport. Nil keeps
+	// none.
 	Intents IntentStore
 
 	// IntentHeaders are kept with an intent, in addition to [IntentHeadersDefault]. A request with
@@ -90,16 +96,18 @@ type Options struct {
 	// must depend only on the request: the context is that of Resume.
 	IntentHeadersOmitted []string
 
-	// IntentAgeMax is the age from which on an intent is not sent again: a key counts at the server for a time, and is new
-	// after it. It must be under that time. Defaults to 12 hours, half of the server's default TTL.
+	// IntentAgeMax is the age from which an intent is not sent again: the server deletes a record
+	// after its TTL, and then the key is new. It must be under that TTL. Defaults to 12 hours, half
+	// of the server's default TTL.
 	IntentAgeMax time.Duration
 
-	// Trace is told of everything that happens to a keyed request, from the goroutine of the request and with its context.
-	// It should be quick. Nil tells nobody.
+	// Trace is called for every event of a keyed request, on the request's goroutine and with its
+	// context. It should be quick. May be nil.
 	Trace func(ctx context.Context, e Event)
 }
 
-// Everywhere is an [Options.Honours] for a client all of whose requests go to routes that honour keys.
+// Everywhere is an [Options.Honours] for a client that sends requests only to routes that honour
+// keys.
 func Everywhere(*http.Request) bool { return true }
 
 // IntentHeadersDefault returns the request headers that an intent keeps.
@@ -121,7 +129,7 @@ func IntentHeadersOmittedDefault() []string {
 	}
 }
 
-// full returns a copy of o in which nothing is left out. It panics on values that can't work.
+// full returns a copy of o with defaults filled in. It panics on invalid values.
 func (o *Options) full() Options {
 	var full Options
 	if o != nil {

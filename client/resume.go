@@ -16,28 +16,30 @@ import (
 	"github.com/paidonce/idempotency"
 )
 
-// Resumed is what became of one intent.
+// Resumed is the result of one intent.
 type Resumed struct {
 	Intent   *Intent
-	Response *http.Response // executed, replayed or mismatch, its body read; nil where there is no such answer
+	Response *http.Response // executed, replayed or mismatch, its body read; nil if there is no such answer
 	Err      error          // an *Error, always ErrUnknown: the intent is still kept
 }
 
-// Report says how far [Transport.Resume] came.
+// Report has the results of [Transport.Resume].
 type Report struct {
-	Settled int // intents that have their answer and are forgotten
-	Kept    int // intents that have none yet, or whose handling failed
+	Settled int // intents that have their answer and were forgotten
+	Kept    int // intents without an answer yet, or with a failed handle
 }
 
-// Resume sends the intents that are pending again, each until it is settled or its attempts are spent, [ResumeAtOnce]
-// at a time: those of a process that died, and those that ended with [ErrUnknown]. A service calls it at its start, and
-// from time to time. Those that are under way in this Transport are left alone.
+// Resume sends pending intents again, each until it is settled or its attempts are spent, and
+// [ResumeAtOnce] at a time: the intents of a process that died, and those that ended with
+// [ErrUnknown]. A service calls it when it starts, and from time to time. It skips intents that are
+// under way in this Transport.
 //
-// handle is told of each, from several goroutines at once; nil tells nobody. An answer is handled before the intent is
-// forgotten: where handle fails, or the process dies, it is handled again, and then it is a replay. A mismatch is a bug of
-// the caller's: its key belongs to another request, and asking again would not help. An intent older than
-// [Options.IntentAgeMax] is handled with [ErrIntentTooOld] and kept, for a person to look at: its key may be new at the
-// server, and what it asks for may have been done.
+// Resume calls handle for each, from several goroutines at once; handle may be nil. It handles an
+// answer before it forgets the intent: if handle fails, or the process dies, the answer is handled
+// again, and then it is a replay. A mismatch is a bug of the caller: its key belongs to another
+// request, and sending it again would not help. An intent older than [Options.IntentAgeMax] is
+// handled with [ErrIntentTooOld] and kept, for a person to check: its key may be new at the server,
+// and its request may have been executed.
 //
 // The error is that of the store, of handle, or of ctx.
 func (t *Transport) Resume(ctx context.Context, handle func(ctx context.Context, r *Resumed) error) (Report, error) {
@@ -86,7 +88,7 @@ func (t *Transport) resumeOne(ctx context.Context, key string, handle func(conte
 		return false, false, nil
 	}
 	defer t.flights.leave(key)
-	// Only now: since it was listed its caller may have been told that it was not executed.
+	// Only now: since the key was listed, its caller may have got not-executed.
 	intent, err := t.options.Intents.Take(ctx, key)
 	if err != nil {
 		return false, true, fmt.Errorf("take an intent: %w", err)
@@ -105,7 +107,7 @@ func (t *Transport) resumeOne(ctx context.Context, key string, handle func(conte
 		resumed.Err = t.end(op, response, ErrNotHonoured)
 	default:
 		resumed.Response = response
-		defer func() { _ = response.Body.Close() }() // handle may have done so
+		defer func() { _ = response.Body.Close() }() // handle may have closed it
 	}
 	if handle != nil {
 		if err := handle(ctx, resumed); err != nil {
@@ -130,7 +132,7 @@ func (t *Transport) resend(op *operation, intent *Intent) (*http.Response, error
 	}
 	r, err := http.NewRequestWithContext(op.ctx, intent.Method, intent.URL, nil)
 	if err != nil {
-		return nil, errors.New("the intent is not a request") // whose text would quote the URL
+		return nil, errors.New("the intent is not a request") // url's error would quote the URL
 	}
 	r.Header = intent.Header.Clone()
 	if r.Header == nil {
@@ -153,8 +155,8 @@ func (t *Transport) resend(op *operation, intent *Intent) (*http.Response, error
 	return t.send(op)
 }
 
-// intentOf returns the intent of a request. It refuses a request that would be another one when it
-// is resumed.
+// intentOf returns the intent of a request. It refuses a request that would differ when it is
+// resumed.
 func (t *Transport) intentOf(op *operation) (*Intent, error) {
 	r := op.request
 	address := *r.URL
@@ -183,7 +185,7 @@ func (t *Transport) intentOf(op *operation) (*Intent, error) {
 	return intent, nil
 }
 
-// done forgets a settled intent. Where that fails it will be sent once more, and replayed.
+// done forgets a settled intent. If that fails, the intent is sent once more, and replayed.
 func (t *Transport) done(op *operation) {
 	if !op.saved {
 		return
@@ -195,9 +197,9 @@ func (t *Transport) done(op *operation) {
 	}
 }
 
-// abandon forgets an intent whose caller is going to be told that it was not executed.
+// abandon forgets an intent before its caller gets not-executed.
 func (t *Transport) abandon(op *operation) error {
-	if !op.saved || op.savedBefore { // an earlier call left it behind, and did not learn what became of it
+	if !op.saved || op.savedBefore { // an earlier call left it behind, and does not know its outcome
 		return nil
 	}
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(op.ctx), SettleTimeout)

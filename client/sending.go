@@ -11,11 +11,12 @@ import (
 	"sync/atomic"
 )
 
-// sending watches one request on its way out, to prove that a request without an answer never reached its server. The zero
-// value is ready; it is safe for concurrent use, because net/http writes in a goroutine of its own.
+// sending watches one request being sent, to prove that a request without an answer never reached
+// its server. The zero value is ready. It is safe for concurrent use, because net/http writes on
+// its own goroutine.
 type sending struct {
-	asked  atomic.Int64 // for a connection
-	got    atomic.Int64 // connections
+	asked  atomic.Int64 // connections asked for
+	got    atomic.Int64 // connections got
 	headed atomic.Bool  // the request's header may be on a connection
 	body   *watchedBody // nil if there is none
 }
@@ -49,7 +50,7 @@ func (s *sending) unsent() bool {
 	return s.asked.Load() > 0 && s.got.Load() == 0 || s.body != nil && s.body.seal()
 }
 
-// watchedBody is a body that was not read yet, was read, or can't be read any more.
+// watchedBody is a body that is unread, read, or sealed against reading.
 type watchedBody struct {
 	io.ReadCloser
 	state atomic.Int32
@@ -69,13 +70,13 @@ func (b *watchedBody) Read(p []byte) (int, error) {
 	return b.ReadCloser.Read(p)
 }
 
-// seal reports whether the body was never read, and keeps it so.
+// seal reports whether the body was never read, and prevents later reads.
 func (b *watchedBody) seal() bool { return b.state.CompareAndSwap(bodyUntouched, bodySealed) }
 
-// hopeless reports whether a request that was not sent would end the same way if it were tried again.
+// hopeless reports whether an unsent request would end the same way if it were tried again.
 func hopeless(err error) bool {
 	var certificate *tls.CertificateVerificationError
-	var record tls.RecordHeaderError // something that does not speak TLS
+	var record tls.RecordHeaderError // the other side does not speak TLS
 	var address *net.AddrError
 	var name *net.DNSError
 	return errors.As(err, &certificate) || errors.As(err, &record) || errors.As(err, &address) ||

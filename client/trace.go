@@ -6,30 +6,31 @@ import (
 	"github.com/paidonce/idempotency"
 )
 
-// EventKind is what happened.
+// EventKind is the kind of an [Event].
 type EventKind string
 
 // The kinds of events.
 const (
-	EventStarted  EventKind = "started"  // an attempt is about to be sent; an intent is saved by now
-	EventAnswered EventKind = "answered" // an attempt's answer is there, whole
-	EventLost     EventKind = "lost"     // an attempt has no answer, or not all of it
-	EventUnsent   EventKind = "unsent"   // an attempt ended before the server could have it: it got no connection, or nothing was written
+	EventStarted  EventKind = "started"  // an attempt is about to be sent; its intent is saved
+	EventAnswered EventKind = "answered" // an attempt's whole answer has arrived
+	EventLost     EventKind = "lost"     // an attempt has no answer, or only a part of it
+	EventUnsent   EventKind = "unsent"   // the server can't have the attempt: it got no connection, or nothing was written
 	EventWaiting  EventKind = "waiting"  // a pause begins; another attempt follows
 	EventEnded    EventKind = "ended"    // the caller gets its answer, or Err
-	EventKept     EventKind = "kept"     // an IntentStore failed to forget an intent that is settled: it will be asked for once more
+	EventKept     EventKind = "kept"     // an IntentStore failed to forget a settled intent: it will be sent once more
 )
 
-// Event is one thing that happened to one keyed request.
+// Event is one event of one keyed request.
 //
-// The key is for whoever follows it. It must not become a label or a log field; it prints as a hash.
+// The key is for following a request. It prints as a hash, and must not become a label or a log
+// field.
 type Event struct {
 	Kind    EventKind
-	Key     idempotency.Key     // Value alone
-	Attempt int                 // from 1; 0 where none was made
+	Key     idempotency.Key     // only Value is set
+	Attempt int                 // from 1; 0 if none was made
 	Status  int                 // of an answer
-	Outcome idempotency.Outcome // of an answer, empty where it does not say; of an Ended with Err what is true
-	Took    time.Duration       // of an attempt that is over; of all of it for Ended
+	Outcome idempotency.Outcome // of an answer, empty if it has none; of an Ended with Err: the proven outcome
+	Took    time.Duration       // of an ended attempt; of the whole request for Ended
 	Pause   time.Duration       // of Waiting
-	Err     error               // of Lost, Unsent, Kept, and of Ended where there is no answer
+	Err     error               // of Lost, Unsent and Kept; of Ended if there is no answer
 }

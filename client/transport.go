@@ -17,8 +17,9 @@ import (
 	"github.com/paidonce/idempotency/internal/deadline"
 )
 
-// Transport is an [http.RoundTripper] that gives each request which changes something a key, and sends it until there
-// is a definite answer. Make it with [New]. It is safe for concurrent use.
+// Transport is an [http.RoundTripper] that gives each request with a method of [Options.Methods] a
+// key, and sends it until there is a definite answer. Make it with [New]. It is safe for concurrent
+// use.
 type Transport struct {
 	base    http.RoundTripper
 	options Options
@@ -29,10 +30,11 @@ type Transport struct {
 
 var _ http.RoundTripper = (*Transport)(nil)
 
-// New returns a Transport that sends through base; nil is [http.DefaultTransport]. It panics on options that can't work.
+// New returns a Transport that sends through base; nil is [http.DefaultTransport]. It panics on
+// invalid options.
 //
-// base must not send a request twice by itself. net/http's does so in one case, which is found out and counted:
-// where a request has no body and a kept connection breaks.
+// base must not send a request twice by itself. net/http's does so in one case, which is detected
+// and counted: if a request has no body and a kept connection breaks.
 func New(base http.RoundTripper, options *Options) *Transport {
 	if base == nil {
 		base = http.DefaultTransport
@@ -48,16 +50,16 @@ func New(base http.RoundTripper, options *Options) *Transport {
 	return t
 }
 
-// RoundTrip sends a request. With a method of [Options.Methods] it returns an answer whose body has been read, or an
-// [*Error]; else it does what the base RoundTripper does.
+// RoundTrip sends a request. With a method of [Options.Methods] it returns an answer with its body
+// already read, or an [*Error]. With any other method it does the same as the base RoundTripper.
 //
-// What it returns is an answer that asking again would not change: executed, replayed, mismatch, and those of
-// not-executed that are about the request itself (400, 401, 404, 413 and so on), where no earlier attempt may have been
-// executed. An answer that does not say its Idempotency-Status comes back as it is from a server that is not known to
-// honour keys.
+// It returns answers that sending again would not change: executed, replayed, mismatch, and
+// not-executed that is about the request itself (400, 401, 404, 413 and so on) if no earlier
+// attempt may have been executed. An answer without Idempotency-Status is returned unchanged if the
+// server is not known to honour keys.
 //
-// A request that ends with [ErrUnknown] must not be sent by a new call without its key, which would mint another:
-// [WithKey] goes on with it.
+// A request that ended with [ErrUnknown] must not be sent by a new call without its key, which
+// would mint another key: go on with [WithKey].
 func (t *Transport) RoundTrip(r *http.Request) (*http.Response, error) {
 	if !slices.Contains(t.options.Methods, r.Method) {
 		return t.base.RoundTrip(r)
@@ -77,7 +79,7 @@ func (t *Transport) RoundTrip(r *http.Request) (*http.Response, error) {
 		}
 		before, err := t.options.Intents.Save(r.Context(), intent)
 		op.saved, op.savedBefore = !errors.Is(err, ErrIntentRefused), before
-		op.maybe = before // as for an intent that is resumed
+		op.maybe = before // as for a resumed intent
 		if err != nil {
 			return nil, t.end(op, nil, fmt.Errorf("save the intent: %w", err))
 		}
@@ -86,21 +88,21 @@ func (t *Transport) RoundTrip(r *http.Request) (*http.Response, error) {
 	return t.settle(op, response, err)
 }
 
-// CloseIdleConnections closes those of the base RoundTripper, where it has some.
+// CloseIdleConnections closes those of the base RoundTripper, if it supports that.
 func (t *Transport) CloseIdleConnections() {
 	if base, ok := t.base.(interface{ CloseIdleConnections() }); ok {
 		base.CloseIdleConnections()
 	}
 }
 
-// operation is one request on its way to a definite answer.
+// operation is one request until its definite answer.
 type operation struct {
 	ctx     context.Context
-	request *http.Request // as it is sent, but for its body
+	request *http.Request // as it is sent, except its body
 	key     idempotency.Key
 	isNew   bool // no request with the key was sent before this call
 	body    func() (io.ReadCloser, error)
-	bytes   []byte // of the body, where it is in memory
+	bytes   []byte // the body, if it is in memory
 
 	saved       bool // an intent is kept
 	savedBefore bool // it was kept before this call
@@ -108,7 +110,7 @@ type operation struct {
 	started  time.Time
 	began    time.Time // as started, without the monotonic clock
 	attempts int
-	maybe    bool // an attempt of this call may have been executed, or one of another call with the key
+	maybe    bool // an attempt of this call, or of another call with the key, may have been executed
 	honoured bool
 	status   int // of the last answer
 	last     idempotency.Outcome
@@ -119,25 +121,26 @@ func newOperation(ctx context.Context) *operation {
 	return &operation{ctx: ctx, started: now, began: now.Round(0)}
 }
 
-// age returns the time since the request began, the larger of two clocks': while the machine is
+// age returns the time since the request began, by the clock that shows more: while the machine is
 // suspended the monotonic clock stands still, and the wall clock may be set back.
 func (op *operation) age() time.Duration {
 	now := time.Now()
 	return max(now.Sub(op.started), now.Round(0).Sub(op.began))
 }
 
-// prepare makes a request ready to be sent more than once, and closes its body. The operation is never nil.
+// prepare makes a request ready to be sent repeatedly, and closes its body. The operation is never
+// nil.
 func (t *Transport) prepare(r *http.Request) (*operation, error) {
 	op := newOperation(r.Context())
 	op.isNew = true
 	closeBody := func() {
 		if r.Body != nil {
-			_ = r.Body.Close() // it was read, or it is not going to be
+			_ = r.Body.Close() // it was read, or will not be
 		}
 	}
 	key, err := keyOf(r.Header)
 	switch own, ok := r.Context().Value(contextKey{}).(ownKey); {
-	case err != nil: // no server executes a request with such a key
+	case err != nil: // no server executes a request with an invalid key
 	case key != "":
 		op.isNew = false
 	case ok:
@@ -157,11 +160,11 @@ func (t *Transport) prepare(r *http.Request) (*operation, error) {
 		return op, err
 	}
 	op.request = r.Clone(r.Context())
-	op.request.GetBody = nil // else net/http sends a keyed request again by itself, unseen
+	op.request.GetBody = nil // else net/http silently sends a keyed request again by itself
 	if op.request.Header == nil {
 		op.request.Header = http.Header{}
 	}
-	if len(op.request.Header.Values(HeaderKey)) == 0 || t.options.Intents != nil { // an intent does not keep how it was spelt
+	if len(op.request.Header.Values(HeaderKey)) == 0 || t.options.Intents != nil { // an intent does not keep the key's spelling
 		spelt := key
 		if !t.options.BareKeys {
 			spelt = quote(key)
@@ -177,7 +180,7 @@ func (t *Transport) prepare(r *http.Request) (*operation, error) {
 	return op, nil
 }
 
-// takeBody reads the body, or arranges for it to be read from the start for each attempt.
+// takeBody reads the body, or makes each attempt read it from the start.
 func (t *Transport) takeBody(op *operation, r *http.Request) error {
 	if r.Body == nil || r.Body == http.NoBody {
 		op.body = func() (io.ReadCloser, error) { return r.Body, nil }
@@ -218,7 +221,7 @@ func (op *operation) setBody(content []byte) {
 	}
 }
 
-// send sends until there is an answer that is the caller's, or no more time, attempts or retries.
+// send sends until there is an answer for the caller, or until time, attempts or retries run out.
 func (t *Transport) send(op *operation) (*http.Response, error) {
 	ctx := op.ctx
 	t.budget.earn()
@@ -261,14 +264,15 @@ func (t *Transport) send(op *operation) (*http.Response, error) {
 		if err := deadline.Sleep(ctx, pause); err != nil {
 			return nil, fmt.Errorf("%w: %w", err, why)
 		}
-		// The process may have been stopped, or the machine suspended, until the key is new at the server.
+		// The process may have been stopped, or the machine suspended, for so long that the key is
+		// new at the server.
 		if op.age() > t.options.TotalMax {
 			return nil, fmt.Errorf("%w: %w", ErrTimeSpent, why)
 		}
 	}
 }
 
-// settle forgets the intent where the key's story is at its end, and says so.
+// settle forgets the intent if its key is settled, and reports the end.
 func (t *Transport) settle(op *operation, response *http.Response, err error) (*http.Response, error) {
 	outcome := op.last
 	if err == nil && settles(outcome) {
@@ -279,7 +283,7 @@ func (t *Transport) settle(op *operation, response *http.Response, err error) (*
 	if err != nil {
 		return nil, t.end(op, nil, err)
 	}
-	// The caller may do it anew, so nobody else may do it any more.
+	// The caller may run the request again, so nobody else may.
 	if err := t.flights.endAlone(op.key.Value, func() error { return t.abandon(op) }); err != nil {
 		return nil, t.end(op, response, err)
 	}
@@ -287,11 +291,11 @@ func (t *Transport) settle(op *operation, response *http.Response, err error) (*
 	return response, nil
 }
 
-// end makes the error that the caller gets. It is not-executed only where that is proven, and where nobody is going to
-// send the request any more.
+// end makes the caller's error. It is not-executed only if that is proven, and nobody will send the
+// request again.
 func (t *Transport) end(op *operation, response *http.Response, err error) *Error {
 	if response != nil {
-		_ = response.Body.Close() // nobody is going to read it
+		_ = response.Body.Close() // nobody will read it
 	}
 	e := &Error{
 		Outcome: idempotency.OutcomeUnknown, Key: op.key, Started: op.started, Attempts: op.attempts, Status: op.status, Last: op.last, Err: err,
@@ -322,8 +326,8 @@ func (t *Transport) honours(r *http.Request) bool {
 	return t.routes.honour(routeOf(r.Method, r.URL))
 }
 
-// routes remembers which routes have shown that they honour keys. The zero value knows of none; it is safe for
-// concurrent use.
+// routes remembers the routes that honour keys, as their answers have shown. The zero value knows
+// none. It is safe for concurrent use.
 type routes struct {
 	mu    sync.Mutex
 	known map[string]struct{}
@@ -340,7 +344,7 @@ func (r *routes) honour(route string) bool {
 	return known
 }
 
-// saw notes that an answer of a route did, or did not, say its Idempotency-Status.
+// saw records whether an answer of a route had an Idempotency-Status.
 func (r *routes) saw(route string, said bool) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -355,7 +359,7 @@ func (r *routes) saw(route string, said bool) {
 		r.known = make(map[string]struct{})
 	}
 	if len(r.known) >= RoutesMax {
-		for one := range r.known { // any: it is learnt again by its next answer
+		for one := range r.known { // any one: its next answer teaches it again
 			delete(r.known, one)
 			break
 		}
@@ -363,7 +367,8 @@ func (r *routes) saw(route string, said bool) {
 	r.known[route] = struct{}{}
 }
 
-// flights counts the requests of each key that are under way. The zero value is ready; it is safe for concurrent use.
+// flights counts the requests under way of each key. The zero value is ready; it is safe for
+// concurrent use.
 type flights struct {
 	mu sync.Mutex
 	of map[string]*flight
@@ -372,7 +377,7 @@ type flights struct {
 type flight struct {
 	count  int
 	shared bool          // there were several at once
-	ending chan struct{} // closed when the request that is ending has forgotten its intent; nil if none is
+	ending chan struct{} // closed when the ending request has forgotten its intent; nil if none is ending
 }
 
 // enter counts a request. It waits for one that is forgetting its intent, because that would also
@@ -405,7 +410,8 @@ func (f *flights) add(key string) {
 	f.of[key] = &flight{count: 1}
 }
 
-// enterAlone is false, and enters nothing, where another request of the key is under way.
+// enterAlone is like enter, but reports false, and counts nothing, if another request of the key is
+// under way.
 func (f *flights) enterAlone(key string) bool {
 	f.mu.Lock()
 	defer f.mu.Unlock()

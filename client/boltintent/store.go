@@ -33,8 +33,8 @@ type Options struct {
 	// Defaults to 256 MiB.
 	BytesMax int64
 
-	// LockTimeout is how long Open waits for a process that holds the file, for example one that is
-	// just ending. Defaults to 1 second.
+	// LockTimeout is the maximum wait of Open for a process that holds the file, for example one
+	// that is just ending. Defaults to 1 second.
 	LockTimeout time.Duration
 }
 

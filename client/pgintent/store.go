@@ -24,8 +24,9 @@ import (
 // PendingMax is the maximum number of intents that one call of [Store.Pending] returns.
 const PendingMax = 1000
 
-// DB is what a store needs of a *pgxpool.Pool or a *pgx.Conn. It is the service's own database, and never that of the
-// server that is called. A store on a *pgx.Conn is not safe for concurrent use.
+// DB is the part of a *pgxpool.Pool or a *pgx.Conn that a store uses. It leads to the client's own
+// database, never to that of the called server. A store on a *pgx.Conn is not safe for concurrent
+// use.
 type DB interface {
 	Exec(ctx context.Context, sql string, arguments ...any) (pgconn.CommandTag, error)
 	Query(ctx context.Context, sql string, arguments ...any) (pgx.Rows, error)
@@ -37,13 +38,14 @@ type Options struct {
 	// Schema holds the table. Defaults to "public".
 	Schema string
 
-	// Owner parts the intents of clients that share the table. Those that may resume each other's are of one owner: they
-	// call the same servers with the same rights. The default is "".
+	// Owner separates the intents of clients that share the table. Clients that may resume each
+	// other's intents have the same owner: they call the same servers with the same rights.
+	// Defaults to "".
 	Owner string
 
-	// PendingAfter is how long another store's intent is left to it. It should be longer than client.Options.TotalMax, or
-	// intents that are under way elsewhere are sent twice, which is safe and in vain. A store's own are pending at once.
-	// Defaults to 5 minutes.
+	// PendingAfter is the time for which another store's intent is left to it. It should be longer
+	// than client.Options.TotalMax, or intents under way elsewhere are sent twice, which is safe
+	// but useless. A store's own intents are pending at once. Defaults to 5 minutes.
 	PendingAfter time.Duration
 }
 
@@ -78,11 +80,11 @@ func (s *Store) rowSecurity() error {
 // behind a pooler too.
 const anew = pgx.QueryExecModeExec
 
-// createLock is taken while the table is made: CREATE IF NOT EXISTS fails where two do it at once.
+// createLock is held while the table is made: concurrent CREATE IF NOT EXISTS can fail.
 const createLock = 0x696e74656e74 // "intent"
 
-// Create makes the table, where it is missing. The schema must be there. It is safe to call from several processes at
-// once. Nothing here runs it by itself.
+// Create makes the table if it is missing. The schema must exist. Several processes may call Create
+// at once. Nothing in this package calls it.
 func Create(ctx context.Context, db DB, options *Options) error {
 	o := options.full()
 	// Several statements without arguments are one transaction.
@@ -131,9 +133,10 @@ func New(db DB, options *Options) *Store {
 	}
 	s := &Store{db: db, options: options.full(), holder: uuid.New()}
 	table := s.options.table()
-	// A commit that the database forgets in a crash would be worse than none. Where the session asks for less than "on" the
-	// statement's transaction asks for it; OFFSET keeps the planner from leaving that out.
-	// So it is with the warning that Configure waits for.
+	// A commit that a crash undoes would be worse than none. If the session's synchronous_commit is
+	// less than "on", the statement sets it for its transaction; OFFSET keeps the planner from
+	// removing that. It also sets client_min_messages if the session would suppress the warning
+	// that Configure looks for.
 	const durable = `(SELECT set_config('synchronous_commit', CASE WHEN current_setting('synchronous_commit') IN ('off', 'local')
 		THEN 'on' ELSE current_setting('synchronous_commit') END, true) || set_config('client_min_messages',
 		CASE current_setting('client_min_messages') WHEN 'error' THEN 'warning' ELSE current_setting('client_min_messages') END, true)
@@ -152,11 +155,12 @@ func New(db DB, options *Options) *Store {
 	s.done = `DELETE FROM ` + table + ` WHERE owner = $1 AND key = $2`
 	s.abandon = `DELETE FROM ` + table + ` USING ` + durable + ` WHERE owner = $1 AND key = $2 AND holder = $3::uuid AND durable.setting <> ''`
 	const mayTake = `(holder = $2::uuid OR touched_at <= clock_timestamp() - $3 * interval '1 microsecond')`
-	// Those that were taken last come last, or a page of them that stay would keep all others from being resumed.
+	// The last taken come last: otherwise a page of intents that stay would keep all others from
+	// being resumed.
 	s.pending = `SELECT ` + hidden + `, found.key FROM (SELECT) AS one
 		LEFT JOIN (SELECT * FROM ` + table + ` WHERE owner = $1 AND ` + mayTake + ` ORDER BY touched_at, saved_at, key LIMIT $4) AS found ON true
 		ORDER BY found.touched_at, found.saved_at, found.key`
-	// Of two that take at once the second waits for the row, and sees it touched.
+	// If two stores take at once, the second waits for the row, and sees that it was touched.
 	s.take = `UPDATE ` + table + ` SET holder = $2::uuid, touched_at = clock_timestamp() FROM ` + durable + `
 		WHERE owner = $1 AND key = $4 AND ` + mayTake + ` AND durable.setting <> ''
 		RETURNING method, url, host, header, body, (extract(epoch FROM clock_timestamp() - saved_at) * 1000000)::bigint`
@@ -289,8 +293,8 @@ func (s *Store) connection(ctx context.Context) (db DB, release func(), err erro
 	return s.db, func() {}, nil
 }
 
-// refused says of an error whether it proves that nothing was changed: the server refused the statement, or no connection
-// was made.
+// refused reports whether an error proves that nothing was changed: the server refused the
+// statement, or no connection was made.
 func (s *Store) refused(err error) error {
 	var answer *pgconn.PgError
 	var connecting *pgconn.ConnectError
@@ -372,7 +376,8 @@ func (s *Store) Pending(ctx context.Context) ([]string, error) {
 	return keys, err
 }
 
-// Take makes an intent this store's, and returns it; nil where it is not kept, or another's.
+// Take makes an intent this store's, and returns it. It returns nil if the intent is not kept, or
+// another's.
 func (s *Store) Take(ctx context.Context, key string) (*client.Intent, error) {
 	intent := &client.Intent{Key: idempotency.Key{Value: key}}
 	var header []byte
@@ -394,7 +399,7 @@ func (s *Store) Take(ctx context.Context, key string) (*client.Intent, error) {
 	if err := notReplicated(db); err != nil {
 		return nil, err
 	}
-	// The age is the database's to tell; the two clocks may differ.
+	// By the database's clock: this process's clock may differ.
 	intent.SavedAt = time.Now().Add(-time.Duration(ageMicroseconds) * time.Microsecond)
 	lines, err := textproto.NewReader(bufio.NewReader(bytes.NewReader(append(header, "\r\n"...)))).ReadMIMEHeader()
 	if err != nil {

@@ -1,4 +1,4 @@
-// Package intenttest holds a client.IntentStore to its contract.
+// Package intenttest tests that a client.IntentStore keeps its contract.
 package intenttest
 
 import (
@@ -15,7 +15,7 @@ import (
 	"github.com/paidonce/idempotency/client"
 )
 
-// Intent returns an intent with everything in it that one can have.
+// Intent returns an intent with every field set.
 func Intent(key string) *client.Intent {
 	return &client.Intent{
 		Key: idempotency.Key{Value: key}, Method: http.MethodPost, URL: "https://bank.example/v1/transfers?dry=%20", Host: "internal.example",
@@ -24,7 +24,7 @@ func Intent(key string) *client.Intent {
 	}
 }
 
-// Run runs the conformance cases. open returns a store that is empty, and is called once for each.
+// Run runs the conformance cases. It calls open for each of them, to get an empty store.
 func Run(t *testing.T, open func(t *testing.T) client.IntentStore) {
 	t.Run("what is saved is taken", func(t *testing.T) {
 		t.Parallel()
@@ -43,7 +43,7 @@ func Run(t *testing.T, open func(t *testing.T) client.IntentStore) {
 				t.Errorf("taken is %s %s %q %q %q, want %s %s %q %q %q",
 					got.Method, got.URL, got.Host, got.Header, got.Body, want.Method, want.URL, want.Host, want.Header, want.Body)
 			}
-			const slack = 5 * time.Second // of two readings of two clocks
+			const slack = 5 * time.Second // between two readings of two clocks
 			if got.SavedAt.Before(before.Add(-slack)) || got.SavedAt.After(time.Now().Add(slack)) {
 				t.Errorf("it was saved at %v, now is %v", got.SavedAt, time.Now())
 			}
