@@ -53,8 +53,8 @@ type Page struct {
 	Descending bool   // from the last key to the first; must be the same for all pages of a walk
 }
 
-// Cursor is a place in the list, opaque and safe in a URL. It holds a scope and a key, which are no secret to who may see
-// the list, and must not be logged.
+// Cursor is a place in the list. It is opaque and safe in a URL. It contains a scope and a key:
+// people who may see the list may see it, but it must not be logged.
 type Cursor string
 
 // List is one page.
