@@ -11,7 +11,8 @@ import (
 	"github.com/paidonce/idempotency/storage/postgres/operator"
 )
 
-// ticket allows one act, by one actor, on the record of one attempt, for a while. It is what another site's page can't know.
+// ticket allows one act, by one actor, on the record of one attempt, for a limited time. Another
+// site's page can't know it.
 type ticket struct {
 	Act     Permission `json:"a"`
 	Actor   string     `json:"u"`
@@ -20,10 +21,10 @@ type ticket struct {
 	Made    time.Time  `json:"d"`
 }
 
-// DeleteWord is what is typed to confirm that a record is to be deleted.
+// DeleteWord must be typed to confirm the deletion of a record.
 const DeleteWord = "delete"
 
-// confirmPage is what confirm.html shows.
+// confirmPage is the data of confirm.html.
 type confirmPage struct {
 	Act            Permission
 	Scope, Value   string
@@ -31,7 +32,7 @@ type confirmPage struct {
 	Token, Ticket  string
 	Word           string // to be typed; empty for none
 	ReasonBytesMax int
-	Reason         string // what was typed before
+	Reason         string // as typed before
 	Problem        string // why the form is shown again
 }
 
@@ -42,7 +43,8 @@ func (h *Handler) confirmDelete(p *page) error {
 	return h.confirm(p, PermissionDelete, p.r.URL.Query().Get("k"), "", "")
 }
 
-// confirm shows what an act would do, with the form that does it. problem says why it is shown again.
+// confirm shows the effect of an act, and the form that does it. problem is the reason if the form
+// is shown again.
 func (h *Handler) confirm(p *page, act Permission, token, reason, problem string) error {
 	actor, err := h.allowed(p.r, act)
 	if err != nil {
@@ -80,8 +82,9 @@ func (h *Handler) confirm(p *page, act Permission, token, reason, problem string
 func (h *Handler) expire(p *page) error { return h.act(p, PermissionExpire, h.operator.Expire) }
 func (h *Handler) delete(p *page) error { return h.act(p, PermissionDelete, h.operator.Delete) }
 
-// act does what a confirmed form asks for. Each of its checks fails closed, and the database makes those again that others
-// can change meanwhile: that the record is the one that was shown, and that nobody holds the key.
+// act does the act of a confirmed form. Each of its checks fails closed. The database repeats the
+// checks that others can change meanwhile: that the record is still the one shown, and that nobody
+// holds the key.
 func (h *Handler) act(p *page, act Permission, do func(context.Context, idempotency.Key, operator.Act) (operator.Record, error)) error {
 	actor, err := h.allowed(p.r, act)
 	if err != nil {

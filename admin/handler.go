@@ -15,61 +15,65 @@ import (
 	"github.com/paidonce/idempotency/storage/postgres/operator"
 )
 
-// Permission is what an [AuthorizeFunc] is asked for.
+// Permission is a right that an [AuthorizeFunc] checks.
 type Permission string
 
-// The permissions. None includes another: an [AuthorizeFunc] says for each who has it.
+// The permissions. None includes another: the [AuthorizeFunc] decides on each.
 const (
-	// PermissionView is for all that is shown: scopes, keys, recorded headers, the history of keys, figures, findings.
+	// PermissionView allows everything that only reads, except bodies: scopes, keys, recorded
+	// headers, the history of keys, figures, findings.
 	PermissionView Permission = "view"
-	// PermissionViewBody is for recorded bodies. They are what clients were answered.
+	// PermissionViewBody allows recorded bodies: the clients' answers.
 	PermissionViewBody Permission = "view-body"
-	// PermissionExpire is for ending a record's time, after which a retry of its request may run again.
+	// PermissionExpire allows expiring a record, after which a retry of its request may run again.
 	PermissionExpire Permission = "expire"
-	// PermissionDelete is for deleting a record, after which a retry of its request runs again and may pay twice.
+	// PermissionDelete allows deleting a record, after which a retry of its request runs again and
+	// may pay twice.
 	PermissionDelete Permission = "delete"
 )
 
-// AuthorizeFunc says whether the caller of a request has a permission, and who the caller is: a name that the audit table can
-// hold, such as an e-mail address; at most operator.ActorBytesMax bytes. An error refuses with 403, or with 401 where it is
-// [ErrUnauthenticated]; its text is shown to nobody. An empty actor is refused too.
+// AuthorizeFunc checks whether the caller of a request has a permission, and returns the caller as
+// a name for the audit table, such as an e-mail address, of at most operator.ActorBytesMax bytes.
+// An error refuses with 403, or with 401 if it is [ErrUnauthenticated]; its text is never shown. An
+// empty actor is refused too.
 //
-// It is called several times for one page, because a page offers only what its reader may do. So it should be quick and
-// change nothing, and it is called by many goroutines at once.
+// It is called several times for one page, because a page offers only acts that its reader may do.
+// So it should be quick and must change nothing. It must be safe for concurrent use.
 type AuthorizeFunc func(r *http.Request, want Permission) (actor string, err error)
 
-// ErrUnauthenticated is what an [AuthorizeFunc] returns where it does not know the caller: 401.
+// ErrUnauthenticated is returned by an [AuthorizeFunc] that does not know the caller: 401.
 var ErrUnauthenticated = errors.New("caller is not known")
 
 // Limits.
 const (
 	SecretBytesMin = 32
 
-	// FormAgeMax is how long a form that acts can be sent after it was shown.
+	// FormAgeMax is the time after which the form of an act is refused.
 	FormAgeMax = 30 * time.Minute
 )
 
 // Options tune a [Handler]. Nil and the zero value are the defaults, which are the safest.
 type Options struct {
-	// ReadOnly leaves out expire and delete, whoever asks. A role that may only SELECT needs no more.
+	// ReadOnly removes expire and delete for everybody. Then a role with only SELECT suffices.
 	ReadOnly bool
 
-	// Secret seals what stands for keys in URLs and forms: at least [SecretBytesMin] random bytes, the same in all
-	// processes that answer for one address, and kept. Where it is nil each Handler draws its own: then a link or form of one
-	// process is refused by another, and by all after a restart.
+	// Secret seals the tokens that stand for keys in URLs and forms. It has at least
+	// [SecretBytesMin] random bytes, and is the same in all processes behind one address and after
+	// a restart. If it is nil each Handler makes its own: then every other process refuses its
+	// links and forms, and after a restart all are refused.
 	Secret []byte
 
-	// Operator tunes what the pages ask the database for.
+	// Operator tunes the pages' database calls.
 	Operator operator.Options
 
-	// Title says in the head of each page what is looked at, such as "payments, production". May be empty.
+	// Title is shown in the head of each page, such as "payments, production". May be empty.
 	Title string
 
 	// Challenge is the WWW-Authenticate header of a 401, such as `Basic realm="admin"`. The default is none.
 	Challenge string
 
-	// Logger is told of failures, and of each act and each body that was shown: who, what, and which attempt's record; never a
-	// scope, key, body or credential. The default is slog.Default.
+	// Logger gets failures, each act, and each shown body: who, the act, and the record's attempt;
+	// never a scope, key, body or credential. Defaults to slog.Default.
 	Logger *slog.Logger
 }
 
@@ -80,14 +84,14 @@ type Handler struct {
 	options     Options
 	sealer      *sealer
 	crossOrigin *http.CrossOriginProtection
-	now         func() time.Time // for the age of forms alone
+	now         func() time.Time // only for the age of forms
 	figures     figures
 }
 
 var _ http.Handler = (*Handler)(nil)
 
 // New returns the pages of a store's records. It sends nothing. It panics if the store or the
-// authorization function is missing, or the options can't work.
+// authorization function is missing, or an option is invalid.
 func New(store *postgres.Store, authorize AuthorizeFunc, opts *Options) *Handler {
 	if store == nil {
 		panic("idempotency/admin: New needs a store")
@@ -111,20 +115,20 @@ func New(store *postgres.Store, authorize AuthorizeFunc, opts *Options) *Handler
 	return h
 }
 
-// Bounds of one request. The operator bounds each of its calls more tightly.
+// Limits of one request. The operator limits each of its calls more tightly.
 const (
 	pageTimeout  = 15 * time.Second
-	actTimeout   = 15 * time.Second // whatever becomes of the client: an act that was begun is finished
+	actTimeout   = 15 * time.Second // even if the client leaves: an act that has begun is finished
 	formBytesMax = 16 << 10
 )
 
-// route is what answers under a path: one of the two is set for each method that it knows.
+// route has the functions of a path: one of the two is set for each allowed method.
 type route struct {
 	get, post func(h *Handler, p *page) error
 }
 
-// routes are all paths, relative to where the handler is mounted. They have one level, so that links between them are the same
-// under every prefix.
+// routes are all paths, relative to the mount point. They have one level, so that links between
+// them are the same under every prefix.
 var routes = map[string]route{
 	"":       {get: (*Handler).home},
 	"list":   {get: (*Handler).list},
@@ -138,17 +142,18 @@ var routes = map[string]route{
 	"live":   {get: (*Handler).live},
 }
 
-// page is one request that is answered.
+// page is one request that is being answered.
 type page struct {
 	w      http.ResponseWriter
 	r      *http.Request
-	actor  string          // who may view
-	client context.Context // ends when the client leaves; that of r ends with the answer too
+	actor  string          // has PermissionView
+	client context.Context // ends when the client leaves; r's context ends with the answer too
 }
 
 func (p *page) ctx() context.Context { return p.r.Context() }
 
-// ServeHTTP implements [http.Handler]. The path is relative to where the handler is mounted: see http.StripPrefix.
+// ServeHTTP implements [http.Handler]. The path is relative to the mount point: see
+// http.StripPrefix.
 func (h *Handler) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	secure(w.Header())
 	p := &page{w: w, r: r, client: r.Context()}
@@ -157,7 +162,7 @@ func (h *Handler) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	}
 }
 
-// serve takes one request to its answer. Nothing was written where it returns an error.
+// serve answers one request. If it returns an error it has written nothing.
 func (h *Handler) serve(p *page) error {
 	if h == nil || h.authorize == nil {
 		return refusal{status: http.StatusForbidden}
@@ -214,7 +219,7 @@ func (r route) allow() string {
 	return "GET, HEAD, POST"
 }
 
-// allowed returns the actor who asks, or the refusal of one who does not have the permission.
+// allowed returns the caller as actor, or a refusal if the caller lacks the permission.
 func (h *Handler) allowed(r *http.Request, want Permission) (actor string, err error) {
 	if h.options.ReadOnly && (want == PermissionExpire || want == PermissionDelete) {
 		return "", refusal{status: http.StatusForbidden, detail: "This page is for looking only."}
@@ -232,14 +237,14 @@ func (h *Handler) allowed(r *http.Request, want Permission) (actor string, err e
 	return actor, nil
 }
 
-// has reports whether a page may offer what the permission is for.
+// has reports whether the reader has the permission, so that a page may offer the act.
 func (h *Handler) has(p *page, want Permission) bool {
 	_, err := h.allowed(p.r, want)
 	return err == nil
 }
 
-// missingSlash redirects a request for the mount point without its final slash, under which relative links would lead
-// elsewhere. The location is relative, because only the client knows the prefix.
+// missingSlash redirects a request for the mount point without its final slash: there, relative
+// links would lead elsewhere. The location is relative, because only the client knows the prefix.
 func missingSlash(p *page) bool {
 	asked, _, _ := strings.Cut(p.r.RequestURI, "?")
 	if p.r.URL.Path != "" || asked == "" || strings.HasSuffix(asked, "/") {

@@ -17,13 +17,13 @@ import (
 	"github.com/paidonce/idempotency/storage/postgres/operator"
 )
 
-// keyPage is what key.html shows.
+// keyPage is the data of key.html.
 type keyPage struct {
 	Scope, Value string
 	State        operator.State
 	Headers      []header
 	Timeline     []operator.Event
-	Done         *done  // what was done to the key just now, nil for nothing
+	Done         *done  // the act just done to the key, or nil
 	Token        string // of the key, for links
 
 	MayViewBody, MayExpire, MayDelete bool
@@ -31,7 +31,7 @@ type keyPage struct {
 
 type header struct{ Name, Value string }
 
-// key shows what is known of one key.
+// key shows a key's record, holder and history.
 func (h *Handler) key(p *page) error {
 	key, err := h.keyOf(p.r.URL.Query())
 	if err != nil {
@@ -58,7 +58,7 @@ func (h *Handler) key(p *page) error {
 	return h.render(p, "key", "Key", view)
 }
 
-// headersOf returns the headers in the order of their names, each value apart.
+// headersOf returns the headers sorted by name, one entry per value.
 func headersOf(recorded map[string][]string) []header {
 	var headers []header
 	for name, values := range recorded {
@@ -70,24 +70,24 @@ func headersOf(recorded map[string][]string) []header {
 	return headers
 }
 
-// bodyShownBytesMax is how much of a body is shown.
+// bodyShownBytesMax is the maximum number of bytes of a body that are shown.
 const bodyShownBytesMax = 64 << 10
 
-// bodyHexBytesMax is how much is shown of one that is not text.
+// bodyHexBytesMax is the maximum for a body that is not text.
 const bodyHexBytesMax = 4 << 10
 
-// bodyPage is what body.html shows.
+// bodyPage is the data of body.html.
 type bodyPage struct {
 	Scope, Value string
 	Record       *operator.Record
 	Token        string
-	Text         string // what is shown
-	Form         string // how: text, JSON or hexadecimal
+	Text         string // the shown text
+	Form         string // text, JSON or hexadecimal
 	ShownBytes   int    // of the body, from its beginning
 	Bytes        int
 }
 
-// body shows a recorded body to who has the permission for that.
+// body shows a recorded body to readers with PermissionViewBody.
 func (h *Handler) body(p *page) error {
 	actor, err := h.allowed(p.r, PermissionViewBody)
 	if err != nil {
@@ -114,14 +114,14 @@ func (h *Handler) body(p *page) error {
 	return h.render(p, "body", "Recorded body", view)
 }
 
-// Forms that a body is shown in.
+// Forms in which a body is shown.
 const (
 	formText = "text, as it was recorded"
 	formJSON = "JSON, indented here for reading"
 	formHex  = "hexadecimal, because it is not text: compressed, encrypted or binary"
 )
 
-// showBody returns the beginning of a body as text, in which form it is, and how many of its bytes are shown.
+// showBody returns the beginning of a body as text, its form, and the number of its bytes shown.
 func showBody(body []byte, recorded map[string][]string) (text, form string, shown int) {
 	if !printable(body) {
 		shown = min(len(body), bodyHexBytesMax)
@@ -140,10 +140,11 @@ func showBody(body []byte, recorded map[string][]string) (text, form string, sho
 	return string(body[:shown]), formText, shown
 }
 
-// bodyNestingMax is how deeply a body may be nested to be indented: what is deeper would become many times its size.
+// bodyNestingMax is the maximum nesting of a JSON body that is indented: deeper ones would become
+// many times their size.
 const bodyNestingMax = 32
 
-// nesting returns how deeply a JSON text is nested.
+// nesting returns the nesting depth of a JSON text.
 func nesting(text []byte) (deepest int) {
 	depth, quoted := 0, false
 	for i := 0; i < len(text); i++ {
@@ -178,7 +179,7 @@ func isJSON(recorded map[string][]string) bool {
 	return false
 }
 
-// done is an act that was done, as the page after it tells.
+// done is an act that the next page reports.
 type done struct {
 	Act     Permission `json:"a"`
 	Attempt string     `json:"t"`
@@ -187,10 +188,10 @@ type done struct {
 	At      time.Time  `json:"d"`
 }
 
-// doneShown is for how long a page tells of an act.
+// doneShown is the time for which pages report an act.
 const doneShown = time.Minute
 
-// doneOf returns the act that the reader has just done to the key, nil where there is none.
+// doneOf returns the act that the reader has just done to the key, or nil.
 func (h *Handler) doneOf(p *page, key idempotency.Key) *done {
 	var d done
 	token := p.r.URL.Query().Get("done")
@@ -207,5 +208,5 @@ func parseAttempt(s string) (id idempotency.AttemptID, err error) {
 	return id, nil
 }
 
-// invalid is a refusal of what a form said.
+// invalid is the refusal of a form's contents.
 func invalid(detail string) error { return refusal{status: http.StatusBadRequest, detail: detail} }

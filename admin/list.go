@@ -20,7 +20,7 @@ type keyRef struct {
 
 func (k keyRef) key() idempotency.Key { return idempotency.Key{Scope: k.Scope, Value: k.Value} }
 
-// listQuery is what a list's link asks for.
+// listQuery is the query in a list's link.
 type listQuery struct {
 	Scope      string          `json:"s,omitempty"`
 	Prefix     string          `json:"p,omitempty"`
@@ -33,7 +33,7 @@ type listQuery struct {
 	Descending bool            `json:"d,omitempty"`
 
 	After operator.Cursor `json:"n,omitempty"`
-	Page  int             `json:"i,omitempty"` // how many pages came before this one; only told
+	Page  int             `json:"i,omitempty"` // number of previous pages; only for display
 }
 
 // Filtered reports whether the list leaves records out.
@@ -49,7 +49,7 @@ func (q listQuery) first() listQuery {
 	return q
 }
 
-// formTime is how a browser's date and time field writes; it is UTC here.
+// formTime is the format of a browser's date and time field; here it is UTC.
 const formTime = "2006-01-02T15:04"
 
 func parseTime(s string) (time.Time, error) {
@@ -101,7 +101,7 @@ func (h *Handler) keyLink(key idempotency.Key) string {
 
 func (h *Handler) listLink(q listQuery) string { return "list?q=" + h.sealer.seal(purposeList, q) }
 
-// homePage is what home.html shows.
+// homePage is the data of home.html.
 type homePage struct {
 	Rows         []row
 	RowsExamined int64
@@ -109,10 +109,10 @@ type homePage struct {
 	Figures      operator.Stats
 }
 
-// recentRows is how many of the newest records the first page shows.
+// recentRows is the maximum number of newest records on the first page.
 const recentRows = 20
 
-// home shows the figures, the search and about the newest records.
+// home shows the figures, the search and approximately the newest records.
 func (h *Handler) home(p *page) error {
 	stats, err := h.figures.get(p.ctx(), h.operator)
 	if err != nil {
@@ -125,11 +125,11 @@ func (h *Handler) home(p *page) error {
 	return h.render(p, "home", "Keys", homePage{Rows: h.rows(recent.Records), RowsExamined: recent.RowsExamined, Now: recent.Now, Figures: stats})
 }
 
-// listPage is what list.html shows.
+// listPage is the data of list.html.
 type listPage struct {
 	Query        listQuery
 	Rows         []row
-	First, Next  string // links; empty where there is none
+	First, Next  string // links; empty if there is none
 	Number       int
 	RowsExamined int64
 	Now          time.Time
@@ -167,8 +167,8 @@ func (h *Handler) list(p *page) error {
 	return h.render(p, "list", "All keys", view)
 }
 
-// search takes a form with what must not be in a URL, and redirects to a link that holds it sealed: to a key where one is
-// named, else to a list.
+// search takes a form with values that must not be in a URL, and redirects to a link that contains
+// them sealed: to a key if one is named, else to a list.
 func (h *Handler) search(p *page) error {
 	form := p.r.PostForm
 	key := trimKey(form.Get("key"))
@@ -196,8 +196,8 @@ func (h *Handler) search(p *page) error {
 	return redirect(p, h.listLink(q))
 }
 
-// trimKey takes off what is copied along with a key from a header: space around it and the quotes of a structured field. No
-// key can hold either.
+// trimKey removes spaces around a key and the quotes of a structured field, which are often copied
+// with it from a header. No key can contain either.
 func trimKey(s string) string {
 	s = strings.TrimSpace(s)
 	if len(s) >= 2 && s[0] == '"' && s[len(s)-1] == '"' {
@@ -206,7 +206,7 @@ func trimKey(s string) string {
 	return s
 }
 
-// explain says in a reader's words why a scope and key can't be one. The errors quote nothing.
+// explain explains to a reader why a scope or key is invalid. The errors quote nothing.
 func explain(err error) string {
 	switch {
 	case errors.Is(err, idempotency.ErrScopeInvalid):
@@ -224,7 +224,7 @@ func redirect(p *page, link string) error {
 	return nil
 }
 
-// keyOf opens the key that a link names.
+// keyOf opens the key in a link.
 func (h *Handler) keyOf(values url.Values) (idempotency.Key, error) {
 	var ref keyRef
 	if err := h.sealer.open(purposeKey, values.Get("k"), &ref); err != nil {

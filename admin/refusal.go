@@ -12,7 +12,7 @@ import (
 	"github.com/paidonce/idempotency/storage/postgres/operator"
 )
 
-// refusal is an answer other than what was asked for. It quotes nothing.
+// refusal is an answer in place of the requested page. It quotes nothing.
 type refusal struct {
 	status int
 	title  string // empty: that of the status
@@ -26,7 +26,7 @@ var errStaleLink = refusal{
 	detail: "It was cut short, or made by another process of the service, or before the last restart. Search for the key again.",
 }
 
-// refusalOf returns what a reader is told of an error, and whether it is news to the log.
+// refusalOf returns the refusal for an error, and whether to log the error.
 func refusalOf(err error) (refused refusal, failed bool) {
 	var pgErr *pgconn.PgError
 	switch {
@@ -56,7 +56,8 @@ func refusalOf(err error) (refused refusal, failed bool) {
 	return refusal{http.StatusServiceUnavailable, "The database could not be asked", "The service's log says why. Try again."}, true
 }
 
-// refuse answers a request with what stands in its way: a page, or a problem document (RFC 9457) where JSON was asked for.
+// refuse answers with a refusal: a page, or a problem document (RFC 9457) if the client asked for
+// JSON.
 func (h *Handler) refuse(p *page, err error) {
 	refused, failed := refusalOf(err)
 	if failed && p.client.Err() == nil {
@@ -88,19 +89,19 @@ func (h *Handler) refuse(p *page, err error) {
 	}
 }
 
-// wantsJSON reports whether the client asked for JSON and not for a page.
+// wantsJSON reports whether the client asked for JSON in place of a page.
 func wantsJSON(r *http.Request) bool {
 	accept := r.Header.Get("Accept")
 	return strings.Contains(accept, "json") && !strings.Contains(accept, "text/html")
 }
 
 func writeProblem(w http.ResponseWriter, refused refusal) {
-	text, _ := json.Marshal(struct { // of plain strings: never fails
+	text, _ := json.Marshal(struct { // plain strings: this never fails
 		Title  string `json:"title"`
 		Status int    `json:"status"`
 		Detail string `json:"detail"`
 	}{refused.title, refused.status, refused.detail})
 	w.Header().Set("Content-Type", "application/problem+json")
 	w.WriteHeader(refused.status)
-	_, _ = w.Write(text) // a client that is gone needs none
+	_, _ = w.Write(text) // the client may be gone
 }

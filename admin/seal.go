@@ -12,21 +12,21 @@ import (
 	"strings"
 )
 
-// A token's purpose is bound into it: one that was made for a link does not act.
+// A token is bound to its purpose: a token made for a link cannot act.
 const (
 	purposeKey  = "key"  // a keyRef in a link
 	purposeList = "list" // a listQuery in a link
 	purposeForm = "form" // a ticket in a form that acts
-	purposeDone = "done" // an outcome that the next page tells
+	purposeDone = "done" // an outcome that the next page reports
 )
 
-// errToken: the token is none of this handler's, or was made for something else.
+// errToken: the token was not made by this handler, or for another purpose.
 var errToken = errors.New("token can't be opened")
 
-// sealer makes opaque what goes into URLs and forms. It is safe for concurrent use.
+// sealer seals values for URLs and forms. It is safe for concurrent use.
 type sealer struct{ aead cipher.AEAD }
 
-// newSealer returns a sealer of a secret, of a random one where it is nil.
+// newSealer returns a sealer with a secret; with a random one if it is nil.
 func newSealer(secret []byte) *sealer {
 	if secret == nil {
 		secret = make([]byte, SecretBytesMin)
@@ -50,16 +50,17 @@ func newSealer(secret []byte) *sealer {
 // seal returns a token for value, which is safe in a URL. No two are the same.
 func (s *sealer) seal(purpose string, value any) string {
 	text, err := json.Marshal(value)
-	if err != nil { // plain structs of ours
+	if err != nil { // plain structs of this package
 		panic("idempotency/admin: " + err.Error())
 	}
 	return base64.RawURLEncoding.EncodeToString(s.aead.Seal(nil, nil, text, []byte(purpose)))
 }
 
-// open reads into value what was sealed for the purpose. Anything else is errToken.
+// open decodes into value a token that was sealed for the purpose. Any other token returns
+// errToken.
 func (s *sealer) open(purpose, token string, value any) error {
 	sealed, err := base64.RawURLEncoding.Strict().DecodeString(token)
-	if err != nil || strings.ContainsAny(token, "\r\n") { // which the decoder passes over
+	if err != nil || strings.ContainsAny(token, "\r\n") { // the decoder skips these
 		return errToken
 	}
 	text, err := s.aead.Open(nil, nil, sealed, []byte(purpose))

@@ -12,17 +12,17 @@ import (
 	"github.com/paidonce/idempotency/storage/postgres/operator"
 )
 
-// figuresAgeMax is how old the figures may be that a page shows. However many readers there are, the database is asked for
-// them once in that time.
+// figuresAgeMax is the maximum age of the figures on a page. Any number of readers cause at most
+// one query in that time.
 const figuresAgeMax = 2 * time.Second
 
-// figures keeps the newest figures. Its zero value has none. It is safe for concurrent use.
+// figures keeps the newest figures. The zero value has none. It is safe for concurrent use.
 type figures struct {
 	mu     sync.Mutex
 	newest *figuresAnswer
 }
 
-// figuresAnswer is what the database says when it is asked; done is closed then.
+// figuresAnswer is the answer of one query; done is closed when it is there.
 type figuresAnswer struct {
 	done  chan struct{}
 	stats operator.Stats
@@ -39,7 +39,8 @@ func (a *figuresAnswer) old() bool {
 	}
 }
 
-// get returns the newest figures. Who comes while somebody asks for them waits for the same answer, a failure included.
+// get returns the newest figures. Concurrent callers share one query and its answer, even if it
+// failed.
 func (f *figures) get(ctx context.Context, o *operator.Operator) (operator.Stats, error) {
 	f.mu.Lock()
 	answer := f.newest
@@ -48,7 +49,7 @@ func (f *figures) get(ctx context.Context, o *operator.Operator) (operator.Stats
 		f.newest = answer
 		f.mu.Unlock()
 		defer close(answer.done)
-		answer.stats, answer.err = o.Stats(context.WithoutCancel(ctx)) // bounded by the operator; others want it too
+		answer.stats, answer.err = o.Stats(context.WithoutCancel(ctx)) // bounded by the operator; other readers need it too
 		answer.at = time.Now()
 		return answer.stats, answer.err
 	}
@@ -61,7 +62,7 @@ func (f *figures) get(ctx context.Context, o *operator.Operator) (operator.Stats
 	}
 }
 
-// errFigures is left where asking for them panicked.
+// errFigures remains if the query panicked.
 var errFigures = errors.New("figures could not be had")
 
 // stats shows the figures of the whole table.
@@ -73,7 +74,8 @@ func (h *Handler) stats(p *page) error {
 	return h.render(p, "stats", "Figures", stats)
 }
 
-// liveFigures is what live answers: figures as a page shows them, so that one place writes them.
+// liveFigures is the answer of live: the figures as pages show them, so that one place formats
+// them.
 type liveFigures struct {
 	Live    string `json:"live"`
 	Running string `json:"running"`
@@ -82,7 +84,7 @@ type liveFigures struct {
 	At      string `json:"at"`
 }
 
-// live answers with the figures that pages refresh.
+// live answers with the figures, which pages refresh.
 func (h *Handler) live(p *page) error {
 	stats, err := h.figures.get(p.ctx(), h.operator)
 	if err != nil {
@@ -96,17 +98,17 @@ func (h *Handler) live(p *page) error {
 		return err
 	}
 	p.w.Header().Set("Content-Type", "application/json")
-	_, _ = p.w.Write(text) // a browser that is gone needs none
+	_, _ = p.w.Write(text) // the browser may be gone
 	return nil
 }
 
-// doctorPage is what doctor.html shows.
+// doctorPage is the data of doctor.html.
 type doctorPage struct {
 	Troubles, Fine []operator.Finding
 	Took           time.Duration
 }
 
-// doctor shows what is wrong with the database, the worst first.
+// doctor shows the findings about the database, the worst first.
 func (h *Handler) doctor(p *page) error {
 	started := time.Now()
 	var view doctorPage

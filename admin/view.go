@@ -21,7 +21,8 @@ import (
 //go:embed assets
 var embedded embed.FS
 
-// asset is a file that pages load. Its name changes with what is in it, so that a browser may keep it.
+// asset is a file that pages load. Its name changes with its contents, so that a browser may cache
+// it.
 type asset struct {
 	content []byte
 	kind    string
@@ -30,12 +31,12 @@ type asset struct {
 func (a *asset) serve(p *page) error {
 	p.w.Header().Set("Content-Type", a.kind)
 	p.w.Header().Set("Cache-Control", "private, max-age=31536000, immutable")
-	_, _ = p.w.Write(a.content) // a browser that is gone needs none
+	_, _ = p.w.Write(a.content) // the browser may be gone
 	return nil
 }
 
-// assetsByName are the assets by the names that they are served under, and assetNames those names by file. Both are made once
-// and never changed.
+// assetsByName has the assets by the name in their URL, and assetNames has those names by file.
+// Both are made once and never changed.
 var assetsByName, assetNames = loadAssets("admin.css", "admin.js", "icon.svg")
 
 func loadAssets(files ...string) (byName map[string]*asset, names map[string]string) {
@@ -69,11 +70,11 @@ func parseTemplates(names ...string) map[string]*template.Template {
 	return pages
 }
 
-// view is what the layout shows, around a page's own Data.
+// view is the layout's data, around a page's own Data.
 type view struct {
 	Name, Title string // of the page
 	Site        string // Options.Title
-	Actor       string // empty for who is not known
+	Actor       string // empty if unknown
 	Data        any
 }
 
@@ -81,7 +82,7 @@ func (h *Handler) render(p *page, name, title string, data any) error {
 	return h.renderStatus(p, http.StatusOK, name, title, data)
 }
 
-// renderStatus answers with a page. Where it fails nothing was written.
+// renderStatus answers with a page. If it returns an error it has written nothing.
 func (h *Handler) renderStatus(p *page, status int, name, title string, data any) error {
 	var body bytes.Buffer
 	if err := templates[name].Execute(&body, view{name, title, h.options.Title, p.actor, data}); err != nil {
@@ -89,7 +90,7 @@ func (h *Handler) renderStatus(p *page, status int, name, title string, data any
 	}
 	p.w.Header().Set("Content-Type", "text/html; charset=utf-8")
 	p.w.WriteHeader(status)
-	_, _ = p.w.Write(body.Bytes()) // a browser that is gone needs no page
+	_, _ = p.w.Write(body.Bytes()) // the browser may be gone
 	return nil
 }
 
@@ -142,7 +143,7 @@ func formatNumber(n int64) string {
 	return sign + digits
 }
 
-// formatCount says of an estimate that it is one, and does not pretend to know its last digits.
+// formatCount marks an estimate as such, and leaves out its last digits.
 func formatCount(c operator.Count) string {
 	if !c.Estimated {
 		return formatNumber(c.Rows)
@@ -176,12 +177,12 @@ func formatStamp(t time.Time) template.HTML {
 		return "not known"
 	}
 	t = t.UTC()
-	return template.HTML(`<time datetime="` + t.Format(time.RFC3339Nano) + `">` + t.Format("2006-01-02 15:04:05") + ` UTC</time>`) // digits, and nothing of anybody's
+	return template.HTML(`<time datetime="` + t.Format(time.RFC3339Nano) + `">` + t.Format("2006-01-02 15:04:05") + ` UTC</time>`) // only digits, nothing from a record
 }
 
 func formatClock(t time.Time) string { return t.UTC().Format("15:04:05") + " UTC" }
 
-// formatDuration writes a duration in its largest unit, and in the next where that says much.
+// formatDuration writes a duration in its largest unit, and adds the next if that matters.
 func formatDuration(d time.Duration) string {
 	switch {
 	case d < 0:
@@ -204,7 +205,7 @@ func formatDuration(d time.Duration) string {
 	return formatNumber(int64(d/(24*time.Hour))) + " days"
 }
 
-// formatAgo says how far a time is from now.
+// formatAgo writes the distance of a time from now.
 func formatAgo(now, t time.Time) string {
 	switch d := now.Sub(t); {
 	case t.IsZero() || now.IsZero():
@@ -222,7 +223,7 @@ func formatAgo(now, t time.Time) string {
 	}
 }
 
-// chip is a short word in a frame. Its tone is never all that it says.
+// chip is a short word in a frame. Its tone only repeats the meaning of its text.
 type chip struct{ Text, Tone string }
 
 // chipOf returns the chip of a recorded status.
@@ -239,7 +240,7 @@ func chipOf(status int) chip {
 	return chip{text + " failed", "bad"}
 }
 
-// tellEvent says in a line what happened.
+// tellEvent describes an event in a line.
 func tellEvent(e operator.Event) string {
 	switch e.Kind {
 	case operator.EventRecorded:
