@@ -1,13 +1,14 @@
 // Package migrations creates and upgrades the table of the records, and the tables of the operator.
 //
-// The files are embedded, and are also usable as they are with the migrate program, which must be told the table of
-// versions and, for another schema than public, the search_path:
+// The files are embedded, and can also be used with the migrate program, which needs the name of
+// the version table and, for another schema than public, the search_path:
 //
 //	migrate -path migrations -database 'pgx5://…?x-migrations-table=idempotency_migrations&search_path=public' up
 //
-// The program waits for a table without a bound, and every request waits behind it. [Up] does not.
+// The program waits for a table without a limit, and every request waits behind it. [Up] does not.
 //
-// Nothing here runs by itself: a service calls [Up] at deployment, or its operator runs idemctl migrate.
+// Nothing in this package runs by itself: a service calls [Up] at deployment, or its operator runs
+// idemctl migrate.
 package migrations
 
 import (
@@ -24,19 +25,19 @@ import (
 //go:embed *.sql
 var files embed.FS
 
-// Latest is the newest version of this release. A service serves from postgres.SchemaVersion on; the operator's tools
-// need this one.
+// Latest is the newest version of this release. A service works from postgres.SchemaVersion on; the
+// operator's tools need this version.
 const Latest = 3
 
 // Errors for callers to branch on. Their texts name the remedy.
 var (
-	// ErrDirty: an earlier migration failed in the middle.
+	// ErrDirty: an earlier migration failed midway.
 	ErrDirty = errors.New("schema is dirty")
-	// ErrPoolerInBetween: the connections lead through a pooler that hands a server connection on after each transaction. Nothing was
-	// done.
+	// ErrPoolerInBetween: the connections lead through a pooler that may switch the server
+	// connection after each transaction. Nothing was done.
 	ErrPoolerInBetween = errors.New("a pooler is in between")
-	// ErrVersionUntrue: the table of the records is missing although its version is written down,
-	// or it is there and its version is not. Nothing was done.
+	// ErrVersionUntrue: the version table does not match the schema: the table of records is
+	// missing although a version is recorded, or exists without one. Nothing was done.
 	ErrVersionUntrue = errors.New("the table and its version do not fit")
 )
 
@@ -78,8 +79,8 @@ type Waiting struct {
 	Blockers []Blocker     // the holders of the locks that it needs; empty if the role may not see them
 }
 
-// Blocker is a session that holds a lock, as far as the role may see it: another role's sessions show no more than their
-// process, unless it has the rights of pg_monitor.
+// Blocker is a session that holds a lock, as far as the role may see it: without the rights of
+// pg_monitor, only the process of another role's session is visible.
 type Blocker struct {
 	PID         int // pg_terminate_backend ends it; 0 is a prepared transaction
 	Application string
@@ -168,8 +169,9 @@ func DownTo(ctx context.Context, store Store, version uint, opts *Options) error
 	})
 }
 
-// Version returns the version of the schema, 0 if nothing was migrated yet. A migration that failed
-// in the middle is [ErrDirty]. It changes nothing, and works through a pooler in any mode.
+// Version returns the version of the schema, or 0 if no migration has run yet. A migration that
+// failed midway returns [ErrDirty]. Version changes nothing, and works through a pooler in any
+// mode.
 func Version(ctx context.Context, store Store, opts *Options) (version uint, err error) {
 	m, err := newMigrator(store, opts)
 	if err != nil {
@@ -201,7 +203,7 @@ func migrate(ctx context.Context, store Store, opts *Options, do func(*migrator)
 	switch {
 	case err == nil:
 		return nil
-	case ctx.Err() != nil && !errors.Is(err, ctx.Err()): // the server says only that it was canceled
+	case ctx.Err() != nil && !errors.Is(err, ctx.Err()): // the server only says that it was canceled
 		return fmt.Errorf("migrate: %w: %w", ctx.Err(), err)
 	}
 	return fmt.Errorf("migrate: %w", err)

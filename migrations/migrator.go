@@ -88,7 +88,7 @@ func newMigrator(store Store, opts *Options) (*migrator, error) {
 	return m, nil
 }
 
-// connect makes a connection as the pool does, but does not call its AfterConnect.
+// connect opens a connection as the pool does, but does not call its AfterConnect.
 func connect(ctx context.Context, pool *pgxpool.Pool) (*pgx.Conn, error) {
 	config := pool.Config()
 	conn := config.ConnConfig
@@ -218,7 +218,7 @@ func (m *migrator) blockers(ctx context.Context, sql string, argument any) ([]Bl
 	})
 }
 
-// pause calls Waiting, and waits.
+// pause calls Waiting, and then waits.
 func (m *migrator) pause(ctx context.Context, waiting Waiting) error {
 	if m.options.Waiting != nil {
 		m.options.Waiting(waiting)
@@ -278,9 +278,9 @@ func (m *migrator) dirty(version int) error {
 		ErrDirty, max(version, 0), m.lookAndMend())
 }
 
-// compare returns an error if the version table says that there is a table of records and there is
-// none, or the other way round: otherwise Up would have nothing to do, or would fail at the first
-// file. It knows this package's files only, up to their newest version.
+// compare returns an error if the version table claims a table of records that does not exist, or
+// the other way round: otherwise Up would have nothing to do, or would fail at the first file. It
+// knows only this package's files, up to their newest version.
 func (m *migrator) compare(ctx context.Context, version int) error {
 	if m.own || version > Latest {
 		return nil
@@ -304,8 +304,8 @@ func (m *migrator) compare(ctx context.Context, version int) error {
 	return nil
 }
 
-// lookAndMend returns SQL that recognizes this package's version by the objects in the schema, and
-// mends the version table.
+// lookAndMend returns SQL that detects this package's version from the objects in the schema, and
+// repairs the version table.
 func (m *migrator) lookAndMend() string {
 	quoted := func(table string) string {
 		return "'" + strings.ReplaceAll(pgx.Identifier{m.schema, table}.Sanitize(), "'", "''") + "'"
@@ -316,7 +316,7 @@ func (m *migrator) lookAndMend() string {
 		m.table, quoted("idempotency_keys"), quoted("idempotency_audit"))
 }
 
-// after returns the next version, if there is one.
+// after returns the next version, and whether there is one.
 func (m *migrator) after(version int) (next int, ok bool, err error) {
 	i, found := 0, version == none
 	if !found {
@@ -334,7 +334,7 @@ func (m *migrator) after(version int) (next int, ok bool, err error) {
 	return int(m.versions[i]), true, nil
 }
 
-// before returns the version that precedes, or none.
+// before returns the previous version, or none.
 func (m *migrator) before(version int) (int, error) {
 	i, found := slices.BinarySearch(m.versions, uint(max(version, 0)))
 	switch {
@@ -346,7 +346,7 @@ func (m *migrator) before(version int) (int, error) {
 	return int(m.versions[i-1]), nil
 }
 
-// body returns a file's text, empty if there is none for this direction.
+// body returns a file's text, or an empty one if there is none for this direction.
 func (m *migrator) body(version uint, up bool) (string, error) {
 	read := m.files.ReadDown
 	if up {
@@ -363,7 +363,7 @@ func (m *migrator) body(version uint, up bool) (string, error) {
 	return string(text), errors.Join(err, file.Close())
 }
 
-// step takes the schema from one version to a neighbour.
+// step migrates the schema from one version to a neighbour.
 func (m *migrator) step(ctx context.Context, from, to int, up bool) error {
 	number, name := to, "up"
 	if !up {
@@ -391,12 +391,12 @@ func (m *migrator) step(ctx context.Context, from, to int, up bool) error {
 	return nil
 }
 
-// leftError is the error of a file that may have left something behind, and so is not tried again.
+// leftError is the error of a file that may have left something behind, and so is not retried.
 type leftError struct{ error }
 
 func (e leftError) Unwrap() error { return e.error }
 
-// again calls try until it has the locks that it needs.
+// again calls try until it gets the locks that it needs.
 func (m *migrator) again(ctx context.Context, name string, try func(context.Context) error) error {
 	waiting := Waiting{What: name, Pause: m.options.LockTimeout}
 	for {
@@ -416,8 +416,8 @@ func (m *migrator) again(ctx context.Context, name string, try func(context.Cont
 	}
 }
 
-// watch polls the sessions that conn waits for. The function that it returns stops it, and returns
-// the last ones seen. After a lock timeout it is too late to look.
+// watch polls the sessions that conn waits for. The returned function stops the polling, and
+// returns the sessions last seen. After a lock timeout it is too late to look.
 func (m *migrator) watch() (seen func() []Blocker) {
 	var blockers []Blocker
 	stop, stopped := make(chan struct{}), make(chan struct{})
@@ -430,7 +430,7 @@ func (m *migrator) watch() (seen func() []Blocker) {
 			case <-time.After(m.options.LockTimeout / 3):
 			}
 			ctx, cancel := context.WithTimeout(context.Background(), endMax)
-			// Without the right to see them, none are reported.
+			// The list is empty if the role may not see them.
 			if now, err := m.blockers(ctx, "SELECT DISTINCT unnest(pg_blocking_pids($1))", m.pid); err == nil && len(now) > 0 {
 				blockers = now
 			}
@@ -533,12 +533,12 @@ func (m *migrator) runOutside(ctx context.Context, body string) error {
 	return err
 }
 
-// send sends a file as it is. ended reports whether one of its statements ended a transaction, or
+// send sends a file unchanged. ended reports whether one of its statements ended a transaction, or
 // rolled back to a savepoint.
 func (m *migrator) send(ctx context.Context, body string) (ended bool, err error) {
 	results := m.conn.PgConn().Exec(ctx, body)
 	for results.NextResult() {
-		tag, _ := results.ResultReader().Close() // the error comes again at the end
+		tag, _ := results.ResultReader().Close() // the same error is returned at the end
 		switch tag.String() {
 		case "COMMIT", "ROLLBACK", "PREPARE TRANSACTION":
 			ended = true
