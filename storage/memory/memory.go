@@ -1,9 +1,11 @@
-// Package memory keeps idempotency records in the memory of one process, for the unit tests of a handler.
+// Package memory keeps idempotency records in the memory of one process, for the unit tests of a
+// handler.
 //
-// It keeps nothing beyond the process and gives the handler no database transaction: what a handler writes elsewhere is
-// not undone when it is declined, fails or panics, and is not committed with its answer. In production that pays
-// twice; package storage/postgres is for production. Everything else is as it is there: a claim per key, a record that
-// counts until it is deleted, an answer that is repeated byte by byte.
+// Nothing survives the process, and the handler gets no database transaction: writes that a handler
+// makes elsewhere are not undone if it declines, fails or panics, and are not committed together
+// with its answer. In production that pays twice; use package storage/postgres there. Everything
+// else is the same: one claim per key, a record that counts until it is deleted, an answer that is
+// replayed byte by byte.
 package memory
 
 import (
@@ -19,14 +21,15 @@ import (
 
 // Options tune a [Store]. Nil and the zero value are the defaults.
 type Options struct {
-	// Now is the clock that dates the records, so that a test can make them expire. It is called from many goroutines.
-	// The default is time.Now.
+	// Now is the clock that dates the records, so that a test can make them expire. It must be safe
+	// for concurrent use. Defaults to time.Now.
 	Now func() time.Time
 
-	// Fault, where it is set, is asked before each claim, commit, decline and resolve. An error that it returns is what the
-	// step reports, and nothing of the attempt remains (a fault of resolve leaves what is there): [idempotency.ErrUnavailable] shows how a client takes a 503
-	// not-executed, [idempotency.ErrUnknown] at a commit and at its resolve how it takes a 503 unknown. It is called from
-	// many goroutines.
+	// Fault, if set, is called before each claim, commit, decline and resolve. If it returns an
+	// error, the step returns that error, and nothing of the attempt remains (a fault of resolve
+	// changes nothing). Use [idempotency.ErrUnavailable] to test how a client handles a 503
+	// not-executed, and [idempotency.ErrUnknown] at a commit and its resolve for a 503 unknown. It
+	// must be safe for concurrent use.
 	Fault func(step idempotency.Step) error
 }
 
@@ -105,14 +108,14 @@ func (s *Store) Resolve(ctx context.Context, claim *idempotency.Claim) (*idempot
 	}
 }
 
-// Len returns how many records there are, expired ones included.
+// Len returns the number of records, including expired ones.
 func (s *Store) Len() int {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	return len(s.records)
 }
 
-// Records returns a copy of the records, expired ones included.
+// Records returns a copy of the records, including expired ones.
 func (s *Store) Records() map[idempotency.Key]*idempotency.Record {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -123,7 +126,7 @@ func (s *Store) Records() map[idempotency.Key]*idempotency.Record {
 	return records
 }
 
-// DeleteExpired deletes the records whose time is over and returns how many those were. Until then they count. It
+// DeleteExpired deletes the expired records, and returns their number. Until then they count. It
 // never fails.
 func (s *Store) DeleteExpired(context.Context) (deleted int64, err error) {
 	now := s.now()
@@ -137,7 +140,7 @@ func (s *Store) DeleteExpired(context.Context) (deleted int64, err error) {
 // now has the resolution of PostgreSQL's clock.
 func (s *Store) now() time.Time { return s.options.Now().UTC().Truncate(time.Microsecond) }
 
-// refuse returns why a step can't be taken.
+// refuse returns an error if a step can't be taken.
 func (s *Store) refuse(ctx context.Context, step idempotency.Step) error {
 	if err := ctx.Err(); err != nil {
 		return fmt.Errorf("%s: %w: %w", step, idempotency.ErrUnavailable, err)
@@ -148,7 +151,7 @@ func (s *Store) refuse(ctx context.Context, step idempotency.Step) error {
 	return nil
 }
 
-// attempt is one run of a handler. Its claim is all that it holds.
+// attempt is one run of a handler. It holds only its claim.
 type attempt struct {
 	store     *Store
 	claim     idempotency.Claim
@@ -172,7 +175,8 @@ func (a *attempt) Commit(ctx context.Context, answer *idempotency.Answer) error 
 	return err
 }
 
-// Decline implements [idempotency.Attempt], but that the handler's writes stay: they are not in our hands.
+// Decline implements [idempotency.Attempt], except that the handler's writes stay: this store can't
+// undo them.
 func (a *attempt) Decline(ctx context.Context, answer *idempotency.Answer) error {
 	err := a.store.refuse(ctx, idempotency.StepDecline)
 	if err != nil {
@@ -182,13 +186,13 @@ func (a *attempt) Decline(ctx context.Context, answer *idempotency.Answer) error
 	return err
 }
 
-// Rollback implements [idempotency.Attempt], but that the handler's writes stay.
+// Rollback implements [idempotency.Attempt], except that the handler's writes stay.
 func (a *attempt) Rollback(context.Context) error {
 	a.end(nil, time.Time{})
 	return nil
 }
 
-// end gives the claim back and records the answer, if there is one and a key to record it under.
+// end releases the claim and records the answer, if there is one and the claim has a key.
 func (a *attempt) end(answer *idempotency.Answer, at time.Time) {
 	s := a.store
 	s.mu.Lock()
@@ -210,7 +214,7 @@ func (a *attempt) end(answer *idempotency.Answer, at time.Time) {
 	}
 }
 
-// clone returns a copy that shares nothing. As in a database, a header without values leaves no trace.
+// clone returns a copy that shares nothing. As in a database, a header without values is dropped.
 func clone(r *idempotency.Record) *idempotency.Record {
 	c := *r
 	c.Answer.Body = append([]byte{}, r.Answer.Body...)
