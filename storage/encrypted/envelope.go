@@ -10,16 +10,16 @@ import (
 	"github.com/paidonce/idempotency"
 )
 
-// A body is stored as an envelope: the mark, a version byte, the key's id, then the nonce, the ciphertext and the tag.
-// It is [headBytes] + [sealBytes] bytes longer than the body.
+// A body is stored as an envelope: the mark, a version byte, the key's id, then the nonce, the
+// ciphertext and the tag. It is [headBytes] + [sealBytes] bytes longer than the body.
 const (
-	mark            = "\x00enc" // with a NUL: no text begins like this
+	mark            = "\x00enc" // with a NUL: no text begins with it
 	envelopeVersion = 1
 	headBytes       = len(mark) + 2
 	sealBytes       = 12 + 16 // nonce and tag
 )
 
-// What is wrong with an envelope. None quotes any of it.
+// Faults of an envelope. None quotes any of it.
 var (
 	errUnencrypted = fmt.Errorf("%w: its body is not encrypted; if it is of the time before encryption, Keys.DangerAcceptUnencrypted is for one TTL from then on", idempotency.ErrRecordCorrupt)
 	errTruncated   = fmt.Errorf("%w: its body ends within the envelope", idempotency.ErrRecordCorrupt)
@@ -27,7 +27,7 @@ var (
 	errVersion     = fmt.Errorf("%w: its envelope is of another version of this program", idempotency.ErrUnknown)
 )
 
-// open replaces a record's body by what was sealed in it. A failure leaves the record as it was.
+// open replaces a record's body by its plaintext. If it fails, the record is unchanged.
 func (s *Store) open(key idempotency.Key, record *idempotency.Record) error {
 	keyID, sealed, err := parseEnvelope(record.Answer.Body)
 	switch {
@@ -48,7 +48,8 @@ func (s *Store) open(key idempotency.Key, record *idempotency.Record) error {
 	return nil
 }
 
-// seal returns the answer with its body encrypted. The one that came is not changed: it goes to the client.
+// seal returns the answer with its body encrypted. It does not change its argument, which goes to
+// the client.
 func (s *Store) seal(claim *idempotency.Claim, answer *idempotency.Answer) *idempotency.Answer {
 	sealed := *answer
 	envelope := make([]byte, 0, headBytes+sealBytes+len(answer.Body))
@@ -58,7 +59,7 @@ func (s *Store) seal(claim *idempotency.Claim, answer *idempotency.Answer) *idem
 	return &sealed
 }
 
-// parseEnvelope takes an envelope apart.
+// parseEnvelope splits an envelope.
 func parseEnvelope(stored []byte) (keyID byte, sealed []byte, err error) {
 	switch {
 	case !strings.HasPrefix(string(stored[:min(len(stored), len(mark))]), mark):
@@ -73,9 +74,10 @@ func parseEnvelope(stored []byte) (keyID byte, sealed []byte, err error) {
 	return stored[len(mark)+1], stored[headBytes:], nil
 }
 
-// bound returns what a body belongs to: the row of its key, one request, one attempt, and the rest of the answer. Each
-// part goes in with its length, so that no two rows give the same bytes. The dates are not in it, because the store
-// makes them, nor is the trace id, which answers nothing.
+// bound returns the data that a body is bound to: the row of its key, one request, one attempt, and
+// the rest of the answer. Each part is preceded by its length, so that no two rows give the same
+// bytes. Two things are left out: the dates, because the store makes them, and the trace id,
+// because no answer contains it.
 func bound(keyID byte, key idempotency.Key, fingerprint idempotency.Fingerprint, attempt idempotency.AttemptID, answer *idempotency.Answer) []byte {
 	out := appendField(nil, "paidonce recorded body")
 	out = append(out, envelopeVersion, keyID)
@@ -87,7 +89,7 @@ func bound(keyID byte, key idempotency.Key, fingerprint idempotency.Fingerprint,
 	out = binary.BigEndian.AppendUint16(out, uint16(answer.Status))
 	names := make([]string, 0, len(answer.Header))
 	for name, values := range answer.Header {
-		if len(values) > 0 { // a header without values leaves no trace in a store
+		if len(values) > 0 { // a store drops a header without values
 			names = append(names, name)
 		}
 	}

@@ -14,18 +14,20 @@ import (
 // SecretBytes is the length of a secret: AES-256.
 const SecretBytes = 32
 
-// Key is a secret and the number by which a record names it. It prints as its number, by every verb of fmt, in slog and
-// in JSON.
+// Key is a secret and the number by which records name it. It prints as its number, by every verb
+// of fmt, in slog and in JSON.
 type Key struct {
-	// ID is written beside each body. It may be given to another secret once no record of the first is left.
+	// ID is stored beside each body. It may be given to another secret once no record of the first
+	// is left.
 	ID byte
 
-	// Secret is drawn from a source of randomness, never from a password, and used for nothing else. All zero is refused.
+	// Secret must come from a source of randomness, never from a password, and be used for nothing
+	// else. All zero is refused.
 	Secret [SecretBytes]byte
 }
 
 // Format keeps the secret out of every verb of fmt.
-func (k Key) Format(f fmt.State, _ rune) { _, _ = fmt.Fprintf(f, "key %d", k.ID) } // fmt has no use for the error
+func (k Key) Format(f fmt.State, _ rune) { _, _ = fmt.Fprintf(f, "key %d", k.ID) } // fmt ignores errors
 
 // MarshalText keeps the secret out of JSON.
 func (k Key) MarshalText() ([]byte, error) { return fmt.Appendf(nil, "key %d", k.ID), nil }
@@ -33,22 +35,22 @@ func (k Key) MarshalText() ([]byte, error) { return fmt.Appendf(nil, "key %d", k
 // LogValue keeps the secret out of structured logs.
 func (k Key) LogValue() slog.Value { return slog.StringValue(fmt.Sprintf("key %d", k.ID)) }
 
-// Keys are what a [Store] encrypts and decrypts with.
+// Keys are the keys of a [Store].
 type Keys struct {
-	// Current encrypts, and decrypts what it encrypted.
+	// Current encrypts, and decrypts its own bodies.
 	Current Key
 
-	// Older decrypt only.
+	// Older keys only decrypt.
 	Older []Key
 
-	// DangerAcceptUnencrypted answers also from records that are not encrypted, for the time in which those are still
-	// there that were made before encryption was switched on. The danger: whoever can write to the table can put an
-	// answer of their own there. Set it for one TTL and then take it away; without it such a record is
+	// DangerAcceptUnencrypted replays unencrypted records too, as long as records are left from
+	// before encryption was switched on. The danger: anybody who can write to the table can put an
+	// answer of their own there. Set it for one TTL, then remove it. Without it such a record is
 	// [idempotency.ErrRecordCorrupt].
 	DangerAcceptUnencrypted bool
 }
 
-// Store encrypts the bodies that it gives to another store. It is safe for concurrent use where that one is.
+// Store encrypts the bodies for another store. It is safe for concurrent use if that store is.
 type Store struct {
 	inner             idempotency.Store
 	current           byte
@@ -61,7 +63,8 @@ var (
 	_ idempotency.BudgetChecker = (*Store)(nil)
 )
 
-// New returns a store around another. It panics where the store is nil, a secret was forgotten, or two keys have one ID.
+// New returns a store around another. It panics if the store is nil, a secret is missing, or two
+// keys have one ID.
 func New(store idempotency.Store, keys Keys) *Store {
 	if store == nil {
 		panic("idempotency/encrypted: New needs a store")
@@ -79,25 +82,25 @@ func New(store idempotency.Store, keys Keys) *Store {
 	return s
 }
 
-// newCipher returns AES-256-GCM with nonces of 96 random bits, which it puts in front.
+// newCipher returns AES-256-GCM with nonces of 96 random bits, which it prepends.
 func newCipher(secret *[SecretBytes]byte) cipher.AEAD {
 	block, err := aes.NewCipher(secret[:])
-	if err != nil { // only a wrong length does that
+	if err != nil { // only a wrong length fails
 		panic(err)
 	}
 	aead, err := cipher.NewGCMWithRandomNonce(block)
-	if err != nil { // only a block that is not AES does that
+	if err != nil { // only a block that is not AES fails
 		panic(err)
 	}
 	return aead
 }
 
-// Format keeps what was made of the secrets out of every verb of fmt: some print a cipher with its whole key schedule.
+// Format keeps the key schedules out of every verb of fmt: some verbs print all of a cipher.
 func (s *Store) Format(f fmt.State, _ rune) {
 	_, _ = fmt.Fprintf(f, "encrypted store, key %d", s.current)
 }
 
-// CheckBudget asks the store within.
+// CheckBudget calls the inner store.
 func (s *Store) CheckBudget(handlerTimeout, commitTimeout time.Duration) error {
 	if checker, ok := s.inner.(idempotency.BudgetChecker); ok {
 		return checker.CheckBudget(handlerTimeout, commitTimeout)
@@ -134,7 +137,7 @@ func (s *Store) Resolve(ctx context.Context, claim *idempotency.Claim) (*idempot
 	return record, nil
 }
 
-// attempt encrypts what is recorded of the answer. Everything else is the inner store's.
+// attempt encrypts the recorded answer. Everything else is the inner store's.
 type attempt struct {
 	idempotency.Attempt
 	store *Store
