@@ -9,18 +9,19 @@ import (
 	"github.com/paidonce/idempotency/observe/lostkey"
 )
 
-// Log is a tracer that writes events: what became of each request, steps that failed, refusals. Unlike the middleware's own
-// Logger, which hears of what needs an operator, it writes down everything, most of it at [slog.LevelDebug]. It is safe for
-// concurrent use.
+// Log is a tracer that writes events: the outcome of each request, failed steps, refusals. The
+// middleware's own Logger only gets events that need an operator; this one writes all of them, most
+// at [slog.LevelDebug]. It is safe for concurrent use.
 //
-// What needs a look is at [slog.LevelWarn]: mismatches, lost COMMITs that were looked up, replays that were denied, failed
-// handlers, a store that is unavailable, unknown outcomes, lost keys. Events hold route, outcome, reason, kinds of errors,
-// durations and the attempt's id, under which a record can be found; never a key, a scope, a body or an error's text.
+// Events that need attention are at [slog.LevelWarn]: mismatches, lost COMMITs that were looked up,
+// replays that were denied, failed handlers, a store that is unavailable, unknown outcomes, lost
+// keys. Events contain route, outcome, reason, kinds of errors, durations and the attempt's id, by
+// which a record can be found; never a key, a scope, a body or an error's text.
 type Log struct{ logger *slog.Logger }
 
 var _ idempotency.Tracer = (*Log)(nil)
 
-// NewLog returns a tracer that writes to the logger. It panics where there is none.
+// NewLog returns a tracer that writes to the logger. It panics if the logger is nil.
 func NewLog(logger *slog.Logger) *Log {
 	if logger == nil {
 		panic("idempotency/observe: NewLog needs a logger")
@@ -39,7 +40,7 @@ func (l *Log) TraceStep(ctx context.Context, step idempotency.StepEnd) {
 	if step.Step == idempotency.StepResolve {
 		level = slog.LevelWarn
 	} else if step.Err == nil {
-		return // how the request ends says enough
+		return // the request's end says enough
 	}
 	if !l.logger.Enabled(ctx, level) {
 		return
@@ -75,13 +76,13 @@ func (l *Log) TraceRefused(ctx context.Context, refused idempotency.Refused) {
 		slog.Int("status", refused.Status))
 }
 
-// LostKey writes down what a detector found; pass it as [lostkey.Options.OnLost].
+// LostKey writes a detector's finding; pass it as [lostkey.Options.OnLost].
 func (l *Log) LostKey(ctx context.Context, event lostkey.Event) {
 	l.logger.LogAttrs(ctx, slog.LevelWarn, "idempotency: the same request came with another key", slog.String("route", event.Route),
 		slog.Duration("after", event.After.Round(time.Millisecond)))
 }
 
-// attempt is an attempt's id as text, empty where there was none.
+// attempt returns an attempt's id as text, or "" if there was none.
 func attempt(id idempotency.AttemptID) string {
 	if id.IsZero() {
 		return ""

@@ -7,8 +7,9 @@ import (
 	"github.com/paidonce/idempotency"
 )
 
-// Join returns a tracer that tells each of the tracers, in their order; the context that one returns is the next one's.
-// Nil ones are left out. It returns nil where none is left, and a single one as it is.
+// Join returns a tracer that calls each of the tracers, in order; each gets the context that the
+// previous one returned. Nil tracers are left out. It returns nil if none is left, and a single
+// tracer unchanged.
 func Join(tracers ...idempotency.Tracer) idempotency.Tracer {
 	var all joined
 	for _, tracer := range tracers {
@@ -66,11 +67,12 @@ func (j joined) TraceRefused(ctx context.Context, data idempotency.Refused) {
 	}
 }
 
-// OutcomeDeclined is the outcome of a request whose answer was recorded without its handler's writes. On the wire it is
-// executed, as any other answer that is kept.
+// OutcomeDeclined is the outcome of a request with an answer that was recorded without its
+// handler's writes. On the wire it is executed, like any other recorded answer.
 const OutcomeDeclined idempotency.Outcome = "declined"
 
-// Outcome is what became of a request, in the words of metrics: its outcome on the wire, or [OutcomeDeclined].
+// Outcome returns the outcome of a request for metrics: its outcome on the wire, or
+// [OutcomeDeclined].
 func Outcome(end idempotency.RequestEnd) idempotency.Outcome {
 	if end.Declined {
 		return OutcomeDeclined
@@ -81,7 +83,8 @@ func Outcome(end idempotency.RequestEnd) idempotency.Outcome {
 // KindOther is the kind of an error that wraps none of the sentinels.
 const KindOther = "other"
 
-// kinds of errors, the most telling first: an unknown outcome stays one whatever it was that hid it.
+// kinds of errors, the most important first: an unknown outcome stays unknown whatever else the
+// error wraps.
 var kinds = []struct {
 	err  error
 	kind string
@@ -96,7 +99,8 @@ var kinds = []struct {
 	{idempotency.ErrAborted, "aborted"},
 }
 
-// ErrorKind is an error as a label: the sentinel that it wraps, or [KindOther]; never its text. Nil is the empty string.
+// ErrorKind returns a label for an error: the sentinel that it wraps, or [KindOther]; never its
+// text. For nil it returns the empty string.
 func ErrorKind(err error) string {
 	if err == nil {
 		return ""

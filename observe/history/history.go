@@ -1,17 +1,18 @@
-// Package history writes how requests ended into the table idempotency_events, so that the timeline of a key shows its
-// retries too: a replay writes nothing of its own.
+// Package history writes the ends of requests into the table idempotency_events, so that the
+// timeline of a key shows its retries too: a replay itself writes nothing.
 //
 //	h := history.New(store, nil)
 //	defer h.Close(ctx) // after the server has stopped
 //	idem := middleware.New(store, accountID, &middleware.Options{Tracer: h})
 //
-// It is opt-in, and off the path of a request: a request puts its end into a queue in memory and goes on; one goroutine writes what is
-// in the queue, once a second or when it is half full. Where the database is slow or away the queue fills, and what does
-// not fit is dropped and counted. So some ends may be missing, those of the last second of a process that is killed for
-// one: nothing must rest on them. Migration 3 makes the table, and operator.GC (idemctl gc) keeps it from growing for ever.
+// It is opt-in, and does not delay requests. A request adds its end to a queue in memory and goes
+// on; one goroutine writes the queue, once a second or when it is half full. If the database is
+// slow or away the queue fills, and further events are dropped and counted. So events can be
+// missing, for example those of the last second of a process that is killed: nothing may depend on
+// them. Migration 3 makes the table, and operator.GC (idemctl gc) deletes old rows.
 //
-// The table holds scopes and keys as they are, as that of the records does. Each event costs about 250 bytes of it and of
-// its indexes.
+// The table contains scopes and keys unchanged, as the table of records does. Each event takes
+// about 250 bytes of the table and its indexes.
 package history
 
 import (
@@ -46,29 +47,30 @@ type Options struct {
 	// events are dropped, and counted in [Stats.Dropped]. Defaults to 10,000.
 	QueueMax int
 
-	// Interval is how long an event waits for others at most. Defaults to 1 second.
+	// Interval is the maximum time that an event waits for others. Defaults to 1 second.
 	Interval time.Duration
 
-	// WriteTimeout is how long one write may take, the wait for a connection included. Events that
-	// can't be written in that time are dropped. Defaults to 5 seconds.
+	// WriteTimeout is the maximum duration of one write, including the wait for a connection.
+	// Events that can't be written in that time are dropped. Defaults to 5 seconds.
 	WriteTimeout time.Duration
 
-	// Keep reports whether a request is worth a row. It is called from the goroutines of the requests. Nil keeps all of those
-	// with a key; one without is never kept.
+	// Keep reports whether to write a request's event. It must be safe for concurrent use. Nil
+	// keeps all requests with a key; one without is never kept.
 	Keep func(end idempotency.RequestEnd) bool
 
-	// OnError is told of writes that failed, and of how many events were lost by it. Nil logs them to slog.Default().
+	// OnError is called with the error of a failed write, and the number of events lost by it. Nil
+	// logs them to slog.Default().
 	OnError func(err error, lost int)
 }
 
-// Stats say what became of the events of a [History] so far.
+// Stats are counts of the events of a [History] so far.
 type Stats struct {
 	Written int64
-	Dropped int64 // there was no room in the queue
-	Lost    int64 // a write failed, or its outcome is not known
+	Dropped int64 // the queue was full
+	Lost    int64 // a write failed, or its outcome is unknown
 }
 
-// History is a tracer that writes how requests ended. It is safe for concurrent use.
+// History is a tracer that writes the ends of requests. It is safe for concurrent use.
 type History struct {
 	pool    *pgxpool.Pool
 	options Options
@@ -78,7 +80,7 @@ type History struct {
 	queue  chan event
 	half   chan struct{} // the queue is half full
 	closed chan struct{} // Close was called
-	ended  chan struct{} // everything is written
+	ended  chan struct{} // all events are written
 
 	closing                sync.Once
 	written, dropped, lost atomic.Int64
@@ -98,9 +100,9 @@ type event struct {
 	traceID  string
 }
 
-// New returns a history that writes through the store's pool: it takes one connection at a time, and
-// never in a request. It starts its goroutine with the first request, and [History.Close] ends it.
-// It panics if the store is nil or the options can't work.
+// New returns a history that writes through the store's pool: it takes one connection at a time,
+// and never in a request. The first request starts its goroutine, and [History.Close] ends it. New
+// panics if the store is nil or an option is invalid.
 func New(store Store, opts *Options) *History {
 	if store == nil {
 		panic("idempotency/history: New needs a store")
@@ -128,17 +130,17 @@ func New(store Store, opts *Options) *History {
 	return h
 }
 
-// Stats returns what became of the events so far.
+// Stats returns the counts so far.
 func (h *History) Stats() Stats {
 	return Stats{Written: h.written.Load(), Dropped: h.dropped.Load(), Lost: h.lost.Load()}
 }
 
-// Close writes what is in the queue and ends the goroutine. Events that come later are dropped: call it when no request
-// is in flight any more. It returns when everything is settled, or with ctx's error where that ends first. It may be
-// called again.
+// Close writes the queue and ends the goroutine. Call it when no request is in flight any more:
+// later events are dropped. It returns when the queue is settled, or with ctx's error if that ends
+// first. It may be called again.
 func (h *History) Close(ctx context.Context) error {
 	h.closing.Do(func() { close(h.closed) })
-	h.begin() // where no request came
+	h.begin() // if there was no request
 	select {
 	case <-h.ended:
 		return nil
@@ -172,7 +174,7 @@ func (h *History) TraceRequestEnd(ctx context.Context, data idempotency.RequestE
 		at: data.Started.Add(data.Duration), duration: data.Duration, outcome: data.Result.Outcome, reason: data.Result.Reason,
 		attempts: data.Attempts, attempt: data.Attempt, key: data.Key,
 	}
-	if data.Result.Record != nil { // the attempt whose answer is repeated
+	if data.Result.Record != nil { // the attempt that recorded the answer
 		e.attempt = data.Result.Record.Attempt
 	}
 	e.traceID, _ = ctx.Value(traceIDKey{}).(string)
@@ -192,7 +194,7 @@ func (h *History) TraceRequestEnd(ctx context.Context, data idempotency.RequestE
 	if 2*len(h.queue) >= cap(h.queue) {
 		select {
 		case h.half <- struct{}{}:
-		default: // it knows
+		default: // it is already signaled
 		}
 	}
 }
@@ -220,12 +222,12 @@ func (h *History) run() {
 	}
 }
 
-// batchMax is how many events one COPY writes.
+// batchMax is the maximum number of events in one COPY.
 const batchMax = 1000
 
 var columns = []string{"at", "duration_us", "outcome", "reason", "attempts", "attempt_id", "scope", "key", "trace_id"}
 
-// write writes a batch, by COPY, or loses it: one that is tried again may be written twice.
+// write writes a batch by COPY, or loses it: a second try might write it twice.
 func (h *History) write(batch []event) {
 	ctx, cancel := context.WithTimeout(context.Background(), h.options.WriteTimeout)
 	defer cancel()
@@ -255,7 +257,7 @@ func (h *History) write(batch []event) {
 	}
 }
 
-// sqlError returns err fit for a log: the server's message may quote a key.
+// sqlError makes err safe to log: the server's message may quote a key.
 func sqlError(err error) error {
 	var pgErr *pgconn.PgError
 	if !errors.As(err, &pgErr) {

@@ -1,8 +1,10 @@
-// Package lostkey finds clients that lose their keys. A client that sends a request again must send the key again; one that
-// makes a new key for each try, or forgets the key when it crashes, pays twice, and nothing can stop it: to a server the second
-// request is a new one. It shows, though: the same scope sends the same request, with another key, soon after.
+// Package lostkey detects clients that lose their keys. A client that sends a request again must
+// send its key again. A client that makes a new key for each try, or forgets the key when it
+// crashes, pays twice, and a server can't stop it, because the second request is new to it. But it
+// can be noticed: the same scope soon sends the same request with another key.
 //
-// Two purchases of the same thing within a window look the same, so a finding is a hint and never a verdict: nothing is refused.
+// Two purchases of the same thing within a window look the same, so a finding is only a hint:
+// nothing is refused.
 package lostkey
 
 import (
@@ -17,29 +19,31 @@ import (
 	"github.com/paidonce/idempotency"
 )
 
-// RequestsMaxMin is the least [Options.RequestsMax].
+// RequestsMaxMin is the minimum of [Options.RequestsMax].
 const RequestsMaxMin = 2
 
 // Options tune a [Detector]. Nil and the zero value are the defaults. A negative number panics.
 type Options struct {
-	// Window is how soon after a request the same one with another key is a finding. Longer than the pause between two tries of a
-	// client, shorter than the pause between two purchases. Defaults to 30 seconds.
+	// Window is the maximum time between a request and the same request with another key that makes
+	// a finding. It should be longer than the pause between two tries of a client, and shorter than
+	// the pause between two purchases. Defaults to 30 seconds.
 	Window time.Duration
 
-	// RequestsMax is how many requests are remembered at most, as hashes under a seed of the process, some 70 bytes each. Where
-	// more come the older half is forgotten before its time: findings are missed then, and none is made up. Defaults to 32,768,
-	// enough for 500 requests a second. At least [RequestsMaxMin].
+	// RequestsMax is the maximum number of remembered requests, stored as hashes under a seed of
+	// the process, about 70 bytes each. If more arrive the older half is forgotten early: then
+	// findings are missed, but none is made up. Defaults to 32,768, enough for 500 requests a
+	// second. At least [RequestsMaxMin].
 	RequestsMax int
 
-	// OnLost is told of each finding, in the goroutine of the request and before it is claimed: it should be quick. Nil
-	// leaves [Detector.Lost].
+	// OnLost is called for each finding, on the request's goroutine and before its key is claimed:
+	// it should be quick. If it is nil, use [Detector.Lost].
 	OnLost func(ctx context.Context, event Event)
 
-	// Now is the clock. It is called from many goroutines. The default is time.Now.
+	// Now is the clock. It must be safe for concurrent use. Defaults to time.Now.
 	Now func() time.Time
 }
 
-// full returns a copy in which nothing is left out. It panics on values that can't work.
+// full returns a copy with defaults filled in. It panics on invalid values.
 func (o *Options) full() Options {
 	var full Options
 	if o != nil {
@@ -59,14 +63,14 @@ func (o *Options) full() Options {
 	return full
 }
 
-// Event is a finding. It holds neither key nor scope.
+// Event is a finding. It contains neither key nor scope.
 type Event struct {
 	Route string
-	After time.Duration // since the same request came last
+	After time.Duration // time since the same request last came
 }
 
-// Detector is a tracer that remembers the requests of the last moments. It is safe for concurrent use. It sees its own
-// process alone: a retry that reaches another replica is not found.
+// Detector is a tracer that remembers recent requests. It is safe for concurrent use. It sees only
+// the requests of its own process: a retry that reaches another replica is not found.
 type Detector struct {
 	options Options
 	seed    maphash.Seed
@@ -79,15 +83,15 @@ type Detector struct {
 	old   generation // the one before
 }
 
-// generation is what came in one stretch of time: a window, or as long as it took to fill half of RequestsMax.
+// generation has the requests of one period: a window, or the time to fill half of RequestsMax.
 type generation struct {
 	since time.Duration
-	seen  map[uint64]time.Duration // when last, by the hash of scope and fingerprint, and by that of the key too
+	seen  map[uint64]time.Duration // time of the last one, by the hash of scope and fingerprint, and by that of the key too
 }
 
 var _ idempotency.Tracer = (*Detector)(nil)
 
-// New returns a detector that has seen nothing. It panics where the options can't work.
+// New returns a detector that has seen nothing. It panics on invalid options.
 func New(opts *Options) *Detector {
 	d := &Detector{options: opts.full(), seed: maphash.MakeSeed()}
 	d.start = d.options.Now()
@@ -95,11 +99,11 @@ func New(opts *Options) *Detector {
 	return d
 }
 
-// Lost returns how many findings there were.
+// Lost returns the number of findings.
 func (d *Detector) Lost() int64 { return d.lost.Load() }
 
-// Dropped returns how many requests, at most, were forgotten before their window was over, for lack of room. While it grows
-// findings are missed: raise RequestsMax or shorten Window.
+// Dropped returns the maximum number of requests that were forgotten before their window ended, for
+// lack of room. While it grows findings are missed: raise RequestsMax or shorten Window.
 func (d *Detector) Dropped() int64 { return d.dropped.Load() }
 
 // TraceRequestStart implements [idempotency.Tracer].
@@ -114,12 +118,13 @@ func (d *Detector) TraceRequestStart(ctx context.Context, start idempotency.Requ
 	return ctx
 }
 
-// see remembers a request, and reports whether the same came with another key and never with this one, and how long ago.
+// see remembers a request. It reports whether the same request came with another key and never with
+// this one, and how long ago.
 func (d *Detector) see(start *idempotency.RequestStart) (after time.Duration, lost bool) {
 	var h maphash.Hash
 	h.SetSeed(d.seed)
 	_, _ = h.WriteString(start.Key.Scope)
-	_ = h.WriteByte(0) // which no scope contains
+	_ = h.WriteByte(0) // no scope contains it
 	_ = h.WriteByte(byte(start.Fingerprint.Version >> 8))
 	_ = h.WriteByte(byte(start.Fingerprint.Version))
 	_, _ = h.Write(start.Fingerprint.Sum[:])
@@ -137,7 +142,7 @@ func (d *Detector) see(start *idempotency.RequestStart) (after time.Duration, lo
 	return now - before, known && !again
 }
 
-// when returns when a hash was seen last, and reports whether that was within the window.
+// when returns the last time of a hash, and reports whether that was within the window.
 func (d *Detector) when(hash uint64, now time.Duration) (at time.Duration, ok bool) {
 	if at, ok = d.young.seen[hash]; !ok {
 		at, ok = d.old.seen[hash]
@@ -145,14 +150,15 @@ func (d *Detector) when(hash uint64, now time.Duration) (at time.Duration, ok bo
 	return at, ok && now-at <= d.options.Window
 }
 
-// age begins a new generation where the young one is full or a window old, and forgets the one before.
+// age starts a new generation when the young one is full or a window old, and forgets the one
+// before.
 func (d *Detector) age(now time.Duration) {
 	full := len(d.young.seen) >= d.options.RequestsMax // two hashes each, and half of them in a generation
 	over := now-d.young.since >= d.options.Window
 	if !full && !over {
 		return
 	}
-	if !over { // the last of the old ones came when the young generation began
+	if !over { // the last of the old ones came when the young generation started
 		d.dropped.Add(int64(len(d.old.seen)+1) / 2)
 	}
 	clear(d.old.seen)

@@ -1,4 +1,5 @@
-// Package otelobserve makes spans and metrics of what the idempotency engine does, by the API of OpenTelemetry.
+// Package otelobserve makes spans and metrics of the idempotency engine's work, with
+// OpenTelemetry's API.
 //
 //	idem := middleware.New(store, account, &middleware.Options{
 //		Tracer: otelobserve.New(nil),
@@ -6,9 +7,10 @@
 //	})
 //	handler := otelhttp.NewHandler(idem.Handler(transfer), "transfer") // otelhttp outside: its span is the server's
 //
-// A request is one span, named idempotency, below whatever span its context has, and above those that the handler makes. Its
-// steps are spans below it: claim, handler, commit and so on, with their own times. A replay's span is linked to the span
-// that [TraceID] recorded with the original attempt.
+// Each request is one span, named idempotency. Its parent is the span of its context, and the
+// handler's spans are its children. So are the spans of its steps: claim, handler, commit and so
+// on, with their own times. A replay's span is linked to the span that [TraceID] recorded with the
+// original attempt.
 //
-// No key, scope, header or body, and no error's text, is in an attribute.
+// No attribute contains a key, scope, header, body or an error's text.
 package otelobserve

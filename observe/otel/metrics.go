@@ -23,13 +23,13 @@ type instruments struct {
 	duplicates metric.Int64Counter
 	lost       metric.Int64Counter
 
-	sets sync.Map // series by labels: what the engine gives is few, and making a set each time costs more than to count
+	sets sync.Map // series by labels: the engine's labels are few, and making a set costs more than counting
 }
 
-// labels are what a series goes by: a step and a kind of error, or an outcome and a reason.
+// labels identify a series: a step and a kind of error, or an outcome and a reason.
 type labels struct{ first, second attribute.KeyValue }
 
-// series is a set of attributes as instruments take it.
+// series is a set of attributes in the form that instruments take.
 type series struct {
 	add    []metric.AddOption
 	record []metric.RecordOption
@@ -48,7 +48,7 @@ func (i *instruments) series(l labels) *series {
 	return made.(*series)
 }
 
-// secondsBuckets reach from a replay on a warm connection to the longest that a handler may take.
+// secondsBuckets reach from a replay on a warm connection to the longest time of a handler.
 var secondsBuckets = metric.WithExplicitBucketBoundaries(.0005, .001, .002, .005, .01, .02, .05, .1, .2, .5, 1, 2, 5, 10, 20)
 
 func newInstruments(meter metric.Meter) *instruments {
@@ -65,7 +65,8 @@ func newInstruments(meter metric.Meter) *instruments {
 	}
 }
 
-// made returns an instrument. A meter refuses one whose name or buckets are no good, which a test would find.
+// made returns an instrument. A meter refuses one with a bad name or bad buckets, which a test
+// would find.
 func made[T any](instrument T, err error) T {
 	if err != nil {
 		panic("idempotency/otel: " + err.Error())

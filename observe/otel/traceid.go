@@ -9,9 +9,10 @@ import (
 	"go.opentelemetry.io/otel/trace"
 )
 
-// TraceID names the trace of a request for its record: pass it as middleware.Options.TraceID. It is [TraceIDFrom] of the
-// request's context, whose span is the server's where the middleware is mounted inside otelhttp, or else of the span that the client
-// sent (traceparent, W3C Trace Context); empty where there is none.
+// TraceID returns the trace of a request for its record: pass it as middleware.Options.TraceID. It
+// is [TraceIDFrom] of the request's context, with the server's span if the middleware is mounted
+// inside otelhttp. Otherwise it is the span that the client sent (traceparent, W3C Trace Context),
+// or empty if there is none.
 func TraceID(r *http.Request) string {
 	if id := TraceIDFrom(r.Context()); id != "" {
 		return id
@@ -19,8 +20,9 @@ func TraceID(r *http.Request) string {
 	return TraceIDFrom(propagation.TraceContext{}.Extract(r.Context(), propagation.HeaderCarrier(r.Header)))
 }
 
-// TraceIDFrom names the trace of a context for idempotency.Request.TraceID: a traceparent, version 00, of the context's span,
-// and empty where there is none. Its 55 characters hold what a link needs, which a trace's id alone does not.
+// TraceIDFrom returns the trace of a context for idempotency.Request.TraceID: a traceparent,
+// version 00, of the context's span, or empty if there is none. Its 55 characters contain all that
+// a link needs; a bare trace id does not.
 func TraceIDFrom(ctx context.Context) string {
 	span := trace.SpanContextFromContext(ctx)
 	if !span.IsValid() {
@@ -29,8 +31,8 @@ func TraceIDFrom(ctx context.Context) string {
 	return "00-" + span.TraceID().String() + "-" + span.SpanID().String() + "-" + span.TraceFlags().String()
 }
 
-// original reads what was recorded as the trace of an attempt: a traceparent, or the bare id of a trace, for which span has
-// no id. Everything else is not ok, and shown nowhere.
+// original parses the recorded trace of an attempt: a traceparent, or the bare id of a trace, for
+// which span has no id. Anything else is not ok, and never shown.
 func original(recorded string) (span trace.SpanContext, ok bool) {
 	if id, err := trace.TraceIDFromHex(recorded); err == nil {
 		return trace.NewSpanContext(trace.SpanContextConfig{TraceID: id, Remote: true}), true
@@ -40,8 +42,8 @@ func original(recorded string) (span trace.SpanContext, ok bool) {
 	return span, span.IsValid()
 }
 
-// link leads from a replay's span to the original attempt. Of a bare id there is the attribute alone: a link to no span
-// is dropped on its way, or worse, not.
+// link links a replay's span to the original attempt. For a bare id there is only the attribute: a
+// link without a span is dropped on its way, or worse, is not.
 func link(span trace.Span, recorded string) {
 	to, ok := original(recorded)
 	if !ok {

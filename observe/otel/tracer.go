@@ -36,22 +36,23 @@ const (
 
 // Options tune a [Tracer]. Nil and the zero value are the defaults.
 type Options struct {
-	// TracerProvider and MeterProvider are where spans and metrics go. The defaults are the global ones.
+	// TracerProvider and MeterProvider receive spans and metrics. Default to the global ones.
 	TracerProvider trace.TracerProvider
 	MeterProvider  metric.MeterProvider
 
-	// LostKeys tune the detector of clients that lose their keys. Its OnLost is called after the finding was counted.
+	// LostKeys tune the detector of clients that lose their keys. OnLost is called after the
+	// finding was counted.
 	LostKeys lostkey.Options
 
-	// WithoutLostKeys leaves the detector out, for example where observe/prometheus has one already.
+	// WithoutLostKeys disables the detector, for example if observe/prometheus already has one.
 	WithoutLostKeys bool
 }
 
-// Tracer makes spans and metrics of what the engine tells. It is safe for concurrent use.
+// Tracer makes spans and metrics from the engine's events. It is safe for concurrent use.
 type Tracer struct {
 	tracer   trace.Tracer
 	metrics  *instruments
-	detector *lostkey.Detector // nil: there is none
+	detector *lostkey.Detector // nil if disabled
 }
 
 var (
@@ -59,7 +60,7 @@ var (
 	_ idempotency.WaitTracer = (*Tracer)(nil)
 )
 
-// New returns a tracer. It panics where the meter refuses an instrument.
+// New returns a tracer. It panics if the meter refuses an instrument.
 func New(opts *Options) *Tracer {
 	var o Options
 	if opts != nil {
@@ -86,7 +87,7 @@ func New(opts *Options) *Tracer {
 	return t
 }
 
-// spanKey finds the request's span in its context, where the current one may be another tracer's.
+// spanKey finds the request's span in its context: the current span may be another tracer's.
 type spanKey struct{}
 
 func spanOf(ctx context.Context) trace.Span {
@@ -96,7 +97,8 @@ func spanOf(ctx context.Context) trace.Span {
 	return trace.SpanFromContext(ctx)
 }
 
-// methodOf and pathOf are the parts of a route as net/http's ServeMux writes it, and as chi does, without the method.
+// methodOf and pathOf split a route as net/http's ServeMux writes it, or as chi does, without the
+// method.
 func methodOf(route string) string {
 	if method, _, ok := strings.Cut(route, " "); ok {
 		return method
@@ -111,7 +113,8 @@ func pathOf(route string) string {
 	return route
 }
 
-// TraceRequestStart implements [idempotency.Tracer]. Spans that the handler makes are below the request's.
+// TraceRequestStart implements [idempotency.Tracer]. The handler's spans are children of the
+// request's.
 func (t *Tracer) TraceRequestStart(ctx context.Context, start idempotency.RequestStart) context.Context {
 	ctx, span := t.tracer.Start(ctx, "idempotency", trace.WithSpanKind(trace.SpanKindInternal))
 	ctx = context.WithValue(ctx, spanKey{}, span)
@@ -133,8 +136,8 @@ func (t *Tracer) TraceRequestStart(ctx context.Context, start idempotency.Reques
 // TraceWaitStart implements [idempotency.WaitTracer].
 func (t *Tracer) TraceWaitStart(ctx context.Context) { t.metrics.waiting.Add(ctx, 1) }
 
-// TraceStep implements [idempotency.Tracer]. The hook tells of a step when it is over, so its span is made then, with the
-// times that it had; the handler's own spans are beside it, below the request's.
+// TraceStep implements [idempotency.Tracer]. It is called when a step has ended, so it makes the
+// span then, with the step's times. The handler's own spans are its siblings, below the request's.
 func (t *Tracer) TraceStep(ctx context.Context, step idempotency.StepEnd) {
 	if step.Step == idempotency.StepWait {
 		t.metrics.waiting.Add(ctx, -1)
@@ -156,7 +159,7 @@ func (t *Tracer) TraceStep(ctx context.Context, step idempotency.StepEnd) {
 	span.End(trace.WithTimestamp(step.Started.Add(step.Duration)))
 }
 
-// isFailure tells what an operator would call an error from what a claim finds on a good day.
+// isFailure distinguishes an operator's errors from normal results of a claim.
 func isFailure(err error, kind string) bool {
 	switch kind {
 	case observe.ErrorKind(idempotency.ErrInProgress), observe.ErrorKind(idempotency.ErrKeyRecorded):
@@ -193,7 +196,7 @@ func (t *Tracer) describe(span trace.Span, end idempotency.RequestEnd) {
 	}
 	failed := result.Reason
 	switch {
-	case result.Outcome == idempotency.OutcomeUnknown && failed == "": // the handler answered, after it had called DerivedKey
+	case result.Outcome == idempotency.OutcomeUnknown && failed == "": // the handler answered after it had called DerivedKey
 		failed = idempotency.ReasonCallUnknown
 	case result.Outcome != idempotency.OutcomeUnknown && result.Outcome != idempotency.OutcomeNotExecuted:
 		failed = ""

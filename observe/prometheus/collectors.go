@@ -10,7 +10,7 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 )
 
-// PoolStat is what a pool says of itself. *pgxpool.Stat is one.
+// PoolStat has the statistics of a pool. *pgxpool.Stat implements it.
 type PoolStat interface {
 	MaxConns() int32
 	TotalConns() int32
@@ -21,8 +21,9 @@ type PoolStat interface {
 	AcquireDuration() time.Duration
 }
 
-// NewPoolCollector shows the pool's connections: a keyed request holds one from its claim to its commit. Pass the method
-// Stat of a *pgxpool.Pool. Where there are two pools, register each with prometheus.WrapRegistererWith and a label.
+// NewPoolCollector shows the pool's connections: a keyed request holds one from its claim to its
+// commit. Pass the method Stat of a *pgxpool.Pool. If there are two pools, register each with
+// prometheus.WrapRegistererWith and a label.
 func NewPoolCollector[S PoolStat](stat func() S) prometheus.Collector {
 	if stat == nil {
 		panic("idempotency/prometheus: NewPoolCollector needs a function")
@@ -32,7 +33,7 @@ func NewPoolCollector[S PoolStat](stat func() S) prometheus.Collector {
 
 type poolCollector struct{ stat func() PoolStat }
 
-// poolMetrics are what is shown of a pool.
+// poolMetrics are the metrics of a pool.
 var poolMetrics = []struct {
 	desc  *prometheus.Desc
 	kind  prometheus.ValueType
@@ -66,7 +67,7 @@ func (c *poolCollector) Collect(metrics chan<- prometheus.Metric) {
 	}
 }
 
-// Records are figures about the table of the records: those of postgres.Statistics.
+// Records are figures of the table of records: those of postgres.Statistics.
 type Records struct {
 	Records    int64
 	Expired    int64
@@ -78,21 +79,21 @@ type Records struct {
 // RecordsOptions tune a collector of records. Nil and the zero value are the defaults. A negative
 // number panics.
 type RecordsOptions struct {
-	// Interval is how long figures are shown before they are read again, with the scrape that comes then. However many
-	// scrape, and however often, the store is asked once per interval. Defaults to 30 seconds.
+	// Interval is the time for which figures are shown before a scrape reads them again. Any number
+	// of scrapes cause one query per interval. Defaults to 30 seconds.
 	Interval time.Duration
 
-	// Timeout bounds the reading, and with it how late a scrape is. It must be well below the scrape's own.
-	// Defaults to 2 seconds.
+	// Timeout bounds the query, and with it the delay of a scrape. It must be well below the
+	// scrape's own timeout. Defaults to 2 seconds.
 	Timeout time.Duration
 
-	// Now is the clock. The default is time.Now.
+	// Now is the clock. Defaults to time.Now.
 	Now func() time.Time
 }
 
-// NewRecordsCollector shows figures about the table of the records. Pass the method Statistics of a *postgres.Store. What it
-// returns is kept for the interval; where reading fails the last figures stay, their age grows, and the failure is counted.
-// Before the first success there are none.
+// NewRecordsCollector shows figures of the table of records. Pass the method Statistics of a
+// *postgres.Store. Its result is kept for the interval. If reading fails the last figures stay,
+// their age grows, and the failure is counted. Before the first success there are none.
 func NewRecordsCollector[S interface {
 	~struct {
 		Records    int64
@@ -124,14 +125,14 @@ type recordsCollector struct {
 	options RecordsOptions
 	read    func(context.Context) (Records, error)
 
-	mu       sync.Mutex // held while the figures are read: scrapes at once read them once
+	mu       sync.Mutex // held while the figures are read: concurrent scrapes read them once
 	last     Records
 	asked    time.Time // zero: never
 	readAt   time.Time // of last; zero: there are none
 	failures float64
 }
 
-// recordsMetrics are what is shown of the records.
+// recordsMetrics are the metrics of the records.
 var recordsMetrics = []struct {
 	desc  *prometheus.Desc
 	value func(Records) float64

@@ -16,36 +16,37 @@ import (
 	"github.com/paidonce/idempotency/observe/lostkey"
 )
 
-// How routes are shown.
+// Labels of routes.
 const (
-	RouteBytesMax = 128 // a longer one is cut off
+	RouteBytesMax = 128 // a longer one is cut
 
-	// RouteOther stands for the routes over [Options.RoutesMax].
+	// RouteOther is the label of all routes over [Options.RoutesMax].
 	RouteOther = "other"
 )
 
 // Options tune a [Tracer]. Nil and the zero value are the defaults. A negative number panics.
 type Options struct {
-	// HandlerTimeout is the engine's, shown as a metric so that an alert can compare handlers with it.
+	// HandlerTimeout is the engine's. It is a metric so that an alert can compare handlers with it.
 	// Defaults to 10 seconds, as the engine's does.
 	HandlerTimeout time.Duration
 
-	// Route names a request's route from the context that it came with, where Request.Route is not what is wanted. It must
-	// come from a small set. Nil takes Request.Route, which the middleware fills in.
+	// Route returns a request's route from its context, if Request.Route is unsuitable. Its values
+	// must come from a small set. Nil takes Request.Route, which the middleware sets.
 	Route func(ctx context.Context, route string) string
 
-	// RoutesMax is how many routes have series of their own, of about 6 each; those above are [RouteOther].
-	// Defaults to 100.
+	// RoutesMax is the maximum number of routes with series of their own, about 6 each; further
+	// routes are [RouteOther]. Defaults to 100.
 	RoutesMax int
 
-	// LostKeys tune the detector of clients that lose their keys. Its OnLost is called after the finding was counted.
+	// LostKeys tune the detector of clients that lose their keys. OnLost is called after the
+	// finding was counted.
 	LostKeys lostkey.Options
 
-	// WithoutLostKeys leaves the detector out.
+	// WithoutLostKeys disables the detector.
 	WithoutLostKeys bool
 }
 
-// full returns a copy in which nothing is left out. It panics on values that can't work.
+// full returns a copy with defaults filled in. It panics on invalid values.
 func (o *Options) full() Options {
 	var full Options
 	if o != nil {
@@ -62,10 +63,10 @@ func (o *Options) full() Options {
 	return full
 }
 
-// Tracer feeds metrics with what the engine tells. It is safe for concurrent use.
+// Tracer makes metrics from the engine's events. It is safe for concurrent use.
 type Tracer struct {
 	options  Options
-	detector *lostkey.Detector // nil: there is none
+	detector *lostkey.Detector // nil if disabled
 
 	requests   *prometheus.CounterVec
 	durations  *prometheus.HistogramVec
@@ -83,7 +84,7 @@ type Tracer struct {
 
 	waiters atomic.Int64
 
-	// Series that are looked up for each request.
+	// Series that each request uses.
 	ends  map[end]endSeries
 	times map[idempotency.Step]prometheus.Observer
 
@@ -91,7 +92,7 @@ type Tracer struct {
 	routes map[string]*routeSeries
 }
 
-// end is how a request ends.
+// end is the outcome and reason of a request.
 type end struct {
 	outcome idempotency.Outcome
 	reason  idempotency.Reason
@@ -102,7 +103,7 @@ type endSeries struct {
 	time  prometheus.Observer
 }
 
-// routeSeries are those of one route.
+// routeSeries are the series of one route.
 type routeSeries struct{ replayed, inProgress, lost prometheus.Counter }
 
 var (
@@ -110,11 +111,11 @@ var (
 	_ idempotency.WaitTracer = (*Tracer)(nil)
 )
 
-// secondsBuckets reach from a replay on a warm connection to the longest that a handler may take.
+// secondsBuckets reach from a replay on a warm connection to the longest time of a handler.
 var secondsBuckets = []float64{.0005, .001, .002, .005, .01, .02, .05, .1, .2, .5, 1, 2, 5, 10, 20}
 
-// ends are how requests end, with the reasons that the engine gives. Their series are there from the start, so that the first
-// of a kind is an increase, and not a series that was always at one.
+// ends are the engine's pairs of outcome and reason. Their series exist from the start, so that the
+// first event is an increase, and not a new series at one.
 var ends = []struct {
 	outcome idempotency.Outcome
 	reasons []idempotency.Reason
@@ -139,7 +140,8 @@ var refusals = []idempotency.Reason{
 
 const labelOther = "other"
 
-// failuresWatched are the failures of a step that alerts look at: their series too are there from the start.
+// failuresWatched are the failures of a step that alerts watch: their series exist from the start
+// too.
 var failuresWatched = map[idempotency.Step][]string{
 	idempotency.StepClaim:   {"unavailable"},
 	idempotency.StepCommit:  {"unavailable", "unknown"},
@@ -147,15 +149,16 @@ var failuresWatched = map[idempotency.Step][]string{
 	idempotency.StepResolve: {"unknown"},
 }
 
-// Results of the look for a lost COMMIT.
+// Results of the search for a lost COMMIT.
 const (
-	resolvedFound    = "found"     // a record: this attempt's, or another's
+	resolvedFound    = "found"     // a record: of this attempt, or of another
 	resolvedNotFound = "not-found" // proven: nothing was recorded
 	resolvedUnknown  = "unknown"
 )
 
-// New returns a tracer whose metrics count from zero, and registers them. It panics where there is no registerer, where the
-// metrics are registered already, or where the options can't work. Two engines share one tracer.
+// New returns a tracer with metrics that count from zero, and registers them. It panics if there is
+// no registerer, if the metrics are registered already, or on invalid options. Two engines share
+// one tracer.
 func New(registerer prometheus.Registerer, opts *Options) *Tracer {
 	if registerer == nil {
 		panic("idempotency/prometheus: New needs a Registerer")
@@ -213,7 +216,7 @@ func New(registerer prometheus.Registerer, opts *Options) *Tracer {
 	return t
 }
 
-// begin makes the series that are there from the start.
+// begin makes the series that exist from the start.
 func (t *Tracer) begin() {
 	for _, e := range ends {
 		for _, reason := range e.reasons {
@@ -254,7 +257,7 @@ func gauge(name, help string) prometheus.Gauge {
 	return prometheus.NewGauge(prometheus.GaugeOpts{Name: "idempotency_" + name, Help: help})
 }
 
-// histograms have buckets for everybody, and native ones for a Prometheus that asks for them.
+// histograms have classic buckets, and native ones for a Prometheus that asks for them.
 func histograms(name, help string, labels ...string) *prometheus.HistogramVec {
 	return prometheus.NewHistogramVec(prometheus.HistogramOpts{
 		Name: "idempotency_" + name, Help: help, Buckets: secondsBuckets,
@@ -262,7 +265,7 @@ func histograms(name, help string, labels ...string) *prometheus.HistogramVec {
 	}, labels)
 }
 
-// route returns the series of a request's route, and makes them where there is room.
+// route returns the series of a request's route, and makes them if there is room.
 func (t *Tracer) route(ctx context.Context, name string) *routeSeries {
 	name = t.options.Route(ctx, name)
 	if len(name) > RouteBytesMax {
@@ -281,7 +284,7 @@ func (t *Tracer) route(ctx context.Context, name string) *routeSeries {
 	}
 	series = t.routes[name]
 	if series == nil {
-		label := strings.ToValidUTF8(name, "\uFFFD") // or the client library panics
+		label := strings.ToValidUTF8(name, "\uFFFD") // otherwise the client library panics
 		series = &routeSeries{
 			t.duplicates.WithLabelValues(label, string(idempotency.OutcomeReplayed)),
 			t.duplicates.WithLabelValues(label, string(idempotency.OutcomeInProgress)), t.lost.WithLabelValues(label),
@@ -319,7 +322,8 @@ func (t *Tracer) TraceStep(_ context.Context, step idempotency.StepEnd) {
 	}
 }
 
-// waitEnds counts one waiter off, unless a tracer around this one keeps TraceWaitStart to itself.
+// waitEnds decrements the number of waiting requests, unless a tracer around this one does not
+// forward TraceWaitStart.
 func (t *Tracer) waitEnds() {
 	for n := t.waiters.Load(); n > 0; n = t.waiters.Load() {
 		if t.waiters.CompareAndSwap(n, n-1) {
@@ -350,7 +354,7 @@ func (t *Tracer) TraceRequestEnd(ctx context.Context, e idempotency.RequestEnd) 
 	}
 }
 
-// resolvedResult is what a look for a lost COMMIT found, as how the request ended tells.
+// resolvedResult derives the result of the search for a lost COMMIT from the end of the request.
 func resolvedResult(outcome idempotency.Outcome) string {
 	switch outcome {
 	case idempotency.OutcomeExecuted, idempotency.OutcomeReplayed, idempotency.OutcomeMismatch:
@@ -372,8 +376,8 @@ func (t *Tracer) TraceRefused(_ context.Context, refused idempotency.Refused) {
 	t.refused.WithLabelValues(labelOther).Inc()
 }
 
-// OnWalk counts a walk of the reaper: pass it as postgres.ReaperOptions.OnWalk. It keeps the error's text to itself, so
-// a service that wants it in a log calls this from a function of its own.
+// OnWalk counts a walk of the reaper: pass it as postgres.ReaperOptions.OnWalk. It does not log the
+// error's text: a service that wants to do that calls OnWalk from a function of its own.
 func (t *Tracer) OnWalk(deleted int64, duration time.Duration, err error) {
 	t.deleted.Add(float64(deleted))
 	t.walkTime.Observe(duration.Seconds())

@@ -1,4 +1,4 @@
-// Package rulestest holds the alert rules and the dashboard of observe/prometheus against Prometheus itself: its parsers, its query
-// engine and its database, fed with scrapes of a service to which things happen. It is a module of its own, so that
-// Prometheus is nobody's dependency.
+// Package rulestest tests the alert rules and the dashboard of observe/prometheus with Prometheus
+// itself: its parsers, its query engine and its database, fed with scrapes of a service while
+// events happen. It is a module of its own, so that no user depends on Prometheus.
 package rulestest
