@@ -232,8 +232,8 @@ var claimCases = []testCase{
 	},
 }
 
-// wantApart fails where keys are in each other's way while all of them are claimed, or where one replays another's
-// answer.
+// wantApart fails if keys block each other while all of them are claimed, or if one replays
+// another's answer.
 func (c *check) wantApart(keys ...idempotency.Key) {
 	c.Helper()
 	attempts := make([]*attempt, len(keys))
@@ -252,7 +252,7 @@ func (c *check) wantApart(keys ...idempotency.Key) {
 	}
 }
 
-// wantApartInTurn is wantApart for more keys than a store may be asked to hold at once.
+// wantApartInTurn is wantApart for more keys than a store can hold at once.
 func (c *check) wantApartInTurn(keys ...idempotency.Key) {
 	c.Helper()
 	for i, key := range keys {
@@ -263,8 +263,8 @@ func (c *check) wantApartInTurn(keys ...idempotency.Key) {
 	}
 }
 
-// wantFreeSoon fails where a key can't be claimed in the end. A store may take a moment to notice that a cancelled
-// request is gone.
+// wantFreeSoon fails if a key never becomes claimable. A store may take a moment to notice that a
+// cancelled request is gone.
 func (c *check) wantFreeSoon(claim *idempotency.Claim) {
 	c.Helper()
 	for {
@@ -282,7 +282,7 @@ func (c *check) wantFreeSoon(claim *idempotency.Claim) {
 	}
 }
 
-// atOnce calls f with 0 to n-1, all at once.
+// atOnce calls f with 0 to n-1, concurrently.
 func atOnce(n int, f func(i int)) {
 	var group sync.WaitGroup
 	start := make(chan struct{})

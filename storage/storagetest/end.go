@@ -17,7 +17,7 @@ var endCases = []testCase{
 			attempt := c.claim(claim)
 			c.seal(attempt)
 			attempt.Rollback(c.ctx)
-			c.claim(claim).Rollback(c.ctx) // without Seal: the engine's way when a handler ends its goroutine
+			c.claim(claim).Rollback(c.ctx) // without Seal: the engine does so when a handler ends its goroutine
 			c.wantFree(claim)
 		},
 	},

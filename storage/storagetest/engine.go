@@ -44,7 +44,7 @@ var engineCases = []testCase{
 	},
 }
 
-// storm sends copies of a few requests at once, each again and again until it is settled.
+// storm sends copies of a few requests concurrently, each repeatedly until it is settled.
 func storm(c *check) {
 	const keys, copies = 6, 12
 	s := &stormCounts{runs: map[string]int{}, executed: map[string]int{}, answers: map[string]map[string]int{}}
@@ -74,8 +74,8 @@ func storm(c *check) {
 		if status == 200 {
 			runs = 2
 		}
-		// Between the undoing of a decline's writes and its record another attempt may claim the key and run: it leaves
-		// nothing, and loses.
+		// After a decline's writes are undone and before its record is committed, another attempt
+		// may claim the key and run: it leaves nothing, and loses.
 		if s.runs[key] < runs || s.runs[key] > runs && status != 402 && !c.features.RunsAgain {
 			c.Errorf("key %s, status %d: its handler ran %d times, want %d", key, status, s.runs[key], runs)
 		}
@@ -92,11 +92,11 @@ func storm(c *check) {
 type stormCounts struct {
 	mu       sync.Mutex
 	runs     map[string]int            // of each key's handler
-	executed map[string]int            // how many were told so
+	executed map[string]int            // the number of executed outcomes
 	answers  map[string]map[string]int // each key's different answers
 }
 
-// run counts a run of a key's handler and returns how many there were.
+// run counts a run of a key's handler and returns the number of runs.
 func (s *stormCounts) run(key string) int {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -116,7 +116,7 @@ func (s *stormCounts) settled(key string, result idempotency.Result) {
 	s.answers[key][fmt.Sprint(result.Answer.Status, " ", string(result.Answer.Body))]++
 }
 
-// untilSettled is a client: it asks until it has an answer that stays.
+// untilSettled is a client: it retries until it has a final answer.
 func (s *stormCounts) untilSettled(c *check, engine *idempotency.Engine, key string, status int) error {
 	for c.ctx.Err() == nil {
 		result := engine.Do(c.ctx, requestOf("acme", key), func(ctx context.Context) (*idempotency.Answer, error) {

@@ -131,7 +131,7 @@ var recordCases = []testCase{
 	},
 }
 
-// answers returns answers whose details are easily lost.
+// answers returns answers with details that are easily lost.
 func answers() []*idempotency.Answer {
 	everyByte := make([]byte, 256)
 	for i := range everyByte {
@@ -151,13 +151,13 @@ func answers() []*idempotency.Answer {
 	}
 }
 
-// wantRecord fails where the record of a request is not this answer's, field by field.
+// wantRecord fails if the record of a request differs from this answer in any field.
 func (c *check) wantRecord(claim *idempotency.Claim, want *idempotency.Answer) {
 	c.Helper()
 	c.wantEqual(c.replay(claim), claim, want)
 }
 
-// wantEqual fails where a record is not what claim's attempt recorded.
+// wantEqual fails if a record differs from the one that claim's attempt recorded.
 func (c *check) wantEqual(got *idempotency.Record, claim *idempotency.Claim, want *idempotency.Answer) {
 	c.Helper()
 	if got.Answer.Status != want.Status {

@@ -10,9 +10,9 @@ import (
 )
 
 const (
-	// stillWaiting is how long a case looks on while nothing may happen.
+	// stillWaiting is the time for which a case checks that nothing happens.
 	stillWaiting = 50 * time.Millisecond
-	// resolveMax is how long Resolve may wait for a key that stays held.
+	// resolveMax is the maximum wait of Resolve for a key that stays held.
 	resolveMax = 100 * time.Millisecond
 )
 
@@ -31,7 +31,7 @@ var resolveCases = []testCase{
 			c.decline(c.claim(declined), answer(402, "declined"))
 			c.claim(claimOf("acme", "rolled back")).Rollback(c.ctx)
 			c.wantResolved(committed, committed, written)
-			c.wantResolved(claimOf("acme", "committed"), committed, written) // for another attempt at it
+			c.wantResolved(claimOf("acme", "committed"), committed, written) // for another attempt with the key
 			c.wantResolved(declined, declined, answer(402, "declined"))
 			c.wantAbsent(claimOf("acme", "rolled back"))
 			c.wantAbsent(claimOf("acme", "unheard of"))
@@ -62,7 +62,7 @@ var resolveCases = []testCase{
 				switch {
 				case got.err != nil:
 					c.Errorf("after a %s: %v", end, got.err)
-				case end == "decline" && got.record == nil: // its record comes after the claim was given back
+				case end == "decline" && got.record == nil: // its record comes after the claim was released
 				case (got.record == nil) != (end == "rollback"):
 					c.Errorf("after a %s the record is there: %v", end, got.record != nil)
 				case got.record != nil && string(got.record.Answer.Body) != end:
@@ -96,8 +96,8 @@ var resolveCases = []testCase{
 				c.wantUnknown(held, resolveMax)
 			}
 			c.wantRecord(recorded, answer(201, "done"))
-			c.wantFree(free)                                                             // at once: a retry follows close behind
-			for deadline := time.Now().Add(stillWaiting); time.Now().Before(deadline); { // also once it is gone
+			c.wantFree(free)                                                             // at once: a retry follows closely
+			for deadline := time.Now().Add(stillWaiting); time.Now().Before(deadline); { // after it is gone too
 				if stolen, _, _ := c.begin(claimOf("acme", "held")); stolen != nil {
 					stolen.Rollback(c.ctx)
 					c.Fatalf("the key that an attempt holds was claimed: Resolve took the claim away")
@@ -148,7 +148,7 @@ var resolveCases = []testCase{
 		run: func(c *check) {
 			keys, copies := 4, 5
 			if c.features.RunsAgain {
-				keys, copies = 1, 20 // several attempts at once might have to run again, and would let go of their keys
+				keys, copies = 1, 20 // several concurrent attempts might have to run again, and would release their keys
 			}
 			attempts := make([]*attempt, keys)
 			for key := range keys {
@@ -158,7 +158,7 @@ var resolveCases = []testCase{
 			for i := range keys * copies {
 				waiting = append(waiting, c.resolveLater(claimOf("acme", fmt.Sprint(i%keys))))
 			}
-			time.Sleep(stillWaiting) // for most of them to come so far that they wait
+			time.Sleep(stillWaiting) // until most of them wait
 			for key, attempt := range attempts {
 				if key%2 == 0 {
 					c.commit(attempt, answer(201, fmt.Sprint(key)))
@@ -181,7 +181,7 @@ var resolveCases = []testCase{
 	},
 }
 
-// resolution is what Resolve returned.
+// resolution is the result of Resolve.
 type resolution struct {
 	record *idempotency.Record
 	err    error
@@ -196,7 +196,7 @@ func (c *check) resolveLater(claim *idempotency.Claim) <-chan resolution {
 	return resolved
 }
 
-// wantResolved fails where Resolve does not return what recorded's attempt recorded.
+// wantResolved fails if Resolve does not return the record of recorded's attempt.
 func (c *check) wantResolved(claim, recorded *idempotency.Claim, want *idempotency.Answer) {
 	c.Helper()
 	record, err := c.Store.Resolve(c.ctx, claim)
@@ -209,7 +209,7 @@ func (c *check) wantResolved(claim, recorded *idempotency.Claim, want *idempoten
 	c.wantEqual(record, recorded, want)
 }
 
-// wantAbsent fails where Resolve does not say that there is no record.
+// wantAbsent fails unless Resolve returns that there is no record.
 func (c *check) wantAbsent(claim *idempotency.Claim) {
 	c.Helper()
 	record, err := c.Store.Resolve(c.ctx, claim)
@@ -218,7 +218,7 @@ func (c *check) wantAbsent(claim *idempotency.Claim) {
 	}
 }
 
-// wantUnknown fails where Resolve of a key that is held says anything else, or does not take the time that it has.
+// wantUnknown fails unless Resolve of a held key returns unknown, and uses the time that it has.
 func (c *check) wantUnknown(claim *idempotency.Claim, wait time.Duration) {
 	c.Helper()
 	ctx, cancel := context.WithTimeout(c.ctx, wait)

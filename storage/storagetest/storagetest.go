@@ -1,4 +1,4 @@
-// Package storagetest holds an idempotency.Store to what its contract says.
+// Package storagetest tests that an idempotency.Store keeps its contract.
 //
 //	func TestConformance(t *testing.T) {
 //		storagetest.Run(t, storagetest.Features{}, func(t *testing.T) *storagetest.Harness {
@@ -7,8 +7,9 @@
 //		})
 //	}
 //
-// Each case is a subtest on a fresh store, and guards one rule. A case that fails prints its rule; a case of a promise
-// that the store does not make is skipped and says so. Run it with -race.
+// Each case is a subtest on a fresh store, and guards one rule. A case that fails prints its rule.
+// If the store does not make the promise of a case, the case is skipped and says so. Run it with
+// -race.
 package storagetest
 
 import (
@@ -22,8 +23,8 @@ import (
 
 // Features names the promises that a store does not make. The zero value is a store that makes all of them.
 type Features struct {
-	// WritesStay: the handler has no transaction; what it wrote stays whatever becomes of the attempt. Handlers then
-	// pay twice after a crash. Harness.Write, Written and Break may be nil.
+	// WritesStay: the handler has no transaction; its writes stay whatever the end of the attempt.
+	// Handlers then pay twice after a crash. Harness.Write, Written and Break may be nil.
 	WritesStay bool
 
 	// NotDurable: a second store on the same data does not know the records of the first. Harness.Reopen may be nil.
@@ -32,41 +33,43 @@ type Features struct {
 	// NoExpiry: records are never deleted. Harness.Advance and DeleteExpired may be nil.
 	NoExpiry bool
 
-	// ClaimsAreCertain: no one can record a key which another attempt has claimed, so that Commit never reports
-	// ErrKeyRecorded. Harness.Record may be nil.
+	// ClaimsAreCertain: nobody can record a key that another attempt has claimed, so Commit never
+	// returns ErrKeyRecorded. Harness.Record may be nil.
 	ClaimsAreCertain bool
 
-	// RunsAgain: attempts that run at once may report ErrNotSerializable although nothing else is wrong, and two handlers
-	// may run for one key, of which one is undone and its client gets the answer of the other. So it is where a claim
-	// shares a snapshot with the handler, in PostgreSQL above READ COMMITTED.
+	// RunsAgain: concurrent attempts may return ErrNotSerializable although nothing else is wrong.
+	// Two handlers may run for one key; then one is undone, and its client gets the other's answer.
+	// This happens if a claim shares a snapshot with the handler, as in PostgreSQL above READ
+	// COMMITTED.
 	RunsAgain bool
 }
 
-// Harness is a fresh, empty store and what the suite needs beside it. Its functions are called from many goroutines.
+// Harness is a fresh, empty store and the functions that the suite needs. They must be safe for
+// concurrent use.
 type Harness struct {
 	Store idempotency.Store
 
-	// Write writes a row under a name by the means of a handler that runs with ctx. Written returns how many rows of
-	// that name are committed. Break makes a statement fail, so that the transaction of ctx can't commit any more, and
-	// returns the statement's error.
+	// Write writes a row under a name, as a handler that runs with ctx does. Written returns the
+	// number of committed rows of that name. Break makes a statement fail, so that the transaction
+	// of ctx can't commit any more, and returns the statement's error.
 	Write   func(ctx context.Context, name string) error
 	Written func(ctx context.Context, name string) (int, error)
 	Break   func(ctx context.Context) error
 
-	// Reopen returns another store on the same data, as a restarted program would make it.
+	// Reopen returns another store on the same data, as after a restart.
 	Reopen func(ctx context.Context) (idempotency.Store, error)
 
 	// Advance makes time pass for the records, by the clock or by their dates.
 	Advance func(ctx context.Context, d time.Duration) error
 
-	// DeleteExpired deletes the records whose time is over and returns how many those were.
+	// DeleteExpired deletes the expired records and returns their number.
 	DeleteExpired func(ctx context.Context) (int64, error)
 
-	// Record commits a record past all claims, as an attempt would that doesn't know of them.
+	// Record commits a record regardless of claims, as an attempt that does not know them.
 	Record func(ctx context.Context, claim *idempotency.Claim, answer *idempotency.Answer) error
 }
 
-// patienceDefault bounds everything that a case waits for. A store that is in order never makes it wait that long.
+// patienceDefault bounds every wait of a case. A correct store never takes that long.
 const patienceDefault = 20 * time.Second
 
 // Run runs the suite, each case on a harness of its own.
@@ -82,7 +85,7 @@ func Run(t *testing.T, features Features, newHarness func(t *testing.T) *Harness
 	}
 }
 
-// promise is what a case needs a store to promise, and the hooks that go with it.
+// promise is a promise that a case needs from a store, and its hooks.
 type promise uint8
 
 const (
@@ -93,7 +96,7 @@ const (
 	losesClaims
 )
 
-// lacks returns the name of the feature by which the store does not make the promise, or nothing.
+// lacks returns the name of the feature that rules the promise out, or "".
 func (f Features) lacks(p promise) string {
 	switch {
 	case p == undoesWrites && f.WritesStay:
@@ -108,7 +111,7 @@ func (f Features) lacks(p promise) string {
 	return ""
 }
 
-// missing returns the name of a hook that the promise needs and the harness does not have, or nothing.
+// missing returns the name of a hook that the promise needs and the harness lacks, or "".
 func (h *Harness) missing(p promise) string {
 	switch {
 	case h.Store == nil:
@@ -141,7 +144,7 @@ func cases() []testCase {
 	return all
 }
 
-// tester is what a case needs of a *testing.T.
+// tester is the part of a *testing.T that a case uses.
 type tester interface {
 	Helper()
 	Logf(format string, args ...any)
@@ -151,7 +154,7 @@ type tester interface {
 	Context() context.Context
 }
 
-// check runs the case. Where it fails it says which rule is broken.
+// check runs the case. If it fails, check prints the broken rule.
 func (one testCase) check(t tester, features Features, h *Harness, patience time.Duration) {
 	t.Helper()
 	if hooks := h.missing(one.promise); hooks != "" {
@@ -169,7 +172,7 @@ func (one testCase) check(t tester, features Features, h *Harness, patience time
 	one.run(c)
 }
 
-// check is a case that runs.
+// check is a running case.
 type check struct {
 	tester
 	*Harness
@@ -200,7 +203,8 @@ func (a *attempt) Rollback(ctx context.Context) error {
 	return a.Attempt.Rollback(ctx)
 }
 
-// endAll ends the attempts that a failed case left open: a store may wait for them when it is closed.
+// endAll ends the attempts that a failed case left open: a store may wait for them when it is
+// closed.
 func (c *check) endAll() {
 	for _, a := range c.attempts {
 		if !a.ended {
@@ -209,7 +213,7 @@ func (c *check) endAll() {
 	}
 }
 
-// begin returns what Begin does, and fails where that is not exactly one of three.
+// begin calls Begin, and fails unless it returns exactly one of its three results.
 func (c *check) begin(claim *idempotency.Claim) (*attempt, *idempotency.Record, error) {
 	c.Helper()
 	return c.beginWith(c.ctx, claim)
@@ -237,7 +241,7 @@ func (c *check) beginWith(ctx context.Context, claim *idempotency.Claim) (*attem
 	return a, record, err
 }
 
-// claim begins an attempt at a key that is absent.
+// claim starts an attempt for an absent key.
 func (c *check) claim(claim *idempotency.Claim) *attempt {
 	c.Helper()
 	attempt, record, err := c.begin(claim)
@@ -250,7 +254,7 @@ func (c *check) claim(claim *idempotency.Claim) *attempt {
 	return attempt
 }
 
-// replay returns the record of a key that has one.
+// replay returns the record of a recorded key.
 func (c *check) replay(claim *idempotency.Claim) *idempotency.Record {
 	c.Helper()
 	attempt, record, err := c.begin(claim)
@@ -264,7 +268,7 @@ func (c *check) replay(claim *idempotency.Claim) *idempotency.Record {
 	return record
 }
 
-// commit ends an attempt for good.
+// commit commits an attempt.
 func (c *check) commit(attempt *attempt, answer *idempotency.Answer) {
 	c.Helper()
 	c.seal(attempt)
@@ -293,13 +297,13 @@ func (c *check) seal(attempt *attempt) {
 	}
 }
 
-// wantFree fails where the key can't be claimed, and leaves it free.
+// wantFree fails if the key can't be claimed, and leaves it free.
 func (c *check) wantFree(claim *idempotency.Claim) {
 	c.Helper()
 	c.claim(claim).Rollback(c.ctx)
 }
 
-// wantBody fails where the key is not recorded with this body.
+// wantBody fails if the key is not recorded with this body.
 func (c *check) wantBody(claim *idempotency.Claim, body string) {
 	c.Helper()
 	if got := string(c.replay(claim).Answer.Body); got != body {
@@ -307,7 +311,7 @@ func (c *check) wantBody(claim *idempotency.Claim, body string) {
 	}
 }
 
-// wantWritten fails where not so many rows are committed.
+// wantWritten fails if another number of rows is committed.
 func (c *check) wantWritten(name string, want int) {
 	c.Helper()
 	got, err := c.Written(c.ctx, name)
@@ -319,7 +323,7 @@ func (c *check) wantWritten(name string, want int) {
 	}
 }
 
-// write writes as the attempt's handler would.
+// write writes as the attempt's handler does.
 func (c *check) write(attempt *attempt, name string) {
 	c.Helper()
 	if err := c.Write(attempt.Context(c.ctx), name); err != nil {
@@ -327,7 +331,7 @@ func (c *check) write(attempt *attempt, name string) {
 	}
 }
 
-// ttl is how long the records of most cases count.
+// ttl is the TTL of the records of most cases.
 const ttl = time.Hour
 
 // requestOf returns a request for an engine.
@@ -336,7 +340,7 @@ func requestOf(scope, value string) idempotency.Request {
 	return idempotency.Request{Key: claim.Key, Fingerprint: claim.Fingerprint, TTL: claim.TTL}
 }
 
-// claimOf returns a claim, of a new attempt each time.
+// claimOf returns a claim of a new attempt.
 func claimOf(scope, value string) *idempotency.Claim {
 	return &idempotency.Claim{
 		Key:         idempotency.Key{Scope: scope, Value: value},
