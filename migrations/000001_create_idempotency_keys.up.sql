@@ -1,14 +1,16 @@
--- The records of executed attempts: one INSERT per key, never an UPDATE, a DELETE only by the reaper once expired.
+-- The records of executed attempts: one INSERT per key. The reaper deletes expired rows. Only an
+-- operator changes a row's expiry, or deletes a row that has not expired; nothing changes an answer.
 --
--- Names are not qualified, so that the table goes to the first schema of the search_path. Fixed widths come first, so
--- that no byte of a row is padding.
+-- Names are not qualified, so that the table is created in the first schema of the search_path.
+-- Fixed widths come first, so that no byte of a row is padding.
 CREATE TABLE idempotency_keys (
     created_at          timestamptz NOT NULL,
     expires_at          timestamptz NOT NULL,
     status              smallint    NOT NULL,
     fingerprint_version smallint    NOT NULL,
     attempt_id          uuid        NOT NULL,
-    -- "C": an upgrade of the C library can't reorder the index, which would hide a record and let its handler run again.
+    -- "C": an upgrade of the C library can't reorder the index. That would hide a record, and its
+    -- handler would run again.
     scope               text COLLATE "C" NOT NULL,
     key                 text COLLATE "C" NOT NULL,
     fingerprint         bytea       NOT NULL,
@@ -16,12 +18,12 @@ CREATE TABLE idempotency_keys (
     body                bytea       NOT NULL,
     trace_id            text COLLATE "C",
 
-    -- The last guard: whatever else fails, no key is recorded twice.
+    -- The last guard: even if all else fails, no key is recorded twice.
     CONSTRAINT idempotency_keys_pkey PRIMARY KEY (scope, key),
     CONSTRAINT idempotency_keys_status_check CHECK (status BETWEEN 200 AND 599)
 );
 
--- Bodies over 2 kB are compressed: lz4 is much quicker than pglz. Some servers are built without it.
+-- Bodies over 2 kB are compressed. lz4 is much faster than pglz, but some servers lack it.
 DO $$
 BEGIN
     ALTER TABLE idempotency_keys ALTER COLUMN body SET COMPRESSION lz4;
@@ -30,7 +32,7 @@ EXCEPTION WHEN feature_not_supported OR invalid_parameter_value THEN
 END
 $$;
 
--- Rows only come and go, so vacuum has only the reaper's deletes to follow.
+-- Rows are inserted and deleted, hardly ever updated: vacuum follows the reaper's deletes.
 ALTER TABLE idempotency_keys SET (autovacuum_vacuum_scale_factor = 0.05, autovacuum_vacuum_insert_scale_factor = 0.2);
 
 COMMENT ON TABLE idempotency_keys IS 'Answers of executed requests, committed with the writes that they report. A row is a promise to a client until expires_at: do not update or delete it by hand.';

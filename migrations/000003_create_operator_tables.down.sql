@@ -1,3 +1,3 @@
--- What operators did, and the history of keys, is lost by this. No record is.
+-- This deletes the operators' acts and the history of keys, but no record.
 DROP TABLE idempotency_events;
 DROP TABLE idempotency_audit;
