@@ -11,15 +11,16 @@ import (
 	"github.com/paidonce/idempotency/storage/postgres"
 )
 
-// books is what the handler needs of a database. A unit test gives it books in memory.
+// books is the handler's view of a database. A unit test gives it books in memory.
 type books interface {
-	// transfer moves money and returns the payer's balance, errNoMoney where that is too low.
+	// transfer moves money and returns the payer's balance. It returns errNoMoney if that is too
+	// low.
 	transfer(ctx context.Context, from, to string, amount int64) (balance int64, err error)
 }
 
 var errNoMoney = errors.New("there is not enough money")
 
-// newHandler is the whole service on a store and books of its caller's.
+// newHandler returns the whole service on the caller's store and books.
 func newHandler(store idempotency.Store, books books) http.Handler {
 	account := func(r *http.Request) (string, error) { return r.Header.Get("Account"), nil }
 	idem := middleware.New(store, account, nil)

@@ -5,11 +5,12 @@ import (
 	"sync"
 )
 
-// memoryBooks are books for a unit test. As in postgresBooks the money moves first; but nothing undoes it here.
+// memoryBooks are books for a unit test. As in postgresBooks the money moves first, but here
+// nothing undoes that.
 type memoryBooks struct {
 	mu        sync.Mutex
 	balances  map[string]int64
-	transfers int // how often transfer was called
+	transfers int // number of calls of transfer
 }
 
 func (b *memoryBooks) transfer(_ context.Context, from, to string, amount int64) (balance int64, err error) {

@@ -9,7 +9,7 @@ import (
 
 type accountKey struct{}
 
-// authenticate lets known callers in and puts their account into the context.
+// authenticate admits known callers and puts their account into the context.
 func authenticate(next http.Handler) http.Handler {
 	accounts := map[string]string{ // acme has rotated its token: both are its own
 		"token-of-acme":     "acme",

@@ -1,5 +1,5 @@
-// Command orders is a shop whose orders can be retried: stock, order and payment in one transaction, and a call to an
-// outside payment service that can't be in it.
+// Command orders is a shop with orders that can be retried. Stock, order and payment are one
+// transaction; the call to an outside payment service can't be part of it.
 //
 //	go run ./examples/orders
 package main
@@ -52,9 +52,9 @@ func run(ctx context.Context, address string) error {
 	return serve(ctx, address, newRouter(shop, store), func(url string) { greet(url, payments) })
 }
 
-// newRouter mounts authentication outside and idempotency inside. A caller who is not known is refused before a key
-// is looked at, and the key belongs to the account that authentication found, not to the token: a client that rotated
-// its token still finds its own orders.
+// newRouter mounts authentication outside and idempotency inside. An unknown caller is refused
+// before the key is read. The key belongs to the account that authentication found, not to the
+// token: a client with a rotated token still finds its own orders.
 func newRouter(shop *shop, store idempotency.Store) http.Handler {
 	idem := middleware.New(store, accountOf, &middleware.Options{
 		RouterState: chiroute.State, // lets a handler run again after a deadlock; without it chi's routes answer 503 then
@@ -66,7 +66,7 @@ func newRouter(shop *shop, store idempotency.Store) http.Handler {
 	return r
 }
 
-// open connects to the database and brings it up to date.
+// open connects to the database and migrates it.
 func open(ctx context.Context, url string) (*postgres.Store, error) {
 	store, err := postgres.Open(ctx, url, nil)
 	if err != nil {
@@ -94,14 +94,14 @@ func leaseIDs(ctx context.Context, pool *pgxpool.Pool) (ids *nodeid.Source, rele
 	return ids, func() { cancel(); group.Wait() }, nil
 }
 
-// servePayments runs the payment service on a port of its own, as if it were somebody else's.
+// servePayments runs the payment service on a port of its own, as another company would.
 func servePayments() (url string, stop func(), err error) {
 	listener, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
 		return "", nil, err
 	}
 	server := &http.Server{Handler: newPaymentService(), ReadTimeout: readTimeout, WriteTimeout: writeTimeout}
-	go func() { _ = server.Serve(listener) }() // until it is closed
+	go func() { _ = server.Serve(listener) }() // returns when the server is closed
 	return "http://" + listener.Addr().String(), func() { _ = server.Close() }, nil
 }
 

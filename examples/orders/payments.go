@@ -21,8 +21,8 @@ var errCardDeclined = errors.New("card was declined")
 // paymentClient calls the payment service.
 type paymentClient struct{ url string }
 
-// charge charges a card once for each key, however often it is called, and returns the name of the charge. Where the
-// error is not errCardDeclined it may have charged.
+// charge charges a card once per key, however often it is called, and returns the charge's id.
+// After any error except errCardDeclined the card may have been charged.
 func (c *paymentClient) charge(ctx context.Context, key, card string, amount int64) (name string, err error) {
 	body, err := json.Marshal(chargeRequest{Card: card, Amount: amount})
 	if err != nil {
@@ -41,7 +41,8 @@ func (c *paymentClient) charge(ctx context.Context, key, card string, amount int
 	return answer.Name, nil
 }
 
-// cancel undoes the charge of a key, and refuses one that is still on its way. A key that it does not know is no error.
+// cancel undoes the charge of a key. It refuses a charge that is still in progress. An unknown key
+// is no error.
 func (c *paymentClient) cancel(ctx context.Context, key string) error {
 	status, err := c.call(ctx, http.MethodPost, "/cancellations", key, nil, nil)
 	if err == nil && status != http.StatusNoContent {
@@ -74,16 +75,17 @@ type chargeRequest struct {
 	Amount int64  `json:"amount"`
 }
 
-// charge is what the payment service knows of a key.
+// charge is the payment service's record of a key.
 type charge struct {
 	Name   string `json:"charge"`
 	Amount int64  `json:"amount"`
 	State  string `json:"state"` // charged, declined or cancelled
-	Asked  int    `json:"asked"` // how often the charge was asked for
+	Asked  int    `json:"asked"` // number of requests for the charge
 }
 
-// paymentService stands for somebody else's: all that this program knows of it is that it charges once for each key.
-// The card "empty" is declined. The answer to the first charge of the card "flaky" is lost.
+// paymentService stands for another company's service: this program only knows that it charges once
+// per key. It declines the card "empty", and loses the answer to the first charge of the card
+// "flaky".
 type paymentService struct {
 	mu      sync.Mutex
 	charges []*charge
@@ -99,7 +101,7 @@ func newPaymentService() http.Handler {
 	return r
 }
 
-// entry returns what is known of a key. s.mu is held.
+// entry returns the record of a key. The caller holds s.mu.
 func (s *paymentService) entry(key string) *charge {
 	entry := s.byKey[key]
 	if entry == nil {

@@ -28,13 +28,13 @@ const schema = `
 
 type shop struct {
 	pool     *pgxpool.Pool
-	ids      *nodeid.Source // of orders: no other replica makes the same
+	ids      *nodeid.Source // of orders: no other replica makes the same id
 	payments *paymentClient
 }
 
-// order takes the goods from stock, writes the order, charges the card and writes the payment. The three writes are
-// in the middleware's transaction. The charge is not, and so it is the last thing that can go wrong for a reason of
-// the client's, and carries a key of its own.
+// order takes the goods from stock, writes the order, charges the card and writes the payment. The
+// three writes are in the middleware's transaction. The charge is not, so it comes after everything
+// else that can fail because of the client, and it has a key of its own.
 func (s *shop) order(w http.ResponseWriter, r *http.Request) {
 	var o struct {
 		SKU      string `json:"sku"`
@@ -46,7 +46,7 @@ func (s *shop) order(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	order, err := s.ids.Next()
-	if err != nil { // before the charge, so that the middleware can promise that nothing happened
+	if err != nil { // before the charge, so that the middleware can prove that nothing happened
 		writeProblem(w, http.StatusServiceUnavailable, "no order number can be made now: send the order again with the same key")
 		return
 	}
@@ -76,7 +76,8 @@ func (s *shop) order(w http.ResponseWriter, r *http.Request) {
 		writeProblem(w, http.StatusPaymentRequired, "the card was declined")
 		return
 	case err != nil:
-		// Not a 4xx, which would be kept: the card may have been charged, and the retry is what finds out.
+		// Not a 4xx, which would be recorded: the card may have been charged, and the retry finds
+		// out.
 		writeProblem(w, http.StatusServiceUnavailable, "the payment service did not answer: your card may have been charged, so send the order again with the same key")
 		return
 	}
@@ -85,13 +86,13 @@ func (s *shop) order(w http.ResponseWriter, r *http.Request) {
 		writeProblem(w, http.StatusInternalServerError, "the order failed: send it again with the same key")
 		return
 	}
-	id := strconv.FormatInt(order, 10) // a string: it has more digits than a number of JavaScript holds
+	id := strconv.FormatInt(order, 10) // a string: JavaScript's numbers have too few digits
 	w.Header().Set("Location", "/orders/"+id)
 	writeJSON(w, http.StatusCreated, map[string]any{"order": id, "total": total, "charge": charge})
 }
 
-// declineOutOfStock answers 409, for good. An earlier attempt at this order may have found the goods, charged the card
-// and lost the answer, so what it charged is cancelled first.
+// declineOutOfStock answers 409, which is recorded. An earlier attempt at this order may have found
+// the goods, charged the card and lost the answer, so that charge is canceled first.
 func (s *shop) declineOutOfStock(ctx context.Context, w http.ResponseWriter, chargeKey string) {
 	if err := s.payments.cancel(ctx, chargeKey); err != nil {
 		writeProblem(w, http.StatusServiceUnavailable, "the payment service did not answer: send the order again with the same key")
@@ -100,7 +101,7 @@ func (s *shop) declineOutOfStock(ctx context.Context, w http.ResponseWriter, cha
 	writeProblem(w, http.StatusConflict, "there is not enough in stock")
 }
 
-// stock is a reading request: it is outside the middleware and uses the pool.
+// stock only reads: it is outside the middleware and uses the pool.
 func (s *shop) stock(w http.ResponseWriter, r *http.Request) {
 	type item struct {
 		SKU      string `json:"sku"`
@@ -123,7 +124,7 @@ func (s *shop) stock(w http.ResponseWriter, r *http.Request) {
 func writeJSON(w http.ResponseWriter, status int, body any) {
 	w.Header().Set("Content-Type", "application/json")
 	w.WriteHeader(status)
-	_ = json.NewEncoder(w).Encode(body) // a client that is gone asks again
+	_ = json.NewEncoder(w).Encode(body) // a client that is gone will retry
 }
 
 func writeProblem(w http.ResponseWriter, status int, detail string) {

@@ -8,8 +8,8 @@ import (
 	"github.com/paidonce/idempotency/internal/pgserver"
 )
 
-// databaseURL returns DATABASE_URL, so that a service reads as it would anywhere. Without one it starts an embedded
-// PostgreSQL, which stop ends and whose data is gone then.
+// databaseURL returns DATABASE_URL, as in any service. If that is not set it starts an embedded
+// PostgreSQL; stop ends it and deletes its data.
 func databaseURL(ctx context.Context) (url string, stop func(), err error) {
 	if url := os.Getenv("DATABASE_URL"); url != "" {
 		return url, func() {}, nil

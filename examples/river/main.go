@@ -45,8 +45,8 @@ func run(ctx context.Context, address string) error {
 		return err
 	}
 	err = serve(ctx, address, newHandler(store, jobs), greet)
-	// The requests have ended, so no further job comes. A job that is not done by now is done after
-	// the next start.
+	// The requests have ended, so no further job arrives. A job that is not done yet runs after the
+	// next start.
 	stopping, cancel := context.WithTimeout(context.WithoutCancel(ctx), shutdownTimeout)
 	defer cancel()
 	if stopErr := jobs.Stop(stopping); err == nil {
@@ -55,8 +55,7 @@ func run(ctx context.Context, address string) error {
 	return err
 }
 
-// open connects to the database and brings it up to date: the records, River's tables and the
-// bank's.
+// open connects to the database and migrates it: the records, River's tables and the bank's.
 func open(ctx context.Context, url string) (*postgres.Store, error) {
 	store, err := postgres.Open(ctx, url, nil)
 	if err != nil {
@@ -84,7 +83,7 @@ func migrate(ctx context.Context, store *postgres.Store) error {
 	return err
 }
 
-// receipt is the job: to tell the payee of a transfer.
+// receipt is the job that notifies the payee of a transfer.
 type receipt struct {
 	Transfer int64 `json:"transfer"`
 }
@@ -155,7 +154,7 @@ func (b *bank) transfer(w http.ResponseWriter, r *http.Request) {
 	}
 	w.Header().Set("Content-Type", "application/json")
 	w.WriteHeader(http.StatusCreated)
-	_ = json.NewEncoder(w).Encode(map[string]any{"transfer": id, "to": t.To, "amount": t.Amount}) // a client that is gone asks again
+	_ = json.NewEncoder(w).Encode(map[string]any{"transfer": id, "to": t.To, "amount": t.Amount}) // a client that is gone will retry
 }
 
 // moveMoney returns the number of the transfer and the payer's balance. It fails if there is no

@@ -12,15 +12,15 @@ import (
 	"time"
 )
 
-// Timeouts of the server. A write may take longer than reading the body, claim, handler, commit and
-// resolve together.
+// Timeouts of the server. WriteTimeout must exceed the time to read the body, claim, run the
+// handler, commit and resolve together.
 const (
 	readTimeout     = 10 * time.Second
 	writeTimeout    = 40 * time.Second
 	shutdownTimeout = 20 * time.Second
 )
 
-// start runs a program whose only flag is the address that it serves on, until Ctrl-C or SIGTERM.
+// start runs a program until Ctrl-C or SIGTERM. Its only flag is the address that it serves on.
 func start(name, address string, run func(ctx context.Context, address string) error) {
 	flag.StringVar(&address, "listen", address, "address to serve on; port 0 takes any free one")
 	flag.Parse()
@@ -32,7 +32,8 @@ func start(name, address string, run func(ctx context.Context, address string) e
 	}
 }
 
-// serve serves until ctx ends, and then lets the requests in flight finish. greet is told where.
+// serve serves until ctx ends, and then lets the requests in flight finish. It calls greet with its
+// address.
 func serve(ctx context.Context, address string, handler http.Handler, greet func(url string)) error {
 	listener, err := net.Listen("tcp", address)
 	if err != nil {

@@ -1,5 +1,5 @@
-// Command sqlc shows generated queries inside an idempotent handler: the transaction goes to WithTx, and no query
-// changes.
+// Command sqlc shows generated queries inside an idempotent handler: the transaction goes to
+// WithTx, and no query changes.
 //
 //	go run ./examples/sqlc
 package main
@@ -44,7 +44,7 @@ func run(ctx context.Context, address string) error {
 	return serve(ctx, address, mux, greet)
 }
 
-// open connects to the database and brings it up to date.
+// open connects to the database and migrates it.
 func open(ctx context.Context, url string) (*postgres.Store, error) {
 	store, err := postgres.Open(ctx, url, nil)
 	if err != nil {
@@ -60,13 +60,14 @@ func open(ctx context.Context, url string) (*postgres.Store, error) {
 	return store, nil
 }
 
-// accountID says whose key it is: what your authentication, mounted outside, found. Without one the answer is 401.
+// accountID returns the account that your authentication, mounted outside, has found. Without one
+// the answer is 401.
 func accountID(r *http.Request) (string, error) { return r.Header.Get("Account"), nil }
 
 type bank struct{ queries *ledger.Queries } // on the pool
 
-// transfer writes, so its queries run in the transaction of the middleware. The queries of the pool would be refused
-// here: what they wrote would not be undone with the rest.
+// transfer writes, so its queries run in the transaction of the middleware. The queries on the pool
+// would be refused here: their writes would not be undone with the rest.
 func (b *bank) transfer(w http.ResponseWriter, r *http.Request) {
 	var t struct {
 		To     string
@@ -113,7 +114,7 @@ func (b *bank) transfers(w http.ResponseWriter, r *http.Request) {
 func writeJSON(w http.ResponseWriter, status int, body any) {
 	w.Header().Set("Content-Type", "application/json")
 	w.WriteHeader(status)
-	_ = json.NewEncoder(w).Encode(body) // a client that is gone asks again
+	_ = json.NewEncoder(w).Encode(body) // a client that is gone will retry
 }
 
 // greet prints what to try. The same line twice is the point: its key is the same.

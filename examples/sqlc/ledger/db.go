@@ -1,5 +1,5 @@
-// Package ledger has the shape of what sqlc generates for pgx/v5 from query.sql. It was written by hand, so that the
-// example needs no generator.
+// Package ledger looks like sqlc's output for pgx/v5 from query.sql. It was written by hand, so
+// that the example needs no generator.
 package ledger
 
 import (
@@ -9,7 +9,7 @@ import (
 	"github.com/jackc/pgx/v5/pgconn"
 )
 
-// DBTX is what the queries need: a pool, a connection or a transaction.
+// DBTX is implemented by a pool, a connection and a transaction.
 type DBTX interface {
 	Exec(context.Context, string, ...interface{}) (pgconn.CommandTag, error)
 	Query(context.Context, string, ...interface{}) (pgx.Rows, error)

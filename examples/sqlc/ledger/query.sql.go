@@ -23,7 +23,7 @@ type CreateTransferParams struct {
 	Amount int64
 }
 
-// CreateTransfer writes a transfer down.
+// CreateTransfer inserts a transfer.
 func (q *Queries) CreateTransfer(ctx context.Context, arg CreateTransferParams) (LedgerTransfer, error) {
 	row := q.db.QueryRow(ctx, createTransfer, arg.Payer, arg.Payee, arg.Amount)
 	var i LedgerTransfer
