@@ -15,8 +15,8 @@ import (
 	"github.com/paidonce/idempotency/storage/postgres/internal/wire"
 )
 
-// attempt is one run of a handler in an open transaction on a connection of its own. It is one piece of memory with all
-// that its statements are made of: a request should cost few allocations.
+// attempt is one run of a handler in an open transaction on a connection of its own, for a request with a key. It is one
+// piece of memory with all that its statements are made of: a request should cost few allocations.
 type attempt struct {
 	store  *Store
 	claim  *idempotency.Claim
@@ -47,13 +47,13 @@ type attempt struct {
 	guardParams [2][]byte
 }
 
-func newAttempt(store *Store, conn *pgxpool.Conn, claim *idempotency.Claim, number int64) *attempt {
-	a := &attempt{store: store, claim: claim, number: number, lockNumber: wire.EncodeInt8(number), pooled: conn}
+// init makes a the attempt of this claim, whose transaction is not open yet.
+func (a *attempt) init(store *Store, conn *pgxpool.Conn, claim *idempotency.Claim, number int64) {
+	a.store, a.pooled, a.claim, a.number, a.lockNumber = store, conn, claim, number, wire.EncodeInt8(number)
 	a.tx.Init(&store.transactions, conn.Conn())
 	a.handle = a.tx.Handle()
 	text := append(append(a.text[:0], claim.Key.Scope...), claim.Key.Value...)
 	a.scope, a.key = text[:len(claim.Key.Scope)], text[len(claim.Key.Scope):]
-	return a
 }
 
 // Context implements [idempotency.Attempt].
@@ -86,7 +86,7 @@ func (c *txContext) Format(f fmt.State, _ rune) { _, _ = io.WriteString(f, c.Str
 // lockCall tries to lock the key. If the server can tell, it also reads the position of its log.
 func (a *attempt) lockCall() wire.Call {
 	a.params[0] = a.lockNumber[:]
-	if a.claim.Keyless() || a.store.withoutPosition.Load() {
+	if a.store.withoutPosition.Load() {
 		return wire.Call{Statement: &a.store.statements.lock, Params: a.params[:1:1], Row: lockRow{a}}
 	}
 	return wire.Call{Statement: &a.store.statements.lockAt, Params: a.params[:1:1], Row: lockAtRow{a}}
@@ -154,38 +154,35 @@ func (a *attempt) Seal() error {
 	}
 }
 
-// Commit implements [idempotency.Attempt]: the deferred constraints, the record and COMMIT in one
-// round trip. The guard comes first: if the transaction is not the claim's, an error of a deferred
-// constraint proves nothing.
+// Commit implements [idempotency.Attempt]: the statements that the handler deferred, the deferred
+// constraints, the record and COMMIT in one round trip.
 func (a *attempt) Commit(ctx context.Context, answer *idempotency.Answer) error {
 	defer a.release(ctx)
-	return a.lookAgain(ctx, "commit", a.commit(ctx, answer))
+	record := a.insertCall(a.claimedAt[:], answer)
+	_, together, _ := a.tx.Deferred()
+	record.Apart = together+len(record.Params[headersParam])+len(record.Params[headersParam+1]) > wire.TogetherBytesMax
+	return a.recorded(ctx, "commit", a.commit(ctx, record))
 }
 
-func (a *attempt) commit(ctx context.Context, answer *idempotency.Answer) error {
+// commit sends the last flush, with the record or, without a key, a guard as its last statement
+// before COMMIT. The guard comes first: if the transaction is not the claim's, an error of a
+// deferred statement or constraint proves nothing.
+func (a *attempt) commit(ctx context.Context, last wire.Call) error {
 	if !a.tx.Abandoned() && !wire.PlainText(a.conn()) {
 		return fail("commit", idempotency.ErrAborted, errEncoding)
 	}
-	s := &a.store.statements
-	calls, together := append(a.calls[:0], a.guardCall()), 0
-	var recorded wire.RowReader
-	deferred, deferredBytes, refused := a.tx.Deferred()
+	deferred, _, refused := a.tx.Deferred()
 	if refused != nil {
 		return fail("commit", refusal(refused), refused)
 	}
 	if len(deferred) > 0 {
-		calls, together = append(calls, deferred...), deferredBytes
-		recorded = wire.RowFunc(func([][]byte) error { // a warning of theirs is none of COMMIT's
+		last.Row = wire.RowFunc(func([][]byte) error { // a warning of theirs is none of COMMIT's
 			wire.ForgetWarning(a.conn())
 			return nil
 		})
 	}
-	last := a.guardCall() // it sets synchronous_commit, as the record does
-	if !a.claim.Keyless() {
-		last = a.insertCall(a.claimedAt[:], answer)
-		last.Apart = together+len(last.Params[headersParam])+len(last.Params[headersParam+1]) > wire.TogetherBytesMax
-	}
-	last.Row = recorded
+	s := &a.store.statements
+	calls := append(append(a.calls[:0], a.guardCall()), deferred...)
 	return a.end(ctx, "commit", append(calls, wire.Call{Statement: &s.constraints}, last, wire.Call{Statement: &s.commit}))
 }
 
@@ -193,40 +190,42 @@ func (a *attempt) commit(ctx context.Context, answer *idempotency.Answer) error 
 // ROLLBACK and the INSERT another attempt may claim the key. The lock is therefore tried and its result ignored: to
 // wait for it would hold this connection for the other handler's whole run, and the primary key decides anyway.
 func (a *attempt) Decline(ctx context.Context, answer *idempotency.Answer) error {
-	if a.claim.Keyless() {
-		return a.Rollback(ctx)
-	}
 	defer a.release(ctx)
 	s := &a.store.statements
-	calls := a.calls[:0]
-	// An abandoned connection is not ours to look at; in an aborted transaction nothing but ROLLBACK is heard.
-	if !a.tx.Abandoned() && a.conn().TxStatus() == 'T' {
-		calls = append(calls, a.guardCall())
-	}
-	calls = append(calls,
+	calls := append(a.guarded(),
 		wire.Call{Statement: &s.rollback},
 		wire.Call{Statement: &s.begin},
 		wire.Call{Statement: &s.lock, Params: [][]byte{a.lockNumber[:]}},
 		a.insertCall(nil, answer),
 		wire.Call{Statement: &s.commit},
 	)
-	return a.lookAgain(ctx, "decline", a.end(ctx, "decline", calls))
+	return a.recorded(ctx, "decline", a.end(ctx, "decline", calls))
+}
+
+// guarded begins a flush that undoes the transaction: with the guard, unless the connection is
+// abandoned, and so not ours to look at, or the transaction is aborted and accepts only ROLLBACK.
+func (a *attempt) guarded() []wire.Call {
+	if a.tx.Abandoned() || a.conn().TxStatus() != 'T' {
+		return a.calls[:0]
+	}
+	return append(a.calls[:0], a.guardCall())
 }
 
 // looks reports whether the claim's snapshot may be older than its lock. The claim did not see a
 // record that was committed in between, so no end of this attempt may report not-executed until the
 // key is looked up once more.
-func (a *attempt) looks() bool {
-	return a.store.options.Isolation != pgx.ReadCommitted && !a.claim.Keyless()
-}
+func (a *attempt) looks() bool { return a.store.options.Isolation != pgx.ReadCommitted }
 
-// lookAgain corrects the error of an end that left no record. It returns err, unless the key has
-// another attempt's record or the look-up fails.
-func (a *attempt) lookAgain(ctx context.Context, step string, err error) error {
+// recorded takes the error of Commit's or Decline's flush. It remembers the key if there is none.
+// Otherwise it returns err, unless the key has another attempt's record or the look-up fails.
+func (a *attempt) recorded(ctx context.Context, step string, err error) error {
+	if err == nil && !a.synchronous { // with standbys a look-up is not enough for a replay
+		a.store.recent.set(a.number)
+	}
 	if err == nil || !a.looks() || errors.Is(err, idempotency.ErrUnknown) || errors.Is(err, idempotency.ErrTransactionLost) || errors.Is(err, idempotency.ErrKeyRecorded) {
 		return err
 	}
-	if looked := a.undoAndLook(ctx, step, a.calls[:0]); looked != nil {
+	if looked := a.undo(ctx, step, a.calls[:0], true); looked != nil {
 		return fmt.Errorf("%w (before that: %w)", looked, err)
 	}
 	return err
@@ -236,18 +235,14 @@ func (a *attempt) lookAgain(ctx context.Context, step string, err error) error {
 // the server.
 func (a *attempt) Rollback(ctx context.Context) error {
 	defer a.release(ctx)
-	calls := a.calls[:0]
-	if !a.tx.Abandoned() && a.conn().TxStatus() == 'T' { // an aborted transaction accepts only ROLLBACK
-		calls = append(calls, a.guardCall())
-	}
-	return a.undoAndLook(ctx, "rollback", calls)
+	return a.undo(ctx, "rollback", a.guarded(), a.looks())
 }
 
-// undoAndLook sends the calls and ROLLBACK, and looks the key up in the same flush if looks says
-// so. It returns nil if there is no record, or if no look-up was needed: then ROLLBACK may fail,
-// which ends the connection.
-func (a *attempt) undoAndLook(ctx context.Context, step string, calls []wire.Call) error {
-	s, looks := &a.store.statements, a.looks()
+// undo sends the calls and ROLLBACK, and looks the key up in the same flush if looks is true. It
+// returns nil if there is no record, or if no look-up was needed: then ROLLBACK may fail, which ends
+// the connection.
+func (a *attempt) undo(ctx context.Context, step string, calls []wire.Call, looks bool) error {
+	s := &a.store.statements
 	if a.tx.Abandoned() || a.conn().IsClosed() || a.conn().IsBusy() {
 		if looks {
 			return fail(step, idempotency.ErrUnknown, errors.New("the connection was lost before the key could be looked up again"))
@@ -312,9 +307,6 @@ func (a *attempt) end(ctx context.Context, step string, calls []wire.Call) error
 	case err == nil && wire.WaitedInVain(a.conn(), a.synchronous): // standbys may have been named since the claim
 		return fail(step, idempotency.ErrUnknown, errNotReplicated)
 	case err == nil:
-		if !a.claim.Keyless() && !a.synchronous { // with standbys a look-up is not enough for a replay
-			a.store.recent.set(a.number)
-		}
 		return nil
 	}
 	pgErr, ok := wire.Definite(err)

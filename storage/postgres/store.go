@@ -224,50 +224,60 @@ func (s *Store) CheckBudget(handlerTimeout, commitTimeout time.Duration) error {
 // errStale marks a claim that failed because its connection was dead when it was taken, or had lost our statements.
 var errStale = errors.New("connection was stale")
 
+// acquireFunc takes a connection from the pool.
+type acquireFunc func(context.Context) (*pgxpool.Conn, error)
+
 // Begin implements [idempotency.Store]: BEGIN, lock and look-up in one round trip. For a record
 // that this store has seen before, a look-up is enough.
 func (s *Store) Begin(ctx context.Context, claim *idempotency.Claim) (idempotency.Attempt, *idempotency.Record, error) {
-	attempt, record, err := s.claim(ctx, claim, s.acquire)
+	attempt, record, err := s.begin(ctx, claim, s.acquire)
 	if errors.Is(err, errStale) && ctx.Err() == nil {
 		// Nothing but the claim was sent, and nothing of it remains.
 		acquire := s.acquireFresh
 		if wire.Unprepared(err) {
 			acquire = s.acquireUnprepared
 		}
-		attempt, record, err = s.claim(ctx, claim, acquire)
+		return s.begin(ctx, claim, acquire)
 	}
-	if err != nil || record != nil {
-		return nil, record, err
-	}
-	return attempt, nil, nil
+	return attempt, record, err
 }
 
-func (s *Store) claim(ctx context.Context, claim *idempotency.Claim, acquire func(context.Context) (*pgxpool.Conn, error)) (*attempt, *idempotency.Record, error) {
+func (s *Store) begin(ctx context.Context, claim *idempotency.Claim, acquire acquireFunc) (idempotency.Attempt, *idempotency.Record, error) {
+	if claim.Keyless() {
+		return s.claimKeyless(ctx, claim, acquire)
+	}
+	return s.claim(ctx, claim, acquire)
+}
+
+// connect takes a connection on which the server reads our text as it is.
+func (s *Store) connect(ctx context.Context, acquire acquireFunc) (*pgxpool.Conn, error) {
 	conn, err := acquire(ctx)
 	if err != nil {
-		return nil, nil, fail("acquire a connection", idempotency.ErrUnavailable, err)
+		return nil, fail("acquire a connection", idempotency.ErrUnavailable, err)
 	}
 	if !wire.PlainText(conn.Conn().PgConn()) {
 		_ = conn.Conn().Close(ctx) // an earlier handler set it for the session: a new connection has its own again
 		conn.Release()
-		return nil, nil, fail("claim", idempotency.ErrUnavailable, errors.Join(errStale, errEncoding))
+		return nil, fail("claim", idempotency.ErrUnavailable, errors.Join(errStale, errEncoding))
+	}
+	return conn, nil
+}
+
+func (s *Store) claim(ctx context.Context, claim *idempotency.Claim, acquire acquireFunc) (idempotency.Attempt, *idempotency.Record, error) {
+	conn, err := s.connect(ctx, acquire)
+	if err != nil {
+		return nil, nil, err
 	}
 	number := claim.Key.LockNumber(s.table)
-	if claim.Keyless() {
-		// No lock is wanted, only the timestamp and the settings: a number that nobody else takes.
-		number = idempotency.Key{Scope: "", Value: claim.Attempt.String()}.LockNumber(s.table)
-	}
 	if s.recent.has(number) {
 		if record, err := s.peek(ctx, conn.Conn().PgConn(), claim, number); record != nil || err != nil {
 			conn.Release()
 			return nil, record, err
 		}
 	}
-	a := newAttempt(s, conn, claim, number)
-	calls := append(a.calls[:0], wire.Call{Statement: &s.statements.begin}, a.lockCall())
-	if !claim.Keyless() {
-		calls = append(calls, a.lookUpCall(recordRow{a}))
-	}
+	a := new(attempt)
+	a.init(s, conn, claim, number)
+	calls := append(a.calls[:0], wire.Call{Statement: &s.statements.begin}, a.lockCall(), a.lookUpCall(recordRow{a}))
 	reply, err := s.statements.Flush(ctx, conn.Conn().PgConn(), calls...)
 	a.distrust()
 	if err == nil && a.record != nil && !a.synchronous { // with standbys a replay takes more than a look
@@ -278,19 +288,7 @@ func (s *Store) claim(ctx context.Context, claim *idempotency.Claim, acquire fun
 		a.release(ctx)
 		return nil, nil, fail("read the record", idempotency.ErrUnknown, err)
 	case err != nil:
-		stale := conn.Conn().IsClosed() || wire.Unprepared(err) || wire.IsStandby(err)
-		if failed := calls[min(reply.Failed, len(calls)-1)].Statement; failed == &s.statements.lockAt && withoutPosition(err) {
-			s.withoutPosition.Store(true)
-			stale = true
-		}
-		if classify(err) == idempotency.ErrAborted { // for a role, say, that a handler set for the session
-			_ = conn.Conn().Close(ctx)
-		}
-		a.release(ctx)
-		if stale {
-			return nil, nil, fail("claim", idempotency.ErrUnavailable, errors.Join(errStale, wire.SQLError(err)))
-		}
-		return nil, nil, fail("claim", classify(err), err)
+		return nil, nil, a.claimFailed(ctx, calls[min(reply.Failed, len(calls)-1)].Statement, err)
 	case a.record != nil: // also where the lock is taken: replays may hold it
 		if a.synchronous {
 			err = s.barrier(ctx, conn.Conn().PgConn())
@@ -311,6 +309,25 @@ func (s *Store) claim(ctx context.Context, claim *idempotency.Claim, acquire fun
 		return nil, nil, idempotency.ErrInProgress
 	}
 	return a, nil, nil
+}
+
+// claimFailed gives the connection back after an error of the claim, in this statement, and returns
+// the error of Begin.
+func (a *attempt) claimFailed(ctx context.Context, failed *wire.Statement, err error) error {
+	conn, s := a.pooled.Conn(), a.store
+	stale := conn.IsClosed() || wire.Unprepared(err) || wire.IsStandby(err)
+	if failed == &s.statements.lockAt && withoutPosition(err) {
+		s.withoutPosition.Store(true)
+		stale = true
+	}
+	if classify(err) == idempotency.ErrAborted { // for a role, say, that a handler set for the session
+		_ = conn.Close(ctx)
+	}
+	a.release(ctx)
+	if stale {
+		return fail("claim", idempotency.ErrUnavailable, errors.Join(errStale, wire.SQLError(err)))
+	}
+	return fail("claim", classify(err), err)
 }
 
 // withoutPosition reports whether a server refuses to return the position of its log: the functions

@@ -32,7 +32,7 @@ const (
 	bankFile       = "cmd/demo-bank/internal/bank/routes.go"
 )
 
-const keyedCommit = `		last = a.insertCall(a.claimedAt[:], answer)
+const keyedCommit = `	return a.recorded(ctx, "commit", a.commit(ctx, record))
 `
 
 const countedRows = `" SELECT 1 OPERATOR(pg_catalog./) pg_catalog.count(*) FILTER (WHERE same) FROM written",`
@@ -43,23 +43,26 @@ func Catalogue() []Mutant {
 		{
 			Name: "record-apart",
 			Bug:  "the record is committed in a transaction of its own, before the handler's",
-			edits: []edit{{attemptFile, keyedCommit, `		conn, err := a.store.connectPrimary(ctx)
-		if err != nil {
-			return fail("record", idempotency.ErrUnavailable, err)
-		}
-		defer func() { _ = conn.Close(ctx) }()
-		if _, err := s.Flush(ctx, conn.PgConn(), wire.Call{Statement: &s.begin}, a.insertCall(nil, answer), wire.Call{Statement: &s.commit}); err != nil {
-			return fail("record", classify(err), err)
-		}
+			edits: []edit{{attemptFile, keyedCommit, `	s := &a.store.statements
+	conn, err := a.store.connectPrimary(ctx)
+	if err != nil {
+		return fail("record", idempotency.ErrUnavailable, err)
+	}
+	defer func() { _ = conn.Close(ctx) }()
+	if _, err := s.Flush(ctx, conn.PgConn(), wire.Call{Statement: &s.begin}, a.insertCall(nil, answer), wire.Call{Statement: &s.commit}); err != nil {
+		return fail("record", classify(err), err)
+	}
+	return a.recorded(ctx, "commit", a.commit(ctx, a.guardCall()))
 `}},
 		},
 		{
 			Name: "store-after-commit",
 			Bug:  "the record is stored after the handler's transaction has committed",
-			edits: []edit{{attemptFile, keyedCommit, `		if err := a.end(ctx, "commit", append(a.calls[:0], last, wire.Call{Statement: &s.commit})); err != nil {
-			return err
-		}
-		return a.end(ctx, "commit", append(a.calls[:0], wire.Call{Statement: &s.begin}, a.insertCall(nil, answer), wire.Call{Statement: &s.commit}))
+			edits: []edit{{attemptFile, keyedCommit, `	s := &a.store.statements
+	if err := a.end(ctx, "commit", append(a.calls[:0], a.guardCall(), wire.Call{Statement: &s.commit})); err != nil {
+		return err
+	}
+	return a.end(ctx, "commit", append(a.calls[:0], wire.Call{Statement: &s.begin}, a.insertCall(nil, answer), wire.Call{Statement: &s.commit}))
 `}},
 		},
 		{
@@ -122,12 +125,9 @@ func Catalogue() []Mutant {
 			OIDs: []uint32{pgtype.Int8OID},`, `			SQL: "SELECT pg_catalog.pg_try_advisory_xact_lock($1), pg_catalog.transaction_timestamp(), " + synchronousStandbys + settings +
 				", " + recordColumns + " FROM (SELECT 1) one LEFT JOIN " + table + " ON scope = $2 AND key = $3",
 			OIDs: []uint32{pgtype.Int8OID, pgtype.TextOID, pgtype.TextOID},`},
-				{storeFile, `	if !claim.Keyless() {
-		calls = append(calls, a.lookUpCall(recordRow{a}))
-	}
-`, ""},
+				{storeFile, `a.lockCall(), a.lookUpCall(recordRow{a}))`, `a.lockCall())`},
 				{attemptFile, `	a.params[0] = a.lockNumber[:]
-	if a.claim.Keyless() || a.store.withoutPosition.Load() {
+	if a.store.withoutPosition.Load() {
 		return wire.Call{Statement: &a.store.statements.lock, Params: a.params[:1:1], Row: lockRow{a}}
 	}
 	return wire.Call{Statement: &a.store.statements.lockAt, Params: a.params[:1:1], Row: lockAtRow{a}}
