@@ -12,7 +12,7 @@ import (
 
 type contextKey struct{}
 
-// running is what a handler's context says of the attempt that runs it.
+// running is the attempt that a handler's context belongs to.
 type running struct {
 	key     Key
 	attempt AttemptID
@@ -20,7 +20,7 @@ type running struct {
 	derived *atomic.Bool // whether any run of the request has asked for a derived key
 }
 
-// attemptContext carries the attempt: a context.WithValue whose value lies within.
+// attemptContext carries the attempt: a context.WithValue that contains its value.
 type attemptContext struct {
 	context.Context
 	running running
@@ -41,7 +41,8 @@ func (*attemptContext) String() string { return "idempotency.WithAttempt" }
 // Format keeps the key and the contexts below out of every verb of fmt.
 func (c *attemptContext) Format(f fmt.State, _ rune) { _, _ = io.WriteString(f, c.String()) } // fmt has no use for the error
 
-// detached is a context.WithoutCancel that can lie within something else: it has the values of a context, and never ends.
+// detached is a context.WithoutCancel that can be a part of another struct: it has the values of a
+// context, and never ends.
 type detached struct{ context.Context }
 
 // Deadline implements context.Context.
@@ -59,8 +60,8 @@ func (*detached) String() string { return "idempotency.WithoutCancel" }
 // Format keeps the contexts below out of every verb of fmt.
 func (c *detached) Format(f fmt.State, _ rune) { _, _ = io.WriteString(f, c.String()) } // fmt has no use for the error
 
-// AttemptIDFrom returns the id of the attempt that runs with this context, and false outside an idempotent handler.
-// It differs from run to run: see [DerivedKey] for what stays the same.
+// AttemptIDFrom returns the id of the attempt that runs with this context, and false outside an
+// idempotent handler. It differs from run to run: [DerivedKey] stays the same.
 func AttemptIDFrom(ctx context.Context) (AttemptID, bool) {
 	r, ok := ctx.Value(contextKey{}).(*running)
 	if !ok {
@@ -69,8 +70,8 @@ func AttemptIDFrom(ctx context.Context) (AttemptID, bool) {
 	return r.attempt, true
 }
 
-// KeyFrom returns the key of the request that runs with this context, and false outside an idempotent handler. Its
-// Value is empty where the request came without a key.
+// KeyFrom returns the key of the request that runs with this context, and false outside an idempotent
+// handler. Its Value is empty if the request came without a key.
 func KeyFrom(ctx context.Context) (Key, bool) {
 	r, ok := ctx.Value(contextKey{}).(*running)
 	if !ok {
@@ -79,9 +80,10 @@ func KeyFrom(ctx context.Context) (Key, bool) {
 	return r.key, true
 }
 
-// DerivedKey returns a key for a call that the handler makes to another service: the same for every attempt at this
-// request, different for every other request and name, and safe to show to the other side, which can't tell the
-// original from it. It has the layout of a version 8 UUID (RFC 9562).
+// DerivedKey returns a key for a call that the handler makes to another service. It is the same for
+// every attempt at this request, and different for every other request and name. It is safe to show
+// to the other side, which can't find the original from it. It has the layout of a version 8 UUID
+// (RFC 9562).
 //
 // The handler's effects outside its transaction happen at least once, and a decline or a rollback
 // does not undo them. With a derived key the other side can recognize repetitions. So from this
@@ -126,8 +128,8 @@ func (r *running) derive(name string) string {
 	return id.String()
 }
 
-// UsageError is a mistake in the program that was noticed while it ran: functions of this module panic with it. Its
-// text names the remedy, and holds no data.
+// UsageError is a mistake in the program that shows only when it runs: functions of this module panic
+// with it. Its text names the remedy and contains no data.
 type UsageError string
 
 func (e UsageError) Error() string { return string(e) }

@@ -2,10 +2,11 @@ package idempotency
 
 import "errors"
 
-// Outcome says what became of a request. On the wire it is the value of Idempotency-Status.
+// Outcome is the result of a request. On the wire it is the value of Idempotency-Status.
 type Outcome string
 
-// The outcomes. A client branches on these, never on the status code: a handler has 409s and 422s of its own.
+// The outcomes. A client branches on these, never on the status code: a handler has 409s and 422s
+// of its own.
 const (
 	OutcomeExecuted    Outcome = "executed"     // this attempt ran, and its answer is recorded if there is a key
 	OutcomeReplayed    Outcome = "replayed"     // an earlier attempt's answer, repeated
@@ -15,11 +16,13 @@ const (
 	OutcomeUnknown     Outcome = "unknown"      // it may or may not have been executed; keep the key and ask again
 )
 
-// Reason says why a request has no answer of the handler's. On the wire it is the end of a problem's type.
+// Reason is why a request has no answer of the handler's. On the wire it is the end of a problem
+// document's type.
 type Reason string
 
-// The reasons. The engine gives the second group. The first are for adapters: what they refuse before the engine is
-// asked, a replay that the caller may not see, and a new key of a caller who has used up theirs.
+// The reasons. The first group is for adapters: requests that they refuse before they call the
+// engine, replays that the caller may not see, and new keys over the caller's quota. The engine
+// gives the second group.
 const (
 	ReasonKeyMissing    Reason = "key-missing"
 	ReasonKeyInvalid    Reason = "key-invalid"
@@ -42,7 +45,8 @@ const (
 	reasonOfRefusal Reason = "(its own)"
 )
 
-// Disposition says what an answer means for the transaction. A policy maps a status to it; see [DefaultDisposition].
+// Disposition is the meaning of an answer for the transaction. A policy maps a status to it; see
+// [DefaultDisposition].
 type Disposition uint8
 
 // The dispositions.
@@ -52,8 +56,9 @@ const (
 	DispositionDecline                    // undo the handler's writes, keep the answer
 )
 
-// DefaultDisposition commits 2xx and 3xx, declines 4xx, and forgets what a retry may change: 401, 403, 407, 408, 421,
-// 425, 429, 499 (a call that was canceled, as gateways and gRPC spell it) and everything else.
+// DefaultDisposition commits 2xx and 3xx and declines 4xx. It forgets answers that a retry may
+// change: 401, 403, 407, 408, 421, 425, 429, 499 (a canceled call, as gateways and gRPC spell it)
+// and every other status.
 func DefaultDisposition(status int) Disposition {
 	switch status {
 	case 401, 403, 407, 408, 421, 425, 429, 499:
@@ -68,35 +73,36 @@ func DefaultDisposition(status int) Disposition {
 	return DispositionForget
 }
 
-// fact is what is known of a request at one of its turning points: after the claim or a wait for another attempt, after
-// the handler, after the end of the transaction, and after the look for a COMMIT whose reply was lost.
+// fact is a fact about a request at one of its turning points: after the claim or a wait for another
+// attempt, after the handler, after the end of the transaction, and after the look-up that follows a
+// lost reply to COMMIT.
 type fact uint8
 
 // The facts.
 const (
 	factRunsHere           fact = iota + 1 // the key's handler runs in this process; the store was not asked
 	factClaimed                            // no record; the claim is ours
-	factInProgress                         // no record; the claim is another attempt's, and the request does not wait, or no longer
-	factAwaited                            // no record; the claim is another attempt's, and the request may wait for it
-	factTurn                               // that attempt left no answer to this request, whose turn it is to ask the store
+	factInProgress                         // no record; another attempt holds the claim, and the request does not wait, or no longer
+	factAwaited                            // no record; another attempt holds the claim, and the request may wait for it
+	factTurn                               // the attempt that the request waited for left no answer to it: its turn to ask the store
 	factRecordedSame                       // a record of this very request
 	factRecordedOther                      // a record of a different request
 	factRecordedUnreadable                 // a record with a fingerprint or an answer that this program can't read, or can't vouch for yet; or one that may be hidden from it
-	factRecordCorrupt                      // a record that is not what was recorded
+	factRecordCorrupt                      // a record that somebody has changed
 	factUnavailable                        // no connection, or the database failed before COMMIT was sent
-	factSerialization                      // 40001, 40P01 or a plan that a migration made stale, wherever it came from
+	factSerialization                      // 40001, 40P01 or a plan that a migration made stale, at any step
 	factRestartsSpent                      // another restart was due, and the budget of restarts is used up
 	factRecordUnread                       // unavailable or spent, after another attempt was seen to record the key
 
-	factAnsweredCommit  // the handler answered, by policy for good
-	factAnsweredDecline // the handler answered, by policy without its writes
-	factAnsweredForget  // the handler answered, by policy for this once
+	factAnsweredCommit  // the handler answered; the policy keeps answer and writes
+	factAnsweredDecline // the handler answered; the policy keeps the answer, without the writes
+	factAnsweredForget  // the handler answered; the policy keeps nothing
 	factRefused         // the adapter's function returned a Refusal: the handler did not run
 	factHandlerFailed   // the handler or a policy panicked, its answer can't be recorded, or it wants to commit an aborted transaction
 	factTransactionLost // the handler ended the transaction behind our back
 
 	factCommitted     // COMMIT returned
-	factDeclined      // COMMIT of the answer alone returned
+	factDeclined      // COMMIT of the answer, without the writes, returned
 	factForgotten     // ROLLBACK, after an answer that is not recorded
 	factKeyRecorded   // our INSERT found another attempt's record
 	factCommitAborted // the database refused COMMIT: a deferred constraint, for example
@@ -107,37 +113,39 @@ const (
 	factResolvedAbsent // asked again, the store proves that nothing was recorded
 
 	factCallForgotten  // Forgotten, and a run of the request asked for a derived key
-	factCallUnknown    // the request ends in another way without a record, and a run of it asked for a derived key
-	factOutcomeUnknown // what became of the request could not be found out
+	factCallUnknown    // another end without a record, and a run of the request asked for a derived key
+	factOutcomeUnknown // the outcome of the request could not be found out
 )
 
-// action is what the engine does about a fact.
+// action is the engine's response to a fact.
 type action uint8
 
 // The actions.
 const (
 	actionRun     action = iota + 1 // run the handler
-	actionWait                      // wait for what becomes of the other attempt
+	actionWait                      // wait for the other attempt
 	actionClaim                     // claim the key
 	actionReplay                    // answer with the record
 	actionCommit                    // record the answer and commit it with the handler's writes
 	actionDecline                   // undo the handler's writes; record the answer and commit it
-	actionForget                    // undo the handler's writes and answer what the handler answered
-	actionAnswer                    // answer what the handler answered
+	actionForget                    // undo the handler's writes and give its answer to the client
+	actionAnswer                    // give the handler's answer to the client
 	actionRestart                   // undo everything and claim again
-	actionResolve                   // ask the store what became of COMMIT
-	actionRefuse                    // undo what is open and answer a problem
+	actionResolve                   // ask the store for the outcome of COMMIT
+	actionRefuse                    // undo an open transaction and answer a problem
 )
 
-// decision is one row of the table: what to do, and what to tell the client where that ends the request.
+// decision is one row of the table: the action, and the client's outcome and reason if the action
+// ends the request.
 type decision struct {
 	action  action
 	outcome Outcome
 	reason  Reason
 }
 
-// decide is the state machine of a key: the one place that branches on what is known of a request. Everything else
-// finds facts or carries out actions. docs/state-machine.md holds the same table in words.
+// decide is the state machine of a key: the one place that branches on the facts about a request.
+// Everything else finds facts or carries out actions. docs/state-machine.md has the same table in
+// words.
 func decide(fact fact) decision {
 	switch fact {
 	// Before the claim.
@@ -212,7 +220,7 @@ func decide(fact fact) decision {
 	case factCallUnknown:
 		return decision{actionRefuse, OutcomeUnknown, ReasonCallUnknown}
 	}
-	// factOutcomeUnknown, and whatever nobody thought of.
+	// factOutcomeUnknown, and every fact that has no row.
 	return decision{actionRefuse, OutcomeUnknown, ReasonOutcomeUnknown}
 }
 
@@ -247,7 +255,7 @@ func passesTurn(result *Result) bool {
 	return true
 }
 
-// factAfterClaim reads what Begin returned.
+// factAfterClaim returns the fact for the results of Begin.
 func factAfterClaim(req *Request, record *Record, err error) fact {
 	switch {
 	case errors.Is(err, ErrInProgress):
@@ -266,7 +274,7 @@ func factAfterClaim(req *Request, record *Record, err error) fact {
 	return factOfRecord(req, record)
 }
 
-// factOfWait says of a request whose key is another attempt's whether it may wait.
+// factOfWait returns the fact for a request that found its key held by another attempt.
 func factOfWait(mayWait bool) fact {
 	if mayWait {
 		return factAwaited
@@ -274,8 +282,8 @@ func factOfWait(mayWait bool) fact {
 	return factInProgress
 }
 
-// factOfLeader reads what a request that waited behind another was told when that one ended: its record, that the
-// outcome is unknown, or nil, which is this request's turn.
+// factOfLeader returns the fact for a request that waited in the queue, given the leader's result: its
+// record, or an unknown outcome. nil means that it is this request's turn.
 func factOfLeader(req *Request, told *Result) fact {
 	switch {
 	case told == nil:
@@ -304,8 +312,9 @@ func factOfRecord(req *Request, record *Record) fact {
 	return factRecordedSame
 }
 
-// factAfterHandler reads what the handler left: what became of its transaction, whether it failed, and what its
-// answer means. The transaction comes first: an answer given on a dead one is worth nothing.
+// factAfterHandler returns the fact for the end of the handler: the state of its transaction, its
+// failure, and the meaning of its answer. The transaction comes first: an answer given on a dead one
+// is worth nothing.
 func factAfterHandler(sealed, failed error, disposition Disposition) fact {
 	switch {
 	case errors.Is(sealed, ErrTransactionLost):
@@ -328,8 +337,8 @@ func factAfterHandler(sealed, failed error, disposition Disposition) fact {
 	return factAnsweredCommit
 }
 
-// factAfterRollback reads what Rollback returned; fact is what called for it. What a handler committed behind our back
-// stands, whatever else comes to light, so a lost transaction stays one.
+// factAfterRollback returns the fact for the error of Rollback; fact is the reason for the rollback.
+// The writes that a handler committed behind our back stand, so a lost transaction stays one.
 func factAfterRollback(fact fact, err error) fact {
 	switch {
 	case fact == factTransactionLost, errors.Is(err, ErrTransactionLost):
@@ -342,7 +351,8 @@ func factAfterRollback(fact fact, err error) fact {
 	return fact
 }
 
-// factAfterCommit reads what Commit returned. Without a key there is no record to ask for.
+// factAfterCommit returns the fact for the error of Commit. Without a key there is no record to ask
+// for.
 func factAfterCommit(keyless bool, err error) fact {
 	switch {
 	case err == nil:
@@ -365,7 +375,7 @@ func factAfterCommit(keyless bool, err error) fact {
 	return factCommitUnknown
 }
 
-// factAfterDecline reads what Decline returned.
+// factAfterDecline returns the fact for the error of Decline.
 func factAfterDecline(err error) fact {
 	switch {
 	case err == nil:
@@ -381,9 +391,9 @@ func factAfterDecline(err error) fact {
 	return factCommitUnknown
 }
 
-// factAfterResolve reads what Resolve returned. An attempt is known by its id, which nobody else can have made. A decline
-// gives its claim away when it undoes the writes, and records the answer after that: so nobody held the key and nothing
-// was there may be true in between, and proves nothing.
+// factAfterResolve returns the fact for the results of Resolve. An attempt is recognized by its id,
+// which nobody else can have made. A decline gives up its claim when it undoes the writes, and
+// records the answer after that, so finding the key free and unrecorded in between proves nothing.
 func factAfterResolve(req *ongoing, disposition Disposition, record *Record, err error) fact {
 	switch {
 	case errors.Is(err, ErrRecordCorrupt):

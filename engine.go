@@ -150,29 +150,32 @@ func validateService(service string) error {
 	return nil
 }
 
-// BudgetChecker is implemented by a [Store] whose own timeouts must fit the engine's. [NewEngine] asks it.
+// BudgetChecker is implemented by a [Store] if its timeouts must fit the engine's. [NewEngine] calls
+// it.
 type BudgetChecker interface {
-	// CheckBudget returns an error that names the remedy where a handler that takes as long as it may would be cut off
-	// by the store.
+	// CheckBudget returns an error that names the remedy if the store would cut off a handler within
+	// its timeout.
 	CheckBudget(handlerTimeout, commitTimeout time.Duration) error
 }
 
-// Engine runs the protocol: claim, run, record, commit, each request in one transaction of its [Store]. It knows
-// nothing of net/http; package middleware is its adapter. It is safe for concurrent use.
+// Engine runs the protocol: claim, run, record, commit, each request in one transaction of its
+// [Store]. It knows nothing of net/http: package middleware is the adapter. It is safe for
+// concurrent use.
 type Engine struct {
 	store   Store
 	options Options
 	family  *family
 }
 
-// family is what an engine shares with its relatives by [Engine.With].
+// family is the state that engines share if one was made from the other by [Engine.With].
 type family struct {
 	inFlight atomic.Int64
 	running  runningKeys
 	queues   queues
 }
 
-// NewEngine returns an engine on the store. It panics where the store is nil or the options can't work together.
+// NewEngine returns an engine on the store. It panics if the store is nil or the options can't work
+// together.
 func NewEngine(store Store, opts *Options) *Engine {
 	if store == nil {
 		panic("idempotency: NewEngine needs a Store")
@@ -180,8 +183,8 @@ func NewEngine(store Store, opts *Options) *Engine {
 	return newEngine(store, opts, &family{})
 }
 
-// With returns an engine with other options on the same store, which shares the count of requests in flight and waits
-// for the same attempts.
+// With returns an engine with other options on the same store. The two share the count of requests
+// in flight, the running keys and the wait queues.
 func (e *Engine) With(opts *Options) *Engine { return newEngine(e.store, opts, e.family) }
 
 func newEngine(store Store, opts *Options, family *family) *Engine {
@@ -197,7 +200,8 @@ func newEngine(store Store, opts *Options, family *family) *Engine {
 // Options returns the options in force, with every default filled in.
 func (e *Engine) Options() Options { return e.options }
 
-// InFlight returns how many requests are in the engine now, those of its relatives by [Engine.With] included.
+// InFlight returns the number of requests in progress, including those of engines made by
+// [Engine.With].
 func (e *Engine) InFlight() int { return int(e.family.inFlight.Load()) }
 
 // RunFunc runs the handler once and returns its answer. The engine calls it again, with a new
@@ -237,21 +241,22 @@ func refusalOf(failed error) *Refusal {
 	return refusal
 }
 
-// Result is what became of a request.
+// Result is the result of a request.
 type Result struct {
 	Outcome Outcome
-	Answer  *Answer // the handler's answer or the recorded one; nil where Reason is set
-	Reason  Reason  // why there is no answer; empty where Answer is set
-	Record  *Record // the record that is replayed; nil otherwise. Its body may be another request's too: it is only read
+	Answer  *Answer // the handler's answer or the recorded one; nil if Reason is set
+	Reason  Reason  // why there is no answer; empty if Answer is set
+	Record  *Record // the replayed record, else nil. Its body may be shared with other requests: only read it
 	Err     error   // for the operator: the fault, or a panic of a Tracer beside an answer; its text holds no key, body or credential
 }
 
-// Do takes one request through the protocol and returns when everything about it is settled and nothing is held. The
-// request's own cancellation is ignored: once begun, the work is finished, and the retry finds it. It only ends a wait
-// for another attempt ([Options.Wait]), while nothing of this request is begun.
+// Do takes one request through the protocol. It returns when the request is settled and holds
+// nothing. It ignores the request's own cancellation: work that has begun is finished, and a retry
+// finds it. Cancellation only ends a wait for another attempt ([Options.Wait]), when nothing of this
+// request has begun.
 //
-// Read it together with decide in decision.go: this method finds the facts in their order, and that
-// table says what follows from each.
+// Read it together with decide in decision.go: this method finds the facts in their order, and the
+// table there has the consequence of each.
 func (e *Engine) Do(ctx context.Context, req Request, run RunFunc) (result Result) {
 	o := &ongoing{Request: req}
 	o.TTL = cmp.Or(o.TTL, e.options.TTL)
@@ -372,9 +377,9 @@ func (p past) decide(fact fact) decision {
 	return decide(factOfEnd(fact, p.recorded, p.derived.Load()))
 }
 
-// attempt claims the key and, where it is ours, runs the handler within what is left of the budget, and ends the transaction,
-// which is bounded apart: neither the client nor the handler's timeout may cut that off. ctx never ends. It returns a
-// result, or the reason to start again.
+// attempt claims the key, runs the handler within the rest of the budget if the claim was granted,
+// and ends the transaction. The end has a timeout of its own: neither the client nor the handler's
+// timeout may cut it off. ctx never ends. attempt returns a result, or the reason to start again.
 func (e *Engine) attempt(ctx context.Context, budget *deadline.Context, req *ongoing, run RunFunc, trace *trace, past past) (result Result, again error) {
 	// The claim.
 	started := trace.now()
@@ -389,7 +394,7 @@ func (e *Engine) attempt(ctx context.Context, budget *deadline.Context, req *ong
 		trace.step(StepRollback, started, err)
 		return err
 	}
-	defer func() { // whatever way this is left by, the transaction is ended once
+	defer func() { // also after a panic or a Goexit the transaction is ended once
 		if open {
 			_ = attempt.Seal()
 			_ = rollback()
@@ -503,7 +508,7 @@ func (e *Engine) resolve(ctx context.Context, req *ongoing, disposition Disposit
 	return factAfterResolve(req, disposition, record, err), record, errors.Join(lost, err)
 }
 
-// reduce returns what is recorded of an answer, or why that can't be recorded.
+// reduce returns the part of an answer to record, or an error if it can't be recorded.
 func (e *Engine) reduce(answer *Answer) (recorded *Answer, err error) {
 	if err := answer.Validate(); err != nil || e.options.Reduce == nil {
 		return answer, err

@@ -26,9 +26,10 @@ var (
 
 // Key names one request for good: two requests with equal keys are the same request.
 //
-// Scope says whose key it is: the account that calls, never its credential, so that a rotated token still finds its
-// own requests and another account never does. Value is what the client sent. The two are stored, locked and compared
-// apart and never joined into one string, so ("a", "b:c") and ("a:b", "c") are different keys.
+// Scope is the account that the key belongs to, never its credential, so that a rotated token still
+// finds its own requests and another account never does. Value is the key that the client sent. The
+// two are stored, locked and compared separately and never joined into one string, so ("a", "b:c")
+// and ("a:b", "c") are different keys.
 //
 // A Key prints as eight hexadecimal digits of a hash by every verb of fmt and in slog, so that
 // neither part reaches a log. It has no JSON or text form: encoding one fails.
@@ -116,11 +117,12 @@ func (k Key) LockNumber(table string) int64 {
 	return int64(binary.BigEndian.Uint64(sum[:]))
 }
 
-// fieldsBytesMax is the room for what is hashed of a key, which is on the stack as long as the table's name is no longer than
-// PostgreSQL's are.
+// fieldsBytesMax is the size of the hashed fields of a key. They are on the stack unless the name of
+// the table is longer than PostgreSQL allows.
 const fieldsBytesMax = 3*8 + 2*63 + 1 + ScopeBytesMax + KeyBytesMax
 
-// appendField appends one length-prefixed field to what will be hashed, so that no two lists of fields give the same bytes.
+// appendField appends one length-prefixed field to the bytes to hash, so that no two lists of fields
+// give the same bytes.
 func appendField[S string | []byte](fields []byte, field S) []byte {
 	fields = binary.BigEndian.AppendUint64(fields, uint64(len(field)))
 	return append(fields, field...)

@@ -8,36 +8,39 @@ import (
 	"time"
 )
 
-// Request is what a caller asks an [Engine] for.
+// Request is a caller's request to an [Engine].
 type Request struct {
 	// Key names the request. If its Value is empty the request is keyless: the handler gets a
 	// transaction, and nothing is locked, looked up or recorded.
 	Key Key
 
-	// Fingerprint is compared with the record's on every path that answers. A request with a key must have one.
+	// Fingerprint is compared with the record's on every path that answers. It is required for a
+	// request with a key.
 	Fingerprint Fingerprint
 
-	// FingerprintAt makes the fingerprint of this request with an older or a newer function, for a record that another
-	// version of the program made. It reports false for a version it does not know. Nil knows Fingerprint alone.
+	// FingerprintAt returns the fingerprint of this request by another version of the function, for
+	// a record that another version of the program made. It reports false for a version that it
+	// does not know. If it is nil, only the version of Fingerprint is known.
 	FingerprintAt func(version int16) (Fingerprint, bool)
 
-	// TTL is how long the record counts from its commit on, by the store's clock: at least
-	// [TTLMin]. Defaults to the TTL in [Options].
+	// TTL is the time that the record counts, from its commit on, by the store's clock. At least 1
+	// second ([TTLMin]). Defaults to the TTL in [Options].
 	TTL time.Duration
 
-	// TraceID is kept in the record, so that a replay can be linked to the trace of the attempt that was executed. May
-	// be empty. One that is not 1 to [TraceIDBytesMax] visible ASCII characters is left out.
+	// TraceID is recorded, so that a replay can be linked to the trace of the attempt that was
+	// executed. May be empty. It is left out unless it is 1 to 255 ([TraceIDBytesMax]) visible ASCII
+	// characters.
 	TraceID string
 
-	// Route is the request's route, such as "POST /transfers", for the [Tracer] alone. It must come from a small set, never
-	// from the path. May be empty.
+	// Route is the request's route, such as "POST /transfers". Only the [Tracer] gets it. It must
+	// come from a small set, never from the path. May be empty.
 	Route string
 }
 
-// Claim is one attempt's claim on a key: what the engine asks a [Store] for, and what the store
-// notes for the look for a COMMIT whose reply was lost.
+// Claim is one attempt's claim on a key. The engine passes it to the [Store], which notes in it when
+// the key was claimed, in case the reply to COMMIT is lost.
 type Claim struct {
-	// Set by the engine, anew for each attempt.
+	// Set by the engine for each attempt.
 	Key         Key // Value is empty for a keyless request
 	Fingerprint Fingerprint
 	TTL         time.Duration // in force, at least TTLMin
@@ -53,7 +56,7 @@ type Claim struct {
 // Keyless reports whether the request came without a key: nothing is locked, looked up or recorded.
 func (c *Claim) Keyless() bool { return c.Key.Value == "" }
 
-// Answer is what the handler said, and what a replay repeats byte by byte.
+// Answer is the handler's answer. A replay repeats it byte by byte.
 type Answer struct {
 	Status int
 	// Header holds the headers to record. Values are lists and are never joined.
@@ -61,7 +64,7 @@ type Answer struct {
 	Body   []byte
 }
 
-// Limits of what is recorded.
+// Limits of a record.
 const (
 	StatusMin       = 200
 	StatusMax       = 599
@@ -115,17 +118,17 @@ func validHeaderValue(s string) bool {
 	return true
 }
 
-// Record is what the store keeps of an executed attempt.
+// Record is an executed attempt, as the store keeps it.
 type Record struct {
 	Fingerprint Fingerprint
 	Attempt     AttemptID
 	Answer      Answer
 	TraceID     string
-	CreatedAt   time.Time // when the transaction that recorded the answer began, by the store's clock
+	CreatedAt   time.Time // the start of the transaction that recorded the answer, by the store's clock
 	ExpiresAt   time.Time // by the store's clock, the TTL after the commit; the record counts until it is deleted, not until then
 }
 
-// What a [Store] and an [Attempt] report. An error that is none of these counts as ErrUnavailable from Begin, as
+// The errors of a [Store] and an [Attempt]. Any other error counts as ErrUnavailable from Begin, as
 // ErrAborted from Seal, and as ErrUnknown from Commit, Decline and Resolve.
 var (
 	// ErrInProgress: another attempt holds the key.
@@ -138,19 +141,20 @@ var (
 	ErrAborted = errors.New("transaction is aborted")
 	// ErrKeyRecorded: another attempt recorded the key first; nothing of this one remains.
 	ErrKeyRecorded = errors.New("key was recorded by another attempt")
-	// ErrTransactionLost: the handler ended the transaction behind the store's back. What it wrote until then may stand.
+	// ErrTransactionLost: the handler ended the transaction behind the store's back. Its writes until
+	// then may stand.
 	ErrTransactionLost = errors.New("transaction was ended by the handler")
-	// ErrUnknown: the end of the transaction was asked for, and whether it happened is not known.
+	// ErrUnknown: COMMIT was sent, and it is not known whether it happened.
 	// From Begin: there is a record that can't be read or is not safe yet, or one may be hidden
 	// from this store.
 	ErrUnknown = errors.New("outcome is unknown")
-	// ErrRecordCorrupt: there is a record, and it is not what was recorded. Somebody changed it, or an
-	// encryption key has another secret here.
+	// ErrRecordCorrupt: there is a record, and somebody changed it, or an encryption key has another
+	// secret here.
 	ErrRecordCorrupt = errors.New("record is corrupt")
 )
 
-// Store keeps records and runs attempts in transactions. Implementations are safe for concurrent use. The suite in
-// storage/storagetest holds them to what is said here.
+// Store keeps records and runs attempts in transactions. Implementations are safe for concurrent
+// use. The suite in storage/storagetest checks that they keep this contract.
 type Store interface {
 	// Begin opens a transaction, claims the key and looks its record up. Exactly one of the three results is set:
 	//
@@ -161,10 +165,10 @@ type Store interface {
 	//     record that can't be read or is not safe yet, or if one may be hidden, ErrRecordCorrupt if
 	//     it was tampered with, and anything else if the store is unavailable; nothing is left open
 	//
-	// A record wins over the claim: it is returned also while others hold the key. Begin never waits for another
-	// attempt. ctx bounds Begin alone. For a keyless claim Begin returns an Attempt that records nothing.
-	// Begin sets the claim's At, Timeline and Position. The engine changes nothing of the claim
-	// until the attempt has ended.
+	// A record wins over the claim: it is returned even while others hold the key. Begin never waits
+	// for another attempt. ctx bounds only Begin. For a keyless claim Begin returns an Attempt that
+	// records nothing. Begin sets the claim's At, Timeline and Position. The engine changes nothing
+	// of the claim until the attempt has ended.
 	Begin(ctx context.Context, claim *Claim) (Attempt, *Record, error)
 
 	// Resolve finds the record of an attempt that got ErrUnknown from Commit or Decline, or of any
@@ -179,8 +183,9 @@ type Store interface {
 	Resolve(ctx context.Context, claim *Claim) (*Record, error)
 }
 
-// Attempt is one run of a handler inside an open transaction. It is used by one goroutine, and ended exactly once:
-// after Commit, Decline or Rollback returned, with or without an error, nothing is held and nothing may be called.
+// Attempt is one run of a handler inside an open transaction. It is used by one goroutine, and ended
+// exactly once: after Commit, Decline or Rollback has returned, with or without an error, it holds
+// nothing, and no method may be called.
 type Attempt interface {
 	// Context returns ctx carrying the transaction for the handler.
 	Context(ctx context.Context) context.Context
@@ -190,14 +195,14 @@ type Attempt interface {
 	// handle that the handler still holds returns errors. Seal sends nothing.
 	Seal() error
 
-	// Commit records the answer and commits it with the handler's writes. Nil means that it is durable. Errors:
-	// ErrKeyRecorded, ErrNotSerializable, ErrUnavailable, ErrAborted, ErrTransactionLost; anything else is ErrUnknown.
-	// ctx is never the request's.
+	// Commit records the answer and commits it with the handler's writes. Nil means that it is
+	// durable. Errors: ErrKeyRecorded, ErrNotSerializable, ErrUnavailable, ErrAborted,
+	// ErrTransactionLost; anything else is ErrUnknown. ctx is never the request's.
 	Commit(ctx context.Context, answer *Answer) error
 
-	// Decline undoes the handler's writes, records the answer and commits it. It works on an aborted transaction too.
-	// Errors as for Commit; a loss of the claim between the undo and the record is ErrKeyRecorded or ErrUnknown. For a
-	// keyless attempt it is Rollback.
+	// Decline undoes the handler's writes, records the answer and commits it. It works on an aborted
+	// transaction too. It returns the errors of Commit; if the claim is lost between the undo and
+	// the record, that is ErrKeyRecorded or ErrUnknown. For a keyless attempt it is Rollback.
 	Decline(ctx context.Context, answer *Answer) error
 
 	// Rollback undoes everything and forgets the attempt. If its own message is lost the

@@ -10,37 +10,38 @@ import (
 // requests: they should be quick. If one panics, the request goes on unchanged, and [Result].Err
 // contains the panic as a [PanicError].
 //
-// What is passed holds keys and scopes, for detectors and samplers. They must not become labels or log fields; a [Key]
-// prints as a hash.
+// The arguments contain keys and scopes, for detectors and samplers. They must not become labels or
+// log fields; a [Key] prints as a hash.
 type Tracer interface {
-	// TraceRequestStart is called when a request enters the engine. The context it returns is the request's from then on.
+	// TraceRequestStart is called when a request enters the engine. The request uses the context that
+	// it returns from then on.
 	TraceRequestStart(ctx context.Context, data RequestStart) context.Context
-	// TraceStep is called after each step of an attempt, and after each stretch of waiting for another one: behind another
-	// request of this process, or between two claims.
+	// TraceStep is called after each step of an attempt, and after each wait for another attempt: in
+	// the queue behind a request of this process, or between two claims.
 	TraceStep(ctx context.Context, data StepEnd)
-	// TraceRequestEnd is called when everything about a request is settled, once for each TraceRequestStart.
+	// TraceRequestEnd is called when a request is settled, once for each TraceRequestStart.
 	TraceRequestEnd(ctx context.Context, data RequestEnd)
-	// TraceRefused is called for a request that an adapter refused before the engine was asked or that is over a quota,
-	// and for a replay that it did not show.
+	// TraceRefused is called if an adapter refused a request before it called the engine, because of
+	// a quota, or because the client may not see the replay.
 	TraceRefused(ctx context.Context, data Refused)
 }
 
-// WaitTracer is implemented by a [Tracer] that wants to know who waits now.
+// WaitTracer is implemented by a [Tracer] that counts the requests that wait now.
 type WaitTracer interface {
-	// TraceWaitStart is called when a request begins to wait for another attempt. The [StepWait] that ends the wait follows
-	// always, and before any other step of that request.
+	// TraceWaitStart is called when a request begins to wait for another attempt. A [StepWait] always
+	// follows when the wait ends, before any other step of that request.
 	TraceWaitStart(ctx context.Context)
 }
 
-// RequestStart is what is known of a request when it enters the engine.
+// RequestStart describes a request that enters the engine.
 type RequestStart struct {
-	Key         Key // Value is empty where the request came without a key
+	Key         Key // Value is empty if the request came without a key
 	Fingerprint Fingerprint
 	TraceID     string
 	Route       string // as the adapter calls it; may be empty
 }
 
-// Step is a part of a request's way.
+// Step is a step of a request.
 type Step string
 
 // The steps.
@@ -51,12 +52,12 @@ const (
 	StepDecline  Step = "decline"
 	StepRollback Step = "rollback"
 	StepResolve  Step = "resolve"
-	StepWait     Step = "wait" // a stretch of waiting for another attempt; ErrInProgress where its client ended it
+	StepWait     Step = "wait" // a wait for another attempt; ErrInProgress if the client ended it
 )
 
-// StepEnd describes a step that is over.
+// StepEnd describes a step that has ended.
 type StepEnd struct {
-	Attempt  AttemptID // of a wait: the attempt before it, zero where there was none
+	Attempt  AttemptID // for a wait: the attempt before it, zero if there was none
 	Step     Step
 	Started  time.Time
 	Duration time.Duration
@@ -67,10 +68,10 @@ type StepEnd struct {
 type RequestEnd struct {
 	Key      Key
 	Route    string
-	Attempt  AttemptID // the last attempt; zero where none was begun
-	Attempts int       // how many were begun
+	Attempt  AttemptID // the last attempt; zero if none began
+	Attempts int       // the number that began
 	Declined bool      // executed, and the answer was recorded without the handler's writes
-	Resolved bool      // the reply to COMMIT was lost, and the store was asked what became of it
+	Resolved bool      // the reply to COMMIT was lost, and the store was asked for its outcome
 	Result   Result
 	Started  time.Time
 	Duration time.Duration
