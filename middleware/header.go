@@ -20,7 +20,8 @@ func RecordedHeaders() []string {
 	}
 }
 
-// neverRecorded reports whether a header carries a credential, belongs to one connection or one origin, or is ours.
+// neverRecorded reports whether a header carries a credential, belongs to one connection or one
+// origin, or is ours.
 func neverRecorded(name string) bool {
 	switch name {
 	case "Authorization", "Cookie", "Set-Cookie", "Set-Cookie2", "Proxy-Authorization", "Proxy-Authenticate",
@@ -135,8 +136,8 @@ func listed(list, name string) bool {
 	return false
 }
 
-// cleanValue makes a value what net/http would send: line breaks become spaces, and it is trimmed. Other control
-// characters, which net/http leaves to fail elsewhere, become spaces too.
+// cleanValue returns the value as net/http would send it: with spaces for line breaks, and trimmed.
+// Other control characters, which net/http lets fail elsewhere, become spaces too.
 func cleanValue(value string) string {
 	var clean []byte            // a copy, where one is needed
 	for i := range len(value) { // not runes: a value need not be UTF-8
@@ -153,9 +154,9 @@ func cleanValue(value string) string {
 	return strings.Trim(value, " \t")
 }
 
-// StatusAndLocation is an idempotency.Options.Reduce for routes whose answers hold what must not lie in a table, such as
-// a one-time password: of an answer its status and its Location are recorded. The first client gets all of it; a retry
-// gets status and Location, and an empty body.
+// StatusAndLocation is an [Options].Reduce for answers that contain a secret, such as a one-time
+// password. It records the answer's status and its Location. The first client gets the whole answer;
+// a retry gets status and Location, and an empty body.
 //
 //	passwords := idem.With(func(o *middleware.Options) { o.Reduce = middleware.StatusAndLocation })
 func StatusAndLocation(answer idempotency.Answer) idempotency.Answer {
@@ -166,12 +167,14 @@ func StatusAndLocation(answer idempotency.Answer) idempotency.Answer {
 	return reduced
 }
 
-// errHeaderPlanted is why a record is not answered from. Nothing ever recorded such a header.
+// errHeaderPlanted is the error of a record that is not replayed, because no attempt records such a
+// header.
 var errHeaderPlanted = fmt.Errorf("%w: it holds a header that is never recorded", idempotency.ErrRecordCorrupt)
 
-// vet says why a recorded answer may not be replayed, and is nil where it may: it must be one that could have been recorded, whatever the
-// store checks, and hold no header that carries a credential, frames the message or speaks for the middleware. Whether
-// the route's allow-list has its headers now is not asked: a replay is what was recorded.
+// vet returns an error if a recorded answer must not be replayed. It must be an answer that could
+// have been recorded, whatever the store checks, and have no header that carries a credential, frames
+// the message or belongs to the middleware. The route's allow-list does not matter: it may have
+// changed since the answer was recorded.
 func vet(answer *idempotency.Answer) error {
 	if err := answer.Validate(); err != nil {
 		return fmt.Errorf("%w: %w", idempotency.ErrRecordCorrupt, err)

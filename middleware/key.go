@@ -13,8 +13,9 @@ import (
 
 var errKeyMissing = errors.New("key is missing")
 
-// keyValue reads the key: an RFC 8941 string, "8e03978e", or the bare 8e03978e, which most clients send and a strict
-// parser refuses where it begins with a digit. Both spell the same key.
+// keyValue returns the key from the headers. It is an RFC 8941 string, "8e03978e", or the bare
+// 8e03978e, which most clients send and a strict parser refuses if it begins with a digit. Both are
+// the same key.
 func keyValue(header http.Header, bytesMin, bytesMax int) (string, error) {
 	values := header.Values("Idempotency-Key")
 	switch len(values) {

@@ -34,8 +34,8 @@ type Middleware struct {
 	routed  atomic.Bool // whether a router inside has been seen to name a route
 }
 
-// New returns a middleware on the store. It panics where the store or the scope function is missing, or the options
-// can't work together.
+// New returns a middleware on the store. It panics if the store or the scope function is nil, or if
+// the options can't work together.
 func New(store idempotency.Store, scope ScopeFunc, opts *Options) *Middleware {
 	if scope == nil {
 		panic("idempotency/middleware: New needs a ScopeFunc: without it one caller would get another's answers")
@@ -44,8 +44,9 @@ func New(store idempotency.Store, scope ScopeFunc, opts *Options) *Middleware {
 	return newMiddleware(idempotency.NewEngine(store, o.engine()), scope, o, newQuota(o.Quota))
 }
 
-// With returns a middleware with other options for other routes: the same store and scope, one count of requests in
-// flight, and one count of keys where change leaves Quota as it is. change gets a copy of the options in force.
+// With returns a middleware with other options for other routes. It has the same store and scope
+// function, shares the count of requests in progress, and shares the count of keys unless change
+// alters Quota. change gets a copy of the options in force.
 func (m *Middleware) With(change func(o *Options)) *Middleware {
 	o := m.options
 	change(&o)
@@ -67,7 +68,7 @@ func newMiddleware(engine *idempotency.Engine, scope ScopeFunc, o Options, quota
 	return m
 }
 
-// InFlight returns how many requests are past the reading of their body now.
+// InFlight returns the number of requests in progress, counted after their body is read.
 func (m *Middleware) InFlight() int { return m.engine.InFlight() }
 
 // methodQuery is a safe method: a GET with a body (RFC 10008).
@@ -127,7 +128,8 @@ func (m *Middleware) serve(w http.ResponseWriter, r *http.Request, next http.Han
 
 	traceID, route := m.options.TraceID(r), m.options.Route(r)
 
-	// What does it ask for? The whole body is read before any connection is taken: a slow client holds nothing.
+	// What does it ask for? The whole body is read before a connection is taken, so that a slow client
+	// holds none.
 	err = run.readBody(w, key != "")
 	var tooLarge *http.MaxBytesError
 	switch {
@@ -165,7 +167,8 @@ func (m *Middleware) serve(w http.ResponseWriter, r *http.Request, next http.Han
 		}
 	}
 
-	// Nothing goes to the client before Do returned. By then nothing is held: a slow reader costs nothing either.
+	// Nothing goes to the client before Do has returned. By then the request holds nothing, so that a
+	// slow reader costs nothing either.
 	run.key = request.Key
 	if m.options.RouterState != nil {
 		run.restore = m.options.RouterState(r.Context())
@@ -223,7 +226,8 @@ func (m *Middleware) answer(w http.ResponseWriter, r *http.Request, result idemp
 	_, _ = w.Write(result.Answer.Body) // a client that is gone asks again
 }
 
-// refuse answers what the middleware itself refuses. status overrides the reason's own, where it is set.
+// refuse answers a request that the middleware itself refuses. If status is set it overrides the
+// reason's own.
 func (m *Middleware) refuse(w http.ResponseWriter, r *http.Request, reason idempotency.Reason, err error, status *StatusError) {
 	outcome := idempotency.OutcomeNotExecuted
 	if reason == idempotency.ReasonReplayDenied {
@@ -247,7 +251,8 @@ func (m *Middleware) traceRefused(r *http.Request, reason idempotency.Reason, er
 	}
 }
 
-// serviceError hides the text of an error of the service's own, which may quote a credential. Who may see it unwraps it.
+// serviceError hides the text of an error of the service's own, which may quote a credential. A caller
+// that may see it unwraps it.
 type serviceError struct{ err error }
 
 func (e *serviceError) Error() string { return "refused by the service" }

@@ -112,7 +112,7 @@ func (n *notices) first(route, text string) bool {
 	return true
 }
 
-// notice logs what a service should change, once per route.
+// notice logs a mistake in the service's wiring, once per route.
 func (m *Middleware) notice(r *http.Request, level slog.Level, text string, attributes ...slog.Attr) {
 	route := m.options.Route(r)
 	if m.notices.first(route, text) {

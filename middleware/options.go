@@ -52,12 +52,13 @@ type Options struct {
 	// Further ones get 503. Negative means no limit. Defaults to 512.
 	InFlightMax int
 
-	// Timeouts bound the handler (10 seconds by default), COMMIT and what follows if its reply is
-	// lost.
+	// Timeouts bound the handler (10 seconds by default), COMMIT, and the look-up if the reply to
+	// COMMIT is lost.
 	Timeouts idempotency.Timeouts
 
-	// Optional lets requests without a key through. Their handler gets its transaction, which commits with a 2xx or
-	// 3xx and is undone with everything else; nothing is recorded. A malformed key is still refused.
+	// Optional lets requests without a key through. Their handler gets a transaction, which is
+	// committed with a 2xx or 3xx and undone with any other status; nothing is recorded. A malformed
+	// key is still refused.
 	Optional bool
 
 	// KeyBytesMin and KeyBytesMax bound the key after unquoting. They default to 1 and 255, which is
@@ -101,8 +102,9 @@ type Options struct {
 	// because the middleware never looks into those.
 	RouterState RouterStateFunc
 
-	// TraceID names the trace of a request, to be kept with the record. The default takes its id from traceparent (W3C
-	// Trace Context). Package observe/otel has one that records the server's span too, which a link from a replay needs.
+	// TraceID returns the id of a request's trace, to be recorded. The default takes it from the
+	// header traceparent (W3C Trace Context). Package observe/otel has one that also records the
+	// server's span, which a link from a replay needs.
 	TraceID func(r *http.Request) string
 
 	// Route names the route of a request for the tracer, such as "POST /transfers". It must come
@@ -163,11 +165,12 @@ func target(r *http.Request) (escapedPath, rawQuery string) {
 	return escapedPath, rawQuery
 }
 
-// RouterStateFunc is called before the first run of a handler with the request's context. What it returns is called
-// before each further run, and returns that run's context with the state of the first call.
+// RouterStateFunc is called with the request's context before the first run of a handler. The
+// function that it returns is called before each further run, and returns that run's context with
+// the state of the first call.
 type RouterStateFunc func(ctx context.Context) func(ctx context.Context) context.Context
 
-// full returns a copy of o in which nothing is left out. It panics on values that can't work.
+// full returns a copy of o with every default filled in. It panics on values that can't work.
 func (o *Options) full() Options {
 	var full Options
 	if o != nil {

@@ -26,7 +26,7 @@ type problem struct {
 	Detail string `json:"detail"`
 }
 
-// text is what the document of a reason says.
+// text is the text of a reason's document.
 type text struct {
 	status        int
 	title, detail string
@@ -66,7 +66,7 @@ var texts = map[idempotency.Reason]text{
 		"The request may have been executed, and the record of its answer was changed. Keep the key.", false},
 }
 
-// textOf returns the text of a reason, with what overrides it.
+// textOf returns the text of a reason, with the parts that override replaces.
 func textOf(reason idempotency.Reason, override *StatusError) text {
 	t := texts[reason]
 	if override != nil {

@@ -11,35 +11,37 @@ import (
 	"github.com/paidonce/idempotency"
 )
 
-// Quota bounds how many keys a scope may record, so that no account floods the table. A request with a new key over it
-// is refused with 429, and its handler does not run. It is approximate: it is counted in this process alone, forgotten
-// when it ends, and up to twice as much fits where two windows meet. A limit on requests, mounted outside, it does not replace.
+// Quota limits the number of keys that a scope may record, so that no account floods the table. A
+// request with a new key over it gets 429, and its handler does not run. The limit is approximate:
+// each process counts for itself and forgets its count when it ends, and up to twice as many keys
+// fit around the border of two windows. It does not replace a limit on requests, mounted outside.
 //
 // A request is counted once its claim has shown that its key is new. So a replay, a mismatch and a
 // conflict are never refused, however far over its quota the scope is, and a refused request costs
-// what a conflict costs: the claim and a ROLLBACK, two round trips that write nothing. An earlier
+// as much as a conflict: the claim and a ROLLBACK, two round trips that write nothing. An earlier
 // refusal would also refuse replays, because only the table knows which requests they are. A
 // request that leaves no record, such as a 500, is subtracted again.
 type Quota struct {
-	// KeysMax is how many keys a scope may record per Window. Zero is no quota.
+	// KeysMax is the maximum number of keys that a scope may record per Window. Defaults to 0: no
+	// quota.
 	KeysMax int
 
-	// Window is how long a scope's count lasts, from the scope's first key on; then the count starts
-	// at zero again. At least 1 second. Defaults to 1 hour. A scope's share of the table is at most KeysMax, times the processes,
-	// times the windows that the TTL spans and one more.
+	// Window is the time that a scope's count lasts, from the scope's first key on; then the count
+	// starts at zero again. At least 1 second. Defaults to 1 hour. A scope's share of the table is at
+	// most KeysMax, times the number of processes, times the number of windows in a TTL plus one.
 	Window time.Duration
 
-	// ScopesMax is how many scopes are counted at once, at about 100 bytes each. While that many windows are open, all
-	// further scopes share one count and one KeysMax. So memory and table stay bounded, and a scope that was not
-	// refused alone may be refused: set it well above the number of accounts that are active within a window. The
-	// default is 100,000.
+	// ScopesMax is the maximum number of scopes with a count of their own, at about 100 bytes each.
+	// While that many windows are open, all further scopes share one count and one KeysMax. This
+	// bounds memory and table, but a scope may then be refused because of others: set it well above
+	// the number of accounts that are active within a window. Defaults to 100,000.
 	ScopesMax int
 
-	// Now is the clock. It is called from many goroutines. The default is time.Now.
+	// Now is the clock. It is called from many goroutines. Defaults to time.Now.
 	Now func() time.Time
 }
 
-// full returns a copy in which nothing is left out. It panics on values that can't work.
+// full returns a copy with every default filled in. It panics on values that can't work.
 func (q Quota) full() Quota {
 	q.Window = cmp.Or(q.Window, time.Hour)
 	q.ScopesMax = cmp.Or(q.ScopesMax, 100_000)
@@ -52,7 +54,7 @@ func (q Quota) full() Quota {
 	return q
 }
 
-// equal reports whether two quotas bound the same. Another clock alone makes no new count.
+// equal reports whether two quotas have the same limits. A different clock makes no new count.
 func (q Quota) equal(other Quota) bool {
 	return q.KeysMax == other.KeysMax && q.Window == other.Window && q.ScopesMax == other.ScopesMax
 }
@@ -85,7 +87,8 @@ func newQuota(q Quota) *quota {
 	return &quota{Quota: q, seed: maphash.MakeSeed(), windows: map[uint64]*window{}}
 }
 
-// take counts a key. It returns nil, and how long until the count begins anew, where the scope has none left.
+// take counts a key. If the scope has none left it returns nil and the time until its count starts at
+// zero again.
 func (q *quota) take(scope string) (*slot, time.Duration) {
 	hash, now := maphash.String(q.seed, scope), q.Now()
 	q.mu.Lock()
@@ -111,14 +114,14 @@ func (q *quota) take(scope string) (*slot, time.Duration) {
 	return &slot{w}, 0
 }
 
-// giveBack counts a key off. Where its window is over that means nothing any more.
+// giveBack subtracts a key. If its window has ended that has no effect.
 func (q *quota) giveBack(s *slot) {
 	q.mu.Lock()
 	defer q.mu.Unlock()
 	s.window.keys--
 }
 
-// forget drops the windows that are over.
+// forget drops the windows that have ended.
 func (q *quota) forget(now time.Time) {
 	over := func(w *window) bool { return now.Sub(w.start) >= q.Window }
 	dropped := 0

@@ -11,11 +11,12 @@ import (
 // errAnswerTooLarge fails a handler whose answer is over [Options.AnswerBytesMax].
 var errAnswerTooLarge = errors.New("answer is over its limit")
 
-// recorder is the handler's ResponseWriter: it keeps the answer in memory, and nothing reaches the client before COMMIT
-// returned. It therefore has no Unwrap, and answers Flush, Hijack and deadlines with http.ErrNotSupported through
-// http.ResponseController: with any of them a client could hear of a payment that does not happen.
+// recorder is the handler's ResponseWriter. It keeps the answer in memory, so that nothing reaches
+// the client before COMMIT has returned. It therefore has no Unwrap, and Flush, Hijack and deadlines
+// fail with http.ErrNotSupported through http.ResponseController: with any of them a client could
+// learn of a payment that does not happen.
 type recorder struct {
-	header   http.Header // what the handler sees and sets; the answer has a copy from the first write on
+	header   http.Header // the handler's; the answer has a copy from the first write on
 	bytesMax int
 
 	status  int // 0 until the handler gave one
@@ -29,7 +30,7 @@ func newRecorder(outer http.Header, bytesMax int) recorder {
 	return recorder{header: outer.Clone(), bytesMax: bytesMax}
 }
 
-// Header implements http.ResponseWriter. It begins with what middleware outside has set.
+// Header implements http.ResponseWriter. It begins with the headers that middleware outside has set.
 func (w *recorder) Header() http.Header {
 	if w.header == nil {
 		w.header = make(http.Header)
@@ -37,8 +38,8 @@ func (w *recorder) Header() http.Header {
 	return w.header
 }
 
-// WriteHeader implements http.ResponseWriter. The first status stays; 1xx is dropped. As net/http does, it panics on a
-// status that can't be one.
+// WriteHeader implements http.ResponseWriter. The first status stays; 1xx is dropped. Like net/http,
+// it panics on an invalid status.
 func (w *recorder) WriteHeader(status int) {
 	if status < 100 || status > 999 || status == http.StatusSwitchingProtocols {
 		panic(fmt.Sprintf("invalid WriteHeader code %d", status))
