@@ -37,9 +37,9 @@ type Options struct {
 	// Timeouts.Handler. A wait ends early if the client is gone.
 	//
 	// It must be shorter than TTL and than the patience of clients and balancers: a server's
-	// WriteTimeout must exceed its ReadTimeout, Wait and Timeouts.Handler, Commit and Resolve
-	// together. Waiting requests count for InFlightMax and may be half of it, so that a flood of
-	// duplicates leaves room for others; further ones do not wait. Defaults to 0: no request waits.
+	// WriteTimeout must exceed its ReadTimeout, Wait and all of Timeouts together. Waiting requests
+	// count for InFlightMax and may be half of it, so that a flood of duplicates leaves room for
+	// others; further ones do not wait. Defaults to 0: no request waits.
 	Wait time.Duration
 
 	// Disposition returns what an answer with this status means for the transaction. Defaults to

@@ -12,8 +12,8 @@ import (
 	"time"
 )
 
-// Timeouts of the server. WriteTimeout must exceed the time to read the body, claim, run the
-// handler, commit and resolve together.
+// Timeouts of the server. WriteTimeout must exceed ReadTimeout and all of the middleware's Timeouts
+// together: with the defaults, the time to read the body and 25 seconds.
 const (
 	readTimeout     = 10 * time.Second
 	writeTimeout    = 40 * time.Second
