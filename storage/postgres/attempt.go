@@ -15,8 +15,9 @@ import (
 	"github.com/paidonce/idempotency/storage/postgres/internal/wire"
 )
 
-// attempt is one run of a handler in an open transaction on a connection of its own, for a request with a key. It is one
-// piece of memory with all that its statements are made of: a request should cost few allocations.
+// attempt is one run of a handler, for a request with a key, in an open transaction on a connection of
+// its own. It is one piece of memory with the parameters of all its statements, because a request
+// should cost few allocations.
 type attempt struct {
 	store  *Store
 	claim  *idempotency.Claim
@@ -26,7 +27,7 @@ type attempt struct {
 	handle sealed.Tx // the handler's
 	ctx    txContext
 
-	// What the claim found.
+	// Results of the claim.
 	locked      bool
 	claimedAt   [8]byte // transaction_timestamp() of the claim, as it came
 	synchronous bool    // COMMIT waits for standbys
@@ -47,7 +48,7 @@ type attempt struct {
 	guardParams [2][]byte
 }
 
-// init makes a the attempt of this claim, whose transaction is not open yet.
+// init makes a the attempt of this claim. Its transaction is not open yet.
 func (a *attempt) init(store *Store, conn *pgxpool.Conn, claim *idempotency.Claim, number int64) {
 	a.store, a.pooled, a.claim, a.number, a.lockNumber = store, conn, claim, number, wire.EncodeInt8(number)
 	a.tx.Init(&store.transactions, conn.Conn())
@@ -62,7 +63,7 @@ func (a *attempt) Context(ctx context.Context) context.Context {
 	return &a.ctx
 }
 
-// txContext carries the handler's transaction: a context.WithValue whose value lies within.
+// txContext carries the handler's transaction: a context.WithValue that contains its value.
 type txContext struct {
 	context.Context
 	tx *sealed.Tx
@@ -98,7 +99,7 @@ func (a *attempt) lookUpCall(row wire.RowReader) wire.Call {
 	return wire.Call{Statement: &a.store.statements.lookUp, Params: a.params[1:3:3], Row: row}
 }
 
-// lockRow reads what the claim's lock says.
+// lockRow reads the result of the claim's lock.
 type lockRow struct{ *attempt }
 
 func (a lockRow) ReadRow(values [][]byte) error {
@@ -186,9 +187,10 @@ func (a *attempt) commit(ctx context.Context, last wire.Call) error {
 	return a.end(ctx, "commit", append(calls, wire.Call{Statement: &s.constraints}, last, wire.Call{Statement: &s.commit}))
 }
 
-// Decline implements [idempotency.Attempt]: the handler's writes go, the answer stays, in one round trip. Between the
-// ROLLBACK and the INSERT another attempt may claim the key. The lock is therefore tried and its result ignored: to
-// wait for it would hold this connection for the other handler's whole run, and the primary key decides anyway.
+// Decline implements [idempotency.Attempt]: it undoes the handler's writes and records the answer, in
+// one round trip. Between the ROLLBACK and the INSERT another attempt may claim the key. So it tries
+// the lock and ignores the result: waiting would hold this connection for the other handler's whole
+// run, and the primary key decides anyway.
 func (a *attempt) Decline(ctx context.Context, answer *idempotency.Answer) error {
 	defer a.release(ctx)
 	s := &a.store.statements
@@ -231,8 +233,8 @@ func (a *attempt) recorded(ctx context.Context, step string, err error) error {
 	return err
 }
 
-// Rollback implements [idempotency.Attempt]. A connection that can't be rolled back is closed, which is the same to
-// the server.
+// Rollback implements [idempotency.Attempt]. A connection that can't be rolled back is closed, which
+// has the same effect on the server.
 func (a *attempt) Rollback(ctx context.Context) error {
 	defer a.release(ctx)
 	return a.undo(ctx, "rollback", a.guarded(), a.looks())
@@ -283,13 +285,14 @@ func (a *attempt) distrust() {
 	}
 }
 
-// guardCall fails where the transaction is not the one of the claim.
+// guardCall fails if the transaction is not the one of the claim.
 func (a *attempt) guardCall() wire.Call {
 	a.guardParams = [...][]byte{a.claimedAt[:], a.store.synchronousCommit}
 	return wire.Call{Statement: &a.store.statements.guard, Params: a.guardParams[:]}
 }
 
-// end sends the last flush, whose last statement is COMMIT, and says what became of the transaction.
+// end sends the last flush, which ends with COMMIT, and returns an error for the outcome of the
+// transaction.
 func (a *attempt) end(ctx context.Context, step string, calls []wire.Call) error {
 	switch {
 	case a.tx.Abandoned():
@@ -311,7 +314,7 @@ func (a *attempt) end(ctx context.Context, step string, calls []wire.Call) error
 	}
 	pgErr, ok := wire.Definite(err)
 	if !ok {
-		// Only a fresh connection could tell what became of it, so this one is of no more use.
+		// Only a fresh connection can find the outcome, so this one is of no more use.
 		_ = a.pooled.Conn().Close(ctx)
 		return fail(step, idempotency.ErrUnknown, err)
 	}
@@ -319,7 +322,8 @@ func (a *attempt) end(ctx context.Context, step string, calls []wire.Call) error
 	return fail(step, sentinel, explained)
 }
 
-// release ends whatever is still open and gives the connection back. The pool destroys it unless it is idle.
+// release ends an open transaction and gives the connection back. The pool destroys it unless it is
+// idle.
 func (a *attempt) release(ctx context.Context) {
 	if a.tx.Abandoned() { // a goroutine of the handler's still uses it; its socket is closed
 		a.pooled.Hijack()
@@ -330,7 +334,7 @@ func (a *attempt) release(ctx context.Context) {
 		_ = a.pooled.Conn().Close(ctx) // there may be more of them
 	}
 	if status := a.conn().TxStatus(); (status == 'T' || status == 'E') && !a.conn().IsClosed() && !a.conn().IsBusy() {
-		// Alone in its flush: in an aborted transaction nothing else would be heard before it.
+		// In a flush of its own: an aborted transaction refuses all other statements before it.
 		_, _ = a.store.statements.Flush(ctx, a.conn(), wire.Call{Statement: &a.store.statements.rollback}) // else destroyed below
 	}
 	a.pooled.Release()

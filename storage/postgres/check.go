@@ -16,7 +16,7 @@ import (
 	"github.com/paidonce/idempotency/storage/postgres/internal/wire"
 )
 
-// What [Store.Check] finds wrong. Each error's text names the remedy.
+// The faults that [Store.Check] finds. Each error's text names the remedy.
 var (
 	ErrServerOutdated   = errors.New("the server is older than PostgreSQL 14")
 	ErrNotPrimary       = errors.New("the server is a standby")
@@ -28,8 +28,8 @@ var (
 	ErrNotConfigured    = errors.New("the pool is not configured for this store")
 )
 
-// SchemaVersion is the least version of the schema that this package needs; package migrations provides it. Later ones
-// may add tables for others, such as the operator's in version 3.
+// SchemaVersion is the lowest version of the schema that this package works with; package migrations
+// provides it. Later ones may add tables for others, such as the operator's in version 3.
 const SchemaVersion = 2
 
 const serverVersionMin = 14
@@ -37,8 +37,8 @@ const serverVersionMin = 14
 const versionTable = "idempotency_migrations"
 
 // Check reports whether the database and the pool can keep the store's promises: it is PostgreSQL
-// 14 or later, the primary and no logical replica of one, the schema is there in the version of this package or a later one,
-// the table is a plain logged one with its primary key, all of its columns and no other NOT NULL
+// 14 or later, the primary and no logical replica of one, the schema has the version of this package
+// or a later one, the table is a plain logged one with its primary key, all of its columns and no other NOT NULL
 // column without a default, no rule, no BEFORE ROW trigger that is enabled and no child table, no
 // row-level security hides its rows from the pool's role, the database's encoding is UTF8 or
 // SQL_ASCII, COMMIT waits for the disk, the server ends a session that is idle in a transaction
@@ -244,7 +244,8 @@ func (s *Store) checkAlterations(a *alterations) (wrong []error) {
 	return wrong
 }
 
-// refusesEscapes tries what a handler must not be able to: to take a connection while it holds one.
+// refusesEscapes reports whether the pool refuses a connection to a handler that holds one, by trying
+// it.
 func (s *Store) refusesEscapes(ctx context.Context) bool {
 	var tx sealed.Transaction
 	tx.Init(&s.transactions, nil)

@@ -22,18 +22,19 @@ import (
 // is not refused, and its writes are committed apart from its request.
 var ErrPoolRefused = errors.New("idempotency/postgres: an idempotent handler must not take a connection from the pool: use postgres.Tx(ctx)")
 
-// Configure gives a pool's config what a [Store] wants of its connections. [Open] calls it; call it
+// Configure completes a pool's config for the connections of a [Store]. [Open] calls it; call it
 // before pgxpool.NewWithConfig for a pool of your own, with the options that [New] will get, and
 // once more for each other store on the pool:
 //
 //   - the settings of opts. One that the config already has stays, except for synchronous_commit;
 //     [Store.Check] then finds that it differs.
-//   - TCP keep-alives after 30 seconds, each 10 seconds, and tcp_user_timeout: the server ends a connection if the other side
-//     acknowledges nothing for 60 seconds
-//   - our statements prepared on connect, in pgx's default mode, so that a warm connection parses nothing. If the
-//     table is not there yet, as before the first migration, or is locked for longer than Options.PrepareTimeout, they are sent as
-//     text for that connection's life.
-//   - with Options.TransactionPooling, pgx.QueryExecModeExec in place of pgx's default mode, which prepares statements
+//   - TCP keep-alives after 30 seconds, each 10 seconds, and tcp_user_timeout: the server ends a
+//     connection if the other side acknowledges nothing for 60 seconds
+//   - our statements prepared on connect, in pgx's default mode, so that a warm connection parses
+//     nothing. If the table is not there yet, as before the first migration, or is locked for longer
+//     than Options.PrepareTimeout, they are sent as text for that connection's life.
+//   - with Options.TransactionPooling, pgx.QueryExecModeExec in place of pgx's default mode, which
+//     prepares statements
 //   - a notice handler, which learns that a COMMIT did not wait for the standbys
 //   - a tracer that refuses an Acquire with a running handler's context, with [ErrPoolRefused]
 //
@@ -82,7 +83,7 @@ func Configure(config *pgxpool.Config, opts *Options) {
 	}
 }
 
-// escapeTracer refuses an Acquire whose context carries an attempt on the same pool.
+// escapeTracer refuses an Acquire if its context carries an attempt on the same pool.
 type escapeTracer struct{}
 
 var _ pgxpool.AcquireTracer = escapeTracer{}
@@ -102,7 +103,8 @@ func (escapeTracer) TraceQueryStart(ctx context.Context, _ *pgx.Conn, _ pgx.Trac
 
 func (escapeTracer) TraceQueryEnd(context.Context, *pgx.Conn, pgx.TraceQueryEndData) {}
 
-// refusedContext is over, and says why: the pool passes its error on. A context of package context can't be made to.
+// refusedContext has ended, with an error that the pool passes on. No context of package context can
+// have such an error.
 type refusedContext struct{ context.Context }
 
 func (refusedContext) Done() <-chan struct{} {

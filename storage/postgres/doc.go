@@ -1,5 +1,5 @@
-// Package postgres keeps idempotency records in PostgreSQL, in the same transaction as the writes of the handler that
-// they report.
+// Package postgres keeps idempotency records in PostgreSQL, each in the same transaction as the writes
+// of its handler.
 //
 //	store, err := postgres.Open(ctx, databaseURL, nil)
 //	if err != nil {
@@ -10,13 +10,13 @@
 //		return err
 //	}
 //
-// [Open] makes the pool. [New] takes one of the caller's, whose config went through [Configure].
+// [Open] makes the pool. [New] takes a pool of the caller's, if its config went through [Configure].
 //
 // The handler's statements go through [Tx]. BEGIN, the lock and the look-up are one round trip; the
 // record and COMMIT are another; so a request costs as many as its handler would in a plain
 // transaction. A replay costs one if this store knows the key, two if it does not.
 // Statements that end a handler can travel with the record: see [DeferExec].
-// docs/architecture.md shows the messages, docs/guarantees.md the promises that rest on them.
+// docs/architecture.md shows the messages, docs/guarantees.md the promises that depend on them.
 //
 // The package makes no table, starts no goroutine and keeps no state outside its values.
 package postgres

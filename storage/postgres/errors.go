@@ -10,12 +10,13 @@ import (
 	"github.com/paidonce/idempotency/storage/postgres/internal/wire"
 )
 
-// fail wraps an error of a step in the sentinel that says what it means.
+// fail wraps an error of a step in the sentinel for its meaning.
 func fail(step string, sentinel, err error) error {
 	return fmt.Errorf("%s: %w: %w", step, sentinel, wire.SQLError(err))
 }
 
-// classify says what an error means that came before COMMIT was sent, or that the database gave instead of a commit.
+// classify returns the sentinel for an error that came before COMMIT was sent, or that the database
+// returned instead of a commit.
 func classify(err error) error {
 	var pgErr *pgconn.PgError
 	if !errors.As(err, &pgErr) {
@@ -55,7 +56,8 @@ func (s *statements) meaning(failed *wire.Call, err *pgconn.PgError) (sentinel, 
 			return idempotency.ErrTransactionLost, err
 		}
 	case &s.insert:
-		// A trigger may copy records into a table of the same names elsewhere. An error that names no table is taken for ours.
+		// A trigger may copy records into a table with the same name in another schema. An error that
+		// names no table is taken for ours.
 		ours := err.TableName == "" || err.TableName == TableName && err.SchemaName == s.schema
 		switch {
 		case ours && err.Code == "23502" && err.ColumnName == "created_at":

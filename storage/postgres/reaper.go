@@ -16,20 +16,20 @@ import (
 	"github.com/paidonce/idempotency/storage/postgres/internal/wire"
 )
 
-// reaperPagesMax is how many pages of the table one batch of [Store.DeleteExpired] goes through at most: 8 MB. It is also
-// the size of the ranges that reapers share out among themselves.
+// reaperPagesMax is the maximum number of pages of the table in one batch of [Store.DeleteExpired]:
+// 8 MB. It is also the size of the ranges that reapers divide among themselves.
 const reaperPagesMax = 1000
 
-// A walk waits for a row that somebody holds as long as reaperLockTimeoutMS says, which is under the server's
-// deadlock_timeout of 1 s, so that the reaper is the one to give way. It does so reaperHeldMax times, some ten of them for one
-// held page, and then gives up.
+// A walk waits for a row that another session holds for reaperLockTimeoutMS milliseconds, which is
+// under the server's deadlock_timeout of 1 second, so that the reaper is the one to give way. It does
+// so reaperHeldMax times, some ten of them for one held page, and then gives up.
 const (
 	reaperLockTimeoutMS = "20"
 	reaperHeldMax       = 100
 )
 
-// DeleteExpired deletes the records whose time was over, by the database's clock, when their batch began, and returns
-// how many it deleted, also together with an error.
+// DeleteExpired deletes the records that had expired, by the database's clock, when their batch began.
+// It returns the number of deleted records, also together with an error.
 //
 // It goes through the table by place, batch by batch, each in a transaction of its own, and needs
 // no index, which each insert would have to pay for. A row is deleted because it has expired and
@@ -42,8 +42,9 @@ func (s *Store) DeleteExpired(ctx context.Context) (deleted int64, err error) {
 	return s.DeleteExpiredTold(ctx, nil)
 }
 
-// DeleteExpiredTold is [Store.DeleteExpired] that calls progress, unless it is nil, after each range of the table: how many pages
-// it has been through, of how many, and what it has deleted.
+// DeleteExpiredTold is [Store.DeleteExpired] that also calls progress, unless it is nil, after each
+// range of the table, with the number of pages done, the number of all pages, and the number of
+// deleted records.
 func (s *Store) DeleteExpiredTold(ctx context.Context, progress func(pages, of, deleted int64)) (deleted int64, err error) {
 	table := pgx.Identifier{s.options.Schema, TableName}.Sanitize()
 	var pages int64
@@ -78,7 +79,8 @@ type walk struct {
 	held       int // how often rows were held
 }
 
-// deleteRange deletes what has expired on the pages from the first to before the last, all of them in the range of the lock.
+// deleteRange deletes the expired records on the pages from the first to before the last, all of them
+// in the range of the lock.
 func (w *walk) deleteRange(ctx context.Context, lock, first, last int64) error {
 	for first < last {
 		next := min(first+w.batchPages, last)
@@ -111,9 +113,9 @@ func (w *walk) deleteRange(ctx context.Context, lock, first, last int64) error {
 	return nil
 }
 
-// deleteBatch deletes what has expired on the pages from the first to before the last, unless another reaper holds the
-// lock. The lock keeps reapers from waiting for each other and ends with the statement. Nothing rests on it: a row that
-// two delete is deleted once.
+// deleteBatch deletes the expired records on the pages from the first to before the last, unless
+// another reaper holds the lock. The lock keeps reapers from waiting for each other and ends with the
+// statement. Correctness does not depend on it: a row that two reapers delete is deleted once.
 //
 // There is no FOR UPDATE SKIP LOCKED: each row's lock would go to the WAL beside its deletion, and
 // would need the privilege to update. ctid can't lead to another row: while this statement runs, no
@@ -132,12 +134,12 @@ func (w *walk) deleteBatch(ctx context.Context, lock, first, last int64) error {
 
 // ReaperOptions tune a [Reaper]. Nil and the zero value are the defaults.
 type ReaperOptions struct {
-	// Interval is how long it rests between two walks through the table, give or take a tenth, so
+	// Interval is the pause between two walks through the table, give or take a tenth, so
 	// that replicas don't walk in step. Defaults to 1 minute.
 	Interval time.Duration
 
-	// OnWalk is told of every walk: how many records it deleted, how long it took, and its error. A walk that ends with
-	// Run's context is not reported. Nil logs the walks that failed to slog.Default().
+	// OnWalk is called after every walk, with the number of deleted records, the duration and the
+	// error, but not if the walk ended with Run's context. Nil logs failed walks to slog.Default().
 	OnWalk func(deleted int64, duration time.Duration, err error)
 }
 
@@ -167,7 +169,8 @@ func NewReaper(store *Store, opts *ReaperOptions) *Reaper {
 	return &Reaper{store: store, options: o}
 }
 
-// Run deletes until ctx ends, and returns then. A walk that fails is reported to OnWalk, and the next one tries again.
+// Run deletes expired records until ctx ends. A failed walk is passed to OnWalk, and the next one tries
+// again.
 func (r *Reaper) Run(ctx context.Context) {
 	for {
 		started := time.Now()

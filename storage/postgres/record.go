@@ -9,8 +9,8 @@ import (
 	"github.com/paidonce/idempotency/storage/postgres/internal/wire"
 )
 
-// A record is written by one INSERT, which [statements] has, and read by one look-up. This file has
-// the parameters of the one, the columns of the other, and the encoding of the headers in between.
+// A record is written by one INSERT and read by one look-up; their SQL is in [statements]. This file
+// has the parameters of the INSERT, the columns of the look-up, and the encoding of the headers.
 
 // insertParams is the number of parameters of the INSERT.
 const insertParams = 12
@@ -83,12 +83,13 @@ func decodeRecord(values [][]byte) (*idempotency.Record, error) {
 	return &r, nil
 }
 
-// Recorded headers are stored as a version byte, the number of (name, value) pairs, and the length-prefixed names and
-// values, names in order. A header with several values is several pairs: values are never joined. Lengths and counts
-// are unsigned varints.
+// Recorded headers are stored as a version byte, the number of (name, value) pairs, and the
+// length-prefixed names and values, ordered by name. A header with several values is several pairs:
+// values are never joined. Lengths and counts are unsigned varints.
 const headersVersion = 1
 
-// encodeHeaders returns the stored form, in buffer where there is room for it. Equal headers give equal bytes.
+// encodeHeaders returns the stored form, in buffer if there is room for it. Equal headers give equal
+// bytes.
 func encodeHeaders(buffer []byte, header map[string][]string) []byte {
 	names := make([]string, 0, 16) // more than there are on most answers: it stays on the stack
 	pairs, size := 0, 8
@@ -113,8 +114,8 @@ func encodeHeaders(buffer []byte, header map[string][]string) []byte {
 	return out
 }
 
-// decodeHeaders reads the stored form. It fails on anything that encodeHeaders does not write: what is replayed must be
-// what was recorded.
+// decodeHeaders reads the stored form. It fails on anything that encodeHeaders does not write: a replay
+// must equal the recorded answer.
 func decodeHeaders(stored []byte) (map[string][]string, error) {
 	if len(stored) < 2 || stored[0] != headersVersion {
 		return nil, errRecord
@@ -148,8 +149,8 @@ func decodeHeaders(stored []byte) (map[string][]string, error) {
 	return header, nil
 }
 
-// DecodeHeaders reads the column headers of the table, for who looks at records outside of a request. It fails on anything that
-// a store does not write; the error quotes nothing.
+// DecodeHeaders reads the column headers of the table, for tools that look at records outside of a
+// request. It fails on anything that a store does not write; the error quotes nothing.
 func DecodeHeaders(stored []byte) (map[string][]string, error) { return decodeHeaders(stored) }
 
 // cutUvarint takes a number off the front, in its shortest form only.

@@ -28,14 +28,15 @@ func (h *recentKeys) has(number int64) bool { return h.place(number).Load() == u
 
 func (h *recentKeys) clear(number int64) { h.place(number).CompareAndSwap(uint64(number), 0) }
 
-// peek looks for the record of a key in one statement outside of a transaction: where there is one, that is the whole
-// replay. It returns the record, or an error that ends the claim, or neither: then the claim has to tell. In that case
-// the connection is as it was.
+// peek looks for the record of a key in one statement outside of a transaction. If there is one, that
+// is the whole replay. It returns the record, or an error that ends the claim, or neither: then the
+// claim must go on, and the connection is as it was.
 //
-// A row that a primary shows is committed, whoever holds the lock, and replays never wait for that. On a standby, and
-// where COMMIT waits for standbys, a replay takes more than a look: the claim has to tell. A row in a reaper's hands is
-// replayed, as it may be by the claim. Role, row security and statement_timeout are those of the
-// connection, as for the claim; with TransactionPooling only ctx bounds it.
+// A row that a primary shows is committed, whichever session holds the lock, and replays never wait
+// for the lock. On a standby, and if COMMIT waits for standbys, a look is not enough for a replay, and
+// the claim must go on. A row that a reaper is deleting is replayed, as it may be by the claim. Role,
+// row security and statement_timeout are those of the connection, as for the claim; with
+// TransactionPooling only ctx bounds peek.
 func (s *Store) peek(ctx context.Context, conn *pgconn.PgConn, claim *idempotency.Claim, number int64) (*idempotency.Record, error) {
 	var row peekRow
 	_, err := s.statements.Flush(ctx, conn, wire.Call{

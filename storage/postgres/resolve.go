@@ -24,17 +24,17 @@ const (
 	resolvePauseMax       = 500 * time.Millisecond
 )
 
-// Resolve implements [idempotency.Store]. It waits for the key's lock on a fresh connection to a primary, and reads the
-// record in a statement of its own. The backend whose reply was lost holds the lock until its outcome is visible, and a
-// crash drops both: so the lock, and a snapshot younger than it, are the truth. Neither pgconn.SafeToRetry nor
-// pg_xact_status is asked: the one is true after a COMMIT that happened, the other says committed for what a fail-over
-// lost.
+// Resolve implements [idempotency.Store]. It waits for the key's lock on a fresh connection to a
+// primary, and reads the record in a statement of its own. The backend that sent the lost reply holds
+// the lock until its outcome is visible, and a crash drops both: so the lock, and a snapshot younger
+// than it, show the truth. It uses neither pgconn.SafeToRetry, which is true after a COMMIT that
+// happened, nor pg_xact_status, which returns committed for transactions that a fail-over lost.
 //
 // It does not trust a server with a log that is behind its position at the claim: that is an old
 // primary that nobody has stopped, or a copy. Absence also proves nothing if row-level security
 // applies to the role, or once half of the TTL has passed.
 //
-// A decline gives the lock away at its ROLLBACK, before its INSERT: after one, nil says nothing of its record.
+// A decline gives up the lock at its ROLLBACK, before its INSERT: after a decline, nil proves nothing.
 func (s *Store) Resolve(ctx context.Context, claim *idempotency.Claim) (*idempotency.Record, error) {
 	last := errors.New("no place among the resolvers: raise Options.ResolversMax")
 	for pause := resolvePauseMin; ; pause = min(2*pause, resolvePauseMax) {
@@ -59,7 +59,7 @@ func (s *Store) Resolve(ctx context.Context, claim *idempotency.Claim) (*idempot
 	}
 }
 
-// resolveInPlace gives the place back, also where a hook of the pool's panics.
+// resolveInPlace gives the place back, even if a hook of the pool panics.
 func (s *Store) resolveInPlace(ctx context.Context, claim *idempotency.Claim) (*idempotency.Record, error) {
 	defer func() { <-s.resolvers }()
 	return s.resolveOnce(ctx, claim)
@@ -84,7 +84,8 @@ func (s *Store) resolveOnce(ctx context.Context, claim *idempotency.Claim) (*ide
 	defer func() {
 		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), resolveCloseTimeout)
 		defer cancel()
-		// Closing alone would end the transaction too, but a moment later: a retry at once would find the key in progress.
+		// Closing would end the transaction too, but a moment later: an immediate retry would find the
+		// key in progress.
 		if conn.PgConn().TxStatus() != 'I' {
 			_, _ = s.statements.Flush(ctx, conn.PgConn(), wire.Call{Statement: &s.statements.rollback})
 		}
@@ -142,7 +143,8 @@ func (s *Store) resolveOnce(ctx context.Context, claim *idempotency.Claim) (*ide
 		err = errMayHaveExpired
 	}
 	if err == nil && synchronous {
-		// For an absent record too: a primary that was replaced, and does not know it, is told by no standby that it is right.
+		// For an absent record too: standbys do not acknowledge a primary that was replaced without
+		// knowing it.
 		err = s.barrier(ctx, conn.PgConn())
 	}
 	if err != nil {
@@ -151,8 +153,8 @@ func (s *Store) resolveOnce(ctx context.Context, claim *idempotency.Claim) (*ide
 	return record, nil
 }
 
-// connectPrimary makes a connection as the pool would, but to a primary. One of the pool's may lead to a server that
-// is not the primary any more, or never come.
+// connectPrimary makes a connection as the pool would, but to a primary. One of the pool's may lead to
+// a server that is no longer the primary, or never become free.
 func (s *Store) connectPrimary(ctx context.Context) (*pgx.Conn, error) {
 	pool := s.pool.Config()
 	config := pool.ConnConfig
@@ -185,8 +187,8 @@ func (s *Store) connectPrimary(ctx context.Context) (*pgx.Conn, error) {
 	return conn, nil
 }
 
-// prepareAsPool runs the pool's hooks for a new connection that is taken: a role or a setting of theirs may decide which
-// rows it sees.
+// prepareAsPool runs the pool's hooks for a new connection: they may set a role or a setting that
+// decides which rows it sees.
 func prepareAsPool(ctx context.Context, pool *pgxpool.Config, conn *pgx.Conn) error {
 	if pool.AfterConnect != nil {
 		if err := pool.AfterConnect(ctx, conn); err != nil {
@@ -208,6 +210,6 @@ func prepareAsPool(ctx context.Context, pool *pgxpool.Config, conn *pgx.Conn) er
 	return err
 }
 
-// unpreparedKey marks the context of a connection that is used once: preparing our statements would cost more round
-// trips than the rest.
+// unpreparedKey marks the context of a connection that is used once: preparing our statements would
+// cost more round trips than all else.
 type unpreparedKey struct{}

@@ -11,9 +11,9 @@ import (
 
 var errNotReplicated = errors.New("COMMIT did not wait for the standbys: pg_stat_replication says which are away")
 
-// barrier ends the transaction with a COMMIT that waits for the standbys, and so for all that was committed before it.
-// A COMMIT whose wait was canceled is visible on the primary, but a fail-over would lose it: nothing is answered from
-// it before it is safe.
+// barrier ends the transaction with a COMMIT that waits for the standbys, and so for every earlier
+// COMMIT. If an earlier one's wait was canceled, its record is visible on the primary, but a fail-over
+// would lose it: it must be safe before it is replayed.
 func (s *Store) barrier(ctx context.Context, conn *pgconn.PgConn) error {
 	wire.ForgetWarning(conn)
 	reply, err := s.statements.Flush(ctx, conn,

@@ -10,8 +10,8 @@ import (
 	"github.com/paidonce/idempotency/storage/postgres/internal/wire"
 )
 
-// statements are all that a store ever sends on the path of a request. Every name in them is qualified: a handler's
-// SET LOCAL search_path can't redirect them.
+// statements are all statements that a store sends on the path of a request. Every name in them is
+// qualified, so that a handler's SET LOCAL search_path can't redirect them.
 type statements struct {
 	wire.Set // those that are prepared on each connection of the pool
 	schema   string
@@ -42,16 +42,17 @@ type statements struct {
 // server; up to the write position it may not. Both functions fail on a standby.
 const logPosition = "pg_catalog.pg_walfile_name(pg_catalog.pg_current_wal_flush_lsn()), pg_catalog.pg_current_wal_flush_lsn()"
 
-// synchronousStandbys is true where COMMIT waits for standbys.
+// synchronousStandbys is a SQL expression that is true if COMMIT waits for standbys.
 const synchronousStandbys = "pg_catalog.current_setting('synchronous_standby_names') OPERATOR(pg_catalog.<>) ''"
 
-// hearWarnings has the server send the warning that is all a COMMIT says whose wait for standbys was canceled, whatever
-// the session or the handler set.
+// hearWarnings makes the server send warnings, whatever the session or the handler set. If the wait of
+// a COMMIT for standbys was canceled, a warning is the only sign.
 const hearWarnings = " AND pg_catalog.set_config('client_min_messages', 'warning', true) IS NOT NULL"
 
 func newStatements(o *Options) statements {
 	table := pgx.Identifier{o.Schema, TableName}.Sanitize()
-	// With a pooler that hands out a server connection per transaction, settings live and die with the transaction.
+	// With a pooler that hands out a server connection per transaction, settings last as long as the
+	// transaction.
 	settings := ", " + o.transactionTimeout()
 	resolveSettings := settings
 	if o.TransactionPooling {
@@ -75,8 +76,9 @@ func newStatements(o *Options) statements {
 			SQL:  "SELECT pg_catalog.pg_try_advisory_xact_lock($1), pg_catalog.transaction_timestamp(), " + synchronousStandbys + ", " + logPosition + settings,
 			OIDs: []uint32{pgtype.Int8OID},
 		},
-		// A statement of its own: its snapshot must be younger than the lock, or it misses a record whose transaction
-		// let the lock go in between, and the handler runs twice.
+		// A statement of its own: its snapshot must be younger than the lock. Otherwise it misses a
+		// record if the recording transaction released the lock in between, and the handler runs
+		// twice.
 		lookUp: wire.Statement{
 			SQL:  "SELECT " + hidden + ", " + recordColumns + lookedUp,
 			OIDs: []uint32{pgtype.TextOID, pgtype.TextOID},
@@ -122,8 +124,8 @@ func newStatements(o *Options) statements {
 				" pg_catalog.pg_logical_emit_message(true, 'idempotency', '')",
 			OIDs: []uint32{pgtype.TextOID},
 		},
-		// READ COMMITTED whatever the store's isolation: the look-up's snapshot must be younger than the lock. READ WRITE
-		// fails on a standby.
+		// READ COMMITTED whatever the store's isolation: the look-up's snapshot must be younger than
+		// the lock. READ WRITE fails on a standby.
 		resolveBegin: wire.Statement{SQL: "BEGIN ISOLATION LEVEL READ COMMITTED READ WRITE"},
 		resolveSet: wire.Statement{
 			SQL: "SELECT pg_catalog.set_config('lock_timeout', $1, true), pg_catalog.set_config('statement_timeout', '0', true), " +

@@ -13,14 +13,16 @@ import (
 	"github.com/paidonce/idempotency/storage/postgres/internal/wire"
 )
 
-// StatisticsPagesMax is how many pages of the table [Store.Statistics] reads at most: 2 MB, whatever the size of the table.
+// StatisticsPagesMax is the maximum number of pages of the table that [Store.Statistics] reads: 2 MB,
+// whatever the size of the table.
 const StatisticsPagesMax = 256
 
-// StatisticsTimeoutMax bounds the statement of [Store.Statistics] on the server, below whatever its context allows.
+// StatisticsTimeoutMax bounds the statement of [Store.Statistics] on the server, even if its context
+// allows more.
 const StatisticsTimeoutMax = time.Second
 
-// Statistics are figures about the table. Records, Expired and Overdue are estimates from pages spread evenly over it, and
-// exact where it has no more than [StatisticsPagesMax].
+// Statistics are figures about the table. Records, Expired and Overdue are estimates from pages spread
+// evenly over it, and exact if it has no more than [StatisticsPagesMax] pages.
 type Statistics struct {
 	Records    int64         // that lie in the table, expired ones included
 	Expired    int64         // of these, that wait for the reaper
@@ -71,9 +73,9 @@ func (s *Store) Statistics(ctx context.Context) (Statistics, error) {
 	return stats, nil
 }
 
-// statisticsSQL reads every n-th page from a random one on. Records that expire together lie together, so pages at even
-// distances tell more than as many random ones. Each page is a TID range of its own, which is all that is read: the aggregate
-// around it keeps the planner from joining instead.
+// statisticsSQL reads every n-th page from a random one on. Records that expire together lie together,
+// so pages at even distances give a better estimate than as many random ones. Each page is a TID range
+// of its own, and nothing else is read: the aggregate around it keeps the planner from joining instead.
 func (s *Store) statisticsSQL() string {
 	return `
 		SELECT size.pages, pg_table_size($1::regclass), pg_indexes_size($1::regclass), count(page.number),

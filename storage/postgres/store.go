@@ -21,21 +21,23 @@ import (
 // TableName is the name of the table of the records. The schema is configurable, the name is not.
 const TableName = "idempotency_keys"
 
-// IdleInTransactionTimeoutMax bounds Options.IdleInTransactionTimeout: no dead service holds a key for longer.
+// IdleInTransactionTimeoutMax bounds Options.IdleInTransactionTimeout, and so the time that a dead
+// service holds a key.
 const IdleInTransactionTimeoutMax = 60 * time.Second
 
-// Options tune a [Store]. Nil and the zero value are the defaults, which are the safest. For a pool of your own pass the
-// same to [Configure] and to [New].
+// Options tune a [Store]. Nil and the zero value are the defaults, which are the safest. For a pool
+// of your own pass the same to [Configure] and to [New].
 type Options struct {
 	// Schema holds the tables: 1 to 63 lower-case letters, digits and underscores. Defaults to
 	// "public".
 	Schema string
 
-	// Isolation is the level that handlers run at. Above pgx.ReadCommitted, which is the default, expect restarts: the
-	// claim shares the transaction's snapshot, and the primary key alone decides a race.
+	// Isolation is the isolation level of handlers. Defaults to pgx.ReadCommitted. Above it expect
+	// restarts: the claim shares the transaction's snapshot, and only the primary key decides a
+	// race.
 	Isolation pgx.TxIsoLevel
 
-	// AcquireTimeout is how long a request waits for a connection. Defaults to 1 second.
+	// AcquireTimeout is the time that a request waits for a connection. Defaults to 1 second.
 	AcquireTimeout time.Duration
 
 	// StatementTimeout, LockTimeout and IdleInTransactionTimeout are the settings of the same names
@@ -49,28 +51,29 @@ type Options struct {
 	LockTimeout              time.Duration
 	IdleInTransactionTimeout time.Duration
 
-	// PrepareTimeout is how long a new connection waits for the table when [Configure] prepares the
-	// store's statements on it. If somebody keeps the table locked for longer, as a migration may,
+	// PrepareTimeout is the time that a new connection waits for the table when [Configure] prepares
+	// the store's statements on it. If somebody keeps the table locked for longer, as a migration may,
 	// the connection works without them, and the server parses each statement every time. Defaults
 	// to 250 milliseconds; at least 1 millisecond.
 	PrepareTimeout time.Duration
 
-	// SynchronousCommit is what COMMIT waits for: "on", the default, or "remote_apply". Weaker ones are refused: they
-	// answer before the answer is safe.
+	// SynchronousCommit is PostgreSQL's setting synchronous_commit: "on", the default, or
+	// "remote_apply". Weaker values are refused: with them an answer is sent before it is safe.
 	SynchronousCommit string
 
-	// ResolversMax is how many connections at most are made at once to find out what became of a COMMIT whose reply was
-	// lost, beside those of the pool: plan for them in max_connections. Others wait for their turn. Defaults
-	// to 8.
+	// ResolversMax is the maximum number of connections that look up lost COMMITs at the same time,
+	// beside those of the pool: plan for them in max_connections. Further look-ups wait for their
+	// turn. Defaults to 8.
 	ResolversMax int
 
 	// DeferredMax is the maximum number of statements that one request may defer: see [DeferExec].
 	// Defaults to 64.
 	DeferredMax int
 
-	// TransactionPooling says that the pool's connections lead to a pooler, such as PgBouncer, that hands out a server
-	// connection per transaction. Settings then travel with each claim, and nothing is prepared: pgx's default mode
-	// becomes pgx.QueryExecModeExec; pgx.QueryExecModeCacheDescribe works too.
+	// TransactionPooling must be true if the pool's connections lead to a pooler that hands out a
+	// server connection per transaction, such as PgBouncer in that mode. Settings then travel with
+	// each claim, and nothing is prepared: pgx's default mode becomes pgx.QueryExecModeExec;
+	// pgx.QueryExecModeCacheDescribe works too.
 	TransactionPooling bool
 
 	// PoolConfig changes the config of the pool that [Open] makes, before [Configure] completes it:
@@ -78,7 +81,7 @@ type Options struct {
 	PoolConfig func(config *pgxpool.Config)
 }
 
-// full returns a copy in which nothing is left out. It panics on values that can't work.
+// full returns a copy with every default filled in. It panics on values that can't work.
 func (o *Options) full() *Options {
 	var full Options
 	if o != nil {
@@ -167,7 +170,8 @@ func (o *Options) transactionTimeout() string {
 		" THEN pg_catalog.set_config('transaction_timeout', '%d', true) END", since, o.IdleInTransactionTimeout.Milliseconds())
 }
 
-// Store keeps records in PostgreSQL, in the transaction of the handler that they report. It is safe for concurrent use.
+// Store keeps records in PostgreSQL, each in the transaction of its handler. It is safe for
+// concurrent use.
 type Store struct {
 	pool         *pgxpool.Pool
 	owned        bool // Open made the pool
@@ -221,7 +225,8 @@ func (s *Store) CheckBudget(handlerTimeout, commitTimeout time.Duration) error {
 	return nil
 }
 
-// errStale marks a claim that failed because its connection was dead when it was taken, or had lost our statements.
+// errStale marks a claim that failed because its connection was dead when it was taken, or had lost
+// our statements.
 var errStale = errors.New("connection was stale")
 
 // acquireFunc takes a connection from the pool.
@@ -351,7 +356,8 @@ func (s *Store) acquire(ctx context.Context) (*pgxpool.Conn, error) {
 	return s.pool.Acquire(ctx)
 }
 
-// acquireFresh takes a connection that answers. After a restart of the server every idle connection is dead.
+// acquireFresh takes a connection that answers. After a restart of the server every idle connection
+// is dead.
 func (s *Store) acquireFresh(ctx context.Context) (*pgxpool.Conn, error) {
 	ctx, cancel := context.WithTimeout(ctx, s.options.AcquireTimeout)
 	defer cancel()
@@ -367,8 +373,8 @@ func (s *Store) acquireFresh(ctx context.Context) (*pgxpool.Conn, error) {
 	}
 }
 
-// acquireUnprepared takes a connection that answers, and has our statements sent on it as text. Whatever deallocated them on
-// one connection did so on others: a pool may reset its sessions.
+// acquireUnprepared takes a connection that answers, and has our statements sent on it as text. If
+// they were deallocated on one connection they may be on others: a pool may reset its sessions.
 func (s *Store) acquireUnprepared(ctx context.Context) (*pgxpool.Conn, error) {
 	conn, err := s.acquireFresh(ctx)
 	if err == nil {

@@ -11,7 +11,8 @@ import (
 
 // Errors of a handler that uses its transaction in a way that it must not.
 var (
-	// ErrSealed: the handler must not end the transaction, or has returned and must not use it any more.
+	// ErrSealed: the handler must not end the transaction, or has returned and must not use it any
+	// more.
 	ErrSealed = sealed.ErrSealed
 	// ErrBusy: the transaction is used by two goroutines at once, or from inside a callback of its own.
 	ErrBusy = sealed.ErrBusy
@@ -19,12 +20,13 @@ var (
 
 type txKey struct{}
 
-// Tx returns the transaction of the idempotent handler that runs with this context. What the handler writes through it
-// is committed together with its answer, or not at all.
+// Tx returns the transaction of the idempotent handler that runs with this context. The handler's
+// writes through it are committed together with its answer, or not at all.
 //
-// It is a pgx.Tx for one goroutine at a time. Commit and Rollback on it are refused, and so is SQL text that controls
-// transactions, with [ErrSealed]; Begin opens a savepoint, which must be ended before the handler returns. Once the
-// handler returned everything answers [ErrSealed]. Conn returns nil, and LargeObjects panics: both would lead around
+// It is a pgx.Tx for one goroutine at a time, and from QueryRow until Scan it is in use. Commit and
+// Rollback on it are refused with [ErrSealed], and so is SQL text that controls transactions. Begin
+// opens a savepoint, which must be ended before the handler returns. Once the handler has returned,
+// every call returns [ErrSealed]. Conn returns nil, and LargeObjects panics: both would lead around
 // the seal.
 //
 // Tx panics outside an idempotent handler, so that no write escapes the transaction unseen.
