@@ -22,7 +22,7 @@ type deferred struct {
 	refused error // why a statement is missing
 }
 
-// deferring returns the list, which it makes if need be. It needs no use of the connection.
+// deferring returns the list, which it makes if there is none. It does not use the connection.
 func (t *transaction) deferring() *deferred {
 	t.deferred.CompareAndSwap(nil, new(deferred))
 	return t.deferred.Load()
@@ -36,7 +36,7 @@ func (d *deferred) refuse(err error) {
 	}
 }
 
-// state returns the length of the list, and why a statement is missing from it. d may be nil.
+// state returns the length of the list, and the error if a statement was refused. d may be nil.
 func (d *deferred) state() (calls int, refused error) {
 	if d == nil {
 		return 0, nil
@@ -58,7 +58,7 @@ func (t *Transaction) Deferred() (calls []wire.Call, together int, refused error
 	return d.calls, d.together, d.refused
 }
 
-// backTo undoes what came after a state. d may be nil.
+// backTo goes back to an earlier state. d may be nil.
 func (d *deferred) backTo(calls int, refused error) {
 	if d == nil {
 		return
@@ -132,7 +132,7 @@ type deferredStatement struct {
 	description *pgconn.StatementDescription // nil: parameters are encoded as in pgx.QueryExecModeExec
 }
 
-// deferredText is what a deferred statement is made of.
+// deferredText is the key of a deferred statement among those that are remembered.
 type deferredText struct {
 	sql  string
 	rows int

@@ -7,11 +7,12 @@ import (
 	"sync"
 )
 
-// admitSQL refuses SQL text that controls transactions, and several statements in one string, before anything is sent:
-// "insert ...; commit; begin" would leave a healthy transaction behind that is not ours, and the retry would pay again.
+// admitSQL refuses SQL text that controls transactions, and several statements in one string, before
+// anything is sent: "insert ...; commit; begin" would leave a healthy transaction behind that is not
+// ours, and the retry would pay again.
 //
-// It reads text as PostgreSQL's scanner does, and where the two could disagree it refuses. plainStrings is
-// standard_conforming_strings: where it is off a backslash may hide the end of a string.
+// It reads text as PostgreSQL's scanner does, and refuses text that the two could read differently.
+// plainStrings is standard_conforming_strings: if it is off, a backslash may hide the end of a string.
 func admitSQL(sql string, plainStrings bool) error {
 	if !plainStrings && strings.IndexByte(sql, '\\') >= 0 {
 		return fmt.Errorf("%w: a backslash in SQL text is refused while standard_conforming_strings is off", ErrSealed)
@@ -58,8 +59,8 @@ const (
 	textBytesMax = 4096 // of one; a longer text is read each time
 )
 
-// texts are SQL texts that were admitted with plain strings, so that the guard reads each once. It is
-// safe for concurrent use.
+// texts remembers the SQL texts that were admitted with plain strings, so that the guard reads each
+// once. It is safe for concurrent use.
 type texts struct {
 	mu       sync.RWMutex
 	admitted map[string]struct{}
@@ -134,7 +135,7 @@ func (s *scanner) comment() {
 	s.open = true
 }
 
-// word takes a word and returns it; it is empty where none begins here.
+// word takes a word and returns it. It returns "" if none begins here.
 func (s *scanner) word() string {
 	end := 0
 	if s.rest != "" && s.rest[0] == '$' {
@@ -192,8 +193,8 @@ func (s *scanner) token() {
 	}
 }
 
-// quoted passes over a quoted string or name, in which the quote is doubled or, in an E string, escaped. A quote that
-// is doubled is read as the end and a new beginning, which comes to the same.
+// quoted passes over a quoted string or name, in which the quote is doubled or, in an E string,
+// escaped. It reads a doubled quote as an end and a new beginning, which has the same result.
 func (s *scanner) quoted(quote byte, escapes bool) {
 	for i := 1; i < len(s.rest); i++ {
 		switch {
@@ -209,7 +210,7 @@ func (s *scanner) quoted(quote byte, escapes bool) {
 	s.rest, s.open = "", true
 }
 
-// dollar passes over a dollar-quoted string, or the sign alone of a parameter.
+// dollar passes over a dollar-quoted string, or only the sign of a parameter.
 func (s *scanner) dollar() {
 	end := 1
 	for end < len(s.rest) && isWordByte(s.rest[end]) && s.rest[end] != '$' {

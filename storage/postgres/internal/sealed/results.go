@@ -8,19 +8,21 @@ import (
 	"github.com/jackc/pgx/v5/pgtype"
 )
 
-// usage is how results use their transaction: each step begins and ends a use of it.
+// usage is the use of a transaction by its results: each step begins and ends one.
 type usage interface {
 	use() error
 	done(err error)
 }
 
-// heldUsage is the usage of a batch's callbacks. They run while the transaction is in use already.
+// heldUsage is the usage of steps that run while the transaction is in use already: callbacks of a
+// batch, and the scan of a row.
 type heldUsage struct{ *transaction }
 
 func (h heldUsage) use() error     { return nil }
 func (h heldUsage) done(err error) { h.remember(err) }
 
-// handlerRows are the rows of a sealed transaction: each step is a use of it, and its error is remembered.
+// handlerRows are the rows of a sealed transaction. Each step is a use of it, and its error is
+// remembered.
 type handlerRows struct {
 	pgx.Rows
 	tx usage
@@ -85,7 +87,7 @@ func (r *handlerRows) Values() ([]any, error) {
 	return values, err
 }
 
-// Conn returns nil: see [Tx].
+// Conn returns nil, as [Tx.Conn] does.
 func (r *handlerRows) Conn() *pgx.Conn { return nil }
 
 // handlerRow is the first of some rows.

@@ -21,16 +21,17 @@ import (
 	"github.com/paidonce/idempotency/storage/postgres/internal/wire"
 )
 
-// Errors that a handler meets if it does with its transaction what it can't.
+// Errors of a handler that uses its transaction in a way that it must not.
 var (
 	ErrSealed = errors.New("idempotency/postgres: the transaction is sealed")
 	ErrBusy   = errors.New("idempotency/postgres: the transaction is busy")
 )
 
-// transaction is what the handles of one transaction share: the connection, and what the handler did to it.
+// transaction is the state that the handles of one transaction share: the connection, and its use by
+// the handler.
 //
-// A handler may leave goroutines behind that still use it. Every use therefore takes the one slot, and none begins once
-// sealed is set; a use never waits for the slot, because callbacks run while it is taken.
+// A handler may leave goroutines behind that still use it. So every use takes the one slot, and none
+// begins once sealed is set. A use never waits for the slot, because callbacks run while it is taken.
 type transaction struct {
 	settings *Settings
 	conn     *pgx.Conn
@@ -81,7 +82,7 @@ func (t *Transaction) Init(settings *Settings, conn *pgx.Conn) { t.settings, t.c
 // Handle returns the handler's handle.
 func (t *Transaction) Handle() Tx { return Tx{transaction: &t.transaction} }
 
-// End makes all further uses return [ErrSealed], also if Seal was not called.
+// End makes all further uses return [ErrSealed], even if Seal was not called.
 func (t *Transaction) End() { t.sealed.Store(true) }
 
 // Abandoned reports whether Seal gave up on a use that went on: the connection must not be touched.
@@ -90,13 +91,13 @@ func (t *Transaction) Abandoned() bool { return t.abandoned }
 // StalePlans reports whether a table changed under a statement that is prepared on the connection.
 func (t *Transaction) StalePlans() bool { return t.stalePlans }
 
-// AbandonTimeout is how long seal waits for a use whose socket was closed under it.
+// AbandonTimeout is the time that Seal waits for a use to end after it closed the socket.
 const AbandonTimeout = time.Second
 
 // State is the state of a transaction after the handler.
 type State int
 
-// The states. All but StateReady come with an error that says more.
+// The states. All but StateReady come with an error that has the details.
 const (
 	StateReady  State = iota // it can be committed
 	StateLost                // the handler ended it: what it wrote may stand
@@ -132,7 +133,7 @@ func (t *Transaction) Seal() (State, error) {
 	return StateReady, nil
 }
 
-// interrupt takes the connection from a goroutine that the handler left behind, by closing its socket.
+// interrupt takes the connection from a goroutine that the handler left behind. It closes the socket.
 func (t *transaction) interrupt() error {
 	_ = t.conn.PgConn().Conn().Close() // a socket is safe for concurrent use; a connection is not
 	taken := make(chan struct{})
@@ -151,12 +152,13 @@ func (t *transaction) interrupt() error {
 	return errors.New("the transaction was still in use")
 }
 
-// take takes the slot where it is free; give gives it back.
+// take takes the slot and reports whether it was free; give gives it back.
 func (t *transaction) take() bool { return t.slot.TryLock() }
 
 func (t *transaction) give() { t.slot.Unlock() }
 
-// use begins one use of the connection; done ends it. Between the two nobody else touches the connection.
+// use begins one use of the connection; done ends it. In between no other goroutine touches the
+// connection.
 func (t *transaction) use() error {
 	if t.sealed.Load() {
 		return fmt.Errorf("%w: the handler has returned", ErrSealed)
@@ -174,7 +176,8 @@ func (t *transaction) use() error {
 	return nil
 }
 
-// done ends a use, and remembers its error where it is the database's, and whether the transaction is over.
+// done ends a use. It remembers the error if it is the database's, and whether the transaction has
+// ended.
 func (t *transaction) done(err error) {
 	t.remember(err)
 	if conn := t.conn.PgConn(); conn.TxStatus() == 'I' && !conn.IsBusy() {
@@ -212,7 +215,7 @@ type Tx struct {
 
 var _ pgx.Tx = (*Tx)(nil)
 
-// Holds reports whether the handler runs, and its transaction is on a connection of this pool.
+// Holds reports whether the handler still runs and its transaction is on a connection of this pool.
 func (tx *Tx) Holds(pool *pgxpool.Pool) bool { return tx.settings.Pool == pool && !tx.sealed.Load() }
 
 // ConnOf leads around the seal, for tests.
@@ -235,7 +238,7 @@ func (tx *Tx) use() error {
 	return nil
 }
 
-// depth returns the place of the handle's savepoint among those that are open, -1 where it is closed.
+// depth returns the index of the handle's savepoint among the open ones, -1 if it is closed.
 func (tx *Tx) depth() int {
 	for i, s := range tx.savepoints {
 		if s.number == tx.savepoint {
@@ -290,7 +293,7 @@ func (tx *Tx) Rollback(ctx context.Context) (err error) {
 	}
 	defer func() { tx.done(err) }()
 	name := savepointName(tx.savepoint)
-	// In two: several statements in one string would be one to the server's error recovery.
+	// In two messages: the server's error recovery takes several statements in one string for one.
 	if err := tx.exec(ctx, "ROLLBACK TO SAVEPOINT "+name); err != nil {
 		return err
 	}
@@ -417,7 +420,7 @@ func (tx *Tx) LargeObjects() pgx.LargeObjects {
 // Conn returns nil: the connection would let the handler end the transaction.
 func (tx *Tx) Conn() *pgx.Conn { return nil }
 
-// admit refuses SQL text that controls transactions, also where a rewriter among the arguments makes it.
+// admit refuses SQL text that controls transactions, even if a rewriter among the arguments makes it.
 func (tx *Tx) admit(sql string, arguments []any) ([]any, error) {
 	if tx.unguarded {
 		return arguments, nil
@@ -442,9 +445,10 @@ func (tx *Tx) admit(sql string, arguments []any) ([]any, error) {
 	return arguments, nil
 }
 
-// extended returns the arguments with the mode that sends them by the extended protocol, in which the server itself
-// refuses several statements in one string. Text without arguments would go by the simple one if it were left to pgx's
-// Exec; it is not prepared either, which would cost a round trip the first time.
+// extended returns the arguments with the mode that sends them by the extended protocol, in which the
+// server itself refuses several statements in one string. pgx's Exec would send text without arguments
+// by the simple protocol. Such text is not prepared either: that would cost a round trip the first
+// time.
 func (tx *Tx) extended(arguments []any, exec bool) []any {
 	mode, explicit, options := tx.settings.Mode, false, 0
 option:
@@ -460,11 +464,11 @@ option:
 	if mode != pgx.QueryExecModeSimpleProtocol && (explicit || !exec || options < len(arguments)) {
 		return arguments
 	}
-	// The last mode counts, so it goes behind the other options.
+	// The last mode counts, so it goes after the other options.
 	return slices.Insert(slices.Clone(arguments), options, any(pgx.QueryExecModeExec))
 }
 
-// admittedRewriter checks what a rewriter made.
+// admittedRewriter checks the SQL text of a rewriter.
 type admittedRewriter struct {
 	pgx.QueryRewriter
 	texts        *texts

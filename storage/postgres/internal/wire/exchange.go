@@ -19,7 +19,7 @@ import (
 
 var binaryFormat = []int16{1} // stands for all parameters, and for all columns
 
-// Call is a statement with its parameters and, where it returns a row, the reader of its first row.
+// Call is a statement with its parameters and, if it returns a row, the reader of its first row.
 type Call struct {
 	Statement *Statement
 	Params    [][]byte
@@ -32,10 +32,10 @@ type Call struct {
 	Meaning func(err *pgconn.PgError) (sentinel, explained error)
 
 	// Apart puts a Sync in front of the parameters, after the text of a statement that is not
-	// prepared. No timeout of PostgreSQL's runs in a session that has parsed or executed something
-	// and waits for the rest of a message; after a Sync idle_in_transaction_session_timeout does.
-	// The transaction must be open by then: only so does an error before the Sync fail the
-	// statements after it too.
+	// prepared. While a session has parsed or executed something and waits for the rest of a
+	// message, none of PostgreSQL's timeouts runs; after a Sync,
+	// idle_in_transaction_session_timeout does. The transaction must be open by then: otherwise an
+	// error before the Sync would not fail the statements after it.
 	Apart bool
 }
 
@@ -45,7 +45,8 @@ type Call struct {
 // begins its transaction in the same flush, so its record is never apart.
 const TogetherBytesMax = 512
 
-// RowReader reads a row in binary format. The values are the connection's buffer: what stays is copied.
+// RowReader reads a row in binary format. The values are in the connection's buffer: copy those that
+// you keep.
 type RowReader interface{ ReadRow(values [][]byte) error }
 
 // RowFunc is a function as a [RowReader].
@@ -59,11 +60,12 @@ type reply struct {
 	Failed    int  // index of the call that failed; the number of calls where none did
 }
 
-// Flush sends the calls in one message and reads their results: one round trip. On an error the server skipped what
-// comes after the failed call; what came before it was done.
+// Flush sends the calls in one message and reads their results: one round trip. After an error the
+// server has skipped the calls behind the failed one; those before it were executed.
 //
-// It speaks the extended query protocol by pgconn's own frontend. pgconn's Pipeline does the same for anybody; this
-// knows the columns of its few statements, so that nothing is described, and keeps no queues.
+// It uses the extended query protocol through pgconn's own frontend. pgconn's Pipeline does the same
+// for statements of any kind; Flush knows the columns of its few statements, so it describes nothing
+// and keeps no queues.
 func (s *Set) Flush(ctx context.Context, conn *pgconn.PgConn, calls ...Call) (reply, error) {
 	switch {
 	case ctx.Err() != nil:
@@ -106,7 +108,7 @@ func (s *Set) Flush(ctx context.Context, conn *pgconn.PgConn, calls ...Call) (re
 	return result, err
 }
 
-// exchangeBefore is an exchange whose context ends by time alone: the socket itself watches the clock.
+// exchangeBefore is exchange with a context that only ends by time: the deadline of the socket ends it.
 func exchangeBefore(ctx *deadline.Context, conn *pgconn.PgConn, calls []Call) (reply, error) {
 	at, _ := ctx.Deadline()
 	_ = conn.Conn().SetDeadline(at) // where a socket knows none, it can't be interrupted by the watch either
@@ -120,7 +122,7 @@ func exchangeBefore(ctx *deadline.Context, conn *pgconn.PgConn, calls []Call) (r
 	return result, err
 }
 
-// exchangeWatched is an exchange whose context may end for any reason.
+// exchangeWatched is exchange with a context that may end for any reason.
 func exchangeWatched(ctx context.Context, conn *pgconn.PgConn, calls []Call) (reply, error) {
 	watch := watchContext(ctx, conn)
 	result, err := exchange(conn, calls)
@@ -130,10 +132,10 @@ func exchangeWatched(ctx context.Context, conn *pgconn.PgConn, calls []Call) (re
 	return result, err
 }
 
-// exchange flushes what was written and reads the replies.
+// exchange flushes the written messages and reads the replies.
 //
-// All is written before anything is read. That can't block both sides: what is sent fits into one message that the
-// server reads whole, or what comes back fits into the socket's buffer.
+// It writes everything before it reads anything. That can't block both sides: the sent messages fit
+// into one that the server reads whole, or the replies fit into the socket's buffer.
 func exchange(conn *pgconn.PgConn, calls []Call) (result reply, err error) {
 	if err := conn.Frontend().Flush(); err != nil {
 		abandon(conn)
@@ -172,7 +174,7 @@ type replyReader struct {
 	err   error // of the call that failed
 }
 
-// read takes one message, and says whether it was the last. The error is of the protocol.
+// read takes one message and reports whether it was the last. Its error is one of the protocol.
 func (r *replyReader) read(message pgproto3.BackendMessage) (over bool, err error) {
 	switch message := message.(type) {
 	case *pgproto3.ParseComplete, *pgproto3.BindComplete,
@@ -207,7 +209,8 @@ func (r *replyReader) read(message pgproto3.BackendMessage) (over bool, err erro
 	return false, nil
 }
 
-// broken is what a connection means that failed while it was read. Where every call was answered, nothing is missing.
+// broken returns the error for a connection that failed while it was read. If every call was answered,
+// there is none.
 func (r *replyReader) broken(err error) error {
 	switch {
 	case r.err != nil:
@@ -218,8 +221,8 @@ func (r *replyReader) broken(err error) error {
 	return err
 }
 
-// abandon closes a connection whose reply did not come, as pgconn does it: at once for whoever asks, and in the
-// background for the server, which is asked to stop.
+// abandon closes a connection if its reply did not come, as pgconn does: at once for the caller, and
+// with a request to cancel, in the background, for the server.
 func abandon(conn *pgconn.PgConn) {
 	if conn.IsClosed() {
 		return
@@ -251,7 +254,7 @@ type contextWatch struct {
 	interrupted bool
 }
 
-// watchContext returns nil where the context never ends.
+// watchContext returns nil if the context never ends.
 func watchContext(ctx context.Context, conn *pgconn.PgConn) *contextWatch {
 	if ctx.Done() == nil {
 		return nil
@@ -270,7 +273,7 @@ func (w *contextWatch) interrupt() {
 	}
 }
 
-// end ends the watch, and says whether the context ended first.
+// end ends the watch and reports whether the context ended first.
 func (w *contextWatch) end() bool {
 	if w == nil || w.stop() {
 		return false

@@ -10,7 +10,7 @@ const warningMark = "paidonce/idempotency/warned"
 // canceledWait is the routine that warns of such a COMMIT.
 const canceledWait = "SyncRepWaitForLSN"
 
-// ForgetWarning makes the connection as if no warning had come.
+// ForgetWarning removes the mark of a warning from the connection.
 func ForgetWarning(conn *pgconn.PgConn) { delete(conn.CustomData(), warningMark) }
 
 // Warned reports whether a warning has come since the last ForgetWarning.
@@ -24,7 +24,8 @@ func WaitedInVain(conn *pgconn.PgConn, synchronous bool) bool {
 	return ok && (synchronous || routine == canceledWait)
 }
 
-// MarkWarnings returns a notice handler that marks the connection, after inner was told.
+// MarkWarnings returns a notice handler that calls inner, and marks the connection if the notice is a
+// warning.
 func MarkWarnings(inner pgconn.NoticeHandler) pgconn.NoticeHandler {
 	return func(conn *pgconn.PgConn, notice *pgconn.Notice) {
 		if inner != nil {

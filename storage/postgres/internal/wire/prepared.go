@@ -46,16 +46,16 @@ func NewSet(table, deferred string, statements ...*Statement) Set {
 	return s
 }
 
-// preparedMark begins the keys under which a connection's custom data says that a store's statements are prepared on
-// it, and by what names: a *Names. The rest of the key is of their texts: those of another schema or isolation
-// level are others, and both may be prepared.
+// preparedMark is the beginning of the keys under which a connection's custom data keeps the names of
+// prepared statements, a *Names. The rest of a key is a hash of their texts: stores with another
+// schema or isolation level have other texts, and both may be prepared.
 const preparedMark = "paidonce/idempotency/prepared/"
 
 // Names are the names of prepared statements, by number; that of number 0 is empty.
 type Names struct{ names []string }
 
-// NewNames draws names that nobody else knows. EXECUTE is SQL text as any other to the guard that reads what a handler
-// sends, and COMMIT is among the statements.
+// NewNames draws names that nobody else knows. COMMIT is among the statements, and the guard that reads
+// a handler's SQL admits EXECUTE.
 func (s *Set) NewNames() *Names {
 	prefix := "idempotency_" + rand.Text() + "_"
 	p := &Names{names: []string{""}}
@@ -65,13 +65,14 @@ func (s *Set) NewNames() *Names {
 	return p
 }
 
-// namesOn returns the names of these statements on a connection, nil where they are not prepared there.
+// namesOn returns the names of these statements on a connection, nil if they are not prepared there.
 func (s *Set) namesOn(conn *pgconn.PgConn) *Names {
 	p, _ := conn.CustomData()[s.mark].(*Names)
 	return p
 }
 
-// OthersOn reports whether the statements of a store with other options are prepared on a connection, and these are not.
+// OthersOn reports whether a connection has the prepared statements of a store with other options, and
+// not these.
 func (s *Set) OthersOn(conn *pgconn.PgConn) (others bool) {
 	for mark := range conn.CustomData() {
 		others = others || strings.HasPrefix(mark, preparedMark)
@@ -81,9 +82,9 @@ func (s *Set) OthersOn(conn *pgconn.PgConn) (others bool) {
 
 // Prepare prepares the statements on a new connection, in one round trip. The connection is usable
 // without them: they are then sent as text, which adds no round trip. So a missing table or column
-// is no error, because a migration, or Check, may need the connection. Neither is a table that has a rule, or that
-// somebody keeps locked for longer than timeout, because the connection may be for a request that
-// needs no record. If the table has row-level security, they are sent as text too: a plan with
+// is no error, because a migration, or Check, may need the connection. Neither is a table that has a
+// rule, or that somebody keeps locked for longer than timeout, because the connection may be for a
+// request that needs no record. If the table has row-level security, they are sent as text too: a plan with
 // policies would outlive them.
 func (s *Set) Prepare(ctx context.Context, conn *pgconn.PgConn, p *Names, timeout time.Duration) error {
 	pipeline := conn.StartPipeline(ctx)
@@ -137,8 +138,8 @@ func (s *Set) ForgetPrepared(conn *pgconn.PgConn) {
 	delete(conn.CustomData(), s.deferred)
 }
 
-// Unprepared reports whether a prepared statement can't be used any more: somebody deallocated it on this connection,
-// or the table changed under its plan.
+// Unprepared reports whether a prepared statement can't be used any more: somebody deallocated it on
+// this connection, or the table changed under its plan.
 func Unprepared(err error) bool {
 	if err == nil { // saves the allocation below
 		return false

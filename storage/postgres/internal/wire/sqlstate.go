@@ -6,7 +6,8 @@ import (
 	"github.com/jackc/pgx/v5/pgconn"
 )
 
-// stateError shows a database error by its SQLSTATE alone: the server's message may quote what a client sent.
+// stateError shows only the SQLSTATE of a database error: the server's message may quote a client's
+// data.
 type stateError struct{ err *pgconn.PgError }
 
 func (e *stateError) Error() string {
@@ -18,7 +19,7 @@ func (e *stateError) Error() string {
 
 func (e *stateError) Unwrap() error { return e.err }
 
-// SQLError returns err fit for a log: a database error by its SQLSTATE, anything else as it is.
+// SQLError returns err for a log: a database error shows only its SQLSTATE, any other is unchanged.
 func SQLError(err error) error {
 	var shown *stateError
 	var pgErr *pgconn.PgError
@@ -50,9 +51,10 @@ func Class(pgErr *pgconn.PgError) string {
 	return pgErr.Code[:2]
 }
 
-// Definite reports whether an error in place of COMMIT's reply proves that nothing was committed: an ERROR by
-// PostgreSQL itself. A FATAL, a connection error, an error without the unlocalized severity (PgBouncer's) and every
-// error of the network prove nothing. pgconn.SafeToRetry is not asked: it is true after a COMMIT that happened.
+// Definite reports whether an error in place of COMMIT's reply proves that nothing was committed: only
+// an ERROR by PostgreSQL itself does. A FATAL, a connection error, an error without the unlocalized
+// severity (PgBouncer's) and every error of the network prove nothing. It does not use
+// pgconn.SafeToRetry, which is true after a COMMIT that happened.
 func Definite(err error) (*pgconn.PgError, bool) {
 	var pgErr *pgconn.PgError
 	if !errors.As(err, &pgErr) {
