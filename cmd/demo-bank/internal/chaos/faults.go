@@ -80,9 +80,11 @@ func (r *run) do(ctx context.Context, e event) (bool, error) {
 	case killBank:
 		return r.banks.kill(e.bank, arm{e.point, e.nth}), nil
 	case cutAll:
-		n := proxy.CutAll()
-		r.allow(n)
-		return n > 0, nil
+		return r.insist(ctx, insistMax, func() (bool, error) { // the bank may be down
+			n := proxy.CutAll()
+			r.allow(n)
+			return n > 0, nil
+		})
 	case refuse:
 		proxy.SetRefuse(true)
 		defer proxy.SetRefuse(false)
