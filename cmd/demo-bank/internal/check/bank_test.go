@@ -25,11 +25,12 @@ import (
 
 const ttl = time.Hour
 
-// bundle is the real bank, behind its real middleware, on a database of its own, and the history of its one client.
+// bundle is the real bank behind its real middleware, in a database of its own, and the history of
+// its one client.
 type bundle struct {
 	t        *testing.T
 	url      string
-	conn     *pgx.Conn // of the checks, whose search_path is the default one
+	conn     *pgx.Conn // for the checks; its search_path is the default
 	store    *postgres.Store
 	handler  http.Handler
 	ops      []Operation
@@ -79,7 +80,7 @@ func (b *bundle) connect() *pgx.Conn {
 	return conn
 }
 
-// send sends a request and takes it into the history.
+// send sends a request and adds it to the history.
 func (b *bundle) send(asked Operation, path, body string) {
 	b.t.Helper()
 	r := httptest.NewRequestWithContext(b.t.Context(), http.MethodPost, path, strings.NewReader(body))
@@ -121,7 +122,8 @@ func (b *bundle) account(final bool) {
 		"/v1/accounts", `{"id":"new","currency":"EUR","opening_balance":77}`)
 }
 
-// work is a little of everything that a client does, faults left out: those are in the history alone.
+// work does a little of everything that a client does, except faults: those exist only in the
+// history.
 func (b *bundle) work() {
 	b.t.Helper()
 	for _, final := range []bool{false, true} {

@@ -1,9 +1,10 @@
-// Package check decides whether a history of requests, and the books that it left behind, keep the bank's promises.
-// It knows nothing of faults: whatever happened, a promise holds or it does not.
+// Package check decides if a history of requests, and the books that it left behind, keep the
+// bank's promises. It knows nothing of faults: whatever happened, a promise holds or it does not.
 //
-// The history is what clients saw: one [Operation] for each request that was sent, replies or none. [History] judges it
-// alone, [Ledger] holds it against the books, and [Live], [Quiet] and [Baseline] look at what else a run leaves behind.
-// A result says how much its check saw, and a verdict fails where a check is missing: nothing passes in silence.
+// The history is the clients' view: one [Operation] for each request that was sent, with or without
+// a reply. [History] judges the history by itself, [Ledger] compares it with the books, and [Live],
+// [Quiet] and [Baseline] check the rest of a run's traces. A result counts the things that its
+// check saw. A verdict fails if a check is missing: nothing passes in silence.
 package check
 
 import (
@@ -33,7 +34,7 @@ const (
 	Linearizable       = "linearizable"
 )
 
-// ExamplesMax is how many examples a Result shows.
+// ExamplesMax is the maximum number of examples that a Result shows.
 const ExamplesMax = bank.ExamplesMax
 
 // Operation is one request and what its client saw of it. A retry is an Operation of its own.
@@ -41,25 +42,32 @@ type Operation struct {
 	Client int
 	Scope  string // the tenant
 	Key    string
-	// Request names what was asked: two bodies of one key differ in it. The first request of a key is the real one; a
-	// changed body has another number.
-	Request  uint64
-	Sent     time.Duration // since the start of the run, by a monotonic clock, taken before the first byte was written
-	Returned time.Duration // the same, taken after the last byte was read; 0: no reply came (lost)
-	Outcome  string        // Idempotency-Status; empty: no reply, or a reply without it
-	Status   int           // HTTP status; 0: no reply
-	Problem  string        // end of the problem's type, where the answer is one; also a handler's own, as account-not-found
-	Answer   [32]byte      // hash of status, recorded headers and body bytes; of executed and replayed only
-	ID       string        // of the transfer, order or account, from a 2xx answer
-	// What was asked. An order has its account in From and no To; its Amount may be 0, which is not compared.
+	// Request numbers the content of the request: two bodies of one key have different numbers. The
+	// first request of a key is its real one; a changed body has another number.
+	Request uint64
+	// Since the start of the run, by a monotonic clock, taken before the first byte was written.
+	Sent time.Duration
+	// The same clock, taken after the last byte was read; 0: no reply came (lost).
+	Returned time.Duration
+	Outcome  string // Idempotency-Status; empty: no reply, or a reply without it
+	Status   int    // HTTP status; 0: no reply
+	// The end of the problem's type if the answer is a problem document; it may be the handler's
+	// own, such as account-not-found.
+	Problem string
+	// A hash of status, recorded headers and body bytes; only of executed and replayed.
+	Answer [32]byte
+	ID     string // of the transfer, order or account, from a 2xx answer
+	// The content of the request. An order has its account in From and no To. Its Amount may be 0,
+	// which is not compared.
 	From, To string
 	Amount   int64
-	// Final: part of the final replay, in which every key is asked for once more with its real request, but for those
-	// that were given up. A key that was acknowledged must have an answer there.
+	// Final is true in the final replay, which repeats the real request of every key that was not
+	// given up. An acknowledged key must have an answer there.
 	Final bool
 }
 
-// outcome is what the reply says of the request; unknown where there is none, or none that can be trusted.
+// outcome returns the outcome that the reply states, or unknown if there is no reply or its outcome
+// cannot be trusted.
 func (op *Operation) outcome() idempotency.Outcome {
 	if op.Returned == 0 || !known(op.Outcome) {
 		return idempotency.OutcomeUnknown
@@ -73,12 +81,12 @@ func (op *Operation) acknowledged() bool {
 	return o == idempotency.OutcomeExecuted || o == idempotency.OutcomeReplayed
 }
 
-// paid reports whether the reply says that the request took effect.
+// paid reports whether the reply states that the request took effect.
 func (op *Operation) paid() bool { return op.acknowledged() && success(op.Status) }
 
 func success(status int) bool { return status >= 200 && status < 300 }
 
-// known reports whether a value of Idempotency-Status is one of those there are.
+// known reports whether a value of Idempotency-Status is one of those that exist.
 func known(outcome string) bool {
 	switch idempotency.Outcome(outcome) {
 	case idempotency.OutcomeExecuted, idempotency.OutcomeReplayed, idempotency.OutcomeInProgress,
@@ -99,37 +107,40 @@ func (op *Operation) String() string {
 	return fmt.Sprintf("%d %s #%d %s-%s", op.Status, outcome, op.Request, short(op.Sent), short(op.Returned))
 }
 
-// short is a time in seconds, to the microsecond: requests of one key can be that close.
+// short formats a time in seconds, to the microsecond: requests of one key can be that close.
 func short(d time.Duration) string { return fmt.Sprintf("%.6f", d.Seconds()) }
 
 // Key is a key within its scope.
 type Key struct{ Scope, Key string }
 
-// String is for examples: keys of a run are random ids and no secrets.
+// String is for examples: the keys of a run are random ids, not secrets.
 func (k Key) String() string { return k.Scope + "/" + k.Key }
 
-// Expectation says what a key's client did and wanted. Each key of a run has one; it is about the key's first request.
-// A changed body needs none, but may win the key where the first request took no effect: so whoever sent it goes on too,
-// until it is told executed, replayed, mismatch or not-executed with nothing lost or unknown before.
+// Expectation states what a key's client did and wanted. Each key of a run has one; it is about the
+// key's first request. A changed body needs none, but it may win the key if the first request took
+// no effect. So its sender also goes on, until the reply is executed, replayed, mismatch, or
+// not-executed with nothing lost or unknown before.
 type Expectation struct {
 	Scope, Key string
-	GivenUp    bool // abandoned after not-executed, with nothing lost or unknown before: it must never take effect
-	Declined   bool // the handler must refuse the request: its answer is a 4xx
+	// Abandoned after not-executed, with nothing lost or unknown before: it must never take effect.
+	GivenUp bool
+	// The handler must refuse the request: its answer is a 4xx.
+	Declined bool
 }
 
 // Result is one check's findings.
 type Result struct {
 	Name     string   `json:"name"`     // one of Names
 	Title    string   `json:"title"`    // the promise, in one line
-	Seen     int      `json:"seen"`     // how many things were looked at: 0 proves nothing
-	Count    int      `json:"count"`    // of wrongs
-	Examples []string `json:"examples"` // the first ExamplesMax of them; no bodies
+	Seen     int      `json:"seen"`     // number of things that were checked: 0 proves nothing
+	Count    int      `json:"count"`    // number of wrongs
+	Examples []string `json:"examples"` // the first ExamplesMax wrongs; no bodies
 }
 
 // OK reports whether no wrong was found.
 func (r Result) OK() bool { return r.Count == 0 }
 
-// add notes a wrong.
+// add records a wrong.
 func (r *Result) add(format string, args ...any) {
 	r.Count++
 	if len(r.Examples) < ExamplesMax {
@@ -137,14 +148,15 @@ func (r *Result) add(format string, args ...any) {
 	}
 }
 
-// Verdict is what all checks of a run come to.
+// Verdict sums up all checks of a run.
 type Verdict struct {
-	OK      bool     `json:"ok"`
-	Checks  []Result `json:"checks"`
-	Missing []string `json:"missing"` // the checks that were not run; one is enough for a verdict that is not ok
+	OK     bool     `json:"ok"`
+	Checks []Result `json:"checks"`
+	// The checks that were not run. If there is one, OK is false.
+	Missing []string `json:"missing"`
 }
 
-// Judge makes the verdict of results, in the order of Names; two results of one name become one.
+// Judge combines results into a verdict, in the order of Names. Two results of one name become one.
 func Judge(results ...Result) Verdict {
 	v := Verdict{OK: true, Checks: []Result{}, Missing: []string{}}
 	for _, name := range Names() {

@@ -6,16 +6,16 @@ import (
 	"strings"
 )
 
-// group is all that was asked under one key, in the order of sending. It has at least one operation.
+// group holds all requests of one key, in the order of sending. It has at least one operation.
 type group struct {
 	key Key
 	ops []*Operation
 }
 
-// real is the number of the key's real request: the one that was sent first.
+// real returns the number of the key's real request: the one that was sent first.
 func (g *group) real() uint64 { return g.ops[0].Request }
 
-// firstPaid is the 2xx answer that a client saw first, or nil.
+// firstPaid returns the 2xx answer that a client saw first, or nil.
 func (g *group) firstPaid() *Operation {
 	var first *Operation
 	for _, op := range g.ops {
@@ -26,12 +26,12 @@ func (g *group) firstPaid() *Operation {
 	return first
 }
 
-// examplesOps is how many operations of a key an example shows.
+// examplesOps is the maximum number of a key's operations that an example shows.
 const examplesOps = 8
 
 func (g *group) String() string { return g.key.String() + ": " + listing(g.ops) }
 
-// listing shows the last operations of a key: what is wrong is rarely at the beginning.
+// listing shows the last operations of a key: the wrong is rarely at the beginning.
 func listing(ops []*Operation) string {
 	var b strings.Builder
 	if hidden := len(ops) - examplesOps; hidden > 0 {
@@ -47,7 +47,7 @@ func listing(ops []*Operation) string {
 	return b.String()
 }
 
-// groups sorts a history into its keys, in the order in which each was first seen.
+// groups sorts a history by key, in the order in which each key was first seen.
 func groups(ops []Operation) []group {
 	numbers := make(map[Key]int32)
 	of := make([]int32, len(ops))
@@ -64,7 +64,7 @@ func groups(ops []Operation) []group {
 		of[i] = n
 		sizes[n]++
 	}
-	// One array for all: a million small ones would keep the collector busy.
+	// One array for all: a million small ones would keep the garbage collector busy.
 	all := make([]*Operation, len(ops))
 	gs := make([]group, len(keys))
 	start := int32(0)
@@ -85,7 +85,7 @@ func groups(ops []Operation) []group {
 	return gs
 }
 
-// expectations finds a key's expectation.
+// expectations indexes the expectations by key.
 func expectations(expected []Expectation) map[Key]Expectation {
 	m := make(map[Key]Expectation, len(expected))
 	for _, e := range expected {
@@ -94,7 +94,7 @@ func expectations(expected []Expectation) map[Key]Expectation {
 	return m
 }
 
-// Acknowledged returns the keys that a history saw executed or replayed, each once.
+// Acknowledged returns the keys for which a client saw executed or replayed, each once.
 func Acknowledged(ops []Operation) []Key {
 	var keys []Key
 	for _, g := range groups(ops) {

@@ -6,8 +6,8 @@ import (
 	"github.com/paidonce/idempotency"
 )
 
-// History judges a history alone, as far as clients see it. It
-// takes a few seconds for a million operations. They may come in any order, and must not change meanwhile.
+// History judges a history by itself, as far as clients see it. It takes a few seconds for a
+// million operations. They may come in any order, and must not change meanwhile.
 func History(ops []Operation, expected []Expectation) []Result {
 	gs := groups(ops)
 	return []Result{
@@ -20,7 +20,8 @@ func History(ops []Operation, expected []Expectation) []Result {
 	}
 }
 
-// executedOnce is [EffectsCounted] in the history: no key is told twice that it was executed now, whatever was told meanwhile.
+// executedOnce is [EffectsCounted] in the history: no key gets "executed" twice, whatever it got in
+// between.
 func executedOnce(gs []group) Result {
 	r := result(EffectsCounted)
 	for i := range gs {
@@ -40,7 +41,8 @@ func executedOnce(gs []group) Result {
 	return r
 }
 
-// oneAnswer is [OneAnswer]. It also refuses replies that no middleware of ours sends, for their bytes can't have waited for it.
+// oneAnswer is [OneAnswer]. It also finds replies that our middleware never sends: their bytes
+// cannot have waited for the commit.
 func oneAnswer(gs []group) Result {
 	r := result(OneAnswer)
 	for i := range gs {
@@ -53,7 +55,7 @@ func oneAnswer(gs []group) Result {
 			}
 			finals = finals || op.Final
 			if !op.acknowledged() {
-				// Where another request won the key, its real one gets no answer of its own.
+				// If another request won the key, its real one gets no answer of its own.
 				final = final || op.Final && op.outcome() == idempotency.OutcomeMismatch
 				continue
 			}
@@ -79,7 +81,7 @@ func oneAnswer(gs []group) Result {
 	return r
 }
 
-// stray says what is wrong with a reply that the middleware can't have sent, or is empty.
+// stray describes why the middleware cannot have sent a reply, or returns "".
 func stray(op *Operation) string {
 	switch {
 	case op.Returned == 0:
@@ -87,7 +89,8 @@ func stray(op *Operation) string {
 			return "a reply that never came"
 		}
 	case op.Outcome == "":
-		// A 5xx that is no problem document may come from before the middleware, and counts as no reply.
+		// A 5xx that is no problem document may come from before the middleware. It counts as no
+		// reply.
 		if op.Status >= 200 && op.Status < 400 || op.Problem != "" {
 			return "a reply without Idempotency-Status"
 		}
@@ -103,8 +106,9 @@ func stray(op *Operation) string {
 	return ""
 }
 
-// oneID is [InTheBooks] in the history: a key's 2xx answers name one transfer or order, and no other key's do. It finds an answer
-// that went to another scope even where every key has one answer.
+// oneID is [InTheBooks] in the history: a key's 2xx answers name one transfer or order, and no
+// other key's answers name it. It finds an answer that went to another scope even if every key has
+// one answer.
 func oneID(gs []group) Result {
 	r := result(InTheBooks)
 	owner := make(map[string]Key)
@@ -133,8 +137,8 @@ func oneID(gs []group) Result {
 	return r
 }
 
-// givenUp is [GivenUpForGood] in the history. A client that gives up otherwise than the promise allows is a wrong of the run: it
-// would hide a payment that was lost.
+// givenUp is [GivenUpForGood] in the history. If a client gives up when the promise does not allow
+// it, that is a wrong of the run: it would hide a lost payment.
 func givenUp(gs []group, expected []Expectation) Result {
 	r := result(GivenUpForGood)
 	wanted := expectations(expected)
@@ -160,8 +164,8 @@ func givenUp(gs []group, expected []Expectation) Result {
 	return r
 }
 
-// settled is [Settled]: a client that goes on as the table of statuses says gets its answer, and the one
-// that it must get.
+// settled is [Settled]: a client that follows the table of statuses gets an answer, and the right
+// one.
 func settled(gs []group, expected []Expectation) Result {
 	r := result(Settled)
 	byKey := make(map[Key]*group, len(gs))
@@ -195,7 +199,7 @@ func settled(gs []group, expected []Expectation) Result {
 	return r
 }
 
-// unsettled says what a key's real request still lacks, or is empty.
+// unsettled describes what a key's real request still lacks, or returns "".
 func unsettled(g *group, declined bool) string {
 	answered, refused, other := false, false, false
 	for _, op := range g.ops {
@@ -214,7 +218,7 @@ func unsettled(g *group, declined bool) string {
 			refused = true
 		}
 	}
-	// A changed body may win its key where the real request had taken no effect. That is an answer too.
+	// If the real request took no effect, a changed body may win the key. That is an answer too.
 	if answered || refused && other {
 		return ""
 	}

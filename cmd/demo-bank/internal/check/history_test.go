@@ -7,7 +7,8 @@ import (
 	"github.com/paidonce/idempotency"
 )
 
-// historyCase is a history of the key "k" (and what others it names), and the checks that must find it wrong.
+// historyCase is a history of the key "k" (and of others that it names), and the checks that must
+// find a wrong in it.
 type historyCase struct {
 	name     string
 	ops      []Operation
@@ -253,7 +254,8 @@ func TestKnownOutcomes(t *testing.T) {
 	}
 }
 
-// Each check counts what it looked at, so that a run can tell a promise that was kept from one that was never tested.
+// Each check counts the things that it saw, so that a run can tell a kept promise from one that was
+// never tested.
 func TestHistorySaysHowMuchItSaw(t *testing.T) {
 	t.Parallel()
 	ops := []Operation{

@@ -20,9 +20,9 @@ func snapshot(ctx context.Context, conn *pgx.Conn, read func(pgx.Tx) error) erro
 	})
 }
 
-// Ledger holds the history against the books, at rest. It reads one snapshot of the schema
-// demo_bank, by a role that may read it. ttl is the store's: what is older may have lost its record. An error means
-// that the books could not be read, and says nothing of the promises.
+// Ledger compares the history with the books, at rest. It reads one snapshot of the schema
+// demo_bank; conn's role must be able to read it. ttl is the store's: an older effect may have lost
+// its record. An error means that the books could not be read, and says nothing about the promises.
 func Ledger(ctx context.Context, conn *pgx.Conn, ops []Operation, expected []Expectation, ttl time.Duration) ([]Result, error) {
 	var results []Result
 	err := snapshot(ctx, conn, func(tx pgx.Tx) error {
@@ -60,7 +60,7 @@ func Money(ctx context.Context, conn *pgx.Conn) (r Result, err error) {
 	return r, wrap("the money", err)
 }
 
-// inspected makes results of what the books alone decide.
+// inspected returns the results of the checks that need only the books.
 func inspected(ctx context.Context, tx pgx.Tx, ttl time.Duration, names ...string) (results []Result, err error) {
 	findings, err := bank.Inspect(ctx, tx, ttl, names...)
 	for _, f := range findings {
@@ -79,12 +79,13 @@ type effect struct {
 
 func (e effect) String() string { return e.kind + " " + e.id }
 
-// books are the effects of all keys, as one snapshot has them.
+// books are the effects of all keys in one snapshot.
 type books struct {
 	effects map[Key][]effect
-	order   []Key    // of the first effect of each key, so that examples don't change from run to run
-	keyless []effect // transfers and orders that carry no key
-	// declined are keys that were given up and have a record nevertheless.
+	// Keys by their first effect, so that examples don't change from run to run.
+	order   []Key
+	keyless []effect // transfers and orders without a key
+	// declined are keys that were given up but have a record.
 	declined map[Key]struct{}
 }
 
@@ -120,7 +121,7 @@ func readBooks(ctx context.Context, tx pgx.Tx) (*books, error) {
 	return b, nil
 }
 
-// recorded returns those of the keys that were given up which have a record.
+// recorded returns the keys that were given up but have a record.
 func recorded(ctx context.Context, tx pgx.Tx, expected []Expectation) (map[Key]struct{}, error) {
 	var scopes, keys []string
 	for _, e := range expected {
@@ -145,7 +146,8 @@ func recorded(ctx context.Context, tx pgx.Tx, expected []Expectation) (map[Key]s
 	return found, nil
 }
 
-// counted is [EffectsCounted]: the keys with an effect are those that were acknowledged with 2xx. Keys that were given up are [GivenUpForGood]'s.
+// counted is [EffectsCounted]: the keys with an effect are those that were acknowledged with 2xx.
+// Keys that were given up belong to [GivenUpForGood].
 func (b *books) counted(gs []group, wanted map[Key]Expectation) Result {
 	r := result(EffectsCounted)
 	sent := make(map[Key]bool, len(gs)) // whether it was acknowledged with 2xx
@@ -203,7 +205,7 @@ func (b *books) acknowledged(gs []group) Result {
 	return r
 }
 
-// is reports whether an effect is what was asked.
+// is reports whether an effect is the one that the request asked for.
 func (e effect) is(op *Operation) bool {
 	kind := "transfer"
 	switch {

@@ -36,7 +36,7 @@ func TestTheRealBankKeepsEveryPromise(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	b.await(func() bool { return b.quiet()[0].OK() }) // who migrated is gone
+	b.await(func() bool { return b.quiet()[0].OK() }) // the session that migrated is gone
 	quiet := b.quiet()[0]
 	same := Resources{Goroutines: 10, FileDescriptors: 10, Connections: 3}
 	if v := Judge(slices.Concat(history, ledger, []Result{live, quiet, Baseline(same, same)})...); !v.OK {
@@ -44,7 +44,7 @@ func TestTheRealBankKeepsEveryPromise(t *testing.T) {
 	}
 }
 
-// Each corruption of the books is found by the checks that say so, and by no other.
+// Each corruption of the books is found by the checks that it names, and by no other.
 func TestCorruptedBooksAreCaught(t *testing.T) {
 	t.Parallel()
 	const transfer = "(SELECT min(id) FROM demo_bank.transfers WHERE scope = 'acme' AND key = 'k1')"
@@ -225,14 +225,14 @@ func forged(scope, key string) string {
 		VALUES (9001, 5, 'acct-0001', 'acct-0002', 'EUR', '', ` + attempt + `, ` + key + `)`
 }
 
-// money moves transfer 9001's.
+// money corrupts the amount of transfer 9001's entries.
 const money = `WITH e AS (
 		INSERT INTO demo_bank.entries (transfer_id, account, amount) VALUES (9001, 'acct-0001', -5), (9001, 'acct-0002', 5)
 	) UPDATE demo_bank.accounts SET balance = balance + CASE id WHEN 'acct-0001' THEN -5 ELSE 5 END
 	WHERE id IN ('acct-0001', 'acct-0002')`
 
-// Acknowledged to the client and missing in the history is as wrong as the other way round: the books are right, and
-// the history says otherwise.
+// An effect without a request in the history is as wrong as the reverse: here the books are right,
+// and the history contradicts them.
 func TestAHistoryThatTheBooksDoNotKnowIsCaught(t *testing.T) {
 	t.Parallel()
 	for name, c := range map[string]struct {
@@ -273,7 +273,7 @@ func TestAHistoryThatTheBooksDoNotKnowIsCaught(t *testing.T) {
 	}
 }
 
-// What can't be read is an error and no verdict.
+// Unreadable books give an error and no verdict.
 func TestBooksThatCannotBeReadAreNoVerdict(t *testing.T) {
 	t.Parallel()
 	b := setup(t)

@@ -14,11 +14,12 @@ import (
 )
 
 const (
-	// HolderMax is how long a request that was told not-executed may still hold its key: its connection was cut, and
-	// PostgreSQL ends the transaction when it notices, at the latest after the idle-in-transaction timeout.
+	// HolderMax is the longest time that a request may still hold its key after its client got
+	// not-executed: its conn was cut, and PostgreSQL ends the transaction when it notices, at the
+	// latest after the idle-in-transaction timeout.
 	HolderMax = time.Minute
 
-	// decideMax bounds the search for one key. What is reduced below needs microseconds.
+	// decideMax bounds the search for one key. A reduced history needs microseconds.
 	decideMax = 10 * time.Second
 )
 
@@ -45,7 +46,7 @@ func linearizable(gs []group) Result {
 	return r
 }
 
-// unexplained says what no order of a key's requests explains, or is empty.
+// unexplained describes what no order of a key's requests explains, or returns "".
 func unexplained(g *group) string {
 	for _, op := range g.ops {
 		if op.Returned != 0 && op.Returned < op.Sent || op.Returned == 0 && op.Outcome != "" {
@@ -65,7 +66,7 @@ func unexplained(g *group) string {
 	}
 }
 
-// keyState is what the database has of a key.
+// keyState is the database's state of a key.
 type keyState struct {
 	recorded bool
 	answered bool // a client saw the answer; until then any answer may be it
@@ -73,7 +74,8 @@ type keyState struct {
 	answer   [32]byte
 }
 
-// keyModel is one key as it was designed. A key is claimed and recorded in one commit, so there is no state between.
+// keyModel models one key as it was designed. One commit claims and records a key, so there is no
+// state between.
 func keyModel() porcupine.Model {
 	return porcupine.Model{
 		Init: func() any { return keyState{} },
@@ -81,9 +83,9 @@ func keyModel() porcupine.Model {
 	}
 }
 
-// step answers whether a request in this state gets this reply, and what it leaves. A request of which nothing is known
-// takes effect where it can. That it may also have taken none needs no second state: its time has no end, so the search
-// may put it last, where nobody looks any more.
+// step reports whether a request in this state gets this reply, and returns the next state. A
+// request with an unknown outcome takes effect if it can. The case that it took no effect needs no
+// second state: its time has no end, so the search may put it last, after every reply.
 func step(s keyState, op *Operation) (bool, keyState) {
 	switch op.outcome() {
 	case idempotency.OutcomeExecuted:
@@ -94,7 +96,7 @@ func step(s keyState, op *Operation) (bool, keyState) {
 	case idempotency.OutcomeMismatch:
 		return s.recorded && s.request != op.Request, s
 	case idempotency.OutcomeInProgress:
-		return !s.recorded, s // a record wins over the lock of whoever reads it
+		return !s.recorded, s // a record wins over the lock of its reader
 	case idempotency.OutcomeNotExecuted:
 		return true, s
 	}
@@ -104,8 +106,8 @@ func step(s keyState, op *Operation) (bool, keyState) {
 	return true, s
 }
 
-// history is a key's requests for porcupine. One of which nothing is known may take effect at any time after it was
-// sent, long after its client gave up on it too.
+// history converts a key's requests for porcupine. A request with an unknown outcome may take
+// effect at any time after it was sent, even long after its client gave up on it.
 func history(ops []*Operation) []porcupine.Operation {
 	h := make([]porcupine.Operation, len(ops))
 	for i, op := range ops {
@@ -117,15 +119,17 @@ func history(ops []*Operation) []porcupine.Operation {
 	return h
 }
 
-// reduce leaves out the requests that other requests of the key make redundant. The search takes exponential time in
-// those that overlap, and lost ones overlap with all that follow.
+// reduce leaves out the requests that other requests of the key make redundant. The search takes
+// exponential time in the requests that overlap, and a lost one overlaps with all later ones.
 //
 // It changes no verdict, because a key goes from absent to recorded once and never back:
-//   - of lost requests for the same, only one can take effect, and the one that was sent first can do so at any time at
-//     which a later one can;
-//   - of equal replays, and of mismatches for the same, the first to return leaves the record the least time to appear;
-//   - of those in progress the last that was sent leaves it the least time to be absent;
-//   - who was not executed says nothing of the key.
+//
+//   - Of lost requests with the same content only one can take effect. The one that was sent first
+//     can do so whenever a later one can.
+//   - Of equal replays, and of mismatches with the same content, the first to return leaves the
+//     record the least time to appear.
+//   - Of those in progress, the last to be sent leaves the record the least time to be absent.
+//   - A not-executed request says nothing about the key.
 func reduce(ops []*Operation) []*Operation {
 	kept := make([]*Operation, 0, len(ops))
 	for _, op := range ops {
@@ -168,9 +172,9 @@ func stricter(a, b *Operation, outcome idempotency.Outcome) bool {
 	return a.Sent < b.Sent
 }
 
-// stuckKey returns a request that was told in-progress while no other can have held the key, or nil. One that is told
-// in-progress holds nothing in the end, but it may have held the key before, and then another held it later: a chain
-// of them must lead to one that had another reply.
+// stuckKey returns a request that got in-progress although no other request can have held the key,
+// or nil. A request that got in-progress holds nothing in the end. But it may have held the key
+// before, and another one later: a chain of such requests must lead to one that got another reply.
 func stuckKey(ops []*Operation) *Operation {
 	var open, excused []*Operation
 	for _, op := range ops {
@@ -202,7 +206,7 @@ func stuckKey(ops []*Operation) *Operation {
 	return open[0]
 }
 
-// mayHold reports whether holder can have held the key while op was answered.
+// mayHold reports whether holder can have held the key when op was answered.
 func mayHold(holder, op *Operation) bool {
 	if holder.Sent > op.Returned {
 		return false

@@ -40,7 +40,7 @@ func TestWhatACorrectBankAnswersIsAccepted(t *testing.T) {
 	})
 }
 
-// mutation changes an answer of a correct history, and says that it can't be correct any more.
+// mutation changes an answer of a correct history, and states why it cannot be correct any more.
 type mutation struct {
 	name  string
 	apply func(g *group, at int) (ops []Operation, broken bool)
@@ -55,7 +55,7 @@ func acked(g *group) (acks []int) {
 	return acks
 }
 
-// later is a request that is sent when all others are over.
+// later returns a request that is sent after all others have ended.
 func later(g *group, number uint64, outcome string) Operation {
 	ended := time.Duration(0)
 	for _, op := range g.ops {
@@ -159,8 +159,8 @@ func pointers(ops []Operation) []*Operation {
 	return p
 }
 
-// plainModel is the key once more, as it is said in words: what is not known of has taken effect or has not, and no
-// request is left out.
+// plainModel is the key once more, in plain terms: a request with an unknown outcome took effect or
+// did not, and no request is left out.
 func plainModel() porcupine.Model {
 	model := porcupine.NondeterministicModel{
 		Init: func() []any { return []any{keyState{}} },
@@ -187,7 +187,8 @@ func plainModel() porcupine.Model {
 	return model.ToModel()
 }
 
-// Leaving out what is redundant decides nothing: on any history, most of them wrong, both searches agree.
+// Leaving out redundant requests decides nothing: on any history, most of them wrong, both searches
+// agree.
 func TestReducedHistoryHasTheVerdictOfTheWhole(t *testing.T) {
 	t.Parallel()
 	verdicts := map[bool]int{}
@@ -222,7 +223,7 @@ func TestReducedHistoryHasTheVerdictOfTheWhole(t *testing.T) {
 	}
 }
 
-// A key with hundreds of overlapping and lost requests, right or wrong, takes no time.
+// Hundreds of overlapping and lost requests of one key, right or wrong, are decided in no time.
 func TestManyOverlappingRequestsAreDecided(t *testing.T) {
 	t.Parallel()
 	ops := []Operation{op(1, 0, 1000, "executed")}
@@ -235,7 +236,8 @@ func TestManyOverlappingRequestsAreDecided(t *testing.T) {
 	wantWrong(t, []Result{linearizable(groups(ops))}, Linearizable)
 }
 
-// A million operations: 90,000 keys and 11 of each. What a run's history looks like, not what a search likes.
+// A million operations: 90,000 keys with 11 each. It resembles a run's history, not a case that
+// suits the search.
 func BenchmarkHistoryOfAMillion(b *testing.B) {
 	r := rand.New(rand.NewPCG(1, 2))
 	s := &simulator{draw: r.IntN}

@@ -13,10 +13,11 @@ import (
 
 func TestMain(m *testing.M) { pgtest.Main(m) }
 
-// hash is an answer's, from a name.
+// hash returns an answer's hash, made from a name.
 func hash(name string) [32]byte { return sha256.Sum256([]byte(name)) }
 
-// wantWrong requires that exactly the named checks find wrongs; results of one name are taken together.
+// wantWrong requires that exactly the named checks find wrongs. Results of one name are taken
+// together.
 func wantWrong(t *testing.T, results []Result, names ...string) {
 	t.Helper()
 	var wrong []string
@@ -45,7 +46,7 @@ func describe(results []Result) string {
 	return b.String()
 }
 
-// at is a time of the run, in milliseconds.
+// at returns a time of the run, in milliseconds.
 func at(ms int) time.Duration { return time.Duration(ms) * time.Millisecond }
 
 // op makes a request of the key "k" and its reply: an outcome, or "lost".
@@ -71,13 +72,13 @@ func op(request uint64, sent, returned int, outcome string) Operation {
 	return o
 }
 
-// with changes an operation.
+// with returns a changed copy of an operation.
 func (op Operation) with(change func(*Operation)) Operation {
 	change(&op)
 	return op
 }
 
-// declined makes an answer of the handler's a refusal.
+// declined turns the handler's answer into a refusal.
 func declined(op *Operation) {
 	op.Status, op.Problem, op.ID, op.Answer = 402, "insufficient-funds", "", hash("402")
 }
@@ -85,7 +86,7 @@ func declined(op *Operation) {
 // final makes a request part of the final replay.
 func final(op *Operation) { op.Final = true }
 
-// of puts a request under another key, whose transfer has another id.
+// of puts a request under another key. Its transfer has another id.
 func of(scope, key string) func(*Operation) {
 	return func(op *Operation) {
 		op.Scope, op.Key = scope, key
@@ -113,7 +114,7 @@ func TestVerdictNeedsEveryCheck(t *testing.T) {
 		for n := range 4 {
 			broken.add("wrong %d", n)
 		}
-		// Once more of the same name, as from the history and from the books.
+		// Once more under the same name, as from the history and from the books.
 		v := Judge(slices.Concat(all, []Result{broken, broken})...)
 		if got := v.Checks[i]; v.OK || got.Count != 8 || got.Seen != 6 || len(got.Examples) != ExamplesMax {
 			t.Errorf("a wrong of %s makes %t, %+v", name, v.OK, got)

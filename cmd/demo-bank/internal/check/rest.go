@@ -10,14 +10,15 @@ import (
 	"github.com/paidonce/idempotency/internal/nodeid"
 )
 
-// Bounds is how big the table of records may be.
+// Bounds limits the size of the table of records.
 type Bounds struct {
 	Live    int64 // rows that have not expired
-	Expired int64 // rows that the reaper may still have before it
+	Expired int64 // rows that the reaper may not have deleted yet
 }
 
-// Live is [LiveRecordsKept]: each of the keys has its record, and the table is within bounds. The keys must be younger than the TTL:
-// those that were acknowledged and those that were planted to tempt the reaper.
+// Live is [LiveRecordsKept]: each of the keys has its record, and the table is within limit. The
+// keys must be younger than the TTL: pass those that were acknowledged and those that were planted
+// to tempt the reaper.
 func Live(ctx context.Context, conn *pgx.Conn, live []Key, limit Bounds) (Result, error) {
 	r := result(LiveRecordsKept)
 	r.Seen = len(live)
@@ -57,9 +58,10 @@ func Live(ctx context.Context, conn *pgx.Conn, live []Key, limit Bounds) (Result
 	return r, wrap("records", err)
 }
 
-// Quiet is [Quieted]: besides conn no session of its database holds or awaits an advisory lock (but the
-// lease of a node number), is idle in a transaction or waits for a lock. It looks once. Its role must see the others'
-// sessions: a superuser, a member of pg_read_all_stats, or the role of all of them. Else it is an error.
+// Quiet is [Quieted]: besides conn, no session of its database holds or awaits an advisory lock
+// (except the lease of a node number), is idle in a transaction, or waits for a lock. It looks
+// once. Its role must see the others' sessions: a superuser, a member of pg_read_all_stats, or the
+// role of all of them. Otherwise Quiet returns an error.
 func Quiet(ctx context.Context, conn *pgx.Conn) (Result, error) {
 	r := result(Quieted)
 	var hidden int64
@@ -96,21 +98,22 @@ func Quiet(ctx context.Context, conn *pgx.Conn) (Result, error) {
 	return r, wrap("sessions", err)
 }
 
-// Resources are what a process holds.
+// Resources counts what a process holds.
 type Resources struct {
 	Goroutines, FileDescriptors, Connections int
 }
 
-// What a process may hold more than at its baseline: a collector's or a timer's goroutine, a file or a kept connection
-// of whoever asks for the numbers. A leak under load is of hundreds.
+// The surplus over its baseline that a process may hold: a goroutine of a collector or timer, a
+// file or kept conn of the client that asks for the numbers. A leak under load is in the hundreds.
 const (
 	GoroutinesMore      = 10
 	FileDescriptorsMore = 10
 	ConnectionsMore     = 2
 )
 
-// Baseline is [BackAtBaseline]: after holds no more than before, but for GoroutinesMore, FileDescriptorsMore and ConnectionsMore.
-// Goroutines or file descriptors that are 0 were not measured, which is a wrong.
+// Baseline is [BackAtBaseline]: after holds no more than before, plus GoroutinesMore,
+// FileDescriptorsMore and ConnectionsMore. A count of 0 goroutines or file descriptors means that
+// they were not measured, which is a wrong.
 func Baseline(before, after Resources) Result {
 	r := result(BackAtBaseline)
 	for _, resource := range []struct {
@@ -126,7 +129,7 @@ func Baseline(before, after Resources) Result {
 			r.add("%d %s, and %d before; %d more are allowed", resource.after, resource.name, resource.before, resource.more)
 		}
 	}
-	// A process has both, always.
+	// A process always has both.
 	for _, resources := range []Resources{before, after} {
 		if resources.Goroutines <= 0 || resources.FileDescriptors <= 0 {
 			r.add("goroutines or file descriptors were not measured")
@@ -135,7 +138,7 @@ func Baseline(before, after Resources) Result {
 	return r
 }
 
-// wrap says what could not be looked at.
+// wrap names the thing that could not be read; nil stays nil.
 func wrap(what string, err error) error {
 	if err == nil {
 		return nil

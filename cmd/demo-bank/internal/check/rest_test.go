@@ -21,7 +21,7 @@ func (b *bundle) live(limit Bounds, planted ...Key) []Result {
 	return []Result{r}
 }
 
-// The store's own reaper deletes what has expired and nothing else; one that deletes more is caught.
+// The store's own reaper deletes only expired records; one that deletes more is caught.
 func TestDeletedLiveRecordIsCaught(t *testing.T) {
 	t.Parallel()
 	b := setup(t)
@@ -81,7 +81,7 @@ func TestWhatAFaultLeavesBehindIsCaught(t *testing.T) {
 			t.Parallel()
 			b := setup(t)
 			other := b.connect()
-			b.await(func() bool { return b.quiet()[0].OK() }) // who migrated is gone
+			b.await(func() bool { return b.quiet()[0].OK() }) // the session that migrated is gone
 			for _, sql := range c.sql {
 				if _, err := other.Exec(t.Context(), sql); err != nil && sql != "SELECT 1/0" {
 					t.Fatal(err)
@@ -95,10 +95,10 @@ func TestWhatAFaultLeavesBehindIsCaught(t *testing.T) {
 			if b.quiet()[0].Seen == 0 {
 				t.Error("it saw no session")
 			}
-			// What another database does is not this one's.
+			// Another database's sessions do not count.
 			apart := setup(t)
 			apart.await(func() bool { return apart.quiet()[0].OK() })
-			// With its session ends what it held.
+			// When its session ends, its locks end.
 			if err := other.Close(t.Context()); err != nil {
 				t.Fatal(err)
 			}
@@ -107,7 +107,7 @@ func TestWhatAFaultLeavesBehindIsCaught(t *testing.T) {
 	}
 }
 
-// await asks until it is so: another session's state is seen a moment later.
+// await polls until so returns true: another session's state is visible a moment later.
 func (b *bundle) await(so func() bool) {
 	b.t.Helper()
 	for deadline := time.Now().Add(20 * time.Second); !so(); time.Sleep(5 * time.Millisecond) {
@@ -117,7 +117,7 @@ func (b *bundle) await(so func() bool) {
 	}
 }
 
-// A session that waits is counted besides the one that it waits for.
+// A session that waits for a lock is counted besides the one that holds it.
 func TestWaitingSessionIsCaught(t *testing.T) {
 	t.Parallel()
 	b := setup(t)
@@ -142,7 +142,7 @@ func TestWaitingSessionIsCaught(t *testing.T) {
 	b.await(func() bool { return b.quiet()[0].OK() })
 }
 
-// A role that can't see the others' sessions can't say that they are quiet.
+// A role that cannot see the others' sessions cannot report that they are quiet.
 func TestQuietNeedsToSeeTheSessions(t *testing.T) {
 	t.Parallel()
 	b := setup(t)

@@ -7,11 +7,11 @@ import (
 	"time"
 )
 
-// draw returns a number from 0 to below n.
+// draw returns a number from 0 up to, but not including, n.
 type draw func(n int) int
 
-// simulator is a bank that keeps every promise, in virtual microseconds, with replies that get lost, outcomes that stay
-// unknown and connections that die late. It makes histories.
+// simulator is a bank that keeps every promise. It works in virtual microseconds, and has replies
+// that get lost, outcomes that stay unknown and conns that die late. It makes histories.
 type simulator struct {
 	draw     draw
 	ops      []Operation
@@ -19,26 +19,26 @@ type simulator struct {
 	id       int
 }
 
-// fate is what becomes of a request that has claimed its key, and of its reply.
+// fate is the end of a request that claimed its key, and of its reply.
 type fate int
 
 const (
 	executed        fate = iota
 	executedLost         // committed, and no reply
-	executedUnknown      // told unknown, before the commit or after it
-	undone               // told not-executed, while the connection may still be dying
+	executedUnknown      // gets unknown, before the commit or after it
+	undone               // gets not-executed, while the conn may still be dying
 	undoneLost
 	undoneUnknown
 	fates
 )
 
-// request is one that is sent, and when the bank looks at it.
+// request is a request with its time of sending and of its claim.
 type request struct {
 	number      uint64
 	sent, claim int
 }
 
-// key lets clients send some requests of one key at once, and then ask until each has its answer.
+// key lets clients send some requests of one key at once, and then retry until each has its answer.
 func (s *simulator) key(scope, name string, requestsMax int) {
 	e := Expectation{Scope: scope, Key: name, Declined: s.draw(5) == 0}
 	k := &simulatedKey{simulator: s, expectation: &e, answers: make(map[uint64]Operation)}
@@ -54,7 +54,7 @@ func (s *simulator) key(scope, name string, requestsMax int) {
 		requests[i].claim = requests[i].sent + s.draw(40)
 	}
 	slices.SortStableFunc(requests, func(a, b request) int { return cmp.Compare(a.claim, b.claim) })
-	down := s.draw(4) == 0 // the database, while the first requests come
+	down := s.draw(4) == 0 // whether the database is down when the first requests come
 	for _, r := range requests {
 		f, lost := fate(s.draw(int(fates))), s.draw(6) == 0
 		if down {
@@ -71,8 +71,8 @@ type simulatedKey struct {
 	expectation *Expectation
 	answers     map[uint64]Operation
 	own         []Operation
-	recorded    uint64 // the request that has the key
-	claimant    uint64 // that will be recorded when the key is given back
+	recorded    uint64 // the recorded request
+	claimant    uint64 // the request that is recorded when the key is released
 	heldUntil   int
 	ended       int // when the last reply came and the last transaction ended
 }
@@ -82,7 +82,7 @@ func (k *simulatedKey) serve(r request, f fate, lost bool) {
 	if k.heldUntil <= r.claim && k.claimant != 0 {
 		k.recorded, k.claimant = k.claimant, 0
 	}
-	back := 1 + k.draw(30) // the reply's way
+	back := 1 + k.draw(30) // the time that the reply takes
 	switch {
 	case k.recorded == r.number:
 		k.reply(r, r.claim+back, "replayed", lost)
@@ -91,7 +91,7 @@ func (k *simulatedKey) serve(r request, f fate, lost bool) {
 	case k.heldUntil > r.claim:
 		k.reply(r, r.claim+back, "in-progress", lost)
 	case lost && f == undone:
-		k.reply(r, r.claim+back, "not-executed", false) // no connection to look with
+		k.reply(r, r.claim+back, "not-executed", false) // no conn to check with
 	default:
 		k.heldUntil = r.claim + 1 + k.draw(80)
 		k.ended = max(k.ended, k.heldUntil)
@@ -125,7 +125,7 @@ func (k *simulatedKey) reply(r request, returned int, outcome string, lost bool)
 	k.own = append(k.own, o)
 }
 
-// answer fills a reply in: that of executed and replayed is made once for each request.
+// answer fills in a reply. The answer of executed and replayed is made once for each request.
 func (k *simulatedKey) answer(o *Operation) {
 	switch o.Outcome {
 	case "executed", "replayed":
@@ -149,8 +149,8 @@ func (k *simulatedKey) answer(o *Operation) {
 	}
 }
 
-// settle has each request asked until it has its answer, unless all were told not-executed and the client gives up;
-// then comes the final replay.
+// settle retries each request until it has its answer, unless all got not-executed and the client
+// gives up. Then comes the final replay.
 func (k *simulatedKey) settle(requests []request) {
 	giveUp := k.draw(2) == 0
 	for _, o := range k.own {
