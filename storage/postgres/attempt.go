@@ -15,27 +15,39 @@ import (
 	"github.com/paidonce/idempotency/storage/postgres/internal/wire"
 )
 
-// attempt is one run of a handler, for a request with a key, in an open transaction on a connection of
-// its own. It is one piece of memory with the parameters of all its statements, because a request
-// should cost few allocations.
+// attempt is one run of a handler in an open transaction, on a connection of its own. It is one piece
+// of memory with the parameters of its statements, because a request should cost few allocations.
+// keyedAttempt and keylessAttempt embed it.
 type attempt struct {
 	store  *Store
 	claim  *idempotency.Claim
-	number int64 // of the lock
 	pooled *pgxpool.Conn
 	tx     sealed.Transaction
 	handle sealed.Tx // the handler's
 	ctx    txContext
 
-	// Results of the claim.
+	// Results of the lock's statement.
 	locked      bool
 	claimedAt   [8]byte // transaction_timestamp() of the claim, as it came
 	synchronous bool    // COMMIT waits for standbys
-	record      *idempotency.Record
-	hidden      bool // row-level security applies: a record that is not seen may still be there
 
 	// Parameters of the statements, in binary format.
-	lockNumber [8]byte
+	lockNumber  [8]byte
+	lockParams  [1][]byte
+	guardParams [2][]byte
+	calls       [6]wire.Call // of the flush under way
+}
+
+// keyedAttempt is the attempt of a request with a key: it looks the record up, and writes it.
+type keyedAttempt struct {
+	attempt
+	number int64 // of the lock
+
+	// Results of the look-up.
+	record *idempotency.Record
+	hidden bool // row-level security applies: a record that is not seen may still be there
+
+	// Parameters of the statements, in binary format.
 	ttl        [8]byte
 	status     [2]byte
 	version    [2]byte
@@ -43,18 +55,130 @@ type attempt struct {
 	text       [96]byte  // of scope and key, where they are short
 	headers    [160]byte // recorded, where they are few
 	params     [insertParams][]byte
-	calls      [6]wire.Call // of the flush under way
+}
 
-	guardParams [2][]byte
+// claim claims the key on a connection. For a record that this store has seen before, a look-up is
+// enough.
+func (s *Store) claim(ctx context.Context, claim *idempotency.Claim, conn *pgxpool.Conn) (idempotency.Attempt, *idempotency.Record, error) {
+	number := claim.Key.LockNumber(s.table)
+	if s.recent.has(number) {
+		if record, err := s.peek(ctx, conn.Conn().PgConn(), claim, number); record != nil || err != nil {
+			conn.Release()
+			return nil, record, err
+		}
+	}
+	a := new(keyedAttempt)
+	a.init(s, conn, claim, number)
+	calls := append(a.calls[:0], wire.Call{Statement: &s.statements.begin}, a.lockCall(), a.lookUpCall())
+	reply, err := s.statements.Flush(ctx, a.conn(), calls...)
+	switch {
+	case errors.Is(err, errRecord):
+		err = fail("read the record", idempotency.ErrUnknown, err)
+	case err != nil:
+		return nil, nil, a.claimFailed(ctx, calls[min(reply.Failed, len(calls)-1)].Statement, err)
+	case a.record != nil: // also if the lock is taken: replays may hold it
+		return a.replay(ctx)
+	case a.hidden: // also if the lock is taken: perhaps by the replay of a hidden record
+		err = fail("look the record up", idempotency.ErrUnknown, rowSecurity(s.table, ""))
+	case !a.locked:
+		err = idempotency.ErrInProgress
+	default:
+		return a, nil, nil
+	}
+	a.release(ctx)
+	return nil, nil, err
 }
 
 // init makes a the attempt of this claim. Its transaction is not open yet.
 func (a *attempt) init(store *Store, conn *pgxpool.Conn, claim *idempotency.Claim, number int64) {
-	a.store, a.pooled, a.claim, a.number, a.lockNumber = store, conn, claim, number, wire.EncodeInt8(number)
+	a.store, a.pooled, a.claim, a.lockNumber = store, conn, claim, wire.EncodeInt8(number)
 	a.tx.Init(&store.transactions, conn.Conn())
 	a.handle = a.tx.Handle()
+}
+
+func (a *keyedAttempt) init(store *Store, conn *pgxpool.Conn, claim *idempotency.Claim, number int64) {
+	a.attempt.init(store, conn, claim, number)
+	a.number = number
 	text := append(append(a.text[:0], claim.Key.Scope...), claim.Key.Value...)
 	a.scope, a.key = text[:len(claim.Key.Scope)], text[len(claim.Key.Scope):]
+}
+
+// lockCall tries to take the lock. The statement also returns the transaction's timestamp, and sets
+// what a pooler does not keep.
+func (a *attempt) lockCall() wire.Call {
+	a.lockParams[0] = a.lockNumber[:]
+	return wire.Call{Statement: &a.store.statements.lock, Params: a.lockParams[:], Row: lockRow{a}}
+}
+
+// lockCall tries to lock the key. If the server can tell, it also reads the position of its log.
+func (a *keyedAttempt) lockCall() wire.Call {
+	call := a.attempt.lockCall()
+	if !a.store.withoutPosition.Load() {
+		call.Statement, call.Row = &a.store.statements.lockAt, lockAtRow{a}
+	}
+	return call
+}
+
+// lookUpCall looks the record up.
+func (a *keyedAttempt) lookUpCall() wire.Call {
+	a.params[0], a.params[1] = a.scope, a.key
+	return wire.Call{Statement: &a.store.statements.lookUp, Params: a.params[:2:2], Row: recordRow{a}}
+}
+
+// lockRow reads the result of the claim's lock.
+type lockRow struct{ *attempt }
+
+func (a lockRow) ReadRow(values [][]byte) error {
+	d := wire.Decoder{Values: values}
+	a.readLock(&d)
+	return d.Err
+}
+
+// lockAtRow reads the result of the claim's lock, and the position of the server's log.
+type lockAtRow struct{ *keyedAttempt }
+
+func (a lockAtRow) ReadRow(values [][]byte) error {
+	d := wire.Decoder{Values: values}
+	a.readLock(&d)
+	a.claim.Timeline, a.claim.Position = d.Position()
+	return d.Err
+}
+
+func (a *attempt) readLock(d *wire.Decoder) {
+	a.locked = d.Bool()
+	copy(a.claimedAt[:], d.Next(len(a.claimedAt)))
+	a.claim.At, a.claim.Timeline, a.claim.Position = (&wire.Decoder{Values: [][]byte{a.claimedAt[:]}}).Timestamp(), 0, 0
+	a.synchronous = d.Bool()
+}
+
+// recordRow reads the record.
+type recordRow struct{ *keyedAttempt }
+
+func (a recordRow) ReadRow(values [][]byte) (err error) {
+	a.record, a.hidden, err = decodeLookUp(values)
+	if a.hidden { // a plan with policies would outlive them: see [ErrRowSecurityActive]
+		a.store.statements.Distrust(a.conn())
+	}
+	return err
+}
+
+// claimFailed gives the connection back after an error of the claim, in this statement, and returns
+// the error of Begin.
+func (a *attempt) claimFailed(ctx context.Context, failed *wire.Statement, err error) error {
+	conn, s := a.pooled.Conn(), a.store
+	stale := conn.IsClosed() || wire.Unprepared(err) || wire.IsStandby(err)
+	if failed == &s.statements.lockAt && withoutPosition(err) {
+		s.withoutPosition.Store(true)
+		stale = true
+	}
+	if classify(err) == idempotency.ErrAborted { // for a role, say, that a handler set for the session
+		_ = conn.Close(ctx)
+	}
+	a.release(ctx)
+	if stale {
+		return fail("claim", idempotency.ErrUnavailable, errors.Join(errStale, wire.SQLError(err)))
+	}
+	return fail("claim", classify(err), err)
 }
 
 // Context implements [idempotency.Attempt].
@@ -84,55 +208,6 @@ func (*txContext) String() string { return "postgres.WithTx" }
 // Format keeps the transaction and the contexts below out of every verb of fmt.
 func (c *txContext) Format(f fmt.State, _ rune) { _, _ = io.WriteString(f, c.String()) } // fmt has no use for the error
 
-// lockCall tries to lock the key. If the server can tell, it also reads the position of its log.
-func (a *attempt) lockCall() wire.Call {
-	a.params[0] = a.lockNumber[:]
-	if a.store.withoutPosition.Load() {
-		return wire.Call{Statement: &a.store.statements.lock, Params: a.params[:1:1], Row: lockRow{a}}
-	}
-	return wire.Call{Statement: &a.store.statements.lockAt, Params: a.params[:1:1], Row: lockAtRow{a}}
-}
-
-// lookUpCall looks the record up. Its parameters lie beside those of lockCall.
-func (a *attempt) lookUpCall(row wire.RowReader) wire.Call {
-	a.params[1], a.params[2] = a.scope, a.key
-	return wire.Call{Statement: &a.store.statements.lookUp, Params: a.params[1:3:3], Row: row}
-}
-
-// lockRow reads the result of the claim's lock.
-type lockRow struct{ *attempt }
-
-func (a lockRow) ReadRow(values [][]byte) error {
-	d := wire.Decoder{Values: values}
-	a.readLock(&d)
-	return d.Err
-}
-
-// lockAtRow reads the result of the claim's lock, and the position of the server's log.
-type lockAtRow struct{ *attempt }
-
-func (a lockAtRow) ReadRow(values [][]byte) error {
-	d := wire.Decoder{Values: values}
-	a.readLock(&d)
-	a.claim.Timeline, a.claim.Position = d.Position()
-	return d.Err
-}
-
-func (a *attempt) readLock(d *wire.Decoder) {
-	a.locked = d.Bool()
-	copy(a.claimedAt[:], d.Next(len(a.claimedAt)))
-	a.claim.At, a.claim.Timeline, a.claim.Position = (&wire.Decoder{Values: [][]byte{a.claimedAt[:]}}).Timestamp(), 0, 0
-	a.synchronous = d.Bool()
-}
-
-// recordRow reads the record.
-type recordRow struct{ *attempt }
-
-func (a recordRow) ReadRow(values [][]byte) (err error) {
-	a.record, a.hidden, err = decodeLookUp(values)
-	return err
-}
-
 // Seal implements [idempotency.Attempt].
 func (a *attempt) Seal() error {
 	const step = "after the handler"
@@ -157,22 +232,21 @@ func (a *attempt) Seal() error {
 
 // Commit implements [idempotency.Attempt]: the statements that the handler deferred, the deferred
 // constraints, the record and COMMIT in one round trip.
-func (a *attempt) Commit(ctx context.Context, answer *idempotency.Answer) error {
+func (a *keyedAttempt) Commit(ctx context.Context, answer *idempotency.Answer) error {
 	defer a.release(ctx)
 	record := a.insertCall(a.claimedAt[:], answer)
-	_, together, _ := a.tx.Deferred()
+	deferred, together, refused := a.tx.Deferred()
 	record.Apart = together+len(record.Params[headersParam])+len(record.Params[headersParam+1]) > wire.TogetherBytesMax
-	return a.recorded(ctx, "commit", a.commit(ctx, record))
+	return a.recorded(ctx, "commit", a.commit(ctx, deferred, refused, record))
 }
 
-// commit sends the last flush, with the record or, without a key, a guard as its last statement
-// before COMMIT. The guard comes first: if the transaction is not the claim's, an error of a
+// commit sends the last flush: what the handler deferred, unless a statement was refused, and the
+// record or, without a key, a guard as the last statement before COMMIT. The guard comes first: if the transaction is not the claim's, an error of a
 // deferred statement or constraint proves nothing.
-func (a *attempt) commit(ctx context.Context, last wire.Call) error {
+func (a *attempt) commit(ctx context.Context, deferred []wire.Call, refused error, last wire.Call) error {
 	if !a.tx.Abandoned() && !wire.PlainText(a.conn()) {
 		return fail("commit", idempotency.ErrAborted, errEncoding)
 	}
-	deferred, _, refused := a.tx.Deferred()
 	if refused != nil {
 		return fail("commit", refusal(refused), refused)
 	}
@@ -185,104 +259,6 @@ func (a *attempt) commit(ctx context.Context, last wire.Call) error {
 	s := &a.store.statements
 	calls := append(append(a.calls[:0], a.guardCall()), deferred...)
 	return a.end(ctx, "commit", append(calls, wire.Call{Statement: &s.constraints}, last, wire.Call{Statement: &s.commit}))
-}
-
-// Decline implements [idempotency.Attempt]: it undoes the handler's writes and records the answer, in
-// one round trip. Between the ROLLBACK and the INSERT another attempt may claim the key. So it tries
-// the lock and ignores the result: waiting would hold this connection for the other handler's whole
-// run, and the primary key decides anyway.
-func (a *attempt) Decline(ctx context.Context, answer *idempotency.Answer) error {
-	defer a.release(ctx)
-	s := &a.store.statements
-	calls := append(a.guarded(),
-		wire.Call{Statement: &s.rollback},
-		wire.Call{Statement: &s.begin},
-		wire.Call{Statement: &s.lock, Params: [][]byte{a.lockNumber[:]}},
-		a.insertCall(nil, answer),
-		wire.Call{Statement: &s.commit},
-	)
-	return a.recorded(ctx, "decline", a.end(ctx, "decline", calls))
-}
-
-// guarded begins a flush that undoes the transaction: with the guard, unless the connection is
-// abandoned, and so not ours to look at, or the transaction is aborted and accepts only ROLLBACK.
-func (a *attempt) guarded() []wire.Call {
-	if a.tx.Abandoned() || a.conn().TxStatus() != 'T' {
-		return a.calls[:0]
-	}
-	return append(a.calls[:0], a.guardCall())
-}
-
-// looks reports whether the claim's snapshot may be older than its lock. The claim did not see a
-// record that was committed in between, so no end of this attempt may report not-executed until the
-// key is looked up once more.
-func (a *attempt) looks() bool { return a.store.options.Isolation != pgx.ReadCommitted }
-
-// recorded takes the error of Commit's or Decline's flush. It remembers the key if there is none.
-// Otherwise it returns err, unless the key has another attempt's record or the look-up fails.
-func (a *attempt) recorded(ctx context.Context, step string, err error) error {
-	if err == nil && !a.synchronous { // with standbys a look-up is not enough for a replay
-		a.store.recent.set(a.number)
-	}
-	if err == nil || !a.looks() || errors.Is(err, idempotency.ErrUnknown) || errors.Is(err, idempotency.ErrTransactionLost) || errors.Is(err, idempotency.ErrKeyRecorded) {
-		return err
-	}
-	if looked := a.undo(ctx, step, a.calls[:0], true); looked != nil {
-		return fmt.Errorf("%w (before that: %w)", looked, err)
-	}
-	return err
-}
-
-// Rollback implements [idempotency.Attempt]. A connection that can't be rolled back is closed, which
-// has the same effect on the server.
-func (a *attempt) Rollback(ctx context.Context) error {
-	defer a.release(ctx)
-	return a.undo(ctx, "rollback", a.guarded(), a.looks())
-}
-
-// undo sends the calls and ROLLBACK, and looks the key up in the same flush if looks is true. It
-// returns nil if there is no record, or if no look-up was needed: then ROLLBACK may fail, which ends
-// the connection.
-func (a *attempt) undo(ctx context.Context, step string, calls []wire.Call, looks bool) error {
-	s := &a.store.statements
-	if a.tx.Abandoned() || a.conn().IsClosed() || a.conn().IsBusy() {
-		if looks {
-			return fail(step, idempotency.ErrUnknown, errors.New("the connection was lost before the key could be looked up again"))
-		}
-		return nil
-	}
-	if status := a.conn().TxStatus(); status == 'T' || status == 'E' {
-		calls = append(calls, wire.Call{Statement: &s.rollback})
-	}
-	if looks {
-		a.record = nil
-		calls = append(calls, wire.Call{Statement: &s.lookUp, Params: [][]byte{a.scope, a.key}, Row: recordRow{a}})
-	}
-	if len(calls) == 0 {
-		return nil
-	}
-	reply, err := s.Flush(ctx, a.conn(), calls...)
-	a.distrust()
-	var pgErr *pgconn.PgError
-	switch {
-	case errors.As(err, &pgErr) && pgErr.Code == "22012" && calls[min(reply.Failed, len(calls)-1)].Statement == &s.guard:
-		return fail(step, idempotency.ErrTransactionLost, err)
-	case err != nil && looks:
-		return fail(step, idempotency.ErrUnknown, err)
-	case looks && a.record != nil:
-		return fail(step, idempotency.ErrKeyRecorded, errors.New("the claim's snapshot was older than the record"))
-	case looks && a.hidden:
-		return fail(step, idempotency.ErrUnknown, rowSecurity(a.store.table, ""))
-	}
-	return nil
-}
-
-// distrust makes the connection plan its statements each time from now on if row-level security
-// applied: a plan with policies would outlive them. See [ErrRowSecurityActive].
-func (a *attempt) distrust() {
-	if a.hidden {
-		a.store.statements.Distrust(a.conn())
-	}
 }
 
 // guardCall fails if the transaction is not the one of the claim.
@@ -320,6 +296,111 @@ func (a *attempt) end(ctx context.Context, step string, calls []wire.Call) error
 	}
 	sentinel, explained := a.store.statements.meaning(&calls[min(reply.Failed, len(calls)-1)], pgErr)
 	return fail(step, sentinel, explained)
+}
+
+// recorded takes the error of Commit's or Decline's flush. It remembers the key if there is none.
+// Otherwise it returns err, unless the key has another attempt's record or the look-up fails.
+func (a *keyedAttempt) recorded(ctx context.Context, step string, err error) error {
+	if err == nil && !a.synchronous { // with standbys a look-up is not enough for a replay
+		a.store.recent.set(a.number)
+	}
+	if err == nil || !a.looks() || errors.Is(err, idempotency.ErrUnknown) || errors.Is(err, idempotency.ErrTransactionLost) || errors.Is(err, idempotency.ErrKeyRecorded) {
+		return err
+	}
+	if looked := a.lookAgain(ctx, step, a.calls[:0]); looked != nil {
+		return fmt.Errorf("%w (before that: %w)", looked, err)
+	}
+	return err
+}
+
+// looks reports whether the claim's snapshot may be older than its lock. The claim did not see a
+// record that was committed in between, so no end of this attempt may report not-executed until the
+// key is looked up once more.
+func (a *keyedAttempt) looks() bool { return a.store.options.Isolation != pgx.ReadCommitted }
+
+// Decline implements [idempotency.Attempt]: it undoes the handler's writes and records the answer, in
+// one round trip. Between the ROLLBACK and the INSERT another attempt may claim the key. So it tries
+// the lock and ignores the result: waiting would hold this connection for the other handler's whole
+// run, and the primary key decides anyway.
+func (a *keyedAttempt) Decline(ctx context.Context, answer *idempotency.Answer) error {
+	defer a.release(ctx)
+	s := &a.store.statements
+	calls := append(a.guarded(),
+		wire.Call{Statement: &s.rollback},
+		wire.Call{Statement: &s.begin},
+		wire.Call{Statement: &s.lock, Params: [][]byte{a.lockNumber[:]}},
+		a.insertCall(nil, answer),
+		wire.Call{Statement: &s.commit},
+	)
+	return a.recorded(ctx, "decline", a.end(ctx, "decline", calls))
+}
+
+// guarded begins a flush that undoes the transaction: with the guard, unless the connection is
+// abandoned, and so not ours to look at, or the transaction is aborted and accepts only ROLLBACK.
+func (a *attempt) guarded() []wire.Call {
+	if a.tx.Abandoned() || a.conn().TxStatus() != 'T' {
+		return a.calls[:0]
+	}
+	return append(a.calls[:0], a.guardCall())
+}
+
+// Rollback implements [idempotency.Attempt].
+func (a *keyedAttempt) Rollback(ctx context.Context) error {
+	if !a.looks() {
+		return a.rollback(ctx)
+	}
+	defer a.release(ctx)
+	return a.lookAgain(ctx, "rollback", a.guarded())
+}
+
+// lookAgain sends the calls and ROLLBACK, and looks the key up in the same flush. It returns nil if
+// there is no record.
+func (a *keyedAttempt) lookAgain(ctx context.Context, step string, calls []wire.Call) error {
+	a.record = nil
+	err := a.undo(ctx, step, calls, a.lookUpCall())
+	switch {
+	case errors.Is(err, idempotency.ErrTransactionLost):
+		return err
+	case err != nil:
+		return fail(step, idempotency.ErrUnknown, err)
+	case a.record != nil:
+		return fail(step, idempotency.ErrKeyRecorded, errors.New("the claim's snapshot was older than the record"))
+	case a.hidden:
+		return fail(step, idempotency.ErrUnknown, rowSecurity(a.store.table, ""))
+	}
+	return nil
+}
+
+// rollback undoes the transaction. A connection that can't be rolled back is closed, which has the
+// same effect on the server.
+func (a *attempt) rollback(ctx context.Context) error {
+	defer a.release(ctx)
+	if err := a.undo(ctx, "rollback", a.guarded()); errors.Is(err, idempotency.ErrTransactionLost) {
+		return err
+	}
+	return nil
+}
+
+// undo sends the calls, then ROLLBACK if a transaction is open, then the last calls. It returns
+// ErrTransactionLost if the guard failed.
+func (a *attempt) undo(ctx context.Context, step string, calls []wire.Call, last ...wire.Call) error {
+	s := &a.store.statements
+	if a.tx.Abandoned() || a.conn().IsClosed() || a.conn().IsBusy() {
+		return errors.New("the connection was lost before the handler's writes were undone")
+	}
+	if status := a.conn().TxStatus(); status == 'T' || status == 'E' {
+		calls = append(calls, wire.Call{Statement: &s.rollback})
+	}
+	calls = append(calls, last...)
+	if len(calls) == 0 {
+		return nil
+	}
+	reply, err := s.Flush(ctx, a.conn(), calls...)
+	var pgErr *pgconn.PgError
+	if errors.As(err, &pgErr) && pgErr.Code == "22012" && calls[min(reply.Failed, len(calls)-1)].Statement == &s.guard {
+		return fail(step, idempotency.ErrTransactionLost, err)
+	}
+	return err
 }
 
 // release ends an open transaction and gives the connection back. The pool destroys it unless it is

@@ -43,6 +43,13 @@ func classify(err error) error {
 	return idempotency.ErrAborted
 }
 
+// withoutPosition reports whether a server refuses to return the position of its log: the functions
+// are missing, not allowed or not supported.
+func withoutPosition(err error) bool {
+	pgErr, ok := wire.Definite(err)
+	return ok && (pgErr.Code == "42883" || pgErr.Code == "42501" || pgErr.Code == "0A000" || pgErr.Code == "55000")
+}
+
 // meaning returns the sentinel for PostgreSQL's error in one of the statements of the last flush,
 // and the error with a remedy added. It depends on the statement: the handler's own deferred
 // constraints and triggers, which run before our INSERT, can raise the same codes.

@@ -26,7 +26,7 @@ const TogetherBytesMax = wire.TogetherBytesMax
 func RawConn(tx pgx.Tx) *pgx.Conn { return sealed.ConnOf(tx.(*sealed.Tx)) }
 
 // RawConnOf returns the connection of an attempt.
-func RawConnOf(a idempotency.Attempt) *pgx.Conn { return a.(*attempt).pooled.Conn() }
+func RawConnOf(a idempotency.Attempt) *pgx.Conn { return a.(*keyedAttempt).pooled.Conn() }
 
 // SendUnadmitted sends SQL as Exec and Query do, but past the guard that reads its text.
 func SendUnadmitted(ctx context.Context, tx pgx.Tx, exec bool, sql string, arguments ...any) (err error) {

@@ -19,7 +19,7 @@ const insertParams = 12
 const headersParam = 9
 
 // insertCall records the answer. claimedAt is nil in a transaction other than that of the claim.
-func (a *attempt) insertCall(claimedAt []byte, answer *idempotency.Answer) wire.Call {
+func (a *keyedAttempt) insertCall(claimedAt []byte, answer *idempotency.Answer) wire.Call {
 	a.ttl = wire.EncodeInt8(a.claim.TTL.Microseconds())
 	a.status = wire.EncodeInt2(int16(answer.Status))
 	a.version = wire.EncodeInt2(a.claim.Fingerprint.Version)

@@ -3,6 +3,7 @@ package postgres
 import (
 	"context"
 	"errors"
+	"fmt"
 	"sync/atomic"
 
 	"github.com/jackc/pgx/v5/pgconn"
@@ -43,7 +44,7 @@ func (s *Store) peek(ctx context.Context, conn *pgconn.PgConn, claim *idempotenc
 		Statement: &s.statements.peek, Params: [][]byte{[]byte(claim.Key.Scope), []byte(claim.Key.Value)}, Row: &row,
 	})
 	if row.hidden {
-		s.statements.Distrust(conn) // as in distrust
+		s.statements.Distrust(conn) // a plan with policies would outlive them
 	}
 	switch {
 	case err == nil && row.record != nil:
@@ -74,4 +75,22 @@ func (r *peekRow) ReadRow(values [][]byte) (err error) {
 	}
 	r.record, r.hidden, err = decodeLookUp(values)
 	return err
+}
+
+// replay ends a claim that found a record. If COMMIT waits for standbys, the record must be safe
+// before it is replayed.
+func (a *keyedAttempt) replay(ctx context.Context) (idempotency.Attempt, *idempotency.Record, error) {
+	defer a.release(ctx)
+	if !a.synchronous { // with standbys a replay takes more than a look
+		a.store.recent.set(a.number)
+		return nil, a.record, nil
+	}
+	err := a.store.barrier(ctx, a.conn())
+	switch {
+	case err == nil:
+		return nil, a.record, nil
+	case classify(err) == idempotency.ErrNotSerializable:
+		return nil, nil, fail("make the record safe", idempotency.ErrNotSerializable, fmt.Errorf("%w: %w", idempotency.ErrKeyRecorded, wire.SQLError(err)))
+	}
+	return nil, nil, fail("make the record safe", idempotency.ErrUnknown, err)
 }

@@ -247,99 +247,21 @@ func (s *Store) Begin(ctx context.Context, claim *idempotency.Claim) (idempotenc
 	return attempt, record, err
 }
 
+// begin takes a connection on which the server reads our text as it is, and claims on it.
 func (s *Store) begin(ctx context.Context, claim *idempotency.Claim, acquire acquireFunc) (idempotency.Attempt, *idempotency.Record, error) {
-	if claim.Keyless() {
-		return s.claimKeyless(ctx, claim, acquire)
-	}
-	return s.claim(ctx, claim, acquire)
-}
-
-// connect takes a connection on which the server reads our text as it is.
-func (s *Store) connect(ctx context.Context, acquire acquireFunc) (*pgxpool.Conn, error) {
 	conn, err := acquire(ctx)
 	if err != nil {
-		return nil, fail("acquire a connection", idempotency.ErrUnavailable, err)
+		return nil, nil, fail("acquire a connection", idempotency.ErrUnavailable, err)
 	}
 	if !wire.PlainText(conn.Conn().PgConn()) {
 		_ = conn.Conn().Close(ctx) // an earlier handler set it for the session: a new connection has its own again
 		conn.Release()
-		return nil, fail("claim", idempotency.ErrUnavailable, errors.Join(errStale, errEncoding))
+		return nil, nil, fail("claim", idempotency.ErrUnavailable, errors.Join(errStale, errEncoding))
 	}
-	return conn, nil
-}
-
-func (s *Store) claim(ctx context.Context, claim *idempotency.Claim, acquire acquireFunc) (idempotency.Attempt, *idempotency.Record, error) {
-	conn, err := s.connect(ctx, acquire)
-	if err != nil {
-		return nil, nil, err
+	if claim.Keyless() {
+		return s.claimKeyless(ctx, claim, conn)
 	}
-	number := claim.Key.LockNumber(s.table)
-	if s.recent.has(number) {
-		if record, err := s.peek(ctx, conn.Conn().PgConn(), claim, number); record != nil || err != nil {
-			conn.Release()
-			return nil, record, err
-		}
-	}
-	a := new(attempt)
-	a.init(s, conn, claim, number)
-	calls := append(a.calls[:0], wire.Call{Statement: &s.statements.begin}, a.lockCall(), a.lookUpCall(recordRow{a}))
-	reply, err := s.statements.Flush(ctx, conn.Conn().PgConn(), calls...)
-	a.distrust()
-	if err == nil && a.record != nil && !a.synchronous { // with standbys a replay takes more than a look
-		s.recent.set(number)
-	}
-	switch {
-	case errors.Is(err, errRecord):
-		a.release(ctx)
-		return nil, nil, fail("read the record", idempotency.ErrUnknown, err)
-	case err != nil:
-		return nil, nil, a.claimFailed(ctx, calls[min(reply.Failed, len(calls)-1)].Statement, err)
-	case a.record != nil: // also where the lock is taken: replays may hold it
-		if a.synchronous {
-			err = s.barrier(ctx, conn.Conn().PgConn())
-		}
-		a.release(ctx)
-		switch {
-		case err != nil && classify(err) == idempotency.ErrNotSerializable:
-			return nil, nil, fail("make the record safe", idempotency.ErrNotSerializable, fmt.Errorf("%w: %w", idempotency.ErrKeyRecorded, wire.SQLError(err)))
-		case err != nil:
-			return nil, nil, fail("make the record safe", idempotency.ErrUnknown, err)
-		}
-		return nil, a.record, nil
-	case a.hidden: // also if the lock is taken: perhaps by the replay of a hidden record
-		a.release(ctx)
-		return nil, nil, fail("look the record up", idempotency.ErrUnknown, rowSecurity(s.table, ""))
-	case !a.locked:
-		a.release(ctx)
-		return nil, nil, idempotency.ErrInProgress
-	}
-	return a, nil, nil
-}
-
-// claimFailed gives the connection back after an error of the claim, in this statement, and returns
-// the error of Begin.
-func (a *attempt) claimFailed(ctx context.Context, failed *wire.Statement, err error) error {
-	conn, s := a.pooled.Conn(), a.store
-	stale := conn.IsClosed() || wire.Unprepared(err) || wire.IsStandby(err)
-	if failed == &s.statements.lockAt && withoutPosition(err) {
-		s.withoutPosition.Store(true)
-		stale = true
-	}
-	if classify(err) == idempotency.ErrAborted { // for a role, say, that a handler set for the session
-		_ = conn.Close(ctx)
-	}
-	a.release(ctx)
-	if stale {
-		return fail("claim", idempotency.ErrUnavailable, errors.Join(errStale, wire.SQLError(err)))
-	}
-	return fail("claim", classify(err), err)
-}
-
-// withoutPosition reports whether a server refuses to return the position of its log: the functions
-// are missing, not allowed or not supported.
-func withoutPosition(err error) bool {
-	pgErr, ok := wire.Definite(err)
-	return ok && (pgErr.Code == "42883" || pgErr.Code == "42501" || pgErr.Code == "0A000" || pgErr.Code == "55000")
+	return s.claim(ctx, claim, conn)
 }
 
 var errEncoding = errors.New("client_encoding is not UTF8, or the database's is neither UTF8 nor SQL_ASCII: put the pool's config through Configure, leave it alone in handlers, and see Store.Check")

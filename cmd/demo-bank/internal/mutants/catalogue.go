@@ -18,7 +18,6 @@ type edit struct{ file, before, after string }
 
 const (
 	attemptFile    = "storage/postgres/attempt.go"
-	storeFile      = "storage/postgres/store.go"
 	exchangeFile   = "storage/postgres/internal/wire/exchange.go"
 	deferredFile   = "storage/postgres/internal/sealed/guard.go"
 	statementsFile = "storage/postgres/statements.go"
@@ -32,7 +31,7 @@ const (
 	bankFile       = "cmd/demo-bank/internal/bank/routes.go"
 )
 
-const keyedCommit = `	return a.recorded(ctx, "commit", a.commit(ctx, record))
+const keyedCommit = `	return a.recorded(ctx, "commit", a.commit(ctx, deferred, refused, record))
 `
 
 const countedRows = `" SELECT 1 OPERATOR(pg_catalog./) pg_catalog.count(*) FILTER (WHERE same) FROM written",`
@@ -52,7 +51,7 @@ func Catalogue() []Mutant {
 	if _, err := s.Flush(ctx, conn.PgConn(), wire.Call{Statement: &s.begin}, a.insertCall(nil, answer), wire.Call{Statement: &s.commit}); err != nil {
 		return fail("record", classify(err), err)
 	}
-	return a.recorded(ctx, "commit", a.commit(ctx, a.guardCall()))
+	return a.recorded(ctx, "commit", a.commit(ctx, deferred, refused, a.guardCall()))
 `}},
 		},
 		{
@@ -100,8 +99,9 @@ func Catalogue() []Mutant {
 		return Result{}, err
 `},
 				{engineFile, "Attempt: NewAttemptID()}", "Attempt: NewAttemptID(), Again: req.claim.Again}"},
-				{storeFile, `	case a.record != nil: // also where`, `	case claim.Again:
-	case a.record != nil: // also where`},
+				{attemptFile, `	case a.record != nil: // also if`, `	case claim.Again:
+		return a, nil, nil
+	case a.record != nil: // also if`},
 				{statementsFile, `$4, $5, $6, $7, $8, $9, $10, $11, $12)" +`, `$4, $5, $6, $7, $8, $9, $10, $11, $12) ON CONFLICT DO NOTHING" +`},
 				{statementsFile, countedRows, `" SELECT pg_catalog.count(*) FROM written",`},
 			},
@@ -121,34 +121,25 @@ func Catalogue() []Mutant {
 			Name: "lock-and-look-up-in-one",
 			Bug:  "lock and look-up are one statement, whose snapshot is older than the lock",
 			edits: []edit{
-				{statementsFile, `			SQL:  "SELECT pg_catalog.pg_try_advisory_xact_lock($1), pg_catalog.transaction_timestamp(), " + synchronousStandbys + settings,
-			OIDs: []uint32{pgtype.Int8OID},`, `			SQL: "SELECT pg_catalog.pg_try_advisory_xact_lock($1), pg_catalog.transaction_timestamp(), " + synchronousStandbys + settings +
+				{statementsFile, `synchronousStandbys + ", " + logPosition + settings,
+			OIDs: []uint32{pgtype.Int8OID},`, `synchronousStandbys + ", " + logPosition + settings +
 				", " + recordColumns + " FROM (SELECT 1) one LEFT JOIN " + table + " ON scope = $2 AND key = $3",
 			OIDs: []uint32{pgtype.Int8OID, pgtype.TextOID, pgtype.TextOID},`},
-				{storeFile, `a.lockCall(), a.lookUpCall(recordRow{a}))`, `a.lockCall())`},
-				{attemptFile, `	a.params[0] = a.lockNumber[:]
-	if a.store.withoutPosition.Load() {
-		return wire.Call{Statement: &a.store.statements.lock, Params: a.params[:1:1], Row: lockRow{a}}
-	}
-	return wire.Call{Statement: &a.store.statements.lockAt, Params: a.params[:1:1], Row: lockAtRow{a}}
-`, `	a.params[0], a.params[1], a.params[2] = a.lockNumber[:], a.scope, a.key
-	return wire.Call{Statement: &a.store.statements.lock, Params: a.params[:3:3], Row: lockRow{a}}
+				{attemptFile, `a.lockCall(), a.lookUpCall())`, `a.lockCall())`},
+				{attemptFile, `call.Statement, call.Row = &a.store.statements.lockAt, lockAtRow{a}
+`, `call.Statement, call.Row = &a.store.statements.lockAt, lockAtRow{a}
+		a.params[0], a.params[1], a.params[2] = a.lockNumber[:], a.scope, a.key
+		call.Params = a.params[:3:3]
 `},
-				{attemptFile, `func (a lockRow) ReadRow(values [][]byte) error {
-	d := wire.Decoder{Values: values}
-	a.readLock(&d)
+				{attemptFile, `	a.claim.Timeline, a.claim.Position = d.Position()
 	return d.Err
-`, `func (a lockRow) ReadRow(values [][]byte) error {
-	d := wire.Decoder{Values: values}
-	a.readLock(&d)
+`, `	a.claim.Timeline, a.claim.Position = d.Position()
 	err := d.Err
 	if row := values[len(values)-recordColumnsCount:]; row[0] != nil {
 		a.record, err = decodeRecord(row)
 	}
 	return err
 `},
-				{attemptFile, `		wire.Call{Statement: &s.lock, Params: [][]byte{a.lockNumber[:]}},`,
-					`		wire.Call{Statement: &s.lock, Params: [][]byte{a.lockNumber[:], a.scope, a.key}},`},
 			},
 		},
 		{
@@ -169,9 +160,8 @@ func Catalogue() []Mutant {
 			Name: "row-security-not-looked-at",
 			Bug:  "a record that row-level security hides from a claim is taken for absent",
 			Test: Test{"storage/postgres", "TestClaimThatMayNotSeeTheRecordRunsNothing"},
-			edits: []edit{{storeFile, `	case a.hidden: // also if the lock is taken: perhaps by the replay of a hidden record
-		a.release(ctx)
-		return nil, nil, fail("look the record up", idempotency.ErrUnknown, rowSecurity(s.table, ""))
+			edits: []edit{{attemptFile, `	case a.hidden: // also if the lock is taken: perhaps by the replay of a hidden record
+		err = fail("look the record up", idempotency.ErrUnknown, rowSecurity(s.table, ""))
 `, ``}},
 		},
 		{
