@@ -70,8 +70,8 @@ func AttemptIDFrom(ctx context.Context) (AttemptID, bool) {
 	return r.attempt, true
 }
 
-// KeyFrom returns the key of the request that runs with this context, and false outside an idempotent
-// handler. Its Value is empty if the request came without a key.
+// KeyFrom returns the key of the request that runs with this context, and false outside an
+// idempotent handler. Its Value is empty if the request came without a key.
 func KeyFrom(ctx context.Context) (Key, bool) {
 	r, ok := ctx.Value(contextKey{}).(*running)
 	if !ok {
@@ -128,8 +128,8 @@ func (r *running) derive(name string) string {
 	return id.String()
 }
 
-// UsageError is a mistake in the program that shows only when it runs: functions of this module panic
-// with it. Its text names the remedy and contains no data.
+// UsageError is a mistake in the program that shows only when it runs: functions of this module
+// panic with it. Its text names the remedy and contains no data.
 type UsageError string
 
 func (e UsageError) Error() string { return string(e) }

@@ -41,7 +41,8 @@ const (
 	ReasonCallUnknown     Reason = "call-unknown"
 	ReasonRecordCorrupt   Reason = "record-corrupt"
 
-	// reasonOfRefusal stands in the decision table for the reason of the [Refusal]. No result has it.
+	// reasonOfRefusal stands in the decision table for the reason of the [Refusal]. No result has
+	// it.
 	reasonOfRefusal Reason = "(its own)"
 )
 
@@ -73,32 +74,32 @@ func DefaultDisposition(status int) Disposition {
 	return DispositionForget
 }
 
-// fact is a fact about a request at one of its turning points: after the claim or a wait for another
-// attempt, after the handler, after the end of the transaction, and after the look-up that follows a
-// lost reply to COMMIT.
+// fact is a fact about a request at one of its turning points: after the claim or a wait for
+// another attempt, after the handler, after the end of the transaction, and after the look-up that
+// follows a lost reply to COMMIT.
 type fact uint8
 
 // The facts.
 const (
 	factRunsHere           fact = iota + 1 // the key's handler runs in this process; the store was not asked
 	factClaimed                            // no record; the claim is ours
-	factInProgress                         // no record; another attempt holds the claim, and the request does not wait, or no longer
-	factAwaited                            // no record; another attempt holds the claim, and the request may wait for it
-	factTurn                               // the attempt that the request waited for left no answer to it: its turn to ask the store
+	factInProgress                         // no record; another attempt holds the claim; the request does not wait, or waited long enough
+	factAwaited                            // no record; another attempt holds the claim; the request may wait for it
+	factTurn                               // the awaited attempt left no answer to this request: now it asks the store
 	factRecordedSame                       // a record of this very request
 	factRecordedOther                      // a record of a different request
-	factRecordedUnreadable                 // a record with a fingerprint or an answer that this program can't read, or can't vouch for yet; or one that may be hidden from it
+	factRecordedUnreadable                 // a record that this program can't read, or that is not safe yet or may be hidden
 	factRecordCorrupt                      // a record that somebody has changed
 	factUnavailable                        // no connection, or the database failed before COMMIT was sent
 	factSerialization                      // 40001, 40P01 or a plan that a migration made stale, at any step
 	factRestartsSpent                      // another restart was due, and the budget of restarts is used up
-	factRecordUnread                       // unavailable or spent, after another attempt was seen to record the key
+	factRecordUnread                       // unavailable or spent, after another attempt was seen recording the key
 
 	factAnsweredCommit  // the handler answered; the policy keeps answer and writes
 	factAnsweredDecline // the handler answered; the policy keeps the answer, without the writes
 	factAnsweredForget  // the handler answered; the policy keeps nothing
 	factRefused         // the adapter's function returned a Refusal: the handler did not run
-	factHandlerFailed   // the handler or a policy panicked, its answer can't be recorded, or it wants to commit an aborted transaction
+	factHandlerFailed   // the handler or a policy panicked, its answer can't be recorded, or its transaction is aborted
 	factTransactionLost // the handler ended the transaction behind our back
 
 	factCommitted     // COMMIT returned
@@ -113,7 +114,7 @@ const (
 	factResolvedAbsent // asked again, the store proves that nothing was recorded
 
 	factCallForgotten  // Forgotten, and a run of the request asked for a derived key
-	factCallUnknown    // another end without a record, and a run of the request asked for a derived key
+	factCallUnknown    // another end without a record; a run of the request called DerivedKey
 	factOutcomeUnknown // the outcome of the request could not be found out
 )
 
@@ -214,7 +215,7 @@ func decide(fact fact) decision {
 	case factResolvedAbsent:
 		return decision{actionRefuse, OutcomeNotExecuted, ReasonUnavailable}
 
-	// After all of it, when a derived key was asked for and nothing is recorded.
+	// After the rest, if a run called DerivedKey and nothing is recorded.
 	case factCallForgotten:
 		return decision{action: actionAnswer, outcome: OutcomeUnknown}
 	case factCallUnknown:
@@ -282,8 +283,8 @@ func factOfWait(mayWait bool) fact {
 	return factInProgress
 }
 
-// factOfLeader returns the fact for a request that waited in the queue, given the leader's result: its
-// record, or an unknown outcome. nil means that it is this request's turn.
+// factOfLeader returns the fact for a request that waited in the queue, given the leader's result:
+// its record, or an unknown outcome. nil means that it is this request's turn.
 func factOfLeader(req *Request, told *Result) fact {
 	switch {
 	case told == nil:
@@ -313,8 +314,8 @@ func factOfRecord(req *Request, record *Record) fact {
 }
 
 // factAfterHandler returns the fact for the end of the handler: the state of its transaction, its
-// failure, and the meaning of its answer. The transaction comes first: an answer given on a dead one
-// is worth nothing.
+// failure, and the meaning of its answer. The transaction is checked first: an answer given on a
+// dead one is worth nothing.
 func factAfterHandler(sealed, failed error, disposition Disposition) fact {
 	switch {
 	case errors.Is(sealed, ErrTransactionLost):
@@ -337,8 +338,9 @@ func factAfterHandler(sealed, failed error, disposition Disposition) fact {
 	return factAnsweredCommit
 }
 
-// factAfterRollback returns the fact for the error of Rollback; fact is the reason for the rollback.
-// The writes that a handler committed behind our back stand, so a lost transaction stays one.
+// factAfterRollback returns the fact for the error of Rollback; fact is the reason for the
+// rollback. The writes that a handler committed behind our back stand, so a lost transaction stays
+// one.
 func factAfterRollback(fact fact, err error) fact {
 	switch {
 	case fact == factTransactionLost, errors.Is(err, ErrTransactionLost):

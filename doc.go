@@ -1,8 +1,9 @@
-// Package idempotency lets a client retry a request and get one effect and one answer, whatever crashes in between.
+// Package idempotency lets a client retry a request and get one effect and one answer, whatever
+// crashes in between.
 //
-// A client sends an Idempotency-Key. The engine claims the key, runs the handler inside a database transaction, and
-// commits the request's fingerprint, the answer and the handler's own writes together. A retry finds all of them, or
-// none.
+// A client sends an Idempotency-Key. The engine claims the key, runs the handler inside a database
+// transaction, and commits the request's fingerprint, the answer and the handler's own writes
+// together. A retry finds all of them, or none.
 //
 // # The life of a key
 //
@@ -14,8 +15,9 @@
 //	  ^                                                       |
 //	  +------------------- expired and deleted ---------------+
 //
-// A key is claimed; an attempt runs; its answer is recorded; a retry gets a replay. While an attempt runs, its claim is
-// an uncommitted transaction and nothing else: no lease to expire, no row to clean up. A crash makes the key absent.
+// A key is claimed; an attempt runs; its answer is recorded; a retry gets a replay. While an
+// attempt runs, its claim is an uncommitted transaction and nothing else: no lease to expire, no
+// row to clean up. A crash makes the key absent.
 //
 // # Where to look
 //

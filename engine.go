@@ -20,7 +20,8 @@ const (
 	ServiceBytesMax = 255 // of Options.Service
 )
 
-// ErrInFlightExceeded is why a request was refused when [Options.InFlightMax] others were in flight.
+// ErrInFlightExceeded is the reason for refusing a request while [Options.InFlightMax] others are
+// in flight.
 var ErrInFlightExceeded = errors.New("too many requests in flight")
 
 // Options tune an [Engine]. Nil and the zero value are the defaults, which are the safest. A
@@ -30,11 +31,11 @@ type Options struct {
 	// TTL must be longer than any client retries. At least 1 second. Defaults to 24 hours.
 	TTL time.Duration
 
-	// Wait is how long a request waits for the answer of the attempt that holds its key, before it is
-	// answered in-progress; counted from its arrival, at most 1 minute ([WaitMax]). While it waits it
-	// holds no connection: of all requests of a process with one key, one at a time asks the store.
-	// If the attempt leaves no answer, one of the waiting requests runs, with the whole of
-	// Timeouts.Handler. A wait ends early if the client is gone.
+	// Wait is the time, counted from its arrival, that a request waits for the answer of the
+	// attempt that holds its key before it is answered in-progress. At most 1 minute ([WaitMax]).
+	// While it waits it holds no connection: of all requests of a process with one key, one at a
+	// time asks the store. If the attempt leaves no answer, one of the waiting requests runs, with
+	// the whole of Timeouts.Handler. A wait ends early if the client is gone.
 	//
 	// It must be shorter than TTL and than the patience of clients and balancers: a server's
 	// WriteTimeout must exceed its ReadTimeout, Wait and all of Timeouts together. Waiting requests
@@ -48,8 +49,8 @@ type Options struct {
 
 	// Reduce returns the part of an answer that is recorded, if that is not all of it: a body may
 	// hold a one-time secret, for example. The first client gets the whole answer all the same, and
-	// retries get the recorded one. Reduce must not change the answer's header or body in place, and
-	// is called from many goroutines. If its result can't be recorded, the request is 500
+	// retries get the recorded one. Reduce must not change the answer's header or body in place,
+	// and is called from many goroutines. If its result can't be recorded, the request is 500
 	// not-executed and the handler's writes are undone. Defaults to recording everything.
 	Reduce func(answer Answer) Answer
 
@@ -66,8 +67,8 @@ type Options struct {
 	// change it.
 	Service string
 
-	// Restarts is how often a request is started again after a serialization failure or a lost race.
-	// Negative means never. Defaults to 3.
+	// Restarts is the maximum number of times that a request is started again after a serialization
+	// failure or a lost race. Negative means never. Defaults to 3.
 	Restarts int
 
 	// InFlightMax is the maximum number of requests in progress, counted after their body is read.
@@ -87,8 +88,8 @@ type Timeouts struct {
 	// answer counts if it is recorded, and is unavailable otherwise. Defaults to 10 seconds.
 	Handler time.Duration
 
-	// Commit bounds the record and COMMIT, on a context of their own. Then the store is asked for
-	// their outcome. Defaults to 5 seconds.
+	// Commit bounds the record and COMMIT, on a context of their own. After it the engine asks the
+	// store for their outcome. Defaults to 5 seconds.
 	Commit time.Duration
 
 	// Resolve bounds the look for a COMMIT if its reply was lost, on a context of its own. Then the
@@ -150,11 +151,11 @@ func validateService(service string) error {
 	return nil
 }
 
-// BudgetChecker is implemented by a [Store] if its timeouts must fit the engine's. [NewEngine] calls
-// it.
+// BudgetChecker is implemented by a [Store] if its timeouts must fit the engine's. [NewEngine]
+// calls it.
 type BudgetChecker interface {
-	// CheckBudget returns an error that names the remedy if the store would cut off a handler within
-	// its timeout.
+	// CheckBudget returns an error that names the remedy if the store would cut off a handler
+	// within its timeout.
 	CheckBudget(handlerTimeout, commitTimeout time.Duration) error
 }
 
@@ -246,14 +247,16 @@ type Result struct {
 	Outcome Outcome
 	Answer  *Answer // the handler's answer or the recorded one; nil if Reason is set
 	Reason  Reason  // why there is no answer; empty if Answer is set
-	Record  *Record // the replayed record, else nil. Its body may be shared with other requests: only read it
-	Err     error   // for the operator: the fault, or a panic of a Tracer beside an answer; its text holds no key, body or credential
+	Record  *Record // the replayed record, else nil. Other requests may share its body: only read it
+	// For the operator: the fault, or a panic of a Tracer beside an answer. Its text holds no key,
+	// body or credential.
+	Err error
 }
 
 // Do takes one request through the protocol. It returns when the request is settled and holds
 // nothing. It ignores the request's own cancellation: work that has begun is finished, and a retry
-// finds it. Cancellation only ends a wait for another attempt ([Options.Wait]), when nothing of this
-// request has begun.
+// finds it. Cancellation only ends a wait for another attempt ([Options.Wait]), when nothing of
+// this request has begun.
 //
 // Read it together with decide in decision.go: this method finds the facts in their order, and the
 // table there has the consequence of each.
@@ -449,7 +452,8 @@ func (e *Engine) attempt(ctx context.Context, budget *deadline.Context, req *ong
 		open = false
 		bounds.end.Start(ctx, e.options.Timeouts.Commit)
 		err = end(&bounds.end, attempt.Decline, recorded, StepDecline, trace)
-		e.family.running.removeAny(req.Key) // another attempt may have claimed the key in between: it must not hide the record
+		// Another attempt may have claimed the key in between: it must not hide the record.
+		e.family.running.removeAny(req.Key)
 		fact = factAfterDecline(err)
 	case actionForget:
 		err = rollback()

@@ -12,7 +12,8 @@ import (
 	"unicode/utf8"
 )
 
-// Limits of a [Key]. They are part of the table's definition and of the lock number, and so do not change.
+// Limits of a [Key]. They are part of the table's definition and of the lock number, and so do not
+// change.
 const (
 	ScopeBytesMax = 255 // the longest scope, in bytes
 	KeyBytesMax   = 255 // the longest key value, in bytes
@@ -38,9 +39,9 @@ type Key struct {
 	Value string
 }
 
-// Validate reports whether the key can be stored: a scope of 1 to [ScopeBytesMax] bytes of UTF-8 without NUL, and a
-// value of 1 to [KeyBytesMax] visible ASCII characters without comma, space or quote. The error wraps
-// [ErrScopeInvalid] or [ErrKeyInvalid] and quotes neither part.
+// Validate reports whether the key can be stored: a scope of 1 to [ScopeBytesMax] bytes of UTF-8
+// without NUL, and a value of 1 to [KeyBytesMax] visible ASCII characters without comma, space or
+// quote. The error wraps [ErrScopeInvalid] or [ErrKeyInvalid] and quotes neither part.
 func (k Key) Validate() error {
 	if err := ValidateScope(k.Scope); err != nil {
 		return err
@@ -79,7 +80,8 @@ func ValidateKeyValue(value string) error {
 	return nil
 }
 
-// String returns eight hexadecimal digits of a hash of the key: enough to follow one key through a log.
+// String returns eight hexadecimal digits of a hash of the key: enough to follow one key through a
+// log.
 func (k Key) String() string {
 	var buffer [fieldsBytesMax]byte
 	fields := appendField(buffer[:0], k.Scope)
@@ -104,10 +106,11 @@ func (k Key) MarshalText() ([]byte, error) { return nil, errKeyEncoded }
 // LogValue keeps the key out of structured logs.
 func (k Key) LogValue() slog.Value { return slog.StringValue(k.String()) }
 
-// LockNumber returns the number under which a store locks the key: the first 8 bytes of SHA-256 over the
-// length-prefixed table, scope and value. The table's qualified name is part of it, so that two services on one
-// database that pass a key along don't block each other. It is frozen: programs of different versions must meet at
-// the same lock. Nothing rests on it being unique; a collision costs a spurious in-progress.
+// LockNumber returns the number under which a store locks the key: the first 8 bytes of SHA-256
+// over the length-prefixed table, scope and value. The table's qualified name is part of it, so
+// that two services on one database that pass a key along don't block each other. It is frozen:
+// programs of different versions must meet at the same lock. Nothing rests on it being unique; a
+// collision costs a spurious in-progress.
 func (k Key) LockNumber(table string) int64 {
 	var buffer [fieldsBytesMax]byte
 	fields := appendField(buffer[:0], table)
@@ -117,19 +120,20 @@ func (k Key) LockNumber(table string) int64 {
 	return int64(binary.BigEndian.Uint64(sum[:]))
 }
 
-// fieldsBytesMax is the size of the hashed fields of a key. They are on the stack unless the name of
-// the table is longer than PostgreSQL allows.
+// fieldsBytesMax is the size of the hashed fields of a key. They are on the stack unless the name
+// of the table is longer than PostgreSQL allows.
 const fieldsBytesMax = 3*8 + 2*63 + 1 + ScopeBytesMax + KeyBytesMax
 
-// appendField appends one length-prefixed field to the bytes to hash, so that no two lists of fields
-// give the same bytes.
+// appendField appends one length-prefixed field to the bytes to hash, so that no two lists of
+// fields give the same bytes.
 func appendField[S string | []byte](fields []byte, field S) []byte {
 	fields = binary.BigEndian.AppendUint64(fields, uint64(len(field)))
 	return append(fields, field...)
 }
 
-// AttemptID is the name of one attempt: 16 random bytes. The record carries the id of the attempt that was executed,
-// so a handler that stores it beside its own rows can prove later which of them belong to the record.
+// AttemptID is the name of one attempt: 16 random bytes. The record carries the id of the attempt
+// that was executed, so a handler that stores it beside its own rows can prove later which of them
+// belong to the record.
 type AttemptID [16]byte
 
 // NewAttemptID draws an id from the operating system's source of randomness.

@@ -11,8 +11,8 @@ import (
 //
 // A key is here only while its handler runs: from a granted claim until the end of the transaction
 // begins. From then on only the store knows whether the key is recorded. So a retry of a recorded
-// key is never told in-progress from memory, even if the reply to COMMIT is late or lost. To remove
-// a key too early is always safe: the store is asked.
+// key never gets in-progress from memory, even if the reply to COMMIT is late or lost. Removing a
+// key too early is always safe: then the store decides.
 //
 // The zero value is ready to use. It is safe for concurrent use, and holds at most one entry per
 // request in flight.
@@ -23,7 +23,7 @@ type runningKeys struct {
 
 type runningKey struct {
 	attempt AttemptID // that added the key
-	until   time.Time // the handler's deadline; afterwards the store is asked
+	until   time.Time // the handler's deadline; from then on the store decides
 }
 
 // errRunsHere is the error of a duplicate that was answered from memory.

@@ -28,8 +28,8 @@ type Request struct {
 	TTL time.Duration
 
 	// TraceID is recorded, so that a replay can be linked to the trace of the attempt that was
-	// executed. May be empty. It is left out unless it is 1 to 255 ([TraceIDBytesMax]) visible ASCII
-	// characters.
+	// executed. May be empty. It is left out unless it is 1 to 255 ([TraceIDBytesMax]) visible
+	// ASCII characters.
 	TraceID string
 
 	// Route is the request's route, such as "POST /transfers". Only the [Tracer] gets it. It must
@@ -37,8 +37,8 @@ type Request struct {
 	Route string
 }
 
-// Claim is one attempt's claim on a key. The engine passes it to the [Store], which notes in it when
-// the key was claimed, in case the reply to COMMIT is lost.
+// Claim is one attempt's claim on a key. The [Store] notes in it the time of the claim, in case the
+// reply to COMMIT is lost.
 type Claim struct {
 	// Set by the engine for each attempt.
 	Key         Key // Value is empty for a keyless request
@@ -72,9 +72,9 @@ const (
 	TraceIDBytesMax = 255
 )
 
-// Validate reports whether the answer can be recorded and replayed: a status from [StatusMin] to [StatusMax], and
-// headers of at most [HeaderBytesMax] whose names and values are those of RFC 9110, section 5, so that none can end a
-// line early. The error quotes nothing.
+// Validate reports whether the answer can be recorded and replayed: a status from [StatusMin] to
+// [StatusMax], and headers of at most [HeaderBytesMax] whose names and values are those of RFC
+// 9110, section 5, so that none can end a line early. The error quotes nothing.
 func (r *Answer) Validate() error {
 	if r.Status < StatusMin || r.Status > StatusMax {
 		return fmt.Errorf("answer can't be recorded: its status is not from %d to %d", StatusMin, StatusMax)
@@ -135,28 +135,30 @@ var (
 	ErrInProgress = errors.New("key is in progress")
 	// ErrUnavailable: there is no connection, or the database failed; nothing was executed.
 	ErrUnavailable = errors.New("store is unavailable")
-	// ErrNotSerializable: the transaction must be started again (SQLSTATE 40001, 40P01, a stale plan); nothing was executed.
+	// ErrNotSerializable: the transaction must be started again (SQLSTATE 40001, 40P01, a stale
+	// plan); nothing was executed.
 	ErrNotSerializable = errors.New("transaction must be started again")
 	// ErrAborted: the transaction can't commit; nothing was executed.
 	ErrAborted = errors.New("transaction is aborted")
 	// ErrKeyRecorded: another attempt recorded the key first; nothing of this one remains.
 	ErrKeyRecorded = errors.New("key was recorded by another attempt")
-	// ErrTransactionLost: the handler ended the transaction behind the store's back. Its writes until
-	// then may stand.
+	// ErrTransactionLost: the handler ended the transaction behind the store's back. Its writes
+	// until then may stand.
 	ErrTransactionLost = errors.New("transaction was ended by the handler")
 	// ErrUnknown: COMMIT was sent, and it is not known whether it happened.
 	// From Begin: there is a record that can't be read or is not safe yet, or one may be hidden
 	// from this store.
 	ErrUnknown = errors.New("outcome is unknown")
-	// ErrRecordCorrupt: there is a record, and somebody changed it, or an encryption key has another
-	// secret here.
+	// ErrRecordCorrupt: there is a record, and somebody changed it, or an encryption key has
+	// another secret here.
 	ErrRecordCorrupt = errors.New("record is corrupt")
 )
 
 // Store keeps records and runs attempts in transactions. Implementations are safe for concurrent
 // use. The suite in storage/storagetest checks that they keep this contract.
 type Store interface {
-	// Begin opens a transaction, claims the key and looks its record up. Exactly one of the three results is set:
+	// Begin opens a transaction, claims the key and looks its record up. Exactly one of the three
+	// results is set:
 	//
 	//   - an Attempt: the key is absent and ours; the caller must end it with Commit, Decline or Rollback
 	//   - a Record: the key is recorded; no transaction is left open, and no fingerprint was compared
@@ -165,10 +167,10 @@ type Store interface {
 	//     record that can't be read or is not safe yet, or if one may be hidden, ErrRecordCorrupt if
 	//     it was tampered with, and anything else if the store is unavailable; nothing is left open
 	//
-	// A record wins over the claim: it is returned even while others hold the key. Begin never waits
-	// for another attempt. ctx bounds only Begin. For a keyless claim Begin returns an Attempt that
-	// records nothing. Begin sets the claim's At, Timeline and Position. The engine changes nothing
-	// of the claim until the attempt has ended.
+	// A record wins over the claim: it is returned even while others hold the key. Begin never
+	// waits for another attempt. ctx bounds only Begin. For a keyless claim Begin returns an
+	// Attempt that records nothing. Begin sets the claim's At, Timeline and Position. The engine
+	// changes nothing of the claim until the attempt has ended.
 	Begin(ctx context.Context, claim *Claim) (Attempt, *Record, error)
 
 	// Resolve finds the record of an attempt that got ErrUnknown from Commit or Decline, or of any
@@ -183,9 +185,9 @@ type Store interface {
 	Resolve(ctx context.Context, claim *Claim) (*Record, error)
 }
 
-// Attempt is one run of a handler inside an open transaction. It is used by one goroutine, and ended
-// exactly once: after Commit, Decline or Rollback has returned, with or without an error, it holds
-// nothing, and no method may be called.
+// Attempt is one run of a handler inside an open transaction. It is used by one goroutine, and
+// ended exactly once: after Commit, Decline or Rollback has returned, with or without an error, it
+// holds nothing, and no method may be called.
 type Attempt interface {
 	// Context returns ctx carrying the transaction for the handler.
 	Context(ctx context.Context) context.Context
@@ -200,9 +202,10 @@ type Attempt interface {
 	// ErrTransactionLost; anything else is ErrUnknown. ctx is never the request's.
 	Commit(ctx context.Context, answer *Answer) error
 
-	// Decline undoes the handler's writes, records the answer and commits it. It works on an aborted
-	// transaction too. It returns the errors of Commit; if the claim is lost between the undo and
-	// the record, that is ErrKeyRecorded or ErrUnknown. For a keyless attempt it is Rollback.
+	// Decline undoes the handler's writes, records the answer and commits it. It works on an
+	// aborted transaction too. It returns the errors of Commit; if the claim is lost between the
+	// undo and the record, that is ErrKeyRecorded or ErrUnknown. For a keyless attempt it is
+	// Rollback.
 	Decline(ctx context.Context, answer *Answer) error
 
 	// Rollback undoes everything and forgets the attempt. If its own message is lost the

@@ -13,23 +13,23 @@ import (
 // The arguments contain keys and scopes, for detectors and samplers. They must not become labels or
 // log fields; a [Key] prints as a hash.
 type Tracer interface {
-	// TraceRequestStart is called when a request enters the engine. The request uses the context that
-	// it returns from then on.
+	// TraceRequestStart is called when a request enters the engine. The request uses the context
+	// that it returns from then on.
 	TraceRequestStart(ctx context.Context, data RequestStart) context.Context
-	// TraceStep is called after each step of an attempt, and after each wait for another attempt: in
-	// the queue behind a request of this process, or between two claims.
+	// TraceStep is called after each step of an attempt, and after each wait for another attempt:
+	// in the queue behind a request of this process, or between two claims.
 	TraceStep(ctx context.Context, data StepEnd)
 	// TraceRequestEnd is called when a request is settled, once for each TraceRequestStart.
 	TraceRequestEnd(ctx context.Context, data RequestEnd)
-	// TraceRefused is called if an adapter refused a request before it called the engine, because of
-	// a quota, or because the client may not see the replay.
+	// TraceRefused is called if an adapter refused a request before it called the engine, because
+	// of a quota, or because the client may not see the replay.
 	TraceRefused(ctx context.Context, data Refused)
 }
 
 // WaitTracer is implemented by a [Tracer] that counts the requests that wait now.
 type WaitTracer interface {
-	// TraceWaitStart is called when a request begins to wait for another attempt. A [StepWait] always
-	// follows when the wait ends, before any other step of that request.
+	// TraceWaitStart is called when a request begins to wait for another attempt. A [StepWait]
+	// always follows when the wait ends, before any other step of that request.
 	TraceWaitStart(ctx context.Context)
 }
 
@@ -71,7 +71,7 @@ type RequestEnd struct {
 	Attempt  AttemptID // the last attempt; zero if none began
 	Attempts int       // the number that began
 	Declined bool      // executed, and the answer was recorded without the handler's writes
-	Resolved bool      // the reply to COMMIT was lost, and the store was asked for its outcome
+	Resolved bool      // the reply to COMMIT was lost, and the store was asked for the outcome
 	Result   Result
 	Started  time.Time
 	Duration time.Duration

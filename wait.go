@@ -14,8 +14,8 @@ import (
 	"github.com/paidonce/idempotency/internal/deadline"
 )
 
-// WaitMax is the maximum of [Options.Wait]. PostgreSQL frees the key of a machine that is gone after
-// about as long, and clients and balancers rarely wait longer.
+// WaitMax is the maximum of [Options.Wait]. PostgreSQL frees the key of a machine that is gone
+// after about as long, and clients and balancers rarely wait longer.
 const WaitMax = time.Minute
 
 // The pauses between two claims of a request that waits for an attempt of another process. Each is
@@ -25,10 +25,11 @@ const (
 	waitPauseMax = 250 * time.Millisecond
 )
 
-// inQueue takes a request that may wait through the protocol. The first request with its key in this
-// process is the leader: it makes the claims. The others are its followers: they wait in memory until
-// the leader ends, and get its result, or one of them becomes the leader. So all duplicates together
-// use one connection. While another process holds the key they use none between two claims.
+// inQueue takes a request that may wait through the protocol. The first request with its key in
+// this process is the leader: it makes the claims. The others are its followers: they wait in
+// memory until the leader ends, and get its result, or one of them becomes the leader. So all
+// duplicates together use one connection. While another process holds the key they use none between
+// two claims.
 func (e *Engine) inQueue(ctx context.Context, req *ongoing, run RunFunc, trace *trace) (result Result) {
 	over := time.Now().Add(e.options.Wait)
 	place, ok := e.family.queues.enter(req.Key, e.followersMax())
@@ -119,9 +120,9 @@ func sleep(ctx context.Context, d time.Duration) error {
 	return nil
 }
 
-// queues are the wait queues of one process, by key. A queue exists while it has a leader. queues is
-// safe for concurrent use, and holds at most one entry per request in flight. The zero value is ready
-// to use.
+// queues are the wait queues of one process, by key. A queue exists while it has a leader. queues
+// is safe for concurrent use, and holds at most one entry per request in flight. The zero value is
+// ready to use.
 type queues struct {
 	mu        sync.Mutex
 	byKey     map[Key]*queue
@@ -206,9 +207,9 @@ func (p *place) withdraw() bool {
 }
 
 // leave removes the leader from its queue. A follower has left by then, unless a tracer ended its
-// goroutine. If the result has a record, or the outcome of a COMMIT is unknown, all followers get it:
-// if each of them looked again it would take each as long. Otherwise the first follower becomes the
-// leader: it finds the answer that this attempt recorded, or a free key.
+// goroutine. If the result has a record, or the outcome of a COMMIT is unknown, all followers get
+// it: if each of them looked again it would take each as long. Otherwise the first follower becomes
+// the leader: it finds the answer that this attempt recorded, or a free key.
 func (p *place) leave(result *Result) {
 	if !p.leads && !p.flee() {
 		return

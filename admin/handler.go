@@ -69,7 +69,8 @@ type Options struct {
 	// Title is shown in the head of each page, such as "payments, production". May be empty.
 	Title string
 
-	// Challenge is the WWW-Authenticate header of a 401, such as `Basic realm="admin"`. The default is none.
+	// Challenge is the WWW-Authenticate header of a 401, such as `Basic realm="admin"`. Defaults to
+	// none.
 	Challenge string
 
 	// Logger gets failures, each act, and each shown body: who, the act, and the record's attempt;
@@ -77,7 +78,8 @@ type Options struct {
 	Logger *slog.Logger
 }
 
-// Handler serves the pages. It is safe for concurrent use. The zero value answers 403 to everything; see [New].
+// Handler serves the pages. It is safe for concurrent use. The zero value answers 403 to
+// everything; see [New].
 type Handler struct {
 	operator    *operator.Operator
 	authorize   AuthorizeFunc
@@ -230,7 +232,8 @@ func (h *Handler) allowed(r *http.Request, want Permission) (actor string, err e
 		return "", refusal{status: http.StatusUnauthorized}
 	case err != nil:
 		return "", refusal{status: http.StatusForbidden}
-	case actor == "" || len(actor) > operator.ActorBytesMax || idempotency.ValidateScope(actor) != nil: // UTF-8 without NUL, as for a scope
+	// UTF-8 without NUL, as for a scope.
+	case actor == "" || len(actor) > operator.ActorBytesMax || idempotency.ValidateScope(actor) != nil:
 		h.options.Logger.Error("admin: the AuthorizeFunc allowed a request and named no actor that can be kept: it is refused", "permission", string(want))
 		return "", refusal{status: http.StatusForbidden}
 	}

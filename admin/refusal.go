@@ -16,7 +16,7 @@ import (
 type refusal struct {
 	status int
 	title  string // empty: that of the status
-	detail string // what the reader can do
+	detail string // what the reader can do about it
 }
 
 func (r refusal) Error() string { return http.StatusText(r.status) + ": " + r.detail }

@@ -49,7 +49,8 @@ func (f *figures) get(ctx context.Context, o *operator.Operator) (operator.Stats
 		f.newest = answer
 		f.mu.Unlock()
 		defer close(answer.done)
-		answer.stats, answer.err = o.Stats(context.WithoutCancel(ctx)) // bounded by the operator; other readers need it too
+		// The operator bounds it, and other readers need it too.
+		answer.stats, answer.err = o.Stats(context.WithoutCancel(ctx))
 		answer.at = time.Now()
 		return answer.stats, answer.err
 	}

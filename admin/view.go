@@ -177,7 +177,8 @@ func formatStamp(t time.Time) template.HTML {
 		return "not known"
 	}
 	t = t.UTC()
-	return template.HTML(`<time datetime="` + t.Format(time.RFC3339Nano) + `">` + t.Format("2006-01-02 15:04:05") + ` UTC</time>`) // only digits, nothing from a record
+	// There are only digits, nothing from a record.
+	return template.HTML(`<time datetime="` + t.Format(time.RFC3339Nano) + `">` + t.Format("2006-01-02 15:04:05") + ` UTC</time>`)
 }
 
 func formatClock(t time.Time) string { return t.UTC().Format("15:04:05") + " UTC" }

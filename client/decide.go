@@ -32,7 +32,8 @@ type step struct {
 	maybe bool // this attempt, or another with its key, may have been executed
 }
 
-// decide alone branches on the result of an attempt. docs/client.md has the same table in words.
+// decide is the only function that branches on the result of an attempt. docs/client.md has the
+// same table in words.
 func decide(f fact) step {
 	switch f.seen {
 	case seenUnsent:
@@ -68,7 +69,8 @@ func decide(f fact) step {
 // passing reports whether a refusal may be a different answer in a moment.
 func passing(status int) bool {
 	switch status {
-	case http.StatusRequestTimeout, http.StatusConflict, http.StatusTooEarly, http.StatusTooManyRequests, 499: // a canceled call
+	// 499 is a canceled call.
+	case http.StatusRequestTimeout, http.StatusConflict, http.StatusTooEarly, http.StatusTooManyRequests, 499:
 		return true
 	}
 	return status >= 500

@@ -1,5 +1,5 @@
-// Package client is the client's side of the Idempotency-Key protocol: an [http.RoundTripper] that gives every request
-// which changes something a key, and sends it until what became of it is known.
+// Package client is the client's side of the Idempotency-Key protocol: an [http.RoundTripper] that
+// gives a key to every request that changes something, and sends it until its outcome is known.
 //
 //	httpClient := &http.Client{Transport: client.New(nil, &client.Options{Honours: client.Everywhere})}
 //	response, err := httpClient.Post(url, "application/json", body)
@@ -33,18 +33,20 @@
 //
 // # What to know
 //
-// A call that ended with [ErrUnknown] must not simply be made again: that mints a new key, and may pay twice. Go on with
-// the key of the [Error], by [WithKey].
+// A call that ended with [ErrUnknown] must not simply be made again: that would mint a new key, and
+// may pay twice. Continue with the key of the [Error], through [WithKey].
 //
-// An [http.Client] with a Timeout may replace the [Error] by one of its own when that is over, and then the key is lost. Bound
-// requests by [Options.TotalMax] or by their context.
+// When the Timeout of an [http.Client] elapses, the client may replace the [Error] by one of its
+// own, and then the key is lost. Bound requests by [Options.TotalMax] or by their context.
 //
-// [ErrNotExecuted] speaks of what this Transport has sent. A gateway that sends requests again by itself takes the proof away.
+// [ErrNotExecuted] covers only the attempts of this Transport. Behind a gateway that retries by
+// itself it proves nothing.
 //
-// Answers are read whole before the caller gets them. Streams don't belong here.
+// The caller gets an answer after all of it was read, so do not use a Transport for streams.
 //
-// A redirect that repeats the body (307, 308) is a request of its own, with a key of its own: set CheckRedirect to return
-// [http.ErrUseLastResponse] where the server may answer with one. Once an attempt may have been executed none is returned.
+// A redirect that repeats the body (307, 308) is another request, with another key. If the server
+// may answer with one, set CheckRedirect to return [http.ErrUseLastResponse]. Once an attempt may
+// have been executed, no redirect is returned.
 //
 // The package imports the standard library, the root package and google/uuid.
 package client

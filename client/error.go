@@ -11,19 +11,19 @@ import (
 	"github.com/paidonce/idempotency"
 )
 
-// What is true of a request that has no answer. An [*Error] is one of the two.
+// The two possible states of a request that has no answer. An [*Error] is one of them.
 var (
 	// ErrNotExecuted is proof: no request with the key has left or will leave anything in the
 	// server's database, and no handler has called idempotency.DerivedKey for a call to another
 	// service. The caller may give up, or make a new request with a new key.
 	ErrNotExecuted = errors.New("not executed")
-	// ErrUnknown means that it may or may not have been executed. The caller keeps the key, goes on with it later, and
-	// never makes a new one for the same thing.
+	// ErrUnknown means that it may or may not have been executed. The caller keeps the key, retries
+	// with it later, and never makes a new one for the same purpose.
 	ErrUnknown = errors.New("may or may not have been executed")
 )
 
-// Why a [Transport] stopped asking. An [*Error] wraps one of these, or the error of the request's context, or that of an
-// [IntentStore], or what was wrong with the request.
+// The reasons for which a [Transport] stops retrying. An [*Error] wraps one of these, the error of
+// the request's context, that of an [IntentStore], or a fault of the request.
 var (
 	ErrAttemptsSpent   = errors.New("attempts are spent (Options.AttemptsMax)")
 	ErrTimeSpent       = errors.New("time is spent (Options.TotalMax)")
@@ -37,22 +37,22 @@ var (
 	ErrIntentTaken     = errors.New("somebody else has taken the intent") // IntentStore.Abandon
 )
 
-// Error is what a caller gets in place of an answer. [errors.Is] tells [ErrNotExecuted] from [ErrUnknown], and
-// [errors.As] finds it under the [*net/url.Error] of an [net/http.Client].
+// A caller gets an Error in place of an answer. [errors.Is] tells [ErrNotExecuted] from
+// [ErrUnknown], and [errors.As] finds it under the [*net/url.Error] of an [net/http.Client].
 //
-// Its text never shows the key, nor do the verbs of fmt: Key prints as a hash. Key.Value is for going on with the key
-// by [WithKey], also in another process.
+// Its text never shows the key, nor do the verbs of fmt: Key prints as a hash. Pass Key.Value to
+// [WithKey] to continue, also in another process.
 type Error struct {
 	Outcome  idempotency.Outcome // idempotency.OutcomeNotExecuted or idempotency.OutcomeUnknown
-	Key      idempotency.Key     // Value alone: whose key it is only the server knows
-	Started  time.Time           // before the first attempt; a key counts at the server for a time (24 hours by default)
+	Key      idempotency.Key     // only Value is set: the client does not know the server's scope
+	Started  time.Time           // before the first attempt; the server keeps a key for a time (24 hours by default)
 	Attempts int                 // how many requests this call made
-	Status   int                 // of the last answer, 0 where there was none
-	Last     idempotency.Outcome // of the last answer, empty where there was none or it did not say
+	Status   int                 // of the last answer, 0 if there was none
+	Last     idempotency.Outcome // of the last answer, empty if there was none or it has no outcome
 	Err      error               // why there is no answer
 }
 
-// Error says what is true and why the asking ended.
+// Error returns the state of the request and the reason for the end.
 func (e *Error) Error() string {
 	var text strings.Builder
 	text.WriteString("idempotency/client: request ")
@@ -80,7 +80,7 @@ func (e *Error) kind() error {
 // Format keeps the key out of every verb of fmt.
 func (e *Error) Format(f fmt.State, _ rune) { _, _ = io.WriteString(f, e.Error()) } // fmt has no use for the error
 
-// Is reports whether target is what is true: [ErrNotExecuted] or [ErrUnknown].
+// Is reports whether target is the state of the request: [ErrNotExecuted] or [ErrUnknown].
 func (e *Error) Is(target error) bool { return target == e.kind() }
 
 // Unwrap returns why the asking ended.

@@ -12,11 +12,13 @@ import (
 
 // Limits that no option changes.
 const (
-	IntentSkewMax  = time.Minute     // an intent saved later than this from now has no reliable age, and is not sent again
-	RoutesMax      = 1000            // the maximum number of routes remembered to honour keys
-	ResumeAtOnce   = 4               // intents resumed concurrently
-	SettleTimeout  = 5 * time.Second // the time for an IntentStore to forget an intent, even if the request's context has ended
-	problemBodyMax = 64 << 10        // bytes of a problem document that are read
+	// an intent saved later than this from now has no reliable age, and is not sent again
+	IntentSkewMax = time.Minute
+	RoutesMax     = 1000 // the maximum number of routes remembered to honour keys
+	ResumeAtOnce  = 4    // intents resumed concurrently
+	// the time for an IntentStore to forget an intent, even if the request's context has ended
+	SettleTimeout  = 5 * time.Second
+	problemBodyMax = 64 << 10 // bytes of a problem document that are read
 )
 
 // Options tune a [Transport]. Nil and the zero value are the defaults, which are the safest. A

@@ -164,7 +164,7 @@ func (t *Transport) prepare(r *http.Request) (*operation, error) {
 	if op.request.Header == nil {
 		op.request.Header = http.Header{}
 	}
-	if len(op.request.Header.Values(HeaderKey)) == 0 || t.options.Intents != nil { // an intent does not keep the key's spelling
+	if len(op.request.Header.Values(HeaderKey)) == 0 || t.options.Intents != nil { // an intent does not keep the spelling
 		spelt := key
 		if !t.options.BareKeys {
 			spelt = quote(key)

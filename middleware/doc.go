@@ -1,5 +1,5 @@
-// Package middleware makes an http.Handler idempotent: a request with an Idempotency-Key is executed
-// once, and every retry gets the same answer.
+// Package middleware makes an http.Handler idempotent: a request with an Idempotency-Key is
+// executed once, and every retry gets the same answer.
 //
 //	idem := middleware.New(store, accountID, nil)
 //	mux.Handle("POST /transfers", idem.Handler(http.HandlerFunc(transfer)))

@@ -59,7 +59,7 @@ func recordable(header, before http.Header, allowed map[string]bool) map[string]
 		}
 	}
 	recorded := make(map[string][]string)
-	copies := make([]string, 0, len(header)) // of all values, where each header has one
+	copies := make([]string, 0, len(header)) // of all values, if each header has one
 	for spelled, values := range header {
 		name := http.CanonicalHeaderKey(spelled) // a handler may write the map itself: ETag
 		if !allowed[name] || neverRecorded(name) || slices.Contains(named, name) {
@@ -139,7 +139,7 @@ func listed(list, name string) bool {
 // cleanValue returns the value as net/http would send it: with spaces for line breaks, and trimmed.
 // Other control characters, which net/http lets fail elsewhere, become spaces too.
 func cleanValue(value string) string {
-	var clean []byte            // a copy, where one is needed
+	var clean []byte            // a copy, if one is needed
 	for i := range len(value) { // not runes: a value need not be UTF-8
 		if c := value[i]; c < ' ' && c != '\t' || c == 0x7f {
 			if clean == nil {
@@ -155,8 +155,8 @@ func cleanValue(value string) string {
 }
 
 // StatusAndLocation is an [Options].Reduce for answers that contain a secret, such as a one-time
-// password. It records the answer's status and its Location. The first client gets the whole answer;
-// a retry gets status and Location, and an empty body.
+// password. It records the answer's status and its Location. The first client gets the whole
+// answer; a retry gets status and Location, and an empty body.
 //
 //	passwords := idem.With(func(o *middleware.Options) { o.Reduce = middleware.StatusAndLocation })
 func StatusAndLocation(answer idempotency.Answer) idempotency.Answer {
@@ -172,9 +172,9 @@ func StatusAndLocation(answer idempotency.Answer) idempotency.Answer {
 var errHeaderPlanted = fmt.Errorf("%w: it holds a header that is never recorded", idempotency.ErrRecordCorrupt)
 
 // vet returns an error if a recorded answer must not be replayed. It must be an answer that could
-// have been recorded, whatever the store checks, and have no header that carries a credential, frames
-// the message or belongs to the middleware. The route's allow-list does not matter: it may have
-// changed since the answer was recorded.
+// have been recorded, whatever the store checks, and have no header that carries a credential,
+// frames the message or belongs to the middleware. The route's allow-list does not matter: it may
+// have changed since the answer was recorded.
 func vet(answer *idempotency.Answer) error {
 	if err := answer.Validate(); err != nil {
 		return fmt.Errorf("%w: %w", idempotency.ErrRecordCorrupt, err)

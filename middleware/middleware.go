@@ -100,7 +100,7 @@ func (m *Middleware) serve(w http.ResponseWriter, r *http.Request, next http.Han
 		return
 	}
 
-	// Whose request is it, and which?
+	// Check whose request it is, and which.
 	key, err := keyValue(r.Header, m.options.KeyBytesMin, m.options.KeyBytesMax)
 	switch {
 	case errors.Is(err, errKeyMissing) && m.options.Optional:
@@ -128,7 +128,7 @@ func (m *Middleware) serve(w http.ResponseWriter, r *http.Request, next http.Han
 
 	traceID, route := m.options.TraceID(r), m.options.Route(r)
 
-	// What does it ask for? The whole body is read before a connection is taken, so that a slow client
+	// Fingerprint it. The whole body is read before a connection is taken, so that a slow client
 	// holds none.
 	err = run.readBody(w, key != "")
 	var tooLarge *http.MaxBytesError
@@ -167,8 +167,8 @@ func (m *Middleware) serve(w http.ResponseWriter, r *http.Request, next http.Han
 		}
 	}
 
-	// Nothing goes to the client before Do has returned. By then the request holds nothing, so that a
-	// slow reader costs nothing either.
+	// Nothing goes to the client before Do has returned. By then the request holds nothing, so that
+	// a slow reader costs nothing either.
 	run.key = request.Key
 	if m.options.RouterState != nil {
 		run.restore = m.options.RouterState(r.Context())
@@ -251,8 +251,8 @@ func (m *Middleware) traceRefused(r *http.Request, reason idempotency.Reason, er
 	}
 }
 
-// serviceError hides the text of an error of the service's own, which may quote a credential. A caller
-// that may see it unwraps it.
+// serviceError hides the text of an error of the service's own, which may quote a credential. A
+// caller that may see it unwraps it.
 type serviceError struct{ err error }
 
 func (e *serviceError) Error() string { return "refused by the service" }
@@ -268,7 +268,7 @@ type run struct {
 	request *http.Request // as it came, and kept so
 	body    []byte
 	key     idempotency.Key
-	restore func(context.Context) context.Context // nil where there is no router state to restore
+	restore func(context.Context) context.Context // nil if there is no router state to restore
 
 	watched watchedBody      // the body, as the service's own functions see it
 	reader  io.LimitedReader // of the body
@@ -299,7 +299,7 @@ func (run *run) once(ctx context.Context) (*idempotency.Answer, error) {
 			return nil, &idempotency.Refusal{Reason: idempotency.ReasonUnavailable, Err: errRouterState}
 		}
 	}
-	one := &struct { // of this run alone: an earlier one may not have let go of its own
+	one := &struct { // only of this run: an earlier one may still use its own
 		recorder recorder
 		body     memoryBody
 		answer   idempotency.Answer

@@ -44,8 +44,8 @@ type Options struct {
 	// read [idempotency.Options.Service] before you set it.
 	Service string
 
-	// Restarts is how often a request is started again after a serialization failure or a lost race.
-	// Negative means never. Defaults to 3.
+	// Restarts is the maximum number of times that a request is started again after a serialization
+	// failure or a lost race. Negative means never. Defaults to 3.
 	Restarts int
 
 	// InFlightMax is the maximum number of requests in progress, counted after their body is read.
@@ -57,12 +57,12 @@ type Options struct {
 	Timeouts idempotency.Timeouts
 
 	// Optional lets requests without a key through. Their handler gets a transaction, which is
-	// committed with a 2xx or 3xx and undone with any other status; nothing is recorded. A malformed
-	// key is still refused.
+	// committed with a 2xx or 3xx and undone with any other status; nothing is recorded. A
+	// malformed key is still refused.
 	Optional bool
 
-	// KeyBytesMin and KeyBytesMax bound the key after unquoting. They default to 1 and 255, which is
-	// also the most ([idempotency.KeyBytesMax]).
+	// KeyBytesMin and KeyBytesMax bound the key after unquoting. They default to 1 and 255. 255 is
+	// the maximum ([idempotency.KeyBytesMax]).
 	KeyBytesMin int
 	KeyBytesMax int
 
@@ -129,7 +129,8 @@ type Options struct {
 
 // Fingerprinter makes the fingerprint of a request, by a function of your own.
 type Fingerprinter struct {
-	// Version is at least idempotency.FingerprintVersionUserMin, and new for every change of Content.
+	// Version is at least idempotency.FingerprintVersionUserMin, and new for every change of
+	// Content.
 	Version int16
 
 	// Content returns the bytes that are equal for equal requests, for example the canonical form
@@ -152,7 +153,8 @@ func (f Fingerprinter) of(r *http.Request, body []byte) idempotency.Fingerprint 
 	return idempotency.NewFingerprint(f.Version, f.Content(r, body))
 }
 
-// target returns the target as the client sent it: http.StripPrefix outside would make two routes one.
+// target returns the target as the client sent it: http.StripPrefix outside would make two routes
+// one.
 func target(r *http.Request) (escapedPath, rawQuery string) {
 	escapedPath, rawQuery = r.URL.EscapedPath(), r.URL.RawQuery
 	path, query, _ := strings.Cut(r.RequestURI, "?")
@@ -236,7 +238,8 @@ func (o *Options) engine() *idempotency.Options {
 	return engine
 }
 
-// traceID takes the trace id from a traceparent header: version, 32 hexadecimal digits, parent, flags.
+// traceID takes the trace id from a traceparent header: version, 32 hexadecimal digits, parent,
+// flags.
 func traceID(r *http.Request) string {
 	parent := r.Header.Get("Traceparent")
 	if len(parent) < 55 || parent[2] != '-' || parent[35] != '-' {

@@ -27,8 +27,9 @@ type Quota struct {
 	KeysMax int
 
 	// Window is the time that a scope's count lasts, from the scope's first key on; then the count
-	// starts at zero again. At least 1 second. Defaults to 1 hour. A scope's share of the table is at
-	// most KeysMax, times the number of processes, times the number of windows in a TTL plus one.
+	// starts at zero again. At least 1 second. Defaults to 1 hour. A scope's share of the table is
+	// at most KeysMax, times the number of processes, times the number of windows in a TTL plus
+	// one.
 	Window time.Duration
 
 	// ScopesMax is the maximum number of scopes with a count of their own, at about 100 bytes each.
@@ -87,8 +88,8 @@ func newQuota(q Quota) *quota {
 	return &quota{Quota: q, seed: maphash.MakeSeed(), windows: map[uint64]*window{}}
 }
 
-// take counts a key. If the scope has none left it returns nil and the time until its count starts at
-// zero again.
+// take counts a key. If the scope has none left it returns nil and the time until its count starts
+// at zero again.
 func (q *quota) take(scope string) (*slot, time.Duration) {
 	hash, now := maphash.String(q.seed, scope), q.Now()
 	q.mu.Lock()

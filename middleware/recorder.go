@@ -12,9 +12,9 @@ import (
 var errAnswerTooLarge = errors.New("answer is over its limit")
 
 // recorder is the handler's ResponseWriter. It keeps the answer in memory, so that nothing reaches
-// the client before COMMIT has returned. It therefore has no Unwrap, and Flush, Hijack and deadlines
-// fail with http.ErrNotSupported through http.ResponseController: with any of them a client could
-// learn of a payment that does not happen.
+// the client before COMMIT has returned. It therefore has no Unwrap, and Flush, Hijack and
+// deadlines fail with http.ErrNotSupported through http.ResponseController: with any of them a
+// client could learn of a payment that does not happen.
 type recorder struct {
 	header   http.Header // the handler's; the answer has a copy from the first write on
 	bytesMax int
@@ -30,7 +30,8 @@ func newRecorder(outer http.Header, bytesMax int) recorder {
 	return recorder{header: outer.Clone(), bytesMax: bytesMax}
 }
 
-// Header implements http.ResponseWriter. It begins with the headers that middleware outside has set.
+// Header implements http.ResponseWriter. It begins with the headers that middleware outside has
+// set.
 func (w *recorder) Header() http.Header {
 	if w.header == nil {
 		w.header = make(http.Header)
@@ -38,8 +39,8 @@ func (w *recorder) Header() http.Header {
 	return w.header
 }
 
-// WriteHeader implements http.ResponseWriter. The first status stays; 1xx is dropped. Like net/http,
-// it panics on an invalid status.
+// WriteHeader implements http.ResponseWriter. The first status stays; 1xx is dropped. Like
+// net/http, it panics on an invalid status.
 func (w *recorder) WriteHeader(status int) {
 	if status < 100 || status > 999 || status == http.StatusSwitchingProtocols {
 		panic(fmt.Sprintf("invalid WriteHeader code %d", status))

@@ -114,8 +114,8 @@ func (b Blocker) String() string {
 // [ErrPoolerInBetween].
 //
 // If Up changed the schema it resets the pool: a connection that was made before the tables has
-// none of the store's statements prepared, and is closed once it is given back. pgxpool fills a pool
-// with MinConns again only at its next health check, a minute later by default.
+// none of the store's statements prepared, and is closed once it is given back. pgxpool fills a
+// pool with MinConns again only at its next health check, a minute later by default.
 //
 // It ends with ctx, within 5 seconds if the server does not answer. The migration under way is
 // undone, and another call of Up continues from there.

@@ -378,7 +378,7 @@ func (s *Store) commit(batch []*change) error {
 	if viewErr := guard(func() error { return s.db.View(func(tx *bbolt.Tx) error { committed = tx.ID(); return nil }) }); viewErr == nil && committed < id {
 		return fmt.Errorf("%w: %w", client.ErrIntentRefused, err) // as on a full disk
 	}
-	// The commit is in memory, and may or may not be on the disk: a second fsync would succeed
-	// without proving it.
+	// The commit is in memory, and may or may not have reached the disk: a second fsync would
+	// succeed without proving it.
 	return s.fail(fmt.Errorf("write intents: %w", err))
 }

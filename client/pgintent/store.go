@@ -67,8 +67,8 @@ func (o *Options) full() Options {
 
 func (o *Options) table() string { return pgx.Identifier{o.Schema, "idempotency_intents"}.Sanitize() }
 
-// ErrRowSecurityActive is returned if row-level security applies to the table of intents: an intent may
-// be hidden, and would never be resumed. The text names the remedy.
+// ErrRowSecurityActive is returned if row-level security applies to the table of intents: an intent
+// may be hidden, and would never be resumed. The text names the remedy.
 var ErrRowSecurityActive = errors.New("row-level security may hide intents")
 
 func (s *Store) rowSecurity() error {
@@ -228,10 +228,10 @@ func (s *Store) saveOn(ctx context.Context, db DB, arguments []any) (before bool
 }
 
 // Configure lets a [Store] notice a commit that did not wait for the synchronous standbys, because
-// somebody canceled the wait: PostgreSQL only warns of it. Then Save, Take and Abandon fail, because
-// a failover could undo what they did: an intent that was abandoned would come back, and be sent
-// after its caller got not-executed. Call it on the config of the connection, or on ConnConfig of
-// the pool's, before it is opened. If no standby is synchronous it changes nothing.
+// somebody canceled the wait: PostgreSQL only warns of it. Then Save, Take and Abandon fail,
+// because a failover could undo what they did: an intent that was abandoned would come back, and be
+// sent after its caller got not-executed. Call it on the config of the connection, or on ConnConfig
+// of the pool's, before it is opened. If no standby is synchronous it changes nothing.
 func Configure(config *pgx.ConnConfig) {
 	inner := config.OnNotice
 	config.OnNotice = func(conn *pgconn.PgConn, notice *pgconn.Notice) {

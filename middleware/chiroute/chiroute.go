@@ -1,5 +1,5 @@
-// Package chiroute restores the state of a chi router when an idempotent handler has to run again. No
-// other package imports chi, so a service that does not use chi does not need it.
+// Package chiroute restores the state of a chi router when an idempotent handler has to run again.
+// No other package imports chi, so a service that does not use chi does not need it.
 //
 //	idem := middleware.New(store, scope, &middleware.Options{RouterState: chiroute.State})
 package chiroute
@@ -11,10 +11,10 @@ import (
 	"github.com/go-chi/chi/v5"
 )
 
-// State is a middleware.RouterStateFunc. chi keeps the state of routing in one value that the routers
-// below Use, Route and Mount change in place: a second run would continue where the first one ended,
-// and find no route. State takes a copy before the first run, and gives each further run a copy of
-// that copy.
+// State is a middleware.RouterStateFunc. chi keeps the state of routing in one value that the
+// routers below Use, Route and Mount change in place: a second run would continue where the first
+// one ended, and find no route. State takes a copy before the first run, and gives each further run
+// a copy of that copy.
 func State(ctx context.Context) func(context.Context) context.Context {
 	route := chi.RouteContext(ctx)
 	if route == nil {

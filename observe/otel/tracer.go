@@ -210,7 +210,8 @@ func (t *Tracer) describe(span trace.Span, end idempotency.RequestEnd) {
 	}
 }
 
-// TraceRefused implements [idempotency.Tracer]: an event of the span that the request's context has, if any.
+// TraceRefused implements [idempotency.Tracer]: an event of the span that the request's context
+// has, if any.
 func (t *Tracer) TraceRefused(ctx context.Context, refused idempotency.Refused) {
 	t.metrics.refused.Add(ctx, 1, metric.WithAttributes(attributeReason.String(string(refused.Reason))))
 	trace.SpanFromContext(ctx).AddEvent("idempotency.refused", trace.WithAttributes(

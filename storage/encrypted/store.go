@@ -27,7 +27,7 @@ type Key struct {
 }
 
 // Format keeps the secret out of every verb of fmt.
-func (k Key) Format(f fmt.State, _ rune) { _, _ = fmt.Fprintf(f, "key %d", k.ID) } // fmt ignores errors
+func (k Key) Format(f fmt.State, _ rune) { _, _ = fmt.Fprintf(f, "key %d", k.ID) } // fmt ignores the error
 
 // MarshalText keeps the secret out of JSON.
 func (k Key) MarshalText() ([]byte, error) { return fmt.Appendf(nil, "key %d", k.ID), nil }

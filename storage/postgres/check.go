@@ -28,8 +28,9 @@ var (
 	ErrNotConfigured    = errors.New("the pool is not configured for this store")
 )
 
-// SchemaVersion is the lowest version of the schema that this package works with; package migrations
-// provides it. Later ones may add tables for others, such as the operator's in version 3.
+// SchemaVersion is the lowest version of the schema that this package works with; package
+// migrations provides it. Later ones may add tables for others, such as the operator's in version
+// 3.
 const SchemaVersion = 2
 
 const serverVersionMin = 14
@@ -37,14 +38,14 @@ const serverVersionMin = 14
 const versionTable = "idempotency_migrations"
 
 // Check reports whether the database and the pool can keep the store's promises: it is PostgreSQL
-// 14 or later, the primary and no logical replica of one, the schema has the version of this package
-// or a later one, the table is a plain logged one with its primary key, all of its columns and no other NOT NULL
-// column without a default, no rule, no BEFORE ROW trigger that is enabled and no child table, no
-// row-level security hides its rows from the pool's role, the database's encoding is UTF8 or
-// SQL_ASCII, COMMIT waits for the disk, the server ends a session that is idle in a transaction
-// within a minute, a connection has the settings of the store's options, and the pool refuses an
-// Acquire with a running handler's context. The error joins all faults it finds. A service calls it
-// when it starts and from its readiness probe.
+// 14 or later, the primary and no logical replica of one, the schema has the version of this
+// package or a later one, the table is a plain logged one with its primary key, all of its columns
+// and no other NOT NULL column without a default, no rule, no BEFORE ROW trigger that is enabled
+// and no child table, no row-level security hides its rows from the pool's role, the database's
+// encoding is UTF8 or SQL_ASCII, COMMIT waits for the disk, the server ends a session that is idle
+// in a transaction within a minute, a connection has the settings of the store's options, and the
+// pool refuses an Acquire with a running handler's context. The error joins all faults it finds. A
+// service calls it when it starts and from its readiness probe.
 func (s *Store) Check(ctx context.Context) error { return errors.Join(s.check(ctx)...) }
 
 func (s *Store) check(ctx context.Context) (wrong []error) {
@@ -244,8 +245,8 @@ func (s *Store) checkAlterations(a *alterations) (wrong []error) {
 	return wrong
 }
 
-// refusesEscapes reports whether the pool refuses a connection to a handler that holds one, by trying
-// it.
+// refusesEscapes reports whether the pool refuses a connection to a handler that holds one, by
+// trying it.
 func (s *Store) refusesEscapes(ctx context.Context) bool {
 	var tx sealed.Transaction
 	tx.Init(&s.transactions, nil)

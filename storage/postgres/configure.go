@@ -15,8 +15,8 @@ import (
 	"github.com/paidonce/idempotency/storage/postgres/internal/wire"
 )
 
-// ErrPoolRefused is returned to a handler that acquires a connection from the store's pool with its own
-// context, or one derived from it: its writes there would not be in the transaction, and a pool
+// ErrPoolRefused is returned to a handler that acquires a connection from the store's pool with its
+// own context, or one derived from it: its writes there would not be in the transaction, and a pool
 // full of such handlers would wait for itself. A handler that acquires one with any other context,
 // such as context.Background, or from another pool, can't be told from the rest of the program. It
 // is not refused, and its writes are committed apart from its request.
@@ -103,8 +103,8 @@ func (escapeTracer) TraceQueryStart(ctx context.Context, _ *pgx.Conn, _ pgx.Trac
 
 func (escapeTracer) TraceQueryEnd(context.Context, *pgx.Conn, pgx.TraceQueryEndData) {}
 
-// refusedContext has ended, with an error that the pool passes on. No context of package context can
-// have such an error.
+// refusedContext has ended, with an error that the pool passes on. No context of package context
+// can have such an error.
 type refusedContext struct{ context.Context }
 
 func (refusedContext) Done() <-chan struct{} {

@@ -29,10 +29,10 @@ const AnyRowsUnchecked Rows = -1
 //	postgres.DeferExec(ctx, "DELETE FROM holds WHERE payment = $1", postgres.Rows(2), payment)
 //
 // COMMIT is on its way behind them, so each statement must touch exactly one row, or as many as a
-// [Rows] in front of the arguments says. Otherwise nothing is committed: the request is answered 500
-// not-executed. So is any other error of theirs, except that 40001 and 40P01 start the request again
-// and an outage or a timeout is 503, as for statements of [Tx]. By then the handler has given its
-// answer and can't turn the error into another one: check what a client may get wrong before.
+// [Rows] in front of the arguments says. Otherwise nothing is committed: the request is answered
+// 500 not-executed. So is any other error of theirs, except that 40001 and 40P01 start the request
+// again and an outage or a timeout is 503, as for statements of [Tx]. By then the handler has given
+// its answer and can't turn the error into another one: check what a client may get wrong before.
 //
 // The statement is an INSERT, UPDATE or DELETE, or a SELECT, which counts the rows that it returns;
 // any rows are discarded. It must not begin with WITH. Arguments are encoded as pgx does in the
@@ -51,7 +51,7 @@ func DeferExec(ctx context.Context, sql string, args ...any) error {
 	return handleOf(ctx, "DeferExec").Defer(ctx, func() (int, string, []any, error) { return deferOptions(ctx, sql, args) })
 }
 
-// deferOptions takes what precedes the arguments.
+// deferOptions parses the options in front of the arguments.
 func deferOptions(ctx context.Context, sql string, args []any) (int, string, []any, error) {
 	rows, rewriter := Rows(1), pgx.QueryRewriter(nil)
 options:

@@ -1,5 +1,5 @@
-// Package postgres keeps idempotency records in PostgreSQL, each in the same transaction as the writes
-// of its handler.
+// Package postgres keeps idempotency records in PostgreSQL, each in the same transaction as the
+// writes of its handler.
 //
 //	store, err := postgres.Open(ctx, databaseURL, nil)
 //	if err != nil {
@@ -10,7 +10,8 @@
 //		return err
 //	}
 //
-// [Open] makes the pool. [New] takes a pool of the caller's, if its config went through [Configure].
+// [Open] makes the pool. [New] takes a pool of the caller's, if its config went through
+// [Configure].
 //
 // The handler's statements go through [Tx]. BEGIN, the lock and the look-up are one round trip; the
 // record and COMMIT are another; so a request costs as many as its handler would in a plain

@@ -13,7 +13,8 @@ import (
 	"github.com/paidonce/idempotency/storage/postgres/internal/wire"
 )
 
-// errAddress hides the parser's error: it quotes the address, and can't always tell the password in it.
+// errAddress hides the parser's error: it quotes the address, and can't always tell the password in
+// it.
 var errAddress = errors.New("the address can't be parsed, and is not shown because it may hold a password:" +
 	" write postgres://user:password@host:5432/database?sslmode=verify-full, with %40 for @ and %2F for / in a password, or keywords as in \"host=... dbname=...\"")
 

@@ -21,23 +21,23 @@ import (
 const reaperPagesMax = 1000
 
 // A walk waits for a row that another session holds for reaperLockTimeoutMS milliseconds, which is
-// under the server's deadlock_timeout of 1 second, so that the reaper is the one to give way. It does
-// so reaperHeldMax times, some ten of them for one held page, and then gives up.
+// under the server's deadlock_timeout of 1 second, so that the reaper is the one to give way. It
+// does so reaperHeldMax times, some ten of them for one held page, and then gives up.
 const (
 	reaperLockTimeoutMS = "20"
 	reaperHeldMax       = 100
 )
 
-// DeleteExpired deletes the records that had expired, by the database's clock, when their batch began.
-// It returns the number of deleted records, also together with an error.
+// DeleteExpired deletes the records that had expired, by the database's clock, when their batch
+// began. It returns the number of deleted records, also together with an error.
 //
 // It goes through the table by place, batch by batch, each in a transaction of its own, and needs
 // no index, which each insert would have to pay for. A row is deleted because it has expired and
 // never because of its key: a key that came back in the meantime has a new row. If expired records
-// may be hidden from the role, it deletes those it sees and returns [ErrRowSecurityActive]. It skips a
-// range of the table that another reaper works on, and leaves a page on which anybody else holds a
-// row to the next walk. If statement_timeout cuts a batch off, it retries in halves, down to one
-// page. Safe for concurrent use.
+// may be hidden from the role, it deletes those it sees and returns [ErrRowSecurityActive]. It
+// skips a range of the table that another reaper works on, and leaves a page on which anybody else
+// holds a row to the next walk. If statement_timeout cuts a batch off, it retries in halves, down
+// to one page. Safe for concurrent use.
 func (s *Store) DeleteExpired(ctx context.Context) (deleted int64, err error) {
 	return s.DeleteExpiredTold(ctx, nil)
 }
@@ -79,8 +79,8 @@ type walk struct {
 	held       int // how often rows were held
 }
 
-// deleteRange deletes the expired records on the pages from the first to before the last, all of them
-// in the range of the lock.
+// deleteRange deletes the expired records on the pages from the first to before the last, all of
+// them in the range of the lock.
 func (w *walk) deleteRange(ctx context.Context, lock, first, last int64) error {
 	for first < last {
 		next := min(first+w.batchPages, last)
@@ -114,8 +114,8 @@ func (w *walk) deleteRange(ctx context.Context, lock, first, last int64) error {
 }
 
 // deleteBatch deletes the expired records on the pages from the first to before the last, unless
-// another reaper holds the lock. The lock keeps reapers from waiting for each other and ends with the
-// statement. Correctness does not depend on it: a row that two reapers delete is deleted once.
+// another reaper holds the lock. The lock keeps reapers from waiting for each other and ends with
+// the statement. Correctness does not depend on it: a row that two reapers delete is deleted once.
 //
 // There is no FOR UPDATE SKIP LOCKED: each row's lock would go to the WAL beside its deletion, and
 // would need the privilege to update. ctid can't lead to another row: while this statement runs, no
@@ -169,8 +169,8 @@ func NewReaper(store *Store, opts *ReaperOptions) *Reaper {
 	return &Reaper{store: store, options: o}
 }
 
-// Run deletes expired records until ctx ends. A failed walk is passed to OnWalk, and the next one tries
-// again.
+// Run deletes expired records until ctx ends. A failed walk is passed to OnWalk, and the next one
+// tries again.
 func (r *Reaper) Run(ctx context.Context) {
 	for {
 		started := time.Now()

@@ -25,16 +25,18 @@ const (
 )
 
 // Resolve implements [idempotency.Store]. It waits for the key's lock on a fresh connection to a
-// primary, and reads the record in a statement of its own. The backend that sent the lost reply holds
-// the lock until its outcome is visible, and a crash drops both: so the lock, and a snapshot younger
-// than it, show the truth. It uses neither pgconn.SafeToRetry, which is true after a COMMIT that
-// happened, nor pg_xact_status, which returns committed for transactions that a fail-over lost.
+// primary, and reads the record in a statement of its own. The backend that sent the lost reply
+// holds the lock until its outcome is visible, and a crash drops both: so the lock, and a snapshot
+// younger than it, show the truth. It uses neither pgconn.SafeToRetry, which is true after a COMMIT
+// that happened, nor pg_xact_status, which returns committed for transactions that a fail-over
+// lost.
 //
 // It does not trust a server with a log that is behind its position at the claim: that is an old
 // primary that nobody has stopped, or a copy. Absence also proves nothing if row-level security
 // applies to the role, or once half of the TTL has passed.
 //
-// A decline gives up the lock at its ROLLBACK, before its INSERT: after a decline, nil proves nothing.
+// A decline gives up the lock at its ROLLBACK, before its INSERT: after a decline, nil proves
+// nothing.
 func (s *Store) Resolve(ctx context.Context, claim *idempotency.Claim) (*idempotency.Record, error) {
 	last := errors.New("no place among the resolvers: raise Options.ResolversMax")
 	for pause := resolvePauseMin; ; pause = min(2*pause, resolvePauseMax) {
@@ -48,7 +50,8 @@ func (s *Store) Resolve(ctx context.Context, claim *idempotency.Claim) (*idempot
 			return record, nil
 		}
 		last = err
-		if errors.Is(err, errRecord) || errors.Is(err, ErrRowSecurityActive) || errors.Is(err, errMayHaveExpired) { // no retry changes it
+		// No retry changes it.
+		if errors.Is(err, errRecord) || errors.Is(err, ErrRowSecurityActive) || errors.Is(err, errMayHaveExpired) {
 			return nil, fail("resolve", idempotency.ErrUnknown, err)
 		}
 		select {
@@ -84,8 +87,8 @@ func (s *Store) resolveOnce(ctx context.Context, claim *idempotency.Claim) (*ide
 	defer func() {
 		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), resolveCloseTimeout)
 		defer cancel()
-		// Closing would end the transaction too, but a moment later: an immediate retry would find the
-		// key in progress.
+		// Closing would end the transaction too, but a moment later: an immediate retry would find
+		// the key in progress.
 		if conn.PgConn().TxStatus() != 'I' {
 			_, _ = s.statements.Flush(ctx, conn.PgConn(), wire.Call{Statement: &s.statements.rollback})
 		}
@@ -153,8 +156,8 @@ func (s *Store) resolveOnce(ctx context.Context, claim *idempotency.Claim) (*ide
 	return record, nil
 }
 
-// connectPrimary makes a connection as the pool would, but to a primary. One of the pool's may lead to
-// a server that is no longer the primary, or never become free.
+// connectPrimary makes a connection as the pool would, but to a primary. One of the pool's may lead
+// to a server that is no longer the primary, or never become free.
 func (s *Store) connectPrimary(ctx context.Context) (*pgx.Conn, error) {
 	pool := s.pool.Config()
 	config := pool.ConnConfig
@@ -169,7 +172,7 @@ func (s *Store) connectPrimary(ctx context.Context) (*pgx.Conn, error) {
 			return nil, err
 		}
 	}
-	config.OnNotice = wire.MarkWarnings(config.OnNotice) // also where the pool's config did not go through Configure
+	config.OnNotice = wire.MarkWarnings(config.OnNotice) // even if the pool's config did not go through Configure
 	conn, err := pgx.ConnectConfig(ctx, config)
 	if err != nil {
 		return nil, err

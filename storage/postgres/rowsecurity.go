@@ -10,9 +10,9 @@ import (
 	"github.com/paidonce/idempotency/storage/postgres/internal/wire"
 )
 
-// ErrRowSecurityActive is returned if row-level security applies to one of our tables: a record may be
-// there although the look-up does not see it. PostgreSQL does not report whether a policy hides a
-// row, so every policy that applies to the role counts.
+// ErrRowSecurityActive is returned if row-level security applies to one of our tables: a record may
+// be there although the look-up does not see it. PostgreSQL does not report whether a policy hides
+// a row, so every policy that applies to the role counts.
 //
 // Each look-up reads row_security_active in the same statement. A connection on which row-level
 // security applied no longer caches plans: a plan that was made with policies keeps them after

@@ -12,8 +12,8 @@ import (
 var errNotReplicated = errors.New("COMMIT did not wait for the standbys: pg_stat_replication says which are away")
 
 // barrier ends the transaction with a COMMIT that waits for the standbys, and so for every earlier
-// COMMIT. If an earlier one's wait was canceled, its record is visible on the primary, but a fail-over
-// would lose it: it must be safe before it is replayed.
+// COMMIT. If an earlier one's wait was canceled, its record is visible on the primary, but a
+// fail-over would lose it: it must be safe before it is replayed.
 func (s *Store) barrier(ctx context.Context, conn *pgconn.PgConn) error {
 	wire.ForgetWarning(conn)
 	reply, err := s.statements.Flush(ctx, conn,

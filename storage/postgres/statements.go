@@ -17,7 +17,7 @@ type statements struct {
 	schema   string
 	table    string // sanitized
 	begin    wire.Statement
-	lock     wire.Statement // try to lock; also tells the transaction's timestamp, and whether COMMIT waits for standbys
+	lock     wire.Statement // try to lock; also returns the transaction's timestamp, and whether COMMIT waits for standbys
 	lockAt   wire.Statement // as lock; also returns the position of the server's log
 	lookUp   wire.Statement // always returns a row: whether row-level security applies, then the record or NULLs
 	peek     wire.Statement // the look-up of a replay, outside of a transaction
@@ -45,14 +45,14 @@ const logPosition = "pg_catalog.pg_walfile_name(pg_catalog.pg_current_wal_flush_
 // synchronousStandbys is a SQL expression that is true if COMMIT waits for standbys.
 const synchronousStandbys = "pg_catalog.current_setting('synchronous_standby_names') OPERATOR(pg_catalog.<>) ''"
 
-// hearWarnings makes the server send warnings, whatever the session or the handler set. If the wait of
-// a COMMIT for standbys was canceled, a warning is the only sign.
+// hearWarnings makes the server send warnings, whatever the session or the handler set. If the wait
+// of a COMMIT for standbys was canceled, a warning is the only sign.
 const hearWarnings = " AND pg_catalog.set_config('client_min_messages', 'warning', true) IS NOT NULL"
 
 func newStatements(o *Options) statements {
 	table := pgx.Identifier{o.Schema, TableName}.Sanitize()
-	// With a pooler that hands out a server connection per transaction, settings last as long as the
-	// transaction.
+	// With a pooler that hands out a server connection per transaction, settings last as long as
+	// the transaction.
 	settings := ", " + o.transactionTimeout()
 	resolveSettings := settings
 	if o.TransactionPooling {
@@ -95,9 +95,9 @@ func newStatements(o *Options) statements {
 		// new transaction. set_config: COMMIT waits for the disk whatever the handler set. The TTL
 		// runs from now: a record is not born expired, however long the handler took. A trigger may
 		// drop or change the row while the INSERT succeeds, and a deferred trigger may have set the
-		// client_encoding, so that the server read another scope: see wire.PlainText. COMMIT is already on
-		// its way behind it, so this statement must fail itself, by a division by zero. PostgreSQL
-		// refuses a rule, because the INSERT is inside WITH.
+		// client_encoding, so that the server read another scope: see wire.PlainText. COMMIT is
+		// already on its way behind it, so this statement must fail itself, by a division by zero.
+		// PostgreSQL refuses a rule, because the INSERT is inside WITH.
 		insert: wire.Statement{
 			SQL: "WITH written AS (INSERT INTO " + table + " (created_at, expires_at, status, fingerprint_version, attempt_id, scope, key, fingerprint, headers, body, trace_id)" +
 				" VALUES (CASE WHEN pg_catalog.transaction_timestamp() OPERATOR(pg_catalog.=) COALESCE($1, pg_catalog.transaction_timestamp())" +
@@ -124,8 +124,8 @@ func newStatements(o *Options) statements {
 				" pg_catalog.pg_logical_emit_message(true, 'idempotency', '')",
 			OIDs: []uint32{pgtype.TextOID},
 		},
-		// READ COMMITTED whatever the store's isolation: the look-up's snapshot must be younger than
-		// the lock. READ WRITE fails on a standby.
+		// READ COMMITTED whatever the store's isolation: the look-up's snapshot must be younger
+		// than the lock. READ WRITE fails on a standby.
 		resolveBegin: wire.Statement{SQL: "BEGIN ISOLATION LEVEL READ COMMITTED READ WRITE"},
 		resolveSet: wire.Statement{
 			SQL: "SELECT pg_catalog.set_config('lock_timeout', $1, true), pg_catalog.set_config('statement_timeout', '0', true), " +

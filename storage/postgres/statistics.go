@@ -13,29 +13,29 @@ import (
 	"github.com/paidonce/idempotency/storage/postgres/internal/wire"
 )
 
-// StatisticsPagesMax is the maximum number of pages of the table that [Store.Statistics] reads: 2 MB,
-// whatever the size of the table.
+// StatisticsPagesMax is the maximum number of pages of the table that [Store.Statistics] reads: 2
+// MB, whatever the size of the table.
 const StatisticsPagesMax = 256
 
-// StatisticsTimeoutMax bounds the statement of [Store.Statistics] on the server, even if its context
-// allows more.
+// StatisticsTimeoutMax bounds the statement of [Store.Statistics] on the server, even if its
+// context allows more.
 const StatisticsTimeoutMax = time.Second
 
-// Statistics are figures about the table. Records, Expired and Overdue are estimates from pages spread
-// evenly over it, and exact if it has no more than [StatisticsPagesMax] pages.
+// Statistics are figures about the table. Records, Expired and Overdue are estimates from pages
+// spread evenly over it, and exact if it has no more than [StatisticsPagesMax] pages.
 type Statistics struct {
 	Records    int64         // that lie in the table, expired ones included
 	Expired    int64         // of these, that wait for the reaper
-	Overdue    time.Duration // for how long the oldest of those that were read has been expired; zero where there is none
+	Overdue    time.Duration // the time since the oldest of those that were read expired; zero if there is none
 	TableBytes int64         // bodies included
 	IndexBytes int64
 }
 
 // Statistics reads figures about the table, in four round trips on a connection of the pool, which
 // it holds for little longer than [StatisticsTimeoutMax]. If the pool has to connect first, only
-// ctx bounds that. It needs SELECT on the table, and fails with [ErrRowSecurityActive] if rows may be
-// hidden from the role. Its cost does not grow with the table; still, ask every half minute and not
-// for each request. Safe for concurrent use.
+// ctx bounds that. It needs SELECT on the table, and fails with [ErrRowSecurityActive] if rows may
+// be hidden from the role. Its cost does not grow with the table; still, call it every half minute,
+// not for each request. Safe for concurrent use.
 func (s *Store) Statistics(ctx context.Context) (Statistics, error) {
 	var stats Statistics
 	var read, pages int64
@@ -73,9 +73,10 @@ func (s *Store) Statistics(ctx context.Context) (Statistics, error) {
 	return stats, nil
 }
 
-// statisticsSQL reads every n-th page from a random one on. Records that expire together lie together,
-// so pages at even distances give a better estimate than as many random ones. Each page is a TID range
-// of its own, and nothing else is read: the aggregate around it keeps the planner from joining instead.
+// statisticsSQL reads every n-th page from a random one on. Records that expire together lie
+// together, so pages at even distances give a better estimate than as many random ones. Each page
+// is a TID range of its own, and nothing else is read: the aggregate around it keeps the planner
+// from joining instead.
 func (s *Store) statisticsSQL() string {
 	return `
 		SELECT size.pages, pg_table_size($1::regclass), pg_indexes_size($1::regclass), count(page.number),

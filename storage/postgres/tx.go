@@ -14,7 +14,8 @@ var (
 	// ErrSealed: the handler must not end the transaction, or has returned and must not use it any
 	// more.
 	ErrSealed = sealed.ErrSealed
-	// ErrBusy: the transaction is used by two goroutines at once, or from inside a callback of its own.
+	// ErrBusy: the transaction is used by two goroutines at once, or from inside a callback of its
+	// own.
 	ErrBusy = sealed.ErrBusy
 )
 

@@ -46,8 +46,8 @@ func (d *deferred) state() (calls int, refused error) {
 	return len(d.calls), d.refused
 }
 
-// Deferred returns the deferred statements, the bytes of their parameters since the last Sync, and an
-// error if one of them was refused.
+// Deferred returns the deferred statements, the bytes of their parameters since the last Sync, and
+// an error if one of them was refused.
 func (t *Transaction) Deferred() (calls []wire.Call, together int, refused error) {
 	d := t.deferred.Load()
 	if d == nil {
@@ -71,8 +71,8 @@ func (d *deferred) backTo(calls int, refused error) {
 // errArguments stands for pgx's error, which quotes the argument.
 var errArguments = errors.New("an argument can't be encoded: DeferExec returned the reason")
 
-// Defer adds a statement to those that the last flush sends. statement returns it, and the number of
-// rows that it must touch, negative for any.
+// Defer adds a statement to those that the last flush sends. statement returns it, and the number
+// of rows that it must touch, negative for any.
 func (tx *Tx) Defer(ctx context.Context, statement func() (rows int, sql string, args []any, err error)) (err error) {
 	d := tx.deferring()
 	if err := tx.use(); err != nil {

@@ -7,12 +7,13 @@ import (
 	"sync"
 )
 
-// admitSQL refuses SQL text that controls transactions, and several statements in one string, before
-// anything is sent: "insert ...; commit; begin" would leave a healthy transaction behind that is not
-// ours, and the retry would pay again.
+// admitSQL refuses SQL text that controls transactions, and several statements in one string,
+// before anything is sent: "insert ...; commit; begin" would leave a healthy transaction behind
+// that is not ours, and the retry would pay again.
 //
 // It reads text as PostgreSQL's scanner does, and refuses text that the two could read differently.
-// plainStrings is standard_conforming_strings: if it is off, a backslash may hide the end of a string.
+// plainStrings is standard_conforming_strings: if it is off, a backslash may hide the end of a
+// string.
 func admitSQL(sql string, plainStrings bool) error {
 	if !plainStrings && strings.IndexByte(sql, '\\') >= 0 {
 		return fmt.Errorf("%w: a backslash in SQL text is refused while standard_conforming_strings is off", ErrSealed)

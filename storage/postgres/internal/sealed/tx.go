@@ -1,6 +1,6 @@
-// Package sealed is a pgx.Tx that a handler can't end: it refuses Commit and Rollback, SQL text that
-// controls transactions, and everything once the handler has returned. It knows pgx, and nothing of
-// keys and records.
+// Package sealed is a pgx.Tx that a handler can't end: it refuses Commit and Rollback, SQL text
+// that controls transactions, and everything once the handler has returned. It knows pgx, and
+// nothing of keys and records.
 package sealed
 
 import (
@@ -27,16 +27,17 @@ var (
 	ErrBusy   = errors.New("idempotency/postgres: the transaction is busy")
 )
 
-// transaction is the state that the handles of one transaction share: the connection, and its use by
-// the handler.
+// transaction is the state that the handles of one transaction share: the connection, and its use
+// by the handler.
 //
-// A handler may leave goroutines behind that still use it. So every use takes the one slot, and none
-// begins once sealed is set. A use never waits for the slot, because callbacks run while it is taken.
+// A handler may leave goroutines behind that still use it. So every use takes the one slot, and
+// none begins once sealed is set. A use never waits for the slot, because callbacks run while it is
+// taken.
 type transaction struct {
 	settings *Settings
 	conn     *pgx.Conn
 	sealed   atomic.Bool
-	slot     sync.Mutex                 // taken while conn is in use; guards it and what follows
+	slot     sync.Mutex                 // taken while conn is in use; guards it and the fields below
 	row      atomic.Pointer[handlerRow] // has taken the slot, and gives it back when it is scanned
 
 	deferred atomic.Pointer[deferred] // nil until the handler defers a statement
@@ -46,7 +47,7 @@ type transaction struct {
 	failure    error // the first error of the database that no savepoint undid
 	savepoints []savepoint
 	sequence   int
-	lost       bool // the transaction was over after a use
+	lost       bool // the transaction had ended after a use
 	stalePlans bool // a table changed under a prepared statement
 	abandoned  bool // a use went on past the seal: the connection is not ours any more
 }
@@ -54,7 +55,7 @@ type transaction struct {
 // savepoint is an open nested transaction.
 type savepoint struct {
 	number  int
-	failure error // of the transaction when it was opened: what ROLLBACK TO goes back to
+	failure error // of the transaction when it was opened: ROLLBACK TO restores it
 
 	deferred int // statements when it was opened
 	refused  error
@@ -73,7 +74,8 @@ type Settings struct {
 	texts texts
 }
 
-// Transaction is the store's side of a transaction. Its methods are not on [Tx], which handlers hold.
+// Transaction is the store's side of a transaction. Its methods are not on [Tx], which handlers
+// hold.
 type Transaction struct{ transaction }
 
 // Init makes t the open transaction of a connection.
@@ -100,7 +102,7 @@ type State int
 // The states. All but StateReady come with an error that has the details.
 const (
 	StateReady  State = iota // it can be committed
-	StateLost                // the handler ended it: what it wrote may stand
+	StateLost                // the handler ended it: its writes may stand
 	StateClosed              // its connection is closed
 	StateFailed              // the error is the database's, and no savepoint undid it
 	StateUnfit               // aborted, in use, or with something left open
@@ -109,13 +111,13 @@ const (
 // Seal ends the handler's use of the transaction and returns its state.
 func (t *Transaction) Seal() (State, error) {
 	t.sealed.Store(true)
-	if !t.take() && t.row.Swap(nil) == nil { // a row that nobody scanned holds the slot, and no goroutine
+	if !t.take() && t.row.Swap(nil) == nil { // a row that was never scanned holds the slot, and no goroutine
 		return StateUnfit, t.interrupt()
 	}
 	defer t.give()
 	conn := t.conn.PgConn()
 	switch {
-	case t.lost: // before all else: what was committed stays so, whatever became of the connection since
+	case t.lost: // first of all: what the handler committed stays, whatever happened to the connection since
 		return StateLost, errors.New("the handler ended the transaction")
 	case conn.IsClosed():
 		return StateClosed, errors.Join(t.failure, errors.New("the connection is closed"))
@@ -133,7 +135,8 @@ func (t *Transaction) Seal() (State, error) {
 	return StateReady, nil
 }
 
-// interrupt takes the connection from a goroutine that the handler left behind. It closes the socket.
+// interrupt takes the connection from a goroutine that the handler left behind. It closes the
+// socket.
 func (t *transaction) interrupt() error {
 	_ = t.conn.PgConn().Conn().Close() // a socket is safe for concurrent use; a connection is not
 	taken := make(chan struct{})
@@ -144,7 +147,7 @@ func (t *transaction) interrupt() error {
 	select {
 	case <-taken:
 	case <-time.After(AbandonTimeout):
-		t.abandoned = true // read by the goroutine of the attempt alone, as it is written
+		t.abandoned = true // only the attempt's goroutine reads and writes it
 		return errors.New("the transaction is still in use")
 	}
 	defer t.give()
@@ -181,7 +184,7 @@ func (t *transaction) use() error {
 func (t *transaction) done(err error) {
 	t.remember(err)
 	if conn := t.conn.PgConn(); conn.TxStatus() == 'I' && !conn.IsBusy() {
-		t.lost = true // also where another one is begun at the next use
+		t.lost = true // even if another one begins at the next use
 	}
 	t.give()
 }
@@ -221,7 +224,8 @@ func (tx *Tx) Holds(pool *pgxpool.Pool) bool { return tx.settings.Pool == pool &
 // ConnOf leads around the seal, for tests.
 func ConnOf(tx *Tx) *pgx.Conn { return tx.conn }
 
-// Unguarded returns a handle that sends every SQL text, for tests of what the server itself refuses.
+// Unguarded returns a handle that sends every SQL text, for tests of what the server itself
+// refuses.
 func Unguarded(tx *Tx) *Tx {
 	return &Tx{transaction: tx.transaction, savepoint: tx.savepoint, unguarded: true}
 }
@@ -335,8 +339,8 @@ func (tx *Tx) Query(ctx context.Context, sql string, arguments ...any) (_ pgx.Ro
 	return &handlerRows{Rows: rows, tx: tx.transaction}, err
 }
 
-// QueryRow sends the query and keeps the connection in use until the row is scanned: the two are one
-// use of it.
+// QueryRow sends the query and keeps the connection in use until the row is scanned: the two are
+// one use of it.
 func (tx *Tx) QueryRow(ctx context.Context, sql string, arguments ...any) pgx.Row {
 	row := new(handlerRow)
 	if err := tx.use(); err != nil {
@@ -420,7 +424,8 @@ func (tx *Tx) LargeObjects() pgx.LargeObjects {
 // Conn returns nil: the connection would let the handler end the transaction.
 func (tx *Tx) Conn() *pgx.Conn { return nil }
 
-// admit refuses SQL text that controls transactions, even if a rewriter among the arguments makes it.
+// admit refuses SQL text that controls transactions, even if a rewriter among the arguments makes
+// it.
 func (tx *Tx) admit(sql string, arguments []any) ([]any, error) {
 	if tx.unguarded {
 		return arguments, nil
@@ -445,10 +450,10 @@ func (tx *Tx) admit(sql string, arguments []any) ([]any, error) {
 	return arguments, nil
 }
 
-// extended returns the arguments with the mode that sends them by the extended protocol, in which the
-// server itself refuses several statements in one string. pgx's Exec would send text without arguments
-// by the simple protocol. Such text is not prepared either: that would cost a round trip the first
-// time.
+// extended returns the arguments with the mode that sends them by the extended protocol, in which
+// the server itself refuses several statements in one string. pgx's Exec would send text without
+// arguments by the simple protocol. Such text is not prepared either: that would cost a round trip
+// the first time.
 func (tx *Tx) extended(arguments []any, exec bool) []any {
 	mode, explicit, options := tx.settings.Mode, false, 0
 option:

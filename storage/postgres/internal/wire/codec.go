@@ -8,8 +8,8 @@ import (
 	"time"
 )
 
-// The encodings of PostgreSQL's binary format that our statements need. Text, bytea and uuid are sent
-// as their bytes.
+// The encodings of PostgreSQL's binary format that our statements need. Text, bytea and uuid are
+// sent as their bytes.
 
 // EncodeInt2 returns v as smallint.
 func EncodeInt2(v int16) (encoded [2]byte) {

@@ -45,8 +45,8 @@ type Call struct {
 // begins its transaction in the same flush, so its record is never apart.
 const TogetherBytesMax = 512
 
-// RowReader reads a row in binary format. The values are in the connection's buffer: copy those that
-// you keep.
+// RowReader reads a row in binary format. The values are in the connection's buffer: copy those
+// that you keep.
 type RowReader interface{ ReadRow(values [][]byte) error }
 
 // RowFunc is a function as a [RowReader].
@@ -57,15 +57,15 @@ func (f RowFunc) ReadRow(values [][]byte) error { return f(values) }
 // Reply is the result of a flush.
 type reply struct {
 	Committed bool // the last statement that completed was COMMIT, and it committed
-	Failed    int  // index of the call that failed; the number of calls where none did
+	Failed    int  // index of the call that failed; the number of calls if none did
 }
 
 // Flush sends the calls in one message and reads their results: one round trip. After an error the
 // server has skipped the calls behind the failed one; those before it were executed.
 //
-// It uses the extended query protocol through pgconn's own frontend. pgconn's Pipeline does the same
-// for statements of any kind; Flush knows the columns of its few statements, so it describes nothing
-// and keeps no queues.
+// It uses the extended query protocol through pgconn's own frontend. pgconn's Pipeline does the
+// same for statements of any kind; Flush knows the columns of its few statements, so it describes
+// nothing and keeps no queues.
 func (s *Set) Flush(ctx context.Context, conn *pgconn.PgConn, calls ...Call) (reply, error) {
 	switch {
 	case ctx.Err() != nil:
@@ -108,10 +108,12 @@ func (s *Set) Flush(ctx context.Context, conn *pgconn.PgConn, calls ...Call) (re
 	return result, err
 }
 
-// exchangeBefore is exchange with a context that only ends by time: the deadline of the socket ends it.
+// exchangeBefore is exchange with a context that only ends by time: the deadline of the socket ends
+// it.
 func exchangeBefore(ctx *deadline.Context, conn *pgconn.PgConn, calls []Call) (reply, error) {
 	at, _ := ctx.Deadline()
-	_ = conn.Conn().SetDeadline(at) // where a socket knows none, it can't be interrupted by the watch either
+	// Best effort: a connection without deadlines can't be interrupted by the other watch either.
+	_ = conn.Conn().SetDeadline(at)
 	result, err := exchange(conn, calls)
 	if !conn.IsClosed() {
 		_ = conn.Conn().SetDeadline(time.Time{})
@@ -178,7 +180,8 @@ type replyReader struct {
 func (r *replyReader) read(message pgproto3.BackendMessage) (over bool, err error) {
 	switch message := message.(type) {
 	case *pgproto3.ParseComplete, *pgproto3.BindComplete,
-		*pgproto3.ParameterStatus, *pgproto3.NoticeResponse, *pgproto3.NotificationResponse: // pgconn has seen to the last three
+		// pgconn has handled the last three.
+		*pgproto3.ParameterStatus, *pgproto3.NoticeResponse, *pgproto3.NotificationResponse:
 	case *pgproto3.DataRow:
 		if r.err == nil && !r.row && r.reply.Failed < len(r.calls) && r.calls[r.reply.Failed].Row != nil {
 			r.err = r.calls[r.reply.Failed].Row.ReadRow(message.Values)
@@ -191,7 +194,8 @@ func (r *replyReader) read(message pgproto3.BackendMessage) (over bool, err erro
 		}
 		r.row = false
 	case *pgproto3.ErrorResponse:
-		if committed := r.reply.Committed && r.reply.Failed == len(r.calls); r.err == nil && !committed { // no error takes a COMMIT back
+		// No later error takes a COMMIT back.
+		if committed := r.reply.Committed && r.reply.Failed == len(r.calls); r.err == nil && !committed {
 			r.err = pgconn.ErrorResponseToPgError(message)
 		}
 	case *pgproto3.ReadyForQuery:
@@ -209,8 +213,8 @@ func (r *replyReader) read(message pgproto3.BackendMessage) (over bool, err erro
 	return false, nil
 }
 
-// broken returns the error for a connection that failed while it was read. If every call was answered,
-// there is none.
+// broken returns the error for a connection that failed while it was read. If every call was
+// answered, there is none.
 func (r *replyReader) broken(err error) error {
 	switch {
 	case r.err != nil:
@@ -221,8 +225,8 @@ func (r *replyReader) broken(err error) error {
 	return err
 }
 
-// abandon closes a connection if its reply did not come, as pgconn does: at once for the caller, and
-// with a request to cancel, in the background, for the server.
+// abandon closes a connection if its reply did not come, as pgconn does: at once for the caller,
+// and with a request to cancel, in the background, for the server.
 func abandon(conn *pgconn.PgConn) {
 	if conn.IsClosed() {
 		return
@@ -232,7 +236,7 @@ func abandon(conn *pgconn.PgConn) {
 	pipeline.SendPipelineSync()
 	_ = pipeline.Flush() // fails by the deadline, upon which pgconn closes
 	_ = pipeline.Close()
-	closeNow(conn) // also where the socket knows no deadlines
+	closeNow(conn) // even if the socket has no deadlines
 }
 
 // closeNow closes a connection without waiting for anything.

@@ -24,8 +24,8 @@ func WaitedInVain(conn *pgconn.PgConn, synchronous bool) bool {
 	return ok && (synchronous || routine == canceledWait)
 }
 
-// MarkWarnings returns a notice handler that calls inner, and marks the connection if the notice is a
-// warning.
+// MarkWarnings returns a notice handler that calls inner, and marks the connection if the notice is
+// a warning.
 func MarkWarnings(inner pgconn.NoticeHandler) pgconn.NoticeHandler {
 	return func(conn *pgconn.PgConn, notice *pgconn.Notice) {
 		if inner != nil {

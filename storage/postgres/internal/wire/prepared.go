@@ -29,7 +29,7 @@ type Set struct {
 	statements []Statement
 	table      string // of the records; sanitized
 	mark       string // the key of their *Names in a connection's custom data
-	deferred   string // the key of what is prepared for handlers, which is forgotten together with them
+	deferred   string // the key of the handlers' prepared statements, which are dropped together with them
 }
 
 // NewSet numbers the statements and returns the set of them.
@@ -46,16 +46,16 @@ func NewSet(table, deferred string, statements ...*Statement) Set {
 	return s
 }
 
-// preparedMark is the beginning of the keys under which a connection's custom data keeps the names of
-// prepared statements, a *Names. The rest of a key is a hash of their texts: stores with another
+// preparedMark is the beginning of the keys under which a connection's custom data keeps the names
+// of prepared statements, a *Names. The rest of a key is a hash of their texts: stores with another
 // schema or isolation level have other texts, and both may be prepared.
 const preparedMark = "paidonce/idempotency/prepared/"
 
 // Names are the names of prepared statements, by number; that of number 0 is empty.
 type Names struct{ names []string }
 
-// NewNames draws names that nobody else knows. COMMIT is among the statements, and the guard that reads
-// a handler's SQL admits EXECUTE.
+// NewNames draws names that a handler can't guess. COMMIT is among the statements, and the guard
+// that reads a handler's SQL admits EXECUTE.
 func (s *Set) NewNames() *Names {
 	prefix := "idempotency_" + rand.Text() + "_"
 	p := &Names{names: []string{""}}
@@ -65,14 +65,15 @@ func (s *Set) NewNames() *Names {
 	return p
 }
 
-// namesOn returns the names of these statements on a connection, nil if they are not prepared there.
+// namesOn returns the names of these statements on a connection, nil if they are not prepared
+// there.
 func (s *Set) namesOn(conn *pgconn.PgConn) *Names {
 	p, _ := conn.CustomData()[s.mark].(*Names)
 	return p
 }
 
-// OthersOn reports whether a connection has the prepared statements of a store with other options, and
-// not these.
+// OthersOn reports whether a connection has the prepared statements of a store with other options,
+// and not these.
 func (s *Set) OthersOn(conn *pgconn.PgConn) (others bool) {
 	for mark := range conn.CustomData() {
 		others = others || strings.HasPrefix(mark, preparedMark)
@@ -82,10 +83,10 @@ func (s *Set) OthersOn(conn *pgconn.PgConn) (others bool) {
 
 // Prepare prepares the statements on a new connection, in one round trip. The connection is usable
 // without them: they are then sent as text, which adds no round trip. So a missing table or column
-// is no error, because a migration, or Check, may need the connection. Neither is a table that has a
-// rule, or that somebody keeps locked for longer than timeout, because the connection may be for a
-// request that needs no record. If the table has row-level security, they are sent as text too: a plan with
-// policies would outlive them.
+// is no error, because a migration, or Check, may need the connection. Neither is a table that has
+// a rule, or that somebody keeps locked for longer than timeout, because the connection may be for
+// a request that needs no record. If the table has row-level security, they are sent as text too: a
+// plan with policies would outlive them.
 func (s *Set) Prepare(ctx context.Context, conn *pgconn.PgConn, p *Names, timeout time.Duration) error {
 	pipeline := conn.StartPipeline(ctx)
 	// Local to the transaction: all messages before the Sync run in one.
@@ -116,7 +117,8 @@ func (s *Set) Prepare(ctx context.Context, conn *pgconn.PgConn, p *Names, timeou
 	var pgErr *pgconn.PgError
 	if errors.As(err, &pgErr) {
 		switch pgErr.Code {
-		case "42P01", "42703", "3F000", "42883", "0A000", "55P03", "57014": // no table, column, schema or function, a rule, lock_timeout, statement_timeout
+		// No table, column, schema or function; a rule; lock_timeout; statement_timeout.
+		case "42P01", "42703", "3F000", "42883", "0A000", "55P03", "57014":
 			return nil
 		}
 	}
@@ -138,8 +140,8 @@ func (s *Set) ForgetPrepared(conn *pgconn.PgConn) {
 	delete(conn.CustomData(), s.deferred)
 }
 
-// Unprepared reports whether a prepared statement can't be used any more: somebody deallocated it on
-// this connection, or the table changed under its plan.
+// Unprepared reports whether a prepared statement can't be used any more: somebody deallocated it
+// on this connection, or the table changed under its plan.
 func Unprepared(err error) bool {
 	if err == nil { // saves the allocation below
 		return false

@@ -51,9 +51,9 @@ func Class(pgErr *pgconn.PgError) string {
 	return pgErr.Code[:2]
 }
 
-// Definite reports whether an error in place of COMMIT's reply proves that nothing was committed: only
-// an ERROR by PostgreSQL itself does. A FATAL, a connection error, an error without the unlocalized
-// severity (PgBouncer's) and every error of the network prove nothing. It does not use
+// Definite reports whether an error in place of COMMIT's reply proves that nothing was committed:
+// only an ERROR by PostgreSQL itself does. A FATAL, a connection error, an error without the
+// unlocalized severity (PgBouncer's) and every error of the network prove nothing. It does not use
 // pgconn.SafeToRetry, which is true after a COMMIT that happened.
 func Definite(err error) (*pgconn.PgError, bool) {
 	var pgErr *pgconn.PgError
