@@ -23,19 +23,22 @@ const (
 	poolSizeBig   = 10 // of the first bank
 	poolSizeSmall = 6  // of the others: 32 clients squeeze it
 
-	handlerTimeout = 4 * time.Second // a half-open transaction ends ten seconds after it, and its request is unknown before that
+	// A half-open transaction ends ten seconds after it; the request's outcome is unknown before
+	// that.
+	handlerTimeout = 4 * time.Second
 	acquireTimeout = time.Second
 
-	// duplicateWait is shorter than an attempt may hold a key, so that some requests still get
-	// in-progress.
+	// duplicateWait is shorter than the time that an attempt may hold a key, so that some requests
+	// still get in-progress.
 	duplicateWait = 50 * time.Millisecond
 
-	serveWaitMax = 30 * time.Second // from a bank's start until it serves, starts that failed included
+	serveWaitMax = 30 * time.Second // from a bank's start until it serves, including failed starts
 	restartPause = 100 * time.Millisecond
 	stopWaitMax  = 20 * time.Second
 )
 
-// banks are the processes under test, each in a slot with an address of its own. A bank that dies is started again.
+// banks are the processes under test, each in a slot with its own address. A bank that dies is
+// restarted.
 type banks struct {
 	run    *run
 	slots  []*slot
@@ -45,7 +48,7 @@ type banks struct {
 
 func newBanks(r *run) *banks { return &banks{run: r} }
 
-// slot is one bank's place. Its lives come one after the other.
+// slot is one bank's place. Its lives follow one another.
 type slot struct {
 	run     *run
 	number  int
@@ -58,11 +61,12 @@ type slot struct {
 	stopping bool
 	next     arm   // of the next life
 	pending  []arm // crash points that no life has reached
-	life     *life // the one that runs; nil between two
+	life     *life // the current one; nil between two
 	scrapes  scrapes
 }
 
-// arm is a crash point and how many times it is passed before the end. The zero value is none.
+// arm is a crash point, and the number of the pass at which the bank dies there. The zero value is
+// none.
 type arm struct {
 	point string
 	nth   int
@@ -105,15 +109,15 @@ func (b *banks) start(ctx context.Context) error {
 	return nil
 }
 
-// Ports of banks lie under those that systems give to whoever asks for any: nobody must get a bank's port between two
-// of its lives.
+// The banks' ports lie below the range from which systems assign free ports: no other program may
+// get a bank's port between two of its lives.
 const (
 	portMin   = 20_000
 	portMax   = 32_000
 	portTries = 100
 )
 
-// freeAddress is one that nobody listens on now.
+// freeAddress returns an address that no program listens on now.
 func freeAddress() (string, error) {
 	for range portTries {
 		address := net.JoinHostPort("127.0.0.1", strconv.Itoa(portMin+rand.IntN(portMax-portMin)))
@@ -124,10 +128,10 @@ func freeAddress() (string, error) {
 	return "", fmt.Errorf("find a free port: %d of those from %d to %d are taken", portTries, portMin, portMax)
 }
 
-// address is where a bank listens, in each of its lives.
+// address returns the address on which a bank listens, the same in each of its lives.
 func (b *banks) address(bank int) string { return b.slots[bank].address }
 
-// awaitServing waits until the slot's bank serves, whichever life it is.
+// awaitServing blocks until the slot's bank serves, in any of its lives.
 func (s *slot) awaitServing(ctx context.Context, failed <-chan error) error {
 	ctx, cancel := context.WithTimeoutCause(ctx, serveWaitMax, fmt.Errorf("bank %d did not serve within %v", s.number, serveWaitMax))
 	defer cancel()
@@ -135,7 +139,7 @@ func (s *slot) awaitServing(ctx context.Context, failed <-chan error) error {
 		if l := s.current(); l != nil {
 			serving := l.serving
 			if l.dying() {
-				serving = nil // the next one will
+				serving = nil // the next life will serve
 			}
 			select {
 			case <-serving:
@@ -163,9 +167,11 @@ func (s *slot) current() *life {
 	return s.life
 }
 
-// supervise starts life after life until the slot is stopped. A life that ends without anybody's asking is a finding.
+// supervise starts life after life until the slot is stopped. A life that ends unasked is a
+// finding.
 func (s *slot) supervise() error {
-	// The kernel ends a bank with the thread that started it, not with the process: the thread stays.
+	// The kernel ends a bank when the thread that started it ends, not when the process does. So
+	// the thread is locked.
 	runtime.LockOSThread()
 	defer runtime.UnlockOSThread()
 	refusedSince := time.Time{}
@@ -178,7 +184,7 @@ func (s *slot) supervise() error {
 		if l == nil {
 			return nil
 		}
-		_ = l.cmd.Wait() // judge looks at how it ended
+		_ = l.cmd.Wait() // judge reads how it ended
 		served, stopped := s.judge(l)
 		close(l.ended)
 		if stopped {
@@ -200,7 +206,7 @@ func (s *slot) supervise() error {
 	}
 }
 
-// begin starts the next life, nil where the slot is stopped.
+// begin starts the next life. It returns nil if the slot is stopped.
 func (s *slot) begin() (*life, error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -237,7 +243,7 @@ func (s *slot) begin() (*life, error) {
 	return l, nil
 }
 
-// judge says whether a life that has ended had served, and whether it is the slot's last one.
+// judge reports if a life that has ended had served, and if it is the slot's last.
 func (s *slot) judge(l *life) (served, stopped bool) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -272,7 +278,7 @@ func (s *slot) judge(l *life) (served, stopped bool) {
 	return l.serves, s.stopping
 }
 
-// kill is kill -9, and gives the bank's next life a crash point.
+// kill is kill -9. It gives the bank's next life a crash point.
 func (b *banks) kill(bank int, next arm) bool {
 	s := b.slots[bank]
 	s.mu.Lock()
@@ -286,8 +292,8 @@ func (b *banks) kill(bank int, next arm) bool {
 	return s.life != nil && s.life.kill()
 }
 
-// disarmed reports whether every crash point was reached that any life was given. One that was pushed aside by a kill
-// is given to another life.
+// disarmed reports whether every crash point that a life was given has been reached. If a kill
+// prevented one, it is given to another life.
 func (b *banks) disarmed() bool {
 	all := true
 	for _, s := range b.slots {
@@ -308,7 +314,7 @@ func (b *banks) awaitsResolve(bank int) bool {
 	return l != nil && l.armed.point == crashpoint.Resolving
 }
 
-// heal kills the banks whose crash point is still armed, and waits until all serve.
+// heal kills the banks that still have an armed crash point, and blocks until all serve.
 func (b *banks) heal(ctx context.Context) error {
 	for _, s := range b.slots {
 		s.mu.Lock()
@@ -326,7 +332,8 @@ func (b *banks) heal(ctx context.Context) error {
 	return nil
 }
 
-// close stops the banks in order, and those that don't by kill -9. A second call does nothing.
+// close stops the banks in order, and kills those that do not stop in time. A second call does
+// nothing.
 func (b *banks) close() error {
 	if b.closed {
 		return nil

@@ -18,7 +18,8 @@ func slotOf(t *testing.T, script string) (*run, *slot) {
 	diaryOf(t, r)
 	r.banks = newBanks(r)
 	program := filepath.Join(t.TempDir(), "bank")
-	// A process that another test forks meanwhile would hold the file open for writing, and nobody could run it.
+	// If another test forks meanwhile, its process holds the file open for writing, and the script
+	// cannot run.
 	syscall.ForkLock.RLock()
 	err := os.WriteFile(program, []byte("#!/bin/sh\n"+script+"\n"), 0o755)
 	syscall.ForkLock.RUnlock()
@@ -34,7 +35,8 @@ func slotOf(t *testing.T, script string) (*run, *slot) {
 
 const servesForLong = `echo "demo-bank is at http://127.0.0.1:1 (x)"; exec sleep 60`
 
-// TestADeathThatNobodyAskedForIsFound: whatever it looks like, but for a start that found no database.
+// TestADeathThatNobodyAskedForIsFound: any unasked death is a finding, except a start that found no
+// database.
 func TestADeathThatNobodyAskedForIsFound(t *testing.T) {
 	t.Parallel()
 	for name, script := range map[string]string{
@@ -73,7 +75,8 @@ func TestAStartWithoutADatabaseIsTriedAgain(t *testing.T) {
 	}
 }
 
-// TestAKillArmsTheNextLife: the life after a kill has the crash point, dies at it, and is followed by one without.
+// TestAKillArmsTheNextLife: the life after a kill has the crash point and dies at it; the one after
+// that has none.
 func TestAKillArmsTheNextLife(t *testing.T) {
 	t.Parallel()
 	r, s := slotOf(t, `echo "demo-bank is at http://127.0.0.1:1 (x)"
@@ -95,7 +98,7 @@ exec sleep 60`)
 	}
 }
 
-// TestACrashPointThatAKillPushedAsideComesBack: none is lost.
+// TestACrashPointThatAKillPushedAsideComesBack: no crash point is lost.
 func TestACrashPointThatAKillPushedAsideComesBack(t *testing.T) {
 	t.Parallel()
 	r, s := slotOf(t, servesForLong)
@@ -107,7 +110,7 @@ func TestACrashPointThatAKillPushedAsideComesBack(t *testing.T) {
 				return false
 			}
 			select {
-			case <-l.serving: // or its crash point would stay its own
+			case <-l.serving: // otherwise its crash point would stay its own
 				return true
 			default:
 				return false
@@ -129,7 +132,7 @@ func TestACrashPointThatAKillPushedAsideComesBack(t *testing.T) {
 	}
 }
 
-// TestNoBankOutlivesTheRun: close ends them all, also one that does not want to.
+// TestNoBankOutlivesTheRun: close ends all banks, even one that does not want to end.
 func TestNoBankOutlivesTheRun(t *testing.T) {
 	t.Parallel()
 	r, s := slotOf(t, `trap "exit 0" TERM; echo "demo-bank is at http://127.0.0.1:1 (x)"; while :; do sleep 0.05; done`)

@@ -1,12 +1,14 @@
-// Package chaos is the proof of the bank: it starts a PostgreSQL, proxies in front of it and bank processes behind them,
-// drives load while it kills, crashes, cuts and squeezes them on a schedule that a seed decides, heals what it broke,
-// and judges what the clients were told against each other and against the books.
+// Package chaos is the proof of the bank. It starts a PostgreSQL, proxies in front of it and bank
+// processes behind them. It drives load while it kills, crashes, cuts and squeezes them on a
+// schedule that a seed decides. Then it heals everything, and judges the clients' replies against
+// each other and against the books.
 //
 //   - [Run] is one run, phase by phase
-//   - schedule.go is what is done to whom and when, from the seed alone
-//   - cluster.go, banks.go, faults.go, commits.go are what is broken, and how
-//   - keys.go, clients.go, send.go are the clients: what they ask, when they ask again, when they give up
-//   - watch.go looks on while it runs; settle.go and judge.go come to the verdict; report.go says it
+//   - schedule.go decides from the seed which faults happen, to what and when
+//   - cluster.go, banks.go, faults.go, commits.go make the faults
+//   - keys.go, clients.go, send.go are the clients: their requests, their retries, and when they
+//     give up
+//   - watch.go observes the run; settle.go and judge.go reach the verdict; report.go reports it
 package chaos
 
 import (
@@ -22,7 +24,7 @@ import (
 // Limits of [Config].
 const (
 	OperationsMin  = 500
-	OperationsMax  = 2_000_000 // the money of the accounts that take part lasts for as many
+	OperationsMax  = 2_000_000 // the accounts' money lasts for this many
 	ClientsMax     = 256
 	BanksMax       = 4
 	DurationMaxMin = 10 * time.Second
@@ -36,42 +38,47 @@ const (
 	BanksDefault   = 2
 )
 
-// Config says how hard a run is. The zero value of each field is its default.
+// Config sets how hard a run is. The zero value of each field is its default.
 type Config struct {
-	// Profile is one of [Profiles]: how many operations, and how much is broken. The default is [ProfileDefault].
+	// Profile is one of [Profiles]. It sets the number of operations and of faults. Defaults to
+	// "smoke".
 	Profile string
 
-	// Seed decides the schedule and what the clients ask. 0 draws one.
+	// Seed decides the schedule and the clients' requests. 0 draws one.
 	Seed uint64
 
-	// Operations is how many HTTP requests the clients send before all is healed, at least; settling and the final
-	// replay come on top. Faults are scaled with it. The default is the profile's.
+	// Operations is the minimum number of HTTP requests that the clients send before everything is
+	// healed; settling and the final replay come on top. The number of faults scales with it.
+	// Defaults to the profile's.
 	Operations int
 
-	// Clients is how many clients send at once. The default is [ClientsDefault].
+	// Clients is the number of concurrent clients. Defaults to 32.
 	Clients int
 
-	// Banks is how many bank processes share the database. The default is [BanksDefault].
+	// Banks is the number of bank processes that share the database. Defaults to 2.
 	Banks int
 
-	// DurationMax bounds the whole run; one that takes longer has failed. The default is the profile's.
+	// DurationMax bounds the whole run; a run that takes longer has failed. Defaults to the
+	// profile's.
 	DurationMax time.Duration
 
-	// Wait lets the banks' duplicates wait for the answer for a moment before they get 409.
+	// Wait makes duplicates at the banks wait for the answer for a moment before they get 409.
 	Wait bool
 
-	// Bank is the program that serves, a demo-bank or a variant of it. The default is this program.
+	// Bank is the path of the program that serves, a demo-bank or a variant of it. Defaults to this
+	// program.
 	Bank string
 
-	// Keep leaves the data folder and the logs where they are after a run that failed.
+	// Keep keeps the data folder and the logs of a run that failed.
 	Keep bool
 
-	// Progress gets a line that is written over on a terminal, and one every ten seconds elsewhere. Nil: none.
+	// Progress gets a line that is overwritten on a terminal, and a line every ten seconds
+	// elsewhere. Nil: none.
 	Progress io.Writer
 	Terminal bool // Progress is a terminal
 }
 
-// Validate reports whether the run is possible.
+// Validate returns an error if the run is impossible.
 func (c *Config) Validate() error {
 	profile, known := profiles[c.Profile]
 	switch full := c.full(); {
@@ -91,7 +98,7 @@ func (c *Config) Validate() error {
 	return nil
 }
 
-// full returns the config with nothing left out but the seed.
+// full returns the config with every default filled in, except the seed.
 func (c *Config) full() Config {
 	full := *c
 	full.Profile = cmp.Or(full.Profile, ProfileDefault)
@@ -103,11 +110,12 @@ func (c *Config) full() Config {
 	return full
 }
 
-// errDuration is the cause of a context that ended because a run took longer than it may.
+// errDuration is the cause of a context that ended because the run took longer than allowed.
 var errDuration = errors.New("the run took longer than --duration-max")
 
-// Run does one run and returns its report, whose verdict may be that the bank is broken. An error means that there is
-// no verdict: the cluster or the banks did not start, or ctx ended. Nothing is left behind but what Config.Keep keeps.
+// Run does one run and returns its report. Its verdict may be that the bank is broken. An error
+// means that there is no verdict: the cluster or the banks did not start, or ctx ended. Nothing is
+// left behind except the things that Config.Keep keeps.
 func Run(ctx context.Context, config Config) (report *Report, err error) {
 	if err := config.Validate(); err != nil {
 		return nil, err
@@ -145,14 +153,15 @@ func Run(ctx context.Context, config Config) (report *Report, err error) {
 		return nil, ctx.Err()
 	case errors.Is(context.Cause(bounded), errDuration):
 		r.findings.add("%v (%v), in the phase %q", errDuration, config.DurationMax, r.phase())
-	case errors.Is(err, errUnsettled): // a finding already, and nothing can be judged after it
+	// A finding already; nothing can be judged after it.
+	case errors.Is(err, errUnsettled):
 	default:
 		return nil, err
 	}
 	return r.report(), nil
 }
 
-// phases is a run from its first process to its last check.
+// phases runs everything from the first process to the last check.
 func (r *run) phases(ctx context.Context) error {
 	r.enter("starting")
 	if err := r.cluster.start(ctx); err != nil {

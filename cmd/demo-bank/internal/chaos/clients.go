@@ -14,14 +14,15 @@ import (
 )
 
 const (
-	reusedPause = 16 * time.Millisecond // between two looks whether an expired record is gone
+	reusedPause = 16 * time.Millisecond // between two checks if an expired record is gone
 	laterMin    = time.Second
 	laterMax    = 5 * time.Second
 	lanesMax    = 5 // copies of one key that a client has in flight at once
 	idlePause   = 20 * time.Millisecond
 )
 
-// client works on one key after the other, with a few connections: it sends some keys twice or more at once.
+// client works on one key after another, with a few conns: it sends some keys twice or more at
+// once.
 type client struct{ lanes [lanesMax]*lane }
 
 func newClient(r *run, id int) *client {
@@ -38,7 +39,7 @@ func (c *client) close() {
 	}
 }
 
-// work takes new keys and later copies until the load is over, and then what is left of the copies.
+// work takes new keys and later copies until the load ends, and then the remaining later copies.
 func (c *client) work(ctx context.Context) {
 	r := c.lanes[0].run
 	for ctx.Err() == nil {
@@ -55,7 +56,7 @@ func (c *client) work(ctx context.Context) {
 	}
 }
 
-// drive sends a key's copies: some at once, some when there is an answer, and leaves some for later.
+// drive sends a key's copies: some at once, some after the answer. It leaves some for later.
 func (c *client) drive(ctx context.Context, k *key) {
 	r := c.lanes[0].run
 	choice := rand.New(rand.NewPCG(r.config.Seed^0xc0b1e5, uint64(k.index)))
@@ -80,7 +81,8 @@ func (c *client) drive(ctx context.Context, k *key) {
 	for range k.after {
 		c.lanes[0].ask(ctx, k, false, r.drawTrouble(choice))
 	}
-	if k.changed && !k.open() { // after the key's own answer, so that the changed one can't be the one that is executed
+	// After the key's own answer, so that the changed request cannot be the one that is executed.
+	if k.changed && !k.open() {
 		c.lanes[0].ask(ctx, k, true, storm.NoTrouble)
 	}
 	if k.later > 0 && !k.abandoned() {
@@ -88,7 +90,7 @@ func (c *client) drive(ctx context.Context, k *key) {
 	}
 }
 
-// drawTrouble chooses what happens to the first request of a copy.
+// drawTrouble chooses the trouble of a copy's first request.
 func (r *run) drawTrouble(choice *rand.Rand) storm.Trouble {
 	n, s := choice.IntN(1000), r.profile.shares
 	for _, one := range []struct {
@@ -102,8 +104,8 @@ func (r *run) drawTrouble(choice *rand.Rand) storm.Trouble {
 	return storm.NoTrouble
 }
 
-// ask sends a key's request until it is answered for good, or the key is given up, or ctx ends. It is what
-// docs/guarantees.md tells a client to do.
+// ask sends a key's request until it has its final answer, the key is given up, or ctx ends. It
+// does what docs/guarantees.md tells a client to do.
 func (l *lane) ask(ctx context.Context, k *key, changed bool, t storm.Trouble) {
 	backoff := storm.BackoffFirst
 	for ctx.Err() == nil && k.begin() {
@@ -137,8 +139,8 @@ func (l *lane) ask(ctx context.Context, k *key, changed bool, t storm.Trouble) {
 	}
 }
 
-// load drives the clients and breaks things until both are at their end, then ends the load. It returns while clients
-// may still wait for answers: settle waits for them.
+// load drives the clients and makes the faults until both are done, then ends the load. It returns
+// while clients may still wait for answers: settle waits for them.
 func (r *run) load(ctx context.Context) error {
 	for i := range r.config.Clients {
 		c := newClient(r, i)
@@ -156,15 +158,16 @@ func (r *run) load(ctx context.Context) error {
 	return err
 }
 
-// overtime is how many times its operations a run takes at most to reach what its schedule asks for.
+// overtime bounds a run that has not reached its whole schedule: it sends at most overtime times
+// its operations.
 const overtime = 2
 
-// awaitLoad returns when enough was sent and every fault of the schedule was reached, or won't be.
+// awaitLoad blocks until enough was sent and every fault of the schedule was reached, or won't be.
 func (r *run) awaitLoad(ctx context.Context) error {
 	limit := int64(overtime * r.config.Operations)
 	for r.tally.finished.Load() < int64(r.config.Operations) || !r.commits.exhausted() || !r.banks.disarmed() || r.eventsLeft.Load() > 0 {
 		if r.tally.finished.Load() >= limit {
-			return nil // what was not reached is found by the report
+			return nil // the report finds the faults that were not reached
 		}
 		if err := deadline.Sleep(ctx, idlePause); err != nil {
 			return err
@@ -173,10 +176,10 @@ func (r *run) awaitLoad(ctx context.Context) error {
 	return nil
 }
 
-// queue holds the keys of which a copy is sent later. It is safe for concurrent use.
+// queue holds the keys that have a later copy. It is safe for concurrent use.
 type queue struct {
 	mu    sync.Mutex
-	later []laterCopy // the first that is due first
+	later []laterCopy // the first that is due comes first
 }
 
 type laterCopy struct {
@@ -191,7 +194,7 @@ func (q *queue) push(k *key, due time.Time) {
 	q.later = slices.Insert(q.later, at, laterCopy{k, due})
 }
 
-// pop returns a key that is due, or with all any; nil if there is none.
+// pop returns a key that is due, or any key if all is true. It returns nil if there is none.
 func (q *queue) pop(all bool) *key {
 	q.mu.Lock()
 	defer q.mu.Unlock()

@@ -18,8 +18,8 @@ import (
 	"github.com/paidonce/idempotency/internal/pgfault"
 )
 
-// bankOf answers requests one after the other as told: a status and an outcome each, or "cut". After the last one it
-// answers executed.
+// bankOf answers requests one after another from its list: a status and an outcome each, or "cut".
+// After the last one it answers executed.
 type bankOf struct {
 	mu      sync.Mutex
 	answers []string
@@ -58,7 +58,7 @@ func (b *bankOf) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	_, _ = fmt.Fprint(w, `{"id":"77"}`)
 }
 
-// clientOf returns a run without faults whose one bank is b, and a lane to it.
+// clientOf returns a run without faults that has b as its one bank, and a lane to it.
 func clientOf(t *testing.T, b http.Handler, giveUp float64) (*run, *lane) {
 	t.Helper()
 	server := httptest.NewServer(b)
@@ -72,7 +72,7 @@ func clientOf(t *testing.T, b http.Handler, giveUp float64) (*run, *lane) {
 	return r, l
 }
 
-// diaryOf gives a run a diary.
+// diaryOf gives a run its diary.
 func diaryOf(t *testing.T, r *run) {
 	t.Helper()
 	file, err := os.Create(filepath.Join(t.TempDir(), "chaos.log"))
@@ -96,8 +96,8 @@ func aTransfer() *key {
 	return &key{text: "chaos-aaaaaaaa-00000000", from: "acct-0001", to: "acct-0002", amount: 3}
 }
 
-// TestAClientDoesWhatTheGuaranteesSay: it asks again with the same key and bytes until it is answered, whatever came
-// before, and gives up where it may.
+// TestAClientDoesWhatTheGuaranteesSay: a client retries with the same key and bytes until it has
+// its answer, whatever came before, and gives up if it may.
 func TestAClientDoesWhatTheGuaranteesSay(t *testing.T) {
 	t.Parallel()
 	for name, one := range map[string]struct {
@@ -139,7 +139,7 @@ func TestAClientDoesWhatTheGuaranteesSay(t *testing.T) {
 	}
 }
 
-// TestWhatAClientSaw: the history says what was asked and what came back, of lost replies too.
+// TestWhatAClientSaw: the history has the requests and their replies, including lost replies.
 func TestWhatAClientSaw(t *testing.T) {
 	t.Parallel()
 	_, l := clientOf(t, &bankOf{answers: []string{"cut"}}, 0)
@@ -168,7 +168,7 @@ func final(op check.Operation) check.Operation {
 	return op
 }
 
-// TestAChangedBodyMustBeAMismatch: and a request of the key's own must not be one.
+// TestAChangedBodyMustBeAMismatch: and a request with the key's own body must not be one.
 func TestAChangedBodyMustBeAMismatch(t *testing.T) {
 	t.Parallel()
 	for answer, one := range map[string]struct{ changed, wrong bool }{
@@ -186,7 +186,8 @@ func TestAChangedBodyMustBeAMismatch(t *testing.T) {
 	}
 }
 
-// TestTroubleIsMade: each kind of trouble does what its name says, and is followed by the request itself.
+// TestTroubleIsMade: each kind of trouble does what its name says, and is followed by the request
+// itself.
 func TestTroubleIsMade(t *testing.T) {
 	t.Parallel()
 	for _, one := range []struct {
@@ -198,7 +199,7 @@ func TestTroubleIsMade(t *testing.T) {
 			b.mu.Lock()
 			first := b.begun == 0
 			b.mu.Unlock()
-			if first && one.lost > 0 { // or its reply might come in time
+			if first && one.lost > 0 { // otherwise its reply might come in time
 				_, _ = io.Copy(io.Discard, r.Body)
 				b.mu.Lock()
 				b.begun, b.bodies, b.keys = b.begun+1, append(b.bodies, ""), append(b.keys, "")
@@ -232,7 +233,7 @@ func TestTroubleIsMade(t *testing.T) {
 	}
 }
 
-// TestAHalfSentBodyForbidsNothing: it can't have been executed, so a client may give up after it.
+// TestAHalfSentBodyForbidsNothing: it cannot have been executed, so a client may give up after it.
 func TestAHalfSentBodyForbidsNothing(t *testing.T) {
 	t.Parallel()
 	_, l := clientOf(t, &bankOf{answers: []string{"503 not-executed"}}, 1)
@@ -243,7 +244,8 @@ func TestAHalfSentBodyForbidsNothing(t *testing.T) {
 	}
 }
 
-// TestAHangUpAtCommitReachesTheClient: whoever waits for the key is hung up, of both tenants, and nobody else.
+// TestAHangUpAtCommitReachesTheClient: every client that waits for the key, of both tenants, is
+// hung up, and no other.
 func TestAHangUpAtCommitReachesTheClient(t *testing.T) {
 	t.Parallel()
 	arrived := make(chan struct{}, 2)
@@ -277,7 +279,7 @@ func TestAHangUpAtCommitReachesTheClient(t *testing.T) {
 	}
 }
 
-// TestNobodyThere: a request that found no bank is no operation, and does not forbid to give up.
+// TestNobodyThere: a request that found no bank is no operation, and its client may still give up.
 func TestNobodyThere(t *testing.T) {
 	t.Parallel()
 	address, err := freeAddress()
@@ -295,8 +297,8 @@ func TestNobodyThere(t *testing.T) {
 	}
 }
 
-// TestFaultsOfCommits: each fault meets a COMMIT that carries a key, at its number or at the first one after it that it
-// can be done to, and nothing meets others.
+// TestFaultsOfCommits: each fault meets a COMMIT that carries a key, at its number or at the first
+// later one to which it can apply. Other COMMITs meet none.
 func TestFaultsOfCommits(t *testing.T) {
 	t.Parallel()
 	r, _ := clientOf(t, &bankOf{}, 0)

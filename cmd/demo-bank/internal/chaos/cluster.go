@@ -15,28 +15,30 @@ import (
 	"github.com/paidonce/idempotency/internal/pgserver"
 )
 
-// What the banks' pools and this program call themselves in pg_stat_activity.
+// The application_name of the banks' pools and of this program in pg_stat_activity.
 const (
 	applicationBank = "chaos-bank"
 	applicationOwn  = "chaos"
 )
 
 const (
-	// lockTimeout of the banks' connections is under their handlers' time, so that PostgreSQL ends a wait, and not they.
+	// lockTimeout of the banks' conns is shorter than their handlers' timeout, so that PostgreSQL
+	// ends a wait before the handler does.
 	lockTimeout = time.Second
 
-	databaseTimeout = 10 * time.Second // of one look at the database
+	databaseTimeout = 10 * time.Second // for one look at the database
 	connectTimeout  = 5 * time.Second
 )
 
-// cluster is a PostgreSQL with real fsync, and a proxy in front of it for each bank. Its data outlive its crashes.
+// cluster is a PostgreSQL with real fsync, and a proxy in front of it for each bank. Its data
+// outlives its crashes.
 type cluster struct {
 	run     *run
 	dir     string
 	proxies []*pgfault.Proxy
 	admin   session
 
-	mu     sync.Mutex // held while it is down
+	mu     sync.Mutex // held while the server is down
 	server *pgserver.Server
 }
 
@@ -66,20 +68,20 @@ func (c *cluster) start(ctx context.Context) error {
 	return nil
 }
 
-// launch starts PostgreSQL on the folder.
+// launch starts PostgreSQL on the data folder.
 func (c *cluster) launch(ctx context.Context) (err error) {
 	c.server, err = pgserver.Start(ctx, &pgserver.Options{
 		DataDir: c.dir,
 		Settings: map[string]string{
-			"max_connections":  "200", // backends of connections that were cut linger
+			"max_connections":  "200", // backends of cut conns linger
 			"deadlock_timeout": "200ms",
 		},
 	})
 	return err
 }
 
-// crash is an immediate shutdown, as good as a crash of the machine but for what its disk had not written, and a start
-// on the same data.
+// crash is an immediate shutdown and a start on the same data. It is as good as a crash of the
+// machine, except for data that the disk had not written.
 func (c *cluster) crash(ctx context.Context) error {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -107,7 +109,7 @@ func (c *cluster) crash(ctx context.Context) error {
 	return nil
 }
 
-// urlOf is the database of a bank, through its proxy.
+// urlOf returns the URL of the database for a bank, through its proxy.
 func (c *cluster) urlOf(bank int) (string, error) {
 	u, err := url.Parse(c.proxies[bank].URL(c.server.URL()))
 	if err != nil {
@@ -120,7 +122,7 @@ func (c *cluster) urlOf(bank int) (string, error) {
 	return u.String(), nil
 }
 
-// connect opens a connection past the proxies, once the cluster is up.
+// connect opens a conn past the proxies, once the cluster is up.
 func (c *cluster) connect(ctx context.Context) (*pgx.Conn, error) {
 	c.mu.Lock()
 	address := c.server.URL()
@@ -139,7 +141,7 @@ func (c *cluster) connect(ctx context.Context) (*pgx.Conn, error) {
 	return conn, nil
 }
 
-// with does something on a connection of its own past the proxies, for at most a moment.
+// with calls do with a conn of its own past the proxies, and closes the conn. limit bounds both.
 func (c *cluster) with(ctx context.Context, limit time.Duration, do func(context.Context, *pgx.Conn) error) error {
 	ctx, cancel := context.WithTimeout(ctx, limit)
 	defer cancel()
@@ -150,20 +152,20 @@ func (c *cluster) with(ctx context.Context, limit time.Duration, do func(context
 	defer func() {
 		closing, cancel := context.WithTimeout(context.WithoutCancel(ctx), time.Second)
 		defer cancel()
-		_ = conn.Close(closing) // a connection that can't say goodbye is closed all the same
+		_ = conn.Close(closing) // a conn that can't say goodbye is closed all the same
 	}()
 	return do(ctx, conn)
 }
 
-// session is a connection past the proxies that is kept from one use to the next: to open one costs a cluster more than
-// most of what is done on it. The zero value is ready; it is safe for concurrent use.
+// session is a conn past the proxies that is kept between uses: opening one costs the cluster more
+// than most uses do. The zero value is ready. It is safe for concurrent use.
 type session struct {
 	mu   sync.Mutex
 	conn *pgx.Conn
 }
 
-// use does something on the session's connection, for at most a moment. A connection that an error has ended is opened
-// again the next time.
+// use calls do with the session's conn, for at most databaseTimeout. If an error closed the conn,
+// the next use opens another.
 func (s *session) use(ctx context.Context, c *cluster, do func(context.Context, *pgx.Conn) error) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -187,10 +189,10 @@ func (s *session) close() {
 	}
 	ctx, cancel := context.WithTimeout(context.Background(), time.Second)
 	defer cancel()
-	_ = s.conn.Close(ctx) // a connection that can't say goodbye is closed all the same
+	_ = s.conn.Close(ctx) // a conn that can't say goodbye is closed all the same
 }
 
-// heal takes back what the proxies do.
+// heal undoes the proxies' faults.
 func (c *cluster) heal() {
 	for _, proxy := range c.proxies {
 		proxy.SetPaused(false)
@@ -200,7 +202,7 @@ func (c *cluster) heal() {
 	}
 }
 
-// version is PostgreSQL's.
+// version returns PostgreSQL's version, or "" before the first start.
 func (c *cluster) version() string {
 	c.mu.Lock()
 	defer c.mu.Unlock()

@@ -12,25 +12,27 @@ import (
 	"github.com/paidonce/idempotency/internal/pgfault"
 )
 
-// commits breaks COMMITs that carry a key, as they pass the proxies. It is safe for concurrent use.
+// commits makes faults of COMMITs that carry a key, as they pass the proxies. It is safe for
+// concurrent use.
 type commits struct {
 	run  *run
 	seen atomic.Int64 // COMMITs with a key
 
-	// killNext makes the next one's backend die of SIGKILL; what is received is told once that was done.
+	// killNext makes the backend of the next such COMMIT die of SIGKILL. The channel is closed once
+	// that was done.
 	killNext atomic.Pointer[chan struct{}]
 
 	mu       sync.Mutex
 	left     []commitFault
 	calmed   bool // in a lull, in which no bank is killed
-	halfOpen int  // that are left to a lull
+	halfOpen int  // the number that a lull still makes
 }
 
-// resolveEvery is which share of COMMITs is cut for a bank that is to die while it resolves, when the schedule's faults
-// are used up.
+// When the schedule's faults are used up, one of resolveEvery COMMITs is cut for a bank that is to
+// die while it resolves.
 const resolveEvery = 10
 
-// hangUpPause is how long a COMMIT is held back after its client has hung up, so that the bank can notice.
+// hangUpPause delays a COMMIT after its client has hung up, so that the bank can notice.
 const hangUpPause = 50 * time.Millisecond
 
 func newCommits(r *run) *commits { return &commits{run: r, left: r.schedule.commits} }
@@ -41,7 +43,7 @@ func (c *commits) exhausted() bool {
 	return len(c.left) == 0
 }
 
-// fault decides what happens to a COMMIT through a bank's proxy.
+// fault decides the fault of a COMMIT through a bank's proxy.
 func (c *commits) fault(bank int, commit pgfault.Commit) pgfault.Fault {
 	forward := pgfault.Fault{Kind: pgfault.Forward}
 	k := c.run.keys.find(commit.Messages)
@@ -59,7 +61,8 @@ func (c *commits) fault(bank int, commit pgfault.Commit) pgfault.Fault {
 	}
 	f, due := c.take(n, k)
 	if !due && c.exhausted() && n%resolveEvery == 0 && c.run.banks.awaitsResolve(bank) {
-		f, due = commitFault{commit: n, kind: cutAfter}, true // or its crash point would never be reached
+		// Otherwise its crash point would never be reached.
+		f, due = commitFault{commit: n, kind: cutAfter}, true
 	}
 	if !due {
 		return forward
@@ -68,7 +71,8 @@ func (c *commits) fault(bank int, commit pgfault.Commit) pgfault.Fault {
 	c.run.tally.commitFaults.add(string(f.kind))
 	c.run.note("bank %d: COMMIT %d of key %d: %s", bank, n, k.index, f.kind)
 	switch f.kind {
-	case terminateBefore, terminateAfter, lateCommit, halfOpen: // PostgreSQL itself may not know for a while
+	// For a while PostgreSQL itself may not know the outcome.
+	case terminateBefore, terminateAfter, lateCommit, halfOpen:
 		c.run.keys.markExempt(k)
 	}
 	kind, known := kinds[f.kind]
@@ -90,21 +94,21 @@ func (c *commits) fault(bank int, commit pgfault.Commit) pgfault.Fault {
 	return broken
 }
 
-// kinds are what the proxy does for each kind.
+// kinds maps each kind to the proxy's fault.
 var kinds = map[commitKind]pgfault.Kind{
 	cutBefore: pgfault.CutBefore, cutAfter: pgfault.CutAfter, silence: pgfault.Silence, lateCommit: pgfault.LateCommit,
 	halfOpen: pgfault.HalfOpen, delayReply: pgfault.DelayReply, terminateBefore: pgfault.CallBefore, terminateAfter: pgfault.CallAfter,
 	hangUpAtCommit: pgfault.CallBefore, killCommitting: pgfault.CallAfter,
 }
 
-// calm begins a lull with so many half-open COMMITs, and with none it ends it.
+// calm begins a lull with halfOpen half-open COMMITs; 0 ends the lull.
 func (c *commits) calm(halfOpen int) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	c.calmed, c.halfOpen = halfOpen > 0, halfOpen
 }
 
-// take returns the fault that is due at the n-th COMMIT and can be done to this key's.
+// take returns the fault that is due at the n-th COMMIT and can apply to this key's.
 func (c *commits) take(n int64, k *key) (commitFault, bool) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -119,11 +123,12 @@ func (c *commits) take(n int64, k *key) (commitFault, bool) {
 		if c.calmed && f.kind == killCommitting {
 			continue
 		}
-		// A transaction that stays open holds its rows: of many, where the key is a hot one.
+		// A transaction that stays open holds its rows. The rows of a hot key would block many
+		// others.
 		if f.kind == halfOpen && k.hot {
 			continue
 		}
-		// In place: what is passed over is at the front, and short.
+		// In place: the skipped faults are few and at the front.
 		copy(c.left[1:i+1], c.left[:i])
 		c.left = c.left[1:]
 		return f, true
@@ -131,7 +136,7 @@ func (c *commits) take(n int64, k *key) (commitFault, bool) {
 	return commitFault{}, false
 }
 
-// terminate ends one backend, in order.
+// terminate ends one backend in order.
 func (r *run) terminate(pid uint32) {
 	_ = r.cluster.admin.use(context.Background(), r.cluster, func(ctx context.Context, conn *pgx.Conn) error {
 		_, err := conn.Exec(ctx, `SELECT pg_terminate_backend($1)`, int32(pid)) // it may have ended

@@ -14,18 +14,18 @@ import (
 
 const (
 	crashWaitMax    = 60 * time.Second // for a cluster to restart itself
-	crashNoticeMax  = 10 * time.Second // for a cluster to notice that one of its backends died
-	killNextWaitMax = 3 * time.Second  // for a COMMIT to come by
+	crashNoticeMax  = 10 * time.Second // for a cluster to notice that a backend died
+	killNextWaitMax = 3 * time.Second  // for a COMMIT to pass
 	lullMax         = 18 * time.Second
 	lullCommits     = 3 // half-open ones for each bank
 	insistMax       = 5 * time.Second
 	insistCrashMax  = 30 * time.Second // a try that hits nothing takes crashNoticeMax
 	deadlockPause   = 300 * time.Millisecond
-	lockWaitMax     = 3 * time.Second // of our own sessions for others' locks
+	lockWaitMax     = 3 * time.Second // of our own sessions, for others' locks
 )
 
-// tracks are the events in order, on as many tracks as may be done at once: what the cluster or the network suffers
-// comes one after the other, and so does what the banks suffer, but they meet.
+// tracks splits the events, in order, into the tracks that may run at once. Faults of the cluster
+// or the network follow one another, and so do faults of the banks, but the two overlap.
 func (r *run) tracks() [][]event {
 	tracks := make([][]event, 2)
 	for _, e := range r.schedule.events {
@@ -39,8 +39,8 @@ func (r *run) tracks() [][]event {
 	return tracks
 }
 
-// breakThings does a track's events when they are due. What can't be done because something else is broken is done
-// as well as it goes; an error means that the run can't go on.
+// breakThings makes a track's events when they are due. If another fault prevents an event, it is
+// made as well as possible. An error means that the run can't go on.
 func (r *run) breakThings(ctx context.Context, track []event) error {
 	for _, e := range track {
 		for r.tally.finished.Load() < e.due {
@@ -73,7 +73,7 @@ func (r *run) breakThings(ctx context.Context, track []event) error {
 	return nil
 }
 
-// do does an event, and reports whether it had its effect.
+// do makes an event, and reports whether it had its effect.
 func (r *run) do(ctx context.Context, e event) (bool, error) {
 	proxy := r.cluster.proxies[e.bank]
 	switch e.kind {
@@ -125,7 +125,8 @@ func (r *run) do(ctx context.Context, e event) (bool, error) {
 		return r.insist(ctx, insistMax, func() (bool, error) {
 			held, err := r.holdLocks(ctx, e.length, `LOCK TABLE accounts IN EXCLUSIVE MODE`)
 			var pgErr *pgconn.PgError
-			waited := errors.As(err, &pgErr) && pgErr.Code == "55P03" // and everybody behind it, which is as good
+			// Everybody behind it waited too, which is as good.
+			waited := errors.As(err, &pgErr) && pgErr.Code == "55P03"
 			return held || waited, err
 		})
 	case lull:
@@ -136,7 +137,7 @@ func (r *run) do(ctx context.Context, e event) (bool, error) {
 	return false, errors.New("nobody knows how")
 }
 
-// allow notes how many COMMITs an event may have broken: no more than there were connections.
+// allow counts the COMMITs that an event may have broken: at most one for each conn.
 func (r *run) allow(n int) { r.tally.allowed.Add(int64(n)) }
 
 func (r *run) allowAll() {
@@ -145,8 +146,8 @@ func (r *run) allowAll() {
 	}
 }
 
-// insist does something until it has its effect, or was tried for long enough: the database may be what something else
-// breaks at the same time, and nobody may be at work.
+// insist calls do until it has its effect, or the limit has elapsed: another fault may hold the
+// database down at the same time, and the banks may be idle.
 func (r *run) insist(ctx context.Context, limit time.Duration, do func() (bool, error)) (bool, error) {
 	for until := time.Now().Add(limit); ; {
 		done, err := do()
@@ -167,10 +168,11 @@ func (r *run) insist(ctx context.Context, limit time.Duration, do func() (bool, 
 	}
 }
 
-// lockFree takes rows that nobody holds: one that waits for a half-open transaction's would wait for long.
+// lockFree locks only rows that no session holds: waiting for the rows of a half-open transaction
+// would take long.
 const lockFree = `SELECT 1 FROM accounts WHERE id >= $1 AND id <= $2 ORDER BY id FOR UPDATE SKIP LOCKED`
 
-// terminateSome ends backends of the banks that are at work.
+// terminateSome ends at most the given number of the banks' working backends.
 func (r *run) terminateSome(ctx context.Context, most int) (n int, err error) {
 	err = r.cluster.admin.use(ctx, r.cluster, func(ctx context.Context, conn *pgx.Conn) error {
 		return conn.QueryRow(ctx, `
@@ -183,7 +185,7 @@ func (r *run) terminateSome(ctx context.Context, most int) (n int, err error) {
 	return n, err
 }
 
-// crashBackend kills a backend with -9, and PostgreSQL restarts the cluster.
+// crashBackend kills a backend with -9; PostgreSQL then restarts the cluster.
 func (r *run) crashBackend(ctx context.Context) (bool, error) {
 	var pid int32
 	before, err := r.postmasterStart(ctx, func(ctx context.Context, conn *pgx.Conn) error {
@@ -200,7 +202,7 @@ func (r *run) crashBackend(ctx context.Context) (bool, error) {
 	return r.awaitRestart(ctx, before, crashNoticeMax)
 }
 
-// crashCommitting does the same to the backend of the next COMMIT, while that is on the wire.
+// crashCommitting does the same to the backend of the next COMMIT, while the COMMIT is on the wire.
 func (r *run) crashCommitting(ctx context.Context) (bool, error) {
 	before, err := r.postmasterStart(ctx, nil)
 	if err != nil {
@@ -222,7 +224,8 @@ func (r *run) crashCommitting(ctx context.Context) (bool, error) {
 	return r.awaitRestart(ctx, before, crashNoticeMax)
 }
 
-// postmasterStart asks for the start of the last crash recovery's end, and for what else is wanted.
+// postmasterStart returns the time at which the cluster last started or restarted itself. It also
+// calls also, unless that is nil.
 func (r *run) postmasterStart(ctx context.Context, also func(context.Context, *pgx.Conn) error) (started time.Time, err error) {
 	err = r.cluster.admin.use(ctx, r.cluster, func(ctx context.Context, conn *pgx.Conn) error {
 		if err := conn.QueryRow(ctx, checkpointerStart).Scan(&started); err != nil || also == nil {
@@ -233,11 +236,12 @@ func (r *run) postmasterStart(ctx context.Context, also func(context.Context, *p
 	return started, err
 }
 
-// checkpointerStart changes with each restart of the cluster: pg_postmaster_start_time() does not.
+// checkpointerStart changes with each restart of the cluster; pg_postmaster_start_time() does not.
 const checkpointerStart = `SELECT backend_start FROM pg_stat_activity WHERE backend_type = 'checkpointer'`
 
-// awaitRestart waits until the cluster has restarted itself, and reports whether it did. A backend that is about to
-// exit takes a SIGKILL without dying of it: then the cluster goes on answering, and nothing was broken.
+// awaitRestart blocks until the cluster has restarted itself, and reports whether it did. A backend
+// that is about to exit does not die of its SIGKILL: then the cluster keeps answering, and nothing
+// was broken.
 func (r *run) awaitRestart(ctx context.Context, before time.Time, notice time.Duration) (bool, error) {
 	began := time.Now()
 	for time.Since(began) < crashWaitMax {
@@ -258,7 +262,7 @@ func (r *run) awaitRestart(ctx context.Context, before time.Time, notice time.Du
 
 var errNoRestart = errors.New("PostgreSQL did not restart")
 
-// holdLocks takes locks that the banks want, and holds them.
+// holdLocks takes locks that the banks want, and holds them for length.
 func (r *run) holdLocks(ctx context.Context, length time.Duration, lock string, args ...any) (bool, error) {
 	held := false
 	err := r.cluster.with(ctx, length+databaseTimeout, func(ctx context.Context, conn *pgx.Conn) error {
@@ -273,8 +277,9 @@ func (r *run) holdLocks(ctx context.Context, length time.Duration, lock string, 
 	return held, err
 }
 
-// lull leaves some COMMITs half-open and breaks nothing else until a client is told unknown: the banks look for such a
-// COMMIT for eight seconds, in which anything else that ends the transaction would let them find it.
+// lull leaves some COMMITs half-open and makes no other fault until a client gets unknown. The
+// banks look for such a COMMIT for eight seconds; any other fault that ended the transaction
+// meanwhile would let them find its outcome.
 func (r *run) lull(ctx context.Context) (bool, error) {
 	before := r.tally.unknown.Load()
 	r.commits.calm(lullCommits * r.config.Banks)
@@ -290,7 +295,8 @@ func (r *run) lull(ctx context.Context) (bool, error) {
 	return true, nil
 }
 
-// deadlock takes high accounts, lets transfers wait for them that hold low ones, and then wants the low ones.
+// deadlock locks high accounts, lets transfers that hold low accounts wait for them, and then wants
+// the low ones.
 func (r *run) deadlock(ctx context.Context) (bool, error) {
 	wanted := false
 	err := r.cluster.with(ctx, databaseTimeout, func(ctx context.Context, conn *pgx.Conn) error {
@@ -307,12 +313,13 @@ func (r *run) deadlock(ctx context.Context) (bool, error) {
 		})
 	})
 	if wanted {
-		err = nil // PostgreSQL chose it as the victim, or it waited long enough
+		// PostgreSQL chose it as the victim, or it waited long enough.
+		err = nil
 	}
 	return wanted, err
 }
 
-// inTransaction does something in a transaction that is undone.
+// inTransaction calls do in a transaction and rolls it back.
 func inTransaction(ctx context.Context, conn *pgx.Conn, do func(pgx.Tx) error) error {
 	tx, err := conn.Begin(ctx)
 	if err != nil {
@@ -321,7 +328,7 @@ func inTransaction(ctx context.Context, conn *pgx.Conn, do func(pgx.Tx) error) e
 	defer func() {
 		ending, cancel := context.WithTimeout(context.WithoutCancel(ctx), time.Second)
 		defer cancel()
-		_ = tx.Rollback(ending) // else the connection's end does the same
+		_ = tx.Rollback(ending) // otherwise the conn's end does it
 	}()
 	if _, err := tx.Exec(ctx, fmt.Sprintf(`SET LOCAL lock_timeout = %d`, lockWaitMax.Milliseconds())); err != nil {
 		return err

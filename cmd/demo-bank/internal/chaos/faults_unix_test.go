@@ -13,8 +13,8 @@ import (
 	"github.com/paidonce/idempotency/internal/pgtest"
 )
 
-// TestAKillThatHitsNobodyIsNotAwaited: a backend that was about to exit does not die of its SIGKILL, so the cluster goes
-// on; one that does die restarts it.
+// TestAKillThatHitsNobodyIsNotAwaited: a backend that was about to exit does not die of its
+// SIGKILL, so the cluster goes on; a backend that does die restarts the cluster.
 func TestAKillThatHitsNobodyIsNotAwaited(t *testing.T) {
 	t.Parallel()
 	if testing.Short() {

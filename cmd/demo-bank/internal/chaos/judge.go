@@ -14,21 +14,24 @@ import (
 )
 
 const (
-	ttl           = 24 * time.Hour // the bank's default
-	judgeWaitMax  = 10 * time.Minute
-	quietWaitMax  = 20 * time.Second // a half-open transaction ends by itself
-	unknownRate   = 0.001            // of the answers where no COMMIT was left open or its backend ended
-	unknownAlways = 2                // in a run so short that its rate means nothing
+	ttl          = 24 * time.Hour // the bank's default
+	judgeWaitMax = 10 * time.Minute
+	quietWaitMax = 20 * time.Second // a half-open transaction ends by itself
+	// The allowed share of unknown answers, without those that a fault of their COMMIT exempts.
+	unknownRate = 0.001
+	// The number that is always allowed, for a run so short that its rate means nothing.
+	unknownAlways = 2
 
 	causesName = "causes"
 )
 
-// RunCheck is the check of the run itself: whether it did what it should, in time.
+// RunCheck is the check of the run itself: that it did what it should, in time.
 const RunCheck = "run"
 
-// judge comes to the verdict, when nothing is sent and nothing broken any more.
+// judge reaches the verdict, after the last request and the last fault.
 func (r *run) judge(ctx context.Context) error {
-	// What the history is held against must be at rest: the banks first, the books after.
+	// Everything that is compared with the history must be at rest: first the banks, then the
+	// books.
 	var err error
 	if r.after, err = r.measure(ctx, func(after check.Resources) bool { return baseline(r.before, after).OK() }); err != nil {
 		return err
@@ -67,10 +70,10 @@ func (r *run) judge(ctx context.Context) error {
 	return nil
 }
 
-// baseline is back-at-baseline, for all banks together.
+// baseline is [check.BackAtBaseline], for all banks together.
 func baseline(before, after check.Resources) check.Result { return check.Baseline(before, after) }
 
-// awaitQuiet looks until the cluster is quiet, or had time enough.
+// awaitQuiet blocks until the cluster is quiet, or quietWaitMax has elapsed.
 func (r *run) awaitQuiet(ctx context.Context) (quiet check.Result, err error) {
 	until := time.Now().Add(quietWaitMax)
 	for {
@@ -87,7 +90,7 @@ func (r *run) awaitQuiet(ctx context.Context) (quiet check.Result, err error) {
 	}
 }
 
-// stopBanks ends the banks in order, which is a promise too.
+// stopBanks stops the banks in order; that they stop is a promise too.
 func (r *run) stopBanks(ctx context.Context) {
 	client := newScraper()
 	for _, s := range r.banks.slots {
@@ -98,9 +101,9 @@ func (r *run) stopBanks(ctx context.Context) {
 	}
 }
 
-// withoutPlanted makes the replays of records that were planted, for keys which clients then used, what they are to the
-// rest of the history: requests that took no effect, but held their key for the moment of their look. Once such a key has a
-// fresh answer, the planted one must not come back.
+// withoutPlanted rewrites the replays of planted records, under keys that clients then used. To the
+// rest of the history they are requests that took no effect but held their key for the moment of
+// their lookup. Once such a key has a fresh answer, the planted one must not come back.
 func (r *run) withoutPlanted(ops []check.Operation) []check.Operation {
 	reused := make(map[check.Key]time.Duration) // when a fresh answer was first seen; 0: not yet
 	for _, k := range r.keys.all() {
@@ -130,7 +133,7 @@ func (r *run) withoutPlanted(ops []check.Operation) []check.Operation {
 	return ops
 }
 
-// ownChecks are about the run, and about what the primary key of the records would hide.
+// ownChecks are about the run itself, and about wrongs that the records' primary key would hide.
 func (r *run) ownChecks() []check.Result {
 	t := &r.tally
 	replies := int(t.replies.Load())
@@ -147,7 +150,7 @@ func (r *run) ownChecks() []check.Result {
 		ran.Examples = append(ran.Examples, "idempotency_step_failures_total says how often")
 	}
 
-	// Clients that hang up are no cause: the end of a transaction runs on a context of its own.
+	// Clients that hang up are no cause: a transaction ends on a context of its own.
 	caused := int(t.allowed.Load())
 	for _, count := range t.commitFaults.list(nil) {
 		if kind := commitKind(count.Name); kind != delayReply && kind != killCommitting && kind != hangUpAtCommit {

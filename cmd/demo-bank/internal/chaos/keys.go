@@ -10,55 +10,57 @@ import (
 )
 
 const (
-	accounts    = 1000 // acct-0000 to acct-0999, which the bank opens with
-	hotAccounts = 5    // the first ones, which many transfers meet at
-	lockedRows  = 100  // accounts that somebody else holds at once
+	accounts    = 1000 // acct-0000 to acct-0999, which a new bank has
+	hotAccounts = 5    // the first ones; many transfers share them
+	lockedRows  = 100  // accounts that another session locks at once
 	amountMax   = 50   // small, so that no account runs dry
 )
 
-// tenant is a scope, and how a caller says that it is it.
+// tenants are the scopes, each with the Authorization header of its callers.
 var tenants = [...]struct{ scope, authorization string }{
 	{"public", ""}, {"acme", "Bearer demo-acme"}, {"globex", "Bearer demo-globex"},
 }
 
-// asked is what a key's request asks for.
+// asked is the kind of a key's request.
 type asked uint8
 
 const (
 	askTransfer asked = iota
-	askDeclined       // a transfer from an account that is not there: 404 each time
+	askDeclined       // a transfer from an account that does not exist: 404 each time
 	askOrder
 	askAccount
-	askReused // a transfer whose key has an expired record already
+	askReused // a transfer under a key that already has an expired record
 )
 
-// key is one thing that should happen once. What it asks and how often is the seed's choice; its text is new each run.
+// key is one thing that should happen once. The seed chooses its request and the number of its
+// copies; its text is new each run.
 type key struct {
 	index  int
 	text   string
 	tenant uint8
 	asks   asked
 
-	// Of its copies.
+	// The copies of its request.
 	together int  // sent at once
-	after    int  // sent when there is an answer
+	after    int  // sent after the answer
 	later    int  // sent seconds after that
 	changed  bool // another body is sent under the key too
-	hot      bool // it takes part in what many meet at
+	hot      bool // it uses an account that many transfers share
 
 	from, to string
 	amount   int64
 
 	mu       sync.Mutex
 	inFlight int
-	tainted  bool                         // something else than not-executed was answered, or nothing: it may have been executed
-	settled  bool                         // it has its answer
-	givenUp  bool                         // nobody sends it any more
-	exempt   bool                         // a fault that leaves an unknown behind hit its COMMIT
-	hangUps  map[*lane]context.CancelFunc // of the requests that wait for an answer
+	// Some request got no reply, or another one than not-executed: it may have been executed.
+	tainted bool
+	settled bool                         // the key has its answer
+	givenUp bool                         // no client sends it any more
+	exempt  bool                         // a fault that can make the outcome unknown hit its COMMIT
+	hangUps map[*lane]context.CancelFunc // of the requests that wait for an answer
 }
 
-// path is where its request goes.
+// path returns the path of its request.
 func (k *key) path() string {
 	switch k.asks {
 	case askOrder:
@@ -69,7 +71,7 @@ func (k *key) path() string {
 	return "/v1/transfers"
 }
 
-// body is what its request says: its own, or a changed one.
+// body returns the body of its request: its own, or a changed one.
 func (k *key) body(changed bool) []byte {
 	amount := k.amount
 	if changed {
@@ -84,7 +86,7 @@ func (k *key) body(changed bool) []byte {
 	return fmt.Appendf(nil, `{"from":%q,"to":%q,"amount":%d,"currency":"EUR","reference":"chaos"}`, k.from, k.to, amount)
 }
 
-// begin notes a request that is about to be sent. It is false where the key was given up.
+// begin counts a request that is about to be sent. It returns false if the key was given up.
 func (k *key) begin() bool {
 	k.mu.Lock()
 	defer k.mu.Unlock()
@@ -95,7 +97,7 @@ func (k *key) begin() bool {
 	return true
 }
 
-// end notes what became of a request.
+// end records a request's result.
 func (k *key) end(what result) {
 	k.mu.Lock()
 	defer k.mu.Unlock()
@@ -109,12 +111,13 @@ func (k *key) end(what result) {
 	}
 }
 
-// waits notes that a lane's request waits for an answer, and how it is hung up; with nil that it waits no more.
+// waits registers the function that hangs up a lane's request that waits for an answer. A nil
+// hangUp removes it.
 func (k *key) waits(l *lane, hangUp context.CancelFunc) {
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	switch {
-	case hangUp == nil && len(k.hangUps) == 1: // a million keys keep no map
+	case hangUp == nil && len(k.hangUps) == 1: // so that a million keys keep no map
 		k.hangUps = nil
 	case hangUp == nil:
 		delete(k.hangUps, l)
@@ -125,8 +128,8 @@ func (k *key) waits(l *lane, hangUp context.CancelFunc) {
 	}
 }
 
-// giveUp gives the key up where that is allowed: every request that was ever sent for it was answered, and each with
-// not-executed. From then on nobody sends it.
+// giveUp gives the key up if that is allowed: every request that was ever sent for it was answered,
+// each with not-executed. After that no client sends it.
 func (k *key) giveUp() bool {
 	k.mu.Lock()
 	defer k.mu.Unlock()
@@ -143,32 +146,33 @@ func (k *key) abandoned() bool {
 	return k.givenUp
 }
 
-// open reports whether the key has no answer yet, and somebody wants one.
+// open reports whether the key has no answer yet and was not given up.
 func (k *key) open() bool {
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	return !k.givenUp && !k.settled
 }
 
-// named is the index that its text has: that of another tenant's key, where it shares the text.
+// named returns the index in the key's text. If the key shares the text of another tenant's key, it
+// is that key's index.
 func (k *key) named() int {
 	n, _ := strconv.Atoi(k.text[len(k.text)-indexDigits:]) // draw wrote it
 	return n
 }
 
-// result is what a client makes of what came back.
+// result is a client's interpretation of a reply.
 type result uint8
 
 const (
 	resultUnsent      result = iota // nothing left the client
 	resultAnswered                  // done
 	resultMismatch                  // done, for a changed body
-	resultNotExecuted               // again, or give up
-	resultAgain                     // in progress, unknown, or a record that is about to go: again
-	resultLost                      // no reply: again
+	resultNotExecuted               // retry, or give up
+	resultAgain                     // in progress, unknown, or a record about to be deleted: retry
+	resultLost                      // no reply: retry
 )
 
-// ring holds all keys of a run, in their order. It is safe for concurrent use.
+// ring holds all keys of a run, in order. It is safe for concurrent use.
 type ring struct {
 	seed   uint64
 	shares shares
@@ -198,7 +202,7 @@ func (r *ring) next() *key {
 	return k
 }
 
-// draw makes the key of an index, from the seed and the index alone.
+// draw makes the key of an index, from only the seed and the index.
 func (r *ring) draw(index int) *key {
 	choice := rand.New(rand.NewPCG(r.seed, uint64(index)))
 	thousandth := func(share int) bool { return choice.IntN(1000) < share }
@@ -215,7 +219,7 @@ func (r *ring) draw(index int) *key {
 		from, k.hot = choice.IntN(hotAccounts), true
 	}
 	to := (from + 1 + choice.IntN(accounts-1)) % accounts
-	if choice.IntN(2) == 0 { // or the hot ones would run dry
+	if choice.IntN(2) == 0 { // otherwise the hot accounts would run dry
 		from, to = to, from
 	}
 	k.from, k.to, k.amount = r.names[from], r.names[to], 1+choice.Int64N(amountMax)
@@ -241,7 +245,7 @@ func (r *ring) draw(index int) *key {
 		k.asks, k.from, k.to, k.amount = askAccount, "", "", 1000*k.amount
 	case n < r.shares.order+r.shares.account+r.shares.reused:
 		k.asks = askReused
-		k.together = max(2, k.together) // two ask whether the expired record is gone
+		k.together = max(2, k.together) // two check if the expired record is gone
 	}
 	k.after = choice.IntN(2)
 	if thousandth(250) {
@@ -258,8 +262,8 @@ func (r *ring) all() []*key {
 	return r.keys[:len(r.keys):len(r.keys)]
 }
 
-// find returns the key whose text is in what a bank sends to PostgreSQL, nil where there is none. Of two tenants' keys
-// of one text it is the first.
+// find returns the key that has its text in the messages from a bank to PostgreSQL, or nil. If keys
+// of two tenants share the text, it returns the first.
 func (r *ring) find(messages []byte) *key {
 	at := bytes.Index(messages, r.prefix)
 	if at < 0 || len(messages) < at+len(r.prefix)+indexDigits {
@@ -278,7 +282,8 @@ func (r *ring) find(messages []byte) *key {
 	return r.keys[index]
 }
 
-// ofText returns the keys that share a key's text: itself, and maybe another tenant's. It is the first of them.
+// ofText returns the keys that share the text of k, the first with this text: k, and maybe another
+// tenant's.
 func (r *ring) ofText(k *key) []*key {
 	r.mu.RLock()
 	defer r.mu.RUnlock()
@@ -289,7 +294,7 @@ func (r *ring) ofText(k *key) []*key {
 	return same
 }
 
-// markExempt notes that a fault hit the COMMIT of a key that leaves an unknown behind.
+// markExempt records that a fault that can make the outcome unknown hit the key's COMMIT.
 func (r *ring) markExempt(k *key) {
 	for _, one := range r.ofText(k) {
 		one.mu.Lock()

@@ -9,8 +9,8 @@ import (
 	"github.com/paidonce/idempotency/cmd/demo-bank/internal/check"
 )
 
-// TestGivesUpOnlyWhereAllWasNotExecuted: a client may give a key up when every request that was ever sent for it was
-// answered, and each with not-executed; and then nobody sends it.
+// TestGivesUpOnlyWhereAllWasNotExecuted: a client may give up a key if every request that was ever
+// sent for it was answered, each with not-executed. After that no client sends it.
 func TestGivesUpOnlyWhereAllWasNotExecuted(t *testing.T) {
 	t.Parallel()
 	for name, one := range map[string]struct {
@@ -53,7 +53,8 @@ func TestGivesUpOnlyWhereAllWasNotExecuted(t *testing.T) {
 	}
 }
 
-// TestKeysAreTheSeeds: what is asked, by whom and how often is the seed's choice; only the text is new.
+// TestKeysAreTheSeeds: the seed chooses the request, the tenant and the number of copies; only the
+// text is new.
 func TestKeysAreTheSeeds(t *testing.T) {
 	t.Parallel()
 	shares := profiles["smoke"].shares
@@ -102,8 +103,8 @@ func TestKeysAreTheSeeds(t *testing.T) {
 	}
 }
 
-// TestAPlantedAnswerMustNotComeBack: to the history a replay of the expired record is a request that took no effect, but
-// it is not forgiven once a fresh answer was there.
+// TestAPlantedAnswerMustNotComeBack: to the history, a replay of the expired record is a request
+// that took no effect. After a fresh answer it is a finding.
 func TestAPlantedAnswerMustNotComeBack(t *testing.T) {
 	t.Parallel()
 	k := &key{text: "chaos-x-00000000", asks: askReused}

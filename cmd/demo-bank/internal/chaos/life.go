@@ -9,7 +9,7 @@ import (
 	"sync"
 )
 
-// What a bank says when it serves, and when it dies at a crash point.
+// The beginnings of the lines that a bank prints when it serves, and when it dies at a crash point.
 const (
 	servingLine    = "demo-bank is at "
 	crashPointLine = "demo-bank: crash point "
@@ -19,17 +19,17 @@ const (
 type life struct {
 	cmd     *exec.Cmd
 	armed   arm
-	serving chan struct{} // closed when it serves
-	ended   chan struct{} // closed when it has ended and was waited for
+	serving chan struct{} // closed when the bank serves
+	ended   chan struct{} // closed when the process has ended and was waited for
 
 	mu      sync.Mutex
-	said    string   // the crash point that it said it dies at
-	serves  bool     // or did
+	said    string   // the crash point at which it announced its death
+	serves  bool     // it serves, or did
 	killed  bool     // by the run
 	trouble []string // the last lines on stderr
 }
 
-// hear reads what a bank says on stdout.
+// hear reads a line of the bank's stdout.
 func (l *life) hear(run *run, line string) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -40,7 +40,7 @@ func (l *life) hear(run *run, line string) {
 	}
 }
 
-// overhear reads what it says on stderr.
+// overhear reads a line of the bank's stderr.
 func (l *life) overhear(line string, log *os.File) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -69,7 +69,7 @@ func (l *life) dying() bool {
 	return l.killed
 }
 
-// lines hands on what is written to it, line by line.
+// lines passes everything that is written to it to each, line by line.
 type lines struct {
 	each func(string)
 	rest []byte

@@ -19,28 +19,30 @@ import (
 
 const (
 	plantInterval = 300 * time.Millisecond
-	plantRows     = 5 // expired ones, and a live one beside them
+	plantRows     = 5 // expired ones; one live record comes with them
 
 	contentType  = "application/json"
 	scopeExpired = "chaos-expired"
 	scopeLive    = "chaos-live"
 	plantedBody  = `{"planted":true}` + "\n"
 
-	reapWaitMax = 20 * time.Second // for what was planted last
+	reapWaitMax = 20 * time.Second // for the records that were planted last
 )
 
-// plantedAnswer is the hash of what a planted record replays.
+// plantedAnswer is the hash of a planted record's answer.
 var plantedAnswer = storm.AnswerOf(http.StatusOK, contentType, "", []byte(plantedBody))
 
-// plantedHeaders are the planted answer's recorded headers: version 1, one pair, and each string after its length.
+// plantedHeaders returns the planted answer's recorded headers: version 1, one pair, and each
+// string after its length.
 func plantedHeaders() []byte {
 	const name = "Content-Type"
 	b := append([]byte{1, 1, byte(len(name))}, name...)
 	return append(append(b, byte(len(contentType))), contentType...)
 }
 
-// planter puts records into the table that expired long ago, and live ones beside them: the reaper must take all of the
-// first and none of the second. Some are of keys that a client is about to use.
+// planter adds records to the table that expired long ago, and live ones beside them: the reaper
+// must delete all of the expired and none of the live ones. Some are of keys that a client is about
+// to use.
 type planter struct {
 	owner   *run
 	session session
@@ -50,7 +52,7 @@ type planter struct {
 
 	mu     sync.Mutex
 	live   []check.Key
-	unsure int64 // live ones whose INSERT has no reply: they may be there
+	unsure int64 // live ones with no reply to their INSERT: they may be there
 }
 
 // seed is a record to plant.
@@ -66,7 +68,7 @@ const plantStatement = `
 	FROM unnest($4::text[], $5::text[], $6::int[], $7::bytea[]) AS seeds (scope, key, hours, fingerprint)
 	ON CONFLICT DO NOTHING`
 
-// plant puts records into the table, in one commit.
+// plant adds records to the table, in one commit.
 func (p *planter) plant(ctx context.Context, seeds ...seed) error {
 	var scopes, keys []string
 	var hours []int
@@ -80,7 +82,7 @@ func (p *planter) plant(ctx context.Context, seeds ...seed) error {
 	})
 }
 
-// run plants until ctx ends. What can't be planted while the cluster is down is not.
+// run plants until ctx ends or the run is healed. Nothing is planted while the cluster is down.
 func (p *planter) run(ctx context.Context) {
 	fingerprint := idempotency.NewFingerprintV1(http.MethodPost, "/", "", contentType, nil)
 	for deadline.Sleep(ctx, plantInterval) == nil && !p.owner.healed.Load() {
@@ -104,8 +106,8 @@ func (p *planter) run(ctx context.Context) {
 	}
 }
 
-// reuse plants an expired record of a key that is about to be used: as long as it is there it is replayed, and then the
-// key is new.
+// reuse plants an expired record of a key that is about to be used. While the record exists it is
+// replayed; afterwards the key is new.
 func (p *planter) reuse(ctx context.Context, k *key) {
 	f := idempotency.NewFingerprintV1(http.MethodPost, k.path(), "", contentType, k.body(false))
 	if p.plant(ctx, seed{tenants[k.tenant].scope, k.text, -24, f}) == nil {
@@ -113,7 +115,7 @@ func (p *planter) reuse(ctx context.Context, k *key) {
 	}
 }
 
-// drainPlanted waits until no expired record is left, or the reapers had time enough.
+// drainPlanted blocks until no expired record is left, or reapWaitMax has elapsed.
 func (r *run) drainPlanted(ctx context.Context) error {
 	until := time.Now().Add(reapWaitMax)
 	for {
@@ -125,7 +127,7 @@ func (r *run) drainPlanted(ctx context.Context) error {
 			return err
 		}
 		if left == 0 || time.Now().After(until) {
-			return nil // what is left is found by check.Live
+			return nil // check.Live finds the rest
 		}
 		if err := deadline.Sleep(ctx, scrapeInterval); err != nil {
 			return err

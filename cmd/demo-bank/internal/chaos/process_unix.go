@@ -7,7 +7,7 @@ import (
 	"syscall"
 )
 
-// signalQuit is PostgreSQL's immediate shutdown.
+// signalQuit requests PostgreSQL's immediate shutdown.
 func signalQuit(pid int) error { return syscall.Kill(pid, syscall.SIGQUIT) }
 
 // signalKill is kill -9.
@@ -16,7 +16,7 @@ func signalKill(pid int) error { return syscall.Kill(pid, syscall.SIGKILL) }
 // signalTerm asks a process to stop in order.
 func signalTerm(process *os.Process) error { return process.Signal(syscall.SIGTERM) }
 
-// diedOfKill reports whether a process was ended by SIGKILL.
+// diedOfKill reports whether SIGKILL ended the process.
 func diedOfKill(state *os.ProcessState) bool {
 	status, ok := state.Sys().(syscall.WaitStatus)
 	return ok && status.Signaled() && status.Signal() == syscall.SIGKILL

@@ -9,29 +9,31 @@ import (
 	"github.com/paidonce/idempotency/internal/crashpoint"
 )
 
-// profile is how hard a run is. Counts of faults are for its operations; another number of operations scales them.
+// profile sets how hard a run is. The numbers of faults are for its operations; another number of
+// operations scales them.
 type profile struct {
 	operations  int
 	durationMax time.Duration
 
-	events       map[eventKind]int  // how often each is done
+	events       map[eventKind]int  // number of each kind
 	points       []string           // crash points of the banks, each hit at least once
 	commits      int                // faults of COMMITs
 	weights      map[commitKind]int // their shares
-	reapInterval time.Duration      // of the banks' reapers, who walk the whole table each time
-	giveUp       float64            // probability that a client gives up on a not-executed, where it may
-	shares       shares             // of what the clients do
+	reapInterval time.Duration      // of the banks' reapers, which walk the whole table each time
+	giveUp       float64            // that a client gives up after a not-executed, if it may
+	shares       shares             // of the clients' actions
 
-	// What a run must reach at its own number of operations, beside each kind at least once.
+	// The minimum that a run must reach at its own number of operations, besides each kind at least
+	// once.
 	killsMin, crashesMin, commitsMin int
 }
 
-// shares are probabilities, in thousandths, of what a key's client does.
+// shares are the probabilities, in thousandths, of a client's actions on a key.
 type shares struct {
-	declined, order, account, reused int // what is asked; the rest are transfers
+	declined, order, account, reused int // kinds of requests; the rest are transfers
 	twin                             int // the same key under another tenant
 	changed                          int // another body under the key
-	cut, hangUp, halfSent, slow      int // of a copy's first request
+	cut, hangUp, halfSent, slow      int // trouble of a copy's first request
 	crowd                            int // as many copies at once as a client can send
 }
 
@@ -72,7 +74,8 @@ var profiles = map[string]profile{
 		points: crashpoint.Bank(), reapInterval: 4 * time.Second, commits: 11_000, weights: allWeights, giveUp: 0.5, shares: allShares,
 		killsMin: 200, crashesMin: 100, commitsMin: 10_000,
 	},
-	// For variants of the bank with a known bug: short and dense, and every client gives up as soon as it may.
+	// For variants of the bank with a known bug: short and dense, and every client gives up as soon
+	// as it may.
 	"mutant": {
 		operations: 3_000, durationMax: 2 * time.Minute,
 		events:       map[eventKind]int{killBank: 5, terminateBackends: 3, latency: 2},
@@ -84,13 +87,15 @@ var profiles = map[string]profile{
 	},
 }
 
-// lullFrom is how many operations make a run long enough for a lull, in which thousands of them pass.
+// lullFrom is the minimum number of operations of a run with a lull: thousands of operations pass
+// in a lull.
 const lullFrom = 15_000
 
 // Profiles returns the names of all profiles.
 func Profiles() []string { return slices.Sorted(maps.Keys(profiles)) }
 
-// scaled returns the profile for another number of operations. Everything that it does at all it still does.
+// scaled returns the profile for another number of operations. Every kind of fault that it has
+// remains.
 func (p profile) scaled(operations int) profile {
 	factor := float64(operations) / float64(p.operations)
 	scale := func(n, least int) int {
@@ -106,11 +111,12 @@ func (p profile) scaled(operations int) profile {
 	if operations < lullFrom {
 		delete(events, lull)
 	}
-	// Each crash point is armed once at least, and each kind of COMMIT fault has a fair chance of its own.
+	// Each crash point is armed at least once, and each kind of COMMIT fault has a fair chance of
+	// its own.
 	events[killBank] = max(events[killBank], len(p.points))
 	p.events = events
 	p.commits = scale(p.commits, 4*len(p.weights))
-	if factor < 1 { // the minimum is about the profile as it is
+	if factor < 1 { // the minimums are those of the profile's own size
 		p.killsMin, p.crashesMin, p.commitsMin = scale(p.killsMin, 1), scale(p.crashesMin, 1), scale(p.commitsMin, 1)
 	}
 	p.operations = operations

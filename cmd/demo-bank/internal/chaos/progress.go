@@ -6,7 +6,7 @@ import (
 	"github.com/paidonce/idempotency/cmd/internal/terminal"
 )
 
-// showProgress says how far the run is until the returned function is called.
+// showProgress shows the run's progress until the returned function is called.
 func (r *run) showProgress() (end func()) {
 	return terminal.ShowProgress(r.config.Progress, r.config.Terminal, "chaos", r.progress)
 }

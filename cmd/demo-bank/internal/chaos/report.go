@@ -12,14 +12,15 @@ import (
 	"github.com/paidonce/idempotency/cmd/internal/terminal"
 )
 
-// Count is how often something happened. Fewer than Least is a failure of the run: what was not hit was not tested.
+// Count is the number of times that something happened. Fewer than Least is a failure of the run: a
+// fault that never hit tested nothing.
 type Count struct {
 	Name  string `json:"name"`
 	Count int64  `json:"count"`
 	Least int64  `json:"least,omitempty"`
 }
 
-// Report is what a run found. Its JSON is one object.
+// Report holds the findings of a run. Its JSON is one object.
 type Report struct {
 	Verdict string   `json:"verdict"` // ok or broken
 	Broken  []string `json:"broken"`  // checks that found something, and counts that are too low
@@ -42,7 +43,7 @@ type Report struct {
 	SettleSeconds float64 `json:"settle_seconds"` // from the last fault to the last key's answer
 
 	Requests     int64 `json:"requests"`      // of the load and the settling
-	FinalReplays int64 `json:"final_replays"` // one of each key that was not given up, at least
+	FinalReplays int64 `json:"final_replays"` // at least one for each key that was not given up
 	Unsent       int64 `json:"unsent"`        // tries that found no bank
 	Keys         int   `json:"keys"`
 	GivenUp      int   `json:"given_up"`
@@ -51,19 +52,20 @@ type Report struct {
 	Faults       []Count `json:"faults"`
 	CommitFaults []Count `json:"commit_faults"`
 	CrashPoints  []Count `json:"crash_points"`
-	Clientele    []Count `json:"client_faults"` // what clients did, some of it wrong
+	Clientele    []Count `json:"client_faults"` // the clients' actions, some of them wrong
 	Answers      []Count `json:"answers"`
 	Totals       []Count `json:"totals"`
 
-	Unknown       int64   `json:"unknown"`
-	UnknownExempt int64   `json:"unknown_exempt"` // of keys whose COMMIT was late, left open or its backend ended
-	UnknownRate   float64 `json:"unknown_rate"`   // of the others, in all other answers
+	Unknown int64 `json:"unknown"`
+	// Those of keys with a COMMIT that was late, was left open or lost its backend.
+	UnknownExempt int64   `json:"unknown_exempt"`
+	UnknownRate   float64 `json:"unknown_rate"` // of the others, among all other answers
 
-	CommitFailures    int   `json:"commit_failures"`     // that the banks counted
-	CommitFailuresMax int   `json:"commit_failures_max"` // that have a cause
+	CommitFailures    int   `json:"commit_failures"`     // as counted by the banks
+	CommitFailuresMax int   `json:"commit_failures_max"` // those that have a cause
 	Planted           int64 `json:"planted"`             // expired records
-	PlantedReplays    int64 `json:"planted_replays"`     // of keys used again before the reaper came
-	Reaped            int64 `json:"reaped"`              // that the banks counted
+	PlantedReplays    int64 `json:"planted_replays"`     // of keys used again before they were reaped
+	Reaped            int64 `json:"reaped"`              // as counted by the banks
 
 	Checks []check.Result `json:"checks"`
 
@@ -75,7 +77,7 @@ type Report struct {
 // OK reports whether every promise held, and everything was tried.
 func (r *Report) OK() bool { return len(r.Broken) == 0 }
 
-// Found returns the names of the checks that found a wrong, whatever else the run lacks.
+// Found returns the names of the checks that found a wrong, even if the run lacks other things.
 func (r *Report) Found() []string {
 	var names []string
 	for _, c := range r.Checks {
@@ -120,7 +122,7 @@ func (r *run) report() *Report {
 	if answers := t.replies.Load() - p.UnknownExempt; answers > 0 {
 		p.UnknownRate = float64(p.Unknown-p.UnknownExempt) / float64(answers)
 	}
-	if p.Checks == nil { // it did not come so far
+	if p.Checks == nil { // the run ended before its checks
 		p.Checks = r.ownChecks()
 	}
 	for _, c := range p.Checks {
@@ -132,7 +134,7 @@ func (r *run) report() *Report {
 	return p
 }
 
-// judge comes to the verdict.
+// judge decides the verdict.
 func (p *Report) judge() {
 	p.Broken, p.Verdict = []string{}, "ok"
 	for _, c := range p.Checks {
@@ -158,10 +160,10 @@ func (p *Report) judge() {
 	}
 }
 
-// maySeeNothing are checks that may have had nothing to look at, in a run that breaks little.
+// maySeeNothing are checks that may see nothing in a run with few faults.
 var maySeeNothing = []string{"run", causesName}
 
-// clientele are what the clients of a profile do.
+// clientele returns the names of the actions of a profile's clients.
 func (p profile) clientele() []string {
 	names := []string{"copies at once", "later copy"}
 	s := p.shares
@@ -183,7 +185,7 @@ func (p profile) clientele() []string {
 	return names
 }
 
-// answers are the kinds of answers that a profile provokes.
+// answers returns the kinds of answers that a profile provokes.
 func (p profile) answers() []string {
 	names := []string{"executed", "replayed", "in-progress", "not-executed", "none"}
 	if p.shares.changed > 0 {

@@ -9,7 +9,7 @@ import (
 	"github.com/paidonce/idempotency/cmd/demo-bank/internal/check"
 )
 
-// goodReport is of a run that hit everything and found nothing.
+// goodReport returns the report of a run that hit everything and found nothing.
 func goodReport() *Report {
 	once := func() []Count { return []Count{{Name: "something", Count: 1, Least: 1}, {Name: "beside", Count: 0}} }
 	return &Report{
@@ -19,8 +19,8 @@ func goodReport() *Report {
 	}
 }
 
-// TestWhatWasNotHitFailsTheRun: a fault kind, crash point or answer kind that was hit 0 times proves nothing, and
-// neither does a check that looked at nothing, or a run that did not come to its end.
+// TestWhatWasNotHitFailsTheRun: a kind of fault, crash point or answer with 0 hits proves nothing.
+// Neither does a check that saw nothing, or a run that did not reach its end.
 func TestWhatWasNotHitFailsTheRun(t *testing.T) {
 	t.Parallel()
 	for name, spoil := range map[string]func(*Report){
@@ -52,7 +52,8 @@ func TestWhatWasNotHitFailsTheRun(t *testing.T) {
 	}
 }
 
-// TestEveryKindIsRequired: what a profile's schedule and clients do is what its report asks for, by the same names.
+// TestEveryKindIsRequired: the report requires everything that a profile's schedule and clients do,
+// by the same names.
 func TestEveryKindIsRequired(t *testing.T) {
 	t.Parallel()
 	r, err := newRun((&Config{Seed: 1}).full())
@@ -107,7 +108,8 @@ func TestReportIsWritten(t *testing.T) {
 	}
 }
 
-// TestUnknownHasALimit: one in a thousand, but for those of keys that a fault hit which leaves an unknown behind.
+// TestUnknownHasALimit: one in a thousand, not counting keys with a fault that can make the outcome
+// unknown.
 func TestUnknownHasALimit(t *testing.T) {
 	t.Parallel()
 	for _, one := range []struct {
@@ -124,7 +126,7 @@ func TestUnknownHasALimit(t *testing.T) {
 	}
 }
 
-// TestMetricsOfAllLives: counters of a bank's lives add up, and the labels choose.
+// TestMetricsOfAllLives: the counters of a bank's lives add up, and the labels select.
 func TestMetricsOfAllLives(t *testing.T) {
 	t.Parallel()
 	const text = `# HELP go_goroutines Number of goroutines that currently exist.
@@ -147,7 +149,7 @@ idempotency_step_duration_seconds_count{step="commit"} 70
 	s.note(values)
 	s.note(values) // the same life, later
 	s.endLife()
-	s.endLife() // one that was never scraped
+	s.endLife() // a life that was never scraped
 	s.note(values)
 	s.endLife()
 	s.note(values)

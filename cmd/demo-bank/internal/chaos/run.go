@@ -14,7 +14,7 @@ import (
 	"github.com/paidonce/idempotency/cmd/demo-bank/internal/check"
 )
 
-// run is one run's state.
+// run is the state of one run.
 type run struct {
 	config   Config
 	profile  profile
@@ -35,9 +35,9 @@ type run struct {
 	findings   findings // wrongs of the run itself
 	unexpected findings // answers that no good request gets
 
-	diary      *os.File     // what was broken when, for whoever keeps the folder
+	diary      *os.File     // the faults with their times, for readers of a kept folder
 	phaseName  atomic.Value // of string
-	calm       sync.RWMutex // held by a lull alone, and by all other events together
+	calm       sync.RWMutex // held by a lull exclusively, and by all other events together
 	eventsLeft atomic.Int64
 	loadOver   atomic.Bool
 	healed     atomic.Bool
@@ -47,7 +47,7 @@ type run struct {
 
 	before, after check.Resources
 	money         watched
-	causesMax     int // COMMITs that were made to fail, at most
+	causesMax     int // maximum number of COMMITs that were made to fail
 	checks        []check.Result
 }
 
@@ -76,7 +76,7 @@ func newRun(config Config) (*run, error) {
 	return r, nil
 }
 
-// close ends what still runs, and removes what it left behind or keeps it.
+// close ends everything that still runs, and removes the run's folder or keeps it.
 func (r *run) close(remove bool) error {
 	r.loadOver.Store(true)
 	r.working.Wait() // their context has ended
@@ -94,7 +94,7 @@ func (r *run) close(remove bool) error {
 	return err
 }
 
-// clock is the time since the start of the run. It is never 0, which means no time at all.
+// clock returns the time since the start of the run. It is never 0, which means no time at all.
 func (r *run) clock() time.Duration { return max(1, time.Since(r.started)) }
 
 func (r *run) enter(phase string) {
@@ -104,7 +104,8 @@ func (r *run) enter(phase string) {
 
 // note writes a line into the run's diary.
 func (r *run) note(format string, args ...any) {
-	_, _ = fmt.Fprintf(r.diary, "%9.3f %6d  %s\n", r.clock().Seconds(), r.tally.finished.Load(), fmt.Sprintf(format, args...)) // it only helps
+	// An error does not matter: the diary only helps.
+	_, _ = fmt.Fprintf(r.diary, "%9.3f %6d  %s\n", r.clock().Seconds(), r.tally.finished.Load(), fmt.Sprintf(format, args...))
 }
 
 func (r *run) phase() string {
@@ -119,10 +120,11 @@ func (r *run) finished(what result) {
 	}
 }
 
-// noteFault remembers when something was broken last.
+// noteFault records the time of the last fault.
 func (r *run) noteFault() { r.lastFault.Store(int64(r.clock())) }
 
-// findings are wrongs, counted, and the first of them told. The zero value is ready; it is safe for concurrent use.
+// findings counts wrongs and keeps the first as examples. The zero value is ready. It is safe for
+// concurrent use.
 type findings struct {
 	mu       sync.Mutex
 	count    int
@@ -138,7 +140,7 @@ func (f *findings) add(format string, args ...any) {
 	}
 }
 
-// result makes a check of them, which looked at so many things.
+// result makes a check of the findings; seen is the number of things that were checked.
 func (f *findings) result(name, title string, seen int) check.Result {
 	f.mu.Lock()
 	defer f.mu.Unlock()

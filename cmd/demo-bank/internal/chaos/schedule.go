@@ -15,27 +15,41 @@ import (
 	"github.com/paidonce/idempotency/internal/crashpoint"
 )
 
-// eventKind is something that is done to the cluster, a proxy or a bank.
+// eventKind is a fault of the cluster, a proxy or a bank.
 type eventKind string
 
 const (
-	killBank          eventKind = "bank-sigkill"              // and the next life of that bank has a crash point
-	crashPostmaster   eventKind = "postgres-immediate"        // SIGQUIT to the postmaster, then a start on the same folder
-	crashBackend      eventKind = "backend-sigkill"           // of an idle or working backend: the cluster restarts itself
-	crashCommitting   eventKind = "backend-sigkill-at-commit" // the same while its COMMIT is on the wire
-	terminateBackends eventKind = "terminate-backends"        // pg_terminate_backend of working ones
-	cutAll            eventKind = "cut-all"                   // every connection of one bank to its database
-	refuse            eventKind = "refuse-connections"        // the same, and no new ones for a moment
-	pause             eventKind = "pause"                     // nothing passes, nobody hangs up
-	latency           eventKind = "latency"                   // each way
-	slowLink          eventKind = "slow-link"                 // a few kB/s
-	rowLocks          eventKind = "row-locks"                 // somebody else holds rows for longer than lock_timeout
-	squeeze           eventKind = "pool-squeeze"              // a held table: every connection of the pools waits
-	lull              eventKind = "lull"                      // COMMITs that stay half-open, and nothing else until one is unknown
-	deadlock          eventKind = "deadlock"                  // locks taken in the other order
+	// SIGKILL of a bank; its next life has a crash point.
+	killBank eventKind = "bank-sigkill"
+	// SIGQUIT to the postmaster, then a start on the same folder.
+	crashPostmaster eventKind = "postgres-immediate"
+	// SIGKILL of an idle or working backend: the cluster restarts itself.
+	crashBackend eventKind = "backend-sigkill"
+	// The same, while the backend's COMMIT is on the wire.
+	crashCommitting eventKind = "backend-sigkill-at-commit"
+	// pg_terminate_backend of working ones.
+	terminateBackends eventKind = "terminate-backends"
+	// Every conn of one bank to its database is cut.
+	cutAll eventKind = "cut-all"
+	// The same, and no new ones for a moment.
+	refuse eventKind = "refuse-connections"
+	// Nothing passes, but no side hangs up.
+	pause eventKind = "pause"
+	// A delay each way.
+	latency eventKind = "latency"
+	// A rate of a few kB/s.
+	slowLink eventKind = "slow-link"
+	// Another session holds rows for longer than lock_timeout.
+	rowLocks eventKind = "row-locks"
+	// A locked table: every conn of the pools waits.
+	squeeze eventKind = "pool-squeeze"
+	// Half-open COMMITs, and no other fault until the outcome of one is unknown.
+	lull eventKind = "lull"
+	// Locks taken in the other order.
+	deadlock eventKind = "deadlock"
 )
 
-// commitKind is what happens to one COMMIT.
+// commitKind is the fault of one COMMIT.
 type commitKind string
 
 const (
@@ -48,28 +62,30 @@ const (
 	terminateBefore commitKind = "terminate-before"
 	terminateAfter  commitKind = "terminate-after"
 	killCommitting  commitKind = "kill-bank"
-	hangUpAtCommit  commitKind = "hang-up" // the client hangs up while COMMIT is on its way: no cause to fail
+	// The client hangs up while COMMIT is on its way: no cause to fail.
+	hangUpAtCommit commitKind = "hang-up"
 )
 
-// schedule is what a run does, decided by the seed alone. What becomes of it is not: that depends on who is where when
-// it happens.
+// schedule holds the faults of a run. Only the seed decides them. The seed does not decide their
+// effects: those depend on where each request is when the fault happens.
 type schedule struct {
 	events  []event
 	commits []commitFault
 }
 
-// event is due when so many operations have finished.
+// event is due when this many operations have finished.
 type event struct {
 	due    int64
 	kind   eventKind
-	bank   int           // whose process, or whose proxy
+	bank   int           // the bank of the process or the proxy
 	point  string        // crash point of the bank's next life
-	nth    int           // the crash point's n-th time
-	length time.Duration // of what lasts
+	nth    int           // the number of the pass at which the bank dies there
+	length time.Duration // for faults that last
 	amount int           // ms each way, bytes per second, backends, or the first row
 }
 
-// commitFault is due at the n-th COMMIT that carries a key, or at the first one after it that it can be done to.
+// commitFault is due at the n-th COMMIT that carries a key, or at the first later one to which it
+// can apply.
 type commitFault struct {
 	commit int64
 	kind   commitKind
@@ -77,8 +93,8 @@ type commitFault struct {
 }
 
 const (
-	// commitsPerOperation is how many COMMITs with a key an operation brings at least, the rest being replays, copies
-	// and refusals. It spreads the faults of COMMITs over a run.
+	// commitsPerOperation is the minimum number of COMMITs with a key for each operation; the rest
+	// are replays, copies and refusals. It spreads the faults of COMMITs over a run.
 	commitsPerOperation = 0.20
 	lateCommitDelay     = 2 * time.Second
 )
@@ -87,10 +103,10 @@ const (
 func newSchedule(p profile, seed uint64, banks int) schedule {
 	choice := rand.New(rand.NewPCG(seed, 0x5c4ed01e))
 	var s schedule
-	for _, kind := range slices.Sorted(maps.Keys(p.events)) { // in an order that is the same each time
+	for _, kind := range slices.Sorted(maps.Keys(p.events)) { // in the same order each time
 		n := p.events[kind]
 		for i := range n {
-			// Spread over the run, but for its first and last moments.
+			// Spread over the run, except its first and last moments.
 			at := 0.03 + 0.92*(float64(i)+choice.Float64())/float64(n)
 			e := event{due: int64(at * float64(p.operations)), kind: kind, bank: choice.IntN(banks)}
 			e.draw(choice)
@@ -115,7 +131,7 @@ func newSchedule(p profile, seed uint64, banks int) schedule {
 	return s
 }
 
-// draw chooses what an event of its kind needs.
+// draw chooses the parameters of an event.
 func (e *event) draw(choice *rand.Rand) {
 	switch e.kind {
 	case terminateBackends:
@@ -139,7 +155,7 @@ func between(choice *rand.Rand, least, most time.Duration) time.Duration {
 	return (least + time.Duration(choice.Int64N(int64(most-least)))).Round(time.Millisecond)
 }
 
-// armPoints gives the lives that follow the kills their crash points, all of them in turn.
+// armPoints gives the crash points, all of them in turn, to the lives that follow the kills.
 func (s *schedule) armPoints(points []string, choice *rand.Rand) {
 	var turn []string
 	for i := range s.events {
@@ -163,7 +179,7 @@ func (s *schedule) armPoints(points []string, choice *rand.Rand) {
 	}
 }
 
-// commitsOf is how many COMMITs meet a fault.
+// commitsOf returns the number of COMMITs that get this fault.
 func (p profile) commitsOf(kind commitKind) int {
 	total := 0
 	for _, weight := range p.weights {
@@ -175,7 +191,8 @@ func (p profile) commitsOf(kind commitKind) int {
 	return max(2, p.commits*p.weights[kind]/total)
 }
 
-// drawCommits returns the kinds of all faults of COMMITs: each by its share, at least two of each, in any order.
+// drawCommits returns the kinds of all faults of COMMITs in random order: each by its share, and at
+// least two of each.
 func drawCommits(p profile, choice *rand.Rand) []commitKind {
 	var kinds []commitKind
 	for _, kind := range slices.Sorted(maps.Keys(p.weights)) {
@@ -187,7 +204,7 @@ func drawCommits(p profile, choice *rand.Rand) []commitKind {
 	return kinds
 }
 
-// write prints the schedule, one line for each thing that is done.
+// write prints the schedule, one line for each fault.
 func (s schedule) write(w io.Writer) error {
 	var b strings.Builder
 	for _, e := range s.events {
@@ -227,14 +244,15 @@ func (s schedule) write(w io.Writer) error {
 	return err
 }
 
-// hash names the schedule.
+// hash returns a name for the schedule.
 func (s schedule) hash() string {
 	h := sha256.New()
-	_ = s.write(h) // a hash takes everything
+	_ = s.write(h) // a hash accepts everything
 	return hex.EncodeToString(h.Sum(nil)[:8])
 }
 
-// WriteSchedule prints what a run of the config would do, and nothing is done. The config's seed must be set.
+// WriteSchedule prints the schedule of a run with this config, and runs nothing. The config's seed
+// must be set.
 func WriteSchedule(w io.Writer, config Config) error {
 	if err := config.Validate(); err != nil {
 		return err

@@ -10,7 +10,7 @@ import (
 	"time"
 )
 
-// TestSameSeedSameSchedule: what a run does is the seed's choice alone, and another seed's is another.
+// TestSameSeedSameSchedule: only the seed decides a run's schedule, and another seed gives another.
 func TestSameSeedSameSchedule(t *testing.T) {
 	t.Parallel()
 	print := func(config Config) string {
@@ -48,8 +48,8 @@ func TestSameSeedSameSchedule(t *testing.T) {
 	}
 }
 
-// TestScheduleReachesEverything: every kind that a profile breaks is in its schedule, in order and within the run, and
-// often enough for what the profile promises.
+// TestScheduleReachesEverything: every kind of fault of a profile is in its schedule, in order,
+// within the run, and often enough for the profile's minimums.
 func TestScheduleReachesEverything(t *testing.T) {
 	t.Parallel()
 	for _, name := range Profiles() {

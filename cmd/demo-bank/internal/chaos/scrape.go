@@ -18,10 +18,10 @@ const (
 	scrapeTimeout  = 2 * time.Second
 )
 
-// scraped are the metrics of a bank that are looked at: values by name, labels included.
+// scraped holds the metrics of a bank that the run uses: values by name, including labels.
 type scraped map[string]float64
 
-// What a bank measures of itself. Labels are in the order in which Prometheus writes them: by name.
+// The names of the bank's metrics. Prometheus writes labels in the order of their names.
 const (
 	metricGoroutines      = "go_goroutines"
 	metricFileDescriptors = "process_open_fds"
@@ -31,7 +31,7 @@ const (
 	metricReaped          = "idempotency_records_deleted_total"
 )
 
-// parseMetrics reads those of Prometheus' text that are looked at.
+// parseMetrics reads the metrics that the run uses from Prometheus' text.
 func parseMetrics(r io.Reader) (scraped, error) {
 	values := make(scraped)
 	for text := bufio.NewScanner(r); ; {
@@ -53,12 +53,12 @@ func parseMetrics(r io.Reader) (scraped, error) {
 	}
 }
 
-// scrapes sums the metrics of a slot's lives. The last one of each life is a moment old when it ends. It is safe for
-// concurrent use.
+// scrapes sums the metrics of a slot's lives. The last scrape of a life is a moment old when the
+// life ends. It is safe for concurrent use.
 type scrapes struct {
 	mu   sync.Mutex
 	past scraped // of the lives that have ended
-	last scraped // of the one that runs
+	last scraped // of the current life
 }
 
 func (s *scrapes) note(values scraped) {
@@ -67,7 +67,7 @@ func (s *scrapes) note(values scraped) {
 	s.last = values
 }
 
-// endLife closes the account of a life.
+// endLife adds the current life's values to those of the past.
 func (s *scrapes) endLife() {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -80,7 +80,7 @@ func (s *scrapes) endLife() {
 	s.last = nil
 }
 
-// sum adds up the values of all lives whose name begins and ends like this.
+// sum adds up the values of all lives of the metric with this name and these labels.
 func (s *scrapes) sum(name string, labels ...string) (total float64) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -102,12 +102,12 @@ func (s *scrapes) sum(name string, labels ...string) (total float64) {
 	return total
 }
 
-// label is one as Prometheus writes it.
+// label formats a label as Prometheus does.
 func label(name, value string) string { return name + `="` + value + `"` }
 
 var errNoLife = errors.New("the bank is between two lives")
 
-// scrape asks a bank for its metrics. What comes while the life that was asked ends counts for nobody.
+// scrape gets a bank's metrics. If the life ends meanwhile, they are not counted.
 func (s *slot) scrape(ctx context.Context, client *http.Client) (scraped, error) {
 	l := s.current()
 	if l == nil {
@@ -121,7 +121,8 @@ func (s *slot) scrape(ctx context.Context, client *http.Client) (scraped, error)
 	if err != nil {
 		return nil, err
 	}
-	defer func() { _ = response.Body.Close() }() // it was read to its end, or is of no use
+	// The body was read to its end, or is of no use.
+	defer func() { _ = response.Body.Close() }()
 	values, err := parseMetrics(response.Body)
 	if err != nil {
 		return nil, err
@@ -134,7 +135,7 @@ func (s *slot) scrape(ctx context.Context, client *http.Client) (scraped, error)
 	return values, nil
 }
 
-// newScraper returns a client that keeps no connection, so that a bank is not seen holding it.
+// newScraper returns a client that keeps no conn, so that it does not show in the bank's resources.
 func newScraper() *http.Client {
 	return &http.Client{Timeout: scrapeTimeout, Transport: &http.Transport{DisableKeepAlives: true}}
 }

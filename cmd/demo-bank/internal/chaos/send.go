@@ -9,14 +9,16 @@ import (
 	"github.com/paidonce/idempotency/cmd/demo-bank/internal/storm"
 )
 
-// hangUpMax is from the last byte of a request whose reply is lost to the end of its connection, at most.
+// hangUpMax is the maximum time from the last byte of a request to the end of its conn, if its
+// reply is to be lost.
 const hangUpMax = 30 * time.Millisecond
 
-// lane is one connection of a client's, for one request at a time, to one bank after another.
+// lane is one of a client's conns, for one request at a time, to changing banks.
 type lane struct {
 	*storm.Client
-	run    *run
-	choice *rand.Rand // of what no seed has to repeat: pauses, which bank, whether to give up
+	run *run
+	// For choices that no seed has to repeat: pauses, the bank, whether to give up.
+	choice *rand.Rand
 	bank   int
 	ops    []check.Operation
 }
@@ -25,9 +27,10 @@ func newLane(r *run, id int) *lane {
 	return &lane{Client: storm.NewClient(id, r.clock, hangUpMax), run: r, choice: rand.New(rand.NewPCG(r.config.Seed, uint64(id)<<32|0x1a9e))}
 }
 
-// send sends a key's request once, notes it as an operation, and says what to make of what came back.
+// send sends a key's request once, records it as an operation, and returns the result.
 func (l *lane) send(ctx context.Context, k *key, changed, final bool, t storm.Trouble) result {
-	if l.choice.IntN(3) == 0 { // else the bank of last time: connections are kept
+	// Otherwise the last bank again: conns are kept.
+	if l.choice.IntN(3) == 0 {
 		l.bank = l.choice.IntN(l.run.config.Banks)
 	}
 	tenant := tenants[k.tenant]
@@ -65,7 +68,7 @@ func (l *lane) send(ctx context.Context, k *key, changed, final bool, t storm.Tr
 	return what
 }
 
-// read says what to make of an answer.
+// read interprets an answer.
 func (l *lane) read(k *key, op *check.Operation) result {
 	switch op.Outcome {
 	case "executed", "replayed":

@@ -11,20 +11,21 @@ import (
 	"github.com/paidonce/idempotency/internal/deadline"
 )
 
-// settleMax is how long after the last fault every key must have its answer.
+// settleMax is the time after the last fault within which every key must have its answer.
 const settleMax = 60 * time.Second
 
-// errUnsettled means that keys have no answer yet, so that no answer of theirs can be compared.
+// errUnsettled means that keys have no answer yet, so that their answers cannot be compared.
 var errUnsettled = errors.New("keys did not settle")
 
-// settle takes all faults back and waits for the clients, who go on until each key has its answer or was given up.
+// settle heals all faults and waits for the clients, which go on until each key has its answer or
+// was given up.
 func (r *run) settle(ctx context.Context) error {
 	r.healed.Store(true)
 	r.cluster.heal()
 	if err := r.banks.heal(ctx); err != nil {
 		return err
 	}
-	// What was broken last is what heal has killed: banks with a crash point that nobody reached.
+	// heal itself made the last fault: it killed the banks that never reached their crash point.
 	healed := r.clock()
 	done := make(chan struct{})
 	go func() {
@@ -48,7 +49,8 @@ func (r *run) settle(ctx context.Context) error {
 	return errUnsettled
 }
 
-// replay asks for every key that was not given up once more: its answer must be the one that it got.
+// replay sends the request of every key that was not given up once more: the answer must be the
+// recorded one.
 func (r *run) replay(ctx context.Context) error {
 	keys := slices.DeleteFunc(slices.Clone(r.keys.all()), (*key).abandoned)
 	err := storm.Each(ctx, r.clients, keys, func(ctx context.Context, c *client, k *key) error { return c.lanes[0].replay(ctx, k) })
@@ -58,7 +60,8 @@ func (r *run) replay(ctx context.Context) error {
 	return err
 }
 
-// replay asks once more, until there is an answer. Nothing is broken any more, so that should be at once.
+// replay sends the request until there is an answer. There are no faults any more, so the first try
+// should succeed.
 func (l *lane) replay(ctx context.Context, k *key) error {
 	until := time.Now().Add(settleMax)
 	for {
@@ -78,8 +81,8 @@ func (l *lane) replay(ctx context.Context, k *key) error {
 	}
 }
 
-// history is what all clients saw and wanted. Replays of a planted record are still in it: see
-// withoutPlanted.
+// history returns the operations and expectations of all clients. It still contains replays of
+// planted records: see withoutPlanted.
 func (r *run) history() (ops []check.Operation, expected []check.Expectation) {
 	for _, c := range r.clients {
 		for _, l := range c.lanes {

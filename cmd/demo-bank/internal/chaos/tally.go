@@ -13,7 +13,7 @@ import (
 	"github.com/paidonce/idempotency/cmd/demo-bank/internal/storm"
 )
 
-// tally counts what was done and what was answered. It is safe for concurrent use.
+// tally counts faults and answers. It is safe for concurrent use.
 type tally struct {
 	finished atomic.Int64 // operations of the load
 	replays  atomic.Int64 // of the final replay
@@ -27,11 +27,12 @@ type tally struct {
 
 	kills   atomic.Int64 // bank processes that died of SIGKILL
 	crashes atomic.Int64 // of PostgreSQL
-	allowed atomic.Int64 // COMMITs that events may have broken, at most
+	allowed atomic.Int64 // maximum number of COMMITs that events may have broken
 
-	replies       atomic.Int64 // of the load and the settling
-	unknown       atomic.Int64
-	unknownExempt atomic.Int64 // of keys whose COMMIT was late, left open or its backend ended
+	replies atomic.Int64 // of the load and the settling
+	unknown atomic.Int64
+	// Those of keys with a COMMIT that was late, was left open or lost its backend.
+	unknownExempt atomic.Int64
 
 	plantedReplays int64 // counted by the judge
 
@@ -43,7 +44,7 @@ func newTally() tally {
 	return tally{latency: hdrhistogram.New(1, storm.RequestTimeout.Microseconds(), 3)}
 }
 
-// count notes an operation.
+// count adds an operation.
 func (t *tally) count(op *check.Operation, k *key) {
 	switch {
 	case op.Returned == 0:
@@ -66,7 +67,7 @@ func (t *tally) count(op *check.Operation, k *key) {
 	}
 }
 
-// asked notes what a key asks for.
+// asked counts the request of a key.
 func (t *tally) asked(k *key) {
 	switch k.asks {
 	case askDeclined:
@@ -99,17 +100,18 @@ func (t *tally) trouble(one storm.Trouble) {
 func (t *tally) observe(d time.Duration) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	_ = t.latency.RecordValue(max(1, d.Microseconds())) // what is over the range had timed out
+	// A longer time exceeds the range; such a request had timed out.
+	_ = t.latency.RecordValue(max(1, d.Microseconds()))
 }
 
-// quantile is in milliseconds.
+// quantile returns a quantile in milliseconds.
 func (t *tally) quantile(percent float64) float64 {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	return float64(t.latency.ValueAtQuantile(percent)) / 1000
 }
 
-// counters count by name. The zero value is ready; it is safe for concurrent use.
+// counters count by name. The zero value is ready. They are safe for concurrent use.
 type counters struct {
 	mu     sync.Mutex
 	counts map[string]int64
@@ -141,7 +143,7 @@ func (c *counters) total() (n int64) {
 	return n
 }
 
-// list returns the counts of the names that must be there, in their order, and then of all others.
+// list returns the counts of the required names, in their order, and then of all others.
 func (c *counters) list(required []string) []Count {
 	c.mu.Lock()
 	defer c.mu.Unlock()

@@ -19,8 +19,8 @@ import (
 const (
 	moneyInterval = 100 * time.Millisecond
 	auditInterval = 2 * time.Second
-	// auditShare keeps the audits, which read all books, from being what the cluster does: one rests so many times as
-	// long as it took.
+	// auditShare keeps the audits, which read all books, from dominating the cluster's work: after
+	// each audit the watcher rests this many times as long as the audit took.
 	auditShare   = 20
 	auditTimeout = 25 * time.Second
 )
@@ -36,8 +36,8 @@ func (w *watched) result() check.Result {
 	return w.findings.result(check.MoneyKept, "money is neither made nor lost, and no balance is negative", int(w.reads.Load()+w.audits.Load()))
 }
 
-// watch looks on until the returned function is called: at the money, at the audit, at the banks' metrics. And it
-// plants expired records.
+// watch observes the money, the audit and the banks' metrics until the returned function is called.
+// It also plants expired records.
 func (r *run) watch(ctx context.Context) (end func()) {
 	ctx, cancel := context.WithCancel(ctx)
 	var group sync.WaitGroup
@@ -59,10 +59,11 @@ func (r *run) watch(ctx context.Context) (end func()) {
 	}
 }
 
-// watchMoney sums the balances again and again, on one connection as long as it lasts.
+// watchMoney sums the balances again and again, on one conn as long as that lasts.
 func (r *run) watchMoney(ctx context.Context) {
 	for ctx.Err() == nil {
-		_ = r.cluster.with(ctx, r.config.DurationMax, func(ctx context.Context, conn *pgx.Conn) error { // a crash ends it
+		// A crash ends the conn, and the loop opens another.
+		_ = r.cluster.with(ctx, r.config.DurationMax, func(ctx context.Context, conn *pgx.Conn) error {
 			for {
 				result, err := check.Money(ctx, conn)
 				if err != nil {
@@ -81,13 +82,14 @@ func (r *run) watchMoney(ctx context.Context) {
 	}
 }
 
-// watchAudit asks the banks for their audit, as anybody may.
+// watchAudit gets the banks' audit, as any client may.
 func (r *run) watchAudit(ctx context.Context) {
 	client := &http.Client{Timeout: auditTimeout, Transport: &http.Transport{DisableKeepAlives: true}}
 	for n := 0; ctx.Err() == nil; n++ {
 		started := time.Now()
 		var audit bank.Audit
-		if err := storm.Get(ctx, client, "http://"+r.banks.address(n%len(r.banks.slots))+"/v1/audit", &audit); err == nil { // else it was down, or busy
+		// On an error the bank was down, or busy.
+		if err := storm.Get(ctx, client, "http://"+r.banks.address(n%len(r.banks.slots))+"/v1/audit", &audit); err == nil {
 			r.money.audits.Add(1)
 			if !audit.OK {
 				r.money.findings.add("at %v the audit was not ok: %+v", r.clock().Round(time.Millisecond), audit)
@@ -97,7 +99,7 @@ func (r *run) watchAudit(ctx context.Context) {
 	}
 }
 
-// takeBaseline measures what the banks hold before anything is asked of them.
+// takeBaseline measures the banks' resources before their first request.
 func (r *run) takeBaseline(ctx context.Context) (err error) {
 	r.before, err = r.measure(ctx, func(check.Resources) bool { return true })
 	return err
@@ -105,8 +107,8 @@ func (r *run) takeBaseline(ctx context.Context) (err error) {
 
 const measureWaitMax = 30 * time.Second
 
-// measure adds up what the banks hold, once their pools are as full as they get and it is good enough, or the wait is
-// at its end.
+// measure sums the banks' resources once their pools are full and enough returns true, or after
+// measureWaitMax.
 func (r *run) measure(ctx context.Context, enough func(check.Resources) bool) (check.Resources, error) {
 	until := time.Now().Add(measureWaitMax)
 	client := newScraper()
