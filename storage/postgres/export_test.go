@@ -2,6 +2,8 @@ package postgres
 
 import (
 	"context"
+	"reflect"
+	"sync"
 
 	"github.com/jackc/pgx/v5"
 
@@ -23,14 +25,26 @@ const AbandonTimeout = sealed.AbandonTimeout
 const TogetherBytesMax = wire.TogetherBytesMax
 
 // RawConn leads around the seal, as a handler in bad faith might find a way to.
-func RawConn(tx pgx.Tx) *pgx.Conn { return sealed.ConnOf(tx.(*sealed.Tx)) }
+func RawConn(tx pgx.Tx) *pgx.Conn {
+	conn := reflect.ValueOf(tx).Elem().FieldByName("conn")
+	return *(**pgx.Conn)(conn.Addr().UnsafePointer())
+}
 
 // RawConnOf returns the connection of an attempt.
 func RawConnOf(a idempotency.Attempt) *pgx.Conn { return a.(*keyedAttempt).pooled.Conn() }
 
-// SendUnadmitted sends SQL as Exec and Query do, but past the guard that reads its text.
+// SendUnadmitted sends SQL as Exec and Query do, but past the guard that reads its text: the store
+// remembers the text as one that it has admitted.
 func SendUnadmitted(ctx context.Context, tx pgx.Tx, exec bool, sql string, arguments ...any) (err error) {
-	tx = sealed.Unguarded(tx.(*sealed.Tx))
+	texts := reflect.ValueOf(tx).Elem().FieldByName("settings").Elem().FieldByName("texts")
+	mu := (*sync.RWMutex)(texts.FieldByName("mu").Addr().UnsafePointer())
+	admitted := (*map[string]struct{})(texts.FieldByName("admitted").Addr().UnsafePointer())
+	mu.Lock()
+	if *admitted == nil {
+		*admitted = map[string]struct{}{}
+	}
+	(*admitted)[sql] = struct{}{}
+	mu.Unlock()
 	if exec {
 		_, err := tx.Exec(ctx, sql, arguments...)
 		return err

@@ -213,22 +213,12 @@ func (t *transaction) exec(ctx context.Context, sql string) error {
 type Tx struct {
 	*transaction
 	savepoint int // its number; 0 is the transaction itself
-	unguarded bool
 }
 
 var _ pgx.Tx = (*Tx)(nil)
 
 // Holds reports whether the handler still runs and its transaction is on a connection of this pool.
 func (tx *Tx) Holds(pool *pgxpool.Pool) bool { return tx.settings.Pool == pool && !tx.sealed.Load() }
-
-// ConnOf leads around the seal, for tests.
-func ConnOf(tx *Tx) *pgx.Conn { return tx.conn }
-
-// Unguarded returns a handle that sends every SQL text, for tests of what the server itself
-// refuses.
-func Unguarded(tx *Tx) *Tx {
-	return &Tx{transaction: tx.transaction, savepoint: tx.savepoint, unguarded: true}
-}
 
 // use begins a use through this handle.
 func (tx *Tx) use() error {
@@ -427,9 +417,6 @@ func (tx *Tx) Conn() *pgx.Conn { return nil }
 // admit refuses SQL text that controls transactions, even if a rewriter among the arguments makes
 // it.
 func (tx *Tx) admit(sql string, arguments []any) ([]any, error) {
-	if tx.unguarded {
-		return arguments, nil
-	}
 	if !wire.PlainText(tx.conn.PgConn()) { // a quote may be half of a character there
 		return nil, fmt.Errorf("%w: SQL is refused while client_encoding is not UTF8", ErrSealed)
 	}
