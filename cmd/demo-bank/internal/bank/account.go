@@ -26,7 +26,7 @@ type Account struct {
 	OpeningBalance int64  `json:"opening_balance"`
 }
 
-// validAccountID reports whether an account of that name can exist.
+// validAccountID reports whether id has the form of an account's id.
 func validAccountID(id string) bool {
 	for i := range len(id) {
 		c := id[i]
@@ -70,7 +70,8 @@ func (b *Bank) decodeAccount(body []byte) (work, error) {
 	}
 	account := Account{ID: string(id), Currency: string(currency), Balance: opening.value, OpeningBalance: opening.value}
 	return func(ctx context.Context, tx pgx.Tx, s stamp) (*answer, error) {
-		// ON CONFLICT rather than a look first: two requests with different keys may open one account at once.
+		// ON CONFLICT instead of a SELECT first: two requests with different keys may open the same
+		// account at once.
 		tag, err := tx.Exec(ctx, `
 			INSERT INTO accounts (id, currency, opening_balance, balance, scope, key, attempt_id)
 			VALUES ($1, $2, $3, $3, $4, $5, $6)
@@ -86,7 +87,7 @@ func (b *Bank) decodeAccount(body []byte) (work, error) {
 	}, nil
 }
 
-// account reads one account, and answers with a `account-not-found` problem where there is none.
+// account reads one account. The error is an `account-not-found` problem if there is none.
 func (b *Bank) account(ctx context.Context, id string) (*Account, error) {
 	if !validAccountID(id) {
 		return nil, accountNotFound()
@@ -107,7 +108,7 @@ func accountNotFound() *Problem {
 	return notFound("account-not-found", "There is no account with this id.")
 }
 
-// accounts reads the accounts that come after an id, in the order of their ids.
+// accounts reads at most limit accounts with ids after the given one, ordered by id.
 func (b *Bank) accounts(ctx context.Context, after string, limit int) ([]Account, error) {
 	rows, err := b.pool.Query(ctx, `
 		SELECT id, currency, balance, opening_balance FROM accounts WHERE id > $1 ORDER BY id LIMIT $2`, after, limit)
@@ -124,14 +125,14 @@ func (b *Bank) accounts(ctx context.Context, after string, limit int) ([]Account
 	return accounts, nil
 }
 
-// lockedAccount is what a move needs to know of an account that it has locked.
+// lockedAccount holds the columns of a locked account that a move needs.
 type lockedAccount struct {
 	currency string
 	balance  int64
 }
 
-// lockAccounts locks two accounts. Every move locks them in the order of their ids, so no two moves wait for each other
-// in a circle. NO KEY UPDATE is enough to keep other moves away, and lets foreign keys be checked meanwhile.
+// lockAccounts locks two accounts. Every move locks them in the order of their ids, so two moves
+// cannot deadlock. NO KEY UPDATE keeps out other moves but allows foreign key checks.
 const lockAccounts = `
 	SELECT id, currency, balance FROM accounts WHERE id IN ($1, $2) ORDER BY id FOR NO KEY UPDATE`
 
@@ -150,6 +151,6 @@ func readLocked(locked map[string]lockedAccount) func(pgx.Rows) error {
 	}
 }
 
-// moveBalance takes $3 from account $1 and gives it to account $2. Both are locked.
+// moveBalance moves $3 from account $1 to account $2. The caller has locked both.
 const moveBalance = `
 	UPDATE accounts SET balance = balance + CASE id WHEN $1 THEN -$3::bigint ELSE $3::bigint END WHERE id IN ($1, $2)`

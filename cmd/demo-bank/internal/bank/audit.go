@@ -8,32 +8,39 @@ import (
 	"github.com/jackc/pgx/v5"
 )
 
-// Audit says whether the books are right. Sums are in minor units, over all currencies; they are as wide as PostgreSQL
-// needs them, so no book is too big for its audit.
+// Audit reports whether the books are right. Sums are in minor units, over all currencies. They are
+// arbitrary-precision integers because a sum over all books may exceed 64 bits.
 type Audit struct {
-	// OK: balance_total = opening_total, entries_total = 0, and every count of wrongs is 0.
+	// OK reports that balance_total = opening_total, entries_total = 0, and every count of errors
+	// is 0.
 	OK bool `json:"ok"`
 
 	Accounts  int64 `json:"accounts"`
-	Transfers int64 `json:"transfers"` // unprotected ones included
+	Transfers int64 `json:"transfers"` // including unprotected ones
 	Orders    int64 `json:"orders"`
 
 	BalanceTotal json.Number `json:"balance_total"`
 	OpeningTotal json.Number `json:"opening_total"`
 	EntriesTotal json.Number `json:"entries_total"`
 
-	UnbalancedTransfers int64 `json:"unbalanced_transfers"` // transfers and orders without exactly two entries of their amount, one each way
-	BalanceMismatches   int64 `json:"balance_mismatches"`   // accounts whose balance is not opening balance + entries
-	NegativeBalances    int64 `json:"negative_balances"`
+	// Transfers and orders without exactly two entries of their amount, one each way.
+	UnbalancedTransfers int64 `json:"unbalanced_transfers"`
+	// Accounts with a balance that is not opening balance + entries.
+	BalanceMismatches int64 `json:"balance_mismatches"`
+	NegativeBalances  int64 `json:"negative_balances"`
 
-	KeysWithTransfers      int64 `json:"keys_with_transfers"`
-	KeysWithManyTransfers  int64 `json:"keys_with_many_transfers"` // keys with more than one transfer, order or account
-	TransfersWithoutRecord int64 `json:"transfers_without_record"` // keyed transfers, orders, accounts whose attempt has no recorded 2xx
-	RecordsWithoutTransfer int64 `json:"records_without_transfer"` // recorded 2xx whose attempt has no transfer, order or account
-	UnprotectedTransfers   int64 `json:"unprotected_transfers"`    // transfers without a key; outside of OK
+	KeysWithTransfers int64 `json:"keys_with_transfers"`
+	// Keys with more than one transfer, order or account.
+	KeysWithManyTransfers int64 `json:"keys_with_many_transfers"`
+	// Keyed transfers, orders and accounts without a recorded 2xx of their attempt.
+	TransfersWithoutRecord int64 `json:"transfers_without_record"`
+	// Recorded 2xx answers of attempts without a transfer, order or account.
+	RecordsWithoutTransfer int64 `json:"records_without_transfer"`
+	// Transfers without a key. They do not affect OK.
+	UnprotectedTransfers int64 `json:"unprotected_transfers"`
 }
 
-// totals are the sums of the audit. What is wrong is counted by [Inspect]'s statements.
+// totals are the sums of the audit. The statements of [Inspect] count the errors.
 const totals = `
 	SELECT
 		(SELECT count(*) FROM accounts),
@@ -46,7 +53,7 @@ const totals = `
 		(SELECT count(*) FROM (SELECT DISTINCT scope, key FROM transfers WHERE key IS NOT NULL) keys),
 		(SELECT count(*) FROM transfers WHERE key IS NULL)`
 
-// Audit reads the books in one REPEATABLE READ snapshot, which is taken after Audit was called.
+// Audit reads the books in one REPEATABLE READ snapshot, taken after the call began.
 func (b *Bank) Audit(ctx context.Context) (*Audit, error) {
 	select {
 	case b.audits <- struct{}{}:

@@ -18,17 +18,18 @@ import (
 //go:embed migrations/*.sql
 var files embed.FS
 
-// Schema holds all tables of the bank, those of the records included: a database that is lent to it stays tidy. The
-// pool's search_path must name it.
+// Schema holds all tables of the bank, including those of the records, so that a database that is
+// lent to it stays tidy. The pool's search_path must name it.
 const Schema = "demo_bank"
 
-// versionTable keeps the version of the bank's own tables, apart from that of the records' table.
+// versionTable holds the version of the bank's own tables. The records' tables have their own.
 const versionTable = "demo_bank_migrations"
 
 // SchemaVersion is the version of the bank's tables that this program needs.
 const SchemaVersion = 2
 
-// Migrate creates or upgrades the bank's tables, in the store's schema, and seeds them once. It is safe to call from several processes at once.
+// Migrate creates or upgrades the bank's tables in the store's schema, and seeds them once. It is
+// safe to call from several processes at once.
 func Migrate(ctx context.Context, store migrations.Store) error {
 	sql, err := fs.Sub(files, "migrations")
 	if err != nil {
@@ -40,34 +41,36 @@ func Migrate(ctx context.Context, store migrations.Store) error {
 	return nil
 }
 
-// IDSource makes ids that no other process makes. It is safe for concurrent use.
+// IDSource makes ids that are unique across processes. It is safe for concurrent use.
 type IDSource interface {
-	// Next returns a new id, or an error as long as uniqueness can't be promised.
+	// Next returns a new id, or an error while uniqueness can't be guaranteed.
 	Next() (int64, error)
 }
 
-// Bank answers requests from the books in one database. It is safe for concurrent use.
+// Bank answers requests from the books of one database. It is safe for concurrent use.
 type Bank struct {
 	pool   *pgxpool.Pool
 	ids    IDSource
 	ttl    time.Duration
-	audits chan struct{} // holds a token for each audit that runs
+	audits chan struct{} // holds a token for each running audit
 	logger *slog.Logger
 
 	onTransfer TransferFunc
 }
 
-// TransferFunc is called in each transfer's transaction: before its first statement, and with written when its last is
-// sent. An error fails the transfer, and so does a panic.
+// TransferFunc is called in each transfer's transaction: before its first statement, and with
+// written set after its last one. If it returns an error or panics, the transfer fails.
 type TransferFunc func(ctx context.Context, tx pgx.Tx, written bool) error
 
-// OnTransfer has f called in each transfer. Call it before anything is served, and once.
+// OnTransfer sets the function that is called in each transfer. Call it once, before serving.
 func (b *Bank) OnTransfer(f TransferFunc) { b.onTransfer = f }
 
-// auditsMax is how many audits run at once; others wait their turn. Each reads all books, and everybody may ask.
+// auditsMax is the maximum number of concurrent audits; further ones wait. Each reads all books,
+// and anyone may request one.
 const auditsMax = 4
 
-// New returns a bank on a migrated database. ttl is how long records count: the audit looks no further back.
+// New returns a bank on a migrated database. ttl is the store's TTL: the audit looks no further
+// back.
 func New(pool *pgxpool.Pool, ids IDSource, ttl time.Duration, logger *slog.Logger) *Bank {
 	return &Bank{
 		pool: pool, ids: ids, ttl: ttl, audits: make(chan struct{}, auditsMax), logger: logger,
@@ -75,10 +78,12 @@ func New(pool *pgxpool.Pool, ids IDSource, ttl time.Duration, logger *slog.Logge
 	}
 }
 
-// ErrSchema means that the database's tables are not those that this program needs.
+// ErrSchema means that the database's tables are older than this program needs, or that their
+// migration failed in the middle.
 var ErrSchema = errors.New("schema of the bank is not current")
 
-// Check reports whether the database answers and has the bank's tables in the version that this program needs.
+// Check returns nil if the database answers and the version of the bank's tables is at least the
+// one that this program needs.
 func (b *Bank) Check(ctx context.Context) error {
 	var version int64
 	var dirty bool

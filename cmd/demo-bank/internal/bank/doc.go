@@ -1,8 +1,8 @@
-// Package bank is the demo bank's books: accounts, transfers, orders, the ledger beneath them, and the audit that holds
-// them against the records of answers.
+// Package bank holds the demo bank's books: accounts, transfers, orders, the ledger, and the audit
+// that compares them with the recorded answers.
 //
-//   - [Bank.Mount] puts the bank's requests on a router
+//   - [Bank.Mount] adds the bank's routes to a router
 //   - transfer.go and order.go move money, each in the transaction that it is given
-//   - audit.go says whether the books are right
-//   - migrations/ holds the tables and what the bank opens with
+//   - audit.go reports whether the books are right
+//   - migrations/ creates the tables and the opening data
 package bank

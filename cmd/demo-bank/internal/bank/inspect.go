@@ -10,7 +10,7 @@ import (
 	"github.com/jackc/pgx/v5"
 )
 
-// What the books alone decide. The names are those of package check's results too.
+// Checks that need only the books. Package check uses the same names in its results.
 const (
 	MoneyKept          = "money kept"
 	OneEffect          = "one effect"
@@ -20,18 +20,18 @@ const (
 	RecordsHaveEffects = "records have effects"
 )
 
-// ExamplesMax is how many examples a [Finding] shows.
+// ExamplesMax is the maximum number of examples in a [Finding].
 const ExamplesMax = 5
 
-// Finding is what one look at the books found.
+// Finding is the result of one check of the books.
 type Finding struct {
 	Name     string
-	Seen     int // how many things were looked at
-	Count    int // of wrongs
+	Seen     int // number of things checked
+	Count    int // number of errors
 	Examples []string
 }
 
-// Snapshot reads the books in one REPEATABLE READ snapshot.
+// Snapshot calls read in one REPEATABLE READ, read-only transaction.
 func Snapshot(ctx context.Context, db interface {
 	BeginTx(ctx context.Context, options pgx.TxOptions) (pgx.Tx, error)
 }, read func(pgx.Tx) error) error {
@@ -47,8 +47,9 @@ func Snapshot(ctx context.Context, db interface {
 	return read(tx)
 }
 
-// Inspect looks for the named wrongs, or for all, in a snapshot whose search_path leads to the schema. ttl is the
-// store's: what is older may have lost its record. An error says nothing of the books.
+// Inspect runs the named checks, or all if none is named, in a snapshot with a search_path that
+// finds the bank's schema. ttl is the store's TTL: older rows may have lost their record. An error
+// says nothing about the books.
 func Inspect(ctx context.Context, tx pgx.Tx, ttl time.Duration, names ...string) ([]Finding, error) {
 	var batch pgx.Batch
 	findings := inspect(&batch, ttl, names...)
@@ -58,7 +59,7 @@ func Inspect(ctx context.Context, tx pgx.Tx, ttl time.Duration, names ...string)
 	return findings, nil
 }
 
-// inspect queues the statements; the findings are filled in when the batch was sent.
+// inspect queues the statements. The findings are filled in when the batch's results are read.
 func inspect(batch *pgx.Batch, ttl time.Duration, names ...string) []Finding {
 	findings := make([]Finding, 0, len(statements))
 	for _, s := range statements {
@@ -73,21 +74,23 @@ func inspect(batch *pgx.Batch, ttl time.Duration, names ...string) []Finding {
 			args = []any{ttl / time.Microsecond}
 		}
 		findings = append(findings, Finding{Name: s.name})
-		f := &findings[len(findings)-1] // which does not move: there is room for all
+		f := &findings[len(findings)-1] // it does not move: the slice has room for all
 		batch.Queue(sql, args...).QueryRow(func(row pgx.Row) error { return row.Scan(&f.Seen, &f.Count, &f.Examples) })
 	}
 	return findings
 }
 
-// Cutoff is the common table expression by which the books are held against records that may have expired. $1 is the TTL in
-// microseconds.
+// Cutoff is the common table expression that limits comparisons with records to rows that are
+// younger than the TTL, because older records may have expired. $1 is the TTL in microseconds.
 //
-// It is read while its statement runs, and so after the snapshot was taken. A record that the snapshot does not have any more
-// had expired before that by the same clock: a row younger than the cutoff can't have lost its record to the reaper, however
-// the two race. A row and its record carry the same created_at, that of their transaction, so both are cut at the same point.
+// It is evaluated while its statement runs, and so after the snapshot was taken. If the snapshot
+// lacks a record because the reaper deleted it, that record had expired earlier by the same clock.
+// So the reaper can't have deleted the record of a row younger than the cutoff, even if the two
+// race. A row and its record have the same created_at, that of their transaction, so both are cut
+// at the same point.
 const Cutoff = `cutoff AS MATERIALIZED (SELECT clock_timestamp() - $1 * interval '1 microsecond' AS at)`
 
-// effects is what keyed requests wrote.
+// effects selects the rows that keyed requests wrote.
 const effects = `
 	SELECT 'transfer ' || id AS effect, scope, key, attempt_id, created_at FROM transfers WHERE key IS NOT NULL
 	UNION ALL
@@ -95,7 +98,7 @@ const effects = `
 	UNION ALL
 	SELECT 'account ' || id, scope, key, attempt_id, created_at FROM accounts WHERE key IS NOT NULL`
 
-// written is what keyed requests wrote and recorded what was recorded of them, among those younger than the TTL.
+// written selects effects, and records of 2xx answers, that are younger than the TTL.
 const written = Cutoff + `,
 	effects AS MATERIALIZED (SELECT e.* FROM cutoff, (` + effects + `) e WHERE e.created_at > cutoff.at),
 	records AS MATERIALIZED (
@@ -103,14 +106,15 @@ const written = Cutoff + `,
 		WHERE r.status BETWEEN 200 AND 299 AND r.created_at > cutoff.at
 	),`
 
-// statement is one look at the books: subject is what it looks at, wrong has a row for each wrong, with one column, example.
+// statement is one check of the books: subject selects the things to check, and wrong selects one
+// row for each error with one column, example.
 type statement struct {
 	name           string
-	with           string // common table expressions, of both
+	with           string // common table expressions for both
 	subject, wrong string // after FROM, after WITH
 }
 
-// statements are run in this order.
+// statements run in this order.
 var statements = [...]statement{
 	{
 		name: MoneyKept, subject: "accounts",

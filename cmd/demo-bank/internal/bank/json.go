@@ -36,9 +36,10 @@ func (t *text) UnmarshalJSON(data []byte) error {
 	return nil
 }
 
-// decodeObject reads one JSON object into fields, by exact name. It is stricter than encoding/json: a field that is
-// unknown, given twice, or spelled in another case is refused, and so is whatever follows the object. The error is an
-// `invalid-json` problem where the text is not a JSON object, and a problem of the given slug otherwise.
+// decodeObject reads one JSON object into fields, by exact name. It is stricter than encoding/json:
+// it refuses a field that is unknown, duplicated or spelled in another case, and anything after the
+// object. The error is an `invalid-json` problem if the body is not a JSON object, and otherwise a
+// problem with the given slug.
 func decodeObject(body []byte, slug string, fields map[string]json.Unmarshaler) error {
 	if !json.Valid(body) {
 		return invalid("invalid-json", "The body is not one JSON value.")
@@ -73,7 +74,7 @@ func decodeObject(body []byte, slug string, fields map[string]json.Unmarshaler) 
 	return nil
 }
 
-// bodyBytesMax bounds the body of a request that the middleware does not read. The middleware has a limit of its own.
+// bodyBytesMax limits a body that the middleware does not read. The middleware has its own limit.
 const bodyBytesMax = 1 << 20
 
 func readBody(r io.Reader) ([]byte, error) {

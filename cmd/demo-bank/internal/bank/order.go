@@ -13,7 +13,7 @@ import (
 	"github.com/jackc/pgx/v5"
 )
 
-// merchant is the account that orders are paid to. The first order opens it.
+// merchant is the account that receives the payments for orders. The first order opens it.
 const merchant = "merchant"
 
 // Order is an order as clients see it. Money is in minor units.
@@ -27,7 +27,7 @@ type Order struct {
 	CreatedAt time.Time `json:"created_at"`
 }
 
-// Product is what can be ordered.
+// Product is a product that can be ordered.
 type Product struct {
 	SKU      string `json:"sku"`
 	Name     string `json:"name"`
@@ -63,22 +63,25 @@ func (b *Bank) decodeOrder(body []byte) (work, error) {
 	return func(ctx context.Context, tx pgx.Tx, s stamp) (*answer, error) { return b.order(ctx, tx, s, o) }, nil
 }
 
-// order takes stock, moves the price from the account to the merchant and writes the order, in the given transaction:
-// two round trips, one to lock and look, one to write. It locks the product before the accounts, as all orders do.
+// order takes stock, moves the price from the account to the merchant and writes the order, in the
+// given transaction and two round trips: one locks and reads, one writes. Every order locks the
+// product before the accounts.
 func (b *Bank) order(ctx context.Context, tx pgx.Tx, s stamp, o Order) (*answer, error) {
 	var price, stock int64
 	locked := make(map[string]lockedAccount, 2)
 	var look pgx.Batch
 	look.Queue(`SELECT price, currency, stock FROM products WHERE sku = $1 FOR NO KEY UPDATE`, o.SKU).
 		QueryRow(func(row pgx.Row) error { return row.Scan(&price, &o.Currency, &stock) })
-	// Opened here and not by the seed, which is the customers'. It takes no lock where the row exists.
+	// Opened here and not by the seed, which holds only customers. If the row exists, this takes no
+	// lock.
 	look.Queue(`
 		INSERT INTO accounts (id, currency, opening_balance, balance) VALUES ($1, 'EUR', 0, 0)
 		ON CONFLICT (id) DO NOTHING`, merchant)
 	look.Queue(lockAccounts, o.Account, merchant).Query(readLocked(locked))
 	err := tx.SendBatch(ctx, &look).Close()
 	switch {
-	case errors.Is(err, pgx.ErrNoRows): // of the product: the accounts' rows may be missing without an error
+	// Of the product: missing accounts cause no error here.
+	case errors.Is(err, pgx.ErrNoRows):
 		return nil, productNotFound()
 	case err != nil:
 		return nil, fmt.Errorf("lock product and accounts: %w", err)
@@ -125,7 +128,7 @@ func productNotFound() *Problem {
 	return notFound("product-not-found", "There is no product with this sku.")
 }
 
-// oneOrder reads an order by its id, and answers with an `order-not-found` problem where there is none.
+// oneOrder reads an order by its id. The error is an `order-not-found` problem if there is none.
 func (b *Bank) oneOrder(ctx context.Context, id string) (*Order, error) {
 	absent := notFound("order-not-found", "There is no order with this id.")
 	number, err := parseID(id)

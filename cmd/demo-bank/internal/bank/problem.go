@@ -6,11 +6,11 @@ import (
 	"net/http"
 )
 
-// problemTypeBase is what the type of each of the bank's problems begins with.
+// problemTypeBase is the prefix of the type of each of the bank's problems.
 const problemTypeBase = "https://github.com/paidonce/idempotency/blob/main/cmd/demo-bank/README.md#"
 
-// Problem is an answer that refuses a request: an RFC 9457 problem document. As an error it travels from where the
-// reason is found to where the answer is written.
+// Problem is an answer that refuses a request: an RFC 9457 problem document. It is also an error,
+// so that it can be returned up to the code that writes the answer.
 type Problem struct {
 	Status int
 	Slug   string // the end of the problem's type; clients may branch on it
@@ -43,8 +43,8 @@ func WriteProblem(w http.ResponseWriter, p *Problem) {
 	}{problemTypeBase + p.Slug, p.Title, p.Status, p.Detail})
 }
 
-// writeError answers with the problem that err is, and with a bare 500 where it is none: what went wrong is for the
-// log, not for the client.
+// writeError answers with err if it is a problem. Otherwise it answers with a bare 500, and logs
+// the error instead of showing it to the client.
 func (b *Bank) writeError(w http.ResponseWriter, r *http.Request, err error) {
 	var problem *Problem
 	if !errors.As(err, &problem) {
@@ -54,15 +54,15 @@ func (b *Bank) writeError(w http.ResponseWriter, r *http.Request, err error) {
 	WriteProblem(w, problem)
 }
 
-// WriteJSON answers with a value that can be encoded; it panics where it can't.
+// WriteJSON answers with value as JSON. It panics if value can't be encoded.
 func WriteJSON(w http.ResponseWriter, status int, value any) {
 	if w.Header().Get("Content-Type") == "" {
 		w.Header().Set("Content-Type", "application/json")
 	}
 	body, err := json.Marshal(value)
-	if err != nil { // only our own types come here
+	if err != nil { // only our own types are passed
 		panic(err)
 	}
 	w.WriteHeader(status)
-	_, _ = w.Write(append(body, '\n')) // a client that is gone needs no answer
+	_, _ = w.Write(append(body, '\n')) // no error: the client may be gone
 }

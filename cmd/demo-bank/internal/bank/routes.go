@@ -21,19 +21,22 @@ const (
 	PageLimitMax     = 1000
 )
 
-// Where transfers are sent to, with the middleware and without.
+// Paths of transfers, with and without the middleware.
 const (
 	TransfersPath            = "/v1/transfers"
 	UnprotectedTransfersPath = "/v1/unprotected/transfers"
 )
 
-// auditTimeout bounds an audit: it reads all books, and must not hold a connection for longer than anybody waits.
+// auditTimeout limits an audit, which reads all books: it must not hold a conn longer than its
+// client waits.
 const auditTimeout = 20 * time.Second
 
-// Mount puts the bank's requests on a router. protect is the idempotency middleware of those that need a key.
+// Mount adds the bank's routes to a router. protect is the idempotency middleware for the routes
+// that need a key.
 //
-// Where protect is nil the middleware is left out of the route: each request runs as it comes, in a transaction of its
-// own, and its rows carry the key of its header. That is for showing what the middleware is good for.
+// If protect is nil, these routes have no middleware: each request runs in a transaction of its
+// own, and its rows carry the key from its header. Tests use that to show what the middleware
+// prevents.
 func (b *Bank) Mount(r chi.Router, protect func(http.Handler) http.Handler) {
 	keyed := func(pattern string, decode decodeFunc) {
 		if protect == nil {
@@ -60,13 +63,13 @@ func (b *Bank) Mount(r chi.Router, protect func(http.Handler) http.Handler) {
 	})
 }
 
-// stamp is what a request's rows say about where they came from. It is empty for a request without a key.
+// stamp identifies the request that wrote a row. It is empty for a request without a key.
 type stamp struct {
 	scope, key *string
 	attempt    *[16]byte
 }
 
-// stampOfAttempt is the stamp of the attempt that runs with this context.
+// stampOfAttempt returns the stamp of the attempt that runs with this context.
 func stampOfAttempt(ctx context.Context) stamp {
 	key, keyed := idempotency.KeyFrom(ctx)
 	id, running := idempotency.AttemptIDFrom(ctx)
@@ -77,7 +80,7 @@ func stampOfAttempt(ctx context.Context) stamp {
 	return stamp{scope: &key.Scope, key: &key.Value, attempt: &attempt}
 }
 
-// stampOfHeader is the stamp of a request that no middleware looked at.
+// stampOfHeader returns the stamp of a request that bypassed the middleware. It has no attempt.
 func stampOfHeader(r *http.Request) stamp {
 	key := r.Header.Get("Idempotency-Key")
 	scope, err := Tenant(r)
@@ -87,7 +90,7 @@ func stampOfHeader(r *http.Request) stamp {
 	return stamp{scope: &scope, key: &key}
 }
 
-// answer is what a request that writes has to say when all went well.
+// answer is the answer to a successful request that writes.
 type answer struct {
 	status   int
 	location string
@@ -99,14 +102,14 @@ func (a *answer) write(w http.ResponseWriter) {
 	WriteJSON(w, a.status, a.body)
 }
 
-// work is what a request writes, in whichever transaction it is given.
+// work writes the effects of a request in the given transaction.
 type work func(ctx context.Context, tx pgx.Tx, s stamp) (*answer, error)
 
-// decodeFunc reads a request's body. It asks no database.
+// decodeFunc reads a request's body. It does not use the database.
 type decodeFunc func(body []byte) (work, error)
 
-// inGivenTransaction answers a request in the middleware's transaction, which commits the answer together with what
-// was written.
+// inGivenTransaction runs a request in the middleware's transaction, which commits the answer
+// together with the writes.
 func (b *Bank) inGivenTransaction(decode decodeFunc) http.HandlerFunc {
 	return func(w http.ResponseWriter, r *http.Request) {
 		ctx := r.Context()
@@ -121,8 +124,8 @@ func (b *Bank) inGivenTransaction(decode decodeFunc) http.HandlerFunc {
 	}
 }
 
-// inOwnTransaction answers a request in a transaction of its own, as a service without the middleware does: a retry
-// runs again.
+// inOwnTransaction runs a request in a transaction of its own, like a service without the
+// middleware: a retry runs again.
 func (b *Bank) inOwnTransaction(decode decodeFunc, stampOf func(*http.Request) stamp) http.HandlerFunc {
 	return func(w http.ResponseWriter, r *http.Request) {
 		a, err := decodeAnd(r, decode, func(do work) (*answer, error) {
@@ -148,10 +151,10 @@ func decodeAnd(r *http.Request, decode decodeFunc, run func(work) (*answer, erro
 	return run(do)
 }
 
-// rollbackTimeout bounds ROLLBACK, on a context of its own.
+// rollbackTimeout limits a ROLLBACK, which has a context of its own.
 const rollbackTimeout = 2 * time.Second
 
-// commit runs work in a transaction from the pool.
+// commit runs work in a new transaction from the pool, and commits it.
 func (b *Bank) commit(ctx context.Context, do work, s stamp) (*answer, error) {
 	tx, err := b.pool.Begin(ctx)
 	if err != nil {
@@ -160,7 +163,8 @@ func (b *Bank) commit(ctx context.Context, do work, s stamp) (*answer, error) {
 	defer func() {
 		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), rollbackTimeout)
 		defer cancel()
-		_ = tx.Rollback(ctx) // after a commit there is nothing to undo; else the connection's end does the same
+		// A no-op after COMMIT. If it fails, PostgreSQL rolls back when the conn closes.
+		_ = tx.Rollback(ctx)
 	}()
 	a, err := do(ctx, tx, s)
 	if err != nil {
@@ -172,7 +176,7 @@ func (b *Bank) commit(ctx context.Context, do work, s stamp) (*answer, error) {
 	return a, nil
 }
 
-// get answers with the one thing that the path names.
+// get answers with the value that read returns for the id in the path.
 func (b *Bank) get(read func(ctx context.Context, id string) (any, error)) http.HandlerFunc {
 	return func(w http.ResponseWriter, r *http.Request) {
 		value, err := read(r.Context(), chi.URLParam(r, "id"))
@@ -257,7 +261,7 @@ func (b *Bank) getAudit(w http.ResponseWriter, r *http.Request) {
 	WriteJSON(w, http.StatusOK, audit)
 }
 
-// pageLimit reads the limit of a page.
+// pageLimit returns the limit of a page from the query.
 func pageLimit(query url.Values) (int, error) {
 	text := query.Get("limit")
 	if text == "" {
@@ -270,8 +274,8 @@ func pageLimit(query url.Values) (int, error) {
 	return limit, nil
 }
 
-// cutPage cuts a list that was read one longer than the page, and returns what to pass as `after` for the next page:
-// nil after the last.
+// cutPage cuts list to the page; list was read with one item more than the limit. next is the
+// `after` parameter of the next page, or nil for the last page.
 func cutPage[T any](list []T, limit int, id func(T) string) (page []T, next *string) {
 	if len(list) <= limit {
 		return list, nil

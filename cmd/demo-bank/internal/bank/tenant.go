@@ -6,18 +6,18 @@ import (
 	"github.com/paidonce/idempotency/middleware"
 )
 
-// tenantPublic is who calls without saying who.
+// tenantPublic is the tenant of requests without an Authorization header.
 const tenantPublic = "public"
 
-// challenge tells a caller how to say who it is.
+// challenge is the WWW-Authenticate header of a 401.
 const challenge = `Bearer realm="demo-bank"`
 
-// ErrTenantUnknown means that the request's token is nobody's.
+// ErrTenantUnknown means that the request's Authorization header does not name one known tenant.
 var ErrTenantUnknown error = &middleware.StatusError{
 	Status: http.StatusUnauthorized, Detail: "The token in the Authorization header is not known here.", Challenge: challenge,
 }
 
-// Tenant is a middleware.ScopeFunc: who sends the request is whose key it is. It is the account behind the token and not the token, so
+// Tenant is a middleware.ScopeFunc. The scope is the account behind the token, not the token, so
 // that a new token finds the same keys.
 func Tenant(r *http.Request) (string, error) {
 	headers := r.Header.Values("Authorization")
@@ -35,7 +35,7 @@ func Tenant(r *http.Request) (string, error) {
 	return "", ErrTenantUnknown
 }
 
-// requireTenant refuses requests of nobody that the idempotency middleware does not see.
+// requireTenant refuses requests of unknown tenants, on routes without the idempotency middleware.
 func (b *Bank) requireTenant(next http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		if _, err := Tenant(r); err != nil {

@@ -15,7 +15,7 @@ import (
 	"github.com/jackc/pgx/v5"
 )
 
-// ReferenceRunesMax is the longest reference of a transfer, in characters.
+// ReferenceRunesMax is the maximum length of a transfer's reference, in characters.
 const ReferenceRunesMax = 140
 
 // Transfer is a transfer as clients see it. Money is in minor units.
@@ -60,8 +60,8 @@ func (b *Bank) decodeTransfer(body []byte) (work, error) {
 	return func(ctx context.Context, tx pgx.Tx, s stamp) (*answer, error) { return b.transfer(ctx, tx, s, t) }, nil
 }
 
-// transfer moves money between two accounts in the given transaction: two round trips, one to lock and look, one to
-// write. Where it returns an error whoever gave the transaction undoes it.
+// transfer moves money between two accounts in the given transaction and two round trips: one locks
+// and reads, one writes. If it returns an error, the caller must roll back.
 func (b *Bank) transfer(ctx context.Context, tx pgx.Tx, s stamp, t Transfer) (*answer, error) {
 	if err := b.onTransfer(ctx, tx, false); err != nil {
 		return nil, fmt.Errorf("before the transfer: %w", err)
@@ -134,7 +134,8 @@ func scanTransfer(row pgx.CollectableRow) (Transfer, error) {
 	return t, err
 }
 
-// oneTransfer reads a transfer by its id, and answers with a `transfer-not-found` problem where there is none.
+// oneTransfer reads a transfer by its id. The error is a `transfer-not-found` problem if there is
+// none.
 func (b *Bank) oneTransfer(ctx context.Context, id string) (*Transfer, error) {
 	absent := notFound("transfer-not-found", "There is no transfer with this id.")
 	number, err := parseID(id)
@@ -155,11 +156,13 @@ func (b *Bank) oneTransfer(ctx context.Context, id string) (*Transfer, error) {
 	return &t, nil
 }
 
-// transfers reads the transfers after an id, oldest first; of one account only, where account is not empty.
+// transfers reads at most limit transfers with ids after the given one, oldest first. If account is
+// not empty, it reads only that account's.
 func (b *Bank) transfers(ctx context.Context, account string, after int64, limit int) ([]Transfer, error) {
 	sql, args := selectTransfers+` WHERE id > $1 ORDER BY id LIMIT $2`, []any{after, limit}
 	if account != "" {
-		// Each half reads its own index up to the limit, where one condition with OR would read everything.
+		// Each half reads its own index up to the limit. One condition with OR would read the whole
+		// table.
 		sql = `(` + selectTransfers + ` WHERE from_account = $3 AND id > $1 ORDER BY id LIMIT $2)
 			UNION ALL
 			(` + selectTransfers + ` WHERE to_account = $3 AND id > $1 ORDER BY id LIMIT $2)
@@ -177,7 +180,7 @@ func (b *Bank) transfers(ctx context.Context, account string, after int64, limit
 	return transfers, nil
 }
 
-// parseID reads an id as clients see it. Only the one spelling that the bank itself writes is an id.
+// parseID reads an id as clients see it. It accepts only the spelling that the bank itself writes.
 func parseID(id string) (int64, error) {
 	number, err := strconv.ParseInt(id, 10, 64)
 	if err != nil || number < 0 || strconv.FormatInt(number, 10) != id {

@@ -1,13 +1,15 @@
 -- The books of the demo bank.
 --
--- What a request wrote carries the request's scope and key and the id of the attempt that wrote it, so that the audit
--- can hold the books against the records of answers. All three are null for what no keyed request wrote.
+-- A row that a keyed request wrote carries the request's scope and key and the id of the attempt
+-- that wrote it, so that the audit can compare the books with the recorded answers. All three are
+-- null in other rows. An unprotected request has no attempt.
 
 CREATE TABLE accounts (
     id              text COLLATE "C" NOT NULL,
     currency        text COLLATE "C" NOT NULL,
     opening_balance bigint      NOT NULL,
-    -- No CHECK (balance >= 0): it would hide from the audit what the funds check under the lock must prevent.
+    -- No CHECK (balance >= 0): the funds check under the lock must prevent a negative balance, and
+    -- the audit must see it if that check fails.
     balance         bigint      NOT NULL,
     created_at      timestamptz NOT NULL DEFAULT transaction_timestamp(),
     scope           text,
@@ -71,7 +73,7 @@ CREATE TABLE orders (
     CONSTRAINT orders_sku_fkey FOREIGN KEY (sku) REFERENCES products (sku)
 );
 
--- The ledger: two entries for each transfer and each order, what one account loses and what the other gains.
+-- The ledger: two entries for each transfer and each order, one negative and one positive.
 CREATE TABLE entries (
     id          bigint GENERATED ALWAYS AS IDENTITY,
     transfer_id bigint,
