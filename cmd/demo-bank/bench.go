@@ -83,7 +83,7 @@ func (c *benchCommand) Run(ctx context.Context) error {
 	return nil
 }
 
-// benchServeCommand is the process that answers while bench measures.
+// benchServeCommand is the process that answers requests while bench measures.
 type benchServeCommand struct{}
 
 // Run is called by kong.

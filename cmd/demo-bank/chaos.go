@@ -87,7 +87,7 @@ func (c *chaosCommand) Run(ctx context.Context) error {
 	return err
 }
 
-// runMutants has each bank with a seeded bug judged, by the profile that is made for it.
+// runMutants runs each bank with a seeded bug under the profile for mutants.
 func (c *chaosCommand) runMutants(ctx context.Context, config chaos.Config) error {
 	config.Profile, config.Operations, config.DurationMax = "mutant", 0, 0
 	judge := func(ctx context.Context, bank, name string) ([]string, error) {
@@ -97,7 +97,8 @@ func (c *chaosCommand) runMutants(ctx context.Context, config chaos.Config) erro
 		if report == nil {
 			return nil, err
 		}
-		// Trouble with the run itself, such as one that took too long, is not what a bug is known by.
+		// A failure of the run itself, such as a run that took too long, does not count as finding
+		// the bug.
 		return slices.DeleteFunc(report.Found(), func(check string) bool { return check == chaos.RunCheck }), nil
 	}
 	err := mutants.Run(ctx, judge, c.Mutant, os.Stdout)
@@ -110,7 +111,7 @@ func (c *chaosCommand) runMutants(ctx context.Context, config chaos.Config) erro
 	return err
 }
 
-// writeFile makes a file of what write writes.
+// writeFile creates the file and fills it by calling write.
 func writeFile(path string, write func(io.Writer) error) error {
 	file, err := os.Create(path)
 	if err != nil {

@@ -1,4 +1,5 @@
-// Command demo-bank is a bank whose transfers can be retried without fear, and the storm that tries to prove otherwise.
+// Command demo-bank is a bank with transfers that can be retried safely, and a storm that tries to
+// prove otherwise.
 //
 //	go run ./cmd/demo-bank          # serves on http://127.0.0.1:8080, with a PostgreSQL of its own
 //	go run ./cmd/demo-bank storm    # in another terminal: thousands of duplicates, and a verdict
@@ -66,7 +67,7 @@ func (c *serveCommand) Validate() error {
 	if c.PoolSize < 1 || c.PoolSize > 1000 {
 		return errors.New("--pool-size must be from 1 to 1000")
 	}
-	if c.DataDir != nil && *c.DataDir == "" { // an unset variable, most likely
+	if c.DataDir != nil && *c.DataDir == "" { // probably an unset variable
 		return errors.New("--data-dir is empty: name a folder, or leave it out and lose the money at exit")
 	}
 	if c.DataDir != nil && c.DatabaseURL != "" {
@@ -161,15 +162,15 @@ func (c *stormCommand) Run(ctx context.Context) error {
 	return nil
 }
 
-// errBroken is a storm or a chaos run whose verdict is on stdout already.
+// errBroken is the error of a storm or chaos run that failed. Its verdict is already on stdout.
 var errBroken = errors.New("the bank's books or answers are broken")
 
-// noVerdict is one that could not be judged.
+// noVerdict is the error of a run without a verdict.
 type noVerdict struct{ error }
 
 func (e noVerdict) Error() string { return "no verdict: " + e.error.Error() }
 
-// defaults are what the help of flags shows.
+// defaults are the values in the help of flags.
 var defaults = kong.Vars{
 	"addr": server.AddrDefault, "poolSize": fmt.Sprint(server.PoolSizeDefault),
 	"shutdownTimeout": server.ShutdownTimeoutDefault.String(),
@@ -183,7 +184,8 @@ var defaults = kong.Vars{
 	"profile": chaos.ProfileDefault, "clients": fmt.Sprint(chaos.ClientsDefault), "banks": fmt.Sprint(chaos.BanksDefault),
 }
 
-// exitUsage is kong's: a script tells a flag that is wrong from a storm without a verdict.
+// exitUsage is kong's exit code, so that a script can tell a wrong flag from a storm without a
+// verdict.
 const exitUsage = 80
 
 func main() {
@@ -197,7 +199,7 @@ func main() {
 		kong.BindTo(ctx, (*context.Context)(nil)),
 		defaults)
 	if err != nil {
-		panic(err) // the tags of the commands
+		panic(err) // a wrong tag in commands
 	}
 	parsed, err := parser.Parse(os.Args[1:])
 	if err != nil {

@@ -12,9 +12,9 @@ import (
 	"github.com/paidonce/idempotency/internal/crashpoint"
 )
 
-// CrashPoint kills the bank at a place that is chosen beforehand, as a power cut or kill -9 would. It
-// goes in by the hooks that every service has: the library knows nothing of it. A nil CrashPoint is
-// none, and nothing of it is installed. It is safe for concurrent use.
+// CrashPoint kills the bank at a chosen place, like a power cut or kill -9. It uses the hooks that
+// every service has: the library does not know it. A nil CrashPoint installs nothing. It is safe
+// for concurrent use.
 type CrashPoint struct {
 	name   string
 	nth    int64
@@ -22,8 +22,8 @@ type CrashPoint struct {
 	stderr io.Writer
 }
 
-// CrashPointFromEnvironment returns the point that [crashpoint.BankVariable] names, or nil if it is unset. The point's last words,
-// one line, go to stderr.
+// CrashPointFromEnvironment returns the point in [crashpoint.BankVariable], or nil if that is
+// unset. Before the point kills the process, it writes one line to stderr.
 func CrashPointFromEnvironment(stderr io.Writer) (*CrashPoint, error) {
 	value, set := os.LookupEnv(crashpoint.BankVariable)
 	if !set {
@@ -41,15 +41,16 @@ func parseCrashPoint(value string, stderr io.Writer) (*CrashPoint, error) {
 	return &CrashPoint{name: name, nth: nth, stderr: stderr}, nil
 }
 
-// String returns the switch's value.
+// String returns the point as name:n, the value of the variable.
 func (p *CrashPoint) String() string { return p.name + ":" + strconv.FormatInt(p.nth, 10) }
 
-// reached counts that the process got to the named point, and does not return where its time has come.
+// reached counts a visit to the named point. It does not return if this is the visit that must kill
+// the process.
 func (p *CrashPoint) reached(name string) {
 	if p.name != name || p.hits.Add(1) != p.nth {
 		return
 	}
-	_, _ = fmt.Fprintf(p.stderr, "demo-bank: crash point %s\n", name) // nobody may be listening
+	_, _ = fmt.Fprintf(p.stderr, "demo-bank: crash point %s\n", name) // stderr may be closed
 	die()
-	select {} // the other threads may run on for a moment, this one may not
+	select {} // other threads may run for a moment, this one must not
 }

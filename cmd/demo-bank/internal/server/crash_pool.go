@@ -17,7 +17,7 @@ import (
 	"github.com/paidonce/idempotency/storage/postgres"
 )
 
-// Configure puts the point into the config of the service's pool, before postgres.Configure.
+// Configure adds the point to the config of the service's pool. Call it before postgres.Configure.
 func (p *CrashPoint) Configure(config *pgxpool.Config) {
 	conn := config.ConnConfig
 	tracer := &crashPoolTracer{point: p}
@@ -26,7 +26,8 @@ func (p *CrashPoint) Configure(config *pgxpool.Config) {
 		conn.BuildFrontend = func(r io.Reader, w io.Writer) *pgproto3.Frontend {
 			sent := &sentWriter{Writer: w, point: p}
 			frontend := build(r, sent)
-			tracer.sent.Store(frontend, sent) // for good: few connections are made where the process is about to die
+			// Never deleted: few connections are made before the process dies.
+			tracer.sent.Store(frontend, sent)
 			return frontend
 		}
 	}
@@ -37,7 +38,7 @@ func (p *CrashPoint) Configure(config *pgxpool.Config) {
 	}
 }
 
-// crashPoolTracer sees the statements of the handler and of the reaper, and the resolver's connection.
+// crashPoolTracer sees the statements of the handler and the reaper, and the resolver's connection.
 type crashPoolTracer struct {
 	point *CrashPoint
 	sent  sync.Map // *sentWriter by *pgproto3.Frontend
@@ -62,7 +63,8 @@ func (t *crashPoolTracer) TraceQueryStart(ctx context.Context, conn *pgx.Conn, d
 // TraceQueryEnd implements [pgx.QueryTracer].
 func (t *crashPoolTracer) TraceQueryEnd(context.Context, *pgx.Conn, pgx.TraceQueryEndData) {}
 
-// TraceBatchStart implements [pgx.BatchTracer]. A transfer locks and looks in one round trip, and writes in a batch.
+// TraceBatchStart implements [pgx.BatchTracer]. A transfer locks and reads in one round trip, and
+// writes in a batch.
 func (t *crashPoolTracer) TraceBatchStart(ctx context.Context, _ *pgx.Conn, _ pgx.TraceBatchStartData) context.Context {
 	if crashRequestFrom(ctx) != nil {
 		t.point.reached(crashpoint.MidHandler)
@@ -88,14 +90,14 @@ func (t *crashPoolTracer) TraceConnectEnd(ctx context.Context, data pgx.TraceCon
 	}
 }
 
-// sentWriter is the way to the server. It lets the process die when a batch of the reaper's went that way.
+// sentWriter writes to the server. It can kill the process after it has sent a batch of the reaper.
 type sentWriter struct {
 	io.Writer
 	point *CrashPoint
-	batch atomic.Bool // the next statement that is executed is the reaper's DELETE
+	batch atomic.Bool // the next statement to be executed is the reaper's DELETE
 }
 
-// Write implements io.Writer. Each flush of the protocol's is one write.
+// Write implements io.Writer. Each flush of the protocol is one write.
 func (w *sentWriter) Write(messages []byte) (int, error) {
 	n, err := w.Writer.Write(messages)
 	if err == nil && executes(messages) && w.batch.Swap(false) {
@@ -104,8 +106,8 @@ func (w *sentWriter) Write(messages []byte) (int, error) {
 	return n, err
 }
 
-// executes reports whether among whole messages of the protocol, version 3, is one that executes a statement: Execute
-// or Query. To parse and describe one comes before.
+// executes reports whether messages, which are whole messages of protocol version 3, contain one
+// that executes a statement: Execute or Query. Parse and Describe come earlier.
 func executes(messages []byte) bool {
 	for len(messages) >= 5 {
 		if messages[0] == 'E' || messages[0] == 'Q' {

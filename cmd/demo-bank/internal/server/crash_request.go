@@ -11,7 +11,8 @@ import (
 	"github.com/paidonce/idempotency/middleware"
 )
 
-// Protect returns idem's Handler with the point in it. Only requests to path meet the point. idem must require keys.
+// Protect returns idem's Handler with the point in it. Only requests to path can reach the point.
+// idem must require keys.
 func (p *CrashPoint) Protect(idem *middleware.Middleware, path string) func(http.Handler) http.Handler {
 	crashing := idem.With(func(o *middleware.Options) {
 		o.Tracer = &crashTracer{Tracer: o.Tracer, point: p}
@@ -19,7 +20,9 @@ func (p *CrashPoint) Protect(idem *middleware.Middleware, path string) func(http
 		o.Disposition = func(status int) idempotency.Disposition {
 			disposition := policy(status)
 			if disposition == idempotency.DispositionCommit {
-				p.reached(crashpoint.BeforeCommit) // the engine asks when the handler's transaction is sealed, and commits next
+				// The engine calls this after it sealed the handler's transaction, and commits
+				// next.
+				p.reached(crashpoint.BeforeCommit)
 			}
 			return disposition
 		}
@@ -40,9 +43,10 @@ func (p *CrashPoint) Protect(idem *middleware.Middleware, path string) func(http
 	}
 }
 
-// crashRequest is in the context of each request that meets the point, down to its connections.
+// crashRequest is in the context of each request that can reach the point, and so in the context of
+// its connections.
 type crashRequest struct {
-	lost atomic.Bool // the reply to its COMMIT did not come
+	lost atomic.Bool // the reply to its COMMIT was lost
 }
 
 type crashRequestKey struct{}
@@ -52,7 +56,7 @@ func crashRequestFrom(ctx context.Context) *crashRequest {
 	return r
 }
 
-// crashTracer tells the service's own tracer first.
+// crashTracer calls the service's own tracer first.
 type crashTracer struct {
 	idempotency.Tracer
 	point *CrashPoint
@@ -83,7 +87,7 @@ func (t *crashTracer) TraceStep(ctx context.Context, step idempotency.StepEnd) {
 	}
 }
 
-// halfWriter sends half of a 201's body before it lets the process die.
+// halfWriter sends half of a 201's body, and then can kill the process.
 type halfWriter struct {
 	http.ResponseWriter
 	point   *CrashPoint
@@ -96,7 +100,7 @@ func (w *halfWriter) WriteHeader(status int) {
 	w.ResponseWriter.WriteHeader(status)
 }
 
-// Write implements http.ResponseWriter. The middleware writes a body at once.
+// Write implements http.ResponseWriter. The middleware writes a whole body in one call.
 func (w *halfWriter) Write(body []byte) (int, error) {
 	if !w.created || w.point.name != crashpoint.HalfResponse {
 		return w.ResponseWriter.Write(body)
@@ -106,7 +110,8 @@ func (w *halfWriter) Write(body []byte) (int, error) {
 	if err != nil {
 		return n, err
 	}
-	_ = http.NewResponseController(w.ResponseWriter).Flush() // a client that is gone hears of nothing either way
+	// No error: the client may be gone.
+	_ = http.NewResponseController(w.ResponseWriter).Flush()
 	w.point.reached(crashpoint.HalfResponse)
 	rest, err := w.ResponseWriter.Write(body[half:])
 	return n + rest, err

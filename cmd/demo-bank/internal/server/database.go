@@ -16,7 +16,8 @@ import (
 	"github.com/paidonce/idempotency/storage/postgres"
 )
 
-// Limits of [Config], and of flags. The store wants 5 s between the longest handler and the end of its idle transaction.
+// Limits of [Config] and of flags. The store requires 5 seconds between the longest handler and
+// idle_in_transaction_session_timeout.
 const (
 	HandlerTimeoutMin = 10 * time.Millisecond
 	HandlerTimeoutMax = idleInTransactionMax - 5*time.Second
@@ -27,17 +28,18 @@ const (
 const (
 	connectTimeout = 5 * time.Second
 
-	// connectionsBeside the pool: the lease, migrations, those that PostgreSQL reserves, and a psql or two.
+	// connectionsBeside the pool: the lease, migrations, PostgreSQL's reserved ones, and a psql or
+	// two.
 	connectionsBeside = 16
 
-	// A transaction may be idle for as long as its handler may take and a while longer, but no dead bank may hold a key
-	// for a minute.
+	// A transaction may be idle for as long as its handler may run, plus idleBeside. But a dead
+	// bank must not hold a key for a minute.
 	idleBeside           = 10 * time.Second
 	idleInTransactionMin = 6 * time.Second
 	idleInTransactionMax = postgres.IdleInTransactionTimeoutMax - time.Second
 )
 
-// storeOptions are those of the store and of the pool that it uses.
+// storeOptions returns the options of the store and its pool.
 func storeOptions(config *Config) *postgres.Options {
 	return &postgres.Options{
 		Schema: bank.Schema, AcquireTimeout: config.AcquireTimeout, LockTimeout: lockTimeout(config.DatabaseURL),
@@ -46,12 +48,13 @@ func storeOptions(config *Config) *postgres.Options {
 	}
 }
 
-// lockTimeout is the one that a database URL asks for, in milliseconds as PostgreSQL reads it; zero, the store's default, if
-// it asks for none. Another one than the store's would be refused.
+// lockTimeout returns the lock_timeout of a database URL, in which it is a number of milliseconds.
+// It returns zero, the store's default, if the URL has none. The store refuses a pool with another
+// lock_timeout than its own.
 func lockTimeout(url string) time.Duration {
 	config, err := pgxpool.ParseConfig(url)
 	if err != nil {
-		return 0 // the store says what is wrong with it
+		return 0 // the store reports the error
 	}
 	ms, err := strconv.Atoi(config.ConnConfig.RuntimeParams["lock_timeout"])
 	if err != nil {
@@ -60,7 +63,7 @@ func lockTimeout(url string) time.Duration {
 	return time.Duration(ms) * time.Millisecond
 }
 
-// findSchema leads a pool's connections to the bank's tables.
+// findSchema sets the search_path of a pool's connections to the bank's tables.
 func findSchema(pool *pgxpool.Config) {
 	pool.ConnConfig.ConnectTimeout = cmp.Or(pool.ConnConfig.ConnectTimeout, connectTimeout)
 	pool.ConnConfig.RuntimeParams["search_path"] = bank.Schema
@@ -69,24 +72,26 @@ func findSchema(pool *pgxpool.Config) {
 func configurePool(pool *pgxpool.Config, config *Config) {
 	findSchema(pool)
 	pool.MaxConns = int32(config.PoolSize)
-	pool.MinConns = pool.MaxConns // made at once and kept: a burst must not wait for connections to be made
+	// Made at once and kept: a burst must not wait for new connections.
+	pool.MinConns = pool.MaxConns
 	if config.CrashPoint != nil {
 		config.CrashPoint.Configure(pool)
 	}
 }
 
-// database is where the books are.
+// database is the database with the books.
 type database struct {
 	url      string
 	where    string           // for people
-	embedded *pgserver.Server // nil where the database is somebody else's
+	embedded *pgserver.Server // nil for --database-url
 }
 
-// openDatabase finds the database or starts one.
+// openDatabase uses the configured database, or starts an embedded one.
 func openDatabase(ctx context.Context, config *Config) (*database, error) {
 	if config.DatabaseURL != "" {
 		where := "the given database"
-		if parsed, err := pgxpool.ParseConfig(config.DatabaseURL); err == nil { // openStore tells what is wrong with it
+		// If it does not parse, openStore reports the error.
+		if parsed, err := pgxpool.ParseConfig(config.DatabaseURL); err == nil {
 			where = fmt.Sprintf("schema %s of database %s at %s", bank.Schema, parsed.ConnConfig.Database, parsed.ConnConfig.Host)
 		}
 		return &database{url: config.DatabaseURL, where: where}, nil
@@ -109,11 +114,12 @@ func openDatabase(ctx context.Context, config *Config) (*database, error) {
 	return &database{url: server.URL(), where: where, embedded: server}, nil
 }
 
-// openStore migrates the tables of the records and the bank's, and opens the store.
+// openStore migrates the tables of the records and of the bank, and opens the store.
 func (d *database) openStore(ctx context.Context, config *Config) (*postgres.Store, error) {
 	const unusable = "the database can't be used: %w: mend --database-url (DATABASE_URL), or leave it out for an embedded PostgreSQL"
 	options := storeOptions(config)
-	// Migrations have a store of their own, and come first: they reset the pool, and pgxpool would take a minute to fill it again.
+	// Migrations run first, on a store of their own: they reset the pool, and pgxpool would take a
+	// minute to fill it again.
 	first := *options
 	first.PoolConfig = findSchema
 	migrating, err := postgres.Open(ctx, d.url, &first)
@@ -139,8 +145,8 @@ func (d *database) openStore(ctx context.Context, config *Config) (*postgres.Sto
 	return store, nil
 }
 
-// lookAfter says how to look at the records in an embedded PostgreSQL. Whose database it otherwise is knows its address, which
-// may hold a password.
+// lookAfter returns a hint on how to look at the records in an embedded PostgreSQL. It returns none
+// for --database-url: the operator knows that URL, and it may contain a password.
 func (d *database) lookAfter() string {
 	if d.embedded == nil {
 		return ""
@@ -151,7 +157,8 @@ Look at the records:
 `, d.url, bank.Schema)
 }
 
-// done is closed when an embedded PostgreSQL ended, and never where the database is somebody else's.
+// done returns a channel that is closed when an embedded PostgreSQL has ended. It is nil for
+// --database-url.
 func (d *database) done() <-chan struct{} {
 	if d.embedded == nil {
 		return nil

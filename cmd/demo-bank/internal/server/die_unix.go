@@ -4,5 +4,5 @@ package server
 
 import "syscall"
 
-// die is kill -9 by ourselves.
+// die sends kill -9 to this process.
 func die() { _ = syscall.Kill(syscall.Getpid(), syscall.SIGKILL) } // a process may always signal itself

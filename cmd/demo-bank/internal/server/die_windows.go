@@ -2,5 +2,5 @@ package server
 
 import "os"
 
-// die ends the process without running anything of it, with the code that a shell shows for kill -9.
+// die ends the process without any cleanup, with the code that a shell shows for kill -9.
 func die() { os.Exit(137) }

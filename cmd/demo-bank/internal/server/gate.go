@@ -10,13 +10,13 @@ import (
 	"github.com/paidonce/idempotency/cmd/demo-bank/internal/bank"
 )
 
-// lingerTimeout is how long a closed gate answers on connections that are open but idle. A request may be on its way on
-// each of them, and its client should read a refusal and not a cut connection.
+// lingerTimeout is the time that a closed gate goes on answering on open but idle connections. A
+// request may be on its way on each, and its client should get a refusal, not a cut connection.
 const lingerTimeout = time.Second
 
-// gate counts the requests in flight, and refuses new ones once it is closed.
+// gate counts the requests in progress. Once it is closed, it refuses new ones.
 type gate struct {
-	changed chan struct{} // holds a token when something changed since drain last looked
+	changed chan struct{} // holds a token if something changed since drain last looked
 
 	mu          sync.Mutex
 	closed      bool
@@ -26,8 +26,8 @@ type gate struct {
 
 func newGate() *gate { return &gate{changed: make(chan struct{}, 1)} }
 
-// handler answers through next while the gate is open, and afterwards with a refusal that ends the connection. Nothing
-// of a refused request reached the database, so its status is not-executed.
+// handler passes requests to next while the gate is open. Afterwards it refuses them and closes
+// their connections. A refused request never reached the database, so its status is not-executed.
 func (g *gate) handler(next http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		if !g.enter() {
@@ -63,7 +63,7 @@ func (g *gate) leave() {
 	g.signal()
 }
 
-// connState counts open connections; it is an http.Server's ConnState.
+// connState counts open connections. It is the ConnState of an http.Server.
 func (g *gate) connState(_ net.Conn, state http.ConnState) {
 	g.mu.Lock()
 	switch state {
@@ -79,19 +79,19 @@ func (g *gate) connState(_ net.Conn, state http.ConnState) {
 func (g *gate) signal() {
 	select {
 	case g.changed <- struct{}{}:
-	default: // drain will look anyway
+	default: // drain has a token already
 	}
 }
 
-// close refuses requests from now on.
+// close makes the gate refuse requests from now on.
 func (g *gate) close() {
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	g.closed = true
 }
 
-// drain is called on a closed gate. It returns when the last request has left and no connection is open, or lingered
-// on for long enough. It returns ctx's error where requests are in flight when ctx ends.
+// drain blocks until no request is in progress and either no connection is open or lingerTimeout
+// has passed. It returns ctx's error if ctx ends first. The gate must be closed.
 func (g *gate) drain(ctx context.Context) error {
 	linger := time.NewTimer(lingerTimeout)
 	defer linger.Stop()

@@ -12,14 +12,15 @@ import (
 	"github.com/paidonce/idempotency/storage/postgres"
 )
 
-// metrics are what the bank shows to Prometheus: the engine's metrics, its pool's and its table's, and those of the process. No
-// key, scope or body is ever a label.
+// metrics are the bank's Prometheus metrics: those of the engine, its pool, its table and the
+// process. No label ever contains a key, scope or body.
 type metrics struct {
 	*promobserve.Tracer
 	registry *prometheus.Registry
 }
 
-// newMetrics returns metrics that count from zero. handlerTimeout is the engine's; zero is its default.
+// newMetrics returns metrics that start at zero. handlerTimeout is the engine's; zero means its
+// default.
 func newMetrics(handlerTimeout time.Duration) *metrics {
 	registry := prometheus.NewRegistry()
 	registry.MustRegister(collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
@@ -29,12 +30,12 @@ func newMetrics(handlerTimeout time.Duration) *metrics {
 	}
 }
 
-// handler answers a scrape.
+// handler returns the handler of scrapes.
 func (m *metrics) handler() http.Handler {
 	return promhttp.HandlerFor(m.registry, promhttp.HandlerOpts{Registry: m.registry})
 }
 
-// observe shows the pool's connections and the store's table. Call it once.
+// observe registers metrics of the pool's connections and the store's table. Call it once.
 func (m *metrics) observe(store *postgres.Store) {
 	m.registry.MustRegister(promobserve.NewPoolCollector(store.Pool().Stat), promobserve.NewRecordsCollector(
 		store.Statistics, &promobserve.RecordsOptions{Timeout: time.Second})) // a scrape must not be late

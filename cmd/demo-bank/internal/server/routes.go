@@ -22,10 +22,10 @@ import (
 	"github.com/paidonce/idempotency/storage/postgres"
 )
 
-// readyTimeout bounds a readiness probe.
+// readyTimeout limits a readiness probe.
 const readyTimeout = 2 * time.Second
 
-// handler is everything that the bank answers.
+// handler returns the handler of all routes of the bank.
 func (s *Server) handler(store *postgres.Store, books *bank.Bank, ids *nodeid.Source, watch *live.Live) http.Handler {
 	idem := middleware.New(store, bank.Tenant, &middleware.Options{
 		TTL: s.config.TTL, Wait: s.config.Wait, Timeouts: idempotency.Timeouts{Handler: s.config.HandlerTimeout},
@@ -69,7 +69,8 @@ func (s *Server) handler(store *postgres.Store, books *bank.Bank, ids *nodeid.So
 	return r
 }
 
-// protect returns what stands in front of the requests that need a key.
+// protect returns the middleware for the routes that need a key. It is nil if tests run the bank
+// without it.
 func (s *Server) protect(idem *middleware.Middleware) func(http.Handler) http.Handler {
 	switch {
 	case s.config.withoutMiddleware:
@@ -80,7 +81,7 @@ func (s *Server) protect(idem *middleware.Middleware) func(http.Handler) http.Ha
 	return idem.Handler
 }
 
-// ready reports whether a transfer would be executed now.
+// ready returns nil if a transfer would be executed now.
 func ready(ctx context.Context, store *postgres.Store, books *bank.Bank, ids *nodeid.Source) error {
 	ctx, cancel := context.WithTimeout(ctx, readyTimeout)
 	defer cancel()
@@ -95,11 +96,11 @@ func ready(ctx context.Context, store *postgres.Store, books *bank.Bank, ids *no
 
 func alive(w http.ResponseWriter) {
 	w.Header().Set("Content-Type", "application/json")
-	_, _ = io.WriteString(w, `{"status":"ok"}`+"\n") // a prober that is gone needs no answer
+	_, _ = io.WriteString(w, `{"status":"ok"}`+"\n") // no error: the prober may be gone
 }
 
-// logRequests logs one line per request, at debug level only: a storm must not drown in them. The route is logged and
-// not the path, and nothing of a header or body.
+// logRequests logs one line per request, at debug level only, so that a storm does not flood the
+// log. It logs the route instead of the path, and nothing from headers or bodies.
 func (s *Server) logRequests(next http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		if !s.logger.Enabled(r.Context(), slog.LevelDebug) {
@@ -115,7 +116,8 @@ func (s *Server) logRequests(next http.Handler) http.Handler {
 	})
 }
 
-// greet says where the bank is and what to try. The same line twice is the point: its key is the same.
+// greet prints the bank's URL and commands to try. It prints the same curl line twice on purpose:
+// both have the same key.
 func (s *Server) greet(db *database) {
 	curl := fmt.Sprintf(`curl -i %s/v1/transfers -H 'Content-Type: application/json' -H 'Idempotency-Key: %s' -d '{"from":"alice","to":"bob","amount":1250}'`,
 		s.url, uuid.NewString())

@@ -1,5 +1,5 @@
-// Package server is the whole bank as a program: a listener, a database, the books, the middleware in front of them,
-// and an orderly end. [Server.Run] is the program; a test runs it as main does.
+// Package server is the whole bank as a program: a listener, a database, the books, the middleware,
+// and an orderly shutdown. [Server.Run] is the program. Tests run it the way main does.
 package server
 
 import (
@@ -25,68 +25,74 @@ import (
 // Defaults of [Config], and limits of the server.
 const (
 	AddrDefault            = "127.0.0.1:8080"
-	PoolSizeDefault        = 40 // two banks fit a PostgreSQL with its 100 connections
+	PoolSizeDefault        = 40 // two banks fit into PostgreSQL's default of 100 connections
 	AcquireTimeoutDefault  = 3 * time.Second
 	ShutdownTimeoutDefault = 30 * time.Second
 
 	readHeaderTimeout = 5 * time.Second
-	readTimeout       = 15 * time.Second // a body that takes longer is given up
-	answerTimeout     = 5 * time.Second  // for the client to take its answer
+	readTimeout       = 15 * time.Second // for a whole request, including its body
+	answerTimeout     = 5 * time.Second  // for the client to read its answer
 	idleTimeout       = 2 * time.Minute
 	headerBytesMax    = 64 << 10
-	closeTimeout      = time.Second // for connections that are left when all requests are answered
+	closeTimeout      = time.Second // for idle connections after the last answer
 )
 
-// Config says where the bank listens and where its books are. The zero value of each field is its default.
+// Config configures the bank. The zero value of each field is its default.
 type Config struct {
-	// Addr is the address to listen on. The default is [AddrDefault].
+	// Addr is the address to listen on. Defaults to 127.0.0.1:8080.
 	Addr string
 
-	// DatabaseURL is the PostgreSQL that holds the books. Empty: an embedded one.
+	// DatabaseURL is the PostgreSQL that holds the books. If it is empty, Run starts an embedded
+	// one.
 	DatabaseURL string
 
-	// DataDir keeps the embedded PostgreSQL's data from one run to the next. Empty: a temporary folder, removed at exit.
+	// DataDir is the folder that keeps the embedded PostgreSQL's data between runs. If it is empty,
+	// Run uses a temporary folder and removes it at exit.
 	DataDir string
 
-	// PoolSize is how many connections the bank uses at most, beside one for the lease of its node number. The default
-	// is [PoolSizeDefault].
+	// PoolSize is the maximum number of connections in the pool. The lease of the bank's node
+	// number takes one more. Defaults to 40.
 	PoolSize int
 
-	// ShutdownTimeout bounds the wait for requests in flight when the bank is told to stop. The default is
-	// [ShutdownTimeoutDefault].
+	// ShutdownTimeout is the maximum time that a stopping bank waits for requests in progress.
+	// Defaults to 30 seconds.
 	ShutdownTimeout time.Duration
 
-	// TTL is how long records count: at least idempotency.TTLMin. Defaults to 24 hours.
+	// TTL is the lifetime of records, at least idempotency.TTLMin. Defaults to 24 hours.
 	TTL time.Duration
 
-	// ReapInterval is how long the reaper of expired records rests. Defaults to 1 minute.
+	// ReapInterval is the pause between two walks of the reaper of expired records. Defaults to 1
+	// minute.
 	ReapInterval time.Duration
 
-	// HandlerTimeout bounds the claim and the handler of a request together, up to [HandlerTimeoutMax].
-	// Defaults to 10 seconds.
+	// HandlerTimeout limits the claim and the handler of a request together. It is at most
+	// [HandlerTimeoutMax]. Defaults to 10 seconds.
 	HandlerTimeout time.Duration
 
-	// Wait is how long a request waits for another with its key that is in progress, before it is answered 409: at most
-	// idempotency.WaitMax, and shorter than TTL. The default, zero, is 409 at once.
+	// Wait is the maximum time that a request waits for another request in progress with the same
+	// key, before it gets a 409. It is at most idempotency.WaitMax and less than TTL. Defaults to
+	// 0, a 409 at once.
 	Wait time.Duration
 
-	// AcquireTimeout is how long a request waits for a connection. A bank that people try on a busy laptop may rather be
-	// slow than shed: the default, [AcquireTimeoutDefault], is longer than a service under real load should have.
+	// AcquireTimeout is the maximum time that a request waits for a connection. Defaults to 3
+	// seconds, which is longer than a service under real load should have: on a busy laptop, a slow
+	// demo is better than a refusal.
 	AcquireTimeout time.Duration
 
-	// CrashPoint kills the process at a point of its own choice. Nil: nothing of it is installed.
+	// CrashPoint kills the process at a chosen point. If it is nil, nothing is installed.
 	CrashPoint *CrashPoint
 
-	// Stdout is told the URL and what to try, once. Stderr gets the embedded PostgreSQL's progress. Nil: nobody.
+	// Stdout gets the URL and commands to try, once. Stderr gets the embedded PostgreSQL's
+	// progress. Nil discards the output.
 	Stdout, Stderr io.Writer
 
 	// Logger is for the operator. Nil logs nothing.
 	Logger *slog.Logger
 
-	withoutMiddleware bool // tests show what happens then
+	withoutMiddleware bool // tests show the consequences
 }
 
-// Server is one bank. Make it with [New], run it once.
+// Server is one bank. Create it with [New] and run it once.
 type Server struct {
 	config  Config
 	logger  *slog.Logger
@@ -112,24 +118,25 @@ func New(config Config) *Server {
 	return s
 }
 
-// Serving is closed when requests are answered.
+// Serving returns a channel that is closed when the bank answers requests.
 func (s *Server) Serving() <-chan struct{} { return s.serving }
 
-// URL is where the bank listens. It is known once Serving is closed.
+// URL returns the bank's URL. It is valid after Serving is closed.
 func (s *Server) URL() string { return s.url }
 
 // ErrDatabaseGone means that the embedded PostgreSQL ended while the bank was serving.
 var ErrDatabaseGone = errors.New("the embedded PostgreSQL has ended")
 
-// Run serves until ctx ends, then stops in order: no new connections, new requests refused, those in flight finished,
-// the database stopped. It returns nil after that, and otherwise an error of one line that names the remedy.
+// Run serves until ctx ends. Then it shuts down in order: it stops accepting connections, refuses
+// new requests, finishes those in progress and stops the database. It returns nil after that, and
+// otherwise an error of one line that names the remedy.
 func (s *Server) Run(ctx context.Context) (err error) {
-	// The port comes first: where it is taken nothing else was started.
+	// The port comes first: if it is taken, nothing else has been started.
 	listener, err := listen(ctx, s.config.Addr)
 	if err != nil {
 		return err
 	}
-	defer func() { _ = listener.Close() }() // closed long since, but where the start failed
+	defer func() { _ = listener.Close() }() // a no-op after serve, which closes it
 
 	db, err := openDatabase(ctx, &s.config)
 	if err != nil {
@@ -148,7 +155,7 @@ func (s *Server) Run(ctx context.Context) (err error) {
 		return endOfStart(ctx, err)
 	}
 
-	// What runs beside the requests ends after them.
+	// The background work ends after the requests.
 	background, endBackground := context.WithCancel(context.WithoutCancel(ctx))
 	var group sync.WaitGroup
 	defer group.Wait()
@@ -163,14 +170,16 @@ func (s *Server) Run(ctx context.Context) (err error) {
 	return s.serve(ctx, listener, s.handler(store, books, ids, page), page.Stop, db)
 }
 
-// writeTimeout is what net/http gives a request from its headers to the end of its answer: more than all that happens in
-// between together, so that an answer which is settled is not kept from a client that waits for it.
+// writeTimeout returns the time that net/http gives a request from its headers to the end of its
+// answer. It exceeds the sum of all steps in between, so that a client that waits gets an answer
+// that is already settled.
 func writeTimeout(wait, handlerTimeout time.Duration) time.Duration {
-	return readTimeout + wait + handlerTimeout + 2*time.Second + // ROLLBACK, COMMIT and the look for it take as long at most
+	// ROLLBACK, COMMIT and the search for a lost COMMIT take at most this long.
+	return readTimeout + wait + handlerTimeout + 2*time.Second +
 		5*time.Second + 8*time.Second + answerTimeout
 }
 
-// endOfStart tells a start that failed from one that was told to stop.
+// endOfStart returns nil if the start failed because ctx ended, and err otherwise.
 func endOfStart(ctx context.Context, err error) error {
 	if ctx.Err() != nil {
 		return nil
@@ -190,7 +199,7 @@ func listen(ctx context.Context, addr string) (net.Listener, error) {
 	return listener, nil
 }
 
-// httpServer answers through handler as long as the gate is open.
+// httpServer returns the HTTP server, which answers through handler while the gate is open.
 func (s *Server) httpServer(handler http.Handler) *http.Server {
 	return &http.Server{
 		Handler:           s.gate.handler(handler),
@@ -204,8 +213,8 @@ func (s *Server) httpServer(handler http.Handler) *http.Server {
 	}
 }
 
-// serve answers requests until ctx ends or something the bank can't do without does, and then drains. stopping is called
-// before, and ends what would go on for ever.
+// serve answers requests until ctx ends, or the listener or the embedded PostgreSQL fails, and then
+// drains. It calls stopping before it drains, to end work that would never finish.
 func (s *Server) serve(ctx context.Context, listener net.Listener, handler http.Handler, stopping func(), db *database) error {
 	server := s.httpServer(handler)
 	failed := make(chan error, 1)
@@ -225,11 +234,12 @@ func (s *Server) serve(ctx context.Context, listener net.Listener, handler http.
 		failed <- nil
 	}
 
-	// Shutdown would cut idle keep-alive connections at once, and with them requests that are on their way. So the
-	// gate closes first, and answers those. Who finds no listener any more finds a closed gate too.
+	// Shutdown would cut idle keep-alive connections at once, and with them requests on their way.
+	// So the gate closes first, and refuses those. It closes before the listener, so a client that
+	// finds no listener also finds a closed gate.
 	s.gate.close()
 	stopping()
-	_ = listener.Close() // which ends Serve
+	_ = listener.Close() // ends Serve
 	drain, cancel := context.WithTimeout(context.WithoutCancel(ctx), s.config.ShutdownTimeout)
 	defer cancel()
 	if err := s.gate.drain(drain); err != nil && reason == nil {
@@ -239,12 +249,12 @@ func (s *Server) serve(ctx context.Context, listener net.Listener, handler http.
 	rest, cancel := context.WithTimeout(context.WithoutCancel(ctx), closeTimeout)
 	defer cancel()
 	if err := server.Shutdown(rest); err != nil {
-		_ = server.Close() // only connections without a request are left
+		_ = server.Close() // the connections left have no request
 	}
 	return reason
 }
 
-// reaper deletes expired records and says so.
+// reaper returns the reaper, which deletes expired records and logs that.
 func (s *Server) reaper(store *postgres.Store) *postgres.Reaper {
 	return postgres.NewReaper(store, &postgres.ReaperOptions{
 		Interval: s.config.ReapInterval,
@@ -259,7 +269,7 @@ func (s *Server) reaper(store *postgres.Store) *postgres.Reaper {
 	})
 }
 
-// urlOf is where a listener can be reached from this machine.
+// urlOf returns the URL of a listener as seen from this machine.
 func urlOf(addr net.Addr) string {
 	tcp, ok := addr.(*net.TCPAddr)
 	if !ok {
