@@ -20,7 +20,7 @@ type seeded struct {
 	part  string // the name of a point, Storm, Scope, Replay, or Prepare
 	check string
 	plant func(b *testBundle)
-	waits bool // it makes the run wait as long as it may
+	waits bool // it makes the run wait for its whole patience
 }
 
 var bugs = map[string]seeded{
@@ -171,7 +171,7 @@ var bugs = map[string]seeded{
 	"middleware is not mounted": {"Prepare", checkTable, func(b *testBundle) { b.unmounted = true }, false},
 }
 
-// TestSeededBugsAreFound: a check that can't fail guards nothing.
+// TestSeededBugsAreFound: a check that cannot fail guards nothing.
 func TestSeededBugsAreFound(t *testing.T) {
 	t.Parallel()
 	for name, bug := range bugs {
@@ -187,10 +187,11 @@ func TestSeededBugsAreFound(t *testing.T) {
 	}
 }
 
-// TestEveryCheckIsSeenToFail: each check has a bug that only it is named for.
+// TestEveryCheckIsSeenToFail: each check has a bug that only it finds.
 func TestEveryCheckIsSeenToFail(t *testing.T) {
 	t.Parallel()
-	elsewhere := []string{checkHits, checkConfig, checkRest, checkRecord} // below, and in idempotencytest_test.go
+	// These fail below, and in idempotencytest_test.go.
+	elsewhere := []string{checkHits, checkConfig, checkRest, checkRecord}
 	for _, check := range []string{
 		checkTable, checkSettled, checkOnce, checkOneAnswer, checkAccepted, checkChanged, checkPoint, checkHits, checkRest,
 		checkRecord, checkScope, checkInvariant, checkConfig,
@@ -205,7 +206,7 @@ func TestEveryCheckIsSeenToFail(t *testing.T) {
 	}
 }
 
-// The same bugs, by the checks that look into the store: whoever has a weak invariant still hears of them.
+// The checks that look into the store find the same bugs, even if the user's invariant is weak.
 func TestStoreIsLookedAtToo(t *testing.T) {
 	t.Parallel()
 	blind := func(context.Context, Told) error { return nil }
@@ -226,7 +227,7 @@ func TestStoreIsLookedAtToo(t *testing.T) {
 	})
 }
 
-// impatient is the patience of a run that will have waited in vain.
+// impatient is the patience of a run that will wait in vain.
 const impatient = 1500 * time.Millisecond
 
 func (s seeded) patience() time.Duration {
@@ -236,7 +237,7 @@ func (s seeded) patience() time.Duration {
 	return 20 * time.Second
 }
 
-// prove runs the part that is named, after what every run begins with.
+// prove runs the named part, after the preparation of every run.
 func prove(t *testing.T, config Config, part string, patience time.Duration) []finding {
 	t.Helper()
 	config.Patience = patience
@@ -327,7 +328,7 @@ func (a *twice) Decline(ctx context.Context, answer *idempotency.Answer) error {
 	return record.Decline(ctx, answer)
 }
 
-// early keeps the answer, and then commits it.
+// early keeps the answer before it commits it.
 type early struct {
 	idempotency.Attempt
 	keep func(*idempotency.Answer)
@@ -338,7 +339,7 @@ func (a *early) Commit(ctx context.Context, answer *idempotency.Answer) error {
 	return a.Attempt.Commit(ctx, answer)
 }
 
-// keeper does not end its transaction.
+// keeper does not roll back.
 type keeper struct {
 	idempotency.Attempt
 	committed bool

@@ -13,14 +13,14 @@ import (
 	"github.com/paidonce/idempotency"
 )
 
-// Bounds of a client's wait between two requests with one key. It does not wait as long as Retry-After says: a test
-// should be over soon, and patience is not what is tested.
+// Bounds of a client's wait between two requests with one key. It does not wait for Retry-After: a
+// test should end soon, and patience is not under test.
 const (
 	backoffMin = 2 * time.Millisecond
 	backoffMax = 100 * time.Millisecond
 )
 
-// request is one of the user's, to be sent any number of times.
+// request is one of the user's requests. It can be sent any number of times.
 type request struct {
 	method, target string
 	header         http.Header
@@ -30,7 +30,7 @@ type request struct {
 func newRequest(r *http.Request) (*request, error) {
 	q := &request{method: r.Method, target: r.URL.RequestURI(), header: r.Header.Clone()}
 	if q.method == "" {
-		q.method = http.MethodGet // as net/http has it
+		q.method = http.MethodGet // as in net/http
 	}
 	if q.header == nil {
 		q.header = http.Header{}
@@ -50,10 +50,10 @@ func (q *request) same(other *request) bool {
 	return q.method == other.method && q.target == other.target && bytes.Equal(q.body, other.body)
 }
 
-// reply is what a client hears.
+// reply is a client's view of an answer.
 type reply struct {
-	outcome idempotency.Outcome // noAnswer where there is none
-	status  int                 // 0 where the connection was cut
+	outcome idempotency.Outcome // noAnswer if there is none
+	status  int                 // 0 if the conn was cut
 	header  http.Header
 	body    []byte
 }
@@ -68,7 +68,8 @@ func (r *reply) String() string {
 	return fmt.Sprintf("%d %s", r.status, r.outcome)
 }
 
-// send sends a request with a key. With hangUp it goes away as soon as the request is written.
+// send sends a request with a key. With hangUp the client goes away as soon as the request is
+// written.
 func (l *lab) send(ctx context.Context, value string, q *request, hangUp bool) *reply {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
@@ -82,7 +83,7 @@ func (l *lab) send(ctx context.Context, value string, q *request, hangUp bool) *
 	}
 	r.Header = q.header.Clone()
 	r.Header.Set("Idempotency-Key", value)
-	r.GetBody = nil // or Go's client sends keyed requests again by itself
+	r.GetBody = nil // otherwise Go's client retries keyed requests by itself
 	l.requests.Add(1)
 	response, err := l.client.Do(r)
 	if err != nil {
@@ -98,15 +99,15 @@ func (l *lab) send(ctx context.Context, value string, q *request, hangUp bool) *
 	}
 }
 
-// manner is how a client behaves.
+// manner is a client's behavior.
 type manner struct {
-	quits   bool // it gives up when it may, once a point was hit
+	quits   bool // it gives up if it may, once a point was hit
 	hangsUp bool // it does not wait for its first answer
 }
 
-// follow sends a key's request until it is settled, as the table in docs/guarantees.md says, and returns the reply to
-// the request during which the first point was hit, nil where none was, and the last reply. ok is false where
-// something was found.
+// follow sends a key's request until it is settled, according to the table in docs/guarantees.md.
+// struck is the reply to the request during which the first point was hit, or nil if none was hit.
+// last is the last reply. ok is false if there was a finding.
 func (l *lab) follow(ctx context.Context, k *key, m manner, random *rand.Rand) (struck, last *reply, ok bool) {
 	ctx, cancel := context.WithTimeout(ctx, l.config.Patience)
 	defer cancel()
@@ -154,7 +155,8 @@ func (l *lab) follow(ctx context.Context, k *key, m manner, random *rand.Rand) (
 	}
 }
 
-// change sends another request with the key of one that was answered: it must be refused, and never be executed.
+// change sends another request with the key of an answered one: it must be refused, and never be
+// executed.
 func (l *lab) change(ctx context.Context, k *key, other *request) {
 	ctx, cancel := context.WithTimeout(ctx, l.config.Patience)
 	defer cancel()

@@ -8,14 +8,15 @@ import (
 	"time"
 )
 
-// tripwire is a context that ends when it is used for the at-th time. Whatever waits, looks a value up or asks for the
-// deadline uses it, so that without a clock every step of a handler that passes its context on can be its last.
+// tripwire is a context that ends when it is used for the at-th time. Code that waits, looks up a
+// value or reads the deadline uses it. So every step of a handler that passes its context on can be
+// its last, without a clock.
 type tripwire struct {
 	context.Context
 	cancel context.CancelFunc
 	uses   atomic.Int64
 	at     int64       // 0: never
-	trip   func() bool // asked once, whether it is to end
+	trip   func() bool // called once: reports if the context is to end
 	armed  atomic.Bool
 }
 
@@ -32,12 +33,12 @@ func (w *tripwire) use() {
 	}
 }
 
-// disarm keeps it from ending from now on, and reports whether it was tripped before.
+// disarm keeps the context from ending from now on, and reports whether it had been tripped.
 func (w *tripwire) disarm() (tripped bool) {
 	return w.at > 0 && !w.armed.CompareAndSwap(true, false)
 }
 
-// String returns only the context's name. The contexts below it belong to others, who may change
+// String returns only the context's name. The contexts below it belong to others, which may change
 // them while it is printed.
 func (*tripwire) String() string { return "idempotencytest.tripwire" }
 

@@ -1,5 +1,5 @@
-// Package idempotencytest runs a handler and a store of yours through crashes and storms of
-// duplicates, from a test of yours, and asks your own tables whether each request had its effect once:
+// Package idempotencytest runs your handler and your store through crashes and storms of
+// duplicates, from your test, and asks your own tables whether each request had its effect once:
 //
 //	func TestOrdersOutliveCrashes(t *testing.T) {
 //		store := openTestStore(t) // postgres.Open, migrations.Up
@@ -13,45 +13,48 @@
 //		})
 //	}
 //
-// It serves the handler on a real port of this machine and sends requests as a client does that follows the table in
-// docs/guarantees.md: it keeps its key, and gives up only where it may.
+// It serves the handler on a real port of this machine. It sends requests like a client that
+// follows the table in docs/guarantees.md: it keeps its key, and gives up only if it may.
 //
-// # What is run
+// # The parts of a run
 //
-//   - Crash/<point>: keys whose first attempt is hit at that point, one subtest for each point
-//   - Storm: many keys, each sent by several clients at once and again later, with changed bodies, clients that hang
-//     up or give up, and all points mixed
-//   - Scope: one key of two callers, where Config.Other is set
-//   - Replay: each key that was answered for good, once more
+//   - Crash/<point>: keys with a first attempt that is hit at that point, one subtest for each
+//     point
+//   - Storm: many keys, each sent by several clients at once and again later, with changed bodies,
+//     clients that hang up or give up, and all points mixed
+//   - Scope: the same key from two callers, if Config.Other is set
+//   - Replay: each key that has its final answer, once more
 //
-// After each of them it waits until nothing is in flight, looks each key up in the store, and asks the invariant. A
-// point that was never hit fails its subtest.
+// After each part it waits until nothing is in flight, looks each key up in the store, and calls
+// the invariant. A point that was never hit fails its subtest.
 //
 // # The points
 //
 //	before_begin           the store is unavailable
 //	after_begin            the key is claimed
-//	mid_handler            the handler's context ends, at one use of it after the other
+//	mid_handler            the handler's context ends, at one use of it after another
 //	handler_canceled       the same, but the process lives on
 //	after_handler          the handler has returned
 //	before_commit          COMMIT was not sent
-//	mid_commit             COMMIT's context ends, at one use of it after the other
+//	mid_commit             COMMIT's context ends, at one use of it after another
 //	commit_canceled        the same, but the process lives on
 //	commit_never_arrived   COMMIT is lost on its way; the process lives on
 //	commit_lost            COMMIT happened, its reply is lost; the process lives on
 //	resolving              the same, and the process dies while it looks for the COMMIT
-//	unresolvable           COMMIT or its reply is lost, and the look for it fails: the client hears unknown
+//	unresolvable           COMMIT or its reply is lost, and the lookup fails: the client gets unknown
 //	after_commit           nothing was sent to the client
 //	half_response          half of the answer's body was sent
 //
-// and before_decline, mid_decline, decline_never_arrived, decline_lost and after_decline, where Config.Declined is set.
+// If Config.Declined is set: also before_decline, mid_decline, decline_never_arrived, decline_lost
+// and after_decline.
 //
-// # What it is not
+// # Limits
 //
-// No process is killed and no network is cut: a crash is made in this process, at the seams of the store. The attempt is
-// rolled back, its goroutine is unwound by a panic with http.ErrAbortHandler, and the connection to the client is closed.
-// So it shows what your handler, your wiring and your store make of each crash, and not what an operating system or
-// PostgreSQL makes of one: for that the demo bank's chaos command kills real processes.
+// No process is killed and no network is cut: a crash is made in this process, at the seams of the
+// store. The attempt is rolled back, a panic with http.ErrAbortHandler unwinds its goroutine, and
+// the conn to the client is closed. So a run shows how your handler, your wiring and your store
+// react to each crash. It does not show how an operating system or PostgreSQL reacts to one: for
+// that, the demo bank's chaos command kills real processes.
 package idempotencytest
 
 import (
@@ -67,54 +70,58 @@ import (
 	"github.com/paidonce/idempotency"
 )
 
-// Config says what is put to the proof. Store, New, Request and Invariant are required.
+// Config describes the service under test. Store, New, Request and Invariant are required.
 type Config struct {
-	// Store keeps the records. It is used through the interface alone.
+	// Store keeps the records. It is used only through the interface.
 	Store idempotency.Store
 
-	// New returns the service with a store that stands for Store: whatever is mounted in production, with the
-	// middleware made from the store that is passed. It is called once.
+	// New returns the service: the handler as in production, with a middleware made from the store
+	// that is passed, which wraps Store. It is called once.
 	New func(store idempotency.Store) http.Handler
 
-	// Request returns the n-th request: one that the handler accepts, without a key, and different in its body or its
-	// target for each n. Its host does not matter. No n is asked for twice.
+	// Request returns the n-th request: one that the handler accepts, without a key, and with a
+	// different body or target for each n. Its host does not matter. It is called at most once for
+	// each n.
 	Request func(n int) *http.Request
 
-	// Invariant asks the service's own tables whether what the clients were told is true: one effect for each request
-	// that was acknowledged, and no other. What it returns is reported as it is. Nothing is in flight then.
+	// Invariant checks in the service's own tables that the replies to the clients are true: one
+	// effect for each acknowledged request, and no other. Its error is reported unchanged. Nothing
+	// is in flight when it is called.
 	Invariant func(ctx context.Context, told Told) error
 
-	// Declined returns the n-th request that the handler declines for good with a 4xx. Nil leaves out what is about
-	// declines.
+	// Declined returns the n-th request that the handler declines for good with a 4xx. Nil leaves
+	// out the checks of declines.
 	Declined func(n int) *http.Request
 
-	// Other is as Request, of another caller: one whose keys have another scope. Nil leaves out what is about scopes.
+	// Other is like Request, but for another caller, with keys in another scope. Nil leaves out the
+	// checks of scopes.
 	Other func(n int) *http.Request
 
-	// Keys is how many keys the storm has, Copies how often each is sent, and Clients how many keys are at work at
-	// once, each with half of its copies. They default to 60, 4 and 8. The
-	// storm has at least one key for each point.
+	// Keys is the number of keys in the storm, Copies the number of times that each is sent, and
+	// Clients the number of keys at work at once, each with half of its copies. They default to 60,
+	// 4 and 8. The storm has at least one key for each point.
 	Keys, Copies, Clients int
 
-	// Point is how many keys each crash point has. Defaults to 8.
+	// Point is the number of keys for each crash point. Defaults to 8.
 	Point int
 
-	// Patience is how long a key may take to be settled, and the run to come to rest. Defaults to 20 seconds.
+	// Patience is the maximum time for a key to be settled, and for the run to come to rest.
+	// Defaults to 20 seconds.
 	Patience time.Duration
 
-	// Seed makes all decisions: 0 draws one, which a test that fails prints. The same seed makes the same decisions
-	// again; which goroutine comes first is still the scheduler's.
+	// Seed makes all decisions. 0 draws one, which a failing test prints. The same seed makes the
+	// same decisions again; the scheduler still decides which goroutine comes first.
 	Seed uint64
 }
 
-// Told is what clients were told, from the beginning of the run on, by rising N.
+// Told holds the final answers that clients got since the beginning of the run, by rising N.
 type Told struct {
 	Acknowledged []Answer // executed or replayed, with 2xx or 3xx: each has had its effect once
 	Declined     []Answer // executed or replayed, with 4xx: none has left anything
 	GivenUp      []Answer // given up after not-executed: none has left anything
 }
 
-// full returns a copy of c in which nothing is left out, or what is wrong with it.
+// full returns a copy of c with every default filled in, or an error.
 func (c Config) full() (Config, error) {
 	switch {
 	case c.Store == nil:
@@ -139,8 +146,9 @@ func (c Config) full() (Config, error) {
 	return c, nil
 }
 
-// Run runs the proof, each part as a subtest. The database should be a test's own: it is written to, and nobody else
-// may write what the invariant counts. It takes a few seconds. Run it with -race too.
+// Run runs the proof, each part as a subtest. The database should belong to the test: Run writes to
+// it, and nothing else may write the rows that the invariant counts. It takes a few seconds. Run it
+// with -race too.
 func Run(t *testing.T, config Config) {
 	t.Helper()
 	full, err := config.full()

@@ -32,13 +32,13 @@ func TestServiceInOrderPasses(t *testing.T) {
 	Run(t, b.config())
 }
 
-// ledger counts in memory, where nothing is undone.
+// ledger counts in memory, so nothing is undone.
 type ledger struct {
 	mu   sync.Mutex
 	paid int
 }
 
-// memoryConfig is a service on the memory store. Where it pays, what it pays is outside of any transaction.
+// memoryConfig is a service on the memory store. If it pays, it pays outside of any transaction.
 func memoryConfig(pays bool) Config {
 	l := &ledger{}
 	return Config{
@@ -75,7 +75,7 @@ func memoryConfig(pays bool) Config {
 	}
 }
 
-// Any store will do, an answer without a body, and a handler that never looks at its context.
+// Any store works, so does an answer without a body, and a handler that never uses its context.
 func TestStoreOfAnotherKind(t *testing.T) {
 	t.Parallel()
 	Run(t, memoryConfig(false))
@@ -148,7 +148,8 @@ func TestWrongConfigIsRefused(t *testing.T) {
 	wantFinding(t, prove(t, full, "Prepare", 0), checkInvariant)
 }
 
-// A service that gives the store a context of its own is not hit by any point, and hears so.
+// A service that gives the store a context of its own is not hit by any point, and gets a finding
+// that says so.
 func TestContextOfItsOwnIsFound(t *testing.T) {
 	t.Parallel()
 	c := memoryConfig(false)
@@ -161,7 +162,7 @@ func TestContextOfItsOwnIsFound(t *testing.T) {
 	wantFinding(t, found, checkConfig)
 }
 
-// A point that no attempt comes to fails its part, and does not pass in silence.
+// A point that no attempt reaches fails its part, and does not pass in silence.
 func TestPointThatIsNeverHitIsFound(t *testing.T) {
 	t.Parallel()
 	full, err := memoryConfig(false).full()
@@ -174,15 +175,15 @@ func TestPointThatIsNeverHitIsFound(t *testing.T) {
 		t.Fatal(found)
 	}
 	for _, p := range plans() {
-		if p.point == crashpoint.MidHandler { // this handler does not look at its context
+		if p.point == crashpoint.MidHandler { // this handler does not use its context
 			wantFinding(t, l.crash(t.Context(), p), checkHits)
 		}
 	}
-	l.handlerUses = 1 // as it is wrongly remembered
+	l.handlerUses = 1 // a wrong memory
 	wantFinding(t, l.storm(t.Context()), checkHits)
 }
 
-// Half of an answer is half: its client sees the headers and an end that comes too early.
+// A half response is half: its client gets the headers, and an end that comes too early.
 func TestHalfResponseIsHalf(t *testing.T) {
 	t.Parallel()
 	l := &lab{handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
@@ -224,8 +225,9 @@ func (w *halfWriter) WriteHeader(int)             {}
 func (w *halfWriter) Write(p []byte) (int, error) { return w.body.Write(p) }
 func (w *halfWriter) Flush()                      { w.flushed = true }
 
-// A client that gives up after a not-executed although an earlier request was lost would make the kit blame a service
-// that is in order; one that never gives up would miss a store that says not-executed of what happened.
+// A client that gives up after a not-executed although an earlier request was lost would make the
+// kit blame a correct service. One that never gives up would miss a store that returns not-executed
+// for something that happened.
 func TestClientGivesUpOnlyWhereItMay(t *testing.T) {
 	t.Parallel()
 	full, err := memoryConfig(false).full()
@@ -259,7 +261,8 @@ func TestClientGivesUpOnlyWhereItMay(t *testing.T) {
 	}
 }
 
-// The uses of a context are counted, and the one that is named ends it, also for contexts derived from it.
+// The uses of a context are counted, and the planned one ends it, also for contexts derived from
+// it.
 func TestTripwireEndsAtTheNamedUse(t *testing.T) {
 	t.Parallel()
 	for at := int64(1); at <= 4; at++ {

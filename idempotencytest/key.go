@@ -19,7 +19,7 @@ type step struct {
 	at    int64 // which use of the context ends it
 }
 
-// key is one key of the run: what is planned for its attempts, and what its clients were told.
+// key is one key of the run: the plan for its attempts, and the replies to its clients.
 type key struct {
 	n        int
 	value    string
@@ -28,18 +28,18 @@ type key struct {
 	odd      bool // chooses between the two ways of unresolvable
 
 	handlerUses, endUses atomic.Int64 // of the contexts of the last attempt
-	committed            atomic.Int64 // ends of a transaction that the store reported as done
+	committed            atomic.Int64 // ends of a transaction that the store reported as successful
 
 	mu        sync.Mutex
 	pending   []step
 	hits      map[point]int
 	last      *idempotency.Claim // as it came to the store
-	answer    *Answer            // the first that was told
-	executed  int                // how often it was said to be executed
+	answer    *Answer            // the first that a client got
+	executed  int                // number of replies with executed
 	abandoned bool
 }
 
-// head returns what is planned next.
+// head returns the next planned step.
 func (k *key) head() step {
 	k.mu.Lock()
 	defer k.mu.Unlock()
@@ -49,7 +49,7 @@ func (k *key) head() step {
 	return k.pending[0]
 }
 
-// take reports whether the point is the one that is planned next, and if so counts it as hit.
+// take reports whether p is the next planned point, and if so counts it as hit.
 func (k *key) take(p point) bool {
 	k.mu.Lock()
 	defer k.mu.Unlock()
@@ -64,7 +64,7 @@ func (k *key) take(p point) bool {
 	return true
 }
 
-// hit returns how often all points of the key were hit.
+// hit returns the number of hits of all the key's points.
 func (k *key) hit() (n int) {
 	k.mu.Lock()
 	defer k.mu.Unlock()
@@ -74,7 +74,7 @@ func (k *key) hit() (n int) {
 	return n
 }
 
-// tripwire returns ctx, which ends where one of the points is planned next.
+// tripwire returns a context that ends if one of the points is planned next.
 func (k *key) tripwire(ctx context.Context, points ...point) *tripwire {
 	planned := k.head()
 	if planned.point == "" || !slices.Contains(points, planned.point) {
@@ -83,7 +83,7 @@ func (k *key) tripwire(ctx context.Context, points ...point) *tripwire {
 	return newTripwire(ctx, planned.at, func() bool { return k.take(planned.point) })
 }
 
-// seen keeps the request as the store was asked for it.
+// seen keeps the first claim that came to the store.
 func (k *key) seen(claim *idempotency.Claim) {
 	k.mu.Lock()
 	defer k.mu.Unlock()
@@ -93,7 +93,8 @@ func (k *key) seen(claim *idempotency.Claim) {
 	}
 }
 
-// told keeps the first answer, compares the later ones with it, and says what is wrong with this one.
+// told keeps the first answer and compares later ones with it. If this one is wrong, it returns the
+// check and the reason.
 func (k *key) told(r *reply) (check, trouble string) {
 	k.mu.Lock()
 	defer k.mu.Unlock()
@@ -126,11 +127,11 @@ func (k *key) told(r *reply) (check, trouble string) {
 	return "", ""
 }
 
-// Answer is what a client was told of its request for good.
+// Answer is the final answer that a client got to its request.
 type Answer struct {
-	N      int         // the number that Config was asked for the request by
+	N      int         // the n for which Config returned the request
 	Key    string      // its Idempotency-Key
-	Status int         // 0 where the client gave up
-	Header http.Header // nil where the client gave up
+	Status int         // 0 if the client gave up
+	Header http.Header // nil if the client gave up
 	Body   []byte
 }

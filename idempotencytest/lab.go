@@ -17,7 +17,7 @@ import (
 	"github.com/paidonce/idempotency/internal/crashpoint"
 )
 
-// What is checked. Each finding names one.
+// The checks. Each finding names one.
 const (
 	checkTable     = "status table"
 	checkSettled   = "settled"
@@ -34,12 +34,12 @@ const (
 	checkConfig    = "config"
 )
 
-// foundMax is how many findings of one check a subtest shows.
+// foundMax is the maximum number of findings of one check that a subtest shows.
 const foundMax = 5
 
 type finding struct{ check, text string }
 
-// lab is one run: the service under test, its clients, and what they were told.
+// lab is one run: the service under test, its clients, and their replies.
 type lab struct {
 	config  Config
 	store   *store
@@ -55,7 +55,7 @@ type lab struct {
 	findings []finding
 	dropped  map[string]int
 
-	// Of the parts that are over: used by the test's goroutine alone.
+	// Of the parts that have ended: used only by the test's goroutine.
 	told []*key
 	hits map[point]int
 }
@@ -65,7 +65,8 @@ func newLab(config Config) *lab {
 	l.handler = config.New(l.store)
 	l.server = httptest.NewServer(http.HandlerFunc(l.serve))
 	l.client = &http.Client{
-		// A connection for each request: on one that is used again Go's client may send a keyed request twice by itself.
+		// A conn for each request: on a reused one Go's client may send a keyed request twice by
+		// itself.
 		Transport:     &http.Transport{DisableKeepAlives: true, DisableCompression: true},
 		CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse },
 	}
@@ -77,7 +78,7 @@ func (l *lab) close() {
 	l.server.Close()
 }
 
-// found keeps a finding. It is called from many goroutines.
+// found keeps a finding. It is safe for concurrent use.
 func (l *lab) found(check, format string, args ...any) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -97,7 +98,7 @@ func (l *lab) found(check, format string, args ...any) {
 	}
 }
 
-// take returns what was found since the last call.
+// take returns the findings since the last call.
 func (l *lab) take() []finding {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -131,19 +132,19 @@ func (l *lab) request(make func(n int) *http.Request, n int) *request {
 	return q
 }
 
-// newKey returns a key of its own for the n-th request, known to the store.
+// newKey returns a new key for the n-th request, known to the store.
 func (l *lab) newKey(n int, declined bool, pending ...step) *key {
 	make := l.config.Request
 	if declined {
 		make = l.config.Declined
 	}
-	// Drawn anew in each run, whatever the seed: the database may have the last run's.
+	// A new value in each run, whatever the seed: the database may still have the last run's.
 	k := &key{n: n, value: idempotency.NewAttemptID().String(), request: l.request(make, n), declined: declined, odd: n%2 == 1, pending: pending}
 	l.store.keys.Store(k.value, k)
 	return k
 }
 
-// step plans a point; part, from 0 to 1, chooses among the uses of the context.
+// step plans a point. part, from 0 to 1, chooses one of the uses of the context.
 func (l *lab) step(p point, part float64) step {
 	uses := int64(0)
 	switch p {
@@ -157,7 +158,7 @@ func (l *lab) step(p point, part float64) step {
 	return step{point: p, at: min(1+int64(part*float64(uses)), max(uses, 1))}
 }
 
-// impossible says why a point can't be hit, if so.
+// impossible returns the reason why a point can't be hit, or "".
 func (l *lab) impossible(p plan) string {
 	switch {
 	case p.decline && l.config.Declined == nil:
@@ -170,8 +171,8 @@ func (l *lab) impossible(p plan) string {
 	return ""
 }
 
-// settle waits until nothing is in flight, takes in what became of the keys of a part, and looks at the store and at the
-// user's tables.
+// settle waits until nothing is in flight, collects the results of a part's keys, and checks the
+// store and the user's tables.
 func (l *lab) settle(ctx context.Context, keys []*key) {
 	resting, cancel := context.WithTimeout(ctx, l.config.Patience)
 	defer cancel()
@@ -205,7 +206,7 @@ func (l *lab) settle(ctx context.Context, keys []*key) {
 	}
 }
 
-// lookUp compares what the store has of a key with what its client was told.
+// lookUp compares the store's record of a key with its client's answer.
 func (l *lab) lookUp(ctx context.Context, k *key) {
 	ctx, cancel := context.WithTimeout(ctx, l.config.Patience)
 	defer cancel()
@@ -221,7 +222,8 @@ func (l *lab) lookUp(ctx context.Context, k *key) {
 			_ = attempt.Rollback(ctx)
 		}
 		switch {
-		case err != nil && ctx.Err() == nil: // the server may still be at what was abandoned
+		// The server may still be working on an abandoned attempt.
+		case err != nil && ctx.Err() == nil:
 			wait(ctx, backoffMin)
 			continue
 		case errors.Is(err, idempotency.ErrInProgress):
@@ -237,7 +239,7 @@ func (l *lab) lookUp(ctx context.Context, k *key) {
 	}
 }
 
-// toldNow returns what clients were told up to now.
+// toldNow returns the answers that clients have got so far.
 func (l *lab) toldNow() (told Told) {
 	for _, k := range l.told {
 		switch {
@@ -268,7 +270,7 @@ func (l *lab) summary() string {
 	return b.String()
 }
 
-// each runs work for each key on as many goroutines, and returns when all are done.
+// each calls work for each key on this many goroutines, and returns when all calls have returned.
 func each(keys []*key, goroutines int, work func(i int, k *key)) {
 	var next atomic.Int64
 	var group sync.WaitGroup

@@ -24,7 +24,7 @@ import (
 
 func TestMain(m *testing.M) { pgtest.Main(m) }
 
-// testBundle is a service that pays, on a database of its own.
+// testBundle is a service that pays, in a database of its own.
 type testBundle struct {
 	pool    *pgxpool.Pool
 	store   idempotency.Store
@@ -32,10 +32,10 @@ type testBundle struct {
 	pay     func(w http.ResponseWriter, r *http.Request, n int, amount int64)
 	check   func(ctx context.Context, told Told) error
 
-	unmounted bool // the handler alone
+	unmounted bool // the handler without the middleware
 
 	mu    sync.Mutex
-	asked map[int]int // how often each n was asked for
+	asked map[int]int // number of requests for each n
 	kept  []*keeper
 }
 
@@ -81,7 +81,7 @@ func (b *testBundle) serve(w http.ResponseWriter, r *http.Request) {
 	b.pay(w, r, p.N, p.Amount)
 }
 
-// left keeps an attempt that is not ended, for the test to end it.
+// left keeps an attempt that is not ended; the test ends it.
 func (b *testBundle) left(k *keeper) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
@@ -109,7 +109,7 @@ func (b *testBundle) request(n int, account string, amount int64) *http.Request 
 	return r
 }
 
-// invariant: a payment for each acknowledged request, and no other.
+// invariant requires a payment for each acknowledged request, and no other.
 func (b *testBundle) invariant(ctx context.Context, told Told) error {
 	rows, err := b.pool.Query(ctx, "SELECT n, count(*) FROM payments GROUP BY n")
 	if err != nil {
@@ -129,7 +129,7 @@ func (b *testBundle) invariant(ctx context.Context, told Told) error {
 	return nil
 }
 
-// pay is in order: it writes in the transaction, and declines after it has written.
+// pay is correct: it writes in the transaction, and declines after it has written.
 func pay(w http.ResponseWriter, r *http.Request, n int, amount int64) {
 	if err := insert(r.Context(), postgres.Tx(r.Context()), n); err != nil {
 		http.Error(w, "the payment failed", http.StatusInternalServerError)
@@ -154,5 +154,5 @@ func paid(w http.ResponseWriter, n int) {
 	w.Header().Set("Content-Type", "application/json")
 	w.Header().Set("Location", fmt.Sprintf("/payments/%d", n))
 	w.WriteHeader(http.StatusCreated)
-	_ = json.NewEncoder(w).Encode(map[string]any{"n": n, "at": time.Now()}) // not the same in two runs
+	_ = json.NewEncoder(w).Encode(map[string]any{"n": n, "at": time.Now()}) // differs between two runs
 }

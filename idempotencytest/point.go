@@ -7,17 +7,19 @@ import (
 	"github.com/paidonce/idempotency/internal/crashpoint"
 )
 
-// point is a place at which one attempt is interfered with: one of those of package crashpoint.
+// point is a place at which an attempt is interfered with: one of those of package crashpoint.
 type point string
 
-// plan is what is expected around a point.
+// plan holds the expectations around a point.
 type plan struct {
 	point   point
 	decline bool // it needs a request that the handler declines
 
-	// first is what the client may hear of the request that was hit; noAnswer where the connection must be cut.
+	// first are the outcomes that the client may get for the request that was hit; noAnswer if the
+	// conn must be cut.
 	first []idempotency.Outcome
-	// then is what a client that goes on hears in the end, where first was not it; empty where both may be.
+	// then is the final outcome of a client that goes on, if first did not settle the request;
+	// empty if it may be executed or replayed.
 	then idempotency.Outcome
 }
 
@@ -57,10 +59,10 @@ func plans() []plan {
 	}
 }
 
-// wants reports whether the request that was hit may be told so.
+// wants reports whether the request that was hit may get this outcome.
 func (p plan) wants(o idempotency.Outcome) bool { return slices.Contains(p.first, o) }
 
-// end names the points around the end of a transaction. An empty one is never met.
+// end names the points around the end of a transaction. An empty one is never reached.
 type end struct {
 	before, mid, canceled, neverArrived, lost, resolving, unresolvable, after, half point
 }

@@ -8,10 +8,11 @@ import (
 	"github.com/paidonce/idempotency"
 )
 
-// scopeKeys is how many keys two callers share.
+// scopeKeys is the number of keys that two callers share.
 const scopeKeys = 3
 
-// numbers says which requests a part of the run asks Config for, so that it is the same whatever -run leaves out.
+// numbers returns the n at which each part's requests begin, so that a part has the same requests
+// whatever -run leaves out.
 func (l *lab) numbers() (crash func(i int) int, storm, scope int) {
 	const prepared = 4
 	crash = func(i int) int { return prepared + 2*l.config.Point*i }
@@ -19,7 +20,7 @@ func (l *lab) numbers() (crash func(i int) int, storm, scope int) {
 	return crash, storm, storm + 2*l.stormKeys()
 }
 
-// prepare sends requests that nothing disturbs. Where they are not in order the rest would say nothing.
+// prepare sends undisturbed requests. If they fail, the rest of the run would prove nothing.
 func (l *lab) prepare(ctx context.Context) []finding {
 	if err := l.config.Invariant(ctx, Told{}); err != nil {
 		l.found(checkInvariant, "it does not hold before the first request: %v", err)
@@ -52,7 +53,8 @@ func (l *lab) prepare(ctx context.Context) []finding {
 	return l.take()
 }
 
-// crash hits the first attempt of some keys at one point. Each has one client, so that it is known what that must hear.
+// crash hits the first attempt of some keys at one point. Each key has one client, so that the
+// required replies are known.
 func (l *lab) crash(ctx context.Context, p plan) []finding {
 	base := 0
 	crash, _, _ := l.numbers()
@@ -87,7 +89,7 @@ func (l *lab) crash(ctx context.Context, p plan) []finding {
 	return l.take()
 }
 
-// wantHits finds points that were not hit: those guard nothing.
+// wantHits finds points that were never hit: they guard nothing.
 func (l *lab) wantHits(keys []*key, points ...plan) {
 	for _, p := range points {
 		hits := 0
@@ -125,7 +127,7 @@ func (l *lab) storm(ctx context.Context) []finding {
 		p := points[i%len(points)]
 		part := random.Float64()
 		if i < len(points) {
-			part = 0 // the first use is one that is certain to come
+			part = 0 // the first use is certain to come
 		}
 		pending := []step{l.step(p.point, part)}
 		if more := points[random.IntN(len(points))]; more.decline == p.decline {
@@ -137,7 +139,7 @@ func (l *lab) storm(ctx context.Context) []finding {
 		random := l.random("storm", i)
 		atOnce, quits := (l.config.Copies+1)/2, random.IntN(5) == 0
 		if quits {
-			atOnce = 1 // who gives up must know of all that was sent
+			atOnce = 1 // a client that gives up must know about all requests that were sent
 		}
 		var group sync.WaitGroup
 		for copied := range atOnce {
@@ -146,7 +148,7 @@ func (l *lab) storm(ctx context.Context) []finding {
 			group.Go(func() { l.follow(ctx, k, m, random) })
 		}
 		group.Wait()
-		if k.answer == nil { // given up, or found to be wrong
+		if k.answer == nil { // given up, or with a finding
 			return
 		}
 		for range l.config.Copies - atOnce {
@@ -161,21 +163,22 @@ func (l *lab) storm(ctx context.Context) []finding {
 	return l.take()
 }
 
-// again sends the request of a key that was answered for good: it must be replayed.
+// again sends the request of a key with a final answer: it must be replayed.
 func (l *lab) again(ctx context.Context, k *key) {
 	if _, last, ok := l.follow(ctx, k, manner{}, l.random("again", k.n)); ok && last.outcome != replayed {
 		l.found(checkOnce, "request %d was answered for good, and then %s", k.n, last)
 	}
 }
 
-// scope gives the keys of one caller to another: each must get an answer of its own.
+// scope uses the keys of one caller for another: each must get its own answer.
 func (l *lab) scope(ctx context.Context) []finding {
 	_, _, base := l.numbers()
 	var keys []*key
 	for i := range scopeKeys {
 		value := idempotency.NewAttemptID().String()
 		for j, make := range []func(int) *http.Request{l.config.Request, l.config.Other} {
-			k := &key{n: base + 2*i + j, value: value} // not known to the store: nothing is planned for it
+			// Not known to the store: nothing is planned for it.
+			k := &key{n: base + 2*i + j, value: value}
 			k.request = l.request(make, k.n)
 			keys = append(keys, k)
 			last := l.send(ctx, value, k.request, false)
@@ -194,7 +197,7 @@ func (l *lab) scope(ctx context.Context) []finding {
 	return l.take()
 }
 
-// replay sends everything that was answered for good once more.
+// replay sends every request with a final answer once more.
 func (l *lab) replay(ctx context.Context) []finding {
 	var keys []*key
 	for _, k := range l.told {

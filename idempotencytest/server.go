@@ -8,8 +8,8 @@ import (
 	"strconv"
 )
 
-// serve is the outermost handler. It holds the answer back until it is known what may go out of it: a process that has
-// died says nothing.
+// serve is the outermost handler. It holds the answer back until it is known how much of it may be
+// sent: a dead process sends nothing.
 func (l *lab) serve(w http.ResponseWriter, r *http.Request) {
 	l.running.Add(1)
 	defer l.running.Add(-1)
@@ -23,7 +23,7 @@ func (l *lab) serve(w http.ResponseWriter, r *http.Request) {
 	maps.Copy(w.Header(), answer.Result().Header)
 	if !x.half.Load() {
 		w.WriteHeader(answer.Code)
-		_, _ = w.Write(body) // a client that is gone asks again
+		_, _ = w.Write(body) // a client that is gone retries
 		return
 	}
 	if len(body) > 0 {

@@ -13,7 +13,7 @@ import (
 	"github.com/paidonce/idempotency/internal/crashpoint"
 )
 
-// abandonMax bounds the ROLLBACK of an attempt whose process is said to have died.
+// abandonMax bounds the ROLLBACK of an attempt with a process that died.
 const abandonMax = 5 * time.Second
 
 var errLost = fmt.Errorf("%w: idempotencytest lost it", idempotency.ErrUnknown)
@@ -22,8 +22,8 @@ var errLost = fmt.Errorf("%w: idempotencytest lost it", idempotency.ErrUnknown)
 type store struct {
 	inner idempotency.Store
 	keys  sync.Map     // by value: *key
-	open  atomic.Int64 // attempts that were begun and not ended
-	stray atomic.Int64 // calls whose context is not that of a request
+	open  atomic.Int64 // attempts that began and have not ended
+	stray atomic.Int64 // calls with a context that is not a request's
 }
 
 var (
@@ -31,7 +31,7 @@ var (
 	_ idempotency.BudgetChecker = (*store)(nil)
 )
 
-// CheckBudget implements [idempotency.BudgetChecker] where the user's store does.
+// CheckBudget implements [idempotency.BudgetChecker] if the user's store does.
 func (s *store) CheckBudget(handlerTimeout, commitTimeout time.Duration) error {
 	if checker, ok := s.inner.(idempotency.BudgetChecker); ok {
 		return checker.CheckBudget(handlerTimeout, commitTimeout)
@@ -39,7 +39,7 @@ func (s *store) CheckBudget(handlerTimeout, commitTimeout time.Duration) error {
 	return nil
 }
 
-// keyOf returns what is planned for a request, or nil where nothing is.
+// keyOf returns the key that a request's claim names, or nil if nothing is planned for it.
 func (s *store) keyOf(ctx context.Context, claim *idempotency.Claim) (*key, *exchange) {
 	x, ok := ctx.Value(exchangeKey{}).(*exchange)
 	if !ok {
@@ -89,15 +89,15 @@ func (s *store) Resolve(ctx context.Context, claim *idempotency.Claim) (*idempot
 	return s.inner.Resolve(ctx, claim)
 }
 
-// attempt is an attempt of the user's store. It is used by one goroutine, as the contract says, but for what the
-// handler does with its context.
+// attempt is an attempt of the user's store. One goroutine uses it, as the contract says, except
+// that others may use the handler's context.
 type attempt struct {
 	store    *store
 	inner    idempotency.Attempt
 	key      *key
 	exchange *exchange
-	handler  *tripwire // the handler's context; nil until it is asked for
-	dies     bool      // the process dies once the handler's context has ended
+	handler  *tripwire // the handler's context; nil until Context is called
+	dies     bool      // the process dies when the handler's context has ended
 	sealed   bool
 	ended    bool
 }
@@ -198,7 +198,7 @@ func (a *attempt) abandon(ctx context.Context) {
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), abandonMax)
 	defer cancel()
 	if !a.sealed {
-		_ = a.inner.Seal() // nobody is left to hear of it, as of the next
+		_ = a.inner.Seal() // no caller is left to get this error, or the next
 	}
 	_ = a.inner.Rollback(ctx)
 	a.over()
@@ -214,21 +214,21 @@ func (a *attempt) over() {
 
 // exchange is one request on its way through the server.
 type exchange struct {
-	dead         atomic.Bool // the process has died for it
-	half         atomic.Bool // half of the answer goes out
-	resolving    atomic.Bool // it dies when it looks for its COMMIT
+	dead         atomic.Bool // half of the answer is sent
+	half         atomic.Bool // it dies when it looks for its COMMIT
+	resolving    atomic.Bool // it can't look for its COMMIT
 	unresolvable atomic.Bool // it can't look for its COMMIT
 }
 
 type exchangeKey struct{}
 
-// die ends the request's goroutine as far as that goes in a process that lives on.
+// die ends the request's goroutine; the process itself lives on.
 func (x *exchange) die() {
 	x.dead.Store(true)
 	panic(http.ErrAbortHandler)
 }
 
-// aborted reports whether a panic only says that the connection is to be cut.
+// aborted reports whether a panic only requests that the conn be cut.
 func aborted(value any) bool {
 	err, ok := value.(error)
 	return ok && errors.Is(err, http.ErrAbortHandler)

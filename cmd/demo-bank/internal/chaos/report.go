@@ -64,7 +64,7 @@ type Report struct {
 	CommitFailures    int   `json:"commit_failures"`     // as counted by the banks
 	CommitFailuresMax int   `json:"commit_failures_max"` // those that have a cause
 	Planted           int64 `json:"planted"`             // expired records
-	PlantedReplays    int64 `json:"planted_replays"`     // of keys used again before they were reaped
+	PlantedReplays    int64 `json:"planted_replays"`     // of keys reused before they were reaped
 	Reaped            int64 `json:"reaped"`              // as counted by the banks
 
 	Checks []check.Result `json:"checks"`

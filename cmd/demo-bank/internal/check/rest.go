@@ -13,7 +13,7 @@ import (
 // Bounds limits the size of the table of records.
 type Bounds struct {
 	Live    int64 // rows that have not expired
-	Expired int64 // rows that the reaper may not have deleted yet
+	Expired int64 // expired rows that the reaper may have left
 }
 
 // Live is [LiveRecordsKept]: each of the keys has its record, and the table is within limit. The
