@@ -43,7 +43,8 @@ func (w *tripwire) disarm() (tripped bool) {
 func (*tripwire) String() string { return "idempotencytest.tripwire" }
 
 // Format keeps the contexts below out of every verb of fmt.
-func (w *tripwire) Format(f fmt.State, _ rune) { _, _ = io.WriteString(f, w.String()) } // fmt has no use for the error
+// fmt has no use for the error.
+func (w *tripwire) Format(f fmt.State, _ rune) { _, _ = io.WriteString(f, w.String()) }
 
 // Deadline implements context.Context.
 func (w *tripwire) Deadline() (time.Time, bool) { w.use(); return w.Context.Deadline() }

@@ -154,5 +154,6 @@ func paid(w http.ResponseWriter, n int) {
 	w.Header().Set("Content-Type", "application/json")
 	w.Header().Set("Location", fmt.Sprintf("/payments/%d", n))
 	w.WriteHeader(http.StatusCreated)
-	_ = json.NewEncoder(w).Encode(map[string]any{"n": n, "at": time.Now()}) // differs between two runs
+	// The answers of two runs differ.
+	_ = json.NewEncoder(w).Encode(map[string]any{"n": n, "at": time.Now()})
 }

@@ -1,9 +1,10 @@
-// Package browsertest gives a test a Chromium of its own, driven by chromedp:
+// Package browsertest gives a test its own Chromium, driven by chromedp:
 //
 //	ctx := browsertest.Start(t)
 //	err := chromedp.Do(ctx, chromedp.Navigate(server.URL), chromedp.WaitVisible(chromedp.CSS("main")))
 //
-// It is for pages on the loopback interface: the browser resolves no names and calls nobody.
+// It is for pages on the loopback interface: the browser resolves no names and makes no other
+// calls.
 package browsertest
 
 import (
@@ -23,19 +24,21 @@ import (
 )
 
 const (
-	runMax = 3 * time.Minute // all that a test does with it, on a machine that is busy
+	// Bounds everything that a test does with the browser, on a busy machine.
+	runMax = 3 * time.Minute
 	endMax = 10 * time.Second
 )
 
-// programs are what Chromium is called, Debian's name first.
+// programs are the names of Chromium's program, Debian's first.
 var programs = []string{"chromium", "chromium-browser", "google-chrome", "google-chrome-stable"}
 
-// Start starts a Chromium without a window, with a profile folder of its own that is empty, and returns the context of
-// its first tab. Browser and folder are gone when the test has ended. Where no Chromium is installed the test is skipped
-// with a line that says how to run it; with PAIDONCE_FAULTS=required in the environment it fails instead.
+// Start starts a Chromium without a window, with an empty profile folder of its own, and returns
+// the context of its first tab. Browser and folder are gone when the test has ended. If no Chromium
+// is installed, the test is skipped with a line that says how to run it; with
+// PAIDONCE_FAULTS=required in the environment it fails instead.
 //
-// It is safe for parallel tests: each has a browser of its own. A test whose context ends, after 3 minutes at the latest,
-// finds its actions failing.
+// It is safe for parallel tests: each has its own browser. The context ends after 3 minutes at the
+// latest; then the test's actions fail.
 func Start(t testing.TB) context.Context {
 	t.Helper()
 	program := find()
@@ -58,7 +61,8 @@ func Start(t testing.TB) context.Context {
 	allocator, cancelAllocator := chromedp.NewExecAllocator(ctx, append(slices.Clone(chromedp.DefaultExecAllocatorOptions[:]),
 		chromedp.ExecPath(program),
 		chromedp.UserDataDir(profile),
-		chromedp.NoSandbox, // it needs rights that a container may lack; the pages are our own
+		// The sandbox needs rights that a container may lack; the pages are our own.
+		chromedp.NoSandbox,
 		chromedp.DisableGPU,
 		chromedp.Flag("disable-quic", true),
 		chromedp.Flag("disable-component-update", true),
@@ -83,9 +87,9 @@ func Start(t testing.TB) context.Context {
 	return tab
 }
 
-// Problems returns a function that returns what the tab of ctx has complained of since: exceptions that no script caught,
-// and errors on its console, such as a resource that a Content-Security-Policy kept out. The function is safe for
-// concurrent use.
+// Problems returns a function that returns the problems of ctx's tab since this call: exceptions
+// that no script caught, and errors on its console, such as a resource that a
+// Content-Security-Policy blocked. The function is safe for concurrent use.
 func Problems(t testing.TB, ctx context.Context) func() []string {
 	t.Helper()
 	var (
@@ -131,7 +135,8 @@ func find() string {
 	return ""
 }
 
-// remove deletes the profile. A process of the browser that ends late may still write to it, so it is tried more than once.
+// remove deletes the profile. A late process of the browser may still write to it, so it tries more
+// than once.
 func remove(t testing.TB, folder string) {
 	var err error
 	for deadline := time.Now().Add(endMax); ; time.Sleep(50 * time.Millisecond) {
@@ -145,7 +150,7 @@ func remove(t testing.TB, folder string) {
 	}
 }
 
-// tail keeps the last of what is written to it.
+// tail keeps the end of everything that is written to it.
 type tail struct {
 	mu   sync.Mutex
 	kept []byte

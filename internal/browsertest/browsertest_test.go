@@ -17,7 +17,8 @@ import (
 
 func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
 
-// A page is opened, its script runs, and what goes wrong in it is heard. Nothing is left when the test has ended.
+// A page is opened, its script runs, and its problems are reported. Nothing is left when the test
+// has ended.
 func TestStart(t *testing.T) {
 	if testing.Short() {
 		t.Skip("starts a browser")
@@ -60,7 +61,7 @@ func TestStart(t *testing.T) {
 	}
 }
 
-// Without Chromium the test is not run and says so; where every fault is required it fails.
+// Without Chromium the test is skipped with a message. If every fault is required, it fails.
 func TestStartWithoutChromium(t *testing.T) {
 	t.Setenv("PATH", t.TempDir())
 	for required, want := range map[string]string{"": "skipped", "required": "failed"} {
@@ -71,7 +72,7 @@ func TestStartWithoutChromium(t *testing.T) {
 	}
 }
 
-// outcome returns how Start ends a test that can't have a browser.
+// outcome returns how Start ends a test that cannot have a browser.
 func outcome(t *testing.T) string {
 	recorder := &recorder{TB: t}
 	done := make(chan struct{})

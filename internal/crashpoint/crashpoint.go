@@ -1,25 +1,31 @@
-// Package crashpoint names the places at which a keyed request is interfered with: by package idempotencytest in a test of a
-// user's handler, and in the demo bank when it is told to die there.
+// Package crashpoint names the places at which a keyed request is interfered with: by package
+// idempotencytest in a test of a user's handler, and in the demo bank if it is configured to die
+// there.
 package crashpoint
 
-// The points, in the order in which an attempt comes to them. Unless something else is said the process dies there: the
-// attempt is rolled back, and its client gets no answer.
+// The points, in the order in which an attempt reaches them. Unless the comment says otherwise, the
+// process dies there: the attempt is rolled back, and its client gets no answer.
 const (
-	AfterBody          = "after_body"           // body and headers are read, nothing was asked of the database
-	BeforeBegin        = "before_begin"         // the store is unavailable
-	AfterBegin         = "after_begin"          // the key is claimed, nothing of the handler ran
-	MidHandler         = "mid_handler"          // the handler has read and not written, or its context ends at one of its uses
-	HandlerCanceled    = "handler_canceled"     // the handler's context ends at one of its uses, and the process lives on
-	AfterHandler       = "after_handler"        // everything is written but the record
-	BeforeCommit       = "before_commit"        // COMMIT was not sent
-	MidCommit          = "mid_commit"           // COMMIT's context ends at one of its uses: it may or may not happen
+	// Body and headers are read; nothing was sent to the database.
+	AfterBody   = "after_body"
+	BeforeBegin = "before_begin" // the store is unavailable
+	AfterBegin  = "after_begin"  // the key is claimed, nothing of the handler ran
+	// The handler has read and not written, or its context ends at one of its uses.
+	MidHandler = "mid_handler"
+	// The handler's context ends at one of its uses, and the process lives on.
+	HandlerCanceled = "handler_canceled"
+	AfterHandler    = "after_handler" // everything is written except the record
+	BeforeCommit    = "before_commit" // COMMIT was not sent
+	// COMMIT's context ends at one of its uses: it may or may not happen.
+	MidCommit          = "mid_commit"
 	CommitCanceled     = "commit_canceled"      // the same, but the process lives on
-	CommitNeverArrived = "commit_never_arrived" // COMMIT was sent and is lost on its way; the process lives on
-	CommitLost         = "commit_lost"          // COMMIT happened and its reply is lost; the process lives on
-	Resolving          = "resolving"            // the reply to COMMIT is lost, and the process dies while it looks for the record
-	Unresolvable       = "unresolvable"         // COMMIT or its reply is lost, and the look for it fails
-	AfterCommit        = "after_commit"         // COMMIT returned, and nothing was sent to the client
-	HalfResponse       = "half_response"        // half of the answer's body was sent
+	CommitNeverArrived = "commit_never_arrived" // COMMIT was sent but never arrives; the process lives on
+	CommitLost         = "commit_lost"          // COMMIT happened, its reply is lost; the process lives on
+	// The reply to COMMIT is lost, and the process dies while it looks for the record.
+	Resolving    = "resolving"
+	Unresolvable = "unresolvable"  // COMMIT or its reply is lost, and the lookup fails
+	AfterCommit  = "after_commit"  // COMMIT returned, and nothing was sent to the client
+	HalfResponse = "half_response" // half of the answer's body was sent
 
 	BeforeDecline       = "before_decline"
 	MidDecline          = "mid_decline"
@@ -27,15 +33,15 @@ const (
 	DeclineLost         = "decline_lost"
 	AfterDecline        = "after_decline"
 
-	ReaperBatch = "reaper_batch" // the reaper's DELETE is sent, and its end not awaited
+	ReaperBatch = "reaper_batch" // the reaper's DELETE is sent, its end not awaited
 )
 
-// BankVariable is the environment's switch of the demo bank, such as before_commit:3: the process kills itself when it gets to
-// the named point for the third time.
+// BankVariable is the demo bank's environment variable. With the value before_commit:3, for
+// example, the process kills itself when it reaches that point for the third time.
 const BankVariable = "DEMO_BANK_CRASH_POINT"
 
-// Bank returns the points of the demo bank, in the order in which a transfer gets to them. All but the last, which is the
-// reaper's, count keyed transfers alone.
+// Bank returns the points of the demo bank, in the order in which a transfer reaches them. All but
+// the last, which is the reaper's, count only keyed transfers.
 func Bank() []string {
 	return []string{
 		AfterBody, AfterBegin, MidHandler, AfterHandler, BeforeCommit, AfterCommit, HalfResponse, Resolving, ReaperBatch,

@@ -1,6 +1,6 @@
-// Package deadline has a context for work that is bounded by time alone. It costs one piece of memory until somebody asks
-// for its channel; context.WithTimeout costs a timer, its closures and a channel each time, and there are three such stretches
-// in a request.
+// Package deadline has a context for work that is bounded only by time. It costs one allocation
+// until its Done is called. context.WithTimeout costs a timer, its closures and a channel each
+// time, and a request has three such sections.
 package deadline
 
 import (
@@ -11,9 +11,9 @@ import (
 	"time"
 )
 
-// Context ends at its deadline, or when its maker calls End, and for no other reason. It has the values of its parent, and
-// nothing of the parent's own end. So who works with it before its maker ends it may watch the clock alone: set the deadline
-// of a socket, for example.
+// Context ends at its deadline, or when its maker calls End, and for no other reason. It has the
+// values of its parent, but does not end with it. So code that works with it before its maker ends
+// it may watch only the clock: set the deadline of a socket, for example.
 //
 // It is safe for concurrent use. Make it with [After], or as a field with Start; end it with End.
 type Context struct {
@@ -21,26 +21,28 @@ type Context struct {
 
 	at time.Time
 
-	mu    sync.Mutex
-	done  chan struct{} // nil until somebody asks
-	timer *time.Timer   // of done; not used again, because a test's timer (testing/synctest) is that test's alone
+	mu   sync.Mutex
+	done chan struct{} // nil until Done is called
+	// For done. It is not reused: a timer made in a synctest bubble belongs to that bubble.
+	timer *time.Timer
 	err   error
 }
 
-// After returns a context that ends when the timeout is over. Its parent must be one that never ends, such as a
-// context.WithoutCancel: its values are passed on as they are.
+// After returns a context that ends after the timeout. Its parent must never end, such as a
+// context.WithoutCancel: its values are passed on unchanged.
 func After(parent context.Context, timeout time.Duration) *Context {
 	c := new(Context)
 	c.Start(parent, timeout)
 	return c
 }
 
-// Start makes a zero Context what After returns. It is called once, before all else.
+// Start initializes a zero Context like one from After. It must be called once, before any other
+// method.
 func (c *Context) Start(parent context.Context, timeout time.Duration) {
 	c.Context, c.at = parent, time.Now().Add(timeout)
 }
 
-// Within is After for a part of what c is for: it ends no later than c.
+// Within is After for a part of c's work: the part ends no later than c.
 func (c *Context) Within(timeout time.Duration) *Context {
 	part := After(c.Context, timeout)
 	if c.at.Before(part.at) {
@@ -74,14 +76,15 @@ func (c *Context) Err() error {
 	return c.ended()
 }
 
-// String returns only the context's name. The contexts below it belong to others, who may change
+// String returns only the context's name. The contexts below it belong to others, which may change
 // them while it is printed.
 func (*Context) String() string { return "deadline.Context" }
 
 // Format keeps the contexts below out of every verb of fmt.
 func (c *Context) Format(f fmt.State, _ rune) { _, _ = io.WriteString(f, c.String()) } // fmt has no use for the error
 
-// End ends the context, where it has not ended, and lets go of its timer. The maker calls it when the work is done.
+// End ends the context, unless it has ended, and stops its timer. The maker calls it when the work
+// is done.
 func (c *Context) End() { c.finish(context.Canceled) }
 
 func (c *Context) expire() { c.finish(context.DeadlineExceeded) }
@@ -94,7 +97,8 @@ func (c *Context) finish(err error) {
 	}
 }
 
-// ended returns why the context ended, and ends it where its time is over. The caller holds mu.
+// ended returns the reason why the context ended, or nil. It ends the context if its deadline has
+// passed. The caller holds mu.
 func (c *Context) ended() error {
 	if c.err == nil && !time.Now().Before(c.at) {
 		c.end(context.DeadlineExceeded)
@@ -102,7 +106,7 @@ func (c *Context) ended() error {
 	return c.err
 }
 
-// end ends the context. The caller holds mu, and it is not ended yet.
+// end ends the context. The caller holds mu, and the context must not have ended.
 func (c *Context) end(err error) {
 	c.err = err
 	if c.timer != nil {
@@ -111,7 +115,7 @@ func (c *Context) end(err error) {
 	}
 }
 
-// Sleep returns nil after d, or ctx's error if ctx ends before.
+// Sleep returns nil after d, or ctx's error if ctx ends first.
 func Sleep(ctx context.Context, d time.Duration) error {
 	timer := time.NewTimer(d)
 	defer timer.Stop()

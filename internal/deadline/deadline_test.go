@@ -62,7 +62,7 @@ func TestEndEndsTheContextAndItsTimer(t *testing.T) {
 		if err := c.Err(); !errors.Is(err, context.Canceled) {
 			t.Errorf("after End: %v", err)
 		}
-		c.End() // twice is no harm
+		c.End() // a second call does no harm
 		time.Sleep(time.Hour)
 		if err := c.Err(); !errors.Is(err, context.Canceled) {
 			t.Errorf("the deadline after End changed the reason to %v", err)
@@ -89,7 +89,7 @@ func TestWithinEndsNoLater(t *testing.T) {
 	})
 }
 
-// What a request pays, three times.
+// The cost that a request pays three times.
 func BenchmarkContext(b *testing.B) {
 	b.Run("deadline.After", func(b *testing.B) {
 		for b.Loop() {

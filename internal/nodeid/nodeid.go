@@ -1,5 +1,5 @@
-// Package nodeid makes ids that no other process on the same database makes: snowflakes, whose node number is leased
-// from PostgreSQL.
+// Package nodeid makes ids that no other process on the same database makes: snowflakes with a node
+// number that is leased from PostgreSQL.
 package nodeid
 
 import (
@@ -16,38 +16,42 @@ import (
 )
 
 const (
-	// Nodes is how many node numbers there are, and so how many processes may share a database: 10 bits of a snowflake.
+	// Nodes is the number of node numbers, and so the maximum number of processes that share a
+	// database: 10 bits of a snowflake.
 	Nodes = 1024
 
-	// LockNamespace is the first half of the advisory locks that are the leases; the second is the node number.
+	// LockNamespace is the first half of the advisory locks that are the leases. The second half is
+	// the node number.
 	LockNamespace = 0x6e6f6465 // "node"
 
-	probeInterval = 5 * time.Second // how often a connection that looks alive is asked
+	probeInterval = 5 * time.Second // between two probes of a conn that looks alive
 	probeTimeout  = 2 * time.Second
 	leaseTimeout  = 5 * time.Second
 	retryInterval = 200 * time.Millisecond
 )
 
-// ErrNoLease means that no node number is leased now, so that no id can be promised to be unique.
+// ErrNoLease means that no node number is leased now, so no id would be sure to be unique.
 var ErrNoLease = errors.New("no node number is leased")
 
-// Source makes ids as long as it holds a lease.
+// Source makes ids while it holds a lease.
 //
-// A lease is a session's advisory lock on a connection of its own: it ends with that connection, and so with this
-// process or with the database, and nobody has to expire it. When the connection is lost the source makes no ids until
-// it holds a new lease. Between the loss and its discovery two processes can hold one number; then an id is made twice
-// only within one millisecond of both clocks, and the primary key that the ids go to refuses the second.
+// A lease is a session's advisory lock on a conn of its own. It ends with that conn, and so with
+// this process or with the database: leases need no expiry. When the conn is lost, the source makes
+// no ids until it holds a new lease. Between the loss and its discovery two processes can hold one
+// number. Then they make the same id only within one millisecond of both clocks, and the primary
+// key of the ids' table refuses the second.
 type Source struct {
 	config *pgx.ConnConfig
 	logger *slog.Logger
-	conn   *pgx.Conn // of the lease; nil where there is none
+	conn   *pgx.Conn // of the lease; nil if there is none
 	node   atomic.Pointer[snowflake.Node]
 }
 
-// Open leases a node number with a connection of the given config. The lease lasts until [Source.Run] returns.
+// Open leases a node number over a new conn with the given config. The lease lasts until
+// [Source.Run] returns.
 func Open(ctx context.Context, config *pgx.ConnConfig, logger *slog.Logger) (*Source, error) {
 	s := &Source{config: config.Copy(), logger: logger}
-	// The lease waits for nothing and for nobody: a timeout of the pool's connections must not end it.
+	// The lease never waits for a lock: a timeout of the pool's conns must not end it.
 	s.config.RuntimeParams["application_name"] = "node id"
 	if err := s.lease(ctx); err != nil {
 		return nil, err
@@ -64,7 +68,7 @@ func (s *Source) Next() (int64, error) {
 	return node.Generate().Int64(), nil
 }
 
-// Check returns [ErrNoLease] where no id could be made now.
+// Check returns [ErrNoLease] if no id could be made now.
 func (s *Source) Check() error {
 	if s.node.Load() == nil {
 		return ErrNoLease
@@ -72,8 +76,8 @@ func (s *Source) Check() error {
 	return nil
 }
 
-// Run keeps the lease, and takes another one whenever it is lost, until ctx ends; then it gives the lease back. Call it
-// once.
+// Run keeps the lease until ctx ends, and takes a new one whenever it is lost. Then it releases the
+// lease. Call it once.
 func (s *Source) Run(ctx context.Context) {
 	defer s.release()
 	for ctx.Err() == nil {
@@ -90,7 +94,8 @@ func (s *Source) Run(ctx context.Context) {
 	}
 }
 
-// lease connects and locks the first free node number from a random one on: replicas rarely try the same.
+// lease connects and locks the first free node number, starting at a random one: replicas rarely
+// try the same.
 func (s *Source) lease(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(ctx, leaseTimeout)
 	defer cancel()
@@ -122,8 +127,8 @@ func (s *Source) lease(ctx context.Context) error {
 	return fmt.Errorf("lease a node number: all %d are taken", Nodes)
 }
 
-// watch returns when the connection of the lease is lost, or ctx ends. A server that goes away says so or closes the
-// connection, which ends the wait at once; the probe finds a connection that is silently dead.
+// watch returns when the lease's conn is lost, or ctx ends. A server that shuts down sends an error
+// or closes the conn, which ends the wait at once. The probe finds a conn that is silently dead.
 func (s *Source) watch(ctx context.Context) error {
 	for {
 		wait, cancel := context.WithTimeout(ctx, probeInterval)
@@ -145,7 +150,7 @@ func (s *Source) watch(ctx context.Context) error {
 	}
 }
 
-// release stops making ids, then gives the lease back by closing its connection.
+// release stops making ids, then releases the lease by closing its conn.
 func (s *Source) release() {
 	s.node.Store(nil)
 	if s.conn == nil {
@@ -153,6 +158,6 @@ func (s *Source) release() {
 	}
 	ctx, cancel := context.WithTimeout(context.Background(), probeTimeout)
 	defer cancel()
-	_ = s.conn.Close(ctx) // a connection that can't say goodbye is closed all the same
+	_ = s.conn.Close(ctx) // a conn that can't say goodbye is closed all the same
 	s.conn = nil
 }

@@ -16,7 +16,7 @@ import (
 
 func TestMain(m *testing.M) { pgtest.Main(m) }
 
-// open leases from the database and keeps the lease until the test ends or end is called.
+// open leases a number from the database and keeps the lease until the test ends or end is called.
 func open(t *testing.T, database string) (s *Source, end func()) {
 	t.Helper()
 	config, err := pgx.ParseConfig(database)
@@ -66,8 +66,8 @@ func takeAllBut(t *testing.T, conn *pgx.Conn, free ...int) {
 	}
 }
 
-// TestTwoLeasesDiffer: with two numbers left, two sources take one each, and a third finds none; what one gives back
-// the next takes.
+// TestTwoLeasesDiffer: with two numbers left, two sources take one each, and a third finds none. A
+// released number goes to the next source.
 func TestTwoLeasesDiffer(t *testing.T) {
 	t.Parallel()
 	database := pgtest.Database(t)
@@ -100,15 +100,15 @@ func TestTwoLeasesDiffer(t *testing.T) {
 	third.release()
 }
 
-// TestALostLeaseMakesNoIDs: when its connection is lost a source notices at once, makes no id while it can't lease, and
-// goes on with a new lease.
+// TestALostLeaseMakesNoIDs: when its conn is lost, a source notices at once, makes no id while it
+// has no lease, and goes on with a new lease.
 func TestALostLeaseMakesNoIDs(t *testing.T) {
 	t.Parallel()
 	database := pgtest.Database(t)
 	s, _ := open(t, database)
 	before := nodeOf(t, s)
 
-	// First it can't even connect, then it can, and all numbers are taken.
+	// First it cannot even connect. Then it can, but all numbers are taken.
 	elsewhere := connect(t, pgtest.Database(t))
 	admin := connect(t, database)
 	takeAllBut(t, admin, int(before))
@@ -129,7 +129,7 @@ func TestALostLeaseMakesNoIDs(t *testing.T) {
 	if _, err := elsewhere.Exec(t.Context(), `ALTER DATABASE `+name+` WITH ALLOW_CONNECTIONS true`); err != nil {
 		t.Fatal(err)
 	}
-	time.Sleep(2 * retryInterval) // a source that leased again without a free number would have by now
+	time.Sleep(2 * retryInterval) // a source that leased without a free number would have by now
 	if _, err := s.Next(); !errors.Is(err, ErrNoLease) {
 		t.Errorf("without a free number Next says %v", err)
 	}
@@ -143,7 +143,8 @@ func TestALostLeaseMakesNoIDs(t *testing.T) {
 	}
 }
 
-// TestIDsAreNew: many goroutines, no id twice, each greater than those before it in its goroutine.
+// TestIDsAreNew: from many goroutines no id comes twice, and each is greater than those before it
+// in its goroutine.
 func TestIDsAreNew(t *testing.T) {
 	t.Parallel()
 	s, _ := open(t, pgtest.Database(t))

@@ -5,7 +5,7 @@ import (
 	"sync"
 )
 
-// The messages of PostgreSQL that matter here.
+// The messages of PostgreSQL that the proxy reads.
 const (
 	messageBackendKeyData  = 'K'
 	messageCommandComplete = 'C'
@@ -17,29 +17,30 @@ const (
 	messageSuspended       = 's'
 )
 
-// answers keeps count of what PostgreSQL still owes an answer to. The goroutine of each direction tells it what passes.
+// answers counts the replies that PostgreSQL still owes. The goroutine of each direction reports
+// the messages that pass.
 type answers struct {
 	mu      sync.Mutex
 	changed chan struct{} // holds a token after a change; one goroutine waits
 
 	owed     int  // ReadyForQuery messages
-	executes int  // Execute messages of the flush that has no Sync yet
-	done     int  // of them those that are answered
+	executes int  // Execute messages since the last Sync
+	done     int  // those of them that were answered
 	failed   bool // one of them failed: the rest is skipped
-	simple   bool // the last message with a ReadyForQuery to come was a simple Query
+	simple   bool // the last message that a ReadyForQuery will answer was a simple Query
 	copying  bool // a COPY from the client is under way
 	over     bool // PostgreSQL has hung up
 	pid      uint32
 
-	// The message that is passing. Only the server's goroutine uses these.
+	// The message that is passing. Only the server's goroutine uses these fields.
 	header [headerBytes + 4]byte // with the process id of a BackendKeyData
-	have   int                   // bytes of header that are there
-	skip   int                   // bytes of its body that are to come
+	have   int                   // bytes of header that have come
+	skip   int                   // bytes of its body that are still to come
 }
 
 func newAnswers() *answers { return &answers{changed: make(chan struct{}, 1)} }
 
-// sent is told of a flush, or of its part before the COMMIT, before that is written.
+// sent records a flush, or its part before the COMMIT, before that is written.
 func (a *answers) sent(f flush) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
@@ -58,7 +59,7 @@ func (a *answers) sent(f flush) {
 	a.simple = f.simple
 }
 
-// received is told of everything that comes back.
+// received records everything that comes back.
 func (a *answers) received(chunk []byte) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
@@ -77,7 +78,7 @@ func (a *answers) received(chunk []byte) {
 		if a.have < want {
 			break
 		}
-		// A length under 4 is not PostgreSQL's; the message then counts as empty.
+		// PostgreSQL sends no length under 4; such a message counts as empty.
 		a.skip = max(int(binary.BigEndian.Uint32(a.header[1:]))-4-(want-headerBytes), 0)
 		a.have = 0
 		a.message()
@@ -85,7 +86,7 @@ func (a *answers) received(chunk []byte) {
 	a.signal()
 }
 
-// hungUp is told that PostgreSQL will answer nothing more.
+// hungUp records that PostgreSQL will answer nothing more.
 func (a *answers) hungUp() {
 	a.mu.Lock()
 	defer a.mu.Unlock()
@@ -116,12 +117,12 @@ func (a *answers) message() {
 	case messageCopyIn, messageCopyBoth:
 		a.copying = true
 		if !a.simple {
-			a.owed = 0 // the Sync behind its Execute is ignored too
+			a.owed = 0 // the Sync after its Execute is ignored too
 		}
 	}
 }
 
-// settled reports whether PostgreSQL has answered all that was sent, or hung up.
+// settled reports whether PostgreSQL has answered everything that was sent, or hung up.
 func (a *answers) settled() bool {
 	a.mu.Lock()
 	defer a.mu.Unlock()

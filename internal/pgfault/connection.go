@@ -10,7 +10,7 @@ import (
 	"time"
 )
 
-// The codes of a client's first message that are no protocol version.
+// The codes of a client's first message that are not protocol versions.
 const (
 	codeCancel = 80877102
 	codeSSL    = 80877103
@@ -20,11 +20,11 @@ const (
 )
 
 const (
-	// answerWaitMax bounds the wait for answers that come before a COMMIT that is cut.
+	// answerWaitMax bounds the wait for the answers before a COMMIT that is cut.
 	answerWaitMax = time.Second
 )
 
-// connection is a client, and the connection to PostgreSQL that was opened for it.
+// connection is a client's conn, and the conn to PostgreSQL that was opened for it.
 type connection struct {
 	proxy  *Proxy
 	number int64
@@ -33,11 +33,11 @@ type connection struct {
 	client net.Conn
 
 	mu     sync.Mutex
-	server net.Conn // nil before it is dialed
+	server net.Conn // nil until it is dialed
 
 	answers *answers
 
-	// What the client's goroutine tells the server's.
+	// Signals from the client's goroutine to the server's.
 	drop       atomic.Bool  // replies are read and dropped
 	quiet      atomic.Bool  // the client does not see PostgreSQL hang up
 	replyDelay atomic.Int64 // a time.Duration, of the next reply
@@ -46,7 +46,7 @@ type connection struct {
 // cut closes both sides.
 func (c *connection) cut() {
 	c.cancel()
-	_ = c.client.Close() // an error means that it is closed
+	_ = c.client.Close() // an error means that it is closed already
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if c.server != nil {
@@ -60,7 +60,7 @@ func (c *connection) dial() bool {
 	var dialer net.Dialer
 	server, err := dialer.DialContext(c.ctx, network, address)
 	if err != nil {
-		return false // the client sees its connection closed
+		return false // the client sees its conn closed
 	}
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -72,7 +72,7 @@ func (c *connection) dial() bool {
 	return true
 }
 
-// serve runs the connection. It returns when both directions are over.
+// serve runs the connection. It returns when both directions have ended.
 func (c *connection) serve() {
 	first, code, ok := c.startup()
 	if !ok || c.resumed() != nil || !c.dial() {
@@ -94,7 +94,7 @@ func (c *connection) serve() {
 	replies.Wait()
 }
 
-// startup reads the client's first message. Encryption is refused, and the client goes on without.
+// startup reads the client's first message. It refuses encryption; the client then goes on without.
 func (c *connection) startup() (message []byte, code uint32, ok bool) {
 	for {
 		var header [8]byte
@@ -120,7 +120,7 @@ func (c *connection) startup() (message []byte, code uint32, ok bool) {
 	}
 }
 
-// fromClient forwards flush by flush until the client hangs up or a fault ends it.
+// fromClient forwards one flush after another until the client hangs up or a fault ends it.
 func (c *connection) fromClient() {
 	s := newSplitter()
 	for hungUp := false; !hungUp; {
@@ -137,7 +137,8 @@ func (c *connection) fromClient() {
 			if f.commit < 0 {
 				c.answers.sent(f)
 				if c.forward(c.server, f.raw) != nil {
-					return // fromServer passes on what PostgreSQL said before it hung up
+					// fromServer passes on PostgreSQL's last messages before it hung up.
+					return
 				}
 				continue
 			}
@@ -146,7 +147,7 @@ func (c *connection) fromClient() {
 			}
 		}
 	}
-	// PostgreSQL finishes what it was sent before it sees the end.
+	// PostgreSQL completes the work that it was sent before it sees the end.
 	_ = c.client.Close()
 	c.drop.Store(true)
 	if rest := s.rest(); c.resumed() == nil && (len(rest) == 0 || c.forward(c.server, rest) == nil) {
@@ -154,7 +155,8 @@ func (c *connection) fromClient() {
 	}
 }
 
-// commit does to a flush with a COMMIT what was decided. It reports whether the client is still to be read.
+// commit applies the decided fault to a flush with a COMMIT. It reports whether to keep reading
+// from the client.
 func (c *connection) commit(s *splitter, f flush) bool {
 	fault := c.proxy.decide(Commit{Connection: c.number, BackendPID: c.answers.backendPID(), Messages: f.messages})
 	switch fault.Kind {
@@ -201,8 +203,9 @@ func (c *connection) commit(s *splitter, f flush) bool {
 	return ok
 }
 
-// awaitHangUp reads and drops what the client sends until it hangs up. Its Terminate counts: pgx then waits for 15 s to see
-// the connection closed, and keeps its place in the pool meanwhile.
+// awaitHangUp reads and drops the client's data until the client hangs up. A Terminate counts as a
+// hang-up: after it pgx waits up to 15 s for the conn to be closed, and meanwhile keeps its place
+// in the pool.
 func (c *connection) awaitHangUp(s *splitter) {
 	for {
 		f, ok, err := s.next(false)
@@ -218,8 +221,9 @@ func (f Fault) call() {
 	}
 }
 
-// cutBefore forwards the part of a flush before its COMMIT and cuts. The Flush behind it makes PostgreSQL answer, which
-// tells that it is done; the client did not ask for that answer and does not get it.
+// cutBefore forwards the part of a flush before its COMMIT and cuts. It adds a Flush, so that
+// PostgreSQL answers and the proxy knows that it is done. The client did not ask for that answer
+// and does not get it.
 func (c *connection) cutBefore(f flush) {
 	defer c.cut()
 	if f.commit > 0 {
@@ -237,7 +241,8 @@ func (c *connection) send(f flush) bool {
 	return c.forward(c.server, f.raw) == nil
 }
 
-// awaitAnswers waits until PostgreSQL has answered what was sent, or hung up. 0: as long as that takes.
+// awaitAnswers blocks until PostgreSQL has answered everything that was sent, hung up, or the
+// timeout has elapsed. A timeout of 0 means no limit.
 func (c *connection) awaitAnswers(timeout time.Duration) {
 	var late <-chan time.Time
 	if timeout > 0 {
@@ -256,7 +261,8 @@ func (c *connection) awaitAnswers(timeout time.Duration) {
 	}
 }
 
-// hangUp tells PostgreSQL that the client has hung up. What it still says is read, so that it is not cut off at its work.
+// hangUp tells PostgreSQL that the client has hung up. Its remaining output is read, so that it is
+// not cut off during its work.
 func (c *connection) hangUp() {
 	if half, ok := c.server.(interface{ CloseWrite() error }); ok {
 		_ = half.CloseWrite()
@@ -265,7 +271,7 @@ func (c *connection) hangUp() {
 	_ = c.server.Close()
 }
 
-// fromServer forwards what PostgreSQL says until it hangs up.
+// fromServer forwards PostgreSQL's messages until it hangs up.
 func (c *connection) fromServer() {
 	buf := make([]byte, bufferBytes)
 	for {
@@ -276,7 +282,7 @@ func (c *connection) fromServer() {
 				return
 			}
 			if !c.drop.Load() && c.forward(c.client, buf[:n]) != nil {
-				c.drop.Store(true) // the client has hung up, and fromClient finds out
+				c.drop.Store(true) // the client has hung up; fromClient will notice
 			}
 		}
 		if err != nil {

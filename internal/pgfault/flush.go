@@ -7,7 +7,7 @@ import (
 	"io"
 )
 
-// The messages of a client that matter here.
+// The messages of a client that the proxy reads.
 const (
 	messageBind         = 'B'
 	messageClose        = 'C'
@@ -29,14 +29,15 @@ const (
 	messageBytesMax = 1 << 30 // PostgreSQL refuses longer ones
 	bufferBytes     = 16 << 10
 
-	// flushBytesMax is how much of a flush is kept together; what is above it goes in parts.
+	// flushBytesMax is the maximum size of a flush that is kept together. The rest of a longer one
+	// is forwarded in parts.
 	flushBytesMax = 8 << 20
 )
 
 var errMalformed = errors.New("message is malformed")
 
-// frame returns the type and the size, header included, of the message that buf begins with. The size is 0 where the
-// header is not complete.
+// frame returns the type and the size, header included, of the message at the start of buf. The
+// size is 0 if the header is incomplete.
 func frame(buf []byte) (kind byte, size int, err error) {
 	if len(buf) < headerBytes {
 		return 0, 0, nil
@@ -48,45 +49,50 @@ func frame(buf []byte) (kind byte, size int, err error) {
 	return buf[0], int(length) + 1, nil
 }
 
-// flush is what a client sent that is forwarded in one go: the messages up to one that the server answers at once.
+// flush is a part of the client's data that is forwarded at once: the messages up to one that the
+// server answers immediately.
 type flush struct {
-	raw    []byte // valid until the next read
-	commit int    // where in raw the messages of its COMMIT begin; -1: there is none
+	raw []byte // valid until the next read
+	// The offset in raw at which the messages of its COMMIT begin; -1 if there is none.
+	commit int
 
-	// messages are, where there is a COMMIT, a copy of all since the last Sync.
+	// messages is a copy of all messages since the last Sync, if there is a COMMIT.
 	messages []byte
 
-	ends     bool // the last message is one that a ReadyForQuery answers
-	simple   bool // and is a simple Query
+	ends     bool // a ReadyForQuery answers the last message
+	simple   bool // the last message is also a simple Query
 	copyEnds bool // the last message ends a COPY
 	leaves   bool // the last message is the client's Terminate
 
 	executes     int // Execute messages since the last Sync
-	beforeCommit int // those before the COMMIT
+	beforeCommit int // Execute messages before the COMMIT
 }
 
-// splitter cuts what a client sends into flushes.
+// splitter cuts the client's data into flushes.
 type splitter struct {
 	buf   []byte
-	start int // in buf: what comes before it was handed out
+	start int // offset in buf: everything before it was handed out
 
-	// Of the flush at hand. Offsets count from start.
-	at      int // the end of its last complete message
-	own     int // where the messages begin that an Execute of COMMIT would make the COMMIT's own; -1: nowhere
+	// The current flush. Offsets count from start.
+	at int // the end of its last complete message
+	// The offset at which the messages begin that belong to the COMMIT if the next Execute is one;
+	// -1 if there is none.
+	own     int
 	copying bool
 	current flush
 
-	history []byte // what was handed out since the last Sync; COPY data is not kept, nor more than flushBytesMax
+	// The messages handed out since the last Sync, up to flushBytesMax, without COPY data.
+	history []byte
 
 	statements names // prepared statements that are a COMMIT
-	portals    names // bound to one of them
+	portals    names // portals bound to one of them
 }
 
 func newSplitter() *splitter {
 	return &splitter{own: -1, current: flush{commit: -1}, buf: make([]byte, 0, bufferBytes)}
 }
 
-// names is a set; the empty name is that of the unnamed statement or portal.
+// names is a set. The empty name is that of the unnamed statement or portal.
 type names map[string]struct{}
 
 func (n *names) set(name []byte, in bool) {
@@ -105,27 +111,28 @@ func (n names) has(name []byte) bool {
 	return ok
 }
 
-// read reads once. What was handed out is not valid any more.
+// read reads once. It invalidates everything that was handed out.
 func (s *splitter) read(r io.Reader) error {
 	if s.start > 0 {
 		s.buf = s.buf[:copy(s.buf, s.buf[s.start:])]
 		s.start = 0
 	}
 	if cap(s.buf)-len(s.buf) < bufferBytes/4 {
-		grown := make([]byte, len(s.buf), 2*cap(s.buf)) // as data comes, whatever a length claims
+		// Grow only as data comes, whatever a length claims.
+		grown := make([]byte, len(s.buf), 2*cap(s.buf))
 		copy(grown, s.buf)
 		s.buf = grown
 	}
 	n, err := r.Read(s.buf[len(s.buf):cap(s.buf)])
 	s.buf = s.buf[:len(s.buf)+n]
 	if n > 0 {
-		return nil // an error comes again
+		return nil // the error comes again
 	}
 	return err
 }
 
-// next returns the next flush that has all its messages, false where there is none. Where the client has hung up, what
-// there is of a flush is one: PostgreSQL, too, does what it was sent.
+// next returns the next flush that has all its messages, or false if there is none. If the client
+// has hung up, an incomplete flush is handed out too: PostgreSQL also does what it was sent.
 func (s *splitter) next(hungUp bool) (flush, bool, error) {
 	for {
 		message := s.buf[s.start+s.at:]
@@ -159,7 +166,7 @@ func (s *splitter) next(hungUp bool) (flush, bool, error) {
 	}
 }
 
-// see takes in the message at s.at.
+// see processes the message at s.at.
 func (s *splitter) see(kind byte, body []byte) {
 	begin := s.own
 	s.own = -1
@@ -210,7 +217,7 @@ func (s *splitter) see(kind byte, body []byte) {
 	}
 }
 
-// cut cuts a string off that ends with a zero byte.
+// cut cuts off a string that ends with a zero byte.
 func cut(body []byte) (text, rest []byte) {
 	end := bytes.IndexByte(body, 0)
 	if end < 0 {
@@ -226,7 +233,7 @@ func orElse(offset, other int) int {
 	return offset
 }
 
-// found notes the first COMMIT of the flush.
+// found records the first COMMIT of the flush.
 func (s *splitter) found(own int) {
 	if s.current.commit < 0 {
 		s.current.commit, s.current.beforeCommit = own, s.current.executes
@@ -253,5 +260,5 @@ func (s *splitter) handOut() flush {
 	return f
 }
 
-// rest returns what is left of a message when the client has hung up.
+// rest returns the remainder of a message when the client has hung up.
 func (s *splitter) rest() []byte { return s.buf[s.start+s.at:] }

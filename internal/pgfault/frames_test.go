@@ -67,7 +67,7 @@ func encode(t testing.TB, messages ...pgproto3.FrontendMessage) (raw []byte) {
 	return raw
 }
 
-// split reads raw to its end and returns what was handed out.
+// split reads raw to its end and returns the flushes and the rest.
 func split(r io.Reader) (flushes []flush, rest []byte, err error) {
 	s := newSplitter()
 	for hungUp := false; !hungUp; {
@@ -96,10 +96,12 @@ func TestFlushesAreCutAtWhatIsAnswered(t *testing.T) {
 	commit := encode(t, &pgproto3.Parse{Query: "COMMIT"}, bind, &pgproto3.Describe{ObjectType: 'P'}, execute)
 	named := encode(t, &pgproto3.Parse{Name: "c", Query: "COMMIT"})
 	for name, test := range map[string]struct {
-		raw      [][]byte
-		flushes  int
-		own      int // which part the COMMIT's own messages begin with, counted from all parts; -1: no COMMIT
-		messages int // which part Messages begin with
+		raw     [][]byte
+		flushes int
+		// The part with which the COMMIT's own messages begin, counted from all parts; -1: no
+		// COMMIT.
+		own      int
+		messages int // the part with which Messages begin
 		executes int // before the COMMIT
 	}{
 		"query":                     {[][]byte{encode(t, &pgproto3.Query{String: "COMMIT"})}, 1, 0, 0, 0},
@@ -180,8 +182,8 @@ func TestLongFlushGoesInParts(t *testing.T) {
 	}
 }
 
-// FuzzSplitter: whatever a client sends and however it arrives, every byte of it goes out once and in order, and the same
-// COMMITs are found.
+// FuzzSplitter: whatever a client sends and however it arrives, every byte goes out once and in
+// order, and the same COMMITs are found.
 func FuzzSplitter(f *testing.F) {
 	bind, execute, sync := &pgproto3.Bind{}, &pgproto3.Execute{}, &pgproto3.Sync{}
 	f.Add(encode(f, &pgproto3.Query{String: "begin; /* ; */ commit"}), uint8(1))
@@ -207,7 +209,7 @@ func FuzzSplitter(f *testing.F) {
 	})
 }
 
-// summary returns all that was handed out, and what each COMMIT was found in.
+// summary returns all bytes that were handed out, and the messages of each COMMIT.
 func summary(flushes []flush) (out, commits []byte) {
 	for _, f := range flushes {
 		out = append(out, f.raw...)
@@ -232,7 +234,7 @@ func (c *chunks) Read(p []byte) (int, error) {
 	return n, nil
 }
 
-// FuzzAnswers: the count of answers is the same however they arrive.
+// FuzzAnswers: the count of answers does not depend on how they arrive.
 func FuzzAnswers(f *testing.F) {
 	f.Add([]byte{'K', 0, 0, 0, 12, 0, 0, 1, 2, 9, 9, 9, 9, 'Z', 0, 0, 0, 5, 'I', 'C', 0, 0, 0, 4, 'E', 0, 0, 0, 4}, uint8(0))
 	f.Add([]byte{'G', 0, 0, 0, 7, 0, 0, 0, 'Z', 0, 0, 0, 5, 'T', 'K', 0, 0, 0, 0, 1}, uint8(2))

@@ -12,8 +12,8 @@ import (
 	"github.com/jackc/pgx/v5/pgconn"
 )
 
-// protocols are the ways in which a client writes the payment $1 and sends COMMIT; a transaction is open. The flush with the
-// COMMIT holds the payment's id where inFlush says so.
+// protocols are the ways in which a client writes the payment $1 and sends COMMIT in an open
+// transaction. If inFlush is true, the flush with the COMMIT holds the payment's id.
 var protocols = []struct {
 	name    string
 	inFlush bool
@@ -77,8 +77,7 @@ func finish(pipeline *pgconn.Pipeline, err error) error {
 	return errors.Join(err, pipeline.Close())
 }
 
-// eachProtocol runs a test of one kind of fault by each protocol. want says what becomes of the payment; lost whether the
-// client goes without a reply.
+// eachProtocol runs a test of one kind of fault by each protocol.
 func eachProtocol(t *testing.T, test func(t *testing.T, run *commitRun)) {
 	for _, protocol := range protocols {
 		t.Run(protocol.name, func(t *testing.T) {
@@ -88,7 +87,7 @@ func eachProtocol(t *testing.T, test func(t *testing.T, run *commitRun)) {
 				run.mu.Lock()
 				defer run.mu.Unlock()
 				run.seen = append(run.seen, commit)
-				// Else pgx's CancelRequest may find the late statements, and cancel them.
+				// Otherwise pgx's CancelRequest may find the late statements, and cancel them.
 				run.proxy.SetRefuse(run.fault.Kind == LateCommit)
 				return run.fault
 			})
@@ -119,7 +118,7 @@ func eachProtocol(t *testing.T, test func(t *testing.T, run *commitRun)) {
 type commitRun struct {
 	*testBundle
 	conn    *pgx.Conn
-	hook    *pgx.Conn // around the proxy too, for hooks
+	hook    *pgx.Conn // for hooks; around the proxy too
 	pay     func(ctx context.Context) error
 	inFlush bool
 
@@ -178,7 +177,7 @@ func TestCutBeforeForwardsWhatComesBefore(t *testing.T) {
 	if err := finish(pipeline, pipeline.Sync()); err == nil {
 		t.Fatal("the client got an answer")
 	}
-	// A sequence shows what ran, whatever became of its transaction.
+	// A sequence shows which statements ran, even if their transaction was rolled back.
 	if n := b.count(t, "SELECT last_value FROM s"); n != 7 {
 		t.Fatalf("the statement before the COMMIT got as far as %d, want 7", n)
 	}
@@ -255,7 +254,7 @@ func TestHalfOpenOutlivesTheClient(t *testing.T) {
 		}
 		<-run.conn.PgConn().CleanupDone()
 		time.Sleep(50 * time.Millisecond) // PostgreSQL would have seen an end by now
-		// Aborted, where pgx's CancelRequest met a statement of the flush before.
+		// Aborted, if pgx's CancelRequest met a statement of the flush before.
 		if open, idle := run.proxy.Connections(), run.backends(t, "idle in transaction")+run.backends(t, "idle in transaction (aborted)"); open < 1 || idle != 1 {
 			t.Fatalf("%d connections, %d sessions in a transaction", open, idle)
 		}
@@ -329,7 +328,7 @@ func TestCallBeforeCanEndTheBackend(t *testing.T) {
 		if n := run.payments(t); err == nil || n != 0 {
 			t.Errorf("%v, %d payments", err, n)
 		}
-		if err := run.proxy.Close(); err != nil { // which waits for the hook
+		if err := run.proxy.Close(); err != nil { // it waits for the hook
 			t.Fatal(err)
 		}
 	})
@@ -350,7 +349,7 @@ func TestCallAfterComesAfterTheCommit(t *testing.T) {
 		if err := run.pay(t.Context()); err != nil {
 			t.Fatal(err)
 		}
-		if err := run.proxy.Close(); err != nil || !called { // which waits for the hook
+		if err := run.proxy.Close(); err != nil || !called { // it waits for the hook
 			t.Fatalf("%v, called: %t", err, called)
 		}
 	})

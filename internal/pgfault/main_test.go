@@ -72,13 +72,13 @@ func (b *testBundle) count(t testing.TB, sql string, arguments ...any) (n int) {
 
 func (b *testBundle) payments(t testing.TB) int { return b.count(t, "SELECT count(*) FROM payments") }
 
-// backends returns how many connections through the proxy there are, in a state where one is asked for.
+// backends returns the number of conns through the proxy, in the given state unless that is "".
 func (b *testBundle) backends(t testing.TB, state string) int {
 	return b.count(t, "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND application_name = 'proxied'"+
 		" AND ($1 = '' OR state = $1)", state)
 }
 
-// eventually waits until ok; what it waits for can't signal.
+// eventually polls until ok returns true, for conditions that cannot signal.
 func eventually(t testing.TB, what string, ok func() bool) {
 	t.Helper()
 	for deadline := time.Now().Add(20 * time.Second); !ok(); time.Sleep(2 * time.Millisecond) {

@@ -17,7 +17,8 @@ import (
 	"github.com/jackc/pgx/v5/pgproto3"
 )
 
-// TestCopyBothWays copies more than any buffer holds, in and out, between COMMITs that are still seen.
+// TestCopyBothWays copies more than any buffer holds, in and out, between COMMITs that are still
+// seen.
 func TestCopyBothWays(t *testing.T) {
 	t.Parallel()
 	var commits atomic.Int64
@@ -67,8 +68,8 @@ func hijack(t *testing.T, url string) *pgconn.HijackedConn {
 	return hijacked
 }
 
-// TestCopyByTheExtendedProtocol: PostgreSQL ignores the Sync that is sent before the data, so the next COMMIT's reply must not be
-// taken for an earlier one's.
+// TestCopyByTheExtendedProtocol: PostgreSQL ignores a Sync that is sent before the data, so the
+// next COMMIT's reply must not be taken for an earlier one's.
 func TestCopyByTheExtendedProtocol(t *testing.T) {
 	t.Parallel()
 	fault := make(chan Fault, 1)
@@ -117,7 +118,8 @@ func TestCopyByTheExtendedProtocol(t *testing.T) {
 	}
 }
 
-// TestFlushMessageIsForwardedAtOnce: the client waits for an answer before it goes on to the COMMIT.
+// TestFlushMessageIsForwardedAtOnce: the client waits for an answer before it goes on to the
+// COMMIT.
 func TestFlushMessageIsForwardedAtOnce(t *testing.T) {
 	t.Parallel()
 	seen := make(chan Commit, 1)
@@ -156,14 +158,14 @@ func TestFlushMessageIsForwardedAtOnce(t *testing.T) {
 	}
 }
 
-// TestClientThatHangsUpBehindItsCommit: what was sent is done, as without a proxy.
+// TestClientThatHangsUpBehindItsCommit: everything that was sent is done, as without a proxy.
 func TestClientThatHangsUpBehindItsCommit(t *testing.T) {
 	t.Parallel()
 	b := setup(t, nil)
 	hijacked := hijack(t, b.url)
 	for _, message := range []pgproto3.FrontendMessage{
 		&pgproto3.Query{String: "BEGIN; INSERT INTO payments VALUES ('1')"},
-		&pgproto3.Parse{Query: "COMMIT"}, &pgproto3.Bind{}, &pgproto3.Execute{}, // and no Sync
+		&pgproto3.Parse{Query: "COMMIT"}, &pgproto3.Bind{}, &pgproto3.Execute{}, // without a Sync
 	} {
 		hijacked.Frontend.Send(message)
 	}

@@ -5,10 +5,10 @@ import (
 	"time"
 )
 
-// pieces is how many writes a second a limited rate is spread over.
+// pieces is the number of writes per second over which a limited rate is spread.
 const pieces = 20
 
-// forward writes a chunk with the latency, the rate and the pauses that are set.
+// forward writes a chunk with the current latency, rate and pauses.
 func (c *connection) forward(to net.Conn, chunk []byte) error {
 	if err := c.sleep(time.Duration(c.proxy.latency.Load())); err != nil {
 		return err
@@ -33,7 +33,7 @@ func (c *connection) forward(to net.Conn, chunk []byte) error {
 	return nil
 }
 
-// sleep sleeps unless the connection is cut.
+// sleep sleeps for d, or until the conn is cut.
 func (c *connection) sleep(d time.Duration) error {
 	if d <= 0 {
 		return nil
@@ -48,7 +48,7 @@ func (c *connection) sleep(d time.Duration) error {
 	}
 }
 
-// resumed returns when the proxy is not paused.
+// resumed blocks while the proxy is paused.
 func (c *connection) resumed() error {
 	for {
 		resume := c.proxy.pause()

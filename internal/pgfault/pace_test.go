@@ -57,7 +57,7 @@ func TestPausedNothingPassesAndNobodyHangsUp(t *testing.T) {
 	conn := connect(t, b.url)
 	other := connect(t, b.url)
 	b.proxy.SetPaused(true)
-	b.proxy.SetPaused(true) // twice is once
+	b.proxy.SetPaused(true) // a second call changes nothing
 	answered := make(chan error, 1)
 	go func() { answered <- conn.Ping(context.Background()) }()
 	connected := make(chan error, 1)
@@ -91,7 +91,7 @@ func TestPausedNothingPassesAndNobodyHangsUp(t *testing.T) {
 	}
 }
 
-// TestPausedHangUpIsNotSeen: of a server that says nothing before it.
+// TestPausedHangUpIsNotSeen: if the server sends nothing before it hangs up.
 func TestPausedHangUpIsNotSeen(t *testing.T) {
 	t.Parallel()
 	server, err := net.Listen("tcp", "127.0.0.1:0")

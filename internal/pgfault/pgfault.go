@@ -1,10 +1,11 @@
-// Package pgfault is a proxy between a client and PostgreSQL that knows a COMMIT when it passes.
+// Package pgfault is a proxy between a client and PostgreSQL that recognizes a passing COMMIT.
 //
-// It forwards every byte as it came, and keeps the messages of a flush (those up to Sync, Flush or a simple Query)
-// together, so that a test can decide what happens to each flush that holds a COMMIT: whether it arrives, whether its
-// reply comes back, and who hangs up. A COMMIT is seen in a simple Query, also as one of several statements, and in
-// an Execute, also of a statement that was prepared earlier under a name. One that runs inside a procedure or a DO
-// block is not, nor is COMMIT PREPARED, which ends another transaction.
+// It forwards every byte unchanged, and keeps the messages of a flush (those up to Sync, Flush or a
+// simple Query) together. So a test can decide the fault of each flush that holds a COMMIT: whether
+// it arrives, whether its reply comes back, and which side hangs up. The proxy finds a COMMIT in a
+// simple Query, also as one of several statements, and in an Execute, also of a statement that was
+// prepared earlier under a name. It does not find a COMMIT inside a procedure or a DO block. Nor
+// does it find COMMIT PREPARED, which ends another transaction.
 package pgfault
 
 import (
@@ -15,33 +16,34 @@ import (
 	"github.com/jackc/pgx/v5/pgconn"
 )
 
-// Options say where PostgreSQL is and what happens to a COMMIT.
+// Options set PostgreSQL's address and the faults of COMMITs.
 type Options struct {
-	// Network is "tcp" or "unix", Address that of PostgreSQL: host:port, or the socket's file /dir/.s.PGSQL.5432.
+	// Network is "tcp" or "unix". Address is PostgreSQL's: host:port, or the socket's file
+	// /dir/.s.PGSQL.5432.
 	Network, Address string
 
-	// OnCommit decides what happens to each flush that holds a COMMIT. It is called before anything of the flush is
-	// forwarded (but for what a Flush message asked for earlier), and concurrently for different connections. Nil
-	// forwards.
+	// OnCommit decides the fault of each flush that holds a COMMIT. It is called before anything of
+	// the flush is forwarded (except a part for which an earlier Flush message asked). It is called
+	// concurrently for different conns. Nil forwards everything.
 	OnCommit func(Commit) Fault
 }
 
-// Commit is a flush with a COMMIT in it.
+// Commit is a flush that contains a COMMIT.
 type Commit struct {
-	Number     int64  // counts those flushes from 1, over all connections
-	Connection int64  // counts connections from 1, CancelRequests not included
-	BackendPID uint32 // of PostgreSQL's BackendKeyData
+	Number     int64  // the flush's number, from 1, over all conns
+	Connection int64  // the conn's number, from 1; CancelRequests do not count
+	BackendPID uint32 // from PostgreSQL's BackendKeyData
 
-	// Messages are the client's messages since its last Sync, the COMMIT's included, as they came. The values of an
-	// INSERT's parameters appear in it verbatim. The callee may keep it.
+	// Messages are the client's messages since its last Sync, unchanged, the COMMIT's included. The
+	// values of an INSERT's parameters appear in it verbatim. OnCommit may keep it.
 	Messages []byte
 }
 
-// Fault is what happens to a flush.
+// Fault is applied to a flush.
 type Fault struct {
 	Kind  Kind
-	Delay time.Duration // of LateCommit and DelayReply
-	Hook  func()        // of CallBefore and CallAfter; runs on the connection's goroutine
+	Delay time.Duration // for LateCommit and DelayReply
+	Hook  func()        // for CallBefore and CallAfter; runs on the conn's goroutine
 }
 
 // Kind names a fault.
@@ -49,24 +51,26 @@ type Kind int
 
 // The kinds of faults.
 const (
-	// Forward lets it pass.
+	// Forward lets the flush pass.
 	Forward Kind = iota
-	// CutBefore forwards what comes before the COMMIT, but not the COMMIT, and cuts both sides.
+	// CutBefore forwards everything before the COMMIT, but not the COMMIT, and cuts both sides.
 	CutBefore
-	// CutAfter forwards all; once PostgreSQL has answered both sides are cut, and the reply is lost.
+	// CutAfter forwards everything. Once PostgreSQL has answered, both sides are cut, and the reply
+	// is lost.
 	CutAfter
-	// Silence forwards all and drops the reply. Nobody hangs up until the client does, which its Terminate is taken for.
+	// Silence forwards everything and drops the reply. The proxy hangs up only when the client
+	// hangs up or sends Terminate.
 	Silence
-	// LateCommit cuts the client at once and forwards all after Delay.
+	// LateCommit cuts the client at once and forwards everything after Delay.
 	LateCommit
-	// HalfOpen forwards nothing of the flush, and nobody hangs up: PostgreSQL's side stays open until PostgreSQL ends it
-	// or the proxy cuts it, also when the client has hung up.
+	// HalfOpen forwards nothing of the flush and hangs up on neither side: PostgreSQL's side stays
+	// open until PostgreSQL ends it or the proxy cuts it, even after the client has hung up.
 	HalfOpen
-	// DelayReply forwards all; the reply comes Delay later.
+	// DelayReply forwards everything; the reply comes Delay later.
 	DelayReply
-	// CallBefore runs Hook, then forwards all.
+	// CallBefore runs Hook, then forwards everything.
 	CallBefore
-	// CallAfter forwards all and runs Hook at once. The reply is passed on as it comes.
+	// CallAfter forwards everything and runs Hook at once. The reply is passed on when it comes.
 	CallAfter
 )
 
@@ -82,12 +86,12 @@ func (k Kind) String() string {
 	return kindNames[k]
 }
 
-// URL returns a postgres:// URL with the proxy in the place of its host and port, without TLS. Everything else of it
-// stays.
+// URL returns a postgres:// URL with the proxy's host and port in place of its own, without TLS.
+// Everything else stays.
 func (p *Proxy) URL(upstream string) string {
 	address, err := url.Parse(upstream)
 	if err != nil {
-		return upstream // the driver says what is wrong with it
+		return upstream // the driver reports the error in it
 	}
 	query := address.Query()
 	query.Del("host")
@@ -97,11 +101,11 @@ func (p *Proxy) URL(upstream string) string {
 	return address.String()
 }
 
-// Addr is the proxy's host:port.
+// Addr returns the proxy's host:port.
 func (p *Proxy) Addr() string { return p.listener.Addr().String() }
 
-// Upstream returns the network and address of the server that a postgres:// URL or connection string leads to first,
-// for [Options] and [Proxy.SetUpstream].
+// Upstream returns the network and address of the first server of a postgres:// URL or connection
+// string, for [Options] and [Proxy.SetUpstream].
 func Upstream(connection string) (network, address string, err error) {
 	config, err := pgconn.ParseConfig(connection)
 	if err != nil {

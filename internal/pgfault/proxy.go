@@ -16,24 +16,25 @@ type Proxy struct {
 	running  sync.WaitGroup
 
 	commits     atomic.Int64
-	connections atomic.Int64 // counted from 1
+	connections atomic.Int64 // total, also the last conn's number
 	hits        [len(kindNames)]atomic.Int64
 
 	latency atomic.Int64 // a time.Duration
 	rate    atomic.Int64
 	refuse  atomic.Bool
-	paused  atomic.Bool // spares the lock below
+	paused  atomic.Bool // avoids the lock below
 
 	mu       sync.Mutex
 	network  string
 	address  string
-	resume   chan struct{} // closed when the pause is over; nil: there is none
+	resume   chan struct{} // closed when the pause ends; nil if there is none
 	open     map[*connection]struct{}
 	closed   bool
 	closeErr error
 }
 
-// Start starts a proxy on a free port of 127.0.0.1. The upstream is not contacted before a client comes.
+// Start starts a proxy on a free port of 127.0.0.1. It contacts the upstream only when a client
+// comes.
 func Start(opts Options) (*Proxy, error) {
 	listener, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
@@ -56,7 +57,8 @@ func (p *Proxy) accept() {
 			if p.isClosed() {
 				return
 			}
-			time.Sleep(time.Millisecond) // no file descriptors: a client that gives up returns one
+			// There are no file descriptors: a client that gives up returns one.
+			time.Sleep(time.Millisecond)
 			continue
 		}
 		if p.refuse.Load() {
@@ -77,7 +79,7 @@ func (p *Proxy) accept() {
 	}
 }
 
-// add counts a connection among those open, unless the proxy is closed.
+// add adds an open conn. It returns false if the proxy is closed.
 func (p *Proxy) add(c *connection) bool {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -102,7 +104,7 @@ func (p *Proxy) isClosed() bool {
 	return p.closed
 }
 
-// decide asks what happens to a flush with a COMMIT, and counts it.
+// decide returns the fault of a flush with a COMMIT, and counts it.
 func (p *Proxy) decide(commit Commit) Fault {
 	commit.Number = p.commits.Add(1)
 	var fault Fault
@@ -116,7 +118,8 @@ func (p *Proxy) decide(commit Commit) Fault {
 	return fault
 }
 
-// Hits returns how many COMMITs met each kind of fault, those forwarded included. A kind that none met is left out.
+// Hits returns the number of COMMITs that met each kind of fault, including those forwarded. A kind
+// that none met is left out.
 func (p *Proxy) Hits() map[Kind]int64 {
 	hits := map[Kind]int64{}
 	for kind := range p.hits {
@@ -127,25 +130,26 @@ func (p *Proxy) Hits() map[Kind]int64 {
 	return hits
 }
 
-// Connections returns how many connections are open on either side. A half-open one counts until PostgreSQL ends it.
+// Connections returns the number of conns that are open on either side. A half-open one counts
+// until PostgreSQL ends it.
 func (p *Proxy) Connections() int {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	return len(p.open)
 }
 
-// SetLatency delays everything by d on its way to PostgreSQL, and again on its way back. What has been read already is
-// not affected. 0: no delay.
+// SetLatency delays everything by d on its way to PostgreSQL, and again on its way back. Bytes that
+// were read already are not affected. 0 means no delay.
 func (p *Proxy) SetLatency(d time.Duration) { p.latency.Store(int64(d)) }
 
-// SetRate limits each direction of each connection. 0: no limit.
+// SetRate limits each direction of each conn. 0 means no limit.
 func (p *Proxy) SetRate(bytesPerSecond int) { p.rate.Store(int64(bytesPerSecond)) }
 
-// SetRefuse closes new connections at once, or stops to.
+// SetRefuse makes the proxy close new conns at once, or stop doing so.
 func (p *Proxy) SetRefuse(refuse bool) { p.refuse.Store(refuse) }
 
-// SetPaused stops everything, in both directions and on new connections too, until it is called with false. Nobody
-// sees the other hang up meanwhile.
+// SetPaused stops everything, in both directions and on new conns too, until it is called with
+// false. Meanwhile neither side sees the other hang up.
 func (p *Proxy) SetPaused(paused bool) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -160,7 +164,7 @@ func (p *Proxy) SetPaused(paused bool) {
 	}
 }
 
-// pause returns what is closed when the pause is over, nil where there is none.
+// pause returns a channel that is closed when the pause ends, or nil if there is none.
 func (p *Proxy) pause() <-chan struct{} {
 	if !p.paused.Load() {
 		return nil
@@ -170,7 +174,8 @@ func (p *Proxy) pause() <-chan struct{} {
 	return p.resume
 }
 
-// CutAll closes both sides of every connection, half-open ones included, and returns how many there were.
+// CutAll closes both sides of every conn, including half-open ones, and returns the number of
+// conns.
 func (p *Proxy) CutAll() int {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -180,7 +185,7 @@ func (p *Proxy) CutAll() int {
 	return len(p.open)
 }
 
-// SetUpstream says where connections lead that are opened from now on.
+// SetUpstream sets the server to which new conns lead from now on.
 func (p *Proxy) SetUpstream(network, address string) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -193,8 +198,8 @@ func (p *Proxy) upstream() (network, address string) {
 	return p.network, p.address
 }
 
-// Close cuts everything and returns when none of the proxy's goroutines is left. It must not be called from OnCommit or a
-// Hook. A second call does nothing and returns the same.
+// Close cuts everything and returns when all of the proxy's goroutines have ended. It must not be
+// called from OnCommit or a Hook. A second call does nothing and returns the same error.
 func (p *Proxy) Close() error {
 	p.mu.Lock()
 	if !p.closed {

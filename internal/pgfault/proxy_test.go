@@ -42,7 +42,7 @@ func TestCutAllEndsEveryConnection(t *testing.T) {
 	if n := b.proxy.Connections(); n != len(conns) {
 		t.Fatalf("%d connections", n)
 	}
-	b.proxy.SetPaused(true) // also of those that wait
+	b.proxy.SetPaused(true) // also conns that wait
 	if n := b.proxy.CutAll(); n != len(conns) {
 		t.Fatalf("%d connections cut", n)
 	}
@@ -51,7 +51,8 @@ func TestCutAllEndsEveryConnection(t *testing.T) {
 			t.Fatal("a connection still answers")
 		}
 	}
-	b.proxy.SetPaused(false) // for pgx's CancelRequests, which are connections too
+	// For pgx's CancelRequests, which are conns too.
+	b.proxy.SetPaused(false)
 	eventually(t, "nothing is open", func() bool { return b.proxy.Connections() == 0 && b.backends(t, "") == 0 })
 }
 
@@ -96,7 +97,7 @@ func TestUpstreamThatIsNotThereHangsUp(t *testing.T) {
 	}
 }
 
-// TestTCPUpstream goes through two proxies, the first of which the second reaches by TCP.
+// TestTCPUpstream goes through two proxies; the first reaches the second by TCP.
 func TestTCPUpstream(t *testing.T) {
 	t.Parallel()
 	b := setup(t, nil)
@@ -184,7 +185,7 @@ func TestManyConnectionsAtOnce(t *testing.T) {
 	}
 }
 
-// TestCloseLeavesNothing closes a proxy in every state that a connection can be in.
+// TestCloseLeavesNothing closes a proxy in every state that a conn can be in.
 func TestCloseLeavesNothing(t *testing.T) {
 	url := pgtest.Database(t)
 	before := goleak.IgnoreCurrent()

@@ -2,8 +2,8 @@ package pgfault
 
 import "bytes"
 
-// hasCommit reports whether one of the statements in sql is COMMIT or END. It reads no more than it must to tell where
-// statements begin: quotes, dollar quotes and comments may hold semicolons.
+// hasCommit reports whether one of the statements in sql is COMMIT or END. It reads only enough to
+// find where statements begin: quotes, dollar quotes and comments may contain semicolons.
 func hasCommit(sql []byte) bool {
 	for {
 		sql = skipBlank(sql)
@@ -27,8 +27,9 @@ func hasCommit(sql []byte) bool {
 	}
 }
 
-// skipStatement returns what follows the statement's semicolon, false where nothing does. The body of an SQL function
-// (BEGIN ATOMIC) has semicolons and an END of its own; nothing behind it is looked at.
+// skipStatement returns everything after the statement's semicolon, or false if nothing follows.
+// The body of an SQL function (BEGIN ATOMIC) has semicolons and an END of its own; nothing after it
+// is examined.
 func skipStatement(sql []byte) ([]byte, bool) {
 	var last []byte
 	for len(sql) > 0 {
@@ -47,7 +48,7 @@ func skipStatement(sql []byte) ([]byte, bool) {
 				return nil, false
 			}
 			last, sql = word, rest
-			continue // an E belongs to the quote only where nothing comes between
+			continue // an E belongs to the quote only if nothing comes between
 		default:
 			if rest := skipBlank(sql); len(rest) < len(sql) {
 				sql = rest
@@ -84,7 +85,7 @@ func skipBlank(sql []byte) []byte {
 	return nil
 }
 
-// skipComment skips a comment, which may hold others.
+// skipComment skips a comment, which may contain others.
 func skipComment(sql []byte) []byte {
 	depth := 0
 	for i := 0; i+1 < len(sql); i++ {
@@ -103,15 +104,15 @@ func skipComment(sql []byte) []byte {
 	return nil
 }
 
-// skipQuoted skips a literal or a quoted name. A doubled quote is read as the end of one and the start of another,
-// which comes to the same.
+// skipQuoted skips a literal or a quoted name. It reads a doubled quote as the end of one and the
+// start of another, which has the same effect.
 func skipQuoted(sql []byte, escapes bool) []byte {
 	for i := 1; i < len(sql); i++ {
 		switch {
 		case escapes && sql[i] == '\\':
 			i++
 		case sql[i] == sql[0] && escapes && i+1 < len(sql) && sql[i+1] == sql[0]:
-			i++ // what follows still has escapes
+			i++ // the next character still has escapes
 		case sql[i] == sql[0]:
 			return sql[i+1:]
 		}
@@ -133,7 +134,7 @@ func skipDollar(sql []byte) []byte {
 	return rest
 }
 
-// cutWord cuts a keyword or name off. A dollar may stand inside of one, where it begins no quote.
+// cutWord cuts off a keyword or name. A dollar inside a word begins no quote.
 func cutWord(sql []byte) (word, rest []byte) {
 	n := 0
 	for n < len(sql) && (isWordByte(sql[n]) || n > 0 && sql[n] == '$') {

@@ -1,5 +1,5 @@
-// Package pooler detects whether connections lead through a pooler, such as PgBouncer, and how long
-// a client keeps its server connection.
+// Package pooler detects whether conns lead through a pooler, such as PgBouncer, and how long a
+// client keeps its server conn.
 package pooler
 
 import (
@@ -10,28 +10,28 @@ import (
 	"github.com/jackc/pgx/v5/pgconn"
 )
 
-// Mode is how long a client has a server connection to itself.
+// Mode says how long a client has a server conn to itself.
 type Mode int
 
 // The modes. In mode [Transaction] a pooler passes a session's settings and advisory locks on to
 // other clients.
 const (
-	Direct      Mode = iota // no pooler: until it disconnects
-	Session                 // a pooler, and as far as can be seen until the client disconnects
-	Transaction             // a pooler, and until the transaction or the statement ends
+	Direct Mode = iota // no pooler: until it disconnects
+	// A pooler; as far as can be seen, until the client disconnects.
+	Session
+	Transaction // a pooler, and until the transaction or the statement ends
 )
 
 // roundsMax is the number of comparisons of two clients if something in between gave them process
-// numbers of its own. Another client may take a server connection in between, which spoils one
-// round.
+// numbers of its own. Another client may take a server conn in between, which spoils one round.
 const roundsMax = 20
 
-// Find returns the mode of a and b, two idle connections with the same config. It leaves nothing
-// behind: it reads, and begins transactions on b that write nothing. It returns only errors of the
-// connections; b may then be closed.
+// Find returns the mode of a and b, two idle conns with the same config. It leaves nothing behind:
+// it reads, and begins transactions on b that write nothing. It returns only errors of the conns; b
+// may then be closed.
 //
-// A connection without a pooler is never taken for one with a pooler: no other client sees its
-// server process, and it sees no other.
+// A conn without a pooler is never taken for one with a pooler: no other client sees its server
+// process, and it sees no other.
 func Find(ctx context.Context, a, b *pgx.Conn) (Mode, error) {
 	first, err := look(ctx, a)
 	if err != nil {
@@ -50,8 +50,8 @@ func Find(ctx context.Context, a, b *pgx.Conn) (Mode, error) {
 	return mode, nil
 }
 
-// round lets b hold a server connection for a transaction, and reports whether b got that of a, or
-// a lost its own.
+// round lets b hold a server conn for a transaction. It reports whether b got a's server conn, or a
+// lost its own.
 func round(ctx context.Context, a, b *pgx.Conn, first process) (shared bool, err error) {
 	if _, err := b.Exec(ctx, "BEGIN", pgx.QueryExecModeExec); err != nil {
 		var pgErr *pgconn.PgError
@@ -67,7 +67,7 @@ func round(ctx context.Context, a, b *pgx.Conn, first process) (shared bool, err
 		return false, err
 	}
 	again := first
-	if other != first { // else a, which has none, could wait for the one that b holds
+	if other != first { // otherwise a, which has none, could wait for b's
 		if again, err = look(ctx, a); err != nil {
 			return false, err
 		}
