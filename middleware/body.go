@@ -7,7 +7,9 @@ import (
 	"io"
 	"math"
 	"net/http"
+	"net/url"
 	"strconv"
+	"strings"
 
 	"github.com/paidonce/idempotency"
 )
@@ -107,6 +109,31 @@ func replaced(r *http.Request) bool {
 	return err != nil || announced != r.ContentLength
 }
 
+// fingerprint returns the request's fingerprint by one of the functions.
+func (run *run) fingerprint(f Fingerprinter) idempotency.Fingerprint {
+	if f.Content == nil {
+		escapedPath, rawQuery := target(run.request)
+		return idempotency.NewFingerprintV1(run.request.Method, escapedPath, rawQuery, run.request.Header.Get("Content-Type"), run.body)
+	}
+	r := run.copied()
+	defer run.removeForm(r)
+	return idempotency.NewFingerprint(f.Version, f.Content(r, run.body))
+}
+
+// target returns the target as the client sent it: http.StripPrefix outside would make two routes
+// one.
+func target(r *http.Request) (escapedPath, rawQuery string) {
+	escapedPath, rawQuery = r.URL.EscapedPath(), r.URL.RawQuery
+	path, query, _ := strings.Cut(r.RequestURI, "?")
+	if path == escapedPath && query == rawQuery && strings.HasPrefix(path, "/") {
+		return path, query // nobody changed r.URL: no need to parse it again
+	}
+	if sent, err := url.ParseRequestURI(r.RequestURI); err == nil {
+		return sent.EscapedPath(), sent.RawQuery
+	}
+	return escapedPath, rawQuery
+}
+
 // give sets a request's body to the bytes that were read.
 func (run *run) give(r *http.Request, body *memoryBody) {
 	body.Reset(run.body)
@@ -132,16 +159,6 @@ func (run *run) copied() *http.Request {
 	r := run.request.WithContext(run.request.Context())
 	run.give(r, new(memoryBody))
 	return r
-}
-
-// fingerprint returns the request's fingerprint by one of the functions.
-func (run *run) fingerprint(f Fingerprinter) idempotency.Fingerprint {
-	r := run.request
-	if f.Content != nil {
-		r = run.copied()
-		defer run.removeForm(r)
-	}
-	return f.of(r, run.body)
 }
 
 // authorize calls AuthorizeReplay.

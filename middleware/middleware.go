@@ -173,7 +173,12 @@ func (m *Middleware) serve(w http.ResponseWriter, r *http.Request, next http.Han
 	if m.options.RouterState != nil {
 		run.restore = m.options.RouterState(r.Context())
 	}
-	result := run.do(request)
+	var result idempotency.Result
+	if m.quota == nil {
+		result = m.engine.Do(r.Context(), request, run.once)
+	} else {
+		result = run.withinQuota(request)
+	}
 	if result.Record != nil {
 		if err := vet(result.Answer); err != nil {
 			result = idempotency.Result{Outcome: idempotency.OutcomeUnknown, Reason: idempotency.ReasonRecordCorrupt, Err: err}
@@ -286,9 +291,6 @@ var errRouterState = errors.New("handler can't run again, because a router's sta
 
 // once runs the handler on a copy of the request, into a recorder.
 func (run *run) once(ctx context.Context) (*idempotency.Answer, error) {
-	if refusal := run.count(); refusal != nil {
-		return nil, refusal
-	}
 	run.runs++
 	run.answered = false
 	if run.runs > 1 {

@@ -7,9 +7,7 @@ import (
 	"log/slog"
 	"maps"
 	"net/http"
-	"net/url"
 	"slices"
-	"strings"
 	"time"
 
 	"github.com/paidonce/idempotency"
@@ -144,28 +142,6 @@ const fingerprintVersionBuiltIn = 1
 
 // FingerprinterV1 returns the built-in one, for [Options.Fingerprinters].
 func FingerprinterV1() Fingerprinter { return Fingerprinter{Version: fingerprintVersionBuiltIn} }
-
-func (f Fingerprinter) of(r *http.Request, body []byte) idempotency.Fingerprint {
-	if f.Content == nil {
-		escapedPath, rawQuery := target(r)
-		return idempotency.NewFingerprintV1(r.Method, escapedPath, rawQuery, r.Header.Get("Content-Type"), body)
-	}
-	return idempotency.NewFingerprint(f.Version, f.Content(r, body))
-}
-
-// target returns the target as the client sent it: http.StripPrefix outside would make two routes
-// one.
-func target(r *http.Request) (escapedPath, rawQuery string) {
-	escapedPath, rawQuery = r.URL.EscapedPath(), r.URL.RawQuery
-	path, query, _ := strings.Cut(r.RequestURI, "?")
-	if path == escapedPath && query == rawQuery && strings.HasPrefix(path, "/") {
-		return path, query // nobody changed r.URL: no need to parse it again
-	}
-	if sent, err := url.ParseRequestURI(r.RequestURI); err == nil {
-		return sent.EscapedPath(), sent.RawQuery
-	}
-	return escapedPath, rawQuery
-}
 
 // RouterStateFunc is called with the request's context before the first run of a handler. The
 // function that it returns is called before each further run, and returns that run's context with

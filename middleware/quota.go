@@ -2,6 +2,7 @@ package middleware
 
 import (
 	"cmp"
+	"context"
 	"errors"
 	"fmt"
 	"hash/maphash"
@@ -140,10 +141,30 @@ func (q *quota) forget(now time.Time) {
 // errQuotaExceeded is why a request was refused.
 var errQuotaExceeded = errors.New("scope has recorded as many keys as it may: see Options.Quota")
 
-// count counts the request's key in its scope's quota, before the handler's first run. It returns a
-// refusal if the scope has no key left.
+// withinQuota runs the request through the engine, and counts its key before the handler's first
+// run. It settles the key's place however that ends.
+func (run *run) withinQuota(request idempotency.Request) (result idempotency.Result) {
+	returned := false
+	defer func() {
+		if !returned && run.answered { // by a Goexit after the handler: it may have been recorded
+			result.Outcome = idempotency.OutcomeUnknown
+		}
+		run.settle(result)
+	}()
+	result = run.m.engine.Do(run.request.Context(), request, func(ctx context.Context) (*idempotency.Answer, error) {
+		if refusal := run.count(); refusal != nil {
+			return nil, refusal
+		}
+		return run.once(ctx)
+	})
+	returned = true
+	return result
+}
+
+// count counts the request's key in its scope's quota. It returns a refusal if the scope has no key
+// left.
 func (run *run) count() *idempotency.Refusal {
-	if run.m.quota == nil || run.key.Value == "" || run.counted != nil {
+	if run.key.Value == "" || run.counted != nil {
 		return nil
 	}
 	var wait time.Duration
@@ -152,20 +173,6 @@ func (run *run) count() *idempotency.Refusal {
 		return &idempotency.Refusal{Reason: idempotency.ReasonQuotaExceeded, RetryAfter: wait, Err: errQuotaExceeded}
 	}
 	return nil
-}
-
-// do runs the request through the engine, and settles its place in the quota however that ends.
-func (run *run) do(request idempotency.Request) (result idempotency.Result) {
-	returned := false
-	defer func() {
-		if !returned && run.answered { // by a Goexit after the handler: it may have been recorded
-			result.Outcome = idempotency.OutcomeUnknown
-		}
-		run.settle(result)
-	}()
-	result = run.m.engine.Do(run.request.Context(), request, run.once)
-	returned = true
-	return result
 }
 
 // settle gives the request's place back if it is proven that nothing was recorded. That includes an
