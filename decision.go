@@ -1,6 +1,9 @@
 package idempotency
 
-import "errors"
+import (
+	"errors"
+	"sync/atomic"
+)
 
 // Outcome is the result of a request. On the wire it is the value of Idempotency-Status.
 type Outcome string
@@ -225,6 +228,17 @@ func decide(fact fact) decision {
 	return decision{actionRefuse, OutcomeUnknown, ReasonOutcomeUnknown}
 }
 
+// past collects facts from the attempts of one request so far.
+type past struct {
+	recorded bool         // another attempt has recorded the key
+	derived  *atomic.Bool // a run of the handler has called DerivedKey
+}
+
+// decide is the table for a fact that may end the request.
+func (p past) decide(fact fact) decision {
+	return decide(factOfEnd(fact, p.recorded, p.derived.Load()))
+}
+
 // factOfEnd adjusts a fact that may end the request to its earlier attempts.
 //
 // If one of them saw that another attempt had recorded the key (recorded), the record may be that
@@ -336,6 +350,16 @@ func factAfterHandler(sealed, failed error, disposition Disposition) fact {
 		return factHandlerFailed
 	}
 	return factAnsweredCommit
+}
+
+// refusalOf returns the refusal that a RunFunc returned, or nil. A handler that panics with one has
+// failed.
+func refusalOf(failed error) *Refusal {
+	refusal, _ := failed.(*Refusal)
+	if refusal == nil || refusal.Reason == "" {
+		return nil
+	}
+	return refusal
 }
 
 // factAfterRollback returns the fact for the error of Rollback; fact is the reason for the

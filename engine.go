@@ -232,16 +232,6 @@ func (r *Refusal) Error() string {
 // Unwrap returns Err.
 func (r *Refusal) Unwrap() error { return r.Err }
 
-// refusalOf returns the refusal that a RunFunc returned, or nil. A handler that panics with one has
-// failed.
-func refusalOf(failed error) *Refusal {
-	refusal, _ := failed.(*Refusal)
-	if refusal == nil || refusal.Reason == "" {
-		return nil
-	}
-	return refusal
-}
-
 // Result is the result of a request.
 type Result struct {
 	Outcome Outcome
@@ -367,17 +357,6 @@ func (e *Engine) attempts(ctx context.Context, req *ongoing, run RunFunc, trace 
 		}
 		return result
 	}
-}
-
-// past collects facts from the attempts of one request so far.
-type past struct {
-	recorded bool         // another attempt has recorded the key
-	derived  *atomic.Bool // a run of the handler has called DerivedKey
-}
-
-// decide is the table for a fact that may end the request.
-func (p past) decide(fact fact) decision {
-	return decide(factOfEnd(fact, p.recorded, p.derived.Load()))
 }
 
 // attempt claims the key, runs the handler within the rest of the budget if the claim was granted,
@@ -545,4 +524,78 @@ func (e *Engine) call(ctx context.Context, claim *Claim, handlerEnd time.Time, r
 
 func refuse(decision decision, err error) Result {
 	return Result{Outcome: decision.outcome, Reason: decision.reason, Err: err}
+}
+
+// trace carries one request's tracer. Without a tracer it does nothing and reads no clock.
+type trace struct {
+	tracer   Tracer
+	ctx      context.Context
+	req      *ongoing
+	started  time.Time
+	attempts int
+	last     Step // of the steps that end an attempt
+	resolved bool
+	panicked error // the tracer's panics
+}
+
+func (e *Engine) startTrace(ctx context.Context, req *ongoing) (t trace) {
+	t = trace{tracer: e.options.Tracer, ctx: ctx, req: req}
+	if t.tracer != nil {
+		defer recovered(panicOfTracer, &t.panicked)
+		t.started = time.Now()
+		t.ctx = t.tracer.TraceRequestStart(ctx, RequestStart{
+			Key: req.Key, Fingerprint: req.Fingerprint, TraceID: req.TraceID, Route: req.Route,
+		})
+	}
+	return t
+}
+
+const panicOfTracer = "Tracer"
+
+func (t *trace) now() time.Time {
+	if t.tracer == nil {
+		return time.Time{}
+	}
+	return time.Now()
+}
+
+// wait is now, at the beginning of a wait.
+func (t *trace) wait() time.Time {
+	if waiter, ok := t.tracer.(WaitTracer); ok {
+		t.waitStart(waiter)
+	}
+	return t.now()
+}
+
+func (t *trace) waitStart(waiter WaitTracer) {
+	defer recovered(panicOfTracer, &t.panicked)
+	waiter.TraceWaitStart(t.ctx)
+}
+
+func (t *trace) step(step Step, started time.Time, err error) {
+	switch step {
+	case StepClaim:
+		t.attempts++
+	case StepCommit, StepDecline, StepRollback:
+		t.last = step
+	case StepResolve:
+		t.resolved = true
+	}
+	if t.tracer == nil {
+		return
+	}
+	defer recovered(panicOfTracer, &t.panicked)
+	t.tracer.TraceStep(t.ctx, StepEnd{Attempt: t.req.claim.Attempt, Step: step, Started: started, Duration: time.Since(started), Err: err})
+}
+
+func (t *trace) end(result Result) {
+	if t.tracer == nil {
+		return
+	}
+	defer recovered(panicOfTracer, &t.panicked)
+	t.tracer.TraceRequestEnd(t.ctx, RequestEnd{
+		Key: t.req.Key, Route: t.req.Route, Attempt: t.req.claim.Attempt, Attempts: t.attempts, Result: result, Resolved: t.resolved,
+		Declined: result.Outcome == OutcomeExecuted && t.last == StepDecline,
+		Started:  t.started, Duration: time.Since(t.started),
+	})
 }
