@@ -22,6 +22,7 @@ type attempt struct {
 	store  *Store
 	claim  *idempotency.Claim
 	pooled *pgxpool.Conn
+	conn   *pgconn.PgConn // of pooled
 	tx     sealed.Transaction
 	handle sealed.Tx // the handler's
 	ctx    txContext
@@ -70,7 +71,7 @@ func (s *Store) claim(ctx context.Context, claim *idempotency.Claim, conn *pgxpo
 	a := new(keyedAttempt)
 	a.init(s, conn, claim, number)
 	calls := append(a.calls[:0], wire.Call{Statement: &s.statements.begin}, a.lockCall(), a.lookUpCall())
-	reply, err := s.statements.Flush(ctx, a.conn(), calls...)
+	reply, err := s.statements.Flush(ctx, a.conn, calls...)
 	switch {
 	case errors.Is(err, errRecord):
 		err = fail("read the record", idempotency.ErrUnknown, err)
@@ -91,7 +92,7 @@ func (s *Store) claim(ctx context.Context, claim *idempotency.Claim, conn *pgxpo
 
 // init makes a the attempt of this claim. Its transaction is not open yet.
 func (a *attempt) init(store *Store, conn *pgxpool.Conn, claim *idempotency.Claim, number int64) {
-	a.store, a.pooled, a.claim, a.lockNumber = store, conn, claim, wire.EncodeInt8(number)
+	a.store, a.pooled, a.conn, a.claim, a.lockNumber = store, conn, conn.Conn().PgConn(), claim, wire.EncodeInt8(number)
 	a.tx.Init(&store.transactions, conn.Conn())
 	a.handle = a.tx.Handle()
 }
@@ -157,7 +158,7 @@ type recordRow struct{ *keyedAttempt }
 func (a recordRow) ReadRow(values [][]byte) (err error) {
 	a.record, a.hidden, err = decodeLookUp(values)
 	if a.hidden { // a plan with policies would outlive them: see [ErrRowSecurityActive]
-		a.store.statements.Distrust(a.conn())
+		a.store.statements.Distrust(a.conn)
 	}
 	return err
 }
@@ -244,7 +245,7 @@ func (a *keyedAttempt) Commit(ctx context.Context, answer *idempotency.Answer) e
 // record or, without a key, a guard as the last statement before COMMIT. The guard comes first: if the transaction is not the claim's, an error of a
 // deferred statement or constraint proves nothing.
 func (a *attempt) commit(ctx context.Context, deferred []wire.Call, refused error, last wire.Call) error {
-	if !a.tx.Abandoned() && !wire.PlainText(a.conn()) {
+	if !a.tx.Abandoned() && !wire.PlainText(a.conn) {
 		return fail("commit", idempotency.ErrAborted, errEncoding)
 	}
 	if refused != nil {
@@ -252,7 +253,7 @@ func (a *attempt) commit(ctx context.Context, deferred []wire.Call, refused erro
 	}
 	if len(deferred) > 0 {
 		last.Row = wire.RowFunc(func([][]byte) error { // a warning of theirs is none of COMMIT's
-			wire.ForgetWarning(a.conn())
+			wire.ForgetWarning(a.conn)
 			return nil
 		})
 	}
@@ -273,17 +274,17 @@ func (a *attempt) end(ctx context.Context, step string, calls []wire.Call) error
 	switch {
 	case a.tx.Abandoned():
 		return fail(step, idempotency.ErrUnavailable, errors.New("a goroutine of the handler's still uses the connection"))
-	case a.conn().IsClosed() || a.conn().IsBusy():
+	case a.conn.IsClosed() || a.conn.IsBusy():
 		return fail(step, idempotency.ErrUnavailable, errors.New("connection was closed or busy before COMMIT was sent"))
 	case ctx.Err() != nil:
 		return fail(step, idempotency.ErrUnavailable, fmt.Errorf("time was over before COMMIT was sent: %w", ctx.Err()))
 	}
-	wire.ForgetWarning(a.conn())
-	reply, err := a.store.statements.Flush(ctx, a.conn(), calls...)
+	wire.ForgetWarning(a.conn)
+	reply, err := a.store.statements.Flush(ctx, a.conn, calls...)
 	switch {
 	case err == nil && !reply.Committed:
 		return fail(step, idempotency.ErrAborted, errors.New("COMMIT was answered with ROLLBACK"))
-	case err == nil && wire.WaitedInVain(a.conn(), a.synchronous): // standbys may have been named since the claim
+	case err == nil && wire.WaitedInVain(a.conn, a.synchronous): // standbys may have been named since the claim
 		return fail(step, idempotency.ErrUnknown, errNotReplicated)
 	case err == nil:
 		return nil
@@ -338,7 +339,7 @@ func (a *keyedAttempt) Decline(ctx context.Context, answer *idempotency.Answer) 
 // guarded begins a flush that undoes the transaction: with the guard, unless the connection is
 // abandoned, and so not ours to look at, or the transaction is aborted and accepts only ROLLBACK.
 func (a *attempt) guarded() []wire.Call {
-	if a.tx.Abandoned() || a.conn().TxStatus() != 'T' {
+	if a.tx.Abandoned() || a.conn.TxStatus() != 'T' {
 		return a.calls[:0]
 	}
 	return append(a.calls[:0], a.guardCall())
@@ -385,17 +386,17 @@ func (a *attempt) rollback(ctx context.Context) error {
 // ErrTransactionLost if the guard failed.
 func (a *attempt) undo(ctx context.Context, step string, calls []wire.Call, last ...wire.Call) error {
 	s := &a.store.statements
-	if a.tx.Abandoned() || a.conn().IsClosed() || a.conn().IsBusy() {
+	if a.tx.Abandoned() || a.conn.IsClosed() || a.conn.IsBusy() {
 		return errors.New("the connection was lost before the handler's writes were undone")
 	}
-	if status := a.conn().TxStatus(); status == 'T' || status == 'E' {
+	if status := a.conn.TxStatus(); status == 'T' || status == 'E' {
 		calls = append(calls, wire.Call{Statement: &s.rollback})
 	}
 	calls = append(calls, last...)
 	if len(calls) == 0 {
 		return nil
 	}
-	reply, err := s.Flush(ctx, a.conn(), calls...)
+	reply, err := s.Flush(ctx, a.conn, calls...)
 	var pgErr *pgconn.PgError
 	if errors.As(err, &pgErr) && pgErr.Code == "22012" && calls[min(reply.Failed, len(calls)-1)].Statement == &s.guard {
 		return fail(step, idempotency.ErrTransactionLost, err)
@@ -414,11 +415,9 @@ func (a *attempt) release(ctx context.Context) {
 	if a.tx.StalePlans() {
 		_ = a.pooled.Conn().Close(ctx) // there may be more of them
 	}
-	if status := a.conn().TxStatus(); (status == 'T' || status == 'E') && !a.conn().IsClosed() && !a.conn().IsBusy() {
+	if status := a.conn.TxStatus(); (status == 'T' || status == 'E') && !a.conn.IsClosed() && !a.conn.IsBusy() {
 		// In a flush of its own: an aborted transaction refuses all other statements before it.
-		_, _ = a.store.statements.Flush(ctx, a.conn(), wire.Call{Statement: &a.store.statements.rollback}) // else destroyed below
+		_, _ = a.store.statements.Flush(ctx, a.conn, wire.Call{Statement: &a.store.statements.rollback}) // else destroyed below
 	}
 	a.pooled.Release()
 }
-
-func (a *attempt) conn() *pgconn.PgConn { return a.pooled.Conn().PgConn() }

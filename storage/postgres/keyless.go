@@ -18,7 +18,7 @@ func (s *Store) claimKeyless(ctx context.Context, claim *idempotency.Claim, conn
 	a := new(keylessAttempt)
 	a.init(s, conn, claim, idempotency.Key{Value: claim.Attempt.String()}.LockNumber(s.table))
 	calls := append(a.calls[:0], wire.Call{Statement: &s.statements.begin}, a.lockCall())
-	if reply, err := s.statements.Flush(ctx, a.conn(), calls...); err != nil {
+	if reply, err := s.statements.Flush(ctx, a.conn, calls...); err != nil {
 		return nil, nil, a.claimFailed(ctx, calls[min(reply.Failed, len(calls)-1)].Statement, err)
 	}
 	return a, nil, nil

@@ -85,7 +85,7 @@ func (a *keyedAttempt) replay(ctx context.Context) (idempotency.Attempt, *idempo
 		a.store.recent.set(a.number)
 		return nil, a.record, nil
 	}
-	err := a.store.barrier(ctx, a.conn())
+	err := a.store.barrier(ctx, a.conn)
 	switch {
 	case err == nil:
 		return nil, a.record, nil

@@ -102,7 +102,7 @@ func (s *Set) Flush(ctx context.Context, conn *pgconn.PgConn, calls ...Call) (re
 	} else {
 		result, err = exchangeWatched(ctx, conn, calls)
 	}
-	if Unprepared(err) {
+	if err != nil && Unprepared(err) {
 		s.ForgetPrepared(conn)
 	}
 	return result, err

@@ -143,9 +143,6 @@ func (s *Set) ForgetPrepared(conn *pgconn.PgConn) {
 // Unprepared reports whether a prepared statement can't be used any more: somebody deallocated it
 // on this connection, or the table changed under its plan.
 func Unprepared(err error) bool {
-	if err == nil { // saves the allocation below
-		return false
-	}
 	var pgErr *pgconn.PgError
 	return StalePlan(err) || errors.As(err, &pgErr) && pgErr.Code == "26000"
 }
