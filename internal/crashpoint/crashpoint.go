@@ -17,10 +17,12 @@ const (
 	AfterHandler    = "after_handler" // everything is written except the record
 	BeforeCommit    = "before_commit" // COMMIT was not sent
 	// COMMIT's context ends at one of its uses: it may or may not happen.
-	MidCommit          = "mid_commit"
-	CommitCanceled     = "commit_canceled"      // the same, but the process lives on
-	CommitNeverArrived = "commit_never_arrived" // COMMIT was sent but never arrives; the process lives on
-	CommitLost         = "commit_lost"          // COMMIT happened, its reply is lost; the process lives on
+	MidCommit      = "mid_commit"
+	CommitCanceled = "commit_canceled" // the same, but the process lives on
+	// COMMIT was sent but never arrives; the process lives on.
+	CommitNeverArrived = "commit_never_arrived"
+	// COMMIT happened and its reply is lost; the process lives on.
+	CommitLost = "commit_lost"
 	// The reply to COMMIT is lost, and the process dies while it looks for the record.
 	Resolving    = "resolving"
 	Unresolvable = "unresolvable"  // COMMIT or its reply is lost, and the lookup fails

@@ -51,7 +51,7 @@ type Source struct {
 // [Source.Run] returns.
 func Open(ctx context.Context, config *pgx.ConnConfig, logger *slog.Logger) (*Source, error) {
 	s := &Source{config: config.Copy(), logger: logger}
-	// The lease never waits for a lock: a timeout of the pool's conns must not end it.
+	// The session's name in pg_stat_activity.
 	s.config.RuntimeParams["application_name"] = "node id"
 	if err := s.lease(ctx); err != nil {
 		return nil, err

@@ -7,19 +7,20 @@ import (
 	"strings"
 )
 
-// account is the user PostgreSQL runs as when this process is root. Nil is the user of this process.
+// account is the user that PostgreSQL runs as if this process is root. Nil is this process's user.
 type account struct {
 	name     string
 	uid, gid uint32
 	groups   []uint32 // supplementary
 }
 
-// command prepares a program to run in dir as the account, without the terminal and PostgreSQL's own variables.
+// command prepares a program to run in dir as the account, without the terminal and without
+// PostgreSQL's own variables.
 func (a *account) command(dir, path string, args ...string) *exec.Cmd {
 	return a.prepare(exec.Command(path, args...), dir)
 }
 
-// commandContext is command for a program that ends with ctx, its children with it.
+// commandContext is like command, but the program and its children end with ctx.
 func (a *account) commandContext(ctx context.Context, dir, path string, args ...string) *exec.Cmd {
 	return a.prepare(exec.CommandContext(ctx, path, args...), dir)
 }
@@ -31,8 +32,9 @@ func (a *account) prepare(cmd *exec.Cmd, dir string) *exec.Cmd {
 	return cmd
 }
 
-// environment drops what would change PostgreSQL (PGDATA, PGPORT, a locale) or is not its business (DATABASE_URL).
-// TZ spares initdb its search for the time zone's name, which is slow, and makes the server's default UTC.
+// environment drops the variables that would change PostgreSQL (PGDATA, PGPORT, a locale) or that
+// it does not need (DATABASE_URL). TZ saves initdb its slow search for the time zone's name, and
+// makes the server's default UTC.
 func environment(environ []string) []string {
 	var kept []string
 	for _, entry := range environ {

@@ -13,11 +13,12 @@ import (
 	"syscall"
 )
 
-// rootStandIns are the users that root drops to, the first that exists.
+// rootStandIns are the users to which root drops; the first that exists is used.
 var rootStandIns = []string{"postgres", "nobody"}
 
-// pickAccount decides whom PostgreSQL runs as. An ordinary user runs it as itself. Root runs it as the owner of the
-// data folder, so that a start with sudo leaves the folder usable to its owner, or else as the first stand-in.
+// pickAccount chooses the user that PostgreSQL runs as. An ordinary user runs it as itself. Root
+// runs it as the owner of the data folder, so that its owner can still use the folder after a start
+// with sudo, or else as the first stand-in.
 func pickAccount(dataPath string) (*account, error) {
 	if os.Geteuid() != 0 {
 		return nil, nil
@@ -67,8 +68,9 @@ func accountOf(uid, gid uint32) (*account, error) {
 	return a, nil
 }
 
-// reach returns an error that names the folder in the way when the account cannot enter path or, where that does not
-// exist yet, its nearest existing parent. It asks the kernel, which knows about modes, ACLs and mounts.
+// reach returns an error if the account cannot enter path or, if path does not exist yet, its
+// nearest existing parent. The error names the folder in the way. The kernel decides, because it
+// knows about modes, ACLs and mounts.
 func (a *account) reach(path, cure string) error {
 	if a == nil {
 		return nil
@@ -103,7 +105,7 @@ func (a *account) own(path string) error {
 	return os.Lchown(path, int(a.uid), int(a.gid))
 }
 
-// ownTree makes the account the owner of everything under root, when root does not belong to it yet.
+// ownTree makes the account the owner of everything under root, unless it owns root already.
 func (a *account) ownTree(root string) error {
 	if a == nil {
 		return nil
@@ -119,7 +121,8 @@ func (a *account) ownTree(root string) error {
 	})
 }
 
-// handToOwner gives a file that root made in dir to dir's owner, who may want to start without root next time.
+// handToOwner gives a file that root made in dir to dir's owner, which may start without root next
+// time.
 func handToOwner(f *os.File, dir string) error {
 	if os.Geteuid() != 0 {
 		return nil

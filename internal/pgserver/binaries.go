@@ -16,15 +16,15 @@ import (
 	"strings"
 )
 
-// The major versions of PostgreSQL that are supported.
+// The supported major versions of PostgreSQL.
 const (
 	majorMin = 14
 	majorMax = 18
 )
 
 const (
-	binVariable    = "PAIDONCE_PG_BIN"    // the folder with initdb and postgres; nothing else is searched
-	mirrorVariable = "PAIDONCE_PG_MIRROR" // where to download from instead
+	binVariable    = "PAIDONCE_PG_BIN"    // the folder with initdb and postgres; the only one
+	mirrorVariable = "PAIDONCE_PG_MIRROR" // the server to download from instead
 )
 
 // binaries are the server programs of one PostgreSQL.
@@ -44,10 +44,10 @@ func (b binaries) program(name string) string {
 	return filepath.Join(b.dir, name)
 }
 
-// place is somewhere that was searched, and why it did not serve.
+// place is a place that was searched, and the reason why it did not serve.
 type place struct{ where, why string }
 
-// search looks for installed binaries. Its functions are its only view of the machine.
+// search looks for installed binaries. It sees the machine only through its functions.
 type search struct {
 	goos     string
 	cacheDir string // of downloads; empty: there is no place for them
@@ -58,9 +58,9 @@ type search struct {
 	download func(major int) (binaries, error)     // into cacheDir; major 0: any
 }
 
-// find returns binaries of the major version, or of any supported one when it is 0: the first of PAIDONCE_PG_BIN,
-// PATH, pg_config, the usual folders newest version first, earlier downloads, and a download. The error names
-// every place and the cures.
+// find returns binaries of the major version, or of any supported one if it is 0. It takes the
+// first of PAIDONCE_PG_BIN, PATH, pg_config, the usual folders (newest version first), earlier
+// downloads, and a download. Its error names every place and the remedies.
 func (s search) find(major int) (binaries, error) {
 	var places []place
 	accept := func(where string, bin binaries, err error) bool {
@@ -85,7 +85,8 @@ func (s search) find(major int) (binaries, error) {
 	onPath := 0
 	for _, dir := range filepath.SplitList(s.getenv("PATH")) {
 		if !filepath.IsAbs(dir) {
-			continue // the current folder is no place to take a server from
+			// Never take a server from the current folder.
+			continue
 		}
 		bin, err := s.probe(dir)
 		if errors.Is(err, fs.ErrNotExist) {
@@ -145,7 +146,8 @@ func suits(bin binaries, major int) error {
 	return nil
 }
 
-// usualFolders are where packages put the server. Patterns as for filepath.Glob.
+// usualFolders returns the folders into which packages install the server, as patterns for
+// filepath.Glob.
 func usualFolders(goos string, getenv func(string) string) []string {
 	switch goos {
 	case "linux":
@@ -202,7 +204,7 @@ func newestFirst(dirs []string) {
 	})
 }
 
-// notFoundError says where binaries were searched and what to do.
+// notFoundError names the places that were searched, and the remedies.
 type notFoundError struct {
 	major  int // 0: any supported
 	places []place
@@ -229,7 +231,7 @@ func (e *notFoundError) Error() string {
 
 // findBinaries searches this machine. Folders that acct may not enter do not serve.
 func findBinaries(ctx context.Context, acct *account, major int, progress io.Writer) (binaries, error) {
-	cacheDir, cacheErr := downloadDir(acct) // a service has no home folder, and does not miss it
+	cacheDir, cacheErr := downloadDir(acct) // a service has no home folder, and does not need one
 	probe := func(dir string) (binaries, error) { return probeBinaries(ctx, acct, dir) }
 	bin, err := search{
 		goos:     runtime.GOOS,
@@ -260,14 +262,14 @@ func findBinaries(ctx context.Context, acct *account, major int, progress io.Wri
 		},
 	}.find(major)
 	if ctx.Err() != nil {
-		return binaries{}, context.Cause(ctx) // which made the probes fail
+		return binaries{}, context.Cause(ctx) // ctx made the probes fail
 	}
 	return bin, err
 }
 
 var versionOutput = regexp.MustCompile(`\(PostgreSQL\) (([0-9]+)[^ \r\n]*)`)
 
-// probeBinaries runs postgres --version as the account, which also finds out whether the account may.
+// probeBinaries runs postgres --version as the account. So it fails if the account may not run it.
 func probeBinaries(ctx context.Context, acct *account, dir string) (binaries, error) {
 	bin := binaries{dir: dir}
 	if _, err := os.Stat(bin.postgres()); err != nil {

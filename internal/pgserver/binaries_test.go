@@ -11,7 +11,7 @@ import (
 	"testing"
 )
 
-// machine is what a search sees: folders with the version of the PostgreSQL in them.
+// machine is a search's view: folders with the version of the PostgreSQL in them.
 type machine struct {
 	env        map[string]string
 	installed  map[string]string // folder -> version; "" is a postgres without initdb
@@ -161,7 +161,7 @@ func TestFailedSearchNamesPlacesAndCures(t *testing.T) {
 	}
 }
 
-// Whoever names a folder does not want another one.
+// A user who names a folder does not want another one.
 func TestWrongBinVariableIsAnErrorAndNotASearch(t *testing.T) {
 	t.Parallel()
 	m := &machine{

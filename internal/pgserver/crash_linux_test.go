@@ -59,7 +59,8 @@ func TestInterruptOfTheTerminalDoesNotReachPostgres(t *testing.T) {
 	}
 }
 
-// A dying PostgreSQL is still there when the new one starts: a stopped backend keeps the shared memory in use.
+// A dying PostgreSQL is still there when the new one starts: a stopped backend keeps the shared
+// memory in use.
 func TestStartWaitsForOrphanedBackends(t *testing.T) {
 	t.Parallel()
 	dir := filepath.Join(folder(t), "data")
@@ -88,7 +89,8 @@ func TestStartWaitsForOrphanedBackends(t *testing.T) {
 func TestStartWaitsForADyingPostmaster(t *testing.T) {
 	t.Parallel()
 	dir := folder(t)
-	link := filepath.Join(folder(t), "link") // another name of the folder does not hide the postmaster
+	// Another name of the folder must not hide the postmaster.
+	link := filepath.Join(folder(t), "link")
 	if err := os.Symlink(dir, link); err != nil {
 		t.Fatal(err)
 	}

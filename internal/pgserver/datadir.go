@@ -16,27 +16,29 @@ import (
 	"github.com/paidonce/idempotency/internal/deadline"
 )
 
-// The names in a data folder. The lock file also marks a folder as made by this package. The folder and these files
-// belong to whoever started it; only the cluster belongs to the account PostgreSQL runs as, so that root never writes
-// where that account could have planted something.
+// The names in a data folder. The lock file also marks a folder as made by this package. The folder
+// and these files belong to the user who started the server. Only the cluster belongs to the
+// account that PostgreSQL runs as, so that root never writes where that account could have planted
+// something.
 const (
-	lockName      = "paidonce.lock"
-	clusterName   = "postgres"
-	unfinished    = "postgres.tmp-" // an initdb that has not finished; a killed one is removed by the next start
+	lockName    = "paidonce.lock"
+	clusterName = "postgres"
+	// An initdb that has not finished. If it was killed, the next start removes it.
+	unfinished    = "postgres.tmp-"
 	logName       = "postgres.log"
 	oldLogName    = "postgres.log.old"
 	passwordName  = "password" // Windows only
 	oldPollPeriod = 20 * time.Millisecond
 )
 
-// dataDir is a data folder whose lock this process holds.
+// dataDir is a data folder that this process has locked.
 type dataDir struct {
 	path string
 	lock *os.File
 	made bool // by this start
 }
 
-// inspectDataDir returns an error when the folder cannot serve; it changes nothing.
+// inspectDataDir returns an error if the folder cannot serve. It changes nothing.
 func inspectDataDir(path string, acct *account) error {
 	parent := filepath.Dir(path)
 	if err := acct.reach(parent, "choose a data folder it may enter, for example under /var/lib, "+
@@ -62,7 +64,7 @@ func inspectDataDir(path string, acct *account) error {
 	return nil
 }
 
-// dataMajor is the major version that made the data, or 0 when there is none yet.
+// dataMajor returns the major version that made the data, or 0 if there is none yet.
 func dataMajor(path string) (int, error) {
 	if path == "" {
 		return 0, nil
@@ -82,7 +84,7 @@ func dataMajor(path string) (int, error) {
 	return major, nil
 }
 
-// claimDataDir makes the folder when it is missing and takes its lock, or returns ErrDataDirInUse.
+// claimDataDir makes the folder if it is missing and takes its lock, or returns ErrDataDirInUse.
 func claimDataDir(path string) (*dataDir, error) {
 	mode := fs.FileMode(0o700)
 	if os.Geteuid() == 0 {
@@ -109,11 +111,12 @@ func claimDataDir(path string) (*dataDir, error) {
 			return nil, fmt.Errorf("lock data folder %s: %w", path, err)
 		}
 		if !locked {
-			holder, _ := io.ReadAll(io.LimitReader(lock, 32)) // only decorates the message
+			holder, _ := io.ReadAll(io.LimitReader(lock, 32)) // it only improves the message
 			lock.Close()
 			return nil, fmt.Errorf("%w: %s (process %s)", ErrDataDirInUse, path, strings.TrimSpace(string(holder)))
 		}
-		if !stillNamed(lock, d.file(lockName)) { // a failed first start has just removed it
+		// A failed first start has just removed it.
+		if !stillNamed(lock, d.file(lockName)) {
 			_ = unlock(lock)
 			continue
 		}
@@ -125,14 +128,15 @@ func claimDataDir(path string) (*dataDir, error) {
 	}
 }
 
-// stillNamed says whether path names the open file, which someone may have removed before it was locked.
+// stillNamed reports whether path still names the open file: it may have been removed before it was
+// locked.
 func stillNamed(f *os.File, path string) bool {
 	opened, openedErr := f.Stat()
 	named, namedErr := os.Lstat(path)
 	return openedErr == nil && namedErr == nil && os.SameFile(opened, named)
 }
 
-// signLock writes the holder's process id, for the message to the next one.
+// signLock writes the holder's process id, for the error message of the next process.
 func (d *dataDir) signLock() error {
 	if err := handToOwner(d.lock, d.path); err != nil {
 		return err
@@ -144,7 +148,8 @@ func (d *dataDir) signLock() error {
 	return err
 }
 
-// release gives up the lock. A folder that this start made and has no data yet is removed.
+// release releases the lock. If this start made the folder and it has no data yet, release removes
+// it.
 func (d *dataDir) release() error {
 	if _, err := os.Stat(d.cluster()); d.made && errors.Is(err, fs.ErrNotExist) {
 		_ = os.Remove(d.file(lockName))
@@ -156,8 +161,9 @@ func (d *dataDir) release() error {
 func (d *dataDir) file(name string) string { return filepath.Join(d.path, name) }
 func (d *dataDir) cluster() string         { return d.file(clusterName) }
 
-// awaitOldPostmaster waits until no postmaster runs on the data: after a SIGKILL of its owner it needs a moment to
-// die. It returns the process id in postmaster.pid when that now belongs to a process which is no such postmaster.
+// awaitOldPostmaster blocks until no postmaster runs on the data: after a SIGKILL of its owner it
+// needs a moment to die. If the process id in postmaster.pid is not that of such a postmaster,
+// stalePID is that id.
 func (d *dataDir) awaitOldPostmaster(ctx context.Context, until time.Time, progress io.Writer) (stalePID int, err error) {
 	for announced := false; ; {
 		pid, err := readPostmasterPID(filepath.Join(d.cluster(), "postmaster.pid"))
@@ -181,7 +187,8 @@ func (d *dataDir) awaitOldPostmaster(ctx context.Context, until time.Time, progr
 	}
 }
 
-// readPostmasterPID returns 0 when there is no file, or one that was just being written when the machine stopped.
+// readPostmasterPID returns 0 if there is no file, or only part of one because the machine stopped
+// while it was written.
 func readPostmasterPID(path string) (int, error) {
 	text, err := os.ReadFile(path)
 	if errors.Is(err, fs.ErrNotExist) {
@@ -193,12 +200,12 @@ func readPostmasterPID(path string) (int, error) {
 	line, _, _ := strings.Cut(string(text), "\n")
 	pid, err := strconv.Atoi(strings.TrimSpace(line))
 	if err != nil {
-		return 0, nil // PostgreSQL itself decides, and says so in its log
+		return 0, nil // PostgreSQL itself decides, and logs its decision
 	}
 	return max(pid, -pid), nil // negative: a single-user backend
 }
 
-// password returns the superuser's password, made with the data folder. Windows only.
+// password returns the superuser's password, which is made with the data folder. Windows only.
 func (d *dataDir) password() (string, error) {
 	text, err := os.ReadFile(d.file(passwordName))
 	if errors.Is(err, fs.ErrNotExist) {

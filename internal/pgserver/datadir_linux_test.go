@@ -268,7 +268,8 @@ func needRoot(t *testing.T) {
 	}
 }
 
-// ordinaryUser returns a helper that runs as nobody, and the data folder in its arguments, in a folder of nobody's.
+// ordinaryUser returns a helper that runs as the user nobody. Its argument is a data folder in a
+// folder that belongs to nobody (the user).
 func ordinaryUser(t *testing.T, name string) (cmd *exec.Cmd, dataDir string) {
 	t.Helper()
 	needRoot(t) // an ordinary user runs all other tests as itself
@@ -291,8 +292,8 @@ func ordinaryUser(t *testing.T, name string) (cmd *exec.Cmd, dataDir string) {
 	return cmd, dataDir
 }
 
-// copyFile has another process write the copy: a program that this one writes can't run while a process that was forked
-// meanwhile has the file open.
+// copyFile has another process write the copy: if this process wrote a program, a child forked
+// meanwhile would have the file open, and the program could not run.
 func copyFile(t *testing.T, from, to string) {
 	t.Helper()
 	if output, err := exec.Command("cp", from, to).CombinedOutput(); err != nil {

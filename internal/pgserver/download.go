@@ -17,7 +17,7 @@ const (
 	downloadProgressPeriod = 10 * time.Second
 )
 
-// downloadVersions are the builds which embedded-postgres knows to exist.
+// downloadVersions are the builds that embedded-postgres knows.
 var downloadVersions = map[int]embeddedpostgres.PostgresVersion{
 	14: embeddedpostgres.V14,
 	15: embeddedpostgres.V15,
@@ -26,8 +26,8 @@ var downloadVersions = map[int]embeddedpostgres.PostgresVersion{
 	18: embeddedpostgres.V18,
 }
 
-// downloadDir is where downloads are kept: in the user's cache folder, or for root in a place which the account that
-// PostgreSQL runs as may enter.
+// downloadDir returns the folder for downloads: in the user's cache folder, or for root in a place
+// that PostgreSQL's account may enter.
 func downloadDir(acct *account) (string, error) {
 	if acct != nil {
 		return "/var/cache/paidonce", nil
@@ -39,9 +39,9 @@ func downloadDir(acct *account) (string, error) {
 	return filepath.Join(dir, "paidonce"), nil
 }
 
-// download fetches the server programs of a major version (0: the default one) into dir and returns their folder.
-// When ctx ends first it returns at once, but the download itself cannot be interrupted and ends, and tidies up, by
-// itself.
+// download fetches the server programs of a major version (0: the default one) into dir and returns
+// their folder. If ctx ends first it returns at once, but the download itself cannot be
+// interrupted: it ends and cleans up later.
 func download(ctx context.Context, acct *account, major int, dir, mirror string, progress io.Writer) (string, error) {
 	if major == 0 {
 		major = downloadMajorDefault
@@ -80,12 +80,14 @@ func download(ctx context.Context, acct *account, major int, dir, mirror string,
 	}
 }
 
-// fetch downloads into a folder beside target and renames that, so that target is always complete.
+// fetch downloads into a folder beside target and renames that folder, so that target is always
+// complete.
 //
-// embedded-postgres downloads, checks the checksum and unpacks only as the first part of its own Start. The rest is
-// of no use here: it cannot drop root, nor listen on a socket only. So Start is given a data folder that looks
-// initialized but is empty, on which pg_ctl gives up at once, and what counts is whether the programs are there.
-// It leaves an empty log file among the temporary files, whose name it does not tell.
+// embedded-postgres downloads, checks the checksum and unpacks only as the first part of its own
+// Start. The rest is of no use here: it cannot drop root, nor listen only on a socket. So Start
+// gets a data folder that looks initialized but is empty. pg_ctl gives up on it at once, and fetch
+// only checks that the programs are there. Start leaves an empty log file in the folder for
+// temporary files, and does not return its name.
 func fetch(version embeddedpostgres.PostgresVersion, target, mirror string) error {
 	work, err := os.MkdirTemp(filepath.Dir(target), "download-")
 	if err != nil {
@@ -116,7 +118,7 @@ func fetch(version embeddedpostgres.PostgresVersion, target, mirror string) erro
 	for _, program := range []string{bin.postgres(), bin.initdb()} {
 		if _, err := os.Stat(program); err != nil {
 			if startErr != nil {
-				return startErr // which is why it is not there
+				return startErr // the reason why the programs are not there
 			}
 			return err
 		}

@@ -15,13 +15,13 @@ import (
 	"testing"
 )
 
-// Not parallel, as the other downloads: embedded-postgres leaves an empty log file in TMPDIR.
+// Not parallel, like the other downloads: embedded-postgres leaves an empty log file in TMPDIR.
 func TestDownloadComesFromTheMirrorAndIsComplete(t *testing.T) {
 	t.Setenv("TMPDIR", t.TempDir())
 	url := mirror(t, "testdata/server.txz")
 	dir := filepath.Join(folder(t), "cache")
 	var progress bytes.Buffer
-	for range 2 { // again: as when another process was faster
+	for range 2 { // the second time, another process was faster
 		binDir, err := download(t.Context(), nil, 17, dir, url, &progress)
 		if err != nil {
 			t.Fatal(err)
@@ -104,7 +104,7 @@ func mirror(t *testing.T, file string) (url string) {
 		case strings.HasSuffix(r.URL.Path, ".sha256"):
 			fmt.Fprintf(w, "%x", sha256.Sum256(archive.Bytes()))
 		default:
-			_, _ = w.Write(archive.Bytes()) // the client reports what is missing
+			_, _ = w.Write(archive.Bytes()) // the client reports the missing bytes
 		}
 	}))
 	t.Cleanup(func() {

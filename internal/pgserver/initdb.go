@@ -12,15 +12,16 @@ import (
 	"strings"
 )
 
-// init makes the database cluster when it is missing, as a copy of primary's where that is not nil. It appears under its
-// name only when it is complete.
+// init makes the database cluster if it is missing, as a copy of primary's unless primary is nil.
+// The cluster gets its name only when it is complete.
 func (d *dataDir) init(ctx context.Context, bin binaries, acct *account, temporary bool, primary *Server) (err error) {
 	leftovers, err := filepath.Glob(globQuote(d.path) + string(filepath.Separator) + unfinished + "*")
 	if err != nil {
 		return fmt.Errorf("find unfinished clusters: %w", err)
 	}
 	for _, leftover := range leftovers {
-		_ = os.RemoveAll(leftover) // a dying initdb may still write; then the start after this one removes it
+		// A dying initdb may still write; then the next start removes it.
+		_ = os.RemoveAll(leftover)
 	}
 	if err := d.letIn(acct); err != nil {
 		return err
@@ -61,8 +62,8 @@ func (d *dataDir) init(ctx context.Context, bin binaries, acct *account, tempora
 	return syncDir(d.path)
 }
 
-// copy copies the primary's cluster to dir. The account becomes its owner only when it is complete:
-// root never writes to a folder that the account can write to.
+// copy copies the primary's cluster to dir. The account becomes its owner only when the copy is
+// complete: root never writes to a folder that the account can write to.
 func (d *dataDir) copy(ctx context.Context, dir string, acct *account, sync bool, primary *Server) error {
 	if err := primary.copyTo(ctx, dir, sync); err != nil {
 		return fmt.Errorf("copy the primary: %w", err)
@@ -80,7 +81,8 @@ func (d *dataDir) initdb(ctx context.Context, dir string, bin binaries, acct *ac
 	}
 	args := []string{"-D", dir, "--username=" + superuser, "--encoding=UTF8", "--no-locale", "--no-instructions"}
 	if unixSockets {
-		args = append(args, "--auth-local=trust", "--auth-host=reject") // the socket's folder is private
+		// The socket's folder is private.
+		args = append(args, "--auth-local=trust", "--auth-host=reject")
 	} else {
 		if _, err := d.password(); err != nil {
 			return err
@@ -93,7 +95,7 @@ func (d *dataDir) initdb(ctx context.Context, dir string, bin binaries, acct *ac
 	return runToEnd(ctx, acct.commandContext(ctx, dir, bin.initdb(), args...))
 }
 
-// letIn lets PostgreSQL's account pass through a folder of root's own that is closed to others.
+// letIn lets PostgreSQL's account pass through a folder of root's that is closed to others.
 func (d *dataDir) letIn(acct *account) error {
 	if acct == nil || acct.enter(d.path) == nil {
 		return nil
@@ -108,7 +110,8 @@ func (d *dataDir) letIn(acct *account) error {
 	return nil
 }
 
-// runToEnd runs a program on a locked thread, because the kernel would end it with the thread that forked it.
+// runToEnd runs a program on a locked thread, because the kernel would end it together with the
+// thread that forked it.
 func runToEnd(ctx context.Context, cmd *exec.Cmd) error {
 	runtime.LockOSThread()
 	defer runtime.UnlockOSThread()
@@ -122,7 +125,7 @@ func runToEnd(ctx context.Context, cmd *exec.Cmd) error {
 	return nil
 }
 
-// syncDir makes a rename in the folder durable; Windows has no such thing.
+// syncDir makes a rename in the folder durable. Windows has no such call.
 func syncDir(path string) error {
 	if runtime.GOOS == "windows" {
 		return nil
@@ -138,7 +141,8 @@ func syncDir(path string) error {
 	return nil
 }
 
-// globQuote makes filepath.Glob take path literally. Windows has no escape; its paths cannot have * and ?.
+// globQuote makes filepath.Glob take path literally. Windows has no escape; its paths cannot have *
+// and ?.
 func globQuote(path string) string {
 	if runtime.GOOS == "windows" {
 		return path

@@ -13,7 +13,7 @@ const (
 	tailLinesMax = 12
 )
 
-// openLog opens the log at its end; a long one becomes the old log first.
+// openLog opens the log for appending. A long one becomes the old log first.
 func (d *dataDir) openLog() (*serverLog, error) {
 	path := d.file(logName)
 	if info, err := os.Lstat(path); err == nil && info.Size() > logBytesMax {
@@ -36,14 +36,14 @@ func (d *dataDir) openLog() (*serverLog, error) {
 	return &serverLog{file: file, path: path, start: end}, nil
 }
 
-// serverLog is PostgreSQL's log from one start on.
+// serverLog is PostgreSQL's log since one start.
 type serverLog struct {
 	file  *os.File
 	path  string
 	start int64
 }
 
-// tail returns the last lines, or why it cannot.
+// tail returns the last lines, or the reason why they cannot be read.
 func (l *serverLog) tail() string {
 	f, err := os.Open(l.path)
 	if err != nil {

@@ -18,7 +18,8 @@ import (
 	"go.uber.org/goleak"
 )
 
-// helperVariable makes the test binary a process that a test can kill. Its value is the helper's name.
+// helperVariable makes the test binary a process that a test can kill. Its value is the helper's
+// name.
 const helperVariable = "PAIDONCE_PGSERVER_HELPER"
 
 func TestMain(m *testing.M) {
@@ -36,7 +37,8 @@ func TestMain(m *testing.M) {
 }
 
 var helpers = map[string]func(args []string) error{
-	// serve DATADIR: starts, says "PID URL", and waits for the end of its input without stopping PostgreSQL.
+	// serve DATADIR: starts, prints "PID URL", and waits for the end of its input without stopping
+	// PostgreSQL.
 	"serve": func(args []string) error {
 		ossignal.Ignore(os.Interrupt)
 		s, err := Start(context.Background(), &Options{DataDir: args[0]})
@@ -63,7 +65,7 @@ var helpers = map[string]func(args []string) error{
 		}
 		return err
 	},
-	// watch PID: starts a watcher for the process and says so.
+	// watch PID: starts a watcher for the process and prints a line.
 	"watch": func(args []string) error {
 		var pid int
 		if _, err := fmt.Sscan(args[0], &pid); err != nil {
@@ -82,8 +84,8 @@ var helpers = map[string]func(args []string) error{
 type helper struct {
 	cmd    *exec.Cmd
 	stderr bytes.Buffer
-	pid    int    // what it printed
-	url    string // what it printed
+	pid    int    // as it printed it
+	url    string // as it printed it
 }
 
 // slow skips a test under -short.
@@ -129,11 +131,11 @@ func startHelper(t *testing.T, name string, args ...string) *helper {
 
 // kill ends the helper with SIGKILL and waits for it. It may be called again.
 func (h *helper) kill() {
-	_ = h.cmd.Process.Kill() // fails when it is gone
+	_ = h.cmd.Process.Kill() // fails if it is gone
 	_ = h.cmd.Wait()
 }
 
-// startServer starts a Server that the test's end stops. -short leaves the test out.
+// startServer starts a Server that stops when the test ends. -short skips the test.
 func startServer(t *testing.T, opts *Options) *Server {
 	t.Helper()
 	slow(t)
@@ -154,7 +156,8 @@ func startAnyway(t *testing.T, opts *Options) *Server {
 	return s
 }
 
-// folder is a temporary folder that PostgreSQL's account may enter, unlike t.TempDir when the tests run as root.
+// folder returns a temporary folder that PostgreSQL's account may enter, unlike t.TempDir when the
+// tests run as root.
 func folder(t *testing.T) string {
 	t.Helper()
 	dir, err := os.MkdirTemp("/tmp", "paidonce-test-")
@@ -201,7 +204,7 @@ func queryText(t *testing.T, url, query string) (text string) {
 	return text
 }
 
-// running says whether pid is a process that has not ended; a zombie has.
+// running reports whether pid is a process that has not ended; a zombie has ended.
 func running(pid int) bool {
 	stat, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
 	if err != nil {
@@ -211,7 +214,7 @@ func running(pid int) bool {
 	return !strings.HasPrefix(state, "Z") && !strings.HasPrefix(state, "X")
 }
 
-// awaitGone returns how long the process took to end.
+// awaitGone returns the time that the process took to end.
 func awaitGone(t *testing.T, pid int) time.Duration {
 	t.Helper()
 	begin := time.Now()

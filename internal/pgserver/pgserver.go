@@ -1,8 +1,9 @@
 // Package pgserver runs a PostgreSQL of its own for the demo bank and for the tests.
 //
-// It looks for installed server binaries first and downloads them only when there are none. PostgreSQL listens on a
-// Unix socket in a private folder (on Windows: on 127.0.0.1 with a random password), drops root, ignores the
-// terminal's Ctrl-C, and dies with the process that started it, also when that process is killed with SIGKILL.
+// It looks for installed server binaries first and downloads them only if there are none.
+// PostgreSQL listens on a Unix socket in a private folder (on Windows: on 127.0.0.1 with a random
+// password), drops root, ignores the terminal's Ctrl-C, and dies with the process that started it,
+// even if SIGKILL ends that process.
 package pgserver
 
 import (
@@ -29,15 +30,16 @@ const (
 	superuser       = "postgres"
 	defaultDatabase = "postgres"
 
-	// startWaitMax bounds how long a postmaster may take until it answers, crash recovery included.
+	// startWaitMax bounds the time until a postmaster answers, crash recovery included.
 	startWaitMax = 60 * time.Second
-	// stopWaitMax bounds the fast shutdown; after it comes the immediate one, which gets as long again.
+	// stopWaitMax bounds the fast shutdown. The immediate shutdown after it gets as long again.
 	stopWaitMax = 10 * time.Second
-	// oldPostmasterWaitMax bounds the wait for the postmaster of a killed owner that is still dying.
+	// oldPostmasterWaitMax bounds the wait for the postmaster of a killed owner that is still
+	// dying.
 	oldPostmasterWaitMax = 10 * time.Second
-	// oldChildrenWaitMax bounds the wait for the children of a postmaster that was killed. On PostgreSQL 14
-	// an autovacuum launcher may wait twice 10 seconds for statistics from a collector that is gone, and
-	// notices only then that its postmaster is gone too.
+	// oldChildrenWaitMax bounds the wait for the children of a postmaster that was killed. On
+	// PostgreSQL 14 an autovacuum launcher may wait twice 10 seconds for statistics from a
+	// collector that is gone. Only then does it notice that its postmaster is gone too.
 	oldChildrenWaitMax = 25 * time.Second
 
 	readyPollInterval = 10 * time.Millisecond
@@ -45,30 +47,34 @@ const (
 	retryInterval     = 100 * time.Millisecond
 )
 
-// ErrDataDirInUse says that a living process holds the data folder. It is wrapped with the folder's name.
+// ErrDataDirInUse means that a living process holds the data folder. It is wrapped with the
+// folder's name.
 var ErrDataDirInUse = errors.New("data folder is held by a living process")
 
-// Options are optional; nil means a temporary PostgreSQL with PostgreSQL's own defaults.
+// Options are optional. Nil means a temporary PostgreSQL with PostgreSQL's own defaults.
 type Options struct {
-	// DataDir holds the data, the log (postgres.log) and a lock file, and outlives the Server. It is made if missing.
-	// One that is not empty and was not made by this package is refused and left as it is.
-	// Empty: a temporary folder that Stop removes, or after a kill the next Start.
+	// DataDir holds the data, the log (postgres.log) and a lock file, and outlives the Server. It
+	// is made if missing. A folder that is not empty and was not made by this package is refused
+	// and left as it is. Empty: a temporary folder that Stop removes or, after a kill, the next
+	// Start.
 	DataDir string
 
-	// Settings are postgresql.conf settings such as "fsync": "off". They win over the defaults (fsync on,
-	// max_connections 100) and over ALTER SYSTEM. Those which say where PostgreSQL lives and listens are refused.
+	// Settings are postgresql.conf settings such as "fsync": "off". They override the defaults
+	// (fsync on, max_connections 100) and ALTER SYSTEM. Settings that decide where PostgreSQL lives
+	// and listens are refused.
 	Settings map[string]string
 
-	// Env are variables ("NAME=value") for PostgreSQL itself, and not for the programs that make its data.
+	// Env are variables ("NAME=value") for PostgreSQL itself, but not for the programs that make
+	// its data.
 	Env []string
 
 	// TLS makes PostgreSQL listen on 127.0.0.1 as well, for clients that use TLS and log in with a
 	// password by SCRAM-SHA-256; see [Server.TLSURL]. Start makes the certificate, which is valid
-	// for a day. Not for standbys, and not on Windows. The default is false: only a socket.
+	// for a day. Not for standbys, and not on Windows. Defaults to false: only a socket.
 	TLS bool
 
-	// Progress gets one line for each thing that takes long (a download, an old PostgreSQL still stopping).
-	// It is not used after Start has returned. Nil: none.
+	// Progress gets one line for each thing that takes long (a download, an old PostgreSQL that is
+	// still stopping). It is not used after Start has returned. Nil: none.
 	Progress io.Writer
 }
 
@@ -82,10 +88,11 @@ type Server struct {
 	stop     func() error
 }
 
-// Start starts a PostgreSQL and returns when it answers queries; it takes about a second for a new data folder.
-// ctx bounds Start only, not the life of the Server. When Start fails or ctx ends, no process and no temporary folder
-// is left behind (a download under way ends on its own). The error of a start that PostgreSQL refused has the last
-// lines of its log. A folder held by another Server, of this process or another, is ErrDataDirInUse.
+// Start starts a PostgreSQL and returns when it answers queries; it takes about a second for a new
+// data folder. ctx bounds only Start, not the life of the Server. If Start fails or ctx ends, no
+// process and no temporary folder is left behind (a download in progress ends on its own). If
+// PostgreSQL refused to start, the error contains the last lines of its log. If another Server
+// holds the folder, of this process or another, the error is ErrDataDirInUse.
 func Start(ctx context.Context, opts *Options) (*Server, error) {
 	if opts == nil {
 		opts = &Options{}
@@ -97,7 +104,7 @@ func Start(ctx context.Context, opts *Options) (*Server, error) {
 	return s, nil
 }
 
-// start starts a PostgreSQL, as a standby of primary where that is not nil.
+// start starts a PostgreSQL, as a standby of primary unless primary is nil.
 func start(ctx context.Context, opts *Options, primary *Server) (_ *Server, err error) {
 	if err := checkSettings(opts.Settings); err != nil {
 		return nil, err
@@ -183,16 +190,17 @@ func start(ctx context.Context, opts *Options, primary *Server) (_ *Server, err 
 	return s, nil
 }
 
-// listen decides where PostgreSQL listens and returns the settings that say so.
+// listen decides where PostgreSQL listens and returns the settings for that.
 func (s *Server) listen(socketDir string, data *dataDir) (map[string]string, error) {
 	s.address = url.URL{Scheme: "postgres", User: url.User(superuser)}
 	if unixSockets {
 		query := url.Values{"host": {socketDir}, "port": {strconv.Itoa(socketPort)}, "sslmode": {"disable"}}
 		s.address.RawQuery = query.Encode()
 		return map[string]string{
-			"listen_addresses":        "",
-			"port":                    strconv.Itoa(socketPort),
-			"unix_socket_directories": `"` + socketDir + `"`, // a list; the quotes keep a comma in the path
+			"listen_addresses": "",
+			"port":             strconv.Itoa(socketPort),
+			// A list; the quotes keep a comma in the path.
+			"unix_socket_directories": `"` + socketDir + `"`,
 			"unix_socket_permissions": "0700",
 		}, nil
 	}
@@ -210,7 +218,8 @@ func (s *Server) listen(socketDir string, data *dataDir) (map[string]string, err
 	return map[string]string{"listen_addresses": "127.0.0.1", "port": port, "unix_socket_directories": ""}, nil
 }
 
-// launch starts the postmaster, waiting for the processes of an earlier one that still hold the folder.
+// launch starts the postmaster. It first waits for the processes of an earlier one that still hold
+// the folder.
 func (s *Server) launch(ctx context.Context, data *dataDir, acct *account, listen map[string]string, opts *Options,
 	progress io.Writer) error {
 	started := time.Now()
@@ -220,8 +229,9 @@ func (s *Server) launch(ctx context.Context, data *dataDir, acct *account, liste
 	}
 	for {
 		err := s.launchOnce(ctx, data, acct, listen, opts, stalePID)
-		// The postmaster is gone but its children still end: PostgreSQL finds their shared memory in use. A refused
-		// start has no SQLSTATE, so this is the one place which reads the text (locale C, so it is not translated).
+		// The postmaster is gone but its children have not ended yet: PostgreSQL finds their shared
+		// memory in use. A refused start has no SQLSTATE, so this is the one place that reads the
+		// text (in locale C, so it is not translated).
 		if err == nil || !strings.Contains(err.Error(), "pre-existing shared memory block") || time.Since(started) > oldChildrenWaitMax {
 			return err
 		}
@@ -251,8 +261,9 @@ func (s *Server) launchOnce(ctx context.Context, data *dataDir, acct *account, l
 	cmd := acct.command(data.cluster(), s.binaries.postgres(), args...)
 	cmd.Env = append(cmd.Env, opts.Env...)
 	if stalePID != 0 {
-		// The number in postmaster.pid now belongs to another process. This variable is how pg_ctl tells PostgreSQL
-		// that such a number is no postmaster; unlike removing the file it keeps the check for orphaned children.
+		// The number in postmaster.pid now belongs to another process. With this variable pg_ctl
+		// tells PostgreSQL that such a number is no postmaster. Unlike removing the file, it keeps
+		// the check for orphaned children.
 		cmd.Env = append(cmd.Env, "PG_GRANDPARENT_PID="+strconv.Itoa(stalePID))
 	}
 	cmd.Stdout, cmd.Stderr = log.file, log.file
@@ -266,7 +277,7 @@ func (s *Server) launchOnce(ctx context.Context, data *dataDir, acct *account, l
 	return nil
 }
 
-// awaitReady returns when PostgreSQL lets a client in.
+// awaitReady returns when PostgreSQL accepts a client.
 func (s *Server) awaitReady(ctx context.Context, log *serverLog) error {
 	ctx, cancel := context.WithTimeoutCause(ctx, startWaitMax, fmt.Errorf("no answer within %s", startWaitMax))
 	defer cancel()
@@ -297,17 +308,18 @@ func (s *Server) awaitReady(ctx context.Context, log *serverLog) error {
 	}
 }
 
-// URL is the address of the default database, for the superuser "postgres".
+// URL returns the address of the default database, for the superuser "postgres".
 func (s *Server) URL() string { return s.DatabaseURL(defaultDatabase) }
 
-// DatabaseURL is the address of the named database, which need not exist. It has no side effects.
+// DatabaseURL returns the address of the named database, which need not exist. It has no side
+// effects.
 func (s *Server) DatabaseURL(name string) string {
 	address := s.address
 	address.Path = "/" + name
 	return address.String()
 }
 
-// Version is PostgreSQL's version, such as "17.5".
+// Version returns PostgreSQL's version, such as "17.5".
 func (s *Server) Version() string { return s.binaries.version }
 
 // Program returns the path of a program that was installed with the server, such as pg_dump. It
@@ -321,16 +333,17 @@ func (s *Server) Program(name string) (path string, ok bool) {
 	return bin.program(name), err == nil && info.Mode().IsRegular()
 }
 
-// PID is the postmaster's process id.
+// PID returns the postmaster's process id.
 func (s *Server) PID() int { return s.process.pid() }
 
-// Done is closed when the postmaster is gone, whether Stop asked for it or not.
+// Done returns a channel that is closed when the postmaster is gone, whether by Stop or not.
 func (s *Server) Done() <-chan struct{} { return s.process.done }
 
-// Stop ends PostgreSQL without waiting for its clients, waits until it is gone, releases the data folder and removes
-// what was temporary. It returns an error when the fast shutdown took over 10 s and an immediate one followed, after
-// which committed data is safe but the next start has to recover it. A second call waits for the first and returns
-// the same error; a PostgreSQL that ended earlier is no error.
+// Stop ends PostgreSQL without waiting for its clients, waits until it is gone, releases the data
+// folder and removes everything temporary. It returns an error if the fast shutdown took over 10 s
+// and an immediate one followed: committed data is then safe, but the next start has to recover it.
+// A second call waits for the first and returns the same error. It is no error if PostgreSQL ended
+// earlier.
 func (s *Server) Stop() error { return s.stop() }
 
 func (s *Server) shutdown() error {
@@ -344,7 +357,7 @@ func (s *Server) shutdown() error {
 	return nil
 }
 
-// cleanups run once, the last added first.
+// cleanups run once, in the reverse order of their addition.
 type cleanups []func() error
 
 func (c *cleanups) add(f func() error) { *c = append(*c, f) }
@@ -369,8 +382,8 @@ func freePort() (string, error) {
 	return port, listener.Close()
 }
 
-// canonicalPath makes path absolute and resolves the symbolic links of the part which exists, so that one folder has
-// one name in postmaster command lines.
+// canonicalPath makes path absolute and resolves the symbolic links of the part that exists, so
+// that one folder has one name in postmaster command lines.
 func canonicalPath(path string) (string, error) {
 	path, err := filepath.Abs(path)
 	if err != nil {

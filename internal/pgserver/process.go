@@ -17,8 +17,9 @@ type process struct {
 
 // startProcess starts cmd and makes it die with this process.
 //
-// On Linux the kernel ties the child to the thread that forked it, not to the process. So one goroutine starts the
-// child, keeps its thread locked until the child is gone, and does nothing else.
+// On Linux the kernel ties the child to the thread that forked it, not to the process. So one
+// goroutine starts the child, keeps its thread locked until the child is gone, and does nothing
+// else.
 func startProcess(cmd *exec.Cmd, bin binaries) (*process, error) {
 	p := &process{cmd: cmd, binaries: bin, done: make(chan struct{})}
 	started := make(chan error)
@@ -31,7 +32,7 @@ func startProcess(cmd *exec.Cmd, bin binaries) (*process, error) {
 		}
 		unguard, err := guard(cmd.Process)
 		if err != nil {
-			_ = cmd.Process.Kill() // it has no children yet that matter
+			_ = cmd.Process.Kill() // it has no important children yet
 			_ = cmd.Wait()
 			started <- fmt.Errorf("tie postgres to this process: %w", err)
 			return
@@ -49,7 +50,7 @@ func startProcess(cmd *exec.Cmd, bin binaries) (*process, error) {
 
 func (p *process) pid() int { return p.cmd.Process.Pid }
 
-// exit says how the postmaster ended; it may be called after done is closed.
+// exit describes how the postmaster ended. It may be called after done is closed.
 func (p *process) exit() string {
 	if p.exitErr != nil {
 		return p.exitErr.Error()
@@ -57,7 +58,7 @@ func (p *process) exit() string {
 	return "exit status 0"
 }
 
-// gone waits for the end, at most for limit.
+// gone waits for the end, for at most limit, and reports whether the postmaster has ended.
 func (p *process) gone(limit time.Duration) bool {
 	timer := time.NewTimer(limit)
 	defer timer.Stop()
@@ -69,8 +70,8 @@ func (p *process) gone(limit time.Duration) bool {
 	}
 }
 
-// shutdown asks for a fast shutdown and, when that takes too long, kills. It returns when the postmaster is gone; an
-// error when asking was not enough.
+// shutdown requests a fast shutdown and kills if that takes too long. It returns when the
+// postmaster is gone, with an error if it had to kill.
 func (p *process) shutdown() error {
 	if p.endsAfter(p.signalFast) {
 		return nil
@@ -80,7 +81,8 @@ func (p *process) shutdown() error {
 		stopWaitMax)
 }
 
-// kill ends the postmaster and its children without a checkpoint, and returns when the postmaster is gone.
+// kill ends the postmaster and its children without a checkpoint, and returns when the postmaster
+// is gone.
 func (p *process) kill() {
 	if !p.endsAfter(p.signalImmediate) {
 		_ = p.cmd.Process.Kill() // fails only when it is gone
@@ -88,8 +90,11 @@ func (p *process) kill() {
 	}
 }
 
-// endsAfter sends the signal and waits for the end.
+// endsAfter sends the signal, waits for at most stopWaitMax, and reports whether the postmaster has
+// ended.
 func (p *process) endsAfter(signal func() error) bool {
-	_ = signal() // fails when it is gone, which the wait sees, or cannot be signalled, which the wait outlasts
+	// It fails if the postmaster is gone, which the wait notices, or cannot be signalled, which the
+	// wait outlasts.
+	_ = signal()
 	return p.gone(stopWaitMax)
 }

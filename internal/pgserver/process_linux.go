@@ -8,16 +8,16 @@ import (
 	"syscall"
 )
 
-// dieWithParent asks the kernel for SIGQUIT, PostgreSQL's immediate shutdown, when the thread that forked ends.
-// The signal is set after the credential was dropped and does not reach the postmaster's children, which the
-// postmaster ends itself.
+// dieWithParent asks the kernel to send SIGQUIT, PostgreSQL's immediate shutdown, when the thread
+// that forked ends. The signal is set after the credentials were dropped. It does not reach the
+// postmaster's children; the postmaster ends them itself.
 func dieWithParent(attr *syscall.SysProcAttr) { attr.Pdeathsig = syscall.SIGQUIT }
 
 // guard has nothing to do here: see dieWithParent.
 func guard(*os.Process) (unguard func(), err error) { return func() {}, nil }
 
-// isPostmaster says whether pid is a living postmaster of the cluster, as far as its command line tells; process ids
-// are used again soon in containers. When in doubt it says yes.
+// isPostmaster reports whether pid is a living postmaster of the cluster, judging by its command
+// line: containers reuse process ids soon. When in doubt it returns true.
 func isPostmaster(pid int, cluster string) bool {
 	if !alive(pid) {
 		return false

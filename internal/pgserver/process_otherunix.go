@@ -15,8 +15,8 @@ func dieWithParent(*syscall.SysProcAttr) {}
 
 func guard(postmaster *os.Process) (unguard func(), err error) { return startWatcher(postmaster.Pid) }
 
-// isPostmaster says whether pid is a living postmaster of the cluster, as far as its command line tells.
-// When in doubt it says yes.
+// isPostmaster reports whether pid is a living postmaster of the cluster, judging by its command
+// line. When in doubt it returns true.
 func isPostmaster(pid int, cluster string) bool {
 	if !alive(pid) {
 		return false

@@ -16,8 +16,8 @@ func (p *process) signalImmediate() error { return p.signal(syscall.SIGQUIT) }
 // signal goes through os.Process, which never signals a process id that was already reaped.
 func (p *process) signal(sig syscall.Signal) error { return p.cmd.Process.Signal(sig) }
 
-// isolate gives cmd a process group of its own, so that a terminal's Ctrl-C does not reach it, and lets a cancelled
-// context end the whole group.
+// isolate gives cmd a process group of its own, so that a terminal's Ctrl-C does not reach it, and
+// makes a canceled context end the whole group.
 func isolate(cmd *exec.Cmd, acct *account) {
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
 	if acct != nil {

@@ -16,7 +16,7 @@ const unixSockets = false
 func (p *process) signalFast() error      { return p.signal("INT") }
 func (p *process) signalImmediate() error { return p.signal("QUIT") }
 
-// signal goes through pg_ctl, which knows the pipe that stands for signals on Windows.
+// signal goes through pg_ctl, which knows the pipe that replaces signals on Windows.
 func (p *process) signal(name string) error {
 	return exec.Command(p.binaries.program("pg_ctl"), "kill", name, strconv.Itoa(p.pid())).Run()
 }
@@ -26,7 +26,8 @@ func isolate(cmd *exec.Cmd, _ *account) {
 	cmd.SysProcAttr = &syscall.SysProcAttr{CreationFlags: windows.CREATE_NEW_PROCESS_GROUP}
 }
 
-// guard puts the postmaster into a job that Windows ends with its last handle, which only this process holds.
+// guard puts the postmaster into a job that Windows ends with the job's last handle, which only
+// this process holds.
 func guard(postmaster *os.Process) (unguard func(), err error) {
 	job, err := windows.CreateJobObject(nil, nil)
 	if err != nil {

@@ -11,14 +11,14 @@ import (
 
 const (
 	runPrefix = "paidonce-pg-"
-	// runPathBytesMax leaves room for "/socket/.s.PGSQL.5432.lock" within the 103 bytes of a socket address on macOS
-	// (Linux has 107).
+	// runPathBytesMax leaves room for "/socket/.s.PGSQL.5432.lock" within the 103 bytes of a socket
+	// address on macOS (Linux has 107).
 	runPathBytesMax = 103 - len("/socket/.s.PGSQL.5432.lock")
 	runTries        = 5
 )
 
-// runDir is the private folder of one running Server: its socket, and its data when that is temporary. The folder is
-// locked as long as its owner lives.
+// runDir is the private folder of one running Server: its socket, and its data if that is
+// temporary. The folder is locked while its owner lives.
 type runDir struct {
 	path string
 	lock *os.File
@@ -31,7 +31,8 @@ func newRunDir(acct *account) (*runDir, error) {
 		return nil, err
 	}
 	sweep(parent)
-	for range runTries { // the sweep of another process may catch a folder which is not locked yet
+	// The sweep of another process may remove a folder that is not locked yet.
+	for range runTries {
 		path, err := os.MkdirTemp(parent, runPrefix)
 		if err != nil {
 			return nil, fmt.Errorf("make temporary folder: %w", err)
@@ -52,8 +53,8 @@ func newRunDir(acct *account) (*runDir, error) {
 	return nil, fmt.Errorf("make temporary folder in %s: others removed it %d times", parent, runTries)
 }
 
-// runParent is the system's folder for temporary files, or /tmp where that makes the socket's path too long or is
-// closed to the account.
+// runParent returns the system's folder for temporary files, or /tmp if that folder makes the
+// socket's path too long or is closed to the account.
 func runParent(acct *account) (string, error) {
 	parents := []string{os.TempDir()}
 	if unixSockets {
@@ -79,7 +80,7 @@ func runParent(acct *account) (string, error) {
 	return "", fmt.Errorf("temporary folder: %w", errors.Join(errs...))
 }
 
-// lockRunDir returns nil when the folder is locked or gone already.
+// lockRunDir returns nil if the folder is locked or already gone.
 func lockRunDir(path string) (*runDir, error) {
 	lock, err := openDir(path)
 	if errors.Is(err, os.ErrNotExist) {
@@ -122,7 +123,7 @@ func (r *runDir) remove() error {
 	return err
 }
 
-// sweep removes the folders whose owners died. It only helps, so it reports nothing.
+// sweep removes the folders of dead owners. It only helps, so it reports nothing.
 func sweep(parent string) {
 	entries, err := os.ReadDir(parent)
 	if err != nil {
@@ -137,7 +138,7 @@ func sweep(parent string) {
 			continue
 		}
 		if r, err := lockRunDir(path); err == nil && r != nil {
-			_ = os.RemoveAll(path) // while it is locked, so that nobody takes it into use
+			_ = os.RemoveAll(path) // still locked, so that no process uses it
 			_ = unlock(r.lock)
 		}
 	}

@@ -143,7 +143,8 @@ func TestDoneTellsThatPostgresDied(t *testing.T) {
 	}
 }
 
-// The kernel ends PostgreSQL with the thread that forked it, so that thread must not be the caller's.
+// The kernel ends PostgreSQL with the thread that forked it, so that thread must not be the
+// caller's.
 func TestServerOutlivesTheThreadThatStartedIt(t *testing.T) {
 	t.Parallel()
 	slow(t)
@@ -152,7 +153,8 @@ func TestServerOutlivesTheThreadThatStartedIt(t *testing.T) {
 	startOnDyingThread = func() {
 		runtime.LockOSThread() // and never unlocked: the thread ends with the goroutine
 		if syscall.Gettid() == os.Getpid() {
-			next := make(chan struct{}) // Go does not end the first thread; held here, it cannot run the next one
+			// Go does not end the first thread; held here, it cannot run the next goroutine.
+			next := make(chan struct{})
 			go func() {
 				runtime.LockOSThread()
 				close(next)
@@ -206,7 +208,7 @@ func TestStartThatGetsNoAnswerLeavesNoPostgres(t *testing.T) {
 			time.Sleep(time.Millisecond)
 		}
 	}()
-	// The setting makes a client wait longer than Start does for one answer.
+	// The setting makes a client wait for one answer for longer than Start waits.
 	_, err := Start(ctx, &Options{DataDir: dir, Settings: map[string]string{"pre_auth_delay": "3"}})
 	if !errors.Is(err, context.Canceled) {
 		t.Errorf("err = %v", err)
@@ -261,12 +263,12 @@ func TestCancelledStartLeavesNothing(t *testing.T) {
 			t.Errorf("step %d left processes %v", i, pids)
 		}
 	}
-	if cancelled < 3 { // it is more, unless the first start was slow
+	if cancelled < 3 { // there are more, unless the first start was slow
 		t.Errorf("only %d of %d starts were cancelled", cancelled, steps)
 	}
 }
 
-// processesNaming returns the living processes whose command line has text in it.
+// processesNaming returns the living processes with text in their command line.
 func processesNaming(t *testing.T, text string) (names []string) {
 	t.Helper()
 	files, err := filepath.Glob("/proc/[0-9]*/cmdline")

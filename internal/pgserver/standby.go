@@ -43,7 +43,7 @@ func (s *Server) startStandby(ctx context.Context, opts *Options) (*Server, erro
 		return nil, err
 	}
 	defer conn.Close(context.WithoutCancel(ctx))
-	// The slot keeps the WAL that the copy and the standby need. It ends with the connection.
+	// The slot keeps the WAL that the copy and the standby need. It ends with the conn.
 	const reserve = "SELECT now() FROM pg_create_physical_replication_slot('standby_' || pg_backend_pid(), true, true)"
 	var begin time.Time
 	if err := conn.QueryRow(ctx, reserve).Scan(&begin); err != nil {
@@ -173,7 +173,7 @@ type copying struct {
 	sync bool
 }
 
-// copy copies a file, or a folder without its contents. err is the walk's; a file that vanished
+// copy copies a file, or a folder without its contents. err is the walk's. A file that vanished
 // meanwhile is not needed.
 func (c copying) copy(name string, entry fs.DirEntry, err error) error {
 	if err == nil {
@@ -215,7 +215,7 @@ func (c copying) write(name string, content io.Reader) error {
 	return errors.Join(err, f.Close())
 }
 
-// Promote makes a standby a primary, and returns when it takes writes.
+// Promote makes a standby a primary, and returns when it accepts writes.
 func (s *Server) Promote(ctx context.Context) error {
 	conn, err := pgconn.Connect(ctx, s.URL())
 	if err != nil {
@@ -232,6 +232,7 @@ func (s *Server) Promote(ctx context.Context) error {
 	return nil
 }
 
-// Kill ends PostgreSQL as a crash does: no checkpoint, no word to clients and standbys. It returns when the postmaster is
-// gone. The next start on its data recovers what was committed. Stop must still be called, for the folders.
+// Kill ends PostgreSQL like a crash: no checkpoint, no message to clients or standbys. It returns
+// when the postmaster is gone. The next start on its data recovers the committed transactions. Stop
+// must still be called, for the folders.
 func (s *Server) Kill() { s.process.kill() }

@@ -35,7 +35,7 @@ func TestStandbyFollowsUntilItIsPromoted(t *testing.T) {
 		t.Fatalf("in recovery: %s", got)
 	}
 
-	// A commit that waits for the standby to have applied it is there at once.
+	// A commit that waits until the standby has applied it is visible there at once.
 	for begin := time.Now(); queryText(t, primary.URL(), "SELECT count(*)::text FROM pg_stat_replication WHERE state = 'streaming'") != "1"; {
 		if time.Since(begin) > 10*time.Second {
 			t.Fatal("the standby does not follow")
@@ -66,7 +66,8 @@ func TestStandbyFollowsUntilItIsPromoted(t *testing.T) {
 	}
 }
 
-// The copy is made while files are written, made and removed, and while WAL that it needs could be recycled.
+// The copy is made while files are written, made and removed, and while WAL that it needs could be
+// recycled.
 func TestStandbyOfABusyServerHasEverythingThatWasCommitted(t *testing.T) {
 	t.Parallel()
 	primary := startServer(t, &Options{Settings: map[string]string{"fsync": "off", "wal_recycle": "off", "min_wal_size": "32MB"}})

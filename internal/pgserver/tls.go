@@ -37,8 +37,7 @@ type tlsListener struct {
 	dir, port, password string
 }
 
-// newTLSListener makes the files that PostgreSQL needs for it in dir, which the account may pass
-// through.
+// newTLSListener makes PostgreSQL's TLS files in dir, which the account may pass through.
 func newTLSListener(dir string, acct *account) (*tlsListener, error) {
 	if !unixSockets {
 		return nil, errors.New("TLS: it needs Unix sockets beside it")

@@ -10,9 +10,10 @@ import (
 	"syscall"
 )
 
-// startWatcher starts a shell that sends SIGQUIT to pid when this process is gone. It waits on a pipe whose other end
-// only this process holds, so the kernel closes it however this process ends. unwatch must be called when pid is
-// gone, before its number can be used again. Linux does not need it (see dieWithParent); it is built there for its test.
+// startWatcher starts a shell that sends SIGQUIT to pid when this process is gone. The shell waits
+// on a pipe; only this process holds the other end, so the kernel closes it however this process
+// ends. unwatch must be called when pid is gone, before its number can be reused. Linux does not
+// need it (see dieWithParent); it is built there for its test.
 func startWatcher(pid int) (unwatch func(), err error) {
 	read, write, err := os.Pipe() // both close-on-exec
 	if err != nil {
@@ -28,7 +29,7 @@ func startWatcher(pid int) (unwatch func(), err error) {
 	}
 	return func() {
 		_ = cmd.Process.Kill()
-		_ = cmd.Wait() // "signal: killed" is what was asked for
+		_ = cmd.Wait() // "signal: killed" is expected
 		write.Close()
 	}, nil
 }
