@@ -1,12 +1,14 @@
-// Package bench measures what idempotency costs: the same transfer over real HTTP and PostgreSQL, without it, with ours, and with
-// the designs that others have, in one run and in random order, so that they can be held against each other.
+// Package bench measures the cost of idempotency: the same transfer over real HTTP and PostgreSQL,
+// without idempotency, with ours, and with the designs of others, in one run and in random order,
+// so that they can be compared.
 //
-//   - [Run] is one run; [Serve] is the process that answers, apart from the one that asks
-//   - designs.go says what is held against what; transfer.go is the transfer, rivals.go the other designs, stand.go the routes
+//   - [Run] is one run; [Serve] is the serving process, separate from the process with the clients
+//   - designs.go lists the designs and their comparisons; transfer.go is the transfer, rivals.go
+//     the other designs, stand.go the routes
 //   - cluster.go is the PostgreSQL, keys.go fills its tables
-//   - client.go asks, measure.go measures one slice, run.go puts the slices in order
-//   - wait.go and expiry.go measure duplicates of a request that runs, and what expiry costs
-//   - stats.go, report.go and plot.go say what came out
+//   - client.go sends requests, measure.go measures one slice, run.go puts the slices in order
+//   - wait.go and expiry.go measure duplicates of a running request, and the cost of expiry
+//   - stats.go, report.go and plot.go report the results
 package bench
 
 import (
@@ -26,7 +28,7 @@ import (
 const (
 	ClientsMax     = 256
 	KeysMax        = 50_000_000       // 20 GB
-	DelayMin       = time.Millisecond // shorter sleeps take as long
+	DelayMin       = time.Millisecond // a shorter sleep takes as long as this
 	DelayMax       = 100 * time.Millisecond
 	RoundsMin      = 3 // fewer have no quartiles
 	RoundsMax      = 1000
@@ -38,7 +40,7 @@ const (
 	settingsMax = 8 // of one kind
 )
 
-// Defaults of [Config], and those of a quick run.
+// Defaults of [Config], normal and quick.
 const (
 	RoundsDefault      = 9
 	RoundsQuick        = 5
@@ -52,40 +54,46 @@ const (
 
 // The parts of a run.
 const (
-	PartDesigns = "designs" // all designs, at each number of clients, with fsync and without
-	PartDelay   = "delay"   // the same at the fewest and the most clients, with a slow network to PostgreSQL
-	PartKeys    = "keys"    // a table that is full against one that is empty, at the most clients
-	PartWait    = "wait"    // duplicates of one request that takes long
-	PartExpiry  = "expiry"  // what it costs to delete records
+	// All designs, at each number of clients, with fsync and without.
+	PartDesigns = "designs"
+	// All designs, at the fewest and the most clients, with a slow network to PostgreSQL.
+	PartDelay = "delay"
+	// A full table against an empty one, at the most clients.
+	PartKeys = "keys"
+	// Duplicates of one request that takes long.
+	PartWait = "wait"
+	// The cost of deleting expired records.
+	PartExpiry = "expiry"
 )
 
 // Parts returns the names of all parts, in their order.
 func Parts() []string { return []string{PartDesigns, PartDelay, PartKeys, PartWait, PartExpiry} }
 
-// Config says what a run measures. The zero value of each field is its default.
+// Config sets the measurements of a run. The zero value of each field is its default.
 type Config struct {
-	Quick       bool            // other defaults, that take less than a minute
-	Clients     []int           // who send at once
+	Quick       bool            // other defaults: a run of less than a minute
+	Clients     []int           // numbers of concurrent clients
 	Fsync       []string        // on, off
-	Keys        []int64         // records that lie in the table before
-	Delays      []time.Duration // each way between the service and PostgreSQL; 0 is not measured
+	Keys        []int64         // numbers of records in a full table; 0 is skipped
+	Delays      []time.Duration // each way, service to PostgreSQL; 0 is skipped
 	Designs     []string        // some of [Designs]
 	Parts       []string        // some of [Parts]
-	Rounds      int             // of each setting; in each round every design has one slice
-	Slice       time.Duration   // how long a design is measured in a round
-	PoolSize    int             // connections at most; 0 is as many as clients
-	Expired     int64           // records whose expiry is measured
-	Seed        uint64          // of the order and of what clients ask; 0 draws one
+	Rounds      int             // of each setting; a round has a slice of each design
+	Slice       time.Duration   // time that a design is measured in a round
+	PoolSize    int             // maximum of conns; 0 means the number of clients
+	Expired     int64           // number of records to expire and delete
+	Seed        uint64          // for the order and the requests; 0 draws one
 	DurationMax time.Duration   // bounds the whole run
 
-	// Progress gets a line that is written over on a terminal, and one every ten seconds elsewhere. Nil: none.
+	// Progress gets a line that is overwritten on a terminal, and a line every ten seconds
+	// elsewhere. Nil: none.
 	Progress io.Writer
 	Terminal bool // Progress is a terminal
 
-	waitWindows int // see there
+	waitWindows int // see the constant
 }
 
-// full returns the config with nothing left out but the seed.
+// full returns the config with every default filled in, except the seed.
 func (c *Config) full() Config {
 	full := *c
 	d := Config{
@@ -120,7 +128,7 @@ func orElse[T any](values, others []T) []T {
 	return values
 }
 
-// Validate reports whether the run is possible.
+// Validate returns an error if the run is impossible.
 func (c *Config) Validate() error {
 	full := c.full()
 	for _, err := range []error{
@@ -150,7 +158,7 @@ func (c *Config) Validate() error {
 	return nil
 }
 
-// each reports a value of a list that can't be, or is there twice.
+// each returns an error if a value of a list is impossible or repeated.
 func each[T comparable](flag string, values []T, good func(T) bool, want string) error {
 	if len(values) > max(settingsMax, len(designs)) {
 		return fmt.Errorf("%s has too many values", flag)
@@ -166,12 +174,13 @@ func each[T comparable](flag string, values []T, good func(T) bool, want string)
 	return nil
 }
 
-// errDuration is the cause of a context that ended because a run took longer than it may.
+// errDuration is the cause of a context that ended because the run took longer than allowed.
 var errDuration = errors.New("the time of --duration-max was over")
 
-// Run does one run and returns its report. Where the time of DurationMax is over before all is measured, the report has
-// what was, and says what was not. An error means that there is no report: something failed, an answer was wrong, the
-// books did not balance, or ctx ended. Nothing is left behind.
+// Run does one run and returns its report. If DurationMax elapses before everything is measured,
+// the report has the results so far and names the missing parts. An error means that there is no
+// report: something failed, an answer was wrong, the books did not balance, or ctx ended. Nothing
+// is left behind.
 func Run(ctx context.Context, config Config) (_ *Report, err error) {
 	if err := config.Validate(); err != nil {
 		return nil, err

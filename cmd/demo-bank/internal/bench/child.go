@@ -14,7 +14,7 @@ import (
 	"time"
 )
 
-// ServeCommand is the hidden command of the program under which it serves: see [Serve].
+// ServeCommand is the program's hidden command that serves: see [Serve].
 const ServeCommand = "bench-serve"
 
 const childStopMax = 10 * time.Second
@@ -30,7 +30,7 @@ type child struct {
 	address string
 }
 
-// startChild starts the serving process, which ends with this one.
+// startChild starts the serving process, which ends with this process.
 func startChild(ctx context.Context) (*child, error) {
 	program, err := os.Executable()
 	if err != nil {
@@ -49,13 +49,14 @@ func startChild(ctx context.Context) (*child, error) {
 	c.encoder, c.decoder = json.NewEncoder(c.in), json.NewDecoder(out)
 	started := make(chan error)
 	go func() {
-		// The kernel ends it with the thread that started it, not with the process: the thread stays.
+		// The kernel ends the child when the thread that started it ends, not when the process
+		// does. So the thread is locked.
 		runtime.LockOSThread()
 		defer runtime.UnlockOSThread()
 		err := c.cmd.Start()
 		started <- err
 		if err == nil {
-			_ = c.cmd.Wait() // how it ended is told by what it said
+			_ = c.cmd.Wait() // its output says how it ended
 			close(c.ended)
 		}
 	}()
@@ -70,7 +71,8 @@ func startChild(ctx context.Context) (*child, error) {
 	return c, nil
 }
 
-// ask gives the server an order and waits for its reply. After an error it is of no more use.
+// ask sends the server an order and waits for its reply. After an error the child cannot be used
+// again.
 func (c *child) ask(ctx context.Context, o order) (reply, error) {
 	stop := context.AfterFunc(ctx, func() { _ = c.cmd.Process.Kill() }) // it may have ended
 	defer stop()
@@ -91,7 +93,7 @@ func (c *child) ask(ctx context.Context, o order) (reply, error) {
 }
 
 func (c *child) close() error {
-	_ = c.in.Close() // which is how it is told; it may have ended
+	_ = c.in.Close() // the child ends when its input does; it may have ended
 	select {
 	case <-c.ended:
 		return nil
@@ -102,7 +104,7 @@ func (c *child) close() error {
 	return fmt.Errorf("the server did not stop within %v", childStopMax)
 }
 
-// tail keeps the last of what was written to it. It is safe for concurrent use.
+// tail keeps the end of everything that was written to it. It is safe for concurrent use.
 type tail struct {
 	mu   sync.Mutex
 	last []byte

@@ -19,32 +19,33 @@ import (
 )
 
 const (
-	accounts = 1000 // that the bank's seed has, with the name that accountOf gives
+	accounts = 1000 // in the bank's seed, with the names from accountOf
 
 	requestTimeout = 30 * time.Second
 	latencyMax     = requestTimeout
 
-	runIn = 2 // requests of each client before a slice that are not counted
+	runIn = 2 // uncounted requests of each client before a slice
 )
 
 func accountOf(n int) string { return fmt.Sprintf("acct-%04d", n) }
 
-// referenceOf makes an answer some 200 bytes long, as those of the bank are.
+// referenceOf makes an answer about 200 bytes long, like the bank's.
 func referenceOf(n int) string { return fmt.Sprintf("invoice %06d of the bench, net 30", n) }
 
-// client is one client with a connection of its own. It speaks as much HTTP/1.1 as it needs: what net/http would cost here
-// is taken from the server on a machine that both share. It is used by one goroutine at a time.
+// client is one client with its own conn. It implements only the HTTP/1.1 that it needs: the cost
+// of net/http here would slow the server down, because both share a machine. Only one goroutine may
+// use it at a time.
 type client struct {
 	address string
 	rng     *rand.Rand
 	conn    net.Conn
 	reader  *bufio.Reader
 	out     []byte
-	body    []byte // of the last request, and its key
+	body    []byte // of the last request, like key
 	key     string
-	latency *hdr.Histogram // microseconds
+	latency *hdr.Histogram // in microseconds
 
-	reply clientReply // of the last request
+	reply clientReply // to the last request
 }
 
 type clientReply struct {
@@ -60,7 +61,7 @@ func newClient(address string, seed, number uint64) *client {
 
 func (c *client) close() {
 	if c.conn != nil {
-		_ = c.conn.Close() // nothing is under way
+		_ = c.conn.Close() // no request is in progress
 		c.conn = nil
 	}
 }
@@ -71,16 +72,16 @@ type record struct {
 	body    []byte
 }
 
-// target is what clients send, and where.
+// target is the kind and the path of the clients' requests.
 type target struct {
 	path    string
 	kind    kind
-	records []record           // of a replay or a read
-	old     func(int64) record // of a replay from anywhere in a full table
+	records []record           // for a replay or a read
+	old     func(int64) record // for a replay from anywhere in a full table
 	oldMax  int64
 }
 
-// send sends one request of the target's kind and checks that it was answered as such.
+// send sends one request of the target's kind and checks that the answer is of that kind.
 func (c *client) send(ctx context.Context, t *target) error {
 	var err error
 	wantStatus, wantOutcome := http.StatusCreated, ""
@@ -206,14 +207,15 @@ func (c *client) read() error {
 	return err
 }
 
-// load is what clients got done in a slice.
+// load is the clients' work in a slice.
 type load struct {
 	requests int64
 	perSec   float64
 	latency  *hdr.Histogram
 }
 
-// drive has each client send one request after another: so many, or for so long. It returns when the last is answered.
+// drive makes each client send requests one after another until it has sent the number each and the
+// duration has elapsed. It returns when the last request is answered.
 func drive(ctx context.Context, clients []*client, t *target, each int, duration time.Duration) (load, error) {
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
@@ -231,14 +233,15 @@ func drive(ctx context.Context, clients []*client, t *target, each int, duration
 					return
 				}
 				now := time.Now()
-				_ = c.latency.RecordValue(max(1, min(now.Sub(last), latencyMax).Microseconds())) // within its range
+				_ = c.latency.RecordValue(max(1, min(now.Sub(last), latencyMax).Microseconds()))
 				last = now
 			}
 			mu.Lock()
 			defer mu.Unlock()
 			total.requests += int64(sent)
 			if took := last.Sub(started); took > 0 {
-				total.perSec += float64(sent) / took.Seconds() // each client's own time: the last ones end alone
+				// Each client's own time: at the end the last ones run without the others.
+				total.perSec += float64(sent) / took.Seconds()
 			}
 			total.latency.Merge(c.latency)
 		})

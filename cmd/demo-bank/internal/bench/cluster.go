@@ -19,18 +19,18 @@ import (
 	"github.com/paidonce/idempotency/storage/postgres"
 )
 
-// cluster is a PostgreSQL. Its data outlive its restarts, which is how fsync is switched.
+// cluster is a PostgreSQL. Its data outlives its restarts, which switch fsync.
 type cluster struct {
 	dir    string
 	config Config
 	server *pgserver.Server
 	admin  *pgx.Conn
 	proxy  *pgfault.Proxy
-	fsync  string // as it runs now; empty: it does not
-	made   bool   // the tables are there
+	fsync  string // the current setting; empty if it does not run
+	made   bool   // the tables exist
 }
 
-// restart starts PostgreSQL, or again where its fsync is another.
+// restart starts PostgreSQL, or restarts it if its fsync differs.
 func (c *cluster) restart(ctx context.Context, fsync string) error {
 	if c.fsync == fsync {
 		return nil
@@ -39,7 +39,8 @@ func (c *cluster) restart(ctx context.Context, fsync string) error {
 		return err
 	}
 	if fsync == "on" {
-		syncDisks() // what was written without it must not be in the way of what is measured with it
+		// Pages written without fsync must not slow down the measurements with it.
+		syncDisks()
 	}
 	if c.dir == "" {
 		dir, err := os.MkdirTemp("", "demo-bank-bench-")
@@ -62,10 +63,10 @@ func (c *cluster) restart(ctx context.Context, fsync string) error {
 	return c.make(ctx, server.URL())
 }
 
-// settings are PostgreSQL's. Checkpoints and autovacuum come when they are called, which is between two settings: whom
-// of the designs they would hit is luck.
+// settings returns PostgreSQL's settings. Checkpoints and autovacuum run only when requested,
+// between two settings: otherwise chance would decide which designs they slow down.
 func (c *cluster) settings(fsync string) map[string]string {
-	connections := 32 // our own, and those that are reserved
+	connections := 32 // our own, and the reserved ones
 	for _, clients := range append([]int{waitPoolSize}, c.config.Clients...) {
 		connections = max(connections, 32+(1+2*2)*max(clients, c.config.PoolSize))
 	}
@@ -75,7 +76,8 @@ func (c *cluster) settings(fsync string) map[string]string {
 	}
 }
 
-// make makes the bank's tables, those of the rivals, and one of records for each number of keys, unless they are there.
+// make makes the bank's tables, those of the rivals, and a table of records for each number of
+// keys, if they are missing.
 func (c *cluster) make(ctx context.Context, url string) error {
 	if _, err := c.admin.Exec(ctx, "SET search_path = "+bank.Schema); err != nil {
 		return fmt.Errorf("connect: %w", err)
@@ -103,13 +105,14 @@ func (c *cluster) make(ctx context.Context, url string) error {
 	return nil
 }
 
-// schemaOf is the schema of the table that has so many records before.
+// schemaOf returns the schema of the table that is filled with this number of records.
 func schemaOf(keys int64) string { return "keys_" + strconv.FormatInt(keys, 10) }
 
 func tableOf(schema string) string { return pgx.Identifier{schema, postgres.TableName}.Sanitize() }
 
-// reset gives each account its opening balance, and empties all other tables but those that were filled. It does not
-// ANALYZE the empty ones: sessions would plan for them what is slow once they have grown, and keep the plans.
+// reset gives each account its opening balance, and empties all other tables except those that were
+// filled. It does not ANALYZE the empty ones: sessions would keep plans that become slow once the
+// tables have grown.
 func (c *cluster) reset(ctx context.Context) error {
 	for _, sql := range []string{
 		"TRUNCATE transfers, entries, insert_first_keys, lease_keys, " + tableOf(schemaOf(0)),
@@ -124,7 +127,7 @@ func (c *cluster) reset(ctx context.Context) error {
 	return nil
 }
 
-// check holds the books against each other and against what clients were told.
+// check compares the books with each other and with the number of acknowledged transfers.
 func (c *cluster) check(ctx context.Context, acknowledged int64) error {
 	var made, lost, mismatched, transfers, entries int64
 	err := c.admin.QueryRow(ctx, `
@@ -144,7 +147,7 @@ func (c *cluster) check(ctx context.Context, acknowledged int64) error {
 	return nil
 }
 
-// url is where the service connects to: through a slow network where delay is not 0.
+// url returns the URL for the service: through a slow network unless delay is 0.
 func (c *cluster) url(delay time.Duration) (string, error) {
 	if delay == 0 {
 		return c.server.URL(), nil
@@ -163,7 +166,7 @@ func (c *cluster) url(delay time.Duration) (string, error) {
 	return c.proxy.URL(c.server.URL()), nil
 }
 
-// walBytes is how much WAL there has been.
+// walBytes returns the amount of WAL so far.
 func (c *cluster) walBytes(ctx context.Context) (bytes int64, err error) {
 	err = c.admin.QueryRow(ctx, "SELECT (pg_current_wal_insert_lsn() - '0/0')::bigint").Scan(&bytes)
 	return bytes, err
@@ -176,7 +179,7 @@ func (c *cluster) stop() error {
 	ctx, cancel := context.WithTimeout(context.Background(), time.Second)
 	defer cancel()
 	if c.admin != nil {
-		_ = c.admin.Close(ctx) // a connection that can't say goodbye is closed all the same
+		_ = c.admin.Close(ctx) // a conn that can't say goodbye is closed all the same
 	}
 	err := c.server.Stop()
 	c.server, c.admin, c.fsync = nil, nil, ""

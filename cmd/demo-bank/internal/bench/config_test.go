@@ -6,7 +6,7 @@ import (
 	"time"
 )
 
-// TestLimits: both sides of the edge of each.
+// TestLimits: both sides of each limit.
 func TestLimits(t *testing.T) {
 	t.Parallel()
 	for name, test := range map[string]struct{ good, refused []Config }{
@@ -38,7 +38,7 @@ func TestLimits(t *testing.T) {
 	}
 }
 
-// TestQuickIsLess: of everything, and what was asked for stays.
+// TestQuickIsLess: less of everything, but explicit values stay.
 func TestQuickIsLess(t *testing.T) {
 	t.Parallel()
 	normal, quick := (&Config{}).full(), (&Config{Quick: true, Rounds: 77, Keys: []int64{5}}).full()

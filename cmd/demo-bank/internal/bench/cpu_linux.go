@@ -13,8 +13,9 @@ import (
 // clockTick is the unit of /proc/PID/stat: USER_HZ is 100 on every Linux.
 const clockTick = 10 * time.Millisecond
 
-// familyCPU is the processor time that a process and all its children have taken, those that have ended included. The
-// living are counted to the nanosecond where the kernel keeps schedstat, else by ticks.
+// familyCPU returns the processor time of a process and all its children, including those that have
+// ended. Living ones are counted to the nanosecond if the kernel keeps schedstat, otherwise by
+// ticks.
 func familyCPU(parent int) (time.Duration, error) {
 	stats, err := filepath.Glob("/proc/[0-9]*/stat")
 	if err != nil {
@@ -25,7 +26,7 @@ func familyCPU(parent int) (time.Duration, error) {
 	for _, path := range stats {
 		text, err := os.ReadFile(path)
 		if err != nil {
-			continue // it has ended: its time is its parent's now
+			continue // it has ended: its parent's time now includes it
 		}
 		pid, _ := strconv.Atoi(filepath.Base(filepath.Dir(path)))
 		fields, ok := statFields(text)
@@ -51,7 +52,7 @@ func familyCPU(parent int) (time.Duration, error) {
 	return sum, nil
 }
 
-// statFields are those behind the name, which may hold anything: state, parent, ...
+// statFields returns the fields after the name, which may contain anything: state, parent, ...
 func statFields(text []byte) ([]string, bool) {
 	end := bytes.LastIndexByte(text, ')')
 	if end < 0 {
@@ -61,7 +62,8 @@ func statFields(text []byte) ([]string, bool) {
 	return fields, len(fields) > 14
 }
 
-// times are a process's own and those of its children that have ended: utime, stime, cutime and cstime.
+// times returns a process's own time, and that of its children that have ended: utime, stime,
+// cutime and cstime.
 func times(fields []string) (own, ended time.Duration, err error) {
 	var ticks [4]int64
 	for i := range ticks {
@@ -72,7 +74,7 @@ func times(fields []string) (own, ended time.Duration, err error) {
 	return time.Duration(ticks[0]+ticks[1]) * clockTick, time.Duration(ticks[2]+ticks[3]) * clockTick, nil
 }
 
-// schedstat is the time that a process of one thread has run.
+// schedstat returns the run time of a process with one thread.
 func schedstat(pid int) (time.Duration, bool) {
 	text, err := os.ReadFile("/proc/" + strconv.Itoa(pid) + "/schedstat")
 	if err != nil {

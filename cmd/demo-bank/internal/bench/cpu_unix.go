@@ -7,7 +7,7 @@ import (
 	"time"
 )
 
-// ownCPU is the processor time that this process has taken.
+// ownCPU returns the processor time of this process.
 func ownCPU() time.Duration {
 	var usage syscall.Rusage
 	if syscall.Getrusage(syscall.RUSAGE_SELF, &usage) != nil {

@@ -2,27 +2,27 @@ package bench
 
 import "slices"
 
-// kind is what clients send to a design.
+// kind is the kind of the clients' requests to a design.
 type kind int
 
 const (
-	fresh  kind = iota // a transfer under a key that is new
-	replay             // a transfer that was answered before, under its key
-	old                // the same, of a record from anywhere in a full table
-	read               // a GET of a transfer that is there
-	plain              // a GET of nothing in particular
+	fresh  kind = iota // a transfer under a new key
+	replay             // a transfer that was already answered, under its key
+	old                // the same, from anywhere in a full table
+	read               // a GET of an existing transfer
+	plain              // a GET that needs no transfer
 )
 
 // design is one way to answer requests.
 type design struct {
 	name  string
 	kind  kind
-	keyed bool     // it has a record, and replays
-	bases []string // what it is held against, the first in the table
+	keyed bool     // it has records, and replays them
+	bases []string // the designs for comparison; the table uses the first
 }
 
-// The designs, in the order of the report. Those of the first group run the same statements in batches, those of the second one
-// after another; the last read.
+// The designs, in the order of the report. The first group runs the same statements in batches, the
+// second one after another; the last group reads.
 var designs = []design{
 	{name: "bare-batch", kind: fresh, bases: []string{"bare-batch"}},
 	{name: "bare-folded", kind: fresh, bases: []string{"bare-batch"}},
@@ -37,10 +37,11 @@ var designs = []design{
 	{name: "no-database", kind: plain, bases: []string{"get-by-id"}},
 }
 
-// replayOld is replay-database where records of any age are asked for. It is measured where a table is full.
+// replayOld is replay-database for records of any age. It is measured if a table is full.
 const replayOld = "replay-old"
 
-// Routes that are no design: that which makes what get-by-id reads, and those of the part that waits.
+// Routes that are no design: the one that makes the transfers for get-by-id, and those of the wait
+// part.
 const (
 	routeMade  = "made"
 	routeWait  = "wait"

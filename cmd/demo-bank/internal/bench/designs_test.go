@@ -6,8 +6,9 @@ import (
 	"testing"
 )
 
-// TestEveryDesignPaysOnce: each makes as many transfers as it was asked for, the books balance, and those that have records
-// replay them and refuse another body under the key. With the bare ones a retry pays again, which is what they are for.
+// TestEveryDesignPaysOnce: each design makes the requested number of transfers, and the books
+// balance. Designs with records replay them and refuse another body under the key. With the bare
+// designs a retry pays again, which is their purpose.
 func TestEveryDesignPaysOnce(t *testing.T) {
 	t.Parallel()
 	const requests = 5
@@ -26,7 +27,7 @@ func TestEveryDesignPaysOnce(t *testing.T) {
 			}
 			paid++
 			first := client.reply
-			answer := string(first.body) // its bytes are written over by the next
+			answer := string(first.body) // the next reply overwrites its bytes
 			if len(answer) < 180 || len(answer) > 220 {
 				t.Errorf("%s: the answer has %d bytes, want about 200", d.name, len(answer))
 			}
@@ -75,7 +76,8 @@ func testStand(t *testing.T, url string, names ...string) *client {
 	return c
 }
 
-// TestReadsAnswer: the designs that only read answer what was written, and without a database.
+// TestReadsAnswer: the designs that only read answer with a written transfer, or without a
+// database.
 func TestReadsAnswer(t *testing.T) {
 	t.Parallel()
 	_, url := testCluster(t)
@@ -102,7 +104,8 @@ func TestReadsAnswer(t *testing.T) {
 	}
 }
 
-// TestWrongBooksAreFound: money made, money lost, an entry too few, and a transfer that nobody was told of.
+// TestWrongBooksAreFound: money made, money lost, a missing entry, and a transfer without an
+// acknowledgment.
 func TestWrongBooksAreFound(t *testing.T) {
 	t.Parallel()
 	c, url := testCluster(t)

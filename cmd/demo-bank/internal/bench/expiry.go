@@ -12,11 +12,11 @@ import (
 	"github.com/paidonce/idempotency/storage/postgres"
 )
 
-// Expiry is what it costs to delete records that have expired.
+// Expiry is the cost of deleting expired records.
 type Expiry struct {
 	Fsync         string  `json:"fsync"`
 	Keys          int64   `json:"keys"`
-	TableBytes    int64   `json:"table_bytes"` // with its index, before
+	TableBytes    int64   `json:"table_bytes"` // with its index, before the DELETE
 	DeleteSeconds float64 `json:"delete_seconds"`
 	DeleteWAL     int64   `json:"delete_wal_bytes"`
 	VacuumSeconds float64 `json:"vacuum_seconds"`
@@ -25,10 +25,10 @@ type Expiry struct {
 
 const (
 	schemaExpiry = "keys_expired"
-	expiredSince = "-2 days" // from an expiry that is a day from now
+	expiredSince = "-2 days" // added to an expiry a day from now
 )
 
-// measureExpiry fills a table with records that have expired, and deletes them.
+// measureExpiry fills a table with expired records, and deletes them.
 func (r *run) measureExpiry(ctx context.Context) error {
 	opts := &postgres.Options{Schema: schemaExpiry}
 	config, err := pgxpool.ParseConfig(r.cluster.server.URL())
@@ -78,7 +78,7 @@ func (r *run) measureExpiry(ctx context.Context) error {
 	return nil
 }
 
-// spent returns the seconds and the bytes of WAL that something took.
+// spent returns the seconds and the bytes of WAL that do took.
 func (r *run) spent(ctx context.Context, do func() error) (seconds float64, wal int64, err error) {
 	before, err := r.cluster.walBytes(ctx)
 	if err != nil {

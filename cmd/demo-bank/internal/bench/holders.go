@@ -9,7 +9,7 @@ import (
 	"github.com/jackc/pgx/v5/pgxpool"
 )
 
-// holders counts the connections that marked requests hold. It is a pool's tracer.
+// holders counts the conns that marked requests hold. It is a pool's tracer.
 type holders struct {
 	mu    sync.Mutex
 	conns map[*pgx.Conn]struct{}
@@ -59,7 +59,7 @@ func (h *holders) TraceQueryStart(ctx context.Context, _ *pgx.Conn, _ pgx.TraceQ
 
 func (h *holders) TraceQueryEnd(context.Context, *pgx.Conn, pgx.TraceQueryEndData) {}
 
-// take returns the most that were held at once since the last call.
+// take returns the maximum number of conns held at once since the last call.
 func (h *holders) take() int {
 	h.mu.Lock()
 	defer h.mu.Unlock()

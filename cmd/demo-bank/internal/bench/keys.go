@@ -7,21 +7,21 @@ import (
 	"time"
 )
 
-// fillRowsMax is how many records one INSERT makes.
+// fillRowsMax is the maximum number of rows of one INSERT.
 const fillRowsMax = 100_000
 
-// filled is a table that was filled: how to ask for each of its records.
+// filled describes a filled table, so that each of its records can be requested.
 type filled struct {
 	keys int64
 	from int64 // milliseconds of the first key
 	body []byte
 }
 
-// fillBefore is how far back the keys of a full table reach: those of a day, as many at any time.
+// fillBefore is the time that the keys of a full table reach back: a day, evenly spread.
 const fillBefore = 24 * time.Hour
 
-// keyOf is the key of a record by its number. It has the form of a UUIDv7: 48 bits of the time in milliseconds, and then
-// what no other record has. The SQL of fill makes the same.
+// keyOf returns the key of the i-th record. It has the form of a UUIDv7: 48 bits of the time in
+// milliseconds, and then a unique part. The SQL of fill makes the same key.
 func (f *filled) keyOf(i int64) string {
 	return keyAt(f.from+i*fillBefore.Milliseconds()/f.keys, i)
 }
@@ -31,8 +31,8 @@ func keyAt(ms, i int64) string {
 	return when[:8] + "-" + when[8:] + "-7" + fmt.Sprintf("%03x", i%4096) + "-8" + fmt.Sprintf("%03x", i/4096%4096) + "-" + tail
 }
 
-// sqlFill copies one record to those from $4 to $5. $1 is its key, $2 the milliseconds of the first, $3 how many there
-// are in all. $6 is added to the time of expiry.
+// sqlFill copies one record to those from $4 to $5. $1 is its key, $2 the milliseconds of the first
+// record, $3 the total number of records. $6 is added to the time of expiry.
 const sqlFill = `
 	INSERT INTO %[1]s (created_at, expires_at, status, fingerprint_version, attempt_id, scope, key, fingerprint, headers, body, trace_id)
 	SELECT r.created_at, r.expires_at + $6::interval, r.status, r.fingerprint_version, gen_random_uuid(), r.scope,
@@ -87,8 +87,8 @@ func (r *run) copies(ctx context.Context, schema, route string, f *filled, later
 	return nil
 }
 
-// keysEntries are a fresh request, a replay of a record made a moment ago, and one of any record, each on the full table
-// and on one that is empty but for what this block writes.
+// keysEntries are a fresh request, a replay of a new record, and a replay of any record, each on
+// the full table and on one that is empty except for this block's own rows.
 func (r *run) keysEntries(ctx context.Context, b *Block, clients []*client) ([]*entry, error) {
 	f := r.filled[b.Keys]
 	schemas := []string{schemaOf(0), schemaOf(b.Keys)}

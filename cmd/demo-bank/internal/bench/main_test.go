@@ -11,7 +11,7 @@ import (
 	"github.com/paidonce/idempotency/internal/pgtest"
 )
 
-// TestMain makes this test binary the serving process where it is started as one.
+// TestMain makes this test binary the serving process if it is started as one.
 func TestMain(m *testing.M) {
 	if len(os.Args) > 1 && os.Args[1] == ServeCommand {
 		if err := Serve(context.Background(), os.Stdin, os.Stdout); err != nil {
@@ -23,7 +23,7 @@ func TestMain(m *testing.M) {
 	pgtest.Main(m)
 }
 
-// testCluster returns the tables of a run in a database of the tests' server.
+// testCluster returns a run's tables in a database of the tests' server.
 func testCluster(t *testing.T) (*cluster, string) {
 	t.Helper()
 	url := pgtest.Database(t)

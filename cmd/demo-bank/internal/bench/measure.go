@@ -8,7 +8,7 @@ import (
 	hdr "github.com/HdrHistogram/hdrhistogram-go"
 )
 
-// Sample is what one slice measured: one design in one round.
+// Sample is the result of one slice: one design in one round.
 type Sample struct {
 	Design       string  `json:"design"`
 	Keys         int64   `json:"keys"`
@@ -17,12 +17,12 @@ type Sample struct {
 	PerSecond    float64 `json:"requests_per_second"`
 	P50MS        float64 `json:"p50_ms"`
 	P99MS        float64 `json:"p99_ms"`
-	GoUS         float64 `json:"go_us"`       // processor time of the service, per request; 0 where it is not known
-	PostgresUS   float64 `json:"postgres_us"` // and of PostgreSQL
+	GoUS         float64 `json:"go_us"`       // the service's CPU time per request; 0 if unknown
+	PostgresUS   float64 `json:"postgres_us"` // PostgreSQL's
 	Allocations  float64 `json:"allocations"` // of the service, per request
 	WALBytes     float64 `json:"wal_bytes"`   // per request
 	RoundTrips   float64 `json:"round_trips"` // per request
-	Connections  int64   `json:"connections"` // that were busy at once, at most
+	Connections  int64   `json:"connections"` // maximum that was busy at once
 	cpuUS        float64
 	histogram    *hdr.Histogram
 	acknowledged int64
@@ -31,7 +31,7 @@ type Sample struct {
 // measure measures one design for one slice.
 func (r *run) measure(ctx context.Context, clients []*client, e *entry, round int) (Sample, error) {
 	s := Sample{Design: e.design.name, Keys: e.keys, Round: round}
-	// What begins is not what lasts: connections that were idle are pinged, and so on.
+	// The beginning is not typical: idle conns are pinged, and so on.
 	warmed, err := drive(ctx, clients, &e.target, runIn, 0)
 	if err != nil {
 		return s, err
@@ -67,14 +67,15 @@ func (r *run) measure(ctx context.Context, clients []*client, e *entry, round in
 	return s, nil
 }
 
-// sight is what has been spent so far.
+// sight holds the totals so far.
 type sight struct {
 	served   stats
 	postgres time.Duration
 	walBytes int64
 }
 
-// look reads all counters. The one that costs PostgreSQL something is the outermost.
+// look reads all counters. The one that costs PostgreSQL something is read first at the beginning
+// and last at the end.
 func (r *run) look(ctx context.Context, begin bool) (s sight, err error) {
 	wal := func() error {
 		s.walBytes, err = r.cluster.walBytes(ctx)

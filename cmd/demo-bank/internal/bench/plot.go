@@ -13,7 +13,7 @@ import (
 // ErrNoPlot means that a run measured nothing that the plot shows.
 var ErrNoPlot = errors.New("nothing to plot: bare-batch and another design were not measured together")
 
-// plotBase is what the plot's designs are held against.
+// plotBase is the base of the plot's ratios.
 const plotBase = "bare-batch"
 
 // The plot's layout, in pixels.
@@ -28,11 +28,12 @@ const (
 	plotStep  = 0.25 // between two lines of the grid
 )
 
-// plotColors are of ours, of the handler alone, and of what others do. Each is seen on white and on black; bars let half of the
-// page through, so that their whiskers are seen too.
+// plotColors are the colors of our designs, of the handler without idempotency, and of the rivals.
+// Each is visible on white and on black. Bars are half transparent, so that their whiskers are
+// visible too.
 var plotColors = map[string]string{"ours": "#1a8aa8", "bare": "#7d8590", "rival": "#c8702a"}
 
-// plot is what the template draws.
+// plot holds the template's data.
 type plot struct {
 	Width, Height int
 	BarHeight     int
@@ -49,7 +50,7 @@ type plotBarOf struct {
 	Ours                bool
 	Y, TextY, MiddleY   float64
 	Width               float64
-	Lower, Upper, Value float64 // places of the whisker's ends, and where the figure is written
+	Lower, Upper, Value float64 // the whisker's ends, and the place of the figure
 	CapTop, CapBottom   float64
 }
 
@@ -59,8 +60,8 @@ type plotLine struct {
 	One  bool
 }
 
-// WritePlot draws the throughput of the designs at the most clients, with fsync where that was measured, as bars against
-// bare-batch. The error is [ErrNoPlot] where that was not measured.
+// WritePlot draws the throughput of the designs at the most clients, with fsync if that was
+// measured, as bars relative to bare-batch. If that was not measured, it returns [ErrNoPlot].
 func (p *Report) WritePlot(w io.Writer) error {
 	block, ratios := p.plotted()
 	if block == nil {
@@ -99,7 +100,7 @@ func (p *Report) WritePlot(w io.Writer) error {
 	return err
 }
 
-// plotted is the block that the plot shows, and its bars: the base first.
+// plotted returns the block that the plot shows, and its bars: the base first.
 func (p *Report) plotted() (*Block, []Ratio) {
 	var best *Block
 	for _, b := range p.Blocks {
@@ -122,7 +123,7 @@ func (p *Report) plotted() (*Block, []Ratio) {
 	return best, bars
 }
 
-// classOf says whose design it is.
+// classOf returns a design's class: ours, bare or rival.
 func classOf(name string) string {
 	switch {
 	case slices.Contains([]string{"ours-naive", "ours-batch", "ours-deferred"}, name):
@@ -135,8 +136,8 @@ func classOf(name string) string {
 
 func round(x float64) float64 { return math.Round(x*10) / 10 }
 
-// plotTemplate is an SVG whose text is readable on a light and on a dark page, also where prefers-color-scheme is not
-// heard.
+// plotTemplate is an SVG with text that is readable on a light and on a dark page, even if
+// prefers-color-scheme is ignored.
 var plotTemplate = template.Must(template.New("plot").Parse(`<svg xmlns="http://www.w3.org/2000/svg" width="{{.Width}}" height="{{.Height}}" viewBox="0 0 {{.Width}} {{.Height}}" role="img" font-family="system-ui, -apple-system, 'Segoe UI', Helvetica, Arial, sans-serif" font-size="13">
 <title>{{.Title}}</title>
 <text x="12" y="24" font-size="15" font-weight="600" fill="#768390">{{.Title}}</text>

@@ -33,14 +33,15 @@ func plottable() *Report {
 	}
 }
 
-// TestPlotShowsTheFigures: it is well-formed, and each bar is as long as its median, the base's being 1.
+// TestPlotShowsTheFigures: the plot is well-formed, and each bar is as long as its median; the
+// base's is 1.
 func TestPlotShowsTheFigures(t *testing.T) {
 	t.Parallel()
 	var b bytes.Buffer
 	if err := plottable().WritePlot(&b); err != nil {
 		t.Fatal(err)
 	}
-	if path := os.Getenv("PAIDONCE_PLOT"); path != "" { // to be looked at
+	if path := os.Getenv("PAIDONCE_PLOT"); path != "" { // for a look at it
 		if err := os.WriteFile(path, b.Bytes(), 0o644); err != nil {
 			t.Fatal(err)
 		}

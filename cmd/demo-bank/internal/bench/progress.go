@@ -5,7 +5,7 @@ import (
 	"time"
 )
 
-// progress says how far the run is.
+// progress describes the run's progress.
 func (r *run) progress() string {
 	return fmt.Sprintf("%.0f s, seed %d, %s", time.Since(r.started).Seconds(), r.config.Seed, *r.doing.Load())
 }

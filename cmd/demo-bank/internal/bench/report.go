@@ -15,12 +15,12 @@ import (
 	"github.com/paidonce/idempotency/cmd/internal/terminal"
 )
 
-// Report is what a run measured. Its JSON is one object.
+// Report holds the results of a run. Its JSON is one object.
 type Report struct {
 	Seed     uint64            `json:"seed"`
 	Command  []string          `json:"command"`
 	Seconds  float64           `json:"seconds"`
-	LeftOut  []string          `json:"left_out"` // what the time was over for
+	LeftOut  []string          `json:"left_out"` // parts for which there was no time left
 	CPUKnown bool              `json:"cpu_known"`
 	Versions terminal.Versions `json:"versions"`
 
@@ -29,13 +29,13 @@ type Report struct {
 	Expiry *Expiry  `json:"expiry,omitempty"`
 }
 
-// Block is one setting, and what was measured in it.
+// Block is one setting, and its results.
 type Block struct {
 	Part     string  `json:"part"`
 	Clients  int     `json:"clients"`
 	PoolSize int     `json:"pool_size"`
 	Fsync    string  `json:"fsync"`
-	Keys     int64   `json:"keys"`     // in the full table; 0 is no full table
+	Keys     int64   `json:"keys"`     // in the full table; 0 means no full table
 	DelayMS  float64 `json:"delay_ms"` // each way
 	Rounds   int     `json:"rounds"`
 
@@ -46,7 +46,7 @@ type Block struct {
 	acknowledged int64
 }
 
-// Row is one design's medians. Latencies are over all of its requests.
+// Row holds one design's medians. Latencies are over all of its requests.
 type Row struct {
 	Design      string  `json:"design"`
 	Keys        int64   `json:"keys"`
@@ -62,16 +62,16 @@ type Row struct {
 	Connections int64   `json:"connections"`
 }
 
-// Ratio is one design against another, round by round.
+// Ratio compares one design with another, round by round.
 type Ratio struct {
 	Design     string `json:"design"`
 	Keys       int64  `json:"keys"`
 	Base       string `json:"base"`
 	BaseKeys   int64  `json:"base_keys"`
 	Throughput Spread `json:"throughput"`
-	CPU        Spread `json:"cpu"` // of the service and PostgreSQL together; 0 where it is not known
+	CPU        Spread `json:"cpu"` // of the service and PostgreSQL together; 0 if unknown
 
-	// Overlap reports whether the quartiles of the two throughputs overlap.
+	// Overlap is true if the quartiles of the two throughputs overlap.
 	Overlap bool `json:"overlap"`
 }
 
@@ -89,7 +89,7 @@ func (b *Block) title() string {
 	return t
 }
 
-// sum makes a block's rows and ratios of its samples.
+// sum computes a block's rows and ratios from its samples.
 func (b *Block) sum(entries []*entry, cpuKnown bool) {
 	for _, e := range entries {
 		of := func(value func(Sample) float64) Spread { return spreadOf(valuesOf(e.samples, value)) }
@@ -117,7 +117,8 @@ func (b *Block) sum(entries []*entry, cpuKnown bool) {
 	}
 }
 
-// bases are the entries that one is held against: those that its design names, or the same design on an empty table.
+// bases returns the entries for comparison: those that the design names, or the same design on an
+// empty table.
 func (e *entry) bases(entries []*entry) []*entry {
 	var found []*entry
 	for _, other := range entries {
@@ -250,7 +251,8 @@ func rowName(design string, keys int64, b *Block) string {
 	return design + ", full"
 }
 
-// baseOf is what a row is held against in the table, and how it compares; nil for the base itself.
+// baseOf returns the name of a row's base in the table, and the row's ratio to it; nil for the base
+// itself.
 func (b *Block) baseOf(i int) (string, *Ratio) {
 	row := b.Rows[i]
 	for _, r := range b.Ratios {
@@ -267,7 +269,7 @@ func (b *Block) baseOf(i int) (string, *Ratio) {
 	return designOf(row.Design).bases[0], nil
 }
 
-// text is a spread in two columns: the median, and its quartiles.
+// text formats a spread in two columns: the median, and its quartiles.
 func (s Spread) text() string { return fmt.Sprintf("%.2f\t%.2f-%.2f", s.Median, s.Lower, s.Upper) }
 
 func spaced(columns string) string {

@@ -12,8 +12,9 @@ import (
 	"github.com/paidonce/idempotency"
 )
 
-// The two designs that services mostly have instead. Both run the batch form, keep the answer as it is (no recorder of
-// HTTP, no list of headers), and so cost less than a package of such a design does.
+// The two designs that most services use instead. Both run the batch form and store the answer as
+// it is (no recorder of HTTP, no list of headers), so they cost less than a package with such a
+// design does.
 
 // tables of the rivals; the first one's rows are like those of idempotency_keys.
 const sqlRivalTables = `
@@ -59,7 +60,7 @@ type querier interface {
 	QueryRow(context.Context, string, ...any) pgx.Row
 }
 
-// kept reads what is kept of an earlier request, and refuses another one.
+// kept reads the stored answer of an earlier request, and refuses a different request.
 func kept(ctx context.Context, db querier, sql, key string, sum []byte) (*answer, error) {
 	var fingerprint []byte
 	var status *int
@@ -83,8 +84,8 @@ func sumOf(r *http.Request, body []byte) []byte {
 	return f.Sum[:]
 }
 
-// insertFirst inserts the key as claimed before the work and updates it with the answer after it, in one transaction.
-// Who comes second waits at the primary key until the first has ended.
+// insertFirst inserts the claimed key before the work and updates it with the answer afterwards, in
+// one transaction. A second request waits at the primary key until the first has ended.
 func insertFirst(ctx context.Context, pool *pgxpool.Pool, key string, sum []byte, t *transfer) (*answer, error) {
 	return committed(ctx, pool, func(tx pgx.Tx) (*answer, error) {
 		tag, err := tx.Exec(ctx, sqlInsertFirst, scope, key, sum)
@@ -105,8 +106,8 @@ func insertFirst(ctx context.Context, pool *pgxpool.Pool, key string, sum []byte
 	})
 }
 
-// lease claims the key in a transaction of its own, works in another and stores the answer in a third. Who is killed
-// between the last two pays twice once the lease is over.
+// lease claims the key in one transaction, works in another and stores the answer in a third. If
+// the process is killed between the last two, a retry pays twice after the lease has expired.
 func lease(ctx context.Context, pool *pgxpool.Pool, key string, sum []byte, t *transfer) (*answer, error) {
 	tag, err := pool.Exec(ctx, sqlLeaseClaim, scope, key, sum)
 	if err != nil {

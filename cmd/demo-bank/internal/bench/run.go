@@ -14,12 +14,12 @@ import (
 	"golang.org/x/sync/errgroup"
 )
 
-// run is one run's state.
+// run is the state of one run.
 type run struct {
 	config   Config
 	started  time.Time
-	rng      *rand.Rand // of the order of designs
-	drawn    uint64     // how many clients there have been: each has random numbers of its own
+	rng      *rand.Rand // for the order of designs
+	drawn    uint64     // number of clients so far: each has its own random numbers
 	cluster  cluster
 	child    *child
 	postgres string // its version
@@ -61,7 +61,7 @@ type step struct {
 	do    func(context.Context) error
 }
 
-// parts does one thing after another until all is done or the time is over.
+// parts does one step after another until all are done or the time has elapsed.
 func (r *run) parts(ctx context.Context) (err error) {
 	steps := r.steps()
 	for i, s := range steps {
@@ -94,7 +94,7 @@ func (r *run) step(ctx context.Context, s step) error {
 	return s.do(ctx)
 }
 
-// steps are all things to measure, in their order.
+// steps returns all steps, in order.
 func (r *run) steps() []step {
 	c := &r.config
 	has := func(part string) bool { return slices.Contains(c.Parts, part) }
@@ -151,7 +151,8 @@ type entry struct {
 	samples []Sample
 }
 
-// entriesFunc sets the serving process up for a block and returns what is measured in it. It may use the block's clients.
+// entriesFunc sets up the serving process for a block and returns the block's entries. It may use
+// the block's clients.
 type entriesFunc func(ctx context.Context, b *Block, clients []*client) ([]*entry, error)
 
 // block measures all entries of a block, each once in each round, in an order that the seed draws.
@@ -169,7 +170,8 @@ func (r *run) block(ctx context.Context, b *Block, entries entriesFunc) error {
 	if err != nil {
 		return err
 	}
-	for _, e := range lines { // tables and processes that were just made behave like no others
+	// Warm up: new tables and processes behave differently.
+	for _, e := range lines {
 		r.enter("%s: warming up, %s", b.title(), e.design.name)
 		warmed, err := drive(ctx, clients, &e.target, runIn, r.config.Slice/2)
 		if err != nil {
@@ -198,7 +200,7 @@ func (r *run) block(ctx context.Context, b *Block, entries entriesFunc) error {
 	return nil
 }
 
-// clients are so many, who have drawn nothing yet.
+// clients returns n new clients.
 func (r *run) clients(n int) []*client {
 	var clients []*client
 	for range n {
@@ -214,7 +216,7 @@ func closeAll(clients []*client) {
 	}
 }
 
-// set has the serving process serve a block's designs.
+// set makes the serving process serve a block's designs.
 func (r *run) set(ctx context.Context, b *Block, schemas []string, names []string) error {
 	url, err := r.cluster.url(time.Duration(b.DelayMS * float64(time.Millisecond)))
 	if err != nil {
@@ -224,7 +226,7 @@ func (r *run) set(ctx context.Context, b *Block, schemas []string, names []strin
 	return err
 }
 
-// designEntries are one for each design.
+// designEntries returns one entry for each design.
 func (r *run) designEntries(ctx context.Context, b *Block, clients []*client) ([]*entry, error) {
 	schema := schemaOf(0)
 	if err := r.set(ctx, b, []string{schema}, r.config.Designs); err != nil {
@@ -244,10 +246,11 @@ func (r *run) designEntries(ctx context.Context, b *Block, clients []*client) ([
 	return entries, nil
 }
 
-// recordsMade is how many records are made beforehand, at least, for what reads or replays.
+// recordsMade is the minimum number of records that are made beforehand for designs that read or
+// replay.
 const recordsMade = 128
 
-// entry makes an entry, and the records that it asks for.
+// entry makes an entry and the records that it requests.
 func (r *run) entry(ctx context.Context, b *Block, clients []*client, d design, schema string, keys int64) (*entry, error) {
 	e := &entry{design: d, keys: keys, target: target{path: "/" + schema + "/" + d.name, kind: d.kind}}
 	maker := target{path: e.target.path, kind: fresh}
@@ -264,7 +267,7 @@ func (r *run) entry(ctx context.Context, b *Block, clients []*client, d design, 
 		group.Go(func() error {
 			for range (recordsMade + len(clients) - 1) / len(clients) {
 				made, err := c.make(ctx, &maker)
-				if err == nil && d.kind == replay { // a cache learns it at the latest now
+				if err == nil && d.kind == replay { // at the latest, a cache learns it now
 					err = c.post(ctx, maker.path, made.key, made.body)
 				}
 				if err != nil {
@@ -281,7 +284,7 @@ func (r *run) entry(ctx context.Context, b *Block, clients []*client, d design, 
 	return e, group.Wait()
 }
 
-// make sends a new transfer and returns what a retry of it needs.
+// make sends a new transfer and returns the data for a retry of it.
 func (c *client) make(ctx context.Context, t *target) (record, error) {
 	if err := c.send(ctx, t); err != nil {
 		return record{}, err

@@ -22,8 +22,8 @@ import (
 
 func emptyLatency() *hdr.Histogram { return hdr.New(1, latencyMax.Microseconds(), 3) }
 
-// TestRunMeasuresEverything: a run of all parts, each as small as can be. That clients were told the truth and money was
-// conserved is checked by the run itself, after each setting.
+// TestRunMeasuresEverything: a run of all parts, each as small as possible. After each setting the
+// run itself checks that the replies were true and that no money was made or lost.
 func TestRunMeasuresEverything(t *testing.T) {
 	if testing.Short() {
 		t.Skip("a run takes some seconds")
@@ -83,7 +83,8 @@ func TestRunMeasuresEverything(t *testing.T) {
 	}
 }
 
-// TestStepsOfARun: what is filled is filled first, and what takes a part of its own comes once.
+// TestStepsOfARun: tables are filled first, and a part that is measured with one fsync setting
+// comes once.
 func TestStepsOfARun(t *testing.T) {
 	t.Parallel()
 	var got []string
@@ -103,7 +104,7 @@ func TestStepsOfARun(t *testing.T) {
 	}
 }
 
-// TestSlowNetwork: both ways, and none where none is asked for.
+// TestSlowNetwork: slow both ways, and not slow if no delay is set.
 func TestSlowNetwork(t *testing.T) {
 	t.Parallel()
 	const delay = 20 * time.Millisecond
@@ -134,7 +135,7 @@ func TestSlowNetwork(t *testing.T) {
 	}
 }
 
-// checkBlock: no column is empty, and what is exact is exact.
+// checkBlock requires that no column is empty, and that exact figures are exact.
 func checkBlock(t *testing.T, b *Block, cpuKnown bool) {
 	t.Helper()
 	for _, row := range b.Rows {
@@ -167,12 +168,12 @@ func checkBlock(t *testing.T, b *Block, cpuKnown bool) {
 	}
 }
 
-// roundTrips are those of the designs that are not ours to speed up.
+// roundTrips are those of the designs that we cannot speed up.
 var roundTrips = map[string]float64{
 	"bare-naive": 8, "bare-batch": 4, "bare-folded": 2, "insert-first": 6, "lease": 6, "get-by-id": 1, "no-database": 0, "ours-batch": 4, "ours-deferred": 3, "ours-naive": 8,
 }
 
-// TestRunEndsInTime: what there was no time for is named.
+// TestRunEndsInTime: the report names the parts for which there was no time.
 func TestRunEndsInTime(t *testing.T) {
 	t.Parallel()
 	r := newRun((&Config{Parts: []string{PartDesigns, PartWait}, Clients: []int{1}}).full())
@@ -195,7 +196,7 @@ func TestRunEndsInTime(t *testing.T) {
 	}
 }
 
-// TestKeysOfAFullTable: the records that are asked for are those that are there, in the order of time.
+// TestKeysOfAFullTable: the requested records exist, in the order of time.
 func TestKeysOfAFullTable(t *testing.T) {
 	t.Parallel()
 	c, url := testCluster(t)
@@ -229,7 +230,7 @@ func TestKeysOfAFullTable(t *testing.T) {
 	}
 }
 
-// TestRunLeavesNothingBehind: also where it is interrupted.
+// TestRunLeavesNothingBehind: even if it is interrupted.
 func TestRunLeavesNothingBehind(t *testing.T) {
 	dir := pgtest.Folder(t)
 	t.Setenv("TMPDIR", dir)

@@ -13,26 +13,27 @@ import (
 	"time"
 )
 
-// The serving process is told what to do on its standard input, one JSON object after another, and answers each on its
-// standard output. It ends when the input does, so it never outlives who started it.
+// The serving process reads orders from its standard input, one JSON object after another, and
+// writes a reply to each on its standard output. It ends when the input does, so it never outlives
+// the process that started it.
 
-// order is one thing to do.
+// order is one order to the serving process.
 type order struct {
 	Set   *setting `json:"set,omitempty"`   // serve this from now on
-	Stats bool     `json:"stats,omitempty"` // collect garbage where Begin is set, and count
+	Stats bool     `json:"stats,omitempty"` // collect garbage if Begin is set, and count
 	Begin bool     `json:"begin,omitempty"`
 }
 
-// reply is what became of an order.
+// reply is the result of an order.
 type reply struct {
 	Address string `json:"address,omitempty"`
 	Stats   stats  `json:"stats"`
 	Error   string `json:"error,omitempty"`
 }
 
-// stats count what the serving process has done so far, but for the peaks, which are since the last order for stats.
+// stats are the serving process's counts so far. The peaks count from the last order for stats.
 type stats struct {
-	CPU         time.Duration `json:"cpu_ns"` // 0 where it is not known
+	CPU         time.Duration `json:"cpu_ns"` // 0 if unknown
 	Allocations uint64        `json:"allocations"`
 	RoundTrips  int64         `json:"round_trips"`
 	BusyMax     int64         `json:"busy_max"`
@@ -42,7 +43,8 @@ type stats struct {
 
 const shutdownTimeout = 5 * time.Second
 
-// Serve is the serving process: it does what comes on in and answers on out until in or ctx ends.
+// Serve is the serving process: it reads orders from in and writes replies to out until in or ctx
+// ends.
 func Serve(ctx context.Context, in io.Reader, out io.Writer) (err error) {
 	listener, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
@@ -56,7 +58,7 @@ func Serve(ctx context.Context, in io.Reader, out io.Writer) (err error) {
 		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), shutdownTimeout)
 		defer cancel()
 		if server.Shutdown(ctx) != nil {
-			_ = server.Close() // whoever still waits for an answer has gone
+			_ = server.Close() // a client that still waits for an answer has gone
 		}
 		<-served
 		if d := p.stand.Load(); d != nil {
@@ -92,7 +94,7 @@ func (p *serving) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	http.NotFound(w, r)
 }
 
-// obey does one thing.
+// obey carries out one order.
 func (p *serving) obey(ctx context.Context, o order) reply {
 	r := reply{Address: p.address}
 	if o.Set != nil {
@@ -107,7 +109,7 @@ func (p *serving) obey(ctx context.Context, o order) reply {
 		p.stand.Store(d)
 	}
 	if o.Begin {
-		runtime.GC() // what another design left behind is not this one's to collect
+		runtime.GC() // the garbage of another design must not count here
 	}
 	if o.Stats {
 		r.Stats = p.count()

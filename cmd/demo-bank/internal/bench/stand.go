@@ -23,33 +23,33 @@ import (
 const (
 	scope = "bench" // of all keys
 
-	acquireTimeout = 10 * time.Second // a pool that is small is waited for
+	acquireTimeout = 10 * time.Second // long, because a small pool has a queue
 	connectTimeout = 5 * time.Second
 
 	waitMax  = 5 * time.Second        // of the route that waits
-	waitWork = 200 * time.Millisecond // how long its handler takes before it pays
+	waitWork = 200 * time.Millisecond // the time that its handler takes before it pays
 )
 
-// setting is what the serving process is to serve.
+// setting tells the serving process which routes to serve.
 type setting struct {
 	DatabaseURL string   `json:"database_url"`
-	Schemas     []string `json:"schemas"` // of tables of records; the first part of each path
+	Schemas     []string `json:"schemas"` // with tables of records; the first part of each path
 	Designs     []string `json:"designs"` // the second part
 	PoolSize    int      `json:"pool_size"`
 }
 
-// stand is a setting that is served: its pools and routes.
+// stand is a setting in service: its pools and routes.
 type stand struct {
 	setting setting
 	wire    *wire
 	router  *chi.Mux
 	pools   []*pgxpool.Pool
 
-	runs    atomic.Int64 // of the handler that takes long
+	runs    atomic.Int64 // of the slow handler
 	holders holders
 }
 
-// newStand opens the pools and warms each of their connections.
+// newStand opens the pools and warms each of their conns.
 func newStand(ctx context.Context, s setting, w *wire) (_ *stand, err error) {
 	d := &stand{setting: s, wire: w, router: chi.NewRouter()}
 	defer func() {
@@ -84,8 +84,8 @@ func (d *stand) wants(names ...string) bool {
 	return slices.ContainsFunc(names, func(name string) bool { return slices.Contains(d.setting.Designs, name) })
 }
 
-// open opens a pool: pgx's defaults and synchronous_commit for the bare designs and the rivals, and what Configure makes
-// of them for a store.
+// open opens a pool: with pgx's defaults and synchronous_commit for the bare designs and the
+// rivals, and as Configure sets it for a store.
 func (d *stand) open(ctx context.Context, opts *postgres.Options) (*pgxpool.Pool, error) {
 	config, err := pgxpool.ParseConfig(d.setting.DatabaseURL)
 	if err != nil {
@@ -111,7 +111,7 @@ func (d *stand) open(ctx context.Context, opts *postgres.Options) (*pgxpool.Pool
 	return pool, nil
 }
 
-// protect returns a middleware on a store with a pool of its own.
+// protect returns a middleware over a store with its own pool.
 func (d *stand) protect(ctx context.Context, schema string) (*middleware.Middleware, error) {
 	opts := &postgres.Options{Schema: schema, AcquireTimeout: acquireTimeout}
 	pool, err := d.open(ctx, opts)
@@ -211,7 +211,7 @@ func respond(w http.ResponseWriter, r *http.Request, a *answer, err error) {
 	}
 }
 
-// slowly counts a handler's runs and makes it take its time.
+// slowly counts a handler's runs and delays each.
 func (d *stand) slowly(run func(*http.Request, *transfer, []byte) (*answer, error)) func(*http.Request, *transfer, []byte) (*answer, error) {
 	return func(r *http.Request, t *transfer, body []byte) (*answer, error) {
 		d.runs.Add(1)
@@ -224,7 +224,7 @@ func (d *stand) slowly(run func(*http.Request, *transfer, []byte) (*answer, erro
 	}
 }
 
-// warm makes all of a pool's connections, and has each prepare what the designs send on it.
+// warm opens all of a pool's conns, and makes each prepare the designs' statements.
 func (d *stand) warm(ctx context.Context, pool *pgxpool.Pool, plain bool) error {
 	var conns []*pgxpool.Conn
 	defer func() {
@@ -245,13 +245,13 @@ func (d *stand) warm(ctx context.Context, pool *pgxpool.Pool, plain bool) error 
 	return nil
 }
 
-// warmConn sends what the designs send, and undoes it.
+// warmConn sends the designs' statements, and rolls back.
 func warmConn(ctx context.Context, conn *pgxpool.Conn, plain bool) error {
 	tx, err := conn.Begin(ctx)
 	if err != nil {
 		return err
 	}
-	defer func() { _ = tx.Rollback(ctx) }() // after the one below there is nothing to undo
+	defer func() { _ = tx.Rollback(ctx) }() // after the rollback below there is nothing to undo
 	t := &transfer{From: "acct-0000", To: "acct-0001", Amount: 1, Currency: "EUR"}
 	a, err := naive(ctx, tx, t)
 	if err != nil {

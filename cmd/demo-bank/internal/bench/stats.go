@@ -13,8 +13,8 @@ type Spread struct {
 	Upper  float64 `json:"upper"`
 }
 
-// spreadOf returns the spread of values, which may be in any order. Between two values it interpolates. It panics where
-// there are none.
+// spreadOf returns the spread of values, which may be in any order. It interpolates between two
+// values. It panics if there are none.
 func spreadOf(values []float64) Spread {
 	sorted := slices.Sorted(slices.Values(values))
 	at := func(share float64) float64 {
@@ -28,8 +28,8 @@ func spreadOf(values []float64) Spread {
 
 func (s Spread) overlaps(o Spread) bool { return s.Lower <= o.Upper && o.Lower <= s.Upper }
 
-// ratiosOf divides value by value: the two must be of the same rounds in the same order. A round in which either is 0 or
-// less tells nothing and is left out.
+// ratiosOf divides value by value: both must be of the same rounds in the same order. A round in
+// which either is 0 or less means nothing and is left out.
 func ratiosOf(values, bases []float64) []float64 {
 	var ratios []float64
 	for i := range min(len(values), len(bases)) {
@@ -40,5 +40,5 @@ func ratiosOf(values, bases []float64) []float64 {
 	return ratios
 }
 
-// sortedKeys are a map's, in order.
+// sortedKeys returns a map's keys, sorted.
 func sortedKeys[V any](m map[string]V) []string { return slices.Sorted(maps.Keys(m)) }

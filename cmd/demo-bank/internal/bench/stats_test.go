@@ -27,7 +27,7 @@ func TestSpread(t *testing.T) {
 	}
 }
 
-// TestRatiosArePaired: round by round, so that a round in which the machine was slow counts like any other.
+// TestRatiosArePaired: round by round, so that a round on a slow machine counts like any other.
 func TestRatiosArePaired(t *testing.T) {
 	t.Parallel()
 	own, base := []float64{50, 100, 10, 0, 4}, []float64{100, 200, 20, 5, 0}

@@ -4,5 +4,5 @@ package bench
 
 import "golang.org/x/sys/unix"
 
-// syncDisks has the system write what it has not yet.
+// syncDisks makes the system write its dirty pages.
 func syncDisks() { unix.Sync() }

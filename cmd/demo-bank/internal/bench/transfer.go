@@ -18,12 +18,13 @@ import (
 	"github.com/paidonce/idempotency/storage/postgres"
 )
 
-// The one transfer that all designs execute, in four forms: the same statements on the same tables, sent in different
-// ways. They make round trips of their own: naive 6, batch 2, folded 2 with BEGIN and COMMIT in them, deferred 1.
+// The one transfer that all designs execute, in four forms: the same statements on the same tables,
+// sent in different ways. The forms' own round trips: naive 6, batch 2, folded 2 including BEGIN
+// and COMMIT, deferred 1.
 
 // The statements of a transfer.
 const (
-	// NO KEY UPDATE in the order of the ids: no two transfers wait for each other in a circle.
+	// NO KEY UPDATE in the order of the ids, so that transfers cannot deadlock.
 	sqlLock       = `SELECT id, currency, balance FROM accounts WHERE id IN ($1, $2) ORDER BY id FOR NO KEY UPDATE`
 	sqlTake       = `UPDATE accounts SET balance = balance - $2 WHERE id = $1`
 	sqlGive       = `UPDATE accounts SET balance = balance + $2 WHERE id = $1`
@@ -45,7 +46,7 @@ type transfer struct {
 	CreatedAt time.Time `json:"created_at,omitzero"`
 }
 
-// answer is what a transfer is answered with.
+// answer is the answer to a transfer.
 type answer struct {
 	Status   int
 	Location string
@@ -67,10 +68,10 @@ func (a *answer) write(w http.ResponseWriter) {
 	_, _ = w.Write(a.Body) // a client that is gone needs no answer
 }
 
-// lastID is the last id that was given to a transfer.
+// lastID is the last id of a transfer.
 var lastID atomic.Int64
 
-// nextID returns an id that no earlier process had: each begins at its start's nanosecond.
+// nextID returns an id that no earlier process used: each begins at the nanosecond of its start.
 func nextID() int64 {
 	lastID.CompareAndSwap(0, time.Now().UnixNano())
 	return lastID.Add(1)
@@ -95,7 +96,7 @@ func decodeTransfer(body []byte) (*transfer, error) {
 	return &t, nil
 }
 
-// funds holds the two locked accounts against the transfer.
+// funds compares the two locked accounts with the transfer.
 type funds struct {
 	t      *transfer
 	seen   int
@@ -126,7 +127,7 @@ func (f *funds) err() error {
 	return f.refuse
 }
 
-// form is a transfer in a transaction that is somebody else's to end.
+// form is a transfer in a transaction that the caller ends.
 type form func(ctx context.Context, tx pgx.Tx, t *transfer) (*answer, error)
 
 // naive sends the six statements one after another.
@@ -161,7 +162,7 @@ func naive(ctx context.Context, tx pgx.Tx, t *transfer) (*answer, error) {
 	return t.answer(id, createdAt)
 }
 
-// batch sends them in two batches: one to lock and look, one to write.
+// batch sends them in two batches: one to lock and read, one to write.
 func batch(ctx context.Context, tx pgx.Tx, t *transfer) (*answer, error) {
 	f := funds{t: t}
 	var first, second pgx.Batch
@@ -181,8 +182,8 @@ func batch(ctx context.Context, tx pgx.Tx, t *transfer) (*answer, error) {
 	return t.answer(id, createdAt)
 }
 
-// deferred sends one batch to lock and look, and leaves the writes to the flush of the record. The time of the transfer is
-// therefore the service's.
+// deferred sends one batch to lock and read, and leaves the writes to the flush of the record. So
+// the transfer's time is the service's.
 func deferred(ctx context.Context, tx pgx.Tx, t *transfer) (*answer, error) {
 	f := funds{t: t}
 	var first pgx.Batch
@@ -206,8 +207,8 @@ func deferred(ctx context.Context, tx pgx.Tx, t *transfer) (*answer, error) {
 	return t.answer(id, createdAt)
 }
 
-// folded sends BEGIN with the first batch and COMMIT with the second. A transfer that fails is not committed, and its
-// connection is thrown away by the pool.
+// folded sends BEGIN with the first batch and COMMIT with the second. A transfer that fails is not
+// committed, and the pool destroys its conn.
 func folded(ctx context.Context, pool *pgxpool.Pool, t *transfer) (*answer, error) {
 	conn, err := pool.Acquire(ctx)
 	if err != nil {

@@ -21,45 +21,48 @@ const (
 	waitDuplicates = 64
 	waitPoolSize   = 16
 
-	waitOthers      = 8 // clients whose requests have nothing to do with the duplicates
+	waitOthers      = 8 // clients with requests unrelated to the duplicates
 	waitOthersPause = 20 * time.Millisecond
-	waitWindow      = waitWork + 100*time.Millisecond // how long the others are watched, with duplicates and without
+	// The time that the others are watched, with duplicates and without.
+	waitWindow = waitWork + 100*time.Millisecond
 
-	// waitWindows is how many windows of each kind make a round, and waitWindowsQuick in a quick run. A window has some 120
-	// requests of others: the 99th percentile of one alone is a single request.
+	// waitWindows is the number of windows of each kind in a round, waitWindowsQuick that in a
+	// quick run. A window has about 120 requests of others: the 99th percentile of a single window
+	// is a single request.
 	waitWindows      = 10
 	waitWindowsQuick = 2
 )
 
-// Wait is what became of duplicates that were sent at once, of a request that takes long, on a route where they wait for
-// each other; and of others that were sent meanwhile.
+// Wait is the result of simultaneous duplicates of a request that takes long, on a route where they
+// wait for each other, and of other requests that were sent meanwhile.
 type Wait struct {
 	Fsync      string  `json:"fsync"`
 	Rounds     int     `json:"rounds"`
 	Windows    int     `json:"windows"` // of a round: with duplicates, and as many without
 	Duplicates int     `json:"duplicates"`
-	WorkMS     float64 `json:"work_ms"` // how long the handler takes before it pays
+	WorkMS     float64 `json:"work_ms"` // the time that the handler takes before it pays
 	PoolSize   int     `json:"pool_size"`
 
 	RunsMax     int64            `json:"runs_max"`        // of the handler, for one key
-	Connections int              `json:"connections_max"` // that the duplicates held at once
-	Answers     map[string]int64 `json:"answers"`         // of the duplicates, by status and outcome
+	Connections int              `json:"connections_max"` // held by the duplicates at once
+	Answers     map[string]int64 `json:"answers"`         // of the duplicates, by status, outcome
 	P50MS       float64          `json:"p50_ms"`          // of the duplicates
 	P99MS       float64          `json:"p99_ms"`
 
 	With    Others `json:"with"`
 	Without Others `json:"without"`
-	P99     Spread `json:"p99_ratio"` // of the others, with duplicates against without, round by round
+	// Of the others: with duplicates against without, round by round.
+	P99 Spread `json:"p99_ratio"`
 }
 
-// Others are the requests that have nothing to do with the duplicates.
+// Others are the requests unrelated to the duplicates.
 type Others struct {
 	Requests int64   `json:"requests"`
 	P50MS    float64 `json:"p50_ms"`
 	P99MS    float64 `json:"p99_ms"`
 }
 
-// measureWait sends duplicates at once, in half of the windows of time.
+// measureWait sends simultaneous duplicates in half of the windows.
 func (r *run) measureWait(ctx context.Context) error {
 	if err := r.cluster.reset(ctx); err != nil {
 		return err
@@ -72,7 +75,7 @@ func (r *run) measureWait(ctx context.Context) error {
 	defer closeAll(clients)
 	duplicates, others := clients[:waitDuplicates], clients[waitDuplicates:]
 	other := &target{path: "/" + schemaOf(0) + "/" + routeOther, kind: fresh}
-	warmed, err := drive(ctx, clients, other, runIn, 0) // which opens the connections
+	warmed, err := drive(ctx, clients, other, runIn, 0) // it opens the conns
 	if err != nil {
 		return err
 	}
@@ -136,7 +139,7 @@ func (r *run) measureWait(ctx context.Context) error {
 	return nil
 }
 
-// duplicate sends one request from all clients at once, and returns how many were told that it was executed.
+// duplicate sends one request from all clients at once, and returns how many got executed.
 func (w *Wait) duplicate(ctx context.Context, clients []*client, latency *hdr.Histogram) (executed int64, err error) {
 	key, err := uuid.NewV7()
 	if err != nil {
@@ -161,7 +164,7 @@ func (w *Wait) duplicate(ctx context.Context, clients []*client, latency *hdr.Hi
 			}
 			mu.Lock()
 			defer mu.Unlock()
-			_ = latency.RecordValue(max(1, min(took, latencyMax).Microseconds())) // within its range
+			_ = latency.RecordValue(max(1, min(took, latencyMax).Microseconds()))
 			w.Answers[strings.TrimSpace(fmt.Sprintf("%d %s", c.reply.status, c.reply.outcome))]++
 			if c.reply.status == http.StatusCreated && c.reply.outcome == "executed" {
 				executed++
@@ -173,8 +176,8 @@ func (w *Wait) duplicate(ctx context.Context, clients []*client, latency *hdr.Hi
 	return executed, context.Cause(ctx)
 }
 
-// beside runs do while clients send a request each at even times, for as long as it takes and a window at least. It returns
-// the latencies of theirs.
+// beside runs do while each client sends a request at regular intervals, until do has returned and
+// at least for one window. It returns the latencies of the clients' requests.
 func beside(ctx context.Context, clients []*client, t *target, do func(context.Context) error) (*hdr.Histogram, error) {
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
@@ -194,14 +197,15 @@ func beside(ctx context.Context, clients []*client, t *target, do func(context.C
 					cancel(err)
 					return
 				}
-				_ = c.latency.RecordValue(max(1, min(time.Since(sent), latencyMax).Microseconds())) // within its range
+				_ = c.latency.RecordValue(max(1, min(time.Since(sent), latencyMax).Microseconds()))
 			}
 		})
 	}
 	if err := do(ctx); err != nil {
 		cancel(err)
 	}
-	_ = deadline.Sleep(ctx, waitWindow-time.Since(started)) // what ended it is told below
+	// The error that ended it is returned below.
+	_ = deadline.Sleep(ctx, waitWindow-time.Since(started))
 	over.Store(true)
 	group.Wait()
 	all := hdr.New(1, latencyMax.Microseconds(), 3)

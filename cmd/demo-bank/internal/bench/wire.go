@@ -9,14 +9,15 @@ import (
 	"github.com/jackc/pgx/v5/pgxpool"
 )
 
-// wire counts what goes on on the connections to PostgreSQL. It allocates nothing on a request's way.
+// wire counts the traffic on the conns to PostgreSQL. It allocates nothing in a request.
 type wire struct {
-	roundTrips atomic.Int64 // how often something was written after something was read
-	busy       atomic.Int64 // connections that PostgreSQL has not said ready on, outside a transaction
-	busyMax    atomic.Int64
+	roundTrips atomic.Int64 // number of writes that follow a read
+	// The number of conns without a ReadyForQuery outside a transaction since their last write.
+	busy    atomic.Int64
+	busyMax atomic.Int64
 }
 
-// watch has all connections that are made with the config counted.
+// watch makes wire count all conns that are opened with the config.
 func (w *wire) watch(config *pgxpool.Config) {
 	dial := config.ConnConfig.DialFunc
 	config.ConnConfig.DialFunc = func(ctx context.Context, network, address string) (net.Conn, error) {
@@ -28,7 +29,7 @@ func (w *wire) watch(config *pgxpool.Config) {
 	}
 }
 
-// wireConn is read by one goroutine and written by one, which may be two.
+// wireConn is read by one goroutine and written by one, which may be two different ones.
 type wireConn struct {
 	net.Conn
 	wire    *wire
@@ -49,7 +50,7 @@ func (c *wireConn) Write(p []byte) (int, error) {
 	return c.Conn.Write(p)
 }
 
-// readyIdle is PostgreSQL's ReadyForQuery outside a transaction. It comes last in what was to be read.
+// readyIdle is PostgreSQL's ReadyForQuery outside a transaction. It is the end of a reply.
 var readyIdle = []byte{'Z', 0, 0, 0, 5, 'I'}
 
 func (c *wireConn) Read(p []byte) (int, error) {

@@ -15,7 +15,8 @@ import (
 	"strings"
 )
 
-// runsMax is how many runs may look for a mutant. Some bugs show in a few requests of thousands.
+// runsMax is the maximum number of runs that look for a mutant. Some bugs show in a few requests of
+// thousands.
 const runsMax = 5
 
 // Run builds a bank of each named mutant, or of all, and judges it, or runs the test that the
@@ -38,7 +39,7 @@ func Run(ctx context.Context, judge Verdict, names []string, out io.Writer) erro
 	}
 	chosen := slices.DeleteFunc(Catalogue(), func(m Mutant) bool { return len(names) > 0 && !slices.Contains(names, m.Name) })
 	if slices.ContainsFunc(chosen, func(m Mutant) bool { return m.Test == Test{} }) {
-		// A check that fails on a healthy bank too catches nothing.
+		// A check that also fails on a healthy bank catches nothing.
 		caught, err := judge(ctx, "", "none")
 		switch {
 		case err != nil:
@@ -71,7 +72,7 @@ func Run(ctx context.Context, judge Verdict, names []string, out io.Writer) erro
 	return nil
 }
 
-// catch returns the names of the test or the judge's checks that caught the mutant.
+// catch returns the names of the checks, or the test, that caught the mutant.
 func catch(ctx context.Context, root, folder string, mutant Mutant, judge Verdict) (caught []string, err error) {
 	if mutant.Test != (Test{}) {
 		failed, err := FailsItsTest(ctx, root, folder, mutant)
@@ -84,15 +85,16 @@ func catch(ctx context.Context, root, folder string, mutant Mutant, judge Verdic
 	if err != nil {
 		return nil, err
 	}
-	defer func() { _ = os.Remove(bank) }() // the folder goes anyway
+	defer func() { _ = os.Remove(bank) }() // the folder is removed anyway
 	for run := 0; run < runsMax && len(caught) == 0 && err == nil; run++ {
 		caught, err = judge(ctx, bank, mutant.Name)
 	}
 	return caught, err
 }
 
-// FailsItsTest reports whether the test that the mutant names fails with its bug. An error means that it does not apply or
-// compile, or that the test is not there or fails without it.
+// FailsItsTest reports whether the test that the mutant names fails with its bug. It returns an
+// error if the mutant does not apply or compile, or if the test does not exist or fails without the
+// bug.
 func FailsItsTest(ctx context.Context, root, folder string, mutant Mutant) (bool, error) {
 	overlay, err := mutant.Overlay(root, folder)
 	if err != nil {
@@ -144,7 +146,8 @@ func checkout(ctx context.Context) (string, error) {
 	return dir, nil
 }
 
-// Build builds a bank with the mutant's bug into folder and returns its path. The sources under root stay as they are.
+// Build builds a bank with the mutant's bug into folder and returns its path. The sources under
+// root stay unchanged.
 func Build(ctx context.Context, root, folder string, mutant Mutant) (string, error) {
 	overlay, err := mutant.Overlay(root, folder)
 	if err != nil {
@@ -159,8 +162,9 @@ func Build(ctx context.Context, root, folder string, mutant Mutant) (string, err
 	return bank, nil
 }
 
-// Overlay writes the changed files into folder, and the file that tells the go command of them,
-// whose path it returns. The error says which file has changed so that the mutant no longer applies.
+// Overlay writes the changed files into folder, and a file that lists them for the go command. It
+// returns that file's path. If a file has changed so that the mutant no longer applies, the error
+// names it.
 func (m *Mutant) Overlay(root, folder string) (string, error) {
 	sources := map[string]string{}
 	for _, e := range m.edits {

@@ -2,10 +2,11 @@
 
 package mutants
 
-// Mutant is a seeded bug: what somebody might write in good faith, as a change of this repository's sources.
+// Mutant is a seeded bug that somebody might write in good faith, as a change of this repository's
+// sources.
 type Mutant struct {
 	Name  string
-	Bug   string // what is wrong
+	Bug   string // description of the bug
 	Test  Test   // the test that must fail; zero: chaos must catch it
 	edits []edit
 }
@@ -13,7 +14,7 @@ type Mutant struct {
 // Test names a test that catches a bug that no storm on the bank can show.
 type Test struct{ Folder, Func string }
 
-// edit replaces the one place in a file where before stands.
+// edit replaces the one occurrence of before in a file.
 type edit struct{ file, before, after string }
 
 const (
@@ -36,7 +37,7 @@ const keyedCommit = `	return a.recorded(ctx, "commit", a.commit(ctx, deferred, r
 
 const countedRows = `" SELECT 1 OPERATOR(pg_catalog./) pg_catalog.count(*) FILTER (WHERE same) FROM written",`
 
-// Catalogue is every seeded bug.
+// Catalogue returns every seeded bug.
 func Catalogue() []Mutant {
 	return []Mutant{
 		{
@@ -74,7 +75,8 @@ func Catalogue() []Mutant {
 	}
 	pgErr, ok := wire.Definite(err)
 `},
-				// The error of COMMIT itself, and not of the statement before it, as one gets it that sends them one by one.
+				// The error of COMMIT itself, not of the statement before it, as if they were sent
+				// one by one.
 				{exchangeFile, `		if err != nil {
 			abandon(conn)
 			return reader.reply, reader.broken(err)

@@ -1,6 +1,7 @@
-// Package mutants holds the bugs that the chaos run must catch, or a test that the bug names, each as a change of this
-// repository's sources, and builds a bank or that test of each. It is empty but for a message unless it is built with -tags mutants: the normal program
-// contains none of them, not even as text.
+// Package mutants holds bugs that the chaos run, or a test that the bug names, must catch. Each is
+// a change of this repository's sources; the package builds a bank or the test from it. Without
+// -tags mutants the package contains only a message: the normal program contains none of the bugs,
+// not even as text.
 package mutants
 
 import (
