@@ -404,7 +404,7 @@ func (e *Engine) attempt(ctx context.Context, budget *deadline.Context, req *ong
 	}{handler: attemptContext{Context: handlerCtx, running: running{
 		key: req.Key, attempt: req.claim.Attempt, service: e.options.Service, derived: past.derived,
 	}}}
-	answer, failed := e.call(attempt.Context(&bounds.handler), &req.claim, handlerEnd, run)
+	answer, failed := e.call(attempt.Context(&bounds.handler), req, handlerEnd, run)
 	trace.step(StepHandler, started, failed)
 	sealed := attempt.Seal()
 
@@ -509,12 +509,14 @@ func recovered(whose string, err *error) {
 	}
 }
 
-// call runs the handler and turns a panic into an error. While it runs the key is in memory, until
-// the handler's deadline at most.
-func (e *Engine) call(ctx context.Context, claim *Claim, handlerEnd time.Time, run RunFunc) (answer *Answer, err error) {
+// call runs the handler and turns a panic into an error. While it runs the key, if there is one, is
+// in memory, until the handler's deadline at most.
+func (e *Engine) call(ctx context.Context, req *ongoing, handlerEnd time.Time, run RunFunc) (answer *Answer, err error) {
 	defer recovered("", &err)
-	e.family.running.add(claim, handlerEnd)
-	defer e.family.running.remove(claim)
+	if !req.keyless() {
+		e.family.running.add(&req.claim, handlerEnd)
+		defer e.family.running.remove(&req.claim)
+	}
 	answer, err = run(ctx)
 	if answer == nil && err == nil {
 		err = errors.New("handler gave no answer")

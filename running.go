@@ -30,11 +30,8 @@ type runningKey struct {
 var errRunsHere = fmt.Errorf("%w: its handler runs in this process", ErrInProgress)
 
 // add notes that the handler of this request runs, until the given time at most. The caller must
-// call remove. It does nothing for a request without a key.
+// call remove. The request has a key.
 func (r *runningKeys) add(claim *Claim, until time.Time) {
-	if claim.Keyless() {
-		return
-	}
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	if r.byKey == nil {
@@ -46,9 +43,6 @@ func (r *runningKeys) add(claim *Claim, until time.Time) {
 // remove takes back the add of this attempt. It leaves the entry of another attempt alone: the
 // store may have granted the key again while a handler ran past its deadline.
 func (r *runningKeys) remove(claim *Claim) {
-	if claim.Keyless() {
-		return
-	}
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	if r.byKey[claim.Key].attempt == claim.Attempt {

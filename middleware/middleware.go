@@ -318,12 +318,12 @@ func (run *run) once(ctx context.Context) (*idempotency.Answer, error) {
 	if err := run.recorder.finish(run.outer); err != nil {
 		return nil, err
 	}
-	run.noticeAnswer(r)
 	one.answer = idempotency.Answer{
 		Status: run.recorder.status,
 		Header: recordable(run.recorder.sent, run.outer, run.m.headers),
 		Body:   run.recorder.body,
 	}
+	run.noticeAnswer(r)
 	run.answered = true
 	return &one.answer, nil
 }

@@ -241,9 +241,9 @@ func (a *keyedAttempt) Commit(ctx context.Context, answer *idempotency.Answer) e
 	return a.recorded(ctx, "commit", a.commit(ctx, deferred, refused, record))
 }
 
-// commit sends the last flush: what the handler deferred, unless a statement was refused, and the
-// record or, without a key, a guard as the last statement before COMMIT. The guard comes first: if the transaction is not the claim's, an error of a
-// deferred statement or constraint proves nothing.
+// commit sends the last flush: what the handler deferred, unless a statement was refused, and as the
+// last statement before COMMIT the record or, without a key, a guard. The guard comes first: if the
+// transaction is not the claim's, an error of a deferred statement or constraint proves nothing.
 func (a *attempt) commit(ctx context.Context, deferred []wire.Call, refused error, last wire.Call) error {
 	if !a.tx.Abandoned() && !wire.PlainText(a.conn) {
 		return fail("commit", idempotency.ErrAborted, errEncoding)
