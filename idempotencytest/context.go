@@ -42,8 +42,8 @@ func (w *tripwire) disarm() (tripped bool) {
 // them while it is printed.
 func (*tripwire) String() string { return "idempotencytest.tripwire" }
 
-// Format keeps the contexts below out of every verb of fmt.
-// fmt has no use for the error.
+// Format keeps the contexts below out of every verb of fmt. It drops the error, for which
+// fmt has no use.
 func (w *tripwire) Format(f fmt.State, _ rune) { _, _ = io.WriteString(f, w.String()) }
 
 // Deadline implements context.Context.

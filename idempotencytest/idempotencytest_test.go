@@ -179,7 +179,7 @@ func TestPointThatIsNeverHitIsFound(t *testing.T) {
 			wantFinding(t, l.crash(t.Context(), p), checkHits)
 		}
 	}
-	l.handlerUses = 1 // a wrong memory
+	l.handlerUses = 1 // as if the handler used its context
 	wantFinding(t, l.storm(t.Context()), checkHits)
 }
 

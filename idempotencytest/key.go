@@ -16,7 +16,7 @@ import (
 // step is a point that is planned for a key.
 type step struct {
 	point point
-	at    int64 // which use of the context ends it
+	at    int64 // the number of the use that ends the context
 }
 
 // key is one key of the run: the plan for its attempts, and the replies to its clients.

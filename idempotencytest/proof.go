@@ -94,7 +94,7 @@ func (l *lab) wantHits(keys []*key, points ...plan) {
 	for _, p := range points {
 		hits := 0
 		for _, k := range keys {
-			k.mu.Lock() // where it did not come to rest, requests may be under way
+			k.mu.Lock() // if the part is not at rest, requests may be in flight
 			hits += k.hits[p.point]
 			k.mu.Unlock()
 		}

@@ -214,9 +214,9 @@ func (a *attempt) over() {
 
 // exchange is one request on its way through the server.
 type exchange struct {
-	dead         atomic.Bool // half of the answer is sent
-	half         atomic.Bool // it dies when it looks for its COMMIT
-	resolving    atomic.Bool // it can't look for its COMMIT
+	dead         atomic.Bool // the process died for it
+	half         atomic.Bool // half of the answer is sent
+	resolving    atomic.Bool // it dies when it looks for its COMMIT
 	unresolvable atomic.Bool // it can't look for its COMMIT
 }
 

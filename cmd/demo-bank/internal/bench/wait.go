@@ -164,6 +164,7 @@ func (w *Wait) duplicate(ctx context.Context, clients []*client, latency *hdr.Hi
 			}
 			mu.Lock()
 			defer mu.Unlock()
+			// An error is impossible: the value is within the range.
 			_ = latency.RecordValue(max(1, min(took, latencyMax).Microseconds()))
 			w.Answers[strings.TrimSpace(fmt.Sprintf("%d %s", c.reply.status, c.reply.outcome))]++
 			if c.reply.status == http.StatusCreated && c.reply.outcome == "executed" {
@@ -197,6 +198,7 @@ func beside(ctx context.Context, clients []*client, t *target, do func(context.C
 					cancel(err)
 					return
 				}
+				// An error is impossible: the value is within the range.
 				_ = c.latency.RecordValue(max(1, min(time.Since(sent), latencyMax).Microseconds()))
 			}
 		})

@@ -20,7 +20,7 @@ type profile struct {
 	commits      int                // faults of COMMITs
 	weights      map[commitKind]int // their shares
 	reapInterval time.Duration      // of the banks' reapers, which walk the whole table each time
-	giveUp       float64            // that a client gives up after a not-executed, if it may
+	giveUp       float64            // probability to give up after not-executed
 	shares       shares             // of the clients' actions
 
 	// The minimum that a run must reach at its own number of operations, besides each kind at least
