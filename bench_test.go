@@ -36,7 +36,7 @@ func BenchmarkEngine(b *testing.B) {
 	said := &idempotency.Answer{Status: 201, Header: map[string][]string{"Content-Type": {"application/json"}}, Body: bytes.Repeat([]byte("x"), 200)}
 	run := func(context.Context) (*idempotency.Answer, error) { return said, nil }
 	fingerprint := idempotency.NewFingerprintV1("POST", "/transfers", "", "", nil)
-	b.Run("fresh", func(b *testing.B) { // the memory store's part included
+	b.Run("fresh", func(b *testing.B) { // includes the memory store's part
 		engine := idempotency.NewEngine(memory.New(nil), nil)
 		b.ReportAllocs()
 		for n := 0; b.Loop(); n++ {

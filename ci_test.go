@@ -29,7 +29,7 @@ func TestCINamesItsLanes(t *testing.T) {
 		{[]string{"check", "mutants"}, 2},
 	} {
 		cmd := exec.Command("bash", append([]string{".ci/run"}, c.arguments...)...)
-		cmd.Env = append(os.Environ(), "PATH="+toolsWithoutGo(t)) // a lane that starts all the same fails at once
+		cmd.Env = append(os.Environ(), "PATH="+toolsWithoutGo(t)) // a lane that starts all the same then fails at once
 		output, _ := cmd.CombinedOutput()
 		if code := cmd.ProcessState.ExitCode(); code != c.code {
 			t.Errorf(".ci/run %q: exit code %d, want %d:\n%s", c.arguments, code, c.code, output)
@@ -42,7 +42,7 @@ func TestCINamesItsLanes(t *testing.T) {
 	}
 }
 
-// .ci/release is strict about what it is called with: it makes tags that can't be taken back.
+// .ci/release is strict about its arguments: it makes tags that can't be taken back.
 func TestReleaseRefusesWhatIsNoVersion(t *testing.T) {
 	t.Parallel()
 	if runtime.GOOS == "windows" {

@@ -7,7 +7,7 @@ import (
 )
 
 // Only a handler that calls DerivedKey marks its request. The library derives the same key for
-// itself without sending it to anybody.
+// itself without sending it anywhere.
 func TestKeysThatTheLibraryDerivesMarkNothing(t *testing.T) {
 	t.Parallel()
 	ctx := &attemptContext{Context: context.Background(), running: running{key: Key{Scope: "acme", Value: "k"}, derived: new(atomic.Bool)}}

@@ -57,7 +57,7 @@ func TestDecideEveryRow(t *testing.T) {
 	}
 }
 
-// A decision either goes on, or answers, or says why it does not: never two of them.
+// A decision goes on, or answers, or names the reason for not answering: exactly one of them.
 func TestDecisionsAreWhole(t *testing.T) {
 	t.Parallel()
 	for f := range fact(255) {
@@ -168,7 +168,8 @@ func wrap(err error) error {
 	return fmt.Errorf("step: %w: detail", err)
 }
 
-// checkFacts calls f with each error of the contract, wrapped, and compares. What want leaves out is other.
+// checkFacts calls f with each error of the contract, wrapped, and compares. Errors that are not in
+// want must give other.
 func checkFacts(t *testing.T, f func(error) fact, want map[error]fact, other fact) {
 	t.Helper()
 	for _, err := range sentinels {
@@ -201,7 +202,7 @@ func TestFactAfterClaimComparesFingerprints(t *testing.T) {
 					return of(v), true
 				}
 			}
-			return of(version), false // what comes with a false counts for nothing
+			return of(version), false // the value that comes with false is ignored
 		}
 	}
 	otherVersion := one
@@ -239,8 +240,8 @@ func TestFactOfWait(t *testing.T) {
 	}
 }
 
-// What the leader's end says to those behind it: a record, which each compares with its own request, or nothing that
-// anybody could run on, or that one of them is to ask.
+// The end of a leader gives its followers one of three facts: a record, which each compares with
+// its own request; an unknown outcome; or a turn for one of them.
 func TestFactOfLeader(t *testing.T) {
 	t.Parallel()
 	print, other := NewFingerprintV1("POST", "/1", "", "", nil), NewFingerprintV1("POST", "/2", "", "", nil)
@@ -271,7 +272,7 @@ func TestFactAfterHandler(t *testing.T) {
 	type row struct {
 		failed      error
 		disposition Disposition
-		want        map[error]fact // by what Seal returned
+		want        map[error]fact // by the error of Seal
 		other       fact
 	}
 	first := map[error]fact{
@@ -312,7 +313,7 @@ func TestFactAfterCommit(t *testing.T) {
 			nil: factCommitted, ErrTransactionLost: factTransactionLost, ErrKeyRecorded: factKeyRecorded,
 			ErrNotSerializable: factSerialization, ErrUnavailable: factUnavailable, ErrAborted: factCommitAborted,
 		}, unknown)
-		// What may have been executed is never told otherwise.
+		// A request that may have been executed is never reported as not executed.
 		for _, err := range sentinels {
 			if err == nil {
 				continue
@@ -340,7 +341,7 @@ func TestFactAfterResolve(t *testing.T) {
 	checkFacts(t, func(err error) fact { return factAfterResolve(req, DispositionCommit, nil, err) }, map[error]fact{
 		nil: factResolvedAbsent, ErrRecordCorrupt: factRecordCorrupt,
 	}, factOutcomeUnknown)
-	// A decline's record may come after the look.
+	// The record of a decline may come after the look-up.
 	checkFacts(t, func(err error) fact { return factAfterResolve(req, DispositionDecline, nil, err) }, map[error]fact{
 		ErrRecordCorrupt: factRecordCorrupt,
 	}, factOutcomeUnknown)
@@ -364,8 +365,8 @@ func TestFactAfterResolve(t *testing.T) {
 	}
 }
 
-// A rollback may find more than it was called for: another attempt's record, or that the transaction was not ours any
-// more. A lost transaction is never started again for it: what it committed would be paid twice.
+// A rollback may find another attempt's record, or that the transaction is no longer ours. After a
+// lost transaction the request is never started again: its committed writes would be paid twice.
 func TestFactAfterRollback(t *testing.T) {
 	t.Parallel()
 	for _, test := range []struct {

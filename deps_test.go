@@ -22,11 +22,11 @@ type listed struct {
 	Standard                           bool
 	Module                             struct{ Path string }
 	Imports, TestImports, XTestImports []string
-	Deps                               []string // all that it needs, without its tests
+	Deps                               []string // all dependencies, without those of its tests
 }
 
-// workspace returns every package of the workspace and all that they need, by import path. One run
-// of the go command serves all tests.
+// workspace returns every package of the workspace and all dependencies, by import path. One run of
+// the go command serves all tests.
 func workspace(t *testing.T) map[string]listed {
 	t.Helper()
 	watchSources(t)
@@ -61,8 +61,8 @@ var listWorkspace = sync.OnceValues(func() (map[string]listed, error) {
 	}
 })
 
-// watchSources looks at every source file of the modules. The go command takes notice, and runs
-// these tests again when one of them has changed.
+// watchSources opens every source file of the modules, so that the go command runs these tests
+// again after one of them has changed.
 func watchSources(t *testing.T) {
 	t.Helper()
 	err := filepath.WalkDir(".", func(path string, entry fs.DirEntry, err error) error {
@@ -76,8 +76,8 @@ func watchSources(t *testing.T) {
 	}
 }
 
-// The arrows of the house: a program that imports these packages gets these packages of ours and
-// these modules, and no others. A module that is added here is one that every user has to trust.
+// The rules for dependencies: a program that imports these packages gets these packages of ours and
+// these modules, and no others. Every user has to trust a module that is added here.
 func TestDependencies(t *testing.T) {
 	t.Parallel()
 	packages := workspace(t)
@@ -87,7 +87,8 @@ func TestDependencies(t *testing.T) {
 	}
 	pgconn := []string{"github.com/jackc/pgpassfile", "github.com/jackc/pgservicefile", "github.com/jackc/pgx/v5", "golang.org/x/text"}
 	const httpsfv = "github.com/dunglas/httpsfv"
-	// What a metric costs is client_golang's choice, and what a span costs OpenTelemetry's: who wants neither imports neither.
+	// The dependencies of client_golang and of OpenTelemetry are theirs to choose: a program
+	// without metrics or spans imports neither.
 	prometheus := []string{
 		"github.com/beorn7/perks", "github.com/cespare/xxhash/v2", "github.com/munnerz/goautoneg", "github.com/prometheus/client_golang",
 		"github.com/prometheus/client_model", "github.com/prometheus/common", "github.com/prometheus/procfs", "golang.org/x/sys",
@@ -108,8 +109,8 @@ func TestDependencies(t *testing.T) {
 		{[]string{"./storage/encrypted"}, []string{"", "storage/encrypted"}, nil},
 		{[]string{"./storage/storagetest"}, []string{"", "storage/storagetest"}, nil},
 		{[]string{"./storage/postgres"}, []string{"", "storage/postgres"}, pgx},
-		{[]string{"./storage/postgres/internal/wire"}, nil, pgconn},         // nothing of the store, or of keys
-		{[]string{"./storage/postgres/internal/sealed"}, []string{""}, pgx}, // nothing of the store
+		{[]string{"./storage/postgres/internal/wire"}, nil, pgconn},         // knows neither the store nor keys
+		{[]string{"./storage/postgres/internal/sealed"}, []string{""}, pgx}, // does not know the store
 		{[]string{"./storage/postgres/operator"}, []string{"", "internal/pooler", "storage/postgres", "storage/postgres/operator"}, pgx},
 		{[]string{"./migrations"}, []string{"internal/pooler", "migrations"}, append([]string{"github.com/golang-migrate/migrate/v4"}, pgx...)},
 		{[]string{"./observe/history"}, []string{"", "observe/history"}, pgx},
@@ -138,8 +139,10 @@ func TestDependencies(t *testing.T) {
 					p := packages[needed]
 					switch {
 					case p.Standard:
-					case strings.HasPrefix(needed, module+"/storage/postgres/internal/"): // parts of storage/postgres, which don't import it
-					case needed == module+"/internal/deadline": // a part of the root package, which storage/postgres knows too
+					// Parts of storage/postgres, which don't import it.
+					case strings.HasPrefix(needed, module+"/storage/postgres/internal/"):
+					// A part of the root package, which storage/postgres knows too.
+					case needed == module+"/internal/deadline":
 					case needed == module || strings.HasPrefix(needed, module+"/"):
 						ours = append(ours, strings.TrimPrefix(strings.TrimPrefix(needed, module), "/"))
 					default:
@@ -176,7 +179,7 @@ func TestOnlyMigrationsImportsMigrate(t *testing.T) {
 	}
 }
 
-// What drives a browser is for tests alone: internal/browsertest, which only they import.
+// Only tests may import internal/browsertest, which drives a browser.
 func TestOnlyTestsDriveABrowser(t *testing.T) {
 	t.Parallel()
 	const browsertest = module + "/internal/browsertest"
@@ -190,9 +193,9 @@ func TestOnlyTestsDriveABrowser(t *testing.T) {
 	}
 }
 
-// What the root module requires is what a user of any of its packages gets at least. So it names no
-// module that no package here imports, and each at the lowest version that passes the tests
-// (docs/decisions/0024-workspace.md). Other modules of this repository may ask for more.
+// A user of any package of the root module gets at least the modules that it requires. So it
+// requires only modules that a package here imports, each at the lowest version that passes the
+// tests (docs/decisions/0024-workspace.md). Other modules of this repository may require more.
 func TestTheRootRequiresNoMore(t *testing.T) {
 	t.Parallel()
 	mod := readModule(t, ".")
@@ -232,7 +235,8 @@ func TestTheRootRequiresNoMore(t *testing.T) {
 	}
 }
 
-// Every module is in the workspace, and finds the others in the checkout also without it.
+// Every module is in the workspace, and without the workspace too it finds the others in the
+// checkout.
 func TestEveryModuleIsInTheWorkspace(t *testing.T) {
 	t.Parallel()
 	var work struct{ Use []struct{ DiskPath string } }
@@ -241,8 +245,8 @@ func TestEveryModuleIsInTheWorkspace(t *testing.T) {
 	for _, u := range work.Use {
 		used = append(used, filepath.Clean(u.DiskPath))
 	}
-	// Prometheus itself raises half of the modules here, and needs a newer Go: it would be tested
-	// with the library in place of the versions that go.mod names.
+	// Prometheus itself raises half of the modules here, and needs a newer Go: in the workspace the
+	// library would be tested with versions that go.mod does not name.
 	const apart = "observe/prometheus/rulestest"
 	folders := map[string]string{} // by module path
 	for _, folder := range append(used, apart) {
@@ -297,7 +301,8 @@ type modFile struct {
 func readModule(t *testing.T, folder string) (mod modFile) {
 	t.Helper()
 	path := filepath.Join(folder, "go.mod")
-	if _, err := os.Stat(path); err != nil { // so that the go command runs this test again when the file changes
+	// So that the go command runs this test again when the file changes.
+	if _, err := os.Stat(path); err != nil {
 		t.Fatal(err)
 	}
 	goJSON(t, &mod, "mod", "edit", "-json", path)

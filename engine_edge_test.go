@@ -16,7 +16,7 @@ import (
 	"github.com/paidonce/idempotency/storage/memory"
 )
 
-// A key that somebody recorded is never called not executed, whatever keeps us from reading the record.
+// A recorded key is never reported as not executed, whatever prevents reading the record.
 func TestRecordedKeyIsNeverCalledNotExecuted(t *testing.T) {
 	t.Parallel()
 	lost := turn{end: fmt.Errorf("commit: %w", idempotency.ErrKeyRecorded)}
@@ -37,7 +37,7 @@ func TestRecordedKeyIsNeverCalledNotExecuted(t *testing.T) {
 	}
 }
 
-// What would make a record that can't be replayed fails the handler before anything is recorded.
+// If an answer could not be replayed, the handler fails before anything is recorded.
 func TestAnswerThatCannotBeReplayedIsNotRecorded(t *testing.T) {
 	t.Parallel()
 	header := func(name, value string) map[string][]string { return map[string][]string{name: {value}} }
@@ -76,7 +76,8 @@ func TestAnswerThatCannotBeReplayedIsNotRecorded(t *testing.T) {
 	}
 }
 
-// A request that nobody could compare, or whose record would be born expired, is refused before it is begun.
+// A request that can't be compared, or that would have an expired record, is refused before it
+// begins.
 func TestUnfinishedRequestIsNeverBegun(t *testing.T) {
 	t.Parallel()
 	request := func(change func(*idempotency.Request)) idempotency.Request {
@@ -120,7 +121,7 @@ func TestTraceIDThatCannotBeRecordedIsLeftOut(t *testing.T) {
 	}
 }
 
-// The operator hears of the panic of a handler that was too slow as well.
+// If a handler exceeds its time and panics, the operator still learns of the panic.
 func TestTimeoutHidesNoPanic(t *testing.T) {
 	t.Parallel()
 	cause := errors.New("cause")
@@ -135,7 +136,7 @@ func TestTimeoutHidesNoPanic(t *testing.T) {
 	}
 }
 
-// hooks is a tracer that counts, and panics after a step, or ends its goroutine there.
+// hooks is a tracer that counts, and after a step panics or ends its goroutine.
 type hooks struct {
 	mu     sync.Mutex
 	starts int
@@ -281,7 +282,7 @@ func TestPolicyThatPanicsFailsTheHandler(t *testing.T) {
 	}
 }
 
-// What retries may see can be less than what the first client got.
+// Retries may get less than the first client got.
 func TestReduceIsRecordedAndNotAnswered(t *testing.T) {
 	t.Parallel()
 	reduce := func(answer idempotency.Answer) idempotency.Answer {
@@ -306,7 +307,7 @@ func TestReduceIsRecordedAndNotAnswered(t *testing.T) {
 	}
 }
 
-// The look for a lost COMMIT has a time of its own, whatever the handler and COMMIT have used up.
+// The look-up of a lost COMMIT has time of its own, however much the handler and COMMIT have used.
 func TestResolveHasItsOwnTime(t *testing.T) {
 	t.Parallel()
 	store := scripted(turn{end: idempotency.ErrUnknown, resolved: ours})
@@ -341,7 +342,7 @@ func TestWiringMistakesPanic(t *testing.T) {
 	store := scripted(turn{})
 	for name, test := range map[string]struct {
 		make func()
-		want string // what the panic says; empty where there is none
+		want string // the text of the panic; empty if there is none
 	}{
 		"no store": {func() { idempotency.NewEngine(nil, nil) }, "needs a Store"},
 		"negative handler time": {func() {

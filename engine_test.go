@@ -16,32 +16,32 @@ import (
 	"github.com/paidonce/idempotency/storage/memory"
 )
 
-// script is a store whose every step ends as it is told, because no real one fails in all these ways on demand. Each
-// attempt takes the next of its turns; the last is used again and again.
+// script is a store with prescribed results for every step, because no real store fails in all
+// these ways on demand. Each attempt takes the next turn; the last one is used again and again.
 type script struct {
 	turns []turn
 
 	mu      sync.Mutex
 	steps   []string
 	begun   []idempotency.Claim
-	ends    []context.Context // what Commit, Decline and Rollback were given
+	ends    []context.Context // the contexts that Commit, Decline and Rollback got
 	answers []*idempotency.Answer
 }
 
-// turn says how the steps of one attempt end.
+// turn has the results of the steps of one attempt.
 type turn struct {
 	begin  error
 	record *idempotency.Record
 	seal   error
 	end    error // of Commit and Decline
 
-	resolved *idempotency.Record // what Resolve finds; ours is the attempt's own
+	resolved *idempotency.Record // the record that Resolve finds; ours is the attempt's own
 	resolve  error
 
 	resolving func() // called by Resolve
 }
 
-// ours stands for the record of the attempt that asks.
+// ours stands for the record of the attempt that calls Resolve.
 var ours = &idempotency.Record{}
 
 func (s *script) Begin(_ context.Context, claim *idempotency.Claim) (idempotency.Attempt, *idempotency.Record, error) {
@@ -139,8 +139,8 @@ func asking(run idempotency.RunFunc) idempotency.RunFunc {
 
 var errOther = errors.New("an error nobody knows")
 
-// TestEveryStepEveryError takes each error at each step to what the client is told, and looks that whatever was begun
-// is ended once.
+// TestEveryStepEveryError compares the client's answer after each error at each step, and checks
+// that everything that was begun is ended once.
 func TestEveryStepEveryError(t *testing.T) {
 	t.Parallel()
 	const (
@@ -166,7 +166,7 @@ func TestEveryStepEveryError(t *testing.T) {
 		turns   []turn
 		run     idempotency.RunFunc
 		outcome idempotency.Outcome
-		reason  idempotency.Reason // empty where there is an answer
+		reason  idempotency.Reason // empty if there is an answer
 		steps   string
 		err     error
 	}{
@@ -424,7 +424,7 @@ func TestInFlightMax(t *testing.T) {
 		}
 	}
 	refused(engine)
-	hold(relative, "relative") // its limit is higher, and the count is one
+	hold(relative, "relative") // it has a higher limit, and shares the count
 	if engine.InFlight() != limit+1 || relative.InFlight() != limit+1 {
 		t.Errorf("%d and %d in flight, want %d", engine.InFlight(), relative.InFlight(), limit+1)
 	}
@@ -440,7 +440,7 @@ func TestInFlightMax(t *testing.T) {
 	}
 }
 
-// What a handler's context holds, and what it does not: the client's end.
+// A handler's context has the request's values, and does not end when the client is gone.
 func TestHandlerContext(t *testing.T) {
 	t.Parallel()
 	type contextKey struct{}
@@ -492,8 +492,8 @@ func TestHandlerContext(t *testing.T) {
 	}
 }
 
-// A handler that takes too long loses its context; an answer that it gives all the same is committed, on a context of
-// its own, and one that is not for keeping is unavailable.
+// The context of a handler that takes too long ends. If the handler answers all the same, an answer
+// to commit is committed, on another context, and one to forget becomes unavailable.
 func TestHandlerTimeout(t *testing.T) {
 	t.Parallel()
 	for status, want := range map[int]struct {

@@ -40,7 +40,7 @@ func ExampleEngine_Do() {
 	// balance: 90
 }
 
-// A handler that calls another service passes on a key of its own, which is the same for every
+// A handler that calls another service passes on a derived key, which is the same for every
 // attempt. The first run's answer is not recorded, and the other service may have acted, so the
 // outcome is unknown: the client retries with the same key.
 func ExampleDerivedKey() {

@@ -10,8 +10,8 @@ import (
 	"unicode/utf8"
 )
 
-// FuzzFingerprintV1 shows that no two requests feed the hash the same bytes: what it is fed can be taken apart again
-// into the five fields. And that what it is fed is what is hashed.
+// FuzzFingerprintV1 shows that no two requests give the same bytes to the hash: the bytes can be
+// split into the five fields again, and the hash is over exactly these bytes.
 func FuzzFingerprintV1(f *testing.F) {
 	f.Add("POST", "/transfers", "", "application/json", []byte(`{}`))
 	f.Fuzz(func(t *testing.T, method, path, query, contentType string, body []byte) {
@@ -38,7 +38,7 @@ func FuzzFingerprintV1(f *testing.F) {
 		if fingerprint.Version != 1 || fingerprint.Sum != sha256.Sum256(fed) {
 			t.Fatalf("version %d, %x is not the hash of the fields", fingerprint.Version, fingerprint.Sum)
 		}
-		// A byte that moves from one field to the next is another request.
+		// If a byte moves from one field to the next, that is another request.
 		for i := range 4 {
 			moved := append([]string{}, fields...)
 			if moved[i] == "" {
@@ -55,7 +55,8 @@ func FuzzFingerprintV1(f *testing.F) {
 
 var keyValueRule = regexp.MustCompile(`\A[!#-+\x2d-~]{1,255}\z`)
 
-// FuzzKeyValidate compares Validate with the rule said in another way, and what it admits with what a store needs.
+// FuzzKeyValidate compares Validate with the same rule in another form, and each valid key with the
+// requirements of a store.
 func FuzzKeyValidate(f *testing.F) {
 	f.Add("acme", "8e03978e-40d5-43dd-bc93-6894a57f9324")
 	f.Fuzz(func(t *testing.T, scope, value string) {

@@ -60,7 +60,7 @@ func TestKeyCharacters(t *testing.T) {
 	}
 }
 
-// Neither part of a key reaches a log by the usual ways.
+// No usual way of printing shows a part of a key.
 func TestKeyIsNeverPrinted(t *testing.T) {
 	t.Parallel()
 	key := idempotency.Key{Scope: "scope-canary", Value: "value-canary"}
@@ -133,8 +133,8 @@ func TestErrorsOfKeysQuoteNothing(t *testing.T) {
 	}
 }
 
-// The numbers are frozen: programs of different versions must meet at the same lock. They were computed by a program
-// of its own. Where this test fails the code is wrong, and not the test.
+// The numbers are frozen: programs of different versions must meet at the same lock. A separate
+// program computed them. If this test fails, the code is wrong, not the test.
 func TestLockNumberIsFrozen(t *testing.T) {
 	t.Parallel()
 	for _, test := range []struct {
@@ -164,8 +164,8 @@ func TestLockNumberJoinsNothing(t *testing.T) {
 	}
 }
 
-// The sums are frozen: another sum would turn every retry that crosses an upgrade into a mismatch. They were computed
-// by a program of its own. Where this test fails the code is wrong, and not the test.
+// The sums are frozen: another sum would turn every retry that crosses an upgrade into a mismatch.
+// A separate program computed them. If this test fails, the code is wrong, not the test.
 func TestFingerprintV1IsFrozen(t *testing.T) {
 	t.Parallel()
 	for want, got := range map[string]idempotency.Fingerprint{
@@ -218,8 +218,8 @@ func inHandlerOf(t *testing.T, opts *idempotency.Options, key idempotency.Key, f
 	}
 }
 
-// The keys are frozen: another key would be another payment to the service that gets it. They were computed by a
-// program of its own. Where this test fails the code is wrong, and not the test.
+// The keys are frozen: with another key the other service would make another payment. A separate
+// program computed them. If this test fails, the code is wrong, not the test.
 func TestDerivedKeyIsFrozen(t *testing.T) {
 	t.Parallel()
 	inHandler(t, idempotency.Key{Scope: "acme", Value: uuid}, func(ctx context.Context) {

@@ -16,7 +16,7 @@ import (
 	"github.com/paidonce/idempotency/storage/memory"
 )
 
-// behaviour is what a handler does: answer a status, or fail in one of these ways.
+// behaviour is how a handler ends: with a status, or by failing in one of these ways.
 type behaviour int
 
 const (
@@ -27,7 +27,7 @@ const (
 	endsItsGoroutine
 )
 
-// modelRecord is what the model keeps of an executed request.
+// modelRecord is the model's record of an executed request.
 type modelRecord struct {
 	content string
 	status  int
@@ -42,7 +42,7 @@ type model struct {
 	runs    int
 }
 
-// modelRequest is a request, and what is going to happen to it.
+// modelRequest is a request and its prescribed fate.
 type modelRequest struct {
 	key     idempotency.Key
 	content string
@@ -52,7 +52,7 @@ type modelRequest struct {
 	faults  map[idempotency.Step][]error // of the store, one after another
 }
 
-// modelResult is what the client of a request must see.
+// modelResult is the result that the client of a request must get.
 type modelResult struct {
 	outcome idempotency.Outcome
 	reason  idempotency.Reason
@@ -123,7 +123,7 @@ func (m *model) do(req modelRequest) (result modelResult) {
 			}
 			return answered
 		case err == idempotency.ErrKeyRecorded:
-			unavailable = unknown // somebody recorded the key
+			unavailable = unknown // another attempt recorded the key
 			if !recorded && attempts == 1 {
 				attempts++ // to read the record
 			}
@@ -153,8 +153,8 @@ func (m *model) deleteExpired() (deleted int64) {
 	return deleted
 }
 
-// TestEngineDoesWhatTheModelSays sends random requests to the engine and to the model, and looks after each that the
-// client saw the same, that the handler ran as often, and that the same is recorded.
+// TestEngineDoesWhatTheModelSays sends random requests to the engine and to the model. After each
+// it compares the results, the number of runs, and the records.
 func TestEngineDoesWhatTheModelSays(t *testing.T) {
 	t.Parallel()
 	rapid.Check(t, func(t *rapid.T) {
@@ -179,7 +179,8 @@ func TestEngineDoesWhatTheModelSays(t *testing.T) {
 					faults[step] = slices.Clone(errs)
 				}
 				want := m.do(req)
-				// A copy that comes while a handler runs must not take a fault that is meant for its original.
+				// A copy that arrives while a handler runs must not take a fault that is meant for
+				// its original.
 				mayCopy := func() bool { return req.key.Value != "" && len(faults[idempotency.StepClaim]) == 0 }
 				got, returned := send(t, engine, req, &runs, mayCopy)
 				if runs != m.runs {
@@ -245,8 +246,8 @@ func drawRequest(t *rapid.T) modelRequest {
 	}
 }
 
-// send sends a request as a client would, and returns what the client sees, and false where its handler took the
-// goroutine with it. Copies that arrive while the handler runs must be told so, and run nothing.
+// send sends a request and returns the client's result, or false if the handler ended its
+// goroutine. Copies that arrive while the handler runs must get in-progress, and run nothing.
 func send(t *rapid.T, engine *idempotency.Engine, req modelRequest, runs *int, mayCopy func() bool) (result modelResult, returned bool) {
 	request := idempotency.Request{Key: req.key, Fingerprint: idempotency.NewFingerprint(100, []byte(req.content)), TTL: req.ttl}
 	copyOutcome := idempotency.OutcomeInProgress

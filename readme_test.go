@@ -6,7 +6,7 @@ import (
 	"testing"
 )
 
-// The README's example is the quickstart, which its own test runs.
+// The README's example is the quickstart, which has a test that runs it.
 func TestReadmeShowsTheQuickstart(t *testing.T) {
 	t.Parallel()
 	readme, err := os.ReadFile("README.md")
@@ -30,7 +30,7 @@ func TestReadmeShowsTheQuickstart(t *testing.T) {
 	}
 }
 
-// Whoever considers the library looks for the license and for where to report a hole.
+// Users look for the license and for the address for reports of vulnerabilities.
 func TestReadmeNamesLicenseAndSecurity(t *testing.T) {
 	t.Parallel()
 	readme, err := os.ReadFile("README.md")

@@ -1,6 +1,6 @@
 package idempotency
 
-// Running returns how many keys have a handler that runs, by the engine's memory.
+// Running returns the number of keys with running handlers in the engine's memory.
 func Running(e *Engine) int {
 	e.family.running.mu.Lock()
 	defer e.family.running.mu.Unlock()

@@ -17,8 +17,9 @@ import (
 // hooked is a store that counts its claims and calls hooks around the end of an attempt.
 type hooked struct {
 	counted
-	before func(step idempotency.Step)       // Commit, Decline, Rollback or Resolve begins; may be nil
-	after  func(step idempotency.Step) error // Commit or Decline is through; may be nil. An error replaces its result
+	before func(step idempotency.Step) // Commit, Decline, Rollback or Resolve begins; may be nil
+	// Called after Commit or Decline; may be nil. An error replaces its result.
+	after func(step idempotency.Step) error
 }
 
 func (h *hooked) Begin(ctx context.Context, claim *idempotency.Claim) (idempotency.Attempt, *idempotency.Record, error) {
@@ -69,7 +70,7 @@ func (a *hookedAttempt) end(step idempotency.Step, end func() error) error {
 
 func hook(store idempotency.Store) *hooked { return &hooked{counted: counted{Store: store}} }
 
-// wantCopy sends a copy of the request and requires its outcome, and how many claims it makes.
+// wantCopy sends a copy of the request, and requires its outcome and its number of claims.
 func wantCopy(t *testing.T, engine *idempotency.Engine, store *hooked, req idempotency.Request, outcome idempotency.Outcome, claims int64) {
 	t.Helper()
 	before := store.begun.Load()
@@ -143,7 +144,7 @@ func TestDuplicateOfWhatRunsHereIsTraced(t *testing.T) {
 }
 
 // However a handler ends, its key has left memory before the end of the transaction begins: from
-// then on a copy asks the store, and a retry after the end is told what became of the request.
+// then on a copy asks the store, and a retry after the end gets the outcome of the request.
 func TestKeyLeavesMemoryBeforeTheTransactionEnds(t *testing.T) {
 	t.Parallel()
 	exits := func(context.Context) (*idempotency.Answer, error) { runtime.Goexit(); return nil, nil }
@@ -209,8 +210,8 @@ func TestKeyLeavesMemoryIfTheTracerExits(t *testing.T) {
 	}
 }
 
-// All copies of a recorded key are replays, also those that come when COMMIT is through and its
-// reply is late, or lost and looked for.
+// All copies of a recorded key are replays, also those that arrive after COMMIT while its reply is
+// late, or lost and being looked up.
 func TestRecordedKeyIsNeverInProgressFromMemory(t *testing.T) {
 	t.Parallel()
 	const copies = 64
@@ -239,7 +240,7 @@ func TestRecordedKeyIsNeverInProgressFromMemory(t *testing.T) {
 	}
 }
 
-// A decline gives its claim away before it records the answer. An attempt that claims the key in
+// A decline gives up its claim before it records the answer. An attempt that claims the key in
 // between must not hide the record while its handler runs.
 func TestDeclinedKeyIsNotHiddenByTheAttemptThatClaimedIt(t *testing.T) {
 	t.Parallel()
@@ -296,7 +297,8 @@ func TestKeyIsInMemoryInEachRun(t *testing.T) {
 }
 
 // A handler that hangs keeps its key in memory until its deadline. From then on the store is asked.
-// If the store has granted the key to another attempt, the first one's late return leaves that alone.
+// If the store has granted the key to another attempt, the first one's late return leaves that
+// alone.
 func TestHandlerThatHangsKeepsItsKeyUntilItsDeadline(t *testing.T) {
 	t.Parallel()
 	const timeout = 3 * time.Second

@@ -6,7 +6,7 @@ import (
 	"testing"
 )
 
-// docs/state-machine.md holds the table of decide in words. The two must not part.
+// docs/state-machine.md has the table of decide in words. The two must stay equal.
 func TestStateMachineDocIsTheTable(t *testing.T) {
 	t.Parallel()
 	facts := map[string]fact{

@@ -10,7 +10,7 @@ import (
 	"github.com/paidonce/idempotency"
 )
 
-// tape is a tracer that writes down what it is told.
+// tape is a tracer that notes its calls.
 type tape struct {
 	lines []string
 	steps []idempotency.StepEnd

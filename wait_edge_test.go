@@ -17,7 +17,7 @@ import (
 	"github.com/paidonce/idempotency/storage/memory"
 )
 
-// To wait takes nothing from the time of the handler.
+// Waiting takes nothing from the handler's time.
 func TestHandlersTimeBeginsWithItsAttempt(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
@@ -34,14 +34,15 @@ func TestHandlersTimeBeginsWithItsAttempt(t *testing.T) {
 			b.send(t.Context(), keyed("k"), hold)
 		}
 		b.settle()
-		// The third's wait is over in the moment in which the second's attempt ends: it may find the key free or not.
+		// The third's wait ends at the same moment as the second's attempt: it may find the key
+		// free or not.
 		if b.runs.Load() < 2 {
 			t.Errorf("%d runs", b.runs.Load())
 		}
 	})
 }
 
-// Who waits counts as in flight, and is refused over the limit as anybody else.
+// A waiting request counts as in flight, and is refused over the limit like any other.
 func TestThoseThatWaitAreInFlight(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
@@ -58,7 +59,8 @@ func TestThoseThatWaitAreInFlight(t *testing.T) {
 	})
 }
 
-// Half of those that may be in flight wait at most, whatever they wait for. So a flood of duplicates leaves room.
+// At most half of InFlightMax may wait, whatever they wait for, so that a flood of duplicates
+// leaves room.
 func TestThoseThatWaitLeaveRoomForOthers(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
@@ -95,7 +97,8 @@ func TestThoseThatWaitLeaveRoomForOthers(t *testing.T) {
 	})
 }
 
-// What is given to many is changed by each alone: but for the body, which nobody changes.
+// Requests that get the same answer each have a header of their own. They share the body, which is
+// never changed.
 func TestReplaysOfThoseThatWaitShareNoHeader(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
@@ -122,7 +125,7 @@ func TestReplaysOfThoseThatWaitShareNoHeader(t *testing.T) {
 	})
 }
 
-// A tracer is told of each stretch of waiting.
+// The tracer gets an event for each wait.
 func TestTracerIsToldOfWaiting(t *testing.T) {
 	t.Parallel()
 	for name, test := range map[string]struct {
@@ -211,7 +214,8 @@ func TestHookThatPanicsLeavesNobodyWaiting(t *testing.T) {
 	}
 }
 
-// Many keys, many requests, some of which give up: each key is executed once, and no queue is left.
+// Many keys and many requests, some of which give up: each key is executed once, and no queue is
+// left.
 func TestQueuesAreGoneWhenNobodyWaits(t *testing.T) {
 	t.Parallel()
 	const keys, copies = 20, 40
@@ -223,7 +227,7 @@ func TestQueuesAreGoneWhenNobodyWaits(t *testing.T) {
 			key := i % keys
 			ctx, cancel := context.WithCancel(context.Background())
 			defer cancel()
-			if i%3 == 0 { // a client that goes away somewhere on the way
+			if i%3 == 0 { // a client that goes away at some point
 				go func() {
 					for range i % 50 {
 						runtime.Gosched()

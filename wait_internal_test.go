@@ -8,14 +8,14 @@ import (
 	"time"
 )
 
-// Queues returns how many queues there are, of requests that may wait, and how many wait in them.
+// Queues returns the number of queues, and of the followers in them.
 func Queues(e *Engine) (queues, followers int) {
 	e.family.queues.mu.Lock()
 	defer e.family.queues.mu.Unlock()
 	return len(e.family.queues.byKey), e.family.queues.followers
 }
 
-// mustEnter is enter where there is room.
+// mustEnter is enter if there is room.
 func (q *queues) mustEnter(key Key) *place {
 	p, ok := q.enter(key, 3)
 	if !ok {
@@ -24,8 +24,9 @@ func (q *queues) mustEnter(key Key) *place {
 	return p
 }
 
-// A follower whose turn it becomes in the moment in which its client is gone begins nothing, and hands its turn on. Which of
-// the two it notices first is chance, so it is tried until both were.
+// If a follower's turn comes at the moment when its client is gone, it begins nothing, and passes
+// its turn on. Which of the two it notices first is chance, so the test repeats until both have
+// happened.
 func TestTurnThatComesTooLateIsHandedOn(t *testing.T) {
 	t.Parallel()
 	canceled, cancel := context.WithCancel(t.Context())
@@ -50,7 +51,7 @@ func TestTurnThatComesTooLateIsHandedOn(t *testing.T) {
 	}
 }
 
-// A record that comes in the moment in which the wait ends is an answer all the same.
+// A record that arrives at the moment when the wait ends is still the answer.
 func TestAnswerThatComesAtTheLastMomentIsTaken(t *testing.T) {
 	t.Parallel()
 	for range 100 {

@@ -16,8 +16,8 @@ import (
 	"github.com/paidonce/idempotency/storage/memory"
 )
 
-// waitBundle is an engine whose requests wait, on a store whose claims are counted. It is used in a bubble of
-// synctest, where time goes on when everybody waits.
+// waitBundle is an engine with Wait, on a store that counts claims. Tests use it in a bubble of
+// synctest, where time advances when all goroutines wait.
 type waitBundle struct {
 	t      *testing.T
 	store  *counted
@@ -26,7 +26,7 @@ type waitBundle struct {
 	group  sync.WaitGroup
 }
 
-// counted is a store that counts its claims, and can stop one on its way.
+// counted is a store that counts its claims, and can block one.
 type counted struct {
 	idempotency.Store
 	begun atomic.Int64
@@ -56,14 +56,14 @@ func setupWait(t *testing.T, store idempotency.Store, change ...func(*idempotenc
 	return b
 }
 
-// later is a request under way.
+// later is a request in progress.
 type later struct {
 	result idempotency.Result
 	after  time.Duration // when it was answered
 	done   bool
 }
 
-// send sends a request and returns once everybody waits.
+// send sends a request and returns once all goroutines wait.
 func (b *waitBundle) send(ctx context.Context, req idempotency.Request, run idempotency.RunFunc) *later {
 	return b.sendTo(ctx, b.engine, req, run)
 }
@@ -82,7 +82,7 @@ func (b *waitBundle) sendTo(ctx context.Context, engine *idempotency.Engine, req
 	return l
 }
 
-// sendMany sends copies one after another, each once those before it wait.
+// sendMany sends copies one after another, each when the earlier ones wait.
 func (b *waitBundle) sendMany(n int, req idempotency.Request, run idempotency.RunFunc) []*later {
 	var all []*later
 	for range n {
@@ -91,7 +91,7 @@ func (b *waitBundle) sendMany(n int, req idempotency.Request, run idempotency.Ru
 	return all
 }
 
-// sleep returns when the time is over and what happens at its end has happened.
+// sleep returns once the time has elapsed and everything due then has happened.
 func (b *waitBundle) sleep(d time.Duration) {
 	time.Sleep(d)
 	synctest.Wait()
@@ -129,7 +129,8 @@ func blocking(status int) (run idempotency.RunFunc, release func()) {
 	}, sync.OnceFunc(func() { close(released) })
 }
 
-// However many wait for an attempt, it runs once, one of them asks the store for its answer, and all get it.
+// However many requests wait for an attempt, it runs once, one of them asks the store for its
+// answer, and all get it.
 func TestThoseThatWaitGetTheAnswer(t *testing.T) {
 	t.Parallel()
 	for _, status := range []int{201, 402} {
@@ -187,7 +188,7 @@ func TestAnotherRequestThatWaitedIsAMismatch(t *testing.T) {
 	})
 }
 
-// A request with a wrong body that asks first speaks for nobody: only a record makes a mismatch.
+// A leader with a wrong body causes no mismatch for its followers: only a record does.
 func TestWrongRequestInFrontMakesNoMismatchOfTheRightOne(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
@@ -209,7 +210,7 @@ func TestWrongRequestInFrontMakesNoMismatchOfTheRightOne(t *testing.T) {
 	})
 }
 
-// An attempt that leaves no record is followed by one of those that wait, and the others get that one's answer.
+// If an attempt leaves no record, one of the waiting requests runs, and the others get its answer.
 func TestOneOfThoseThatWaitRunsWhereTheFirstLeavesNothing(t *testing.T) {
 	t.Parallel()
 	for name, fail := range map[string]idempotency.RunFunc{
@@ -260,8 +261,8 @@ func TestOneOfThoseThatWaitRunsWhereTheFirstLeavesNothing(t *testing.T) {
 	}
 }
 
-// An unknown outcome is that of all who wait for it: nobody runs, and nobody looks again for as long as the first did.
-// What went wrong with the attempt is told of the attempt.
+// If an attempt's outcome is unknown, all waiting requests get unknown: none of them runs, and none
+// repeats the long look-up. The handler's error is only in its own result.
 func TestUnknownOutcomeIsThatOfAllWhoWait(t *testing.T) {
 	t.Parallel()
 	for name, turn := range map[string]turn{
@@ -301,7 +302,8 @@ func TestUnknownOutcomeIsThatOfAllWhoWait(t *testing.T) {
 	}
 }
 
-// Another process holds the key: one of those that wait asks the store, less and less often, and holds nothing in between.
+// While another process holds the key, one of the waiting requests asks the store, with growing
+// pauses, and holds nothing in between.
 func TestLeaderAsksAgainWhileAnotherProcessHoldsTheKey(t *testing.T) {
 	t.Parallel()
 	for name, test := range map[string]struct {
@@ -322,7 +324,8 @@ func TestLeaderAsksAgainWhileAnotherProcessHoldsTheKey(t *testing.T) {
 				holder := b.sendTo(t.Context(), elsewhere, keyed("k"), run)
 				waiters := b.sendMany(8, keyed("k"), answering(201))
 				b.sleep(5 * time.Second)
-				// Five seconds of pauses of 250 ms, and a few shorter ones: at least 16, at most 30.
+				// Five seconds of pauses of 250 ms, and a few shorter ones: at least 16, at most
+				// 30.
 				if n := b.store.begun.Load(); n < 16 || n > 30 {
 					t.Errorf("%d claims in 5 s", n)
 				}
@@ -346,7 +349,8 @@ func TestLeaderAsksAgainWhileAnotherProcessHoldsTheKey(t *testing.T) {
 	}
 }
 
-// Each request waits for its own time, counted from its arrival; the leader's end is not that of those behind it.
+// Each request has its own wait, counted from its arrival. When the leader's wait ends, its
+// followers continue.
 func TestEachRequestHasItsOwnWait(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
@@ -383,8 +387,8 @@ func TestEachRequestHasItsOwnWait(t *testing.T) {
 	})
 }
 
-// A client that is gone while its request waits ends the wait at once, and somebody else asks. A request that is begun
-// is finished as ever.
+// If a client is gone while its request waits, the wait ends at once, and another request asks the
+// store. A request that has begun is finished all the same.
 func TestClientThatIsGoneWaitsNoLonger(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
@@ -421,7 +425,7 @@ func TestClientThatIsGoneWaitsNoLonger(t *testing.T) {
 	})
 }
 
-// Only requests with the same scope and key wait for each other, and only those whose options say so.
+// Only requests with the same scope and key wait for each other, and only if their options say so.
 func TestWhoDoesNotWait(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
@@ -455,7 +459,7 @@ func TestWhoDoesNotWait(t *testing.T) {
 		b.settle()
 		waiter.want(t, "copy", idempotency.OutcomeReplayed, "")
 
-		// Keyless requests have nothing to wait for each other.
+		// Requests without a key do not wait for each other.
 		run, release = blocking(201)
 		keyless := idempotency.Request{Key: idempotency.Key{Scope: "acme"}}
 		b.send(t.Context(), keyless, run)
@@ -465,7 +469,8 @@ func TestWhoDoesNotWait(t *testing.T) {
 	})
 }
 
-// If the attempt that runs belongs to a route that does not wait, the copies of it wait in memory too.
+// If the attempt that runs belongs to a route that does not wait, the copies of it wait in memory
+// too.
 func TestAttemptOfARouteThatDoesNotWaitIsWaitedFor(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {

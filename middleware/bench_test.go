@@ -69,7 +69,7 @@ func BenchmarkRecorder(b *testing.B) {
 	}
 }
 
-// The middleware as net/http sees it, without the network and with the memory store, whose part is in it.
+// The middleware without the network, as net/http calls it. The figures include the memory store.
 func BenchmarkMiddleware(b *testing.B) {
 	handler := http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
 		w.Header().Set("Content-Type", "application/json")
@@ -111,7 +111,7 @@ func BenchmarkMiddleware(b *testing.B) {
 	}
 }
 
-// nowhere is a ResponseWriter that keeps nothing but the header.
+// nowhere is a ResponseWriter that keeps only the header.
 type nowhere struct{ header http.Header }
 
 func (w *nowhere) Header() http.Header {

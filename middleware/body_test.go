@@ -353,7 +353,8 @@ func TestTrailerReachesTheHandler(t *testing.T) {
 	}
 }
 
-// A body that ends early or comes a byte a second is given up, and holds no connection meanwhile.
+// A body that ends early, or arrives at one byte a second, is given up, and holds no connection
+// meanwhile.
 func TestBodyThatDoesNotArrive(t *testing.T) {
 	t.Parallel()
 	b := setup(t, setupOptions{poolMax: 1, server: func(s *http.Server) { s.ReadTimeout = 300 * time.Millisecond }}, transfer)
@@ -423,7 +424,7 @@ func TestBodyTooLarge(t *testing.T) {
 	want(t, b.send(t, "POST", "/transfers", io.MultiReader(strings.NewReader(strings.Repeat("x", 100))), "Idempotency-Key", "k"), 201, idempotency.OutcomeReplayed, "")
 }
 
-// The rest of a body that is refused unread is not waited for.
+// A body that is refused unread is not read to its end.
 func TestRefusedBodyClosesTheConnection(t *testing.T) {
 	t.Parallel()
 	b := setup(t, setupOptions{middleware: &middleware.Options{BodyBytesMax: 10}}, transfer)
@@ -440,7 +441,7 @@ func TestRefusedBodyClosesTheConnection(t *testing.T) {
 	}
 }
 
-// The handler sees a body of known length, however it came.
+// The handler gets a body with a length, also if it was sent chunked.
 func TestChunkedBodyHasALength(t *testing.T) {
 	t.Parallel()
 	b := setup(t, setupOptions{}, func(w http.ResponseWriter, r *http.Request) {
@@ -452,7 +453,8 @@ func TestChunkedBodyHasALength(t *testing.T) {
 	want(t, b.send(t, "POST", "/", io.MultiReader(strings.NewReader("{}")), "Idempotency-Key", "k"), 201, idempotency.OutcomeExecuted, "")
 }
 
-// A body that something outside has read is no empty body: two transfers would have one fingerprint.
+// A body that outer code has read does not count as an empty body: two transfers would have one
+// fingerprint.
 func TestBodyReadOutsideIsRefused(t *testing.T) {
 	t.Parallel()
 	b := setup(t, setupOptions{mount: func(idem *middleware.Middleware, handler http.Handler) http.Handler {
@@ -466,7 +468,8 @@ func TestBodyReadOutsideIsRefused(t *testing.T) {
 		got := b.post(t, "/", body, "Idempotency-Key", "k", "Content-Type", "application/x-www-form-urlencoded")
 		want(t, got, 500, idempotency.OutcomeNotExecuted, idempotency.ReasonHandlerFailed)
 	}
-	for _, body := range []string{"amount=1", "amount=1000"} { // nor where no length was announced
+	// The same holds if no length was announced.
+	for _, body := range []string{"amount=1", "amount=1000"} {
 		got := b.send(t, http.MethodPost, "/", io.MultiReader(strings.NewReader(body)), "Idempotency-Key", "chunked", "Content-Type", "application/x-www-form-urlencoded")
 		want(t, got, 500, idempotency.OutcomeNotExecuted, idempotency.ReasonHandlerFailed)
 	}
@@ -478,7 +481,7 @@ func TestBodyReadOutsideIsRefused(t *testing.T) {
 	}
 }
 
-// Where somebody outside has read the body all bodies would have one fingerprint.
+// If outer code has read the body, all bodies would have one fingerprint.
 func TestBodyThatIsGoneIsRefused(t *testing.T) {
 	t.Parallel()
 	b := setup(t, setupOptions{mount: func(idem *middleware.Middleware, h http.Handler) http.Handler {
@@ -522,12 +525,12 @@ func TestFilesOfAFormAreRemoved(t *testing.T) {
 	}
 }
 
-// Slowloris: 200 clients that send half a body hold nothing, and the others are served by a pool of 2.
+// Slowloris: 200 clients that send half a body hold nothing, and a pool of 2 serves the others.
 func TestHalfSentBodiesHoldNoConnection(t *testing.T) {
 	t.Parallel()
 	b := setup(t, setupOptions{
 		poolMax:    2,
-		store:      &postgres.Options{AcquireTimeout: 20 * time.Second}, // how long it takes is not the question
+		store:      &postgres.Options{AcquireTimeout: 20 * time.Second}, // duration does not matter here
 		middleware: &middleware.Options{InFlightMax: 10},
 		server:     func(s *http.Server) { s.ReadTimeout = time.Minute },
 	}, transfer)
@@ -560,7 +563,7 @@ func TestHalfSentBodiesHoldNoConnection(t *testing.T) {
 	if acquired := b.pool.Stat().AcquireCount() - before; acquired != others || b.runs.Load() != others {
 		t.Errorf("%d connections were taken and %d handlers ran, want %d of each: none for half a body", acquired, b.runs.Load(), others)
 	}
-	// They were there all the time: one of them sends the rest.
+	// They were connected all the time: one of them sends the rest.
 	if _, err := io.WriteString(conns[0], ":true}"); err != nil {
 		t.Fatal(err)
 	}

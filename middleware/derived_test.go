@@ -80,7 +80,8 @@ func TestCallToAnotherServiceIsNeverNotExecuted(t *testing.T) {
 			}
 			again := b.post(t, "/transfers", "{}", "Idempotency-Key", "k")
 			for deadline := time.Now().Add(10 * time.Second); again.outcome == string(idempotency.OutcomeInProgress) && time.Now().Before(deadline); {
-				again = b.post(t, "/transfers", "{}", "Idempotency-Key", "k") // a session that is terminated keeps its locks for a moment
+				// A terminated session keeps its locks for a moment.
+				again = b.post(t, "/transfers", "{}", "Idempotency-Key", "k")
 			}
 			want(t, again, 201, idempotency.OutcomeExecuted, "")
 			for _, key := range keys {

@@ -57,7 +57,7 @@ func TestReplayReplaces(t *testing.T) {
 	}
 }
 
-// A scope function's status counts where it is a refusal; nothing else can be made of it.
+// The status of a scope function counts if it is a refusal; any other becomes 401.
 func TestStatusOfAScopeError(t *testing.T) {
 	t.Parallel()
 	for status, want := range map[int]int{0: 401, 200: 401, 399: 401, 400: 400, 429: 429, 599: 599, 600: 401} {

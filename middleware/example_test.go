@@ -37,7 +37,7 @@ func ExampleNew() {
 	// 400 not-executed Idempotency-Key is missing
 }
 
-// What an answer means for the transaction follows from its status: a 402 is kept, a 503 is forgotten.
+// The status of an answer decides about the transaction: a 402 is recorded, a 503 is forgotten.
 func ExampleMiddleware_Handler() {
 	statuses := []int{http.StatusServiceUnavailable, http.StatusPaymentRequired, http.StatusCreated}
 	handler := middleware.New(memory.New(nil), exampleAccount, nil).Handler(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
@@ -53,7 +53,8 @@ func ExampleMiddleware_Handler() {
 	// 402 replayed
 }
 
-// One route may need other options than the rest: here requests without a key are let through, and are not repeated.
+// One route may need other options than the rest: this one accepts requests without a key, and does
+// not replay them.
 func ExampleMiddleware_With() {
 	runs := 0
 	subscribe := http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
@@ -84,15 +85,15 @@ func ExampleMiddleware_With() {
 	// runs: 2
 }
 
-// A fingerprint of your own says what makes two requests the same: here the fields that move money, whatever the order
-// and the white space.
+// A fingerprint of your own decides which requests are the same: here those with the same fields
+// that move money, in any order and with any white space.
 func ExampleOptions_fingerprints() {
 	fields := middleware.Fingerprinter{
 		Version: idempotency.FingerprintVersionUserMin,
 		Content: func(r *http.Request, body []byte) []byte {
 			var transfer struct{ To, Amount json.RawMessage }
 			if err := json.Unmarshal(body, &transfer); err != nil {
-				return body // not in these terms
+				return body // it can't be compared by its fields
 			}
 			content, err := json.Marshal([]any{r.URL.Path, transfer.To, transfer.Amount})
 			if err != nil {
@@ -102,7 +103,8 @@ func ExampleOptions_fingerprints() {
 		},
 	}
 	handler := middleware.New(memory.New(nil), exampleAccount, &middleware.Options{
-		Fingerprinters: []middleware.Fingerprinter{fields, middleware.FingerprinterV1()}, // the second for records of before
+		// The second is for older records.
+		Fingerprinters: []middleware.Fingerprinter{fields, middleware.FingerprinterV1()},
 	}).Handler(http.HandlerFunc(func(http.ResponseWriter, *http.Request) {}))
 
 	exampleSend(handler, "8e03978e", `{"to":"bob","amount":1250}`)
@@ -114,7 +116,7 @@ func ExampleOptions_fingerprints() {
 	// 422 mismatch Idempotency-Key was used for another request
 }
 
-// A route whose duplicates wait for the answer of the first, where others are told 409 to ask again.
+// On this route duplicates wait for the answer of the first request. By default they get 409.
 func ExampleOptions_wait() {
 	running, finish := make(chan struct{}), make(chan struct{})
 	idem := middleware.New(memory.New(nil), exampleAccount, nil)
@@ -180,10 +182,11 @@ func ExampleStatusError() {
 	// 403 not-executed The caller is not known
 }
 
-// exampleAccount is the scope of the examples' keys: what authentication, mounted outside, found.
+// exampleAccount returns the scope of the examples' keys: the account that outer authentication
+// found.
 func exampleAccount(r *http.Request) (string, error) { return r.Header.Get("Account"), nil }
 
-// exampleSend sends a transfer and prints the answer, of a problem document its title.
+// exampleSend sends a transfer and prints the answer, or the title of a problem document.
 func exampleSend(handler http.Handler, key, body string) {
 	examplePrint(exampleServe(handler, key, body))
 }

@@ -16,19 +16,23 @@ import (
 	"github.com/paidonce/idempotency/storage/postgres"
 )
 
-// The limits that a change must keep, in allocations. They are what was measured: a change that needs fewer lowers them.
-// Round trips, WAL and connections have theirs in storage/postgres.
+// The limits that a change must keep, in allocations. They equal the measured figures: a change
+// that needs fewer lowers them. The limits of round trips, WAL and connections are in
+// storage/postgres.
 const (
-	// A fresh request over the same handler in a plain transaction of pgx, for two batches and an answer of 200 bytes.
+	// A fresh request, minus the same handler in a plain transaction of pgx, for two batches and an
+	// answer of 200 bytes.
 	allocsFreshMax = 19
-	// A replay from PostgreSQL, all of it but net/http.
+	// A whole replay from PostgreSQL, without net/http.
 	allocsReplayMax = 37
-	// The middleware and the engine with the memory store, over the handler alone, the store's allocations included.
+	// The middleware and the engine with the memory store, minus the handler; the store's
+	// allocations are included.
 	allocsMemoryFreshMax  = 32
 	allocsMemoryReplayMax = 28
 )
 
-// These tests count what the whole process allocates, so nothing else may run: they are not parallel.
+// These tests count the allocations of the whole process, so nothing else may run: they are not
+// parallel.
 
 func TestGateAllocationsOfAFreshRequest(t *testing.T) {
 	skipUnderRace(t)
@@ -86,8 +90,8 @@ func gate(t *testing.T, name string, got, limit int) {
 	}
 }
 
-// allocations returns how many allocations one request to the handler costs, that of the request and of a ResponseWriter included.
-// Each answer must have the status.
+// allocations returns the number of allocations of one request to the handler, including those of
+// the request and of a ResponseWriter. Each answer must have the status.
 func allocations(t *testing.T, handler http.Handler, key func(n int) string, status string) int {
 	t.Helper()
 	body := bytes.Repeat([]byte("x"), 200)
@@ -117,7 +121,7 @@ func allocations(t *testing.T, handler http.Handler, key func(n int) string, sta
 	return int(testing.AllocsPerRun(200, once))
 }
 
-// nowhere is a ResponseWriter that keeps nothing but the header.
+// nowhere is a ResponseWriter that keeps only the header.
 type nowhere struct{ header http.Header }
 
 func (w *nowhere) Header() http.Header { return w.header }
@@ -136,7 +140,8 @@ func answerJSON(w http.ResponseWriter) {
 
 func byAccount(r *http.Request) (string, error) { return r.Header.Get("Account"), nil }
 
-// transferByBatch does what a transfer does to a connection: it looks in one round trip and writes in another.
+// transferByBatch does the database work of a transfer: it reads in one round trip and writes in
+// another.
 func transferByBatch(ctx context.Context, t *testing.T, tx pgx.Tx) {
 	look := &pgx.Batch{}
 	look.Queue("SELECT id FROM effects WHERE id = $1 FOR UPDATE", 1)

@@ -220,7 +220,8 @@ func (c http2Conn) frame(kind, flags byte, stream uint32, payload []byte) {
 	}
 }
 
-// headers opens stream 1 with a POST, its fields as literals without indexing (RFC 7541, section 6.2.2).
+// headers opens stream 1 with a POST, its fields as literals without indexing (RFC 7541, section
+// 6.2.2).
 func (c http2Conn) headers(fields ...string) {
 	c.t.Helper()
 	var block []byte

@@ -17,7 +17,7 @@ import (
 	"github.com/paidonce/idempotency/storage/memory"
 )
 
-// FuzzKeyValue: what is read is a valid key, quoting it gives the same key, and what is not valid is an error.
+// FuzzKeyValue: each result is a valid key that survives quoting, and anything invalid is an error.
 func FuzzKeyValue(f *testing.F) {
 	for _, seed := range []string{"k", `"k"`, "", `""`, `"a\"b"`, "a b", "a,b", `"a";v=1`, "ü", `"\\"`, " k "} {
 		f.Add(seed)
@@ -44,7 +44,8 @@ func FuzzKeyValue(f *testing.F) {
 	})
 }
 
-// FuzzTarget: the short way to the target gives what parsing it gives, also where something outside changed r.URL.
+// FuzzTarget: the fast path to the target gives the same result as parsing it, also if outer code
+// changed r.URL.
 func FuzzTarget(f *testing.F) {
 	for _, uri := range []string{"/transfers", "/a%2Fb?x=1", "/a b", "/ü", "/a#b", "//host/path", "*", "foo:bar", "", "?", "/?", "/a??b", "http://host/a?b", "/%zz", "/a%20b?%zz"} {
 		f.Add(uri, "/a", "x=1")
@@ -74,8 +75,8 @@ func FuzzTarget(f *testing.F) {
 	})
 }
 
-// Whatever a handler sets: nothing is recorded but the allow-list, no credential, nothing of the connection, and
-// nothing that could end a header line.
+// Whatever headers a handler sets, only those of the allow-list are recorded: no credential,
+// nothing of the connection, and nothing that could end a header line.
 func TestOnlyTheAllowListIsRecorded(t *testing.T) {
 	t.Parallel()
 	names := append(RecordedHeaders(), "Set-Cookie", "Authorization", "Connection", "Www-Authenticate", "Idempotency-Status",
@@ -179,7 +180,7 @@ func TestEveryProblemIsDescribed(t *testing.T) {
 	}
 }
 
-// The tracer hears the route as the router in front calls it, and never the path.
+// The tracer gets the route as the outer router names it, and never the path.
 func TestRouteIsTheRouters(t *testing.T) {
 	t.Parallel()
 	heard := &routes{}
@@ -198,7 +199,7 @@ func TestRouteIsTheRouters(t *testing.T) {
 		{mux, "/transfers/7", "POST /transfers/{id}"}, {router, "/v1/orders/7", "/v1/orders/{id}"},
 		{idem.Handler(answer), "/outside/7", ""}, {own.Handler(answer), "/7", "all of POST"},
 	} {
-		for _, key := range []string{"k" + test.path[1:2], ""} { // one that starts, one that is refused
+		for _, key := range []string{"k" + test.path[1:2], ""} { // one that runs, and one that is refused
 			heard.all = nil
 			r := httptest.NewRequest(http.MethodPost, test.path, nil)
 			r.Header.Set("Idempotency-Key", key)
@@ -215,7 +216,7 @@ func TestRouteIsTheRouters(t *testing.T) {
 	}
 }
 
-// routes is a tracer that keeps the routes it hears of.
+// routes is a tracer that keeps the routes.
 type routes struct{ all []string }
 
 func (h *routes) TraceRequestStart(ctx context.Context, data idempotency.RequestStart) context.Context {

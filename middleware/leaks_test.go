@@ -22,7 +22,8 @@ import (
 	"github.com/paidonce/idempotency/storage/postgres"
 )
 
-// meter is a tracer as metrics and traces are built on it: names for labels, and the texts of errors.
+// meter is a tracer that keeps the same as metrics and traces do: names for labels, and the texts
+// of errors.
 type meter struct {
 	mu       sync.Mutex
 	text     strings.Builder
@@ -79,8 +80,8 @@ func (b *buffer) String() string {
 	return b.text.String()
 }
 
-// Whatever becomes of a request: no part of it, and none of its answer, is in a log, a metric, an error's text or a
-// problem document. In the table are key, scope and the recorded answer, and no credential.
+// However a request ends, no part of it or of its answer is in a log, a metric, an error's text or
+// a problem document. The table has the key, the scope and the recorded answer, and no credential.
 func TestNoCanaryInLogsMetricsAndErrors(t *testing.T) {
 	t.Parallel()
 	const (
@@ -102,7 +103,7 @@ func TestNoCanaryInLogsMetricsAndErrors(t *testing.T) {
 			}
 			proxy, err = pgfault.Start(pgfault.Options{Network: network, Address: address, OnCommit: func(commit pgfault.Commit) pgfault.Fault {
 				if cut.Load() && bytes.Contains(commit.Messages, []byte(key)) {
-					proxy.SetRefuse(true) // so that the look for it fails too
+					proxy.SetRefuse(true) // so that looking for it fails too
 					return pgfault.Fault{Kind: pgfault.CutAfter}
 				}
 				return pgfault.Fault{}
@@ -140,7 +141,7 @@ func TestNoCanaryInLogsMetricsAndErrors(t *testing.T) {
 		case "/failed":
 			http.Error(w, answer, http.StatusInternalServerError)
 			return
-		case "/swallowed": // PostgreSQL quotes what it can't read
+		case "/swallowed": // PostgreSQL quotes input that it can't read
 			_, _ = tx.Exec(r.Context(), "SELECT '"+thrown+"'::text::int")
 			return
 		case "/raised":
@@ -246,7 +247,7 @@ func TestNoCanaryInLogsMetricsAndErrors(t *testing.T) {
 			t.Errorf("%d records hold %s", n, canary)
 		}
 	}
-	if n := b.count(t, row+setCookie+"%'"); n != 2 { // those that were planted
+	if n := b.count(t, row+setCookie+"%'"); n != 2 { // the planted ones
 		t.Errorf("%d records hold a cookie, want the 2 that were planted", n)
 	}
 }

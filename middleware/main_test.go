@@ -42,11 +42,12 @@ type setupOptions struct {
 	store      *postgres.Options
 	poolMax    int32
 	url        func(database string) string                                         // default: the database's own
-	mount      func(idem *middleware.Middleware, handler http.Handler) http.Handler // default: the handler alone
+	mount      func(idem *middleware.Middleware, handler http.Handler) http.Handler // default: only the handler
 	server     func(*http.Server)
 }
 
-// setup serves a handler behind the middleware. The scope is the Account header; without one the caller is unknown.
+// setup serves a handler behind the middleware. The scope is the Account header; without it the
+// caller is unknown.
 func setup(t testing.TB, opts setupOptions, handler http.HandlerFunc) *testBundle {
 	t.Helper()
 	database := testservice.Database(t, "")
@@ -123,7 +124,7 @@ func (b *testBundle) send(t *testing.T, method, path string, body io.Reader, hea
 	if err != nil {
 		t.Fatal(err)
 	}
-	r.GetBody = nil // or Go's client resends keyed requests by itself
+	r.GetBody = nil // otherwise Go's client resends keyed requests by itself
 	r.Header.Set("Account", "acme")
 	r.Header.Set("Content-Type", "application/json")
 	for i := 0; i < len(headers); i += 2 {
@@ -173,7 +174,7 @@ func read(t *testing.T, response *http.Response) reply {
 	return r
 }
 
-// settle sends a request again until nobody works on its key any more.
+// settle sends a request again until no attempt holds its key.
 func (b *testBundle) settle(t *testing.T, key string) reply {
 	t.Helper()
 	for deadline := time.Now().Add(time.Minute); ; {

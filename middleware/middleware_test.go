@@ -94,13 +94,14 @@ func TestKeyReused(t *testing.T) {
 	if b.runs.Load() != 1 {
 		t.Errorf("%d runs, want 1", b.runs.Load())
 	}
-	// Another scope is a separate run; another case is another key; a rotated credential is the same account.
+	// Another scope is another run, and so is a key in another case. A rotated credential is the
+	// same account.
 	want(t, b.post(t, "/t", "{}", "Idempotency-Key", "k", "Account", "globex"), 201, idempotency.OutcomeExecuted, "")
 	want(t, b.post(t, "/t", "{}", "Idempotency-Key", "K"), 201, idempotency.OutcomeExecuted, "")
 	want(t, b.post(t, "/t", "{}", "Idempotency-Key", "K", "Authorization", "Bearer rotated"), 201, idempotency.OutcomeReplayed, "")
 	// Chunked or not, the same bytes are the same request.
 	want(t, b.send(t, "POST", "/t", io.MultiReader(strings.NewReader("{}")), "Idempotency-Key", "K"), 201, idempotency.OutcomeReplayed, "")
-	// A replay knows no preconditions and no ranges.
+	// A replay ignores preconditions and ranges.
 	want(t, b.post(t, "/t", "{}", "Idempotency-Key", "K", "If-Match", `"x"`, "Range", "bytes=0-1"), 201, idempotency.OutcomeReplayed, "")
 }
 
@@ -125,7 +126,7 @@ func TestInProgress(t *testing.T) {
 	want(t, b.post(t, "/transfers", "{}", "Idempotency-Key", "k"), 201, idempotency.OutcomeReplayed, "")
 }
 
-// F24, F25, F29 and the rows of a handler that failed.
+// A handler that fails leaves nothing behind, and a retry runs again.
 func TestHandlerFailed(t *testing.T) {
 	t.Parallel()
 	for name, fail := range map[string]http.HandlerFunc{
@@ -179,7 +180,7 @@ func (h *headerless) WriteHeader(int) {}
 
 func (h *headerless) Write(p []byte) (int, error) { return len(p), nil }
 
-// F24: http.ErrAbortHandler goes on, and nothing is executed.
+// http.ErrAbortHandler is passed on, and nothing is executed.
 func TestAbortHandlerGoesOn(t *testing.T) {
 	t.Parallel()
 	abort := true
@@ -208,8 +209,8 @@ func TestAbortHandlerGoesOn(t *testing.T) {
 	want(t, b.post(t, "/", "{}", "Idempotency-Key", "k"), 201, idempotency.OutcomeExecuted, "")
 }
 
-// The handler ended the transaction behind our back: storage/postgres shows how it could. Here a trigger stands in for it,
-// which refuses the record as another transaction's.
+// The handler ended the transaction behind our back; storage/postgres shows how. Here a trigger
+// stands in for it: it refuses the record as that of another transaction.
 func TestTransactionLost(t *testing.T) {
 	t.Parallel()
 	b := setup(t, setupOptions{}, transfer)
@@ -238,8 +239,8 @@ func TestUnavailable(t *testing.T) {
 	want(t, b.post(t, "/", "{}", "Idempotency-Key", "k"), 201, idempotency.OutcomeExecuted, "")
 }
 
-// Where the reply to COMMIT is lost, and somebody holds the key while it is looked for, the outcome is unknown. Once the
-// key is free the retry has the truth.
+// If the reply to COMMIT is lost, and the key is held by others while its record is looked up, the
+// outcome is unknown. Once the key is free a retry gets the truth.
 func TestOutcomeUnknown(t *testing.T) {
 	t.Parallel()
 	var b *testBundle
@@ -274,7 +275,7 @@ func TestOutcomeUnknown(t *testing.T) {
 		t.Error(err)
 	}
 	holder.Release()
-	// The session that looked for the COMMIT may hold the lock for a moment more.
+	// The session that looked up the COMMIT may hold the lock for a moment more.
 	want(t, b.settle(t, "k"), 201, idempotency.OutcomeExecuted, "")
 	if n := b.effects(t); n != 1 {
 		t.Errorf("%d effects, want 1", n)
@@ -365,7 +366,7 @@ func TestRoutesHaveOptionsOfTheirOwn(t *testing.T) {
 	}
 }
 
-// A second run starts from the request as it came: its body, its headers, and its router's state.
+// A second run starts from the original request: its body, its headers, and its router's state.
 func TestSecondRunStartsFromTheRequestAsItCame(t *testing.T) {
 	t.Parallel()
 	var runs int
@@ -461,7 +462,8 @@ func TestOwnFingerprint(t *testing.T) {
 		return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) { programs[r.Header.Get("Program")].ServeHTTP(w, r) })
 	}}, transfer)
 	want(t, b.post(t, "/x", "a", "Program", "built-in", "Idempotency-Key", "v1"), 201, idempotency.OutcomeExecuted, "")
-	want(t, b.post(t, "/x", "a", "Program", "own", "Idempotency-Key", "v1"), 201, idempotency.OutcomeReplayed, "") // compared with the old function
+	// Compared with the old function.
+	want(t, b.post(t, "/x", "a", "Program", "own", "Idempotency-Key", "v1"), 201, idempotency.OutcomeReplayed, "")
 	want(t, b.post(t, "/x", "b", "Program", "own", "Idempotency-Key", "v1"), 422, idempotency.OutcomeMismatch, idempotency.ReasonKeyReused)
 
 	want(t, b.post(t, "/x", "a", "Program", "own", "Idempotency-Key", "v100", "One", "1"), 201, idempotency.OutcomeExecuted, "")
@@ -469,11 +471,12 @@ func TestOwnFingerprint(t *testing.T) {
 	want(t, b.post(t, "/x", "b", "Program", "newer", "Idempotency-Key", "v100", "One", "1", "Two", "2"), 201, idempotency.OutcomeReplayed, "")
 	want(t, b.post(t, "/x", "b", "Program", "newer", "Idempotency-Key", "v100", "One", "2", "Two", "2"), 422, idempotency.OutcomeMismatch, idempotency.ReasonKeyReused)
 
-	// A record of a function that this version does not know can't be compared, and is never replayed for that reason.
+	// A record with an unknown fingerprint function can't be compared, and so is never replayed.
 	want(t, b.post(t, "/x", "a", "Program", "built-in", "Idempotency-Key", "v100", "One", "1"), 503, idempotency.OutcomeUnknown, idempotency.ReasonOutcomeUnknown)
 }
 
-// Two routes that look alike to their handlers are two requests all the same: the client's target counts.
+// Two routes that look alike to their handlers are still two requests: the target that the client
+// sent counts.
 func TestFingerprintIsOfTheTargetAsItWasSent(t *testing.T) {
 	t.Parallel()
 	b := setup(t, setupOptions{mount: func(idem *middleware.Middleware, handler http.Handler) http.Handler {
@@ -487,7 +490,7 @@ func TestFingerprintIsOfTheTargetAsItWasSent(t *testing.T) {
 	want(t, b.post(t, "/bob/debit", "{}", "Idempotency-Key", "k"), 422, idempotency.OutcomeMismatch, idempotency.ReasonKeyReused)
 }
 
-// A caller without a scope is nobody, with a key and without one.
+// A caller without a scope is refused, with a key and without one.
 func TestCallerWithoutAScopeHasNoTransactionEither(t *testing.T) {
 	t.Parallel()
 	b := setup(t, setupOptions{middleware: &middleware.Options{Optional: true}}, transfer)
@@ -500,7 +503,7 @@ func TestCallerWithoutAScopeHasNoTransactionEither(t *testing.T) {
 	}
 }
 
-// tracer keeps what it is told.
+// tracer keeps the events.
 type tracer struct {
 	mu      sync.Mutex
 	refused []idempotency.Refused
@@ -529,7 +532,8 @@ func (t *tracer) TraceRefused(_ context.Context, data idempotency.Refused) {
 	t.refused = append(t.refused, data)
 }
 
-// The tracer is told of each refusal as the client is, and of nothing that the client or the scope function said.
+// The tracer gets the status and reason of each refusal that the client gets, and no text of the
+// client or the scope function.
 func TestTracerIsToldOfRefusals(t *testing.T) {
 	t.Parallel()
 	told := &tracer{}
@@ -574,7 +578,7 @@ func TestRetryAfterIsRoundedUp(t *testing.T) {
 	}
 }
 
-// What the operator is told names the reason and follows the key by its hash; no part of a request is in it.
+// The operator's log names the reason and the hash of the key, and contains no part of a request.
 func TestLogTellsTheOperatorAndNobodysSecrets(t *testing.T) {
 	t.Parallel()
 	const secret = "canary"
@@ -658,7 +662,7 @@ func TestRoutesShareTheInFlightCap(t *testing.T) {
 	}
 }
 
-// The record keeps the trace of the run that was executed, not of a retry.
+// The record keeps the trace of the executed run, not of a retry.
 func TestTraceOfTheFirstRunIsRecorded(t *testing.T) {
 	t.Parallel()
 	b := setup(t, setupOptions{}, transfer)
@@ -670,7 +674,7 @@ func TestTraceOfTheFirstRunIsRecorded(t *testing.T) {
 	}
 }
 
-// F26: a client that hangs up, in whatever phase, finds its request executed once when it asks again.
+// If a client hangs up, in whatever phase, its request is executed once, as the retry finds.
 func TestClientThatHangsUp(t *testing.T) {
 	t.Parallel()
 	entered := make(chan context.Context)
@@ -696,7 +700,7 @@ func TestClientThatHangsUp(t *testing.T) {
 	hang(head("in-the-head")[:40])
 	hang(head("in-the-body") + "{")
 
-	// While the handler runs: its context lives on.
+	// While the handler runs: its context does not end.
 	conn := b.dial(t)
 	if _, err := io.WriteString(conn, head("in-the-handler")+"{}"); err != nil {
 		t.Fatal(err)
@@ -728,7 +732,7 @@ func TestClientThatHangsUp(t *testing.T) {
 	}
 }
 
-// F27: 200 duplicates at once are one run.
+// 200 concurrent duplicates are one run.
 func TestDuplicatesAtOnce(t *testing.T) {
 	t.Parallel()
 	b := setup(t, setupOptions{}, transfer)
@@ -759,7 +763,8 @@ func TestDuplicatesAtOnce(t *testing.T) {
 	}
 }
 
-// F28: outside an http.TimeoutHandler the client gets its 503, the work is finished, and the retry is a replay.
+// Behind an http.TimeoutHandler the client gets a 503, the work is finished, and the retry is a
+// replay.
 func TestTimeoutHandlerOutside(t *testing.T) {
 	t.Parallel()
 	release := make(chan struct{})
@@ -779,7 +784,7 @@ func TestTimeoutHandlerOutside(t *testing.T) {
 	}
 }
 
-// F28: a handler that takes longer than it may.
+// A handler that takes longer than its timeout.
 func TestHandlerTimeout(t *testing.T) {
 	t.Parallel()
 	slow := true
@@ -794,7 +799,7 @@ func TestHandlerTimeout(t *testing.T) {
 	want(t, b.post(t, "/", "{}", "Idempotency-Key", "k"), 201, idempotency.OutcomeExecuted, "")
 }
 
-// spellings writes a name as a handler may that fills the map itself.
+// spellings returns the ways in which a handler that fills the map itself may write a name.
 func spellings(name string) []string {
 	return []string{http.CanonicalHeaderKey(name), strings.ToLower(name), strings.ToUpper(name)}
 }

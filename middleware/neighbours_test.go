@@ -135,7 +135,8 @@ func TestTimeoutHandlerInside(t *testing.T) {
 		}
 		ctx := context.WithoutCancel(r.Context())
 		tx := postgres.Tx(ctx)
-		_, _ = tx.Exec(ctx, "INSERT INTO effects DEFAULT VALUES") // on a busy machine the timeout may have passed by now
+		// On a busy machine the timeout may have passed by now.
+		_, _ = tx.Exec(ctx, "INSERT INTO effects DEFAULT VALUES")
 		<-sealed
 		_, err := tx.Exec(ctx, "INSERT INTO effects DEFAULT VALUES")
 		late <- err
@@ -173,7 +174,8 @@ func TestServerSentEventsAreRefused(t *testing.T) {
 	want(t, b.post(t, "/", "{}", "Idempotency-Key", "k"), 500, idempotency.OutcomeNotExecuted, "")
 }
 
-// Requests with one key that are sent without waiting for answers (pipelining) are executed once, in their order.
+// Requests with one key that are sent without waiting for answers (pipelining) are executed once,
+// in their order.
 func TestPipelinedRequestsAreOne(t *testing.T) {
 	t.Parallel()
 	b := setup(t, setupOptions{}, transfer)
@@ -195,7 +197,7 @@ func TestPipelinedRequestsAreOne(t *testing.T) {
 }
 
 // A retry with a new signature is the same request if the signature is in headers. In the query it
-// is another one, unless a fingerprint leaves it out. The path is compared as it is spelled.
+// is another one, unless a fingerprint leaves it out. The path is compared byte by byte.
 func TestWhatIsSpelledAnewIsAnotherRequest(t *testing.T) {
 	t.Parallel()
 	b := setup(t, setupOptions{mount: func(idem *middleware.Middleware, h http.Handler) http.Handler {
@@ -227,8 +229,8 @@ func TestWhatIsSpelledAnewIsAnotherRequest(t *testing.T) {
 	}
 }
 
-// A retry that is compressed anew is another request if the handler unpacks it: the bytes count, and
-// compressors write the time. Mounted outside, the decompressor makes them one
+// A retry that is compressed again is another request if the handler unpacks it: the bytes count,
+// and compressors write the time. Mounted outside, the decompressor makes them one
 // (TestBodyReplacedOutside).
 func TestBodyCompressedAnewIsAnotherRequestToAHandlerThatUnpacks(t *testing.T) {
 	t.Parallel()
@@ -243,8 +245,8 @@ func TestBodyCompressedAnewIsAnotherRequestToAHandlerThatUnpacks(t *testing.T) {
 	want(t, send(1_700_000_030), 422, idempotency.OutcomeMismatch, idempotency.ReasonKeyReused)
 }
 
-// The status decides, and not the body: an error within a 200, as GraphQL answers, is an answer for
-// good, with its writes.
+// Only the status decides, not the body: an error within a 200, as in GraphQL, is a final answer,
+// and its writes are committed.
 func TestErrorWithinA200IsAnAnswer(t *testing.T) {
 	t.Parallel()
 	const failed = `{"data":null,"errors":[{"message":"upstream timed out"}]}`

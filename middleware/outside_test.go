@@ -202,7 +202,8 @@ func TestPagesOfTwoOriginsReadTheirAnswers(t *testing.T) {
 		if preflight.status != 204 || preflight.outcome != "" {
 			t.Errorf("preflight: %d %q", preflight.status, preflight.outcome)
 		}
-		readable(b.post(t, "/", "{}", "Idempotency-Key", "k", "Origin", origin), origin) // executed, then replayed
+		// Executed, then replayed.
+		readable(b.post(t, "/", "{}", "Idempotency-Key", "k", "Origin", origin), origin)
 		readable(b.post(t, "/", "{1}", "Idempotency-Key", "k", "Origin", origin), origin)
 		readable(b.post(t, "/", "{}", "Origin", origin), origin)
 	}

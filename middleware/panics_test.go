@@ -88,7 +88,7 @@ type panics struct {
 	idem           *middleware.Middleware
 	waits          bool
 	held, released chan struct{} // of the handler of a request with the header Hold
-	restart        atomic.Bool   // has the next handler run again
+	restart        atomic.Bool   // makes the next handler run again
 }
 
 func newPanics(t *testing.T, h *trap, wait time.Duration) *panics {

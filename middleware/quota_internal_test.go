@@ -61,7 +61,7 @@ func TestQuotaOnBothSidesOfItsEdges(t *testing.T) {
 	if _, wait := q.take("acme"); wait != 50*time.Second {
 		t.Errorf("the window began 10 s ago and is over in %v", wait)
 	}
-	// What left no record is counted off.
+	// A request that left no record is no longer counted.
 	q.giveBack(third)
 	third = take("acme", true)
 	take("acme", false)
@@ -73,7 +73,7 @@ func TestQuotaOnBothSidesOfItsEdges(t *testing.T) {
 		take("acme", true)
 	}
 	take("acme", false)
-	q.giveBack(third) // of the window before: it makes no room in this one
+	q.giveBack(third) // it belongs to the previous window, so it makes no room in this one
 	take("acme", false)
 	c.advance(time.Minute)
 	q.take("somebody")
@@ -82,7 +82,7 @@ func TestQuotaOnBothSidesOfItsEdges(t *testing.T) {
 	}
 }
 
-// Over ScopesMax the scopes that come later share one count. Those that are counted alone keep theirs.
+// Over ScopesMax the later scopes share one count. Those that have a count of their own keep it.
 func TestScopesOverTheirLimitShareOneCount(t *testing.T) {
 	t.Parallel()
 	c := newClock()
@@ -113,7 +113,7 @@ func TestScopesOverTheirLimitShareOneCount(t *testing.T) {
 	}
 }
 
-// However many scopes come by, as many are held as may be.
+// However many scopes come, the quota holds at most ScopesMax.
 func TestQuotaHoldsNoMoreScopesThanItMay(t *testing.T) {
 	t.Parallel()
 	c := newClock()
@@ -129,7 +129,8 @@ func TestQuotaHoldsNoMoreScopesThanItMay(t *testing.T) {
 	}
 }
 
-// A million new keys of one account leave as many records as its quota, and each answered request is still replayed.
+// An account that sends a million new keys leaves only its quota of records, and each answered
+// request is still replayed.
 func TestAMillionKeysStayBounded(t *testing.T) {
 	t.Parallel()
 	const keysMax = 1000
@@ -151,7 +152,7 @@ func TestAMillionKeysStayBounded(t *testing.T) {
 		handler.ServeHTTP(w, r)
 		return w
 	}
-	// On a slow machine fewer must do: none of them may get through, however many there are.
+	// On a slow machine fewer are sent: none of them may get through, however many there are.
 	sent := 0
 	for deadline := time.Now().Add(40 * time.Second); sent < flood && (sent < 10*keysMax || time.Now().Before(deadline)); sent++ {
 		want := http.StatusCreated
@@ -210,7 +211,8 @@ func TestQuotasThatCannotWorkPanic(t *testing.T) {
 	}
 }
 
-// Routes share the count where they leave the quota as it is. The policy that a route sees is the user's own.
+// Routes share the count if they leave the quota as it is. Each route gets the user's policy
+// unchanged.
 func TestRoutesShareTheQuota(t *testing.T) {
 	t.Parallel()
 	asked := 0

@@ -37,8 +37,8 @@ func (c *stopped) advance(d time.Duration) {
 	c.now = c.now.Add(d)
 }
 
-// Over its quota an account gets 429 for a new key, its handler does not run, and everything that has a record is
-// answered as before.
+// Over its quota an account gets 429 for a new key, and its handler does not run. Recorded requests
+// are answered as before.
 func TestQuotaRefusesNewKeysAlone(t *testing.T) {
 	t.Parallel()
 	clock, told := &stopped{now: time.Now()}, &tracer{}
@@ -62,7 +62,7 @@ func TestQuotaRefusesNewKeysAlone(t *testing.T) {
 		t.Helper()
 		return b.post(t, path, "{}", append([]string{"Idempotency-Key", key}, headers...)...)
 	}
-	for range 10 { // what leaves no record does not count
+	for range 10 { // requests that leave no record do not count
 		want(t, post("/failed", "f"), 500, idempotency.OutcomeNotExecuted, "")
 		want(t, post("/panic", "p"), 500, idempotency.OutcomeNotExecuted, idempotency.ReasonHandlerFailed)
 		want(t, b.post(t, "/", "{}"), 201, idempotency.OutcomeExecuted, "") // without a key
@@ -82,7 +82,7 @@ func TestQuotaRefusesNewKeysAlone(t *testing.T) {
 	want(t, post("/declined", "3"), 404, idempotency.OutcomeReplayed, "")
 	want(t, post("/other", "1"), 422, idempotency.OutcomeMismatch, idempotency.ReasonKeyReused)
 	want(t, post("/", "4", "Account", "globex"), 201, idempotency.OutcomeExecuted, "")
-	want(t, b.post(t, "/", "{}"), 201, idempotency.OutcomeExecuted, "") // nothing is recorded of it
+	want(t, b.post(t, "/", "{}"), 201, idempotency.OutcomeExecuted, "") // nothing of it is recorded
 	if b.runs.Load() != runs+2 || b.records(t) != 4 {
 		t.Errorf("%d runs more, %d records; want globex's and the one without a key, and 4", b.runs.Load()-runs, b.records(t))
 	}
@@ -100,7 +100,7 @@ func TestQuotaRefusesNewKeysAlone(t *testing.T) {
 	want(t, post("/", "4"), 201, idempotency.OutcomeExecuted, "")
 }
 
-// A policy that keeps every answer does not keep the 429: it would be replayed for good.
+// A policy that keeps every answer does not record the 429: each retry would get it.
 func TestQuotaIsNeverRecorded(t *testing.T) {
 	t.Parallel()
 	clock := &stopped{now: time.Now()}
@@ -117,7 +117,7 @@ func TestQuotaIsNeverRecorded(t *testing.T) {
 	want(t, b.post(t, "/", "{}", "Idempotency-Key", "2"), 201, idempotency.OutcomeExecuted, "")
 }
 
-// Requests that run at once can't slip past the quota together, and a key that is being worked on counts once.
+// Concurrent requests can't exceed the quota together, and a key in progress counts once.
 func TestQuotaHoldsForRequestsAtOnce(t *testing.T) {
 	t.Parallel()
 	entered, release := make(chan struct{}), make(chan struct{})
@@ -143,7 +143,7 @@ func TestQuotaHoldsForRequestsAtOnce(t *testing.T) {
 	close(release)
 	<-answers
 	<-answers
-	// The one that failed made room, for one.
+	// The one that failed made room for another.
 	want(t, b.post(t, "/", "{}", "Idempotency-Key", "3"), 201, idempotency.OutcomeExecuted, "")
 	want(t, b.post(t, "/", "{}", "Idempotency-Key", "4"), 429, idempotency.OutcomeNotExecuted, idempotency.ReasonQuotaExceeded)
 	if b.records(t) != 2 {
@@ -208,8 +208,8 @@ func (a *serialized) Commit(ctx context.Context, answer *idempotency.Answer) err
 }
 
 // Whichever of the service's own functions panics or ends its goroutine: a key counts for the quota
-// if it was recorded, and not otherwise. Only if the goroutine ended after its handler, when nobody
-// knows, may it count without a record. Nothing is in flight.
+// if it was recorded, and not otherwise. Only if the goroutine ended after its handler, when the
+// outcome is not known, may it count without a record. Nothing is in flight.
 func TestQuotaCountsRecordsWhateverPanics(t *testing.T) {
 	t.Parallel()
 	places := []string{"start", "claim", "handler", "commit", "decline", "rollback", "end", "reduce", "disposition", "fingerprint", "scope", "traceid",
@@ -219,7 +219,7 @@ func TestQuotaCountsRecordsWhateverPanics(t *testing.T) {
 		hit := false
 		for _, exits := range []bool{false, true} {
 			for _, status := range []int{201, 404, 500} {
-				for _, again := range []bool{false, true} { // whether the first commit has to be started again
+				for _, again := range []bool{false, true} { // whether the first commit fails and the request starts again
 					bug := &broken{at: place, exits: exits}
 					records := memory.New(nil)
 					var store idempotency.Store = records
@@ -267,7 +267,7 @@ func TestQuotaCountsRecordsWhateverPanics(t *testing.T) {
 					status = 201
 					want := map[int]int{0: 201, 1: 429}[recorded]
 					if exits && recorded == 0 && slices.Contains(afterHandler, place) {
-						want = 0 // nobody knows whether it was recorded: its place may be kept
+						want = 0 // it is not known whether it was recorded: its place may be kept
 					}
 					if got := send("second"); got != want && want != 0 || idem.InFlight() != 0 {
 						t.Errorf("%s, exits %t, again %t: %d records, then %d, want %d; %d in flight", place, exits, again, recorded, got, want, idem.InFlight())

@@ -13,8 +13,8 @@ import (
 	"github.com/paidonce/idempotency"
 )
 
-// encodeRecorded returns headers as the table holds them, whatever is in them: a version byte, the number of pairs,
-// then names and values, each after its length.
+// encodeRecorded returns headers in the stored form, without any checks: a version byte, the number
+// of pairs, then names and values, each after its length.
 func encodeRecorded(pairs ...string) []byte {
 	out := binary.AppendUvarint([]byte{1}, uint64(len(pairs)/2))
 	for _, part := range pairs {
@@ -23,7 +23,7 @@ func encodeRecorded(pairs ...string) []byte {
 	return out
 }
 
-// decodeRecorded takes them apart. ok is false where nothing ever wrote such bytes.
+// decodeRecorded reads the stored form. ok is false if no release could have written it.
 func decodeRecorded(stored []byte) (pairs []string, ok bool) {
 	if len(stored) < 2 || stored[0] != 1 {
 		return nil, false
@@ -52,15 +52,15 @@ func decodeRecorded(stored []byte) (pairs []string, ok bool) {
 	return pairs, true
 }
 
-// neverOnTheWire is what no replay may carry.
+// neverOnTheWire are the headers that no replay may carry.
 var neverOnTheWire = []string{
 	"authorization", "cookie", "set-cookie", "set-cookie2", "proxy-authorization", "proxy-authenticate", "proxy-authentication-info",
 	"authentication-info", "www-authenticate", "connection", "keep-alive", "proxy-connection", "te", "trailer", "transfer-encoding",
 	"upgrade", "content-length", "date",
 }
 
-// mayBeReplayed reports whether headers are ones that may go out: tokens for names, no line breaks and no other control
-// characters in values, and nothing of neverOnTheWire or of ours.
+// mayBeReplayed reports whether headers may be sent: names are tokens, values have no line breaks
+// and no other control characters, and none is in neverOnTheWire or one of the middleware's own.
 func mayBeReplayed(pairs []string) bool {
 	size := 0
 	for i := 0; i < len(pairs); i += 2 {
@@ -77,8 +77,9 @@ func mayBeReplayed(pairs []string) bool {
 	return size <= idempotency.HeaderBytesMax
 }
 
-// FuzzRecordChangedInTheTable: whatever somebody writes over a record's status and headers, a replay carries exactly what
-// is recorded, and only where that could have been recorded; else the outcome is unknown. No header ends its line early.
+// FuzzRecordChangedInTheTable: whatever a record's status and headers are overwritten with, a
+// replay carries exactly the recorded ones, and only if they could have been recorded; otherwise
+// the outcome is unknown. No header ends its line early.
 func FuzzRecordChangedInTheTable(f *testing.F) {
 	for _, pairs := range [][]string{
 		{}, {"Etag", "x"}, {"Content-Type", "text/plain", "Location", "/1"}, {"Link", "<a>", "Link", "<b>"},
@@ -116,7 +117,8 @@ func FuzzRecordChangedInTheTable(f *testing.F) {
 		}
 		recorded := http.Header{}
 		for i := 0; i < len(pairs); i += 2 {
-			if strings.HasPrefix(strings.ToLower(pairs[i]), "access-control-") { // of the origin that asks, and left out
+			// These belong to the origin of the request, and are left out.
+			if strings.HasPrefix(strings.ToLower(pairs[i]), "access-control-") {
 				continue
 			}
 			recorded.Add(pairs[i], strings.Trim(pairs[i+1], " \t"))
@@ -126,7 +128,8 @@ func FuzzRecordChangedInTheTable(f *testing.F) {
 			case "Idempotency-Status", "Idempotent-Replayed", "Idempotency-Created-At", "Idempotency-Expires-At", "Date", "Content-Length", "Connection":
 				continue
 			case "Content-Type", "Link", "Cache-Control", "Retry-After":
-				if pairs == nil && got.outcome == string(idempotency.OutcomeUnknown) { // the problem document's
+				// They are the problem document's.
+				if pairs == nil && got.outcome == string(idempotency.OutcomeUnknown) {
 					continue
 				}
 			}

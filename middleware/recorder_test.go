@@ -89,7 +89,7 @@ func TestAnswersAsNetHTTPWouldGiveThem(t *testing.T) {
 	}
 }
 
-// The limit of an answer is the longest that there may be.
+// An answer may be exactly as long as its limit.
 func TestAnswerAtItsLimit(t *testing.T) {
 	t.Parallel()
 	b := setup(t, setupOptions{middleware: &middleware.Options{AnswerBytesMax: 100}}, func(w http.ResponseWriter, _ *http.Request) {
@@ -105,8 +105,8 @@ func TestAnswerAtItsLimit(t *testing.T) {
 	}
 }
 
-// What the handler says of its headers stands: an encoded body gets no guessed type, and what it took away of the
-// headers set outside stays away.
+// The handler decides about its headers: an encoded body gets no guessed type, and outer headers
+// that the handler removed stay removed.
 func TestHeadersOfTheAnswerAreTheHandlers(t *testing.T) {
 	t.Parallel()
 	b := setup(t, setupOptions{mount: func(idem *middleware.Middleware, handler http.Handler) http.Handler {
@@ -125,7 +125,8 @@ func TestHeadersOfTheAnswerAreTheHandlers(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	r.Header = http.Header{"Account": {"acme"}, "Idempotency-Key": {"k"}, "Accept-Encoding": {"gzip"}} // or the transport decodes it
+	// Without Accept-Encoding the transport would decode the body.
+	r.Header = http.Header{"Account": {"acme"}, "Idempotency-Key": {"k"}, "Accept-Encoding": {"gzip"}}
 	response, err := b.client.Do(r)
 	if err != nil {
 		t.Fatal(err)
@@ -137,9 +138,9 @@ func TestHeadersOfTheAnswerAreTheHandlers(t *testing.T) {
 	}
 }
 
-// Whatever headers a handler sets, however it spells them: the record and the replay hold none but the allow-list's and
-// the service's own, none that Connection names in any spelling, no credential, and no value that ends its line. The
-// first client gets all of it that is not the middleware's own.
+// Whatever headers a handler sets, in any spelling, the record and the replay have only those of
+// the allow-list and the service's own. They have none that Connection names, no credential, and no
+// value that ends its line. The first client gets all of them but the middleware's own.
 func TestReplayHoldsTheAllowListAndNothingElse(t *testing.T) {
 	t.Parallel()
 	own := []string{"X-Own", "x-request-cost"}
@@ -205,7 +206,8 @@ func TestReplayHoldsTheAllowListAndNothingElse(t *testing.T) {
 				if where == "the replay" && slices.Contains(ours, lower) {
 					continue
 				}
-				if where == "the replay" && name == "Content-Type" && values == nil { // so that net/http guesses none
+				// So that net/http guesses none.
+				if where == "the replay" && name == "Content-Type" && values == nil {
 					continue
 				}
 				if !slices.Contains(allowed, lower) || slices.Contains(neverOnTheWire, lower) || slices.Contains(named, lower) {
@@ -229,7 +231,7 @@ func TestReplayHoldsTheAllowListAndNothingElse(t *testing.T) {
 	})
 }
 
-// A handler that wants no Content-Type gets none, and a replay has none either.
+// If a handler wants no Content-Type, the first answer and the replays have none.
 func TestReplayGuessesNoType(t *testing.T) {
 	t.Parallel()
 	b := setup(t, setupOptions{}, func(w http.ResponseWriter, _ *http.Request) {
@@ -245,7 +247,8 @@ func TestReplayGuessesNoType(t *testing.T) {
 	}
 }
 
-// A replay has the recorded headers of the first answer as they were: bytes, spellings, and what is not there.
+// A replay has the recorded headers of the first answer unchanged: the same bytes and spellings,
+// and no header more.
 func TestReplayHasTheHeadersOfTheFirstAnswer(t *testing.T) {
 	t.Parallel()
 	for name, set := range map[string]func(h http.Header){
@@ -268,7 +271,8 @@ func TestReplayHasTheHeadersOfTheFirstAnswer(t *testing.T) {
 	}
 }
 
-// What could not be read back must not be recorded: each retry would be unknown for good.
+// Headers that could not be read back must not be recorded: each retry would be unknown until the
+// record expires.
 func TestHeadersOverTheLimitFail(t *testing.T) {
 	t.Parallel()
 	b := setup(t, setupOptions{}, func(w http.ResponseWriter, _ *http.Request) {
@@ -282,7 +286,8 @@ func TestHeadersOverTheLimitFail(t *testing.T) {
 	}
 }
 
-// The type is chosen outside by the Accept header. A retry with another one gets the first answer's bytes, and so its type.
+// Outer code chooses the type by the Accept header. A retry with another one gets the first
+// answer's bytes, and so its type.
 func TestReplayHasTheTypeOfItsBytes(t *testing.T) {
 	t.Parallel()
 	b := setup(t, setupOptions{mount: outside(func(h http.Header, r *http.Request) {
@@ -303,7 +308,7 @@ func TestReplayHasTheTypeOfItsBytes(t *testing.T) {
 	}
 }
 
-// A record in which somebody planted a header that nothing records is not answered from.
+// A record with a planted header that is never recorded is not replayed.
 func TestPlantedHeaderIsNeverReplayed(t *testing.T) {
 	t.Parallel()
 	told := &tracer{}

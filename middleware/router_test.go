@@ -23,8 +23,8 @@ type foreignValues struct{ read *atomic.Int64 }
 
 func (v foreignValues) String() string { v.read.Add(1); return "values" }
 
-// A handler runs again without a look into other code's contexts. Such a context may hide the state
-// of a router, so the service has to set Options.RouterState.
+// A second run does not look into other code's contexts. Such a context may hide the state of a
+// router, so the service has to set Options.RouterState.
 func TestSecondRunReadsNobodysContext(t *testing.T) {
 	t.Parallel()
 	var read atomic.Int64

@@ -18,11 +18,12 @@ import (
 
 // The threats of docs/security.md, on a real server and a real database.
 
-// bank is authentication as a service has it, outside: tokens of accounts, and what an account may do.
+// bank is a service's authentication, mounted outside: it knows the accounts of tokens, and the
+// rights of accounts.
 type bank struct {
 	mu      sync.Mutex
-	tokens  map[string]string // to the account
-	revoked map[string]bool   // accounts that may not see their answers any more
+	tokens  map[string]string // account by token
+	revoked map[string]bool   // accounts that may no longer see their answers
 }
 
 func (k *bank) change(do func()) {
@@ -113,7 +114,7 @@ func TestAnswerIsNotReplayedToACallerWhoLostTheRight(t *testing.T) {
 	}
 }
 
-// A one-time secret goes to the first client and nowhere else: a retry gets status and Location, and the table too.
+// Only the first client gets a one-time secret: retries and the table get status and Location.
 func TestStatusAndLocationOnly(t *testing.T) {
 	t.Parallel()
 	const secret = "canary-one-time-password"
@@ -154,8 +155,8 @@ func TestStatusAndLocationOnly(t *testing.T) {
 	}
 }
 
-// A header that no replay may hold is not recorded, whatever a Reduce puts into its answer: the record would be taken for
-// a forged one, and the key would be of no use until it expires.
+// A header that no replay may have is not recorded, even if Reduce puts it into its answer: the
+// record would be taken for a forged one, and the key would be useless until it expires.
 func TestReducedAnswerCanBeReplayed(t *testing.T) {
 	t.Parallel()
 	b := setup(t, setupOptions{middleware: &middleware.Options{Reduce: func(answer idempotency.Answer) idempotency.Answer {

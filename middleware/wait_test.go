@@ -17,7 +17,7 @@ import (
 	"github.com/paidonce/idempotency/storage/postgres"
 )
 
-// inFlight waits until so many requests are.
+// inFlight waits until that many requests are in flight.
 func inFlight(t *testing.T, idem *middleware.Middleware, n int) {
 	t.Helper()
 	for deadline := time.Now().Add(20 * time.Second); idem.InFlight() != n; time.Sleep(time.Millisecond) {
@@ -27,7 +27,7 @@ func inFlight(t *testing.T, idem *middleware.Middleware, n int) {
 	}
 }
 
-// compressing stands for what is mounted outside and changes the headers of an answer in place.
+// compressing is outer middleware that changes the headers of an answer in place.
 type compressing struct {
 	http.ResponseWriter
 	id string
@@ -44,8 +44,8 @@ func (w compressing) WriteHeader(status int) {
 
 func (w compressing) Unwrap() http.ResponseWriter { return w.ResponseWriter }
 
-// Duplicates that wait get the answer and not a conflict, each of them authorized, with headers of its own, and with no
-// place in the quota.
+// Duplicates that wait get the answer and not a conflict. Each of them is authorized, has headers
+// of its own, and takes no place in the quota.
 func TestDuplicatesThatWaitGetTheAnswer(t *testing.T) {
 	t.Parallel()
 	const copies = 32
@@ -91,7 +91,8 @@ func TestDuplicatesThatWaitGetTheAnswer(t *testing.T) {
 	wrong := make(chan reply, 1)
 	group.Go(func() { wrong <- b.post(t, "/other", "{}", "Idempotency-Key", "k") })
 	inFlight(t, idem, copies+1)
-	want(t, b.post(t, "/quick", "{}", "Idempotency-Key", "k2"), 201, idempotency.OutcomeExecuted, "") // within the quota
+	// Within the quota.
+	want(t, b.post(t, "/quick", "{}", "Idempotency-Key", "k2"), 201, idempotency.OutcomeExecuted, "")
 	release()
 	group.Wait()
 
@@ -114,7 +115,8 @@ func TestDuplicatesThatWaitGetTheAnswer(t *testing.T) {
 	want(t, b.post(t, "/", "{}", "Idempotency-Key", "k3"), 429, idempotency.OutcomeNotExecuted, idempotency.ReasonQuotaExceeded)
 }
 
-// waitServer serves a handler that answers when it is released, on a store in memory: what is asked here is net/http's.
+// waitServer serves a handler that answers when it is released, on a store in memory: these tests
+// are about net/http.
 func waitServer(t *testing.T, readTimeout time.Duration) (idem *middleware.Middleware, send func(context.Context) string, release func()) {
 	t.Helper()
 	released := make(chan struct{})
@@ -143,7 +145,7 @@ func waitServer(t *testing.T, readTimeout time.Duration) (idem *middleware.Middl
 	}, release
 }
 
-// ReadTimeout is for the body: the client of a request that waits for longer is not taken for one that is gone.
+// ReadTimeout is for the body: a client with a request that waits longer does not count as gone.
 func TestWaitOutlastsReadTimeout(t *testing.T) {
 	t.Parallel()
 	const readTimeout = 200 * time.Millisecond
@@ -162,7 +164,7 @@ func TestWaitOutlastsReadTimeout(t *testing.T) {
 	}
 }
 
-// A client that hangs up while its request waits is noticed, and takes no place any more.
+// If a client hangs up while its request waits, the request gives up its place.
 func TestClientThatHangsUpWaitsNoLonger(t *testing.T) {
 	t.Parallel()
 	idem, send, release := waitServer(t, 0)
