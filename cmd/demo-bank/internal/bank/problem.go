@@ -64,5 +64,5 @@ func WriteJSON(w http.ResponseWriter, status int, value any) {
 		panic(err)
 	}
 	w.WriteHeader(status)
-	_, _ = w.Write(append(body, '\n')) // no error: the client may be gone
+	_, _ = w.Write(append(body, '\n')) // ignored: the client may be gone
 }

@@ -7,10 +7,10 @@ import (
 	"github.com/paidonce/idempotency"
 )
 
-// Limits of what a viewer sees. Counts are of everything; lanes and bars are of the newest.
+// Limits of the view. Counts include everything; only the newest lanes and bars are kept.
 const (
-	lanesMax = 48 // for each side
-	dotsMax  = 16 // in a lane: of more attempts the last are shown
+	lanesMax = 48 // per side
+	dotsMax  = 16 // per lane, the newest attempts
 	barsMax  = 45 // seconds
 )
 
@@ -23,7 +23,7 @@ const (
 	Unprotected Side = "unprotected"
 )
 
-// sides in the order in which they are counted.
+// sides lists the sides in the order of the counts.
 var sides = [2]Side{Protected, Unprotected}
 
 func (s Side) index() int {
@@ -33,21 +33,21 @@ func (s Side) index() int {
 	return 0
 }
 
-// Dot is what became of one attempt, as a letter.
+// Dot is the outcome of one attempt, as a letter.
 type Dot byte
 
-// The dots. The last two are what a client knows and the bank does not.
+// The dots. The last two are known only to the client.
 const (
 	DotExecuted    Dot = 'e'
 	DotReplayed    Dot = 'r'
 	DotInProgress  Dot = 'p'
 	DotMismatch    Dot = 'm'
-	DotFailed      Dot = 'f' // no answer that says that it was executed: refused, rolled back, died
+	DotFailed      Dot = 'f' // no answer shows an execution: refused, rolled back, died
 	DotLostReply   Dot = 'l'
 	DotLostRequest Dot = 'x'
 )
 
-// dotOf is the dot of an outcome.
+// dotOf returns the dot of an outcome.
 func dotOf(outcome idempotency.Outcome) Dot {
 	switch outcome {
 	case idempotency.OutcomeExecuted:
@@ -62,8 +62,9 @@ func dotOf(outcome idempotency.Outcome) Dot {
 	return DotFailed
 }
 
-// Counts are the attempts of one side, since the last storm began or the bank started. An attempt whose reply was lost
-// is also counted as what it was: executed, most likely.
+// Counts are the attempts of one side since the last storm began, or since the bank started. An
+// attempt with a lost reply counts twice: as lost, and as its outcome in the bank, usually
+// executed.
 type Counts struct {
 	Attempts     int64 `json:"attempts"`
 	Executed     int64 `json:"executed"`
@@ -94,7 +95,7 @@ func (c *Counts) add(dot Dot) {
 	}
 }
 
-// Bar is one second.
+// Bar holds the counts of one second.
 type Bar struct {
 	Second int64     `json:"t"` // Unix time
 	Sides  [2]Counts `json:"sides"`
@@ -106,16 +107,17 @@ type Lane struct {
 	Side  Side   `json:"side"`
 	Label string `json:"label"`
 	Dots  string `json:"dots"`
-	More  int    `json:"more,omitempty"` // earlier attempts that are not shown
-	Ran   int    `json:"ran"`            // how often it was executed
+	More  int    `json:"more,omitempty"` // earlier attempts, not shown
+	Ran   int    `json:"ran"`            // number of executions
 }
 
-// Frame is what is sent to viewers: a snapshot holds everything, an update what changed since the last. A field that is
-// there replaces what the viewer has; bars and lanes replace those of the same t or id, and the newest are kept.
+// Frame is a message to viewers: a snapshot holds everything, an update only the changes since the
+// last frame. A field that is present replaces the viewer's. Bars and lanes replace those with the
+// same t or id, and the viewer keeps the newest.
 type Frame struct {
 	Epoch  string     `json:"epoch,omitempty"` // of the process; snapshots only
 	AtMS   int64      `json:"at_ms"`
-	Reset  bool       `json:"reset,omitempty"` // forget the lanes that you have
+	Reset  bool       `json:"reset,omitempty"` // delete the viewer's lanes
 	Storm  *Storm     `json:"storm,omitempty"`
 	Counts *[2]Counts `json:"counts,omitempty"` // protected, unprotected
 	Bars   []Bar      `json:"bars,omitempty"`
@@ -124,7 +126,7 @@ type Frame struct {
 	Limits *Limits    `json:"limits,omitempty"` // snapshots only
 }
 
-// board is all that can be seen, bounded whatever happens in front of it. It is safe for concurrent use.
+// board holds everything that viewers can see. Its size is limited. It is safe for concurrent use.
 type board struct {
 	mu     sync.Mutex
 	storm  *Storm
@@ -138,11 +140,11 @@ type board struct {
 	changed change
 }
 
-// change is what has changed since the last update was taken.
+// change lists the changes since the last update.
 type change struct {
 	any, reset, storm, counts, proof bool
 
-	barsFrom int64 // the first second that changed; 0: none did
+	barsFrom int64 // first changed second; 0 if none
 	lanes    map[*Lane]struct{}
 }
 
@@ -150,8 +152,8 @@ func newBoard() *board {
 	return &board{byKey: map[string]*Lane{}, changed: change{lanes: map[*Lane]struct{}{}}}
 }
 
-// attempt counts an attempt. key names its lane and is shown to nobody; label is. answered is what the bank made of it,
-// 0 where nobody knows; seen is what its client saw.
+// attempt counts an attempt. key identifies its lane and is never shown; label is. answered is the
+// outcome in the bank, 0 if unknown. seen is the outcome that its client saw.
 func (b *board) attempt(now time.Time, side Side, key, label string, answered, seen Dot) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
@@ -178,11 +180,11 @@ func (b *board) attempt(now time.Time, side Side, key, label string, answered, s
 	b.changed.lanes[lane] = struct{}{}
 }
 
-// bar returns the bar of this second, which will have changed.
+// bar returns the bar of the current second, and marks it as changed.
 func (b *board) bar(now time.Time) *Bar {
 	second := now.Unix()
 	if n := len(b.bars); n > 0 && b.bars[n-1].Second >= second {
-		second = b.bars[n-1].Second // clocks that go back change nothing
+		second = b.bars[n-1].Second // a clock that goes back starts no new bar
 	} else {
 		if n == barsMax {
 			b.bars = append(b.bars[:0], b.bars[1:]...)
@@ -195,7 +197,7 @@ func (b *board) bar(now time.Time) *Bar {
 	return &b.bars[len(b.bars)-1]
 }
 
-// lane returns the lane of a key, a new one where it has none any more.
+// lane returns the lane of a key. It makes a new one if the key has none or its lane was dropped.
 func (b *board) lane(side Side, key, label string) *Lane {
 	key = string(side) + " " + key
 	if lane := b.byKey[key]; lane != nil {
@@ -208,7 +210,7 @@ func (b *board) lane(side Side, key, label string) *Lane {
 		oldest := (*list)[0]
 		*list = append((*list)[:0], (*list)[1:]...)
 		delete(b.changed.lanes, oldest)
-		for k, l := range b.byKey { // lanesMax of each side at most
+		for k, l := range b.byKey { // at most lanesMax per side
 			if l == oldest {
 				delete(b.byKey, k)
 				break
@@ -220,7 +222,7 @@ func (b *board) lane(side Side, key, label string) *Lane {
 	return lane
 }
 
-// begin shows a new storm: its lanes and counts begin at nothing.
+// begin shows a new storm, with no lanes and with counts of zero.
 func (b *board) begin(s Storm) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
@@ -229,11 +231,11 @@ func (b *board) begin(s Storm) {
 	b.changed.any, b.changed.reset, b.changed.storm, b.changed.counts = true, true, true, true
 }
 
-// update shows what became of the storm.
+// update changes the current storm.
 func (b *board) update(change func(s *Storm)) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	s := *b.storm // viewers may be reading the one before
+	s := *b.storm // viewers may be reading the old one
 	change(&s)
 	b.storm = &s
 	b.changed.any, b.changed.storm = true, true
@@ -260,7 +262,7 @@ func (b *board) current() *Storm {
 	return b.storm
 }
 
-// snapshot returns all there is to see.
+// snapshot returns everything that viewers can see.
 func (b *board) snapshot(now time.Time) *Frame {
 	b.mu.Lock()
 	defer b.mu.Unlock()
@@ -274,7 +276,7 @@ func (b *board) snapshot(now time.Time) *Frame {
 	return f
 }
 
-// take returns what changed since it was called last, or nil.
+// take returns the changes since the last call, or nil if there are none.
 func (b *board) take(now time.Time) *Frame {
 	b.mu.Lock()
 	defer b.mu.Unlock()

@@ -23,13 +23,14 @@ import (
 // Fault is one way in which a request goes wrong.
 type Fault string
 
-// The faults. The first three happen between the client and the bank, the others in the bank.
+// The faults. The first three happen between client and bank, the others in the bank.
 const (
-	FaultRequestLost   Fault = "request-lost"  // never sent
-	FaultReplyLost     Fault = "reply-lost"    // sent, executed, and its answer thrown away
-	FaultDuplicate     Fault = "duplicate"     // two at once with the same key
-	FaultSlow          Fault = "slow"          // the handler takes its time
-	FaultKilled        Fault = "killed"        // the handler dies when all is written, before COMMIT
+	FaultRequestLost Fault = "request-lost" // never sent
+	FaultReplyLost   Fault = "reply-lost"   // sent and executed, but its answer is dropped
+	FaultDuplicate   Fault = "duplicate"    // sent twice at once with the same key
+	FaultSlow        Fault = "slow"         // the handler is slow
+	// The handler dies after its last write, before COMMIT.
+	FaultKilled        Fault = "killed"
 	FaultSerialization Fault = "serialization" // PostgreSQL refuses the transaction once: 40001
 )
 
@@ -41,7 +42,7 @@ func Faults() []Fault {
 const (
 	slowMin = 80 * time.Millisecond
 	slowMax = 250 * time.Millisecond
-	// faultyAttemptsMax is how many attempts at one copy may meet a fault: a storm must end.
+	// faultyAttemptsMax is the maximum number of faults per copy, so that a storm ends.
 	faultyAttemptsMax = 2
 	answerBytesMax    = 64 << 10
 )
@@ -51,27 +52,28 @@ var (
 	errReplyLost   = errors.New("the reply was lost, as the storm wants it")
 )
 
-// payment is one thing that should happen once, and what its attempts draw from. It is in the context of each attempt.
+// payment is one thing that should happen once, and the random source for its attempts' faults. It
+// is in the context of each attempt.
 type payment struct {
 	number    int
 	reference string
 	key       string
 	body      []byte
 	draws     *rand.Rand // used by one goroutine at a time
-	attempts  int        // at the copy that is being sent
+	attempts  int        // of the current copy
 }
 
 type paymentKey struct{}
 
-// weather is the http.RoundTripper between the storm's client and the bank: it draws a fault for each attempt, and tells
-// the board what became of it.
+// weather is the http.RoundTripper between the storm's client and the bank. It draws a fault for
+// each attempt, and reports the outcome to the board.
 type weather struct {
 	base   http.RoundTripper
 	board  *board
 	side   Side
 	token  string
 	faults []Fault
-	share  float64 // of attempts that meet a fault
+	share  float64 // share of attempts that meet a fault
 }
 
 var _ http.RoundTripper = (*weather)(nil)
@@ -93,7 +95,7 @@ func (t *weather) RoundTrip(r *http.Request) (*http.Response, error) {
 		return nil, errRequestLost
 	case FaultDuplicate:
 		twin := make(chan struct{})
-		go func() { // the same request, as a proxy repeats it that was told nothing
+		go func() { // a proxy that repeats a request on its own
 			defer close(twin)
 			if response, err := t.send(r, p, body, ""); err == nil {
 				_ = response.Body.Close() // it is in memory
@@ -113,8 +115,9 @@ func (t *weather) RoundTrip(r *http.Request) (*http.Response, error) {
 	return t.send(r, p, body, fault)
 }
 
-// draw returns the fault that the next attempt at a payment meets. Each attempt draws the same numbers whatever comes of
-// them, so that both sides meet the same storm for as long as they go the same way.
+// draw returns the fault that the next attempt at a payment meets, or "". Each attempt draws the
+// same two numbers whatever its outcome, so that both sides meet the same faults as long as they
+// make the same attempts.
 func (t *weather) draw(p *payment) Fault {
 	hit, which := p.draws.Float64(), p.draws.IntN(max(1, len(t.faults)))
 	p.attempts++
@@ -124,7 +127,7 @@ func (t *weather) draw(p *payment) Fault {
 	return t.faults[which]
 }
 
-// send sends a request and tells the board what its answer says.
+// send sends a request and reports its answer to the board.
 func (t *weather) send(r *http.Request, p *payment, body []byte, fault Fault) (*http.Response, error) {
 	response, answered, err := t.exchange(r, body, fault)
 	if err != nil {
@@ -146,7 +149,8 @@ func (t *weather) exchange(r *http.Request, body []byte, fault Fault) (*http.Res
 	if err != nil {
 		return nil, 0, err
 	}
-	defer func() { _ = response.Body.Close() }() // it was read to its end, or the connection is broken
+	// Read to its end, or the connection is broken.
+	defer func() { _ = response.Body.Close() }()
 	answer, err := readAll(response.Body)
 	if err != nil {
 		return nil, 0, err
@@ -167,7 +171,7 @@ func readAll(r io.ReadCloser) ([]byte, error) {
 	if r == nil {
 		return nil, nil
 	}
-	defer func() { _ = r.Close() }() // what was read counts
+	defer func() { _ = r.Close() }() // the result of the read counts
 	content, err := io.ReadAll(io.LimitReader(r, answerBytesMax+1))
 	if err == nil && len(content) > answerBytesMax {
 		err = errors.New("live: a body is too large")
@@ -175,20 +179,20 @@ func readAll(r io.ReadCloser) ([]byte, error) {
 	return content, err
 }
 
-// headerStorm marks the storm's own requests. Its value is a token that only this process knows, and a fault. It is taken
-// off every request before anybody else sees it.
+// headerStorm marks the storm's own requests. Its value is a token that only this process knows,
+// and a fault. Recognise removes it from every request.
 const headerStorm = "Demo-Bank-Storm"
 
 func newToken() string {
 	var random [32]byte
-	_, _ = cryptorand.Read(random[:]) // never fails: crypto/rand ends the program first
+	_, _ = cryptorand.Read(random[:]) // can't fail: crypto/rand crashes the program first
 	return hex.EncodeToString(random[:])
 }
 
-// marked is what the context of the storm's own requests holds.
+// marked is in the context of the storm's own requests.
 type marked struct {
 	fault Fault
-	runs  atomic.Int32 // of the handler
+	runs  atomic.Int32 // number of calls of the handler
 }
 
 type markedKey struct{}
@@ -198,8 +202,8 @@ func markedFrom(ctx context.Context) *marked {
 	return m
 }
 
-// Recognise marks the requests of the page's own storm. It must stand in front of everything: who sends the header
-// without the token is served as if it had not been there.
+// Recognise marks the requests of the page's own storm. It must be the outermost handler. It
+// removes the header from a request without the right token, and serves that like any other.
 func (l *Live) Recognise(next http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		values, sent := r.Header[headerStorm]
@@ -217,21 +221,21 @@ func (l *Live) Recognise(next http.Handler) http.Handler {
 	})
 }
 
-// OnTransfer is a bank.TransferFunc: it does to the storm's own requests what they ask for.
+// OnTransfer is a bank.TransferFunc. It causes the fault that a request of the storm asks for.
 func (l *Live) OnTransfer(ctx context.Context, tx pgx.Tx, written bool) error {
 	m := markedFrom(ctx)
 	if m == nil {
 		return nil
 	}
 	switch {
-	case m.fault == FaultSlow && !written: // no account is locked yet
+	case m.fault == FaultSlow && !written: // before any account is locked
 		select {
 		case <-time.After(slowMin + rand.N(slowMax-slowMin)):
 		case <-ctx.Done():
 			return ctx.Err()
 		}
 	case m.fault == FaultKilled && written:
-		panic(http.ErrAbortHandler) // the connection dies with it
+		panic(http.ErrAbortHandler) // breaks the connection too
 	case m.fault == FaultSerialization && written && m.runs.Add(1) == 1:
 		_, err := tx.Exec(ctx, `DO $$ BEGIN RAISE EXCEPTION 'the storm wants it' USING ERRCODE = 'serialization_failure'; END $$`)
 		return err

@@ -14,14 +14,14 @@ import (
 
 // Limits of the stream.
 const (
-	// ViewersMax is how many streams are open at once; who comes above it is told to come again.
+	// ViewersMax is the maximum number of open streams. Further viewers get a 503 with Retry-After.
 	ViewersMax = 100
 
-	updateInterval = 100 * time.Millisecond // at least, between two updates
+	updateInterval = 100 * time.Millisecond // minimum between two updates
 	pingInterval   = 15 * time.Second
-	ringMax        = 64        // updates that a viewer who comes back can still be sent
-	ringBytesMax   = 512 << 10 // of them all
-	queueMax       = 32        // events that wait for one viewer: who is further behind is dropped
+	ringMax        = 64        // updates kept for viewers that reconnect
+	ringBytesMax   = 512 << 10 // of all events in the ring
+	queueMax       = 32        // queued events per viewer; one that is further behind is dropped
 )
 
 var (
@@ -29,7 +29,7 @@ var (
 	errClosed     = errors.New("the bank is stopping")
 )
 
-// hub sends frames to viewers. An update is encoded once, and its bytes are shared by all of them and by the ring.
+// hub sends frames to viewers. It encodes an update once: all viewers and the ring share its bytes.
 type hub struct {
 	epoch string
 	board *board
@@ -43,7 +43,7 @@ type hub struct {
 	closed    bool
 }
 
-// event is an event as it goes over the wire.
+// event is an encoded event.
 type event struct {
 	sequence int64
 	bytes    []byte
@@ -51,19 +51,19 @@ type event struct {
 
 // viewer is one open stream.
 type viewer struct {
-	first  []byte // what it is sent first
+	first  []byte // sent first
 	events chan []byte
-	gone   chan struct{} // closed where it has to end
-	abort  func()        // ends a write that blocks; nil until there is one
+	gone   chan struct{} // closed when it must end
+	abort  func()        // ends a blocked write; nil until set
 }
 
 func newHub(epoch string, b *board) *hub {
 	return &hub{epoch: epoch, board: b, viewers: map[*viewer]struct{}{}, present: make(chan struct{})}
 }
 
-// join opens a stream. last is the id of the last event that the viewer saw: where the ring still holds what came
-// after it, that is what it is sent first, each event once and none left out, and else a snapshot. The error is
-// errViewersMax or errClosed.
+// join opens a stream. last is the id of the last event that the viewer saw. If the ring still
+// holds every later event, the viewer first gets those, each once. Otherwise it first gets a
+// snapshot. The error is errViewersMax or errClosed.
 func (h *hub) join(last string) (*viewer, error) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
@@ -87,7 +87,7 @@ func (h *hub) join(last string) (*viewer, error) {
 	return v, nil
 }
 
-// after returns the updates after the event with the given id, and false where they are not all there.
+// after returns the events after the one with the given id, or false if some are missing.
 func (h *hub) after(last string) ([]byte, bool) {
 	number, ok := strings.CutPrefix(last, h.epoch+"-")
 	sequence, err := strconv.ParseInt(number, 10, 64)
@@ -103,7 +103,7 @@ func (h *hub) after(last string) ([]byte, bool) {
 	return missed.Bytes(), true
 }
 
-// leave closes a stream. It may have been dropped before.
+// leave closes a stream. The stream may have been dropped already.
 func (h *hub) leave(v *viewer) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
@@ -124,7 +124,7 @@ func (h *hub) remove(v *viewer) {
 	}
 }
 
-// close ends all streams, and lets none begin.
+// close ends all streams and refuses new ones.
 func (h *hub) close() {
 	h.mu.Lock()
 	defer h.mu.Unlock()
@@ -134,14 +134,14 @@ func (h *hub) close() {
 	}
 }
 
-// watched returns a channel that is closed as long as somebody watches.
+// watched returns a channel that is closed while there are viewers.
 func (h *hub) watched() <-chan struct{} {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	return h.present
 }
 
-// run publishes what changes, until ctx ends.
+// run publishes changes until ctx ends.
 func (h *hub) run(ctx context.Context) {
 	h.whileWatched(ctx, func() time.Duration {
 		h.publish()
@@ -149,8 +149,8 @@ func (h *hub) run(ctx context.Context) {
 	})
 }
 
-// whileWatched calls do again and again until ctx ends, and not while nobody watches. do returns how long to pause after
-// it: no two calls are closer to each other, however late a timer is.
+// whileWatched calls do repeatedly until ctx ends, but only while there are viewers. do returns the
+// pause before the next call. The pause begins when do returns, so a late timer never shortens it.
 func (h *hub) whileWatched(ctx context.Context, do func() (pause time.Duration)) {
 	pause := time.NewTimer(0)
 	defer pause.Stop()
@@ -169,7 +169,7 @@ func (h *hub) whileWatched(ctx context.Context, do func() (pause time.Duration))
 	}
 }
 
-// publish sends one update where something changed.
+// publish sends one update if anything changed.
 func (h *hub) publish() {
 	h.mu.Lock()
 	defer h.mu.Unlock()
@@ -188,16 +188,17 @@ func (h *hub) publish() {
 	for v := range h.viewers {
 		select {
 		case v.events <- e.bytes:
-		default: // it reads too slowly: it comes again and gets what it missed, or a snapshot
+		default: // it reads too slowly; it reconnects, and gets the missed events or a snapshot
 			h.remove(v)
 		}
 	}
 }
 
-// encode returns an event of the stream. encoding/json writes no line break, so one data line holds it.
+// encode returns an event of the stream. encoding/json writes no line breaks, so one data line is
+// enough.
 func (h *hub) encode(kind string, sequence int64, frame *Frame) []byte {
 	data, err := json.Marshal(frame)
-	if err != nil { // only our own types come here
+	if err != nil { // only our own types are passed
 		panic(err)
 	}
 	return fmt.Appendf(make([]byte, 0, len(data)+64), "id: %s-%d\nevent: %s\ndata: %s\n\n", h.epoch, sequence, kind, data)

@@ -1,14 +1,16 @@
-// Package live is the bank's page for people and its server side: a storm that the bank sends to itself, what becomes of it and of
-// everybody else's requests as a stream of events, and the proof, read from the books.
+// Package live is the bank's page for people and its server side: a storm that the bank sends to
+// itself, a stream of events that shows the outcome of every request, and a proof read from the
+// books.
 //
 //   - page.go and assets are the page
-//   - storm.go is the storm, plan.go its form, client.go its client, faults.go what goes wrong on the way and in the bank
-//   - board.go is all that can be seen; tracer.go tells it of requests that are not the storm's
-//   - proof.go is what PostgreSQL says of the twins' money
-//   - hub.go and stream.go bring it to viewers
+//   - storm.go is the storm, plan.go its form, client.go its client, and faults.go its faults
+//   - board.go holds everything that can be seen; tracer.go adds requests that are not the storm's
+//   - proof.go reads the proof about the twins' money from PostgreSQL
+//   - hub.go and stream.go send it to viewers
 //
-// A storm sends the same payments to two pairs of accounts: to one through the middleware, to the other without. Both
-// meet the same faults, and the same client retries on both.
+// A storm sends the same payments to two pairs of accounts, the twins: to one pair through the
+// middleware, to the other without it. Both meet the same faults, and the same client retries on
+// both.
 package live
 
 import (
@@ -34,23 +36,23 @@ type Live struct {
 	hub    *hub
 	prove  func(ctx context.Context, run string) (*Proof, error)
 
-	ending context.Context // over when Stop was called
+	ending context.Context // ends when Stop is called
 	end    context.CancelFunc
 	storms sync.WaitGroup
 
 	mu     sync.Mutex
-	stop   context.CancelFunc // of the storm that runs; nil: none does
+	stop   context.CancelFunc // of the running storm, or nil
 	closed bool
 }
 
-// New returns the page's server side for a bank that can be reached at url. ttl is how long records count. A nil logger
-// logs nothing.
+// New returns the page's server side for a bank that can be reached at url. ttl is the store's TTL.
+// A nil logger logs nothing.
 func New(pool *pgxpool.Pool, url string, ttl time.Duration, logger *slog.Logger) *Live {
 	if logger == nil {
 		logger = slog.New(slog.DiscardHandler)
 	}
 	var epoch [8]byte
-	_, _ = rand.Read(epoch[:]) // never fails: crypto/rand ends the program first
+	_, _ = rand.Read(epoch[:]) // can't fail: crypto/rand crashes the program first
 	b := newBoard()
 	l := &Live{pool: pool, url: url, logger: logger, token: newToken(), board: b, hub: newHub(hex.EncodeToString(epoch[:]), b)}
 	l.prove = func(ctx context.Context, run string) (*Proof, error) { return prove(ctx, pool, run, ttl) }
@@ -58,8 +60,8 @@ func New(pool *pgxpool.Pool, url string, ttl time.Duration, logger *slog.Logger)
 	return l
 }
 
-// Mount puts the page and its requests on a router. Those that change something are refused where another site's page sends
-// them.
+// Mount adds the page's routes to a router. Those that change something refuse requests from other
+// sites' pages.
 func (l *Live) Mount(r chi.Router) {
 	page := newDocument()
 	r.Get("/", page.ServeHTTP)
@@ -72,7 +74,7 @@ func (l *Live) Mount(r chi.Router) {
 	})
 }
 
-// Run serves the streams until ctx ends, and returns when all that it started is over.
+// Run serves the streams until ctx ends. It returns after everything that it started has ended.
 func (l *Live) Run(ctx context.Context) {
 	var group sync.WaitGroup
 	group.Go(func() { l.hub.run(ctx) })
@@ -83,8 +85,8 @@ func (l *Live) Run(ctx context.Context) {
 	l.storms.Wait()
 }
 
-// Stop ends all streams and the storm at once, and lets none begin: they must not keep a bank from stopping. It may be
-// called more than once.
+// Stop ends all streams and the storm at once, and refuses new ones, so that they don't delay a
+// bank that stops. It may be called more than once.
 func (l *Live) Stop() {
 	l.mu.Lock()
 	l.closed = true

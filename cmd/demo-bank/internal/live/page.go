@@ -11,7 +11,8 @@ import (
 //go:embed assets
 var assets embed.FS
 
-// document answers GET / and serves what the page loads, under /assets/. Nothing comes from elsewhere.
+// document answers GET / and serves the page's files under /assets/. The page loads nothing from
+// other hosts.
 type document struct {
 	template *template.Template
 	assets   http.Handler
@@ -35,7 +36,7 @@ func (p *document) serveAssets(w http.ResponseWriter, r *http.Request) {
 	p.assets.ServeHTTP(w, r)
 }
 
-// ServeHTTP answers with the page. Its curl lines name the host that the request was sent to.
+// ServeHTTP answers with the page. Its curl lines name the host of the request.
 func (p *document) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	var body bytes.Buffer
 	if err := p.template.Execute(&body, struct{ URL string }{"http://" + r.Host}); err != nil {
@@ -45,7 +46,7 @@ func (p *document) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	secure(w)
 	w.Header().Set("Content-Type", "text/html; charset=utf-8")
 	w.Header().Set("Cache-Control", "no-store")
-	_, _ = w.Write(body.Bytes()) // a browser that is gone needs no page
+	_, _ = w.Write(body.Bytes()) // ignored: the browser may be gone
 }
 
 func secure(w http.ResponseWriter) {

@@ -11,7 +11,7 @@ import (
 	"github.com/paidonce/idempotency/cmd/demo-bank/internal/bank"
 )
 
-// Limits of [Plan]. A storm runs inside the bank, beside everybody else's requests.
+// Limits of [Plan]. A storm runs inside the bank, beside all other requests.
 const (
 	KeysMax         = 2000
 	CopiesMax       = 8
@@ -21,7 +21,7 @@ const (
 	formBytesMax = 4 << 10
 )
 
-// Mode says which twins a storm goes to.
+// Mode selects the twins that take part in a storm.
 type Mode string
 
 // The modes.
@@ -31,23 +31,23 @@ const (
 	ModeUnprotected Mode = "unprotected"
 )
 
-// Plan says what a storm sends.
+// Plan configures a storm.
 type Plan struct {
 	Mode         Mode    `json:"mode"`
 	Keys         int     `json:"keys"`          // distinct payments, each with a key of its own
-	Copies       int     `json:"copies"`        // how often each is sent, beside the retries
-	Clients      int     `json:"clients"`       // how many send at once, on each side
+	Copies       int     `json:"copies"`        // number of times each is sent, without retries
+	Clients      int     `json:"clients"`       // number of concurrent senders per side
 	SharePercent int     `json:"share_percent"` // of attempts that meet a fault
 	Faults       []Fault `json:"faults"`
 }
 
-// Limits are the limits as the page's form knows them.
+// Limits are the limits of the page's form.
 type Limits struct {
 	KeysMax         int `json:"keys_max"`
 	CopiesMax       int `json:"copies_max"`
 	ClientsMax      int `json:"clients_max"`
 	SharePercentMax int `json:"share_percent_max"`
-	LanesMax        int `json:"lanes_max"` // for each side
+	LanesMax        int `json:"lanes_max"` // per side
 	BarsMax         int `json:"bars_max"`
 }
 
@@ -64,7 +64,7 @@ func (p *Plan) sides() []Side {
 	return []Side{Protected, Unprotected}
 }
 
-// parsePlan reads a form. The error's text is for whoever filled it in.
+// parsePlan reads a form. The error's text is for the person who filled it in.
 func parsePlan(form url.Values) (Plan, error) {
 	p := Plan{Mode: Mode(form.Get("mode")), Faults: []Fault{}}
 	for name, values := range form {
@@ -105,8 +105,8 @@ func parsePlan(form url.Values) (Plan, error) {
 	return p, nil
 }
 
-// postStorm answers POST /live/storm, a form: 202 and the storm, 303 to the page for a browser without scripts, 400, or
-// 409 where one runs.
+// postStorm answers POST /live/storm, a form: with 202 and the storm, with 303 to the page for a
+// browser without scripts, with 400, or with 409 if a storm is running.
 func (l *Live) postStorm(w http.ResponseWriter, r *http.Request) {
 	r.Body = http.MaxBytesReader(w, r.Body, formBytesMax)
 	if err := r.ParseForm(); err != nil {
@@ -130,7 +130,7 @@ func (l *Live) postStorm(w http.ResponseWriter, r *http.Request) {
 	accepted(w, r, s)
 }
 
-// postStop answers POST /live/storm/stop. Where none runs there is nothing to do.
+// postStop answers POST /live/storm/stop. If no storm runs, it does nothing.
 func (l *Live) postStop(w http.ResponseWriter, r *http.Request) {
 	l.stopStorm()
 	accepted(w, r, l.board.current())

@@ -15,23 +15,24 @@ import (
 const (
 	proofInterval = 500 * time.Millisecond
 	proofTimeout  = 2 * time.Second
-	// proofRest is how many times as long as a proof took the next one waits at least: however large the books, the
-	// page takes no more than a fifth of one connection.
+	// proofRest is the minimum pause after a proof, as a multiple of the time that the proof took.
+	// So the page uses at most a fifth of one connection, however large the books are.
 	proofRest   = 4
 	ledgerLines = 12
 )
 
-// Proof is what PostgreSQL says of the last storm's twins, from one REPEATABLE READ snapshot.
+// Proof is the evidence about the last storm's twins, from one REPEATABLE READ snapshot.
 type Proof struct {
 	AtMS     int64   `json:"at_ms"`
 	TookMS   float64 `json:"took_ms"`
-	InFlight bool    `json:"in_flight"`       // the storm was running: the numbers still move
-	Error    string  `json:"error,omitempty"` // why there is no newer one; the rest is the last that there was
-	Run      string  `json:"run,omitempty"`   // empty where there are no twins yet
-	Twins    []Twin  `json:"twins,omitempty"`
-	Ledger   []Line  `json:"ledger"` // newest first
-	Alice    int64   `json:"alice"`
-	Bob      int64   `json:"bob"`
+	InFlight bool    `json:"in_flight"` // the storm was running: the numbers may change
+	// Why there is no newer proof. The other fields are then the last proof's.
+	Error  string `json:"error,omitempty"`
+	Run    string `json:"run,omitempty"` // empty if there are no twins yet
+	Twins  []Twin `json:"twins,omitempty"`
+	Ledger []Line `json:"ledger"` // newest first
+	Alice  int64  `json:"alice"`
+	Bob    int64  `json:"bob"`
 }
 
 // Twin is one payer and one payee, and all transfers between them. Money is in minor units.
@@ -39,23 +40,24 @@ type Twin struct {
 	Side         Side   `json:"side"`
 	Payer        string `json:"payer"`
 	Payee        string `json:"payee"`
-	Opening      int64  `json:"opening"` // of both together
+	Opening      int64  `json:"opening"` // of both accounts together
 	PayerBalance int64  `json:"payer_balance"`
 	PayeeBalance int64  `json:"payee_balance"`
-	PayerOpening int64  `json:"payer_opening"` // its part of Opening; the payee's is the rest
-	EntriesPayer int64  `json:"entries_payer"` // sum of the ledger's
+	PayerOpening int64  `json:"payer_opening"` // its part of Opening; the rest is the payee's
+	EntriesPayer int64  `json:"entries_payer"` // sum of its ledger entries
 	EntriesPayee int64  `json:"entries_payee"`
-	Payments     int64  `json:"payments"`   // distinct references: what was ordered
-	Transfers    int64  `json:"transfers"`  // what was paid
-	Keys         int64  `json:"keys"`       // distinct keys of transfers
-	Doubles      int64  `json:"doubles"`    // transfers beyond the first of a reference
+	Payments     int64  `json:"payments"`   // distinct references: the payments ordered
+	Transfers    int64  `json:"transfers"`  // the payments made
+	Keys         int64  `json:"keys"`       // distinct keys of the transfers
+	Doubles      int64  `json:"doubles"`    // transfers after the first with the same reference
 	LostMoney    int64  `json:"lost_money"` // the sum of the doubles
-	Unrecorded   int64  `json:"unrecorded"` // keyed transfers, younger than the TTL, whose attempt's answer is not the key's recorded one
+	// Keyed transfers younger than the TTL, made by an attempt that is not the key's recorded one.
+	Unrecorded int64 `json:"unrecorded"`
 
 	Checks []Check `json:"checks"`
 }
 
-// Check is one line of the proof: got and want are equal where it holds.
+// Check is one line of the proof. OK reports that got and want are equal.
 type Check struct {
 	Name  string `json:"name"`
 	Got   int64  `json:"got"`
@@ -70,15 +72,15 @@ type Line struct {
 	Account   string `json:"account"`
 	Amount    int64  `json:"amount"`
 	Reference string `json:"reference"`
-	Double    bool   `json:"double,omitempty"` // of a transfer that was made before
+	Double    bool   `json:"double,omitempty"` // a repeat of an earlier transfer
 }
 
-// The names of the checks. The page knows them.
+// The names of the checks. The page uses them too.
 const (
 	CheckBalances  = "balances"  // sum of balances = opening total
 	CheckLedger    = "ledger"    // opening balance + ledger = balance, on both accounts
 	CheckTransfers = "transfers" // transfers = distinct payments
-	CheckAnswers   = "answers"   // one answer for each key: no transfer but the recorded attempt's
+	CheckAnswers   = "answers"   // one answer per key: only the recorded attempt's transfer
 )
 
 // judge fills in the checks.
@@ -93,7 +95,8 @@ func (t *Twin) judge() {
 	t.Checks = append(t.Checks, ledger)
 	check(CheckTransfers, t.Transfers, t.Payments, false)
 	if t.Side == Protected {
-		// As many keys as payments, as many transfers as keys, and each of the attempt whose answer is kept.
+		// As many keys as payments, as many transfers as keys, and every transfer is the recorded
+		// attempt's.
 		switch {
 		case t.Keys != t.Payments:
 			check(CheckAnswers, t.Keys, t.Payments, false)
@@ -103,16 +106,18 @@ func (t *Twin) judge() {
 			check(CheckAnswers, t.Transfers-t.Unrecorded, t.Keys, false)
 		}
 	} else {
-		check(CheckAnswers, t.Transfers, t.Payments, false) // each transfer was answered with an id of its own
+		// Each transfer was answered with its own id.
+		check(CheckAnswers, t.Transfers, t.Payments, false)
 	}
 }
 
-// twinName finds the parts of a twin's account id. The run is the time it began at and the end of the ledger then, so
-// that ids sort by time, and the proof need not read the ledger of before, also in another process.
+// twinName matches a twin's account id. The run consists of its start time and the end of the
+// ledger at that time. So ids sort by time, and a proof, also in another process, need not read
+// older entries.
 var twinName = regexp.MustCompile(`^twin-([0-9a-f]{12}-[0-9a-f]{1,15})-(protected|unprotected)(-payee)?$`)
 
-// selectTwins reads the accounts of the run in $1, or of the newest where it is empty. Anybody may open accounts with such
-// names; those that are no twins' must not be in the way.
+// selectTwins reads the accounts of the run in $1, or of the newest run if $1 is empty. Anyone may
+// open accounts with similar names; the query must ignore those that are not twins.
 const selectTwins = `
 	WITH newest AS MATERIALIZED (
 		SELECT left(id, length(substring(id FROM '^twin-[0-9a-f]+-[0-9a-f]+-'))) AS prefix FROM accounts
@@ -123,7 +128,7 @@ const selectTwins = `
 	WHERE id = ANY (SELECT COALESCE((SELECT prefix FROM newest), 'twin-' || $1 || '-') || name
 		FROM unnest('{protected,protected-payee,unprotected,unprotected-payee}'::text[]) name)`
 
-// selectMoves reads the payers' transfers by their index, and their records by primary key.
+// selectMoves reads the payers' transfers by index, and their records by primary key.
 const selectMoves = `
 	WITH ` + bank.Cutoff + `,
 	moves AS MATERIALIZED (
@@ -137,7 +142,7 @@ const selectMoves = `
 			SELECT FROM idempotency_keys k WHERE k.scope = moves.scope AND k.key = moves.key AND k.attempt_id = moves.attempt_id))
 	FROM moves GROUP BY from_account`
 
-// selectEntries reads no further back than the run.
+// selectEntries reads no entries before the run.
 const selectEntries = `
 	SELECT account, sum(amount)::bigint FROM entries WHERE id > $2 AND account = ANY($1) GROUP BY account`
 
@@ -148,7 +153,7 @@ const selectLedger = `
 	LEFT JOIN transfers t ON t.id = e.transfer_id
 	ORDER BY e.id DESC`
 
-// prove reads a proof of the given run's twins, or of the newest where run is empty.
+// prove reads a proof about the twins of the given run, or of the newest if run is empty.
 func prove(ctx context.Context, pool *pgxpool.Pool, run string, ttl time.Duration) (*Proof, error) {
 	started := time.Now()
 	p := &Proof{}
@@ -169,7 +174,7 @@ func prove(ctx context.Context, pool *pgxpool.Pool, run string, ttl time.Duratio
 	return p, nil
 }
 
-// readTwins finds the accounts, and the end of the ledger before the run.
+// readTwins reads the accounts, and returns the end of the ledger before the run.
 func (p *Proof) readTwins(ctx context.Context, tx pgx.Tx, run string) (since int64, err error) {
 	rows, err := tx.Query(ctx, selectTwins, run)
 	if err != nil {
@@ -201,7 +206,8 @@ func (p *Proof) readTwins(ctx context.Context, tx pgx.Tx, run string) (since int
 		return 0, err
 	}
 	for _, side := range sides {
-		if t := bySide[side]; t != nil && t.Payer != "" && t.Payee != "" { // else the storm is opening them
+		// Otherwise the storm is still opening them.
+		if t := bySide[side]; t != nil && t.Payer != "" && t.Payee != "" {
 			p.Twins = append(p.Twins, *t)
 		}
 	}
@@ -213,7 +219,8 @@ func (p *Proof) readTwins(ctx context.Context, tx pgx.Tx, run string) (since int
 	return since, nil
 }
 
-// readMoves reads what the twins' accounts went through, the ledger's tail, and the two accounts for payments by hand.
+// readMoves reads the twins' transfers and entries, the ledger's tail, and the balances of alice
+// and bob, who are for payments by hand.
 func (p *Proof) readMoves(ctx context.Context, tx pgx.Tx, since int64, ttl time.Duration) error {
 	payers, accounts := []string{}, []string{}
 	byPayer, entries := map[string]*Twin{}, map[string]*int64{}
@@ -257,7 +264,8 @@ func (p *Proof) readMoves(ctx context.Context, tx pgx.Tx, since int64, ttl time.
 	return nil
 }
 
-// prover reads a proof twice a second as long as somebody watches, one at a time, for all viewers.
+// prover reads proofs while there are viewers: one at a time, at most two a second, for all
+// viewers.
 func (l *Live) prover(ctx context.Context) {
 	l.hub.whileWatched(ctx, func() time.Duration {
 		started := time.Now()
@@ -275,7 +283,7 @@ func (l *Live) proveOnce(ctx context.Context) {
 	defer cancel()
 	p, err := l.prove(timed, run)
 	switch {
-	case ctx.Err() != nil: // the bank ends
+	case ctx.Err() != nil: // the bank is stopping
 		return
 	case err != nil:
 		l.logger.WarnContext(ctx, "the page's proof was not read; it is tried again", "error", err)

@@ -18,26 +18,26 @@ import (
 	"github.com/paidonce/idempotency/cmd/demo-bank/internal/bank"
 )
 
-// StormState is where a storm is.
+// StormState is the state of a storm.
 type StormState string
 
 // The states of a storm.
 const (
 	StormRunning  StormState = "running"
-	StormEnded    StormState = "ended"     // every copy has its answer
-	StormStopped  StormState = "stopped"   // by a viewer, or because the bank was stopping
+	StormEnded    StormState = "ended"     // every copy has an answer
+	StormStopped  StormState = "stopped"   // by a viewer, or because the bank stopped
 	StormTimedOut StormState = "timed-out" // after StormMax
 	StormFailed   StormState = "failed"
 )
 
 const (
-	// StormMax is how long a storm may take. What it has not sent by then it does not send.
+	// StormMax is the maximum duration of a storm. Copies not sent by then are never sent.
 	StormMax = time.Minute
 
-	// amount of each payment, in minor units.
+	// amount is the amount of each payment, in minor units.
 	amount = 2500
-	// openingFactor is how often each copy can be paid before the payer's account is empty: no retry of an unprotected
-	// payment shall be refused for the lack of money.
+	// openingFactor is the number of times that the payer's account can pay each copy, so that no
+	// retry of an unprotected payment fails for lack of money.
 	openingFactor = 4
 
 	auditTimeout = 25 * time.Second
@@ -45,21 +45,23 @@ const (
 
 // Storm is a storm as viewers see it.
 type Storm struct {
-	Run       string     `json:"run"`
-	State     StormState `json:"state"`
-	Plan      Plan       `json:"plan"`
-	Amount    int64      `json:"amount"` // of each payment, in minor units
-	Copies    int        `json:"copies"` // to be sent, of all sides together
-	Answered  int        `json:"answered"`
-	Differing int        `json:"differing"` // protected copies whose answer was not that of the first, byte by byte
-	StartedMS int64      `json:"started_ms"`
-	EndedMS   int64      `json:"ended_ms,omitempty"`
-	Audit     string     `json:"audit,omitempty"` // of the whole bank, when it was over: ok, broken or unknown
+	Run      string     `json:"run"`
+	State    StormState `json:"state"`
+	Plan     Plan       `json:"plan"`
+	Amount   int64      `json:"amount"` // of each payment, in minor units
+	Copies   int        `json:"copies"` // to be sent, both sides together
+	Answered int        `json:"answered"`
+	// Protected copies with an answer that differs from the first one, byte by byte.
+	Differing int   `json:"differing"`
+	StartedMS int64 `json:"started_ms"`
+	EndedMS   int64 `json:"ended_ms,omitempty"`
+	// Of the whole bank, after the storm: ok, broken or unknown.
+	Audit string `json:"audit,omitempty"`
 }
 
 var errStormRuns = errors.New("a storm is running")
 
-// start starts a storm; it is over before Run returns. The error is errStormRuns or errClosed.
+// start starts a storm, which ends before Run returns. The error is errStormRuns or errClosed.
 func (l *Live) start(plan Plan) (*Storm, error) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -73,7 +75,7 @@ func (l *Live) start(plan Plan) (*Storm, error) {
 	l.stop = cancel
 	copies := plan.Keys * plan.Copies * len(plan.sides())
 	s := Storm{State: StormRunning, Plan: plan, Amount: amount, Copies: copies, StartedMS: time.Now().UnixMilli()}
-	s.Run = newRun(time.Now(), 0) // until the ledger was asked
+	s.Run = newRun(time.Now(), 0) // until rage has read the ledger's end
 	l.board.begin(s)
 	l.storms.Go(func() {
 		defer func() {
@@ -89,7 +91,7 @@ func (l *Live) start(plan Plan) (*Storm, error) {
 
 var errTimedOut = errors.New("the storm took too long")
 
-// stopStorm ends the storm that runs, if there is one.
+// stopStorm ends the running storm, if there is one.
 func (l *Live) stopStorm() {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -98,7 +100,7 @@ func (l *Live) stopStorm() {
 	}
 }
 
-// run is a storm from its accounts to the audit.
+// run runs a storm from opening the accounts to the audit.
 func (l *Live) run(ctx context.Context, s Storm) {
 	err := l.rage(ctx, s)
 	state := StormEnded
@@ -119,7 +121,7 @@ func (l *Live) run(ctx context.Context, s Storm) {
 	l.board.update(func(s *Storm) { s.Audit = verdict })
 }
 
-// rage opens the twins and sends everything.
+// rage opens the twins and sends all copies.
 func (l *Live) rage(ctx context.Context, s Storm) error {
 	end, err := l.ledgerEnd(ctx)
 	if err != nil {
@@ -162,7 +164,7 @@ func (l *Live) rageOn(ctx context.Context, base http.RoundTripper, s Storm, side
 	return group.Wait()
 }
 
-// newPayment is the same payment on either side, but for its accounts.
+// newPayment returns a payment. It is the same on both sides, except for its accounts.
 func newPayment(s Storm, side Side, number int) *payment {
 	reference := fmt.Sprintf("payment %03d", number+1)
 	return &payment{
@@ -176,18 +178,18 @@ func newPayment(s Storm, side Side, number int) *payment {
 func payerOf(run string, side Side) string { return "twin-" + run + "-" + string(side) }
 func payeeOf(run string, side Side) string { return payerOf(run, side) + "-payee" }
 
-// newRun names a run so that names sort by time.
+// newRun returns the name of a run. Names sort by time.
 func newRun(at time.Time, ledgerEnd int64) string {
 	return fmt.Sprintf("%012x-%x", at.UnixMilli(), ledgerEnd)
 }
 
-// endOfLedger is the last entry before a run.
+// endOfLedger returns the id of the last ledger entry before a run.
 func endOfLedger(run string) (int64, error) {
 	_, end, _ := strings.Cut(run, "-")
 	return strconv.ParseInt(end, 16, 64)
 }
 
-// pay sends all copies of a payment, one after another, and compares what they were answered.
+// pay sends all copies of a payment, one after another, and compares their answers.
 func (l *Live) pay(ctx context.Context, payer *http.Client, p *payment, copies int, side Side) error {
 	ctx = context.WithValue(ctx, paymentKey{}, p)
 	path := bank.TransfersPath
@@ -230,7 +232,7 @@ func post(ctx context.Context, sender *http.Client, url, key string, body []byte
 	return response.StatusCode, answer, err
 }
 
-// open opens an account as anybody does.
+// open opens an account through the bank's HTTP interface.
 func (l *Live) open(ctx context.Context, base http.RoundTripper, id string, opening int64) error {
 	body := fmt.Appendf(nil, `{"id":"%s","currency":"EUR","opening_balance":%d}`, id, opening)
 	status, answer, err := post(ctx, newClient(&marking{base: base, token: l.token}), l.url+"/v1/accounts", "open-"+id, body)
@@ -240,7 +242,7 @@ func (l *Live) open(ctx context.Context, base http.RoundTripper, id string, open
 	return err
 }
 
-// marking marks requests as the storm's own, and does nothing else to them.
+// marking marks requests as the storm's own, and does nothing else.
 type marking struct {
 	base  http.RoundTripper
 	token string
@@ -253,7 +255,7 @@ func (m *marking) RoundTrip(r *http.Request) (*http.Response, error) {
 	return m.base.RoundTrip(r)
 }
 
-// audit asks the bank whether all its books are right.
+// audit requests the bank's audit, and returns ok, broken or unknown.
 func (l *Live) audit() string {
 	ctx, cancel := context.WithTimeout(context.Background(), auditTimeout)
 	defer cancel()
@@ -272,7 +274,7 @@ func (l *Live) audit() string {
 		if err != nil {
 			return err
 		}
-		defer func() { _ = response.Body.Close() }() // it was read, or is of no use
+		defer func() { _ = response.Body.Close() }() // read already, or useless
 		if response.StatusCode != http.StatusOK {
 			return fmt.Errorf("status %d", response.StatusCode)
 		}
@@ -290,7 +292,7 @@ func (l *Live) audit() string {
 	return "broken"
 }
 
-// ledgerEnd is the id of the last entry of the ledger.
+// ledgerEnd returns the id of the last entry of the ledger.
 func (l *Live) ledgerEnd(ctx context.Context) (id int64, err error) {
 	err = l.pool.QueryRow(ctx, `SELECT COALESCE(max(id), 0) FROM entries`).Scan(&id)
 	return id, err

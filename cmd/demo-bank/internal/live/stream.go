@@ -9,13 +9,14 @@ import (
 )
 
 const (
-	writeTimeout = 5 * time.Second // for a viewer to take an event
-	// reconnectLine tells EventSource how long to wait before it comes again.
+	writeTimeout = 5 * time.Second // for one event to one viewer
+	// reconnectLine sets EventSource's pause before it reconnects, in milliseconds.
 	reconnectLine = "retry: 1000\n\n"
 	pingLine      = ": ping\n\n"
 )
 
-// events answers GET /live/events: server-sent events, a snapshot and then updates, at most ten a second.
+// events answers GET /live/events with server-sent events: a snapshot or the missed updates, then
+// at most ten updates a second.
 func (l *Live) events(w http.ResponseWriter, r *http.Request) {
 	v, err := l.hub.join(r.Header.Get("Last-Event-ID"))
 	if err != nil {
@@ -29,15 +30,17 @@ func (l *Live) events(w http.ResponseWriter, r *http.Request) {
 	if r.Method == http.MethodHead {
 		return
 	}
-	// net/http takes the deadline off reads itself; that of writes, the server's WriteTimeout, would end the stream.
+	// net/http removes the read deadline itself. The write deadline, from the server's
+	// WriteTimeout, would end the stream.
 	stream := http.NewResponseController(w)
-	l.hub.onAbort(v, func() { _ = stream.SetWriteDeadline(time.Unix(1, 0)) }) // a connection that is gone needs no deadline
+	// Ignored: a connection that is gone needs no deadline.
+	l.hub.onAbort(v, func() { _ = stream.SetWriteDeadline(time.Unix(1, 0)) })
 	send := func(bytes []byte) bool {
 		if stream.SetWriteDeadline(time.Now().Add(writeTimeout)) != nil {
 			return false
 		}
 		select {
-		case <-v.gone: // and its abort may have come before the deadline just set
+		case <-v.gone: // its abort may have come before the deadline was set above
 			return false
 		default:
 		}
@@ -58,7 +61,7 @@ func (l *Live) events(w http.ResponseWriter, r *http.Request) {
 		case <-v.gone:
 			return
 		case bytes = <-v.events:
-		case <-ping.C: // so that proxies keep the stream, and one that nobody reads is found
+		case <-ping.C: // keeps proxies from closing the stream, and detects dead viewers
 			bytes = []byte(pingLine)
 		}
 		if !send(bytes) {
@@ -67,14 +70,14 @@ func (l *Live) events(w http.ResponseWriter, r *http.Request) {
 	}
 }
 
-// onAbort says what ends a write to v that blocks.
+// onAbort sets the function that ends a blocked write to v.
 func (h *hub) onAbort(v *viewer, abort func()) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	v.abort = abort
 }
 
-// refuse tells a viewer to come again.
+// refuse answers 503 with Retry-After.
 func refuse(w http.ResponseWriter, err error) {
 	p := &bank.Problem{Status: http.StatusServiceUnavailable, Slug: "unavailable", Title: "The bank is stopping", Detail: "Come again when it is back."}
 	after := "1"

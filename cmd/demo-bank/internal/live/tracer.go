@@ -7,8 +7,8 @@ import (
 	"github.com/paidonce/idempotency"
 )
 
-// Tracer returns a tracer that tells the page what became of each request. Requests of the page's own storm are left to
-// the storm, which knows more of them.
+// Tracer returns a tracer that reports the outcome of each request to the page. It skips requests
+// of the page's own storm: the storm reports those, in more detail.
 func (l *Live) Tracer() idempotency.Tracer { return tracer{l} }
 
 type tracer struct{ live *Live }

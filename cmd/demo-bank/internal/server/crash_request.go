@@ -110,7 +110,7 @@ func (w *halfWriter) Write(body []byte) (int, error) {
 	if err != nil {
 		return n, err
 	}
-	// No error: the client may be gone.
+	// Ignored: the client may be gone.
 	_ = http.NewResponseController(w.ResponseWriter).Flush()
 	w.point.reached(crashpoint.HalfResponse)
 	rest, err := w.ResponseWriter.Write(body[half:])

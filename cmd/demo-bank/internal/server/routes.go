@@ -96,7 +96,7 @@ func ready(ctx context.Context, store *postgres.Store, books *bank.Bank, ids *no
 
 func alive(w http.ResponseWriter) {
 	w.Header().Set("Content-Type", "application/json")
-	_, _ = io.WriteString(w, `{"status":"ok"}`+"\n") // no error: the prober may be gone
+	_, _ = io.WriteString(w, `{"status":"ok"}`+"\n") // ignored: the prober may be gone
 }
 
 // logRequests logs one line per request, at debug level only, so that a storm does not flood the

@@ -21,10 +21,12 @@ import (
 )
 
 const (
-	// RequestTimeout is more than a bank lets any request take, its look for a lost COMMIT included.
+	// RequestTimeout is longer than a bank lets any request take, including its search for a lost
+	// COMMIT.
 	RequestTimeout = 40 * time.Second
 
-	// Between two requests with one key a client pauses from BackoffFirst on, twice as long each time, up to BackoffMax.
+	// Before a client repeats a request with the same key it pauses: first for BackoffFirst, then
+	// twice as long each time, up to BackoffMax.
 	BackoffFirst = 10 * time.Millisecond
 	BackoffMax   = 500 * time.Millisecond
 
@@ -34,20 +36,20 @@ const (
 	contentType    = "application/json"
 )
 
-// Trouble is what a client does to a request of its own.
+// Trouble is a fault that a client causes in its own request.
 type Trouble uint8
 
 // The kinds of trouble.
 const (
 	NoTrouble Trouble = iota
-	Cut               // the connection is cut before the reply, by a reset or a goodbye
-	HangUp            // the client stops waiting
-	HalfSent          // the body ends in the middle
-	Slow              // the body comes in parts
+	Cut               // closes the connection before the reply, by a RST or a FIN
+	HangUp            // stops waiting for the reply
+	HalfSent          // sends half of the body
+	Slow              // sends the body in parts
 )
 
-// Client is one connection of a client's. It sends a request once, and says what it saw: to ask again is its caller's
-// decision. It is used by one goroutine at a time.
+// Client is a client with one connection. It sends a request once and returns what it saw. Its
+// caller decides about retries. It is used by one goroutine at a time.
 type Client struct {
 	id       int
 	clock    func() time.Duration
@@ -55,8 +57,9 @@ type Client struct {
 	http     http.Client
 }
 
-// NewClient returns a client that has the given number in a history. clock is the run's, and is never 0. A client that
-// loses a reply on purpose goes away within cutAfter of the last byte of its request.
+// NewClient returns a client with the given number in the history. clock is the run's clock, and
+// never returns 0. A client that loses a reply on purpose hangs up within cutAfter of the last byte
+// of its request.
 func NewClient(id int, clock func() time.Duration, cutAfter time.Duration) *Client {
 	return &Client{id: id, clock: clock, cutAfter: cutAfter, http: http.Client{
 		Timeout: RequestTimeout,
@@ -70,16 +73,17 @@ func NewClient(id int, clock func() time.Duration, cutAfter time.Duration) *Clie
 // Close closes the connection. The client can still be used.
 func (c *Client) Close() { c.http.CloseIdleConnections() }
 
-// Request is what a client asks for.
+// Request is a request to send.
 type Request struct {
-	Asked         check.Operation // but for what the reply is
+	Asked         check.Operation // without the fields of the reply
 	URL           string
-	Authorization string // the header's value; empty: none
+	Authorization string // the header's value; empty for none
 	Body          []byte
 }
 
-// Send sends a request once. It returns the operation for the history and the body of the reply, which is nil if none
-// came. It reports false if nothing that can be executed has left the client: then there was no operation.
+// Send sends a request once. It returns the operation for the history and the body of the reply,
+// nil if there was no reply. sent is false if no executable request left the client: then there was
+// no operation.
 func (c *Client) Send(ctx context.Context, q *Request, t Trouble) (op check.Operation, body []byte, sent bool) {
 	op = q.Asked
 	op.Client = c.id
@@ -107,7 +111,8 @@ func (c *Client) Send(ctx context.Context, q *Request, t Trouble) (op check.Oper
 	return op, body, true
 }
 
-// fill takes what a reply says into an operation. It keeps one string of each kind: a run may have millions.
+// fill copies a reply into an operation. It shares equal strings, because a run may have millions
+// of operations.
 func fill(op *check.Operation, header http.Header, body []byte) {
 	op.Outcome = unique.Make(header.Get("Idempotency-Status")).Value()
 	kind := header.Get("Content-Type")
@@ -121,13 +126,13 @@ func fill(op *check.Operation, header http.Header, body []byte) {
 			var told struct {
 				ID string `json:"id"`
 			}
-			_ = json.Unmarshal(body, &told) // an answer without an id is found by the checks
+			_ = json.Unmarshal(body, &told) // the checks find an answer without an id
 			op.ID = told.ID
 		}
 	}
 }
 
-// AnswerOf is the hash of all that a replay must repeat.
+// AnswerOf returns the hash of everything that a replay must repeat.
 func AnswerOf(status int, contentType, location string, body []byte) [sha256.Size]byte {
 	h := sha256.New()
 	fmt.Fprintf(h, "%d\n%q\n%q\n", status, contentType, location)
@@ -137,7 +142,7 @@ func AnswerOf(status int, contentType, location string, body []byte) [sha256.Siz
 	return sum
 }
 
-// problemOf is the end of a problem document's type.
+// problemOf returns the end of a problem document's type.
 func problemOf(body []byte) string {
 	var document struct {
 		Type string `json:"type"`
@@ -149,7 +154,7 @@ func problemOf(body []byte) string {
 	return slug
 }
 
-// errUnsent means that nothing of a request left the client.
+// errUnsent means that no byte of a request left the client.
 var errUnsent = errors.New("no connection")
 
 func (q *Request) http(ctx context.Context, body io.Reader) (*http.Request, error) {
@@ -157,7 +162,7 @@ func (q *Request) http(ctx context.Context, body io.Reader) (*http.Request, erro
 	if err != nil {
 		return nil, err
 	}
-	// Without a GetBody Go's client can't send a request again by itself, which nobody would see.
+	// Without GetBody Go's client can't silently send a request twice.
 	r.GetBody, r.ContentLength = nil, int64(len(q.Body))
 	r.Header.Set("Content-Type", contentType)
 	r.Header.Set("Idempotency-Key", q.Asked.Key)
@@ -180,7 +185,8 @@ func (c *Client) exchange(ctx context.Context, q *Request, t Trouble) (*http.Res
 	}
 	connected := false
 	request, err := q.http(httptrace.WithClientTrace(ctx, &httptrace.ClientTrace{
-		GotConn: func(httptrace.GotConnInfo) { connected = true }, // called by Do, before anything is sent
+		// Do calls this before it sends anything.
+		GotConn: func(httptrace.GotConnInfo) { connected = true },
 	}), body)
 	if err != nil {
 		return nil, nil, err
@@ -192,12 +198,13 @@ func (c *Client) exchange(ctx context.Context, q *Request, t Trouble) (*http.Res
 		}
 		return nil, nil, err
 	}
-	defer func() { _ = response.Body.Close() }() // it was read to its end, or the connection is broken
+	// Read to its end, or the connection is broken.
+	defer func() { _ = response.Body.Close() }()
 	content, err := io.ReadAll(io.LimitReader(response.Body, answerBytesMax))
 	return response, content, err
 }
 
-// slowReader is a body in parts.
+// slowReader returns a body in parts.
 type slowReader struct {
 	ctx  context.Context
 	rest []byte
@@ -227,13 +234,13 @@ func (c *Client) cut(ctx context.Context, q *Request) error {
 	if err != nil {
 		return err
 	}
-	defer func() { _ = conn.Close() }() // closed below, but where writing failed
+	defer func() { _ = conn.Close() }() // a no-op unless writing failed
 	if err := request.Write(conn); err != nil {
 		return err
 	}
 	_ = deadline.Sleep(ctx, rand.N(c.cutAfter))
 	if tcp, ok := conn.(*net.TCPConn); ok && rand.IntN(2) == 0 {
-		_ = tcp.SetLinger(0) // a reset instead of a goodbye
+		_ = tcp.SetLinger(0) // a RST instead of a FIN
 	}
 	return errors.Join(errCut, conn.Close())
 }
@@ -251,7 +258,8 @@ func dial(ctx context.Context, r *http.Request) (net.Conn, error) {
 	return conn, nil
 }
 
-// sendHalf sends a request whose body ends in the middle: it can't be executed, and nobody asks what became of it.
+// sendHalf sends a request but stops in the middle of its body. It can't be executed and is never
+// retried.
 func (c *Client) sendHalf(ctx context.Context, q *Request) {
 	request, err := q.http(ctx, bytes.NewReader(q.Body))
 	if err != nil {
@@ -275,7 +283,7 @@ type StatusError int
 
 func (e StatusError) Error() string { return fmt.Sprintf("status %d", int(e)) }
 
-// Get reads JSON from a bank. The error is a [StatusError] if the bank answered otherwise than with 200.
+// Get reads JSON from a bank. The error is a [StatusError] if the status is not 200.
 func Get(ctx context.Context, client *http.Client, url string, into any) error {
 	r, err := http.NewRequestWithContext(ctx, http.MethodGet, url, nil)
 	if err != nil {
@@ -285,7 +293,7 @@ func Get(ctx context.Context, client *http.Client, url string, into any) error {
 	if err != nil {
 		return err
 	}
-	defer func() { _ = response.Body.Close() }() // it was read to its end, or is of no use
+	defer func() { _ = response.Body.Close() }() // read to its end, or useless
 	if response.StatusCode != http.StatusOK {
 		return StatusError(response.StatusCode)
 	}

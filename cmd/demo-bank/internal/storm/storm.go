@@ -1,11 +1,12 @@
-// Package storm sends a bank thousands of duplicates of transfers, as clients do whose answers get lost, and says from
-// its answers and books whether each transfer happened exactly once.
+// Package storm sends a bank thousands of duplicates of transfers, like clients that lose answers.
+// From the bank's answers and books it judges whether each transfer happened exactly once.
 //
-// It knows what any client knows: its own requests, the answers it got, and the bank's HTTP interface.
+// It knows only what any client knows: its own requests, the answers to them, and the bank's HTTP
+// interface.
 //
 //   - [Run] is the storm from the first request to the verdict
-//   - [Client] sends a request once, as well or as badly as clients do; package chaos sends by it too
-//   - verdict.go is what must hold: package check judges the answers, the bank's audit its books
+//   - [Client] sends a request once, and can cause faults; package chaos uses it too
+//   - verdict.go judges: package check checks the answers, and the bank's audit its books
 package storm
 
 import (
@@ -42,24 +43,24 @@ const (
 const (
 	accounts     = 1000 // acct-0000 to acct-0999 take part
 	amountMax    = 50   // small, so that many storms on one bank still find funds
-	changedEvery = 100  // one key in so many is sent with a changed body too
+	changedEvery = 100  // one key in this many is also sent with a changed body
 	helloMax     = 5 * time.Second
 	cutAfter     = 4 * time.Millisecond
 	scope        = "public" // of a request without an Authorization header
 )
 
-// Config says how hard it storms. All fields but Seed and Progress must be set.
+// Config configures a storm. All fields but Seed and Progress must be set.
 type Config struct {
 	URL      string        // of the bank
 	Keys     int           // distinct transfers
-	Copies   int           // how often each is sent
-	Clients  int           // how many send at once
-	Patience time.Duration // how long one request is retried until it has its answer
-	Seed     uint64        // of the choices; keys are new each time. 0 draws one
-	Progress io.Writer     // a terminal, for a progress line; nil: none
+	Copies   int           // number of times each is sent
+	Clients  int           // number of concurrent senders
+	Patience time.Duration // maximum time that one request is retried until its answer
+	Seed     uint64        // of the random choices, 0 draws one; keys are always new
+	Progress io.Writer     // a terminal, for a progress line; nil for none
 }
 
-// Validate reports whether the storm is possible.
+// Validate returns an error if the config is invalid.
 func (c *Config) Validate() error {
 	base, err := url.Parse(c.URL)
 	switch {
@@ -87,22 +88,22 @@ type storm struct {
 	faults    faults
 
 	phase    atomic.Value // of string
-	done     atomic.Int64 // transfers of this phase
+	done     atomic.Int64 // transfers done in this phase
 	requests atomic.Int64
 	retries  atomic.Int64
 }
 
-// client is one good client. It is used by one goroutine at a time.
+// client is a client without permanent faults. It is used by one goroutine at a time.
 type client struct {
 	*Client
 	ops []check.Operation
 }
 
-// transfer is one thing that should happen once, whatever its copies meet.
+// transfer is one thing that should happen once, whatever faults its copies meet.
 type transfer struct {
 	number int
 	key    string
-	choice *rand.Rand // of this transfer's copies, so that a seed repeats them whoever sends them
+	choice *rand.Rand // for this transfer's copies, so that a seed repeats them in any order
 	from   string
 	to     string
 	amount int64
@@ -111,7 +112,7 @@ type transfer struct {
 	first *told // the first definite answer; package check compares the others with it
 }
 
-// told is an answer to a transfer.
+// told is a definite answer to a transfer.
 type told struct {
 	status int
 	body   []byte
@@ -119,8 +120,8 @@ type told struct {
 
 func (a *told) acknowledged() bool { return a != nil && a.status >= 200 && a.status < 300 }
 
-// Run storms and returns what it found. An error means that there is no verdict: the bank is not there, or a request
-// had no definite answer within the patience, or ctx ended.
+// Run runs a storm and returns its report. An error means that there is no verdict: the bank can't
+// be reached, or a request had no definite answer within the patience, or ctx ended.
 func Run(ctx context.Context, config Config) (*Report, error) {
 	if err := config.Validate(); err != nil {
 		return nil, err
@@ -143,7 +144,7 @@ func Run(ctx context.Context, config Config) (*Report, error) {
 	reader := &http.Client{Transport: &http.Transport{MaxIdleConnsPerHost: config.Clients}, Timeout: RequestTimeout}
 	defer reader.CloseIdleConnections()
 	var before, after bank.Audit
-	// A bank that may not be there is not waited for for long.
+	// Do not wait long for a bank that may not be there.
 	if err := s.get(ctx, reader, "/v1/audit", min(helloMax, config.Patience), &before); err != nil {
 		return nil, fmt.Errorf("there is no bank at %s: %w: start one with `demo-bank serve`, or name it with --url", config.URL, err)
 	}
@@ -170,14 +171,15 @@ func Run(ctx context.Context, config Config) (*Report, error) {
 	return s.report(&before, &after, sent), nil
 }
 
-// clock is the time since the start. It is never 0, which means no time at all.
+// clock returns the time since the start. It never returns 0, which means no time.
 func (s *storm) clock() time.Duration { return max(1, time.Since(s.started)) }
 
 func (s *storm) progress() string {
 	return fmt.Sprintf("%v %d of %d keys, %d requests, %d retries", s.phase.Load(), s.done.Load(), s.config.Keys, s.requests.Load(), s.retries.Load())
 }
 
-// plan draws the transfers. Keys are new for each run and close together in time's order, as UUIDv7 keys are.
+// plan draws the transfers. Keys are new for each run and close together when sorted, like UUIDv7
+// keys.
 func (s *storm) plan() error {
 	id, err := uuid.NewV7()
 	if err != nil {
@@ -197,10 +199,10 @@ func (s *storm) plan() error {
 	return nil
 }
 
-// manner is how a transfer is asked for.
+// manner is how a transfer is requested.
 type manner struct {
 	changed bool // with another body
-	final   bool // when all has its answer
+	final   bool // sent after all others have their answer
 	trouble Trouble
 }
 
@@ -216,8 +218,8 @@ func (s *storm) request(t *transfer, m manner) *Request {
 	}
 }
 
-// sendCopies sends every copy of one transfer: some at once, some later, some whose answer gets lost, and for one
-// transfer in a hundred one that asks for something else under the same key.
+// sendCopies sends every copy of one transfer: some at once, some later, some with a lost reply.
+// For one transfer in changedEvery it also sends a changed body with the same key.
 func (s *storm) sendCopies(ctx context.Context, clients []*client, t *transfer) error {
 	atOnce := min(len(clients), s.config.Copies)
 	if atOnce > 1 && t.choice.IntN(4) == 0 {
@@ -246,14 +248,15 @@ func (s *storm) sendCopies(ctx context.Context, clients []*client, t *transfer) 
 			return err
 		}
 	}
-	if t.number%changedEvery == 0 { // after the transfer's own answer, so that it can't be the one that is executed
+	// After the transfer's own answer, so that the changed body can't be the one that is executed.
+	if t.number%changedEvery == 0 {
 		return s.ask(ctx, clients[0], t, manner{changed: true})
 	}
 	return nil
 }
 
-// ask sends a transfer's request until it has a definite answer: the same bytes under the same key, with pauses that
-// grow.
+// ask sends a transfer's request until it has a definite answer: the same bytes with the same key,
+// with growing pauses.
 func (s *storm) ask(ctx context.Context, c *client, t *transfer, m manner) error {
 	request := s.request(t, m)
 	patient, cancel := context.WithTimeout(ctx, s.config.Patience)
@@ -268,8 +271,10 @@ func (s *storm) ask(ctx context.Context, c *client, t *transfer, m manner) error
 			}
 			c.ops = append(c.ops, op)
 		}
-		if trouble != Cut { // who lost the reply on purpose comes back at once, while the request may still run
-			_ = deadline.Sleep(patient, backoff/2+rand.N(backoff/2)) // or all would come back at the same time
+		// A client that lost the reply on purpose retries at once, while the request may still run.
+		if trouble != Cut {
+			// Random, so that clients do not retry at the same time.
+			_ = deadline.Sleep(patient, backoff/2+rand.N(backoff/2))
 		}
 		switch {
 		case ctx.Err() != nil:
@@ -281,10 +286,10 @@ func (s *storm) ask(ctx context.Context, c *client, t *transfer, m manner) error
 	}
 }
 
-// errPatience means that a request had no definite answer for as long as the storm's patience.
+// errPatience means that a request had no definite answer within the storm's patience.
 var errPatience = errors.New("no definite answer")
 
-// definite reports whether an answer is the last word on its request.
+// definite reports whether an answer is final.
 func definite(op *check.Operation) bool {
 	switch op.Outcome {
 	case "executed", "replayed", "mismatch":
@@ -296,9 +301,9 @@ func definite(op *check.Operation) bool {
 		op.Status != http.StatusTooEarly && op.Status != http.StatusTooManyRequests
 }
 
-// answered takes a definite answer into the history.
+// answered adds a definite answer to the history.
 func (s *storm) answered(c *client, t *transfer, m manner, op check.Operation, body []byte) {
-	if op.Outcome == "" { // a bank without the middleware says what it did, and not that it did it
+	if op.Outcome == "" { // without the middleware a definite answer means executed
 		op.Outcome = "executed"
 	}
 	c.ops = append(c.ops, op)
@@ -319,7 +324,7 @@ func (s *storm) answered(c *client, t *transfer, m manner, op check.Operation, b
 	}
 }
 
-// readBack looks an acknowledged transfer up in the bank's books.
+// readBack compares an acknowledged transfer with the bank's books.
 func (s *storm) readBack(ctx context.Context, reader *http.Client, t *transfer) error {
 	if !t.first.acknowledged() {
 		return nil
@@ -341,7 +346,7 @@ func (s *storm) readBack(ctx context.Context, reader *http.Client, t *transfer) 
 	return nil
 }
 
-// get reads something of the bank's, patiently.
+// get reads JSON from the bank, and retries for as long as patience.
 func (s *storm) get(ctx context.Context, reader *http.Client, path string, patience time.Duration, into any) error {
 	until := time.Now().Add(patience)
 	for backoff := BackoffFirst; ; backoff = min(2*backoff, BackoffMax) {
@@ -357,11 +362,11 @@ func (s *storm) get(ctx context.Context, reader *http.Client, path string, patie
 		case time.Now().After(until):
 			return fmt.Errorf("GET %s: %w within %v: %w", path, errPatience, patience, err)
 		}
-		_ = deadline.Sleep(ctx, backoff/2+rand.N(backoff/2)) // ctx is looked at above
+		_ = deadline.Sleep(ctx, backoff/2+rand.N(backoff/2)) // the loop checks ctx
 	}
 }
 
-// each lets the clients do one thing with every transfer, so many of them together.
+// each makes the clients call do for every transfer, in groups of the given size.
 func (s *storm) each(ctx context.Context, phase string, together int, do func(context.Context, []*client, *transfer) error) error {
 	s.phase.Store(phase)
 	s.done.Store(0)
@@ -371,7 +376,8 @@ func (s *storm) each(ctx context.Context, phase string, together int, do func(co
 	})
 }
 
-// Each does something with every item, each worker at one at a time, until one of them returns an error or ctx ends.
+// Each calls do for every item. Each worker handles one item at a time. It stops when a call
+// returns an error or ctx ends.
 func Each[W, T any](ctx context.Context, workers []W, items []T, do func(context.Context, W, T) error) error {
 	free := make(chan W, len(workers))
 	for _, worker := range workers {

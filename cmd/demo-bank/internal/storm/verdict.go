@@ -15,7 +15,7 @@ import (
 	"github.com/paidonce/idempotency/cmd/internal/terminal"
 )
 
-// fault is a kind of wrong that a storm finds.
+// fault is a kind of error that a storm finds.
 type fault string
 
 const (
@@ -32,16 +32,16 @@ const (
 	faultOrder       fault = "no order of a key's requests explains their answers"
 )
 
-// faultOf is what a check of the history finds.
+// faultOf maps a check of the history to the fault that it finds.
 var faultOf = map[string]fault{
 	check.EffectsCounted: faultForgotten, check.OneAnswer: faultTwoAnswers, check.InTheBooks: faultIDs,
 	check.Settled: faultSettled, check.Linearizable: faultOrder,
 }
 
-// examplesMax is how many faults are told in full; all are counted.
+// examplesMax is the maximum number of faults that are described. All are counted.
 const examplesMax = 10
 
-// faults collects wrongs. The zero value is empty and ready; it is safe for concurrent use.
+// faults collects errors. The zero value is ready to use. It is safe for concurrent use.
 type faults struct {
 	mu       sync.Mutex
 	counts   map[fault]int
@@ -77,10 +77,10 @@ func (f *faults) list() []string {
 	return list
 }
 
-// Report is what a storm found. Its JSON is one object.
+// Report is the result of a storm. Its JSON is one object.
 type Report struct {
 	Verdict  string   `json:"verdict"` // ok or broken
-	Broken   []string `json:"broken"`  // the invariants that do not hold, each with a count
+	Broken   []string `json:"broken"`  // the broken invariants, each with a count
 	Examples []string `json:"examples"`
 
 	Keys        int    `json:"keys"`
@@ -97,13 +97,14 @@ type Report struct {
 	Retries     int64  `json:"retries"`
 	LostReplies int64  `json:"lost_replies"`
 
-	KeysAcknowledged int      `json:"keys_acknowledged"` // with a 2xx
-	KeysDeclined     int      `json:"keys_declined"`     // for lack of money
-	NotSeen          []string `json:"not_seen"`          // kinds of answers that this storm did not provoke
+	KeysAcknowledged int `json:"keys_acknowledged"` // with a 2xx
+	KeysDeclined     int `json:"keys_declined"`     // for lack of money
+	// Kinds of answers that did not occur in this storm.
+	NotSeen []string `json:"not_seen"`
 
 	P50MS   float64 `json:"p50_ms"`
 	P99MS   float64 `json:"p99_ms"`
-	Seconds float64 `json:"seconds"` // for the sending of all copies
+	Seconds float64 `json:"seconds"` // from the first to the last copy sent
 
 	AuditBefore *bank.Audit `json:"audit_before"`
 	Audit       *bank.Audit `json:"audit"`
@@ -112,7 +113,7 @@ type Report struct {
 // OK reports whether every invariant holds.
 func (r *Report) OK() bool { return len(r.Broken) == 0 }
 
-// report is the verdict, when nothing is sent any more.
+// report returns the verdict. Call it after the last request.
 func (s *storm) report(before, after *bank.Audit, sent time.Duration) *Report {
 	r := &Report{
 		Keys: s.config.Keys, Copies: s.config.Copies, Clients: s.config.Clients, Seed: s.config.Seed,
@@ -130,7 +131,7 @@ func (s *storm) report(before, after *bank.Audit, sent time.Duration) *Report {
 		switch {
 		case declined:
 			r.KeysDeclined++
-		case t.first != nil: // else every answer was a fault, and is counted as one
+		case t.first != nil: // otherwise every answer was a fault, and is counted as one
 			r.KeysAcknowledged++
 		}
 	}
@@ -169,7 +170,7 @@ func (s *storm) report(before, after *bank.Audit, sent time.Duration) *Report {
 	return r
 }
 
-// count says what the answers were, and how long they took.
+// count adds the numbers of answers and their latencies.
 func (r *Report) count(ops []check.Operation) {
 	took := make([]time.Duration, 0, len(ops))
 	for i := range ops {
@@ -201,7 +202,8 @@ func (r *Report) count(ops []check.Operation) {
 	}
 }
 
-// VerdictNone is the verdict on a bank that moved no money: nothing can be wrong with it, and nothing was shown.
+// VerdictNone is the verdict on a bank that moved no money: nothing was wrong, but nothing was
+// proven.
 const VerdictNone = "none"
 
 // WriteJSON writes the report as one JSON object.
