@@ -80,8 +80,9 @@ func (c *Context) Err() error {
 // them while it is printed.
 func (*Context) String() string { return "deadline.Context" }
 
-// Format keeps the contexts below out of every verb of fmt.
-func (c *Context) Format(f fmt.State, _ rune) { _, _ = io.WriteString(f, c.String()) } // fmt has no use for the error
+// Format keeps the contexts below out of every verb of fmt. It drops the error, for which fmt has
+// no use.
+func (c *Context) Format(f fmt.State, _ rune) { _, _ = io.WriteString(f, c.String()) }
 
 // End ends the context, unless it has ended, and stops its timer. The maker calls it when the work
 // is done.

@@ -10,7 +10,8 @@ import (
 
 const noFollow = 0
 
-// tryLock takes the exclusive lock of an open file without waiting. Windows releases it when this process ends.
+// tryLock takes the exclusive lock of an open file without waiting. Windows releases it when this
+// process ends.
 func tryLock(f *os.File) (locked bool, err error) {
 	err = windows.LockFileEx(windows.Handle(f.Fd()), windows.LOCKFILE_EXCLUSIVE_LOCK|windows.LOCKFILE_FAIL_IMMEDIATELY,
 		0, 1, 0, new(windows.Overlapped))

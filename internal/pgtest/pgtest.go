@@ -1,12 +1,13 @@
 // Package pgtest gives every test a PostgreSQL database of its own.
 //
-// A package's tests share one PostgreSQL server, which starts with the first test that asks for it:
+// A package's tests share one PostgreSQL server. The first test that needs it starts it:
 //
 //	func TestMain(m *testing.M) { pgtest.Main(m) }
 //
 //	func TestX(t *testing.T) {
 //		t.Parallel()
 //		url := pgtest.Database(t)
+//	}
 package pgtest
 
 import (
@@ -31,7 +32,8 @@ import (
 )
 
 const (
-	// databaseVariable names a server to use instead of starting one; its user must be allowed to create databases.
+	// databaseVariable names a server to use instead of starting one. Its user must be able to
+	// create databases.
 	databaseVariable = "PAIDONCE_TEST_DATABASE_URL"
 
 	maxConnections = "300"
@@ -42,7 +44,8 @@ const (
 // shared is the one cluster of this test binary. A testing.TB has no place for it.
 var shared cluster
 
-// Main runs a package's tests, stops the server if a test started it, fails when goroutines are left over, and exits.
+// Main runs a package's tests, stops the server if a test started it, fails if goroutines are left
+// over, and exits.
 func Main(m *testing.M) { os.Exit(run(m)) }
 
 func run(m *testing.M) (code int) {
@@ -67,16 +70,16 @@ func fuzzing() bool {
 	return f != nil && f.Value.String() != ""
 }
 
-// Database creates an empty database, which is dropped with its connections when the test ends, and returns its URL.
-// It is safe for parallel tests.
+// Database creates an empty database and returns its URL. The database and its conns are dropped
+// when the test ends. It is safe for parallel tests.
 func Database(t testing.TB) string {
 	t.Helper()
 	return shared.start(t).database(t, "")
 }
 
-// Copy is Database for many tests that begin with the same tables. The first call with a name has
-// prepare make them, in a database that later calls copy: a copy takes as long as an empty database.
-// prepare must close its connections. Its error is that of all calls.
+// Copy is Database for many tests that begin with the same tables. The first call with a name makes
+// prepare create them, in a database that every call copies: a copy takes as long as an empty
+// database. prepare must close its conns. If it fails, all calls fail with its error.
 func Copy(t testing.TB, name string, prepare func(databaseURL string) error) string {
 	t.Helper()
 	c := shared.start(t)
@@ -146,8 +149,9 @@ func (c *cluster) template(name string, prepare func(databaseURL string) error) 
 	return template()
 }
 
-// Server returns the server that the tests share. A test which needs to stop or kill PostgreSQL starts its own with
-// pgserver.Start instead. The test is skipped when PAIDONCE_TEST_DATABASE_URL names a server we did not start.
+// Server returns the server that the tests share. A test that needs to stop or kill PostgreSQL must
+// start its own with pgserver.Start instead. The test is skipped if PAIDONCE_TEST_DATABASE_URL
+// names a server that we did not start.
 func Server(t testing.TB) *pgserver.Server {
 	t.Helper()
 	server := shared.start(t).server
@@ -188,8 +192,8 @@ func Slow(t testing.TB, why string) {
 	}
 }
 
-// Folder returns a temporary folder for pgserver's DataDir. Unlike t.TempDir it may be entered by the account which
-// PostgreSQL runs as when the tests run as root.
+// Folder returns a temporary folder for pgserver's DataDir. Unlike t.TempDir, PostgreSQL's account
+// may enter it when the tests run as root.
 func Folder(t testing.TB) string {
 	t.Helper()
 	dir, err := os.MkdirTemp("", "paidonce-test-")
@@ -207,7 +211,8 @@ func Folder(t testing.TB) string {
 	return dir
 }
 
-// Pool opens a pool on a database, with the given settings of its sessions. It is closed when the test ends.
+// Pool opens a pool on a database, with the given settings for its sessions. It is closed when the
+// test ends.
 func Pool(t testing.TB, databaseURL string, settings map[string]string) *pgxpool.Pool {
 	t.Helper()
 	config, err := pgxpool.ParseConfig(databaseURL)
@@ -230,11 +235,11 @@ type cluster struct {
 	err      error
 	adminURL string
 	admin    *url.URL         // adminURL
-	server   *pgserver.Server // nil when the server is not ours
+	server   *pgserver.Server // nil if the server is not ours
 
-	versionNumber int // 140023
+	versionNumber int // such as 140023
 
-	templates map[string]func() (database string, err error) // by the name that Copy was given
+	templates map[string]func() (database string, err error) // by the name that Copy got
 }
 
 func (c *cluster) open() {
@@ -243,7 +248,8 @@ func (c *cluster) open() {
 	c.opened = true
 }
 
-// start returns the running cluster; the first call starts it, and its failure is that of all calls.
+// start returns the running cluster. The first call starts it; if it fails, all calls fail with its
+// error.
 func (c *cluster) start(t testing.TB) *cluster {
 	t.Helper()
 	c.mu.Lock()
@@ -272,7 +278,8 @@ func (c *cluster) startOnce() error {
 	defer cancel()
 	server, err := pgserver.Start(ctx, &pgserver.Options{
 		Settings: map[string]string{
-			"fsync":              "off", // the machine does not crash in a test; PostgreSQL may
+			// The machine does not crash in a test; PostgreSQL may.
+			"fsync":              "off",
 			"full_page_writes":   "off",
 			"synchronous_commit": "on",
 			"max_connections":    maxConnections,
@@ -295,7 +302,7 @@ func (c *cluster) close() error {
 	}
 	var errs []error
 	for _, template := range c.templates {
-		if name, _ := template(); name != "" { // its test has told the error
+		if name, _ := template(); name != "" { // a test has reported the error
 			errs = append(errs, c.drop(name))
 		}
 	}
@@ -325,8 +332,8 @@ func execute(databaseURL, statement string) error {
 	})
 }
 
-// withConnection runs f on a connection of its own: CREATE DATABASE needs no pool, and a pool would be one more
-// thing that lives as long as the tests.
+// withConnection calls f with a conn of its own. CREATE DATABASE needs no pool, and a pool would
+// live as long as the tests.
 func withConnection(databaseURL string, f func(context.Context, *pgx.Conn) error) (err error) {
 	ctx, cancel := context.WithTimeout(context.Background(), statementMax)
 	defer cancel()

@@ -15,7 +15,7 @@ func TestMain(m *testing.M) { pgtest.Main(m) }
 
 func TestDatabasesAreEmptyAndApart(t *testing.T) {
 	t.Parallel()
-	for range 2 { // the second would fail if it were the first
+	for range 2 { // the second fails if it gets the first's database
 		conn := connect(t, pgtest.Database(t))
 		if _, err := conn.Exec(t.Context(), "CREATE TABLE account (id int)"); err != nil {
 			t.Fatal(err)

@@ -37,7 +37,7 @@ func New(t testing.TB, opts *postgres.Options) *Service {
 	return On(t, Database(t, schema), opts)
 }
 
-// On opens a service on a database with its tables.
+// On opens a service on a database that has the tables.
 func On(t testing.TB, databaseURL string, opts *postgres.Options) *Service {
 	t.Helper()
 	store, err := postgres.Open(context.Background(), databaseURL, opts)
@@ -49,7 +49,7 @@ func On(t testing.TB, databaseURL string, opts *postgres.Options) *Service {
 }
 
 // Database returns the URL of a new database that has the tables in the schema (default: public),
-// and effects. They are made once and copied for each test.
+// and effects. The tables are made once and copied for each test.
 func Database(t testing.TB, schema string) string {
 	t.Helper()
 	return pgtest.Copy(t, "testservice in schema "+schema, func(databaseURL string) error {
@@ -87,7 +87,7 @@ func open(t testing.TB, databaseURL string, opts *postgres.Options) *postgres.St
 	return store
 }
 
-// newStore is postgres.Open without its checks, which a test's role or database may not pass.
+// newStore is postgres.Open without its checks, which may fail for a test's role or database.
 func newStore(databaseURL string, opts *postgres.Options) (*postgres.Store, error) {
 	config, err := pgxpool.ParseConfig(databaseURL)
 	if err != nil {
@@ -104,8 +104,8 @@ func newStore(databaseURL string, opts *postgres.Options) (*postgres.Store, erro
 	return postgres.New(pool, opts), nil
 }
 
-// Role makes a role that has the privileges and no others, and returns a store for it, and the
-// database's URL with its name. It is dropped when the test ends.
+// Role makes a role that has only the given privileges. It returns a store for the role, and the
+// database's URL with the role's name. The role is dropped when the test ends.
 func (s *Service) Role(t testing.TB, grants ...string) (store *postgres.Store, databaseURL string) {
 	t.Helper()
 	name := "test_" + strings.ReplaceAll(uuid.NewString(), "-", "")
@@ -168,13 +168,13 @@ func (s *Service) Strings(t testing.TB, sql string, arguments ...any) []string {
 	return all
 }
 
-// Effects returns how many rows handlers left behind.
+// Effects returns the number of rows that handlers left behind.
 func (s *Service) Effects(t testing.TB) int {
 	t.Helper()
 	return s.Count(t, "SELECT count(*) FROM effects")
 }
 
-// Request returns a request whose body is the key's value.
+// Request returns a request with the key's value as its body.
 func Request(key idempotency.Key) idempotency.Request {
 	return idempotency.Request{
 		Key: key, Fingerprint: idempotency.NewFingerprintV1("POST", "/transfers", "", "application/json", []byte(key.Value)),
@@ -182,7 +182,7 @@ func Request(key idempotency.Key) idempotency.Request {
 	}
 }
 
-// Do has the service answer a request. It fails the test on an error.
+// Do makes the service answer a request. It fails the test on an error.
 func (s *Service) Do(t testing.TB, key idempotency.Key, answer *idempotency.Answer) idempotency.Result {
 	t.Helper()
 	result := s.Engine.Do(context.Background(), Request(key), func(context.Context) (*idempotency.Answer, error) { return answer, nil })
@@ -192,8 +192,8 @@ func (s *Service) Do(t testing.TB, key idempotency.Key, answer *idempotency.Answ
 	return result
 }
 
-// Running starts a request whose handler runs until finish is called, or the test ends. It returns
-// when the handler runs, finish when the request has ended.
+// Running starts a request with a handler that runs until finish is called or the test ends. It
+// returns when the handler runs. finish returns when the request has ended.
 func (s *Service) Running(t testing.TB, key idempotency.Key) (finish func() idempotency.Result) {
 	t.Helper()
 	began, release := make(chan struct{}), make(chan struct{})

@@ -9,7 +9,7 @@ import (
 	"testing"
 )
 
-// The names of the mutants are in a program that is built for them, and not in the one that people run.
+// The names of the mutants are in a program that is built for them, and not in the normal one.
 func TestNormalProgramContainsNoMutant(t *testing.T) {
 	t.Parallel()
 	if testing.Short() {
