@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"strings"
 	"time"
 
@@ -29,7 +30,7 @@ type Finding struct {
 	Check  string // the check's stable name: one of [Checks]
 	Level  Level
 	What   string // the fault or state found: names and numbers, nothing of any record
-	Remedy string // how to mend it; empty if all is well
+	Remedy string // how to mend it; empty if all is well, or if What names the check that has it
 }
 
 // The limits above which the doctor warns.
@@ -119,6 +120,7 @@ func (e *examination) add(level Level, remedy, what string, arguments ...any) {
 // check server.
 func (o *Operator) Doctor(ctx context.Context) []Finding {
 	e := &examination{o: o}
+	incomplete := false // the tables, by the check schema
 	for i, c := range checks {
 		e.check = c.name
 		before := len(e.findings)
@@ -132,17 +134,19 @@ func (o *Operator) Doctor(ctx context.Context) []Finding {
 			e.fail("see that the address, the role and its password are right, and that the server is up", "it can't be reached: %s",
 				strings.Join(strings.Fields(sqlError(err).Error()), " ")) // pgx lists each address on a line of its own
 			return e.findings
+		case err != nil && len(e.findings) == before && incomplete && undefined(err):
+			e.warn("", "not checked: the tables are incomplete, see the check schema")
 		case err != nil && len(e.findings) == before:
 			remedy := "see the error; the right that is missing may be that of pg_monitor"
-			switch {
-			case undefined(err):
-				remedy = "see what the check schema says"
-			case errors.Is(err, postgres.ErrRowSecurityActive):
-				remedy = "see what the check row-security says"
+			if errors.Is(err, postgres.ErrRowSecurityActive) {
+				remedy = "see the check row-security"
 			}
-			e.warn(remedy, "it could not be looked at: %v", sqlError(err))
+			e.warn(remedy, "it could not be checked: %v", sqlError(err))
 		case err == nil && len(e.findings) == before:
 			e.ok("nothing found")
+		}
+		if c.name == "schema" {
+			incomplete = slices.ContainsFunc(e.findings[before:], func(f Finding) bool { return f.Level != LevelOK })
 		}
 	}
 	return e.findings
@@ -307,7 +311,7 @@ func (e *examination) index(ctx context.Context) error {
 		FROM pg_index AS i WHERE i.indrelid = $1::text::regclass AND i.indisprimary`, []any{e.o.keys}, &valid, &ready, &unique, &collations, &more)
 	switch {
 	case errors.Is(err, pgx.ErrNoRows):
-		e.fail("what the check schema says", "the table has no primary key: nothing but the lock keeps a key from being recorded twice")
+		e.fail("see the check schema", "the table has no primary key: nothing but the lock keeps a key from being recorded twice")
 		return nil
 	case err != nil:
 		return err

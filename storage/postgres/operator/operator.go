@@ -184,7 +184,7 @@ func (o *Operator) remedy(err error) error {
 		return err
 	}
 	if undefined(err) {
-		return fmt.Errorf("%w: schema %s has no tables of version %d: run the migrations, or name the schema that has them", err, o.store.Schema(), SchemaVersion)
+		return fmt.Errorf("%w: a table or column is missing in schema %s: run the migrations (idemctl migrate up), or name the schema that has the tables", err, o.store.Schema())
 	}
 	switch pgErr.Code {
 	case "42501":
