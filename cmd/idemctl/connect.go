@@ -16,18 +16,19 @@ import (
 	"github.com/paidonce/idempotency/storage/postgres/operator"
 )
 
-// connectTimeout is how long a connection may take to be made, unless PGCONNECT_TIMEOUT or the URL says.
+// connectTimeout is the maximum time to make a connection, unless PGCONNECT_TIMEOUT or the URL sets
+// one.
 const connectTimeout = 5 * time.Second
 
-// connect calls do with a store, whose pool makes its first connection when it is asked for one.
-// postgres.Open would refuse a database that the doctor is to examine. A pooler in between may be of
-// any mode.
+// connect calls do with a store. The store's pool makes its first connection when it is used,
+// because postgres.Open would refuse a database that the doctor must examine. A pooler in between
+// may have any mode.
 func (a *app) connect(do func(*postgres.Store) error) error {
 	if err := validSchema(a.cli.Schema); err != nil {
 		return err
 	}
 	config, err := pgxpool.ParseConfig(a.cli.DatabaseURL)
-	if err != nil { // whose text may quote more than it means to
+	if err != nil { // its text may quote a secret
 		return errors.New("the database's address can't be read: see --database-url, DATABASE_URL, and the variables of libpq (PGHOST, PGPORT, PGSERVICE, ...)")
 	}
 	conn := config.ConnConfig
@@ -70,10 +71,10 @@ type keyArguments struct {
 	Key   string `arg:"" help:"The key, unquoted; \"-\" reads it from the standard input."`
 }
 
-// lineBytesMax is more than a scope or a key may have.
+// lineBytesMax exceeds the maximum length of a scope or a key.
 const lineBytesMax = 4096
 
-// read returns the key. Each "-" stands for the next line of the standard input.
+// read returns the key. Each "-" is replaced by the next line of the standard input.
 func (k *keyArguments) read(stdin io.Reader) (idempotency.Key, error) {
 	key := idempotency.Key{Scope: k.Scope, Value: k.Key}
 	lines := bufio.NewReaderSize(io.LimitReader(stdin, 2*lineBytesMax), lineBytesMax)

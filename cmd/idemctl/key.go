@@ -32,7 +32,7 @@ type getCommand struct {
 	Body bool `help:"Show the recorded body as well, as it is stored. It may hold what you need not see."`
 }
 
-// state says in one word what there is.
+// state returns a key's state in one word.
 func state(s operator.State) string {
 	switch {
 	case s.Record != nil && s.Record.Expired:
@@ -308,14 +308,14 @@ func (c *watchCommand) Run(a *app) error {
 				if c.Until != "" {
 					return refused{fmt.Errorf("it did not become %s", c.Until)}
 				}
-				return nil // as was asked for
+				return nil // --for has elapsed, or Ctrl-C
 			case <-time.After(c.Interval):
 			}
 		}
 	})
 }
 
-// look prints what is new about the key.
+// look prints the changes of the key since the last look.
 func (c *watchCommand) look(ctx context.Context, a *app, o *operator.Operator, key idempotency.Key, seen map[string]bool, last string) (string, error) {
 	found, err := o.Get(ctx, key)
 	if err != nil && !errors.Is(err, operator.ErrNotFound) {
@@ -437,7 +437,7 @@ func (c *actFlags) act(a *app, done, means string, do func(*operator.Operator, c
 	})
 }
 
-// actorOr returns the name, or that of the account that runs the program.
+// actorOr returns name, or if it is empty the name of the user that runs the program.
 func actorOr(name string) (string, error) {
 	if name != "" {
 		return name, nil
@@ -449,13 +449,13 @@ func actorOr(name string) (string, error) {
 	return account.Username, nil
 }
 
-// ask returns nil where somebody said yes.
+// ask returns nil if the user confirmed.
 func (a *app) ask(r *operator.Record, means string) error {
 	fmt.Fprintf(a.stderr, "%s / %s: status %d, created %s, expires %s\n", terminal.Clean(r.Key.Scope), terminal.Clean(r.Key.Value), r.Status, stamp(r.CreatedAt), stamp(r.ExpiresAt))
 	fmt.Fprintf(a.stderr, "With yes %s.\nThen a retry of the request RUNS AGAIN, and can PAY TWICE. Type yes to go on: ", means)
 	answers := make(chan string, 1)
 	go func() {
-		answer, _ := bufio.NewReader(a.stdin).ReadString('\n') // what can't be read is not yes
+		answer, _ := bufio.NewReader(a.stdin).ReadString('\n') // unreadable input is not a yes
 		answers <- answer
 	}()
 	select {
@@ -468,7 +468,7 @@ func (a *app) ask(r *operator.Record, means string) error {
 	return refused{errors.New("nothing was done")}
 }
 
-// isTerminal reports whether somebody sits at the other end.
+// isTerminal reports whether end is a terminal.
 func isTerminal(end any) bool {
 	file, ok := end.(*os.File)
 	return ok && term.IsTerminal(int(file.Fd()))

@@ -1,5 +1,5 @@
-// Command idemctl is the operator's command line: what a service that uses this module keeps in PostgreSQL, what is wrong with it, and
-// what may be done about it by hand.
+// Command idemctl is the operator's command line. It shows the records that a service keeps in
+// PostgreSQL with this module, finds faults, and makes changes by hand.
 //
 //	export DATABASE_URL=postgres://operator@db/payments   # or the PG* variables of libpq
 //	idemctl doctor
@@ -69,7 +69,7 @@ type commands struct {
 	Serve   serveCommand    `cmd:"" help:"Serve the admin page, to whoever knows a token."`
 }
 
-// app is what a command works with.
+// app holds the state that commands share.
 type app struct {
 	ctx         context.Context
 	cli         *commands
@@ -77,7 +77,7 @@ type app struct {
 	out, stderr io.Writer
 }
 
-// refused is an error of exit code 5.
+// refused is an error with exit code 5.
 type refused struct{ error }
 
 func (r refused) Unwrap() error { return r.error }
@@ -119,7 +119,7 @@ func run() int {
 		},
 	)
 	if err != nil {
-		panic(err) // the tags of the commands
+		panic(err) // a wrong tag in commands
 	}
 	parsed, err := parser.Parse(os.Args[1:])
 	if exited >= 0 {
@@ -134,8 +134,8 @@ func run() int {
 	if err != nil && ctx.Err() != nil {
 		err = errors.New("interrupted")
 	}
-	if err != nil && !errors.Is(err, errFindings) { // which is on stdout already
-		// pgx lists each address that it tried on a line of its own.
+	if err != nil && !errors.Is(err, errFindings) { // findings are already on stdout
+		// pgx lists each address that it tried on its own line.
 		fmt.Fprintln(os.Stderr, "idemctl:", terminal.Clean(strings.Join(strings.Fields(err.Error()), " ")))
 		if errors.As(err, new(*pgconn.ConnectError)) {
 			fmt.Fprintln(os.Stderr, "see --database-url, DATABASE_URL and the variables of libpq (PGHOST, PGPORT, PGSERVICE, ...), and that the server is up")
@@ -144,11 +144,12 @@ func run() int {
 	return exitCode(err)
 }
 
-// shortArgument is how long an argument is that hides a secret wherever it stands.
+// shortArgument is the length from which an argument is replaced anywhere in a message. Shorter
+// ones are replaced only as whole words.
 const shortArgument = 4
 
-// withoutArguments takes what the user typed out of a message, but for the names of commands and flags: it may be a key, a
-// scope or a password, and the message may go to a log.
+// withoutArguments replaces the user's arguments in a message, except for names of commands and
+// flags. They may be a key, a scope or a password, and the message may go to a log.
 func withoutArguments(message string, arguments []string, model *kong.Application) string {
 	var words []string
 	var collect func(node *kong.Node)
@@ -165,7 +166,7 @@ func withoutArguments(message string, arguments []string, model *kong.Applicatio
 		}
 		switch {
 		case argument == "" || slices.Contains(words, argument):
-		case len(argument) < shortArgument: // it is a part of too many words
+		case len(argument) < shortArgument: // it is part of too many words
 			message = regexp.MustCompile(`(^|\W)`+regexp.QuoteMeta(argument)+`(\W|$)`).ReplaceAllString(message, "$1...$2")
 		default:
 			message = strings.ReplaceAll(message, argument, "...")

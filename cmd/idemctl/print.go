@@ -12,7 +12,7 @@ import (
 	"github.com/paidonce/idempotency/storage/postgres/operator"
 )
 
-// The JSON of the commands. Names are stable: fields are added and never renamed.
+// The JSON of the commands. Names are stable: fields are added but never renamed.
 type (
 	recordJSON struct {
 		Scope              string              `json:"scope"`
@@ -94,7 +94,7 @@ func eventOf(e *operator.Event) eventJSON {
 	return j
 }
 
-// printJSON prints one object on one line.
+// printJSON prints value as one line of JSON.
 func (a *app) printJSON(value any) error {
 	if err := terminal.WriteJSON(a.out, value, ""); err != nil {
 		return fmt.Errorf("print: %w", err)
@@ -106,7 +106,7 @@ func (a *app) printJSON(value any) error {
 func (a *app) table(lines []string) error {
 	w := tabwriter.NewWriter(a.out, 0, 8, 2, ' ', 0)
 	for _, line := range lines {
-		_, _ = io.WriteString(w, strings.TrimRight(line, "\t")+"\n") // Flush has the error
+		_, _ = io.WriteString(w, strings.TrimRight(line, "\t")+"\n") // Flush returns the error
 	}
 	if err := w.Flush(); err != nil {
 		return fmt.Errorf("print: %w", err)
@@ -135,7 +135,7 @@ func stamp(at time.Time) string {
 	return at.UTC().Format("2006-01-02 15:04:05.000Z")
 }
 
-// sizeText returns a size with its unit, of powers of 1024, as PostgreSQL writes sizes.
+// sizeText returns a size with its unit, in powers of 1024, like PostgreSQL.
 func sizeText(bytes int64) string {
 	switch {
 	case bytes < 10<<10:
@@ -190,7 +190,7 @@ func eventText(e *operator.Event) string {
 	return stamp(e.At) + "\t" + string(e.Kind) + "\t" + strings.Join(parts, ", ")
 }
 
-// counted is a number of things.
+// counted returns a number and a noun.
 func counted(n int64, one string) string {
 	if n == 1 {
 		return "1 " + one

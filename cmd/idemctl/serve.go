@@ -29,7 +29,7 @@ const (
 	tokenBytesMax = 255
 )
 
-// Timeouts of the server. An act may take 15 seconds.
+// Timeouts of the server. An action of an operator may take 15 seconds.
 const (
 	readHeaderTimeout = 5 * time.Second
 	readTimeout       = 10 * time.Second
@@ -56,7 +56,8 @@ func (c *serveCommand) Run(a *app) error {
 	if err != nil {
 		return err
 	}
-	if err := (operator.Act{Actor: actor, Reason: "-"}).Validate(); err != nil { // the reasons come later
+	// The reasons come with the actions.
+	if err := (operator.Act{Actor: actor, Reason: "-"}).Validate(); err != nil {
 		return err
 	}
 	token, made, err := c.token()
@@ -64,7 +65,8 @@ func (c *serveCommand) Run(a *app) error {
 		return err
 	}
 	return a.connect(func(store *postgres.Store) error {
-		if _, _, err := operator.New(store, nil).Version(a.ctx); err != nil { // who has no database has no page
+		// Without a database there is no page.
+		if _, _, err := operator.New(store, nil).Version(a.ctx); err != nil {
 			return err
 		}
 		listener, err := (&net.ListenConfig{}).Listen(a.ctx, "tcp", c.Addr)
@@ -84,7 +86,7 @@ func (c *serveCommand) Run(a *app) error {
 	})
 }
 
-// checkAddr refuses an address that others than this machine can reach, unless that is asked for.
+// checkAddr returns an error if other machines can reach the address, unless a flag allows that.
 func (c *serveCommand) checkAddr(ctx context.Context) error {
 	host, _, err := net.SplitHostPort(c.Addr)
 	if err != nil {
@@ -105,7 +107,7 @@ func (c *serveCommand) checkAddr(ctx context.Context) error {
 	return nil
 }
 
-// token returns the token that the page asks for, and whether it was made now.
+// token returns the token that the page asks for, and whether it was generated.
 func (c *serveCommand) token() (token string, made bool, err error) {
 	switch value, set := os.LookupEnv(tokenVariable); {
 	case c.TokenFile != "":
@@ -126,8 +128,8 @@ func (c *serveCommand) token() (token string, made bool, err error) {
 	return token, false, nil
 }
 
-// handler serves the pages to whoever knows the token, as the password of Basic authentication: a browser asks for it, and
-// sends it with every request.
+// handler serves the pages to clients with the token. The token is the password of Basic
+// authentication, which a browser asks for once and sends with every request, or a bearer token.
 func (c *serveCommand) handler(store *postgres.Store, actor, token string, logger *slog.Logger) http.Handler {
 	want := sha256.Sum256([]byte(token))
 	return admin.New(store, func(r *http.Request, _ admin.Permission) (string, error) {
@@ -135,7 +137,7 @@ func (c *serveCommand) handler(store *postgres.Store, actor, token string, logge
 		if bearer, ok := strings.CutPrefix(r.Header.Get("Authorization"), "Bearer "); ok {
 			password = bearer
 		}
-		got := sha256.Sum256([]byte(password)) // of equal length, so that the time tells nothing
+		got := sha256.Sum256([]byte(password)) // equal lengths: the comparison takes constant time
 		if subtle.ConstantTimeCompare(got[:], want[:]) != 1 {
 			return "", admin.ErrUnauthenticated
 		}
@@ -143,7 +145,7 @@ func (c *serveCommand) handler(store *postgres.Store, actor, token string, logge
 	}, &admin.Options{ReadOnly: c.ReadOnly, Title: "idemctl", Challenge: `Basic realm="idemctl: any name, and the token", charset="UTF-8"`, Logger: logger})
 }
 
-// say tells where the page is, and what it asks for where nobody knows that yet.
+// say prints the page's address, and the token if it was generated.
 func (c *serveCommand) say(a *app, address, token string, made bool) error {
 	if !made {
 		token = ""
@@ -161,7 +163,7 @@ func (c *serveCommand) say(a *app, address, token string, made bool) error {
 	return a.printf("%s", text)
 }
 
-// serve serves until ctx ends, and lets what is in flight finish then.
+// serve serves until ctx ends, and then lets requests in progress finish.
 func serve(ctx context.Context, server *http.Server, listener net.Listener) error {
 	ended := make(chan error, 1)
 	go func() { ended <- server.Serve(listener) }()

@@ -32,7 +32,7 @@ type (
 type versionJSON struct {
 	Version uint `json:"version"`
 	Latest  uint `json:"latest"`
-	Serving uint `json:"serving"` // the least that services need
+	Serving uint `json:"serving"` // the lowest version that services accept
 	Dirty   bool `json:"dirty"`
 }
 
@@ -73,7 +73,7 @@ func (a *app) migrateOptions() *migrations.Options {
 	}}
 }
 
-// migrated calls do, and prints the version that there is then.
+// migrated calls do, and then prints the version of the tables.
 func (a *app) migrated(do func(*postgres.Store) error) error {
 	return a.connect(func(store *postgres.Store) error {
 		if err := do(store); err != nil {
@@ -170,7 +170,7 @@ type statsJSON struct {
 	InFlight        int          `json:"in_flight"`
 	Holders         []holderJSON `json:"holders"`
 
-	InsertedPerSecond *float64 `json:"inserted_per_second,omitempty"` // of top
+	InsertedPerSecond *float64 `json:"inserted_per_second,omitempty"` // only of top
 	DeletedPerSecond  *float64 `json:"deleted_per_second,omitempty"`
 }
 
@@ -264,7 +264,7 @@ func (c *gcCommand) Run(a *app) error {
 		if shown {
 			fmt.Fprint(a.stderr, "\r\x1b[K")
 		}
-		var printed error // what was deleted is deleted, whatever stopped it
+		var printed error // a partial result is printed too
 		switch {
 		case a.cli.JSON:
 			printed = a.printJSON(struct {
@@ -313,14 +313,15 @@ func (c *topCommand) Run(a *app) error {
 			case <-quit:
 				return nil
 			case <-a.ctx.Done():
-				return nil // as was asked for
+				return nil // the user ended it
 			case <-time.After(c.Interval):
 			}
 		}
 	})
 }
 
-// quit is closed where somebody at the terminal presses q or Ctrl-C; restore gives the terminal back.
+// quit returns a channel that is closed if the user presses q or Ctrl-C at the terminal, and a
+// function that restores the terminal.
 func (a *app) quit(screen bool) (quit <-chan struct{}, restore func()) {
 	pressed := make(chan struct{})
 	file, ok := a.stdin.(interface{ Fd() uintptr })
@@ -329,7 +330,7 @@ func (a *app) quit(screen bool) (quit <-chan struct{}, restore func()) {
 	}
 	before, err := term.MakeRaw(int(file.Fd()))
 	if err != nil {
-		return pressed, func() {} // Ctrl-C ends it as ever
+		return pressed, func() {} // Ctrl-C still ends it
 	}
 	go func() {
 		one := make([]byte, 1)
@@ -346,7 +347,7 @@ func (a *app) quit(screen bool) (quit <-chan struct{}, restore func()) {
 	}
 }
 
-// rates are per second, nil before there are two looks.
+// rates returns rows per second since the look before. They are nil at the first look.
 func rates(s, before *operator.Stats) (inserted, deleted *float64) {
 	elapsed := s.Now.Sub(before.Now).Seconds()
 	if before.Now.IsZero() || elapsed <= 0 {
@@ -383,8 +384,9 @@ func (c *topCommand) show(a *app, s, before *operator.Stats, screen bool) error 
 		lines = append(lines, holderText(&s.Holders[i]))
 	}
 	lines = append(lines, "", "q ends")
-	return a.printf("\x1b[H\x1b[2J%s\r\n", strings.Join(lines, "\r\n")) // raw: lines need their carriage returns
+	// In raw mode a line needs a carriage return.
+	return a.printf("\x1b[H\x1b[2J%s\r\n", strings.Join(lines, "\r\n"))
 }
 
-// topHoldersMax is how many attempts fit on a screen.
+// topHoldersMax is the number of attempts that fit on a screen.
 const topHoldersMax = 15

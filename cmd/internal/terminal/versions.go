@@ -6,16 +6,16 @@ import (
 	"runtime/debug"
 )
 
-// Versions say what the figures of a report were made with.
+// Versions are the versions that a report was made with.
 type Versions struct {
 	PostgreSQL string `json:"postgresql"`
 	Go         string `json:"go"`
 	Platform   string `json:"platform"`
 	CPUs       int    `json:"cpus"`
-	Revision   string `json:"revision"` // of this program's source; empty if it is not known
+	Revision   string `json:"revision"` // of this program's source; empty if unknown
 }
 
-// NewVersions returns those of this program, with the given PostgreSQL.
+// NewVersions returns the versions of this program, with the given PostgreSQL version.
 func NewVersions(postgres string) Versions {
 	v := Versions{PostgreSQL: postgres, Go: runtime.Version(), Platform: runtime.GOOS + "/" + runtime.GOARCH, CPUs: runtime.NumCPU()}
 	if info, ok := debug.ReadBuildInfo(); ok {
@@ -31,7 +31,7 @@ func NewVersions(postgres string) Versions {
 	return v
 }
 
-// String returns the versions as a line of a report.
+// String returns the versions as one line of a report.
 func (v Versions) String() string {
 	text := fmt.Sprintf("versions: PostgreSQL %s, %s, %s, %d CPUs", v.PostgreSQL, v.Go, v.Platform, v.CPUs)
 	if v.Revision != "" {

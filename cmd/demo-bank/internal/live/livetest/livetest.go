@@ -1,4 +1,4 @@
-// Package livetest reads the page's stream in tests, as the page does.
+// Package livetest reads the page's stream in tests, like the page does.
 package livetest
 
 import (
@@ -40,8 +40,8 @@ func (e Event) Frame() (live.Frame, error) {
 	return f, nil
 }
 
-// Events reads a stream to its end. Comments and the like are left out. The last error is that of the reader, if it had
-// one.
+// Events reads a stream to its end. It skips comments and the like. Its last error is the reader's,
+// if any.
 func Events(r io.Reader) iter.Seq2[Event, error] {
 	return func(yield func(Event, error) bool) {
 		lines := bufio.NewScanner(r)
@@ -70,7 +70,7 @@ func Events(r io.Reader) iter.Seq2[Event, error] {
 	}
 }
 
-// State is what the events of a stream add up to. It is the page's own rule, stream.js, once more.
+// State is the sum of a stream's events. It follows the same rule as the page's stream.js.
 type State struct {
 	Epoch  string
 	AtMS   int64
