@@ -1,4 +1,5 @@
-// Command handlertest serves with the memory store the handler that handler_test.go tests with it. It keeps nothing.
+// Command handlertest serves the handler that handler_test.go tests, with the memory store. It
+// keeps nothing after it exits.
 //
 //	go test ./examples/handlertest
 //	go run ./examples/handlertest
@@ -19,7 +20,7 @@ func run(ctx context.Context, address string) error {
 	return serve(ctx, address, newHandler(memory.New(nil), books), greet)
 }
 
-// greet prints what to try. The same line twice is the point: its key is the same.
+// greet prints lines to try. It prints the same line twice on purpose: both have the same key.
 func greet(url string) {
 	curl := fmt.Sprintf(`curl -i %s/transfers -H 'Account: alice' -H 'Idempotency-Key: %s' -d '{"to":"bob","amount":1250}'`, url, rand.Text())
 	fmt.Printf(`handlertest is at %s

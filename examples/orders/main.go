@@ -57,7 +57,8 @@ func run(ctx context.Context, address string) error {
 // token: a client with a rotated token still finds its own orders.
 func newRouter(shop *shop, store idempotency.Store) http.Handler {
 	idem := middleware.New(store, accountOf, &middleware.Options{
-		RouterState: chiroute.State, // lets a handler run again after a deadlock; without it chi's routes answer 503 then
+		// Lets a handler run again after a deadlock. Without it chi's routes then answer 503.
+		RouterState: chiroute.State,
 	})
 	r := chi.NewRouter()
 	r.Use(authenticate)
@@ -82,19 +83,20 @@ func open(ctx context.Context, url string) (*postgres.Store, error) {
 	return store, nil
 }
 
-// leaseIDs leases this process a node number, on a connection of its own, until release is called.
+// leaseIDs leases a node number for this process, on its own connection, until release is called.
 func leaseIDs(ctx context.Context, pool *pgxpool.Pool) (ids *nodeid.Source, release func(), err error) {
 	ids, err = nodeid.Open(ctx, pool.Config().ConnConfig, slog.Default())
 	if err != nil {
 		return nil, nil, err
 	}
-	ctx, cancel := context.WithCancel(context.WithoutCancel(ctx)) // requests in flight still need ids
+	// Requests in progress still need ids.
+	ctx, cancel := context.WithCancel(context.WithoutCancel(ctx))
 	var group sync.WaitGroup
 	group.Go(func() { ids.Run(ctx) })
 	return ids, func() { cancel(); group.Wait() }, nil
 }
 
-// servePayments runs the payment service on a port of its own, as another company would.
+// servePayments runs the payment service on a port of its own, like another company's service.
 func servePayments() (url string, stop func(), err error) {
 	listener, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {

@@ -13,7 +13,7 @@ import (
 	"github.com/go-chi/chi/v5"
 )
 
-// paymentTimeout is well within the handler's budget: a connection of the database is held meanwhile.
+// paymentTimeout is well within the handler's timeout: the call holds a database connection.
 const paymentTimeout = 3 * time.Second
 
 var errCardDeclined = errors.New("card was declined")

@@ -1,4 +1,5 @@
-// Command quickstart is the smallest service whose transfers can be retried: net/http, PostgreSQL and nothing else.
+// Command quickstart is the smallest service with transfers that can be retried: net/http,
+// PostgreSQL and nothing else.
 //
 //	go run ./examples/quickstart
 package main
@@ -16,12 +17,12 @@ import (
 )
 
 func run(ctx context.Context, databaseURL, address string) error {
-	store, err := postgres.Open(ctx, databaseURL, nil) // connects, and checks what it finds
+	store, err := postgres.Open(ctx, databaseURL, nil) // connects, and checks the database
 	if err != nil {
 		return err
 	}
 	defer store.Close()
-	if err := migrations.Up(ctx, store, nil); err != nil { // creates or upgrades the tables of the records
+	if err := migrations.Up(ctx, store, nil); err != nil { // creates or upgrades the records' tables
 		return err
 	}
 	if _, err := store.Pool().Exec(ctx, schema); err != nil { // your own tables
@@ -34,7 +35,7 @@ func run(ctx context.Context, databaseURL, address string) error {
 	return serve(ctx, address, mux, greet) // an http.Server with timeouts
 }
 
-// accountID says whose key it is: what your authentication, mounted outside, found. Without one the answer is 401.
+// accountID returns the account that your authentication, mounted outside, found. If empty: 401.
 func accountID(r *http.Request) (string, error) { return r.Header.Get("Account"), nil }
 
 func transfer(w http.ResponseWriter, r *http.Request) {
@@ -46,16 +47,16 @@ func transfer(w http.ResponseWriter, r *http.Request) {
 		http.Error(w, "send to and a positive amount", http.StatusBadRequest)
 		return
 	}
-	tx := postgres.Tx(r.Context()) // what is written here commits with the answer, or not at all
+	tx := postgres.Tx(r.Context()) // its writes commit with the answer, or not at all
 	var accounts, balance int64
 	err := tx.QueryRow(r.Context(), moveMoney, r.Header.Get("Account"), t.To, t.Amount).Scan(&accounts, &balance)
 	switch {
 	case err != nil:
-		http.Error(w, "the transfer failed", http.StatusInternalServerError) // 5xx: forgotten, so a retry runs again
+		http.Error(w, "the transfer failed", http.StatusInternalServerError) // 5xx: forgotten; a retry runs again
 	case accounts != 2:
 		http.Error(w, "there is no such account", http.StatusNotFound)
 	case balance < 0:
-		http.Error(w, "there is not enough money", http.StatusPaymentRequired) // 4xx: kept, and the writes are undone
+		http.Error(w, "there is not enough money", http.StatusPaymentRequired) // 4xx: recorded; the writes are undone
 	default:
 		w.Header().Set("Content-Type", "application/json")
 		w.WriteHeader(http.StatusCreated)
@@ -63,7 +64,7 @@ func transfer(w http.ResponseWriter, r *http.Request) {
 	}
 }
 
-// moveMoney returns how many accounts it found and the payer's balance.
+// moveMoney returns the number of accounts that it found, and the payer's balance.
 const moveMoney = `
 	WITH moved AS (
 		UPDATE quickstart.accounts SET balance = balance + CASE name WHEN $1 THEN -$3::bigint ELSE $3::bigint END
@@ -86,7 +87,7 @@ func main() {
 	})
 }
 
-// greet prints what to try. The same line twice is the point: its key is the same.
+// greet prints lines to try. It prints the same line twice on purpose: both have the same key.
 func greet(url string) {
 	curl := fmt.Sprintf(`curl -i %s/transfers -H 'Account: alice' -H 'Idempotency-Key: %s' -d '{"to":"bob","amount":1250}'`, url, rand.Text())
 	fmt.Printf(`quickstart is at %s

@@ -117,8 +117,8 @@ func newHandler(store *postgres.Store, jobs *river.Client[pgx.Tx]) http.Handler 
 	return mux
 }
 
-// accountID returns the account that your authentication, mounted outside, has found. Without one
-// the answer is 401.
+// accountID returns the account that your authentication, mounted outside, has found. If it is
+// empty the answer is 401.
 func accountID(r *http.Request) (string, error) { return r.Header.Get("Account"), nil }
 
 type bank struct {
@@ -142,19 +142,21 @@ func (b *bank) transfer(w http.ResponseWriter, r *http.Request) {
 		http.Error(w, "the transfer failed", http.StatusInternalServerError)
 		return
 	}
-	// InsertTx, so that the job is undone with the rest. Insert takes a connection of the pool, and
-	// is refused.
+	// InsertTx, so that a rollback undoes the job too. Insert would use a connection of the pool,
+	// and is refused.
 	if _, err := b.jobs.InsertTx(ctx, tx, receipt{Transfer: id}, nil); err != nil {
 		http.Error(w, "the transfer failed", http.StatusInternalServerError)
 		return
 	}
 	if balance < 0 {
-		http.Error(w, "there is not enough money", http.StatusPaymentRequired) // the transfer and its job are undone
+		// The transfer and its job are undone.
+		http.Error(w, "there is not enough money", http.StatusPaymentRequired)
 		return
 	}
 	w.Header().Set("Content-Type", "application/json")
 	w.WriteHeader(http.StatusCreated)
-	_ = json.NewEncoder(w).Encode(map[string]any{"transfer": id, "to": t.To, "amount": t.Amount}) // a client that is gone will retry
+	// Ignored: a client that is gone will retry.
+	_ = json.NewEncoder(w).Encode(map[string]any{"transfer": id, "to": t.To, "amount": t.Amount})
 }
 
 // moveMoney returns the number of the transfer and the payer's balance. It fails if there is no

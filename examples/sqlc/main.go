@@ -60,14 +60,14 @@ func open(ctx context.Context, url string) (*postgres.Store, error) {
 	return store, nil
 }
 
-// accountID returns the account that your authentication, mounted outside, has found. Without one
-// the answer is 401.
+// accountID returns the account that your authentication, mounted outside, has found. If it is
+// empty the answer is 401.
 func accountID(r *http.Request) (string, error) { return r.Header.Get("Account"), nil }
 
 type bank struct{ queries *ledger.Queries } // on the pool
 
-// transfer writes, so its queries run in the transaction of the middleware. The queries on the pool
-// would be refused here: their writes would not be undone with the rest.
+// transfer writes, so its queries run in the middleware's transaction. Queries on the pool would be
+// refused here, because a rollback would not undo their writes.
 func (b *bank) transfer(w http.ResponseWriter, r *http.Request) {
 	var t struct {
 		To     string
@@ -117,7 +117,7 @@ func writeJSON(w http.ResponseWriter, status int, body any) {
 	_ = json.NewEncoder(w).Encode(body) // a client that is gone will retry
 }
 
-// greet prints what to try. The same line twice is the point: its key is the same.
+// greet prints lines to try. It prints the same line twice on purpose: both have the same key.
 func greet(url string) {
 	curl := fmt.Sprintf(`curl -i %s/transfers -H 'Account: alice' -H 'Idempotency-Key: %s' -d '{"to":"bob","amount":1250}'`, url, rand.Text())
 	fmt.Printf(`sqlc is at %s
