@@ -20,7 +20,8 @@ import (
 	"github.com/paidonce/idempotency/storage/postgres"
 )
 
-// configOfOwnServer returns the config of a pool on a PostgreSQL that the test has to itself, because it changes its settings.
+// configOfOwnServer returns the config of a pool on a separate PostgreSQL, because the test changes
+// its settings.
 func configOfOwnServer(t *testing.T) *pgxpool.Config {
 	t.Helper()
 	if os.Getenv("PAIDONCE_TEST_DATABASE_URL") != "" {
@@ -38,8 +39,8 @@ func configOfOwnServer(t *testing.T) *pgxpool.Config {
 	return config
 }
 
-// A COMMIT whose wait for the standbys was canceled succeeds with a warning. Nothing is answered from it, by whomever,
-// before the standbys have it: a fail-over would lose it.
+// If a COMMIT's wait for the standbys is canceled, it succeeds with a warning. No request is
+// answered from it before the standbys have it: a fail-over would lose it.
 func TestF20NoAnswerBeforeTheStandbysHaveIt(t *testing.T) {
 	t.Parallel()
 	pgtest.Slow(t, "starts a primary and a standby of its own")
@@ -60,14 +61,15 @@ func TestF20NoAnswerBeforeTheStandbysHaveIt(t *testing.T) {
 	if err := migrations.Up(ctx, postgres.New(pool, nil), nil); err != nil {
 		t.Fatal(err)
 	}
-	// A service's role needs no rights for the barrier that others don't have.
+	// The barrier needs no right that a service's role does not have.
 	if _, err := pool.Exec(ctx, "CREATE ROLE service LOGIN; GRANT SELECT, INSERT ON idempotency_keys TO service"); err != nil {
 		t.Fatal(err)
 	}
 	admin := pool
 	service := config.Copy()
 	service.ConnConfig.User = "service"
-	service.AfterConnect = func(ctx context.Context, conn *pgx.Conn) error { // nor does COMMIT go by what others set
+	// The session's own settings don't weaken COMMIT either.
+	service.AfterConnect = func(ctx context.Context, conn *pgx.Conn) error {
 		_, err := conn.Exec(ctx, "SET synchronous_commit = local; SET client_min_messages = error")
 		return err
 	}
@@ -100,7 +102,7 @@ func TestF20NoAnswerBeforeTheStandbysHaveIt(t *testing.T) {
 	}
 	for key, end := range ends {
 		done := make(chan error, 1)
-		if key == "keyless" { // a COMMIT that wrote nothing waits for nobody
+		if key == "keyless" { // a COMMIT that wrote nothing does not wait
 			if _, err := postgres.Tx(attempts[key].Context(ctx)).Exec(ctx, "SELECT pg_logical_emit_message(true, 'test', '')"); err != nil {
 				t.Fatal(err)
 			}
@@ -126,7 +128,7 @@ func TestF20NoAnswerBeforeTheStandbysHaveIt(t *testing.T) {
 		resolve(key, time.Second).wantUnknown(t)
 		later := make(chan resolution, 1)
 		go func() { later <- resolve(key, 3*time.Second) }()
-		cancelWaiting(t, admin) // of the barrier: it may not believe that COMMIT either
+		cancelWaiting(t, admin) // of the barrier: that COMMIT proves nothing either
 		(<-later).wantUnknown(t)
 
 		replay := make(chan error, 1)
@@ -152,7 +154,7 @@ func TestF20NoAnswerBeforeTheStandbysHaveIt(t *testing.T) {
 	resolve("again", time.Minute).wantAbsent(t)
 }
 
-// setStandbys sets synchronous_standby_names, and returns when the whole server knows.
+// setStandbys sets synchronous_standby_names, and returns when it is in effect on the whole server.
 func setStandbys(t *testing.T, pool *pgxpool.Pool, names string) {
 	t.Helper()
 	ctx := context.Background()
@@ -161,7 +163,8 @@ func setStandbys(t *testing.T, pool *pgxpool.Pool, names string) {
 			t.Fatal(err)
 		}
 	}
-	// The checkpointer tells the others whether to wait, at its own time: a COMMIT is tried until it does as it should.
+	// The checkpointer passes the setting on at a time of its own, so the test repeats a COMMIT
+	// until it behaves accordingly.
 	conn, err := pgx.ConnectConfig(ctx, pool.Config().ConnConfig)
 	if err != nil {
 		t.Fatal(err)
@@ -214,7 +217,7 @@ func cancelWaiting(t *testing.T, pool *pgxpool.Pool) {
 	}
 }
 
-// Where no standby is waited for, a warning of the service's own is its own affair: nothing is looked up for it.
+// If COMMIT waits for no standby, a warning of the service's own means nothing: no look-up follows.
 func TestWarningWithoutStandbysIsNoDoubt(t *testing.T) {
 	t.Parallel()
 	var connections atomic.Int64
@@ -234,8 +237,8 @@ func TestWarningWithoutStandbysIsNoDoubt(t *testing.T) {
 	}
 }
 
-// Where a standby is waited for, and has it, all goes on as without one: what the service says of its own is no doubt, or
-// one that is cleared up at once.
+// If COMMIT waits for a standby that has it, all is as without one: a warning of the service's own
+// is no doubt, or one that is cleared up at once.
 func TestWarningsOfTheServiceAreClearedUp(t *testing.T) {
 	t.Parallel()
 	ctx := context.Background()
@@ -302,7 +305,7 @@ func TestWarningsOfTheServiceAreClearedUp(t *testing.T) {
 			return answer(201), err
 		}
 		want(t, engine.Do(ctx, request(c.key, ""), run), idempotency.OutcomeExecuted, "")
-		// Left over on the connection, it says nothing of a replay's barrier either.
+		// A warning that is left over on the connection does not affect a replay's barrier either.
 		if _, err := pool.Exec(ctx, "DO $$ BEGIN RAISE WARNING 'low funds'; END $$"); err != nil {
 			t.Error(err)
 		}
@@ -313,8 +316,8 @@ func TestWarningsOfTheServiceAreClearedUp(t *testing.T) {
 	}
 }
 
-// Standbys may be named while a request runs. COMMIT waits for them though the claim knew of none, and a wait that is canceled
-// is as little of an answer then.
+// Standbys may be named while a request runs. Then COMMIT waits for them although the claim found
+// none, and a canceled wait is no answer either.
 func TestF20StandbysNamedAfterTheClaimAreWaitedFor(t *testing.T) {
 	t.Parallel()
 	ctx := t.Context()
@@ -347,8 +350,9 @@ func TestF20StandbysNamedAfterTheClaimAreWaitedFor(t *testing.T) {
 	}
 }
 
-// A claim that sees the record, and whose barrier fails until the restarts are spent, does not make the request one that was
-// not executed: the record may be its own. The barrier's function fails here as a transaction does that was chosen for a victim.
+// If a claim sees the record, and its barrier fails until no restart is left, the request is not
+// reported as not executed: the record may be its own. Here the barrier's function fails as the
+// victim of a deadlock does.
 func TestF20RecordThatWasSeenIsNotForgottenByRestarts(t *testing.T) {
 	t.Parallel()
 	config := configOfOwnServer(t)
@@ -357,7 +361,7 @@ func TestF20RecordThatWasSeenIsNotForgottenByRestarts(t *testing.T) {
 	setStandbys(t, b.pool, "nobody")
 	defer setStandbys(t, b.pool, "")
 	const inSystem = "SET LOCAL allow_system_table_mods = on; SET LOCAL synchronous_commit = local;"
-	// From PostgreSQL 17 on the function has a fourth argument, and is not in the way.
+	// From PostgreSQL 17 on the function has a fourth argument, and need not be renamed.
 	const rename = `DO $$ BEGIN IF to_regprocedure('pg_catalog.%[1]s(boolean, text, text)') IS NOT NULL THEN
 		ALTER FUNCTION pg_catalog.%[1]s(boolean, text, text) RENAME TO %[2]s; END IF; END $$;`
 	b.exec(t, inSystem+fmt.Sprintf(rename, "pg_logical_emit_message", "real_emit_message")+`

@@ -20,7 +20,7 @@ func (r *connRewriter) RewriteQuery(_ context.Context, conn *pgx.Conn, sql strin
 	return sql, nil, nil
 }
 
-// F25: ways around the text's guard.
+// Ways around the guard that reads the handler's SQL.
 func TestGuardCannotBeWalkedAround(t *testing.T) {
 	t.Parallel()
 	simple := func(c *pgxpool.Config) { c.ConnConfig.DefaultQueryExecMode = pgx.QueryExecModeSimpleProtocol }
@@ -66,7 +66,7 @@ func TestGuardCannotBeWalkedAround(t *testing.T) {
 	}
 }
 
-// A panic of the handler's code inside of ours gives the transaction back.
+// If the handler's code panics inside a callback, the transaction is rolled back at once.
 func TestPanicInACallbackIsRolledBackAtOnce(t *testing.T) {
 	t.Parallel()
 	b := setup(t, nil)

@@ -25,7 +25,7 @@ import (
 	"github.com/paidonce/idempotency/storage/postgres/operator"
 )
 
-// With channel_binding=require the store can connect, and everything that it does works on such
+// With channel_binding=require the store can connect, and all of its features work on such
 // connections.
 func TestConfigureKeepsChannelBinding(t *testing.T) {
 	t.Parallel()
@@ -60,8 +60,8 @@ func TestConfigureKeepsChannelBinding(t *testing.T) {
 	}
 }
 
-// By default a client binds when it can. Only then does the server notice somebody in between, whom
-// the client does not verify, who ends the TLS connection and opens another.
+// By default a client binds if it can. Only then does the server notice a man in the middle who
+// ends the TLS connection and opens another, if the client does not verify certificates.
 func TestChannelBindingIsNotGivenUp(t *testing.T) {
 	t.Parallel()
 	server := pgtest.TLS(t)
@@ -95,7 +95,7 @@ func TestChannelBindingIsNotGivenUp(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			for range 10 { // its last try may end with its time
+			for range 10 { // the last try may run out of time
 				ctx, cancel := context.WithTimeout(t.Context(), time.Second)
 				_, err = postgres.New(pool, nil).Resolve(ctx, claimOf(request("k", "")))
 				cancel()

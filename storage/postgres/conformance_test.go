@@ -29,9 +29,11 @@ func TestConformance(t *testing.T) {
 			if name != "default" {
 				pgtest.Slow(t, "runs the whole suite again, in another mode")
 			}
-			// Above READ COMMITTED the claim's snapshot may be older than its lock; the primary key undoes the second run.
+			// Above READ COMMITTED the claim's snapshot may be older than its lock; the primary key
+			// undoes the second run.
 			features := storagetest.Features{RunsAgain: mode.isolation != ""}
-			// On a slow machine 64 requests wait longer for one of 8 connections than a client should.
+			// On a slow machine 64 requests wait longer for one of 8 connections than a client
+			// should.
 			options := &postgres.Options{Isolation: mode.isolation, AcquireTimeout: 20 * time.Second}
 			storagetest.Run(t, features, func(t *testing.T) *storagetest.Harness {
 				return newHarness(t, options, mode.exec)
@@ -43,7 +45,7 @@ func TestConformance(t *testing.T) {
 func newHarness(t *testing.T, options *postgres.Options, mode pgx.QueryExecMode) *storagetest.Harness {
 	b := setup(t, &setupOptions{store: options, configure: func(config *pgxpool.Config) {
 		config.ConnConfig.DefaultQueryExecMode = mode
-		config.MaxConns = 8 // fewer than a case would need that loses them
+		config.MaxConns = 8 // fewer than a case would need if it lost connections
 	}})
 	exec := func(ctx context.Context, sql string, arguments ...any) error {
 		_, err := b.pool.Exec(ctx, sql, arguments...)

@@ -18,7 +18,7 @@ import (
 	"github.com/paidonce/idempotency/storage/postgres"
 )
 
-// deferEffect defers what must happen once.
+// deferEffect defers the write that must happen once.
 func deferEffect(ctx context.Context, t *testing.T) {
 	t.Helper()
 	if err := postgres.DeferExec(ctx, "INSERT INTO effects (name) VALUES ($1)", "deferred"); err != nil {
@@ -60,8 +60,8 @@ func modes() map[string]*setupOptions {
 	}
 }
 
-// What a handler deferred is there if and only if its answer keeps the handler's writes, in the order of the calls and
-// after everything else.
+// Deferred statements are committed if and only if the answer keeps the handler's writes, in the
+// order of the calls and after all other statements.
 func TestDeferredStatementsShareTheFateOfTheAnswer(t *testing.T) {
 	t.Parallel()
 	for name, opts := range modes() {
@@ -107,8 +107,8 @@ func TestDeferredStatementsShareTheFateOfTheAnswer(t *testing.T) {
 	}
 }
 
-// A handler with deferred statements costs one round trip less than the same handler between BEGIN and COMMIT, which
-// sends them as one batch.
+// A handler with deferred statements costs one round trip less than the same handler between BEGIN
+// and COMMIT, which sends them as one batch.
 func TestDeferredStatementsSaveARoundTrip(t *testing.T) {
 	t.Parallel()
 	const insert = "INSERT INTO effects (name) VALUES ($1)"
@@ -190,8 +190,8 @@ func TestDeferredStatementsSaveARoundTrip(t *testing.T) {
 	}
 }
 
-// COMMIT is on its way behind a deferred statement, so one that touches another number of rows than it must fails the
-// flush: too few and too many.
+// COMMIT follows a deferred statement in the same flush, so a statement that touches too few or too
+// many rows fails the flush.
 func TestDeferredStatementThatTouchesAnotherNumberOfRowsIsNotExecuted(t *testing.T) {
 	t.Parallel()
 	const update, insert, remove = "UPDATE effects SET name = 'changed' WHERE name = $1", "INSERT INTO effects (name) SELECT $1 FROM effects", "DELETE FROM effects WHERE name = $1"
@@ -231,7 +231,7 @@ func TestDeferredStatementThatTouchesAnotherNumberOfRowsIsNotExecuted(t *testing
 						result := b.do(t, req, deferred(t, c.sql, args...))
 						if int(rows) == c.touches {
 							want(t, result, idempotency.OutcomeExecuted, "")
-							break // the rows are others now
+							break // the rows have changed by now
 						}
 						want(t, result, idempotency.OutcomeNotExecuted, idempotency.ReasonHandlerFailed)
 						if result.Err == nil || !strings.Contains(result.Err.Error(), "22012") || !strings.Contains(result.Err.Error(), "deferred statement 1 touched another number of rows") {
@@ -256,7 +256,8 @@ func (b *testBundle) effectNames(t *testing.T) (names string) {
 	return names
 }
 
-// A trigger that drops a row is found too, and the role needs no right to read what it writes.
+// If a trigger drops a row, that is found too, and the role needs no right to read the row that it
+// writes.
 func TestDeferredStatementIsCountedByWhatWasWritten(t *testing.T) {
 	t.Parallel()
 	b := setup(t, nil)
@@ -287,7 +288,8 @@ func (b *testBundle) database(t *testing.T) (name string) {
 	return name
 }
 
-// The place of an error in the flush says what it means: a deferred statement's is never about the record.
+// The place of an error in the flush decides: an error of a deferred statement is never about the
+// record.
 func TestErrorsOfDeferredStatementsAreTheirOwn(t *testing.T) {
 	t.Parallel()
 	for state, reason := range map[string]idempotency.Reason{
@@ -335,8 +337,8 @@ func TestErrorsOfDeferredStatementsAreTheirOwn(t *testing.T) {
 	}
 }
 
-// A unique constraint of the service's own may have the name of the record's primary key. What it refuses is no lost
-// race: nobody else has the key.
+// A unique constraint of the service's own may have the name of the record's primary key. If it
+// refuses a row, that is no lost race: no other attempt has the key.
 func TestDuplicateOfADeferredStatementIsNoLostRace(t *testing.T) {
 	t.Parallel()
 	for _, deferrable := range []string{"", " DEFERRABLE INITIALLY DEFERRED"} {
@@ -355,7 +357,7 @@ func TestDuplicateOfADeferredStatementIsNoLostRace(t *testing.T) {
 	}
 }
 
-// A request that starts again collects its deferred statements anew.
+// A request that starts again collects its deferred statements again.
 func TestDeferredStatementsAreCollectedInEachRun(t *testing.T) {
 	t.Parallel()
 	b := setup(t, nil)
@@ -373,8 +375,8 @@ func TestDeferredStatementsAreCollectedInEachRun(t *testing.T) {
 	}
 }
 
-// A statement that can't be counted, ends the transaction or is no single statement is refused, and the request with
-// it, also where the handler does not look at the error.
+// A statement that can't be counted, ends the transaction or is no single statement is refused, and
+// the request fails, even if the handler ignores the error.
 func TestStatementsThatAreNotDeferred(t *testing.T) {
 	t.Parallel()
 	for name, opts := range encodings() {
@@ -418,7 +420,7 @@ func TestStatementsThatAreNotDeferred(t *testing.T) {
 					t.Errorf("%s: %v", c.sql, result.Err)
 				}
 				want(t, b.do(t, request(fmt.Sprint("declined", i), ""), func(ctx context.Context, _ pgx.Tx) int {
-					_ = postgres.DeferExec(ctx, c.sql, c.args...) // looked at above
+					_ = postgres.DeferExec(ctx, c.sql, c.args...) // checked above
 					return 402
 				}), idempotency.OutcomeExecuted, "")
 			}
@@ -429,7 +431,7 @@ func TestStatementsThatAreNotDeferred(t *testing.T) {
 	}
 }
 
-// What is deferred is text and arguments as pgx has them.
+// DeferExec accepts text and arguments as pgx does.
 func TestTextAndArgumentsOfDeferredStatements(t *testing.T) {
 	t.Parallel()
 	for name, opts := range encodings() {
@@ -463,7 +465,7 @@ func TestTextAndArgumentsOfDeferredStatements(t *testing.T) {
 	}
 }
 
-// Options.DeferredMax is how many a request may defer.
+// Options.DeferredMax is the maximum number of statements that a request may defer.
 func TestDeferredMax(t *testing.T) {
 	t.Parallel()
 	for _, c := range []struct{ option, most int }{{0, 64}, {3, 3}} {
@@ -495,7 +497,7 @@ func TestDeferredMax(t *testing.T) {
 	postgres.New(setup(t, nil).pool, &postgres.Options{DeferredMax: -1})
 }
 
-// What was deferred while a nested transaction was open is undone with it.
+// Statements that were deferred while a nested transaction was open are undone with it.
 func TestNestedTransactionUndoesWhatWasDeferredInIt(t *testing.T) {
 	t.Parallel()
 	b := setup(t, nil)
@@ -532,8 +534,8 @@ func TestNestedTransactionUndoesWhatWasDeferredInIt(t *testing.T) {
 	}
 }
 
-// The transaction is for one goroutine at a time, for DeferExec too. A statement that comes too late changes nothing,
-// and one that comes in between fails the request, also if nobody looks at its error.
+// The transaction is for one goroutine at a time, for DeferExec too. A statement that comes too
+// late changes nothing. One that comes in between fails the request, even if its error is ignored.
 func TestDeferExecIsForOneGoroutineAtATime(t *testing.T) {
 	t.Parallel()
 	b := setup(t, nil)
@@ -602,7 +604,8 @@ func TestDeferExecOutsideAHandlerPanics(t *testing.T) {
 	_ = postgres.DeferExec(context.Background(), "SELECT 1")
 }
 
-// After DerivedKey a failed deferred statement leaves the request unknown, as any other end without a record.
+// After DerivedKey a failed deferred statement leaves the request unknown, like any other end
+// without a record.
 func TestDeferredStatementThatFailsAfterDerivedKeyIsUnknown(t *testing.T) {
 	t.Parallel()
 	b := setup(t, nil)
@@ -612,7 +615,7 @@ func TestDeferredStatementThatFailsAfterDerivedKeyIsUnknown(t *testing.T) {
 	}), idempotency.OutcomeUnknown, idempotency.ReasonCallUnknown)
 }
 
-// The look for a lost COMMIT finds deferred statements and record together, or neither.
+// The look-up of a lost COMMIT finds deferred statements and record together, or neither.
 func TestLostCommitWithDeferredStatementsIsResolved(t *testing.T) {
 	t.Parallel()
 	for _, reached := range []bool{true, false} {
@@ -641,7 +644,8 @@ func TestLostCommitWithDeferredStatementsIsResolved(t *testing.T) {
 	}
 }
 
-// lossyConn loses the next flush once it is armed, or the reply to it if it should reach the server.
+// lossyConn loses the next flush once it is armed, or loses the reply if the flush should reach the
+// server.
 type lossyConn struct {
 	net.Conn
 	armed   *atomic.Bool
@@ -653,7 +657,7 @@ func (c *lossyConn) Write(p []byte) (int, error) {
 	if c.armed.CompareAndSwap(true, false) {
 		c.lost.Store(true)
 		if !c.reached {
-			_ = c.Close() // what follows fails
+			_ = c.Close() // everything after it fails
 		}
 	}
 	return c.Conn.Write(p)
@@ -667,8 +671,8 @@ func (c *lossyConn) Read(p []byte) (int, error) {
 	return n, err
 }
 
-// In a transaction that is not the claim's, an error of a deferred statement proves nothing: the first transaction may
-// have committed.
+// In a transaction that is not the claim's, an error of a deferred statement proves nothing: the
+// claim's transaction may have committed.
 func TestLostTransactionWithAFailingDeferredStatementIsUnknown(t *testing.T) {
 	t.Parallel()
 	for _, key := range []string{"k", ""} {
@@ -704,8 +708,8 @@ func TestDeferredStatementDoesNotMoveTheRecord(t *testing.T) {
 	}
 }
 
-// The record comes after deferred statements, so they can't weaken what it sets, and what they leave to COMMIT runs
-// before it.
+// The record comes after deferred statements, so they can't weaken its settings, and the work that
+// they leave to COMMIT runs before it.
 func TestDeferredStatementsRunBeforeTheRecord(t *testing.T) {
 	t.Parallel()
 	b := setup(t, nil)
@@ -723,8 +727,8 @@ func TestDeferredStatementsRunBeforeTheRecord(t *testing.T) {
 	}
 }
 
-// Parameters that may arrive in part are sent after a Sync, as a long record is, and an error before the Sync fails
-// what comes after it.
+// Parameters that may arrive in part are sent after a Sync, as a long record is. An error before
+// the Sync fails everything after it.
 func TestLongDeferredStatementsAreSentBehindASync(t *testing.T) {
 	t.Parallel()
 	sent := new(atomic.Int64)
@@ -805,10 +809,12 @@ func TestWarningOfADeferredStatementIsItsOwn(t *testing.T) {
 	}
 }
 
-// A connection remembers a bounded number of texts, and prepares them once more when they are gone from the server.
+// A connection remembers a bounded number of texts, and prepares a text again if the server no
+// longer has it.
 func TestDeferredTextsAreBounded(t *testing.T) {
 	t.Parallel()
-	b := setup(t, &setupOptions{cold: true, configure: func(c *pgxpool.Config) { c.MaxConns = 1 }}) // so that no statement of ours fails first
+	// Cold: otherwise a statement of ours would fail first.
+	b := setup(t, &setupOptions{cold: true, configure: func(c *pgxpool.Config) { c.MaxConns = 1 }})
 	for i := range postgres.DeferredTextsMax + 20 {
 		want(t, b.do(t, request(fmt.Sprint("k", i), ""), deferred(t, fmt.Sprintf("INSERT INTO effects (name) VALUES ('%d')", i))), idempotency.OutcomeExecuted, "")
 	}

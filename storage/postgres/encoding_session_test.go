@@ -15,8 +15,8 @@ import (
 	"github.com/paidonce/idempotency/storage/postgres"
 )
 
-// In another client_encoding the server reads another scope out of the same bytes: the look-up misses, the primary key
-// does not conflict, and the handler pays again.
+// With another client_encoding the server reads another scope from the same bytes: the look-up
+// misses, the primary key does not conflict, and the handler pays again.
 func TestHandlersEncodingCannotHideTheRecord(t *testing.T) {
 	t.Parallel()
 	ctx := context.Background()

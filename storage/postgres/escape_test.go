@@ -16,8 +16,9 @@ import (
 	"github.com/paidonce/idempotency/storage/postgres"
 )
 
-// A handle that outlived its handler touches nothing of the connection, which is somebody else's by then, and neither does
-// a second goroutine while the first one is at it. What they would race for is what the server reports of its settings.
+// A handle that outlives its handler does not touch the connection, which may be in other hands by
+// then, and neither does a second goroutine while the first one uses it. They would race for the
+// settings that the server reports.
 func TestHandleReadsTheConnectionInItsTurnOnly(t *testing.T) {
 	t.Parallel()
 	b := setup(t, &setupOptions{configure: func(c *pgxpool.Config) { c.MaxConns = 1 }})
@@ -63,8 +64,8 @@ func TestHandleReadsTheConnectionInItsTurnOnly(t *testing.T) {
 	}
 }
 
-// Whatever way a transaction was ended and begun anew, its answer is never called not executed: there is always a step
-// between the two at which it is seen.
+// However a transaction was ended and another one begun, the request is never reported as not
+// executed: some step in between always notices.
 func TestTransactionThatWasBegunAnewIsUnknown(t *testing.T) {
 	t.Parallel()
 	for _, status := range []int{201, 402, 500} {
@@ -94,7 +95,8 @@ func TestTransactionThatWasBegunAnewIsUnknown(t *testing.T) {
 	}
 }
 
-// prepareEnd prepares COMMIT and BEGIN on the pool's only connection, as a service's own hook might.
+// prepareEnd prepares COMMIT and BEGIN on the pool's only connection, as a service's own hook
+// might.
 func prepareEnd(t *testing.T, b *testBundle) {
 	t.Helper()
 	ctx := context.Background()
@@ -116,7 +118,8 @@ func prepareEnd(t *testing.T, b *testBundle) {
 	}
 }
 
-// EXECUTE of what ends a transaction would lead around the seal, also from inside a function: nobody knows its name.
+// A handler could get around the seal with EXECUTE of a prepared COMMIT, also from inside a
+// function. So the names can't be guessed.
 func TestNamesOfPreparedStatementsAreDrawn(t *testing.T) {
 	t.Parallel()
 	one := func(c *pgxpool.Config) { c.MaxConns = 1 }
@@ -145,7 +148,7 @@ func TestNamesOfPreparedStatementsAreDrawn(t *testing.T) {
 	}
 }
 
-// A rewriter is seen behind every option that pgx knows.
+// A rewriter is found behind every option that pgx knows.
 func TestRewriterBehindOptionsIsRefused(t *testing.T) {
 	t.Parallel()
 	b := setup(t, nil)

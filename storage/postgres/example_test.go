@@ -57,7 +57,8 @@ func ExampleNew() {
 	}
 }
 
-// A handler's writes go through Tx. They are committed with a 2xx answer, and undone with a 4xx or 5xx.
+// A handler's writes go through Tx. They are committed with a 2xx answer, and undone with a 4xx or
+// 5xx.
 func ExampleTx() {
 	_ = func(w http.ResponseWriter, r *http.Request) {
 		ctx := r.Context()
@@ -89,8 +90,8 @@ func ExampleReaper() {
 	<-stopped
 }
 
-// The last writes of a handler that needs no result of theirs travel with the record and COMMIT. The balance was
-// locked and looked at before, so by now the handler knows its answer.
+// The last writes of a handler travel with the record and COMMIT if it does not need their results.
+// The balance was locked and checked before, so by now the handler knows its answer.
 func ExampleDeferExec() {
 	ctx := context.Background()
 	store, closeStore := exampleStore(ctx, "CREATE TABLE accounts (id text PRIMARY KEY, balance bigint NOT NULL); INSERT INTO accounts VALUES ('alice', 1000), ('bob', 0)")
@@ -108,7 +109,7 @@ func ExampleDeferExec() {
 			http.Error(w, "not enough money", http.StatusPaymentRequired)
 			return
 		}
-		// Each must touch one row. An error fails the request, whether it is looked at or not.
+		// Each must touch one row. An error fails the request even if it is ignored.
 		_ = postgres.DeferExec(ctx, "UPDATE accounts SET balance = balance - $2 WHERE id = $1", "alice", 250)
 		_ = postgres.DeferExec(ctx, "UPDATE accounts SET balance = balance + $2 WHERE id = $1", r.FormValue("to"), 250)
 		w.WriteHeader(http.StatusCreated)

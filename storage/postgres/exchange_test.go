@@ -10,8 +10,8 @@ import (
 	"github.com/paidonce/idempotency/internal/deadline"
 )
 
-// The engine's contexts end by time alone, and their exchanges have the socket watch the clock. A connection must be as good
-// after that time as before.
+// The engine's contexts end only by time, so the socket's deadline ends their exchanges. After that
+// time a connection must be as good as before.
 func TestExchangeLeavesNoDeadlineOnItsConnection(t *testing.T) {
 	t.Parallel()
 	b := setup(t, &setupOptions{configure: func(c *pgxpool.Config) { c.MaxConns = 1 }})
@@ -31,7 +31,7 @@ func TestExchangeLeavesNoDeadlineOnItsConnection(t *testing.T) {
 		t.Error(err)
 	}
 	<-ended.Done()
-	if n := b.effects(t); n != 1 { // by the only connection there is
+	if n := b.effects(t); n != 1 { // on the pool's only connection
 		t.Errorf("%d effects, want 1", n)
 	}
 	if stat := b.pool.Stat(); stat.NewConnsCount() != 1 {

@@ -15,16 +15,17 @@ import (
 // ReaperPagesMax is the size of a batch.
 const ReaperPagesMax = reaperPagesMax
 
-// ReaperHeldMax is how often a walk waits for a held row.
+// ReaperHeldMax is the maximum number of times that a walk waits for a held row.
 const ReaperHeldMax = reaperHeldMax
 
-// AbandonTimeout is how long a goroutine left behind is waited for.
+// AbandonTimeout is the time to wait for a goroutine that was left behind.
 const AbandonTimeout = sealed.AbandonTimeout
 
 // TogetherBytesMax is the maximum size of a record that is sent without a Sync in front of it.
 const TogetherBytesMax = wire.TogetherBytesMax
 
-// RawConn leads around the seal, as a handler in bad faith might find a way to.
+// RawConn returns the connection behind the seal. A handler in bad faith might find another way to
+// it.
 func RawConn(tx pgx.Tx) *pgx.Conn {
 	conn := reflect.ValueOf(tx).Elem().FieldByName("conn")
 	return *(**pgx.Conn)(conn.Addr().UnsafePointer())
@@ -57,13 +58,14 @@ func SendUnadmitted(ctx context.Context, tx pgx.Tx, exec bool, sql string, argum
 	return rows.Err()
 }
 
-// ResolversOf returns how many resolvers may run at once.
+// ResolversOf returns the maximum number of concurrent resolvers.
 func ResolversOf(s *Store) int { return cap(s.resolvers) }
 
-// ForgetRecentKey has a store forget that it knew a record of the key, as one does that another process recorded.
+// ForgetRecentKey has a store forget that it knew a record of the key, as one does that another
+// process recorded.
 func ForgetRecentKey(s *Store, key idempotency.Key) { s.recent.clear(key.LockNumber(s.table)) }
 
-// StatisticsSQL is what Statistics sends.
+// StatisticsSQL returns the statement of Statistics.
 func StatisticsSQL(s *Store) string { return s.statisticsSQL() }
 
 // DeferredTextsMax is the maximum number of deferred statements that a connection remembers.

@@ -21,7 +21,7 @@ import (
 )
 
 // An INSERT that succeeds may have written no row, or another one than was sent. Without its record
-// nothing is committed, and the error names the remedy. Once the table is mended the same
+// nothing is committed, and the error names the remedy. Once the table is repaired the same
 // connections work again.
 func TestRecordThatIsNotKeptIsNotExecuted(t *testing.T) {
 	t.Parallel()
@@ -85,7 +85,8 @@ func TestRecordThatIsNotKeptIsNotExecuted(t *testing.T) {
 	}
 }
 
-// Executed is answered only when the commit is on the disk. A trigger that is deferred to COMMIT can't change that.
+// A request is answered executed only when its commit is on the disk. A trigger that is deferred to
+// COMMIT can't change that.
 func TestDeferredTriggerDoesNotLoosenTheCommit(t *testing.T) {
 	t.Parallel()
 	server, err := pgserver.Start(t.Context(), &pgserver.Options{Settings: map[string]string{
@@ -130,7 +131,8 @@ func TestDeferredTriggerDoesNotMoveTheRecord(t *testing.T) {
 	}
 }
 
-// If a COMMIT's wait for the standbys is canceled, a warning is the only sign. A deferred trigger can't hide it.
+// If a COMMIT's wait for the standbys is canceled, a warning is the only sign. A deferred trigger
+// can't hide it.
 func TestF20DeferredTriggerDoesNotHideTheWarning(t *testing.T) {
 	t.Parallel()
 	config := configOfOwnServer(t)
@@ -169,7 +171,8 @@ func TestDeferredErrorsMeanWhatTheyMeanAtCommit(t *testing.T) {
 				CREATE CONSTRAINT TRIGGER fault AFTER INSERT ON effects DEFERRABLE INITIALLY DEFERRED FOR EACH ROW EXECUTE FUNCTION fault()`)
 			for _, key := range []string{"k", ""} {
 				result := b.do(t, request(key, ""), pay(t, 201))
-				if key == "" && state == "08006" { // proves nothing, and there is no record to look for
+				// It proves nothing, and there is no record to look for.
+				if key == "" && state == "08006" {
 					want(t, result, idempotency.OutcomeUnknown, idempotency.ReasonOutcomeUnknown)
 					continue
 				}
@@ -276,7 +279,7 @@ func TestLongRecordIsSentBehindASync(t *testing.T) {
 }
 
 // If a handler takes another role, or makes its transaction read-only, PostgreSQL refuses the
-// record. That is the handler's failure and no outage, and the log names the remedy.
+// record. That is a failure of the handler, not an outage, and the log names the remedy.
 func TestHandlerThatForbidsTheRecordFails(t *testing.T) {
 	t.Parallel()
 	role := "tenant_" + strings.ToLower(idempotency.NewAttemptID().String()[:8])
@@ -296,7 +299,8 @@ func TestHandlerThatForbidsTheRecordFails(t *testing.T) {
 			b := setup(t, nil)
 			b.exec(t, "DO $$ BEGIN CREATE ROLE "+role+"; EXCEPTION WHEN duplicate_object OR unique_violation THEN NULL; END $$")
 			b.exec(t, "GRANT INSERT ON effects TO "+role+"; GRANT USAGE ON SEQUENCE effects_id_seq TO "+role)
-			t.Cleanup(func() { b.exec(t, "DROP OWNED BY "+role) }) // the role itself goes with the server
+			// The role itself is removed with the server.
+			t.Cleanup(func() { b.exec(t, "DROP OWNED BY "+role) })
 			run := func(key string, status int, write bool) idempotency.Result {
 				return b.do(t, request(key, ""), func(ctx context.Context, tx pgx.Tx) int {
 					for _, sql := range c.sql {
@@ -381,8 +385,8 @@ func TestNotifyIsOfTheTransactionAndListenIsRefused(t *testing.T) {
 	}
 }
 
-// COMMIT runs the query of a cursor WITH HOLD, after the record: the query could set what COMMIT
-// waits for.
+// COMMIT runs the query of a cursor WITH HOLD after the record, so the query could change the
+// settings of that COMMIT.
 func TestCursorThatOutlivesTheTransactionIsRefused(t *testing.T) {
 	t.Parallel()
 	b := setup(t, nil)
@@ -407,8 +411,8 @@ func TestPlanThatAMigrationMadeStaleStartsAgain(t *testing.T) {
 	b := setup(t, &setupOptions{configure: func(c *pgxpool.Config) { c.MaxConns, c.MinConns = conns, conns }})
 	runs := make(chan struct{}, 100)
 	round := func(name string, status int) {
-		// In their first runs all hold a connection at once, and in their second runs again: a quick
-		// request would else leave its new connection to a slow one.
+		// In the first runs all hold a connection at once, and in the second runs again: otherwise
+		// a quick request would leave its new connection to a slow one.
 		var arrived [2]atomic.Int64
 		together := [2]chan struct{}{make(chan struct{}), make(chan struct{})}
 		var group sync.WaitGroup
@@ -474,8 +478,8 @@ func TestWhatIsNotSupportedIsTriedOnce(t *testing.T) {
 	}
 }
 
-// A trigger of the service's that copies records into a table of the same names is no race that was lost, and no lost
-// transaction: its errors are its own.
+// The service may have a trigger that copies records into a table with the same names. Its errors
+// mean neither a lost race nor a lost transaction.
 func TestErrorOfATriggersOwnTableIsNotOurs(t *testing.T) {
 	t.Parallel()
 	for name, archive := range map[string]string{

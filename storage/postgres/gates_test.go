@@ -14,14 +14,16 @@ import (
 	"github.com/paidonce/idempotency/storage/postgres"
 )
 
-// The limits that a change must keep. Each was measured, and is as tight as it is steady. Round trips have theirs in
-// TestRoundTripsAreThoseOfAPlainTransaction, allocations in middleware/gates_test.go.
+// The limits that a change must keep. Each was measured, and is as tight as the figure is steady.
+// The limits of round trips are in TestRoundTripsAreThoseOfAPlainTransaction, those of allocations
+// in middleware/gates_test.go.
 const (
-	// WAL of a fresh request over that of its handler in a plain transaction, for an answer of answerBytes and a UUIDv7 key:
-	// 411 B for the row, 104 B for its place in the primary key, and a share of new pages. The body is 200 B of it.
+	// WAL of a fresh request, minus that of its handler in a plain transaction, for an answer of
+	// answerBytes and a UUIDv7 key: 411 B for the row, 104 B for its place in the primary key, and
+	// a share of new pages. The body is 200 B of it.
 	walRequestBytesMax = 540
 
-	// WAL of one expired record with such an answer, the page images included that come first after a checkpoint:
+	// WAL of one expired record with such an answer, including the page images after a checkpoint:
 	// docs/decisions/0011-expiry.md.
 	walDeleteBytesMax = 460
 	walVacuumBytesMax = 85
@@ -31,8 +33,8 @@ const (
 
 const answerBytes = 200
 
-// quiet returns a store on a PostgreSQL of its own, where nobody else writes to the WAL: no other test, no autovacuum, no
-// checkpoint but ours. Page images are written as in production.
+// quiet returns a store on a separate PostgreSQL, to which nothing else writes WAL: no other test,
+// no autovacuum, no checkpoint but ours. Page images are written as in production.
 func quiet(t *testing.T) *testBundle {
 	t.Helper()
 	server, err := pgserver.Start(t.Context(), &pgserver.Options{Settings: map[string]string{
@@ -50,7 +52,7 @@ func quiet(t *testing.T) *testBundle {
 	return setup(t, &setupOptions{database: server.URL(), configure: func(c *pgxpool.Config) { c.MaxConns = 1 }})
 }
 
-// wal returns how many bytes of WAL do writes.
+// wal returns the number of bytes of WAL that do writes.
 func (b *testBundle) wal(t *testing.T, do func()) int {
 	t.Helper()
 	position := func() int {
@@ -112,7 +114,7 @@ func TestGateWALOfARequest(t *testing.T) {
 			}
 		}
 	}
-	plain() // the pages that both write to are there
+	plain() // so that the pages that both write to exist
 	keyed()
 	bare, ours := b.wal(t, plain), b.wal(t, keyed)
 	added := (ours - bare) / requests
@@ -152,7 +154,8 @@ func TestGateWALOfExpiry(t *testing.T) {
 	}
 }
 
-// A request holds one connection and never asks for another: with a second one a full pool would be a deadlock.
+// A request holds one connection and never acquires another: with a second one a full pool would be
+// a deadlock.
 func TestGateConnectionsOfARequest(t *testing.T) {
 	t.Parallel()
 	ctx := context.Background()

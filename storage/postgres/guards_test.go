@@ -17,7 +17,7 @@ import (
 	"github.com/paidonce/idempotency/storage/postgres"
 )
 
-// A handler can't talk COMMIT out of waiting for the disk where nothing is recorded either.
+// A handler can't make COMMIT skip the wait for the disk, also if nothing is recorded.
 func TestKeylessCommitWaitsForTheDisk(t *testing.T) {
 	t.Parallel()
 	b := setup(t, nil)
@@ -39,8 +39,9 @@ func TestKeylessCommitWaitsForTheDisk(t *testing.T) {
 	}
 }
 
-// Whatever a trigger or a deferred constraint of the service's own raises under our INSERT and COMMIT is its own: it
-// fails the handler, and is taken neither for a lost race nor for a lost transaction.
+// If a trigger or a deferred constraint of the service raises an error under our INSERT or COMMIT,
+// the error is its own: it fails the handler, and is taken neither for a lost race nor for a lost
+// transaction.
 func TestErrorsOfTheServiceAtTheEndAreTheHandlersFailure(t *testing.T) {
 	t.Parallel()
 	for name, sql := range map[string]string{
@@ -80,7 +81,8 @@ func TestErrorsOfTheServiceAtTheEndAreTheHandlersFailure(t *testing.T) {
 	}
 }
 
-// While the answer of a decline is recorded the key is held: a duplicate is told so, and does not run.
+// While the answer of a decline is recorded the key is held: a duplicate gets in-progress, and does
+// not run.
 func TestDeclineHoldsTheKeyWhileItRecords(t *testing.T) {
 	t.Parallel()
 	b := setup(t, nil)
@@ -112,7 +114,8 @@ func TestDeclineHoldsTheKeyWhileItRecords(t *testing.T) {
 	want(t, <-done, idempotency.OutcomeExecuted, "")
 }
 
-// COMMIT of an aborted transaction answers ROLLBACK without an error: whatever is not COMMIT is none.
+// COMMIT of an aborted transaction answers ROLLBACK without an error: only the tag COMMIT counts as
+// one.
 func TestCommitIsReadFromItsTag(t *testing.T) {
 	t.Parallel()
 	var armed atomic.Bool
@@ -131,7 +134,7 @@ func TestCommitIsReadFromItsTag(t *testing.T) {
 	want(t, result, idempotency.OutcomeNotExecuted, idempotency.ReasonHandlerFailed)
 }
 
-// otherTag has the server answer COMMIT with another tag of the same length.
+// otherTag replaces the tag of the server's reply to COMMIT by another one of the same length.
 type otherTag struct {
 	net.Conn
 	armed *atomic.Bool
@@ -188,7 +191,7 @@ func TestCommitThatWasNeverSentIsUnavailable(t *testing.T) {
 	}
 }
 
-// The seal sees an aborted transaction also where no error was seen on the way.
+// The seal notices an aborted transaction even if no error was seen on the way.
 func TestSealSeesAnAbortedTransaction(t *testing.T) {
 	t.Parallel()
 	b := setup(t, nil)
@@ -206,7 +209,7 @@ func TestSealSeesAnAbortedTransaction(t *testing.T) {
 	}
 }
 
-// Whatever a handler answers over a connection that is gone: unavailable goes out instead.
+// If the connection is gone, unavailable replaces the handler's answer, whatever it is.
 func TestAnswerOverADeadConnectionIsUnavailable(t *testing.T) {
 	t.Parallel()
 	for _, status := range []int{201, 402, 500} {
@@ -227,7 +230,8 @@ func TestAnswerOverADeadConnectionIsUnavailable(t *testing.T) {
 	}
 }
 
-// A goroutine that nothing wakes keeps its connection, and nobody else ever gets it: not the attempt, not the pool.
+// A goroutine that nothing wakes keeps its connection: neither the attempt nor the pool ever gets
+// it.
 func TestGoroutineThatNothingWakesKeepsItsConnection(t *testing.T) {
 	t.Parallel()
 	for _, status := range []int{201, 402, 500} {
@@ -244,13 +248,14 @@ func TestGoroutineThatNothingWakesKeepsItsConnection(t *testing.T) {
 						<-release
 						return nil
 					})
-					for range 50 { // what it does with the connection then, it does unseen
+					for range 50 { // its later use of the connection is not seen
 						batch.Queue("SELECT 1")
 					}
 					_ = tx.SendBatch(context.Background(), batch).Close()
 				}()
 				<-entered
-				// Not by this goroutine, which would order its steps before ours for the race detector.
+				// Not by this goroutine, which would order its steps before ours for the race
+				// detector.
 				time.AfterFunc(postgres.AbandonTimeout+300*time.Millisecond, func() { close(release) })
 				return status
 			})
@@ -263,7 +268,8 @@ func TestGoroutineThatNothingWakesKeepsItsConnection(t *testing.T) {
 	}
 }
 
-// A lock that is waited for too long is remembered from every path, also from those that parse before they send.
+// A wait for a lock that was too long is remembered from every path, also from those that parse
+// before they send.
 func TestLockTimeoutIsRememberedFromEveryPath(t *testing.T) {
 	t.Parallel()
 	const sql = "INSERT INTO effects (name) VALUES ($1)"
@@ -306,8 +312,8 @@ func TestLockTimeoutIsRememberedFromEveryPath(t *testing.T) {
 	}
 }
 
-// What would end the transaction is refused wherever a rewriter stands among the arguments, and also where a backslash
-// hides the end of a string.
+// Text that would end the transaction is refused wherever a rewriter stands among the arguments,
+// and also if a backslash hides the end of a string.
 func TestHiddenEndOfTheTransactionIsRefused(t *testing.T) {
 	t.Parallel()
 	b := setup(t, nil)
@@ -339,7 +345,8 @@ func TestHiddenEndOfTheTransactionIsRefused(t *testing.T) {
 	}
 }
 
-// Work that a handler left for later has its context's values still, and may use the pool once the handler returned.
+// Work that a handler left for later still has the values of its context, and may use the pool once
+// the handler has returned.
 func TestPoolIsFreeOnceTheHandlerReturned(t *testing.T) {
 	t.Parallel()
 	b := setup(t, nil)
@@ -353,7 +360,8 @@ func TestPoolIsFreeOnceTheHandlerReturned(t *testing.T) {
 	}
 }
 
-// A handler that fails its transaction costs no connection: it is rolled back and used again.
+// A transaction that the handler aborted costs no connection: it is rolled back, and the connection
+// is used again.
 func TestConnectionOfAnAbortedTransactionIsKept(t *testing.T) {
 	t.Parallel()
 	b := setup(t, &setupOptions{configure: func(c *pgxpool.Config) { c.MaxConns = 1 }})
@@ -372,7 +380,8 @@ func TestConnectionOfAnAbortedTransactionIsKept(t *testing.T) {
 	}
 }
 
-// An error that proves nothing, in place of COMMIT's reply, costs the connection: a fresh one is asked.
+// If an error that proves nothing comes in place of COMMIT's reply, the connection is closed, and a
+// fresh one looks the outcome up.
 func TestConnectionOfAnUnknownOutcomeIsClosed(t *testing.T) {
 	t.Parallel()
 	b := setup(t, nil)

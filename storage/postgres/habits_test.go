@@ -16,7 +16,8 @@ import (
 	"github.com/paidonce/idempotency/storage/postgres"
 )
 
-// Code written for job queues ends with pg_advisory_unlock_all. The key is locked for the transaction, and stays so.
+// Code written for job queues ends with pg_advisory_unlock_all. The key is locked for the
+// transaction, and stays locked.
 func TestHandlerThatUnlocksAllKeepsItsKey(t *testing.T) {
 	t.Parallel()
 	b := setup(t, nil)
@@ -33,7 +34,8 @@ func TestHandlerThatUnlocksAllKeepsItsKey(t *testing.T) {
 	}
 }
 
-// A session that PostgreSQL ended under its handler is unavailable, whatever the handler makes of its errors.
+// If PostgreSQL ended the session under its handler, the outcome is unavailable, however the
+// handler treats its errors.
 func TestSessionThatEndedUnderItsHandlerIsUnavailable(t *testing.T) {
 	t.Parallel()
 	for name, touch := range map[string]bool{"unseen": false, "seen, and taken for the client's mistake": true} {
@@ -72,7 +74,7 @@ func (b *testBundle) awaitNone(t *testing.T, sql string, arguments ...any) {
 	}
 }
 
-// Pools that reset their sessions take our statements with them, also while many requests run.
+// Pools that reset their sessions drop our prepared statements too, also while many requests run.
 func TestPoolThatResetsItsSessionsServes(t *testing.T) {
 	t.Parallel()
 	for _, sql := range []string{"DISCARD ALL", "DEALLOCATE ALL", "RESET ALL", "SELECT pg_advisory_unlock_all()"} {
@@ -136,7 +138,7 @@ func TestSQLWithSemicolonsInItIsOneStatement(t *testing.T) {
 }
 
 // A handler that sets the mode of its transaction, as helpers do that begin one of their own. The
-// level can't be changed any more, and the handler learns so; the rest is its own to choose.
+// isolation level can't be changed any more, and the handler gets an error; the rest it may choose.
 func TestHandlerThatSetsItsTransactionsMode(t *testing.T) {
 	t.Parallel()
 	b := setup(t, nil)
@@ -164,8 +166,8 @@ func TestHandlerThatSetsItsTransactionsMode(t *testing.T) {
 	}
 }
 
-// A service's enum works as it is. COPY of a composite type needs its codec, which a connection gets
-// in AfterConnect: a handler has no connection to load it from.
+// A service's enum works as it is. COPY of a composite type needs its codec, which a connection
+// gets in AfterConnect: a handler has no connection to load it from.
 func TestTypesOfTheServiceAreRegisteredOnConnect(t *testing.T) {
 	t.Parallel()
 	type price struct {
@@ -221,8 +223,8 @@ func TestTypesOfTheServiceAreRegisteredOnConnect(t *testing.T) {
 	}
 }
 
-// pgx's own helpers work on the handler's transaction: a nested one that fails or panics is undone
-// alone.
+// pgx's own helpers work on the handler's transaction: only a nested one that fails or panics is
+// undone.
 func TestHelpersOfPgxWork(t *testing.T) {
 	t.Parallel()
 	b := setup(t, nil)
@@ -236,7 +238,7 @@ func TestHelpersOfPgxWork(t *testing.T) {
 		insert(ctx, tx, "outer")
 		if err := pgx.BeginFunc(ctx, tx, func(tx pgx.Tx) error {
 			insert(ctx, tx, "undone")
-			_, _ = tx.Exec(ctx, "SELECT 1/0") // the savepoint's rollback forgets it
+			_, _ = tx.Exec(ctx, "SELECT 1/0") // the rollback to the savepoint clears it
 			return failed
 		}); !errors.Is(err, failed) {
 			t.Errorf("a nested one that fails: %v", err)
@@ -280,8 +282,8 @@ func TestHelpersOfPgxWork(t *testing.T) {
 	}
 }
 
-// Of two goroutines that use the transaction at once one is refused, and what was not refused is
-// committed.
+// If two goroutines use the transaction at once, one is refused. The writes that were not refused
+// are committed.
 func TestTwoGoroutinesOnOneTransaction(t *testing.T) {
 	t.Parallel()
 	b := setup(t, nil)

@@ -82,7 +82,7 @@ func setup(t testing.TB, opts *setupOptions) *testBundle {
 	return b
 }
 
-// effects returns how many rows handlers left behind.
+// effects returns the number of rows that handlers wrote.
 func (b *testBundle) effects(t *testing.T) int { return b.count(t, "SELECT count(*) FROM effects") }
 
 func (b *testBundle) count(t *testing.T, sql string, arguments ...any) (n int) {
@@ -93,7 +93,7 @@ func (b *testBundle) count(t *testing.T, sql string, arguments ...any) (n int) {
 	return n
 }
 
-// wire counts round trips: how often something was written after something was read.
+// wire counts round trips: the times that something was written after something was read.
 type wire struct {
 	mu         sync.Mutex
 	roundTrips int
@@ -131,7 +131,7 @@ func (c *wireConn) Read(p []byte) (int, error) {
 	return n, err
 }
 
-// request returns a request whose fingerprint is that of the body.
+// request returns a request with the fingerprint of the body.
 func request(value, body string) idempotency.Request {
 	return idempotency.Request{
 		Key:         idempotency.Key{Scope: "acme", Value: value},
@@ -149,7 +149,7 @@ func answer(status int) *idempotency.Answer {
 	return &idempotency.Answer{Status: status, Header: map[string][]string{"Content-Type": {"text/plain"}}, Body: []byte("done")}
 }
 
-// effect writes what must happen once.
+// effect does the write that must happen once.
 func effect(ctx context.Context, t *testing.T) {
 	t.Helper()
 	attempt, _ := idempotency.AttemptIDFrom(ctx)

@@ -19,7 +19,8 @@ import (
 	"github.com/paidonce/idempotency/storage/postgres"
 )
 
-// Open comes before the first migration. Until then a request fails closed: its handler does not run.
+// Open comes before the first migration. Until then a request fails closed: its handler does not
+// run.
 func TestOpenThenMigrateThenPay(t *testing.T) {
 	t.Parallel()
 	store, err := postgres.Open(t.Context(), pgtest.Database(t), nil)
@@ -272,7 +273,8 @@ func TestCheckFindsAPoolThatWasConfiguredOtherwise(t *testing.T) {
 	}
 }
 
-// A server that is too old is refused. The wire says 13 in place of the version that the server sends.
+// A server that is too old is refused. The wire says 13 in place of the version that the server
+// sends.
 func TestCheckRefusesAnOldServer(t *testing.T) {
 	t.Parallel()
 	old := func(config *pgxpool.Config) {

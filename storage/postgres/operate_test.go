@@ -36,7 +36,7 @@ func TestCheckFindsAPoolThatWasNotConfigured(t *testing.T) {
 	}
 }
 
-// F32 and its kin: each fault is found and its remedy named.
+// Check finds each fault and names its remedy.
 func TestCheckFindsWhatIsWrong(t *testing.T) {
 	t.Parallel()
 	for name, c := range map[string]struct {
@@ -126,7 +126,7 @@ func TestCheckNamesARemedyThatMendsTheTable(t *testing.T) {
 	}
 }
 
-// Rules and triggers that are disabled, or run after the row was written, are no error.
+// Rules and triggers that are disabled, or run after the row is written, are no error.
 func TestCheckLeavesHarmlessTriggersAlone(t *testing.T) {
 	t.Parallel()
 	b := setup(t, nil)
@@ -151,7 +151,8 @@ func TestMissingTableIsUnavailable(t *testing.T) {
 	want(t, b.do(t, request("k", ""), pay(t, 201)), idempotency.OutcomeNotExecuted, idempotency.ReasonUnavailable)
 }
 
-// The service may start before its first migration; its connections work from the moment that the table is there.
+// The service may start before its first migration; its connections work as soon as the table
+// exists.
 func TestMigrationAfterConnect(t *testing.T) {
 	t.Parallel()
 	ctx := context.Background()
@@ -190,7 +191,8 @@ func TestConfigureSetsEachConnection(t *testing.T) {
 	}
 }
 
-// A config that goes through Configure twice, with the same options or others, works as if it had gone once.
+// A config that goes through Configure twice, with the same options or others, works as if it had
+// gone once.
 func TestConfigureTwice(t *testing.T) {
 	t.Parallel()
 	b := setup(t, &setupOptions{configure: func(c *pgxpool.Config) {
@@ -278,7 +280,7 @@ func TestOptionsThatCannotWorkPanic(t *testing.T) {
 			t.Errorf("%+v: %q", opts, text)
 		}
 	}
-	// The handler's time must fit into PostgreSQL's patience with an idle transaction.
+	// The handler's timeout must fit into PostgreSQL's limit for an idle transaction.
 	store := postgres.New(pool, nil)
 	if text := panics(func() {
 		idempotency.NewEngine(store, &idempotency.Options{Timeouts: idempotency.Timeouts{Handler: 16 * time.Second}})
@@ -304,7 +306,7 @@ func TestOptionsThatCannotWorkPanic(t *testing.T) {
 	}
 }
 
-// F23: an expired key is a replay while its row is there, and a new run once it is not.
+// An expired key is a replay while its row exists, and a new run afterwards.
 func TestExpiredKey(t *testing.T) {
 	t.Parallel()
 	ctx := context.Background()
@@ -370,7 +372,7 @@ func TestReaperRunsUntilItIsStopped(t *testing.T) {
 	<-stopped
 }
 
-// Somebody else's DEALLOCATE ALL, or a pooler's DISCARD ALL, takes our statements from under us.
+// DEALLOCATE ALL by other code, or a pooler's DISCARD ALL, drops our statements.
 func TestStatementsThatWereDeallocatedAreSentAsText(t *testing.T) {
 	t.Parallel()
 	b := setup(t, &setupOptions{configure: func(c *pgxpool.Config) { c.MaxConns = 1 }})
@@ -381,12 +383,14 @@ func TestStatementsThatWereDeallocatedAreSentAsText(t *testing.T) {
 	if _, err := b.pool.Exec(context.Background(), "DEALLOCATE ALL"); err != nil {
 		t.Fatal(err)
 	}
-	idle := func(context.Context, pgx.Tx) int { return 201 } // pgx's own statements are gone too, and that is pgx's to mend
+	// pgx's own statements are gone too; pgx has to mend that.
+	idle := func(context.Context, pgx.Tx) int { return 201 }
 	want(t, b.do(t, request("b", ""), idle), idempotency.OutcomeExecuted, "")
 	want(t, b.do(t, request("b", ""), idle), idempotency.OutcomeReplayed, "")
 }
 
-// Two stores on one pool differ in their statements; those of one are prepared, those of the other are sent as text.
+// Two stores on one pool differ in their statements; those of one are prepared, those of the other
+// are sent as text.
 func TestTwoStoresOnOnePool(t *testing.T) {
 	t.Parallel()
 	b := setup(t, nil)

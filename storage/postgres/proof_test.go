@@ -16,7 +16,8 @@ import (
 	"github.com/paidonce/idempotency/storage/postgres"
 )
 
-// Where another attempt recorded the key and there is no restart left to look, the key is not called not executed.
+// If another attempt recorded the key, and no restart is left to read the record, the request is
+// not reported as not executed.
 func TestRecordedKeyIsNeverCalledNotExecuted(t *testing.T) {
 	t.Parallel()
 	b := setup(t, nil)
@@ -61,7 +62,7 @@ func TestEveryEndAboveReadCommittedLooksAgain(t *testing.T) {
 	}
 	deferExec := func(sql string, status int) func(context.Context, pgx.Tx) (int, error) {
 		return func(ctx context.Context, _ pgx.Tx) (int, error) {
-			_ = postgres.DeferExec(ctx, sql) // what is refused fails the commit
+			_ = postgres.DeferExec(ctx, sql) // a refused statement fails the commit
 			return status, nil
 		}
 	}
@@ -143,8 +144,8 @@ func (b *testBundle) recordElsewhere(t *testing.T, isolation pgx.TxIsoLevel, req
 	}
 }
 
-// Above READ COMMITTED the claim's snapshot may be older than its lock. An attempt that saw nothing and then forgets
-// its answer must not say that the key was not executed.
+// Above READ COMMITTED the claim's snapshot may be older than its lock. An attempt that saw nothing
+// and then forgets its answer must not report not-executed.
 func TestOldSnapshotIsNoProof(t *testing.T) {
 	t.Parallel()
 	for _, isolation := range []pgx.TxIsoLevel{pgx.RepeatableRead, pgx.Serializable} {
@@ -182,7 +183,7 @@ func TestOldSnapshotIsNoProof(t *testing.T) {
 	}
 }
 
-// F25, the net under a handler that replaced the transaction, for the answers that commit nothing.
+// The last check on a handler that replaced the transaction, for the answers that commit nothing.
 func TestReplacedTransactionIsNeverCalledNotExecuted(t *testing.T) {
 	t.Parallel()
 	for _, status := range []int{500, 429, 0} {
@@ -219,7 +220,7 @@ func (f *faultyTracer) TraceStep(_ context.Context, s idempotency.StepEnd) {
 func (f *faultyTracer) TraceRequestEnd(context.Context, idempotency.RequestEnd) { f.ended.Add(1) }
 func (f *faultyTracer) TraceRefused(context.Context, idempotency.Refused)       {}
 
-// Whatever way a request's goroutine ends, nothing is held and its end is traced.
+// However a request's goroutine ends, nothing is held and its end is traced.
 func TestNothingIsHeldWhereTheGoroutineEnds(t *testing.T) {
 	t.Parallel()
 	for _, step := range []idempotency.Step{"", idempotency.StepClaim, idempotency.StepHandler, idempotency.StepCommit} {
@@ -244,7 +245,8 @@ func TestNothingIsHeldWhereTheGoroutineEnds(t *testing.T) {
 	}
 }
 
-// A role that a handler set for the session makes every claim on that connection fail: it is not kept.
+// A role that a handler set for the session makes every claim on that connection fail, so the
+// connection is closed.
 func TestConnectionThatCannotClaimIsNotKept(t *testing.T) {
 	t.Parallel()
 	b := setup(t, &setupOptions{configure: func(c *pgxpool.Config) { c.MaxConns = 1 }})
@@ -255,8 +257,8 @@ func TestConnectionThatCannotClaimIsNotKept(t *testing.T) {
 	want(t, b.do(t, request("k", ""), pay(t, 201)), idempotency.OutcomeExecuted, "")
 }
 
-// not-executed is said of a request, and not of its key: without a connection nobody looked. The client's table must
-// not let it give up on this one where an earlier reply was lost.
+// not-executed is about the request, not about its key: without a connection the key was not looked
+// up. The client's table must not let it give up on this answer if an earlier reply was lost.
 func TestNotExecutedIsSaidOfTheRequestAlone(t *testing.T) {
 	t.Parallel()
 	b := setup(t, &setupOptions{

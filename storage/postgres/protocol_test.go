@@ -16,7 +16,7 @@ import (
 	"github.com/paidonce/idempotency/storage/postgres"
 )
 
-// do runs one request whose handler is given its transaction.
+// do runs one request, and passes its transaction to the handler.
 func (b *testBundle) do(t *testing.T, req idempotency.Request, handler func(ctx context.Context, tx pgx.Tx) int) idempotency.Result {
 	t.Helper()
 	return idempotency.NewEngine(b.store, nil).Do(context.Background(), req, func(ctx context.Context) (*idempotency.Answer, error) {
@@ -81,7 +81,8 @@ func TestKeylessRequestHasATransactionAndNoRecord(t *testing.T) {
 	}
 }
 
-// The lock's answer and the record must not come from one snapshot: many clients send each key at once.
+// The result of the lock and the record must not come from one snapshot: many clients send each key
+// at once.
 func TestDuplicatesAtOnceRunOnce(t *testing.T) {
 	t.Parallel()
 	for _, isolation := range []pgx.TxIsoLevel{pgx.ReadCommitted, pgx.RepeatableRead, pgx.Serializable} {
@@ -129,8 +130,8 @@ func TestDuplicatesAtOnceRunOnce(t *testing.T) {
 	}
 }
 
-// Correctness never rests on the lock: with the same key claimed twice the primary key decides, for a commit and for a
-// decline.
+// Correctness never depends on the lock: if the same key is claimed twice the primary key decides,
+// for a commit and for a decline.
 func TestPrimaryKeyIsTheLastGuard(t *testing.T) {
 	t.Parallel()
 	for _, status := range []int{201, 402} {
@@ -141,7 +142,7 @@ func TestPrimaryKeyIsTheLastGuard(t *testing.T) {
 			result := b.do(t, request("k", ""), func(ctx context.Context, _ pgx.Tx) int {
 				runs++
 				effect(ctx, t)
-				// Somebody who never took the lock records the key meanwhile.
+				// Meanwhile a session that never took the lock records the key.
 				other := claimOf(request("k", ""))
 				_, err := b.pool.Exec(context.Background(), `INSERT INTO idempotency_keys
 					(created_at, expires_at, status, fingerprint_version, attempt_id, scope, key, fingerprint, headers, body)
@@ -220,7 +221,7 @@ func TestRecordIsReadBackAsItWasWritten(t *testing.T) {
 	}
 }
 
-// F5: a backend terminated before COMMIT.
+// A backend terminated before COMMIT.
 func TestBackendTerminatedBeforeCommitIsNotExecuted(t *testing.T) {
 	t.Parallel()
 	b := setup(t, nil)
@@ -241,8 +242,9 @@ func TestBackendTerminatedBeforeCommitIsNotExecuted(t *testing.T) {
 	}
 }
 
-// A backend that dies when COMMIT may have been sent has taken its transaction and its lock with it: the look for what
-// became of it proves that nothing did. Of a decline, whose record comes after the lock was given away, it proves nothing.
+// If a backend dies when COMMIT may have been sent, its transaction and its lock are gone: the
+// look-up proves that nothing was committed. For a decline, which records after it gave up the
+// lock, it proves nothing.
 func TestBackendTerminatedAtCommitIsResolved(t *testing.T) {
 	t.Parallel()
 	for status, end := range map[int]struct {
@@ -259,7 +261,7 @@ func TestBackendTerminatedAtCommitIsResolved(t *testing.T) {
 			if _, err := b.pool.Exec(context.Background(), "SELECT pg_terminate_backend($1, 5000)", pid); err != nil {
 				t.Error(err)
 			}
-			return status // nothing told the handler
+			return status // the handler learned nothing of it
 		})
 		want(t, result, end.outcome, end.reason)
 		if !errors.Is(result.Err, idempotency.ErrUnknown) {
@@ -272,7 +274,8 @@ func TestBackendTerminatedAtCommitIsResolved(t *testing.T) {
 	}
 }
 
-// Every idle connection is dead after a restart of the server; a claim is tried once more on a fresh one.
+// Every idle connection is dead after a restart of the server; a claim is tried once more on a
+// fresh one.
 func TestClaimOnDeadConnectionIsTriedOnAFreshOne(t *testing.T) {
 	t.Parallel()
 	b := setup(t, &setupOptions{configure: func(c *pgxpool.Config) {
@@ -303,7 +306,7 @@ func TestClaimOnDeadConnectionIsTriedOnAFreshOne(t *testing.T) {
 	want(t, b.do(t, request("k", ""), pay(t, 201)), idempotency.OutcomeExecuted, "")
 }
 
-// F14: 50 clients on a pool of 2 are served or refused in time, and never wait for each other forever.
+// 50 clients on a pool of 2 are served or refused in time, and never wait for each other forever.
 func TestSmallPoolShedsAndNeverDeadlocks(t *testing.T) {
 	t.Parallel()
 	const acquireTimeout = 300 * time.Millisecond
@@ -340,7 +343,7 @@ func TestSmallPoolShedsAndNeverDeadlocks(t *testing.T) {
 	}
 }
 
-// F15, 40001: the handler starts again, from a fresh transaction, and the third restart is the last.
+// After 40001 the handler starts again in a fresh transaction. The third restart is the last.
 func TestSerializationFailureStartsAgain(t *testing.T) {
 	t.Parallel()
 	b := setup(t, &setupOptions{store: &postgres.Options{Isolation: pgx.Serializable}})
@@ -367,13 +370,13 @@ func TestSerializationFailureStartsAgain(t *testing.T) {
 			if err := tx.QueryRow(ctx, "SELECT n FROM counters WHERE id = 1").Scan(&n); err != nil {
 				t.Error(err)
 			}
-			if runs <= c.failures { // somebody else is faster
+			if runs <= c.failures { // another session is faster
 				if _, err := b.pool.Exec(context.Background(), "UPDATE counters SET n = n + 1"); err != nil {
 					t.Error(err)
 				}
 			}
 			if _, err := tx.Exec(ctx, "UPDATE counters SET n = $1 WHERE id = 1", n+1); err != nil {
-				return 500 // what a handler says is not asked
+				return 500 // the handler's answer does not matter
 			}
 			return 201
 		})
@@ -387,7 +390,8 @@ func TestSerializationFailureStartsAgain(t *testing.T) {
 	}
 }
 
-// F15, 40P01: two handlers lock two rows in opposite order; one is the victim, starts again, and both are executed.
+// 40P01: two handlers lock two rows in opposite order. One is the victim and starts again, and both
+// are executed.
 func TestDeadlockStartsAgain(t *testing.T) {
 	t.Parallel()
 	b := setup(t, nil)
@@ -403,7 +407,9 @@ func TestDeadlockStartsAgain(t *testing.T) {
 			first := true
 			want(t, b.do(t, request(fmt.Sprint(i), ""), func(ctx context.Context, tx pgx.Tx) int {
 				runs.Add(1)
-				if !first { // wait for the row that the other holds first, or it could be overtaken and meet a second deadlock
+				// Wait for the row that the other holds first, or it could be overtaken and meet a
+				// second deadlock.
+				if !first {
 					order[0], order[1] = order[1], order[0]
 				}
 				for n, id := range order {
@@ -427,7 +433,7 @@ func TestDeadlockStartsAgain(t *testing.T) {
 	}
 }
 
-// F16: a lock or a statement that takes too long.
+// A lock or a statement that takes too long.
 func TestTimeoutsAreNotExecuted(t *testing.T) {
 	t.Parallel()
 	for name, opts := range map[string]*postgres.Options{
@@ -449,7 +455,7 @@ func TestTimeoutsAreNotExecuted(t *testing.T) {
 			if _, err := holder.Exec(ctx, "SELECT FROM effects FOR UPDATE"); err != nil {
 				t.Fatal(err)
 			}
-			for _, status := range []int{201, 402, 500} { // whatever the handler makes of it
+			for _, status := range []int{201, 402, 500} { // whatever the handler answers
 				result := b.do(t, request(fmt.Sprint(status), ""), func(ctx context.Context, tx pgx.Tx) int {
 					if _, err := tx.Exec(ctx, "SELECT FROM effects FOR UPDATE"); err == nil {
 						t.Error("the row was not held")
@@ -462,8 +468,8 @@ func TestTimeoutsAreNotExecuted(t *testing.T) {
 	}
 }
 
-// A handler's own timeout closes the connection, whose status still says that a transaction is open: COMMIT was never
-// sent, so the outcome is known.
+// A handler's own timeout closes the connection, and its status still says that a transaction is
+// open. COMMIT was never sent, so the outcome is known.
 func TestHandlersOwnTimeoutIsNotExecuted(t *testing.T) {
 	t.Parallel()
 	b := setup(t, nil)
@@ -482,7 +488,8 @@ func TestHandlersOwnTimeoutIsNotExecuted(t *testing.T) {
 	}
 }
 
-// A deferred constraint of the handler's own raises 23505 at COMMIT, which is not ours: it aborts, and replays nothing.
+// A deferred constraint of the handler's own raises 23505 at COMMIT. It is not about our record: it
+// aborts, and replays nothing.
 func TestDeferredConstraintAtCommitIsTheHandlersFailure(t *testing.T) {
 	t.Parallel()
 	b := setup(t, nil)
@@ -503,7 +510,8 @@ func TestDeferredConstraintAtCommitIsTheHandlersFailure(t *testing.T) {
 	}
 }
 
-// A handler may turn its own 23505 into a 409, which is recorded although its transaction is aborted.
+// A handler may turn its own 23505 into a 409, which is recorded although its transaction is
+// aborted.
 func TestDeclineOfAnAbortedTransactionIsRecorded(t *testing.T) {
 	t.Parallel()
 	for name, opts := range map[string]*setupOptions{
@@ -530,7 +538,7 @@ func TestDeclineOfAnAbortedTransactionIsRecorded(t *testing.T) {
 	}
 }
 
-// Whatever way an attempt ends, it lets everything go.
+// However an attempt ends, it releases everything.
 func TestNoLockAndNoSessionIsLeftBehind(t *testing.T) {
 	t.Parallel()
 	b := setup(t, nil)

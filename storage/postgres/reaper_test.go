@@ -13,7 +13,8 @@ import (
 	"github.com/paidonce/idempotency/storage/postgres"
 )
 
-// plant puts records into the table: every third is live, the others have expired. Their keys are 1 to rows.
+// plant puts records into the table: every third is live, the others have expired. Their keys are 1
+// to rows.
 func (b *testBundle) plant(t *testing.T, rows, bodyBytes int) {
 	t.Helper()
 	if _, err := b.pool.Exec(context.Background(), `
@@ -25,7 +26,7 @@ func (b *testBundle) plant(t *testing.T, rows, bodyBytes int) {
 	}
 }
 
-// pages returns how many pages the table has.
+// pages returns the number of pages of the table.
 func (b *testBundle) pages(t *testing.T) int {
 	return b.count(t, "SELECT pg_relation_size('idempotency_keys') / 8192")
 }
@@ -48,8 +49,8 @@ func TestDeleteExpiredLeavesChildTablesAlone(t *testing.T) {
 	}
 }
 
-// The reaper deletes everything expired and nothing else, across many pages. A page on which somebody holds a row waits
-// for the next walk.
+// The reaper deletes everything expired and nothing else, across many pages. A page with a held row
+// is left to the next walk.
 func TestDeleteExpiredWalksTheWholeTable(t *testing.T) {
 	t.Parallel()
 	ctx := context.Background()
@@ -81,7 +82,7 @@ func TestDeleteExpiredWalksTheWholeTable(t *testing.T) {
 	}
 }
 
-// A walk that meets held rows everywhere gives up, and says so.
+// A walk that meets held rows everywhere gives up, and returns an error.
 func TestDeleteExpiredGivesUpWhereEverythingIsHeld(t *testing.T) {
 	t.Parallel()
 	ctx := context.Background()
@@ -102,7 +103,7 @@ func TestDeleteExpiredGivesUpWhereEverythingIsHeld(t *testing.T) {
 	}
 }
 
-// Reapers that run at once share the table: each row is deleted once, and none of them fails.
+// Concurrent reapers share the table: each row is deleted once, and no reaper fails.
 func TestReapersAtOnceShareTheTable(t *testing.T) {
 	t.Parallel()
 	b := setup(t, nil)
@@ -131,15 +132,16 @@ func TestReapersAtOnceShareTheTable(t *testing.T) {
 	}
 }
 
-// A batch that is too much for statement_timeout, as one of large bodies may be, is tried again in halves, down to one
-// page. What is too much for that is an error, and stops nothing that came before.
+// If a batch takes longer than statement_timeout, as one of large bodies may, it is retried in
+// halves, down to one page. If a page still takes too long, that is an error, and the deletions
+// before it stay.
 func TestDeleteExpiredHalvesWhatTakesTooLong(t *testing.T) {
 	t.Parallel()
 	ctx := context.Background()
 	for _, c := range []struct {
 		name        string
 		timeout     time.Duration
-		quickRows   int // as many can be deleted in time
+		quickRows   int // the number that can be deleted in time
 		deletedRows int64
 		code        string
 	}{

@@ -24,7 +24,7 @@ func TestHeadersRoundTrip(t *testing.T) {
 	}
 }
 
-// FuzzDecodeHeaders: what is read is what was written, byte for byte.
+// FuzzDecodeHeaders: headers that are decoded encode to the same bytes.
 func FuzzDecodeHeaders(f *testing.F) {
 	for _, header := range []map[string][]string{{}, {"A": {"b"}}, {"A": {"b", "c"}, "D": {""}}} {
 		f.Add(encodeHeaders(nil, header))

@@ -24,12 +24,13 @@ import (
 	"github.com/paidonce/idempotency/storage/postgres"
 )
 
-// BenchmarkReplay compares a GET by id with replays: of a key that was recorded elsewhere (claim and ROLLBACK), and of one
-// that this process knows (a look-up); and, for scale, a POST with the same body and headers that is
-// answered without this library and without a database. Real HTTP, clients at once, answers of about 200 bytes. Each of
-// b.N rounds sends to all in random order; what is reported are medians and quartiles of each round's ratio to its own
-// GET: of requests a second, and of requests for a second of CPU time (client, service and PostgreSQL), which says the
-// same where the machine is ours and still says it where it is not.
+// BenchmarkReplay compares a GET by id with replays: of a key that was recorded elsewhere (claim
+// and ROLLBACK), and of one that this process knows (a look-up); and, for scale, a POST with the
+// same body and headers that is answered without this library and without a database. Real HTTP,
+// clients at once, answers of about 200 bytes. Each of b.N rounds sends to all in random order. It
+// reports medians and quartiles of each round's ratio to its own GET: of requests per second, and
+// of requests per second of CPU time (client, service and PostgreSQL). The two agree on an idle
+// machine, and the second holds on a busy one too.
 //
 //	go test -run '^$' -bench Replay -benchtime 100x ./storage/postgres
 func BenchmarkReplay(b *testing.B) {
@@ -155,7 +156,7 @@ func benchmarkReplay(b *testing.B, clients int) {
 			cpuRatios[kind] = append(cpuRatios[kind], round[kind].cpu/round["get"].cpu)
 		}
 	}
-	b.ReportMetric(0, "ns/op") // the length of a round says nothing
+	b.ReportMetric(0, "ns/op") // the length of a round means nothing
 	for _, kind := range kinds {
 		for unit, figures := range map[string][]float64{"req/s": rates[kind], "go-us": goUS[kind], "pg-us": pgUS[kind], "x-get": ratios[kind], "x-get-by-cpu": cpuRatios[kind]} {
 			slices.Sort(figures)
@@ -168,7 +169,8 @@ func benchmarkReplay(b *testing.B, clients int) {
 	}
 }
 
-// backendsOf returns what Linux knows of the CPU time of the backends of pools whose connections are all made.
+// backendsOf returns the files with the CPU times of the backends of pools that have made all their
+// connections.
 func backendsOf(b *testing.B, pools ...*pgxpool.Pool) (files []string) {
 	for _, pool := range pools {
 		var conns []*pgxpool.Conn
@@ -207,7 +209,8 @@ func cpuTime(b *testing.B, backends []string) (ours, postgres time.Duration) {
 	return time.Duration(usage.Utime.Nano() + usage.Stime.Nano()), postgres
 }
 
-// unhinted is a store to which no key was ever known: each replay is one of a key that another process recorded.
+// unhinted is a store that never knows a key: each replay is one of a key that another process
+// recorded.
 type unhinted struct{ *postgres.Store }
 
 func (s unhinted) Begin(ctx context.Context, claim *idempotency.Claim) (idempotency.Attempt, *idempotency.Record, error) {

@@ -22,7 +22,8 @@ func TestReplayOutlivesWhatItsConnectionLost(t *testing.T) {
 	want(t, b.do(t, request("k", ""), pay(t, 201)), idempotency.OutcomeExecuted, "")
 	for _, sql := range []string{
 		"DEALLOCATE ALL",
-		"ALTER TABLE idempotency_keys ALTER trace_id TYPE varchar", // the result is of another type than the plan's
+		// The result has another type than the plan's.
+		"ALTER TABLE idempotency_keys ALTER trace_id TYPE varchar",
 		"SELECT pg_terminate_backend(pg_backend_pid())",
 		"SELECT 1",
 	} {

@@ -21,7 +21,7 @@ import (
 	"github.com/paidonce/idempotency/storage/postgres"
 )
 
-// through has a pool connect through a proxy that spoils the COMMITs that onCommit says.
+// through makes a pool connect through a proxy that injects the faults that onCommit returns.
 func through(t *testing.T, config *pgx.ConnConfig, onCommit func(pgfault.Commit) pgfault.Fault) *pgfault.Proxy {
 	t.Helper()
 	network, address := pgconn.NetworkAddress(config.Host, config.Port)
@@ -38,7 +38,7 @@ func through(t *testing.T, config *pgx.ConnConfig, onCommit func(pgfault.Commit)
 	return proxy
 }
 
-// onLost is a fault of the flushes that hold the key "lost".
+// onLost injects a fault into the flushes that contain the key "lost".
 func onLost(fault pgfault.Fault) func(pgfault.Commit) pgfault.Fault {
 	return func(c pgfault.Commit) pgfault.Fault {
 		if bytes.Contains(c.Messages, []byte("lost")) {
@@ -56,7 +56,7 @@ func setupFault(t *testing.T, fault pgfault.Fault) (*testBundle, *pgfault.Proxy)
 	}}), proxy
 }
 
-// F8 to F12: whichever way the reply to COMMIT is lost, the client is told the truth, or that it is not known.
+// However the reply to COMMIT is lost, the client gets the true outcome, or unknown.
 func TestF08ToF12LostReplyToCommitIsLookedUp(t *testing.T) {
 	t.Parallel()
 	for name, c := range map[string]struct {
@@ -87,8 +87,9 @@ func TestF08ToF12LostReplyToCommitIsLookedUp(t *testing.T) {
 					effect(ctx, t)
 					return answer(status), nil
 				})
-				// A decline undoes the writes in any case. It does not hold the key between its ROLLBACK and its INSERT, so
-				// that an absent record proves nothing, and a late one may be missed.
+				// A decline undoes the writes in any case. It does not hold the key between its
+				// ROLLBACK and its INSERT, so an absent record proves nothing, and a late one may
+				// be missed.
 				effects, outcome, reason := c.effects, c.outcome, c.reason
 				if status == 402 {
 					effects = 0
@@ -112,7 +113,8 @@ func TestF08ToF12LostReplyToCommitIsLookedUp(t *testing.T) {
 						return nil, errors.New("again")
 					}), c.retry, map[bool]idempotency.Reason{true: idempotency.ReasonInProgress}[c.retry == idempotency.OutcomeInProgress])
 				}
-				if c.outcome == idempotency.OutcomeUnknown { // once PostgreSQL has ended what is half open
+				// Once PostgreSQL has ended the half-open session.
+				if c.outcome == idempotency.OutcomeUnknown {
 					b.count(t, "SELECT count(pg_terminate_backend(pid, 5000)) FROM pg_stat_activity WHERE datname = current_database() AND state = 'idle in transaction'")
 					b.resolve(context.Background(), "lost").wantAbsent(t)
 				}
@@ -121,7 +123,7 @@ func TestF08ToF12LostReplyToCommitIsLookedUp(t *testing.T) {
 	}
 }
 
-// What is found may be another attempt's, by whatever way it came there: it is compared like any other.
+// The record that is found may be another attempt's: it is compared like any other.
 func TestLostReplyMayFindAnothersRecord(t *testing.T) {
 	t.Parallel()
 	for body, c := range map[string]struct {
@@ -162,7 +164,8 @@ func TestLostReplyOfAKeylessCommitIsUnknown(t *testing.T) {
 	}
 }
 
-// An outage that begins with the loss of the reply: who asks until the database is back is told the truth.
+// An outage begins with the loss of the reply: a client that retries until the database is back
+// gets the true outcome.
 func TestResolveOutlivesARestart(t *testing.T) {
 	t.Parallel()
 	pgtest.Slow(t, "starts a PostgreSQL of its own, and restarts it")

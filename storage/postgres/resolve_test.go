@@ -20,7 +20,7 @@ import (
 	"github.com/paidonce/idempotency/storage/postgres"
 )
 
-// resolution is what Resolve returned.
+// resolution is the result of Resolve.
 type resolution struct {
 	record *idempotency.Record
 	err    error
@@ -37,7 +37,7 @@ func (b *testBundle) resolveLater(ctx context.Context, key string) <-chan resolu
 	return done
 }
 
-// wantUnknown fails where Resolve found out anything.
+// wantUnknown fails if Resolve found the outcome.
 func (r resolution) wantUnknown(t *testing.T) {
 	t.Helper()
 	if r.record != nil || !errors.Is(r.err, idempotency.ErrUnknown) {
@@ -45,7 +45,7 @@ func (r resolution) wantUnknown(t *testing.T) {
 	}
 }
 
-// wantAbsent fails where Resolve did not prove that there is no record.
+// wantAbsent fails if Resolve did not prove that there is no record.
 func (r resolution) wantAbsent(t *testing.T) {
 	t.Helper()
 	if r.record != nil || r.err != nil {
@@ -53,7 +53,7 @@ func (r resolution) wantAbsent(t *testing.T) {
 	}
 }
 
-// wantBody fails where Resolve did not find the record with this body.
+// wantBody fails if Resolve did not find the record with this body.
 func (r resolution) wantBody(t *testing.T, body string) {
 	t.Helper()
 	if r.err != nil || r.record == nil || string(r.record.Answer.Body) != body {
@@ -61,7 +61,7 @@ func (r resolution) wantBody(t *testing.T, body string) {
 	}
 }
 
-// shortly returns a context for a Resolve that can't find anything out.
+// shortly returns a context for a Resolve that can't find the outcome.
 func shortly(t *testing.T) context.Context {
 	t.Helper()
 	ctx, cancel := context.WithTimeout(context.Background(), 500*time.Millisecond)
@@ -69,12 +69,12 @@ func shortly(t *testing.T) context.Context {
 	return ctx
 }
 
-// lockNumber is that of a key of request.
+// lockNumber returns the lock number of a request's key.
 func lockNumber(key string) int64 {
 	return idempotency.Key{Scope: "acme", Value: key}.LockNumber("public." + postgres.TableName)
 }
 
-// hold opens a transaction that holds the keys, as attempts on connections that are half open do.
+// hold opens a transaction that holds the keys, as attempts on half-open connections do.
 func (b *testBundle) hold(t *testing.T, keys ...string) pgx.Tx {
 	t.Helper()
 	tx, err := b.pool.Begin(context.Background())
@@ -94,7 +94,7 @@ type execer interface {
 	Exec(ctx context.Context, sql string, arguments ...any) (pgconn.CommandTag, error)
 }
 
-// record records a key by other means than an attempt's.
+// record records a key without an attempt.
 func record(t *testing.T, db execer, key, requestBody, body string) {
 	t.Helper()
 	sum := request(key, requestBody).Fingerprint.Sum
@@ -108,7 +108,7 @@ func record(t *testing.T, db execer, key, requestBody, body string) {
 const waitingResolvers = `SELECT count(*) FROM pg_stat_activity
 	WHERE datname = current_database() AND wait_event = 'advisory'`
 
-// awaitResolvers waits until so many backends wait for a key's lock.
+// awaitResolvers waits until that many backends wait for a key's lock.
 func (b *testBundle) awaitResolvers(t *testing.T, want int) {
 	t.Helper()
 	for deadline := time.Now().Add(20 * time.Second); b.count(t, waitingResolvers) != want; time.Sleep(time.Millisecond) {
@@ -118,7 +118,7 @@ func (b *testBundle) awaitResolvers(t *testing.T, want int) {
 	}
 }
 
-// counted counts the connections that are made, those of resolvers included.
+// counted counts the connections that are made, including those of resolvers.
 func counted(c *pgxpool.Config, n *atomic.Int64) {
 	c.BeforeConnect = func(context.Context, *pgx.ConnConfig) error {
 		n.Add(1)
@@ -126,8 +126,9 @@ func counted(c *pgxpool.Config, n *atomic.Int64) {
 	}
 }
 
-// The lock comes first, in a statement of its own, whatever the store's isolation: a look from before the lock, or of
-// its snapshot, misses the record, and a payment that was made is called not executed.
+// The lock comes first, in a statement of its own, whatever the store's isolation: a look-up from
+// before the lock, or with the lock's snapshot, misses the record, and an executed payment is
+// reported as not executed.
 func TestResolveLooksOnceTheLockIsFree(t *testing.T) {
 	t.Parallel()
 	pooler := &setupOptions{store: &postgres.Options{TransactionPooling: true}, configure: func(c *pgxpool.Config) {
@@ -199,8 +200,8 @@ func TestResolveLooksOnceTheLockIsFree(t *testing.T) {
 	}
 }
 
-// A lock that is not to be had is given up after a while for others that wait for a place, and tried again; when the
-// time is over nothing was found out.
+// A resolver that does not get the lock gives up after a while, so that others get its place, and
+// tries again. When its time has elapsed the outcome is unknown.
 func TestResolveGivesItsPlaceToOthers(t *testing.T) {
 	t.Parallel()
 	var connections atomic.Int64
@@ -212,7 +213,7 @@ func TestResolveGivesItsPlaceToOthers(t *testing.T) {
 	b.awaitResolvers(t, 2)
 	before := connections.Load()
 
-	b.resolve(shortly(t), "free").wantUnknown(t) // no place, although nobody holds the key
+	b.resolve(shortly(t), "free").wantUnknown(t) // no place, although the key is free
 	if n := connections.Load() - before; n != 0 {
 		t.Errorf("%d connections were made without a place", n)
 	}
@@ -243,7 +244,8 @@ func TestResolveOfAKeyThatStaysHeldIsUnknown(t *testing.T) {
 	t.Parallel()
 	b := setup(t, nil)
 	holder := b.hold(t, "k")
-	ctx, cancel := context.WithTimeout(context.Background(), 3*time.Second) // longer than the lock is waited for at once
+	// Longer than one wait for the lock.
+	ctx, cancel := context.WithTimeout(context.Background(), 3*time.Second)
 	defer cancel()
 	b.resolve(ctx, "k").wantUnknown(t)
 	if ctx.Err() == nil {
@@ -255,7 +257,8 @@ func TestResolveOfAKeyThatStaysHeldIsUnknown(t *testing.T) {
 	b.resolve(context.Background(), "k").wantAbsent(t)
 }
 
-// A resolver needs nothing of the pool, and leaves nothing behind: no session, no lock, no connection.
+// A resolver takes nothing from the pool, and leaves nothing behind: no session, no lock, no
+// connection.
 func TestResolveNeedsNoRoomInThePool(t *testing.T) {
 	t.Parallel()
 	b := setup(t, &setupOptions{configure: func(c *pgxpool.Config) { c.MaxConns = 1 }})
@@ -285,7 +288,7 @@ func TestResolveNeedsNoRoomInThePool(t *testing.T) {
 	}
 }
 
-// One connection, which is made like the pool's, and one look: nothing is prepared on it.
+// One connection, made like the pool's, and one look-up: nothing is prepared on it.
 func TestResolverConnectsAsThePoolDoes(t *testing.T) {
 	t.Parallel()
 	var hooks []string
@@ -313,7 +316,7 @@ func TestResolverConnectsAsThePoolDoes(t *testing.T) {
 	hooks = nil
 	before := b.wire.count()
 	b.resolve(context.Background(), "k").wantBody(t, "done")
-	if n := b.wire.count() - before; n != 4 { // connect, look, roll back, say good-bye
+	if n := b.wire.count() - before; n != 4 { // connect, look up, roll back, terminate
 		t.Errorf("%d round trips, want 4", n)
 	}
 	if !slices.Equal(hooks, []string{"before", "after"}) {
@@ -327,7 +330,7 @@ func TestResolverConnectsAsThePoolDoes(t *testing.T) {
 	b.resolve(context.Background(), "k").wantBody(t, "done")
 }
 
-// In another encoding the bytes that we send are another scope, whose record is not there.
+// With another client_encoding our bytes are another scope, which has no record.
 func TestResolverRefusesAnotherEncoding(t *testing.T) {
 	t.Parallel()
 	var encoding atomic.Value
@@ -349,7 +352,7 @@ func TestResolverRefusesAnotherEncoding(t *testing.T) {
 	resolution{record, err}.wantBody(t, "done")
 }
 
-// A record that can't be read stays so: it is looked at once, and nothing is said of it.
+// A record that can't be read stays unreadable: it is read once, and the outcome is unknown.
 func TestResolveOfAnUnreadableRecordIsUnknown(t *testing.T) {
 	t.Parallel()
 	var connections atomic.Int64
@@ -367,7 +370,7 @@ func TestResolveOfAnUnreadableRecordIsUnknown(t *testing.T) {
 	}
 }
 
-// Whatever goes wrong on the way is no proof of anything.
+// An error on the way proves nothing.
 func TestResolveWithoutATableIsUnknown(t *testing.T) {
 	t.Parallel()
 	b := setup(t, nil)
@@ -398,7 +401,8 @@ func TestOptionsOfResolvers(t *testing.T) {
 	postgres.New(b.pool, &postgres.Options{ResolversMax: -1})
 }
 
-// A server that takes connections and says nothing costs a resolver two seconds, and not all that it has.
+// A server that accepts connections and never answers costs a resolver two seconds, not all of its
+// time.
 func TestResolverConnectsToTheNextServer(t *testing.T) {
 	t.Parallel()
 	silent, err := net.Listen("tcp", "127.0.0.1:0")

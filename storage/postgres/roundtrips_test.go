@@ -11,7 +11,8 @@ import (
 	"github.com/paidonce/idempotency/storage/postgres"
 )
 
-// handlerStatements is how many statements the handler of this test sends, one after another.
+// handlerStatements is the number of statements that the handler of this test sends, one after
+// another.
 const handlerStatements = 3
 
 func statements(ctx context.Context, t *testing.T, tx pgx.Tx) {
@@ -22,7 +23,7 @@ func statements(ctx context.Context, t *testing.T, tx pgx.Tx) {
 	}
 }
 
-// The promise: a keyed request costs no round trip more than its handler in a plain transaction.
+// The promise: a keyed request costs no more round trips than its handler in a plain transaction.
 func TestRoundTripsAreThoseOfAPlainTransaction(t *testing.T) {
 	t.Parallel()
 	for name, opts := range map[string]*setupOptions{

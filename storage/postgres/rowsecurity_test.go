@@ -52,8 +52,8 @@ func (b *testBundle) as(t *testing.T, role string, opts *postgres.Options, confi
 	return &testBundle{pool: pool, store: postgres.New(pool, opts), wire: &wire{}}
 }
 
-// rightsOfAService and rightsOfAReaper are those of docs/guarantees.md, and the ones that the
-// tests' handlers need.
+// rightsOfAService and rightsOfAReaper are those of docs/guarantees.md, and those of the tests'
+// handlers.
 var (
 	rightsOfAService = []string{"SELECT, INSERT ON idempotency_keys", "SELECT ON idempotency_migrations", "SELECT, INSERT ON effects", "USAGE ON SEQUENCE effects_id_seq"}
 	rightsOfAReaper  = []string{"SELECT, DELETE ON idempotency_keys"}
@@ -118,7 +118,7 @@ func TestReaperSaysThatRowsMayBeHidden(t *testing.T) {
 	}
 }
 
-// policies let a service record, and hide all records, those of a tenant that nobody named, or none.
+// policies let a service record, and hide all records, those of an unnamed tenant, or none.
 var policies = map[string]string{
 	"insert alone":        "FOR INSERT WITH CHECK (true)",
 	"the handler's":       "USING (scope = current_setting('app.tenant', true)) WITH CHECK (true)",

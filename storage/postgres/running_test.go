@@ -19,8 +19,8 @@ import (
 	"github.com/paidonce/idempotency/internal/pgfault"
 )
 
-// Duplicates that arrive while their request runs take no connection, on a route that does not wait
-// either. Once the first is answered each copy is a replay.
+// Duplicates that arrive while their request runs take no connection, also on a route that does not
+// wait. Once the first is answered each copy is a replay.
 func TestDuplicatesOfWhatRunsHereTakeNoConnection(t *testing.T) {
 	t.Parallel()
 	const (
@@ -92,8 +92,8 @@ func TestDuplicatesOfWhatRunsHereTakeNoConnection(t *testing.T) {
 }
 
 // Random requests end in all ways, on two engines with and without Wait, and COMMITs lose their
-// replies. As soon as somebody has seen the record of a payment, no request that begins later is in-progress.
-// When all has ended no key is left in memory.
+// replies. As soon as a caller has seen the record of a payment, no request that begins later is
+// in-progress. At the end no key is left in memory.
 func TestNobodyIsInProgressAfterTheEndWasSeen(t *testing.T) {
 	t.Parallel()
 	const (
@@ -137,7 +137,8 @@ func TestNobodyIsInProgressAfterTheEndWasSeen(t *testing.T) {
 		<-done
 		switch result.Outcome {
 		case idempotency.OutcomeExecuted, idempotency.OutcomeReplayed:
-			if result.Answer.Status == 201 { // a decline gives its claim away, so another attempt may run beside its record
+			// A decline gives up its claim, so another attempt may run beside its record.
+			if result.Answer.Status == 201 {
 				recorded[key].Store(true)
 			}
 		case idempotency.OutcomeInProgress:
@@ -158,7 +159,7 @@ func TestNobodyIsInProgressAfterTheEndWasSeen(t *testing.T) {
 	}
 	group.Wait()
 
-	// What is in memory now would answer for as long as a handler may run.
+	// A key that is still in memory would be answered from it for as long as a handler may run.
 	paid := 0
 	for key := range keys {
 		for _, engine := range engines[:2] {

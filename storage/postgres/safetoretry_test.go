@@ -13,14 +13,16 @@ import (
 	"github.com/paidonce/idempotency/internal/pgtest"
 )
 
-// TestSafeToRetryIsTrueAfterACommittedCommit is why pgconn.SafeToRetry is never asked. The COMMIT is committed, its
-// reply is lost, and pgx says that nothing was sent: the failed read closes the connection, what is read after that fails with
-// "conn closed", and that counts as safe, whatever was sent while the connection was open.
+// TestSafeToRetryIsTrueAfterACommittedCommit is the reason for never using pgconn.SafeToRetry. The
+// COMMIT is committed, its reply is lost, and pgx reports that nothing was sent: the failed read
+// closes the connection, the next read fails with "conn closed", and that counts as safe, whatever
+// was sent while the connection was open.
 func TestSafeToRetryIsTrueAfterACommittedCommit(t *testing.T) {
 	t.Parallel()
 	for _, test := range []struct {
-		name   string
-		commit func(ctx context.Context, tx pgx.Tx) error // pays and commits; returns what pgx says of the COMMIT
+		name string
+		// Pays and commits; returns pgx's error for the COMMIT.
+		commit func(ctx context.Context, tx pgx.Tx) error
 	}{
 		{"Tx.Commit", func(ctx context.Context, tx pgx.Tx) error {
 			if _, err := tx.Exec(ctx, "INSERT INTO payments VALUES (1)"); err != nil {

@@ -17,8 +17,8 @@ import (
 	"github.com/paidonce/idempotency/storage/postgres"
 )
 
-// F25: what would end the transaction is refused before it is sent, on every way to send SQL, and the transaction is
-// none the worse for it.
+// Text that would end the transaction is refused before it is sent, on every way to send SQL, and
+// the transaction goes on unharmed.
 func TestHandlerCannotEndTheTransaction(t *testing.T) {
 	t.Parallel()
 	b := setup(t, nil)
@@ -73,7 +73,8 @@ func TestHandlerCannotEndTheTransaction(t *testing.T) {
 	}
 }
 
-// Under the guard there is the server's: several statements never go out in one message, whatever mode is asked for.
+// Behind our guard there is the server's: several statements never go out in one message, in
+// whatever mode.
 func TestSeveralStatementsNeverGoOutInOneMessage(t *testing.T) {
 	t.Parallel()
 	for name, mode := range map[string]pgx.QueryExecMode{"default": pgx.QueryExecModeCacheStatement, "simple": pgx.QueryExecModeSimpleProtocol} {
@@ -106,7 +107,8 @@ func (r rewriter) RewriteQuery(context.Context, *pgx.Conn, string, []any) (strin
 	return string(r), nil, nil
 }
 
-// F25, the net: a transaction that was ended around the seal is never called not executed, nor executed.
+// The last check: a transaction that was ended around the seal is reported neither as executed nor
+// as not executed.
 func TestLostTransactionIsUnknown(t *testing.T) {
 	t.Parallel()
 	for name, c := range map[string]struct {
@@ -131,7 +133,7 @@ func TestLostTransactionIsUnknown(t *testing.T) {
 					return c.status
 				})
 				if key == "" && name == "replaced, 402" {
-					return // rolled back; nothing is recorded that could be wrong
+					return // rolled back; there is no record that could be wrong
 				}
 				want(t, result, idempotency.OutcomeUnknown, idempotency.ReasonTransactionLost)
 				if n := b.count(t, "SELECT count(*) FROM idempotency_keys"); n != 0 {
@@ -142,7 +144,7 @@ func TestLostTransactionIsUnknown(t *testing.T) {
 	}
 }
 
-// F25: an SQL error that the handler swallows leaves an aborted transaction, which no 2xx can commit.
+// An SQL error that the handler ignores leaves an aborted transaction, which no 2xx can commit.
 func TestSwallowedErrorIsNotExecuted(t *testing.T) {
 	t.Parallel()
 	ctx := context.Background()
@@ -181,7 +183,7 @@ func TestSwallowedErrorIsNotExecuted(t *testing.T) {
 	}
 }
 
-// A serialization failure is remembered from every path, whatever the handler makes of it.
+// A serialization failure is remembered from every path, whatever the handler answers.
 func TestRestartIsRememberedFromEveryPath(t *testing.T) {
 	t.Parallel()
 	const raise = "DO $$ BEGIN RAISE SQLSTATE '40001'; END $$"
@@ -246,7 +248,7 @@ func TestNestedTransactions(t *testing.T) {
 			t.Error(err)
 		}
 		insert(ctx, inner, "undone")
-		if _, err := inner.Exec(ctx, "SELECT 1/0"); err == nil { // and forgotten with the savepoint
+		if _, err := inner.Exec(ctx, "SELECT 1/0"); err == nil { // cleared together with the savepoint
 			t.Error("no error")
 		}
 		if err := inner.Rollback(ctx); err != nil {
@@ -277,7 +279,7 @@ func TestNestedTransactions(t *testing.T) {
 	}), idempotency.OutcomeNotExecuted, idempotency.ReasonHandlerFailed)
 }
 
-// All of pgx.Tx works that does not lead around the seal.
+// All of pgx.Tx works that can't get around the seal.
 func TestTransactionIsAPgxTx(t *testing.T) {
 	t.Parallel()
 	b := setup(t, nil)
@@ -297,7 +299,7 @@ func TestTransactionIsAPgxTx(t *testing.T) {
 		if err := tx.QueryRow(ctx, "SELECT name FROM effects WHERE name = 'z'").Scan(new(string)); !errors.Is(err, pgx.ErrNoRows) {
 			t.Error(err)
 		}
-		if err := tx.QueryRow(ctx, "SELECT 'x'").Scan(new(int)); err == nil { // an error of ours alone
+		if err := tx.QueryRow(ctx, "SELECT 'x'").Scan(new(int)); err == nil { // an error only on our side
 			t.Error("a text was scanned into a number")
 		}
 		called := false
@@ -360,7 +362,7 @@ func TestRowsLeftOpenAreNotExecuted(t *testing.T) {
 	}
 }
 
-// From QueryRow to Scan the transaction is in use, and whoever never scans is told of it.
+// From QueryRow to Scan the transaction is in use. A handler that never scans gets an error.
 func TestRowIsOneUseOfTheTransaction(t *testing.T) {
 	t.Parallel()
 	b := setup(t, nil)
@@ -409,12 +411,12 @@ func TestRowIsOneUseOfTheTransaction(t *testing.T) {
 	}
 }
 
-// panics is a Scanner that does.
+// panics is a Scanner that panics.
 type panics struct{}
 
 func (panics) Scan(any) error { panic("scanned") }
 
-// F25: a transaction that is used after the handler returned answers an error, and the answer stands.
+// A use of the transaction after the handler has returned fails, and the answer stands.
 func TestTransactionIsSealedWhenTheHandlerReturned(t *testing.T) {
 	t.Parallel()
 	b := setup(t, nil)
@@ -445,7 +447,8 @@ func TestTransactionIsSealedWhenTheHandlerReturned(t *testing.T) {
 	}
 }
 
-// F25 under the race detector: a goroutine that the handler left behind goes on using the transaction while it ends.
+// For the race detector: a goroutine that the handler left behind still uses the transaction while
+// it ends.
 func TestGoroutineLeftBehindCannotTouchTheCommit(t *testing.T) {
 	t.Parallel()
 	b := setup(t, nil)
@@ -492,7 +495,8 @@ func TestGoroutineLeftBehindCannotTouchTheCommit(t *testing.T) {
 	}
 }
 
-// F25: a write through the pool would escape the transaction, and a pool full of handlers would wait for itself.
+// A write through the pool would escape the transaction, and a pool full of handlers would wait for
+// itself.
 func TestPoolIsRefusedToAHandler(t *testing.T) {
 	t.Parallel()
 	b := setup(t, &setupOptions{configure: func(c *pgxpool.Config) { c.MaxConns = 1 }})
@@ -505,7 +509,7 @@ func TestPoolIsRefusedToAHandler(t *testing.T) {
 			t.Errorf("Begin on the pool: %v", err)
 		}
 		nested := b.do(t, request("nested", ""), func(context.Context, pgx.Tx) int { return 201 })
-		// By another context: no connection is left, and it does not wait forever.
+		// With another context: no connection is left, and it does not wait forever.
 		want(t, nested, idempotency.OutcomeNotExecuted, idempotency.ReasonUnavailable)
 		if _, err := other.pool.Exec(ctx, "INSERT INTO effects (name) VALUES ('elsewhere')"); err != nil {
 			t.Errorf("another database: %v", err)
@@ -519,9 +523,9 @@ func TestPoolIsRefusedToAHandler(t *testing.T) {
 	}
 }
 
-// The pool recognizes a handler only by its context. A context without the attempt could be
-// anybody's: its writes are committed apart, and stay whatever becomes of the request. The README
-// says so, and no hook of pgx could prevent it.
+// The pool recognizes a handler only by its context. A context without the attempt could belong to
+// any code: its writes are committed separately, and stay however the request ends. The README says
+// so, and no hook of pgx could prevent it.
 func TestPoolIsRefusedToTheHandlersContextAndToNoOther(t *testing.T) {
 	t.Parallel()
 	for status, outcome := range map[int]idempotency.Outcome{201: idempotency.OutcomeExecuted, 402: idempotency.OutcomeExecuted, 500: idempotency.OutcomeNotExecuted} {
@@ -627,7 +631,7 @@ func TestTxOutsideAHandlerPanics(t *testing.T) {
 	postgres.Tx(context.Background())
 }
 
-// A handler can't redirect us, nor talk COMMIT out of waiting for the disk.
+// A handler can't redirect the record, nor make COMMIT skip the wait for the disk.
 func TestHandlerCannotRedirectTheRecord(t *testing.T) {
 	t.Parallel()
 	b := setup(t, nil)

@@ -11,8 +11,8 @@ import (
 	"github.com/paidonce/idempotency"
 )
 
-// State that a handler leaves in its session may fail a later handler that leaves the same there.
-// It never separates an effect from its record.
+// State that a handler leaves in its session may fail a later handler that leaves the same. It
+// never separates an effect from its record.
 func TestWhatAHandlerLeavesInItsSessionPartsNoEffectFromItsRecord(t *testing.T) {
 	t.Parallel()
 	for _, sql := range []string{

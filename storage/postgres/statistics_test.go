@@ -33,7 +33,8 @@ func TestStatisticsOfASmallTableAreExact(t *testing.T) {
 	}
 }
 
-// However large the table, no more than StatisticsPagesMax of its pages are read, and the estimates are near.
+// However large the table is, at most StatisticsPagesMax of its pages are read, and the estimates
+// are near.
 func TestStatisticsReadAFewPages(t *testing.T) {
 	t.Parallel()
 	ctx := context.Background()
@@ -77,7 +78,7 @@ func TestStatisticsReadAFewPages(t *testing.T) {
 	}
 }
 
-// A table that is locked makes the figures late, by StatisticsTimeoutMax, and takes no connection from the pool for good.
+// A locked table delays the figures by StatisticsTimeoutMax, and the pool gets its connection back.
 func TestStatisticsGiveUp(t *testing.T) {
 	t.Parallel()
 	ctx := context.Background()
@@ -87,7 +88,8 @@ func TestStatisticsGiveUp(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer func() { _ = tx.Rollback(ctx) }()
-	if err := b.pool.Ping(ctx); err != nil { // a new connection would wait when it is prepared
+	// A new connection would wait when it is prepared.
+	if err := b.pool.Ping(ctx); err != nil {
 		t.Fatal(err)
 	}
 	if _, err := tx.Exec(ctx, "LOCK TABLE idempotency_keys IN ACCESS EXCLUSIVE MODE"); err != nil {

@@ -18,8 +18,8 @@ import (
 	"github.com/paidonce/idempotency/storage/postgres"
 )
 
-// stopper makes a pool's connections behave as if their process was stopped: once stop reports so
-// for the bytes that are to be written, the rest is never sent, nothing is received, and nothing is
+// stopper makes a pool's connections behave as if their process had been stopped: once stop reports
+// true for the bytes to be written, the rest is never sent, nothing is received, and nothing is
 // closed.
 type stopper struct {
 	mu   sync.Mutex
@@ -32,7 +32,8 @@ func (s *stopper) arm(stop func([]byte) (int, bool)) {
 	s.stop = stop
 }
 
-// configure puts the stopper below a pool's connections. Their sockets are closed when the test ends.
+// configure puts the stopper below a pool's connections. Their sockets are closed when the test
+// ends.
 func (s *stopper) configure(t *testing.T) func(*pgxpool.Config) {
 	return func(config *pgxpool.Config) {
 		dial := config.ConnConfig.DialFunc
@@ -78,8 +79,8 @@ func (c *stoppedConn) Close() error {
 	return c.Conn.Close()
 }
 
-// beforeCommit cuts a flush off before the messages of its last statement: Bind, Execute, Sync, and a Parse in front of
-// them if it is not prepared.
+// beforeCommit cuts a flush off before the messages of its last statement: Bind, Execute, Sync, and
+// a Parse in front of them if it is not prepared.
 func beforeCommit(written []byte) (send int, stopped bool) {
 	var starts []int
 	for at := 0; at+5 <= len(written); at += 1 + int(binary.BigEndian.Uint32(written[at+1:])) {
@@ -285,7 +286,7 @@ func TestResolverOfAStoppedProcessFreesItsKey(t *testing.T) {
 	}
 }
 
-// Over TCP the server notices a machine that is gone, whatever was sent last.
+// Over TCP the server notices a machine that is gone, whatever the last message was.
 func TestServerNoticesAMachineThatIsGone(t *testing.T) {
 	t.Parallel()
 	b := setup(t, &setupOptions{database: pgtest.TLS(t).TLSURL("postgres")})
@@ -297,7 +298,7 @@ func TestServerNoticesAMachineThatIsGone(t *testing.T) {
 }
 
 // The Sync before a long record changes no outcome: a failure before it leaves nothing behind, and
-// is reported as without it.
+// gives the same error as without it.
 func TestLongRecordsFailAsShortOnesDo(t *testing.T) {
 	t.Parallel()
 	for name, c := range map[string]struct {

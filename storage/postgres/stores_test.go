@@ -16,7 +16,8 @@ import (
 	"github.com/paidonce/idempotency/storage/postgres"
 )
 
-// Two services on one database that pass a key along don't block each other: each has a table of its own.
+// Two services on one database that pass a key along don't block each other: each has a table of
+// its own.
 func TestStoresOfTwoSchemasDoNotBlockEachOther(t *testing.T) {
 	t.Parallel()
 	b := setup(t, nil)
@@ -38,7 +39,7 @@ func TestStoresOfTwoSchemasDoNotBlockEachOther(t *testing.T) {
 	}
 }
 
-// Requests without a key have nothing in common: none waits for another, and none is in another's way.
+// Requests without a key have nothing in common: none waits for or blocks another.
 func TestKeylessRequestsRunSideBySide(t *testing.T) {
 	t.Parallel()
 	b := setup(t, nil)
@@ -53,7 +54,8 @@ func TestKeylessRequestsRunSideBySide(t *testing.T) {
 	}
 }
 
-// The transaction can write, whatever the database's default; where it can't, on a standby, the claim fails at once.
+// The transaction can write, whatever the database's default. On a standby, where it can't, the
+// claim fails at once.
 func TestTransactionIsReadWriteWhateverTheDefault(t *testing.T) {
 	t.Parallel()
 	b := setup(t, &setupOptions{configure: func(c *pgxpool.Config) {
@@ -64,7 +66,8 @@ func TestTransactionIsReadWriteWhateverTheDefault(t *testing.T) {
 	want(t, b.do(t, request("", ""), pay(t, 201)), idempotency.OutcomeExecuted, "")
 }
 
-// More of what Check finds; a standby and a role without rights are played by the connection itself.
+// More faults that Check finds. The connection itself simulates a standby and a role without
+// rights.
 func TestCheckFindsWhatIsWrongToo(t *testing.T) {
 	t.Parallel()
 	for name, c := range map[string]struct {
@@ -90,8 +93,8 @@ func TestCheckFindsWhatIsWrongToo(t *testing.T) {
 	}
 }
 
-// What is no fault: a newer schema, which an older program must survive; and behind a pooler a connection without the
-// settings, which come with each claim.
+// These are no faults: a newer schema, which an older program must survive; and behind a pooler a
+// connection without the settings, which come with each claim.
 func TestCheckPassesWhatIsRight(t *testing.T) {
 	t.Parallel()
 	for name, c := range map[string]struct {
@@ -114,7 +117,7 @@ func TestCheckPassesWhatIsRight(t *testing.T) {
 	}
 }
 
-// The reaper goes by the database's clock alone: it sends no time of its own.
+// The reaper uses only the database's clock: it sends no time.
 func TestReaperSendsNoTime(t *testing.T) {
 	t.Parallel()
 	var sent []string
@@ -132,7 +135,8 @@ func TestReaperSendsNoTime(t *testing.T) {
 	if _, err := b.store.DeleteExpired(context.Background()); err != nil {
 		t.Fatal(err)
 	}
-	if fmt.Sprint(sent) != "[pgx.QueryExecMode string string int64]" { // the first page, the last, and the lock's number
+	// The first page, the last, and the lock's number.
+	if fmt.Sprint(sent) != "[pgx.QueryExecMode string string int64]" {
 		t.Errorf("the batch was sent with %v", sent)
 	}
 }
@@ -146,7 +150,8 @@ func (f argumentTracer) TraceQueryStart(ctx context.Context, _ *pgx.Conn, data p
 
 func (argumentTracer) TraceQueryEnd(context.Context, *pgx.Conn, pgx.TraceQueryEndData) {}
 
-// The server notices a client that vanished: keep-alives are asked for on each connection, but none behind a pooler.
+// The server notices a client that vanished: each connection sets keep-alives, except behind a
+// pooler.
 func TestConfigureAsksForKeepAlives(t *testing.T) {
 	t.Parallel()
 	for pooling, want := range map[bool][3]string{false: {"30", "10", "3"}, true: {}} {
@@ -162,7 +167,7 @@ func TestConfigureAsksForKeepAlives(t *testing.T) {
 	}
 }
 
-// Stores of two schemas may share a pool: what is prepared for one is never taken for the other's.
+// Stores of two schemas may share a pool: neither uses the prepared statements of the other.
 func TestStoresOfTwoSchemasShareAPool(t *testing.T) {
 	t.Parallel()
 	b := setup(t, nil)
@@ -184,7 +189,8 @@ func TestStoresOfTwoSchemasShareAPool(t *testing.T) {
 	}
 }
 
-// Nor is a look-up: also where the config went through Configure for one, for the other, and for the first again.
+// A look-up does not use them either, also if the config went through Configure for one, for the
+// other, and for the first again.
 func TestLookUpIsInTheStoresOwnSchema(t *testing.T) {
 	t.Parallel()
 	ctx := context.Background()
@@ -212,7 +218,7 @@ func TestLookUpIsInTheStoresOwnSchema(t *testing.T) {
 	}
 }
 
-// A pool connects before the first migration, which may well run on one of its connections.
+// A pool connects before the first migration, which may run on one of its connections.
 func TestPoolConnectsBeforeTheFirstMigration(t *testing.T) {
 	t.Parallel()
 	ctx := context.Background()
@@ -241,8 +247,9 @@ func TestScopesAreApart(t *testing.T) {
 	}
 }
 
-// The look-up is younger than the lock. A duplicate whose look-up began before the first attempt's commit finds nothing;
-// it must not find the lock free afterwards, or its handler runs too. A gate in the look-up holds it at that very place.
+// The look-up is younger than the lock. A duplicate whose look-up began before the first attempt's
+// commit finds nothing; it must not find the lock free afterwards, or its handler runs too. A gate
+// in the look-up holds it at that very place.
 func TestLookUpIsYoungerThanTheLock(t *testing.T) {
 	t.Parallel()
 	b := setup(t, nil)
@@ -255,7 +262,8 @@ func TestLookUpIsYoungerThanTheLock(t *testing.T) {
 		CREATE RULE keep AS ON INSERT TO idempotency_keys DO INSTEAD INSERT INTO kept_keys VALUES (NEW.*) RETURNING *`); err != nil {
 		t.Fatal(err)
 	}
-	b.pool.Reset() // what is prepared already knows the table by its number
+	// Statements that are prepared already refer to the table by its number.
+	b.pool.Reset()
 	gate, err := pgx.ConnectConfig(ctx, b.pool.Config().ConnConfig)
 	if err != nil {
 		t.Fatal(err)

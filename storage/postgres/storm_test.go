@@ -34,9 +34,9 @@ const (
 	stormWaiters        = 300
 )
 
-// Each combination of Wait, encryption, Reduce and pooling, at each isolation level. Duplicates run in two engines, as in
-// two processes. Backends are terminated, and handlers panic, decline, fail, swallow errors, leave a
-// goroutine, a savepoint or rows behind.
+// Each combination of Wait, encryption, Reduce and pooling, at each isolation level. Duplicates run
+// in two engines, as in two processes. Backends are terminated, and handlers panic, decline, fail,
+// swallow errors, leave a goroutine, a savepoint or rows behind.
 func TestNoCombinationOfOptionsPaysTwiceUnderAStorm(t *testing.T) {
 	t.Parallel()
 	pgtest.Slow(t, "runs 48 storms")
@@ -217,7 +217,7 @@ func (s *stormRun) handle(ctx context.Context, key int) (*idempotency.Answer, er
 	return paid, nil
 }
 
-// judge compares the callers' answers with the books, and wants nothing left behind.
+// judge compares the callers' answers with the books, and requires that nothing is left behind.
 func (s *stormRun) judge(t *testing.T) {
 	t.Helper()
 	until(t, "all connections are given back, and no request is in flight", func() bool {

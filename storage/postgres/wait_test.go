@@ -15,7 +15,7 @@ import (
 	"github.com/paidonce/idempotency/storage/postgres"
 )
 
-const patience = 50 * time.Second // no test takes it, where all is well
+const patience = 50 * time.Second // no test needs it if all is well
 
 // usage counts the connections of a pool that are in use.
 type usage struct {
@@ -48,7 +48,7 @@ func (u *usage) TraceQueryStart(ctx context.Context, _ *pgx.Conn, _ pgx.TraceQue
 }
 func (u *usage) TraceQueryEnd(context.Context, *pgx.Conn, pgx.TraceQueryEndData) {}
 
-// storm sends copies of a request at once, and returns what becomes of them.
+// storm sends copies of a request at once, and returns their results.
 func storm(engine *idempotency.Engine, copies int, req idempotency.Request, run idempotency.RunFunc) (results []idempotency.Result, settled func()) {
 	results = make([]idempotency.Result, copies)
 	var group sync.WaitGroup
@@ -82,7 +82,7 @@ func signed(ctx context.Context, status int) *idempotency.Answer {
 	return &idempotency.Answer{Status: status, Body: []byte(id.String())}
 }
 
-// However many copies wait, two connections do.
+// However many copies wait, they take two connections.
 func TestDuplicatesThatWaitTakeTwoConnections(t *testing.T) {
 	t.Parallel()
 	const copies = 64
@@ -115,16 +115,17 @@ func TestDuplicatesThatWaitTakeTwoConnections(t *testing.T) {
 	if n := b.effects(t); n != 1 || len(running) != 0 {
 		t.Errorf("%d effects, %d runs more", n, len(running))
 	}
-	if most > 2 || taken > 8 { // the first, the other request, one that asks, and whoever came so late that it was over
+	// The first, the other request, one that asks, and those that came after the end.
+	if most > 2 || taken > 8 {
 		t.Errorf("%d connections at once, %d in all", most, taken)
 	}
 }
 
-// process is another one, on the same database.
+// process is another process on the same database.
 type process struct {
 	pool   *pgxpool.Pool
 	engine *idempotency.Engine
-	waits  chan struct{} // a token for each stretch of waiting that is over
+	waits  chan struct{} // a token for the end of each wait
 }
 
 func (b *testBundle) process(t *testing.T, wait time.Duration) *process {
@@ -153,16 +154,17 @@ func (w waitTracer) TraceStep(_ context.Context, data idempotency.StepEnd) {
 func (w waitTracer) TraceRequestEnd(context.Context, idempotency.RequestEnd) {}
 func (w waitTracer) TraceRefused(context.Context, idempotency.Refused)       {}
 
-// The attempt that is waited for is another process's: whatever becomes of it, or of the process, there is one effect
-// and one answer.
+// The awaited attempt belongs to another process: however it or the process ends, there is one
+// effect and one answer.
 func TestAttemptOfAnotherProcessIsWaitedFor(t *testing.T) {
 	t.Parallel()
 	const copies = 8
 	for name, test := range map[string]struct {
-		end      func(b *testBundle, pid uint32, release func()) // ends the attempt
-		status   int                                             // of the other process's handler
-		outcome  idempotency.Outcome                             // of its request; empty: not executed, or a replay where it looked late
-		executed int                                             // of the copies that wait
+		end    func(b *testBundle, pid uint32, release func()) // ends the attempt
+		status int                                             // of the other process's handler
+		// Of its request; empty: not executed, or a replay if it looked late.
+		outcome  idempotency.Outcome
+		executed int // of the copies that wait
 	}{
 		"it commits": {func(_ *testBundle, _ uint32, release func()) { release() },
 			201, idempotency.OutcomeExecuted, 0},
@@ -222,7 +224,7 @@ func TestAttemptOfAnotherProcessIsWaitedFor(t *testing.T) {
 	}
 }
 
-// Between two claims nothing is held, and nothing is when the time is over.
+// Between two claims nothing is held, nor when the time has elapsed.
 func TestThoseThatWaitHoldNothing(t *testing.T) {
 	t.Parallel()
 	b := setup(t, nil)
