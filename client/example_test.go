@@ -15,8 +15,8 @@ import (
 	"github.com/paidonce/idempotency/storage/memory"
 )
 
-// The reply of the first attempt is lost after the transfer was made. The caller sees one answer, and one transfer was
-// made.
+// The reply of the first attempt is lost after the transfer was made. The caller gets one answer,
+// for one transfer.
 func Example() {
 	var transfers atomic.Int64
 	server := bankOf(1, &transfers)
@@ -55,7 +55,8 @@ func bankOf(lost int64, transfers *atomic.Int64) *httptest.Server {
 	}))
 }
 
-// No answer came in time. The caller keeps the key, and goes on with it later: the transfer is not made again.
+// No answer came in time. The caller keeps the key, and continues with it later: the transfer is
+// not made again.
 func ExampleWithKey() {
 	var transfers atomic.Int64
 	server := bankOf(1, &transfers)
@@ -68,7 +69,7 @@ func ExampleWithKey() {
 		fmt.Println(err)
 		return
 	}
-	key := unanswered.Key.Value // kept beside what it is for
+	key := unanswered.Key.Value // kept beside its purpose
 
 	later := client.WithKey(context.Background(), key)
 	r, err := http.NewRequestWithContext(later, http.MethodPost, server.URL, strings.NewReader("pay"))

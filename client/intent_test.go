@@ -14,8 +14,8 @@ import (
 	"github.com/paidonce/idempotency/client"
 )
 
-// intents are a store in memory whose calls fail where a test says so. It is for what a Transport does with a store; the
-// stores themselves are tested where they are.
+// intents are a store in memory with calls that fail if a test says so. It is for tests of the
+// Transport; the stores themselves are tested in their packages.
 type intents struct {
 	mu     sync.Mutex
 	kept   map[string]*client.Intent
@@ -23,7 +23,7 @@ type intents struct {
 	calls  []string
 	fail   map[string]error  // by method
 	before func(call string) // runs before a call
-	age    time.Duration     // of every intent that is taken
+	age    time.Duration     // of every intent that Take returns
 }
 
 func newIntents() *intents {
@@ -113,14 +113,15 @@ func (s *intents) count() int {
 	return len(s.kept)
 }
 
-// TestIntentIsSavedBeforeAndForgottenAfter what its request's end allows.
+// TestIntentIsSavedBeforeAndForgottenAfter: an intent is saved before its request is sent, and
+// forgotten if the end of the request allows it.
 func TestIntentIsSavedBeforeAndForgottenAfter(t *testing.T) {
 	t.Parallel()
 	failure := errors.New("disk")
 	for name, one := range map[string]struct {
 		answers  string
 		own      bool // the key is the caller's own
-		isNew    bool // and the caller says that nobody sent it
+		isNew    bool // and the caller promises that the key was never sent
 		kept     bool // the intent was kept before the call
 		fail     string
 		err      error
@@ -185,7 +186,7 @@ func TestIntentIsSavedBeforeAndForgottenAfter(t *testing.T) {
 	}
 }
 
-// TestIntentKeepsNoCredential, and all that the server compares.
+// TestIntentKeepsNoCredential, and keeps everything that the server compares.
 func TestIntentKeepsNoCredential(t *testing.T) {
 	t.Parallel()
 	s := newScript(t, each("lost"))
@@ -213,7 +214,7 @@ func TestIntentKeepsNoCredential(t *testing.T) {
 	}
 }
 
-// TestResume sends what is pending as it was, until it is settled, and tells of each.
+// TestResume sends pending intents unchanged, until they are settled, and reports each.
 func TestResume(t *testing.T) {
 	t.Parallel()
 	s := newScript(t, func(n int, w http.ResponseWriter, r *http.Request) {
@@ -237,7 +238,7 @@ func TestResume(t *testing.T) {
 		"/good?x":   {201, 3, errFailing, 0, 1}, // its handling fails
 		"/mismatch": {422, 1, nil, 1, 0},
 		"/refused":  {0, 4, nil, 0, 1}, // an earlier attempt may have been executed
-		"/portal":   {0, 1, nil, 0, 1}, // what does not say its status settles nothing
+		"/portal":   {0, 1, nil, 0, 1}, // an answer without a status settles nothing
 	} {
 		s.mu.Lock()
 		s.arrived = nil
@@ -279,7 +280,8 @@ func TestResume(t *testing.T) {
 	}
 }
 
-// TestResumeLeavesAlone what is under way, what was abandoned since it was listed, and what is too old.
+// TestResumeLeavesAlone: intents in progress, abandoned since they were listed, or too old are not
+// sent.
 func TestResumeLeavesAlone(t *testing.T) {
 	t.Parallel()
 	inside, goOn := make(chan struct{}), make(chan struct{})
@@ -319,7 +321,7 @@ func TestResumeLeavesAlone(t *testing.T) {
 	}
 	store.before = nil
 	save()
-	for _, age := range []time.Duration{time.Hour, -client.IntentSkewMax - time.Minute} { // of the second nobody knows
+	for _, age := range []time.Duration{time.Hour, -client.IntentSkewMax - time.Minute} { // the age of the second is unknown
 		store.age = age
 		report, err := transport.Resume(t.Context(), func(_ context.Context, r *client.Resumed) error {
 			expectError(t, r.Err, idempotency.OutcomeUnknown, client.ErrIntentTooOld)
@@ -338,7 +340,8 @@ func TestResumeLeavesAlone(t *testing.T) {
 	}
 }
 
-// TestResumeSpellsTheKeyAsBefore: to a server that reads no strings of RFC 8941 the two spellings of a key are two keys.
+// TestResumeSpellsTheKeyAsBefore: for a server that does not parse strings of RFC 8941 the two
+// spellings of a key are two keys.
 func TestResumeSpellsTheKeyAsBefore(t *testing.T) {
 	t.Parallel()
 	for _, bare := range []bool{false, true} {

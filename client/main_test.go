@@ -19,16 +19,16 @@ import (
 
 func TestMain(m *testing.M) { pgtest.Main(m) }
 
-// request is one that arrived at a server.
+// request is a request as a server received it.
 type request struct {
 	method string
-	key    string // the header as it came
+	key    string // the header as received
 	body   string
 	header http.Header
 }
 
-// script is a server that answers each request as the test says, and notes what arrived. Its answers are those of the
-// middleware's contract; how the middleware itself answers is in real_test.go.
+// script is a server with the answers that the test prescribes. It notes each request. Its answers
+// follow the middleware's contract; real_test.go has the answers of the middleware itself.
 type script struct {
 	t       *testing.T
 	server  *httptest.Server
@@ -41,7 +41,7 @@ func newScript(t *testing.T, answer func(n int, w http.ResponseWriter, r *http.R
 	t.Helper()
 	s := &script{t: t, answer: answer}
 	s.server = httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		body, _ := io.ReadAll(r.Body) // one that breaks off is noted as far as it came
+		body, _ := io.ReadAll(r.Body) // a body that breaks off is noted up to there
 		s.mu.Lock()
 		s.arrived = append(s.arrived, request{r.Method, r.Header.Get(client.HeaderKey), string(body), r.Header.Clone()})
 		n := len(s.arrived)
@@ -70,7 +70,7 @@ func say(w http.ResponseWriter, status int, outcome string) {
 // lose breaks the connection in place of an answer.
 func lose() { panic(http.ErrAbortHandler) }
 
-// each answers "status outcome" in turn, "lost" by breaking the connection, and goes on with the last.
+// each answers "status outcome" in turn, or breaks the connection for "lost". The last one repeats.
 func each(answers ...string) func(int, http.ResponseWriter, *http.Request) {
 	return func(n int, w http.ResponseWriter, _ *http.Request) {
 		answer := answers[min(n, len(answers))-1]
@@ -84,7 +84,7 @@ func each(answers ...string) func(int, http.ResponseWriter, *http.Request) {
 	}
 }
 
-// quick are options with which nothing waits long.
+// quick are options with short pauses and timeouts.
 func quick(change ...func(*client.Options)) *client.Options {
 	o := &client.Options{
 		Honours: client.Everywhere, BackoffFirst: time.Millisecond, BackoffMax: 2 * time.Millisecond, RetryAfterMax: time.Millisecond, AttemptsMax: 4,
@@ -95,7 +95,7 @@ func quick(change ...func(*client.Options)) *client.Options {
 	return o
 }
 
-// newClient returns an http.Client over a Transport with connections of the test's own.
+// newClient returns an http.Client over a Transport with connections that no other test uses.
 func newClient(t *testing.T, o *client.Options) *http.Client {
 	t.Helper()
 	transport := client.New(&http.Transport{MaxIdleConnsPerHost: 64}, o)

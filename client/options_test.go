@@ -14,7 +14,8 @@ import (
 	"github.com/paidonce/idempotency/client"
 )
 
-// canned is a base RoundTripper that needs no network, so that a test's clock can be the bubble's: synctest.
+// canned is a base RoundTripper without a network, so that a test can use the clock of a synctest
+// bubble.
 type canned func(r *http.Request) (*http.Response, error)
 
 func (f canned) RoundTrip(r *http.Request) (*http.Response, error) { return f(r) }
@@ -28,7 +29,8 @@ func answerOf(r *http.Request, status int, headers ...string) *http.Response {
 	return response
 }
 
-// pauses runs one request against an answer that never changes, and returns its pauses and its error.
+// pauses runs one request against an answer that never changes, and returns its pauses and its
+// error.
 func pauses(t *testing.T, ctx context.Context, o *client.Options, answer func(r *http.Request) *http.Response) (list []time.Duration, err error) {
 	t.Helper()
 	if o.Honours == nil {
@@ -52,8 +54,8 @@ func unavailable(r *http.Request) *http.Response {
 	return answerOf(r, 503, "Idempotency-Status", "not-executed")
 }
 
-// TestBackoffIsFullJitterUnderItsBounds: each pause is below its bound, which doubles up to the most; and somewhere near
-// it, and near zero, among many.
+// TestBackoffIsFullJitterUnderItsBounds: each pause is below its bound, which doubles up to the
+// maximum. Among many pauses some are near the bound, and some near zero.
 func TestBackoffIsFullJitterUnderItsBounds(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
@@ -133,7 +135,8 @@ func TestRetryAfterIsHonouredUpToItsMost(t *testing.T) {
 	}
 }
 
-// TestTimeIsBounded: no pause is begun that would end after TotalMax or the context's deadline. The error comes at once.
+// TestTimeIsBounded: no pause begins if it would end after TotalMax or the context's deadline. The
+// error is returned at once.
 func TestTimeIsBounded(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
@@ -169,7 +172,7 @@ func TestTimeIsBounded(t *testing.T) {
 	})
 }
 
-// TestAttemptTimeout: an attempt that takes too long is lost, and the next one goes on.
+// TestAttemptTimeout: an attempt that takes too long is lost, and the next one follows.
 func TestAttemptTimeout(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
@@ -201,7 +204,7 @@ func TestAttemptTimeout(t *testing.T) {
 	})
 }
 
-// TestCancelEndsAtOnce, in a pause and in an attempt, and says what is true.
+// TestCancelEndsAtOnce, in a pause and in an attempt, and the error has the true outcome.
 func TestCancelEndsAtOnce(t *testing.T) {
 	t.Parallel()
 	for name, one := range map[string]struct {
@@ -244,7 +247,8 @@ func TestCancelEndsAtOnce(t *testing.T) {
 	}
 }
 
-// TestOutageIsNotAmplified: the retries of all requests together are a share of them, and a floor.
+// TestOutageIsNotAmplified: the retries of all requests together are at most a share of the
+// requests, plus a floor.
 func TestOutageIsNotAmplified(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
@@ -281,7 +285,7 @@ func TestOutageIsNotAmplified(t *testing.T) {
 		if retries := attempts - 20; retries < 10+4-1 || retries > 10+4+1 {
 			t.Errorf("20 requests a second later were retried %d times, want ten and a share of 20 %%", retries)
 		}
-		time.Sleep(time.Hour) // no more than the burst is saved up
+		time.Sleep(time.Hour) // only the burst is saved up
 		attempts = 0
 		for range 100 {
 			send()

@@ -72,8 +72,8 @@ func onPostgreSQL(t *testing.T) *real {
 	return &real{url: server.URL, pool: s.Pool, effects: func() int { return s.Effects(t) }}
 }
 
-// TestLostRepliesHaveOneEffect: with the real middleware, on memory and on PostgreSQL, each request has one effect and its caller gets
-// its answer, and no two callers get the same one.
+// TestLostRepliesHaveOneEffect: with the real middleware, in memory and on PostgreSQL, each request
+// has one effect, its caller gets its answer, and no two callers get the same one.
 func TestLostRepliesHaveOneEffect(t *testing.T) {
 	t.Parallel()
 	for name, start := range map[string]func(*testing.T) *real{"memory": onMemory, "PostgreSQL": onPostgreSQL} {
@@ -111,7 +111,8 @@ func TestLostRepliesHaveOneEffect(t *testing.T) {
 	}
 }
 
-// TestRealRefusalsAreTheCallers: what the middleware itself says about a request comes back as an answer, at once.
+// TestRealRefusalsAreTheCallers: if the middleware refuses the request itself, the caller gets that
+// answer at once.
 func TestRealRefusalsAreTheCallers(t *testing.T) {
 	t.Parallel()
 	refuse := func(*http.Request) (string, error) { return "", fmt.Errorf("nobody") }

@@ -20,7 +20,8 @@ import (
 	"github.com/paidonce/idempotency/storage/memory"
 )
 
-// TestResumeSendsFewAtOnce: ResumeAtOnce intents are under way, and the next one when one of them has ended.
+// TestResumeSendsFewAtOnce: at most ResumeAtOnce intents are in progress, and the next one starts
+// when one has ended.
 func TestResumeSendsFewAtOnce(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
@@ -99,7 +100,7 @@ func TestResumedRequestIsTheSameRequest(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			r.Header["x-tenant"] = []string{"north"} // as some set it, past Set
+			r.Header["x-tenant"] = []string{"north"} // set without Set, as some programs do
 			_, err = transport.RoundTrip(r)
 			if one.kept == nil {
 				expectError(t, err, idempotency.OutcomeNotExecuted, client.ErrIntentRefused)

@@ -144,7 +144,7 @@ func dialing(address string) dial {
 	}
 }
 
-// TestDroppedPacketsAreNotExecuted: nobody answers the dialer, and it does not matter whether its
+// TestDroppedPacketsAreNotExecuted: the dialer gets no answer, and it does not matter whether its
 // timeout or the attempt's ends first.
 func TestDroppedPacketsAreNotExecuted(t *testing.T) {
 	t.Parallel()
@@ -229,7 +229,8 @@ func TestSilentBaseProvesNothing(t *testing.T) {
 	}
 }
 
-// TestWrittenRequestIsNeverNotExecuted, over HTTP/1.1 and HTTP/2, with and without a body, if the server has it or may.
+// TestWrittenRequestIsNeverNotExecuted, over HTTP/1.1 and HTTP/2, with and without a body, if the
+// server has it or may have it.
 func TestWrittenRequestIsNeverNotExecuted(t *testing.T) {
 	t.Parallel()
 	for _, protocol := range []string{"HTTP/1.1", "h2c", "h2"} {
@@ -389,8 +390,8 @@ func TestOneKeyTwiceAtOnceIsUnknown(t *testing.T) {
 	}
 }
 
-// TestRequestWaitsForAnIntentThatIsBeingForgotten: a second request with the key would be taken for kept, and lose its
-// intent to the first.
+// TestRequestWaitsForAnIntentThatIsBeingForgotten: otherwise a second request with the key would
+// take its intent for saved, and the first would delete it.
 func TestRequestWaitsForAnIntentThatIsBeingForgotten(t *testing.T) {
 	t.Parallel()
 	s := newScript(t, each("503 not-executed", "503 not-executed", "201 executed"))

@@ -27,8 +27,8 @@ import (
 	"github.com/paidonce/idempotency/storage/memory"
 )
 
-// TestAnswersAreActedUpon goes through the table of docs/client.md. want is the answer that the caller gets, or the
-// outcome of its error.
+// TestAnswersAreActedUpon has the rows of the table in docs/client.md. want is the caller's answer,
+// or the outcome of its error.
 func TestAnswersAreActedUpon(t *testing.T) {
 	t.Parallel()
 	for _, one := range []struct {
@@ -56,7 +56,8 @@ func TestAnswersAreActedUpon(t *testing.T) {
 		{"401 not-executed", 1, "401 not-executed"},
 		{"413 not-executed", 1, "413 not-executed"},
 		{"503 not-executed,404 not-executed", 2, "404 not-executed"},
-		// Once an attempt may have been executed, not-executed of another one is no end.
+		// Once an attempt may have been executed, not-executed of a later one does not end the
+		// call.
 		{"lost,401 not-executed,201 replayed", 3, "201 replayed"},
 		{"lost,503 not-executed", 4, "unknown"},
 		{"503 unknown,400 not-executed", 4, "unknown"},
@@ -64,7 +65,7 @@ func TestAnswersAreActedUpon(t *testing.T) {
 		{"503 not-executed,lost,503 not-executed", 4, "unknown"},
 		{"lost", 4, "unknown"},
 		{"lost,lost,lost,201 replayed", 4, "201 replayed"},
-		// Without a word of the middleware's nothing is proven, and a success is not asked for again.
+		// Without Idempotency-Status nothing is proven, and a success is not requested again.
 		{"502", 4, "unknown"},
 		{"429,201 executed", 2, "201 executed"},
 		{"504,503 not-executed", 4, "unknown"},
@@ -73,7 +74,8 @@ func TestAnswersAreActedUpon(t *testing.T) {
 		{"302", 1, "302 "},
 		{"lost,401,201 replayed", 3, "201 replayed"},
 		{"lost,200", 2, "200 "},
-		// A redirect is no success. Who follows it makes a request with another key.
+		// A redirect is no success. A client that follows it sends another request with another
+		// key.
 		{"lost,307,201 replayed", 3, "201 replayed"},
 		{"lost,302", 4, "unknown"},
 	} {
@@ -106,7 +108,8 @@ func TestAnswersAreActedUpon(t *testing.T) {
 	}
 }
 
-// TestRedirectAfterALostReplyPaysOnce: http.Client follows a 307 with a request of its own, whose key is another.
+// TestRedirectAfterALostReplyPaysOnce: http.Client follows a 307 with another request, which has
+// another key.
 func TestRedirectAfterALostReplyPaysOnce(t *testing.T) {
 	t.Parallel()
 	s := newScript(t, func(n int, w http.ResponseWriter, r *http.Request) {
@@ -129,8 +132,8 @@ func TestRedirectAfterALostReplyPaysOnce(t *testing.T) {
 	}
 }
 
-// TestTwoStatusesProveNothing: something in between added its own, and nobody knows which one is
-// the server's.
+// TestTwoStatusesProveNothing: an intermediary added its own, and which one is the server's is
+// unknown.
 func TestTwoStatusesProveNothing(t *testing.T) {
 	t.Parallel()
 	for _, statuses := range [][]string{{"not-executed", "unknown"}, {"unknown", "not-executed"}, {"executed", "not-executed"}, {"Not-Executed"}} {
@@ -143,7 +146,7 @@ func TestTwoStatusesProveNothing(t *testing.T) {
 	}
 }
 
-// TestBodyThatDidNotArriveIsSentAgain: the one 400 that is the network's fault.
+// TestBodyThatDidNotArriveIsSentAgain: this 400 is the only one that the network causes.
 func TestBodyThatDidNotArriveIsSentAgain(t *testing.T) {
 	t.Parallel()
 	s := newScript(t, func(n int, w http.ResponseWriter, _ *http.Request) {
@@ -232,7 +235,7 @@ func TestMintedKeysAreNew(t *testing.T) {
 	}
 }
 
-// TestBadKeysAreNotSent: no server would take them, so it is proven that nothing was executed.
+// TestBadKeysAreNotSent: no server would accept them, so it is proven that nothing was executed.
 func TestBadKeysAreNotSent(t *testing.T) {
 	t.Parallel()
 	for name, change := range map[string]func(r *http.Request) *http.Request{
@@ -262,7 +265,8 @@ func TestBadKeysAreNotSent(t *testing.T) {
 	}
 }
 
-// TestOwnKeyIsNeverProvenNotExecuted: somebody else may have sent it, unless the caller gives its word.
+// TestOwnKeyIsNeverProvenNotExecuted: another call may have sent it, unless the caller promises
+// that it is new.
 func TestOwnKeyIsNeverProvenNotExecuted(t *testing.T) {
 	t.Parallel()
 	s := newScript(t, each("503 not-executed"))
@@ -309,7 +313,7 @@ func TestOtherMethodsPassUntouched(t *testing.T) {
 	expectError(t, err, idempotency.OutcomeUnknown, nil)
 }
 
-// TestErrorNeverShowsTheKey in any verb, nor does what holds it.
+// TestErrorNeverShowsTheKey in any verb, nor does a value that contains the error.
 func TestErrorNeverShowsTheKey(t *testing.T) {
 	t.Parallel()
 	s := newScript(t, each("lost"))
@@ -341,7 +345,7 @@ func TestErrorNeverShowsTheKey(t *testing.T) {
 	}
 }
 
-// TestEvents: what is traced of a request that loses a reply, waits, and is answered.
+// TestEvents: the trace of a request that loses a reply, waits, and is answered.
 func TestEvents(t *testing.T) {
 	t.Parallel()
 	s := newScript(t, each("lost", "409 in-progress", "201 replayed"))
@@ -364,8 +368,8 @@ func TestEvents(t *testing.T) {
 	}
 }
 
-// TestServerThatDoesNotHonourKeys: a lost reply is not asked for again before the route has shown that it honours keys,
-// and after an answer without a word about it.
+// TestServerThatDoesNotHonourKeys: after a lost reply a request is not sent again before the route
+// has shown that it honours keys, nor after an answer without Idempotency-Status.
 func TestServerThatDoesNotHonourKeys(t *testing.T) {
 	t.Parallel()
 	s := newScript(t, each("lost", "503", "201 executed", "lost", "201 replayed", "200", "lost"))
@@ -376,7 +380,7 @@ func TestServerThatDoesNotHonourKeys(t *testing.T) {
 	}
 	_, err := send("/a")
 	expectError(t, err, idempotency.OutcomeUnknown, client.ErrNotHonoured)
-	if response, err := send("/a"); err != nil || response.StatusCode != 503 { // as it came
+	if response, err := send("/a"); err != nil || response.StatusCode != 503 { // unchanged
 		t.Errorf("answer is %v, %v", response, err)
 	}
 	if _, err := send("/a"); err != nil { // executed: now the route is known
@@ -388,7 +392,7 @@ func TestServerThatDoesNotHonourKeys(t *testing.T) {
 	if response, err := send("/a"); err != nil || response.StatusCode != 200 {
 		t.Errorf("answer is %v, %v", response, err)
 	}
-	_, err = send("/a") // the 200 did not say
+	_, err = send("/a") // the 200 had no status
 	expectError(t, err, idempotency.OutcomeUnknown, client.ErrNotHonoured)
 	_, err = send("/b") // never seen
 	expectError(t, err, idempotency.OutcomeUnknown, client.ErrNotHonoured)
@@ -397,7 +401,7 @@ func TestServerThatDoesNotHonourKeys(t *testing.T) {
 	}
 }
 
-// TestNobodyThere: no connection was made, so nothing was executed, whoever the server is.
+// TestNobodyThere: no connection was made, so nothing was executed, whatever the server is.
 func TestNobodyThere(t *testing.T) {
 	t.Parallel()
 	listener, err := net.Listen("tcp", "127.0.0.1:0")
@@ -412,8 +416,9 @@ func TestNobodyThere(t *testing.T) {
 	}
 }
 
-// TestUnseenAttemptIsCounted: net/http sends a request without a body twice by itself where a kept connection breaks. The first
-// may have been executed, and not-executed of the second says nothing about it.
+// TestUnseenAttemptIsCounted: net/http sends a request without a body twice by itself if a kept
+// connection breaks. The first may have been executed, and not-executed of the second proves
+// nothing about it.
 func TestUnseenAttemptIsCounted(t *testing.T) {
 	t.Parallel()
 	var posts atomic.Int64
@@ -445,7 +450,8 @@ func TestUnseenAttemptIsCounted(t *testing.T) {
 	}
 }
 
-// TestRequestIsSentOnceByNetHTTP: with a body it can't, because it is given no way to repeat one.
+// TestRequestIsSentOnceByNetHTTP: net/http can't repeat a request with a body, because it does not
+// get GetBody.
 func TestRequestIsSentOnceByNetHTTP(t *testing.T) {
 	t.Parallel()
 	s := newScript(t, each("201 executed", "lost", "201 replayed"))
@@ -467,7 +473,7 @@ func TestRequestIsSentOnceByNetHTTP(t *testing.T) {
 	}
 }
 
-// TestBodies: what is sent again is what was sent, up to the limit, and beyond it only with GetBody.
+// TestBodies: the same bytes are sent again, up to the limit; a longer body only with GetBody.
 func TestBodies(t *testing.T) {
 	t.Parallel()
 	const limit = 1000
@@ -563,12 +569,13 @@ func TestBodyIsClosedAndAsLongAsAnnounced(t *testing.T) {
 	}
 }
 
-// TestAnswerThatBreaksOffIsLost up to the limit to which answers are read; beyond it the caller reads on itself.
+// TestAnswerThatBreaksOffIsLost up to the limit for reading answers. Beyond it the caller reads the
+// rest.
 func TestAnswerThatBreaksOffIsLost(t *testing.T) {
 	t.Parallel()
 	const limit = 64 << 10
 	for name, one := range map[string]struct {
-		length, cut int // of the first answer's body, and after how much of it the connection breaks
+		length, cut int // of the first answer's body, and the offset at which the connection breaks
 		requests    int
 		readErr     bool
 	}{
@@ -742,7 +749,7 @@ func TestKeyOfAContextIsForOneRequest(t *testing.T) {
 	}
 }
 
-// TestConnectionThatWasClosedWhileIdleLosesNothing: a balancer closes connections that rest. Each
+// TestConnectionThatWasClosedWhileIdleLosesNothing: a balancer closes idle connections. Each
 // request is served once, and answered.
 func TestConnectionThatWasClosedWhileIdleLosesNothing(t *testing.T) {
 	t.Parallel()

@@ -25,7 +25,7 @@ import (
 	"github.com/paidonce/idempotency/client/internal/intenttest"
 )
 
-// childVariable makes the test binary another process: "<what> <file> <round>".
+// childVariable makes the test binary another process: "<kind> <file> <round>".
 const childVariable = "PAIDONCE_BOLTINTENT_CHILD"
 
 func TestMain(m *testing.M) {
@@ -177,8 +177,8 @@ func child(what, path, round string) int {
 	return 0
 }
 
-// TestOneProcessAtATime: a second process gets an error that names the holder, and gets the file
-// when the holder is killed.
+// TestOneProcessAtATime: while one process has the file open, another gets an error that names it,
+// and gets the file when the holder is killed.
 func TestOneProcessAtATime(t *testing.T) {
 	t.Parallel()
 	path := newPath(t)
@@ -222,7 +222,7 @@ func TestKilledWhileItSaves(t *testing.T) {
 	said := map[string]map[string]bool{"saving": {}, "saved": {}, "forgets": {}, "forgot": {}, "open": {}}
 	for round := range 12 {
 		command, lines := start(t, "save", path, fmt.Sprintf("%02d", round))
-		for left := 20 + rand.IntN(100); lines.Scan(); left-- { // to the end: all lines before the kill count
+		for left := 20 + rand.IntN(100); lines.Scan(); left-- { // to the end: all lines from before the kill count
 			what, key, _ := strings.Cut(lines.Text(), " ")
 			said[what][key] = true
 			if left == 0 {
@@ -256,7 +256,8 @@ func TestKilledWhileItSaves(t *testing.T) {
 }
 
 // TestReplacedFileKeepsNothing: the lock is on the file itself, so there is no lock file that could
-// be removed. If the name belongs to another file by now, Save fails: nobody would find the intent.
+// be removed. If the name belongs to another file by now, Save fails: the intent would never be
+// found.
 func TestReplacedFileKeepsNothing(t *testing.T) {
 	t.Parallel()
 	for name, replace := range map[string]func(path string) error{
@@ -315,7 +316,7 @@ func whole(t testing.TB) (content []byte, keys []string) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	// The bytes after the heads' number of pages are room to grow.
+	// The bytes after the pages that the heads count are room to grow.
 	page := os.Getpagesize()
 	pages := max(order.Uint64(content[headBytes+40:]), order.Uint64(content[page+headBytes+40:]))
 	return content[:int(pages)*page], []string{"a", "b", "c"}
@@ -327,7 +328,8 @@ func big() *client.Intent {
 	return intent
 }
 
-// reopen opens a file of these bytes, and reports whether all is there. An error must be ErrDamaged, and leave the file alone.
+// reopen opens a file of these bytes, and reports whether all intents are there. An error must be
+// ErrDamaged, and leave the file unchanged.
 func reopen(t *testing.T, path string, content []byte, keys []string, what string) (intact bool) {
 	t.Helper()
 	if err := os.WriteFile(path, content, 0o600); err != nil {
@@ -349,8 +351,7 @@ func reopen(t *testing.T, path string, content []byte, keys []string, what strin
 	return true
 }
 
-// TestDamageIsAnError: every changed bit of the file is an error, or in a place that nothing
-// depends on.
+// TestDamageIsAnError: every changed bit of the file is an error, unless nothing depends on it.
 func TestDamageIsAnError(t *testing.T) {
 	t.Parallel()
 	content, keys := whole(t)
@@ -374,7 +375,7 @@ func TestDamageIsAnError(t *testing.T) {
 			damages++
 		}
 	}
-	for n := range len(content) / page { // a page of zeros, and one of another
+	for n := range len(content) / page { // a page of zeros, and a copy of another page
 		for name, fill := range map[string]func([]byte){
 			"shorter by an element": func(b []byte) { order.PutUint16(b[10:], max(order.Uint16(b[10:]), 1)-1) },
 			"zeros":                 func(b []byte) { clear(b) },
@@ -405,7 +406,7 @@ func TestCutFileIsAnError(t *testing.T) {
 	}
 }
 
-// TestFileThatIsCutWhileItIsOpen ends no process.
+// TestFileThatIsCutWhileItIsOpen: cutting the file ends no process.
 func TestFileThatIsCutWhileItIsOpen(t *testing.T) {
 	t.Parallel()
 	if runtime.GOOS == "windows" {

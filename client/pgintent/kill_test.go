@@ -23,7 +23,7 @@ import (
 )
 
 // childVariable makes the test binary a client that pays once: "<server's URL> <database>
-// <AttemptsMax>". It prints "pays" and, if it is not killed, how that ended.
+// <AttemptsMax>". It prints "pays" and, if it is not killed, the result.
 const childVariable = "PAIDONCE_PGINTENT_CHILD"
 
 func payAsChild(arguments []string) int {
@@ -77,8 +77,8 @@ func startChild(t *testing.T, server, database string, attemptsMax int) (*exec.C
 }
 
 // TestKilledInSave: a client is killed with kill -9 while PostgreSQL is busy with its INSERT.
-// Nothing was sent. If the row is kept all the same, the next process sends it, once. If not,
-// nobody sends it, and nobody reported it as paid.
+// Nothing was sent. If the row is kept all the same, the next process sends it, once. If not, it is
+// never sent, and was never reported as paid.
 func TestKilledInSave(t *testing.T) {
 	t.Parallel()
 	for name, kept := range map[string]bool{"PostgreSQL goes on": true, "PostgreSQL ends the session": false} {

@@ -88,7 +88,7 @@ func TestNothingIsSentWithoutARow(t *testing.T) {
 }
 
 // TestAnUntouchedRowIsNoAbsentRow: if a trigger drops the UPDATE of Take, or the DELETE of Done,
-// the call fails. An intent that nobody can take would never be sent, and nobody would notice.
+// the call fails. An intent that can't be taken would never be sent, without any error.
 func TestAnUntouchedRowIsNoAbsentRow(t *testing.T) {
 	t.Parallel()
 	pool := setup(t)
@@ -118,8 +118,8 @@ func TestAnUntouchedRowIsNoAbsentRow(t *testing.T) {
 	}
 }
 
-// TestSaveInAnOpenTransactionIsRefused: the intent would not be committed when the request is sent. Nor would Abandon and Take
-// be when their results are told.
+// TestSaveInAnOpenTransactionIsRefused: the intent would not be committed when the request is sent.
+// The same holds for the results of Abandon and Take.
 func TestSaveInAnOpenTransactionIsRefused(t *testing.T) {
 	t.Parallel()
 	ctx := t.Context()
@@ -184,8 +184,8 @@ func TestSaveTakesOverFromAnotherProcess(t *testing.T) {
 	}
 }
 
-// TestTwoProcessesOnOneKeyPayOnce: the first request is refused while the second is on its way. Its
-// caller would trust ErrNotExecuted and pay with a new key, so it must be ErrUnknown.
+// TestTwoProcessesOnOneKeyPayOnce: the first request is refused while the second is on its way. The
+// first caller would trust ErrNotExecuted and pay with a new key, so it must be ErrUnknown.
 func TestTwoProcessesOnOneKeyPayOnce(t *testing.T) {
 	t.Parallel()
 	database := pgtest.Database(t)

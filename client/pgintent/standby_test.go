@@ -15,8 +15,9 @@ import (
 	"github.com/paidonce/idempotency/internal/pgtest"
 )
 
-// TestCanceledWaitForTheStandbyIsAnError: a failover could undo a write whose COMMIT did not wait. An abandoned intent would
-// be sent after its caller got not-executed, and of two holders each would be the only one.
+// TestCanceledWaitForTheStandbyIsAnError: a failover could undo a write if its COMMIT did not wait.
+// An abandoned intent would be sent after its caller got not-executed, and two holders would each
+// believe to be the only one.
 func TestCanceledWaitForTheStandbyIsAnError(t *testing.T) {
 	t.Parallel()
 	pgtest.Slow(t, "starts a PostgreSQL of its own")
@@ -27,7 +28,7 @@ func TestCanceledWaitForTheStandbyIsAnError(t *testing.T) {
 	}
 	t.Cleanup(func() { _ = server.Stop() })
 	pool := setupOn(t, server.URL(), func(c *pgxpool.Config) {
-		c.ConnConfig.RuntimeParams["synchronous_commit"] = "local" // for Create; the store asks for more
+		c.ConnConfig.RuntimeParams["synchronous_commit"] = "local" // for Create; the store itself demands more
 		c.ConnConfig.RuntimeParams["client_min_messages"] = "error"
 		pgintent.Configure(c.ConnConfig)
 	})
@@ -51,8 +52,9 @@ func TestCanceledWaitForTheStandbyIsAnError(t *testing.T) {
 	}
 }
 
-// TestWarningOfATriggerIsItsOwn: only the server's own warning says that a commit did not wait. Take and Abandon of a key that
-// is not kept find that out on the connection they have: the pool may have one.
+// TestWarningOfATriggerIsItsOwn: only the server's own warning means that a commit did not wait.
+// Take and Abandon of a key that is not kept find that out on the same connection: the pool may
+// have only one.
 func TestWarningOfATriggerIsItsOwn(t *testing.T) {
 	t.Parallel()
 	ctx := t.Context()

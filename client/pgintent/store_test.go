@@ -51,12 +51,12 @@ func setupOn(t *testing.T, database string, change ...func(*pgxpool.Config)) *pg
 
 func TestConformance(t *testing.T) {
 	t.Parallel()
-	pool := setup(t) // every case has an owner of its own
+	pool := setup(t) // every case has another owner
 	intenttest.Run(t, func(t *testing.T) client.IntentStore { return pgintent.New(pool, &pgintent.Options{Owner: t.Name()}) })
 }
 
-// TestTakenIntentIsNotItsOldHoldersAnyMore: who holds an intent may abandon it, nobody else; and another may take it only when
-// its time is over.
+// TestTakenIntentIsNotItsOldHoldersAnyMore: only the holder of an intent may abandon it, and
+// another store may take it only after PendingAfter.
 func TestTakenIntentIsNotItsOldHoldersAnyMore(t *testing.T) {
 	t.Parallel()
 	pool := setup(t)
@@ -98,7 +98,7 @@ func TestTakenIntentIsNotItsOldHoldersAnyMore(t *testing.T) {
 	}
 }
 
-// TestOneOfManyTakes: of many that take an old intent at once one gets it.
+// TestOneOfManyTakes: if many stores take an old intent at once, one gets it.
 func TestOneOfManyTakes(t *testing.T) {
 	t.Parallel()
 	pool := setup(t, func(c *pgxpool.Config) { c.MaxConns = 8 })
@@ -133,7 +133,7 @@ func TestOneOfManyTakes(t *testing.T) {
 	}
 }
 
-// TestPendingHasALimit: the oldest come first, and no more than the most.
+// TestPendingHasALimit: the oldest come first, and no more than the maximum.
 func TestPendingHasALimit(t *testing.T) {
 	t.Parallel()
 	pool := setup(t)
@@ -155,7 +155,8 @@ func TestPendingHasALimit(t *testing.T) {
 	}
 }
 
-// TestPendingComesToAll: intents that stay, because they are too old to be sent, keep nobody's place for ever.
+// TestPendingComesToAll: intents that stay because they are too old to be sent do not block the
+// others for ever.
 func TestPendingComesToAll(t *testing.T) {
 	t.Parallel()
 	pool := setup(t)
@@ -181,7 +182,7 @@ func TestPendingComesToAll(t *testing.T) {
 func TestSaveIsDurableWhateverTheSessionSays(t *testing.T) {
 	t.Parallel()
 	database := pgtest.Database(t)
-	// The trigger sees the setting that the commit will go by.
+	// The trigger sees the setting that applies to the commit.
 	_, err := setupOn(t, database).Exec(t.Context(), `CREATE TABLE seen (setting text, session text);
 		CREATE FUNCTION see() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
 			INSERT INTO seen VALUES (current_setting('synchronous_commit'), current_setting('application_name')); RETURN NULL; END $$;
@@ -219,7 +220,7 @@ func TestSaveIsDurableWhateverTheSessionSays(t *testing.T) {
 	}
 }
 
-// TestRefusedSavesNothing: an error of the server's proves that nothing was changed.
+// TestRefusedSavesNothing: an error of the server proves that nothing was changed.
 func TestRefusedSavesNothing(t *testing.T) {
 	t.Parallel()
 	pool := setup(t)
@@ -254,8 +255,8 @@ func TestCreateAtOnce(t *testing.T) {
 	group.Wait()
 }
 
-// A service that calls Create at each start waits for nobody: Create does not lock an existing
-// table, and so does not wait for its locks.
+// A service that calls Create at each start does not wait: Create does not lock an existing table,
+// and so does not wait for its locks.
 func TestCreateOfATableThatIsThereWaitsForNobody(t *testing.T) {
 	t.Parallel()
 	pool := setup(t)

@@ -16,7 +16,7 @@ import (
 	"github.com/paidonce/idempotency/storage/storagetest"
 )
 
-// Encryption breaks no promise of the store within.
+// Encryption breaks no promise of the wrapped store.
 func TestConformance(t *testing.T) {
 	t.Parallel()
 	t.Run("memory", func(t *testing.T) {
@@ -82,7 +82,7 @@ func newHarness(t *testing.T) *storagetest.Harness {
 	}
 }
 
-// A wrapped store's own timeouts are still held against the engine's.
+// The timeouts of a wrapped store are still compared with the engine's.
 func TestBudgetOfTheStoreWithinIsChecked(t *testing.T) {
 	t.Parallel()
 	d := testservice.New(t, nil)
@@ -96,5 +96,6 @@ func TestBudgetOfTheStoreWithinIsChecked(t *testing.T) {
 			t.Errorf("a Timeouts.Handler of %v panics: %v", handlerTimeout, panicked)
 		}
 	}
-	idempotency.NewEngine(encrypted.New(memory.New(nil), oneKey), &idempotency.Options{Timeouts: idempotency.Timeouts{Handler: time.Hour}}) // which has none
+	// This store has no timeouts.
+	idempotency.NewEngine(encrypted.New(memory.New(nil), oneKey), &idempotency.Options{Timeouts: idempotency.Timeouts{Handler: time.Hour}})
 }

@@ -24,7 +24,7 @@ var (
 	fixedAnswer = idempotency.Answer{Status: 201, Header: map[string][]string{"Location": {"/1"}, "Link": {"<a>", "<b>"}}, Body: []byte("done")}
 )
 
-// stub stands for a store that is never asked.
+// stub stands for a store that is never called.
 type stub struct{ idempotency.Store }
 
 func fixedStore() *Store { return New(stub{}, Keys{Current: fixedKey}) }
@@ -48,7 +48,8 @@ func TestEnvelopeIsFrozen(t *testing.T) {
 	}
 }
 
-// FuzzOpen: whatever lies in the table, it is answered only if it was sealed for that very row.
+// FuzzOpen: whatever bytes the table has, they are opened only if they were sealed for that very
+// row.
 func FuzzOpen(f *testing.F) {
 	store := fixedStore()
 	accepting := New(stub{}, Keys{Current: fixedKey, DangerAcceptUnencrypted: true})
@@ -87,7 +88,7 @@ func FuzzOpen(f *testing.F) {
 	})
 }
 
-// row is what a body is bound to.
+// row has all that a body is bound to.
 type row struct {
 	keyID       byte
 	key         idempotency.Key
@@ -100,7 +101,8 @@ func (r row) bound() []byte {
 	return bound(r.keyID, r.key, r.fingerprint, r.attempt, &r.answer)
 }
 
-// Two rows are bound to the same bytes only if they are the same, wherever one part ends and the next begins.
+// Two rows are bound to the same bytes only if they are equal, wherever one part ends and the next
+// begins.
 func TestBoundIsInjective(t *testing.T) {
 	t.Parallel()
 	rapid.Check(t, func(t *rapid.T) {
@@ -163,7 +165,7 @@ func TestEveryPartIsBound(t *testing.T) {
 		}
 	}
 	same := base()
-	same.answer.Header["Vary"] = nil // leaves no trace in a store
+	same.answer.Header["Vary"] = nil // it leaves no trace in a store
 	if !bytes.Equal(base().bound(), same.bound()) {
 		t.Error("a header without values counts")
 	}

@@ -13,8 +13,8 @@ import (
 	"github.com/paidonce/idempotency/storage/memory"
 )
 
-// A retry reads the answer; whoever reads the table does not. The memory store is for tests: a service puts
-// storage/postgres in its place, and takes the secret from where it keeps its others.
+// A retry gets the answer; a reader of the table can't read it. The memory store is for tests: a
+// service uses storage/postgres, and takes the secret from its secret store.
 func ExampleNew() {
 	key := encrypted.Key{ID: 1}
 	_, _ = rand.Read(key.Secret[:]) // never fails

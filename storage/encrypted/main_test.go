@@ -20,7 +20,7 @@ import (
 
 func TestMain(m *testing.M) { pgtest.Main(m) }
 
-// secretOf returns a key whose secret is made of one byte.
+// secretOf returns a key with a secret that repeats one byte.
 func secretOf(id, fill byte) encrypted.Key {
 	key := encrypted.Key{ID: id}
 	for i := range key.Secret {
@@ -31,7 +31,7 @@ func secretOf(id, fill byte) encrypted.Key {
 
 var oneKey = encrypted.Keys{Current: secretOf(1, 0xa1)}
 
-// service is a server whose answers are recorded in a store.
+// service is a server that records its answers in a store.
 type service struct {
 	server *httptest.Server
 	runs   atomic.Int64

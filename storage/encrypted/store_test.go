@@ -22,7 +22,7 @@ func TestBodyIsNotInTheTable(t *testing.T) {
 	d := testservice.New(t, nil)
 	const hidden, plain = "canary-of-an-encrypted-body", "canary-of-a-plain-body"
 	s := serve(t, encrypted.New(d.Store, oneKey), nil)
-	large := strings.Repeat(hidden, 10_000) // which lies outside of the row
+	large := strings.Repeat(hidden, 10_000) // it is stored outside of the row
 	want(t, "first", s.post(t, "acme", "small", "/", hidden), 201, idempotency.OutcomeExecuted, hidden)
 	want(t, "declined", s.post(t, "acme", "declined", "/declined", hidden), 404, idempotency.OutcomeExecuted, hidden)
 	want(t, "large", s.post(t, "acme", "large", "/", large), 201, idempotency.OutcomeExecuted, large)
@@ -60,7 +60,8 @@ func TestBodyIsNotInTheTable(t *testing.T) {
 	}
 }
 
-// heap returns the files of the table of the records and of what lies outside of its rows.
+// heap returns the files of the table of the records, and of the values that are stored outside of
+// its rows.
 func heap(t *testing.T, d *testservice.Service) (all []byte) {
 	t.Helper()
 	d.Exec(t, "CHECKPOINT")
@@ -83,7 +84,8 @@ func heap(t *testing.T, d *testservice.Service) (all []byte) {
 	return all
 }
 
-// Whatever is changed in a row that its body is bound to: the client is told 500 unknown, and never an answer.
+// If any part of a row that its body is bound to is changed, the client gets 500 unknown, and never
+// an answer.
 func TestChangedRowIsNeverAnswered(t *testing.T) {
 	t.Parallel()
 	for name, change := range map[string]string{
@@ -124,8 +126,8 @@ func TestChangedRowIsNeverAnswered(t *testing.T) {
 	}
 }
 
-// The fingerprint's own bytes are compared before; a body is bound to them all the same, so that the record of one
-// request can't be passed off as that of another.
+// The fingerprint's own bytes are compared before. A body is bound to them all the same, so that
+// the record of one request can't pass for that of another.
 func TestBodyIsBoundToTheFingerprint(t *testing.T) {
 	t.Parallel()
 	d := testservice.New(t, nil)
@@ -136,7 +138,7 @@ func TestBodyIsBoundToTheFingerprint(t *testing.T) {
 	want(t, "the record of 10 for a request of 99", s.post(t, "acme", "ten", "/", "99"), 500, idempotency.OutcomeUnknown, "#record-corrupt")
 }
 
-// The look for a lost COMMIT finds encrypted records too, and is not fooled by changed ones.
+// The look-up of a lost COMMIT decrypts records too, and rejects changed ones.
 func TestResolveDecrypts(t *testing.T) {
 	t.Parallel()
 	d := testservice.New(t, nil)
@@ -157,7 +159,7 @@ func TestResolveDecrypts(t *testing.T) {
 	}
 }
 
-// Keys rotate without a pause: what was recorded under the old one is replayed while the new one encrypts.
+// Keys rotate without a pause: records under the old key are replayed while the new one encrypts.
 func TestRotation(t *testing.T) {
 	t.Parallel()
 	d := testservice.New(t, nil)
@@ -173,7 +175,7 @@ func TestRotation(t *testing.T) {
 		want(t, name+", the first's", s.post(t, "acme", "one", "/", "canary"), 201, idempotency.OutcomeReplayed, "canary")
 		want(t, name+", the second's", s.post(t, "acme", "two", "/", "canary"), 201, idempotency.OutcomeReplayed, "canary")
 	}
-	// Where the key is not held nothing says that the record was changed, and another process may answer.
+	// Without the key nothing shows that the record was changed, and another process may answer.
 	want(t, "too early", before.post(t, "acme", "two", "/", "canary"), 503, idempotency.OutcomeUnknown, "#outcome-unknown")
 	want(t, "too late", after.post(t, "acme", "one", "/", "canary"), 503, idempotency.OutcomeUnknown, "#outcome-unknown")
 	if logged := after.logged(); !strings.Contains(logged, "key 1: name that in Keys.Older") {
@@ -195,7 +197,7 @@ func TestAnotherSecretUnderTheSameNumberAnswersNothing(t *testing.T) {
 	want(t, "first again", first.post(t, "acme", "k", "/", "canary"), 201, idempotency.OutcomeReplayed, "canary")
 }
 
-// Records of the time before encryption are refused, unless the danger is named.
+// Records from before encryption are refused, unless the dangerous option is set.
 func TestRecordOfBeforeEncryption(t *testing.T) {
 	t.Parallel()
 	inner := memory.New(nil)
@@ -216,7 +218,7 @@ func TestRecordOfBeforeEncryption(t *testing.T) {
 	want(t, "strict", strict.post(t, "acme", "new", "/", "canary"), 201, idempotency.OutcomeReplayed, "canary")
 }
 
-// The first client's answer is not the encrypted one.
+// The first client gets the answer unencrypted and unchanged.
 func TestAnswerToTheClientIsNotChanged(t *testing.T) {
 	t.Parallel()
 	answer := &idempotency.Answer{Status: 201, Header: map[string][]string{"Etag": {"x"}}, Body: []byte("done")}
@@ -230,7 +232,8 @@ func TestAnswerToTheClientIsNotChanged(t *testing.T) {
 	}
 }
 
-// Encryption together with status and Location only: nothing is left to read, and what is recorded can't be changed.
+// With encryption and StatusAndLocation together no body is stored, and the recorded answer can't
+// be changed.
 func TestEncryptedAndReduced(t *testing.T) {
 	t.Parallel()
 	d := testservice.New(t, nil)

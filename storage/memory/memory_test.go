@@ -90,8 +90,8 @@ func TestFaultIsReportedAndLeavesNothing(t *testing.T) {
 		{[]idempotency.Step{idempotency.StepClaim}, 201, idempotency.ErrInProgress, idempotency.OutcomeInProgress},
 		{[]idempotency.Step{idempotency.StepCommit}, 201, idempotency.ErrAborted, idempotency.OutcomeNotExecuted},
 		{[]idempotency.Step{idempotency.StepDecline}, 402, idempotency.ErrUnavailable, idempotency.OutcomeNotExecuted},
-		// A commit that is not known is asked for, and is proven not to have happened; unless that is not to be had either,
-		// or it was a decline, whose record might still come.
+		// If COMMIT is unknown, the look-up proves that it did not happen, unless the look-up fails
+		// too, or it was a decline, with a record that may still come.
 		{[]idempotency.Step{idempotency.StepCommit}, 201, idempotency.ErrUnknown, idempotency.OutcomeNotExecuted},
 		{[]idempotency.Step{idempotency.StepCommit}, 201, something, idempotency.OutcomeNotExecuted},
 		{[]idempotency.Step{idempotency.StepDecline}, 402, idempotency.ErrUnknown, idempotency.OutcomeUnknown},

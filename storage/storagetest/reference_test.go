@@ -13,7 +13,7 @@ import (
 	"github.com/paidonce/idempotency"
 )
 
-// reference is a store that makes every promise, in memory, and breaks one of them where fault names it.
+// reference is a store in memory that makes every promise, and breaks the one that fault names.
 type reference struct {
 	fault string
 
@@ -25,7 +25,7 @@ type reference struct {
 	slots   int // connections that are left
 
 	resolvers int           // that are waiting
-	ended     chan struct{} // closed, and made anew, when an attempt ends
+	ended     chan struct{} // closed, and replaced, when an attempt ends
 }
 
 func newReference(fault string) *reference {
@@ -105,7 +105,7 @@ func (s *reference) deleteExpired(context.Context) (deleted int64, err error) {
 	return deleted, nil
 }
 
-// key is the key by which the store knows a request.
+// key returns the key under which the store keeps a request.
 func (s *reference) key(claim *idempotency.Claim) idempotency.Key {
 	k := claim.Key
 	truncate := func(s string) string { return s[:min(len(s), idempotency.KeyBytesMax-1)] }

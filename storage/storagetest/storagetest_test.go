@@ -150,11 +150,11 @@ func TestFeaturesExcuseCases(t *testing.T) {
 			t.Errorf("%s is excused by %s, which is not set", one.name, field)
 		}
 	}
-	// What is left asks for no hook: a harness without any passes.
+	// The remaining cases need no hook: a harness without any passes.
 	Run(t, nothing, func(*testing.T) *Harness { return &Harness{Store: newReference("")} })
 }
 
-// log is a tester that keeps what it is told.
+// log is a tester that keeps the failures.
 type log struct {
 	ctx context.Context
 
@@ -163,7 +163,7 @@ type log struct {
 	lines  []string
 }
 
-// runCase runs a case that may fail, and is not patient with it.
+// runCase runs a case that may fail, with little patience.
 func runCase(t *testing.T, one testCase, features Features, h *Harness) *log {
 	l := &log{ctx: t.Context()}
 	done := make(chan struct{})

@@ -41,7 +41,7 @@ func TestDeleteLetsARetryRunAgain(t *testing.T) {
 	}
 }
 
-// An expired record counts until the reaper comes by, and is new then.
+// An expired record counts until the reaper deletes it; then its key is new.
 func TestExpireLeavesTheRecordToTheReaper(t *testing.T) {
 	t.Parallel()
 	b := setup(t, nil)
@@ -76,7 +76,7 @@ func TestExpireLeavesTheRecordToTheReaper(t *testing.T) {
 	}
 }
 
-// A running attempt is never robbed: not of its key, and not of a record that it finds.
+// An act never takes the key from a running attempt, nor the record that it finds.
 func TestActOnARunningAttempt(t *testing.T) {
 	t.Parallel()
 	b := setup(t, nil)
@@ -136,7 +136,7 @@ func TestActOnWhatIsNotThere(t *testing.T) {
 	}
 }
 
-// The deed and its row in the audit table are one commit.
+// The act and its row in the audit table are one commit.
 func TestNothingIsDoneThatIsNotAudited(t *testing.T) {
 	t.Parallel()
 	b := setup(t, nil)
@@ -222,8 +222,8 @@ func TestActsSayWhoAndWhy(t *testing.T) {
 	wantError(t, err, operator.ErrInvalid)
 }
 
-// Operators at once, and requests among them: each act that says it was done took one record, and no request ran beside
-// another.
+// Concurrent operators and requests: each act that reports success changed one record, and no two
+// requests ran at the same time.
 func TestActsAndRequestsAtOnce(t *testing.T) {
 	t.Parallel()
 	b := setup(t, nil)
@@ -231,7 +231,7 @@ func TestActsAndRequestsAtOnce(t *testing.T) {
 	const rounds, workers = 40, 3
 	b.Engine.Do(t.Context(), testservice.Request(k), b.effect) // so that there is something to delete
 	var all sync.WaitGroup
-	for range workers { // a round that meets another is repeated, or all of them may
+	for range workers { // repeated, because a round may meet another one
 		all.Go(func() {
 			for range rounds {
 				for b.Engine.Do(context.Background(), testservice.Request(k), b.effect).Outcome == idempotency.OutcomeInProgress {
@@ -241,7 +241,7 @@ func TestActsAndRequestsAtOnce(t *testing.T) {
 		all.Go(func() {
 			for range rounds {
 				for err := operator.ErrInProgress; errors.Is(err, operator.ErrInProgress); {
-					_, err = b.operator.Delete(context.Background(), k, act) // whatever it finds
+					_, err = b.operator.Delete(context.Background(), k, act) // whatever the key's state
 				}
 			}
 		})

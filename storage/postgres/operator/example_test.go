@@ -28,14 +28,15 @@ func ExampleOperator_List() {
 		for _, record := range list.Records {
 			fmt.Println(record.Key.Value, record.Status, record.CreatedAt)
 		}
-		if list.Next == "" { // and not where a page is empty: it may have come to its limit
+		// An empty page may only have reached its limit.
+		if list.Next == "" {
 			return
 		}
 		page.After = list.Next
 	}
 }
 
-// A record is deleted that somebody looked at before: only if it is still the same.
+// Deletes a record that an operator has looked at, only if it is still the same.
 func ExampleOperator_Delete() {
 	ctx := context.Background()
 	store, err := postgres.Open(ctx, os.Getenv("DATABASE_URL"), nil)
@@ -58,7 +59,7 @@ func ExampleOperator_Delete() {
 	}
 }
 
-// A look before a deployment.
+// A check before a deployment.
 func ExampleOperator_Doctor() {
 	ctx := context.Background()
 	store, err := postgres.Open(ctx, os.Getenv("DATABASE_URL"), nil)

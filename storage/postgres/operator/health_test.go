@@ -18,7 +18,7 @@ import (
 	"github.com/paidonce/idempotency/storage/postgres/operator"
 )
 
-// levels returns the worst level of each check, and all that was found as text.
+// levels returns the worst level of each check, and all findings as text.
 func levels(findings []operator.Finding) (worst map[string]operator.Level, text string) {
 	worst = map[string]operator.Level{}
 	for _, f := range findings {
@@ -30,7 +30,8 @@ func levels(findings []operator.Finding) (worst map[string]operator.Level, text 
 	return worst, text
 }
 
-// Where all is well the doctor says so of each check, in order, and names no remedy. On a server that keeps what it is told.
+// On a healthy server the doctor reports each check as fine, in order, and names no remedy. The
+// server keeps its commits on disk.
 func TestDoctorOnAServerOfItsOwn(t *testing.T) {
 	t.Parallel()
 	pgtest.Slow(t, "starts a PostgreSQL of its own")
@@ -59,7 +60,7 @@ func TestDoctorOnAServerOfItsOwn(t *testing.T) {
 		t.Errorf("checks are %v, want %v", checks, operator.Checks())
 	}
 
-	// COMMIT waits for a standby that is not there: so must not what follows.
+	// COMMIT would wait for a missing standby: the statements below must not.
 	b.Exec(t, "ALTER SYSTEM SET synchronous_standby_names = 'nobody'")
 	b.Exec(t, "SELECT pg_reload_conf()")
 	for deadline := time.Now().Add(30 * time.Second); b.Text(t, "SHOW synchronous_standby_names") != "nobody"; time.Sleep(5 * time.Millisecond) {
@@ -72,7 +73,7 @@ func TestDoctorOnAServerOfItsOwn(t *testing.T) {
 	}
 }
 
-// Each thing that is wrong is found by its check, with a remedy, and nothing else is.
+// Each fault is found by its check, with a remedy, and nothing else is.
 func TestDoctorFindsWhatIsWrong(t *testing.T) {
 	t.Parallel()
 	for name, test := range map[string]struct {
@@ -154,7 +155,8 @@ func TestDoctorWhereNobodyAnswers(t *testing.T) {
 	}
 }
 
-// A standby is no place for a service, and the doctor looks at it all the same. (On a standby: package faults.)
+// A standby is no place for a service, and the doctor examines it all the same. (On a standby:
+// package faults.)
 
 func TestStatsCountWhatThereIs(t *testing.T) {
 	t.Parallel()
@@ -165,7 +167,7 @@ func TestStatsCountWhatThereIs(t *testing.T) {
 	b.plant(t, "acme", 100)
 	b.Exec(t, "UPDATE idempotency_keys SET expires_at = now() - interval '1 hour' WHERE key LIKE '%7'")
 	finish := b.Running(t, key("canary"))
-	tx, err := b.Pool.Begin(t.Context()) // a lock of somebody else's, on the same database
+	tx, err := b.Pool.Begin(t.Context()) // another session's lock, on the same database
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -194,7 +196,7 @@ func TestStatsCountWhatThereIs(t *testing.T) {
 	}
 }
 
-// What is past its time goes, and nothing else.
+// GC deletes exactly the rows that are old enough.
 func TestGC(t *testing.T) {
 	t.Parallel()
 	b := setup(t, nil)
@@ -243,7 +245,8 @@ func TestGC(t *testing.T) {
 	}
 }
 
-// The timeline holds what there is: the record, the lock, the acts, in order. (Of requests: package history.)
+// The timeline has all events in order: the record, the lock, the acts. (Of requests: package
+// history.)
 func TestTimelineOfARecord(t *testing.T) {
 	t.Parallel()
 	b := setup(t, nil)
@@ -301,13 +304,13 @@ func TestTimelineOfARecord(t *testing.T) {
 	want("recorded", "expires")
 }
 
-// The doctor's GRANTs, run as they stand, leave nothing of its check rights.
+// The doctor's GRANTs, run unchanged, fix all findings of its check of rights.
 func TestDoctorsGrantsAreEnough(t *testing.T) {
 	t.Parallel()
 	b := setup(t, nil)
 	o := b.role(t)
 	granted := 0
-	for range 2 { // without SELECT it says no more than that
+	for range 2 { // without SELECT it reports only that
 		for _, f := range o.Doctor(t.Context()) {
 			if f.Check == "rights" && f.Level != operator.LevelOK {
 				b.Exec(t, strings.TrimSuffix(f.Remedy, " (if it should)"))
@@ -325,7 +328,8 @@ func TestDoctorsGrantsAreEnough(t *testing.T) {
 	}
 }
 
-// The rights of the package's documentation are enough, and each that is left out is missed where it is said to be.
+// The rights of the package's documentation suffice, and each is needed for the calls that the
+// documentation names.
 func TestLeastPrivilege(t *testing.T) {
 	t.Parallel()
 	b := setup(t, nil)
@@ -376,12 +380,13 @@ func TestLeastPrivilege(t *testing.T) {
 	}
 }
 
-// A statement is cut off, and the error says so and nothing of what it looked for.
+// A statement that takes too long is cut off, and its error says so without naming the key.
 func TestStatementsAreBounded(t *testing.T) {
 	t.Parallel()
 	b := setup(t, nil)
 	b.do(t, key("canary"), 201)
-	pool, err := pgxpool.New(t.Context(), b.URL) // a new connection of the other would prepare statements, and wait for the lock as it is told
+	// A new connection of the other pool would prepare statements, and wait for the lock.
+	pool, err := pgxpool.New(t.Context(), b.URL)
 	if err != nil {
 		t.Fatal(err)
 	}

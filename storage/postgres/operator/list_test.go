@@ -12,7 +12,8 @@ import (
 	"github.com/paidonce/idempotency/storage/postgres/operator"
 )
 
-// walk goes through all pages of a list and returns the keys, as scope/key, and how many pages there were.
+// walk goes through all pages of a list, and returns the keys, as scope/key, and the number of
+// pages.
 func (b *testBundle) walk(t testing.TB, filter operator.Filter, page operator.Page) (keys []string, pages int) {
 	t.Helper()
 	for {
@@ -54,7 +55,7 @@ func TestListWalksEveryRecordOnce(t *testing.T) {
 	}
 }
 
-// Each filter finds what a plain statement finds.
+// Each filter finds the same rows as a plain statement.
 func TestListFilters(t *testing.T) {
 	t.Parallel()
 	b := setup(t, nil)
@@ -98,7 +99,8 @@ func TestListFilters(t *testing.T) {
 	}
 }
 
-// A filter that finds nothing stops at its limit, says where, and goes on from there: the rows examined are exact.
+// A filter that finds nothing stops at its limit, returns the place, and continues from there: the
+// number of examined rows is exact.
 func TestListStopsAtItsLimitOfRows(t *testing.T) {
 	t.Parallel()
 	b := setup(t, &operator.Options{RowsExaminedMax: 1000, ScanTimeMax: time.Minute})
@@ -118,7 +120,7 @@ func TestListStopsAtItsLimitOfRows(t *testing.T) {
 	}
 }
 
-// The time is a limit as well, whatever the number of rows.
+// The time is limited too, whatever the number of rows.
 func TestListStopsAtItsLimitOfTime(t *testing.T) {
 	t.Parallel()
 	b := setup(t, &operator.Options{ScanTimeMax: time.Nanosecond})
@@ -183,7 +185,8 @@ func TestRecentShowsTheNewestOfAllScopes(t *testing.T) {
 	wantError(t, err, operator.ErrInvalid)
 }
 
-// Pages go along the primary key, also where the table was never analyzed: nothing is sorted, and nothing read to the end.
+// Pages follow the primary key, also if the table was never analyzed: nothing is sorted, and
+// nothing is read to the end.
 func TestListGoesAlongThePrimaryKey(t *testing.T) {
 	t.Parallel()
 	b := setup(t, nil)
@@ -197,7 +200,8 @@ func TestListGoesAlongThePrimaryKey(t *testing.T) {
 			if !strings.Contains(plan, "idempotency_keys_pkey") || strings.Contains(plan, "Seq Scan") || strings.Contains(plan, "Sort") {
 				t.Errorf("%s, descending %t:\n%s", name, descending, plan)
 			}
-			// 500 rows at most, wherever in the table: some 20 pages of its 700, and not half of the index as well.
+			// 500 rows at most, wherever in the table: some 20 pages of its 700, and not half of
+			// the index as well.
 			if pages := buffers(t, plan); pages > 30 {
 				t.Errorf("%s, descending %t: %d pages were looked at\n%s", name, descending, pages, plan)
 			}
@@ -205,7 +209,7 @@ func TestListGoesAlongThePrimaryKey(t *testing.T) {
 	}
 }
 
-// buffers returns how many pages a statement looked at, by its plan.
+// buffers returns the number of pages that a statement read, by its plan.
 func buffers(t *testing.T, plan string) (pages int) {
 	t.Helper()
 	found := regexp.MustCompile(`Buffers: shared hit=(\d+)(?: read=(\d+))?`).FindStringSubmatch(plan)

@@ -16,7 +16,7 @@ import (
 
 func TestMain(m *testing.M) { pgtest.Main(m) }
 
-// testBundle is an operator, and a service that it operates, on a database of their own.
+// testBundle is an operator and its service, on a database of their own.
 type testBundle struct {
 	*testservice.Service
 	operator *operator.Operator
@@ -42,7 +42,7 @@ func (b *testBundle) role(t testing.TB, grants ...string) *operator.Operator {
 
 func key(value string) idempotency.Key { return idempotency.Key{Scope: "acme", Value: value} }
 
-// do has the service answer a request.
+// do makes the service answer a request.
 func (b *testBundle) do(t testing.TB, k idempotency.Key, status int) idempotency.Result {
 	t.Helper()
 	return b.Do(t, k, &idempotency.Answer{
@@ -58,7 +58,7 @@ func (b *testBundle) plant(t testing.TB, scope string, n int) {
 		FROM generate_series(1, $2::int) AS n`, scope, n)
 }
 
-// wantError has an error wrap another one and show nothing of any key.
+// wantError requires that an error wraps another one, and that its text has no part of any key.
 func wantError(t testing.TB, got, want error) {
 	t.Helper()
 	if !errors.Is(got, want) {
@@ -69,10 +69,10 @@ func wantError(t testing.TB, got, want error) {
 	}
 }
 
-// soon is about now, by whatever clock.
+// soon reports whether a time is about now.
 func soon(at time.Time) bool { return time.Since(at).Abs() < time.Minute }
 
-// effect is a handler that leaves a row behind.
+// effect is a handler that writes a row.
 func (b *testBundle) effect(ctx context.Context) (*idempotency.Answer, error) {
 	_, err := postgres.Tx(ctx).Exec(ctx, "INSERT INTO effects DEFAULT VALUES")
 	return &idempotency.Answer{Status: 201}, err

@@ -45,7 +45,7 @@ func TestGetOfAKeyThatNobodyUsed(t *testing.T) {
 	wantError(t, err, operator.ErrInvalid)
 }
 
-// While the handler runs there is no record, and the session that holds the key is named.
+// While the handler runs there is no record, and the result names the session that holds the key.
 func TestGetOfARunningAttempt(t *testing.T) {
 	t.Parallel()
 	b := setup(t, nil)
@@ -69,7 +69,7 @@ func TestGetOfARunningAttempt(t *testing.T) {
 	}
 }
 
-// A record whose headers nobody can read is shown all the same.
+// A record with unreadable headers is shown all the same.
 func TestGetOfACorruptRecord(t *testing.T) {
 	t.Parallel()
 	b := setup(t, nil)

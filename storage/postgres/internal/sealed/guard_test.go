@@ -40,8 +40,8 @@ func TestAdmitSQL(t *testing.T) {
 	}
 }
 
-// FuzzAdmitSQL: whatever an admitted text is followed by, a COMMIT after it is seen, unless the text left a string or a
-// comment open, in which nothing is executed.
+// FuzzAdmitSQL: a COMMIT after an admitted text is always detected, unless the text left a string
+// or a comment open, in which nothing is executed.
 func FuzzAdmitSQL(f *testing.F) {
 	for _, seed := range []string{"SELECT 1", "SELECT 'a'", "SELECT $a$b$a$", "SELECT /* a */ 1", "SELECT E'\\''", "SELECT \"a\"", "é", "SELECT 1 -- a\n"} {
 		f.Add(seed)
@@ -66,8 +66,8 @@ func FuzzAdmitSQL(f *testing.F) {
 	})
 }
 
-// FuzzCountRows: what is made of an admitted statement is one statement too, which ends where ours does: what the text
-// leaves open would swallow the count.
+// FuzzCountRows: the statement made from an admitted one is one statement too, and ends at our end:
+// a string or a comment that the text leaves open would swallow the count.
 func FuzzCountRows(f *testing.F) {
 	for _, seed := range []string{"INSERT INTO t VALUES ($1) -- a", "UPDATE t SET a = '(' RETURNING b;", "delete from t where b in (1)", "SELECT $$)$$ /* ( */", "SELECT 1) SELECT (1"} {
 		f.Add(seed)
@@ -127,7 +127,7 @@ func BenchmarkAdmitSQL(b *testing.B) {
 	}
 }
 
-// The guard reads a text once, within two bounds, and one that it refuses each time.
+// The guard reads an admitted text once, within two bounds, and a refused one each time.
 func TestAdmittedTextsAreBounded(t *testing.T) {
 	t.Parallel()
 	var remembered texts
@@ -158,7 +158,7 @@ func TestAdmittedTextsAreBounded(t *testing.T) {
 			t.Errorf("COMMIT: %v", err)
 		}
 	}
-	// A text that was admitted with plain strings may hide another statement without.
+	// A text that was admitted with plain strings may hide another statement without them.
 	sql := `SELECT '\'' ; COMMIT; --'`
 	admit(`SELECT 'a\'`, true, true)
 	if err := remembered.admit(`SELECT 'a\'`, false); !errors.Is(err, ErrSealed) {
