@@ -16,7 +16,8 @@ import (
 
 const auditRows = "SELECT action || ' ' || scope || ' ' || key || ' ' || status || ' by ' || actor || ': ' || reason FROM idempotency_audit ORDER BY id"
 
-// Deleting takes a confirmation, deletes the record and leaves its row in the audit table; a retry runs again.
+// Deleting needs a confirmation, deletes the record and adds a row to the audit table; a retry runs
+// again.
 func TestDelete(t *testing.T) {
 	t.Parallel()
 	b := setup(t, nil)
@@ -57,7 +58,7 @@ func TestDelete(t *testing.T) {
 	}
 }
 
-// Expiring ends the record's time, and until the reaper comes by it still counts.
+// Expiring a record lets it end now; it still counts until the reaper deletes it.
 func TestExpire(t *testing.T) {
 	t.Parallel()
 	b := setup(t, nil)
@@ -87,7 +88,8 @@ func TestExpire(t *testing.T) {
 	}
 }
 
-// A form that this handler did not make for this actor, act and record, or not lately, does nothing.
+// A form that this handler did not make for this actor, act and record, or made too long ago, does
+// nothing.
 func TestFormWithoutItsTicketIsRefused(t *testing.T) {
 	t.Parallel()
 	b := setup(t, nil)
@@ -135,7 +137,7 @@ func TestFormWithoutItsTicketIsRefused(t *testing.T) {
 	location(t, alice.post("delete", form))
 }
 
-// To delete takes the word and a reason. What was typed is kept.
+// Deleting needs the word and a reason. The refused form keeps the reason.
 func TestDeleteNeedsTheWordAndAReason(t *testing.T) {
 	t.Parallel()
 	b := setup(t, nil)
@@ -158,13 +160,13 @@ func TestDeleteNeedsTheWordAndAReason(t *testing.T) {
 		if reason := form.Get("reason"); reason == "typed before" && !strings.Contains(page, reason+"</textarea>") {
 			t.Errorf("%s: what was typed is lost", name)
 		}
-		ticket = field(t, page, "ticket") // the form that is shown again works
+		ticket = field(t, page, "ticket") // the form in the answer works
 	}
 	b.wantUntouched(t, "key-1")
 	location(t, c.post("delete", url.Values{"ticket": {ticket}, "confirm": {"delete"}, "reason": {strings.Repeat("r", 1000)}}))
 }
 
-// Who looked at one record does not delete the next one of the same key.
+// An actor who looked at one record does not delete the next one of the same key.
 func TestRecordThatChangedIsNotDeleted(t *testing.T) {
 	t.Parallel()
 	b := setup(t, nil)
@@ -180,7 +182,7 @@ func TestRecordThatChangedIsNotDeleted(t *testing.T) {
 	b.wantUntouched(t, "key-1")
 }
 
-// A key that an attempt holds is shown to be held, and not touched.
+// A held key is shown as held, and not changed.
 func TestHeldKey(t *testing.T) {
 	t.Parallel()
 	b := setup(t, nil)
@@ -239,7 +241,7 @@ func TestRunningAttemptIsShown(t *testing.T) {
 	}
 }
 
-// An act that was begun is finished, though the client is gone.
+// An act that has begun is finished even if the client is gone.
 func TestActIsFinishedThoughTheClientLeft(t *testing.T) {
 	t.Parallel()
 	b := setup(t, nil)
@@ -271,7 +273,7 @@ func TestNoActWithoutItsAuditRow(t *testing.T) {
 	b.wantUntouched(t, "key-1")
 }
 
-// With one secret a form of one process is taken by another; with none it is not, and neither are links.
+// With a shared secret a process accepts another one's forms and links; without one it does not.
 func TestSecretIsSharedByProcesses(t *testing.T) {
 	t.Parallel()
 	b := setup(t, nil)

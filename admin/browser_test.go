@@ -24,14 +24,15 @@ import (
 	"github.com/paidonce/idempotency/internal/browsertest"
 )
 
-// shotsVariable names a folder that the browser's test leaves pictures of its pages in.
+// shotsVariable names a folder in which the browser's test leaves pictures of its pages.
 const shotsVariable = "PAIDONCE_SCREENSHOTS"
 
-// answerMax is how long a page may take on a million keys.
+// answerMax is the maximum time for a page on a million keys.
 const answerMax = time.Second
 
-// In a browser, on a table of a million keys: search, page through, open a key, see its timeline and body, expire and
-// delete. Each page is answered within a second, is as wide as a phone, and complains of nothing.
+// In a browser, on a table of a million keys: search, page through, open a key, see its timeline
+// and body, expire and delete. Each page is answered within a second, fits a phone, and logs no
+// error.
 func TestOperatorInABrowser(t *testing.T) {
 	if testing.Short() {
 		t.Skip("makes a million records and starts a browser")
@@ -51,7 +52,7 @@ func TestOperatorInABrowser(t *testing.T) {
 	u := &user{t: t, ctx: ctx, home: server.URL + prefix + "/"}
 	problems := browsertest.Problems(t, ctx)
 
-	// The first page: figures, newest records, and a keyboard that comes to the content first.
+	// Expire: the form requires a reason, and the audit table keeps it.
 	u.do(chromedp.Navigate(u.home), chromedp.WaitVisible(chromedp.CSS("h1")))
 	if got := u.text(`[data-figure="live"]`); !regexp.MustCompile(`^about (8|9)\d\d,\d{3}$`).MatchString(got) { // of 923,080
 		t.Errorf("live records are %q", got)
@@ -98,7 +99,7 @@ func TestOperatorInABrowser(t *testing.T) {
 	u.wait("document.querySelector('#found-title').textContent.includes('page 1')")
 	u.shots("list")
 
-	// A filter that the primary key does not lead to ends in time, and says how far it came.
+	// A filter that can't use the primary key ends in time, and the page shows how far it came.
 	u.type_("#scope", "")
 	u.do(chromedp.SetValue(chromedp.CSS("#class"), "5"))
 	u.click("form.filter .primary", `.empty`)
@@ -132,7 +133,8 @@ func TestOperatorInABrowser(t *testing.T) {
 		t.Errorf("records left are %q", left)
 	}
 
-	// The figures refresh by themselves; paused they don't, and going on they do at once.
+	// The figures refresh by themselves, except while they are paused. Afterwards they refresh at
+	// once.
 	u.do(chromedp.Navigate(u.home+"stats"), chromedp.WaitVisible(chromedp.CSS(".refreshed button")))
 	at := u.text(`[data-figure="at"]`)
 	u.wait("document.querySelector('[data-figure=\"at\"]').textContent !== " + quote(at))
@@ -156,14 +158,15 @@ func TestOperatorInABrowser(t *testing.T) {
 	}
 
 	for _, problem := range problems() {
-		if !strings.Contains(problem, "status of 422") { // the form that was not complete
+		// The form was not complete.
+		if !strings.Contains(problem, "status of 422") {
 			t.Errorf("the browser complains: %s", problem)
 		}
 	}
 	times.check(t, server)
 }
 
-// signedIn is what authentication would be in front of the page.
+// signedIn stands for authentication in front of the page.
 func signedIn(next http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		r.Header.Set("User", "alice@example.com")
@@ -172,7 +175,7 @@ func signedIn(next http.Handler) http.Handler {
 	})
 }
 
-// stopwatch keeps how long the server took for each page.
+// stopwatch keeps the server's time for each page.
 type stopwatch struct {
 	mu    sync.Mutex
 	taken map[string]time.Duration // by method and URL
@@ -192,7 +195,8 @@ func (s *stopwatch) around(next http.Handler) http.Handler {
 	})
 }
 
-// check has each page be answered in time. One that was not, on a machine that had other work, is asked for again.
+// check requires that each page was answered in time. On a busy machine it requests a late page
+// again.
 func (s *stopwatch) check(t *testing.T, server *httptest.Server) {
 	t.Helper()
 	s.mu.Lock()
@@ -221,7 +225,7 @@ func (s *stopwatch) check(t *testing.T, server *httptest.Server) {
 	t.Logf("%d pages on a million keys; the slowest, %.20s, took %v", len(taken), which, slowest.Round(time.Millisecond))
 }
 
-// user is somebody at the browser. What can't be done within a while fails the test.
+// user is a person at the browser. A step that takes too long fails the test.
 type user struct {
 	t    *testing.T
 	ctx  context.Context
@@ -270,7 +274,8 @@ func (u *user) wait(expression string) {
 		if err == nil {
 			return
 		}
-		if ctx.Err() != nil || !strings.Contains(err.Error(), "(-32000)") { // the page went away under it
+		// The page went away meanwhile.
+		if ctx.Err() != nil || !strings.Contains(err.Error(), "(-32000)") {
 			u.t.Fatalf("%s: %v; the page says: %s", expression, err, u.body())
 		}
 	}
@@ -288,7 +293,7 @@ func (u *user) wantText(want string) {
 	}
 }
 
-// type_ replaces what a field holds.
+// type_ replaces the text of a field.
 func (u *user) type_(selector, text string) {
 	u.t.Helper()
 	u.eval("document.querySelector(" + quote(selector) + ").value = ''")
@@ -297,7 +302,7 @@ func (u *user) type_(selector, text string) {
 	}
 }
 
-// click clicks and waits for what is to appear, where something is.
+// click clicks, and waits for the element that must appear, if one is given.
 func (u *user) click(selector, appears string) {
 	u.t.Helper()
 	u.do(chromedp.ScrollIntoView(chromedp.CSS(selector)), chromedp.Click(chromedp.CSS(selector)))
@@ -311,7 +316,7 @@ func quote(s string) string {
 	return string(text)
 }
 
-// shots leaves pictures of the page, where somebody wants them.
+// shots leaves pictures of the page, if shotsVariable is set.
 func (u *user) shots(name string) {
 	u.t.Helper()
 	folder := os.Getenv(shotsVariable)

@@ -14,10 +14,11 @@ import (
 	"github.com/paidonce/idempotency/storage/postgres"
 )
 
-// The page is mounted behind the service's own authentication. Support may look, those on call may act.
+// The page is mounted behind the service's own authentication. Support may look; the engineers on
+// call may act.
 func ExampleNew() {
 	ctx := context.Background()
-	pool, err := pgxpool.New(ctx, os.Getenv("DATABASE_URL")) // connects when it is first asked
+	pool, err := pgxpool.New(ctx, os.Getenv("DATABASE_URL")) // connects at the first use
 	if err != nil {
 		panic(err)
 	}
@@ -37,12 +38,12 @@ func ExampleNew() {
 	mux := http.NewServeMux()
 	mux.Handle("/ops/keys/", http.StripPrefix("/ops/keys", records))
 
-	request := httptest.NewRequest(http.MethodGet, "/ops/keys/", nil) // from nobody who is known
+	request := httptest.NewRequest(http.MethodGet, "/ops/keys/", nil) // from an unknown user
 	answer := httptest.NewRecorder()
 	mux.ServeHTTP(answer, request)
 	fmt.Println(answer.Code, answer.Header().Get("Referrer-Policy"))
 	// Output: 401 no-referrer
 }
 
-// signedInUser stands for what the service's own authentication found.
+// signedInUser stands for the result of the service's own authentication.
 func signedInUser(*http.Request) (user string, groups map[string]bool) { return "", nil }

@@ -2,12 +2,12 @@ package admin
 
 import "time"
 
-// Limits and choices that tests look at from outside.
+// Limits and choices for tests outside of the package.
 const (
 	BodyShownBytesMax = bodyShownBytesMax
 	BodyHexBytesMax   = bodyHexBytesMax
 	FormBytesMax      = formBytesMax
 )
 
-// SetNow has the handler tell the age of its forms by another clock.
+// SetNow sets the clock by which the handler computes the age of its forms.
 func (h *Handler) SetNow(now func() time.Time) { h.now = now }

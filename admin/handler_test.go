@@ -14,7 +14,8 @@ import (
 	"github.com/paidonce/idempotency/admin"
 )
 
-// Without an authorization function there is no page: not by New, and not by a value that New did not make.
+// Without an authorization function there is no page: New panics, and a zero Handler refuses
+// everything.
 func TestRefusesToServeWithoutAuthorization(t *testing.T) {
 	t.Parallel()
 	b := setup(t, nil)
@@ -49,7 +50,7 @@ func TestRefusesToServeWithoutAuthorization(t *testing.T) {
 	}
 }
 
-// everyPath is everything that a handler answers, assets included, for a key that is recorded.
+// everyPath returns all paths of a handler, including assets, for a recorded key.
 func (b *testBundle) everyPath(t testing.TB) (gets, posts []string) {
 	t.Helper()
 	c := b.as("alice", everything...)
@@ -62,7 +63,7 @@ func (b *testBundle) everyPath(t testing.TB) (gets, posts []string) {
 	return gets, []string{"search", "expire", "delete"}
 }
 
-// Every path asks the authorization function before it shows or does anything.
+// Every path calls the authorization function before it shows or does anything.
 func TestEveryPathIsAuthorized(t *testing.T) {
 	t.Parallel()
 	b := setup(t, func(o *admin.Options) { o.Challenge = `Basic realm="admin"` })
@@ -108,7 +109,7 @@ func TestEveryPathIsAuthorized(t *testing.T) {
 	}
 }
 
-// Who asks for JSON gets a problem document.
+// A client that asks for JSON gets a problem document.
 func TestRefusalAsProblemDocument(t *testing.T) {
 	t.Parallel()
 	b := setup(t, nil)
@@ -123,7 +124,8 @@ func TestRefusalAsProblemDocument(t *testing.T) {
 	}
 }
 
-// An actor that can't be kept in the audit table is none, whatever the function says.
+// A name that can't be stored in the audit table is not accepted as an actor, whatever the function
+// returns.
 func TestActorMustBeNamed(t *testing.T) {
 	t.Parallel()
 	b := setup(t, nil)
@@ -180,7 +182,7 @@ func TestEachPermissionIsApart(t *testing.T) {
 	b.wantUntouched(t, "key-1")
 }
 
-// wantUntouched has a record lie there as it was, and nothing in the audit table.
+// wantUntouched requires that a record is unchanged, and that the audit table is empty.
 func (b *testBundle) wantUntouched(t testing.TB, key string) {
 	t.Helper()
 	if got := b.Strings(t, "SELECT 'live' FROM idempotency_keys WHERE key = $1 AND expires_at > now() + interval '1 hour'", key); !slices.Equal(got, []string{"live"}) {
@@ -191,7 +193,7 @@ func (b *testBundle) wantUntouched(t testing.TB, key string) {
 	}
 }
 
-// A read-only page shows and does not act, whoever asks.
+// A read-only page shows and does not act, for every user.
 func TestReadOnly(t *testing.T) {
 	t.Parallel()
 	b := setup(t, nil)
@@ -218,7 +220,7 @@ func TestReadOnly(t *testing.T) {
 	b.wantUntouched(t, "key-1")
 }
 
-// A form of another site's page does nothing, though it carries all that a form of ours does.
+// A form from another site's page does nothing, even if it has all fields of one of our forms.
 func TestCrossSiteFormIsRefused(t *testing.T) {
 	t.Parallel()
 	b := setup(t, nil)
@@ -246,7 +248,7 @@ func TestCrossSiteFormIsRefused(t *testing.T) {
 	location(t, c.with("Sec-Fetch-Site", "").with("Origin", "http://example.com").post("delete", form)) // its own: httptest's host
 }
 
-// What is not a page is not asked for that way.
+// Each path answers only its own methods.
 func TestMethods(t *testing.T) {
 	t.Parallel()
 	b := setup(t, nil)
@@ -274,7 +276,7 @@ func TestFormTooLarge(t *testing.T) {
 	text(t, c.post("search", url.Values{"scope": {"acme"}, "x": {strings.Repeat("x", admin.FormBytesMax-len(rest)+1)}}), http.StatusBadRequest)
 }
 
-// Keys, scopes and bodies are in no log, whatever is done.
+// Keys, scopes and bodies are in no log, whatever a user does.
 func TestNoKeyInTheLog(t *testing.T) {
 	t.Parallel()
 	b := setup(t, nil)
@@ -358,7 +360,7 @@ func TestMountedAnywhere(t *testing.T) {
 	}
 }
 
-// Whatever is answered says what a browser may do with it, and no page has code or style of its own.
+// Every answer has the security headers, and no page has inline code or style.
 func TestSecurityHeaders(t *testing.T) {
 	t.Parallel()
 	b := setup(t, nil)
@@ -378,7 +380,7 @@ func TestSecurityHeaders(t *testing.T) {
 			"Cross-Origin-Resource-Policy": "same-origin", "Cross-Origin-Opener-Policy": "same-origin",
 		} {
 			if name == "Cache-Control" && (strings.HasPrefix(path, "admin-") || strings.HasPrefix(path, "icon-")) {
-				want = "private, max-age=31536000, immutable" // nothing of anybody's
+				want = "private, max-age=31536000, immutable" // no user's data
 			}
 			if got := response.Header.Get(name); got != want {
 				t.Errorf("%s: %s is %q, want %q", path, name, got, want)
@@ -407,7 +409,7 @@ func TestSecurityHeaders(t *testing.T) {
 	}
 }
 
-// wantAccessible checks what a screen reader needs of a page's markup.
+// wantAccessible checks the markup that a screen reader needs.
 func wantAccessible(t *testing.T, path, page string) {
 	t.Helper()
 	for _, want := range []string{`<html lang="en">`, `<main id="main"`, `href="#main"`, `<header`, `name="viewport"`} {
@@ -445,13 +447,14 @@ func wantAccessible(t *testing.T, path, page string) {
 	}
 }
 
-// A request for the mount point without its slash is sent to it, relative to where it was asked for.
+// A request for the mount point without its slash is redirected to it, relative to the requested
+// path.
 func TestMissingSlash(t *testing.T) {
 	t.Parallel()
 	b := setup(t, nil)
 	for asked, want := range map[string]string{"/ops/keys": "./keys/", "/ops/keys?x=//evil.example": "./keys/", "/ops/a:b": "./a:b/", "/ops/%2F%2Fevil": "./%2F%2Fevil/"} {
 		r := httptest.NewRequest(http.MethodGet, asked, nil)
-		r.URL.Path = "" // what StripPrefix leaves
+		r.URL.Path = "" // the result of StripPrefix
 		r.Header.Set("User", "alice")
 		r.Header.Set("May", string(admin.PermissionView))
 		recorder := httptest.NewRecorder()

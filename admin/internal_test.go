@@ -49,7 +49,7 @@ func TestFormats(t *testing.T) {
 	}
 }
 
-// Only what was sealed is opened, for its purpose alone, and it is what was sealed.
+// Only sealed tokens are opened, only for their purpose, and with the sealed value.
 func FuzzOpen(f *testing.F) {
 	s := newSealer([]byte(strings.Repeat("s", SecretBytesMin)))
 	ref := keyRef{"acme", "key-1"}
@@ -62,7 +62,7 @@ func FuzzOpen(f *testing.F) {
 			t.Errorf("%q is opened", token)
 		}
 		if !utf8.ValidString(scope) || !utf8.ValidString(value) {
-			return // no scope or key is
+			return // no sealed value is a scope or a key
 		}
 		var got keyRef
 		want := keyRef{scope, value}
@@ -82,7 +82,8 @@ func FuzzOpen(f *testing.F) {
 	})
 }
 
-// A body that is nested too deeply to be indented is shown as it is, and costs no more than its size.
+// A body that is nested too deeply to be indented is shown unchanged, and costs no more than its
+// size.
 func TestDeepBodyIsNotIndented(t *testing.T) {
 	t.Parallel()
 	recorded := map[string][]string{"Content-Type": {"application/json"}}
@@ -102,7 +103,7 @@ func TestDeepBodyIsNotIndented(t *testing.T) {
 	}
 }
 
-// Whatever a body is, a bounded beginning of it is shown, as text.
+// Of every body a bounded beginning is shown, as text.
 func FuzzShowBody(f *testing.F) {
 	f.Add([]byte(`{"a":[1,2]}`), "application/json")
 	f.Add([]byte("\xff\xfe"), "text/plain")
@@ -120,7 +121,7 @@ func FuzzShowBody(f *testing.F) {
 	})
 }
 
-// Readers who come at once ask the database once, and who has no time left does not wait.
+// Concurrent readers cause one query, and a reader with no time left does not wait.
 func TestFiguresAreAskedForOnce(t *testing.T) {
 	t.Parallel()
 	under := &figuresAnswer{done: make(chan struct{})}
@@ -133,7 +134,8 @@ func TestFiguresAreAskedForOnce(t *testing.T) {
 	var wait sync.WaitGroup
 	for range 8 {
 		wait.Go(func() {
-			if stats, err := f.get(context.Background(), nil); err != nil || stats.InFlight != 7 { // a nil operator can't be asked
+			// A nil operator can't be queried.
+			if stats, err := f.get(context.Background(), nil); err != nil || stats.InFlight != 7 {
 				t.Errorf("%v, %v", stats.InFlight, err)
 			}
 		})

@@ -29,7 +29,8 @@ func TestMain(m *testing.M) { pgtest.Main(m) }
 // everything is all permissions.
 var everything = []admin.Permission{admin.PermissionView, admin.PermissionViewBody, admin.PermissionExpire, admin.PermissionDelete}
 
-// testBundle is the pages of a service's records, mounted under a prefix, on a database of its own.
+// testBundle has the pages of a service's records, mounted under a prefix, on a database of its
+// own.
 type testBundle struct {
 	*testservice.Service
 	handler *admin.Handler
@@ -39,7 +40,8 @@ type testBundle struct {
 
 const prefix = "/ops/keys"
 
-// byHeader has the header User say who asks, and May what they may do; without a User nobody is known.
+// byHeader takes the actor from the header User, and the permissions from May; without a User the
+// actor is unknown.
 func byHeader(r *http.Request, want admin.Permission) (string, error) {
 	user := r.Header.Get("User")
 	if user == "" {
@@ -58,7 +60,7 @@ func setup(t testing.TB, change func(*admin.Options)) *testBundle {
 	return b
 }
 
-// mount makes the handler anew.
+// mount makes a new handler.
 func (b *testBundle) mount(change func(*admin.Options)) {
 	options := admin.Options{Logger: slog.New(slog.NewTextHandler(b.log, nil))}
 	if change != nil {
@@ -70,10 +72,12 @@ func (b *testBundle) mount(change func(*admin.Options)) {
 	b.site = mux
 }
 
-// fill makes records by SQL, with UUIDv7 keys of the last 26 hours, of 400 scopes; the oldest have expired.
+// fill makes records by SQL, with UUIDv7 keys of the last 26 hours, of 400 scopes; the oldest have
+// expired.
 func (b *testBundle) fill(t testing.TB, rows int) {
 	t.Helper()
-	conn, err := pgx.Connect(t.Context(), b.URL) // a million take longer than a statement of the pool's may
+	// A million rows take longer than the pool's statement_timeout.
+	conn, err := pgx.Connect(t.Context(), b.URL)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -83,7 +87,8 @@ func (b *testBundle) fill(t testing.TB, rows int) {
 		sql       string
 		arguments []any
 	}{
-		{"ALTER TABLE idempotency_keys DROP CONSTRAINT idempotency_keys_pkey", nil}, // to sort all at once is quicker
+		// Building the index at the end is quicker.
+		{"ALTER TABLE idempotency_keys DROP CONSTRAINT idempotency_keys_pkey", nil},
 		{`INSERT INTO idempotency_keys (created_at, expires_at, status, fingerprint_version, attempt_id, scope, key, fingerprint, headers, body)
 		SELECT to_timestamp(at), to_timestamp(at + 86400), CASE WHEN n % 50 = 0 THEN 402 WHEN n % 2 = 0 THEN 200 ELSE 201 END, 1,
 		       id, 'acct_' || (100 + n * 7 % 400), substr(ms, 1, 8) || '-' || substr(ms, 9, 4) || '-7' || substr(id::text, 16),
@@ -100,7 +105,7 @@ func (b *testBundle) fill(t testing.TB, rows int) {
 	}
 }
 
-// record has the service execute a request, and record an answer.
+// record makes the service execute a request, and record an answer.
 func (b *testBundle) record(t testing.TB, scope, key string, answer *idempotency.Answer) {
 	t.Helper()
 	b.Do(t, idempotency.Key{Scope: scope, Value: key}, answer)
@@ -115,7 +120,7 @@ type caller struct {
 	b      *testBundle
 	user   string
 	may    []admin.Permission
-	header http.Header // more of them
+	header http.Header // additional headers
 }
 
 func (b *testBundle) as(user string, may ...admin.Permission) *caller {
@@ -146,7 +151,7 @@ func (c *caller) send(r *http.Request) *http.Response {
 	return recorder.Result()
 }
 
-// get asks for a page by its link, which is relative.
+// get requests a page by its link, which is relative.
 func (c *caller) get(link string) *http.Response {
 	return c.send(httptest.NewRequest(http.MethodGet, prefix+"/"+strings.TrimPrefix(link, "./"), nil))
 }
@@ -159,7 +164,7 @@ func (c *caller) post(link string, form url.Values) *http.Response {
 	return c.send(r)
 }
 
-// page asks for a page that there must be, and returns its text.
+// page requests a page that must exist, and returns its text.
 func (c *caller) page(t testing.TB, link string) string {
 	t.Helper()
 	return text(t, c.get(link), http.StatusOK)
@@ -195,7 +200,7 @@ func location(t testing.TB, response *http.Response) string {
 	return response.Header.Get("Location")
 }
 
-// links returns where the links of a page lead whose target begins so.
+// links returns the targets of a page's links that have this beginning.
 func links(page, begin string) []string {
 	var all []string
 	for _, match := range regexp.MustCompile(`(?:href|action|src)="(`+regexp.QuoteMeta(begin)+`[^"]*)"`).FindAllStringSubmatch(page, -1) {
@@ -204,7 +209,7 @@ func links(page, begin string) []string {
 	return all
 }
 
-// link returns the one link of a page whose target begins so.
+// link returns the only link of a page that has this beginning.
 func link(t testing.TB, page, begin string) string {
 	t.Helper()
 	all := links(page, begin)
@@ -224,7 +229,7 @@ func field(t testing.TB, page, name string) string {
 	return match[1]
 }
 
-// ticket opens the confirmation page of an act, and returns what its form carries.
+// ticket opens the confirmation page of an act, and returns the ticket of its form.
 func (c *caller) ticket(t testing.TB, scope, key string, act admin.Permission) string {
 	t.Helper()
 	return field(t, c.page(t, link(t, c.page(t, c.open(t, scope, key)), string(act)+"?k=")), "ticket")

@@ -35,7 +35,7 @@ func keysOn(page string) []string {
 
 var examined = regexp.MustCompile(`([0-9,]+) rows gone through`)
 
-// Every record is on one page of the list and on no other, and each page goes through its own rows alone.
+// Every record is on exactly one page of the list, and each page reads only its own rows.
 func TestPagesOfTheList(t *testing.T) {
 	t.Parallel()
 	b := setup(t, nil)
@@ -72,7 +72,7 @@ func TestPagesOfTheList(t *testing.T) {
 	}
 }
 
-// A page that finds nothing within its bounds says so, and offers to go on.
+// A page that finds nothing within its bounds says so, and offers to continue.
 func TestPageThatFindsNothingYet(t *testing.T) {
 	t.Parallel()
 	b := setup(t, nil)
@@ -90,7 +90,7 @@ func TestPageThatFindsNothingYet(t *testing.T) {
 	}
 }
 
-// Each condition of the form leaves out what does not fit, and the form shows it again.
+// Each condition of the form filters the list, and the form shows it again.
 func TestFilters(t *testing.T) {
 	t.Parallel()
 	b := setup(t, nil)
@@ -147,7 +147,7 @@ func TestFilters(t *testing.T) {
 	}
 }
 
-// A key as it is copied from a header is found.
+// A key is found also if it was copied from a header.
 func TestKeyIsOpenedAsItIsCopied(t *testing.T) {
 	t.Parallel()
 	b := setup(t, nil)
@@ -160,7 +160,7 @@ func TestKeyIsOpenedAsItIsCopied(t *testing.T) {
 	}
 }
 
-// The page of a key shows all that is known of it: its record, headers, what services saw, and what operators did.
+// The page of a key shows its record, its headers, and the events of services and operators.
 func TestKeyPage(t *testing.T) {
 	t.Parallel()
 	b := setup(t, nil)
@@ -190,7 +190,8 @@ func TestKeyPage(t *testing.T) {
 	}
 }
 
-// A body is shown as text that can't act, in its beginning where it is long, and in hexadecimal where it is not text.
+// A body is shown as inert text: only its beginning if it is long, and in hexadecimal if it is not
+// text.
 func TestBody(t *testing.T) {
 	t.Parallel()
 	b := setup(t, nil)
@@ -255,7 +256,8 @@ func TestNothingOfARecordActs(t *testing.T) {
 	}
 }
 
-// No URL holds a scope or a key, in whatever spelling: access logs, histories and Referer headers hold URLs.
+// No URL contains a scope or a key, in any spelling: access logs, histories and Referer headers
+// contain URLs.
 func TestNoKeyInAURL(t *testing.T) {
 	t.Parallel()
 	b := setup(t, nil)
@@ -281,13 +283,14 @@ func TestNoKeyInAURL(t *testing.T) {
 			}
 		}
 	}
-	// The same key twice is two tokens: nobody who reads a log can tell that it was looked at again.
+	// Two searches for one key give two tokens, so a log does not reveal that the key was opened
+	// again.
 	if again := c.open(t, scope, key); again == open {
 		t.Error("links of one key are the same")
 	}
 }
 
-// spellings returns a URL, and what base64 and hexadecimal could be read from it at any offset.
+// spellings returns a URL, and the bytes that base64 and hexadecimal give from it at any offset.
 func spellings(u string) []string {
 	all := []string{u}
 	if unescaped, err := url.QueryUnescape(u); err == nil {
@@ -303,7 +306,7 @@ func spellings(u string) []string {
 	return all
 }
 
-// An empty table says what to do, on each page.
+// On an empty table each page says what a user can do.
 func TestEmptyTable(t *testing.T) {
 	t.Parallel()
 	b := setup(t, nil)
@@ -326,7 +329,7 @@ func TestEmptyTable(t *testing.T) {
 	}
 }
 
-// The doctor's findings are shown with what to do.
+// The doctor's findings are shown with their remedies.
 func TestDoctor(t *testing.T) {
 	t.Parallel()
 	b := setup(t, nil)
@@ -350,7 +353,7 @@ func TestDoctor(t *testing.T) {
 	}
 }
 
-// The figures come as the page shows them, and are asked for once however many readers there are.
+// The figures have the format of the page, and cause one query however many readers there are.
 func TestLiveFigures(t *testing.T) {
 	t.Parallel()
 	b := setup(t, nil)
@@ -374,7 +377,7 @@ func TestLiveFigures(t *testing.T) {
 	}
 }
 
-// Without a database the page says so, and no more.
+// Without a database the page says only that.
 func TestNoDatabase(t *testing.T) {
 	t.Parallel()
 	b := setup(t, nil)
@@ -385,10 +388,10 @@ func TestNoDatabase(t *testing.T) {
 			t.Errorf("%s: %s", link, body)
 		}
 	}
-	c.page(t, "doctor") // tells it as a finding
+	c.page(t, "doctor") // reports it as a finding
 }
 
-// The role may only look. Its page shows, and says what an act lacks.
+// With a role that may only SELECT, the page works, and names the privilege that an act lacks.
 func TestRoleThatMayOnlySelect(t *testing.T) {
 	t.Parallel()
 	b := setup(t, nil)
@@ -420,7 +423,7 @@ func TestRoleThatMayOnlySelect(t *testing.T) {
 
 func role(b *testBundle) string { return b.Pool.Config().ConnConfig.Database + "_reader" }
 
-// A handler of its own for each test's server, as a service has one.
+// serve starts a new handler's server for each test, as a service has one.
 func serve(t testing.TB, handler http.Handler) *httptest.Server {
 	t.Helper()
 	server := httptest.NewServer(handler)

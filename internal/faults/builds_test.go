@@ -13,7 +13,8 @@ import (
 	"testing"
 )
 
-// buildPrograms builds both versions. The old sources have a program of their own, for their API.
+// buildPrograms builds both versions. The old sources have their own program, because their API
+// differs.
 func buildPrograms(t *testing.T) (oldProgram, newProgram string) {
 	t.Helper()
 	const program = "internal/faults/testdata/payments"
@@ -41,8 +42,8 @@ func buildPrograms(t *testing.T) (oldProgram, newProgram string) {
 	return build(older, "old"), newProgram
 }
 
-// checkOutOlder writes the sources of the commit before the last change of the library to dir, which may be one that is
-// not committed.
+// checkOutOlder writes to dir the sources from before the last change of the library. That change
+// may not be committed yet.
 func checkOutOlder(root, dir string) (commit string, err error) {
 	git := func(output io.Writer, arguments ...string) error {
 		cmd := exec.Command("git", append([]string{"-C", root}, arguments...)...)

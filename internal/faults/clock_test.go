@@ -9,8 +9,8 @@ import (
 	"github.com/paidonce/idempotency/middleware"
 )
 
-// The service runs in a bubble whose clock is wrong, and stands still, while PostgreSQL's is right. Timeouts don't pass
-// in there; nothing else may care.
+// The service runs in a bubble with a clock that is wrong and stands still, while PostgreSQL's is
+// right. Timeouts don't elapse in there; everything else must work.
 func TestF18ApplicationClockIsNotAsked(t *testing.T) {
 	t.Parallel()
 	for name, off := range map[string]time.Duration{
@@ -41,7 +41,7 @@ func TestF18ApplicationClockIsNotAsked(t *testing.T) {
 				brief := serveOn(t, url, ttlOf(time.Second))
 				brief.mustPay(t, "brief", 201, "executed")
 				execute(t, url, "SELECT pg_sleep(1.1)")
-				brief.mustPay(t, "brief", 201, "replayed") // it counts until it is deleted
+				brief.mustPay(t, "brief", 201, "replayed") // a record counts until it is deleted
 				if deleted, err := s.store.DeleteExpired(t.Context()); err != nil || deleted != 1 {
 					t.Errorf("the reaper deleted %d, %v, want the record whose second is over", deleted, err)
 				}

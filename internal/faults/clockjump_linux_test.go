@@ -93,13 +93,13 @@ func TestF18DatabaseClockJumps(t *testing.T) {
 	reap(3)
 	s.mustPay(t, "across-ahead", 201, "replayed")
 	s.mustPay(t, "ahead", 201, "replayed")
-	s.mustPay(t, "before", 201, "executed") // its time was over
+	s.mustPay(t, "before", 201, "executed") // its record had expired
 }
 
 // clock is a PostgreSQL whose wall clock can be set.
 type clock struct {
 	url  string
-	file string // libfaketime reads it each time that the time is asked for
+	file string // libfaketime reads it whenever a program asks for the time
 }
 
 func startClock(t *testing.T) *clock {
@@ -130,7 +130,7 @@ func startClock(t *testing.T) *clock {
 
 func (c *clock) set(t *testing.T, offset time.Duration) {
 	t.Helper()
-	next := c.file + ".next" // renamed, so that nobody reads half of it
+	next := c.file + ".next" // renamed, so that it is never read half-written
 	text := strconv.Itoa(int(offset.Seconds()))
 	if offset >= 0 {
 		text = "+" + text
@@ -146,7 +146,7 @@ func (c *clock) set(t *testing.T, offset time.Duration) {
 	}
 }
 
-// jump sets the clock that far from the right time, and sees that PostgreSQL follows.
+// jump moves the clock that far from the right time, and checks that PostgreSQL follows.
 func (c *clock) jump(t *testing.T, offset time.Duration) {
 	t.Helper()
 	c.set(t, offset)

@@ -26,13 +26,14 @@ type commitService struct {
 	faults map[string]commitFault // by key, for its first COMMIT
 }
 
-// commitFault is a fault whose hook is told of the backend.
+// commitFault is a fault with a hook that gets the backend.
 type commitFault struct {
 	pgfault.Fault
 	hook func(pid uint32)
 }
 
-// commitPatience are options that leave a busy machine time for everything but the COMMIT and its resolution.
+// commitPatience are options that leave a busy machine time for everything but the COMMIT and its
+// resolution.
 func commitPatience(commit, resolve time.Duration) *serviceOptions {
 	return &serviceOptions{
 		store:      &postgres.Options{AcquireTimeout: 20 * time.Second},
@@ -66,7 +67,7 @@ func commitServeOn(t *testing.T, databaseURL string, opts *serviceOptions) *comm
 	return s
 }
 
-// onCommit finds the key among the parameters of the record's INSERT.
+// onCommit returns the fault for the key that it finds among the parameters of the record's INSERT.
 func (s *commitService) onCommit(commit pgfault.Commit) pgfault.Fault {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -89,7 +90,7 @@ func (s *commitService) harm(key string, fault pgfault.Fault) {
 	s.faults[key] = commitFault{Fault: fault}
 }
 
-// wantHit fails the test where the fault did not happen as often as that.
+// wantHit fails the test unless the fault happened that many times.
 func (s *commitService) wantHit(t *testing.T, kind pgfault.Kind, times int64) {
 	t.Helper()
 	if n := s.proxy.Hits()[kind]; n != times {
@@ -158,8 +159,8 @@ func TestF10SilenceAfterCommitIsExecuted(t *testing.T) {
 
 const lateBy = 2 * time.Second
 
-// TestF11LateCommitIsWaitedFor: the connection is gone, and its COMMIT arrives two seconds later. Until then the old
-// backend holds the key's lock, so that its absence proves nothing.
+// TestF11LateCommitIsWaitedFor: the connection is gone, and its COMMIT arrives two seconds later.
+// Until then the old backend holds the key's lock, so the record's absence proves nothing.
 func TestF11LateCommitIsWaitedFor(t *testing.T) {
 	t.Parallel()
 	s := commitServe(t, commitPatience(0, 30*time.Second))
@@ -174,7 +175,8 @@ func TestF11LateCommitIsWaitedFor(t *testing.T) {
 	s.settled(t, "key-1", first)
 }
 
-// TestF11CommitLaterThanTheResolverWaitsIsUnknown: never not-executed, and the same key finds the payment.
+// TestF11CommitLaterThanTheResolverWaitsIsUnknown: the request is never not-executed, and a retry
+// with the same key finds the payment.
 func TestF11CommitLaterThanTheResolverWaitsIsUnknown(t *testing.T) {
 	t.Parallel()
 	s := commitServe(t, commitPatience(0, lateBy/4))
@@ -195,7 +197,8 @@ func TestF11CommitLaterThanTheResolverWaitsIsUnknown(t *testing.T) {
 	}
 }
 
-// commitHalfOpen returns a service whose COMMIT of key-1 never arrives while PostgreSQL still waits for it.
+// commitHalfOpen returns a service on which the COMMIT of key-1 never arrives while PostgreSQL
+// still waits for it.
 func commitHalfOpen(t *testing.T, resolve time.Duration) *commitService {
 	opts := commitPatience(500*time.Millisecond, resolve)
 	opts.middleware.Timeouts.Handler = time.Second
@@ -206,7 +209,7 @@ func commitHalfOpen(t *testing.T, resolve time.Duration) *commitService {
 	return s
 }
 
-const idleInTransaction = 6 * time.Second // the least with a Timeouts.Handler of a second
+const idleInTransaction = 6 * time.Second // the minimum with a Timeouts.Handler of a second
 
 func TestF12HalfOpenIsUnknownUntilPostgreSQLEndsTheSession(t *testing.T) {
 	t.Parallel()

@@ -20,7 +20,8 @@ func TestF17DiskFullIsNotExecutedUntilThereIsSpace(t *testing.T) {
 	pgtest.Slow(t, "starts a PostgreSQL of its own")
 	disk := smallDisk(t)
 	server, err := pgserver.Start(t.Context(), &pgserver.Options{DataDir: filepath.Join(disk, "data"), Settings: map[string]string{
-		// The disk fills under the tables, not under the log: all that is written here goes into its first segment.
+		// The disk fills under the tables, not under the WAL: all writes here fit into its first
+		// segment.
 		"max_wal_size": "64MB", "min_wal_size": "32MB", "checkpoint_timeout": "1h", "autovacuum": "off",
 	}})
 	if err != nil {
@@ -30,7 +31,7 @@ func TestF17DiskFullIsNotExecutedUntilThereIsSpace(t *testing.T) {
 		server.Kill()
 		_ = server.Stop()
 	})
-	// Each payment needs new pages, so that none fits into what the tables have already.
+	// Each payment needs new pages, so that none fits into the tables' free space.
 	memo := make([]byte, 64<<10)
 	for i := range memo {
 		memo[i] = 'a' + byte(rand.IntN(26))
@@ -45,7 +46,7 @@ func TestF17DiskFullIsNotExecutedUntilThereIsSpace(t *testing.T) {
 	if reason := whyFull(server.URL(), string(memo)); !strings.Contains(reason, "53100") {
 		t.Errorf("the disk is not full for PostgreSQL: %q", reason)
 	}
-	s.mustPay(t, "before", 201, "replayed") // what is there can be read
+	s.mustPay(t, "before", 201, "replayed") // existing records can be read
 	for _, key := range []string{"one", "two"} {
 		if payments, records := s.payments(t, key), s.records(t, key); payments != 0 || records != 0 {
 			t.Errorf("%s left %d payments and %d records", key, payments, records)
@@ -65,8 +66,8 @@ func TestF17DiskFullIsNotExecutedUntilThereIsSpace(t *testing.T) {
 	s.onePayment(t, "before", "one", "two")
 }
 
-// smallDisk mounts a file system of 90 MB, which a new PostgreSQL leaves half empty. Without the right to mount, no
-// package helps, so the test is skipped even where faults are required.
+// smallDisk mounts a file system of 90 MB, which a new PostgreSQL leaves half empty. If the right
+// to mount is missing no package helps, so the test is skipped even if faults are required.
 func smallDisk(t *testing.T) string {
 	t.Helper()
 	if os.Geteuid() != 0 {

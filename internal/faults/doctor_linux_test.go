@@ -28,7 +28,7 @@ func operate(t *testing.T, databaseURL string) *operator.Operator {
 	return operator.New(postgres.New(pool, nil), nil)
 }
 
-// finding returns what the doctor found first by a check.
+// finding returns the doctor's first finding of a check.
 func finding(t *testing.T, o *operator.Operator, check string) operator.Finding {
 	t.Helper()
 	for _, f := range o.Doctor(t.Context()) {
@@ -40,7 +40,7 @@ func finding(t *testing.T, o *operator.Operator, check string) operator.Finding 
 	panic("unreachable")
 }
 
-// The doctor sees that PgBouncer is in between, and in which mode. An operator's acts work through it.
+// The doctor detects PgBouncer, and its mode. An operator's acts work through it.
 func TestDoctorKnowsPgBouncer(t *testing.T) {
 	t.Parallel()
 	b := startBouncer(t, nil)
@@ -73,7 +73,8 @@ func TestDoctorKnowsPgBouncer(t *testing.T) {
 	b.settingsAreUntouched(t)
 }
 
-// An asynchronous standby can lose what its primary confirmed, and is itself no place for a service.
+// An asynchronous standby can lose commits that its primary confirmed, and is itself no place for a
+// service.
 func TestDoctorKnowsStandbys(t *testing.T) {
 	t.Parallel()
 	p := startPair(t, false)

@@ -12,7 +12,8 @@ import (
 	"github.com/paidonce/idempotency/internal/pgtest"
 )
 
-// commitSlowly makes COMMIT of a payment take a moment where its key begins with "slow": the backend then ends inside of it.
+// commitSlowly makes COMMIT of a payment slow if its key begins with "slow": so the backend ends
+// during COMMIT.
 const commitSlowly = `
 CREATE FUNCTION slow() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN PERFORM pg_sleep(0.3); RETURN NULL; END $$;
 CREATE CONSTRAINT TRIGGER slow AFTER INSERT ON payments DEFERRABLE INITIALLY DEFERRED FOR EACH ROW
@@ -25,8 +26,9 @@ type commitEnd struct {
 	end    func(pid uint32) error
 }
 
-// endBackends sends payments for a while, each with its backend ended about COMMIT, and wants the truth of every answer and
-// one payment of every key in the end. It returns how often each was answered at first.
+// endBackends sends payments for a while, and ends the backend of each about COMMIT. It requires
+// that every answer is true, and that each key has one payment in the end. It returns the counts of
+// the first answers.
 func (s *commitService) endBackends(t *testing.T, lasts time.Duration, ends ...commitEnd) map[string]int {
 	t.Helper()
 	answers := map[string]int{}
@@ -58,7 +60,7 @@ func (s *commitService) endBackends(t *testing.T, lasts time.Duration, ends ...c
 	return answers
 }
 
-// harmBackend has something done to the backend when the key's first COMMIT passes.
+// harmBackend ends the backend as given when the key's first COMMIT passes.
 func (s *commitService) harmBackend(t *testing.T, key string, end commitEnd) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -69,7 +71,7 @@ func (s *commitService) harmBackend(t *testing.T, key string, end commitEnd) {
 	}}
 }
 
-// retry sends the payment again until its answer is for good.
+// retry sends the payment again until its answer is final.
 func (s *commitService) retry(t *testing.T, key string) reply {
 	t.Helper()
 	for begin := time.Now(); ; time.Sleep(20 * time.Millisecond) {
@@ -85,7 +87,7 @@ func (s *commitService) retry(t *testing.T, key string) reply {
 	}
 }
 
-// awaitPaid wants that many payments of the key, of a PostgreSQL that may be starting again.
+// awaitPaid waits until the key has that many payments. PostgreSQL may be restarting.
 func (s *commitService) awaitPaid(t *testing.T, key string, want int) {
 	t.Helper()
 	n := 0
@@ -126,7 +128,8 @@ func TestF06BackendTerminatedDuringCommit(t *testing.T) {
 	}
 }
 
-// TestF06BackendKilledDuringCommit: PostgreSQL restarts all of itself when one of its processes is killed.
+// TestF06BackendKilledDuringCommit: PostgreSQL restarts all of itself when one of its processes is
+// killed.
 func TestF06BackendKilledDuringCommit(t *testing.T) {
 	t.Parallel()
 	pgtest.Slow(t, "starts a PostgreSQL of its own, whose backends it kills")

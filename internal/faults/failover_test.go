@@ -50,7 +50,7 @@ func TestF19FailoverToASynchronousStandbyLosesNothing(t *testing.T) {
 	s.onePayment(t, "heard", "unheard", "new")
 }
 
-// A service may name both servers in its URL: the store finds the one that is the primary.
+// A service may name both servers in its URL: the store finds the primary.
 func TestF19ServiceThatNamesBothServersFollowsTheFailover(t *testing.T) {
 	t.Parallel()
 	p := startPair(t, true)
@@ -82,7 +82,8 @@ func TestF20CancelledWaitForTheStandbyIsNeverPaid(t *testing.T) {
 	hasty := serveOn(t, p.primary.URL(), &serviceOptions{middleware: &middleware.Options{Timeouts: idempotency.Timeouts{Handler: 2 * time.Second, Commit: time.Second, Resolve: time.Second}}})
 	s.mustPay(t, "before", 201, "executed")
 
-	// Each of these ends the wait of a COMMIT: it is visible here, and the standby has not got it.
+	// Each of these ends the wait of a COMMIT: the record is visible here, and the standby does not
+	// have it.
 	paused := p.pause(t)
 	stop := cancelWaits(t, p.primary.URL())
 	hasty.mustPay(t, "cancelled-by-an-operator", 503, "unknown")
@@ -91,9 +92,9 @@ func TestF20CancelledWaitForTheStandbyIsNeverPaid(t *testing.T) {
 	}
 	hasty.mustPay(t, "cancelled-by-the-service", 503, "unknown") // its Timeouts.Commit
 	keys := []string{"cancelled-by-an-operator", "cancelled-by-the-service"}
-	s.onePayment(t, keys...) // what a replay without a barrier would answer from
+	s.onePayment(t, keys...) // a replay without a barrier would use this record
 
-	// Nor does a retry hear of it while the standby is away, whoever ends its wait.
+	// A retry does not get it either while the standby is away, whatever ends its wait.
 	stop = cancelWaits(t, p.primary.URL())
 	for _, key := range keys {
 		hasty.mustPay(t, key, 503, "unknown")
@@ -102,7 +103,7 @@ func TestF20CancelledWaitForTheStandbyIsNeverPaid(t *testing.T) {
 		t.Errorf("%d waits of the retries were cancelled", cancelled)
 	}
 	hasty.mustPay(t, keys[0], 503, "unknown")
-	hasty.mustPay(t, "before", 503, "unknown") // it is safe, but nobody can know now
+	hasty.mustPay(t, "before", 503, "unknown") // it is safe, but that can't be known now
 
 	paused.resume(t)
 	for _, key := range append(keys, "before") {
@@ -110,7 +111,7 @@ func TestF20CancelledWaitForTheStandbyIsNeverPaid(t *testing.T) {
 	}
 	s.onePayment(t, append(keys, "before")...)
 
-	// And where the standby takes over, the payment never was.
+	// And if the standby takes over, the payment never happened.
 	paused = p.pause(t)
 	hasty.mustPay(t, "lost", 503, "unknown")
 	s.onePayment(t, "lost")
@@ -125,7 +126,8 @@ func TestF20CancelledWaitForTheStandbyIsNeverPaid(t *testing.T) {
 	s.onePayment(t, append(keys, "before", "lost")...)
 }
 
-// cancelWaits cancels every wait for the standby, as an operator does who sees sessions hang. stop returns how many.
+// cancelWaits cancels every wait for the standby, as an operator may who sees sessions hang. stop
+// returns the number of canceled waits.
 func cancelWaits(t *testing.T, databaseURL string) (stop func() int) {
 	t.Helper()
 	var cancelled int
@@ -155,7 +157,8 @@ func cancelWaits(t *testing.T, databaseURL string) (stop func() int) {
 	}
 }
 
-// The loss that docs/guarantees.md tells of: what the standby had not got is gone, record and money together.
+// The loss that docs/guarantees.md describes: payments that the standby did not have are lost
+// together with their records.
 func TestF21FailoverToAnAsynchronousStandbyLosesRecordAndMoneyTogether(t *testing.T) {
 	t.Parallel()
 	p := startPair(t, false)
@@ -181,7 +184,8 @@ func TestF21FailoverToAnAsynchronousStandbyLosesRecordAndMoneyTogether(t *testin
 	s.onePayment(t, "kept", "lost")
 }
 
-// Wherever in the stream the crash comes, the standby has both of a payment and its record, or neither.
+// At whatever place in the stream the crash happens, the standby has both a payment and its record,
+// or neither.
 func TestF21CrashUnderLoadNeverPartsRecordAndMoney(t *testing.T) {
 	t.Parallel()
 	p := startPair(t, false)
@@ -290,7 +294,8 @@ func TestF21QuickReplaysFollowTheFailover(t *testing.T) {
 		one.mustPay(t, lost, 201, "replayed")
 	}
 
-	// The primary is gone, and the service's connections lead to a standby: it has the record, and must not be believed.
+	// The primary is gone, and the service's connections lead to a standby. It has the record, and
+	// must not be trusted.
 	p.primary.Kill()
 	s.upstream.set(p.standby.URL())
 	idle.upstream.set(p.standby.URL())
@@ -298,21 +303,21 @@ func TestF21QuickReplaysFollowTheFailover(t *testing.T) {
 		s.mustPay(t, "kept", 503, "not-executed")
 	}
 
-	// It takes over. What it never got was never paid.
+	// The standby takes over. Payments that it did not receive never happened.
 	paused.kill(t)
 	p.promote(t)
 	s.mustPay(t, "lost", 201, "executed")
 	if again := s.mustPay(t, "kept", 201, "replayed"); again.body != kept.body {
 		t.Errorf("replayed %s, first %s", again.body, kept.body)
 	}
-	// Nor where the first that is heard of the new one is about another key.
+	// The same holds if the first request to the new primary is about another key.
 	idle.mustPay(t, "new", 201, "executed")
 	idle.mustPay(t, "lost-too", 201, "executed")
 	s.onePayment(t, "kept", "lost", "lost-too", "new")
 }
 
-// If a resolver connects to an old primary, which nobody has stopped, it finds no record there.
-// That proves nothing.
+// If a resolver connects to an old primary that was not stopped, it finds no record there. That
+// proves nothing.
 func TestF19AbsenceOnAnOldPrimaryIsNoProof(t *testing.T) {
 	t.Parallel()
 	p := startPair(t, false)

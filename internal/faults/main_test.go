@@ -9,7 +9,8 @@ import (
 
 func TestMain(m *testing.M) { pgtest.Main(m) }
 
-// need skips the test where what it needs is missing, or fails it where every fault is required. remedy says how to run it.
+// need skips the test if a requirement is missing, or fails it if every fault is required. remedy
+// says how to run it.
 func need(t *testing.T, missing, remedy string) {
 	t.Helper()
 	if os.Getenv("PAIDONCE_FAULTS") == "required" {

@@ -40,9 +40,10 @@ func TestF31PgBouncerInTransactionModeIsAsWithoutIt(t *testing.T) {
 				const keys, duplicates, clients = 100, 3, 6
 				b := startBouncer(t, nil)
 				options := &middleware.Options{Wait: wait}
-				// Two processes, which wait for each other's attempts.
+				// Two processes that wait for each other's attempts.
 				services := []*service{b.serve(t, mode, options), b.serve(t, mode, options)}
-				// All duplicates of a key are on their way at once: clients*duplicates requests share eight connections.
+				// All duplicates of a key are sent at once: clients*duplicates requests share eight
+				// connections.
 				work := make(chan string)
 				var clientsDone sync.WaitGroup
 				for range clients {
@@ -106,8 +107,8 @@ func payDuplicates(t *testing.T, services []*service, key string, duplicates int
 	}
 }
 
-// PgBouncer says of a server that is gone in the middle of a COMMIT: FATAL 08P01, without a severity that is not
-// translated. It knows no more than we do, and the store looks.
+// If a server is gone in the middle of a COMMIT, PgBouncer reports FATAL 08P01, without an
+// untranslated severity. It knows no more than we do, and the store looks the outcome up.
 func TestF31PgBouncerLosesItsServerInCommit(t *testing.T) {
 	t.Parallel()
 	for name, mode := range bouncerModes {
@@ -182,7 +183,7 @@ func (c *commitErrors) last(t *testing.T) *pgconn.PgError {
 	return pgErr
 }
 
-// bouncer is a PgBouncer in transaction mode, with a proxy between it and a database of the test's own.
+// bouncer is a PgBouncer in transaction mode, with a proxy between it and the test's own database.
 type bouncer struct {
 	proxy  *pgfault.Proxy
 	url    string // through PgBouncer
@@ -196,7 +197,7 @@ func startBouncer(t *testing.T, onCommit func(pgfault.Commit) pgfault.Fault) *bo
 	return b
 }
 
-// startBouncerIn starts one with these settings, in front of an empty database.
+// startBouncerIn starts a PgBouncer with these settings, in front of an empty database.
 func startBouncerIn(t *testing.T, settings string, connections int, onCommit func(pgfault.Commit) pgfault.Fault) *bouncer {
 	t.Helper()
 	program, err := exec.LookPath("pgbouncer")
@@ -245,7 +246,8 @@ unix_socket_dir = %s
 	return b
 }
 
-// serve starts a service whose connections lead through PgBouncer. Its payments are counted around it.
+// serve starts a service with connections that lead through PgBouncer. Its payments are counted on
+// direct connections.
 func (b *bouncer) serve(t *testing.T, mode pgx.QueryExecMode, opts *middleware.Options) *service {
 	t.Helper()
 	return serveOn(t, b.direct, &serviceOptions{
@@ -259,8 +261,8 @@ func (b *bouncer) serve(t *testing.T, mode pgx.QueryExecMode, opts *middleware.O
 	})
 }
 
-// settingsAreUntouched looks at every server connection, as another client would get it: what a claim set for its
-// transaction is gone.
+// settingsAreUntouched checks each server connection as another client would get it: the settings
+// of a claim ended with its transaction.
 func (b *bouncer) settingsAreUntouched(t *testing.T) {
 	t.Helper()
 	const settings = `SELECT string_agg(name || '=' || setting, ' ' ORDER BY name) FROM pg_settings WHERE name IN
@@ -292,8 +294,8 @@ func (b *bouncer) settingsAreUntouched(t *testing.T) {
 	}
 }
 
-// asAccountOf makes cmd run in dir as the account that the server runs as, which may be another than root; dir becomes
-// that account's.
+// asAccountOf makes cmd run in dir with the account of the server, which may not be root. dir will
+// belong to that account.
 func asAccountOf(t *testing.T, server *pgserver.Server, dir string, cmd *exec.Cmd) *exec.Cmd {
 	t.Helper()
 	cmd.Dir = dir
@@ -313,7 +315,7 @@ func asAccountOf(t *testing.T, server *pgserver.Server, dir string, cmd *exec.Cm
 	return cmd
 }
 
-// startProgram runs cmd until the test ends. What it prints is shown where the test failed.
+// startProgram runs cmd until the test ends. Its output is shown if the test failed.
 func startProgram(t *testing.T, cmd *exec.Cmd) {
 	t.Helper()
 	var output bytes.Buffer

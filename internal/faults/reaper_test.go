@@ -15,8 +15,9 @@ import (
 	"github.com/paidonce/idempotency/storage/postgres"
 )
 
-// The reaper is paused before each message that it sends in turn, and so between a look and a delete wherever those are
-// two. Meanwhile another replica's reaper gets the old row, and the client comes back with its key.
+// The reaper is paused before each of its messages in turn, and so between a look-up and a delete
+// if those are two. Meanwhile another replica's reaper deletes the old row, and the client sends
+// its key again.
 func TestF22FreshRowOutlivesAReaperPausedAnywhere(t *testing.T) {
 	t.Parallel()
 	g := &gate{}
@@ -28,7 +29,8 @@ func TestF22FreshRowOutlivesAReaperPausedAnywhere(t *testing.T) {
 			return &gatedConn{conn, g}, err
 		}
 	})
-	if _, err := f.paused.DeleteExpired(t.Context()); err != nil { // what only a new connection sends is sent
+	// So that the messages of a new connection have been sent.
+	if _, err := f.paused.DeleteExpired(t.Context()); err != nil {
 		t.Fatal(err)
 	}
 	const messagesMax = 20
@@ -43,7 +45,7 @@ func TestF22FreshRowOutlivesAReaperPausedAnywhere(t *testing.T) {
 			done <- err
 		}()
 		select {
-		case err := <-done: // it sends no more than that
+		case err := <-done: // it sends no further message
 			g.closeBefore(0)
 			if err != nil || n < 3 || n > messagesMax {
 				t.Errorf("the reaper sent %d messages, %v", n-1, err)
@@ -74,7 +76,7 @@ type gate struct {
 
 type stop struct{ reached, open chan struct{} }
 
-// closeBefore stops the nth message from now, which goes on when open is closed. 0 stops none.
+// closeBefore stops the nth message from now, which continues when open is closed. 0 stops none.
 func (g *gate) closeBefore(n int) stop {
 	g.mu.Lock()
 	defer g.mu.Unlock()
@@ -105,7 +107,8 @@ func (c *gatedConn) Write(p []byte) (int, error) {
 	return c.Conn.Write(p)
 }
 
-// The pause comes after the DELETE's snapshot was taken, which still shows the expired row, and before it locks a row.
+// The pause comes after the DELETE took its snapshot, which still has the expired row, and before
+// it locks a row.
 func TestF22FreshRowOutlivesAReaperThatSawTheOldOne(t *testing.T) {
 	t.Parallel()
 	f := startReaperFault(t, "BEFORE DELETE ON idempotency_keys FOR EACH STATEMENT", nil)
@@ -113,7 +116,7 @@ func TestF22FreshRowOutlivesAReaperThatSawTheOldOne(t *testing.T) {
 	f.expire(t, "key")
 	reaped := f.reap(t)
 
-	// Another replica's reaper gets the old row, and the client comes back with its key.
+	// Another replica's reaper deletes the old row, and the client sends its key again.
 	if deleted, err := f.service.store.DeleteExpired(t.Context()); err != nil || deleted != 1 {
 		t.Fatalf("the other reaper deleted %d, %v", deleted, err)
 	}
@@ -129,7 +132,8 @@ func TestF22FreshRowOutlivesAReaperThatSawTheOldOne(t *testing.T) {
 	}
 }
 
-// Here it has locked the row, and has not deleted it yet: the row still counts, and another reaper leaves it alone.
+// Here the reaper has locked the row and has not deleted it yet: the row still counts, and another
+// reaper skips it.
 func TestF22RowInTheReapersHandsIsReplayed(t *testing.T) {
 	t.Parallel()
 	f := startReaperFault(t, "BEFORE DELETE ON idempotency_keys FOR EACH ROW", nil)
@@ -159,12 +163,12 @@ func TestF22RowInTheReapersHandsIsReplayed(t *testing.T) {
 // reaperFault is a service, and a reaper that a trigger pauses.
 type reaperFault struct {
 	service *service
-	paused  *postgres.Store // whose DeleteExpired is paused
+	paused  *postgres.Store // its DeleteExpired is paused
 	url     string
 }
 
-// The reaper that pauses is known by its application_name. It asks for an advisory lock again and again: to wait for it would be
-// bound by the reaper's own short lock_timeout.
+// The paused reaper is recognized by its application_name. It polls an advisory lock, because a
+// wait for it would be bounded by the reaper's own short lock_timeout.
 const (
 	pausedReaper = "paused reaper"
 	pauseReaper  = `CREATE FUNCTION pause_reaper() RETURNS trigger LANGUAGE plpgsql AS $$
@@ -211,7 +215,8 @@ func (f *reaperFault) expire(t *testing.T, key string) {
 	execute(t, f.url, "UPDATE idempotency_keys SET created_at = created_at - interval '2 h', expires_at = expires_at - interval '2 h' WHERE key = $1", key)
 }
 
-// reap starts the reaper and returns once it is paused. resume lets it go on and returns how many it deleted.
+// reap starts the reaper and returns once it is paused. resume lets it continue, and returns the
+// number of deleted records.
 func (f *reaperFault) reap(t *testing.T) (resume func() int64) {
 	t.Helper()
 	pool, err := pgxpool.New(context.WithoutCancel(t.Context()), f.url)

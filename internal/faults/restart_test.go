@@ -36,7 +36,8 @@ func TestF07PostgresStoppedAgainAndAgainPaysOnce(t *testing.T) {
 	})
 	s := serve(t, server.URL(), nil)
 
-	// Each client pays one key after another, each until it is told 201: what it is told before is 503 and nothing else.
+	// Each client pays one key after another, each until it gets 201. Until then it may get only
+	// 503.
 	var refused, settled atomic.Int64
 	stop := make(chan struct{})
 	deadline := time.Now().Add(runMax)
@@ -72,7 +73,7 @@ func TestF07PostgresStoppedAgainAndAgainPaysOnce(t *testing.T) {
 			}
 		})
 	}
-	// settle waits until the load got on, and stays for a while.
+	// settle waits until the load has made progress, and then for a while.
 	settle := func(while time.Duration) {
 		for before := settled.Load(); settled.Load() < before+clients && time.Now().Before(deadline) && !t.Failed(); {
 			time.Sleep(time.Millisecond)

@@ -81,7 +81,8 @@ func TestRowSecurityNeverTellsAClientToPayAgain(t *testing.T) {
 				return err
 			}
 			err = pay()
-			if errors.Is(err, client.ErrNotExecuted) { // which allows a new key
+			// It allows a new key.
+			if errors.Is(err, client.ErrNotExecuted) {
 				t.Errorf("it is told %v", err)
 				_ = pay()
 			} else if !errors.Is(err, client.ErrUnknown) {

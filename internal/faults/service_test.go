@@ -24,28 +24,29 @@ import (
 	"github.com/paidonce/idempotency/storage/postgres"
 )
 
-// service takes payments: POST / with a key is one row in payments. It is a net/http server with the middleware, a pool
-// and a store, as a user has them.
+// service takes payments: POST / with a key is one row in payments. It is a net/http server with
+// the middleware, a pool and a store, as users have.
 type service struct {
 	pool     *pgxpool.Pool
 	store    *postgres.Store
 	upstream *upstream
 	front    *httptest.Server
 
-	// lost gets what the service answered to a client whose connection was cut instead (see payUnheard).
+	// lost gets the service's answer if the client's connection was cut instead (see payUnheard).
 	lost chan reply
 }
 
 type serviceOptions struct {
 	store      *postgres.Options
 	middleware *middleware.Options
-	pool       func(*pgxpool.Config) // before the pool is made from it
+	pool       func(*pgxpool.Config) // changes the pool's config
 	// handling runs in the handler after its INSERT, before it answers.
 	handling func(ctx context.Context, key string)
-	memo     string // is stored with each payment
+	memo     string // stored with each payment
 }
 
-// upstream is where a service's connections lead. A fail-over changes it under the pool, as a name or a virtual address does.
+// upstream is the target of a service's connections. A fail-over changes it under the pool, as a
+// name or a virtual address does.
 type upstream struct{ url atomic.Pointer[string] }
 
 func (u *upstream) set(databaseURL string) { u.url.Store(&databaseURL) }
@@ -97,7 +98,7 @@ func migrateUp(t *testing.T, databaseURL string) {
 	}
 }
 
-// serveOn starts a service on a database that is migrated.
+// serveOn starts a service on a database that has the tables.
 func serveOn(t *testing.T, databaseURL string, opts *serviceOptions) *service {
 	t.Helper()
 	s := newService(t, databaseURL, opts)
@@ -171,13 +172,13 @@ func (s *service) close() {
 type testLog struct{ t *testing.T }
 
 func (l *testLog) Write(p []byte) (int, error) {
-	if l.t.Context().Err() == nil { // t.Log is not for later
+	if l.t.Context().Err() == nil { // t.Log panics after the test
 		l.t.Log("service:", strings.TrimSpace(string(p)))
 	}
 	return len(p), nil
 }
 
-// reply is what a client hears. A lost one is zero.
+// reply is the answer that a client gets. A lost one is zero.
 type reply struct {
 	status  int
 	outcome string // Idempotency-Status
@@ -191,12 +192,13 @@ func (r reply) String() string {
 	return fmt.Sprintf("%d %s", r.status, r.outcome)
 }
 
-// is says whether the status and the outcome are those.
+// is reports whether the reply has this status and outcome.
 func (r reply) is(status int, outcome string) bool { return r.status == status && r.outcome == outcome }
 
 const payTimeout = 40 * time.Second
 
-// pay sends one payment once, on a connection of its own: nothing resends it unseen. It may be called by any goroutine.
+// pay sends one payment once, on a new connection: nothing resends it unseen. It may be called by
+// any goroutine.
 func (s *service) pay(key string) (reply, error) { return send(s.front.URL, key) }
 
 // send sends a payment with these headers set.
@@ -235,7 +237,7 @@ func (s *service) mustPay(t *testing.T, key string, status int, outcome string) 
 	return got
 }
 
-// payUnheard sends a payment whose reply is lost, and returns what the service wanted to say.
+// payUnheard sends a payment, loses the reply, and returns the service's answer.
 func (s *service) payUnheard(t *testing.T, key string) reply {
 	t.Helper()
 	if got, err := send(s.front.URL, key, "Cut"); err == nil {
@@ -244,7 +246,7 @@ func (s *service) payUnheard(t *testing.T, key string) reply {
 	return <-s.lost
 }
 
-// payments counts the key's payments where the service's connections lead now.
+// payments counts the key's payments on the server to which the service's connections lead now.
 func (s *service) payments(t *testing.T, key string) int {
 	t.Helper()
 	return count(t, s.upstream.get(), "SELECT count(*) FROM payments WHERE key = $1", key)
@@ -265,7 +267,7 @@ func (s *service) onePayment(t *testing.T, keys ...string) {
 	}
 }
 
-// hostOf is the folder of the server's socket, or its host.
+// hostOf returns the folder of the server's socket, or its host.
 func hostOf(t *testing.T, databaseURL string) string {
 	t.Helper()
 	config, err := pgconn.ParseConfig(databaseURL)
@@ -275,7 +277,7 @@ func hostOf(t *testing.T, databaseURL string) string {
 	return config.Host
 }
 
-// Queries on connections of their own.
+// Queries on separate connections.
 
 func query(t *testing.T, databaseURL string, dest any, sql string, arguments ...any) {
 	t.Helper()
@@ -323,5 +325,5 @@ func await(t *testing.T, databaseURL, what, condition string, arguments ...any) 
 	t.Fatalf("%s: not within %v (%v)", what, awaitMax, err)
 }
 
-// awaitMax is for the slowest of machines: what is awaited comes in milliseconds, or not at all.
+// awaitMax is for the slowest of machines: a condition becomes true in milliseconds, or never.
 const awaitMax = time.Minute

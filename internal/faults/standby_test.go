@@ -10,13 +10,14 @@ import (
 	"github.com/paidonce/idempotency/internal/pgtest"
 )
 
-// pair is a primary and its standby, on sockets and data of their own.
+// pair is a primary and its standby, each with a socket and data of its own.
 type pair struct{ primary, standby *pgserver.Server }
 
-// fast are settings for servers whose PostgreSQL may crash, and whose machine does not.
+// fast are settings for servers on which PostgreSQL may crash but the machine does not.
 var fast = map[string]string{"fsync": "off", "full_page_writes": "off"}
 
-// startPair starts a primary with the tables, and a standby that follows it. Synchronous: each COMMIT waits for it.
+// startPair starts a primary with the tables, and a standby that follows it. If synchronous, each
+// COMMIT waits for the standby.
 func startPair(t *testing.T, synchronous bool) *pair {
 	t.Helper()
 	pgtest.Slow(t, "starts a primary and a standby of its own")
@@ -50,14 +51,15 @@ func startPair(t *testing.T, synchronous bool) *pair {
 	return p
 }
 
-// receiver is the standby's walreceiver, paused.
+// receiver is the standby's paused walreceiver.
 type receiver struct {
 	pid     int
 	standby *pgserver.Server
 	gone    bool
 }
 
-// pause stops the standby's walreceiver: the primary's connection to it stays, and nothing is acknowledged any more.
+// pause stops the standby's walreceiver: the primary's connection to it stays, and nothing more is
+// acknowledged.
 func (p *pair) pause(t *testing.T) *receiver {
 	t.Helper()
 	r := &receiver{standby: p.standby}
@@ -77,7 +79,8 @@ func (r *receiver) resume(t *testing.T) {
 	r.gone = true
 }
 
-// kill ends the walreceiver and with it whatever it had not read. PostgreSQL restarts the standby around it.
+// kill ends the walreceiver, and all that it had not read is lost. PostgreSQL restarts the
+// standby's other processes.
 func (r *receiver) kill(t *testing.T) {
 	t.Helper()
 	r.signal(t, syscall.SIGKILL)

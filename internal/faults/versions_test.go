@@ -20,10 +20,10 @@ import (
 	"github.com/paidonce/idempotency/migrations"
 )
 
-// Both versions are real programs (testdata/payments). The new one is built from these sources and brings a migration
-// that they don't have yet: a column more. The old one is built from the commit before the last one that changed the
-// library, as it is during a deployment. Where there is no history, as in a shallow clone, it is built from these sources
-// too, and differs by the schema alone.
+// Both versions are real programs (testdata/payments). The new one is built from these sources and
+// brings a migration that they don't have yet, with one more column. The old one is built from the
+// commit before the last change of the library, as during a deployment. If there is no history, as
+// in a shallow clone, the old one is built from these sources too, and only the schema differs.
 func TestF30KeysCrossVersionsThroughAMigration(t *testing.T) {
 	t.Parallel()
 	pgtest.Slow(t, "builds older versions of the library")
@@ -33,7 +33,7 @@ func TestF30KeysCrossVersionsThroughAMigration(t *testing.T) {
 	oldURL := f.start(t, oldProgram, "-name=old")()
 	answers := map[string]string{"paid-by-old": f.want(t, oldURL, "paid-by-old", "executed")}
 
-	// The new version migrates while the old one has a payment in its hands, and has others coming.
+	// The new version migrates while the old one runs a payment, and gets others.
 	release := f.hold(t)
 	held := f.sendHeld(oldURL, "held-by-old")
 	f.awaitHeld(t)
@@ -77,9 +77,10 @@ func TestF30KeysCrossVersionsThroughAMigration(t *testing.T) {
 	answers["rolled-back"] = f.want(t, rolledBack, "rolled-back", "executed")
 	f.replayed(t, newURL, answers)
 
-	// A fingerprint function that the others don't have: they can't tell, and neither pay nor replay.
+	// A fingerprint function that the others don't have: they can't tell, and neither pay nor
+	// replay.
 	ownURL := f.start(t, newProgram, "-name=own", "-fingerprint=101")()
-	f.replayed(t, ownURL, answers) // which has kept the built-in one
+	f.replayed(t, ownURL, answers) // it still has the built-in one
 	own := f.want(t, ownURL, "own-fingerprint", "executed")
 	for _, address := range []string{oldURL, newURL} {
 		if got, err := send(address, "own-fingerprint"); err != nil || !got.is(503, "unknown") {
@@ -148,7 +149,7 @@ func (f *versions) want(t *testing.T, address, key, outcome string) string {
 	return got.body
 }
 
-// replayed wants each of the answers replayed, byte by byte.
+// replayed requires that each answer is replayed, byte by byte.
 func (f *versions) replayed(t *testing.T, address string, answers map[string]string) {
 	t.Helper()
 	for key, body := range answers {
@@ -158,7 +159,7 @@ func (f *versions) replayed(t *testing.T, address string, answers map[string]str
 	}
 }
 
-// hold keeps those handlers waiting that are asked to, until release.
+// hold makes the handlers of requests with the header Hold wait until release.
 func (f *versions) hold(t *testing.T) (release func()) {
 	t.Helper()
 	conn, err := pgx.Connect(t.Context(), f.url)
@@ -202,8 +203,8 @@ func (f *versions) settled(t *testing.T, held <-chan answered) string {
 	return got.reply.body
 }
 
-// loadUntilStopped pays one key after another, each until it is told 201; a migration's lock may refuse some for a
-// while. stop returns the bodies.
+// loadUntilStopped pays one key after another, each until it gets 201; a migration's lock may
+// refuse some for a while. stop returns the bodies.
 func (f *versions) loadUntilStopped(address string) (stop func(*testing.T) map[string]string) {
 	answers := map[string]string{}
 	done := make(chan struct{})
@@ -278,7 +279,7 @@ func (f *versions) payAtBoth(t *testing.T, key string, addresses ...string) stri
 	return body
 }
 
-// newerMigrations is a folder with the migrations of these sources and one more.
+// newerMigrations returns a folder with the migrations of these sources and one more.
 func newerMigrations(t *testing.T) string {
 	t.Helper()
 	dir := t.TempDir()

@@ -9,7 +9,7 @@ import (
 	"github.com/paidonce/idempotency/middleware/chiroute"
 )
 
-// Each run gets the state of the first one's beginning, whatever the runs before it did to theirs.
+// Each run gets the state from before the first run, whatever earlier runs did to theirs.
 func TestStateIsThatOfTheFirstRun(t *testing.T) {
 	t.Parallel()
 	route := chi.NewRouteContext()

@@ -1,5 +1,5 @@
-// Command payments is a service that TestF30 builds twice: from these sources and from older ones, which have their own.
-// Both must have the same flags.
+// Command payments is a service that TestF30 builds twice: from these sources and from older ones,
+// which have a version of their own. Both must have the same flags.
 package main
 
 import (
@@ -31,7 +31,7 @@ func main() {
 	}
 }
 
-// run says where it listens, and serves until its input ends.
+// run prints its address, and serves until its input ends.
 func run(name, database, files string, fingerprint int16) error {
 	ctx := context.Background()
 	store, err := postgres.Open(ctx, database, &postgres.Options{PoolConfig: func(config *pgxpool.Config) { config.MaxConns = 8 }})
@@ -60,7 +60,7 @@ func run(name, database, files string, fingerprint int16) error {
 	scope := func(*http.Request) (string, error) { return "acme", nil }
 	handler := middleware.New(store, scope, &opts).Handler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		tx := postgres.Tx(r.Context())
-		if r.Header.Get("Hold") != "" { // until somebody lets the lock go
+		if r.Header.Get("Hold") != "" { // until the lock is released
 			if _, err := tx.Exec(r.Context(), "SELECT pg_advisory_xact_lock(30)"); err != nil {
 				http.Error(w, "not let go", http.StatusInternalServerError)
 				return
