@@ -25,11 +25,11 @@ import (
 
 func TestMain(m *testing.M) { pgtest.Main(m) }
 
-// waitMax bounds every wait, on a machine that does other things too.
+// waitMax limits every wait. It is long because the machine may be loaded.
 const waitMax = 60 * time.Second
 
-// TestExamples builds each example, runs it as a process, sends what it says to send, and finds the answers that it
-// promises, a clean end, and nothing left behind.
+// TestExamples builds each example, runs it as a process and sends the printed requests. It
+// requires the promised answers and a clean exit that leaves nothing behind.
 func TestExamples(t *testing.T) {
 	t.Parallel()
 	pgtest.Slow(t, "builds and runs each example")
@@ -48,7 +48,8 @@ func TestExamples(t *testing.T) {
 		p.want(transfer("too-much", "bob", 1), 422, "mismatch", "key-reused")
 		p.want(transfer("nobody", "nobody", 1), 404, "executed", "no such account")
 		p.want(p.post("/transfers", "k", `{"to":"bob","amount":1}`), 401, "not-executed", "scope")
-		p.want(transfer("last", "bob", 8750), 201, "executed", `"balance":0`) // the declined ones were undone
+		// The declined ones were undone.
+		p.want(transfer("last", "bob", 8750), 201, "executed", `"balance":0`)
 		p.stop(syscall.SIGINT)
 	})
 
@@ -66,14 +67,15 @@ func TestExamples(t *testing.T) {
 			return p.post("/orders", key, body, "Authorization", "Bearer "+token)
 		}
 		const tea, cup = `{"sku":"tea","quantity":1,"card":"good"}`, `{"sku":"cup","quantity":1,"card":"flaky"}`
-		p.want(order("stolen", "k1", tea), 401, "", "token") // refused outside: no key was looked at
+		// Refused by authenticate, before the key is read.
+		p.want(order("stolen", "k1", tea), 401, "", "token")
 		mine := order("token-of-acme", "k1", tea)
 		p.want(mine, 201, "executed", "")
 		p.want(order("new-token-of-acme", "k1", tea), 201, "replayed", mine.body)
-		p.want(order("token-of-globex", "k1", tea), 201, "executed", "") // a key of its own
+		p.want(order("token-of-globex", "k1", tea), 201, "executed", "") // not acme's key
 
-		// The card is charged and the answer lost; then the last cup goes to somebody else. The retry is refused for
-		// good, so it has to cancel the charge.
+		// The card is charged and the answer lost; then another customer buys the last cup. The
+		// retry is refused for good, so it must cancel the charge.
 		p.want(order("token-of-acme", "k2", cup), 503, "unknown", "")
 		p.want(order("token-of-globex", "k3", strings.Replace(cup, "flaky", "good", 1)), 201, "executed", "")
 		p.want(order("token-of-acme", "k2", cup), 409, "executed", "not enough in stock")
@@ -99,7 +101,7 @@ func TestExamples(t *testing.T) {
 	})
 }
 
-// TestHelpersAreTheSame: each example stands alone, and so has its own copy of what has nothing to do with it.
+// TestHelpersAreTheSame: each example must be complete, so each has its own copy of the helpers.
 func TestHelpersAreTheSame(t *testing.T) {
 	t.Parallel()
 	for _, copied := range []string{"orders/database.go", "sqlc/database.go", "river/database.go", "orders/serve.go", "sqlc/serve.go", "handlertest/serve.go", "river/serve.go"} {
@@ -117,7 +119,8 @@ func TestHelpersAreTheSame(t *testing.T) {
 	}
 }
 
-// build builds the examples, with the race detector where the tests have it, and returns the folder.
+// build builds the examples and returns the folder. They have the race detector if the tests have
+// it.
 func build(t *testing.T, names ...string) string {
 	t.Helper()
 	folder := t.TempDir()
@@ -140,13 +143,14 @@ type program struct {
 	cmd     *exec.Cmd
 	client  *http.Client
 	url     string
-	curls   []string // the lines to try that it printed
+	curls   []string // the printed lines to try
 	stderr  bytes.Buffer
 	unknown int           // answers with an unknown outcome: one line each on stderr, and no others
 	ended   chan struct{} // closed after Wait returned
 }
 
-// start starts an example and waits until it has printed all its lines to try. It is killed when the test ends.
+// start starts an example and waits until it has printed all its lines to try. The test's end kills
+// it.
 func start(t *testing.T, folder, name, database string, curls int) *program {
 	t.Helper()
 	cmd := exec.Command(filepath.Join(folder, name), "-listen", "127.0.0.1:0")
@@ -169,7 +173,7 @@ func start(t *testing.T, folder, name, database string, curls int) *program {
 		t.Fatal(err)
 	}
 	said := make(chan string, 100)
-	go func() { // until the program has ended: the other end of its stdout is closed then
+	go func() { // until the program ends and closes its stdout
 		defer close(said)
 		defer output.Close()
 		for lines := bufio.NewScanner(output); lines.Scan(); {
@@ -178,7 +182,7 @@ func start(t *testing.T, folder, name, database string, curls int) *program {
 	}()
 	go func() {
 		defer close(p.ended)
-		_ = cmd.Wait() // its exit code is looked at by stop
+		_ = cmd.Wait() // stop reads the code
 	}()
 	t.Cleanup(func() {
 		_ = cmd.Process.Kill() // it may have ended
@@ -188,7 +192,7 @@ func start(t *testing.T, folder, name, database string, curls int) *program {
 	return p
 }
 
-// listen reads what the program says when it serves.
+// listen reads the program's lines until it serves.
 func (p *program) listen(name string, curls int, said <-chan string) {
 	p.t.Helper()
 	for patience := time.After(waitMax); len(p.curls) < curls; {
@@ -210,14 +214,14 @@ func (p *program) listen(name string, curls int, said <-chan string) {
 	}
 }
 
-// answer is what came back.
+// answer is an answer to a request.
 type answer struct {
 	status  int
 	outcome string
 	body    string
 }
 
-// curl sends what one of the printed lines sends.
+// curl sends the request of a printed line.
 func (p *program) curl(n int) *answer {
 	p.t.Helper()
 	if n >= len(p.curls) {
@@ -298,7 +302,7 @@ func (p *program) sendTwice(path, body string) {
 	}
 }
 
-// stop sends a signal. The program must end well and take its PostgreSQL with it.
+// stop sends a signal. The program must exit with 0 and end its PostgreSQL.
 func (p *program) stop(signal syscall.Signal) {
 	p.t.Helper()
 	children := descendants(p.cmd.Process.Pid)
@@ -322,7 +326,7 @@ func (p *program) stop(signal syscall.Signal) {
 	p.t.Logf("%v ended it, and its %d processes", signal, len(children))
 }
 
-// descendants returns the processes that a process started, and those that they started, where /proc tells.
+// descendants returns a process's descendants, as far as /proc shows them.
 func descendants(pid int) (all []int) {
 	parents := map[int]int{}
 	files, _ := filepath.Glob("/proc/[0-9]*/stat")
@@ -348,7 +352,7 @@ func descendants(pid int) (all []int) {
 	return known[1:]
 }
 
-// shellWords splits a line as a shell does that knows single quotes only.
+// shellWords splits a line like a shell that knows only single quotes.
 func shellWords(line string) (words []string) {
 	word, quoted, begun := "", false, false
 	for _, c := range line {

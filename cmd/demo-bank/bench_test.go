@@ -19,7 +19,7 @@ import (
 	"github.com/paidonce/idempotency/cmd/demo-bank/internal/bench"
 )
 
-// TestBenchReports: on stdout, in a file, and as a picture; and it leaves nothing else behind.
+// TestBenchReports: the report goes to stdout, a file and a picture. Nothing else is left behind.
 func TestBenchReports(t *testing.T) {
 	if testing.Short() {
 		t.Skip("a run takes some seconds")
@@ -63,7 +63,8 @@ func TestBenchReports(t *testing.T) {
 	}
 }
 
-// TestBenchStopsWhenTold: exit code 2 is for what has no result, and nothing is left behind.
+// TestBenchStopsWhenTold: an interrupted run exits with 2, for no result, and leaves nothing
+// behind.
 func TestBenchStopsWhenTold(t *testing.T) {
 	t.Parallel()
 	dir := temporaryFolder(t)
@@ -89,7 +90,7 @@ func TestBenchStopsWhenTold(t *testing.T) {
 	}
 }
 
-// TestBenchRefusesWhatCannotBe, with the flag's name.
+// TestBenchRefusesWhatCannotBe: an impossible setting is refused with the flag's name.
 func TestBenchRefusesWhatCannotBe(t *testing.T) {
 	t.Parallel()
 	for _, args := range [][]string{

@@ -16,7 +16,8 @@ import (
 	"github.com/paidonce/idempotency/internal/pgtest"
 )
 
-// screenshots, in the environment, is a folder for pictures of the page; docs/page.png is one of them.
+// screenshots names an environment variable with a folder for pictures of the page. docs/page.png
+// is one of them.
 const screenshots = "DEMO_BANK_TEST_SCREENSHOTS"
 
 // Conditions on the page, as scripts.
@@ -41,7 +42,7 @@ func (t *tab) do(steps ...chromedp.Action[chromedp.Void]) {
 	}
 }
 
-// until waits until all conditions hold at once.
+// until waits until all conditions hold at the same time.
 func (t *tab) until(conditions ...string) {
 	t.Helper()
 	condition := "(" + strings.Join(conditions, ") && (") + ")"
@@ -85,9 +86,9 @@ func (t *tab) picture(name, scheme string, width, height int64, full bool) {
 	}
 }
 
-// TestPageShowsWhoLosesMoney: a storm on both sides, started by the form, costs the unprotected twin money and the protected
-// one none, and the proof says so. After kill -9 and a start on the same data the page comes back by itself, and shows the
-// same money: it is read from the books.
+// TestPageShowsWhoLosesMoney: a storm on both sides, started by the form, costs the unprotected
+// twin money and the protected one none, and the proof says so. After kill -9 and a start on the
+// same data the page recovers by itself. It shows the same money, because it reads the books.
 func TestPageShowsWhoLosesMoney(t *testing.T) {
 	if testing.Short() {
 		t.Skip("starts a bank and a browser")
@@ -142,7 +143,7 @@ func TestPageShowsWhoLosesMoney(t *testing.T) {
 	serve(t, "--addr", strings.TrimPrefix(p.url, "http://"), "--data-dir", data)
 	page.until(pageIsLive, unprotectedLost, protectedIsExact, proofHolds,
 		`document.querySelector("#storm-line").textContent.startsWith("The last storm")`,
-		`document.querySelectorAll(".lanes li").length === 0`) // those were of the other process
+		`document.querySelectorAll(".lanes li").length === 0`) // the killed process had them
 	if again := page.text(lostOf("unprotected")); again != lost {
 		t.Errorf("after the restart the unprotected twin has lost %q, before %q", again, lost)
 	}
@@ -153,7 +154,7 @@ func TestPageShowsWhoLosesMoney(t *testing.T) {
 	// Everything at once, without a mouse, on a phone.
 	page.do(chromedp.EmulateViewport(390, 844), chromedp.SendKeys(chromedp.CSS("[data-preset=everything]"), "\r"))
 	page.until(`document.querySelector("#storm-line").textContent.startsWith("Storm in flight")`, `!document.querySelector("#stop").disabled`)
-	// Until replies of this storm are lost, the page may still show the money of the last one.
+	// Until this storm loses replies, the page may still show the last storm's losses.
 	page.until(`/, [1-9][0-9,]* replies lost/.test(document.querySelector("#storm-line").textContent)`,
 		unprotectedLost, protectedIsExact, `document.querySelector("#proof").dataset.state === "ok"`,
 		`document.documentElement.scrollWidth <= innerWidth`)

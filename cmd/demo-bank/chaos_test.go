@@ -18,7 +18,7 @@ import (
 	"github.com/paidonce/idempotency/internal/pgtest"
 )
 
-// temporaryFolder is one that PostgreSQL's account may enter, with a short name.
+// temporaryFolder returns a folder that PostgreSQL's account may enter, with a short name.
 func temporaryFolder(t *testing.T) string {
 	t.Helper()
 	dir, err := os.MkdirTemp("", "chaos")
@@ -32,8 +32,8 @@ func temporaryFolder(t *testing.T) string {
 	return dir
 }
 
-// TestChaosFindsNothingInAGoodBank: kills at every crash point, crashes of PostgreSQL, faults of COMMITs of every kind,
-// and every promise holds. It leaves nothing behind.
+// TestChaosFindsNothingInAGoodBank: with kills at every crash point, crashes of PostgreSQL and
+// every kind of fault of a COMMIT, every promise holds. Nothing is left behind.
 func TestChaosFindsNothingInAGoodBank(t *testing.T) {
 	if testing.Short() || os.Getenv("PAIDONCE_CHAOS") == "apart" {
 		t.Skip("a run takes half a minute, or runs apart")
@@ -70,7 +70,8 @@ func TestChaosFindsNothingInAGoodBank(t *testing.T) {
 	}
 }
 
-// TestChaosInTimeOrBroken: a run that takes longer than it may has failed, says so, and keeps what it was asked to keep.
+// TestChaosInTimeOrBroken: a run that exceeds its maximum duration fails, says so, and keeps its
+// data if --keep is set.
 func TestChaosInTimeOrBroken(t *testing.T) {
 	if testing.Short() {
 		t.Skip("a run takes ten seconds at least")
@@ -93,7 +94,7 @@ func TestChaosInTimeOrBroken(t *testing.T) {
 	}
 }
 
-// TestChaosPrintsItsSchedule: the same for the same seed, and nothing is done.
+// TestChaosPrintsItsSchedule: the same seed prints the same schedule, and nothing is run.
 func TestChaosPrintsItsSchedule(t *testing.T) {
 	t.Parallel()
 	dir := temporaryFolder(t)
@@ -114,7 +115,8 @@ func TestChaosPrintsItsSchedule(t *testing.T) {
 	}
 }
 
-// TestChaosStopsWhenTold: exit code 2 is for what could not be judged, and nothing is left behind.
+// TestChaosStopsWhenTold: an interrupted run exits with 2, for no verdict, and leaves nothing
+// behind.
 func TestChaosStopsWhenTold(t *testing.T) {
 	t.Parallel()
 	pgtest.Slow(t, "runs a bank under chaos")

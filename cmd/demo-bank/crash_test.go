@@ -24,7 +24,7 @@ const (
 	crashBody = `{"from":"alice","to":"bob","amount":7}`
 )
 
-// crashCommand is a bank that dies at a point, such as after_body:1.
+// crashCommand returns a bank that dies at a point, such as after_body:1.
 func crashCommand(point, database string, args ...string) *exec.Cmd {
 	cmd := command(context.Background(), append([]string{"--addr", "127.0.0.1:0", "--database-url", database, "--pool-size", "4", "--log-level", "ERROR"}, args...)...)
 	if point != "" {
@@ -33,13 +33,13 @@ func crashCommand(point, database string, args ...string) *exec.Cmd {
 	return cmd
 }
 
-// bankOn serves a database, and dies at the point, which may be none.
+// bankOn starts a bank on a database. It dies at the point, unless that is empty.
 func bankOn(t *testing.T, point, database string, args ...string) *program {
 	t.Helper()
 	return start(t, crashCommand(point, database, args...)).await()
 }
 
-// diesAt waits for the end and requires that it was SIGKILL, after one line on stderr.
+// diesAt waits for the end and requires a SIGKILL, after one line on stderr.
 func (p *program) diesAt(name string) {
 	p.t.Helper()
 	select {
@@ -57,14 +57,15 @@ func (p *program) diesAt(name string) {
 	}
 }
 
-// reply is what became of a request in the end.
+// reply is the final answer to a request.
 type reply struct {
 	status  int
 	outcome string
 	body    []byte
 }
 
-// settle sends a request until its answer is definite: a key may be held for a moment by a session of the dead bank's.
+// settle sends a request until its answer is definite: a session of the dead bank may hold the key
+// for a moment.
 func settle(t *testing.T, url string) reply {
 	t.Helper()
 	client := newClient(t)
@@ -99,7 +100,7 @@ func expectBooked(t *testing.T, db *pgxpool.Pool, want int) {
 	}
 }
 
-// recorded is the answer's body in the books.
+// recorded returns the recorded answer's body.
 func recorded(t *testing.T, db *pgxpool.Pool) []byte {
 	t.Helper()
 	var body []byte
@@ -109,8 +110,9 @@ func recorded(t *testing.T, db *pgxpool.Pool) []byte {
 	return body
 }
 
-// expectRetry starts a bank on the books of the dead one, and requires what the retry is answered: executed or
-// replayed. The answer is the recorded one either way, so is that of one more retry, and there is one transfer.
+// expectRetry starts a bank on the books of the dead one. The retry must be executed or replayed,
+// as outcome says. It must get the recorded answer, so must one more retry, and there must be one
+// transfer.
 func expectRetry(t *testing.T, database string, db *pgxpool.Pool, outcome string) {
 	t.Helper()
 	again := bankOn(t, "", database)
@@ -128,7 +130,7 @@ func expectRetry(t *testing.T, database string, db *pgxpool.Pool, outcome string
 	expectBooked(t, db, 1)
 }
 
-// expectLost requires that a request got no answer at all.
+// expectLost requires that a request gets no answer at all.
 func expectLost(t *testing.T, url string) {
 	t.Helper()
 	if response, body, err := post(newClient(t), url, crashKey, crashBody); err == nil {
@@ -136,7 +138,8 @@ func expectLost(t *testing.T, url string) {
 	}
 }
 
-// TestF01KilledBeforeCommit: whatever a transfer had done before its COMMIT is gone, and the retry makes it.
+// TestF01KilledBeforeCommit: everything that a transfer did before its COMMIT is undone, and the
+// retry executes it.
 func TestF01KilledBeforeCommit(t *testing.T) {
 	t.Parallel()
 	for _, point := range []string{"after_body", "after_begin", "mid_handler", "after_handler", "before_commit"} {
@@ -153,8 +156,8 @@ func TestF01KilledBeforeCommit(t *testing.T) {
 	}
 }
 
-// faultyBank serves through a proxy, and dies at the point, which may be none. decide is asked about the COMMIT of
-// crashKey; all others are forwarded.
+// faultyBank starts a bank behind a proxy. It dies at the point, unless that is empty. The proxy
+// calls decide for the COMMIT of crashKey, and forwards all others.
 func faultyBank(t *testing.T, point, database string, decide func(p *program) pgfault.Fault) (p *program, proxy *pgfault.Proxy) {
 	t.Helper()
 	network, address, err := pgfault.Upstream(database)
@@ -181,8 +184,8 @@ func faultyBank(t *testing.T, point, database string, decide func(p *program) pg
 	return p, proxy
 }
 
-// TestF02KilledWithCommitOnTheWire: the bank is gone when PostgreSQL gets its COMMIT, when it answers it, or before it
-// gets it. The retry finds out, and there is one transfer.
+// TestF02KilledWithCommitOnTheWire: the bank dies before PostgreSQL gets its COMMIT, when it gets
+// it, or when it answers. The retry finds the outcome, and there is one transfer.
 func TestF02KilledWithCommitOnTheWire(t *testing.T) {
 	t.Parallel()
 	for _, test := range []struct {
@@ -223,8 +226,8 @@ func TestF02KilledWithCommitOnTheWire(t *testing.T) {
 	}
 }
 
-// TestF03KilledAfterCommit: the money has moved, and the client has heard nothing, or half. The retry gets the answer
-// that was recorded.
+// TestF03KilledAfterCommit: the money has moved, and the client got no answer, or half of it. The
+// retry gets the recorded answer.
 func TestF03KilledAfterCommit(t *testing.T) {
 	t.Parallel()
 	t.Run("after_commit", func(t *testing.T) {
@@ -254,8 +257,8 @@ func TestF03KilledAfterCommit(t *testing.T) {
 	})
 }
 
-// TestF04KilledWhileResolving: the reply to COMMIT was lost, and the bank dies while it looks for what became of it.
-// The retry finds out.
+// TestF04KilledWhileResolving: the reply to COMMIT was lost, and the bank dies while it looks for
+// the outcome. The retry finds it.
 func TestF04KilledWhileResolving(t *testing.T) {
 	t.Parallel()
 	for _, test := range []struct {

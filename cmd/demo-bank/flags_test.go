@@ -12,7 +12,7 @@ import (
 	"github.com/paidonce/idempotency/cmd/demo-bank/internal/server"
 )
 
-// TestLimitsOfTheFlags: both sides of the edge of each.
+// TestLimitsOfTheFlags checks both sides of each limit.
 func TestLimitsOfTheFlags(t *testing.T) {
 	t.Parallel()
 	for _, test := range []struct {

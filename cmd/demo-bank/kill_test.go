@@ -27,7 +27,7 @@ func connect(t *testing.T, database string) *pgxpool.Pool {
 	return pgtest.Pool(t, database, map[string]string{"search_path": bank.Schema})
 }
 
-// transfersMade asks a bank how many transfers are in its books, -1 where it does not answer.
+// transfersMade returns the number of transfers in a bank's books, or -1 if it does not answer.
 func transfersMade(client *http.Client, url string) int64 {
 	response, err := client.Get(url + "/v1/audit")
 	if err != nil {
@@ -41,8 +41,9 @@ func transfersMade(client *http.Client, url string) int64 {
 	return audit.Transfers
 }
 
-// TestAStormOutlivesFiveKills: the bank is killed with -9 five times in the middle of a storm, PostgreSQL with it, and
-// started again on the same data folder. Nothing is paid twice, nothing acknowledged is lost.
+// TestAStormOutlivesFiveKills: bank and PostgreSQL are killed with -9 five times during a storm,
+// and started again on the same data folder. Nothing is paid twice, and nothing acknowledged is
+// lost.
 func TestAStormOutlivesFiveKills(t *testing.T) {
 	t.Parallel()
 	pgtest.Slow(t, "kills and restarts a bank five times")
@@ -71,7 +72,8 @@ func TestAStormOutlivesFiveKills(t *testing.T) {
 		ended <- ending{report, err}
 	}()
 	for n := range kills {
-		// Each life of the bank makes a part of the transfers, so that each kill comes in the middle.
+		// Each run of the bank makes a part of the transfers, so that each kill comes during the
+		// storm.
 		due := int64(keys * (n + 1) / (kills + 2))
 		eventually(t, "the storm goes on", func() bool { return transfersMade(client, p.url) >= due })
 		p.kill()
@@ -99,8 +101,9 @@ func TestAStormOutlivesFiveKills(t *testing.T) {
 	}
 }
 
-// TestTwoBanksOnOneDatabaseUnderAStorm: two processes start on an empty database at once and share its keys and its
-// money. The storm's requests are led to one and the other in turn, so that the copies of a transfer meet both.
+// TestTwoBanksOnOneDatabaseUnderAStorm: two processes start on an empty database at the same time
+// and share its keys and money. The storm's requests alternate between them, so that the copies of
+// a transfer meet both.
 func TestTwoBanksOnOneDatabaseUnderAStorm(t *testing.T) {
 	t.Parallel()
 	pgtest.Slow(t, "starts two banks and a storm")
@@ -148,7 +151,8 @@ func TestTwoBanksOnOneDatabaseUnderAStorm(t *testing.T) {
 	}
 }
 
-// TestStormPrintsOneObject: for scripts there is one JSON object on stdout, nothing else, and an exit code.
+// TestStormPrintsOneObject: with --json, stdout has one JSON object and nothing else, and the exit
+// code is the verdict.
 func TestStormPrintsOneObject(t *testing.T) {
 	t.Parallel()
 	p := serve(t, "--addr", "127.0.0.1:0", "--database-url", pgtest.Database(t), "--pool-size", "16")

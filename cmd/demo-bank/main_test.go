@@ -26,11 +26,11 @@ import (
 	"github.com/paidonce/idempotency/internal/pgtest"
 )
 
-// asProgram, in the environment, makes this test binary the program: the tests below start, kill and stop it, built
-// once and with the race detector where the tests are.
+// asProgram names an environment variable that makes this test binary the program. So the tests can
+// start, kill and stop it, and it has the race detector if they have it.
 const asProgram = "DEMO_BANK_TEST_AS_PROGRAM"
 
-// waitMax bounds every wait, on a machine that does other things too.
+// waitMax limits every wait. It is long because the machine may be loaded.
 const waitMax = 60 * time.Second
 
 func TestMain(m *testing.M) {
@@ -46,10 +46,10 @@ type program struct {
 	t      *testing.T
 	cmd    *exec.Cmd
 	url    string
-	curls  []string // the lines to try that it printed
+	curls  []string // the printed lines to try
 	stderr bytes.Buffer
-	said   chan struct{} // closed when it has said that it serves
-	ended  chan struct{} // closed when it has ended and was waited for
+	said   chan struct{} // closed when it has printed that it serves
+	ended  chan struct{} // closed after Wait returned
 }
 
 func command(ctx context.Context, args ...string) *exec.Cmd {
@@ -60,7 +60,8 @@ func command(ctx context.Context, args ...string) *exec.Cmd {
 	return cmd
 }
 
-// commandIn is a command with a folder of its own for temporary files, so that what it leaves behind is seen.
+// commandIn returns a command with its own folder for temporary files, so that the test sees
+// leftovers.
 func commandIn(ctx context.Context, temporary string, args ...string) *exec.Cmd {
 	cmd := command(ctx, args...)
 	cmd.Env = append(cmd.Env, "TMPDIR="+temporary)
@@ -73,13 +74,14 @@ func serve(t *testing.T, args ...string) *program {
 	return launch(t, args...)()
 }
 
-// launch starts the program and returns what waits until it serves, so that a test can start two at once.
+// launch starts the program and returns a function that waits until it serves, so that a test can
+// start two at once.
 func launch(t *testing.T, args ...string) (await func() *program) {
 	t.Helper()
 	return start(t, command(context.Background(), args...)).await
 }
 
-// start starts the program and waits for nothing.
+// start starts the program and does not wait.
 func start(t *testing.T, cmd *exec.Cmd) *program {
 	t.Helper()
 	p := &program{t: t, cmd: cmd, said: make(chan struct{}), ended: make(chan struct{})}
@@ -107,7 +109,7 @@ func start(t *testing.T, cmd *exec.Cmd) *program {
 				close(p.said)
 			}
 		}
-		_ = p.cmd.Wait() // its exit code is looked at by who cares
+		_ = p.cmd.Wait() // exitCode reads the code
 	}()
 	t.Cleanup(p.kill)
 	return p
@@ -126,13 +128,13 @@ func (p *program) await() *program {
 	return p
 }
 
-// kill is kill -9, and waits until the program is gone.
+// kill kills the program with -9 and waits for its end.
 func (p *program) kill() {
 	_ = p.cmd.Process.Kill() // it may have ended
 	<-p.ended
 }
 
-// terminate asks the program to stop.
+// terminate sends SIGTERM.
 func (p *program) terminate() {
 	p.t.Helper()
 	if err := p.cmd.Process.Signal(syscall.SIGTERM); err != nil {
@@ -140,7 +142,7 @@ func (p *program) terminate() {
 	}
 }
 
-// exitCode waits for the end.
+// exitCode waits for the end and returns the exit code.
 func (p *program) exitCode() int {
 	p.t.Helper()
 	select {
@@ -151,7 +153,8 @@ func (p *program) exitCode() int {
 	return p.cmd.ProcessState.ExitCode()
 }
 
-// fails runs the program to its end and returns what it wrote to stderr, which must be one line, and exit code 1.
+// fails runs the program to its end. It must exit with 1 and write one line to stderr, which fails
+// returns.
 func fails(t *testing.T, args ...string) string {
 	t.Helper()
 	return failsWith(t, 1, args...)
@@ -181,7 +184,7 @@ func failsAs(t *testing.T, code int, cmd *exec.Cmd) string {
 	return line
 }
 
-// post sends a transfer on a connection of the client's.
+// post sends a transfer with the given client.
 func post(client *http.Client, url, key, body string) (*http.Response, []byte, error) {
 	return postTo(client, url+"/v1/transfers", key, body)
 }
@@ -191,7 +194,7 @@ func postTo(client *http.Client, url, key, body string) (*http.Response, []byte,
 	if err != nil {
 		return nil, nil, err
 	}
-	request.GetBody = nil // or Go's client sends it again by itself
+	request.GetBody = nil // or Go's client repeats it by itself
 	request.Header.Set("Content-Type", "application/json")
 	request.Header.Set("Idempotency-Key", key)
 	response, err := client.Do(request)
@@ -209,7 +212,7 @@ func newClient(t *testing.T) *http.Client {
 	return &http.Client{Transport: transport, Timeout: waitMax}
 }
 
-// eventually waits until what is asked for is so.
+// eventually waits until so returns true.
 func eventually(t *testing.T, what string, so func() bool) {
 	t.Helper()
 	for deadline := time.Now().Add(waitMax); !so(); time.Sleep(5 * time.Millisecond) {
@@ -219,7 +222,7 @@ func eventually(t *testing.T, what string, so func() bool) {
 	}
 }
 
-// postmaster returns the process id of the PostgreSQL whose data are in a folder.
+// postmaster returns the process id of the PostgreSQL with its data in a folder.
 func postmaster(t *testing.T, dir string) int {
 	t.Helper()
 	files, err := filepath.Glob(filepath.Join(dir, "*", "postmaster.pid"))
@@ -238,7 +241,7 @@ func postmaster(t *testing.T, dir string) int {
 	return pid
 }
 
-// gone reports whether a process has ended. One that nobody has waited for yet has no command line any more.
+// gone reports whether a process has ended. A zombie has no command line.
 func gone(pid int) bool {
 	if syscall.Kill(pid, 0) == syscall.ESRCH {
 		return true
@@ -247,9 +250,9 @@ func gone(pid int) bool {
 	return err == nil && len(commandLine) == 0
 }
 
-// TestTheTwoLinesThatItPrints: a newcomer starts the bank without a database, pastes what it printed, and sees one
-// effect and one answer. The money is still there after an orderly stop, and after kill -9, which leaves no PostgreSQL
-// behind.
+// TestTheTwoLinesThatItPrints: a newcomer starts the bank without a database, pastes the printed
+// lines, and gets one effect and one answer. The money is still there after an orderly stop, and
+// after kill -9, which leaves no PostgreSQL behind.
 func TestTheTwoLinesThatItPrints(t *testing.T) {
 	t.Parallel()
 	pgtest.Slow(t, "starts banks with a PostgreSQL of their own")
@@ -295,8 +298,8 @@ func TestTheTwoLinesThatItPrints(t *testing.T) {
 	eventually(t, "PostgreSQL is gone after kill -9", func() bool { return gone(pid) })
 }
 
-// TestStopUnderLoad (F33): what is in flight is finished, new requests on open connections are refused as not executed,
-// new connections are refused, and the exit code is 0.
+// TestStopUnderLoad: requests in progress finish, new requests on open connections are refused as
+// not executed, new connections are refused, and the exit code is 0.
 func TestStopUnderLoad(t *testing.T) {
 	t.Parallel()
 	database := pgtest.Database(t)
@@ -331,7 +334,8 @@ func TestStopUnderLoad(t *testing.T) {
 		return err == nil && waiting
 	})
 
-	// Load on other accounts, on connections that stay open: each client goes on until it is refused.
+	// Load on other accounts, on connections that stay open: each client continues until it is
+	// refused.
 	const clients = 8
 	var group sync.WaitGroup
 	var mu sync.Mutex
@@ -392,7 +396,8 @@ func TestStopUnderLoad(t *testing.T) {
 	}
 }
 
-// TestStartFailsInOneLine: what keeps the bank from starting is said with its remedy, and nothing is left behind.
+// TestStartFailsInOneLine: each error at the start is one line with its remedy, and nothing is left
+// behind.
 func TestStartFailsInOneLine(t *testing.T) {
 	t.Parallel()
 	pgtest.Slow(t, "starts many banks")
@@ -436,7 +441,8 @@ func TestStartFailsInOneLine(t *testing.T) {
 	}
 }
 
-// TestAPostgreSQLThatEndsTakesTheBankWithIt: without its database the bank can keep no promise.
+// TestAPostgreSQLThatEndsTakesTheBankWithIt: a bank stops if its PostgreSQL ends, because it can't
+// keep its promises.
 func TestAPostgreSQLThatEndsTakesTheBankWithIt(t *testing.T) {
 	t.Parallel()
 	pgtest.Slow(t, "starts a bank with a PostgreSQL of its own")

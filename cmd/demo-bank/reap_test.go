@@ -15,7 +15,7 @@ import (
 	"github.com/paidonce/idempotency/internal/pgtest"
 )
 
-// pay sends transfers with keys of one kind, and returns their answers.
+// pay sends transfers with one prefix of keys, and returns their answers.
 func pay(t *testing.T, url, kind string, count int, outcome string) (bodies []string) {
 	t.Helper()
 	client := newClient(t)
@@ -32,7 +32,7 @@ func pay(t *testing.T, url, kind string, count int, outcome string) (bodies []st
 	return bodies
 }
 
-// expired counts the records whose time is over, and the others.
+// expired counts the expired records and the others.
 func expired(t *testing.T, db *pgxpool.Pool) (over, live int) {
 	t.Helper()
 	err := db.QueryRow(t.Context(), `
@@ -44,8 +44,8 @@ func expired(t *testing.T, db *pgxpool.Pool) (over, live int) {
 	return over, live
 }
 
-// TestF04KilledInTheReapersBatch: a bank dies while PostgreSQL works on its reaper's DELETE, which is then undone. The
-// reaper of the next bank deletes what has expired, and nothing that lives.
+// TestF04KilledInTheReapersBatch: a bank dies while PostgreSQL executes its reaper's DELETE, which
+// is then undone. The next bank's reaper deletes the expired records and no others.
 func TestF04KilledInTheReapersBatch(t *testing.T) {
 	t.Parallel()
 	pgtest.Slow(t, "kills and restarts a bank")
@@ -62,8 +62,9 @@ func TestF04KilledInTheReapersBatch(t *testing.T) {
 		t.Fatal(err)
 	}
 
-	// The DELETE has to wait, so that it is certainly under way when the bank dies; not for a lock, which
-	// the reaper does not do for long, and not in a BEFORE ROW trigger, with which no bank starts.
+	// The DELETE must wait, so that it certainly runs when the bank dies. It can't wait for a lock,
+	// because the reaper's lock_timeout is short, nor in a BEFORE ROW trigger, because then no bank
+	// starts.
 	if _, err := db.Exec(t.Context(), `
 		CREATE FUNCTION wait_for_the_test() RETURNS trigger LANGUAGE plpgsql AS
 		$$ BEGIN WHILE NOT pg_try_advisory_xact_lock_shared(4711) LOOP PERFORM pg_sleep(0.01); END LOOP; RETURN NULL; END $$;
@@ -74,14 +75,15 @@ func TestF04KilledInTheReapersBatch(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer func() { _ = tx.Rollback(context.Background()) }() // the pool can't be closed before
+	defer func() { _ = tx.Rollback(context.Background()) }() // the pool's Close waits for it
 	if _, err := tx.Exec(t.Context(), `SELECT pg_advisory_xact_lock(4711)`); err != nil {
 		t.Fatal(err)
 	}
 	dying := start(t, crashCommand("reaper_batch:1", database, "--reap-interval", "1h"))
 	dying.diesAt("reaper_batch")
 	eventually(t, "PostgreSQL has the DELETE of the dead bank, and ends it", func() bool {
-		ended := 0 // outside of tx, which would see the activity of its first look for ever
+		// Outside of tx, which would always see the activity of its first query.
+		ended := 0
 		err := db.QueryRow(t.Context(), `
 			SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity
 			WHERE datname = current_database() AND query ~ 'DELETE FROM' AND wait_event = 'PgSleep' AND pid <> pg_backend_pid()`).Scan(&ended)
@@ -108,10 +110,10 @@ func TestF04KilledInTheReapersBatch(t *testing.T) {
 			t.Errorf("live-%d was answered %s, and now %s", n, live[n], replayed[n])
 		}
 	}
-	pay(t, next.url, "old", count, "executed") // reaped: a new run
+	pay(t, next.url, "old", count, "executed") // its record is deleted: a new run
 }
 
-// TestACrashPointCountsKeyedTransfersAlone: nothing else brings the bank nearer to its end.
+// TestACrashPointCountsKeyedTransfersAlone: no other request counts towards the crash point.
 func TestACrashPointCountsKeyedTransfersAlone(t *testing.T) {
 	t.Parallel()
 	for _, point := range []string{"after_body", "after_begin", "mid_handler", "after_handler", "before_commit", "after_commit", "half_response"} {
@@ -144,7 +146,8 @@ func TestACrashPointCountsKeyedTransfersAlone(t *testing.T) {
 	}
 }
 
-// TestACrashPointThatIsNoneIsRefused: a bank that was to die and does not would make every test of it pass.
+// TestACrashPointThatIsNoneIsRefused: a bank that ignored an unknown point would not die, and every
+// test of it would pass.
 func TestACrashPointThatIsNoneIsRefused(t *testing.T) {
 	t.Parallel()
 	line := failsAs(t, 1, crashCommand("nowhere:1", "postgres://nobody@127.0.0.1:1/none"))

@@ -265,7 +265,7 @@ func TestWatch(t *testing.T) {
 	if err := cmd.Wait(); err != nil {
 		t.Error(err)
 	}
-	// For a moment the attempt is seen committed and still at its end.
+	// For a moment the attempt is seen as committed while it still ends.
 	if got := strings.Join(seen, ", "); got != "state in-progress, running, state recorded, recorded, expires, state expired, expired" {
 		t.Errorf("seen: %s", got)
 	}
@@ -307,7 +307,8 @@ func TestDoctor(t *testing.T) {
 		Verdict  string
 		Findings []findingJSON
 	}
-	got := object[report](t, b.want(t, exitDoctor, "--json", "doctor")) // the tests' server does without fsync
+	// The tests' server runs without fsync.
+	got := object[report](t, b.want(t, exitDoctor, "--json", "doctor"))
 	if got.Verdict != "fail" {
 		t.Errorf("verdict %q", got.Verdict)
 	}
@@ -328,12 +329,12 @@ func TestDoctor(t *testing.T) {
 	wantText(t, b.want(t, exitDoctor, "doctor").stdout, "fail  schema", "run the migrations")
 }
 
-// A password is nowhere in what is printed, whatever goes wrong.
+// No output contains a password, whatever goes wrong.
 func TestPasswordIsNeverPrinted(t *testing.T) {
 	t.Parallel()
 	b := setup(t)
 	config := b.Pool.Config().ConnConfig
-	const secret = "canary%zz" // not an escape: the address can't be read
+	const secret = "canary%zz" // an invalid escape: the URL can't be parsed
 	closed, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
 		t.Fatal(err)
@@ -368,7 +369,7 @@ func TestPasswordIsNeverPrinted(t *testing.T) {
 				t.Errorf("%s, %v: %s%s", name, args, r.stdout, r.stderr)
 			}
 			if args[0] == "stats" && (name == "nobody there" || name == "no such database") {
-				wantText(t, r.stderr, "see ") // what to do about it
+				wantText(t, r.stderr, "see ") // the remedy
 			}
 		}
 	}
@@ -378,7 +379,7 @@ func TestPasswordIsNeverPrinted(t *testing.T) {
 	}
 }
 
-// Where neither flag nor DATABASE_URL says which database, libpq's variables do.
+// If neither the flag nor DATABASE_URL names a database, libpq's variables do.
 func TestVariablesOfLibpq(t *testing.T) {
 	t.Parallel()
 	b := setup(t)
@@ -393,7 +394,8 @@ func TestVariablesOfLibpq(t *testing.T) {
 	}
 }
 
-// The role of the documentation does everything but migrate, and one that may only look is told what it lacks.
+// The documented role can do everything except migrate. A role that may only read gets an error
+// that names the missing privilege.
 func TestLeastPrivilege(t *testing.T) {
 	t.Parallel()
 	b := setup(t)
@@ -451,7 +453,7 @@ func TestExitCodesOfBadCommands(t *testing.T) {
 	}
 }
 
-// TestArgumentsAreTakenOutOfMessages: whole, and without blotting out the words beside them.
+// TestArgumentsAreTakenOutOfMessages: whole arguments are removed, and the words beside them stay.
 func TestArgumentsAreTakenOutOfMessages(t *testing.T) {
 	t.Parallel()
 	model := &kong.Application{Node: &kong.Node{Name: "idemctl"}}

@@ -415,7 +415,7 @@ func (c *actFlags) act(a *app, done, means string, do func(*operator.Operator, c
 				return operator.ErrInProgress
 			}
 			if act.Attempt.IsZero() {
-				act.Attempt = found.Record.Attempt // what is shown is what is ended
+				act.Attempt = found.Record.Attempt // acts only on the record shown
 			}
 			if err := a.ask(found.Record, means); err != nil {
 				return err

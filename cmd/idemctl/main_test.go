@@ -17,11 +17,11 @@ import (
 	"github.com/paidonce/idempotency/internal/testservice"
 )
 
-// asProgram, in the environment, makes this test binary the program, built once and with the race detector where the
-// tests are.
+// asProgram names an environment variable that makes this test binary the program. So the program
+// has the race detector if the tests have it.
 const asProgram = "IDEMCTL_TEST_AS_PROGRAM"
 
-// waitMax bounds every wait, on a machine that does other things too.
+// waitMax limits every wait. It is long because the machine may be loaded.
 const waitMax = 60 * time.Second
 
 func TestMain(m *testing.M) {
@@ -32,7 +32,7 @@ func TestMain(m *testing.M) {
 	pgtest.Main(m)
 }
 
-// testBundle is a service on a database, which the program looks at.
+// testBundle is a service on a database, which the program reads.
 type testBundle struct{ *testservice.Service }
 
 func setup(t testing.TB) *testBundle {
@@ -40,7 +40,7 @@ func setup(t testing.TB) *testBundle {
 	return &testBundle{testservice.New(t, nil)}
 }
 
-// role makes a role with the privileges and no others, and returns the database's address as it sees it.
+// role makes a role with exactly these privileges, and returns its database URL.
 func (b *testBundle) role(t testing.TB, grants ...string) (database string) {
 	t.Helper()
 	_, database = b.Role(t, grants...)
@@ -49,7 +49,7 @@ func (b *testBundle) role(t testing.TB, grants ...string) (database string) {
 
 func key(value string) idempotency.Key { return idempotency.Key{Scope: "acme", Value: value} }
 
-// do has the service answer a request.
+// do makes the service answer a request.
 func (b *testBundle) do(t testing.TB, value string) idempotency.Outcome {
 	t.Helper()
 	return b.Do(t, key(value), &idempotency.Answer{
@@ -57,7 +57,7 @@ func (b *testBundle) do(t testing.TB, value string) idempotency.Outcome {
 	}).Outcome
 }
 
-// running starts a request whose handler runs until the returned function is called.
+// running starts a request. Its handler runs until the returned function is called.
 func (b *testBundle) running(t testing.TB, value string) (finish func()) {
 	t.Helper()
 	end := b.Running(t, key(value))
@@ -68,14 +68,14 @@ func (b *testBundle) running(t testing.TB, value string) (finish func()) {
 	}
 }
 
-// result is what the program did.
+// result is the result of the program.
 type result struct {
 	code           int
 	stdout, stderr string
 	took           time.Duration
 }
 
-// command returns the program, ready to be started.
+// command returns the program, ready to start.
 func command(ctx context.Context, database string, args ...string) *exec.Cmd {
 	cmd := exec.CommandContext(ctx, os.Args[0], args...)
 	cmd.Env = append(slices.DeleteFunc(os.Environ(), func(s string) bool {
@@ -110,7 +110,7 @@ func (b *testBundle) idemctl(t testing.TB, args ...string) result {
 	return execute(t, command(ctx, b.URL, args...))
 }
 
-// want has the program end with a code, and returns what it did.
+// want requires that the program exits with code, and returns the result.
 func (b *testBundle) want(t testing.TB, code int, args ...string) result {
 	t.Helper()
 	r := b.idemctl(t, args...)
@@ -120,7 +120,7 @@ func (b *testBundle) want(t testing.TB, code int, args ...string) result {
 	return r
 }
 
-// objects returns what the program printed as JSON.
+// objects decodes the JSON objects that the program printed.
 func objects[T any](t testing.TB, r result) (all []T) {
 	t.Helper()
 	for decoder := json.NewDecoder(strings.NewReader(r.stdout)); decoder.More(); {
@@ -133,7 +133,7 @@ func objects[T any](t testing.TB, r result) (all []T) {
 	return all
 }
 
-// object returns the one object that the program printed.
+// object decodes the only JSON object that the program printed.
 func object[T any](t testing.TB, r result) T {
 	t.Helper()
 	all := objects[T](t, r)
@@ -143,7 +143,7 @@ func object[T any](t testing.TB, r result) T {
 	return all[0]
 }
 
-// wantText has the output hold every one of the texts.
+// wantText requires that the output contains every text.
 func wantText(t testing.TB, got string, want ...string) {
 	t.Helper()
 	for _, text := range want {

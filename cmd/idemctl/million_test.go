@@ -14,13 +14,13 @@ import (
 	"github.com/paidonce/idempotency/storage/postgres/operator"
 )
 
-// plantMillion puts a million records into the table, of a thousand accounts, in the order of time as clients' UUIDv7 are.
-// Every hundredth has expired, a minute ago.
+// plantMillion inserts a million records of a thousand accounts, in the order of time, like
+// clients' UUIDv7 keys. Every hundredth expired a minute ago.
 func (b *testBundle) plantMillion(t testing.TB) {
 	t.Helper()
 	started := time.Now()
 	slow := b.Open(t, &postgres.Options{PoolConfig: func(config *pgxpool.Config) {
-		config.ConnConfig.RuntimeParams["statement_timeout"] = "0" // none of these is cut off
+		config.ConnConfig.RuntimeParams["statement_timeout"] = "0" // inserting may take long
 	}}).Pool()
 	exec := func(sql string) {
 		t.Helper()
@@ -28,7 +28,8 @@ func (b *testBundle) plantMillion(t testing.TB) {
 			t.Fatal(err)
 		}
 	}
-	exec("ALTER TABLE idempotency_keys DROP CONSTRAINT idempotency_keys_pkey") // made at once at the end
+	// Recreated in one go at the end.
+	exec("ALTER TABLE idempotency_keys DROP CONSTRAINT idempotency_keys_pkey")
 	exec(`INSERT INTO idempotency_keys (created_at, expires_at, status, fingerprint_version, attempt_id, scope, key, fingerprint, headers, body, trace_id)
 		SELECT now() - (1000000 - n) * interval '10 milliseconds', now() + CASE WHEN n % 100 = 0 THEN interval '-1 minute' ELSE interval '1 hour' END,
 		       CASE WHEN n % 1000 = 7 THEN 409 ELSE 201 END, 1, md5(n::text)::uuid, 'account-' || lpad((n % 1000)::text, 4, '0'),
@@ -40,7 +41,7 @@ func (b *testBundle) plantMillion(t testing.TB) {
 	t.Logf("a million records in %v", time.Since(started).Round(time.Millisecond))
 }
 
-// answerMax is what an operator waits for at most. It counts from the program's start to its end.
+// answerMax is the maximum time that an operator waits, from the program's start to its end.
 const answerMax = time.Second
 
 // Every command answers in under a second on a million records.
@@ -59,7 +60,7 @@ func TestOnAMillionRecords(t *testing.T) {
 	for _, test := range []struct {
 		name string
 		args []string
-		want []string // in what is printed
+		want []string // texts in the output
 	}{
 		{"status", []string{"migrate", "status"}, []string{"version 3 of 3"}},
 		{"up", []string{"migrate", "up"}, []string{"version 3 of 3"}},
@@ -88,12 +89,12 @@ func TestOnAMillionRecords(t *testing.T) {
 			took = append(took, r.took)
 			if len(took) == 1 {
 				if test.name == "list of a trace" {
-					test.want = []string{"record"} // it may be behind the page
+					test.want = []string{"record"} // it may be on a later page
 				}
 				wantText(t, r.stdout+r.stderr, test.want...)
 			}
 			if took[0] <= answerMax || len(took) > 1 && slices.Min(took) <= answerMax {
-				break // the machine does other things too: the best of three counts
+				break // the machine may be loaded: the best of three counts
 			}
 		}
 		t.Logf("%-40s %v", test.name, slices.Min(took).Round(time.Millisecond))
@@ -101,7 +102,7 @@ func TestOnAMillionRecords(t *testing.T) {
 			t.Errorf("%s took %v", test.name, took)
 		}
 	}
-	// What is counted by a sample is near the truth.
+	// Counts from a sample are near the true ones.
 	s, err := operator.New(postgres.New(b.Pool, nil), nil).Stats(context.Background())
 	if err != nil || !s.Live.Estimated {
 		t.Fatalf("%+v, %v", s.Live, err)
@@ -110,12 +111,12 @@ func TestOnAMillionRecords(t *testing.T) {
 	if s.Live.Rows < live*8/10 || s.Live.Rows > live*12/10 || s.Expired.Rows < expired*5/10 || s.Expired.Rows > expired*15/10 {
 		t.Errorf("%d live and %d expired by the sample, %d and %d by counting", s.Live.Rows, s.Expired.Rows, live, expired)
 	}
-	// All pages of a walk together hold each record of it once.
+	// The pages of a walk together contain each record once.
 	r := b.want(t, 0, "--json", "key", "list", "--status", "4", "--rows", "1000", "--all")
 	if n := strings.Count(r.stdout, `"status":409`); n != 999 { // of a thousand, one was deleted
 		t.Errorf("%d declined records, want 999", n)
 	}
-	// The reaper's walk is one over the whole table, and takes as long as it takes.
+	// The reaper walks the whole table, without a time limit.
 	r = b.want(t, 0, "gc")
 	wantText(t, r.stdout, fmt.Sprintf("deleted %d records", expired))
 	t.Logf("gc %v", r.took.Round(time.Millisecond))

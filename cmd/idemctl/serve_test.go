@@ -15,13 +15,14 @@ import (
 	"testing"
 )
 
-// pages are a running idemctl serve.
+// pages is a running idemctl serve.
 type pages struct {
 	URL, Token string
 	stderr     bytes.Buffer
 }
 
-// pagesOf starts idemctl serve and waits until it serves. It is interrupted, and must end well, when the test ends.
+// pagesOf starts idemctl serve and waits until it serves. When the test ends it is interrupted, and
+// must exit with 0.
 func (b *testBundle) pagesOf(t *testing.T, environment []string, args ...string) *pages {
 	t.Helper()
 	ctx, cancel := context.WithTimeout(context.Background(), waitMax)
@@ -58,7 +59,7 @@ func (b *testBundle) pagesOf(t *testing.T, environment []string, args ...string)
 	return p
 }
 
-// get asks for a page and returns its status and its text.
+// get requests a page and returns the response and its text.
 func (p *pages) get(t *testing.T, path, token string) (*http.Response, string) {
 	t.Helper()
 	request, err := http.NewRequestWithContext(t.Context(), http.MethodGet, p.URL+path, nil)
@@ -68,7 +69,7 @@ func (p *pages) get(t *testing.T, path, token string) (*http.Response, string) {
 	if token != "" {
 		request.SetBasicAuth("anybody", token)
 	}
-	jar, _ := cookiejar.New(nil) // never fails
+	jar, _ := cookiejar.New(nil) // can't fail
 	response, err := (&http.Client{Jar: jar}).Do(request)
 	if err != nil {
 		t.Fatal(err)
@@ -80,7 +81,7 @@ func (p *pages) get(t *testing.T, path, token string) (*http.Response, string) {
 	return response, string(body)
 }
 
-// The pages are there for who knows the token, and for nobody else.
+// The pages are served only to clients with the token.
 func TestServeAsksForItsToken(t *testing.T) {
 	t.Parallel()
 	b := setup(t)
@@ -108,7 +109,7 @@ func TestServeAsksForItsToken(t *testing.T) {
 	}
 }
 
-// A token that is given is used, up to its limits, and never printed.
+// A given token is used, within its limits, and never printed.
 func TestServeWithATokenOfYourOwn(t *testing.T) {
 	t.Parallel()
 	b := setup(t)

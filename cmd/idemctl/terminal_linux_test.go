@@ -83,7 +83,7 @@ func (term *person) text() string {
 	return term.screen.String()
 }
 
-// sees waits until the screen shows a text.
+// sees waits until the screen shows the text.
 func (term *person) sees(text string) {
 	term.t.Helper()
 	for deadline := time.Now().Add(waitMax); !strings.Contains(term.text(), text); time.Sleep(5 * time.Millisecond) {
@@ -102,17 +102,18 @@ func (term *person) types(text string) {
 
 // code waits for the program to end and returns its exit code.
 func (term *person) code() int {
-	_ = term.cmd.Wait() // the code says it
+	_ = term.cmd.Wait() // ProcessState has the code
 	<-term.ended
 	return term.cmd.ProcessState.ExitCode()
 }
 
-// At a terminal delete shows what it is about to do, and does it for a yes alone.
+// At a terminal, delete shows the record, and deletes it only after a yes.
 func TestDeleteAsksAtATerminal(t *testing.T) {
 	t.Parallel()
 	b := setup(t)
 	b.do(t, "k")
-	for _, answer := range []string{"\n", "no\n", "y\n", "yes please\n", "\x04"} { // the last ends the input
+	// The last one ends the input.
+	for _, answer := range []string{"\n", "no\n", "y\n", "yes please\n", "\x04"} {
 		term := b.at(t, "key", "delete", "acme", "k", "--reason", "ticket 7")
 		term.sees("Type yes to go on")
 		wantText(t, term.text(), "acme / k: status 201", "RUNS AGAIN", "PAY TWICE")
@@ -125,7 +126,7 @@ func TestDeleteAsksAtATerminal(t *testing.T) {
 		t.Fatalf("%d acts without a yes", n)
 	}
 
-	// The record that was shown is not there any more when the yes comes: the next one stays.
+	// If the record shown is gone when the yes comes, the next record stays.
 	term := b.at(t, "key", "delete", "acme", "k", "--reason", "ticket 7")
 	term.sees("Type yes to go on")
 	b.Exec(t, "DELETE FROM idempotency_keys")

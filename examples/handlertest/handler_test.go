@@ -23,7 +23,7 @@ func setup(_ *testing.T, opts *memory.Options) *testBundle {
 	return b
 }
 
-// send sends a transfer of alice's and returns the answer.
+// send sends a transfer from alice and returns the answer.
 func (b *testBundle) send(key, body string) *httptest.ResponseRecorder {
 	r := httptest.NewRequest(http.MethodPost, "/transfers", strings.NewReader(body))
 	r.Header.Set("Account", "alice")
@@ -70,7 +70,7 @@ func TestKeyOfAnotherRequestIsRefused(t *testing.T) {
 	b.wantBalances(t, 8750, 1250)
 }
 
-// A refusal of the handler's own is an answer too: it is repeated, also when there would be money by now.
+// A handler's refusal is an answer too: it is replayed even if there is enough money by then.
 func TestRefusalIsReplayed(t *testing.T) {
 	t.Parallel()
 	b := setup(t, nil)
@@ -83,12 +83,13 @@ func TestRefusalIsReplayed(t *testing.T) {
 	}
 }
 
-// Options.Fault shows the answers that are hard to come by: here the client hears that the outcome is not known, and
-// must keep its key.
+// Options.Fault produces answers that are hard to provoke. Here the client learns that the outcome
+// is unknown, and must keep its key.
 func TestUnknownOutcome(t *testing.T) {
 	t.Parallel()
 	b := setup(t, &memory.Options{Fault: func(step idempotency.Step) error {
-		if step == idempotency.StepCommit || step == idempotency.StepResolve { // lost, and not to be found out
+		// COMMIT is lost, and its outcome can't be found.
+		if step == idempotency.StepCommit || step == idempotency.StepResolve {
 			return idempotency.ErrUnknown
 		}
 		return nil
@@ -100,8 +101,8 @@ func TestUnknownOutcome(t *testing.T) {
 	}
 }
 
-// What the memory store can't show: there is no transaction, so what a declined handler wrote stays. With
-// storage/postgres both writes are undone, and a test of that needs a PostgreSQL.
+// The memory store has no transaction, so the writes of a declined handler stay. storage/postgres
+// undoes both writes: test that with PostgreSQL.
 func TestMemoryStoreDoesNotUndoWrites(t *testing.T) {
 	t.Parallel()
 	b := setup(t, nil)

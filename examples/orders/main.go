@@ -107,7 +107,7 @@ func servePayments() (url string, stop func(), err error) {
 	return "http://" + listener.Addr().String(), func() { _ = server.Close() }, nil
 }
 
-// greet prints what to try.
+// greet prints lines to try.
 func greet(url, payments string) {
 	curl := func(card string) string {
 		return fmt.Sprintf(`curl -i %s/orders -H 'Authorization: Bearer token-of-acme' -H 'Idempotency-Key: %s' -d '{"sku":"tea","quantity":2,"card":"%s"}'`, url, rand.Text(), card)

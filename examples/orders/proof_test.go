@@ -18,7 +18,8 @@ import (
 )
 
 func TestMain(m *testing.M) {
-	slog.SetDefault(slog.New(slog.DiscardHandler)) // the proof makes failures, and the middleware logs them
+	// The proof causes failures, which the middleware logs.
+	slog.SetDefault(slog.New(slog.DiscardHandler))
 	pgtest.Main(m)
 }
 
@@ -39,7 +40,8 @@ func TestOrdersOutliveCrashes(t *testing.T) {
 
 const stocked = 1_000_000
 
-// openShop returns a shop, and the store of its records, with enough tea, on a database and a payment service of its own.
+// openShop returns a shop with enough tea and the store of its records, on its own database and
+// payment service.
 func openShop(t *testing.T) (*shop, *postgres.Store) {
 	t.Helper()
 	store, err := open(t.Context(), pgtest.Database(t))

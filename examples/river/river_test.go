@@ -20,7 +20,7 @@ import (
 )
 
 func TestMain(m *testing.M) {
-	slog.SetDefault(slog.New(slog.DiscardHandler)) // the middleware logs what fails here
+	slog.SetDefault(slog.New(slog.DiscardHandler)) // the middleware logs failures
 	pgtest.Main(m)
 }
 
@@ -182,7 +182,7 @@ func TestJobsEndAsTheirRequestDoes(t *testing.T) {
 				post(t, handler, step.key, "{}", step.status, step.outcome)
 				jobs := step.jobs
 				if name == "InsertTx, unique" && jobs > 0 {
-					jobs = 1 // of all requests: the first is not done yet
+					jobs = 1 // of all requests: the first is still running
 				}
 				b.wantJobs(t, step.key+" "+step.outcome, jobs)
 			}

@@ -8,8 +8,8 @@ import (
 	"testing"
 )
 
-// FuzzDecodeTransfer: what decodeTransfer takes, encoding/json at its strictest takes too, and reads the same from it.
-// What it refuses it refuses with a problem, and it never panics.
+// FuzzDecodeTransfer: if decodeTransfer accepts a body, so does strict encoding/json, with the same
+// result. Otherwise it returns a problem. It never panics.
 func FuzzDecodeTransfer(f *testing.F) {
 	for _, seed := range []string{
 		`{"from":"alice","to":"bob","amount":1250}`,

@@ -6,7 +6,8 @@ import (
 	"time"
 )
 
-// BoardForTest lets a test outside of the package, which may import livetest, change a board and see its events.
+// BoardForTest lets a test outside the package, which may import livetest, change a board and see
+// its events.
 type BoardForTest struct {
 	hub *hub
 	now time.Time
@@ -17,7 +18,7 @@ func NewBoardForTest() *BoardForTest {
 	return &BoardForTest{hub: newHub("epoch", newBoard()), now: time.Unix(1_000_000, 0)}
 }
 
-// Attempt makes an attempt that is drawn.
+// Attempt makes a random attempt.
 func (b *BoardForTest) Attempt(draw *rand.Rand) {
 	letters := []Dot{DotExecuted, DotReplayed, DotInProgress, DotMismatch, DotFailed, DotLostReply, DotLostRequest}
 	b.now = b.now.Add(time.Duration(draw.IntN(400)) * time.Millisecond)
@@ -32,7 +33,7 @@ func (b *BoardForTest) Begin() {
 // Prove shows a proof.
 func (b *BoardForTest) Prove(alice int64) { b.hub.board.prove(&Proof{Alice: alice}) }
 
-// Snapshot returns the event that a viewer is sent who comes now.
+// Snapshot returns the first event of a new viewer.
 func (b *BoardForTest) Snapshot() []byte {
 	v, err := b.hub.join("")
 	if err != nil {

@@ -10,8 +10,8 @@ import (
 	"github.com/paidonce/idempotency/cmd/demo-bank/internal/live/livetest"
 )
 
-// TestASnapshotIsWhatTheUpdatesAddUpTo: whoever watched from the beginning, and whoever comes now, see the same, whatever
-// happened, storms that begin anew included.
+// TestASnapshotIsWhatTheUpdatesAddUpTo: a viewer from the beginning and a new viewer see the same
+// state after any events, including new storms.
 func TestASnapshotIsWhatTheUpdatesAddUpTo(t *testing.T) {
 	t.Parallel()
 	for seed := range uint64(20) {

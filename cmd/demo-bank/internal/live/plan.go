@@ -64,7 +64,7 @@ func (p *Plan) sides() []Side {
 	return []Side{Protected, Unprotected}
 }
 
-// parsePlan reads a form. The error's text is for the person who filled it in.
+// parsePlan reads a form. The error's text is for the page's user.
 func parsePlan(form url.Values) (Plan, error) {
 	p := Plan{Mode: Mode(form.Get("mode")), Faults: []Fault{}}
 	for name, values := range form {

@@ -19,7 +19,7 @@ func form(change ...string) url.Values {
 	return f
 }
 
-// TestLimitsOfAStorm: on both sides of each.
+// TestLimitsOfAStorm checks both sides of each limit.
 func TestLimitsOfAStorm(t *testing.T) {
 	t.Parallel()
 	plan, err := parsePlan(form())
@@ -48,7 +48,7 @@ func TestLimitsOfAStorm(t *testing.T) {
 	}
 }
 
-// TestTheFormHasTheLimits: the page's form names the limits, faults and modes that the bank takes.
+// TestTheFormHasTheLimits: the page's form has the bank's limits, faults and modes.
 func TestTheFormHasTheLimits(t *testing.T) {
 	t.Parallel()
 	page, err := os.ReadFile("assets/page.html")

@@ -220,7 +220,7 @@ func (p *Proof) readTwins(ctx context.Context, tx pgx.Tx, run string) (since int
 }
 
 // readMoves reads the twins' transfers and entries, the ledger's tail, and the balances of alice
-// and bob, who are for payments by hand.
+// and bob, the accounts for payments by hand.
 func (p *Proof) readMoves(ctx context.Context, tx pgx.Tx, since int64, ttl time.Duration) error {
 	payers, accounts := []string{}, []string{}
 	byPayer, entries := map[string]*Twin{}, map[string]*int64{}

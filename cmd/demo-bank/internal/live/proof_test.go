@@ -20,7 +20,7 @@ func TestMain(m *testing.M) { pgtest.Main(m) }
 
 const testRun = "01a20ef36616-2a"
 
-// twins returns a database with twins that paid three payments each, exactly.
+// twins returns a database with twins that paid exactly three payments each.
 func twins(t *testing.T) *pgxpool.Pool {
 	t.Helper()
 	pool := pgtest.Pool(t, pgtest.Database(t), map[string]string{"search_path": bank.Schema})
@@ -35,7 +35,7 @@ func twins(t *testing.T) *pgxpool.Pool {
 	return pool
 }
 
-// seed makes the books anew: two people, and twins.
+// seed recreates the books: two people, and twins.
 func seed(t *testing.T, pool *pgxpool.Pool) {
 	t.Helper()
 	execute(t, pool, `
@@ -62,7 +62,7 @@ func execute(t *testing.T, pool *pgxpool.Pool, sql string) {
 	}
 }
 
-// wrongs returns the checks of a side that do not hold.
+// wrongs returns the failed checks of a side.
 func wrongs(p *Proof, side Side) (names []string) {
 	for _, twin := range p.Twins {
 		for _, check := range twin.Checks {
@@ -74,8 +74,8 @@ func wrongs(p *Proof, side Side) (names []string) {
 	return names
 }
 
-// TestTheProofFindsWhatIsPlanted: each thing that can be wrong with the protected twin's books breaks the checks that it
-// should, and none other.
+// TestTheProofFindsWhatIsPlanted: each possible error in the protected twin's books breaks the
+// intended checks and no others.
 func TestTheProofFindsWhatIsPlanted(t *testing.T) {
 	t.Parallel()
 	const again = `
@@ -117,8 +117,9 @@ func TestTheProofFindsWhatIsPlanted(t *testing.T) {
 	}
 }
 
-// TestTheProofOfTheNewestRun: without a run it is that of the newest twins, as a bank needs that has been started again. Money
-// lost is what was paid beyond the first of each payment, and the ledger's end shows which.
+// TestTheProofOfTheNewestRun: without a run, the proof is that of the newest twins, as a restarted
+// bank needs. Lost money is the sum of the transfers after the first of each payment, and the
+// ledger's tail marks them.
 func TestTheProofOfTheNewestRun(t *testing.T) {
 	t.Parallel()
 	pool := twins(t)
@@ -153,7 +154,8 @@ func TestTheProofOfTheNewestRun(t *testing.T) {
 	}
 }
 
-// TestTheProofDoesNotReadTheWholeBooks: in books that others have filled every table is read by an index.
+// TestTheProofDoesNotReadTheWholeBooks: if others have filled the books, every table is read by an
+// index.
 func TestTheProofDoesNotReadTheWholeBooks(t *testing.T) {
 	t.Parallel()
 	pool := twins(t)

@@ -21,20 +21,20 @@ import (
 	"time"
 )
 
-// page is a Live without a database: what is tested here is the stream.
+// page returns a Live without a database: these tests need only the stream.
 func page(t *testing.T) *Live {
 	t.Helper()
 	l := New(nil, "http://127.0.0.1:0", time.Hour, nil)
 	proofs := int64(0)
-	l.prove = func(context.Context, string) (*Proof, error) { // the prover alone calls it
+	l.prove = func(context.Context, string) (*Proof, error) { // only the prover calls it
 		proofs++
 		return &Proof{AtMS: time.Now().UnixMilli(), Alice: proofs}, nil
 	}
 	return l
 }
 
-// screen is a ResponseWriter that a viewer looks at. While it is stuck a Write blocks until its deadline, as that of a
-// connection whose other end does not read.
+// screen is the ResponseWriter of a viewer. While it is stuck, a Write blocks until its deadline,
+// like a connection that is not read.
 type screen struct {
 	mu       sync.Mutex
 	header   http.Header
@@ -43,7 +43,7 @@ type screen struct {
 	at       [11]time.Time // of the last updates, newest last
 	stuck    bool
 	deadline *time.Timer
-	over     chan struct{} // closed when the deadline is over
+	over     chan struct{} // closed when the deadline has passed
 	end      func()        // closes it
 }
 
@@ -84,7 +84,8 @@ func (s *screen) SetWriteDeadline(at time.Time) error {
 	return nil
 }
 
-// watch opens a stream on a screen until the context ends. The returned channel is closed when the stream has ended.
+// watch opens a stream on a screen until ctx ends. It returns a channel that is closed when the
+// stream has ended.
 func watch(ctx context.Context, l *Live, s *screen, last string) <-chan struct{} {
 	ended := make(chan struct{})
 	r := httptest.NewRequestWithContext(ctx, http.MethodGet, "/live/events", nil)
@@ -103,7 +104,7 @@ func watch(ctx context.Context, l *Live, s *screen, last string) <-chan struct{}
 	return ended
 }
 
-// events returns the id and kind of each event that a screen shows.
+// events returns the id and kind of each event on a screen.
 func (s *screen) events() (list []string) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -125,8 +126,9 @@ func (l *Live) attempts(n int) {
 	}
 }
 
-// TestFiftyViewersOfTwoThousandAttempts: for a minute of the clock 2,000 attempts a second come in. Each of 50 viewers gets at
-// most ten updates in any second and hardly fewer, none is left out, and what the bank keeps for all of them does not grow.
+// TestFiftyViewersOfTwoThousandAttempts: for a minute of fake time there are 2,000 attempts a
+// second. Each of 50 viewers gets at most ten updates in any second, hardly fewer, and misses none.
+// The bank's memory for them does not grow.
 func TestFiftyViewersOfTwoThousandAttempts(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		const viewers, seconds, rate = 50, 60, 2000
@@ -142,7 +144,7 @@ func TestFiftyViewersOfTwoThousandAttempts(t *testing.T) {
 		}
 		synctest.Wait()
 		seen, first := 0, true
-		read := func() { // and forget what was read, so that only the bank's own memory is left
+		read := func() { // drops the events read, so that only the bank's own memory is left
 			for i, s := range screens {
 				got := s.events()
 				if i == 0 {
@@ -187,7 +189,8 @@ func TestFiftyViewersOfTwoThousandAttempts(t *testing.T) {
 		if l.hub.ringBytes > ringBytesMax || len(l.hub.ring) > ringMax {
 			t.Errorf("the ring holds %d events of %d bytes", len(l.hub.ring), l.hub.ringBytes)
 		}
-		if least := seconds*10 - 5; seen < least || seen > seconds*10+2 { // a snapshot, and an update at either end
+		// A snapshot, and an update at either end.
+		if least := seconds*10 - 5; seen < least || seen > seconds*10+2 {
 			t.Errorf("a viewer saw %d events in %d seconds", seen, seconds)
 		}
 		if got := l.board.counts[0].Attempts + l.board.counts[1].Attempts; got != seconds*rate {
@@ -196,15 +199,16 @@ func TestFiftyViewersOfTwoThousandAttempts(t *testing.T) {
 	})
 }
 
-// TestAViewerWhoComesBackMissesNothing: with the id of the last event it gets what came after, each once; where the ring has
-// not all of that any more, or the id is of another process, it gets a snapshot.
+// TestAViewerWhoComesBackMissesNothing: with the id of its last event a viewer gets each later
+// event once. If the ring no longer holds them all, or the id is of another process, it gets a
+// snapshot.
 func TestAViewerWhoComesBackMissesNothing(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		l := page(t)
 		ctx, cancel := context.WithCancel(t.Context())
 		defer cancel()
 		go l.Run(ctx)
-		watch(ctx, l, newScreen(), "") // somebody stays
+		watch(ctx, l, newScreen(), "") // one viewer stays
 		pass := func(updates int) {
 			for range updates {
 				l.attempts(3)
@@ -248,8 +252,8 @@ func TestAViewerWhoComesBackMissesNothing(t *testing.T) {
 	})
 }
 
-// TestASlowReaderIsDropped: who does not read is dropped when so many events wait for it, at the latest when a write took
-// too long. Nobody else notices.
+// TestASlowReaderIsDropped: a viewer that does not read is dropped when its queue is full, or when
+// a write has taken too long. No other viewer is affected.
 func TestASlowReaderIsDropped(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		l := page(t)
@@ -263,7 +267,7 @@ func TestASlowReaderIsDropped(t *testing.T) {
 		slow.mu.Lock()
 		slow.stuck = true
 		slow.mu.Unlock()
-		for range queueMax + 2 { // one is being written, and one is too many
+		for range queueMax + 2 { // one is being written, and one does not fit
 			l.attempts(1)
 			time.Sleep(updateInterval)
 			synctest.Wait()
@@ -280,10 +284,11 @@ func TestASlowReaderIsDropped(t *testing.T) {
 	})
 }
 
-// TestAStreamWithoutNewsIsPinged: also while nothing happens, and a viewer that is gone without a word is found by it.
+// TestAStreamWithoutNewsIsPinged: a stream without events is pinged. The ping also finds a viewer
+// that is gone without closing its connection.
 func TestAStreamWithoutNewsIsPinged(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		l := page(t) // and nobody runs it: there are no proofs
+		l := page(t) // Run is not called, so there are no proofs
 		ctx, cancel := context.WithCancel(t.Context())
 		defer cancel()
 		s := newScreen()
@@ -306,7 +311,7 @@ func TestAStreamWithoutNewsIsPinged(t *testing.T) {
 	})
 }
 
-// TestStopEndsStreamsAtOnce: also one whose viewer does not read, and none begins.
+// TestStopEndsStreamsAtOnce: even a stream that is not read ends, and none begins afterwards.
 func TestStopEndsStreamsAtOnce(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		l := page(t)
@@ -321,7 +326,7 @@ func TestStopEndsStreamsAtOnce(t *testing.T) {
 		stuck.mu.Unlock()
 		l.attempts(1)
 		time.Sleep(2 * updateInterval)
-		synctest.Wait() // it writes
+		synctest.Wait() // it blocks in a write
 		before := time.Now()
 		l.Stop()
 		for _, e := range ended {
@@ -338,7 +343,8 @@ func TestStopEndsStreamsAtOnce(t *testing.T) {
 	})
 }
 
-// TestViewersMax: the last that fits is served, the next is told to come again, and may when another has left.
+// TestViewersMax: the last viewer within the limit is served. The next gets a 503, and is served
+// after another has left.
 func TestViewersMax(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		l := page(t)
@@ -367,7 +373,8 @@ func TestViewersMax(t *testing.T) {
 	})
 }
 
-// TestNobodyWatchesNobodyAsks: the books are read while there is a viewer, once for all of them, and not before or after.
+// TestNobodyWatchesNobodyAsks: the books are read only while there are viewers, and once for all of
+// them.
 func TestNobodyWatchesNobodyAsks(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		l := page(t)
@@ -409,8 +416,8 @@ func TestNobodyWatchesNobodyAsks(t *testing.T) {
 	})
 }
 
-// TestSlowBooksAreReadLessOften: a proof that takes long is followed by a longer rest, one that takes too long is given up
-// and said to be missing, and the last one stays.
+// TestSlowBooksAreReadLessOften: a slow proof is followed by a longer pause. A proof that takes too
+// long is canceled and reported as missing, and the last one stays.
 func TestSlowBooksAreReadLessOften(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		l := page(t)
@@ -432,7 +439,8 @@ func TestSlowBooksAreReadLessOften(t *testing.T) {
 		watch(ctx, l, newScreen(), "")
 		time.Sleep(19 * time.Second)
 		synctest.Wait()
-		if asked := asked.Load(); asked != 4 { // after 0, 5, 10 and 15 seconds
+		// After 0, 5, 10 and 15 seconds.
+		if asked := asked.Load(); asked != 4 {
 			t.Errorf("proofs of a second were read %d times in 19 seconds", asked)
 		}
 		took.Store(int64(time.Hour))
@@ -444,7 +452,7 @@ func TestSlowBooksAreReadLessOften(t *testing.T) {
 	})
 }
 
-// TestAStreamOutlivesTheServersTimeouts: ReadTimeout and WriteTimeout are for requests, and a stream is none of those.
+// TestAStreamOutlivesTheServersTimeouts: ReadTimeout and WriteTimeout do not end a stream.
 func TestAStreamOutlivesTheServersTimeouts(t *testing.T) {
 	t.Parallel()
 	l := page(t)
@@ -478,7 +486,7 @@ func TestAStreamOutlivesTheServersTimeouts(t *testing.T) {
 	}
 }
 
-// TestTheBoardIsBounded: the newest lanes, their last dots, the last seconds.
+// TestTheBoardIsBounded: it keeps the newest lanes, their last dots and the last seconds.
 func TestTheBoardIsBounded(t *testing.T) {
 	t.Parallel()
 	b := newBoard()

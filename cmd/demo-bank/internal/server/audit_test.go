@@ -14,8 +14,8 @@ import (
 	"github.com/paidonce/idempotency/internal/pgtest"
 )
 
-// TestAuditFindsWhatIsWrong plants each wrong behind the bank's back. A wrong that the audit does not see makes every
-// other verdict worthless.
+// TestAuditFindsWhatIsWrong plants each error in the database. If the audit misses one, every other
+// verdict is worthless.
 func TestAuditFindsWhatIsWrong(t *testing.T) {
 	t.Parallel()
 	b := setup(t)
@@ -34,7 +34,7 @@ func TestAuditFindsWhatIsWrong(t *testing.T) {
 		t.Fatalf("the audit finds wrongs where there are none: %+v", audit)
 	}
 
-	// What a handler leaves that ran twice under one key, with and without the money.
+	// The rows of a handler that ran twice under one key, with and without the money.
 	const double = `INSERT INTO transfers (id, amount, created_at, from_account, to_account, currency, reference, scope, key, attempt_id)
 		SELECT id + 1, amount, created_at, from_account, to_account, currency, reference, scope, key, attempt_id
 		FROM transfers WHERE amount = 100`
@@ -94,7 +94,7 @@ func TestAuditFindsWhatIsWrong(t *testing.T) {
 		t.Fatalf("a wrong was not undone: %+v", audit)
 	}
 
-	// What is recorded of a declined request is a record of no transfer, and rightly so.
+	// The record of a declined request has no transfer, and the audit accepts that.
 	if r := b.keyed("/v1/transfers", `{"from":"acct-0001","to":"bob","amount":100001}`); r.status != 402 {
 		t.Fatalf("transfer: %d %s", r.status, r.body)
 	}
@@ -103,7 +103,7 @@ func TestAuditFindsWhatIsWrong(t *testing.T) {
 	}
 }
 
-// plant runs a statement, and returns what puts all tables back as they were.
+// plant runs a statement, and returns a function that restores all tables.
 func plant(t *testing.T, b *bundle, statement string) (undo func()) {
 	t.Helper()
 	tables := []string{"accounts", "transfers", "orders", "entries", "idempotency_keys"}
@@ -120,9 +120,9 @@ func plant(t *testing.T, b *bundle, statement string) (undo func()) {
 	}
 }
 
-// TestAuditIsRightWhileRecordsExpire: the reaper deletes records at the very age at which the audit stops looking for
-// them. The audit is that of a bank whose database is slow to reach, so that records expire between its BEGIN and its
-// snapshot too.
+// TestAuditIsRightWhileRecordsExpire: the reaper deletes records at exactly the age at which the
+// audit ignores them. The audit's bank has a slow database, so that records also expire between its
+// BEGIN and its snapshot.
 func TestAuditIsRightWhileRecordsExpire(t *testing.T) {
 	t.Parallel()
 	short := func(c *Config) { c.TTL, c.ReapInterval = time.Second, time.Millisecond }
@@ -165,7 +165,7 @@ func TestAuditIsRightWhileRecordsExpire(t *testing.T) {
 	}
 }
 
-// slowDatabase returns a URL that leads to the database, through a proxy that can take its time.
+// slowDatabase returns a URL that leads to the database through a proxy with latency.
 func slowDatabase(t *testing.T, database string) (slowURL string, proxy *pgfault.Proxy) {
 	t.Helper()
 	network, address, err := pgfault.Upstream(database)
@@ -176,11 +176,11 @@ func slowDatabase(t *testing.T, database string) (slowURL string, proxy *pgfault
 	if err != nil {
 		t.Fatal(err)
 	}
-	t.Cleanup(func() { _ = proxy.Close() }) // what it cuts is over
+	t.Cleanup(func() { _ = proxy.Close() }) // the connections that it cuts are no longer used
 	return proxy.URL(database), proxy
 }
 
-// TestAuditNeverSeesHalfAMove: each read during a run of transfers and orders is balanced.
+// TestAuditNeverSeesHalfAMove: every read during transfers and orders is balanced.
 func TestAuditNeverSeesHalfAMove(t *testing.T) {
 	t.Parallel()
 	b := setup(t)
@@ -191,7 +191,7 @@ func TestAuditNeverSeesHalfAMove(t *testing.T) {
 		{"/v1/transfers", `{"from":"alice","to":"bob","amount":7}`},
 		{"/v1/transfers", `{"from":"bob","to":"alice","amount":7}`},
 		{"/v1/orders", `{"account":"alice","sku":"mug","quantity":1}`},
-		// These have nobody who would run them again after a deadlock.
+		// No middleware runs these again after a deadlock.
 		{"/v1/unprotected/transfers", `{"from":"alice","to":"bob","amount":1}`},
 		{"/v1/unprotected/transfers", `{"from":"bob","to":"alice","amount":1}`},
 	} {

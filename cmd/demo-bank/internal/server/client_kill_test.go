@@ -24,22 +24,24 @@ const childVariable = "PAIDONCE_CLIENTPROOF_CHILD"
 
 const (
 	rounds     = 12
-	childPlays = 8   // operations at once
-	linesMin   = 10  // of a child, before it is killed
-	linesMax   = 150 // in a moment of its work that is drawn
+	childPlays = 8   // concurrent operations
+	linesMin   = 10  // a child is killed after this many printed lines
+	linesMax   = 150 // at most
 )
 
 type operationName struct{}
 
-// child resumes what an earlier child has left, and pays until it is killed. On stdout it says what it knows: "saved" and an
-// operation whose intent is kept, right before its first attempt; "paid", and "resumed".
+// child resumes the intents of earlier children, and pays until it is killed. It prints "saved" and
+// an operation when the intent is saved, right before the first attempt; then "paid", and
+// "resumed".
 func child() int {
 	arguments := strings.Fields(os.Getenv(childVariable))
 	fail := func(err error) int {
 		fmt.Fprintln(os.Stderr, "child:", err)
 		return 2
 	}
-	say := func(words ...string) { _, _ = os.Stdout.WriteString(strings.Join(words, " ") + "\n") } // one write; the parent reads until the kill
+	// One write per line. The parent reads until the kill.
+	say := func(words ...string) { _, _ = os.Stdout.WriteString(strings.Join(words, " ") + "\n") }
 	ctx := context.Background()
 	intents, _, err := openIntents(ctx, arguments[1])
 	if err != nil {
@@ -78,8 +80,9 @@ func child() int {
 	return 0
 }
 
-// TestKilledClientGoesOnWithTheSameKeys: a client is killed with kill -9 in the middle of its work, again and again, behind a proxy that loses
-// requests and replies. Of what it ever meant to pay, each is paid once.
+// TestKilledClientGoesOnWithTheSameKeys: a client is killed with -9 during its work, again and
+// again, behind a proxy that loses requests and replies. Each payment that it ever intended is made
+// once.
 func TestKilledClientGoesOnWithTheSameKeys(t *testing.T) {
 	t.Parallel()
 	pgtest.Slow(t, "kills and restarts a client")
@@ -91,7 +94,7 @@ func TestKilledClientGoesOnWithTheSameKeys(t *testing.T) {
 		resumed += runChild(t, fmt.Sprintf("http://%s %s %02d", p.address, database, round), saved, paid)
 	}
 
-	// One that is not killed.
+	// The last client is not killed.
 	intents, pool, err := openIntents(t.Context(), database)
 	if err != nil {
 		t.Fatal(err)
@@ -134,7 +137,8 @@ func TestKilledClientGoesOnWithTheSameKeys(t *testing.T) {
 	}
 }
 
-// runChild starts a child and kills it when it has said so many lines. It returns how many intents it resumed.
+// runChild starts a child and kills it after a number of lines. It returns the number of intents
+// that it resumed.
 func runChild(t *testing.T, arguments string, saved, paid map[string]bool) (resumed int) {
 	t.Helper()
 	command := exec.Command(os.Args[0])
@@ -150,7 +154,8 @@ func runChild(t *testing.T, arguments string, saved, paid map[string]bool) (resu
 	watchdog := time.AfterFunc(startTimeout, func() { _ = command.Process.Kill() })
 	defer watchdog.Stop()
 	left := linesMin + rand.IntN(linesMax-linesMin)
-	for lines := bufio.NewScanner(stdout); lines.Scan(); { // to the end: what it said before the kill counts
+	// To the end: lines from before the kill count.
+	for lines := bufio.NewScanner(stdout); lines.Scan(); {
 		what, name, _ := strings.Cut(lines.Text(), " ")
 		switch what {
 		case "saved":

@@ -15,24 +15,27 @@ import (
 	"time"
 )
 
-// fault is what the proxy does to one request.
+// fault is a fault that the proxy causes in one request.
 type fault string
 
 const (
-	faultNone       fault = "none"
-	faultCutBefore  fault = "request lost"            // hung up before anything reached the bank
-	faultHalf       fault = "request half sent"       // the bank gets a part of it
-	faultCutAfter   fault = "reply lost"              // the bank answers, and nobody hears
-	faultLate       fault = "request late"            // the client's connection breaks, and then the request goes on
-	faultMidAnswer  fault = "reply cut in the middle" // headers and a part of the body, and a reset
-	faultSilence    fault = "reply never comes"       // and nobody hangs up
-	faultDelay      fault = "slow"                    // and else well
-	faultBadGateway fault = "gateway's own 502"       // in place of the bank's answer, without Idempotency-Status
-	faultUnknown    fault = "bank does not know"      // its answer is unknown, as where it could not find out in time, and it was executed
-	faultLimited    fault = "gateway's own 429"       // in place of a request
+	faultNone      fault = "none"
+	faultCutBefore fault = "request lost"      // cut before anything reached the bank
+	faultHalf      fault = "request half sent" // the bank gets a part of it
+	faultCutAfter  fault = "reply lost"        // the bank answers, the client gets nothing
+	// The client's connection breaks, and then the request reaches the bank.
+	faultLate      fault = "request late"
+	faultMidAnswer fault = "reply cut in the middle" // headers and a part of the body, then a reset
+	faultSilence   fault = "reply never comes"       // the connection stays open
+	faultDelay     fault = "slow"                    // otherwise good
+	// Replaces the bank's answer, without Idempotency-Status.
+	faultBadGateway fault = "gateway's own 502"
+	// It was executed, but the answer is unknown, as if the bank could not find out in time.
+	faultUnknown fault = "bank does not know"
+	faultLimited fault = "gateway's own 429" // instead of a request
 )
 
-// faultShares are in thousandths of all requests.
+// faultShares are thousandths of all requests.
 var faultShares = []struct {
 	fault
 	share int
@@ -43,10 +46,11 @@ var faultShares = []struct {
 
 const (
 	faultDelayMax = 20 * time.Millisecond
-	lateMax       = 60 * time.Millisecond // from the end of the client's connection to the request's arrival
+	// From the break of the client's connection to the request's arrival.
+	lateMax = 60 * time.Millisecond
 )
 
-// proxy passes HTTP requests on to a bank, and breaks some.
+// proxy forwards HTTP requests to a bank, and breaks some.
 type proxy struct {
 	address string
 	bank    string
@@ -89,7 +93,7 @@ func startProxy(t *testing.T, b *bundle) *proxy {
 	return p
 }
 
-// hold notes a connection that is to be closed at the end.
+// hold registers a connection to be closed at the end.
 func (p *proxy) hold(conn net.Conn) bool {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -123,14 +127,14 @@ func (p *proxy) draw() fault {
 	return f
 }
 
-// counts returns how often each fault was done.
+// counts returns the number of each fault.
 func (p *proxy) counts() map[fault]int {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	return maps.Clone(p.count)
 }
 
-// serve passes the requests of one connection on, each by a connection of its own to the bank.
+// serve forwards the requests of one connection, each on its own connection to the bank.
 func (p *proxy) serve(client net.Conn) {
 	defer p.drop(client)
 	reader := bufio.NewReader(client)
@@ -144,7 +148,7 @@ func (p *proxy) serve(client net.Conn) {
 			return
 		}
 		r.Body = io.NopCloser(bytes.NewReader(body))
-		request, err := httputil.DumpRequest(r, true) // as it came
+		request, err := httputil.DumpRequest(r, true) // unchanged
 		if err != nil {
 			return
 		}
@@ -154,7 +158,7 @@ func (p *proxy) serve(client net.Conn) {
 	}
 }
 
-// pass does one request, and reports whether the client's connection goes on.
+// pass handles one request, and reports whether the client's connection stays open.
 func (p *proxy) pass(client net.Conn, request []byte) bool {
 	f := p.draw()
 	switch f {
@@ -166,7 +170,7 @@ func (p *proxy) pass(client net.Conn, request []byte) bool {
 		return false
 	case faultLate:
 		p.hangUp(client)
-		time.Sleep(rand.N(lateMax)) // the network's doing, which is what is to be shown
+		time.Sleep(rand.N(lateMax)) // the simulated network delay
 		p.ask(request)
 		return false
 	case faultLimited:
@@ -183,7 +187,7 @@ func (p *proxy) pass(client net.Conn, request []byte) bool {
 		_, _ = client.Write(answer[:1+rand.IntN(len(answer)-1)])
 		return p.hangUp(client)
 	case f == faultSilence:
-		_, _ = client.Read(make([]byte, 1)) // until the client has had enough
+		_, _ = client.Read(make([]byte, 1)) // until the client hangs up
 		return false
 	case f == faultUnknown:
 		answer = []byte("HTTP/1.1 503 Service Unavailable\r\nIdempotency-Status: unknown\r\nRetry-After: 1\r\nContent-Length: 0\r\n\r\n")
@@ -194,16 +198,16 @@ func (p *proxy) pass(client net.Conn, request []byte) bool {
 	return err == nil
 }
 
-// hangUp ends a client's connection by a reset or a goodbye.
+// hangUp closes a client's connection with a RST or a FIN.
 func (p *proxy) hangUp(client net.Conn) bool {
 	if tcp, ok := client.(*net.TCPConn); ok && rand.IntN(2) == 0 {
 		_ = tcp.SetLinger(0)
 	}
-	_ = client.Close() // drop does so again
+	_ = client.Close() // drop closes it again
 	return false
 }
 
-// ask sends a request to the bank and returns its answer as it came, nil where there is none.
+// ask sends a request to the bank and returns its raw answer, or nil if there is none.
 func (p *proxy) ask(request []byte) []byte {
 	bank, err := net.Dial("tcp", p.bank)
 	if err != nil || !p.hold(bank) {

@@ -26,18 +26,18 @@ import (
 const (
 	payers         = 64
 	terminateEvery = 100                   // operations
-	againMax       = 20 * time.Millisecond // from an error to the caller's going on
+	againMax       = 20 * time.Millisecond // from an error to the caller's next try
 )
 
 var operations = flag.Int("operations", 2000, "how many operations go through the proxy")
 
-// setupShedding runs a bank whose pool is small enough for it to shed now and then.
+// setupShedding runs a bank with a pool so small that it sheds now and then.
 func setupShedding(t *testing.T) *bundle {
 	t.Helper()
 	return setup(t, func(c *Config) { c.PoolSize, c.AcquireTimeout = 8, 20*time.Millisecond })
 }
 
-// options make a Transport that gives up soon, so that its errors are put to the proof and not its patience.
+// options configure a Transport that gives up soon, to test its errors more than its patience.
 func options(intents client.IntentStore) *client.Options {
 	return &client.Options{
 		Honours: client.Everywhere, Intents: intents, BackoffFirst: 2 * time.Millisecond, BackoffMax: 20 * time.Millisecond,
@@ -45,8 +45,8 @@ func options(intents client.IntentStore) *client.Options {
 	}
 }
 
-// openIntents returns a store in a database that is not the bank's. The intents of a killed process
-// may be taken at once.
+// openIntents returns a store in a database that is not the bank's. Another process may take the
+// intents of a killed one at once.
 func openIntents(ctx context.Context, database string) (*pgintent.Store, *pgxpool.Pool, error) {
 	config, err := pgxpool.ParseConfig(database)
 	if err != nil {
@@ -80,8 +80,8 @@ func transferBody(i int, reference string) string {
 	return fmt.Sprintf(`{"from":"acct-%04d","to":"acct-%04d","amount":1,"currency":"EUR","reference":%q}`, from, (from+1+i%7)%1000, reference)
 }
 
-// payer is a caller that takes the client at its word: after ErrUnknown it goes on with the key, and after
-// ErrNotExecuted it makes a new request, with a new key.
+// payer is a caller that trusts the client's errors: after ErrUnknown it repeats the key, and after
+// ErrNotExecuted it makes a new request with a new key.
 type payer struct {
 	http    *http.Client
 	url     string
@@ -116,7 +116,7 @@ func (p *payer) pay(ctx context.Context, body string) (id string, err error) {
 		default:
 			return transferOf(response)
 		}
-		time.Sleep(rand.N(againMax)) // as a caller would that has other things to do
+		time.Sleep(rand.N(againMax)) // a caller does other things before it tries again
 	}
 	return "", ctx.Err()
 }
@@ -138,9 +138,9 @@ func transferOf(response *http.Response) (id string, err error) {
 	return transfer.ID, nil
 }
 
-// TestOperationsThroughTheProxyPayOnce: whatever the network loses, doubles, delays and cuts, and whichever connections of the
-// bank's PostgreSQL ends, each operation is paid once. None is lost, and what the client says of one without an
-// answer is true, because its caller acts upon it.
+// TestOperationsThroughTheProxyPayOnce: the network loses, doubles, delays and cuts messages, and
+// PostgreSQL terminates the bank's connections. Each operation is paid once and none is lost. The
+// client's errors are true, because its caller acts on them.
 func TestOperationsThroughTheProxyPayOnce(t *testing.T) {
 	t.Parallel()
 	pgtest.Slow(t, "pays while connections break")
@@ -187,7 +187,7 @@ func TestOperationsThroughTheProxyPayOnce(t *testing.T) {
 				if i%terminateEvery == 0 {
 					select {
 					case due <- struct{}{}:
-					default: // the last one is not done yet
+					default: // the last one is still running
 					}
 				}
 			}
@@ -210,7 +210,7 @@ func TestOperationsThroughTheProxyPayOnce(t *testing.T) {
 	}
 }
 
-// expectOnce holds the bank's books against what was acknowledged.
+// expectOnce compares the bank's books with the acknowledged ids.
 func expectOnce(t *testing.T, b *bundle, ids []string) {
 	t.Helper()
 	rows, err := b.db.Query(t.Context(), `SELECT reference, id::text FROM transfers WHERE reference LIKE 'op-%' ORDER BY reference`)
@@ -242,7 +242,8 @@ func expectOnce(t *testing.T, b *bundle, ids []string) {
 	}
 }
 
-// terminate ends one of the bank's connections each time it is due, and returns how many it ended.
+// terminate terminates one of the bank's connections for each value of due, and returns the number
+// terminated.
 func terminate(t *testing.T, b *bundle, due <-chan struct{}) (terminated int64) {
 	for range due {
 		tag, err := b.db.Exec(t.Context(), `SELECT pg_terminate_backend(pid) FROM pg_stat_activity

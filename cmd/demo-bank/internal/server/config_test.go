@@ -23,8 +23,8 @@ import (
 	"github.com/paidonce/idempotency/storage/postgres"
 )
 
-// TestWithoutACrashPointNothingIsInstalled: where the environment is silent the pool and the middleware are what they
-// would be if crash points had never been thought of.
+// TestWithoutACrashPointNothingIsInstalled: if the environment names no point, the pool and the
+// middleware are as if crash points did not exist.
 func TestWithoutACrashPointNothingIsInstalled(t *testing.T) {
 	parse := func() *pgxpool.Config {
 		config, err := pgxpool.ParseConfig("postgres://nobody@127.0.0.1:1/none")
@@ -68,7 +68,7 @@ func TestWithoutACrashPointNothingIsInstalled(t *testing.T) {
 	if !pool || !protect {
 		t.Errorf("without a crash point the pool is plain: %t, and the middleware: %t", pool, protect)
 	}
-	// The comparison would notice one.
+	// The comparison would notice a point.
 	for _, name := range crashpoint.Bank() {
 		pool, protect, with := same(point(name + ":1000000"))
 		if pool || protect || with <= without {
@@ -77,8 +77,9 @@ func TestWithoutACrashPointNothingIsInstalled(t *testing.T) {
 	}
 }
 
-// TestTimeoutsFitTheHandlers: for every handler timeout that is allowed a transaction may be idle for longer than that,
-// and for less than a minute, and an answer is written later than all that comes before it may take.
+// TestTimeoutsFitTheHandlers: for every allowed handler timeout, a transaction may be idle for
+// longer than that but less than a minute, and the write timeout exceeds all steps before the
+// answer.
 func TestTimeoutsFitTheHandlers(t *testing.T) {
 	t.Parallel()
 	for _, test := range []struct{ handler, wait, idle time.Duration }{
@@ -103,7 +104,7 @@ func TestTimeoutsFitTheHandlers(t *testing.T) {
 	}
 }
 
-// TestTheLongestHandlerFitsTheStore: a bank with either limit starts, which the store would prevent.
+// TestTheLongestHandlerFitsTheStore: a bank starts with either limit; the store does not refuse it.
 func TestTheLongestHandlerFitsTheStore(t *testing.T) {
 	t.Parallel()
 	for _, timeout := range []time.Duration{HandlerTimeoutMax, HandlerTimeoutMin} {
@@ -127,8 +128,8 @@ func TestTheLongestHandlerFitsTheStore(t *testing.T) {
 	}
 }
 
-// TestHandlerTimeoutEndsATransferThatWaits: a transfer waits for an account that somebody else holds, and its
-// connection is waited for by another.
+// TestHandlerTimeoutEndsATransferThatWaits: a transfer waits for a locked account, and another
+// request waits for its connection.
 func TestHandlerTimeoutEndsATransferThatWaits(t *testing.T) {
 	t.Parallel()
 	const handlerTimeout, acquireTimeout = 1500 * time.Millisecond, 100 * time.Millisecond
@@ -148,7 +149,7 @@ func TestHandlerTimeoutEndsATransferThatWaits(t *testing.T) {
 		defer close(waiting)
 		started := time.Now()
 		expectProblem(t, b.keyed("/v1/transfers", `{"from":"alice","to":"bob","amount":1}`), http.StatusServiceUnavailable, "unavailable")
-		// Without it lock_timeout would come first, after 5 s.
+		// Without the handler timeout, lock_timeout would end it after 5 seconds.
 		if took := time.Since(started); took < handlerTimeout || took > 4*time.Second {
 			t.Errorf("the transfer was given up after %v, want %v", took, handlerTimeout)
 		}
@@ -167,7 +168,8 @@ func TestHandlerTimeoutEndsATransferThatWaits(t *testing.T) {
 	<-waiting
 }
 
-// TestWaitReplacesTheConflict: a copy of a transfer that is in progress has its answer, and no 409.
+// TestWaitReplacesTheConflict: a copy of a transfer in progress gets that transfer's answer, and no
+// 409.
 func TestWaitReplacesTheConflict(t *testing.T) {
 	t.Parallel()
 	b := setup(t, func(c *Config) { c.Wait = 30 * time.Second })
@@ -203,7 +205,7 @@ func TestWaitReplacesTheConflict(t *testing.T) {
 	}
 }
 
-// TestTTLIsThatOfTheRecords: the default and a short one, as clients are told.
+// TestTTLIsThatOfTheRecords: the default TTL and a short one, as the answers' headers show them.
 func TestTTLIsThatOfTheRecords(t *testing.T) {
 	t.Parallel()
 	for _, ttl := range []time.Duration{0, time.Minute} {
@@ -232,7 +234,8 @@ func TestTTLIsThatOfTheRecords(t *testing.T) {
 	}
 }
 
-// TestLockTimeoutOfTheAddressIsTheStores: a bank whose address asks for another lock_timeout than the store's default serves.
+// TestLockTimeoutOfTheAddressIsTheStores: a bank starts even if its URL sets another lock_timeout
+// than the store's default.
 func TestLockTimeoutOfTheAddressIsTheStores(t *testing.T) {
 	t.Parallel()
 	address, err := url.Parse(pgtest.Database(t))

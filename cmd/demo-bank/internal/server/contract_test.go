@@ -21,7 +21,8 @@ const (
 		"keys_with_many_transfers:int transfers_without_record:int records_without_transfer:int unprotected_transfers:int"
 )
 
-// TestContract goes down the table of requests: status, exact fields and their kinds, headers, problem types.
+// TestContract checks the table of requests: status, exact fields and their kinds, headers, problem
+// types.
 func TestContract(t *testing.T) {
 	t.Parallel()
 	b := setup(t)
@@ -36,7 +37,7 @@ func TestContract(t *testing.T) {
 		}
 		return object
 	}
-	// same requires that GET of what was created says what POST said.
+	// same requires that GET returns the same body as the POST that created it.
 	same := func(t *testing.T, posted reply) {
 		t.Helper()
 		got := b.get(posted.header.Get("Location"))
@@ -82,7 +83,7 @@ func TestContract(t *testing.T) {
 		expectProblem(t, b.get("/v1/transfers/1"), 404, "transfer-not-found")
 		expectProblem(t, b.get("/v1/transfers/one"), 404, "transfer-not-found")
 		expectProblem(t, b.send("POST", "/v1/transfers", `{"from":"alice","to":"bob","amount":1}`), 400, "key-missing")
-		// The whole balance may go, and no more.
+		// The whole balance can be spent, but no more.
 		created(t, b.keyed("/v1/transfers", `{"from":"acct-0500","to":"bob","amount":100000}`), transferFields, "/v1/transfers/")
 		expectProblem(t, b.keyed("/v1/transfers", `{"from":"acct-0500","to":"bob","amount":1}`), 402, "insufficient-funds")
 	})
@@ -186,7 +187,7 @@ func TestContract(t *testing.T) {
 	})
 }
 
-// TestBadBodiesAreRefused: strict JSON, and money that is a positive integer.
+// TestBadBodiesAreRefused: only strict JSON, and only a positive integer as money.
 func TestBadBodiesAreRefused(t *testing.T) {
 	t.Parallel()
 	b := setup(t)
@@ -233,7 +234,7 @@ func TestBadBodiesAreRefused(t *testing.T) {
 		}
 		expectProblem(t, r, 400, one.slug)
 	}
-	// The other side of the edges.
+	// The other side of each limit.
 	for _, one := range []struct{ path, body string }{
 		{"/v1/transfers", `{"from":"alice","to":"bob","amount":1,"reference":"` + strings.Repeat("ü", bank.ReferenceRunesMax) + `"}`},
 		{"/v1/transfers", " {\"from\":\"alice\",\n\"to\":\"bob\",\"amount\":1}\n "},
@@ -245,7 +246,7 @@ func TestBadBodiesAreRefused(t *testing.T) {
 			t.Errorf("%s %.100s is %d %s, want 201", one.path, one.body, r.status, r.body)
 		}
 	}
-	// A price that does not fit 64 bits is more than anybody has.
+	// A price that exceeds 64 bits exceeds every balance.
 	expectProblem(t, b.keyed("/v1/orders", `{"account":"rich","sku":"grinder","quantity":9223372036854775807}`), 409, "out-of-stock")
 	b.exec(`UPDATE products SET stock = 9223372036854775807 WHERE sku = 'grinder'`)
 	expectProblem(t, b.keyed("/v1/orders", `{"account":"rich","sku":"grinder","quantity":9223372036854775807}`), 402, "insufficient-funds")
@@ -254,7 +255,7 @@ func TestBadBodiesAreRefused(t *testing.T) {
 	expectProblem(t, b.keyed("/v1/transfers", `{"from":"alice","to":"acct-0001","amount":1}`), 409, "balance-limit")
 }
 
-// TestPages: lists are cut where they say, and go on where they were cut.
+// TestPages: a list is cut at its limit, and the next page continues there.
 func TestPages(t *testing.T) {
 	t.Parallel()
 	b := setup(t)
@@ -332,7 +333,8 @@ func TestPages(t *testing.T) {
 	expectProblem(t, b.get("/v1/accounts?after=%20"), 400, "invalid-page")
 }
 
-// TestTenants: the token names the tenant, the tenant owns the key, and the accounts are everybody's.
+// TestTenants: the token names the tenant, the tenant owns the key, and all tenants share the
+// accounts.
 func TestTenants(t *testing.T) {
 	t.Parallel()
 	b := setup(t)

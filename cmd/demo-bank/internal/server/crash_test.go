@@ -37,7 +37,7 @@ func TestTheSwitchNamesAPointAndACount(t *testing.T) {
 }
 
 func TestUnsetIsNoPoint(t *testing.T) {
-	t.Setenv(crashpoint.BankVariable, "after_body:1") // which puts the environment back at the end
+	t.Setenv(crashpoint.BankVariable, "after_body:1") // Setenv restores the environment at the end
 	if point, err := CrashPointFromEnvironment(io.Discard); err != nil || point == nil || point.String() != "after_body:1" {
 		t.Errorf("set: %v %v", point, err)
 	}
@@ -53,7 +53,7 @@ func TestUnsetIsNoPoint(t *testing.T) {
 	}
 }
 
-// TestOthersDoNotCount: only the named point brings the process nearer to its end, and only its n-th time is the end.
+// TestOthersDoNotCount: only visits to the named point count, and only the n-th kills.
 func TestOthersDoNotCount(t *testing.T) {
 	t.Parallel()
 	var stderr bytes.Buffer
@@ -89,7 +89,8 @@ func TestOnlyWhatExecutesIsABatch(t *testing.T) {
 		{"E", false},
 		{prepare, false},
 		{prepare[:len(prepare)-1], false},
-		{"P\x00\x00\x00\x00" + message('E', "\x00\x00\x00\x00\x00"), false}, // a length that can't be
+		// An impossible length.
+		{"P\x00\x00\x00\x00" + message('E', "\x00\x00\x00\x00\x00"), false},
 		{prepare + message('B', "\x00name\x00\x00\x00\x00\x00\x00\x00") + message('E', "\x00\x00\x00\x00\x00"), true},
 		{message('B', "\x00name\x00\x00\x00\x00\x00\x00\x00") + message('E', "\x00\x00\x00\x00\x00") + message('S', ""), true},
 		{message('Q', "DELETE\x00"), true},

@@ -7,7 +7,8 @@ import (
 	"time"
 )
 
-// TestAClosedGateWaitsForRequests: longer than it lingers for idle connections, until they have left or its time is up.
+// TestAClosedGateWaitsForRequests: it waits for requests longer than for idle connections, until
+// they end or ctx does.
 func TestAClosedGateWaitsForRequests(t *testing.T) {
 	t.Parallel()
 	g := newGate()

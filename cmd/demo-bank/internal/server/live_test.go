@@ -22,7 +22,8 @@ import (
 	"github.com/paidonce/idempotency/internal/pgtest"
 )
 
-// storm starts a storm by the page's form; changes are names and values in turn, where a value may be several words.
+// storm starts a storm through the page's form. changes are names and values in turn; a value may
+// be several words.
 func (b *bundle) storm(changes ...string) reply {
 	b.t.Helper()
 	form := url.Values{"mode": {"both"}, "keys": {"40"}, "copies": {"1"}, "clients": {"4"}, "share": {"50"}}
@@ -32,7 +33,7 @@ func (b *bundle) storm(changes ...string) reply {
 	return b.send("POST", "/live/storm", form.Encode(), "Content-Type", "application/x-www-form-urlencoded", "Accept", "application/json")
 }
 
-// watch reads the page's stream until enough is seen, and returns what it adds up to.
+// watch reads the page's stream until enough returns true, and returns the state.
 func (b *bundle) watch(enough func(s *livetest.State) bool) *livetest.State {
 	b.t.Helper()
 	var s livetest.State
@@ -78,10 +79,10 @@ func (b *bundle) read(more func(e livetest.Event) bool) {
 	b.t.Error("the stream ended")
 }
 
-// watchMax bounds the wait for a storm's end, on a machine that does other things too.
+// watchMax limits the wait for a storm's end. It is long because the machine may be loaded.
 const watchMax = 3 * time.Minute
 
-// over reports whether the storm is over, audited, and its proof is of after its end.
+// over reports whether the storm has ended, is audited, and has a proof from after its end.
 func over(s *livetest.State) bool {
 	return s.Storm != nil && s.Storm.State != live.StormRunning && s.Storm.Audit != "" && s.Proof != nil && !s.Proof.InFlight && s.Proof.Run == s.Storm.Run && s.Proof.AtMS > s.Storm.EndedMS
 }
@@ -106,7 +107,8 @@ func expectExact(t *testing.T, s *livetest.State, payments int64) {
 	}
 }
 
-// TestEachFaultBites: what each fault does to either side. The protected twin is exact whatever happens.
+// TestEachFaultBites shows the effect of each fault on either side. The protected twin is always
+// exact.
 func TestEachFaultBites(t *testing.T) {
 	t.Parallel()
 	b := setup(t)
@@ -122,7 +124,7 @@ func TestEachFaultBites(t *testing.T) {
 		{live.FaultDuplicate, true, func(p, u live.Counts) bool { return p.Replayed+p.InProgress > 5 && u.Executed > 45 }},
 		{live.FaultSlow, false, func(p, u live.Counts) bool { return p.Attempts == 40 && u.Attempts == 40 }},
 		{live.FaultKilled, false, func(p, u live.Counts) bool { return p.Failed > 5 && u.Failed > 5 }},
-		// The engine runs the handler again; without it the client has to.
+		// The engine runs the handler again. Without it the client must retry.
 		{live.FaultSerialization, false, func(p, u live.Counts) bool { return p.Attempts == 40 && p.Failed == 0 && u.Failed > 5 }},
 	} {
 		if r := b.storm("fault", string(test.fault)); r.status != http.StatusAccepted {
@@ -148,9 +150,9 @@ func TestEachFaultBites(t *testing.T) {
 	}
 }
 
-// TestFiftyViewersOfAStorm: each sees every update once and in order, the same bytes as all others, none sooner than a tenth
-// of a second after the one before. What they add up to is what somebody sees who comes at the end. The bank's memory does
-// not grow with the viewers' time.
+// TestFiftyViewersOfAStorm: each viewer gets every update once, in order, with the same bytes as
+// all others, and at least a tenth of a second after the one before. Their sum is the state that a
+// new viewer sees at the end. The bank's memory does not grow with the viewers' time.
 func TestFiftyViewersOfAStorm(t *testing.T) {
 	t.Parallel()
 	b := setup(t)
@@ -179,7 +181,7 @@ func TestFiftyViewersOfAStorm(t *testing.T) {
 				if e.Kind == "update" {
 					seen[i][sequence] = e.Data
 					at, err := strconv.ParseInt(atMS.FindStringSubmatch(e.Data)[1], 10, 64)
-					if err != nil || at-before < 99 { // milliseconds are cut off
+					if err != nil || at-before < 99 { // milliseconds are truncated
 						t.Errorf("viewer %d: an update %d ms after the one before", i, at-before)
 					}
 					before = at
@@ -212,7 +214,8 @@ func TestFiftyViewersOfAStorm(t *testing.T) {
 		t.Fatalf("%d %s", r.status, r.body)
 	}
 	group.Wait()
-	if grown := heap() - before; grown > 32<<20 { // other tests run beside it, and this one keeps what was seen
+	// Other tests run in parallel, and this one keeps the events.
+	if grown := heap() - before; grown > 32<<20 {
 		t.Errorf("the heap grew by %d bytes", grown)
 	}
 	expectExact(t, &end, 60)
@@ -236,7 +239,8 @@ func TestFiftyViewersOfAStorm(t *testing.T) {
 	}
 }
 
-// TestOneStormAtATime, and it can be stopped; what it did until then is shown as it is.
+// TestOneStormAtATime: only one storm runs. It can be stopped, and its attempts until then stay
+// visible.
 func TestOneStormAtATime(t *testing.T) {
 	t.Parallel()
 	b := setup(t)
@@ -261,7 +265,8 @@ func TestOneStormAtATime(t *testing.T) {
 	}
 }
 
-// TestAStormIsNotStartedFromAnotherSite: nor by a form that is refused. A browser without scripts is sent back to the page.
+// TestAStormIsNotStartedFromAnotherSite: a request from another site or an invalid form starts no
+// storm. A browser without scripts is redirected to the page.
 func TestAStormIsNotStartedFromAnotherSite(t *testing.T) {
 	t.Parallel()
 	b := setup(t)
@@ -301,8 +306,8 @@ func TestAStormIsNotStartedFromAnotherSite(t *testing.T) {
 	expectExact(t, b.watch(over), 1)
 }
 
-// TestAForeignFaultIsIgnored: only the bank's own storm can break its handlers. Whoever else sends its header is served as
-// if it were not there, and is seen by the page as anybody is.
+// TestAForeignFaultIsIgnored: only the bank's own storm can break its handlers. A foreign request
+// with the storm's header is served and shown like any other.
 func TestAForeignFaultIsIgnored(t *testing.T) {
 	t.Parallel()
 	b := setup(t)
@@ -323,7 +328,8 @@ func TestAForeignFaultIsIgnored(t *testing.T) {
 	}
 }
 
-// TestStreamsDoNotHoldUpTheEnd: with viewers, one of which does not read, and a storm under way the bank stops at once.
+// TestStreamsDoNotHoldUpTheEnd: the bank stops at once even with a running storm and viewers, one
+// of which does not read.
 func TestStreamsDoNotHoldUpTheEnd(t *testing.T) {
 	t.Parallel()
 	s := New(Config{Addr: "127.0.0.1:0", DatabaseURL: pgtest.Database(t), PoolSize: 16})
@@ -364,7 +370,7 @@ func TestStreamsDoNotHoldUpTheEnd(t *testing.T) {
 	case <-time.After(startTimeout):
 		t.Fatal("the bank did not end")
 	}
-	// It lingers for a second on connections that are open; ShutdownTimeout is thirty.
+	// The gate lingers for a second on open connections. ShutdownTimeout is 30 seconds.
 	if took := time.Since(started); took > 10*time.Second {
 		t.Errorf("it took %v", took)
 	}

@@ -18,8 +18,8 @@ import (
 	"github.com/paidonce/idempotency/internal/pgtest"
 )
 
-// TestNothingIsShed: with its defaults, and right after the start, the bank answers 64 transfers at once, the same two
-// accounts in all of them, while 200 other clients have sent half of a body.
+// TestNothingIsShed: with its defaults and right after its start, the bank answers 64 transfers at
+// once between the same two accounts, while 200 other clients have sent half of a body.
 func TestNothingIsShed(t *testing.T) {
 	t.Parallel()
 	b := setup(t, func(c *Config) { c.PoolSize = PoolSizeDefault })
@@ -53,7 +53,7 @@ func TestNothingIsShed(t *testing.T) {
 	close(barrier)
 	group.Wait()
 
-	// The other halves: each of the slow clients gets its answer too.
+	// The other halves: each of the slow clients gets its answer.
 	for i, conn := range halves {
 		if _, err := io.WriteString(conn, bodies[i][10:]); err != nil {
 			t.Fatal(err)
@@ -79,7 +79,8 @@ func TestNothingIsShed(t *testing.T) {
 	}
 }
 
-// TestFundsAreCheckedUnderTheLock: of twenty transfers at once that each take a tenth of the balance ten go through.
+// TestFundsAreCheckedUnderTheLock: of twenty concurrent transfers of a tenth of the balance, ten
+// succeed.
 func TestFundsAreCheckedUnderTheLock(t *testing.T) {
 	t.Parallel()
 	b := setup(t)
@@ -100,8 +101,8 @@ func TestFundsAreCheckedUnderTheLock(t *testing.T) {
 	}
 }
 
-// TestStockIsTakenUnderTheLock: of twenty orders at once for the last five one each, five go through; a retry takes no
-// more stock, and neither does an order that is declined.
+// TestStockIsTakenUnderTheLock: of twenty concurrent orders of one item each for the last five,
+// five succeed. A retry and a declined order take no stock.
 func TestStockIsTakenUnderTheLock(t *testing.T) {
 	t.Parallel()
 	b := setup(t)
@@ -132,8 +133,8 @@ func TestStockIsTakenUnderTheLock(t *testing.T) {
 	}
 }
 
-// TestAnIdleConnectionReadsARefusal: a request that was on its way when the bank was told to stop is answered, on a
-// connection that was idle then, and so is known to be not executed.
+// TestAnIdleConnectionReadsARefusal: a request that was on its way on an idle connection when the
+// bank began to stop is refused, and so known to be not executed.
 func TestAnIdleConnectionReadsARefusal(t *testing.T) {
 	t.Parallel()
 	ctx, cancel := context.WithCancel(t.Context())
@@ -183,7 +184,7 @@ func TestAnIdleConnectionReadsARefusal(t *testing.T) {
 	}
 }
 
-// TestBigHeadersAreRefused: a key of hundreds of kilobytes does not reach a handler.
+// TestBigHeadersAreRefused: a key of hundreds of kilobytes never reaches a handler.
 func TestBigHeadersAreRefused(t *testing.T) {
 	t.Parallel()
 	b := setup(t)
@@ -193,7 +194,7 @@ func TestBigHeadersAreRefused(t *testing.T) {
 	expectProblem(t, b.send("POST", "/v1/transfers", `{}`, "Idempotency-Key", strings.Repeat("k", 256)), 400, "key-invalid")
 }
 
-// safeBuffer is a buffer that a logger and a test share.
+// safeBuffer is a buffer for a logger and a test at the same time.
 type safeBuffer struct {
 	mu     sync.Mutex
 	buffer bytes.Buffer
@@ -211,7 +212,8 @@ func (b *safeBuffer) String() string {
 	return b.buffer.String()
 }
 
-// TestNothingPrivateIsLoggedOrCounted: no key, tenant, token or body is in a log line of any level, nor in the metrics.
+// TestNothingPrivateIsLoggedOrCounted: no log line of any level and no metric contains a key,
+// tenant, token or body.
 func TestNothingPrivateIsLoggedOrCounted(t *testing.T) {
 	t.Parallel()
 	var log safeBuffer
@@ -221,7 +223,7 @@ func TestNothingPrivateIsLoggedOrCounted(t *testing.T) {
 	b.send("POST", "/v1/transfers", `{"from":"`+canary+`","to":"bob","amount":1}`, "Idempotency-Key", canary, "Authorization", "Bearer demo-acme")
 	b.send("POST", "/v1/transfers", `{`+canary, "Idempotency-Key", canary+"2", "Authorization", "Bearer "+canary)
 	b.get("/v1/accounts/" + canary)
-	// A handler that fails, loudly.
+	// A handler that fails with a detailed error.
 	b.exec(`ALTER TABLE transfers RENAME COLUMN reference TO elsewhere`)
 	if r := b.send("POST", "/v1/transfers", `{"from":"alice","to":"bob","amount":1,"reference":"`+canary+`"}`, "Idempotency-Key", canary+"3", "Authorization", "Bearer demo-acme"); r.status != 500 || r.outcome() != "not-executed" || bytes.Contains(r.body, []byte("column")) {
 		t.Errorf("answer is %d %s %s", r.status, r.outcome(), r.body)
@@ -260,8 +262,8 @@ func TestNothingPrivateIsLoggedOrCounted(t *testing.T) {
 	}
 }
 
-// TestThePoolIsFilledAtTheStart: no request has to wait for a connection to be made. pgxpool itself fills a pool that was reset
-// a minute later.
+// TestThePoolIsFilledAtTheStart: no request waits for a new connection. pgxpool itself would fill a
+// reset pool only a minute later.
 func TestThePoolIsFilledAtTheStart(t *testing.T) {
 	t.Parallel()
 	const size = 5

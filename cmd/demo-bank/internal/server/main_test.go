@@ -20,7 +20,7 @@ import (
 	"github.com/paidonce/idempotency/internal/pgtest"
 )
 
-// TestMain makes this test binary a client that is killed, if it is started as one.
+// TestMain runs the client that is killed, if the environment says so.
 func TestMain(m *testing.M) {
 	if os.Getenv(childVariable) != "" {
 		os.Exit(child())
@@ -28,11 +28,12 @@ func TestMain(m *testing.M) {
 	pgtest.Main(m)
 }
 
-// startTimeout bounds the start and the stop of a bank in a test, on a machine that does other things too.
+// startTimeout limits the start and the stop of a bank. It is long because the machine may be
+// loaded.
 const startTimeout = 60 * time.Second
 
-// bundle is a running bank and what a test needs around it. Its methods fail the test and go on, so that any goroutine
-// may call them.
+// bundle is a running bank and its test's tools. Its methods fail the test without stopping it, so
+// any goroutine may call them.
 type bundle struct {
 	t    *testing.T
 	url  string
@@ -40,7 +41,7 @@ type bundle struct {
 	http *http.Client
 }
 
-// setup runs a bank on a database of its own.
+// setup runs a bank on its own database.
 func setup(t *testing.T, change ...func(*Config)) *bundle {
 	t.Helper()
 	database := pgtest.Database(t)
@@ -52,7 +53,7 @@ func setup(t *testing.T, change ...func(*Config)) *bundle {
 // testerName is the application_name of the test's own connections.
 const testerName = "test"
 
-// connect opens a pool of the test's own, to look and to meddle behind the bank's back.
+// connect opens the test's own pool, to read and change the books directly.
 func connect(t *testing.T, database string) *pgxpool.Pool {
 	t.Helper()
 	return pgtest.Pool(t, database, map[string]string{"search_path": bank.Schema, "application_name": testerName})
@@ -64,7 +65,8 @@ func setupOn(t *testing.T, database string, change ...func(*Config)) *bundle {
 	return launch(t, database, change...)()
 }
 
-// launch starts a bank and returns what waits until it serves, so that a test can start two at once.
+// launch starts a bank and returns a function that waits until it serves, so that a test can start
+// two at once.
 func launch(t *testing.T, database string, change ...func(*Config)) (await func() *bundle) {
 	t.Helper()
 	config := Config{Addr: "127.0.0.1:0", DatabaseURL: database, PoolSize: 16}
@@ -102,7 +104,7 @@ func launch(t *testing.T, database string, change ...func(*Config)) (await func(
 	}
 }
 
-// reply is an answer read to its end.
+// reply is a complete answer.
 type reply struct {
 	status int
 	header http.Header
@@ -170,7 +172,7 @@ func (b *bundle) balance(account string) int64 {
 	return a.Balance
 }
 
-// count returns a number that a statement finds in the books.
+// count returns the number that a query returns.
 func (b *bundle) count(sql string, args ...any) (n int) {
 	b.t.Helper()
 	if err := b.db.QueryRow(b.t.Context(), sql, args...).Scan(&n); err != nil {
@@ -179,7 +181,7 @@ func (b *bundle) count(sql string, args ...any) (n int) {
 	return n
 }
 
-// exec runs a statement on the bank's database behind its back.
+// exec runs a statement directly on the bank's database.
 func (b *bundle) exec(sql string, args ...any) {
 	b.t.Helper()
 	if _, err := b.db.Exec(b.t.Context(), sql, args...); err != nil {
@@ -187,8 +189,9 @@ func (b *bundle) exec(sql string, args ...any) {
 	}
 }
 
-// expectFields requires that a JSON object has exactly the named fields, each of its kind: "name:kind" with the kinds
-// id, string, text (not empty), int, bool, time, list, null-or-string.
+// expectFields requires that a JSON object has exactly the named fields, each of its kind. A field
+// is "name:kind"; the kinds are id, string, text (not empty), int, bool, time, list and
+// null-or-string.
 func expectFields(t *testing.T, body []byte, spec string) map[string]any {
 	t.Helper()
 	decoder := json.NewDecoder(bytes.NewReader(body))

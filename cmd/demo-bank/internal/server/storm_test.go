@@ -25,7 +25,8 @@ func stormOn(t *testing.T, url string, change ...func(*storm.Config)) *storm.Rep
 	return report
 }
 
-// TestTwoBanksOpenTheBooksOnce: two banks that start on an empty database at once migrate and seed it once.
+// TestTwoBanksOpenTheBooksOnce: two banks that start at once on an empty database migrate and seed
+// it once.
 func TestTwoBanksOpenTheBooksOnce(t *testing.T) {
 	t.Parallel()
 	database := pgtest.Database(t)
@@ -37,8 +38,8 @@ func TestTwoBanksOpenTheBooksOnce(t *testing.T) {
 	}
 }
 
-// TestStormFindsAMissingMiddleware: the proof that the verdict is worth something. With the middleware taken out of
-// the route the same storm breaks the bank, and says how.
+// TestStormFindsAMissingMiddleware shows that the verdict means something: without the middleware
+// the same storm breaks the bank, and names the faults.
 func TestStormFindsAMissingMiddleware(t *testing.T) {
 	t.Parallel()
 	b := setup(t, func(c *Config) { c.withoutMiddleware = true })
@@ -53,7 +54,8 @@ func TestStormFindsAMissingMiddleware(t *testing.T) {
 	}
 }
 
-// TestStormProgramExitsWithTheVerdict: 0 against the bank, 1 against the same bank without its middleware.
+// TestStormProgramExitsWithTheVerdict: it exits with 0 for the bank, and with 1 for the same bank
+// without its middleware.
 func TestStormProgramExitsWithTheVerdict(t *testing.T) {
 	t.Parallel()
 	pgtest.Slow(t, "starts the storm as a program")
@@ -64,14 +66,15 @@ func TestStormProgramExitsWithTheVerdict(t *testing.T) {
 	for without, want := range map[bool]int{false: 0, true: 1} {
 		b := setup(t, func(c *Config) { c.withoutMiddleware = without })
 		storm := exec.CommandContext(t.Context(), program, "storm", "--url", b.url, "--keys", "100")
-		output, _ := storm.CombinedOutput() // its exit code is looked at
+		output, _ := storm.CombinedOutput() // the exit code is checked below
 		if got := storm.ProcessState.ExitCode(); got != want {
 			t.Errorf("without the middleware: %t; exit code %d, want %d:\n%s", without, got, want, output)
 		}
 	}
 }
 
-// TestAStormCanBeRepeated: keys are new each time, also with the same seed, and the books stay right.
+// TestAStormCanBeRepeated: keys are new each time, even with the same seed, and the books stay
+// right.
 func TestAStormCanBeRepeated(t *testing.T) {
 	t.Parallel()
 	b := setup(t)
@@ -89,7 +92,8 @@ func TestAStormCanBeRepeated(t *testing.T) {
 	}
 }
 
-// TestAStormThatMovesNoMoneyShowsNothing: where every transfer is declined nothing is broken, and nothing is proven.
+// TestAStormThatMovesNoMoneyShowsNothing: if every transfer is declined, nothing is broken and
+// nothing is proven.
 func TestAStormThatMovesNoMoneyShowsNothing(t *testing.T) {
 	t.Parallel()
 	b := setup(t)

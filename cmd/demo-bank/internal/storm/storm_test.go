@@ -20,8 +20,9 @@ import (
 
 func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
 
-// model is a bank in memory that keeps every promise but the one that a test breaks. It is no stand-in for the bank
-// (the tests of package server storm the real one): it shows what a storm says of banks that lie.
+// model is a bank in memory that keeps every promise except the one that a test breaks. It does not
+// replace the bank, which the tests of package server storm: it shows that a storm detects banks
+// that lie.
 type model struct {
 	mu      sync.Mutex
 	answers map[string]*bank.Transfer
@@ -30,13 +31,14 @@ type model struct {
 	posts   int
 	audit   bank.Audit
 
-	forget   bool                                            // executes every copy again
-	lose     bool                                            // acknowledges without keeping
-	alter    bool                                            // keeps another amount than it acknowledged
-	trusting bool                                            // does not compare bodies
-	slow     bool                                            // loses the first reply to a key, and is at it still when it is asked again
-	asked    map[string]int                                  // how often a key was, on a slow bank
-	fail     func(n int, w http.ResponseWriter) (taken bool) // answers the n-th POST itself
+	forget   bool // executes every copy again
+	lose     bool // acknowledges without keeping
+	alter    bool // records another amount than it acknowledged
+	trusting bool // does not compare bodies
+	// Loses the first reply to a key, and is still executing when the retry arrives.
+	slow  bool
+	asked map[string]int                                  // number of requests per key, on a slow bank
+	fail  func(n int, w http.ResponseWriter) (taken bool) // may answer the n-th POST itself
 }
 
 func (m *model) ServeHTTP(w http.ResponseWriter, r *http.Request) {
@@ -124,7 +126,7 @@ func run(t *testing.T, m *model, change ...func(*Config)) (*Report, error) {
 	return Run(t.Context(), config)
 }
 
-// TestVerdict: each broken promise breaks the verdict by its own name, and a good bank keeps it.
+// TestVerdict: each broken promise breaks the verdict with its own name. A good bank passes.
 func TestVerdict(t *testing.T) {
 	t.Parallel()
 	unavailable := func(status int, outcome string) func(int, http.ResponseWriter) bool {
@@ -184,7 +186,8 @@ func TestVerdict(t *testing.T) {
 	}
 }
 
-// TestPatienceEnds: a key that never gets an answer ends the storm without a verdict, in bounded time.
+// TestPatienceEnds: a key that never gets an answer ends the storm without a verdict, in bounded
+// time.
 func TestPatienceEnds(t *testing.T) {
 	t.Parallel()
 	for name, fail := range map[string]func(int, http.ResponseWriter) bool{
@@ -211,8 +214,8 @@ func TestPatienceEnds(t *testing.T) {
 	}
 }
 
-// TestNothingIsSentUnseen: Go's client would send a keyed request again by itself when a kept connection drops. Each
-// request that arrives is one that the storm counted.
+// TestNothingIsSentUnseen: Go's client could repeat a keyed request by itself if a kept connection
+// breaks. The storm must have counted each request that arrives.
 func TestNothingIsSentUnseen(t *testing.T) {
 	t.Parallel()
 	var arrived int
@@ -233,7 +236,7 @@ func TestNothingIsSentUnseen(t *testing.T) {
 	}
 }
 
-// TestProgress: a terminal sees a line that is removed at the end.
+// TestProgress: a terminal shows one line, which is removed at the end.
 func TestProgress(t *testing.T) {
 	t.Parallel()
 	var line bytes.Buffer
