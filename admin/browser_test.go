@@ -52,7 +52,7 @@ func TestOperatorInABrowser(t *testing.T) {
 	u := &user{t: t, ctx: ctx, home: server.URL + prefix + "/"}
 	problems := browsertest.Problems(t, ctx)
 
-	// Expire: the form requires a reason, and the audit table keeps it.
+	// The first page: figures, newest records, and a link that leads the keyboard to the content.
 	u.do(chromedp.Navigate(u.home), chromedp.WaitVisible(chromedp.CSS("h1")))
 	if got := u.text(`[data-figure="live"]`); !regexp.MustCompile(`^about (8|9)\d\d,\d{3}$`).MatchString(got) { // of 923,080
 		t.Errorf("live records are %q", got)
@@ -75,11 +75,11 @@ func TestOperatorInABrowser(t *testing.T) {
 	u.wantText(`"amount": 1250`)
 	u.click(`a.button[href^="key?"]`, ".timeline")
 
-	// Expire: a reason is asked for, and kept.
+	// Expire: the form requires a reason, and the audit table keeps it.
 	u.click(`a[href^="expire?"]`, "form.confirm")
 	u.wantText("may pay twice")
 	u.click("form.confirm button", "")
-	u.wait("document.activeElement.id === 'reason'") // the browser asks for it
+	u.wait("document.activeElement.id === 'reason'") // the browser requires it
 	u.type_("#reason", "OPS-1: cleaned up")
 	u.click("form.confirm button", ".notice.good")
 	u.wantText("Expired.")

@@ -152,7 +152,7 @@ func TestActorMustBeNamed(t *testing.T) {
 	}
 }
 
-// Each permission allows its own, and pages offer no more than it.
+// Each permission allows only its own part, and pages offer no more than the permissions.
 func TestEachPermissionIsApart(t *testing.T) {
 	t.Parallel()
 	b := setup(t, nil)

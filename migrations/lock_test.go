@@ -29,7 +29,8 @@ func (b *testBundle) reader(t *testing.T) (pid int, release func()) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	for _, table := range append([]string{"pg_class"}, b.tables(t)...) { // the first begins the transaction on an empty schema too
+	// pg_class begins the transaction on an empty schema too.
+	for _, table := range append([]string{"pg_class"}, b.tables(t)...) {
 		sql := "LOCK TABLE " + table + " IN ACCESS SHARE MODE"
 		if table == "pg_class" {
 			sql = "BEGIN"
@@ -232,7 +233,7 @@ func waits(t *testing.T, told <-chan migrations.Waiting, migrated <-chan error) 
 	return w
 }
 
-// awaitWaiting waits until somebody waits for ACCESS EXCLUSIVE, or nobody does.
+// awaitWaiting waits until a session waits for ACCESS EXCLUSIVE, or until none does.
 func (b *testBundle) awaitWaiting(t *testing.T, want bool) {
 	t.Helper()
 	for deadline := time.Now().Add(waitMax); time.Now().Before(deadline); time.Sleep(time.Millisecond) {
@@ -314,7 +315,7 @@ func TestMigrationThatADeadlockEndsComesAgain(t *testing.T) {
 	}
 	go func() { migrated <- migrations.Up(t.Context(), b.on(pool), own) }()
 	b.awaitWaiting(t, true)
-	if _, err := conn.Exec(t.Context(), "INSERT INTO one VALUES (1)"); err != nil { // the migration has it, and gives it up
+	if _, err := conn.Exec(t.Context(), "INSERT INTO one VALUES (1)"); err != nil { // the migration holds it, and releases it
 		t.Fatal(err)
 	}
 	waits(t, told, migrated)
@@ -407,7 +408,7 @@ func TestUpWaitsForTheMigrateProgram(t *testing.T) {
 	}
 }
 
-// CREATE INDEX CONCURRENTLY can't run in a transaction, and waits for the transactions of others,
+// CREATE INDEX CONCURRENTLY can't run in a transaction, and waits for all other transactions,
 // however long they take.
 func TestFileThatCantBeATransaction(t *testing.T) {
 	t.Parallel()

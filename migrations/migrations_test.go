@@ -22,7 +22,8 @@ import (
 
 	"github.com/golang-migrate/migrate/v4"
 	_ "github.com/golang-migrate/migrate/v4/database/pgx/v5"
-	_ "github.com/golang-migrate/migrate/v4/source/file" // what the migrate program reads files with
+	// The migrate program reads its files with it.
+	_ "github.com/golang-migrate/migrate/v4/source/file"
 	"github.com/google/uuid"
 	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgxpool"
@@ -36,10 +37,10 @@ import (
 
 func TestMain(m *testing.M) { pgtest.Main(m) }
 
-// waitMax bounds what a test undoes at its end.
+// waitMax bounds the cleanup at the end of a test.
 const waitMax = 30 * time.Second
 
-// versionTable is where the migrate program is told to keep the versions.
+// versionTable is the name under which the migrate program must keep the versions.
 const versionTable = "idempotency_migrations"
 
 // testBundle is an empty database.
@@ -49,12 +50,12 @@ type testBundle struct {
 	schema string // of the tables; default: public
 }
 
-// on returns what is migrated through a pool.
+// on returns the store for a migration through a pool.
 func (b *testBundle) on(pool *pgxpool.Pool) migrations.Store {
 	return place{pool, cmp.Or(b.schema, "public")}
 }
 
-// place is a schema of any name. A *postgres.Store takes fewer.
+// place is a schema of any name. A *postgres.Store accepts fewer names.
 type place struct {
 	pool   *pgxpool.Pool
 	schema string
@@ -69,7 +70,7 @@ func setup(t *testing.T) *testBundle {
 	return &testBundle{url: database, pool: open(t, database, nil)}
 }
 
-// open opens a pool, whose config goes through change, or through postgres.Configure.
+// open opens a pool after change, or else postgres.Configure, has changed its config.
 func open(t *testing.T, database string, change func(*pgxpool.Config)) *pgxpool.Pool {
 	t.Helper()
 	config, err := pgxpool.ParseConfig(database)
@@ -136,7 +137,7 @@ func (b *testBundle) wantVersion(t *testing.T, opts *migrations.Options, want ui
 	}
 }
 
-// tables returns the tables there are, with their schemas.
+// tables returns all tables, with their schemas.
 func (b *testBundle) tables(t *testing.T) []string {
 	t.Helper()
 	return b.strings(t, `SELECT schemaname || '.' || tablename FROM pg_tables
@@ -155,7 +156,7 @@ func tablesOf(schema string) []string {
 	return []string{schema + ".idempotency_audit", schema + ".idempotency_events", schema + ".idempotency_keys", schema + ".idempotency_migrations"}
 }
 
-// wantKeeps has the store execute a request and replay it.
+// wantKeeps makes the store execute a request and replay it.
 func wantKeeps(t *testing.T, pool *pgxpool.Pool, opts *postgres.Options) {
 	t.Helper()
 	store := postgres.New(pool, opts)
@@ -191,7 +192,7 @@ func TestUpOnAnEmptyDatabase(t *testing.T) {
 	wantKeeps(t, b.pool, nil)
 }
 
-// A service that calls Up at each start loses nothing by it.
+// A service that calls Up at each start loses no record.
 func TestUpTwiceKeepsTheRecords(t *testing.T) {
 	t.Parallel()
 	b := setup(t)
@@ -249,7 +250,7 @@ func TestDownAndUpAgain(t *testing.T) {
 	wantKeeps(t, b.pool, nil)
 }
 
-// The operator's tables can go, and the records stay.
+// The operator's tables can be removed, and the records stay.
 func TestDownTo(t *testing.T) {
 	t.Parallel()
 	b := setup(t)
@@ -279,7 +280,8 @@ func TestDownTo(t *testing.T) {
 	}
 }
 
-// The schema is made where it is missing, and whatever the search_path of the connections is, nothing goes elsewhere.
+// The schema is made if it is missing. Whatever the search_path of the connections is, nothing is
+// made in another schema.
 func TestSchema(t *testing.T) {
 	t.Parallel()
 	b := setup(t)
@@ -310,7 +312,8 @@ func TestSchema(t *testing.T) {
 	}
 }
 
-// A migration may take longer than a request's statement, and a pool for requests must not cut it off.
+// A migration may take longer than a request's statement, and a pool for requests must not cut it
+// off.
 func TestUpOutlastsTheStatementTimeoutOfThePool(t *testing.T) {
 	t.Parallel()
 	b := setup(t)
@@ -323,7 +326,7 @@ func TestUpOutlastsTheStatementTimeoutOfThePool(t *testing.T) {
 	}
 }
 
-// A program migrates its own tables by the same means, with versions of their own.
+// A program can migrate its own tables in the same way, with versions of their own.
 func TestFilesOfAProgramsOwn(t *testing.T) {
 	t.Parallel()
 	b := setup(t)
@@ -361,7 +364,7 @@ func TestFilesAndVersionTableBelongTogether(t *testing.T) {
 }
 
 // A file that ends its transaction and then fails leaves the schema dirty. Every further migration
-// is refused until somebody mends it, and the error says how.
+// is refused until the schema is repaired, and the error says how.
 func TestDirtySchema(t *testing.T) {
 	t.Parallel()
 	for version := uint(1); version <= 2; version++ {
@@ -389,7 +392,7 @@ func TestDirtySchema(t *testing.T) {
 			remedy = strings.Split(err.Error(), "`")[1]
 		}
 
-		b.exec(t, []string{"DROP TABLE transfers", "ALTER TABLE transfers DROP COLUMN amount"}[version-1]) // what it left
+		b.exec(t, []string{"DROP TABLE transfers", "ALTER TABLE transfers DROP COLUMN amount"}[version-1]) // the remains
 		b.exec(t, remedy)
 		b.wantVersion(t, own, version-1)
 		file.Data = whole
@@ -418,7 +421,7 @@ func TestMigrationThatFailsLeavesNothing(t *testing.T) {
 	b.wantVersion(t, own, 2)
 }
 
-// program is the migrate program: this folder's files as they are, and a database by its URL.
+// program is the migrate program: this folder's files unchanged, and a database by its URL.
 func (b *testBundle) program(t *testing.T, versionTable string) *migrate.Migrate {
 	t.Helper()
 	folder, err := filepath.Abs(".")
@@ -442,7 +445,7 @@ func (b *testBundle) program(t *testing.T, versionTable string) *migrate.Migrate
 	return m
 }
 
-// Who migrates with the program migrates the same, and this package finds what it did.
+// A migration with the program gives the same tables, and this package finds them.
 func TestPlainMigrateProgram(t *testing.T) {
 	t.Parallel()
 	b := setup(t)
@@ -464,7 +467,7 @@ func TestPlainMigrateProgram(t *testing.T) {
 	b.wantTables(t, "public.idempotency_migrations")
 }
 
-// What design and documentation promise of the table, asked of the server.
+// The server reports the table that design and documentation promise.
 func TestTable(t *testing.T) {
 	t.Parallel()
 	b := setup(t)
@@ -477,7 +480,8 @@ func TestTable(t *testing.T) {
 		"constraints": {
 			"SELECT conname || ' ' || pg_get_constraintdef(oid) FROM pg_constraint WHERE contype <> 'n' AND conrelid" + table + " ORDER BY 1",
 			[]string{
-				"idempotency_keys_pkey PRIMARY KEY (scope, key)", // and no CHECK, whose expression each insert would compile
+				// No CHECK: each insert would compile its expression.
+				"idempotency_keys_pkey PRIMARY KEY (scope, key)",
 			},
 		},
 		"indexes": { // each insert pays for each
@@ -535,7 +539,7 @@ func TestUpWithAnEndedContext(t *testing.T) {
 	b.wantTables(t)
 }
 
-// The files, their numbers and the constants that name the newest say the same.
+// The files, their numbers and the constants for the newest version agree.
 func TestLatest(t *testing.T) {
 	t.Parallel()
 	entries, err := os.ReadDir(".")
@@ -610,7 +614,7 @@ func (f stoppingFS) Open(name string) (fs.File, error) {
 	return f.FS.Open(name)
 }
 
-// A role that may not migrate leaves no connection behind, however far it came.
+// A role that may not migrate leaves no connection behind, at whatever step it fails.
 func TestUpThatFailsLeavesNoConnection(t *testing.T) {
 	t.Parallel()
 	b := setup(t)
@@ -642,7 +646,7 @@ func TestUpThatFailsLeavesNoConnection(t *testing.T) {
 	}
 }
 
-// countedConn counts itself out when it is closed first.
+// countedConn lowers the count when it is closed for the first time.
 type countedConn struct {
 	net.Conn
 	openNow *atomic.Int64
@@ -656,7 +660,7 @@ func (c *countedConn) Close() error {
 	return c.Conn.Close()
 }
 
-// The schema too is made by one of those who start together.
+// If several processes start together, one of them makes the schema too.
 func TestSchemaFromManyProcessesAtOnce(t *testing.T) {
 	t.Parallel()
 	b := setup(t)
@@ -670,7 +674,7 @@ func TestSchemaFromManyProcessesAtOnce(t *testing.T) {
 	}
 }
 
-// Who waits for another's migration waits longer than a request does for a lock.
+// A wait for another process's migration may take longer than a request's lock_timeout.
 func TestUpOutlastsTheLockTimeoutOfThePool(t *testing.T) {
 	t.Parallel()
 	b := setup(t)
@@ -691,7 +695,7 @@ func TestUpOutlastsTheLockTimeoutOfThePool(t *testing.T) {
 	}
 }
 
-// A wait for another's migration ends with the context.
+// A wait for another process's migration ends with the context.
 func TestUpStopsWaiting(t *testing.T) {
 	t.Parallel()
 	b := setup(t)
@@ -751,7 +755,8 @@ func TestDirtySchemaOfTheMigrateProgram(t *testing.T) {
 		if err := migrations.DownTo(t.Context(), b.on(b.pool), there, nil); err != nil {
 			t.Fatal(err)
 		}
-		for _, marked := range []int{max(int(there), 1), min(int(there)+1, migrations.Latest)} { // on the way down, or up; killed before the file, or after it
+		// On the way down, or up; killed before the file, or after it.
+		for _, marked := range []int{max(int(there), 1), min(int(there)+1, migrations.Latest)} {
 			b.exec(t, `DELETE FROM "pay's".idempotency_migrations`)
 			b.exec(t, `INSERT INTO "pay's".idempotency_migrations VALUES ($1, true)`, marked)
 			err := migrations.Up(t.Context(), b.on(b.pool), nil)
@@ -772,8 +777,8 @@ func TestDirtySchemaOfTheMigrateProgram(t *testing.T) {
 	}
 }
 
-// If somebody dropped the table of records, or lost the version of one that is there, Up says so
-// instead of finding nothing to do or failing in CREATE TABLE, and the SQL in its error mends it.
+// If the table of records was dropped, or the version of an existing one was lost, Up reports it
+// instead of finding nothing to do or failing in CREATE TABLE. The SQL in its error repairs it.
 func TestUpNoticesThatTableAndVersionDoNotFit(t *testing.T) {
 	t.Parallel()
 	for name, sick := range map[string]string{

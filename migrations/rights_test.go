@@ -39,7 +39,7 @@ func (b *testBundle) role(t *testing.T, grants ...string) *pgxpool.Pool {
 	})
 }
 
-// wantDenied has a statement refused for want of a privilege.
+// wantDenied requires that a statement is refused because a privilege is missing.
 func wantDenied(t *testing.T, pool *pgxpool.Pool, sql string) {
 	t.Helper()
 	_, err := pool.Exec(t.Context(), sql)
@@ -49,7 +49,7 @@ func wantDenied(t *testing.T, pool *pgxpool.Pool, sql string) {
 	}
 }
 
-// A service needs SELECT and INSERT and no more: no record is ever updated, and none is its to delete.
+// A service needs only SELECT and INSERT: it never updates or deletes a record.
 func TestServiceNeedsOnlySelectAndInsert(t *testing.T) {
 	t.Parallel()
 	b := setup(t)
@@ -79,7 +79,7 @@ func TestServiceNeedsOnlySelectAndInsert(t *testing.T) {
 	}
 }
 
-// Without the version table's SELECT a service works, and Check says what to grant.
+// Without SELECT on the version table a service works, and Check names the missing grant.
 func TestCheckNamesTheMissingGrant(t *testing.T) {
 	t.Parallel()
 	b := setup(t)
@@ -91,7 +91,7 @@ func TestCheckNamesTheMissingGrant(t *testing.T) {
 	}
 }
 
-// A role that may not migrate hears what it lacks, and nothing is made by halves.
+// If a role may not migrate, the error names the missing privilege, and nothing is half made.
 func TestUpWithoutPrivilege(t *testing.T) {
 	t.Parallel()
 	b := setup(t)
@@ -106,7 +106,7 @@ func TestUpWithoutPrivilege(t *testing.T) {
 	b.wantTables(t)
 }
 
-// The reaper needs SELECT and DELETE. What a record promises is not the reaper's to change.
+// The reaper needs SELECT and DELETE. It may not change a record.
 func TestReaperNeedsSelectAndDelete(t *testing.T) {
 	t.Parallel()
 	b := setup(t)

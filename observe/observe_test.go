@@ -17,7 +17,7 @@ import (
 	"github.com/paidonce/idempotency/storage/memory"
 )
 
-// witness is a tracer that says what it is told.
+// witness is a tracer that notes its calls.
 type witness struct {
 	name string
 	told *[]string
@@ -43,7 +43,7 @@ func (w *witness) TraceRequestEnd(ctx context.Context, _ idempotency.RequestEnd)
 }
 func (w *witness) TraceRefused(ctx context.Context, _ idempotency.Refused) { w.tell(ctx, "refused") }
 
-// patient is one that wants to know who waits.
+// patient is a witness that also gets the starts of waits.
 type patient struct{ witness }
 
 func (p *patient) TraceWaitStart(ctx context.Context) { p.tell(ctx, "waits") }
@@ -82,7 +82,7 @@ func TestJoinOfFew(t *testing.T) {
 	}
 }
 
-// An error is a label by the sentinel that it wraps, and never by its text.
+// The label of an error is the sentinel that it wraps, and never its text.
 func TestErrorKind(t *testing.T) {
 	t.Parallel()
 	for _, test := range []struct {
@@ -121,7 +121,8 @@ func TestOutcomeTellsDeclinedFromExecuted(t *testing.T) {
 	}
 }
 
-// What needs a look is a warning, everything else is there at debug level, and nothing of a client's is in either.
+// Events that need attention are warnings, all others are at debug level, and neither contain a
+// client's data.
 func TestLogWritesEventsWithoutSecrets(t *testing.T) {
 	t.Parallel()
 	var buffer bytes.Buffer

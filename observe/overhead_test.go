@@ -10,8 +10,8 @@ import (
 	"github.com/paidonce/idempotency/observe/lostkey"
 )
 
-// The limits that a change must keep are the figures that were measured. The log's is of a level at
-// which nothing is written.
+// The limits that a change must keep equal the measured figures. The log has a level at which it
+// writes nothing.
 var observers = []fixture.Observer{
 	{Name: "lostkey", New: func() idempotency.Tracer { return lostkey.New(nil) }, AllocsMax: 0},
 	{Name: "log", New: func() idempotency.Tracer { return observe.NewLog(slog.New(slog.DiscardHandler)) }, AllocsMax: 0},

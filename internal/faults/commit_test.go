@@ -83,7 +83,7 @@ func (s *commitService) onCommit(commit pgfault.Commit) pgfault.Fault {
 	return pgfault.Fault{}
 }
 
-// harm says what happens to the key's first COMMIT.
+// harm sets the fault for the key's first COMMIT.
 func (s *commitService) harm(key string, fault pgfault.Fault) {
 	s.mu.Lock()
 	defer s.mu.Unlock()

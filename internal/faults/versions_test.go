@@ -77,7 +77,7 @@ func TestF30KeysCrossVersionsThroughAMigration(t *testing.T) {
 	answers["rolled-back"] = f.want(t, rolledBack, "rolled-back", "executed")
 	f.replayed(t, newURL, answers)
 
-	// A fingerprint function that the others don't have: they can't tell, and neither pay nor
+	// A fingerprint function that the others don't have: they can't compare, and neither pay nor
 	// replay.
 	ownURL := f.start(t, newProgram, "-name=own", "-fingerprint=101")()
 	f.replayed(t, ownURL, answers) // it still has the built-in one

@@ -26,7 +26,8 @@ type testBundle struct {
 	history *history.History
 }
 
-// setup makes a service that writes its history, through a pool of its own where change is set.
+// setup makes a service that writes its history. If change is set the history has a pool of its
+// own.
 func setup(t *testing.T, opts *history.Options, change func(*testBundle, *pgxpool.Config)) *testBundle {
 	t.Helper()
 	b := &testBundle{Service: testservice.New(t, nil)}
@@ -49,7 +50,7 @@ func (b *testBundle) close(t *testing.T) {
 	}
 }
 
-// do has the service answer a request whose trace has the name.
+// do makes the service answer a request with this trace id.
 func (b *testBundle) do(value, body, traceID string, status int) idempotency.Result {
 	return b.Engine.Do(context.Background(), idempotency.Request{
 		Key: idempotency.Key{Scope: "acme", Value: value}, TraceID: traceID,
@@ -57,7 +58,7 @@ func (b *testBundle) do(value, body, traceID string, status int) idempotency.Res
 	}, func(context.Context) (*idempotency.Answer, error) { return &idempotency.Answer{Status: status}, nil })
 }
 
-// What happened to a key is in its timeline, retries included.
+// The timeline of a key has all its events, including retries.
 func TestTimelineShowsRetries(t *testing.T) {
 	t.Parallel()
 	b := setup(t, nil, nil)
@@ -86,21 +87,22 @@ func TestTimelineShowsRetries(t *testing.T) {
 		seen[e.Kind] = e
 		kinds = append(kinds, string(e.Kind)+" "+e.TraceID)
 	}
-	// The record's time is that at which its transaction began.
+	// The record's time is the start of its transaction.
 	if got := strings.Join(kinds, ", "); got != "not-executed t1, recorded t2, executed t2, replayed t3, mismatch t4, expires " {
 		t.Errorf("timeline: %s", got)
 	}
 	if e := seen[operator.EventMismatch]; e.Reason != "key-reused" || e.Attempts != 1 {
 		t.Errorf("%+v", e)
 	}
-	for _, kind := range []operator.EventKind{operator.EventExecuted, operator.EventReplayed} { // and the attempt whose answer it was
+	// Both name the attempt that recorded the answer.
+	for _, kind := range []operator.EventKind{operator.EventExecuted, operator.EventReplayed} {
 		if e := seen[kind]; e.Attempt != state.Record.Attempt || e.Duration <= 0 || time.Since(e.At).Abs() > time.Minute || e.Reason != "" {
 			t.Errorf("%+v, want attempt %s", e, state.Record.Attempt)
 		}
 	}
 }
 
-// Nobody needs to call Close for rows to appear.
+// Rows appear without a call of Close.
 func TestEventsAreWrittenByAndBy(t *testing.T) {
 	t.Parallel()
 	b := setup(t, &history.Options{Interval: 10 * time.Millisecond}, nil)
@@ -112,7 +114,7 @@ func TestEventsAreWrittenByAndBy(t *testing.T) {
 	}
 }
 
-// end has the history hear of n requests.
+// end passes the ends of n requests to the history.
 func (b *testBundle) end(n int) {
 	for range n {
 		b.history.TraceRequestEnd(context.Background(), idempotency.RequestEnd{
@@ -121,8 +123,8 @@ func (b *testBundle) end(n int) {
 	}
 }
 
-// What is above the limit is dropped, and counted, and no request waits for it. What can't be written is lost, counted, and
-// told without a key.
+// Events over the limit are dropped and counted, and no request waits for them. Events that can't
+// be written are lost, counted, and reported without a key.
 func TestQueueAtItsLimit(t *testing.T) {
 	t.Parallel()
 	const queueMax = 4
@@ -200,7 +202,7 @@ func TestKeepDecides(t *testing.T) {
 	}
 }
 
-// The service's role needs INSERT alone, and a service whose history can't be written serves.
+// The service's role needs only INSERT, and a service that can't write its history still serves.
 func TestHistoryNeedsInsertAlone(t *testing.T) {
 	t.Parallel()
 	for _, granted := range []bool{true, false} {

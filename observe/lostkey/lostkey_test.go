@@ -88,7 +88,7 @@ func TestSameRequestWithAnotherKeyIsFound(t *testing.T) {
 	}
 }
 
-// A request is found within its window also where another generation has begun since.
+// A request is found within its window, also if another generation has begun since.
 func TestRequestsOutlastTheirGeneration(t *testing.T) {
 	t.Parallel()
 	time := &clock{now: time.Unix(1_700_000_000, 0)}
@@ -105,7 +105,8 @@ func TestRequestsOutlastTheirGeneration(t *testing.T) {
 	}
 }
 
-// Over the limit the older half is forgotten: findings are missed, memory does not grow, and nothing is made up.
+// Over the limit the older half is forgotten: findings are missed, memory does not grow, and there
+// are no false findings.
 func TestMemoryIsBounded(t *testing.T) {
 	t.Parallel()
 	const most = 100
@@ -137,7 +138,7 @@ func TestMemoryIsBounded(t *testing.T) {
 	}
 }
 
-// What the limit's default costs in memory is what its doc says.
+// The default limit costs as much memory as its doc comment states.
 func TestRequestsMaxDefaultsMemory(t *testing.T) {
 	const requestsMax = 32_768 // the default
 	d := lostkey.New(&lostkey.Options{Window: time.Hour})

@@ -11,8 +11,8 @@ import (
 	otelobserve "github.com/paidonce/idempotency/observe/otel"
 )
 
-// sampledBy returns an observer that makes spans as the sampler says. A span that is sampled costs
-// as much as the SDK wants, and has no limit here.
+// sampledBy returns an observer with this sampler. The SDK decides the cost of a sampled span,
+// which has no limit here.
 func sampledBy(t testing.TB, name string, sampler sdktrace.Sampler, allocsMax int) fixture.Observer {
 	return fixture.Observer{Name: name, AllocsMax: allocsMax, New: func() idempotency.Tracer {
 		provider := sdktrace.NewTracerProvider(sdktrace.WithSampler(sampler))

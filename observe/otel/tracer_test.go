@@ -26,7 +26,7 @@ import (
 
 func TestMain(m *testing.M) { pgtest.Main(m) }
 
-// observed is a service whose server makes a span for each request, as otelhttp does.
+// observed is a service with a server that makes a span for each request, as otelhttp does.
 type observed struct {
 	*fixture.Service
 	spans  *tracetest.InMemoryExporter
@@ -58,7 +58,7 @@ func observe(t *testing.T, sampler sdktrace.Sampler, traceID func(*http.Request)
 	return o
 }
 
-// take returns the spans that were ended since it was called last, in the order of their ends.
+// take returns the spans that have ended since its last call, in the order of their ends.
 func (o *observed) take() tracetest.SpanStubs {
 	defer o.spans.Reset()
 	return o.spans.GetSpans()
@@ -89,7 +89,7 @@ func attributes(span tracetest.SpanStub) map[string]string {
 	return all
 }
 
-// A request is a span of the server's, with its steps below it; how it ended is in attributes.
+// A request is a span below the server's, with its steps below it and its outcome in attributes.
 func TestSpansOfEachOutcome(t *testing.T) {
 	t.Parallel()
 	o := observe(t, sdktrace.AlwaysSample(), otelobserve.TraceID)
@@ -161,7 +161,8 @@ func TestSpansOfEachOutcome(t *testing.T) {
 	}
 }
 
-// A replay's span is linked to the server's span of the original attempt, in whatever trace that was.
+// A replay's span is linked to the server's span of the original attempt, in whatever trace that
+// is.
 func TestReplayLinksToTheOriginalAttempt(t *testing.T) {
 	t.Parallel()
 	o := observe(t, sdktrace.AlwaysSample(), otelobserve.TraceID)
@@ -178,7 +179,7 @@ func TestReplayLinksToTheOriginalAttempt(t *testing.T) {
 		t.Errorf("the original's trace is %s, want %s, and another than the replay's", got, first.TraceID())
 	}
 
-	// A bare id of a trace, as the middleware records it by itself, has no span to lead to.
+	// A bare trace id, as the middleware records it by itself, has no span to link to.
 	bare := observe(t, sdktrace.AlwaysSample(), nil)
 	const parent = "4bf92f3577b34da6a3ce929d0e0e4736"
 	key := bare.NewKey()
@@ -190,7 +191,7 @@ func TestReplayLinksToTheOriginalAttempt(t *testing.T) {
 		t.Errorf("the original's trace is %q with the links %v", got, replay.Links)
 	}
 
-	// What somebody else's function recorded is shown nowhere.
+	// A value that another function recorded is not shown.
 	own := observe(t, sdktrace.AlwaysSample(), func(*http.Request) string { return fixture.Canary })
 	own.Replay(fixture.Transfers)
 	if replay := named(own.take(), "idempotency")[1]; attributes(replay)["idempotency.original.trace_id"] != "" || len(replay.Links) != 0 {
@@ -220,7 +221,7 @@ func TestTraceID(t *testing.T) {
 	}
 }
 
-// Conflicts, waits, refusals and lost keys are told of, and a conflict is no failure.
+// Conflicts, waits, refusals and lost keys are events or spans, and a conflict is no failure.
 func TestEventsAndWaits(t *testing.T) {
 	t.Parallel()
 	o := observe(t, sdktrace.AlwaysSample(), otelobserve.TraceID)
@@ -260,7 +261,7 @@ func TestEventsAndWaits(t *testing.T) {
 	}
 }
 
-// Where nobody samples there are no spans, and the metrics are the same.
+// If nothing is sampled there are no spans, and the metrics are the same.
 func TestMetricsCountWhatIsNotSampled(t *testing.T) {
 	t.Parallel()
 	o := observe(t, sdktrace.NeverSample(), otelobserve.TraceID)
@@ -275,7 +276,7 @@ func TestMetricsCountWhatIsNotSampled(t *testing.T) {
 	for name, want := range map[string]int64{
 		"idempotency.requests": 2 + 3 + 1 + 2 + 2, "idempotency.requests.active": 0, "idempotency.duplicates": 1 + 2 + 1,
 		"idempotency.resolved": 1, "idempotency.lost_keys": 1, "idempotency.refused": 5, "idempotency.request.duration": 10,
-		"idempotency.step.duration": 3*6 + 4 + 1, // those executed, the duplicates, the look
+		"idempotency.step.duration": 3*6 + 4 + 1, // the executed ones, the duplicates, the look-up
 	} {
 		if got := o.sum(name); got != want {
 			t.Errorf("%s is %d, want %d", name, got, want)
@@ -283,7 +284,7 @@ func TestMetricsCountWhatIsNotSampled(t *testing.T) {
 	}
 }
 
-// sum adds up a metric's points: its values, or how many a histogram has.
+// sum returns the sum of a metric's points: its values, or the counts of a histogram.
 func (o *observed) sum(name string) (sum int64) {
 	for _, metric := range o.collect().ScopeMetrics[0].Metrics {
 		if metric.Name != name {
@@ -314,7 +315,7 @@ func (o *observed) collect() metricdata.ResourceMetrics {
 	return all
 }
 
-// Whatever happens, nothing that a client sent or got is in a span or a metric.
+// No span and no metric ever contains data that a client sent or got.
 func TestNoCanaryInSpansAndMetrics(t *testing.T) {
 	t.Parallel()
 	o := observe(t, sdktrace.AlwaysSample(), otelobserve.TraceID)

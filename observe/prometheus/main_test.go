@@ -16,7 +16,7 @@ import (
 
 func TestMain(m *testing.M) { pgtest.Main(m) }
 
-// scrape returns what Prometheus would get, as text.
+// scrape returns the text of a scrape by Prometheus.
 func scrape(t testing.TB, registry *prometheus.Registry) string {
 	t.Helper()
 	w := httptest.NewRecorder()
@@ -28,7 +28,7 @@ func scrape(t testing.TB, registry *prometheus.Registry) string {
 	return string(text)
 }
 
-// wantLines wants each line in a scrape.
+// wantLines requires each line in a scrape.
 func wantLines(t testing.TB, text string, lines ...string) {
 	t.Helper()
 	for _, line := range lines {

@@ -23,9 +23,10 @@ import (
 type observed struct {
 	*fixture.Service
 	registry *prometheus.Registry
-	pool     *prometheus.Registry // the pool alone: in the other one the scrape itself holds a connection for a moment
-	tracer   *promobserve.Tracer
-	unread   error // of the figures about the table
+	// Only the pool: in the other registry the scrape itself holds a connection for a moment.
+	pool   *prometheus.Registry
+	tracer *promobserve.Tracer
+	unread error // the error of reading the figures about the table
 }
 
 func observe(t *testing.T, opts *promobserve.Options) *observed {
@@ -44,10 +45,11 @@ func observe(t *testing.T, opts *promobserve.Options) *observed {
 	return o
 }
 
-// Each metric has the value that was caused, every metric was caused, and the documentation names each of them as it is.
+// Each metric is caused, has the right value, and is documented as it is.
 func TestEveryMetricSaysWhatHappened(t *testing.T) {
 	t.Parallel()
-	// With room for two requests the detector forgets, and still finds what comes at once.
+	// With room for two requests the detector forgets, and still finds duplicates that come at
+	// once.
 	o := observe(t, &promobserve.Options{HandlerTimeout: 7 * time.Second, LostKeys: lostkey.Options{RequestsMax: 2}})
 	o.Execute(fixture.Transfers, 3)
 	o.Replay(fixture.Payments)
@@ -58,7 +60,8 @@ func TestEveryMetricSaysWhatHappened(t *testing.T) {
 	o.LoseKey()
 	o.Settle()
 	o.Hold(fixture.Transfers, func(key string) {
-		o.Send(fixture.Transfers, key, "hold", key, idempotency.OutcomeInProgress) // from memory: counted, without an attempt
+		// From memory: counted, without an attempt.
+		o.Send(fixture.Transfers, key, "hold", key, idempotency.OutcomeInProgress)
 		wantLines(t, scrape(t, o.registry), "idempotency_requests_in_flight 1")
 		wantLines(t, scrape(t, o.pool), "idempotency_pool_connections_acquired 1")
 	})
@@ -80,13 +83,15 @@ func TestEveryMetricSaysWhatHappened(t *testing.T) {
 
 	o.Settle()
 	wantLines(t, scrape(t, o.pool), "idempotency_pool_connections_acquired 0")
-	// Executed are 3 alone, and one each of the replay, mismatch, hold, conflict, wait, found COMMIT, corrupt, refuse, the
-	// last, and two of the lost key. Handlers ran for those and five more, and COMMIT was sent for two of the five.
+	// These were executed: 3 requests by themselves, one each of replay, mismatch, hold, conflict,
+	// wait, found COMMIT, corrupt, refuse and the last, and two of the lost key. Handlers ran for
+	// those and for five more, and COMMIT was sent for two of the five.
 	text := scrape(t, o.registry)
 	wantLines(t, text,
 		`idempotency_requests_total{outcome="executed",reason=""} 14`,
 		`idempotency_requests_total{outcome="declined",reason=""} 1`,
-		`idempotency_requests_total{outcome="replayed",reason=""} 4`, // of a corrupt record and a denied one too: the middleware judges those
+		// Also for a corrupt record and a denied one: the middleware rejects those.
+		`idempotency_requests_total{outcome="replayed",reason=""} 4`,
 		`idempotency_requests_total{outcome="in-progress",reason="in-progress"} 3`,
 		`idempotency_requests_total{outcome="mismatch",reason="key-reused"} 1`,
 		`idempotency_requests_total{outcome="not-executed",reason=""} 1`,
@@ -130,7 +135,8 @@ func TestEveryMetricSaysWhatHappened(t *testing.T) {
 	wantDocumented(t, o.registry)
 }
 
-// wantDocumented compares the registry with the table in docs/metrics.md, and wants every metric to have been caused.
+// wantDocumented compares the registry with the table in docs/metrics.md, and requires that every
+// metric was caused.
 func wantDocumented(t *testing.T, registry *prometheus.Registry) {
 	t.Helper()
 	families, err := registry.Gather()

@@ -14,7 +14,7 @@ import (
 	promobserve "github.com/paidonce/idempotency/observe/prometheus"
 )
 
-// However many routes a client may cause, the series are bounded.
+// However many routes a client causes, the number of series is bounded.
 func TestRoutesAreBounded(t *testing.T) {
 	t.Parallel()
 	registry := prometheus.NewRegistry()
@@ -39,7 +39,7 @@ func TestRoutesAreBounded(t *testing.T) {
 	}
 }
 
-// What the engine does not give today is counted all the same, under a label that does not grow.
+// Values that the engine does not have today are counted too, under a label that does not grow.
 func TestUnknownLabelsAreOther(t *testing.T) {
 	t.Parallel()
 	registry := prometheus.NewRegistry()
@@ -56,7 +56,7 @@ func TestUnknownLabelsAreOther(t *testing.T) {
 	}
 }
 
-// The series that alerts look at are there before anything happened, or their first increase would not be one.
+// The series of alerts exist before the first event, or their first increase would not be one.
 func TestSeriesBeginAtZero(t *testing.T) {
 	t.Parallel()
 	registry := prometheus.NewRegistry()
@@ -69,7 +69,8 @@ func TestSeriesBeginAtZero(t *testing.T) {
 		`idempotency_handler_timeout_seconds 10`)
 }
 
-// A tracer around this one that does not know of WaitTracer takes the figure away, and does not make it negative.
+// If a tracer around this one does not implement WaitTracer, the figure is missing, and does not
+// become negative.
 func TestWaitersAreNeverNegative(t *testing.T) {
 	t.Parallel()
 	registry := prometheus.NewRegistry()
@@ -115,7 +116,8 @@ func TestWiringMistakesPanic(t *testing.T) {
 	}
 }
 
-// The store is asked once per interval, however often Prometheus asks; figures that can't be read anew stay, and age.
+// The store is read once per interval, however often Prometheus scrapes. If the figures can't be
+// read again, the old ones stay, and age.
 func TestRecordsAreReadOncePerInterval(t *testing.T) {
 	t.Parallel()
 	now, reads := time.Unix(1_700_000_000, 0), 0

@@ -15,7 +15,7 @@ import (
 	"github.com/paidonce/idempotency/observe/internal/fixture"
 )
 
-// dashboard is what a test looks at of one of Grafana's.
+// dashboard has the parts of a Grafana dashboard that the tests read.
 type dashboard struct {
 	Panels []struct {
 		ID          int
@@ -47,14 +47,15 @@ func readDashboard(t *testing.T) dashboard {
 	return d
 }
 
-// filledIn is an expression as Grafana sends it: with the values of its variables.
+// filledIn returns an expression as Grafana sends it: with the values of its variables.
 func filledIn(expression string) string {
 	return strings.NewReplacer("$__rate_interval", "2m", "$job", ".+").Replace(expression)
 }
 
 var legendLabel = regexp.MustCompile(`\{\{(\w+)\}\}`)
 
-// Where everything happens, each query of the dashboard has something to show, with the labels that its legend names.
+// When every event happens, each query of the dashboard returns data, with the labels that its
+// legend names.
 func TestEveryQueryOfTheDashboardReturnsData(t *testing.T) {
 	t.Parallel()
 	w := newWorld(t, 10*time.Second, patience)
@@ -105,12 +106,13 @@ func TestEveryQueryOfTheDashboardReturnsData(t *testing.T) {
 					shown = shown || point.F != 0 && !math.IsNaN(point.F) && !math.IsInf(point.F, 0)
 				}
 				for _, label := range legendLabel.FindAllStringSubmatch(target.LegendFormat, -1) {
-					if !series.Metric.Has(label[1]) && label[1] != "reason" { // which may be empty
+					if !series.Metric.Has(label[1]) && label[1] != "reason" { // it may be empty
 						t.Errorf("%s: the legend's %s is no label of %s", panel.Title, label[1], series.Metric)
 					}
 				}
 			}
-			if !shown && !strings.Contains(target.Expr, "lost_keys_forgotten") { // 16,384 requests would be needed
+			// That one would need 16,384 requests.
+			if !shown && !strings.Contains(target.Expr, "lost_keys_forgotten") {
 				t.Errorf("%s shows nothing: %s", panel.Title, expression)
 			}
 			if len(matrix) == 0 {
@@ -123,7 +125,7 @@ func TestEveryQueryOfTheDashboardReturnsData(t *testing.T) {
 	}
 }
 
-// Panels say what they show, lie beside each other, and use the variables that there are.
+// Panels have descriptions, do not overlap, and use only existing variables.
 func TestDashboardIsWellFormed(t *testing.T) {
 	t.Parallel()
 	d := readDashboard(t)
@@ -159,7 +161,7 @@ func TestDashboardIsWellFormed(t *testing.T) {
 	}
 }
 
-// Every metric that the service shows is on the dashboard or in a rule: none is collected for nobody.
+// Every metric of the service is on the dashboard or in a rule: none is collected for nothing.
 func TestEveryMetricIsLookedAt(t *testing.T) {
 	t.Parallel()
 	text := ""

@@ -33,7 +33,7 @@ func rules(t *testing.T) map[string]rulefmt.Rule {
 	return all
 }
 
-// Every alert tells what to do, and docs/metrics.md names each of them and no other.
+// Every alert has a remedy, and docs/metrics.md names each of them and no other.
 func TestRulesTellWhatToDo(t *testing.T) {
 	t.Parallel()
 	all := rules(t)
@@ -64,12 +64,13 @@ func TestRulesTellWhatToDo(t *testing.T) {
 }
 
 const (
-	patience  = 20 * time.Second // with a machine that is busy
+	patience  = 20 * time.Second // for a busy machine
 	goodTicks = 40               // 20 minutes
 	badTicks  = 44               // 22 minutes; the longest window and hold together are longer
 )
 
-// Each alert fires where what it is for happens, and on a good day none does. What else may fire is named: causes have effects.
+// Each alert fires when its cause happens, and on a good day none does. The row names the other
+// alerts that may fire, because causes have effects.
 func TestAlertsFireWhereTheyShould(t *testing.T) {
 	t.Parallel()
 	all := rules(t)
@@ -77,7 +78,7 @@ func TestAlertsFireWhereTheyShould(t *testing.T) {
 	tested := map[string]bool{}
 	for name, test := range map[string]struct {
 		happens func(w *world, n int) // in each interval of the bad time
-		ticks   int                   // of it; default: badTicks
+		ticks   int                   // of the bad time; default: badTicks
 		fires   []string
 		may     []string
 	}{
@@ -166,7 +167,8 @@ func TestAlertsFireWhereTheyShould(t *testing.T) {
 			for n := range goodTicks {
 				w.tick(func() { w.usual(n) })
 			}
-			if handlerTimeout == 10*time.Second { // a busy machine may take that long for any
+			// On a busy machine any handler may take that long.
+			if handlerTimeout == 10*time.Second {
 				for alert, rule := range all {
 					if w.fires(rule.Expr, time.Duration(rule.For)) {
 						t.Errorf("%s fires before anything happened", alert)

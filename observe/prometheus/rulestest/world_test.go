@@ -27,16 +27,17 @@ import (
 
 func TestMain(m *testing.M) { pgtest.Main(m) }
 
-// interval is that of scrapes and of rules: half a minute of a day that goes by as fast as the service answers.
+// interval is the time between scrapes, and between evaluations of the rules: half a minute of a
+// day that passes as fast as the service answers.
 const interval = 30 * time.Second
 
-// world is a service and the Prometheus that scrapes it. Time goes by when it says so.
+// world is a service and the Prometheus that scrapes it. It controls the time.
 type world struct {
 	*fixture.Service
 	t       *testing.T
 	tracer  *promobserve.Tracer
 	scraped http.Handler
-	unread  error // of the figures about the table
+	unread  error // the error of reading the figures about the table
 	begin   time.Time
 	now     time.Time
 	db      *tsdb.DB
@@ -77,7 +78,8 @@ func newWorld(t *testing.T, handlerTimeout, recordsTimeout time.Duration) *world
 	return w
 }
 
-// tick lets things happen and then an interval go by, at whose end Prometheus scrapes; or before, where they do not end first.
+// tick lets events happen and an interval pass. Prometheus scrapes at its end, unless the events
+// scraped meanwhile.
 func (w *world) tick(happen func()) {
 	w.t.Helper()
 	next := w.now.Add(interval)
@@ -93,7 +95,8 @@ func (w *world) scrapeNow() {
 	w.scrape()
 }
 
-// usual is what happens in an interval of a good day: payments, a retry now and then, a declined one, a walk of the reaper.
+// usual has the events of an interval of a good day: payments, a retry now and then, a declined
+// one, a walk of the reaper.
 func (w *world) usual(n int) {
 	w.t.Helper()
 	w.Execute(fixture.Transfers, 3)
@@ -113,7 +116,7 @@ func (w *world) reap() {
 	w.tracer.OnWalk(deleted, time.Since(started), err)
 }
 
-// text is what the service answers to a scrape.
+// text returns the service's answer to a scrape.
 func (w *world) text() string {
 	w.t.Helper()
 	answer := httptest.NewRecorder()
@@ -124,7 +127,8 @@ func (w *world) text() string {
 	return answer.Body.String()
 }
 
-// scrape asks the service for its metrics, and stores them as Prometheus does, under a job and an instance.
+// scrape reads the service's metrics, and stores them as Prometheus does, under a job and an
+// instance.
 func (w *world) scrape() {
 	w.t.Helper()
 	appender := w.db.Appender(context.Background())
@@ -172,13 +176,13 @@ func (w *world) query(expression string) promql.Matrix {
 		w.t.Errorf("%s: %v", expression, err)
 		return nil
 	}
-	for i := range matrix { // Close takes the points back
+	for i := range matrix { // Close reuses the points
 		matrix[i].Floats = slices.Clone(matrix[i].Floats)
 	}
 	return slices.Clone(matrix)
 }
 
-// fires reports whether an alert's expression held for so long at any time, as Prometheus counts it.
+// fires reports whether an alert's expression ever held for that long, as Prometheus counts it.
 func (w *world) fires(expression string, hold time.Duration) bool {
 	w.t.Helper()
 	for _, series := range w.query(expression) {
