@@ -1,10 +1,10 @@
-// Bars: one for each second and side, stacked by what attempts came to.
+// Bars: one for each second and side, stacked by outcome.
 
 import { count, dots, element, plural, sides } from "./format.js";
 
 const height = 120;
 const slot = 10;
-const kinds = ["e", "r", "p", "m", "f", "l"]; // a request that was lost never reached the bank
+const kinds = ["e", "r", "p", "m", "f", "l"]; // without lost requests: they never reached the bank
 const pools = new Map();
 
 export function prepareBars() {

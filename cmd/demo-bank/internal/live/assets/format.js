@@ -1,4 +1,4 @@
-// Words and numbers, and the one table of what an attempt can come to.
+// Words and numbers, and the one table of outcomes.
 
 const digits = new Intl.NumberFormat("en");
 const minor = new Intl.NumberFormat("en", { minimumFractionDigits: 2, maximumFractionDigits: 2 });
@@ -9,8 +9,8 @@ export const euros = (cents) => minor.format(cents / 100);
 export const money = (cents) => euros(cents) + " EUR";
 export const plural = (n, one, many) => `${count(n)} ${n === 1 ? one : many}`;
 
-// The letter of a dot, as the bank sends it: what it is called, alone and where there are many, and the name of its count. Colour, shape and letter all
-// say the same.
+// A dot's letter, as the bank sends it, with its name, its plural if that differs, and its count.
+// Colour, shape and letter show the same outcome.
 export const dots = {
   e: { name: "executed", count: "executed" },
   r: { name: "replayed", count: "replayed" },
@@ -21,7 +21,7 @@ export const dots = {
   x: { name: "request lost", many: "requests lost", count: "lost_requests" },
 };
 
-// sides, in the order in which the bank sends their counts.
+// sides lists the sides in the order of the bank's counts.
 export const sides = ["protected", "unprotected"];
 
 export function element(name, attributes = {}, ...children) {
@@ -31,7 +31,7 @@ export function element(name, attributes = {}, ...children) {
   return made;
 }
 
-// setText touches the page only where something changed.
+// setText changes the node only if its text differs.
 export function setText(node, text) {
   if (node.textContent !== text) node.textContent = text;
 }

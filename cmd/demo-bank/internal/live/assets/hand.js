@@ -1,4 +1,4 @@
-// Payments by hand, with what went over the wire.
+// Payments by hand, with their requests and responses.
 
 import { $, element } from "./format.js";
 
@@ -6,7 +6,7 @@ const base = document.body.dataset.url;
 const exchangesMax = 4;
 const shown = ["content-type", "location", "idempotency-status", "idempotent-replayed", "idempotency-created-at", "idempotency-expires-at", "retry-after"];
 
-// randomUUID exists on secure origins only; the bank may be looked at through plain HTTP from a phone.
+// randomUUID exists only on secure origins, but a phone may open the page through plain HTTP.
 function newKey() {
   if (crypto.randomUUID) return crypto.randomUUID();
   const bytes = crypto.getRandomValues(new Uint8Array(16));

@@ -1,4 +1,4 @@
-// The page: what the stream brings is folded into one state, and drawn once per frame of the screen.
+// The page: it folds the stream's frames into one state, and draws that once per animation frame.
 
 import { drawBars, prepareBars } from "./bars.js";
 import { $, setText } from "./format.js";

@@ -1,4 +1,4 @@
-// The storm's form, its progress, and the words of it for who does not see the page.
+// The storm's form, its progress, and its summary for screen readers.
 
 import { $, count, money, plural, setText } from "./format.js";
 
@@ -48,17 +48,17 @@ export function drawStorm(state) {
   $("stop").disabled = !running;
   $("progress").value = storm ? storm.answered / storm.copies : 0;
   if (!storm) {
-    setText($("storm-line"), state.proof?.run ? "The last storm, as the books have it. The bank has been started again since." : "No storm has run yet.");
+    setText($("storm-line"), state.proof?.run ? "The last storm, read from the books. The bank has been restarted since." : "No storm has run yet.");
     return;
   }
   const attempts = state.counts ? state.counts[0].attempts + state.counts[1].attempts : 0;
   const lost = state.counts ? state.counts[0].lost_replies + state.counts[1].lost_replies : 0;
   const seconds = ((storm.ended_ms || state.now) - storm.started_ms) / 1000;
-  setText($("storm-line"), `${states[storm.state]}: ${count(storm.plan.keys)} payments of ${money(storm.amount)} a side, ` +
+  setText($("storm-line"), `${states[storm.state]}: ${count(storm.plan.keys)} payments of ${money(storm.amount)} per side, ` +
     `${plural(attempts, "attempt", "attempts")}, ${plural(lost, "reply", "replies")} lost, ${Math.max(0, seconds).toFixed(1)} s.`);
 }
 
-// The summary is read aloud: when a storm ends, and every few seconds while one runs.
+// Screen readers read the summary aloud: when a storm ends, and every few seconds while one runs.
 const spokenEveryMS = 5000;
 let spokenAt = 0;
 let spoken = "";
@@ -68,7 +68,7 @@ export function speak(state) {
   const twins = state.proof?.twins || [];
   if (!storm || !twins.length) return;
   const running = storm.state === "running";
-  if (state.proof.in_flight && !running) return; // the next proof is of the end
+  if (state.proof.in_flight && !running) return; // wait for the proof from after the end
   const key = `${storm.run} ${storm.state}`;
   if (running ? performance.now() - spokenAt < spokenEveryMS : spoken === key) return;
   spokenAt = performance.now();

@@ -1,13 +1,14 @@
-// The stream of events, and what they add up to. A snapshot replaces everything; a field of an update replaces that field.
+// The stream of events, and their sum. A snapshot replaces everything. A field of an update replaces
+// that field.
 
-const silentMaxMS = 6000; // the proof alone brings two events a second
+const silentMaxMS = 6000; // the proof sends two events a second
 const againMS = 1500;
 
 export function emptyState() {
   return { epoch: "", storm: null, counts: null, bars: new Map(), lanes: new Map(), proof: null, limits: { lanes_max: 48, bars_max: 45 } };
 }
 
-// fold applies a frame and returns the state: a new one for a snapshot, so that nothing of another process is left.
+// fold applies a frame and returns the state: a new one for a snapshot, so that nothing of another process remains.
 export function fold(state, frame, snapshot) {
   if (snapshot) {
     state = emptyState();
@@ -35,7 +36,7 @@ function trim(map, max) {
 }
 
 // watch opens the stream and keeps it open. It calls onFrame(frame, isSnapshot) for each event, and onState with "live",
-// "connecting" or "gone" where that changes.
+// "connecting" or "gone" when that changes.
 export function watch(onFrame, onState) {
   let source = null;
   let heard = 0;
@@ -55,7 +56,7 @@ export function watch(onFrame, onState) {
     }
     source.onerror = () => {
       onState(source.readyState === EventSource.CLOSED ? "gone" : "connecting");
-      // A refusal, 503 for instance, ends an EventSource for good.
+      // A refusal such as 503 ends an EventSource for good.
       if (source.readyState === EventSource.CLOSED) again = setTimeout(open, againMS);
     };
   }

@@ -13,7 +13,7 @@ export function drawTwins(state) {
     if (!twin || twin.transfers === 0) {
       card.dataset.state = "idle";
       for (const name of ["lost", "ordered", "paid", "payer"]) setText(part(name), "–");
-      setText(part("verdict"), side === "protected" ? "A retry gets the answer of the first." : "Each retry is a new payment.");
+      setText(part("verdict"), side === "protected" ? "A retry gets the first answer." : "Each retry is a new payment.");
       part("due").style.width = part("over").style.width = "0";
       continue;
     }
@@ -60,7 +60,7 @@ export function drawProof(state) {
   else if (twins.length) [name, words] = ["pending", "nothing protected to prove"];
   $("proof").dataset.state = name;
   setText($("proof-verdict"), words);
-  const asked = storm?.answered ? ` Clients compared ${plural(storm.answered, "answer", "answers")}: ${count(storm.differing)} differed from its key's first.` : "";
+  const asked = storm?.answered ? ` Clients compared ${plural(storm.answered, "answer", "answers")}: ${count(storm.differing)} differed from the first answer to their key.` : "";
   setText($("proof-line"), `One REPEATABLE READ snapshot, read in ${proof.took_ms.toFixed(1)} ms at ${new Date(proof.at_ms).toLocaleTimeString("en-GB")}.${asked}`);
   const audits = { ok: "The audit of the whole bank after it: ok.", broken: "THE AUDIT OF THE WHOLE BANK IS BROKEN.", unknown: "" };
   setText($("bank-audit"), audits[storm?.audit] || "");
