@@ -14,19 +14,19 @@ import (
 )
 
 type benchCommand struct {
-	Quick       bool            `help:"Less of everything, in under a minute: 64 clients, short slices, no full table, no slow network. Other flags win over it."`
-	Clients     []int           `placeholder:"N" help:"Clients that send at once. (default: 1,16,64)"`
+	Quick       bool            `help:"A smaller run, in under a minute: 64 clients, short slices, no full table, no slow network. Other flags override it."`
+	Clients     []int           `placeholder:"N" help:"Numbers of concurrent clients. (default: 1,16,64)"`
 	Fsync       []string        `placeholder:"on" help:"With PostgreSQL's fsync, without it, or both. (default: on,off)"`
-	Keys        []int64         `placeholder:"N" help:"Records that lie in the table before; 10000000 take 5 GB of disk and some minutes more. (default: 0,1000000)"`
+	Keys        []int64         `placeholder:"N" help:"Records in the table before the run; 10000000 take 5 GB of disk and some more minutes. (default: 0,1000000)"`
 	Delay       []time.Duration `placeholder:"DURATION" help:"Delay of the network between service and PostgreSQL, each way; 0s is none. (default: 1ms)"`
-	Designs     []string        `placeholder:"NAME" help:"Measure these alone: ${benchDesigns}."`
-	Parts       []string        `placeholder:"NAME" help:"Do these parts alone: ${benchParts}."`
-	Rounds      int             `placeholder:"N" help:"How often each design is measured in each setting, in random order. (default: ${benchRounds})"`
-	Slice       time.Duration   `placeholder:"DURATION" help:"How long each time. (default: ${benchSlice})"`
-	PoolSize    int             `placeholder:"N" help:"Database connections at most. Without it as many as clients."`
-	Expired     int64           `placeholder:"N" help:"Records whose expiry is measured. (default: ${benchExpired})"`
-	Seed        uint64          `placeholder:"N" help:"Repeat the order and the choices of an earlier run. Without it one is drawn, and printed."`
-	DurationMax time.Duration   `placeholder:"DURATION" help:"What a run has not measured by then is left out. (default: ${benchDurationMax}, 2m with --quick)"`
+	Designs     []string        `placeholder:"NAME" help:"Measure only these: ${benchDesigns}."`
+	Parts       []string        `placeholder:"NAME" help:"Run only these parts: ${benchParts}."`
+	Rounds      int             `placeholder:"N" help:"Number of measurements of each design in each setting, in random order. (default: ${benchRounds})"`
+	Slice       time.Duration   `placeholder:"DURATION" help:"Duration of one measurement. (default: ${benchSlice})"`
+	PoolSize    int             `placeholder:"N" help:"Maximum number of database connections. Defaults to the number of clients."`
+	Expired     int64           `placeholder:"N" help:"Number of records in the measurement of expiry. (default: ${benchExpired})"`
+	Seed        uint64          `placeholder:"N" help:"Repeat the order and the choices of an earlier run. By default a seed is drawn and printed."`
+	DurationMax time.Duration   `placeholder:"DURATION" help:"Maximum duration of the run. Measurements not done by then are left out. (default: ${benchDurationMax}, 2m with --quick)"`
 	JSON        bool            `name:"json" help:"Print one JSON object instead of tables."`
 	Report      string          `placeholder:"FILE" help:"Write the JSON object to a file too."`
 	Plot        string          `placeholder:"FILE" help:"Draw the throughput at the most clients as an SVG."`
@@ -78,7 +78,7 @@ func (c *benchCommand) Run(ctx context.Context) error {
 		return noVerdict{fmt.Errorf("print the report: %w", err)}
 	}
 	if len(report.LeftOut) > 0 {
-		return noVerdict{errors.New("the time was over before all was measured: raise --duration-max")}
+		return noVerdict{errors.New("the run reached its maximum duration before everything was measured: raise --duration-max")}
 	}
 	return nil
 }

@@ -17,26 +17,26 @@ import (
 )
 
 type chaosCommand struct {
-	Profile       string        `placeholder:"NAME" default:"${profile}" help:"How much is sent and broken: smoke (20,000 requests, two minutes), nightly (200,000) or release (1,000,000). (default: ${default})"`
-	Seed          uint64        `placeholder:"N" help:"Repeat the schedule of an earlier run. Without it one is drawn, and printed."`
-	Operations    int           `placeholder:"N" help:"Requests to send at least, with as many faults as fit. Without it the profile's."`
-	Clients       int           `placeholder:"N" default:"${clients}" help:"Clients that send at once. (default: ${default})"`
+	Profile       string        `placeholder:"NAME" default:"${profile}" help:"Amount of requests and faults: smoke (20,000 requests, two minutes), nightly (200,000) or release (1,000,000). (default: ${default})"`
+	Seed          uint64        `placeholder:"N" help:"Repeat the schedule of an earlier run. By default a seed is drawn and printed."`
+	Operations    int           `placeholder:"N" help:"Minimum number of requests, with as many faults as fit. Defaults to the profile's."`
+	Clients       int           `placeholder:"N" default:"${clients}" help:"Number of concurrent clients. (default: ${default})"`
 	Banks         int           `placeholder:"N" default:"${banks}" help:"Bank processes that share the database. (default: ${default})"`
-	Wait          bool          `help:"Have duplicates wait for the answer: run the banks with --wait."`
-	DurationMax   time.Duration `placeholder:"DURATION" help:"A run that takes longer has failed. Without it the profile's: 3m, 20m or 75m."`
+	Wait          bool          `help:"Make duplicates wait for the answer: run the banks with --wait."`
+	DurationMax   time.Duration `placeholder:"DURATION" help:"Maximum duration: a longer run fails. Defaults to the profile's: 3m, 20m or 75m."`
 	JSON          bool          `name:"json" help:"Print one JSON object instead of a table."`
 	Report        string        `placeholder:"FILE" help:"Write the JSON object to a file too."`
-	Keep          bool          `help:"Keep the data folder and the logs of a run that failed, and print where."`
-	PrintSchedule bool          `help:"Print what would be done and when, and do nothing."`
+	Keep          bool          `help:"Keep the data folder and the logs of a failed run, and print their path."`
+	PrintSchedule bool          `help:"Print the schedule of faults, and do nothing."`
 	Mutants       bool          `help:"Run banks with seeded bugs instead: each must be caught. Needs a checkout and -tags mutants."`
-	Mutant        []string      `placeholder:"NAME" help:"With --mutants: these alone."`
+	Mutant        []string      `placeholder:"NAME" help:"With --mutants: only these."`
 	Bank          string        `hidden:"" placeholder:"FILE" help:"The program that serves, instead of this one: a demo-bank with a bug that should be found."`
 }
 
 // Validate is called by kong.
 func (c *chaosCommand) Validate() error {
 	if len(c.Mutant) > 0 && !c.Mutants {
-		return errors.New("--mutant says which of --mutants")
+		return errors.New("--mutant needs --mutants")
 	}
 	config := c.config()
 	return config.Validate()

@@ -27,7 +27,7 @@ import (
 	"github.com/paidonce/idempotency/cmd/internal/terminal"
 )
 
-const description = `A bank whose transfers can be retried without fear: the record of a request, its answer and the money's move commit in
+const description = `A bank with transfers that can be retried safely: the record of a request, its answer and the transfer are committed in
 one PostgreSQL transaction.
 
 Without a command it serves. Try:
@@ -42,8 +42,8 @@ Without a command it serves. Try:
 type commands struct {
 	Serve serveCommand `cmd:"" default:"withargs" help:"Serve the bank (the default)."`
 	Storm stormCommand `cmd:"" help:"Send duplicates of transfers to a bank and read the verdict from its books."`
-	Chaos chaosCommand `cmd:"" help:"Start banks and a PostgreSQL, break them while clients pay, and judge what became of the money."`
-	Bench benchCommand `cmd:"" help:"Measure what idempotency costs, against none and against other designs, in one run."`
+	Chaos chaosCommand `cmd:"" help:"Start banks and a PostgreSQL, break them while clients pay, and check the money afterwards."`
+	Bench benchCommand `cmd:"" help:"Measure the cost of idempotency, compared with none and with other designs, in one run."`
 
 	BenchServe benchServeCommand `cmd:"" hidden:""`
 }
@@ -51,14 +51,14 @@ type commands struct {
 type serveCommand struct {
 	Addr            string        `placeholder:"HOST:PORT" default:"${addr}" help:"Address to listen on; port 0 takes any free one. (default: ${default})"`
 	DatabaseURL     string        `name:"database-url" env:"DATABASE_URL" placeholder:"URL" help:"PostgreSQL that holds the books. Without it an embedded one is started."`
-	DataDir         *string       `name:"data-dir" placeholder:"DIR" help:"Folder that keeps the embedded PostgreSQL's data. Without it they are gone at exit."`
-	PoolSize        int           `placeholder:"N" default:"${poolSize}" help:"Database connections at most. (default: ${default})"`
-	ShutdownTimeout time.Duration `placeholder:"DURATION" default:"${shutdownTimeout}" help:"How long requests in flight may take when the bank is told to stop. (default: ${default})"`
-	TTL             time.Duration `name:"ttl" placeholder:"DURATION" default:"${ttl}" help:"How long an answer is kept for retries, from its commit on. (default: ${default})"`
-	ReapInterval    time.Duration `placeholder:"DURATION" default:"${reapInterval}" help:"How long the reaper of expired answers rests between two walks. (default: ${default})"`
-	HandlerTimeout  time.Duration `placeholder:"DURATION" default:"${handlerTimeout}" help:"How long a request may take until its COMMIT, ${handlerTimeoutMax} at most. (default: ${default})"`
-	Wait            time.Duration `placeholder:"DURATION" default:"0s" help:"How long a request waits for one with its key that is in progress, ${waitMax} at most and less than --ttl; 0s is 409 at once. (default: ${default})"`
-	AcquireTimeout  time.Duration `placeholder:"DURATION" default:"${acquireTimeout}" help:"How long a request waits for a database connection. (default: ${default})"`
+	DataDir         *string       `name:"data-dir" placeholder:"DIR" help:"Folder that keeps the embedded PostgreSQL's data. Without it the data is deleted at exit."`
+	PoolSize        int           `placeholder:"N" default:"${poolSize}" help:"Maximum number of database connections. (default: ${default})"`
+	ShutdownTimeout time.Duration `placeholder:"DURATION" default:"${shutdownTimeout}" help:"Maximum time for requests in progress when the bank stops. (default: ${default})"`
+	TTL             time.Duration `name:"ttl" placeholder:"DURATION" default:"${ttl}" help:"Time that an answer is kept for retries, from its commit. (default: ${default})"`
+	ReapInterval    time.Duration `placeholder:"DURATION" default:"${reapInterval}" help:"Pause of the reaper of expired answers between two walks. (default: ${default})"`
+	HandlerTimeout  time.Duration `placeholder:"DURATION" default:"${handlerTimeout}" help:"Maximum time of a request until its COMMIT, at most ${handlerTimeoutMax}. (default: ${default})"`
+	Wait            time.Duration `placeholder:"DURATION" default:"0s" help:"Maximum time that a request waits for one in progress with the same key, at most ${waitMax} and less than --ttl; 0s means 409 at once. (default: ${default})"`
+	AcquireTimeout  time.Duration `placeholder:"DURATION" default:"${acquireTimeout}" help:"Maximum time that a request waits for a database connection. (default: ${default})"`
 	LogLevel        slog.Level    `placeholder:"LEVEL" default:"INFO" help:"DEBUG, INFO, WARN or ERROR; DEBUG logs each request. (default: ${default})"`
 }
 
@@ -114,12 +114,12 @@ func (c *serveCommand) Run(ctx context.Context) error {
 }
 
 type stormCommand struct {
-	URL      string        `name:"url" placeholder:"URL" default:"http://${addr}" help:"The bank. (default: ${default})"`
-	Keys     int           `placeholder:"N" default:"2000" help:"Distinct transfers. (default: ${default})"`
-	Copies   int           `placeholder:"N" default:"4" help:"How often each is sent. (default: ${default})"`
-	Clients  int           `placeholder:"N" default:"32" help:"Clients that send at once. (default: ${default})"`
+	URL      string        `name:"url" placeholder:"URL" default:"http://${addr}" help:"URL of the bank. (default: ${default})"`
+	Keys     int           `placeholder:"N" default:"2000" help:"Number of distinct transfers. (default: ${default})"`
+	Copies   int           `placeholder:"N" default:"4" help:"Number of times each is sent. (default: ${default})"`
+	Clients  int           `placeholder:"N" default:"32" help:"Number of concurrent clients. (default: ${default})"`
 	Seed     uint64        `placeholder:"N" help:"Repeat the choices of an earlier storm. Keys are new each time."`
-	Patience time.Duration `placeholder:"DURATION" default:"60s" help:"How long a request is retried until it has its answer. (default: ${default})"`
+	Patience time.Duration `placeholder:"DURATION" default:"60s" help:"Maximum time that a request is retried until it has an answer. (default: ${default})"`
 	JSON     bool          `name:"json" help:"Print one JSON object instead of a table."`
 }
 
