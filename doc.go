@@ -26,7 +26,7 @@
 //   - package storage/memory is for a handler's unit tests
 //   - [Options] has the features that a route may switch on: Wait instead of 409, for example
 //   - [Engine.Do] is the protocol, top to bottom; decide, in decision.go, is the state machine
-//   - [Store] is what a store promises; package storage/storagetest holds it to that
+//   - [Store] has the promises of a store; package storage/storagetest tests them
 //   - [DerivedKey] is for calls to other services, which happen at least once
 //
 // This package imports the standard library only.

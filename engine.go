@@ -43,8 +43,8 @@ type Options struct {
 	// others; further ones do not wait. Defaults to 0: no request waits.
 	Wait time.Duration
 
-	// Disposition returns what an answer with this status means for the transaction. Defaults to
-	// [DefaultDisposition].
+	// Disposition returns the meaning of an answer with this status for the transaction. Defaults
+	// to [DefaultDisposition].
 	Disposition func(status int) Disposition
 
 	// Reduce returns the part of an answer that is recorded, if that is not all of it: a body may

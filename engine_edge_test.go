@@ -327,7 +327,7 @@ func TestResolveHasItsOwnTime(t *testing.T) {
 	}
 }
 
-// pickyStore is a store whose own timeouts are too short for a handler of more than a minute.
+// pickyStore is a store with timeouts that are too short for a handler of more than a minute.
 type pickyStore struct{ *script }
 
 func (pickyStore) CheckBudget(handlerTimeout, _ time.Duration) error {

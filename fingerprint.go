@@ -9,7 +9,8 @@ import (
 // FingerprintVersionUserMin is the least version of a function of your own.
 const FingerprintVersionUserMin = 100
 
-// Fingerprint is a hash of what a request asks for: two requests with one key must have equal ones.
+// Fingerprint is a hash of the content of a request: two requests with one key must have equal
+// ones.
 //
 // Version names the function that made it, because fingerprints of different functions can't be
 // compared: [NewFingerprintV1] has version 1, and functions of your own have versions from

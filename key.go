@@ -93,8 +93,8 @@ func (k Key) String() string {
 // Format keeps the key out of every verb of fmt.
 func (k Key) Format(f fmt.State, _ rune) { _, _ = f.Write([]byte(k.String())) } // fmt has no use for the error
 
-// errKeyEncoded is returned instead of a hash, which nobody could decode, and instead of the parts,
-// which would be in the log of whoever logs a struct as JSON.
+// errKeyEncoded is returned instead of a hash, which can't be decoded, and instead of the parts,
+// which would be in the log of a program that logs a struct as JSON.
 var errKeyEncoded = errors.New("idempotency: a Key is not encoded, so that it reaches no log by accident: encode its Scope and Value as fields of your own")
 
 // MarshalJSON returns an error. Encode Scope and Value as fields of your own.

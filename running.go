@@ -6,7 +6,7 @@ import (
 	"time"
 )
 
-// runningKeys are the keys whose handlers run in this process. A duplicate of such a request is
+// runningKeys are the keys with handlers that run in this process. A duplicate of such a request is
 // answered without the store: it holds no connection and sends nothing.
 //
 // A key is here only while its handler runs: from a granted claim until the end of the transaction

@@ -24,9 +24,10 @@
 //
 // # Where to look
 //
-//   - [New] and [Options]: what gets a key, how long it asks, and whether a server is trusted to honour keys
-//   - [Error], [ErrNotExecuted], [ErrUnknown]: what is true where there is no answer
-//   - [WithKey], [WithNewKey], [KeyFrom]: keys of the caller's own
+//   - [New] and [Options]: the requests that get a key, the limits of retries, and the servers that
+//     are trusted to honour keys
+//   - [Error], [ErrNotExecuted], [ErrUnknown]: the proven state of a request without an answer
+//   - [WithKey], [WithNewKey], [KeyFrom]: keys that the caller chooses
 //   - [IntentStore] and [Transport.Resume]: continuing after the process died; client/boltintent (a
 //     module of its own) and client/pgintent keep intents
 //   - [Options.Trace]: every attempt, as it happens

@@ -37,7 +37,7 @@ func Example() {
 	// transfers: 1 key: 36 characters
 }
 
-// bankOf is a service whose first replies are lost after its handler ran. It counts the transfers.
+// bankOf is a service that loses its first replies after its handler ran. It counts the transfers.
 func bankOf(lost int64, transfers *atomic.Int64) *httptest.Server {
 	transfer := http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
 		w.WriteHeader(http.StatusCreated)

@@ -36,9 +36,9 @@ func WithKey(ctx context.Context, key string) context.Context {
 	return context.WithValue(ctx, contextKey{}, ownKey{value: key})
 }
 
-// WithNewKey is [WithKey] for a key that nobody ever sent a request with, as the caller promises:
-// then [ErrNotExecuted] can be proven. If the promise is untrue, a caller may get not-executed for
-// a request that was executed.
+// WithNewKey is [WithKey] for a key that was never sent before, as the caller promises: then
+// [ErrNotExecuted] can be proven. If the promise is untrue, a caller may get not-executed for a
+// request that was executed.
 func WithNewKey(ctx context.Context, key string) context.Context {
 	return context.WithValue(ctx, contextKey{}, ownKey{value: key, isNew: true})
 }

@@ -12,7 +12,8 @@ import (
 	"github.com/paidonce/idempotency/client"
 )
 
-// blackHole returns an address of the loopback interface that answers no SYN, because its queue is full.
+// blackHole returns an address of the loopback interface that answers no SYN, because its queue is
+// full.
 func blackHole(t *testing.T) string {
 	t.Helper()
 	fd, err := syscall.Socket(syscall.AF_INET, syscall.SOCK_STREAM, 0)

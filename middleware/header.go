@@ -42,10 +42,10 @@ func ours(name string) bool {
 	return strings.HasPrefix(name, "Idempotency-") || strings.HasPrefix(name, "Idempotent-")
 }
 
-// recordable returns the headers of an answer that are recorded: those on the allow-list, whoever
-// set them, so that the record is the whole answer and does not depend on the middleware outside
-// today. It leaves out headers that Connection names, and a Content-Encoding that was set outside.
-// The values are copies.
+// recordable returns the headers of an answer that are recorded: those on the allow-list, also if
+// outer middleware set them, so that the record is the whole answer and does not depend on today's
+// outer middleware. It leaves out headers that Connection names, and a Content-Encoding that was
+// set outside. The values are copies.
 func recordable(header, before http.Header, allowed map[string]bool) map[string][]string {
 	var named []string
 	for spelled, values := range header {

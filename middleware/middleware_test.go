@@ -21,7 +21,7 @@ import (
 	"github.com/paidonce/idempotency/storage/postgres"
 )
 
-// The table of what goes over the wire, row by row.
+// The table of the protocol, row by row.
 
 func TestFirstRunThenReplay(t *testing.T) {
 	t.Parallel()

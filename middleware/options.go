@@ -25,8 +25,8 @@ type Options struct {
 	// that must exceed it.
 	Wait time.Duration
 
-	// Disposition returns what an answer with this status means for the transaction. Defaults to
-	// [idempotency.DefaultDisposition]: 2xx and 3xx are committed, 4xx recorded without the
+	// Disposition returns the meaning of an answer with this status for the transaction. Defaults
+	// to [idempotency.DefaultDisposition]: 2xx and 3xx are committed, 4xx recorded without the
 	// handler's writes, and 5xx forgotten.
 	Disposition func(status int) idempotency.Disposition
 

@@ -11,7 +11,8 @@ import (
 	"github.com/paidonce/idempotency/storage/memory"
 )
 
-// An engine has one tracer. Join makes one of several: here a log, and a detector that writes to it.
+// An engine has one tracer. Join makes one of several: here a log, and a detector that writes to
+// it.
 func ExampleJoin() {
 	handler := slog.NewTextHandler(os.Stdout, &slog.HandlerOptions{ReplaceAttr: func(_ []string, a slog.Attr) slog.Attr {
 		if a.Key == slog.TimeKey || a.Key == "after" {

@@ -96,7 +96,7 @@ func TestF18DatabaseClockJumps(t *testing.T) {
 	s.mustPay(t, "before", 201, "executed") // its record had expired
 }
 
-// clock is a PostgreSQL whose wall clock can be set.
+// clock is a PostgreSQL with a wall clock that can be set.
 type clock struct {
 	url  string
 	file string // libfaketime reads it whenever a program asks for the time

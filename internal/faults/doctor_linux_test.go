@@ -12,7 +12,7 @@ import (
 	"github.com/paidonce/idempotency/storage/postgres/operator"
 )
 
-// operate returns an operator whose pool may lead to a pooler.
+// operate returns an operator on a pool that may lead to a pooler.
 func operate(t *testing.T, databaseURL string) *operator.Operator {
 	t.Helper()
 	config, err := pgxpool.ParseConfig(databaseURL)

@@ -15,7 +15,8 @@ import (
 	"github.com/paidonce/idempotency/storage/memory"
 )
 
-// A request is a span with its steps below it, and a replay leads to the trace of the original attempt.
+// A request is a span with its steps below it, and a replay leads to the trace of the original
+// attempt.
 func ExampleNew() {
 	exporter := tracetest.NewInMemoryExporter()
 	provider := sdktrace.NewTracerProvider(sdktrace.WithSyncer(exporter))

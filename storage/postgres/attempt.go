@@ -15,9 +15,9 @@ import (
 	"github.com/paidonce/idempotency/storage/postgres/internal/wire"
 )
 
-// attempt is one run of a handler in an open transaction, on a connection of its own. It is one piece
-// of memory with the parameters of its statements, because a request should cost few allocations.
-// keyedAttempt and keylessAttempt embed it.
+// attempt is one run of a handler in an open transaction, on a connection of its own. It is one
+// piece of memory with the parameters of its statements, because a request should cost few
+// allocations. keyedAttempt and keylessAttempt embed it.
 type attempt struct {
 	store  *Store
 	claim  *idempotency.Claim
@@ -53,8 +53,8 @@ type keyedAttempt struct {
 	status     [2]byte
 	version    [2]byte
 	scope, key []byte
-	text       [96]byte  // of scope and key, where they are short
-	headers    [160]byte // recorded, where they are few
+	text       [96]byte  // of scope and key, if they are short
+	headers    [160]byte // recorded, if they are few
 	params     [insertParams][]byte
 }
 
@@ -104,8 +104,8 @@ func (a *keyedAttempt) init(store *Store, conn *pgxpool.Conn, claim *idempotency
 	a.scope, a.key = text[:len(claim.Key.Scope)], text[len(claim.Key.Scope):]
 }
 
-// lockCall tries to take the lock. The statement also returns the transaction's timestamp, and sets
-// what a pooler does not keep.
+// lockCall tries to take the lock. The statement also returns the transaction's timestamp, and
+// applies the settings that a pooler does not keep.
 func (a *attempt) lockCall() wire.Call {
 	a.lockParams[0] = a.lockNumber[:]
 	return wire.Call{Statement: &a.store.statements.lock, Params: a.lockParams[:], Row: lockRow{a}}
@@ -241,9 +241,10 @@ func (a *keyedAttempt) Commit(ctx context.Context, answer *idempotency.Answer) e
 	return a.recorded(ctx, "commit", a.commit(ctx, deferred, refused, record))
 }
 
-// commit sends the last flush: what the handler deferred, unless a statement was refused, and as the
-// last statement before COMMIT the record or, without a key, a guard. The guard comes first: if the
-// transaction is not the claim's, an error of a deferred statement or constraint proves nothing.
+// commit sends the last flush: the handler's deferred statements, unless one was refused, and as
+// the last statement before COMMIT the record or, without a key, a guard. The guard comes first: if
+// the transaction is not the claim's, an error of a deferred statement or constraint proves
+// nothing.
 func (a *attempt) commit(ctx context.Context, deferred []wire.Call, refused error, last wire.Call) error {
 	if !a.tx.Abandoned() && !wire.PlainText(a.conn) {
 		return fail("commit", idempotency.ErrAborted, errEncoding)
@@ -319,10 +320,10 @@ func (a *keyedAttempt) recorded(ctx context.Context, step string, err error) err
 // key is looked up once more.
 func (a *keyedAttempt) looks() bool { return a.store.options.Isolation != pgx.ReadCommitted }
 
-// Decline implements [idempotency.Attempt]: it undoes the handler's writes and records the answer, in
-// one round trip. Between the ROLLBACK and the INSERT another attempt may claim the key. So it tries
-// the lock and ignores the result: waiting would hold this connection for the other handler's whole
-// run, and the primary key decides anyway.
+// Decline implements [idempotency.Attempt]: it undoes the handler's writes and records the answer,
+// in one round trip. Between the ROLLBACK and the INSERT another attempt may claim the key. So it
+// tries the lock and ignores the result: waiting would hold this connection for the other handler's
+// whole run, and the primary key decides anyway.
 func (a *keyedAttempt) Decline(ctx context.Context, answer *idempotency.Answer) error {
 	defer a.release(ctx)
 	s := &a.store.statements

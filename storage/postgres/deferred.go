@@ -17,7 +17,7 @@ import (
 type Rows int
 
 // AnyRowsUnchecked accepts every number of rows. A statement that finds nothing to update is then
-// committed with the answer, and nobody learns of it.
+// committed with the answer, without any error.
 const AnyRowsUnchecked Rows = -1
 
 // DeferExec adds a statement to those that run after the handler has returned, in the same

@@ -63,8 +63,8 @@ func (s *statements) meaning(failed *wire.Call, err *pgconn.PgError) (sentinel, 
 			return idempotency.ErrTransactionLost, err
 		}
 	case &s.insert:
-		// A trigger may copy records into a table with the same name in another schema. An error that
-		// names no table is taken for ours.
+		// A trigger may copy records into a table with the same name in another schema. An error
+		// that names no table is taken for ours.
 		ours := err.TableName == "" || err.TableName == TableName && err.SchemaName == s.schema
 		switch {
 		case ours && err.Code == "23502" && err.ColumnName == "created_at":

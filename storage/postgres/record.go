@@ -9,8 +9,9 @@ import (
 	"github.com/paidonce/idempotency/storage/postgres/internal/wire"
 )
 
-// A record is written by one INSERT and read by one look-up; their SQL is in [statements]. This file
-// has the parameters of the INSERT, the columns of the look-up, and the encoding of the headers.
+// A record is written by one INSERT and read by one look-up; their SQL is in [statements]. This
+// file has the parameters of the INSERT, the columns of the look-up, and the encoding of the
+// headers.
 
 // insertParams is the number of parameters of the INSERT.
 const insertParams = 12
@@ -88,8 +89,8 @@ func decodeRecord(values [][]byte) (*idempotency.Record, error) {
 // values are never joined. Lengths and counts are unsigned varints.
 const headersVersion = 1
 
-// encodeHeaders returns the stored form, in buffer if there is room for it. Equal headers give equal
-// bytes.
+// encodeHeaders returns the stored form, in buffer if there is room for it. Equal headers give
+// equal bytes.
 func encodeHeaders(buffer []byte, header map[string][]string) []byte {
 	names := make([]string, 0, 16) // more than there are on most answers: it stays on the stack
 	pairs, size := 0, 8
@@ -114,8 +115,8 @@ func encodeHeaders(buffer []byte, header map[string][]string) []byte {
 	return out
 }
 
-// decodeHeaders reads the stored form. It fails on anything that encodeHeaders does not write: a replay
-// must equal the recorded answer.
+// decodeHeaders reads the stored form. It fails on anything that encodeHeaders does not write: a
+// replay must equal the recorded answer.
 func decodeHeaders(stored []byte) (map[string][]string, error) {
 	if len(stored) < 2 || stored[0] != headersVersion {
 		return nil, errRecord

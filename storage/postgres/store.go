@@ -51,10 +51,10 @@ type Options struct {
 	LockTimeout              time.Duration
 	IdleInTransactionTimeout time.Duration
 
-	// PrepareTimeout is the time that a new connection waits for the table when [Configure] prepares
-	// the store's statements on it. If somebody keeps the table locked for longer, as a migration may,
-	// the connection works without them, and the server parses each statement every time. Defaults
-	// to 250 milliseconds; at least 1 millisecond.
+	// PrepareTimeout is the time that a new connection waits for the table when [Configure]
+	// prepares the store's statements on it. If somebody keeps the table locked for longer, as a
+	// migration may, the connection works without them, and the server parses each statement every
+	// time. Defaults to 250 milliseconds; at least 1 millisecond.
 	PrepareTimeout time.Duration
 
 	// SynchronousCommit is PostgreSQL's setting synchronous_commit: "on", the default, or

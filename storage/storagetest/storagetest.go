@@ -21,13 +21,15 @@ import (
 	"github.com/paidonce/idempotency"
 )
 
-// Features names the promises that a store does not make. The zero value is a store that makes all of them.
+// Features names the promises that a store does not make. The zero value is a store that makes all
+// of them.
 type Features struct {
 	// WritesStay: the handler has no transaction; its writes stay whatever the end of the attempt.
 	// Handlers then pay twice after a crash. Harness.Write, Written and Break may be nil.
 	WritesStay bool
 
-	// NotDurable: a second store on the same data does not know the records of the first. Harness.Reopen may be nil.
+	// NotDurable: a second store on the same data does not know the records of the first.
+	// Harness.Reopen may be nil.
 	NotDurable bool
 
 	// NoExpiry: records are never deleted. Harness.Advance and DeleteExpired may be nil.
