@@ -252,15 +252,19 @@ func (a *attempt) commit(ctx context.Context, deferred []wire.Call, refused erro
 	if refused != nil {
 		return fail("commit", refusal(refused), refused)
 	}
-	if len(deferred) > 0 {
-		last.Row = wire.RowFunc(func([][]byte) error { // a warning of theirs is none of COMMIT's
-			wire.ForgetWarning(a.conn)
-			return nil
-		})
-	}
+	last.Row = lastRow{a}
 	s := &a.store.statements
 	calls := append(append(a.calls[:0], a.guardCall()), deferred...)
 	return a.end(ctx, "commit", append(calls, wire.Call{Statement: &s.constraints}, last, wire.Call{Statement: &s.commit}))
+}
+
+// lastRow takes the row of the last statement before COMMIT. A warning of the statements, constraints
+// and triggers up to there is not COMMIT's.
+type lastRow struct{ *attempt }
+
+func (a lastRow) ReadRow([][]byte) error {
+	wire.ForgetWarning(a.conn)
+	return nil
 }
 
 // guardCall fails if the transaction is not the one of the claim.

@@ -85,9 +85,10 @@ options:
 }
 
 // deferredMeaning returns the sentinel for PostgreSQL's error in the handler's deferred statement
-// of this number, and the error with its place added. It is never about the record.
-func deferredMeaning(number int, err *pgconn.PgError) (sentinel, explained error) {
-	if err.Code == "26000" && err.Where == "" { // deallocated by somebody: the next run prepares it once more
+// of this number, and the error with its place added. It is never about the record. A statement
+// that is stale, or was deallocated by somebody, is prepared once more by the next run.
+func deferredMeaning(number int, stale bool, err *pgconn.PgError) (sentinel, explained error) {
+	if stale || err.Code == "26000" && err.Where == "" {
 		return idempotency.ErrNotSerializable, err
 	}
 	remedy := "deferred statement " + strconv.Itoa(number)

@@ -2,6 +2,7 @@ package postgres_test
 
 import (
 	"context"
+	"database/sql/driver"
 	"errors"
 	"fmt"
 	"net"
@@ -779,32 +780,41 @@ func TestLongDeferredStatementsAreSentBehindASync(t *testing.T) {
 	}
 }
 
-// A warning of a deferred statement is not taken for that of a COMMIT that did not wait.
+// A warning of a deferred statement, or of a trigger that was deferred to COMMIT, is not taken for that of a COMMIT that
+// did not wait.
 func TestWarningOfADeferredStatementIsItsOwn(t *testing.T) {
 	t.Parallel()
 	config := configOfOwnServer(t)
 	b := setup(t, &setupOptions{database: config.ConnString()})
-	b.exec(t, `CREATE FUNCTION warn() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN RAISE WARNING 'low'; RETURN NEW; END $$;
-		CREATE TRIGGER warn BEFORE INSERT ON effects FOR EACH ROW EXECUTE FUNCTION warn()`)
+	b.exec(t, `CREATE TABLE watched (name text);
+		CREATE FUNCTION warn() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN RAISE WARNING 'low'; RETURN NEW; END $$;
+		CREATE TRIGGER warn BEFORE INSERT ON effects FOR EACH ROW EXECUTE FUNCTION warn();
+		CREATE CONSTRAINT TRIGGER warn AFTER INSERT ON watched DEFERRABLE INITIALLY DEFERRED FOR EACH ROW EXECUTE FUNCTION warn()`)
 	setStandbys(t, b.pool, "nobody")
 	defer setStandbys(t, b.pool, "")
 	engine := idempotency.NewEngine(b.store, &idempotency.Options{Timeouts: idempotency.Timeouts{Resolve: 10 * time.Millisecond}})
+	trigger := func(ctx context.Context, tx pgx.Tx) int {
+		if _, err := tx.Exec(ctx, "INSERT INTO watched VALUES ('a')"); err != nil {
+			t.Error(err)
+		}
+		return 201
+	}
+	statement := deferred(t, "INSERT INTO effects (name) VALUES ('deferred')")
 	for _, c := range []struct {
 		key     string
-		outcome idempotency.Outcome
-	}{{"k", idempotency.OutcomeExecuted}, {"", idempotency.OutcomeExecuted}} {
+		handler func(context.Context, pgx.Tx) int
+	}{{"statement", statement}, {"", statement}, {"trigger", trigger}, {"", trigger}} {
 		done := make(chan idempotency.Result, 1)
 		go func() {
 			done <- engine.Do(context.Background(), request(c.key, ""), func(ctx context.Context) (*idempotency.Answer, error) {
-				deferEffect(ctx, t)
-				return answer(201), nil
+				return answer(c.handler(ctx, postgres.Tx(ctx))), nil
 			})
 		}()
 		for b.count(t, "SELECT count(*) FROM pg_stat_activity WHERE wait_event = 'SyncRep'") == 0 {
 			time.Sleep(time.Millisecond)
 		}
 		setStandbys(t, b.pool, "") // releases it without a warning
-		want(t, <-done, c.outcome, "")
+		want(t, <-done, idempotency.OutcomeExecuted, "")
 		setStandbys(t, b.pool, "nobody")
 	}
 }
@@ -824,4 +834,118 @@ func TestDeferredTextsAreBounded(t *testing.T) {
 	b.exec(t, "DEALLOCATE ALL")
 	last := fmt.Sprintf("INSERT INTO effects (name) VALUES ('%d')", postgres.DeferredTextsMax+20-1)
 	want(t, b.do(t, request("after", ""), deferred(t, last)), idempotency.OutcomeExecuted, "")
+}
+
+// A new text never pushes out one that the same request has deferred already.
+func TestDeferredTextsOfOneRequestMayExceedTheBound(t *testing.T) {
+	t.Parallel()
+	const texts = postgres.DeferredTextsMax + 20
+	b := setup(t, &setupOptions{store: &postgres.Options{DeferredMax: texts}, configure: func(c *pgxpool.Config) { c.MaxConns = 1 }})
+	for round := range 3 { // the second meets a full connection
+		runs := 0
+		result := b.do(t, request(fmt.Sprint("k", round), ""), func(ctx context.Context, tx pgx.Tx) int {
+			runs++
+			for i := range texts {
+				deferred(t, fmt.Sprintf("INSERT INTO effects (name) VALUES ('%d of %d')", i, round))(ctx, tx)
+			}
+			return 201
+		})
+		want(t, result, idempotency.OutcomeExecuted, "")
+		if n := b.effects(t); n != (round+1)*texts || runs != 1 {
+			t.Errorf("%d effects after %d requests, %d runs of the last", n, round+1, runs)
+		}
+	}
+}
+
+// panickingArgument panics when it is encoded.
+type panickingArgument struct{}
+
+func (panickingArgument) Value() (driver.Value, error) { panic("no value") }
+
+// A statement whose argument panics is missing, so the request fails even if the handler recovers.
+func TestDeferExecThatPanicsFailsTheRequest(t *testing.T) {
+	t.Parallel()
+	for name, opts := range encodings() {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			b := setup(t, opts)
+			for _, key := range []string{"k", ""} {
+				result := b.do(t, request(key, ""), func(ctx context.Context, _ pgx.Tx) int {
+					deferEffect(ctx, t)
+					func() {
+						defer func() {
+							if recover() == nil {
+								t.Error("no panic")
+							}
+						}()
+						_ = postgres.DeferExec(ctx, "INSERT INTO effects (name) VALUES ($1)", panickingArgument{})
+					}()
+					return 201
+				})
+				want(t, result, idempotency.OutcomeNotExecuted, idempotency.ReasonHandlerFailed)
+				if n := b.effects(t); n != 0 {
+					t.Errorf("key %q: %d effects", key, n)
+				}
+			}
+		})
+	}
+}
+
+// A migration may change the type of a column under a statement that connections have prepared.
+func TestDeferredStatementIsPreparedAgainAfterItsTypesChanged(t *testing.T) {
+	t.Parallel()
+	for name, opts := range encodings() {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			o := *opts
+			o.configure = func(c *pgxpool.Config) {
+				if opts.configure != nil {
+					opts.configure(c)
+				}
+				c.MaxConns = 1
+			}
+			b := setup(t, &o)
+			b.exec(t, "CREATE TABLE prices (price int)")
+			for i, change := range []string{"SELECT", "ALTER TABLE prices ALTER price TYPE jsonb USING to_jsonb(price)"} {
+				b.exec(t, change)
+				want(t, b.do(t, request(fmt.Sprint("k", i), ""), deferred(t, "INSERT INTO prices (price) VALUES ($1)", "5")), idempotency.OutcomeExecuted, "")
+			}
+			if n := b.count(t, "SELECT count(*) FROM prices WHERE price = '5'"); n != 2 {
+				t.Errorf("%d prices", n)
+			}
+		})
+	}
+}
+
+// What a nested transaction deferred, and undid, does not count as sent behind a Sync.
+func TestNestedTransactionUndoesTheSyncOfWhatWasDeferredInIt(t *testing.T) {
+	t.Parallel()
+	sent := new(atomic.Int64)
+	b := setup(t, &setupOptions{configure: func(config *pgxpool.Config) {
+		dial := config.ConnConfig.DialFunc
+		config.ConnConfig.DialFunc = func(ctx context.Context, network, address string) (net.Conn, error) {
+			conn, err := dial(ctx, network, address)
+			return syncs{conn, sent}, err
+		}
+	}})
+	want(t, b.do(t, request("k", ""), func(ctx context.Context, tx pgx.Tx) int {
+		insert := func(length int) {
+			deferred(t, "INSERT INTO effects (name) VALUES ($1)", strings.Repeat("x", length))(ctx, tx)
+		}
+		insert(postgres.TogetherBytesMax - 50)
+		nested, err := tx.Begin(ctx)
+		if err != nil {
+			t.Fatal(err)
+		}
+		insert(100)
+		if err := nested.Rollback(ctx); err != nil {
+			t.Error(err)
+		}
+		insert(100)
+		sent.Store(0)
+		return 201
+	}), idempotency.OutcomeExecuted, "")
+	if n := sent.Load(); n != 2 {
+		t.Errorf("%d Syncs, want 2", n)
+	}
 }

@@ -662,3 +662,52 @@ func TestHandlerCannotRedirectTheRecord(t *testing.T) {
 		t.Errorf("synchronous_commit was on at %d of 2 commits", n)
 	}
 }
+
+// runawayScanner hands its rows to a goroutine that outlives it.
+type runawayScanner struct {
+	began chan struct{}
+	ended chan error
+}
+
+func (s runawayScanner) ScanRow(rows pgx.Rows) error {
+	go func() {
+		close(s.began)
+		for rows.Next() {
+		}
+		s.ended <- rows.Err()
+	}()
+	<-s.began
+	time.Sleep(10 * time.Millisecond) // in Next
+	return nil
+}
+
+// Rows and results that a callback hands to another goroutine work no more once it has returned: the
+// connection is used by one goroutine at a time.
+func TestRowsOfACallbackEndWithIt(t *testing.T) {
+	t.Parallel()
+	const slow = "SELECT pg_sleep(0.05) FROM generate_series(1, 3)"
+	b := setup(t, nil)
+	for name, scan := range map[string]func(context.Context, pgx.Tx, runawayScanner) error{
+		"scanner": func(ctx context.Context, tx pgx.Tx, s runawayScanner) error {
+			return tx.QueryRow(ctx, slow).Scan(s)
+		},
+		"callback of a batch": func(ctx context.Context, tx pgx.Tx, s runawayScanner) error {
+			var batch pgx.Batch
+			batch.Queue(slow).QueryRow(func(row pgx.Row) error { return row.Scan(s) })
+			return tx.SendBatch(ctx, &batch).Close()
+		},
+	} {
+		result := b.do(t, request(strings.ReplaceAll(name, " ", "-"), ""), func(ctx context.Context, tx pgx.Tx) int {
+			s := runawayScanner{make(chan struct{}), make(chan error, 1)}
+			if err := scan(ctx, tx, s); err != nil {
+				t.Logf("%s: %v", name, err)
+			}
+			if err := <-s.ended; err != nil && !errors.Is(err, postgres.ErrSealed) && !errors.Is(err, postgres.ErrBusy) {
+				t.Errorf("%s: %v", name, err)
+			}
+			effect(ctx, t)
+			return 201
+		})
+		want(t, result, idempotency.OutcomeExecuted, "")
+	}
+}

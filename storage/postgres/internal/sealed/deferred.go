@@ -1,10 +1,12 @@
 package sealed
 
 import (
+	"cmp"
 	"context"
 	"crypto/rand"
 	"errors"
 	"fmt"
+	"slices"
 	"sync"
 
 	"github.com/jackc/pgx/v5"
@@ -36,14 +38,14 @@ func (d *deferred) refuse(err error) {
 	}
 }
 
-// state returns the length of the list, and the error if a statement was refused. d may be nil.
-func (d *deferred) state() (calls int, refused error) {
+// note writes the state of the list into a savepoint. d may be nil.
+func (d *deferred) note(s *savepoint) {
 	if d == nil {
-		return 0, nil
+		return
 	}
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	return len(d.calls), d.refused
+	s.deferred, s.together, s.refused = len(d.calls), d.together, d.refused
 }
 
 // Deferred returns the deferred statements, the bytes of their parameters since the last Sync, and
@@ -58,18 +60,18 @@ func (t *Transaction) Deferred() (calls []wire.Call, together int, refused error
 	return d.calls, d.together, d.refused
 }
 
-// backTo goes back to an earlier state. d may be nil.
-func (d *deferred) backTo(calls int, refused error) {
+// backTo goes back to the state that note wrote. d may be nil.
+func (d *deferred) backTo(s *savepoint) {
 	if d == nil {
 		return
 	}
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	d.calls, d.refused = d.calls[:calls], refused
+	d.calls, d.together, d.refused = d.calls[:s.deferred], s.together, s.refused
 }
 
-// errArguments stands for pgx's error, which quotes the argument.
-var errArguments = errors.New("an argument can't be encoded: DeferExec returned the reason")
+// errArguments stands for pgx's error, which quotes the argument, and for a panic of its encoder.
+var errArguments = errors.New("an argument can't be encoded: DeferExec returned the reason, or panicked")
 
 // Defer adds a statement to those that the last flush sends. statement returns it, and the number
 // of rows that it must touch, negative for any.
@@ -81,9 +83,10 @@ func (tx *Tx) Defer(ctx context.Context, statement func() (rows int, sql string,
 		}
 		return err
 	}
+	added := false
 	defer func() {
-		if err != nil {
-			d.refuse(err)
+		if !added { // also if an argument's encoder panics, and the handler recovers
+			d.refuse(cmp.Or(err, errArguments))
 		}
 		tx.done(err)
 	}()
@@ -111,7 +114,11 @@ func (tx *Tx) Defer(ctx context.Context, statement func() (rows int, sql string,
 	}
 	number := len(d.calls) + 1
 	c := wire.Call{Statement: &s.Statement, Params: encoded.ParamValues, Formats: encoded.ParamFormats}
-	c.Meaning = func(err *pgconn.PgError) (sentinel, explained error) { return tx.settings.Meaning(number, err) }
+	c.Meaning = func(err *pgconn.PgError) (sentinel, explained error) {
+		stale := s.stale(err)
+		tx.stalePlans = tx.stalePlans || stale
+		return tx.settings.Meaning(number, stale, err)
+	}
 	size := 0
 	for _, param := range c.Params {
 		size += len(param)
@@ -121,7 +128,7 @@ func (tx *Tx) Defer(ctx context.Context, statement func() (rows int, sql string,
 	}
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	d.calls = append(d.calls, c)
+	d.calls, added = append(d.calls, c), true
 	return nil
 }
 
@@ -130,6 +137,14 @@ type deferredStatement struct {
 	wire.Statement
 	params      int
 	description *pgconn.StatementDescription // nil: parameters are encoded as in pgx.QueryExecModeExec
+}
+
+// stale reports whether an error shows that the types of the parameters are no longer those that the
+// server told when the statement was prepared: a column's type was changed. It could not have been
+// prepared otherwise. A function's own error would name it in its context, and a missing privilege
+// is found only now.
+func (s *deferredStatement) stale(err *pgconn.PgError) bool {
+	return len(s.OIDs) > 0 && wire.Class(err) == "42" && err.Code != "42501" && err.Where == ""
 }
 
 // deferredText is the key of a deferred statement among those that are remembered.
@@ -178,9 +193,12 @@ func (tx *Tx) deferredStatement(ctx context.Context, sql string, rows int) (*def
 		known = map[deferredText]*deferredStatement{}
 		conn.CustomData()[DeferredMark] = known
 	}
-	for text, other := range known { // any of them
+	for text, other := range known { // any that this request does not use
 		if len(known) < DeferredTextsMax {
 			break
+		}
+		if tx.defers(other) {
+			continue
 		}
 		if other.Name != "" {
 			if err := conn.Deallocate(ctx, other.Name); err != nil {
@@ -191,4 +209,9 @@ func (tx *Tx) deferredStatement(ctx context.Context, sql string, rows int) (*def
 	}
 	known[text] = s
 	return s, nil
+}
+
+// defers reports whether the statement is on the list of this transaction.
+func (t *transaction) defers(s *deferredStatement) bool {
+	return slices.ContainsFunc(t.deferring().calls, func(c wire.Call) bool { return c.Statement == &s.Statement })
 }

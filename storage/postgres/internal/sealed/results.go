@@ -2,6 +2,7 @@ package sealed
 
 import (
 	"fmt"
+	"sync"
 
 	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgconn"
@@ -14,12 +15,37 @@ type usage interface {
 	done(err error)
 }
 
-// heldUsage is the usage of steps that run while the transaction is in use already: callbacks of a
-// batch, and the scan of a row.
-type heldUsage struct{ *transaction }
+// heldUsage is the usage of steps that run while the transaction is in use already: a callback of a
+// batch, or the scan of a row by a pgx.RowScanner. The callback may hand the results to another
+// goroutine, so each step is one use of the heldUsage, and none begins after end.
+type heldUsage struct {
+	*transaction
+	step sync.Mutex
+	over bool // guarded by step
+}
 
-func (h heldUsage) use() error     { return nil }
-func (h heldUsage) done(err error) { h.remember(err) }
+func (h *heldUsage) use() error {
+	if !h.step.TryLock() {
+		return ErrBusy
+	}
+	if h.over {
+		h.step.Unlock()
+		return fmt.Errorf("%w: the callback has returned", ErrSealed)
+	}
+	return nil
+}
+
+func (h *heldUsage) done(err error) {
+	h.remember(err)
+	h.step.Unlock()
+}
+
+// end waits for a step that another goroutine has begun.
+func (h *heldUsage) end() {
+	h.step.Lock()
+	defer h.step.Unlock()
+	h.over = true
+}
 
 // handlerRows are the rows of a sealed transaction. Each step is a use of it, and its error is
 // remembered.
@@ -93,7 +119,7 @@ func (r *handlerRows) Conn() *pgx.Conn { return nil }
 // handlerRow is the first of some rows.
 type handlerRow struct {
 	rows pgx.Rows     // of a batch, or of a query that failed; else nil
-	own  handlerRows  // of a query
+	own  handlerRows  // of a query; tx is set while a pgx.RowScanner has them
 	tx   *transaction // that is in use from the query until Scan
 }
 
@@ -109,6 +135,9 @@ func (r *handlerRow) Scan(dest ...any) error {
 		r.tx.done(r.own.Rows.Err())
 	}()
 	if scansRows(dest) {
+		held := &heldUsage{transaction: r.tx}
+		defer held.end()
+		r.own.tx = held
 		return scanOne(&r.own, dest)
 	}
 	return scanOne(r.own.Rows, dest)

@@ -57,8 +57,8 @@ type savepoint struct {
 	number  int
 	failure error // of the transaction when it was opened: ROLLBACK TO restores it
 
-	deferred int // statements when it was opened
-	refused  error
+	deferred, together int // of the deferred statements when it was opened
+	refused            error
 }
 
 // Settings are shared by the transactions of a store. They are not changed once one has begun.
@@ -68,8 +68,8 @@ type Settings struct {
 	DeferredMax int               // the maximum number of deferred statements
 
 	// Meaning returns the sentinel for an error of the deferred statement of this number, and the
-	// error with its place added.
-	Meaning func(number int, err *pgconn.PgError) (sentinel, explained error)
+	// error with its place added. stale means that it must be prepared once more.
+	Meaning func(number int, stale bool, err *pgconn.PgError) (sentinel, explained error)
 
 	texts texts
 }
@@ -256,7 +256,7 @@ func (tx *Tx) Begin(ctx context.Context) (_ pgx.Tx, err error) {
 	}
 	tx.sequence = number
 	s := savepoint{number: number, failure: tx.failure}
-	s.deferred, s.refused = tx.deferred.Load().state()
+	tx.deferred.Load().note(&s)
 	tx.savepoints = append(tx.savepoints, s)
 	return &Tx{transaction: tx.transaction, savepoint: number}, nil
 }
@@ -293,7 +293,7 @@ func (tx *Tx) Rollback(ctx context.Context) (err error) {
 	}
 	depth := tx.depth()
 	tx.failure = tx.savepoints[depth].failure
-	tx.deferred.Load().backTo(tx.savepoints[depth].deferred, tx.savepoints[depth].refused)
+	tx.deferred.Load().backTo(&tx.savepoints[depth])
 	if err := tx.exec(ctx, "RELEASE SAVEPOINT "+name); err != nil {
 		return err
 	}
@@ -353,7 +353,7 @@ func (tx *Tx) QueryRow(ctx context.Context, sql string, arguments ...any) pgx.Ro
 		row.rows = failedRows{err}
 		return row
 	}
-	row.own = handlerRows{Rows: rows, tx: heldUsage{tx.transaction}}
+	row.own.Rows = rows
 	row.tx, sent = tx.transaction, true
 	tx.row.Store(row)
 	if tx.sealed.Load() && tx.row.CompareAndSwap(row, nil) { // Seal waits for the slot, and this row may never be scanned
@@ -394,7 +394,9 @@ func (tx *Tx) SendBatch(ctx context.Context, batch *pgx.Batch) pgx.BatchResults 
 		query.Arguments = arguments
 		if callback := query.Fn; callback != nil {
 			query.Fn = func(results pgx.BatchResults) error {
-				return callback(&handlerBatch{BatchResults: results, tx: heldUsage{tx.transaction}})
+				held := &heldUsage{transaction: tx.transaction}
+				defer held.end()
+				return callback(&handlerBatch{BatchResults: results, tx: held})
 			}
 		}
 	}
