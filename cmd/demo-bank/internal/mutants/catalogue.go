@@ -230,6 +230,17 @@ func Catalogue() []Mutant {
 `}},
 		},
 		{
+			Name: "key-in-memory-past-the-handler",
+			Bug:  "a key is kept in memory until its request ends, so a retry of a recorded key is told that it is in progress",
+			Test: Test{".", "TestRecordedKeyIsNeverInProgressFromMemory"},
+			edits: []edit{
+				{engineFile, `	defer e.family.running.remove(claim)
+`, ``},
+				{engineFile, `	answer, failed := e.call(`, `	defer e.family.running.remove(&req.claim)
+	answer, failed := e.call(`},
+			},
+		},
+		{
 			Name: "recorder-unwraps",
 			Bug:  "the recorder has an Unwrap, and a handler that flushes",
 			edits: []edit{
