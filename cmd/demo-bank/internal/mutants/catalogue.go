@@ -234,7 +234,7 @@ func Catalogue() []Mutant {
 			Bug:  "a key is kept in memory until its request ends, so a retry of a recorded key is told that it is in progress",
 			Test: Test{".", "TestRecordedKeyIsNeverInProgressFromMemory"},
 			edits: []edit{
-				{engineFile, `	defer e.family.running.remove(claim)
+				{engineFile, `		defer e.family.running.remove(&req.claim)
 `, ``},
 				{engineFile, `	answer, failed := e.call(`, `	defer e.family.running.remove(&req.claim)
 	answer, failed := e.call(`},
