@@ -67,7 +67,7 @@ func validSchema(name string) error {
 
 // keyArguments name a key.
 type keyArguments struct {
-	Scope string `arg:"" help:"The account whose key it is; \"-\" reads it from the standard input."`
+	Scope string `arg:"" help:"The account that owns the key; \"-\" reads it from the standard input."`
 	Key   string `arg:"" help:"The key, unquoted; \"-\" reads it from the standard input."`
 }
 

@@ -20,16 +20,16 @@ import (
 )
 
 type keyCommands struct {
-	Get    getCommand    `cmd:"" help:"Show one key: its record, who holds it, and what is known to have become of it."`
+	Get    getCommand    `cmd:"" help:"Show one key: its record, its holder, and its known history."`
 	List   listCommand   `cmd:"" help:"Show a page of keys."`
-	Watch  watchCommand  `cmd:"" help:"Show what becomes of one key, as it happens."`
-	Expire expireCommand `cmd:"" help:"End a record's time. Once the reaper has been by, a retry RUNS AGAIN and can pay twice."`
+	Watch  watchCommand  `cmd:"" help:"Show the changes of one key as they happen."`
+	Expire expireCommand `cmd:"" help:"Expire a record now. After the reaper's next walk, a retry RUNS AGAIN and can pay twice."`
 	Delete deleteCommand `cmd:"" help:"Delete a record now. A retry RUNS AGAIN and can pay twice."`
 }
 
 type getCommand struct {
 	keyArguments
-	Body bool `help:"Show the recorded body as well, as it is stored. It may hold what you need not see."`
+	Body bool `help:"Show the recorded body as well, as it is stored. It may contain private data."`
 }
 
 // state returns a key's state in one word.
@@ -148,20 +148,20 @@ func (a *app) getText(key idempotency.Key, found operator.State, events []operat
 }
 
 type listCommand struct {
-	Scope     string `placeholder:"SCOPE" help:"Of this account alone."`
+	Scope     string `placeholder:"SCOPE" help:"Only keys of this account."`
 	KeyPrefix string `placeholder:"PREFIX" help:"Keys that begin with this."`
 	Status    int    `placeholder:"2-5" help:"2 for 2xx, 4 for 4xx."`
-	Live      bool   `xor:"expiry" help:"Whose time is not over."`
-	Expired   bool   `xor:"expiry" help:"Whose time is over, and which wait for the reaper."`
+	Live      bool   `xor:"expiry" help:"Only records that have not expired."`
+	Expired   bool   `xor:"expiry" help:"Only expired records that wait for the reaper."`
 	Since     string `placeholder:"TIME" help:"Created at or after: a duration ago (2h) or RFC 3339."`
 	Until     string `placeholder:"TIME" help:"Created before."`
 	TraceID   string `name:"trace-id" placeholder:"ID" help:"Of the attempt that was executed."`
 	Attempt   string `placeholder:"UUID" help:"Of this attempt."`
-	Rows      int    `placeholder:"N" default:"50" help:"At most as many, up to 1000. (default: ${default})"`
-	After     string `placeholder:"CURSOR" help:"Go on where the page before ended."`
+	Rows      int    `placeholder:"N" default:"50" help:"Maximum number of rows, up to 1000. (default: ${default})"`
+	After     string `placeholder:"CURSOR" help:"Continue after the previous page."`
 	Desc      bool   `help:"From the last key to the first."`
-	All       bool   `help:"Go through the whole table for a page, however long it takes."`
-	Recent    bool   `help:"About the newest of all accounts, from the end of the table. Goes with no filter."`
+	All       bool   `help:"Scan the whole table for a page, however long that takes."`
+	Recent    bool   `help:"Roughly the newest keys of all accounts, from the end of the table. Not with a filter."`
 }
 
 func (c *listCommand) filter() (f operator.Filter, err error) {
@@ -270,7 +270,7 @@ func (a *app) printList(list operator.List) error {
 
 type watchCommand struct {
 	keyArguments
-	Interval time.Duration `placeholder:"DURATION" default:"1s" help:"How often to look, 100ms at least. (default: ${default})"`
+	Interval time.Duration `placeholder:"DURATION" default:"1s" help:"Interval between looks, at least 100ms. (default: ${default})"`
 	Until    string        `placeholder:"STATE" enum:"absent,in-progress,recorded,expired," default:"" help:"End once it is absent, in-progress, recorded or expired."`
 	For      time.Duration `placeholder:"DURATION" help:"End after this long; with --until that is exit code 5."`
 }
@@ -364,10 +364,10 @@ func (c *watchCommand) look(ctx context.Context, a *app, o *operator.Operator, k
 
 type actFlags struct {
 	keyArguments
-	Reason  string `required:"" placeholder:"TEXT" help:"Why. It is kept in the audit table."`
-	Actor   string `placeholder:"NAME" help:"Who. (default: your account on this machine)"`
-	Attempt string `placeholder:"UUID" help:"Only if the record is of this attempt still, as key get showed it."`
-	Yes     bool   `short:"y" help:"Don't ask. Required where there is no terminal to ask on."`
+	Reason  string `required:"" placeholder:"TEXT" help:"Reason for the act. It is kept in the audit table."`
+	Actor   string `placeholder:"NAME" help:"Your name. (default: your account on this machine)"`
+	Attempt string `placeholder:"UUID" help:"Act only if the record is still of this attempt, as shown by key get."`
+	Yes     bool   `short:"y" help:"Don't ask. Required without a terminal."`
 }
 
 type (

@@ -56,17 +56,17 @@ const (
 )
 
 type commands struct {
-	DatabaseURL string `name:"database-url" env:"DATABASE_URL" placeholder:"URL" help:"PostgreSQL to look at. Without it the variables of libpq (PGHOST, ...) say."`
+	DatabaseURL string `name:"database-url" env:"DATABASE_URL" placeholder:"URL" help:"PostgreSQL to connect to. Without it the variables of libpq (PGHOST, ...) apply."`
 	Schema      string `placeholder:"NAME" default:"public" help:"Schema that holds the tables. (default: ${default})"`
-	JSON        bool   `name:"json" help:"Print JSON: one object, or one a line for what may be many."`
+	JSON        bool   `name:"json" help:"Print JSON: one object, or one per line for a list."`
 
 	Migrate migrateCommands `cmd:"" help:"Make, upgrade or undo the tables."`
-	Doctor  doctorCommand   `cmd:"" help:"Say what is wrong with the database, and what to do about it."`
-	Key     keyCommands     `cmd:"" help:"Look at keys, and end them."`
+	Doctor  doctorCommand   `cmd:"" help:"Find faults of the database, each with its remedy."`
+	Key     keyCommands     `cmd:"" help:"Show keys, expire or delete them."`
 	Stats   statsCommand    `cmd:"" help:"Count and measure."`
-	Top     topCommand      `cmd:"" help:"Show what is in flight, again and again."`
+	Top     topCommand      `cmd:"" help:"Show the requests in progress, repeatedly."`
 	GC      gcCommand       `cmd:"" name:"gc" help:"Delete expired records, and old history."`
-	Serve   serveCommand    `cmd:"" help:"Serve the admin page, to whoever knows a token."`
+	Serve   serveCommand    `cmd:"" help:"Serve the admin page to clients with a token."`
 }
 
 // app holds the state that commands share.

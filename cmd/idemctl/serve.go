@@ -41,10 +41,10 @@ const (
 
 type serveCommand struct {
 	Addr      string `placeholder:"HOST:PORT" default:"127.0.0.1:8484" help:"Address to listen on; port 0 takes any free one. (default: ${default})"`
-	TokenFile string `placeholder:"FILE" help:"File with the token that the page asks for. Else ${tokenVariable} has it, else one is made and printed."`
-	Actor     string `placeholder:"NAME" help:"Who acts are noted down as; the page asks nobody's name. (default: your account on this machine)"`
+	TokenFile string `placeholder:"FILE" help:"File with the token that the page asks for. Without it ${tokenVariable} applies; if that is unset, a token is made and printed."`
+	Actor     string `placeholder:"NAME" help:"Name that is recorded with each act; the page asks for none. (default: your account on this machine)"`
 	ReadOnly  bool   `help:"Leave out expire and delete."`
-	Anywhere  bool   `help:"Listen on other addresses than this machine's own too. The page speaks plain HTTP: put TLS in front of it."`
+	Anywhere  bool   `help:"Allow addresses that other machines can reach. The page speaks plain HTTP: put TLS in front of it."`
 }
 
 // Run is called by kong.

@@ -15,16 +15,16 @@ import (
 )
 
 type migrateCommands struct {
-	Up     upCommand     `cmd:"" help:"Apply what is missing. Services need not stop."`
+	Up     upCommand     `cmd:"" help:"Apply the missing migrations. Services need not stop."`
 	Down   downCommand   `cmd:"" help:"Undo down to a version. At 0 every record is lost, and each retry RUNS AGAIN."`
-	Status statusCommand `cmd:"" help:"Say which version there is, and which there could be."`
+	Status statusCommand `cmd:"" help:"Show the current and the latest version."`
 }
 
 type (
 	upCommand   struct{}
 	downCommand struct {
-		To  *uint `required:"" placeholder:"VERSION" help:"Version to go back to; ${servingVersion} is the least that services need."`
-		Yes bool  `short:"y" help:"Required: what is undone is lost."`
+		To  *uint `required:"" placeholder:"VERSION" help:"Version to go back to; services need at least ${servingVersion}."`
+		Yes bool  `short:"y" help:"Required: the data of undone migrations is lost."`
 	}
 	statusCommand struct{}
 )
@@ -238,8 +238,8 @@ func statsLines(s *operator.Stats) []string {
 }
 
 type gcCommand struct {
-	EventsAge time.Duration `placeholder:"DURATION" default:"${eventsAge}" help:"How long the history of requests is kept; 0s leaves all of it. (default: ${default})"`
-	AuditAge  time.Duration `placeholder:"DURATION" default:"0s" help:"How long the acts of operators are kept; 0s leaves all of them. (default: ${default})"`
+	EventsAge time.Duration `placeholder:"DURATION" default:"${eventsAge}" help:"Time that the history of requests is kept; 0s keeps all of it. (default: ${default})"`
+	AuditAge  time.Duration `placeholder:"DURATION" default:"0s" help:"Time that the acts of operators are kept; 0s keeps all of them. (default: ${default})"`
 }
 
 // Run is called by kong.
@@ -282,8 +282,8 @@ func (c *gcCommand) Run(a *app) error {
 }
 
 type topCommand struct {
-	Interval time.Duration `placeholder:"DURATION" default:"2s" help:"How often, 500ms at least. (default: ${default})"`
-	Count    int           `placeholder:"N" help:"End after as many; 0 goes on until q or Ctrl-C."`
+	Interval time.Duration `placeholder:"DURATION" default:"2s" help:"Interval between looks, at least 500ms. (default: ${default})"`
+	Count    int           `placeholder:"N" help:"End after this many looks; 0 continues until q or Ctrl-C."`
 }
 
 const topIntervalMin = 500 * time.Millisecond
