@@ -50,7 +50,7 @@ func TestEveryMetricSaysWhatHappened(t *testing.T) {
 	t.Parallel()
 	// With room for two requests the detector forgets, and still finds duplicates that come at
 	// once.
-	o := observe(t, &promobserve.Options{HandlerTimeout: 7 * time.Second, LostKeys: lostkey.Options{RequestsMax: 2}})
+	o := observe(t, &promobserve.Options{Timeouts: idempotency.Timeouts{Handler: 7 * time.Second}, LostKeys: lostkey.Options{RequestsMax: 2}})
 	o.Execute(fixture.Transfers, 3)
 	o.Replay(fixture.Payments)
 	o.Decline()

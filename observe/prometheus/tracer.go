@@ -26,9 +26,9 @@ const (
 
 // Options tune a [Tracer]. Nil and the zero value are the defaults. A negative number panics.
 type Options struct {
-	// HandlerTimeout is the engine's. It is a metric so that an alert can compare handlers with it.
-	// Defaults to 10 seconds, as the engine's does.
-	HandlerTimeout time.Duration
+	// Timeouts are those of middleware.Options. They set no timeout here: Handler, which defaults to
+	// 10 seconds in both, becomes a metric, so that an alert can compare handlers with it.
+	Timeouts idempotency.Timeouts
 
 	// Route returns a request's route from its context, if Request.Route is unsuitable. Its values
 	// must come from a small set. Nil takes Request.Route, which the middleware sets.
@@ -52,13 +52,13 @@ func (o *Options) full() Options {
 	if o != nil {
 		full = *o
 	}
-	full.HandlerTimeout = cmp.Or(full.HandlerTimeout, 10*time.Second)
+	full.Timeouts.Handler = cmp.Or(full.Timeouts.Handler, 10*time.Second)
 	full.RoutesMax = cmp.Or(full.RoutesMax, 100)
 	if full.Route == nil {
 		full.Route = func(_ context.Context, route string) string { return route }
 	}
-	if full.HandlerTimeout < 0 || full.RoutesMax < 0 {
-		panic(fmt.Sprintf("idempotency/prometheus: Options.HandlerTimeout is %v and RoutesMax is %d: neither may be negative", full.HandlerTimeout, full.RoutesMax))
+	if full.Timeouts.Handler < 0 || full.RoutesMax < 0 {
+		panic(fmt.Sprintf("idempotency/prometheus: Options.Timeouts.Handler is %v and RoutesMax is %d: neither may be negative", full.Timeouts.Handler, full.RoutesMax))
 	}
 	return full
 }
@@ -189,7 +189,7 @@ func New(registerer prometheus.Registerer, opts *Options) *Tracer {
 		ends: map[end]endSeries{}, times: map[idempotency.Step]prometheus.Observer{}, routes: map[string]*routeSeries{},
 	}
 	limit := gauge("handler_timeout_seconds", "The limit of the claim and the handler together.")
-	limit.Set(t.options.HandlerTimeout.Seconds())
+	limit.Set(t.options.Timeouts.Handler.Seconds())
 	waiting := prometheus.NewGaugeFunc(prometheus.GaugeOpts{
 		Name: "idempotency_requests_waiting", Help: "Requests that wait for another attempt now. They hold no connection.",
 	}, func() float64 { return float64(t.waiters.Load()) })

@@ -19,6 +19,7 @@ import (
 	"github.com/prometheus/prometheus/promql/parser"
 	"github.com/prometheus/prometheus/tsdb"
 
+	"github.com/paidonce/idempotency"
 	"github.com/paidonce/idempotency/internal/pgtest"
 	"github.com/paidonce/idempotency/observe/internal/fixture"
 	promobserve "github.com/paidonce/idempotency/observe/prometheus"
@@ -49,7 +50,7 @@ func newWorld(t *testing.T, handlerTimeout, recordsTimeout time.Duration) *world
 	w := &world{t: t, begin: time.Unix(1_700_000_000, 0)}
 	w.now = w.begin
 	registry := prometheus.NewRegistry()
-	w.tracer = promobserve.New(registry, &promobserve.Options{HandlerTimeout: handlerTimeout})
+	w.tracer = promobserve.New(registry, &promobserve.Options{Timeouts: idempotency.Timeouts{Handler: handlerTimeout}})
 	w.Service = fixture.New(t, fixture.Options{Tracer: w.tracer})
 	registry.MustRegister(promobserve.NewPoolCollector(w.Pool.Stat), promobserve.NewRecordsCollector(func(ctx context.Context) (postgres.Statistics, error) {
 		if w.unread != nil {

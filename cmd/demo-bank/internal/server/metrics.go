@@ -8,6 +8,7 @@ import (
 	"github.com/prometheus/client_golang/prometheus/collectors"
 	"github.com/prometheus/client_golang/prometheus/promhttp"
 
+	"github.com/paidonce/idempotency"
 	promobserve "github.com/paidonce/idempotency/observe/prometheus"
 	"github.com/paidonce/idempotency/storage/postgres"
 )
@@ -25,7 +26,7 @@ func newMetrics(handlerTimeout time.Duration) *metrics {
 	registry := prometheus.NewRegistry()
 	registry.MustRegister(collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
 	return &metrics{
-		Tracer:   promobserve.New(registry, &promobserve.Options{HandlerTimeout: handlerTimeout}),
+		Tracer:   promobserve.New(registry, &promobserve.Options{Timeouts: idempotency.Timeouts{Handler: handlerTimeout}}),
 		registry: registry,
 	}
 }
