@@ -97,13 +97,15 @@ func TestWiringMistakesPanic(t *testing.T) {
 	t.Parallel()
 	read := func(context.Context) (promobserve.Records, error) { return promobserve.Records{}, nil }
 	for name, wire := range map[string]func(){
-		"no registerer":     func() { promobserve.New(nil, nil) },
-		"twice":             func() { r := prometheus.NewRegistry(); promobserve.New(r, nil); promobserve.New(r, nil) },
-		"routes":            func() { promobserve.New(prometheus.NewRegistry(), &promobserve.Options{RoutesMax: -1}) },
-		"handler's timeout": func() { promobserve.New(prometheus.NewRegistry(), &promobserve.Options{Timeouts: idempotency.Timeouts{Handler: -1}}) },
-		"no statistics":     func() { promobserve.NewRecordsCollector[promobserve.Records](nil, nil) },
-		"interval":          func() { promobserve.NewRecordsCollector(read, &promobserve.RecordsOptions{Interval: -1}) },
-		"timeout":           func() { promobserve.NewRecordsCollector(read, &promobserve.RecordsOptions{Timeout: -1}) },
+		"no registerer": func() { promobserve.New(nil, nil) },
+		"twice":         func() { r := prometheus.NewRegistry(); promobserve.New(r, nil); promobserve.New(r, nil) },
+		"routes":        func() { promobserve.New(prometheus.NewRegistry(), &promobserve.Options{RoutesMax: -1}) },
+		"handler's timeout": func() {
+			promobserve.New(prometheus.NewRegistry(), &promobserve.Options{Timeouts: idempotency.Timeouts{Handler: -1}})
+		},
+		"no statistics": func() { promobserve.NewRecordsCollector[promobserve.Records](nil, nil) },
+		"interval":      func() { promobserve.NewRecordsCollector(read, &promobserve.RecordsOptions{Interval: -1}) },
+		"timeout":       func() { promobserve.NewRecordsCollector(read, &promobserve.RecordsOptions{Timeout: -1}) },
 	} {
 		func() {
 			defer func() {
