@@ -59,6 +59,10 @@ type Options struct {
 	// Start.
 	DataDir string
 
+	// TempDir is the folder for what is temporary: the socket, and the data if DataDir is empty. What
+	// a killed process left there is removed by the next Start in it. Defaults to os.TempDir.
+	TempDir string
+
 	// Settings are postgresql.conf settings such as "fsync": "off". They override the defaults
 	// (fsync on, max_connections 100) and ALTER SYSTEM. Settings that decide where PostgreSQL lives
 	// and listens are refused.
@@ -146,7 +150,7 @@ func start(ctx context.Context, opts *Options, primary *Server) (_ *Server, err 
 			_ = undo.run() // the start's own error says more
 		}
 	}()
-	run, err := newRunDir(acct)
+	run, err := newRunDir(acct, opts.TempDir)
 	if err != nil {
 		return nil, err
 	}

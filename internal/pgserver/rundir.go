@@ -1,6 +1,7 @@
 package pgserver
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
 	"os"
@@ -25,8 +26,8 @@ type runDir struct {
 }
 
 // newRunDir makes a folder that the account may enter, after removing those of dead owners.
-func newRunDir(acct *account) (*runDir, error) {
-	parent, err := runParent(acct)
+func newRunDir(acct *account, tempDir string) (*runDir, error) {
+	parent, err := runParent(acct, cmp.Or(tempDir, os.TempDir()))
 	if err != nil {
 		return nil, err
 	}
@@ -53,10 +54,10 @@ func newRunDir(acct *account) (*runDir, error) {
 	return nil, fmt.Errorf("make temporary folder in %s: others removed it %d times", parent, runTries)
 }
 
-// runParent returns the system's folder for temporary files, or /tmp if that folder makes the
+// runParent returns the folder for temporary files, or /tmp if that folder makes the
 // socket's path too long or is closed to the account.
-func runParent(acct *account) (string, error) {
-	parents := []string{os.TempDir()}
+func runParent(acct *account, tempDir string) (string, error) {
+	parents := []string{tempDir}
 	if unixSockets {
 		parents = append(parents, "/tmp")
 	}

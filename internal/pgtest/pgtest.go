@@ -276,7 +276,14 @@ func (c *cluster) startOnce() error {
 	}
 	ctx, cancel := context.WithTimeout(context.Background(), startMax)
 	defer cancel()
+	tempDir := ""
+	if testing.Short() {
+		// A database is 300 files, and ext4 is slow to make files where others were just removed: half
+		// of the tests' CPU. Without -short the tests write to a disk, as a service does.
+		tempDir = memory()
+	}
 	server, err := pgserver.Start(ctx, &pgserver.Options{
+		TempDir: tempDir,
 		Settings: map[string]string{
 			// The machine does not crash in a test; PostgreSQL may.
 			"fsync":              "off",
