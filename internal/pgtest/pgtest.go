@@ -278,8 +278,8 @@ func (c *cluster) startOnce() error {
 	defer cancel()
 	tempDir := ""
 	if testing.Short() {
-		// A database is 300 files, and ext4 is slow to make files where others were just removed: half
-		// of the tests' CPU. Without -short the tests write to a disk, as a service does.
+		// A database is 300 files, and ext4 is slow to make files where others were just removed: a third
+		// of storage/postgres' CPU. Without -short the tests write to a disk, as a service does.
 		tempDir = memory()
 	}
 	server, err := pgserver.Start(ctx, &pgserver.Options{
