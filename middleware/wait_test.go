@@ -51,7 +51,7 @@ func TestDuplicatesThatWaitGetTheAnswer(t *testing.T) {
 	const copies = 32
 	var authorized atomic.Int64
 	var idem *middleware.Middleware
-	released := make(chan struct{})
+	claimed, released := make(chan struct{}, copies), make(chan struct{})
 	b := setup(t, setupOptions{
 		middleware: &middleware.Options{
 			Wait:            50 * time.Second,
@@ -72,6 +72,7 @@ func TestDuplicatesThatWaitGetTheAnswer(t *testing.T) {
 		},
 	}, func(w http.ResponseWriter, r *http.Request) {
 		if r.URL.Path != "/quick" {
+			claimed <- struct{}{}
 			<-released
 		}
 		w.Header()["Vary"] = append(make([]string, 0, 4), "Origin")
@@ -86,6 +87,7 @@ func TestDuplicatesThatWaitGetTheAnswer(t *testing.T) {
 		group.Go(func() { replies[i] = b.post(t, "/", "{}", "Idempotency-Key", "k", "Id", string(rune('A'+i))) })
 	}
 	inFlight(t, idem, copies)
+	<-claimed // else the next request may be the one that runs, and wait for itself
 	conflict := b.post(t, "/", "{}", "Idempotency-Key", "k", "Prefer", "respond-at-once")
 	want(t, conflict, 409, idempotency.OutcomeInProgress, idempotency.ReasonInProgress)
 	wrong := make(chan reply, 1)
