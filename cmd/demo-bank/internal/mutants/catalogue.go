@@ -58,7 +58,8 @@ func Catalogue() []Mutant {
 		{
 			Name: "store-after-commit",
 			Bug:  "the record is stored after the handler's transaction has committed",
-			edits: []edit{{attemptFile, keyedCommit, `	s := &a.store.statements
+			edits: []edit{{attemptFile, keyedCommit, `	_, _ = deferred, refused
+	s := &a.store.statements
 	if err := a.end(ctx, "commit", append(a.calls[:0], a.guardCall(), wire.Call{Statement: &s.commit})); err != nil {
 		return err
 	}
