@@ -11,13 +11,12 @@ import (
 	"log/slog"
 	"net"
 	"net/http"
-	"strconv"
 	"sync"
-	"syscall"
 	"time"
 
 	"github.com/paidonce/idempotency/cmd/demo-bank/internal/bank"
 	"github.com/paidonce/idempotency/cmd/demo-bank/internal/live"
+	"github.com/paidonce/idempotency/cmd/demo-bank/internal/port"
 	"github.com/paidonce/idempotency/internal/nodeid"
 	"github.com/paidonce/idempotency/storage/postgres"
 )
@@ -132,7 +131,7 @@ var ErrDatabaseGone = errors.New("the embedded PostgreSQL has ended")
 // otherwise an error of one line that names the remedy.
 func (s *Server) Run(ctx context.Context) (err error) {
 	// The port comes first: if it is taken, nothing else has been started.
-	listener, err := listen(ctx, s.config.Addr)
+	listener, err := port.Listen(ctx, s.config.Addr)
 	if err != nil {
 		return err
 	}
@@ -164,7 +163,7 @@ func (s *Server) Run(ctx context.Context) (err error) {
 	group.Go(func() { s.reaper(store).Run(background) })
 
 	books := bank.New(pool, ids, s.config.TTL, s.logger)
-	page := live.New(pool, urlOf(listener.Addr()), s.config.TTL, s.logger)
+	page := live.New(pool, port.URL(listener.Addr()), s.config.TTL, s.logger)
 	books.OnTransfer(page.OnTransfer)
 	group.Go(func() { page.Run(background) })
 	return s.serve(ctx, listener, s.handler(store, books, ids, page), page.Stop, db)
@@ -187,18 +186,6 @@ func endOfStart(ctx context.Context, err error) error {
 	return err
 }
 
-func listen(ctx context.Context, addr string) (net.Listener, error) {
-	var config net.ListenConfig
-	listener, err := config.Listen(ctx, "tcp", addr)
-	switch {
-	case errors.Is(err, syscall.EADDRINUSE):
-		return nil, fmt.Errorf("the address %s is taken: stop the program that listens there, or choose another with --addr (127.0.0.1:0 takes any free port)", addr)
-	case err != nil:
-		return nil, fmt.Errorf("can't listen on %s: %w: choose another address with --addr", addr, err)
-	}
-	return listener, nil
-}
-
 // httpServer returns the HTTP server, which answers through handler while the gate is open.
 func (s *Server) httpServer(handler http.Handler) *http.Server {
 	return &http.Server{
@@ -219,7 +206,7 @@ func (s *Server) serve(ctx context.Context, listener net.Listener, handler http.
 	server := s.httpServer(handler)
 	failed := make(chan error, 1)
 	go func() { failed <- server.Serve(listener) }()
-	s.url = urlOf(listener.Addr())
+	s.url = port.URL(listener.Addr())
 	s.greet(db)
 	close(s.serving)
 
@@ -267,17 +254,4 @@ func (s *Server) reaper(store *postgres.Store) *postgres.Reaper {
 			}
 		},
 	})
-}
-
-// urlOf returns the URL of a listener as seen from this machine.
-func urlOf(addr net.Addr) string {
-	tcp, ok := addr.(*net.TCPAddr)
-	if !ok {
-		return "http://" + addr.String()
-	}
-	host := tcp.IP.String()
-	if tcp.IP.IsUnspecified() {
-		host = "127.0.0.1"
-	}
-	return "http://" + net.JoinHostPort(host, strconv.Itoa(tcp.Port))
 }
