@@ -22,6 +22,7 @@ import (
 	"github.com/paidonce/idempotency"
 	"github.com/paidonce/idempotency/cmd/demo-bank/internal/bench"
 	"github.com/paidonce/idempotency/cmd/demo-bank/internal/chaos"
+	"github.com/paidonce/idempotency/cmd/demo-bank/internal/psp"
 	"github.com/paidonce/idempotency/cmd/demo-bank/internal/server"
 	"github.com/paidonce/idempotency/cmd/demo-bank/internal/storm"
 	"github.com/paidonce/idempotency/cmd/internal/terminal"
@@ -43,6 +44,7 @@ type commands struct {
 	Serve serveCommand `cmd:"" default:"withargs" help:"Serve the bank (the default)."`
 	Storm stormCommand `cmd:"" help:"Send duplicates of transfers to a bank and read the verdict from its books."`
 	Chaos chaosCommand `cmd:"" help:"Start banks and a PostgreSQL, break them while clients pay, and check the money afterwards."`
+	PSP   pspCommand   `cmd:"" name:"psp" help:"Serve the card processor, bank rail and mail service that the bank calls, with faults on request."`
 	Bench benchCommand `cmd:"" help:"Measure the cost of idempotency, compared with none and with other designs, in one run."`
 
 	BenchServe benchServeCommand `cmd:"" hidden:""`
@@ -172,7 +174,7 @@ func (e noVerdict) Error() string { return "no verdict: " + e.error.Error() }
 
 // defaults are the values in the help of flags.
 var defaults = kong.Vars{
-	"addr": server.AddrDefault, "poolSize": fmt.Sprint(server.PoolSizeDefault),
+	"addr": server.AddrDefault, "pspAddr": psp.AddrDefault, "poolSize": fmt.Sprint(server.PoolSizeDefault),
 	"shutdownTimeout": server.ShutdownTimeoutDefault.String(),
 	"ttl":             (24 * time.Hour).String(), "reapInterval": time.Minute.String(),
 	"handlerTimeout": (10 * time.Second).String(), "handlerTimeoutMax": server.HandlerTimeoutMax.String(),
