@@ -13,9 +13,11 @@ import (
 	"sync/atomic"
 	"testing"
 	"testing/synctest"
+	"time"
 
 	"github.com/paidonce/idempotency"
 	"github.com/paidonce/idempotency/client"
+	"github.com/paidonce/idempotency/client/pgintent"
 	"github.com/paidonce/idempotency/middleware"
 	"github.com/paidonce/idempotency/storage/memory"
 )
@@ -121,62 +123,6 @@ func TestResumedRequestIsTheSameRequest(t *testing.T) {
 	}
 }
 
-// TestIntentHeaders lists headers that are kept, left out and refused.
-func TestIntentHeaders(t *testing.T) {
-	t.Parallel()
-	for name, one := range map[string]struct {
-		headers, keep, omit []string
-		kept                []string
-		refused             bool
-	}{
-		"of the content":            {headers: []string{"Content-Type", "Content-Encoding", "Content-Digest"}, kept: []string{"Content-Digest", "Content-Encoding", "Content-Type"}},
-		"a condition":               {headers: []string{"If-Match", "Prefer"}, kept: []string{"If-Match", "Prefer"}},
-		"credentials":               {headers: []string{"Authorization", "Cookie", "Proxy-Authorization", "X-Api-Key"}},
-		"of the connection":         {headers: []string{"Connection", "Keep-Alive", "Te"}},
-		"trace context":             {headers: []string{"Traceparent", "Tracestate"}},
-		"unknown":                   {headers: []string{"Account"}, refused: true},
-		"unknown, and one is kept":  {headers: []string{"Account", "Stripe-Account"}, keep: []string{"Account"}, refused: true},
-		"kept":                      {headers: []string{"Account", "Stripe-Account"}, keep: []string{"account", "stripe-account"}, kept: []string{"Account", "Stripe-Account"}},
-		"a credential of their own": {headers: []string{"X-Token"}, omit: []string{"x-token"}},
-		"a default that is omitted": {headers: []string{"User-Agent", "Accept"}, omit: []string{"User-Agent"}, kept: []string{"Accept"}},
-	} {
-		t.Run(name, func(t *testing.T) {
-			t.Parallel()
-			s := newScript(t, each("lost"))
-			store := newIntents()
-			c := newClient(t, quick(func(o *client.Options) {
-				o.Intents, o.AttemptsMax, o.IntentHeaders, o.IntentHeadersOmitted = store, 1, one.keep, one.omit
-			}))
-			r, err := http.NewRequestWithContext(client.WithNewKey(t.Context(), "mine"), http.MethodPost, s.server.URL, strings.NewReader("body"))
-			if err != nil {
-				t.Fatal(err)
-			}
-			for _, header := range one.headers {
-				r.Header[header] = []string{"secret 1", "secret 2"}
-			}
-			_, err = c.Do(r)
-			if one.refused {
-				expectError(t, err, idempotency.OutcomeNotExecuted, client.ErrIntentRefused)
-				if strings.Contains(err.Error(), "secret") || len(s.requests()) > 0 || store.count() > 0 {
-					t.Errorf("%d requests arrived, %d intents are kept: %v", len(s.requests()), store.count(), err)
-				}
-				return
-			}
-			expectError(t, err, idempotency.OutcomeUnknown, client.ErrAttemptsSpent)
-			var kept []string
-			for header, values := range store.kept["mine"].Header {
-				kept = append(kept, header)
-				if len(values) != 2 {
-					t.Errorf("of %s %d values are kept", header, len(values))
-				}
-			}
-			if slices.Sort(kept); !slices.Equal(kept, one.kept) {
-				t.Errorf("kept is %q, want %q", kept, one.kept)
-			}
-		})
-	}
-}
-
 // TestURLThatCannotBeWrittenDownIsRefused: an intent keeps a URL as text, which must parse to the
 // same request.
 func TestURLThatCannotBeWrittenDownIsRefused(t *testing.T) {
@@ -244,5 +190,188 @@ func TestBaseAddsCredentialsToResumedRequests(t *testing.T) {
 		if r.header.Get("Authorization") != "Bearer secret" {
 			t.Errorf("it arrived with %q", r.header.Get("Authorization"))
 		}
+	}
+}
+
+// TestResume sends pending intents unchanged, until they are settled, and reports each.
+func TestResume(t *testing.T) {
+	t.Parallel()
+	s := newScript(t, func(n int, w http.ResponseWriter, r *http.Request) {
+		switch r.URL.Path {
+		case "/good":
+			each("lost", "409 in-progress", "201 replayed")(n, w, r)
+		case "/mismatch":
+			say(w, 422, "mismatch")
+		case "/refused":
+			say(w, 401, "not-executed")
+		case "/portal":
+			say(w, 200, "")
+		}
+	})
+	for path, one := range map[string]struct {
+		status, requests int
+		handleErr        error
+		settled, kept    int
+	}{
+		"/good":     {201, 3, nil, 1, 0},
+		"/good?x":   {201, 3, errFailing, 0, 1}, // its handling fails
+		"/mismatch": {422, 1, nil, 1, 0},
+		"/refused":  {0, 4, nil, 0, 1}, // an earlier attempt may have been executed
+		"/portal":   {0, 1, nil, 0, 1}, // an answer without a status settles nothing
+	} {
+		s.mu.Lock()
+		s.arrived = nil
+		s.mu.Unlock()
+		store := newIntents()
+		transport := client.New(&http.Transport{DisableKeepAlives: true}, quick(func(o *client.Options) { o.Intents = store }))
+		_, err := store.Save(t.Context(), &client.Intent{
+			Key: idempotency.Key{Value: "mine"}, Method: "POST", URL: s.server.URL + path, Header: http.Header{"Content-Type": {"text/plain"}}, Body: []byte("body"),
+		})
+		if err != nil {
+			t.Fatal(err)
+		}
+		var resumed *client.Resumed
+		report, err := transport.Resume(t.Context(), func(_ context.Context, r *client.Resumed) error {
+			resumed = r
+			if store.count() != 1 {
+				t.Errorf("%s was forgotten before it was handled", path)
+			}
+			return one.handleErr
+		})
+		if !errors.Is(err, one.handleErr) || report.Settled != one.settled || report.Kept != one.kept || store.count() != one.kept {
+			t.Errorf("%s: report is %+v, %v; %d are left", path, report, err, store.count())
+		}
+		if one.status > 0 && (resumed.Response == nil || resumed.Response.StatusCode != one.status || resumed.Err != nil) {
+			t.Errorf("%s: resumed with %+v, %v", path, resumed.Response, resumed.Err)
+		}
+		if one.status == 0 {
+			expectError(t, resumed.Err, idempotency.OutcomeUnknown, nil)
+		}
+		arrived := s.requests()
+		if len(arrived) != one.requests {
+			t.Errorf("%s: %d requests arrived, want %d", path, len(arrived), one.requests)
+		}
+		for _, r := range arrived {
+			if r.key != `"mine"` || r.body != "body" || r.header.Get("Content-Type") != "text/plain" || r.method != "POST" {
+				t.Errorf("%s arrived as %+v", path, r)
+			}
+		}
+	}
+}
+
+// TestResumeLeavesAlone: intents in progress, abandoned since they were listed, or too old are not
+// sent.
+func TestResumeLeavesAlone(t *testing.T) {
+	t.Parallel()
+	inside, goOn := make(chan struct{}), make(chan struct{})
+	s := newScript(t, func(_ int, w http.ResponseWriter, _ *http.Request) {
+		close(inside)
+		<-goOn
+		say(w, 201, "executed")
+	})
+	store := newIntents()
+	transport := client.New(&http.Transport{DisableKeepAlives: true}, quick(func(o *client.Options) { o.Intents, o.IntentAgeMax = store, time.Hour }))
+	var group sync.WaitGroup
+	group.Go(func() {
+		if _, _, err := post(t, &http.Client{Transport: transport}, t.Context(), s.server.URL, "body"); err != nil {
+			t.Error(err)
+		}
+	})
+	<-inside
+	if report, err := transport.Resume(t.Context(), nil); err != nil || report != (client.Report{}) {
+		t.Errorf("what is under way was resumed: %+v, %v", report, err)
+	}
+	close(goOn)
+	group.Wait()
+
+	save := func() {
+		if _, err := store.Save(t.Context(), &client.Intent{Key: idempotency.Key{Value: "old"}, Method: "POST", URL: s.server.URL}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	save()
+	store.before = func(call string) {
+		if call == "take" {
+			store.forget("old")
+		}
+	}
+	if report, err := transport.Resume(t.Context(), nil); err != nil || report != (client.Report{}) {
+		t.Errorf("what was abandoned was resumed: %+v, %v", report, err)
+	}
+	store.before = nil
+	save()
+	for _, age := range []time.Duration{time.Hour, -client.IntentSkewMax - time.Minute} { // the age of the second is unknown
+		store.age = age
+		report, err := transport.Resume(t.Context(), func(_ context.Context, r *client.Resumed) error {
+			expectError(t, r.Err, idempotency.OutcomeUnknown, client.ErrIntentTooOld)
+			return nil
+		})
+		if err != nil || report.Kept != 1 || store.count() != 1 || len(s.requests()) != 1 {
+			t.Errorf("at %v report is %+v, %v; %d requests arrived", age, report, err, len(s.requests()))
+		}
+	}
+	if _, err := client.New(nil, nil).Resume(t.Context(), nil); err == nil {
+		t.Error("Resume without a store has a report")
+	}
+	store.fail["pending"] = errFailing
+	if _, err := transport.Resume(t.Context(), nil); !errors.Is(err, errFailing) {
+		t.Errorf("Resume of a store that fails ended with %v", err)
+	}
+}
+
+// TestResumeSpellsTheKeyAsBefore: for a server that does not parse strings of RFC 8941 the two
+// spellings of a key are two keys.
+func TestResumeSpellsTheKeyAsBefore(t *testing.T) {
+	t.Parallel()
+	for _, bare := range []bool{false, true} {
+		for _, header := range []string{`mine`, `"mine"`} {
+			s := newScript(t, each("lost", "lost", "201 executed"))
+			transport := client.New(&http.Transport{DisableKeepAlives: true}, quick(func(o *client.Options) {
+				o.Intents, o.AttemptsMax, o.BareKeys = newIntents(), 2, bare
+			}))
+			r, err := http.NewRequestWithContext(t.Context(), http.MethodPost, s.server.URL, strings.NewReader("body"))
+			if err != nil {
+				t.Fatal(err)
+			}
+			r.Header.Set(client.HeaderKey, header)
+			_, err = transport.RoundTrip(r)
+			expectError(t, err, idempotency.OutcomeUnknown, client.ErrAttemptsSpent)
+			if report, err := transport.Resume(t.Context(), nil); err != nil || report.Settled != 1 {
+				t.Errorf("report is %+v, %v", report, err)
+			}
+			for _, arrived := range s.requests() {
+				if arrived.key != s.requests()[0].key {
+					t.Errorf("with BareKeys %t the key %s was sent as %s, then as %s", bare, header, s.requests()[0].key, arrived.key)
+				}
+			}
+		}
+	}
+}
+
+// TestIntentsInPostgreSQLAreResumed by another store, as another process would, with one effect.
+func TestIntentsInPostgreSQLAreResumed(t *testing.T) {
+	t.Parallel()
+	service := onPostgreSQL(t)
+	if err := pgintent.Create(t.Context(), service.pool, nil); err != nil {
+		t.Fatal(err)
+	}
+	const requests = 12
+	first := newClient(t, quick(func(o *client.Options) { o.AttemptsMax, o.Intents = 1, pgintent.New(service.pool, nil) }))
+	left := 0
+	for range requests {
+		if _, _, err := post(t, first, t.Context(), service.url, "body"); err != nil {
+			expectError(t, err, idempotency.OutcomeUnknown, client.ErrAttemptsSpent)
+			left++
+		}
+	}
+	second := client.New(&http.Transport{DisableKeepAlives: true}, quick(func(o *client.Options) {
+		o.AttemptsMax, o.Unbudgeted, o.Intents = 50, true, pgintent.New(service.pool, &pgintent.Options{PendingAfter: 1000})
+	}))
+	report, err := second.Resume(t.Context(), nil)
+	if err != nil || report != (client.Report{Settled: left}) || left == 0 {
+		t.Errorf("of %d intents: %+v, %v", left, report, err)
+	}
+	if n := service.effects(); n != requests {
+		t.Errorf("%d requests had %d effects", requests, n)
 	}
 }

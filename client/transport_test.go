@@ -10,7 +10,6 @@ import (
 	"net"
 	"net/http"
 	"net/http/httptest"
-	"regexp"
 	"runtime"
 	"strings"
 	"sync"
@@ -19,94 +18,15 @@ import (
 	"testing/synctest"
 	"time"
 
-	"github.com/google/uuid"
+	"github.com/jackc/pgx/v5/pgxpool"
 
 	"github.com/paidonce/idempotency"
 	"github.com/paidonce/idempotency/client"
+	"github.com/paidonce/idempotency/internal/testservice"
 	"github.com/paidonce/idempotency/middleware"
 	"github.com/paidonce/idempotency/storage/memory"
+	"github.com/paidonce/idempotency/storage/postgres"
 )
-
-// TestAnswersAreActedUpon has the rows of the table in docs/client.md. want is the caller's answer,
-// or the outcome of its error.
-func TestAnswersAreActedUpon(t *testing.T) {
-	t.Parallel()
-	for _, one := range []struct {
-		answers  string // comma-separated, the last one for ever
-		requests int
-		want     string
-	}{
-		{"201 executed", 1, "201 executed"},
-		{"201 replayed", 1, "201 replayed"},
-		{"402 executed", 1, "402 executed"},
-		{"503 executed", 1, "503 executed"},
-		{"422 mismatch", 1, "422 mismatch"},
-		{"409 in-progress,201 replayed", 2, "201 replayed"},
-		{"503 unknown,201 executed", 2, "201 executed"},
-		{"403 unknown", 4, "unknown"},
-		{"409 in-progress", 4, "unknown"},
-		{"503 something-new", 4, "unknown"},
-		{"503 not-executed,500 not-executed,429 not-executed,201 executed", 4, "201 executed"},
-		{"503 not-executed", 4, "not-executed"},
-		{"408 not-executed", 4, "not-executed"},
-		{"499 not-executed", 4, "not-executed"},
-		{"425 not-executed", 4, "not-executed"},
-		{"409 not-executed", 4, "not-executed"},
-		{"400 not-executed", 1, "400 not-executed"},
-		{"401 not-executed", 1, "401 not-executed"},
-		{"413 not-executed", 1, "413 not-executed"},
-		{"503 not-executed,404 not-executed", 2, "404 not-executed"},
-		// Once an attempt may have been executed, not-executed of a later one does not end the
-		// call.
-		{"lost,401 not-executed,201 replayed", 3, "201 replayed"},
-		{"lost,503 not-executed", 4, "unknown"},
-		{"503 unknown,400 not-executed", 4, "unknown"},
-		{"409 in-progress,404 not-executed", 4, "unknown"},
-		{"503 not-executed,lost,503 not-executed", 4, "unknown"},
-		{"lost", 4, "unknown"},
-		{"lost,lost,lost,201 replayed", 4, "201 replayed"},
-		// Without Idempotency-Status nothing is proven, and a success is not requested again.
-		{"502", 4, "unknown"},
-		{"429,201 executed", 2, "201 executed"},
-		{"504,503 not-executed", 4, "unknown"},
-		{"404", 1, "404 "},
-		{"200", 1, "200 "},
-		{"302", 1, "302 "},
-		{"lost,401,201 replayed", 3, "201 replayed"},
-		{"lost,200", 2, "200 "},
-		// A redirect is no success. A client that follows it sends another request with another
-		// key.
-		{"lost,307,201 replayed", 3, "201 replayed"},
-		{"lost,302", 4, "unknown"},
-	} {
-		t.Run(one.answers, func(t *testing.T) {
-			t.Parallel()
-			s := newScript(t, each(strings.Split(one.answers, ",")...))
-			c := newClient(t, quick())
-			c.CheckRedirect = func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse }
-			response, _, err := post(t, c, t.Context(), s.server.URL, "body")
-			got := ""
-			var e *client.Error
-			if errors.As(err, &e) {
-				got = string(e.Outcome)
-			} else if err == nil {
-				got = fmt.Sprintf("%d %s", response.StatusCode, response.Header.Get("Idempotency-Status"))
-			}
-			arrived := s.requests()
-			if got != one.want || len(arrived) != one.requests {
-				t.Errorf("after %d requests the caller got %q (%v), want %q after %d", len(arrived), got, err, one.want, one.requests)
-			}
-			for _, r := range arrived {
-				if r.key != arrived[0].key || r.body != "body" || r.header.Get("Content-Type") != "text/plain" {
-					t.Errorf("a retry is another request: %+v, first %+v", r, arrived[0])
-				}
-			}
-			if e != nil && (e.Attempts != one.requests || `"`+e.Key.Value+`"` != arrived[0].key || time.Since(e.Started) > time.Minute) {
-				t.Errorf("the error says %d attempts, key %q, started %v", e.Attempts, e.Key.Value, e.Started)
-			}
-		})
-	}
-}
 
 // TestRedirectAfterALostReplyPaysOnce: http.Client follows a 307 with another request, which has
 // another key.
@@ -165,127 +85,6 @@ func TestBodyThatDidNotArriveIsSentAgain(t *testing.T) {
 	}
 }
 
-func TestKeys(t *testing.T) {
-	t.Parallel()
-	ctx := t.Context()
-	for name, one := range map[string]struct {
-		ctx    context.Context
-		header string
-		bare   bool
-		sent   string // a regular expression
-	}{
-		"minted":                     {ctx, "", false, `^"[0-9a-f]{8}-[0-9a-f]{4}-7[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}"$`},
-		"minted, bare":               {ctx, "", true, `^[0-9a-f]{8}-[0-9a-f]{4}-7[0-9a-f-]+$`},
-		"the request's own":          {ctx, "mine", false, `^mine$`},
-		"the request's own, quoted":  {ctx, `"mine"`, true, `^"mine"$`},
-		"of the context":             {client.WithKey(ctx, "mine"), "", false, `^"mine"$`},
-		"new, of the context, bare":  {client.WithNewKey(ctx, "mine"), "", true, `^mine$`},
-		"the request's own wins":     {client.WithKey(ctx, "context"), "mine", false, `^mine$`},
-		"with a backslash, escaped":  {client.WithKey(ctx, `a\b`), "", false, `^"a\\\\b"$`},
-		"of as many as there may be": {client.WithKey(ctx, strings.Repeat("k", idempotency.KeyBytesMax)), "", true, `^k{255}$`},
-	} {
-		t.Run(name, func(t *testing.T) {
-			t.Parallel()
-			s := newScript(t, each("201 executed"))
-			c := newClient(t, quick(func(o *client.Options) { o.BareKeys = one.bare }))
-			r, err := http.NewRequestWithContext(one.ctx, http.MethodPost, s.server.URL, strings.NewReader("body"))
-			if err != nil {
-				t.Fatal(err)
-			}
-			if one.header != "" {
-				r.Header.Set(client.HeaderKey, one.header)
-			}
-			response, err := c.Do(r)
-			if err != nil {
-				t.Fatal(err)
-			}
-			_ = response.Body.Close()
-			sent := s.requests()[0].key
-			if !regexp.MustCompile(one.sent).MatchString(sent) {
-				t.Errorf("the key was sent as %s", sent)
-			}
-			want := strings.ReplaceAll(strings.Trim(sent, `"`), `\\`, `\`)
-			if got := client.KeyFrom(response); got != want {
-				t.Errorf("KeyFrom is %q, want %q", got, want)
-			}
-			if one.header == "" && r.Header.Get(client.HeaderKey) != "" {
-				t.Error("the caller's request was changed")
-			}
-		})
-	}
-	if client.KeyFrom(nil) != "" || client.KeyFrom(&http.Response{}) != "" {
-		t.Error("there is a key where there was no request")
-	}
-}
-
-func TestMintedKeysAreNew(t *testing.T) {
-	t.Parallel()
-	s := newScript(t, each("201 executed"))
-	c := newClient(t, quick())
-	seen := map[string]bool{}
-	for range 20 {
-		response, _, err := post(t, c, t.Context(), s.server.URL, "body")
-		if err != nil {
-			t.Fatal(err)
-		}
-		seen[client.KeyFrom(response)] = true
-	}
-	if len(seen) != 20 {
-		t.Errorf("20 requests had %d keys", len(seen))
-	}
-}
-
-// TestBadKeysAreNotSent: no server would accept them, so it is proven that nothing was executed.
-func TestBadKeysAreNotSent(t *testing.T) {
-	t.Parallel()
-	for name, change := range map[string]func(r *http.Request) *http.Request{
-		"empty":   func(r *http.Request) *http.Request { return r.WithContext(client.WithKey(r.Context(), "")) },
-		"a space": func(r *http.Request) *http.Request { return r.WithContext(client.WithNewKey(r.Context(), "a b")) },
-		"too long": func(r *http.Request) *http.Request {
-			return r.WithContext(client.WithKey(r.Context(), strings.Repeat("k", 256)))
-		},
-		"two":       func(r *http.Request) *http.Request { r.Header[client.HeaderKey] = []string{"a", "b"}; return r },
-		"unclosed":  func(r *http.Request) *http.Request { r.Header.Set(client.HeaderKey, `"a`); return r },
-		"a quote":   func(r *http.Request) *http.Request { r.Header.Set(client.HeaderKey, `"a"b"`); return r },
-		"an escape": func(r *http.Request) *http.Request { r.Header.Set(client.HeaderKey, `"a\x"`); return r },
-	} {
-		t.Run(name, func(t *testing.T) {
-			t.Parallel()
-			s := newScript(t, each("201 executed"))
-			r, err := http.NewRequestWithContext(t.Context(), http.MethodPost, s.server.URL, strings.NewReader("body"))
-			if err != nil {
-				t.Fatal(err)
-			}
-			_, err = newClient(t, quick()).Do(change(r))
-			expectError(t, err, idempotency.OutcomeNotExecuted, idempotency.ErrKeyInvalid)
-			if n := len(s.requests()); n != 0 {
-				t.Errorf("%d requests arrived", n)
-			}
-		})
-	}
-}
-
-// TestOwnKeyIsNeverProvenNotExecuted: another call may have sent it, unless the caller promises
-// that it is new.
-func TestOwnKeyIsNeverProvenNotExecuted(t *testing.T) {
-	t.Parallel()
-	s := newScript(t, each("503 not-executed"))
-	c := newClient(t, quick())
-	_, _, err := post(t, c, client.WithKey(t.Context(), "mine"), s.server.URL, "body")
-	if e := expectError(t, err, idempotency.OutcomeUnknown, client.ErrAttemptsSpent); e.Key.Value != "mine" || e.Status != 503 || e.Last != idempotency.OutcomeNotExecuted {
-		t.Errorf("error says %q %d %s", e.Key.Value, e.Status, e.Last)
-	}
-	r, err := http.NewRequestWithContext(client.WithNewKey(t.Context(), "not this one"), http.MethodPost, s.server.URL, strings.NewReader("body"))
-	if err != nil {
-		t.Fatal(err)
-	}
-	r.Header.Set(client.HeaderKey, "mine")
-	_, err = c.Do(r)
-	expectError(t, err, idempotency.OutcomeUnknown, client.ErrAttemptsSpent)
-	_, _, err = post(t, c, client.WithNewKey(t.Context(), "mine"), s.server.URL, "body")
-	expectError(t, err, idempotency.OutcomeNotExecuted, client.ErrAttemptsSpent)
-}
-
 func TestOtherMethodsPassUntouched(t *testing.T) {
 	t.Parallel()
 	s := newScript(t, each("503"))
@@ -311,61 +110,6 @@ func TestOtherMethodsPassUntouched(t *testing.T) {
 	}
 	_, err = c.Do(r)
 	expectError(t, err, idempotency.OutcomeUnknown, nil)
-}
-
-// TestErrorNeverShowsTheKey in any verb, nor does a value that contains the error.
-func TestErrorNeverShowsTheKey(t *testing.T) {
-	t.Parallel()
-	s := newScript(t, each("lost"))
-	var mu sync.Mutex
-	var events []client.Event
-	c := newClient(t, quick(func(o *client.Options) {
-		o.Trace = func(_ context.Context, e client.Event) {
-			mu.Lock()
-			defer mu.Unlock()
-			events = append(events, e)
-		}
-	}))
-	key := uuid.NewString()
-	_, _, err := post(t, c, client.WithKey(t.Context(), key), s.server.URL, "body")
-	e := expectError(t, err, idempotency.OutcomeUnknown, nil)
-	intent := client.Intent{Key: e.Key, Body: []byte("secret body")}
-	for _, verb := range []string{"%v", "%+v", "%#v", "%s", "%q", "%x"} {
-		for _, value := range []any{err, e, *e, events, intent, &intent} {
-			if text := fmt.Sprintf(verb, value); strings.Contains(text, key) || strings.Contains(text, "secret") || strings.Contains(text, fmt.Sprintf("%x", key)) {
-				t.Errorf("%s of a %T shows the key: %s", verb, value, text)
-			}
-		}
-	}
-	if e.Key.Value != key {
-		t.Errorf("the error carries %q", e.Key.Value)
-	}
-	if _, err := intent.MarshalJSON(); err == nil {
-		t.Error("an intent has JSON")
-	}
-}
-
-// TestEvents: the trace of a request that loses a reply, waits, and is answered.
-func TestEvents(t *testing.T) {
-	t.Parallel()
-	s := newScript(t, each("lost", "409 in-progress", "201 replayed"))
-	type name struct{}
-	var kinds []string
-	c := newClient(t, quick(func(o *client.Options) {
-		o.Trace = func(ctx context.Context, e client.Event) {
-			if ctx.Value(name{}) != "x" || e.Key.Value != "mine" {
-				t.Errorf("event of another request: %+v", e)
-			}
-			kinds = append(kinds, fmt.Sprintf("%s %d %d %s", e.Kind, e.Attempt, e.Status, e.Outcome))
-		}
-	}))
-	if _, _, err := post(t, c, client.WithKey(context.WithValue(t.Context(), name{}, "x"), "mine"), s.server.URL, "body"); err != nil {
-		t.Fatal(err)
-	}
-	want := "started 1 0 ,lost 1 0 ,waiting 1 0 ,started 2 0 ,answered 2 409 in-progress,waiting 2 0 ,started 3 0 ,answered 3 201 replayed,ended 3 201 replayed"
-	if got := strings.Join(kinds, ","); got != want {
-		t.Errorf("events are\n%s, want\n%s", got, want)
-	}
 }
 
 // TestServerThatDoesNotHonourKeys: after a lost reply a request is not sent again before the route
@@ -723,32 +467,6 @@ func TestRedirectsInACircleEnd(t *testing.T) {
 	}
 }
 
-// TestKeyOfAContextIsForOneRequest: a second request with the context has the same key. The server
-// refuses it, and it is not executed in place of the first.
-func TestKeyOfAContextIsForOneRequest(t *testing.T) {
-	t.Parallel()
-	var paths []string
-	handler := http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		paths = append(paths, r.URL.Path)
-		w.WriteHeader(http.StatusCreated)
-	})
-	account := func(*http.Request) (string, error) { return "acme", nil }
-	server := httptest.NewServer(middleware.New(memory.New(nil), account, nil).Handler(handler))
-	t.Cleanup(server.Close)
-	c := newClient(t, quick())
-	ctx := client.WithKey(t.Context(), "order-1")
-	if response, _, err := post(t, c, ctx, server.URL+"/customers", "body"); err != nil || response.StatusCode != http.StatusCreated {
-		t.Fatal(response, err)
-	}
-	response, _, err := post(t, c, ctx, server.URL+"/charges", "body")
-	if err != nil || response.StatusCode != http.StatusUnprocessableEntity || response.Header.Get("Idempotency-Status") != "mismatch" {
-		t.Errorf("%v, %v", response, err)
-	}
-	if len(paths) != 1 {
-		t.Errorf("executed: %q", paths)
-	}
-}
-
 // TestConnectionThatWasClosedWhileIdleLosesNothing: a balancer closes idle connections. Each
 // request is served once, and answered.
 func TestConnectionThatWasClosedWhileIdleLosesNothing(t *testing.T) {
@@ -825,5 +543,125 @@ func TestRequestThatStoodStillIsNotSentAgain(t *testing.T) {
 			}
 			expectError(t, err, idempotency.OutcomeUnknown, client.ErrTimeSpent)
 		})
+	}
+}
+
+// real is a service behind the real middleware. Its handler runs count as effects.
+type real struct {
+	url     string
+	pool    *pgxpool.Pool // nil: the store is in memory
+	effects func() int
+}
+
+// lossy loses the replies of every third request, and every fifth request before it arrives.
+func lossy(next http.Handler) http.Handler {
+	var n atomic.Int64
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		switch n := n.Add(1); {
+		case n%3 == 0:
+			next.ServeHTTP(httptest.NewRecorder(), r)
+			lose()
+		case n%5 == 0:
+			lose()
+		}
+		next.ServeHTTP(w, r)
+	})
+}
+
+func onMemory(t *testing.T) *real {
+	var runs atomic.Int64
+	handler := http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
+		w.WriteHeader(http.StatusCreated)
+		_, _ = fmt.Fprintf(w, "effect %d", runs.Add(1))
+	})
+	idem := middleware.New(memory.New(nil), account, nil)
+	server := httptest.NewServer(lossy(idem.Handler(handler)))
+	t.Cleanup(server.Close)
+	return &real{url: server.URL, effects: func() int { return int(runs.Load()) }}
+}
+
+func account(*http.Request) (string, error) { return "acme", nil }
+
+func onPostgreSQL(t *testing.T) *real {
+	s := testservice.New(t, nil)
+	handler := http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		var id int64
+		if err := postgres.Tx(r.Context()).QueryRow(r.Context(), "INSERT INTO effects DEFAULT VALUES RETURNING id").Scan(&id); err != nil {
+			http.Error(w, "failed", http.StatusInternalServerError)
+			return
+		}
+		w.WriteHeader(http.StatusCreated)
+		_, _ = fmt.Fprintf(w, "effect %d", id)
+	})
+	idem := middleware.New(s.Store, account, nil)
+	server := httptest.NewServer(lossy(idem.Handler(handler)))
+	t.Cleanup(server.Close)
+	return &real{url: server.URL, pool: s.Pool, effects: func() int { return s.Effects(t) }}
+}
+
+// TestLostRepliesHaveOneEffect: with the real middleware, in memory and on PostgreSQL, each request
+// has one effect, its caller gets its answer, and no two callers get the same one.
+func TestLostRepliesHaveOneEffect(t *testing.T) {
+	t.Parallel()
+	for name, start := range map[string]func(*testing.T) *real{"memory": onMemory, "PostgreSQL": onPostgreSQL} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			service := start(t)
+			c := newClient(t, quick(func(o *client.Options) { o.AttemptsMax, o.Unbudgeted = 50, true }))
+			const requests = 60
+			var mu sync.Mutex
+			answers := map[string]int{}
+			replayed := 0
+			var group sync.WaitGroup
+			for range 6 {
+				group.Go(func() {
+					for range requests / 6 {
+						response, body, err := post(t, c, t.Context(), service.url, "body")
+						if err != nil {
+							t.Error(err)
+							return
+						}
+						mu.Lock()
+						answers[body]++
+						if response.Header.Get("Idempotency-Status") == "replayed" {
+							replayed++
+						}
+						mu.Unlock()
+					}
+				})
+			}
+			group.Wait()
+			if n := service.effects(); n != requests || len(answers) != requests || replayed == 0 {
+				t.Errorf("%d requests had %d effects and %d answers, %d of them replayed", requests, n, len(answers), replayed)
+			}
+		})
+	}
+}
+
+// TestRealRefusalsAreTheCallers: if the middleware refuses the request itself, the caller gets that
+// answer at once.
+func TestRealRefusalsAreTheCallers(t *testing.T) {
+	t.Parallel()
+	refuse := func(*http.Request) (string, error) { return "", fmt.Errorf("nobody") }
+	service := middleware.New(memory.New(nil), refuse, nil).Handler(http.NotFoundHandler())
+	var requests atomic.Int64
+	server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		requests.Add(1)
+		service.ServeHTTP(w, r)
+	}))
+	defer server.Close()
+	response, _, err := post(t, newClient(t, quick()), t.Context(), server.URL, "body")
+	if err != nil || response.StatusCode != 401 || response.Header.Get("Idempotency-Status") != string(idempotency.OutcomeNotExecuted) || requests.Load() != 1 {
+		t.Errorf("after %d requests: %v, %v", requests.Load(), response, err)
+	}
+
+	good := onMemory(t)
+	c := newClient(t, quick(func(o *client.Options) { o.AttemptsMax, o.Unbudgeted = 50, true }))
+	ctx := client.WithKey(t.Context(), "mine")
+	if response, _, err := post(t, c, ctx, good.url, "body"); err != nil || response.StatusCode != 201 {
+		t.Errorf("the first request: %v, %v", response, err)
+	}
+	if response, _, err := post(t, c, ctx, good.url, "another body"); err != nil || response.StatusCode != 422 {
+		t.Errorf("another request with the key: %v, %v", response, err)
 	}
 }

@@ -569,3 +569,40 @@ func TestHalfSentBodiesHoldNoConnection(t *testing.T) {
 	}
 	want(t, b.readFrom(t, conns[0]), 201, idempotency.OutcomeExecuted, "")
 }
+
+// An outer body limit that is lower than ours still applies.
+func TestMaxBytesHandlerOutside(t *testing.T) {
+	t.Parallel()
+	b := setup(t, setupOptions{mount: func(idem *middleware.Middleware, h http.Handler) http.Handler {
+		return http.MaxBytesHandler(idem.Handler(h), 10)
+	}}, transfer)
+	want(t, b.post(t, "/", strings.Repeat("x", 11), "Idempotency-Key", "k"), 413, idempotency.OutcomeNotExecuted, idempotency.ReasonBodyTooLarge)
+	want(t, b.post(t, "/", strings.Repeat("x", 10), "Idempotency-Key", "k"), 201, idempotency.OutcomeExecuted, "")
+}
+
+// A retry that is compressed again is another request if the handler unpacks it: the bytes count,
+// and compressors write the time. Mounted outside, the decompressor makes them one
+// (TestBodyReplacedOutside).
+func TestBodyCompressedAnewIsAnotherRequestToAHandlerThatUnpacks(t *testing.T) {
+	t.Parallel()
+	b := setup(t, setupOptions{mount: func(idem *middleware.Middleware, h http.Handler) http.Handler {
+		return idem.Handler(decompress(h, false, false))
+	}}, transfer)
+	send := func(at int64) reply {
+		return b.post(t, "/", zipped(t, `{"to":"bob"}`, time.Unix(at, 0)), "Idempotency-Key", "k", "Content-Encoding", "gzip")
+	}
+	want(t, send(1_700_000_000), 201, idempotency.OutcomeExecuted, "")
+	want(t, send(1_700_000_000), 201, idempotency.OutcomeReplayed, "")
+	want(t, send(1_700_000_030), 422, idempotency.OutcomeMismatch, idempotency.ReasonKeyReused)
+}
+
+// The media type is compared byte by byte: if a proxy may rewrite it, it must always do so, or
+// Options.Fingerprinters must leave it out.
+func TestMediaTypesAreComparedByteByByte(t *testing.T) {
+	t.Parallel()
+	b := setup(t, setupOptions{}, transfer)
+	want(t, b.post(t, "/", "{}", "Idempotency-Key", "k", "Content-Type", "application/json"), 201, idempotency.OutcomeExecuted, "")
+	for _, kind := range []string{"Application/JSON", "application/json; charset=utf-8", "application/json;charset=UTF-8"} {
+		want(t, b.post(t, "/", "{}", "Idempotency-Key", "k", "Content-Type", kind), 422, idempotency.OutcomeMismatch, idempotency.ReasonKeyReused)
+	}
+}

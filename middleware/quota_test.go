@@ -3,6 +3,7 @@ package middleware_test
 import (
 	"context"
 	"errors"
+	"fmt"
 	"io"
 	"log/slog"
 	"net/http"
@@ -17,6 +18,7 @@ import (
 	"github.com/paidonce/idempotency"
 	"github.com/paidonce/idempotency/middleware"
 	"github.com/paidonce/idempotency/storage/memory"
+	"github.com/paidonce/idempotency/storage/postgres"
 )
 
 // stopped is a clock that stands still until a test moves it.
@@ -278,5 +280,67 @@ func TestQuotaCountsRecordsWhateverPanics(t *testing.T) {
 		if !hit {
 			t.Errorf("nothing ever called %s", place)
 		}
+	}
+}
+
+// A flood of duplicates of a running request takes nothing from the others: none of them takes a
+// connection, waits or runs anything.
+func TestFloodOfDuplicatesTakesNothingFromOthers(t *testing.T) {
+	t.Parallel()
+	entered, release := make(chan struct{}), make(chan struct{})
+	b := setup(t, setupOptions{
+		poolMax:    4,
+		store:      &postgres.Options{AcquireTimeout: 20 * time.Second, IdleInTransactionTimeout: 59 * time.Second},
+		middleware: &middleware.Options{Timeouts: idempotency.Timeouts{Handler: 50 * time.Second}},
+	}, func(w http.ResponseWriter, r *http.Request) {
+		if key, _ := idempotency.KeyFrom(r.Context()); key.Value == "running" {
+			close(entered)
+			<-release
+		}
+		transfer(w, r)
+	})
+	const duplicates, others = 500, 50
+	before := b.pool.Stat()
+	first := make(chan reply, 1)
+	go func() { first <- b.post(t, "/", "{}", "Idempotency-Key", "running") }()
+	<-entered
+	var mu sync.Mutex
+	seen := map[string]int{}
+	post := func(name, key string) {
+		got := b.post(t, "/", "{}", "Idempotency-Key", key)
+		mu.Lock()
+		defer mu.Unlock()
+		seen[fmt.Sprint(name, " ", got.status, " ", got.outcome)]++
+	}
+	var senders sync.WaitGroup
+	for range 10 {
+		senders.Go(func() {
+			for range duplicates / 10 {
+				post("duplicate", "running")
+			}
+		})
+	}
+	for sender := range 5 {
+		senders.Go(func() {
+			for i := range others / 5 {
+				post("other", fmt.Sprint("other-", sender, "-", i))
+			}
+		})
+	}
+	senders.Wait()
+	close(release)
+	want(t, <-first, 201, idempotency.OutcomeExecuted, "")
+	if fmt.Sprint(seen) != fmt.Sprintf("map[duplicate 409 in-progress:%d other 201 executed:%d]", duplicates, others) {
+		t.Errorf("answers %v", seen)
+	}
+	after := b.pool.Stat()
+	if n := after.AcquireCount() - before.AcquireCount(); n != 1+others || after.CanceledAcquireCount() != before.CanceledAcquireCount() {
+		t.Errorf("%d connections were taken by %d requests, %d waited in vain", n, 1+others, after.CanceledAcquireCount())
+	}
+	if after.TotalConns() > 4 || after.AcquiredConns() != 0 {
+		t.Errorf("%d connections, %d held", after.TotalConns(), after.AcquiredConns())
+	}
+	if b.runs.Load() != 1+others || b.effects(t) != 1+others {
+		t.Errorf("%d runs, %d effects; want %d", b.runs.Load(), b.effects(t), 1+others)
 	}
 }

@@ -1,12 +1,16 @@
 package middleware_test
 
 import (
+	"bufio"
+	"compress/gzip"
 	"fmt"
 	"io"
 	"log/slog"
 	"maps"
 	"net/http"
 	"net/http/httptest"
+	"net/http/httputil"
+	"net/url"
 	"slices"
 	"strings"
 	"testing"
@@ -17,6 +21,7 @@ import (
 	"github.com/paidonce/idempotency"
 	"github.com/paidonce/idempotency/middleware"
 	"github.com/paidonce/idempotency/storage/memory"
+	"github.com/paidonce/idempotency/storage/postgres"
 )
 
 func TestAnswersAsNetHTTPWouldGiveThem(t *testing.T) {
@@ -347,5 +352,216 @@ func TestPlantedHeaderIsNeverReplayed(t *testing.T) {
 	}
 	if b.effects(t) != b.records(t) {
 		t.Errorf("%d effects of %d keys", b.effects(t), b.records(t))
+	}
+}
+
+// Other parts of a service's chain: proxies, timeouts, limits and clients.
+
+// A gateway mounts a reverse proxy as the handler. The upstream may stream, send 1xx, speak the
+// same protocol, or break off: an answer that broke off is not recorded, and its writes are undone.
+func TestReverseProxyAsHandler(t *testing.T) {
+	t.Parallel()
+	upstream := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		flush := http.NewResponseController(w).Flush
+		switch r.Header.Get("Mode") {
+		case "break":
+			w.Header().Set("Content-Length", "100")
+			w.WriteHeader(http.StatusCreated)
+			_, _ = io.WriteString(w, "half")
+			_ = flush()
+			panic(http.ErrAbortHandler)
+		case "hints":
+			w.Header().Set("Link", "</a.css>; rel=preload")
+			w.WriteHeader(http.StatusEarlyHints)
+		case "stream":
+			w.WriteHeader(http.StatusCreated)
+			for range 3 {
+				_, _ = io.WriteString(w, "x")
+				_ = flush()
+			}
+			return
+		}
+		w.Header().Set("Idempotency-Status", "replayed")
+		w.Header().Set("Idempotent-Replayed", "true")
+		w.WriteHeader(http.StatusCreated)
+		_, _ = io.WriteString(w, "key "+r.Header.Get("Idempotency-Key"))
+	}))
+	t.Cleanup(upstream.Close)
+	target, err := url.Parse(upstream.URL)
+	if err != nil {
+		t.Fatal(err)
+	}
+	proxy := httputil.NewSingleHostReverseProxy(target)
+	proxy.FlushInterval = -1
+	proxy.ErrorLog = slog.NewLogLogger(slog.DiscardHandler, slog.LevelError)
+	b := setup(t, setupOptions{}, func(w http.ResponseWriter, r *http.Request) {
+		if _, err := postgres.Tx(r.Context()).Exec(r.Context(), "INSERT INTO effects DEFAULT VALUES"); err != nil {
+			t.Error(err)
+		}
+		proxy.ServeHTTP(w, r)
+	})
+	for mode, body := range map[string]string{"plain": "key plain", "hints": "key hints", "stream": "xxx"} {
+		for _, outcome := range []idempotency.Outcome{idempotency.OutcomeExecuted, idempotency.OutcomeReplayed} {
+			got := b.post(t, "/", "{}", "Idempotency-Key", mode, "Mode", mode)
+			want(t, got, 201, outcome, "")
+			if got.body != body {
+				t.Errorf("%s: %q, want %q", mode, got.body, body)
+			}
+		}
+	}
+	before := b.effects(t)
+	for range 2 {
+		r, err := http.NewRequest(http.MethodPost, b.server.URL, strings.NewReader("{}"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		r.Header = http.Header{"Account": {"acme"}, "Idempotency-Key": {"break"}, "Mode": {"break"}}
+		response, err := b.client.Do(r)
+		if err == nil {
+			_, err = io.ReadAll(response.Body)
+			_ = response.Body.Close()
+		}
+		if err == nil {
+			t.Error("the client got an answer")
+		}
+	}
+	if n := b.effects(t); n != before || b.records(t) != 3 {
+		t.Errorf("%d effects of an answer that broke off, %d records", n-before, b.records(t))
+	}
+}
+
+// A handler of server-sent events finds that it can't stream, and answers so.
+func TestServerSentEventsAreRefused(t *testing.T) {
+	t.Parallel()
+	b := setup(t, setupOptions{}, func(w http.ResponseWriter, _ *http.Request) {
+		if _, ok := w.(http.Flusher); !ok {
+			http.Error(w, "streaming is not supported", http.StatusInternalServerError)
+		}
+	})
+	want(t, b.post(t, "/", "{}", "Idempotency-Key", "k"), 500, idempotency.OutcomeNotExecuted, "")
+}
+
+// Only the status decides, not the body: an error within a 200, as in GraphQL, is a final answer,
+// and its writes are committed.
+func TestErrorWithinA200IsAnAnswer(t *testing.T) {
+	t.Parallel()
+	const failed = `{"data":null,"errors":[{"message":"upstream timed out"}]}`
+	b := setup(t, setupOptions{}, func(w http.ResponseWriter, r *http.Request) {
+		if _, err := postgres.Tx(r.Context()).Exec(r.Context(), "INSERT INTO effects DEFAULT VALUES"); err != nil {
+			t.Error(err)
+		}
+		_, _ = io.WriteString(w, failed)
+	})
+	for _, outcome := range []idempotency.Outcome{idempotency.OutcomeExecuted, idempotency.OutcomeReplayed} {
+		got := b.post(t, "/graphql", `{"query":"mutation{pay}"}`, "Idempotency-Key", "k")
+		want(t, got, 200, outcome, "")
+		if got.body != failed {
+			t.Errorf("%s: %s", outcome, got.body)
+		}
+	}
+	if n := b.effects(t); n != 1 {
+		t.Errorf("%d effects", n)
+	}
+}
+
+// squeeze is the compressor of many tutorials: it leaves Content-Length as it is, because handlers
+// set none.
+type squeeze struct {
+	io.Writer
+	http.ResponseWriter
+}
+
+func (s squeeze) Write(p []byte) (int, error) { return s.Writer.Write(p) }
+
+func squeezing(next http.Handler) http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if r.Header.Get("Accept-Encoding") == "" {
+			next.ServeHTTP(w, r)
+			return
+		}
+		w.Header().Set("Content-Encoding", "gzip")
+		z := gzip.NewWriter(w)
+		defer func() { _ = z.Close() }()
+		next.ServeHTTP(squeeze{z, w}, r)
+	})
+}
+
+// Middleware outside may change the length of an answer: the first one, a replay, and a refusal.
+// Its encoding is not recorded: a retry that does not accept gzip gets none.
+func TestOutsideMayChangeTheLengthOfAnswers(t *testing.T) {
+	t.Parallel()
+	for name, body := range map[string]string{"short": `{"id":1}`, "long": `{"id":"` + strings.Repeat("1", 10_000) + `"}`, "empty": ""} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			b := setup(t, setupOptions{mount: func(idem *middleware.Middleware, handler http.Handler) http.Handler {
+				return squeezing(idem.Handler(handler))
+			}}, func(w http.ResponseWriter, _ *http.Request) {
+				w.Header().Set("Content-Type", "application/json")
+				w.WriteHeader(http.StatusCreated)
+				_, _ = io.WriteString(w, body)
+			})
+			for _, outcome := range []idempotency.Outcome{idempotency.OutcomeExecuted, idempotency.OutcomeReplayed} {
+				got := b.post(t, "/", "{}", "Idempotency-Key", "k") // Go's client asks for gzip, and takes it off
+				want(t, got, 201, outcome, "")
+				if got.body != body {
+					t.Errorf("%s: %d bytes, want %d", outcome, len(got.body), len(body))
+				}
+			}
+			want(t, b.post(t, "/other", "{}", "Idempotency-Key", "k"), 422, idempotency.OutcomeMismatch, idempotency.ReasonKeyReused)
+			want(t, b.post(t, "/", "{}"), 400, idempotency.OutcomeNotExecuted, idempotency.ReasonKeyMissing)
+			plain := b.raw(t, "POST / HTTP/1.1\r\nHost: x\r\nAccount: acme\r\nIdempotency-Key: k\r\nContent-Type: application/json\r\nContent-Length: 2\r\n\r\n{}")
+			want(t, plain, 201, idempotency.OutcomeReplayed, "")
+			if plain.body != body || plain.header.Get("Content-Encoding") != "" {
+				t.Errorf("without gzip: %d bytes, Content-Encoding %q", len(plain.body), plain.header.Get("Content-Encoding"))
+			}
+		})
+	}
+}
+
+// net/http sets an answer's length, as for a bare handler: a short one has a length, and a long one
+// is chunked or, for an HTTP/1.0 client, ends with its connection. If a handler sets the true
+// length, it stays.
+func TestLengthOfAnswersIsNetHTTPs(t *testing.T) {
+	t.Parallel()
+	long := strings.Repeat("x", 100_000)
+	bodies := map[string]string{"/short": `{"id":1}`, "/long": long, "/said": long, "/wrong": long, "/empty": ""}
+	b := setup(t, setupOptions{}, func(w http.ResponseWriter, r *http.Request) {
+		switch r.URL.Path {
+		case "/said":
+			w.Header().Set("Content-Length", "100000")
+		case "/wrong":
+			w.Header()["content-length"] = []string{"7"}
+		case "/304":
+			w.WriteHeader(http.StatusNotModified)
+			if _, err := io.WriteString(w, "x"); err != http.ErrBodyNotAllowed {
+				t.Errorf("304 with a body: %v", err)
+			}
+		}
+		_, _ = io.WriteString(w, bodies[r.URL.Path])
+	})
+	for path, lengths := range map[string][2]string{ // of the first answer and of a replay
+		"/short": {"8", "8"}, "/empty": {"0", "0"}, "/long": {"", ""}, "/said": {"100000", ""}, "/wrong": {"100000", ""},
+	} {
+		for i, outcome := range []idempotency.Outcome{idempotency.OutcomeExecuted, idempotency.OutcomeReplayed} {
+			got := b.post(t, path, "{}", "Idempotency-Key", path)
+			want(t, got, 200, outcome, "")
+			if got.body != bodies[path] || got.header.Get("Content-Length") != lengths[i] {
+				t.Errorf("%s %s: %d bytes, Content-Length %q; want %q", outcome, path, len(got.body), got.header.Get("Content-Length"), lengths[i])
+			}
+		}
+	}
+	for _, outcome := range []idempotency.Outcome{idempotency.OutcomeExecuted, idempotency.OutcomeReplayed} {
+		want(t, b.post(t, "/304", "{}", "Idempotency-Key", "none"), 304, outcome, "")
+	}
+	conn := b.dial(t)
+	if _, err := io.WriteString(conn, "POST /long HTTP/1.0\r\nHost: x\r\nAccount: acme\r\nIdempotency-Key: old\r\nContent-Length: 2\r\n\r\n{}"); err != nil {
+		t.Fatal(err)
+	}
+	response, err := http.ReadResponse(bufio.NewReader(conn), nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if got := read(t, response); got.body != long || got.outcome != "executed" {
+		t.Errorf("HTTP/1.0: %d bytes, %q", len(got.body), got.outcome)
 	}
 }

@@ -1,7 +1,6 @@
 package postgres_test
 
 import (
-	"bytes"
 	"context"
 	"errors"
 	"net"
@@ -212,95 +211,4 @@ func TestOpenCallsPoolConfig(t *testing.T) {
 		t.Errorf("the schema is %s", store.Schema())
 	}
 	<-connects
-}
-
-// Check compares a connection with the store's options, whoever made the pool.
-func TestCheckFindsAPoolThatWasConfiguredOtherwise(t *testing.T) {
-	t.Parallel()
-	param := func(name, value string) func(*pgxpool.Config) {
-		return func(config *pgxpool.Config) { config.ConnConfig.RuntimeParams[name] = value }
-	}
-	mode := func(mode pgx.QueryExecMode) func(*pgxpool.Config) {
-		return func(config *pgxpool.Config) { config.ConnConfig.DefaultQueryExecMode = mode }
-	}
-	for name, c := range map[string]struct {
-		configured, store *postgres.Options
-		after             func(*pgxpool.Config) // after Configure
-		want              error
-		says              string
-	}{
-		"statement_timeout":          {nil, &postgres.Options{StatementTimeout: 7 * time.Second}, nil, postgres.ErrNotConfigured, "statement_timeout is 10s, and Options.StatementTimeout says 7s"},
-		"lock_timeout":               {&postgres.Options{LockTimeout: time.Second}, nil, nil, postgres.ErrNotConfigured, "lock_timeout is 1s, and Options.LockTimeout says 5s"},
-		"idle in transaction":        {nil, &postgres.Options{IdleInTransactionTimeout: 50 * time.Second}, nil, postgres.ErrNotConfigured, "idle_in_transaction_session_timeout is 20s, and Options.IdleInTransactionTimeout says 50s"},
-		"synchronous_commit":         {nil, &postgres.Options{SynchronousCommit: "remote_apply"}, nil, postgres.ErrNotConfigured, "synchronous_commit is on, and Options.SynchronousCommit says remote_apply"},
-		"a stronger one":             {&postgres.Options{SynchronousCommit: "remote_apply"}, nil, nil, postgres.ErrNotConfigured, "synchronous_commit is remote_apply, and Options.SynchronousCommit says on"},
-		"an address of its own":      {nil, nil, param("lock_timeout", "1234"), postgres.ErrNotConfigured, "lock_timeout is 1.234s"},
-		"client_encoding":            {nil, nil, param("client_encoding", "LATIN1"), postgres.ErrNotConfigured, "client_encoding is LATIN1"},
-		"another schema":             {&postgres.Options{Schema: "payments"}, nil, nil, postgres.ErrNotConfigured, "another schema"},
-		"another isolation level":    {nil, &postgres.Options{Isolation: pgx.Serializable}, nil, postgres.ErrNotConfigured, "isolation level"},
-		"a pooler's, without one":    {&postgres.Options{TransactionPooling: true}, nil, nil, postgres.ErrSessionUnbounded, "lock_timeout is 0s"},
-		"one without, and a pooler":  {nil, &postgres.Options{TransactionPooling: true}, nil, postgres.ErrNotConfigured, "pgx.QueryExecModeExec"},
-		"a mode that describes":      {&postgres.Options{TransactionPooling: true}, &postgres.Options{TransactionPooling: true}, mode(pgx.QueryExecModeDescribeExec), postgres.ErrNotConfigured, "pgx.QueryExecModeExec"},
-		"a pooler's, for a pooler":   {&postgres.Options{TransactionPooling: true}, &postgres.Options{TransactionPooling: true, LockTimeout: time.Second}, nil, nil, ""},
-		"a mode that caches, for it": {&postgres.Options{TransactionPooling: true}, &postgres.Options{TransactionPooling: true}, mode(pgx.QueryExecModeCacheDescribe), nil, ""},
-		"the same":                   {&postgres.Options{LockTimeout: time.Second}, &postgres.Options{LockTimeout: time.Second}, nil, nil, ""},
-		"both, one after the other":  {&postgres.Options{Schema: "payments"}, nil, func(config *pgxpool.Config) { postgres.Configure(config, nil) }, nil, ""},
-	} {
-		t.Run(name, func(t *testing.T) {
-			t.Parallel()
-			b := setup(t, &setupOptions{store: &postgres.Options{Schema: "payments"}})
-			if err := migrations.Up(t.Context(), postgres.New(b.pool, nil), nil); err != nil { // in public too
-				t.Fatal(err)
-			}
-			config, err := pgxpool.ParseConfig(b.pool.Config().ConnString())
-			if err != nil {
-				t.Fatal(err)
-			}
-			postgres.Configure(config, c.configured)
-			if c.after != nil {
-				c.after(config)
-			}
-			pool, err := pgxpool.NewWithConfig(t.Context(), config)
-			if err != nil {
-				t.Fatal(err)
-			}
-			defer pool.Close()
-			err = postgres.New(pool, c.store).Check(t.Context())
-			if !errors.Is(err, c.want) || err != nil && !strings.Contains(err.Error(), c.says) {
-				t.Errorf("got %v, want %v with %q", err, c.want, c.says)
-			}
-		})
-	}
-}
-
-// A server that is too old is refused. The wire says 13 in place of the version that the server
-// sends.
-func TestCheckRefusesAnOldServer(t *testing.T) {
-	t.Parallel()
-	old := func(config *pgxpool.Config) {
-		dial := config.ConnConfig.DialFunc
-		config.ConnConfig.DialFunc = func(ctx context.Context, network, address string) (net.Conn, error) {
-			conn, err := dial(ctx, network, address)
-			return &oldServer{conn}, err
-		}
-	}
-	b := setup(t, &setupOptions{configure: old})
-	if err := b.store.Check(t.Context()); !errors.Is(err, postgres.ErrServerOutdated) || !strings.Contains(err.Error(), "version 13: upgrade it") {
-		t.Errorf("check: %v", err)
-	}
-	_, err := postgres.Open(t.Context(), b.pool.Config().ConnString(), &postgres.Options{PoolConfig: old})
-	if !errors.Is(err, postgres.ErrServerOutdated) {
-		t.Errorf("open: %v", err)
-	}
-}
-
-type oldServer struct{ net.Conn }
-
-func (c *oldServer) Read(p []byte) (int, error) {
-	n, err := c.Conn.Read(p)
-	name := []byte("server_version\x00")
-	if at := bytes.Index(p[:n], name); at >= 0 {
-		copy(p[at+len(name):n], "13")
-	}
-	return n, err
 }

@@ -68,19 +68,6 @@ func TestAnswerAndWritesAreOneCommit(t *testing.T) {
 	}
 }
 
-func TestKeylessRequestHasATransactionAndNoRecord(t *testing.T) {
-	t.Parallel()
-	b := setup(t, nil)
-	keyless := idempotency.Request{Key: idempotency.Key{Scope: "acme"}}
-	want(t, b.do(t, keyless, pay(t, 201)), idempotency.OutcomeExecuted, "")
-	want(t, b.do(t, keyless, pay(t, 201)), idempotency.OutcomeExecuted, "")
-	want(t, b.do(t, keyless, pay(t, 402)), idempotency.OutcomeNotExecuted, "")
-	want(t, b.do(t, keyless, pay(t, 500)), idempotency.OutcomeNotExecuted, "")
-	if effects, records := b.effects(t), b.count(t, "SELECT count(*) FROM idempotency_keys"); effects != 2 || records != 0 {
-		t.Errorf("%d effects and %d records, want 2 and 0", effects, records)
-	}
-}
-
 // The result of the lock and the record must not come from one snapshot: many clients send each key
 // at once.
 func TestDuplicatesAtOnceRunOnce(t *testing.T) {

@@ -3,13 +3,18 @@ package postgres_test
 import (
 	"context"
 	"errors"
+	"fmt"
 	"strconv"
+	"strings"
 	"sync"
 	"testing"
 	"time"
 
+	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgconn"
+	"github.com/jackc/pgx/v5/pgxpool"
 
+	"github.com/paidonce/idempotency"
 	"github.com/paidonce/idempotency/storage/postgres"
 )
 
@@ -176,3 +181,76 @@ func TestDeleteExpiredHalvesWhatTakesTooLong(t *testing.T) {
 		})
 	}
 }
+
+func TestReaperRunsUntilItIsStopped(t *testing.T) {
+	t.Parallel()
+	b := setup(t, nil)
+	ctx, cancel := context.WithCancel(context.Background())
+	walks := make(chan error)
+	stopped := make(chan struct{})
+	reaper := postgres.NewReaper(b.store, &postgres.ReaperOptions{Interval: time.Millisecond, OnWalk: func(_ int64, _ time.Duration, err error) {
+		select {
+		case walks <- err:
+		case <-ctx.Done():
+		}
+	}})
+	go func() {
+		defer close(stopped)
+		reaper.Run(ctx)
+	}()
+	if err := <-walks; err != nil {
+		t.Error(err)
+	}
+	if _, err := b.pool.Exec(context.Background(), "ALTER TABLE idempotency_keys RENAME TO elsewhere"); err != nil {
+		t.Fatal(err)
+	}
+	var pgErr *pgconn.PgError
+	for err := range walks {
+		if errors.As(err, &pgErr) { // reported, and tried again
+			break
+		}
+	}
+	if _, err := b.pool.Exec(context.Background(), "ALTER TABLE elsewhere RENAME TO idempotency_keys"); err != nil {
+		t.Fatal(err)
+	}
+	for err := range walks {
+		if err == nil {
+			break
+		}
+	}
+	cancel()
+	<-stopped
+}
+
+// The reaper uses only the database's clock: it sends no time.
+func TestReaperSendsNoTime(t *testing.T) {
+	t.Parallel()
+	var sent []string
+	b := setup(t, &setupOptions{configure: func(c *pgxpool.Config) {
+		c.ConnConfig.Tracer = argumentTracer(func(sql string, arguments []any) {
+			if !strings.Contains(sql, "DELETE FROM") {
+				return
+			}
+			for _, argument := range arguments {
+				sent = append(sent, fmt.Sprintf("%T", argument))
+			}
+		})
+	}})
+	want(t, b.do(t, request("k", ""), pay(t, 201)), idempotency.OutcomeExecuted, "")
+	if _, err := b.store.DeleteExpired(context.Background()); err != nil {
+		t.Fatal(err)
+	}
+	// The first page, the last, and the lock's number.
+	if fmt.Sprint(sent) != "[pgx.QueryExecMode string string int64]" {
+		t.Errorf("the batch was sent with %v", sent)
+	}
+}
+
+type argumentTracer func(sql string, arguments []any)
+
+func (f argumentTracer) TraceQueryStart(ctx context.Context, _ *pgx.Conn, data pgx.TraceQueryStartData) context.Context {
+	f(data.SQL, data.Args)
+	return ctx
+}
+
+func (argumentTracer) TraceQueryEnd(context.Context, *pgx.Conn, pgx.TraceQueryEndData) {}

@@ -650,24 +650,6 @@ func TestLostReplyMayFindAnothersRecord(t *testing.T) {
 	}
 }
 
-// Without a key there is nothing to look for: unknown at once, and no connection is made for it.
-func TestLostReplyOfAKeylessCommitIsUnknown(t *testing.T) {
-	t.Parallel()
-	var connections atomic.Int64
-	b := setup(t, &setupOptions{configure: func(c *pgxpool.Config) {
-		c.MaxConns = 1
-		counted(c, &connections)
-		through(t, c.ConnConfig, func(pgfault.Commit) pgfault.Fault { return pgfault.Fault{Kind: pgfault.CutAfter} })
-	}})
-	want(t, b.do(t, request("", ""), pay(t, 201)), idempotency.OutcomeUnknown, idempotency.ReasonOutcomeUnknown)
-	if n := connections.Load(); n != 1 {
-		t.Errorf("%d connections were made, want the pool's alone", n)
-	}
-	if n := b.effects(t); n != 1 {
-		t.Errorf("%d effects, want 1", n)
-	}
-}
-
 // An outage begins with the loss of the reply: a client that retries until the database is back
 // gets the true outcome.
 func TestResolveOutlivesARestart(t *testing.T) {

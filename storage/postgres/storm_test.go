@@ -17,7 +17,6 @@ import (
 
 	"github.com/paidonce/idempotency"
 	"github.com/paidonce/idempotency/internal/pgtest"
-	"github.com/paidonce/idempotency/migrations"
 	"github.com/paidonce/idempotency/storage/encrypted"
 	"github.com/paidonce/idempotency/storage/postgres"
 )
@@ -268,114 +267,6 @@ func until(t *testing.T, name string, holds func() bool) {
 		if time.Since(begin) > stormSettleMax {
 			t.Fatalf("never: %s", name)
 		}
-	}
-}
-
-// Whatever a handler sets, for its transaction or for the pool's only connection: a payment and its
-// record are there together, and a retry is replayed.
-func TestNoSettingOfAHandlerPartsPaymentAndRecord(t *testing.T) {
-	t.Parallel()
-	b := setup(t, nil)
-	settings := []string{
-		"synchronous_commit = off", "session_replication_role = replica", "lock_timeout = 1", "search_path = pg_temp",
-		"default_transaction_read_only = on", "default_transaction_isolation = 'serializable'", "default_transaction_deferrable = on",
-		"standard_conforming_strings = off", "DateStyle = 'SQL, DMY'", "TimeZone = 'Asia/Kathmandu'", "IntervalStyle = sql_standard",
-		"extra_float_digits = -15", "bytea_output = escape", "transform_null_equals = on", "xmloption = document", "array_nulls = off",
-		"quote_all_identifiers = on", "plan_cache_mode = force_generic_plan", "enable_indexscan = off", "constraint_exclusion = on",
-		"row_security = off", "client_min_messages = error", "work_mem = 64", "temp_tablespaces = ''", "check_function_bodies = off",
-		"lc_messages = 'C'", "application_name = 'x'",
-	}
-	brief := []string{"statement_timeout = 1", "idle_in_transaction_session_timeout = 1"} // a handler may not be done in 1 ms
-	for _, local := range []string{"LOCAL ", ""} {
-		for _, setting := range slices.Concat(settings, brief) {
-			t.Run(local+setting, func(t *testing.T) {
-				t.Parallel()
-				b.setsAndPays(t, local+setting, slices.Contains(brief, setting))
-			})
-		}
-	}
-}
-
-// setsAndPays pays two keys three times each.
-func (b *testBundle) setsAndPays(t *testing.T, setting string, mayFail bool) {
-	config := b.pool.Config()
-	config.MaxConns = 1
-	pool, err := pgxpool.NewWithConfig(t.Context(), config)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer pool.Close()
-	engine := idempotency.NewEngine(postgres.New(pool, nil), nil)
-	paid := 0
-	for _, key := range []string{"first", "second"} {
-		want := idempotency.OutcomeExecuted
-		for range 3 {
-			req := request(key, "10")
-			req.Key.Scope = setting
-			result := engine.Do(t.Context(), req, func(ctx context.Context) (*idempotency.Answer, error) {
-				tx := postgres.Tx(ctx)
-				if _, err := tx.Exec(ctx, "SET "+setting); err != nil {
-					return nil, err
-				}
-				if _, err := tx.Exec(ctx, "INSERT INTO public.effects (name) VALUES ($1)", setting); err != nil {
-					return nil, err
-				}
-				return answer(201), nil
-			})
-			switch {
-			case result.Outcome == want:
-			case mayFail && result.Outcome == idempotency.OutcomeNotExecuted:
-				continue
-			default:
-				t.Errorf("%s: %s, %v, want %s", key, result.Outcome, result.Err, want)
-			}
-			if result.Outcome == idempotency.OutcomeExecuted {
-				paid++
-			}
-			want = idempotency.OutcomeReplayed
-		}
-	}
-	if n := b.count(t, "SELECT count(*) FROM effects WHERE name = $1", setting); n != paid {
-		t.Errorf("%d payments in the books of %d that were told", n, paid)
-	}
-	if n := b.count(t, "SELECT count(*) FROM idempotency_keys WHERE scope = $1", setting); n != paid {
-		t.Errorf("%d records of %d payments", n, paid)
-	}
-	if paid < 2 && !mayFail {
-		t.Errorf("%d payments of 2 keys", paid)
-	}
-}
-
-// Two stores with different schemas share one connection, on which Configure installs its hooks
-// twice.
-func TestTwoStoresShareAPoolOfOneConnection(t *testing.T) {
-	t.Parallel()
-	const second = "second"
-	b := setup(t, &setupOptions{configure: func(config *pgxpool.Config) {
-		config.MaxConns = 1
-		postgres.Configure(config, &postgres.Options{Schema: second})
-	}})
-	if err := migrations.Up(t.Context(), postgres.New(b.pool, &postgres.Options{Schema: second}), nil); err != nil {
-		t.Fatal(err)
-	}
-	stores := []*postgres.Store{b.store, postgres.New(b.pool, &postgres.Options{Schema: second})}
-	for round := range 3 {
-		outcome := idempotency.OutcomeReplayed
-		if round == 0 {
-			outcome = idempotency.OutcomeExecuted
-		}
-		for _, store := range stores {
-			engine := idempotency.NewEngine(store, nil)
-			for _, key := range []string{"a", "b"} {
-				want(t, engine.Do(t.Context(), request(key, "10"), func(ctx context.Context) (*idempotency.Answer, error) {
-					effect(ctx, t)
-					return answer(201), nil
-				}), outcome, "")
-			}
-		}
-	}
-	if n := b.effects(t); n != 4 {
-		t.Errorf("%d effects of two keys in two stores", n)
 	}
 }
 

@@ -2,8 +2,6 @@ package postgres_test
 
 import (
 	"context"
-	"errors"
-	"fmt"
 	"strings"
 	"testing"
 	"time"
@@ -15,6 +13,137 @@ import (
 	"github.com/paidonce/idempotency/migrations"
 	"github.com/paidonce/idempotency/storage/postgres"
 )
+
+func TestMissingTableIsUnavailable(t *testing.T) {
+	t.Parallel()
+	b := setup(t, nil)
+	if _, err := b.pool.Exec(context.Background(), "DROP TABLE idempotency_keys"); err != nil {
+		t.Fatal(err)
+	}
+	want(t, b.do(t, request("k", ""), pay(t, 201)), idempotency.OutcomeNotExecuted, idempotency.ReasonUnavailable)
+}
+
+// The service may start before its first migration; its connections work as soon as the table
+// exists.
+func TestMigrationAfterConnect(t *testing.T) {
+	t.Parallel()
+	ctx := context.Background()
+	b := setup(t, &setupOptions{configure: func(c *pgxpool.Config) { c.MaxConns = 1 }})
+	if err := migrations.Down(ctx, postgres.New(b.pool, nil), nil); err != nil {
+		t.Fatal(err)
+	}
+	b.pool.Reset()
+	want(t, b.do(t, request("k", ""), pay(t, 201)), idempotency.OutcomeNotExecuted, idempotency.ReasonUnavailable)
+	if err := migrations.Up(ctx, postgres.New(b.pool, nil), nil); err != nil {
+		t.Fatal(err)
+	}
+	want(t, b.do(t, request("k", ""), pay(t, 201)), idempotency.OutcomeExecuted, "")
+}
+
+func TestSchemasAreApart(t *testing.T) {
+	t.Parallel()
+	b := setup(t, &setupOptions{store: &postgres.Options{Schema: "payments"}})
+	want(t, b.do(t, request("k", ""), pay(t, 201)), idempotency.OutcomeExecuted, "")
+	want(t, b.do(t, request("k", ""), pay(t, 201)), idempotency.OutcomeReplayed, "")
+	if n := b.count(t, "SELECT count(*) FROM payments.idempotency_keys"); n != 1 {
+		t.Errorf("%d records, want 1", n)
+	}
+}
+
+func TestOptionsThatCannotWorkPanic(t *testing.T) {
+	t.Parallel()
+	pool, err := pgxpool.New(context.Background(), "host=/nowhere")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer pool.Close()
+	panics := func(do func()) (text string) {
+		defer func() { text, _ = recover().(string) }()
+		do()
+		return ""
+	}
+	for _, opts := range []*postgres.Options{
+		{Schema: "Public"}, {Schema: "a.b"}, {Schema: `a"b`}, {Schema: "1a"}, {Schema: "pg_x"}, {Schema: strings.Repeat("a", 64)},
+		{Isolation: "chaos"}, {AcquireTimeout: -1}, {LockTimeout: time.Microsecond}, {PrepareTimeout: time.Microsecond}, {SynchronousCommit: "off"},
+		{IdleInTransactionTimeout: postgres.IdleInTransactionTimeoutMax},
+	} {
+		if text := panics(func() { postgres.New(pool, opts) }); !strings.HasPrefix(text, "idempotency/postgres: ") {
+			t.Errorf("%+v: %q", opts, text)
+		}
+	}
+	for _, opts := range []*postgres.Options{nil, {Schema: strings.Repeat("a", 63)}, {Isolation: pgx.Serializable}, {LockTimeout: time.Millisecond}, {PrepareTimeout: time.Millisecond}, {IdleInTransactionTimeout: postgres.IdleInTransactionTimeoutMax - 1}} {
+		if text := panics(func() { postgres.New(pool, opts) }); text != "" {
+			t.Errorf("%+v: %q", opts, text)
+		}
+	}
+	// The handler's timeout must fit into PostgreSQL's limit for an idle transaction.
+	store := postgres.New(pool, nil)
+	if text := panics(func() {
+		idempotency.NewEngine(store, &idempotency.Options{Timeouts: idempotency.Timeouts{Handler: 16 * time.Second}})
+	}); !strings.Contains(text, "IdleInTransactionTimeout") {
+		t.Errorf("a handler timeout of 16 s: %q", text)
+	}
+	if text := panics(func() {
+		idempotency.NewEngine(store, &idempotency.Options{Timeouts: idempotency.Timeouts{Handler: 15 * time.Second}})
+	}); text != "" {
+		t.Errorf("a handler timeout of 15 s: %q", text)
+	}
+	// The commit's timeout too: from PostgreSQL 17 on the same limit holds for the whole
+	// transaction.
+	if text := panics(func() {
+		idempotency.NewEngine(store, &idempotency.Options{Timeouts: idempotency.Timeouts{Commit: 11 * time.Second}})
+	}); !strings.Contains(text, "Timeouts.Commit of 11s") {
+		t.Errorf("a commit timeout of 11 s: %q", text)
+	}
+	if text := panics(func() {
+		idempotency.NewEngine(store, &idempotency.Options{Timeouts: idempotency.Timeouts{Commit: 10 * time.Second}})
+	}); text != "" {
+		t.Errorf("a commit timeout of 10 s: %q", text)
+	}
+}
+
+// An expired key is a replay while its row exists, and a new run afterwards.
+func TestExpiredKey(t *testing.T) {
+	t.Parallel()
+	ctx := context.Background()
+	b := setup(t, nil)
+	short, long := request("short", ""), request("long", "")
+	short.TTL, long.TTL = time.Second, time.Hour
+	want(t, b.do(t, short, pay(t, 201)), idempotency.OutcomeExecuted, "")
+	want(t, b.do(t, long, pay(t, 201)), idempotency.OutcomeExecuted, "")
+	if n, err := b.store.DeleteExpired(ctx); n != 0 || err != nil {
+		t.Fatalf("%d deleted before their time, %v", n, err)
+	}
+	if _, err := b.pool.Exec(ctx, "SELECT pg_sleep(1.1)"); err != nil { // by the clock that counts
+		t.Fatal(err)
+	}
+	want(t, b.do(t, short, pay(t, 201)), idempotency.OutcomeReplayed, "")
+	if n, err := b.store.DeleteExpired(ctx); n != 1 || err != nil {
+		t.Fatalf("%d deleted, %v", n, err)
+	}
+	want(t, b.do(t, short, pay(t, 201)), idempotency.OutcomeExecuted, "")
+	want(t, b.do(t, long, pay(t, 201)), idempotency.OutcomeReplayed, "")
+	if n, err := b.store.DeleteExpired(ctx); n != 0 || err != nil { // the fresh row lives
+		t.Fatalf("%d deleted, %v", n, err)
+	}
+}
+
+// Two stores on one pool differ in their statements; those of one are prepared, those of the other
+// are sent as text.
+func TestTwoStoresOnOnePool(t *testing.T) {
+	t.Parallel()
+	b := setup(t, nil)
+	want(t, b.do(t, request("a", ""), pay(t, 201)), idempotency.OutcomeExecuted, "")
+	b.store = postgres.New(b.pool, &postgres.Options{Isolation: pgx.Serializable})
+	want(t, b.do(t, request("b", ""), func(ctx context.Context, tx pgx.Tx) int {
+		var level string
+		if err := tx.QueryRow(ctx, "SHOW transaction_isolation").Scan(&level); err != nil || level != "serializable" {
+			t.Errorf("isolation %q, %v", level, err)
+		}
+		return 201
+	}), idempotency.OutcomeExecuted, "")
+	want(t, b.do(t, request("a", ""), pay(t, 201)), idempotency.OutcomeReplayed, "")
+}
 
 // Two services on one database that pass a key along don't block each other: each has a table of
 // its own.
@@ -39,21 +168,6 @@ func TestStoresOfTwoSchemasDoNotBlockEachOther(t *testing.T) {
 	}
 }
 
-// Requests without a key have nothing in common: none waits for or blocks another.
-func TestKeylessRequestsRunSideBySide(t *testing.T) {
-	t.Parallel()
-	b := setup(t, nil)
-	keyless := idempotency.Request{Key: idempotency.Key{Scope: "acme"}}
-	want(t, b.do(t, keyless, func(ctx context.Context, _ pgx.Tx) int {
-		effect(ctx, t)
-		want(t, b.do(t, keyless, pay(t, 201)), idempotency.OutcomeExecuted, "")
-		return 201
-	}), idempotency.OutcomeExecuted, "")
-	if n := b.effects(t); n != 2 {
-		t.Errorf("%d effects, want 2", n)
-	}
-}
-
 // The transaction can write, whatever the database's default. On a standby, where it can't, the
 // claim fails at once.
 func TestTransactionIsReadWriteWhateverTheDefault(t *testing.T) {
@@ -64,107 +178,6 @@ func TestTransactionIsReadWriteWhateverTheDefault(t *testing.T) {
 	want(t, b.do(t, request("k", ""), pay(t, 201)), idempotency.OutcomeExecuted, "")
 	want(t, b.do(t, request("declined", ""), pay(t, 402)), idempotency.OutcomeExecuted, "")
 	want(t, b.do(t, request("", ""), pay(t, 201)), idempotency.OutcomeExecuted, "")
-}
-
-// More faults that Check finds. The connection itself simulates a standby and a role without
-// rights.
-func TestCheckFindsWhatIsWrongToo(t *testing.T) {
-	t.Parallel()
-	for name, c := range map[string]struct {
-		sql  string
-		want error
-		says string
-	}{
-		"a standby": {`CREATE SCHEMA fake; CREATE FUNCTION fake.pg_is_in_recovery() RETURNS boolean LANGUAGE sql AS 'SELECT true';
-			SET search_path = fake, public, pg_catalog`, postgres.ErrNotPrimary, "connect to the primary"},
-		"no right to see the version": {"SET ROLE pg_monitor", postgres.ErrSchemaOutdated, "GRANT SELECT"},
-		"remote_write":                {"SET synchronous_commit = remote_write", postgres.ErrCommitNotDurable, "Configure"},
-	} {
-		t.Run(name, func(t *testing.T) {
-			t.Parallel()
-			b := setup(t, &setupOptions{configure: func(c *pgxpool.Config) { c.MaxConns = 1 }})
-			if _, err := b.pool.Exec(context.Background(), c.sql); err != nil {
-				t.Fatal(err)
-			}
-			if err := b.store.Check(context.Background()); !errors.Is(err, c.want) || !strings.Contains(err.Error(), c.says) {
-				t.Errorf("got %v, want %v with %q", err, c.want, c.says)
-			}
-		})
-	}
-}
-
-// These are no faults: a newer schema, which an older program must survive; and behind a pooler a
-// connection without the settings, which come with each claim.
-func TestCheckPassesWhatIsRight(t *testing.T) {
-	t.Parallel()
-	for name, c := range map[string]struct {
-		sql   string
-		store *postgres.Options
-	}{
-		"a newer schema":  {"UPDATE idempotency_migrations SET version = version + 1", nil},
-		"behind a pooler": {"SET synchronous_commit = off", &postgres.Options{TransactionPooling: true}},
-	} {
-		t.Run(name, func(t *testing.T) {
-			t.Parallel()
-			b := setup(t, &setupOptions{store: c.store, configure: func(c *pgxpool.Config) { c.MaxConns = 1 }})
-			if _, err := b.pool.Exec(context.Background(), c.sql); err != nil {
-				t.Fatal(err)
-			}
-			if err := b.store.Check(context.Background()); err != nil {
-				t.Error(err)
-			}
-		})
-	}
-}
-
-// The reaper uses only the database's clock: it sends no time.
-func TestReaperSendsNoTime(t *testing.T) {
-	t.Parallel()
-	var sent []string
-	b := setup(t, &setupOptions{configure: func(c *pgxpool.Config) {
-		c.ConnConfig.Tracer = argumentTracer(func(sql string, arguments []any) {
-			if !strings.Contains(sql, "DELETE FROM") {
-				return
-			}
-			for _, argument := range arguments {
-				sent = append(sent, fmt.Sprintf("%T", argument))
-			}
-		})
-	}})
-	want(t, b.do(t, request("k", ""), pay(t, 201)), idempotency.OutcomeExecuted, "")
-	if _, err := b.store.DeleteExpired(context.Background()); err != nil {
-		t.Fatal(err)
-	}
-	// The first page, the last, and the lock's number.
-	if fmt.Sprint(sent) != "[pgx.QueryExecMode string string int64]" {
-		t.Errorf("the batch was sent with %v", sent)
-	}
-}
-
-type argumentTracer func(sql string, arguments []any)
-
-func (f argumentTracer) TraceQueryStart(ctx context.Context, _ *pgx.Conn, data pgx.TraceQueryStartData) context.Context {
-	f(data.SQL, data.Args)
-	return ctx
-}
-
-func (argumentTracer) TraceQueryEnd(context.Context, *pgx.Conn, pgx.TraceQueryEndData) {}
-
-// The server notices a client that vanished: each connection sets keep-alives, except behind a
-// pooler.
-func TestConfigureAsksForKeepAlives(t *testing.T) {
-	t.Parallel()
-	for pooling, want := range map[bool][3]string{false: {"30", "10", "3"}, true: {}} {
-		config, err := pgxpool.ParseConfig("host=/nowhere")
-		if err != nil {
-			t.Fatal(err)
-		}
-		postgres.Configure(config, &postgres.Options{TransactionPooling: pooling})
-		params := config.ConnConfig.RuntimeParams
-		if got := [3]string{params["tcp_keepalives_idle"], params["tcp_keepalives_interval"], params["tcp_keepalives_count"]}; got != want {
-			t.Errorf("pooling %v: keep-alives %q, want %q", pooling, got, want)
-		}
-	}
 }
 
 // Stores of two schemas may share a pool: neither uses the prepared statements of the other.
@@ -295,4 +308,37 @@ func TestLookUpIsYoungerThanTheLock(t *testing.T) {
 	}
 	want(t, <-duplicate, idempotency.OutcomeInProgress, idempotency.ReasonInProgress) // it held no lock, and saw no record
 	want(t, b.do(t, request("k", ""), pay(t, 201)), idempotency.OutcomeReplayed, "")
+}
+
+// Two stores with different schemas share one connection, on which Configure installs its hooks
+// twice.
+func TestTwoStoresShareAPoolOfOneConnection(t *testing.T) {
+	t.Parallel()
+	const second = "second"
+	b := setup(t, &setupOptions{configure: func(config *pgxpool.Config) {
+		config.MaxConns = 1
+		postgres.Configure(config, &postgres.Options{Schema: second})
+	}})
+	if err := migrations.Up(t.Context(), postgres.New(b.pool, &postgres.Options{Schema: second}), nil); err != nil {
+		t.Fatal(err)
+	}
+	stores := []*postgres.Store{b.store, postgres.New(b.pool, &postgres.Options{Schema: second})}
+	for round := range 3 {
+		outcome := idempotency.OutcomeReplayed
+		if round == 0 {
+			outcome = idempotency.OutcomeExecuted
+		}
+		for _, store := range stores {
+			engine := idempotency.NewEngine(store, nil)
+			for _, key := range []string{"a", "b"} {
+				want(t, engine.Do(t.Context(), request(key, "10"), func(ctx context.Context) (*idempotency.Answer, error) {
+					effect(ctx, t)
+					return answer(201), nil
+				}), outcome, "")
+			}
+		}
+	}
+	if n := b.effects(t); n != 4 {
+		t.Errorf("%d effects of two keys in two stores", n)
+	}
 }

@@ -372,3 +372,27 @@ func TestF20RecordThatWasSeenIsNotForgottenByRestarts(t *testing.T) {
 		t.Errorf("%d effects, want 1", n)
 	}
 }
+
+// If a COMMIT's wait for the standbys is canceled, a warning is the only sign. A deferred trigger
+// can't hide it.
+func TestF20DeferredTriggerDoesNotHideTheWarning(t *testing.T) {
+	t.Parallel()
+	config := configOfOwnServer(t)
+	b := setup(t, &setupOptions{database: config.ConnString()})
+	b.exec(t, `CREATE FUNCTION hush() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN PERFORM set_config('client_min_messages', 'error', true); RETURN NULL; END $$;
+		CREATE CONSTRAINT TRIGGER hush AFTER INSERT ON effects DEFERRABLE INITIALLY DEFERRED FOR EACH ROW EXECUTE FUNCTION hush()`)
+	setStandbys(t, b.pool, "nobody")
+	defer setStandbys(t, b.pool, "")
+	engine := idempotency.NewEngine(b.store, &idempotency.Options{Timeouts: idempotency.Timeouts{Resolve: 10 * time.Millisecond}})
+	for _, key := range []string{"k", ""} {
+		done := make(chan idempotency.Result, 1)
+		go func() {
+			done <- engine.Do(context.Background(), request(key, ""), func(ctx context.Context) (*idempotency.Answer, error) {
+				effect(ctx, t)
+				return answer(201), nil
+			})
+		}()
+		cancelWaiting(t, b.pool)
+		want(t, <-done, idempotency.OutcomeUnknown, idempotency.ReasonOutcomeUnknown)
+	}
+}

@@ -2,6 +2,9 @@ package postgres_test
 
 import (
 	"context"
+	"fmt"
+	"slices"
+	"strings"
 	"testing"
 	"time"
 
@@ -11,6 +14,53 @@ import (
 	"github.com/paidonce/idempotency"
 	"github.com/paidonce/idempotency/storage/postgres"
 )
+
+// A handler could get around the seal with EXECUTE of a prepared COMMIT, also from inside a
+// function. So the names can't be guessed.
+func TestNamesOfPreparedStatementsAreDrawn(t *testing.T) {
+	t.Parallel()
+	one := func(c *pgxpool.Config) { c.MaxConns = 1 }
+	names := func() (names []string) {
+		b := setup(t, &setupOptions{configure: one})
+		for _, status := range []int{201, 402, 500} {
+			b.do(t, request(fmt.Sprint(status), ""), pay(t, status))
+		}
+		rows, err := b.pool.Query(context.Background(), "SELECT name FROM pg_prepared_statements WHERE name LIKE 'idempotency%'")
+		if err == nil {
+			names, err = pgx.CollectRows(rows, pgx.RowTo[string])
+		}
+		if err != nil || len(names) == 0 {
+			t.Fatalf("%d statements are prepared: %v", len(names), err)
+		}
+		return names
+	}
+	first, second := names(), names()
+	for _, name := range first {
+		if slices.Contains(second, name) {
+			t.Errorf("the name %s is the same in two pools", name)
+		}
+		if random, ok := strings.CutPrefix(name, "idempotency_"); !ok || len(random) < 26 {
+			t.Errorf("the name %s can be guessed", name)
+		}
+	}
+}
+
+// DEALLOCATE ALL by other code, or a pooler's DISCARD ALL, drops our statements.
+func TestStatementsThatWereDeallocatedAreSentAsText(t *testing.T) {
+	t.Parallel()
+	b := setup(t, &setupOptions{configure: func(c *pgxpool.Config) { c.MaxConns = 1 }})
+	want(t, b.do(t, request("a", ""), pay(t, 201)), idempotency.OutcomeExecuted, "")
+	if n := b.count(t, "SELECT count(*) FROM pg_prepared_statements WHERE name LIKE 'idempotency_%'"); n == 0 {
+		t.Fatal("nothing of ours is prepared")
+	}
+	if _, err := b.pool.Exec(context.Background(), "DEALLOCATE ALL"); err != nil {
+		t.Fatal(err)
+	}
+	// pgx's own statements are gone too; pgx has to mend that.
+	idle := func(context.Context, pgx.Tx) int { return 201 }
+	want(t, b.do(t, request("b", ""), idle), idempotency.OutcomeExecuted, "")
+	want(t, b.do(t, request("b", ""), idle), idempotency.OutcomeReplayed, "")
+}
 
 // While the table is locked, by a migration or by a session that waits behind it, new connections
 // serve requests that need no record. Once the lock is gone they serve the others too, with

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"testing"
 	"time"
@@ -16,6 +17,347 @@ import (
 	"github.com/paidonce/idempotency"
 	"github.com/paidonce/idempotency/storage/postgres"
 )
+
+type connRewriter struct{ conn *pgx.Conn }
+
+func (r *connRewriter) RewriteQuery(_ context.Context, conn *pgx.Conn, sql string, _ []any) (string, []any, error) {
+	r.conn = conn
+	return sql, nil, nil
+}
+
+// Ways around the guard that reads the handler's SQL.
+func TestGuardCannotBeWalkedAround(t *testing.T) {
+	t.Parallel()
+	simple := func(c *pgxpool.Config) { c.ConnConfig.DefaultQueryExecMode = pgx.QueryExecModeSimpleProtocol }
+	for name, c := range map[string]struct {
+		configure func(*pgxpool.Config)
+		attack    func(ctx context.Context, tx pgx.Tx) error
+	}{
+		"a rewriter behind result formats": {nil, func(ctx context.Context, tx pgx.Tx) error {
+			rows, err := tx.Query(ctx, "SELECT 1", pgx.QueryResultFormats{1}, rewriter("COMMIT"))
+			rows.Close()
+			return errors.Join(err, rows.Err())
+		}},
+		"half a character": {nil, func(ctx context.Context, tx pgx.Tx) error {
+			if _, err := tx.Exec(ctx, "SET LOCAL client_encoding = 'SJIS'"); err != nil {
+				t.Error(err)
+			}
+			_, err := tx.Exec(ctx, "SELECT E'\x83\x5c'; commit; begin; select '1'")
+			return err
+		}},
+		"a string over two statements of a batch": {simple, func(ctx context.Context, tx pgx.Tx) error {
+			batch := &pgx.Batch{}
+			batch.Queue("SELECT '")
+			batch.Queue("'; commit; begin; select '")
+			batch.Queue("'")
+			return tx.SendBatch(ctx, batch).Close()
+		}},
+	} {
+		b := setup(t, &setupOptions{configure: c.configure})
+		b.do(t, request("k", ""), func(ctx context.Context, tx pgx.Tx) int {
+			effect(ctx, t)
+			if err := c.attack(ctx, tx); !errors.Is(err, postgres.ErrSealed) {
+				t.Errorf("%s: %v, want ErrSealed", name, err)
+			}
+			var r connRewriter
+			if _, _ = tx.Exec(ctx, "SELECT 1", &r); r.conn != nil {
+				t.Error("a rewriter is given the connection")
+			}
+			return 500
+		})
+		if n := b.effects(t); n != 0 {
+			t.Errorf("%s: %d effects, want none", name, n)
+		}
+	}
+}
+
+// If the handler's code panics inside a callback, the transaction is rolled back at once.
+func TestPanicInACallbackIsRolledBackAtOnce(t *testing.T) {
+	t.Parallel()
+	b := setup(t, nil)
+	started := time.Now()
+	want(t, b.do(t, request("k", ""), func(ctx context.Context, tx pgx.Tx) int {
+		batch := &pgx.Batch{}
+		batch.Queue("SELECT 1").QueryRow(func(pgx.Row) error { panic("callback") })
+		_ = tx.SendBatch(ctx, batch).Close()
+		return 201
+	}), idempotency.OutcomeNotExecuted, idempotency.ReasonHandlerFailed)
+	if d := time.Since(started); d > 500*time.Millisecond {
+		t.Errorf("it took %v", d)
+	}
+}
+
+// A handle that outlives its handler does not touch the connection, which may be in other hands by
+// then, and neither does a second goroutine while the first one uses it. They would race for the
+// settings that the server reports.
+func TestHandleReadsTheConnectionInItsTurnOnly(t *testing.T) {
+	t.Parallel()
+	b := setup(t, &setupOptions{configure: func(c *pgxpool.Config) { c.MaxConns = 1 }})
+	for name, use := range map[string]func(ctx context.Context, tx pgx.Tx){
+		"exec":    func(ctx context.Context, tx pgx.Tx) { _, _ = tx.Exec(ctx, "SELECT 1") },
+		"query":   func(ctx context.Context, tx pgx.Tx) { rows, _ := tx.Query(ctx, "SELECT 1"); rows.Close() },
+		"prepare": func(ctx context.Context, tx pgx.Tx) { _, _ = tx.Prepare(ctx, "p", "SELECT 1") },
+		"batch": func(ctx context.Context, tx pgx.Tx) {
+			batch := &pgx.Batch{}
+			batch.Queue("SELECT 1")
+			_ = tx.SendBatch(ctx, batch).Close()
+		},
+	} {
+		ctx := context.Background()
+		var kept pgx.Tx
+		var wg sync.WaitGroup
+		stop := make(chan struct{})
+		set := func(exec func(sql string) error) {
+			for i := range 100 {
+				if err := exec(fmt.Sprintf("SET TimeZone TO '%d'", i%10)); err != nil && !errors.Is(err, postgres.ErrBusy) {
+					t.Errorf("%s: %v", name, err)
+				}
+			}
+		}
+		b.do(t, request(name, ""), func(ctx context.Context, tx pgx.Tx) int {
+			kept = tx
+			wg.Go(func() {
+				for {
+					select {
+					case <-stop:
+						return
+					default:
+						use(context.Background(), kept)
+					}
+				}
+			})
+			set(func(sql string) error { _, err := tx.Exec(ctx, sql); return err })
+			return 500
+		})
+		set(func(sql string) error { _, err := b.pool.Exec(ctx, sql); return err })
+		close(stop)
+		wg.Wait()
+	}
+}
+
+// A rewriter is found behind every option that pgx knows.
+func TestRewriterBehindOptionsIsRefused(t *testing.T) {
+	t.Parallel()
+	b := setup(t, nil)
+	result := b.do(t, request("k", ""), func(ctx context.Context, tx pgx.Tx) int {
+		effect(ctx, t)
+		for name, option := range map[string]any{
+			"mode": pgx.QueryExecModeExec, "simple": pgx.QueryExecModeSimpleProtocol,
+			"formats": pgx.QueryResultFormats{0}, "formats by oid": pgx.QueryResultFormatsByOID{},
+		} {
+			rows, err := tx.Query(ctx, "SELECT 1", option, rewriter("COMMIT"))
+			rows.Close()
+			if !errors.Is(errors.Join(err, rows.Err()), postgres.ErrSealed) {
+				t.Errorf("%s: got %v, want ErrSealed", name, err)
+			}
+		}
+		return 201
+	})
+	want(t, result, idempotency.OutcomeExecuted, "")
+}
+
+// Text that would end the transaction is refused wherever a rewriter stands among the arguments,
+// and also if a backslash hides the end of a string.
+func TestHiddenEndOfTheTransactionIsRefused(t *testing.T) {
+	t.Parallel()
+	b := setup(t, nil)
+	refused := func(what string, err error) {
+		t.Helper()
+		if !errors.Is(err, postgres.ErrSealed) {
+			t.Errorf("%s: got %v, want ErrSealed", what, err)
+		}
+	}
+	result := b.do(t, request("k", ""), func(ctx context.Context, tx pgx.Tx) int {
+		effect(ctx, t)
+		_, err := tx.Exec(ctx, "SELECT 1", pgx.QueryExecModeExec, rewriter("COMMIT"))
+		refused("behind a mode", err)
+		batch := &pgx.Batch{}
+		batch.Queue("SELECT 1", rewriter("COMMIT"))
+		refused("in a batch", tx.SendBatch(ctx, batch).Close())
+		if _, err := tx.Exec(ctx, "SET LOCAL standard_conforming_strings = off"); err != nil {
+			t.Error(err)
+		}
+		_, err = tx.Exec(ctx, `SELECT '\';COMMIT;BEGIN;--'`)
+		refused("behind a backslash", err)
+		_, err = tx.Exec(ctx, `SELECT 'a\'';COMMIT;BEGIN;--'`)
+		refused("behind a doubled quote", err)
+		return 201
+	})
+	want(t, result, idempotency.OutcomeExecuted, "")
+	if n := b.effects(t); n != 1 {
+		t.Errorf("%d effects, want 1", n)
+	}
+}
+
+// Code written for job queues ends with pg_advisory_unlock_all. The key is locked for the
+// transaction, and stays locked.
+func TestHandlerThatUnlocksAllKeepsItsKey(t *testing.T) {
+	t.Parallel()
+	b := setup(t, nil)
+	want(t, b.do(t, request("k", ""), func(ctx context.Context, tx pgx.Tx) int {
+		if _, err := tx.Exec(ctx, "SELECT pg_advisory_unlock_all()"); err != nil {
+			t.Error(err)
+		}
+		effect(ctx, t)
+		want(t, b.do(t, request("k", ""), pay(t, 201)), idempotency.OutcomeInProgress, idempotency.ReasonInProgress)
+		return 201
+	}), idempotency.OutcomeExecuted, "")
+	if n := b.effects(t); n != 1 {
+		t.Errorf("%d effects, want 1", n)
+	}
+}
+
+// awaitNone waits until a count is 0.
+func (b *testBundle) awaitNone(t *testing.T, sql string, arguments ...any) {
+	t.Helper()
+	for deadline := time.Now().Add(30 * time.Second); b.count(t, sql, arguments...) > 0; time.Sleep(5 * time.Millisecond) {
+		if time.Now().After(deadline) {
+			t.Fatalf("%s: still not 0", sql)
+		}
+	}
+}
+
+// Comments, strings and bodies of functions hold semicolons, and are one statement all the same.
+func TestSQLWithSemicolonsInItIsOneStatement(t *testing.T) {
+	t.Parallel()
+	b := setup(t, nil)
+	want(t, b.do(t, request("k", ""), func(ctx context.Context, tx pgx.Tx) int {
+		for _, sql := range []string{
+			"INSERT INTO effects (name) VALUES ('a') /*action='%2Fpay',traceparent='00-5bd66ef5095369c7b0d1f8f4bd33716a-c532cb4098ac3dd2-01'*/",
+			"/* it's; a test */ INSERT INTO effects (name) VALUES ('b')",
+			"-- name: CreateEffect :one\nINSERT INTO effects (name) VALUES ('it''s; fine') RETURNING id;\n",
+			`INSERT INTO effects (name) VALUES (E'a\'; COMMIT; --') ; -- done; really`,
+			"INSERT INTO effects (name) VALUES ($q$ ; COMMIT; $q$)",
+			"WITH x AS (INSERT INTO effects (name) VALUES ('w') RETURNING id) SELECT count(*) FROM x;",
+			"DO $$ BEGIN PERFORM 1; END $$;",
+			`SELECT 1 AS "semi;colon"`,
+		} {
+			if _, err := tx.Exec(ctx, sql); err != nil {
+				t.Errorf("%s: %v", sql, err)
+			}
+		}
+		return 201
+	}), idempotency.OutcomeExecuted, "")
+	if n := b.effects(t); n != 6 {
+		t.Errorf("%d effects, want 6", n)
+	}
+}
+
+// A handler that sets the mode of its transaction, as helpers do that begin one of their own. The
+// isolation level can't be changed any more, and the handler gets an error; the rest it may choose.
+func TestHandlerThatSetsItsTransactionsMode(t *testing.T) {
+	t.Parallel()
+	b := setup(t, nil)
+	for i, c := range []struct {
+		sql     string
+		outcome idempotency.Outcome
+		effects int
+	}{
+		{"SET TRANSACTION ISOLATION LEVEL SERIALIZABLE", idempotency.OutcomeNotExecuted, 0},
+		{"SET TRANSACTION READ WRITE", idempotency.OutcomeExecuted, 1},
+		{"SET CONSTRAINTS ALL DEFERRED", idempotency.OutcomeExecuted, 1},
+		{"LOCK TABLE effects IN SHARE ROW EXCLUSIVE MODE", idempotency.OutcomeExecuted, 1},
+	} {
+		before := b.effects(t)
+		want(t, b.do(t, request(fmt.Sprint(i), ""), func(ctx context.Context, tx pgx.Tx) int {
+			if _, err := tx.Exec(ctx, c.sql); err != nil {
+				return 500
+			}
+			effect(ctx, t)
+			return 201
+		}), c.outcome, "")
+		if n := b.effects(t) - before; n != c.effects {
+			t.Errorf("%s: %d effects, want %d", c.sql, n, c.effects)
+		}
+	}
+}
+
+// pgx's own helpers work on the handler's transaction: only a nested one that fails or panics is
+// undone.
+func TestHelpersOfPgxWork(t *testing.T) {
+	t.Parallel()
+	b := setup(t, nil)
+	insert := func(ctx context.Context, tx pgx.Tx, name string) {
+		if _, err := tx.Exec(ctx, "INSERT INTO effects (name) VALUES (@name)", pgx.NamedArgs{"name": name}); err != nil {
+			t.Error(err)
+		}
+	}
+	failed := errors.New("it failed")
+	want(t, b.do(t, request("k", ""), func(ctx context.Context, tx pgx.Tx) int {
+		insert(ctx, tx, "outer")
+		if err := pgx.BeginFunc(ctx, tx, func(tx pgx.Tx) error {
+			insert(ctx, tx, "undone")
+			_, _ = tx.Exec(ctx, "SELECT 1/0") // the rollback to the savepoint clears it
+			return failed
+		}); !errors.Is(err, failed) {
+			t.Errorf("a nested one that fails: %v", err)
+		}
+		func() {
+			defer func() {
+				if recover() != failed {
+					t.Error("the panic did not go on")
+				}
+			}()
+			_ = pgx.BeginFunc(ctx, tx, func(tx pgx.Tx) error {
+				insert(ctx, tx, "undone")
+				panic(failed)
+			})
+		}()
+		if err := pgx.BeginFunc(ctx, tx, func(tx pgx.Tx) error {
+			return pgx.BeginFunc(ctx, tx, func(tx pgx.Tx) error {
+				insert(ctx, tx, "inner")
+				return nil
+			})
+		}); err != nil {
+			t.Error(err)
+		}
+		rows, _ := tx.Query(ctx, "SELECT name FROM effects") // the collector returns its error
+		if _, err := pgx.CollectExactlyOneRow(rows, pgx.RowTo[string]); !errors.Is(err, pgx.ErrTooManyRows) {
+			t.Errorf("CollectExactlyOneRow: %v", err)
+		}
+		rows, _ = tx.Query(ctx, "SELECT name FROM effects ORDER BY id")
+		var names []string
+		var name string
+		if _, err := pgx.ForEachRow(rows, []any{&name}, func() error { names = append(names, name); return nil }); err != nil {
+			t.Error(err)
+		}
+		if got := fmt.Sprint(names); got != "[outer inner]" {
+			t.Errorf("effects are %s", got)
+		}
+		return 201
+	}), idempotency.OutcomeExecuted, "")
+	if n := b.effects(t); n != 2 {
+		t.Errorf("%d effects, want 2", n)
+	}
+}
+
+// If two goroutines use the transaction at once, one is refused. The writes that were not refused
+// are committed.
+func TestTwoGoroutinesOnOneTransaction(t *testing.T) {
+	t.Parallel()
+	b := setup(t, nil)
+	written := 0
+	want(t, b.do(t, request("k", ""), func(ctx context.Context, tx pgx.Tx) int {
+		var errs [2]error
+		var group sync.WaitGroup
+		for i := range errs {
+			group.Go(func() { _, errs[i] = tx.Exec(ctx, "INSERT INTO effects (name) SELECT 'x' FROM pg_sleep(0.1)") })
+		}
+		group.Wait()
+		for _, err := range errs {
+			switch {
+			case err == nil:
+				written++
+			case !errors.Is(err, postgres.ErrBusy):
+				t.Error(err)
+			}
+		}
+		return 201
+	}), idempotency.OutcomeExecuted, "")
+	if n := b.effects(t); n != written || written == 0 {
+		t.Errorf("%d effects, and %d were written without an error", n, written)
+	}
+}
 
 // Text that would end the transaction is refused before it is sent, on every way to send SQL, and
 // the transaction goes on unharmed.
@@ -105,127 +447,6 @@ type rewriter string
 
 func (r rewriter) RewriteQuery(context.Context, *pgx.Conn, string, []any) (string, []any, error) {
 	return string(r), nil, nil
-}
-
-// The last check: a transaction that was ended around the seal is reported neither as executed nor
-// as not executed.
-func TestLostTransactionIsUnknown(t *testing.T) {
-	t.Parallel()
-	for name, c := range map[string]struct {
-		sql    string
-		status int
-	}{
-		"replaced, 201": {"commit; begin", 201},
-		"replaced, 402": {"commit; begin", 402},
-		"ended, 201":    {"commit", 201},
-		"ended, 402":    {"commit", 402},
-		"ended, 500":    {"commit", 500},
-	} {
-		for _, key := range []string{"k", ""} {
-			t.Run(name+" key "+key, func(t *testing.T) {
-				t.Parallel()
-				b := setup(t, nil)
-				result := b.do(t, request(key, ""), func(ctx context.Context, tx pgx.Tx) int {
-					effect(ctx, t)
-					if _, err := postgres.RawConn(tx).Exec(ctx, c.sql); err != nil {
-						t.Error(err)
-					}
-					return c.status
-				})
-				if key == "" && name == "replaced, 402" {
-					return // rolled back; there is no record that could be wrong
-				}
-				want(t, result, idempotency.OutcomeUnknown, idempotency.ReasonTransactionLost)
-				if n := b.count(t, "SELECT count(*) FROM idempotency_keys"); n != 0 {
-					t.Errorf("%d records, want none", n)
-				}
-			})
-		}
-	}
-}
-
-// An SQL error that the handler ignores leaves an aborted transaction, which no 2xx can commit.
-func TestSwallowedErrorIsNotExecuted(t *testing.T) {
-	t.Parallel()
-	ctx := context.Background()
-	for name, swallow := range map[string]func(tx pgx.Tx){
-		"exec":      func(tx pgx.Tx) { _, _ = tx.Exec(ctx, "SELECT 1/0") },
-		"query":     func(tx pgx.Tx) { rows, _ := tx.Query(ctx, "SELECT 1/0"); rows.Close() },
-		"query row": func(tx pgx.Tx) { _ = tx.QueryRow(ctx, "SELECT 1/0").Scan(new(int)) },
-		"batch": func(tx pgx.Tx) {
-			batch := &pgx.Batch{}
-			batch.Queue("SELECT 1/0")
-			_ = tx.SendBatch(ctx, batch).Close()
-		},
-		"batch callback": func(tx pgx.Tx) {
-			batch := &pgx.Batch{}
-			batch.Queue("SELECT 1/0").QueryRow(func(row pgx.Row) error { _ = row.Scan(new(int)); return nil })
-			_ = tx.SendBatch(ctx, batch).Close()
-		},
-		"copy": func(tx pgx.Tx) {
-			_, _ = tx.CopyFrom(ctx, pgx.Identifier{"effects"}, []string{"name"}, pgx.CopyFromRows([][]any{{nil}}))
-		},
-		"prepare": func(tx pgx.Tx) { _, _ = tx.Prepare(ctx, "p", "SELECT missing") },
-	} {
-		t.Run(name, func(t *testing.T) {
-			t.Parallel()
-			b := setup(t, nil)
-			result := b.do(t, request("k", ""), func(ctx context.Context, tx pgx.Tx) int {
-				effect(ctx, t)
-				swallow(tx)
-				return 201
-			})
-			want(t, result, idempotency.OutcomeNotExecuted, idempotency.ReasonHandlerFailed)
-			if n := b.effects(t); n != 0 {
-				t.Errorf("%d effects, want none", n)
-			}
-		})
-	}
-}
-
-// A serialization failure is remembered from every path, whatever the handler answers.
-func TestRestartIsRememberedFromEveryPath(t *testing.T) {
-	t.Parallel()
-	const raise = "DO $$ BEGIN RAISE SQLSTATE '40001'; END $$"
-	ctx := context.Background()
-	for name, swallow := range map[string]func(tx pgx.Tx){
-		"exec":  func(tx pgx.Tx) { _, _ = tx.Exec(ctx, raise) },
-		"query": func(tx pgx.Tx) { rows, _ := tx.Query(ctx, raise); rows.Close() },
-		"row":   func(tx pgx.Tx) { _ = tx.QueryRow(ctx, raise).Scan() },
-		"batch": func(tx pgx.Tx) {
-			batch := &pgx.Batch{}
-			batch.Queue("SELECT 1")
-			batch.Queue(raise)
-			_ = tx.SendBatch(ctx, batch).Close()
-		},
-		"batch callback": func(tx pgx.Tx) {
-			batch := &pgx.Batch{}
-			batch.Queue(raise).Query(func(rows pgx.Rows) error { rows.Close(); return nil })
-			_ = tx.SendBatch(ctx, batch).Close()
-		},
-		"nested, released in vain": func(tx pgx.Tx) {
-			nested, _ := tx.Begin(ctx)
-			_, _ = nested.Exec(ctx, raise)
-			_ = nested.Commit(ctx)
-		},
-	} {
-		t.Run(name, func(t *testing.T) {
-			t.Parallel()
-			b := setup(t, nil)
-			runs := 0
-			result := b.do(t, request("k", ""), func(ctx context.Context, tx pgx.Tx) int {
-				effect(ctx, t)
-				if runs++; runs == 1 {
-					swallow(tx)
-				}
-				return 201
-			})
-			want(t, result, idempotency.OutcomeExecuted, "")
-			if n := b.effects(t); runs != 2 || n != 1 {
-				t.Errorf("%d runs and %d effects, want 2 and 1", runs, n)
-			}
-		})
-	}
 }
 
 func TestNestedTransactions(t *testing.T) {
@@ -495,130 +716,11 @@ func TestGoroutineLeftBehindCannotTouchTheCommit(t *testing.T) {
 	}
 }
 
-// A write through the pool would escape the transaction, and a pool full of handlers would wait for
-// itself.
-func TestPoolIsRefusedToAHandler(t *testing.T) {
-	t.Parallel()
-	b := setup(t, &setupOptions{configure: func(c *pgxpool.Config) { c.MaxConns = 1 }})
-	other := setup(t, nil)
-	result := b.do(t, request("k", ""), func(ctx context.Context, _ pgx.Tx) int {
-		if _, err := b.pool.Exec(ctx, "INSERT INTO effects (name) VALUES ('escaped')"); !errors.Is(err, postgres.ErrPoolRefused) {
-			t.Errorf("Exec on the pool: %v", err)
-		}
-		if _, err := b.pool.Begin(ctx); !errors.Is(err, postgres.ErrPoolRefused) {
-			t.Errorf("Begin on the pool: %v", err)
-		}
-		nested := b.do(t, request("nested", ""), func(context.Context, pgx.Tx) int { return 201 })
-		// With another context: no connection is left, and it does not wait forever.
-		want(t, nested, idempotency.OutcomeNotExecuted, idempotency.ReasonUnavailable)
-		if _, err := other.pool.Exec(ctx, "INSERT INTO effects (name) VALUES ('elsewhere')"); err != nil {
-			t.Errorf("another database: %v", err)
-		}
-		effect(ctx, t)
-		return 201
-	})
-	want(t, result, idempotency.OutcomeExecuted, "")
-	if n := b.effects(t); n != 1 {
-		t.Errorf("%d effects, want 1", n)
-	}
-}
-
-// The pool recognizes a handler only by its context. A context without the attempt could belong to
-// any code: its writes are committed separately, and stay however the request ends. The README says
-// so, and no hook of pgx could prevent it.
-func TestPoolIsRefusedToTheHandlersContextAndToNoOther(t *testing.T) {
-	t.Parallel()
-	for status, outcome := range map[int]idempotency.Outcome{201: idempotency.OutcomeExecuted, 402: idempotency.OutcomeExecuted, 500: idempotency.OutcomeNotExecuted} {
-		t.Run(fmt.Sprint(status), func(t *testing.T) {
-			t.Parallel()
-			b := setup(t, nil)
-			result := b.do(t, request("k", ""), func(ctx context.Context, _ pgx.Tx) int {
-				timeout, cancel := context.WithTimeout(ctx, time.Minute)
-				defer cancel()
-				for name, carrying := range map[string]context.Context{
-					"its own": ctx, "one with a timeout": timeout, "one without its end": context.WithoutCancel(ctx),
-				} {
-					if _, err := b.pool.Exec(carrying, "INSERT INTO effects (name) VALUES ('refused')"); !errors.Is(err, postgres.ErrPoolRefused) {
-						t.Errorf("%s: %v, want ErrPoolRefused", name, err)
-					}
-				}
-				if _, err := b.pool.Exec(context.Background(), "INSERT INTO effects (name) VALUES ('escaped')"); err != nil {
-					t.Errorf("a context that carries no attempt: %v", err)
-				}
-				return status
-			})
-			want(t, result, outcome, "")
-			if n := b.count(t, "SELECT count(*) FROM effects WHERE name = 'escaped'"); n != 1 {
-				t.Errorf("%d rows escaped, want 1", n)
-			}
-			if n := b.count(t, "SELECT count(*) FROM effects WHERE name = 'refused'"); n != 0 {
-				t.Errorf("%d rows that were refused are there", n)
-			}
-		})
-	}
-}
-
 // foreignContext is a context of other code. Its contents may change at any time: printing it at
 // that moment would end the process.
 type foreignContext struct {
 	context.Context
 	Values foreignValues
-}
-
-type foreignValues struct{ read *atomic.Int64 }
-
-func (v foreignValues) String() string { v.read.Add(1); return "canary" }
-
-// acquires keeps the contexts of Acquires that have ended.
-type acquires struct{ ended []context.Context }
-
-func (*acquires) TraceQueryStart(ctx context.Context, _ *pgx.Conn, _ pgx.TraceQueryStartData) context.Context {
-	return ctx
-}
-func (*acquires) TraceQueryEnd(context.Context, *pgx.Conn, pgx.TraceQueryEndData) {}
-func (*acquires) TraceAcquireStart(ctx context.Context, _ *pgxpool.Pool, _ pgxpool.TraceAcquireStartData) context.Context {
-	return ctx
-}
-
-func (a *acquires) TraceAcquireEnd(ctx context.Context, _ *pgxpool.Pool, _ pgxpool.TraceAcquireEndData) {
-	a.ended = append(a.ended, ctx)
-}
-
-// If a handler or a tracer of the pool prints one of our contexts, it reads no value that others
-// put below it.
-func TestContextsPrintNothingThatIsNotOurs(t *testing.T) {
-	t.Parallel()
-	var read atomic.Int64
-	tracer := &acquires{}
-	b := setup(t, &setupOptions{cold: true, configure: func(c *pgxpool.Config) {
-		c.ConnConfig.Tracer = tracer
-		postgres.Configure(c, nil)
-	}})
-	print := func(ctx context.Context) {
-		for _, verb := range []string{"%v", "%+v", "%#v", "%s", "%d"} {
-			if text := fmt.Sprintf(verb, ctx); strings.Contains(text, "canary") {
-				t.Errorf("%s of %T is %q", verb, ctx, text)
-			}
-		}
-	}
-	values := foreignValues{&read}
-	attempt, _, err := b.store.Begin(t.Context(), claimOf(request("canary", "")))
-	if err != nil {
-		t.Fatal(err)
-	}
-	ctx := attempt.Context(foreignContext{t.Context(), values})
-	print(ctx)
-	if _, err := b.pool.Exec(foreignContext{ctx, values}, "SELECT 1"); !errors.Is(err, postgres.ErrPoolRefused) {
-		t.Errorf("Exec on the pool: %v", err)
-	}
-	print(tracer.ended[len(tracer.ended)-1])
-	_ = attempt.Seal()
-	if err := attempt.Rollback(t.Context()); err != nil {
-		t.Error(err)
-	}
-	if n := read.Load(); n != 0 {
-		t.Errorf("values of others were read %d times", n)
-	}
 }
 
 func TestTxOutsideAHandlerPanics(t *testing.T) {
