@@ -20,7 +20,7 @@ type Fingerprint struct {
 	Sum     [sha256.Size]byte
 }
 
-// Equal reports, in constant time whether two fingerprints were made by one function from the same
+// Equal reports, in constant time, whether two fingerprints were made by one function from the same
 // request.
 func (f Fingerprint) Equal(other Fingerprint) bool {
 	return f.Version == other.Version && subtle.ConstantTimeCompare(f.Sum[:], other.Sum[:]) == 1

@@ -70,7 +70,7 @@ func (s *Store) Close() {
 	}
 }
 
-// reachError is [sqlError] that adds the remedy to the error of a connection that was not made, and
+// reachError is [wire.SQLError] that adds the remedy to the error of a connection that was not made, and
 // takes the role, the database's name and the server's text out of it.
 func reachError(err error) error {
 	const unreachable = "see that the server runs, that host, port and sslmode of the address are right, and that no firewall is in between"

@@ -49,9 +49,9 @@ func (s *Store) Statistics(ctx context.Context) (Statistics, error) {
 		defer cancel()
 		_ = tx.Rollback(ctx) // it wrote nothing
 	}()
-	// The server's timeout and not ctx, which would cost the pool its connection. Nothing is
-	// prepared: that would happen before the timeout is set, and also waits for a locked table.
-	// With row_security off, the next statement fails if policies would hide rows from its count.
+	// The server's timeout bounds it: a ctx that ends would cost the pool its connection. Nothing is
+	// prepared, because preparing waits for a locked table too, before the timeout is set. With
+	// row_security off, the next statement fails if policies would hide rows from its count.
 	_, err = tx.Exec(ctx, "SELECT set_config('statement_timeout', $1, true), set_config('row_security', 'off', true)", pgx.QueryExecModeExec, fmt.Sprint(StatisticsTimeoutMax.Milliseconds()))
 	if err == nil {
 		err = tx.QueryRow(ctx, s.statisticsSQL(), pgx.QueryExecModeExec, pgx.Identifier{s.options.Schema, TableName}.Sanitize(), StatisticsPagesMax, rand.Float64()).

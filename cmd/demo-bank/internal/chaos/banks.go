@@ -23,8 +23,8 @@ const (
 	poolSizeBig   = 10 // of the first bank
 	poolSizeSmall = 6  // of the others: 32 clients squeeze it
 
-	// A half-open transaction ends ten seconds after it; the request's outcome is unknown before
-	// that.
+	// If a COMMIT stays half-open, its transaction ends ten seconds after this timeout. By then its
+	// request has been answered as unknown.
 	handlerTimeout = 4 * time.Second
 	acquireTimeout = time.Second
 

@@ -224,8 +224,8 @@ func (r *run) crashCommitting(ctx context.Context) (bool, error) {
 	return r.awaitRestart(ctx, before, crashNoticeMax)
 }
 
-// postmasterStart returns the time at which the cluster last started or restarted itself. It also
-// calls also, unless that is nil.
+// postmasterStart returns the time at which the cluster last started or restarted itself. If also
+// is set, it is called on the same connection.
 func (r *run) postmasterStart(ctx context.Context, also func(context.Context, *pgx.Conn) error) (started time.Time, err error) {
 	err = r.cluster.admin.use(ctx, r.cluster, func(ctx context.Context, conn *pgx.Conn) error {
 		if err := conn.QueryRow(ctx, checkpointerStart).Scan(&started); err != nil || also == nil {

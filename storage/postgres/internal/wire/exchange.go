@@ -54,7 +54,7 @@ type RowFunc func(values [][]byte) error
 
 func (f RowFunc) ReadRow(values [][]byte) error { return f(values) }
 
-// Reply is the result of a flush.
+// reply is the result of a flush.
 type reply struct {
 	Committed bool // the last statement that completed was COMMIT, and it committed
 	Failed    int  // index of the call that failed; the number of calls if none did
