@@ -10,6 +10,7 @@ import (
 
 	"github.com/jackc/pgx/v5/pgxpool"
 
+	"github.com/paidonce/idempotency/internal/testservice"
 	"github.com/paidonce/idempotency/storage/postgres"
 	"github.com/paidonce/idempotency/storage/postgres/operator"
 )
@@ -19,7 +20,7 @@ import (
 func (b *testBundle) plantMillion(t testing.TB) {
 	t.Helper()
 	started := time.Now()
-	slow := b.Open(t, &postgres.Options{PoolConfig: func(config *pgxpool.Config) {
+	slow := testservice.Open(t, b.URL, &postgres.Options{PoolConfig: func(config *pgxpool.Config) {
 		config.ConnConfig.RuntimeParams["statement_timeout"] = "0" // inserting may take long
 	}}).Pool()
 	exec := func(sql string) {

@@ -19,6 +19,7 @@ import (
 	"github.com/jackc/pgx/v5/pgconn"
 	"github.com/jackc/pgx/v5/pgxpool"
 
+	"github.com/paidonce/idempotency/internal/testservice"
 	"github.com/paidonce/idempotency/middleware"
 	"github.com/paidonce/idempotency/migrations"
 	"github.com/paidonce/idempotency/storage/postgres"
@@ -113,19 +114,18 @@ func newService(t *testing.T, databaseURL string, opts *serviceOptions) *service
 	}
 	s := &service{upstream: &upstream{}, lost: make(chan reply, 1)}
 	s.upstream.set(databaseURL)
-	config, err := pgxpool.ParseConfig(databaseURL)
-	if err != nil {
-		t.Fatal(err)
+	var store postgres.Options
+	if opts.store != nil {
+		store = *opts.store
 	}
-	config.ConnConfig.DialFunc = s.upstream.dial
-	if opts.pool != nil {
-		opts.pool(config)
+	store.PoolConfig = func(config *pgxpool.Config) {
+		config.ConnConfig.DialFunc = s.upstream.dial
+		if opts.pool != nil {
+			opts.pool(config)
+		}
 	}
-	postgres.Configure(config, opts.store)
-	if s.pool, err = pgxpool.NewWithConfig(context.WithoutCancel(t.Context()), config); err != nil {
-		t.Fatal(err)
-	}
-	s.store = postgres.New(s.pool, opts.store)
+	s.store = testservice.Open(t, databaseURL, &store)
+	s.pool = s.store.Pool()
 
 	var o middleware.Options
 	if opts.middleware != nil {

@@ -71,13 +71,8 @@ func Prepare(ctx context.Context, databaseURL, schema string) error {
 	return err
 }
 
-// Open opens another store on the service's database.
-func (s *Service) Open(t testing.TB, opts *postgres.Options) *postgres.Store {
-	t.Helper()
-	return open(t, s.URL, opts)
-}
-
-func open(t testing.TB, databaseURL string, opts *postgres.Options) *postgres.Store {
+// Open opens another store on a database. It checks nothing.
+func Open(t testing.TB, databaseURL string, opts *postgres.Options) *postgres.Store {
 	t.Helper()
 	store, err := newStore(databaseURL, opts)
 	if err != nil {
@@ -125,7 +120,7 @@ func (s *Service) Role(t testing.TB, grants ...string) (store *postgres.Store, d
 		t.Fatal(err)
 	}
 	address.User = url.UserPassword(name, "canary-password")
-	return open(t, address.String(), nil), address.String()
+	return Open(t, address.String(), nil), address.String()
 }
 
 // Exec executes a statement.

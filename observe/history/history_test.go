@@ -33,7 +33,7 @@ func setup(t *testing.T, opts *history.Options, change func(*testBundle, *pgxpoo
 	b := &testBundle{Service: testservice.New(t, nil)}
 	store := b.Store
 	if change != nil {
-		store = b.Open(t, &postgres.Options{PoolConfig: func(config *pgxpool.Config) { change(b, config) }})
+		store = testservice.Open(t, b.URL, &postgres.Options{PoolConfig: func(config *pgxpool.Config) { change(b, config) }})
 	}
 	b.history = history.New(store, opts)
 	t.Cleanup(func() { b.close(t) })
