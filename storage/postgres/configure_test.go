@@ -834,14 +834,6 @@ func setupOther(t *testing.T, b *testBundle) *testBundle {
 	return other
 }
 
-func (b *testBundle) text(t *testing.T, sql string, arguments ...any) (text string) {
-	t.Helper()
-	if err := b.pool.QueryRow(context.Background(), sql, arguments...).Scan(&text); err != nil {
-		t.Fatal(err)
-	}
-	return text
-}
-
 // If a process is stopped while it looks for a lost COMMIT, it holds the key no longer than one
 // that runs a handler.
 func TestResolverOfAStoppedProcessFreesItsKey(t *testing.T) {

@@ -249,12 +249,9 @@ func TestDeferredStatementThatTouchesAnotherNumberOfRowsIsNotExecuted(t *testing
 	}
 }
 
-func (b *testBundle) effectNames(t *testing.T) (names string) {
+func (b *testBundle) effectNames(t *testing.T) string {
 	t.Helper()
-	if err := b.pool.QueryRow(context.Background(), "SELECT coalesce(string_agg(id || name, ' ' ORDER BY id), '') FROM effects").Scan(&names); err != nil {
-		t.Fatal(err)
-	}
-	return names
+	return b.text(t, "SELECT coalesce(string_agg(id || name, ' ' ORDER BY id), '') FROM effects")
 }
 
 // If a trigger drops a row, that is found too, and the role needs no right to read the row that it
@@ -281,12 +278,9 @@ func TestDeferredStatementIsCountedByWhatWasWritten(t *testing.T) {
 	}
 }
 
-func (b *testBundle) database(t *testing.T) (name string) {
+func (b *testBundle) database(t *testing.T) string {
 	t.Helper()
-	if err := b.pool.QueryRow(context.Background(), "SELECT current_database()").Scan(&name); err != nil {
-		t.Fatal(err)
-	}
-	return name
+	return b.text(t, "SELECT current_database()")
 }
 
 // The place of an error in the flush decides: an error of a deferred statement is never about the

@@ -93,6 +93,14 @@ func (b *testBundle) count(t *testing.T, sql string, arguments ...any) (n int) {
 	return n
 }
 
+func (b *testBundle) text(t *testing.T, sql string, arguments ...any) (text string) {
+	t.Helper()
+	if err := b.pool.QueryRow(context.Background(), sql, arguments...).Scan(&text); err != nil {
+		t.Fatal(err)
+	}
+	return text
+}
+
 // wire counts round trips: the times that something was written after something was read.
 type wire struct {
 	mu         sync.Mutex

@@ -9,8 +9,6 @@ import (
 
 	"github.com/paidonce/idempotency"
 	"github.com/paidonce/idempotency/internal/pgtest"
-	"github.com/paidonce/idempotency/migrations"
-	"github.com/paidonce/idempotency/storage/postgres"
 )
 
 // The look-up before a claim is only a try: if its prepared statement or its connection is gone,
@@ -63,16 +61,9 @@ func TestF20QuickReplayWaitsForTheStandbys(t *testing.T) {
 	pgtest.Slow(t, "starts a PostgreSQL of its own")
 	ctx := context.Background()
 	config := configOfOwnServer(t)
-	postgres.Configure(config, nil)
-	pool, err := pgxpool.NewWithConfig(ctx, config)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer pool.Close()
-	if err := migrations.Up(ctx, postgres.New(pool, nil), nil); err != nil {
-		t.Fatal(err)
-	}
-	engine := idempotency.NewEngine(postgres.New(pool, nil), nil)
+	store := migrated(t, config)
+	pool := store.Pool()
+	engine := idempotency.NewEngine(store, nil)
 	do := func(key string) idempotency.Result {
 		return engine.Do(ctx, request(key, ""), func(context.Context) (*idempotency.Answer, error) { return answer(201), nil })
 	}

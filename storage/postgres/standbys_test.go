@@ -39,6 +39,22 @@ func configOfOwnServer(t *testing.T) *pgxpool.Config {
 	return config
 }
 
+// migrated returns a store with its tables, on a pool of this config.
+func migrated(t *testing.T, config *pgxpool.Config) *postgres.Store {
+	t.Helper()
+	postgres.Configure(config, nil)
+	pool, err := pgxpool.NewWithConfig(context.Background(), config)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(pool.Close)
+	store := postgres.New(pool, nil)
+	if err := migrations.Up(context.Background(), store, nil); err != nil {
+		t.Fatal(err)
+	}
+	return store
+}
+
 // If a COMMIT's wait for the standbys is canceled, it succeeds with a warning. No request is
 // answered from it before the standbys have it: a fail-over would lose it.
 func TestF20NoAnswerBeforeTheStandbysHaveIt(t *testing.T) {
@@ -52,20 +68,11 @@ func TestF20NoAnswerBeforeTheStandbysHaveIt(t *testing.T) {
 			told.Add(1)
 		}
 	}
-	postgres.Configure(config, nil)
-	pool, err := pgxpool.NewWithConfig(ctx, config)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer pool.Close()
-	if err := migrations.Up(ctx, postgres.New(pool, nil), nil); err != nil {
-		t.Fatal(err)
-	}
+	admin := migrated(t, config).Pool()
 	// The barrier needs no right that a service's role does not have.
-	if _, err := pool.Exec(ctx, "CREATE ROLE service LOGIN; GRANT SELECT, INSERT ON idempotency_keys TO service"); err != nil {
+	if _, err := admin.Exec(ctx, "CREATE ROLE service LOGIN; GRANT SELECT, INSERT ON idempotency_keys TO service"); err != nil {
 		t.Fatal(err)
 	}
-	admin := pool
 	service := config.Copy()
 	service.ConnConfig.User = "service"
 	// The session's own settings don't weaken COMMIT either.
@@ -73,7 +80,8 @@ func TestF20NoAnswerBeforeTheStandbysHaveIt(t *testing.T) {
 		_, err := conn.Exec(ctx, "SET synchronous_commit = local; SET client_min_messages = error")
 		return err
 	}
-	if pool, err = pgxpool.NewWithConfig(ctx, service); err != nil {
+	pool, err := pgxpool.NewWithConfig(ctx, service)
+	if err != nil {
 		t.Fatal(err)
 	}
 	defer pool.Close()
@@ -262,15 +270,8 @@ func TestWarningsOfTheServiceAreClearedUp(t *testing.T) {
 	var connections atomic.Int64
 	counted(config, &connections)
 	config.MaxConns = 1
-	postgres.Configure(config, nil)
-	pool, err := pgxpool.NewWithConfig(ctx, config)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer pool.Close()
-	if err := migrations.Up(ctx, postgres.New(pool, nil), nil); err != nil {
-		t.Fatal(err)
-	}
+	store := migrated(t, config)
+	pool := store.Pool()
 	if _, err := pool.Exec(ctx, `
 		CREATE TABLE effects (name text);
 		CREATE FUNCTION say() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
@@ -288,7 +289,7 @@ func TestWarningsOfTheServiceAreClearedUp(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	engine := idempotency.NewEngine(postgres.New(pool, nil), nil)
+	engine := idempotency.NewEngine(store, nil)
 	for name, c := range map[string]struct {
 		key   string
 		sql   string
@@ -322,16 +323,8 @@ func TestF20StandbysNamedAfterTheClaimAreWaitedFor(t *testing.T) {
 	t.Parallel()
 	ctx := t.Context()
 	config := configOfOwnServer(t)
-	postgres.Configure(config, nil)
-	pool, err := pgxpool.NewWithConfig(ctx, config)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer pool.Close()
-	if err := migrations.Up(ctx, postgres.New(pool, nil), nil); err != nil {
-		t.Fatal(err)
-	}
-	store := postgres.New(pool, nil)
+	store := migrated(t, config)
+	pool := store.Pool()
 	for name, end := range map[string]func(idempotency.Attempt, context.Context, *idempotency.Answer) error{
 		"commit": idempotency.Attempt.Commit, "decline": idempotency.Attempt.Decline,
 	} {
