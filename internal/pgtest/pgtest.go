@@ -18,6 +18,8 @@ import (
 	"maps"
 	"net/url"
 	"os"
+	"runtime"
+	"strconv"
 	"strings"
 	"sync"
 	"testing"
@@ -38,6 +40,7 @@ const (
 
 	maxConnections = "300"
 	startMax       = 2 * time.Minute // a download included
+	parallelMin    = 6
 	statementMax   = 30 * time.Second
 )
 
@@ -45,10 +48,14 @@ const (
 var shared cluster
 
 // Main runs a package's tests, stops the server if a test started it, fails if goroutines are left
-// over, and exits.
+// over, and exits. With -short at least 6 tests run in parallel, unless -parallel says how many.
 func Main(m *testing.M) { os.Exit(run(m)) }
 
 func run(m *testing.M) (code int) {
+	flag.Parse()
+	if testing.Short() {
+		raiseParallel()
+	}
 	shared.open()
 	code = m.Run()
 	if err := shared.close(); err != nil {
@@ -63,6 +70,19 @@ func run(m *testing.M) (code int) {
 		return 1
 	}
 	return code
+}
+
+// raiseParallel raises -parallel to parallelMin, unless it is given. Most tests wait for a lock, a
+// timeout or a database, and with its default, one test per processor, the processors wait too.
+func raiseParallel() {
+	given := false
+	flag.Visit(func(f *flag.Flag) { given = given || f.Name == "test.parallel" })
+	if given || runtime.GOMAXPROCS(0) >= parallelMin {
+		return
+	}
+	if err := flag.Set("test.parallel", strconv.Itoa(parallelMin)); err != nil {
+		panic(err) // a test binary has the flag
+	}
 }
 
 func fuzzing() bool {
