@@ -100,6 +100,9 @@ func TestEachMigrationBehindAReaderLetsRequestsGoOn(t *testing.T) {
 				}
 				waiting, migrated := make(chan migrations.Waiting, 100), make(chan error, 1)
 				options := &migrations.Options{Waiting: func(w migrations.Waiting) { waiting <- w }}
+				if testing.Short() {
+					options.LockTimeout = 500 * time.Millisecond
+				}
 				go func() {
 					if up {
 						options.Files, options.VersionTable = upTo(t, to), versionTable

@@ -168,7 +168,7 @@ func effect(ctx context.Context, t *testing.T) {
 
 // exampleStore returns a store on a database of its own, in which sql was executed.
 func exampleStore(ctx context.Context, sql string) (_ *postgres.Store, closeStore func()) {
-	server, err := pgserver.Start(ctx, nil)
+	server, err := pgserver.Start(ctx, &pgserver.Options{Settings: map[string]string{"fsync": "off"}})
 	if err != nil {
 		panic(err)
 	}
