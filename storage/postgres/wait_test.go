@@ -234,7 +234,7 @@ func TestAttemptOfAnotherProcessIsWaitedFor(t *testing.T) {
 func TestThoseThatWaitHoldNothing(t *testing.T) {
 	t.Parallel()
 	b := setup(t, nil)
-	waiting := b.process(t, 400*time.Millisecond)
+	waiting := b.process(t, 2*time.Second) // a claim on a loaded machine takes a while
 	tx := b.hold(t, "k")
 	defer func() { _ = tx.Rollback(context.Background()) }()
 	results, settled := storm(waiting.engine, 8, request("k", ""), func(context.Context) (*idempotency.Answer, error) {
