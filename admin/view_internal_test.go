@@ -2,9 +2,7 @@ package admin
 
 import (
 	"bytes"
-	"context"
 	"strings"
-	"sync"
 	"testing"
 	"time"
 	"unicode/utf8"
@@ -49,39 +47,6 @@ func TestFormats(t *testing.T) {
 	}
 }
 
-// Only sealed tokens are opened, only for their purpose, and with the sealed value.
-func FuzzOpen(f *testing.F) {
-	s := newSealer([]byte(strings.Repeat("s", SecretBytesMin)))
-	ref := keyRef{"acme", "key-1"}
-	f.Add(s.seal(purposeList, ref), "acme", "key-1")
-	f.Add("", "", "")
-	f.Add("AAAA", "sc\"ope", "<key>")
-	f.Add(strings.Repeat("A", 100), "é", "\\")
-	f.Fuzz(func(t *testing.T, token, scope, value string) {
-		if err := s.open(purposeKey, token, new(keyRef)); err == nil {
-			t.Errorf("%q is opened", token)
-		}
-		if !utf8.ValidString(scope) || !utf8.ValidString(value) {
-			return // no sealed value is a scope or a key
-		}
-		var got keyRef
-		want := keyRef{scope, value}
-		sealed := s.seal(purposeKey, want)
-		if err := s.open(purposeKey, sealed, &got); err != nil || got != want {
-			t.Errorf("%q became %q: %v", want, got, err)
-		}
-		if strings.Trim(sealed, "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_") != "" {
-			t.Errorf("%q is not safe in a URL", sealed)
-		}
-		if newSealer(nil).open(purposeKey, sealed, &got) == nil {
-			t.Error("another secret opens it")
-		}
-		if s.open(purposeKey, sealed+token, &got) == nil && token != "" {
-			t.Errorf("it is opened with %q behind it", token)
-		}
-	})
-}
-
 // A body that is nested too deeply to be indented is shown unchanged, and costs no more than its
 // size.
 func TestDeepBodyIsNotIndented(t *testing.T) {
@@ -119,32 +84,4 @@ func FuzzShowBody(f *testing.F) {
 			t.Error("it is not what was recorded")
 		}
 	})
-}
-
-// Concurrent readers cause one query, and a reader with no time left does not wait.
-func TestFiguresAreAskedForOnce(t *testing.T) {
-	t.Parallel()
-	under := &figuresAnswer{done: make(chan struct{})}
-	f := &figures{newest: under}
-	gone, cancel := context.WithCancel(t.Context())
-	cancel()
-	if _, err := f.get(gone, nil); err != context.Canceled {
-		t.Errorf("who is gone waits: %v", err)
-	}
-	var wait sync.WaitGroup
-	for range 8 {
-		wait.Go(func() {
-			// A nil operator can't be queried.
-			if stats, err := f.get(context.Background(), nil); err != nil || stats.InFlight != 7 {
-				t.Errorf("%v, %v", stats.InFlight, err)
-			}
-		})
-	}
-	under.stats.InFlight, under.at = 7, time.Now()
-	close(under.done)
-	wait.Wait()
-	under.at = time.Now().Add(-figuresAgeMax)
-	if !under.old() {
-		t.Error("figures never become old")
-	}
 }
