@@ -7,41 +7,21 @@ import (
 	"net/http/httptest"
 	"strconv"
 	"strings"
-	"sync"
 	"testing"
 	"time"
 
 	"github.com/paidonce/idempotency"
+	"github.com/paidonce/idempotency/internal/testclock"
 	"github.com/paidonce/idempotency/storage/memory"
 )
 
-// clock is a clock that a test moves.
-type clock struct {
-	mu  sync.Mutex
-	now time.Time
-}
-
-func (c *clock) Now() time.Time {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	return c.now
-}
-
-func (c *clock) advance(d time.Duration) {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	c.now = c.now.Add(d)
-}
-
-func newClock() *clock { return &clock{now: time.Date(2025, 7, 1, 12, 0, 0, 0, time.UTC)} }
-
-func newTestQuota(c *clock, keysMax, scopesMax int) *quota {
+func newTestQuota(c *testclock.Clock, keysMax, scopesMax int) *quota {
 	return newQuota(Quota{KeysMax: keysMax, Window: time.Minute, ScopesMax: scopesMax, Now: c.Now}.full())
 }
 
 func TestQuotaOnBothSidesOfItsEdges(t *testing.T) {
 	t.Parallel()
-	c := newClock()
+	c := testclock.New()
 	q := newTestQuota(c, 3, 10)
 	take := func(scope string, want bool) *slot {
 		t.Helper()
@@ -53,7 +33,7 @@ func TestQuotaOnBothSidesOfItsEdges(t *testing.T) {
 	}
 	// KeysMax.
 	take("acme", true)
-	c.advance(10 * time.Second)
+	c.Advance(10 * time.Second)
 	take("acme", true)
 	third := take("acme", true)
 	take("acme", false)
@@ -66,16 +46,16 @@ func TestQuotaOnBothSidesOfItsEdges(t *testing.T) {
 	third = take("acme", true)
 	take("acme", false)
 	// Window.
-	c.advance(50*time.Second - time.Nanosecond)
+	c.Advance(50*time.Second - time.Nanosecond)
 	take("acme", false)
-	c.advance(time.Nanosecond)
+	c.Advance(time.Nanosecond)
 	for range 3 {
 		take("acme", true)
 	}
 	take("acme", false)
 	q.giveBack(third) // it belongs to the previous window, so it makes no room in this one
 	take("acme", false)
-	c.advance(time.Minute)
+	c.Advance(time.Minute)
 	q.take("somebody")
 	if len(q.windows) != 1 || len(q.queue) != 1 {
 		t.Errorf("%d windows and %d in the queue are left, want somebody's alone", len(q.windows), len(q.queue))
@@ -85,7 +65,7 @@ func TestQuotaOnBothSidesOfItsEdges(t *testing.T) {
 // Over ScopesMax the later scopes share one count. Those that have a count of their own keep it.
 func TestScopesOverTheirLimitShareOneCount(t *testing.T) {
 	t.Parallel()
-	c := newClock()
+	c := testclock.New()
 	q := newTestQuota(c, 2, 3)
 	taken := map[string]int{}
 	for i := range 10 {
@@ -102,7 +82,7 @@ func TestScopesOverTheirLimitShareOneCount(t *testing.T) {
 	if s, _ := q.take("9"); s != nil {
 		t.Error("the shared count has no end")
 	}
-	c.advance(time.Minute)
+	c.Advance(time.Minute)
 	for _, scope := range []string{"9", "8", "7", "6"} {
 		if s, _ := q.take(scope); s == nil {
 			t.Errorf("scope %s is refused in the next window", scope)
@@ -116,7 +96,7 @@ func TestScopesOverTheirLimitShareOneCount(t *testing.T) {
 // However many scopes come, the quota holds at most ScopesMax.
 func TestQuotaHoldsNoMoreScopesThanItMay(t *testing.T) {
 	t.Parallel()
-	c := newClock()
+	c := testclock.New()
 	q := newTestQuota(c, 1, 1000)
 	for i := range 200_000 {
 		q.take(strconv.Itoa(i))
@@ -124,7 +104,7 @@ func TestQuotaHoldsNoMoreScopesThanItMay(t *testing.T) {
 			t.Fatalf("after %d scopes %d are held, %d in the queue of %d", i+1, len(q.windows), len(q.queue), cap(q.queue))
 		}
 		if i%7 == 0 {
-			c.advance(time.Duration(rand.IntN(2000)) * time.Millisecond)
+			c.Advance(time.Duration(rand.IntN(2000)) * time.Millisecond)
 		}
 	}
 }
@@ -138,7 +118,7 @@ func TestAMillionKeysStayBounded(t *testing.T) {
 	if testing.Short() {
 		flood = 20 * keysMax
 	}
-	c := newClock()
+	c := testclock.New()
 	store := memory.New(nil)
 	scope := func(r *http.Request) (string, error) { return r.Header.Get("Account"), nil }
 	runs := 0

@@ -16,34 +16,17 @@ import (
 	"time"
 
 	"github.com/paidonce/idempotency"
+	"github.com/paidonce/idempotency/internal/testclock"
 	"github.com/paidonce/idempotency/middleware"
 	"github.com/paidonce/idempotency/storage/memory"
 	"github.com/paidonce/idempotency/storage/postgres"
 )
 
-// stopped is a clock that stands still until a test moves it.
-type stopped struct {
-	mu  sync.Mutex
-	now time.Time
-}
-
-func (c *stopped) Now() time.Time {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	return c.now
-}
-
-func (c *stopped) advance(d time.Duration) {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	c.now = c.now.Add(d)
-}
-
 // Over its quota an account gets 429 for a new key, and its handler does not run. Recorded requests
 // are answered as before.
 func TestQuotaRefusesNewKeysAlone(t *testing.T) {
 	t.Parallel()
-	clock, told := &stopped{now: time.Now()}, &tracer{}
+	clock, told := testclock.New(), &tracer{}
 	b := setup(t, setupOptions{middleware: &middleware.Options{
 		Quota:    middleware.Quota{KeysMax: 3, Window: 90 * time.Second, Now: clock.Now},
 		Optional: true,
@@ -96,16 +79,16 @@ func TestQuotaRefusesNewKeysAlone(t *testing.T) {
 		t.Errorf("told %+v", last)
 	}
 
-	clock.advance(90*time.Second - time.Millisecond)
+	clock.Advance(90*time.Second - time.Millisecond)
 	want(t, post("/", "4"), 429, idempotency.OutcomeNotExecuted, idempotency.ReasonQuotaExceeded)
-	clock.advance(time.Millisecond)
+	clock.Advance(time.Millisecond)
 	want(t, post("/", "4"), 201, idempotency.OutcomeExecuted, "")
 }
 
 // A policy that keeps every answer does not record the 429: each retry would get it.
 func TestQuotaIsNeverRecorded(t *testing.T) {
 	t.Parallel()
-	clock := &stopped{now: time.Now()}
+	clock := testclock.New()
 	b := setup(t, setupOptions{middleware: &middleware.Options{
 		Quota:       middleware.Quota{KeysMax: 1, Now: clock.Now},
 		Disposition: func(int) idempotency.Disposition { return idempotency.DispositionCommit },
@@ -115,7 +98,7 @@ func TestQuotaIsNeverRecorded(t *testing.T) {
 	if b.records(t) != 1 {
 		t.Errorf("%d records", b.records(t))
 	}
-	clock.advance(time.Hour)
+	clock.Advance(time.Hour)
 	want(t, b.post(t, "/", "{}", "Idempotency-Key", "2"), 201, idempotency.OutcomeExecuted, "")
 }
 

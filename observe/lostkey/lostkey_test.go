@@ -11,26 +11,9 @@ import (
 	"time"
 
 	"github.com/paidonce/idempotency"
+	"github.com/paidonce/idempotency/internal/testclock"
 	"github.com/paidonce/idempotency/observe/lostkey"
 )
-
-// clock is a clock that a test moves.
-type clock struct {
-	mu  sync.Mutex
-	now time.Time
-}
-
-func (c *clock) Now() time.Time {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	return c.now
-}
-
-func (c *clock) sleep(d time.Duration) {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	c.now = c.now.Add(d)
-}
 
 func start(scope, key, body string) idempotency.RequestStart {
 	return idempotency.RequestStart{
@@ -63,12 +46,12 @@ func TestSameRequestWithAnotherKeyIsFound(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
-			time := &clock{now: time.Unix(1_700_000_000, 0)}
+			time := testclock.New()
 			var events []lostkey.Event
 			d := lostkey.New(&lostkey.Options{Window: window, Now: time.Now, OnLost: func(_ context.Context, e lostkey.Event) { events = append(events, e) }})
 			found := 0
 			for i, s := range steps {
-				time.sleep(s.after)
+				time.Advance(s.after)
 				before := len(events)
 				d.TraceRequestStart(context.Background(), start(s.scope, s.key, s.body))
 				if lost := len(events) > before; lost != s.lost {
@@ -91,10 +74,10 @@ func TestSameRequestWithAnotherKeyIsFound(t *testing.T) {
 // A request is found within its window, also if another generation has begun since.
 func TestRequestsOutlastTheirGeneration(t *testing.T) {
 	t.Parallel()
-	time := &clock{now: time.Unix(1_700_000_000, 0)}
+	time := testclock.New()
 	d := lostkey.New(&lostkey.Options{Window: 1000, Now: time.Now})
 	for n := range 500 {
-		time.sleep(7)
+		time.Advance(7)
 		d.TraceRequestStart(context.Background(), start("acme", "first"+strconv.Itoa(n), strconv.Itoa(n)))
 		if late := n - 1000/7; late >= 0 {
 			d.TraceRequestStart(context.Background(), start("acme", "second"+strconv.Itoa(late), strconv.Itoa(late)))

@@ -3,36 +3,24 @@ package memory_test
 import (
 	"context"
 	"errors"
-	"sync/atomic"
 	"testing"
 	"time"
 
 	"github.com/paidonce/idempotency"
+	"github.com/paidonce/idempotency/internal/testclock"
 	"github.com/paidonce/idempotency/storage/memory"
 	"github.com/paidonce/idempotency/storage/storagetest"
 )
-
-// clock is a clock that a test moves.
-type clock struct{ ns atomic.Int64 }
-
-func newClock() *clock {
-	c := &clock{}
-	c.ns.Store(time.Date(2025, 7, 1, 12, 0, 0, 0, time.UTC).UnixNano())
-	return c
-}
-
-func (c *clock) now() time.Time          { return time.Unix(0, c.ns.Load()) }
-func (c *clock) advance(d time.Duration) { c.ns.Add(int64(d)) }
 
 func TestConformance(t *testing.T) {
 	t.Parallel()
 	features := storagetest.Features{WritesStay: true, NotDurable: true, ClaimsAreCertain: true}
 	storagetest.Run(t, features, func(*testing.T) *storagetest.Harness {
-		clock := newClock()
-		store := memory.New(&memory.Options{Now: clock.now})
+		clock := testclock.New()
+		store := memory.New(&memory.Options{Now: clock.Now})
 		return &storagetest.Harness{
 			Store:         store,
-			Advance:       func(_ context.Context, d time.Duration) error { clock.advance(d); return nil },
+			Advance:       func(_ context.Context, d time.Duration) error { clock.Advance(d); return nil },
 			DeleteExpired: store.DeleteExpired,
 		}
 	})
@@ -50,8 +38,8 @@ func do(e *idempotency.Engine, value string, status int) idempotency.Result {
 
 func TestRecordsAreCopies(t *testing.T) {
 	t.Parallel()
-	clock := newClock()
-	store := memory.New(&memory.Options{Now: clock.now})
+	clock := testclock.New()
+	store := memory.New(&memory.Options{Now: clock.Now})
 	engine := idempotency.NewEngine(store, &idempotency.Options{TTL: time.Hour})
 	do(engine, "k1", 201)
 	do(engine, "k2", 404)
@@ -64,8 +52,8 @@ func TestRecordsAreCopies(t *testing.T) {
 	if record == nil || record.Answer.Status != 201 || string(record.Answer.Body) != "done" || len(record.Answer.Header) != 0 {
 		t.Fatalf("record of k1: %+v", record)
 	}
-	if !record.CreatedAt.Equal(clock.now()) || !record.ExpiresAt.Equal(clock.now().Add(time.Hour)) {
-		t.Errorf("record counts from %v to %v; want an hour from %v", record.CreatedAt, record.ExpiresAt, clock.now())
+	if !record.CreatedAt.Equal(clock.Now()) || !record.ExpiresAt.Equal(clock.Now().Add(time.Hour)) {
+		t.Errorf("record counts from %v to %v; want an hour from %v", record.CreatedAt, record.ExpiresAt, clock.Now())
 	}
 	record.Answer.Body[0] = 'X'
 	delete(records, idempotency.Key{Scope: "acme", Value: "k2"})
