@@ -184,7 +184,7 @@ func TestMigrationThatWaitsEndsWithItsContext(t *testing.T) {
 		"000002_alter_one.up.sql":  {Data: []byte("CREATE TABLE two (id bigint); ALTER TABLE one ADD COLUMN amount bigint")},
 	}
 	own := &migrations.Options{VersionTable: "service_migrations", Files: fstest.MapFS{"000001_create_one.up.sql": files["000001_create_one.up.sql"]}}
-	for name, lockTimeout := range map[string]time.Duration{"in a try": time.Minute, "between two": 20 * time.Millisecond} {
+	for name, lockTimeout := range map[string]time.Duration{"in a try": time.Minute, "between two": 500 * time.Millisecond} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
 			b := setup(t)
