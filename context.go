@@ -18,6 +18,7 @@ type running struct {
 	attempt AttemptID
 	service string
 	derived *atomic.Bool // whether any run of the request has asked for a derived key
+	effects *Effects     // nil unless the route is resumable
 }
 
 // attemptContext carries the attempt: a context.WithValue that contains its value.

@@ -42,6 +42,7 @@ const (
 	ReasonUnavailable     Reason = "unavailable"
 	ReasonOutcomeUnknown  Reason = "outcome-unknown"
 	ReasonCallUnknown     Reason = "call-unknown"
+	ReasonNeedsAttention  Reason = "needs-attention" // the request is open, and only a person can end it
 	ReasonRecordCorrupt   Reason = "record-corrupt"
 
 	// reasonOfRefusal stands in the decision table for the reason of the [Refusal]. No result has
@@ -116,8 +117,16 @@ const (
 	factResolvedOurs   // asked again, the store has this attempt's record
 	factResolvedAbsent // asked again, the store proves that nothing was recorded
 
-	factCallForgotten  // Forgotten, and a run of the request asked for a derived key
-	factCallUnknown    // another end without a record; a run of the request called DerivedKey
+	factCallForgotten // Forgotten, and a run of the request asked for a derived key
+	factCallUnknown   // another end without a record; a run of the request called DerivedKey
+	factOpen          // a record of this very request, which is open
+	factTakenOver     // the open request is ours now
+	factBackingOff    // the open request is not due yet, and nobody runs it
+	factParked        // the open request waits for a person
+	factUnsettled     // the request is open, and this run does not end it
+	factContradiction // the request is open, and its answer does not fit its effects; or a rule forbids to go on
+	factFenced        // the request is open, and another owner has taken it over
+
 	factOutcomeUnknown // the outcome of the request could not be found out
 )
 
@@ -126,17 +135,20 @@ type action uint8
 
 // The actions.
 const (
-	actionRun     action = iota + 1 // run the handler
-	actionWait                      // wait for the other attempt
-	actionClaim                     // claim the key
-	actionReplay                    // answer with the record
-	actionCommit                    // record the answer and commit it with the handler's writes
-	actionDecline                   // undo the handler's writes; record the answer and commit it
-	actionForget                    // undo the handler's writes and give its answer to the client
-	actionAnswer                    // give the handler's answer to the client
-	actionRestart                   // undo everything and claim again
-	actionResolve                   // ask the store for the outcome of COMMIT
-	actionRefuse                    // undo an open transaction and answer a problem
+	actionRun      action = iota + 1 // run the handler
+	actionWait                       // wait for the other attempt
+	actionClaim                      // claim the key
+	actionReplay                     // answer with the record
+	actionCommit                     // record the answer and commit it with the handler's writes
+	actionDecline                    // undo the handler's writes; record the answer and commit it
+	actionForget                     // undo the handler's writes and give its answer to the client
+	actionAnswer                     // give the handler's answer to the client
+	actionRestart                    // undo everything and claim again
+	actionResolve                    // ask the store for the outcome of COMMIT
+	actionTakeOver                   // become the owner of the open request
+	actionLeave                      // undo an open transaction, and leave the request open for later
+	actionPark                       // undo an open transaction, and leave the request open for a person
+	actionRefuse                     // undo an open transaction and answer a problem
 )
 
 // decision is one row of the table: the action, and the client's outcome and reason if the action
@@ -217,6 +229,22 @@ func decide(fact fact) decision {
 		return decision{action: actionAnswer, outcome: OutcomeExecuted}
 	case factResolvedAbsent:
 		return decision{actionRefuse, OutcomeNotExecuted, ReasonUnavailable}
+
+	// Of a request that is open. An engine whose request is not resumable refuses it.
+	case factOpen:
+		return decision{actionTakeOver, OutcomeUnknown, ReasonOutcomeUnknown}
+	case factTakenOver:
+		return decision{action: actionRun}
+	case factBackingOff:
+		return decision{actionRefuse, OutcomeUnknown, ReasonOutcomeUnknown}
+	case factParked:
+		return decision{actionRefuse, OutcomeUnknown, ReasonNeedsAttention}
+	case factUnsettled:
+		return decision{actionLeave, OutcomeUnknown, ReasonOutcomeUnknown}
+	case factContradiction:
+		return decision{actionPark, OutcomeUnknown, ReasonNeedsAttention}
+	case factFenced:
+		return decision{actionRefuse, OutcomeInProgress, ReasonInProgress}
 
 	// After the rest, if a run called DerivedKey and nothing is recorded.
 	case factCallForgotten:
@@ -323,6 +351,8 @@ func factOfRecord(req *Request, record *Record) fact {
 		return factRecordedUnreadable
 	case !ours.Equal(record.Fingerprint):
 		return factRecordedOther
+	case record.Open:
+		return factOpen
 	}
 	return factRecordedSame
 }
@@ -432,4 +462,73 @@ func factAfterResolve(req *ongoing, disposition Disposition, record *Record, err
 		return factResolvedOurs
 	}
 	return factOfRecord(&req.Request, record)
+}
+
+// factAfterTakeOver returns the fact for the results of TakeOver.
+func factAfterTakeOver(req *Request, open *Open, taken bool, err error) fact {
+	switch {
+	case err != nil:
+		return factOutcomeUnknown
+	case open == nil: // it ended a moment ago
+		return factKeyRecorded
+	case taken:
+		return factTakenOver
+	case open.Parked != "":
+		return factParked
+	case open.Owned:
+		return factInProgress
+	}
+	return factBackingOff
+}
+
+// factBeforeOpen adjusts the fact after the handler to a request that may become open and is not:
+// the claim may have been made by a statement of the handler, and intent is the error of the effect
+// that was not committed.
+func factBeforeOpen(fact fact, sealed, intent error) fact {
+	err := errors.Join(sealed, intent)
+	switch {
+	case fact == factTransactionLost:
+		return fact
+	case errors.Is(err, ErrKeyRecorded):
+		return factKeyRecorded
+	case errors.Is(err, ErrInProgress):
+		return factInProgress
+	case errors.Is(intent, ErrUnknown):
+		return factOutcomeUnknown
+	case errors.Is(intent, ErrNotSerializable):
+		return factSerialization
+	case errors.Is(intent, ErrUnavailable):
+		return factUnavailable
+	case intent != nil:
+		return factHandlerFailed
+	}
+	return fact
+}
+
+// factOfOpenEnd adjusts the fact after the end of an open request's last transaction: nothing of it
+// is forgotten, and no end without a record is not-executed.
+func factOfOpenEnd(fact fact, err error) fact {
+	switch {
+	case fact == factCommitted, fact == factDeclined, fact == factContradiction, fact == factSerialization, fact == factCommitUnknown:
+		return fact
+	case errors.Is(err, ErrFenced):
+		return factFenced
+	case fact == factTransactionLost: // its writes may stand: another run would make them twice
+		return factContradiction
+	}
+	return factUnsettled
+}
+
+// factOfOpenResolved returns the fact for the look after the COMMIT of an open request's end was
+// lost. Whoever ended it, the record is its answer.
+func factOfOpenResolved(req *Request, record *Record, err error) fact {
+	switch {
+	case errors.Is(err, ErrRecordCorrupt):
+		return factRecordCorrupt
+	case record == nil:
+		return factOutcomeUnknown
+	case record.Open:
+		return factUnsettled
+	}
+	return factOfRecord(req, record)
 }

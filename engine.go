@@ -77,6 +77,14 @@ type Options struct {
 	// is answered. Negative means no limit. Defaults to 512.
 	InFlightMax int
 
+	// BackoffMax is the longest pause between two runs of a request that is open, because a call to
+	// another service is not settled: pauses begin at 1 second and double. Defaults to 5 minutes.
+	BackoffMax time.Duration
+
+	// ParkAfter is the time after which a request that is still open is left to a person. Defaults
+	// to 24 hours.
+	ParkAfter time.Duration
+
 	// Timeouts bound the steps of a request.
 	Timeouts Timeouts
 }
@@ -115,11 +123,14 @@ func (o *Options) full() Options {
 	full.TTL = cmp.Or(full.TTL, 24*time.Hour)
 	full.Restarts = cmp.Or(full.Restarts, 3)
 	full.InFlightMax = cmp.Or(full.InFlightMax, 512)
+	full.BackoffMax = cmp.Or(full.BackoffMax, 5*time.Minute)
+	full.ParkAfter = cmp.Or(full.ParkAfter, 24*time.Hour)
 	if full.Disposition == nil {
 		full.Disposition = DefaultDisposition
 	}
 	for name, value := range map[string]time.Duration{
 		"Timeouts.Handler": t.Handler, "Timeouts.Commit": t.Commit, "Timeouts.Resolve": t.Resolve, "Timeouts.Rollback": t.Rollback, "Wait": full.Wait,
+		"BackoffMax": full.BackoffMax, "ParkAfter": full.ParkAfter,
 	} {
 		if value < 0 {
 			panic(fmt.Sprintf("idempotency: Options.%s is %v: it must not be negative", name, value))
@@ -173,6 +184,8 @@ type family struct {
 	inFlight atomic.Int64
 	running  runningKeys
 	queues   queues
+
+	resumable resumables
 }
 
 // NewEngine returns an engine on the store. It panics if the store is nil or the options can't work
@@ -238,6 +251,10 @@ type Result struct {
 	Answer  *Answer // the handler's answer or the recorded one; nil if Reason is set
 	Reason  Reason  // why there is no answer; empty if Answer is set
 	Record  *Record // the replayed record, else nil. Other requests may share its body: only read it
+	// Accepted reports that the request is open: it called another service, or was about to, and will
+	// be brought to its end without the client.
+	Accepted   bool
+	RetryAfter time.Duration // after which a retry of an open request may find more; zero if not known
 	// For the operator: the fault, or a panic of a Tracer beside an answer. Its text holds no key,
 	// body or credential.
 	Err error
@@ -300,6 +317,9 @@ func validate(req *Request) (Reason, error) {
 	if req.Fingerprint.Version == 0 { // a forgotten one would equal that of every other request
 		return ReasonHandlerFailed, errors.New("request has a key and no fingerprint")
 	}
+	if req.Resumable != "" && (!validResumable(req.Resumable) || req.Stored == nil) {
+		return ReasonHandlerFailed, errors.New("resumable request has an invalid name, or nothing to run again from")
+	}
 	return "", nil
 }
 
@@ -343,7 +363,14 @@ func (e *Engine) attempts(ctx context.Context, req *ongoing, run RunFunc, trace 
 	past := past{derived: derived}
 	for restarts := 0; ; restarts++ {
 		req.claim = Claim{Key: req.Key, Fingerprint: req.Fingerprint, TTL: req.TTL, TraceID: req.TraceID, Attempt: NewAttemptID()}
-		result, again := e.attempt(&bounds.parent, budget, req, run, trace, past)
+		var result Result
+		var again error
+		if req.Resumable == "" || req.keyless() {
+			result, again = e.attempt(&bounds.parent, budget, req, run, trace, past)
+		} else {
+			req.claim.Resumable, req.claim.Stored = req.Resumable, req.Stored
+			result, again = e.attemptOpen(&bounds.parent, budget, req, run, trace, past, restarts == 0 && !req.resumed)
+		}
 		lost := errors.Is(again, ErrKeyRecorded)
 		// Once more only to read the record, even if the restarts are spent: the next claim finds
 		// it.
@@ -513,7 +540,7 @@ func recovered(whose string, err *error) {
 // in memory, until the handler's deadline at most.
 func (e *Engine) call(ctx context.Context, req *ongoing, handlerEnd time.Time, run RunFunc) (answer *Answer, err error) {
 	defer recovered("", &err)
-	if !req.keyless() {
+	if !req.keyless() && req.Resumable == "" { // a resumable handler may run before its claim
 		e.family.running.add(&req.claim, handlerEnd)
 		defer e.family.running.remove(&req.claim)
 	}

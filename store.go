@@ -32,9 +32,21 @@ type Request struct {
 	// ASCII characters.
 	TraceID string
 
+	// Resumable names the handler of a request that may call other services (package effect), with
+	// a version, such as "topup/1": a request that is open runs again on the handler with this name,
+	// in any process that has it. 1 to 100 visible ASCII characters ([ResumableBytesMax]). Empty, the
+	// default, means that the handler makes no such calls. It needs a key and a [Keeper].
+	Resumable string
+
+	// Stored is what a run of the handler starts from, if it is not the first: it goes to the
+	// function of [Engine.Resumable]. Required if Resumable is set.
+	Stored func() []byte
+
 	// Route is the request's route, such as "POST /transfers". Only the [Tracer] gets it. It must
 	// come from a small set, never from the path. May be empty.
 	Route string
+
+	resumed bool // by Engine.Resume
 }
 
 // Claim is one attempt's claim on a key. The [Store] notes in it the time of the claim, in case the
@@ -46,6 +58,8 @@ type Claim struct {
 	TTL         time.Duration // in force, at least TTLMin
 	TraceID     string        // may be empty
 	Attempt     AttemptID
+	Resumable   string        // empty unless the request may become open
+	Stored      func() []byte // of the request
 
 	// Set by Begin, by the store's own clock and log, for Resolve.
 	At       time.Time // zero if nothing was claimed
@@ -70,6 +84,8 @@ const (
 	StatusMax       = 599
 	HeaderBytesMax  = 64 << 10 // names and values of all headers
 	TraceIDBytesMax = 255
+
+	ResumableBytesMax = 100
 )
 
 // Validate reports whether the answer can be recorded and replayed: a status from [StatusMin] to
@@ -126,6 +142,7 @@ type Record struct {
 	TraceID     string
 	CreatedAt   time.Time // the start of the transaction that recorded the answer, by the store's clock
 	ExpiresAt   time.Time // by the store's clock, the TTL after the commit; the record counts until it is deleted, not until then
+	Open        bool      // the request is open: there is no answer yet
 }
 
 // The errors of a [Store] and an [Attempt]. Any other error counts as ErrUnavailable from Begin, as

@@ -114,6 +114,8 @@ func (s *Store) Begin(ctx context.Context, claim *idempotency.Claim) (idempotenc
 	switch {
 	case err != nil:
 		return nil, nil, err
+	case record != nil && record.Open: // it has no answer yet
+		return nil, record, nil
 	case record != nil:
 		if err := s.open(claim.Key, record); err != nil {
 			return nil, nil, fmt.Errorf("decrypt the record: %w", err)
@@ -128,8 +130,8 @@ func (s *Store) Begin(ctx context.Context, claim *idempotency.Claim) (idempotenc
 // Resolve implements [idempotency.Store].
 func (s *Store) Resolve(ctx context.Context, claim *idempotency.Claim) (*idempotency.Record, error) {
 	record, err := s.inner.Resolve(ctx, claim)
-	if err != nil || record == nil {
-		return nil, err
+	if err != nil || record == nil || record.Open {
+		return record, err
 	}
 	if err := s.open(claim.Key, record); err != nil {
 		return nil, fmt.Errorf("decrypt the record: %w", err)

@@ -89,8 +89,15 @@ type escapeTracer struct{}
 var _ pgxpool.AcquireTracer = escapeTracer{}
 
 func (escapeTracer) TraceAcquireStart(ctx context.Context, pool *pgxpool.Pool, _ pgxpool.TraceAcquireStartData) context.Context {
-	if tx, ok := ctx.Value(txKey{}).(*sealed.Tx); ok && tx.Holds(pool) {
-		return refusedContext{ctx}
+	switch tx := ctx.Value(txKey{}).(type) {
+	case *sealed.Tx:
+		if tx.Holds(pool) {
+			return refusedContext{ctx}
+		}
+	case *openAttempt:
+		if tx.store.pool == pool {
+			return refusedContext{ctx}
+		}
 	}
 	return ctx
 }

@@ -78,6 +78,9 @@ func decodeRecord(values [][]byte) (*idempotency.Record, error) {
 	if r.Answer.Header, err = decodeHeaders(headers); err != nil {
 		return nil, err
 	}
+	if r.Open = r.Answer.Status == 0; r.Open {
+		return &r, nil
+	}
 	if err := r.Answer.Validate(); err != nil {
 		return nil, errors.Join(errRecord, err)
 	}

@@ -178,6 +178,7 @@ type Store struct {
 	options      *Options
 	table        string // qualified, unquoted: a part of the lock number
 	statements   statements
+	open         openStatements
 	transactions sealed.Settings // of handlers
 	resolvers    chan struct{}   // a place for each that runs
 	recent       *recentKeys
@@ -205,7 +206,7 @@ func New(pool *pgxpool.Pool, opts *Options) *Store {
 	}
 	o := opts.full()
 	return &Store{
-		pool: pool, options: o, table: o.Schema + "." + TableName, statements: newStatements(o),
+		pool: pool, options: o, table: o.Schema + "." + TableName, statements: newStatements(o), open: newOpenStatements(o),
 		transactions: sealed.Settings{
 			Pool: pool, Mode: pool.Config().ConnConfig.DefaultQueryExecMode, DeferredMax: o.DeferredMax, Meaning: deferredMeaning,
 		},

@@ -35,9 +35,12 @@ func Tx(ctx context.Context) pgx.Tx { return handleOf(ctx, "Tx") }
 
 // handleOf returns the transaction of the handler that called a function of this package.
 func handleOf(ctx context.Context, function string) *sealed.Tx {
-	tx, ok := ctx.Value(txKey{}).(*sealed.Tx)
-	if !ok {
+	switch tx := ctx.Value(txKey{}).(type) {
+	case *sealed.Tx:
+		return tx
+	case *openAttempt:
+		return tx.handle()
+	default:
 		panic(idempotency.UsageError("idempotency/postgres: " + function + " outside an idempotent handler: mount the middleware with this store on the route, and pass the request's context on"))
 	}
-	return tx
 }

@@ -1,0 +1,92 @@
+package idempotency
+
+import (
+	"cmp"
+	"context"
+	"fmt"
+	"log/slog"
+	"math/rand/v2"
+	"sync"
+	"time"
+)
+
+// CompleterOptions tune a [Completer]. Nil and the zero value are the defaults.
+type CompleterOptions struct {
+	// Interval is the pause between two looks for open requests that are due, give or take a half,
+	// so that replicas don't look in step. Defaults to 1 second.
+	Interval time.Duration
+
+	// AtOnce is the maximum number of requests that it runs at the same time. Each holds a
+	// connection for its last transaction. Defaults to 8.
+	AtOnce int
+
+	// OnResume is called after each request that it ran, by the goroutine that ran it. Nil logs
+	// those that stay open, with a hash of the key, to slog.Default().
+	OnResume func(key Key, result Result)
+}
+
+// Completer brings open requests to their end, for as long as it runs: those that nobody retries,
+// and those of a process that died. Every replica of a service should run one: a request is run by
+// one of them at a time. It runs only the requests of handlers that this process has.
+type Completer struct {
+	engine  *Engine
+	options CompleterOptions
+}
+
+// NewCompleter returns a completer, which does nothing until [Completer.Run]. It panics if the
+// engine's store can't keep requests open.
+func NewCompleter(engine *Engine, opts *CompleterOptions) *Completer {
+	var o CompleterOptions
+	if opts != nil {
+		o = *opts
+	}
+	o.Interval, o.AtOnce = cmp.Or(o.Interval, time.Second), cmp.Or(o.AtOnce, 8)
+	if o.Interval < 0 || o.AtOnce < 0 {
+		panic("idempotency: CompleterOptions.Interval and AtOnce must be positive")
+	}
+	if _, ok := engine.store.(Keeper); !ok {
+		panic("idempotency: a completer needs a store that keeps requests open, such as postgres.Store")
+	}
+	if o.OnResume == nil {
+		o.OnResume = func(key Key, result Result) {
+			if result.Accepted {
+				slog.Warn("idempotency: a request stays open", "key", key, "reason", string(result.Reason), "error", result.Err)
+			}
+		}
+	}
+	return &Completer{engine: engine, options: o}
+}
+
+// Run completes requests until ctx ends, and returns when those under way have ended. A look that
+// fails is logged to slog.Default(), and the next one tries again.
+func (c *Completer) Run(ctx context.Context) {
+	for ctx.Err() == nil {
+		found, err := c.Once(ctx)
+		if err != nil && ctx.Err() == nil {
+			slog.Warn("idempotency: open requests were not completed; the next look tries again", "error", err)
+		}
+		if found == c.options.AtOnce && err == nil {
+			continue // there may be more
+		}
+		_ = sleep(ctx, c.options.Interval/2+rand.N(c.options.Interval))
+	}
+}
+
+// Once looks for requests that are due, runs at most AtOnce of them, and returns their number when
+// they have ended.
+func (c *Completer) Once(ctx context.Context) (found int, err error) {
+	names := c.engine.served()
+	if len(names) == 0 {
+		return 0, nil
+	}
+	keys, err := c.engine.store.(Keeper).FindDue(ctx, names, c.options.AtOnce)
+	if err != nil {
+		return 0, fmt.Errorf("find open requests: %w", err)
+	}
+	var running sync.WaitGroup
+	for _, key := range keys {
+		running.Go(func() { c.options.OnResume(key, c.engine.Resume(ctx, key)) })
+	}
+	running.Wait()
+	return len(keys), nil
+}

@@ -1,0 +1,77 @@
+-- Requests that call other services. Such a request is open from the commit of its first intent to
+-- the commit of its answer: its row in idempotency_keys has status 0 and no answer, and it has one row
+-- in idempotency_open, and one in idempotency_effects for each call. Services without such routes need
+-- neither table.
+--
+-- Both tables contain scopes, keys and requests: protect them like idempotency_keys.
+CREATE TABLE idempotency_open (
+    next_at     timestamptz NOT NULL,
+    started_at  timestamptz NOT NULL,
+    epoch       bigint      NOT NULL,
+    lease_ms    bigint      NOT NULL,
+    ttl_ms      bigint      NOT NULL,
+    runs        integer     NOT NULL,
+    owned       boolean     NOT NULL,
+    scope       text COLLATE "C" NOT NULL,
+    key         text COLLATE "C" NOT NULL,
+    route       text COLLATE "C" NOT NULL,
+    parked      text,
+    last_reason text,
+    request     bytea       NOT NULL,
+
+    CONSTRAINT idempotency_open_pkey PRIMARY KEY (scope, key),
+    -- A tool that knows nothing of open requests can't delete the key: it fails.
+    CONSTRAINT idempotency_open_key_fkey FOREIGN KEY (scope, key) REFERENCES idempotency_keys ON DELETE RESTRICT
+) WITH (fillfactor = 60); -- room for updates on the same page
+
+-- The completer's look for work.
+CREATE INDEX idempotency_open_next_at_idx ON idempotency_open (next_at) WHERE parked IS NULL;
+
+COMMENT ON TABLE idempotency_open IS 'Requests that have called another service, or were about to, and have no answer yet. Do not delete a row by hand: money may have moved.';
+COMMENT ON COLUMN idempotency_open.next_at IS 'From then on anybody may take the request over.';
+COMMENT ON COLUMN idempotency_open.started_at IS 'Time of the first intent''s commit, by this server''s clock.';
+COMMENT ON COLUMN idempotency_open.epoch IS 'Counts the owners. An owner that was replaced can''t write any more.';
+COMMENT ON COLUMN idempotency_open.lease_ms IS 'Milliseconds that an owner has.';
+COMMENT ON COLUMN idempotency_open.ttl_ms IS 'Milliseconds that the record will count, from the end on.';
+COMMENT ON COLUMN idempotency_open.runs IS 'Number of times that the handler was run.';
+COMMENT ON COLUMN idempotency_open.owned IS 'Whether an attempt runs, or died within its lease.';
+COMMENT ON COLUMN idempotency_open.scope IS 'The account whose key it is.';
+COMMENT ON COLUMN idempotency_open.key IS 'The Idempotency-Key as the client sent it, unquoted.';
+COMMENT ON COLUMN idempotency_open.route IS 'Name and version of the handler that a run needs.';
+COMMENT ON COLUMN idempotency_open.parked IS 'Why only a person can end the request; NULL if nobody needs to.';
+COMMENT ON COLUMN idempotency_open.last_reason IS 'Why the last run left the request open.';
+COMMENT ON COLUMN idempotency_open.request IS 'The request that a run starts from.';
+
+CREATE TABLE idempotency_effects (
+    sent_first_at timestamptz NOT NULL,
+    doubt_at      timestamptz,
+    settled_at    timestamptz,
+    epoch         bigint      NOT NULL,
+    tries         integer     NOT NULL,
+    state         smallint    NOT NULL,
+    kind          smallint    NOT NULL,
+    derived_key   uuid        NOT NULL,
+    scope         text COLLATE "C" NOT NULL,
+    key           text COLLATE "C" NOT NULL,
+    name          text COLLATE "C" NOT NULL,
+    input         bytea       NOT NULL,
+    output        bytea,
+
+    CONSTRAINT idempotency_effects_pkey PRIMARY KEY (scope, key, name),
+    CONSTRAINT idempotency_effects_key_fkey FOREIGN KEY (scope, key) REFERENCES idempotency_keys ON DELETE CASCADE
+) WITH (fillfactor = 70);
+
+COMMENT ON TABLE idempotency_effects IS 'Calls to other services that requests made, or were about to make. They go with the record of their request.';
+COMMENT ON COLUMN idempotency_effects.sent_first_at IS 'Commit of the intent, just before the first send, by this server''s clock.';
+COMMENT ON COLUMN idempotency_effects.doubt_at IS 'The last repeated send without a definite answer.';
+COMMENT ON COLUMN idempotency_effects.settled_at IS 'Time at which the result was recorded.';
+COMMENT ON COLUMN idempotency_effects.epoch IS 'The owner of the request that wrote the row last.';
+COMMENT ON COLUMN idempotency_effects.tries IS 'Number of times that it may have been sent.';
+COMMENT ON COLUMN idempotency_effects.state IS '1 intended: it may have been sent. 2 done. 3 declined. 4 maybe: sent once at most, and nobody knows.';
+COMMENT ON COLUMN idempotency_effects.kind IS '1 call, 2 call at most once, 3 undo of another, 4 phase.';
+COMMENT ON COLUMN idempotency_effects.derived_key IS 'The key that the other service gets.';
+COMMENT ON COLUMN idempotency_effects.scope IS 'The account whose key it is.';
+COMMENT ON COLUMN idempotency_effects.key IS 'The Idempotency-Key as the client sent it, unquoted.';
+COMMENT ON COLUMN idempotency_effects.name IS 'The name of the effect in the handler.';
+COMMENT ON COLUMN idempotency_effects.input IS 'Input of the call, as it is sent every time.';
+COMMENT ON COLUMN idempotency_effects.output IS 'Result of the call; of a declined one, its detail.';

@@ -1,0 +1,655 @@
+package idempotency
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"math/rand/v2"
+	"sync"
+	"time"
+
+	"github.com/paidonce/idempotency/internal/deadline"
+)
+
+// An open request is one that has committed the intent to call another service, and has no answer
+// yet. Its key stays claimed without a transaction, a connection or a process, until somebody
+// brings it to its end: the attempt itself, a retry, or the completer. This file has the records of
+// an open request, the store's part of the contract, and the end of an attempt that is open.
+
+// EffectKind is the kind of a recorded effect.
+type EffectKind int16
+
+// The kinds. Stores keep their numbers.
+const (
+	EffectCall       EffectKind = 1 // may be sent again with the same key
+	EffectAtMostOnce EffectKind = 2 // is sent once at most
+	EffectUndo       EffectKind = 3 // undoes another effect; may be sent again with the same key
+	EffectPhase      EffectKind = 4 // a transaction of the handler's, committed before its last one
+)
+
+// EffectState is the state of a recorded effect.
+type EffectState int16
+
+// The states. Stores keep their numbers.
+const (
+	EffectIntended EffectState = 1 // it may have been sent, once or more; its result is not known
+	EffectDone     EffectState = 2 // Output is its result
+	EffectDeclined EffectState = 3 // a definite no; Output is its detail
+	EffectMaybe    EffectState = 4 // sent once at most, and its result will never be known
+)
+
+// Effect is a call to another service, or a phase, as the store keeps it. Times are the store's.
+type Effect struct {
+	Name       string
+	Kind       EffectKind
+	State      EffectState
+	DerivedKey string // for the other service; it is derived once and then kept
+	Input      []byte // sent as it is kept, never made again
+	Output     []byte
+	Tries      int       // times that it may have been sent
+	SentFirst  time.Time // its intent was committed, just before the first send
+	Doubt      time.Time // the last send without a definite answer; zero if there was none before this run
+}
+
+// Open is the state of an open request.
+type Open struct {
+	Route       string // a name with a version, such as "topup/1": Request.Resumable
+	Request     []byte // what a run starts from: Request.Stored
+	Fingerprint Fingerprint
+	Attempt     AttemptID // the first one's: it stays that of the request
+	TTL         time.Duration
+	Effects     []Effect
+
+	Epoch    int64 // counts its owners: an owner that was replaced can't write any more
+	Runs     int   // of the handler, this one included
+	Started  time.Time
+	Now      time.Time     // when this was read
+	Due      time.Time     // from then on anybody may take it over
+	Lease    time.Duration // of the last owner
+	Owned    bool          // an attempt ran when this was read, and is within its lease
+	Parked   string        // why only a person can end it; empty if nobody needs to
+	LastFail string        // the last reason why a run left it open; holds no data
+}
+
+// Lapse is how a run leaves a request open.
+type Lapse struct {
+	Pause  time.Duration // until somebody may take it over
+	Parked string        // nobody takes it over, for this reason, until an operator says so
+	Reason string        // for the operator; holds no data
+	// Doubts are the effects whose Doubt must be set back to this time, because the send of this
+	// run got a definite answer.
+	Doubts map[string]time.Time
+}
+
+// Errors of a [Keeper] and an [OpenAttempt], beside those of a [Store] and an [Attempt].
+var (
+	// ErrFenced: another owner has taken the open request over. Nothing was written.
+	ErrFenced = errors.New("request was taken over by another owner")
+	// ErrNotKept: the store can't keep requests open.
+	ErrNotKept = errors.New("store can't keep requests open")
+)
+
+// Keeper is implemented by a [Store] that can keep requests open. It is safe for concurrent use.
+type Keeper interface {
+	Store
+
+	// BeginOpen is Begin for a request that may become open. If lazy is set it sends nothing: the
+	// claim travels with the first statement of the attempt, whichever that is, and an error of the
+	// claim is the error of Seal. A Record with Open set is that of an open request.
+	BeginOpen(ctx context.Context, claim *Claim, lazy bool) (OpenAttempt, *Record, error)
+
+	// TakeOver makes the caller the owner of an open request if it is due and not parked, for as
+	// long as the last owner's lease, and notes a new doubt for each effect that is not settled. It
+	// returns the request's state, and an attempt if the caller is the owner. The effects in the
+	// state are those before the take-over: Doubt is the doubt before this owner's sends. The claim
+	// gets the request's Attempt and TTL. ErrUnknown means that nothing is known, and nothing
+	// harmful was done.
+	TakeOver(ctx context.Context, claim *Claim) (OpenAttempt, *Open, error)
+
+	// FindDue returns keys of open requests on these routes that are due, at most max, the one that
+	// has waited longest first.
+	FindDue(ctx context.Context, routes []string, max int) ([]Key, error)
+
+	// ReadOpen returns the state of an open request, or nil if there is none.
+	ReadOpen(ctx context.Context, key Key) (*Open, error)
+}
+
+// OpenAttempt is an attempt that can become open. It is used by one goroutine at a time.
+//
+// Once it is open, Commit and Decline record the answer and close the request, in one transaction;
+// they return ErrFenced if another owner has taken it over.
+type OpenAttempt interface {
+	Attempt
+
+	// Intend commits that this effect is about to be sent, and with it the claim and the open
+	// request if it is the first. From then on the attempt is open, and its lease runs. It sets the
+	// effect's SentFirst, and holds no transaction and no connection when it returns. It refuses
+	// with a [UsageError] if the handler has used its transaction since the last effect, because
+	// those writes would be lost. ErrUnknown: the outcome of its COMMIT is not known.
+	Intend(ctx context.Context, effect *Effect, lease time.Duration) error
+
+	// Settle commits the effect's state and output, and opens the handler's next transaction.
+	// ErrUnknown: it may be committed; the effect may be sent again with the same key.
+	Settle(ctx context.Context, effect *Effect) error
+
+	// Leave undoes the open transaction, if there is one, and leaves the request open. An error
+	// means that the lease has to run out before somebody takes it over.
+	Leave(ctx context.Context, lapse Lapse) error
+}
+
+// Effects are the recorded effects of one run of a handler, for package effect. Its methods are for
+// one goroutine at a time: a second Call gets [ErrEffectBusy].
+type Effects struct {
+	engine  *Engine
+	keeper  Keeper
+	attempt OpenAttempt
+	req     *ongoing
+	running *running
+	ctx     context.Context // without end
+
+	mu       sync.Mutex
+	busy     bool
+	over     bool // the handler has returned
+	opened   bool
+	epochAt  time.Time     // local, with a monotonic reading: when this owner's lease began
+	lease    time.Duration // of this owner
+	storeAt  time.Time     // the store's clock at epochAt
+	open     *Open         // nil in the first run
+	recorded map[string]*Effect
+	asked    map[string]bool
+	intent   error // an intent that was not committed: no later one may be
+	lapse    Lapse // of the effect that is not settled
+	lapsed   bool
+}
+
+// ErrEffectBusy is returned to a handler that calls two services at once.
+var ErrEffectBusy = errors.New("idempotency: two effects of one request at once: make one call after the other")
+
+// ErrUnsettled is the error of a call whose result is not known yet. The handler returns; whatever
+// it answers is dropped, and the request stays open.
+var ErrUnsettled = errors.New("idempotency: the effect is not settled; the request stays open")
+
+// EffectsFrom returns the effects of the request that runs with this context. The error is a
+// [UsageError] that names the remedy: outside an idempotent handler, or on a route that is not
+// resumable.
+func EffectsFrom(ctx context.Context) (*Effects, error) {
+	r, ok := ctx.Value(contextKey{}).(*running)
+	switch {
+	case !ok:
+		return nil, UsageError("idempotency: an effect outside an idempotent handler: mount the middleware on the route, and pass the request's context on")
+	case r.key.Value == "":
+		return nil, UsageError("idempotency: an effect needs a key: do not make keys optional on this route")
+	case r.effects == nil:
+		return nil, UsageError("idempotency: an effect on a route that is not resumable: set Options.Resumable to a name of the route")
+	}
+	return r.effects, nil
+}
+
+// Intent describes a call that a handler is about to make.
+type Intent struct {
+	Name    string
+	Kind    EffectKind
+	Input   []byte
+	Timeout time.Duration // of one send
+}
+
+// Begin returns the recorded effect of this name. If there is none, it commits the intent first.
+// If the effect is not settled, the caller is its one sender, for as long as [Effects.MaySend]
+// says, and must call Settle or Lapse. resumed reports whether an earlier run may have sent it, and
+// drift whether the input differs from the recorded one, which counts.
+func (e *Effects) Begin(intent Intent) (effect *Effect, resumed, drift bool, err error) {
+	if err := e.take(); err != nil {
+		return nil, false, false, err
+	}
+	if effect, ok := e.recorded[intent.Name]; ok {
+		e.asked[intent.Name] = true
+		drift = !bytes.Equal(effect.Input, intent.Input)
+		if effect.State != EffectIntended {
+			e.give()
+		}
+		return effect, true, drift, nil
+	}
+	if e.intent == nil && e.lapsed {
+		e.intent = fmt.Errorf("%w: an earlier effect", ErrUnsettled)
+	}
+	if e.intent != nil {
+		e.give()
+		return nil, false, false, e.intent
+	}
+	effect = &Effect{
+		Name: intent.Name, Kind: intent.Kind, State: EffectIntended, Input: intent.Input,
+		DerivedKey: e.running.derive("effect/" + intent.Name), Tries: 1,
+	}
+	lease := intent.Timeout + e.engine.options.Timeouts.Commit + leaseMargin
+	at := time.Now()
+	bounded := deadline.After(e.ctx, e.engine.options.Timeouts.Commit)
+	defer bounded.End()
+	err = e.attempt.Intend(bounded, effect, lease)
+	var usage UsageError
+	switch {
+	case err == nil:
+	case errors.As(err, &usage):
+		e.give()
+		return nil, false, false, err
+	case errors.Is(err, ErrUnknown) && !e.opened && e.committed():
+	default: // nothing may be sent
+		e.intent = err
+		e.give()
+		return nil, false, false, err
+	}
+	e.opened = true
+	e.epochAt, e.lease, e.storeAt = at, lease, effect.SentFirst
+	e.recorded[intent.Name], e.asked[intent.Name] = effect, true
+	return effect, false, false, nil
+}
+
+// leaseMargin is added to the time of a send and of a commit for the lease of an open request.
+const leaseMargin = 5 * time.Second
+
+// committed resolves the lost COMMIT of the first intent, and reports whether it is proven to be
+// there.
+func (e *Effects) committed() bool {
+	bounded := deadline.After(e.ctx, e.engine.options.Timeouts.Resolve)
+	defer bounded.End()
+	record, err := e.keeper.Resolve(bounded, &e.req.claim)
+	return err == nil && record != nil && record.Open && record.Attempt == e.req.claim.Attempt
+}
+
+// MaySend reports whether this owner may still send: half of its lease is left, by the wall clock
+// and by the monotonic one. A process that slept must not send.
+func (e *Effects) MaySend() bool {
+	now := time.Now()
+	return now.Sub(e.epochAt) < e.lease/2 && now.Round(0).Sub(e.epochAt.Round(0)) < e.lease/2
+}
+
+// Now returns the store's time.
+func (e *Effects) Now() time.Time { return e.storeAt.Add(time.Since(e.epochAt)) }
+
+// Settle commits the result of an effect: its State and Output.
+func (e *Effects) Settle(effect *Effect) error {
+	defer e.give()
+	bounded := deadline.After(e.ctx, e.engine.options.Timeouts.Commit)
+	defer bounded.End()
+	if err := e.attempt.Settle(bounded, effect); err != nil {
+		effect.State, effect.Output = EffectIntended, nil
+		e.lapseOf(Lapse{Reason: "the result was not recorded"})
+		return fmt.Errorf("%w: %w", ErrUnsettled, err)
+	}
+	return nil
+}
+
+// Lapse notes that the effect stays unsettled. With a Pause of 0 the engine chooses one.
+func (e *Effects) Lapse(lapse Lapse) {
+	defer e.give()
+	e.lapseOf(lapse)
+}
+
+func (e *Effects) lapseOf(lapse Lapse) { e.lapse, e.lapsed = lapse, true }
+
+func (e *Effects) take() error {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	switch {
+	case e.over:
+		return UsageError("idempotency: an effect after the handler has returned")
+	case e.busy:
+		return ErrEffectBusy
+	}
+	e.busy = true
+	return nil
+}
+
+func (e *Effects) give() {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	e.busy = false
+}
+
+// end makes all later calls fail, and reports whether one is still under way.
+func (e *Effects) end() (busy bool) {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	e.over = true
+	return e.busy
+}
+
+// attemptOpen is attempt for a request that may become open. If lazy is set the claim travels with
+// the first statement of the handler. If the request is open already, and nobody else has it, this
+// attempt takes it over.
+func (e *Engine) attemptOpen(ctx context.Context, budget *deadline.Context, req *ongoing, run RunFunc, trace *trace, past past, lazy bool) (result Result, again error) {
+	keeper, ok := e.store.(Keeper)
+	if !ok {
+		return refuse(past.decide(factHandlerFailed), ErrNotKept), nil
+	}
+
+	// The claim, or the take-over.
+	started := trace.now()
+	attempt, record, err := keeper.BeginOpen(budget, &req.claim, lazy)
+	fact := factAfterClaim(&req.Request, record, err)
+	var open *Open
+	if decide(fact).action == actionTakeOver {
+		attempt, open, err = keeper.TakeOver(budget, &req.claim)
+		fact = factAfterTakeOver(&req.Request, open, attempt != nil, err)
+	}
+	ended := attempt == nil
+	rollback := func() error {
+		ended = true
+		bounded := deadline.After(ctx, e.options.Timeouts.Rollback)
+		defer bounded.End()
+		started := trace.now()
+		err := attempt.Rollback(bounded)
+		trace.step(StepRollback, started, err)
+		return err
+	}
+	defer func() { // also after a panic or a Goexit
+		if !ended {
+			_ = attempt.Seal()
+			_ = rollback()
+		}
+	}()
+	trace.step(StepClaim, started, err)
+	switch decision := past.decide(fact); decision.action {
+	case actionRun:
+	case actionReplay:
+		return Result{Outcome: decision.outcome, Answer: &record.Answer, Record: record}, nil
+	case actionRestart:
+		return Result{}, err
+	default:
+		result := refuse(decision, err)
+		result.Accepted = record != nil && record.Open && decision.outcome == OutcomeUnknown
+		if open != nil {
+			result.RetryAfter = max(open.Due.Sub(open.Now), 0)
+		}
+		return result, nil
+	}
+
+	effects := &Effects{
+		engine: e, keeper: keeper, attempt: attempt, req: req, ctx: ctx, open: open, opened: open != nil, recorded: map[string]*Effect{},
+	}
+	if open != nil {
+		effects.epochAt, effects.storeAt, effects.lease = time.Now(), open.Now, open.Lease
+		for i := range open.Effects {
+			effects.recorded[open.Effects[i].Name] = &open.Effects[i]
+		}
+	}
+	for restarts := 0; ; restarts++ {
+		answer, recorded, fact, err := e.runOpen(ctx, budget, req, run, trace, past, effects)
+		switch decide(fact).action {
+		case actionCommit:
+			err = end(deadline.After(ctx, e.options.Timeouts.Commit), attempt.Commit, recorded, StepCommit, trace)
+			fact = factAfterCommit(false, err)
+		case actionDecline:
+			err = end(deadline.After(ctx, e.options.Timeouts.Commit), attempt.Decline, recorded, StepDecline, trace)
+			fact = factAfterDecline(err)
+		case actionForget:
+			err = rollback()
+			fact = factAfterRollback(factForgotten, err)
+		case actionLeave, actionPark:
+		default:
+			undone := rollback()
+			fact = factAfterRollback(fact, undone)
+			err = errors.Join(err, undone)
+		}
+		if !effects.opened {
+			ended = true
+			if decide(fact).action == actionResolve {
+				disposition := DispositionCommit
+				if trace.last == StepDecline {
+					disposition = DispositionDecline
+				}
+				fact, record, err = e.resolve(ctx, req, disposition, err, trace)
+			}
+		} else {
+			fact = factOfOpenEnd(fact, err)
+			if fact == factSerialization {
+				if budget.Err() == nil && restarts < e.options.Restarts {
+					continue // what was settled is not asked for again
+				}
+				fact = factUnsettled
+			}
+			if decide(fact).action == actionResolve {
+				_, record, err = e.resolve(ctx, req, DispositionCommit, err, trace)
+				fact = factOfOpenResolved(&req.Request, record, err)
+			}
+			ended = true
+			if action := decide(fact).action; action == actionLeave || action == actionPark {
+				err = errors.Join(err, effects.leave(fact))
+			}
+		}
+		switch decision := past.decide(fact); decision.action {
+		case actionAnswer:
+			return Result{Outcome: decision.outcome, Answer: answer}, nil
+		case actionReplay:
+			return Result{Outcome: decision.outcome, Answer: &record.Answer, Record: record}, nil
+		case actionRestart:
+			return Result{}, err
+		default:
+			if refusal := refusalOf(err); decision.reason == reasonOfRefusal && refusal != nil {
+				decision.reason = refusal.Reason
+			}
+			result := refuse(decision, err)
+			result.Accepted = effects.opened && decision.outcome == OutcomeUnknown
+			if result.Accepted {
+				result.RetryAfter = effects.lapse.Pause
+			}
+			return result, nil
+		}
+	}
+}
+
+// runOpen runs the handler of a request that may become open. It returns the handler's answer, the
+// part of it to record, and the fact about its end.
+func (e *Engine) runOpen(ctx context.Context, budget *deadline.Context, req *ongoing, run RunFunc, trace *trace, past past, effects *Effects) (answer, recorded *Answer, fact fact, err error) {
+	started := trace.now()
+	handlerEnd, _ := budget.Deadline()
+	handlerCtx, cancel := context.WithDeadline(ctx, handlerEnd)
+	defer cancel()
+	carrier := &attemptContext{Context: handlerCtx, running: running{
+		key: req.Key, attempt: req.claim.Attempt, service: e.options.Service, derived: past.derived, effects: effects,
+	}}
+	effects.begin(&carrier.running)
+	answer, failed := e.call(effects.attempt.Context(carrier), req, handlerEnd, run)
+	trace.step(StepHandler, started, failed)
+	busy := effects.end()
+	sealed := effects.attempt.Seal()
+
+	disposition := DispositionForget
+	if failed == nil {
+		disposition, failed = e.disposition(req, answer)
+	}
+	recorded = answer
+	switch {
+	case disposition != DispositionForget:
+		recorded, failed = e.reduce(answer)
+	case budget.Err() != nil:
+		failed = errors.Join(failed, fmt.Errorf("%w than %v", errHandlerTimeout, e.options.Timeouts.Handler))
+	}
+	fact = factAfterHandler(sealed, failed, disposition)
+	if effects.opened {
+		fact = effects.factOfOpen(fact, busy)
+	} else {
+		fact = factBeforeOpen(fact, sealed, effects.intent)
+	}
+	if refusalOf(failed) != nil { // unwrapped, for its reason
+		return answer, recorded, fact, failed
+	}
+	return answer, recorded, fact, errors.Join(failed, sealed, effects.intent)
+}
+
+// begin readies the effects for a run of the handler.
+func (e *Effects) begin(running *running) {
+	e.running, e.asked, e.over, e.intent, e.lapsed, e.lapse = running, map[string]bool{}, false, nil, false, Lapse{}
+}
+
+// factOfOpen adjusts the fact after the handler to a request that is open: nothing may be forgotten
+// any more, and the answer must fit the effects.
+func (e *Effects) factOfOpen(fact fact, busy bool) fact {
+	if e.lapsed && e.lapse.Parked != "" {
+		return factContradiction
+	}
+	switch {
+	case fact == factTransactionLost:
+		e.lapse.Parked = "the handler ended its transaction, so its writes may stand"
+		return factContradiction
+	case fact == factSerialization && !busy && !e.lapsed && e.intent == nil:
+		return fact
+	case busy, e.lapsed, e.intent != nil:
+		return factUnsettled
+	}
+	final := decide(fact).action == actionCommit || decide(fact).action == actionDecline
+	if !final {
+		return factUnsettled
+	}
+	undone := map[string]bool{}
+	for _, effect := range e.recorded {
+		if effect.Kind == EffectUndo && effect.State == EffectDone {
+			undone[UndoneBy(effect.Name)] = true
+		}
+	}
+	for name, effect := range e.recorded {
+		switch {
+		case effect.State == EffectIntended:
+			return factUnsettled
+		case !e.asked[name]:
+			e.lapse.Parked = "the handler did not ask for effect " + name + ", which was made"
+			return factContradiction
+		case decide(fact).action == actionDecline && effect.State == EffectDone && effect.Kind == EffectCall && !undone[name]:
+			e.lapse.Parked = "the answer is a refusal, and effect " + name + " was made and not undone"
+			return factContradiction
+		}
+	}
+	return fact
+}
+
+// undoPrefix begins the name of an effect that undoes another.
+const undoPrefix = "undo/"
+
+// UndoName returns the name of the effect that undoes the effect of this name.
+func UndoName(name string) string { return undoPrefix + name }
+
+// UndoneBy returns the name of the effect that the effect of this name undoes.
+func UndoneBy(name string) string { return name[len(undoPrefix):] }
+
+// leave leaves the request open, or parks it.
+func (e *Effects) leave(fact fact) error {
+	lapse := e.lapse
+	if lapse.Reason == "" {
+		lapse.Reason = "the handler gave no final answer"
+	}
+	runs := 1
+	if e.open != nil {
+		runs = e.open.Runs
+		if age := e.Now().Sub(e.open.Started); lapse.Parked == "" && age > e.engine.options.ParkAfter {
+			lapse.Parked = fmt.Sprintf("it is still open after %v", e.engine.options.ParkAfter)
+		}
+	}
+	if lapse.Pause == 0 {
+		lapse.Pause = backoff(runs, e.engine.options.BackoffMax)
+	}
+	e.lapse.Pause = lapse.Pause
+	bounded := deadline.After(e.ctx, e.engine.options.Timeouts.Commit)
+	defer bounded.End()
+	return e.attempt.Leave(bounded, lapse)
+}
+
+// backoff returns the pause after this many runs: up to 1 second doubled with each run, at most
+// max, with full jitter.
+func backoff(runs int, max time.Duration) time.Duration {
+	limit := min(time.Second<<min(runs-1, 20), max)
+	return rand.N(limit) + time.Millisecond
+}
+
+// ResumeFunc returns a run of the handler for a stored request.
+type ResumeFunc func(key Key, stored []byte) (RunFunc, error)
+
+// Resumable registers the handler of requests that name it in [Request.Resumable]. Engines made by
+// [Engine.With] share it. It panics if the name is taken or invalid, or if the store can't keep
+// requests open.
+func (e *Engine) Resumable(name string, resume ResumeFunc) {
+	if _, ok := e.store.(Keeper); !ok {
+		panic("idempotency: a resumable route needs a store that keeps requests open, such as postgres.Store")
+	}
+	if !validResumable(name) {
+		panic(fmt.Sprintf("idempotency: the name of a resumable route must be 1 to %d visible ASCII characters", ResumableBytesMax))
+	}
+	e.family.resumable.mu.Lock()
+	defer e.family.resumable.mu.Unlock()
+	if e.family.resumable.byName[name].resume != nil {
+		panic("idempotency: two handlers with the Resumable name " + name + ": a request that is open would not know which of them to run")
+	}
+	if e.family.resumable.byName == nil {
+		e.family.resumable.byName = map[string]resumable{}
+	}
+	e.family.resumable.byName[name] = resumable{e, resume}
+}
+
+// resumables are the resumable handlers of a process, by name.
+type resumables struct {
+	mu     sync.Mutex
+	byName map[string]resumable
+}
+
+type resumable struct {
+	engine *Engine // with the options of the route
+	resume ResumeFunc
+}
+
+func validResumable(name string) bool {
+	for i := range len(name) {
+		if name[i] <= ' ' || name[i] >= 0x7f {
+			return false
+		}
+	}
+	return name != "" && len(name) <= ResumableBytesMax
+}
+
+// Errors of [Engine.Resume].
+var (
+	// ErrNotOpen: the key has no open request. It may be recorded by now.
+	ErrNotOpen = errors.New("request is not open")
+	// ErrNotServed: this process has no handler with the request's Resumable name.
+	ErrNotServed = errors.New("no handler of this process has the request's name")
+)
+
+// Resume runs the handler of an open request, if it is due, and returns its result as Do does. A
+// job queue or a workflow engine may call it in place of a [Completer], any number of times. It
+// needs the handler in this process: see [Engine.Resumable]. The error in the result is
+// [ErrNotOpen] or [ErrNotServed] if nothing was run for that reason.
+func (e *Engine) Resume(ctx context.Context, key Key) Result {
+	keeper, ok := e.store.(Keeper)
+	if !ok {
+		return refuse(decide(factOutcomeUnknown), ErrNotKept)
+	}
+	open, err := keeper.ReadOpen(ctx, key)
+	switch {
+	case err != nil:
+		return refuse(decide(factOutcomeUnknown), err)
+	case open == nil:
+		return refuse(decide(factOutcomeUnknown), ErrNotOpen)
+	}
+	e.family.resumable.mu.Lock()
+	route := e.family.resumable.byName[open.Route]
+	e.family.resumable.mu.Unlock()
+	if route.resume == nil {
+		return refuse(decide(factOutcomeUnknown), fmt.Errorf("%w: %s", ErrNotServed, open.Route))
+	}
+	run, err := route.resume(key, open.Request)
+	if err != nil {
+		return refuse(decide(factOutcomeUnknown), err)
+	}
+	return route.engine.Do(ctx, Request{
+		Key: key, Fingerprint: open.Fingerprint, TTL: open.TTL, Route: open.Route, Resumable: open.Route,
+		Stored: func() []byte { return open.Request }, resumed: true,
+	}, run)
+}
+
+// served returns the names of the resumable handlers of this process.
+func (e *Engine) served() (names []string) {
+	e.family.resumable.mu.Lock()
+	defer e.family.resumable.mu.Unlock()
+	for name := range e.family.resumable.byName {
+		names = append(names, name)
+	}
+	return names
+}

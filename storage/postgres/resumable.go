@@ -1,0 +1,620 @@
+package postgres
+
+import (
+	"context"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/jackc/pgx/v5"
+	"github.com/jackc/pgx/v5/pgconn"
+	"github.com/jackc/pgx/v5/pgtype"
+	"github.com/jackc/pgx/v5/pgxpool"
+
+	"github.com/paidonce/idempotency"
+	"github.com/paidonce/idempotency/storage/postgres/internal/sealed"
+	"github.com/paidonce/idempotency/storage/postgres/internal/wire"
+)
+
+// The tables of open requests, in the schema of [TableName].
+const (
+	OpenTableName    = "idempotency_open"
+	EffectsTableName = "idempotency_effects"
+)
+
+var _ idempotency.Keeper = (*Store)(nil)
+
+// openStatements are the statements of requests that may become open. They are sent as text: beside
+// a call to another service the server's parsing is nothing, and a database without their tables
+// must not keep the others from being prepared.
+type openStatements struct {
+	begin   wire.Statement // READ COMMITTED: each statement sees the latest owner
+	claim   wire.Statement // as statements.lock, and fails if the key is locked
+	claimAt wire.Statement
+	lock    wire.Statement // as statements.lock, and waits
+	lockAt  wire.Statement
+	key     wire.Statement // the row of an open request in the table of the records
+	open    wire.Statement
+	effect  wire.Statement // returns the time
+	fence   wire.Statement // fails unless the request is open and this owner's; locks it
+	renew   wire.Statement // as fence, and begins a new lease
+	settle  wire.Statement // fails unless the effect is this owner's and not settled
+	end     wire.Statement // fails unless it recorded the answer and closed the request of this owner
+	state   string         // reads an open request
+	take    string         // as state, and takes the request over if it is due
+	due     string
+	leave   string
+	doubt   string
+}
+
+func newOpenStatements(o *Options) openStatements {
+	keys := pgx.Identifier{o.Schema, TableName}.Sanitize()
+	open := pgx.Identifier{o.Schema, OpenTableName}.Sanitize()
+	effects := pgx.Identifier{o.Schema, EffectsTableName}.Sanitize()
+	plain := newStatements(o)
+	const try = "pg_catalog.pg_try_advisory_xact_lock($1)"
+	claim := func(s wire.Statement) wire.Statement {
+		return wire.Statement{OIDs: s.OIDs, SQL: strings.Replace(s.SQL, try, "(1 OPERATOR(pg_catalog./) CASE WHEN "+try+" THEN 1 ELSE 0 END) OPERATOR(pg_catalog.=) 1", 1)}
+	}
+	lock := func(s wire.Statement) wire.Statement {
+		return wire.Statement{OIDs: s.OIDs, SQL: strings.Replace(s.SQL, try, "(SELECT true FROM pg_catalog.pg_advisory_xact_lock($1))", 1)}
+	}
+	const durable = "pg_catalog.set_config('synchronous_commit', $1, true) IS NOT NULL" + hearWarnings
+	const counted = " SELECT 1 OPERATOR(pg_catalog./) pg_catalog.count(*)"
+	const ours = " WHERE scope OPERATOR(pg_catalog.=) $2 AND key OPERATOR(pg_catalog.=) $3 AND epoch OPERATOR(pg_catalog.=) $4"
+	const milliseconds = " OPERATOR(pg_catalog.*) interval '1 millisecond')"
+	const now = "pg_catalog.clock_timestamp()"
+	columns := "o.route, o.request, k.fingerprint_version, k.fingerprint, k.attempt_id, o.ttl_ms, o.epoch, o.runs, o.started_at, " + now +
+		", o.next_at, o.lease_ms, o.owned, COALESCE(o.parked, ''), COALESCE(o.last_reason, '')," +
+		" e.names, e.kinds, e.states, e.keys, e.inputs, e.outputs, e.tries, e.sent, e.doubts" +
+		" FROM " + open + " AS o JOIN " + keys + " AS k USING (scope, key), LATERAL (SELECT array_agg(name ORDER BY sent_first_at) AS names," +
+		" array_agg(kind ORDER BY sent_first_at) AS kinds, array_agg(state ORDER BY sent_first_at) AS states," +
+		" array_agg(derived_key::text ORDER BY sent_first_at) AS keys, array_agg(input ORDER BY sent_first_at) AS inputs," +
+		" array_agg(output ORDER BY sent_first_at) AS outputs, array_agg(tries ORDER BY sent_first_at) AS tries," +
+		" array_agg(sent_first_at ORDER BY sent_first_at) AS sent, array_agg(doubt_at ORDER BY sent_first_at) AS doubts" +
+		" FROM " + effects + " WHERE scope = $1 AND key = $2) AS e WHERE o.scope = $1 AND o.key = $2"
+	return openStatements{
+		begin: plain.resolveBegin,
+		claim: claim(plain.lock), claimAt: claim(plain.lockAt),
+		lock: lock(plain.lock), lockAt: lock(plain.lockAt),
+		key: wire.Statement{
+			// The far date keeps every reaper away, also one that knows nothing of open requests.
+			SQL: "WITH written AS (INSERT INTO " + keys + " (created_at, expires_at, status, fingerprint_version, attempt_id, scope, key, fingerprint, headers, body, trace_id)" +
+				" VALUES (CASE WHEN " + durable + " THEN pg_catalog.transaction_timestamp() END, '9999-12-31 00:00:00+00', 0, $2, $3, $4, $5, $6, pg_catalog.decode('0100', 'hex'), '', $7)" +
+				" RETURNING attempt_id OPERATOR(pg_catalog.=) $3 AND scope OPERATOR(pg_catalog.=) $4 AND key OPERATOR(pg_catalog.=) $5 AND fingerprint OPERATOR(pg_catalog.=) $6" +
+				" AND pg_catalog.pg_client_encoding() OPERATOR(pg_catalog.=) ANY ('{UTF8,SQL_ASCII}'::pg_catalog.name[]) AS same)" + counted + " FILTER (WHERE same) FROM written",
+			OIDs: []uint32{pgtype.TextOID, pgtype.Int2OID, pgtype.UUIDOID, pgtype.TextOID, pgtype.TextOID, pgtype.ByteaOID, pgtype.TextOID},
+		},
+		open: wire.Statement{
+			SQL: "WITH written AS (INSERT INTO " + open + " (next_at, started_at, epoch, lease_ms, ttl_ms, runs, owned, scope, key, route, request)" +
+				" VALUES (" + now + " OPERATOR(pg_catalog.+) ($1" + milliseconds + ", " + now + ", 1, $1, $2, 1, true, $3, $4, $5, $6) RETURNING 1)" + counted + " FROM written",
+			OIDs: []uint32{pgtype.Int8OID, pgtype.Int8OID, pgtype.TextOID, pgtype.TextOID, pgtype.TextOID, pgtype.ByteaOID},
+		},
+		effect: wire.Statement{
+			SQL: "WITH written AS (INSERT INTO " + effects + " (sent_first_at, epoch, tries, state, kind, derived_key, scope, key, name, input)" +
+				" VALUES (" + now + ", $1, 1, 1, $2, $3, $4, $5, $6, $7) RETURNING sent_first_at)" + counted + ", pg_catalog.max(sent_first_at) FROM written",
+			OIDs: []uint32{pgtype.Int8OID, pgtype.Int2OID, pgtype.UUIDOID, pgtype.TextOID, pgtype.TextOID, pgtype.TextOID, pgtype.ByteaOID},
+		},
+		fence: wire.Statement{
+			SQL:  "WITH held AS (SELECT FROM " + open + ours + " AND " + durable + " FOR UPDATE)" + counted + ", " + synchronousStandbys + " FROM held",
+			OIDs: []uint32{pgtype.TextOID, pgtype.TextOID, pgtype.TextOID, pgtype.Int8OID},
+		},
+		renew: wire.Statement{
+			SQL: "WITH held AS (UPDATE " + open + " SET lease_ms = $5, next_at = " + now + " OPERATOR(pg_catalog.+) ($5" + milliseconds + ours + " AND " + durable + " RETURNING 1)" +
+				counted + ", " + synchronousStandbys + " FROM held",
+			OIDs: []uint32{pgtype.TextOID, pgtype.TextOID, pgtype.TextOID, pgtype.Int8OID, pgtype.Int8OID},
+		},
+		settle: wire.Statement{
+			SQL: "WITH settled AS (UPDATE " + effects + " SET state = $5, output = $6, settled_at = " + now + ours +
+				" AND name OPERATOR(pg_catalog.=) $7 AND state OPERATOR(pg_catalog.=) 1 AND " + durable + " RETURNING 1)" +
+				counted + ", " + synchronousStandbys + " FROM settled",
+			OIDs: []uint32{pgtype.TextOID, pgtype.TextOID, pgtype.TextOID, pgtype.Int8OID, pgtype.Int2OID, pgtype.ByteaOID, pgtype.TextOID},
+		},
+		end: wire.Statement{
+			SQL: "WITH recorded AS (UPDATE " + keys + " SET status = $5, headers = $6, body = $7, trace_id = COALESCE($8, trace_id), expires_at = " + now + " OPERATOR(pg_catalog.+) ($9 OPERATOR(pg_catalog.*) interval '1 microsecond')" +
+				" WHERE scope OPERATOR(pg_catalog.=) $2 AND key OPERATOR(pg_catalog.=) $3 AND status OPERATOR(pg_catalog.=) 0 AND attempt_id OPERATOR(pg_catalog.=) $10 AND " + durable +
+				" RETURNING 1), closed AS (DELETE FROM " + open + ours + " RETURNING 1)" +
+				" SELECT 1 OPERATOR(pg_catalog./) ((SELECT pg_catalog.count(*) FROM recorded) OPERATOR(pg_catalog.*) (SELECT pg_catalog.count(*) FROM closed))",
+			OIDs: []uint32{pgtype.TextOID, pgtype.TextOID, pgtype.TextOID, pgtype.Int8OID, pgtype.Int2OID, pgtype.ByteaOID, pgtype.ByteaOID, pgtype.TextOID, pgtype.Int8OID, pgtype.UUIDOID},
+		},
+		state: "SELECT false, " + columns,
+		// All parts of a statement see the rows as they were before it. SKIP LOCKED: an owner that is
+		// in its last transaction has the row, even if its lease has run out.
+		take: "WITH taken AS (UPDATE " + open + " SET epoch = epoch + 1, runs = runs + 1, owned = true, next_at = " + now + " + lease_ms * interval '1 millisecond'" +
+			" WHERE (scope, key) IN (SELECT scope, key FROM " + open + " WHERE scope = $1 AND key = $2 AND parked IS NULL AND next_at <= " + now + " FOR UPDATE SKIP LOCKED) RETURNING epoch)," +
+			" doubted AS (UPDATE " + effects + " SET doubt_at = " + now + ", tries = tries + 1, epoch = (SELECT epoch FROM taken)" +
+			" WHERE scope = $1 AND key = $2 AND state = 1 AND EXISTS (SELECT FROM taken))" +
+			" SELECT EXISTS (SELECT FROM taken), " + columns,
+		due: "SELECT scope, key FROM " + open + " WHERE parked IS NULL AND next_at <= " + now + " AND route = ANY ($1) ORDER BY next_at LIMIT $2",
+		leave: "UPDATE " + open + " SET next_at = " + now + " + $4 * interval '1 millisecond', owned = false, parked = NULLIF($5, ''), last_reason = $6" +
+			" WHERE scope = $1 AND key = $2 AND epoch = $3",
+		doubt: "UPDATE " + effects + " SET doubt_at = $5 WHERE scope = $1 AND key = $2 AND epoch = $3 AND name = $4 AND state = 1",
+	}
+}
+
+// openAttempt is the attempt of a request that may become open. It has a transaction, on a
+// connection of its own, only from the handler's first use of it to the next effect.
+type openAttempt struct {
+	store *Store
+	claim *idempotency.Claim
+	outer context.Context // the handler's, without this attempt
+	epoch int64           // of this owner; 0 until the request is open
+
+	mu     sync.Mutex    // the handler may call Tx in several goroutines
+	phase  *keyedAttempt // has the open transaction, if there is one
+	used   bool          // the handler has its handle
+	shut   bool          // no transaction may begin: an effect is under way, or the handler has returned
+	failed error         // why there is no transaction
+}
+
+// BeginOpen implements [idempotency.Keeper].
+func (s *Store) BeginOpen(ctx context.Context, claim *idempotency.Claim, lazy bool) (idempotency.OpenAttempt, *idempotency.Record, error) {
+	a := &openAttempt{store: s, claim: claim}
+	if lazy && !s.recent.has(claim.Key.LockNumber(s.table)) {
+		return a, nil, nil
+	}
+	record, err := a.claimNow(ctx)
+	if record != nil || err != nil {
+		return nil, record, err
+	}
+	return a, nil, nil
+}
+
+// claimNow claims the key and opens the first transaction.
+func (a *openAttempt) claimNow(ctx context.Context) (*idempotency.Record, error) {
+	begun, record, err := a.store.Begin(ctx, a.claim)
+	if begun != nil {
+		a.phase = begun.(*keyedAttempt)
+	}
+	return record, err
+}
+
+// Context implements [idempotency.Attempt].
+func (a *openAttempt) Context(ctx context.Context) context.Context {
+	a.outer, a.shut, a.failed, a.used = ctx, false, nil, false
+	return context.WithValue(ctx, txKey{}, a)
+}
+
+// handle returns the handler's transaction, and opens it if there is none.
+func (a *openAttempt) handle() *sealed.Tx {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if a.phase == nil && !a.shut && a.failed == nil {
+		a.failed = a.beginPhase(a.outer)
+	}
+	if a.phase == nil {
+		dead := new(sealed.Transaction) // every use of it fails
+		dead.End()
+		handle := dead.Handle()
+		return &handle
+	}
+	a.used = true
+	return &a.phase.handle
+}
+
+// beginPhase opens the handler's next transaction: the claim, unless the request is open.
+func (a *openAttempt) beginPhase(ctx context.Context) error {
+	if a.epoch == 0 {
+		record, err := a.claimNow(ctx)
+		if record != nil {
+			return fail("claim", idempotency.ErrKeyRecorded, errors.New("there is a record"))
+		}
+		return err
+	}
+	phase, err := a.vehicle(ctx)
+	if err != nil {
+		return err
+	}
+	if _, err := a.store.statements.Flush(ctx, phase.conn, a.phaseCalls(phase)...); err != nil {
+		phase.release(ctx)
+		return fail("begin", openMeaning(err), err)
+	}
+	a.phase = phase
+	return nil
+}
+
+// phaseCalls open the transaction of an open request, which waits for the key's lock, and for
+// nobody that runs a handler: claims and look-ups hold it for a moment.
+func (a *openAttempt) phaseCalls(phase *keyedAttempt) []wire.Call {
+	s := &a.store.open
+	lock := phase.attempt.lockCall()
+	lock.Statement = &s.lock
+	return []wire.Call{{Statement: &a.store.statements.begin}, lock, a.fenceCall(&s.fence, phase)}
+}
+
+// vehicle returns a keyed attempt on a connection without a transaction.
+func (a *openAttempt) vehicle(ctx context.Context) (*keyedAttempt, error) {
+	conn, err := a.acquire(ctx)
+	if err != nil {
+		return nil, fail("acquire a connection", idempotency.ErrUnavailable, err)
+	}
+	phase := new(keyedAttempt)
+	phase.init(a.store, conn, a.claim, a.claim.Key.LockNumber(a.store.table))
+	return phase, nil
+}
+
+// acquire takes a connection that answers, until ctx ends. A result is worth waiting for.
+func (a *openAttempt) acquire(ctx context.Context) (*pgxpool.Conn, error) {
+	for {
+		conn, err := a.store.acquireFresh(ctx)
+		if err == nil && wire.PlainText(conn.Conn().PgConn()) {
+			return conn, nil
+		}
+		if err == nil {
+			_ = conn.Conn().Close(ctx)
+			conn.Release()
+			err = errEncoding
+		}
+		if ctx.Err() != nil {
+			return nil, err
+		}
+	}
+}
+
+// fenceCall fails unless this owner has the request, and may read whether standbys are waited for.
+func (a *openAttempt) fenceCall(statement *wire.Statement, phase *keyedAttempt, more ...[]byte) wire.Call {
+	epoch := wire.EncodeInt8(a.epoch)
+	return wire.Call{
+		Statement: statement,
+		Params:    append([][]byte{a.store.synchronousCommit, phase.scope, phase.key, epoch[:]}, more...),
+		Meaning:   fenced,
+		Row: wire.RowFunc(func(values [][]byte) error {
+			d := wire.Decoder{Values: values}
+			d.Next(-1)
+			phase.synchronous = d.Bool()
+			return d.Err
+		}),
+	}
+}
+
+// fenced is the meaning of an error in a statement that fails if the request is another owner's.
+func fenced(err *pgconn.PgError) (sentinel, explained error) {
+	if err.Code == "22012" && err.Where == "" {
+		return idempotency.ErrFenced, err
+	}
+	return classify(err), err
+}
+
+func openMeaning(err error) error {
+	var pgErr *pgconn.PgError
+	if errors.As(err, &pgErr) {
+		sentinel, _ := fenced(pgErr)
+		return sentinel
+	}
+	return idempotency.ErrUnavailable
+}
+
+// Intend implements [idempotency.OpenAttempt]. The first intent makes the claim too, unless the
+// handler's transaction has made it.
+func (a *openAttempt) Intend(ctx context.Context, effect *idempotency.Effect, lease time.Duration) error {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	switch {
+	case a.used:
+		return idempotency.UsageError("idempotency/postgres: an effect after the handler has used its transaction: those writes would be lost or made twice; make the call first")
+	case a.failed != nil:
+		return a.failed
+	}
+	a.shut = true
+	phase, s := a.phase, &a.store.open
+	a.phase = nil
+	var calls []wire.Call
+	var err error
+	if phase == nil {
+		if phase, err = a.vehicle(ctx); err != nil {
+			return err
+		}
+		calls = append(calls, wire.Call{Statement: &s.begin})
+	}
+	defer phase.release(ctx)
+	derived, err := parseUUID(effect.DerivedKey)
+	if err != nil {
+		return fail("intend", idempotency.ErrAborted, err)
+	}
+	leaseMS, epoch := wire.EncodeInt8(lease.Milliseconds()), int64(1)
+	if a.epoch == 0 {
+		if len(calls) > 0 {
+			claim := phase.lockCall()
+			if claim.Statement == &a.store.statements.lockAt {
+				claim.Statement = &s.claimAt
+			} else {
+				claim.Statement = &s.claim
+			}
+			claim.Meaning = func(err *pgconn.PgError) (sentinel, explained error) {
+				if err.Code == "22012" {
+					return idempotency.ErrInProgress, err
+				}
+				return classify(err), err
+			}
+			calls = append(calls, claim)
+		}
+		ttl := wire.EncodeInt8(a.claim.TTL.Milliseconds())
+		version := wire.EncodeInt2(a.claim.Fingerprint.Version)
+		var trace []byte
+		if a.claim.TraceID != "" {
+			trace = []byte(a.claim.TraceID)
+		}
+		calls = append(calls,
+			wire.Call{
+				Statement: &s.key,
+				Params:    [][]byte{a.store.synchronousCommit, version[:], a.claim.Attempt[:], phase.scope, phase.key, a.claim.Fingerprint.Sum[:], trace},
+				Meaning: func(err *pgconn.PgError) (sentinel, explained error) {
+					return a.store.statements.meaning(&wire.Call{Statement: &a.store.statements.insert}, err)
+				},
+			},
+			wire.Call{Statement: &s.open, Params: [][]byte{leaseMS[:], ttl[:], phase.scope, phase.key, []byte(a.claim.Resumable), a.claim.Stored()}},
+		)
+	} else {
+		epoch = a.epoch
+		calls = append(calls, a.fenceCall(&s.renew, phase, leaseMS[:]))
+	}
+	epochBytes, kind := wire.EncodeInt8(epoch), wire.EncodeInt2(int16(effect.Kind))
+	calls = append(calls,
+		wire.Call{
+			Statement: &s.effect,
+			Params:    [][]byte{epochBytes[:], kind[:], derived[:], phase.scope, phase.key, []byte(effect.Name), effect.Input},
+			Row: wire.RowFunc(func(values [][]byte) error {
+				d := wire.Decoder{Values: values}
+				d.Next(-1)
+				effect.SentFirst = d.Timestamp()
+				return d.Err
+			}),
+		},
+		wire.Call{Statement: &a.store.statements.commit},
+	)
+	err = phase.end(ctx, "intend", calls)
+	if err == nil || errors.Is(err, idempotency.ErrUnknown) {
+		a.epoch = epoch
+	} else {
+		a.failed = err
+	}
+	return err
+}
+
+// parseUUID returns the bytes of a UUID in its usual form.
+func parseUUID(text string) (id [16]byte, err error) {
+	n, err := hex.Decode(id[:], []byte(strings.ReplaceAll(text, "-", "")))
+	if err == nil && n != len(id) {
+		err = errors.New("derived key is no UUID")
+	}
+	return id, err
+}
+
+// Settle implements [idempotency.OpenAttempt]: two transactions in one round trip. The first commits
+// the result, so that nothing that happens in the second makes another send necessary.
+func (a *openAttempt) Settle(ctx context.Context, effect *idempotency.Effect) error {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	a.shut = false
+	phase, err := a.vehicle(ctx)
+	if err != nil {
+		return err
+	}
+	output := effect.Output
+	if output == nil {
+		output = []byte{}
+	}
+	state := wire.EncodeInt2(int16(effect.State))
+	calls := append([]wire.Call{
+		{Statement: &a.store.open.begin},
+		a.fenceCall(&a.store.open.settle, phase, state[:], output, []byte(effect.Name)),
+		{Statement: &a.store.statements.commit},
+	}, a.phaseCalls(phase)...)
+	const settled = 3 // calls
+	wire.ForgetWarning(phase.conn)
+	reply, err := a.store.statements.Flush(ctx, phase.conn, calls...)
+	var pgErr *pgconn.PgError
+	switch {
+	case wire.WaitedInVain(phase.conn, phase.synchronous):
+		phase.release(ctx)
+		return fail("settle", idempotency.ErrUnknown, errNotReplicated)
+	case err == nil:
+		a.phase = phase
+		return nil
+	case reply.Failed >= settled: // only the second transaction failed
+		phase.release(ctx)
+		a.failed = fail("begin", openMeaning(err), err)
+		return nil
+	case errors.As(err, &pgErr):
+		phase.release(ctx)
+		return fail("settle", openMeaning(err), err)
+	}
+	_ = phase.pooled.Conn().Close(ctx)
+	phase.release(ctx)
+	return fail("settle", idempotency.ErrUnknown, err)
+}
+
+// Seal implements [idempotency.Attempt].
+func (a *openAttempt) Seal() error {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	a.shut = true
+	if a.phase != nil {
+		return a.phase.Seal()
+	}
+	return a.failed
+}
+
+// Commit implements [idempotency.Attempt].
+func (a *openAttempt) Commit(ctx context.Context, answer *idempotency.Answer) error {
+	phase, err := a.last(ctx)
+	if err != nil {
+		return err
+	}
+	if a.epoch == 0 {
+		return phase.Commit(ctx, answer)
+	}
+	defer phase.release(ctx)
+	deferred, _, refused := phase.tx.Deferred()
+	err = phase.commit(ctx, deferred, refused, a.endCall(phase, answer))
+	if err == nil && !phase.synchronous {
+		a.store.recent.set(phase.number)
+	}
+	return err
+}
+
+// last returns the attempt with the last transaction, which it opens if there is none.
+func (a *openAttempt) last(ctx context.Context) (*keyedAttempt, error) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if a.phase == nil {
+		if err := a.beginPhase(ctx); err != nil {
+			return nil, err
+		}
+	}
+	phase := a.phase
+	a.phase = nil
+	return phase, nil
+}
+
+// endCall records the answer and closes the request.
+func (a *openAttempt) endCall(phase *keyedAttempt, answer *idempotency.Answer) wire.Call {
+	status, ttl := wire.EncodeInt2(int16(answer.Status)), wire.EncodeInt8(a.claim.TTL.Microseconds())
+	body := answer.Body
+	if body == nil {
+		body = []byte{}
+	}
+	var trace []byte
+	if a.claim.TraceID != "" {
+		trace = []byte(a.claim.TraceID)
+	}
+	call := a.fenceCall(&a.store.open.end, phase, status[:], encodeHeaders(nil, answer.Header), body, trace, ttl[:], a.claim.Attempt[:])
+	call.Row = nil
+	return call
+}
+
+// Decline implements [idempotency.Attempt].
+func (a *openAttempt) Decline(ctx context.Context, answer *idempotency.Answer) error {
+	phase, err := a.last(ctx)
+	if err != nil {
+		return err
+	}
+	if a.epoch == 0 {
+		return phase.Decline(ctx, answer)
+	}
+	defer phase.release(ctx)
+	calls := append(phase.guarded(), wire.Call{Statement: &a.store.statements.rollback})
+	calls = append(append([]wire.Call{}, calls...), wire.Call{Statement: &a.store.open.begin}, a.endCall(phase, answer), wire.Call{Statement: &a.store.statements.commit})
+	return phase.end(ctx, "decline", calls)
+}
+
+// Rollback implements [idempotency.Attempt].
+func (a *openAttempt) Rollback(ctx context.Context) error {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	phase := a.phase
+	a.phase = nil
+	if phase == nil {
+		return nil
+	}
+	return phase.Rollback(ctx)
+}
+
+// Leave implements [idempotency.OpenAttempt].
+func (a *openAttempt) Leave(ctx context.Context, lapse idempotency.Lapse) error {
+	lost := a.Rollback(ctx)
+	batch := &pgx.Batch{}
+	key := a.claim.Key
+	batch.Queue(a.store.open.leave, pgx.QueryExecModeExec, key.Scope, key.Value, a.epoch, lapse.Pause.Milliseconds(), lapse.Parked, lapse.Reason)
+	for name, doubt := range lapse.Doubts {
+		var at *time.Time
+		if !doubt.IsZero() {
+			at = &doubt
+		}
+		batch.Queue(a.store.open.doubt, pgx.QueryExecModeExec, key.Scope, key.Value, a.epoch, name, at)
+	}
+	results := a.store.pool.SendBatch(ctx, batch)
+	tag, err := results.Exec()
+	if closeErr := results.Close(); err == nil {
+		err = closeErr
+	}
+	switch {
+	case err != nil:
+		return errors.Join(lost, fail("leave", idempotency.ErrUnavailable, err))
+	case tag.RowsAffected() != 1:
+		return errors.Join(lost, fail("leave", idempotency.ErrFenced, errors.New("no such row")))
+	}
+	return lost
+}
+
+// TakeOver implements [idempotency.Keeper].
+func (s *Store) TakeOver(ctx context.Context, claim *idempotency.Claim) (idempotency.OpenAttempt, *idempotency.Open, error) {
+	open, taken, err := s.readOpen(ctx, s.open.take, claim.Key)
+	if err != nil {
+		return nil, nil, fail("take over", idempotency.ErrUnknown, err)
+	}
+	if !taken {
+		return nil, open, nil
+	}
+	open.Epoch, open.Runs = open.Epoch+1, open.Runs+1
+	claim.Attempt, claim.TTL, claim.At = open.Attempt, open.TTL, open.Now
+	return &openAttempt{store: s, claim: claim, epoch: open.Epoch}, open, nil
+}
+
+// ReadOpen implements [idempotency.Keeper].
+func (s *Store) ReadOpen(ctx context.Context, key idempotency.Key) (*idempotency.Open, error) {
+	open, _, err := s.readOpen(ctx, s.open.state, key)
+	if err != nil {
+		return nil, fail("read the open request", idempotency.ErrUnavailable, err)
+	}
+	return open, nil
+}
+
+func (s *Store) readOpen(ctx context.Context, sql string, key idempotency.Key) (open *idempotency.Open, taken bool, err error) {
+	var (
+		o               idempotency.Open
+		sum             []byte
+		ttl, lease      int64
+		names, keys     []string
+		kinds, states   []int16
+		tries           []int32
+		inputs, outputs [][]byte
+		sent            []time.Time
+		doubts          []*time.Time
+		attemptID       pgtype.UUID
+	)
+	err = s.pool.QueryRow(ctx, sql, pgx.QueryExecModeExec, key.Scope, key.Value).Scan(
+		&taken, &o.Route, &o.Request, &o.Fingerprint.Version, &sum, &attemptID, &ttl, &o.Epoch, &o.Runs, &o.Started, &o.Now,
+		&o.Due, &lease, &o.Owned, &o.Parked, &o.LastFail, &names, &kinds, &states, &keys, &inputs, &outputs, &tries, &sent, &doubts)
+	switch {
+	case errors.Is(err, pgx.ErrNoRows):
+		return nil, false, nil
+	case err != nil:
+		return nil, false, wire.SQLError(err)
+	case len(sum) != len(o.Fingerprint.Sum):
+		return nil, false, errRecord
+	}
+	copy(o.Fingerprint.Sum[:], sum)
+	o.Attempt = attemptID.Bytes
+	o.TTL, o.Lease = time.Duration(ttl)*time.Millisecond, time.Duration(lease)*time.Millisecond
+	o.Owned = o.Owned && o.Now.Before(o.Due)
+	for i, name := range names {
+		effect := idempotency.Effect{
+			Name: name, Kind: idempotency.EffectKind(kinds[i]), State: idempotency.EffectState(states[i]), DerivedKey: keys[i],
+			Input: inputs[i], Output: outputs[i], Tries: int(tries[i]), SentFirst: sent[i],
+		}
+		if doubts[i] != nil {
+			effect.Doubt = *doubts[i]
+		}
+		o.Effects = append(o.Effects, effect)
+	}
+	return &o, taken, nil
+}
+
+// FindDue implements [idempotency.Keeper].
+func (s *Store) FindDue(ctx context.Context, routes []string, max int) ([]idempotency.Key, error) {
+	rows, err := s.pool.Query(ctx, s.open.due, pgx.QueryExecModeExec, routes, max)
+	if err != nil {
+		return nil, fmt.Errorf("find due: %w", wire.SQLError(err))
+	}
+	keys, err := pgx.CollectRows(rows, func(row pgx.CollectableRow) (key idempotency.Key, err error) {
+		return key, row.Scan(&key.Scope, &key.Value)
+	})
+	if err != nil {
+		return nil, fmt.Errorf("find due: %w", wire.SQLError(err))
+	}
+	return keys, nil
+}
