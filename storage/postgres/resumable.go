@@ -516,21 +516,19 @@ func (a *openAttempt) Rollback(ctx context.Context) error {
 // Leave implements [idempotency.OpenAttempt].
 func (a *openAttempt) Leave(ctx context.Context, lapse idempotency.Lapse) error {
 	lost := a.Rollback(ctx)
-	batch := &pgx.Batch{}
 	key := a.claim.Key
-	batch.Queue(a.store.open.leave, pgx.QueryExecModeExec, key.Scope, key.Value, a.epoch, lapse.Pause.Milliseconds(), lapse.Parked, lapse.Reason)
 	for name, doubt := range lapse.Doubts {
 		var at *time.Time
 		if !doubt.IsZero() {
 			at = &doubt
 		}
-		batch.Queue(a.store.open.doubt, pgx.QueryExecModeExec, key.Scope, key.Value, a.epoch, name, at)
+		// First, because the next owner may come as soon as the request is left. A doubt that is
+		// too young is safe.
+		if _, err := a.store.pool.Exec(ctx, a.store.open.doubt, pgx.QueryExecModeExec, key.Scope, key.Value, a.epoch, name, at); err != nil {
+			return errors.Join(lost, fail("leave", idempotency.ErrUnavailable, err))
+		}
 	}
-	results := a.store.pool.SendBatch(ctx, batch)
-	tag, err := results.Exec()
-	if closeErr := results.Close(); err == nil {
-		err = closeErr
-	}
+	tag, err := a.store.pool.Exec(ctx, a.store.open.leave, pgx.QueryExecModeExec, key.Scope, key.Value, a.epoch, lapse.Pause.Milliseconds(), lapse.Parked, lapse.Reason)
 	switch {
 	case err != nil:
 		return errors.Join(lost, fail("leave", idempotency.ErrUnavailable, err))

@@ -1,0 +1,146 @@
+package postgres_test
+
+import (
+	"context"
+	"errors"
+	"testing"
+	"time"
+
+	"github.com/paidonce/idempotency"
+	"github.com/paidonce/idempotency/internal/testservice"
+	"github.com/paidonce/idempotency/storage/postgres"
+)
+
+// resumable is a request for the tests below, and its handler.
+type resumable struct {
+	*testservice.Service
+	key  idempotency.Key
+	sent int
+	run  idempotency.RunFunc
+}
+
+func newResumable(t *testing.T, run idempotency.RunFunc) *resumable {
+	r := &resumable{Service: testservice.New(t, nil), key: idempotency.Key{Scope: "acme", Value: t.Name()}, run: run}
+	r.Engine.Resumable("topup/1", func(idempotency.Key, []byte) (idempotency.RunFunc, error) {
+		return func(ctx context.Context) (*idempotency.Answer, error) { return r.run(ctx) }, nil
+	})
+	return r
+}
+
+func (r *resumable) request() idempotency.Request {
+	req := testservice.Request(r.key)
+	req.Resumable, req.Stored = "topup/1", func() []byte { return []byte("the request") }
+	return req
+}
+
+func (r *resumable) do(t *testing.T) idempotency.Result {
+	return r.Engine.Do(t.Context(), r.request(), r.run)
+}
+
+// charge makes the one call of the handler.
+func (r *resumable) charge(ctx context.Context, settle bool) error {
+	effects, err := idempotency.EffectsFrom(ctx)
+	if err != nil {
+		return err
+	}
+	effect, _, _, err := effects.Begin(idempotency.Intent{Name: "charge", Kind: idempotency.EffectCall, Input: []byte("1"), Timeout: time.Second})
+	if err != nil || effect.State != idempotency.EffectIntended {
+		return err
+	}
+	r.sent++
+	if !settle {
+		effects.Lapse(idempotency.Lapse{Pause: time.Millisecond, Reason: "no reply"})
+		return idempotency.ErrUnsettled
+	}
+	effect.State, effect.Output = idempotency.EffectDone, []byte("ch_1")
+	return effects.Settle(effect)
+}
+
+func post(ctx context.Context) error {
+	_, err := postgres.Tx(ctx).Exec(ctx, "INSERT INTO effects (name) VALUES ('posting')")
+	return err
+}
+
+func TestCallAndPostingAreOnceEach(t *testing.T) {
+	t.Parallel()
+	var r *resumable
+	r = newResumable(t, func(ctx context.Context) (*idempotency.Answer, error) {
+		if err := r.charge(ctx, true); err != nil {
+			return nil, err
+		}
+		return &idempotency.Answer{Status: 201, Body: []byte("paid")}, post(ctx)
+	})
+	if result := r.do(t); result.Outcome != idempotency.OutcomeExecuted {
+		t.Fatalf("%+v", result)
+	}
+	if result := r.do(t); result.Outcome != idempotency.OutcomeReplayed || string(result.Answer.Body) != "paid" {
+		t.Fatalf("%+v", result)
+	}
+	if r.sent != 1 || r.Service.Effects(t) != 1 {
+		t.Errorf("sent %d, posted %d", r.sent, r.Service.Effects(t))
+	}
+	if n := r.Count(t, "SELECT count(*) FROM idempotency_open"); n != 0 {
+		t.Errorf("%d are open", n)
+	}
+}
+
+func TestUnsettledCallIsCompletedByTheCompleter(t *testing.T) {
+	t.Parallel()
+	settle := false
+	var r *resumable
+	r = newResumable(t, func(ctx context.Context) (*idempotency.Answer, error) {
+		if err := r.charge(ctx, settle); err != nil {
+			return &idempotency.Answer{Status: 200}, nil // dropped
+		}
+		return &idempotency.Answer{Status: 201}, post(ctx)
+	})
+	result := r.do(t)
+	t.Log(result.Err)
+	if result.Reason != idempotency.ReasonOutcomeUnknown {
+		t.Fatalf("%+v", result)
+	}
+	settle = true
+	completer := idempotency.NewCompleter(r.Engine, nil)
+	for deadline := time.Now().Add(10 * time.Second); r.Count(t, "SELECT count(*) FROM idempotency_open") > 0; {
+		if _, err := completer.Once(t.Context()); err != nil || time.Now().After(deadline) {
+			t.Fatalf("not completed: %v", err)
+		}
+	}
+	if result := r.do(t); result.Outcome != idempotency.OutcomeReplayed || result.Answer.Status != 201 {
+		t.Fatalf("%+v", result)
+	}
+	if r.sent != 2 || r.Service.Effects(t) != 1 {
+		t.Errorf("sent %d, posted %d", r.sent, r.Service.Effects(t))
+	}
+}
+
+func TestHandlerThatFailsAfterTheCallIsNeverNotExecuted(t *testing.T) {
+	t.Parallel()
+	failed := errors.New("no posting")
+	var r *resumable
+	r = newResumable(t, func(ctx context.Context) (*idempotency.Answer, error) {
+		if err := r.charge(ctx, true); err != nil {
+			return nil, err
+		}
+		return nil, failed
+	})
+	if result := r.do(t); result.Outcome != idempotency.OutcomeUnknown || !result.Accepted {
+		t.Fatalf("%+v", result)
+	}
+	r.run = func(ctx context.Context) (*idempotency.Answer, error) {
+		if err := r.charge(ctx, true); err != nil {
+			return nil, err
+		}
+		return &idempotency.Answer{Status: 402}, nil
+	}
+	r.Exec(t, "UPDATE idempotency_open SET next_at = now()")
+	if result := r.do(t); result.Reason != idempotency.ReasonNeedsAttention {
+		t.Fatalf("a refusal after a charge: %+v", result)
+	}
+	if parked := r.Text(t, "SELECT parked FROM idempotency_open"); parked == "" {
+		t.Error("it is not parked")
+	}
+	if r.sent != 1 {
+		t.Errorf("sent %d", r.sent)
+	}
+}
