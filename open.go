@@ -226,14 +226,10 @@ func (e *Effects) Begin(intent Intent) (effect *Effect, resumed, drift bool, err
 	bounded := deadline.After(e.ctx, e.engine.options.Timeouts.Commit)
 	defer bounded.End()
 	err = e.attempt.Intend(bounded, effect, lease)
-	var usage UsageError
-	switch {
-	case err == nil:
-	case errors.As(err, &usage):
-		e.give()
-		return nil, false, false, err
-	case errors.Is(err, ErrUnknown) && !e.opened && e.committed():
-	default: // nothing may be sent
+	if errors.Is(err, ErrUnknown) && !e.opened {
+		err = e.resolveIntent(err)
+	}
+	if err != nil { // nothing may be sent
 		e.intent = err
 		e.give()
 		return nil, false, false, err
@@ -247,13 +243,24 @@ func (e *Effects) Begin(intent Intent) (effect *Effect, resumed, drift bool, err
 // leaseMargin is added to the time of a send and of a commit for the lease of an open request.
 const leaseMargin = 5 * time.Second
 
-// committed resolves the lost COMMIT of the first intent, and reports whether it is proven to be
-// there.
-func (e *Effects) committed() bool {
+// resolveIntent looks for the first intent after its COMMIT was lost. It returns nil if the intent
+// is proven to be there, ErrUnavailable if it is proven not to be, and ErrUnknown otherwise.
+func (e *Effects) resolveIntent(lost error) error {
 	bounded := deadline.After(e.ctx, e.engine.options.Timeouts.Resolve)
 	defer bounded.End()
-	record, err := e.keeper.Resolve(bounded, &e.req.claim)
-	return err == nil && record != nil && record.Open && record.Attempt == e.req.claim.Attempt
+	switch record, err := e.keeper.Resolve(bounded, &e.req.claim); {
+	case err != nil:
+		return errors.Join(lost, err)
+	case record == nil && e.req.claim.At.IsZero():
+		// Claim and intent travel in one message. It may still be on its way, and nobody holds the
+		// lock for it yet.
+		return lost
+	case record == nil:
+		return fmt.Errorf("%w: the intent was not committed", ErrUnavailable)
+	case record.Attempt == e.req.claim.Attempt:
+		return nil // it is open, because nobody else had the time to end it: its lease has begun just now
+	}
+	return fmt.Errorf("%w: the intent was not committed", ErrKeyRecorded)
 }
 
 // MaySend reports whether this owner may still send: half of its lease is left, by the wall clock

@@ -1,12 +1,17 @@
 package postgres_test
 
 import (
+	"bytes"
 	"context"
 	"errors"
+	"sync/atomic"
 	"testing"
 	"time"
 
+	"github.com/jackc/pgx/v5/pgxpool"
+
 	"github.com/paidonce/idempotency"
+	"github.com/paidonce/idempotency/internal/pgfault"
 	"github.com/paidonce/idempotency/internal/testservice"
 	"github.com/paidonce/idempotency/storage/postgres"
 )
@@ -142,5 +147,102 @@ func TestHandlerThatFailsAfterTheCallIsNeverNotExecuted(t *testing.T) {
 	}
 	if r.sent != 1 {
 		t.Errorf("sent %d", r.sent)
+	}
+}
+
+// The reply to the intent's COMMIT is lost: nothing is sent until the intent is proven to be there.
+func TestNothingIsSentBeforeTheIntentIsProven(t *testing.T) {
+	t.Parallel()
+	for name, c := range map[string]struct {
+		fault   pgfault.Kind
+		outcome idempotency.Outcome
+		sent    int
+	}{
+		"committed":     {pgfault.CutAfter, idempotency.OutcomeExecuted, 1},
+		"not committed": {pgfault.CutBefore, idempotency.OutcomeUnknown, 0},
+		"late":          {pgfault.LateCommit, idempotency.OutcomeUnknown, 0},
+		"nobody knows":  {pgfault.HalfOpen, idempotency.OutcomeUnknown, 0},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			var r *resumable
+			r = newResumable(t, func(ctx context.Context) (*idempotency.Answer, error) {
+				if err := r.charge(ctx, true); err != nil {
+					return &idempotency.Answer{Status: 200}, nil
+				}
+				return &idempotency.Answer{Status: 201}, post(ctx)
+			})
+			config, err := pgxpool.ParseConfig(r.URL)
+			if err != nil {
+				t.Fatal(err)
+			}
+			postgres.Configure(config, nil)
+			var faulty atomic.Bool // once
+			through(t, config.ConnConfig, func(commit pgfault.Commit) pgfault.Fault {
+				if !bytes.Contains(commit.Messages, []byte("charge")) || faulty.Swap(true) {
+					return pgfault.Fault{}
+				}
+				return pgfault.Fault{Kind: c.fault, Delay: 6 * time.Second}
+			})
+			pool, err := pgxpool.NewWithConfig(t.Context(), config)
+			if err != nil {
+				t.Fatal(err)
+			}
+			t.Cleanup(pool.Close)
+			engine := idempotency.NewEngine(postgres.New(pool, nil), &idempotency.Options{Timeouts: idempotency.Timeouts{Commit: time.Second, Resolve: 3 * time.Second}})
+			result := engine.Do(t.Context(), r.request(), r.run)
+			if result.Outcome != c.outcome || r.sent != c.sent {
+				t.Errorf("outcome %q, sent %d: %v", result.Outcome, r.sent, result.Err)
+			}
+			if n := r.Service.Effects(t); n != c.sent {
+				t.Errorf("posted %d", n)
+			}
+		})
+	}
+}
+
+// Two processes find the same request due: one of them becomes its owner, and the other's result
+// would be refused.
+func TestOneOwnerAtATime(t *testing.T) {
+	t.Parallel()
+	var r *resumable
+	began, release := make(chan struct{}), make(chan struct{})
+	r = newResumable(t, func(ctx context.Context) (*idempotency.Answer, error) {
+		effects, err := idempotency.EffectsFrom(ctx)
+		if err != nil {
+			return nil, err
+		}
+		effect, resumed, _, err := effects.Begin(idempotency.Intent{Name: "charge", Kind: idempotency.EffectCall, Input: []byte("1"), Timeout: time.Second})
+		if err != nil {
+			return nil, err
+		}
+		if !resumed {
+			close(began)
+			<-release // it is slow, and is taken over meanwhile
+		}
+		if effect.State == idempotency.EffectIntended {
+			effect.State, effect.Output = idempotency.EffectDone, []byte("ch_1")
+			if err := effects.Settle(effect); err != nil {
+				return &idempotency.Answer{Status: 200}, nil
+			}
+		}
+		return &idempotency.Answer{Status: 201}, post(ctx)
+	})
+	first := make(chan idempotency.Result)
+	go func() { first <- r.do(t) }()
+	<-began
+	if result := r.do(t); result.Outcome != idempotency.OutcomeInProgress {
+		t.Fatalf("within the lease: %+v", result)
+	}
+	r.Exec(t, "UPDATE idempotency_open SET next_at = now()")
+	if result := r.do(t); result.Outcome != idempotency.OutcomeExecuted {
+		t.Fatalf("taken over: %+v", result)
+	}
+	close(release)
+	if result := <-first; result.Outcome == idempotency.OutcomeExecuted || result.Outcome == idempotency.OutcomeNotExecuted {
+		t.Errorf("the first owner: %+v", result)
+	}
+	if n := r.Service.Effects(t); n != 1 {
+		t.Errorf("posted %d times", n)
 	}
 }
