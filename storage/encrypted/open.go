@@ -1,0 +1,184 @@
+package encrypted
+
+import (
+	"context"
+	"fmt"
+	"time"
+
+	"github.com/paidonce/idempotency"
+)
+
+// Of an open request the stored request, and the input and output of each effect, are encrypted.
+// Each is bound to its key and attempt and to its place, so that none can stand in for another.
+
+var _ idempotency.Keeper = (*Store)(nil)
+
+// keeper returns the inner store, if it can keep requests open.
+func (s *Store) keeper() (idempotency.Keeper, error) {
+	keeper, ok := s.inner.(idempotency.Keeper)
+	if !ok {
+		return nil, idempotency.ErrNotKept
+	}
+	return keeper, nil
+}
+
+// BeginOpen implements [idempotency.Keeper]. It returns [idempotency.ErrNotKept] if the inner store
+// can't keep requests open.
+func (s *Store) BeginOpen(ctx context.Context, claim *idempotency.Claim, lazy bool) (idempotency.OpenAttempt, *idempotency.Record, error) {
+	inner, err := s.keeper()
+	if err != nil {
+		return nil, nil, err
+	}
+	if stored := claim.Stored; stored != nil {
+		claim.Stored = func() []byte { return s.sealPart(stored(), claim.Key, claim.Attempt, "request", "") }
+	}
+	begun, record, err := inner.BeginOpen(ctx, claim, lazy)
+	switch {
+	case err != nil:
+		return nil, nil, err
+	case record != nil && !record.Open:
+		if err := s.open(claim.Key, record); err != nil {
+			return nil, nil, fmt.Errorf("decrypt the record: %w", err)
+		}
+		return nil, record, nil
+	case record != nil:
+		return nil, record, nil
+	}
+	return &openAttempt{OpenAttempt: begun, store: s, claim: claim}, nil, nil
+}
+
+// TakeOver implements [idempotency.Keeper].
+func (s *Store) TakeOver(ctx context.Context, claim *idempotency.Claim) (idempotency.OpenAttempt, *idempotency.Open, error) {
+	inner, err := s.keeper()
+	if err != nil {
+		return nil, nil, err
+	}
+	begun, open, err := inner.TakeOver(ctx, claim)
+	if err != nil || open == nil {
+		return nil, nil, err
+	}
+	if begun == nil { // only its state is of interest
+		return nil, open, nil
+	}
+	if err := s.openParts(claim.Key, open); err != nil {
+		return nil, nil, err // the lease runs out
+	}
+	return &openAttempt{OpenAttempt: begun, store: s, claim: claim}, open, nil
+}
+
+// ReadOpen implements [idempotency.Keeper].
+func (s *Store) ReadOpen(ctx context.Context, key idempotency.Key) (*idempotency.Open, error) {
+	inner, err := s.keeper()
+	if err != nil {
+		return nil, err
+	}
+	open, err := inner.ReadOpen(ctx, key)
+	if err != nil || open == nil {
+		return nil, err
+	}
+	if err := s.openParts(key, open); err != nil {
+		return nil, err
+	}
+	return open, nil
+}
+
+// FindDue implements [idempotency.Keeper].
+func (s *Store) FindDue(ctx context.Context, routes []string, max int) ([]idempotency.Key, error) {
+	inner, err := s.keeper()
+	if err != nil {
+		return nil, err
+	}
+	return inner.FindDue(ctx, routes, max)
+}
+
+// openAttempt encrypts what its request keeps.
+type openAttempt struct {
+	idempotency.OpenAttempt
+	store *Store
+	claim *idempotency.Claim
+}
+
+// Intend implements [idempotency.OpenAttempt].
+func (a *openAttempt) Intend(ctx context.Context, effect *idempotency.Effect, lease time.Duration) error {
+	plain := effect.Input
+	effect.Input = a.store.sealPart(plain, a.claim.Key, a.claim.Attempt, "input", effect.Name)
+	defer func() { effect.Input = plain }()
+	return a.OpenAttempt.Intend(ctx, effect, lease)
+}
+
+// Settle implements [idempotency.OpenAttempt].
+func (a *openAttempt) Settle(ctx context.Context, effect *idempotency.Effect) error {
+	sealed := *effect
+	sealed.Output = a.store.sealPart(effect.Output, a.claim.Key, a.claim.Attempt, "output", effect.Name)
+	return a.OpenAttempt.Settle(ctx, &sealed)
+}
+
+// Commit implements [idempotency.Attempt].
+func (a *openAttempt) Commit(ctx context.Context, answer *idempotency.Answer) error {
+	return a.OpenAttempt.Commit(ctx, a.store.seal(a.claim, answer))
+}
+
+// Decline implements [idempotency.Attempt].
+func (a *openAttempt) Decline(ctx context.Context, answer *idempotency.Answer) error {
+	return a.OpenAttempt.Decline(ctx, a.store.seal(a.claim, answer))
+}
+
+// sealPart returns the envelope of a part of an open request.
+func (s *Store) sealPart(plain []byte, key idempotency.Key, attempt idempotency.AttemptID, part, name string) []byte {
+	envelope := make([]byte, 0, headBytes+sealBytes+len(plain))
+	envelope = append(envelope, mark...)
+	envelope = append(envelope, envelopeVersion, s.current)
+	return s.ciphers[s.current].Seal(envelope, nil, plain, boundPart(s.current, key, attempt, part, name))
+}
+
+// openPart returns the plaintext of a part of an open request. Outputs that an operator gave are
+// not encrypted: they are accepted only with Keys.DangerAcceptUnencrypted.
+func (s *Store) openPart(stored []byte, key idempotency.Key, attempt idempotency.AttemptID, part, name string) ([]byte, error) {
+	keyID, sealed, err := parseEnvelope(stored)
+	switch {
+	case err != nil && s.acceptUnencrypted:
+		return stored, nil
+	case err != nil:
+		return nil, fmt.Errorf("decrypt the %s of an open request: %w", part, err)
+	}
+	aead := s.ciphers[keyID]
+	if aead == nil {
+		return nil, fmt.Errorf("decrypt the %s of an open request: %w: it was encrypted with key %d: name that in Keys.Older", part, idempotency.ErrUnknown, keyID)
+	}
+	plain, err := aead.Open(nil, nil, sealed, boundPart(keyID, key, attempt, part, name))
+	if err != nil {
+		return nil, fmt.Errorf("decrypt the %s of an open request: %w", part, errForged)
+	}
+	return plain, nil
+}
+
+// openParts decrypts all parts of an open request.
+func (s *Store) openParts(key idempotency.Key, open *idempotency.Open) (err error) {
+	if open.Request, err = s.openPart(open.Request, key, open.Attempt, "request", ""); err != nil {
+		return err
+	}
+	for i := range open.Effects {
+		effect := &open.Effects[i]
+		if effect.Input, err = s.openPart(effect.Input, key, open.Attempt, "input", effect.Name); err != nil {
+			return err
+		}
+		if effect.State == idempotency.EffectIntended {
+			continue
+		}
+		if effect.Output, err = s.openPart(effect.Output, key, open.Attempt, "output", effect.Name); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// boundPart returns the data that a part of an open request is bound to.
+func boundPart(keyID byte, key idempotency.Key, attempt idempotency.AttemptID, part, name string) []byte {
+	out := appendField(nil, "paidonce open request")
+	out = append(out, envelopeVersion, keyID)
+	out = appendField(out, key.Scope)
+	out = appendField(out, key.Value)
+	out = append(out, attempt[:]...)
+	out = appendField(out, part)
+	return appendField(out, name)
+}
