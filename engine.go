@@ -581,6 +581,13 @@ func (e *Engine) startTrace(ctx context.Context, req *ongoing) (t trace) {
 
 const panicOfTracer = "Tracer"
 
+func (t *trace) effect(end EffectEnd) {
+	if tracer, ok := t.tracer.(EffectTracer); ok {
+		defer recovered(panicOfTracer, &t.panicked)
+		tracer.TraceEffect(t.ctx, end)
+	}
+}
+
 func (t *trace) now() time.Time {
 	if t.tracer == nil {
 		return time.Time{}

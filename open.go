@@ -48,6 +48,7 @@ type Effect struct {
 	Input      []byte // sent as it is kept, never made again
 	Output     []byte
 	Tries      int       // times that it may have been sent
+	Panics     int       // times that its send panicked
 	SentFirst  time.Time // its intent was committed, just before the first send
 	Doubt      time.Time // the last send without a definite answer; zero if there was none before this run
 }
@@ -77,9 +78,11 @@ type Lapse struct {
 	Pause  time.Duration // until somebody may take it over
 	Parked string        // nobody takes it over, for this reason, until an operator says so
 	Reason string        // for the operator; holds no data
-	// Doubts are the effects whose Doubt must be set back to this time, because the send of this
-	// run got a definite answer.
+	// Doubts are the effects whose Doubt must be set back to this time, because this run did not
+	// send them, or got a definite answer.
 	Doubts map[string]time.Time
+	// Panicked is the name of the effect whose send panicked in this run, and empty if none did.
+	Panicked string
 }
 
 // Errors of a [Keeper] and an [OpenAttempt], beside those of a [Store] and an [Attempt].
@@ -138,28 +141,33 @@ type OpenAttempt interface {
 	Leave(ctx context.Context, lapse Lapse) error
 }
 
-// Effects are the recorded effects of one run of a handler, for package effect. Its methods are for
-// one goroutine at a time: a second Call gets [ErrEffectBusy].
+// Effects are the recorded effects of one run of a handler, for package effect. An effect lasts from
+// [Effects.Begin] to [Effects.Settle] or [Effects.Lapse]; a second one in between gets
+// [ErrEffectBusy].
 type Effects struct {
 	engine  *Engine
 	keeper  Keeper
 	attempt OpenAttempt
 	req     *ongoing
+	trace   *trace
 	running *running
 	ctx     context.Context // without end
 
+	// Held while the store works, so that the end of a run waits for it: a handler may return
+	// without waiting for the goroutine of its call.
 	mu       sync.Mutex
 	busy     bool
-	over     bool // the handler has returned
+	over     bool // the handler has returned: nothing below may change any more
 	opened   bool
-	epochAt  time.Time     // local, with a monotonic reading: when this owner's lease began
+	epochAt  time.Time     // local, with a monotonic reading: no later than the begin of this owner's lease
 	lease    time.Duration // of this owner
-	storeAt  time.Time     // the store's clock at epochAt
-	open     *Open         // nil in the first run
+	clockAt  time.Time     // local, when the store's clock showed storeAt or a moment later
+	storeAt  time.Time
+	open     *Open // nil in the first run
 	recorded map[string]*Effect
-	asked    map[string]bool
-	intent   error // an intent that was not committed: no later one may be
-	lapse    Lapse // of the effect that is not settled
+	asked    map[string][]byte // the inputs with which this run asked for effects
+	intent   error             // an effect that can't be begun: no later one may be, and the answer is dropped
+	lapse    Lapse             // of the effect that is not settled
 	lapsed   bool
 }
 
@@ -198,26 +206,57 @@ type Intent struct {
 // If the effect is not settled, the caller is its one sender, for as long as [Effects.MaySend]
 // says, and must call Settle or Lapse. resumed reports whether an earlier run may have sent it, and
 // drift whether the input differs from the recorded one, which counts.
+//
+// After an error of Begin the handler's answer is dropped. After a lapse no effect of the run is
+// sent.
 func (e *Effects) Begin(intent Intent) (effect *Effect, resumed, drift bool, err error) {
-	if err := e.take(); err != nil {
-		return nil, false, false, err
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	effect, err = e.find(&intent)
+	if effect != nil {
+		return effect, true, !bytes.Equal(effect.Input, intent.Input), nil
 	}
-	if effect, ok := e.recorded[intent.Name]; ok {
-		e.asked[intent.Name] = true
-		drift = !bytes.Equal(effect.Input, intent.Input)
-		if effect.State != EffectIntended {
-			e.give()
-		}
-		return effect, true, drift, nil
+	if err == nil {
+		effect, err = e.intend(&intent)
 	}
-	if e.intent == nil && e.lapsed {
-		e.intent = fmt.Errorf("%w: an earlier effect", ErrUnsettled)
+	if err != nil && e.intent == nil && !e.over {
+		e.intent = err
 	}
-	if e.intent != nil {
-		e.give()
-		return nil, false, false, e.intent
+	return effect, false, false, err
+}
+
+var errEffectLate = errors.New("idempotency: an effect after the handler has returned: wait for its end in the handler")
+
+// find returns the recorded effect of this name, or nil.
+func (e *Effects) find(intent *Intent) (*Effect, error) {
+	asked, again := e.asked[intent.Name]
+	switch {
+	case e.over:
+		return nil, errEffectLate
+	case e.busy:
+		return nil, ErrEffectBusy
+	case again && !bytes.Equal(asked, intent.Input):
+		return nil, UsageError("idempotency: the effect " + intent.Name + " was asked for twice with different inputs in one run: give the second call another name")
 	}
-	effect = &Effect{
+	effect := e.recorded[intent.Name]
+	switch {
+	case effect != nil && effect.State != EffectIntended:
+	case e.intent != nil:
+		return nil, e.intent
+	case e.lapsed:
+		return nil, fmt.Errorf("%w: an earlier effect", ErrUnsettled)
+	default:
+		e.busy = effect != nil
+	}
+	if effect != nil {
+		e.asked[intent.Name] = intent.Input
+	}
+	return effect, nil
+}
+
+// intend commits the intent.
+func (e *Effects) intend(intent *Intent) (*Effect, error) {
+	effect := &Effect{
 		Name: intent.Name, Kind: intent.Kind, State: EffectIntended, Input: intent.Input,
 		DerivedKey: e.running.derive("effect/" + intent.Name), Tries: 1,
 	}
@@ -225,57 +264,90 @@ func (e *Effects) Begin(intent Intent) (effect *Effect, resumed, drift bool, err
 	at := time.Now()
 	bounded := deadline.After(e.ctx, e.engine.options.Timeouts.Commit)
 	defer bounded.End()
-	err = e.attempt.Intend(bounded, effect, lease)
+	err := e.attempt.Intend(bounded, effect, lease)
 	if errors.Is(err, ErrUnknown) && !e.opened {
-		err = e.resolveIntent(err)
+		effect.SentFirst, err = e.resolveIntent(err)
 	}
 	if err != nil { // nothing may be sent
-		e.intent = err
-		e.give()
-		return nil, false, false, err
+		return nil, err
 	}
-	e.opened = true
-	e.epochAt, e.lease, e.storeAt = at, lease, effect.SentFirst
-	e.recorded[intent.Name], e.asked[intent.Name] = effect, true
-	return effect, false, false, nil
+	e.busy, e.opened = true, true
+	e.epochAt, e.lease, e.clockAt, e.storeAt = at, lease, time.Now(), effect.SentFirst
+	e.recorded[intent.Name], e.asked[intent.Name] = effect, intent.Input
+	return effect, nil
+}
+
+// Fail makes this run of the handler fail, because an effect can't be begun: whatever the handler
+// answers is dropped. It returns the error.
+func (e *Effects) Fail(err error) error {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	if e.intent == nil && !e.over {
+		e.intent = err
+	}
+	return err
 }
 
 // leaseMargin is added to the time of a send and of a commit for the lease of an open request.
 const leaseMargin = 5 * time.Second
 
-// resolveIntent looks for the first intent after its COMMIT was lost. It returns nil if the intent
-// is proven to be there, ErrUnavailable if it is proven not to be, and ErrUnknown otherwise.
-func (e *Effects) resolveIntent(lost error) error {
+// resolveIntent looks for the first intent after its COMMIT was lost. It returns the time of the
+// intent if that is proven to be there, ErrUnavailable if it is proven not to be, and ErrUnknown
+// otherwise.
+func (e *Effects) resolveIntent(lost error) (time.Time, error) {
 	bounded := deadline.After(e.ctx, e.engine.options.Timeouts.Resolve)
 	defer bounded.End()
 	switch record, err := e.keeper.Resolve(bounded, &e.req.claim); {
 	case err != nil:
-		return errors.Join(lost, err)
+		return time.Time{}, errors.Join(lost, err)
 	case record == nil && e.req.claim.At.IsZero():
 		// Claim and intent travel in one message. It may still be on its way, and nobody holds the
 		// lock for it yet.
-		return lost
+		return time.Time{}, lost
 	case record == nil:
-		return fmt.Errorf("%w: the intent was not committed", ErrUnavailable)
+		return time.Time{}, fmt.Errorf("%w: the intent was not committed", ErrUnavailable)
 	case record.Attempt == e.req.claim.Attempt:
-		return nil // it is open, because nobody else had the time to end it: its lease has begun just now
+		// It is open, because nobody else had the time to end it: its lease has begun just now.
+		return record.CreatedAt, nil
 	}
-	return fmt.Errorf("%w: the intent was not committed", ErrKeyRecorded)
+	return time.Time{}, fmt.Errorf("%w: the intent was not committed", ErrKeyRecorded)
 }
 
 // MaySend reports whether this owner may still send: half of its lease is left, by the wall clock
-// and by the monotonic one. A process that slept must not send.
+// and by the monotonic one, and the handler has not returned. A process that slept must not send.
 func (e *Effects) MaySend() bool {
+	e.mu.Lock()
+	defer e.mu.Unlock()
 	now := time.Now()
-	return now.Sub(e.epochAt) < e.lease/2 && now.Round(0).Sub(e.epochAt.Round(0)) < e.lease/2
+	return !e.over && now.Sub(e.epochAt) < e.lease/2 && now.Round(0).Sub(e.epochAt.Round(0)) < e.lease/2
 }
 
-// Now returns the store's time.
-func (e *Effects) Now() time.Time { return e.storeAt.Add(time.Since(e.epochAt)) }
+// Now returns the store's time, or a moment less: the time that the store's last reply took.
+func (e *Effects) Now() time.Time {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	return e.now()
+}
+
+func (e *Effects) now() time.Time { return e.storeAt.Add(time.Since(e.clockAt)) }
+
+// LastSend returns the latest time at which an earlier run can have begun to send the effect
+// without getting a definite answer: an owner may send for half of its lease.
+func (e *Effects) LastSend(effect *Effect) time.Time {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	last := effect.SentFirst
+	if effect.Doubt.After(last) {
+		last = effect.Doubt
+	}
+	return last.Add(e.lease / 2)
+}
 
 // Settle commits the result of an effect: its State and Output.
 func (e *Effects) Settle(effect *Effect) error {
-	defer e.give()
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	e.busy = false
 	bounded := deadline.After(e.ctx, e.engine.options.Timeouts.Commit)
 	defer bounded.End()
 	if err := e.attempt.Settle(bounded, effect); err != nil {
@@ -288,29 +360,26 @@ func (e *Effects) Settle(effect *Effect) error {
 
 // Lapse notes that the effect stays unsettled. With a Pause of 0 the engine chooses one.
 func (e *Effects) Lapse(lapse Lapse) {
-	defer e.give()
-	e.lapseOf(lapse)
-}
-
-func (e *Effects) lapseOf(lapse Lapse) { e.lapse, e.lapsed = lapse, true }
-
-func (e *Effects) take() error {
-	e.mu.Lock()
-	defer e.mu.Unlock()
-	switch {
-	case e.over:
-		return UsageError("idempotency: an effect after the handler has returned")
-	case e.busy:
-		return ErrEffectBusy
-	}
-	e.busy = true
-	return nil
-}
-
-func (e *Effects) give() {
 	e.mu.Lock()
 	defer e.mu.Unlock()
 	e.busy = false
+	e.lapseOf(lapse)
+}
+
+func (e *Effects) lapseOf(lapse Lapse) {
+	if !e.over {
+		e.lapse, e.lapsed = lapse, true
+	}
+}
+
+// Trace calls the [EffectTracer], if there is one.
+func (e *Effects) Trace(end EffectEnd) {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	if !e.over {
+		end.Route = e.req.Route
+		e.trace.effect(end)
+	}
 }
 
 // end makes all later calls fail, and reports whether one is still under way.
@@ -335,7 +404,9 @@ func (e *Engine) attemptOpen(ctx context.Context, budget *deadline.Context, req 
 	attempt, record, err := keeper.BeginOpen(budget, &req.claim, lazy)
 	fact := factAfterClaim(&req.Request, record, err)
 	var open *Open
+	var asked time.Time // before the lease began: a process that sleeps from then on must know
 	if decide(fact).action == actionTakeOver {
+		asked = time.Now()
 		attempt, open, err = keeper.TakeOver(budget, &req.claim)
 		fact = factAfterTakeOver(&req.Request, open, attempt != nil, err)
 	}
@@ -372,10 +443,10 @@ func (e *Engine) attemptOpen(ctx context.Context, budget *deadline.Context, req 
 	}
 
 	effects := &Effects{
-		engine: e, keeper: keeper, attempt: attempt, req: req, ctx: ctx, open: open, opened: open != nil, recorded: map[string]*Effect{},
+		engine: e, keeper: keeper, attempt: attempt, req: req, trace: trace, ctx: ctx, open: open, opened: open != nil, recorded: map[string]*Effect{},
 	}
 	if open != nil {
-		effects.epochAt, effects.storeAt, effects.lease = time.Now(), open.Now, open.Lease
+		effects.epochAt, effects.lease, effects.clockAt, effects.storeAt = asked, open.Lease, time.Now(), open.Now
 		for i := range open.Effects {
 			effects.recorded[open.Effects[i].Name] = &open.Effects[i]
 		}
@@ -486,7 +557,7 @@ func (e *Engine) runOpen(ctx context.Context, budget *deadline.Context, req *ong
 
 // begin readies the effects for a run of the handler.
 func (e *Effects) begin(running *running) {
-	e.running, e.asked, e.over, e.intent, e.lapsed, e.lapse = running, map[string]bool{}, false, nil, false, Lapse{}
+	e.running, e.asked, e.over, e.intent, e.lapsed, e.lapse = running, map[string][]byte{}, false, nil, false, Lapse{}
 }
 
 // factOfOpen adjusts the fact after the handler to a request that is open: nothing may be forgotten
@@ -515,10 +586,11 @@ func (e *Effects) factOfOpen(fact fact, busy bool) fact {
 		}
 	}
 	for name, effect := range e.recorded {
+		_, asked := e.asked[name]
 		switch {
 		case effect.State == EffectIntended:
 			return factUnsettled
-		case !e.asked[name]:
+		case !asked:
 			e.lapse.Parked = "the handler did not ask for effect " + name + ", which was made"
 			return factContradiction
 		case decide(fact).action == actionDecline && effect.State == EffectDone && effect.Kind == EffectCall && !undone[name]:
@@ -547,7 +619,7 @@ func (e *Effects) leave(fact fact) error {
 	runs := 1
 	if e.open != nil {
 		runs = e.open.Runs
-		if age := e.Now().Sub(e.open.Started); lapse.Parked == "" && age > e.engine.options.ParkAfter {
+		if age := e.now().Sub(e.open.Started); lapse.Parked == "" && age > e.engine.options.ParkAfter {
 			lapse.Parked = fmt.Sprintf("it is still open after %v", e.engine.options.ParkAfter)
 		}
 	}

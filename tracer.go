@@ -33,6 +33,40 @@ type WaitTracer interface {
 	TraceWaitStart(ctx context.Context)
 }
 
+// EffectTracer is implemented by a [Tracer] that counts the calls to other services.
+type EffectTracer interface {
+	// TraceEffect is called after each call of an effect by a handler, in its goroutine.
+	TraceEffect(ctx context.Context, data EffectEnd)
+}
+
+// EffectResult is the result of an effect that a handler called.
+type EffectResult string
+
+// The results. All but the last four are recorded.
+const (
+	EffectResultDone     EffectResult = "done"
+	EffectResultDeclined EffectResult = "declined"
+	EffectResultMaybe    EffectResult = "maybe"
+	EffectResultUnknown  EffectResult = "unknown"  // it was sent, and its result is not known yet
+	EffectResultNotSent  EffectResult = "not-sent" // it will be sent later
+	EffectResultParked   EffectResult = "parked"   // only a person can settle it
+	EffectResultFailed   EffectResult = "failed"   // it was not begun
+)
+
+// EffectEnd describes the call of an effect.
+type EffectEnd struct {
+	Name     string
+	Route    string
+	Kind     EffectKind
+	Result   EffectResult
+	Sent     bool // by this call; false for a recorded result
+	Resumed  bool // an earlier run may have sent it
+	Drift    bool // the handler's input differs from the recorded one, which counts
+	Started  time.Time
+	Duration time.Duration
+	Err      error // of the send, or the reason for not sending. Its text may hold data of the other service
+}
+
 // RequestStart describes a request that enters the engine.
 type RequestStart struct {
 	Key         Key // Value is empty if the request came without a key

@@ -48,6 +48,7 @@ CREATE TABLE idempotency_effects (
     settled_at    timestamptz,
     epoch         bigint      NOT NULL,
     tries         integer     NOT NULL,
+    panics        integer     NOT NULL,
     state         smallint    NOT NULL,
     kind          smallint    NOT NULL,
     derived_key   uuid        NOT NULL,
@@ -67,6 +68,7 @@ COMMENT ON COLUMN idempotency_effects.doubt_at IS 'The last repeated send withou
 COMMENT ON COLUMN idempotency_effects.settled_at IS 'Time at which the result was recorded.';
 COMMENT ON COLUMN idempotency_effects.epoch IS 'The owner of the request that wrote the row last.';
 COMMENT ON COLUMN idempotency_effects.tries IS 'Number of times that it may have been sent.';
+COMMENT ON COLUMN idempotency_effects.panics IS 'Number of times that its send panicked.';
 COMMENT ON COLUMN idempotency_effects.state IS '1 intended: it may have been sent. 2 done. 3 declined. 4 maybe: sent once at most, and nobody knows.';
 COMMENT ON COLUMN idempotency_effects.kind IS '1 call, 2 call at most once, 3 undo of another, 4 phase.';
 COMMENT ON COLUMN idempotency_effects.derived_key IS 'The key that the other service gets.';

@@ -48,6 +48,7 @@ type openStatements struct {
 	due     string
 	leave   string
 	doubt   string
+	panic   string
 }
 
 func newOpenStatements(o *Options) openStatements {
@@ -69,11 +70,12 @@ func newOpenStatements(o *Options) openStatements {
 	const now = "pg_catalog.clock_timestamp()"
 	columns := "o.route, o.request, k.fingerprint_version, k.fingerprint, k.attempt_id, o.ttl_ms, o.epoch, o.runs, o.started_at, " + now +
 		", o.next_at, o.lease_ms, o.owned, COALESCE(o.parked, ''), COALESCE(o.last_reason, '')," +
-		" e.names, e.kinds, e.states, e.keys, e.inputs, e.outputs, e.tries, e.sent, e.doubts" +
+		" e.names, e.kinds, e.states, e.keys, e.inputs, e.outputs, e.tries, e.panics, e.sent, e.doubts" +
 		" FROM " + open + " AS o JOIN " + keys + " AS k USING (scope, key), LATERAL (SELECT array_agg(name ORDER BY sent_first_at) AS names," +
 		" array_agg(kind ORDER BY sent_first_at) AS kinds, array_agg(state ORDER BY sent_first_at) AS states," +
 		" array_agg(derived_key::text ORDER BY sent_first_at) AS keys, array_agg(input ORDER BY sent_first_at) AS inputs," +
 		" array_agg(output ORDER BY sent_first_at) AS outputs, array_agg(tries ORDER BY sent_first_at) AS tries," +
+		" array_agg(panics ORDER BY sent_first_at) AS panics," +
 		" array_agg(sent_first_at ORDER BY sent_first_at) AS sent, array_agg(doubt_at ORDER BY sent_first_at) AS doubts" +
 		" FROM " + effects + " WHERE scope = $1 AND key = $2) AS e WHERE o.scope = $1 AND o.key = $2"
 	return openStatements{
@@ -94,8 +96,8 @@ func newOpenStatements(o *Options) openStatements {
 			OIDs: []uint32{pgtype.Int8OID, pgtype.Int8OID, pgtype.TextOID, pgtype.TextOID, pgtype.TextOID, pgtype.ByteaOID},
 		},
 		effect: wire.Statement{
-			SQL: "WITH written AS (INSERT INTO " + effects + " (sent_first_at, epoch, tries, state, kind, derived_key, scope, key, name, input)" +
-				" VALUES (" + now + ", $1, 1, 1, $2, $3, $4, $5, $6, $7) RETURNING sent_first_at)" + counted + ", pg_catalog.max(sent_first_at) FROM written",
+			SQL: "WITH written AS (INSERT INTO " + effects + " (sent_first_at, epoch, tries, panics, state, kind, derived_key, scope, key, name, input)" +
+				" VALUES (" + now + ", $1, 1, 0, 1, $2, $3, $4, $5, $6, $7) RETURNING sent_first_at)" + counted + ", pg_catalog.max(sent_first_at) FROM written",
 			OIDs: []uint32{pgtype.Int8OID, pgtype.Int2OID, pgtype.UUIDOID, pgtype.TextOID, pgtype.TextOID, pgtype.TextOID, pgtype.ByteaOID},
 		},
 		fence: wire.Statement{
@@ -132,6 +134,7 @@ func newOpenStatements(o *Options) openStatements {
 		leave: "UPDATE " + open + " SET next_at = " + now + " + $4 * interval '1 millisecond', owned = false, parked = NULLIF($5, ''), last_reason = $6" +
 			" WHERE scope = $1 AND key = $2 AND epoch = $3",
 		doubt: "UPDATE " + effects + " SET doubt_at = $5 WHERE scope = $1 AND key = $2 AND epoch = $3 AND name = $4 AND state = 1",
+		panic: "UPDATE " + effects + " SET panics = panics + 1 WHERE scope = $1 AND key = $2 AND epoch = $3 AND name = $4 AND state = 1",
 	}
 }
 
@@ -146,6 +149,7 @@ type openAttempt struct {
 	mu     sync.Mutex    // the handler may call Tx in several goroutines
 	phase  *keyedAttempt // has the open transaction, if there is one
 	used   bool          // the handler has its handle
+	over   bool          // the handler has returned
 	shut   bool          // no transaction may begin: an effect is under way, or the handler has returned
 	failed error         // why there is no transaction
 }
@@ -174,7 +178,7 @@ func (a *openAttempt) claimNow(ctx context.Context) (*idempotency.Record, error)
 
 // Context implements [idempotency.Attempt].
 func (a *openAttempt) Context(ctx context.Context) context.Context {
-	a.outer, a.shut, a.failed, a.used = ctx, false, nil, false
+	a.outer, a.shut, a.over, a.failed, a.used = ctx, false, false, nil, false
 	return context.WithValue(ctx, txKey{}, a)
 }
 
@@ -388,7 +392,7 @@ func parseUUID(text string) (id [16]byte, err error) {
 func (a *openAttempt) Settle(ctx context.Context, effect *idempotency.Effect) error {
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	a.shut = false
+	a.shut = a.over
 	phase, err := a.vehicle(ctx)
 	if err != nil {
 		return err
@@ -404,6 +408,9 @@ func (a *openAttempt) Settle(ctx context.Context, effect *idempotency.Effect) er
 		{Statement: &a.store.statements.commit},
 	}, a.phaseCalls(phase)...)
 	const settled = 3 // calls
+	if a.over {       // only the result counts now, and nobody would end another transaction
+		calls = calls[:settled]
+	}
 	wire.ForgetWarning(phase.conn)
 	reply, err := a.store.statements.Flush(ctx, phase.conn, calls...)
 	var pgErr *pgconn.PgError
@@ -411,6 +418,9 @@ func (a *openAttempt) Settle(ctx context.Context, effect *idempotency.Effect) er
 	case wire.WaitedInVain(phase.conn, phase.synchronous):
 		phase.release(ctx)
 		return fail("settle", idempotency.ErrUnknown, errNotReplicated)
+	case err == nil && a.over:
+		phase.release(ctx)
+		return nil
 	case err == nil:
 		a.phase = phase
 		return nil
@@ -431,7 +441,7 @@ func (a *openAttempt) Settle(ctx context.Context, effect *idempotency.Effect) er
 func (a *openAttempt) Seal() error {
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	a.shut = true
+	a.shut, a.over = true, true
 	if a.phase != nil {
 		return a.phase.Seal()
 	}
@@ -528,6 +538,11 @@ func (a *openAttempt) Leave(ctx context.Context, lapse idempotency.Lapse) error 
 			return errors.Join(lost, fail("leave", idempotency.ErrUnavailable, err))
 		}
 	}
+	if lapse.Panicked != "" {
+		if _, err := a.store.pool.Exec(ctx, a.store.open.panic, pgx.QueryExecModeExec, key.Scope, key.Value, a.epoch, lapse.Panicked); err != nil {
+			return errors.Join(lost, fail("leave", idempotency.ErrUnavailable, err))
+		}
+	}
 	tag, err := a.store.pool.Exec(ctx, a.store.open.leave, pgx.QueryExecModeExec, key.Scope, key.Value, a.epoch, lapse.Pause.Milliseconds(), lapse.Parked, lapse.Reason)
 	switch {
 	case err != nil:
@@ -568,7 +583,7 @@ func (s *Store) readOpen(ctx context.Context, sql string, key idempotency.Key) (
 		ttl, lease      int64
 		names, keys     []string
 		kinds, states   []int16
-		tries           []int32
+		tries, panics   []int32
 		inputs, outputs [][]byte
 		sent            []time.Time
 		doubts          []*time.Time
@@ -576,7 +591,7 @@ func (s *Store) readOpen(ctx context.Context, sql string, key idempotency.Key) (
 	)
 	err = s.pool.QueryRow(ctx, sql, pgx.QueryExecModeExec, key.Scope, key.Value).Scan(
 		&taken, &o.Route, &o.Request, &o.Fingerprint.Version, &sum, &attemptID, &ttl, &o.Epoch, &o.Runs, &o.Started, &o.Now,
-		&o.Due, &lease, &o.Owned, &o.Parked, &o.LastFail, &names, &kinds, &states, &keys, &inputs, &outputs, &tries, &sent, &doubts)
+		&o.Due, &lease, &o.Owned, &o.Parked, &o.LastFail, &names, &kinds, &states, &keys, &inputs, &outputs, &tries, &panics, &sent, &doubts)
 	switch {
 	case errors.Is(err, pgx.ErrNoRows):
 		return nil, false, nil
@@ -592,7 +607,7 @@ func (s *Store) readOpen(ctx context.Context, sql string, key idempotency.Key) (
 	for i, name := range names {
 		effect := idempotency.Effect{
 			Name: name, Kind: idempotency.EffectKind(kinds[i]), State: idempotency.EffectState(states[i]), DerivedKey: keys[i],
-			Input: inputs[i], Output: outputs[i], Tries: int(tries[i]), SentFirst: sent[i],
+			Input: inputs[i], Output: outputs[i], Tries: int(tries[i]), Panics: int(panics[i]), SentFirst: sent[i],
 		}
 		if doubts[i] != nil {
 			effect.Doubt = *doubts[i]
