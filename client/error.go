@@ -83,5 +83,9 @@ func (e *Error) Format(f fmt.State, _ rune) { _, _ = io.WriteString(f, e.Error()
 // Is reports whether target is the state of the request: [ErrNotExecuted] or [ErrUnknown].
 func (e *Error) Is(target error) bool { return target == e.kind() }
 
+// NotExecuted reports whether the state is [ErrNotExecuted], for packages that do not import this
+// one, such as effect.
+func (e *Error) NotExecuted() bool { return e.Outcome == idempotency.OutcomeNotExecuted }
+
 // Unwrap returns why the asking ended.
 func (e *Error) Unwrap() error { return e.Err }
