@@ -105,6 +105,7 @@ func TestDependencies(t *testing.T) {
 		ours, modules []string
 	}{
 		{[]string{"."}, []string{""}, nil},
+		{[]string{"./effect"}, []string{"", "effect"}, nil},
 		{[]string{"./storage/memory"}, []string{"", "storage/memory"}, nil},
 		{[]string{"./storage/encrypted"}, []string{"", "storage/encrypted"}, nil},
 		{[]string{"./storage/storagetest"}, []string{"", "storage/storagetest"}, nil},

@@ -1,0 +1,57 @@
+// Package effect calls other services from an idempotent handler, and makes each call count once.
+//
+// A card is charged, the process dies, the client retries: with this package the retry, or the
+// completer, goes on after the charge. The intent is committed before the call and its result after
+// it; neither a transaction nor a connection is held in between. The answer, the handler's writes
+// and the end of the request are one transaction, as ever.
+//
+//	var charge = effect.New("charge", effect.Effect[Card, Charge]{
+//		Do:     func(ctx context.Context, key string, in Card) (Charge, error) { return psp.Charge(ctx, key, in) },
+//		Lookup: func(ctx context.Context, key string, in Card) (Charge, error) { return psp.Find(ctx, key) },
+//		KeyLifetime: 24 * time.Hour, KeepsDeclines: true,
+//	})
+//
+//	func topUp(w http.ResponseWriter, r *http.Request) {
+//		paid, err := charge.Call(r.Context(), card)
+//		switch {
+//		case errors.Is(err, effect.ErrDeclined):
+//			http.Error(w, "the card was declined", http.StatusPaymentRequired)
+//			return
+//		case err != nil:
+//			return // not settled: the answer is dropped, and the request stays open
+//		}
+//		tx := postgres.Tx(r.Context()) // it commits with the answer
+//		...
+//	}
+//
+// # The handler
+//
+// It may run several times. A call whose result is recorded returns it without sending, so the code
+// between the calls must only decode and decide: no writes before a call, no clock, no random
+// numbers. Each run must ask for the effects that were made; if one does not, the request is left to
+// a person. A refusal (4xx) after an effect that was made needs [Declared.Undo] first.
+//
+// # When a call is sent
+//
+//   - Only the recorded input is sent, with the recorded key. If a later run has another input, the
+//     recorded one counts, and the difference is reported ([idempotency.EffectEnd]).
+//   - Before a repetition Lookup is asked. If it finds nothing, that settles nothing: the call is
+//     sent again with the same key.
+//   - After nine tenths of KeyLifetime nothing is sent. Lookup finds the result, or the request is
+//     left to a person.
+//   - A no to the first send is final. A no to a repetition is final only if the service keeps it
+//     under the key, or SettleAfter has passed since an earlier send can have begun.
+//   - An owner that is late, because its process slept, does not send.
+//   - After 10 unknown results in a row one call at a time tries again. The others stay open.
+//   - A call that panicked in 5 runs is left to a person.
+//   - With AtMostOnce there is one send, and no repetition.
+//
+// One gap can't be closed here: a machine that sleeps between the last check and its socket may send
+// when it wakes. A service that keeps its keys recognizes that request; for the others KeyLifetime
+// and SettleAfter must be long enough.
+//
+// # Errors of Do
+//
+// [Declined], [NotSent] and [Park] say what is certain. Everything else is unknown, which is always
+// safe. [FromHTTP] has the rules for HTTP.
+package effect

@@ -1,0 +1,428 @@
+package effect
+
+import (
+	"bytes"
+	"cmp"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"net/http/httptrace"
+	"runtime/debug"
+	"strings"
+	"sync/atomic"
+	"time"
+
+	"github.com/paidonce/idempotency"
+)
+
+// Limits. Everything that is recorded has one.
+const (
+	NameBytesMax   = 100      // of an effect's name
+	InputBytesMax  = 64 << 10 // of an input as JSON: a larger one fails the run before anything is sent
+	OutputBytesMax = 64 << 10 // of an output or the detail of a decline as JSON
+	PanicsMax      = 5        // of Do for one request; then only a person can go on
+)
+
+// Effect describes a call to another service. In and Out are recorded as JSON, so both must survive
+// encoding/json; Do gets, and Call returns, what was decoded from the record.
+type Effect[In, Out any] struct {
+	// Do makes the call once, and passes the key on as the other service's idempotency key. It
+	// returns [Declined] for a definite no, [NotSent] if the request provably did not leave, and
+	// [Park] if only a person can go on. Any other error, and a panic, means that the result is
+	// unknown: the call is sent again later, with the same key and input. [FromHTTP] makes these
+	// errors of an HTTP response. Use ctx for the request; it ends after Timeout, and with the
+	// handler's context. Required.
+	Do func(ctx context.Context, key string, in In) (Out, error)
+
+	// Lookup finds the result of an earlier send by its key, and sends nothing that has an effect.
+	// It returns [ErrAbsent] if there is none, which settles nothing: the other service's list may
+	// lag. It has half of Timeout. It is asked before a send is repeated, and is the only question
+	// after KeyLifetime. It makes a wrong KeyLifetime harmless, so have one if you can. Optional.
+	Lookup func(ctx context.Context, key string, in In) (Out, error)
+
+	// Timeout bounds one send. The request's lease grows with it. Defaults to 10 seconds.
+	Timeout time.Duration
+
+	// KeyLifetime is how long the other service is sure to know a key. After nine tenths of it,
+	// counted from the first send by the store's clock, nothing is sent any more: Lookup settles the
+	// call, or a person. A value that is too long pays twice. At least ten times Timeout, so that
+	// the rest covers a send. Defaults to 1 hour; there is no value for ever.
+	KeyLifetime time.Duration
+
+	// SettleAfter is the longest time that a request can still be under way to the other service,
+	// or at work there, after we gave up on it. A decline of a repeated send counts only after it,
+	// unless KeepsDeclines is set. Defaults to 1 minute.
+	SettleAfter time.Duration
+
+	// KeepsDeclines means that the other service keeps a no under its key, so that an earlier
+	// request that arrives late gets the same no. Leave it out if you don't know.
+	KeepsDeclines bool
+
+	// AtMostOnce is for a service without keys: it is sent once, by the attempt that committed the
+	// intent, and never again. If it could not be sent then, Call returns [ErrDeclined]. If the
+	// result of the send is lost, Lookup may find it; else Call returns [ErrMaybe]. Both are
+	// recorded.
+	AtMostOnce bool
+
+	// MaybeParks leaves the request to a person in place of ErrMaybe. Set it if the effect moves
+	// money. Only with AtMostOnce.
+	MaybeParks bool
+}
+
+// Declared is an effect with its name. It is safe for concurrent use. Make it once, with [New].
+type Declared[In, Out any] struct {
+	name    string
+	effect  Effect[In, Out]
+	breaker breaker
+}
+
+// New declares an effect. The name is recorded, and the key for the other service is derived from
+// it: while requests are open it must not change, and a handler must not call two effects of one
+// name. It is 1 to 100 visible ASCII characters ([NameBytesMax]) and does not begin with "undo/".
+// New panics if the name or the effect is invalid.
+func New[In, Out any](name string, e Effect[In, Out]) *Declared[In, Out] {
+	e.Timeout = cmp.Or(e.Timeout, 10*time.Second)
+	e.KeyLifetime = cmp.Or(e.KeyLifetime, time.Hour)
+	e.SettleAfter = cmp.Or(e.SettleAfter, time.Minute)
+	wrong := ""
+	switch {
+	case name == "" || len(name) > NameBytesMax || strings.ContainsFunc(name, func(r rune) bool { return r <= ' ' || r >= 0x7f }):
+		wrong = fmt.Sprintf("its name must be 1 to %d visible ASCII characters", NameBytesMax)
+	case strings.HasPrefix(name, idempotency.UndoName("")):
+		wrong = "its name begins with " + idempotency.UndoName("") + ": that of an undo is made by Undo"
+	case e.Do == nil:
+		wrong = "Do is required"
+	case e.Timeout < 0 || e.KeyLifetime < 0 || e.SettleAfter < 0:
+		wrong = "Timeout, KeyLifetime and SettleAfter must not be negative"
+	case e.KeyLifetime < 10*e.Timeout && !e.AtMostOnce:
+		wrong = fmt.Sprintf("KeyLifetime is %v: it must be at least ten times Timeout, which is %v", e.KeyLifetime, e.Timeout)
+	case e.MaybeParks && !e.AtMostOnce:
+		wrong = "MaybeParks is for AtMostOnce: any other effect is sent again"
+	}
+	if wrong != "" {
+		panic(fmt.Sprintf("idempotency/effect: effect %q: %s", name, wrong))
+	}
+	return &Declared[In, Out]{name: name, effect: e}
+}
+
+// Name returns the name of the effect.
+func (d *Declared[In, Out]) Name() string { return d.name }
+
+// Call makes the call for the request that runs with this context, and returns its result. If an
+// earlier run has the result already, nothing is sent. Call holds no transaction and no connection
+// while Do runs.
+//
+// The error is [ErrDeclined], [ErrMaybe], or another one. After another one the handler returns:
+// whatever it answers is dropped, and if something may have been sent the request stays open until
+// a later run brings it to its end.
+//
+// Call must come before the handler uses its transaction, and in the same way in each run of the
+// handler. It panics with an [idempotency.UsageError] outside an idempotent handler, on a route that
+// is not resumable, after the transaction was used, and if one run calls it twice with different
+// inputs: a handler that took that for an error would answer, and the answer would be recorded.
+func (d *Declared[In, Out]) Call(ctx context.Context, in In) (Out, error) {
+	kind := idempotency.EffectCall
+	if d.effect.AtMostOnce {
+		kind = idempotency.EffectAtMostOnce
+	}
+	return d.call(ctx, d.name, kind, in)
+}
+
+// Undo makes the call as Call does, as the one that undoes another effect of this request: a refund
+// of a charge, for example. It is an effect of its own, with a name and a key of its own, so it is
+// neither lost nor made twice. After an undo a refusal may be answered; without it the request of
+// an effect that was made and refused is left to a person.
+func (d *Declared[In, Out]) Undo(ctx context.Context, of interface{ Name() string }, in In) (Out, error) {
+	return d.call(ctx, idempotency.UndoName(of.Name()), idempotency.EffectUndo, in)
+}
+
+func (d *Declared[In, Out]) call(ctx context.Context, name string, kind idempotency.EffectKind, in In) (out Out, err error) {
+	effects, err := idempotency.EffectsFrom(ctx)
+	if err != nil {
+		panic(err)
+	}
+	r := run[In, Out]{Declared: d, ctx: ctx, effects: effects}
+	r.end = idempotency.EffectEnd{Name: name, Kind: kind, Started: time.Now(), Result: idempotency.EffectResultFailed}
+	defer func() {
+		r.end.Duration = time.Since(r.end.Started)
+		effects.Trace(r.end)
+	}()
+	input, err := encodeInput(in)
+	if err == nil && ctx.Err() != nil {
+		err = fmt.Errorf("%w: %w", idempotency.ErrUnavailable, context.Cause(ctx))
+	}
+	if err != nil {
+		r.end.Err = effects.Fail(fmt.Errorf("effect %s: %w", name, err))
+		return out, r.end.Err
+	}
+	r.effect, r.end.Resumed, r.end.Drift, err = effects.Begin(idempotency.Intent{Name: name, Kind: kind, Input: input, Timeout: d.effect.Timeout})
+	if usage := idempotency.UsageError(""); errors.As(err, &usage) {
+		panic(usage)
+	}
+	if err != nil {
+		r.end.Err = err
+		return out, fmt.Errorf("effect %s: %w", name, err)
+	}
+	switch {
+	case r.effect.Kind == idempotency.EffectPhase:
+		return r.park("a phase is recorded under the name of this effect", nil)
+	case r.effect.State == idempotency.EffectIntended:
+		return r.settle()
+	}
+	return r.recorded()
+}
+
+// run is one call of an effect in one run of a handler.
+type run[In, Out any] struct {
+	*Declared[In, Out]
+	ctx     context.Context
+	effects *idempotency.Effects
+	effect  *idempotency.Effect
+	end     idempotency.EffectEnd
+}
+
+// recorded returns the recorded result.
+func (r *run[In, Out]) recorded() (out Out, err error) {
+	switch r.effect.State {
+	case idempotency.EffectDeclined:
+		r.end.Result = idempotency.EffectResultDeclined
+		return out, &DeclinedError{Effect: r.effect.Name, Detail: r.effect.Output}
+	case idempotency.EffectMaybe:
+		r.end.Result = idempotency.EffectResultMaybe
+		return out, fmt.Errorf("effect %s: %w", r.effect.Name, ErrMaybe)
+	}
+	r.end.Result = idempotency.EffectResultDone
+	if len(r.effect.Output) == 0 {
+		return r.park("it was made, and its output could not be recorded", nil)
+	}
+	if err := json.Unmarshal(r.effect.Output, &out); err != nil {
+		// Another version of the program may understand it.
+		return r.lapse(idempotency.EffectResultDone, "its recorded output does not fit the program", err, idempotency.Lapse{})
+	}
+	return out, nil
+}
+
+// settle finds the result of the effect, by the rules in the package's comment.
+func (r *run[In, Out]) settle() (out Out, err error) {
+	in, err := decodeInput[In](r.effect.Input)
+	if err != nil {
+		// Another version of the program may understand it. Sending the rest of it would be another
+		// input.
+		return r.unsent("its recorded input does not fit the program", err)
+	}
+	once := r.Declared.effect.AtMostOnce || r.effect.Kind == idempotency.EffectAtMostOnce
+
+	probe, ok := r.breaker.enter()
+	if !ok {
+		return r.unsentOnce(once, "the other service gives no results", errBreaker)
+	}
+	learned := learnedNothing
+	defer func() { r.breaker.leave(probe, learned) }()
+
+	absent := r.Declared.effect.Lookup == nil
+	if r.end.Resumed && !absent {
+		start := r.effects.Now()
+		out, err := r.protect(r.Declared.effect.Lookup, r.Declared.effect.Timeout/2, in, new(atomic.Bool))
+		var parked *parkError
+		switch {
+		case err == nil:
+			return r.done(out)
+		case errors.Is(err, ErrDeclined):
+			return r.declined(start, err)
+		case errors.As(err, &parked):
+			return r.park("the look-up says that only a person can go on", err)
+		}
+		absent = errors.Is(err, ErrAbsent)
+		r.end.Err = err
+	}
+	switch {
+	case once && r.end.Resumed:
+		if !absent || r.Declared.effect.Lookup != nil && !r.quiet(r.effects.Now()) {
+			return r.unsent("it is never sent twice, and is not found yet", r.end.Err)
+		}
+		return r.maybe(r.end.Err)
+	case r.effects.Now().Sub(r.effect.SentFirst) >= r.Declared.effect.KeyLifetime/10*9:
+		if !absent {
+			return r.unsent("its key may be forgotten, and it could not be looked up", r.end.Err)
+		}
+		return r.park("the other service may have forgotten its key, and it was not found", r.end.Err)
+	case r.ctx.Err() != nil:
+		return r.unsentOnce(once, "the handler's time was over", context.Cause(r.ctx))
+	}
+	start := r.effects.Now()
+	if !r.effects.MaySend() {
+		return r.unsentOnce(once, "it was too late to send", errLate)
+	}
+
+	r.end.Sent, r.end.Result = true, idempotency.EffectResultUnknown
+	var connected atomic.Bool
+	out, err = r.protect(r.Declared.effect.Do, r.Declared.effect.Timeout, in, &connected)
+	learned = learnedAnswer
+	var parked *parkError
+	var notSent *notSentError
+	switch {
+	case err == nil:
+		return r.done(out)
+	case errors.Is(err, ErrDeclined):
+		return r.declined(start, err)
+	case errors.As(err, &parked):
+		return r.park("only a person can go on, says the call", err)
+	}
+	learned = learnedUnknown
+	var panicked *idempotency.PanicError
+	switch {
+	case errors.As(err, &notSent) && !(notSent.dial && connected.Load()):
+		r.end.Sent = false
+		return r.unsentOnce(once, "it could not be sent", err)
+	case once && r.Declared.effect.Lookup == nil:
+		return r.maybe(err)
+	case errors.As(err, &panicked) && r.effect.Panics+1 >= PanicsMax:
+		return r.lapse(idempotency.EffectResultParked, "", err, idempotency.Lapse{
+			Panicked: r.effect.Name, Parked: r.reason(fmt.Sprintf("its call panicked %d times", PanicsMax)),
+		})
+	case panicked != nil:
+		return r.lapse(idempotency.EffectResultUnknown, "its call panicked", err, idempotency.Lapse{Panicked: r.effect.Name})
+	}
+	return r.lapse(idempotency.EffectResultUnknown, "its result is not known", err, idempotency.Lapse{})
+}
+
+var (
+	errBreaker = fmt.Errorf("%d results in a row were unknown, and one call at a time tries again", breakerUnknownMax)
+	errLate    = errors.New("half of the lease has passed, or the handler has returned")
+)
+
+// protect calls Do or Lookup, and turns a panic into an error. connected reports whether a request
+// of net/http that was made with the context got a connection.
+func (r *run[In, Out]) protect(call func(context.Context, string, In) (Out, error), timeout time.Duration, in In, connected *atomic.Bool) (out Out, err error) {
+	ctx, cancel := context.WithTimeout(r.ctx, timeout)
+	defer cancel()
+	ctx = httptrace.WithClientTrace(ctx, &httptrace.ClientTrace{GotConn: func(httptrace.GotConnInfo) { connected.Store(true) }})
+	defer func() {
+		if value := recover(); value != nil {
+			err = &idempotency.PanicError{Value: value, Stack: debug.Stack()}
+		}
+	}()
+	return call(ctx, r.effect.DerivedKey, in)
+}
+
+// quiet reports whether no earlier send can be under way any more at the time of start.
+func (r *run[In, Out]) quiet(start time.Time) bool {
+	return start.Sub(r.effects.LastSend(r.effect)) >= r.Declared.effect.SettleAfter
+}
+
+// done records the output. A result that can't be recorded whole is recorded as done all the same:
+// else it would be asked for again, and be sent again when the key's lifetime is misjudged. What
+// becomes of the request then is for a person to say, who can see the output at the other service.
+func (r *run[In, Out]) done(out Out) (Out, error) {
+	output, err := json.Marshal(out)
+	if err == nil && len(output) > OutputBytesMax {
+		err = fmt.Errorf("its output has %d bytes, over the limit of %d", len(output), OutputBytesMax)
+	}
+	if err != nil {
+		output = nil
+	}
+	return r.record(idempotency.EffectDone, output, err)
+}
+
+// declined records a no if it is final. A no to a repeated send is not, unless the other service
+// keeps it under the key: an earlier send may still be under way, and succeed.
+func (r *run[In, Out]) declined(start time.Time, no error) (Out, error) {
+	if r.end.Resumed && !r.Declared.effect.KeepsDeclines && !r.quiet(start) {
+		return r.lapse(idempotency.EffectResultUnknown, "an earlier send may be under way, so its decline is not final", no, r.doubtless())
+	}
+	var declined *DeclinedError
+	var detail []byte
+	if errors.As(no, &declined) && len(declined.Detail) <= OutputBytesMax {
+		detail = declined.Detail
+	}
+	return r.record(idempotency.EffectDeclined, detail, no)
+}
+
+// maybe ends an effect that was sent once and whose result is lost.
+func (r *run[In, Out]) maybe(cause error) (Out, error) {
+	if r.Declared.effect.MaybeParks {
+		return r.park("it may have been made, and is never sent twice", cause)
+	}
+	return r.record(idempotency.EffectMaybe, nil, cause)
+}
+
+// record settles the effect, and returns what a later run will get.
+func (r *run[In, Out]) record(state idempotency.EffectState, output []byte, cause error) (out Out, err error) {
+	r.effect.State, r.effect.Output = state, output
+	if err := r.effects.Settle(r.effect); err != nil {
+		r.end.Result, r.end.Err = idempotency.EffectResultUnknown, errors.Join(cause, err)
+		return out, fmt.Errorf("effect %s: %w", r.end.Name, err)
+	}
+	r.end.Err = cause
+	return r.recorded()
+}
+
+// unsentOnce is unsent, or the end of an effect that may be sent only now: it was not sent, and
+// never will be, which is a no.
+func (r *run[In, Out]) unsentOnce(once bool, reason string, cause error) (Out, error) {
+	if once && !r.end.Resumed {
+		return r.record(idempotency.EffectDeclined, nil, cause)
+	}
+	return r.unsent(reason, cause)
+}
+
+// unsent leaves the effect as it was before this run.
+func (r *run[In, Out]) unsent(reason string, cause error) (Out, error) {
+	return r.lapse(idempotency.EffectResultNotSent, reason, cause, r.doubtless())
+}
+
+// doubtless is the lapse of a run that adds no doubt.
+func (r *run[In, Out]) doubtless() idempotency.Lapse {
+	return idempotency.Lapse{Doubts: map[string]time.Time{r.effect.Name: r.effect.Doubt}}
+}
+
+// park leaves the request to a person.
+func (r *run[In, Out]) park(reason string, cause error) (Out, error) {
+	return r.lapse(idempotency.EffectResultParked, "", cause, idempotency.Lapse{Parked: r.reason(reason)})
+}
+
+// lapse leaves the request open.
+func (r *run[In, Out]) lapse(result idempotency.EffectResult, reason string, cause error, lapse idempotency.Lapse) (out Out, err error) {
+	lapse.Reason = cmp.Or(lapse.Parked, r.reason(reason))
+	r.end.Result, r.end.Err = result, cause
+	r.effects.Lapse(lapse)
+	if cause == nil {
+		return out, fmt.Errorf("%w: %s", ErrUnsettled, lapse.Reason)
+	}
+	return out, fmt.Errorf("%w: %s: %w", ErrUnsettled, lapse.Reason, cause)
+}
+
+// reason is for the operator, and holds no data.
+func (r *run[In, Out]) reason(reason string) string { return "effect " + r.end.Name + ": " + reason }
+
+// encodeInput returns the input as it is recorded and sent. It must survive the way back, or a
+// repeated send would not be the same.
+func encodeInput[In any](in In) ([]byte, error) {
+	input, err := json.Marshal(in)
+	switch {
+	case err != nil:
+		return nil, fmt.Errorf("encode the input: %w", err)
+	case len(input) > InputBytesMax:
+		return nil, fmt.Errorf("%w: it has %d bytes", ErrInputTooLarge, len(input))
+	}
+	if _, err := decodeInput[In](input); err != nil {
+		return nil, fmt.Errorf("decode the input again: %w", err)
+	}
+	return input, nil
+}
+
+// decodeInput refuses an input with fields that this program does not know: what it could send
+// would be another input, under the same key.
+func decodeInput[In any](input []byte) (in In, err error) {
+	decoder := json.NewDecoder(bytes.NewReader(input))
+	decoder.DisallowUnknownFields()
+	if err := decoder.Decode(&in); err != nil {
+		return in, err
+	}
+	if _, err := decoder.Token(); !errors.Is(err, io.EOF) {
+		return in, errors.New("there is more than one value")
+	}
+	return in, nil
+}
