@@ -1,0 +1,213 @@
+package effect_test
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"net/http"
+	"strings"
+	"time"
+
+	"github.com/paidonce/idempotency"
+	"github.com/paidonce/idempotency/effect"
+	"github.com/paidonce/idempotency/internal/pgserver"
+	"github.com/paidonce/idempotency/migrations"
+	"github.com/paidonce/idempotency/storage/postgres"
+)
+
+// exampleStore returns a store on a database of its own.
+func exampleStore(ctx context.Context) (_ *postgres.Store, closeStore func()) {
+	server, err := pgserver.Start(ctx, nil)
+	if err != nil {
+		panic(err)
+	}
+	store, err := postgres.Open(ctx, server.URL(), nil)
+	if err != nil {
+		panic(err)
+	}
+	if err := migrations.Up(ctx, store, nil); err != nil {
+		panic(err)
+	}
+	if _, err := store.Pool().Exec(ctx, "CREATE TABLE postings (amount int NOT NULL)"); err != nil {
+		panic(err)
+	}
+	return store, func() {
+		store.Close()
+		if err := server.Stop(); err != nil {
+			panic(err)
+		}
+	}
+}
+
+// exampleRequest returns a request, and registers its handler for later runs.
+func exampleRequest(engine *idempotency.Engine, run idempotency.RunFunc) idempotency.Request {
+	engine.Resumable("topup/1", func(idempotency.Key, []byte) (idempotency.RunFunc, error) { return run, nil })
+	return idempotency.Request{
+		Key:         idempotency.Key{Scope: "acme", Value: "8e03978e-40d5-43dd-bc93-6894a57f9324"},
+		Fingerprint: idempotency.NewFingerprintV1("POST", "/topups", "", "application/json", []byte(`{"token":"tok_1","amount":900}`)),
+		Resumable:   "topup/1",
+		Stored:      func() []byte { return []byte(`{"token":"tok_1","amount":900}`) },
+	}
+}
+
+// The processor charges the card, and its reply is lost. The client is told that the outcome is
+// unknown, and goes away. The completer asks again with the same key, and posts the charge.
+func Example() {
+	ctx := context.Background()
+	store, closeStore := exampleStore(ctx)
+	defer closeStore()
+
+	type Card struct {
+		Token  string
+		Amount int
+	}
+	type Charge struct{ ID string }
+	charges := map[string]Charge{} // at the processor, by key
+	charge := effect.New("charge", effect.Effect[Card, Charge]{
+		Do: func(_ context.Context, key string, in Card) (Charge, error) {
+			fmt.Println("asked to charge", in.Amount)
+			if done, ok := charges[key]; ok {
+				return done, nil
+			}
+			charges[key] = Charge{"ch_1"}
+			return Charge{}, errors.New("connection reset by peer")
+		},
+		KeyLifetime: 24 * time.Hour,
+	})
+
+	topUp := func(ctx context.Context) (*idempotency.Answer, error) {
+		paid, err := charge.Call(ctx, Card{"tok_1", 900})
+		switch {
+		case errors.Is(err, effect.ErrDeclined):
+			return &idempotency.Answer{Status: http.StatusPaymentRequired}, nil
+		case err != nil:
+			return nil, err // not settled: the request stays open
+		}
+		if _, err := postgres.Tx(ctx).Exec(ctx, "INSERT INTO postings (amount) VALUES (900)"); err != nil {
+			return nil, err
+		}
+		return &idempotency.Answer{Status: http.StatusCreated, Body: []byte(paid.ID)}, nil
+	}
+	engine := idempotency.NewEngine(store, nil)
+	request := exampleRequest(engine, topUp)
+	result := engine.Do(ctx, request, topUp)
+	fmt.Println("the client gets", result.Outcome)
+
+	completer := idempotency.NewCompleter(engine, &idempotency.CompleterOptions{Interval: 50 * time.Millisecond})
+	for {
+		if completed, err := completer.Once(ctx); err != nil || completed > 0 {
+			break
+		}
+		time.Sleep(50 * time.Millisecond)
+	}
+	result = engine.Do(ctx, request, topUp)
+	fmt.Println("a retry gets", result.Outcome, result.Answer.Status, string(result.Answer.Body))
+	var postings int
+	if err := store.Pool().QueryRow(ctx, "SELECT count(*) FROM postings").Scan(&postings); err != nil {
+		panic(err)
+	}
+	fmt.Println(len(charges), "charge,", postings, "posting")
+	// Output:
+	// asked to charge 900
+	// the client gets unknown
+	// asked to charge 900
+	// a retry gets replayed 201 ch_1
+	// 1 charge, 1 posting
+}
+
+// A charge that was made must come back before the request is refused.
+func ExampleDeclared_Undo() {
+	ctx := context.Background()
+	store, closeStore := exampleStore(ctx)
+	defer closeStore()
+
+	type Charge struct{ ID string }
+	charge := effect.New("charge", effect.Effect[int, Charge]{
+		Do: func(context.Context, string, int) (Charge, error) { return Charge{"ch_1"}, nil },
+	})
+	refund := effect.New("refund", effect.Effect[Charge, string]{
+		Do: func(_ context.Context, _ string, in Charge) (string, error) { return "refund of " + in.ID, nil },
+	})
+	topUp := func(ctx context.Context) (*idempotency.Answer, error) {
+		paid, err := charge.Call(ctx, 900)
+		if err != nil {
+			return nil, err
+		}
+		// The account was closed in the meantime.
+		back, err := refund.Undo(ctx, charge, paid)
+		if err != nil {
+			return nil, err
+		}
+		return &idempotency.Answer{Status: http.StatusConflict, Body: []byte(back)}, nil
+	}
+	engine := idempotency.NewEngine(store, nil)
+	result := engine.Do(ctx, exampleRequest(engine, topUp), topUp)
+	fmt.Println(result.Outcome, result.Answer.Status, string(result.Answer.Body))
+	// Output:
+	// executed 409 refund of ch_1
+}
+
+// A function that charges a card over HTTP, for the Do of an effect.
+func ExampleFromHTTP() {
+	type Charge struct{ ID string }
+	charge := func(ctx context.Context, client *http.Client, key string) (charge Charge, err error) {
+		req, err := http.NewRequestWithContext(ctx, http.MethodPost, "https://psp.example/charges", strings.NewReader("{}"))
+		if err != nil {
+			return charge, effect.NotSent(err)
+		}
+		req.Header.Set("Idempotency-Key", key)
+		resp, err := client.Do(req)
+		if err == nil {
+			defer resp.Body.Close()
+		}
+		if err := effect.FromHTTP(resp, err); err != nil {
+			return charge, err
+		}
+		return charge, json.NewDecoder(resp.Body).Decode(&charge) // cut off: unknown
+	}
+	for _, status := range []int{201, 402, 504} {
+		client := &http.Client{Transport: answering(status)}
+		made, err := charge(context.Background(), client, "a derived key")
+		fmt.Println(made, errors.Is(err, effect.ErrDeclined), err)
+	}
+	// Output:
+	// {ch_1} false <nil>
+	// {} true declined: the other service answered 402
+	// {} false the other service answered 504
+}
+
+// answering is a transport whose every response has this status.
+type answering int
+
+func (a answering) RoundTrip(*http.Request) (*http.Response, error) {
+	return &http.Response{StatusCode: int(a), Header: http.Header{}, Body: io.NopCloser(strings.NewReader(`{"ID":"ch_1"}`))}, nil
+}
+
+// The detail of a decline is recorded, and so the same in every run of the handler.
+func ExampleDeclined() {
+	type Refusal struct{ Code string }
+	err := effect.Declined(errors.New("status 402"), Refusal{"insufficient_funds"})
+
+	var declined *effect.DeclinedError
+	var refusal Refusal
+	if errors.As(err, &declined) && json.Unmarshal(declined.Detail, &refusal) == nil {
+		fmt.Println(errors.Is(err, effect.ErrDeclined), refusal.Code)
+	}
+	// Output:
+	// true insufficient_funds
+}
+
+// The facts about a known service fill the fields of an effect.
+func ExampleProfileOf() {
+	stripe := effect.ProfileOf("stripe-v1")
+	charge := effect.New("charge", effect.Effect[int, string]{
+		Do:            func(context.Context, string, int) (string, error) { return "ch_1", nil },
+		KeyLifetime:   stripe.KeyLifetime,
+		KeepsDeclines: stripe.KeepsDeclines,
+	})
+	fmt.Println(charge.Name(), stripe.KeyLifetime, stripe.KeepsDeclines)
+	// Output:
+	// charge 24h0m0s true
+}
