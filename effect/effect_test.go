@@ -625,8 +625,10 @@ func TestBreakerLetsOneCallAtATimeTry(t *testing.T) {
 	var sent atomic.Int64
 	var up atomic.Bool
 	began, release := make(chan struct{}), make(chan struct{})
+	meet := func() {}
 	s := newShop(t, func(_ *processor, e *effect.Effect[card, charge]) {
 		e.Do = func(_ context.Context, key string, in card) (charge, error) {
+			meet()
 			n := sent.Add(1)
 			if n == 11 { // the probe
 				close(began)
@@ -672,6 +674,21 @@ func TestBreakerLetsOneCallAtATimeTry(t *testing.T) {
 	if n := sent.Load(); n != 11+requests {
 		t.Errorf("sent %d times", n)
 	}
+	// It gives results again: two at once are sent.
+	var both, ended sync.WaitGroup
+	both.Add(2)
+	meet = both.Done
+	for n := range 2 {
+		ended.Go(func() { request(requests + n) })
+	}
+	met := make(chan struct{})
+	go func() { both.Wait(); close(met) }()
+	select {
+	case <-met:
+	case <-time.After(10 * time.Second):
+		t.Error("only one of two was sent")
+	}
+	ended.Wait()
 }
 
 func TestCallThatPanicsIsLeftToAPersonAfterFiveTries(t *testing.T) {
@@ -690,6 +707,32 @@ func TestCallThatPanicsIsLeftToAPersonAfterFiveTries(t *testing.T) {
 	s.wantParked(t, s.resume(t), "panicked 5 times")
 	if panics != effect.PanicsMax {
 		t.Errorf("%d tries", panics)
+	}
+}
+
+func TestSendEndsWithItsTimeoutAndWithTheHandler(t *testing.T) {
+	t.Parallel()
+	for name, c := range map[string]struct{ handler, want time.Duration }{
+		"its timeout": {14 * time.Second, 10 * time.Second}, "the handler's": {5 * time.Second, 5 * time.Second},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			var left time.Duration
+			s := newShop(t, func(_ *processor, e *effect.Effect[card, charge]) {
+				do := e.Do
+				e.Timeout = 0 // the default
+				e.Do = func(ctx context.Context, key string, in card) (charge, error) {
+					deadline, _ := ctx.Deadline()
+					left = time.Until(deadline)
+					return do(ctx, key, in)
+				}
+			})
+			s.serve(s.Store, idempotency.Timeouts{Handler: c.handler})
+			s.wantPaid(t, s.request(), 900)
+			if left > c.want || left < c.want-3*time.Second {
+				t.Errorf("%v were left, want %v", left, c.want)
+			}
+		})
 	}
 }
 
@@ -875,8 +918,17 @@ func TestMistakesOfWiringArePanics(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
 			s := newShop(t, nil)
-			s.handle = c.handle(s)
+			returned := false
+			handle := c.handle(s)
+			s.handle = func(ctx context.Context) (*idempotency.Answer, error) {
+				answer, err := handle(ctx)
+				returned = true
+				return answer, err
+			}
 			result := s.request()
+			if returned {
+				t.Error("Call returned")
+			}
 			if result.Reason != idempotency.ReasonHandlerFailed || result.Outcome != idempotency.OutcomeNotExecuted || !strings.Contains(fmt.Sprint(result.Err), c.says) {
 				t.Errorf("%+v", result)
 			}

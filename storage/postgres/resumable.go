@@ -408,7 +408,8 @@ func (a *openAttempt) Settle(ctx context.Context, effect *idempotency.Effect) er
 		{Statement: &a.store.statements.commit},
 	}, a.phaseCalls(phase)...)
 	const settled = 3 // calls
-	if a.over {       // only the result counts now, and nobody would end another transaction
+	if a.over {
+		// Only the result counts now, and nobody would end another transaction.
 		calls = calls[:settled]
 	}
 	wire.ForgetWarning(phase.conn)
