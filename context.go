@@ -81,6 +81,12 @@ func KeyFrom(ctx context.Context) (Key, bool) {
 	return r.key, true
 }
 
+// Resumed reports whether the request that runs with this context was open before this run.
+func Resumed(ctx context.Context) bool {
+	r, ok := ctx.Value(contextKey{}).(*running)
+	return ok && r.effects != nil && r.effects.open != nil
+}
+
 // DerivedKey returns a key for a call that the handler makes to another service. It is the same for
 // every attempt at this request, and different for every other request and name. It is safe to show
 // to the other side, which can't find the original from it. It has the layout of a version 8 UUID

@@ -369,7 +369,7 @@ func (e *Engine) attempts(ctx context.Context, req *ongoing, run RunFunc, trace 
 			result, again = e.attempt(&bounds.parent, budget, req, run, trace, past)
 		} else {
 			req.claim.Resumable, req.claim.Stored = req.Resumable, req.Stored
-			result, again = e.attemptOpen(&bounds.parent, budget, req, run, trace, past, restarts == 0 && !req.resumed)
+			result, again = e.attemptOpen(&bounds.parent, budget, req, run, trace, past, restarts == 0 && !req.resumed && !req.ClaimFirst)
 		}
 		lost := errors.Is(again, ErrKeyRecorded)
 		// Once more only to read the record, even if the restarts are spent: the next claim finds

@@ -42,6 +42,11 @@ type Request struct {
 	// function of [Engine.Resumable]. Required if Resumable is set.
 	Stored func() []byte
 
+	// ClaimFirst has a resumable request claim its key before its handler runs, which costs a round
+	// trip. Otherwise the claim travels with the handler's first use of its transaction, or its
+	// first call, and the handler may run up to there for a replay too.
+	ClaimFirst bool
+
 	// Route is the request's route, such as "POST /transfers". Only the [Tracer] gets it. It must
 	// come from a small set, never from the path. May be empty.
 	Route string

@@ -29,6 +29,7 @@ type Middleware struct {
 	scope   ScopeFunc
 	options Options
 	headers map[string]bool // the allow-list
+	stored  []string        // the request headers that a resumed run has
 	quota   *quota          // nil: there is none
 	notices notices
 	routed  atomic.Bool // whether a router inside has been seen to name a route
@@ -65,6 +66,9 @@ func newMiddleware(engine *idempotency.Engine, scope ScopeFunc, o Options, quota
 	for _, name := range append(RecordedHeaders(), o.RecordHeaders...) {
 		m.headers[http.CanonicalHeaderKey(name)] = true
 	}
+	for _, name := range append(StoredHeaders(), o.StoreHeaders...) {
+		m.stored = append(m.stored, http.CanonicalHeaderKey(name))
+	}
 	return m
 }
 
@@ -85,6 +89,9 @@ const methodQuery = "QUERY"
 // are recorded. A request that passes two mounts gets 500, and the log names both.
 func (m *Middleware) Handler(next http.Handler) http.Handler {
 	at := newMount()
+	if m.options.Resumable != "" {
+		m.register(next, at)
+	}
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) { m.serve(w, r, next, at) })
 }
 
@@ -167,6 +174,10 @@ func (m *Middleware) serve(w http.ResponseWriter, r *http.Request, next http.Han
 		}
 	}
 
+	if m.options.Resumable != "" {
+		request.Resumable, request.Stored, request.ClaimFirst = m.options.Resumable, run.stored, m.quota != nil
+	}
+
 	// Nothing goes to the client before Do has returned. By then the request holds nothing, so that
 	// a slow reader costs nothing either.
 	run.key = request.Key
@@ -207,6 +218,9 @@ func (m *Middleware) answer(w http.ResponseWriter, r *http.Request, result idemp
 		errors.As(result.Err, &refusal)
 		h.Set("Retry-After", retryAfter(refusal.RetryAfter))
 		m.refuse(w, r, result.Reason, errQuotaExceeded, nil)
+		return
+	case result.Accepted:
+		m.writeAccepted(w, result)
 		return
 	case result.Answer == nil:
 		m.writeProblem(w, result.Reason, result.Outcome, nil)

@@ -79,6 +79,21 @@ type Options struct {
 	// that takes only the relevant parts.
 	Fingerprinters []Fingerprinter
 
+	// Resumable makes the route's handler one that may call other services (package effect): it
+	// names the handler, with a version, such as "topup/1". A request with a call that is not
+	// settled stays open, and runs again on the handler with this name, in any replica that has it
+	// (see [Middleware.Completer]). So each name belongs to one handler, and an old one must be
+	// served until no request of its name is open. Until its first call the handler may run for
+	// replays too. Empty, the default, refuses such calls.
+	Resumable string
+
+	// StoreHeaders are the request headers that a resumed run has, in addition to
+	// [StoredHeaders]. Headers that carry credentials can't be stored.
+	StoreHeaders []string
+
+	// ResumeContext completes the context of a resumed run. Nil adds nothing.
+	ResumeContext ResumeContextFunc
+
 	// RecordHeaders are recorded and replayed in addition to [RecordedHeaders]. Headers that carry
 	// a credential, belong to the connection or tell which site may read the answer
 	// (Access-Control-*) are refused.
@@ -194,6 +209,7 @@ func (o *Options) full() Options {
 			panic(fmt.Sprintf("idempotency/middleware: Options.RecordHeaders names %s, which is never recorded", name))
 		}
 	}
+	full.checkResumable()
 	return full
 }
 

@@ -24,6 +24,9 @@ type problem struct {
 	Title  string `json:"title"`
 	Status int    `json:"status"`
 	Detail string `json:"detail"`
+
+	// Accepted means that the request will be brought to its end whatever the client does.
+	Accepted bool `json:"accepted,omitempty"`
 }
 
 // text is the text of a reason's document.
@@ -60,6 +63,8 @@ var texts = map[idempotency.Reason]text{
 		"This request left nothing in the database. Try again with the same key, or give up if no earlier one may have been executed.", true},
 	idempotency.ReasonOutcomeUnknown: {http.StatusServiceUnavailable, "The outcome is not known",
 		"The request may or may not have been executed. Try again with the same key until the answer is another one.", true},
+	idempotency.ReasonNeedsAttention: {http.StatusServiceUnavailable, "The outcome is not known",
+		"The request was accepted, and needs a person to settle it. Keep the key, and try again later.", true},
 	idempotency.ReasonCallUnknown: {http.StatusServiceUnavailable, "The outcome is not known",
 		"This request left nothing in the database, but may have had an effect at another service that it called. Try again with the same key until the answer is another one.", true},
 	idempotency.ReasonRecordCorrupt: {http.StatusInternalServerError, "The recorded answer can't be trusted",
@@ -82,11 +87,23 @@ func textOf(reason idempotency.Reason, override *StatusError) text {
 
 // writeProblem answers with the problem document of a reason.
 func (m *Middleware) writeProblem(w http.ResponseWriter, reason idempotency.Reason, outcome idempotency.Outcome, override *StatusError) {
-	t := textOf(reason, override)
+	m.writeDocument(w, textOf(reason, override), problem{Type: m.options.ProblemBase + string(reason)}, outcome, override, m.options.RetryAfter)
+}
+
+// writeAccepted answers a request that is open: it will be brought to its end.
+func (m *Middleware) writeAccepted(w http.ResponseWriter, result idempotency.Result) {
+	t := textOf(result.Reason, nil)
+	if result.Reason == idempotency.ReasonOutcomeUnknown {
+		t.detail = "The request was accepted, and calls another service that has not answered yet. It will be brought to its end. Try again with the same key for the answer."
+	}
+	m.writeDocument(w, t, problem{Type: m.options.ProblemBase + string(result.Reason), Accepted: true}, result.Outcome, nil, max(result.RetryAfter, m.options.RetryAfter))
+}
+
+func (m *Middleware) writeDocument(w http.ResponseWriter, t text, document problem, outcome idempotency.Outcome, override *StatusError, retry time.Duration) {
 	if override != nil && override.Challenge != "" {
 		w.Header().Set("WWW-Authenticate", override.Challenge)
 	}
-	document := problem{Type: m.options.ProblemBase + string(reason), Title: t.title, Status: t.status, Detail: t.detail}
+	document.Title, document.Status, document.Detail = t.title, t.status, t.detail
 	body, err := json.Marshal(document)
 	if err != nil { // four strings and a number
 		panic(err)
@@ -97,7 +114,7 @@ func (m *Middleware) writeProblem(w http.ResponseWriter, reason idempotency.Reas
 	h.Set("Cache-Control", "no-store")
 	h.Set("Idempotency-Status", string(outcome))
 	if t.retry {
-		h.Set("Retry-After", retryAfter(m.options.RetryAfter))
+		h.Set("Retry-After", retryAfter(retry))
 	}
 	h.Del("Content-Length") // net/http sets it, after outer middleware
 	w.WriteHeader(t.status)

@@ -152,7 +152,7 @@ func (run *run) withinQuota(request idempotency.Request) (result idempotency.Res
 		run.settle(result)
 	}()
 	result = run.m.engine.Do(run.request.Context(), request, func(ctx context.Context) (*idempotency.Answer, error) {
-		if refusal := run.count(); refusal != nil {
+		if refusal := run.count(ctx); refusal != nil {
 			return nil, refusal
 		}
 		return run.once(ctx)
@@ -163,8 +163,8 @@ func (run *run) withinQuota(request idempotency.Request) (result idempotency.Res
 
 // count counts the request's key in its scope's quota. It returns a refusal if the scope has no key
 // left.
-func (run *run) count() *idempotency.Refusal {
-	if run.key.Value == "" || run.counted != nil {
+func (run *run) count(ctx context.Context) *idempotency.Refusal {
+	if run.key.Value == "" || run.counted != nil || idempotency.Resumed(ctx) {
 		return nil
 	}
 	var wait time.Duration
