@@ -453,6 +453,7 @@ func (e *Engine) attemptOpen(ctx context.Context, budget *deadline.Context, req 
 	}
 	for restarts := 0; ; restarts++ {
 		answer, recorded, fact, err := e.runOpen(ctx, budget, req, run, trace, past, effects)
+		refusal := refusalOf(err)
 		switch decide(fact).action {
 		case actionCommit:
 			err = end(deadline.After(ctx, e.options.Timeouts.Commit), attempt.Commit, recorded, StepCommit, trace)
@@ -503,7 +504,7 @@ func (e *Engine) attemptOpen(ctx context.Context, budget *deadline.Context, req 
 		case actionRestart:
 			return Result{}, err
 		default:
-			if refusal := refusalOf(err); decision.reason == reasonOfRefusal && refusal != nil {
+			if decision.reason == reasonOfRefusal {
 				decision.reason = refusal.Reason
 			}
 			result := refuse(decision, err)

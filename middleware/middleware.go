@@ -62,6 +62,7 @@ func (m *Middleware) With(change func(o *Options)) *Middleware {
 func newMiddleware(engine *idempotency.Engine, scope ScopeFunc, o Options, quota *quota) *Middleware {
 	in := engine.Options() // so that With shows the options in force
 	o.TTL, o.Disposition, o.Restarts, o.InFlightMax, o.Timeouts = in.TTL, in.Disposition, in.Restarts, in.InFlightMax, in.Timeouts
+	o.BackoffMax, o.ParkAfter = in.BackoffMax, in.ParkAfter
 	m := &Middleware{engine: engine, scope: scope, options: o, headers: map[string]bool{}, quota: quota}
 	for _, name := range append(RecordedHeaders(), o.RecordHeaders...) {
 		m.headers[http.CanonicalHeaderKey(name)] = true

@@ -87,6 +87,11 @@ type Options struct {
 	// replays too. Empty, the default, refuses such calls.
 	Resumable string
 
+	// BackoffMax and ParkAfter are those of [idempotency.Options], for resumable routes. They default
+	// to 5 minutes and 24 hours.
+	BackoffMax time.Duration
+	ParkAfter  time.Duration
+
 	// StoreHeaders are the request headers that a resumed run has, in addition to
 	// [StoredHeaders]. Headers that carry credentials can't be stored.
 	StoreHeaders []string
@@ -217,7 +222,7 @@ func (o *Options) full() Options {
 func (o *Options) engine() *idempotency.Options {
 	engine := &idempotency.Options{
 		TTL: o.TTL, Wait: o.Wait, Disposition: o.Disposition, Tracer: o.Tracer, Service: o.Service,
-		Restarts: o.Restarts, InFlightMax: o.InFlightMax, Timeouts: o.Timeouts,
+		Restarts: o.Restarts, BackoffMax: o.BackoffMax, ParkAfter: o.ParkAfter, InFlightMax: o.InFlightMax, Timeouts: o.Timeouts,
 	}
 	if o.Reduce != nil {
 		engine.Reduce = func(answer idempotency.Answer) idempotency.Answer {

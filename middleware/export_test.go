@@ -1,0 +1,4 @@
+package middleware
+
+// RestoreRequest is for its fuzz test.
+var RestoreRequest = restoreRequest
