@@ -40,6 +40,13 @@ func TestDecideEveryRow(t *testing.T) {
 		factResolvedAbsent:     {actionRefuse, OutcomeNotExecuted, ReasonUnavailable},
 		factCallForgotten:      {action: actionAnswer, outcome: OutcomeUnknown},
 		factCallUnknown:        {actionRefuse, OutcomeUnknown, ReasonCallUnknown},
+		factOpen:               {actionTakeOver, OutcomeUnknown, ReasonOutcomeUnknown},
+		factTakenOver:          {action: actionRun},
+		factBackingOff:         {actionRefuse, OutcomeUnknown, ReasonOutcomeUnknown},
+		factParked:             {actionRefuse, OutcomeUnknown, ReasonNeedsAttention},
+		factUnsettled:          {actionLeave, OutcomeUnknown, ReasonOutcomeUnknown},
+		factContradiction:      {actionPark, OutcomeUnknown, ReasonNeedsAttention},
+		factFenced:             {actionRefuse, OutcomeInProgress, ReasonInProgress},
 		factOutcomeUnknown:     {actionRefuse, OutcomeUnknown, ReasonOutcomeUnknown},
 	}
 	unknown := rows[factOutcomeUnknown]

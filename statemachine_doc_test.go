@@ -17,6 +17,8 @@ func TestStateMachineDocIsTheTable(t *testing.T) {
 		"Committed": factCommitted, "Declined": factDeclined, "Forgotten": factForgotten, "KeyRecorded": factKeyRecorded,
 		"CommitAborted": factCommitAborted, "DeclineFailed": factDeclineFailed, "OutcomeUnknown": factOutcomeUnknown,
 		"RecordCorrupt": factRecordCorrupt, "CommitUnknown": factCommitUnknown, "ResolvedOurs": factResolvedOurs, "ResolvedAbsent": factResolvedAbsent,
+		"Open": factOpen, "TakenOver": factTakenOver, "BackingOff": factBackingOff, "Parked": factParked, "Unsettled": factUnsettled,
+		"Contradiction": factContradiction, "Fenced": factFenced,
 		"CallForgotten": factCallForgotten, "CallUnknown": factCallUnknown,
 	}
 	if len(facts) != int(factOutcomeUnknown) {
@@ -24,7 +26,7 @@ func TestStateMachineDocIsTheTable(t *testing.T) {
 	}
 	actions := map[string]action{
 		"Run": actionRun, "Wait": actionWait, "Claim": actionClaim, "Replay": actionReplay, "Commit": actionCommit, "Decline": actionDecline, "Forget": actionForget,
-		"Answer": actionAnswer, "Restart": actionRestart, "Resolve": actionResolve, "Refuse": actionRefuse,
+		"Answer": actionAnswer, "Restart": actionRestart, "Resolve": actionResolve, "Refuse": actionRefuse, "TakeOver": actionTakeOver, "Leave": actionLeave, "Park": actionPark,
 	}
 	doc, err := os.ReadFile("docs/state-machine.md")
 	if err != nil {

@@ -240,10 +240,11 @@ func (a *openAttempt) vehicle(ctx context.Context) (*keyedAttempt, error) {
 	return phase, nil
 }
 
-// acquire takes a connection that answers, until ctx ends. A result is worth waiting for.
+// acquire takes a connection from the pool, and tries until ctx ends: a result is worth waiting
+// for. The pool has looked whether one that was idle for longer answers.
 func (a *openAttempt) acquire(ctx context.Context) (*pgxpool.Conn, error) {
 	for {
-		conn, err := a.store.acquireFresh(ctx)
+		conn, err := a.store.acquire(ctx)
 		if err == nil && wire.PlainText(conn.Conn().PgConn()) {
 			return conn, nil
 		}
@@ -349,7 +350,7 @@ func (a *openAttempt) Intend(ctx context.Context, effect *idempotency.Effect, le
 					return a.store.statements.meaning(&wire.Call{Statement: &a.store.statements.insert}, err)
 				},
 			},
-			wire.Call{Statement: &s.open, Params: [][]byte{leaseMS[:], ttl[:], phase.scope, phase.key, []byte(a.claim.Resumable), a.claim.Stored()}},
+			wire.Call{Statement: &s.open, Params: [][]byte{leaseMS[:], ttl[:], phase.scope, phase.key, []byte(a.claim.Resumable), notNull(a.claim.Stored())}},
 		)
 	} else {
 		epoch = a.epoch
@@ -359,7 +360,7 @@ func (a *openAttempt) Intend(ctx context.Context, effect *idempotency.Effect, le
 	calls = append(calls,
 		wire.Call{
 			Statement: &s.effect,
-			Params:    [][]byte{epochBytes[:], kind[:], derived[:], phase.scope, phase.key, []byte(effect.Name), effect.Input},
+			Params:    [][]byte{epochBytes[:], kind[:], derived[:], phase.scope, phase.key, []byte(effect.Name), notNull(effect.Input)},
 			Row: wire.RowFunc(func(values [][]byte) error {
 				d := wire.Decoder{Values: values}
 				d.Next(-1)
@@ -376,6 +377,14 @@ func (a *openAttempt) Intend(ctx context.Context, effect *idempotency.Effect, le
 		a.failed = err
 	}
 	return err
+}
+
+// notNull returns the bytes as a parameter: nil would be NULL.
+func notNull(b []byte) []byte {
+	if b == nil {
+		return []byte{}
+	}
+	return b
 }
 
 // parseUUID returns the bytes of a UUID in its usual form.
@@ -397,14 +406,10 @@ func (a *openAttempt) Settle(ctx context.Context, effect *idempotency.Effect) er
 	if err != nil {
 		return err
 	}
-	output := effect.Output
-	if output == nil {
-		output = []byte{}
-	}
 	state := wire.EncodeInt2(int16(effect.State))
 	calls := append([]wire.Call{
 		{Statement: &a.store.open.begin},
-		a.fenceCall(&a.store.open.settle, phase, state[:], output, []byte(effect.Name)),
+		a.fenceCall(&a.store.open.settle, phase, state[:], notNull(effect.Output), []byte(effect.Name)),
 		{Statement: &a.store.statements.commit},
 	}, a.phaseCalls(phase)...)
 	const settled = 3 // calls
@@ -484,15 +489,11 @@ func (a *openAttempt) last(ctx context.Context) (*keyedAttempt, error) {
 // endCall records the answer and closes the request.
 func (a *openAttempt) endCall(phase *keyedAttempt, answer *idempotency.Answer) wire.Call {
 	status, ttl := wire.EncodeInt2(int16(answer.Status)), wire.EncodeInt8(a.claim.TTL.Microseconds())
-	body := answer.Body
-	if body == nil {
-		body = []byte{}
-	}
 	var trace []byte
 	if a.claim.TraceID != "" {
 		trace = []byte(a.claim.TraceID)
 	}
-	call := a.fenceCall(&a.store.open.end, phase, status[:], encodeHeaders(nil, answer.Header), body, trace, ttl[:], a.claim.Attempt[:])
+	call := a.fenceCall(&a.store.open.end, phase, status[:], encodeHeaders(nil, answer.Header), notNull(answer.Body), trace, ttl[:], a.claim.Attempt[:])
 	call.Row = nil
 	return call
 }

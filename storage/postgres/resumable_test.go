@@ -246,3 +246,41 @@ func TestOneOwnerAtATime(t *testing.T) {
 		t.Errorf("posted %d times", n)
 	}
 }
+
+// A request with one call costs one round trip more than the same without the call: the intent
+// travels with the claim, and the result with the beginning of the last transaction.
+func TestCallCostsOneRoundTrip(t *testing.T) {
+	t.Parallel()
+	b := setup(t, &setupOptions{configure: func(c *pgxpool.Config) { c.MaxConns, c.MinConns = 1, 1 }})
+	engine := idempotency.NewEngine(b.store, nil)
+	cost := func(key string, call bool) int {
+		req := request(key, "")
+		req.Resumable, req.Stored = "topup/1", func() []byte { return nil }
+		before := b.wire.count()
+		result := engine.Do(t.Context(), req, func(ctx context.Context) (*idempotency.Answer, error) {
+			if call {
+				effects, err := idempotency.EffectsFrom(ctx)
+				if err != nil {
+					return nil, err
+				}
+				effect, _, _, err := effects.Begin(idempotency.Intent{Name: "charge", Kind: idempotency.EffectCall, Timeout: time.Second})
+				if err != nil {
+					return nil, err
+				}
+				effect.State = idempotency.EffectDone
+				if err := effects.Settle(effect); err != nil {
+					return nil, err
+				}
+			}
+			statements(ctx, t, postgres.Tx(ctx))
+			return answer(201), nil
+		})
+		want(t, result, idempotency.OutcomeExecuted, "")
+		return b.wire.count() - before
+	}
+	cost("warm", true)
+	without, with := cost("without", false), cost("with", true)
+	if without != handlerStatements+2 || with != without+1 {
+		t.Errorf("%d round trips without the call and %d with it", without, with)
+	}
+}
