@@ -677,16 +677,18 @@ func TestBreakerLetsOneCallAtATimeTry(t *testing.T) {
 	// It gives results again: two at once are sent.
 	var both, ended sync.WaitGroup
 	both.Add(2)
-	meet = both.Done
+	met := make(chan struct{})
+	meet = func() {
+		both.Done()
+		select {
+		case <-met:
+		case <-time.After(10 * time.Second):
+			t.Error("only one of two was sent")
+		}
+	}
+	go func() { both.Wait(); close(met) }()
 	for n := range 2 {
 		ended.Go(func() { request(requests + n) })
-	}
-	met := make(chan struct{})
-	go func() { both.Wait(); close(met) }()
-	select {
-	case <-met:
-	case <-time.After(10 * time.Second):
-		t.Error("only one of two was sent")
 	}
 	ended.Wait()
 }
