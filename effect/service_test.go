@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"math/rand/v2"
 	"net/http"
 	"net/http/httptest"
 	"strings"
@@ -50,6 +51,7 @@ type processor struct {
 	mu       sync.Mutex
 	keepsNo  bool // a decline is kept under its key
 	lags     bool // the look-up finds nothing
+	random   bool // behaves at random, without plan
 	plan     []behavior
 	always   behavior // after the plan
 	requests []card
@@ -93,6 +95,9 @@ func (p *processor) post(w http.ResponseWriter, r *http.Request) {
 	does := p.always
 	if len(p.plan) > 0 {
 		does, p.plan = p.plan[0], p.plan[1:]
+	}
+	if p.random {
+		does = behavior(rand.N(int(refuses) + 1))
 	}
 	p.requests, p.keys[key] = append(p.requests, in), true
 	p.mu.Unlock()
@@ -139,7 +144,7 @@ func (p *processor) get(w http.ResponseWriter, r *http.Request) {
 	defer p.mu.Unlock()
 	p.lookups++
 	amount, ok := p.charges[r.PathValue("key")]
-	if !ok || p.lags {
+	if !ok || p.lags || p.random && rand.N(2) == 0 {
 		http.NotFound(w, r)
 		return
 	}

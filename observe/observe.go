@@ -30,8 +30,9 @@ func Join(tracers ...idempotency.Tracer) idempotency.Tracer {
 type joined []idempotency.Tracer
 
 var (
-	_ idempotency.Tracer     = joined(nil)
-	_ idempotency.WaitTracer = joined(nil)
+	_ idempotency.Tracer       = joined(nil)
+	_ idempotency.WaitTracer   = joined(nil)
+	_ idempotency.EffectTracer = joined(nil)
 )
 
 func (j joined) TraceRequestStart(ctx context.Context, data idempotency.RequestStart) context.Context {
@@ -45,6 +46,14 @@ func (j joined) TraceWaitStart(ctx context.Context) {
 	for _, tracer := range j {
 		if waiter, ok := tracer.(idempotency.WaitTracer); ok {
 			waiter.TraceWaitStart(ctx)
+		}
+	}
+}
+
+func (j joined) TraceEffect(ctx context.Context, data idempotency.EffectEnd) {
+	for _, tracer := range j {
+		if effects, ok := tracer.(idempotency.EffectTracer); ok {
+			effects.TraceEffect(ctx, data)
 		}
 	}
 }

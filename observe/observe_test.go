@@ -48,6 +48,8 @@ type patient struct{ witness }
 
 func (p *patient) TraceWaitStart(ctx context.Context) { p.tell(ctx, "waits") }
 
+func (p *patient) TraceEffect(ctx context.Context, _ idempotency.EffectEnd) { p.tell(ctx, "calls") }
+
 func TestJoinTellsEachInOrder(t *testing.T) {
 	t.Parallel()
 	var told []string
@@ -56,10 +58,11 @@ func TestJoinTellsEachInOrder(t *testing.T) {
 	ctx := tracer.TraceRequestStart(context.Background(), idempotency.RequestStart{})
 	tracer.TraceStep(ctx, idempotency.StepEnd{Step: idempotency.StepClaim})
 	tracer.(idempotency.WaitTracer).TraceWaitStart(ctx)
+	tracer.(idempotency.EffectTracer).TraceEffect(ctx, idempotency.EffectEnd{})
 	tracer.TraceRequestEnd(ctx, idempotency.RequestEnd{})
 	tracer.TraceRefused(context.Background(), idempotency.Refused{})
 	want := []string{
-		"a start after ", "b start after a", "a claim after ab", "b claim after ab", "b waits after ab",
+		"a start after ", "b start after a", "a claim after ab", "b claim after ab", "b waits after ab", "b calls after ab",
 		"a end after ab", "b end after ab", "a refused after ", "b refused after ",
 	}
 	if !slices.Equal(told, want) {
