@@ -64,13 +64,15 @@ func TestDecideEveryRow(t *testing.T) {
 	}
 }
 
-// A decision goes on, or answers, or names the reason for not answering: exactly one of them.
+// A decision goes on, or answers, or names the reason for not answering: exactly one of them. What is
+// done with an open request may end in a refusal, and names its reason.
 func TestDecisionsAreWhole(t *testing.T) {
 	t.Parallel()
 	for f := range fact(255) {
 		d := decide(f)
-		ends := d.action == actionAnswer || d.action == actionReplay || d.action == actionRefuse
-		if ends != (d.outcome != "") || (d.action == actionRefuse) != (d.reason != "") {
+		refuses := d.action == actionRefuse || d.action == actionTakeOver || d.action == actionLeave || d.action == actionPark
+		ends := d.action == actionAnswer || d.action == actionReplay || refuses
+		if ends != (d.outcome != "") || refuses != (d.reason != "") {
 			t.Errorf("fact %d: %+v", f, d)
 		}
 	}
