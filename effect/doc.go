@@ -26,6 +26,9 @@
 //
 // # The handler
 //
+// Its route names it for later runs (Options.Resumable of package middleware), its store keeps
+// requests open (postgres.Store), and every replica runs an [idempotency.Completer].
+//
 // It may run several times. A call whose result is recorded returns it without sending, so the code
 // between the calls must only decode and decide: no writes before a call, no clock, no random
 // numbers. Each run must ask for the effects that were made; if one does not, the request is left to
