@@ -42,7 +42,7 @@ type EffectTracer interface {
 // EffectResult is the result of an effect that a handler called.
 type EffectResult string
 
-// The results. All but the last four are recorded.
+// The results. The first three are recorded.
 const (
 	EffectResultDone     EffectResult = "done"
 	EffectResultDeclined EffectResult = "declined"
@@ -50,6 +50,7 @@ const (
 	EffectResultUnknown  EffectResult = "unknown"  // it was sent, and its result is not known yet
 	EffectResultNotSent  EffectResult = "not-sent" // it will be sent later
 	EffectResultParked   EffectResult = "parked"   // only a person can settle it
+	EffectResultFenced   EffectResult = "fenced"   // it came too late: another owner has the request, and asks for it itself
 	EffectResultFailed   EffectResult = "failed"   // it was not begun
 )
 

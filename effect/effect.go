@@ -353,6 +353,9 @@ func (r *run[In, Out]) record(state idempotency.EffectState, output []byte, caus
 	r.effect.State, r.effect.Output = state, output
 	if err := r.effects.Settle(r.effect); err != nil {
 		r.end.Result, r.end.Err = idempotency.EffectResultUnknown, errors.Join(cause, err)
+		if errors.Is(err, idempotency.ErrFenced) {
+			r.end.Result = idempotency.EffectResultFenced
+		}
 		return out, fmt.Errorf("effect %s: %w", r.end.Name, err)
 	}
 	r.end.Err = cause

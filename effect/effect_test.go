@@ -323,6 +323,38 @@ func TestAbsenceSettlesNothing(t *testing.T) {
 	}
 }
 
+// An owner gets its result after another one has taken the request over and ended it.
+func TestResultOfAReplacedOwnerIsRefused(t *testing.T) {
+	t.Parallel()
+	began, release := make(chan struct{}), make(chan struct{})
+	var calls atomic.Int64
+	s := newShop(t, func(_ *processor, e *effect.Effect[card, charge]) {
+		do := e.Do
+		e.Do = func(ctx context.Context, key string, in card) (charge, error) {
+			if calls.Add(1) == 1 {
+				close(began)
+				<-release
+				return charge{}, effect.Declined(errors.New("an old no"), nil)
+			}
+			return do(ctx, key, in)
+		}
+	})
+	first := make(chan idempotency.Result)
+	go func() { first <- s.request() }()
+	<-began
+	s.wantPaid(t, s.resume(t), 900)
+	close(release)
+	if result := <-first; result.Outcome == idempotency.OutcomeExecuted || result.Outcome == idempotency.OutcomeNotExecuted {
+		t.Errorf("the first owner: %+v", result)
+	}
+	if end := s.ends.last(t); end.Result != idempotency.EffectResultFenced {
+		t.Errorf("traced: %+v", end)
+	}
+	if result := s.request(); result.Outcome != idempotency.OutcomeReplayed || result.Answer.Status != 201 {
+		t.Errorf("a retry: %+v", result)
+	}
+}
+
 // An owner that sleeps until somebody else may have taken the request over does not send, wherever
 // it slept.
 func TestSleeperDoesNotSend(t *testing.T) {
