@@ -153,7 +153,11 @@ func (b *testBundle) wantTables(t *testing.T, want ...string) {
 
 // tablesOf returns the tables that Up makes in a schema, in order.
 func tablesOf(schema string) []string {
-	return []string{schema + ".idempotency_audit", schema + ".idempotency_events", schema + ".idempotency_keys", schema + ".idempotency_migrations"}
+	var tables []string
+	for _, table := range []string{"audit", "effects", "events", "keys", "migrations", "open"} {
+		tables = append(tables, schema+".idempotency_"+table)
+	}
+	return tables
 }
 
 // wantKeeps makes the store execute a request and replay it.
@@ -570,7 +574,7 @@ func TestLatest(t *testing.T) {
 	if !reflect.DeepEqual(directions, want) {
 		t.Errorf("files are %v, want %v up to Latest", directions, want)
 	}
-	if migrations.Latest < postgres.SchemaVersion || migrations.Latest != operator.SchemaVersion {
+	if postgres.SchemaVersion > operator.SchemaVersion || operator.SchemaVersion > migrations.Latest {
 		t.Errorf("Latest is %d, postgres.SchemaVersion %d and operator.SchemaVersion %d", migrations.Latest, postgres.SchemaVersion, operator.SchemaVersion)
 	}
 }
@@ -782,7 +786,7 @@ func TestDirtySchemaOfTheMigrateProgram(t *testing.T) {
 func TestUpNoticesThatTableAndVersionDoNotFit(t *testing.T) {
 	t.Parallel()
 	for name, sick := range map[string]string{
-		"no table":         "DROP TABLE pay.idempotency_keys",
+		"no table":         "DROP TABLE pay.idempotency_keys CASCADE",
 		"no version":       "DELETE FROM pay.idempotency_migrations",
 		"no version table": "DROP TABLE pay.idempotency_migrations",
 	} {

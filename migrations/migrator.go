@@ -296,7 +296,10 @@ func (m *migrator) compare(ctx context.Context, version int) error {
 			" `CREATE TABLE IF NOT EXISTS %[3]s (version bigint not null primary key, dirty boolean not null); INSERT INTO %[3]s VALUES (%d, false); %s` writes down which it is",
 			ErrVersionUntrue, records, m.table, Latest, m.lookAndMend())
 	case !exists && version > 0:
-		others := pgx.Identifier{m.schema, "idempotency_audit"}.Sanitize() + ", " + pgx.Identifier{m.schema, "idempotency_events"}.Sanitize()
+		var others string
+		for _, table := range []string{"idempotency_audit", "idempotency_events", "idempotency_open", "idempotency_effects"} {
+			others = strings.TrimPrefix(others+", "+pgx.Identifier{m.schema, table}.Sanitize(), ", ")
+		}
 		return fmt.Errorf("%w: %s has version %d, and %s is missing: restore it together with what its records report. Without it every retry runs again:"+
 			" if no client retries any more, `DROP TABLE IF EXISTS %s; DELETE FROM %[2]s` and migrate up begin anew, without the audit table and the history",
 			ErrVersionUntrue, m.table, version, records, others)
@@ -312,8 +315,8 @@ func (m *migrator) lookAndMend() string {
 	}
 	return fmt.Sprintf("DELETE FROM %[1]s WHERE to_regclass(%[2]s) IS NULL; UPDATE %[1]s SET dirty = false, version = CASE"+
 		" WHEN EXISTS (SELECT FROM pg_constraint WHERE conname = 'idempotency_keys_status_check' AND conrelid = to_regclass(%[2]s)) THEN 1"+
-		" WHEN to_regclass(%[3]s) IS NULL THEN 2 ELSE 3 END",
-		m.table, quoted("idempotency_keys"), quoted("idempotency_audit"))
+		" WHEN to_regclass(%[3]s) IS NULL THEN 2 WHEN to_regclass(%[4]s) IS NULL THEN 3 ELSE 4 END",
+		m.table, quoted("idempotency_keys"), quoted("idempotency_audit"), quoted("idempotency_open"))
 }
 
 // after returns the next version, and whether there is one.
