@@ -149,7 +149,7 @@ type Effects struct {
 	keeper  Keeper
 	attempt OpenAttempt
 	req     *ongoing
-	trace   *trace
+	trace   trace // a copy, so that the trace of a request without effects stays on the stack
 	running *running
 	ctx     context.Context // without end
 
@@ -443,7 +443,7 @@ func (e *Engine) attemptOpen(ctx context.Context, budget *deadline.Context, req 
 	}
 
 	effects := &Effects{
-		engine: e, keeper: keeper, attempt: attempt, req: req, trace: trace, ctx: ctx, open: open, opened: open != nil, recorded: map[string]*Effect{},
+		engine: e, keeper: keeper, attempt: attempt, req: req, trace: *trace, ctx: ctx, open: open, opened: open != nil, recorded: map[string]*Effect{},
 	}
 	if open != nil {
 		effects.epochAt, effects.lease, effects.clockAt, effects.storeAt = asked, open.Lease, time.Now(), open.Now
@@ -531,6 +531,9 @@ func (e *Engine) runOpen(ctx context.Context, budget *deadline.Context, req *ong
 	answer, failed := e.call(effects.attempt.Context(carrier), req, handlerEnd, run)
 	trace.step(StepHandler, started, failed)
 	busy := effects.end()
+	if effects.trace.panicked != nil {
+		trace.panicked = effects.trace.panicked
+	}
 	sealed := effects.attempt.Seal()
 
 	disposition := DispositionForget
@@ -640,7 +643,8 @@ func backoff(runs int, max time.Duration) time.Duration {
 	return rand.N(limit) + time.Millisecond
 }
 
-// ResumeFunc returns a run of the handler for a stored request.
+// ResumeFunc returns a run of the handler for a stored request. After an error the request stays
+// open, and is tried again later.
 type ResumeFunc func(key Key, stored []byte) (RunFunc, error)
 
 // Resumable registers the handler of requests that name it in [Request.Resumable]. Engines made by
@@ -714,9 +718,13 @@ func (e *Engine) Resume(ctx context.Context, key Key) Result {
 	if route.resume == nil {
 		return refuse(decide(factOutcomeUnknown), fmt.Errorf("%w: %s", ErrNotServed, open.Route))
 	}
-	run, err := route.resume(key, open.Request)
-	if err != nil {
-		return refuse(decide(factOutcomeUnknown), err)
+	// An owner calls resume: what it can't read is left for later, and does not stay first in line.
+	run := func(ctx context.Context) (*Answer, error) {
+		run, err := route.resume(key, open.Request)
+		if err != nil {
+			return nil, err
+		}
+		return run(ctx)
 	}
 	return route.engine.Do(ctx, Request{
 		Key: key, Fingerprint: open.Fingerprint, TTL: open.TTL, Route: open.Route, Resumable: open.Route,
