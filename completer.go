@@ -3,10 +3,12 @@ package idempotency
 import (
 	"cmp"
 	"context"
+	"errors"
 	"fmt"
 	"log/slog"
 	"math/rand/v2"
 	"sync"
+	"sync/atomic"
 	"time"
 )
 
@@ -21,8 +23,11 @@ type CompleterOptions struct {
 	AtOnce int
 
 	// OnResume is called after each request that it ran, by the goroutine that ran it. Nil logs
-	// those that stay open, with a hash of the key, to slog.Default().
+	// those that did not end, with a hash of the key.
 	OnResume func(key Key, result Result)
+
+	// Logger gets what the completer logs. Defaults to slog.Default().
+	Logger *slog.Logger
 }
 
 // Completer brings open requests to their end, for as long as it runs: those that nobody retries,
@@ -47,10 +52,13 @@ func NewCompleter(engine *Engine, opts *CompleterOptions) *Completer {
 	if _, ok := engine.store.(Keeper); !ok {
 		panic("idempotency: a completer needs a store that keeps requests open, such as postgres.Store")
 	}
+	if o.Logger == nil {
+		o.Logger = slog.Default()
+	}
 	if o.OnResume == nil {
 		o.OnResume = func(key Key, result Result) {
-			if result.Accepted {
-				slog.Warn("idempotency: a request stays open", "key", key, "reason", string(result.Reason), "error", result.Err)
+			if result.Answer == nil && result.Outcome != OutcomeInProgress && !errors.Is(result.Err, ErrNotOpen) { // else another one ended it
+				o.Logger.Warn("idempotency: open request did not end", "key", key, "reason", string(result.Reason), "error", result.Err)
 			}
 		}
 	}
@@ -58,14 +66,14 @@ func NewCompleter(engine *Engine, opts *CompleterOptions) *Completer {
 }
 
 // Run completes requests until ctx ends, and returns when those under way have ended. A look that
-// fails is logged to slog.Default(), and the next one tries again.
+// fails is logged, and the next one tries again.
 func (c *Completer) Run(ctx context.Context) {
 	for ctx.Err() == nil {
-		found, err := c.Once(ctx)
+		_, moved, err := c.look(ctx)
 		if err != nil && ctx.Err() == nil {
-			slog.Warn("idempotency: open requests were not completed; the next look tries again", "error", err)
+			c.options.Logger.Warn("idempotency: open requests were not completed; the next look tries again", "error", err)
 		}
-		if found == c.options.AtOnce && err == nil {
+		if moved == c.options.AtOnce {
 			continue // there may be more
 		}
 		_ = sleep(ctx, c.options.Interval/2+rand.N(c.options.Interval))
@@ -75,18 +83,32 @@ func (c *Completer) Run(ctx context.Context) {
 // Once looks for requests that are due, runs at most AtOnce of them, and returns their number when
 // they have ended.
 func (c *Completer) Once(ctx context.Context) (found int, err error) {
+	found, _, err = c.look(ctx)
+	return found, err
+}
+
+// look is Once. moved is the number of requests that are not due any more: a look that follows at
+// once would find the others again.
+func (c *Completer) look(ctx context.Context) (found, moved int, err error) {
 	names := c.engine.served()
 	if len(names) == 0 {
-		return 0, nil
+		return 0, 0, nil
 	}
 	keys, err := c.engine.store.(Keeper).FindDue(ctx, names, c.options.AtOnce)
 	if err != nil {
-		return 0, fmt.Errorf("find open requests: %w", err)
+		return 0, 0, fmt.Errorf("find open requests: %w", err)
 	}
 	var running sync.WaitGroup
+	var ended atomic.Int64
 	for _, key := range keys {
-		running.Go(func() { c.options.OnResume(key, c.engine.Resume(ctx, key)) })
+		running.Go(func() {
+			result := c.engine.Resume(ctx, key)
+			if result.Accepted || result.Answer != nil {
+				ended.Add(1)
+			}
+			c.options.OnResume(key, result)
+		})
 	}
 	running.Wait()
-	return len(keys), nil
+	return len(keys), int(ended.Load()), nil
 }
