@@ -127,7 +127,7 @@ var ends = []struct {
 	{idempotency.OutcomeMismatch, []idempotency.Reason{idempotency.ReasonKeyReused}},
 	{idempotency.OutcomeNotExecuted, []idempotency.Reason{"", idempotency.ReasonHandlerFailed, idempotency.ReasonUnavailable, idempotency.ReasonQuotaExceeded}},
 	{idempotency.OutcomeUnknown, []idempotency.Reason{
-		"", idempotency.ReasonCallUnknown, idempotency.ReasonOutcomeUnknown, idempotency.ReasonRecordCorrupt, idempotency.ReasonTransactionLost,
+		"", idempotency.ReasonCallUnknown, idempotency.ReasonNeedsAttention, idempotency.ReasonOutcomeUnknown, idempotency.ReasonRecordCorrupt, idempotency.ReasonTransactionLost,
 	}},
 }
 

@@ -63,6 +63,7 @@ func TestSeriesBeginAtZero(t *testing.T) {
 	promobserve.New(registry, nil)
 	wantLines(t, scrape(t, registry),
 		`idempotency_requests_total{outcome="unknown",reason=""} 0`, `idempotency_requests_total{outcome="unknown",reason="call-unknown"} 0`,
+		`idempotency_requests_total{outcome="unknown",reason="needs-attention"} 0`,
 		`idempotency_requests_total{outcome="unknown",reason="outcome-unknown"} 0`, `idempotency_requests_total{outcome="mismatch",reason="key-reused"} 0`,
 		`idempotency_resolved_total{result="unknown"} 0`, `idempotency_reaper_walks_total{result="ok"} 0`, `idempotency_refused_total{reason="scope"} 0`,
 		`idempotency_step_failures_total{error="unavailable",step="claim"} 0`, `idempotency_step_duration_seconds_count{step="resolve"} 0`,
