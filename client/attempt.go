@@ -41,6 +41,7 @@ func (t *Transport) attempt(op *operation) *attempt {
 	switch a.seen {
 	case seenAnswered:
 		op.status, op.last = a.status, a.outcome
+		op.accepted = op.accepted || a.accepted()
 		t.trace(op, Event{Kind: EventAnswered, Attempt: op.attempts, Status: a.status, Outcome: a.outcome, Took: took})
 	case seenUnsent:
 		t.trace(op, Event{Kind: EventUnsent, Attempt: op.attempts, Took: took, Err: a.err})
@@ -199,14 +200,36 @@ func (a *attempt) retryAfter() time.Duration {
 // bodyUnread reports whether the server says that the body did not arrive whole: a fault of the
 // network.
 func (a *attempt) bodyUnread() bool {
-	if a.seen != seenAnswered || a.status != http.StatusBadRequest || len(a.content) > problemBodyMax {
+	if a.seen != seenAnswered || a.status != http.StatusBadRequest {
 		return false
+	}
+	problem, ok := a.problem()
+	return ok && strings.HasSuffix(problem.Type, string(idempotency.ReasonBodyUnread))
+}
+
+// accepted reports whether the server says that it will bring the request to its end.
+func (a *attempt) accepted() bool {
+	if a.seen != seenAnswered || a.outcome != idempotency.OutcomeUnknown {
+		return false
+	}
+	problem, ok := a.problem()
+	return ok && problem.Accepted
+}
+
+// problem is what the client reads of a problem document.
+type problem struct {
+	Type     string `json:"type"`
+	Accepted bool   `json:"accepted"`
+}
+
+// problem returns the answer's problem document, if it is one.
+func (a *attempt) problem() (p problem, ok bool) {
+	if len(a.content) > problemBodyMax {
+		return problem{}, false
 	}
 	if kind, _, err := mime.ParseMediaType(a.response.Header.Get("Content-Type")); err != nil || kind != "application/problem+json" {
-		return false
+		return problem{}, false
 	}
-	var problem struct {
-		Type string `json:"type"`
-	}
-	return json.Unmarshal(a.content, &problem) == nil && strings.HasSuffix(problem.Type, string(idempotency.ReasonBodyUnread))
+	err := json.Unmarshal(a.content, &p)
+	return p, err == nil
 }

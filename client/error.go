@@ -50,6 +50,11 @@ type Error struct {
 	Status   int                 // of the last answer, 0 if there was none
 	Last     idempotency.Outcome // of the last answer, empty if there was none or it has no outcome
 	Err      error               // why there is no answer
+
+	// Accepted means that the server has said that it will bring the request to its end by itself,
+	// whatever this caller does. The caller may stop asking; it never makes a new key for the same
+	// purpose. Only with ErrUnknown.
+	Accepted bool
 }
 
 // Error returns the state of the request and the reason for the end.
@@ -65,6 +70,9 @@ func (e *Error) Error() string {
 	}
 	if e.Last != "" {
 		text.WriteString(" " + string(e.Last))
+	}
+	if e.Accepted {
+		text.WriteString(", accepted")
 	}
 	text.WriteString(": " + e.Err.Error())
 	return text.String()

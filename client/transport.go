@@ -114,6 +114,7 @@ type operation struct {
 	honoured bool
 	status   int // of the last answer
 	last     idempotency.Outcome
+	accepted bool // the server has said that it will bring the request to its end
 }
 
 func newOperation(ctx context.Context) *operation {
@@ -299,6 +300,7 @@ func (t *Transport) end(op *operation, response *http.Response, err error) *Erro
 	}
 	e := &Error{
 		Outcome: idempotency.OutcomeUnknown, Key: op.key, Started: op.started, Attempts: op.attempts, Status: op.status, Last: op.last, Err: err,
+		Accepted: op.accepted,
 	}
 	if op.isNew && !op.maybe && response == nil {
 		if abandonErr := t.flights.endAlone(op.key.Value, func() error { return t.abandon(op) }); abandonErr != nil {
