@@ -1,4 +1,10 @@
 package middleware
 
-// RestoreRequest is for its fuzz test.
-var RestoreRequest = restoreRequest
+// StoreRequest and RestoreRequest are for their fuzz test.
+var (
+	StoreRequest   = storeRequest
+	RestoreRequest = restoreRequest
+)
+
+// Wildcards is for its test.
+var Wildcards = wildcards

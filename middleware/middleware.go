@@ -183,7 +183,10 @@ func (m *Middleware) serve(w http.ResponseWriter, r *http.Request, next http.Han
 	// a slow reader costs nothing either.
 	run.key = request.Key
 	if m.options.RouterState != nil {
-		run.restore = m.options.RouterState(r.Context())
+		if run.router, err = m.options.RouterState(r.Context(), nil); err != nil {
+			m.refuseBroken(w, r, fmt.Errorf("keep the router's state: %w", err))
+			return
+		}
 	}
 	var result idempotency.Result
 	if m.quota == nil {
@@ -224,7 +227,8 @@ func (m *Middleware) answer(w http.ResponseWriter, r *http.Request, result idemp
 		m.writeAccepted(w, result)
 		return
 	case result.Answer == nil:
-		m.writeProblem(w, result.Reason, result.Outcome, nil)
+		m.writeDocument(w, textOf(result.Reason, nil), problem{Type: m.options.ProblemBase + string(result.Reason)}, result.Outcome, nil,
+			max(result.RetryAfter, m.options.RetryAfter))
 		return
 	case result.Record == nil: // the handler's own answer, with all its headers
 		clear(h)
@@ -288,7 +292,7 @@ type run struct {
 	request *http.Request // as it came, and kept so
 	body    []byte
 	key     idempotency.Key
-	restore func(context.Context) context.Context // nil if there is no router state to restore
+	router  RouterState // nil if there is none to restore
 
 	watched watchedBody      // the body, as the service's own functions see it
 	reader  io.LimitedReader // of the body
@@ -310,8 +314,8 @@ func (run *run) once(ctx context.Context) (*idempotency.Answer, error) {
 	run.answered = false
 	if run.runs > 1 {
 		switch {
-		case run.restore != nil:
-			ctx = run.restore(ctx)
+		case run.router != nil:
+			ctx = run.router.Restore(ctx)
 		case mayCarryChiRoute(run.request.Context()):
 			return nil, &idempotency.Refusal{Reason: idempotency.ReasonUnavailable, Err: errRouterState}
 		}
@@ -361,6 +365,10 @@ func (m *Middleware) log(r *http.Request, key idempotency.Key, result idempotenc
 	}
 	level, message := slog.LevelWarn, "idempotency: request was not answered by its handler"
 	switch {
+	case result.Reason == idempotency.ReasonNeedsAttention:
+		level, message = slog.LevelError, "idempotency: open request waits for a person"
+	case result.Accepted:
+		message = "idempotency: request stays open"
 	case result.Reason == idempotency.ReasonHandlerFailed, result.Reason == idempotency.ReasonTransactionLost,
 		result.Reason == idempotency.ReasonOutcomeUnknown, result.Reason == idempotency.ReasonCallUnknown,
 		result.Reason == idempotency.ReasonRecordCorrupt:

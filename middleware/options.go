@@ -117,7 +117,8 @@ type Options struct {
 	// middleware/chiroute has it for chi. If it is nil a handler runs again without it, unless chi
 	// has routed the request, or may have: then the answer is 503 instead, because a second run may
 	// be routed to a 404. It may have if one of the request's contexts is not of package context,
-	// because the middleware never looks into those.
+	// because the middleware never looks into those. A resumable route needs it too, because a
+	// resumed run has no router outside.
 	RouterState RouterStateFunc
 
 	// TraceID returns the id of a request's trace, to be recorded. The default takes it from the
@@ -163,10 +164,19 @@ const fingerprintVersionBuiltIn = 1
 // FingerprinterV1 returns the built-in one, for [Options.Fingerprinters].
 func FingerprinterV1() Fingerprinter { return Fingerprinter{Version: fingerprintVersionBuiltIn} }
 
-// RouterStateFunc is called with the request's context before the first run of a handler. The
-// function that it returns is called before each further run, and returns that run's context with
-// the state of the first call.
-type RouterStateFunc func(ctx context.Context) func(ctx context.Context) context.Context
+// RouterStateFunc returns the state that a router has in the request's context. It is called before
+// the first run of a handler, with stored nil. In another process, which resumes the request, it is
+// called with a context that no router has seen, and with what Stored returned.
+type RouterStateFunc func(ctx context.Context, stored []byte) (RouterState, error)
+
+// RouterState is the state of a router before the first run of a handler.
+type RouterState interface {
+	// Restore is called before each further run, and returns that run's context with the state.
+	Restore(ctx context.Context) context.Context
+
+	// Stored returns the state as it is kept with an open request, or nil if there is none.
+	Stored() []byte
+}
 
 // full returns a copy of o with every default filled in. It panics on values that can't work.
 func (o *Options) full() Options {

@@ -117,12 +117,12 @@ func newPanics(t *testing.T, h *trap, wait time.Duration) *panics {
 			h.spring("route")
 			return ""
 		},
-		RouterState: func(context.Context) func(context.Context) context.Context {
+		RouterState: func(context.Context, []byte) (middleware.RouterState, error) {
 			h.spring("router state")
-			return func(ctx context.Context) context.Context {
+			return restoring(func(ctx context.Context) context.Context {
 				h.spring("restore")
 				return ctx
-			}
+			}), nil
 		},
 		Fingerprinters: []middleware.Fingerprinter{{Version: 100, Content: func(_ *http.Request, body []byte) []byte {
 			h.spring("fingerprint")

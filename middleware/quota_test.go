@@ -217,9 +217,9 @@ func TestQuotaCountsRecordsWhateverPanics(t *testing.T) {
 						TraceID:        func(*http.Request) string { bug.maybe("traceid"); return "" },
 						Route:          func(*http.Request) string { bug.maybe("route"); return "" },
 						Fingerprinters: []middleware.Fingerprinter{{Version: 100, Content: func(_ *http.Request, body []byte) []byte { bug.maybe("fingerprint"); return body }}},
-						RouterState: func(context.Context) func(context.Context) context.Context {
+						RouterState: func(context.Context, []byte) (middleware.RouterState, error) {
 							bug.maybe("routerstate")
-							return func(ctx context.Context) context.Context { bug.maybe("restore"); return ctx }
+							return restoring(func(ctx context.Context) context.Context { bug.maybe("restore"); return ctx }), nil
 						},
 						Tracer: bug,
 						Reduce: func(answer idempotency.Answer) idempotency.Answer { bug.maybe("reduce"); return answer },

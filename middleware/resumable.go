@@ -1,15 +1,13 @@
 package middleware
 
 import (
-	"bytes"
 	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
 	"net/http"
 	"net/url"
-	"regexp"
-	"slices"
+	"strings"
 
 	"github.com/paidonce/idempotency"
 )
@@ -18,8 +16,10 @@ import (
 // kept from the commit of the first call to another service on, and only then.
 
 // StoredHeaders returns the names of the request headers that a resumed run has, beside those in
-// Options.StoreHeaders.
-func StoredHeaders() []string { return []string{"Accept", "Accept-Language", "Content-Type"} }
+// Options.StoreHeaders: those that say how to read the body and how to answer.
+func StoredHeaders() []string {
+	return []string{"Accept", "Accept-Language", "Content-Encoding", "Content-Type"}
+}
 
 // neverStored reports whether a header carries a credential, or belongs to one connection.
 func neverStored(name string) bool {
@@ -31,16 +31,21 @@ func neverStored(name string) bool {
 }
 
 // storedRequest is a request as it is kept. Its fields only grow: requests that are open while a
-// service is upgraded were written by the release before.
+// service is upgraded were written by the release before. What a client sends is kept as bytes,
+// because JSON would change a string that is not UTF-8.
 type storedRequest struct {
-	Version    int               `json:"v"`
-	Method     string            `json:"method"`
-	Host       string            `json:"host,omitempty"`
-	URI        string            `json:"uri"` // path and query, escaped
-	Pattern    string            `json:"pattern,omitempty"`
-	PathValues map[string]string `json:"path_values,omitempty"`
-	Header     http.Header       `json:"header,omitempty"`
-	Body       []byte            `json:"body,omitempty"`
+	Version    int                 `json:"v"`
+	Method     string              `json:"method"`
+	Host       []byte              `json:"host,omitempty"`
+	URI        []byte              `json:"uri,omitempty"` // as it came, before outer middleware
+	Path       []byte              `json:"path,omitempty"`
+	RawPath    []byte              `json:"raw_path,omitempty"`
+	Query      []byte              `json:"query,omitempty"`
+	Pattern    string              `json:"pattern,omitempty"`
+	PathValues map[string][]byte   `json:"path_values,omitempty"`
+	Header     map[string][][]byte `json:"header,omitempty"`
+	Router     []byte              `json:"router,omitempty"` // RouterState.Stored
+	Body       []byte              `json:"body,omitempty"`
 }
 
 const storedVersion = 1
@@ -48,22 +53,43 @@ const storedVersion = 1
 // errStored is the error of a stored request that this program can't read.
 var errStored = errors.New("stored request can't be read: another release wrote it, or somebody changed it")
 
-// wildcard is a name in a route's pattern, of net/http's ServeMux or of chi.
-var wildcard = regexp.MustCompile(`\{([A-Za-z_][A-Za-z0-9_]*)(:[^{}]*)?(\.\.\.)?\}`)
+// wildcards returns the names of the path values of a route's pattern, of net/http's ServeMux or of
+// chi, where a name may be followed by a regular expression with braces of its own.
+func wildcards(pattern string) (names []string) {
+	depth, begin := 0, 0
+	for i := range len(pattern) {
+		switch pattern[i] {
+		case '*':
+			if depth == 0 { // chi's
+				names = append(names, "*")
+			}
+		case '{':
+			if depth++; depth == 1 {
+				begin = i + 1
+			}
+		case '}':
+			if depth--; depth == 0 {
+				name, _, _ := strings.Cut(pattern[begin:i], ":")
+				names = append(names, strings.TrimSuffix(name, "..."))
+			}
+		}
+	}
+	return names
+}
 
-// stored returns the request in the form in which it is kept.
-func (run *run) stored() []byte {
-	r := run.request
+// storeRequest returns the request in the form in which it is kept, with the headers of these names.
+func storeRequest(r *http.Request, headers []string, router, body []byte) []byte {
 	s := storedRequest{
-		Version: storedVersion, Method: r.Method, Host: r.Host, URI: r.URL.RequestURI(), Pattern: r.Pattern,
-		PathValues: map[string]string{}, Header: http.Header{}, Body: run.body,
+		Version: storedVersion, Method: r.Method, Host: []byte(r.Host), URI: []byte(r.RequestURI), Path: []byte(r.URL.Path),
+		RawPath: []byte(r.URL.RawPath), Query: []byte(r.URL.RawQuery), Pattern: r.Pattern,
+		PathValues: map[string][]byte{}, Header: map[string][][]byte{}, Router: router, Body: body,
 	}
-	for _, match := range wildcard.FindAllStringSubmatch(r.Pattern, -1) {
-		s.PathValues[match[1]] = r.PathValue(match[1])
+	for _, name := range wildcards(r.Pattern) {
+		s.PathValues[name] = []byte(r.PathValue(name))
 	}
-	for _, name := range run.m.stored {
-		if values := r.Header[name]; len(values) > 0 {
-			s.Header[name] = slices.Clone(values)
+	for _, name := range headers {
+		for _, value := range r.Header[name] {
+			s.Header[name] = append(s.Header[name], []byte(value))
 		}
 	}
 	encoded, err := json.Marshal(s)
@@ -73,58 +99,79 @@ func (run *run) stored() []byte {
 	return encoded
 }
 
-// restoreRequest returns the request that was kept, without its body.
-func restoreRequest(encoded []byte) (*http.Request, []byte, error) {
+// restoreRequest returns the request that was kept, without its body and the state of its router,
+// which it returns too.
+func restoreRequest(encoded []byte) (r *http.Request, router, body []byte, err error) {
 	var s storedRequest
-	decoder := json.NewDecoder(bytes.NewReader(encoded))
-	if err := decoder.Decode(&s); err != nil || s.Version != storedVersion || s.Method == "" || len(s.URI) == 0 || s.URI[0] != '/' {
-		return nil, nil, errStored
+	if err := json.Unmarshal(encoded, &s); err != nil || s.Version != storedVersion || s.Method == "" {
+		return nil, nil, nil, errStored
 	}
-	target, err := url.ParseRequestURI(s.URI)
+	r, err = http.NewRequest(s.Method, "/", nil)
 	if err != nil {
-		return nil, nil, errStored
+		return nil, nil, nil, errStored
 	}
-	r, err := http.NewRequest(s.Method, "/", nil)
-	if err != nil {
-		return nil, nil, errStored
-	}
-	r.URL, r.RequestURI, r.Host, r.Pattern = target, s.URI, s.Host, s.Pattern
+	r.URL = &url.URL{Path: string(s.Path), RawPath: string(s.RawPath), RawQuery: string(s.Query)}
+	r.RequestURI, r.Host, r.Pattern = string(s.URI), string(s.Host), s.Pattern
 	for name, values := range s.Header {
-		r.Header[http.CanonicalHeaderKey(name)] = values
+		for _, value := range values {
+			r.Header.Add(name, string(value))
+		}
 	}
 	for name, value := range s.PathValues {
-		r.SetPathValue(name, value)
+		r.SetPathValue(name, string(value))
 	}
-	return r, s.Body, nil
+	return r, s.Router, s.Body, nil
+}
+
+// stored returns the request in the form in which it is kept.
+func (run *run) stored() []byte {
+	var router []byte
+	if run.router != nil {
+		router = run.router.Stored()
+	}
+	return storeRequest(run.request, run.m.stored, router, run.body)
 }
 
 // register lets open requests of the route run again on its handler.
 func (m *Middleware) register(next http.Handler, at *mount) {
 	m.engine.Resumable(m.options.Resumable, func(key idempotency.Key, stored []byte) (idempotency.RunFunc, error) {
-		r, body, err := restoreRequest(stored)
+		r, router, body, err := restoreRequest(stored)
 		if err != nil {
 			return nil, err
 		}
 		run := &run{m: m, next: next, at: at, outer: http.Header{}, request: r, body: body, key: key}
+		run.runs = 1 // the router's state is restored for each run from here on
+		if m.options.RouterState != nil {
+			if run.router, err = m.options.RouterState(r.Context(), router); err != nil {
+				return nil, fmt.Errorf("restore the router's state: %w", err)
+			}
+		}
 		return func(ctx context.Context) (*idempotency.Answer, error) {
 			if m.options.ResumeContext != nil {
 				ctx = m.options.ResumeContext(ctx, key.Scope, r)
 			}
-			run.runs = 0 // nothing of a router's is left over from a run before
 			return run.once(ctx)
 		}, nil
 	})
 }
 
 // ResumeContextFunc returns the context of a run without a client. It adds the values that
-// middleware outside would have added: the caller, by the scope of its key, and the state of a
-// router, by the path values and the pattern of the request. It must not replace the context.
+// middleware outside would have added, such as the caller, by the scope of its key. The state of a
+// router is restored after it, by Options.RouterState. It must not replace the context.
 type ResumeContextFunc func(ctx context.Context, scope string, r *http.Request) context.Context
 
 // Completer returns a completer of the open requests of all resumable routes that this middleware,
-// and those made from it by With, have handlers for. It does nothing until its Run is called.
+// and those made from it by With, have handlers for. It does nothing until its Run is called. Without
+// OnResume it logs to Options.Logger.
 func (m *Middleware) Completer(opts *idempotency.CompleterOptions) *idempotency.Completer {
-	return idempotency.NewCompleter(m.engine, opts)
+	var o idempotency.CompleterOptions
+	if opts != nil {
+		o = *opts
+	}
+	if o.Logger == nil {
+		o.Logger = m.options.Logger
+	}
+	return idempotency.NewCompleter(m.engine, &o)
 }
 
 // checkResumable panics if the options of a resumable route can't work.

@@ -1,12 +1,15 @@
 package middleware_test
 
 import (
+	"bytes"
 	"context"
 	"encoding/json"
 	"errors"
 	"io"
 	"net/http"
 	"net/http/httptest"
+	"net/url"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -94,9 +97,6 @@ func setupTopups(t *testing.T, p *processor, options *middleware.Options) (*test
 	charge := p.charge()
 	topUp := func(w http.ResponseWriter, r *http.Request) {
 		account := chi.URLParam(r, "id")
-		if account == "" {
-			account = r.PathValue("id") // of a resumed run
-		}
 		paid, err := charge.Call(r.Context(), card{5, account, r.Header.Get("Accept")})
 		switch {
 		case errors.Is(err, effect.ErrDeclined):
@@ -199,14 +199,58 @@ func TestOpenRequestIsNotRunByOthers(t *testing.T) {
 	}
 }
 
-// FuzzStoredRequest: a stored request that can be read is one that a handler can be given.
-func FuzzStoredRequest(f *testing.F) {
-	f.Add([]byte(`{"v":1,"method":"POST","uri":"/accounts/alice/topups?x=%2F","pattern":"POST /accounts/{id}/topups","path_values":{"id":"alice"},"body":"e30="}`))
+// FuzzRestoreRequest: a stored request that can be read is one that a handler can be given.
+func FuzzRestoreRequest(f *testing.F) {
+	f.Add([]byte(`{"v":1,"method":"POST","path":"L2E=","pattern":"POST /accounts/{id}/topups","path_values":{"id":"/w=="},"header":{"A":["Yg=="]},"body":"e30="}`))
 	f.Add([]byte(`{"v":2}`))
+	f.Add([]byte(`{"v":1,"method":"PO ST"}`))
+	f.Add([]byte(`{"v":1,"method":"POST"} and more`))
 	f.Fuzz(func(t *testing.T, stored []byte) {
-		r, _, err := middleware.RestoreRequest(stored)
-		if err == nil && (r.URL == nil || r.Method == "" || r.URL.Path == "") {
+		r, _, _, err := middleware.RestoreRequest(stored)
+		if err == nil && (r.URL == nil || r.Method == "" || r.Header == nil || r.Body != nil) {
 			t.Errorf("%+v", r)
 		}
 	})
+}
+
+// FuzzStoredRequest: a resumed run gets the bytes that came, whatever they are.
+func FuzzStoredRequest(f *testing.F) {
+	f.Add("POST", "/accounts/%FF/topups", "x=%2F&y", "bank.example", "\xff", "text/plain; q=\xfc", []byte("{}"), []byte{0xff})
+	f.Add("PATCH", "", "", "", "", "", []byte(nil), []byte(nil))
+	f.Add("POST", "topups", "?", "[::1]:80", "{id}", " ", []byte{0, 0xff}, []byte("{"))
+	f.Fuzz(func(t *testing.T, method, path, query, host, value, accept string, body, router []byte) {
+		r, err := http.NewRequest(method, "/", nil)
+		if err != nil || method == "" {
+			t.Skip()
+		}
+		r.URL = &url.URL{Path: path, RawPath: path, RawQuery: query}
+		r.Host, r.RequestURI, r.Pattern = host, path+"?"+query, "POST /accounts/{id}/topups"
+		r.SetPathValue("id", value)
+		r.Header = http.Header{"Accept": {accept, "*/*"}, "Authorization": {"secret"}}
+		got, gotRouter, gotBody, err := middleware.RestoreRequest(middleware.StoreRequest(r, []string{"Accept"}, router, body))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if got.Method != method || *got.URL != *r.URL || got.Host != host || got.RequestURI != r.RequestURI || got.Pattern != r.Pattern || got.PathValue("id") != value ||
+			!slices.Equal(got.Header["Accept"], r.Header["Accept"]) || len(got.Header) != 1 || !bytes.Equal(gotBody, body) || !bytes.Equal(gotRouter, router) {
+			t.Errorf("%+v became %+v, body %q, router %q", r, got, gotBody, gotRouter)
+		}
+	})
+}
+
+func TestWildcardsOfAPattern(t *testing.T) {
+	t.Parallel()
+	for pattern, want := range map[string]string{
+		"":                                     "",
+		"POST /topups":                         "",
+		"POST bank.example/accounts/{id}/{$}":  "id $",
+		"/files/{path...}":                     "path",
+		"/accounts/{account-id}/topups/*":      "account-id *",
+		"/accounts/{id:[a-z]{2,3}.*}/{n:\\d+}": "id n",
+		"/broken/{id":                          "",
+	} {
+		if got := strings.Join(middleware.Wildcards(pattern), " "); got != want {
+			t.Errorf("%s: %q, want %q", pattern, got, want)
+		}
+	}
 }

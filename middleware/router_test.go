@@ -38,8 +38,8 @@ func TestSecondRunReadsNobodysContext(t *testing.T) {
 			inner.ServeHTTP(w, r.WithContext(context.WithValue(r.Context(), foreignValues{}, foreignValues{&read})))
 		})
 	}
-	nothing := func(context.Context) func(context.Context) context.Context {
-		return func(ctx context.Context) context.Context { return ctx }
+	nothing := func(context.Context, []byte) (middleware.RouterState, error) {
+		return restoring(func(ctx context.Context) context.Context { return ctx }), nil
 	}
 	for name, c := range map[string]struct {
 		outer  func(http.Handler) http.Handler
@@ -75,3 +75,10 @@ func TestSecondRunReadsNobodysContext(t *testing.T) {
 		t.Errorf("values of others were read %d times", n)
 	}
 }
+
+// restoring is a middleware.RouterState that keeps nothing.
+type restoring func(ctx context.Context) context.Context
+
+func (f restoring) Restore(ctx context.Context) context.Context { return f(ctx) }
+
+func (restoring) Stored() []byte { return nil }
