@@ -99,7 +99,9 @@ type Keeper interface {
 
 	// BeginOpen is Begin for a request that may become open. If lazy is set it sends nothing: the
 	// claim travels with the first statement of the attempt, whichever that is, and an error of the
-	// claim is the error of Seal. A Record with Open set is that of an open request.
+	// claim is the error of Seal. A Rollback before any of them claims too, and returns
+	// ErrKeyRecorded if another attempt has the key: this one's failure says nothing about that. A
+	// Record with Open set is that of an open request.
 	BeginOpen(ctx context.Context, claim *Claim, lazy bool) (OpenAttempt, *Record, error)
 
 	// TakeOver makes the caller the owner of an open request if it is due and not parked, for as

@@ -362,7 +362,7 @@ func TestResumedRunSeesTheRequestThatCame(t *testing.T) {
 			}
 			b := setup(t, setupOptions{
 				middleware: &middleware.Options{
-					RouterState: chiroute.State, Resumable: "topup/1", StoreHeaders: []string{"x-kept"}, BackoffMax: time.Millisecond,
+					RouterState: chiroute.State, StoreHeaders: []string{"x-kept"}, BackoffMax: time.Millisecond,
 					ResumeContext: func(ctx context.Context, scope string, _ *http.Request) context.Context {
 						return context.WithValue(ctx, callerKey{}, scope)
 					},
@@ -374,7 +374,7 @@ func TestResumedRunSeesTheRequestThatCame(t *testing.T) {
 							next.ServeHTTP(w, r.WithContext(context.WithValue(r.Context(), callerKey{}, r.Header.Get("Account"))))
 						})
 					}
-					return authenticated(mount(idem.Handler, handler))
+					return authenticated(mount(idem.With(func(o *middleware.Options) { o.Resumable = "topup/1" }).Handler, handler))
 				},
 			}, nil)
 			want(t, b.post(t, "/accounts/a%FFb/topups/x/y?q=%2F&z", `{"amount":5}`, "Idempotency-Key", "k", "Accept", "text/\xfcx", "X-Kept", "kept", "Authorization", "Bearer secret"),

@@ -148,6 +148,7 @@ type openAttempt struct {
 
 	mu     sync.Mutex    // the handler may call Tx in several goroutines
 	phase  *keyedAttempt // has the open transaction, if there is one
+	asked  bool          // a claim was sent
 	used   bool          // the handler has its handle
 	over   bool          // the handler has returned
 	shut   bool          // no transaction may begin: an effect is under way, or the handler has returned
@@ -169,6 +170,7 @@ func (s *Store) BeginOpen(ctx context.Context, claim *idempotency.Claim, lazy bo
 
 // claimNow claims the key and opens the first transaction.
 func (a *openAttempt) claimNow(ctx context.Context) (*idempotency.Record, error) {
+	a.asked = true
 	begun, record, err := a.store.Begin(ctx, a.claim)
 	if begun != nil {
 		a.phase = begun.(*keyedAttempt)
@@ -303,7 +305,7 @@ func (a *openAttempt) Intend(ctx context.Context, effect *idempotency.Effect, le
 	case a.failed != nil:
 		return a.failed
 	}
-	a.shut = true
+	a.shut, a.asked = true, true
 	phase, s := a.phase, &a.store.open
 	a.phase = nil
 	var calls []wire.Call
@@ -513,10 +515,17 @@ func (a *openAttempt) Decline(ctx context.Context, answer *idempotency.Answer) e
 	return phase.end(ctx, "decline", calls)
 }
 
-// Rollback implements [idempotency.Attempt].
+// Rollback implements [idempotency.Attempt]. An attempt that has not claimed its key looks for what
+// others have done with it, which the handler of a retry must not hide.
 func (a *openAttempt) Rollback(ctx context.Context) error {
 	a.mu.Lock()
 	defer a.mu.Unlock()
+	if a.epoch == 0 && !a.asked {
+		record, err := a.claimNow(ctx)
+		if record != nil || errors.Is(err, idempotency.ErrInProgress) {
+			return fail("roll back", idempotency.ErrKeyRecorded, errors.New("another attempt has the key"))
+		}
+	}
 	phase := a.phase
 	a.phase = nil
 	if phase == nil {
@@ -566,7 +575,7 @@ func (s *Store) TakeOver(ctx context.Context, claim *idempotency.Claim) (idempot
 	}
 	open.Epoch, open.Runs = open.Epoch+1, open.Runs+1
 	claim.Attempt, claim.TTL, claim.At = open.Attempt, open.TTL, open.Now
-	return &openAttempt{store: s, claim: claim, epoch: open.Epoch}, open, nil
+	return &openAttempt{store: s, claim: claim, asked: true, epoch: open.Epoch}, open, nil
 }
 
 // ReadOpen implements [idempotency.Keeper].
