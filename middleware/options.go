@@ -169,8 +169,9 @@ func FingerprinterV1() Fingerprinter { return Fingerprinter{Version: fingerprint
 // called with a context that no router has seen, and with what Stored returned.
 type RouterStateFunc func(ctx context.Context, stored []byte) (RouterState, error)
 
-// RouterState is the state of a router before the first run of a handler.
-type RouterState interface {
+// RouterState is the state of a router before the first run of a handler. It is an alias, so that a
+// package with one for a router need not import this one.
+type RouterState = interface {
 	// Restore is called before each further run, and returns that run's context with the state.
 	Restore(ctx context.Context) context.Context
 

@@ -11,16 +11,20 @@ import (
 	"slices"
 
 	"github.com/go-chi/chi/v5"
-
-	"github.com/paidonce/idempotency/middleware"
 )
+
+// routerState is middleware.RouterState.
+type routerState = interface {
+	Restore(ctx context.Context) context.Context
+	Stored() []byte
+}
 
 // State is a middleware.RouterStateFunc. chi keeps the state of routing in one value that the
 // routers below Use, Route and Mount change in place: a second run would continue where the first
 // one ended, and find no route. State takes a copy before the first run, and gives each further run
 // a copy of that copy. A run of a request that is resumed in another process gets the path and its
 // parameters back, but no Routes: a handler can't look up other routes there.
-func State(ctx context.Context, encoded []byte) (middleware.RouterState, error) {
+func State(ctx context.Context, encoded []byte) (routerState, error) {
 	if encoded != nil {
 		return decode(encoded)
 	}
@@ -66,7 +70,7 @@ func (s *state) Stored() []byte {
 	return encoded
 }
 
-func decode(encoded []byte) (middleware.RouterState, error) {
+func decode(encoded []byte) (routerState, error) {
 	var kept stored
 	if err := json.Unmarshal(encoded, &kept); err != nil || len(kept.Keys) != len(kept.Values) {
 		return nil, errors.New("chiroute: stored state can't be read")
