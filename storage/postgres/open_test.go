@@ -149,7 +149,7 @@ func TestOpenRefusesWhatCheckFinds(t *testing.T) {
 		sql  string
 		want error
 	}{
-		"unlogged": {"ALTER TABLE idempotency_keys SET UNLOGGED", postgres.ErrTableUnlogged},
+		"unlogged": {"ALTER TABLE idempotency_effects SET UNLOGGED; ALTER TABLE idempotency_open SET UNLOGGED; ALTER TABLE idempotency_keys SET UNLOGGED", postgres.ErrTableUnlogged},
 		"a rule":   {"CREATE RULE skip AS ON INSERT TO idempotency_keys DO INSTEAD NOTHING", postgres.ErrTableUnsafe},
 		"old":      {"UPDATE idempotency_migrations SET version = 1", nil},
 		"dirty":    {"UPDATE idempotency_migrations SET dirty = true", nil},

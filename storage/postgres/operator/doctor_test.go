@@ -86,11 +86,11 @@ func TestDoctorFindsWhatIsWrong(t *testing.T) {
 		others []string
 	}{
 		"nothing":       {"", "durability", operator.LevelFail, "fsync is off", nil}, // of the tests' server
-		"no table":      {"DROP TABLE idempotency_keys", "schema", operator.LevelFail, "run the migrations", []string{"index", "rights", "attempts", "reaper", "vacuum", "bloat"}},
+		"no table":      {"DROP TABLE idempotency_keys CASCADE", "schema", operator.LevelFail, "run the migrations", []string{"index", "rights", "attempts", "reaper", "vacuum", "bloat"}},
 		"old":           {"UPDATE idempotency_migrations SET version = 1", "schema", operator.LevelFail, "version 1", nil},
 		"without 3":     {"UPDATE idempotency_migrations SET version = 2", "schema", operator.LevelWarn, "services work", nil},
-		"unlogged":      {"ALTER TABLE idempotency_keys SET UNLOGGED", "schema", operator.LevelFail, "SET LOGGED", nil},
-		"no key":        {"ALTER TABLE idempotency_keys DROP CONSTRAINT idempotency_keys_pkey", "index", operator.LevelFail, "ADD CONSTRAINT idempotency_keys_pkey", []string{"schema"}},
+		"unlogged":      {"ALTER TABLE idempotency_effects SET UNLOGGED; ALTER TABLE idempotency_open SET UNLOGGED; ALTER TABLE idempotency_keys SET UNLOGGED", "schema", operator.LevelFail, "SET LOGGED", nil},
+		"no key":        {"ALTER TABLE idempotency_keys DROP CONSTRAINT idempotency_keys_pkey CASCADE", "index", operator.LevelFail, "ADD CONSTRAINT idempotency_keys_pkey", []string{"schema"}},
 		"no column":     {"ALTER TABLE idempotency_keys DROP COLUMN headers", "schema", operator.LevelFail, "no column headers", nil},
 		"a rule":        {"CREATE RULE skip AS ON INSERT TO idempotency_keys DO INSTEAD NOTHING", "schema", operator.LevelFail, "DROP RULE skip", nil},
 		"a trigger":     {noTrigger + "BEFORE INSERT ON idempotency_keys FOR EACH ROW EXECUTE FUNCTION skip()", "schema", operator.LevelFail, "DISABLE TRIGGER skip", nil},
