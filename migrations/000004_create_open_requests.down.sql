@@ -8,3 +8,11 @@ END
 $$;
 DROP TABLE idempotency_effects;
 DROP TABLE idempotency_open;
+-- The rows of acts on open requests stay, so the constraint counts only for new ones.
+ALTER TABLE idempotency_audit
+    DROP CONSTRAINT idempotency_audit_action_check,
+    DROP COLUMN effect,
+    DROP COLUMN effects,
+    ADD CONSTRAINT idempotency_audit_action_check CHECK (action IN ('expire', 'delete')) NOT VALID;
+COMMENT ON COLUMN idempotency_audit.action IS 'expire: the record expired at once, and the reaper deletes it. delete: the record was deleted at once. After either deletion a retry runs again.';
+COMMENT ON COLUMN idempotency_audit.status IS 'HTTP status of the recorded answer.';

@@ -77,3 +77,15 @@ COMMENT ON COLUMN idempotency_effects.key IS 'The Idempotency-Key as the client 
 COMMENT ON COLUMN idempotency_effects.name IS 'The name of the effect in the handler.';
 COMMENT ON COLUMN idempotency_effects.input IS 'Input of the call, as it is sent every time.';
 COMMENT ON COLUMN idempotency_effects.output IS 'Result of the call; of a declined one, its detail.';
+
+-- Acts on open requests.
+ALTER TABLE idempotency_audit
+    DROP CONSTRAINT idempotency_audit_action_check,
+    ADD COLUMN effect  text COLLATE "C",
+    ADD COLUMN effects jsonb,
+    ADD CONSTRAINT idempotency_audit_action_check CHECK (action IN ('expire', 'delete',
+        'settle-done', 'settle-declined', 'settle-not-sent', 'settle-retry', 'resume', 'park', 'abandon'));
+COMMENT ON COLUMN idempotency_audit.action IS 'expire: the record expired at once, and the reaper deletes it. delete: the record was deleted at once. After either deletion a retry runs again. On an open request: settle-...: what was known of an effect. resume: it became due. park: it was left to a person. abandon: it was deleted without an answer, and a retry runs again.';
+COMMENT ON COLUMN idempotency_audit.status IS 'HTTP status of the recorded answer; 0 of an open request.';
+COMMENT ON COLUMN idempotency_audit.effect IS 'Name of the effect that was settled.';
+COMMENT ON COLUMN idempotency_audit.effects IS 'The effects of the open request before the act, without their inputs and outputs.';

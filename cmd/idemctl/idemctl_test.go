@@ -33,12 +33,12 @@ func TestMigrate(t *testing.T) {
 		want versionJSON
 		says string
 	}{
-		{[]string{"status"}, versionJSON{3, 3, 2, false}, ""},
-		{[]string{"down", "--to", "2", "--yes"}, versionJSON{2, 3, 2, false}, "services work"},
-		{[]string{"up"}, versionJSON{3, 3, 2, false}, ""},
-		{[]string{"down", "--to", "0", "--yes"}, versionJSON{0, 3, 2, false}, "services can't work"},
-		{[]string{"status"}, versionJSON{0, 3, 2, false}, ""},
-		{[]string{"up"}, versionJSON{3, 3, 2, false}, ""},
+		{[]string{"status"}, versionJSON{4, 4, 2, false}, ""},
+		{[]string{"down", "--to", "2", "--yes"}, versionJSON{2, 4, 2, false}, "services work"},
+		{[]string{"up"}, versionJSON{4, 4, 2, false}, ""},
+		{[]string{"down", "--to", "0", "--yes"}, versionJSON{0, 4, 2, false}, "services can't work"},
+		{[]string{"status"}, versionJSON{0, 4, 2, false}, ""},
+		{[]string{"up"}, versionJSON{4, 4, 2, false}, ""},
 	} {
 		if step.want.Version == 0 && step.args[0] == "down" {
 			if n := b.Count(t, "SELECT count(*) FROM idempotency_keys"); n != 1 {
@@ -52,9 +52,9 @@ func TestMigrate(t *testing.T) {
 			wantText(t, b.want(t, 0, "migrate", "status").stdout, step.says)
 		}
 	}
-	wantText(t, b.want(t, 0, "--schema", "payments", "migrate", "up").stdout, "version 3 of 3")
-	if n := b.Count(t, "SELECT count(*) FROM pg_tables WHERE schemaname = 'payments'"); n != 4 {
-		t.Errorf("%d tables in the other schema, want 4", n)
+	wantText(t, b.want(t, 0, "--schema", "payments", "migrate", "up").stdout, "version 4 of 4")
+	if n := b.Count(t, "SELECT count(*) FROM pg_tables WHERE schemaname = 'payments'"); n != 6 {
+		t.Errorf("%d tables in the other schema, want 6", n)
 	}
 	b.want(t, exitUsage, "--schema", "Payments!", "migrate", "up")
 	b.Exec(t, "UPDATE idempotency_migrations SET dirty = true")

@@ -124,7 +124,7 @@ func (w *walk) deleteRange(ctx context.Context, lock, first, last int64) error {
 func (w *walk) deleteBatch(ctx context.Context, lock, first, last int64) error {
 	tag, err := w.store.pool.Exec(ctx, `
 		DELETE FROM ONLY `+w.table+`
-		WHERE ctid >= $1::tid AND ctid < $2::tid AND expires_at < statement_timestamp()
+		WHERE ctid >= $1::tid AND ctid < $2::tid AND expires_at < statement_timestamp() AND status <> 0
 		  AND (SELECT pg_try_advisory_xact_lock($3) AND set_config('lock_timeout', '`+reaperLockTimeoutMS+`', true) IS NOT NULL)`,
 		pgx.QueryExecModeExec, // never from a cached plan: see ErrRowSecurityActive
 		fmt.Sprintf("(%d,0)", first), fmt.Sprintf("(%d,0)", last), lock)

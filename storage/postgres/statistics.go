@@ -24,7 +24,7 @@ const StatisticsTimeoutMax = time.Second
 // Statistics are figures about the table. Records, Expired and Overdue are estimates from pages
 // spread evenly over it, and exact if it has no more than [StatisticsPagesMax] pages.
 type Statistics struct {
-	Records    int64         // that lie in the table, expired ones included
+	Records    int64         // that lie in the table, expired ones included; not open requests
 	Expired    int64         // of these, that wait for the reaper
 	Overdue    time.Duration // the time since the oldest of those that were read expired; zero if there is none
 	TableBytes int64         // bodies included
@@ -88,7 +88,7 @@ func (s *Store) statisticsSQL() string {
 			FROM generate_series(0, least(size.pages, $2::bigint) - 1) n
 		) page ON true
 		LEFT JOIN LATERAL (
-			SELECT count(*) AS records, count(*) FILTER (WHERE expires_at < statement_timestamp()) AS expired, min(expires_at) AS oldest
+			SELECT count(*) FILTER (WHERE status <> 0) AS records, count(*) FILTER (WHERE expires_at < statement_timestamp() AND status <> 0) AS expired, min(expires_at) FILTER (WHERE status <> 0) AS oldest
 			FROM ONLY ` + pgx.Identifier{s.options.Schema, TableName}.Sanitize() + `
 			WHERE ctid >= format('(%s,0)', page.number)::tid AND ctid < format('(%s,0)', page.number + 1)::tid
 		) found ON true

@@ -54,10 +54,10 @@ func (a Act) Validate() error {
 //
 // Like Delete it takes the key's lock as a claim does, and adds a row to the audit table in the
 // same transaction. Errors: [ErrNotFound]; [ErrInProgress] if an attempt or a retry holds the key;
-// [ErrChanged]; [ErrInvalid]; [ErrUnknown] if the reply to COMMIT was lost. Expiring an expired
+// [ErrChanged]; [ErrOpen] if the request has no answer yet; [ErrInvalid]; [ErrUnknown] if the reply to COMMIT was lost. Expiring an expired
 // record is no error, and does not change its expiry.
 func (o *Operator) Expire(ctx context.Context, key idempotency.Key, act Act) (Record, error) {
-	return o.act(ctx, "expire", key, act, "UPDATE ONLY "+o.keys+" SET expires_at = least(expires_at, transaction_timestamp()) WHERE scope = $1 AND key = $2 AND attempt_id = $3::uuid")
+	return o.act(ctx, "expire", key, act, "UPDATE ONLY "+o.keys+" SET expires_at = least(expires_at, transaction_timestamp()) WHERE scope = $1 AND key = $2 AND attempt_id = $3::uuid AND status <> 0")
 }
 
 // Delete deletes the record at once, and returns it as it was. After that the key is new: a retry
@@ -72,7 +72,7 @@ func (o *Operator) Expire(ctx context.Context, key idempotency.Key, act Act) (Re
 // WAS COMMITTED. So do not delete a record that is younger than a minute, least of all while the
 // network or the database is in trouble. Delete returns the errors of [Operator.Expire].
 func (o *Operator) Delete(ctx context.Context, key idempotency.Key, act Act) (Record, error) {
-	return o.act(ctx, "delete", key, act, "DELETE FROM ONLY "+o.keys+" WHERE scope = $1 AND key = $2 AND attempt_id = $3::uuid")
+	return o.act(ctx, "delete", key, act, "DELETE FROM ONLY "+o.keys+" WHERE scope = $1 AND key = $2 AND attempt_id = $3::uuid AND status <> 0")
 }
 
 func (o *Operator) act(ctx context.Context, action string, key idempotency.Key, act Act, sql string) (Record, error) {
@@ -113,6 +113,8 @@ func (o *Operator) actIn(ctx context.Context, tx pgx.Tx, action string, key idem
 		return Record{}, err
 	case !act.Attempt.IsZero() && record.Attempt != act.Attempt:
 		return Record{}, ErrChanged
+	case record.Open():
+		return Record{}, fmt.Errorf("%w, and money may have moved: end it first (idemctl effect get, effect settle), or give it up with idemctl key abandon", ErrOpen)
 	}
 	tag, err := tx.Exec(ctx, sql, key.Scope, key.Value, record.Attempt.String())
 	switch {

@@ -70,6 +70,7 @@ type Operator struct {
 	table              string // qualified, unquoted: a part of the lock number
 	keys               string // sanitized, as are the next
 	audit, events      string
+	open, effects      string
 	versions           string
 	statementTimeoutMS string
 	callTimeoutMS      string
@@ -101,6 +102,7 @@ func New(store *postgres.Store, opts *Options) *Operator {
 		store: store, pool: store.Pool(), options: o,
 		table: store.Schema() + "." + postgres.TableName,
 		keys:  name(postgres.TableName), audit: name(AuditTableName), events: name(EventsTableName),
+		open: name(postgres.OpenTableName), effects: name(postgres.EffectsTableName),
 		versions:           name("idempotency_migrations"),
 		statementTimeoutMS: strconv.FormatInt(o.StatementTimeout.Milliseconds(), 10),
 		callTimeoutMS:      strconv.FormatInt(o.CallTimeout.Milliseconds(), 10),

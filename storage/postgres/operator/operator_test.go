@@ -121,9 +121,9 @@ func TestVersion(t *testing.T) {
 	if err := migrations.Up(t.Context(), b.Store, nil); err != nil {
 		t.Fatal(err)
 	}
-	want(operator.SchemaVersion, false)
+	want(migrations.Latest, false)
 	b.Exec(t, "UPDATE idempotency_migrations SET dirty = true")
-	want(operator.SchemaVersion, true)
+	want(migrations.Latest, true)
 	b.Exec(t, "DELETE FROM idempotency_migrations")
 	want(0, false)
 }

@@ -20,7 +20,7 @@ const BodyBytesMax = 16 << 20
 // Record is a record as an operator sees it.
 type Record struct {
 	Key         idempotency.Key // prints as a hash; its fields are the table's columns
-	Status      int
+	Status      int             // 0 if the request is open
 	Fingerprint idempotency.Fingerprint
 	Attempt     idempotency.AttemptID
 	TraceID     string // empty if there was none
@@ -34,6 +34,10 @@ type Record struct {
 	Header    map[string][]string
 	HeaderErr error
 }
+
+// Open reports whether this is no record yet, but the row of an open request: see
+// [Operator.GetOpen].
+func (r *Record) Open() bool { return r.Status == 0 }
 
 // Holder is a session that holds a key's lock: a running attempt; or, for a moment, a retry that
 // reads the record, a search for a lost COMMIT, or an operator's act.

@@ -35,6 +35,10 @@ type Stats struct {
 	// delay.
 	OldestExpired time.Duration
 
+	Open       int           // requests that have called another service and have no answer yet
+	Parked     int           // of these, that wait for a person
+	OldestOpen time.Duration // the age of the oldest
+
 	TableBytes, IndexBytes, ToastBytes int64
 	AuditBytes, EventsBytes            int64 // with their indexes; 0 before migration 3
 
@@ -60,6 +64,9 @@ func (o *Operator) Stats(ctx context.Context) (Stats, error) {
 			return err
 		}
 		if err := o.counts(ctx, tx, &s); err != nil {
+			return err
+		}
+		if err := o.openCounts(ctx, tx, &s); err != nil {
 			return err
 		}
 		return o.inFlight(ctx, tx, &s)
@@ -105,9 +112,9 @@ func (o *Operator) counts(ctx context.Context, tx pgx.Tx, s *Stats) error {
 	var live, expired int64
 	var created, expiredAt *time.Time
 	err := tx.QueryRow(ctx, `
-		SELECT count(*) FILTER (WHERE expires_at >= statement_timestamp()), count(*) FILTER (WHERE expires_at < statement_timestamp()),
+		SELECT count(*) FILTER (WHERE expires_at >= statement_timestamp() ), count(*) FILTER (WHERE expires_at < statement_timestamp()),
 		       min(created_at), min(expires_at) FILTER (WHERE expires_at < statement_timestamp())
-		FROM ONLY `+o.keys+sample).Scan(&live, &expired, &created, &expiredAt)
+		FROM ONLY `+o.keys+sample+` WHERE status <> 0`).Scan(&live, &expired, &created, &expiredAt)
 	if err != nil {
 		return err
 	}
@@ -120,6 +127,18 @@ func (o *Operator) counts(ctx context.Context, tx pgx.Tx, s *Stats) error {
 		s.OldestExpired = max(s.Now.Sub(*expiredAt), 0)
 	}
 	return nil
+}
+
+// openCounts counts open requests, if the schema has their table and the role may read it.
+func (o *Operator) openCounts(ctx context.Context, tx pgx.Tx, s *Stats) error {
+	var readable bool
+	if err := tx.QueryRow(ctx, "SELECT COALESCE(has_table_privilege(to_regclass($1)::oid, 'SELECT'), false)", o.open).Scan(&readable); err != nil || !readable {
+		return err
+	}
+	var seconds float64
+	err := tx.QueryRow(ctx, "SELECT count(*), count(parked), COALESCE(extract(epoch FROM statement_timestamp() - min(started_at)), 0)::float8 FROM "+o.open).Scan(&s.Open, &s.Parked, &seconds)
+	s.OldestOpen = time.Duration(max(seconds, 0) * float64(time.Second))
+	return err
 }
 
 // inFlight finds the sessions that hold a 64-bit advisory lock and have read the table of records

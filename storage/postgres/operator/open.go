@@ -1,0 +1,462 @@
+package operator
+
+import (
+	"bytes"
+	"cmp"
+	"context"
+	"encoding/base64"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/jackc/pgx/v5"
+
+	"github.com/paidonce/idempotency"
+)
+
+// Errors of open requests.
+var (
+	// ErrNotOpen: the key has no open request. It may have a record: then the request has ended.
+	ErrNotOpen = errors.New("key has no open request")
+	// ErrOpen: the key's request is open, so there is no record to change, and money may have moved.
+	// End the request: settle its effects, or abandon it.
+	ErrOpen = errors.New("key's request is open")
+	// ErrSettled: the effect has a result already. Nothing was done.
+	ErrSettled = errors.New("effect is settled")
+	// ErrNoEffect: the open request has no effect of this name.
+	ErrNoEffect = errors.New("request has no such effect")
+	// ErrUnconfirmed: [Abandonment.Sent] does not name exactly the effects that may have been sent.
+	// The text names them. Nothing was done.
+	ErrUnconfirmed = errors.New("abandonment is not confirmed")
+	// ErrEncrypted: the service encrypts what it stores, and could not read this output. Nothing was
+	// done. A program with the keys makes one: encrypted.Store.SealOutput.
+	ErrEncrypted = errors.New("service encrypts its effects")
+)
+
+// OpenRequest is an open request as an operator sees it: one that has called another service, or
+// was about to, and has no answer yet.
+type OpenRequest struct {
+	Key        idempotency.Key // prints as a hash; its fields are the table's columns
+	Route      string
+	Attempt    idempotency.AttemptID // of the request; a service's rows may carry it
+	Epoch      int64                 // counts its owners and the acts on it: see [OpenAct.Epoch]
+	Runs       int                   // of the handler
+	StartedAt  time.Time
+	Age        time.Duration // since StartedAt
+	NextAt     time.Time     // from then on anybody may take it over
+	Running    bool          // an attempt runs, or died within its lease
+	Parked     string        // why only a person can end it; empty if nobody needs to
+	LastReason string        // why the last run left it open
+	Unsettled  []string      // names of the effects without a result, the oldest first
+
+	Effects []Effect // only of [Operator.GetOpen]
+}
+
+// Effect is a call that an open request made, or was about to make. Its input and output are not
+// read: they may contain private data.
+type Effect struct {
+	Name        string                  `json:"name"`
+	Kind        idempotency.EffectKind  `json:"kind"`
+	State       idempotency.EffectState `json:"state"`
+	DerivedKey  string                  `json:"derived_key"` // the key that the other service got: look the call up there by it
+	Tries       int                     `json:"tries"`       // times that it may have been sent
+	Panics      int                     `json:"panics"`
+	SentFirstAt time.Time               `json:"sent_first_at"`
+	DoubtAt     time.Time               `json:"doubt_at,omitzero"`   // the last repeated send without a definite answer
+	SettledAt   time.Time               `json:"settled_at,omitzero"` // if it has a result
+}
+
+// OpenFilter selects the open requests that match every field that is set.
+type OpenFilter struct {
+	Scope  string // exact
+	Route  string // exact
+	Effect string // requests that have an effect of this name
+	Parked bool   // only those that wait for a person
+}
+
+// OpenList is one page.
+type OpenList struct {
+	Requests []OpenRequest
+	Next     Cursor // the start of the next page; empty if the list ends here
+	Now      time.Time
+}
+
+const openColumns = `o.scope, o.key, o.route, k.attempt_id, o.epoch, o.runs, o.started_at, o.next_at, o.owned AND o.next_at > statement_timestamp(),
+	COALESCE(o.parked, ''), COALESCE(o.last_reason, ''), statement_timestamp()`
+
+func scanOpen(row pgx.Row, now *time.Time, more ...any) (r OpenRequest, err error) {
+	err = row.Scan(append([]any{&r.Key.Scope, &r.Key.Value, &r.Route, (*[16]byte)(&r.Attempt), &r.Epoch, &r.Runs, &r.StartedAt, &r.NextAt, &r.Running,
+		&r.Parked, &r.LastReason, now}, more...)...)
+	*now = now.UTC()
+	r.StartedAt, r.NextAt = r.StartedAt.UTC(), r.NextAt.UTC()
+	r.Age = max(now.Sub(r.StartedAt), 0)
+	return r, err
+}
+
+// ListOpen returns a page of the open requests, the oldest first. Page.Descending is refused. A
+// request that is opened or ended meanwhile may be returned or not. The error for an invalid filter
+// or page wraps [ErrInvalid].
+func (o *Operator) ListOpen(ctx context.Context, filter OpenFilter, page Page) (OpenList, error) {
+	var list OpenList
+	rows := cmp.Or(page.Rows, pageRows)
+	started, scope, key := time.Time{}, "", ""
+	err := func() error {
+		switch {
+		case rows < 0 || rows > PageRowsMax:
+			return fmt.Errorf("%w: a page has 1 to %d rows", ErrInvalid, PageRowsMax)
+		case page.Descending:
+			return fmt.Errorf("%w: open requests are listed from the oldest on", ErrInvalid)
+		case page.After == "":
+			return nil
+		}
+		var err error
+		if started, scope, key, err = page.After.openPlace(); err != nil {
+			return fmt.Errorf("%w: the cursor is not one of this list", ErrInvalid)
+		}
+		return nil
+	}()
+	if err == nil {
+		err = o.read(ctx, func(ctx context.Context, tx pgx.Tx) error {
+			found, err := tx.Query(ctx, "SELECT "+openColumns+`, ARRAY(SELECT name FROM `+o.effects+` AS e
+					WHERE e.scope = o.scope AND e.key = o.key AND e.state = 1 ORDER BY e.sent_first_at, e.name)
+				FROM `+o.open+` AS o JOIN `+o.keys+` AS k USING (scope, key)
+				WHERE ($1::text = '' OR o.scope = $1) AND ($2::text = '' OR o.route = $2) AND (NOT $3::bool OR o.parked IS NOT NULL)
+				AND ($4::text = '' OR EXISTS (SELECT FROM `+o.effects+` AS e WHERE e.scope = o.scope AND e.key = o.key AND e.name = $4))
+				AND ($5::bool OR (o.started_at, o.scope, o.key) > ($6::timestamptz, $7::text, $8::text))
+				ORDER BY o.started_at, o.scope, o.key LIMIT $9::int`,
+				filter.Scope, filter.Route, filter.Parked, filter.Effect, page.After == "", started, scope, key, rows+1)
+			if err != nil {
+				return err
+			}
+			list.Requests, err = pgx.CollectRows(found, func(row pgx.CollectableRow) (r OpenRequest, err error) {
+				var unsettled []string
+				r, err = scanOpen(row, &list.Now, &unsettled)
+				r.Unsettled = unsettled
+				return r, err
+			})
+			return err
+		})
+	}
+	if err != nil {
+		return OpenList{}, fmt.Errorf("list open requests: %w", err)
+	}
+	if len(list.Requests) > rows {
+		list.Requests = list.Requests[:rows]
+		list.Next = openCursor(&list.Requests[rows-1])
+	}
+	return list, nil
+}
+
+func openCursor(r *OpenRequest) Cursor {
+	text, _ := json.Marshal([3]string{r.StartedAt.Format(time.RFC3339Nano), r.Key.Scope, r.Key.Value}) // three strings: this never fails
+	return Cursor(base64.RawURLEncoding.EncodeToString(text))
+}
+
+func (c Cursor) openPlace() (started time.Time, scope, key string, err error) {
+	var at [3]string
+	text, err := base64.RawURLEncoding.DecodeString(string(c))
+	if err == nil {
+		err = json.Unmarshal(text, &at)
+	}
+	if err == nil {
+		started, err = time.Parse(time.RFC3339Nano, at[0])
+	}
+	return started, at[1], at[2], errors.Join(err, idempotency.Key{Scope: at[1], Value: at[2]}.Validate())
+}
+
+// GetOpen returns the key's open request with its effects. If there is none the error is
+// [ErrNotOpen].
+func (o *Operator) GetOpen(ctx context.Context, key idempotency.Key) (OpenRequest, error) {
+	var r OpenRequest
+	err := validKey(key)
+	if err == nil {
+		err = o.read(ctx, func(ctx context.Context, tx pgx.Tx) (err error) {
+			r, err = o.openIn(ctx, tx, key, "")
+			return err
+		})
+	}
+	if err != nil {
+		return OpenRequest{}, fmt.Errorf("get the open request: %w", err)
+	}
+	return r, nil
+}
+
+// openIn reads an open request with its effects; lock is FOR UPDATE OF o, or nothing.
+func (o *Operator) openIn(ctx context.Context, tx pgx.Tx, key idempotency.Key, lock string) (r OpenRequest, err error) {
+	r, err = scanOpen(tx.QueryRow(ctx, "SELECT "+openColumns+" FROM "+o.open+" AS o JOIN "+o.keys+" AS k USING (scope, key) WHERE o.scope = $1 AND o.key = $2 "+lock, key.Scope, key.Value), new(time.Time))
+	switch {
+	case errors.Is(err, pgx.ErrNoRows):
+		return r, ErrNotOpen
+	case err != nil:
+		return r, err
+	}
+	rows, err := tx.Query(ctx, "SELECT name, kind, state, derived_key::text, tries, panics, sent_first_at, doubt_at, settled_at FROM "+o.effects+
+		" WHERE scope = $1 AND key = $2 ORDER BY sent_first_at, name", key.Scope, key.Value)
+	if err != nil {
+		return r, err
+	}
+	r.Effects, err = pgx.CollectRows(rows, func(row pgx.CollectableRow) (e Effect, err error) {
+		var doubt, settled *time.Time
+		err = row.Scan(&e.Name, &e.Kind, &e.State, &e.DerivedKey, &e.Tries, &e.Panics, &e.SentFirstAt, &doubt, &settled)
+		e.SentFirstAt = e.SentFirstAt.UTC()
+		if doubt != nil {
+			e.DoubtAt = doubt.UTC()
+		}
+		if settled != nil {
+			e.SettledAt = settled.UTC()
+		}
+		return e, err
+	})
+	for i := range r.Effects {
+		if r.Effects[i].State == idempotency.EffectIntended {
+			r.Unsettled = append(r.Unsettled, r.Effects[i].Name)
+		}
+	}
+	return r, err
+}
+
+// MaybeSent returns the names of the effects that may have been sent: all but those that were
+// declined, in the order of their names.
+func (r *OpenRequest) MaybeSent() []string {
+	var names []string
+	for i := range r.Effects {
+		if e := &r.Effects[i]; e.State != idempotency.EffectDeclined && e.Kind != idempotency.EffectPhase {
+			names = append(names, e.Name)
+		}
+	}
+	slices.Sort(names)
+	return names
+}
+
+// OpenAct is an [Act] on an open request.
+type OpenAct struct {
+	Act
+
+	// Epoch, if set, restricts the act to the request as it was seen: if somebody has taken it over
+	// since, or another operator has acted on it, the act returns [ErrChanged].
+	Epoch int64
+}
+
+// Settlement is what an operator knows of an effect.
+type Settlement string
+
+// The settlements.
+const (
+	SettleDone     Settlement = "done"     // the other service did it
+	SettleDeclined Settlement = "declined" // it refused, and will not do it later
+	SettleNotSent  Settlement = "not-sent" // it never got the request: the next run sends it as if for the first time
+	SettleRetry    Settlement = "retry"    // nothing is known: the next run sends it again with the same key, if the rules of the effect permit that
+)
+
+// envelopeMark begins what package encrypted stores.
+const envelopeMark = "\x00enc"
+
+// Settle records what an operator knows of an effect that has no result, and makes the request due
+// at once: the service's handler makes the answer, never the operator. Output is the result of a
+// done effect as JSON, as its Do would return it, or the detail of a declined one, which may be nil.
+//
+// Like every act on an open request it is a compare-and-set on the request's epoch in one
+// transaction, with a row in the audit table. Errors: [ErrNotOpen]; [ErrNoEffect]; [ErrSettled] if
+// the effect has a result already; [ErrInProgress] if an attempt runs; [ErrChanged]; [ErrEncrypted];
+// [ErrInvalid]; [ErrUnknown] if the reply to COMMIT was lost.
+func (o *Operator) Settle(ctx context.Context, key idempotency.Key, name string, as Settlement, output []byte, act OpenAct) (OpenRequest, error) {
+	switch {
+	case as == SettleDone && !json.Valid(output) && !bytes.HasPrefix(output, []byte(envelopeMark)),
+		as == SettleDeclined && len(output) > 0 && !json.Valid(output) && !bytes.HasPrefix(output, []byte(envelopeMark)):
+		return OpenRequest{}, fmt.Errorf("settle: %w: the output is not JSON", ErrInvalid)
+	case (as == SettleNotSent || as == SettleRetry) && output != nil:
+		return OpenRequest{}, fmt.Errorf("settle: %w: only what is done or declined has an output", ErrInvalid)
+	case as != SettleDone && as != SettleDeclined && as != SettleNotSent && as != SettleRetry:
+		return OpenRequest{}, fmt.Errorf("settle: %w: an effect is done, declined, not-sent or retry", ErrInvalid)
+	case output == nil:
+		output = []byte{}
+	}
+	return o.openAct(ctx, "settle-"+string(as), name, key, act, nil, func(ctx context.Context, tx pgx.Tx, r *OpenRequest) (string, error) {
+		at := slices.IndexFunc(r.Effects, func(e Effect) bool { return e.Name == name })
+		if at < 0 {
+			return "", fmt.Errorf("%w: it has %s", ErrNoEffect, strings.Join(r.names(), ", "))
+		}
+		e := &r.Effects[at]
+		if e.State != idempotency.EffectIntended {
+			return "", fmt.Errorf("%w: it is %s since %s", ErrSettled, EffectStateText(e.State), e.SettledAt.Format(time.RFC3339))
+		}
+		state := int16(idempotency.EffectDone)
+		switch as {
+		case SettleDeclined:
+			state = int16(idempotency.EffectDeclined)
+		case SettleNotSent:
+			if e.Kind == idempotency.EffectAtMostOnce {
+				// The next run commits a new intent and sends it: a marker that is found is never sent.
+				return "", one(tx.Exec(ctx, "DELETE FROM "+o.effects+" WHERE scope = $1 AND key = $2 AND name = $3 AND state = 1", key.Scope, key.Value, name))
+			}
+			return "", one(tx.Exec(ctx, "UPDATE "+o.effects+" SET sent_first_at = clock_timestamp(), doubt_at = NULL, tries = 0, panics = 0 WHERE scope = $1 AND key = $2 AND name = $3 AND state = 1",
+				key.Scope, key.Value, name))
+		case SettleRetry:
+			if e.Kind == idempotency.EffectAtMostOnce {
+				return "", fmt.Errorf("%w: this effect is sent once at most: say %s if it is known that the other service never got it", ErrInvalid, SettleNotSent)
+			}
+			return "", one(tx.Exec(ctx, "UPDATE "+o.effects+" SET panics = 0 WHERE scope = $1 AND key = $2 AND name = $3 AND state = 1", key.Scope, key.Value, name))
+		}
+		var encrypted bool
+		if err := tx.QueryRow(ctx, "SELECT substr(input, 1, $4::int) = $5::bytea FROM "+o.effects+" WHERE scope = $1 AND key = $2 AND name = $3",
+			key.Scope, key.Value, name, len(envelopeMark), []byte(envelopeMark)).Scan(&encrypted); err != nil {
+			return "", err
+		}
+		if encrypted != bytes.HasPrefix(output, []byte(envelopeMark)) {
+			return "", ErrEncrypted
+		}
+		return "", one(tx.Exec(ctx, "UPDATE "+o.effects+" SET state = $4::smallint, output = $5, settled_at = clock_timestamp() WHERE scope = $1 AND key = $2 AND name = $3 AND state = 1",
+			key.Scope, key.Value, name, state, output))
+	})
+}
+
+// EffectStateText returns the state of an effect in one word.
+func EffectStateText(state idempotency.EffectState) string {
+	switch state {
+	case idempotency.EffectIntended:
+		return "intended"
+	case idempotency.EffectDone:
+		return "done"
+	case idempotency.EffectDeclined:
+		return "declined"
+	case idempotency.EffectMaybe:
+		return "maybe"
+	}
+	return fmt.Sprintf("state %d", state)
+}
+
+func (r *OpenRequest) names() []string {
+	names := make([]string, 0, len(r.Effects))
+	for i := range r.Effects {
+		names = append(names, r.Effects[i].Name)
+	}
+	return names
+}
+
+// Resume makes an open request due at once, parked or not, and forgets the panics of its effects.
+// Whatever parked it may park it again. It returns the errors of [Operator.Settle].
+func (o *Operator) Resume(ctx context.Context, key idempotency.Key, act OpenAct) (OpenRequest, error) {
+	return o.openAct(ctx, "resume", "", key, act, nil, func(ctx context.Context, tx pgx.Tx, _ *OpenRequest) (string, error) {
+		_, err := tx.Exec(ctx, "UPDATE "+o.effects+" SET panics = 0 WHERE scope = $1 AND key = $2 AND state = 1 AND panics > 0", key.Scope, key.Value)
+		return "", err
+	})
+}
+
+// Park leaves an open request to a person: nobody takes it over until an operator resumes it or
+// settles one of its effects. It returns the errors of [Operator.Settle].
+func (o *Operator) Park(ctx context.Context, key idempotency.Key, act OpenAct) (OpenRequest, error) {
+	return o.openAct(ctx, "park", "", key, act, nil, func(context.Context, pgx.Tx, *OpenRequest) (string, error) {
+		return "an operator parked it", nil
+	})
+}
+
+// Abandonment is the end of an open request without an answer.
+type Abandonment struct {
+	OpenAct
+
+	// Sent names the effects that may have been sent, in any order: [OpenRequest.MaybeSent]. Who
+	// abandons has looked each of them up at the other service.
+	Sent []string
+}
+
+// Abandon deletes an open request with its effects. After that the key is new: a retry of the
+// request RUNS AGAIN, AND CAN PAY TWICE, and what was sent is known only to the other service and
+// to the audit table. Settle the effects instead if their outcome can be found.
+//
+// The error is [ErrUnconfirmed] unless [Abandonment.Sent] is right; the other errors are those of
+// [Operator.Settle].
+func (o *Operator) Abandon(ctx context.Context, key idempotency.Key, a Abandonment) (OpenRequest, error) {
+	said := slices.Clone(a.Sent)
+	slices.Sort(said)
+	return o.openAct(ctx, "abandon", "", key, a.OpenAct, func(r *OpenRequest) error {
+		if sent := r.MaybeSent(); !slices.Equal(said, sent) {
+			return fmt.Errorf("%w: what may have been sent is %s", ErrUnconfirmed, cmp.Or(strings.Join(sent, ","), "nothing"))
+		}
+		return nil
+	}, nil)
+}
+
+// openAct acts on an open request. Do returns why the request is parked, or nothing to make it due;
+// without do the request is deleted.
+func (o *Operator) openAct(ctx context.Context, action, effect string, key idempotency.Key, act OpenAct, vet func(*OpenRequest) error,
+	do func(context.Context, pgx.Tx, *OpenRequest) (parked string, err error),
+) (OpenRequest, error) {
+	var r OpenRequest
+	err := errors.Join(validKey(key), act.Validate())
+	if err == nil {
+		err = o.in(ctx, pgx.TxOptions{IsoLevel: pgx.ReadCommitted, AccessMode: pgx.ReadWrite}, func(ctx context.Context, tx pgx.Tx) (err error) {
+			r, err = o.openActIn(ctx, tx, action, effect, key, act, vet, do)
+			return err
+		})
+	}
+	if err != nil {
+		return OpenRequest{}, fmt.Errorf("%s: %w", action, err)
+	}
+	return r, nil
+}
+
+func (o *Operator) openActIn(ctx context.Context, tx pgx.Tx, action, effect string, key idempotency.Key, act OpenAct, vet func(*OpenRequest) error,
+	do func(context.Context, pgx.Tx, *OpenRequest) (parked string, err error),
+) (OpenRequest, error) {
+	// COMMIT waits for the local disk, or for more if the role's setting demands it.
+	if _, err := tx.Exec(ctx, `SELECT set_config('synchronous_commit', 'on', true) WHERE current_setting('synchronous_commit') IN ('off', 'local', 'remote_write')`); err != nil {
+		return OpenRequest{}, err
+	}
+	// The row's lock keeps it from being taken over. Its owner holds the lock during its last
+	// transaction.
+	r, err := o.openIn(ctx, tx, key, "FOR UPDATE OF o")
+	switch {
+	case err != nil:
+		return r, err
+	case !act.Attempt.IsZero() && r.Attempt != act.Attempt, act.Epoch != 0 && r.Epoch != act.Epoch:
+		return r, ErrChanged
+	case r.Running:
+		return r, ErrInProgress
+	}
+	if vet != nil {
+		if err := vet(&r); err != nil {
+			return r, err
+		}
+	}
+	details, err := json.Marshal(r.Effects)
+	if err != nil {
+		return r, err
+	}
+	var status int
+	var created, expires time.Time
+	if err := tx.QueryRow(ctx, "SELECT status, created_at, expires_at FROM "+o.keys+" WHERE scope = $1 AND key = $2", key.Scope, key.Value).Scan(&status, &created, &expires); err != nil {
+		return r, err
+	}
+	if do != nil {
+		parked, err := do(ctx, tx, &r)
+		if err == nil {
+			err = one(tx.Exec(ctx, "UPDATE "+o.open+" SET epoch = epoch + 1, owned = false, next_at = clock_timestamp(), parked = NULLIF($4::text, ''), last_reason = $5 WHERE scope = $1 AND key = $2 AND epoch = $3",
+				key.Scope, key.Value, r.Epoch, parked, "an operator: "+action))
+		}
+		if err != nil {
+			return r, err
+		}
+	} else {
+		err := one(tx.Exec(ctx, "DELETE FROM "+o.open+" WHERE scope = $1 AND key = $2 AND epoch = $3", key.Scope, key.Value, r.Epoch))
+		if err == nil { // its effects go with it
+			err = one(tx.Exec(ctx, "DELETE FROM ONLY "+o.keys+" WHERE scope = $1 AND key = $2 AND attempt_id = $3::uuid AND status = 0", key.Scope, key.Value, r.Attempt.String()))
+		}
+		if err != nil {
+			return r, err
+		}
+	}
+	return r, one(tx.Exec(ctx, "INSERT INTO "+o.audit+` (action, actor, reason, scope, key, attempt_id, status, record_created_at, record_expires_at, effect, effects)
+		VALUES ($1, $2, $3, $4, $5, $6::uuid, $7::smallint, $8::timestamptz, $9::timestamptz, NULLIF($10, ''), $11::jsonb)`,
+		action, act.Actor, act.Reason, key.Scope, key.Value, r.Attempt.String(), status, created, expires, effect, string(details)))
+}
+
+// one fails unless a statement wrote one row.
+func one(tag interface{ RowsAffected() int64 }, err error) error {
+	if err == nil && tag.RowsAffected() != 1 {
+		return errors.New("nothing was done: a row was not written: drop the rules and BEFORE triggers of the tables")
+	}
+	return err
+}

@@ -1,0 +1,342 @@
+package operator_test
+
+import (
+	"context"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/paidonce/idempotency"
+	"github.com/paidonce/idempotency/internal/testservice"
+	"github.com/paidonce/idempotency/migrations"
+	"github.com/paidonce/idempotency/storage/postgres"
+	"github.com/paidonce/idempotency/storage/postgres/operator"
+)
+
+var openAct = operator.OpenAct{Act: act}
+
+// openBundle is a service with a resumable route whose call does not get a reply.
+type openBundle struct {
+	*testBundle
+	kind idempotency.EffectKind
+	sent int
+	out  string // the call's recorded output, as the handler got it
+}
+
+func setupOpen(t *testing.T) *openBundle {
+	b := &openBundle{testBundle: setup(t, nil), kind: idempotency.EffectCall}
+	b.Engine.Resumable("topup/1", func(idempotency.Key, []byte) (idempotency.RunFunc, error) { return b.run, nil })
+	return b
+}
+
+func (b *openBundle) run(ctx context.Context) (*idempotency.Answer, error) {
+	effects, err := idempotency.EffectsFrom(ctx)
+	if err != nil {
+		return nil, err
+	}
+	effect, _, _, err := effects.Begin(idempotency.Intent{Name: "charge", Kind: b.kind, Input: []byte("1"), Timeout: time.Second})
+	switch {
+	case err != nil:
+		return nil, err
+	case effect.State == idempotency.EffectDeclined:
+		return &idempotency.Answer{Status: 402}, nil
+	case effect.State == idempotency.EffectDone:
+		b.out = string(effect.Output)
+		_, err := postgres.Tx(ctx).Exec(ctx, "INSERT INTO effects DEFAULT VALUES")
+		return &idempotency.Answer{Status: 201}, err
+	}
+	b.sent++
+	effects.Lapse(idempotency.Lapse{Parked: "no reply", Reason: "no reply"})
+	return nil, idempotency.ErrUnsettled
+}
+
+// open makes a request that stays open, parked.
+func (b *openBundle) open(t *testing.T, value string) idempotency.Key {
+	t.Helper()
+	if result := b.again(t, value); result.Outcome != idempotency.OutcomeUnknown {
+		t.Fatalf("%+v", result)
+	}
+	return key(value)
+}
+
+func (b *openBundle) again(t *testing.T, value string) idempotency.Result {
+	req := testservice.Request(key(value))
+	req.Resumable, req.Stored = "topup/1", func() []byte { return []byte("the request") }
+	return b.Engine.Do(t.Context(), req, b.run)
+}
+
+// complete runs the completer once.
+func (b *openBundle) complete(t *testing.T) {
+	t.Helper()
+	if _, err := idempotency.NewCompleter(b.Engine, nil).Once(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// The operator says what is known of the effect, and the service's handler makes the answer.
+func TestSettledEffectIsAnsweredByTheHandler(t *testing.T) {
+	t.Parallel()
+	for as, want := range map[operator.Settlement]int{operator.SettleDone: 201, operator.SettleDeclined: 402} {
+		b := setupOpen(t)
+		k := b.open(t, "canary")
+		seen, err := b.operator.GetOpen(t.Context(), k)
+		if err != nil || seen.Parked != "no reply" || seen.Route != "topup/1" || len(seen.Effects) != 1 || len(seen.Unsettled) != 1 || seen.Effects[0].DerivedKey == "" {
+			t.Fatalf("%+v, %v", seen, err)
+		}
+		a := openAct
+		a.Epoch, a.Attempt = seen.Epoch, seen.Attempt
+		if _, err := b.operator.Settle(t.Context(), k, "charge", as, []byte(`{"id":"ch_1"}`), a); err != nil {
+			t.Fatal(err)
+		}
+		// Twice, once by the same sight of it and once without one.
+		_, err = b.operator.Settle(t.Context(), k, "charge", as, []byte(`{}`), a)
+		wantError(t, err, operator.ErrChanged)
+		_, err = b.operator.Settle(t.Context(), k, "charge", as, []byte(`{}`), openAct)
+		wantError(t, err, operator.ErrSettled)
+		b.complete(t)
+		if result := b.again(t, "canary"); result.Outcome != idempotency.OutcomeReplayed || result.Answer.Status != want {
+			t.Errorf("%s: %+v", as, result)
+		}
+		if b.sent != 1 || b.Effects(t) != map[bool]int{true: 1}[want == 201] {
+			t.Errorf("%s: sent %d, posted %d", as, b.sent, b.Effects(t))
+		}
+		_, err = b.operator.Settle(t.Context(), k, "charge", as, []byte(`{}`), openAct)
+		wantError(t, err, operator.ErrNotOpen)
+		if got, want := b.audits(t), "settle-"+string(as)+" alice ticket 7 acme canary "+seen.Attempt.String()+" 0"; got != want {
+			t.Errorf("audit is %q, want %q", got, want)
+		}
+		if got := b.Text(t, "SELECT effect || ' ' || (effects->0->>'derived_key') FROM idempotency_audit"); got != "charge "+seen.Effects[0].DerivedKey {
+			t.Errorf("the audit has %q", got)
+		}
+	}
+}
+
+func TestNotSentAndRetrySendAgain(t *testing.T) {
+	t.Parallel()
+	b := setupOpen(t)
+	k := b.open(t, "canary")
+	b.Exec(t, "UPDATE idempotency_effects SET sent_first_at = now() - interval '2 days', doubt_at = now(), panics = 4")
+	if _, err := b.operator.Settle(t.Context(), k, "charge", operator.SettleRetry, nil, openAct); err != nil {
+		t.Fatal(err)
+	}
+	if n := b.Count(t, "SELECT count(*) FROM idempotency_effects WHERE panics = 0 AND sent_first_at < now() - interval '1 day'"); n != 1 {
+		t.Error("a retry changed the age of the key")
+	}
+	b.complete(t)
+	if _, err := b.operator.Settle(t.Context(), k, "charge", operator.SettleNotSent, nil, openAct); err != nil {
+		t.Fatal(err)
+	}
+	if n := b.Count(t, "SELECT count(*) FROM idempotency_effects WHERE doubt_at IS NULL AND sent_first_at > now() - interval '1 minute'"); n != 1 {
+		t.Error("not-sent left a doubt")
+	}
+	b.complete(t)
+	if b.sent != 3 {
+		t.Errorf("sent %d", b.sent)
+	}
+}
+
+// A marker that is found is never sent: not-sent removes it, and retry is refused.
+func TestEffectThatIsSentOnceAtMostIsNotRetried(t *testing.T) {
+	t.Parallel()
+	b := setupOpen(t)
+	b.kind = idempotency.EffectAtMostOnce
+	k := b.open(t, "canary")
+	_, err := b.operator.Settle(t.Context(), k, "charge", operator.SettleRetry, nil, openAct)
+	wantError(t, err, operator.ErrInvalid)
+	if _, err := b.operator.Settle(t.Context(), k, "charge", operator.SettleNotSent, nil, openAct); err != nil {
+		t.Fatal(err)
+	}
+	if n := b.Count(t, "SELECT count(*) FROM idempotency_effects"); n != 0 {
+		t.Error("the marker is still there")
+	}
+	b.complete(t)
+	if n := b.Count(t, "SELECT count(*) FROM idempotency_effects WHERE tries = 1"); n != 1 || b.sent != 2 {
+		t.Errorf("%d markers, sent %d", n, b.sent)
+	}
+}
+
+// An attempt that runs keeps its request, whoever acts.
+func TestActOnAnOpenRequestThatRuns(t *testing.T) {
+	t.Parallel()
+	b := setupOpen(t)
+	k := b.open(t, "canary")
+	b.Exec(t, "UPDATE idempotency_open SET owned = true, parked = NULL, next_at = now() + interval '1 minute'")
+	for name, do := range map[string]func() error{
+		"settle": func() error {
+			_, err := b.operator.Settle(t.Context(), k, "charge", operator.SettleDone, []byte("1"), openAct)
+			return err
+		},
+		"resume": func() error { _, err := b.operator.Resume(t.Context(), k, openAct); return err },
+		"park":   func() error { _, err := b.operator.Park(t.Context(), k, openAct); return err },
+		"abandon": func() error {
+			_, err := b.operator.Abandon(t.Context(), k, operator.Abandonment{OpenAct: openAct, Sent: []string{"charge"}})
+			return err
+		},
+	} {
+		t.Log(name)
+		wantError(t, do(), operator.ErrInProgress)
+	}
+	if got := b.audits(t); got != "" {
+		t.Errorf("audit is %q", got)
+	}
+}
+
+func TestParkAndResume(t *testing.T) {
+	t.Parallel()
+	b := setupOpen(t)
+	k := b.open(t, "canary")
+	if _, err := b.operator.Resume(t.Context(), k, openAct); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := b.operator.Park(t.Context(), k, openAct); err != nil {
+		t.Fatal(err)
+	}
+	b.complete(t)
+	if seen, err := b.operator.GetOpen(t.Context(), k); err != nil || seen.Parked == "" || b.sent != 1 {
+		t.Fatalf("a parked request ran: %+v, %v", seen, err)
+	}
+	if _, err := b.operator.Resume(t.Context(), k, openAct); err != nil {
+		t.Fatal(err)
+	}
+	b.complete(t)
+	if b.sent != 2 {
+		t.Errorf("sent %d", b.sent)
+	}
+}
+
+// Expire, delete and the reaper never take an open request, and abandon only with the names of
+// what may have been sent.
+func TestOpenRequestIsOnlyAbandonedKnowingly(t *testing.T) {
+	t.Parallel()
+	b := setupOpen(t)
+	k := b.open(t, "canary")
+	_, err := b.operator.Expire(t.Context(), k, act)
+	wantError(t, err, operator.ErrOpen)
+	_, err = b.operator.Delete(t.Context(), k, act)
+	wantError(t, err, operator.ErrOpen)
+	if !strings.Contains(err.Error(), "abandon") {
+		t.Errorf("it names no remedy: %v", err)
+	}
+	b.Exec(t, "UPDATE idempotency_keys SET expires_at = now() - interval '1 hour'")
+	if n, err := b.Store.DeleteExpired(t.Context()); err != nil || n != 0 {
+		t.Errorf("the reaper: %d, %v", n, err)
+	}
+	stats, err := b.operator.Stats(t.Context())
+	if err != nil || stats.Live.Rows != 0 || stats.Expired.Rows != 0 || stats.Open != 1 || stats.Parked != 1 || stats.OldestOpen <= 0 {
+		t.Errorf("stats: %+v, %v", stats, err)
+	}
+	if figures, err := b.Store.Statistics(t.Context()); err != nil || figures.Records != 0 || figures.Expired != 0 {
+		t.Errorf("statistics: %+v, %v", figures, err)
+	}
+	_, err = b.operator.Abandon(t.Context(), k, operator.Abandonment{OpenAct: openAct})
+	wantError(t, err, operator.ErrUnconfirmed)
+	if !strings.Contains(err.Error(), "charge") {
+		t.Errorf("it does not show what was sent: %v", err)
+	}
+	if _, err := b.operator.Abandon(t.Context(), k, operator.Abandonment{OpenAct: openAct, Sent: []string{"charge"}}); err != nil {
+		t.Fatal(err)
+	}
+	if n := b.Count(t, "SELECT (SELECT count(*) FROM idempotency_keys) + (SELECT count(*) FROM idempotency_open) + (SELECT count(*) FROM idempotency_effects)"); n != 0 {
+		t.Errorf("%d rows are left", n)
+	}
+	if got := b.audits(t); !strings.HasPrefix(got, "abandon alice") {
+		t.Errorf("audit is %q", got)
+	}
+	_, err = b.operator.Abandon(t.Context(), k, operator.Abandonment{OpenAct: openAct, Sent: []string{"charge"}})
+	wantError(t, err, operator.ErrNotOpen)
+	b.open(t, "canary") // the key is new
+}
+
+func TestListOpen(t *testing.T) {
+	t.Parallel()
+	b := setupOpen(t)
+	for _, value := range []string{"c", "a", "b"} {
+		b.open(t, value)
+	}
+	if _, err := b.operator.Resume(t.Context(), key("a"), openAct); err != nil {
+		t.Fatal(err)
+	}
+	var got []string
+	page := operator.Page{Rows: 2}
+	for {
+		list, err := b.operator.ListOpen(t.Context(), operator.OpenFilter{Effect: "charge", Route: "topup/1", Scope: "acme"}, page)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, r := range list.Requests {
+			got = append(got, r.Key.Value)
+		}
+		if page.After = list.Next; page.After == "" {
+			break
+		}
+	}
+	if strings.Join(got, " ") != "c a b" { // the oldest first
+		t.Errorf("the list is %v", got)
+	}
+	for filter, want := range map[operator.OpenFilter]int{{Parked: true}: 2, {Route: "other"}: 0, {Effect: "other"}: 0, {}: 3} {
+		if list, err := b.operator.ListOpen(t.Context(), filter, operator.Page{}); err != nil || len(list.Requests) != want {
+			t.Errorf("%+v: %d, %v", filter, len(list.Requests), err)
+		}
+	}
+	_, err := b.operator.ListOpen(t.Context(), operator.OpenFilter{}, operator.Page{After: "x"})
+	wantError(t, err, operator.ErrInvalid)
+}
+
+// The statements of the release before open requests: they read the table, and none of them can
+// lose an intent.
+func TestOlderToolsCanNotLoseAnOpenRequest(t *testing.T) {
+	t.Parallel()
+	b := setupOpen(t)
+	k := b.open(t, "canary")
+	if _, err := b.Pool.Exec(t.Context(), "DELETE FROM ONLY public.idempotency_keys WHERE scope = $1 AND key = $2", k.Scope, k.Value); err == nil || !strings.Contains(err.Error(), "idempotency_open_key_fkey") {
+		t.Errorf("its delete: %v", err)
+	}
+	b.Exec(t, "DELETE FROM ONLY public.idempotency_keys WHERE expires_at < statement_timestamp()") // its reaper
+	b.Exec(t, "UPDATE ONLY idempotency_keys SET expires_at = least(expires_at, transaction_timestamp()) WHERE scope = $1 AND key = $2", k.Scope, k.Value)
+	if _, err := b.Pool.Exec(t.Context(), "DELETE FROM ONLY public.idempotency_keys WHERE expires_at < statement_timestamp()"); err == nil {
+		t.Error("after its expire its reaper deleted the key")
+	}
+	var expires time.Time // its list, get and timeline
+	var status int
+	if err := b.Pool.QueryRow(t.Context(), "SELECT status, expires_at FROM idempotency_keys").Scan(&status, &expires); err != nil || status != 0 {
+		t.Errorf("%d, %v", status, err)
+	}
+	if n := b.Count(t, "SELECT count(*) FROM idempotency_open JOIN idempotency_effects USING (scope, key)"); n != 1 {
+		t.Errorf("%d open requests are left", n)
+	}
+	// This release's reaper goes on, and the request can end.
+	if _, err := b.Store.DeleteExpired(t.Context()); err != nil {
+		t.Error(err)
+	}
+	if _, err := b.operator.Settle(t.Context(), k, "charge", operator.SettleDone, []byte("1"), openAct); err != nil {
+		t.Fatal(err)
+	}
+	b.complete(t)
+	if result := b.again(t, "canary"); result.Outcome != idempotency.OutcomeReplayed {
+		t.Errorf("%+v", result)
+	}
+}
+
+func TestDownMigrationRefusesOpenRequests(t *testing.T) {
+	t.Parallel()
+	b := setupOpen(t)
+	k := b.open(t, "canary")
+	if err := migrations.DownTo(t.Context(), b.Store, 3, nil); err == nil {
+		t.Fatal("the tables of an open request were dropped")
+	}
+	if version, err := migrations.Version(t.Context(), b.Store, nil); err != nil || version != 4 {
+		t.Fatalf("version %d, %v", version, err)
+	}
+	if _, err := b.operator.Abandon(t.Context(), k, operator.Abandonment{OpenAct: openAct, Sent: []string{"charge"}}); err != nil {
+		t.Fatal(err)
+	}
+	if err := migrations.DownTo(t.Context(), b.Store, 3, nil); err != nil {
+		t.Fatal(err)
+	}
+	if got := b.audits(t); !strings.HasPrefix(got, "abandon") {
+		t.Errorf("audit is %q", got)
+	}
+	if err := migrations.Up(t.Context(), b.Store, nil); err != nil {
+		t.Fatal(err)
+	}
+}
