@@ -25,6 +25,10 @@ type keyCommands struct {
 	Watch  watchCommand  `cmd:"" help:"Show the changes of one key as they happen."`
 	Expire expireCommand `cmd:"" help:"Expire a record now. After the reaper's next walk, a retry RUNS AGAIN and can pay twice."`
 	Delete deleteCommand `cmd:"" help:"Delete a record now. A retry RUNS AGAIN and can pay twice."`
+
+	Resume  resumeCommand  `cmd:"" help:"Make an open request due now, parked or not."`
+	Park    parkCommand    `cmd:"" help:"Leave an open request to a person."`
+	Abandon abandonCommand `cmd:"" help:"Delete an open request without an answer. A retry RUNS AGAIN and can pay twice."`
 }
 
 type getCommand struct {
@@ -35,6 +39,8 @@ type getCommand struct {
 // state returns a key's state in one word.
 func state(s operator.State) string {
 	switch {
+	case s.Record != nil && s.Record.Open():
+		return "open"
 	case s.Record != nil && s.Record.Expired:
 		return "expired"
 	case s.Record != nil:

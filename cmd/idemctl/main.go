@@ -35,6 +35,8 @@ const description = `Looks at the records of idempotent requests, and after them
   idemctl key list --scope acme --status 4
   idemctl key watch acme 0198c0de-...     until Ctrl-C
   idemctl key delete acme 0198c0de-... --reason "ticket 7"     a retry RUNS AGAIN after this, and can pay twice
+  idemctl effect list --parked            requests that called another service, and wait for a person
+  idemctl effect settle acme 0198c0de-... charge --done '{"id":"ch_1"}' --reason "ticket 7"
   idemctl stats, idemctl top              counts and sizes; what is in flight
   idemctl gc                              delete what is expired, as the service's reaper does
   idemctl serve                           the same as pages, on this machine, behind a token
@@ -63,6 +65,7 @@ type commands struct {
 	Migrate migrateCommands `cmd:"" help:"Make, upgrade or undo the tables."`
 	Doctor  doctorCommand   `cmd:"" help:"Find faults of the database, each with its remedy."`
 	Key     keyCommands     `cmd:"" help:"Show keys, expire or delete them."`
+	Effect  effectCommands  `cmd:"" help:"Show open requests: those that called another service and have no answer yet. Settle their effects."`
 	Stats   statsCommand    `cmd:"" help:"Count and measure."`
 	Top     topCommand      `cmd:"" help:"Show the requests in progress, repeatedly."`
 	GC      gcCommand       `cmd:"" name:"gc" help:"Delete expired records, and old history."`
@@ -90,9 +93,10 @@ func exitCode(err error) int {
 		return 0
 	case errors.Is(err, errFindings):
 		return exitDoctor
-	case errors.Is(err, operator.ErrNotFound):
+	case errors.Is(err, operator.ErrNotFound), errors.Is(err, operator.ErrNotOpen), errors.Is(err, operator.ErrNoEffect):
 		return exitNotFound
-	case errors.Is(err, operator.ErrInProgress), errors.Is(err, operator.ErrChanged), errors.As(err, new(refused)):
+	case errors.Is(err, operator.ErrInProgress), errors.Is(err, operator.ErrChanged), errors.Is(err, operator.ErrOpen), errors.Is(err, operator.ErrSettled),
+		errors.Is(err, operator.ErrUnconfirmed), errors.Is(err, operator.ErrEncrypted), errors.As(err, new(refused)):
 		return exitRefused
 	case errors.Is(err, operator.ErrInvalid):
 		return exitUsage
