@@ -328,7 +328,7 @@ func TestDoctor(t *testing.T) {
 		}
 	}
 	wantText(t, b.want(t, exitDoctor, "doctor").stdout, "fail  durability", "-> ", "verdict", "none in between")
-	b.Exec(t, "DROP TABLE idempotency_keys")
+	b.Exec(t, "DROP TABLE idempotency_keys CASCADE")
 	wantText(t, b.want(t, exitDoctor, "doctor").stdout, "fail  schema", "run the migrations")
 }
 
@@ -404,7 +404,7 @@ func TestLeastPrivilege(t *testing.T) {
 	b := setup(t)
 	b.do(t, "k")
 	full := b.role(t, "SELECT, DELETE, UPDATE (expires_at) ON idempotency_keys", "SELECT, INSERT ON idempotency_audit", "SELECT, DELETE ON idempotency_events",
-		"SELECT ON idempotency_migrations", "pg_monitor")
+		"SELECT, UPDATE, DELETE ON idempotency_open, idempotency_effects", "SELECT ON idempotency_migrations", "pg_monitor")
 	looks := b.role(t, "SELECT ON idempotency_keys", "SELECT ON idempotency_audit", "SELECT ON idempotency_events", "SELECT ON idempotency_migrations")
 	for i, test := range []struct {
 		args              []string
@@ -431,7 +431,7 @@ func TestLeastPrivilege(t *testing.T) {
 				wantText(t, r.stderr, "42501")
 			}
 			if i == 6 && j == 0 {
-				wantText(t, r.stdout, "GRANT DELETE ON", "GRANT UPDATE (expires_at)", "GRANT pg_monitor")
+				wantText(t, r.stdout, "GRANT DELETE ON", "GRANT UPDATE (expires_at)", "GRANT SELECT, UPDATE, DELETE ON public.idempotency_open", "GRANT pg_monitor")
 			}
 			if i == 6 && j == 1 && strings.Contains(r.stdout, "this role can't") {
 				t.Errorf("an operator lacks a right: %s", r.stdout)
@@ -555,7 +555,7 @@ func TestMigrationThatWaitsSaysForWhom(t *testing.T) {
 	if r.code != 0 {
 		t.Errorf("exit code %d\n%s", r.code, r.stderr)
 	}
-	wantText(t, r.stderr, "migration 3 down waits for", "process "+pid, "requests go on")
+	wantText(t, r.stderr, "migration 4 down waits for", "process "+pid, "requests go on")
 	if strings.ContainsRune(r.stderr, 0x1b) {
 		t.Errorf("it prints control characters: %q", r.stderr)
 	}

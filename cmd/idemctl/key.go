@@ -8,6 +8,7 @@ import (
 	"os"
 	"os/user"
 	"slices"
+	"strconv"
 	"strings"
 	"time"
 	"unicode/utf8"
@@ -103,12 +104,16 @@ func (a *app) getJSON(key idempotency.Key, found operator.State, events []operat
 func (a *app) getText(key idempotency.Key, found operator.State, events []operator.Event, body []byte) error {
 	lines := []string{"scope\t" + terminal.Clean(key.Scope), "key\t" + terminal.Clean(key.Value), "state\t" + state(found)}
 	if r := found.Record; r != nil {
+		status, expires := strconv.Itoa(r.Status), stamp(r.ExpiresAt)
+		if r.Open() {
+			status, expires = "none yet: idemctl effect get shows what was sent", "-"
+		}
 		lines = append(lines,
-			fmt.Sprintf("status\t%d", r.Status),
+			"status\t"+status,
 			"attempt\t"+r.Attempt.String(),
 			"trace\t"+orDash(terminal.Clean(r.TraceID)),
 			"created\t"+stamp(r.CreatedAt),
-			"expires\t"+stamp(r.ExpiresAt),
+			"expires\t"+expires,
 			fmt.Sprintf("fingerprint\t%x (version %d)", r.Fingerprint.Sum, r.Fingerprint.Version),
 			fmt.Sprintf("body\t%d bytes", r.BodyBytes))
 		if r.HeaderErr != nil {
@@ -258,11 +263,14 @@ func (a *app) printList(list operator.List) error {
 	}
 	lines := []string{"SCOPE\tKEY\tSTATUS\tCREATED\tEXPIRES\tBODY\tATTEMPT"}
 	for _, r := range list.Records {
-		expires := stamp(r.ExpiresAt)
-		if r.Expired {
+		expires, status := stamp(r.ExpiresAt), strconv.Itoa(r.Status)
+		switch {
+		case r.Open():
+			expires, status = "-", "open"
+		case r.Expired:
 			expires += " (over)"
 		}
-		lines = append(lines, fmt.Sprintf("%s\t%s\t%d\t%s\t%s\t%s\t%s", terminal.Clean(r.Key.Scope), terminal.Clean(r.Key.Value), r.Status, stamp(r.CreatedAt), expires, sizeText(r.BodyBytes), r.Attempt))
+		lines = append(lines, fmt.Sprintf("%s\t%s\t%s\t%s\t%s\t%s\t%s", terminal.Clean(r.Key.Scope), terminal.Clean(r.Key.Value), status, stamp(r.CreatedAt), expires, sizeText(r.BodyBytes), r.Attempt))
 	}
 	if err := a.table(lines); err != nil {
 		return err
@@ -277,7 +285,7 @@ func (a *app) printList(list operator.List) error {
 type watchCommand struct {
 	keyArguments
 	Interval time.Duration `placeholder:"DURATION" default:"1s" help:"Interval between looks, at least 100ms. (default: ${default})"`
-	Until    string        `placeholder:"STATE" enum:"absent,in-progress,recorded,expired," default:"" help:"End once it is absent, in-progress, recorded or expired."`
+	Until    string        `placeholder:"STATE" enum:"absent,in-progress,open,recorded,expired," default:"" help:"End once it is absent, in-progress, open, recorded or expired."`
 	For      time.Duration `placeholder:"DURATION" help:"End after this long; with --until that is exit code 5."`
 }
 

@@ -50,6 +50,7 @@ type (
 		Reason     string      `json:"reason,omitempty"`
 		DurationUS int64       `json:"duration_us,omitempty"`
 		Attempts   int         `json:"attempts,omitempty"`
+		Effect     string      `json:"effect,omitempty"`
 		Actor      string      `json:"actor,omitempty"`
 		Role       string      `json:"database_role,omitempty"`
 		Holder     *holderJSON `json:"holder,omitempty"`
@@ -86,7 +87,7 @@ func holderOf(h *operator.Holder) *holderJSON {
 func eventOf(e *operator.Event) eventJSON {
 	j := eventJSON{
 		At: e.At, Kind: string(e.Kind), TraceID: e.TraceID, Status: e.Status, Reason: e.Reason, DurationUS: e.Duration.Microseconds(),
-		Attempts: e.Attempts, Actor: e.Actor, Role: e.Role, Holder: holderOf(e.Holder),
+		Attempts: e.Attempts, Effect: e.Effect, Actor: e.Actor, Role: e.Role, Holder: holderOf(e.Holder),
 	}
 	if !e.Attempt.IsZero() {
 		j.Attempt = e.Attempt.String()
@@ -169,6 +170,7 @@ func eventText(e *operator.Event) string {
 	if e.Status != 0 {
 		add("status ", strconv.Itoa(e.Status))
 	}
+	add("effect ", e.Effect)
 	add("by ", e.Actor)
 	if e.Role != "" && e.Role != e.Actor {
 		add("as ", e.Role)

@@ -157,6 +157,9 @@ type statsJSON struct {
 	Expired         countJSON    `json:"expired"`
 	OldestCreated   *time.Time   `json:"oldest_created,omitempty"`
 	OldestExpiredMS int64        `json:"oldest_expired_ms"`
+	Open            int          `json:"open"`
+	Parked          int          `json:"parked"`
+	OldestOpenMS    int64        `json:"oldest_open_ms"`
 	TableBytes      int64        `json:"table_bytes"`
 	IndexBytes      int64        `json:"index_bytes"`
 	ToastBytes      int64        `json:"toast_bytes"`
@@ -177,6 +180,7 @@ type statsJSON struct {
 func statsOf(s *operator.Stats) statsJSON {
 	j := statsJSON{
 		At: s.Now, Live: countJSON(s.Live), Expired: countJSON(s.Expired), OldestExpiredMS: s.OldestExpired.Milliseconds(),
+		Open: s.Open, Parked: s.Parked, OldestOpenMS: s.OldestOpen.Milliseconds(),
 		TableBytes: s.TableBytes, IndexBytes: s.IndexBytes, ToastBytes: s.ToastBytes, AuditBytes: s.AuditBytes, EventsBytes: s.EventsBytes,
 		Inserted: s.Inserted, Deleted: s.Deleted, DeadRows: s.DeadRows, InFlight: s.InFlight, Holders: []holderJSON{},
 	}
@@ -221,6 +225,7 @@ func statsLines(s *operator.Stats) []string {
 		"live\t" + countText(s.Live),
 		"expired\t" + countText(s.Expired),
 		"reaper behind\t" + behind,
+		fmt.Sprintf("open\t%d, %d of them parked, the oldest %v old", s.Open, s.Parked, s.OldestOpen.Round(time.Second)),
 		"oldest\t" + stamp(s.OldestCreated),
 		"table\t" + sizeText(s.TableBytes),
 		"index\t" + sizeText(s.IndexBytes),

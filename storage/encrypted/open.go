@@ -131,6 +131,12 @@ func (s *Store) sealPart(plain []byte, key idempotency.Key, attempt idempotency.
 	return s.ciphers[s.current].Seal(envelope, nil, plain, boundPart(s.current, key, attempt, part, name))
 }
 
+// SealOutput returns an output that an operator gives for an effect of an open request
+// (operator.Settle), as the store keeps it. Attempt is that of the open request.
+func (s *Store) SealOutput(output []byte, key idempotency.Key, attempt idempotency.AttemptID, effect string) []byte {
+	return s.sealPart(output, key, attempt, "output", effect)
+}
+
 // openPart returns the plaintext of a part of an open request. Outputs that an operator gave are
 // not encrypted: they are accepted only with Keys.DangerAcceptUnencrypted.
 func (s *Store) openPart(stored []byte, key idempotency.Key, attempt idempotency.AttemptID, part, name string) ([]byte, error) {

@@ -25,6 +25,7 @@ var (
 	ErrTableUnsafe      = errors.New("the table does not keep each record as it is written")
 	ErrCommitNotDurable = errors.New("COMMIT does not wait for the disk")
 	ErrSessionUnbounded = errors.New("nothing ends a session that stopped")
+	ErrRightMissing     = errors.New("the role lacks a right")
 	ErrNotConfigured    = errors.New("the pool is not configured for this store")
 )
 
@@ -161,6 +162,48 @@ func (s *Store) check(ctx context.Context) (wrong []error) {
 		wrong = append(wrong, fmt.Errorf("check: %w", err))
 	}
 	return append(wrong, s.checkSession(session)...)
+}
+
+// CheckResumable reports whether the database lets the pool's role keep requests open: it has the
+// tables of migration 4, and the role their rights. The error joins all faults it finds, and wraps
+// [ErrSchemaOutdated] or [ErrRightMissing]. A service with resumable routes calls it beside
+// [Store.Check]; others need neither the tables nor the rights.
+func (s *Store) CheckResumable(ctx context.Context) error {
+	ctx, cancel := context.WithTimeout(ctx, s.options.AcquireTimeout+s.options.StatementTimeout)
+	defer cancel()
+	rows, err := s.pool.Query(ctx, `
+		SELECT t.name, c.oid IS NOT NULL, ARRAY(
+			SELECT r FROM unnest(ARRAY['SELECT', 'INSERT', 'UPDATE', 'DELETE']) WITH ORDINALITY AS r(r, at)
+			WHERE c.relname <> $2 AND NOT has_table_privilege(c.oid, r) ORDER BY at
+		) || ARRAY(
+			SELECT 'UPDATE (' || string_agg(col, ', ' ORDER BY at) || ')' FROM unnest($3::text[]) WITH ORDINALITY AS col(col, at)
+			WHERE c.relname = $2 AND NOT has_column_privilege(c.oid, col, 'UPDATE') HAVING count(*) > 0
+		), quote_ident(current_user)
+		FROM unnest($1::text[]) AS t(name) LEFT JOIN pg_class AS c ON c.oid = to_regclass(t.name)`, pgx.QueryExecModeExec,
+		[]string{
+			pgx.Identifier{s.options.Schema, TableName}.Sanitize(), pgx.Identifier{s.options.Schema, OpenTableName}.Sanitize(),
+			pgx.Identifier{s.options.Schema, EffectsTableName}.Sanitize(),
+		}, TableName, []string{"status", "headers", "body", "trace_id", "expires_at"})
+	if err != nil {
+		return fmt.Errorf("check: %w", reachError(err))
+	}
+	var wrong []error
+	var name, role string
+	var there bool
+	var missing []string
+	_, err = pgx.ForEachRow(rows, []any{&name, &there, &missing, &role}, func() error {
+		switch {
+		case !there:
+			wrong = append(wrong, fmt.Errorf("check: %w: table %s is missing, and resumable routes need it: run the migrations", ErrSchemaOutdated, name))
+		case len(missing) > 0:
+			wrong = append(wrong, fmt.Errorf("check: %w, and resumable routes need it: GRANT %s ON %s TO %s", ErrRightMissing, strings.Join(missing, ", "), name, role))
+		}
+		return nil
+	})
+	if err != nil {
+		return fmt.Errorf("check: %w", reachError(err))
+	}
+	return errors.Join(wrong...)
 }
 
 // checkSession compares a connection's settings, in the order of Options.settings, with those that

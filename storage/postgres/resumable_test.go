@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"errors"
+	"regexp"
 	"sync/atomic"
 	"testing"
 	"time"
@@ -282,5 +283,49 @@ func TestCallCostsOneRoundTrip(t *testing.T) {
 	without, with := cost("without", false), cost("with", true)
 	if without != handlerStatements+2 || with != without+1 {
 		t.Errorf("%d round trips without the call and %d with it", without, with)
+	}
+}
+
+// CheckResumable names each right that a role lacks, and with those that it names a request runs
+// from its intent to its answer.
+func TestCheckResumableNamesTheRightsThatAreMissing(t *testing.T) {
+	t.Parallel()
+	var r *resumable
+	r = newResumable(t, func(ctx context.Context) (*idempotency.Answer, error) {
+		if err := r.charge(ctx, true); err != nil {
+			return nil, err
+		}
+		return &idempotency.Answer{Status: 201}, nil
+	})
+	grants := []string{"SELECT, INSERT ON idempotency_keys", "SELECT ON idempotency_migrations"}
+	store, _ := r.Role(t, grants...)
+	if err := store.Check(t.Context()); err != nil {
+		t.Errorf("a service without effects: %v", err)
+	}
+	err := store.CheckResumable(t.Context())
+	if !errors.Is(err, postgres.ErrRightMissing) {
+		t.Fatal(err)
+	}
+	found := regexp.MustCompile(`GRANT (.* ON \S+) TO `).FindAllStringSubmatch(err.Error(), -1)
+	if len(found) != 3 {
+		t.Fatalf("%v", err)
+	}
+	for _, grant := range found {
+		grants = append(grants, grant[1])
+	}
+	store, _ = r.Role(t, grants...)
+	if err := store.CheckResumable(t.Context()); err != nil {
+		t.Error(err)
+	}
+	r.Engine = idempotency.NewEngine(store, nil)
+	if result := r.do(t); result.Outcome != idempotency.OutcomeExecuted {
+		t.Errorf("%+v", result)
+	}
+	r.Exec(t, "DROP TABLE idempotency_open, idempotency_effects")
+	if err := r.Store.CheckResumable(t.Context()); !errors.Is(err, postgres.ErrSchemaOutdated) {
+		t.Errorf("without the tables: %v", err)
+	}
+	if err := r.Store.Check(t.Context()); err != nil {
+		t.Errorf("a service without effects needs no tables: %v", err)
 	}
 }

@@ -9,9 +9,10 @@
 // table's primary key. Instead each call is bounded in rows, pages and time, and returns how far it
 // came.
 //
-// All methods only read, except [Operator.Expire], [Operator.Delete] and [Operator.GC]. Expire and
-// Delete are the only manual changes of a record that are safe while the service runs. Each adds a
-// row to the table idempotency_audit in the same transaction.
+// All methods only read, except [Operator.Expire], [Operator.Delete], [Operator.GC], and the acts on
+// open requests: [Operator.Settle], [Operator.Resume], [Operator.Park] and [Operator.Abandon]. These
+// acts are the only manual changes that are safe while the service runs. Each adds a row to the
+// table idempotency_audit in the same transaction.
 //
 // Results contain scopes, keys and answers, as the table does: show them only to operators. Errors
 // contain none of them.
@@ -21,6 +22,7 @@
 //	GRANT SELECT, DELETE, UPDATE (expires_at) ON idempotency_keys TO operator;  -- DELETE: Delete, GC; UPDATE: Expire
 //	GRANT SELECT, INSERT ON idempotency_audit TO operator;
 //	GRANT SELECT, DELETE ON idempotency_events TO operator;                    -- DELETE: GC
+//	GRANT SELECT, UPDATE, DELETE ON idempotency_open, idempotency_effects TO operator; -- acts on open requests
 //	GRANT SELECT ON idempotency_migrations TO operator;
 //	GRANT pg_monitor TO operator;                                              -- what other sessions do; Doctor
 //

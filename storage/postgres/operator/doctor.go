@@ -37,6 +37,7 @@ type Finding struct {
 const (
 	ClockSkewMax      = 5 * time.Second  // between the server and this process
 	ReaperBehindMax   = 10 * time.Minute // since an expired record should have been deleted
+	OpenAgeMax        = 10 * time.Minute // of an open request that is not parked
 	TableLockAgeMax   = 2 * time.Second  // of a lock on the table that blocks requests
 	AttemptAgeMax     = postgres.IdleInTransactionTimeoutMax
 	TransactionAgeMax = 10 * time.Minute // of any transaction, because it holds back vacuum
@@ -77,6 +78,7 @@ var checks = [...]check{
 	{"clock", (*examination).clock},
 	{"attempts", (*examination).attempts},
 	{"reaper", (*examination).reaper},
+	{"open", (*examination).open},
 	{"vacuum", (*examination).vacuum},
 	{"bloat", (*examination).bloat},
 	{"transactions", (*examination).transactions},
@@ -362,14 +364,17 @@ func (e *examination) locks(ctx context.Context) error {
 }
 
 func (e *examination) rights(ctx context.Context) error {
-	var read, write, remove, expire, audit, events, monitor bool
+	var read, write, remove, expire, audit, events, settle, monitor bool
 	var role string
 	err := e.row(ctx, `
 		SELECT has_table_privilege($1::text, 'SELECT'), has_table_privilege($1::text, 'INSERT'), has_table_privilege($1::text, 'DELETE'),
 		       has_column_privilege($1::text, 'expires_at', 'UPDATE'),
 		       COALESCE(has_table_privilege(to_regclass($2)::oid, 'SELECT') AND has_table_privilege(to_regclass($2)::oid, 'INSERT'), false),
-		       COALESCE(has_table_privilege(to_regclass($3)::oid, 'SELECT'), false), pg_has_role('pg_read_all_stats', 'USAGE'), quote_ident(current_user)`,
-		[]any{e.o.keys, e.o.audit, e.o.events}, &read, &write, &remove, &expire, &audit, &events, &monitor, &role)
+		       COALESCE(has_table_privilege(to_regclass($3)::oid, 'SELECT'), false),
+		       (SELECT COALESCE(bool_and(has_table_privilege(to_regclass(t)::oid, 'SELECT') AND has_table_privilege(to_regclass(t)::oid, 'UPDATE') AND has_table_privilege(to_regclass(t)::oid, 'DELETE')), true)
+		        FROM unnest(ARRAY[$4, $5]) AS t), -- NULL before migration 4
+		       pg_has_role('pg_read_all_stats', 'USAGE'), quote_ident(current_user)`,
+		[]any{e.o.keys, e.o.audit, e.o.events, e.o.open, e.o.effects}, &read, &write, &remove, &expire, &audit, &events, &settle, &monitor, &role)
 	if err != nil {
 		return err
 	}
@@ -386,6 +391,7 @@ func (e *examination) rights(ctx context.Context) error {
 		{remove && audit, "delete a key", "GRANT DELETE ON " + e.o.table + " TO " + role + "; " + grantAudit},
 		{expire && audit, "expire a key", "GRANT UPDATE (expires_at) ON " + e.o.table + " TO " + role + "; " + grantAudit},
 		{events, "see a key's history", "GRANT SELECT ON " + e.o.store.Schema() + "." + EventsTableName + " TO " + role},
+		{settle && audit, "settle an effect", fmt.Sprintf("GRANT SELECT, UPDATE, DELETE ON %[1]s.%[2]s, %[1]s.%[3]s TO %[4]s; %[5]s", e.o.store.Schema(), postgres.OpenTableName, postgres.EffectsTableName, role, grantAudit)},
 		{monitor, "see other sessions", "GRANT pg_monitor TO " + role},
 	} {
 		if !right.there {

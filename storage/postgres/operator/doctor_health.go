@@ -1,11 +1,75 @@
 package operator
 
 import (
+	"cmp"
 	"context"
+	"fmt"
+	"strings"
 	"time"
 
 	"github.com/jackc/pgx/v5"
+
+	"github.com/paidonce/idempotency/storage/postgres"
 )
+
+// open looks for requests that called another service and that nobody ends.
+func (e *examination) open(ctx context.Context) error {
+	var there, readable bool
+	var role string
+	if err := e.row(ctx, "SELECT to_regclass($1) IS NOT NULL, COALESCE(has_table_privilege(to_regclass($1)::oid, 'SELECT'), false), quote_ident(current_user)",
+		[]any{e.o.open}, &there, &readable, &role); err != nil {
+		return err
+	}
+	switch {
+	case !there:
+		e.ok("no table: no service can have open requests")
+		return nil
+	case !readable:
+		e.warn(fmt.Sprintf("GRANT SELECT ON %[1]s.%[2]s, %[1]s.%[3]s TO %[4]s", e.o.store.Schema(), postgres.OpenTableName, postgres.EffectsTableName, role), "this role can't see open requests")
+		return nil
+	}
+	type route struct {
+		name           string
+		open, parked   int
+		oldest, behind float64 // seconds: the age of the oldest, and since the first that is not parked was due
+	}
+	var routes []route
+	err := e.o.read(ctx, func(ctx context.Context, tx pgx.Tx) error {
+		rows, err := tx.Query(ctx, `
+			SELECT route, count(*), count(parked), extract(epoch FROM statement_timestamp() - min(started_at))::float8,
+			       COALESCE(extract(epoch FROM statement_timestamp() - min(next_at) FILTER (WHERE parked IS NULL)), 0)::float8
+			FROM `+e.o.open+` GROUP BY route ORDER BY route`)
+		if err != nil {
+			return err
+		}
+		routes, err = pgx.CollectRows(rows, func(row pgx.CollectableRow) (r route, err error) {
+			return r, row.Scan(&r.name, &r.open, &r.parked, &r.oldest, &r.behind)
+		})
+		return err
+	})
+	if err != nil {
+		return err
+	}
+	seconds := func(s float64) time.Duration { return time.Duration(s * float64(time.Second)).Round(time.Second) }
+	for _, r := range routes {
+		if r.parked > 0 {
+			e.warn("idemctl effect list --parked --route "+r.name+", then effect settle for each: docs/operations.md, What to do with a parked request at night",
+				"%d requests of route %s wait for a person", r.parked, r.name)
+		}
+		if behind := seconds(r.behind); behind > OpenAgeMax {
+			e.warn("run a completer in a program that serves this route; a route that was renamed must be served until idemctl effect list --route "+r.name+" is empty",
+				"requests of route %s have been due for %v, and nobody takes them over", r.name, behind)
+		}
+	}
+	if len(e.findings) == 0 || e.findings[len(e.findings)-1].Check != e.check {
+		text := make([]string, 0, len(routes))
+		for _, r := range routes {
+			text = append(text, fmt.Sprintf("%d of route %s, the oldest %v old", r.open, r.name, seconds(r.oldest)))
+		}
+		e.ok("open requests: %s", cmp.Or(strings.Join(text, "; "), "none"))
+	}
+	return nil
+}
 
 func (e *examination) isolation(ctx context.Context) error {
 	var level string

@@ -176,8 +176,8 @@ func TestDoctorsGrantsAreEnough(t *testing.T) {
 			t.Errorf("after the remedies: %+v", f)
 		}
 	}
-	if granted != 5 {
-		t.Errorf("%d remedies, want those of look, delete, expire, history and other sessions", granted)
+	if granted != 6 {
+		t.Errorf("%d remedies, want those of look, delete, expire, history, effects and other sessions", granted)
 	}
 }
 

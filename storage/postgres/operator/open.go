@@ -193,12 +193,23 @@ func (o *Operator) openIn(ctx context.Context, tx pgx.Tx, key idempotency.Key, l
 	case err != nil:
 		return r, err
 	}
+	r.Effects, err = o.effectsIn(ctx, tx, key)
+	for i := range r.Effects {
+		if r.Effects[i].State == idempotency.EffectIntended {
+			r.Unsettled = append(r.Unsettled, r.Effects[i].Name)
+		}
+	}
+	return r, err
+}
+
+// effectsIn returns the effects of a key, the oldest first.
+func (o *Operator) effectsIn(ctx context.Context, tx pgx.Tx, key idempotency.Key) ([]Effect, error) {
 	rows, err := tx.Query(ctx, "SELECT name, kind, state, derived_key::text, tries, panics, sent_first_at, doubt_at, settled_at FROM "+o.effects+
 		" WHERE scope = $1 AND key = $2 ORDER BY sent_first_at, name", key.Scope, key.Value)
 	if err != nil {
-		return r, err
+		return nil, err
 	}
-	r.Effects, err = pgx.CollectRows(rows, func(row pgx.CollectableRow) (e Effect, err error) {
+	return pgx.CollectRows(rows, func(row pgx.CollectableRow) (e Effect, err error) {
 		var doubt, settled *time.Time
 		err = row.Scan(&e.Name, &e.Kind, &e.State, &e.DerivedKey, &e.Tries, &e.Panics, &e.SentFirstAt, &doubt, &settled)
 		e.SentFirstAt = e.SentFirstAt.UTC()
@@ -210,12 +221,6 @@ func (o *Operator) openIn(ctx context.Context, tx pgx.Tx, key idempotency.Key, l
 		}
 		return e, err
 	})
-	for i := range r.Effects {
-		if r.Effects[i].State == idempotency.EffectIntended {
-			r.Unsettled = append(r.Unsettled, r.Effects[i].Name)
-		}
-	}
-	return r, err
 }
 
 // MaybeSent returns the names of the effects that may have been sent: all but those that were

@@ -9,6 +9,7 @@ import (
 	"github.com/paidonce/idempotency"
 	"github.com/paidonce/idempotency/internal/testservice"
 	"github.com/paidonce/idempotency/migrations"
+	"github.com/paidonce/idempotency/storage/encrypted"
 	"github.com/paidonce/idempotency/storage/postgres"
 	"github.com/paidonce/idempotency/storage/postgres/operator"
 )
@@ -338,5 +339,122 @@ func TestDownMigrationRefusesOpenRequests(t *testing.T) {
 	}
 	if err := migrations.Up(t.Context(), b.Store, nil); err != nil {
 		t.Fatal(err)
+	}
+}
+
+func TestTimelineOfAnOpenRequest(t *testing.T) {
+	t.Parallel()
+	b := setupOpen(t)
+	k := b.open(t, "canary")
+	kinds := func() string {
+		events, err := b.operator.Timeline(t.Context(), k)
+		if err != nil {
+			t.Fatal(err)
+		}
+		var kinds []string
+		for _, e := range events {
+			kinds = append(kinds, strings.TrimSpace(string(e.Kind)+" "+e.Effect))
+		}
+		return strings.Join(kinds, ", ")
+	}
+	if got, want := kinds(), "intent charge, parked"; got != want {
+		t.Errorf("parked: %s, want %s", got, want)
+	}
+	if _, err := b.operator.Settle(t.Context(), k, "charge", operator.SettleRetry, nil, openAct); err != nil {
+		t.Fatal(err)
+	}
+	if got, want := kinds(), "intent charge, next, act-settle-retry charge"; got != want {
+		t.Errorf("retried: %s, want %s", got, want)
+	}
+	b.complete(t)
+	if _, err := b.operator.Settle(t.Context(), k, "charge", operator.SettleDone, []byte("1"), openAct); err != nil {
+		t.Fatal(err)
+	}
+	b.complete(t)
+	// The record has the time of the first intent: its row is the same.
+	if got := kinds(); !strings.Contains(got, "sent-again charge, result charge") || !strings.HasSuffix(got, "expires") || strings.Contains(got, "next") {
+		t.Errorf("ended: %s", got)
+	}
+}
+
+func TestDoctorNamesOpenRequests(t *testing.T) {
+	t.Parallel()
+	b := setupOpen(t)
+	if _, text := levels(b.operator.Doctor(t.Context())); !strings.Contains(text, "ok open: open requests: none") {
+		t.Errorf("without any:\n%s", text)
+	}
+	b.open(t, "canary")
+	if _, text := levels(b.operator.Doctor(t.Context())); !strings.Contains(text, "warn open: 1 requests of route topup/1 wait for a person -> idemctl effect list --parked") {
+		t.Errorf("parked:\n%s", text)
+	}
+	b.Exec(t, "UPDATE idempotency_open SET parked = NULL, next_at = now() - interval '11 minutes'")
+	if _, text := levels(b.operator.Doctor(t.Context())); !strings.Contains(text, "warn open: requests of route topup/1 have been due for 11m") {
+		t.Errorf("nobody serves it:\n%s", text)
+	}
+	b.Exec(t, "UPDATE idempotency_open SET next_at = now()")
+	if _, text := levels(b.operator.Doctor(t.Context())); !strings.Contains(text, "ok open: open requests: 1 of route topup/1") {
+		t.Errorf("due just now:\n%s", text)
+	}
+	looker := b.role(t, "SELECT ON idempotency_keys", "SELECT ON idempotency_migrations")
+	if _, text := levels(looker.Doctor(t.Context())); !strings.Contains(text, "GRANT SELECT ON public.idempotency_open, public.idempotency_effects") {
+		t.Errorf("without the right:\n%s", text)
+	}
+}
+
+// The rights of the package's documentation suffice for acts on open requests.
+func TestLeastPrivilegeForOpenRequests(t *testing.T) {
+	t.Parallel()
+	b := setupOpen(t)
+	k := b.open(t, "canary")
+	looker := b.role(t, "SELECT ON idempotency_keys", "SELECT ON idempotency_open, idempotency_effects", "SELECT ON idempotency_audit", "SELECT ON idempotency_events")
+	if _, err := looker.GetOpen(t.Context(), k); err != nil {
+		t.Error(err)
+	}
+	if _, err := looker.Resume(t.Context(), k, openAct); err == nil || !strings.Contains(err.Error(), "42501") {
+		t.Errorf("who looks may resume: %v", err)
+	}
+	o := b.role(t, "SELECT, DELETE ON idempotency_keys", "SELECT, UPDATE, DELETE ON idempotency_open, idempotency_effects", "SELECT, INSERT ON idempotency_audit")
+	for name, do := range map[string]func() error{
+		"resume": func() error { _, err := o.Resume(t.Context(), k, openAct); return err },
+		"park":   func() error { _, err := o.Park(t.Context(), k, openAct); return err },
+		"retry": func() error {
+			_, err := o.Settle(t.Context(), k, "charge", operator.SettleRetry, nil, openAct)
+			return err
+		},
+	} {
+		if err := do(); err != nil {
+			t.Errorf("%s: %v", name, err)
+		}
+	}
+	if _, err := o.Settle(t.Context(), k, "charge", operator.SettleDone, []byte("1"), openAct); err != nil {
+		t.Error(err)
+	}
+	if _, err := o.Abandon(t.Context(), k, operator.Abandonment{OpenAct: openAct, Sent: []string{"charge"}}); err != nil {
+		t.Error(err)
+	}
+}
+
+// What a service encrypts can only be settled by who has the keys.
+func TestSettleOfAnEncryptedEffect(t *testing.T) {
+	t.Parallel()
+	b := setupOpen(t)
+	store := encrypted.New(b.Store, encrypted.Keys{Current: encrypted.Key{ID: 1, Secret: [32]byte{7}}})
+	b.Engine = idempotency.NewEngine(store, nil)
+	b.Engine.Resumable("topup/1", func(idempotency.Key, []byte) (idempotency.RunFunc, error) { return b.run, nil })
+	k := b.open(t, "canary")
+	_, err := b.operator.Settle(t.Context(), k, "charge", operator.SettleDone, []byte(`"ch_1"`), openAct)
+	wantError(t, err, operator.ErrEncrypted)
+	_, err = b.operator.Settle(t.Context(), k, "charge", operator.SettleDeclined, nil, openAct)
+	wantError(t, err, operator.ErrEncrypted)
+	seen, err := b.operator.GetOpen(t.Context(), k)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := b.operator.Settle(t.Context(), k, "charge", operator.SettleDone, store.SealOutput([]byte(`"ch_1"`), k, seen.Attempt, "charge"), openAct); err != nil {
+		t.Fatal(err)
+	}
+	b.complete(t)
+	if b.out != `"ch_1"` {
+		t.Errorf("the handler got %q", b.out)
 	}
 }

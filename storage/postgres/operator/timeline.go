@@ -3,6 +3,7 @@ package operator
 import (
 	"cmp"
 	"context"
+	"errors"
 	"fmt"
 	"slices"
 	"time"
@@ -26,7 +27,12 @@ const (
 	EventExpires     EventKind = "expires"     // the record will expire
 	EventExpired     EventKind = "expired"     // the record has expired; it counts until the reaper deletes it
 	EventActExpire   EventKind = "act-expire"  // an operator expired a record
-	EventActDelete   EventKind = "act-delete"  // an operator deleted a record
+	EventActDelete   EventKind = "act-delete"  // an operator deleted a record; and so on for each action of the audit table
+	EventIntent      EventKind = "intent"      // an effect was about to be sent for the first time
+	EventSentAgain   EventKind = "sent-again"  // an effect was about to be sent again; Attempts is the number of sends. Only the last is known
+	EventResult      EventKind = "result"      // an effect's result was recorded; Reason is its state
+	EventNext        EventKind = "next"        // an open request may be taken over from then on; Reason is why the last run left it open
+	EventParked      EventKind = "parked"      // an open request waits for a person
 	EventExecuted    EventKind = "executed"    // as [idempotency.OutcomeExecuted]
 	EventReplayed    EventKind = "replayed"    // and so on
 	EventInProgress  EventKind = "in-progress" //
@@ -49,6 +55,7 @@ type Event struct {
 	Duration time.Duration
 	Attempts int
 
+	Effect string  // name of the effect; also of an act that settled one
 	Actor  string  // of an act
 	Role   string  // of an act: the role that the session logged in with
 	Holder *Holder // of a running one
@@ -80,7 +87,7 @@ func (o *Operator) timeline(ctx context.Context, tx pgx.Tx, key idempotency.Key)
 	if err != nil {
 		return nil, err
 	}
-	if r := state.Record; r != nil {
+	if r := state.Record; r != nil && !r.Open() {
 		events = append(events, Event{At: r.CreatedAt, Kind: EventRecorded, Attempt: r.Attempt, TraceID: r.TraceID, Status: r.Status})
 		end := Event{At: r.ExpiresAt, Kind: EventExpires, Attempt: r.Attempt}
 		if r.Expired {
@@ -95,6 +102,11 @@ func (o *Operator) timeline(ctx context.Context, tx pgx.Tx, key idempotency.Key)
 		}
 		events = append(events, running)
 	}
+	effects, err := o.effectEvents(ctx, tx, key, state.Record)
+	if err != nil {
+		return nil, err
+	}
+	events = append(events, effects...)
 	// Before migration 3 there are no such tables.
 	var audit, history bool
 	if err := tx.QueryRow(ctx, "SELECT to_regclass($1) IS NOT NULL, to_regclass($2) IS NOT NULL", o.audit, o.events).Scan(&audit, &history); err != nil {
@@ -118,15 +130,56 @@ func (o *Operator) timeline(ctx context.Context, tx pgx.Tx, key idempotency.Key)
 	return events, nil
 }
 
+// effectEvents returns what the effects of a request show, and where it stands if it is open. A role
+// that may not read their tables sees none of it.
+func (o *Operator) effectEvents(ctx context.Context, tx pgx.Tx, key idempotency.Key, record *Record) ([]Event, error) {
+	var readable bool
+	err := tx.QueryRow(ctx, "SELECT COALESCE(has_table_privilege(to_regclass($1)::oid, 'SELECT') AND has_table_privilege(to_regclass($2)::oid, 'SELECT'), false)",
+		o.open, o.effects).Scan(&readable)
+	if err != nil || !readable || record == nil {
+		return nil, err
+	}
+	var events []Event
+	effects, err := o.effectsIn(ctx, tx, key)
+	if err != nil {
+		return nil, err
+	}
+	for i := range effects {
+		e := &effects[i]
+		events = append(events, Event{At: e.SentFirstAt, Kind: EventIntent, Effect: e.Name, Attempt: record.Attempt})
+		if !e.DoubtAt.IsZero() {
+			events = append(events, Event{At: e.DoubtAt, Kind: EventSentAgain, Effect: e.Name, Attempts: e.Tries, Attempt: record.Attempt})
+		}
+		if !e.SettledAt.IsZero() {
+			events = append(events, Event{At: e.SettledAt, Kind: EventResult, Effect: e.Name, Reason: EffectStateText(e.State), Attempt: record.Attempt})
+		}
+	}
+	if !record.Open() {
+		return events, nil
+	}
+	r, err := o.openIn(ctx, tx, key, "")
+	switch {
+	case errors.Is(err, ErrNotOpen): // it has ended since
+		return events, nil
+	case err != nil:
+		return nil, err
+	}
+	stands := Event{At: r.NextAt, Kind: EventNext, Reason: r.LastReason, Attempts: r.Runs, Attempt: r.Attempt}
+	if r.Parked != "" {
+		stands.Kind, stands.Reason = EventParked, r.Parked
+	}
+	return append(events, stands), nil
+}
+
 func (o *Operator) acts(ctx context.Context, tx pgx.Tx, key idempotency.Key) ([]Event, error) {
-	rows, err := tx.Query(ctx, "SELECT at, action, actor, database_role, reason, attempt_id, status FROM "+o.audit+
-		" WHERE scope = $1 AND key = $2 ORDER BY id DESC LIMIT $3::int", key.Scope, key.Value, EventsMax)
+	rows, err := tx.Query(ctx, "SELECT at, action, actor, database_role, reason, attempt_id, status, COALESCE(to_jsonb(a)->>'effect', '') FROM "+o.audit+
+		" AS a WHERE scope = $1 AND key = $2 ORDER BY id DESC LIMIT $3::int", key.Scope, key.Value, EventsMax)
 	if err != nil {
 		return nil, err
 	}
 	return pgx.CollectRows(rows, func(row pgx.CollectableRow) (e Event, err error) {
 		var action string
-		err = row.Scan(&e.At, &action, &e.Actor, &e.Role, &e.Reason, (*[16]byte)(&e.Attempt), &e.Status)
+		err = row.Scan(&e.At, &action, &e.Actor, &e.Role, &e.Reason, (*[16]byte)(&e.Attempt), &e.Status, &e.Effect)
 		e.At, e.Kind = e.At.UTC(), EventKind("act-"+action)
 		return e, err
 	})
