@@ -57,7 +57,7 @@ func TestDecideEveryRow(t *testing.T) {
 	}
 }
 
-// A decision goes on, or answers, or names the reason for not answering: exactly one of them.
+// A decision either continues, or answers, or names the reason for not answering.
 func TestDecisionsAreWhole(t *testing.T) {
 	t.Parallel()
 	for f := range fact(255) {

@@ -271,7 +271,7 @@ func TestDeclinedKeyIsNotHiddenByTheAttemptThatClaimedIt(t *testing.T) {
 	<-ended
 }
 
-// A request that is started again is in memory while each of its runs goes on, and not in between.
+// A request that is started again is in memory during each of its runs, and not in between.
 func TestKeyIsInMemoryInEachRun(t *testing.T) {
 	t.Parallel()
 	store := hook(scripted(turn{end: idempotency.ErrNotSerializable}, turn{seal: idempotency.ErrNotSerializable}, turn{}))

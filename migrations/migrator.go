@@ -164,7 +164,9 @@ func (m *migrator) takeTurn(ctx context.Context) error {
 		return err
 	}
 	var locks [2]int64
-	for i, alias := range []string{name, "/" + name} { // golang-migrate's driver as a library, and its program
+	// golang-migrate uses one of two names: its driver as a library the first, its program the
+	// second.
+	for i, alias := range []string{name, "/" + name} {
 		id, err := lockID(alias, m.schema, m.options.VersionTable)
 		if err != nil {
 			return err
@@ -404,7 +406,7 @@ func (m *migrator) again(ctx context.Context, name string, try func(context.Cont
 		err := try(ctx)
 		blockers := seen()
 		var pgErr *pgconn.PgError
-		// Requests that wait for one table and hold another make it a deadlock.
+		// It is a deadlock (40P01) if a request holds one table and waits for another.
 		if err == nil || errors.As(err, new(leftError)) || !errors.As(err, &pgErr) || pgErr.Code != "55P03" && pgErr.Code != "40P01" {
 			return err
 		}
@@ -430,7 +432,7 @@ func (m *migrator) watch() (seen func() []Blocker) {
 			case <-time.After(m.options.LockTimeout / 3):
 			}
 			ctx, cancel := context.WithTimeout(context.Background(), endMax)
-			// The list is empty if the role may not see them.
+			// The list is empty if the role is not allowed to see them.
 			if now, err := m.blockers(ctx, "SELECT DISTINCT unnest(pg_blocking_pids($1))", m.pid); err == nil && len(now) > 0 {
 				blockers = now
 			}
@@ -461,8 +463,7 @@ func (m *migrator) prepare(ctx context.Context) error {
 }
 
 // run executes a file and records its version, in one transaction. ended reports whether the file
-// ended the transaction, or COMMIT was sent: only otherwise does an error mean that nothing
-// happened.
+// ended the transaction, or COMMIT was sent. If it is false, an error means that nothing happened.
 func (m *migrator) run(ctx context.Context, to int, body string) (ended bool, err error) {
 	if _, err := m.conn.Exec(ctx, "BEGIN"); err != nil {
 		return false, err
@@ -483,7 +484,8 @@ func (m *migrator) run(ctx context.Context, to int, body string) (ended bool, er
 	}
 	err = m.end(ctx, "COMMIT")
 	var pgErr *pgconn.PgError
-	if errors.As(err, &pgErr) && pgErr.SeverityUnlocalized == "ERROR" { // a deferred constraint: nothing was committed
+	// A deferred constraint failed: nothing was committed.
+	if errors.As(err, &pgErr) && pgErr.SeverityUnlocalized == "ERROR" {
 		return ended, err
 	}
 	return true, err
@@ -502,7 +504,8 @@ func (m *migrator) runOwn(ctx context.Context, from, to int, body string) error 
 		return nil
 	case ended || m.conn.IsClosed():
 		return leftError{err}
-	case errors.As(err, &pgErr) && (pgErr.Code == "25001" || pgErr.Code == "2D000"): // can't be in a transaction
+	case errors.As(err, &pgErr) && (pgErr.Code == "25001" || pgErr.Code == "2D000"):
+		// The statement can't run in a transaction.
 		err = m.runOutside(ctx, body)
 		if err == nil {
 			err = m.mark(context.WithoutCancel(ctx), to, false)

@@ -179,7 +179,8 @@ func (s *Store) Save(ctx context.Context, intent *client.Intent) (before bool, e
 	if err := intent.Header.Write(&header); err != nil {
 		return false, fmt.Errorf("%w: %w", client.ErrIntentRefused, err)
 	}
-	head, body := append([]byte{}, header.Bytes()...), append([]byte{}, intent.Body...) // nil would be NULL
+	// A nil slice would be sent as NULL.
+	head, body := append([]byte{}, header.Bytes()...), append([]byte{}, intent.Body...)
 	arguments := []any{anew, s.options.Owner, intent.Key.Value, s.holder.String(), intent.Method, intent.URL, intent.Host, head, body}
 	db, release, err := s.connection(ctx)
 	if err != nil {
@@ -298,7 +299,8 @@ func (s *Store) connection(ctx context.Context) (db DB, release func(), err erro
 func (s *Store) refused(err error) error {
 	var answer *pgconn.PgError
 	var connecting *pgconn.ConnectError
-	if errors.As(err, &answer) && answer.Code == "42501" && answer.Routine == "ExecWithCheckOptions" { // a policy
+	// A policy of row-level security refused the row.
+	if errors.As(err, &answer) && answer.Code == "42501" && answer.Routine == "ExecWithCheckOptions" {
 		err = fmt.Errorf("%w: %w", s.rowSecurity(), err)
 	}
 	if errors.As(err, &connecting) ||

@@ -94,7 +94,8 @@ func (c *connection) serve() {
 	replies.Wait()
 }
 
-// startup reads the client's first message. It refuses encryption; the client then goes on without.
+// startup reads the client's first message. It refuses encryption; the client then continues
+// without.
 func (c *connection) startup() (message []byte, code uint32, ok bool) {
 	for {
 		var header [8]byte

@@ -165,7 +165,7 @@ func (s *Server) copyTo(ctx context.Context, dir string, sync bool) error {
 	)
 }
 
-// copying copies files into the folder to.
+// copying copies files to a folder.
 type copying struct {
 	ctx  context.Context
 	from *os.Root

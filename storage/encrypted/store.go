@@ -26,8 +26,8 @@ type Key struct {
 	Secret [SecretBytes]byte
 }
 
-// Format keeps the secret out of every verb of fmt.
-func (k Key) Format(f fmt.State, _ rune) { _, _ = fmt.Fprintf(f, "key %d", k.ID) } // fmt ignores the error
+// Format keeps the secret out of every verb of fmt. It drops the error, for which fmt has no use.
+func (k Key) Format(f fmt.State, _ rune) { _, _ = fmt.Fprintf(f, "key %d", k.ID) }
 
 // MarshalText keeps the secret out of JSON.
 func (k Key) MarshalText() ([]byte, error) { return fmt.Appendf(nil, "key %d", k.ID), nil }

@@ -340,7 +340,9 @@ func TestPoolThatResetsItsSessionsServes(t *testing.T) {
 						key := fmt.Sprint(round, "-", i)
 						for _, outcome := range []idempotency.Outcome{idempotency.OutcomeExecuted, idempotency.OutcomeReplayed} {
 							want(t, b.do(t, request(key, ""), func(ctx context.Context, tx pgx.Tx) int {
-								if _, err := tx.Exec(ctx, "INSERT INTO effects (name) VALUES ('x')"); err != nil { // as text: pgx's own are gone too
+								// The argument is text in the SQL: pgx's own prepared statements
+								// are gone too.
+								if _, err := tx.Exec(ctx, "INSERT INTO effects (name) VALUES ('x')"); err != nil {
 									t.Error(err)
 								}
 								return 201

@@ -224,7 +224,9 @@ func (q *listQuery) sql(examine int64) (string, []any) {
 	}
 	switch {
 	case !q.started:
-	case q.oneScope: // beside scope = a, a comparison of rows would not seek, but filter every entry before the place
+	case q.oneScope:
+		// Beside scope = a, a comparison of rows would not seek, but filter every entry before the
+		// place.
 		bounds = append(bounds, fmt.Sprintf("key %s %s", beyond, place(q.key, "text")))
 	default:
 		bounds = append(bounds, fmt.Sprintf("(scope, key) %s (%s, %s)", beyond, place(q.scope, "text"), place(q.key, "text")))

@@ -1,5 +1,6 @@
-// Package psp is a stand-in for those whom a bank calls: a card processor, a bank rail and a mail
-// service. It keeps what it did in a file that survives its own kill -9, and misbehaves on request.
+// Package psp is a stand-in for the services that a bank calls: a card processor, a bank rail and a
+// mail service. It keeps what it did in a file that survives its own kill -9, and misbehaves on
+// request.
 //
 //   - [Server.Run] is the program
 //   - handler.go has the routes, and the place where each fault happens

@@ -21,7 +21,7 @@ import (
 )
 
 const (
-	// RequestTimeout is longer than a bank lets any request take, including its search for a lost
+	// RequestTimeout is longer than a bank lets any request take, including its look-up of a lost
 	// COMMIT.
 	RequestTimeout = 40 * time.Second
 

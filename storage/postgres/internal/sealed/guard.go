@@ -67,7 +67,7 @@ type texts struct {
 	admitted map[string]struct{}
 }
 
-// admit is admitSQL, which it calls if the text is not remembered.
+// admit is like admitSQL, but returns nil at once for a text that is remembered.
 func (t *texts) admit(sql string, plainStrings bool) error {
 	if !plainStrings || len(sql) > textBytesMax {
 		return admitSQL(sql, plainStrings)

@@ -176,7 +176,8 @@ type replyReader struct {
 	err   error // of the call that failed
 }
 
-// read takes one message and reports whether it was the last. Its error is one of the protocol.
+// read takes one message and reports whether it was the last. An error means that the server broke
+// the protocol; errors of statements go to r.err.
 func (r *replyReader) read(message pgproto3.BackendMessage) (over bool, err error) {
 	switch message := message.(type) {
 	case *pgproto3.ParseComplete, *pgproto3.BindComplete,
