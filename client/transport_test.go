@@ -525,7 +525,7 @@ func TestRequestThatStoodStillIsNotSentAgain(t *testing.T) {
 				Honours: client.Everywhere, TotalMax: 10 * time.Second, BackoffFirst: 1, BackoffMax: 1,
 				Trace: func(_ context.Context, e client.Event) {
 					if e.Kind == client.EventWaiting {
-						time.Sleep(stopped) // the request's goroutine stands still, and all clocks go on
+						time.Sleep(stopped) // the request's goroutine stands still, and all clocks run on
 					}
 				},
 			})

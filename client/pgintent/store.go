@@ -230,7 +230,7 @@ func (s *Store) saveOn(ctx context.Context, db DB, arguments []any) (before bool
 
 // Configure lets a [Store] notice a commit that did not wait for the synchronous standbys, because
 // somebody canceled the wait: PostgreSQL only warns of it. Then Save, Take and Abandon fail,
-// because a failover could undo what they did: an intent that was abandoned would come back, and be
+// because a failover could undo their writes: an intent that was abandoned would come back, and be
 // sent after its caller got not-executed. Call it on the config of the connection, or on ConnConfig
 // of the pool's, before it is opened. If no standby is synchronous it changes nothing.
 func Configure(config *pgx.ConnConfig) {

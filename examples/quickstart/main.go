@@ -52,13 +52,11 @@ func transfer(w http.ResponseWriter, r *http.Request) {
 	err := tx.QueryRow(r.Context(), moveMoney, r.Header.Get("Account"), t.To, t.Amount).Scan(&accounts, &balance)
 	switch {
 	case err != nil:
-		// 5xx: forgotten; a retry runs again
-		http.Error(w, "the transfer failed", http.StatusInternalServerError)
+		http.Error(w, "the transfer failed", http.StatusInternalServerError) // 5xx: forgotten; a retry runs again
 	case accounts != 2:
 		http.Error(w, "there is no such account", http.StatusNotFound)
 	case balance < 0:
-		// 4xx: recorded; the writes are undone
-		http.Error(w, "there is not enough money", http.StatusPaymentRequired)
+		http.Error(w, "there is not enough money", http.StatusPaymentRequired) // 4xx: recorded; the writes are undone
 	default:
 		w.Header().Set("Content-Type", "application/json")
 		w.WriteHeader(http.StatusCreated)

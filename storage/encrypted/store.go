@@ -17,8 +17,8 @@ const SecretBytes = 32
 // Key is a secret and the number by which records name it. It prints as its number, by every verb
 // of fmt, in slog and in JSON.
 type Key struct {
-	// ID is stored beside each body. It may be given to another secret once no record of the first
-	// is left.
+	// ID is stored beside each body. It may be given to another secret once no record under the
+	// first is left.
 	ID byte
 
 	// Secret must come from a source of randomness, never from a password, and be used for nothing

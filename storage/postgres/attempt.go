@@ -260,7 +260,7 @@ func (a *attempt) commit(ctx context.Context, deferred []wire.Call, refused erro
 }
 
 // lastRow takes the row of the last statement before COMMIT. A warning of the statements,
-// constraints and triggers up to there is not COMMIT's.
+// constraints and triggers up to there is not taken for a warning of COMMIT.
 type lastRow struct{ *attempt }
 
 func (a lastRow) ReadRow([][]byte) error {

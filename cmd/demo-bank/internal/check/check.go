@@ -116,10 +116,10 @@ type Key struct{ Scope, Key string }
 // String is for examples: the keys of a run are random ids, not secrets.
 func (k Key) String() string { return k.Scope + "/" + k.Key }
 
-// Expectation states what a key's client did and wanted. Each key of a run has one; it is about the
-// key's first request. A changed body needs none, but it may win the key if the first request took
-// no effect. So its sender also retries, until the reply is executed, replayed, mismatch, or
-// not-executed with nothing lost or unknown before.
+// Expectation states the actions and the aim of a key's client. Each key of a run has one; it is
+// about the key's first request. A changed body needs none, but it may win the key if the first
+// request took no effect. So its sender also retries, until the reply is executed, replayed,
+// mismatch, or not-executed with nothing lost or unknown before.
 type Expectation struct {
 	Scope, Key string
 	// Abandoned after not-executed, with nothing lost or unknown before: it must never take effect.

@@ -184,8 +184,8 @@ func readJournal(r io.Reader, read func(line) error) (instance string, end int64
 }
 
 // enqueue adds a line to the next batch. The caller must call wait, which blocks until the line is
-// on disk and apply was called. Lines are applied in the order of enqueue, which is the file's. If
-// wait returns an error, apply is not called, and the line may or may not be on disk.
+// on disk and apply was called. Lines are applied in the order of enqueue, which is their order in
+// the file. If wait returns an error, apply is not called, and the line may or may not be on disk.
 func (j *journal) enqueue(l line, apply func()) (wait func() error) {
 	text, err := json.Marshal(l)
 	if err != nil { // only our own types are passed

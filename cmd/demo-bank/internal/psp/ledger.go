@@ -74,7 +74,7 @@ var (
 	errFull        = errors.New("the processor is full")
 )
 
-// ledger decides what becomes of requests and holds their outcomes. It is safe for concurrent use.
+// ledger decides and holds the outcomes of requests. It is safe for concurrent use.
 type ledger struct {
 	instance   string
 	journal    *journal

@@ -158,7 +158,7 @@ type deferredText struct {
 // their text.
 const DeferredMark = "paidonce/idempotency/deferred"
 
-// DeferredTextsMax is the maximum number of texts that are remembered of one connection.
+// DeferredTextsMax is the maximum number of texts that are remembered for one connection.
 const DeferredTextsMax = 128
 
 // deferredStatement returns the statement for a text. In pgx's modes that describe statements it is
