@@ -563,7 +563,7 @@ func (t *trace) now() time.Time {
 	return time.Now()
 }
 
-// wait is now, at the beginning of a wait.
+// wait traces the beginning of a wait, and returns its time.
 func (t *trace) wait() time.Time {
 	if waiter, ok := t.tracer.(WaitTracer); ok {
 		t.waitStart(waiter)

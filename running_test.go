@@ -121,8 +121,8 @@ func TestDuplicateOfWhatRunsHereAsksNoStore(t *testing.T) {
 	})
 }
 
-// A duplicate that is answered from memory is seen by the tracer, without a claim that did not
-// happen. It counts as in flight until it is answered, so InFlightMax bounds it too.
+// A duplicate that is answered from memory is seen by the tracer, which sees no claim, because
+// there was none. It counts as in flight until it is answered, so InFlightMax bounds it too.
 func TestDuplicateOfWhatRunsHereIsTraced(t *testing.T) {
 	t.Parallel()
 	tape := &tape{}

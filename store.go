@@ -212,8 +212,8 @@ type Attempt interface {
 	// Rollback.
 	Decline(ctx context.Context, answer *Answer) error
 
-	// Rollback undoes everything and forgets the attempt. If its own message is lost the
-	// transaction ends all the same, with its connection, which is no error. Errors:
+	// Rollback undoes everything and forgets the attempt. If its own message is lost, the
+	// transaction still ends, together with its connection; that is no error. Errors:
 	// ErrTransactionLost, ErrKeyRecorded if another attempt recorded the key unseen by the claim,
 	// and ErrUnknown if the store could not find that out.
 	Rollback(ctx context.Context) error

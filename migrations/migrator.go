@@ -281,8 +281,8 @@ func (m *migrator) dirty(version int) error {
 }
 
 // compare returns an error if the version table claims a table of records that does not exist, or
-// the other way round: otherwise Up would have nothing to do, or would fail at the first file. It
-// knows only this package's files, up to their newest version.
+// if such a table exists without a version: otherwise Up would have nothing to do, or would fail at
+// the first file. It knows only this package's files, up to their newest version.
 func (m *migrator) compare(ctx context.Context, version int) error {
 	if m.own || version > Latest {
 		return nil

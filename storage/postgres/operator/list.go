@@ -73,7 +73,7 @@ type List struct {
 // List returns a page of the records in the order of scope and key, by bytes: within a scope,
 // UUIDv7 keys are in the order of time. It reads the primary key from the end of the previous page
 // on, so the last page costs as much as the first. It stops at [Options.RowsExaminedMax] rows or
-// [Options.ScanTimeMax]. A record that is added or deleted meanwhile may be returned or not; no
+// [Options.ScanTimeMax]. A record that is added or deleted meanwhile may or may not be returned; no
 // record is returned twice. The error for an invalid filter or page wraps [ErrInvalid].
 func (o *Operator) List(ctx context.Context, filter Filter, page Page) (List, error) {
 	var list List

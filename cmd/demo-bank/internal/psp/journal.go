@@ -268,7 +268,7 @@ func (j *journal) close() error {
 	return unlock(j.file)
 }
 
-// reason returns the error that closed failed.
+// reason returns the error for which the channel failed was closed.
 func (j *journal) reason() error {
 	j.mu.Lock()
 	defer j.mu.Unlock()

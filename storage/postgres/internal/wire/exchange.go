@@ -39,10 +39,11 @@ type Call struct {
 	Apart bool
 }
 
-// TogetherBytesMax is the maximum size of parameters, encoded, that are sent together with the
-// statements in front of them: of deferred statements, and the headers and body of the record. More
-// does not fit into one TCP segment with the rest of the flush, and may arrive in part. A decline
-// begins its transaction in the same flush, so its record is never apart.
+// TogetherBytesMax is the maximum size of encoded parameters that are sent together with the
+// statements in front of them. It applies to the parameters of deferred statements, and to the
+// headers and body of the record. More does not fit into one TCP segment with the rest of the
+// flush, and may arrive in part. A decline begins its transaction in the same flush, so its record
+// is never apart.
 const TogetherBytesMax = 512
 
 // RowReader reads a row in binary format. The values are in the connection's buffer: copy those
