@@ -164,8 +164,8 @@ func (m *migrator) takeTurn(ctx context.Context) error {
 		return err
 	}
 	var locks [2]int64
-	// golang-migrate uses one of two names: its driver as a library the first, its program the
-	// second.
+	// golang-migrate's lock has two names: the driver uses the first as a library, and the second
+	// in the migrate program.
 	for i, alias := range []string{name, "/" + name} {
 		id, err := lockID(alias, m.schema, m.options.VersionTable)
 		if err != nil {
