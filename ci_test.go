@@ -29,7 +29,8 @@ func TestCINamesItsLanes(t *testing.T) {
 		{[]string{"check", "mutants"}, 2},
 	} {
 		cmd := exec.Command("bash", append([]string{".ci/run"}, c.arguments...)...)
-		cmd.Env = append(os.Environ(), "PATH="+toolsWithoutGo(t)) // a lane that starts all the same then fails at once
+		// If a lane starts all the same, it fails at once.
+		cmd.Env = append(os.Environ(), "PATH="+toolsWithoutGo(t))
 		output, _ := cmd.CombinedOutput()
 		if code := cmd.ProcessState.ExitCode(); code != c.code {
 			t.Errorf(".ci/run %q: exit code %d, want %d:\n%s", c.arguments, code, c.code, output)

@@ -35,12 +35,13 @@ func (c *attemptContext) Value(key any) any {
 	return c.Context.Value(key)
 }
 
-// String returns only the context's name. The contexts below it belong to others, who may change
-// them while it is printed.
+// String returns only the context's name. The contexts below it belong to other packages, which may
+// change them meanwhile.
 func (*attemptContext) String() string { return "idempotency.WithAttempt" }
 
-// Format keeps the key and the contexts below out of every verb of fmt.
-func (c *attemptContext) Format(f fmt.State, _ rune) { _, _ = io.WriteString(f, c.String()) } // fmt has no use for the error
+// Format keeps the key and the contexts below out of every verb of fmt. It drops the error, for
+// which fmt has no use.
+func (c *attemptContext) Format(f fmt.State, _ rune) { _, _ = io.WriteString(f, c.String()) }
 
 // detached is a context.WithoutCancel that can be a part of another struct: it has the values of a
 // context, and never ends.
@@ -55,11 +56,12 @@ func (*detached) Done() <-chan struct{} { return nil }
 // Err implements context.Context.
 func (*detached) Err() error { return nil }
 
-// String returns only the context's name, as that of attemptContext does.
+// String returns only the context's name, as for attemptContext.
 func (*detached) String() string { return "idempotency.WithoutCancel" }
 
-// Format keeps the contexts below out of every verb of fmt.
-func (c *detached) Format(f fmt.State, _ rune) { _, _ = io.WriteString(f, c.String()) } // fmt has no use for the error
+// Format keeps the contexts below out of every verb of fmt. It drops the error, for which fmt has
+// no use.
+func (c *detached) Format(f fmt.State, _ rune) { _, _ = io.WriteString(f, c.String()) }
 
 // AttemptIDFrom returns the id of the attempt that runs with this context, and false outside an
 // idempotent handler. It differs from run to run: [DerivedKey] stays the same.

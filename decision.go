@@ -11,21 +11,25 @@ type Outcome string
 // The outcomes. A client branches on these, never on the status code: a handler has 409s and 422s
 // of its own.
 const (
-	OutcomeExecuted    Outcome = "executed"     // this attempt ran, and its answer is recorded if there is a key
-	OutcomeReplayed    Outcome = "replayed"     // an earlier attempt's answer, repeated
-	OutcomeInProgress  Outcome = "in-progress"  // another attempt is running
-	OutcomeMismatch    Outcome = "mismatch"     // the key belongs to a different request
-	OutcomeNotExecuted Outcome = "not-executed" // proven: this request left nothing in the database, and did not call DerivedKey
-	OutcomeUnknown     Outcome = "unknown"      // it may or may not have been executed; keep the key and ask again
+	// OutcomeExecuted: this attempt ran, and its answer is recorded if there is a key.
+	OutcomeExecuted   Outcome = "executed"
+	OutcomeReplayed   Outcome = "replayed"    // an earlier attempt's answer, repeated
+	OutcomeInProgress Outcome = "in-progress" // another attempt is running
+	OutcomeMismatch   Outcome = "mismatch"    // the key belongs to a different request
+	// OutcomeNotExecuted is proven: this request left nothing in the database, and did not call
+	// DerivedKey.
+	OutcomeNotExecuted Outcome = "not-executed"
+	// OutcomeUnknown: the request may or may not have been executed; keep the key and ask again.
+	OutcomeUnknown Outcome = "unknown"
 )
 
-// Reason is why a request has no answer of the handler's. On the wire it is the end of a problem
+// Reason says why a request did not get a handler's answer. On the wire it is the end of a problem
 // document's type.
 type Reason string
 
 // The reasons. The first group is for adapters: requests that they refuse before they call the
-// engine, replays that the caller may not see, and new keys over the caller's quota. The engine
-// gives the second group.
+// engine, replays that the caller is not allowed to see, and new keys over the caller's quota. The
+// engine gives the second group.
 const (
 	ReasonKeyMissing    Reason = "key-missing"
 	ReasonKeyInvalid    Reason = "key-invalid"
@@ -56,9 +60,10 @@ type Disposition uint8
 
 // The dispositions.
 const (
-	DispositionForget  Disposition = iota // undo the handler's writes and record nothing: a retry runs again
-	DispositionCommit                     // commit the handler's writes with the answer
-	DispositionDecline                    // undo the handler's writes, keep the answer
+	// DispositionForget undoes the handler's writes and records nothing: a retry runs again.
+	DispositionForget  Disposition = iota
+	DispositionCommit              // commit the handler's writes with the answer
+	DispositionDecline             // undo the handler's writes, keep the answer
 )
 
 // DefaultDisposition commits 2xx and 3xx and declines 4xx. It forgets answers that a retry may
@@ -85,25 +90,27 @@ type fact uint8
 
 // The facts.
 const (
-	factRunsHere           fact = iota + 1 // the key's handler runs in this process; the store was not asked
+	factRunsHere           fact = iota + 1 // the key's handler runs in this process; no store asked
 	factClaimed                            // no record; the claim is ours
-	factInProgress                         // no record; another attempt holds the claim; the request does not wait, or waited long enough
-	factAwaited                            // no record; another attempt holds the claim; the request may wait for it
-	factTurn                               // the awaited attempt left no answer to this request: now it asks the store
+	factInProgress                         // no record; claim held by another; no wait, or no longer
+	factAwaited                            // no record; claim held by another; the request may wait
+	factTurn                               // the awaited attempt left this request no answer
 	factRecordedSame                       // a record of this very request
 	factRecordedOther                      // a record of a different request
-	factRecordedUnreadable                 // a record that this program can't read, or that is not safe yet or may be hidden
+	factRecordedUnreadable                 // a record is unreadable, not safe yet, or may be hidden
 	factRecordCorrupt                      // a record that somebody has changed
-	factUnavailable                        // no connection, or the database failed before COMMIT was sent
-	factSerialization                      // 40001, 40P01 or a plan that a migration made stale, at any step
-	factRestartsSpent                      // another restart was due, and the budget of restarts is used up
-	factRecordUnread                       // unavailable or spent, after another attempt was seen recording the key
+	factUnavailable                        // no connection, or a failure before COMMIT was sent
+	factSerialization                      // 40001, 40P01, or a migration made a plan stale; any step
+	factRestartsSpent                      // another restart was due, and none is left
+	factRecordUnread                       // unavailable or spent; another attempt recorded the key
 
 	factAnsweredCommit  // the handler answered; the policy keeps answer and writes
 	factAnsweredDecline // the handler answered; the policy keeps the answer, without the writes
 	factAnsweredForget  // the handler answered; the policy keeps nothing
 	factRefused         // the adapter's function returned a Refusal: the handler did not run
-	factHandlerFailed   // the handler or a policy panicked, its answer can't be recorded, or its transaction is aborted
+	// The handler or a policy panicked, the answer can't be recorded, or the transaction is
+	// aborted.
+	factHandlerFailed
 	factTransactionLost // the handler ended the transaction behind our back
 
 	factCommitted     // COMMIT returned
@@ -224,7 +231,7 @@ func decide(fact fact) decision {
 	case factCommitUnknown:
 		return decision{action: actionResolve}
 
-	// After the look for a lost COMMIT, which may also find the facts of a record.
+	// After the look-up of a lost COMMIT, which may also find the facts of a record.
 	case factResolvedOurs:
 		return decision{action: actionAnswer, outcome: OutcomeExecuted}
 	case factResolvedAbsent:
@@ -246,7 +253,7 @@ func decide(fact fact) decision {
 	case factFenced:
 		return decision{actionRefuse, OutcomeInProgress, ReasonInProgress}
 
-	// After the rest, if a run called DerivedKey and nothing is recorded.
+	// After any other end, if a run called DerivedKey and nothing is recorded.
 	case factCallForgotten:
 		return decision{action: actionAnswer, outcome: OutcomeUnknown}
 	case factCallUnknown:
@@ -267,12 +274,13 @@ func (p past) decide(fact fact) decision {
 	return decide(factOfEnd(fact, p.recorded, p.derived.Load()))
 }
 
-// factOfEnd adjusts a fact that may end the request to its earlier attempts.
+// factOfEnd takes a fact that may end the request, and adjusts it if an earlier attempt of the
+// request demands that.
 //
-// If one of them saw that another attempt had recorded the key (recorded), the record may be that
-// of this request. If one of them called [DerivedKey] (derived), another service may have done
-// something that no rollback undoes, and only a record would give a retry its answer. So without a
-// record no end is not-executed, and none suggests a new key.
+// If one of them saw that another attempt had recorded the key (recorded), that record may be this
+// request's own. If one of them called [DerivedKey] (derived), another service may have done
+// something that no rollback undoes, and only a record would give a retry its answer. So an end
+// without a record is never not-executed, and never suggests a new key.
 func factOfEnd(fact fact, recorded, derived bool) fact {
 	switch decision := decide(fact); {
 	case recorded && (decision.reason == ReasonUnavailable || decision.reason == reasonOfRefusal):
@@ -292,7 +300,8 @@ func passesTurn(result *Result) bool {
 	switch {
 	case result.Record != nil:
 		return false
-	case result.Outcome == OutcomeUnknown: // factCallForgotten and factCallUnknown leave nothing in the database
+	case result.Outcome == OutcomeUnknown:
+		// After factCallForgotten and factCallUnknown nothing is left in the database.
 		return result.Answer != nil || result.Reason == ReasonCallUnknown
 	}
 	return true
@@ -394,7 +403,7 @@ func refusalOf(failed error) *Refusal {
 
 // factAfterRollback returns the fact for the error of Rollback; fact is the reason for the
 // rollback. The writes that a handler committed behind our back stand, so a lost transaction stays
-// one.
+// lost.
 func factAfterRollback(fact fact, err error) fact {
 	switch {
 	case fact == factTransactionLost, errors.Is(err, ErrTransactionLost):
@@ -407,8 +416,8 @@ func factAfterRollback(fact fact, err error) fact {
 	return fact
 }
 
-// factAfterCommit returns the fact for the error of Commit. Without a key there is no record to ask
-// for.
+// factAfterCommit returns the fact for the error of Commit. Without a key there is no record to
+// look for.
 func factAfterCommit(keyless bool, err error) fact {
 	switch {
 	case err == nil:

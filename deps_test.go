@@ -110,7 +110,8 @@ func TestDependencies(t *testing.T) {
 		{[]string{"./storage/encrypted"}, []string{"", "storage/encrypted"}, nil},
 		{[]string{"./storage/storagetest"}, []string{"", "storage/storagetest"}, nil},
 		{[]string{"./storage/postgres"}, []string{"", "storage/postgres"}, pgx},
-		{[]string{"./storage/postgres/internal/wire"}, nil, pgconn},         // knows neither the store nor keys
+		// Package wire knows neither the store nor keys.
+		{[]string{"./storage/postgres/internal/wire"}, nil, pgconn},
 		{[]string{"./storage/postgres/internal/sealed"}, []string{""}, pgx}, // does not know the store
 		{[]string{"./storage/postgres/operator"}, []string{"", "internal/pooler", "storage/postgres", "storage/postgres/operator"}, pgx},
 		{[]string{"./migrations"}, []string{"internal/pooler", "migrations"}, append([]string{"github.com/golang-migrate/migrate/v4"}, pgx...)},
@@ -213,7 +214,8 @@ func TestTheRootRequiresNoMore(t *testing.T) {
 		got, want []string
 	}{
 		{"packages of the root module import", direct, []string{
-			"github.com/bwmarrin/snowflake v0.3.0",                                         // examples/orders
+			// For examples/orders.
+			"github.com/bwmarrin/snowflake v0.3.0",
 			"github.com/chromedp/cdproto v0.159.0", "github.com/chromedp/chromedp v0.23.0", // tests
 			"github.com/dunglas/httpsfv v1.1.0",
 			"github.com/fergusstrange/embedded-postgres v1.34.0", // tests and examples

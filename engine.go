@@ -91,21 +91,22 @@ type Options struct {
 
 // Timeouts bound the steps of a request. Zero values are the defaults.
 type Timeouts struct {
-	// Handler bounds the claim and all runs of the handler together. Then the handler's context
-	// ends, and with it the handler's statement in the database. If the handler answers later, the
-	// answer counts if it is recorded, and is unavailable otherwise. Defaults to 10 seconds.
+	// Handler bounds the claim and all runs of the handler together. When it has elapsed, the
+	// handler's context ends, and with it the handler's statement in the database. If the handler
+	// answers later, the answer counts if it is recorded, and is unavailable otherwise. Defaults to
+	// 10 seconds.
 	Handler time.Duration
 
-	// Commit bounds the record and COMMIT, on a context of their own. After it the engine asks the
-	// store for their outcome. Defaults to 5 seconds.
+	// Commit bounds the record and COMMIT, on a context of their own. When it has elapsed, the
+	// engine asks the store for their outcome. Defaults to 5 seconds.
 	Commit time.Duration
 
-	// Resolve bounds the look for a COMMIT if its reply was lost, on a context of its own. Then the
-	// outcome is unknown, and a retry looks again. Defaults to 8 seconds.
+	// Resolve bounds the look-up of a COMMIT with a lost reply, on a context of its own. When it
+	// has elapsed, the outcome is unknown, and a retry looks again. Defaults to 8 seconds.
 	Resolve time.Duration
 
-	// Rollback bounds ROLLBACK. Then the connection is closed, which has the same effect. Defaults
-	// to 2 seconds.
+	// Rollback bounds ROLLBACK. When it has elapsed, the connection is closed, which has the same
+	// effect. Defaults to 2 seconds.
 	Rollback time.Duration
 }
 
@@ -253,10 +254,11 @@ type Result struct {
 	Record  *Record // the replayed record, else nil. Other requests may share its body: only read it
 	// Accepted reports that the request is open: it called another service, or was about to, and will
 	// be brought to its end without the client.
-	Accepted   bool
-	RetryAfter time.Duration // after which a retry of an open request may find more; zero if not known
-	// For the operator: the fault, or a panic of a Tracer beside an answer. Its text holds no key,
-	// body or credential.
+	Accepted bool
+	// RetryAfter is the time after which a retry of an open request may find more; zero if not known.
+	RetryAfter time.Duration
+	// Err is for the operator: the fault, or a panic of a Tracer, which may come together with an
+	// answer. Its text holds no key, body or credential.
 	Err error
 }
 
@@ -295,7 +297,8 @@ type ongoing struct {
 
 func (o *ongoing) keyless() bool { return o.Key.Value == "" }
 
-// errHandlerTimeout means that an answer which is not recorded came after the handler's timeout.
+// errHandlerTimeout means that the handler answered after its timeout, and the answer is not
+// recorded.
 var errHandlerTimeout = fmt.Errorf("%w: the handler took longer", ErrUnavailable)
 
 // errGoexit stands for a handler that ended its goroutine.
@@ -343,8 +346,8 @@ func (e *Engine) do(ctx context.Context, req *ongoing, run RunFunc, trace *trace
 	return e.attempts(ctx, req, run, trace, nil)
 }
 
-// attempts begins attempts until one need not be started again. derived is set once a run of the
-// request has called DerivedKey; pass nil if there were no attempts before.
+// attempts makes one attempt after another until one does not have to be started again. derived is
+// set once a run of the request has called DerivedKey; pass nil if there were no attempts before.
 func (e *Engine) attempts(ctx context.Context, req *ongoing, run RunFunc, trace *trace, derived *atomic.Bool) Result {
 	if e.family.running.has(req.Key) {
 		return refuse(decide(factRunsHere), errRunsHere)
@@ -372,8 +375,8 @@ func (e *Engine) attempts(ctx context.Context, req *ongoing, run RunFunc, trace 
 			result, again = e.attemptOpen(&bounds.parent, budget, req, run, trace, past, restarts == 0 && !req.resumed && !req.ClaimFirst)
 		}
 		lost := errors.Is(again, ErrKeyRecorded)
-		// Once more only to read the record, even if the restarts are spent: the next claim finds
-		// it.
+		// Another attempt recorded the key. Claim once more to read its record, even if the
+		// restarts are spent.
 		read := lost && !past.recorded
 		past.recorded = past.recorded || lost
 		if again != nil && budget.Err() == nil && (read || restarts < e.options.Restarts) {
@@ -595,7 +598,7 @@ func (t *trace) now() time.Time {
 	return time.Now()
 }
 
-// wait is now, at the beginning of a wait.
+// wait traces the beginning of a wait, and returns its time.
 func (t *trace) wait() time.Time {
 	if waiter, ok := t.tracer.(WaitTracer); ok {
 		t.waitStart(waiter)

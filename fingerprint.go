@@ -36,7 +36,8 @@ func NewFingerprintV1(method, escapedPath, rawQuery, contentType string, body []
 	head = appendField(head, escapedPath)
 	head = appendField(head, rawQuery)
 	head = appendField(head, contentType)
-	head = binary.BigEndian.AppendUint64(head, uint64(len(body))) // the body is a field too, and is not copied
+	// The body is a field too. It is hashed without a copy.
+	head = binary.BigEndian.AppendUint64(head, uint64(len(body)))
 	h := sha256.New()
 	h.Write(head) // a hash never fails
 	h.Write(body)

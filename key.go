@@ -90,8 +90,8 @@ func (k Key) String() string {
 	return hex.EncodeToString(sum[:4])
 }
 
-// Format keeps the key out of every verb of fmt.
-func (k Key) Format(f fmt.State, _ rune) { _, _ = f.Write([]byte(k.String())) } // fmt has no use for the error
+// Format keeps the key out of every verb of fmt. It drops the error, for which fmt has no use.
+func (k Key) Format(f fmt.State, _ rune) { _, _ = f.Write([]byte(k.String())) }
 
 // errKeyEncoded is returned instead of a hash, which can't be decoded, and instead of the parts,
 // which would be in the log of a program that logs a struct as JSON.

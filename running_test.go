@@ -121,8 +121,8 @@ func TestDuplicateOfWhatRunsHereAsksNoStore(t *testing.T) {
 	})
 }
 
-// A duplicate that is answered from memory is seen by the tracer, without a claim that did not
-// happen. It counts as in flight until it is answered, so InFlightMax bounds it too.
+// A duplicate that is answered from memory is seen by the tracer, which sees no claim, because
+// there was none. It counts as in flight until it is answered, so InFlightMax bounds it too.
 func TestDuplicateOfWhatRunsHereIsTraced(t *testing.T) {
 	t.Parallel()
 	tape := &tape{}
@@ -271,7 +271,7 @@ func TestDeclinedKeyIsNotHiddenByTheAttemptThatClaimedIt(t *testing.T) {
 	<-ended
 }
 
-// A request that is started again is in memory while each of its runs goes on, and not in between.
+// A request that is started again is in memory during each of its runs, and not in between.
 func TestKeyIsInMemoryInEachRun(t *testing.T) {
 	t.Parallel()
 	store := hook(scripted(turn{end: idempotency.ErrNotSerializable}, turn{seal: idempotency.ErrNotSerializable}, turn{}))

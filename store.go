@@ -145,9 +145,12 @@ type Record struct {
 	Attempt     AttemptID
 	Answer      Answer
 	TraceID     string
-	CreatedAt   time.Time // the start of the transaction that recorded the answer, by the store's clock
-	ExpiresAt   time.Time // by the store's clock, the TTL after the commit; the record counts until it is deleted, not until then
-	Open        bool      // the request is open: there is no answer yet
+	// CreatedAt is the start of the transaction that recorded the answer, by the store's clock.
+	CreatedAt time.Time
+	// ExpiresAt is the TTL after the commit, by the store's clock. The record counts until it is
+	// deleted, not until then.
+	ExpiresAt time.Time
+	Open      bool // the request is open: there is no answer yet
 }
 
 // The errors of a [Store] and an [Attempt]. Any other error counts as ErrUnavailable from Begin, as
@@ -182,7 +185,8 @@ type Store interface {
 	// Begin opens a transaction, claims the key and looks its record up. Exactly one of the three
 	// results is set:
 	//
-	//   - an Attempt: the key is absent and ours; the caller must end it with Commit, Decline or Rollback
+	//   - an Attempt: the key is absent and ours; the caller must end it with Commit, Decline or
+	//     Rollback
 	//   - a Record: the key is recorded; no transaction is left open, and no fingerprint was compared
 	//   - an error: ErrInProgress if another attempt holds the key, ErrNotSerializable if Begin
 	//     should be called again (with ErrKeyRecorded if a record was seen), ErrUnknown if there is a
@@ -230,8 +234,8 @@ type Attempt interface {
 	// Rollback.
 	Decline(ctx context.Context, answer *Answer) error
 
-	// Rollback undoes everything and forgets the attempt. If its own message is lost the
-	// transaction ends all the same, with its connection, which is no error. Errors:
+	// Rollback undoes everything and forgets the attempt. If its own message is lost, the
+	// transaction still ends, together with its connection; that is no error. Errors:
 	// ErrTransactionLost, ErrKeyRecorded if another attempt recorded the key unseen by the claim,
 	// and ErrUnknown if the store could not find that out.
 	Rollback(ctx context.Context) error

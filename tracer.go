@@ -7,7 +7,7 @@ import (
 
 // Tracer observes everything that happens to requests. Metrics and traces are built on it. Its
 // methods are called synchronously in the goroutine of the request, and concurrently for different
-// requests: they should be quick. If one panics, the request goes on unchanged, and [Result].Err
+// requests: they should be quick. If one panics, the request continues unchanged, and [Result].Err
 // contains the panic as a [PanicError].
 //
 // The arguments contain keys and scopes, for detectors and samplers. They must not become labels or
@@ -22,7 +22,7 @@ type Tracer interface {
 	// TraceRequestEnd is called when a request is settled, once for each TraceRequestStart.
 	TraceRequestEnd(ctx context.Context, data RequestEnd)
 	// TraceRefused is called if an adapter refused a request before it called the engine, because
-	// of a quota, or because the client may not see the replay.
+	// of a quota, or because the client is not allowed to see the replay.
 	TraceRefused(ctx context.Context, data Refused)
 }
 

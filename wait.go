@@ -36,7 +36,8 @@ func (e *Engine) inQueue(ctx context.Context, req *ongoing, run RunFunc, trace *
 	if !ok { // too many requests wait already
 		return e.attempts(ctx, req, run, trace, nil)
 	}
-	defer func() { place.leave(&result) }() // deferred: a panic or a Goexit must not leave the queue without a leader
+	// This is deferred: a panic or a Goexit must not leave the queue without a leader.
+	defer func() { place.leave(&result) }()
 	if !place.leads {
 		if result, settled := follow(ctx, req, place, over, trace); settled {
 			return result
@@ -71,7 +72,8 @@ func follow(ctx context.Context, req *ongoing, place *place, over time.Time, tra
 	}
 	err = nil
 	if decide(fact).action == actionClaim && ctx.Err() != nil {
-		fact, err = factInProgress, errClientGone(ctx) // nothing has begun, and there is no client to answer
+		// Nothing has begun, and there is no client to answer.
+		fact, err = factInProgress, errClientGone(ctx)
 	}
 	trace.step(StepWait, started, err)
 	switch decision := decide(fact); decision.action {
@@ -206,10 +208,11 @@ func (p *place) withdraw() bool {
 	return true
 }
 
-// leave removes the leader from its queue. A follower has left by then, unless a tracer ended its
-// goroutine. If the result has a record, or the outcome of a COMMIT is unknown, all followers get
-// it: if each of them looked again it would take each as long. Otherwise the first follower becomes
-// the leader: it finds the answer that this attempt recorded, or a free key.
+// leave removes the leader from its queue. It does nothing for a follower, which has left its queue
+// by then, unless a tracer ended its goroutine. If the result has a record, or the outcome of a
+// COMMIT is unknown, all followers get it: if each of them looked again it would take each as long.
+// Otherwise the first follower becomes the leader: it finds the answer that this attempt recorded,
+// or a free key.
 func (p *place) leave(result *Result) {
 	if !p.leads && !p.flee() {
 		return

@@ -512,8 +512,8 @@ func TestHandlersTimeBeginsWithItsAttempt(t *testing.T) {
 			b.send(t.Context(), keyed("k"), hold)
 		}
 		b.settle()
-		// The third's wait ends at the same moment as the second's attempt: it may find the key
-		// free or not.
+		// The third's wait ends at the same moment as the second's attempt: it may or may not find
+		// the key free.
 		if b.runs.Load() < 2 {
 			t.Errorf("%d runs", b.runs.Load())
 		}

@@ -58,7 +58,7 @@ func TestDelete(t *testing.T) {
 	}
 }
 
-// Expiring a record lets it end now; it still counts until the reaper deletes it.
+// Expiring a record sets its expiry to now; it still counts until the reaper deletes it.
 func TestExpire(t *testing.T) {
 	t.Parallel()
 	b := setup(t, nil)
@@ -126,7 +126,8 @@ func TestFormWithoutItsTicketIsRefused(t *testing.T) {
 			t.Errorf("%s: %s", name, body)
 		}
 	}
-	text(t, alice.post("delete?ticket="+good+"&reason=x&confirm=delete", nil), http.StatusForbidden) // not from a URL
+	// A ticket in the URL does not count.
+	text(t, alice.post("delete?ticket="+good+"&reason=x&confirm=delete", nil), http.StatusForbidden)
 	now = now.Add(admin.FormAgeMax + time.Second)
 	form := url.Values{"reason": {"x"}, "confirm": {"delete"}, "ticket": {good}}
 	if body := text(t, alice.post("delete", form), http.StatusForbidden); !strings.Contains(body, "too old") {

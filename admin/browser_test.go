@@ -54,7 +54,8 @@ func TestOperatorInABrowser(t *testing.T) {
 
 	// The first page: figures, newest records, and a link that leads the keyboard to the content.
 	u.do(chromedp.Navigate(u.home), chromedp.WaitVisible(chromedp.CSS("h1")))
-	if got := u.text(`[data-figure="live"]`); !regexp.MustCompile(`^about (8|9)\d\d,\d{3}$`).MatchString(got) { // of 923,080
+	// There are 923,080 live records.
+	if got := u.text(`[data-figure="live"]`); !regexp.MustCompile(`^about (8|9)\d\d,\d{3}$`).MatchString(got) {
 		t.Errorf("live records are %q", got)
 	}
 	u.do(chromedp.KeyEvent(kb.Tab))

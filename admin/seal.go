@@ -20,7 +20,7 @@ const (
 	purposeDone = "done" // an outcome that the next page reports
 )
 
-// errToken: the token was not made by this handler, or for another purpose.
+// errToken: the token was not made by this handler, or was made for another purpose.
 var errToken = errors.New("token can't be opened")
 
 // sealer seals values for URLs and forms. It is safe for concurrent use.

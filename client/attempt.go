@@ -180,7 +180,8 @@ func (a *attempt) retryAfter() time.Duration {
 		return 0
 	}
 	value := strings.TrimSpace(a.response.Header.Get("Retry-After"))
-	if strings.Trim(value, "0123456789.") == "" { // otherwise ParseFloat would accept signs, exponents and words
+	// Without this check ParseFloat would accept signs, exponents and words.
+	if strings.Trim(value, "0123456789.") == "" {
 		const most = 1e9 // seconds; more would overflow a Duration
 		if seconds, err := strconv.ParseFloat(value, 64); err == nil || errors.Is(err, strconv.ErrRange) {
 			return time.Duration(min(seconds, most) * float64(time.Second))

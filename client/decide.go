@@ -10,9 +10,10 @@ import (
 type seen uint8
 
 const (
-	seenUnsent   seen = iota + 1 // the server can't have it: no connection was got, or nothing was written
-	seenLost                     // it was sent, at least in part, and there is no whole answer
-	seenAnswered                 // there is a whole answer
+	// The server can't have the request: no connection was made, or nothing was written.
+	seenUnsent   seen = iota + 1
+	seenLost          // it was sent, at least in part, and there is no whole answer
+	seenAnswered      // there is a whole answer
 )
 
 // fact is the knowledge after one attempt.
@@ -22,13 +23,16 @@ type fact struct {
 	outcome    idempotency.Outcome // of an answer: its Idempotency-Status, or empty
 	status     int                 // of an answer
 	bodyUnread bool                // of an answer: the server says that the body did not arrive whole
-	honoured   bool                // the server honours keys: Options.Honours says so, or its answers have shown it
-	maybe      bool                // an earlier attempt of this call, or of another call with the key, may have been executed
+	// The server honours keys: Options.Honours says so, or its answers have shown it.
+	honoured bool
+	// An earlier attempt of this call, or of another call with the key, may have been executed.
+	maybe bool
 }
 
 // step is the next step.
 type step struct {
-	again bool // send the same bytes with the same key again; else this attempt's answer is the caller's
+	// Send the same bytes with the same key again. If false, the caller gets this attempt's answer.
+	again bool
 	maybe bool // this attempt, or another with its key, may have been executed
 }
 
@@ -50,10 +54,10 @@ func decide(f fact) step {
 		// replayed is an end.
 		return step{again: f.maybe || passing(f.status) || f.bodyUnread}
 	case "":
-		// The middleware did not answer: the server has none, or something in front of it answered.
-		// Nothing is proven. A success is never retried: it is the best sign that the server does
-		// not honour keys. A redirect is not retried either, and a client that follows it sends a
-		// request with another key.
+		// The answer is not from the middleware: the server does not use it, or something in front
+		// of the server answered. Nothing is proven. A success is never retried: it is the best
+		// sign that the server does not honour keys. A redirect is not retried either, and a client
+		// that follows it sends a request with another key.
 		switch {
 		case f.status < 300 || !f.honoured:
 			return step{}
@@ -76,8 +80,8 @@ func passing(status int) bool {
 	return status >= 500
 }
 
-// settles reports whether an answer settles its key: nobody need send it again, whatever went
-// before.
+// settles reports whether an answer settles its key: the request need not be sent again, whatever
+// earlier attempts got.
 func settles(outcome idempotency.Outcome) bool {
 	switch outcome {
 	case idempotency.OutcomeExecuted, idempotency.OutcomeReplayed, idempotency.OutcomeMismatch:

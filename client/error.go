@@ -17,8 +17,8 @@ var (
 	// server's database, and no handler has called idempotency.DerivedKey for a call to another
 	// service. The caller may give up, or make a new request with a new key.
 	ErrNotExecuted = errors.New("not executed")
-	// ErrUnknown means that it may or may not have been executed. The caller keeps the key, retries
-	// with it later, and never makes a new one for the same purpose.
+	// ErrUnknown means that the request may or may not have been executed. The caller keeps the
+	// key, retries with it later, and never makes a new one for the same purpose.
 	ErrUnknown = errors.New("may or may not have been executed")
 )
 
@@ -43,9 +43,11 @@ var (
 // Its text never shows the key, nor do the verbs of fmt: Key prints as a hash. Pass Key.Value to
 // [WithKey] to continue, also in another process.
 type Error struct {
-	Outcome  idempotency.Outcome // idempotency.OutcomeNotExecuted or idempotency.OutcomeUnknown
-	Key      idempotency.Key     // only Value is set: the client does not know the server's scope
-	Started  time.Time           // before the first attempt; the server keeps a key for a time (24 hours by default)
+	Outcome idempotency.Outcome // idempotency.OutcomeNotExecuted or idempotency.OutcomeUnknown
+	Key     idempotency.Key     // only Value is set: the client does not know the server's scope
+	// Started is the time before the first attempt. The server keeps a key for a time, 24 hours by
+	// default.
+	Started  time.Time
 	Attempts int                 // how many requests this call made
 	Status   int                 // of the last answer, 0 if there was none
 	Last     idempotency.Outcome // of the last answer, empty if there was none or it has no outcome
@@ -85,8 +87,8 @@ func (e *Error) kind() error {
 	return ErrUnknown
 }
 
-// Format keeps the key out of every verb of fmt.
-func (e *Error) Format(f fmt.State, _ rune) { _, _ = io.WriteString(f, e.Error()) } // fmt has no use for the error
+// Format keeps the key out of every verb of fmt. It drops the error, for which fmt has no use.
+func (e *Error) Format(f fmt.State, _ rune) { _, _ = io.WriteString(f, e.Error()) }
 
 // Is reports whether target is the state of the request: [ErrNotExecuted] or [ErrUnknown].
 func (e *Error) Is(target error) bool { return target == e.kind() }

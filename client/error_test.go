@@ -13,7 +13,8 @@ import (
 	"github.com/paidonce/idempotency/client"
 )
 
-// TestErrorNeverShowsTheKey in any verb, nor does a value that contains the error.
+// TestErrorNeverShowsTheKey: no verb of fmt shows the key, in the error or in a value that contains
+// it.
 func TestErrorNeverShowsTheKey(t *testing.T) {
 	t.Parallel()
 	s := newScript(t, each("lost"))

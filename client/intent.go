@@ -24,8 +24,8 @@ type Intent struct {
 	SavedAt time.Time // by this process's clock
 }
 
-// Format keeps key and body out of every verb of fmt.
-func (i Intent) Format(f fmt.State, _ rune) { _, _ = io.WriteString(f, "intent "+i.Key.String()) } // fmt ignores errors
+// Format keeps key and body out of every verb of fmt. It drops the error, for which fmt has no use.
+func (i Intent) Format(f fmt.State, _ rune) { _, _ = io.WriteString(f, "intent "+i.Key.String()) }
 
 // LogValue keeps key and body out of structured logs.
 func (i Intent) LogValue() slog.Value { return slog.StringValue("intent " + i.Key.String()) }

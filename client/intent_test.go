@@ -186,7 +186,8 @@ func TestIntentIsSavedBeforeAndForgottenAfter(t *testing.T) {
 	}
 }
 
-// TestIntentKeepsNoCredential, and keeps everything that the server compares.
+// TestIntentKeepsNoCredential: an intent has no credential, and everything that the server
+// compares.
 func TestIntentKeepsNoCredential(t *testing.T) {
 	t.Parallel()
 	s := newScript(t, each("lost"))

@@ -23,7 +23,7 @@ type ownKey struct {
 }
 
 // WithKey returns a context with the caller's key, which its request carries in place of a minted
-// one: to go on with a key after [ErrUnknown], or because the caller keeps the key with its
+// one: to continue with a key after [ErrUnknown], or because the caller keeps the key with its
 // purpose. The key may have been sent before, so a request without an answer never ends with
 // [ErrNotExecuted]. Use the context for one request: all requests with it share the key. The
 // request's own Idempotency-Key header does the same, and takes precedence. That header is sent

@@ -28,7 +28,8 @@ type request struct {
 }
 
 // script is a server with the answers that the test prescribes. It notes each request. Its answers
-// follow the middleware's contract; transport_test.go also has the answers of the middleware itself.
+// follow the middleware's contract; transport_test.go also has the answers of the middleware
+// itself.
 type script struct {
 	t       *testing.T
 	server  *httptest.Server

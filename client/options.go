@@ -25,15 +25,15 @@ const (
 // negative number panics.
 type Options struct {
 	// Methods are the request methods that get a key. The default is POST and PATCH. PUT and DELETE
-	// may be added if the server honours keys for them. GET, HEAD, OPTIONS, TRACE and QUERY may
-	// not: they always pass through untouched.
+	// may be added if the server honours keys for them. GET, HEAD, OPTIONS, TRACE and QUERY can't
+	// be added: they always pass through untouched.
 	Methods []string
 
 	// Honours reports whether the server honours keys for a request, so that it may be sent again
 	// although its reply was lost. If it reports true wrongly, a retry pays twice. [Everywhere] is
-	// true for all requests. Nil goes by the answers: a route (method, scheme, host and path) that
-	// has answered with Idempotency-Status honours keys, and a lost reply of any other route is
-	// [ErrUnknown] at once. At most [RoutesMax] routes are remembered.
+	// true for all requests. If it is nil, the answers decide: a route (method, scheme, host and
+	// path) that has answered with Idempotency-Status honours keys, and a lost reply of any other
+	// route is [ErrUnknown] at once. At most [RoutesMax] routes are remembered.
 	Honours func(r *http.Request) bool
 
 	// BareKeys sends keys without quotes, for a server that does not read them as RFC 8941 strings.

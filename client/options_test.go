@@ -203,7 +203,8 @@ func TestAttemptTimeout(t *testing.T) {
 	})
 }
 
-// TestCancelEndsAtOnce, in a pause and in an attempt, and the error has the true outcome.
+// TestCancelEndsAtOnce: a cancellation ends the request in a pause and in an attempt, and the error
+// has the true outcome.
 func TestCancelEndsAtOnce(t *testing.T) {
 	t.Parallel()
 	for name, one := range map[string]struct {

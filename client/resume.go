@@ -18,9 +18,11 @@ import (
 
 // Resumed is the result of one intent.
 type Resumed struct {
-	Intent   *Intent
-	Response *http.Response // executed, replayed or mismatch, its body read; nil if there is no such answer
-	Err      error          // an *Error, always ErrUnknown: the intent is still kept
+	Intent *Intent
+	// Response is executed, replayed or mismatch, with its body read; nil if there is no such
+	// answer.
+	Response *http.Response
+	Err      error // an *Error, always ErrUnknown: the intent is still kept
 }
 
 // Report has the results of [Transport.Resume].

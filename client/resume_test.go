@@ -167,7 +167,8 @@ func TestURLThatCannotBeWrittenDownIsRefused(t *testing.T) {
 	}
 }
 
-// TestBaseAddsCredentialsToResumedRequests, which are kept nowhere.
+// TestBaseAddsCredentialsToResumedRequests: credentials are kept nowhere, so the base adds them
+// again.
 func TestBaseAddsCredentialsToResumedRequests(t *testing.T) {
 	t.Parallel()
 	s := newScript(t, each("lost", "201 replayed"))
@@ -193,7 +194,7 @@ func TestBaseAddsCredentialsToResumedRequests(t *testing.T) {
 	}
 }
 
-// TestResume sends pending intents unchanged, until they are settled, and reports each.
+// TestResume: pending intents are sent unchanged until they are settled, and each is reported.
 func TestResume(t *testing.T) {
 	t.Parallel()
 	s := newScript(t, func(n int, w http.ResponseWriter, r *http.Request) {
@@ -300,7 +301,8 @@ func TestResumeLeavesAlone(t *testing.T) {
 	}
 	store.before = nil
 	save()
-	for _, age := range []time.Duration{time.Hour, -client.IntentSkewMax - time.Minute} { // the age of the second is unknown
+	// The second intent comes from the future, so its age is unknown.
+	for _, age := range []time.Duration{time.Hour, -client.IntentSkewMax - time.Minute} {
 		store.age = age
 		report, err := transport.Resume(t.Context(), func(_ context.Context, r *client.Resumed) error {
 			expectError(t, r.Err, idempotency.OutcomeUnknown, client.ErrIntentTooOld)
@@ -348,7 +350,8 @@ func TestResumeSpellsTheKeyAsBefore(t *testing.T) {
 	}
 }
 
-// TestIntentsInPostgreSQLAreResumed by another store, as another process would, with one effect.
+// TestIntentsInPostgreSQLAreResumed: another store, like another process, resumes them, with one
+// effect.
 func TestIntentsInPostgreSQLAreResumed(t *testing.T) {
 	t.Parallel()
 	service := onPostgreSQL(t)

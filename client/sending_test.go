@@ -154,7 +154,8 @@ func TestDroppedPacketsAreNotExecuted(t *testing.T) {
 		dial func() error
 		why  error
 	}{
-		"the attempt's time ends first": {func() error { <-over; return errFailing }, client.ErrAttemptTimedOut}, // net/http dials on
+		// net/http still dials when the attempt has ended.
+		"the attempt's time ends first": {func() error { <-over; return errFailing }, client.ErrAttemptTimedOut},
 		"the dialer's time ends first":  {func() error { return errFailing }, errFailing},
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -229,8 +230,8 @@ func TestSilentBaseProvesNothing(t *testing.T) {
 	}
 }
 
-// TestWrittenRequestIsNeverNotExecuted, over HTTP/1.1 and HTTP/2, with and without a body, if the
-// server has it or may have it.
+// TestWrittenRequestIsNeverNotExecuted: neither over HTTP/1.1 nor HTTP/2, with or without a body,
+// if the server has the request or may have it.
 func TestWrittenRequestIsNeverNotExecuted(t *testing.T) {
 	t.Parallel()
 	for _, protocol := range []string{"HTTP/1.1", "h2c", "h2"} {

@@ -59,7 +59,7 @@ func New(base http.RoundTripper, options *Options) *Transport {
 // server is not known to honour keys.
 //
 // A request that ended with [ErrUnknown] must not be sent by a new call without its key, which
-// would mint another key: go on with [WithKey].
+// would mint another key: continue with [WithKey].
 func (t *Transport) RoundTrip(r *http.Request) (*http.Response, error) {
 	if !slices.Contains(t.options.Methods, r.Method) {
 		return t.base.RoundTrip(r)
@@ -165,7 +165,8 @@ func (t *Transport) prepare(r *http.Request) (*operation, error) {
 	if op.request.Header == nil {
 		op.request.Header = http.Header{}
 	}
-	if len(op.request.Header.Values(HeaderKey)) == 0 || t.options.Intents != nil { // an intent does not keep the spelling
+	// If intents are kept, the spelling is always set, because an intent does not keep it.
+	if len(op.request.Header.Values(HeaderKey)) == 0 || t.options.Intents != nil {
 		spelt := key
 		if !t.options.BareKeys {
 			spelt = quote(key)
@@ -378,8 +379,10 @@ type flights struct {
 
 type flight struct {
 	count  int
-	shared bool          // there were several at once
-	ending chan struct{} // closed when the ending request has forgotten its intent; nil if none is ending
+	shared bool // there were several at once
+	// ending is closed when the ending request has forgotten its intent. It is nil if none is
+	// ending.
+	ending chan struct{}
 }
 
 // enter counts a request. It waits for one that is forgetting its intent, because that would also

@@ -222,7 +222,8 @@ func TestBodies(t *testing.T) {
 	t.Parallel()
 	const limit = 1000
 	fits, over := strings.Repeat("b", limit), strings.Repeat("b", limit+1)
-	stream := func(s string) io.Reader { return io.MultiReader(strings.NewReader(s)) } // of unknown length, without GetBody
+	// stream makes a body of unknown length, without GetBody.
+	stream := func(s string) io.Reader { return io.MultiReader(strings.NewReader(s)) }
 	for name, one := range map[string]struct {
 		body io.Reader
 		want string
@@ -313,8 +314,8 @@ func TestBodyIsClosedAndAsLongAsAnnounced(t *testing.T) {
 	}
 }
 
-// TestAnswerThatBreaksOffIsLost up to the limit for reading answers. Beyond it the caller reads the
-// rest.
+// TestAnswerThatBreaksOffIsLost: an answer that breaks off within the limit for reading answers is
+// lost. Beyond the limit the caller reads the rest.
 func TestAnswerThatBreaksOffIsLost(t *testing.T) {
 	t.Parallel()
 	const limit = 64 << 10
@@ -396,7 +397,8 @@ func TestAnswerThatNeverEndsIsLost(t *testing.T) {
 
 // TestCompressedAnswerTakesWhatItMay: 64 MB of zeros are 64 kB on the wire. An answer is read up to
 // AnswerBytesMax, unpacked.
-func TestCompressedAnswerTakesWhatItMay(t *testing.T) { // not parallel: it measures what is allocated
+func TestCompressedAnswerTakesWhatItMay(t *testing.T) {
+	// Not parallel: it measures allocations.
 	const attempts, announced, most = 3, 64 << 20, 1 << 20
 	zeros := make([]byte, 1<<20)
 	var packed strings.Builder
@@ -455,7 +457,7 @@ func TestCompressedAnswerIsWhatTheBaseMakesOfIt(t *testing.T) {
 	}
 }
 
-// TestRedirectsInACircleEnd, as http.Client ends them. Nothing is retried.
+// TestRedirectsInACircleEnd: http.Client ends them, and nothing is retried.
 func TestRedirectsInACircleEnd(t *testing.T) {
 	t.Parallel()
 	s := newScript(t, func(n int, w http.ResponseWriter, r *http.Request) {
@@ -523,7 +525,7 @@ func TestRequestThatStoodStillIsNotSentAgain(t *testing.T) {
 				Honours: client.Everywhere, TotalMax: 10 * time.Second, BackoffFirst: 1, BackoffMax: 1,
 				Trace: func(_ context.Context, e client.Event) {
 					if e.Kind == client.EventWaiting {
-						time.Sleep(stopped) // the request's goroutine stands still, and all clocks go on
+						time.Sleep(stopped) // the request's goroutine stands still, and all clocks run on
 					}
 				},
 			})

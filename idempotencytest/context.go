@@ -38,8 +38,8 @@ func (w *tripwire) disarm() (tripped bool) {
 	return w.at > 0 && !w.armed.CompareAndSwap(true, false)
 }
 
-// String returns only the context's name. The contexts below it belong to others, which may change
-// them while it is printed.
+// String returns only the context's name. The contexts below it belong to other packages, which may
+// change them meanwhile.
 func (*tripwire) String() string { return "idempotencytest.tripwire" }
 
 // Format keeps the contexts below out of every verb of fmt. It drops the error, for which

@@ -55,7 +55,7 @@ type lab struct {
 	findings []finding
 	dropped  map[string]int
 
-	// Of the parts that have ended: used only by the test's goroutine.
+	// The results of the parts that have ended. Only the test's goroutine uses them.
 	told []*key
 	hits map[point]int
 }

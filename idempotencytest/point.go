@@ -18,8 +18,8 @@ type plan struct {
 	// first are the outcomes that the client may get for the request that was hit; noAnswer if the
 	// conn must be cut.
 	first []idempotency.Outcome
-	// then is the final outcome of a client that goes on, if first did not settle the request;
-	// empty if it may be executed or replayed.
+	// then is the final outcome for a client that retries because first did not settle the request.
+	// Empty means executed or replayed.
 	then idempotency.Outcome
 }
 

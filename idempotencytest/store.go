@@ -13,7 +13,7 @@ import (
 	"github.com/paidonce/idempotency/internal/crashpoint"
 )
 
-// abandonMax bounds the ROLLBACK of an attempt with a process that died.
+// abandonMax bounds the ROLLBACK of an attempt after the simulated death of its process.
 const abandonMax = 5 * time.Second
 
 var errLost = fmt.Errorf("%w: idempotencytest lost it", idempotency.ErrUnknown)

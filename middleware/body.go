@@ -61,7 +61,8 @@ func (run *run) readBody(w http.ResponseWriter, keyed bool) error {
 	var buffer bytes.Buffer
 	if r.Body != nil && r.Body != http.NoBody {
 		if r.ContentLength > 0 {
-			buffer.Grow(int(min(r.ContentLength, bodyBytesAhead)) + bytes.MinRead) // so that ReadFrom need not grow it
+			// With MinRead more, ReadFrom need not grow the buffer.
+			buffer.Grow(int(min(r.ContentLength, bodyBytesAhead)) + bytes.MinRead)
 		}
 		run.reader = io.LimitedReader{R: r.Body, N: limit}
 		if limit < math.MaxInt64 {
@@ -84,9 +85,9 @@ func (run *run) readBody(w http.ResponseWriter, keyed bool) error {
 	return run.whole()
 }
 
-// whole returns nil if the body that was read is all that the client sent. A server's own body that
-// ends early returns an error. So a body that ends early without one was read before, in part or
-// whole, or replaced by another.
+// whole returns nil if the body that was read is all that the client sent. If the client's body
+// ends early, reading net/http's own body returns an error. So a body that ends early without an
+// error was read before, in part or whole, or was replaced by another.
 func (run *run) whole() error {
 	r, came := run.request, int64(len(run.body))
 	switch {
@@ -103,7 +104,8 @@ func (run *run) whole() error {
 }
 
 // replaced reports whether outer middleware replaced the client's body and left r.ContentLength as
-// it was: then the header is gone or has another length.
+// it was. It recognizes that by the Content-Length header, which is then missing or has another
+// length.
 func replaced(r *http.Request) bool {
 	announced, err := strconv.ParseInt(r.Header.Get("Content-Length"), 10, 64)
 	return err != nil || announced != r.ContentLength

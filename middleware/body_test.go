@@ -364,7 +364,8 @@ func TestBodyThatDoesNotArrive(t *testing.T) {
 	if _, err := io.WriteString(slow, head+"Content-Length: 10\r\n\r\n{"); err != nil {
 		t.Fatal(err)
 	}
-	want(t, b.post(t, "/", "{}", "Idempotency-Key", "other"), 201, idempotency.OutcomeExecuted, "") // with the pool's only connection
+	// The slow client does not hold the pool's only connection.
+	want(t, b.post(t, "/", "{}", "Idempotency-Key", "other"), 201, idempotency.OutcomeExecuted, "")
 	response, err := http.ReadResponse(bufio.NewReader(slow), nil)
 	if err != nil {
 		t.Fatal(err)

@@ -98,7 +98,8 @@ func replay(outside http.Header, recorded map[string][]string) {
 	}
 	for name, values := range recorded {
 		switch {
-		case ofOrigin(http.CanonicalHeaderKey(name)): // earlier releases recorded them if RecordHeaders listed them
+		case ofOrigin(http.CanonicalHeaderKey(name)):
+			// Earlier releases recorded these headers if RecordHeaders listed them.
 		case name == "Vary":
 			outside[name] = mergeVary(outside[name], values)
 		default:
@@ -111,8 +112,8 @@ func replay(outside http.Header, recorded map[string][]string) {
 	delete(outside, "Content-Length")
 }
 
-// mergeVary returns the first list, and the second's values that have a name which is not in the
-// first.
+// mergeVary returns the outside values, followed by each recorded value that contains a name which
+// the outside values lack.
 func mergeVary(outside, recorded []string) []string {
 	merged := slices.Clip(outside)
 	for _, value := range recorded {
@@ -137,7 +138,8 @@ func listed(list, name string) bool {
 }
 
 // cleanValue returns the value as net/http would send it: with spaces for line breaks, and trimmed.
-// Other control characters, which net/http lets fail elsewhere, become spaces too.
+// Other control characters become spaces too: net/http would send them, and they would fail
+// elsewhere.
 func cleanValue(value string) string {
 	var clean []byte            // a copy, if one is needed
 	for i := range len(value) { // not runes: a value need not be UTF-8

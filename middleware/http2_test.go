@@ -162,7 +162,9 @@ func TestHTTP2GoawayOfTheServer(t *testing.T) {
 		t.Fatal(err)
 	}
 	late.Header = http.Header{"Account": {"acme"}, "Idempotency-Key": {"late"}, "Content-Type": {"application/json"}}
-	outcome := idempotency.OutcomeExecuted // of its retry, unless the connection took it before the GOAWAY
+	// The outcome of the retry is executed, unless the connection took the request before the
+	// GOAWAY.
+	outcome := idempotency.OutcomeExecuted
 	if response, err := b.client.Do(late); err == nil {
 		if got := read(t, response); got.outcome == "executed" {
 			outcome = idempotency.OutcomeReplayed

@@ -28,7 +28,8 @@ func keyValue(header http.Header, bytesMin, bytesMax int) (string, error) {
 	value := strings.Trim(values[0], " \t")
 	switch inside, quoted := strings.CutPrefix(value, `"`); {
 	case !quoted:
-	case strings.IndexAny(inside, `"\`) == len(inside)-1 && strings.HasSuffix(inside, `"`): // nothing in it is escaped
+	case strings.IndexAny(inside, `"\`) == len(inside)-1 && strings.HasSuffix(inside, `"`):
+		// Nothing in the key is escaped.
 		value = inside[:len(inside)-1]
 	default:
 		item, err := httpsfv.UnmarshalItem([]string{value})

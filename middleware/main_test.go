@@ -41,9 +41,11 @@ type setupOptions struct {
 	middleware *middleware.Options
 	store      *postgres.Options
 	poolMax    int32
-	url        func(database string) string                                         // default: the database's own
-	mount      func(idem *middleware.Middleware, handler http.Handler) http.Handler // default: only the handler
-	server     func(*http.Server)
+	// url defaults to the database's own.
+	url func(database string) string
+	// mount defaults to only the handler.
+	mount  func(idem *middleware.Middleware, handler http.Handler) http.Handler
+	server func(*http.Server)
 }
 
 // setup serves a handler behind the middleware. The scope is the Account header; without it the

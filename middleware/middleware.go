@@ -108,7 +108,7 @@ func (m *Middleware) serve(w http.ResponseWriter, r *http.Request, next http.Han
 		return
 	}
 
-	// Check whose request it is, and which.
+	// Find the key and the scope.
 	key, err := keyValue(r.Header, m.options.KeyBytesMin, m.options.KeyBytesMax)
 	switch {
 	case errors.Is(err, errKeyMissing) && m.options.Optional:

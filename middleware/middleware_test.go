@@ -833,7 +833,7 @@ func TestTimeoutOfAContextOutside(t *testing.T) {
 	want(t, b.post(t, "/", "{}", "Idempotency-Key", "k"), 201, idempotency.OutcomeReplayed, "")
 }
 
-// A timeout inside abandons the handler, and its goroutine goes on: it finds the transaction
+// A timeout inside abandons the handler, and its goroutine continues: it finds the transaction
 // sealed.
 func TestTimeoutHandlerInside(t *testing.T) {
 	t.Parallel()
@@ -957,7 +957,8 @@ func TestReplayOutlivesADeployment(t *testing.T) {
 				t.Errorf("%s %q, want %q", name, got, first.header.Values(name))
 			}
 		}
-		for _, name := range []string{"X-Request-Id", "X-Frame-Options"} { // of this answer, not of the record
+		// These headers come from this answer, not from the record.
+		for _, name := range []string{"X-Request-Id", "X-Frame-Options"} {
 			if replay.header.Get(name) != now[name] {
 				t.Errorf("%s %q, want %q", name, replay.header.Get(name), now[name])
 			}

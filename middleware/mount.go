@@ -63,12 +63,13 @@ func (c *mountContext) Value(key any) any {
 	return c.Context.Value(key)
 }
 
-// String returns only the context's name. The contexts below it belong to others, who may change
-// them while it is printed.
+// String returns only the context's name. The contexts below it belong to other packages, which may
+// change them meanwhile.
 func (*mountContext) String() string { return "middleware.WithMount" }
 
-// Format keeps the contexts below out of every verb of fmt.
-func (c *mountContext) Format(f fmt.State, _ rune) { _, _ = io.WriteString(f, c.String()) } // fmt has no use for the error
+// Format keeps the contexts below out of every verb of fmt. It drops the error, for which fmt has
+// no use.
+func (c *mountContext) Format(f fmt.State, _ rune) { _, _ = io.WriteString(f, c.String()) }
 
 var errMountedTwice = errors.New("middleware is mounted twice on the way of a request: leave one of the two out")
 

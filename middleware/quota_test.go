@@ -204,7 +204,8 @@ func TestQuotaCountsRecordsWhateverPanics(t *testing.T) {
 		hit := false
 		for _, exits := range []bool{false, true} {
 			for _, status := range []int{201, 404, 500} {
-				for _, again := range []bool{false, true} { // whether the first commit fails and the request starts again
+				// again: the first commit fails, and the request starts again.
+				for _, again := range []bool{false, true} {
 					bug := &broken{at: place, exits: exits}
 					records := memory.New(nil)
 					var store idempotency.Store = records

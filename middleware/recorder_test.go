@@ -504,7 +504,8 @@ func TestOutsideMayChangeTheLengthOfAnswers(t *testing.T) {
 				_, _ = io.WriteString(w, body)
 			})
 			for _, outcome := range []idempotency.Outcome{idempotency.OutcomeExecuted, idempotency.OutcomeReplayed} {
-				got := b.post(t, "/", "{}", "Idempotency-Key", "k") // Go's client asks for gzip, and takes it off
+				// Go's client asks for gzip, and takes it off
+				got := b.post(t, "/", "{}", "Idempotency-Key", "k")
 				want(t, got, 201, outcome, "")
 				if got.body != body {
 					t.Errorf("%s: %d bytes, want %d", outcome, len(got.body), len(body))

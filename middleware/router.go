@@ -10,9 +10,9 @@ import (
 // which would be recorded for good. It is called only before a second run.
 //
 // This package does not import chi, so it does not have chi's key. It walks the chain of contexts
-// for a key of chi's type. It never reads or prints a value in them: they belong to others, who may
-// change them at the same time. The contexts of package context are immutable. A context of any
-// other package is opaque and may hide chi's, so it returns true.
+// for a key of chi's type. It never reads or prints a value in them: they belong to other packages,
+// which may change them at the same time. The contexts of package context are immutable. A context
+// of any other package is opaque and may hide chi's, so it returns true.
 func mayCarryChiRoute(ctx context.Context) bool {
 	for c := reflect.ValueOf(ctx); ; {
 		for c.Kind() == reflect.Interface || c.Kind() == reflect.Pointer {

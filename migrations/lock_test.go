@@ -318,7 +318,8 @@ func TestMigrationThatADeadlockEndsComesAgain(t *testing.T) {
 	}
 	go func() { migrated <- migrations.Up(t.Context(), b.on(pool), own) }()
 	b.awaitWaiting(t, true)
-	if _, err := conn.Exec(t.Context(), "INSERT INTO one VALUES (1)"); err != nil { // the migration holds it, and releases it
+	// The migration holds this table, and releases it.
+	if _, err := conn.Exec(t.Context(), "INSERT INTO one VALUES (1)"); err != nil {
 		t.Fatal(err)
 	}
 	waits(t, told, migrated)
@@ -433,7 +434,8 @@ func TestFileThatCantBeATransaction(t *testing.T) {
 	migrated := make(chan error, 1)
 	go func() { migrated <- migrations.Up(t.Context(), b.on(b.pool), own) }()
 	longWait := `SELECT (now() - query_start > interval '200 ms')::text FROM pg_stat_activity WHERE query LIKE 'CREATE INDEX CONCURRENTLY%' AND wait_event_type = 'Lock'`
-	for deadline := time.Now().Add(waitMax); ; time.Sleep(5 * time.Millisecond) { // four times as long as LockTimeout
+	// Wait until the statement has waited for four times as long as LockTimeout.
+	for deadline := time.Now().Add(waitMax); ; time.Sleep(5 * time.Millisecond) {
 		if long := b.strings(t, longWait); len(long) > 0 && long[0] == "true" {
 			break
 		}

@@ -73,10 +73,11 @@ type Options struct {
 
 // Waiting describes a migration that waits.
 type Waiting struct {
-	What     string        // "migration 2 up", or "another migration": its turn
-	Tries    int           // so far
-	Pause    time.Duration // until the next
-	Blockers []Blocker     // the holders of the locks that it needs; empty if the role may not see them
+	What  string        // "migration 2 up", or "another migration": its turn
+	Tries int           // so far
+	Pause time.Duration // until the next
+	// Blockers hold the locks that it needs. Empty if the role is not allowed to see them.
+	Blockers []Blocker
 }
 
 // Blocker is a session that holds a lock, as far as the role may see it: without the rights of

@@ -396,7 +396,8 @@ func TestDirtySchema(t *testing.T) {
 			remedy = strings.Split(err.Error(), "`")[1]
 		}
 
-		b.exec(t, []string{"DROP TABLE transfers", "ALTER TABLE transfers DROP COLUMN amount"}[version-1]) // the remains
+		// Remove the partial changes.
+		b.exec(t, []string{"DROP TABLE transfers", "ALTER TABLE transfers DROP COLUMN amount"}[version-1])
 		b.exec(t, remedy)
 		b.wantVersion(t, own, version-1)
 		file.Data = whole
@@ -618,7 +619,7 @@ func (f stoppingFS) Open(name string) (fs.File, error) {
 	return f.FS.Open(name)
 }
 
-// A role that may not migrate leaves no connection behind, at whatever step it fails.
+// A role that is not allowed to migrate leaves no connection behind, at whatever step it fails.
 func TestUpThatFailsLeavesNoConnection(t *testing.T) {
 	t.Parallel()
 	b := setup(t)

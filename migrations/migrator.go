@@ -164,7 +164,9 @@ func (m *migrator) takeTurn(ctx context.Context) error {
 		return err
 	}
 	var locks [2]int64
-	for i, alias := range []string{name, "/" + name} { // golang-migrate's driver as a library, and its program
+	// golang-migrate's lock has two names: the driver uses the first as a library, and the second
+	// in the migrate program.
+	for i, alias := range []string{name, "/" + name} {
 		id, err := lockID(alias, m.schema, m.options.VersionTable)
 		if err != nil {
 			return err
@@ -279,8 +281,8 @@ func (m *migrator) dirty(version int) error {
 }
 
 // compare returns an error if the version table claims a table of records that does not exist, or
-// the other way round: otherwise Up would have nothing to do, or would fail at the first file. It
-// knows only this package's files, up to their newest version.
+// if such a table exists without a version: otherwise Up would have nothing to do, or would fail at
+// the first file. It knows only this package's files, up to their newest version.
 func (m *migrator) compare(ctx context.Context, version int) error {
 	if m.own || version > Latest {
 		return nil
@@ -407,7 +409,7 @@ func (m *migrator) again(ctx context.Context, name string, try func(context.Cont
 		err := try(ctx)
 		blockers := seen()
 		var pgErr *pgconn.PgError
-		// Requests that wait for one table and hold another make it a deadlock.
+		// It is a deadlock (40P01) if a request holds one table and waits for another.
 		if err == nil || errors.As(err, new(leftError)) || !errors.As(err, &pgErr) || pgErr.Code != "55P03" && pgErr.Code != "40P01" {
 			return err
 		}
@@ -433,7 +435,7 @@ func (m *migrator) watch() (seen func() []Blocker) {
 			case <-time.After(m.options.LockTimeout / 3):
 			}
 			ctx, cancel := context.WithTimeout(context.Background(), endMax)
-			// The list is empty if the role may not see them.
+			// The list is empty if the role is not allowed to see them.
 			if now, err := m.blockers(ctx, "SELECT DISTINCT unnest(pg_blocking_pids($1))", m.pid); err == nil && len(now) > 0 {
 				blockers = now
 			}
@@ -464,8 +466,7 @@ func (m *migrator) prepare(ctx context.Context) error {
 }
 
 // run executes a file and records its version, in one transaction. ended reports whether the file
-// ended the transaction, or COMMIT was sent: only otherwise does an error mean that nothing
-// happened.
+// ended the transaction, or COMMIT was sent. If it is false, an error means that nothing happened.
 func (m *migrator) run(ctx context.Context, to int, body string) (ended bool, err error) {
 	if _, err := m.conn.Exec(ctx, "BEGIN"); err != nil {
 		return false, err
@@ -486,7 +487,8 @@ func (m *migrator) run(ctx context.Context, to int, body string) (ended bool, er
 	}
 	err = m.end(ctx, "COMMIT")
 	var pgErr *pgconn.PgError
-	if errors.As(err, &pgErr) && pgErr.SeverityUnlocalized == "ERROR" { // a deferred constraint: nothing was committed
+	// A deferred constraint failed: nothing was committed.
+	if errors.As(err, &pgErr) && pgErr.SeverityUnlocalized == "ERROR" {
 		return ended, err
 	}
 	return true, err
@@ -505,7 +507,8 @@ func (m *migrator) runOwn(ctx context.Context, from, to int, body string) error 
 		return nil
 	case ended || m.conn.IsClosed():
 		return leftError{err}
-	case errors.As(err, &pgErr) && (pgErr.Code == "25001" || pgErr.Code == "2D000"): // can't be in a transaction
+	case errors.As(err, &pgErr) && (pgErr.Code == "25001" || pgErr.Code == "2D000"):
+		// The statement can't run in a transaction.
 		err = m.runOutside(ctx, body)
 		if err == nil {
 			err = m.mark(context.WithoutCancel(ctx), to, false)

@@ -91,7 +91,8 @@ func TestCheckNamesTheMissingGrant(t *testing.T) {
 	}
 }
 
-// If a role may not migrate, the error names the missing privilege, and nothing is half made.
+// If a role is not allowed to migrate, the error names the missing privilege, and nothing is half
+// made.
 func TestUpWithoutPrivilege(t *testing.T) {
 	t.Parallel()
 	b := setup(t)
@@ -106,7 +107,7 @@ func TestUpWithoutPrivilege(t *testing.T) {
 	b.wantTables(t)
 }
 
-// The reaper needs SELECT and DELETE. It may not change a record.
+// The reaper needs SELECT and DELETE. It is not allowed to change a record.
 func TestReaperNeedsSelectAndDelete(t *testing.T) {
 	t.Parallel()
 	b := setup(t)

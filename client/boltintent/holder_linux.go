@@ -24,7 +24,8 @@ func holder(file *os.File) (pid int, name string) {
 		return 0, ""
 	}
 	inode := ":" + strconv.FormatUint(stat.Ino, 10)
-	for line := range strings.Lines(string(locks)) { // "1: FLOCK  ADVISORY  WRITE 4711 08:01:123456 0 EOF"
+	// "1: FLOCK  ADVISORY  WRITE 4711 08:01:123456 0 EOF"
+	for line := range strings.Lines(string(locks)) {
 		fields := strings.Fields(line)
 		if len(fields) < 6 || fields[1] != "FLOCK" || !strings.HasSuffix(fields[5], inode) {
 			continue

@@ -4,5 +4,5 @@ package boltintent
 
 import "os"
 
-// holder is for Linux: other systems do not report the holder of a file.
+// holder returns nothing: only Linux reports the holder of a file.
 func holder(*os.File) (pid int, name string) { return 0, "" }

@@ -82,7 +82,7 @@ func decode(key, record []byte) (*client.Intent, error) {
 	}, nil
 }
 
-// sequenceOf returns the number by which records are older or younger.
+// sequenceOf returns the number that orders records by age.
 func sequenceOf(record []byte) (uint64, error) {
 	if len(record) < sequenceBytes+sha256.Size {
 		return 0, fmt.Errorf("%w: a record is too short", ErrDamaged)

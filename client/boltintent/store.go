@@ -77,8 +77,8 @@ type change struct {
 }
 
 // Open opens the file, or makes it, and locks it. The error wraps [ErrLocked] if another process or
-// Store has it, and [ErrDamaged] if it is not whole or no file of intents; then it is left as it
-// is. The folder must exist.
+// Store has it, and [ErrDamaged] if the file is damaged or is not a file of intents; then it is
+// left as it is. The folder must exist.
 func Open(path string, options *Options) (*Store, error) {
 	s := &Store{path: path, options: options.full()}
 	if err := guard(s.open); err != nil {
@@ -102,8 +102,8 @@ func (s *Store) open() error {
 		if err := s.file.Chmod(0o600); err != nil {
 			return nil, err
 		}
-		// Before bbolt opens it, which trusts the file: it maps it into memory, and follows each
-		// number in it.
+		// The file is read before bbolt opens it, because bbolt trusts it: it maps the file into
+		// memory, and follows each number in it.
 		if found, err = read(s.file); err != nil {
 			return nil, err
 		}
@@ -273,7 +273,7 @@ func (s *Store) Close() error {
 	return s.db.Close()
 }
 
-// usable returns an error if the file can't be used any more, or its name is another file's.
+// usable returns an error if the file can't be used any more, or another file has taken its name.
 func (s *Store) usable() error {
 	s.mu.Lock()
 	failed := s.failed

@@ -111,7 +111,7 @@ func TestReopened(t *testing.T) {
 	}
 }
 
-// TestCommitsAreDurable: none of bbolt's options that weaken it is set.
+// TestCommitsAreDurable: none of bbolt's options that weaken durability is set.
 func TestCommitsAreDurable(t *testing.T) {
 	t.Parallel()
 	if db := open(t, newPath(t), nil).db; db.NoSync || db.NoGrowSync || db.NoFreelistSync {
@@ -140,7 +140,8 @@ func start(t *testing.T, what, path, round string) (*exec.Cmd, *bufio.Scanner) {
 }
 
 func child(what, path, round string) int {
-	say := func(words ...string) { _, _ = os.Stdout.WriteString(strings.Join(words, " ") + "\n") } // until the kill
+	// Each line goes out at once, because the process may be killed after it.
+	say := func(words ...string) { _, _ = os.Stdout.WriteString(strings.Join(words, " ") + "\n") }
 	s, err := Open(path, nil)
 	if err != nil {
 		fmt.Fprintln(os.Stderr, "child:", err)
@@ -222,7 +223,8 @@ func TestKilledWhileItSaves(t *testing.T) {
 	said := map[string]map[string]bool{"saving": {}, "saved": {}, "forgets": {}, "forgot": {}, "open": {}}
 	for round := range 12 {
 		command, lines := start(t, "save", path, fmt.Sprintf("%02d", round))
-		for left := 20 + rand.IntN(100); lines.Scan(); left-- { // to the end: all lines from before the kill count
+		// Read to the end: all lines from before the kill count.
+		for left := 20 + rand.IntN(100); lines.Scan(); left-- {
 			what, key, _ := strings.Cut(lines.Text(), " ")
 			said[what][key] = true
 			if left == 0 {
@@ -443,7 +445,7 @@ func TestFileThatIsCutWhileItIsOpen(t *testing.T) {
 	}
 }
 
-// TestNotAFileOfIntents: another program's file is left as it is, also a bbolt file.
+// TestNotAFileOfIntents: another program's file is left as it is, even if it is a bbolt file.
 func TestNotAFileOfIntents(t *testing.T) {
 	t.Parallel()
 	text := newPath(t)

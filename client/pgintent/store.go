@@ -179,7 +179,8 @@ func (s *Store) Save(ctx context.Context, intent *client.Intent) (before bool, e
 	if err := intent.Header.Write(&header); err != nil {
 		return false, fmt.Errorf("%w: %w", client.ErrIntentRefused, err)
 	}
-	head, body := append([]byte{}, header.Bytes()...), append([]byte{}, intent.Body...) // nil would be NULL
+	// A nil slice would be sent as NULL.
+	head, body := append([]byte{}, header.Bytes()...), append([]byte{}, intent.Body...)
 	arguments := []any{anew, s.options.Owner, intent.Key.Value, s.holder.String(), intent.Method, intent.URL, intent.Host, head, body}
 	db, release, err := s.connection(ctx)
 	if err != nil {
@@ -229,7 +230,7 @@ func (s *Store) saveOn(ctx context.Context, db DB, arguments []any) (before bool
 
 // Configure lets a [Store] notice a commit that did not wait for the synchronous standbys, because
 // somebody canceled the wait: PostgreSQL only warns of it. Then Save, Take and Abandon fail,
-// because a failover could undo what they did: an intent that was abandoned would come back, and be
+// because a failover could undo their writes: an intent that was abandoned would come back, and be
 // sent after its caller got not-executed. Call it on the config of the connection, or on ConnConfig
 // of the pool's, before it is opened. If no standby is synchronous it changes nothing.
 func Configure(config *pgx.ConnConfig) {
@@ -298,7 +299,8 @@ func (s *Store) connection(ctx context.Context) (db DB, release func(), err erro
 func (s *Store) refused(err error) error {
 	var answer *pgconn.PgError
 	var connecting *pgconn.ConnectError
-	if errors.As(err, &answer) && answer.Code == "42501" && answer.Routine == "ExecWithCheckOptions" { // a policy
+	// A policy of row-level security refused the row.
+	if errors.As(err, &answer) && answer.Code == "42501" && answer.Routine == "ExecWithCheckOptions" {
 		err = fmt.Errorf("%w: %w", s.rowSecurity(), err)
 	}
 	if errors.As(err, &connecting) ||

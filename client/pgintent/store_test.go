@@ -550,9 +550,10 @@ func TestNothingIsSentWithoutARow(t *testing.T) {
 		kept    bool // by an earlier process, before the database became sick
 		outcome error
 	}{
-		"a trigger that drops the row":     {trigger("RETURN NULL", "INSERT"), false, client.ErrNotExecuted},
-		"a trigger that changes the body":  {trigger(`NEW.body = 'other'; RETURN NEW`, "INSERT"), false, client.ErrNotExecuted},
-		"a trigger that changes the key":   {trigger(`NEW.key = 'other'; RETURN NEW`, "INSERT"), false, client.ErrUnknown}, // it can't be abandoned
+		"a trigger that drops the row":    {trigger("RETURN NULL", "INSERT"), false, client.ErrNotExecuted},
+		"a trigger that changes the body": {trigger(`NEW.body = 'other'; RETURN NEW`, "INSERT"), false, client.ErrNotExecuted},
+		// The row has another key, so this intent can't be abandoned.
+		"a trigger that changes the key":   {trigger(`NEW.key = 'other'; RETURN NEW`, "INSERT"), false, client.ErrUnknown},
 		"a rule that drops the row":        {`CREATE RULE r AS ON INSERT TO idempotency_intents DO INSTEAD NOTHING`, false, client.ErrNotExecuted},
 		"a rule that puts it elsewhere":    {`CREATE TABLE others (LIKE idempotency_intents); CREATE RULE r AS ON INSERT TO idempotency_intents DO INSTEAD INSERT INTO others VALUES (NEW.*)`, false, client.ErrNotExecuted},
 		"a trigger that fails the commit":  {strings.Replace(returns, "%", `RAISE 'no'`, 1) + `CREATE CONSTRAINT TRIGGER t AFTER INSERT ON idempotency_intents DEFERRABLE INITIALLY DEFERRED FOR EACH ROW EXECUTE FUNCTION f()`, false, client.ErrNotExecuted},
@@ -827,7 +828,8 @@ func TestCanceledWaitForTheStandbyIsAnError(t *testing.T) {
 	}
 	t.Cleanup(func() { _ = server.Stop() })
 	pool := setupOn(t, server.URL(), func(c *pgxpool.Config) {
-		c.ConnConfig.RuntimeParams["synchronous_commit"] = "local" // for Create; the store itself demands more
+		// These settings are for Create; the store itself demands more.
+		c.ConnConfig.RuntimeParams["synchronous_commit"] = "local"
 		c.ConnConfig.RuntimeParams["client_min_messages"] = "error"
 		pgintent.Configure(c.ConnConfig)
 	})

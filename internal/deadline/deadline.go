@@ -76,8 +76,8 @@ func (c *Context) Err() error {
 	return c.ended()
 }
 
-// String returns only the context's name. The contexts below it belong to others, which may change
-// them while it is printed.
+// String returns only the context's name. The contexts below it belong to other packages, which may
+// change them meanwhile.
 func (*Context) String() string { return "deadline.Context" }
 
 // Format keeps the contexts below out of every verb of fmt. It drops the error, for which fmt has

@@ -43,7 +43,7 @@ func buildPrograms(t *testing.T) (oldProgram, newProgram string) {
 }
 
 // checkOutOlder writes to dir the sources from before the last change of the library. That change
-// may not be committed yet.
+// might not be committed yet.
 func checkOutOlder(root, dir string) (commit string, err error) {
 	git := func(output io.Writer, arguments ...string) error {
 		cmd := exec.Command("git", append([]string{"-C", root}, arguments...)...)

@@ -157,7 +157,7 @@ func (c *clock) jump(t *testing.T, offset time.Duration) {
 	}
 }
 
-// The process's own clock stands still while its machine is suspended, but the database's goes on.
+// The process's own clock stands still while its machine is suspended, but the database's runs on.
 // When the process looks for a lost COMMIT, the record may have expired and the reaper may have
 // deleted it, although only a moment has passed by the process's clock.
 func TestF18AbsenceAfterTheMachineWasSuspendedIsNoProof(t *testing.T) {

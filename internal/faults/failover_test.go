@@ -126,8 +126,8 @@ func TestF20CancelledWaitForTheStandbyIsNeverPaid(t *testing.T) {
 	s.onePayment(t, append(keys, "before", "lost")...)
 }
 
-// cancelWaits cancels every wait for the standby, as an operator may who sees sessions hang. stop
-// returns the number of canceled waits.
+// cancelWaits cancels every wait for the standby, as an operator who sees sessions hang may do.
+// stop returns the number of canceled waits.
 func cancelWaits(t *testing.T, databaseURL string) (stop func() int) {
 	t.Helper()
 	var cancelled int

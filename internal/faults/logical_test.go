@@ -59,8 +59,8 @@ func (l *logical) promote(t *testing.T, subscriptions ...string) {
 }
 
 // With one subscription for the handler's tables and ours, each payment arrives together with its
-// record, and a retry on the promoted replica is a replay. It is named in synchronous_standby_names
-// here, so nothing that was acknowledged is lost.
+// record, and a retry on the promoted replica is a replay. The subscription is named in
+// synchronous_standby_names here, so nothing that was acknowledged is lost.
 func TestF35PromotedLogicalReplicaReplays(t *testing.T) {
 	t.Parallel()
 	l := startLogical(t)

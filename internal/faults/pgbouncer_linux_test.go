@@ -297,7 +297,7 @@ func (b *bouncer) settingsAreUntouched(t *testing.T) {
 	}
 }
 
-// asAccountOf makes cmd run in dir with the account of the server, which may not be root. dir will
+// asAccountOf makes cmd run in dir with the account of the server, which must not be root. dir will
 // belong to that account.
 func asAccountOf(t *testing.T, server *pgserver.Server, dir string, cmd *exec.Cmd) *exec.Cmd {
 	t.Helper()
@@ -438,7 +438,8 @@ func (b *bouncer) open(t *testing.T) *pgxpool.Pool {
 // busy lets clients use the pooler until stop is called.
 func (b *bouncer) busy(t *testing.T, clients int) (stop func()) {
 	t.Helper()
-	var stopped atomic.Bool // canceling a context could make PgBouncer cancel another client's statement
+	// No context is canceled: that could make PgBouncer cancel another client's statement.
+	var stopped atomic.Bool
 	var running sync.WaitGroup
 	for range clients {
 		conn, err := pgx.Connect(t.Context(), b.url+"&default_query_exec_mode=exec")

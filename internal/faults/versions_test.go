@@ -169,7 +169,8 @@ func (f *versions) hold(t *testing.T) (release func()) {
 	if _, err := conn.Exec(t.Context(), "SELECT pg_advisory_lock(30)"); err != nil {
 		t.Fatal(err)
 	}
-	release = sync.OnceFunc(func() { _ = conn.Close(context.WithoutCancel(t.Context())) }) // and the lock with it
+	// Closing the connection releases the lock.
+	release = sync.OnceFunc(func() { _ = conn.Close(context.WithoutCancel(t.Context())) })
 	t.Cleanup(release)
 	return release
 }

@@ -101,7 +101,7 @@ func TestTwoLeasesDiffer(t *testing.T) {
 }
 
 // TestALostLeaseMakesNoIDs: when its conn is lost, a source notices at once, makes no id while it
-// has no lease, and goes on with a new lease.
+// has no lease, and continues with a new lease.
 func TestALostLeaseMakesNoIDs(t *testing.T) {
 	t.Parallel()
 	database := pgtest.Database(t)

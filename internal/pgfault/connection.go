@@ -94,7 +94,8 @@ func (c *connection) serve() {
 	replies.Wait()
 }
 
-// startup reads the client's first message. It refuses encryption; the client then goes on without.
+// startup reads the client's first message. It refuses encryption; the client then continues
+// without.
 func (c *connection) startup() (message []byte, code uint32, ok bool) {
 	for {
 		var header [8]byte
@@ -147,7 +148,7 @@ func (c *connection) fromClient() {
 			}
 		}
 	}
-	// PostgreSQL completes the work that it was sent before it sees the end.
+	// PostgreSQL first completes all work that it received, and then sees the end.
 	_ = c.client.Close()
 	c.drop.Store(true)
 	if rest := s.rest(); c.resumed() == nil && (len(rest) == 0 || c.forward(c.server, rest) == nil) {

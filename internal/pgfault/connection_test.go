@@ -118,8 +118,7 @@ func TestCopyByTheExtendedProtocol(t *testing.T) {
 	}
 }
 
-// TestFlushMessageIsForwardedAtOnce: the client waits for an answer before it goes on to the
-// COMMIT.
+// TestFlushMessageIsForwardedAtOnce: the client waits for an answer before it sends the COMMIT.
 func TestFlushMessageIsForwardedAtOnce(t *testing.T) {
 	t.Parallel()
 	seen := make(chan Commit, 1)

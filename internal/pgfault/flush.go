@@ -75,8 +75,8 @@ type splitter struct {
 
 	// The current flush. Offsets count from start.
 	at int // the end of its last complete message
-	// The offset at which the messages begin that belong to the COMMIT if the next Execute is one;
-	// -1 if there is none.
+	// If the next Execute is a COMMIT, its own messages begin at this offset. -1 if there are none
+	// yet.
 	own     int
 	copying bool
 	current flush
@@ -131,8 +131,8 @@ func (s *splitter) read(r io.Reader) error {
 	return err
 }
 
-// next returns the next flush that has all its messages, or false if there is none. If the client
-// has hung up, an incomplete flush is handed out too: PostgreSQL also does what it was sent.
+// next returns the next complete flush, or false if there is none. If the client has hung up, next
+// returns an incomplete flush too, because PostgreSQL executes it as far as it arrived.
 func (s *splitter) next(hungUp bool) (flush, bool, error) {
 	for {
 		message := s.buf[s.start+s.at:]

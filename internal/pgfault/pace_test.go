@@ -91,7 +91,8 @@ func TestPausedNothingPassesAndNobodyHangsUp(t *testing.T) {
 	}
 }
 
-// TestPausedHangUpIsNotSeen: if the server sends nothing before it hangs up.
+// TestPausedHangUpIsNotSeen: while the proxy is paused, the client does not see that the server
+// hung up without sending anything.
 func TestPausedHangUpIsNotSeen(t *testing.T) {
 	t.Parallel()
 	server, err := net.Listen("tcp", "127.0.0.1:0")

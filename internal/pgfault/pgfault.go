@@ -35,7 +35,7 @@ type Commit struct {
 	BackendPID uint32 // from PostgreSQL's BackendKeyData
 
 	// Messages are the client's messages since its last Sync, unchanged, the COMMIT's included. The
-	// values of an INSERT's parameters appear in it verbatim. OnCommit may keep it.
+	// values of an INSERT's parameters appear in them verbatim. OnCommit may keep the slice.
 	Messages []byte
 }
 

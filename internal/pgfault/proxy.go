@@ -57,7 +57,7 @@ func (p *Proxy) accept() {
 			if p.isClosed() {
 				return
 			}
-			// There are no file descriptors: a client that gives up returns one.
+			// No file descriptor is free: a client that gives up returns one.
 			time.Sleep(time.Millisecond)
 			continue
 		}

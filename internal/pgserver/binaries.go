@@ -229,7 +229,7 @@ func (e *notFoundError) Error() string {
 	return text.String()
 }
 
-// findBinaries searches this machine. Folders that acct may not enter do not serve.
+// findBinaries searches this machine. A folder that acct is not allowed to enter does not serve.
 func findBinaries(ctx context.Context, acct *account, major int, progress io.Writer) (binaries, error) {
 	cacheDir, cacheErr := downloadDir(acct) // a service has no home folder, and does not need one
 	probe := func(dir string) (binaries, error) { return probeBinaries(ctx, acct, dir) }
@@ -269,7 +269,8 @@ func findBinaries(ctx context.Context, acct *account, major int, progress io.Wri
 
 var versionOutput = regexp.MustCompile(`\(PostgreSQL\) (([0-9]+)[^ \r\n]*)`)
 
-// probeBinaries runs postgres --version as the account. So it fails if the account may not run it.
+// probeBinaries runs postgres --version as the account. So it fails if the account is not allowed
+// to run it.
 func probeBinaries(ctx context.Context, acct *account, dir string) (binaries, error) {
 	bin := binaries{dir: dir}
 	if _, err := os.Stat(bin.postgres()); err != nil {

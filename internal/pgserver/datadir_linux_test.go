@@ -81,7 +81,7 @@ func TestEmptyFolderIsTaken(t *testing.T) {
 	}
 }
 
-// An initdb that was killed leaves its folder under another name than the cluster's.
+// An initdb that was killed leaves its folder under a name that is not that of the cluster.
 func TestHalfFinishedInitdbIsRecovered(t *testing.T) {
 	t.Parallel()
 	slow(t)

@@ -59,8 +59,8 @@ type Options struct {
 	// Start.
 	DataDir string
 
-	// TempDir is the folder for what is temporary: the socket, and the data if DataDir is empty. What
-	// a killed process left there is removed by the next Start in it. Defaults to os.TempDir.
+	// TempDir is the folder for temporary files: the socket, and the data if DataDir is empty. The
+	// next Start in it removes the files that a killed process left there. Defaults to os.TempDir.
 	TempDir string
 
 	// Settings are postgresql.conf settings such as "fsync": "off". They override the defaults

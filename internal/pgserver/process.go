@@ -93,8 +93,8 @@ func (p *process) kill() {
 // endsAfter sends the signal, waits for at most stopWaitMax, and reports whether the postmaster has
 // ended.
 func (p *process) endsAfter(signal func() error) bool {
-	// It fails if the postmaster is gone, which the wait notices, or cannot be signalled, which the
-	// wait outlasts.
+	// The error is ignored: either the postmaster is gone, which the wait notices, or it cannot be
+	// signalled, and then the wait times out.
 	_ = signal()
 	return p.gone(stopWaitMax)
 }

@@ -165,7 +165,7 @@ func (s *Server) copyTo(ctx context.Context, dir string, sync bool) error {
 	)
 }
 
-// copying copies files into the folder to.
+// copying copies files to a folder.
 type copying struct {
 	ctx  context.Context
 	from *os.Root
@@ -173,8 +173,8 @@ type copying struct {
 	sync bool
 }
 
-// copy copies a file, or a folder without its contents. err is the walk's. A file that vanished
-// meanwhile is not needed.
+// copy copies a file, or a folder without its contents. err is the error of the walk. A file that
+// has vanished meanwhile is not needed.
 func (c copying) copy(name string, entry fs.DirEntry, err error) error {
 	if err == nil {
 		err = c.ctx.Err()

@@ -22,8 +22,9 @@ const (
 	Transaction // a pooler, and until the transaction or the statement ends
 )
 
-// roundsMax is the number of comparisons of two clients if something in between gave them process
-// numbers of its own. Another client may take a server conn in between, which spoils one round.
+// roundsMax is the number of rounds in which two clients are compared, if something in between gave
+// them process numbers of its own. One round proves little, because another client may take a
+// server conn meanwhile.
 const roundsMax = 20
 
 // Find returns the mode of a and b, two idle conns with the same config. It leaves nothing behind:

@@ -86,7 +86,9 @@ type Detector struct {
 // generation has the requests of one period: a window, or the time to fill half of RequestsMax.
 type generation struct {
 	since time.Duration
-	seen  map[uint64]time.Duration // time of the last one, by the hash of scope and fingerprint, and by that of the key too
+	// seen has the time of the last request, by the hash of scope and fingerprint, and by the hash
+	// that also includes the key.
+	seen map[uint64]time.Duration
 }
 
 var _ idempotency.Tracer = (*Detector)(nil)
@@ -153,7 +155,8 @@ func (d *Detector) when(hash uint64, now time.Duration) (at time.Duration, ok bo
 // age starts a new generation when the young one is full or a window old, and forgets the one
 // before.
 func (d *Detector) age(now time.Duration) {
-	full := len(d.young.seen) >= d.options.RequestsMax // two hashes each, and half of them in a generation
+	// Each request has two hashes, and a generation holds half of the requests.
+	full := len(d.young.seen) >= d.options.RequestsMax
 	over := now-d.young.since >= d.options.Window
 	if !full && !over {
 		return

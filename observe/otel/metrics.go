@@ -23,7 +23,9 @@ type instruments struct {
 	duplicates metric.Int64Counter
 	lost       metric.Int64Counter
 
-	sets sync.Map // series by labels: the engine's labels are few, and making a set costs more than counting
+	// sets has the series by labels: the engine's labels are few, and making a set costs more than
+	// counting.
+	sets sync.Map
 }
 
 // labels identify a series: a step and a kind of error, or an outcome and a reason.
@@ -92,6 +94,7 @@ func (i *instruments) end(ctx context.Context, end idempotency.RequestEnd) {
 	}
 	switch end.Result.Outcome {
 	case idempotency.OutcomeReplayed, idempotency.OutcomeInProgress:
-		i.duplicates.Add(ctx, 1, metric.WithAttributes(outcome, attributeRoute.String(pathOf(end.Route)))) // routes are many, and the SDK bounds them
+		// There are many routes, and the SDK bounds their number.
+		i.duplicates.Add(ctx, 1, metric.WithAttributes(outcome, attributeRoute.String(pathOf(end.Route))))
 	}
 }

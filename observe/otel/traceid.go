@@ -31,8 +31,9 @@ func TraceIDFrom(ctx context.Context) string {
 	return "00-" + span.TraceID().String() + "-" + span.SpanID().String() + "-" + span.TraceFlags().String()
 }
 
-// original parses the recorded trace of an attempt: a traceparent, or the bare id of a trace, for
-// which span has no id. Anything else is not ok, and never shown.
+// original parses the recorded trace of an attempt: a traceparent, or the bare id of a trace. For a
+// bare id, the result has no span id. For anything else ok is false, and the text must not be
+// shown.
 func original(recorded string) (span trace.SpanContext, ok bool) {
 	if id, err := trace.TraceIDFromHex(recorded); err == nil {
 		return trace.NewSpanContext(trace.SpanContextConfig{TraceID: id, Remote: true}), true
@@ -42,8 +43,8 @@ func original(recorded string) (span trace.SpanContext, ok bool) {
 	return span, span.IsValid()
 }
 
-// link links a replay's span to the original attempt. For a bare id there is only the attribute: a
-// link without a span is dropped on its way, or worse, is not.
+// link links a replay's span to the original attempt. For a bare id there is only the attribute: an
+// exporter may drop a link without a span, or worse, pass it on.
 func link(span trace.Span, recorded string) {
 	to, ok := original(recorded)
 	if !ok {

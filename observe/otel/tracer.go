@@ -196,7 +196,8 @@ func (t *Tracer) describe(span trace.Span, end idempotency.RequestEnd) {
 	}
 	failed := result.Reason
 	switch {
-	case result.Outcome == idempotency.OutcomeUnknown && failed == "": // the handler answered after it had called DerivedKey
+	case result.Outcome == idempotency.OutcomeUnknown && failed == "":
+		// The handler answered after it had called DerivedKey.
 		failed = idempotency.ReasonCallUnknown
 	case result.Outcome != idempotency.OutcomeUnknown && result.Outcome != idempotency.OutcomeNotExecuted:
 		failed = ""

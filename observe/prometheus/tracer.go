@@ -149,7 +149,7 @@ var failuresWatched = map[idempotency.Step][]string{
 	idempotency.StepResolve: {"unknown"},
 }
 
-// Results of the search for a lost COMMIT.
+// Results of the look-up of a lost COMMIT.
 const (
 	resolvedFound    = "found"     // a record: of this attempt, or of another
 	resolvedNotFound = "not-found" // proven: nothing was recorded
@@ -354,7 +354,7 @@ func (t *Tracer) TraceRequestEnd(ctx context.Context, e idempotency.RequestEnd) 
 	}
 }
 
-// resolvedResult derives the result of the search for a lost COMMIT from the end of the request.
+// resolvedResult derives the result of the look-up of a lost COMMIT from the end of the request.
 func resolvedResult(outcome idempotency.Outcome) string {
 	switch outcome {
 	case idempotency.OutcomeExecuted, idempotency.OutcomeReplayed, idempotency.OutcomeMismatch:

@@ -40,7 +40,8 @@ func TestConformance(t *testing.T) {
 }
 
 func newHarness(t *testing.T) *storagetest.Harness {
-	options := &postgres.Options{AcquireTimeout: 20 * time.Second} // on a slow machine many requests wait for few connections
+	// On a slow machine many requests wait for few connections.
+	options := &postgres.Options{AcquireTimeout: 20 * time.Second}
 	d := testservice.New(t, options)
 	store := encrypted.New(d.Store, oneKey)
 	exec := func(ctx context.Context, sql string, arguments ...any) error {

@@ -15,9 +15,9 @@
 // Records are a few days old at most, so none is ever encrypted again. With several processes take
 // three steps, each completed everywhere before the next:
 //
-//   - name the new key in [Keys].Older: everybody can read it
-//   - make it [Keys].Current, and the one before it an older one
-//   - after the longest TTL, and the reaper, take the older one away
+//   - add the new key to [Keys].Older: every process can read it
+//   - make it [Keys].Current, and move the previous key to [Keys].Older
+//   - after the longest TTL, and a walk of the reaper, remove the old key
 //
 // A key is good for 2^32 records, because nonces are random: rotate before that. At 1,000 answers a
 // second that takes seven weeks.

@@ -17,8 +17,8 @@ const SecretBytes = 32
 // Key is a secret and the number by which records name it. It prints as its number, by every verb
 // of fmt, in slog and in JSON.
 type Key struct {
-	// ID is stored beside each body. It may be given to another secret once no record of the first
-	// is left.
+	// ID is stored beside each body. It may be given to another secret once no record under the
+	// first is left.
 	ID byte
 
 	// Secret must come from a source of randomness, never from a password, and be used for nothing
@@ -26,8 +26,8 @@ type Key struct {
 	Secret [SecretBytes]byte
 }
 
-// Format keeps the secret out of every verb of fmt.
-func (k Key) Format(f fmt.State, _ rune) { _, _ = fmt.Fprintf(f, "key %d", k.ID) } // fmt ignores the error
+// Format keeps the secret out of every verb of fmt. It drops the error, for which fmt has no use.
+func (k Key) Format(f fmt.State, _ rune) { _, _ = fmt.Fprintf(f, "key %d", k.ID) }
 
 // MarshalText keeps the secret out of JSON.
 func (k Key) MarshalText() ([]byte, error) { return fmt.Appendf(nil, "key %d", k.ID), nil }

@@ -244,7 +244,8 @@ func TestEncryptedAndReduced(t *testing.T) {
 	if replay.body != "" || replay.header.Get("Location") != "/transfers/1" {
 		t.Errorf("replayed %q, Location %q", replay.body, replay.header.Get("Location"))
 	}
-	d.Exec(t, `UPDATE idempotency_keys SET headers = '\x0101084c6f636174696f6e062f6f74686572'`) // Location: /other
+	// Location: /other
+	d.Exec(t, `UPDATE idempotency_keys SET headers = '\x0101084c6f636174696f6e062f6f74686572'`)
 	want(t, "changed Location", s.post(t, "acme", "k", "/", "canary"), 500, idempotency.OutcomeUnknown, "#record-corrupt")
 }
 

@@ -163,8 +163,8 @@ func (a recordRow) ReadRow(values [][]byte) (err error) {
 	return err
 }
 
-// claimFailed gives the connection back after an error of the claim, in this statement, and returns
-// the error of Begin.
+// claimFailed gives the connection back after this statement of the claim has failed, and returns
+// Begin's error.
 func (a *attempt) claimFailed(ctx context.Context, failed *wire.Statement, err error) error {
 	conn, s := a.pooled.Conn(), a.store
 	stale := conn.IsClosed() || wire.Unprepared(err) || wire.IsStandby(err)
@@ -202,12 +202,13 @@ func (c *txContext) Value(key any) any {
 	return c.Context.Value(key)
 }
 
-// String returns only the context's name. The contexts below it belong to others, who may change
-// them while it is printed.
+// String returns only the context's name. The contexts below it belong to other packages, which may
+// change them meanwhile.
 func (*txContext) String() string { return "postgres.WithTx" }
 
-// Format keeps the transaction and the contexts below out of every verb of fmt.
-func (c *txContext) Format(f fmt.State, _ rune) { _, _ = io.WriteString(f, c.String()) } // fmt has no use for the error
+// Format keeps the transaction and the contexts below out of every verb of fmt. It drops the error,
+// for which fmt has no use.
+func (c *txContext) Format(f fmt.State, _ rune) { _, _ = io.WriteString(f, c.String()) }
 
 // Seal implements [idempotency.Attempt].
 func (a *attempt) Seal() error {
@@ -258,8 +259,8 @@ func (a *attempt) commit(ctx context.Context, deferred []wire.Call, refused erro
 	return a.end(ctx, "commit", append(calls, wire.Call{Statement: &s.constraints}, last, wire.Call{Statement: &s.commit}))
 }
 
-// lastRow takes the row of the last statement before COMMIT. A warning of the statements, constraints
-// and triggers up to there is not COMMIT's.
+// lastRow takes the row of the last statement before COMMIT. A warning of the statements,
+// constraints and triggers up to there is not taken for a warning of COMMIT.
 type lastRow struct{ *attempt }
 
 func (a lastRow) ReadRow([][]byte) error {
@@ -289,7 +290,8 @@ func (a *attempt) end(ctx context.Context, step string, calls []wire.Call) error
 	switch {
 	case err == nil && !reply.Committed:
 		return fail(step, idempotency.ErrAborted, errors.New("COMMIT was answered with ROLLBACK"))
-	case err == nil && wire.WaitedInVain(a.conn, a.synchronous): // standbys may have been named since the claim
+	case err == nil && wire.WaitedInVain(a.conn, a.synchronous):
+		// Standbys may have been named since the claim.
 		return fail(step, idempotency.ErrUnknown, errNotReplicated)
 	case err == nil:
 		return nil
@@ -304,7 +306,7 @@ func (a *attempt) end(ctx context.Context, step string, calls []wire.Call) error
 	return fail(step, sentinel, explained)
 }
 
-// recorded takes the error of Commit's or Decline's flush. It remembers the key if there is none.
+// recorded takes the error of Commit's or Decline's flush. If err is nil, it remembers the key.
 // Otherwise it returns err, unless the key has another attempt's record or the look-up fails.
 func (a *keyedAttempt) recorded(ctx context.Context, step string, err error) error {
 	if err == nil && !a.synchronous { // with standbys a look-up is not enough for a replay
@@ -319,7 +321,7 @@ func (a *keyedAttempt) recorded(ctx context.Context, step string, err error) err
 	return err
 }
 
-// looks reports whether the claim's snapshot may be older than its lock. The claim did not see a
+// looks reports whether the claim's snapshot may be older than its lock. Then the claim missed any
 // record that was committed in between, so no end of this attempt may report not-executed until the
 // key is looked up once more.
 func (a *keyedAttempt) looks() bool { return a.store.options.Isolation != pgx.ReadCommitted }
@@ -341,8 +343,9 @@ func (a *keyedAttempt) Decline(ctx context.Context, answer *idempotency.Answer) 
 	return a.recorded(ctx, "decline", a.end(ctx, "decline", calls))
 }
 
-// guarded begins a flush that undoes the transaction: with the guard, unless the connection is
-// abandoned, and so not ours to look at, or the transaction is aborted and accepts only ROLLBACK.
+// guarded begins a flush that undoes the transaction: with the guard first, unless the connection
+// is abandoned, so that we must not use it, or the transaction is aborted and accepts only
+// ROLLBACK.
 func (a *attempt) guarded() []wire.Call {
 	if a.tx.Abandoned() || a.conn.TxStatus() != 'T' {
 		return a.calls[:0]
@@ -421,8 +424,10 @@ func (a *attempt) release(ctx context.Context) {
 		_ = a.pooled.Conn().Close(ctx) // there may be more of them
 	}
 	if status := a.conn.TxStatus(); (status == 'T' || status == 'E') && !a.conn.IsClosed() && !a.conn.IsBusy() {
-		// In a flush of its own: an aborted transaction refuses all other statements before it.
-		_, _ = a.store.statements.Flush(ctx, a.conn, wire.Call{Statement: &a.store.statements.rollback}) // else destroyed below
+		// ROLLBACK has a flush of its own: in an aborted transaction any statement in front of it
+		// would fail the flush.
+		// else destroyed below
+		_, _ = a.store.statements.Flush(ctx, a.conn, wire.Call{Statement: &a.store.statements.rollback})
 	}
 	a.pooled.Release()
 }

@@ -1001,7 +1001,7 @@ func TestRecordedKeyIsNeverCalledNotExecuted(t *testing.T) {
 	}
 }
 
-// Above READ COMMITTED the claim may not see another attempt's record. An attempt that leaves no
+// Above READ COMMITTED the claim can miss another attempt's record. An attempt that leaves no
 // record of its own, however it ends and even with no restart left, looks the key up again: the
 // record is a replay or a mismatch, and if the look-up fails the outcome is unknown.
 func TestEveryEndAboveReadCommittedLooksAgain(t *testing.T) {
@@ -1217,10 +1217,12 @@ func TestNotExecutedIsSaidOfTheRequestAlone(t *testing.T) {
 		store:     &postgres.Options{AcquireTimeout: 500 * time.Millisecond},
 		configure: func(c *pgxpool.Config) { c.MaxConns = 1 },
 	})
-	if err := b.pool.Ping(context.Background()); err != nil { // a connection takes longer than a busy pool should
+	// Connect first: a connection takes longer than a busy pool should.
+	if err := b.pool.Ping(context.Background()); err != nil {
 		t.Fatal(err)
 	}
-	want(t, b.do(t, request("k", ""), pay(t, 201)), idempotency.OutcomeExecuted, "") // and its reply is lost
+	// The request is executed, and its reply is lost.
+	want(t, b.do(t, request("k", ""), pay(t, 201)), idempotency.OutcomeExecuted, "")
 	busy, err := b.pool.Acquire(context.Background())
 	if err != nil {
 		t.Fatal(err)
@@ -1539,7 +1541,8 @@ func TestNoSettingOfAHandlerPartsPaymentAndRecord(t *testing.T) {
 		"row_security = off", "client_min_messages = error", "work_mem = 64", "temp_tablespaces = ''", "check_function_bodies = off",
 		"lc_messages = 'C'", "application_name = 'x'",
 	}
-	brief := []string{"statement_timeout = 1", "idle_in_transaction_session_timeout = 1"} // a handler may not be done in 1 ms
+	// A handler might not be done in 1 ms.
+	brief := []string{"statement_timeout = 1", "idle_in_transaction_session_timeout = 1"}
 	for _, local := range []string{"LOCAL ", ""} {
 		for _, setting := range slices.Concat(settings, brief) {
 			t.Run(local+setting, func(t *testing.T) {

@@ -38,15 +38,21 @@ const serverVersionMin = 14
 
 const versionTable = "idempotency_migrations"
 
-// Check reports whether the database and the pool can keep the store's promises: it is PostgreSQL
-// 14 or later, the primary and no logical replica of one, the schema has the version of this
-// package or a later one, the table is a plain logged one with its primary key, all of its columns
-// and no other NOT NULL column without a default, no rule, no BEFORE ROW trigger that is enabled
-// and no child table, no row-level security hides its rows from the pool's role, the database's
-// encoding is UTF8 or SQL_ASCII, COMMIT waits for the disk, the server ends a session that is idle
-// in a transaction within a minute, a connection has the settings of the store's options, and the
-// pool refuses an Acquire with a running handler's context. The error joins all faults it finds. A
-// service calls it when it starts and from its readiness probe.
+// Check returns an error if the database or the pool can't keep the store's promises. It requires:
+//
+//   - the server: PostgreSQL 14 or later, a primary, and no logical replica of one; COMMIT waits
+//     for the disk, and a session that is idle in a transaction is ended within a minute
+//   - the schema: the version of this package or a later one
+//   - the table: a plain logged one with its primary key and all of its columns, and without
+//     another NOT NULL column that has no default, a rule, an enabled BEFORE ROW trigger or a child
+//     table
+//   - no row-level security that hides the table's rows from the pool's role
+//   - the database's encoding: UTF8 or SQL_ASCII
+//   - the pool: a connection has the settings of the store's options, and an Acquire with a running
+//     handler's context is refused
+//
+// The error joins all faults that Check finds. A service calls it when it starts and from its
+// readiness probe.
 func (s *Store) Check(ctx context.Context) error { return errors.Join(s.check(ctx)...) }
 
 func (s *Store) check(ctx context.Context) (wrong []error) {
@@ -234,13 +240,13 @@ func (s *Store) checkSession(session []string) (wrong []error) {
 	return wrong
 }
 
-// bounded reports whether a timeout in milliseconds is one, and is short enough.
+// bounded reports whether a timeout, in milliseconds, is set and short enough.
 func bounded(ms string) bool {
 	n, err := strconv.ParseInt(ms, 10, 64)
 	return err == nil && n > 0 && n <= IdleInTransactionTimeoutMax.Milliseconds()
 }
 
-// inTime returns a setting in milliseconds as a duration, and any other as it is.
+// inTime returns a setting in milliseconds as a duration, and any other setting unchanged.
 func inTime(value string) string {
 	ms, err := strconv.ParseInt(value, 10, 64)
 	if err != nil {

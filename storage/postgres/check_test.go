@@ -98,7 +98,8 @@ func TestCheckFindsAPoolThatWasConfiguredOtherwise(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
 			b := setup(t, &setupOptions{store: &postgres.Options{Schema: "payments"}})
-			if err := migrations.Up(t.Context(), postgres.New(b.pool, nil), nil); err != nil { // in public too
+			// Migrate the schema public too.
+			if err := migrations.Up(t.Context(), postgres.New(b.pool, nil), nil); err != nil {
 				t.Fatal(err)
 			}
 			config, err := pgxpool.ParseConfig(b.pool.Config().ConnString())

@@ -31,8 +31,8 @@ var ErrPoolRefused = errors.New("idempotency/postgres: an idempotent handler mus
 //   - TCP keep-alives after 30 seconds, each 10 seconds, and tcp_user_timeout: the server ends a
 //     connection if the other side acknowledges nothing for 60 seconds
 //   - our statements prepared on connect, in pgx's default mode, so that a warm connection parses
-//     nothing. If the table is not there yet, as before the first migration, or is locked for longer
-//     than Options.PrepareTimeout, they are sent as text for that connection's life.
+//     nothing. If the table is not there yet, as before the first migration, or is locked for
+//     longer than Options.PrepareTimeout, they are sent as text for that connection's life.
 //   - with Options.TransactionPooling, pgx.QueryExecModeExec in place of pgx's default mode, which
 //     prepares statements
 //   - a notice handler, which learns that a COMMIT did not wait for the standbys
@@ -47,10 +47,12 @@ func Configure(config *pgxpool.Config, opts *Options) {
 		conn.RuntimeParams = map[string]string{}
 	}
 	conn.RuntimeParams["client_encoding"] = "UTF8" // see wire.PlainText; a pooler knows this one
-	if !o.TransactionPooling {                     // a pooler refuses them, or hands them on to other clients
+	// A pooler would refuse these settings, or hand them on to other clients.
+	if !o.TransactionPooling {
 		keepAlive := []setting{
 			{name: "tcp_keepalives_idle", value: "30"}, {name: "tcp_keepalives_interval", value: "10"}, {name: "tcp_keepalives_count", value: "3"},
-			{name: "tcp_user_timeout", value: "60000"}, // without it, unacknowledged data keeps a connection for 15 minutes
+			// Without this, unacknowledged data keeps a connection for 15 minutes.
+			{name: "tcp_user_timeout", value: "60000"},
 		}
 		for _, setting := range append(o.settings(), keepAlive...) {
 			if _, ok := conn.RuntimeParams[setting.name]; !ok || setting.name == "synchronous_commit" {
@@ -126,4 +128,6 @@ func (refusedContext) Deadline() (time.Time, bool) { return time.Time{}, false }
 
 func (refusedContext) String() string { return "postgres.WithRefusal" }
 
-func (c refusedContext) Format(f fmt.State, _ rune) { _, _ = io.WriteString(f, c.String()) } // fmt has no use for the error
+// Format keeps the contexts below out of every verb of fmt. It drops the error, for which fmt has
+// no use.
+func (c refusedContext) Format(f fmt.State, _ rune) { _, _ = io.WriteString(f, c.String()) }

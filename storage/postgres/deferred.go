@@ -30,9 +30,10 @@ const AnyRowsUnchecked Rows = -1
 //
 // COMMIT is on its way behind them, so each statement must touch exactly one row, or as many as a
 // [Rows] in front of the arguments says. Otherwise nothing is committed: the request is answered
-// 500 not-executed. So is any other error of theirs, except that 40001 and 40P01 start the request
-// again and an outage or a timeout is 503, as for statements of [Tx]. By then the handler has given
-// its answer and can't turn the error into another one: check what a client may get wrong before.
+// 500 not-executed. Any other error of a deferred statement ends the request in the same way,
+// except that 40001 and 40P01 start it again, and an outage or a timeout is 503, as for statements
+// of [Tx]. By then the handler has given its answer and can't turn the error into another one: so
+// check a client's input before you defer a statement.
 //
 // The statement is an INSERT, UPDATE or DELETE, or a SELECT, which counts the rows that it returns;
 // any rows are discarded. It must not begin with WITH. Arguments are encoded as pgx does in the
@@ -41,12 +42,12 @@ const AnyRowsUnchecked Rows = -1
 // deferred statements.
 //
 // With an answer that undoes the handler's writes, such as a 4xx or 5xx, the statements are not
-// sent. Those that were deferred while a nested transaction was open go if it is rolled back.
-// Their time counts for the engine's Timeouts.Commit.
+// sent. A statement that was deferred while a nested transaction was open is dropped if that is
+// rolled back. The time of deferred statements counts for the engine's Timeouts.Commit.
 //
-// An error means that the statement was not added; ignoring it does not commit the rest, but fails
-// the request. As [Tx], DeferExec is for one goroutine at a time, returns [ErrBusy] or [ErrSealed],
-// and panics outside an idempotent handler.
+// An error means that the statement was not added. If the handler ignores the error, the request
+// fails, and nothing is committed. Like [Tx], DeferExec is for one goroutine at a time, returns
+// [ErrBusy] or [ErrSealed], and panics outside an idempotent handler.
 func DeferExec(ctx context.Context, sql string, args ...any) error {
 	return handleOf(ctx, "DeferExec").Defer(ctx, func() (int, string, []any, error) { return deferOptions(ctx, sql, args) })
 }

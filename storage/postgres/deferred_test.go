@@ -774,8 +774,8 @@ func TestLongDeferredStatementsAreSentBehindASync(t *testing.T) {
 	}
 }
 
-// A warning of a deferred statement, or of a trigger that was deferred to COMMIT, is not taken for that of a COMMIT that
-// did not wait.
+// A warning of a deferred statement, or of a trigger that was deferred to COMMIT, is not taken for
+// that of a COMMIT that did not wait.
 func TestWarningOfADeferredStatementIsItsOwn(t *testing.T) {
 	t.Parallel()
 	config := configOfOwnServer(t)
@@ -856,7 +856,8 @@ type panickingArgument struct{}
 
 func (panickingArgument) Value() (driver.Value, error) { panic("no value") }
 
-// A statement whose argument panics is missing, so the request fails even if the handler recovers.
+// If an argument of a statement panics, the statement is missing, so the request fails even if the
+// handler recovers.
 func TestDeferExecThatPanicsFailsTheRequest(t *testing.T) {
 	t.Parallel()
 	for name, opts := range encodings() {
@@ -911,7 +912,7 @@ func TestDeferredStatementIsPreparedAgainAfterItsTypesChanged(t *testing.T) {
 	}
 }
 
-// What a nested transaction deferred, and undid, does not count as sent behind a Sync.
+// A statement that a nested transaction deferred and undid does not count as sent behind a Sync.
 func TestNestedTransactionUndoesTheSyncOfWhatWasDeferredInIt(t *testing.T) {
 	t.Parallel()
 	sent := new(atomic.Int64)

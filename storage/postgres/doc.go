@@ -14,10 +14,10 @@
 // [Configure].
 //
 // The handler's statements go through [Tx]. BEGIN, the lock and the look-up are one round trip; the
-// record and COMMIT are another; so a request costs as many as its handler would in a plain
-// transaction. A replay costs one if this store knows the key, two if it does not.
-// Statements that end a handler can travel with the record: see [DeferExec].
-// docs/architecture.md shows the messages, docs/guarantees.md the promises that depend on them.
+// record and COMMIT are another. So a request costs as many round trips as its handler would in a
+// plain transaction. A replay costs one if this store knows the key, and two if it does not.
+// Statements that end a handler can travel with the record: see [DeferExec]. docs/architecture.md
+// shows the messages, docs/guarantees.md the promises that depend on them.
 //
 // The package makes no table, starts no goroutine and keeps no state outside its values.
 package postgres

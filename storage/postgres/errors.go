@@ -71,7 +71,8 @@ func (s *statements) meaning(failed *wire.Call, err *pgconn.PgError) (sentinel, 
 			return idempotency.ErrTransactionLost, err
 		case ours && err.Code == "23505" && err.ConstraintName == primaryKey:
 			return idempotency.ErrKeyRecorded, err
-		case err.Code == "22012" && err.Where == "", err.Code == "0A000": // a trigger's own error would name its function in its context
+		case err.Code == "22012" && err.Where == "", err.Code == "0A000":
+			// A trigger's own error would name the trigger's function in its context.
 			return idempotency.ErrUnavailable, explain(err, "the record would not be kept as it was written: Store.Check and idemctl doctor name the trigger or rule on the table that must go; if there is none, a deferred statement, or a deferred trigger of another table, sets client_encoding")
 		case err.Code == "25006":
 			return idempotency.ErrAborted, explain(err, remedyReadOnly)

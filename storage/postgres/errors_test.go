@@ -30,7 +30,7 @@ func TestClassify(t *testing.T) {
 	}
 }
 
-// A server's message may quote a client's data; ours may not.
+// A server's message may quote a client's data; our texts must not.
 func TestErrorsQuoteNothing(t *testing.T) {
 	t.Parallel()
 	err := fail("claim", idempotency.ErrUnavailable, &pgconn.PgError{Code: "22P02", Message: `invalid input syntax: "canary"`, Detail: "canary", ConstraintName: "c"})

@@ -70,8 +70,8 @@ func (s *Store) Close() {
 	}
 }
 
-// reachError is [wire.SQLError] that adds the remedy to the error of a connection that was not made, and
-// takes the role, the database's name and the server's text out of it.
+// reachError is like [wire.SQLError]. If no connection was made, it also adds the remedy to the
+// error, and removes the role, the database's name and the server's text.
 func reachError(err error) error {
 	const unreachable = "see that the server runs, that host, port and sslmode of the address are right, and that no firewall is in between"
 	var connect *pgconn.ConnectError

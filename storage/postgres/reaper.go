@@ -20,8 +20,8 @@ import (
 // 8 MB. It is also the size of the ranges that reapers divide among themselves.
 const reaperPagesMax = 1000
 
-// A walk waits for a row that another session holds for reaperLockTimeoutMS milliseconds, which is
-// under the server's deadlock_timeout of 1 second, so that the reaper is the one to give way. It
+// If another session holds a row, a walk waits for it for reaperLockTimeoutMS milliseconds, which
+// is under the server's deadlock_timeout of 1 second, so that the reaper is the one to give way. It
 // does so reaperHeldMax times, some ten of them for one held page, and then gives up.
 const (
 	reaperLockTimeoutMS = "20"
@@ -55,7 +55,8 @@ func (s *Store) DeleteExpiredTold(ctx context.Context, progress func(pages, of, 
 	}
 	w := &walk{store: s, batchPages: reaperPagesMax, table: table}
 	for page := int64(0); page < pages; page += reaperPagesMax {
-		lock := idempotency.Key{Scope: "", Value: fmt.Sprintf("reaper %d", page)}.LockNumber(s.table) // no request has no scope
+		// No request has an empty scope.
+		lock := idempotency.Key{Scope: "", Value: fmt.Sprintf("reaper %d", page)}.LockNumber(s.table)
 		next := min(page+reaperPagesMax, pages)
 		if err := w.deleteRange(ctx, lock, page, next); err != nil {
 			return w.deleted, fmt.Errorf("delete expired: %w", err)
@@ -92,7 +93,8 @@ func (w *walk) deleteRange(ctx context.Context, lock, first, last int64) error {
 			first = next
 		case !errors.As(err, &pgErr) || ctx.Err() != nil:
 			return err
-		case pgErr.Code == "57014" && half > 0: // statement_timeout: large bodies lie on many pages of their own
+		case pgErr.Code == "57014" && half > 0:
+			// statement_timeout: large bodies lie on many pages of their own.
 			w.batchPages = half
 		case pgErr.Code == "55P03" && w.held < reaperHeldMax:
 			w.held++

@@ -52,7 +52,8 @@ var errRecord = errors.New("record can't be read")
 func decodeLookUp(values [][]byte) (record *idempotency.Record, hidden bool, err error) {
 	d := wire.Decoder{Values: values}
 	hidden = d.Bool()
-	if d.Err != nil || len(d.Values) == 0 || d.Values[0] == nil { // the version is never NULL in a record
+	// In a record the version is never NULL.
+	if d.Err != nil || len(d.Values) == 0 || d.Values[0] == nil {
 		return nil, hidden, d.Err
 	}
 	record, err = decodeRecord(d.Values)

@@ -18,7 +18,7 @@ const recentKeysMax = 1 << 16
 // recentKeys are the lock numbers of keys that this store has seen recorded, each in the place that
 // its low bits name; a new one replaces the one in its place. Nobody relies on them: for a recent
 // key, looking the record up first is worth a try. A wrong one costs a fresh request one round
-// trip, a missing one costs a replay one.
+// trip, and a missing one costs a replay one round trip.
 type recentKeys [recentKeysMax]atomic.Uint64
 
 func (h *recentKeys) place(number int64) *atomic.Uint64 { return &h[uint64(number)%recentKeysMax] }
@@ -31,13 +31,13 @@ func (h *recentKeys) clear(number int64) { h.place(number).CompareAndSwap(uint64
 
 // peek looks for the record of a key in one statement outside of a transaction. If there is one,
 // that is the whole replay. It returns the record, or an error that ends the claim, or neither:
-// then the claim must go on, and the connection is as it was.
+// then the claim must continue, and the connection is as it was.
 //
 // A row that a primary shows is committed, whichever session holds the lock, and replays never wait
 // for the lock. On a standby, and if COMMIT waits for standbys, a look is not enough for a replay,
-// and the claim must go on. A row that a reaper is deleting is replayed, as it may be by the claim.
-// Role, row security and statement_timeout are those of the connection, as for the claim; with
-// TransactionPooling only ctx bounds peek.
+// and the claim must continue. A row that a reaper is deleting is replayed, as it may be by the
+// claim. Role, row security and statement_timeout are those of the connection, as for the claim;
+// with TransactionPooling only ctx bounds peek.
 func (s *Store) peek(ctx context.Context, conn *pgconn.PgConn, claim *idempotency.Claim, number int64) (*idempotency.Record, error) {
 	var row peekRow
 	_, err := s.statements.Flush(ctx, conn, wire.Call{

@@ -20,7 +20,7 @@ func TestReplayOutlivesWhatItsConnectionLost(t *testing.T) {
 	want(t, b.do(t, request("k", ""), pay(t, 201)), idempotency.OutcomeExecuted, "")
 	for _, sql := range []string{
 		"DEALLOCATE ALL",
-		// The result has another type than the plan's.
+		// The type of the result differs from that in the plan.
 		"ALTER TABLE idempotency_keys ALTER trace_id TYPE varchar",
 		"SELECT pg_terminate_backend(pg_backend_pid())",
 		"SELECT 1",
@@ -45,7 +45,7 @@ func TestLookUpIsSentAsTextOnceItsStatementIsGone(t *testing.T) {
 	if _, err := b.pool.Exec(ctx, "DEALLOCATE "+name); err != nil {
 		t.Fatal(err)
 	}
-	for _, roundTrips := range []int{3, 1, 1} { // looked up in vain, claimed, rolled back
+	for _, roundTrips := range []int{3, 1, 1} { // looked up without success, claimed, rolled back
 		before := b.wire.count()
 		want(t, b.do(t, request("k", ""), pay(t, 201)), idempotency.OutcomeReplayed, "")
 		if got := b.wire.count() - before; got != roundTrips {

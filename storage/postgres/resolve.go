@@ -131,7 +131,8 @@ func (s *Store) resolveOnce(ctx context.Context, claim *idempotency.Claim) (*ide
 			record, hidden, err = decodeLookUp(values)
 			return err
 		})},
-		wire.Call{Statement: &statements.resolveTime, Row: wire.RowFunc(func(values [][]byte) error { // after the look-up
+		// The clock is read after the look-up.
+		wire.Call{Statement: &statements.resolveTime, Row: wire.RowFunc(func(values [][]byte) error {
 			d := wire.Decoder{Values: values}
 			now = d.Timestamp()
 			return d.Err
@@ -164,7 +165,8 @@ func (s *Store) connectPrimary(ctx context.Context) (*pgx.Conn, error) {
 	if config.ConnectTimeout == 0 || config.ConnectTimeout > resolveConnectTimeout {
 		config.ConnectTimeout = resolveConnectTimeout
 	}
-	if config.ValidateConnect == nil && len(config.Fallbacks) > 0 { // of several hosts, take the one that is
+	// If there are several hosts, take the one that is a primary.
+	if config.ValidateConnect == nil && len(config.Fallbacks) > 0 {
 		config.ValidateConnect = pgconn.ValidateConnectTargetSessionAttrsPrimary
 	}
 	if pool.BeforeConnect != nil {
@@ -172,7 +174,8 @@ func (s *Store) connectPrimary(ctx context.Context) (*pgx.Conn, error) {
 			return nil, err
 		}
 	}
-	config.OnNotice = wire.MarkWarnings(config.OnNotice) // even if the pool's config did not go through Configure
+	// Warnings are noted even if the pool's config did not go through Configure.
+	config.OnNotice = wire.MarkWarnings(config.OnNotice)
 	conn, err := pgx.ConnectConfig(ctx, config)
 	if err != nil {
 		return nil, err

@@ -184,7 +184,8 @@ func TestResolveLooksOnceTheLockIsFree(t *testing.T) {
 				before := connections.Load()
 				resolved := b.resolveLater(context.Background(), key)
 				b.awaitResolvers(t, 1)
-				time.Sleep(500 * time.Millisecond) // longer than the store's own timeouts, which must not cut it off
+				// The wait is longer than the store's own timeouts, which must not cut it off.
+				time.Sleep(500 * time.Millisecond)
 				if n := connections.Load() - before; n > 2 {
 					t.Errorf("%d connections were made for one look", n)
 				}
@@ -223,7 +224,8 @@ func TestResolveGivesItsPlaceToOthers(t *testing.T) {
 	if n := connections.Load() - before; n != 0 {
 		t.Errorf("%d connections were made without a place", n)
 	}
-	b.resolve(context.Background(), "free").wantAbsent(t) // in its turn, while the others still have none
+	// This one gets its turn while the others still have no result.
+	b.resolve(context.Background(), "free").wantAbsent(t)
 	select {
 	case <-a:
 		t.Error("a is over")

@@ -91,7 +91,8 @@ func TestCheckFindsRowSecurity(t *testing.T) {
 	}
 }
 
-// A reaper that may not see all rows deletes those it sees, and reports that there may be more.
+// A reaper from which policies may hide rows deletes those it sees, and reports that there may be
+// more.
 func TestReaperSaysThatRowsMayBeHidden(t *testing.T) {
 	t.Parallel()
 	owner := setup(t, nil)
@@ -125,8 +126,8 @@ var policies = map[string]string{
 	"none that it denies": "USING (true)",
 }
 
-// A claim that may not see the record runs nothing and reports why; a record that it sees is
-// replayed. The remedy in its error works, also on connections that were open before.
+// A claim from which policies may hide the record runs nothing and reports why; a record that it
+// sees is replayed. The remedy in its error works, also on connections that were open before.
 func TestClaimThatMayNotSeeTheRecordRunsNothing(t *testing.T) {
 	t.Parallel()
 	for name, policy := range policies {

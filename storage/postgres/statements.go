@@ -17,10 +17,13 @@ type statements struct {
 	schema   string
 	table    string // sanitized
 	begin    wire.Statement
-	lock     wire.Statement // try to lock; also returns the transaction's timestamp, and whether COMMIT waits for standbys
-	lockAt   wire.Statement // as lock; also returns the position of the server's log
-	lookUp   wire.Statement // always returns a row: whether row-level security applies, then the record or NULLs
-	peek     wire.Statement // the look-up of a replay, outside of a transaction
+	// lock tries to lock. It also returns the transaction's timestamp, and whether COMMIT waits for
+	// standbys.
+	lock   wire.Statement
+	lockAt wire.Statement // as lock; also returns the position of the server's log
+	// lookUp always returns a row: whether row-level security applies, then the record or NULLs.
+	lookUp wire.Statement
+	peek   wire.Statement // the look-up of a replay, outside of a transaction
 
 	guard       wire.Statement // fails if the transaction is not the one of the claim
 	constraints wire.Statement // runs the constraints and triggers that were deferred to COMMIT
@@ -39,7 +42,7 @@ type statements struct {
 
 // logPosition is the position of the server's log: the name of its file, which begins with the
 // timeline in hexadecimal, and the flush position. The log up to there survives a crash of the
-// server; up to the write position it may not. Both functions fail on a standby.
+// server. The log between there and the write position might not. Both functions fail on a standby.
 const logPosition = "pg_catalog.pg_walfile_name(pg_catalog.pg_current_wal_flush_lsn()), pg_catalog.pg_current_wal_flush_lsn()"
 
 // synchronousStandbys is a SQL expression that is true if COMMIT waits for standbys.

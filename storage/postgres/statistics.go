@@ -24,10 +24,12 @@ const StatisticsTimeoutMax = time.Second
 // Statistics are figures about the table. Records, Expired and Overdue are estimates from pages
 // spread evenly over it, and exact if it has no more than [StatisticsPagesMax] pages.
 type Statistics struct {
-	Records    int64         // that lie in the table, expired ones included; not open requests
-	Expired    int64         // of these, that wait for the reaper
-	Overdue    time.Duration // the time since the oldest of those that were read expired; zero if there is none
-	TableBytes int64         // bodies included
+	Records int64 // that lie in the table, expired ones included; not open requests
+	Expired int64 // of these, that wait for the reaper
+	// Overdue is the time that has passed since the earliest expiry among the records that were
+	// read; zero if none has expired.
+	Overdue    time.Duration
+	TableBytes int64 // bodies included
 	IndexBytes int64
 }
 

@@ -255,7 +255,8 @@ func (s *Store) begin(ctx context.Context, claim *idempotency.Claim, acquire acq
 		return nil, nil, fail("acquire a connection", idempotency.ErrUnavailable, err)
 	}
 	if !wire.PlainText(conn.Conn().PgConn()) {
-		_ = conn.Conn().Close(ctx) // an earlier handler set it for the session: a new connection has its own again
+		// An earlier handler set the encoding for the session. A new connection has its own again.
+		_ = conn.Conn().Close(ctx)
 		conn.Release()
 		return nil, nil, fail("claim", idempotency.ErrUnavailable, errors.Join(errStale, errEncoding))
 	}

@@ -306,7 +306,8 @@ func TestLookUpIsYoungerThanTheLock(t *testing.T) {
 	if _, err := gate.Exec(ctx, "SELECT pg_advisory_unlock(42)"); err != nil {
 		t.Fatal(err)
 	}
-	want(t, <-duplicate, idempotency.OutcomeInProgress, idempotency.ReasonInProgress) // it held no lock, and saw no record
+	// The duplicate got no lock, and saw no record.
+	want(t, <-duplicate, idempotency.OutcomeInProgress, idempotency.ReasonInProgress)
 	want(t, b.do(t, request("k", ""), pay(t, 201)), idempotency.OutcomeReplayed, "")
 }
 

@@ -271,8 +271,8 @@ func until(t *testing.T, name string, holds func() bool) {
 }
 
 // Callers that leave while they wait, even at the moment of their turn, leave nothing behind: no
-// goroutine, no place in flight, no connection, and no line without a leader. Every tenth stays,
-// and gets the leader's answer or runs itself.
+// goroutine, no place in flight, no connection, and no wait queue without a leader. Every tenth
+// stays, and gets the leader's answer or runs itself.
 func TestCallersThatLeaveWhileTheyWaitLeaveNothingBehind(t *testing.T) {
 	t.Parallel()
 	b := setup(t, nil)

@@ -243,8 +243,9 @@ func TestSQLWithSemicolonsInItIsOneStatement(t *testing.T) {
 	}
 }
 
-// A handler that sets the mode of its transaction, as helpers do that begin one of their own. The
-// isolation level can't be changed any more, and the handler gets an error; the rest it may choose.
+// A handler sets the mode of its transaction, as helpers that begin a transaction of their own do.
+// The isolation level can't be changed any more, and the handler gets an error. It may choose the
+// rest of the mode.
 func TestHandlerThatSetsItsTransactionsMode(t *testing.T) {
 	t.Parallel()
 	b := setup(t, nil)
@@ -360,7 +361,7 @@ func TestTwoGoroutinesOnOneTransaction(t *testing.T) {
 }
 
 // Text that would end the transaction is refused before it is sent, on every way to send SQL, and
-// the transaction goes on unharmed.
+// the transaction continues unharmed.
 func TestHandlerCannotEndTheTransaction(t *testing.T) {
 	t.Parallel()
 	b := setup(t, nil)
@@ -783,8 +784,8 @@ func (s runawayScanner) ScanRow(rows pgx.Rows) error {
 	return nil
 }
 
-// Rows and results that a callback hands to another goroutine work no more once it has returned: the
-// connection is used by one goroutine at a time.
+// Rows and results that a callback hands to another goroutine no longer work once it has returned:
+// the connection is used by one goroutine at a time.
 func TestRowsOfACallbackEndWithIt(t *testing.T) {
 	t.Parallel()
 	const slow = "SELECT pg_sleep(0.05) FROM generate_series(1, 3)"

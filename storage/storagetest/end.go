@@ -17,7 +17,8 @@ var endCases = []testCase{
 			attempt := c.claim(claim)
 			c.seal(attempt)
 			attempt.Rollback(c.ctx)
-			c.claim(claim).Rollback(c.ctx) // without Seal: the engine does so when a handler ends its goroutine
+			// Rollback comes without Seal: the engine does so when a handler ends its goroutine.
+			c.claim(claim).Rollback(c.ctx)
 			c.wantFree(claim)
 		},
 	},

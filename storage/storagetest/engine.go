@@ -51,7 +51,8 @@ func storm(c *check) {
 	engine := idempotency.NewEngine(c.Store, &idempotency.Options{InFlightMax: -1})
 	statuses := map[string]int{}
 	for key := range keys {
-		statuses[fmt.Sprint(key)] = []int{201, 402, 200}[key%3] // committed, declined, and failed at first
+		// These are committed, declined, and failed at first.
+		statuses[fmt.Sprint(key)] = []int{201, 402, 200}[key%3]
 	}
 	errs := make([]error, keys*copies)
 	atOnce(keys*copies, func(i int) {

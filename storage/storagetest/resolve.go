@@ -31,7 +31,8 @@ var resolveCases = []testCase{
 			c.decline(c.claim(declined), answer(402, "declined"))
 			c.claim(claimOf("acme", "rolled back")).Rollback(c.ctx)
 			c.wantResolved(committed, committed, written)
-			c.wantResolved(claimOf("acme", "committed"), committed, written) // for another attempt with the key
+			// Resolve is asked for another attempt with the key.
+			c.wantResolved(claimOf("acme", "committed"), committed, written)
 			c.wantResolved(declined, declined, answer(402, "declined"))
 			c.wantAbsent(claimOf("acme", "rolled back"))
 			c.wantAbsent(claimOf("acme", "unheard of"))
@@ -96,8 +97,10 @@ var resolveCases = []testCase{
 				c.wantUnknown(held, resolveMax)
 			}
 			c.wantRecord(recorded, answer(201, "done"))
-			c.wantFree(free)                                                             // at once: a retry follows closely
-			for deadline := time.Now().Add(stillWaiting); time.Now().Before(deadline); { // after it is gone too
+			// The key is free at once, because a retry follows closely.
+			c.wantFree(free)
+			// The held key stays held after Resolve has given up, too.
+			for deadline := time.Now().Add(stillWaiting); time.Now().Before(deadline); {
 				if stolen, _, _ := c.begin(claimOf("acme", "held")); stolen != nil {
 					stolen.Rollback(c.ctx)
 					c.Fatalf("the key that an attempt holds was claimed: Resolve took the claim away")
@@ -148,7 +151,9 @@ var resolveCases = []testCase{
 		run: func(c *check) {
 			keys, copies := 4, 5
 			if c.features.RunsAgain {
-				keys, copies = 1, 20 // several concurrent attempts might have to run again, and would release their keys
+				// Several concurrent attempts might have to run again, and would release their
+				// keys.
+				keys, copies = 1, 20
 			}
 			attempts := make([]*attempt, keys)
 			for key := range keys {

@@ -119,7 +119,7 @@ func (e *examination) add(level Level, remedy, what string, arguments ...any) {
 // each of [Checks], in that order. A check that fails is itself a finding, and the other checks
 // still run. Doctor changes nothing. It briefly opens three connections beside the pool's. Each
 // check takes at most 5 seconds. If the database can't be reached, the only finding is one of the
-// check server.
+// check named server.
 func (o *Operator) Doctor(ctx context.Context) []Finding {
 	e := &examination{o: o}
 	incomplete := false // the tables, by the check schema
@@ -134,7 +134,8 @@ func (o *Operator) Doctor(ctx context.Context) []Finding {
 		switch {
 		case err != nil && i == 0:
 			e.fail("see that the address, the role and its password are right, and that the server is up", "it can't be reached: %s",
-				strings.Join(strings.Fields(sqlError(err).Error()), " ")) // pgx lists each address on a line of its own
+				// pgx lists each address on a line of its own.
+				strings.Join(strings.Fields(sqlError(err).Error()), " "))
 			return e.findings
 		case err != nil && len(e.findings) == before && incomplete && undefined(err):
 			e.warn("", "not checked: the tables are incomplete, see the check schema")

@@ -42,7 +42,8 @@ func TestDoctorLooksAtTheEncryption(t *testing.T) {
 	wrap := func(c *pgxpool.Config) {
 		c.ConnConfig.AfterNetConnect = func(_ context.Context, _ *pgconn.Config, conn net.Conn) (net.Conn, error) { return wrapped{conn}, nil }
 	}
-	away := func(c *pgxpool.Config) { // the socket, through a connection that looks like one to another machine
+	// away leads to the socket through a connection that looks like one to another machine.
+	away := func(c *pgxpool.Config) {
 		dial := c.ConnConfig.DialFunc
 		c.ConnConfig.DialFunc = func(ctx context.Context, network, address string) (net.Conn, error) {
 			conn, err := dial(ctx, network, address)

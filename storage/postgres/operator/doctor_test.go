@@ -85,7 +85,8 @@ func TestDoctorFindsWhatIsWrong(t *testing.T) {
 		says   string // of the finding or of its remedy
 		others []string
 	}{
-		"nothing":       {"", "durability", operator.LevelFail, "fsync is off", nil}, // of the tests' server
+		// fsync is off on the tests' server.
+		"nothing":       {"", "durability", operator.LevelFail, "fsync is off", nil},
 		"no table":      {"DROP TABLE idempotency_keys CASCADE", "schema", operator.LevelFail, "run the migrations", []string{"index", "rights", "attempts", "reaper", "vacuum", "bloat"}},
 		"old":           {"UPDATE idempotency_migrations SET version = 1", "schema", operator.LevelFail, "version 1", nil},
 		"without 3":     {"UPDATE idempotency_migrations SET version = 2", "schema", operator.LevelWarn, "services work", nil},

@@ -40,8 +40,8 @@ type GCResult struct {
 
 // GC deletes expired records as a reaper does (postgres.Store.DeleteExpired), then rows of the
 // history and of the audit table that are too old. Each batch is a transaction of its own. So if
-// ctx ends the call, what was deleted stays deleted, and the result is returned together with the
-// error. Services and reapers may run meanwhile. GC skips tables that do not exist yet.
+// ctx ends the call, deleted rows stay deleted, and the result is returned together with the error.
+// Services and reapers may run meanwhile. GC skips tables that do not exist yet.
 func (o *Operator) GC(ctx context.Context, opts *GCOptions) (GCResult, error) {
 	var options GCOptions
 	if opts != nil {

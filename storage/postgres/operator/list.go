@@ -73,7 +73,7 @@ type List struct {
 // List returns a page of the records in the order of scope and key, by bytes: within a scope,
 // UUIDv7 keys are in the order of time. It reads the primary key from the end of the previous page
 // on, so the last page costs as much as the first. It stops at [Options.RowsExaminedMax] rows or
-// [Options.ScanTimeMax]. A record that is added or deleted meanwhile may be returned or not; no
+// [Options.ScanTimeMax]. A record that is added or deleted meanwhile may or may not be returned; no
 // record is returned twice. The error for an invalid filter or page wraps [ErrInvalid].
 func (o *Operator) List(ctx context.Context, filter Filter, page Page) (List, error) {
 	var list List
@@ -224,7 +224,9 @@ func (q *listQuery) sql(examine int64) (string, []any) {
 	}
 	switch {
 	case !q.started:
-	case q.oneScope: // beside scope = a, a comparison of rows would not seek, but filter every entry before the place
+	case q.oneScope:
+		// Beside scope = a, a comparison of rows would not seek, but filter every entry before the
+		// place.
 		bounds = append(bounds, fmt.Sprintf("key %s %s", beyond, place(q.key, "text")))
 	default:
 		bounds = append(bounds, fmt.Sprintf("(scope, key) %s (%s, %s)", beyond, place(q.scope, "text"), place(q.key, "text")))

@@ -40,18 +40,20 @@ type Record struct {
 func (r *Record) Open() bool { return r.Status == 0 }
 
 // Holder is a session that holds a key's lock: a running attempt; or, for a moment, a retry that
-// reads the record, a search for a lost COMMIT, or an operator's act.
+// reads the record, the look-up of a lost COMMIT, or an operator's act.
 type Holder struct {
 	PID int
 
-	// Of the session's transaction; zero and empty if the role may not see other sessions
+	// Of the session's transaction; zero and empty if the role is not allowed to see other sessions
 	// (pg_monitor).
-	Since       time.Time     // its begin
-	Age         time.Duration // by the database's clock
-	State       string        // as in pg_stat_activity: active, idle in transaction, ...
-	WaitEvent   string        // the event the session waits for, as type and name; empty if it waits for none
-	Application string        // application_name
-	Client      string        // the client's address; empty for a Unix socket
+	Since time.Time     // its begin
+	Age   time.Duration // by the database's clock
+	State string        // as in pg_stat_activity: active, idle in transaction, ...
+	// WaitEvent is the event that the session waits for, as type and name; empty if it waits for
+	// none.
+	WaitEvent   string
+	Application string // application_name
+	Client      string // the client's address; empty for a Unix socket
 }
 
 // State is a key's present state in the database.

@@ -42,8 +42,9 @@ type Stats struct {
 	TableBytes, IndexBytes, ToastBytes int64
 	AuditBytes, EventsBytes            int64 // with their indexes; 0 before migration 3
 
-	// From the server's statistics, which lag by up to a second and are lost in a crash.
-	Inserted, Deleted int64 // rows ever, including rolled back ones: subtract two readings to get a rate
+	// From the server's statistics, which lag by up to a second and are lost in a crash. Inserted
+	// and Deleted count rows ever, including rolled back ones: subtract two readings to get a rate.
+	Inserted, Deleted int64
 	DeadRows          int64 // not yet removed by vacuum
 	LastVacuum        time.Time
 	LastAnalyze       time.Time

@@ -22,10 +22,13 @@ type EventKind string
 // The kinds. Those of [idempotency.Outcome] are ends of requests as a service saw them, from the
 // table idempotency_events.
 const (
-	EventRecorded    EventKind = "recorded"    // from the record: an attempt was executed, and its answer committed
-	EventRunning     EventKind = "running"     // a session holds the key now; At is the begin of its transaction
-	EventExpires     EventKind = "expires"     // the record will expire
-	EventExpired     EventKind = "expired"     // the record has expired; it counts until the reaper deletes it
+	// EventRecorded comes from the record: an attempt was executed, and its answer committed.
+	EventRecorded EventKind = "recorded"
+	// EventRunning: a session holds the key now. At is the beginning of its transaction.
+	EventRunning EventKind = "running"
+	EventExpires EventKind = "expires" // the record will expire
+	// EventExpired: the record has expired. It counts until the reaper deletes it.
+	EventExpired     EventKind = "expired"
 	EventActExpire   EventKind = "act-expire"  // an operator expired a record
 	EventActDelete   EventKind = "act-delete"  // an operator deleted a record; and so on for each action of the audit table
 	EventIntent      EventKind = "intent"      // an effect was about to be sent for the first time

@@ -243,7 +243,7 @@ func (s *slot) begin() (*life, error) {
 	return l, nil
 }
 
-// judge reports if a life that has ended had served, and if it is the slot's last.
+// judge reports whether a life that has ended had served, and whether it is the slot's last.
 func (s *slot) judge(l *life) (served, stopped bool) {
 	s.mu.Lock()
 	defer s.mu.Unlock()

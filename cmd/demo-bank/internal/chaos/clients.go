@@ -105,7 +105,7 @@ func (r *run) drawTrouble(choice *rand.Rand) storm.Trouble {
 }
 
 // ask sends a key's request until it has its final answer, the key is given up, or ctx ends. It
-// does what docs/guarantees.md tells a client to do.
+// follows the table for clients in docs/guarantees.md.
 func (l *lane) ask(ctx context.Context, k *key, changed bool, t storm.Trouble) {
 	backoff := storm.BackoffFirst
 	for ctx.Err() == nil && k.begin() {

@@ -168,7 +168,8 @@ func final(op check.Operation) check.Operation {
 	return op
 }
 
-// TestAChangedBodyMustBeAMismatch: and a request with the key's own body must not be one.
+// TestAChangedBodyMustBeAMismatch: a changed body must get a mismatch, and the key's own body must
+// not.
 func TestAChangedBodyMustBeAMismatch(t *testing.T) {
 	t.Parallel()
 	for answer, one := range map[string]struct{ changed, wrong bool }{

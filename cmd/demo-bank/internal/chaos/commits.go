@@ -71,7 +71,7 @@ func (c *commits) fault(bank int, commit pgfault.Commit) pgfault.Fault {
 	c.run.tally.commitFaults.add(string(f.kind))
 	c.run.note("bank %d: COMMIT %d of key %d: %s", bank, n, k.index, f.kind)
 	switch f.kind {
-	// For a while PostgreSQL itself may not know the outcome.
+	// For a while PostgreSQL itself might not know the outcome.
 	case terminateBefore, terminateAfter, lateCommit, halfOpen:
 		c.run.keys.markExempt(k)
 	}

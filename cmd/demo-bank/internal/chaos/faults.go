@@ -40,7 +40,7 @@ func (r *run) tracks() [][]event {
 }
 
 // breakThings makes a track's events when they are due. If another fault prevents an event, it is
-// made as well as possible. An error means that the run can't go on.
+// made as well as possible. An error means that the run can't continue.
 func (r *run) breakThings(ctx context.Context, track []event) error {
 	for _, e := range track {
 		for r.tally.finished.Load() < e.due {

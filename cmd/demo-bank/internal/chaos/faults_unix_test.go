@@ -14,7 +14,7 @@ import (
 )
 
 // TestAKillThatHitsNobodyIsNotAwaited: a backend that was about to exit does not die of its
-// SIGKILL, so the cluster goes on; a backend that does die restarts the cluster.
+// SIGKILL, so the cluster continues; a backend that does die restarts the cluster.
 func TestAKillThatHitsNobodyIsNotAwaited(t *testing.T) {
 	t.Parallel()
 	if testing.Short() {

@@ -25,7 +25,7 @@ const (
 	causesName = "causes"
 )
 
-// RunCheck is the check of the run itself: that it did what it should, in time.
+// RunCheck is the check of the run itself: that it did everything it should, in time.
 const RunCheck = "run"
 
 // judge reaches the verdict, after the last request and the last fault.
@@ -133,7 +133,7 @@ func (r *run) withoutPlanted(ops []check.Operation) []check.Operation {
 	return ops
 }
 
-// ownChecks are about the run itself, and about wrongs that the records' primary key would hide.
+// ownChecks are about the run itself, and about errors that the records' primary key would hide.
 func (r *run) ownChecks() []check.Result {
 	t := &r.tally
 	replies := int(t.replies.Load())

@@ -77,7 +77,7 @@ type Report struct {
 // OK reports whether every promise held, and everything was tried.
 func (r *Report) OK() bool { return len(r.Broken) == 0 }
 
-// Found returns the names of the checks that found a wrong, even if the run lacks other things.
+// Found returns the names of the checks that found an error, even if the run lacks other things.
 func (r *Report) Found() []string {
 	var names []string
 	for _, c := range r.Checks {

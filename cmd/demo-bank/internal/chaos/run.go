@@ -123,7 +123,7 @@ func (r *run) finished(what result) {
 // noteFault records the time of the last fault.
 func (r *run) noteFault() { r.lastFault.Store(int64(r.clock())) }
 
-// findings counts wrongs and keeps the first as examples. The zero value is ready. It is safe for
+// findings counts errors and keeps the first as examples. The zero value is ready. It is safe for
 // concurrent use.
 type findings struct {
 	mu       sync.Mutex

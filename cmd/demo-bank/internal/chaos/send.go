@@ -13,7 +13,7 @@ import (
 // reply is to be lost.
 const hangUpMax = 30 * time.Millisecond
 
-// lane is one of a client's conns, for one request at a time, to changing banks.
+// lane is a conn of a client. It carries one request at a time, and its bank changes.
 type lane struct {
 	*storm.Client
 	run *run

@@ -17,8 +17,8 @@ const settleMax = 60 * time.Second
 // errUnsettled means that keys have no answer yet, so that their answers cannot be compared.
 var errUnsettled = errors.New("keys did not settle")
 
-// settle heals all faults and waits for the clients, which go on until each key has its answer or
-// was given up.
+// settle heals all faults and waits for the clients, which continue until each key has its answer
+// or was given up.
 func (r *run) settle(ctx context.Context) error {
 	r.healed.Store(true)
 	r.cluster.heal()

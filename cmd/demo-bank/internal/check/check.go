@@ -1,4 +1,4 @@
-// Package check decides if a history of requests, and the books that it left behind, keep the
+// Package check decides whether a history of requests, and the books that it left behind, keep the
 // bank's promises. It knows nothing of faults: whatever happened, a promise holds or it does not.
 //
 // The history is the clients' view: one [Operation] for each request that was sent, with or without
@@ -37,7 +37,7 @@ const (
 // ExamplesMax is the maximum number of examples that a Result shows.
 const ExamplesMax = bank.ExamplesMax
 
-// Operation is one request and what its client saw of it. A retry is an Operation of its own.
+// Operation is one request and the result that its client saw. A retry is an Operation of its own.
 type Operation struct {
 	Client int
 	Scope  string // the tenant
@@ -116,10 +116,10 @@ type Key struct{ Scope, Key string }
 // String is for examples: the keys of a run are random ids, not secrets.
 func (k Key) String() string { return k.Scope + "/" + k.Key }
 
-// Expectation states what a key's client did and wanted. Each key of a run has one; it is about the
-// key's first request. A changed body needs none, but it may win the key if the first request took
-// no effect. So its sender also goes on, until the reply is executed, replayed, mismatch, or
-// not-executed with nothing lost or unknown before.
+// Expectation states the actions and the aim of a key's client. Each key of a run has one; it is
+// about the key's first request. A changed body needs none, but it may win the key if the first
+// request took no effect. So its sender also retries, until the reply is executed, replayed,
+// mismatch, or not-executed with nothing lost or unknown before.
 type Expectation struct {
 	Scope, Key string
 	// Abandoned after not-executed, with nothing lost or unknown before: it must never take effect.

@@ -31,7 +31,7 @@ const examplesOps = 8
 
 func (g *group) String() string { return g.key.String() + ": " + listing(g.ops) }
 
-// listing shows the last operations of a key: the wrong is rarely at the beginning.
+// listing shows the last operations of a key: an error is rarely at the beginning.
 func listing(ops []*Operation) string {
 	var b strings.Builder
 	if hidden := len(ops) - examplesOps; hidden > 0 {

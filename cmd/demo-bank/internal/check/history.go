@@ -138,7 +138,7 @@ func oneID(gs []group) Result {
 }
 
 // givenUp is [GivenUpForGood] in the history. If a client gives up when the promise does not allow
-// it, that is a wrong of the run: it would hide a lost payment.
+// it, that is an error of the run itself: it would hide a lost payment.
 func givenUp(gs []group, expected []Expectation) Result {
 	r := result(GivenUpForGood)
 	wanted := expectations(expected)

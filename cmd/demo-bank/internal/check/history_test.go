@@ -8,7 +8,7 @@ import (
 )
 
 // historyCase is a history of the key "k" (and of others that it names), and the checks that must
-// find a wrong in it.
+// find an error in it.
 type historyCase struct {
 	name     string
 	ops      []Operation

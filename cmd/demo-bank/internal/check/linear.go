@@ -46,7 +46,7 @@ func linearizable(gs []group) Result {
 	return r
 }
 
-// unexplained describes what no order of a key's requests explains, or returns "".
+// unexplained returns the reason why no order of a key's requests explains their replies, or "".
 func unexplained(g *group) string {
 	for _, op := range g.ops {
 		if op.Returned != 0 && op.Returned < op.Sent || op.Returned == 0 && op.Outcome != "" {

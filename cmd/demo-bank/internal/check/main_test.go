@@ -16,8 +16,8 @@ func TestMain(m *testing.M) { pgtest.Main(m) }
 // hash returns an answer's hash, made from a name.
 func hash(name string) [32]byte { return sha256.Sum256([]byte(name)) }
 
-// wantWrong requires that exactly the named checks find wrongs. Results of one name are taken
-// together.
+// wantWrong requires that exactly the named checks find errors. Results with the same name count as
+// one.
 func wantWrong(t *testing.T, results []Result, names ...string) {
 	t.Helper()
 	var wrong []string

@@ -113,7 +113,7 @@ const (
 
 // Baseline is [BackAtBaseline]: after holds no more than before, plus GoroutinesMore,
 // FileDescriptorsMore and ConnectionsMore. A count of 0 goroutines or file descriptors means that
-// they were not measured, which is a wrong.
+// they were not measured, which is an error.
 func Baseline(before, after Resources) Result {
 	r := result(BackAtBaseline)
 	for _, resource := range []struct {

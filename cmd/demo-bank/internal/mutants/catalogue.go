@@ -169,7 +169,7 @@ func Catalogue() []Mutant {
 		},
 		{
 			Name: "row-security-not-looked-at-after-a-lost-commit",
-			Bug:  "a record that row-level security hides from the look for a lost COMMIT is taken for absent",
+			Bug:  "a record that row-level security hides from the look-up of a lost COMMIT is taken for absent",
 			Test: Test{"storage/postgres", "TestLostCommitThatMayNotBeSeenIsUnknown"},
 			edits: []edit{{resolveFile, `	case hidden:
 `, `	case hidden && false:

@@ -42,10 +42,12 @@ type Faults struct {
 	LateMS int64   `json:"late_ms"`
 
 	// SameError answers 500 to the first request under a key and to every later one, and nothing is
-	// applied. Other faults of later do not change that. Requests without a key don't meet it.
+	// applied. Setting other faults later does not change that. Requests without a key don't meet
+	// it.
 	SameError float64 `json:"same_error"`
 
-	// Down resets every connection but those that ask for the faults: else nobody could end it.
+	// Down resets every connection, except on the route of the faults: otherwise Down could not be
+	// ended.
 	Down bool `json:"down"`
 
 	// KeyLifetimeS is the time in seconds that a key and its answer are kept. Afterwards the key is

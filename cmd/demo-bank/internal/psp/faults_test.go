@@ -339,7 +339,7 @@ func TestLookupsLag(t *testing.T) {
 	}
 }
 
-// TestASlowRequestIsAppliedThoughItsClientHungUp: a processor works on.
+// TestASlowRequestIsAppliedThoughItsClientHungUp: a processor finishes the request.
 func TestASlowRequestIsAppliedThoughItsClientHungUp(t *testing.T) {
 	t.Parallel()
 	b := setup(t)
@@ -409,8 +409,8 @@ func TestALostConnectionIsReset(t *testing.T) {
 	}
 }
 
-// TestDownRefusesAllButItsEnd: every path is cut, and nothing applied; the faults can still be
-// asked for and ended.
+// TestDownRefusesAllButItsEnd: every path is cut, and nothing is applied; a client can still read
+// the faults and end them.
 func TestDownRefusesAllButItsEnd(t *testing.T) {
 	t.Parallel()
 	b := setup(t)
@@ -436,7 +436,7 @@ func TestDownRefusesAllButItsEnd(t *testing.T) {
 }
 
 // TestASeedRepeatsItsFaults: the faults of a key's requests depend on the seed, and not on other
-// keys. PUT /faults begins them anew. About as many are hit as the probability says.
+// keys. PUT /faults restarts them. The share of requests that are hit is close to the probability.
 func TestASeedRepeatsItsFaults(t *testing.T) {
 	t.Parallel()
 	b := setup(t)

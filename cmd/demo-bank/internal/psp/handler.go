@@ -22,8 +22,8 @@ const BodyBytesMax = 64 << 10
 // KeyBytesMax is the maximum length of a key.
 const KeyBytesMax = 255
 
-// InstanceHeader is the header of every answer that has the id of the processor's instance, so that
-// a caller can keep it with what it paid.
+// InstanceHeader is a header that every answer has: the id of the processor's instance, which a
+// caller can keep with its payment.
 const InstanceHeader = "Processor-Instance"
 
 // problem is an answer that refuses a request. Clients may branch on Error.
@@ -45,7 +45,7 @@ func newProcessor(l *ledger, logger *slog.Logger) *processor {
 	return &processor{ledger: l, logger: logger, stopping: make(chan struct{})}
 }
 
-// close ends what is delayed, which then leaves nothing, and lets the file go.
+// close ends the delayed requests, which then leave nothing, and closes the file.
 func (p *processor) close() error {
 	close(p.stopping)
 	p.posts.Wait()
@@ -157,7 +157,7 @@ func (p *processor) post(w http.ResponseWriter, r *http.Request, k kind) {
 		p.applyLate(c, met)
 		return
 	}
-	// From here on the client does not matter: what it has sent is applied, if it hangs up or not.
+	// From here on the client does not matter: its request is applied whether or not it hangs up.
 	if !p.pause(met.slowFor) {
 		if c != nil {
 			p.ledger.abandon(c)
@@ -291,7 +291,7 @@ func writeRefusal(w http.ResponseWriter, err error) {
 	}
 }
 
-// writeFailure answers a request whose outcome could not be written. It may be on disk or not.
+// writeFailure answers a request if its outcome could not be written. It may or may not be on disk.
 func (p *processor) writeFailure(w http.ResponseWriter, r *http.Request, err error) {
 	p.logger.ErrorContext(r.Context(), "request failed", "error", err)
 	writeProblem(w, http.StatusInternalServerError, "internal", "")

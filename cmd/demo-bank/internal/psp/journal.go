@@ -68,8 +68,8 @@ type batch struct {
 }
 
 // openJournal opens or creates the file, locks it, and calls read for each line. It cuts off a torn
-// last line: whoever wrote it was killed before it told anyone. instance is used if the file is new;
-// openJournal returns the file's own. If path is empty, the journal is in memory.
+// last line: whoever wrote it was killed before it told anyone. instance is used if the file is
+// new; openJournal returns the file's own. If path is empty, the journal is in memory.
 func openJournal(path, instance string, read func(line) error) (*journal, string, error) {
 	j := &journal{failed: make(chan struct{})}
 	if path == "" {
@@ -184,8 +184,8 @@ func readJournal(r io.Reader, read func(line) error) (instance string, end int64
 }
 
 // enqueue adds a line to the next batch. The caller must call wait, which blocks until the line is
-// on disk and apply was called. Lines are applied in the order of enqueue, which is the file's. If
-// wait returns an error, apply is not called, and the line may be on disk or not.
+// on disk and apply was called. Lines are applied in the order of enqueue, which is their order in
+// the file. If wait returns an error, apply is not called, and the line may or may not be on disk.
 func (j *journal) enqueue(l line, apply func()) (wait func() error) {
 	text, err := json.Marshal(l)
 	if err != nil { // only our own types are passed
@@ -257,7 +257,7 @@ func (j *journal) fail(err error) {
 // errClosed refuses the writes of requests that outlived the shutdown.
 var errClosed = errors.New("the processor has stopped")
 
-// close waits for the batch that is being written, and lets the file go.
+// close waits for the batch that is being written, and closes the file.
 func (j *journal) close() error {
 	j.fail(errClosed)
 	j.writing.Lock()
@@ -268,7 +268,7 @@ func (j *journal) close() error {
 	return unlock(j.file)
 }
 
-// reason returns the error that closed failed.
+// reason returns the error for which the channel failed was closed.
 func (j *journal) reason() error {
 	j.mu.Lock()
 	defer j.mu.Unlock()

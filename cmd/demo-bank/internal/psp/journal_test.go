@@ -46,8 +46,8 @@ func TestARestartFindsEverything(t *testing.T) {
 	}
 }
 
-// TestATornLastLineIsCutOff: it was never acknowledged. All before it is kept, and what is written
-// next is found again.
+// TestATornLastLineIsCutOff: it was never acknowledged. Everything before it is kept, and lines
+// that are written after it are found again.
 func TestATornLastLineIsCutOff(t *testing.T) {
 	t.Parallel()
 	file := filepath.Join(t.TempDir(), "psp")
@@ -120,7 +120,8 @@ func TestAFileOfAnotherFormatIsRefused(t *testing.T) {
 		if err := os.WriteFile(file, []byte(content), 0o600); err != nil {
 			t.Fatal(err)
 		}
-		ctx, cancel := context.WithTimeout(t.Context(), 5*time.Second) // it ends without an error if it serves
+		// If the processor serves, Run ends without an error at the timeout.
+		ctx, cancel := context.WithTimeout(t.Context(), 5*time.Second)
 		err := New(Config{Addr: "127.0.0.1:0", File: file}).Run(ctx)
 		cancel()
 		if err == nil || !strings.Contains(err.Error(), ErrFileFormat.Error()) {
@@ -180,8 +181,8 @@ func TestAFileThatCannotBeWrittenEndsTheProcessor(t *testing.T) {
 	}
 }
 
-// FuzzReadJournal: no content of a file makes it panic, and what it accepts as complete it accepts
-// again, whatever tail is torn.
+// FuzzReadJournal: no content of a file makes it panic, and content that it accepts as complete is
+// accepted again, whatever torn tail follows it.
 func FuzzReadJournal(f *testing.F) {
 	const good = `{"format":"demo-bank psp","version":1,"instance":"psp_1"}` + "\n"
 	for _, seed := range []string{

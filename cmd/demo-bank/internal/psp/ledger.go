@@ -74,7 +74,7 @@ var (
 	errFull        = errors.New("the processor is full")
 )
 
-// ledger decides what becomes of requests and holds their outcomes. It is safe for concurrent use.
+// ledger decides and holds the outcomes of requests. It is safe for concurrent use.
 type ledger struct {
 	instance   string
 	journal    *journal
@@ -139,7 +139,7 @@ func (l *ledger) apply(e *entry) {
 	}
 }
 
-// setFaults replaces the faults, and begins their draws anew.
+// setFaults replaces the faults, and restarts their draws.
 func (l *ledger) setFaults(f Faults) error {
 	l.mu.Lock()
 	wait := l.journal.enqueue(line{Faults: &f}, func() {
@@ -220,7 +220,7 @@ func digest(o order) string {
 }
 
 // finish decides the request and returns its outcome once it is on disk. If it returns an error,
-// the request may have been applied or not.
+// the request may or may not have been applied.
 func (l *ledger) finish(c *claim, sameError bool) (*entry, error) {
 	l.mu.Lock()
 	e := &entry{Kind: c.name.kind, Key: c.name.key, Digest: c.digest, At: l.now().UTC()}
@@ -251,7 +251,7 @@ func (l *ledger) finish(c *claim, sameError bool) (*entry, error) {
 	return e, nil
 }
 
-// abandon lets a key go whose request left nothing.
+// abandon releases the key of a request that left nothing.
 func (l *ledger) abandon(c *claim) {
 	l.mu.Lock()
 	defer l.mu.Unlock()

@@ -161,7 +161,7 @@ func (m *mail) fill(e *entry) {
 // refusedSuffix ends the cards and IBANs that are refused.
 const refusedSuffix = "0002"
 
-// put gives the entry an id, and the item that item makes of it.
+// put sets the status and a new id, and the item that the function makes from the id.
 func (e *entry) put(status int, prefix string, item func(id string) any) {
 	e.Status, e.ID = status, newID(prefix)
 	text, err := json.Marshal(item(e.ID))

@@ -1,9 +1,10 @@
-// Package psp is a stand-in for those whom a bank calls: a card processor, a bank rail and a mail
-// service. It keeps what it did in a file that survives its own kill -9, and misbehaves on request.
+// Package psp is a stand-in for the services that a bank calls: a card processor, a bank rail and a
+// mail service. It keeps its actions in a file that survives its own kill -9, and misbehaves on
+// request.
 //
 //   - [Server.Run] is the program
 //   - handler.go has the routes, and the place where each fault happens
-//   - ledger.go decides what becomes of a request under its key
+//   - ledger.go decides the outcome of a request under its key
 //   - order.go has the four requests with their items
 //   - journal.go is the file
 package psp
@@ -40,8 +41,8 @@ type Config struct {
 	// Addr is the address to listen on. Defaults to 127.0.0.1:8090.
 	Addr string
 
-	// File keeps what the processor did, its faults, and the id of its instance. If it is empty,
-	// they are in memory and gone at exit.
+	// File keeps the actions of the processor, its faults, and the id of its instance. If it is
+	// empty, they are in memory and gone at exit.
 	File string
 
 	// EntriesMax is the maximum number of items and refusals that are kept. Further requests get

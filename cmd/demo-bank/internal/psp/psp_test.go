@@ -398,7 +398,7 @@ func TestCopiesAtOnceMakeOneCharge(t *testing.T) {
 	}
 }
 
-// TestManyKeysAtOnce: what shares an fsync is applied each once, and in the order of the file.
+// TestManyKeysAtOnce: requests that share an fsync are each applied once, in the order of the file.
 func TestManyKeysAtOnce(t *testing.T) {
 	t.Parallel()
 	file := t.TempDir() + "/psp"

@@ -10,7 +10,7 @@ import (
 	"github.com/paidonce/idempotency/cmd/demo-bank/internal/bank"
 )
 
-// lingerTimeout is the time that a closed gate goes on answering on open but idle connections. A
+// lingerTimeout is the time for which a closed gate still answers on open but idle connections. A
 // request may be on its way on each, and its client should get a refusal, not a cut connection.
 const lingerTimeout = time.Second
 

@@ -20,8 +20,8 @@ type metrics struct {
 	registry *prometheus.Registry
 }
 
-// newMetrics returns metrics that start at zero. handlerTimeout is the engine's; zero means its
-// default.
+// newMetrics returns metrics that start at zero. handlerTimeout is that of the engine; zero means
+// the engine's default.
 func newMetrics(handlerTimeout time.Duration) *metrics {
 	registry := prometheus.NewRegistry()
 	registry.MustRegister(collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))

@@ -121,6 +121,7 @@ func (s *Server) logRequests(next http.Handler) http.Handler {
 func (s *Server) greet(db *database) {
 	curl := fmt.Sprintf(`curl -i %s/v1/transfers -H 'Content-Type: application/json' -H 'Idempotency-Key: %s' -d '{"from":"alice","to":"bob","amount":1250}'`,
 		s.url, uuid.NewString())
+	// A closed stdout is no reason not to serve.
 	_, _ = fmt.Fprintf(s.config.Stdout, `demo-bank is at %s (%s)
 
 Open it in a browser, press "Lose replies", and watch who loses money. Or:
@@ -133,5 +134,5 @@ Send it again: 201, Idempotency-Status: replayed, and the same bytes
 
 Send thousands of duplicates and read the verdict:
   go run ./cmd/demo-bank storm --url %s
-%s`, s.url, db.where, curl, curl, s.url, db.lookAfter()) // a closed stdout is no reason not to serve
+%s`, s.url, db.where, curl, curl, s.url, db.lookAfter())
 }

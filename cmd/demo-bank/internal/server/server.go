@@ -173,7 +173,7 @@ func (s *Server) Run(ctx context.Context) (err error) {
 // answer. It exceeds the sum of all steps in between, so that a client that waits gets an answer
 // that is already settled.
 func writeTimeout(wait, handlerTimeout time.Duration) time.Duration {
-	// ROLLBACK, COMMIT and the search for a lost COMMIT take at most this long.
+	// ROLLBACK, COMMIT and the look-up of a lost COMMIT take at most this long.
 	return readTimeout + wait + handlerTimeout + 2*time.Second +
 		5*time.Second + 8*time.Second + answerTimeout
 }

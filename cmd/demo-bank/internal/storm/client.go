@@ -21,7 +21,7 @@ import (
 )
 
 const (
-	// RequestTimeout is longer than a bank lets any request take, including its search for a lost
+	// RequestTimeout is longer than a bank lets any request take, including its look-up of a lost
 	// COMMIT.
 	RequestTimeout = 40 * time.Second
 
@@ -48,7 +48,7 @@ const (
 	Slow              // sends the body in parts
 )
 
-// Client is a client with one connection. It sends a request once and returns what it saw. Its
+// Client is a client with one connection. It sends a request once and returns the result. Its
 // caller decides about retries. It is used by one goroutine at a time.
 type Client struct {
 	id       int

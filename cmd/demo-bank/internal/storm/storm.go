@@ -144,7 +144,7 @@ func Run(ctx context.Context, config Config) (*Report, error) {
 	reader := &http.Client{Transport: &http.Transport{MaxIdleConnsPerHost: config.Clients}, Timeout: RequestTimeout}
 	defer reader.CloseIdleConnections()
 	var before, after bank.Audit
-	// Do not wait long for a bank that may not be there.
+	// Do not wait long: the bank might not be there.
 	if err := s.get(ctx, reader, "/v1/audit", min(helloMax, config.Patience), &before); err != nil {
 		return nil, fmt.Errorf("there is no bank at %s: %w: start one with `demo-bank serve`, or name it with --url", config.URL, err)
 	}

@@ -1,5 +1,5 @@
-// Command payments is a service that TestF30 builds twice: from these sources and from older ones,
-// which have a version of their own. Both must have the same flags.
+// Command payments is a service that TestF30 builds twice: from these sources and, in a version of
+// its own, from older ones. Both versions must have the same flags.
 package main
 
 import (

@@ -139,10 +139,11 @@ type deferredStatement struct {
 	description *pgconn.StatementDescription // nil: parameters are encoded as in pgx.QueryExecModeExec
 }
 
-// stale reports whether an error shows that the types of the parameters are no longer those that the
-// server told when the statement was prepared: a column's type was changed. It could not have been
-// prepared otherwise. A function's own error would name it in its context, and a missing privilege
-// is found only now.
+// stale reports whether an error shows that the types of the parameters are no longer those that
+// the server returned when the statement was prepared, because a column's type was changed. Any
+// other error of class 42 would have failed the preparation. There are two exceptions: a function's
+// own error, which names the function in its context, and a missing privilege, which is found only
+// now.
 func (s *deferredStatement) stale(err *pgconn.PgError) bool {
 	return len(s.OIDs) > 0 && wire.Class(err) == "42" && err.Code != "42501" && err.Where == ""
 }
@@ -157,7 +158,7 @@ type deferredText struct {
 // their text.
 const DeferredMark = "paidonce/idempotency/deferred"
 
-// DeferredTextsMax is the maximum number of texts that are remembered of one connection.
+// DeferredTextsMax is the maximum number of texts that are remembered for one connection.
 const DeferredTextsMax = 128
 
 // deferredStatement returns the statement for a text. In pgx's modes that describe statements it is

@@ -67,7 +67,7 @@ type texts struct {
 	admitted map[string]struct{}
 }
 
-// admit is admitSQL, which it calls if the text is not remembered.
+// admit is like admitSQL, but returns nil at once for a text that is remembered.
 func (t *texts) admit(sql string, plainStrings bool) error {
 	if !plainStrings || len(sql) > textBytesMax {
 		return admitSQL(sql, plainStrings)
@@ -187,7 +187,7 @@ func (s *scanner) token() {
 		word := s.word()
 		for (word == "E" || word == "e") && s.rest != "" && s.rest[0] == '\'' {
 			s.quoted('\'', true)
-			s.skip() // after a new line the string goes on, and so do its escapes
+			s.skip() // after a new line the string continues, and so do its escapes
 		}
 	default:
 		s.rest = s.rest[1:]
@@ -202,7 +202,7 @@ func (s *scanner) quoted(quote byte, escapes bool) {
 		case s.rest[i] == '\\' && escapes:
 			i++
 		case s.rest[i] == quote && escapes && i+1 < len(s.rest) && s.rest[i+1] == quote:
-			i++ // the string goes on, and so do its escapes
+			i++ // the string continues, and so do its escapes
 		case s.rest[i] == quote:
 			s.rest = s.rest[i+1:]
 			return

@@ -29,7 +29,8 @@ func TestAdmitSQL(t *testing.T) {
 		"LISTEN paid", "/* c */ listen paid", "DECLARE c CURSOR WITH HOLD FOR SELECT 1", "declare c no scroll cursor /* c */ with -- d\n hold for select 1",
 		`DECLARE "for" INSENSITIVE CURSOR WITH HOLD FOR SELECT 1`,
 		"INSERT INTO t VALUES (E'a'\n'\\''); commit; begin; select ''", "SELECT E'a' -- c\n '\\'';COMMIT", "SELECT 1;;COMMIT", "SELECT $1;COMMIT;--$1",
-		"CREATE FUNCTION one() RETURNS int LANGUAGE SQL BEGIN ATOMIC SELECT 1; SELECT 2; END", // refused to be on the safe side
+		// This one is refused to be on the safe side.
+		"CREATE FUNCTION one() RETURNS int LANGUAGE SQL BEGIN ATOMIC SELECT 1; SELECT 2; END",
 	} {
 		if err := admitSQL(sql, true); !errors.Is(err, ErrSealed) {
 			t.Errorf("%q is admitted", sql)

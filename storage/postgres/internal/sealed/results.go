@@ -162,8 +162,8 @@ func scanOne(rows pgx.Rows, dest []any) error {
 	return rows.Err()
 }
 
-// scansRows reports whether the destination is given the rows themselves, so that they must be
-// ours.
+// scansRows reports whether Scan hands the rows themselves to the destination, so that they must be
+// sealed rows.
 func scansRows(dest []any) bool {
 	if len(dest) != 1 {
 		return false

@@ -61,7 +61,8 @@ type savepoint struct {
 	refused            error
 }
 
-// Settings are shared by the transactions of a store. They are not changed once one has begun.
+// Settings are shared by the transactions of a store, and do not change once the first of them has
+// begun.
 type Settings struct {
 	Pool        *pgxpool.Pool
 	Mode        pgx.QueryExecMode // the default of its connections
@@ -111,13 +112,16 @@ const (
 // Seal ends the handler's use of the transaction and returns its state.
 func (t *Transaction) Seal() (State, error) {
 	t.sealed.Store(true)
-	if !t.take() && t.row.Swap(nil) == nil { // a row that was never scanned holds the slot, and no goroutine
+	// If a row was never scanned, it holds the slot, but no goroutine does.
+	if !t.take() && t.row.Swap(nil) == nil {
 		return StateUnfit, t.interrupt()
 	}
 	defer t.give()
 	conn := t.conn.PgConn()
 	switch {
-	case t.lost: // first of all: what the handler committed stays, whatever happened to the connection since
+	case t.lost:
+		// This comes first: writes that the handler committed stay, whatever happened to the
+		// connection since.
 		return StateLost, errors.New("the handler ended the transaction")
 	case conn.IsClosed():
 		return StateClosed, errors.Join(t.failure, errors.New("the connection is closed"))
@@ -140,7 +144,9 @@ func (t *Transaction) Seal() (State, error) {
 func (t *transaction) interrupt() error {
 	_ = t.conn.PgConn().Conn().Close() // a socket is safe for concurrent use; a connection is not
 	taken := make(chan struct{})
-	go func() { // ends when the use does, and keeps the slot from then on: nobody uses an abandoned connection
+	// The goroutine ends when the use does, and keeps the slot: nobody must use an abandoned
+	// connection.
+	go func() {
 		t.slot.Lock()
 		close(taken)
 	}()
@@ -151,7 +157,8 @@ func (t *transaction) interrupt() error {
 		return errors.New("the transaction is still in use")
 	}
 	defer t.give()
-	_ = t.conn.Close(context.Background()) // the socket is closed: this marks the connection, and can't wait
+	// The socket is closed already: this only marks the connection, and can't wait.
+	_ = t.conn.Close(context.Background())
 	return errors.New("the transaction was still in use")
 }
 
@@ -287,7 +294,8 @@ func (tx *Tx) Rollback(ctx context.Context) (err error) {
 	}
 	defer func() { tx.done(err) }()
 	name := savepointName(tx.savepoint)
-	// In two messages: the server's error recovery takes several statements in one string for one.
+	// In two messages: in its error recovery the server treats several statements in one string as
+	// one.
 	if err := tx.exec(ctx, "ROLLBACK TO SAVEPOINT "+name); err != nil {
 		return err
 	}
@@ -309,7 +317,8 @@ func (tx *Tx) Exec(ctx context.Context, sql string, arguments ...any) (tag pgcon
 	if arguments, err = tx.admit(sql, arguments); err != nil {
 		return tag, err
 	}
-	rows, err := tx.conn.Query(ctx, sql, tx.extended(arguments, true)...) // pgx's Exec would choose the protocol itself
+	// pgx's Exec would choose the protocol itself.
+	rows, err := tx.conn.Query(ctx, sql, tx.extended(arguments, true)...)
 	if err != nil {
 		return tag, err
 	}
@@ -356,7 +365,8 @@ func (tx *Tx) QueryRow(ctx context.Context, sql string, arguments ...any) pgx.Ro
 	row.own.Rows = rows
 	row.tx, sent = tx.transaction, true
 	tx.row.Store(row)
-	if tx.sealed.Load() && tx.row.CompareAndSwap(row, nil) { // Seal waits for the slot, and this row may never be scanned
+	// Seal waits for the slot, and this row may never be scanned
+	if tx.sealed.Load() && tx.row.CompareAndSwap(row, nil) {
 		tx.done(nil)
 	}
 	return row
@@ -470,7 +480,8 @@ type admittedRewriter struct {
 }
 
 func (r admittedRewriter) RewriteQuery(ctx context.Context, _ *pgx.Conn, sql string, arguments []any) (string, []any, error) {
-	sql, arguments, err := r.QueryRewriter.RewriteQuery(ctx, nil, sql, arguments) // the connection would lead around the seal
+	// Pass no connection: it would lead around the seal.
+	sql, arguments, err := r.QueryRewriter.RewriteQuery(ctx, nil, sql, arguments)
 	if err == nil {
 		err = r.texts.admit(sql, r.plainStrings)
 	}

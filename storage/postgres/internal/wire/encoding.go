@@ -11,7 +11,7 @@ func PlainText(conn *pgconn.PgConn) bool {
 	kept := server == "UTF8" || server == "SQL_ASCII"
 	switch conn.ParameterStatus("client_encoding") {
 	case "UTF8":
-		return kept || server == "" // a pooler may not say; Check asks
+		return kept || server == "" // a pooler might not report it; Check asks
 	case "SQL_ASCII": // nothing is converted
 		return kept
 	}

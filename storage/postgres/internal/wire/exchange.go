@@ -39,10 +39,11 @@ type Call struct {
 	Apart bool
 }
 
-// TogetherBytesMax is the maximum size of parameters, encoded, that are sent together with the
-// statements in front of them: of deferred statements, and the headers and body of the record. More
-// does not fit into one TCP segment with the rest of the flush, and may arrive in part. A decline
-// begins its transaction in the same flush, so its record is never apart.
+// TogetherBytesMax is the maximum size of encoded parameters that are sent together with the
+// statements in front of them. It applies to the parameters of deferred statements, and to the
+// headers and body of the record. More does not fit into one TCP segment with the rest of the
+// flush, and may arrive in part. A decline begins its transaction in the same flush, so its record
+// is never apart.
 const TogetherBytesMax = 512
 
 // RowReader reads a row in binary format. The values are in the connection's buffer: copy those
@@ -176,7 +177,8 @@ type replyReader struct {
 	err   error // of the call that failed
 }
 
-// read takes one message and reports whether it was the last. Its error is one of the protocol.
+// read takes one message and reports whether it was the last. An error means that the server broke
+// the protocol; errors of statements go to r.err.
 func (r *replyReader) read(message pgproto3.BackendMessage) (over bool, err error) {
 	switch message := message.(type) {
 	case *pgproto3.ParseComplete, *pgproto3.BindComplete,

@@ -32,7 +32,8 @@ func MarkWarnings(inner pgconn.NoticeHandler) pgconn.NoticeHandler {
 			inner(conn, notice)
 		}
 		if notice.SeverityUnlocalized == "WARNING" {
-			if mark := conn.CustomData(); mark[warningMark] != canceledWait { // of several warnings one may be it
+			// Keep the mark of a canceled wait if other warnings follow.
+			if mark := conn.CustomData(); mark[warningMark] != canceledWait {
 				mark[warningMark] = notice.Routine
 			}
 		}

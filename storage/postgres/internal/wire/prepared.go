@@ -29,7 +29,9 @@ type Set struct {
 	statements []Statement
 	table      string // of the records; sanitized
 	mark       string // the key of their *Names in a connection's custom data
-	deferred   string // the key of the handlers' prepared statements, which are dropped together with them
+	// deferred is the key of the handlers' prepared statements, which are dropped together with
+	// these.
+	deferred string
 }
 
 // NewSet numbers the statements and returns the set of them.
@@ -131,10 +133,11 @@ func (s *Set) Prepare(ctx context.Context, conn *pgconn.PgConn, p *Names, timeou
 	return nil
 }
 
-// Distrust has our statements sent as text from now on: their plans may be wrong.
+// Distrust makes the connection send our statements as text from now on: their plans may be wrong.
 func (s *Set) Distrust(conn *pgconn.PgConn) { delete(conn.CustomData(), s.mark) }
 
-// ForgetPrepared has our statements sent as text from now on, and deferred ones prepared once more.
+// ForgetPrepared makes the connection send our statements as text from now on, and prepare deferred
+// ones once more.
 func (s *Set) ForgetPrepared(conn *pgconn.PgConn) {
 	delete(conn.CustomData(), s.mark)
 	delete(conn.CustomData(), s.deferred)
