@@ -10,6 +10,7 @@ import (
 	"io"
 	"net/http/httptrace"
 	"runtime/debug"
+	"slices"
 	"strings"
 	"sync/atomic"
 	"time"
@@ -61,7 +62,8 @@ type Effect[In, Out any] struct {
 	KeepsDeclines bool
 
 	// AtMostOnce is for a service without keys: it is sent once, by the attempt that committed the
-	// intent, and never again. If it could not be sent then, Call returns [ErrDeclined]. If the
+	// intent, and never again. Do must not repeat it either: net/http does, by itself, if the request
+	// has an Idempotency-Key header and a GetBody. If it could not be sent then, Call returns [ErrDeclined]. If the
 	// result of the send is lost, Lookup may find it; else Call returns [ErrMaybe]. Both are
 	// recorded.
 	AtMostOnce bool
@@ -181,6 +183,8 @@ type run[In, Out any] struct {
 	effects *idempotency.Effects
 	effect  *idempotency.Effect
 	end     idempotency.EffectEnd
+
+	repeated bool // Do sent the request more than once
 }
 
 // recorded returns the recorded result.
@@ -224,7 +228,7 @@ func (r *run[In, Out]) settle() (out Out, err error) {
 	absent := r.Declared.effect.Lookup == nil
 	if r.end.Resumed && !absent {
 		start := r.effects.Now()
-		out, err := r.protect(r.Declared.effect.Lookup, r.Declared.effect.Timeout/2, in, new(atomic.Bool))
+		out, err := r.protect(r.Declared.effect.Lookup, r.Declared.effect.Timeout/2, in, new(wireUse))
 		var parked *parkError
 		switch {
 		case err == nil:
@@ -257,8 +261,9 @@ func (r *run[In, Out]) settle() (out Out, err error) {
 	}
 
 	r.end.Sent, r.end.Result = true, idempotency.EffectResultUnknown
-	var connected atomic.Bool
-	out, err = r.protect(r.Declared.effect.Do, r.Declared.effect.Timeout, in, &connected)
+	var used wireUse
+	out, err = r.protect(r.Declared.effect.Do, r.Declared.effect.Timeout, in, &used)
+	r.repeated = used.keys.Load() > 1
 	learned = learnedAnswer
 	var parked *parkError
 	var notSent *notSentError
@@ -273,7 +278,7 @@ func (r *run[In, Out]) settle() (out Out, err error) {
 	learned = learnedUnknown
 	var panicked *idempotency.PanicError
 	switch {
-	case errors.As(err, &notSent) && !(notSent.dial && connected.Load()):
+	case errors.As(err, &notSent) && !(notSent.dial && used.connected.Load()):
 		r.end.Sent = false
 		return r.unsentOnce(once, "it could not be sent", err)
 	case once && r.Declared.effect.Lookup == nil:
@@ -293,12 +298,24 @@ var (
 	errLate    = errors.New("half of the lease has passed, or the handler has returned")
 )
 
-// protect calls Do or Lookup, and turns a panic into an error. connected reports whether a request
-// of net/http that was made with the context got a connection.
-func (r *run[In, Out]) protect(call func(context.Context, string, In) (Out, error), timeout time.Duration, in In, connected *atomic.Bool) (out Out, err error) {
+// wireUse is what a request of net/http that was made with a send's context did on the wire.
+type wireUse struct {
+	connected atomic.Bool  // it got a connection
+	keys      atomic.Int32 // the number of times that it wrote a header with the derived key
+}
+
+// protect calls Do or Lookup, and turns a panic into an error.
+func (r *run[In, Out]) protect(call func(context.Context, string, In) (Out, error), timeout time.Duration, in In, used *wireUse) (out Out, err error) {
 	ctx, cancel := context.WithTimeout(r.ctx, timeout)
 	defer cancel()
-	ctx = httptrace.WithClientTrace(ctx, &httptrace.ClientTrace{GotConn: func(httptrace.GotConnInfo) { connected.Store(true) }})
+	ctx = httptrace.WithClientTrace(ctx, &httptrace.ClientTrace{
+		GotConn: func(httptrace.GotConnInfo) { used.connected.Store(true) },
+		WroteHeaderField: func(_ string, values []string) {
+			if slices.Contains(values, r.effect.DerivedKey) {
+				used.keys.Add(1)
+			}
+		},
+	})
 	defer func() {
 		if value := recover(); value != nil {
 			err = &idempotency.PanicError{Value: value, Stack: debug.Stack()}
@@ -327,9 +344,10 @@ func (r *run[In, Out]) done(out Out) (Out, error) {
 }
 
 // declined records a no if it is final. A no to a repeated send is not, unless the other service
-// keeps it under the key: an earlier send may still be under way, and succeed.
+// keeps it under the key: an earlier send may still be under way, and succeed. net/http repeats a
+// request with an Idempotency-Key header by itself if a connection that it used before breaks.
 func (r *run[In, Out]) declined(start time.Time, no error) (Out, error) {
-	if r.end.Resumed && !r.Declared.effect.KeepsDeclines && !r.quiet(start) {
+	if (r.end.Resumed || r.repeated) && !r.Declared.effect.KeepsDeclines && !r.quiet(start) {
 		return r.lapse(idempotency.EffectResultUnknown, "an earlier send may be under way, so its decline is not final", no, r.doubtless())
 	}
 	var declined *DeclinedError

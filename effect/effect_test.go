@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"net/http"
 	"runtime"
 	"strings"
 	"sync"
@@ -196,6 +197,39 @@ func TestDeclineOfARetryIsNotFinal(t *testing.T) {
 		time.Sleep(time.Millisecond)
 	}
 	s.wantPaid(t, s.resume(t), 900)
+}
+
+// The transport of net/http repeats a request with a key by itself if a connection that it used
+// before breaks. The first of the two is still under way when the second is declined.
+func TestDeclineOfARequestThatNetHTTPRepeatedIsNotFinal(t *testing.T) {
+	t.Parallel()
+	s := newShop(t, func(p *processor, _ *effect.Effect[card, charge]) {
+		p.client = &http.Client{Transport: &http.Transport{}}
+	})
+	warm, err := s.do(t.Context(), "warm", card{"tok", 1})
+	if err != nil || warm.ID == "" {
+		t.Fatal(warm, err)
+	}
+	s.does(stalls, refuses)
+	go func() {
+		<-s.received
+		s.CloseClientConnections() // the request is at the processor, which does not notice
+	}()
+	result := s.request()
+	s.mu.Lock()
+	requests := len(s.requests) - 1
+	s.mu.Unlock()
+	if requests != 2 {
+		t.Skipf("%d requests: this net/http does not repeat them", requests)
+	}
+	s.wantOpen(t, result)
+	s.release <- struct{}{}
+	for len(s.charged()) < 2 {
+		time.Sleep(time.Millisecond)
+	}
+	if result := s.resume(t); result.Answer == nil || result.Answer.Status != 201 {
+		t.Errorf("%+v", result)
+	}
 }
 
 func TestDeclineCountsWhenNoEarlierSendIsUnderWay(t *testing.T) {
