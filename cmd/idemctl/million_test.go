@@ -30,7 +30,7 @@ func (b *testBundle) plantMillion(t testing.TB) {
 		}
 	}
 	// Recreated in one go at the end.
-	exec("ALTER TABLE idempotency_keys DROP CONSTRAINT idempotency_keys_pkey CASCADE")
+	exec("ALTER TABLE idempotency_keys DROP CONSTRAINT idempotency_keys_pkey")
 	exec(`INSERT INTO idempotency_keys (created_at, expires_at, status, fingerprint_version, attempt_id, scope, key, fingerprint, headers, body, trace_id)
 		SELECT now() - (1000000 - n) * interval '10 milliseconds', now() + CASE WHEN n % 100 = 0 THEN interval '-1 minute' ELSE interval '1 hour' END,
 		       CASE WHEN n % 1000 = 7 THEN 409 ELSE 201 END, 1, md5(n::text)::uuid, 'account-' || lpad((n % 1000)::text, 4, '0'),
