@@ -79,7 +79,7 @@ func TestOnAMillionRecords(t *testing.T) {
 		{"recent", []string{"key", "list", "--recent"}, []string{"50 records", "account-0999"}},
 		{"stats", []string{"stats"}, []string{"about", "(estimated)", "live", "expired"}},
 		{"top", []string{"top", "--count", "1"}, []string{"in flight 0"}},
-		{"doctor", []string{"doctor"}, []string{"version 3", "the primary key is valid"}},
+		{"doctor", []string{"doctor"}, []string{"version 4", "the primary key is valid"}},
 		{"watch", []string{"key", "watch", account, key, "--until", "recorded"}, []string{"is recorded"}},
 		{"expire", []string{"key", "expire", account, key, "--reason", "test", "--yes"}, []string{"expired: the record of attempt"}},
 		{"delete", []string{"key", "delete", account, key, "--reason", "test", "--yes"}, []string{"deleted: the record of attempt"}},
