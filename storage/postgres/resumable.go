@@ -38,7 +38,7 @@ type openStatements struct {
 	lockAt  wire.Statement
 	key     wire.Statement // the row of an open request in the table of the records
 	open    wire.Statement
-	effect  wire.Statement // returns the time
+	effect  wire.Statement // returns the time; of a call that is about to be sent, or of a phase
 	fence   wire.Statement // fails unless the request is open and this owner's; locks it
 	renew   wire.Statement // as fence, and begins a new lease
 	settle  wire.Statement // fails unless the effect is this owner's and not settled
@@ -96,9 +96,10 @@ func newOpenStatements(o *Options) openStatements {
 			OIDs: []uint32{pgtype.Int8OID, pgtype.Int8OID, pgtype.TextOID, pgtype.TextOID, pgtype.TextOID, pgtype.ByteaOID},
 		},
 		effect: wire.Statement{
-			SQL: "WITH written AS (INSERT INTO " + effects + " (sent_first_at, epoch, tries, panics, state, kind, derived_key, scope, key, name, input)" +
-				" VALUES (" + now + ", $1, 1, 0, 1, $2, $3, $4, $5, $6, $7) RETURNING sent_first_at)" + counted + ", pg_catalog.max(sent_first_at) FROM written",
-			OIDs: []uint32{pgtype.Int8OID, pgtype.Int2OID, pgtype.UUIDOID, pgtype.TextOID, pgtype.TextOID, pgtype.TextOID, pgtype.ByteaOID},
+			SQL: "WITH written AS (INSERT INTO " + effects + " (sent_first_at, settled_at, epoch, tries, panics, state, kind, derived_key, scope, key, name, input, output)" +
+				" VALUES (" + now + ", CASE WHEN $8 OPERATOR(pg_catalog.<>) 1 THEN " + now + " END, $1, 1, 0, $8, $2, $3, $4, $5, $6, $7, $9) RETURNING sent_first_at)" +
+				counted + ", pg_catalog.max(sent_first_at) FROM written",
+			OIDs: []uint32{pgtype.Int8OID, pgtype.Int2OID, pgtype.UUIDOID, pgtype.TextOID, pgtype.TextOID, pgtype.TextOID, pgtype.ByteaOID, pgtype.Int2OID, pgtype.ByteaOID},
 		},
 		fence: wire.Statement{
 			SQL:  "WITH held AS (SELECT FROM " + open + ours + " AND " + durable + " FOR UPDATE)" + counted + ", " + synchronousStandbys + " FROM held",
@@ -139,7 +140,8 @@ func newOpenStatements(o *Options) openStatements {
 }
 
 // openAttempt is the attempt of a request that may become open. It has a transaction, on a
-// connection of its own, only from the handler's first use of it to the next effect.
+// connection of its own, only from the handler's first use of it to the next effect, and during a
+// phase.
 type openAttempt struct {
 	store *Store
 	claim *idempotency.Claim
@@ -150,6 +152,7 @@ type openAttempt struct {
 	phase  *keyedAttempt // has the open transaction, if there is one
 	asked  bool          // a claim was sent
 	used   bool          // the handler has its handle
+	inner  bool          // the open transaction is that of a [Phase]
 	over   bool          // the handler has returned
 	shut   bool          // no transaction may begin: an effect is under way, or the handler has returned
 	failed error         // why there is no transaction
@@ -180,7 +183,7 @@ func (a *openAttempt) claimNow(ctx context.Context) (*idempotency.Record, error)
 
 // Context implements [idempotency.Attempt].
 func (a *openAttempt) Context(ctx context.Context) context.Context {
-	a.outer, a.shut, a.over, a.failed, a.used = ctx, false, false, nil, false
+	a.outer, a.shut, a.over, a.failed, a.used, a.inner = ctx, false, false, nil, false, false
 	return context.WithValue(ctx, txKey{}, a)
 }
 
@@ -197,7 +200,7 @@ func (a *openAttempt) handle() *sealed.Tx {
 		handle := dead.Handle()
 		return &handle
 	}
-	a.used = true
+	a.used = a.used || !a.inner
 	return &a.phase.handle
 }
 
@@ -294,6 +297,9 @@ func openMeaning(err error) error {
 	return idempotency.ErrUnavailable
 }
 
+// errUsed refuses an effect or a phase.
+var errUsed = idempotency.UsageError("idempotency/postgres: a call or a phase after the handler has used its transaction (Tx or DeferExec): those writes would be lost or made twice; make the call first, or write in a Phase")
+
 // Intend implements [idempotency.OpenAttempt]. The first intent makes the claim too, unless the
 // handler's transaction has made it.
 func (a *openAttempt) Intend(ctx context.Context, effect *idempotency.Effect, lease time.Duration) error {
@@ -301,29 +307,51 @@ func (a *openAttempt) Intend(ctx context.Context, effect *idempotency.Effect, le
 	defer a.mu.Unlock()
 	switch {
 	case a.used:
-		return idempotency.UsageError("idempotency/postgres: an effect after the handler has used its transaction: those writes would be lost or made twice; make the call first")
+		return errUsed
 	case a.failed != nil:
 		return a.failed
 	}
-	a.shut, a.asked = true, true
+	ofPhase, first := effect.Kind == idempotency.EffectPhase, a.epoch == 0
+	a.shut, a.asked, a.inner = !ofPhase, true, false
 	phase, s := a.phase, &a.store.open
 	a.phase = nil
+	claimed := phase != nil
 	var calls []wire.Call
 	var err error
-	if phase == nil {
+	together := 0 // bytes that travel in one piece, behind the transaction's begin; see wire.Call.Apart
+	switch {
+	case phase == nil:
 		if phase, err = a.vehicle(ctx); err != nil {
 			return err
 		}
 		calls = append(calls, wire.Call{Statement: &s.begin})
+	case ofPhase && effect.State == idempotency.EffectDeclined:
+		calls, claimed = append(phase.guarded(), wire.Call{Statement: &a.store.statements.rollback}, wire.Call{Statement: &s.begin}), false
+	case ofPhase:
+		var deferred []wire.Call
+		if deferred, together, err = phase.tx.Deferred(); err != nil {
+			err = fail("commit a phase", refusal(err), err)
+		} else if !phase.tx.Abandoned() && !wire.PlainText(phase.conn) {
+			err = fail("commit a phase", idempotency.ErrAborted, errEncoding)
+		}
+		calls = append(append([]wire.Call{phase.guardCall()}, deferred...), wire.Call{Statement: &a.store.statements.constraints})
 	}
 	defer phase.release(ctx)
-	derived, err := parseUUID(effect.DerivedKey)
+	apart := func(bytes int) bool {
+		together += bytes
+		return ofPhase && claimed && together > wire.TogetherBytesMax
+	}
+	derived, wrong := parseUUID(effect.DerivedKey)
+	if wrong != nil {
+		err = fail("intend", idempotency.ErrAborted, wrong)
+	}
 	if err != nil {
-		return fail("intend", idempotency.ErrAborted, err)
+		a.failed = err
+		return err
 	}
 	leaseMS, epoch := wire.EncodeInt8(lease.Milliseconds()), int64(1)
 	if a.epoch == 0 {
-		if len(calls) > 0 {
+		if !claimed {
 			claim := phase.lockCall()
 			if claim.Statement == &a.store.statements.lockAt {
 				claim.Statement = &s.claimAt
@@ -340,6 +368,7 @@ func (a *openAttempt) Intend(ctx context.Context, effect *idempotency.Effect, le
 		}
 		ttl := wire.EncodeInt8(a.claim.TTL.Milliseconds())
 		version := wire.EncodeInt2(a.claim.Fingerprint.Version)
+		stored := notNull(a.claim.Stored())
 		var trace []byte
 		if a.claim.TraceID != "" {
 			trace = []byte(a.claim.TraceID)
@@ -352,18 +381,20 @@ func (a *openAttempt) Intend(ctx context.Context, effect *idempotency.Effect, le
 					return a.store.statements.meaning(&wire.Call{Statement: &a.store.statements.insert}, err)
 				},
 			},
-			wire.Call{Statement: &s.open, Params: [][]byte{leaseMS[:], ttl[:], phase.scope, phase.key, []byte(a.claim.Resumable), notNull(a.claim.Stored())}},
+			wire.Call{Statement: &s.open, Params: [][]byte{leaseMS[:], ttl[:], phase.scope, phase.key, []byte(a.claim.Resumable), stored}, Apart: apart(len(stored))},
 		)
 	} else {
 		epoch = a.epoch
 		calls = append(calls, a.fenceCall(&s.renew, phase, leaseMS[:]))
 	}
-	epochBytes, kind := wire.EncodeInt8(epoch), wire.EncodeInt2(int16(effect.Kind))
+	epochBytes, kind, state := wire.EncodeInt8(epoch), wire.EncodeInt2(int16(effect.Kind)), wire.EncodeInt2(int16(effect.State))
 	calls = append(calls,
 		wire.Call{
 			Statement: &s.effect,
-			Params:    [][]byte{epochBytes[:], kind[:], derived[:], phase.scope, phase.key, []byte(effect.Name), notNull(effect.Input)},
+			Params:    [][]byte{epochBytes[:], kind[:], derived[:], phase.scope, phase.key, []byte(effect.Name), notNull(effect.Input), state[:], effect.Output},
+			Apart:     apart(len(effect.Output)),
 			Row: wire.RowFunc(func(values [][]byte) error {
+				wire.ForgetWarning(phase.conn) // of the handler's triggers: see lastRow
 				d := wire.Decoder{Values: values}
 				d.Next(-1)
 				effect.SentFirst = d.Timestamp()
@@ -373,6 +404,9 @@ func (a *openAttempt) Intend(ctx context.Context, effect *idempotency.Effect, le
 		wire.Call{Statement: &a.store.statements.commit},
 	)
 	err = phase.end(ctx, "intend", calls)
+	if err != nil && ofPhase && first {
+		err = phase.recorded(ctx, "intend", err)
+	}
 	if err == nil || errors.Is(err, idempotency.ErrUnknown) {
 		a.epoch = epoch
 	} else {
@@ -458,7 +492,7 @@ func (a *openAttempt) Seal() error {
 
 // Commit implements [idempotency.Attempt].
 func (a *openAttempt) Commit(ctx context.Context, answer *idempotency.Answer) error {
-	phase, err := a.last(ctx)
+	phase, begun, err := a.last(ctx)
 	if err != nil {
 		return err
 	}
@@ -466,26 +500,35 @@ func (a *openAttempt) Commit(ctx context.Context, answer *idempotency.Answer) er
 		return phase.Commit(ctx, answer)
 	}
 	defer phase.release(ctx)
-	deferred, _, refused := phase.tx.Deferred()
-	err = phase.commit(ctx, deferred, refused, a.endCall(phase, answer))
+	if begun {
+		deferred, _, refused := phase.tx.Deferred()
+		err = phase.commit(ctx, deferred, refused, a.endCall(phase, answer))
+	} else {
+		err = phase.end(ctx, "commit", append(a.phaseCalls(phase), a.endCall(phase, answer), wire.Call{Statement: &a.store.statements.commit}))
+	}
 	if err == nil && !phase.synchronous {
 		a.store.recent.set(phase.number)
 	}
 	return err
 }
 
-// last returns the attempt with the last transaction, which it opens if there is none.
-func (a *openAttempt) last(ctx context.Context) (*keyedAttempt, error) {
+// last returns the attempt with the last transaction. If the handler has none, it is begun here, or,
+// if the request is open, by the flush that records the answer.
+func (a *openAttempt) last(ctx context.Context) (phase *keyedAttempt, begun bool, err error) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	if a.phase == nil {
+	if a.phase == nil && a.epoch == 0 {
 		if err := a.beginPhase(ctx); err != nil {
-			return nil, err
+			return nil, false, err
 		}
 	}
-	phase := a.phase
+	phase = a.phase
 	a.phase = nil
-	return phase, nil
+	if phase == nil {
+		phase, err = a.vehicle(ctx)
+		return phase, false, err
+	}
+	return phase, true, nil
 }
 
 // endCall records the answer and closes the request.
@@ -502,7 +545,7 @@ func (a *openAttempt) endCall(phase *keyedAttempt, answer *idempotency.Answer) w
 
 // Decline implements [idempotency.Attempt].
 func (a *openAttempt) Decline(ctx context.Context, answer *idempotency.Answer) error {
-	phase, err := a.last(ctx)
+	phase, begun, err := a.last(ctx)
 	if err != nil {
 		return err
 	}
@@ -510,9 +553,11 @@ func (a *openAttempt) Decline(ctx context.Context, answer *idempotency.Answer) e
 		return phase.Decline(ctx, answer)
 	}
 	defer phase.release(ctx)
-	calls := append(phase.guarded(), wire.Call{Statement: &a.store.statements.rollback})
-	calls = append(append([]wire.Call{}, calls...), wire.Call{Statement: &a.store.open.begin}, a.endCall(phase, answer), wire.Call{Statement: &a.store.statements.commit})
-	return phase.end(ctx, "decline", calls)
+	calls := a.phaseCalls(phase)
+	if begun {
+		calls = append(phase.guarded(), wire.Call{Statement: &a.store.statements.rollback}, wire.Call{Statement: &a.store.open.begin})
+	}
+	return phase.end(ctx, "decline", append(calls, a.endCall(phase, answer), wire.Call{Statement: &a.store.statements.commit}))
 }
 
 // Rollback implements [idempotency.Attempt]. An attempt that has not claimed its key looks for what
@@ -530,6 +575,14 @@ func (a *openAttempt) Rollback(ctx context.Context) error {
 	a.phase = nil
 	if phase == nil {
 		return nil
+	}
+	return a.rollback(ctx, phase)
+}
+
+// rollback undoes a transaction. The record of an open request is its own.
+func (a *openAttempt) rollback(ctx context.Context, phase *keyedAttempt) error {
+	if a.epoch != 0 {
+		return phase.rollback(ctx)
 	}
 	return phase.Rollback(ctx)
 }
