@@ -41,7 +41,7 @@ func (s *Server) openProcessor(ctx context.Context) (processor *bank.Processor, 
 
 // startProcessor starts a processor inside, and returns its URL.
 func (s *Server) startProcessor(ctx context.Context) (url string, stop func(), err error) {
-	config := psp.Config{Addr: "127.0.0.1:0", ShutdownTimeout: pspStopTimeout, Logger: s.logger}
+	config := psp.Config{Addr: "127.0.0.1:0", ShutdownTimeout: pspStopTimeout}
 	if dir := s.config.DataDir; dir != "" {
 		if err := os.MkdirAll(dir, 0o755); err != nil { // it exists unless --database-url is given
 			return "", nil, fmt.Errorf("can't make the data folder: %w: choose another with --data-dir", err)

@@ -151,11 +151,6 @@ func (s *Server) Run(ctx context.Context) (err error) {
 		return endOfStart(ctx, err)
 	}
 	defer func() { err = errors.Join(err, db.stop()) }()
-	processor, stopProcessor, err := s.openProcessor(ctx)
-	if err != nil {
-		return endOfStart(ctx, err)
-	}
-	defer stopProcessor() // after everything that calls it
 	store, err := db.openStore(ctx, &s.config)
 	if err != nil {
 		return endOfStart(ctx, err)
@@ -167,6 +162,12 @@ func (s *Server) Run(ctx context.Context) (err error) {
 	if err != nil {
 		return endOfStart(ctx, err)
 	}
+
+	processor, stopProcessor, err := s.openProcessor(ctx)
+	if err != nil {
+		return endOfStart(ctx, err)
+	}
+	defer stopProcessor() // after everything that calls it
 
 	// The background work ends after the requests.
 	background, endBackground := context.WithCancel(context.WithoutCancel(ctx))
