@@ -328,7 +328,7 @@ func TestDoctor(t *testing.T) {
 		}
 	}
 	wantText(t, b.want(t, exitDoctor, "doctor").stdout, "fail  durability", "-> ", "verdict", "none in between")
-	b.Exec(t, "DROP TABLE idempotency_keys")
+	b.Exec(t, "DROP TABLE idempotency_keys CASCADE")
 	wantText(t, b.want(t, exitDoctor, "doctor").stdout, "fail  schema", "run the migrations")
 }
 

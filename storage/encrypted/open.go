@@ -72,14 +72,7 @@ func (s *Store) ReadOpen(ctx context.Context, key idempotency.Key) (*idempotency
 	if err != nil {
 		return nil, err
 	}
-	open, err := inner.ReadOpen(ctx, key)
-	if err != nil || open == nil {
-		return nil, err
-	}
-	if err := s.openParts(key, open); err != nil {
-		return nil, err
-	}
-	return open, nil
+	return inner.ReadOpen(ctx, key)
 }
 
 // FindDue implements [idempotency.Keeper].
@@ -100,14 +93,10 @@ type openAttempt struct {
 
 // Intend implements [idempotency.OpenAttempt].
 func (a *openAttempt) Intend(ctx context.Context, effect *idempotency.Effect, lease time.Duration) error {
-	sealed := *effect
-	sealed.Input = a.store.sealPart(effect.Input, a.claim.Key, a.claim.Attempt, "input", effect.Name)
-	if effect.State != idempotency.EffectIntended { // of a phase
-		sealed.Output = a.store.sealPart(effect.Output, a.claim.Key, a.claim.Attempt, "output", effect.Name)
-	}
-	err := a.OpenAttempt.Intend(ctx, &sealed, lease)
-	effect.SentFirst = sealed.SentFirst
-	return err
+	plain := effect.Input
+	effect.Input = a.store.sealPart(plain, a.claim.Key, a.claim.Attempt, "input", effect.Name)
+	defer func() { effect.Input = plain }()
+	return a.OpenAttempt.Intend(ctx, effect, lease)
 }
 
 // Settle implements [idempotency.OpenAttempt].
