@@ -3,9 +3,11 @@ package idempotency
 import (
 	"bytes"
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"math/rand/v2"
+	"strings"
 	"sync"
 	"time"
 
@@ -39,7 +41,8 @@ const (
 	EffectMaybe    EffectState = 4 // sent once at most, and its result will never be known
 )
 
-// Effect is a call to another service, or a phase, as the store keeps it. Times are the store's.
+// Effect is a call to another service, or a phase, as the store keeps it. Times are the store's. A
+// phase has no input, is never EffectIntended, and its SentFirst is the time of its commit.
 type Effect struct {
 	Name       string
 	Kind       EffectKind
@@ -62,7 +65,7 @@ type Open struct {
 	TTL         time.Duration
 	Effects     []Effect
 
-	Epoch    int64 // another one for each owner: an owner that was replaced can't write any more
+	Epoch    int64 // counts its owners: an owner that was replaced can't write any more
 	Runs     int   // of the handler, this one included
 	Started  time.Time
 	Now      time.Time     // when this was read
@@ -104,9 +107,8 @@ type Keeper interface {
 	// Record with Open set is that of an open request.
 	BeginOpen(ctx context.Context, claim *Claim, lazy bool) (OpenAttempt, *Record, error)
 
-	// TakeOver makes the caller the owner of an open request if it is due, not parked, and of the
-	// claim's route (Claim.Resumable: another handler has other effects), for as long as the last
-	// owner's lease, and notes a new doubt for each effect that is not settled. It
+	// TakeOver makes the caller the owner of an open request if it is due and not parked, for as
+	// long as the last owner's lease, and notes a new doubt for each effect that is not settled. It
 	// returns the request's state, and an attempt if the caller is the owner. The effects in the
 	// state are those before the take-over: Doubt is the doubt before this owner's sends. The claim
 	// gets the request's Attempt and TTL. ErrUnknown means that nothing is known, and nothing
@@ -117,9 +119,7 @@ type Keeper interface {
 	// has waited longest first.
 	FindDue(ctx context.Context, routes []string, max int) ([]Key, error)
 
-	// ReadOpen returns the state of an open request, or nil if there is none. A store that encrypts
-	// returns Request, and Input and Output of the effects, as they are stored: only an owner needs
-	// them, and one that can't read them keeps its lease, so that others come first.
+	// ReadOpen returns the state of an open request, or nil if there is none.
 	ReadOpen(ctx context.Context, key Key) (*Open, error)
 }
 
@@ -135,6 +135,9 @@ type OpenAttempt interface {
 	// effect's SentFirst, and holds no transaction and no connection when it returns. It refuses
 	// with a [UsageError] if the handler has used its transaction since the last effect, because
 	// those writes would be lost. ErrUnknown: the outcome of its COMMIT is not known.
+	//
+	// For a phase it commits the result, with the phase's writes if that is EffectDone and without
+	// them if it is EffectDeclined.
 	Intend(ctx context.Context, effect *Effect, lease time.Duration) error
 
 	// Settle commits the effect's state and output, and opens the handler's next transaction.
@@ -146,9 +149,9 @@ type OpenAttempt interface {
 	Leave(ctx context.Context, lapse Lapse) error
 }
 
-// Effects are the recorded effects of one run of a handler, for package effect. An effect lasts from
-// [Effects.Begin] to [Effects.Settle] or [Effects.Lapse]; a second one in between gets
-// [ErrEffectBusy].
+// Effects are the recorded effects of one run of a handler, for package effect and for the phases of
+// a store. An effect lasts from [Effects.Begin] to [Effects.Settle], [Effects.Lapse] or
+// [Effects.Release]; a second one in between gets [ErrEffectBusy].
 type Effects struct {
 	engine  *Engine
 	keeper  Keeper
@@ -176,12 +179,43 @@ type Effects struct {
 	lapsed   bool
 }
 
-// ErrEffectBusy is returned to a handler that calls two services at once.
-var ErrEffectBusy = errors.New("idempotency: two effects of one request at once: make one call after the other")
+// ErrEffectBusy is returned to a handler that makes two calls or phases at once, or one of them inside
+// a phase.
+var ErrEffectBusy = errors.New("idempotency: two effects of one request at once: make one call or phase after the other, and none inside a phase")
 
 // ErrUnsettled is the error of a call whose result is not known yet. The handler returns; whatever
 // it answers is dropped, and the request stays open.
 var ErrUnsettled = errors.New("idempotency: the effect is not settled; the request stays open")
+
+// ErrDeclined is a definite no: of another service that did nothing and will do nothing, or of a
+// phase that decided against its writes. It is recorded, so every later run of the handler gets it
+// too.
+var ErrDeclined = errors.New("declined")
+
+// DeclinedError is an [ErrDeclined] with what is recorded of it.
+type DeclinedError struct {
+	Effect string          // the name of the effect
+	Detail json.RawMessage // the same in every run of the handler; empty if there was none
+	Err    error           // for the caller of a Do or a phase. It is not recorded
+}
+
+// Error returns the name of the effect, and the text of Err.
+func (e *DeclinedError) Error() string {
+	text := "declined"
+	if e.Effect != "" {
+		text = "effect " + e.Effect + ": declined"
+	}
+	if e.Err != nil {
+		text += ": " + e.Err.Error()
+	}
+	return text
+}
+
+// Is reports whether target is [ErrDeclined].
+func (e *DeclinedError) Is(target error) bool { return target == ErrDeclined }
+
+// Unwrap returns Err.
+func (e *DeclinedError) Unwrap() error { return e.Err }
 
 // EffectsFrom returns the effects of the request that runs with this context. The error is a
 // [UsageError] that names the remedy: outside an idempotent handler, or on a route that is not
@@ -199,7 +233,7 @@ func EffectsFrom(ctx context.Context) (*Effects, error) {
 	return r.effects, nil
 }
 
-// Intent describes a call that a handler is about to make.
+// Intent describes a call or a phase that a handler is about to make.
 type Intent struct {
 	Name    string
 	Kind    EffectKind
@@ -207,7 +241,10 @@ type Intent struct {
 	Timeout time.Duration // of one send
 }
 
-// Begin returns the recorded effect of this name. If there is none, it commits the intent first.
+// Begin returns the recorded effect of this name. If there is none, it commits the intent first. A
+// phase has no intent: it is returned as EffectIntended, and nothing is committed before Settle; the
+// caller must call Settle, Lapse or Release.
+//
 // If the effect is not settled, the caller is its one sender, for as long as [Effects.MaySend]
 // says, and must call Settle or Lapse. resumed reports whether an earlier run may have sent it, and
 // drift whether the input differs from the recorded one, which counts.
@@ -240,6 +277,10 @@ func (e *Effects) find(intent *Intent) (*Effect, error) {
 		return nil, errEffectLate
 	case e.busy:
 		return nil, ErrEffectBusy
+	case intent.Kind == EffectPhase && (!validResumable(intent.Name) || strings.HasPrefix(intent.Name, undoPrefix)):
+		return nil, UsageError(fmt.Sprintf("idempotency: the name of a phase must be 1 to %d visible ASCII characters, and must not begin with %s", ResumableBytesMax, undoPrefix))
+	case again && intent.Kind == EffectPhase: // its function may do something else
+		return nil, UsageError("idempotency: the name " + intent.Name + " was asked for twice in one run: give each phase a name of its own")
 	case again && !bytes.Equal(asked, intent.Input):
 		return nil, UsageError("idempotency: the effect " + intent.Name + " was asked for twice with different inputs in one run: give the second call another name")
 	}
@@ -259,13 +300,28 @@ func (e *Effects) find(intent *Intent) (*Effect, error) {
 	return effect, nil
 }
 
-// intend commits the intent.
+// intend begins an effect that is not recorded: it commits the intent, unless it is a phase.
 func (e *Effects) intend(intent *Intent) (*Effect, error) {
 	effect := &Effect{
 		Name: intent.Name, Kind: intent.Kind, State: EffectIntended, Input: intent.Input,
 		DerivedKey: e.running.derive("effect/" + intent.Name), Tries: 1,
 	}
-	lease := intent.Timeout + e.engine.options.Timeouts.Commit + leaseMargin
+	if effect.Kind != EffectPhase {
+		if err := e.commit(effect, intent.Timeout); err != nil { // nothing may be sent
+			return nil, err
+		}
+	}
+	e.busy = true
+	return effect, nil
+}
+
+// commit commits an effect that is not recorded, and opens the request if it is the first. The
+// lease lasts for a send of this time.
+func (e *Effects) commit(effect *Effect, timeout time.Duration) error {
+	lease := timeout + e.engine.options.Timeouts.Commit + leaseMargin
+	if effect.Kind == EffectPhase {
+		lease = max(lease, e.lease) // a call of an earlier run may be sent again within it
+	}
 	at := time.Now()
 	bounded := deadline.After(e.ctx, e.engine.options.Timeouts.Commit)
 	defer bounded.End()
@@ -273,13 +329,13 @@ func (e *Effects) intend(intent *Intent) (*Effect, error) {
 	if errors.Is(err, ErrUnknown) && !e.opened {
 		effect.SentFirst, err = e.resolveIntent(err)
 	}
-	if err != nil { // nothing may be sent
-		return nil, err
+	if err != nil {
+		return err
 	}
-	e.busy, e.opened = true, true
+	e.opened = true
 	e.epochAt, e.lease, e.clockAt, e.storeAt = at, lease, time.Now(), effect.SentFirst
-	e.recorded[intent.Name], e.asked[intent.Name] = effect, intent.Input
-	return effect, nil
+	e.recorded[effect.Name], e.asked[effect.Name] = effect, effect.Input
+	return nil
 }
 
 // Fail makes this run of the handler fail, because an effect can't be begun: whatever the handler
@@ -336,24 +392,28 @@ func (e *Effects) Now() time.Time {
 
 func (e *Effects) now() time.Time { return e.storeAt.Add(time.Since(e.clockAt)) }
 
-// GivenUp returns the time at which every earlier run has given up its send of the effect, if it got
-// no definite answer: an owner may begin one for half of its lease, and it ends with its timeout,
-// which is the one that the lease was made for, or that of the program now.
-func (e *Effects) GivenUp(effect *Effect, timeout time.Duration) time.Time {
+// LastSend returns the latest time at which an earlier run can have begun to send the effect
+// without getting a definite answer: an owner may send for half of its lease.
+func (e *Effects) LastSend(effect *Effect) time.Time {
 	e.mu.Lock()
 	defer e.mu.Unlock()
 	last := effect.SentFirst
 	if effect.Doubt.After(last) {
 		last = effect.Doubt
 	}
-	return last.Add(e.lease/2 + max(timeout, e.lease-e.engine.options.Timeouts.Commit-leaseMargin))
+	return last.Add(e.lease / 2)
 }
 
-// Settle commits the result of an effect: its State and Output.
+// Settle commits the result of an effect: its State and Output. After an error a call stays
+// unsettled; a phase was not committed, or the outcome of its COMMIT is not known, and the handler's
+// answer is dropped.
 func (e *Effects) Settle(effect *Effect) error {
 	e.mu.Lock()
 	defer e.mu.Unlock()
 	e.busy = false
+	if effect.Kind == EffectPhase {
+		return e.settlePhase(effect)
+	}
 	bounded := deadline.After(e.ctx, e.engine.options.Timeouts.Commit)
 	defer bounded.End()
 	if err := e.attempt.Settle(bounded, effect); err != nil {
@@ -362,6 +422,24 @@ func (e *Effects) Settle(effect *Effect) error {
 		return fmt.Errorf("%w: %w", ErrUnsettled, err)
 	}
 	return nil
+}
+
+func (e *Effects) settlePhase(effect *Effect) error {
+	switch {
+	case e.over:
+		return errEffectLate
+	case e.intent == nil: // else it made another effect inside
+		e.intent = e.commit(effect, 0)
+	}
+	return e.intent
+}
+
+// Release ends a phase that was undone: nothing of it is recorded, and a later run, or this one, may
+// begin it again.
+func (e *Effects) Release() {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	e.busy = false
 }
 
 // Lapse notes that the effect stays unsettled. With a Pause of 0 the engine chooses one.
@@ -388,12 +466,14 @@ func (e *Effects) Trace(end EffectEnd) {
 	}
 }
 
-// end makes all later calls fail, and reports whether one is still under way.
-func (e *Effects) end() (busy bool) {
+// end makes all later calls fail, and the run too if one is still under way.
+func (e *Effects) end() {
 	e.mu.Lock()
 	defer e.mu.Unlock()
 	e.over = true
-	return e.busy
+	if e.busy && e.intent == nil {
+		e.intent = errEffectLate
+	}
 }
 
 // attemptOpen is attempt for a request that may become open. If lazy is set the claim travels with
@@ -435,15 +515,9 @@ func (e *Engine) attemptOpen(ctx context.Context, budget *deadline.Context, req 
 	trace.step(StepClaim, started, err)
 	switch decision := past.decide(fact); decision.action {
 	case actionRun:
-		if req.resumed && open == nil { // an operator has abandoned it: only a client may begin a new one
-			return refuse(decide(factOutcomeUnknown), errors.Join(ErrNotOpen, rollback())), nil
-		}
 	case actionReplay:
 		return Result{Outcome: decision.outcome, Answer: &record.Answer, Record: record}, nil
 	case actionRestart:
-		if err == nil {
-			err = fmt.Errorf("take over: %w: it ended a moment ago", ErrKeyRecorded)
-		}
 		return Result{}, err
 	default:
 		result := refuse(decision, err)
@@ -542,7 +616,7 @@ func (e *Engine) runOpen(ctx context.Context, budget *deadline.Context, req *ong
 	effects.begin(&carrier.running)
 	answer, failed := e.call(effects.attempt.Context(carrier), req, handlerEnd, run)
 	trace.step(StepHandler, started, failed)
-	busy := effects.end()
+	effects.end()
 	if effects.trace.panicked != nil {
 		trace.panicked = effects.trace.panicked
 	}
@@ -561,7 +635,7 @@ func (e *Engine) runOpen(ctx context.Context, budget *deadline.Context, req *ong
 	}
 	fact = factAfterHandler(sealed, failed, disposition)
 	if effects.opened {
-		fact = effects.factOfOpen(fact, busy)
+		fact = effects.factOfOpen(fact)
 	} else {
 		fact = factBeforeOpen(fact, sealed, effects.intent)
 	}
@@ -578,7 +652,7 @@ func (e *Effects) begin(running *running) {
 
 // factOfOpen adjusts the fact after the handler to a request that is open: nothing may be forgotten
 // any more, and the answer must fit the effects.
-func (e *Effects) factOfOpen(fact fact, busy bool) fact {
+func (e *Effects) factOfOpen(fact fact) fact {
 	if e.lapsed && e.lapse.Parked != "" {
 		return factContradiction
 	}
@@ -586,9 +660,9 @@ func (e *Effects) factOfOpen(fact fact, busy bool) fact {
 	case fact == factTransactionLost:
 		e.lapse.Parked = "the handler ended its transaction, so its writes may stand"
 		return factContradiction
-	case fact == factSerialization && !busy && !e.lapsed && e.intent == nil:
+	case fact == factSerialization && !e.lapsed && (e.intent == nil || errors.Is(e.intent, ErrNotSerializable)):
 		return fact
-	case busy, e.lapsed, e.intent != nil:
+	case e.lapsed, e.intent != nil:
 		return factUnsettled
 	}
 	final := decide(fact).action == actionCommit || decide(fact).action == actionDecline
@@ -607,19 +681,14 @@ func (e *Effects) factOfOpen(fact fact, busy bool) fact {
 		case effect.State == EffectIntended:
 			return factUnsettled
 		case !asked:
-			e.lapse.Parked = "the handler did not ask for effect " + name + ", which was made"
+			e.lapse.Parked = "the handler did not ask for effect " + name + ", which is recorded"
 			return factContradiction
-		case decide(fact).action == actionDecline && effect.mayStand() && !undone[name]:
+		case decide(fact).action == actionDecline && effect.State == EffectDone && effect.Kind == EffectCall && !undone[name]:
 			e.lapse.Parked = "the answer is a refusal, and effect " + name + " was made and not undone"
 			return factContradiction
 		}
 	}
 	return fact
-}
-
-// mayStand reports whether the effect is a call that was made, or may have been.
-func (e *Effect) mayStand() bool {
-	return (e.Kind == EffectCall || e.Kind == EffectAtMostOnce) && (e.State == EffectDone || e.State == EffectMaybe)
 }
 
 // undoPrefix begins the name of an effect that undoes another.
@@ -737,11 +806,7 @@ func (e *Engine) Resume(ctx context.Context, key Key) Result {
 	}
 	// An owner calls resume: what it can't read is left for later, and does not stay first in line.
 	run := func(ctx context.Context) (*Answer, error) {
-		effects, err := EffectsFrom(ctx)
-		if err != nil {
-			return nil, err
-		}
-		run, err := route.resume(key, effects.open.Request)
+		run, err := route.resume(key, open.Request)
 		if err != nil {
 			return nil, err
 		}
@@ -749,7 +814,7 @@ func (e *Engine) Resume(ctx context.Context, key Key) Result {
 	}
 	return route.engine.Do(ctx, Request{
 		Key: key, Fingerprint: open.Fingerprint, TTL: open.TTL, Route: open.Route, Resumable: open.Route,
-		Stored: func() []byte { return nil }, resumed: true, // it is stored already
+		Stored: func() []byte { return open.Request }, resumed: true,
 	}, run)
 }
 

@@ -88,7 +88,7 @@ func (b *testBundle) fill(t testing.TB, rows int) {
 		arguments []any
 	}{
 		// Building the index at the end is quicker.
-		{"ALTER TABLE idempotency_keys DROP CONSTRAINT idempotency_keys_pkey CASCADE", nil},
+		{"ALTER TABLE idempotency_keys DROP CONSTRAINT idempotency_keys_pkey", nil},
 		{`INSERT INTO idempotency_keys (created_at, expires_at, status, fingerprint_version, attempt_id, scope, key, fingerprint, headers, body)
 		SELECT to_timestamp(at), to_timestamp(at + 86400), CASE WHEN n % 50 = 0 THEN 402 WHEN n % 2 = 0 THEN 200 ELSE 201 END, 1,
 		       id, 'acct_' || (100 + n * 7 % 400), substr(ms, 1, 8) || '-' || substr(ms, 9, 4) || '-7' || substr(id::text, 16),

@@ -16,7 +16,7 @@ import (
 func TestDoctor(t *testing.T) {
 	t.Parallel()
 	b := setup(t, nil)
-	b.Exec(t, "ALTER TABLE idempotency_keys DROP CONSTRAINT idempotency_keys_pkey CASCADE")
+	b.Exec(t, "ALTER TABLE idempotency_keys DROP CONSTRAINT idempotency_keys_pkey")
 	page := b.as("alice", admin.PermissionView).page(t, "doctor")
 	findings := operator.New(b.Store, nil).Doctor(t.Context())
 	if len(findings) < len(operator.Checks()) {

@@ -13,7 +13,7 @@ var (
 	// ErrDeclined is a definite no of the other service: nothing was done, and nothing will be. It
 	// is recorded, so every later run of the handler gets it too. [errors.As] finds the
 	// [DeclinedError] with its detail.
-	ErrDeclined = errors.New("declined")
+	ErrDeclined = idempotency.ErrDeclined
 
 	// ErrMaybe means that an effect that is sent at most once may have been made, and that nobody
 	// will find out. It is recorded. The handler goes on, and says so in its answer.
@@ -31,39 +31,19 @@ var (
 // ErrAbsent is returned by a Lookup that found nothing.
 var ErrAbsent = errors.New("absent")
 
-// DeclinedError is the no of another service. The Detail is what counts: it is the same in every
-// run of the handler, while the error that Do returned is not recorded.
-type DeclinedError struct {
-	Effect string          // the name of the effect
-	Detail json.RawMessage // as given to [Declined]; empty if there was none
-
-	err error // of Do
-}
-
-// Error returns the name of the effect, and the error of Do for Do's own caller.
-func (e *DeclinedError) Error() string {
-	text := "declined"
-	if e.Effect != "" {
-		text = "effect " + e.Effect + ": declined"
-	}
-	if e.err != nil {
-		text += ": " + e.err.Error()
-	}
-	return text
-}
-
-// Is reports whether target is [ErrDeclined].
-func (e *DeclinedError) Is(target error) bool { return target == ErrDeclined }
-
-// Unwrap returns the error that was given to [Declined].
-func (e *DeclinedError) Unwrap() error { return e.err }
+// DeclinedError is the no of another service, or of a phase. The Detail is what counts: it is the
+// same in every run of the handler, while the error that Do returned is not recorded.
+type DeclinedError = idempotency.DeclinedError
 
 // Declined returns the error for a definite no: the other service did nothing, and will do nothing
 // under this key. err says why, for logs. The detail is recorded as JSON, and the handler finds it
 // in the [DeclinedError], in this run and in later ones. It may be nil; one that can't be encoded or
 // is over OutputBytesMax is left out, because the no counts more.
+//
+// The function of a phase (postgres.Phase) returns it too, for a decision against its writes that
+// no later run may take back.
 func Declined(err error, detail any) error {
-	declined := &DeclinedError{err: err}
+	declined := &DeclinedError{Err: err}
 	if detail == nil {
 		return declined
 	}

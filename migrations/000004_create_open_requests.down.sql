@@ -6,6 +6,10 @@ BEGIN
     END IF;
 END
 $$;
+DROP TRIGGER idempotency_keys_delete_guard ON idempotency_keys;
+DROP TRIGGER idempotency_keys_expire_guard ON idempotency_keys;
+DROP TRIGGER idempotency_keys_truncate_guard ON idempotency_keys;
+DROP FUNCTION idempotency_keys_guard();
 DROP TABLE idempotency_effects;
 DROP TABLE idempotency_open;
 -- The rows of acts on open requests stay, so the constraint counts only for new ones.

@@ -19,9 +19,7 @@ CREATE TABLE idempotency_open (
     last_reason text,
     request     bytea       NOT NULL,
 
-    CONSTRAINT idempotency_open_pkey PRIMARY KEY (scope, key),
-    -- A tool that knows nothing of open requests can't delete the key: it fails.
-    CONSTRAINT idempotency_open_key_fkey FOREIGN KEY (scope, key) REFERENCES idempotency_keys ON DELETE RESTRICT
+    CONSTRAINT idempotency_open_pkey PRIMARY KEY (scope, key)
 ) WITH (fillfactor = 60); -- room for updates on the same page
 
 -- The completer's look for work.
@@ -30,7 +28,7 @@ CREATE INDEX idempotency_open_next_at_idx ON idempotency_open (next_at) WHERE pa
 COMMENT ON TABLE idempotency_open IS 'Requests that have called another service, or were about to, and have no answer yet. Do not delete a row by hand: money may have moved.';
 COMMENT ON COLUMN idempotency_open.next_at IS 'From then on anybody may take the request over.';
 COMMENT ON COLUMN idempotency_open.started_at IS 'Time of the first intent''s commit, by this server''s clock.';
-COMMENT ON COLUMN idempotency_open.epoch IS 'Another one for each owner. An owner that was replaced can''t write any more.';
+COMMENT ON COLUMN idempotency_open.epoch IS 'Counts the owners. An owner that was replaced can''t write any more.';
 COMMENT ON COLUMN idempotency_open.lease_ms IS 'Milliseconds that an owner has.';
 COMMENT ON COLUMN idempotency_open.ttl_ms IS 'Milliseconds that the record will count, from the end on.';
 COMMENT ON COLUMN idempotency_open.runs IS 'Number of times that the handler was run.';
@@ -58,8 +56,7 @@ CREATE TABLE idempotency_effects (
     input         bytea       NOT NULL,
     output        bytea,
 
-    CONSTRAINT idempotency_effects_pkey PRIMARY KEY (scope, key, name),
-    CONSTRAINT idempotency_effects_key_fkey FOREIGN KEY (scope, key) REFERENCES idempotency_keys ON DELETE CASCADE
+    CONSTRAINT idempotency_effects_pkey PRIMARY KEY (scope, key, name)
 ) WITH (fillfactor = 70);
 
 COMMENT ON TABLE idempotency_effects IS 'Calls to other services that requests made, or were about to make. They go with the record of their request.';
@@ -77,6 +74,36 @@ COMMENT ON COLUMN idempotency_effects.key IS 'The Idempotency-Key as the client 
 COMMENT ON COLUMN idempotency_effects.name IS 'The name of the effect in the handler.';
 COMMENT ON COLUMN idempotency_effects.input IS 'Input of the call, as it is sent every time.';
 COMMENT ON COLUMN idempotency_effects.output IS 'Result of the call; of a declined one, its detail.';
+
+-- The effects go with the record, whoever deletes it: effects that stayed would answer for a new
+-- request of the same key. And nobody expires or deletes the key of an open request, nor does a
+-- program of an older release: it fails. Foreign keys would run a statement per deleted record; this
+-- runs two per statement. With the owner's rights, because a reaper has none on these tables.
+CREATE OR REPLACE FUNCTION idempotency_keys_guard() RETURNS trigger
+    LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp
+AS $$
+DECLARE
+    deleted text := CASE TG_OP WHEN 'DELETE' THEN 'deleted' ELSE format('%I.%I', TG_TABLE_SCHEMA, TG_TABLE_NAME) END;
+    open boolean := true; -- on UPDATE the trigger's condition says so
+BEGIN
+    IF TG_OP <> 'UPDATE' THEN
+        EXECUTE format('SELECT EXISTS (SELECT FROM %s JOIN %I.idempotency_open USING (scope, key))', deleted, TG_TABLE_SCHEMA) INTO open;
+    END IF;
+    IF open THEN
+        RAISE EXCEPTION 'an open request is neither expired nor deleted, because it may have moved money: end it first (idemctl effect list)'
+            USING ERRCODE = 'restrict_violation';
+    END IF;
+    EXECUTE format('DELETE FROM %I.idempotency_effects AS e USING %s AS d WHERE e.scope = d.scope AND e.key = d.key', TG_TABLE_SCHEMA, deleted);
+    RETURN NULL;
+END
+$$;
+REVOKE ALL ON FUNCTION idempotency_keys_guard() FROM PUBLIC; -- nobody puts it on tables of their own
+CREATE TRIGGER idempotency_keys_delete_guard AFTER DELETE ON idempotency_keys
+    REFERENCING OLD TABLE AS deleted FOR EACH STATEMENT EXECUTE FUNCTION idempotency_keys_guard();
+CREATE TRIGGER idempotency_keys_expire_guard AFTER UPDATE OF expires_at ON idempotency_keys
+    FOR EACH ROW WHEN (OLD.status = 0 AND NEW.status = 0) EXECUTE FUNCTION idempotency_keys_guard();
+CREATE TRIGGER idempotency_keys_truncate_guard BEFORE TRUNCATE ON idempotency_keys
+    FOR EACH STATEMENT EXECUTE FUNCTION idempotency_keys_guard();
 
 -- Acts on open requests.
 ALTER TABLE idempotency_audit

@@ -20,6 +20,7 @@ import (
 	"golang.org/x/term"
 
 	"github.com/paidonce/idempotency"
+	"github.com/paidonce/idempotency/cmd/demo-bank/internal/bank"
 	"github.com/paidonce/idempotency/cmd/demo-bank/internal/bench"
 	"github.com/paidonce/idempotency/cmd/demo-bank/internal/chaos"
 	"github.com/paidonce/idempotency/cmd/demo-bank/internal/psp"
@@ -53,7 +54,9 @@ type commands struct {
 type serveCommand struct {
 	Addr            string        `placeholder:"HOST:PORT" default:"${addr}" help:"Address to listen on; port 0 takes any free one. (default: ${default})"`
 	DatabaseURL     string        `name:"database-url" env:"DATABASE_URL" placeholder:"URL" help:"PostgreSQL that holds the books. Without it an embedded one is started."`
-	DataDir         *string       `name:"data-dir" placeholder:"DIR" help:"Folder that keeps the embedded PostgreSQL's data. Without it the data is deleted at exit."`
+	DataDir         *string       `name:"data-dir" placeholder:"DIR" help:"Folder that keeps the data of the embedded PostgreSQL and of the processor inside. Without it the data is deleted at exit."`
+	PSP             string        `name:"psp" placeholder:"URL" help:"Processor of cards, payouts and mails that runs already: demo-bank psp. Without it one is started inside, on a loopback port."`
+	PSPKeyLifetime  time.Duration `name:"psp-key-lifetime" placeholder:"DURATION" default:"${pspKeyLifetime}" help:"Time that the processor is sure to know a key, at least ${pspKeyLifetimeMin}: nothing is sent again after it. (default: ${default})"`
 	PoolSize        int           `placeholder:"N" default:"${poolSize}" help:"Maximum number of database connections. (default: ${default})"`
 	ShutdownTimeout time.Duration `placeholder:"DURATION" default:"${shutdownTimeout}" help:"Maximum time for requests in progress when the bank stops. (default: ${default})"`
 	TTL             time.Duration `name:"ttl" placeholder:"DURATION" default:"${ttl}" help:"Time that an answer is kept for retries, from its commit. (default: ${default})"`
@@ -73,7 +76,14 @@ func (c *serveCommand) Validate() error {
 		return errors.New("--data-dir is empty: name a folder, or leave it out and lose the money at exit")
 	}
 	if c.DataDir != nil && c.DatabaseURL != "" {
-		fmt.Fprintln(os.Stderr, "demo-bank: --data-dir is not used: the books are in the database of --database-url (DATABASE_URL)")
+		use := "is used only by the processor inside"
+		if c.PSP != "" {
+			use = "is not used"
+		}
+		fmt.Fprintf(os.Stderr, "demo-bank: --data-dir %s: the books are in the database of --database-url (DATABASE_URL)\n", use)
+	}
+	if c.PSPKeyLifetime < bank.KeyLifetimeMin {
+		return fmt.Errorf("--psp-key-lifetime must be at least %v", bank.KeyLifetimeMin)
 	}
 	if c.ShutdownTimeout <= 0 {
 		return errors.New("--shutdown-timeout must be positive")
@@ -110,6 +120,7 @@ func (c *serveCommand) Run(ctx context.Context) error {
 		Addr: c.Addr, DatabaseURL: c.DatabaseURL, DataDir: dataDir, PoolSize: c.PoolSize,
 		ShutdownTimeout: c.ShutdownTimeout, TTL: c.TTL, ReapInterval: c.ReapInterval,
 		HandlerTimeout: c.HandlerTimeout, Wait: c.Wait, AcquireTimeout: c.AcquireTimeout,
+		PSP: c.PSP, KeyLifetime: c.PSPKeyLifetime,
 		CrashPoint: point, Stdout: os.Stdout, Stderr: os.Stderr,
 		Logger: slog.New(slog.NewTextHandler(os.Stderr, &slog.HandlerOptions{Level: c.LogLevel})),
 	}).Run(ctx)
@@ -179,6 +190,7 @@ var defaults = kong.Vars{
 	"ttl":             (24 * time.Hour).String(), "reapInterval": time.Minute.String(),
 	"handlerTimeout": (10 * time.Second).String(), "handlerTimeoutMax": server.HandlerTimeoutMax.String(),
 	"waitMax":        idempotency.WaitMax.String(),
+	"pspKeyLifetime": bank.KeyLifetimeDefault.String(), "pspKeyLifetimeMin": bank.KeyLifetimeMin.String(),
 	"acquireTimeout": server.AcquireTimeoutDefault.String(),
 	"benchDesigns":   strings.Join(bench.Designs(), ", "), "benchParts": strings.Join(bench.Parts(), ", "),
 	"benchRounds": fmt.Sprint(bench.RoundsDefault), "benchSlice": bench.SliceDefault.String(),

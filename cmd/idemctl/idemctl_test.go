@@ -328,7 +328,7 @@ func TestDoctor(t *testing.T) {
 		}
 	}
 	wantText(t, b.want(t, exitDoctor, "doctor").stdout, "fail  durability", "-> ", "verdict", "none in between")
-	b.Exec(t, "DROP TABLE idempotency_keys CASCADE")
+	b.Exec(t, "DROP TABLE idempotency_keys")
 	wantText(t, b.want(t, exitDoctor, "doctor").stdout, "fail  schema", "run the migrations")
 }
 

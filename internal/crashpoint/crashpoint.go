@@ -38,6 +38,25 @@ const (
 	ReaperBatch = "reaper_batch" // the reaper's DELETE is sent, its end not awaited
 )
 
+// The points of a request that calls another service, in the order in which it reaches them. The
+// process dies there.
+const (
+	BeforeIntent = "before_intent" // nothing of the intent was sent to the database
+	IntentSent   = "intent_sent"   // the intent's COMMIT was sent, its reply not awaited
+	BeforeSend   = "before_send"   // the intent is committed, nothing was sent to the other service
+	InCall       = "in_call"       // the other service has the request, its reply not awaited
+	AfterReply   = "after_reply"   // the other service has answered, nothing of the result was sent to the database
+	ResultSent   = "result_sent"   // the result's COMMIT was sent, its reply not awaited
+	AfterResult  = "after_result"  // the result is committed, the last phase has begun
+	LastPhase    = "last_phase"    // the last phase has read, and not written
+	BeforeEnd    = "before_end"    // everything is written except the answer, and nothing of that was sent
+	EndSent      = "end_sent"      // the last COMMIT was sent, its reply not awaited
+	AfterEnd     = "after_end"     // the last COMMIT returned, and nothing was sent to the client
+
+	TakeOver       = "take_over"       // an open request is being taken over, the reply not awaited
+	CompleterBatch = "completer_batch" // the completer knows what is due, and begins to take one over
+)
+
 // BankVariable is the demo bank's environment variable. With the value before_commit:3, for
 // example, the process kills itself when it reaches that point for the third time.
 const BankVariable = "DEMO_BANK_CRASH_POINT"
@@ -47,5 +66,14 @@ const BankVariable = "DEMO_BANK_CRASH_POINT"
 func Bank() []string {
 	return []string{
 		AfterBody, AfterBegin, MidHandler, AfterHandler, BeforeCommit, AfterCommit, HalfResponse, Resolving, ReaperBatch,
+	}
+}
+
+// BankCalls returns the points of the demo bank for requests that call its processor. The last two
+// need a request that was left open.
+func BankCalls() []string {
+	return []string{
+		BeforeIntent, IntentSent, BeforeSend, InCall, AfterReply, ResultSent, AfterResult, LastPhase, BeforeEnd, EndSent, AfterEnd,
+		TakeOver, CompleterBatch,
 	}
 }

@@ -72,7 +72,14 @@ func (s *Store) ReadOpen(ctx context.Context, key idempotency.Key) (*idempotency
 	if err != nil {
 		return nil, err
 	}
-	return inner.ReadOpen(ctx, key)
+	open, err := inner.ReadOpen(ctx, key)
+	if err != nil || open == nil {
+		return nil, err
+	}
+	if err := s.openParts(key, open); err != nil {
+		return nil, err
+	}
+	return open, nil
 }
 
 // FindDue implements [idempotency.Keeper].
@@ -93,10 +100,14 @@ type openAttempt struct {
 
 // Intend implements [idempotency.OpenAttempt].
 func (a *openAttempt) Intend(ctx context.Context, effect *idempotency.Effect, lease time.Duration) error {
-	plain := effect.Input
-	effect.Input = a.store.sealPart(plain, a.claim.Key, a.claim.Attempt, "input", effect.Name)
-	defer func() { effect.Input = plain }()
-	return a.OpenAttempt.Intend(ctx, effect, lease)
+	sealed := *effect
+	sealed.Input = a.store.sealPart(effect.Input, a.claim.Key, a.claim.Attempt, "input", effect.Name)
+	if effect.State != idempotency.EffectIntended { // of a phase
+		sealed.Output = a.store.sealPart(effect.Output, a.claim.Key, a.claim.Attempt, "output", effect.Name)
+	}
+	err := a.OpenAttempt.Intend(ctx, &sealed, lease)
+	effect.SentFirst = sealed.SentFirst
+	return err
 }
 
 // Settle implements [idempotency.OpenAttempt].

@@ -171,9 +171,9 @@ func (s *Store) check(ctx context.Context) (wrong []error) {
 }
 
 // CheckResumable reports whether the database lets the pool's role keep requests open: it has the
-// tables of migration 4, and the role their rights. The error joins all faults it finds, and wraps
-// [ErrSchemaOutdated] or [ErrRightMissing]. A service with resumable routes calls it beside
-// [Store.Check]; others need neither the tables nor the rights.
+// tables of migration 4 and its triggers, and the role their rights. The error joins all faults it
+// finds, and wraps [ErrSchemaOutdated], [ErrTableUnsafe] or [ErrRightMissing]. A service with
+// resumable routes calls it beside [Store.Check]; others need neither the tables nor the rights.
 func (s *Store) CheckResumable(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(ctx, s.options.AcquireTimeout+s.options.StatementTimeout)
 	defer cancel()
@@ -209,7 +209,35 @@ func (s *Store) CheckResumable(ctx context.Context) error {
 	if err != nil {
 		return fmt.Errorf("check: %w", reachError(err))
 	}
-	return errors.Join(wrong...)
+	return errors.Join(append(wrong, s.checkGuards(ctx)...)...)
+}
+
+// guards are the triggers of migration 4 that protect the keys of open requests, by name.
+var guards = [...]struct{ name, event string }{
+	{TableName + "_delete_guard", "AFTER DELETE ON %s REFERENCING OLD TABLE AS deleted FOR EACH STATEMENT"},
+	{TableName + "_expire_guard", "AFTER UPDATE OF expires_at ON %s FOR EACH ROW WHEN (OLD.status = 0 AND NEW.status = 0)"},
+	{TableName + "_truncate_guard", "BEFORE TRUNCATE ON %s FOR EACH STATEMENT"},
+}
+
+func (s *Store) checkGuards(ctx context.Context) (wrong []error) {
+	for _, guard := range guards {
+		var missing, disabled bool
+		err := s.pool.QueryRow(ctx, `
+			SELECT o.oid IS NOT NULL AND t.oid IS NULL, o.oid IS NOT NULL AND COALESCE(t.tgenabled NOT IN ('O', 'A'), false)
+			FROM to_regclass($1) AS o(oid) LEFT JOIN pg_trigger AS t ON t.tgrelid = to_regclass($2) AND t.tgname = $3`, pgx.QueryExecModeExec,
+			pgx.Identifier{s.options.Schema, OpenTableName}.Sanitize(), pgx.Identifier{s.options.Schema, TableName}.Sanitize(), guard.name).Scan(&missing, &disabled)
+		const what = "check: %w: an open request can be deleted, and its effects would answer for a new request of its key: "
+		switch {
+		case err != nil:
+			return append(wrong, fmt.Errorf("check: %w", reachError(err)))
+		case missing:
+			wrong = append(wrong, fmt.Errorf(what+"CREATE TRIGGER %s %s EXECUTE FUNCTION %s()", ErrTableUnsafe, guard.name, fmt.Sprintf(guard.event, s.table),
+				pgx.Identifier{s.options.Schema, TableName + "_guard"}.Sanitize()))
+		case disabled:
+			wrong = append(wrong, fmt.Errorf(what+"ALTER TABLE %s ENABLE TRIGGER %s", ErrTableUnsafe, s.table, guard.name))
+		}
+	}
+	return wrong
 }
 
 // checkSession compares a connection's settings, in the order of Options.settings, with those that

@@ -182,8 +182,8 @@ func TestCheckFindsWhatIsWrong(t *testing.T) {
 		want error
 		says string
 	}{
-		"unlogged":     {"ALTER TABLE idempotency_effects SET UNLOGGED; ALTER TABLE idempotency_open SET UNLOGGED; ALTER TABLE idempotency_keys SET UNLOGGED", postgres.ErrTableUnlogged, "SET LOGGED"},
-		"missing":      {"DROP TABLE idempotency_keys CASCADE", postgres.ErrSchemaOutdated, "run the migrations"},
+		"unlogged":     {"ALTER TABLE idempotency_keys SET UNLOGGED", postgres.ErrTableUnlogged, "SET LOGGED"},
+		"missing":      {"DROP TABLE idempotency_keys", postgres.ErrSchemaOutdated, "run the migrations"},
 		"old":          {"UPDATE idempotency_migrations SET version = 0", postgres.ErrSchemaOutdated, "version 0"},
 		"dirty":        {"UPDATE idempotency_migrations SET dirty = true", postgres.ErrSchemaOutdated, "failed in the middle"},
 		"no version":   {"DELETE FROM idempotency_migrations", postgres.ErrSchemaOutdated, "run the migrations"},
@@ -236,10 +236,10 @@ func TestCheckNamesARemedyThatMendsTheTable(t *testing.T) {
 		"one that fires always":                         {trigger + "INSERT ON idempotency_keys FOR EACH ROW EXECUTE FUNCTION skip(); ALTER TABLE idempotency_keys ENABLE ALWAYS TRIGGER skip", postgres.ErrTableUnsafe, "ALTER TABLE public.idempotency_keys DISABLE TRIGGER skip", ""},
 		"one on DELETE":                                 {trigger + "DELETE ON idempotency_keys FOR EACH ROW EXECUTE FUNCTION skip()", postgres.ErrTableUnsafe, "ALTER TABLE public.idempotency_keys DISABLE TRIGGER skip", ""},
 		"a child":                                       {"CREATE TABLE archive () INHERITS (idempotency_keys)", postgres.ErrTableUnsafe, "ALTER TABLE archive NO INHERIT public.idempotency_keys", ""},
-		"no primary key":                                {"ALTER TABLE idempotency_keys DROP CONSTRAINT idempotency_keys_pkey CASCADE", postgres.ErrSchemaOutdated, "ALTER TABLE public.idempotency_keys ADD CONSTRAINT idempotency_keys_pkey PRIMARY KEY (scope, key)", ""},
+		"no primary key":                                {"ALTER TABLE idempotency_keys DROP CONSTRAINT idempotency_keys_pkey", postgres.ErrSchemaOutdated, "ALTER TABLE public.idempotency_keys ADD CONSTRAINT idempotency_keys_pkey PRIMARY KEY (scope, key)", ""},
 		"one of another name":                           {"ALTER TABLE idempotency_keys RENAME CONSTRAINT idempotency_keys_pkey TO k", postgres.ErrSchemaOutdated, "ALTER TABLE public.idempotency_keys RENAME CONSTRAINT k TO idempotency_keys_pkey", ""},
-		"one on other columns":                          {"ALTER TABLE idempotency_keys DROP CONSTRAINT idempotency_keys_pkey CASCADE, ADD CONSTRAINT idempotency_keys_pkey PRIMARY KEY (key, attempt_id)", postgres.ErrSchemaOutdated, "ALTER TABLE public.idempotency_keys DROP CONSTRAINT idempotency_keys_pkey, ADD CONSTRAINT idempotency_keys_pkey PRIMARY KEY (scope, key)", ""},
-		"one that is deferrable":                        {"ALTER TABLE idempotency_keys DROP CONSTRAINT idempotency_keys_pkey CASCADE, ADD CONSTRAINT idempotency_keys_pkey PRIMARY KEY (scope, key) DEFERRABLE INITIALLY DEFERRED", postgres.ErrSchemaOutdated, "ALTER TABLE public.idempotency_keys DROP CONSTRAINT idempotency_keys_pkey, ADD CONSTRAINT idempotency_keys_pkey PRIMARY KEY (scope, key)", ""},
+		"one on other columns":                          {"ALTER TABLE idempotency_keys DROP CONSTRAINT idempotency_keys_pkey, ADD CONSTRAINT idempotency_keys_pkey PRIMARY KEY (key, attempt_id)", postgres.ErrSchemaOutdated, "ALTER TABLE public.idempotency_keys DROP CONSTRAINT idempotency_keys_pkey, ADD CONSTRAINT idempotency_keys_pkey PRIMARY KEY (scope, key)", ""},
+		"one that is deferrable":                        {"ALTER TABLE idempotency_keys DROP CONSTRAINT idempotency_keys_pkey, ADD CONSTRAINT idempotency_keys_pkey PRIMARY KEY (scope, key) DEFERRABLE INITIALLY DEFERRED", postgres.ErrSchemaOutdated, "ALTER TABLE public.idempotency_keys DROP CONSTRAINT idempotency_keys_pkey, ADD CONSTRAINT idempotency_keys_pkey PRIMARY KEY (scope, key)", ""},
 		"a column that no record has":                   {"ALTER TABLE idempotency_keys ADD COLUMN \"Pay day\" date NOT NULL", postgres.ErrSchemaOutdated, `ALTER TABLE public.idempotency_keys ALTER COLUMN "Pay day" DROP NOT NULL`, ""},
 		"no column headers":                             {"ALTER TABLE idempotency_keys DROP COLUMN headers", postgres.ErrSchemaOutdated, "no column headers", `ALTER TABLE idempotency_keys ADD COLUMN headers bytea NOT NULL`},
 		"a partitioned table": {`ALTER TABLE idempotency_keys RENAME TO t; ALTER TABLE t RENAME CONSTRAINT idempotency_keys_pkey TO t_pkey;

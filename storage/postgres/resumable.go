@@ -5,7 +5,6 @@ import (
 	"encoding/hex"
 	"errors"
 	"fmt"
-	"math/rand/v2"
 	"strings"
 	"sync"
 	"time"
@@ -39,7 +38,7 @@ type openStatements struct {
 	lockAt  wire.Statement
 	key     wire.Statement // the row of an open request in the table of the records
 	open    wire.Statement
-	effect  wire.Statement // returns the time
+	effect  wire.Statement // returns the time; of a call that is about to be sent, or of a phase
 	fence   wire.Statement // fails unless the request is open and this owner's; locks it
 	renew   wire.Statement // as fence, and begins a new lease
 	settle  wire.Statement // fails unless the effect is this owner's and not settled
@@ -93,13 +92,14 @@ func newOpenStatements(o *Options) openStatements {
 		},
 		open: wire.Statement{
 			SQL: "WITH written AS (INSERT INTO " + open + " (next_at, started_at, epoch, lease_ms, ttl_ms, runs, owned, scope, key, route, request)" +
-				" VALUES (" + now + " OPERATOR(pg_catalog.+) ($1" + milliseconds + ", " + now + ", $7, $1, $2, 1, true, $3, $4, $5, $6) RETURNING 1)" + counted + " FROM written",
-			OIDs: []uint32{pgtype.Int8OID, pgtype.Int8OID, pgtype.TextOID, pgtype.TextOID, pgtype.TextOID, pgtype.ByteaOID, pgtype.Int8OID},
+				" VALUES (" + now + " OPERATOR(pg_catalog.+) ($1" + milliseconds + ", " + now + ", 1, $1, $2, 1, true, $3, $4, $5, $6) RETURNING 1)" + counted + " FROM written",
+			OIDs: []uint32{pgtype.Int8OID, pgtype.Int8OID, pgtype.TextOID, pgtype.TextOID, pgtype.TextOID, pgtype.ByteaOID},
 		},
 		effect: wire.Statement{
-			SQL: "WITH written AS (INSERT INTO " + effects + " (sent_first_at, epoch, tries, panics, state, kind, derived_key, scope, key, name, input)" +
-				" VALUES (" + now + ", $1, 1, 0, 1, $2, $3, $4, $5, $6, $7) RETURNING sent_first_at)" + counted + ", pg_catalog.max(sent_first_at) FROM written",
-			OIDs: []uint32{pgtype.Int8OID, pgtype.Int2OID, pgtype.UUIDOID, pgtype.TextOID, pgtype.TextOID, pgtype.TextOID, pgtype.ByteaOID},
+			SQL: "WITH written AS (INSERT INTO " + effects + " (sent_first_at, settled_at, epoch, tries, panics, state, kind, derived_key, scope, key, name, input, output)" +
+				" VALUES (" + now + ", CASE WHEN $8 OPERATOR(pg_catalog.<>) 1 THEN " + now + " END, $1, 1, 0, $8, $2, $3, $4, $5, $6, $7, $9) RETURNING sent_first_at)" +
+				counted + ", pg_catalog.max(sent_first_at) FROM written",
+			OIDs: []uint32{pgtype.Int8OID, pgtype.Int2OID, pgtype.UUIDOID, pgtype.TextOID, pgtype.TextOID, pgtype.TextOID, pgtype.ByteaOID, pgtype.Int2OID, pgtype.ByteaOID},
 		},
 		fence: wire.Statement{
 			SQL:  "WITH held AS (SELECT FROM " + open + ours + " AND " + durable + " FOR UPDATE)" + counted + ", " + synchronousStandbys + " FROM held",
@@ -123,17 +123,14 @@ func newOpenStatements(o *Options) openStatements {
 				" SELECT 1 OPERATOR(pg_catalog./) ((SELECT pg_catalog.count(*) FROM recorded) OPERATOR(pg_catalog.*) (SELECT pg_catalog.count(*) FROM closed))",
 			OIDs: []uint32{pgtype.TextOID, pgtype.TextOID, pgtype.TextOID, pgtype.Int8OID, pgtype.Int2OID, pgtype.ByteaOID, pgtype.ByteaOID, pgtype.TextOID, pgtype.Int8OID, pgtype.UUIDOID},
 		},
-		state: "SELECT 0::bigint, " + columns,
+		state: "SELECT false, " + columns,
 		// All parts of a statement see the rows as they were before it. SKIP LOCKED: an owner that is
-		// in its last transaction has the row, even if its lease has run out. The epoch is random, so
-		// that it differs from that of an owner whose take-over was lost in a fail-over.
-		take: "WITH taken AS (UPDATE " + open + " SET epoch = epoch + 1 + pg_catalog.floor(pg_catalog.random() * 1000000)::bigint, runs = runs + 1, owned = true," +
-			" next_at = " + now + " + lease_ms * interval '1 millisecond'" +
-			" WHERE (scope, key) IN (SELECT scope, key FROM " + open + " WHERE scope = $1 AND key = $2 AND route = $3 AND parked IS NULL AND next_at <= " + now + " FOR UPDATE SKIP LOCKED)" +
-			" AND pg_catalog.set_config('synchronous_commit', $4, true) IS NOT NULL RETURNING epoch)," +
+		// in its last transaction has the row, even if its lease has run out.
+		take: "WITH taken AS (UPDATE " + open + " SET epoch = epoch + 1, runs = runs + 1, owned = true, next_at = " + now + " + lease_ms * interval '1 millisecond'" +
+			" WHERE (scope, key) IN (SELECT scope, key FROM " + open + " WHERE scope = $1 AND key = $2 AND parked IS NULL AND next_at <= " + now + " FOR UPDATE SKIP LOCKED) RETURNING epoch)," +
 			" doubted AS (UPDATE " + effects + " SET doubt_at = " + now + ", tries = tries + 1, epoch = (SELECT epoch FROM taken)" +
 			" WHERE scope = $1 AND key = $2 AND state = 1 AND EXISTS (SELECT FROM taken))" +
-			" SELECT COALESCE((SELECT epoch FROM taken), 0), " + columns,
+			" SELECT EXISTS (SELECT FROM taken), " + columns,
 		due: "SELECT scope, key FROM " + open + " WHERE parked IS NULL AND next_at <= " + now + " AND route = ANY ($1) ORDER BY next_at LIMIT $2",
 		leave: "UPDATE " + open + " SET next_at = " + now + " + $4 * interval '1 millisecond', owned = false, parked = NULLIF($5, ''), last_reason = $6" +
 			" WHERE scope = $1 AND key = $2 AND epoch = $3",
@@ -143,17 +140,19 @@ func newOpenStatements(o *Options) openStatements {
 }
 
 // openAttempt is the attempt of a request that may become open. It has a transaction, on a
-// connection of its own, only from the handler's first use of it to the next effect.
+// connection of its own, only from the handler's first use of it to the next effect, and during a
+// phase.
 type openAttempt struct {
 	store *Store
 	claim *idempotency.Claim
 	outer context.Context // the handler's, without this attempt
-	epoch int64           // of this owner, and of nobody else; 0 until the request is open
+	epoch int64           // of this owner; 0 until the request is open
 
 	mu     sync.Mutex    // the handler may call Tx in several goroutines
 	phase  *keyedAttempt // has the open transaction, if there is one
 	asked  bool          // a claim was sent
 	used   bool          // the handler has its handle
+	inner  bool          // the open transaction is that of a [Phase]
 	over   bool          // the handler has returned
 	shut   bool          // no transaction may begin: an effect is under way, or the handler has returned
 	failed error         // why there is no transaction
@@ -184,7 +183,7 @@ func (a *openAttempt) claimNow(ctx context.Context) (*idempotency.Record, error)
 
 // Context implements [idempotency.Attempt].
 func (a *openAttempt) Context(ctx context.Context) context.Context {
-	a.outer, a.shut, a.over, a.failed, a.used = ctx, false, false, nil, false
+	a.outer, a.shut, a.over, a.failed, a.used, a.inner = ctx, false, false, nil, false, false
 	return context.WithValue(ctx, txKey{}, a)
 }
 
@@ -201,7 +200,7 @@ func (a *openAttempt) handle() *sealed.Tx {
 		handle := dead.Handle()
 		return &handle
 	}
-	a.used = true
+	a.used = a.used || !a.inner
 	return &a.phase.handle
 }
 
@@ -298,6 +297,9 @@ func openMeaning(err error) error {
 	return idempotency.ErrUnavailable
 }
 
+// errUsed refuses an effect or a phase.
+var errUsed = idempotency.UsageError("idempotency/postgres: a call or a phase after the handler has used its transaction (Tx or DeferExec): those writes would be lost or made twice; make the call first, or write in a Phase")
+
 // Intend implements [idempotency.OpenAttempt]. The first intent makes the claim too, unless the
 // handler's transaction has made it.
 func (a *openAttempt) Intend(ctx context.Context, effect *idempotency.Effect, lease time.Duration) error {
@@ -305,32 +307,51 @@ func (a *openAttempt) Intend(ctx context.Context, effect *idempotency.Effect, le
 	defer a.mu.Unlock()
 	switch {
 	case a.used:
-		return idempotency.UsageError("idempotency/postgres: an effect after the handler has used its transaction: those writes would be lost or made twice; make the call first")
+		return errUsed
 	case a.failed != nil:
 		return a.failed
 	}
-	a.shut, a.asked = true, true
+	ofPhase, first := effect.Kind == idempotency.EffectPhase, a.epoch == 0
+	a.shut, a.asked, a.inner = !ofPhase, true, false
 	phase, s := a.phase, &a.store.open
 	a.phase = nil
+	claimed := phase != nil
 	var calls []wire.Call
 	var err error
-	if phase == nil {
+	together := 0 // bytes that travel in one piece, behind the transaction's begin; see wire.Call.Apart
+	switch {
+	case phase == nil:
 		if phase, err = a.vehicle(ctx); err != nil {
 			return err
 		}
 		calls = append(calls, wire.Call{Statement: &s.begin})
+	case ofPhase && effect.State == idempotency.EffectDeclined:
+		calls, claimed = append(phase.guarded(), wire.Call{Statement: &a.store.statements.rollback}, wire.Call{Statement: &s.begin}), false
+	case ofPhase:
+		var deferred []wire.Call
+		if deferred, together, err = phase.tx.Deferred(); err != nil {
+			err = fail("commit a phase", refusal(err), err)
+		} else if !phase.tx.Abandoned() && !wire.PlainText(phase.conn) {
+			err = fail("commit a phase", idempotency.ErrAborted, errEncoding)
+		}
+		calls = append(append([]wire.Call{phase.guardCall()}, deferred...), wire.Call{Statement: &a.store.statements.constraints})
 	}
 	defer phase.release(ctx)
-	derived, err := parseUUID(effect.DerivedKey)
-	if err != nil {
-		return fail("intend", idempotency.ErrAborted, err)
+	apart := func(bytes int) bool {
+		together += bytes
+		return ofPhase && claimed && together > wire.TogetherBytesMax
 	}
-	// Random: an owner of an earlier request with this key, which an operator has abandoned, is not
-	// this one's.
-	leaseMS, epoch := wire.EncodeInt8(lease.Milliseconds()), rand.Int64N(1<<40)+1
-	epochBytes := wire.EncodeInt8(epoch)
+	derived, wrong := parseUUID(effect.DerivedKey)
+	if wrong != nil {
+		err = fail("intend", idempotency.ErrAborted, wrong)
+	}
+	if err != nil {
+		a.failed = err
+		return err
+	}
+	leaseMS, epoch := wire.EncodeInt8(lease.Milliseconds()), int64(1)
 	if a.epoch == 0 {
-		if len(calls) > 0 {
+		if !claimed {
 			claim := phase.lockCall()
 			if claim.Statement == &a.store.statements.lockAt {
 				claim.Statement = &s.claimAt
@@ -347,6 +368,7 @@ func (a *openAttempt) Intend(ctx context.Context, effect *idempotency.Effect, le
 		}
 		ttl := wire.EncodeInt8(a.claim.TTL.Milliseconds())
 		version := wire.EncodeInt2(a.claim.Fingerprint.Version)
+		stored := notNull(a.claim.Stored())
 		var trace []byte
 		if a.claim.TraceID != "" {
 			trace = []byte(a.claim.TraceID)
@@ -359,18 +381,20 @@ func (a *openAttempt) Intend(ctx context.Context, effect *idempotency.Effect, le
 					return a.store.statements.meaning(&wire.Call{Statement: &a.store.statements.insert}, err)
 				},
 			},
-			wire.Call{Statement: &s.open, Params: [][]byte{leaseMS[:], ttl[:], phase.scope, phase.key, []byte(a.claim.Resumable), notNull(a.claim.Stored()), epochBytes[:]}},
+			wire.Call{Statement: &s.open, Params: [][]byte{leaseMS[:], ttl[:], phase.scope, phase.key, []byte(a.claim.Resumable), stored}, Apart: apart(len(stored))},
 		)
 	} else {
-		epoch, epochBytes = a.epoch, wire.EncodeInt8(a.epoch)
+		epoch = a.epoch
 		calls = append(calls, a.fenceCall(&s.renew, phase, leaseMS[:]))
 	}
-	kind := wire.EncodeInt2(int16(effect.Kind))
+	epochBytes, kind, state := wire.EncodeInt8(epoch), wire.EncodeInt2(int16(effect.Kind)), wire.EncodeInt2(int16(effect.State))
 	calls = append(calls,
 		wire.Call{
 			Statement: &s.effect,
-			Params:    [][]byte{epochBytes[:], kind[:], derived[:], phase.scope, phase.key, []byte(effect.Name), notNull(effect.Input)},
+			Params:    [][]byte{epochBytes[:], kind[:], derived[:], phase.scope, phase.key, []byte(effect.Name), notNull(effect.Input), state[:], effect.Output},
+			Apart:     apart(len(effect.Output)),
 			Row: wire.RowFunc(func(values [][]byte) error {
+				wire.ForgetWarning(phase.conn) // of the handler's triggers: see lastRow
 				d := wire.Decoder{Values: values}
 				d.Next(-1)
 				effect.SentFirst = d.Timestamp()
@@ -380,6 +404,9 @@ func (a *openAttempt) Intend(ctx context.Context, effect *idempotency.Effect, le
 		wire.Call{Statement: &a.store.statements.commit},
 	)
 	err = phase.end(ctx, "intend", calls)
+	if err != nil && ofPhase && first {
+		err = phase.recorded(ctx, "intend", err)
+	}
 	if err == nil || errors.Is(err, idempotency.ErrUnknown) {
 		a.epoch = epoch
 	} else {
@@ -465,7 +492,7 @@ func (a *openAttempt) Seal() error {
 
 // Commit implements [idempotency.Attempt].
 func (a *openAttempt) Commit(ctx context.Context, answer *idempotency.Answer) error {
-	phase, err := a.last(ctx)
+	phase, begun, err := a.last(ctx)
 	if err != nil {
 		return err
 	}
@@ -473,26 +500,35 @@ func (a *openAttempt) Commit(ctx context.Context, answer *idempotency.Answer) er
 		return phase.Commit(ctx, answer)
 	}
 	defer phase.release(ctx)
-	deferred, _, refused := phase.tx.Deferred()
-	err = phase.commit(ctx, deferred, refused, a.endCall(phase, answer))
+	if begun {
+		deferred, _, refused := phase.tx.Deferred()
+		err = phase.commit(ctx, deferred, refused, a.endCall(phase, answer))
+	} else {
+		err = phase.end(ctx, "commit", append(a.phaseCalls(phase), a.endCall(phase, answer), wire.Call{Statement: &a.store.statements.commit}))
+	}
 	if err == nil && !phase.synchronous {
 		a.store.recent.set(phase.number)
 	}
 	return err
 }
 
-// last returns the attempt with the last transaction, which it opens if there is none.
-func (a *openAttempt) last(ctx context.Context) (*keyedAttempt, error) {
+// last returns the attempt with the last transaction. If the handler has none, it is begun here, or,
+// if the request is open, by the flush that records the answer.
+func (a *openAttempt) last(ctx context.Context) (phase *keyedAttempt, begun bool, err error) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	if a.phase == nil {
+	if a.phase == nil && a.epoch == 0 {
 		if err := a.beginPhase(ctx); err != nil {
-			return nil, err
+			return nil, false, err
 		}
 	}
-	phase := a.phase
+	phase = a.phase
 	a.phase = nil
-	return phase, nil
+	if phase == nil {
+		phase, err = a.vehicle(ctx)
+		return phase, false, err
+	}
+	return phase, true, nil
 }
 
 // endCall records the answer and closes the request.
@@ -509,7 +545,7 @@ func (a *openAttempt) endCall(phase *keyedAttempt, answer *idempotency.Answer) w
 
 // Decline implements [idempotency.Attempt].
 func (a *openAttempt) Decline(ctx context.Context, answer *idempotency.Answer) error {
-	phase, err := a.last(ctx)
+	phase, begun, err := a.last(ctx)
 	if err != nil {
 		return err
 	}
@@ -517,9 +553,11 @@ func (a *openAttempt) Decline(ctx context.Context, answer *idempotency.Answer) e
 		return phase.Decline(ctx, answer)
 	}
 	defer phase.release(ctx)
-	calls := append(phase.guarded(), wire.Call{Statement: &a.store.statements.rollback})
-	calls = append(append([]wire.Call{}, calls...), wire.Call{Statement: &a.store.open.begin}, a.endCall(phase, answer), wire.Call{Statement: &a.store.statements.commit})
-	return phase.end(ctx, "decline", calls)
+	calls := a.phaseCalls(phase)
+	if begun {
+		calls = append(phase.guarded(), wire.Call{Statement: &a.store.statements.rollback}, wire.Call{Statement: &a.store.open.begin})
+	}
+	return phase.end(ctx, "decline", append(calls, a.endCall(phase, answer), wire.Call{Statement: &a.store.statements.commit}))
 }
 
 // Rollback implements [idempotency.Attempt]. An attempt that has not claimed its key looks for what
@@ -537,6 +575,14 @@ func (a *openAttempt) Rollback(ctx context.Context) error {
 	a.phase = nil
 	if phase == nil {
 		return nil
+	}
+	return a.rollback(ctx, phase)
+}
+
+// rollback undoes a transaction. The record of an open request is its own.
+func (a *openAttempt) rollback(ctx context.Context, phase *keyedAttempt) error {
+	if a.epoch != 0 {
+		return phase.rollback(ctx)
 	}
 	return phase.Rollback(ctx)
 }
@@ -573,14 +619,14 @@ func (a *openAttempt) Leave(ctx context.Context, lapse idempotency.Lapse) error 
 
 // TakeOver implements [idempotency.Keeper].
 func (s *Store) TakeOver(ctx context.Context, claim *idempotency.Claim) (idempotency.OpenAttempt, *idempotency.Open, error) {
-	open, epoch, err := s.readOpen(ctx, s.open.take, claim.Key, claim.Resumable, string(s.synchronousCommit))
+	open, taken, err := s.readOpen(ctx, s.open.take, claim.Key)
 	if err != nil {
 		return nil, nil, fail("take over", idempotency.ErrUnknown, err)
 	}
-	if epoch == 0 {
+	if !taken {
 		return nil, open, nil
 	}
-	open.Epoch, open.Runs = epoch, open.Runs+1
+	open.Epoch, open.Runs = open.Epoch+1, open.Runs+1
 	claim.Attempt, claim.TTL, claim.At = open.Attempt, open.TTL, open.Now
 	return &openAttempt{store: s, claim: claim, asked: true, epoch: open.Epoch}, open, nil
 }
@@ -594,9 +640,7 @@ func (s *Store) ReadOpen(ctx context.Context, key idempotency.Key) (*idempotency
 	return open, nil
 }
 
-// readOpen returns the state of an open request, and the epoch of its new owner if the statement has
-// taken it over.
-func (s *Store) readOpen(ctx context.Context, sql string, key idempotency.Key, more ...any) (open *idempotency.Open, epoch int64, err error) {
+func (s *Store) readOpen(ctx context.Context, sql string, key idempotency.Key) (open *idempotency.Open, taken bool, err error) {
 	var (
 		o               idempotency.Open
 		sum             []byte
@@ -609,16 +653,16 @@ func (s *Store) readOpen(ctx context.Context, sql string, key idempotency.Key, m
 		doubts          []*time.Time
 		attemptID       pgtype.UUID
 	)
-	err = s.pool.QueryRow(ctx, sql, append([]any{pgx.QueryExecModeExec, key.Scope, key.Value}, more...)...).Scan(
-		&epoch, &o.Route, &o.Request, &o.Fingerprint.Version, &sum, &attemptID, &ttl, &o.Epoch, &o.Runs, &o.Started, &o.Now,
+	err = s.pool.QueryRow(ctx, sql, pgx.QueryExecModeExec, key.Scope, key.Value).Scan(
+		&taken, &o.Route, &o.Request, &o.Fingerprint.Version, &sum, &attemptID, &ttl, &o.Epoch, &o.Runs, &o.Started, &o.Now,
 		&o.Due, &lease, &o.Owned, &o.Parked, &o.LastFail, &names, &kinds, &states, &keys, &inputs, &outputs, &tries, &panics, &sent, &doubts)
 	switch {
 	case errors.Is(err, pgx.ErrNoRows):
-		return nil, 0, nil
+		return nil, false, nil
 	case err != nil:
-		return nil, 0, wire.SQLError(err)
+		return nil, false, wire.SQLError(err)
 	case len(sum) != len(o.Fingerprint.Sum):
-		return nil, 0, errRecord
+		return nil, false, errRecord
 	}
 	copy(o.Fingerprint.Sum[:], sum)
 	o.Attempt = attemptID.Bytes
@@ -634,7 +678,7 @@ func (s *Store) readOpen(ctx context.Context, sql string, key idempotency.Key, m
 		}
 		o.Effects = append(o.Effects, effect)
 	}
-	return &o, epoch, nil
+	return &o, taken, nil
 }
 
 // FindDue implements [idempotency.Keeper].

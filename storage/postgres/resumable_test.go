@@ -329,3 +329,50 @@ func TestCheckResumableNamesTheRightsThatAreMissing(t *testing.T) {
 		t.Errorf("a service without effects needs no tables: %v", err)
 	}
 }
+
+// A guard that is missing, as in a table that was restored alone, is named with the statement that
+// makes it good; and a reaper with no right on the tables of effects deletes them with the record.
+func TestCheckResumableNamesTheGuardsThatAreMissing(t *testing.T) {
+	t.Parallel()
+	var r *resumable
+	r = newResumable(t, func(ctx context.Context) (*idempotency.Answer, error) {
+		if err := r.charge(ctx, true); err != nil {
+			return nil, err
+		}
+		return &idempotency.Answer{Status: 201}, nil
+	})
+	for _, sick := range []string{
+		"ALTER TABLE idempotency_keys DISABLE TRIGGER USER",
+		"DROP TRIGGER idempotency_keys_delete_guard ON idempotency_keys; DROP TRIGGER idempotency_keys_expire_guard ON idempotency_keys; DROP TRIGGER idempotency_keys_truncate_guard ON idempotency_keys",
+	} {
+		r.Exec(t, sick)
+		if err := r.Store.Check(t.Context()); err != nil {
+			t.Errorf("a service without effects needs no guards: %v", err)
+		}
+		err := r.Store.CheckResumable(t.Context())
+		if !errors.Is(err, postgres.ErrTableUnsafe) {
+			t.Fatal(err)
+		}
+		remedies := regexp.MustCompile(`(?m)(CREATE|ALTER) .*$`).FindAllString(err.Error(), -1)
+		if len(remedies) != 3 {
+			t.Fatalf("%v", err)
+		}
+		for _, remedy := range remedies {
+			r.Exec(t, remedy)
+		}
+		if err := r.Store.CheckResumable(t.Context()); err != nil {
+			t.Errorf("after the remedies: %v", err)
+		}
+	}
+	if result := r.do(t); result.Outcome != idempotency.OutcomeExecuted {
+		t.Fatalf("%+v", result)
+	}
+	r.Exec(t, "UPDATE idempotency_keys SET expires_at = now() - interval '1 hour'")
+	reaper, _ := r.Role(t, "SELECT, DELETE ON idempotency_keys")
+	if n, err := reaper.DeleteExpired(t.Context()); err != nil || n != 1 {
+		t.Errorf("%d, %v", n, err)
+	}
+	if n := r.Count(t, "SELECT count(*) FROM idempotency_effects"); n != 0 {
+		t.Errorf("%d effects are left", n)
+	}
+}

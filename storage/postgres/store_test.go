@@ -17,7 +17,7 @@ import (
 func TestMissingTableIsUnavailable(t *testing.T) {
 	t.Parallel()
 	b := setup(t, nil)
-	if _, err := b.pool.Exec(context.Background(), "DROP TABLE idempotency_keys CASCADE"); err != nil {
+	if _, err := b.pool.Exec(context.Background(), "DROP TABLE idempotency_keys"); err != nil {
 		t.Fatal(err)
 	}
 	want(t, b.do(t, request("k", ""), pay(t, 201)), idempotency.OutcomeNotExecuted, idempotency.ReasonUnavailable)

@@ -2,9 +2,13 @@ package operator_test
 
 import (
 	"context"
+	"errors"
 	"strings"
 	"testing"
 	"time"
+
+	"github.com/jackc/pgx/v5"
+	"github.com/jackc/pgx/v5/pgconn"
 
 	"github.com/paidonce/idempotency"
 	"github.com/paidonce/idempotency/internal/testservice"
@@ -218,6 +222,7 @@ func TestOpenRequestIsOnlyAbandonedKnowingly(t *testing.T) {
 	if !strings.Contains(err.Error(), "abandon") {
 		t.Errorf("it names no remedy: %v", err)
 	}
+	b.Exec(t, "ALTER TABLE idempotency_keys DISABLE TRIGGER idempotency_keys_expire_guard")
 	b.Exec(t, "UPDATE idempotency_keys SET expires_at = now() - interval '1 hour'")
 	if n, err := b.Store.DeleteExpired(t.Context()); err != nil || n != 0 {
 		t.Errorf("the reaper: %d, %v", n, err)
@@ -283,38 +288,96 @@ func TestListOpen(t *testing.T) {
 	wantError(t, err, operator.ErrInvalid)
 }
 
-// The statements of the release before open requests: they read the table, and none of them can
-// lose an intent.
+// The statements of the last release without open requests, as its programs send them: they read the
+// table, and none of them can lose an intent, or leave effects that would answer for a new request.
 func TestOlderToolsCanNotLoseAnOpenRequest(t *testing.T) {
 	t.Parallel()
+	const (
+		get = "SELECT scope, key, status, fingerprint_version, fingerprint, attempt_id, octet_length(body)::bigint, trace_id, created_at, expires_at, expires_at < statement_timestamp(), headers" +
+			` FROM "public"."idempotency_keys" WHERE scope = $1 AND key = $2`
+		list = `SELECT scope, key, status, fingerprint_version, fingerprint, attempt_id, octet_length(body)::bigint, trace_id, created_at, expires_at, expires_at < statement_timestamp(),
+			count(*) OVER (), statement_timestamp() FROM ONLY "public"."idempotency_keys" WHERE ctid >= $1::tid ORDER BY created_at DESC, scope, key LIMIT $2::int`
+		stats = `SELECT count(*) FILTER (WHERE expires_at >= statement_timestamp()), count(*) FILTER (WHERE expires_at < statement_timestamp()),
+			min(created_at), min(expires_at) FILTER (WHERE expires_at < statement_timestamp()) FROM ONLY "public"."idempotency_keys"`
+		metrics = `SELECT count(*) AS records, count(*) FILTER (WHERE expires_at < statement_timestamp()) AS expired, min(expires_at) AS oldest
+			FROM ONLY "public"."idempotency_keys" WHERE ctid >= format('(%s,0)', 0)::tid AND ctid < format('(%s,0)', 1)::tid`
+		expire = `UPDATE ONLY "public"."idempotency_keys" SET expires_at = least(expires_at, transaction_timestamp()) WHERE scope = $1 AND key = $2 AND attempt_id = $3::uuid`
+		remove = `DELETE FROM ONLY "public"."idempotency_keys" WHERE scope = $1 AND key = $2 AND attempt_id = $3::uuid`
+		reap   = `DELETE FROM ONLY "public"."idempotency_keys" WHERE ctid >= $1::tid AND ctid < $2::tid AND expires_at < statement_timestamp()
+			AND (SELECT pg_try_advisory_xact_lock($3) AND set_config('lock_timeout', '20', true) IS NOT NULL)`
+	)
 	b := setupOpen(t)
-	k := b.open(t, "canary")
-	if _, err := b.Pool.Exec(t.Context(), "DELETE FROM ONLY public.idempotency_keys WHERE scope = $1 AND key = $2", k.Scope, k.Value); err == nil || !strings.Contains(err.Error(), "idempotency_open_key_fkey") {
-		t.Errorf("its delete: %v", err)
+	try := func(sql string, arguments ...any) (rows int64, err error) {
+		tag, err := b.Pool.Exec(t.Context(), sql, append([]any{pgx.QueryExecModeExec}, arguments...)...)
+		return tag.RowsAffected(), err
 	}
-	b.Exec(t, "DELETE FROM ONLY public.idempotency_keys WHERE expires_at < statement_timestamp()") // its reaper
-	b.Exec(t, "UPDATE ONLY idempotency_keys SET expires_at = least(expires_at, transaction_timestamp()) WHERE scope = $1 AND key = $2", k.Scope, k.Value)
-	if _, err := b.Pool.Exec(t.Context(), "DELETE FROM ONLY public.idempotency_keys WHERE expires_at < statement_timestamp()"); err == nil {
-		t.Error("after its expire its reaper deleted the key")
+	must := func(want int64, sql string, arguments ...any) {
+		t.Helper()
+		if rows, err := try(sql, arguments...); err != nil || rows != want {
+			t.Errorf("%s: %d rows, %v; want %d", sql, rows, err, want)
+		}
 	}
-	var expires time.Time // its list, get and timeline
-	var status int
-	if err := b.Pool.QueryRow(t.Context(), "SELECT status, expires_at FROM idempotency_keys").Scan(&status, &expires); err != nil || status != 0 {
-		t.Errorf("%d, %v", status, err)
+	refused := func(sql string, arguments ...any) {
+		t.Helper()
+		var pgErr *pgconn.PgError
+		if _, err := try(sql, arguments...); !errors.As(err, &pgErr) || pgErr.Code != "23001" || !strings.Contains(pgErr.Message, "idemctl effect list") || strings.Contains(err.Error(), "canary") {
+			t.Errorf("%s: %v; want a refusal with its remedy", sql, err)
+		}
 	}
-	if n := b.Count(t, "SELECT count(*) FROM idempotency_open JOIN idempotency_effects USING (scope, key)"); n != 1 {
-		t.Errorf("%d open requests are left", n)
+	row := func(k idempotency.Key) []any {
+		return []any{k.Scope, k.Value, b.Text(t, "SELECT attempt_id::text FROM idempotency_keys WHERE scope = $1 AND key = $2", k.Scope, k.Value)}
 	}
-	// This release's reaper goes on, and the request can end.
-	if _, err := b.Store.DeleteExpired(t.Context()); err != nil {
-		t.Error(err)
+	steps := func(k idempotency.Key) int {
+		return b.Count(t, "SELECT count(*) FROM idempotency_effects WHERE scope = $1 AND key = $2", k.Scope, k.Value)
 	}
-	if _, err := b.operator.Settle(t.Context(), k, "charge", operator.SettleDone, []byte("1"), openAct); err != nil {
-		t.Fatal(err)
+	settle := func(k idempotency.Key) {
+		t.Helper()
+		if _, err := b.operator.Settle(t.Context(), k, "charge", operator.SettleDone, []byte("1"), openAct); err != nil {
+			t.Fatal(err)
+		}
+		b.complete(t)
 	}
-	b.complete(t)
+	plain := key("plain")
+	if result := b.Engine.Do(t.Context(), testservice.Request(plain), func(context.Context) (*idempotency.Answer, error) { return &idempotency.Answer{Status: 201}, nil }); result.Outcome != idempotency.OutcomeExecuted {
+		t.Fatalf("%+v", result)
+	}
+	ended, open := b.open(t, "ended"), b.open(t, "canary")
+	settle(ended)
+
+	must(1, get, open.Scope, open.Value)
+	must(3, list, "(0,0)", 10)
+	must(1, stats)
+	must(1, metrics)
+	refused(expire, row(open)...)
+	refused(remove, row(open)...)
+	refused("DELETE FROM idempotency_keys")
+	refused("TRUNCATE idempotency_keys")
+	must(1, expire, row(plain)...)
+	must(1, expire, row(ended)...)
+	must(2, reap, "(0,0)", "(1000,0)", int64(1)) // the open request does not stop it
+	if steps(ended) != 0 || steps(open) != 1 {
+		t.Errorf("%d effects of a record that is gone, %d of an open request", steps(ended), steps(open))
+	}
+
+	// The key is new, and the old effect does not answer: the new request makes its own.
+	sent := b.sent
+	b.open(t, "ended")
+	if b.sent != sent+1 {
+		t.Error("the effects of a deleted request answered for a new one")
+	}
+	settle(ended)
+	must(1, remove, row(ended)...)
+	if steps(ended) != 0 {
+		t.Error("its delete left the effects")
+	}
+
+	settle(open)
 	if result := b.again(t, "canary"); result.Outcome != idempotency.OutcomeReplayed {
 		t.Errorf("%+v", result)
+	}
+	must(0, "TRUNCATE idempotency_keys")
+	if steps(open) != 0 {
+		t.Error("TRUNCATE left the effects")
 	}
 }
 

@@ -108,10 +108,12 @@ func accountNotFound() *Problem {
 	return notFound("account-not-found", "There is no account with this id.")
 }
 
-// accounts reads at most limit accounts with ids after the given one, ordered by id.
+// accounts reads at most limit accounts with ids after the given one, ordered by id, without the
+// bank's own.
 func (b *Bank) accounts(ctx context.Context, after string, limit int) ([]Account, error) {
 	rows, err := b.pool.Query(ctx, `
-		SELECT id, currency, balance, opening_balance FROM accounts WHERE id > $1 ORDER BY id LIMIT $2`, after, limit)
+		SELECT id, currency, balance, opening_balance FROM accounts
+		WHERE id > $1 AND NOT starts_with(id, '`+ownPrefix+`') ORDER BY id LIMIT $2`, after, limit)
 	if err != nil {
 		return nil, fmt.Errorf("list accounts: %w", err)
 	}

@@ -12,7 +12,7 @@ import (
 // arbitrary-precision integers because a sum over all books may exceed 64 bits.
 type Audit struct {
 	// OK reports that balance_total = opening_total, entries_total = 0, and every count of errors
-	// is 0.
+	// is 0, as far as the processor can be asked.
 	OK bool `json:"ok"`
 
 	Accounts  int64 `json:"accounts"`
@@ -38,20 +38,43 @@ type Audit struct {
 	RecordsWithoutTransfer int64 `json:"records_without_transfer"`
 	// Transfers without a key. They do not affect OK.
 	UnprotectedTransfers int64 `json:"unprotected_transfers"`
+
+	// Requests that have begun to call the processor and have no answer yet: those that go on by
+	// themselves, and those that wait for a person. They do not affect OK.
+	OpenOperations   int64 `json:"open_operations"`
+	ParkedOperations int64 `json:"parked_operations"`
+	// Money that is held for payouts. It is a part of balance_total.
+	HeldTotal json.Number `json:"held_total"`
+
+	// PSP is the id of the processor's instance, or [ProcessorUnreachable]. The next five compare
+	// its lists with the postings that name this instance. They are null if it can't be reached.
+	PSP string `json:"psp,omitempty"`
+	// Charges at the processor. One whose request is open is not without a posting.
+	Charges               *int64 `json:"charges"`
+	ChargesWithoutPosting *int64 `json:"charges_without_posting"`
+	PostingsWithoutCharge *int64 `json:"postings_without_charge"`
+	PayoutsWithoutPosting *int64 `json:"payouts_without_posting"`
+	PostingsWithoutPayout *int64 `json:"postings_without_payout"`
 }
+
+// ProcessorUnreachable is an audit's PSP if the processor does not answer.
+const ProcessorUnreachable = "unreachable"
 
 // totals are the sums of the audit. The statements of [Inspect] count the errors.
 const totals = `
 	SELECT
-		(SELECT count(*) FROM accounts),
+		(SELECT count(*) FROM accounts WHERE NOT starts_with(id, '` + ownPrefix + `')),
 		(SELECT count(*) FROM transfers),
 		(SELECT count(*) FROM orders),
 		(SELECT COALESCE(sum(balance), 0)::text FROM accounts),
 		(SELECT COALESCE(sum(opening_balance), 0)::text FROM accounts),
 		(SELECT COALESCE(sum(amount), 0)::text FROM entries),
-		(SELECT count(*) FROM accounts WHERE balance < 0),
+		(SELECT count(*) FROM accounts WHERE ` + negative + `),
 		(SELECT count(*) FROM (SELECT DISTINCT scope, key FROM transfers WHERE key IS NOT NULL) keys),
-		(SELECT count(*) FROM transfers WHERE key IS NULL)`
+		(SELECT count(*) FROM transfers WHERE key IS NULL),
+		(SELECT count(*) FROM idempotency_open WHERE parked IS NULL),
+		(SELECT count(*) FROM idempotency_open WHERE parked IS NOT NULL),
+		(SELECT COALESCE(sum(balance), 0)::text FROM accounts WHERE starts_with(id, '` + heldAccount + `'))`
 
 // Audit reads the books in one REPEATABLE READ snapshot, taken after the call began.
 func (b *Bank) Audit(ctx context.Context) (*Audit, error) {
@@ -62,13 +85,16 @@ func (b *Bank) Audit(ctx context.Context) (*Audit, error) {
 		return nil, fmt.Errorf("audit: wait for a turn: %w", ctx.Err())
 	}
 	var a Audit
-	var balance, opening, entries string
+	var balance, opening, entries, held string
+	made := b.processor.made(ctx) // first: whatever is in it has an intent in the snapshot
 	err := Snapshot(ctx, b.pool, func(tx pgx.Tx) error {
 		var batch pgx.Batch
 		batch.Queue(totals).QueryRow(func(row pgx.Row) error {
 			return row.Scan(&a.Accounts, &a.Transfers, &a.Orders, &balance, &opening, &entries,
-				&a.NegativeBalances, &a.KeysWithTransfers, &a.UnprotectedTransfers)
+				&a.NegativeBalances, &a.KeysWithTransfers, &a.UnprotectedTransfers,
+				&a.OpenOperations, &a.ParkedOperations, &held)
 		})
+		made.compare(&batch)
 		findings := inspect(&batch, b.ttl, OneEffect, TwoEntries, BalancesAddUp, EffectsRecorded, RecordsHaveEffects)
 		if err := tx.SendBatch(ctx, &batch).Close(); err != nil {
 			return err
@@ -85,8 +111,12 @@ func (b *Bank) Audit(ctx context.Context) (*Audit, error) {
 		return nil, fmt.Errorf("audit: %w", err)
 	}
 	a.BalanceTotal, a.OpeningTotal, a.EntriesTotal = json.Number(balance), json.Number(opening), json.Number(entries)
+	a.HeldTotal = json.Number(held)
+	made.fill(ctx, &a)
+	wrong := func(n *int64) bool { return n != nil && *n != 0 }
 	a.OK = balance == opening && entries == "0" &&
 		a.UnbalancedTransfers == 0 && a.BalanceMismatches == 0 && a.NegativeBalances == 0 &&
-		a.KeysWithManyTransfers == 0 && a.TransfersWithoutRecord == 0 && a.RecordsWithoutTransfer == 0
+		a.KeysWithManyTransfers == 0 && a.TransfersWithoutRecord == 0 && a.RecordsWithoutTransfer == 0 &&
+		!wrong(a.ChargesWithoutPosting) && !wrong(a.PostingsWithoutCharge) && !wrong(a.PayoutsWithoutPosting) && !wrong(a.PostingsWithoutPayout)
 	return &a, nil
 }

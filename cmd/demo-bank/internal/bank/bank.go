@@ -26,7 +26,7 @@ const Schema = "demo_bank"
 const versionTable = "demo_bank_migrations"
 
 // SchemaVersion is the version of the bank's tables that this program needs.
-const SchemaVersion = 2
+const SchemaVersion = 3
 
 // Migrate creates or upgrades the bank's tables in the store's schema, and seeds them once. It is
 // safe to call from several processes at once.
@@ -56,7 +56,11 @@ type Bank struct {
 	logger *slog.Logger
 
 	onTransfer TransferFunc
+	processor  *Processor // nil if there is none
 }
+
+// Call sets the processor that the bank calls. Call it once, before MountCalls.
+func (b *Bank) Call(processor *Processor) { b.processor = processor }
 
 // TransferFunc is called in each transfer's transaction: before its first statement, and with
 // written set after its last one. If it returns an error or panics, the transfer fails.

@@ -87,7 +87,8 @@ func inspect(batch *pgx.Batch, ttl time.Duration, names ...string) []Finding {
 // lacks a record because the reaper deleted it, that record had expired earlier by the same clock.
 // So the reaper can't have deleted the record of a row younger than the cutoff, even if the two
 // race. A row and its record have the same created_at, that of their transaction, so both are cut
-// at the same point.
+// at the same point. The record of a request that called the processor is older than its row, and
+// expires after it: a row that is young has one, and a record that is young has a young row.
 const Cutoff = `cutoff AS MATERIALIZED (SELECT clock_timestamp() - $1 * interval '1 microsecond' AS at)`
 
 // effects selects the rows that keyed requests wrote.
@@ -96,15 +97,33 @@ const effects = `
 	UNION ALL
 	SELECT 'order ' || id, scope, key, attempt_id, created_at FROM orders WHERE key IS NOT NULL
 	UNION ALL
-	SELECT 'account ' || id, scope, key, attempt_id, created_at FROM accounts WHERE key IS NOT NULL`
+	SELECT 'account ' || id, scope, key, attempt_id, created_at FROM accounts WHERE key IS NOT NULL
+	UNION ALL
+	SELECT 'top-up ' || id, scope, key, attempt_id, created_at FROM topups WHERE key IS NOT NULL
+	UNION ALL
+	SELECT 'payout ' || id, scope, key, attempt_id, ended_at FROM payouts WHERE key IS NOT NULL AND state = 'posted'
+	UNION ALL
+	SELECT 'receipt ' || id, scope, key, attempt_id, created_at FROM receipts WHERE key IS NOT NULL`
 
-// written selects effects, and records of 2xx answers, that are younger than the TTL.
+// written selects effects that are younger than the TTL, records of 2xx answers, and those of them
+// that are younger.
 const written = Cutoff + `,
 	effects AS MATERIALIZED (SELECT e.* FROM cutoff, (` + effects + `) e WHERE e.created_at > cutoff.at),
-	records AS MATERIALIZED (
-		SELECT r.scope, r.key, r.attempt_id FROM idempotency_keys r, cutoff
-		WHERE r.status BETWEEN 200 AND 299 AND r.created_at > cutoff.at
-	),`
+	all_records AS MATERIALIZED (
+		SELECT r.scope, r.key, r.attempt_id, r.created_at FROM idempotency_keys r WHERE r.status BETWEEN 200 AND 299
+	),
+	records AS (SELECT r.* FROM all_records r, cutoff WHERE r.created_at > cutoff.at),`
+
+// atProcessor and atHeld select entries on the bank's own accounts, and ofHold the two entries with
+// which a payout begins.
+const (
+	atProcessor = `starts_with(e.account, '` + processorAccount + `')`
+	atHeld      = `starts_with(e.account, '` + heldAccount + `')`
+	ofHold      = `e.account = p.account AND e.amount = -p.amount OR ` + atHeld + ` AND e.amount = p.amount`
+)
+
+// negative selects accounts that owe. What came in through the processor is owed by it.
+const negative = `balance < 0 AND NOT starts_with(id, '` + processorAccount + `')`
 
 // statement is one check of the books: subject selects the things to check, and wrong selects one
 // row for each error with one column, example.
@@ -122,7 +141,7 @@ var statements = [...]statement{
 			SELECT format('balances are %s where %s were put in', sum(balance), sum(opening_balance))
 			FROM accounts HAVING sum(balance) <> sum(opening_balance)
 			UNION ALL
-			SELECT format('account %s has %s', id, balance) FROM accounts WHERE balance < 0`,
+			SELECT format('account %s has %s', id, balance) FROM accounts WHERE ` + negative,
 	},
 	{
 		name: OneEffect, subject: "keys",
@@ -146,6 +165,23 @@ var statements = [...]statement{
 					count(*) FILTER (WHERE e.account = o.account AND e.amount = -o.amount),
 					count(*) FILTER (WHERE e.account <> o.account AND e.amount = o.amount)
 				FROM orders o LEFT JOIN entries e ON e.order_id = o.id GROUP BY o.id
+				UNION ALL
+				SELECT 'top-up ' || t.id, count(e.id), COALESCE(sum(e.amount), 0),
+					count(*) FILTER (WHERE ` + atProcessor + ` AND e.amount = -t.amount),
+					count(*) FILTER (WHERE e.account = t.account AND e.amount = t.amount)
+				FROM topups t LEFT JOIN entries e ON e.topup_id = t.id GROUP BY t.id
+				UNION ALL
+				SELECT 'hold of payout ' || p.id, count(e.id), COALESCE(sum(e.amount), 0),
+					count(*) FILTER (WHERE e.account = p.account), count(*) FILTER (WHERE ` + atHeld + `)
+				FROM payouts p LEFT JOIN entries e ON e.payout_id = p.id AND (` + ofHold + `) GROUP BY p.id
+				UNION ALL
+				-- There is none while the request is open.
+				SELECT 'end of payout ' || p.id || ', ' || p.state, count(e.id), COALESCE(sum(e.amount), 0),
+					count(*) FILTER (WHERE ` + atHeld + ` AND e.amount = -p.amount),
+					count(*) FILTER (WHERE e.amount = p.amount AND CASE p.state WHEN 'posted' THEN ` + atProcessor + ` WHEN 'released' THEN e.account = p.account END)
+				FROM payouts p LEFT JOIN entries e ON e.payout_id = p.id AND NOT (` + ofHold + `)
+				WHERE p.state <> 'held' OR e.id IS NOT NULL OR NOT EXISTS (SELECT FROM idempotency_open o WHERE o.scope = p.scope AND o.key = p.key)
+				GROUP BY p.id
 			),`,
 		wrong: `
 			SELECT format('%s has %s entries that sum to %s, %s of its debit and %s of its credit', move, entries, total, debits, credits)
@@ -163,7 +199,7 @@ var statements = [...]statement{
 		name: EffectsRecorded, subject: "effects", with: written,
 		wrong: `
 			SELECT format('%s/%s: no recorded 2xx of the attempt that made %s', e.scope, e.key, e.effect) FROM effects e
-			WHERE NOT EXISTS (SELECT FROM records r WHERE r.attempt_id = e.attempt_id AND r.scope = e.scope AND r.key = e.key)`,
+			WHERE NOT EXISTS (SELECT FROM all_records r WHERE r.attempt_id = e.attempt_id AND r.scope = e.scope AND r.key = e.key)`,
 	},
 	{
 		name: RecordsHaveEffects, subject: "records", with: written,

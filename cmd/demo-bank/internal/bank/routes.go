@@ -2,6 +2,7 @@ package bank
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"net/http"
 	"net/url"
@@ -26,6 +27,9 @@ const (
 	TransfersPath            = "/v1/transfers"
 	UnprotectedTransfersPath = "/v1/unprotected/transfers"
 )
+
+// TopUpsPath is the path of top-ups.
+const TopUpsPath = "/v1/topups"
 
 // auditTimeout limits an audit, which reads all books: it must not hold a conn longer than its
 // client waits.
@@ -63,6 +67,12 @@ func (b *Bank) Mount(r chi.Router, protect func(http.Handler) http.Handler) {
 	})
 }
 
+// MountCalls adds the routes that call the processor. resumable returns the idempotency middleware
+// for a route whose requests can be run again under this name.
+func (b *Bank) MountCalls(r chi.Router, resumable func(name string) func(http.Handler) http.Handler) {
+	r.With(resumable("topup/1")).Post(TopUpsPath, b.calling(b.decodeTopUp))
+}
+
 // stamp identifies the request that wrote a row. It is empty for a request without a key.
 type stamp struct {
 	scope, key *string
@@ -93,12 +103,14 @@ func stampOfHeader(r *http.Request) stamp {
 // answer is the answer to a successful request that writes.
 type answer struct {
 	status   int
-	location string
+	location string // empty if nothing can be read there
 	body     any
 }
 
 func (a *answer) write(w http.ResponseWriter) {
-	w.Header().Set("Location", a.location)
+	if a.location != "" {
+		w.Header().Set("Location", a.location)
+	}
 	WriteJSON(w, a.status, a.body)
 }
 
@@ -121,6 +133,49 @@ func (b *Bank) inGivenTransaction(decode decodeFunc) http.HandlerFunc {
 			return
 		}
 		a.write(w)
+	}
+}
+
+// call carries out a request that calls the processor, in as many transactions as it needs.
+type call func(ctx context.Context) (*answer, error)
+
+// errUnsettled is the error of a request that can't be answered yet: it stays open.
+var errUnsettled = errors.New("the request is not settled")
+
+func unsettled(err error) error { return fmt.Errorf("%w: %w", errUnsettled, err) }
+
+// apart returns the context of a read before a call: without the request's attempt, which lends no
+// connection before the call, and no longer than the handler's.
+func apart(ctx context.Context) (context.Context, context.CancelFunc) {
+	deadline, ok := ctx.Deadline()
+	if !ok {
+		return context.WithTimeout(context.Background(), readTimeout)
+	}
+	return context.WithDeadline(context.Background(), deadline)
+}
+
+// readTimeout limits a read before a call, if the handler has no deadline.
+const readTimeout = 5 * time.Second
+
+// calling runs a request that calls the processor. If it is not settled, the middleware answers.
+func (b *Bank) calling(decode func(body []byte) (call, error)) http.HandlerFunc {
+	return func(w http.ResponseWriter, r *http.Request) {
+		body, err := readBody(r.Body)
+		var do call
+		if err == nil {
+			do, err = decode(body)
+		}
+		var a *answer
+		if err == nil {
+			a, err = do(r.Context())
+		}
+		switch {
+		case errors.Is(err, errUnsettled): // whatever is written now is dropped
+		case err != nil:
+			b.writeError(w, r, err)
+		default:
+			a.write(w)
+		}
 	}
 }
 

@@ -283,7 +283,7 @@ func TestBooksThatCannotBeReadAreNoVerdict(t *testing.T) {
 	if results, err := Ledger(ended, b.connect(), b.ops, b.expected, ttl); !errors.Is(err, context.Canceled) || results != nil {
 		t.Errorf("with a context that has ended: %v, %v", results, err)
 	}
-	b.exec("DROP TABLE demo_bank.idempotency_keys")
+	b.exec("DROP TABLE demo_bank.idempotency_keys CASCADE")
 	if results, err := Ledger(t.Context(), b.conn, b.ops, b.expected, ttl); err == nil || results != nil {
 		t.Errorf("without the table of records: %v, %v", results, err)
 	}

@@ -39,7 +39,7 @@ func twins(t *testing.T) *pgxpool.Pool {
 func seed(t *testing.T, pool *pgxpool.Pool) {
 	t.Helper()
 	execute(t, pool, `
-		TRUNCATE accounts, transfers, orders, entries, idempotency_keys;
+		TRUNCATE accounts, transfers, orders, entries, idempotency_keys CASCADE;
 		ALTER TABLE entries ALTER COLUMN id RESTART WITH 43;
 		INSERT INTO accounts (id, currency, opening_balance, balance) VALUES ('alice', 'EUR', 70, 70), ('bob', 'EUR', 50, 50);
 		INSERT INTO accounts (id, currency, opening_balance, balance)

@@ -3,6 +3,7 @@ package server
 import (
 	"context"
 	"net/http"
+	"strings"
 	"sync"
 	"testing"
 	"time"
@@ -106,13 +107,13 @@ func TestAuditFindsWhatIsWrong(t *testing.T) {
 // plant runs a statement, and returns a function that restores all tables.
 func plant(t *testing.T, b *bundle, statement string) (undo func()) {
 	t.Helper()
-	tables := []string{"accounts", "transfers", "orders", "entries", "idempotency_keys"}
+	tables := []string{"accounts", "transfers", "orders", "topups", "payouts", "receipts", "entries", "idempotency_keys", "idempotency_open", "idempotency_effects"}
 	for _, table := range tables {
 		b.exec(`CREATE TABLE saved_` + table + ` AS TABLE ` + table)
 	}
 	b.exec(statement)
 	return func() {
-		b.exec(`TRUNCATE accounts, transfers, orders, entries, idempotency_keys CASCADE`)
+		b.exec(`TRUNCATE ` + strings.Join(tables, ", ") + ` CASCADE`)
 		for _, table := range tables {
 			b.exec(`INSERT INTO ` + table + ` OVERRIDING SYSTEM VALUE TABLE saved_` + table)
 			b.exec(`DROP TABLE saved_` + table)

@@ -35,8 +35,9 @@ func CrashPointFromEnvironment(stderr io.Writer) (*CrashPoint, error) {
 func parseCrashPoint(value string, stderr io.Writer) (*CrashPoint, error) {
 	name, count, _ := strings.Cut(value, ":")
 	nth, err := strconv.ParseInt(count, 10, 64)
-	if err != nil || nth < 1 || !slices.Contains(crashpoint.Bank(), name) {
-		return nil, fmt.Errorf("%s must be name:n, where n is at least 1 and the name one of %s", crashpoint.BankVariable, strings.Join(crashpoint.Bank(), ", "))
+	names := append(crashpoint.Bank(), crashpoint.BankCalls()...)
+	if err != nil || nth < 1 || !slices.Contains(names, name) {
+		return nil, fmt.Errorf("%s must be name:n, where n is at least 1 and the name one of %s", crashpoint.BankVariable, strings.Join(names, ", "))
 	}
 	return &CrashPoint{name: name, nth: nth, stderr: stderr}, nil
 }

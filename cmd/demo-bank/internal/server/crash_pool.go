@@ -1,6 +1,7 @@
 package server
 
 import (
+	"bytes"
 	"context"
 	"encoding/binary"
 	"io"
@@ -21,7 +22,7 @@ import (
 func (p *CrashPoint) Configure(config *pgxpool.Config) {
 	conn := config.ConnConfig
 	tracer := &crashPoolTracer{point: p}
-	if p.name == crashpoint.ReaperBatch {
+	if _, wired := wirePoints[p.name]; wired || p.name == crashpoint.ReaperBatch {
 		build := conn.BuildFrontend
 		conn.BuildFrontend = func(r io.Reader, w io.Writer) *pgproto3.Frontend {
 			sent := &sentWriter{Writer: w, point: p}
@@ -57,6 +58,9 @@ func (t *crashPoolTracer) TraceQueryStart(ctx context.Context, conn *pgx.Conn, d
 			sent.(*sentWriter).batch.Store(true)
 		}
 	}
+	if completes(ctx) && strings.Contains(data.SQL, takeOverSQL) {
+		t.point.reached(crashpoint.CompleterBatch)
+	}
 	return ctx
 }
 
@@ -68,6 +72,9 @@ func (t *crashPoolTracer) TraceQueryEnd(context.Context, *pgx.Conn, pgx.TraceQue
 func (t *crashPoolTracer) TraceBatchStart(ctx context.Context, _ *pgx.Conn, _ pgx.TraceBatchStartData) context.Context {
 	if crashRequestFrom(ctx) != nil {
 		t.point.reached(crashpoint.MidHandler)
+	}
+	if r := crashCallFrom(ctx); r != nil {
+		r.batch(t.point)
 	}
 	return ctx
 }
@@ -90,7 +97,8 @@ func (t *crashPoolTracer) TraceConnectEnd(ctx context.Context, data pgx.TraceCon
 	}
 }
 
-// sentWriter writes to the server. It can kill the process after it has sent a batch of the reaper.
+// sentWriter writes to the server. It can kill the process before or after it has sent a statement
+// of an open request, and after a batch of the reaper.
 type sentWriter struct {
 	io.Writer
 	point *CrashPoint
@@ -99,7 +107,15 @@ type sentWriter struct {
 
 // Write implements io.Writer. Each flush of the protocol is one write.
 func (w *sentWriter) Write(messages []byte) (int, error) {
+	at, wired := wirePoints[w.point.name]
+	wired = wired && bytes.Contains(messages, []byte(at.sql))
+	if wired && at.before {
+		w.point.reached(w.point.name)
+	}
 	n, err := w.Writer.Write(messages)
+	if err == nil && wired && !at.before {
+		w.point.reached(w.point.name)
+	}
 	if err == nil && executes(messages) && w.batch.Swap(false) {
 		w.point.reached(crashpoint.ReaperBatch)
 	}

@@ -13,7 +13,7 @@ import (
 
 func TestTheSwitchNamesAPointAndACount(t *testing.T) {
 	t.Parallel()
-	for _, name := range crashpoint.Bank() {
+	for _, name := range append(crashpoint.Bank(), crashpoint.BankCalls()...) {
 		for _, count := range []string{"1", "9223372036854775807"} {
 			point, err := parseCrashPoint(name+":"+count, io.Discard)
 			if err != nil || point.String() != name+":"+count {

@@ -37,6 +37,7 @@ const startTimeout = 60 * time.Second
 type bundle struct {
 	t    *testing.T
 	url  string
+	psp  string // URL of its processor
 	db   *pgxpool.Pool
 	http *http.Client
 }
@@ -100,7 +101,7 @@ func launch(t *testing.T, database string, change ...func(*Config)) (await func(
 		case <-time.After(startTimeout):
 			t.Fatal("the bank did not start in time")
 		}
-		return &bundle{t: t, url: s.URL(), http: &http.Client{Transport: transport, Timeout: time.Minute}}
+		return &bundle{t: t, url: s.URL(), psp: s.psp, http: &http.Client{Transport: transport, Timeout: time.Minute}}
 	}
 }
 
@@ -116,7 +117,12 @@ func (r reply) outcome() string { return r.header.Get("Idempotency-Status") }
 // send sends a request; headers are names and values in turn.
 func (b *bundle) send(method, path, body string, headers ...string) reply {
 	b.t.Helper()
-	request, err := http.NewRequestWithContext(b.t.Context(), method, b.url+path, strings.NewReader(body))
+	return b.sendTo(method, b.url+path, body, headers...)
+}
+
+func (b *bundle) sendTo(method, url, body string, headers ...string) reply {
+	b.t.Helper()
+	request, err := http.NewRequestWithContext(b.t.Context(), method, url, strings.NewReader(body))
 	if err != nil {
 		b.t.Error(err)
 		return reply{}
@@ -127,13 +133,13 @@ func (b *bundle) send(method, path, body string, headers ...string) reply {
 	}
 	response, err := b.http.Do(request)
 	if err != nil {
-		b.t.Errorf("%s %s: %v", method, path, err)
+		b.t.Errorf("%s %s: %v", method, url, err)
 		return reply{}
 	}
 	defer response.Body.Close()
 	content, err := io.ReadAll(response.Body)
 	if err != nil {
-		b.t.Errorf("%s %s: %v", method, path, err)
+		b.t.Errorf("%s %s: %v", method, url, err)
 		return reply{}
 	}
 	return reply{status: response.StatusCode, header: response.Header, body: content}
@@ -191,7 +197,7 @@ func (b *bundle) exec(sql string, args ...any) {
 
 // expectFields requires that a JSON object has exactly the named fields, each of its kind. A field
 // is "name:kind"; the kinds are id, string, text (not empty), int, bool, time, list and
-// null-or-string.
+// null-or-string. A number may be null if the field is "name:int?".
 func expectFields(t *testing.T, body []byte, spec string) map[string]any {
 	t.Helper()
 	decoder := json.NewDecoder(bytes.NewReader(body))
@@ -225,6 +231,8 @@ func expectObject(t *testing.T, object map[string]any, spec string) {
 			ok = isText && text != ""
 		case "int":
 			ok = isNumber && !strings.ContainsAny(number.String(), ".eE")
+		case "int?":
+			ok = value == nil || isNumber
 		case "bool":
 			_, ok = value.(bool)
 		case "time":

@@ -25,17 +25,24 @@ import (
 // readyTimeout limits a readiness probe.
 const readyTimeout = 2 * time.Second
 
-// handler returns the handler of all routes of the bank.
-func (s *Server) handler(store *postgres.Store, books *bank.Bank, ids *nodeid.Source, watch *live.Live) http.Handler {
-	idem := middleware.New(store, bank.Tenant, &middleware.Options{
+// idempotency returns the middleware of the routes that need a key.
+func (s *Server) idempotency(store *postgres.Store, watch *live.Live) *middleware.Middleware {
+	return middleware.New(store, bank.Tenant, &middleware.Options{
 		TTL: s.config.TTL, Wait: s.config.Wait, Timeouts: idempotency.Timeouts{Handler: s.config.HandlerTimeout},
 		Tracer:      observe.Join(s.metrics, watch.Tracer()),
 		RouterState: chiroute.State,
 		Logger:      s.logger,
 	})
+}
+
+// handler returns the handler of all routes of the bank.
+func (s *Server) handler(idem *middleware.Middleware, store *postgres.Store, books *bank.Bank, ids *nodeid.Source, watch *live.Live) http.Handler {
 	r := chi.NewRouter()
 	r.Use(watch.Recognise, s.logRequests, chimiddleware.GetHead)
 	books.Mount(r, s.protect(idem))
+	if !s.config.withoutMiddleware {
+		books.MountCalls(r, func(name string) func(http.Handler) http.Handler { return s.resumable(idem, name) })
+	}
 	watch.Mount(r)
 	r.Get("/metrics", s.metrics.handler().ServeHTTP)
 	r.Get("/healthz", func(w http.ResponseWriter, _ *http.Request) { alive(w) })
@@ -81,6 +88,14 @@ func (s *Server) protect(idem *middleware.Middleware) func(http.Handler) http.Ha
 	return idem.Handler
 }
 
+// resumable returns the middleware for a route that calls the processor.
+func (s *Server) resumable(idem *middleware.Middleware, name string) func(http.Handler) http.Handler {
+	return idem.With(func(o *middleware.Options) {
+		o.Resumable, o.BackoffMax = name, bank.BackoffMax
+		s.config.CrashPoint.trace(o)
+	}).Handler
+}
+
 // ready returns nil if a transfer would be executed now.
 func ready(ctx context.Context, store *postgres.Store, books *bank.Bank, ids *nodeid.Source) error {
 	ctx, cancel := context.WithTimeout(ctx, readyTimeout)
@@ -123,6 +138,7 @@ func (s *Server) greet(db *database) {
 		s.url, uuid.NewString())
 	// A closed stdout is no reason not to serve.
 	_, _ = fmt.Fprintf(s.config.Stdout, `demo-bank is at %s (%s)
+The processor of its cards, payouts and mails is at %s (%s)
 
 Open it in a browser, press "Lose replies", and watch who loses money. Or:
 
@@ -134,5 +150,5 @@ Send it again: 201, Idempotency-Status: replayed, and the same bytes
 
 Send thousands of duplicates and read the verdict:
   go run ./cmd/demo-bank storm --url %s
-%s`, s.url, db.where, curl, curl, s.url, db.lookAfter())
+%s`, s.url, db.where, s.psp, s.wherePSP(), curl, curl, s.url, db.lookAfter())
 }

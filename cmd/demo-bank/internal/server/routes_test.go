@@ -3,6 +3,7 @@ package server
 import (
 	"bytes"
 	"net/http"
+	"reflect"
 	"strings"
 	"testing"
 
@@ -18,7 +19,9 @@ const (
 	productFields  = "sku:text name:text price:int currency:text stock:int"
 	auditFields    = "ok:bool accounts:int transfers:int orders:int balance_total:int opening_total:int entries_total:int " +
 		"unbalanced_transfers:int balance_mismatches:int negative_balances:int keys_with_transfers:int " +
-		"keys_with_many_transfers:int transfers_without_record:int records_without_transfer:int unprotected_transfers:int"
+		"keys_with_many_transfers:int transfers_without_record:int records_without_transfer:int unprotected_transfers:int " +
+		"open_operations:int parked_operations:int held_total:int psp:text charges:int? charges_without_posting:int? " +
+		"postings_without_charge:int? payouts_without_posting:int? postings_without_payout:int?"
 )
 
 // TestContract checks the table of requests: status, exact fields and their kinds, headers, problem
@@ -143,9 +146,10 @@ func TestContract(t *testing.T) {
 		audit := b.audit()
 		want := bank.Audit{
 			OK: true, Accounts: 1004, Transfers: 5, Orders: 2, BalanceTotal: "120000700", OpeningTotal: "120000700", EntriesTotal: "0",
-			KeysWithTransfers: 3, UnprotectedTransfers: 2,
+			KeysWithTransfers: 3, UnprotectedTransfers: 2, HeldTotal: "0", PSP: audit.PSP, Charges: new(int64),
+			ChargesWithoutPosting: new(int64), PostingsWithoutCharge: new(int64), PayoutsWithoutPosting: new(int64), PostingsWithoutPayout: new(int64),
 		}
-		if audit != want {
+		if !reflect.DeepEqual(audit, want) {
 			t.Errorf("audit is  %+v\nit should be %+v", audit, want)
 		}
 	})

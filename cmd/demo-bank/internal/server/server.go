@@ -78,6 +78,14 @@ type Config struct {
 	// demo is better than a refusal.
 	AcquireTimeout time.Duration
 
+	// PSP is the URL of the processor that the bank calls. If it is empty, Run starts one inside,
+	// on a loopback port. It keeps its file in DataDir, or its actions in memory.
+	PSP string
+
+	// KeyLifetime is the time that the processor is sure to know a key: nothing is sent again after
+	// it. At least bank.KeyLifetimeMin. Defaults to 24 hours.
+	KeyLifetime time.Duration
+
 	// CrashPoint kills the process at a chosen point. If it is nil, nothing is installed.
 	CrashPoint *CrashPoint
 
@@ -99,6 +107,7 @@ type Server struct {
 	gate    *gate
 	serving chan struct{}
 	url     string
+	psp     string // URL of the processor
 }
 
 // New returns a bank that does nothing until [Server.Run].
@@ -154,6 +163,12 @@ func (s *Server) Run(ctx context.Context) (err error) {
 		return endOfStart(ctx, err)
 	}
 
+	processor, stopProcessor, err := s.openProcessor(ctx)
+	if err != nil {
+		return endOfStart(ctx, err)
+	}
+	defer stopProcessor() // after everything that calls it
+
 	// The background work ends after the requests.
 	background, endBackground := context.WithCancel(context.WithoutCancel(ctx))
 	var group sync.WaitGroup
@@ -166,7 +181,19 @@ func (s *Server) Run(ctx context.Context) (err error) {
 	page := live.New(pool, port.URL(listener.Addr()), s.config.TTL, s.logger)
 	books.OnTransfer(page.OnTransfer)
 	group.Go(func() { page.Run(background) })
-	return s.serve(ctx, listener, s.handler(store, books, ids, page), page.Stop, db)
+
+	books.Call(processor)
+	idem := s.idempotency(store, page)
+	handler := s.handler(idem, store, books, ids, page)
+	completing, stopCompleter := context.WithCancel(background)
+	defer stopCompleter()
+	completer := idem.Completer(nil)
+	group.Go(func() { completer.Run(s.config.CrashPoint.completing(completing)) })
+	stopping := func() {
+		page.Stop()
+		stopCompleter() // what it runs is finished, as requests are
+	}
+	return s.serve(ctx, listener, handler, stopping, db)
 }
 
 // writeTimeout returns the time that net/http gives a request from its headers to the end of its
@@ -205,9 +232,9 @@ func (s *Server) httpServer(handler http.Handler) *http.Server {
 func (s *Server) serve(ctx context.Context, listener net.Listener, handler http.Handler, stopping func(), db *database) error {
 	server := s.httpServer(handler)
 	failed := make(chan error, 1)
-	go func() { failed <- server.Serve(listener) }()
 	s.url = port.URL(listener.Addr())
-	s.greet(db)
+	s.greet(db) // before the first answer: whoever finds the bank ready has all it says
+	go func() { failed <- server.Serve(listener) }()
 	close(s.serving)
 
 	var reason error

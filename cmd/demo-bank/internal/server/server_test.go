@@ -74,7 +74,7 @@ func TestWithoutACrashPointNothingIsInstalled(t *testing.T) {
 		t.Errorf("without a crash point the pool is plain: %t, and the middleware: %t", pool, protect)
 	}
 	// The comparison would notice a point.
-	for _, name := range crashpoint.Bank() {
+	for _, name := range append(crashpoint.Bank(), crashpoint.BankCalls()...) {
 		pool, protect, with := same(point(name + ":1000000"))
 		if pool || protect || with <= without {
 			t.Errorf("with %s the pool is plain: %t, and the middleware: %t; %v allocations with and %v without", name, pool, protect, with, without)

@@ -1,0 +1,11 @@
+-- The money that came in or went out is forgotten. So is that which is held.
+DELETE FROM entries WHERE topup_id IS NOT NULL OR payout_id IS NOT NULL;
+ALTER TABLE entries
+    DROP CONSTRAINT entries_move_check,
+    DROP COLUMN topup_id,
+    DROP COLUMN payout_id,
+    ADD CONSTRAINT entries_move_check CHECK (num_nonnulls(transfer_id, order_id) = 1);
+DROP TABLE receipts, payouts, topups;
+UPDATE accounts a SET balance = opening_balance + COALESCE((SELECT sum(amount) FROM entries e WHERE e.account = a.id), 0);
+DELETE FROM accounts WHERE id LIKE 'bank:%';
+COMMENT ON TABLE entries IS 'The ledger. The sum of all entries is 0, and so is the sum of the two of each transfer or order.';

@@ -1,0 +1,226 @@
+package bank
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"net/http"
+	"net/url"
+	"strings"
+	"time"
+
+	"github.com/paidonce/idempotency/effect"
+)
+
+// What the bank knows of its processor, for the calls of package effect.
+const (
+	// KeyLifetimeDefault is the time that the processor is sure to know a key.
+	KeyLifetimeDefault = 24 * time.Hour
+	// KeyLifetimeMin is the least that package effect takes for the timeout of a call.
+	KeyLifetimeMin = 10 * callTimeout
+	// BackoffMax is the longest pause between two runs of a request that is open.
+	BackoffMax = 5 * time.Second
+
+	callTimeout = 5 * time.Second
+	settleAfter = 5 * time.Second
+
+	answerBytesMax = 1 << 20
+	listBytesMax   = 1 << 28
+	listTimeout    = 5 * time.Second // for the audit
+)
+
+// instanceHeader is in every answer of the processor: the id of its instance.
+const instanceHeader = "Processor-Instance"
+
+// Processor is the card processor, bank rail and mail service that the bank calls, over HTTP. It is
+// safe for concurrent use.
+type Processor struct {
+	url  string
+	http *http.Client
+
+	charge *effect.Declared[chargeOrder, executed]
+}
+
+// ProcessorOptions describe a processor.
+type ProcessorOptions struct {
+	// URL is the base of the processor's URLs.
+	URL string
+	// KeyLifetime is the time that the processor is sure to know a key, at least KeyLifetimeMin.
+	// Zero means KeyLifetimeDefault.
+	KeyLifetime time.Duration
+	// Transport makes the requests. Nil makes one of its own.
+	Transport http.RoundTripper
+}
+
+// ErrProcessorURL means that the URL of a processor can't be used.
+var ErrProcessorURL = errors.New("it must be an http or https URL with a host")
+
+// NewProcessor returns a processor, and does not call it. It returns [ErrProcessorURL] if the URL
+// is not one.
+func NewProcessor(o ProcessorOptions) (*Processor, error) {
+	parsed, err := url.Parse(o.URL)
+	if err != nil || parsed.Scheme != "http" && parsed.Scheme != "https" || parsed.Host == "" {
+		return nil, ErrProcessorURL
+	}
+	if o.KeyLifetime == 0 {
+		o.KeyLifetime = KeyLifetimeDefault
+	}
+	if o.Transport == nil {
+		o.Transport = NewTransport()
+	}
+	p := &Processor{url: strings.TrimRight(o.URL, "/"), http: &http.Client{
+		Transport: o.Transport,
+		// A second request would hide the outcome of the first.
+		CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse },
+	}}
+	// KeepsDeclines stays false: the processor can be told not to keep them.
+	p.charge = effect.New("charge", effect.Effect[chargeOrder, executed]{
+		Do: func(ctx context.Context, key string, in chargeOrder) (executed, error) {
+			return p.execute(ctx, "/charges", key, in)
+		},
+		Lookup: func(ctx context.Context, key string, _ chargeOrder) (executed, error) {
+			return p.find(ctx, "/charges", key)
+		},
+		Timeout: callTimeout, KeyLifetime: o.KeyLifetime, SettleAfter: settleAfter,
+	})
+	return p, nil
+}
+
+// NewTransport returns the transport of a [Processor].
+func NewTransport() *http.Transport {
+	transport := http.DefaultTransport.(*http.Transport).Clone()
+	transport.Proxy, transport.MaxIdleConnsPerHost = nil, 32
+	return transport
+}
+
+// Close ends idle connections to the processor.
+func (p *Processor) Close() { p.http.CloseIdleConnections() }
+
+// chargeOrder is recorded, and sent as it was recorded: its JSON is the processor's.
+type chargeOrder struct {
+	Card      string `json:"card"`
+	Amount    int64  `json:"amount"`
+	Reference string `json:"reference"`
+}
+
+// executed is the result of a charge or a payout. It is recorded.
+type executed struct {
+	ID       string `json:"id"`
+	Amount   int64  `json:"amount"`
+	Instance string `json:"instance"` // of the processor that executed it
+}
+
+// refusals are the processor's codes for a definite no: nothing was done.
+var refusals = map[int]string{
+	http.StatusPaymentRequired:     "card_declined",
+	http.StatusUnprocessableEntity: "payout_refused",
+}
+
+// errKept is the error of a 500, which the processor repeats to every request under the key.
+var errKept = errors.New("the processor answers 500 to this key, now and later")
+
+// execute sends a request that writes.
+func (p *Processor) execute(ctx context.Context, path, key string, in any) (executed, error) {
+	out, err := p.send(ctx, path, key, in)
+	if !errors.Is(err, errKept) {
+		return out, err
+	}
+	// No repetition gives a result. Only a look-up may.
+	switch found, missed := p.find(ctx, path, key); {
+	case missed == nil:
+		return found, nil
+	case errors.Is(missed, effect.ErrAbsent):
+		return executed{}, effect.Park(err)
+	}
+	return executed{}, err
+}
+
+func (p *Processor) send(ctx context.Context, path, key string, in any) (out executed, err error) {
+	body, err := json.Marshal(in)
+	if err != nil {
+		return out, effect.NotSent(err)
+	}
+	r, err := http.NewRequestWithContext(ctx, http.MethodPost, p.url+path, bytes.NewReader(body))
+	if err != nil {
+		return out, effect.NotSent(err)
+	}
+	r.GetBody = nil // or net/http sends it again by itself
+	r.Header.Set("Content-Type", "application/json")
+	if key != "" {
+		r.Header.Set("Idempotency-Key", key)
+	}
+	response, err := p.http.Do(r)
+	if err != nil {
+		return out, effect.FromHTTP(nil, err)
+	}
+	defer func() { _ = response.Body.Close() }()
+	content, err := io.ReadAll(io.LimitReader(response.Body, answerBytesMax))
+	if err != nil {
+		return out, fmt.Errorf("the processor's answer %d was cut off: %w", response.StatusCode, err)
+	}
+	var problem struct {
+		Error string `json:"error"`
+	}
+	_ = json.Unmarshal(content, &problem) // else it has no code
+	said := fmt.Errorf("the processor answered %d %.64q", response.StatusCode, problem.Error)
+	switch status := response.StatusCode; {
+	case status == http.StatusCreated || status == http.StatusAccepted:
+		if err := json.Unmarshal(content, &out); err != nil || out.ID == "" {
+			return executed{}, fmt.Errorf("the processor's answer %d can't be read", status)
+		}
+		out.Instance = response.Header.Get(instanceHeader)
+		return out, nil
+	case problem.Error != "" && refusals[status] == problem.Error:
+		return out, effect.Declined(said, nil)
+	case status == http.StatusBadRequest: // a key that was used with another body, or our mistake
+		return out, effect.Park(said)
+	case status == http.StatusInternalServerError:
+		return out, errKept
+	}
+	return out, said
+}
+
+// find looks up what was executed under a key.
+func (p *Processor) find(ctx context.Context, path, key string) (executed, error) {
+	items, instance, err := p.list(ctx, path+"?key="+url.QueryEscape(key))
+	switch {
+	case err != nil:
+		return executed{}, err
+	case len(items) == 0:
+		return executed{}, effect.ErrAbsent
+	}
+	return executed{ID: items[0].ID, Amount: items[0].Amount, Instance: instance}, nil
+}
+
+// item is one of a list of the processor.
+type item struct {
+	ID     string `json:"id"`
+	Amount int64  `json:"amount"`
+	Key    string `json:"key"`
+}
+
+// list reads a list of the processor, oldest first, and the id of its instance.
+func (p *Processor) list(ctx context.Context, path string) (items []item, instance string, err error) {
+	r, err := http.NewRequestWithContext(ctx, http.MethodGet, p.url+path, nil)
+	if err != nil {
+		return nil, "", err
+	}
+	response, err := p.http.Do(r)
+	if err != nil {
+		return nil, "", err
+	}
+	defer func() { _ = response.Body.Close() }()
+	if response.StatusCode != http.StatusOK {
+		return nil, "", fmt.Errorf("the processor answered %d", response.StatusCode)
+	}
+	var list struct {
+		Items []item `json:"items"`
+	}
+	if err := json.NewDecoder(io.LimitReader(response.Body, listBytesMax)).Decode(&list); err != nil {
+		return nil, "", fmt.Errorf("the processor's list can't be read: %w", err)
+	}
+	return list.Items, response.Header.Get(instanceHeader), nil
+}
