@@ -63,8 +63,8 @@ func TestOnAMillionRecords(t *testing.T) {
 		args []string
 		want []string // texts in the output
 	}{
-		{"status", []string{"migrate", "status"}, []string{"version 3 of 3"}},
-		{"up", []string{"migrate", "up"}, []string{"version 3 of 3"}},
+		{"status", []string{"migrate", "status"}, []string{"version 4 of 4"}},
+		{"up", []string{"migrate", "up"}, []string{"version 4 of 4"}},
 		{"get", []string{"key", "get", account, key}, []string{"recorded", "status       409", "2 bytes"}},
 		{"list", []string{"key", "list"}, []string{"account-0000", "50 records, 50 rows examined"}},
 		{"list backwards", []string{"key", "list", "--desc", "--rows", "1000"}, []string{"account-0999", "1000 records, 1000 rows examined"}},
