@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"html/template"
 	"io/fs"
+	"math"
 	"mime"
 	"net/http"
 	"path"
@@ -185,6 +186,7 @@ func formatClock(t time.Time) string { return t.UTC().Format("15:04:05") + " UTC
 
 // formatDuration writes a duration in its largest unit, and adds the next if that matters.
 func formatDuration(d time.Duration) string {
+	d = max(d, -math.MaxInt64) // the least has no negation
 	switch {
 	case d < 0:
 		return "-" + formatDuration(-d)
@@ -220,7 +222,7 @@ func formatAgo(now, t time.Time) string {
 	case d > -10*time.Second:
 		return "in " + formatNumber(int64(-d/time.Second)) + " s"
 	default:
-		return "in " + formatDuration(-d)
+		return "in " + formatDuration(-max(d, -math.MaxInt64))
 	}
 }
 

@@ -2,6 +2,7 @@ package admin
 
 import (
 	"bytes"
+	"math"
 	"strings"
 	"testing"
 	"time"
@@ -31,6 +32,7 @@ func TestFormats(t *testing.T) {
 	for d, want := range map[time.Duration]string{
 		0: "0 µs", 1500 * time.Nanosecond: "1 µs", 2500 * time.Microsecond: "2.5 ms", 999 * time.Millisecond: "999 ms", 1500 * time.Millisecond: "1.5 s",
 		59 * time.Second: "59 s", time.Minute: "1 min", 47 * time.Hour: "47 h", 48 * time.Hour: "2 days", -time.Minute: "-1 min",
+		math.MaxInt64: "106,751 days", math.MinInt64: "-106,751 days",
 	} {
 		if got := formatDuration(d); got != want {
 			t.Errorf("%d ns are %s, want %s", d, got, want)
@@ -41,6 +43,9 @@ func TestFormats(t *testing.T) {
 		if got := formatAgo(now, now.Add(-d)); got != want {
 			t.Errorf("%v is %s, want %s", d, got, want)
 		}
+	}
+	if got := formatAgo(now, time.Date(9999, 12, 31, 0, 0, 0, 0, time.UTC)); got != "in 106,751 days" {
+		t.Errorf("the end of time is %s", got)
 	}
 	if got := formatStamp(now.In(time.FixedZone("", 3600))); got != `<time datetime="2026-01-02T03:04:05Z">2026-01-02 03:04:05 UTC</time>` {
 		t.Errorf("a time is %s", got)

@@ -45,37 +45,42 @@ func buildPrograms(t *testing.T) (oldProgram, newProgram string) {
 // checkOutOlder writes to dir the sources from before the last change of the library. That change
 // might not be committed yet.
 func checkOutOlder(root, dir string) (commit string, err error) {
-	git := func(output io.Writer, arguments ...string) error {
-		cmd := exec.Command("git", append([]string{"-C", root}, arguments...)...)
-		var message bytes.Buffer
-		cmd.Stdout, cmd.Stderr = output, &message
-		if err := cmd.Run(); err != nil {
-			return fmt.Errorf("git %s: %w: %s", arguments[0], err, strings.TrimSpace(message.String()))
-		}
-		return nil
-	}
 	library := []string{"--", ":(top,glob)*.go", ":(top)middleware", ":(top)storage/postgres", ":(top)migrations", ":(exclude,top,glob)**/*_test.go"}
 	var changed, found bytes.Buffer
-	if err := git(&changed, append([]string{"status", "--porcelain"}, library...)...); err != nil {
+	if err := git(root, &changed, append([]string{"status", "--porcelain"}, library...)...); err != nil {
 		return "", err
 	}
 	revision := "HEAD"
 	if changed.Len() == 0 {
-		if err := git(&found, append([]string{"log", "-1", "--format=%H"}, library...)...); err != nil {
+		if err := git(root, &found, append([]string{"log", "-1", "--format=%H"}, library...)...); err != nil {
 			return "", err
 		}
 		revision = strings.TrimSpace(found.String()) + "^"
 	}
-	found.Reset()
-	if err := git(&found, "rev-parse", "--verify", "--short", revision+"^{commit}"); err != nil {
+	return checkOut(root, dir, revision)
+}
+
+// checkOut writes to dir the sources of a revision.
+func checkOut(root, dir, revision string) (commit string, err error) {
+	var found, archive bytes.Buffer
+	if err := git(root, &found, "rev-parse", "--verify", "--short", revision+"^{commit}"); err != nil {
 		return "", err
 	}
 	commit = strings.TrimSpace(found.String())
-	var archive bytes.Buffer
-	if err := git(&archive, "archive", "--format=tar", commit); err != nil {
+	if err := git(root, &archive, "archive", "--format=tar", commit); err != nil {
 		return "", err
 	}
 	return commit, unpack(&archive, dir)
+}
+
+func git(root string, output io.Writer, arguments ...string) error {
+	cmd := exec.Command("git", append([]string{"-C", root}, arguments...)...)
+	var message bytes.Buffer
+	cmd.Stdout, cmd.Stderr = output, &message
+	if err := cmd.Run(); err != nil {
+		return fmt.Errorf("git %s: %w: %s", arguments[0], err, strings.TrimSpace(message.String()))
+	}
+	return nil
 }
 
 // unpack writes the folders and files of an archive to dir.

@@ -83,9 +83,10 @@ func newOpenStatements(o *Options) openStatements {
 		claim: claim(plain.lock), claimAt: claim(plain.lockAt),
 		lock: lock(plain.lock), lockAt: lock(plain.lockAt),
 		key: wire.Statement{
-			// The far date keeps every reaper away, also one that knows nothing of open requests.
+			// The far date keeps every reaper away, also one that knows nothing of open requests. It is
+			// no further away than a time.Duration can be long, which older pages need.
 			SQL: "WITH written AS (INSERT INTO " + keys + " (created_at, expires_at, status, fingerprint_version, attempt_id, scope, key, fingerprint, headers, body, trace_id)" +
-				" VALUES (CASE WHEN " + durable + " THEN pg_catalog.transaction_timestamp() END, '9999-12-31 00:00:00+00', 0, $2, $3, $4, $5, $6, pg_catalog.decode('0100', 'hex'), '', $7)" +
+				" VALUES (CASE WHEN " + durable + " THEN pg_catalog.transaction_timestamp() END, '2200-01-01 00:00:00+00', 0, $2, $3, $4, $5, $6, pg_catalog.decode('0100', 'hex'), '', $7)" +
 				" RETURNING attempt_id OPERATOR(pg_catalog.=) $3 AND scope OPERATOR(pg_catalog.=) $4 AND key OPERATOR(pg_catalog.=) $5 AND fingerprint OPERATOR(pg_catalog.=) $6" +
 				" AND pg_catalog.pg_client_encoding() OPERATOR(pg_catalog.=) ANY ('{UTF8,SQL_ASCII}'::pg_catalog.name[]) AS same)" + counted + " FILTER (WHERE same) FROM written",
 			OIDs: []uint32{pgtype.TextOID, pgtype.Int2OID, pgtype.UUIDOID, pgtype.TextOID, pgtype.TextOID, pgtype.ByteaOID, pgtype.TextOID},
