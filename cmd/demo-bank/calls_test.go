@@ -4,6 +4,7 @@ package main
 
 import (
 	"encoding/json"
+	"fmt"
 	"net/http"
 	"testing"
 
@@ -14,7 +15,17 @@ import (
 	"github.com/paidonce/idempotency/internal/pgtest"
 )
 
-const topUpBody = `{"account":"alice","card":"tok_visa","amount":7}`
+// calling is a request that calls the processor.
+type calling struct {
+	path, body string
+	table      string // of its rows
+	list       string // of the processor
+}
+
+var (
+	topUp  = calling{bank.TopUpsPath, `{"account":"alice","card":"tok_visa","amount":7}`, "topups", "/charges"}
+	payOut = calling{bank.PayoutsPath, `{"account":"alice","iban":"DE1","amount":7}`, "payouts", "/payouts"}
+)
 
 // auditOf asks a bank for its audit.
 func auditOf(t *testing.T, client *http.Client, url string) (audit bank.Audit) {
@@ -38,83 +49,107 @@ func due(t *testing.T, db *pgxpool.Pool) {
 	}
 }
 
-// paidOnce waits until nothing is open, and requires as many charges as postings.
-func paidOnce(t *testing.T, url string, db *pgxpool.Pool, want int64) {
+// paidOnce waits until nothing is open, and requires that the processor and the books have the
+// request this often.
+func paidOnce(t *testing.T, p, psp string, db *pgxpool.Pool, c calling, want int) {
 	t.Helper()
 	client := newClient(t)
 	var audit bank.Audit
 	eventually(t, "nothing is open", func() bool {
 		due(t, db)
-		audit = auditOf(t, client, url)
+		audit = auditOf(t, client, p)
 		return audit.OpenOperations == 0
 	})
-	var topUps int64
-	if err := db.QueryRow(t.Context(), `SELECT count(*) FROM topups`).Scan(&topUps); err != nil {
+	response, err := client.Get(psp + c.list)
+	if err != nil {
 		t.Fatal(err)
 	}
-	if !audit.OK || audit.ParkedOperations != 0 || audit.Charges == nil || *audit.Charges != want || topUps != want {
+	defer response.Body.Close()
+	var list struct{ Items []json.RawMessage }
+	if err := json.NewDecoder(response.Body).Decode(&list); err != nil {
+		t.Fatal(err)
+	}
+	var rows int
+	if err := db.QueryRow(t.Context(), `SELECT count(*) FROM `+c.table).Scan(&rows); err != nil {
+		t.Fatal(err)
+	}
+	if !audit.OK || audit.PSP == bank.ProcessorUnreachable || audit.ParkedOperations != 0 || audit.HeldTotal != "0" || len(list.Items) != want || rows != want {
 		text, _ := json.Marshal(audit)
-		t.Errorf("%d top-ups, and the audit says %s: want %d charges", topUps, text, want)
+		t.Errorf("the processor has %d, the books %d, want %d; the audit says %s", len(list.Items), rows, want, text)
 	}
 }
 
-// TestTopUpOfABankKilledAtEachPointIsPaidOnce: the bank is killed with -9 at each point of a top-up,
-// and nobody retries. The bank that is started after it ends what was begun, with one charge and one
-// posting. A retry gets the one answer.
-func TestTopUpOfABankKilledAtEachPointIsPaidOnce(t *testing.T) {
+// TestBankKilledAtEachPointOfACallPaysOnce: the bank is killed with -9 at each point of a top-up and
+// of a payout, and nobody retries. The bank that is started after it ends what was begun, and the
+// processor and the books have it once. A retry gets the one answer.
+func TestBankKilledAtEachPointOfACallPaysOnce(t *testing.T) {
 	t.Parallel()
 	pgtest.Slow(t, "kills many banks")
-	for _, point := range crashpoint.BankCalls() {
-		t.Run(point, func(t *testing.T) {
+	for _, name := range crashpoint.BankCalls() {
+		t.Run("topup "+name, func(t *testing.T) {
 			t.Parallel()
-			database, psp := pgtest.Database(t), servePSP(t, "--addr", "127.0.0.1:0")
-			first := point
-			if point == crashpoint.TakeOver || point == crashpoint.CompleterBatch {
-				first = crashpoint.BeforeSend // they need an open request
-			}
-			p := bankOn(t, first+":1", database, "--psp", psp.url)
-			db := connect(t, database)
-			if response, body, err := postTo(newClient(t), p.url+bank.TopUpsPath, crashKey, topUpBody); err == nil {
-				t.Errorf("the client of a bank that was to die got an answer: %d %s", response.StatusCode, body)
-			}
-			p.diesAt(first)
-			if point != first {
-				due(t, db)
-				p := bankOn(t, point+":1", database, "--psp", psp.url)
-				p.diesAt(point)
-			}
-			again := bankOn(t, "", database, "--psp", psp.url)
-			if point != crashpoint.IntentSent { // its COMMIT may still be on its way
-				want := int64(1)
-				if point == crashpoint.BeforeIntent {
-					want = 0
-				}
-				paidOnce(t, again.url, db, want)
-			}
-			var outcomes []string
-			var bodies []string
-			for range 2 {
-				eventually(t, "the retry has a final answer", func() bool {
-					due(t, db)
-					response, body, err := postTo(newClient(t), again.url+bank.TopUpsPath, crashKey, topUpBody)
-					if err != nil {
-						t.Fatal(err)
-					}
-					outcome := response.Header.Get("Idempotency-Status")
-					if outcome == "unknown" || outcome == "in-progress" {
-						return false
-					}
-					if response.StatusCode != http.StatusCreated {
-						t.Errorf("the retry got %d %s %s", response.StatusCode, outcome, body)
-					}
-					outcomes, bodies = append(outcomes, outcome), append(bodies, string(body))
-					return true
-				})
-			}
-			if outcomes[1] != "replayed" || bodies[0] != bodies[1] {
-				t.Errorf("the retries got %q %q", outcomes, bodies)
-			}
-			paidOnce(t, again.url, db, 1)
+			killedAt(t, topUp, name, 1)
+		})
+		t.Run("payout "+name, func(t *testing.T) {
+			t.Parallel()
+			killedAt(t, payOut, name, 1)
 		})
 	}
+	for _, name := range []string{crashpoint.BeforeIntent, crashpoint.IntentSent} { // of the call, after the hold
+		t.Run("payout, second "+name, func(t *testing.T) {
+			t.Parallel()
+			killedAt(t, payOut, name, 2)
+		})
+	}
+}
+
+func killedAt(t *testing.T, c calling, name string, nth int) {
+	database, psp := pgtest.Database(t), servePSP(t, "--addr", "127.0.0.1:0")
+	point := fmt.Sprintf("%s:%d", name, nth)
+	first, firstName := point, name
+	left := name == crashpoint.TakeOver || name == crashpoint.CompleterBatch
+	if left { // they need an open request
+		first, firstName = crashpoint.BeforeSend+":1", crashpoint.BeforeSend
+	}
+	p := bankOn(t, first, database, "--psp", psp.url)
+	db := connect(t, database)
+	if response, body, err := postTo(newClient(t), p.url+c.path, crashKey, c.body); err == nil {
+		t.Errorf("the client of a bank that was to die got an answer: %d %s", response.StatusCode, body)
+	}
+	p.diesAt(firstName)
+	if left {
+		due(t, db)
+		bankOn(t, point, database, "--psp", psp.url).diesAt(name)
+	}
+	again := bankOn(t, "", database, "--psp", psp.url)
+	switch {
+	case name == crashpoint.IntentSent && nth == 1: // its COMMIT may still be on its way
+	case name == crashpoint.BeforeIntent && nth == 1:
+		paidOnce(t, again.url, psp.url, db, c, 0)
+	default:
+		paidOnce(t, again.url, psp.url, db, c, 1)
+	}
+	var outcomes, bodies []string
+	for range 2 {
+		eventually(t, "the retry has a final answer", func() bool {
+			due(t, db)
+			response, body, err := postTo(newClient(t), again.url+c.path, crashKey, c.body)
+			if err != nil {
+				t.Fatal(err)
+			}
+			outcome := response.Header.Get("Idempotency-Status")
+			if outcome == "unknown" || outcome == "in-progress" {
+				return false
+			}
+			if response.StatusCode != http.StatusCreated {
+				t.Errorf("the retry got %d %s %s", response.StatusCode, outcome, body)
+			}
+			outcomes, bodies = append(outcomes, outcome), append(bodies, string(body))
+			return true
+		})
+	}
+	if outcomes[1] != "replayed" || bodies[0] != bodies[1] {
+		t.Errorf("the retries got %q %q", outcomes, bodies)
+	}
+	paidOnce(t, again.url, psp.url, db, c, 1)
 }

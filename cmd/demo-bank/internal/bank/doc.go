@@ -3,7 +3,7 @@
 //
 //   - [Bank.Mount] adds the bank's routes to a router
 //   - transfer.go and order.go move money, each in the transaction that it is given
-//   - topup.go calls the processor of processor.go first, and moves the money then
+//   - topup.go, payout.go and receipt.go call the processor of processor.go between transactions
 //   - audit.go reports whether the books are right
 //   - migrations/ creates the tables and the opening data
 package bank

@@ -15,31 +15,25 @@ const (
 	heldAccount      = ownPrefix + "held:"      // for payouts that are under way
 )
 
-// move is an account and one of the bank's own, locked in the order of their ids.
-type move struct {
-	own     string
-	account lockedAccount
-}
-
-// lockMove locks the account and the bank's own account of its currency, which it opens if it is
-// missing, in one round trip.
-func (b *Bank) lockMove(ctx context.Context, tx pgx.Tx, id, prefix string) (move, error) {
-	locked := make(map[string]lockedAccount, 2)
+// lockWithOwn locks an account and those of the bank's own with these prefixes in its currency, all
+// in the order of their ids, in one round trip. It opens those of the bank's own that are missing.
+func (b *Bank) lockWithOwn(ctx context.Context, tx pgx.Tx, id string, prefixes ...string) (lockedAccount, error) {
+	locked := make(map[string]lockedAccount, 1+len(prefixes))
 	var batch pgx.Batch
 	batch.Queue(`
 		INSERT INTO accounts (id, currency, opening_balance, balance)
-		SELECT $2::text || currency, currency, 0, 0 FROM accounts WHERE id = $1
-		ON CONFLICT (id) DO NOTHING`, id, prefix)
+		SELECT prefix || currency, currency, 0, 0 FROM accounts, unnest($2::text[]) AS prefix WHERE id = $1
+		ON CONFLICT (id) DO NOTHING`, id, prefixes)
 	batch.Queue(`
 		SELECT id, currency, balance FROM accounts
-		WHERE id = $1 OR id = (SELECT $2::text || currency FROM accounts WHERE id = $1)
-		ORDER BY id FOR NO KEY UPDATE`, id, prefix).Query(readLocked(locked))
+		WHERE id = $1 OR id IN (SELECT prefix || currency FROM accounts, unnest($2::text[]) AS prefix WHERE id = $1)
+		ORDER BY id FOR NO KEY UPDATE`, id, prefixes).Query(readLocked(locked))
 	if err := tx.SendBatch(ctx, &batch).Close(); err != nil {
-		return move{}, fmt.Errorf("lock accounts: %w", err)
+		return lockedAccount{}, fmt.Errorf("lock accounts: %w", err)
 	}
 	account, found := locked[id]
 	if !found {
-		return move{}, accountNotFound()
+		return lockedAccount{}, accountNotFound()
 	}
-	return move{own: prefix + account.currency, account: account}, nil
+	return account, nil
 }

@@ -42,6 +42,8 @@ type Processor struct {
 	http *http.Client
 
 	charge *effect.Declared[chargeOrder, executed]
+	payout *effect.Declared[payoutOrder, executed]
+	mail   *effect.Declared[mail, executed]
 }
 
 // ProcessorOptions describe a processor.
@@ -76,17 +78,23 @@ func NewProcessor(o ProcessorOptions) (*Processor, error) {
 		// A second request would hide the outcome of the first.
 		CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse },
 	}}
-	// KeepsDeclines stays false: the processor can be told not to keep them.
-	p.charge = effect.New("charge", effect.Effect[chargeOrder, executed]{
-		Do: func(ctx context.Context, key string, in chargeOrder) (executed, error) {
-			return p.execute(ctx, "/charges", key, in)
-		},
-		Lookup: func(ctx context.Context, key string, _ chargeOrder) (executed, error) {
-			return p.find(ctx, "/charges", key)
-		},
-		Timeout: callTimeout, KeyLifetime: o.KeyLifetime, SettleAfter: settleAfter,
+	p.charge = effect.New("charge", keyed[chargeOrder](p, "/charges", o.KeyLifetime))
+	p.payout = effect.New("payout", keyed[payoutOrder](p, "/payouts", o.KeyLifetime))
+	p.mail = effect.New("mail", effect.Effect[mail, executed]{
+		Do:      func(ctx context.Context, _ string, in mail) (executed, error) { return p.send(ctx, "/mails", "", in) },
+		Timeout: callTimeout, SettleAfter: settleAfter, AtMostOnce: true,
 	})
 	return p, nil
+}
+
+// keyed returns the effect of a request that the processor recognizes by its key. KeepsDeclines
+// stays false: the processor can be told not to keep them.
+func keyed[In any](p *Processor, path string, keyLifetime time.Duration) effect.Effect[In, executed] {
+	return effect.Effect[In, executed]{
+		Do:      func(ctx context.Context, key string, in In) (executed, error) { return p.execute(ctx, path, key, in) },
+		Lookup:  func(ctx context.Context, key string, _ In) (executed, error) { return p.find(ctx, path, key) },
+		Timeout: callTimeout, KeyLifetime: keyLifetime, SettleAfter: settleAfter,
+	}
 }
 
 // NewTransport returns the transport of a [Processor].
@@ -99,14 +107,25 @@ func NewTransport() *http.Transport {
 // Close ends idle connections to the processor.
 func (p *Processor) Close() { p.http.CloseIdleConnections() }
 
-// chargeOrder is recorded, and sent as it was recorded: its JSON is the processor's.
-type chargeOrder struct {
-	Card      string `json:"card"`
-	Amount    int64  `json:"amount"`
-	Reference string `json:"reference"`
-}
+// The requests are recorded, and sent as they were recorded: their JSON is the processor's.
+type (
+	chargeOrder struct {
+		Card      string `json:"card"`
+		Amount    int64  `json:"amount"`
+		Reference string `json:"reference"`
+	}
+	payoutOrder struct {
+		IBAN      string `json:"iban"`
+		Amount    int64  `json:"amount"`
+		Reference string `json:"reference"`
+	}
+	mail struct {
+		To   string `json:"to"`
+		Text string `json:"text"`
+	}
+)
 
-// executed is the result of a charge or a payout. It is recorded.
+// executed is the result of a request. It is recorded. A mail has no amount.
 type executed struct {
 	ID       string `json:"id"`
 	Amount   int64  `json:"amount"`

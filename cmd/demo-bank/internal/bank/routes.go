@@ -28,8 +28,12 @@ const (
 	UnprotectedTransfersPath = "/v1/unprotected/transfers"
 )
 
-// TopUpsPath is the path of top-ups.
-const TopUpsPath = "/v1/topups"
+// Paths of requests that call the processor.
+const (
+	TopUpsPath   = "/v1/topups"
+	PayoutsPath  = "/v1/payouts"
+	ReceiptsPath = "/v1/receipts"
+)
 
 // auditTimeout limits an audit, which reads all books: it must not hold a conn longer than its
 // client waits.
@@ -71,6 +75,8 @@ func (b *Bank) Mount(r chi.Router, protect func(http.Handler) http.Handler) {
 // for a route whose requests can be run again under this name.
 func (b *Bank) MountCalls(r chi.Router, resumable func(name string) func(http.Handler) http.Handler) {
 	r.With(resumable("topup/1")).Post(TopUpsPath, b.calling(b.decodeTopUp))
+	r.With(resumable("payout/1")).Post(PayoutsPath, b.calling(b.decodePayout))
+	r.With(resumable("receipt/1")).Post(ReceiptsPath, b.calling(b.decodeReceipt))
 }
 
 // stamp identifies the request that wrote a row. It is empty for a request without a key.

@@ -96,17 +96,18 @@ func (b *Bank) mayTopUp(ctx context.Context, id string) error {
 // postTopUp credits the account in the given transaction and two round trips: one locks and reads,
 // one writes.
 func (b *Bank) postTopUp(ctx context.Context, tx pgx.Tx, s stamp, t TopUp, instance string) (*answer, error) {
-	m, err := b.lockMove(ctx, tx, t.Account, processorAccount)
+	account, err := b.lockWithOwn(ctx, tx, t.Account, processorAccount)
 	if err != nil {
 		return nil, err
 	}
-	if m.account.balance > math.MaxInt64-t.Amount {
+	if account.balance > math.MaxInt64-t.Amount {
 		return nil, errors.New("the account can't hold the amount that was charged")
 	}
 	id, err := b.ids.Next()
 	if err != nil {
 		return nil, fmt.Errorf("make a top-up id: %w", err)
 	}
+	from := processorAccount + account.currency
 	var batch pgx.Batch
 	batch.Queue(`
 		INSERT INTO topups (id, amount, account, charge, instance, scope, key, attempt_id)
@@ -114,10 +115,10 @@ func (b *Bank) postTopUp(ctx context.Context, tx pgx.Tx, s stamp, t TopUp, insta
 		RETURNING created_at`,
 		id, t.Amount, t.Account, t.Charge, instance, s.scope, s.key, s.attempt).
 		QueryRow(func(row pgx.Row) error { return row.Scan(&t.CreatedAt) })
-	batch.Queue(moveBalance, m.own, t.Account, t.Amount)
+	batch.Queue(moveBalance, from, t.Account, t.Amount)
 	batch.Queue(`
 		INSERT INTO entries (topup_id, account, amount) VALUES ($1, $2, -$4::bigint), ($1, $3, $4)`,
-		id, m.own, t.Account, t.Amount)
+		id, from, t.Account, t.Amount)
 	if err := tx.SendBatch(ctx, &batch).Close(); err != nil {
 		return nil, fmt.Errorf("write the top-up: %w", err)
 	}

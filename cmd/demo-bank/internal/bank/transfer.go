@@ -116,6 +116,10 @@ func (b *Bank) transfer(ctx context.Context, tx pgx.Tx, s stamp, t Transfer) (*a
 	return &answer{status: http.StatusCreated, location: "/v1/transfers/" + t.ID, body: t}, nil
 }
 
+func transferNotFound() *Problem {
+	return notFound("transfer-not-found", "There is no transfer with this id.")
+}
+
 func insufficientFunds() *Problem {
 	return refusal(http.StatusPaymentRequired, "insufficient-funds", "Insufficient funds", "The account's balance is lower than the amount.")
 }
@@ -137,7 +141,7 @@ func scanTransfer(row pgx.CollectableRow) (Transfer, error) {
 // oneTransfer reads a transfer by its id. The error is a `transfer-not-found` problem if there is
 // none.
 func (b *Bank) oneTransfer(ctx context.Context, id string) (*Transfer, error) {
-	absent := notFound("transfer-not-found", "There is no transfer with this id.")
+	absent := transferNotFound()
 	number, err := parseID(id)
 	if err != nil {
 		return nil, absent

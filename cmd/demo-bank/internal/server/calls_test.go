@@ -320,3 +320,186 @@ func TestProcessorOfItsOwnKeepsItsFileInTheDataFolder(t *testing.T) {
 		})
 	}
 }
+
+const payoutFields = "id:id account:text amount:int payout:text created_at:time"
+
+func (b *bundle) payOut(key, account, iban string, amount int) reply {
+	b.t.Helper()
+	return b.send(http.MethodPost, bank.PayoutsPath, fmt.Sprintf(`{"account":%q,"iban":%q,"amount":%d}`, account, iban, amount), "Idempotency-Key", key)
+}
+
+// TestPayoutIsHeldAndThenPostedOrReleased checks the answers of POST /v1/payouts, and where the
+// money is meanwhile.
+func TestPayoutIsHeldAndThenPostedOrReleased(t *testing.T) {
+	t.Parallel()
+	b := setup(t)
+	made := b.payOut("made", "alice", "DE1", 250)
+	if made.status != http.StatusCreated || made.outcome() != "executed" {
+		t.Fatalf("answer is %d %v %s", made.status, made.header, made.body)
+	}
+	object := expectFields(t, made.body, payoutFields)
+	if sent := b.listed("payouts"); len(sent) != 1 || sent[0].ID != object["payout"] || sent[0].Amount != 250 {
+		t.Errorf("the processor has %+v", sent)
+	}
+	if again := b.payOut("made", "alice", "DE1", 250); again.outcome() != "replayed" || string(again.body) != string(made.body) {
+		t.Errorf("the second answer is %s %s, the first %s", again.outcome(), again.body, made.body)
+	}
+	expectProblem(t, b.payOut("refused", "alice", "DE0002", 10), 422, "payout-refused")
+	expectProblem(t, b.payOut("poor", "acct-0001", "DE1", 100_001), 402, "insufficient-funds")
+	expectProblem(t, b.payOut("nobody", "nobody", "DE1", 1), 404, "account-not-found")
+	for _, body := range []string{
+		`{"account":"alice","iban":"DE1","amount":0}`, `{"account":"alice","iban":"","amount":1}`, `{"account":"alice","iban":"DE1"}`,
+		`{"account":"alice","iban":"DE1","amount":1,"more":1}`, `{"account":"alice","iban":"` + strings.Repeat("x", 65) + `","amount":1}`,
+		`{"account":"alice","iban":"DE1","amount":1000000000001}`,
+	} {
+		expectProblem(t, b.keyed(bank.PayoutsPath, body), 400, "invalid-payout")
+	}
+	audit := b.audit()
+	if b.balance("alice") != 9_999_750 || !audit.OK || audit.HeldTotal != "0" || audit.BalanceTotal != "120000000" || *audit.Charges != 0 {
+		t.Errorf("alice has %d, and the audit says %+v", b.balance("alice"), audit)
+	}
+
+	// Under way: its account does not have the money, and it is not gone.
+	b.faults(`{"lose_request":1}`)
+	expectAccepted(t, b.payOut("open", "alice", "DE1", 100))
+	audit = b.audit()
+	if b.balance("alice") != 9_999_650 || !audit.OK || audit.HeldTotal != "100" || audit.BalanceTotal != "120000000" || audit.OpenOperations != 1 {
+		t.Errorf("alice has %d, and the audit says %+v", b.balance("alice"), audit)
+	}
+	b.faults(`{}`)
+	if audit := b.settled(); !audit.OK || audit.HeldTotal != "0" || b.balance("alice") != 9_999_650 || len(b.listed("payouts")) != 2 {
+		t.Errorf("alice has %d, and the audit says %+v", b.balance("alice"), audit)
+	}
+
+	// Refused, after the reply to the first send was lost.
+	b.faults(`{"keeps_declines":false,"error_after":1}`)
+	expectAccepted(t, b.payOut("late-no", "alice", "DE0002", 100))
+	b.faults(`{"keeps_declines":false}`)
+	if audit := b.settled(); !audit.OK || audit.HeldTotal != "0" || b.balance("alice") != 9_999_650 {
+		t.Errorf("alice has %d, and the audit says %+v", b.balance("alice"), audit)
+	}
+	if r := b.payOut("late-no", "alice", "DE0002", 100); r.status != 422 || r.outcome() != "replayed" {
+		t.Errorf("the retry gets %d %s", r.status, r.outcome())
+	}
+
+	for _, one := range []struct {
+		name, plant string
+		sees        func(bank.Audit) bool
+	}{
+		{"a payout that nobody goes on with", `UPDATE payouts SET state = 'held', ended_at = NULL WHERE state = 'released'`,
+			func(a bank.Audit) bool { return a.UnbalancedTransfers > 0 }},
+		{"one that was posted without its entries", `DELETE FROM entries WHERE payout_id = (SELECT id FROM payouts WHERE amount = 250) AND (account LIKE 'bank:processor:%' OR amount < 0 AND account LIKE 'bank:held:%')`,
+			func(a bank.Audit) bool { return a.UnbalancedTransfers == 1 && a.BalanceMismatches == 2 }},
+		{"one that was released and posted", `UPDATE payouts SET state = 'posted', payout = 'po_none', instance = 'none' WHERE id = (SELECT min(id) FROM payouts WHERE state = 'released')`,
+			func(a bank.Audit) bool { return a.UnbalancedTransfers == 1 && a.TransfersWithoutRecord == 1 }},
+		{"one that was made and not posted", `UPDATE payouts SET payout = 'po_none' WHERE amount = 250`,
+			func(a bank.Audit) bool { return *a.PayoutsWithoutPosting == 1 && *a.PostingsWithoutPayout == 1 }},
+	} {
+		t.Run(one.name, func(t *testing.T) {
+			undo := plant(t, b, one.plant)
+			defer undo()
+			if a := b.audit(); a.OK || !one.sees(a) {
+				text, _ := json.Marshal(a)
+				t.Errorf("the audit says %s", text)
+			}
+		})
+	}
+}
+
+// TestPayoutsAtOnceHoldNoMoreThanThereIs: payouts, transfers and top-ups of the same accounts at
+// once, with replies that are lost. No balance is negative at any moment, and the money adds up.
+func TestPayoutsAtOnceHoldNoMoreThanThereIs(t *testing.T) {
+	t.Parallel()
+	b := setup(t)
+	b.faults(`{"lose_reply":0.2,"error_before":0.1}`)
+	const clients, each = 6, 10
+	var group sync.WaitGroup
+	for i := range clients {
+		group.Go(func() {
+			for n := range each {
+				account, key := fmt.Sprintf("acct-%04d", n%2), uuid.NewString()
+				switch i % 3 {
+				case 0:
+					b.payOut(key, account, "DE1", 30_000)
+				case 1:
+					b.topUp(key, account, "tok", 10_000)
+				default:
+					b.send(http.MethodPost, bank.TransfersPath, fmt.Sprintf(`{"from":%q,"to":"bob","amount":5000}`, account), "Idempotency-Key", key)
+				}
+			}
+		})
+	}
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		group.Wait()
+	}()
+	for running := true; running; {
+		select {
+		case <-done:
+			running = false
+		default:
+		}
+		if audit := b.audit(); !audit.OK {
+			text, _ := json.Marshal(audit)
+			t.Errorf("audit: %s", text)
+			running = false
+		}
+	}
+	<-done
+	b.faults(`{}`)
+	audit := b.settled()
+	expectAudit(t, audit, clients/3*each)
+	if audit.HeldTotal != "0" || *audit.PayoutsWithoutPosting != 0 || *audit.PostingsWithoutPayout != 0 {
+		t.Errorf("audit is %+v", audit)
+	}
+}
+
+// TestReceiptIsMailedOnceAtMost: the answer says whether the mail is sure to have been sent, and no
+// fault makes a second one.
+func TestReceiptIsMailedOnceAtMost(t *testing.T) {
+	t.Parallel()
+	b := setup(t)
+	var transfer bank.Transfer
+	b.into(b.keyed(bank.TransfersPath, `{"from":"alice","to":"bob","amount":1}`), &transfer)
+	receipt := func(key string) reply {
+		return b.send(http.MethodPost, bank.ReceiptsPath, fmt.Sprintf(`{"transfer":%q,"to":"alice@example.com"}`, transfer.ID), "Idempotency-Key", key)
+	}
+	for n, test := range []struct {
+		faults, sent string
+		mails        int
+	}{
+		{`{}`, "yes", 1},
+		{`{"lose_reply":1}`, "maybe", 1},
+		{`{"error_after":1}`, "maybe", 1},
+		{`{"lose_request":1}`, "maybe", 0},
+		{`{"error_before":1}`, "maybe", 0},
+		{`{"down":true}`, "maybe", 0},
+	} {
+		before := len(b.listed("mails"))
+		b.faults(test.faults)
+		key := fmt.Sprint("receipt-", n)
+		made := receipt(key)
+		if made.status != http.StatusCreated {
+			t.Fatalf("%s: %d %s", test.faults, made.status, made.body)
+		}
+		object := expectFields(t, made.body, "id:id transfer:id sent:text")
+		b.faults(`{}`)
+		again := receipt(key)
+		if object["sent"] != test.sent || object["transfer"] != transfer.ID || again.outcome() != "replayed" || string(again.body) != string(made.body) {
+			t.Errorf("%s: %s, and then %s %s", test.faults, made.body, again.outcome(), again.body)
+		}
+		if got := len(b.listed("mails")) - before; got != test.mails {
+			t.Errorf("%s: %d mails", test.faults, got)
+		}
+	}
+	if mails := b.listed("mails"); mails[0].To != "alice@example.com" || !strings.Contains(mails[0].Text, transfer.ID) {
+		t.Errorf("the mail is %+v", mails[0])
+	}
+	for _, body := range []string{`{"transfer":"1"}`, `{"to":"a"}`, `{"transfer":"1","to":"` + strings.Repeat("x", 321) + `"}`} {
+		expectProblem(t, b.keyed(bank.ReceiptsPath, body), 400, "invalid-receipt")
+	}
+	expectProblem(t, b.keyed(bank.ReceiptsPath, `{"transfer":"1","to":"a"}`), 404, "transfer-not-found")
+	expectProblem(t, b.keyed(bank.ReceiptsPath, `{"transfer":"x","to":"a"}`), 404, "transfer-not-found")
+	expectAudit(t, b.settled(), 0)
+}
