@@ -128,7 +128,7 @@ const (
 	factCallUnknown   // another end without a record; a run of the request called DerivedKey
 	factOpen          // a record of this very request, which is open
 	factTakenOver     // the open request is ours now
-	factBackingOff    // the open request is not due yet, and nobody runs it
+	factBackingOff    // the open request is not due yet, or another handler's; nobody runs it
 	factParked        // the open request waits for a person
 	factUnsettled     // the request is open, and this run does not end it
 	factContradiction // the request is open, and its answer does not fit its effects; or a rule forbids to go on

@@ -65,7 +65,7 @@ type Open struct {
 	TTL         time.Duration
 	Effects     []Effect
 
-	Epoch    int64 // counts its owners: an owner that was replaced can't write any more
+	Epoch    int64 // another one for each owner: an owner that was replaced can't write any more
 	Runs     int   // of the handler, this one included
 	Started  time.Time
 	Now      time.Time     // when this was read
@@ -107,8 +107,9 @@ type Keeper interface {
 	// Record with Open set is that of an open request.
 	BeginOpen(ctx context.Context, claim *Claim, lazy bool) (OpenAttempt, *Record, error)
 
-	// TakeOver makes the caller the owner of an open request if it is due and not parked, for as
-	// long as the last owner's lease, and notes a new doubt for each effect that is not settled. It
+	// TakeOver makes the caller the owner of an open request if it is due, not parked, and of the
+	// claim's route (Claim.Resumable: another handler has other effects), for as long as the last
+	// owner's lease, and notes a new doubt for each effect that is not settled. It
 	// returns the request's state, and an attempt if the caller is the owner. The effects in the
 	// state are those before the take-over: Doubt is the doubt before this owner's sends. The claim
 	// gets the request's Attempt and TTL. ErrUnknown means that nothing is known, and nothing
@@ -119,7 +120,9 @@ type Keeper interface {
 	// has waited longest first.
 	FindDue(ctx context.Context, routes []string, max int) ([]Key, error)
 
-	// ReadOpen returns the state of an open request, or nil if there is none.
+	// ReadOpen returns the state of an open request, or nil if there is none. A store that encrypts
+	// returns Request, and Input and Output of the effects, as they are stored: only an owner needs
+	// them, and one that can't read them keeps its lease, so that others come first.
 	ReadOpen(ctx context.Context, key Key) (*Open, error)
 }
 
@@ -392,16 +395,17 @@ func (e *Effects) Now() time.Time {
 
 func (e *Effects) now() time.Time { return e.storeAt.Add(time.Since(e.clockAt)) }
 
-// LastSend returns the latest time at which an earlier run can have begun to send the effect
-// without getting a definite answer: an owner may send for half of its lease.
-func (e *Effects) LastSend(effect *Effect) time.Time {
+// GivenUp returns the time at which every earlier run has given up its send of the effect, if it got
+// no definite answer: an owner may begin one for half of its lease, and it ends with its timeout,
+// which is the one that the lease was made for, or that of the program now.
+func (e *Effects) GivenUp(effect *Effect, timeout time.Duration) time.Time {
 	e.mu.Lock()
 	defer e.mu.Unlock()
 	last := effect.SentFirst
 	if effect.Doubt.After(last) {
 		last = effect.Doubt
 	}
-	return last.Add(e.lease / 2)
+	return last.Add(e.lease/2 + max(timeout, e.lease-e.engine.options.Timeouts.Commit-leaseMargin))
 }
 
 // Settle commits the result of an effect: its State and Output. After an error a call stays
@@ -515,9 +519,15 @@ func (e *Engine) attemptOpen(ctx context.Context, budget *deadline.Context, req 
 	trace.step(StepClaim, started, err)
 	switch decision := past.decide(fact); decision.action {
 	case actionRun:
+		if req.resumed && open == nil { // an operator has abandoned it: only a client may begin a new one
+			return refuse(decide(factOutcomeUnknown), errors.Join(ErrNotOpen, rollback())), nil
+		}
 	case actionReplay:
 		return Result{Outcome: decision.outcome, Answer: &record.Answer, Record: record}, nil
 	case actionRestart:
+		if err == nil {
+			err = fmt.Errorf("take over: %w: it ended a moment ago", ErrKeyRecorded)
+		}
 		return Result{}, err
 	default:
 		result := refuse(decision, err)
@@ -683,12 +693,17 @@ func (e *Effects) factOfOpen(fact fact) fact {
 		case !asked:
 			e.lapse.Parked = "the handler did not ask for effect " + name + ", which is recorded"
 			return factContradiction
-		case decide(fact).action == actionDecline && effect.State == EffectDone && effect.Kind == EffectCall && !undone[name]:
+		case decide(fact).action == actionDecline && effect.mayStand() && !undone[name]:
 			e.lapse.Parked = "the answer is a refusal, and effect " + name + " was made and not undone"
 			return factContradiction
 		}
 	}
 	return fact
+}
+
+// mayStand reports whether the effect is a call that was made, or may have been.
+func (e *Effect) mayStand() bool {
+	return (e.Kind == EffectCall || e.Kind == EffectAtMostOnce) && (e.State == EffectDone || e.State == EffectMaybe)
 }
 
 // undoPrefix begins the name of an effect that undoes another.
@@ -806,7 +821,11 @@ func (e *Engine) Resume(ctx context.Context, key Key) Result {
 	}
 	// An owner calls resume: what it can't read is left for later, and does not stay first in line.
 	run := func(ctx context.Context) (*Answer, error) {
-		run, err := route.resume(key, open.Request)
+		effects, err := EffectsFrom(ctx)
+		if err != nil {
+			return nil, err
+		}
+		run, err := route.resume(key, effects.open.Request)
 		if err != nil {
 			return nil, err
 		}
@@ -814,7 +833,7 @@ func (e *Engine) Resume(ctx context.Context, key Key) Result {
 	}
 	return route.engine.Do(ctx, Request{
 		Key: key, Fingerprint: open.Fingerprint, TTL: open.TTL, Route: open.Route, Resumable: open.Route,
-		Stored: func() []byte { return open.Request }, resumed: true,
+		Stored: func() []byte { return nil }, resumed: true, // it is stored already
 	}, run)
 }
 

@@ -43,7 +43,7 @@
 //   - After nine tenths of KeyLifetime nothing is sent. Lookup finds the result, or the request is
 //     left to a person.
 //   - A no to the first send is final. A no to a repetition is final only if the service keeps it
-//     under the key, or SettleAfter has passed since an earlier send can have begun.
+//     under the key, or SettleAfter has passed since every earlier send was given up at the latest.
 //   - An owner that is late, because its process slept, does not send.
 //   - After 10 unknown results in a row one call at a time tries again. The others stay open.
 //   - A call that panicked in 5 runs is left to a person.

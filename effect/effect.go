@@ -326,7 +326,7 @@ func (r *run[In, Out]) protect(call func(context.Context, string, In) (Out, erro
 
 // quiet reports whether no earlier send can be under way any more at the time of start.
 func (r *run[In, Out]) quiet(start time.Time) bool {
-	return start.Sub(r.effects.LastSend(r.effect)) >= r.Declared.effect.SettleAfter
+	return start.Sub(r.effects.GivenUp(r.effect, r.Declared.effect.Timeout)) >= r.Declared.effect.SettleAfter
 }
 
 // done records the output. A result that can't be recorded whole is recorded as done all the same:

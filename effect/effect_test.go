@@ -234,7 +234,8 @@ func TestDeclineOfARequestThatNetHTTPRepeatedIsNotFinal(t *testing.T) {
 
 func TestDeclineCountsWhenNoEarlierSendIsUnderWay(t *testing.T) {
 	t.Parallel()
-	const lease = 2*time.Second + 5*time.Second + 5*time.Second // Timeout, Timeouts.Commit and a margin
+	const timeout = 10 * time.Second
+	const lease = timeout + 5*time.Second + 5*time.Second // Timeouts.Commit and a margin
 	for name, c := range map[string]struct {
 		keeps    bool
 		age      time.Duration
@@ -242,15 +243,17 @@ func TestDeclineCountsWhenNoEarlierSendIsUnderWay(t *testing.T) {
 		final    bool
 	}{
 		"it is the first":        {final: true},
-		"too early":              {age: time.Minute + lease/2 - 5*time.Second},
-		"late enough":            {age: time.Minute + lease/2, final: true},
+		"too early":              {age: time.Minute + lease/2 + timeout - 5*time.Second},
+		"late enough":            {age: time.Minute + lease/2 + timeout, final: true},
 		"too early, and is kept": {keeps: true, age: time.Second, final: true},
 		"old, with a new doubt":  {age: time.Hour / 2, doubtAge: time.Minute},
 		"with an old doubt":      {age: time.Hour / 2, doubtAge: 10 * time.Minute, final: true},
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
-			s := newShop(t, func(p *processor, e *effect.Effect[card, charge]) { e.KeepsDeclines, p.keepsNo = c.keeps, c.keeps })
+			s := newShop(t, func(p *processor, e *effect.Effect[card, charge]) {
+				e.Timeout, e.KeepsDeclines, p.keepsNo = timeout, c.keeps, c.keeps
+			})
 			s.always = refuses
 			var result idempotency.Result
 			if c.age == 0 {

@@ -312,9 +312,13 @@ func (s *shop) post(ctx context.Context, paid charge) (*idempotency.Answer, erro
 // request makes one request with the key, in a goroutine that the handler may end, as the death of
 // the process would.
 func (s *shop) request() idempotency.Result {
+	return mayDie(func() idempotency.Result { return s.Engine.Do(context.Background(), s.newRequest(), s.run) })
+}
+
+func (s *shop) newRequest() idempotency.Request {
 	req := testservice.Request(s.key)
 	req.Resumable, req.Stored = "topup/1", func() []byte { return []byte("the request") }
-	return mayDie(func() idempotency.Result { return s.Engine.Do(context.Background(), req, s.run) })
+	return req
 }
 
 func mayDie(do func() idempotency.Result) idempotency.Result {

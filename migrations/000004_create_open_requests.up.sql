@@ -28,7 +28,7 @@ CREATE INDEX idempotency_open_next_at_idx ON idempotency_open (next_at) WHERE pa
 COMMENT ON TABLE idempotency_open IS 'Requests that have called another service, or were about to, and have no answer yet. Do not delete a row by hand: money may have moved.';
 COMMENT ON COLUMN idempotency_open.next_at IS 'From then on anybody may take the request over.';
 COMMENT ON COLUMN idempotency_open.started_at IS 'Time of the first intent''s commit, by this server''s clock.';
-COMMENT ON COLUMN idempotency_open.epoch IS 'Counts the owners. An owner that was replaced can''t write any more.';
+COMMENT ON COLUMN idempotency_open.epoch IS 'Another one for each owner. An owner that was replaced can''t write any more.';
 COMMENT ON COLUMN idempotency_open.lease_ms IS 'Milliseconds that an owner has.';
 COMMENT ON COLUMN idempotency_open.ttl_ms IS 'Milliseconds that the record will count, from the end on.';
 COMMENT ON COLUMN idempotency_open.runs IS 'Number of times that the handler was run.';

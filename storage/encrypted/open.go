@@ -72,14 +72,7 @@ func (s *Store) ReadOpen(ctx context.Context, key idempotency.Key) (*idempotency
 	if err != nil {
 		return nil, err
 	}
-	open, err := inner.ReadOpen(ctx, key)
-	if err != nil || open == nil {
-		return nil, err
-	}
-	if err := s.openParts(key, open); err != nil {
-		return nil, err
-	}
-	return open, nil
+	return inner.ReadOpen(ctx, key)
 }
 
 // FindDue implements [idempotency.Keeper].

@@ -5,6 +5,7 @@ import (
 	"encoding/hex"
 	"errors"
 	"fmt"
+	"math/rand/v2"
 	"strings"
 	"sync"
 	"time"
@@ -93,8 +94,8 @@ func newOpenStatements(o *Options) openStatements {
 		},
 		open: wire.Statement{
 			SQL: "WITH written AS (INSERT INTO " + open + " (next_at, started_at, epoch, lease_ms, ttl_ms, runs, owned, scope, key, route, request)" +
-				" VALUES (" + now + " OPERATOR(pg_catalog.+) ($1" + milliseconds + ", " + now + ", 1, $1, $2, 1, true, $3, $4, $5, $6) RETURNING 1)" + counted + " FROM written",
-			OIDs: []uint32{pgtype.Int8OID, pgtype.Int8OID, pgtype.TextOID, pgtype.TextOID, pgtype.TextOID, pgtype.ByteaOID},
+				" VALUES (" + now + " OPERATOR(pg_catalog.+) ($1" + milliseconds + ", " + now + ", $7, $1, $2, 1, true, $3, $4, $5, $6) RETURNING 1)" + counted + " FROM written",
+			OIDs: []uint32{pgtype.Int8OID, pgtype.Int8OID, pgtype.TextOID, pgtype.TextOID, pgtype.TextOID, pgtype.ByteaOID, pgtype.Int8OID},
 		},
 		effect: wire.Statement{
 			SQL: "WITH written AS (INSERT INTO " + effects + " (sent_first_at, settled_at, epoch, tries, panics, state, kind, derived_key, scope, key, name, input, output)" +
@@ -124,14 +125,17 @@ func newOpenStatements(o *Options) openStatements {
 				" SELECT 1 OPERATOR(pg_catalog./) ((SELECT pg_catalog.count(*) FROM recorded) OPERATOR(pg_catalog.*) (SELECT pg_catalog.count(*) FROM closed))",
 			OIDs: []uint32{pgtype.TextOID, pgtype.TextOID, pgtype.TextOID, pgtype.Int8OID, pgtype.Int2OID, pgtype.ByteaOID, pgtype.ByteaOID, pgtype.TextOID, pgtype.Int8OID, pgtype.UUIDOID},
 		},
-		state: "SELECT false, " + columns,
+		state: "SELECT 0::bigint, " + columns,
 		// All parts of a statement see the rows as they were before it. SKIP LOCKED: an owner that is
-		// in its last transaction has the row, even if its lease has run out.
-		take: "WITH taken AS (UPDATE " + open + " SET epoch = epoch + 1, runs = runs + 1, owned = true, next_at = " + now + " + lease_ms * interval '1 millisecond'" +
-			" WHERE (scope, key) IN (SELECT scope, key FROM " + open + " WHERE scope = $1 AND key = $2 AND parked IS NULL AND next_at <= " + now + " FOR UPDATE SKIP LOCKED) RETURNING epoch)," +
+		// in its last transaction has the row, even if its lease has run out. The epoch is random, so
+		// that it differs from that of an owner whose take-over was lost in a fail-over.
+		take: "WITH taken AS (UPDATE " + open + " SET epoch = epoch + 1 + pg_catalog.floor(pg_catalog.random() * 1000000)::bigint, runs = runs + 1, owned = true," +
+			" next_at = " + now + " + lease_ms * interval '1 millisecond'" +
+			" WHERE (scope, key) IN (SELECT scope, key FROM " + open + " WHERE scope = $1 AND key = $2 AND route = $3 AND parked IS NULL AND next_at <= " + now + " FOR UPDATE SKIP LOCKED)" +
+			" AND pg_catalog.set_config('synchronous_commit', $4, true) IS NOT NULL RETURNING epoch)," +
 			" doubted AS (UPDATE " + effects + " SET doubt_at = " + now + ", tries = tries + 1, epoch = (SELECT epoch FROM taken)" +
 			" WHERE scope = $1 AND key = $2 AND state = 1 AND EXISTS (SELECT FROM taken))" +
-			" SELECT EXISTS (SELECT FROM taken), " + columns,
+			" SELECT COALESCE((SELECT epoch FROM taken), 0), " + columns,
 		due: "SELECT scope, key FROM " + open + " WHERE parked IS NULL AND next_at <= " + now + " AND route = ANY ($1) ORDER BY next_at LIMIT $2",
 		leave: "UPDATE " + open + " SET next_at = " + now + " + $4 * interval '1 millisecond', owned = false, parked = NULLIF($5, ''), last_reason = $6" +
 			" WHERE scope = $1 AND key = $2 AND epoch = $3",
@@ -147,7 +151,7 @@ type openAttempt struct {
 	store *Store
 	claim *idempotency.Claim
 	outer context.Context // the handler's, without this attempt
-	epoch int64           // of this owner; 0 until the request is open
+	epoch int64           // of this owner, and of nobody else; 0 until the request is open
 
 	mu     sync.Mutex    // the handler may call Tx in several goroutines
 	phase  *keyedAttempt // has the open transaction, if there is one
@@ -350,7 +354,10 @@ func (a *openAttempt) Intend(ctx context.Context, effect *idempotency.Effect, le
 		a.failed = err
 		return err
 	}
-	leaseMS, epoch := wire.EncodeInt8(lease.Milliseconds()), int64(1)
+	// Random: an owner of an earlier request with this key, which an operator has abandoned, is not
+	// this one's.
+	leaseMS, epoch := wire.EncodeInt8(lease.Milliseconds()), rand.Int64N(1<<40)+1
+	epochBytes := wire.EncodeInt8(epoch)
 	if a.epoch == 0 {
 		if !claimed {
 			claim := phase.lockCall()
@@ -382,13 +389,13 @@ func (a *openAttempt) Intend(ctx context.Context, effect *idempotency.Effect, le
 					return a.store.statements.meaning(&wire.Call{Statement: &a.store.statements.insert}, err)
 				},
 			},
-			wire.Call{Statement: &s.open, Params: [][]byte{leaseMS[:], ttl[:], phase.scope, phase.key, []byte(a.claim.Resumable), stored}, Apart: apart(len(stored))},
+			wire.Call{Statement: &s.open, Params: [][]byte{leaseMS[:], ttl[:], phase.scope, phase.key, []byte(a.claim.Resumable), stored, epochBytes[:]}, Apart: apart(len(stored))},
 		)
 	} else {
-		epoch = a.epoch
+		epoch, epochBytes = a.epoch, wire.EncodeInt8(a.epoch)
 		calls = append(calls, a.fenceCall(&s.renew, phase, leaseMS[:]))
 	}
-	epochBytes, kind, state := wire.EncodeInt8(epoch), wire.EncodeInt2(int16(effect.Kind)), wire.EncodeInt2(int16(effect.State))
+	kind, state := wire.EncodeInt2(int16(effect.Kind)), wire.EncodeInt2(int16(effect.State))
 	calls = append(calls,
 		wire.Call{
 			Statement: &s.effect,
@@ -620,14 +627,14 @@ func (a *openAttempt) Leave(ctx context.Context, lapse idempotency.Lapse) error 
 
 // TakeOver implements [idempotency.Keeper].
 func (s *Store) TakeOver(ctx context.Context, claim *idempotency.Claim) (idempotency.OpenAttempt, *idempotency.Open, error) {
-	open, taken, err := s.readOpen(ctx, s.open.take, claim.Key)
+	open, epoch, err := s.readOpen(ctx, s.open.take, claim.Key, claim.Resumable, string(s.synchronousCommit))
 	if err != nil {
 		return nil, nil, fail("take over", idempotency.ErrUnknown, err)
 	}
-	if !taken {
+	if epoch == 0 {
 		return nil, open, nil
 	}
-	open.Epoch, open.Runs = open.Epoch+1, open.Runs+1
+	open.Epoch, open.Runs = epoch, open.Runs+1
 	claim.Attempt, claim.TTL, claim.At = open.Attempt, open.TTL, open.Now
 	return &openAttempt{store: s, claim: claim, asked: true, epoch: open.Epoch}, open, nil
 }
@@ -641,7 +648,9 @@ func (s *Store) ReadOpen(ctx context.Context, key idempotency.Key) (*idempotency
 	return open, nil
 }
 
-func (s *Store) readOpen(ctx context.Context, sql string, key idempotency.Key) (open *idempotency.Open, taken bool, err error) {
+// readOpen returns the state of an open request, and the epoch of its new owner if the statement has
+// taken it over.
+func (s *Store) readOpen(ctx context.Context, sql string, key idempotency.Key, more ...any) (open *idempotency.Open, epoch int64, err error) {
 	var (
 		o               idempotency.Open
 		sum             []byte
@@ -654,16 +663,16 @@ func (s *Store) readOpen(ctx context.Context, sql string, key idempotency.Key) (
 		doubts          []*time.Time
 		attemptID       pgtype.UUID
 	)
-	err = s.pool.QueryRow(ctx, sql, pgx.QueryExecModeExec, key.Scope, key.Value).Scan(
-		&taken, &o.Route, &o.Request, &o.Fingerprint.Version, &sum, &attemptID, &ttl, &o.Epoch, &o.Runs, &o.Started, &o.Now,
+	err = s.pool.QueryRow(ctx, sql, append([]any{pgx.QueryExecModeExec, key.Scope, key.Value}, more...)...).Scan(
+		&epoch, &o.Route, &o.Request, &o.Fingerprint.Version, &sum, &attemptID, &ttl, &o.Epoch, &o.Runs, &o.Started, &o.Now,
 		&o.Due, &lease, &o.Owned, &o.Parked, &o.LastFail, &names, &kinds, &states, &keys, &inputs, &outputs, &tries, &panics, &sent, &doubts)
 	switch {
 	case errors.Is(err, pgx.ErrNoRows):
-		return nil, false, nil
+		return nil, 0, nil
 	case err != nil:
-		return nil, false, wire.SQLError(err)
+		return nil, 0, wire.SQLError(err)
 	case len(sum) != len(o.Fingerprint.Sum):
-		return nil, false, errRecord
+		return nil, 0, errRecord
 	}
 	copy(o.Fingerprint.Sum[:], sum)
 	o.Attempt = attemptID.Bytes
@@ -679,7 +688,7 @@ func (s *Store) readOpen(ctx context.Context, sql string, key idempotency.Key) (
 		}
 		o.Effects = append(o.Effects, effect)
 	}
-	return &o, taken, nil
+	return &o, epoch, nil
 }
 
 // FindDue implements [idempotency.Keeper].

@@ -42,7 +42,7 @@ type OpenRequest struct {
 	Key        idempotency.Key // prints as a hash; its fields are the table's columns
 	Route      string
 	Attempt    idempotency.AttemptID // of the request; a service's rows may carry it
-	Epoch      int64                 // counts its owners and the acts on it: see [OpenAct.Epoch]
+	Epoch      int64                 // another one for each owner, and after each act: see [OpenAct.Epoch]
 	Runs       int                   // of the handler
 	StartedAt  time.Time
 	Age        time.Duration // since StartedAt

@@ -1,0 +1,360 @@
+package effect_test
+
+import (
+	"context"
+	"errors"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"github.com/paidonce/idempotency"
+	"github.com/paidonce/idempotency/effect"
+)
+
+// Directed schedules of several owners of one request: who is slow, who takes over, and whose result
+// counts. Random runs meet them rarely.
+
+// gate makes a processor's answer wait until the test lets it through.
+type gate struct{ began, release chan struct{} }
+
+func newGate() gate { return gate{make(chan struct{}), make(chan struct{})} }
+
+func (g gate) pass() {
+	close(g.began)
+	<-g.release
+}
+
+// later makes the request in a goroutine of its own.
+func later(do func() idempotency.Result) <-chan idempotency.Result {
+	result := make(chan idempotency.Result, 1)
+	go func() { result <- do() }()
+	return result
+}
+
+// wantNoAnswer fails the test if an owner that was replaced has told its client an answer, or that
+// nothing was done.
+func wantNoAnswer(t *testing.T, result idempotency.Result) {
+	t.Helper()
+	if result.Outcome == idempotency.OutcomeExecuted || result.Outcome == idempotency.OutcomeNotExecuted {
+		t.Errorf("an owner that was replaced: outcome %q, answer %v: %v", result.Outcome, result.Answer, result.Err)
+	}
+}
+
+// noThen is an effect that the processor declines in the first send, whose owner gets to record that
+// only when the gate opens, and does in every later one. The second waits for a gate of its own.
+func noThen(first, second gate) func(p *processor, e *effect.Effect[card, charge]) {
+	return func(_ *processor, e *effect.Effect[card, charge]) {
+		var sends atomic.Int64
+		do := e.Do
+		e.Do = func(ctx context.Context, key string, in card) (charge, error) {
+			out, err := do(ctx, key, in)
+			switch sends.Add(1) {
+			case 1:
+				first.pass()
+			case 2:
+				second.pass()
+			}
+			return out, err
+		}
+	}
+}
+
+// The first owner gets a no and is slow to record it. The next one is charging meanwhile: the old no
+// must not outweigh the charge.
+func TestNoOfAReplacedOwnerIsRefusedWhileTheNextOneSends(t *testing.T) {
+	t.Parallel()
+	first, second := newGate(), newGate()
+	s := newShop(t, noThen(first, second))
+	s.does(refuses)
+	one := later(s.request)
+	<-first.began
+	s.due(t)
+	two := later(func() idempotency.Result { return s.Engine.Resume(context.Background(), s.key) })
+	<-second.began
+	close(first.release)
+	wantNoAnswer(t, <-one)
+	if state := s.Count(t, "SELECT state FROM idempotency_effects"); state != int(idempotency.EffectIntended) {
+		t.Errorf("state %d: the result of a replaced owner was recorded", state)
+	}
+	close(second.release)
+	s.wantPaid(t, <-two, 900)
+}
+
+// A request is abandoned while an old owner still has it, and its key is used again: the new request
+// is another one, although the keys for the processor are the same.
+func TestOwnerOfAnAbandonedRequestIsRefused(t *testing.T) {
+	t.Parallel()
+	first, second := newGate(), newGate()
+	s := newShop(t, noThen(first, second))
+	s.does(refuses)
+	one := later(s.request)
+	<-first.began
+	s.abandon(t)
+	two := later(s.request)
+	<-second.began
+	close(first.release)
+	wantNoAnswer(t, <-one)
+	close(second.release)
+	s.wantPaid(t, <-two, 900)
+}
+
+// abandon removes the request, as an operator may.
+func (s *shop) abandon(t *testing.T) {
+	t.Helper()
+	s.Exec(t, "DELETE FROM idempotency_open")
+	s.Exec(t, "DELETE FROM idempotency_keys WHERE status = 0")
+}
+
+// A fail-over loses the commit of a take-over, and the next owner takes the request over from the
+// same state: the two are different owners all the same.
+func TestOwnerWhoseTakeOverWasLostIsRefused(t *testing.T) {
+	t.Parallel()
+	first, second := newGate(), newGate()
+	s := newShop(t, noThen(first, second))
+	die := once()
+	lost := effect.New("charge", effect.Effect[card, charge]{Do: func(context.Context, string, card) (charge, error) {
+		die()
+		return charge{}, errors.New("not reached")
+	}})
+	s.handle = func(ctx context.Context) (*idempotency.Answer, error) {
+		_, err := lost.Call(ctx, card{"tok", s.price})
+		return nil, err
+	}
+	s.request() // dies before its send
+	s.handle = nil
+	s.does(refuses)
+	s.Exec(t, "UPDATE idempotency_effects SET sent_first_at = sent_first_at - interval '30 minutes'") // so a no is final
+	s.Exec(t, "CREATE TABLE before AS SELECT o.epoch AS open, e.epoch AS effect FROM idempotency_open o, idempotency_effects e")
+	s.due(t)
+	one := later(func() idempotency.Result { return s.Engine.Resume(context.Background(), s.key) })
+	<-first.began
+	s.Exec(t, "UPDATE idempotency_open SET epoch = (SELECT open FROM before), runs = 1")
+	s.Exec(t, "UPDATE idempotency_effects SET epoch = (SELECT effect FROM before), tries = 1, doubt_at = NULL")
+	s.due(t)
+	two := later(func() idempotency.Result { return s.Engine.Resume(context.Background(), s.key) })
+	<-second.began
+	close(first.release)
+	wantNoAnswer(t, <-one)
+	close(second.release)
+	s.wantPaid(t, <-two, 900)
+}
+
+// The owner has the result, and is slow before its last transaction. The next one posts meanwhile.
+func TestReplacedOwnerPostsNothing(t *testing.T) {
+	t.Parallel()
+	s := newShop(t, nil)
+	s.afterCall = once()
+	s.request() // the result is recorded
+	slow := newGate()
+	var runs atomic.Int64
+	s.afterCall = func() {
+		if runs.Add(1) == 1 {
+			slow.pass()
+		}
+	}
+	s.due(t)
+	one := later(func() idempotency.Result { return s.Engine.Resume(context.Background(), s.key) })
+	<-slow.began
+	s.wantPaid(t, s.resume(t), 900)
+	close(slow.release)
+	wantNoAnswer(t, <-one)
+	if n := s.Effects(t); n != 1 {
+		t.Errorf("%d postings", n)
+	}
+}
+
+// An owner in its last transaction keeps the request, however long that takes: nobody runs the
+// handler beside it.
+func TestOwnerInItsLastTransactionIsNotReplaced(t *testing.T) {
+	t.Parallel()
+	s := newShop(t, nil)
+	slow := newGate()
+	var runs atomic.Int64
+	s.handle = func(ctx context.Context) (*idempotency.Answer, error) {
+		n := runs.Add(1)
+		paid, err := s.charge.Call(ctx, card{"tok", s.price})
+		if err != nil {
+			return nil, err
+		}
+		answer, err := s.post(ctx, paid)
+		if n == 1 {
+			slow.pass()
+		}
+		return answer, err
+	}
+	one := later(s.request)
+	<-slow.began
+	if result := s.Engine.Resume(context.Background(), s.key); result.Answer != nil || runs.Load() != 1 {
+		t.Errorf("before its lease is over: %+v", result)
+	}
+	// The row is locked by the owner, so that a lease that has run out can only be had by waiting.
+	ctx, cancel := context.WithTimeout(t.Context(), 500*time.Millisecond)
+	defer cancel()
+	if _, err := s.Pool.Exec(ctx, "UPDATE idempotency_open SET next_at = now()"); err == nil {
+		t.Error("the row of the request is not locked")
+	}
+	close(slow.release)
+	s.wantPaid(t, <-one, 900)
+	if n := runs.Load(); n != 1 {
+		t.Errorf("%d runs", n)
+	}
+}
+
+// Whoever comes while a call that is sent once at most is under way must not give it up.
+func TestCallThatIsSentOnceIsNotGivenUpWhileItIsUnderWay(t *testing.T) {
+	t.Parallel()
+	slow := newGate()
+	s := newShop(t, func(_ *processor, e *effect.Effect[card, charge]) {
+		do := e.Do
+		e.AtMostOnce = true
+		e.Do = func(ctx context.Context, key string, in card) (charge, error) {
+			out, err := do(ctx, key, in)
+			slow.pass()
+			return out, err
+		}
+	})
+	one := later(s.request)
+	<-slow.began
+	for name, result := range map[string]idempotency.Result{"a retry": s.request(), "the completer": s.Engine.Resume(context.Background(), s.key)} {
+		if result.Outcome != idempotency.OutcomeInProgress || result.RetryAfter <= 0 {
+			t.Errorf("%s: %+v", name, result)
+		}
+	}
+	if found, err := idempotency.NewCompleter(s.Engine, nil).Once(t.Context()); found != 0 || err != nil {
+		t.Errorf("the completer found %d: %v", found, err)
+	}
+	close(slow.release)
+	s.wantPaid(t, <-one, 900)
+	if n := s.sent(t); n != 1 {
+		t.Errorf("sent %d times", n)
+	}
+}
+
+// stagedStore is a store in which something happens between two steps of one request.
+type stagedStore struct {
+	idempotency.Keeper
+	beforeTakeOver, afterReadOpen func()
+}
+
+func (s stagedStore) TakeOver(ctx context.Context, claim *idempotency.Claim) (idempotency.OpenAttempt, *idempotency.Open, error) {
+	if s.beforeTakeOver != nil {
+		s.beforeTakeOver()
+	}
+	return s.Keeper.TakeOver(ctx, claim)
+}
+
+func (s stagedStore) ReadOpen(ctx context.Context, key idempotency.Key) (*idempotency.Open, error) {
+	open, err := s.Keeper.ReadOpen(ctx, key)
+	if s.afterReadOpen != nil {
+		s.afterReadOpen()
+	}
+	return open, err
+}
+
+// Between the look-up and the take-over somebody else ends the request: that is a replay.
+func TestRequestThatEndsBeforeItsTakeOverIsReplayed(t *testing.T) {
+	t.Parallel()
+	s := newShop(t, nil)
+	s.does(loses)
+	s.wantOpen(t, s.request())
+	other := s.Engine
+	s.serve(stagedStore{Keeper: s.Store, beforeTakeOver: func() {
+		s.due(t)
+		s.wantPaid(t, other.Resume(context.Background(), s.key), 900)
+	}}, idempotency.Timeouts{})
+	if result := s.request(); result.Outcome != idempotency.OutcomeReplayed || result.Answer == nil || result.Answer.Status != 201 {
+		t.Errorf("%+v", result)
+	}
+}
+
+// An operator abandons the request while the completer is on its way to it: it must not become a new
+// request, which only a client may make.
+func TestAbandonedRequestIsNotRunByTheCompleter(t *testing.T) {
+	t.Parallel()
+	for name, store := range map[string]func(s *shop) stagedStore{
+		"before the claim": func(s *shop) stagedStore { return stagedStore{Keeper: s.Store, afterReadOpen: func() { s.abandon(t) }} },
+		"before the take-over": func(s *shop) stagedStore {
+			return stagedStore{Keeper: s.Store, beforeTakeOver: func() { s.abandon(t) }}
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			s := newShop(t, nil)
+			s.does(loses)
+			s.wantOpen(t, s.request())
+			s.serve(store(s), idempotency.Timeouts{})
+			if result := s.resume(t); !errors.Is(result.Err, idempotency.ErrNotOpen) || result.Outcome != idempotency.OutcomeUnknown {
+				t.Errorf("%+v", result)
+			}
+			if n := s.sent(t); n != 1 || s.Effects(t) != 0 || s.Count(t, "SELECT count(*) FROM idempotency_keys") != 0 {
+				t.Errorf("sent %d times, %d postings", n, s.Effects(t))
+			}
+		})
+	}
+}
+
+// A later version of the route has other effects. Its handler must not run what an earlier version
+// began: a call under another name would be another charge.
+func TestRouteOfAnotherNameDoesNotTakeOver(t *testing.T) {
+	t.Parallel()
+	s := newShop(t, nil)
+	s.afterCall = once()
+	s.request()
+	s.afterCall = nil
+	s.due(t)
+	renamed := effect.New("charge2", effect.Effect[card, charge]{Do: s.do})
+	req := s.newRequest()
+	req.Resumable = "topup/2"
+	result := s.Engine.Do(t.Context(), req, func(ctx context.Context) (*idempotency.Answer, error) {
+		paid, err := renamed.Call(ctx, card{"tok", s.price})
+		if err != nil {
+			return nil, err
+		}
+		return s.post(ctx, paid)
+	})
+	s.wantOpen(t, result)
+	if n := s.sent(t); n != 1 {
+		t.Errorf("sent %d times", n)
+	}
+	if open := s.Count(t, "SELECT count(*) FROM idempotency_open WHERE runs = 1"); open != 1 {
+		t.Error("it was taken over")
+	}
+	s.wantPaid(t, s.resume(t), 900)
+	if result := s.Engine.Do(t.Context(), req, s.run); result.Outcome != idempotency.OutcomeReplayed {
+		t.Errorf("the later version, when it has ended: %+v", result)
+	}
+}
+
+// A refusal tells the client that nothing was done. A call that is sent once at most counts as much
+// as any other.
+func TestRefusalAfterACallThatIsSentOnceIsParked(t *testing.T) {
+	t.Parallel()
+	for name, does := range map[string]behavior{"done": answers, "maybe": loses} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			s := newShop(t, func(_ *processor, e *effect.Effect[card, charge]) { e.AtMostOnce = true })
+			s.does(does)
+			s.handle = func(ctx context.Context) (*idempotency.Answer, error) {
+				if _, err := s.charge.Call(ctx, card{"tok", s.price}); err != nil && !errors.Is(err, effect.ErrMaybe) {
+					return nil, err
+				}
+				return &idempotency.Answer{Status: 409}, nil
+			}
+			s.wantParked(t, s.request(), "not undone")
+		})
+	}
+}
+
+// COMMIT of the last transaction is refused: nothing of it is told, and another run posts.
+func TestRefusedCommitAfterTheCallIsNeverNotExecuted(t *testing.T) {
+	t.Parallel()
+	s := newShop(t, nil)
+	s.Exec(t, `CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN RAISE EXCEPTION 'no'; END $$;
+		CREATE CONSTRAINT TRIGGER refuse AFTER INSERT ON effects DEFERRABLE INITIALLY DEFERRED FOR EACH ROW EXECUTE FUNCTION refuse()`)
+	s.wantOpen(t, s.request())
+	s.Exec(t, "DROP TRIGGER refuse ON effects")
+	s.wantPaid(t, s.resume(t), 900)
+	if n := s.sent(t); n != 1 {
+		t.Errorf("sent %d times", n)
+	}
+}

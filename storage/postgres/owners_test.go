@@ -1,0 +1,64 @@
+package postgres_test
+
+import (
+	"context"
+	"testing"
+
+	"github.com/jackc/pgx/v5"
+	"github.com/jackc/pgx/v5/pgxpool"
+
+	"github.com/paidonce/idempotency"
+	"github.com/paidonce/idempotency/storage/postgres"
+)
+
+// Every commit of an owner is as durable as the option says, whatever the session has: the claim, the
+// result, the end, and a take-over, which notes that something may be sent.
+func TestCommitsOfAnOpenRequestAreDurable(t *testing.T) {
+	t.Parallel()
+	var r *resumable
+	settle := false
+	r = newResumable(t, func(ctx context.Context) (*idempotency.Answer, error) {
+		if err := r.charge(ctx, settle); err != nil {
+			return nil, err
+		}
+		return &idempotency.Answer{Status: 201}, nil
+	})
+	r.Exec(t, `CREATE TABLE seen (what text);
+		CREATE FUNCTION see() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN INSERT INTO public.seen VALUES (TG_ARGV[0] || ' ' || current_setting('synchronous_commit')); RETURN NULL; END $$;
+		CREATE TRIGGER intent AFTER INSERT ON idempotency_effects FOR EACH ROW EXECUTE FUNCTION see('intent');
+		CREATE TRIGGER take AFTER UPDATE OF epoch ON idempotency_open FOR EACH ROW EXECUTE FUNCTION see('take-over');
+		CREATE TRIGGER settle AFTER UPDATE OF state ON idempotency_effects FOR EACH ROW EXECUTE FUNCTION see('result');
+		CREATE TRIGGER close AFTER DELETE ON idempotency_open FOR EACH ROW EXECUTE FUNCTION see('end')`)
+	config, err := pgxpool.ParseConfig(r.URL)
+	if err != nil {
+		t.Fatal(err)
+	}
+	postgres.Configure(config, nil)
+	connected := config.AfterConnect
+	config.AfterConnect = func(ctx context.Context, conn *pgx.Conn) error {
+		if connected != nil {
+			if err := connected(ctx, conn); err != nil {
+				return err
+			}
+		}
+		_, err := conn.Exec(ctx, "SET synchronous_commit = off") // as a pooler's server connection may have
+		return err
+	}
+	pool, err := pgxpool.NewWithConfig(t.Context(), config)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(pool.Close)
+	r.Engine = idempotency.NewEngine(postgres.New(pool, nil), nil)
+	if result := r.do(t); !result.Accepted {
+		t.Fatalf("%+v", result)
+	}
+	settle = true
+	r.Exec(t, "UPDATE idempotency_open SET next_at = now()")
+	if result := r.do(t); result.Outcome != idempotency.OutcomeExecuted {
+		t.Fatalf("%+v", result)
+	}
+	if got := r.Text(t, "SELECT string_agg(what, ', ') FROM seen"); got != "intent on, take-over on, result on, end on" {
+		t.Errorf("seen: %s", got)
+	}
+}
