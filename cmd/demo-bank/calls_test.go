@@ -3,9 +3,15 @@
 package main
 
 import (
+	"bytes"
 	"encoding/json"
 	"fmt"
+	"net"
 	"net/http"
+	"os"
+	"path/filepath"
+	"regexp"
+	"strings"
 	"testing"
 
 	"github.com/jackc/pgx/v5/pgxpool"
@@ -152,4 +158,127 @@ func killedAt(t *testing.T, c calling, name string, nth int) {
 		t.Errorf("the retries got %q %q", outcomes, bodies)
 	}
 	paidOnce(t, again.url, psp.url, db, c, 1)
+}
+
+// TestEveryLineIsOutBeforeTheBankIsReady: whoever finds the bank ready finds the processor's URL in
+// what it has printed, and the processor there.
+func TestEveryLineIsOutBeforeTheBankIsReady(t *testing.T) {
+	t.Parallel()
+	for name, args := range map[string][]string{"inside": nil, "given": {"--psp", servePSP(t, "--addr", "127.0.0.1:0").url}} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			listener, err := net.Listen("tcp", "127.0.0.1:0")
+			if err != nil {
+				t.Fatal(err)
+			}
+			address := listener.Addr().String()
+			if err := listener.Close(); err != nil {
+				t.Fatal(err)
+			}
+			stdout, err := os.Create(filepath.Join(t.TempDir(), "stdout"))
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer stdout.Close()
+			cmd := command(t.Context(), append([]string{"--addr", address, "--database-url", pgtest.Database(t), "--pool-size", "4"}, args...)...)
+			cmd.Stdout = stdout
+			if err := cmd.Start(); err != nil {
+				t.Fatal(err)
+			}
+			t.Cleanup(func() {
+				_ = cmd.Process.Kill()
+				_ = cmd.Wait() // it was killed
+			})
+			client := newClient(t)
+			status := func(url string) int {
+				response, err := client.Get(url)
+				if err != nil {
+					return 0
+				}
+				defer response.Body.Close()
+				return response.StatusCode
+			}
+			eventually(t, "the bank is ready", func() bool { return status("http://"+address+"/readyz") == http.StatusOK })
+			said, err := os.ReadFile(stdout.Name())
+			if err != nil {
+				t.Fatal(err)
+			}
+			line := regexp.MustCompile(`(?m)^The processor of its cards, payouts and mails is at (http://\S+) \(.+\)$`).FindSubmatch(said)
+			if line == nil || !bytes.Contains(said, []byte("demo-bank storm --url http://"+address)) {
+				t.Fatalf("it has said\n%s", said)
+			}
+			psp := string(line[1])
+			if len(args) > 0 && psp != args[1] {
+				t.Errorf("the processor is %s, want %s", psp, args[1])
+			}
+			if got := status(psp + "/faults"); got != http.StatusOK {
+				t.Errorf("GET %s/faults is %d", psp, got)
+			}
+		})
+	}
+}
+
+// TestProcessorOfTheBankSurvivesKill9OfBoth: with a data folder the charges are still there after
+// kill -9, and what was open is brought to its end.
+func TestProcessorOfTheBankSurvivesKill9OfBoth(t *testing.T) {
+	t.Parallel()
+	pgtest.Slow(t, "starts banks with a PostgreSQL of their own")
+	dir := pgtest.Folder(t)
+	cmd := command(t.Context(), "--addr", "127.0.0.1:0", "--data-dir", dir, "--log-level", "ERROR")
+	cmd.Env = append(cmd.Env, crashpoint.BankVariable+"="+crashpoint.AfterReply+":2")
+	p := start(t, cmd).await()
+	instance := auditOf(t, newClient(t), p.url).PSP
+	for _, key := range []string{"one", "two"} {
+		response, body, err := postTo(newClient(t), p.url+topUp.path, key, topUp.body)
+		if key == "one" && (err != nil || response.StatusCode != http.StatusCreated) {
+			t.Fatalf("%v %s", err, body)
+		}
+	}
+	p.diesAt(crashpoint.AfterReply)
+	again := serve(t, "--addr", "127.0.0.1:0", "--data-dir", dir, "--log-level", "ERROR")
+	client := newClient(t)
+	var audit bank.Audit
+	eventually(t, "nothing is open", func() bool {
+		audit = auditOf(t, client, again.url)
+		return audit.OpenOperations == 0
+	})
+	if !audit.OK || audit.PSP != instance || audit.Charges == nil || *audit.Charges != 2 {
+		text, _ := json.Marshal(audit)
+		t.Errorf("the instance was %s, and the audit says %s", instance, text)
+	}
+	again.terminate()
+	if code := again.exitCode(); code != 0 {
+		t.Errorf("exit code is %d:\n%s", code, again.stderr.String())
+	}
+}
+
+// TestProcessorThatCannotBeUsed: a wrong --psp and a lost processor are told in one line, and a
+// processor that is not there yet is not.
+func TestProcessorThatCannotBeUsed(t *testing.T) {
+	t.Parallel()
+	database := pgtest.Database(t)
+	for _, url := range []string{"127.0.0.1:8090", "ftp://127.0.0.1", "http://", "://"} {
+		if line := fails(t, "--addr", "127.0.0.1:0", "--database-url", database, "--psp", url); !strings.Contains(line, "--psp") {
+			t.Errorf("--psp %s: %s", url, line)
+		}
+	}
+	dir := t.TempDir()
+	if err := os.WriteFile(filepath.Join(dir, "processor.jsonl"), []byte("not a processor's\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	cmd := command(t.Context(), "--addr", "127.0.0.1:0", "--database-url", database, "--data-dir", dir)
+	output, err := cmd.CombinedOutput()
+	if text := string(output); err == nil || !strings.Contains(text, "used only by the processor inside") || !strings.Contains(text, "the processor inside can't start") {
+		t.Errorf("%v:\n%s", err, text)
+	}
+	// It may come up later: the bank is ready without it.
+	p := serve(t, "--addr", "127.0.0.1:0", "--database-url", database, "--psp", "http://127.0.0.1:1", "--pool-size", "4")
+	audit := auditOf(t, newClient(t), p.url)
+	if !audit.OK || audit.PSP != bank.ProcessorUnreachable {
+		t.Errorf("audit is %+v", audit)
+	}
+	response, body, err := postTo(newClient(t), p.url+topUp.path, "k", topUp.body)
+	if err != nil || response.StatusCode != http.StatusServiceUnavailable || !bytes.Contains(body, []byte(`"accepted":true`)) {
+		t.Errorf("%v %s", err, body)
+	}
 }

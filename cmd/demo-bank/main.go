@@ -37,6 +37,8 @@ Without a command it serves. Try:
   demo-bank                                      serve, with an embedded PostgreSQL that is gone at exit
   demo-bank --data-dir ./bank-data               serve, and find the money still there at the next start
   DATABASE_URL=postgres://... demo-bank          serve on a PostgreSQL of yours
+  demo-bank psp                                  serve the processor of cards, payouts and mails in another terminal
+  demo-bank --psp http://127.0.0.1:8090          serve, and call that one instead of the one inside
   demo-bank storm                                send thousands of duplicates to it and read the verdict
   demo-bank storm --keys 20000 --clients 64      a longer one
   demo-bank storm --json >report.json            for a script: exit code 0 is ok, 1 is broken, 2 is no verdict`

@@ -472,6 +472,7 @@ func TestLimitsOfTheFlags(t *testing.T) {
 		{"--wait", []string{"0s", "1ms", "1m"}, []string{"1m1ns", "-1s"}},
 		{"--wait=2s --ttl", []string{"3s"}, []string{"2s"}},
 		{"--acquire-timeout", []string{"1ms", "3s"}, []string{"999us", "0s", "-1s"}},
+		{"--psp-key-lifetime", []string{"50s", "720h"}, []string{"49s", "0s", "-1s"}},
 		{"--pool-size", []string{"1", "1000"}, []string{"0", "1001"}},
 	} {
 		for _, value := range test.good {
@@ -491,7 +492,8 @@ func TestLimitsOfTheFlags(t *testing.T) {
 	}
 	got := cli.Serve
 	if got.TTL != 24*time.Hour || got.ReapInterval != time.Minute || got.HandlerTimeout != 10*time.Second ||
-		got.Wait != 0 || got.AcquireTimeout != 3*time.Second || got.PoolSize != server.PoolSizeDefault {
+		got.Wait != 0 || got.AcquireTimeout != 3*time.Second || got.PoolSize != server.PoolSizeDefault ||
+		got.PSP != "" || got.PSPKeyLifetime != 24*time.Hour {
 		t.Errorf("the defaults are %+v", got)
 	}
 }

@@ -4,6 +4,8 @@ import (
 	"encoding/json"
 	"fmt"
 	"net/http"
+	"net/http/httptest"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -502,4 +504,89 @@ func TestReceiptIsMailedOnceAtMost(t *testing.T) {
 	expectProblem(t, b.keyed(bank.ReceiptsPath, `{"transfer":"1","to":"a"}`), 404, "transfer-not-found")
 	expectProblem(t, b.keyed(bank.ReceiptsPath, `{"transfer":"x","to":"a"}`), 404, "transfer-not-found")
 	expectAudit(t, b.settled(), 0)
+}
+
+// holdingProcessor applies charges and holds all replies until it has had so many keys.
+type holdingProcessor struct {
+	*httptest.Server
+	mu    sync.Mutex
+	items []map[string]any // applied, in order
+	keys  map[string]map[string]any
+	all   chan struct{} // closed when it has had all keys
+	free  chan struct{} // closed when replies may be given
+}
+
+func newHoldingProcessor(t *testing.T, keys int) *holdingProcessor {
+	p := &holdingProcessor{keys: map[string]map[string]any{}, all: make(chan struct{}), free: make(chan struct{})}
+	p.Server = httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		w.Header().Set("Processor-Instance", "holding")
+		p.mu.Lock()
+		defer p.mu.Unlock()
+		if r.Method == http.MethodGet {
+			items := []map[string]any{}
+			if r.URL.Path == "/charges" {
+				items = append(items, p.items...)
+			}
+			if key := r.URL.Query().Get("key"); key != "" {
+				items = slices.DeleteFunc(items, func(item map[string]any) bool { return item["key"] != key })
+			}
+			_ = json.NewEncoder(w).Encode(map[string]any{"items": items}) // the client may be gone
+			return
+		}
+		key := r.Header.Get("Idempotency-Key")
+		item, known := p.keys[key]
+		if !known {
+			if err := json.NewDecoder(r.Body).Decode(&item); err != nil {
+				t.Error(err)
+			}
+			item["id"], item["key"] = "ch_"+key, key
+			p.keys[key], p.items = item, append(p.items, item)
+			if len(p.keys) == keys {
+				close(p.all)
+			}
+		}
+		p.mu.Unlock()
+		<-p.free
+		p.mu.Lock()
+		w.WriteHeader(http.StatusCreated)
+		_ = json.NewEncoder(w).Encode(item)
+	}))
+	t.Cleanup(p.Close)
+	return p
+}
+
+// TestSlowProcessorHoldsNoConnection: 32 top-ups wait for the processor at the same time, with a
+// pool of 4 connections. None of them has a transaction open, and all are settled.
+func TestSlowProcessorHoldsNoConnection(t *testing.T) {
+	t.Parallel()
+	const clients = 32
+	p := newHoldingProcessor(t, clients)
+	b := setup(t, func(c *Config) { c.PSP, c.PoolSize, c.AcquireTimeout = p.URL, 4, time.Minute })
+	var group sync.WaitGroup
+	for i := range clients {
+		group.Go(func() {
+			if r := b.topUp(fmt.Sprint("k", i), fmt.Sprintf("acct-%04d", i), "tok", 5); r.status != 201 {
+				expectAccepted(t, r) // its call took too long, on a busy machine
+			}
+		})
+	}
+	select {
+	case <-p.all:
+	case <-time.After(startTimeout):
+		t.Error("the top-ups don't reach the processor all at once")
+	}
+	for deadline := time.Now().Add(startTimeout); ; time.Sleep(time.Millisecond) {
+		// Other work of the bank may have one for a moment.
+		open := b.count(`SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND xact_start IS NOT NULL AND application_name <> $1`, testerName)
+		if open == 0 {
+			break
+		}
+		if time.Now().After(deadline) {
+			t.Errorf("%d transactions are open while the processor is slow", open)
+			break
+		}
+	}
+	close(p.free)
+	group.Wait()
+	expectAudit(t, b.settled(), clients)
 }
