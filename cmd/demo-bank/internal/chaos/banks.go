@@ -26,7 +26,9 @@ const (
 	// If a COMMIT stays half-open, its transaction ends ten seconds after this timeout. By then its
 	// request has been answered as unknown.
 	handlerTimeout = 4 * time.Second
-	acquireTimeout = time.Second
+	// handlerTimeoutCalls is longer than a call to the processor.
+	handlerTimeoutCalls = 7 * time.Second
+	acquireTimeout      = time.Second
 
 	// duplicateWait is shorter than the time that an attempt may hold a key, so that some requests
 	// still get in-progress.
@@ -223,8 +225,14 @@ func (s *slot) begin() (*life, error) {
 		l.armed, s.pending = s.pending[0], s.pending[1:]
 	}
 	l.cmd = exec.Command(s.program, "serve", "--addr", s.address, "--database-url", s.url, "--log-level", "WARN",
-		"--pool-size", strconv.Itoa(poolSize), "--handler-timeout", handlerTimeout.String(),
+		"--pool-size", strconv.Itoa(poolSize),
 		"--acquire-timeout", acquireTimeout.String(), "--reap-interval", s.run.profile.reapInterval.String())
+	timeout := handlerTimeout
+	if s.run.profile.effects {
+		timeout = handlerTimeoutCalls
+		l.cmd.Args = append(l.cmd.Args, "--psp", s.run.gateway.urls[s.number])
+	}
+	l.cmd.Args = append(l.cmd.Args, "--handler-timeout", timeout.String())
 	if s.run.config.Wait {
 		l.cmd.Args = append(l.cmd.Args, "--wait", duplicateWait.String())
 	}
@@ -290,6 +298,15 @@ func (b *banks) kill(bank int, next arm) bool {
 		s.next = next
 	}
 	return s.life != nil && s.life.kill()
+}
+
+// stop is SIGSTOP. It returns a function for SIGCONT, or nil if there is no process.
+func (b *banks) stop(bank int) (resume func()) {
+	l := b.slots[bank].current()
+	if l == nil || signalStop(l.cmd.Process) != nil {
+		return nil
+	}
+	return func() { _ = signalContinue(l.cmd.Process) } // it may have been killed
 }
 
 // disarmed reports whether every crash point that a life was given has been reached. If a kill

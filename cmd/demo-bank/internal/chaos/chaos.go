@@ -65,6 +65,10 @@ type Config struct {
 	// Wait makes duplicates at the banks wait for the answer for a moment before they get 409.
 	Wait bool
 
+	// Effects starts a processor too, which misbehaves, and makes some clients send requests that
+	// call it.
+	Effects bool
+
 	// Bank is the path of the program that serves, a demo-bank or a variant of it. Defaults to this
 	// program.
 	Bank string
@@ -103,11 +107,23 @@ func (c *Config) full() Config {
 	full := *c
 	full.Profile = cmp.Or(full.Profile, ProfileDefault)
 	p := profiles[full.Profile]
+	if full.Effects {
+		p = p.withEffects()
+	}
 	full.Operations = cmp.Or(full.Operations, p.operations)
 	full.Clients = cmp.Or(full.Clients, ClientsDefault)
 	full.Banks = cmp.Or(full.Banks, BanksDefault)
 	full.DurationMax = cmp.Or(full.DurationMax, p.durationMax)
 	return full
+}
+
+// profile returns the profile of a config that is full.
+func (c *Config) profile() profile {
+	p := profiles[c.Profile]
+	if c.Effects {
+		p = p.withEffects()
+	}
+	return p.scaled(c.Operations)
 }
 
 // errDuration is the cause of a context that ended because the run took longer than allowed.
@@ -167,7 +183,13 @@ func (r *run) phases(ctx context.Context) error {
 	if err := r.cluster.start(ctx); err != nil {
 		return err
 	}
+	if err := r.startOutside(ctx); err != nil {
+		return err
+	}
 	if err := r.banks.start(ctx); err != nil {
+		return err
+	}
+	if err := r.firstTransfer(ctx); err != nil {
 		return err
 	}
 	if err := r.takeBaseline(ctx); err != nil {
@@ -176,6 +198,10 @@ func (r *run) phases(ctx context.Context) error {
 	r.enter("load")
 	endWatch := r.watch(ctx)
 	err := r.load(ctx)
+	if err == nil && r.profile.effects {
+		r.enter("directed")
+		err = r.direct(ctx)
+	}
 	if err == nil {
 		r.enter("settling")
 		err = r.settle(ctx)

@@ -108,7 +108,7 @@ func (r *run) drawTrouble(choice *rand.Rand) storm.Trouble {
 // follows the table for clients in docs/guarantees.md.
 func (l *lane) ask(ctx context.Context, k *key, changed bool, t storm.Trouble) {
 	backoff := storm.BackoffFirst
-	for ctx.Err() == nil && k.begin() {
+	for tries := 1; ctx.Err() == nil && k.begin(); tries++ {
 		l.run.tally.trouble(t)
 		what := l.send(ctx, k, changed, false, t)
 		k.end(what)
@@ -122,11 +122,17 @@ func (l *lane) ask(ctx context.Context, k *key, changed bool, t storm.Trouble) {
 				l.run.tally.clientFaults.add("changed body")
 			}
 			return
+		case resultParked:
+			return
 		case resultNotExecuted:
-			if l.choice.Float64() < l.run.profile.giveUp && k.giveUp() {
+			if !k.insist && l.choice.Float64() < l.run.profile.giveUp && k.giveUp() {
 				l.run.tally.clientFaults.add("given up")
 				return
 			}
+		}
+		if tries == k.triesMax {
+			l.run.tally.clientFaults.add("left before the end")
+			return
 		}
 		pause := backoff
 		if k.asks == askReused && what == resultAgain {
@@ -165,7 +171,7 @@ const overtime = 2
 // awaitLoad blocks until enough was sent and every fault of the schedule was reached, or won't be.
 func (r *run) awaitLoad(ctx context.Context) error {
 	limit := int64(overtime * r.config.Operations)
-	for r.tally.finished.Load() < int64(r.config.Operations) || !r.commits.exhausted() || !r.banks.disarmed() || r.eventsLeft.Load() > 0 {
+	for r.tally.finished.Load() < int64(r.config.Operations) || !r.commits.exhausted() || !r.gateway.exhausted() || !r.banks.disarmed() || r.eventsLeft.Load() > 0 {
 		if r.tally.finished.Load() >= limit {
 			return nil // the report finds the faults that were not reached
 		}

@@ -24,6 +24,8 @@ type commits struct {
 
 	mu       sync.Mutex
 	left     []commitFault
+	leftOpen []openFault
+	seenOpen map[openCommit]int64
 	calmed   bool // in a lull, in which no bank is killed
 	halfOpen int  // the number that a lull still makes
 }
@@ -35,19 +37,29 @@ const resolveEvery = 10
 // hangUpPause delays a COMMIT after its client has hung up, so that the bank can notice.
 const hangUpPause = 50 * time.Millisecond
 
-func newCommits(r *run) *commits { return &commits{run: r, left: r.schedule.commits} }
+func newCommits(r *run) *commits {
+	return &commits{run: r, left: r.schedule.commits, leftOpen: r.schedule.open}
+}
 
 func (c *commits) exhausted() bool {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	return len(c.left) == 0
+	return len(c.left) == 0 && len(c.leftOpen) == 0
 }
 
 // fault decides the fault of a COMMIT through a bank's proxy.
 func (c *commits) fault(bank int, commit pgfault.Commit) pgfault.Fault {
 	forward := pgfault.Fault{Kind: pgfault.Forward}
 	k := c.run.keys.find(commit.Messages)
-	if k == nil || c.run.healed.Load() {
+	if k == nil {
+		return forward
+	}
+	if c.run.profile.effects {
+		if f, ok := c.faultOpen(bank, commit, k); ok {
+			return f
+		}
+	}
+	if c.run.healed.Load() {
 		return forward
 	}
 	n := c.seen.Add(1)

@@ -25,12 +25,14 @@ const (
 )
 
 // tracks splits the events, in order, into the tracks that may run at once. Faults of the cluster
-// or the network follow one another, and so do faults of the banks, but the two overlap.
+// or the network follow one another, and so do those of the banks and of the processor.
 func (r *run) tracks() [][]event {
-	tracks := make([][]event, 2)
+	tracks := make([][]event, 3)
 	for _, e := range r.schedule.events {
-		switch e.kind {
-		case killBank, terminateBackends, cutAll:
+		switch {
+		case e.kind.ofProcessor():
+			tracks[2] = append(tracks[2], e)
+		case e.kind == killBank, e.kind == terminateBackends, e.kind == cutAll:
 			tracks[1] = append(tracks[1], e)
 		default:
 			tracks[0] = append(tracks[0], e)
@@ -75,6 +77,9 @@ func (r *run) breakThings(ctx context.Context, track []event) error {
 
 // do makes an event, and reports whether it had its effect.
 func (r *run) do(ctx context.Context, e event) (bool, error) {
+	if e.kind.ofProcessor() {
+		return r.misbehave(ctx, e)
+	}
 	proxy := r.cluster.proxies[e.bank]
 	switch e.kind {
 	case killBank:

@@ -32,6 +32,7 @@ const RunCheck = "run"
 func (r *run) judge(ctx context.Context) error {
 	// Everything that is compared with the history must be at rest: first the banks, then the
 	// books.
+	r.gateway.rest()
 	var err error
 	if r.after, err = r.measure(ctx, func(after check.Resources) bool { return baseline(r.before, after).OK() }); err != nil {
 		return err
@@ -46,14 +47,22 @@ func (r *run) judge(ctx context.Context) error {
 		return err
 	}
 	results = append(results, quiet)
+	plain := side{ops, expected}
+	var outside []check.Result
+	if r.profile.effects {
+		_, plain = r.split(ops, expected)
+		if outside, err = r.judgeOutside(ctx, ops, expected); err != nil {
+			return err
+		}
+	}
 	err = r.cluster.with(ctx, judgeWaitMax, func(ctx context.Context, conn *pgx.Conn) error {
-		ledger, err := check.Ledger(ctx, conn, ops, expected, ttl)
+		ledger, err := check.Ledger(ctx, conn, plain.ops, plain.expected, ttl)
 		if err != nil {
 			return err
 		}
 		results = append(results, ledger...)
 		records := check.Acknowledged(ops)
-		limit := check.Bounds{Live: int64(len(records)+len(r.planted.live)) + r.planted.unsure}
+		limit := check.Bounds{Live: int64(len(records)+len(r.planted.live)+len(r.left.Open)) + r.planted.unsure}
 		live, err := check.Live(ctx, conn, append(records, r.planted.live...), limit)
 		results = append(results, live)
 		return err
@@ -66,7 +75,7 @@ func (r *run) judge(ctx context.Context) error {
 	for _, name := range verdict.Missing {
 		r.findings.add("nobody checked %s", name)
 	}
-	r.checks = append(verdict.Checks, r.ownChecks()...)
+	r.checks = append(append(verdict.Checks, outside...), r.ownChecks()...)
 	return nil
 }
 

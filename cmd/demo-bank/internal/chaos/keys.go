@@ -7,6 +7,8 @@ import (
 	"math/rand/v2"
 	"strconv"
 	"sync"
+
+	"github.com/paidonce/idempotency/cmd/demo-bank/internal/check"
 )
 
 const (
@@ -30,7 +32,13 @@ const (
 	askOrder
 	askAccount
 	askReused // a transfer under a key that already has an expired record
+	askTopUp
+	askPayout
+	askReceipt
 )
+
+// calls reports whether the request calls the processor.
+func (a asked) calls() bool { return a == askTopUp || a == askPayout || a == askReceipt }
 
 // key is one thing that should happen once. The seed chooses its request and the number of its
 // copies; its text is new each run.
@@ -47,8 +55,12 @@ type key struct {
 	changed  bool // another body is sent under the key too
 	hot      bool // it uses an account that many transfers share
 
-	from, to string
+	from, to string // of a request that calls the processor: the account, and the card or IBAN
 	amount   int64
+	refused  bool // a good bank refuses it
+	triesMax int  // for each copy; then its client does not wait for its end. 0: no limit
+	async    bool // it is sent with Prefer: respond-async
+	insist   bool // nobody gives it up
 
 	mu       sync.Mutex
 	inFlight int
@@ -58,6 +70,8 @@ type key struct {
 	givenUp bool                         // no client sends it any more
 	exempt  bool                         // a fault that can make the outcome unknown hit its COMMIT
 	hangUps map[*lane]context.CancelFunc // of the requests that wait for an answer
+	parked  bool                         // a bank said that it waits for a person
+	status  string                       // path of its status resource, if a bank told it
 }
 
 // path returns the path of its request.
@@ -67,6 +81,12 @@ func (k *key) path() string {
 		return "/v1/orders"
 	case askAccount:
 		return "/v1/accounts"
+	case askTopUp:
+		return "/v1/topups"
+	case askPayout:
+		return "/v1/payouts"
+	case askReceipt:
+		return "/v1/receipts"
 	}
 	return "/v1/transfers"
 }
@@ -82,6 +102,18 @@ func (k *key) body(changed bool) []byte {
 		return fmt.Appendf(nil, `{"account":%q,"sku":"coffee","quantity":%d}`, k.from, amount)
 	case askAccount:
 		return fmt.Appendf(nil, `{"id":"new-%s-%s","currency":"EUR","opening_balance":%d}`, tenants[k.tenant].scope, k.text, amount)
+	}
+	switch k.asks {
+	case askTopUp:
+		return fmt.Appendf(nil, `{"account":%q,"card":%q,"amount":%d}`, k.from, k.to, amount)
+	case askPayout:
+		return fmt.Appendf(nil, `{"account":%q,"iban":%q,"amount":%d}`, k.from, k.to, amount)
+	case askReceipt:
+		to := k.to
+		if changed {
+			to += "x"
+		}
+		return fmt.Appendf(nil, `{"transfer":%q,"to":%q}`, k.from, to)
 	}
 	return fmt.Appendf(nil, `{"from":%q,"to":%q,"amount":%d,"currency":"EUR","reference":"chaos"}`, k.from, k.to, amount)
 }
@@ -106,6 +138,8 @@ func (k *key) end(what result) {
 	case resultUnsent, resultNotExecuted:
 	case resultAnswered:
 		k.settled, k.tainted = true, true
+	case resultParked:
+		k.parked, k.tainted = true, true
 	default:
 		k.tainted = true
 	}
@@ -153,6 +187,13 @@ func (k *key) open() bool {
 	return !k.givenUp && !k.settled
 }
 
+// waiting reports whether the key is left to a person.
+func (k *key) waiting() bool {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	return k.parked
+}
+
 // named returns the index in the key's text. If the key shares the text of another tenant's key, it
 // is that key's index.
 func (k *key) named() int {
@@ -170,6 +211,7 @@ const (
 	resultNotExecuted               // retry, or give up
 	resultAgain                     // in progress, unknown, or a record about to be deleted: retry
 	resultLost                      // no reply: retry
+	resultParked                    // it waits for a person
 )
 
 // ring holds all keys of a run, in order. It is safe for concurrent use.
@@ -179,8 +221,9 @@ type ring struct {
 	prefix []byte // of every key's text
 	names  []string
 
-	mu   sync.RWMutex
-	keys []*key
+	mu       sync.RWMutex
+	keys     []*key
+	transfer string // that receipts are for
 }
 
 const indexDigits = 8
@@ -246,12 +289,67 @@ func (r *ring) draw(index int) *key {
 	case n < r.shares.order+r.shares.account+r.shares.reused:
 		k.asks = askReused
 		k.together = max(2, k.together) // two check if the expired record is gone
+	default:
+		k.asks = r.shares.call(n - r.shares.order - r.shares.account - r.shares.reused)
 	}
 	k.after = choice.IntN(2)
 	if thousandth(250) {
 		k.later = 1
 	}
 	k.changed = thousandth(r.shares.changed)
+	if k.asks.calls() {
+		r.drawCall(k, choice)
+	}
+	return k
+}
+
+// call returns the kind of a request that calls the processor, or that of a transfer.
+func (s shares) call(n int) asked {
+	for _, one := range []struct {
+		share int
+		asked
+	}{{s.topUp, askTopUp}, {s.payout, askPayout}, {s.receipt, askReceipt}} {
+		if n -= one.share; n < 0 {
+			return one.asked
+		}
+	}
+	return askTransfer
+}
+
+// drawCall chooses the parameters of a request that calls the processor. Its card, IBAN or address
+// names the key, so that the gateway knows whose call it sees.
+func (r *ring) drawCall(k *key, choice *rand.Rand) {
+	k.hot = true // all of them share an account of the bank
+	switch n := choice.IntN(100); {
+	case k.asks == askReceipt:
+		k.from, k.to, k.amount = r.transfer, check.MailOf(check.Key{Scope: tenants[k.tenant].scope, Key: k.text}), 0
+	case n < 4:
+		k.from, k.refused = "acct-none", true
+		k.to = k.text
+	case n < 14:
+		k.to, k.refused = k.text+"-0002", true // the processor's mark of what it declines
+	case n < 18 && k.asks == askPayout:
+		k.to, k.amount, k.refused = k.text, 1_000_000_000, true
+	default:
+		k.to = k.text + "-1"
+	}
+	if choice.IntN(1000) < r.shares.leave {
+		k.triesMax = 1 + choice.IntN(3)
+	}
+	k.async = choice.IntN(1000) < r.shares.async
+}
+
+// script adds a key that a script sends.
+func (r *ring) script(asks asked, card string) *key {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	k := &key{index: len(r.keys), tenant: 1, asks: asks, together: 1, hot: true, insist: true, from: r.names[len(r.keys)%accounts], amount: 10}
+	k.text = fmt.Sprintf("%s%0*d", r.prefix, indexDigits, k.index)
+	k.to = k.text + card
+	if asks == askReceipt {
+		k.from, k.to, k.amount = r.transfer, check.MailOf(check.Key{Scope: tenants[k.tenant].scope, Key: k.text}), 0
+	}
+	r.keys = append(r.keys, k)
 	return k
 }
 

@@ -13,6 +13,11 @@ func signalQuit(pid int) error { return syscall.Kill(pid, syscall.SIGQUIT) }
 // signalKill is kill -9.
 func signalKill(pid int) error { return syscall.Kill(pid, syscall.SIGKILL) }
 
+// signalStop stops a process until signalContinue.
+func signalStop(process *os.Process) error { return process.Signal(syscall.SIGSTOP) }
+
+func signalContinue(process *os.Process) error { return process.Signal(syscall.SIGCONT) }
+
 // signalTerm asks a process to stop in order.
 func signalTerm(process *os.Process) error { return process.Signal(syscall.SIGTERM) }
 

@@ -22,6 +22,8 @@ type profile struct {
 	reapInterval time.Duration      // of the banks' reapers, which walk the whole table each time
 	giveUp       float64            // probability to give up after not-executed
 	shares       shares             // of the clients' actions
+	effects      bool               // some requests call the processor
+	outside      outsideProfile     // their faults
 
 	// The minimum that a run must reach at its own number of operations, besides each kind at least
 	// once.
@@ -35,6 +37,8 @@ type shares struct {
 	changed                          int // another body under the key
 	cut, hangUp, halfSent, slow      int // trouble of a copy's first request
 	crowd                            int // as many copies at once as a client can send
+	topUp, payout, receipt           int // requests that call the processor
+	leave, async                     int // of those: the client does not wait for the end, or prefers not to
 }
 
 var allWeights = map[commitKind]int{

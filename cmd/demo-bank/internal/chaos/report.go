@@ -33,6 +33,7 @@ type Report struct {
 	Clients         int     `json:"clients"`
 	Banks           int     `json:"banks"`
 	Wait            bool    `json:"wait"`
+	WithEffects     bool    `json:"with_effects,omitempty"`
 	DurationMaxSecs float64 `json:"duration_max_seconds"`
 
 	Versions terminal.Versions `json:"versions"`
@@ -67,6 +68,8 @@ type Report struct {
 	PlantedReplays    int64 `json:"planted_replays"`     // of keys reused before they were reaped
 	Reaped            int64 `json:"reaped"`              // as counted by the banks
 
+	Effects *EffectsReport `json:"effects,omitempty"` // of a run with effects
+
 	Checks []check.Result `json:"checks"`
 
 	P50MS float64 `json:"p50_ms"` // of replies
@@ -94,7 +97,7 @@ func (r *run) report() *Report {
 	keys := r.keys.all()
 	p := &Report{
 		Profile: r.config.Profile, Seed: r.config.Seed, Schedule: r.schedule.hash(), Operations: r.config.Operations,
-		Clients: r.config.Clients, Banks: r.config.Banks, Wait: r.config.Wait, DurationMaxSecs: r.config.DurationMax.Seconds(),
+		Clients: r.config.Clients, Banks: r.config.Banks, Wait: r.config.Wait, WithEffects: r.config.Effects, DurationMaxSecs: r.config.DurationMax.Seconds(),
 		Versions: terminal.NewVersions(r.cluster.version()),
 		Phase:    r.phase(), Seconds: r.clock().Seconds(), LoadSeconds: r.loadEnded.Seconds(), SettleSeconds: r.settled.Seconds(),
 		Requests: t.finished.Load(), FinalReplays: t.replays.Load(), Unsent: t.unsent.Load(), Keys: len(keys), KeyedCommits: r.commits.seen.Load(),
@@ -111,7 +114,7 @@ func (r *run) report() *Report {
 		},
 		Unknown: t.unknown.Load(), UnknownExempt: t.unknownExempt.Load(),
 		Planted: r.planted.expired.Load() + r.planted.reused.Load(), PlantedReplays: t.plantedReplays, Reaped: r.banks.sum(metricReaped),
-		CommitFailuresMax: r.causesMax, Checks: r.checks,
+		CommitFailuresMax: r.causesMax, Checks: r.checks, Effects: r.effectsReport(),
 		P50MS: t.quantile(50), P99MS: t.quantile(99), MaxMS: t.quantile(100),
 	}
 	for _, k := range keys {
@@ -145,7 +148,11 @@ func (p *Report) judge() {
 			p.Broken = append(p.Broken, fmt.Sprintf("%s: nothing was looked at", c.Name))
 		}
 	}
-	for _, list := range [][]Count{p.Faults, p.CommitFaults, p.CrashPoints, p.Clientele, p.Answers, p.Totals} {
+	lists := [][]Count{p.Faults, p.CommitFaults, p.CrashPoints, p.Clientele, p.Answers, p.Totals}
+	if p.Effects != nil {
+		lists = append(lists, p.Effects.Faults)
+	}
+	for _, list := range lists {
 		for _, c := range list {
 			if c.Count < c.Least {
 				p.Broken = append(p.Broken, fmt.Sprintf("%s: %d, and at least %d were wanted", c.Name, c.Count, c.Least))
@@ -178,6 +185,9 @@ func (p profile) clientele() []string {
 		if one.share > 0 {
 			names = append(names, one.name)
 		}
+	}
+	if p.effects {
+		names = append(names, "top-up", "payout", "receipt", "left before the end")
 	}
 	if p.giveUp > 0 {
 		names = append(names, "given up")
@@ -220,6 +230,9 @@ func (p *Report) WriteText(w io.Writer) error {
 	if p.Wait {
 		fmt.Fprint(&b, ", duplicates wait")
 	}
+	if p.WithEffects {
+		fmt.Fprint(&b, ", with effects")
+	}
 	fmt.Fprintln(&b)
 	fmt.Fprint(&b, p.Versions)
 	fmt.Fprintf(&b, "\ntime: %.1f s; load until %.1f s; every key had its answer %.1f s after the last fault\n", p.Seconds, p.LoadSeconds, p.SettleSeconds)
@@ -228,13 +241,20 @@ func (p *Report) WriteText(w io.Writer) error {
 	fmt.Fprintf(&b, "latency of replies: p50 %.1f ms, p99 %.1f ms, max %.1f ms\n", p.P50MS, p.P99MS, p.MaxMS)
 
 	table := tabwriter.NewWriter(&b, 0, 0, 2, ' ', tabwriter.AlignRight)
-	for _, section := range []struct {
+	sections := []struct {
 		name   string
 		counts []Count
 	}{
 		{"totals", p.Totals}, {"faults", p.Faults}, {"faults of a COMMIT", p.CommitFaults},
 		{"crash points", p.CrashPoints}, {"clients", p.Clientele}, {"answers", p.Answers},
-	} {
+	}
+	if p.Effects != nil {
+		sections = append(sections, struct {
+			name   string
+			counts []Count
+		}{"faults of requests that call the processor", p.Effects.Faults})
+	}
+	for _, section := range sections {
 		fmt.Fprintf(table, "\n%s\n", section.name)
 		for _, c := range section.counts {
 			note := ""
@@ -246,6 +266,9 @@ func (p *Report) WriteText(w io.Writer) error {
 	}
 	if err := table.Flush(); err != nil {
 		return err
+	}
+	if p.Effects != nil {
+		p.Effects.write(&b)
 	}
 	fmt.Fprintf(&b, "\nunknown: %d answers, %d of them after a COMMIT that was late, left open or its backend ended; %.3f %% of the others\n", p.Unknown, p.UnknownExempt, 100*p.UnknownRate)
 	fmt.Fprintf(&b, "COMMITs: %d with a key; %d failed, %d were broken at most\n", p.KeyedCommits, p.CommitFailures, p.CommitFailuresMax)

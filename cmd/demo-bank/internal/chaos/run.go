@@ -31,6 +31,14 @@ type run struct {
 	working sync.WaitGroup // the clients
 	later   queue
 
+	// Of a run with effects.
+	processor *processor
+	gateway   *gateway
+	directed  *directed
+	closing   chan struct{}  // closed when the run ends
+	stops     sync.WaitGroup // banks that are to go on
+	left      left
+
 	tally      tally
 	findings   findings // wrongs of the run itself
 	unexpected findings // answers that no good request gets
@@ -65,7 +73,7 @@ func newRun(config Config) (*run, error) {
 	if err != nil {
 		return nil, errors.Join(fmt.Errorf("make a folder for the run: %w", err), os.RemoveAll(dir))
 	}
-	r := &run{diary: diary, config: config, profile: profiles[config.Profile].scaled(config.Operations), started: time.Now(), dir: dir, tally: newTally()}
+	r := &run{diary: diary, config: config, profile: config.profile(), closing: make(chan struct{}), started: time.Now(), dir: dir, tally: newTally()}
 	r.schedule = newSchedule(r.profile, config.Seed, config.Banks)
 	r.eventsLeft.Store(int64(len(r.schedule.events)))
 	r.keys = newRing(config.Seed, r.profile.shares, hex.EncodeToString(id[:]))
@@ -73,18 +81,23 @@ func newRun(config Config) (*run, error) {
 	r.cluster = newCluster(r, filepath.Join(dir, "postgres"))
 	r.banks = newBanks(r)
 	r.planted = &planter{owner: r}
+	r.processor, r.gateway, r.directed = newProcessor(r), newGateway(r), newDirected(r)
 	return r, nil
 }
 
 // close ends everything that still runs, and removes the run's folder or keeps it.
 func (r *run) close(remove bool) error {
 	r.loadOver.Store(true)
+	close(r.closing)
 	r.working.Wait() // their context has ended
+	r.stops.Wait()
 	for _, c := range r.clients {
 		c.close()
 	}
 	r.planted.session.close()
-	err := errors.Join(r.banks.close(), r.cluster.close(), r.diary.Close())
+	err := r.banks.close()
+	r.gateway.close()
+	err = errors.Join(err, r.processor.close(), r.cluster.close(), r.diary.Close())
 	if !remove {
 		return err
 	}

@@ -71,6 +71,10 @@ const (
 type schedule struct {
 	events  []event
 	commits []commitFault
+
+	// Of requests that call the processor.
+	open  []openFault
+	calls []callFault
 }
 
 // event is due when this many operations have finished.
@@ -81,7 +85,8 @@ type event struct {
 	point  string        // crash point of the bank's next life
 	nth    int           // the number of the pass at which the bank dies there
 	length time.Duration // for faults that last
-	amount int           // ms each way, bytes per second, backends, or the first row
+	amount int           // ms each way or of a call, bytes per second, backends, the first row, or percent
+	with   eventKind     // another fault of the processor at the same time
 }
 
 // commitFault is due at the n-th COMMIT that carries a key, or at the first later one to which it
@@ -128,11 +133,16 @@ func newSchedule(p profile, seed uint64, banks int) schedule {
 		}
 		s.commits = append(s.commits, f)
 	}
+	s.drawOutside(p, choice)
 	return s
 }
 
 // draw chooses the parameters of an event.
 func (e *event) draw(choice *rand.Rand) {
+	if e.kind.ofProcessor() {
+		e.drawProcessor(choice)
+		return
+	}
 	switch e.kind {
 	case terminateBackends:
 		e.amount = 1 + choice.IntN(4)
@@ -230,6 +240,13 @@ func (s schedule) write(w io.Writer) error {
 			fmt.Fprintf(&b, " bytes-per-second=%d", e.amount)
 		case rowLocks:
 			fmt.Fprintf(&b, " accounts=%d-%d", e.amount, e.amount+lockedRows-1)
+		case slowProcessor:
+			fmt.Fprintf(&b, " delay=%dms", e.amount)
+		case loseRequests, loseReplies, errorsAfter, errorsBefore, lateProcessor, sameErrors:
+			fmt.Fprintf(&b, " share=%d%%", e.amount)
+		}
+		if e.with != "" {
+			fmt.Fprintf(&b, " with=%s", e.with)
 		}
 		b.WriteByte('\n')
 	}
@@ -239,6 +256,12 @@ func (s schedule) write(w io.Writer) error {
 			fmt.Fprintf(&b, " delay=%v", f.delay)
 		}
 		b.WriteByte('\n')
+	}
+	for _, f := range s.open {
+		fmt.Fprintf(&b, "open      %8d  %s\n", f.commit, f.name())
+	}
+	for _, f := range s.calls {
+		fmt.Fprintf(&b, "call      %8d  %s\n", f.call, f.name())
 	}
 	_, err := io.WriteString(w, b.String())
 	return err
@@ -258,7 +281,7 @@ func WriteSchedule(w io.Writer, config Config) error {
 		return err
 	}
 	config = config.full()
-	s := newSchedule(profiles[config.Profile].scaled(config.Operations), config.Seed, config.Banks)
+	s := newSchedule(config.profile(), config.Seed, config.Banks)
 	if _, err := fmt.Fprintf(w, "profile %s, seed %d, %d operations, %d banks: schedule %s\n", config.Profile, config.Seed, config.Operations, config.Banks, s.hash()); err != nil {
 		return err
 	}

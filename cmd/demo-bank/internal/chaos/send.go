@@ -3,6 +3,8 @@ package chaos
 import (
 	"context"
 	"math/rand/v2"
+	"net/http"
+	"strings"
 	"time"
 
 	"github.com/paidonce/idempotency/cmd/demo-bank/internal/check"
@@ -16,7 +18,8 @@ const hangUpMax = 30 * time.Millisecond
 // lane is a conn of a client. It carries one request at a time, and its bank changes.
 type lane struct {
 	*storm.Client
-	run *run
+	run    *run
+	pinned bool // its bank does not change
 	// For choices that no seed has to repeat: pauses, the bank, whether to give up.
 	choice *rand.Rand
 	bank   int
@@ -30,7 +33,7 @@ func newLane(r *run, id int) *lane {
 // send sends a key's request once, records it as an operation, and returns the result.
 func (l *lane) send(ctx context.Context, k *key, changed, final bool, t storm.Trouble) result {
 	// Otherwise the last bank again: conns are kept.
-	if l.choice.IntN(3) == 0 {
+	if !l.pinned && l.choice.IntN(3) == 0 {
 		l.bank = l.choice.IntN(l.run.config.Banks)
 	}
 	tenant := tenants[k.tenant]
@@ -49,7 +52,9 @@ func (l *lane) send(ctx context.Context, k *key, changed, final bool, t storm.Tr
 		k.waits(l, hangUp)
 		defer k.waits(l, nil)
 	}
+	var location string
 	op, _, sent := l.Send(ctx, &storm.Request{
+		Async: k.async, OnReply: func(header http.Header) { location = header.Get("Location") },
 		Asked: asked, URL: "http://" + l.run.banks.address(l.bank) + k.path(), Authorization: tenant.authorization, Body: k.body(changed),
 	}, t)
 	if !sent {
@@ -59,6 +64,9 @@ func (l *lane) send(ctx context.Context, k *key, changed, final bool, t storm.Tr
 		return resultUnsent
 	}
 	what := resultLost
+	if op.Outcome == "pending" {
+		l.pending(k, &op, location)
+	}
 	if op.Returned != 0 {
 		what = l.read(k, &op)
 		l.run.tally.observe(op.Returned - op.Sent)
@@ -67,6 +75,20 @@ func (l *lane) send(ctx context.Context, k *key, changed, final bool, t storm.Tr
 	l.ops = append(l.ops, op)
 	return what
 }
+
+// pending notes a 202, which names the status resource. To the checks it says no more than unknown.
+func (l *lane) pending(k *key, op *check.Operation, location string) {
+	l.run.tally.clientFaults.add("told to look later")
+	if op.Status != http.StatusAccepted || !strings.HasPrefix(location, operationsPath) || !k.async {
+		l.run.unexpected.add("key %s: pending came with status %d and Location %q, asked for: %t", k.text, op.Status, location, k.async)
+	}
+	k.mu.Lock()
+	k.status = location
+	k.mu.Unlock()
+	op.Outcome, op.Status = "unknown", http.StatusServiceUnavailable
+}
+
+const operationsPath = "/v1/operations/"
 
 // read interprets an answer.
 func (l *lane) read(k *key, op *check.Operation) result {
@@ -83,7 +105,12 @@ func (l *lane) read(k *key, op *check.Operation) result {
 			l.run.unexpected.add("key %s: a good request was refused with %d %s", k.text, op.Status, op.Problem)
 		}
 		return resultNotExecuted
-	case "in-progress", "unknown":
+	case "unknown":
+		if op.Problem == "needs-attention" {
+			return resultParked
+		}
+		return resultAgain
+	case "in-progress":
 		return resultAgain
 	}
 	l.run.unexpected.add("key %s: an answer with status %d says nothing of the key", k.text, op.Status)

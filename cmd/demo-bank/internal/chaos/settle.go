@@ -27,6 +27,9 @@ func (r *run) settle(ctx context.Context) error {
 	}
 	// heal itself made the last fault: it killed the banks that never reached their crash point.
 	healed := r.clock()
+	if r.profile.effects {
+		r.working.Go(func() { r.awaitNothingOpen(ctx) })
+	}
 	done := make(chan struct{})
 	go func() {
 		r.working.Wait()
@@ -41,7 +44,7 @@ func (r *run) settle(ctx context.Context) error {
 	case <-time.After(settleMax):
 	}
 	for _, k := range r.keys.all() {
-		if k.open() {
+		if k.open() && !k.waiting() && k.triesMax == 0 {
 			r.findings.add("key %s has no answer %v after the last fault", k.text, settleMax)
 		}
 	}
@@ -67,7 +70,7 @@ func (l *lane) replay(ctx context.Context, k *key) error {
 	for {
 		l.run.tally.replays.Add(1)
 		switch what := l.send(ctx, k, false, true, storm.NoTrouble); {
-		case what == resultAnswered:
+		case what == resultAnswered, what == resultParked && l.run.profile.effects:
 			return nil
 		case ctx.Err() != nil:
 			return ctx.Err()
@@ -93,7 +96,7 @@ func (r *run) history() (ops []check.Operation, expected []check.Expectation) {
 	keys := r.keys.all()
 	for _, k := range keys {
 		expected = append(expected, check.Expectation{
-			Scope: tenants[k.tenant].scope, Key: k.text, GivenUp: k.abandoned(), Declined: k.asks == askDeclined,
+			Scope: tenants[k.tenant].scope, Key: k.text, GivenUp: k.abandoned(), Declined: k.asks == askDeclined || k.refused, Parked: k.waiting(),
 		})
 	}
 	return ops, expected

@@ -24,6 +24,8 @@ type tally struct {
 	faults       counters
 	commitFaults counters
 	crashPoints  counters
+	openFaults   counters // of requests that call the processor
+	operations   counters // answers of GET /v1/operations
 
 	kills   atomic.Int64 // bank processes that died of SIGKILL
 	crashes atomic.Int64 // of PostgreSQL
@@ -56,8 +58,8 @@ func (t *tally) count(op *check.Operation, k *key) {
 		t.answers.add(op.Outcome)
 	}
 	t.replies.Add(1)
-	if op.Outcome != "unknown" {
-		return
+	if op.Outcome != "unknown" || k.asks.calls() {
+		return // what calls the processor may be open for long
 	}
 	t.unknown.Add(1)
 	k.mu.Lock()
@@ -78,6 +80,12 @@ func (t *tally) asked(k *key) {
 		t.clientFaults.add("account")
 	case askReused:
 		t.clientFaults.add("expired key used again")
+	case askTopUp:
+		t.clientFaults.add("top-up")
+	case askPayout:
+		t.clientFaults.add("payout")
+	case askReceipt:
+		t.clientFaults.add("receipt")
 	}
 	if k.named() != k.index {
 		t.clientFaults.add("key of another tenant")

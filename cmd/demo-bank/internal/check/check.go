@@ -126,6 +126,8 @@ type Expectation struct {
 	GivenUp bool
 	// The handler must refuse the request: its answer is a 4xx.
 	Declined bool
+	// It is left to a person: it has no answer.
+	Parked bool
 }
 
 // Result is one check's findings.

@@ -187,6 +187,10 @@ func settled(gs []group, expected []Expectation) Result {
 		g := byKey[key]
 		if g == nil {
 			r.add("%s: was never sent", key)
+		} else if e.Parked {
+			if slices.ContainsFunc(g.ops, (*Operation).acknowledged) {
+				r.add("was left to a person, and has an answer: %s", g)
+			}
 		} else if wrong := unsettled(g, e.Declined); wrong != "" {
 			r.add("%s: %s", wrong, g)
 		}

@@ -79,6 +79,8 @@ type Request struct {
 	URL           string
 	Authorization string // the header's value; empty for none
 	Body          []byte
+	Async         bool // Prefer: respond-async
+	OnReply       func(http.Header)
 }
 
 // Send sends a request once. It returns the operation for the history and the body of the reply,
@@ -107,6 +109,9 @@ func (c *Client) Send(ctx context.Context, q *Request, t Trouble) (op check.Oper
 		return op, nil, true
 	}
 	op.Returned, op.Status = returned, response.StatusCode
+	if q.OnReply != nil {
+		q.OnReply(response.Header)
+	}
 	fill(&op, response.Header, body)
 	return op, body, true
 }
@@ -166,6 +171,9 @@ func (q *Request) http(ctx context.Context, body io.Reader) (*http.Request, erro
 	r.GetBody, r.ContentLength = nil, int64(len(q.Body))
 	r.Header.Set("Content-Type", contentType)
 	r.Header.Set("Idempotency-Key", q.Asked.Key)
+	if q.Async {
+		r.Header.Set("Prefer", "respond-async")
+	}
 	if q.Authorization != "" {
 		r.Header.Set("Authorization", q.Authorization)
 	}

@@ -1,0 +1,351 @@
+package chaos
+
+import (
+	"context"
+	"fmt"
+	"net/http"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/jackc/pgx/v5"
+
+	"github.com/paidonce/idempotency/cmd/demo-bank/internal/storm"
+	"github.com/paidonce/idempotency/internal/deadline"
+	"github.com/paidonce/idempotency/internal/pgfault"
+)
+
+const (
+	scriptMax     = 50 * time.Second // for one script
+	heldReply     = 2 * time.Second
+	heldTopUps    = 6
+	lateAfter     = time.Second      // from a decline to the arrival of the request before it
+	declineWithin = 9 * time.Second  // of the first send: a decline that is older may be final
+	leaseMin      = 10 * time.Second // a little less than the lease of a request with a call
+	afterSleep    = 3 * time.Second  // in which a bank that slept may do what it must not
+)
+
+// directed are schedules that random faults meet rarely. Each script has a key of its own, and
+// decides what becomes of its COMMITs and calls. They run when the load is over.
+type directed struct {
+	run      *run
+	findings findings
+
+	mu    sync.Mutex
+	hooks map[scriptStep]func(bank int) pgfault.Fault
+	ended int
+}
+
+// scriptStep is a COMMIT of a script's key.
+type scriptStep struct {
+	key  int
+	kind openCommit
+}
+
+func newDirected(r *run) *directed {
+	return &directed{run: r, hooks: map[scriptStep]func(int) pgfault.Fault{}}
+}
+
+// hookOf returns what decides on a COMMIT of a key, or nil.
+func (d *directed) hookOf(k *key, kind openCommit) func(bank int) pgfault.Fault {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	return d.hooks[scriptStep{k.index, kind}]
+}
+
+// once makes do decide on the first COMMIT of this kind of a key.
+func (d *directed) once(k *key, kind openCommit, do func(bank int) pgfault.Fault) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	step := scriptStep{k.index, kind}
+	d.hooks[step] = func(bank int) pgfault.Fault {
+		d.mu.Lock()
+		delete(d.hooks, step)
+		d.mu.Unlock()
+		return do(bank)
+	}
+}
+
+// done returns the number of scripts that came to their end.
+func (d *directed) done() int {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	return d.ended
+}
+
+// direct heals everything and plays the scripts.
+func (r *run) direct(ctx context.Context) error {
+	r.healed.Store(true)
+	r.cluster.heal()
+	if err := r.healOutside(ctx); err != nil {
+		return err
+	}
+	r.stops.Wait() // the banks that were stopped go on
+	if err := r.banks.heal(ctx); err != nil {
+		return err
+	}
+	if r.config.Banks < 2 {
+		return nil // nobody takes over
+	}
+	d := r.directed
+	bounded, cancel := context.WithTimeout(ctx, scriptMax)
+	defer cancel()
+	var scripts sync.WaitGroup
+	play := func(name string, script func(context.Context) error) {
+		scripts.Go(func() {
+			r.note("script %s begins", name)
+			if err := script(bounded); err != nil {
+				d.findings.add("%s: %v", name, err)
+			}
+			r.note("script %s is over", name)
+			d.mu.Lock()
+			defer d.mu.Unlock()
+			d.ended++
+		})
+	}
+	play("no transaction during a call", d.noTransaction)
+	scripts.Wait() // it wants nobody else to have one
+	play("a decline believed at once", d.decline)
+	play("a sleeper and a last phase", d.sleepers)
+	play("a take-over within the lease", d.within)
+	scripts.Wait()
+	r.noteFault()
+	return ctx.Err()
+}
+
+// sender returns a lane for a script that stays with one bank.
+func (d *directed) sender(bank int) *lane {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	c := newClient(d.run, len(d.run.clients))
+	d.run.clients = append(d.run.clients, c)
+	for _, l := range c.lanes {
+		l.pinned, l.bank = true, bank
+	}
+	return c.lanes[0]
+}
+
+// answer asks until there is an answer, and returns its status.
+func (d *directed) answer(ctx context.Context, l *lane, k *key) (int, error) {
+	l.ask(ctx, k, false, storm.NoTrouble)
+	if ctx.Err() != nil || len(l.ops) == 0 {
+		return 0, fmt.Errorf("key %s has no answer after %v", k.text, scriptMax)
+	}
+	return l.ops[len(l.ops)-1].Status, nil
+}
+
+// wait blocks until the channel is closed.
+func wait(ctx context.Context, done <-chan struct{}, what string) error {
+	select {
+	case <-done:
+		return nil
+	case <-ctx.Done():
+		return fmt.Errorf("%s did not happen within %v", what, scriptMax)
+	}
+}
+
+// noTransaction: while the processor holds its replies, no session of the banks is in a transaction,
+// nor holds a lock.
+func (d *directed) noTransaction(ctx context.Context) error {
+	r := d.run
+	var group, arrived sync.WaitGroup
+	var since time.Time
+	if err := r.cluster.admin.use(ctx, r.cluster, func(ctx context.Context, conn *pgx.Conn) error {
+		return conn.QueryRow(ctx, `SELECT clock_timestamp()`).Scan(&since)
+	}); err != nil {
+		return err
+	}
+	release := make(chan struct{})
+	statuses := make(chan string, heldTopUps)
+	arrived.Add(heldTopUps)
+	for n := range heldTopUps {
+		k := r.keys.script(askTopUp, "-1")
+		first := sync.OnceFunc(arrived.Done)
+		r.gateway.hook(k, func(*call) verdict { return verdict{before: first, hold: release} })
+		l := d.sender(n % 2)
+		group.Go(func() {
+			status, err := d.answer(ctx, l, k)
+			if err != nil || status != http.StatusCreated {
+				statuses <- fmt.Sprintf("key %s: status %d: %v", k.text, status, err)
+			}
+		})
+	}
+	there := make(chan struct{})
+	go func() {
+		arrived.Wait()
+		close(there)
+	}()
+	err := wait(ctx, there, "the calls")
+	var worst string
+	for until := time.Now().Add(heldReply); err == nil && time.Now().Before(until); {
+		err = r.cluster.admin.use(ctx, r.cluster, func(ctx context.Context, conn *pgx.Conn) error {
+			// Others begin and end meanwhile, and half-open COMMITs of the load are older.
+			return conn.QueryRow(ctx, `
+				SELECT COALESCE(max(format('session %s is %s since %s', pid, state, clock_timestamp() - xact_start)), '') FROM pg_stat_activity
+				WHERE application_name = $1 AND xact_start BETWEEN $2 AND clock_timestamp() - interval '1 second'`, applicationBank, since).Scan(&worst)
+		})
+		if worst != "" {
+			err = fmt.Errorf("while calls were under way, %s", worst)
+		}
+		_ = deadline.Sleep(ctx, moneyInterval)
+	}
+	close(release)
+	group.Wait()
+	select {
+	case status := <-statuses:
+		err = fmt.Errorf("%w; %s", err, status)
+	default:
+	}
+	return err
+}
+
+// decline: the first request is still under way when the processor, which keeps no declines, refuses
+// its retry, and arrives then. The refusal must not be told.
+func (d *directed) decline(ctx context.Context) error {
+	r := d.run
+	k := r.keys.script(askTopUp, "-1")
+	var first time.Time
+	arrive := make(chan struct{})
+	late := sync.OnceFunc(func() {
+		go func() {
+			_ = deadline.Sleep(ctx, lateAfter)
+			close(arrive)
+		}()
+	})
+	declined := 0
+	r.gateway.hook(k, func(c *call) verdict {
+		switch {
+		case first.IsZero():
+			first = time.Now()
+			return verdict{hold: arrive}
+		case time.Since(first) < declineWithin:
+			declined++
+			return verdict{answer: http.StatusPaymentRequired, body: `{"error":"card_declined"}`, after: nil, before: late}
+		}
+		late()
+		return verdict{hold: arrive}
+	})
+	status, err := d.answer(ctx, d.sender(1), k)
+	late()
+	r.note("the retry was declined %d times", declined)
+	if err == nil && status != http.StatusCreated {
+		err = fmt.Errorf("key %s was told %d, and its card was charged", k.text, status)
+	}
+	return err
+}
+
+// sleepers stops bank 0 between the intent of one request and its send, and between the fence of
+// another and its COMMIT, for longer than their lease. Bank 1 takes the first over, and is refused:
+// bank 0 must not send when it wakes. The second is posted once.
+func (d *directed) sleepers(ctx context.Context) error {
+	r := d.run
+	sleeper, last := r.keys.script(askTopUp, "-1"), r.keys.script(askTopUp, "-1")
+	sleeper.refused = true
+	called, fenced := make(chan struct{}), make(chan struct{})
+	reply := make(chan struct{})
+	var fromSleeper atomic.Int64
+	r.gateway.hook(sleeper, func(c *call) verdict {
+		if c.bank == 0 {
+			fromSleeper.Add(1)
+			return verdict{}
+		}
+		return verdict{answer: http.StatusPaymentRequired, body: `{"error":"card_declined"}`}
+	})
+	isCalled, isFenced := sync.OnceFunc(func() { close(called) }), sync.OnceFunc(func() { close(fenced) })
+	r.gateway.hook(last, func(*call) verdict {
+		return verdict{after: func() { isCalled(); _ = wait(ctx, reply, "the intent of the sleeper") }}
+	})
+	d.once(last, resultCommit, func(int) pgfault.Fault { return pgfault.Fault{Kind: pgfault.CallAfter, Hook: isFenced} })
+	var resume func()
+	stopped := make(chan struct{})
+	d.once(sleeper, intentCommit, func(bank int) pgfault.Fault {
+		return pgfault.Fault{Kind: pgfault.CallBefore, Hook: func() {
+			close(reply)
+			_ = wait(ctx, fenced, "the fence")
+			if ctx.Err() == nil {
+				resume = r.banks.stop(bank)
+			}
+			close(stopped)
+		}}
+	})
+	var group sync.WaitGroup
+	defer group.Wait()
+	ask := func(k *key) {
+		l := d.sender(0)
+		group.Go(func() { l.ask(ctx, k, false, storm.NoTrouble) })
+	}
+	ask(last)
+	if err := wait(ctx, called, "the call"); err != nil {
+		return err
+	}
+	ask(sleeper)
+	if err := wait(ctx, stopped, "the stop"); err != nil {
+		return err
+	}
+	if resume == nil {
+		return fmt.Errorf("bank 0 could not be stopped")
+	}
+	r.note("bank 0 is stopped")
+	wake := sync.OnceFunc(func() {
+		r.note("bank 0 goes on")
+		resume()
+	})
+	defer wake()
+	_ = deadline.Sleep(ctx, stopLength)
+	status, err := d.answer(ctx, d.sender(1), sleeper)
+	if err == nil && status != http.StatusPaymentRequired {
+		err = fmt.Errorf("key %s was told %d, and its card was declined", sleeper.text, status)
+	}
+	wake()
+	_ = deadline.Sleep(ctx, afterSleep)
+	if err == nil && fromSleeper.Load() > 0 {
+		err = fmt.Errorf("key %s: bank 0 slept past its lease, and then sent", sleeper.text)
+	}
+	if status, lastErr := d.answer(ctx, d.sender(1), last); err == nil && (lastErr != nil || status != http.StatusCreated) {
+		err = fmt.Errorf("key %s was told %d: %v", last.text, status, lastErr)
+	}
+	return err
+}
+
+// within: a copy comes while its request is with the mail service, within the lease. It must not
+// take it over.
+func (d *directed) within(ctx context.Context) error {
+	r := d.run
+	k := r.keys.script(askReceipt, "")
+	var began time.Time
+	arrived := make(chan struct{})
+	release := make(chan struct{})
+	r.gateway.hook(k, func(c *call) verdict {
+		if c.nth > 1 {
+			return verdict{}
+		}
+		began = time.Now()
+		close(arrived)
+		return verdict{hold: release}
+	})
+	owner, other := d.sender(1), d.sender(1)
+	var group sync.WaitGroup
+	group.Go(func() { owner.ask(ctx, k, false, storm.NoTrouble) })
+	err := wait(ctx, arrived, "the mail")
+	var tries int
+	for err == nil && time.Since(began) < heldReply {
+		what := other.send(ctx, k, false, false, storm.NoTrouble)
+		if what == resultAnswered {
+			err = fmt.Errorf("key %s has an answer while its mail is under way", k.text)
+			break
+		}
+		_ = deadline.Sleep(ctx, moneyInterval)
+	}
+	if err == nil {
+		err = r.cluster.admin.use(ctx, r.cluster, func(ctx context.Context, conn *pgx.Conn) error {
+			return conn.QueryRow(ctx, `SELECT max(tries) FROM idempotency_effects WHERE scope = $1 AND key = $2`, tenants[k.tenant].scope, k.text).Scan(&tries)
+		})
+	}
+	early := time.Since(began) < leaseMin
+	close(release)
+	group.Wait()
+	if err == nil && early && tries != 1 {
+		err = fmt.Errorf("key %s was taken over within the lease of its owner (%d tries)", k.text, tries)
+	}
+	return err
+}

@@ -1,0 +1,284 @@
+package chaos
+
+import (
+	"bytes"
+	"context"
+	"io"
+	"net"
+	"net/http"
+	"slices"
+	"sync"
+	"sync/atomic"
+	"time"
+)
+
+const (
+	gatewayTimeout   = 60 * time.Second // of a request to the processor, also one that nobody waits for
+	gatewayBytesMax  = 256 << 20
+	inputsMax        = 3 // different ones that are kept for each key
+	processorHeaders = "Processor-Instance"
+)
+
+// gateway stands between the banks and the processor, with a listener for each bank. It sees each
+// call, and can lose, hold or answer it, or kill the bank that makes it.
+type gateway struct {
+	run     *run
+	client  *http.Client
+	servers []*http.Server
+	urls    []string
+	serving sync.WaitGroup
+	posts   atomic.Int64 // calls that write
+	lookups atomic.Int64
+
+	mu    sync.Mutex
+	calls map[callName]*calls
+	left  []callFault                 // of the schedule
+	hooks map[int]func(*call) verdict // of scripts, by the index of the key
+}
+
+// callName identifies the calls of one effect: the service, and the processor's key.
+type callName struct{ service, key string }
+
+// calls is what the gateway knows of the calls under one name.
+type calls struct {
+	inputs   []string
+	sent     int
+	first    time.Duration // by the run's clock
+	forEver  bool          // the processor answers 500, as it does from then on
+	replied  bool          // some answer got through
+	faulty   bool          // some call met a fault
+	fromBank [BanksMax]int
+}
+
+// call is one call that writes.
+type call struct {
+	bank int
+	name callName
+	body []byte
+	nth  int  // of its name
+	key  *key // of the client's request, if the body names it
+}
+
+// verdict says what becomes of a call. The zero value lets it pass.
+type verdict struct {
+	hold   <-chan struct{} // first wait for this
+	answer int             // answer this status without asking the processor; 0: ask it
+	body   string          // of that answer
+	lose   bool            // cut the conn, and ask nobody
+	cut    bool            // ask the processor, and cut the conn in place of its answer
+	before func()          // is called when the call has come
+	after  func()          // is called when the processor has answered
+}
+
+func newGateway(r *run) *gateway {
+	return &gateway{
+		run: r, calls: map[callName]*calls{}, hooks: map[int]func(*call) verdict{}, left: slices.Clone(r.schedule.calls),
+		client: &http.Client{
+			Timeout: gatewayTimeout,
+			// Nothing is sent twice: each request has a conn of its own, and no way to rewind its body.
+			Transport:     &http.Transport{DisableKeepAlives: true, DisableCompression: true},
+			CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse },
+		},
+	}
+}
+
+// start opens a listener for each bank.
+func (g *gateway) start() error {
+	for bank := range g.run.config.Banks {
+		listener, err := net.Listen("tcp", "127.0.0.1:0")
+		if err != nil {
+			return err
+		}
+		server := &http.Server{Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) { g.serve(w, r, bank) })}
+		g.servers = append(g.servers, server)
+		g.urls = append(g.urls, "http://"+listener.Addr().String())
+		g.serving.Go(func() { _ = server.Serve(listener) }) // until close
+	}
+	return nil
+}
+
+func (g *gateway) close() {
+	for _, server := range g.servers {
+		_ = server.Close()
+	}
+	g.serving.Wait()
+}
+
+// rest closes the conns that the banks keep, so that they don't count as theirs.
+func (g *gateway) rest() {
+	for _, server := range g.servers {
+		server.SetKeepAlivesEnabled(false)
+	}
+}
+
+func (g *gateway) serve(w http.ResponseWriter, r *http.Request, bank int) {
+	if r.Method != http.MethodPost {
+		g.lookups.Add(1)
+		g.pass(r.Context(), w, r, nil, &verdict{}, nil)
+		return
+	}
+	body, err := io.ReadAll(io.LimitReader(r.Body, gatewayBytesMax))
+	if err != nil {
+		return
+	}
+	c := &call{bank: bank, name: callName{r.URL.Path, r.Header.Get("Idempotency-Key")}, body: body, key: g.run.keys.find(body)}
+	if c.name.key == "" { // a mail has none
+		c.name.key = string(body)
+	}
+	v := g.note(c)
+	if v.before != nil {
+		v.before()
+	}
+	if v.hold != nil {
+		select {
+		case <-v.hold:
+		case <-time.After(gatewayTimeout):
+		}
+	}
+	switch {
+	case v.lose:
+		g.cut(w)
+	case v.answer != 0:
+		w.Header().Set("Content-Type", "application/json")
+		w.WriteHeader(v.answer)
+		_, _ = io.WriteString(w, v.body) // the bank may be gone
+	default:
+		// It was sent: whether the bank still waits does not matter.
+		g.pass(context.WithoutCancel(r.Context()), w, r, body, &v, c)
+	}
+}
+
+// note counts a call and decides what becomes of it.
+func (g *gateway) note(c *call) (v verdict) {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	n := g.posts.Add(1)
+	seen := g.calls[c.name]
+	if seen == nil {
+		seen = &calls{first: g.run.clock()}
+		g.calls[c.name] = seen
+	}
+	seen.sent++
+	seen.fromBank[c.bank]++
+	c.nth = seen.sent
+	if text := string(c.body); !slices.Contains(seen.inputs, text) && len(seen.inputs) < inputsMax {
+		seen.inputs = append(seen.inputs, text)
+	}
+	if c.key != nil {
+		if hook := g.hooks[c.key.index]; hook != nil {
+			return hook(c)
+		}
+	}
+	if len(g.left) == 0 || g.left[0].call > n || g.run.healed.Load() {
+		return v
+	}
+	f := g.left[0]
+	g.left = g.left[1:]
+	seen.faulty = true
+	return g.run.killCalling(c, f)
+}
+
+// exhausted reports whether each fault of a call was made.
+func (g *gateway) exhausted() bool {
+	if g == nil {
+		return true
+	}
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	return len(g.left) == 0
+}
+
+// hook makes fn decide on each call of a key.
+func (g *gateway) hook(k *key, fn func(*call) verdict) {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	g.hooks[k.index] = fn
+}
+
+// pass forwards a request and its answer. A conn that the processor cuts is cut too.
+func (g *gateway) pass(ctx context.Context, w http.ResponseWriter, r *http.Request, body []byte, v *verdict, c *call) {
+	var content io.Reader
+	if body != nil {
+		content = bytes.NewReader(body)
+	}
+	request, err := http.NewRequestWithContext(ctx, r.Method, "http://"+g.run.processor.address+r.URL.RequestURI(), content)
+	if err != nil {
+		g.cut(w)
+		return
+	}
+	request.GetBody = nil
+	for _, name := range []string{"Content-Type", "Idempotency-Key"} {
+		if value := r.Header.Get(name); value != "" {
+			request.Header.Set(name, value)
+		}
+	}
+	var answer []byte
+	response, err := g.client.Do(request)
+	if err == nil {
+		answer, err = io.ReadAll(io.LimitReader(response.Body, gatewayBytesMax))
+		_ = response.Body.Close()
+	}
+	if c != nil {
+		g.learn(c, response, err)
+	}
+	if v.after != nil {
+		v.after()
+	}
+	if err != nil || v.cut {
+		g.cut(w)
+		return
+	}
+	for _, name := range []string{"Content-Type", processorHeaders} {
+		w.Header().Set(name, response.Header.Get(name))
+	}
+	w.WriteHeader(response.StatusCode)
+	_, _ = w.Write(answer) // the bank may be gone
+}
+
+// learn notes an answer of the processor.
+func (g *gateway) learn(c *call, response *http.Response, err error) {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	seen := g.calls[c.name]
+	switch {
+	case err != nil || response.StatusCode > http.StatusInternalServerError || response.StatusCode == http.StatusConflict:
+		seen.faulty = true
+	case response.StatusCode == http.StatusInternalServerError:
+		seen.faulty, seen.forEver = true, true
+	default:
+		seen.replied = true
+	}
+}
+
+// seen returns what is known of the calls under a name.
+func (g *gateway) seen(name callName) calls {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	if c := g.calls[name]; c != nil {
+		return *c
+	}
+	return calls{}
+}
+
+// all returns what is known of all calls.
+func (g *gateway) all() map[callName]calls {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	all := make(map[callName]calls, len(g.calls))
+	for name, c := range g.calls {
+		all[name] = *c
+	}
+	return all
+}
+
+// cut resets the conn.
+func (g *gateway) cut(w http.ResponseWriter) {
+	conn, _, err := http.NewResponseController(w).Hijack()
+	if err != nil {
+		panic(http.ErrAbortHandler)
+	}
+	if tcp, ok := conn.(*net.TCPConn); ok {
+		_ = tcp.SetLinger(0) // fails if the conn is gone already
+	}
+	_ = conn.Close()
+}
