@@ -24,7 +24,7 @@ type commits struct {
 
 	mu       sync.Mutex
 	left     []commitFault
-	leftOpen []openFault
+	stops    []stop
 	seenOpen map[openCommit]int64
 	calmed   bool // in a lull, in which no bank is killed
 	halfOpen int  // the number that a lull still makes
@@ -38,13 +38,13 @@ const resolveEvery = 10
 const hangUpPause = 50 * time.Millisecond
 
 func newCommits(r *run) *commits {
-	return &commits{run: r, left: r.schedule.commits, leftOpen: r.schedule.open}
+	return &commits{run: r, left: r.schedule.commits, stops: r.schedule.stops}
 }
 
 func (c *commits) exhausted() bool {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	return len(c.left) == 0 && len(c.leftOpen) == 0
+	return len(c.left) == 0 && len(c.stops) == 0
 }
 
 // fault decides the fault of a COMMIT through a bank's proxy.

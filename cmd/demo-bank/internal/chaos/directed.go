@@ -80,7 +80,7 @@ func (r *run) direct(ctx context.Context) error {
 	if err := r.healOutside(ctx); err != nil {
 		return err
 	}
-	r.stops.Wait() // the banks that were stopped go on
+	r.stopped.Wait() // the banks that were stopped go on
 	if err := r.banks.heal(ctx); err != nil {
 		return err
 	}

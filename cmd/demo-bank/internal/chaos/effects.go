@@ -6,10 +6,10 @@ import (
 	"errors"
 	"math/rand/v2"
 	"slices"
-	"strings"
 	"time"
 
 	"github.com/paidonce/idempotency/cmd/demo-bank/internal/psp"
+	"github.com/paidonce/idempotency/internal/crashpoint"
 	"github.com/paidonce/idempotency/internal/deadline"
 	"github.com/paidonce/idempotency/internal/pgfault"
 )
@@ -67,39 +67,18 @@ func openCommitOf(messages []byte) openCommit {
 	return ""
 }
 
-// What happens to a bank at one of its COMMITs, or at one of its calls.
-const (
-	killBefore  = "kill before" // the COMMIT or the call never arrives
-	killOnWire  = "kill on the wire"
-	killAfter   = "kill after" // it arrived, and the bank dies before its reply
-	stopAt      = "stop after" // SIGSTOP, and SIGCONT after the lease
-	callArrives = "call"
-)
-
-// openFault is due at the n-th COMMIT of its kind, or at the first later one that it can apply to.
-type openFault struct {
+// stop is a SIGSTOP of a bank, after the n-th COMMIT of a kind has arrived and before its reply, and
+// a SIGCONT after the lease.
+type stop struct {
 	commit int64
 	kind   openCommit
-	what   string
 }
 
-// name is shown in the report.
-func (f openFault) name() string { return f.what + " the " + string(f.kind) + "'s COMMIT" }
+func (s stop) name() string { return "stop at the " + string(s.kind) + "'s COMMIT" }
 
-// callFault is due at the n-th call that writes.
-type callFault struct {
-	call int64
-	what string
-}
-
-func (f callFault) name() string { return f.what + " the " + callArrives }
-
-// outsideProfile has the faults of the requests that call the processor, for the profile's
-// operations.
-type outsideProfile struct {
-	open  map[openFault]int // by kind and what
-	calls map[string]int    // by what
-}
+// stopKinds are where a bank is stopped: before its send, and between the fence of its last
+// transaction and that one's COMMIT.
+var stopKinds = []openCommit{intentCommit, resultCommit}
 
 // effectsShare is the share of a profile's operations and faults with Config.Effects: its requests
 // take longer.
@@ -117,48 +96,26 @@ func (p profile) withEffects() profile {
 	} {
 		p.events[kind] = times * n
 	}
-	p.outside = outsideProfile{open: map[openFault]int{}, calls: map[string]int{killBefore: n, killOnWire: n, killAfter: 2 * n}}
-	for _, kind := range []openCommit{intentCommit, resultCommit, answerCommit} {
-		for _, what := range []string{killBefore, killOnWire, killAfter} {
-			p.outside.open[openFault{kind: kind, what: what}] = n
-		}
-	}
-	for _, kind := range []openCommit{intentCommit, resultCommit} {
-		p.outside.open[openFault{kind: kind, what: stopAt}] = max(1, n/2)
-	}
+	p.points = append(slices.Clone(p.points), crashpoint.BankCalls()...)
+	p.events[killBank] = max(p.events[killBank], len(p.points))
+	p.stops = max(1, n/2)
 	p.shares.topUp, p.shares.payout, p.shares.receipt = 250, 170, 80
 	p.shares.leave, p.shares.async = 150, 300
 	p.effects = true
 	return p
 }
 
-// openPerOperation is the minimum number of COMMITs of each kind for each operation, and of calls
-// that write.
-const openPerOperation = 0.03
+// stopsWithin is the share of the operations in whose number of COMMITs of a kind the stops are due:
+// there are fewer such COMMITs than operations.
+const stopsWithin = 0.03
 
-// drawOutside adds the faults of the requests that call the processor.
-func (s *schedule) drawOutside(p profile, choice *rand.Rand) {
-	last := openPerOperation * float64(p.operations)
-	kinds := slices.SortedFunc(func(yield func(openFault) bool) {
-		for f := range p.outside.open {
-			if !yield(f) {
-				return
-			}
-		}
-	}, func(a, b openFault) int { return strings.Compare(a.name(), b.name()) })
-	for _, f := range kinds {
-		for range p.outside.open[f] {
-			f.commit = 1 + int64(last*choice.Float64())
-			s.open = append(s.open, f)
+// drawStops adds the stops of banks.
+func (s *schedule) drawStops(p profile, choice *rand.Rand) {
+	for _, kind := range stopKinds {
+		for range p.stops {
+			s.stops = append(s.stops, stop{1 + int64(stopsWithin*float64(p.operations)*choice.Float64()), kind})
 		}
 	}
-	slices.SortStableFunc(s.open, func(a, b openFault) int { return int(a.commit - b.commit) })
-	for _, what := range []string{killBefore, killOnWire, killAfter} {
-		for range p.outside.calls[what] {
-			s.calls = append(s.calls, callFault{call: 1 + int64(last*choice.Float64()), what: what})
-		}
-	}
-	slices.SortStableFunc(s.calls, func(a, b callFault) int { return int(a.call - b.call) })
 }
 
 // drawProcessor chooses the parameters of a fault of the processor.
@@ -177,8 +134,8 @@ func (e *event) drawProcessor(choice *rand.Rand) {
 		e.amount = 0
 	}
 	// A processor that forgets its keys while its look-up lags pays twice, whatever the bank does.
-	if e.kind != crashProcessor && e.kind != forgetsKeys && choice.IntN(2) == 0 {
-		e.with = []eventKind{forgetsNo, lookupLags}[choice.IntN(2)]
+	if with := []eventKind{forgetsNo, lookupLags, "", ""}[choice.IntN(4)]; e.kind != crashProcessor && e.kind != forgetsKeys && e.kind != with {
+		e.with = with
 	}
 }
 
@@ -245,29 +202,19 @@ func (c *commits) faultOpen(bank int, commit pgfault.Commit, k *key) (pgfault.Fa
 	if c.run.healed.Load() {
 		return pgfault.Fault{}, false
 	}
-	f, due := c.takeOpen(kind)
-	if !due {
+	due, ok := c.takeStop(kind)
+	if !ok {
 		return pgfault.Fault{}, false
 	}
 	r := c.run
 	r.noteFault()
-	r.tally.openFaults.add(f.name())
-	r.note("bank %d: key %d: %s", bank, k.index, f.name())
+	r.tally.stops.add(due.name())
+	r.note("bank %d: key %d: %s", bank, k.index, due.name())
 	r.keys.markExempt(k)
-	kill := func() { r.banks.kill(bank, arm{}) }
-	switch f.what {
-	case killBefore:
-		kill()
-		return pgfault.Fault{Kind: pgfault.CutBefore}, true
-	case killOnWire:
-		return pgfault.Fault{Kind: pgfault.CallBefore, Hook: kill}, true
-	case killAfter:
-		return pgfault.Fault{Kind: pgfault.CallAfter, Hook: kill}, true
-	}
 	return pgfault.Fault{Kind: pgfault.CallAfter, Hook: func() {
 		r.allow(r.cluster.proxies[bank].Connections())
 		if resume := r.banks.stop(bank); resume != nil {
-			r.stops.Go(func() {
+			r.stopped.Go(func() {
 				r.pauseStopped()
 				resume()
 				r.noteFault()
@@ -285,8 +232,8 @@ func (r *run) pauseStopped() {
 	}
 }
 
-// takeOpen returns the fault that is due at the next COMMIT of this kind.
-func (c *commits) takeOpen(kind openCommit) (openFault, bool) {
+// takeStop returns the stop that is due at the next COMMIT of this kind.
+func (c *commits) takeStop(kind openCommit) (stop, bool) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if c.seenOpen == nil {
@@ -294,41 +241,23 @@ func (c *commits) takeOpen(kind openCommit) (openFault, bool) {
 	}
 	c.seenOpen[kind]++
 	if c.calmed {
-		return openFault{}, false
+		return stop{}, false
 	}
-	for i, f := range c.leftOpen {
-		if f.kind == kind && f.commit <= c.seenOpen[kind] {
-			c.leftOpen = slices.Delete(slices.Clone(c.leftOpen), i, i+1)
-			return f, true
+	for i, s := range c.stops {
+		if s.kind == kind && s.commit <= c.seenOpen[kind] {
+			c.stops = slices.Delete(slices.Clone(c.stops), i, i+1)
+			return s, true
 		}
 	}
-	return openFault{}, false
+	return stop{}, false
 }
 
-// killCalling kills the bank that makes a call.
-func (r *run) killCalling(c *call, f callFault) verdict {
-	r.noteFault()
-	r.tally.openFaults.add(f.name())
-	r.note("bank %d: call %s: %s", c.bank, c.name.service, f.name())
-	kill := func() { r.banks.kill(c.bank, arm{}) }
-	switch f.what {
-	case killBefore:
-		return verdict{before: kill, lose: true}
-	case killOnWire:
-		return verdict{before: kill}
+// stopNames returns the names of the stops that a run must make.
+func (p profile) stopNames() (names []string) {
+	for _, kind := range stopKinds {
+		if p.stops > 0 {
+			names = append(names, stop{kind: kind}.name())
+		}
 	}
-	return verdict{after: kill, cut: true}
-}
-
-// openFaultNames returns the names of the faults that a run must reach.
-func (p profile) openFaultNames() []string {
-	var names []string
-	for f := range p.outside.open {
-		names = append(names, f.name())
-	}
-	for what := range p.outside.calls {
-		names = append(names, callFault{what: what}.name())
-	}
-	slices.Sort(names)
 	return names
 }

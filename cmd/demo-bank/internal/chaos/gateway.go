@@ -32,7 +32,6 @@ type gateway struct {
 
 	mu    sync.Mutex
 	calls map[callName]*calls
-	left  []callFault                 // of the schedule
 	hooks map[int]func(*call) verdict // of scripts, by the index of the key
 }
 
@@ -72,7 +71,7 @@ type verdict struct {
 
 func newGateway(r *run) *gateway {
 	return &gateway{
-		run: r, calls: map[callName]*calls{}, hooks: map[int]func(*call) verdict{}, left: slices.Clone(r.schedule.calls),
+		run: r, calls: map[callName]*calls{}, hooks: map[int]func(*call) verdict{},
 		client: &http.Client{
 			Timeout: gatewayTimeout,
 			// Nothing is sent twice: each request has a conn of its own, and no way to rewind its body.
@@ -149,10 +148,10 @@ func (g *gateway) serve(w http.ResponseWriter, r *http.Request, bank int) {
 }
 
 // note counts a call and decides what becomes of it.
-func (g *gateway) note(c *call) (v verdict) {
+func (g *gateway) note(c *call) verdict {
 	g.mu.Lock()
 	defer g.mu.Unlock()
-	n := g.posts.Add(1)
+	g.posts.Add(1)
 	seen := g.calls[c.name]
 	if seen == nil {
 		seen = &calls{first: g.run.clock()}
@@ -169,23 +168,7 @@ func (g *gateway) note(c *call) (v verdict) {
 			return hook(c)
 		}
 	}
-	if len(g.left) == 0 || g.left[0].call > n || g.run.healed.Load() {
-		return v
-	}
-	f := g.left[0]
-	g.left = g.left[1:]
-	seen.faulty = true
-	return g.run.killCalling(c, f)
-}
-
-// exhausted reports whether each fault of a call was made.
-func (g *gateway) exhausted() bool {
-	if g == nil {
-		return true
-	}
-	g.mu.Lock()
-	defer g.mu.Unlock()
-	return len(g.left) == 0
+	return verdict{}
 }
 
 // hook makes fn decide on each call of a key.

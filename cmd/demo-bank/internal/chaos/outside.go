@@ -297,7 +297,7 @@ type EffectsReport struct {
 	Open      int   `json:"open"`       // that are not left to a person
 
 	Parked []Count `json:"parked"` // by reason
-	Faults []Count `json:"faults"` // of their COMMITs and calls, which kill or stop a bank
+	Stops  []Count `json:"stops"`  // of banks, for longer than a lease
 }
 
 // effectsReport sums up a run with effects.
@@ -310,7 +310,7 @@ func (r *run) effectsReport() *EffectsReport {
 		TopUps: t.clientFaults.get("top-up"), Payouts: t.clientFaults.get("payout"), Receipts: t.clientFaults.get("receipt"),
 		Charges: len(o.Charges), PaidOut: len(o.Payouts), Mails: len(o.Mails), Refunds: len(o.Refunds),
 		Sent: r.gateway.posts.Load(), LookUps: r.gateway.lookups.Load(), TakeOvers: r.left.takeOvers,
-		Parked: r.left.parked.list(nil), Faults: t.openFaults.list(r.profile.openFaultNames()),
+		Parked: r.left.parked.list(nil), Stops: t.stops.list(r.profile.stopNames()),
 	}
 	for _, posting := range o.Postings {
 		switch {

@@ -23,7 +23,7 @@ type profile struct {
 	giveUp       float64            // probability to give up after not-executed
 	shares       shares             // of the clients' actions
 	effects      bool               // some requests call the processor
-	outside      outsideProfile     // their faults
+	stops        int                // of banks, at each kind of COMMIT
 
 	// The minimum that a run must reach at its own number of operations, besides each kind at least
 	// once.

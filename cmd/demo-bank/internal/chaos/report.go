@@ -150,7 +150,7 @@ func (p *Report) judge() {
 	}
 	lists := [][]Count{p.Faults, p.CommitFaults, p.CrashPoints, p.Clientele, p.Answers, p.Totals}
 	if p.Effects != nil {
-		lists = append(lists, p.Effects.Faults)
+		lists = append(lists, p.Effects.Stops)
 	}
 	for _, list := range lists {
 		for _, c := range list {
@@ -252,7 +252,7 @@ func (p *Report) WriteText(w io.Writer) error {
 		sections = append(sections, struct {
 			name   string
 			counts []Count
-		}{"faults of requests that call the processor", p.Effects.Faults})
+		}{"stops", p.Effects.Stops})
 	}
 	for _, section := range sections {
 		fmt.Fprintf(table, "\n%s\n", section.name)

@@ -36,7 +36,7 @@ type run struct {
 	gateway   *gateway
 	directed  *directed
 	closing   chan struct{}  // closed when the run ends
-	stops     sync.WaitGroup // banks that are to go on
+	stopped   sync.WaitGroup // banks that are to go on
 	left      left
 
 	tally      tally
@@ -90,7 +90,7 @@ func (r *run) close(remove bool) error {
 	r.loadOver.Store(true)
 	close(r.closing)
 	r.working.Wait() // their context has ended
-	r.stops.Wait()
+	r.stopped.Wait()
 	for _, c := range r.clients {
 		c.close()
 	}

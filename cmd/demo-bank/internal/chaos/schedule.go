@@ -71,10 +71,7 @@ const (
 type schedule struct {
 	events  []event
 	commits []commitFault
-
-	// Of requests that call the processor.
-	open  []openFault
-	calls []callFault
+	stops   []stop // of banks, with effects
 }
 
 // event is due when this many operations have finished.
@@ -133,7 +130,7 @@ func newSchedule(p profile, seed uint64, banks int) schedule {
 		}
 		s.commits = append(s.commits, f)
 	}
-	s.drawOutside(p, choice)
+	s.drawStops(p, choice)
 	return s
 }
 
@@ -181,10 +178,13 @@ func (s *schedule) armPoints(points []string, choice *rand.Rand) {
 		switch e.point {
 		case crashpoint.Resolving:
 			e.nth = 1
-		case crashpoint.ReaperBatch:
+		case crashpoint.ReaperBatch, crashpoint.TakeOver, crashpoint.CompleterBatch:
 			e.nth = 1 + choice.IntN(4)
 		default:
 			e.nth = 1 + choice.IntN(80)
+			if slices.Contains(crashpoint.BankCalls(), e.point) { // fewer requests reach it
+				e.nth = 1 + e.nth/8
+			}
 		}
 	}
 }
@@ -257,11 +257,8 @@ func (s schedule) write(w io.Writer) error {
 		}
 		b.WriteByte('\n')
 	}
-	for _, f := range s.open {
-		fmt.Fprintf(&b, "open      %8d  %s\n", f.commit, f.name())
-	}
-	for _, f := range s.calls {
-		fmt.Fprintf(&b, "call      %8d  %s\n", f.call, f.name())
+	for _, one := range s.stops {
+		fmt.Fprintf(&b, "%s's    %8d  stop\n", one.kind, one.commit)
 	}
 	_, err := io.WriteString(w, b.String())
 	return err

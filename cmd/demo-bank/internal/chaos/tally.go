@@ -24,8 +24,7 @@ type tally struct {
 	faults       counters
 	commitFaults counters
 	crashPoints  counters
-	openFaults   counters // of requests that call the processor
-	operations   counters // answers of GET /v1/operations
+	stops        counters // of banks, at COMMITs of requests that call the processor
 
 	kills   atomic.Int64 // bank processes that died of SIGKILL
 	crashes atomic.Int64 // of PostgreSQL
