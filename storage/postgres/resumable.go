@@ -368,7 +368,9 @@ func (a *openAttempt) Intend(ctx context.Context, effect *idempotency.Effect, le
 			}
 			claim.Meaning = func(err *pgconn.PgError) (sentinel, explained error) {
 				if err.Code == "22012" {
-					return idempotency.ErrInProgress, err
+					// Nobody has looked whether there is a record: the next claim does, before the lock
+					// counts. A replay may hold it.
+					return idempotency.ErrKeyRecorded, err
 				}
 				return classify(err), err
 			}

@@ -376,3 +376,34 @@ func TestCheckResumableNamesTheGuardsThatAreMissing(t *testing.T) {
 		t.Errorf("%d effects are left", n)
 	}
 }
+
+// A record wins over the lock, which a replay holds for a moment, also if the claim travels with the
+// intent: a copy in another process gets the answer, not in-progress.
+func TestRecordWinsOverTheLockOfTheIntent(t *testing.T) {
+	t.Parallel()
+	var r *resumable
+	runs := 0
+	r = newResumable(t, func(ctx context.Context) (*idempotency.Answer, error) {
+		runs++
+		if err := r.charge(ctx, true); err != nil {
+			return nil, err
+		}
+		return &idempotency.Answer{Status: 201, Body: []byte("paid")}, post(ctx)
+	})
+	if result := r.do(t); result.Outcome != idempotency.OutcomeExecuted {
+		t.Fatalf("%+v", result)
+	}
+	reader, err := r.Pool.Begin(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = reader.Rollback(context.WithoutCancel(t.Context())) }()
+	if _, err := reader.Exec(t.Context(), "SELECT pg_advisory_xact_lock($1)", r.key.LockNumber("public."+postgres.TableName)); err != nil {
+		t.Fatal(err)
+	}
+	other := testservice.On(t, r.URL, nil)
+	result := other.Engine.Do(t.Context(), r.request(), r.run)
+	if result.Outcome != idempotency.OutcomeReplayed || runs != 2 {
+		t.Errorf("after %d runs: %+v", runs, result)
+	}
+}
