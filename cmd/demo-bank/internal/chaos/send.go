@@ -38,7 +38,7 @@ func (l *lane) send(ctx context.Context, k *key, changed, final bool, t storm.Tr
 	}
 	tenant := tenants[k.tenant]
 	asked := check.Operation{
-		Scope: tenant.scope, Key: k.text, Request: uint64(2 * k.index), From: k.from, To: k.to, Amount: k.amount, Final: final,
+		Scope: tenant.scope, Key: k.text, Request: uint64(2 * k.index), From: k.from, To: k.to, Amount: k.amount, Final: final, Calls: k.asks.calls(),
 	}
 	if k.asks == askOrder {
 		asked.Amount = 0 // of money; the price is the bank's

@@ -163,3 +163,23 @@ func TestEachCheckOfEffectsSeesSomething(t *testing.T) {
 		t.Errorf("the checks are %v, want %v", names, want)
 	}
 }
+
+// TestReplayOfARequestThatOthersEnded: the first answer to a request that calls another service may
+// be a replay. To any other request it may not, and it is final for both.
+func TestReplayOfARequestThatOthersEnded(t *testing.T) {
+	t.Parallel()
+	for _, calls := range []bool{true, false} {
+		ops := []Operation{
+			{Sent: 1, Returned: 4, Outcome: "in-progress", Status: 409, Calls: calls},
+			{Sent: 2, Returned: 5, Outcome: "replayed", Status: 201, Calls: calls},
+			{Sent: 6, Returned: 7, Outcome: "replayed", Status: 201, Calls: calls},
+		}
+		if wrong := unexplained(&groups(ops)[0]); (wrong == "") != calls {
+			t.Errorf("calls %t: %q", calls, wrong)
+		}
+		ops[2].Outcome = "executed"
+		if unexplained(&groups(ops)[0]) == "" {
+			t.Errorf("calls %t: executed after a replay", calls)
+		}
+	}
+}

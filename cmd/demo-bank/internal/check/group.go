@@ -27,7 +27,7 @@ func (g *group) firstPaid() *Operation {
 }
 
 // examplesOps is the maximum number of a key's operations that an example shows.
-const examplesOps = 8
+const examplesOps = 12
 
 func (g *group) String() string { return g.key.String() + ": " + listing(g.ops) }
 

@@ -91,7 +91,7 @@ func step(s keyState, op *Operation) (bool, keyState) {
 	case idempotency.OutcomeExecuted:
 		return !s.recorded, keyState{recorded: true, answered: true, request: op.Request, answer: op.Answer}
 	case idempotency.OutcomeReplayed:
-		ok := s.recorded && s.request == op.Request && (!s.answered || s.answer == op.Answer)
+		ok := s.recorded && s.request == op.Request && (!s.answered || s.answer == op.Answer) || !s.recorded && op.Calls
 		return ok, keyState{recorded: true, answered: true, request: op.Request, answer: op.Answer}
 	case idempotency.OutcomeMismatch:
 		return s.recorded && s.request != op.Request, s
