@@ -8,6 +8,9 @@
 //   - cluster.go, banks.go, faults.go, commits.go make the faults
 //   - keys.go, clients.go, send.go are the clients: their requests, their retries, and when they
 //     give up
+//   - effects.go has the faults of requests that call a processor: processor.go is that, gateway.go
+//     stands in front of it, directed.go has the schedules that a random one rarely meets, and
+//     outside.go what is left in the end
 //   - watch.go observes the run; settle.go and judge.go reach the verdict; report.go reports it
 package chaos
 

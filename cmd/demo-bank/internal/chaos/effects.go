@@ -98,7 +98,7 @@ func (p profile) withEffects() profile {
 	}
 	p.points = append(slices.Clone(p.points), crashpoint.BankCalls()...)
 	p.events[killBank] = max(p.events[killBank], len(p.points))
-	p.stops = max(1, n/2)
+	p.stops, p.killsMin = max(1, n/2), max(p.killsMin, len(p.points))
 	p.shares.topUp, p.shares.payout, p.shares.receipt = 250, 170, 80
 	p.shares.leave, p.shares.async = 150, 300
 	p.effects = true

@@ -13,10 +13,10 @@ import (
 )
 
 const (
-	gatewayTimeout   = 60 * time.Second // of a request to the processor, also one that nobody waits for
-	gatewayBytesMax  = 256 << 20
-	inputsMax        = 3 // different ones that are kept for each key
-	processorHeaders = "Processor-Instance"
+	gatewayTimeout  = 60 * time.Second // of a request to the processor, also one that nobody waits for
+	gatewayBytesMax = 256 << 20
+	inputsMax       = 3 // different ones that are kept for each key
+	processorHeader = "Processor-Instance"
 )
 
 // gateway stands between the banks and the processor, with a listener for each bank. It sees each
@@ -211,7 +211,7 @@ func (g *gateway) pass(ctx context.Context, w http.ResponseWriter, r *http.Reque
 		g.cut(w)
 		return
 	}
-	for _, name := range []string{"Content-Type", processorHeaders} {
+	for _, name := range []string{"Content-Type", processorHeader} {
 		w.Header().Set(name, response.Header.Get(name))
 	}
 	w.WriteHeader(response.StatusCode)

@@ -120,6 +120,7 @@ func (p profile) scaled(operations int) profile {
 	events[killBank] = max(events[killBank], len(p.points))
 	p.events = events
 	p.commits = scale(p.commits, 4*len(p.weights))
+	p.stops = scale(p.stops, 1)
 	if factor < 1 { // the minimums are those of the profile's own size
 		p.killsMin, p.crashesMin, p.commitsMin = scale(p.killsMin, 1), scale(p.crashesMin, 1), scale(p.commitsMin, 1)
 	}

@@ -182,7 +182,7 @@ func (s *schedule) armPoints(points []string, choice *rand.Rand) {
 			e.nth = 1 + choice.IntN(4)
 		default:
 			e.nth = 1 + choice.IntN(80)
-			if slices.Contains(crashpoint.BankCalls(), e.point) { // fewer requests reach it
+			if slices.Contains(points, crashpoint.BeforeSend) { // with effects fewer requests reach each
 				e.nth = 1 + e.nth/8
 			}
 		}

@@ -20,8 +20,8 @@ func TestSameSeedSameSchedule(t *testing.T) {
 		}
 		return b.String()
 	}
-	for _, profile := range Profiles() {
-		config := Config{Profile: profile, Seed: 7}
+	for n, profile := range append(Profiles(), Profiles()...) {
+		config := Config{Profile: profile, Seed: 7, Effects: n >= len(Profiles())}
 		first := print(config)
 		if again := print(config); again != first {
 			t.Errorf("%s: the same seed has two schedules", profile)
@@ -35,7 +35,7 @@ func TestSameSeedSameSchedule(t *testing.T) {
 			t.Errorf("%s: another seed has the same schedule", profile)
 		}
 		full := config.full()
-		p := profiles[profile].scaled(full.Operations)
+		p := full.profile()
 		if a, b := newSchedule(p, 7, 2).hash(), newSchedule(p, 8, 2).hash(); a == b || a != newSchedule(p, 7, 2).hash() {
 			t.Errorf("%s: the hash does not name the schedule", profile)
 		}
@@ -52,11 +52,15 @@ func TestSameSeedSameSchedule(t *testing.T) {
 // within the run, and often enough for the profile's minimums.
 func TestScheduleReachesEverything(t *testing.T) {
 	t.Parallel()
-	for _, name := range Profiles() {
+	for n, name := range append(Profiles(), Profiles()...) {
+		effects := n >= len(Profiles())
 		for _, operations := range []int{OperationsMin, profiles[name].operations, 3 * profiles[name].operations} {
 			for seed := range uint64(20) {
-				p := profiles[name].scaled(operations)
+				p := (&Config{Profile: name, Operations: operations, Effects: effects}).profile()
 				s := newSchedule(p, seed, 2)
+				if stops := len(s.stops); (stops >= len(stopKinds)) != effects {
+					t.Errorf("%s of %d: %d stops", name, operations, stops)
+				}
 				events := make(map[eventKind]int)
 				points := make(map[string]int)
 				banks := make(map[int]int)
