@@ -174,6 +174,13 @@ func (m *Middleware) Completer(opts *idempotency.CompleterOptions) *idempotency.
 	return idempotency.NewCompleter(m.engine, &o)
 }
 
+// Resume runs the handler of an open request of one of these routes, if it is due, and returns its
+// result: see [idempotency.Engine.Resume]. It is for a job queue or a workflow engine that drives
+// requests in place of a completer, or beside one. It is safe for concurrent use.
+func (m *Middleware) Resume(ctx context.Context, key idempotency.Key) idempotency.Result {
+	return m.engine.Resume(ctx, key)
+}
+
 // checkResumable panics if the options of a resumable route can't work.
 func (o *Options) checkResumable() {
 	for _, name := range o.StoreHeaders {

@@ -1,5 +1,6 @@
 // Command river shows a job queue inside an idempotent handler. The job is a row of the handler's
-// transaction, so there is one for each payment, and none for a request that left nothing.
+// transaction, so there is one for each payment, and none for a request that left nothing. A second
+// kind of job brings requests that call another service to their end.
 //
 //	go run -C examples/river .
 package main
@@ -17,6 +18,7 @@ import (
 	"github.com/riverqueue/river/riverdriver/riverpgxv5"
 	"github.com/riverqueue/river/rivermigrate"
 
+	"github.com/paidonce/idempotency/effect"
 	"github.com/paidonce/idempotency/middleware"
 	"github.com/paidonce/idempotency/migrations"
 	"github.com/paidonce/idempotency/storage/postgres"
@@ -37,14 +39,16 @@ func run(ctx context.Context, address string) error {
 		return err
 	}
 	defer store.Close()
-	jobs, err := newJobs(store.Pool())
+	idem := middleware.New(store, accountID, nil)
+	jobs, err := newJobs(store.Pool(), idem)
 	if err != nil {
 		return err
 	}
+	handler := newHandler(store, idem, jobs, new(cards).charge)
 	if err := jobs.Start(context.WithoutCancel(ctx)); err != nil {
 		return err
 	}
-	err = serve(ctx, address, newHandler(store, jobs), greet)
+	err = serve(ctx, address, handler, greet)
 	// The requests have ended, so no further job arrives. A job that is not done yet runs after the
 	// next start.
 	stopping, cancel := context.WithTimeout(context.WithoutCancel(ctx), shutdownTimeout)
@@ -90,10 +94,11 @@ type receipt struct {
 
 func (receipt) Kind() string { return "receipt" }
 
-// newJobs returns the queue with the worker that sends receipts. River runs a job again if its
-// worker fails, so the number of the transfer keeps the receipt unique.
-func newJobs(pool *pgxpool.Pool) (*river.Client[pgx.Tx], error) {
+// newJobs returns the queue with its workers. River runs a job again if its worker fails, so the
+// number of the transfer keeps the receipt unique.
+func newJobs(pool *pgxpool.Pool, idem *middleware.Middleware) (*river.Client[pgx.Tx], error) {
 	workers := river.NewWorkers()
+	river.AddWorker(workers, resumer(idem))
 	river.AddWorker(workers, river.WorkFunc(func(ctx context.Context, job *river.Job[receipt]) error {
 		_, err := pool.Exec(ctx, sendReceipt, job.Args.Transfer)
 		return err
@@ -108,10 +113,11 @@ const sendReceipt = `
 	INSERT INTO river_example.receipts SELECT id, payee, amount FROM river_example.transfers WHERE id = $1
 	ON CONFLICT DO NOTHING`
 
-func newHandler(store *postgres.Store, jobs *river.Client[pgx.Tx]) http.Handler {
-	b := &bank{pool: store.Pool(), jobs: jobs}
-	idem := middleware.New(store, accountID, nil)
+func newHandler(store *postgres.Store, idem *middleware.Middleware, jobs *river.Client[pgx.Tx], charge chargeFunc) http.Handler {
+	b := &bank{pool: store.Pool(), jobs: jobs, charge: newCharge(charge)}
 	mux := http.NewServeMux()
+	topUps := idem.With(func(o *middleware.Options) { o.Resumable = "topup/1" })
+	mux.Handle("POST /topups", topUps.Handler(http.HandlerFunc(b.topUp)))
 	mux.Handle("POST /transfers", idem.Handler(http.HandlerFunc(b.transfer)))
 	mux.HandleFunc("GET /receipts", b.receipts)
 	return mux
@@ -122,8 +128,9 @@ func newHandler(store *postgres.Store, jobs *river.Client[pgx.Tx]) http.Handler 
 func accountID(r *http.Request) (string, error) { return r.Header.Get("Account"), nil }
 
 type bank struct {
-	pool *pgxpool.Pool
-	jobs *river.Client[pgx.Tx]
+	pool   *pgxpool.Pool
+	jobs   *river.Client[pgx.Tx]
+	charge *effect.Declared[payment, charged]
 }
 
 func (b *bank) transfer(w http.ResponseWriter, r *http.Request) {
@@ -174,6 +181,7 @@ const schema = `
 	CREATE TABLE IF NOT EXISTS river_example.accounts (name text PRIMARY KEY, balance bigint NOT NULL);
 	CREATE TABLE IF NOT EXISTS river_example.transfers (
 		id bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY, payer text NOT NULL, payee text NOT NULL, amount bigint NOT NULL);
+	CREATE TABLE IF NOT EXISTS river_example.topups (charge text PRIMARY KEY, account text NOT NULL, amount bigint NOT NULL);
 	CREATE TABLE IF NOT EXISTS river_example.receipts (transfer bigint PRIMARY KEY, sent_to text NOT NULL, amount bigint NOT NULL);
 	INSERT INTO river_example.accounts VALUES ('alice', 10000), ('bob', 0) ON CONFLICT DO NOTHING`
 
@@ -214,5 +222,8 @@ Send too much: 402, Idempotency-Status: executed; its job is undone
   %s
 There is one receipt:
   curl %s/receipts
-`, url, once, once, curl(20000), url)
+Charge a card. The reply of the card's service is lost: 503, Idempotency-Status: unknown
+  curl -i %s/topups -H 'Account: alice' -H 'Idempotency-Key: %s' -d '{"card":"card-1","amount":500}'
+Send it again after some seconds: a job has brought it to its end. 201, Idempotency-Status: replayed
+`, url, once, once, curl(20000), url, url, rand.Text())
 }

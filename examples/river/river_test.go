@@ -28,6 +28,7 @@ const waitMax = 60 * time.Second
 
 type testBundle struct {
 	pool  *pgxpool.Pool
+	idem  *middleware.Middleware
 	store *postgres.Store
 	jobs  *river.Client[pgx.Tx]
 }
@@ -39,11 +40,12 @@ func setup(t *testing.T) *testBundle {
 		t.Fatal(err)
 	}
 	t.Cleanup(store.Close)
-	jobs, err := newJobs(store.Pool())
+	idem := middleware.New(store, accountID, nil)
+	jobs, err := newJobs(store.Pool(), idem)
 	if err != nil {
 		t.Fatal(err)
 	}
-	return &testBundle{pool: store.Pool(), store: store, jobs: jobs}
+	return &testBundle{pool: store.Pool(), idem: idem, store: store, jobs: jobs}
 }
 
 func (b *testBundle) wantJobs(t *testing.T, when string, want int) {
@@ -57,10 +59,15 @@ func (b *testBundle) wantJobs(t *testing.T, when string, want int) {
 	}
 }
 
-// post sends a request with a key, and wants this answer.
+// post sends a transfer with a key, and wants this answer.
 func post(t *testing.T, handler http.Handler, key, body string, status int, outcome string) {
 	t.Helper()
-	r := httptest.NewRequestWithContext(t.Context(), http.MethodPost, "/transfers", strings.NewReader(body))
+	postTo(t, handler, "/transfers", key, body, status, outcome)
+}
+
+func postTo(t *testing.T, handler http.Handler, path, key, body string, status int, outcome string) {
+	t.Helper()
+	r := httptest.NewRequestWithContext(t.Context(), http.MethodPost, path, strings.NewReader(body))
 	r.Header.Set("Account", "alice")
 	r.Header.Set("Idempotency-Key", key)
 	w := httptest.NewRecorder()
@@ -75,7 +82,7 @@ func post(t *testing.T, handler http.Handler, key, body string, status int, outc
 func TestOneReceiptForEachPayment(t *testing.T) {
 	t.Parallel()
 	b := setup(t)
-	handler := newHandler(b.store, b.jobs)
+	handler := newHandler(b.store, b.idem, b.jobs, new(cards).charge)
 	const paid = `{"to":"bob","amount":1250}`
 	post(t, handler, "paid", paid, http.StatusCreated, "executed")
 	b.wantJobs(t, "paid", 1)
@@ -111,6 +118,56 @@ func TestOneReceiptForEachPayment(t *testing.T) {
 	handler.ServeHTTP(w, httptest.NewRequestWithContext(t.Context(), http.MethodGet, "/receipts", nil))
 	if got, want := w.Body.String(), `[{"transfer":1,"sent_to":"bob","amount":1250}]`+"\n"; got != want {
 		t.Errorf("the receipts are %s, want %s", got, want)
+	}
+}
+
+// A top-up whose reply is lost is brought to its end by its job, with one charge and one posting. If
+// its first run dies before the charge, so that nothing but the job is left, the job makes the charge.
+func TestJobEndsAnOpenRequest(t *testing.T) {
+	t.Parallel()
+	b := setup(t)
+	service := new(cards)
+	dies := true
+	handler := newHandler(b.store, b.idem, b.jobs, func(ctx context.Context, key string, p payment) (charged, error) {
+		if dies && p.Amount == 700 {
+			dies = false
+			panic(http.ErrAbortHandler)
+		}
+		return service.charge(ctx, key, p)
+	})
+	const lost, died = `{"card":"card-1","amount":500}`, `{"card":"card-1","amount":700}`
+	postTo(t, handler, "/topups", "lost", lost, http.StatusServiceUnavailable, "unknown")
+	postTo(t, handler, "/topups", "died", died, http.StatusServiceUnavailable, "unknown")
+	b.wantJobs(t, "two top-ups are open", 2)
+
+	done, stop := b.jobs.Subscribe(river.EventKindJobCompleted, river.EventKindJobFailed, river.EventKindJobCancelled)
+	defer stop()
+	if err := b.jobs.Start(context.WithoutCancel(t.Context())); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := b.jobs.Stop(context.Background()); err != nil {
+			t.Error(err)
+		}
+	})
+	for range 2 {
+		select {
+		case event := <-done:
+			if event.Kind != river.EventKindJobCompleted || event.Job.State != rivertype.JobStateCompleted {
+				t.Errorf("the job is %s: %v", event.Job.State, event.Job.Errors)
+			}
+		case <-time.After(waitMax):
+			t.Fatal("the jobs are not done")
+		}
+	}
+	postTo(t, handler, "/topups", "lost", lost, http.StatusCreated, "replayed")
+	postTo(t, handler, "/topups", "died", died, http.StatusCreated, "replayed")
+	var balance int64
+	if err := b.pool.QueryRow(t.Context(), "SELECT balance FROM river_example.accounts WHERE name = 'alice'").Scan(&balance); err != nil {
+		t.Fatal(err)
+	}
+	if balance != 11200 || len(service.made) != 2 {
+		t.Errorf("the balance is %d after %d charges, want 11200 after 2", balance, len(service.made))
 	}
 }
 
