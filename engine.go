@@ -81,8 +81,8 @@ type Options struct {
 	// another service is not settled: pauses begin at 1 second and double. Defaults to 5 minutes.
 	BackoffMax time.Duration
 
-	// ParkAfter is the time after which a request that is still open is left to a person. Defaults
-	// to 24 hours.
+	// ParkAfter is the time after which a request that is still open is left to a person. It counts
+	// again when an operator makes the request due. Defaults to 24 hours.
 	ParkAfter time.Duration
 
 	// Timeouts bound the steps of a request.

@@ -68,6 +68,7 @@ type Open struct {
 	Epoch    int64 // another one for each owner: an owner that was replaced can't write any more
 	Runs     int   // of the handler, this one included
 	Started  time.Time
+	Resumed  time.Time     // the last time that an operator made it due; Started if none did
 	Now      time.Time     // when this was read
 	Due      time.Time     // from then on anybody may take it over
 	Lease    time.Duration // of the last owner
@@ -724,7 +725,7 @@ func (e *Effects) leave(fact fact) error {
 	runs := 1
 	if e.open != nil {
 		runs = e.open.Runs
-		if age := e.now().Sub(e.open.Started); lapse.Parked == "" && age > e.engine.options.ParkAfter {
+		if age := e.now().Sub(e.open.Resumed); lapse.Parked == "" && age > e.engine.options.ParkAfter {
 			lapse.Parked = fmt.Sprintf("it is still open after %v", e.engine.options.ParkAfter)
 		}
 	}

@@ -37,17 +37,19 @@ func (e *Engine) inQueue(ctx context.Context, req *ongoing, run RunFunc, trace *
 		return e.attempts(ctx, req, run, trace, nil)
 	}
 	// This is deferred: a panic or a Goexit must not leave the queue without a leader.
-	defer func() { place.leave(&result) }()
+	defer func() { place.leave(&result, &req.Fingerprint) }()
 	if !place.leads {
 		if result, settled := follow(ctx, req, place, over, trace); settled {
 			return result
 		}
+		req.ClaimFirst = true // others were here: a handler that runs before its claim would run for nothing
 	}
 	for pause := waitPauseMin; ; pause = min(2*pause, waitPauseMax) {
 		result = e.attempts(ctx, req, run, trace, &place.derived)
 		if result.Outcome != OutcomeInProgress || decide(factOfWait(mayWait(ctx, over))).action != actionWait {
 			return result
 		}
+		req.ClaimFirst = true
 		// The jitter keeps processes that wait for one key from claiming at the same time. The last
 		// claim is made when Wait has elapsed.
 		jittered := pause*3/4 + rand.N(pause/2)
@@ -85,7 +87,11 @@ func follow(ctx context.Context, req *ongoing, place *place, over time.Time, tra
 		if decision.outcome == OutcomeUnknown {
 			err = errAwaitedUnknown
 		}
-		return refuse(decision, err), true
+		result = refuse(decision, err)
+		if fact == factOpen { // what the leader was told holds for this request too
+			result.Reason, result.Accepted, result.RetryAfter = told.Reason, told.Accepted, told.RetryAfter
+		}
+		return result, true
 	}
 }
 
@@ -212,8 +218,9 @@ func (p *place) withdraw() bool {
 // by then, unless a tracer ended its goroutine. If the result has a record, or the outcome of a
 // COMMIT is unknown, all followers get it: if each of them looked again it would take each as long.
 // Otherwise the first follower becomes the leader: it finds the answer that this attempt recorded,
-// or a free key.
-func (p *place) leave(result *Result) {
+// or a free key. The fingerprint is that of the leader's request: if that is open, each follower
+// compares its own.
+func (p *place) leave(result *Result, fingerprint *Fingerprint) {
 	if !p.leads && !p.flee() {
 		return
 	}
@@ -223,8 +230,11 @@ func (p *place) leave(result *Result) {
 	}
 	for _, follower := range p.close() {
 		told := *result
-		if told.Record != nil {
+		switch {
+		case told.Record != nil:
 			told.Record = copyOf(told.Record)
+		case told.Accepted:
+			told.Record = &Record{Fingerprint: *fingerprint, Open: true}
 		}
 		follower.news <- &told
 	}

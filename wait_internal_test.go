@@ -34,17 +34,17 @@ func TestTurnThatComesTooLateIsHandedOn(t *testing.T) {
 	for range 100 {
 		q, key := &queues{}, Key{Scope: "acme", Value: "k"}
 		first, late, next := q.mustEnter(key), q.mustEnter(key), q.mustEnter(key)
-		first.leave(&Result{Outcome: OutcomeExecuted})
+		first.leave(&Result{Outcome: OutcomeExecuted}, nil)
 		result, settled := follow(canceled, &ongoing{Request: Request{Key: key}}, late, time.Now().Add(time.Hour), &trace{})
 		if !settled || result.Outcome != OutcomeInProgress || !errors.Is(result.Err, context.Canceled) {
 			t.Fatalf("settled: %t, %s, %v", settled, result.Outcome, result.Err)
 		}
-		late.leave(&result)
+		late.leave(&result, nil)
 		told, err := next.wait(t.Context(), time.Now().Add(time.Hour))
 		if told != nil || err != nil || !next.leads {
 			t.Fatalf("the next was told %v, %v", told, err)
 		}
-		next.leave(&Result{})
+		next.leave(&Result{}, nil)
 		if len(q.byKey) != 0 || q.followers != 0 {
 			t.Fatalf("%d queues, %d followers", len(q.byKey), q.followers)
 		}
@@ -58,9 +58,9 @@ func TestAnswerThatComesAtTheLastMomentIsTaken(t *testing.T) {
 		q, key := &queues{}, Key{Scope: "acme", Value: "k"}
 		first, late := q.mustEnter(key), q.mustEnter(key)
 		req := &ongoing{Request: Request{Key: key, Fingerprint: NewFingerprint(100, nil)}}
-		first.leave(&Result{Outcome: OutcomeReplayed, Record: &Record{Fingerprint: req.Fingerprint}})
+		first.leave(&Result{Outcome: OutcomeReplayed, Record: &Record{Fingerprint: req.Fingerprint}}, nil)
 		result, settled := follow(t.Context(), req, late, time.Now(), &trace{})
-		late.leave(&result)
+		late.leave(&result, nil)
 		if !settled || result.Outcome != OutcomeReplayed || len(q.byKey) != 0 {
 			t.Fatalf("settled: %t, %s, %d queues", settled, result.Outcome, len(q.byKey))
 		}
@@ -81,11 +81,11 @@ func TestFollowerWhoseTracerExitsLeavesItsQueue(t *testing.T) {
 			t.Parallel()
 			q, key := &queues{}, Key{Scope: "acme", Value: "k"}
 			first, late, next := q.mustEnter(key), q.mustEnter(key), q.mustEnter(key)
-			end := func() { first.leave(&Result{Outcome: OutcomeExecuted}) }
+			end := func() { first.leave(&Result{Outcome: OutcomeExecuted}, nil) }
 			gone := make(chan struct{})
 			go func() {
 				defer close(gone)
-				defer late.leave(&Result{})
+				defer late.leave(&Result{}, nil)
 				if turn {
 					end()
 				}
@@ -99,7 +99,7 @@ func TestFollowerWhoseTracerExitsLeavesItsQueue(t *testing.T) {
 			if told != nil || err != nil || !next.leads {
 				t.Fatalf("the next was told %v, %v", told, err)
 			}
-			next.leave(&Result{})
+			next.leave(&Result{}, nil)
 			if len(q.byKey) != 0 || q.followers != 0 {
 				t.Errorf("%d queues, %d followers", len(q.byKey), q.followers)
 			}

@@ -7,6 +7,7 @@
 CREATE TABLE idempotency_open (
     next_at     timestamptz NOT NULL,
     started_at  timestamptz NOT NULL,
+    resumed_at  timestamptz,
     epoch       bigint      NOT NULL,
     lease_ms    bigint      NOT NULL,
     ttl_ms      bigint      NOT NULL,
@@ -28,6 +29,7 @@ CREATE INDEX idempotency_open_next_at_idx ON idempotency_open (next_at) WHERE pa
 COMMENT ON TABLE idempotency_open IS 'Requests that have called another service, or were about to, and have no answer yet. Do not delete a row by hand: money may have moved.';
 COMMENT ON COLUMN idempotency_open.next_at IS 'From then on anybody may take the request over.';
 COMMENT ON COLUMN idempotency_open.started_at IS 'Time of the first intent''s commit, by this server''s clock.';
+COMMENT ON COLUMN idempotency_open.resumed_at IS 'Last time that an operator made it due; NULL if none did. A request is parked for its age from here on, or from started_at.';
 COMMENT ON COLUMN idempotency_open.epoch IS 'Another one for each owner. An owner that was replaced can''t write any more.';
 COMMENT ON COLUMN idempotency_open.lease_ms IS 'Milliseconds that an owner has.';
 COMMENT ON COLUMN idempotency_open.ttl_ms IS 'Milliseconds that the record will count, from the end on.';

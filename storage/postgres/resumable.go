@@ -69,7 +69,7 @@ func newOpenStatements(o *Options) openStatements {
 	const ours = " WHERE scope OPERATOR(pg_catalog.=) $2 AND key OPERATOR(pg_catalog.=) $3 AND epoch OPERATOR(pg_catalog.=) $4"
 	const milliseconds = " OPERATOR(pg_catalog.*) interval '1 millisecond')"
 	const now = "pg_catalog.clock_timestamp()"
-	columns := "o.route, o.request, k.fingerprint_version, k.fingerprint, k.attempt_id, o.ttl_ms, o.epoch, o.runs, o.started_at, " + now +
+	columns := "o.route, o.request, k.fingerprint_version, k.fingerprint, k.attempt_id, o.ttl_ms, o.epoch, o.runs, o.started_at, COALESCE(o.resumed_at, o.started_at), " + now +
 		", o.next_at, o.lease_ms, o.owned, COALESCE(o.parked, ''), COALESCE(o.last_reason, '')," +
 		" e.names, e.kinds, e.states, e.keys, e.inputs, e.outputs, e.tries, e.panics, e.sent, e.doubts" +
 		" FROM " + open + " AS o JOIN " + keys + " AS k USING (scope, key), LATERAL (SELECT array_agg(name ORDER BY sent_first_at) AS names," +
@@ -666,7 +666,7 @@ func (s *Store) readOpen(ctx context.Context, sql string, key idempotency.Key, m
 		attemptID       pgtype.UUID
 	)
 	err = s.pool.QueryRow(ctx, sql, append([]any{pgx.QueryExecModeExec, key.Scope, key.Value}, more...)...).Scan(
-		&epoch, &o.Route, &o.Request, &o.Fingerprint.Version, &sum, &attemptID, &ttl, &o.Epoch, &o.Runs, &o.Started, &o.Now,
+		&epoch, &o.Route, &o.Request, &o.Fingerprint.Version, &sum, &attemptID, &ttl, &o.Epoch, &o.Runs, &o.Started, &o.Resumed, &o.Now,
 		&o.Due, &lease, &o.Owned, &o.Parked, &o.LastFail, &names, &kinds, &states, &keys, &inputs, &outputs, &tries, &panics, &sent, &doubts)
 	switch {
 	case errors.Is(err, pgx.ErrNoRows):

@@ -18,6 +18,7 @@ import (
 
 	"github.com/paidonce/idempotency"
 	"github.com/paidonce/idempotency/internal/pgfault"
+	"github.com/paidonce/idempotency/internal/testservice"
 	"github.com/paidonce/idempotency/storage/postgres"
 )
 
@@ -420,5 +421,151 @@ func TestNobodyIsInProgressAfterTheEndWasSeen(t *testing.T) {
 		if _, ok := outcomes.Load(outcome); !ok {
 			t.Errorf("nothing was %s", outcome)
 		}
+	}
+}
+
+// startTracer also gives a token for the start of each wait.
+type startTracer struct {
+	waitTracer
+	starts chan struct{}
+}
+
+func (s startTracer) TraceWaitStart(context.Context) { s.starts <- struct{}{} }
+
+// callUnderWay is an engine with Wait, and a request that is in the middle of its call. lapse ends
+// the call.
+func callUnderWay(t *testing.T, lapse idempotency.Lapse, settle bool) (r *resumable, tracer startTracer, first func() idempotency.Result, end func()) {
+	t.Helper()
+	tracer = startTracer{waitTracer{make(chan struct{}, 1000)}, make(chan struct{}, 1000)}
+	began, over := make(chan struct{}), make(chan struct{})
+	r = newResumable(t, func(ctx context.Context) (*idempotency.Answer, error) {
+		effects, err := idempotency.EffectsFrom(ctx)
+		if err != nil {
+			return nil, err
+		}
+		effect, resumed, _, err := effects.Begin(idempotency.Intent{Name: "charge", Kind: idempotency.EffectCall, Timeout: 20 * time.Second})
+		switch {
+		case err != nil:
+			return nil, err
+		case resumed:
+			t.Error("it was called twice")
+		}
+		close(began)
+		<-over
+		if settle {
+			effect.State = idempotency.EffectDone
+			return said(201), effects.Settle(effect)
+		}
+		effects.Lapse(lapse)
+		return nil, idempotency.ErrUnsettled
+	})
+	r.Engine = idempotency.NewEngine(r.Store, &idempotency.Options{Wait: patience, Tracer: tracer})
+	ended := make(chan idempotency.Result, 1)
+	go func() { ended <- r.Engine.Do(context.Background(), r.request(), r.run) }()
+	<-began
+	first = sync.OnceValue(func() idempotency.Result { return <-ended })
+	end = sync.OnceFunc(func() { close(over) })
+	t.Cleanup(func() {
+		end()
+		first()
+	})
+	return r, tracer, first, end
+}
+
+// Copies that wait for a request whose call is not settled hear what it hears, without a run of
+// their own; and one that only has its key does not.
+func TestCopiesOfAnOpenRequestAreAccepted(t *testing.T) {
+	t.Parallel()
+	const copies, pause = 5, time.Minute
+	for name, c := range map[string]struct {
+		lapse  idempotency.Lapse
+		reason idempotency.Reason
+	}{
+		"later":       {idempotency.Lapse{Pause: pause, Reason: "no reply"}, idempotency.ReasonOutcomeUnknown},
+		"by a person": {idempotency.Lapse{Parked: "no reply"}, idempotency.ReasonNeedsAttention},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			r, tracer, first, end := callUnderWay(t, c.lapse, false)
+			var runs atomic.Int64
+			run := func(context.Context) (*idempotency.Answer, error) {
+				runs.Add(1)
+				return said(201), nil
+			}
+			results, settled := storm(r.Engine, copies, r.request(), run)
+			other := r.request()
+			other.Fingerprint = testservice.Request(idempotency.Key{Scope: "acme", Value: "other"}).Fingerprint
+			others, otherSettled := storm(r.Engine, 1, other, run)
+			for range copies + 1 {
+				<-tracer.starts
+			}
+			end()
+			settled()
+			otherSettled()
+			leader := first()
+			want(t, leader, idempotency.OutcomeUnknown, c.reason)
+			for _, result := range results {
+				want(t, result, idempotency.OutcomeUnknown, c.reason)
+				if !result.Accepted || result.RetryAfter != leader.RetryAfter || c.lapse.Pause != 0 && result.RetryAfter != pause || result.Record != nil {
+					t.Errorf("%+v", result)
+				}
+			}
+			want(t, others[0], idempotency.OutcomeMismatch, idempotency.ReasonKeyReused)
+			if n := runs.Load(); n != 0 || others[0].Accepted {
+				t.Errorf("%d runs", n)
+			}
+		})
+	}
+}
+
+// A copy in another process runs its handler up to the first call once at most, however often it
+// looks; and then hears how the request ended.
+func TestCopiesInAnotherProcessClaimFirst(t *testing.T) {
+	t.Parallel()
+	for name, settle := range map[string]bool{"settled": true, "not settled": false} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			r, _, first, end := callUnderWay(t, idempotency.Lapse{Pause: time.Minute, Reason: "no reply"}, settle)
+			tracer := startTracer{waitTracer{make(chan struct{}, 1000)}, make(chan struct{}, 1000)}
+			another := idempotency.NewEngine(testservice.Open(t, r.URL, nil), &idempotency.Options{Wait: patience, Tracer: tracer})
+			runs := 0
+			results, settled := storm(another, 1, r.request(), func(ctx context.Context) (*idempotency.Answer, error) {
+				runs++
+				return said(201), r.charge(ctx, true)
+			})
+			for range 4 { // looks
+				<-tracer.starts
+			}
+			end()
+			settled()
+			if settle {
+				want(t, first(), idempotency.OutcomeExecuted, "")
+				want(t, results[0], idempotency.OutcomeReplayed, "")
+			} else {
+				want(t, results[0], idempotency.OutcomeUnknown, idempotency.ReasonOutcomeUnknown)
+				if left := results[0].RetryAfter; !results[0].Accepted || left <= 0 || left > time.Minute {
+					t.Errorf("%+v", results[0])
+				}
+			}
+			if runs != 1 || r.sent != 0 {
+				t.Errorf("%d runs, sent %d", runs, r.sent)
+			}
+		})
+	}
+}
+
+// A copy whose Wait elapses while the call is under way asks the store, not its handler: the request
+// is in progress, for the rest of the lease at most.
+func TestWaitThatElapsesDuringACallRunsNothing(t *testing.T) {
+	t.Parallel()
+	r, _, _, _ := callUnderWay(t, idempotency.Lapse{Reason: "no reply"}, false)
+	impatient := r.Engine.With(&idempotency.Options{Wait: 50 * time.Millisecond})
+	result := impatient.Do(t.Context(), r.request(), func(context.Context) (*idempotency.Answer, error) {
+		t.Error("it ran")
+		return said(201), nil
+	})
+	want(t, result, idempotency.OutcomeInProgress, idempotency.ReasonInProgress)
+	if result.RetryAfter <= 0 || result.RetryAfter > patience {
+		t.Errorf("%+v", result)
 	}
 }

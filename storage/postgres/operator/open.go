@@ -341,8 +341,9 @@ func (r *OpenRequest) names() []string {
 	return names
 }
 
-// Resume makes an open request due at once, parked or not, and forgets the panics of its effects.
-// Whatever parked it may park it again. It returns the errors of [Operator.Settle].
+// Resume makes an open request due at once, parked or not, and forgets the panics of its effects. If
+// it was parked for its age, it has the whole of ParkAfter again. Whatever else parked it may park it
+// again. It returns the errors of [Operator.Settle].
 func (o *Operator) Resume(ctx context.Context, key idempotency.Key, act OpenAct) (OpenRequest, error) {
 	return o.openAct(ctx, "resume", "", key, act, nil, func(ctx context.Context, tx pgx.Tx, _ *OpenRequest) (string, error) {
 		_, err := tx.Exec(ctx, "UPDATE "+o.effects+" SET panics = 0 WHERE scope = $1 AND key = $2 AND state = 1 AND panics > 0", key.Scope, key.Value)
@@ -438,7 +439,8 @@ func (o *Operator) openActIn(ctx context.Context, tx pgx.Tx, action, effect stri
 	if do != nil {
 		parked, err := do(ctx, tx, &r)
 		if err == nil {
-			err = one(tx.Exec(ctx, "UPDATE "+o.open+" SET epoch = epoch + 1, owned = false, next_at = clock_timestamp(), parked = NULLIF($4::text, ''), last_reason = $5 WHERE scope = $1 AND key = $2 AND epoch = $3",
+			err = one(tx.Exec(ctx, "UPDATE "+o.open+" SET epoch = epoch + 1, owned = false, next_at = clock_timestamp(), parked = NULLIF($4::text, ''), last_reason = $5,"+
+				" resumed_at = CASE WHEN $4::text = '' THEN clock_timestamp() ELSE resumed_at END WHERE scope = $1 AND key = $2 AND epoch = $3",
 				key.Scope, key.Value, r.Epoch, parked, "an operator: "+action))
 		}
 		if err != nil {

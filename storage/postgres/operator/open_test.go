@@ -23,13 +23,14 @@ var openAct = operator.OpenAct{Act: act}
 // openBundle is a service with a resumable route whose call does not get a reply.
 type openBundle struct {
 	*testBundle
-	kind idempotency.EffectKind
-	sent int
-	out  string // the call's recorded output, as the handler got it
+	kind  idempotency.EffectKind
+	lapse idempotency.Lapse // of the call
+	sent  int
+	out   string // the call's recorded output, as the handler got it
 }
 
 func setupOpen(t *testing.T) *openBundle {
-	b := &openBundle{testBundle: setup(t, nil), kind: idempotency.EffectCall}
+	b := &openBundle{testBundle: setup(t, nil), kind: idempotency.EffectCall, lapse: idempotency.Lapse{Parked: "no reply", Reason: "no reply"}}
 	b.Engine.Resumable("topup/1", func(idempotency.Key, []byte) (idempotency.RunFunc, error) { return b.run, nil })
 	return b
 }
@@ -51,7 +52,7 @@ func (b *openBundle) run(ctx context.Context) (*idempotency.Answer, error) {
 		return &idempotency.Answer{Status: 201}, err
 	}
 	b.sent++
-	effects.Lapse(idempotency.Lapse{Parked: "no reply", Reason: "no reply"})
+	effects.Lapse(b.lapse)
 	return nil, idempotency.ErrUnsettled
 }
 
@@ -206,6 +207,55 @@ func TestParkAndResume(t *testing.T) {
 	b.complete(t)
 	if b.sent != 2 {
 		t.Errorf("sent %d", b.sent)
+	}
+}
+
+// A request that was parked for its age has the whole of ParkAfter again after a person resumed it,
+// or settled one of its effects.
+func TestResumedRequestIsNotParkedForItsOldAge(t *testing.T) {
+	t.Parallel()
+	for name, act := range map[string]func(b *openBundle, k idempotency.Key) error{
+		"resume": func(b *openBundle, k idempotency.Key) error {
+			_, err := b.operator.Resume(context.Background(), k, openAct)
+			return err
+		},
+		"settle": func(b *openBundle, k idempotency.Key) error {
+			_, err := b.operator.Settle(context.Background(), k, "charge", operator.SettleRetry, nil, openAct)
+			return err
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			b := setupOpen(t)
+			b.lapse = idempotency.Lapse{Pause: time.Millisecond, Reason: "no reply"}
+			k := b.open(t, "canary")
+			ages := func(column string) {
+				b.Exec(t, "UPDATE idempotency_open SET "+column+" = now() - interval '25 hours', next_at = now()")
+				b.complete(t)
+			}
+			parked := func(want bool) {
+				t.Helper()
+				seen, err := b.operator.GetOpen(t.Context(), k)
+				if err != nil || strings.Contains(seen.Parked, "still open after 24h") != want || seen.Parked != "" != want {
+					t.Errorf("%+v, %v", seen, err)
+				}
+			}
+			ages("started_at")
+			parked(true)
+			if err := act(b, k); err != nil {
+				t.Fatal(err)
+			}
+			for range 3 {
+				b.Exec(t, "UPDATE idempotency_open SET next_at = now()")
+				b.complete(t)
+				parked(false)
+			}
+			if b.sent < 3 {
+				t.Errorf("sent %d", b.sent)
+			}
+			ages("resumed_at")
+			parked(true)
+		})
 	}
 }
 
