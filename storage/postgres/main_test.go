@@ -3,6 +3,7 @@ package postgres_test
 import (
 	"context"
 	"net"
+	"os"
 	"sync"
 	"testing"
 	"time"
@@ -17,7 +18,12 @@ import (
 	"github.com/paidonce/idempotency/storage/postgres"
 )
 
-func TestMain(m *testing.M) { pgtest.Main(m) }
+func TestMain(m *testing.M) {
+	if os.Getenv(payoutVariable) != "" {
+		os.Exit(payoutChild())
+	}
+	pgtest.Main(m)
+}
 
 // testBundle is a store on a database of its own, with a table for handlers to write to.
 type testBundle struct {

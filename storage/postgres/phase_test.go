@@ -51,7 +51,9 @@ func (r *resumable) open(t *testing.T) int {
 func (r *resumable) want(t *testing.T, outcome idempotency.Outcome, reason idempotency.Reason) idempotency.Result {
 	t.Helper()
 	result := r.do(t)
-	want(t, result, outcome, reason)
+	if want(t, result, outcome, reason); t.Failed() {
+		t.FailNow()
+	}
 	return result
 }
 
@@ -659,6 +661,9 @@ func TestPhasesHaveTheStoresIsolation(t *testing.T) {
 				}
 				return level(ctx)(tx)
 			}); err != nil {
+				return nil, err
+			}
+			if _, err := postgres.Phase(ctx, "fails", func(pgx.Tx) (string, error) { return "", pgx.ErrNoRows }); err != pgx.ErrNoRows {
 				return nil, err
 			}
 			_, err := level(ctx)(postgres.Tx(ctx))

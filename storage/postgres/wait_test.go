@@ -554,6 +554,41 @@ func TestCopiesInAnotherProcessClaimFirst(t *testing.T) {
 	}
 }
 
+// The same while there is no record to be seen, because the other process is in its first phase.
+func TestCopiesOfAPhaseInAnotherProcessClaimFirst(t *testing.T) {
+	t.Parallel()
+	began, over := make(chan struct{}), make(chan struct{})
+	r := newResumable(t, func(ctx context.Context) (*idempotency.Answer, error) {
+		_, err := postgres.Phase(ctx, "hold", func(tx pgx.Tx) (hold, error) {
+			close(began)
+			<-over
+			return insert(ctx, "hold")(tx)
+		})
+		return said(201), err
+	})
+	first, firstSettled := storm(r.Engine, 1, r.request(), r.run)
+	<-began
+	tracer := startTracer{waitTracer{make(chan struct{}, 1000)}, make(chan struct{}, 1000)}
+	another := idempotency.NewEngine(testservice.Open(t, r.URL, nil), &idempotency.Options{Wait: patience, Tracer: tracer})
+	runs := 0
+	results, settled := storm(another, 1, r.request(), func(ctx context.Context) (*idempotency.Answer, error) {
+		runs++
+		_, err := postgres.Phase(ctx, "hold", insert(ctx, "hold"))
+		return said(201), err
+	})
+	for range 4 { // looks
+		<-tracer.starts
+	}
+	close(over)
+	firstSettled()
+	settled()
+	want(t, first[0], idempotency.OutcomeExecuted, "")
+	want(t, results[0], idempotency.OutcomeReplayed, "")
+	if names := r.names(t); runs != 1 || names != "hold" {
+		t.Errorf("%d runs, wrote %q", runs, names)
+	}
+}
+
 // A copy whose Wait elapses while the call is under way asks the store, not its handler: the request
 // is in progress, for the rest of the lease at most.
 func TestWaitThatElapsesDuringACallRunsNothing(t *testing.T) {
