@@ -439,12 +439,15 @@ func (e *Effects) settlePhase(effect *Effect) error {
 	return e.intent
 }
 
-// Release ends a phase that was undone: nothing of it is recorded, and a later run, or this one, may
-// begin it again.
-func (e *Effects) Release() {
+// Undone ends a phase that was undone: nothing of it is recorded. If the request is open, this run
+// can't end it: a later one begins the phase again, whatever the handler answers now.
+func (e *Effects) Undone(phase string) {
 	e.mu.Lock()
 	defer e.mu.Unlock()
 	e.busy = false
+	if e.opened && e.intent == nil { // else this run has failed already
+		e.lapseOf(Lapse{Reason: "phase " + phase + " was undone"})
+	}
 }
 
 // Lapse notes that the effect stays unsettled. With a Pause of 0 the engine chooses one.

@@ -31,8 +31,9 @@ const PhaseOutputBytesMax = 64 << 10
 // every later one get an [idempotency.DeclinedError] with the detail that was given to Declined.
 // After any other error, or a panic, the writes are undone and nothing is recorded. Phase returns
 // the error, and the request is as before: if nothing of it was committed the handler may answer it
-// away, and if it is open a later run begins the phase again. If the transaction can't be begun or
-// committed the handler's answer is dropped; after a serialization failure the handler runs again.
+// away, and if it is open the handler's answer is dropped, and a later run begins the phase again. If
+// the transaction can't be begun or committed the answer is dropped too; after a serialization
+// failure the handler runs again.
 //
 // A 4xx may follow a phase that was committed, whose writes stay. Each run must ask for the phases
 // that are recorded; if one does not, the request is left to a person.
@@ -73,7 +74,7 @@ func Phase[T any](ctx context.Context, name string, fn func(tx pgx.Tx) (T, error
 			if err := a.undoInner(); err != nil {
 				_ = effects.Fail(err)
 			}
-			effects.Release()
+			effects.Undone(name)
 		}
 	}()
 	tx, err := a.beginInner()

@@ -240,27 +240,33 @@ func TestPanicInAPhaseUndoesIt(t *testing.T) {
 // again, the committed one does not.
 func TestFailedPhaseOfAnOpenRequestRunsAgain(t *testing.T) {
 	t.Parallel()
-	var r *resumable
-	runs := 0
-	r = newResumable(t, func(ctx context.Context) (*idempotency.Answer, error) {
-		if _, err := postgres.Phase(ctx, "hold", insert(ctx, "hold")); err != nil {
-			return nil, err
-		}
-		if _, err := postgres.Phase(ctx, "settle", func(tx pgx.Tx) (hold, error) {
-			if runs++; runs == 1 {
-				return hold{}, errors.New("not now")
+	// A handler that returns without an answer has answered 200.
+	for _, status := range []int{500, 409, 200} {
+		t.Run(fmt.Sprint(status), func(t *testing.T) {
+			t.Parallel()
+			var r *resumable
+			runs := 0
+			r = newResumable(t, func(ctx context.Context) (*idempotency.Answer, error) {
+				if _, err := postgres.Phase(ctx, "hold", insert(ctx, "hold")); err != nil {
+					return nil, err
+				}
+				if _, err := postgres.Phase(ctx, "settle", func(tx pgx.Tx) (hold, error) {
+					if runs++; runs == 1 {
+						return hold{}, errors.New("not now")
+					}
+					return insert(ctx, "settle")(tx)
+				}); err != nil {
+					return said(status), nil
+				}
+				return said(201), nil
+			})
+			r.want(t, idempotency.OutcomeUnknown, idempotency.ReasonOutcomeUnknown)
+			r.due(t)
+			result := r.want(t, idempotency.OutcomeExecuted, "")
+			if names := r.names(t); names != "hold settle" || runs != 2 || result.Answer.Status != 201 {
+				t.Errorf("wrote %q in %d runs, and answered %+v", names, runs, result.Answer)
 			}
-			return insert(ctx, "settle")(tx)
-		}); err != nil {
-			return said(500), nil
-		}
-		return said(201), nil
-	})
-	r.want(t, idempotency.OutcomeUnknown, idempotency.ReasonOutcomeUnknown)
-	r.due(t)
-	r.want(t, idempotency.OutcomeExecuted, "")
-	if names := r.names(t); names != "hold settle" || runs != 2 {
-		t.Errorf("wrote %q in %d runs", names, runs)
+		})
 	}
 }
 
@@ -709,7 +715,7 @@ func TestNoConnectionIsHeldBetweenPhases(t *testing.T) {
 		free("after the failed")
 		return said(201), nil
 	})
-	want(t, result, idempotency.OutcomeExecuted, "")
+	want(t, result, idempotency.OutcomeUnknown, idempotency.ReasonOutcomeUnknown) // the failed one is to run again
 }
 
 // While a phase runs nobody takes the request over, even if its lease is over.
