@@ -34,6 +34,14 @@
 // numbers. Each run must ask for the effects that were made; if one does not, the request is left to
 // a person. A refusal (4xx) after an effect that was made needs [Declared.Undo] first.
 //
+// # Phases
+//
+// Writes before a call, or between two, go into a phase of the store (postgres.Phase): a transaction
+// that commits before the handler goes on. A later run gets its recorded output by its name. A phase
+// that returns [Declined] is undone, and that decision is recorded as a result is: every later run
+// takes the same way. A payout holds the amount, sends it, and then posts what it held or releases
+// it: see the example Payout.
+//
 // # When a call is sent
 //
 //   - Only the recorded input is sent, with the recorded key. If a later run has another input, the

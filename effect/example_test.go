@@ -10,6 +10,8 @@ import (
 	"strings"
 	"time"
 
+	"github.com/jackc/pgx/v5"
+
 	"github.com/paidonce/idempotency"
 	"github.com/paidonce/idempotency/effect"
 	"github.com/paidonce/idempotency/internal/pgserver"
@@ -147,6 +149,98 @@ func ExampleDeclared_Undo() {
 	fmt.Println(result.Outcome, result.Answer.Status, string(result.Answer.Body))
 	// Output:
 	// executed 409 refund of ch_1
+}
+
+// A payout holds the amount, sends it, and posts what it held. The bank refuses the second one, so its
+// hold is released. The third account is closed by the time of the posting: the payout is called
+// back first.
+func Example_payout() {
+	ctx := context.Background()
+	store, closeStore := exampleStore(ctx)
+	defer closeStore()
+	if _, err := store.Pool().Exec(ctx, "CREATE TABLE holds (id serial PRIMARY KEY, iban text NOT NULL, state text NOT NULL DEFAULT 'held')"); err != nil {
+		panic(err)
+	}
+
+	type Hold struct{ ID int }
+	type Transfer struct {
+		Hold int
+		IBAN string
+	}
+	transfer := effect.New("transfer", effect.Effect[Transfer, string]{
+		Do: func(_ context.Context, _ string, in Transfer) (string, error) {
+			if in.IBAN == "refused" {
+				return "", effect.Declined(errors.New("status 422"), nil)
+			}
+			return "po_1", nil
+		},
+	})
+	recall := effect.New("recall", effect.Effect[string, string]{
+		Do: func(_ context.Context, _ string, in string) (string, error) { return "recall of " + in, nil },
+	})
+
+	// end is a phase that ends the hold.
+	end := func(ctx context.Context, hold Hold, state string, check error) error {
+		_, err := postgres.Phase(ctx, state, func(tx pgx.Tx) (struct{}, error) {
+			if check != nil {
+				return struct{}{}, effect.Declined(check, nil) // undone, and so decided for good
+			}
+			_, err := tx.Exec(ctx, "UPDATE holds SET state = $2 WHERE id = $1", hold.ID, state)
+			return struct{}{}, err
+		})
+		return err
+	}
+	payout := func(iban string) idempotency.RunFunc {
+		return func(ctx context.Context) (*idempotency.Answer, error) {
+			hold, err := postgres.Phase(ctx, "hold", func(tx pgx.Tx) (hold Hold, err error) {
+				return hold, tx.QueryRow(ctx, "INSERT INTO holds (iban) VALUES ($1) RETURNING id", iban).Scan(&hold.ID)
+			})
+			if err != nil {
+				return nil, err // nothing was committed
+			}
+			sent, err := transfer.Call(ctx, Transfer{hold.ID, iban})
+			switch {
+			case errors.Is(err, effect.ErrDeclined):
+				return &idempotency.Answer{Status: http.StatusUnprocessableEntity}, end(ctx, hold, "released", nil)
+			case err != nil:
+				return nil, err
+			}
+			var closed error
+			if iban == "closed" {
+				closed = errors.New("the account is closed")
+			}
+			err = end(ctx, hold, "posted", closed)
+			switch {
+			case errors.Is(err, effect.ErrDeclined):
+				if _, err := recall.Undo(ctx, transfer, sent); err != nil {
+					return nil, err
+				}
+				return &idempotency.Answer{Status: http.StatusConflict}, end(ctx, hold, "released", nil)
+			case err != nil:
+				return nil, err
+			}
+			return &idempotency.Answer{Status: http.StatusCreated}, nil
+		}
+	}
+	engine := idempotency.NewEngine(store, nil)
+	for _, iban := range []string{"open", "refused", "closed"} {
+		run := payout(iban)
+		engine.Resumable("payout/"+iban, func(idempotency.Key, []byte) (idempotency.RunFunc, error) { return run, nil })
+		result := engine.Do(ctx, idempotency.Request{
+			Key:         idempotency.Key{Scope: "acme", Value: "payout-" + iban},
+			Fingerprint: idempotency.NewFingerprintV1("POST", "/payouts", "", "application/json", []byte(iban)),
+			Resumable:   "payout/" + iban, Stored: func() []byte { return []byte(iban) },
+		}, run)
+		var state string
+		if err := store.Pool().QueryRow(ctx, "SELECT state FROM holds WHERE iban = $1", iban).Scan(&state); err != nil {
+			panic(err)
+		}
+		fmt.Println(iban, result.Outcome, result.Answer.Status, state)
+	}
+	// Output:
+	// open executed 201 posted
+	// refused executed 422 released
+	// closed executed 409 released
 }
 
 // A function that charges a card over HTTP, for the Do of an effect.

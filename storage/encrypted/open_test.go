@@ -9,10 +9,13 @@ import (
 	"testing"
 	"time"
 
+	"github.com/jackc/pgx/v5"
+
 	"github.com/paidonce/idempotency"
 	"github.com/paidonce/idempotency/effect"
 	"github.com/paidonce/idempotency/internal/testservice"
 	"github.com/paidonce/idempotency/storage/encrypted"
+	"github.com/paidonce/idempotency/storage/postgres"
 )
 
 const (
@@ -128,6 +131,64 @@ func TestOpenRequestIsEncrypted(t *testing.T) {
 			}
 			if fmt.Sprint(c.sent) != fmt.Sprintf("[%s %s]", secretInput, secretInput) || len(c.resume) != 2 || c.resume[0] != secretRequest || c.resume[1] != secretRequest {
 				t.Errorf("sent %q, resumed from %q", c.sent, c.resume)
+			}
+		})
+	}
+}
+
+// The output of a phase, and the detail of one that decided against its writes, are sealed as those of
+// calls are; and one can't stand in for the other.
+func TestPhasesAreEncrypted(t *testing.T) {
+	t.Parallel()
+	for name, forged := range map[string]bool{"as they were": false, "forged": true} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			c := newCaller(t)
+			final, ran := false, 0
+			run := func(ctx context.Context) (*idempotency.Answer, error) {
+				out, err := postgres.Phase(ctx, "hold", func(pgx.Tx) (string, error) {
+					ran++
+					return secretOutput, nil
+				})
+				if err != nil {
+					return nil, err
+				}
+				_, err = postgres.Phase(ctx, "settle", func(pgx.Tx) (string, error) {
+					ran++
+					return "", effect.Declined(errors.New("closed"), secretInput)
+				})
+				var declined *effect.DeclinedError
+				if !errors.As(err, &declined) || !final {
+					return nil, errors.Join(err, errors.New("died"))
+				}
+				return &idempotency.Answer{Status: 201, Body: append([]byte(out), declined.Detail...)}, nil
+			}
+			c.engine.Resumable("payout/1", func(idempotency.Key, []byte) (idempotency.RunFunc, error) { return run, nil })
+			req := testservice.Request(idempotency.Key{Scope: "acme", Value: "k"})
+			req.Resumable, req.Stored = "payout/1", func() []byte { return []byte(secretRequest) }
+			if result := c.engine.Do(t.Context(), req, run); !result.Accepted {
+				t.Fatalf("%+v", result)
+			}
+			rows := c.rows(t)
+			for _, secret := range []string{secretRequest, secretInput, secretOutput} {
+				if strings.Contains(rows, secret) || strings.Contains(rows, fmt.Sprintf("%x", secret)) {
+					t.Errorf("%s is in the tables", secret)
+				}
+			}
+			if !strings.Contains(rows, "settle") {
+				t.Error("the look sees nothing")
+			}
+			if final = true; forged {
+				c.Exec(t, "UPDATE idempotency_effects SET output = (SELECT output FROM idempotency_effects WHERE name = 'settle') WHERE name = 'hold'")
+				c.complete(t, 1)
+			} else {
+				c.complete(t, 0)
+				if result := c.engine.Do(t.Context(), req, run); result.Outcome != idempotency.OutcomeReplayed || string(result.Answer.Body) != secretOutput+`"`+secretInput+`"` {
+					t.Errorf("%+v", result)
+				}
+			}
+			if ran != 2 {
+				t.Errorf("%d phases ran", ran)
 			}
 		})
 	}

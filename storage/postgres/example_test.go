@@ -2,6 +2,7 @@ package postgres_test
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"log/slog"
 	"net/http"
@@ -9,8 +10,10 @@ import (
 	"os"
 	"time"
 
+	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgxpool"
 
+	"github.com/paidonce/idempotency"
 	"github.com/paidonce/idempotency/middleware"
 	"github.com/paidonce/idempotency/migrations"
 	"github.com/paidonce/idempotency/storage/postgres"
@@ -69,6 +72,49 @@ func ExampleTx() {
 		}
 		w.WriteHeader(http.StatusCreated)
 	}
+}
+
+// A phase is committed before the handler goes on: here the number of an invoice, before it is sent
+// to another service. The first run ends after it; the second one gets the same number.
+func ExamplePhase() {
+	ctx := context.Background()
+	store, closeStore := exampleStore(ctx, "CREATE TABLE invoices (number serial PRIMARY KEY)")
+	defer closeStore()
+
+	runs := 0
+	run := func(ctx context.Context) (*idempotency.Answer, error) {
+		runs++
+		number, err := postgres.Phase(ctx, "number", func(tx pgx.Tx) (number int, err error) {
+			return number, tx.QueryRow(ctx, "INSERT INTO invoices DEFAULT VALUES RETURNING number").Scan(&number)
+		})
+		if err != nil {
+			return nil, err
+		}
+		fmt.Println("run", runs, "has invoice", number)
+		if runs == 1 {
+			return nil, errors.New("the machine was stopped")
+		}
+		return &idempotency.Answer{Status: http.StatusCreated}, nil
+	}
+	engine := idempotency.NewEngine(store, nil)
+	engine.Resumable("invoice/1", func(idempotency.Key, []byte) (idempotency.RunFunc, error) { return run, nil })
+	result := engine.Do(ctx, idempotency.Request{
+		Key:         idempotency.Key{Scope: "acme", Value: "invoice-of-may"},
+		Fingerprint: idempotency.NewFingerprintV1("POST", "/invoices", "", "", nil),
+		Resumable:   "invoice/1", Stored: func() []byte { return nil },
+	}, run)
+	fmt.Println(result.Outcome)
+
+	completer := idempotency.NewCompleter(engine, nil)
+	for runs == 1 {
+		if _, err := completer.Once(ctx); err != nil {
+			panic(err)
+		}
+	}
+	// Output:
+	// run 1 has invoice 1
+	// unknown
+	// run 2 has invoice 1
 }
 
 // Every replica may run a reaper. The program starts it, and stops it by ending its context.
