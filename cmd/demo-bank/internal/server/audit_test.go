@@ -147,6 +147,15 @@ func TestAuditIsRightWhileRecordsExpire(t *testing.T) {
 			}
 		})
 	}
+	// The record of a top-up is older than its posting.
+	group.Go(func() {
+		for ctx.Err() == nil {
+			if r := b.keyed(bank.TopUpsPath, `{"account":"alice","card":"tok","amount":1}`); r.status != 201 {
+				t.Errorf("top-up: %d %s", r.status, r.body)
+				return
+			}
+		}
+	})
 	audits := 0
 	for ctx.Err() == nil {
 		audits++
@@ -158,11 +167,11 @@ func TestAuditIsRightWhileRecordsExpire(t *testing.T) {
 	cancel()
 	group.Wait()
 	var records, transfers int64
-	if err := connect(t, database).QueryRow(t.Context(), `SELECT (SELECT count(*) FROM idempotency_keys), (SELECT count(*) FROM transfers)`).Scan(&records, &transfers); err != nil {
+	if err := connect(t, database).QueryRow(t.Context(), `SELECT (SELECT count(*) FROM idempotency_keys), (SELECT count(*) FROM transfers) + (SELECT count(*) FROM topups)`).Scan(&records, &transfers); err != nil {
 		t.Fatal(err)
 	}
 	if records >= transfers || audits < 10 {
-		t.Errorf("%d records of %d transfers are left, %d audits ran: nothing was tried", records, transfers, audits)
+		t.Errorf("%d records of %d transfers and top-ups are left, %d audits ran: nothing was tried", records, transfers, audits)
 	}
 }
 
