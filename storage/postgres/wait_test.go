@@ -472,8 +472,8 @@ func callUnderWay(t *testing.T, lapse idempotency.Lapse, settle bool) (r *resuma
 	return r, tracer, first, end
 }
 
-// Copies that wait for a request whose call is not settled hear what it hears, without a run of
-// their own; and one that only has its key does not.
+// Copies that wait for a request whose call is not settled get its result, without a run of their
+// own. Another request with the same key does not get it.
 func TestCopiesOfAnOpenRequestAreAccepted(t *testing.T) {
 	t.Parallel()
 	const copies, pause = 5, time.Minute
@@ -519,7 +519,7 @@ func TestCopiesOfAnOpenRequestAreAccepted(t *testing.T) {
 }
 
 // A copy in another process runs its handler up to the first call once at most, however often it
-// looks; and then hears how the request ended.
+// looks, and gets the result of the request in the end.
 func TestCopiesInAnotherProcessClaimFirst(t *testing.T) {
 	t.Parallel()
 	for name, settle := range map[string]bool{"settled": true, "not settled": false} {

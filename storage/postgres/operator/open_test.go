@@ -473,6 +473,12 @@ func TestTimelineOfAnOpenRequest(t *testing.T) {
 	if got, want := kinds(), "intent charge, parked"; got != want {
 		t.Errorf("parked: %s, want %s", got, want)
 	}
+	b.Exec(t, `INSERT INTO idempotency_effects (sent_first_at, settled_at, epoch, tries, panics, state, kind, derived_key, scope, key, name, input)
+		SELECT sent_first_at - interval '1 second', sent_first_at - interval '1 second', epoch, 1, 0, 2, 4, gen_random_uuid(), scope, key, 'hold', '' FROM idempotency_effects`)
+	if got, want := kinds(), "result hold, intent charge, parked"; got != want {
+		t.Errorf("with a phase: %s, want %s", got, want)
+	}
+	b.Exec(t, "DELETE FROM idempotency_effects WHERE kind = 4")
 	if _, err := b.operator.Settle(t.Context(), k, "charge", operator.SettleRetry, nil, openAct); err != nil {
 		t.Fatal(err)
 	}

@@ -33,7 +33,7 @@ const (
 	EventActDelete   EventKind = "act-delete"  // an operator deleted a record; and so on for each action of the audit table
 	EventIntent      EventKind = "intent"      // an effect was about to be sent for the first time
 	EventSentAgain   EventKind = "sent-again"  // an effect was about to be sent again; Attempts is the number of sends. Only the last is known
-	EventResult      EventKind = "result"      // an effect's result was recorded; Reason is its state
+	EventResult      EventKind = "result"      // an effect's result was recorded, or a phase was committed; Reason is its state
 	EventNext        EventKind = "next"        // an open request may be taken over from then on; Reason is why the last run left it open
 	EventParked      EventKind = "parked"      // an open request waits for a person
 	EventExecuted    EventKind = "executed"    // as [idempotency.OutcomeExecuted]
@@ -149,7 +149,9 @@ func (o *Operator) effectEvents(ctx context.Context, tx pgx.Tx, key idempotency.
 	}
 	for i := range effects {
 		e := &effects[i]
-		events = append(events, Event{At: e.SentFirstAt, Kind: EventIntent, Effect: e.Name, Attempt: record.Attempt})
+		if e.Kind != idempotency.EffectPhase { // which has only a result
+			events = append(events, Event{At: e.SentFirstAt, Kind: EventIntent, Effect: e.Name, Attempt: record.Attempt})
+		}
 		if !e.DoubtAt.IsZero() {
 			events = append(events, Event{At: e.DoubtAt, Kind: EventSentAgain, Effect: e.Name, Attempts: e.Tries, Attempt: record.Attempt})
 		}
