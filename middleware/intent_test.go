@@ -34,7 +34,7 @@ type service struct {
 	finish  func(w http.ResponseWriter, r *http.Request)
 }
 
-func newService(t *testing.T, opts setupOptions) *service {
+func newService(t *testing.T, timeout time.Duration, opts setupOptions) *service {
 	t.Helper()
 	s := &service{charges: map[string]int{}}
 	charge := effect.New("charge", effect.Effect[string, string]{
@@ -48,7 +48,7 @@ func newService(t *testing.T, opts setupOptions) *service {
 			}
 			return "ch_" + in, nil
 		},
-		Timeout: 30 * time.Second,
+		Timeout: timeout,
 	})
 	through := opts.url
 	opts.url = func(database string) string {
@@ -121,6 +121,7 @@ func (s *service) sent() (keys, times int) {
 // or the completer ends the request with one charge and one posting.
 func TestLostIntentIsNeitherSentNorForgotten(t *testing.T) {
 	t.Parallel()
+	const late = 3 * time.Second
 	for _, claimed := range []bool{false, true} { // else the claim travels with the intent
 		for _, kind := range []pgfault.Kind{pgfault.CutBefore, pgfault.CutAfter, pgfault.Silence, pgfault.LateCommit, pgfault.HalfOpen, pgfault.DelayReply} {
 			name := kind.String()
@@ -136,7 +137,7 @@ func TestLostIntentIsNeitherSentNorForgotten(t *testing.T) {
 				if claimed {
 					options.Quota = middleware.Quota{KeysMax: 10}
 				}
-				s := newService(t, setupOptions{middleware: options, url: func(database string) string {
+				s := newService(t, time.Second, setupOptions{middleware: options, url: func(database string) string {
 					network, address, err := pgfault.Upstream(database)
 					if err != nil {
 						t.Fatal(err)
@@ -145,7 +146,7 @@ func TestLostIntentIsNeitherSentNorForgotten(t *testing.T) {
 						if !faulty.Load() || !bytes.Contains(commit.Messages, []byte("idempotency_open")) || hit.Swap(true) {
 							return pgfault.Fault{}
 						}
-						return pgfault.Fault{Kind: kind, Delay: 3 * time.Second}
+						return pgfault.Fault{Kind: kind, Delay: late}
 					}})
 					if err != nil {
 						t.Fatal(err)
@@ -160,6 +161,7 @@ func TestLostIntentIsNeitherSentNorForgotten(t *testing.T) {
 					}
 				}
 				faulty.Store(true)
+				sent := time.Now()
 				first := post()
 				if !hit.Load() {
 					t.Fatal("the fault was not met")
@@ -198,6 +200,12 @@ func TestLostIntentIsNeitherSentNorForgotten(t *testing.T) {
 					if time.Since(begin) > time.Minute {
 						t.Fatalf("it does not end: %d %s", last.status, last.body)
 					}
+				}
+				if kind == pgfault.LateCommit { // it may come only now, and must find the key taken
+					time.Sleep(time.Until(sent.Add(late + 500*time.Millisecond)))
+				}
+				if open := s.ask(t, "SELECT count(*) FROM idempotency_open"); open != 0 {
+					t.Errorf("%d are open", open)
 				}
 				if last.body != "ch_k" {
 					t.Errorf("the answer is %q", last.body)
@@ -247,9 +255,9 @@ func TestClientIsNeverToldNotExecutedAfterAnIntent(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
-			s := newService(t, setupOptions{middleware: &middleware.Options{BackoffMax: 10 * time.Millisecond}})
+			s := newService(t, time.Second, setupOptions{middleware: &middleware.Options{BackoffMax: 10 * time.Millisecond}})
 			s.do, s.finish = c.do, c.finish
-			transport := client.New(&http.Transport{}, &client.Options{
+			transport := client.New(neverNotExecuted{t, &http.Transport{}}, &client.Options{
 				Honours: client.Everywhere, BackoffFirst: time.Millisecond, BackoffMax: 2 * time.Millisecond, RetryAfterMax: time.Millisecond, AttemptsMax: 3,
 			})
 			t.Cleanup(transport.CloseIdleConnections)
@@ -266,8 +274,7 @@ func TestClientIsNeverToldNotExecutedAfterAnIntent(t *testing.T) {
 				}
 				return read(t, response), nil
 			}
-			_, err := send()
-			if !errors.Is(err, client.ErrUnknown) || errors.Is(err, client.ErrNotExecuted) {
+			if _, err := send(); !errors.Is(err, client.ErrUnknown) || errors.Is(err, client.ErrNotExecuted) {
 				t.Fatalf("the client's error is %v", err)
 			}
 			s.set(func() { s.do, s.finish = nil, nil })
@@ -296,12 +303,28 @@ func TestClientIsNeverToldNotExecutedAfterAnIntent(t *testing.T) {
 	}
 }
 
+// neverNotExecuted fails the test if a single answer is not-executed.
+type neverNotExecuted struct {
+	t    *testing.T
+	base *http.Transport
+}
+
+func (n neverNotExecuted) RoundTrip(r *http.Request) (*http.Response, error) {
+	response, err := n.base.RoundTrip(r)
+	if err == nil && response.Header.Get("Idempotency-Status") == string(idempotency.OutcomeNotExecuted) {
+		n.t.Errorf("an answer is %s, not-executed", response.Status)
+	}
+	return response, err
+}
+
+func (n neverNotExecuted) CloseIdleConnections() { n.base.CloseIdleConnections() }
+
 // The other service holds its reply for two seconds, to 32 clients of a service with four
 // connections. None of them is checked out, no transaction is open, and all 32 requests end.
 func TestSlowServiceHoldsNoConnectionOfOurs(t *testing.T) {
 	t.Parallel()
 	const clients, hold = 32, 2 * time.Second
-	s := newService(t, setupOptions{
+	s := newService(t, time.Minute, setupOptions{
 		poolMax: 4, middleware: &middleware.Options{Timeouts: idempotency.Timeouts{Handler: 40 * time.Second}},
 		store: &postgres.Options{AcquireTimeout: 30 * time.Second, IdleInTransactionTimeout: 50 * time.Second},
 	})
