@@ -285,7 +285,8 @@ func TestClientIsNeverToldNotExecutedAfterAnIntent(t *testing.T) {
 			} else {
 				var got reply
 				for begin := time.Now(); got.status != http.StatusCreated; time.Sleep(10 * time.Millisecond) {
-					if _, err := s.completer.Once(t.Context()); err != nil {
+					_, err := s.completer.Once(t.Context())
+					if err != nil {
 						t.Fatal(err)
 					}
 					if got, err = send(); errors.Is(err, client.ErrNotExecuted) || time.Since(begin) > time.Minute {
