@@ -407,3 +407,60 @@ func TestRecordWinsOverTheLockOfTheIntent(t *testing.T) {
 		t.Errorf("after %d runs: %+v", runs, result)
 	}
 }
+
+// A list of due requests may be old when its keys are run: what was ended, taken over, parked or
+// made anew since is left alone.
+func TestOldListOfDueRequestsRunsNothing(t *testing.T) {
+	t.Parallel()
+	var r *resumable
+	r = newResumable(t, func(ctx context.Context) (*idempotency.Answer, error) {
+		if err := r.charge(ctx, false); err != nil {
+			return nil, err
+		}
+		return &idempotency.Answer{Status: 201}, post(ctx)
+	})
+	names := []string{"ended", "taken-over", "parked", "left-for-later", "made-anew"}
+	for _, name := range names {
+		r.key.Value = name
+		if result := r.do(t); !result.Accepted {
+			t.Fatalf("%+v", result)
+		}
+	}
+	r.Exec(t, "UPDATE idempotency_open SET next_at = now()")
+	due, err := r.Store.FindDue(t.Context(), []string{"topup/1"}, 100)
+	if err != nil || len(due) != len(names) {
+		t.Fatalf("%v, %v", due, err)
+	}
+	const of = " WHERE key = $1"
+	r.Exec(t, "UPDATE idempotency_effects SET state = 2, output = '1'"+of, "ended")
+	r.key.Value = "ended"
+	if result := r.Engine.Resume(t.Context(), r.key); result.Outcome != idempotency.OutcomeExecuted {
+		t.Fatalf("%+v", result)
+	}
+	r.Exec(t, "UPDATE idempotency_open SET epoch = epoch + 1, owned = true, next_at = now() + interval '1 hour'"+of, "taken-over")
+	r.Exec(t, "UPDATE idempotency_open SET parked = 'a reason'"+of, "parked")
+	r.Exec(t, "UPDATE idempotency_open SET next_at = now() + interval '1 hour'"+of, "left-for-later")
+	r.Exec(t, "DELETE FROM idempotency_open"+of, "made-anew")
+	r.Exec(t, "DELETE FROM idempotency_keys"+of, "made-anew")
+	r.key.Value = "made-anew"
+	if result := r.do(t); !result.Accepted {
+		t.Fatalf("%+v", result)
+	}
+	r.Exec(t, "UPDATE idempotency_open SET next_at = now() + interval '1 hour'"+of, "made-anew")
+
+	const state = "SELECT string_agg(concat_ws(' ', key, o.epoch, e.epoch, runs, next_at, owned, parked, tries, doubt_at, status, attempt_id), E'\\n' ORDER BY key)" +
+		" FROM idempotency_keys LEFT JOIN idempotency_open AS o USING (scope, key) LEFT JOIN idempotency_effects AS e USING (scope, key)"
+	before, sent, posted := r.Text(t, state), r.sent, r.Service.Effects(t)
+	for _, key := range due {
+		result := r.Engine.Resume(t.Context(), key)
+		if result.Answer != nil && result.Outcome != idempotency.OutcomeReplayed {
+			t.Errorf("%s: %+v", key.Value, result)
+		}
+	}
+	if after := r.Text(t, state); after != before {
+		t.Errorf("an old list changed\n%s\nto\n%s", before, after)
+	}
+	if r.sent != sent || r.Service.Effects(t) != posted {
+		t.Errorf("an old list sent %d and posted %d", r.sent-sent, r.Service.Effects(t)-posted)
+	}
+}
