@@ -184,6 +184,53 @@ func TestF21FailoverToAnAsynchronousStandbyLosesRecordAndMoneyTogether(t *testin
 	s.onePayment(t, "kept", "lost")
 }
 
+// With an asynchronous standby a fail-over forgets an intent with everything else that the standby
+// did not have: the charge is known to the other service alone. A retry with the same key sends the
+// same derived key, so it is charged once all the same.
+func TestF21AsynchronousFailoverForgetsAnIntent(t *testing.T) {
+	t.Parallel()
+	p := startPair(t, false)
+	u := &upstream{}
+	u.set(p.primary.URL())
+	n := serveCharges(t, p.primary.URL(), &postgres.Options{PoolConfig: func(config *pgxpool.Config) { config.ConnConfig.DialFunc = u.dial }})
+	await(t, p.standby.URL(), "the standby has the tables", "to_regclass('postings') IS NOT NULL")
+	paused := p.pause(t)
+	n.set(false, true)
+	if got := sendTransfer(t, n.URL+"/v1/transfers", "lost"); !got.is(503, "unknown") {
+		t.Fatalf("%v", got)
+	}
+	if charges, open := n.charges(), count(t, p.primary.URL(), "SELECT count(*) FROM idempotency_open"); charges != 1 || open != 1 {
+		t.Fatalf("%d charges, %d open requests", charges, open)
+	}
+	n.set(false, false)
+
+	p.primary.Kill()
+	paused.kill(t)
+	p.promote(t)
+	u.set(p.standby.URL())
+	for begin := time.Now(); ; {
+		found, err := n.completer.Once(t.Context()) // its connections are those of the old primary
+		if err == nil && found == 0 {
+			break
+		}
+		if err == nil || time.Since(begin) > awaitMax {
+			t.Fatalf("%d open requests, %v", found, err)
+		}
+	}
+	if known := count(t, p.standby.URL(), "SELECT (SELECT count(*) FROM idempotency_effects) + (SELECT count(*) FROM idempotency_open) + (SELECT count(*) FROM idempotency_keys)"); known != 0 {
+		t.Errorf("%d rows know of the charge", known)
+	}
+	var got reply
+	for begin := time.Now(); !got.is(201, "executed"); {
+		if got = sendTransfer(t, n.URL+"/v1/transfers", "lost"); time.Since(begin) > awaitMax {
+			t.Fatalf("%v", got)
+		}
+	}
+	if charges, postings := n.charges(), count(t, p.standby.URL(), "SELECT count(*) FROM postings"); charges != 1 || postings != 1 {
+		t.Errorf("%d charges and %d postings", charges, postings)
+	}
+}
+
 // At whatever place in the stream the crash happens, the standby has both a payment and its record,
 // or neither.
 func TestF21CrashUnderLoadNeverPartsRecordAndMoney(t *testing.T) {

@@ -55,19 +55,19 @@ func TestOlderProgramsBesideOpenRequests(t *testing.T) {
 
 	// The old bank makes its tables and serves. A newer program migrates beside it.
 	bank := o.start(t, regexp.MustCompile(`demo-bank is at (http://\S+)`), "demo-bank", "--addr=127.0.0.1:0", "--reap-interval=100ms", "--log-level=ERROR") + "/v1/transfers"
-	if got := o.send(t, bank, "plain"); !got.is(201, "executed") {
+	if got := sendTransfer(t, bank, "plain"); !got.is(201, "executed") {
 		t.Fatalf("%v", got)
 	}
-	n := o.newer(t)
+	n := serveCharges(t, o.database, &postgres.Options{Schema: "demo_bank"})
 	newer := n.URL + "/v1/transfers"
-	paid := o.send(t, newer, "paid")
+	paid := sendTransfer(t, newer, "paid")
 	if !paid.is(201, "executed") {
 		t.Fatalf("%v", paid)
 	}
-	n.down(true)
+	n.set(true, false)
 	keys := []string{"open-1", "open-2", "open-3"}
 	for _, key := range keys {
-		if got := o.send(t, newer, key); !got.is(503, "unknown") || !strings.Contains(got.body, `"accepted":true`) {
+		if got := sendTransfer(t, newer, key); !got.is(503, "unknown") || !strings.Contains(got.body, `"accepted":true`) {
 			t.Fatalf("%v", got)
 		}
 	}
@@ -78,17 +78,17 @@ func TestOlderProgramsBesideOpenRequests(t *testing.T) {
 
 	// The bank gets the same keys, and another request of such a key.
 	for _, key := range keys {
-		if got := o.send(t, bank, key); !got.is(503, "unknown") {
+		if got := sendTransfer(t, bank, key); !got.is(503, "unknown") {
 			t.Errorf("%s: %v", key, got)
 		}
 	}
-	if got := o.sendBody(t, bank, keys[0], strings.Replace(transfer, "7", "8", 1)); got.status < 400 || got.outcome != "mismatch" && got.outcome != "unknown" {
+	if got := sendBody(t, bank, keys[0], strings.Replace(transfer, "7", "8", 1)); got.status < 400 || got.outcome != "mismatch" && got.outcome != "unknown" {
 		t.Errorf("another request: %v", got)
 	}
-	if got := o.send(t, bank, "paid"); !got.is(201, "replayed") || got.body != paid.body {
+	if got := sendTransfer(t, bank, "paid"); !got.is(201, "replayed") || got.body != paid.body {
 		t.Errorf("what the new program has recorded: %v", got)
 	}
-	if got := o.send(t, newer, "plain"); got.status != 201 || got.outcome != "replayed" {
+	if got := sendTransfer(t, newer, "plain"); got.status != 201 || got.outcome != "replayed" {
 		t.Errorf("what the old program has recorded: %v", got)
 	}
 	if n := transfers(); n != 1 {
@@ -139,15 +139,15 @@ func TestOlderProgramsBesideOpenRequests(t *testing.T) {
 	o.get(t, http.DefaultClient, at+"/readyz")
 
 	// The new program ends each of them once, and both know the answers.
-	n.down(false)
+	n.set(false, false)
 	for begin := time.Now(); intents() > 0; {
 		if _, err := n.completer.Once(t.Context()); err != nil || time.Since(begin) > awaitMax {
 			t.Fatalf("not completed: %v", err)
 		}
 	}
 	for _, key := range keys {
-		got := o.send(t, newer, key)
-		if again := o.send(t, bank, key); !got.is(201, "replayed") || again != got {
+		got := sendTransfer(t, newer, key)
+		if again := sendTransfer(t, bank, key); !got.is(201, "replayed") || again != got {
 			t.Errorf("%s: %v, and by the old bank %v", key, got, again)
 		}
 	}
@@ -233,12 +233,12 @@ func (o *older) idemctl(t *testing.T, command string) (text string, code int) {
 	return string(output), cmd.ProcessState.ExitCode()
 }
 
-func (o *older) send(t *testing.T, address, key string) reply {
+func sendTransfer(t *testing.T, address, key string) reply {
 	t.Helper()
-	return o.sendBody(t, address, key, transfer)
+	return sendBody(t, address, key, transfer)
 }
 
-func (o *older) sendBody(t *testing.T, address, key, body string) reply {
+func sendBody(t *testing.T, address, key, body string) reply {
 	t.Helper()
 	r, err := http.NewRequestWithContext(t.Context(), http.MethodPost, address, strings.NewReader(body))
 	if err != nil {
@@ -325,32 +325,35 @@ func (o *older) get(t *testing.T, client *http.Client, address string) string {
 	return string(text)
 }
 
-// newer is a service of these sources on the bank's tables. It charges a card for each transfer.
-type newer struct {
+// charging is a service that charges a card at another service for each POST, and posts it.
+type charging struct {
 	*httptest.Server
 	completer *idempotency.Completer
 
 	mu      sync.Mutex
-	isDown  bool
+	isMute  bool // the other service does what it is asked for, and does not answer
+	isDown  bool // it does not
 	charged map[string]bool
 }
 
-func (o *older) newer(t *testing.T) *newer {
+func serveCharges(t *testing.T, databaseURL string, opts *postgres.Options) *charging {
 	t.Helper()
-	n := &newer{charged: map[string]bool{}}
-	store := testservice.Open(t, o.database, &postgres.Options{Schema: "demo_bank"})
+	n := &charging{charged: map[string]bool{}}
+	store := testservice.Open(t, databaseURL, opts)
 	if err := migrations.Up(t.Context(), store, nil); err != nil {
 		t.Fatal(err)
 	}
-	execute(t, o.database, "CREATE TABLE postings (key text NOT NULL)")
+	execute(t, databaseURL, "CREATE TABLE postings (key text NOT NULL)")
 	charge := effect.New("charge", effect.Effect[string, string]{
 		Do: func(_ context.Context, key, in string) (string, error) {
 			n.mu.Lock()
 			defer n.mu.Unlock()
-			if n.isDown {
+			if !n.isDown {
+				n.charged[key] = true
+			}
+			if n.isDown || n.isMute {
 				return "", errors.New("no reply")
 			}
-			n.charged[key] = true
 			return "ch_" + in, nil
 		},
 		Timeout: 5 * time.Second,
@@ -378,13 +381,13 @@ func (o *older) newer(t *testing.T) *newer {
 	return n
 }
 
-func (n *newer) down(is bool) {
+func (n *charging) set(isDown, isMute bool) {
 	n.mu.Lock()
 	defer n.mu.Unlock()
-	n.isDown = is
+	n.isDown, n.isMute = isDown, isMute
 }
 
-func (n *newer) charges() int {
+func (n *charging) charges() int {
 	n.mu.Lock()
 	defer n.mu.Unlock()
 	return len(n.charged)
