@@ -77,6 +77,18 @@ type Open struct {
 	LastFail string        // the last reason why a run left it open; holds no data
 }
 
+// Settlement is what another service says of a call outside of it, as in a webhook. Package effect
+// makes it, and a store records it (postgres.Store.Settle).
+type Settlement struct {
+	DerivedKey string      // that the other service got
+	State      EffectState // EffectDone or EffectDeclined
+	Output     []byte      // as JSON; of a decline, its detail
+
+	// Seal encrypts the output for a store of package storage/encrypted: it is that store's
+	// SealOutput. Nil for others.
+	Seal func(output []byte, key Key, attempt AttemptID, effect string) []byte
+}
+
 // Lapse is how a run leaves a request open.
 type Lapse struct {
 	Pause  time.Duration // until somebody may take it over
@@ -145,8 +157,13 @@ type OpenAttempt interface {
 	Intend(ctx context.Context, effect *Effect, lease time.Duration) error
 
 	// Settle commits the effect's state and output, and opens the handler's next transaction.
-	// ErrUnknown: it may be committed; the effect may be sent again with the same key.
+	// ErrUnknown: it may be committed; the effect may be sent again with the same key. ErrFenced,
+	// too, if the effect has a result already.
 	Settle(ctx context.Context, effect *Effect) error
+
+	// Recorded returns the effect of this name as it is recorded. It returns ErrFenced if another
+	// owner has taken the request over.
+	Recorded(ctx context.Context, name string) (*Effect, error)
 
 	// Leave undoes the open transaction, if there is one, and leaves the request open. An error
 	// means that the lease has to run out before somebody takes it over.
@@ -421,12 +438,27 @@ func (e *Effects) Settle(effect *Effect) error {
 	}
 	bounded := deadline.After(e.ctx, e.engine.options.Timeouts.Commit)
 	defer bounded.End()
-	if err := e.attempt.Settle(bounded, effect); err != nil {
+	err := e.attempt.Settle(bounded, effect)
+	if errors.Is(err, ErrFenced) && e.settledOutside(bounded, effect) {
+		err = nil
+	}
+	if err != nil {
 		effect.State, effect.Output = EffectIntended, nil
 		e.lapseOf(Lapse{Reason: "the result was not recorded"})
 		return fmt.Errorf("%w: %w", ErrUnsettled, err)
 	}
 	return nil
+}
+
+// settledOutside looks whether somebody else has recorded a result of the effect while this owner was
+// at the call, as a webhook does, and takes that result: the first one counts.
+func (e *Effects) settledOutside(ctx context.Context, effect *Effect) bool {
+	found, err := e.attempt.Recorded(ctx, effect.Name)
+	if err != nil || found.State == EffectIntended {
+		return false
+	}
+	effect.State, effect.Output = found.State, found.Output
+	return true
 }
 
 func (e *Effects) settlePhase(effect *Effect) error {

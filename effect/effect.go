@@ -140,6 +140,27 @@ func (d *Declared[In, Out]) Undo(ctx context.Context, of interface{ Name() strin
 	return d.call(ctx, idempotency.UndoName(of.Name()), idempotency.EffectUndo, in)
 }
 
+// Settled returns what a webhook of the other service says of the call with this key: it is done,
+// with this result. A store records it in the webhook's transaction (postgres.Store.Settle), and the
+// handler, when it runs again, finds it. The error is that of an output which can't be recorded.
+func (d *Declared[In, Out]) Settled(key string, out Out) (idempotency.Settlement, error) {
+	output, err := encodeOutput(out)
+	if err != nil {
+		return idempotency.Settlement{}, fmt.Errorf("effect %s: %w", d.name, err)
+	}
+	return idempotency.Settlement{DerivedKey: key, State: idempotency.EffectDone, Output: output}, nil
+}
+
+// SettledDeclined is Settled for a definite no. The detail is as in [Declined].
+func (d *Declared[In, Out]) SettledDeclined(key string, detail any) idempotency.Settlement {
+	settlement := idempotency.Settlement{DerivedKey: key, State: idempotency.EffectDeclined}
+	var declined *DeclinedError
+	if errors.As(Declined(nil, detail), &declined) {
+		settlement.Output = declined.Detail
+	}
+	return settlement
+}
+
 func (d *Declared[In, Out]) call(ctx context.Context, name string, kind idempotency.EffectKind, in In) (out Out, err error) {
 	effects, err := idempotency.EffectsFrom(ctx)
 	if err != nil {
@@ -333,13 +354,7 @@ func (r *run[In, Out]) quiet(start time.Time) bool {
 // else it would be asked for again, and be sent again when the key's lifetime is misjudged. What
 // becomes of the request then is for a person to say, who can see the output at the other service.
 func (r *run[In, Out]) done(out Out) (Out, error) {
-	output, err := json.Marshal(out)
-	if err == nil && len(output) > OutputBytesMax {
-		err = fmt.Errorf("its output has %d bytes, over the limit of %d", len(output), OutputBytesMax)
-	}
-	if err != nil {
-		output = nil
-	}
+	output, err := encodeOutput(out)
 	return r.record(idempotency.EffectDone, output, err)
 }
 
@@ -417,6 +432,18 @@ func (r *run[In, Out]) lapse(result idempotency.EffectResult, reason string, cau
 
 // reason is for the operator, and holds no data.
 func (r *run[In, Out]) reason(reason string) string { return "effect " + r.end.Name + ": " + reason }
+
+// encodeOutput returns the output as it is recorded, or nil.
+func encodeOutput[Out any](out Out) ([]byte, error) {
+	output, err := json.Marshal(out)
+	switch {
+	case err != nil:
+		return nil, fmt.Errorf("encode the output: %w", err)
+	case len(output) > OutputBytesMax:
+		return nil, fmt.Errorf("its output has %d bytes, over the limit of %d", len(output), OutputBytesMax)
+	}
+	return output, nil
+}
 
 // encodeInput returns the input as it is recorded and sent. It must survive the way back, or a
 // repeated send would not be the same.

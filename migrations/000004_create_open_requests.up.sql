@@ -61,6 +61,9 @@ CREATE TABLE idempotency_effects (
     CONSTRAINT idempotency_effects_pkey PRIMARY KEY (scope, key, name)
 ) WITH (fillfactor = 70);
 
+-- For what the other service says of a call outside of it: in a webhook, or in its list.
+CREATE INDEX idempotency_effects_derived_key_idx ON idempotency_effects (derived_key);
+
 COMMENT ON TABLE idempotency_effects IS 'Calls to other services that requests made, or were about to make. They go with the record of their request.';
 COMMENT ON COLUMN idempotency_effects.sent_first_at IS 'Commit of the intent, just before the first send, by this server''s clock.';
 COMMENT ON COLUMN idempotency_effects.doubt_at IS 'The last repeated send without a definite answer.';

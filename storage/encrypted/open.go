@@ -110,6 +110,15 @@ func (a *openAttempt) Settle(ctx context.Context, effect *idempotency.Effect) er
 	return a.OpenAttempt.Settle(ctx, &sealed)
 }
 
+// Recorded implements [idempotency.OpenAttempt].
+func (a *openAttempt) Recorded(ctx context.Context, name string) (*idempotency.Effect, error) {
+	effect, err := a.OpenAttempt.Recorded(ctx, name)
+	if err != nil {
+		return nil, err
+	}
+	return effect, a.store.openEffect(a.claim.Key, a.claim.Attempt, effect)
+}
+
 // Commit implements [idempotency.Attempt].
 func (a *openAttempt) Commit(ctx context.Context, answer *idempotency.Answer) error {
 	return a.OpenAttempt.Commit(ctx, a.store.seal(a.claim, answer))
@@ -161,18 +170,19 @@ func (s *Store) openParts(key idempotency.Key, open *idempotency.Open) (err erro
 		return err
 	}
 	for i := range open.Effects {
-		effect := &open.Effects[i]
-		if effect.Input, err = s.openPart(effect.Input, key, open.Attempt, "input", effect.Name); err != nil {
-			return err
-		}
-		if effect.State == idempotency.EffectIntended {
-			continue
-		}
-		if effect.Output, err = s.openPart(effect.Output, key, open.Attempt, "output", effect.Name); err != nil {
+		if err := s.openEffect(key, open.Attempt, &open.Effects[i]); err != nil {
 			return err
 		}
 	}
 	return nil
+}
+
+func (s *Store) openEffect(key idempotency.Key, attempt idempotency.AttemptID, effect *idempotency.Effect) (err error) {
+	if effect.Input, err = s.openPart(effect.Input, key, attempt, "input", effect.Name); err != nil || effect.State == idempotency.EffectIntended {
+		return err
+	}
+	effect.Output, err = s.openPart(effect.Output, key, attempt, "output", effect.Name)
+	return err
 }
 
 // boundPart returns the data that a part of an open request is bound to.

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"math/rand/v2"
+	"slices"
 	"strings"
 	"sync"
 	"time"
@@ -50,6 +51,12 @@ type openStatements struct {
 	leave   string
 	doubt   string
 	panic   string
+
+	// Of Settle.
+	find          string
+	hold          string
+	settleOutside string
+	hasten        string
 }
 
 func newOpenStatements(o *Options) openStatements {
@@ -141,6 +148,12 @@ func newOpenStatements(o *Options) openStatements {
 			" WHERE scope = $1 AND key = $2 AND epoch = $3",
 		doubt: "UPDATE " + effects + " SET doubt_at = $5 WHERE scope = $1 AND key = $2 AND epoch = $3 AND name = $4 AND state = 1",
 		panic: "UPDATE " + effects + " SET panics = panics + 1 WHERE scope = $1 AND key = $2 AND epoch = $3 AND name = $4 AND state = 1",
+		find: "SELECT e.scope, e.key, e.name, e.state, k.attempt_id, substr(e.input, 1, 4) = '\\x00656e63'::bytea FROM " + effects + " AS e JOIN " + keys +
+			" AS k USING (scope, key) WHERE e.derived_key = $1 AND e.kind <> 4",
+		hold:          "SELECT FROM " + open + " WHERE scope = $1 AND key = $2 FOR UPDATE",
+		settleOutside: "UPDATE " + effects + " SET state = $4, output = $5, settled_at = " + now + " WHERE scope = $1 AND key = $2 AND name = $3 AND state = 1",
+		hasten: "UPDATE " + open + " SET next_at = CASE WHEN owned AND next_at > " + now + " THEN next_at ELSE " + now + " END, parked = NULL, last_reason = $3," +
+			" resumed_at = CASE WHEN parked IS NULL THEN resumed_at ELSE " + now + " END WHERE scope = $1 AND key = $2",
 	}
 }
 
@@ -487,6 +500,22 @@ func (a *openAttempt) Settle(ctx context.Context, effect *idempotency.Effect) er
 	_ = phase.pooled.Conn().Close(ctx)
 	phase.release(ctx)
 	return fail("settle", idempotency.ErrUnknown, err)
+}
+
+// Recorded implements [idempotency.OpenAttempt].
+func (a *openAttempt) Recorded(ctx context.Context, name string) (*idempotency.Effect, error) {
+	open, err := a.store.ReadOpen(ctx, a.claim.Key)
+	switch {
+	case err != nil:
+		return nil, err
+	case open == nil || open.Epoch != a.epoch:
+		return nil, fail("read the effect", idempotency.ErrFenced, errors.New("another owner has the request"))
+	}
+	at := slices.IndexFunc(open.Effects, func(e idempotency.Effect) bool { return e.Name == name })
+	if at < 0 {
+		return nil, fail("read the effect", idempotency.ErrFenced, errors.New("it is gone"))
+	}
+	return &open.Effects[at], nil
 }
 
 // Seal implements [idempotency.Attempt].
