@@ -61,6 +61,12 @@
 // when it wakes. A service that keeps its keys recognizes that request; for the others KeyLifetime
 // and SettleAfter must be long enough.
 //
+// # Results from outside
+//
+// A webhook often knows before the next run does. [Declared.Settled] makes of it what
+// postgres.Store.Settle records in the webhook's own transaction; the handler then makes the answer.
+// The first result counts, whichever way it came.
+//
 // # Errors of Do
 //
 // [Declined], [NotSent] and [Park] say what is certain. Everything else is unknown, which is always

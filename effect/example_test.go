@@ -119,6 +119,48 @@ func Example() {
 	// 1 charge, 1 posting
 }
 
+// The reply is lost, and a webhook of the processor brings the result before the next run does.
+func ExampleDeclared_Settled() {
+	ctx := context.Background()
+	store, closeStore := exampleStore(ctx)
+	defer closeStore()
+
+	type Charge struct{ ID string }
+	sent := "" // the key that the processor got
+	charge := effect.New("charge", effect.Effect[int, Charge]{
+		Do: func(_ context.Context, key string, _ int) (Charge, error) {
+			sent = key
+			return Charge{}, errors.New("connection reset by peer")
+		},
+	})
+	topUp := func(ctx context.Context) (*idempotency.Answer, error) {
+		paid, err := charge.Call(ctx, 900)
+		if err != nil {
+			return nil, err
+		}
+		return &idempotency.Answer{Status: http.StatusCreated, Body: []byte(paid.ID)}, nil
+	}
+	engine := idempotency.NewEngine(store, nil)
+	request := exampleRequest(engine, topUp)
+	fmt.Println(engine.Do(ctx, request, topUp).Outcome)
+
+	// The webhook's handler, in its transaction. The processor says the key that it got.
+	settlement, err := charge.Settled(sent, Charge{"ch_1"})
+	if err != nil {
+		panic(err)
+	}
+	if err := pgx.BeginFunc(ctx, store.Pool(), func(tx pgx.Tx) error {
+		return store.Settle(ctx, tx, settlement)
+	}); err != nil {
+		panic(err)
+	}
+	result := engine.Do(ctx, request, topUp)
+	fmt.Println(result.Outcome, result.Answer.Status, string(result.Answer.Body))
+	// Output:
+	// unknown
+	// executed 201 ch_1
+}
+
 // A charge that was made must come back before the request is refused.
 func ExampleDeclared_Undo() {
 	ctx := context.Background()
