@@ -308,6 +308,7 @@ func TestNothingIsSentAfterTheKeysLifetime(t *testing.T) {
 	t.Parallel()
 	for name, c := range map[string]struct {
 		age    time.Duration
+		doubt  bool
 		lookup func(p *processor) func(context.Context, string, card) (charge, error)
 		lags   bool
 		sent   int
@@ -316,6 +317,7 @@ func TestNothingIsSentAfterTheKeysLifetime(t *testing.T) {
 	}{
 		"before its end, without a look-up": {age: 53 * time.Minute, sent: 2},
 		"after nine tenths":                 {age: 54 * time.Minute, sent: 1, parked: true},
+		"sent again a minute ago":           {age: 54 * time.Minute, doubt: true, sent: 1, parked: true},
 		"found":                             {age: 25 * time.Hour / 2, sent: 1, lookup: func(p *processor) func(context.Context, string, card) (charge, error) { return p.lookup }},
 		"not found":                         {age: 54 * time.Minute, sent: 1, parked: true, lags: true, lookup: func(p *processor) func(context.Context, string, card) (charge, error) { return p.lookup }},
 		"the look-up fails": {age: 54 * time.Minute, sent: 1, open: true, lookup: func(*processor) func(context.Context, string, card) (charge, error) {
@@ -333,6 +335,9 @@ func TestNothingIsSentAfterTheKeysLifetime(t *testing.T) {
 			s.does(loses)
 			s.wantOpen(t, s.request())
 			s.older(t, c.age)
+			if c.doubt {
+				s.Exec(t, "UPDATE idempotency_effects SET doubt_at = now() - interval '1 minute'")
+			}
 			switch result := s.resume(t); {
 			case c.parked:
 				s.wantParked(t, result, "may have forgotten its key")

@@ -3,6 +3,7 @@ package effect_test
 import (
 	"context"
 	"errors"
+	"log/slog"
 	"sync/atomic"
 	"testing"
 	"time"
@@ -22,6 +23,17 @@ func newGate() gate { return gate{make(chan struct{}), make(chan struct{})} }
 func (g gate) pass() {
 	close(g.began)
 	<-g.release
+}
+
+// reached returns when somebody waits at the gate.
+func (g gate) reached(t *testing.T) {
+	t.Helper()
+	select {
+	case <-g.began:
+	case <-time.After(time.Minute):
+		close(g.release)
+		t.Fatal("nobody came to the gate")
+	}
 }
 
 // later makes the request in a goroutine of its own.
@@ -67,10 +79,10 @@ func TestNoOfAReplacedOwnerIsRefusedWhileTheNextOneSends(t *testing.T) {
 	s := newShop(t, noThen(first, second))
 	s.does(refuses)
 	one := later(s.request)
-	<-first.began
+	first.reached(t)
 	s.due(t)
 	two := later(func() idempotency.Result { return s.Engine.Resume(context.Background(), s.key) })
-	<-second.began
+	second.reached(t)
 	close(first.release)
 	wantNoAnswer(t, <-one)
 	if state := s.Count(t, "SELECT state FROM idempotency_effects"); state != int(idempotency.EffectIntended) {
@@ -88,10 +100,10 @@ func TestOwnerOfAnAbandonedRequestIsRefused(t *testing.T) {
 	s := newShop(t, noThen(first, second))
 	s.does(refuses)
 	one := later(s.request)
-	<-first.began
+	first.reached(t)
 	s.abandon(t)
 	two := later(s.request)
-	<-second.began
+	second.reached(t)
 	close(first.release)
 	wantNoAnswer(t, <-one)
 	close(second.release)
@@ -127,12 +139,12 @@ func TestOwnerWhoseTakeOverWasLostIsRefused(t *testing.T) {
 	s.Exec(t, "CREATE TABLE before AS SELECT o.epoch AS open, e.epoch AS effect FROM idempotency_open o, idempotency_effects e")
 	s.due(t)
 	one := later(func() idempotency.Result { return s.Engine.Resume(context.Background(), s.key) })
-	<-first.began
+	first.reached(t)
 	s.Exec(t, "UPDATE idempotency_open SET epoch = (SELECT open FROM before), runs = 1")
 	s.Exec(t, "UPDATE idempotency_effects SET epoch = (SELECT effect FROM before), tries = 1, doubt_at = NULL")
 	s.due(t)
 	two := later(func() idempotency.Result { return s.Engine.Resume(context.Background(), s.key) })
-	<-second.began
+	second.reached(t)
 	close(first.release)
 	wantNoAnswer(t, <-one)
 	close(second.release)
@@ -154,7 +166,7 @@ func TestReplacedOwnerPostsNothing(t *testing.T) {
 	}
 	s.due(t)
 	one := later(func() idempotency.Result { return s.Engine.Resume(context.Background(), s.key) })
-	<-slow.began
+	slow.reached(t)
 	s.wantPaid(t, s.resume(t), 900)
 	close(slow.release)
 	wantNoAnswer(t, <-one)
@@ -183,7 +195,7 @@ func TestOwnerInItsLastTransactionIsNotReplaced(t *testing.T) {
 		return answer, err
 	}
 	one := later(s.request)
-	<-slow.began
+	slow.reached(t)
 	if result := s.Engine.Resume(context.Background(), s.key); result.Answer != nil || runs.Load() != 1 {
 		t.Errorf("before its lease is over: %+v", result)
 	}
@@ -214,7 +226,7 @@ func TestCallThatIsSentOnceIsNotGivenUpWhileItIsUnderWay(t *testing.T) {
 		}
 	})
 	one := later(s.request)
-	<-slow.began
+	slow.reached(t)
 	for name, result := range map[string]idempotency.Result{"a retry": s.request(), "the completer": s.Engine.Resume(context.Background(), s.key)} {
 		if result.Outcome != idempotency.OutcomeInProgress || result.RetryAfter <= 0 {
 			t.Errorf("%s: %+v", name, result)
@@ -357,4 +369,49 @@ func TestRefusedCommitAfterTheCallIsNeverNotExecuted(t *testing.T) {
 	if n := s.sent(t); n != 1 {
 		t.Errorf("sent %d times", n)
 	}
+}
+
+// The database fails while the completer looks for work: the next look goes on.
+func TestCompleterOutlivesAFailedLook(t *testing.T) {
+	t.Parallel()
+	s := newShop(t, nil)
+	s.does(loses)
+	s.wantOpen(t, s.request())
+	var looks atomic.Int64
+	s.serve(failingLooks{s.Store, &looks}, idempotency.Timeouts{})
+	s.due(t)
+	ctx, stop := context.WithTimeout(t.Context(), time.Minute)
+	defer stop()
+	results := make(chan idempotency.Result, 1)
+	completer := idempotency.NewCompleter(s.Engine, &idempotency.CompleterOptions{
+		Interval: 10 * time.Millisecond,
+		OnResume: func(_ idempotency.Key, result idempotency.Result) { results <- result },
+		Logger:   slog.New(slog.DiscardHandler),
+	})
+	ended := make(chan struct{})
+	go func() {
+		defer close(ended)
+		completer.Run(ctx)
+	}()
+	select {
+	case result := <-results:
+		s.wantPaid(t, result, 900)
+	case <-ended:
+		t.Errorf("it stopped after %d looks", looks.Load())
+	}
+	stop()
+	<-ended
+}
+
+// failingLooks is a store whose first looks for work fail.
+type failingLooks struct {
+	idempotency.Keeper
+	looks *atomic.Int64
+}
+
+func (s failingLooks) FindDue(ctx context.Context, routes []string, max int) ([]idempotency.Key, error) {
+	if s.looks.Add(1) < 3 {
+		return nil, errors.New("the database is away")
+	}
+	return s.Keeper.FindDue(ctx, routes, max)
 }

@@ -62,3 +62,64 @@ func TestCommitsOfAnOpenRequestAreDurable(t *testing.T) {
 		t.Errorf("seen: %s", got)
 	}
 }
+
+// unsettledOnce is a service whose first call stays unsettled, and whose later ones are made.
+func unsettledOnce(t *testing.T) *resumable {
+	var r *resumable
+	runs := 0
+	r = newResumable(t, func(ctx context.Context) (*idempotency.Answer, error) {
+		runs++
+		if err := r.charge(ctx, runs > 1); err != nil {
+			return nil, err
+		}
+		return &idempotency.Answer{Status: 201}, post(ctx)
+	})
+	if result := r.do(t); !result.Accepted {
+		t.Fatalf("%+v", result)
+	}
+	return r
+}
+
+// later moves the time at which the records expire, as if that time had passed.
+func (r *resumable) later(t *testing.T, by string) {
+	t.Helper()
+	r.Exec(t, "SET LOCAL session_replication_role = replica; UPDATE idempotency_keys SET expires_at = expires_at - interval '"+by+"'")
+}
+
+// A request that is open for longer than its record would count is neither deleted nor forgotten.
+func TestOpenRequestOutlivesItsTTL(t *testing.T) {
+	t.Parallel()
+	r := unsettledOnce(t)
+	r.later(t, "10 years")
+	if n, err := r.Store.DeleteExpired(t.Context()); n != 0 || err != nil {
+		t.Errorf("the reaper: %d, %v", n, err)
+	}
+	r.Exec(t, "UPDATE idempotency_open SET next_at = now()")
+	if result := r.do(t); result.Outcome != idempotency.OutcomeExecuted {
+		t.Errorf("%+v", result)
+	}
+	if n := r.Count(t, "SELECT tries FROM idempotency_effects"); n != 2 || r.Service.Effects(t) != 1 {
+		t.Errorf("%d tries of one call, %d postings", n, r.Service.Effects(t))
+	}
+}
+
+// The effects of a request answer for it only as long as its record: a new request of the key makes
+// its own.
+func TestEffectsGoWithTheirRecord(t *testing.T) {
+	t.Parallel()
+	r := unsettledOnce(t)
+	r.Exec(t, "UPDATE idempotency_open SET next_at = now()")
+	if result := r.do(t); result.Outcome != idempotency.OutcomeExecuted {
+		t.Fatalf("%+v", result)
+	}
+	r.later(t, "25 hours")
+	if n, err := r.Store.DeleteExpired(t.Context()); n != 1 || err != nil {
+		t.Fatalf("the reaper: %d, %v", n, err)
+	}
+	if n := r.Count(t, "SELECT count(*) FROM idempotency_effects"); n != 0 {
+		t.Errorf("%d effects are left", n)
+	}
+	if result := r.do(t); result.Outcome != idempotency.OutcomeExecuted || r.sent != 3 {
+		t.Errorf("a new request: %+v, sent %d", result, r.sent)
+	}
+}

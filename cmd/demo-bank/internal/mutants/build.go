@@ -51,9 +51,10 @@ func Run(ctx context.Context, judge Verdict, names []string, out io.Writer) erro
 			return err
 		}
 	}
+	suite := NewSuite(root, folder)
 	var survived []string
 	for _, mutant := range chosen {
-		caught, err := catch(ctx, root, folder, mutant, judge)
+		caught, err := catch(ctx, suite, mutant, judge)
 		if err != nil {
 			return fmt.Errorf("mutant %s: %w", mutant.Name, err)
 		}
@@ -73,15 +74,15 @@ func Run(ctx context.Context, judge Verdict, names []string, out io.Writer) erro
 }
 
 // catch returns the names of the checks, or the test, that caught the mutant.
-func catch(ctx context.Context, root, folder string, mutant Mutant, judge Verdict) (caught []string, err error) {
+func catch(ctx context.Context, suite *Suite, mutant Mutant, judge Verdict) (caught []string, err error) {
 	if mutant.Test != (Test{}) {
-		failed, err := FailsItsTest(ctx, root, folder, mutant)
+		failed, err := suite.Fails(ctx, mutant)
 		if failed {
 			caught = []string{mutant.Test.Func}
 		}
 		return caught, err
 	}
-	bank, err := Build(ctx, root, folder, mutant)
+	bank, err := Build(ctx, suite.root, suite.folder, mutant)
 	if err != nil {
 		return nil, err
 	}
@@ -92,38 +93,74 @@ func catch(ctx context.Context, root, folder string, mutant Mutant, judge Verdic
 	return caught, err
 }
 
-// FailsItsTest reports whether the test that the mutant names fails with its bug. It returns an
-// error if the mutant does not apply or compile, or if the test does not exist or fails without the
-// bug.
-func FailsItsTest(ctx context.Context, root, folder string, mutant Mutant) (bool, error) {
-	overlay, err := mutant.Overlay(root, folder)
+// testTimeout ends a test that a bug keeps from its end.
+const testTimeout = "3m"
+
+// Suite builds and runs the tests that mutants name. Each test program without a bug is built once,
+// and each test runs once without a bug.
+type Suite struct {
+	root, folder string
+	programs     map[string]string // without a bug, by folder
+	healthy      map[Test]bool
+}
+
+// NewSuite returns a suite of the sources under root. What it builds goes into folder.
+func NewSuite(root, folder string) *Suite {
+	return &Suite{root, folder, map[string]string{}, map[Test]bool{}}
+}
+
+// Fails reports whether the test that the mutant names fails with its bug. It returns an error if
+// the mutant does not apply or compile, or if the test does not exist or fails without the bug.
+func (s *Suite) Fails(ctx context.Context, mutant Mutant) (bool, error) {
+	overlay, err := mutant.Overlay(s.root, s.folder)
 	if err != nil {
 		return false, err
 	}
-	passes := func(flags ...string) (bool, []byte, error) {
-		program := filepath.Join(folder, mutant.Name+".test")
-		build := exec.CommandContext(ctx, "go", append(append([]string{"test", "-c", "-o", program}, flags...), "./"+mutant.Test.Folder)...)
-		build.Dir = root
-		if out, err := build.CombinedOutput(); err != nil {
-			return false, nil, fmt.Errorf("build its test: %w\n%s", err, bytes.TrimSpace(out))
+	test := mutant.Test
+	if !s.healthy[test] {
+		if s.programs[test.Folder] == "" {
+			program := filepath.Join(s.folder, strings.ReplaceAll(test.Folder, "/", "-")+".test")
+			if err := s.build(ctx, test, program); err != nil {
+				return false, err
+			}
+			s.programs[test.Folder] = program
 		}
-		test := exec.CommandContext(ctx, program, "-test.v", "-test.run", "^"+mutant.Test.Func+"$")
-		test.Dir = filepath.Join(root, mutant.Test.Folder)
-		out, err := test.CombinedOutput()
-		return err == nil && bytes.Contains(out, []byte("--- PASS: "+mutant.Test.Func+" ")), out, ctx.Err()
+		passed, out, err := s.passes(ctx, test, s.programs[test.Folder])
+		if err != nil {
+			return false, err
+		}
+		if !passed {
+			return false, fmt.Errorf("without the bug %s does not pass in %s:\n%s", test.Func, test.Folder, bytes.TrimSpace(out))
+		}
+		s.healthy[test] = true
 	}
-	healthy, out, err := passes()
-	if err != nil {
+	program := filepath.Join(s.folder, mutant.Name+".test")
+	defer func() { _ = os.Remove(program) }() // the folder is removed anyway
+	if err := s.build(ctx, test, program, "-overlay", overlay); err != nil {
 		return false, err
 	}
-	if !healthy {
-		return false, fmt.Errorf("without the bug %s does not pass in %s:\n%s", mutant.Test.Func, mutant.Test.Folder, bytes.TrimSpace(out))
-	}
-	passed, out, err := passes("-overlay", overlay)
-	if err == nil && !passed && !bytes.Contains(out, []byte("--- FAIL: "+mutant.Test.Func+" ")) {
-		err = fmt.Errorf("%s did not come to a verdict:\n%s", mutant.Test.Func, bytes.TrimSpace(out))
+	passed, out, err := s.passes(ctx, test, program)
+	if err == nil && !passed && !bytes.Contains(out, []byte("--- FAIL: "+test.Func+" ")) {
+		err = fmt.Errorf("%s did not come to a verdict:\n%s", test.Func, bytes.TrimSpace(out))
 	}
 	return !passed, err
+}
+
+func (s *Suite) build(ctx context.Context, test Test, program string, flags ...string) error {
+	build := exec.CommandContext(ctx, "go", append(append([]string{"test", "-c", "-o", program}, flags...), "./"+test.Folder)...)
+	build.Dir = s.root
+	if out, err := build.CombinedOutput(); err != nil {
+		return fmt.Errorf("build its test: %w\n%s", err, bytes.TrimSpace(out))
+	}
+	return nil
+}
+
+// passes reports whether the test passes in the program, and returns what it printed.
+func (s *Suite) passes(ctx context.Context, test Test, program string) (bool, []byte, error) {
+	run := exec.CommandContext(ctx, program, "-test.v", "-test.run", "^"+test.Func+"$", "-test.timeout", testTimeout)
+	run.Dir = filepath.Join(s.root, test.Folder)
+	out, err := run.CombinedOutput()
+	return err == nil && bytes.Contains(out, []byte("--- PASS: "+test.Func+" ")), out, ctx.Err()
 }
 
 func namesOf(mutants []Mutant) (names []string) {

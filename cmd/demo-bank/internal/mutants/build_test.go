@@ -17,6 +17,7 @@ func TestEveryMutantBuilds(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	suite := mutants.NewSuite(root, t.TempDir())
 	for _, mutant := range mutants.Catalogue() {
 		t.Run(mutant.Name, func(t *testing.T) {
 			overlay, err := mutant.Overlay(root, t.TempDir())
@@ -24,7 +25,7 @@ func TestEveryMutantBuilds(t *testing.T) {
 				t.Fatal(err)
 			}
 			if testing.Short() { // the library's packages, without programs and tests
-				build := exec.CommandContext(t.Context(), "go", "build", "-overlay", overlay, ".", "./middleware/...", "./storage/...")
+				build := exec.CommandContext(t.Context(), "go", "build", "-overlay", overlay, ".", "./effect/...", "./middleware/...", "./storage/...")
 				build.Dir = root
 				if out, err := build.CombinedOutput(); err != nil {
 					t.Errorf("%v\n%s", err, out)
@@ -32,7 +33,7 @@ func TestEveryMutantBuilds(t *testing.T) {
 				return
 			}
 			if mutant.Test != (mutants.Test{}) {
-				if failed, err := mutants.FailsItsTest(t.Context(), root, t.TempDir(), mutant); err != nil || !failed {
+				if failed, err := suite.Fails(t.Context(), mutant); err != nil || !failed {
 					t.Errorf("%s passes with the bug, %v", mutant.Test.Func, err)
 				}
 				return

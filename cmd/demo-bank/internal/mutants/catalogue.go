@@ -29,6 +29,10 @@ const (
 	decisionFile   = "decision.go"
 	middlewareFile = "middleware/middleware.go"
 	recorderFile   = "middleware/recorder.go"
+	openFile       = "open.go"
+	effectFile     = "effect/effect.go"
+	resumableFile  = "storage/postgres/resumable.go"
+	migrationFile  = "migrations/000004_create_open_requests.up.sql"
 	bankFile       = "cmd/demo-bank/internal/bank/routes.go"
 )
 
@@ -38,7 +42,9 @@ const keyedCommit = `	return a.recorded(ctx, "commit", a.commit(ctx, deferred, r
 const countedRows = `" SELECT 1 OPERATOR(pg_catalog./) pg_catalog.count(*) FILTER (WHERE same) FROM written",`
 
 // Catalogue returns every seeded bug.
-func Catalogue() []Mutant {
+func Catalogue() []Mutant { return append(ofAnswers(), ofEffects()...) }
+
+func ofAnswers() []Mutant {
 	return []Mutant{
 		{
 			Name: "record-apart",
@@ -293,6 +299,226 @@ func (e early) Flush() {
 		cancelCommit()
 `},
 			},
+		},
+	}
+}
+
+// ofEffects returns the bugs of calls to other services. Random runs meet most of them in one of
+// hundreds of requests, so each names a test with a schedule that shows it.
+func ofEffects() []Mutant {
+	return []Mutant{
+		{
+			Name: "call-before-the-intent",
+			Bug:  "the intent of a call is committed with its result",
+			Test: Test{"effect", "TestDeathAfterTheChargeChargesOnceAndPostsTheSame"},
+			edits: []edit{
+				{openFile, `	err := e.attempt.Intend(bounded, effect, lease)
+`, `	if effect.State == EffectIntended {
+		effect.SentFirst, e.epochAt, e.lease, e.clockAt, e.storeAt = at, at, lease, at, at
+		e.recorded[effect.Name], e.asked[effect.Name] = effect, effect.Input
+		return nil
+	}
+	err := e.attempt.Intend(bounded, effect, lease)
+`},
+				{openFile, `	if err := e.attempt.Settle(bounded, effect); err != nil {
+`, `	err := e.attempt.Intend(bounded, effect, e.lease)
+	e.opened = e.opened || err == nil
+	if err != nil {
+`},
+			},
+		},
+		{
+			Name: "call-after-an-unknown-intent",
+			Bug:  "a call is sent although the reply to its intent's COMMIT is lost",
+			Test: Test{"storage/postgres", "TestNothingIsSentBeforeTheIntentIsProven"},
+			edits: []edit{{openFile, `		effect.SentFirst, err = e.resolveIntent(err)
+`, `		effect.SentFirst, err = at, nil
+`}},
+		},
+		{
+			Name: "key-per-try",
+			Bug:  "each send has a key of its own",
+			Test: Test{"effect", "TestLostReplyIsAskedForAgainWithTheSameKey"},
+			edits: []edit{{effectFile, `	return call(ctx, r.effect.DerivedKey, in)
+`, `	return call(ctx, idempotency.NewAttemptID().String(), in)
+`}},
+		},
+		{
+			Name: "unknown-is-declined",
+			Bug:  "a call without an answer is taken for a declined one",
+			Test: Test{"effect", "TestLostReplyIsAskedForAgainWithTheSameKey"},
+			edits: []edit{{effectFile, `	return r.lapse(idempotency.EffectResultUnknown, "its result is not known", err, idempotency.Lapse{})
+`, `	return r.record(idempotency.EffectDeclined, nil, err)
+`}},
+		},
+		{
+			Name: "absent-is-declined",
+			Bug:  "a call that a look-up does not find is taken for a declined one",
+			Test: Test{"effect", "TestAbsenceSettlesNothing"},
+			edits: []edit{{effectFile, `		absent = errors.Is(err, ErrAbsent)
+`, `		if absent = errors.Is(err, ErrAbsent); absent {
+			return r.record(idempotency.EffectDeclined, nil, err)
+		}
+`}},
+		},
+		{
+			Name: "input-made-anew",
+			Bug:  "a later run sends its own input, not the recorded one",
+			Test: Test{"effect", "TestDeathAfterTheChargeChargesOnceAndPostsTheSame"},
+			edits: []edit{{openFile, `		return effect, true, !bytes.Equal(effect.Input, intent.Input), nil
+`, `		drift = !bytes.Equal(effect.Input, intent.Input)
+		effect.Input = intent.Input
+		return effect, true, drift, nil
+`}},
+		},
+		{
+			Name: "lifetime-from-the-last-send",
+			Bug:  "the lifetime of a key counts from the last send",
+			Test: Test{"effect", "TestNothingIsSentAfterTheKeysLifetime"},
+			edits: []edit{{effectFile, `	case r.effects.Now().Sub(r.effect.SentFirst) >= r.Declared.effect.KeyLifetime/10*9:
+`, `	case r.effects.Now().Sub(slices.MaxFunc([]time.Time{r.effect.SentFirst, r.effect.Doubt}, time.Time.Compare)) >= r.Declared.effect.KeyLifetime/10*9:
+`}},
+		},
+		{
+			Name:  "decline-of-a-retry-believed",
+			Bug:   "a no to a repeated send is final at once",
+			Test:  Test{"effect", "TestDeclineOfARetryIsNotFinal"},
+			edits: []edit{{effectFile, `	if (r.end.Resumed || r.repeated) && `, `	if r.repeated && `}},
+		},
+		{
+			Name: "sleeper-sends",
+			Bug:  "an owner sends however late it is",
+			Test: Test{"effect", "TestSleeperDoesNotSend"},
+			edits: []edit{{openFile, `	now := time.Now()
+	return !e.over && now.Sub(e.epochAt) < e.lease/2 && now.Round(0).Sub(e.epochAt.Round(0)) < e.lease/2
+`, `	return !e.over
+`}},
+		},
+		{
+			Name: "result-without-epoch",
+			Bug:  "an owner that was replaced records the result of its call",
+			Test: Test{"effect", "TestNoOfAReplacedOwnerIsRefusedWhileTheNextOneSends"},
+			edits: []edit{{resumableFile, `settled_at = " + now + ours +
+`, `settled_at = " + now + " WHERE scope OPERATOR(pg_catalog.=) $2 AND key OPERATOR(pg_catalog.=) $3 AND $4 IS NOT NULL" +
+`}},
+		},
+		{
+			// Each of the three guards is enough: the fence at the beginning, the lock that it takes,
+			// and the count at the end.
+			Name: "last-transaction-without-fence",
+			Bug:  "neither the beginning nor the end of the last transaction looks whose request it is",
+			Test: Test{"effect", "TestReplacedOwnerPostsNothing"},
+			edits: []edit{
+				{resumableFile, `lock, a.fenceCall(&s.fence, phase)}
+`, `lock}
+`},
+				{resumableFile, `				" SELECT 1 OPERATOR(pg_catalog./) ((SELECT pg_catalog.count(*) FROM recorded) OPERATOR(pg_catalog.*) (SELECT pg_catalog.count(*) FROM closed))",
+`, `				" SELECT 1",
+`},
+			},
+		},
+		{
+			Name:  "take-over-within-the-lease",
+			Bug:   "a request is taken over while its owner may still be at it",
+			Test:  Test{"effect", "TestCallThatIsSentOnceIsNotGivenUpWhileItIsUnderWay"},
+			edits: []edit{{resumableFile, `AND route = $3 AND parked IS NULL AND next_at <= " + now + " FOR UPDATE`, `AND route = $3 AND parked IS NULL FOR UPDATE`}},
+		},
+		{
+			Name: "refusal-after-a-charge",
+			Bug:  "a 4xx is answered although a call was made and not undone",
+			Test: Test{"effect", "TestRefusalAfterAChargeIsParked"},
+			edits: []edit{{openFile, `		case decide(fact).action == actionDecline && effect.mayStand() && !undone[name]:
+`, `		case effect.Kind == 0:
+`}},
+		},
+		{
+			// Each of the three guards is enough.
+			Name: "open-request-expires",
+			Bug:  "an open request expires as a record does, and is deleted",
+			Test: Test{"storage/postgres", "TestOpenRequestOutlivesItsTTL"},
+			edits: []edit{
+				{resumableFile, `'9999-12-31 00:00:00+00', 0, `, `pg_catalog.transaction_timestamp() OPERATOR(pg_catalog.+) interval '1 day', 0, `},
+				{reaperFile, ` AND status <> 0
+`, `
+`},
+				{migrationFile, `    IF open THEN
+`, `    IF open AND TG_OP = 'TRUNCATE' THEN
+`},
+			},
+		},
+		{
+			Name: "effects-outlive-their-record",
+			Bug:  "the effects stay when the reaper deletes the record",
+			Test: Test{"storage/postgres", "TestEffectsGoWithTheirRecord"},
+			edits: []edit{{migrationFile, `    EXECUTE format('DELETE FROM %I.idempotency_effects AS e USING %s AS d WHERE e.scope = d.scope AND e.key = d.key', TG_TABLE_SCHEMA, deleted);
+`, ``}},
+		},
+		{
+			Name: "undo-without-an-answer",
+			Bug:  "an undo counts as made when it was sent",
+			Test: Test{"effect", "TestUndoIsNeitherLostNorMadeTwice"},
+			edits: []edit{{effectFile, `	return r.lapse(idempotency.EffectResultUnknown, "its result is not known", err, idempotency.Lapse{})
+`, `	if r.effect.Kind == idempotency.EffectUndo {
+		return r.done(out)
+	}
+	return r.lapse(idempotency.EffectResultUnknown, "its result is not known", err, idempotency.Lapse{})
+`}},
+		},
+		{
+			Name: "at-most-once-sent-again",
+			Bug:  "a call that is sent once at most is sent again if it can't be looked up",
+			Test: Test{"effect", "TestAtMostOnceIsNeverSentAgain"},
+			edits: []edit{{effectFile, `	case once && r.end.Resumed:
+`, `	case once && r.end.Resumed && r.Declared.effect.Lookup != nil:
+`}},
+		},
+		{
+			Name: "completer-ends-with-an-error",
+			Bug:  "the completer stops when the database fails once",
+			Test: Test{"effect", "TestCompleterOutlivesAFailedLook"},
+			edits: []edit{{"completer.go", `the next look tries again", "error", err)
+`, `the next look tries again", "error", err)
+			return
+`}},
+		},
+		{
+			Name: "not-executed-after-an-intent",
+			Bug:  "a refused COMMIT after a call is called not executed",
+			Test: Test{"effect", "TestRefusedCommitAfterTheCallIsNeverNotExecuted"},
+			edits: []edit{{decisionFile, `another run would make them twice
+		return factContradiction
+	}
+	return factUnsettled
+`, `another run would make them twice
+		return factContradiction
+	}
+	return fact
+`}},
+		},
+		{
+			Name: "step-by-ordinal",
+			Bug:  "a later run finds its calls by their number, not by their name",
+			Test: Test{"effect", "TestStepsAreFoundByName"},
+			edits: []edit{{openFile, `	effect := e.recorded[intent.Name]
+	switch {
+`, `	effect := e.recorded[intent.Name]
+	if n := len(e.asked); e.open != nil && !again {
+		if effect = nil; n < len(e.open.Effects) {
+			effect = &e.open.Effects[n]
+		}
+	}
+	switch {
+`}},
+		},
+		{
+			Name: "answer-before-the-result",
+			Bug:  "the handler goes on, and its answer is recorded, although the result of its call is not",
+			Test: Test{"effect", "TestLostReplyToTheResultIsNoFailure"},
+			edits: []edit{{openFile, `		effect.State, effect.Output = EffectIntended, nil
+		e.lapseOf(Lapse{Reason: "the result was not recorded"})
+		return fmt.Errorf("%w: %w", ErrUnsettled, err)
+`, `		return nil
+`}},
 		},
 	}
 }
