@@ -340,8 +340,9 @@ func (e *Effects) intend(intent *Intent) (*Effect, error) {
 // lease lasts for a send of this time.
 func (e *Effects) commit(effect *Effect, timeout time.Duration) error {
 	lease := timeout + e.engine.options.Timeouts.Commit + leaseMargin
-	if effect.Kind == EffectPhase {
-		lease = max(lease, e.lease) // a call of an earlier run may be sent again within it
+	inDoubt := e.inDoubt()
+	if inDoubt { // it may be sent again within the lease
+		lease = max(lease, e.lease)
 	}
 	at := time.Now()
 	bounded := deadline.After(e.ctx, e.engine.options.Timeouts.Commit)
@@ -354,9 +355,22 @@ func (e *Effects) commit(effect *Effect, timeout time.Duration) error {
 		return err
 	}
 	e.opened = true
-	e.epochAt, e.lease, e.clockAt, e.storeAt = at, lease, time.Now(), effect.SentFirst
+	if !inDoubt { // else the time to send counts from the take-over, which noted the doubt
+		e.epochAt = at
+	}
+	e.lease, e.clockAt, e.storeAt = lease, time.Now(), effect.SentFirst
 	e.recorded[effect.Name], e.asked[effect.Name] = effect, effect.Input
 	return nil
+}
+
+// inDoubt reports whether an earlier run may have sent an effect that is not settled.
+func (e *Effects) inDoubt() bool {
+	for _, effect := range e.recorded {
+		if effect.State == EffectIntended {
+			return true
+		}
+	}
+	return false
 }
 
 // Fail makes this run of the handler fail, because an effect can't be begun: whatever the handler

@@ -8,8 +8,11 @@ import (
 	"testing"
 	"time"
 
+	"github.com/jackc/pgx/v5"
+
 	"github.com/paidonce/idempotency"
 	"github.com/paidonce/idempotency/effect"
+	"github.com/paidonce/idempotency/storage/postgres"
 )
 
 // Directed schedules of several owners of one request: who is slow, who takes over, and whose result
@@ -414,4 +417,33 @@ func (s failingLooks) FindDue(ctx context.Context, routes []string, max int) ([]
 		return nil, errors.New("the database is away")
 	}
 	return s.Keeper.FindDue(ctx, routes, max)
+}
+
+// A phase that an earlier version of the handler did not have comes before a call that is in doubt,
+// and takes long. The time to send counts from the take-over all the same: the next owner judges a
+// no by it.
+func TestPhaseDoesNotExtendTheTimeToSend(t *testing.T) {
+	t.Parallel()
+	s := newShop(t, func(_ *processor, e *effect.Effect[card, charge]) { e.Timeout = 100 * time.Millisecond })
+	s.serve(s.Store, idempotency.Timeouts{Commit: time.Second})
+	s.does(forgets)
+	s.wantOpen(t, s.request())
+	s.handle = func(ctx context.Context) (*idempotency.Answer, error) {
+		if _, err := postgres.Phase(ctx, "check", func(pgx.Tx) (bool, error) {
+			time.Sleep(3500 * time.Millisecond) // over half of the lease: 100 ms, 1 s and a margin of 5 s
+			return true, nil
+		}); err != nil {
+			return nil, err
+		}
+		return s.topUp(ctx)
+	}
+	s.wantOpen(t, s.resume(t))
+	if n := s.sent(t); n != 1 {
+		t.Errorf("sent %d times", n)
+	}
+	if n := s.Count(t, "SELECT count(*) FROM idempotency_effects WHERE kind = 4"); n != 1 {
+		t.Errorf("%d phases are recorded", n)
+	}
+	s.handle = nil
+	s.wantParked(t, s.resume(t), "did not ask for effect check")
 }
