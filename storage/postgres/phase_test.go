@@ -754,6 +754,59 @@ func TestKeyIsInProgressDuringAPhase(t *testing.T) {
 	}
 }
 
+// An error of the database gives up the locks of a phase's transaction at once, so another owner may
+// take the request over while the phase is slow. Its decision is refused then.
+func TestDecisionOfAReplacedOwnerIsRefused(t *testing.T) {
+	t.Parallel()
+	var r *resumable
+	r = newResumable(t, func(ctx context.Context) (*idempotency.Answer, error) {
+		if _, err := postgres.Phase(ctx, "hold", insert(ctx, "hold")); err != nil {
+			return nil, err
+		}
+		_, err := postgres.Phase(ctx, "settle", func(tx pgx.Tx) (hold, error) {
+			if _, err := tx.Exec(ctx, "SELECT 1/0"); err == nil {
+				t.Error("no error")
+			}
+			r.due(t)
+			other := r.Engine.Do(t.Context(), r.request(), func(ctx context.Context) (*idempotency.Answer, error) {
+				_, err := postgres.Phase(ctx, "hold", insert(ctx, "hold"))
+				return said(500), err
+			})
+			want(t, other, idempotency.OutcomeUnknown, idempotency.ReasonOutcomeUnknown)
+			return hold{}, outside.Declined(errors.New("it was closed"), nil)
+		})
+		if errors.Is(err, outside.ErrDeclined) || !errors.Is(err, idempotency.ErrFenced) {
+			t.Errorf("%v", err)
+		}
+		return said(409), nil
+	})
+	if result := r.do(t); result.Outcome == idempotency.OutcomeExecuted || result.Outcome == idempotency.OutcomeNotExecuted {
+		t.Errorf("%+v", result)
+	}
+	if n := r.Count(t, "SELECT count(*) FROM idempotency_effects WHERE name = 'settle'"); n != 0 || r.open(t) != 1 {
+		t.Errorf("%d recorded, %d open", n, r.open(t))
+	}
+}
+
+// Each phase begins a new lease.
+func TestPhaseBeginsALease(t *testing.T) {
+	t.Parallel()
+	var r *resumable
+	r = newResumable(t, func(ctx context.Context) (*idempotency.Answer, error) {
+		for _, name := range []string{"first", "second"} {
+			if _, err := postgres.Phase(ctx, name, insert(ctx, name)); err != nil {
+				return nil, err
+			}
+			if n := r.Count(t, "SELECT count(*) FROM idempotency_open WHERE owned AND next_at > now()"); n != 1 {
+				t.Errorf("after the %s: %d within a lease", name, n)
+			}
+			r.due(t)
+		}
+		return said(201), nil
+	})
+	r.want(t, idempotency.OutcomeExecuted, "")
+}
+
 // The limit of an output, from both sides, and outputs that can't be recorded.
 func TestLimitOfAPhasesOutput(t *testing.T) {
 	t.Parallel()
