@@ -35,7 +35,8 @@ type Options struct {
 	// attempt that holds its key before it is answered in-progress. At most 1 minute ([WaitMax]).
 	// While it waits it holds no connection: of all requests of a process with one key, one at a
 	// time asks the store. If the attempt leaves no answer, one of the waiting requests runs, with
-	// the whole of Timeouts.Handler. A wait ends early if the client is gone.
+	// the whole of Timeouts.Handler. If the attempt leaves the request open, because a call to another
+	// service is not settled, all of them get that result. A wait ends early if the client is gone.
 	//
 	// It must be shorter than TTL and than the patience of clients and balancers: a server's
 	// WriteTimeout must exceed its ReadTimeout, Wait and all of Timeouts together. Waiting requests

@@ -44,7 +44,8 @@ type Request struct {
 
 	// ClaimFirst has a resumable request claim its key before its handler runs, which costs a round
 	// trip. Otherwise the claim travels with the handler's first use of its transaction, or its
-	// first call, and the handler may run up to there for a replay too.
+	// first call, and the handler may run up to there for a replay too. A request that has waited
+	// ([Options.Wait]) claims first in any case.
 	ClaimFirst bool
 
 	// Route is the request's route, such as "POST /transfers". Only the [Tracer] gets it. It must
