@@ -30,6 +30,7 @@ const (
 	answerBytesMax = 1 << 20
 	listBytesMax   = 1 << 28
 	listTimeout    = 5 * time.Second // for the audit
+	idleTimeout    = 5 * time.Second // of a connection
 )
 
 // instanceHeader is in every answer of the processor: the id of its instance.
@@ -97,10 +98,11 @@ func keyed[In any](p *Processor, path string, keyLifetime time.Duration) effect.
 	}
 }
 
-// NewTransport returns the transport of a [Processor].
+// NewTransport returns the transport of a [Processor]. It keeps few connections, so that a bank at
+// rest holds no more than before.
 func NewTransport() *http.Transport {
 	transport := http.DefaultTransport.(*http.Transport).Clone()
-	transport.Proxy, transport.MaxIdleConnsPerHost = nil, 32
+	transport.Proxy, transport.IdleConnTimeout = nil, idleTimeout
 	return transport
 }
 
