@@ -134,6 +134,22 @@ func (d *directed) answer(ctx context.Context, l *lane, k *key) (int, error) {
 	return l.ops[len(l.ops)-1].Status, nil
 }
 
+// look reads one value from the database. It tries until ctx ends: a crash at the end of the load
+// may have broken the session.
+func (d *directed) look(ctx context.Context, value any, sql string, args ...any) error {
+	for {
+		err := d.run.cluster.admin.use(ctx, d.run.cluster, func(ctx context.Context, conn *pgx.Conn) error {
+			return conn.QueryRow(ctx, sql, args...).Scan(value)
+		})
+		if err == nil {
+			return nil
+		}
+		if deadline.Sleep(ctx, idlePause) != nil {
+			return err
+		}
+	}
+}
+
 // wait blocks until the channel is closed.
 func wait(ctx context.Context, done <-chan struct{}, what string) error {
 	select {
@@ -150,9 +166,7 @@ func (d *directed) noTransaction(ctx context.Context) error {
 	r := d.run
 	var group, arrived sync.WaitGroup
 	var since time.Time
-	if err := r.cluster.admin.use(ctx, r.cluster, func(ctx context.Context, conn *pgx.Conn) error {
-		return conn.QueryRow(ctx, `SELECT clock_timestamp()`).Scan(&since)
-	}); err != nil {
+	if err := d.look(ctx, &since, `SELECT clock_timestamp()`); err != nil {
 		return err
 	}
 	release := make(chan struct{})
@@ -178,12 +192,10 @@ func (d *directed) noTransaction(ctx context.Context) error {
 	err := wait(ctx, there, "the calls")
 	var worst string
 	for until := time.Now().Add(heldReply); err == nil && time.Now().Before(until); {
-		err = r.cluster.admin.use(ctx, r.cluster, func(ctx context.Context, conn *pgx.Conn) error {
-			// Others begin and end meanwhile, and half-open COMMITs of the load are older.
-			return conn.QueryRow(ctx, `
-				SELECT COALESCE(max(format('session %s is %s since %s', pid, state, clock_timestamp() - xact_start)), '') FROM pg_stat_activity
-				WHERE application_name = $1 AND xact_start BETWEEN $2 AND clock_timestamp() - interval '1 second'`, applicationBank, since).Scan(&worst)
-		})
+		// Others begin and end meanwhile, and half-open COMMITs of the load are older.
+		err = d.look(ctx, &worst, `
+			SELECT COALESCE(max(format('session %s is %s since %s', pid, state, clock_timestamp() - xact_start)), '') FROM pg_stat_activity
+			WHERE application_name = $1 AND xact_start BETWEEN $2 AND clock_timestamp() - interval '1 second'`, applicationBank, since)
 		if worst != "" {
 			err = fmt.Errorf("while calls were under way, %s", worst)
 		}
@@ -337,9 +349,7 @@ func (d *directed) within(ctx context.Context) error {
 		_ = deadline.Sleep(ctx, moneyInterval)
 	}
 	if err == nil {
-		err = r.cluster.admin.use(ctx, r.cluster, func(ctx context.Context, conn *pgx.Conn) error {
-			return conn.QueryRow(ctx, `SELECT max(tries) FROM idempotency_effects WHERE scope = $1 AND key = $2`, tenants[k.tenant].scope, k.text).Scan(&tries)
-		})
+		err = d.look(ctx, &tries, `SELECT max(tries) FROM idempotency_effects WHERE scope = $1 AND key = $2`, tenants[k.tenant].scope, k.text)
 	}
 	early := time.Since(began) < leaseMin
 	close(release)
