@@ -230,7 +230,7 @@ func (s *slot) begin() (*life, error) {
 	timeout := handlerTimeout
 	if s.run.profile.effects {
 		timeout = handlerTimeoutCalls
-		l.cmd.Args = append(l.cmd.Args, "--psp", s.run.gateway.urls[s.number])
+		l.cmd.Args = append(l.cmd.Args, "--psp", s.run.gateway.urls[s.number], "--psp-key-lifetime", keyLifetime.String())
 	}
 	l.cmd.Args = append(l.cmd.Args, "--handler-timeout", timeout.String())
 	if s.run.config.Wait {

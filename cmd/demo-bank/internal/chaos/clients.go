@@ -158,6 +158,7 @@ func (r *run) load(ctx context.Context) error {
 		group.Go(func() error { return r.breakThings(groupCtx, track) })
 	}
 	group.Go(func() error { return r.awaitLoad(groupCtx) })
+	r.directed.early(ctx)
 	err := group.Wait()
 	r.loadOver.Store(true)
 	r.loadEnded = r.clock()

@@ -2,6 +2,7 @@ package chaos
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"net/http"
 	"sync"
@@ -31,9 +32,13 @@ type directed struct {
 	run      *run
 	findings findings
 
+	// played ends with the script that runs beside the load.
+	played sync.WaitGroup
+
 	mu    sync.Mutex
 	hooks map[scriptStep]func(bank int) pgfault.Fault
 	ended int
+	lanes []*lane // of a script beside the load
 }
 
 // scriptStep is a COMMIT of a script's key.
@@ -84,34 +89,95 @@ func (r *run) direct(ctx context.Context) error {
 	if err := r.banks.heal(ctx); err != nil {
 		return err
 	}
-	if r.config.Banks < 2 {
-		return nil // nobody takes over
-	}
 	d := r.directed
+	if r.config.Banks < 2 { // nobody takes over
+		d.played.Wait()
+		return ctx.Err()
+	}
 	bounded, cancel := context.WithTimeout(ctx, scriptMax)
 	defer cancel()
 	var scripts sync.WaitGroup
-	play := func(name string, script func(context.Context) error) {
-		scripts.Go(func() {
-			r.note("script %s begins", name)
-			if err := script(bounded); err != nil {
-				d.findings.add("%s: %v", name, err)
-			}
-			r.note("script %s is over", name)
-			d.mu.Lock()
-			defer d.mu.Unlock()
-			d.ended++
-		})
-	}
+	play := func(name string, script func(context.Context) error) { d.play(bounded, &scripts, name, script) }
 	play("no transaction during a call", d.noTransaction)
 	scripts.Wait() // it wants nobody else to have one
 	play("a decline believed at once", d.decline)
 	play("a sleeper and a last phase", d.sleepers)
 	play("a take-over within the lease", d.within)
 	scripts.Wait()
+	d.played.Wait()
 	r.noteFault()
 	return ctx.Err()
 }
+
+// play plays a script in a goroutine.
+func (d *directed) play(ctx context.Context, scripts *sync.WaitGroup, name string, script func(context.Context) error) {
+	scripts.Go(func() {
+		d.run.note("script %s begins", name)
+		if err := script(ctx); err != nil {
+			d.findings.add("%s: %v", name, err)
+		}
+		d.run.note("script %s is over", name)
+		d.mu.Lock()
+		defer d.mu.Unlock()
+		d.ended++
+	})
+}
+
+// early plays the script that takes longer than the others, beside the load.
+func (d *directed) early(ctx context.Context) {
+	if d.run.profile.effects {
+		d.play(ctx, &d.played, "a key that is forgotten", d.lifetime)
+	}
+}
+
+// lifetime: every send of a request is lost, and its client has left. When the processor may have
+// forgotten the key the request is left to a person, and nothing more is sent.
+func (d *directed) lifetime(ctx context.Context) error {
+	r := d.run
+	k := r.keys.script(askTopUp, "-1")
+	k.triesMax = 2
+	r.gateway.hook(k, func(*call) verdict { return verdict{lose: true} })
+	// Of its own: the clients of the load are still being made.
+	l := newLane(r, ClientsMax*lanesMax)
+	began := time.Now()
+	l.ask(ctx, k, false, storm.NoTrouble)
+	defer func() {
+		d.mu.Lock()
+		defer d.mu.Unlock()
+		d.lanes = append(d.lanes, l)
+	}()
+	var state struct {
+		parked, derived string
+		age             float64
+	}
+	for {
+		err := r.cluster.with(ctx, databaseTimeout, func(ctx context.Context, conn *pgx.Conn) error {
+			return conn.QueryRow(ctx, `
+				SELECT COALESCE(o.parked, ''), e.derived_key::text, EXTRACT(epoch FROM clock_timestamp() - e.sent_first_at)
+				FROM idempotency_open o JOIN idempotency_effects e USING (scope, key) WHERE scope = $1 AND key = $2`,
+				tenants[k.tenant].scope, k.text).Scan(&state.parked, &state.derived, &state.age)
+		})
+		switch {
+		case ctx.Err() != nil:
+			return ctx.Err()
+		case errors.Is(err, pgx.ErrNoRows) && time.Since(began) < lifetimeMore: // it has not begun, or not yet
+			l.ask(ctx, k, false, storm.NoTrouble)
+		case err == nil && state.parked != "":
+			sent := r.gateway.seen(callName{"/charges", state.derived})
+			if at := time.Duration(state.age * float64(time.Second)); at < keyLifetime/10*9 || sent.sent < 2 {
+				return fmt.Errorf("key %s was left to a person after %v and %d sends: %s", k.text, at, sent.sent, state.parked)
+			}
+			return nil
+		case time.Since(began) > keyLifetime+lifetimeMore:
+			return fmt.Errorf("key %s is not left to a person %v after the processor forgot it (%v)", k.text, lifetimeMore, err)
+		}
+		_ = deadline.Sleep(ctx, scrapeInterval)
+	}
+}
+
+// lifetimeMore is the time after the key's lifetime within which a request is left to a person:
+// there may be a take-over of a lease in between, and a crash.
+const lifetimeMore = 40 * time.Second
 
 // sender returns a lane for a script that stays with one bank.
 func (d *directed) sender(bank int) *lane {

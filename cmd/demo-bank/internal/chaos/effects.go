@@ -139,9 +139,20 @@ func (e *event) drawProcessor(choice *rand.Rand) {
 	}
 }
 
+// keyLifetime is how long the processor knows a key, and the banks are told so. It is the least that
+// they take, and a little.
+const keyLifetime = time.Minute
+
+// goodProcessor returns the faults of a processor in order.
+func goodProcessor() psp.Faults {
+	f := psp.FaultsDefault()
+	f.KeyLifetimeS = keyLifetime.Seconds()
+	return f
+}
+
 // faults returns the processor's faults of an event.
 func (e *event) faults() psp.Faults {
-	f := psp.FaultsDefault()
+	f := goodProcessor()
 	f.Seed = uint64(e.due) + 1
 	p := float64(e.amount) / 100
 	for _, kind := range []eventKind{e.kind, e.with} {
@@ -183,7 +194,7 @@ func (r *run) misbehave(ctx context.Context, e event) (bool, error) {
 		return false, err
 	}
 	err := deadline.Sleep(ctx, e.length)
-	return true, errors.Join(err, r.processor.set(ctx, psp.FaultsDefault()))
+	return true, errors.Join(err, r.processor.set(ctx, goodProcessor()))
 }
 
 // stopLength is longer than the lease of a bank's open request: its call's timeout of 5 s, the

@@ -40,13 +40,10 @@ type callName struct{ service, key string }
 
 // calls is what the gateway knows of the calls under one name.
 type calls struct {
-	inputs   []string
-	sent     int
-	first    time.Duration // by the run's clock
-	forEver  bool          // the processor answers 500, as it does from then on
-	replied  bool          // some answer got through
-	faulty   bool          // some call met a fault
-	fromBank [BanksMax]int
+	inputs  []string
+	sent    int
+	last    time.Duration // of its sends, by the run's clock
+	forEver bool          // the processor answers 500, as it does from then on
 }
 
 // call is one call that writes.
@@ -154,11 +151,11 @@ func (g *gateway) note(c *call) verdict {
 	g.posts.Add(1)
 	seen := g.calls[c.name]
 	if seen == nil {
-		seen = &calls{first: g.run.clock()}
+		seen = &calls{}
 		g.calls[c.name] = seen
 	}
 	seen.sent++
-	seen.fromBank[c.bank]++
+	seen.last = g.run.clock()
 	c.nth = seen.sent
 	if text := string(c.body); !slices.Contains(seen.inputs, text) && len(seen.inputs) < inputsMax {
 		seen.inputs = append(seen.inputs, text)
@@ -218,18 +215,12 @@ func (g *gateway) pass(ctx context.Context, w http.ResponseWriter, r *http.Reque
 	_, _ = w.Write(answer) // the bank may be gone
 }
 
-// learn notes an answer of the processor.
+// learn notes whether the processor repeats its answer for ever, though it is no result.
 func (g *gateway) learn(c *call, response *http.Response, err error) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
-	seen := g.calls[c.name]
-	switch {
-	case err != nil || response.StatusCode > http.StatusInternalServerError || response.StatusCode == http.StatusConflict:
-		seen.faulty = true
-	case response.StatusCode == http.StatusInternalServerError:
-		seen.faulty, seen.forEver = true, true
-	default:
-		seen.replied = true
+	if err == nil && response.StatusCode == http.StatusInternalServerError {
+		g.calls[c.name].forEver = true
 	}
 }
 

@@ -12,8 +12,6 @@ import (
 	"sync/atomic"
 	"testing"
 	"time"
-
-	"github.com/paidonce/idempotency/cmd/demo-bank/internal/psp"
 )
 
 // gatewayOf returns a run with a gateway for one bank in front of a processor that answers with the
@@ -146,7 +144,7 @@ func TestEachFaultOfTheProcessorIsOne(t *testing.T) {
 				continue
 			}
 			f := e.faults()
-			good := psp.FaultsDefault()
+			good := goodProcessor()
 			good.Seed = f.Seed
 			if f == good || e.length <= 0 {
 				t.Errorf("%+v is %+v", e, f)

@@ -138,8 +138,6 @@ func (k *key) end(what result) {
 	case resultUnsent, resultNotExecuted:
 	case resultAnswered:
 		k.settled, k.tainted = true, true
-	case resultParked:
-		k.parked, k.tainted = true, true
 	default:
 		k.tainted = true
 	}
@@ -185,6 +183,13 @@ func (k *key) open() bool {
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	return !k.givenUp && !k.settled
+}
+
+// park notes that a bank left the key to a person.
+func (k *key) park() {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	k.parked = true
 }
 
 // waiting reports whether the key is left to a person.

@@ -13,7 +13,6 @@ import (
 
 	"github.com/paidonce/idempotency"
 	"github.com/paidonce/idempotency/cmd/demo-bank/internal/check"
-	"github.com/paidonce/idempotency/cmd/demo-bank/internal/psp"
 	"github.com/paidonce/idempotency/cmd/demo-bank/internal/storm"
 	"github.com/paidonce/idempotency/internal/deadline"
 )
@@ -24,6 +23,9 @@ func (r *run) startOutside(ctx context.Context) error {
 		return nil
 	}
 	if err := r.processor.start(ctx); err != nil {
+		return err
+	}
+	if err := r.processor.set(ctx, goodProcessor()); err != nil {
 		return err
 	}
 	return r.gateway.start()
@@ -72,7 +74,8 @@ func (r *run) awaitNothingOpen(ctx context.Context) {
 type left struct {
 	check.Outside
 	takeOvers int64
-	parked    counters // by reason
+	ages      []time.Duration // of the effects, since their first send
+	parked    counters        // by reason
 }
 
 // readLeft reads the books of the bank and the lists of the processor, at rest.
@@ -94,10 +97,12 @@ func (r *run) readLeft(ctx context.Context, conn *pgx.Conn) error {
 	}
 	var e check.RecordedEffect
 	var tries int64
-	if err := each(ctx, tx, `SELECT scope, key, name, kind, state, derived_key::text, tries FROM idempotency_effects ORDER BY sent_first_at`,
-		[]any{&e.Key.Scope, &e.Key.Key, &e.Name, &e.Kind, &e.State, &e.DerivedKey, &tries}, func() {
+	var age float64
+	if err := each(ctx, tx, `SELECT scope, key, name, kind, state, derived_key::text, tries, EXTRACT(epoch FROM now() - sent_first_at) FROM idempotency_effects ORDER BY sent_first_at`,
+		[]any{&e.Key.Scope, &e.Key.Key, &e.Name, &e.Kind, &e.State, &e.DerivedKey, &tries, &age}, func() {
 			o.Effects = append(o.Effects, e)
 			r.left.takeOvers += tries - 1
+			r.left.ages = append(r.left.ages, time.Duration(age*float64(time.Second)))
 		}); err != nil {
 		return err
 	}
@@ -155,7 +160,8 @@ func (r *run) explain() {
 	services := []string{"/charges", "/payouts", "/refunds"}
 	for i := range o.Open {
 		open := &o.Open[i]
-		for _, e := range o.Effects {
+		for n, e := range o.Effects {
+			age := r.left.ages[n]
 			if e.Key != open.Key || e.Kind == idempotency.EffectPhase || e.State != idempotency.EffectIntended {
 				continue
 			}
@@ -163,6 +169,9 @@ func (r *run) explain() {
 				if r.gateway.seen(callName{service, e.DerivedKey}).forEver {
 					open.Explained = "the processor answers 500 to its key for ever"
 				}
+			}
+			if strings.Contains(open.Parked, "may have forgotten its key") && age >= keyLifetime/10*9 {
+				open.Explained = "its faults lasted longer than the key's lifetime"
 			}
 		}
 		if open.Parked != "" {
@@ -277,7 +286,7 @@ func (r *run) operation(ctx context.Context, client *http.Client, bank int, path
 
 // healOutside ends the faults of the processor.
 func (r *run) healOutside(ctx context.Context) error {
-	return r.processor.set(ctx, psp.FaultsDefault())
+	return r.processor.set(ctx, goodProcessor())
 }
 
 // EffectsReport is the part of a report about the requests that call the processor.

@@ -91,6 +91,7 @@ func (r *run) close(remove bool) error {
 	close(r.closing)
 	r.working.Wait() // their context has ended
 	r.stopped.Wait()
+	r.directed.played.Wait()
 	for _, c := range r.clients {
 		c.close()
 	}

@@ -69,6 +69,9 @@ func (l *lane) send(ctx context.Context, k *key, changed, final bool, t storm.Tr
 	}
 	if op.Returned != 0 {
 		what = l.read(k, &op)
+		if what == resultParked {
+			k.park()
+		}
 		l.run.tally.observe(op.Returned - op.Sent)
 	}
 	l.run.tally.count(&op, k)

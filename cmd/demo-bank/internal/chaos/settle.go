@@ -93,6 +93,9 @@ func (r *run) history() (ops []check.Operation, expected []check.Expectation) {
 			l.ops = nil
 		}
 	}
+	for _, l := range r.directed.lanes {
+		ops = append(ops, l.ops...)
+	}
 	keys := r.keys.all()
 	for _, k := range keys {
 		expected = append(expected, check.Expectation{
