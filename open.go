@@ -89,6 +89,25 @@ type Settlement struct {
 	Seal func(output []byte, key Key, attempt AttemptID, effect string) []byte
 }
 
+// EffectRecord is a recorded effect of some request, open or recorded.
+type EffectRecord struct {
+	Key     Key
+	Attempt AttemptID // of the request
+	Effect
+}
+
+// EffectReader is implemented by a [Store] whose effects can be compared with the other service's
+// list: see effect.Declared. Phases are no part of it. It is safe for concurrent use.
+type EffectReader interface {
+	// EffectsByKey returns the effects with these derived keys, in any order. Those that are not
+	// there are left out.
+	EffectsByKey(ctx context.Context, derivedKeys []string) ([]EffectRecord, error)
+
+	// EffectsBetween returns at most max effects of these names that were first sent at from or
+	// later, and before to, in the order of their derived keys, after this one if it is not empty.
+	EffectsBetween(ctx context.Context, names []string, from, to time.Time, after string, max int) ([]EffectRecord, error)
+}
+
 // Lapse is how a run leaves a request open.
 type Lapse struct {
 	Pause  time.Duration // until somebody may take it over

@@ -84,6 +84,38 @@ func (s *Store) FindDue(ctx context.Context, routes []string, max int) ([]idempo
 	return inner.FindDue(ctx, routes, max)
 }
 
+// EffectsByKey implements [idempotency.EffectReader]. An effect that this store has no key for is an
+// error.
+func (s *Store) EffectsByKey(ctx context.Context, derivedKeys []string) ([]idempotency.EffectRecord, error) {
+	return s.openRecords(func(inner idempotency.EffectReader) ([]idempotency.EffectRecord, error) {
+		return inner.EffectsByKey(ctx, derivedKeys)
+	})
+}
+
+// EffectsBetween implements [idempotency.EffectReader], as EffectsByKey does.
+func (s *Store) EffectsBetween(ctx context.Context, names []string, from, to time.Time, after string, max int) ([]idempotency.EffectRecord, error) {
+	return s.openRecords(func(inner idempotency.EffectReader) ([]idempotency.EffectRecord, error) {
+		return inner.EffectsBetween(ctx, names, from, to, after, max)
+	})
+}
+
+func (s *Store) openRecords(read func(idempotency.EffectReader) ([]idempotency.EffectRecord, error)) ([]idempotency.EffectRecord, error) {
+	inner, ok := s.inner.(idempotency.EffectReader)
+	if !ok {
+		return nil, idempotency.ErrNotKept
+	}
+	records, err := read(inner)
+	if err != nil {
+		return nil, err
+	}
+	for i := range records {
+		if err := s.openEffect(records[i].Key, records[i].Attempt, &records[i].Effect); err != nil {
+			return nil, err
+		}
+	}
+	return records, nil
+}
+
 // openAttempt encrypts what its request keeps.
 type openAttempt struct {
 	idempotency.OpenAttempt

@@ -57,6 +57,10 @@ type openStatements struct {
 	hold          string
 	settleOutside string
 	hasten        string
+
+	// Of reconciliation.
+	byKey   string
+	between string
 }
 
 func newOpenStatements(o *Options) openStatements {
@@ -86,6 +90,8 @@ func newOpenStatements(o *Options) openStatements {
 		" array_agg(panics ORDER BY sent_first_at) AS panics," +
 		" array_agg(sent_first_at ORDER BY sent_first_at) AS sent, array_agg(doubt_at ORDER BY sent_first_at) AS doubts" +
 		" FROM " + effects + " WHERE scope = $1 AND key = $2) AS e WHERE o.scope = $1 AND o.key = $2"
+	records := "SELECT e.scope, e.key, k.attempt_id, e.name, e.kind, e.state, e.derived_key::text, e.input, e.output, e.tries, e.panics, e.sent_first_at" +
+		" FROM " + effects + " AS e JOIN " + keys + " AS k USING (scope, key) WHERE e.kind <> 4 AND "
 	return openStatements{
 		begin: plain.resolveBegin,
 		claim: claim(plain.lock), claimAt: claim(plain.lockAt),
@@ -146,8 +152,10 @@ func newOpenStatements(o *Options) openStatements {
 		due: "SELECT scope, key FROM " + open + " WHERE parked IS NULL AND next_at <= " + now + " AND route = ANY ($1) ORDER BY next_at LIMIT $2",
 		leave: "UPDATE " + open + " SET next_at = " + now + " + $4 * interval '1 millisecond', owned = false, parked = NULLIF($5, ''), last_reason = $6" +
 			" WHERE scope = $1 AND key = $2 AND epoch = $3",
-		doubt: "UPDATE " + effects + " SET doubt_at = $5 WHERE scope = $1 AND key = $2 AND epoch = $3 AND name = $4 AND state = 1",
-		panic: "UPDATE " + effects + " SET panics = panics + 1 WHERE scope = $1 AND key = $2 AND epoch = $3 AND name = $4 AND state = 1",
+		doubt:   "UPDATE " + effects + " SET doubt_at = $5 WHERE scope = $1 AND key = $2 AND epoch = $3 AND name = $4 AND state = 1",
+		panic:   "UPDATE " + effects + " SET panics = panics + 1 WHERE scope = $1 AND key = $2 AND epoch = $3 AND name = $4 AND state = 1",
+		byKey:   records + "e.derived_key = ANY ($1)",
+		between: records + "e.name = ANY ($1) AND e.sent_first_at >= $2 AND e.sent_first_at < $3 AND ($4::uuid IS NULL OR e.derived_key > $4) ORDER BY e.derived_key LIMIT $5",
 		find: "SELECT e.scope, e.key, e.name, e.state, k.attempt_id, substr(e.input, 1, 4) = '\\x00656e63'::bytea FROM " + effects + " AS e JOIN " + keys +
 			" AS k USING (scope, key) WHERE e.derived_key = $1 AND e.kind <> 4",
 		hold:          "SELECT FROM " + open + " WHERE scope = $1 AND key = $2 FOR UPDATE",
