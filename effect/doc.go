@@ -65,7 +65,8 @@
 //
 // A webhook often knows before the next run does. [Declared.Settled] makes of it what
 // postgres.Store.Settle records in the webhook's own transaction; the handler then makes the answer.
-// The first result counts, whichever way it came.
+// The first result counts, whichever way it came. [Declared.Reconcile] compares the other service's
+// list with the recorded effects, and finds what a database has forgotten.
 //
 // # Errors of Do
 //
