@@ -10,6 +10,7 @@ import (
 	"io"
 	"os"
 	"os/exec"
+	"path"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -197,6 +198,16 @@ func Build(ctx context.Context, root, folder string, mutant Mutant) (string, err
 		return "", fmt.Errorf("build mutant %s: %w\n%s", mutant.Name, err, bytes.TrimSpace(out))
 	}
 	return bank, nil
+}
+
+// Packages returns the packages of the changed Go files, relative to the root.
+func (m *Mutant) Packages() (packages []string) {
+	for _, e := range m.edits {
+		if folder := "./" + path.Dir(e.file); strings.HasSuffix(e.file, ".go") && !slices.Contains(packages, folder) {
+			packages = append(packages, folder)
+		}
+	}
+	return packages
 }
 
 // Overlay writes the changed files into folder, and a file that lists them for the go command. It
