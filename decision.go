@@ -21,6 +21,10 @@ const (
 	OutcomeNotExecuted Outcome = "not-executed"
 	// OutcomeUnknown: the request may or may not have been executed; keep the key and ask again.
 	OutcomeUnknown Outcome = "unknown"
+	// OutcomePending is unknown for a client that prefers not to wait: the request is accepted, and
+	// a status resource will have its answer. Adapters answer it in place of an OutcomeUnknown that
+	// is Accepted; no result has it.
+	OutcomePending Outcome = "pending"
 )
 
 // Reason says why a request did not get a handler's answer. On the wire it is the end of a problem

@@ -152,6 +152,13 @@ type Keeper interface {
 	// has waited longest first.
 	FindDue(ctx context.Context, routes []string, max int) ([]Key, error)
 
+	// LookUp returns the key's record, or nil if none is seen, which proves nothing. It claims nothing
+	// and runs beside any attempt. A Record with Open set is that of an open request. The error is
+	// ErrRecordCorrupt, or ErrUnknown if there is a record that can't be read or is not safe yet, or
+	// if one may be hidden; any other means that the store is unavailable. No fingerprint was
+	// compared.
+	LookUp(ctx context.Context, key Key) (*Record, error)
+
 	// ReadOpen returns the state of an open request, or nil if there is none. A store that encrypts
 	// returns Request, and Input and Output of the effects, as they are stored: only an owner needs
 	// them, and one that can't read them keeps its lease, so that others come first.
@@ -904,6 +911,62 @@ func (e *Engine) Resume(ctx context.Context, key Key) Result {
 		Key: key, Fingerprint: open.Fingerprint, TTL: open.TTL, Route: open.Route, Resumable: open.Route,
 		Stored: func() []byte { return nil }, resumed: true, // it is stored already
 	}, run)
+}
+
+// ErrNotFound is the error of [Engine.LookUp] if the key has no record that counts.
+var ErrNotFound = errors.New("key has no record")
+
+// lookUpsMax is the number of times that LookUp reads a request that ends meanwhile.
+const lookUpsMax = 2
+
+// LookUp returns the result of a request as far as it is recorded, and runs nothing. Only the
+// request's Key, Fingerprint and FingerprintAt count. It is bounded by Timeouts.Resolve, counts for
+// InFlightMax, and is not traced.
+//
+// A recorded answer is [OutcomeReplayed]. An open request is Accepted, as in the result of Do, with
+// [ReasonNeedsAttention] if only a person can end it. Otherwise nothing is proven, whatever the
+// outcome: Err is [ErrNotFound] if there is no record.
+func (e *Engine) LookUp(ctx context.Context, req Request) Result {
+	keeper, ok := e.store.(Keeper)
+	if !ok {
+		return refuse(decide(factOutcomeUnknown), ErrNotKept)
+	}
+	defer e.family.inFlight.Add(-1)
+	if e.family.inFlight.Add(1) > int64(e.options.InFlightMax) && e.options.InFlightMax > 0 {
+		return refuse(decide(factOutcomeUnknown), ErrInFlightExceeded)
+	}
+	ctx, cancel := context.WithTimeout(ctx, e.options.Timeouts.Resolve)
+	defer cancel()
+	for range lookUpsMax {
+		record, err := keeper.LookUp(ctx, req.Key)
+		fact := factOutcomeUnknown
+		switch {
+		case errors.Is(err, ErrRecordCorrupt):
+			fact = factRecordCorrupt
+		case err == nil && record == nil:
+			err = ErrNotFound
+		case err == nil:
+			fact = factOfRecord(&req, record)
+		}
+		if fact == factRecordedSame {
+			return Result{Outcome: decide(fact).outcome, Answer: &record.Answer, Record: record}
+		}
+		if fact != factOpen {
+			return refuse(decide(fact), err)
+		}
+		open, err := keeper.ReadOpen(ctx, req.Key)
+		fact = factAfterTakeOver(&req, open, false, err)
+		if fact == factKeyRecorded { // it ended a moment ago
+			continue
+		}
+		result := refuse(decide(fact), err)
+		result.Accepted = true
+		if open != nil && !open.Owned {
+			result.RetryAfter = max(open.Due.Sub(open.Now), 0)
+		}
+		return result
+	}
+	return refuse(decide(factOutcomeUnknown), fmt.Errorf("look up: %w: it ended a moment ago", ErrUnknown))
 }
 
 // served returns the names of the resumable handlers of this process.

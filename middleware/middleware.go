@@ -223,6 +223,9 @@ func (m *Middleware) answer(w http.ResponseWriter, r *http.Request, result idemp
 		h.Set("Retry-After", retryAfter(refusal.RetryAfter))
 		m.refuse(w, r, result.Reason, errQuotaExceeded, nil)
 		return
+	case result.Accepted && m.options.Accepted != nil && prefersAsync(r.Header):
+		m.options.Accepted.writePending(w, run, result)
+		return
 	case result.Accepted:
 		m.writeAccepted(w, result)
 		return

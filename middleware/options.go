@@ -99,6 +99,11 @@ type Options struct {
 	// ResumeContext completes the context of a resumed run. Nil adds nothing.
 	ResumeContext ResumeContextFunc
 
+	// Accepted has a resumable route answer 202 pending, with the address of the status resource, in
+	// place of 503 unknown with accepted, to a client that sends "Prefer: respond-async" (RFC 7240).
+	// Nil, the default, answers 503: a client that looks only at numbers takes a 202 for paid.
+	Accepted *Status
+
 	// RecordHeaders are recorded and replayed in addition to [RecordedHeaders]. Headers that carry
 	// a credential, belong to the connection or tell which site may read the answer
 	// (Access-Control-*) are refused.
@@ -107,7 +112,8 @@ type Options struct {
 	// AuthorizeReplay is called before an answer is replayed, when no connection is held. An error
 	// refuses it with 403, for example if the caller has lost the right to see it since. Nil allows
 	// all replays, which is right if authorization is mounted outside. It gets a copy of the
-	// request, with its body.
+	// request, with its body. If a [Status] is about to show the answer, it gets the request for the
+	// status resource instead.
 	AuthorizeReplay func(r *http.Request, record *idempotency.Record) error
 
 	// Quota bounds how many keys each scope may record. The zero value bounds nothing.

@@ -112,7 +112,9 @@ func (m *Middleware) writeDocument(w http.ResponseWriter, t text, document probl
 	h.Set("Content-Type", "application/problem+json")
 	h.Add("Link", "<"+document.Type+`>; rel="describedby"`)
 	h.Set("Cache-Control", "no-store")
-	h.Set("Idempotency-Status", string(outcome))
+	if outcome != "" {
+		h.Set("Idempotency-Status", string(outcome))
+	}
 	if t.retry {
 		h.Set("Retry-After", retryAfter(retry))
 	}

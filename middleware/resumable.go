@@ -132,8 +132,11 @@ func (run *run) stored() []byte {
 	return storeRequest(run.request, run.m.stored, router, run.body)
 }
 
-// register lets open requests of the route run again on its handler.
+// register lets open requests of the route run again on its handler, and be looked up.
 func (m *Middleware) register(next http.Handler, at *mount) {
+	if m.options.Accepted != nil {
+		m.options.Accepted.register(m)
+	}
 	m.engine.Resumable(m.options.Resumable, func(key idempotency.Key, stored []byte) (idempotency.RunFunc, error) {
 		r, router, body, err := restoreRequest(stored)
 		if err != nil {
@@ -190,5 +193,8 @@ func (o *Options) checkResumable() {
 	}
 	if o.Resumable != "" && o.Optional {
 		panic("idempotency/middleware: a route with Options.Resumable needs a key: calls to other services can't be repeated without one")
+	}
+	if o.Accepted != nil && o.Resumable == "" {
+		panic("idempotency/middleware: Options.Accepted needs Options.Resumable: the requests of other routes are settled when they are answered")
 	}
 }

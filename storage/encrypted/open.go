@@ -66,6 +66,22 @@ func (s *Store) TakeOver(ctx context.Context, claim *idempotency.Claim) (idempot
 	return &openAttempt{OpenAttempt: begun, store: s, claim: claim}, open, nil
 }
 
+// LookUp implements [idempotency.Keeper].
+func (s *Store) LookUp(ctx context.Context, key idempotency.Key) (*idempotency.Record, error) {
+	inner, err := s.keeper()
+	if err != nil {
+		return nil, err
+	}
+	record, err := inner.LookUp(ctx, key)
+	if err != nil || record == nil || record.Open {
+		return record, err
+	}
+	if err := s.open(key, record); err != nil {
+		return nil, fmt.Errorf("decrypt the record: %w", err)
+	}
+	return record, nil
+}
+
 // ReadOpen implements [idempotency.Keeper].
 func (s *Store) ReadOpen(ctx context.Context, key idempotency.Key) (*idempotency.Open, error) {
 	inner, err := s.keeper()

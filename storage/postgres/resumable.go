@@ -678,6 +678,69 @@ func (s *Store) TakeOver(ctx context.Context, claim *idempotency.Claim) (idempot
 	return &openAttempt{store: s, claim: claim, asked: true, epoch: open.Epoch}, open, nil
 }
 
+// LookUp implements [idempotency.Keeper]. It takes no lock. If COMMIT waits for standbys, it waits
+// until they have the record.
+func (s *Store) LookUp(ctx context.Context, key idempotency.Key) (*idempotency.Record, error) {
+	record, err := s.lookUpOn(ctx, key, s.acquire)
+	if errors.Is(err, errStale) && ctx.Err() == nil {
+		acquire := s.acquireFresh
+		if wire.Unprepared(err) {
+			acquire = s.acquireUnprepared
+		}
+		return s.lookUpOn(ctx, key, acquire)
+	}
+	return record, err
+}
+
+func (s *Store) lookUpOn(ctx context.Context, key idempotency.Key, acquire acquireFunc) (record *idempotency.Record, err error) {
+	const step = "look the key up"
+	pooled, err := acquire(ctx)
+	if err != nil {
+		return nil, fail("acquire a connection", idempotency.ErrUnavailable, err)
+	}
+	defer pooled.Release() // which closes one in an open transaction
+	conn := pooled.Conn().PgConn()
+	if !wire.PlainText(conn) {
+		_ = pooled.Conn().Close(ctx)
+		return nil, fail(step, idempotency.ErrUnavailable, errors.Join(errStale, errEncoding))
+	}
+	var hidden, standby, synchronous bool
+	_, err = s.statements.Flush(ctx, conn, wire.Call{
+		Statement: &s.statements.peek, Params: [][]byte{[]byte(key.Scope), []byte(key.Value)},
+		Row: wire.RowFunc(func(values [][]byte) (err error) {
+			d := wire.Decoder{Values: values[min(1+recordColumnsCount, len(values)):]}
+			if standby, synchronous = d.Bool(), d.Bool(); d.Err != nil {
+				return d.Err
+			}
+			record, hidden, err = decodeLookUp(values)
+			return err
+		}),
+	})
+	if hidden {
+		s.statements.Distrust(conn) // a plan with policies would outlive them
+	}
+	switch {
+	case errors.Is(err, errRecord):
+		return nil, fail("read the record", idempotency.ErrUnknown, err)
+	case err != nil && (conn.IsClosed() || wire.Unprepared(err)):
+		return nil, fail(step, idempotency.ErrUnavailable, errors.Join(errStale, wire.SQLError(err)))
+	case err != nil:
+		return nil, fail(step, classify(err), err)
+	case standby:
+		return nil, fail(step, idempotency.ErrUnknown, errStandby)
+	case record == nil && hidden:
+		return nil, fail(step, idempotency.ErrUnknown, rowSecurity(s.table, ""))
+	case record != nil && synchronous:
+		if _, err := s.statements.Flush(ctx, conn, wire.Call{Statement: &s.statements.begin}); err != nil {
+			return nil, fail(step, classify(err), err)
+		}
+		if err := s.barrier(ctx, conn); err != nil {
+			return nil, fail("make the record safe", idempotency.ErrUnknown, err)
+		}
+	}
+	return record, nil
+}
+
 // ReadOpen implements [idempotency.Keeper].
 func (s *Store) ReadOpen(ctx context.Context, key idempotency.Key) (*idempotency.Open, error) {
 	open, _, err := s.readOpen(ctx, s.open.state, key)
