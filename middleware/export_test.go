@@ -24,3 +24,6 @@ func OpenStatusID(s *Status, id string) (route string, key idempotency.Key, fing
 	o, ok := s.open(id)
 	return o.route, o.key, o.fingerprint, ok
 }
+
+// StatusIDBytesMax is the length of the longest id.
+const StatusIDBytesMax = statusIDBytesMax

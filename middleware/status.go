@@ -266,8 +266,9 @@ func operationAnswer(answer *idempotency.Answer) *OperationAnswer {
 // statusIDVersion is the first byte that is encrypted.
 const statusIDVersion = 1
 
-// statusIDBytesMax is the length of the longest id, in characters.
-const statusIDBytesMax = (12 + 16 + 1 + 2 + sha256.Size + 3*2 + idempotency.ResumableBytesMax + idempotency.ScopeBytesMax + idempotency.KeyBytesMax + 2) / 3 * 4
+// statusIDBytesMax is the length of the longest id, in characters: 4 for each 3 bytes of the nonce and
+// the tag, the version, the fingerprint, and three fields with their lengths.
+const statusIDBytesMax = (12 + 16 + 1 + 2 + sha256.Size + 1 + idempotency.ResumableBytesMax + 2 + idempotency.ScopeBytesMax + 2 + idempotency.KeyBytesMax) * 4 / 3
 
 type statusCipher struct {
 	aead cipher.AEAD

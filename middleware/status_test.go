@@ -26,13 +26,15 @@ type operations struct {
 	processor *processor
 	completer *idempotency.Completer
 	status    http.Handler
+
+	held, release chan struct{} // of POST /hold
 }
 
 // setupOperations serves POST /topups/{kind}, which charges a card and answers with a body of that
 // kind, and the status resource.
 func setupOperations(t *testing.T, options *middleware.Options) *operations {
 	t.Helper()
-	o := &operations{processor: newProcessor(t)}
+	o := &operations{processor: newProcessor(t), held: make(chan struct{}), release: make(chan struct{})}
 	charge := o.processor.charge()
 	topUp := func(w http.ResponseWriter, r *http.Request) {
 		paid, err := charge.Call(r.Context(), card{Amount: 5})
@@ -74,6 +76,10 @@ func setupOperations(t *testing.T, options *middleware.Options) *operations {
 		mux := http.NewServeMux()
 		mux.Handle("POST /topups/{kind}", topUps.Handler(http.HandlerFunc(topUp)))
 		mux.Handle("GET /v1/operations/{id}", status)
+		mux.Handle("POST /hold", idem.Handler(http.HandlerFunc(func(http.ResponseWriter, *http.Request) {
+			close(o.held)
+			<-o.release
+		})))
 		return mux
 	}}, nil)
 	return o
@@ -311,17 +317,12 @@ func TestOperationThatCannotBeLookedUp(t *testing.T) {
 		}
 	}
 	// A request in progress leaves no room: polls count for InFlightMax.
-	o.processor.mu.Lock()
 	answered := make(chan reply, 1)
-	go func() { answered <- o.topUp(t, "k2", "json") }()
-	for deadline := time.Now().Add(20 * time.Second); o.count(t, "SELECT count(*) FROM idempotency_effects WHERE key = 'k2'") == 0; time.Sleep(10 * time.Millisecond) {
-		if time.Now().After(deadline) {
-			t.Fatal("the request does not call")
-		}
-	}
+	go func() { answered <- o.post(t, "/hold", "{}", "Idempotency-Key", "k2") }()
+	<-o.held
 	unavailable("one in progress")
-	o.processor.mu.Unlock()
-	want(t, <-answered, http.StatusCreated, idempotency.OutcomeExecuted, "")
+	close(o.release)
+	want(t, <-answered, http.StatusOK, idempotency.OutcomeExecuted, "")
 	if _, operation := o.get(t, location); operation.Status != middleware.OperationPending {
 		t.Errorf("none in progress: %+v", operation)
 	}
@@ -381,6 +382,17 @@ func TestStatusSecretsRotate(t *testing.T) {
 		if ok != c.known || ok && (route != "topup/1" || got != key || sum != fingerprint) {
 			t.Errorf("%s: %v", name, ok)
 		}
+	}
+}
+
+// The longest id is read.
+func TestLongestStatusID(t *testing.T) {
+	t.Parallel()
+	status := middleware.NewStatus("/", statusSecret)
+	key := idempotency.Key{Scope: strings.Repeat("s", idempotency.ScopeBytesMax), Value: strings.Repeat("k", idempotency.KeyBytesMax)}
+	id := middleware.SealStatusID(status, strings.Repeat("r", idempotency.ResumableBytesMax), key, idempotency.Fingerprint{})
+	if _, got, _, ok := middleware.OpenStatusID(status, id); !ok || got != key || len(id) != middleware.StatusIDBytesMax {
+		t.Errorf("%v: %d characters, and the limit is %d", ok, len(id), middleware.StatusIDBytesMax)
 	}
 }
 

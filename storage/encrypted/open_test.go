@@ -15,6 +15,7 @@ import (
 	"github.com/paidonce/idempotency/effect"
 	"github.com/paidonce/idempotency/internal/testservice"
 	"github.com/paidonce/idempotency/storage/encrypted"
+	"github.com/paidonce/idempotency/storage/memory"
 	"github.com/paidonce/idempotency/storage/postgres"
 )
 
@@ -288,5 +289,31 @@ func TestAnswerOfAnOpenRequestIsBoundToIt(t *testing.T) {
 	}
 	if result := c.request("b"); result.Outcome != idempotency.OutcomeReplayed || !bytes.Equal(result.Answer.Body, []byte(secretAnswer+secretOutput)) {
 		t.Errorf("%+v", result)
+	}
+}
+
+// A look at a request that claims nothing decrypts its answer, and shows none that was changed.
+func TestLookUpDecrypts(t *testing.T) {
+	t.Parallel()
+	c := newCaller(t)
+	lookUp := func() idempotency.Result {
+		return c.engine.LookUp(t.Context(), testservice.Request(idempotency.Key{Scope: "acme", Value: "k"}))
+	}
+	c.mute = true
+	c.request("k")
+	if result := lookUp(); !result.Accepted || result.Err != nil {
+		t.Errorf("open: %+v", result)
+	}
+	c.mute = false
+	c.complete(t, 0)
+	if result := lookUp(); result.Outcome != idempotency.OutcomeReplayed || string(result.Answer.Body) != secretAnswer+secretOutput {
+		t.Errorf("done: %+v", result)
+	}
+	c.Exec(t, "UPDATE idempotency_keys SET body = set_bit(body, 200, 1 - get_bit(body, 200))")
+	if result := lookUp(); result.Reason != idempotency.ReasonRecordCorrupt || result.Answer != nil {
+		t.Errorf("changed: %+v", result)
+	}
+	if result := idempotency.NewEngine(encrypted.New(memory.New(nil), oneKey), nil).LookUp(t.Context(), testservice.Request(idempotency.Key{Scope: "acme", Value: "k"})); !errors.Is(result.Err, idempotency.ErrNotKept) {
+		t.Errorf("a store that keeps none open: %+v", result)
 	}
 }

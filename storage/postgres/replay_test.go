@@ -2,6 +2,7 @@ package postgres_test
 
 import (
 	"context"
+	"errors"
 	"testing"
 
 	"github.com/jackc/pgx/v5"
@@ -76,8 +77,20 @@ func TestF20QuickReplayWaitsForTheStandbys(t *testing.T) {
 		cancelWaiting(t, pool)
 		want(t, <-replay, idempotency.OutcomeUnknown, idempotency.ReasonOutcomeUnknown)
 	}
+	// So does a look that claims nothing.
+	lookUp := func(key string) idempotency.Result { return engine.LookUp(ctx, request(key, "")) }
+	looked := make(chan idempotency.Result, 1)
+	go func() { looked <- lookUp("k") }()
+	cancelWaiting(t, pool)
+	if result := <-looked; result.Outcome != idempotency.OutcomeUnknown || !errors.Is(result.Err, idempotency.ErrUnknown) {
+		t.Errorf("%+v", result)
+	}
+	if n := pool.Stat().AcquiredConns(); n != 0 {
+		t.Errorf("%d connections are held", n)
+	}
 	setStandbys(t, pool, "")
 	for range 2 {
 		want(t, do("k"), idempotency.OutcomeReplayed, "")
+		want(t, lookUp("k"), idempotency.OutcomeReplayed, "")
 	}
 }

@@ -9,6 +9,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgxpool"
 
 	"github.com/paidonce/idempotency"
@@ -462,5 +463,93 @@ func TestOldListOfDueRequestsRunsNothing(t *testing.T) {
 	}
 	if r.sent != sent || r.Service.Effects(t) != posted {
 		t.Errorf("an old list sent %d and posted %d", r.sent-sent, r.Service.Effects(t)-posted)
+	}
+}
+
+// A look at a key shows its record, and claims nothing: a retry that comes meanwhile is never
+// in-progress because of it, and a request that runs does not delay it.
+func TestLookUpClaimsNothing(t *testing.T) {
+	t.Parallel()
+	settle := false
+	var during idempotency.Result
+	var r *resumable
+	r = newResumable(t, func(ctx context.Context) (*idempotency.Answer, error) {
+		if err := r.charge(ctx, settle); err != nil {
+			return nil, err
+		}
+		if err := post(ctx); err != nil { // its transaction holds the row
+			return nil, err
+		}
+		during = r.Engine.LookUp(context.Background(), r.request())
+		return &idempotency.Answer{Status: 201, Body: []byte("paid")}, nil
+	})
+	lookUp := func() idempotency.Result { return r.Engine.LookUp(t.Context(), r.request()) }
+	if result := lookUp(); !errors.Is(result.Err, idempotency.ErrNotFound) || result.Outcome != idempotency.OutcomeUnknown {
+		t.Errorf("absent: %+v", result)
+	}
+	running := idempotency.Key{Scope: "acme", Value: "running"}
+	finish := r.Running(t, running)
+	if result := r.Engine.LookUp(t.Context(), testservice.Request(running)); !errors.Is(result.Err, idempotency.ErrNotFound) {
+		t.Errorf("running: %+v", result)
+	}
+	if result := finish(); result.Outcome != idempotency.OutcomeExecuted {
+		t.Errorf("%+v", result)
+	}
+
+	if result := r.do(t); !result.Accepted {
+		t.Fatalf("%+v", result)
+	}
+	r.Exec(t, "UPDATE idempotency_open SET next_at = now() + interval '1 hour'")
+	if result := lookUp(); !result.Accepted || result.Reason != idempotency.ReasonOutcomeUnknown || result.Err != nil || result.RetryAfter < 59*time.Minute {
+		t.Errorf("open: %+v", result)
+	}
+	r.Exec(t, "UPDATE idempotency_open SET parked = 'a rule'")
+	if result := lookUp(); !result.Accepted || result.Reason != idempotency.ReasonNeedsAttention {
+		t.Errorf("parked: %+v", result)
+	}
+	r.Exec(t, "UPDATE idempotency_open SET parked = NULL, next_at = now()")
+	settle = true
+	if result := r.do(t); result.Outcome != idempotency.OutcomeExecuted {
+		t.Fatalf("%+v", result)
+	}
+	if !during.Accepted || during.RetryAfter != 0 || during.Err != nil {
+		t.Errorf("in its last transaction: %+v", during)
+	}
+	if result := lookUp(); result.Outcome != idempotency.OutcomeReplayed || string(result.Answer.Body) != "paid" {
+		t.Errorf("recorded: %+v", result)
+	}
+	other := r.request()
+	other.Fingerprint = idempotency.NewFingerprintV1("POST", "/other", "", "", nil)
+	if result := r.Engine.LookUp(t.Context(), other); result.Outcome != idempotency.OutcomeMismatch || result.Answer != nil {
+		t.Errorf("another request's: %+v", result)
+	}
+	// A connection that lost its statements, or itself, is no outage.
+	for _, sql := range []string{"DEALLOCATE ALL", "SELECT pg_terminate_backend(pg_backend_pid())"} {
+		_, _ = r.Pool.Exec(context.Background(), sql, pgx.QueryExecModeSimpleProtocol)
+		if result := lookUp(); result.Outcome != idempotency.OutcomeReplayed {
+			t.Errorf("after %s: %+v", sql, result)
+		}
+	}
+	r.Pool.Close()
+	if result := lookUp(); !errors.Is(result.Err, idempotency.ErrUnavailable) || result.Outcome != idempotency.OutcomeUnknown {
+		t.Errorf("an outage: %+v", result)
+	}
+}
+
+// A record that row-level security may hide is not called absent, by whoever looks.
+func TestLookUpThatMayNotSeeIsUnknown(t *testing.T) {
+	t.Parallel()
+	r := newResumable(t, nil)
+	store, _ := r.Role(t, "SELECT, INSERT ON idempotency_keys")
+	r.Exec(t, "ALTER TABLE idempotency_keys ENABLE ROW LEVEL SECURITY")
+	engine := idempotency.NewEngine(store, nil)
+	for range 2 {
+		if result := engine.LookUp(t.Context(), r.request()); !errors.Is(result.Err, postgres.ErrRowSecurityActive) || errors.Is(result.Err, idempotency.ErrNotFound) {
+			t.Errorf("%+v", result)
+		}
+	}
+	r.Exec(t, "ALTER TABLE idempotency_keys DISABLE ROW LEVEL SECURITY")
+	if result := engine.LookUp(t.Context(), r.request()); !errors.Is(result.Err, idempotency.ErrNotFound) {
+		t.Errorf("%+v", result)
 	}
 }
