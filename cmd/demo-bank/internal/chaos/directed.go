@@ -99,10 +99,10 @@ func (r *run) direct(ctx context.Context) error {
 	var scripts sync.WaitGroup
 	play := func(name string, script func(context.Context) error) { d.play(bounded, &scripts, name, script) }
 	play("no transaction during a call", d.noTransaction)
-	scripts.Wait() // it wants nobody else to have one
+	play("a take-over within the lease", d.within)
+	scripts.Wait() // they want both banks awake
 	play("a decline believed at once", d.decline)
 	play("a sleeper and a last phase", d.sleepers)
-	play("a take-over within the lease", d.within)
 	scripts.Wait()
 	d.played.Wait()
 	r.noteFault()
@@ -385,8 +385,8 @@ func (d *directed) sleepers(ctx context.Context) error {
 	return err
 }
 
-// within: a copy comes while its request is with the mail service, within the lease. It must not
-// take it over.
+// within: copies come to the other bank while a request is with the mail service, within the lease.
+// None may take it over.
 func (d *directed) within(ctx context.Context) error {
 	r := d.run
 	k := r.keys.script(askReceipt, "")
@@ -401,7 +401,7 @@ func (d *directed) within(ctx context.Context) error {
 		close(arrived)
 		return verdict{hold: release}
 	})
-	owner, other := d.sender(1), d.sender(1)
+	owner, other := d.sender(1), d.sender(0)
 	var group sync.WaitGroup
 	group.Go(func() { owner.ask(ctx, k, false, storm.NoTrouble) })
 	err := wait(ctx, arrived, "the mail")
