@@ -82,6 +82,15 @@ func New(pool *pgxpool.Pool, ids IDSource, ttl time.Duration, logger *slog.Logge
 	}
 }
 
+// OperationsSecret returns the secret of the ids of open requests. All processes on one database
+// have the same.
+func (b *Bank) OperationsSecret(ctx context.Context) (secret []byte, err error) {
+	if err := b.pool.QueryRow(ctx, `SELECT value FROM secrets WHERE name = 'operations'`).Scan(&secret); err != nil {
+		return nil, fmt.Errorf("read the secret of operations: %w", err)
+	}
+	return secret, nil
+}
+
 // ErrSchema means that the database's tables are older than this program needs, or that their
 // migration failed in the middle.
 var ErrSchema = errors.New("schema of the bank is not current")

@@ -33,6 +33,9 @@ const (
 	TopUpsPath   = "/v1/topups"
 	PayoutsPath  = "/v1/payouts"
 	ReceiptsPath = "/v1/receipts"
+
+	// OperationsPath is in front of the id of an open request.
+	OperationsPath = "/v1/operations/"
 )
 
 // auditTimeout limits an audit, which reads all books: it must not hold a conn longer than its

@@ -591,3 +591,68 @@ func TestSlowProcessorHoldsNoConnection(t *testing.T) {
 	group.Wait()
 	expectAudit(t, b.settled(), clients)
 }
+
+// TestOperationShowsWhatBecomesOfAnOpenRequest: a client that does not want to wait gets 202 and an
+// address, which shows the request to its own tenant until and after it is done.
+func TestOperationShowsWhatBecomesOfAnOpenRequest(t *testing.T) {
+	t.Parallel()
+	b := setup(t)
+	const body, acme = `{"account":"alice","card":"tok","amount":5}`, "Bearer demo-acme"
+	ask := func(key string) reply {
+		return b.send(http.MethodPost, bank.TopUpsPath, body, "Idempotency-Key", key, "Prefer", "respond-async", "Authorization", acme)
+	}
+	type operation struct {
+		ID, Status string
+		Answer     *struct {
+			Status int
+			Body   bank.TopUp
+		}
+	}
+	look := func(location string) (o operation) {
+		r := b.send(http.MethodGet, location, "", "Authorization", acme)
+		if r.status != http.StatusOK {
+			t.Errorf("GET %s: %d %s", location, r.status, r.body)
+		}
+		b.into(r, &o)
+		return o
+	}
+	b.faults(`{"down":true}`)
+	r := ask("open")
+	location := r.header.Get("Location")
+	if r.status != http.StatusAccepted || r.outcome() != "pending" || !strings.HasPrefix(location, bank.OperationsPath) {
+		t.Fatalf("answer is %d %v %s", r.status, r.header, r.body)
+	}
+	if o := look(location); o.Status != "pending" || o.Answer != nil || location != bank.OperationsPath+o.ID {
+		t.Errorf("%s is %+v", location, o)
+	}
+	for _, token := range []string{"Bearer demo-globex", ""} {
+		headers := []string{"Authorization", token}
+		if token == "" {
+			headers = nil
+		}
+		if other := b.send(http.MethodGet, location, "", headers...); other.status != http.StatusNotFound {
+			t.Errorf("another tenant gets %d %s", other.status, other.body)
+		}
+	}
+	if other := b.send(http.MethodGet, bank.OperationsPath+"nothing", "", "Authorization", acme); other.status != http.StatusNotFound {
+		t.Errorf("an unknown id is %d", other.status)
+	}
+	b.faults(`{}`)
+	expectAudit(t, b.settled(), 1)
+	if o := look(location); o.Status != "done" || o.Answer == nil || o.Answer.Status != http.StatusCreated || o.Answer.Body.Amount != 5 {
+		t.Errorf("%s is %+v", location, o)
+	}
+	if r := ask("open"); r.status != http.StatusCreated || r.outcome() != "replayed" {
+		t.Errorf("the retry gets %d %s", r.status, r.outcome())
+	}
+	if r := ask("quick"); r.status != http.StatusCreated || r.outcome() != "executed" {
+		t.Errorf("a request that is settled at once gets %d %s", r.status, r.outcome())
+	}
+
+	b.faults(`{"same_error":1}`)
+	r = ask("parked")
+	b.settled()
+	if o := look(r.header.Get("Location")); r.status != http.StatusAccepted || o.Status != "needs-attention" {
+		t.Errorf("a parked request gets %d, and is %+v", r.status, o)
+	}
+}

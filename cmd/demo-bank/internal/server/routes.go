@@ -36,12 +36,13 @@ func (s *Server) idempotency(store *postgres.Store, watch *live.Live) *middlewar
 }
 
 // handler returns the handler of all routes of the bank.
-func (s *Server) handler(idem *middleware.Middleware, store *postgres.Store, books *bank.Bank, ids *nodeid.Source, watch *live.Live) http.Handler {
+func (s *Server) handler(idem *middleware.Middleware, operations *middleware.Status, store *postgres.Store, books *bank.Bank, ids *nodeid.Source, watch *live.Live) http.Handler {
 	r := chi.NewRouter()
 	r.Use(watch.Recognise, s.logRequests, chimiddleware.GetHead)
 	books.Mount(r, s.protect(idem))
 	if !s.config.withoutMiddleware {
-		books.MountCalls(r, func(name string) func(http.Handler) http.Handler { return s.resumable(idem, name) })
+		books.MountCalls(r, func(name string) func(http.Handler) http.Handler { return s.resumable(idem, operations, name) })
+		r.Get(bank.OperationsPath+"{id}", operations.ServeHTTP)
 	}
 	watch.Mount(r)
 	r.Get("/metrics", s.metrics.handler().ServeHTTP)
@@ -88,10 +89,11 @@ func (s *Server) protect(idem *middleware.Middleware) func(http.Handler) http.Ha
 	return idem.Handler
 }
 
-// resumable returns the middleware for a route that calls the processor.
-func (s *Server) resumable(idem *middleware.Middleware, name string) func(http.Handler) http.Handler {
+// resumable returns the middleware for a route that calls the processor, and whose open requests
+// operations shows.
+func (s *Server) resumable(idem *middleware.Middleware, operations *middleware.Status, name string) func(http.Handler) http.Handler {
 	return idem.With(func(o *middleware.Options) {
-		o.Resumable, o.BackoffMax = name, bank.BackoffMax
+		o.Resumable, o.BackoffMax, o.Accepted = name, bank.BackoffMax, operations
 		s.config.CrashPoint.trace(o)
 	}).Handler
 }

@@ -18,6 +18,7 @@ import (
 	"github.com/paidonce/idempotency/cmd/demo-bank/internal/live"
 	"github.com/paidonce/idempotency/cmd/demo-bank/internal/port"
 	"github.com/paidonce/idempotency/internal/nodeid"
+	"github.com/paidonce/idempotency/middleware"
 	"github.com/paidonce/idempotency/storage/postgres"
 )
 
@@ -183,8 +184,12 @@ func (s *Server) Run(ctx context.Context) (err error) {
 	group.Go(func() { page.Run(background) })
 
 	books.Call(processor)
+	secret, err := books.OperationsSecret(ctx)
+	if err != nil {
+		return endOfStart(ctx, err)
+	}
 	idem := s.idempotency(store, page)
-	handler := s.handler(idem, store, books, ids, page)
+	handler := s.handler(idem, middleware.NewStatus(bank.OperationsPath, secret), store, books, ids, page)
 	completing, stopCompleter := context.WithCancel(background)
 	defer stopCompleter()
 	completer := idem.Completer(nil)

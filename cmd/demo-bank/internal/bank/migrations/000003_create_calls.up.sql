@@ -57,6 +57,16 @@ CREATE TABLE receipts (
     CONSTRAINT receipts_transfer_id_fkey FOREIGN KEY (transfer_id) REFERENCES transfers (id)
 );
 
+-- What all processes of the bank must have in common.
+CREATE TABLE secrets (
+    name  text COLLATE "C" NOT NULL,
+    value bytea NOT NULL,
+
+    CONSTRAINT secrets_pkey PRIMARY KEY (name)
+);
+INSERT INTO secrets (name, value)
+VALUES ('operations', decode(replace(gen_random_uuid()::text || gen_random_uuid()::text, '-', ''), 'hex'));
+
 ALTER TABLE entries
     ADD COLUMN topup_id  bigint,
     ADD COLUMN payout_id bigint,
@@ -75,4 +85,5 @@ COMMENT ON COLUMN payouts.state IS 'held: it is under way. posted: the processor
 COMMENT ON COLUMN payouts.payout IS 'The processor''s id of the payout, if it was made.';
 COMMENT ON TABLE receipts IS 'Mails about transfers, each sent once at most. The id is a snowflake.';
 COMMENT ON COLUMN receipts.sent IS 'yes, or maybe: the mail service was asked once, and gave no answer.';
+COMMENT ON TABLE secrets IS 'operations: makes the ids of /v1/operations, which nobody can guess.';
 COMMENT ON TABLE entries IS 'The ledger. The sum of all entries is 0, and so is the sum of those of each transfer, order, top-up or payout.';
