@@ -118,7 +118,7 @@ func TestDependencies(t *testing.T) {
 		{[]string{"./observe/history"}, []string{"", "observe/history"}, pgx},
 		{[]string{"./admin"}, []string{"", "admin", "internal/pooler", "storage/postgres", "storage/postgres/operator"}, pgx},
 		{[]string{"./middleware"}, []string{"", "middleware"}, []string{httpsfv}},
-		{[]string{"./idempotencytest"}, []string{"", "idempotencytest", "internal/crashpoint", "middleware"}, []string{httpsfv}},
+		{[]string{"./idempotencytest"}, []string{"", "effect", "idempotencytest", "internal/crashpoint", "middleware"}, []string{httpsfv}},
 		{[]string{"./middleware/chiroute"}, []string{"middleware/chiroute"}, []string{"github.com/go-chi/chi/v5"}},
 		{[]string{"./client"}, []string{"", "client"}, []string{uuid}},
 		{[]string{"./client/pgintent"}, []string{"", "client", "client/pgintent"}, append([]string{uuid}, pgx...)},

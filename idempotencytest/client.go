@@ -144,6 +144,10 @@ func (l *lab) follow(ctx context.Context, k *key, m manner, random *rand.Rand) (
 			}
 		case idempotency.OutcomeInProgress, idempotency.OutcomeUnknown:
 			uncertain = true
+			if why := l.parked(ctx, k); why != "" {
+				l.found(checkParked, "request %d is left to a person: %s", k.n, why)
+				return struck, last, false
+			}
 		default:
 			uncertain = true
 			if last.status != 0 && last.status < 500 && last.status != http.StatusTooManyRequests {
@@ -151,8 +155,35 @@ func (l *lab) follow(ctx context.Context, k *key, m manner, random *rand.Rand) (
 				return struck, last, false
 			}
 		}
+		if l.config.Resume != nil && k.opened.Load() && random.IntN(2) == 0 {
+			l.resume(ctx, k)
+		}
 		wait(ctx, backoff/2+time.Duration(random.Int64N(int64(backoff))))
 	}
+}
+
+// parked returns the reason why only a person can end the key's request, or "".
+func (l *lab) parked(ctx context.Context, k *key) string {
+	if l.keeper == nil || !k.opened.Load() {
+		return ""
+	}
+	open, err := l.keeper.ReadOpen(ctx, k.claimed())
+	if err != nil || open == nil {
+		return ""
+	}
+	return open.Parked
+}
+
+// resume runs an open request without its client.
+func (l *lab) resume(ctx context.Context, k *key) {
+	l.running.Add(1)
+	defer l.running.Add(-1)
+	defer func() {
+		if value := recover(); value != nil && !aborted(value) {
+			panic(value)
+		}
+	}()
+	l.config.Resume(context.WithValue(ctx, exchangeKey{}, &exchange{}), k.claimed())
 }
 
 // change sends another request with the key of an answered one: it must be refused, and never be

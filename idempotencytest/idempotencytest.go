@@ -48,6 +48,37 @@
 // If Config.Declined is set: also before_decline, mid_decline, decline_never_arrived, decline_lost
 // and after_decline.
 //
+// If the handler makes calls (package effect) or has phases (postgres.Phase), also:
+//
+//	before_intent          the intent's COMMIT, or a phase's, was not sent
+//	intent_never_arrived   that COMMIT is lost on its way; the process lives on
+//	intent_lost            that COMMIT happened, its reply is lost; the process lives on
+//	before_send            the intent or the phase is committed, and nothing was sent
+//	after_reply            the other service has answered, and nothing of the result was recorded
+//	result_never_arrived   the result's COMMIT is lost on its way; the process lives on
+//	result_lost            that COMMIT happened, its reply is lost; the process lives on
+//	after_result           the result is committed
+//	replaced               another process has taken the request over, before the result's COMMIT
+//	take_over              the request was left open, and the process that took it over dies
+//
+// # Handlers that make calls
+//
+// An open request goes on with its client's retry, or without it if Config.Resume is set, which
+// finds a handler that needs its client's context. [Processor] stands in for the other service. The
+// invariant compares what it served with what the handler wrote, in number and amount:
+//
+//	psp := &idempotencytest.Processor[Card, Charge]{Serve: charge}
+//	topUp := newTopUp(effect.New("charge", effect.Effect[Card, Charge]{Do: psp.Do}))
+//	...
+//	Invariant: func(ctx context.Context, told idempotencytest.Told) error {
+//		return samePostings(ctx, pool, psp.Served(), told.Acknowledged)
+//	},
+//
+// The run does not wait for leases and pauses. For a request that waits until an earlier send can't
+// be under way any more, two minutes seem to pass at once: an effect with a longer SettleAfter, or a
+// KeyLifetime of less, is for a test of its own. A request that only a person can end is a finding,
+// so leave MaybeParks out.
+//
 // # Limits
 //
 // No process is killed and no network is cut: a crash is made in this process, at the seams of the
@@ -96,6 +127,11 @@ type Config struct {
 	// Other is like Request, but for another caller, with keys in another scope. Nil leaves out the
 	// checks of scopes.
 	Other func(n int) *http.Request
+
+	// Resume runs an open request without its client, if the handler makes calls (package effect) or
+	// has phases: Middleware.Resume, or Engine.Resume, of what New returned. Run calls it in place of
+	// a completer, so New must not start one. Nil leaves all open requests to the clients' retries.
+	Resume func(ctx context.Context, key idempotency.Key) idempotency.Result
 
 	// Keys is the number of keys in the storm, Copies the number of times that each is sent, and
 	// Clients the number of keys at work at once, each with half of its copies. They default to 60,

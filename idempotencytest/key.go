@@ -29,6 +29,9 @@ type key struct {
 
 	handlerUses, endUses atomic.Int64 // of the contexts of the last attempt
 	committed            atomic.Int64 // ends of a transaction that the store reported as successful
+	intents, results     atomic.Int64 // commits of them by one attempt, at most
+	opened               atomic.Bool  // it has committed an intent or a phase
+	later                atomic.Bool  // time seems to pass for it
 
 	mu        sync.Mutex
 	pending   []step
@@ -91,6 +94,13 @@ func (k *key) seen(claim *idempotency.Claim) {
 		copied := *claim
 		k.last = &copied
 	}
+}
+
+// claimed returns the key as it came to the store.
+func (k *key) claimed() idempotency.Key {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	return k.last.Key
 }
 
 // told keeps the first answer and compares later ones with it. If this one is wrong, it returns the

@@ -24,6 +24,7 @@ const (
 	checkOnce      = "one execution"
 	checkOneAnswer = "one answer"
 	checkAccepted  = "accepted"
+	checkParked    = "left to a person"
 	checkChanged   = "changed request"
 	checkPoint     = "crash point"
 	checkHits      = "hits"
@@ -43,6 +44,7 @@ type finding struct{ check, text string }
 type lab struct {
 	config  Config
 	store   *store
+	keeper  idempotency.Keeper // the user's store, if it keeps requests open
 	handler http.Handler
 	server  *httptest.Server
 	client  *http.Client
@@ -50,6 +52,7 @@ type lab struct {
 	running, requests atomic.Int64
 
 	handlerUses, commitUses, declineUses int64 // of the contexts of an undisturbed request
+	intents, results                     int64 // of an undisturbed request
 
 	mu       sync.Mutex
 	findings []finding
@@ -61,8 +64,11 @@ type lab struct {
 }
 
 func newLab(config Config) *lab {
-	l := &lab{config: config, store: &store{inner: config.Store}, hits: map[point]int{}}
-	l.handler = config.New(l.store)
+	l := &lab{config: config, hits: map[point]int{}}
+	inner, store := newStore(config.Store)
+	l.store = inner
+	l.keeper, _ = config.Store.(idempotency.Keeper)
+	l.handler = config.New(store)
 	l.server = httptest.NewServer(http.HandlerFunc(l.serve))
 	l.client = &http.Client{
 		// A conn for each request: on a reused one Go's client may send a keyed request twice by
@@ -147,6 +153,12 @@ func (l *lab) newKey(n int, declined bool, pending ...step) *key {
 // step plans a point. part, from 0 to 1, chooses one of the uses of the context.
 func (l *lab) step(p point, part float64) step {
 	uses := int64(0)
+	switch plan := planOf(p); {
+	case plan.ofIntent():
+		uses = l.intents
+	case plan.ofResult():
+		uses = l.results
+	}
 	switch p {
 	case crashpoint.MidHandler, crashpoint.HandlerCanceled:
 		uses = l.handlerUses
@@ -167,8 +179,20 @@ func (l *lab) impossible(p plan) string {
 		return "the handler does not use its context, so that it can't end in the middle of it"
 	case (p.point == crashpoint.MidCommit || p.point == crashpoint.CommitCanceled) && l.commitUses == 0, p.point == crashpoint.MidDecline && l.declineUses == 0:
 		return "the store does not use its context, so that it can't end in the middle of it"
+	case p.ofIntent() && l.intents == 0:
+		return "the handler makes no call (package effect) and has no phase"
+	case p.ofResult() && l.results == 0:
+		return "the handler makes no call (package effect)"
 	}
 	return ""
+}
+
+// steps plans the points that lead to a plan's, and that one.
+func (l *lab) steps(p plan, part float64) []step {
+	if p.after == "" {
+		return []step{l.step(p.point, part)}
+	}
+	return []step{l.step(p.after, part), l.step(p.point, part)}
 }
 
 // settle waits until nothing is in flight, collects the results of a part's keys, and checks the
@@ -191,7 +215,7 @@ func (l *lab) settle(ctx context.Context, keys []*key) {
 	}
 	l.told = append(l.told, keys...)
 	if n := l.store.stray.Swap(0); n > 0 {
-		l.found(checkConfig, "%d times the store was called with a context that is not the request's: pass it on", n)
+		l.found(checkConfig, "%d times the store was called with a context that is not the request's: pass it on, and run no completer: Run calls Config.Resume", n)
 	}
 	for _, k := range keys {
 		if n := k.committed.Load(); n > 1 {
@@ -232,6 +256,10 @@ func (l *lab) lookUp(ctx context.Context, k *key) {
 			l.found(checkRest, "request %d can't be looked up: %v", k.n, err)
 		case k.answer != nil && record == nil:
 			l.found(checkRecord, "request %d was answered %d for good, and has no record", k.n, k.answer.Status)
+		case k.answer != nil && record.Open:
+			l.found(checkRecord, "request %d was answered %d for good, and is open", k.n, k.answer.Status)
+		case k.answer == nil && record != nil && record.Open:
+			l.found(checkRecord, "request %d was given up after not-executed, and is open: it may be executed", k.n)
 		case k.answer == nil && record != nil:
 			l.found(checkRecord, "request %d was given up after not-executed, and has a record with %d", k.n, record.Answer.Status)
 		}

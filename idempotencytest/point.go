@@ -21,6 +21,8 @@ type plan struct {
 	// then is the final outcome for a client that retries because first did not settle the request.
 	// Empty means executed or replayed.
 	then idempotency.Outcome
+	// after is the point that must be hit before this one can be reached; empty if there is none.
+	after point
 }
 
 // noAnswer stands for a connection that was cut.
@@ -31,36 +33,85 @@ const (
 	replayed    = idempotency.OutcomeReplayed
 	notExecuted = idempotency.OutcomeNotExecuted
 	unknown     = idempotency.OutcomeUnknown
+	inProgress  = idempotency.OutcomeInProgress
 )
 
 func plans() []plan {
 	type outcomes = []idempotency.Outcome
 	cut := outcomes{noAnswer}
 	return []plan{
-		{crashpoint.BeforeBegin, false, outcomes{notExecuted}, executed},
-		{crashpoint.AfterBegin, false, cut, executed},
-		{crashpoint.MidHandler, false, cut, executed},
-		{crashpoint.HandlerCanceled, false, outcomes{executed, notExecuted, unknown}, ""},
-		{crashpoint.AfterHandler, false, cut, executed},
-		{crashpoint.BeforeCommit, false, cut, executed},
-		{crashpoint.MidCommit, false, cut, ""},
-		{crashpoint.CommitCanceled, false, outcomes{executed, notExecuted, unknown}, ""},
-		{crashpoint.CommitNeverArrived, false, outcomes{notExecuted, unknown}, executed},
-		{crashpoint.CommitLost, false, outcomes{executed, unknown}, replayed},
-		{crashpoint.Resolving, false, cut, replayed},
-		{crashpoint.Unresolvable, false, outcomes{unknown}, ""},
-		{crashpoint.AfterCommit, false, cut, replayed},
-		{crashpoint.HalfResponse, false, cut, replayed},
-		{crashpoint.BeforeDecline, true, cut, executed},
-		{crashpoint.MidDecline, true, cut, ""},
-		{crashpoint.DeclineNeverArrived, true, outcomes{notExecuted, unknown}, executed},
-		{crashpoint.DeclineLost, true, outcomes{executed, unknown}, replayed},
-		{crashpoint.AfterDecline, true, cut, replayed},
+		{crashpoint.BeforeBegin, false, outcomes{notExecuted}, executed, ""},
+		{crashpoint.AfterBegin, false, cut, executed, ""},
+		{crashpoint.MidHandler, false, cut, executed, ""},
+		{crashpoint.HandlerCanceled, false, outcomes{executed, notExecuted, unknown}, "", ""},
+		{crashpoint.AfterHandler, false, cut, executed, ""},
+		{crashpoint.BeforeCommit, false, cut, executed, ""},
+		{crashpoint.MidCommit, false, cut, "", ""},
+		{crashpoint.CommitCanceled, false, outcomes{executed, notExecuted, unknown}, "", ""},
+		{crashpoint.CommitNeverArrived, false, outcomes{notExecuted, unknown}, executed, ""},
+		{crashpoint.CommitLost, false, outcomes{executed, unknown}, replayed, ""},
+		{crashpoint.Resolving, false, cut, replayed, ""},
+		{crashpoint.Unresolvable, false, outcomes{unknown}, "", ""},
+		{crashpoint.AfterCommit, false, cut, replayed, ""},
+		{crashpoint.HalfResponse, false, cut, replayed, ""},
+		{crashpoint.BeforeDecline, true, cut, executed, ""},
+		{crashpoint.MidDecline, true, cut, "", ""},
+		{crashpoint.DeclineNeverArrived, true, outcomes{notExecuted, unknown}, executed, ""},
+		{crashpoint.DeclineLost, true, outcomes{executed, unknown}, replayed, ""},
+		{crashpoint.AfterDecline, true, cut, replayed, ""},
+
+		{crashpoint.BeforeIntent, false, cut, executed, ""},
+		{crashpoint.IntentNeverArrived, false, outcomes{notExecuted, unknown}, executed, ""},
+		{crashpoint.IntentLost, false, outcomes{executed, unknown}, "", ""},
+		{crashpoint.BeforeSend, false, cut, executed, ""},
+		{crashpoint.AfterReply, false, cut, executed, ""},
+		{crashpoint.ResultNeverArrived, false, outcomes{unknown}, executed, ""},
+		{crashpoint.ResultLost, false, outcomes{unknown}, executed, ""},
+		{crashpoint.AfterResult, false, cut, executed, ""},
+		{crashpoint.Replaced, false, outcomes{inProgress, unknown}, executed, ""},
+		{crashpoint.TakeOver, false, cut, executed, crashpoint.BeforeSend},
 	}
 }
 
-// wants reports whether the request that was hit may get this outcome.
-func (p plan) wants(o idempotency.Outcome) bool { return slices.Contains(p.first, o) }
+// ofIntent and ofResult report whether a point is at the commit of an intent or a phase, and at that
+// of a result.
+func (p plan) ofIntent() bool {
+	switch p.point {
+	case crashpoint.BeforeIntent, crashpoint.IntentNeverArrived, crashpoint.IntentLost, crashpoint.BeforeSend, crashpoint.TakeOver:
+		return true
+	}
+	return false
+}
+
+func (p plan) ofResult() bool {
+	switch p.point {
+	case crashpoint.AfterReply, crashpoint.ResultNeverArrived, crashpoint.ResultLost, crashpoint.AfterResult, crashpoint.Replaced:
+		return true
+	}
+	return false
+}
+
+// planOf returns the plan of a point.
+func planOf(p point) plan {
+	for _, other := range plans() {
+		if other.point == p {
+			return other
+		}
+	}
+	return plan{}
+}
+
+// wants reports whether the request that was hit may get this outcome. An open request that finds its
+// own end after a lost COMMIT is answered with its record.
+func (p plan) wants(k *key, o idempotency.Outcome) bool {
+	return slices.Contains(p.first, o) || o == replayed && k.opened.Load() && slices.Contains(p.first, executed)
+}
+
+// wantsThen reports whether a retry may get this outcome. Somebody else may have brought an open
+// request to its end.
+func (p plan) wantsThen(k *key, o idempotency.Outcome) bool {
+	return p.then == "" || o == p.then || o == replayed && k.opened.Load()
+}
 
 // end names the points around the end of a transaction. An empty one is never reached.
 type end struct {

@@ -16,7 +16,10 @@ import (
 // abandonMax bounds the ROLLBACK of an attempt after the simulated death of its process.
 const abandonMax = 5 * time.Second
 
-var errLost = fmt.Errorf("%w: idempotencytest lost it", idempotency.ErrUnknown)
+var (
+	errLost        = fmt.Errorf("%w: idempotencytest lost it", idempotency.ErrUnknown)
+	errUnavailable = fmt.Errorf("begin: %w: idempotencytest", idempotency.ErrUnavailable)
+)
 
 // store is the user's store with the crash points at its seams.
 type store struct {
@@ -61,7 +64,7 @@ func (s *store) Begin(ctx context.Context, claim *idempotency.Claim) (idempotenc
 	}
 	k.seen(claim)
 	if k.take(crashpoint.BeforeBegin) {
-		return nil, nil, fmt.Errorf("begin: %w: idempotencytest", idempotency.ErrUnavailable)
+		return nil, nil, errUnavailable
 	}
 	inner, record, err := s.inner.Begin(ctx, claim)
 	if inner == nil {
@@ -100,12 +103,14 @@ type attempt struct {
 	dies     bool      // the process dies when the handler's context has ended
 	sealed   bool
 	ended    bool
+	open     *openAttempt // itself, if it can become open
 }
 
 // Context implements [idempotency.Attempt].
 func (a *attempt) Context(ctx context.Context) context.Context {
 	planned := a.key.head()
 	ctx = a.inner.Context(ctx)
+	a.sealed = false // an open attempt runs its handler again after a serialization failure
 	a.dies = planned.point == crashpoint.MidHandler
 	a.handler = a.key.tripwire(ctx, crashpoint.MidHandler, crashpoint.HandlerCanceled)
 	return a.handler
@@ -165,7 +170,9 @@ func (a *attempt) finish(ctx context.Context, answer *idempotency.Answer, inner 
 	dies := a.key.head().point == at.mid
 	wire := a.key.tripwire(ctx, at.mid, at.canceled)
 	err := inner(wire, answer)
-	a.over()
+	if a.open == nil || !a.open.opened || !errors.Is(err, idempotency.ErrNotSerializable) { // else the engine runs it again
+		a.over()
+	}
 	tripped := wire.disarm()
 	wire.cancel()
 	a.key.endUses.Store(wire.uses.Load())
@@ -174,6 +181,9 @@ func (a *attempt) finish(ctx context.Context, answer *idempotency.Answer, inner 
 	}
 	switch {
 	case tripped && dies:
+		if err != nil && a.open != nil {
+			a.abandon(ctx) // its lease runs out
+		}
 		a.exchange.die()
 	case err != nil:
 		return err
@@ -200,11 +210,18 @@ func (a *attempt) abandon(ctx context.Context) {
 	if !a.sealed {
 		_ = a.inner.Seal() // no caller is left to get this error, or the next
 	}
-	_ = a.inner.Rollback(ctx)
+	if a.open != nil {
+		_ = a.open.undo(ctx)
+	} else {
+		_ = a.inner.Rollback(ctx)
+	}
 	a.over()
 }
 
 func (a *attempt) over() {
+	if a.ended {
+		return
+	}
 	a.ended = true
 	a.store.open.Add(-1)
 	if a.handler != nil {

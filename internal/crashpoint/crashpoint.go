@@ -57,6 +57,16 @@ const (
 	CompleterBatch = "completer_batch" // the completer knows what is due, and begins to take one over
 )
 
+// The points of a request that calls another service at which its process lives on. Only package
+// idempotencytest has them.
+const (
+	IntentNeverArrived = "intent_never_arrived" // the intent's COMMIT was sent but never arrives
+	IntentLost         = "intent_lost"          // the intent's COMMIT happened and its reply is lost
+	ResultNeverArrived = "result_never_arrived" // the result's COMMIT was sent but never arrives
+	ResultLost         = "result_lost"          // the result's COMMIT happened and its reply is lost
+	Replaced           = "replaced"             // another owner has taken the request over, before the result's COMMIT
+)
+
 // BankVariable is the demo bank's environment variable. With the value before_commit:3, for
 // example, the process kills itself when it reaches that point for the third time.
 const BankVariable = "DEMO_BANK_CRASH_POINT"
