@@ -83,7 +83,7 @@ func (s *shop) config() Config {
 			if s.unnamed {
 				options.Resumable = ""
 			}
-			s.idem = middleware.New(store, func(*http.Request) (string, error) { return "acme", nil }, &options)
+			s.idem = middleware.New(store, func(r *http.Request) (string, error) { return r.Header.Get("Account"), nil }, &options)
 			return s.idem.Handler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 				var in struct{ N int }
 				if err := json.NewDecoder(r.Body).Decode(&in); err != nil {
@@ -94,17 +94,19 @@ func (s *shop) config() Config {
 			}))
 		},
 		Resume:    func(ctx context.Context, key idempotency.Key) idempotency.Result { return s.idem.Resume(ctx, key) },
-		Request:   sale,
-		Declined:  func(n int) *http.Request { return sale(-n) },
+		Request:   func(n int) *http.Request { return sale("acme", n) },
+		Declined:  func(n int) *http.Request { return sale("acme", -n) },
+		Other:     func(n int) *http.Request { return sale("globex", n) },
 		Invariant: s.check,
 	}
 }
 
-func sale(n int) *http.Request {
+func sale(account string, n int) *http.Request {
 	r, err := http.NewRequest(http.MethodPost, "/sales", strings.NewReader(fmt.Sprintf(`{"n":%d}`, n)))
 	if err != nil {
 		panic(err)
 	}
+	r.Header.Set("Account", account)
 	return r
 }
 

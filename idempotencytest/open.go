@@ -189,6 +189,14 @@ func (a *openAttempt) Settle(ctx context.Context, effect *idempotency.Effect) er
 	return nil
 }
 
+// Recorded implements [idempotency.OpenAttempt].
+func (a *openAttempt) Recorded(ctx context.Context, name string) (*idempotency.Effect, error) {
+	if a.dead {
+		return nil, errLost
+	}
+	return a.inner.Recorded(ctx, name)
+}
+
 // replace makes another owner take the request over, who dies. If that fails the point proves
 // nothing, but harms nothing either.
 func (a *openAttempt) replace(ctx context.Context) {

@@ -1,5 +1,6 @@
-// Command orders is a shop with orders that can be retried. Stock, order and payment are one
-// transaction; the call to an outside payment service can't be part of it.
+// Command orders is a shop with orders that can be retried. Between the reservation of the goods and
+// the booking of the payment it calls an outside payment service, which can't be part of a
+// transaction.
 //
 //	go run ./examples/orders
 package main
@@ -48,23 +49,32 @@ func run(ctx context.Context, address string) error {
 	}
 	defer closePayments()
 
-	shop := &shop{pool: store.Pool(), ids: ids, payments: &paymentClient{url: payments}}
-	return serve(ctx, address, newRouter(shop, store), func(url string) { greet(url, payments) })
+	shop := &shop{pool: store.Pool(), ids: ids, charge: newCharge(payments, paymentTimeout)}
+	router, idem := newRouter(shop, store)
+	// The completer ends what no client retries, also what another process left when it died.
+	completing, stopCompleting := context.WithCancel(ctx)
+	var completer sync.WaitGroup
+	completer.Go(func() { idem.Completer(nil).Run(completing) })
+	defer completer.Wait()
+	defer stopCompleting()
+	return serve(ctx, address, router, func(url string) { greet(url, payments) })
 }
 
 // newRouter mounts authentication outside and idempotency inside. An unknown caller is refused
 // before the key is read. The key belongs to the account that authentication found, not to the
 // token: a client with a rotated token still finds its own orders.
-func newRouter(shop *shop, store idempotency.Store) http.Handler {
+func newRouter(shop *shop, store idempotency.Store) (http.Handler, *middleware.Middleware) {
 	idem := middleware.New(store, accountOf, &middleware.Options{
-		// Lets a handler run again after a deadlock. Without it chi's routes then answer 503.
+		// The handler may call other services, and any replica finds it by this name.
+		Resumable: "order/1",
+		// Lets a handler run again, here or in another process.
 		RouterState: chiroute.State,
 	})
 	r := chi.NewRouter()
 	r.Use(authenticate)
 	r.With(idem.Handler).Post("/orders", shop.order)
 	r.Get("/stock", shop.stock)
-	return r
+	return r, idem
 }
 
 // open connects to the database and migrates it.
@@ -125,7 +135,7 @@ A card that is declined: 402, executed; the answer is kept, the stock is not tou
 
 The payment service's answer is lost: 503, unknown, because the card may have been charged
   %s
-The same again: 201, executed, and not charged twice
+The same again, a second later: 201, and not charged twice. It goes on without you, too
   %s
 
 What the payment service did, and what is in stock:

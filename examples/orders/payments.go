@@ -4,88 +4,67 @@ import (
 	"bytes"
 	"context"
 	"encoding/json"
-	"errors"
 	"fmt"
 	"net/http"
+	"strings"
 	"sync"
 	"time"
 
 	"github.com/go-chi/chi/v5"
+
+	"github.com/paidonce/idempotency/effect"
 )
 
-// paymentTimeout is well within the handler's timeout: the call holds a database connection.
-const paymentTimeout = 3 * time.Second
-
-var errCardDeclined = errors.New("card was declined")
-
-// paymentClient calls the payment service.
-type paymentClient struct{ url string }
-
-// charge charges a card once per key, however often it is called, and returns the charge's id.
-// After any error except errCardDeclined the card may have been charged.
-func (c *paymentClient) charge(ctx context.Context, key, card string, amount int64) (name string, err error) {
-	body, err := json.Marshal(chargeRequest{Card: card, Amount: amount})
-	if err != nil {
-		return "", err
-	}
-	var answer charge
-	status, err := c.call(ctx, http.MethodPost, "/charges", key, body, &answer)
-	switch {
-	case err != nil:
-		return "", err
-	case status == http.StatusPaymentRequired:
-		return "", errCardDeclined
-	case status != http.StatusCreated:
-		return "", fmt.Errorf("payment service answered %d", status)
-	}
-	return answer.Name, nil
-}
-
-// cancel undoes the charge of a key. It refuses a charge that is still in progress. An unknown key
-// is no error.
-func (c *paymentClient) cancel(ctx context.Context, key string) error {
-	status, err := c.call(ctx, http.MethodPost, "/cancellations", key, nil, nil)
-	if err == nil && status != http.StatusNoContent {
-		err = fmt.Errorf("payment service answered %d", status)
-	}
-	return err
-}
-
-func (c *paymentClient) call(ctx context.Context, method, path, key string, body []byte, answer any) (status int, err error) {
-	ctx, cancel := context.WithTimeout(ctx, paymentTimeout)
-	defer cancel()
-	request, err := http.NewRequestWithContext(ctx, method, c.url+path, bytes.NewReader(body))
-	if err != nil {
-		return 0, err
-	}
-	request.Header.Set("Idempotency-Key", key)
-	response, err := http.DefaultClient.Do(request)
-	if err != nil {
-		return 0, err
-	}
-	defer func() { _ = response.Body.Close() }()
-	if answer != nil && response.StatusCode < 300 {
-		err = json.NewDecoder(response.Body).Decode(answer)
-	}
-	return response.StatusCode, err
-}
-
-type chargeRequest struct {
+// payment is what the payment service is asked for. It is kept in the database until its request is
+// done, so it must not hold a card's number: send the token of one.
+type payment struct {
 	Card   string `json:"card"`
 	Amount int64  `json:"amount"`
+}
+
+// paymentTimeout bounds one request to the payment service.
+const paymentTimeout = 3 * time.Second
+
+// newCharge declares the call to the payment service. The service keeps its keys for a day, with
+// what it answered, be it a no.
+func newCharge(url string, timeout time.Duration) *effect.Declared[payment, charge] {
+	// A redirect would be a second request under the same key.
+	client := &http.Client{CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse }}
+	return effect.New("charge", effect.Effect[payment, charge]{
+		Do: func(ctx context.Context, key string, in payment) (made charge, err error) {
+			body, err := json.Marshal(in)
+			if err != nil {
+				return made, effect.NotSent(err)
+			}
+			request, err := http.NewRequestWithContext(ctx, http.MethodPost, url+"/charges", bytes.NewReader(body))
+			if err != nil {
+				return made, effect.NotSent(err)
+			}
+			request.Header.Set("Idempotency-Key", key)
+			response, err := client.Do(request)
+			if err == nil {
+				defer func() { _ = response.Body.Close() }()
+			}
+			if err := effect.FromHTTP(response, err); err != nil {
+				return made, err
+			}
+			return made, json.NewDecoder(response.Body).Decode(&made)
+		},
+		Timeout: timeout, KeyLifetime: 24 * time.Hour, KeepsDeclines: true,
+	})
 }
 
 // charge is the payment service's record of a key.
 type charge struct {
 	Name   string `json:"charge"`
 	Amount int64  `json:"amount"`
-	State  string `json:"state"` // charged, declined or cancelled
+	State  string `json:"state"` // charged or declined
 	Asked  int    `json:"asked"` // number of requests for the charge
 }
 
 // paymentService stands for another company's service: this program only knows that it charges once
-// per key. It declines the card "empty", and loses the answer to the first charge of the card
-// "flaky".
+// per key. It declines the card "empty", and loses the answer to the first charge of a card that begins
+// with "flaky".
 type paymentService struct {
 	mu      sync.Mutex
 	charges []*charge
@@ -96,53 +75,37 @@ func newPaymentService() http.Handler {
 	s := &paymentService{byKey: map[string]*charge{}}
 	r := chi.NewRouter()
 	r.Post("/charges", s.charge)
-	r.Post("/cancellations", s.cancel)
 	r.Get("/charges", s.list)
 	return r
 }
 
-// entry returns the record of a key. The caller holds s.mu.
-func (s *paymentService) entry(key string) *charge {
-	entry := s.byKey[key]
-	if entry == nil {
-		entry = &charge{Name: fmt.Sprintf("ch_%d", len(s.charges)+1)}
-		s.byKey[key] = entry
-		s.charges = append(s.charges, entry)
-	}
-	return entry
-}
-
 func (s *paymentService) charge(w http.ResponseWriter, r *http.Request) {
-	var request chargeRequest
+	var request payment
 	if err := json.NewDecoder(r.Body).Decode(&request); err != nil {
 		writeProblem(w, http.StatusBadRequest, "send a card and an amount")
 		return
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	entry := s.entry(r.Header.Get("Idempotency-Key"))
-	entry.Asked++
-	if entry.State == "" {
-		entry.State, entry.Amount = "charged", request.Amount
+	key := r.Header.Get("Idempotency-Key")
+	entry := s.byKey[key]
+	if entry == nil {
+		entry = &charge{Name: fmt.Sprintf("ch_%d", len(s.charges)+1), Amount: request.Amount, State: "charged"}
 		if request.Card == "empty" {
 			entry.State = "declined"
 		}
+		s.byKey[key] = entry
+		s.charges = append(s.charges, entry)
 	}
+	entry.Asked++
 	switch {
 	case entry.State != "charged":
 		writeProblem(w, http.StatusPaymentRequired, "the charge is "+entry.State)
-	case request.Card == "flaky" && entry.Asked == 1:
+	case strings.HasPrefix(request.Card, "flaky") && entry.Asked == 1:
 		writeProblem(w, http.StatusGatewayTimeout, "the answer was lost")
 	default:
 		writeJSON(w, http.StatusCreated, entry)
 	}
-}
-
-func (s *paymentService) cancel(w http.ResponseWriter, r *http.Request) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	s.entry(r.Header.Get("Idempotency-Key")).State = "cancelled"
-	w.WriteHeader(http.StatusNoContent)
 }
 
 func (s *paymentService) list(w http.ResponseWriter, _ *http.Request) {

@@ -11,6 +11,7 @@ import (
 	"github.com/jackc/pgx/v5/pgxpool"
 
 	"github.com/paidonce/idempotency"
+	"github.com/paidonce/idempotency/effect"
 	"github.com/paidonce/idempotency/internal/nodeid"
 	"github.com/paidonce/idempotency/storage/postgres"
 )
@@ -27,78 +28,91 @@ const schema = `
 	INSERT INTO shop.stock VALUES ('tea', 450, 10), ('cup', 1200, 1) ON CONFLICT DO NOTHING`
 
 type shop struct {
-	pool     *pgxpool.Pool
-	ids      *nodeid.Source // of orders: no other replica makes the same id
-	payments *paymentClient
+	pool   *pgxpool.Pool
+	ids    *nodeid.Source // of orders: no other replica makes the same id
+	charge *effect.Declared[payment, charge]
 }
 
-// order takes the goods from stock, writes the order, charges the card and writes the payment. The
-// three writes are in the middleware's transaction. The charge is not, so it comes after everything
-// else that can fail because of the client, and it has a key of its own.
+// reserved is an order that is not paid yet.
+type reserved struct {
+	Order int64 `json:"order"`
+	Total int64 `json:"total"`
+}
+
+var errOutOfStock = errors.New("out of stock")
+
+// order reserves the goods, charges the card, and writes the payment. The call to the payment service
+// is between two commits, so it holds neither a connection nor a lock; whoever runs this again, for
+// the client or after a crash, finds what was reserved and what was charged.
 func (s *shop) order(w http.ResponseWriter, r *http.Request) {
 	var o struct {
 		SKU      string `json:"sku"`
 		Quantity int64  `json:"quantity"`
 		Card     string `json:"card"`
 	}
-	if err := json.NewDecoder(r.Body).Decode(&o); err != nil || o.Quantity < 1 || o.Quantity > 100 {
+	if err := json.NewDecoder(r.Body).Decode(&o); err != nil || o.Quantity < 1 || o.Quantity > 100 || len(o.Card) > 100 {
 		writeProblem(w, http.StatusBadRequest, "send a sku, a quantity from 1 to 100 and a card")
 		return
 	}
-	order, err := s.ids.Next()
-	if err != nil { // before the charge, so that the middleware can prove that nothing happened
-		writeProblem(w, http.StatusServiceUnavailable, "no order number can be made now: send the order again with the same key")
-		return
-	}
 	ctx := r.Context()
-	tx := postgres.Tx(ctx)
-	key, _ := idempotency.KeyFrom(ctx)
-	chargeKey := idempotency.DerivedKey(ctx, "charge") // the same in every attempt at this order
+	key, _ := idempotency.KeyFrom(ctx) // not the caller: a run without a client has only the key
 
-	var total int64
-	err = tx.QueryRow(ctx, `
-		WITH taken AS (
-			UPDATE shop.stock SET quantity = quantity - $3 WHERE sku = $2 AND quantity >= $3 RETURNING price)
-		INSERT INTO shop.orders (id, account, sku, quantity, total) SELECT $4, $1, $2, $3, price * $3 FROM taken
-		RETURNING total`, key.Scope, o.SKU, o.Quantity, order).Scan(&total)
+	order, err := postgres.Phase(ctx, "reserve", func(tx pgx.Tx) (order reserved, err error) {
+		if order.Order, err = s.ids.Next(); err != nil {
+			return order, err
+		}
+		err = tx.QueryRow(ctx, `
+			WITH taken AS (
+				UPDATE shop.stock SET quantity = quantity - $3 WHERE sku = $2 AND quantity >= $3 RETURNING price)
+			INSERT INTO shop.orders (id, account, sku, quantity, total) SELECT $4, $1, $2, $3, price * $3 FROM taken
+			RETURNING total`, key.Scope, o.SKU, o.Quantity, order.Order).Scan(&order.Total)
+		if errors.Is(err, pgx.ErrNoRows) {
+			err = errOutOfStock
+		}
+		return order, err
+	})
 	switch {
-	case errors.Is(err, pgx.ErrNoRows):
-		s.declineOutOfStock(ctx, w, chargeKey)
+	case errors.Is(err, errOutOfStock):
+		writeProblem(w, http.StatusConflict, "there is not enough in stock")
 		return
-	case err != nil:
-		writeProblem(w, http.StatusInternalServerError, "the order failed")
+	case err != nil: // nothing was reserved
+		writeProblem(w, http.StatusServiceUnavailable, "the order failed: send it again with the same key")
 		return
 	}
 
-	charge, err := s.payments.charge(ctx, chargeKey, o.Card, total)
+	paid, err := s.charge.Call(ctx, payment{Card: o.Card, Amount: order.Total})
 	switch {
-	case errors.Is(err, errCardDeclined):
+	case errors.Is(err, effect.ErrDeclined):
+		if err := s.release(ctx, order.Order); err != nil {
+			return // a later run does it
+		}
 		writeProblem(w, http.StatusPaymentRequired, "the card was declined")
 		return
 	case err != nil:
-		// Not a 4xx, which would be recorded: the card may have been charged, and the retry finds
-		// out.
-		writeProblem(w, http.StatusServiceUnavailable, "the payment service did not answer: your card may have been charged, so send the order again with the same key")
-		return
+		return // not settled: the middleware answers, and the request goes on without us
 	}
 
-	if _, err := tx.Exec(ctx, "INSERT INTO shop.payments (order_id, charge, amount) VALUES ($1, $2, $3)", order, charge, total); err != nil {
-		writeProblem(w, http.StatusInternalServerError, "the order failed: send it again with the same key")
+	// The last phase: it commits with the answer. What is booked is what was charged.
+	tx := postgres.Tx(ctx)
+	if _, err := tx.Exec(ctx, "INSERT INTO shop.payments (order_id, charge, amount) VALUES ($1, $2, $3)", order.Order, paid.Name, paid.Amount); err != nil {
+		writeProblem(w, http.StatusInternalServerError, "the payment is not booked yet")
 		return
 	}
-	id := strconv.FormatInt(order, 10) // a string: JavaScript's numbers have too few digits
+	id := strconv.FormatInt(order.Order, 10) // a string: JavaScript's numbers have too few digits
 	w.Header().Set("Location", "/orders/"+id)
-	writeJSON(w, http.StatusCreated, map[string]any{"order": id, "total": total, "charge": charge})
+	writeJSON(w, http.StatusCreated, map[string]any{"order": id, "total": paid.Amount, "charge": paid.Name})
 }
 
-// declineOutOfStock answers 409, which is recorded. An earlier attempt at this order may have found
-// the goods, charged the card and lost the answer, so that charge is canceled first.
-func (s *shop) declineOutOfStock(ctx context.Context, w http.ResponseWriter, chargeKey string) {
-	if err := s.payments.cancel(ctx, chargeKey); err != nil {
-		writeProblem(w, http.StatusServiceUnavailable, "the payment service did not answer: send the order again with the same key")
-		return
-	}
-	writeProblem(w, http.StatusConflict, "there is not enough in stock")
+// release puts the goods of an order back, in a commit of its own: a 4xx undoes the writes of the last
+// phase.
+func (s *shop) release(ctx context.Context, order int64) error {
+	_, err := postgres.Phase(ctx, "release", func(tx pgx.Tx) (struct{}, error) {
+		_, err := tx.Exec(ctx, `
+			WITH released AS (DELETE FROM shop.orders WHERE id = $1 RETURNING sku, quantity)
+			UPDATE shop.stock SET quantity = stock.quantity + released.quantity FROM released WHERE stock.sku = released.sku`, order)
+		return struct{}{}, err
+	})
+	return err
 }
 
 // stock only reads: it is outside the middleware and uses the pool.
