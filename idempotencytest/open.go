@@ -19,35 +19,51 @@ const (
 
 // openStore is the user's store if that keeps requests open, with the crash points at its seams.
 type openStore struct {
-	*store
-	inner idempotency.Keeper
+	idempotency.Keeper // the user's
+	store              *store
+}
+
+// Begin implements [idempotency.Store].
+func (s *openStore) Begin(ctx context.Context, claim *idempotency.Claim) (idempotency.Attempt, *idempotency.Record, error) {
+	return s.store.Begin(ctx, claim)
+}
+
+// Resolve implements [idempotency.Store].
+func (s *openStore) Resolve(ctx context.Context, claim *idempotency.Claim) (*idempotency.Record, error) {
+	return s.store.Resolve(ctx, claim)
+}
+
+// CheckBudget implements [idempotency.BudgetChecker] if the user's store does.
+func (s *openStore) CheckBudget(handlerTimeout, commitTimeout time.Duration) error {
+	return s.store.CheckBudget(handlerTimeout, commitTimeout)
 }
 
 var (
-	_ idempotency.Keeper      = (*openStore)(nil)
-	_ idempotency.OpenAttempt = (*openAttempt)(nil)
+	_ idempotency.Keeper        = (*openStore)(nil)
+	_ idempotency.BudgetChecker = (*openStore)(nil)
+	_ idempotency.OpenAttempt   = (*openAttempt)(nil)
 )
 
 // newStore returns the store for the service under test.
 func newStore(inner idempotency.Store) (*store, idempotency.Store) {
 	s := &store{inner: inner}
 	if k, ok := inner.(idempotency.Keeper); ok {
-		return s, &openStore{store: s, inner: k}
+		return s, &openStore{Keeper: k, store: s}
 	}
 	return s, s
 }
 
 // BeginOpen implements [idempotency.Keeper].
 func (s *openStore) BeginOpen(ctx context.Context, claim *idempotency.Claim, lazy bool) (idempotency.OpenAttempt, *idempotency.Record, error) {
-	k, x := s.keyOf(ctx, claim)
+	k, x := s.store.keyOf(ctx, claim)
 	if k == nil {
-		return s.inner.BeginOpen(ctx, claim, lazy)
+		return s.Keeper.BeginOpen(ctx, claim, lazy)
 	}
 	k.seen(claim)
 	if k.take(crashpoint.BeforeBegin) {
 		return nil, nil, errUnavailable
 	}
-	inner, record, err := s.inner.BeginOpen(ctx, claim, lazy)
+	inner, record, err := s.Keeper.BeginOpen(ctx, claim, lazy)
 	if inner == nil {
 		return nil, record, err
 	}
@@ -61,8 +77,8 @@ func (s *openStore) BeginOpen(ctx context.Context, claim *idempotency.Claim, laz
 
 // TakeOver implements [idempotency.Keeper].
 func (s *openStore) TakeOver(ctx context.Context, claim *idempotency.Claim) (idempotency.OpenAttempt, *idempotency.Open, error) {
-	inner, open, err := s.inner.TakeOver(ctx, claim)
-	k, x := s.keyOf(ctx, claim)
+	inner, open, err := s.Keeper.TakeOver(ctx, claim)
+	k, x := s.store.keyOf(ctx, claim)
 	switch {
 	case inner == nil:
 		return nil, open, err
@@ -80,18 +96,8 @@ func (s *openStore) TakeOver(ctx context.Context, claim *idempotency.Claim) (ide
 	return a, open, err
 }
 
-// FindDue implements [idempotency.Keeper].
-func (s *openStore) FindDue(ctx context.Context, routes []string, max int) ([]idempotency.Key, error) {
-	return s.inner.FindDue(ctx, routes, max)
-}
-
-// ReadOpen implements [idempotency.Keeper].
-func (s *openStore) ReadOpen(ctx context.Context, key idempotency.Key) (*idempotency.Open, error) {
-	return s.inner.ReadOpen(ctx, key)
-}
-
 func (s *openStore) attempt(k *key, x *exchange, claim *idempotency.Claim, inner idempotency.OpenAttempt, opened bool) *openAttempt {
-	s.open.Add(1)
+	s.store.open.Add(1)
 	a := &openAttempt{keeper: s, claim: *claim, inner: inner, opened: opened}
 	a.attempt = attempt{store: s.store, inner: inner, key: k, exchange: x, open: a}
 	return a
@@ -202,7 +208,7 @@ func (a *openAttempt) Recorded(ctx context.Context, name string) (*idempotency.E
 func (a *openAttempt) replace(ctx context.Context) {
 	_ = a.inner.Leave(ctx, idempotency.Lapse{Reason: "its lease ran out, as idempotencytest planned"})
 	claim := a.claim
-	if other, _, err := a.keeper.inner.TakeOver(ctx, &claim); err == nil && other != nil {
+	if other, _, err := a.keeper.Keeper.TakeOver(ctx, &claim); err == nil && other != nil {
 		_ = other.Leave(ctx, idempotency.Lapse{Reason: "its process died, as idempotencytest planned"})
 	}
 }
