@@ -29,7 +29,7 @@ type payout struct {
 	engine   *idempotency.Engine
 	rail     string // URL
 	client   *http.Client
-	closed   bool   // the account is closed when the payout is to be posted
+	closed   bool // the account is closed when the payout is to be posted
 	at       func(point string)
 	transfer *outside.Declared[int, string]
 	recall   *outside.Declared[string, string]
