@@ -29,18 +29,29 @@ type attempt struct {
 	content  []byte         // the part of its body that was read
 	hopeless bool           // it was not sent, and another try would end the same way
 	err      error          // set if there is no answer
+
+	polled         bool // the answer is that of the status resource
+	needsAttention bool // the server says that only a person can settle the request
 }
 
-// attempt sends the request once, and reads the answer.
+// attempt sends the request once, or polls its status resource, and reads the answer.
 func (t *Transport) attempt(op *operation) *attempt {
 	op.attempts++
 	t.trace(op, Event{Kind: EventStarted, Attempt: op.attempts})
 	started := time.Now()
-	a := t.exchange(op)
+	var a *attempt
+	if op.poll != nil {
+		a = t.askPending(op)
+	}
+	if a == nil {
+		a = t.exchange(op)
+	}
 	took := time.Since(started)
 	switch a.seen {
 	case seenAnswered:
-		op.status, op.last = a.status, a.outcome
+		if !a.polled {
+			op.status, op.last = a.status, a.outcome
+		}
 		op.accepted = op.accepted || a.accepted()
 		t.trace(op, Event{Kind: EventAnswered, Attempt: op.attempts, Status: a.status, Outcome: a.outcome, Took: took})
 	case seenUnsent:
@@ -66,6 +77,9 @@ func (t *Transport) exchange(op *operation) *attempt {
 		return &attempt{seen: seenUnsent, err: fmt.Errorf("get body: %w", err)}
 	}
 	r.Body = out.watch(body)
+	if t.options.PreferAsync {
+		r.Header.Add(headerPrefer, respondAsync)
+	}
 	response, err := t.base.RoundTrip(r)
 	if out.got.Load() > 1 {
 		op.maybe = true // net/http sent it before, and its outcome is unknown
@@ -113,6 +127,7 @@ func (t *Transport) answered(op *operation, response *http.Response, content []b
 		seen: seenAnswered, status: response.StatusCode, response: response, content: content,
 		outcome: outcomeOf(response.Header),
 	}
+	op.notePending(a)
 	switch {
 	case a.outcome != "":
 		op.honoured = op.honoured || t.options.Honours == nil

@@ -23,6 +23,8 @@ type fact struct {
 	outcome    idempotency.Outcome // of an answer: its Idempotency-Status, or empty
 	status     int                 // of an answer
 	bodyUnread bool                // of an answer: the server says that the body did not arrive whole
+	// Of a pending answer: the server says that only a person can settle the request.
+	needsAttention bool
 	// The server honours keys: Options.Honours says so, or its answers have shown it.
 	honoured bool
 	// An earlier attempt of this call, or of another call with the key, may have been executed.
@@ -33,6 +35,7 @@ type fact struct {
 type step struct {
 	// Send the same bytes with the same key again. If false, the caller gets this attempt's answer.
 	again bool
+	leave bool // the caller gets an error, because asking again soon would not help
 	maybe bool // this attempt, or another with its key, may have been executed
 }
 
@@ -66,7 +69,10 @@ func decide(f fact) step {
 		}
 		return step{again: f.maybe}
 	}
-	// In progress, unknown, and whatever a later release may say.
+	if f.outcome == idempotency.OutcomePending && f.needsAttention {
+		return step{leave: true, maybe: true}
+	}
+	// In progress, pending, unknown, and whatever a later release may say.
 	return step{again: true, maybe: true}
 }
 

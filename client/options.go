@@ -39,6 +39,13 @@ type Options struct {
 	// BareKeys sends keys without quotes, for a server that does not read them as RFC 8941 strings.
 	BareKeys bool
 
+	// PreferAsync sends "Prefer: respond-async" (RFC 7240), so that a server that is not done yet may
+	// answer that the request is pending, instead of unknown. The client polls the status resource
+	// that the answer names until the operation is done, and then sends the request again for its
+	// answer. Each poll is an attempt, with the pauses and limits of one. Nothing but the traffic
+	// changes for the caller. Pending answers are understood without it too.
+	PreferAsync bool
+
 	// BackoffFirst and BackoffMax bound the pause before a retry. The pause is random, between zero
 	// and a bound (full jitter): the bound is BackoffFirst at first, and doubles up to BackoffMax.
 	// An answer's Retry-After, up to RetryAfterMax, is added. They default to 100 milliseconds, 10

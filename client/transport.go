@@ -115,6 +115,8 @@ type operation struct {
 	status   int // of the last answer
 	last     idempotency.Outcome
 	accepted bool // the server has said that it will bring the request to its end
+
+	poll *http.Request // of the status resource; nil if the next attempt sends the request
 }
 
 func newOperation(ctx context.Context) *operation {
@@ -235,14 +237,17 @@ func (t *Transport) send(op *operation) (*http.Response, error) {
 		op.maybe = op.maybe || t.flights.shared(op.key.Value)
 		next := decide(fact{
 			seen: a.seen, hopeless: a.hopeless, outcome: a.outcome, status: a.status, bodyUnread: a.bodyUnread(), honoured: op.honoured, maybe: op.maybe,
+			needsAttention: a.needsAttention,
 		})
 		op.maybe = op.maybe || next.maybe
-		if !next.again && a.seen == seenAnswered {
+		if !next.again && !next.leave && a.seen == seenAnswered {
 			return a.response, nil
 		}
 		a.discard()
 		why := a.why()
 		switch {
+		case next.leave:
+			return nil, ErrNeedsAttention
 		case !next.again && a.seen == seenUnsent:
 			return nil, fmt.Errorf("another try would not help: %w", why)
 		case !next.again:

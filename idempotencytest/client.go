@@ -142,7 +142,7 @@ func (l *lab) follow(ctx context.Context, k *key, m manner, random *rand.Rand) (
 				k.mu.Unlock()
 				return struck, last, true
 			}
-		case idempotency.OutcomeInProgress, idempotency.OutcomeUnknown:
+		case idempotency.OutcomeInProgress, idempotency.OutcomePending, idempotency.OutcomeUnknown:
 			uncertain = true
 			if why := l.parked(ctx, k); why != "" {
 				l.found(checkParked, "request %d is left to a person: %s", k.n, why)
