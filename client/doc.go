@@ -17,7 +17,9 @@
 //	                                   +-- not-executed, passing (503, 429) -------------+
 //	                                   |                                                 |
 //	                                   +-- in-progress, unknown, no answer: -------------+
-//	                                       it may have been executed
+//	                                   |   it may have been executed                     |
+//	                                   |                                                 |
+//	                                   +-- pending: polls of the status resource --------+
 //
 //	time, attempts or retries are spent:   it may have been executed --> ErrUnknown: keep the key
 //	                                       else                      --> ErrNotExecuted: it is proven
