@@ -83,6 +83,7 @@ type Settlement struct {
 	DerivedKey string      // that the other service got
 	State      EffectState // EffectDone or EffectDeclined
 	Output     []byte      // as JSON; of a decline, its detail
+	Kept       bool        // of a decline: the other service keeps it under the key
 
 	// Seal encrypts the output for a store of package storage/encrypted: it is that store's
 	// SealOutput. Nil for others.
@@ -479,26 +480,32 @@ func (e *Effects) Settle(effect *Effect) error {
 	bounded := deadline.After(e.ctx, e.engine.options.Timeouts.Commit)
 	defer bounded.End()
 	err := e.attempt.Settle(bounded, effect)
-	if errors.Is(err, ErrFenced) && e.settledOutside(bounded, effect) {
-		err = nil
+	lapse := Lapse{Reason: "the result was not recorded"}
+	if errors.Is(err, ErrFenced) {
+		switch found := e.settledOutside(bounded, effect); {
+		case found == nil:
+		case found.State != EffectDone && effect.State == EffectDone: // money may have moved
+			lapse.Parked = "effect " + effect.Name + ": it was made, and another result is recorded from outside"
+		default: // the first one counts
+			effect.State, effect.Output, err = found.State, found.Output, nil
+		}
 	}
 	if err != nil {
 		effect.State, effect.Output = EffectIntended, nil
-		e.lapseOf(Lapse{Reason: "the result was not recorded"})
+		e.lapseOf(lapse)
 		return fmt.Errorf("%w: %w", ErrUnsettled, err)
 	}
 	return nil
 }
 
-// settledOutside looks whether somebody else has recorded a result of the effect while this owner was
-// at the call, as a webhook does, and takes that result: the first one counts.
-func (e *Effects) settledOutside(ctx context.Context, effect *Effect) bool {
+// settledOutside returns the effect as somebody else has recorded its result while this owner was at
+// the call, as a webhook does, and nil if nobody has.
+func (e *Effects) settledOutside(ctx context.Context, effect *Effect) *Effect {
 	found, err := e.attempt.Recorded(ctx, effect.Name)
 	if err != nil || found.State == EffectIntended {
-		return false
+		return nil
 	}
-	effect.State, effect.Output = found.State, found.Output
-	return true
+	return found
 }
 
 func (e *Effects) settlePhase(effect *Effect) error {

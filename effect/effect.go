@@ -151,9 +151,11 @@ func (d *Declared[In, Out]) Settled(key string, out Out) (idempotency.Settlement
 	return idempotency.Settlement{DerivedKey: key, State: idempotency.EffectDone, Output: output}, nil
 }
 
-// SettledDeclined is Settled for a definite no. The detail is as in [Declined].
+// SettledDeclined is Settled for a definite no. The detail is as in [Declined]. If the call was sent
+// more than once, and KeepsDeclines is not set, the no may be that of an earlier send: then nothing is
+// recorded, and the next run asks.
 func (d *Declared[In, Out]) SettledDeclined(key string, detail any) idempotency.Settlement {
-	settlement := idempotency.Settlement{DerivedKey: key, State: idempotency.EffectDeclined}
+	settlement := idempotency.Settlement{DerivedKey: key, State: idempotency.EffectDeclined, Kept: d.effect.KeepsDeclines}
 	var declined *DeclinedError
 	if errors.As(Declined(nil, detail), &declined) {
 		settlement.Output = declined.Detail

@@ -447,3 +447,71 @@ func TestPhaseDoesNotExtendTheTimeToSend(t *testing.T) {
 	s.handle = nil
 	s.wantParked(t, s.resume(t), "did not ask for effect check")
 }
+
+// The webhook of a send that was declined comes while another send of the same call is under way, at
+// a processor that does not keep a no: it must not outweigh the charge.
+func TestWebhookOfAnEarlierNoIsNotFinal(t *testing.T) {
+	t.Parallel()
+	for name, keeps := range map[string]bool{"it does not keep a no": false, "it keeps a no": true} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			slow := newGate()
+			var sends atomic.Int64
+			s := newShop(t, func(_ *processor, e *effect.Effect[card, charge]) {
+				do := e.Do
+				e.KeepsDeclines = keeps
+				e.Do = func(ctx context.Context, key string, in card) (charge, error) {
+					if sends.Add(1) == 2 {
+						slow.pass()
+					}
+					return do(ctx, key, in)
+				}
+			})
+			s.does(forgets)
+			s.wantOpen(t, s.request())
+			s.due(t)
+			two := later(func() idempotency.Result { return s.Engine.Resume(context.Background(), s.key) })
+			slow.reached(t)
+			if err := s.webhook(t, false, "", nil); err != nil {
+				t.Error(err)
+			}
+			state := s.Count(t, "SELECT state FROM idempotency_effects")
+			if keeps { // then no later send can succeed
+				s.processor.always = refuses
+			}
+			close(slow.release)
+			if result := <-two; keeps {
+				if state != int(idempotency.EffectDeclined) || result.Answer == nil || result.Answer.Status != 402 {
+					t.Errorf("state %d, %+v", state, result)
+				}
+				return
+			} else {
+				s.wantPaid(t, result, 900)
+			}
+			if state != int(idempotency.EffectIntended) {
+				t.Errorf("state %d", state)
+			}
+		})
+	}
+}
+
+// A webhook says that the call was declined, and the call itself that it was made: money may have
+// moved, so no answer is given.
+func TestContradictionOfWebhookAndReplyIsParked(t *testing.T) {
+	t.Parallel()
+	slow := newGate()
+	s := newShop(t, func(_ *processor, e *effect.Effect[card, charge]) {
+		do := e.Do
+		e.Do = func(ctx context.Context, key string, in card) (charge, error) {
+			defer slow.pass()
+			return do(ctx, key, in)
+		}
+	})
+	one := later(s.request)
+	slow.reached(t)
+	if err := s.webhook(t, false, "", nil); err != nil {
+		t.Error(err)
+	}
+	close(slow.release)
+	s.wantParked(t, <-one, "it was made, and another result")
+}

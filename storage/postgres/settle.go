@@ -27,6 +27,10 @@ var (
 // repetition changes nothing and is no error. It runs in tx, which is the caller's, so that what else
 // the webhook changes is committed with it, or not at all.
 //
+// A decline that the other service does not keep (Settlement.Kept) counts only if the call was sent
+// once: it may be that of an earlier send, while a later one is under way. Otherwise nothing is
+// recorded, and the next run of the handler asks.
+//
 // The request becomes due at once, unless a run of its handler is under way, and a request that was
 // left to a person is not any more. Its handler makes the answer: somebody has to retry, or a
 // completer must run.
@@ -55,7 +59,8 @@ func (s *Store) settleIn(ctx context.Context, tx pgx.Tx, settlement *idempotency
 		var name string
 		var state idempotency.EffectState
 		var encrypted bool
-		err := tx.QueryRow(ctx, s.open.find, pgx.QueryExecModeExec, uuid).Scan(&key.Scope, &key.Value, &name, &state, &attempt, &encrypted)
+		var tries int
+		err := tx.QueryRow(ctx, s.open.find, pgx.QueryExecModeExec, uuid).Scan(&key.Scope, &key.Value, &name, &state, &tries, &attempt, &encrypted)
 		switch {
 		case errors.Is(err, pgx.ErrNoRows):
 			return ErrEffectNotFound
@@ -78,14 +83,18 @@ func (s *Store) settleIn(ctx context.Context, tx pgx.Tx, settlement *idempotency
 		if _, err := tx.Exec(ctx, s.open.hold, pgx.QueryExecModeExec, key.Scope, key.Value); err != nil {
 			return wire.SQLError(err)
 		}
-		tag, err := tx.Exec(ctx, s.open.settleOutside, pgx.QueryExecModeExec, key.Scope, key.Value, name, int16(settlement.State), output)
+		final := settlement.State == idempotency.EffectDone || settlement.Kept
+		tag, err := tx.Exec(ctx, s.open.settleOutside, pgx.QueryExecModeExec, key.Scope, key.Value, name, int16(settlement.State), output, final)
+		reason := "effect " + name + ": settled from outside"
 		switch {
 		case err != nil:
 			return wire.SQLError(err)
+		case tag.RowsAffected() == 0 && tries > 1 && !final:
+			reason = "effect " + name + ": declined from outside, perhaps of an earlier send"
 		case tag.RowsAffected() == 0:
-			continue // somebody else was first
+			continue // somebody else was first, or it is sent again just now
 		}
-		_, err = tx.Exec(ctx, s.open.hasten, pgx.QueryExecModeExec, key.Scope, key.Value, "effect "+name+": settled from outside")
+		_, err = tx.Exec(ctx, s.open.hasten, pgx.QueryExecModeExec, key.Scope, key.Value, reason)
 		if err != nil {
 			return wire.SQLError(err)
 		}

@@ -32,6 +32,7 @@ const (
 	openFile       = "open.go"
 	effectFile     = "effect/effect.go"
 	resumableFile  = "storage/postgres/resumable.go"
+	settleFile     = "storage/postgres/settle.go"
 	migrationFile  = "migrations/000004_create_open_requests.up.sql"
 	bankFile       = "cmd/demo-bank/internal/bank/routes.go"
 )
@@ -320,10 +321,9 @@ func ofEffects() []Mutant {
 	}
 	err := e.attempt.Intend(bounded, effect, lease)
 `},
-				{openFile, `	if err := e.attempt.Settle(bounded, effect); err != nil {
+				{openFile, `	err := e.attempt.Settle(bounded, effect)
 `, `	err := e.attempt.Intend(bounded, effect, e.lease)
 	e.opened = e.opened || err == nil
-	if err != nil {
 `},
 			},
 		},
@@ -496,6 +496,17 @@ func ofEffects() []Mutant {
 `}},
 		},
 		{
+			Name: "webhook-downgrades",
+			Bug:  "a webhook that comes later overwrites a result",
+			Test: Test{"effect", "TestWebhookNeverDowngrades"},
+			edits: []edit{
+				{settleFile, `		case state != idempotency.EffectIntended:
+			return ErrSettledOtherwise
+`, ``},
+				{resumableFile, ` AND key = $2 AND name = $3 AND state = 1 AND (tries <= 1 OR $6)`, ` AND key = $2 AND name = $3 AND (tries <= 1 OR $6)`},
+			},
+		},
+		{
 			Name: "step-by-ordinal",
 			Bug:  "a later run finds its calls by their number, not by their name",
 			Test: Test{"effect", "TestStepsAreFoundByName"},
@@ -515,7 +526,7 @@ func ofEffects() []Mutant {
 			Bug:  "the handler goes on, and its answer is recorded, although the result of its call is not",
 			Test: Test{"effect", "TestLostReplyToTheResultIsNoFailure"},
 			edits: []edit{{openFile, `		effect.State, effect.Output = EffectIntended, nil
-		e.lapseOf(Lapse{Reason: "the result was not recorded"})
+		e.lapseOf(lapse)
 		return fmt.Errorf("%w: %w", ErrUnsettled, err)
 `, `		return nil
 `}},
