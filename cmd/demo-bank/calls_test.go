@@ -125,7 +125,7 @@ func killedAt(t *testing.T, c calling, name string, nth int) {
 	p.diesAt(firstName)
 	if left {
 		due(t, db)
-		bankOn(t, point, database, "--psp", psp.url).diesAt(name)
+		start(t, crashCommand(point, database, "--psp", psp.url)).diesAt(name) // perhaps before it serves
 	}
 	again := bankOn(t, "", database, "--psp", psp.url)
 	switch {
@@ -167,28 +167,6 @@ func TestEveryLineIsOutBeforeTheBankIsReady(t *testing.T) {
 	for name, args := range map[string][]string{"inside": nil, "given": {"--psp", servePSP(t, "--addr", "127.0.0.1:0").url}} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
-			listener, err := net.Listen("tcp", "127.0.0.1:0")
-			if err != nil {
-				t.Fatal(err)
-			}
-			address := listener.Addr().String()
-			if err := listener.Close(); err != nil {
-				t.Fatal(err)
-			}
-			stdout, err := os.Create(filepath.Join(t.TempDir(), "stdout"))
-			if err != nil {
-				t.Fatal(err)
-			}
-			defer stdout.Close()
-			cmd := command(t.Context(), append([]string{"--addr", address, "--database-url", pgtest.Database(t), "--pool-size", "4"}, args...)...)
-			cmd.Stdout = stdout
-			if err := cmd.Start(); err != nil {
-				t.Fatal(err)
-			}
-			t.Cleanup(func() {
-				_ = cmd.Process.Kill()
-				_ = cmd.Wait() // it was killed
-			})
 			client := newClient(t)
 			status := func(url string) int {
 				response, err := client.Get(url)
@@ -198,8 +176,8 @@ func TestEveryLineIsOutBeforeTheBankIsReady(t *testing.T) {
 				defer response.Body.Close()
 				return response.StatusCode
 			}
-			eventually(t, "the bank is ready", func() bool { return status("http://"+address+"/readyz") == http.StatusOK })
-			said, err := os.ReadFile(stdout.Name())
+			stdout, address := startUntilReady(t, status, args...)
+			said, err := os.ReadFile(stdout)
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -215,6 +193,61 @@ func TestEveryLineIsOutBeforeTheBankIsReady(t *testing.T) {
 				t.Errorf("GET %s/faults is %d", psp, got)
 			}
 		})
+	}
+}
+
+// startUntilReady starts a bank at a free port, waits until /readyz is 200, and returns the file with
+// what it prints, and its address.
+func startUntilReady(t *testing.T, status func(url string) int, args ...string) (stdout, address string) {
+	t.Helper()
+	database := pgtest.Database(t)
+	for range 10 { // another program may take the port in between
+		listener, err := net.Listen("tcp", "127.0.0.1:0")
+		if err != nil {
+			t.Fatal(err)
+		}
+		address = listener.Addr().String()
+		if err := listener.Close(); err != nil {
+			t.Fatal(err)
+		}
+		file, err := os.CreateTemp(t.TempDir(), "stdout")
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer file.Close()
+		cmd := command(t.Context(), append([]string{"--addr", address, "--database-url", database, "--pool-size", "4"}, args...)...)
+		cmd.Stdout = file
+		if err := cmd.Start(); err != nil {
+			t.Fatal(err)
+		}
+		ended := make(chan struct{})
+		go func() {
+			defer close(ended)
+			_ = cmd.Wait() // it is killed below
+		}()
+		t.Cleanup(func() {
+			_ = cmd.Process.Kill()
+			<-ended
+		})
+		ready := false
+		eventually(t, "the bank is ready, or has ended", func() bool {
+			ready = status("http://"+address+"/readyz") == http.StatusOK
+			return ready || isClosed(ended)
+		})
+		if ready {
+			return file.Name(), address
+		}
+	}
+	t.Fatal("no bank became ready")
+	return "", ""
+}
+
+func isClosed(c <-chan struct{}) bool {
+	select {
+	case <-c:
+		return true
+	default:
+		return false
 	}
 }
 
