@@ -21,7 +21,7 @@ func TestConformance(t *testing.T) {
 	t.Parallel()
 	t.Run("memory", func(t *testing.T) {
 		t.Parallel()
-		features := storagetest.Features{WritesStay: true, NotDurable: true, ClaimsAreCertain: true}
+		features := storagetest.Features{WritesStay: true, NotDurable: true, ClaimsAreCertain: true, NotKept: true}
 		storagetest.Run(t, features, func(*testing.T) *storagetest.Harness {
 			var now atomic.Int64
 			now.Store(time.Date(2025, 7, 1, 12, 0, 0, 0, time.UTC).UnixNano())

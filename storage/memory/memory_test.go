@@ -14,7 +14,7 @@ import (
 
 func TestConformance(t *testing.T) {
 	t.Parallel()
-	features := storagetest.Features{WritesStay: true, NotDurable: true, ClaimsAreCertain: true}
+	features := storagetest.Features{WritesStay: true, NotDurable: true, ClaimsAreCertain: true, NotKept: true}
 	storagetest.Run(t, features, func(*testing.T) *storagetest.Harness {
 		clock := testclock.New()
 		store := memory.New(&memory.Options{Now: clock.Now})

@@ -21,6 +21,7 @@ type reference struct {
 	now     time.Time
 	claims  map[idempotency.Key]bool
 	records map[idempotency.Key]*idempotency.Record
+	opens   map[idempotency.Key]*idempotency.Open
 	written map[string]int
 	slots   int // connections that are left
 
@@ -33,6 +34,7 @@ func newReference(fault string) *reference {
 		fault: fault, now: time.Date(2025, 7, 1, 12, 0, 0, 0, time.UTC), slots: 100,
 		claims:  map[idempotency.Key]bool{},
 		records: map[idempotency.Key]*idempotency.Record{},
+		opens:   map[idempotency.Key]*idempotency.Open{},
 		written: map[string]int{},
 		ended:   make(chan struct{}),
 	}

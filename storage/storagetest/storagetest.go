@@ -44,6 +44,10 @@ type Features struct {
 	// This happens if a claim shares a snapshot with the handler, as in PostgreSQL above READ
 	// COMMITTED.
 	RunsAgain bool
+
+	// NotKept: the store can't keep requests open: it is no idempotency.Keeper, or says
+	// idempotency.ErrNotKept.
+	NotKept bool
 }
 
 // Harness is a fresh, empty store and the functions that the suite needs. They must be safe for
@@ -96,6 +100,7 @@ const (
 	isDurable
 	expires
 	losesClaims
+	keepsOpen
 )
 
 // lacks returns the name of the feature that rules the promise out, or "".
@@ -109,16 +114,21 @@ func (f Features) lacks(p promise) string {
 		return "NoExpiry"
 	case p == losesClaims && f.ClaimsAreCertain:
 		return "ClaimsAreCertain"
+	case p == keepsOpen && f.NotKept:
+		return "NotKept"
 	}
 	return ""
 }
 
 // missing returns the name of a hook that the promise needs and the harness lacks, or "".
 func (h *Harness) missing(p promise) string {
+	_, keeper := h.Store.(idempotency.Keeper)
 	switch {
 	case h.Store == nil:
 		return "Store"
-	case p == undoesWrites && (h.Write == nil || h.Written == nil || h.Break == nil):
+	case p == keepsOpen && !keeper:
+		return "Store's BeginOpen, TakeOver, FindDue or ReadOpen"
+	case (p == undoesWrites || p == keepsOpen) && (h.Write == nil || h.Written == nil || h.Break == nil):
 		return "Write, Written or Break"
 	case p == isDurable && h.Reopen == nil:
 		return "Reopen"
@@ -140,7 +150,7 @@ type testCase struct {
 
 func cases() []testCase {
 	var all []testCase
-	for _, some := range [][]testCase{claimCases, recordCases, endCases, transactionCases, resolveCases, engineCases} {
+	for _, some := range [][]testCase{claimCases, recordCases, endCases, transactionCases, resolveCases, engineCases, keeperCases} {
 		all = append(all, some...)
 	}
 	return all

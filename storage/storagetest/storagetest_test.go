@@ -100,6 +100,29 @@ var faults = map[string]string{
 	"resolves one at a time":          "ManyResolveAtOnce",
 	"takes an old absence for proof":  "ResolveKnowsWhatMayHaveExpired",
 	"does not say when it claimed":    "ResolveKnowsWhatMayHaveExpired",
+	"an intent is no record":          "IntentIsKept",
+	"loses the input":                 "IntentIsKept",
+	"a new attempt's id":              "IntentIsKept",
+	"a look-up claims":                "LookUpClaimsNothing",
+	"a look-up hides what is open":    "LookUpClaimsNothing",
+	"takes over on any route":         "OwnerIsAlone",
+	"takes over at any time":          "OwnerIsAlone",
+	"takes what is parked":            "OwnerIsAlone",
+	"finds every route":               "OwnerIsAlone",
+	"leaves for no pause":             "OwnerIsAlone",
+	"many take over":                  "OneOfManyTakesOver",
+	"no fence":                        "ReplacedOwnerWritesNothing",
+	"forgets results":                 "ResultIsKept",
+	"the last result counts":          "ResultIsKept",
+	"doubts results":                  "ResultIsKept",
+	"does not count tries":            "ResultIsKept",
+	"tells the new doubt":             "ResultIsKept",
+	"an end leaves it open":           "EndCloses",
+	"an end loses writes":             "EndCloses",
+	"a decline keeps writes":          "EndCloses",
+	"leaving keeps writes":            "LeaveUndoesTheWrites",
+	"an intent drops writes":          "IntentAfterWritesIsRefused",
+	"lazy claims never":               "LazyClaimComesWithTheIntent",
 }
 
 // TestEveryFaultIsFound: a case that can't fail guards nothing.
@@ -141,7 +164,7 @@ func TestHookThatIsMissingIsNotSkipped(t *testing.T) {
 
 func TestFeaturesExcuseCases(t *testing.T) {
 	t.Parallel()
-	nothing := Features{WritesStay: true, NotDurable: true, NoExpiry: true, ClaimsAreCertain: true, RunsAgain: true}
+	nothing := Features{WritesStay: true, NotDurable: true, NoExpiry: true, ClaimsAreCertain: true, RunsAgain: true, NotKept: true}
 	for _, one := range cases() {
 		if promised := nothing.lacks(one.promise) == ""; promised != (one.promise == always) {
 			t.Errorf("%s is run: %v", one.name, promised)
