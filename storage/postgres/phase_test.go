@@ -435,6 +435,37 @@ func TestDeferExecTravelsWithThePhase(t *testing.T) {
 	r.want(t, idempotency.OutcomeExecuted, "")
 }
 
+// After the last call or phase, deferred statements belong to the last transaction: they travel with
+// the answer, and if they fail the request stays open.
+func TestDeferExecAfterACallTravelsWithTheAnswer(t *testing.T) {
+	t.Parallel()
+	var r *resumable
+	id := -1
+	r = newResumable(t, func(ctx context.Context) (*idempotency.Answer, error) {
+		h, err := postgres.Phase(ctx, "hold", insert(ctx, "hold"))
+		if err != nil {
+			return nil, err
+		}
+		if err := r.charge(ctx, true); err != nil {
+			return nil, err
+		}
+		if id != -1 {
+			id = h.ID
+		}
+		return said(201), postgres.DeferExec(ctx, "UPDATE effects SET name = 'posted' WHERE id = $1", id)
+	})
+	r.want(t, idempotency.OutcomeUnknown, idempotency.ReasonOutcomeUnknown)
+	if names := r.names(t); names != "hold" {
+		t.Errorf("wrote %q", names)
+	}
+	id = 0
+	r.due(t)
+	r.want(t, idempotency.OutcomeExecuted, "")
+	if names := r.names(t); names != "posted" || r.sent != 1 {
+		t.Errorf("wrote %q, sent %d", names, r.sent)
+	}
+}
+
 // A 4xx is answered after a phase, whose writes stay; but not after a call that was made.
 func TestRefusalAfterAPhaseIsAnswered(t *testing.T) {
 	t.Parallel()
