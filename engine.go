@@ -561,14 +561,15 @@ func refuse(decision decision, err error) Result {
 
 // trace carries one request's tracer. Without a tracer it does nothing and reads no clock.
 type trace struct {
-	tracer   Tracer
-	ctx      context.Context
-	req      *ongoing
-	started  time.Time
-	attempts int
-	last     Step // of the steps that end an attempt
-	resolved bool
-	panicked error // the tracer's panics
+	tracer    Tracer
+	ctx       context.Context
+	req       *ongoing
+	started   time.Time
+	attempts  int
+	last      Step // of the steps that end an attempt
+	resolved  bool
+	takenOver bool
+	panicked  error // the tracer's panics
 }
 
 func (e *Engine) startTrace(ctx context.Context, req *ongoing) (t trace) {
@@ -634,7 +635,7 @@ func (t *trace) end(result Result) {
 	}
 	defer recovered(panicOfTracer, &t.panicked)
 	t.tracer.TraceRequestEnd(t.ctx, RequestEnd{
-		Key: t.req.Key, Route: t.req.Route, Attempt: t.req.claim.Attempt, Attempts: t.attempts, Result: result, Resolved: t.resolved,
+		Key: t.req.Key, Route: t.req.Route, Attempt: t.req.claim.Attempt, Attempts: t.attempts, Result: result, Resolved: t.resolved, TakenOver: t.takenOver,
 		Declined: result.Outcome == OutcomeExecuted && t.last == StepDecline,
 		Started:  t.started, Duration: time.Since(t.started),
 	})

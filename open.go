@@ -582,6 +582,7 @@ func (e *Engine) attemptOpen(ctx context.Context, budget *deadline.Context, req 
 		asked = time.Now()
 		attempt, open, err = keeper.TakeOver(budget, &req.claim)
 		fact = factAfterTakeOver(&req.Request, open, attempt != nil, err)
+		trace.takenOver = trace.takenOver || attempt != nil
 	}
 	ended := attempt == nil
 	rollback := func() error {

@@ -107,6 +107,8 @@ type RequestEnd struct {
 	Attempts int       // the number that began
 	Declined bool      // executed, and the answer was recorded without the handler's writes
 	Resolved bool      // the reply to COMMIT was lost, and the store was asked for the outcome
+	// TakenOver reports that the request was open, and that an attempt of this one took it over.
+	TakenOver bool
 	Result   Result
 	Started  time.Time
 	Duration time.Duration

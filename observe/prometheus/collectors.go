@@ -103,6 +103,68 @@ func NewRecordsCollector[S interface {
 		IndexBytes int64
 	}
 }](read func(ctx context.Context) (S, error), opts *RecordsOptions) prometheus.Collector {
+	if read == nil {
+		panic("idempotency/prometheus: NewRecordsCollector needs a function")
+	}
+	return newFigures(opts, "records", recordsMetrics, func(ctx context.Context) (Records, error) {
+		stats, err := read(ctx)
+		return Records(stats), err
+	})
+}
+
+// Open are figures of the open requests: those of postgres.OpenStatistics.
+type Open struct {
+	Open         int64
+	Parked       int64
+	Due          int64
+	OldestOpen   time.Duration
+	OldestParked time.Duration
+	OldestDue    time.Duration
+}
+
+// NewOpenCollector shows figures of the open requests, for a service that calls other services
+// (package effect). Pass the method OpenStatistics of a *postgres.Store. It keeps and reads them as
+// [NewRecordsCollector] does.
+func NewOpenCollector[S interface {
+	~struct {
+		Open         int64
+		Parked       int64
+		Due          int64
+		OldestOpen   time.Duration
+		OldestParked time.Duration
+		OldestDue    time.Duration
+	}
+}](read func(ctx context.Context) (S, error), opts *RecordsOptions) prometheus.Collector {
+	if read == nil {
+		panic("idempotency/prometheus: NewOpenCollector needs a function")
+	}
+	return newFigures(opts, "open", openMetrics, func(ctx context.Context) (Open, error) {
+		stats, err := read(ctx)
+		return Open(stats), err
+	})
+}
+
+// figures are read from the store, and kept for a while.
+type figures[T any] struct {
+	options  RecordsOptions
+	read     func(context.Context) (T, error)
+	metrics  []figure[T]
+	age      *prometheus.Desc
+	failed   *prometheus.Desc
+	mu       sync.Mutex // held while the figures are read: concurrent scrapes read them once
+	last     T
+	asked    time.Time // zero: never
+	readAt   time.Time // of last; zero: there are none
+	failures float64
+}
+
+// figure is a metric of some figures.
+type figure[T any] struct {
+	desc  *prometheus.Desc
+	value func(T) float64
+}
+
+func newFigures[T any](opts *RecordsOptions, about string, metrics []figure[T], read func(context.Context) (T, error)) *figures[T] {
 	var o RecordsOptions
 	if opts != nil {
 		o = *opts
@@ -112,31 +174,18 @@ func NewRecordsCollector[S interface {
 	if o.Now == nil {
 		o.Now = time.Now
 	}
-	if read == nil || o.Interval < 0 || o.Timeout < 0 {
-		panic(fmt.Sprintf("idempotency/prometheus: NewRecordsCollector needs a function; RecordsOptions.Interval is %v and Timeout is %v: neither may be negative", o.Interval, o.Timeout))
+	if o.Interval < 0 || o.Timeout < 0 {
+		panic(fmt.Sprintf("idempotency/prometheus: RecordsOptions.Interval is %v and Timeout is %v: neither may be negative", o.Interval, o.Timeout))
 	}
-	return &recordsCollector{options: o, read: func(ctx context.Context) (Records, error) {
-		stats, err := read(ctx)
-		return Records(stats), err
-	}}
-}
-
-type recordsCollector struct {
-	options RecordsOptions
-	read    func(context.Context) (Records, error)
-
-	mu       sync.Mutex // held while the figures are read: concurrent scrapes read them once
-	last     Records
-	asked    time.Time // zero: never
-	readAt   time.Time // of last; zero: there are none
-	failures float64
+	return &figures[T]{
+		options: o, read: read, metrics: metrics,
+		age:    prometheus.NewDesc("idempotency_"+about+"_read_age_seconds", "Age of these figures.", nil, nil),
+		failed: prometheus.NewDesc("idempotency_"+about+"_read_failures_total", "Readings of these figures that failed.", nil, nil),
+	}
 }
 
 // recordsMetrics are the metrics of the records.
-var recordsMetrics = []struct {
-	desc  *prometheus.Desc
-	value func(Records) float64
-}{
+var recordsMetrics = []figure[Records]{
 	{recordsDesc("live_estimate", "Records that count, about."), func(r Records) float64 { return float64(r.Records - r.Expired) }},
 	{recordsDesc("expired_estimate", "Records that have expired and wait for the reaper, about."), func(r Records) float64 { return float64(r.Expired) }},
 	{recordsDesc("overdue_estimate_seconds", "For how long the oldest expired record waits for the reaper, at least."), func(r Records) float64 { return r.Overdue.Seconds() }},
@@ -144,44 +193,53 @@ var recordsMetrics = []struct {
 	{recordsDesc("index_bytes", "Size of its index."), func(r Records) float64 { return float64(r.IndexBytes) }},
 }
 
-var (
-	recordsAge      = recordsDesc("read_age_seconds", "Age of the figures about the records.")
-	recordsFailures = recordsDesc("read_failures_total", "Readings of the figures about the records that failed.")
-)
-
 func recordsDesc(name, help string) *prometheus.Desc {
 	return prometheus.NewDesc("idempotency_records_"+name, help, nil, nil)
 }
 
+// openMetrics are the metrics of the open requests.
+var openMetrics = []figure[Open]{
+	{openDesc("requests", "Requests that are open: they have called another service, or were about to, and have no answer yet."), func(o Open) float64 { return float64(o.Open) }},
+	{openDesc("parked", "Of these, those that only a person can end."), func(o Open) float64 { return float64(o.Parked) }},
+	{openDesc("due", "Of the others, those that wait for a run of their handler."), func(o Open) float64 { return float64(o.Due) }},
+	{openDesc("oldest_seconds", "Age of the oldest that is not parked."), func(o Open) float64 { return o.OldestOpen.Seconds() }},
+	{openDesc("oldest_parked_seconds", "Age of the oldest that is parked."), func(o Open) float64 { return o.OldestParked.Seconds() }},
+	{openDesc("oldest_due_seconds", "For how long one has been waiting for a run, at the most."), func(o Open) float64 { return o.OldestDue.Seconds() }},
+}
+
+func openDesc(name, help string) *prometheus.Desc {
+	return prometheus.NewDesc("idempotency_open_"+name, help, nil, nil)
+}
+
 // Describe implements [prometheus.Collector].
-func (c *recordsCollector) Describe(descs chan<- *prometheus.Desc) {
-	for _, m := range recordsMetrics {
+func (f *figures[T]) Describe(descs chan<- *prometheus.Desc) {
+	for _, m := range f.metrics {
 		descs <- m.desc
 	}
-	descs <- recordsAge
-	descs <- recordsFailures
+	descs <- f.age
+	descs <- f.failed
 }
 
 // Collect implements [prometheus.Collector].
-func (c *recordsCollector) Collect(metrics chan<- prometheus.Metric) {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	if now := c.options.Now(); c.asked.IsZero() || now.Sub(c.asked) >= c.options.Interval {
-		c.asked = now
-		ctx, cancel := context.WithTimeout(context.Background(), c.options.Timeout)
+func (f *figures[T]) Collect(metrics chan<- prometheus.Metric) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if now := f.options.Now(); f.asked.IsZero() || now.Sub(f.asked) >= f.options.Interval {
+		f.asked = now
+		ctx, cancel := context.WithTimeout(context.Background(), f.options.Timeout)
 		defer cancel()
-		if records, err := c.read(ctx); err != nil {
-			c.failures++
+		if read, err := f.read(ctx); err != nil {
+			f.failures++
 		} else {
-			c.last, c.readAt = records, now
+			f.last, f.readAt = read, now
 		}
 	}
-	metrics <- prometheus.MustNewConstMetric(recordsFailures, prometheus.CounterValue, c.failures)
-	if c.readAt.IsZero() {
+	metrics <- prometheus.MustNewConstMetric(f.failed, prometheus.CounterValue, f.failures)
+	if f.readAt.IsZero() {
 		return
 	}
-	for _, m := range recordsMetrics {
-		metrics <- prometheus.MustNewConstMetric(m.desc, prometheus.GaugeValue, m.value(c.last))
+	for _, m := range f.metrics {
+		metrics <- prometheus.MustNewConstMetric(m.desc, prometheus.GaugeValue, m.value(f.last))
 	}
-	metrics <- prometheus.MustNewConstMetric(recordsAge, prometheus.GaugeValue, c.options.Now().Sub(c.readAt).Seconds())
+	metrics <- prometheus.MustNewConstMetric(f.age, prometheus.GaugeValue, f.options.Now().Sub(f.readAt).Seconds())
 }

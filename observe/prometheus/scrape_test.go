@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"os"
+	"regexp"
 	"slices"
 	"strings"
 	"testing"
@@ -41,6 +42,11 @@ func observe(t *testing.T, opts *promobserve.Options) *observed {
 			return postgres.Statistics{}, o.unread
 		}
 		return o.Store.Statistics(ctx)
+	}, &promobserve.RecordsOptions{Interval: time.Nanosecond, Timeout: 20 * time.Second}), promobserve.NewOpenCollector(func(ctx context.Context) (postgres.OpenStatistics, error) {
+		if o.unread != nil {
+			return postgres.OpenStatistics{}, o.unread
+		}
+		return o.Store.OpenStatistics(ctx)
 	}, &promobserve.RecordsOptions{Interval: time.Nanosecond, Timeout: 20 * time.Second}))
 	return o
 }
@@ -132,6 +138,36 @@ func TestEveryMetricSaysWhatHappened(t *testing.T) {
 	}
 	o.Expire(90 * time.Second)
 	o.Execute(fixture.Transfers, 1)
+
+	// Calls to another service: one that is made, one that is refused, one that a person must settle
+	// and one whose reply is lost, which is completed later, with another input of the handler's.
+	key := o.NewKey()
+	o.Send(fixture.TopUps, key, "pay", key, idempotency.OutcomeExecuted)
+	key = o.NewKey()
+	o.Send(fixture.TopUps, key, "decline", key, idempotency.OutcomeExecuted)
+	o.Park()
+	o.LoseReply()
+	o.Age(90 * time.Second)
+	text = scrape(t, o.registry)
+	wantLines(t, text, `idempotency_open_requests 2`, `idempotency_open_parked 1`, `idempotency_open_due 1`, `idempotency_open_read_failures_total 1`)
+	for _, metric := range []string{"oldest_seconds", "oldest_parked_seconds", "oldest_due_seconds"} {
+		if s := regexp.MustCompile(`(?m)^idempotency_open_` + metric + ` (9\d|1\d\d)(\.|$)`).FindString(text); s == "" {
+			t.Errorf("%s is not about 90 seconds", metric)
+		}
+	}
+	o.LoseReply()
+	o.Complete(2)
+	text = scrape(t, o.registry)
+	wantLines(t, text, `idempotency_open_requests 1`, `idempotency_open_due 0`, `idempotency_open_oldest_seconds 0`, `idempotency_take_overs_total 2`,
+		`idempotency_effects_total{effect="charge",result="done",sent="true"} 3`, `idempotency_effects_total{effect="charge",result="declined",sent="true"} 1`,
+		`idempotency_effects_total{effect="charge",result="parked",sent="true"} 1`, `idempotency_effects_total{effect="charge",result="unknown",sent="true"} 2`,
+		`idempotency_effects_total{effect="charge",result="fenced",sent="true"} 0`, `idempotency_effects_total{effect="charge",result="done",sent="false"} 0`,
+		`idempotency_effect_drifts_total{effect="charge"} 2`, `idempotency_effect_duration_seconds_count{effect="charge"} 7`)
+	if strings.Contains(text, fixture.Canary) {
+		t.Error("the scrape holds what a client sent, or an error's text")
+	}
+	o.LoseReply()
+	o.Age(time.Second)
 	wantDocumented(t, o.registry)
 }
 
@@ -154,7 +190,7 @@ func wantDocumented(t *testing.T, registry *prometheus.Registry) {
 			caused = caused || value(metric) != 0
 		}
 		inOrder := []string{}
-		for _, name := range []string{"route", "outcome", "reason", "step", "error", "result"} {
+		for _, name := range []string{"route", "effect", "outcome", "reason", "step", "error", "result", "sent"} {
 			if names[name] {
 				inOrder = append(inOrder, name)
 				delete(names, name)

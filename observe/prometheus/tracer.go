@@ -22,6 +22,9 @@ const (
 
 	// RouteOther is the label of all routes over [Options.RoutesMax].
 	RouteOther = "other"
+
+	// EffectsMax is the maximum number of effects with series of their own; further ones are "other".
+	EffectsMax = 100
 )
 
 // Options tune a [Tracer]. Nil and the zero value are the defaults. A negative number panics.
@@ -81,6 +84,10 @@ type Tracer struct {
 	deleted    prometheus.Counter
 	walks      *prometheus.CounterVec
 	walkTime   prometheus.Histogram
+	takeOvers  prometheus.Counter
+	effects    *prometheus.CounterVec
+	drifts     *prometheus.CounterVec
+	effectTime *prometheus.HistogramVec
 
 	waiters atomic.Int64
 
@@ -90,6 +97,7 @@ type Tracer struct {
 
 	mu     sync.RWMutex
 	routes map[string]*routeSeries
+	named  map[string]string // the labels of effects
 }
 
 // end is the outcome and reason of a request.
@@ -107,8 +115,9 @@ type endSeries struct {
 type routeSeries struct{ replayed, inProgress, lost prometheus.Counter }
 
 var (
-	_ idempotency.Tracer     = (*Tracer)(nil)
-	_ idempotency.WaitTracer = (*Tracer)(nil)
+	_ idempotency.Tracer       = (*Tracer)(nil)
+	_ idempotency.WaitTracer   = (*Tracer)(nil)
+	_ idempotency.EffectTracer = (*Tracer)(nil)
 )
 
 // secondsBuckets reach from a replay on a warm connection to the longest time of a handler.
@@ -186,7 +195,14 @@ func New(registerer prometheus.Registerer, opts *Options) *Tracer {
 		walkTime: prometheus.NewHistogram(prometheus.HistogramOpts{
 			Name: "idempotency_reaper_walk_duration_seconds", Help: "Time of each walk of the reaper.", Buckets: []float64{.01, .1, 1, 10, 60, 600, 3600},
 		}),
-		ends: map[end]endSeries{}, times: map[idempotency.Step]prometheus.Observer{}, routes: map[string]*routeSeries{},
+		takeOvers: prometheus.NewCounter(prometheus.CounterOpts{
+			Name: "idempotency_take_overs_total", Help: "Open requests that this process took over: from a process that died, or after a pause.",
+		}),
+		effects: counters("effects_total", "Calls of effects by handlers, by what became of them; sent says whether that call was sent, or its result was known before.",
+			"effect", "result", "sent"),
+		drifts:     counters("effect_drifts_total", "Calls of effects whose input differs from the recorded one, which was sent.", "effect"),
+		effectTime: histograms("effect_duration_seconds", "Time of a call of an effect that was sent, with its intent and its result.", "effect"),
+		ends:       map[end]endSeries{}, times: map[idempotency.Step]prometheus.Observer{}, routes: map[string]*routeSeries{}, named: map[string]string{},
 	}
 	limit := gauge("handler_timeout_seconds", "The limit of the claim and the handler together.")
 	limit.Set(t.options.Timeouts.Handler.Seconds())
@@ -195,7 +211,7 @@ func New(registerer prometheus.Registerer, opts *Options) *Tracer {
 	}, func() float64 { return float64(t.waiters.Load()) })
 	all := []prometheus.Collector{
 		t.requests, t.durations, t.attempts, t.inFlight, waiting, t.steps, t.failures, t.refused, t.resolved, t.duplicates,
-		t.deleted, t.walks, t.walkTime, limit,
+		t.deleted, t.walks, t.walkTime, limit, t.takeOvers, t.effects, t.drifts, t.effectTime,
 	}
 	if !t.options.WithoutLostKeys {
 		lostKeys := t.options.LostKeys
@@ -349,6 +365,9 @@ func (t *Tracer) TraceRequestEnd(ctx context.Context, e idempotency.RequestEnd) 
 	case idempotency.OutcomeInProgress:
 		t.route(ctx, e.Route).inProgress.Inc()
 	}
+	if e.TakenOver {
+		t.takeOvers.Inc()
+	}
 	if e.Resolved {
 		t.resolved.WithLabelValues(resolvedResult(e.Result.Outcome)).Inc()
 	}
@@ -363,6 +382,55 @@ func resolvedResult(outcome idempotency.Outcome) string {
 		return resolvedNotFound
 	}
 	return resolvedUnknown
+}
+
+// effectResults are those that are counted with a send, and those without.
+var effectResults = map[bool][]idempotency.EffectResult{
+	true: {
+		idempotency.EffectResultDone, idempotency.EffectResultDeclined, idempotency.EffectResultMaybe, idempotency.EffectResultUnknown,
+		idempotency.EffectResultParked, idempotency.EffectResultFenced,
+	},
+	false: {
+		idempotency.EffectResultDone, idempotency.EffectResultDeclined, idempotency.EffectResultMaybe, idempotency.EffectResultUnknown,
+		idempotency.EffectResultNotSent, idempotency.EffectResultParked, idempotency.EffectResultFenced, idempotency.EffectResultFailed,
+	},
+}
+
+// effect returns the label of an effect. A new one's series begin at zero.
+func (t *Tracer) effect(name string) string {
+	t.mu.RLock()
+	label, ok := t.named[name]
+	full := len(t.named) >= EffectsMax
+	t.mu.RUnlock()
+	switch {
+	case ok:
+		return label
+	case full:
+		return labelOther
+	}
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	label = strings.ToValidUTF8(name, "\uFFFD") // otherwise the client library panics
+	t.named[strings.Clone(name)] = label
+	for sent, results := range effectResults {
+		for _, result := range results {
+			t.effects.WithLabelValues(label, string(result), fmt.Sprint(sent))
+		}
+	}
+	t.drifts.WithLabelValues(label)
+	return label
+}
+
+// TraceEffect implements [idempotency.EffectTracer].
+func (t *Tracer) TraceEffect(_ context.Context, e idempotency.EffectEnd) {
+	label := t.effect(e.Name)
+	t.effects.WithLabelValues(label, string(e.Result), fmt.Sprint(e.Sent)).Inc()
+	if e.Drift {
+		t.drifts.WithLabelValues(label).Inc()
+	}
+	if e.Sent {
+		t.effectTime.WithLabelValues(label).Observe(e.Duration.Seconds())
+	}
 }
 
 // TraceRefused implements [idempotency.Tracer].

@@ -3,6 +3,7 @@ package promobserve_test
 import (
 	"context"
 	"errors"
+	"fmt"
 	"strconv"
 	"strings"
 	"testing"
@@ -70,6 +71,22 @@ func TestSeriesBeginAtZero(t *testing.T) {
 		`idempotency_handler_timeout_seconds 10`)
 }
 
+// An effect's series begin at zero with its first call. Those over the limit share one label.
+func TestEffectsAreBounded(t *testing.T) {
+	t.Parallel()
+	registry := prometheus.NewRegistry()
+	tracer := promobserve.New(registry, nil)
+	for i := range promobserve.EffectsMax + 2 {
+		tracer.TraceEffect(context.Background(), idempotency.EffectEnd{Name: fmt.Sprint("e", i), Result: idempotency.EffectResultDone, Sent: true})
+	}
+	text := scrape(t, registry)
+	wantLines(t, text, `idempotency_effects_total{effect="e99",result="done",sent="true"} 1`, `idempotency_effects_total{effect="other",result="done",sent="true"} 2`,
+		`idempotency_effects_total{effect="e0",result="fenced",sent="true"} 0`, `idempotency_effects_total{effect="e0",result="not-sent",sent="false"} 0`)
+	if strings.Contains(text, `"e100"`) {
+		t.Error("there is a series over the limit")
+	}
+}
+
 // If a tracer around this one does not implement WaitTracer, the figure is missing, and does not
 // become negative.
 func TestWaitersAreNeverNegative(t *testing.T) {
@@ -104,9 +121,10 @@ func TestWiringMistakesPanic(t *testing.T) {
 		"handler's timeout": func() {
 			promobserve.New(prometheus.NewRegistry(), &promobserve.Options{Timeouts: idempotency.Timeouts{Handler: -1}})
 		},
-		"no statistics": func() { promobserve.NewRecordsCollector[promobserve.Records](nil, nil) },
-		"interval":      func() { promobserve.NewRecordsCollector(read, &promobserve.RecordsOptions{Interval: -1}) },
-		"timeout":       func() { promobserve.NewRecordsCollector(read, &promobserve.RecordsOptions{Timeout: -1}) },
+		"no statistics of open requests": func() { promobserve.NewOpenCollector[promobserve.Open](nil, nil) },
+		"no statistics":                  func() { promobserve.NewRecordsCollector[promobserve.Records](nil, nil) },
+		"interval":                       func() { promobserve.NewRecordsCollector(read, &promobserve.RecordsOptions{Interval: -1}) },
+		"timeout":                        func() { promobserve.NewRecordsCollector(read, &promobserve.RecordsOptions{Timeout: -1}) },
 	} {
 		func() {
 			defer func() {

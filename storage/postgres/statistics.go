@@ -42,9 +42,60 @@ func (s *Store) Statistics(ctx context.Context) (Statistics, error) {
 	var stats Statistics
 	var read, pages int64
 	var overdueSeconds float64
+	err := s.readBounded(ctx, s.statisticsSQL(), []any{pgx.Identifier{s.options.Schema, TableName}.Sanitize(), StatisticsPagesMax, rand.Float64()},
+		&pages, &stats.TableBytes, &stats.IndexBytes, &read, &stats.Records, &stats.Expired, &overdueSeconds)
+	if err != nil {
+		return Statistics{}, fmt.Errorf("statistics: %w", err)
+	}
+	stats.Overdue = seconds(overdueSeconds)
+	if read > 0 && read < pages {
+		scale := float64(pages) / float64(read)
+		stats.Records = int64(float64(stats.Records) * scale)
+		stats.Expired = int64(float64(stats.Expired) * scale)
+	}
+	return stats, nil
+}
+
+// OpenStatistics are figures about the open requests.
+type OpenStatistics struct {
+	Open   int64 // requests that are open, parked ones included
+	Parked int64 // of these, that wait for a person
+	Due    int64 // of the others, that wait for a run
+	// OldestOpen is the age of the oldest open request that is not parked; zero if there is none.
+	OldestOpen time.Duration
+	// OldestParked is the age of the oldest parked request; zero if there is none.
+	OldestParked time.Duration
+	// OldestDue is the time for which one has been waiting for a run, at the most; zero if none
+	// waits. If it grows, no completer runs, or no replica has a handler with the request's name.
+	OldestDue time.Duration
+}
+
+// OpenStatistics reads figures about the open requests, as [Store.Statistics] does about the
+// records. Its cost grows with the number of open requests, and it fails if reading them takes
+// longer than [StatisticsTimeoutMax]. It needs SELECT on the table [OpenTableName]. Safe for
+// concurrent use.
+func (s *Store) OpenStatistics(ctx context.Context) (OpenStatistics, error) {
+	var stats OpenStatistics
+	var open, parked, due float64
+	err := s.readBounded(ctx, `SELECT count(*), count(parked), count(*) FILTER (WHERE parked IS NULL AND next_at <= now()),
+		coalesce(extract(epoch FROM now() - min(started_at) FILTER (WHERE parked IS NULL)), 0)::float8,
+		coalesce(extract(epoch FROM now() - min(started_at) FILTER (WHERE parked IS NOT NULL)), 0)::float8,
+		coalesce(greatest(extract(epoch FROM now() - min(next_at) FILTER (WHERE parked IS NULL)), 0), 0)::float8
+		FROM `+pgx.Identifier{s.options.Schema, OpenTableName}.Sanitize(), nil, &stats.Open, &stats.Parked, &stats.Due, &open, &parked, &due)
+	if err != nil {
+		return OpenStatistics{}, fmt.Errorf("statistics of open requests: %w", err)
+	}
+	stats.OldestOpen, stats.OldestParked, stats.OldestDue = seconds(open), seconds(parked), seconds(due)
+	return stats, nil
+}
+
+func seconds(s float64) time.Duration { return time.Duration(s * float64(time.Second)) }
+
+// readBounded reads one row, within StatisticsTimeoutMax on the server.
+func (s *Store) readBounded(ctx context.Context, sql string, args []any, dest ...any) error {
 	tx, err := s.pool.BeginTx(ctx, pgx.TxOptions{IsoLevel: pgx.ReadCommitted, AccessMode: pgx.ReadOnly})
 	if err != nil {
-		return Statistics{}, fmt.Errorf("statistics: %w", wire.SQLError(err))
+		return wire.SQLError(err)
 	}
 	defer func() {
 		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), StatisticsTimeoutMax)
@@ -56,23 +107,16 @@ func (s *Store) Statistics(ctx context.Context) (Statistics, error) {
 	// row_security off, the next statement fails if policies would hide rows from its count.
 	_, err = tx.Exec(ctx, "SELECT set_config('statement_timeout', $1, true), set_config('row_security', 'off', true)", pgx.QueryExecModeExec, fmt.Sprint(StatisticsTimeoutMax.Milliseconds()))
 	if err == nil {
-		err = tx.QueryRow(ctx, s.statisticsSQL(), pgx.QueryExecModeExec, pgx.Identifier{s.options.Schema, TableName}.Sanitize(), StatisticsPagesMax, rand.Float64()).
-			Scan(&pages, &stats.TableBytes, &stats.IndexBytes, &read, &stats.Records, &stats.Expired, &overdueSeconds)
+		err = tx.QueryRow(ctx, sql, append([]any{pgx.QueryExecModeExec}, args...)...).Scan(dest...)
 	}
 	var pgErr *pgconn.PgError
 	switch {
 	case errors.As(err, &pgErr) && pgErr.Code == "42501" && pgErr.Routine == "check_enable_rls":
-		return Statistics{}, fmt.Errorf("statistics: %w", rowSecurity(s.table, ""))
+		return rowSecurity(s.table, "")
 	case err != nil:
-		return Statistics{}, fmt.Errorf("statistics: %w", wire.SQLError(err))
+		return wire.SQLError(err)
 	}
-	stats.Overdue = time.Duration(overdueSeconds * float64(time.Second))
-	if read > 0 && read < pages {
-		scale := float64(pages) / float64(read)
-		stats.Records = int64(float64(stats.Records) * scale)
-		stats.Expired = int64(float64(stats.Expired) * scale)
-	}
-	return stats, nil
+	return nil
 }
 
 // statisticsSQL reads every n-th page from a random one on. Records that expire together lie

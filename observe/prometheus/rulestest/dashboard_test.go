@@ -67,6 +67,12 @@ func TestEveryQueryOfTheDashboardReturnsData(t *testing.T) {
 			w.LoseKey()
 			w.Fail()
 			w.Refuse()
+			w.LoseReply()
+			w.Age(time.Second)
+			w.Park()
+			if n%2 == 0 {
+				w.Complete(min(n+1, 2))
+			}
 			w.LoseCommit(true)
 			w.LoseCommit(false)
 			w.tracer.OnWalk(1, time.Second, errors.New(fixture.Canary))

@@ -145,6 +145,37 @@ func TestAlertsFireWhereTheyShould(t *testing.T) {
 			w.Expire(2 * time.Hour)
 			w.tracer.OnWalk(0, time.Second, nil)
 		}, 0, []string{"IdempotencyExpiredBacklog"}, nil},
+		"a request is parked": {func(w *world, n int) {
+			w.usual(n)
+			if n == 0 {
+				w.Park()
+			}
+		}, 0, []string{"IdempotencyParked"}, nil},
+		"a request stays open": {func(w *world, n int) {
+			w.usual(n)
+			if n == 0 {
+				w.LoseReply()
+				w.Age(time.Hour)
+			}
+		}, 0, []string{"IdempotencyOpenTooLong", "IdempotencyOpenNotRun"}, nil},
+		"the other service is down": {func(w *world, n int) {
+			w.usual(n)
+			w.LoseReply()
+			w.Abandon()
+		}, 0, []string{"IdempotencyEffectUnknown", "IdempotencyUnknown"}, nil},
+		"a handler changes its mind": {func(w *world, n int) {
+			w.usual(n)
+			if n == badTicks-1 {
+				w.LoseReply()
+				w.Complete(1)
+			}
+		}, 0, []string{"IdempotencyEffectDrift"}, nil},
+		"a result comes too late": {func(w *world, n int) {
+			w.usual(n)
+			if n == badTicks-1 {
+				w.tracer.TraceEffect(context.Background(), idempotency.EffectEnd{Name: "charge", Result: idempotency.EffectResultFenced, Sent: true})
+			}
+		}, 0, []string{"IdempotencyEffectFenced"}, nil},
 		"figures can't be read": {func(w *world, n int) {
 			w.usual(n)
 			w.unread = errors.New("no")

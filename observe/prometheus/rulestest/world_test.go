@@ -57,6 +57,11 @@ func newWorld(t *testing.T, handlerTimeout, recordsTimeout time.Duration) *world
 			return postgres.Statistics{}, w.unread
 		}
 		return w.Store.Statistics(ctx)
+	}, &promobserve.RecordsOptions{Timeout: recordsTimeout, Now: func() time.Time { return w.now }}), promobserve.NewOpenCollector(func(ctx context.Context) (postgres.OpenStatistics, error) {
+		if w.unread != nil {
+			return postgres.OpenStatistics{}, w.unread
+		}
+		return w.Store.OpenStatistics(ctx)
 	}, &promobserve.RecordsOptions{Timeout: recordsTimeout, Now: func() time.Time { return w.now }}))
 	w.scraped = promhttp.HandlerFor(registry, promhttp.HandlerOpts{ErrorHandling: promhttp.HTTPErrorOnError})
 
