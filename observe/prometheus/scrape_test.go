@@ -141,9 +141,8 @@ func TestEveryMetricSaysWhatHappened(t *testing.T) {
 
 	// Calls to another service: one that is made, one that is refused, one that a person must settle
 	// and one whose reply is lost, which is completed later, with another input of the handler's.
+	o.Charge()
 	key := o.NewKey()
-	o.Send(fixture.TopUps, key, "pay", key, idempotency.OutcomeExecuted)
-	key = o.NewKey()
 	o.Send(fixture.TopUps, key, "decline", key, idempotency.OutcomeExecuted)
 	o.Park()
 	o.LoseReply()

@@ -1,6 +1,7 @@
 package rulestest
 
 import (
+	"context"
 	"errors"
 	"log/slog"
 	"os"
@@ -150,14 +151,14 @@ func TestAlertsFireWhereTheyShould(t *testing.T) {
 			if n == 0 {
 				w.Park()
 			}
-		}, 0, []string{"IdempotencyParked"}, nil},
+		}, 0, []string{"IdempotencyParked"}, []string{"IdempotencyUnknown"}},
 		"a request stays open": {func(w *world, n int) {
 			w.usual(n)
 			if n == 0 {
 				w.LoseReply()
 				w.Age(time.Hour)
 			}
-		}, 0, []string{"IdempotencyOpenTooLong", "IdempotencyOpenNotRun"}, nil},
+		}, 0, []string{"IdempotencyOpenTooLong", "IdempotencyOpenNotRun"}, []string{"IdempotencyUnknown"}},
 		"the other service is down": {func(w *world, n int) {
 			w.usual(n)
 			w.LoseReply()
@@ -165,13 +166,15 @@ func TestAlertsFireWhereTheyShould(t *testing.T) {
 		}, 0, []string{"IdempotencyEffectUnknown", "IdempotencyUnknown"}, nil},
 		"a handler changes its mind": {func(w *world, n int) {
 			w.usual(n)
+			w.Charge()
 			if n == badTicks-1 {
 				w.LoseReply()
 				w.Complete(1)
 			}
-		}, 0, []string{"IdempotencyEffectDrift"}, nil},
+		}, 0, []string{"IdempotencyEffectDrift"}, []string{"IdempotencyUnknown"}},
 		"a result comes too late": {func(w *world, n int) {
 			w.usual(n)
+			w.Charge()
 			if n == badTicks-1 {
 				w.tracer.TraceEffect(context.Background(), idempotency.EffectEnd{Name: "charge", Result: idempotency.EffectResultFenced, Sent: true})
 			}
