@@ -22,6 +22,8 @@ type instruments struct {
 	resolved   metric.Int64Counter
 	duplicates metric.Int64Counter
 	lost       metric.Int64Counter
+	takeOvers  metric.Int64Counter
+	effects    metric.Int64Counter
 
 	// sets has the series by labels: the engine's labels are few, and making a set costs more than
 	// counting.
@@ -64,6 +66,8 @@ func newInstruments(meter metric.Meter) *instruments {
 		resolved:   made(meter.Int64Counter("idempotency.resolved", metric.WithDescription("Requests whose COMMIT lost its reply and was looked up, by how they ended."), metric.WithUnit("{request}"))),
 		duplicates: made(meter.Int64Counter("idempotency.duplicates", metric.WithDescription("Requests that came again."), metric.WithUnit("{request}"))),
 		lost:       made(meter.Int64Counter("idempotency.lost_keys", metric.WithDescription("Requests that came again with another key."), metric.WithUnit("{request}"))),
+		takeOvers:  made(meter.Int64Counter("idempotency.take_overs", metric.WithDescription("Open requests that this process took over."), metric.WithUnit("{request}"))),
+		effects:    made(meter.Int64Counter("idempotency.effects", metric.WithDescription("Calls of effects by handlers, by what became of them."), metric.WithUnit("{call}"))),
 	}
 }
 
@@ -91,6 +95,9 @@ func (i *instruments) end(ctx context.Context, end idempotency.RequestEnd) {
 	i.durations.Record(ctx, end.Duration.Seconds(), ofOutcome.record...)
 	if end.Resolved {
 		i.resolved.Add(ctx, 1, ofOutcome.add...)
+	}
+	if end.TakenOver {
+		i.takeOvers.Add(ctx, 1)
 	}
 	switch end.Result.Outcome {
 	case idempotency.OutcomeReplayed, idempotency.OutcomeInProgress:

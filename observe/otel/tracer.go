@@ -28,6 +28,10 @@ const (
 	attributeStep          = attribute.Key("idempotency.step")
 	attributeOriginalTrace = attribute.Key("idempotency.original.trace_id")
 	attributeAfter         = attribute.Key("idempotency.after_seconds")
+	attributeEffect        = attribute.Key("idempotency.effect.name")
+	attributeResult        = attribute.Key("idempotency.effect.result")
+	attributeSent          = attribute.Key("idempotency.effect.sent")
+	attributeDrift         = attribute.Key("idempotency.effect.drift")
 	attributeRoute         = attribute.Key("http.route")
 	attributeMethod        = attribute.Key("http.request.method")
 	attributeStatus        = attribute.Key("http.response.status_code")
@@ -56,8 +60,9 @@ type Tracer struct {
 }
 
 var (
-	_ idempotency.Tracer     = (*Tracer)(nil)
-	_ idempotency.WaitTracer = (*Tracer)(nil)
+	_ idempotency.Tracer       = (*Tracer)(nil)
+	_ idempotency.WaitTracer   = (*Tracer)(nil)
+	_ idempotency.EffectTracer = (*Tracer)(nil)
 )
 
 // New returns a tracer. It panics if the meter refuses an instrument.
@@ -209,6 +214,15 @@ func (t *Tracer) describe(span trace.Span, end idempotency.RequestEnd) {
 	if result.Record != nil && result.Outcome == idempotency.OutcomeReplayed {
 		link(span, result.Record.TraceID)
 	}
+}
+
+// TraceEffect implements [idempotency.EffectTracer]: an event of the request's span.
+func (t *Tracer) TraceEffect(ctx context.Context, end idempotency.EffectEnd) {
+	of := []attribute.KeyValue{
+		attributeEffect.String(end.Name), attributeResult.String(string(end.Result)), attributeSent.Bool(end.Sent), attributeDrift.Bool(end.Drift),
+	}
+	t.metrics.effects.Add(ctx, 1, metric.WithAttributes(of...))
+	spanOf(ctx).AddEvent("idempotency.effect", trace.WithAttributes(of...))
 }
 
 // TraceRefused implements [idempotency.Tracer]: an event of the span that the request's context

@@ -245,6 +245,24 @@ func TestEventsAndWaits(t *testing.T) {
 	if !slices.Equal(events, []string{"idempotency.lost_key"}) {
 		t.Errorf("events of the request: %q", events)
 	}
+	o.LoseReply()
+	o.take()
+	o.Complete(1)
+	events = nil
+	for _, span := range named(o.take(), "idempotency") {
+		for _, event := range span.Events {
+			events = append(events, event.Name)
+			for _, a := range event.Attributes {
+				events = append(events, a.Value.Emit())
+			}
+		}
+	}
+	if want := []string{"idempotency.effect", "charge", "done", "true", "true"}; !slices.Equal(events, want) {
+		t.Errorf("events of a request that was taken over: %q, want %q", events, want)
+	}
+	if o.sum("idempotency.take_overs") != 1 || o.sum("idempotency.effects") != 2 {
+		t.Errorf("%v taken over, %v calls", o.sum("idempotency.take_overs"), o.sum("idempotency.effects"))
+	}
 	o.Refuse()
 	events = nil
 	for _, span := range named(o.take(), "server") {

@@ -35,6 +35,45 @@ func TestStatisticsOfASmallTableAreExact(t *testing.T) {
 
 // However large the table is, at most StatisticsPagesMax of its pages are read, and the estimates
 // are near.
+// The figures of open requests say how many are open, and how long the oldest of each kind has been.
+// An open request always has a time at which it is due, unless a person has to end it.
+func TestStatisticsOfOpenRequests(t *testing.T) {
+	t.Parallel()
+	ctx := context.Background()
+	b := setup(t, &setupOptions{store: &postgres.Options{Schema: "house"}})
+	if got, err := b.store.OpenStatistics(ctx); err != nil || got != (postgres.OpenStatistics{}) {
+		t.Errorf("without any: %+v, %v", got, err)
+	}
+	for i, r := range []struct {
+		started, due string
+		parked       any
+	}{
+		{"3 hours", "1 minute", nil},    // runs
+		{"2 hours", "-10 minutes", nil}, // due
+		{"1 hour", "-5 minutes", nil},   // due
+		{"5 hours", "-4 hours", "why"},
+	} {
+		if _, err := b.pool.Exec(ctx, `INSERT INTO house.idempotency_open (next_at, started_at, epoch, lease_ms, ttl_ms, runs, owned, scope, key, route, parked, request)
+			VALUES (now() + $1::interval, now() - $2::interval, 1, 1, 1, 1, false, 'acme', $3::int::text, 'topup/1', $4, '')`, r.due, r.started, i, r.parked); err != nil {
+			t.Fatal(err)
+		}
+	}
+	got, err := b.store.OpenStatistics(ctx)
+	if err != nil || got.Open != 4 || got.Parked != 1 || got.Due != 2 {
+		t.Errorf("%+v, %v", got, err)
+	}
+	for name, c := range map[string]struct{ got, want time.Duration }{
+		"open": {got.OldestOpen, 3 * time.Hour}, "parked": {got.OldestParked, 5 * time.Hour}, "due": {got.OldestDue, 10 * time.Minute},
+	} {
+		if c.got < c.want || c.got > c.want+time.Minute {
+			t.Errorf("the oldest that is %s: %v, want %v", name, c.got, c.want)
+		}
+	}
+	if _, err := b.pool.Exec(ctx, "UPDATE house.idempotency_open SET next_at = NULL"); err == nil {
+		t.Error("an open request may be due never")
+	}
+}
+
 func TestStatisticsReadAFewPages(t *testing.T) {
 	t.Parallel()
 	ctx := context.Background()
