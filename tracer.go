@@ -109,9 +109,9 @@ type RequestEnd struct {
 	Resolved bool      // the reply to COMMIT was lost, and the store was asked for the outcome
 	// TakenOver reports that the request was open, and that an attempt of this one took it over.
 	TakenOver bool
-	Result   Result
-	Started  time.Time
-	Duration time.Duration
+	Result    Result
+	Started   time.Time
+	Duration  time.Duration
 }
 
 // Refused describes a request that an adapter refused.
