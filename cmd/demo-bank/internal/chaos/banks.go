@@ -26,8 +26,9 @@ const (
 	// If a COMMIT stays half-open, its transaction ends ten seconds after this timeout. By then its
 	// request has been answered as unknown.
 	handlerTimeout = 4 * time.Second
-	// handlerTimeoutCalls is longer than a call to the processor.
-	handlerTimeoutCalls = 7 * time.Second
+	// handlerTimeoutCalls is longer than a bank is stopped: its end must not be what keeps a bank that
+	// slept from sending.
+	handlerTimeoutCalls = 20 * time.Second
 	acquireTimeout      = time.Second
 
 	// duplicateWait is shorter than the time that an attempt may hold a key, so that some requests

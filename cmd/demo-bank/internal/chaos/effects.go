@@ -198,8 +198,8 @@ func (r *run) misbehave(ctx context.Context, e event) (bool, error) {
 }
 
 // stopLength is longer than the lease of a bank's open request: its call's timeout of 5 s, the
-// COMMIT's of 2 s, and 5 s.
-const stopLength = 13 * time.Second
+// COMMIT's of 5 s, and 5 s.
+const stopLength = 16 * time.Second
 
 // faultOpen decides the fault of a COMMIT of a request that calls the processor.
 func (c *commits) faultOpen(bank int, commit pgfault.Commit, k *key) (pgfault.Fault, bool) {
