@@ -222,12 +222,10 @@ func (r *run) split(ops []check.Operation, expected []check.Expectation) (callin
 	return calling, plain
 }
 
-const operationsName = "operations"
-
 // operations asks each status resource that a client was told of: it is done, with the recorded
 // answer, unless the request is left to a person.
 func (r *run) operations(ctx context.Context) check.Result {
-	result := check.Result{Name: operationsName, Title: "each status resource that a client was told of shows the recorded answer, to its own client", Examples: []string{}}
+	result := check.Result{Name: "operations", Title: "each status resource that a client was told of shows the recorded answer, to its own client", Examples: []string{}}
 	wrong := func(format string, args ...any) {
 		if result.Count++; len(result.Examples) < check.ExamplesMax {
 			result.Examples = append(result.Examples, fmt.Sprintf(format, args...))

@@ -167,9 +167,8 @@ func (p *Report) judge() {
 	}
 }
 
-// maySeeNothing are checks that may see nothing in a run with few faults, or with banks that tell
-// nobody to look later.
-var maySeeNothing = []string{"run", causesName, operationsName}
+// maySeeNothing are checks that may see nothing in a run with few faults.
+var maySeeNothing = []string{"run", causesName}
 
 // clientele returns the names of the actions of a profile's clients.
 func (p profile) clientele() []string {
@@ -188,7 +187,7 @@ func (p profile) clientele() []string {
 		}
 	}
 	if p.effects {
-		names = append(names, "top-up", "payout", "receipt", "left before the end")
+		names = append(names, "top-up", "payout", "receipt", "left before the end", "told to look later")
 	}
 	if p.giveUp > 0 {
 		names = append(names, "given up")
