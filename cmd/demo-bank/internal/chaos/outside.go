@@ -247,7 +247,7 @@ func (r *run) operations(ctx context.Context) check.Result {
 		switch recorded := r.left.Answers[key]; {
 		case status != http.StatusOK:
 			wrong("%s: %s answered %d", key, path, status)
-		case parked && shown.Status != "needs-attention", !parked && (shown.Status != "done" || shown.Answer.Status != recorded):
+		case parked && shown.Status != needsAttention, !parked && (shown.Status != "done" || shown.Answer.Status != recorded):
 			wrong("%s: %s shows %q with the answer %d, and the record has %d (parked: %t)", key, path, shown.Status, shown.Answer.Status, recorded, parked)
 		}
 		if other := (int(k.tenant) + 1) % len(tenants); result.Seen%8 == 0 {

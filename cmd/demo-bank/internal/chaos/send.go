@@ -65,7 +65,7 @@ func (l *lane) send(ctx context.Context, k *key, changed, final bool, t storm.Tr
 	}
 	what := resultLost
 	if op.Outcome == "pending" {
-		l.pending(k, &op, location)
+		l.pending(ctx, k, &op, location)
 	}
 	if op.Returned != 0 {
 		what = l.read(k, &op)
@@ -79,8 +79,9 @@ func (l *lane) send(ctx context.Context, k *key, changed, final bool, t storm.Tr
 	return what
 }
 
-// pending notes a 202, which names the status resource. To the checks it says no more than unknown.
-func (l *lane) pending(k *key, op *check.Operation, location string) {
+// pending notes a 202, which names the status resource, and looks there. To the checks it says no
+// more than unknown.
+func (l *lane) pending(ctx context.Context, k *key, op *check.Operation, location string) {
 	l.run.tally.clientFaults.add("told to look later")
 	if op.Status != http.StatusAccepted || !strings.HasPrefix(location, operationsPath) || !k.async {
 		l.run.unexpected.add("key %s: pending came with status %d and Location %q, asked for: %t", k.text, op.Status, location, k.async)
@@ -89,7 +90,13 @@ func (l *lane) pending(k *key, op *check.Operation, location string) {
 	k.status = location
 	k.mu.Unlock()
 	op.Outcome, op.Status = "unknown", http.StatusServiceUnavailable
+	if _, shown := l.run.operation(ctx, newScraper(), l.bank, location, tenants[k.tenant].authorization); shown.Status == needsAttention {
+		op.Problem = needsAttention
+	}
 }
+
+// needsAttention is the problem and the status of a request that is left to a person.
+const needsAttention = "needs-attention"
 
 const operationsPath = "/v1/operations/"
 
@@ -111,7 +118,7 @@ func (l *lane) read(k *key, op *check.Operation) result {
 		}
 		return resultNotExecuted
 	case "unknown":
-		if op.Problem == "needs-attention" {
+		if op.Problem == needsAttention {
 			return resultParked
 		}
 		return resultAgain
