@@ -3,9 +3,12 @@ package chaos
 import (
 	"bytes"
 	"encoding/json"
+	"errors"
 	"strings"
 	"testing"
+	"time"
 
+	"github.com/paidonce/idempotency"
 	"github.com/paidonce/idempotency/cmd/demo-bank/internal/check"
 )
 
@@ -167,6 +170,74 @@ idempotency_step_duration_seconds_count{step="commit"} 70
 	} {
 		if got := s.sum(one.name, one.labels...); got != one.want {
 			t.Errorf("%s %v is %v, want %v", one.name, one.labels, got, one.want)
+		}
+	}
+}
+
+// TestEffectsAreReportedApart: a run without effects has none of their fields, and one with them
+// requires every stop, says what is left to a person, and why.
+func TestEffectsAreReportedApart(t *testing.T) {
+	t.Parallel()
+	p := goodReport()
+	var plain bytes.Buffer
+	if err := p.WriteJSON(&plain); err != nil || strings.Contains(plain.String(), "effects\"") || strings.Contains(plain.String(), "take_overs") {
+		t.Errorf("%v:\n%s", err, plain.String())
+	}
+	p.WithEffects = true
+	p.Effects = &EffectsReport{
+		TopUps: 3, Charges: 2, TakeOvers: 7, Parked: []Count{{Name: "its key may be forgotten", Count: 1}},
+		Stops: []Count{{Name: "stop at the intent's COMMIT", Count: 1, Least: 1}},
+	}
+	p.judge()
+	var text, whole bytes.Buffer
+	if err := errors.Join(p.WriteText(&text), p.WriteJSON(&whole)); err != nil || !p.OK() {
+		t.Errorf("%v: %v", err, p.Broken)
+	}
+	for _, want := range []string{"with effects", "3 top-ups", "2 charges", "7 take-overs", "left to a person: 1, its key may be forgotten", "stop at the intent's COMMIT"} {
+		if !strings.Contains(text.String(), want) {
+			t.Errorf("it does not say %q:\n%s", want, text.String())
+		}
+	}
+	if !strings.Contains(whole.String(), `"take_overs": 7`) && !strings.Contains(whole.String(), `"take_overs":7`) {
+		t.Errorf("the JSON is %s", whole.String())
+	}
+	p.Effects.Stops[0].Count = 0
+	if p.judge(); p.OK() {
+		t.Error("a stop that was not made is no fault of the run")
+	}
+}
+
+// TestWhatIsLeftToAPersonIsExplained: by an answer that the processor repeats for ever, or by a key
+// that is forgotten; nothing else does.
+func TestWhatIsLeftToAPersonIsExplained(t *testing.T) {
+	t.Parallel()
+	const forgotten = "effect charge: the other service may have forgotten its key, and it was not found"
+	for name, test := range map[string]struct {
+		parked  string
+		age     time.Duration
+		forEver bool
+		want    bool
+	}{
+		"the same error for ever":       {"effect charge: only a person can go on, says the call", time.Second, true, true},
+		"nothing":                       {"effect charge: only a person can go on, says the call", time.Hour, false, false},
+		"a key that is forgotten":       {forgotten, keyLifetime / 10 * 9, false, true},
+		"a key that is not forgotten":   {forgotten, keyLifetime/10*9 - time.Second, false, false},
+		"a contradiction of long since": {"the answer is a refusal, and effect charge was made and not undone", time.Hour, false, false},
+	} {
+		r, _ := gatewayOf(t)
+		key := check.Key{Scope: "acme", Key: "k"}
+		r.left.Open = []check.OpenRequest{{Key: key, Parked: test.parked}}
+		r.left.Effects = []check.RecordedEffect{{Key: key, Name: "charge", Kind: idempotency.EffectCall, State: idempotency.EffectIntended, DerivedKey: "derived"}}
+		r.left.ages = []time.Duration{test.age}
+		if test.forEver {
+			r.gateway.calls[callName{"/charges", "derived"}] = &calls{forEver: true}
+		}
+		r.explain()
+		if got := r.left.Open[0].Explained != ""; got != test.want {
+			t.Errorf("%s: explained by %q", name, r.left.Open[0].Explained)
+		}
+		if r.left.parked.get(test.parked) != 1 {
+			t.Errorf("%s: it is not counted", name)
 		}
 	}
 }
