@@ -515,3 +515,101 @@ func TestContradictionOfWebhookAndReplyIsParked(t *testing.T) {
 	close(slow.release)
 	s.wantParked(t, <-one, "it was made, and another result")
 }
+
+// A parked request is nobody's but a person's, however long it is due.
+func TestParkedRequestIsRunByNobody(t *testing.T) {
+	t.Parallel()
+	s := newShop(t, nil)
+	s.handle = s.refuseAfter(nil)
+	s.wantParked(t, s.request(), "not undone")
+	s.handle = nil
+	s.due(t)
+	for name, result := range map[string]idempotency.Result{"a retry": s.request(), "a resume": s.Engine.Resume(context.Background(), s.key)} {
+		if result.Reason != idempotency.ReasonNeedsAttention || !result.Accepted {
+			t.Errorf("%s: %+v", name, result)
+		}
+	}
+	if found, err := idempotency.NewCompleter(s.Engine, nil).Once(t.Context()); found != 0 || err != nil {
+		t.Errorf("the completer found %d: %v", found, err)
+	}
+	if runs := s.Count(t, "SELECT runs FROM idempotency_open"); runs != 1 {
+		t.Errorf("%d runs", runs)
+	}
+}
+
+// The lease of an owner in its last transaction runs out. Whoever comes is answered at once, and does
+// not wait for it.
+func TestRetryDoesNotWaitForAnOwnerInItsLastTransaction(t *testing.T) {
+	t.Parallel()
+	s := newShop(t, func(_ *processor, e *effect.Effect[card, charge]) { e.Timeout = 100 * time.Millisecond })
+	s.serve(s.Store, idempotency.Timeouts{Commit: 200 * time.Millisecond}) // and 5 s
+	slow := newGate()
+	s.handle = func(ctx context.Context) (*idempotency.Answer, error) {
+		paid, err := s.charge.Call(ctx, card{"tok", s.price})
+		if err != nil {
+			return nil, err
+		}
+		answer, err := s.post(ctx, paid)
+		slow.pass()
+		return answer, err
+	}
+	one := later(s.request)
+	slow.reached(t)
+	for s.Count(t, "SELECT count(*) FROM idempotency_open WHERE next_at > clock_timestamp()") > 0 {
+		time.Sleep(20 * time.Millisecond)
+	}
+	two := later(func() idempotency.Result { return s.Engine.Resume(context.Background(), s.key) })
+	select {
+	case result := <-two:
+		if result.Answer != nil || result.Outcome == idempotency.OutcomeNotExecuted {
+			t.Errorf("%+v", result)
+		}
+	case <-time.After(20 * time.Second):
+		t.Error("it waits for the owner")
+	}
+	close(slow.release)
+	s.wantPaid(t, <-one, 900)
+}
+
+// Each take-over counts as a send from the moment it is made: a no to the next one is not final.
+func TestDeclineIsNotFinalAfterARepeatedSendWithoutAnAnswer(t *testing.T) {
+	t.Parallel()
+	s := newShop(t, nil)
+	s.does(forgets, forgets, refuses)
+	s.wantOpen(t, s.request())
+	s.older(t, 30*time.Minute)
+	s.wantOpen(t, s.resume(t))
+	if n := s.Count(t, "SELECT count(*) FROM idempotency_effects WHERE doubt_at > sent_first_at AND tries = 2"); n != 1 {
+		t.Error("the second send left no doubt")
+	}
+	s.wantOpen(t, s.resume(t)) // 402
+	s.wantPaid(t, s.resume(t), 900)
+}
+
+// A take-over is as good as a first claim: within its lease others are told that it is in progress,
+// and nobody takes it away. It changes nothing of an effect that is settled.
+func TestOwnerByTakeOverHasItsLease(t *testing.T) {
+	t.Parallel()
+	s := newShop(t, nil)
+	s.afterCall = once()
+	s.request()
+	settled := s.Text(t, "SELECT row(doubt_at, tries, epoch, settled_at)::text FROM idempotency_effects")
+	slow := newGate()
+	s.afterCall = slow.pass
+	s.due(t)
+	one := later(func() idempotency.Result { return s.Engine.Resume(context.Background(), s.key) })
+	slow.reached(t)
+	for name, result := range map[string]idempotency.Result{"a retry": s.request(), "a resume": s.Engine.Resume(context.Background(), s.key)} {
+		if result.Outcome != idempotency.OutcomeInProgress || result.RetryAfter <= 0 {
+			t.Errorf("%s: %+v", name, result)
+		}
+	}
+	if runs := s.Count(t, "SELECT runs FROM idempotency_open"); runs != 2 {
+		t.Errorf("%d runs", runs)
+	}
+	if now := s.Text(t, "SELECT row(doubt_at, tries, epoch, settled_at)::text FROM idempotency_effects"); now != settled {
+		t.Errorf("the settled effect was %s and is %s", settled, now)
+	}
+	close(slow.release)
+	s.wantPaid(t, <-one, 900)
+}
