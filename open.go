@@ -752,7 +752,7 @@ func (e *Effects) factOfOpen(fact fact) fact {
 	}
 	switch {
 	case fact == factTransactionLost:
-		e.lapse.Parked = "the handler ended its transaction, so its writes may stand"
+		e.lapse.Parked = parkedLost
 		return factContradiction
 	case fact == factSerialization && !e.lapsed && (e.intent == nil || errors.Is(e.intent, ErrNotSerializable)):
 		return fact
@@ -799,9 +799,14 @@ func UndoName(name string) string { return undoPrefix + name }
 // UndoneBy returns the name of the effect that the effect of this name undoes.
 func UndoneBy(name string) string { return name[len(undoPrefix):] }
 
+const parkedLost = "the handler ended its transaction, so its writes may stand"
+
 // leave leaves the request open, or parks it.
 func (e *Effects) leave(fact fact) error {
 	lapse := e.lapse
+	if decide(fact).action == actionPark && lapse.Parked == "" { // found only by the end
+		lapse.Parked = parkedLost
+	}
 	if lapse.Reason == "" {
 		lapse.Reason = "the handler gave no final answer"
 	}

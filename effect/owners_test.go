@@ -1,8 +1,10 @@
 package effect_test
 
 import (
+	"bytes"
 	"context"
 	"errors"
+	"fmt"
 	"log/slog"
 	"sync/atomic"
 	"testing"
@@ -12,6 +14,7 @@ import (
 
 	"github.com/paidonce/idempotency"
 	"github.com/paidonce/idempotency/effect"
+	"github.com/paidonce/idempotency/internal/pgfault"
 	"github.com/paidonce/idempotency/storage/postgres"
 )
 
@@ -612,4 +615,174 @@ func TestOwnerByTakeOverHasItsLease(t *testing.T) {
 	}
 	close(slow.release)
 	s.wantPaid(t, <-one, 900)
+}
+
+// An owner that was replaced leaves the request as the next one has it: its lease, and the doubt by
+// which a no is judged.
+func TestReplacedOwnerChangesNothing(t *testing.T) {
+	t.Parallel()
+	first, second := newGate(), newGate()
+	var sends atomic.Int64
+	s := newShop(t, func(_ *processor, e *effect.Effect[card, charge]) {
+		do := e.Do
+		e.Do = func(ctx context.Context, key string, in card) (charge, error) {
+			if sends.Add(1) == 1 {
+				first.pass()
+				return charge{}, effect.NotSent(errors.New("no route"))
+			}
+			second.pass()
+			return do(ctx, key, in)
+		}
+	})
+	one := later(s.request)
+	first.reached(t)
+	s.due(t)
+	two := later(func() idempotency.Result { return s.Engine.Resume(context.Background(), s.key) })
+	second.reached(t)
+	const rows = "SELECT row(o.next_at, o.owned, o.epoch, o.parked, o.last_reason, e.doubt_at, e.epoch, e.tries)::text FROM idempotency_open o, idempotency_effects e"
+	before := s.Text(t, rows)
+	close(first.release)
+	wantNoAnswer(t, <-one)
+	if after := s.Text(t, rows); after != before {
+		t.Errorf("it was %s and is %s", before, after)
+	}
+	close(second.release)
+	s.wantPaid(t, <-two, 900)
+}
+
+// An owner that was replaced between two calls does not make the second.
+func TestReplacedOwnerMakesNoFurtherCall(t *testing.T) {
+	t.Parallel()
+	s := newShop(t, nil)
+	var fees atomic.Int64
+	fee := effect.New("fee", effect.Effect[int, int]{AtMostOnce: true, Do: func(context.Context, string, int) (int, error) {
+		fees.Add(1)
+		return 1, nil
+	}})
+	slow := [2]gate{newGate(), newGate()}
+	var runs atomic.Int64
+	s.handle = func(ctx context.Context) (*idempotency.Answer, error) {
+		paid, err := s.charge.Call(ctx, card{"tok", s.price})
+		if err != nil {
+			return nil, err
+		}
+		if n := runs.Add(1); n <= 2 {
+			slow[n-1].pass()
+		}
+		if _, err := fee.Call(ctx, 1); err != nil {
+			return nil, err
+		}
+		return s.post(ctx, paid)
+	}
+	die := once()
+	handle := s.handle
+	s.handle = func(ctx context.Context) (*idempotency.Answer, error) {
+		if _, err := s.charge.Call(ctx, card{"tok", s.price}); err != nil {
+			return nil, err
+		}
+		die()
+		return nil, errors.New("not reached")
+	}
+	s.request()
+	s.handle = handle
+	s.due(t)
+	one := later(func() idempotency.Result { return s.Engine.Resume(context.Background(), s.key) })
+	slow[0].reached(t)
+	s.due(t)
+	two := later(func() idempotency.Result { return s.Engine.Resume(context.Background(), s.key) })
+	slow[1].reached(t)
+	close(slow[0].release)
+	wantNoAnswer(t, <-one)
+	if n := fees.Load(); n != 0 {
+		t.Errorf("it was sent %d times", n)
+	}
+	close(slow[1].release)
+	s.wantPaid(t, <-two, 900)
+	if n := fees.Load(); n != 1 {
+		t.Errorf("sent %d times", n)
+	}
+}
+
+// The doubt of a send that was not made is taken back before anybody else may take the request over.
+func TestDoubtIsTakenBackBeforeTheRequestIsLeft(t *testing.T) {
+	t.Parallel()
+	s := newShop(t, nil)
+	s.does(forgets)
+	s.wantOpen(t, s.request())
+	s.Exec(t, `CREATE TABLE seen (id serial, what text);
+		CREATE FUNCTION see() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN INSERT INTO seen (what) VALUES (TG_ARGV[0]); RETURN NULL; END $$;
+		CREATE TRIGGER doubt AFTER UPDATE OF doubt_at ON idempotency_effects FOR EACH ROW WHEN (NEW.doubt_at IS NULL) EXECUTE FUNCTION see('doubt');
+		CREATE TRIGGER leave AFTER UPDATE OF owned ON idempotency_open FOR EACH ROW WHEN (NOT NEW.owned) EXECUTE FUNCTION see('leave')`)
+	s.does(refuses)
+	s.wantOpen(t, s.resume(t))
+	if got := s.Text(t, "SELECT string_agg(what, ', ' ORDER BY id) FROM seen"); got != "doubt, leave" {
+		t.Errorf("seen: %s", got)
+	}
+}
+
+// The reply to the last COMMIT is lost: the answer is found if it was recorded, and never called not
+// executed.
+func TestLostReplyToTheLastCommit(t *testing.T) {
+	t.Parallel()
+	for name, fault := range map[string]pgfault.Kind{"committed": pgfault.CutAfter, "not committed": pgfault.CutBefore} {
+		for _, status := range []int{201, 402} {
+			t.Run(fmt.Sprint(name, " ", status), func(t *testing.T) {
+				t.Parallel()
+				s := newShop(t, nil)
+				if status == 402 {
+					s.always = refuses
+				}
+				var cut atomic.Bool
+				store := s.through(t, func(commit pgfault.Commit) pgfault.Fault {
+					if !bytes.Contains(commit.Messages, []byte("DELETE FROM")) || cut.Swap(true) { // the end of the open request
+						return pgfault.Fault{}
+					}
+					return pgfault.Fault{Kind: fault}
+				})
+				s.serve(store, idempotency.Timeouts{})
+				result := s.request()
+				switch {
+				case fault == pgfault.CutBefore:
+					s.wantOpen(t, result)
+					result = s.resume(t)
+				case result.Outcome != idempotency.OutcomeReplayed && result.Outcome != idempotency.OutcomeExecuted:
+					t.Errorf("it is not found: %+v", result)
+				}
+				if status == 201 {
+					s.wantPaid(t, result, 900)
+				} else if result.Answer == nil || result.Answer.Status != 402 || len(s.charged()) != 0 {
+					t.Errorf("%+v, charged %v", result, s.charged())
+				}
+				if n := s.sent(t); n != 1 || !cut.Load() {
+					t.Errorf("sent %d times, cut: %v", n, cut.Load())
+				}
+			})
+		}
+	}
+}
+
+// The completer looks only for requests of its own routes, the one that has waited longest first.
+func TestCompleterLooksForItsOwnAndTheOldestFirst(t *testing.T) {
+	t.Parallel()
+	s := newShop(t, nil)
+	s.always = forgets
+	for _, value := range []string{"old", "older", "young"} {
+		s.key.Value = value
+		s.wantAccepted(t, s.request())
+	}
+	s.Exec(t, `UPDATE idempotency_open SET next_at = now() - CASE key WHEN 'older' THEN interval '3 hours' WHEN 'old' THEN interval '2 hours' ELSE interval '1 hour' END`)
+	due, err := s.Store.FindDue(t.Context(), []string{"topup/1"}, 2)
+	if err != nil || len(due) != 2 || due[0].Value != "older" || due[1].Value != "old" {
+		t.Errorf("%v, %v", due, err)
+	}
+	if due, err := s.Store.FindDue(t.Context(), []string{"topup/2"}, 2); err != nil || len(due) != 0 {
+		t.Errorf("of another route: %v, %v", due, err)
+	}
+}
+
+func (s *shop) wantAccepted(t *testing.T, result idempotency.Result) {
+	t.Helper()
+	if !result.Accepted {
+		t.Errorf("%+v", result)
+	}
 }

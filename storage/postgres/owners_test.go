@@ -123,3 +123,54 @@ func TestEffectsGoWithTheirRecord(t *testing.T) {
 		t.Errorf("a new request: %+v, sent %d", result, r.sent)
 	}
 }
+
+// The TTL runs from the end of a request, however long it was open.
+func TestTTLOfAnOpenRequestRunsFromItsEnd(t *testing.T) {
+	t.Parallel()
+	r := unsettledOnce(t)
+	r.Exec(t, "UPDATE idempotency_keys SET created_at = created_at - interval '20 hours'")
+	r.Exec(t, "UPDATE idempotency_open SET next_at = now()")
+	if result := r.do(t); result.Outcome != idempotency.OutcomeExecuted {
+		t.Fatalf("%+v", result)
+	}
+	if n := r.Count(t, "SELECT count(*) FROM idempotency_keys WHERE expires_at - now() BETWEEN interval '23 hours' AND interval '24 hours'"); n != 1 {
+		t.Error("the record does not count for 24 hours from its end")
+	}
+}
+
+// The handler ends its last transaction behind our back: what it wrote may stand, so another run
+// could write it twice.
+func TestTransactionThatIsLostAfterTheCallIsParked(t *testing.T) {
+	t.Parallel()
+	for name, c := range map[string]struct {
+		sql    string
+		status int
+	}{"seen after the handler": {"COMMIT", 201}, "seen at COMMIT": {"COMMIT; BEGIN", 201}, "seen at a decline": {"COMMIT; BEGIN", 402}} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			var r *resumable
+			runs := 0
+			r = newResumable(t, func(ctx context.Context) (*idempotency.Answer, error) {
+				runs++
+				if err := r.charge(ctx, true); err != nil {
+					return nil, err
+				}
+				if err := post(ctx); err != nil {
+					return nil, err
+				}
+				_, err := postgres.RawConn(postgres.Tx(ctx)).Exec(ctx, c.sql)
+				return &idempotency.Answer{Status: c.status}, err
+			})
+			if result := r.do(t); result.Reason != idempotency.ReasonNeedsAttention || !result.Accepted {
+				t.Errorf("%+v", result)
+			}
+			r.Exec(t, "UPDATE idempotency_open SET next_at = now()")
+			if _, err := idempotency.NewCompleter(r.Engine, nil).Once(t.Context()); err != nil {
+				t.Error(err)
+			}
+			if n := r.Service.Effects(t); n != 1 || runs != 1 {
+				t.Errorf("%d postings, %d runs", n, runs)
+			}
+		})
+	}
+}
