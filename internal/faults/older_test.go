@@ -46,15 +46,17 @@ func TestOlderProgramsBesideOpenRequests(t *testing.T) {
 	if _, err := checkOut(root, sources, beforeOpenRequests); err != nil {
 		t.Skipf("NO OLDER SOURCES (%v): clone with the history (git fetch --unshallow)", err)
 	}
-	cmd := exec.CommandContext(t.Context(), "go", "build", "-buildvcs=false", "-o", sources+"/", "./cmd/demo-bank", "./cmd/idemctl")
-	cmd.Dir = sources
-	if text, err := cmd.CombinedOutput(); err != nil {
-		t.Fatalf("build: %v\n%s", err, text)
+	for from, arguments := range map[string][]string{sources: {sources + "/", "./cmd/demo-bank", "./cmd/idemctl"}, root: {sources + "/newer-bank", "./cmd/demo-bank"}} {
+		cmd := exec.CommandContext(t.Context(), "go", append([]string{"build", "-buildvcs=false", "-o"}, arguments...)...)
+		cmd.Dir = from
+		if text, err := cmd.CombinedOutput(); err != nil {
+			t.Fatalf("build: %v\n%s", err, text)
+		}
 	}
 	o := &older{programs: sources, database: pgtest.Database(t)}
 
 	// The old bank makes its tables and serves. A newer program migrates beside it.
-	bank := o.start(t, regexp.MustCompile(`demo-bank is at (http://\S+)`), "demo-bank", "--addr=127.0.0.1:0", "--reap-interval=100ms", "--log-level=ERROR") + "/v1/transfers"
+	bank := o.start(t, regexp.MustCompile(`demo-bank is at (http://\S+)`), "demo-bank", "--addr=127.0.0.1:0", "--reap-interval=100ms", "--log-level=ERROR")[0] + "/v1/transfers"
 	if got := sendTransfer(t, bank, "plain"); !got.is(201, "executed") {
 		t.Fatalf("%v", got)
 	}
@@ -158,6 +160,64 @@ func TestOlderProgramsBesideOpenRequests(t *testing.T) {
 	if n := transfers(); n != 1 {
 		t.Errorf("the old bank has %d transfers, want 1", n)
 	}
+	o.topUps(t, bank, transfers)
+}
+
+// topUps runs today's bank beside the old one: its processor is down, so its top-ups stay open, and
+// the old bank gets their keys.
+func (o *older) topUps(t *testing.T, bank string, transfers func() int) {
+	t.Helper()
+	newer := o.start(t, regexp.MustCompile(`demo-bank is at (http://\S+)[\s\S]* mails is at (http://\S+)`), "newer-bank", "--addr=127.0.0.1:0", "--log-level=ERROR")
+	faults := func(body string) {
+		t.Helper()
+		r, err := http.NewRequestWithContext(t.Context(), http.MethodPut, newer[1]+"/faults", strings.NewReader(body))
+		if err != nil {
+			t.Fatal(err)
+		}
+		response, err := http.DefaultClient.Do(r)
+		if err != nil {
+			t.Fatal(err)
+		}
+		response.Body.Close()
+		if response.StatusCode != http.StatusNoContent {
+			t.Fatalf("faults: %s", response.Status)
+		}
+	}
+	const topUp = `{"account":"alice","card":"4242","amount":7}`
+	keys := []string{"top-up-1", "top-up-2", "top-up-3"}
+	before := transfers()
+	faults(`{"down":true}`)
+	for _, key := range keys {
+		if got := sendBody(t, newer[0]+"/v1/topups", key, topUp); !got.is(503, "unknown") {
+			t.Fatalf("%v", got)
+		}
+		if got := sendTransfer(t, bank, key); !got.is(503, "unknown") {
+			t.Errorf("by the old bank: %v", got)
+		}
+		for _, act := range []string{"expire", "delete"} {
+			if text, code := o.idemctl(t, "key "+act+" public "+key+" --reason=test --yes"); code == 0 {
+				t.Errorf("%s: %d\n%s", act, code, text)
+			}
+		}
+	}
+	faults(`{}`)
+	await(t, o.database, "the new bank ends its top-ups", "NOT EXISTS (SELECT FROM demo_bank.idempotency_open)")
+	for _, key := range keys {
+		if got := sendBody(t, newer[0]+"/v1/topups", key, topUp); !got.is(201, "replayed") {
+			t.Errorf("%v", got)
+		}
+	}
+	var audit struct {
+		Charges  int
+		Unposted int `json:"charges_without_posting"`
+		Unpaid   int `json:"postings_without_charge"`
+	}
+	if text := o.get(t, http.DefaultClient, newer[0]+"/v1/audit"); json.Unmarshal([]byte(text), &audit) != nil || audit.Charges != len(keys) || audit.Unposted+audit.Unpaid != 0 {
+		t.Errorf("audit: %s", text)
+	}
+	if n := transfers(); n != before {
+		t.Errorf("the old bank has %d transfers, want %d", n, before)
+	}
 }
 
 // transfer is a request that both programs know.
@@ -166,12 +226,12 @@ const transfer = `{"from":"alice","to":"bob","amount":7}`
 // older are the old programs, on a database.
 type older struct{ programs, database string }
 
-// start runs a program until the test ends, and returns what it says about its address.
-func (o *older) start(t *testing.T, address *regexp.Regexp, program string, arguments ...string) string {
+// start runs a program until the test ends, and returns what it says about its addresses.
+func (o *older) start(t *testing.T, addresses *regexp.Regexp, program string, arguments ...string) []string {
 	t.Helper()
 	cmd := exec.CommandContext(t.Context(), filepath.Join(o.programs, program), append(arguments, "--database-url="+o.database)...)
 	cmd.Env = append(os.Environ(), "IDEMCTL_TOKEN="+pageToken)
-	said := &transcript{match: address, found: make(chan string, 1)}
+	said := &transcript{match: addresses, found: make(chan []string, 1)}
 	cmd.Stdout, cmd.Stderr = said, said
 	if err := cmd.Start(); err != nil {
 		t.Fatal(err)
@@ -194,23 +254,23 @@ func (o *older) start(t *testing.T, address *regexp.Regexp, program string, argu
 	case <-time.After(awaitMax):
 	}
 	t.Fatalf("%s does not start:\n%s", program, said.text())
-	return ""
+	return nil
 }
 
-// transcript keeps what a program prints, and finds its address in it.
+// transcript keeps what a program prints, and finds its addresses in it.
 type transcript struct {
 	mu    sync.Mutex
 	all   bytes.Buffer
 	match *regexp.Regexp
-	found chan string
+	found chan []string
 }
 
 func (tr *transcript) Write(b []byte) (int, error) {
 	tr.mu.Lock()
 	defer tr.mu.Unlock()
 	tr.all.Write(b)
-	if at := tr.match.FindSubmatch(tr.all.Bytes()); at != nil && len(tr.found) == 0 {
-		tr.found <- string(at[1])
+	if at := tr.match.FindStringSubmatch(tr.all.String()); at != nil && len(tr.found) == 0 {
+		tr.found <- at[1:]
 	}
 	return len(b), nil
 }
@@ -264,7 +324,7 @@ const pageToken = "0123456789abcdef"
 // page reads the pages of the old admin page, and tries its forms on the keys.
 func (o *older) page(t *testing.T, keys []string) {
 	t.Helper()
-	at := o.start(t, regexp.MustCompile(`the page is at (http://\S+/);`), "idemctl", "serve", "--addr=127.0.0.1:0", "--schema=demo_bank")
+	at := o.start(t, regexp.MustCompile(`the page is at (http://\S+/);`), "idemctl", "serve", "--addr=127.0.0.1:0", "--schema=demo_bank")[0]
 	jar, err := cookiejar.New(nil)
 	if err != nil {
 		t.Fatal(err)
