@@ -6,18 +6,14 @@ import (
 	"testing"
 )
 
-// The README's example is the quickstart, which has a test that runs it.
-func TestReadmeShowsTheQuickstart(t *testing.T) {
+// The README's first example is the quickstart, which has a test that runs it.
+func TestReadmeShowsWhatRuns(t *testing.T) {
 	t.Parallel()
 	readme, err := os.ReadFile("README.md")
 	if err != nil {
 		t.Fatal(err)
 	}
-	_, rest, _ := strings.Cut(string(readme), "```go\n")
-	example, _, found := strings.Cut(rest, "```")
-	if !found {
-		t.Fatal("the README has no Go example")
-	}
+	example, rest := goExample(t, string(readme))
 	quickstart, err := os.ReadFile("examples/quickstart/main.go")
 	if err != nil {
 		t.Fatal(err)
@@ -25,9 +21,40 @@ func TestReadmeShowsTheQuickstart(t *testing.T) {
 	if !strings.Contains(string(quickstart), example) {
 		t.Error("the README's first Go example is not in examples/quickstart/main.go")
 	}
+
+	// The second example is one of package middleware, which has a test that runs it.
+	example, rest = goExample(t, rest)
+	source, err := os.ReadFile("middleware/example_call_test.go")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if !strings.Contains(string(source), example) {
+		t.Error("the README's second Go example is not in middleware/example_call_test.go")
+	}
+	_, handler, _ := strings.Cut(example, "\nfunc ")
+	if lines := strings.Count(handler, "\n"); handler == "" || lines > 25 {
+		t.Errorf("the handler that calls another service has %d lines, and should have at most 25", lines)
+	}
+	for _, line := range []string{`topUps := idem.With(`, `mux.Handle("POST /topups", topUps.Handler(`} {
+		if !strings.Contains(rest, line) || !strings.Contains(string(source), line) {
+			t.Errorf("the README or the example does not mount it with %s", line)
+		}
+	}
+
 	if lines := strings.Count(string(readme), "\n"); lines >= 250 {
 		t.Errorf("the README has %d lines, and should have less than 250", lines)
 	}
+}
+
+// goExample returns the first Go example of a text, and what follows it.
+func goExample(t *testing.T, text string) (example, rest string) {
+	t.Helper()
+	_, rest, _ = strings.Cut(text, "```go\n")
+	example, rest, found := strings.Cut(rest, "```")
+	if !found {
+		t.Fatal("the README has too few Go examples")
+	}
+	return example, rest
 }
 
 // Users look for the license and for the address for reports of vulnerabilities.

@@ -66,7 +66,11 @@ func (b *bank) topUp(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	paid, err := b.charge.Call(ctx, p)
-	if err != nil {
+	switch {
+	case errors.Is(err, effect.ErrDeclined):
+		http.Error(w, "the card was declined", http.StatusPaymentRequired)
+		return
+	case err != nil:
 		return // not settled: the job goes on
 	}
 	if _, err := postgres.Tx(ctx).Exec(ctx, credit, paid.ID, key.Scope, paid.Amount); err != nil {
