@@ -178,7 +178,9 @@ func stricter(a, b *Operation, outcome idempotency.Outcome) bool {
 func stuckKey(ops []*Operation) *Operation {
 	var open, excused []*Operation
 	for _, op := range ops {
-		if op.outcome() != idempotency.OutcomeInProgress {
+		// A request that calls another service may be in the hands of nobody's request, or be told so of
+		// itself: it slept, and another one has taken it over.
+		if op.outcome() != idempotency.OutcomeInProgress || op.Calls {
 			continue
 		}
 		if slices.ContainsFunc(ops, func(other *Operation) bool {
