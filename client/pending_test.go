@@ -161,6 +161,19 @@ func TestPollThatFailsSettlesNothing(t *testing.T) {
 			if got := methods(s.requests()); got != "POST GET POST" {
 				t.Errorf("it sent %s", got)
 			}
+			// It was an attempt of its own.
+			s = newScript(t, func(_ int, w http.ResponseWriter, r *http.Request) {
+				if r.Method == http.MethodGet {
+					poll(w)
+					return
+				}
+				pending(w, "pending", "/x")
+			})
+			_, err = postAs(t, newClient(t, quick(func(o *client.Options) { o.AttemptsMax = 2 })), s.server.URL, nil)
+			expectError(t, err, idempotency.OutcomeUnknown, client.ErrAttemptsSpent)
+			if got := methods(s.requests()); got != "POST GET" {
+				t.Errorf("with two attempts it sent %s", got)
+			}
 		})
 	}
 }
@@ -204,9 +217,17 @@ func TestPollGoesToTheServerOfTheRequest(t *testing.T) {
 					say(w, http.StatusCreated, "replayed")
 				}
 			})
-			response, err := postAs(t, newClient(t, quick()), s.server.URL+"/v1/topups", http.Header{"Authorization": {"Bearer token"}})
-			if err != nil || response.StatusCode != http.StatusCreated {
-				t.Errorf("%+v, %v", response, err)
+			lost := 0 // polls that reach no server
+			options := quick(func(o *client.Options) {
+				o.Trace = func(_ context.Context, e client.Event) {
+					if e.Kind == client.EventLost {
+						lost++
+					}
+				}
+			})
+			response, err := postAs(t, newClient(t, options), s.server.URL+"/v1/topups", http.Header{"Authorization": {"Bearer token"}})
+			if err != nil || response.StatusCode != http.StatusCreated || lost > 0 {
+				t.Errorf("%+v, %v, %d lost", response, err, lost)
 			}
 			want := "POST POST"
 			if c.polls {

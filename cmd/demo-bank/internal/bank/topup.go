@@ -11,6 +11,7 @@ import (
 	"time"
 	"unicode/utf8"
 
+	"github.com/google/uuid"
 	"github.com/jackc/pgx/v5"
 
 	"github.com/paidonce/idempotency"
@@ -76,6 +77,21 @@ func (b *Bank) topUp(ctx context.Context, t TopUp, order chargeOrder) (*answer, 
 	// The recorded charge counts, whatever this run would have sent.
 	t.Charge, t.Amount = paid.ID, paid.Amount
 	return b.postTopUp(ctx, postgres.Tx(ctx), stampOfAttempt(ctx), t, paid.Instance)
+}
+
+// TopUpWithoutEffects charges a card inside of a transaction, as a handler does that calls no effect:
+// if the reply is lost, the charge stays and nothing here knows of it. It is for demonstrations, and
+// must be given a processor that the audit does not ask.
+func (b *Bank) TopUpWithoutEffects(ctx context.Context, processor *Processor, account, card string, amount int64) error {
+	order := chargeOrder{Card: card, Amount: amount, Reference: "top-up of " + account}
+	_, err := b.commit(ctx, func(ctx context.Context, tx pgx.Tx, s stamp) (*answer, error) {
+		paid, err := processor.execute(ctx, "/charges", uuid.NewString(), order)
+		if err != nil {
+			return nil, err
+		}
+		return b.postTopUp(ctx, tx, s, TopUp{Account: account, Amount: paid.Amount, Charge: paid.ID}, paid.Instance)
+	}, stamp{})
+	return err
 }
 
 // mayTopUp returns a problem if the account can't be topped up. It reads on a connection of its

@@ -123,6 +123,7 @@ type Frame struct {
 	Bars   []Bar      `json:"bars,omitempty"`
 	Lanes  []Lane     `json:"lanes,omitempty"`
 	Proof  *Proof     `json:"proof,omitempty"`
+	TopUp  *TopUp     `json:"topup,omitempty"`
 	Limits *Limits    `json:"limits,omitempty"` // snapshots only
 }
 
@@ -136,13 +137,14 @@ type board struct {
 	byKey  map[string]*Lane
 	lastID int64
 	proof  *Proof
+	topUp  *TopUp
 
 	changed change
 }
 
 // change lists the changes since the last update.
 type change struct {
-	any, reset, storm, counts, proof bool
+	any, reset, storm, counts, proof, topUp bool
 
 	barsFrom int64 // first changed second; 0 if none
 	lanes    map[*Lane]struct{}
@@ -241,6 +243,13 @@ func (b *board) update(change func(s *Storm)) {
 	b.changed.any, b.changed.storm = true, true
 }
 
+func (b *board) showTopUp(t *TopUp) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	b.topUp = t
+	b.changed.any, b.changed.topUp = true, true
+}
+
 func (b *board) prove(p *Proof) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
@@ -267,7 +276,7 @@ func (b *board) snapshot(now time.Time) *Frame {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	counts := b.counts
-	f := &Frame{AtMS: now.UnixMilli(), Reset: true, Storm: b.storm, Counts: &counts, Bars: append([]Bar(nil), b.bars...), Proof: b.proof}
+	f := &Frame{AtMS: now.UnixMilli(), Reset: true, Storm: b.storm, Counts: &counts, Bars: append([]Bar(nil), b.bars...), Proof: b.proof, TopUp: b.topUp}
 	for _, list := range b.lanes {
 		for _, lane := range list {
 			f.Lanes = append(f.Lanes, *lane)
@@ -294,6 +303,9 @@ func (b *board) take(now time.Time) *Frame {
 	}
 	if c.proof {
 		f.Proof = b.proof
+	}
+	if c.topUp {
+		f.TopUp = b.topUp
 	}
 	if c.barsFrom != 0 {
 		for _, bar := range b.bars {

@@ -5,6 +5,7 @@
 //   - page.go and assets are the page
 //   - storm.go is the storm, plan.go its form, client.go its client, and faults.go its faults
 //   - board.go holds everything that can be seen; tracer.go adds requests that are not the storm's
+//   - topup.go shows a top-up whose processor loses its reply, with and without effects
 //   - proof.go reads the proof about the twins' money from PostgreSQL
 //   - hub.go and stream.go send it to viewers
 //
@@ -20,10 +21,13 @@ import (
 	"log/slog"
 	"net/http"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/go-chi/chi/v5"
 	"github.com/jackc/pgx/v5/pgxpool"
+
+	"github.com/paidonce/idempotency/cmd/demo-bank/internal/bank"
 )
 
 // Live is the server side of the page. It is safe for concurrent use.
@@ -38,7 +42,10 @@ type Live struct {
 
 	ending context.Context // ends when Stop is called
 	end    context.CancelFunc
-	storms sync.WaitGroup
+	storms sync.WaitGroup // and demonstrations
+
+	topUp          atomic.Pointer[demonstration] // the one that runs, or nil
+	withoutEffects func(ctx context.Context, processor *bank.Processor, account, card string, amount int64) error
 
 	mu     sync.Mutex
 	stop   context.CancelFunc // of the running storm, or nil
@@ -71,6 +78,7 @@ func (l *Live) Mount(r chi.Router) {
 		r.Use(http.NewCrossOriginProtection().Handler)
 		r.Post("/live/storm", l.postStorm)
 		r.Post("/live/storm/stop", l.postStop)
+		r.Post("/live/topup", l.postTopUp)
 	})
 }
 

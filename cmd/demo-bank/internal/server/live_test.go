@@ -378,3 +378,36 @@ func TestStreamsDoNotHoldUpTheEnd(t *testing.T) {
 		t.Errorf("the stream of who did not read ended with %v", err)
 	}
 }
+
+// TestTopUpWhoseProcessorLosesItsReplyIsShown: without effects the card is charged and nothing is
+// posted; with them the completer posts the one charge, although the client has given up. The bank's
+// own books stay right.
+func TestTopUpWhoseProcessorLosesItsReplyIsShown(t *testing.T) {
+	t.Parallel()
+	b := setup(t)
+	for range 2 {
+		if r := b.send("POST", "/live/topup", "", "Accept", "application/json"); r.status != http.StatusAccepted {
+			t.Fatalf("%d %s", r.status, r.body)
+		}
+		b.expectTopUp()
+	}
+}
+
+func (b *bundle) expectTopUp() {
+	b.t.Helper()
+	s := b.watch(func(s *livetest.State) bool { return s.TopUp != nil && s.TopUp.State != live.TopUpRunning })
+	protected, unprotected := s.TopUp.Sides[0], s.TopUp.Sides[1]
+	if s.TopUp.State != live.TopUpEnded || protected.Charges != 1 || protected.Postings != 1 || unprotected.Charges != 1 || unprotected.Postings != 0 {
+		b.t.Errorf("%+v", s.TopUp)
+	}
+	for side, steps := range map[string][]string{"lost|undone|knows of nothing": unprotected.Steps, "lost|202 pending|runs again|completer has|201 replayed": protected.Steps} {
+		for _, want := range strings.Split(side, "|") {
+			if !strings.Contains(strings.Join(steps, " "), want) {
+				b.t.Errorf("no step says %q: %q", want, steps)
+			}
+		}
+	}
+	if r := b.send("GET", "/v1/audit", ""); !strings.Contains(string(r.body), `"ok":true`) {
+		b.t.Errorf("the audit says %s", r.body)
+	}
+}

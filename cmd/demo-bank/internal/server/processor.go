@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"github.com/paidonce/idempotency/cmd/demo-bank/internal/bank"
+	"github.com/paidonce/idempotency/cmd/demo-bank/internal/live"
 	"github.com/paidonce/idempotency/cmd/demo-bank/internal/psp"
 )
 
@@ -21,15 +22,19 @@ const (
 )
 
 // openProcessor returns the configured processor, or starts one inside. stop ends it.
-func (s *Server) openProcessor(ctx context.Context) (processor *bank.Processor, stop func(), err error) {
+func (s *Server) openProcessor(ctx context.Context, watch *live.Live) (processor *bank.Processor, stop func(), err error) {
 	s.psp, stop = s.config.PSP, func() {}
 	if s.psp == "" {
 		if s.psp, stop, err = s.startProcessor(ctx); err != nil {
 			return nil, nil, err
 		}
 	}
+	transport := s.config.CrashPoint.transport()
+	if transport == nil {
+		transport = bank.NewTransport()
+	}
 	processor, err = bank.NewProcessor(bank.ProcessorOptions{
-		URL: s.psp, KeyLifetime: s.config.KeyLifetime, Transport: s.config.CrashPoint.transport(),
+		URL: s.psp, KeyLifetime: s.config.KeyLifetime, Transport: watch.Wire(transport),
 	})
 	if err != nil {
 		stop()

@@ -164,7 +164,8 @@ func (s *Server) Run(ctx context.Context) (err error) {
 		return endOfStart(ctx, err)
 	}
 
-	processor, stopProcessor, err := s.openProcessor(ctx)
+	page := live.New(pool, port.URL(listener.Addr()), s.config.TTL, s.logger)
+	processor, stopProcessor, err := s.openProcessor(ctx, page)
 	if err != nil {
 		return endOfStart(ctx, err)
 	}
@@ -179,8 +180,8 @@ func (s *Server) Run(ctx context.Context) (err error) {
 	group.Go(func() { s.reaper(store).Run(background) })
 
 	books := bank.New(pool, ids, s.config.TTL, s.logger)
-	page := live.New(pool, port.URL(listener.Addr()), s.config.TTL, s.logger)
 	books.OnTransfer(page.OnTransfer)
+	page.WithoutEffects(books.TopUpWithoutEffects)
 	group.Go(func() { page.Run(background) })
 
 	books.Call(processor)

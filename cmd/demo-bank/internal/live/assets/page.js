@@ -6,6 +6,7 @@ import { prepareHand } from "./hand.js";
 import { drawLanes, drawLedger } from "./lanes.js";
 import { drawStorm, prepareStorm, speak } from "./storm.js";
 import { emptyState, fold, watch } from "./stream.js";
+import { drawTopUp, prepareTopUp } from "./topup.js";
 import { drawProof, drawTwins } from "./twins.js";
 
 let state = emptyState();
@@ -13,7 +14,7 @@ let asked = false;
 
 function draw() {
   asked = false;
-  for (const part of [drawStorm, drawTwins, drawProof, drawBars, drawLanes, drawLedger, speak]) part(state);
+  for (const part of [drawStorm, drawTwins, drawProof, drawBars, drawLanes, drawLedger, drawTopUp, speak]) part(state);
   document.body.dataset.epoch = state.epoch;
 }
 
@@ -35,4 +36,5 @@ function connection(name) {
 prepareBars();
 prepareStorm();
 prepareHand();
+prepareTopUp();
 watch(frame, connection);

@@ -79,6 +79,7 @@ type State struct {
 	Bars   []live.Bar
 	Lanes  []live.Lane // by side, and then by id
 	Proof  *live.Proof
+	TopUp  *live.TopUp
 
 	limits live.Limits
 }
@@ -104,6 +105,9 @@ func (s *State) Apply(e Event) error {
 	}
 	if f.Proof != nil {
 		s.Proof = f.Proof
+	}
+	if f.TopUp != nil {
+		s.TopUp = f.TopUp
 	}
 	for _, bar := range f.Bars {
 		s.Bars = append(slices.DeleteFunc(s.Bars, func(b live.Bar) bool { return b.Second == bar.Second }), bar)
