@@ -786,3 +786,60 @@ func (s *shop) wantAccepted(t *testing.T, result idempotency.Result) {
 		t.Errorf("%+v", result)
 	}
 }
+
+// The last transaction fails to serialize: the handler runs again within the same request, and what
+// was settled is not asked for again.
+func TestSerializationFailureAfterTheCallAsksNobody(t *testing.T) {
+	t.Parallel()
+	s := newShop(t, nil)
+	s.Exec(t, `CREATE SEQUENCE posts;
+		CREATE FUNCTION conflict() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
+			IF nextval('posts') = 1 THEN RAISE EXCEPTION 'conflict' USING ERRCODE = 'serialization_failure'; END IF; RETURN NULL; END $$;
+		CREATE CONSTRAINT TRIGGER conflict AFTER INSERT ON effects DEFERRABLE INITIALLY DEFERRED FOR EACH ROW EXECUTE FUNCTION conflict()`)
+	runs := 0
+	s.beforeCall = func() { runs++ }
+	s.wantPaid(t, s.request(), 900)
+	if n := s.sent(t); n != 1 || runs != 2 {
+		t.Errorf("sent %d times in %d runs", n, runs)
+	}
+}
+
+// A request that stays open for longer than ParkAfter is left to a person, and not before.
+func TestRequestThatStaysOpenIsParked(t *testing.T) {
+	t.Parallel()
+	s := newShop(t, nil)
+	s.handle = func(ctx context.Context) (*idempotency.Answer, error) {
+		if _, err := s.charge.Call(ctx, card{"tok", s.price}); err != nil {
+			return nil, err
+		}
+		return nil, errors.New("it never posts")
+	}
+	s.wantOpen(t, s.request())
+	s.older(t, 23*time.Hour)
+	s.wantOpen(t, s.resume(t))
+	s.older(t, 2*time.Hour)
+	s.resume(t)
+	s.wantParked(t, s.request(), "still open after 24h")
+	if n := s.sent(t); n != 1 {
+		t.Errorf("sent %d times", n)
+	}
+}
+
+// A process without a handler of the request's name runs nothing, and says so.
+func TestResumeOfAnUnknownRouteIsNotServed(t *testing.T) {
+	t.Parallel()
+	s := newShop(t, nil)
+	s.does(loses)
+	s.wantOpen(t, s.request())
+	s.due(t)
+	result := idempotency.NewEngine(s.Store, nil).Resume(t.Context(), s.key)
+	if !errors.Is(result.Err, idempotency.ErrNotServed) || result.Outcome != idempotency.OutcomeUnknown {
+		t.Errorf("%+v", result)
+	}
+	other := s.key
+	other.Value = "another"
+	if result := s.Engine.Resume(t.Context(), other); !errors.Is(result.Err, idempotency.ErrNotOpen) || result.Outcome != idempotency.OutcomeUnknown {
+		t.Errorf("%+v", result)
+	}
+	s.wantPaid(t, s.resume(t), 900)
+}
