@@ -843,3 +843,27 @@ func TestResumeOfAnUnknownRouteIsNotServed(t *testing.T) {
 	}
 	s.wantPaid(t, s.resume(t), 900)
 }
+
+// A no of the look-up is no more final than that of a send; and what it leaves to a person is.
+func TestNoOfALookupIsNotFinalWhileASendIsUnderWay(t *testing.T) {
+	t.Parallel()
+	var says error
+	s := newShop(t, func(_ *processor, e *effect.Effect[card, charge]) {
+		e.Lookup = func(context.Context, string, card) (charge, error) { return charge{}, says }
+	})
+	s.does(loses)
+	s.wantOpen(t, s.request())
+	says = effect.Declined(errors.New("no"), nil)
+	s.wantOpen(t, s.resume(t))
+	says = effect.Park(errors.New("it was made with another amount"))
+	s.wantParked(t, s.resume(t), "look-up says that only a person")
+	says = effect.Declined(errors.New("no"), nil)
+	s.Exec(t, "UPDATE idempotency_open SET parked = NULL")
+	s.older(t, 30*time.Minute)
+	if result := s.resume(t); result.Answer == nil || result.Answer.Status != 402 {
+		t.Errorf("%+v", result)
+	}
+	if n := s.sent(t); n != 1 {
+		t.Errorf("sent %d times", n)
+	}
+}
