@@ -27,7 +27,10 @@
 //   - [Options] has the features that a route may switch on: Wait instead of 409, for example
 //   - [Engine.Do] is the protocol, top to bottom; decide, in decision.go, is the state machine
 //   - [Store] has the promises of a store; package storage/storagetest tests them
-//   - [DerivedKey] is for calls to other services, which happen at least once
+//   - package effect calls other services, so that each call counts once; [Completer] ends the
+//     requests that it leaves open
+//   - [DerivedKey] is for calls that a handler makes by itself, which happen at least once
+//   - package idempotencytest runs your own handler through crashes
 //
 // This package imports the standard library only.
 package idempotency
