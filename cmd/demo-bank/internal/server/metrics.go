@@ -36,8 +36,9 @@ func (m *metrics) handler() http.Handler {
 	return promhttp.HandlerFor(m.registry, promhttp.HandlerOpts{Registry: m.registry})
 }
 
-// observe registers metrics of the pool's connections and the store's table. Call it once.
+// observe registers metrics of the pool's connections and the store's tables. Call it once.
 func (m *metrics) observe(store *postgres.Store) {
-	m.registry.MustRegister(promobserve.NewPoolCollector(store.Pool().Stat), promobserve.NewRecordsCollector(
-		store.Statistics, &promobserve.RecordsOptions{Timeout: time.Second})) // a scrape must not be late
+	options := &promobserve.RecordsOptions{Timeout: time.Second} // a scrape must not be late
+	m.registry.MustRegister(promobserve.NewPoolCollector(store.Pool().Stat), promobserve.NewRecordsCollector(store.Statistics, options),
+		promobserve.NewOpenCollector(store.OpenStatistics, options))
 }
