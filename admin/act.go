@@ -21,6 +21,19 @@ type ticket struct {
 	Made    time.Time  `json:"d"`
 }
 
+var errStrangeForm = refusal{
+	status: http.StatusForbidden,
+	detail: "This form was not made by this page for you, or the service was started anew since. Nothing was done. Open the key again.",
+}
+
+// fresh refuses a form that was made too long ago.
+func (h *Handler) fresh(made time.Time) error {
+	if age := h.now().Sub(made); age > FormAgeMax || age < -FormAgeMax {
+		return refusal{status: http.StatusForbidden, detail: "This form is too old. Nothing was done. Open the key again, and see whether it is still as it was."}
+	}
+	return nil
+}
+
 // DeleteWord must be typed to confirm the deletion of a record.
 const DeleteWord = "delete"
 
@@ -60,6 +73,8 @@ func (h *Handler) confirm(p *page, act Permission, token, reason, problem string
 		return err
 	case state.Record == nil:
 		return operator.ErrInProgress
+	case state.Record.Open():
+		return operator.ErrOpen
 	}
 	view := confirmPage{
 		Act: act, Scope: ref.Scope, Value: ref.Value, State: state, Token: token, ReasonBytesMax: operator.ReasonBytesMax, Reason: reason, Problem: problem,
@@ -93,10 +108,10 @@ func (h *Handler) act(p *page, act Permission, do func(context.Context, idempote
 	form := p.r.PostForm
 	var t ticket
 	if h.sealer.open(purposeForm, form.Get("ticket"), &t) != nil || t.Act != act || t.Actor != actor {
-		return refusal{status: http.StatusForbidden, detail: "This form was not made by this page for you, or the service was started anew since. Nothing was done. Open the key again."}
+		return errStrangeForm
 	}
-	if age := h.now().Sub(t.Made); age > FormAgeMax || age < -FormAgeMax {
-		return refusal{status: http.StatusForbidden, detail: "This form is too old. Nothing was done. Open the key again, and see whether it is still as it was."}
+	if err := h.fresh(t.Made); err != nil {
+		return err
 	}
 	attempt, err := parseAttempt(t.Attempt)
 	if err != nil {

@@ -171,7 +171,7 @@ func TestOperatorInABrowser(t *testing.T) {
 func signedIn(next http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		r.Header.Set("User", "alice@example.com")
-		r.Header.Set("May", "view view-body expire delete")
+		r.Header.Set("May", "view view-body expire delete settle abandon")
 		next.ServeHTTP(w, r)
 	})
 }

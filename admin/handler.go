@@ -30,6 +30,12 @@ const (
 	// PermissionDelete allows deleting a record, after which a retry of its request runs again and
 	// may pay twice.
 	PermissionDelete Permission = "delete"
+	// PermissionSettle allows settling the effects of an open request, resuming and parking it. Who
+	// says of a payment that it was not made, and errs, lets it be made twice.
+	PermissionSettle Permission = "settle"
+	// PermissionAbandon allows deleting an open request without an answer, after which a retry of it
+	// runs again and may pay twice.
+	PermissionAbandon Permission = "abandon"
 )
 
 // AuthorizeFunc checks whether the caller of a request has a permission, and returns the caller as
@@ -54,7 +60,7 @@ const (
 
 // Options tune a [Handler]. Nil and the zero value are the defaults, which are the safest.
 type Options struct {
-	// ReadOnly removes expire and delete for everybody. Then a role with only SELECT suffices.
+	// ReadOnly removes every act for everybody. Then a role with only SELECT suffices.
 	ReadOnly bool
 
 	// Secret seals the tokens that stand for keys in URLs and forms. It has at least
@@ -142,6 +148,12 @@ var routes = map[string]route{
 	"stats":  {get: (*Handler).stats},
 	"doctor": {get: (*Handler).doctor},
 	"live":   {get: (*Handler).live},
+
+	"open":    {get: (*Handler).open},
+	"settle":  {get: (*Handler).confirmSettle, post: (*Handler).settle},
+	"resume":  {get: (*Handler).confirmResume, post: (*Handler).resume},
+	"park":    {get: (*Handler).confirmPark, post: (*Handler).park},
+	"abandon": {get: (*Handler).confirmAbandon, post: (*Handler).abandon},
 }
 
 // page is one request that is being answered.
@@ -223,7 +235,7 @@ func (r route) allow() string {
 
 // allowed returns the caller as actor, or a refusal if the caller lacks the permission.
 func (h *Handler) allowed(r *http.Request, want Permission) (actor string, err error) {
-	if h.options.ReadOnly && (want == PermissionExpire || want == PermissionDelete) {
+	if h.options.ReadOnly && want != PermissionView && want != PermissionViewBody {
 		return "", refusal{status: http.StatusForbidden, detail: "This page is for looking only."}
 	}
 	actor, err = h.authorize(r, want)

@@ -23,10 +23,11 @@ type keyPage struct {
 	State        operator.State
 	Headers      []header
 	Timeline     []operator.Event
-	Done         *done  // the act just done to the key, or nil
-	Token        string // of the key, for links
+	Done         *done                 // the act just done to the key, or nil
+	Token        string                // of the key, for links
+	Open         *operator.OpenRequest // nil if there is none
 
-	MayViewBody, MayExpire, MayDelete bool
+	MayViewBody, MayExpire, MayDelete, MaySettle, MayAbandon bool
 }
 
 type header struct{ Name, Value string }
@@ -54,6 +55,12 @@ func (h *Handler) key(p *page) error {
 	}
 	if state.Record != nil {
 		view.Headers = headersOf(state.Record.Header)
+		if state.Record.Open() {
+			if view.Open, err = h.openOf(p, keyRef{key.Scope, key.Value}); err != nil {
+				return err
+			}
+			view.MaySettle, view.MayAbandon = h.has(p, PermissionSettle), h.has(p, PermissionAbandon)
+		}
 	}
 	return h.render(p, "key", "Key", view)
 }

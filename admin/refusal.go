@@ -40,6 +40,16 @@ func refusalOf(err error) (refused refusal, failed bool) {
 		return refusal{http.StatusConflict, "Somebody holds this key", "An attempt runs, or a retry reads the record just now. Nothing was done. Wait until it has ended, and look again."}, false
 	case errors.Is(err, operator.ErrChanged):
 		return refusal{http.StatusConflict, "The record has changed", "It is not the record any more that this form showed. Nothing was done. Open the key again."}, false
+	case errors.Is(err, operator.ErrNotOpen):
+		return refusal{http.StatusNotFound, "This key has no open request", "It has ended, or somebody abandoned it. Nothing was done. Open the key again."}, false
+	case errors.Is(err, operator.ErrOpen):
+		return refusal{http.StatusConflict, "This request is open", "There is no record to change, and money may have moved. Nothing was done. Settle its effects, or abandon it."}, false
+	case errors.Is(err, operator.ErrSettled), errors.Is(err, operator.ErrNoEffect):
+		return refusal{http.StatusConflict, "This effect has a result", "Somebody settled it since, or it came. Nothing was done. Open the key again."}, false
+	case errors.Is(err, operator.ErrUnconfirmed):
+		return refusal{http.StatusConflict, "The request has changed", "Other effects may have been sent than this form showed. Nothing was done. Open the key again."}, false
+	case errors.Is(err, operator.ErrEncrypted):
+		return refusal{http.StatusConflict, "The service encrypts its results", "This page can't. Nothing was done. A program with the keys does it: docs/operations.md."}, false
 	case errors.Is(err, operator.ErrTooLarge):
 		return refusal{http.StatusRequestEntityTooLarge, "This body is too large to show", "It is in the table idempotency_keys."}, false
 	case errors.Is(err, operator.ErrUnknown):

@@ -18,6 +18,9 @@ const (
 	purposeList = "list" // a listQuery in a link
 	purposeForm = "form" // a ticket in a form that acts
 	purposeDone = "done" // an outcome that the next page reports
+
+	purposeOpenList = "open-list" // an openQuery in a link
+	purposeOpenForm = "open-form" // an openTicket in a form that acts
 )
 
 // errToken: the token was not made by this handler, or was made for another purpose.

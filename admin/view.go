@@ -16,6 +16,7 @@ import (
 	"strings"
 	"time"
 
+	"github.com/paidonce/idempotency"
 	"github.com/paidonce/idempotency/storage/postgres/operator"
 )
 
@@ -56,7 +57,7 @@ func loadAssets(files ...string) (byName map[string]*asset, names map[string]str
 }
 
 // templates are the pages by name, each with the layout around it.
-var templates = parseTemplates("home", "list", "key", "body", "confirm", "stats", "doctor", "refusal")
+var templates = parseTemplates("home", "list", "open", "key", "body", "confirm", "confirm-open", "stats", "doctor", "refusal")
 
 func parseTemplates(names ...string) map[string]*template.Template {
 	files, err := fs.Sub(embedded, "assets")
@@ -96,22 +97,28 @@ func (h *Handler) renderStatus(p *page, status int, name, title string, data any
 }
 
 var functions = template.FuncMap{
-	"asset":   func(file string) string { return assetNames[file] },
-	"ago":     formatAgo,
-	"bytes":   formatBytes,
-	"chip":    chipOf,
-	"classes": func() []int { return []int{2, 3, 4, 5} },
-	"clock":   formatClock,
-	"count":   formatCount,
-	"hex":     func(b [32]byte) string { return hex.EncodeToString(b[:]) },
-	"int":     func(n any) string { return formatNumber(toInt64(n)) },
-	"long":    formatDuration,
-	"rowsOf":  func(caption string, rows []row, now time.Time) rowsView { return rowsView{caption, rows, now} },
-	"within":  func(name string) bool { return name == "key" || name == "body" || name == "confirm" },
-	"size":    func(s operator.Stats) string { return formatBytes(s.TableBytes + s.IndexBytes + s.ToastBytes) },
-	"stamp":   formatStamp,
-	"told":    tellEvent,
-	"tone":    eventTone,
+	"asset":       func(file string) string { return assetNames[file] },
+	"ago":         formatAgo,
+	"bytes":       formatBytes,
+	"chip":        chipOf,
+	"classes":     func() []int { return []int{2, 3, 4, 5} },
+	"clock":       formatClock,
+	"count":       formatCount,
+	"hex":         func(b [32]byte) string { return hex.EncodeToString(b[:]) },
+	"int":         func(n any) string { return formatNumber(toInt64(n)) },
+	"long":        formatDuration,
+	"effectKind":  effectKind,
+	"effectState": operator.EffectStateText,
+	"openChip":    openChip,
+	"settlement":  tellSettlement,
+	"rowsOf":      func(caption string, rows []row, now time.Time) rowsView { return rowsView{caption, rows, now} },
+	"within": func(name string) bool {
+		return name == "key" || name == "body" || name == "confirm" || name == "confirm-open"
+	},
+	"size":  func(s operator.Stats) string { return formatBytes(s.TableBytes + s.IndexBytes + s.ToastBytes) },
+	"stamp": formatStamp,
+	"told":  tellEvent,
+	"tone":  eventTone,
 }
 
 // rowsView is a table of records.
@@ -232,6 +239,9 @@ type chip struct{ Text, Tone string }
 // chipOf returns the chip of a recorded status.
 func chipOf(status int) chip {
 	text := strconv.Itoa(status)
+	if status == 0 {
+		return chip{"open", "warn"}
+	}
 	switch status / 100 {
 	case 2:
 		return chip{text + " executed", "good"}
@@ -241,6 +251,44 @@ func chipOf(status int) chip {
 		return chip{text + " declined", "warn"}
 	}
 	return chip{text + " failed", "bad"}
+}
+
+// openChip returns the chip of an open request.
+func openChip(r operator.OpenRequest) chip {
+	switch {
+	case r.Parked != "":
+		return chip{"parked", "bad"}
+	case r.Running:
+		return chip{"running", "plain"}
+	case !r.NextAt.After(r.StartedAt.Add(r.Age)):
+		return chip{"due", "warn"}
+	}
+	return chip{"waiting", "plain"}
+}
+
+func effectKind(kind idempotency.EffectKind) string {
+	switch kind {
+	case idempotency.EffectAtMostOnce:
+		return "call, sent once at most"
+	case idempotency.EffectUndo:
+		return "undo"
+	case idempotency.EffectPhase:
+		return "phase"
+	}
+	return "call"
+}
+
+// tellSettlement describes what an operator may say of an effect.
+func tellSettlement(as operator.Settlement) string {
+	switch as {
+	case operator.SettleDone:
+		return "done: the other service did it"
+	case operator.SettleDeclined:
+		return "declined: it refused, and will not do it later"
+	case operator.SettleNotSent:
+		return "not sent: it never got the request, for certain"
+	}
+	return "not known: send it again with the same key, if its rules permit that"
 }
 
 // tellEvent describes an event in a line.
@@ -258,6 +306,24 @@ func tellEvent(e operator.Event) string {
 		return "Expired by " + e.Actor
 	case operator.EventActDelete:
 		return "Deleted by " + e.Actor
+	case operator.EventIntent:
+		return "Effect " + e.Effect + ": its intent committed, before it was sent"
+	case operator.EventSentAgain:
+		return "Effect " + e.Effect + ": about to be sent again, the " + formatNumber(int64(e.Attempts)) + ". time"
+	case operator.EventResult:
+		return "Effect " + e.Effect + ": " + e.Reason
+	case operator.EventNext:
+		return "Open: anybody may take it over from then on"
+	case operator.EventParked:
+		return "Parked: it waits for a person"
+	case "act-resume":
+		return "Resumed by " + e.Actor
+	case "act-park":
+		return "Parked by " + e.Actor
+	case "act-abandon":
+		return "Abandoned by " + e.Actor
+	case "act-settle-done", "act-settle-declined", "act-settle-not-sent", "act-settle-retry":
+		return "Effect " + e.Effect + ": settled as " + strings.TrimPrefix(string(e.Kind), "act-settle-") + " by " + e.Actor
 	case operator.EventExecuted:
 		return "Request executed"
 	case operator.EventReplayed:
@@ -279,9 +345,9 @@ func eventTone(kind operator.EventKind) string {
 	switch kind {
 	case operator.EventRecorded, operator.EventExecuted:
 		return "good"
-	case operator.EventActExpire, operator.EventActDelete, operator.EventUnknown:
+	case operator.EventActExpire, operator.EventActDelete, operator.EventUnknown, operator.EventParked, "act-abandon":
 		return "bad"
-	case operator.EventRunning, operator.EventMismatch, operator.EventNotExecuted, operator.EventInProgress:
+	case operator.EventSentAgain, operator.EventRunning, operator.EventMismatch, operator.EventNotExecuted, operator.EventInProgress:
 		return "warn"
 	}
 	return "plain"

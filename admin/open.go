@@ -1,0 +1,272 @@
+package admin
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"net/http"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/jackc/pgx/v5/pgconn"
+
+	"github.com/paidonce/idempotency/storage/postgres/operator"
+)
+
+// openQuery is the query in a link to a page of the open requests.
+type openQuery struct {
+	Route  string          `json:"r,omitempty"`
+	Parked bool            `json:"p,omitempty"`
+	After  operator.Cursor `json:"n,omitempty"`
+	Page   int             `json:"i,omitempty"` // number of previous pages; only for display
+}
+
+// openRow is an open request in the list.
+type openRow struct {
+	operator.OpenRequest
+	Link string // to its page
+}
+
+// openPage is the data of open.html.
+type openPage struct {
+	Query       openQuery
+	Rows        []openRow
+	First, Next string // links; empty if there is none
+	Number      int
+	Now         time.Time
+}
+
+// open shows a page of the open requests, the oldest first.
+func (h *Handler) open(p *page) error {
+	values := p.r.URL.Query()
+	q := openQuery{Route: values.Get("route"), Parked: values.Get("parked") != ""} // neither is secret
+	if token := values.Get("q"); token != "" {
+		if err := h.sealer.open(purposeOpenList, token, &q); err != nil {
+			return errStaleLink
+		}
+	}
+	list, err := h.operator.ListOpen(p.ctx(), operator.OpenFilter{Route: q.Route, Parked: q.Parked}, operator.Page{After: q.After})
+	if err != nil {
+		return err
+	}
+	view := openPage{Query: q, Number: q.Page + 1, Now: list.Now}
+	for i := range list.Requests {
+		view.Rows = append(view.Rows, openRow{list.Requests[i], h.keyLink(list.Requests[i].Key)})
+	}
+	if q.After != "" {
+		view.First = h.openLink(openQuery{Route: q.Route, Parked: q.Parked})
+	}
+	if list.Next != "" {
+		view.Next = h.openLink(openQuery{Route: q.Route, Parked: q.Parked, After: list.Next, Page: q.Page + 1})
+	}
+	return h.render(p, "open", "Open requests", view)
+}
+
+func (h *Handler) openLink(q openQuery) string {
+	return "open?q=" + h.sealer.seal(purposeOpenList, q)
+}
+
+// openOf returns the key's open request, or nil if it has ended, or if the database's role may not
+// read it.
+func (h *Handler) openOf(p *page, ref keyRef) (*operator.OpenRequest, error) {
+	r, err := h.operator.GetOpen(p.ctx(), ref.key())
+	var pgErr *pgconn.PgError
+	switch {
+	case errors.Is(err, operator.ErrNotOpen), errors.As(err, &pgErr) && pgErr.Code == "42501":
+		return nil, nil
+	case err != nil:
+		return nil, err
+	}
+	return &r, nil
+}
+
+// openAct is an act on an open request: the name of its path, of its permission and of its form.
+type openAct string
+
+// The acts. None of them makes the answer: the service's handler does, when it runs next.
+const (
+	actSettle  openAct = "settle"
+	actResume  openAct = "resume"
+	actPark    openAct = "park"
+	actAbandon openAct = "abandon"
+)
+
+func (a openAct) permission() Permission {
+	if a == actAbandon {
+		return PermissionAbandon
+	}
+	return PermissionSettle
+}
+
+// openTicket is a ticket for an act on an open request, as it was shown: nobody may have owned it or
+// acted on it since.
+type openTicket struct {
+	Act     openAct   `json:"a"`
+	Actor   string    `json:"u"`
+	Ref     keyRef    `json:"k"`
+	Attempt string    `json:"t"`
+	Epoch   int64     `json:"e"`
+	Effect  string    `json:"f,omitempty"` // that is settled
+	Sent    []string  `json:"s,omitempty"` // the effects that may have been sent
+	Made    time.Time `json:"d"`
+}
+
+// word must be typed to confirm that the request is abandoned: the names of what may have been sent,
+// because somebody has to have looked each of them up.
+func (t *openTicket) word() string {
+	switch {
+	case t.Act != actAbandon:
+		return ""
+	case len(t.Sent) == 0:
+		return string(actAbandon)
+	}
+	return strings.Join(t.Sent, ",")
+}
+
+// openForm is what was typed into the form of an act.
+type openForm struct {
+	As     operator.Settlement
+	Output string
+	Reason string
+}
+
+// openConfirmPage is the data of confirm-open.html.
+type openConfirmPage struct {
+	Act            openAct
+	Scope, Value   string
+	Request        operator.OpenRequest
+	Effect         string
+	Token, Ticket  string
+	Word           string // to be typed; empty for none
+	Form           openForm
+	Settlements    []operator.Settlement
+	ReasonBytesMax int
+	Problem        string // why the form is shown again
+}
+
+var (
+	settlements = []operator.Settlement{operator.SettleDone, operator.SettleDeclined, operator.SettleNotSent, operator.SettleRetry}
+	openTitles  = map[openAct]string{actSettle: "Settle this effect?", actResume: "Resume this request?", actPark: "Park this request?", actAbandon: "Abandon this request?"}
+)
+
+func (h *Handler) confirmSettle(p *page) error  { return h.confirmOpenLink(p, actSettle) }
+func (h *Handler) confirmResume(p *page) error  { return h.confirmOpenLink(p, actResume) }
+func (h *Handler) confirmPark(p *page) error    { return h.confirmOpenLink(p, actPark) }
+func (h *Handler) confirmAbandon(p *page) error { return h.confirmOpenLink(p, actAbandon) }
+
+func (h *Handler) confirmOpenLink(p *page, act openAct) error {
+	values := p.r.URL.Query()
+	return h.confirmOpen(p, act, values.Get("k"), values.Get("e"), openForm{}, "")
+}
+
+// confirmOpen shows what an act on an open request does, and the form that does it. problem is the
+// reason if the form is shown again.
+func (h *Handler) confirmOpen(p *page, act openAct, token, effect string, form openForm, problem string) error {
+	actor, err := h.allowed(p.r, act.permission())
+	if err != nil {
+		return err
+	}
+	var ref keyRef
+	if err := h.sealer.open(purposeKey, token, &ref); err != nil {
+		return errStaleLink
+	}
+	r, err := h.operator.GetOpen(p.ctx(), ref.key())
+	switch {
+	case err != nil:
+		return err
+	case act == actSettle && !slices.Contains(r.Unsettled, effect):
+		return operator.ErrSettled
+	}
+	t := openTicket{act, actor, ref, r.Attempt.String(), r.Epoch, effect, r.MaybeSent(), h.now()}
+	status := http.StatusOK
+	if problem != "" {
+		status = http.StatusUnprocessableEntity
+	}
+	return h.renderStatus(p, status, "confirm-open", openTitles[act], openConfirmPage{
+		Act: act, Scope: ref.Scope, Value: ref.Value, Request: r, Effect: effect, Token: token, Ticket: h.sealer.seal(purposeOpenForm, t), Word: t.word(),
+		Form: form, Settlements: settlements, ReasonBytesMax: operator.ReasonBytesMax, Problem: problem,
+	})
+}
+
+func (h *Handler) settle(p *page) error  { return h.actOpen(p, actSettle) }
+func (h *Handler) resume(p *page) error  { return h.actOpen(p, actResume) }
+func (h *Handler) park(p *page) error    { return h.actOpen(p, actPark) }
+func (h *Handler) abandon(p *page) error { return h.actOpen(p, actAbandon) }
+
+// actOpen does the act of a confirmed form, as [Handler.act] does. The database repeats the check of
+// the epoch: that the request is still as it was shown.
+func (h *Handler) actOpen(p *page, act openAct) error {
+	actor, err := h.allowed(p.r, act.permission())
+	if err != nil {
+		return err
+	}
+	var t openTicket
+	values := p.r.PostForm
+	if h.sealer.open(purposeOpenForm, values.Get("ticket"), &t) != nil || t.Act != act || t.Actor != actor {
+		return errStrangeForm
+	}
+	if err := h.fresh(t.Made); err != nil {
+		return err
+	}
+	attempt, err := parseAttempt(t.Attempt)
+	if err != nil {
+		return err
+	}
+	form := openForm{operator.Settlement(values.Get("as")), strings.TrimSpace(values.Get("output")), strings.TrimSpace(values.Get("reason"))}
+	deed := operator.OpenAct{Act: operator.Act{Actor: actor, Reason: form.Reason, Attempt: attempt}, Epoch: t.Epoch}
+	if problem := form.problem(&t, strings.TrimSpace(values.Get("confirm")), deed); problem != "" {
+		return h.confirmOpen(p, act, h.sealer.seal(purposeKey, t.Ref), t.Effect, form, problem)
+	}
+
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(p.ctx()), actTimeout)
+	defer cancel()
+	key := t.Ref.key()
+	switch act {
+	case actSettle:
+		var output []byte
+		if form.Output != "" {
+			output = []byte(form.Output)
+		}
+		_, err = h.operator.Settle(ctx, key, t.Effect, form.As, output, deed)
+	case actResume:
+		_, err = h.operator.Resume(ctx, key, deed)
+	case actPark:
+		_, err = h.operator.Park(ctx, key, deed)
+	case actAbandon:
+		_, err = h.operator.Abandon(ctx, key, operator.Abandonment{OpenAct: deed, Sent: t.Sent})
+	}
+	log := h.options.Logger.With("act", string(act), "actor", actor, "attempt", t.Attempt)
+	switch {
+	case errors.Is(err, operator.ErrUnknown):
+		log.Error("admin: it is not known whether an act was done", "error", err)
+		return err
+	case err != nil:
+		log.Warn("admin: an act was not done", "error", err)
+		return err
+	}
+	log.Warn("admin: an act was done")
+	return redirect(p, h.keyLink(key)+"&done="+h.sealer.seal(purposeDone, done{Permission(act), t.Attempt, p.actor, t.Ref, h.now()}))
+}
+
+// problem returns why the form can't be acted on, or nothing.
+func (f *openForm) problem(t *openTicket, confirm string, deed operator.OpenAct) string {
+	hasOutput := f.Output != ""
+	switch {
+	case t.Act == actSettle && !slices.Contains(settlements, f.As):
+		return "Nothing was done: say what is known of the effect."
+	case t.Act == actSettle && f.As == operator.SettleDone && !hasOutput:
+		return "Nothing was done: the handler needs the result of what is done, as JSON."
+	case t.Act == actSettle && hasOutput && f.As != operator.SettleDone && f.As != operator.SettleDeclined:
+		return "Nothing was done: only what is done or declined has a result."
+	case hasOutput && !json.Valid([]byte(f.Output)):
+		return "Nothing was done: the result is not JSON."
+	case t.word() != "" && confirm != t.word():
+		return "Nothing was done: type " + t.word() + " to confirm."
+	case f.Reason == "":
+		return "Nothing was done: say why. It is kept with your name."
+	case deed.Validate() != nil:
+		return "Nothing was done: the reason is too long, or is not text."
+	}
+	return ""
+}
