@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"errors"
+	"html"
 	"io"
 	"log/slog"
 	"net/http"
@@ -36,6 +37,8 @@ type testBundle struct {
 	handler *admin.Handler
 	site    http.Handler // the handler under /ops/keys/
 	log     *logBuffer
+
+	resumable sync.Once
 }
 
 const prefix = "/ops/keys"
@@ -204,7 +207,7 @@ func location(t testing.TB, response *http.Response) string {
 func links(page, begin string) []string {
 	var all []string
 	for _, match := range regexp.MustCompile(`(?:href|action|src)="(`+regexp.QuoteMeta(begin)+`[^"]*)"`).FindAllStringSubmatch(page, -1) {
-		all = append(all, match[1])
+		all = append(all, html.UnescapeString(match[1]))
 	}
 	return all
 }

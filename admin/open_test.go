@@ -15,7 +15,7 @@ import (
 )
 
 // openRequest makes a request that calls another service and gets no reply, parked.
-func (b *testBundle) openRequest(t testing.TB, key string, parked string) {
+func (b *testBundle) openRequest(t testing.TB, key, parked string) {
 	t.Helper()
 	run := func(ctx context.Context) (*idempotency.Answer, error) {
 		effects, err := idempotency.EffectsFrom(ctx)
@@ -34,7 +34,9 @@ func (b *testBundle) openRequest(t testing.TB, key string, parked string) {
 		effects.Lapse(idempotency.Lapse{Pause: time.Hour, Parked: parked, Reason: "effect charge: no reply"})
 		return nil, idempotency.ErrUnsettled
 	}
-	b.Engine.Resumable("topup/1", func(idempotency.Key, []byte) (idempotency.RunFunc, error) { return run, nil })
+	b.resumable.Do(func() {
+		b.Engine.Resumable("topup/1", func(idempotency.Key, []byte) (idempotency.RunFunc, error) { return run, nil })
+	})
 	request := testservice.Request(idempotency.Key{Scope: "acme", Value: key})
 	request.Resumable, request.Stored = "topup/1", func() []byte { return []byte("canary-request") }
 	if result := b.Engine.Do(t.Context(), request, run); !result.Accepted {
