@@ -167,6 +167,51 @@ func TestOperatorInABrowser(t *testing.T) {
 	times.check(t, server)
 }
 
+// In a browser: from the list of open requests to one that is parked, and to what is known of its call.
+// Each page fits a phone, and logs no error.
+func TestOpenRequestsInABrowser(t *testing.T) {
+	if testing.Short() {
+		t.Skip("starts a browser")
+	}
+	t.Parallel()
+	ctx := browsertest.Start(t)
+	b := setup(t, nil)
+	b.openRequest(t, "key-1", "no reply")
+	b.openRequest(t, strings.Repeat("k", 255), "no reply")
+	server := serve(t, signedIn(b.site))
+	u := &user{t: t, ctx: ctx, home: server.URL + prefix + "/"}
+	problems := browsertest.Problems(t, ctx)
+
+	u.do(chromedp.Navigate(u.home), chromedp.WaitVisible(chromedp.CSS("h1")))
+	u.click(`nav a[href="open"]`, "#parked")
+	u.do(chromedp.SetValue(chromedp.CSS("#parked"), "1"))
+	u.click("form.filter .primary", `a[href="open"].button`)
+	u.wantText("no reply")
+	u.click(`th a[href^="key?"]`, ".timeline")
+	u.wantText("Parked: it waits for a person")
+	u.shots("open-key")
+	u.click(`a[href^="settle?"]`, "form.confirm")
+	u.wantText("What you say is believed.")
+	u.do(chromedp.SetValue(chromedp.CSS("#as"), "done"))
+	u.type_("#output", `{"id": "ch_1"}`)
+	u.type_("#reason", "OPS-3: seen at the processor")
+	u.shots("settle")
+	u.click("form.confirm button", ".notice.good")
+	u.wantText("settled as done by alice@example.com")
+
+	u.do(chromedp.EmulateViewport(390, 844))
+	key := strings.TrimPrefix(b.as("alice@example.com", everything...).open(t, "acme", strings.Repeat("k", 255)), "./")
+	for _, link := range []string{"open", key, strings.Replace(key, "key?", "settle?", 1) + "&e=charge", strings.Replace(key, "key?", "abandon?", 1)} {
+		u.do(chromedp.Navigate(u.home+link), chromedp.WaitVisible(chromedp.CSS("h1")))
+		if got := u.eval("document.documentElement.scrollWidth + ''"); got != "390" {
+			t.Errorf("%s is %s pixels wide on a phone of 390", link, got)
+		}
+	}
+	for _, problem := range problems() {
+		t.Errorf("the browser complains: %s", problem)
+	}
+}
+
 // signedIn stands for authentication in front of the page.
 func signedIn(next http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {

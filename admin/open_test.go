@@ -84,9 +84,11 @@ func TestOpenRequestsAreListed(t *testing.T) {
 			t.Errorf("the page of the request does not say %q: %s", want, detail)
 		}
 	}
-	for _, page := range []string{page, detail} {
+	settle := c.b.as("alice", everything...).page(t, link(t, b.as("alice", everything...).page(t, link(t, page, "key?")), "settle?"))
+	for name, page := range map[string]string{"open": page, "key": detail, "settle": settle} {
+		wantAccessible(t, name, page)
 		if strings.Contains(page, "canary") {
-			t.Error("the page shows an input or a request")
+			t.Errorf("the page %s shows an input or a request", name)
 		}
 	}
 	if all := c.page(t, "list"); !strings.Contains(all, "none while it is open") {
