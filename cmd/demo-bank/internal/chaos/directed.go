@@ -94,10 +94,8 @@ func (r *run) direct(ctx context.Context) error {
 		d.played.Wait()
 		return ctx.Err()
 	}
-	bounded, cancel := context.WithTimeout(ctx, scriptMax)
-	defer cancel()
 	var scripts sync.WaitGroup
-	play := func(name string, script func(context.Context) error) { d.play(bounded, &scripts, name, script) }
+	play := func(name string, script func(context.Context) error) { d.play(ctx, &scripts, name, scriptMax, script) }
 	play("no transaction during a call", d.noTransaction)
 	play("a take-over within the lease", d.within)
 	scripts.Wait() // they want both banks awake
@@ -109,9 +107,11 @@ func (r *run) direct(ctx context.Context) error {
 	return ctx.Err()
 }
 
-// play plays a script in a goroutine.
-func (d *directed) play(ctx context.Context, scripts *sync.WaitGroup, name string, script func(context.Context) error) {
+// play plays a script in a goroutine, for at most limit.
+func (d *directed) play(ctx context.Context, scripts *sync.WaitGroup, name string, limit time.Duration, script func(context.Context) error) {
 	scripts.Go(func() {
+		ctx, cancel := context.WithTimeout(ctx, limit)
+		defer cancel()
 		d.run.note("script %s begins", name)
 		if err := script(ctx); err != nil {
 			d.findings.add("%s: %v", name, err)
@@ -126,7 +126,7 @@ func (d *directed) play(ctx context.Context, scripts *sync.WaitGroup, name strin
 // early plays the script that takes longer than the others, beside the load.
 func (d *directed) early(ctx context.Context) {
 	if d.run.profile.effects {
-		d.play(ctx, &d.played, "a key that is forgotten", d.lifetime)
+		d.play(ctx, &d.played, "a key that is forgotten", 2*(keyLifetime+lifetimeMore), d.lifetime)
 	}
 }
 
