@@ -96,6 +96,10 @@ func (r *run) direct(ctx context.Context) error {
 	}
 	var scripts sync.WaitGroup
 	play := func(name string, script func(context.Context) error) { d.play(ctx, &scripts, name, scriptMax, script) }
+	for bank := range 2 {
+		play("a call of a healed bank", func(ctx context.Context) error { return d.healed(ctx, bank) })
+	}
+	scripts.Wait()
 	play("no transaction during a call", d.noTransaction)
 	play("a take-over within the lease", d.within)
 	scripts.Wait() // they want both banks awake
@@ -224,6 +228,16 @@ func wait(ctx context.Context, done <-chan struct{}, what string) error {
 	case <-ctx.Done():
 		return fmt.Errorf("%s did not happen within %v", what, scriptMax)
 	}
+}
+
+// healed makes a call of a bank, whose breaker may still be open: then it makes one call at a time,
+// and the scripts would wait for the others.
+func (d *directed) healed(ctx context.Context, bank int) error {
+	k := d.run.keys.script(askTopUp, "-1")
+	if status, err := d.answer(ctx, d.sender(bank), k); err != nil || status != http.StatusCreated {
+		return fmt.Errorf("key %s was told %d: %v", k.text, status, err)
+	}
+	return nil
 }
 
 // noTransaction: while the processor holds its replies, no session of the banks is in a transaction,
