@@ -867,3 +867,75 @@ func TestNoOfALookupIsNotFinalWhileASendIsUnderWay(t *testing.T) {
 		t.Errorf("sent %d times", n)
 	}
 }
+
+// While a call is repeated, others are told that it is in progress, as in the first send.
+func TestRetryDuringARepeatedSendIsInProgress(t *testing.T) {
+	t.Parallel()
+	slow := newGate()
+	var sends atomic.Int64
+	s := newShop(t, func(_ *processor, e *effect.Effect[card, charge]) {
+		do := e.Do
+		e.Do = func(ctx context.Context, key string, in card) (charge, error) {
+			if sends.Add(1) == 2 {
+				slow.pass()
+			}
+			return do(ctx, key, in)
+		}
+	})
+	s.does(loses)
+	s.wantOpen(t, s.request())
+	s.due(t)
+	two := later(func() idempotency.Result { return s.Engine.Resume(context.Background(), s.key) })
+	slow.reached(t)
+	if result := s.request(); result.Outcome != idempotency.OutcomeInProgress || result.RetryAfter <= 0 {
+		t.Errorf("%+v", result)
+	}
+	close(slow.release)
+	s.wantPaid(t, <-two, 900)
+}
+
+// A call that one version of the program sends once at most is not repeated by another, whichever of
+// the two began it.
+func TestCallThatOneVersionSendsOnceIsNotRepeated(t *testing.T) {
+	t.Parallel()
+	for name, first := range map[string]bool{"the first": true, "the second": false} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			s := newShop(t, nil)
+			die := once()
+			version := func(once bool) *effect.Declared[card, charge] {
+				return effect.New("charge", effect.Effect[card, charge]{AtMostOnce: once, Do: func(ctx context.Context, key string, in card) (charge, error) {
+					out, err := s.do(ctx, key, in)
+					die()
+					return out, err
+				}})
+			}
+			s.charge = version(first)
+			s.request()
+			s.charge = version(!first)
+			if result := s.resume(t); result.Answer == nil || result.Answer.Status != 202 {
+				t.Errorf("%+v", result)
+			}
+			if n := s.sent(t); n != 1 {
+				t.Errorf("sent %d times", n)
+			}
+		})
+	}
+}
+
+// A repeated call that could not be sent leaves no doubt of its own; one that only a person can go on
+// with is left to a person.
+func TestRepeatedCallThatIsNotSentOrParks(t *testing.T) {
+	t.Parallel()
+	says := effect.NotSent(errors.New("no route"))
+	s := newShop(t, func(_ *processor, e *effect.Effect[card, charge]) {
+		e.Do = func(context.Context, string, card) (charge, error) { return charge{}, says }
+	})
+	s.wantOpen(t, s.request())
+	s.wantOpen(t, s.resume(t))
+	if n := s.Count(t, "SELECT count(*) FROM idempotency_effects WHERE doubt_at IS NULL"); n != 1 {
+		t.Error("a send that was not made left a doubt")
+	}
+	says = effect.Park(errors.New("the key was used with other parameters"))
+	s.wantParked(t, s.resume(t), "only a person can go on")
+}
