@@ -27,12 +27,16 @@
 // # The handler
 //
 // Its route names it for later runs (Options.Resumable of package middleware), its store keeps
-// requests open (postgres.Store), and every replica runs an [idempotency.Completer].
+// requests open (postgres.Store), and every replica runs an [idempotency.Completer], which
+// middleware.Middleware.Completer returns. A run without a client has no values of outer middleware
+// in its context: take the caller from [idempotency.KeyFrom], or set Options.ResumeContext.
 //
 // It may run several times. A call whose result is recorded returns it without sending, so the code
 // between the calls must only decode and decide: no writes before a call, no clock, no random
-// numbers. Each run must ask for the effects that were made; if one does not, the request is left to
-// a person. A refusal (4xx) after an effect that was made needs [Declared.Undo] first.
+// numbers. What must be written before a call, or between two, goes into a phase (postgres.Phase),
+// which commits with its output and is not run again. What comes from a call or a phase is what
+// counts: post the amount of the result, not one that this run computed. Each run must ask for the
+// effects that were made; if one does not, the request is left to a person. A refusal (4xx) after an effect that was made needs [Declared.Undo] first.
 //
 // # Phases
 //
@@ -72,4 +76,10 @@
 //
 // [Declined], [NotSent] and [Park] say what is certain. Everything else is unknown, which is always
 // safe. [FromHTTP] has the rules for HTTP.
+//
+// # Tests
+//
+// idempotencytest.Run crashes your handler at each point between its calls, and
+// idempotencytest.Processor stands in for the other service. In a unit test call the handler with
+// the store of a database: storage/memory keeps no requests open.
 package effect
