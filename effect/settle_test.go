@@ -44,6 +44,9 @@ func TestWebhookSettlesWhatTheReplyDidNot(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
+	if got := s.Strings(t, "SELECT action || ' ' || effect || ' ' || key || ' by ' || actor FROM idempotency_audit"); len(got) != 1 || got[0] != "settle-done charge key-1 by the other service" {
+		t.Errorf("the audit table has %q", got)
+	}
 	result := s.request() // due at once
 	s.wantPaid(t, result, 900)
 	if s.sent(t) != 1 || string(result.Answer.Body) != "ch_webhook" {

@@ -57,6 +57,7 @@ type openStatements struct {
 	hold          string
 	settleOutside string
 	hasten        string
+	audit         string
 
 	// Of reconciliation.
 	byKey   string
@@ -160,6 +161,9 @@ func newOpenStatements(o *Options) openStatements {
 			" AS k USING (scope, key) WHERE e.derived_key = $1 AND e.kind <> 4",
 		hold:          "SELECT FROM " + open + " WHERE scope = $1 AND key = $2 FOR UPDATE",
 		settleOutside: "UPDATE " + effects + " SET state = $4, output = $5, settled_at = " + now + " WHERE scope = $1 AND key = $2 AND name = $3 AND state = 1 AND (tries <= 1 OR $6)",
+		audit: "INSERT INTO " + pgx.Identifier{o.Schema, "idempotency_audit"}.Sanitize() +
+			" (action, actor, reason, scope, key, attempt_id, status, record_created_at, record_expires_at, effect)" +
+			" SELECT $4, 'the other service', 'settled from outside', scope, key, attempt_id, status, created_at, expires_at, $3 FROM " + keys + " WHERE scope = $1 AND key = $2",
 		hasten: "UPDATE " + open + " SET next_at = CASE WHEN owned AND next_at > " + now + " THEN next_at ELSE " + now + " END, parked = NULL, last_reason = $3," +
 			" resumed_at = CASE WHEN parked IS NULL THEN resumed_at ELSE " + now + " END WHERE scope = $1 AND key = $2",
 	}

@@ -35,6 +35,9 @@ var (
 // left to a person is not any more. Its handler makes the answer: somebody has to retry, or a
 // completer must run.
 //
+// A result that is recorded leaves a row in the table idempotency_audit, as an operator's act does, so
+// the role of tx needs INSERT on it.
+//
 // The error is [ErrEffectNotFound] or [ErrSettledOtherwise], or that of the database.
 func (s *Store) Settle(ctx context.Context, tx pgx.Tx, settlement idempotency.Settlement) error {
 	err := s.settleIn(ctx, tx, &settlement)
@@ -93,6 +96,15 @@ func (s *Store) settleIn(ctx context.Context, tx pgx.Tx, settlement *idempotency
 			reason = "effect " + name + ": declined from outside, perhaps of an earlier send"
 		case tag.RowsAffected() == 0:
 			continue // somebody else was first, or it is sent again just now
+		}
+		if tag.RowsAffected() > 0 {
+			action := "settle-done"
+			if settlement.State == idempotency.EffectDeclined {
+				action = "settle-declined"
+			}
+			if _, err := tx.Exec(ctx, s.open.audit, pgx.QueryExecModeExec, key.Scope, key.Value, name, action); err != nil {
+				return wire.SQLError(err)
+			}
 		}
 		_, err = tx.Exec(ctx, s.open.hasten, pgx.QueryExecModeExec, key.Scope, key.Value, reason)
 		if err != nil {

@@ -42,7 +42,7 @@ func (s *Store) Statistics(ctx context.Context) (Statistics, error) {
 	var stats Statistics
 	var read, pages int64
 	var overdueSeconds float64
-	err := s.readBounded(ctx, s.statisticsSQL(), []any{pgx.Identifier{s.options.Schema, TableName}.Sanitize(), StatisticsPagesMax, rand.Float64()},
+	err := s.readBounded(ctx, TableName, s.statisticsSQL(), []any{pgx.Identifier{s.options.Schema, TableName}.Sanitize(), StatisticsPagesMax, rand.Float64()},
 		&pages, &stats.TableBytes, &stats.IndexBytes, &read, &stats.Records, &stats.Expired, &overdueSeconds)
 	if err != nil {
 		return Statistics{}, fmt.Errorf("statistics: %w", err)
@@ -77,7 +77,7 @@ type OpenStatistics struct {
 func (s *Store) OpenStatistics(ctx context.Context) (OpenStatistics, error) {
 	var stats OpenStatistics
 	var open, parked, due float64
-	err := s.readBounded(ctx, `SELECT count(*), count(parked), count(*) FILTER (WHERE parked IS NULL AND next_at <= now()),
+	err := s.readBounded(ctx, OpenTableName, `SELECT count(*), count(parked), count(*) FILTER (WHERE parked IS NULL AND next_at <= now()),
 		coalesce(extract(epoch FROM now() - min(started_at) FILTER (WHERE parked IS NULL)), 0)::float8,
 		coalesce(extract(epoch FROM now() - min(started_at) FILTER (WHERE parked IS NOT NULL)), 0)::float8,
 		coalesce(greatest(extract(epoch FROM now() - min(next_at) FILTER (WHERE parked IS NULL)), 0), 0)::float8
@@ -91,8 +91,8 @@ func (s *Store) OpenStatistics(ctx context.Context) (OpenStatistics, error) {
 
 func seconds(s float64) time.Duration { return time.Duration(s * float64(time.Second)) }
 
-// readBounded reads one row, within StatisticsTimeoutMax on the server.
-func (s *Store) readBounded(ctx context.Context, sql string, args []any, dest ...any) error {
+// readBounded reads one row of figures about a table, within StatisticsTimeoutMax on the server.
+func (s *Store) readBounded(ctx context.Context, table, sql string, args []any, dest ...any) error {
 	tx, err := s.pool.BeginTx(ctx, pgx.TxOptions{IsoLevel: pgx.ReadCommitted, AccessMode: pgx.ReadOnly})
 	if err != nil {
 		return wire.SQLError(err)
@@ -112,7 +112,7 @@ func (s *Store) readBounded(ctx context.Context, sql string, args []any, dest ..
 	var pgErr *pgconn.PgError
 	switch {
 	case errors.As(err, &pgErr) && pgErr.Code == "42501" && pgErr.Routine == "check_enable_rls":
-		return rowSecurity(s.table, "")
+		return rowSecurity(pgx.Identifier{s.options.Schema, table}.Sanitize(), "")
 	case err != nil:
 		return wire.SQLError(err)
 	}
