@@ -33,10 +33,9 @@
 //
 // It may run several times. A call whose result is recorded returns it without sending, so the code
 // between the calls must only decode and decide: no writes before a call, no clock, no random
-// numbers. What must be written before a call, or between two, goes into a phase (postgres.Phase),
-// which commits with its output and is not run again. What comes from a call or a phase is what
-// counts: post the amount of the result, not one that this run computed. Each run must ask for the
-// effects that were made; if one does not, the request is left to a person. A refusal (4xx) after an effect that was made needs [Declared.Undo] first.
+// numbers. What a call returns is what counts: post the amount of its result, not one that this run
+// has computed. Each run must ask for the effects that were made; if one does not, the request is
+// left to a person. A refusal (4xx) after an effect that was made needs [Declared.Undo] first.
 //
 // # Phases
 //

@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"errors"
 	"log/slog"
 	"net/http"
 	"net/http/httptest"
@@ -14,6 +15,7 @@ import (
 	"github.com/riverqueue/river"
 	"github.com/riverqueue/river/rivertype"
 
+	"github.com/paidonce/idempotency/effect"
 	"github.com/paidonce/idempotency/internal/pgtest"
 	"github.com/paidonce/idempotency/middleware"
 	"github.com/paidonce/idempotency/storage/postgres"
@@ -169,6 +171,19 @@ func TestJobEndsAnOpenRequest(t *testing.T) {
 	if balance != 11200 || len(service.made) != 2 {
 		t.Errorf("the balance is %d after %d charges, want 11200 after 2", balance, len(service.made))
 	}
+}
+
+// A card that is declined gets a 402 for good, and its job finds nothing to do.
+func TestDeclinedTopUpIsRefused(t *testing.T) {
+	t.Parallel()
+	b := setup(t)
+	handler := newHandler(b.store, b.idem, b.jobs, func(context.Context, string, payment) (charged, error) {
+		return charged{}, effect.Declined(errors.New("no money"), nil)
+	})
+	for _, outcome := range []string{"executed", "replayed"} {
+		postTo(t, handler, "/topups", "k", `{"card":"empty","amount":500}`, http.StatusPaymentRequired, outcome)
+	}
+	b.wantJobs(t, "declined", 1)
 }
 
 // Jobs that are enqueued within the transaction are committed or undone with it, in each of River's
