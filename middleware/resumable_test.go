@@ -254,3 +254,15 @@ func TestWildcardsOfAPattern(t *testing.T) {
 		}
 	}
 }
+
+// What a later release has stored is not half understood.
+func TestStoredRequestOfALaterReleaseIsRefused(t *testing.T) {
+	t.Parallel()
+	for stored, readable := range map[string]bool{
+		`{"v":1,"method":"POST"}`: true, `{"v":2,"method":"POST"}`: false, `{"method":"POST"}`: false, `{"v":1}`: false,
+	} {
+		if _, _, _, err := middleware.RestoreRequest([]byte(stored)); (err == nil) != readable {
+			t.Errorf("%s: %v", stored, err)
+		}
+	}
+}
