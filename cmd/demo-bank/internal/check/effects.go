@@ -251,11 +251,11 @@ func (x *index) notExecutedHolds(gs []group, expected []Expectation) Result {
 	wanted := expectations(expected)
 	for i := range gs {
 		g := &gs[i]
+		r.Seen++
 		other := slices.ContainsFunc(g.ops, func(op *Operation) bool { return op.outcome() != idempotency.OutcomeNotExecuted })
 		if other && !wanted[g.key].GivenUp {
 			continue
 		}
-		r.Seen++
 		_, answered := x.Answers[g.key]
 		switch {
 		case len(x.effects[g.key]) > 0:
