@@ -222,7 +222,7 @@ func ofAnswers() []Mutant {
 		{
 			Name: "derived-key-forgotten",
 			Bug:  "a request that asked for a derived key is called not executed",
-			Test: Test{"examples/orders", "TestLostAnswerOfThePaymentServiceChargesOnce"},
+			Test: Test{"middleware", "TestCallToAnotherServiceIsNeverNotExecuted"},
 			edits: []edit{{contextFile, `	r.derived.Store(true)
 `, ``}},
 		},
