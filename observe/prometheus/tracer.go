@@ -400,16 +400,18 @@ var effectResults = map[bool][]idempotency.EffectResult{
 func (t *Tracer) effect(name string) string {
 	t.mu.RLock()
 	label, ok := t.named[name]
-	full := len(t.named) >= EffectsMax
 	t.mu.RUnlock()
-	switch {
-	case ok:
+	if ok {
 		return label
-	case full:
-		return labelOther
 	}
 	t.mu.Lock()
 	defer t.mu.Unlock()
+	switch label, ok = t.named[name]; {
+	case ok:
+		return label
+	case len(t.named) >= EffectsMax:
+		return labelOther
+	}
 	label = strings.ToValidUTF8(name, "\uFFFD") // otherwise the client library panics
 	t.named[strings.Clone(name)] = label
 	for sent, results := range effectResults {
