@@ -2,6 +2,7 @@ package idempotency
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -687,6 +688,9 @@ func (e *Engine) attemptOpen(ctx context.Context, budget *deadline.Context, req 
 			if decision.reason == reasonOfRefusal {
 				decision.reason = refusal.Reason
 			}
+			if err == nil && effects.opened { // the handler just returned
+				err = errors.New(effects.lapse.Reason)
+			}
 			result := refuse(decision, err)
 			result.Accepted = effects.opened && decision.outcome == OutcomeUnknown
 			if result.Accepted {
@@ -820,7 +824,7 @@ func (e *Effects) leave(fact fact) error {
 	if lapse.Pause == 0 {
 		lapse.Pause = backoff(runs, e.engine.options.BackoffMax)
 	}
-	e.lapse.Pause = lapse.Pause
+	e.lapse.Pause, e.lapse.Reason = lapse.Pause, cmp.Or(lapse.Parked, lapse.Reason)
 	bounded := deadline.After(e.ctx, e.engine.options.Timeouts.Commit)
 	defer bounded.End()
 	return e.attempt.Leave(bounded, lapse)

@@ -274,6 +274,9 @@ func (r *run[In, Out]) settle() (out Out, err error) {
 		if !absent {
 			return r.unsent("its key may be forgotten, and it could not be looked up", r.end.Err)
 		}
+		if r.Declared.effect.Lookup == nil {
+			return r.park("the other service may have forgotten its key, and there is no look-up", nil)
+		}
 		return r.park("the other service may have forgotten its key, and it was not found", r.end.Err)
 	case r.ctx.Err() != nil:
 		return r.unsentOnce(once, "the handler's time was over", context.Cause(r.ctx))

@@ -168,7 +168,11 @@ func TestLostReplyIsAskedForAgainWithTheSameKey(t *testing.T) {
 			t.Parallel()
 			s := newShop(t, nil)
 			s.does(behavior)
-			s.wantOpen(t, s.request())
+			result := s.request()
+			s.wantOpen(t, result)
+			if result.Err == nil || !strings.Contains(result.Err.Error(), "its result is not known") { // for the operator's log
+				t.Errorf("the error is %v", result.Err)
+			}
 			s.wantPaid(t, s.resume(t), 900)
 			if n := s.sent(t); n != 2 {
 				t.Errorf("sent %d times", n)
@@ -340,7 +344,11 @@ func TestNothingIsSentAfterTheKeysLifetime(t *testing.T) {
 			}
 			switch result := s.resume(t); {
 			case c.parked:
-				s.wantParked(t, result, "may have forgotten its key")
+				words := "may have forgotten its key, and it was not found"
+				if c.lookup == nil {
+					words = "may have forgotten its key, and there is no look-up"
+				}
+				s.wantParked(t, result, words)
 			case c.open:
 				s.wantOpen(t, result)
 			default:

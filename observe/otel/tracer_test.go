@@ -253,7 +253,7 @@ func TestEventsAndWaits(t *testing.T) {
 		for _, event := range span.Events {
 			events = append(events, event.Name)
 			for _, a := range event.Attributes {
-				events = append(events, a.Value.Emit())
+				events = append(events, a.Value.String())
 			}
 		}
 	}

@@ -377,8 +377,7 @@ func TestHandlerThatDoesNotWaitForItsPhase(t *testing.T) {
 	t.Parallel()
 	for _, status := range []int{201, 402} {
 		began, over, ended := make(chan struct{}), make(chan struct{}), make(chan error, 1)
-		var r *resumable
-		r = newResumable(t, func(ctx context.Context) (*idempotency.Answer, error) {
+		r := newResumable(t, func(ctx context.Context) (*idempotency.Answer, error) {
 			go func() {
 				_, err := postgres.Phase(ctx, "hold", func(tx pgx.Tx) (h hold, err error) {
 					h, err = insert(ctx, "hold")(tx)
@@ -852,8 +851,7 @@ func TestLimitOfAPhasesOutput(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
-			var r *resumable
-			r = newResumable(t, func(ctx context.Context) (*idempotency.Answer, error) {
+			r := newResumable(t, func(ctx context.Context) (*idempotency.Answer, error) {
 				out, err := postgres.Phase(ctx, "hold", func(tx pgx.Tx) (any, error) {
 					if _, err := insert(ctx, "hold")(tx); err != nil {
 						return nil, err
@@ -881,8 +879,7 @@ func TestLimitOfAPhasesOutput(t *testing.T) {
 // An output that this version of the program can't read waits for one that can.
 func TestOutputThatDoesNotFitTheProgramIsLeft(t *testing.T) {
 	t.Parallel()
-	var r *resumable
-	r = newResumable(t, func(ctx context.Context) (*idempotency.Answer, error) {
+	r := newResumable(t, func(ctx context.Context) (*idempotency.Answer, error) {
 		_, err := postgres.Phase(ctx, "hold", insert(ctx, "hold"))
 		return nil, errors.Join(err, errors.New("died"))
 	})
