@@ -14,25 +14,26 @@ import (
 
 // CompleterOptions tune a [Completer]. Nil and the zero value are the defaults.
 type CompleterOptions struct {
-	// Interval is the pause between two looks for open requests that are due, give or take a half,
-	// so that replicas don't look in step. Defaults to 1 second.
+	// Interval is the mean pause between two looks for open requests that are due. Each pause is
+	// random, from half to one and a half of it, so that replicas don't look in step. Defaults to 1
+	// second.
 	Interval time.Duration
 
-	// AtOnce is the maximum number of requests that it runs at the same time. Each holds a
+	// AtOnce is the maximum number of requests that the completer runs at the same time. Each holds a
 	// connection for its last transaction. Defaults to 8.
 	AtOnce int
 
-	// OnResume is called after each request that it ran, by the goroutine that ran it. Nil logs
-	// those that did not end, with a hash of the key.
+	// OnResume is called after each request that the completer ran, by the goroutine that ran it. Nil
+	// logs the requests that did not end, with a hash of the key.
 	OnResume func(key Key, result Result)
 
 	// Logger gets what the completer logs. Defaults to slog.Default().
 	Logger *slog.Logger
 }
 
-// Completer brings open requests to their end, for as long as it runs: those that nobody retries,
-// and those of a process that died. Every replica of a service should run one: a request is run by
-// one of them at a time. It runs only the requests of handlers that this process has.
+// Completer ends open requests while it runs: those that nobody retries, and those of a process
+// that died. Every replica of a service should run one: only one of them at a time runs a request.
+// It runs only the requests of handlers that this process has.
 type Completer struct {
 	engine  *Engine
 	options CompleterOptions
@@ -57,7 +58,7 @@ func NewCompleter(engine *Engine, opts *CompleterOptions) *Completer {
 	}
 	if o.OnResume == nil {
 		o.OnResume = func(key Key, result Result) {
-			if result.Answer == nil && result.Outcome != OutcomeInProgress && !errors.Is(result.Err, ErrNotOpen) { // else another one ended it
+			if result.Answer == nil && result.Outcome != OutcomeInProgress && !errors.Is(result.Err, ErrNotOpen) { // else another owner has it, or ended it
 				o.Logger.Warn("idempotency: open request did not end", "key", key, "reason", string(result.Reason), "error", result.Err)
 			}
 		}
@@ -87,8 +88,8 @@ func (c *Completer) Once(ctx context.Context) (found int, err error) {
 	return found, err
 }
 
-// look is Once. moved is the number of requests that are not due any more: a look that follows at
-// once would find the others again.
+// look is Once. moved is the number of requests that are not due any more. A look without a pause
+// would find the others again.
 func (c *Completer) look(ctx context.Context) (found, moved int, err error) {
 	names := c.engine.served()
 	if len(names) == 0 {

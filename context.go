@@ -89,8 +89,8 @@ func Resumed(ctx context.Context) bool {
 	return ok && r.effects != nil && r.effects.open != nil
 }
 
-// DerivedKey returns a key for a call that the handler makes to another service by itself. Package
-// effect makes such calls count once; it derives its own keys. A derived key is the same for
+// DerivedKey returns a key for a call that the handler makes to another service without package
+// effect, which makes calls count once and derives its own keys. A derived key is the same for
 // every attempt at this request, and different for every other request and name. It is safe to show
 // to the other side, which can't find the original from it. It has the layout of a version 8 UUID
 // (RFC 9562).

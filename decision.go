@@ -21,9 +21,9 @@ const (
 	OutcomeNotExecuted Outcome = "not-executed"
 	// OutcomeUnknown: the request may or may not have been executed; keep the key and ask again.
 	OutcomeUnknown Outcome = "unknown"
-	// OutcomePending is unknown for a client that prefers not to wait: the request is accepted, and
-	// a status resource will have its answer. Adapters answer it in place of an OutcomeUnknown that
-	// is Accepted; no result has it.
+	// OutcomePending is OutcomeUnknown for a client that prefers not to wait: the request is accepted,
+	// and a status resource will have its answer. Adapters answer it instead of an OutcomeUnknown that
+	// is Accepted. No [Result] has it.
 	OutcomePending Outcome = "pending"
 )
 
@@ -132,10 +132,10 @@ const (
 	factCallUnknown   // another end without a record; a run of the request called DerivedKey
 	factOpen          // a record of this very request, which is open
 	factTakenOver     // the open request is ours now
-	factBackingOff    // the open request is not due yet, or another handler's; nobody runs it
+	factBackingOff    // the open request is not due yet, or belongs to another handler; nobody runs it
 	factParked        // the open request waits for a person
 	factUnsettled     // the request is open, and this run does not end it
-	factContradiction // the request is open, and its answer does not fit its effects; or a rule forbids to go on
+	factContradiction // the request is open; its answer does not fit its effects, or a rule forbids another run
 	factFenced        // the request is open, and another owner has taken it over
 
 	factOutcomeUnknown // the outcome of the request could not be found out
@@ -241,7 +241,7 @@ func decide(fact fact) decision {
 	case factResolvedAbsent:
 		return decision{actionRefuse, OutcomeNotExecuted, ReasonUnavailable}
 
-	// Of a request that is open. An engine whose request is not resumable refuses it.
+	// An open request. If the new request is not resumable, the engine refuses it.
 	case factOpen:
 		return decision{actionTakeOver, OutcomeUnknown, ReasonOutcomeUnknown}
 	case factTakenOver:
@@ -494,9 +494,9 @@ func factAfterTakeOver(req *Request, open *Open, taken bool, err error) fact {
 	return factBackingOff
 }
 
-// factBeforeOpen adjusts the fact after the handler to a request that may become open and is not:
-// the claim may have been made by a statement of the handler, and intent is the error of the effect
-// that was not committed.
+// factBeforeOpen adjusts the fact after the handler of a resumable request that is not open. A
+// statement of the handler may have made the claim. intent is the error of the effect that was not
+// committed.
 func factBeforeOpen(fact fact, sealed, intent error) fact {
 	err := errors.Join(sealed, intent)
 	switch {
@@ -518,8 +518,8 @@ func factBeforeOpen(fact fact, sealed, intent error) fact {
 	return fact
 }
 
-// factOfOpenEnd adjusts the fact after the end of an open request's last transaction: nothing of it
-// is forgotten, and no end without a record is not-executed.
+// factOfOpenEnd adjusts the fact after the end of an open request's last transaction: an open
+// request is never forgotten, and an end without a record is never not-executed.
 func factOfOpenEnd(fact fact, err error) fact {
 	switch {
 	case fact == factCommitted, fact == factDeclined, fact == factContradiction, fact == factSerialization, fact == factCommitUnknown:
@@ -532,8 +532,8 @@ func factOfOpenEnd(fact fact, err error) fact {
 	return factUnsettled
 }
 
-// factOfOpenResolved returns the fact for the look after the COMMIT of an open request's end was
-// lost. Whoever ended it, the record is its answer.
+// factOfOpenResolved returns the fact for the look-up after the reply to an open request's last
+// COMMIT was lost. The record is the request's answer, whoever ended it.
 func factOfOpenResolved(req *Request, record *Record, err error) fact {
 	switch {
 	case errors.Is(err, ErrRecordCorrupt):

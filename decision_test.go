@@ -64,8 +64,8 @@ func TestDecideEveryRow(t *testing.T) {
 	}
 }
 
-// A decision either continues, or answers, or names the reason for not answering. What is done with
-// an open request may end in a refusal, and names its reason.
+// A decision either continues, or answers, or names the reason for not answering. The actions on an
+// open request may end in a refusal, so they name its reason too.
 func TestDecisionsAreWhole(t *testing.T) {
 	t.Parallel()
 	for f := range fact(255) {

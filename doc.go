@@ -27,8 +27,8 @@
 //   - [Options] has the features that a route may switch on: Wait instead of 409, for example
 //   - [Engine.Do] is the protocol, top to bottom; decide, in decision.go, is the state machine
 //   - [Store] has the promises of a store; package storage/storagetest tests them
-//   - package effect calls other services, so that each call counts once; [Completer] ends the
-//     requests that it leaves open
+//   - package effect calls other services, and makes each call count once; [Completer] ends the
+//     requests that stay open
 //   - [DerivedKey] is for calls that a handler makes by itself, which happen at least once
 //   - package idempotencytest runs your own handler through crashes
 //

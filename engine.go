@@ -31,12 +31,12 @@ type Options struct {
 	// TTL must be longer than any client retries. At least 1 second. Defaults to 24 hours.
 	TTL time.Duration
 
-	// Wait is the time, counted from its arrival, that a request waits for the answer of the
-	// attempt that holds its key before it is answered in-progress. At most 1 minute ([WaitMax]).
-	// While it waits it holds no connection: of all requests of a process with one key, one at a
-	// time asks the store. If the attempt leaves no answer, one of the waiting requests runs, with
-	// the whole of Timeouts.Handler. If the attempt leaves the request open, because a call to another
-	// service is not settled, all of them get that result. A wait ends early if the client is gone.
+	// Wait is the time, counted from its arrival, that a request waits for the answer of the attempt
+	// that holds its key before it is answered in-progress. At most 1 minute ([WaitMax]). While it
+	// waits it holds no connection: of all requests of a process with one key, one at a time asks the
+	// store. If the attempt leaves no answer, one of the waiting requests runs, with the whole of
+	// Timeouts.Handler. If the attempt leaves the request open, because a call to another service is
+	// not settled, all waiting requests get that result. A wait ends early if the client is gone.
 	//
 	// It must be shorter than TTL and than the patience of clients and balancers: a server's
 	// WriteTimeout must exceed its ReadTimeout, Wait and all of Timeouts together. Waiting requests
@@ -78,11 +78,12 @@ type Options struct {
 	// is answered. Negative means no limit. Defaults to 512.
 	InFlightMax int
 
-	// BackoffMax is the longest pause between two runs of a request that is open, because a call to
-	// another service is not settled: pauses begin at 1 second and double. Defaults to 5 minutes.
+	// BackoffMax is the longest pause between two runs of an open request: one with a call to another
+	// service that is not settled. A pause is random, with a limit that begins at 1 second and
+	// doubles. Defaults to 5 minutes.
 	BackoffMax time.Duration
 
-	// ParkAfter is the time after which a request that is still open is left to a person. It counts
+	// ParkAfter is the time after which a request that is still open is left to a person. It starts
 	// again when an operator makes the request due. Defaults to 24 hours.
 	ParkAfter time.Duration
 
@@ -254,9 +255,10 @@ type Result struct {
 	Reason  Reason  // why there is no answer; empty if Answer is set
 	Record  *Record // the replayed record, else nil. Other requests may share its body: only read it
 	// Accepted reports that the request is open: it called another service, or was about to, and will
-	// be brought to its end without the client.
+	// be ended even if the client never asks again.
 	Accepted bool
-	// RetryAfter is the time after which a retry of an open request may find more; zero if not known.
+	// RetryAfter is the time after which a retry of an open request may find an answer; zero if not
+	// known.
 	RetryAfter time.Duration
 	// Err is for the operator: the fault, or a panic of a Tracer, which may come together with an
 	// answer. Its text holds no key, body or credential.

@@ -16,9 +16,9 @@ import (
 )
 
 // An open request is one that has committed the intent to call another service, and has no answer
-// yet. Its key stays claimed without a transaction, a connection or a process, until somebody
-// brings it to its end: the attempt itself, a retry, or the completer. This file has the records of
-// an open request, the store's part of the contract, and the end of an attempt that is open.
+// yet. Its key stays claimed without a transaction, a connection or a process, until the attempt
+// itself, a retry or the completer ends it. This file has the state of an open request, the
+// contract with the store, and the end of an open attempt.
 
 // EffectKind is the kind of a recorded effect.
 type EffectKind int16
@@ -42,81 +42,85 @@ const (
 	EffectMaybe    EffectState = 4 // sent once at most, and its result will never be known
 )
 
-// Effect is a call to another service, or a phase, as the store keeps it. Times are the store's. A
-// phase has no input, is never EffectIntended, and its SentFirst is the time of its commit.
+// Effect is a call to another service, or a phase, as the store keeps it. Times are by the store's
+// clock. A phase has no input and is never recorded as EffectIntended; its SentFirst is the time of
+// its commit.
 type Effect struct {
 	Name       string
 	Kind       EffectKind
 	State      EffectState
-	DerivedKey string // for the other service; it is derived once and then kept
-	Input      []byte // sent as it is kept, never made again
+	DerivedKey string // for the other service; derived once, then kept
+	Input      []byte // recorded once; every send uses it
 	Output     []byte
 	Tries      int       // times that it may have been sent
 	Panics     int       // times that its send panicked
 	SentFirst  time.Time // its intent was committed, just before the first send
-	Doubt      time.Time // the last send without a definite answer; zero if there was none before this run
+	Doubt      time.Time // time of the last send without a definite answer; zero if there was none before this run
 }
 
 // Open is the state of an open request.
 type Open struct {
 	Route       string // a name with a version, such as "topup/1": Request.Resumable
-	Request     []byte // what a run starts from: Request.Stored
+	Request     []byte // the kept request that a run starts from: Request.Stored
 	Fingerprint Fingerprint
-	Attempt     AttemptID // the first one's: it stays that of the request
+	Attempt     AttemptID // of the first attempt; later ones keep it
 	TTL         time.Duration
 	Effects     []Effect
 
-	Epoch    int64 // another one for each owner: an owner that was replaced can't write any more
+	Epoch    int64 // differs for each owner, so that a replaced owner can't write any more
 	Runs     int   // of the handler, this one included
 	Started  time.Time
 	Resumed  time.Time     // the last time that an operator made it due; Started if none did
 	Now      time.Time     // when this was read
-	Due      time.Time     // from then on anybody may take it over
+	Due      time.Time     // the time from which anybody may take it over
 	Lease    time.Duration // of the last owner
-	Owned    bool          // an attempt ran when this was read, and is within its lease
+	Owned    bool          // an owner had it when this was read, and its lease had not run out
 	Parked   string        // why only a person can end it; empty if nobody needs to
 	LastFail string        // the last reason why a run left it open; holds no data
 }
 
-// Settlement is what another service says of a call outside of it, as in a webhook. Package effect
-// makes it, and a store records it (postgres.Store.Settle).
+// Settlement is the result of a call that the other service reports in another way than by its
+// reply: in a webhook, for example. Package effect makes it, and a store records it
+// (postgres.Store.Settle).
 type Settlement struct {
-	DerivedKey string      // that the other service got
+	DerivedKey string      // the key that the other service got
 	State      EffectState // EffectDone or EffectDeclined
 	Output     []byte      // as JSON; of a decline, its detail
 	Kept       bool        // of a decline: the other service keeps it under the key
 
-	// Seal encrypts the output for a store of package storage/encrypted: it is that store's
-	// SealOutput. Nil for others.
+	// Seal encrypts the output. For a store of package storage/encrypted it is that store's
+	// SealOutput, for others nil.
 	Seal func(output []byte, key Key, attempt AttemptID, effect string) []byte
 }
 
-// EffectRecord is a recorded effect of some request, open or recorded.
+// EffectRecord is an effect of a request, open or recorded, with the request's key.
 type EffectRecord struct {
 	Key     Key
 	Attempt AttemptID // of the request
 	Effect
 }
 
-// EffectReader is implemented by a [Store] whose effects can be compared with the other service's
-// list: see effect.Declared. Phases are no part of it. It is safe for concurrent use.
+// EffectReader is implemented by a [Store] that can list its recorded calls, so that
+// effect.Declared.Reconcile can compare them with the other service's list. It leaves out phases.
+// It is safe for concurrent use.
 type EffectReader interface {
-	// EffectsByKey returns the effects with these derived keys, in any order. Those that are not
-	// there are left out.
+	// EffectsByKey returns the effects with these derived keys, in any order. Keys without an effect
+	// are left out.
 	EffectsByKey(ctx context.Context, derivedKeys []string) ([]EffectRecord, error)
 
-	// EffectsBetween returns at most max effects of these names that were first sent at from or
-	// later, and before to, in the order of their derived keys, after this one if it is not empty.
+	// EffectsBetween returns at most max effects with these names that were first sent at from or
+	// later, and before to, ordered by derived key. If after is not empty, it starts behind that
+	// derived key.
 	EffectsBetween(ctx context.Context, names []string, from, to time.Time, after string, max int) ([]EffectRecord, error)
 }
 
 // Lapse is how a run leaves a request open.
 type Lapse struct {
 	Pause  time.Duration // until somebody may take it over
-	Parked string        // nobody takes it over, for this reason, until an operator says so
+	Parked string        // why nobody may take it over until an operator says so; empty if anybody may
 	Reason string        // for the operator; holds no data
-	// Doubts are the effects whose Doubt must be set back to this time, because this run did not
-	// send them, or got a definite answer.
+	// Doubts has, by the effect's name, the time to which its Doubt is set back, because this run did
+	// not send it or got a definite answer.
 	Doubts map[string]time.Time
 	// Panicked is the name of the effect whose send panicked in this run, and empty if none did.
 	Panicked string
@@ -134,36 +138,35 @@ var (
 type Keeper interface {
 	Store
 
-	// BeginOpen is Begin for a request that may become open. If lazy is set it sends nothing: the
-	// claim travels with the first statement of the attempt, whichever that is, and an error of the
-	// claim is the error of Seal. A Rollback before any of them claims too, and returns
-	// ErrKeyRecorded if another attempt has the key: this one's failure says nothing about that. A
-	// Record with Open set is that of an open request.
+	// BeginOpen is Begin for a request that may become open. If lazy is set it need not send anything:
+	// then the claim travels with the attempt's first statement, and Intend or Seal returns its error.
+	// A Rollback before the first statement claims too, and returns ErrKeyRecorded if another attempt
+	// has the key, because this attempt's failure says nothing about the other one. The record of an
+	// open request has Open set.
 	BeginOpen(ctx context.Context, claim *Claim, lazy bool) (OpenAttempt, *Record, error)
 
-	// TakeOver makes the caller the owner of an open request if it is due, not parked, and of the
-	// claim's route (Claim.Resumable: another handler has other effects), for as long as the last
-	// owner's lease, and notes a new doubt for each effect that is not settled. It
-	// returns the request's state, and an attempt if the caller is the owner. The effects in the
-	// state are those before the take-over: Doubt is the doubt before this owner's sends. The claim
-	// gets the request's Attempt and TTL. ErrUnknown means that nothing is known, and nothing
-	// harmful was done.
+	// TakeOver makes the caller the owner of an open request if it is due, is not parked, and has the
+	// claim's route (Claim.Resumable), because another handler has other effects. The new lease is as
+	// long as the last owner's. Each effect that is not settled gets a new doubt. TakeOver returns the
+	// request's state, or nil if it is not open, and an attempt if the caller is now the owner. The
+	// state has the effects as they were before: Doubt is that of earlier owners. The claim gets the
+	// request's Attempt and TTL. ErrUnknown means that the caller may have become the owner. That does
+	// no harm: nothing is sent, and the lease runs out.
 	TakeOver(ctx context.Context, claim *Claim) (OpenAttempt, *Open, error)
 
-	// FindDue returns keys of open requests on these routes that are due, at most max, the one that
-	// has waited longest first.
+	// FindDue returns the keys of at most max open requests of these routes that are due and not
+	// parked, the one that has waited longest first.
 	FindDue(ctx context.Context, routes []string, max int) ([]Key, error)
 
-	// LookUp returns the key's record, or nil if none is seen, which proves nothing. It claims nothing
-	// and runs beside any attempt. A Record with Open set is that of an open request. The error is
-	// ErrRecordCorrupt, or ErrUnknown if there is a record that can't be read or is not safe yet, or
-	// if one may be hidden; any other means that the store is unavailable. No fingerprint was
-	// compared.
+	// LookUp returns the key's record, or nil if it sees none, which proves nothing. It claims
+	// nothing, does not wait for a running attempt, and compares no fingerprint. The record of an open
+	// request has Open set. The error is ErrRecordCorrupt, or ErrUnknown if a record can't be read, is
+	// not safe yet or may be hidden. Any other error means that the store is unavailable.
 	LookUp(ctx context.Context, key Key) (*Record, error)
 
 	// ReadOpen returns the state of an open request, or nil if there is none. A store that encrypts
-	// returns Request, and Input and Output of the effects, as they are stored: only an owner needs
-	// them, and one that can't read them keeps its lease, so that others come first.
+	// does not decrypt Request, nor Input and Output of the effects. Only an owner needs them: if it
+	// can't decrypt them its lease runs on, so that other requests come first.
 	ReadOpen(ctx context.Context, key Key) (*Open, error)
 }
 
@@ -174,19 +177,19 @@ type Keeper interface {
 type OpenAttempt interface {
 	Attempt
 
-	// Intend commits that this effect is about to be sent, and with it the claim and the open
-	// request if it is the first. From then on the attempt is open, and its lease runs. It sets the
-	// effect's SentFirst, and holds no transaction and no connection when it returns. It refuses
-	// with a [UsageError] if the handler has used its transaction since the last effect, because
-	// those writes would be lost. ErrUnknown: the outcome of its COMMIT is not known.
+	// Intend commits the intent to send this effect. The first intent also commits the claim, and
+	// opens the request. From then on the attempt is open, and its lease runs. Intend sets the
+	// effect's SentFirst. When it returns it holds no transaction and no connection. It returns a
+	// [UsageError] if the handler has used its transaction since the last effect, because those writes
+	// would be lost. ErrUnknown: the outcome of its COMMIT is not known.
 	//
-	// For a phase it commits the result, with the phase's writes if that is EffectDone and without
-	// them if it is EffectDeclined.
+	// For a phase it commits the result: with the phase's writes if that is EffectDone, without them
+	// if it is EffectDeclined.
 	Intend(ctx context.Context, effect *Effect, lease time.Duration) error
 
 	// Settle commits the effect's state and output, and opens the handler's next transaction.
-	// ErrUnknown: it may be committed; the effect may be sent again with the same key. ErrFenced,
-	// too, if the effect has a result already.
+	// ErrUnknown: it may be committed; the effect may be sent again with the same key. ErrFenced:
+	// another owner has the request, or the effect has a result already.
 	Settle(ctx context.Context, effect *Effect) error
 
 	// Recorded returns the effect of this name as it is recorded. It returns ErrFenced if another
@@ -198,9 +201,9 @@ type OpenAttempt interface {
 	Leave(ctx context.Context, lapse Lapse) error
 }
 
-// Effects are the recorded effects of one run of a handler, for package effect and for the phases of
-// a store. An effect lasts from [Effects.Begin] to [Effects.Settle], [Effects.Lapse] or
-// [Effects.Release]; a second one in between gets [ErrEffectBusy].
+// Effects are the recorded effects of one run of a handler, for package effect and for the phases
+// of a store. An effect lasts from [Effects.Begin] to [Effects.Settle], [Effects.Lapse] or
+// [Effects.Undone]; a second one in between gets [ErrEffectBusy].
 type Effects struct {
 	engine  *Engine
 	keeper  Keeper
@@ -216,32 +219,31 @@ type Effects struct {
 	busy     bool
 	over     bool // the handler has returned: nothing below may change any more
 	opened   bool
-	epochAt  time.Time     // local, with a monotonic reading: no later than the begin of this owner's lease
+	epochAt  time.Time     // local, with a monotonic reading: no later than the start of this owner's lease
 	lease    time.Duration // of this owner
 	clockAt  time.Time     // local, when the store's clock showed storeAt or a moment later
 	storeAt  time.Time
 	open     *Open // nil in the first run
 	recorded map[string]*Effect
-	asked    map[string][]byte // the inputs with which this run asked for effects
-	intent   error             // an effect that can't be begun: no later one may be, and the answer is dropped
+	asked    map[string][]byte // by name, the inputs of the effects that this run has begun
+	intent   error             // why an effect could not begin: then no later one begins, and the answer is dropped
 	lapse    Lapse             // of the effect that is not settled
 	lapsed   bool
 }
 
-// ErrEffectBusy is returned to a handler that makes two calls or phases at once, or one of them inside
-// a phase.
+// ErrEffectBusy is returned to a handler that makes two calls or phases at once, or makes one
+// inside a phase.
 var ErrEffectBusy = errors.New("idempotency: two effects of one request at once: make one call or phase after the other, and none inside a phase")
 
-// ErrUnsettled is the error of a call whose result is not known yet. The handler returns; whatever
-// it answers is dropped, and the request stays open.
+// ErrUnsettled means that the result of a call is not known yet. The handler should return: its
+// answer is dropped, and the request stays open.
 var ErrUnsettled = errors.New("idempotency: the effect is not settled; the request stays open")
 
-// ErrDeclined is a definite no: of another service that did nothing and will do nothing, or of a
-// phase that decided against its writes. It is recorded, so every later run of the handler gets it
-// too.
+// ErrDeclined is a definite no: another service did nothing and will do nothing, or a phase decided
+// against its writes. It is recorded, so every later run of the handler gets it too.
 var ErrDeclined = errors.New("declined")
 
-// DeclinedError is an [ErrDeclined] with what is recorded of it.
+// DeclinedError is an [ErrDeclined] with its recorded detail.
 type DeclinedError struct {
 	Effect string          // the name of the effect
 	Detail json.RawMessage // the same in every run of the handler; empty if there was none
@@ -266,9 +268,9 @@ func (e *DeclinedError) Is(target error) bool { return target == ErrDeclined }
 // Unwrap returns Err.
 func (e *DeclinedError) Unwrap() error { return e.Err }
 
-// EffectsFrom returns the effects of the request that runs with this context. The error is a
-// [UsageError] that names the remedy: outside an idempotent handler, or on a route that is not
-// resumable.
+// EffectsFrom returns the effects of the request that runs with this context. Outside an idempotent
+// handler, for a request without a key, or on a route that is not resumable, it returns a
+// [UsageError] that names the remedy.
 func EffectsFrom(ctx context.Context) (*Effects, error) {
 	r, ok := ctx.Value(contextKey{}).(*running)
 	switch {
@@ -291,15 +293,15 @@ type Intent struct {
 }
 
 // Begin returns the recorded effect of this name. If there is none, it commits the intent first. A
-// phase has no intent: it is returned as EffectIntended, and nothing is committed before Settle; the
-// caller must call Settle, Lapse or Release.
+// phase has no intent: Begin commits nothing and returns the phase as EffectIntended, and the
+// caller must call Settle, Lapse or Undone.
 //
-// If the effect is not settled, the caller is its one sender, for as long as [Effects.MaySend]
-// says, and must call Settle or Lapse. resumed reports whether an earlier run may have sent it, and
-// drift whether the input differs from the recorded one, which counts.
+// If the effect is not settled, the caller is its only sender, as long as [Effects.MaySend] allows,
+// and must call Settle or Lapse. resumed reports whether an earlier run may have sent it. drift
+// reports whether the input differs from the recorded one, which is the one to send.
 //
-// After an error of Begin the handler's answer is dropped. After a lapse no effect of the run is
-// sent.
+// After an error of Begin the handler's answer is dropped. After a lapse the run sends no effect
+// any more.
 func (e *Effects) Begin(intent Intent) (effect *Effect, resumed, drift bool, err error) {
 	e.mu.Lock()
 	defer e.mu.Unlock()
@@ -365,7 +367,7 @@ func (e *Effects) intend(intent *Intent) (*Effect, error) {
 }
 
 // commit commits an effect that is not recorded, and opens the request if it is the first. The
-// lease lasts for a send of this time.
+// lease is long enough for one send with this timeout.
 func (e *Effects) commit(effect *Effect, timeout time.Duration) error {
 	lease := timeout + e.engine.options.Timeouts.Commit + leaseMargin
 	inDoubt := e.inDoubt()
@@ -401,8 +403,8 @@ func (e *Effects) inDoubt() bool {
 	return false
 }
 
-// Fail makes this run of the handler fail, because an effect can't be begun: whatever the handler
-// answers is dropped. It returns the error.
+// Fail makes this run of the handler fail, because an effect can't begin: the handler's answer is
+// dropped. It returns err.
 func (e *Effects) Fail(err error) error {
 	e.mu.Lock()
 	defer e.mu.Unlock()
@@ -412,12 +414,12 @@ func (e *Effects) Fail(err error) error {
 	return err
 }
 
-// leaseMargin is added to the time of a send and of a commit for the lease of an open request.
+// leaseMargin is the part of an owner's lease beyond the timeouts of a send and of a commit.
 const leaseMargin = 5 * time.Second
 
-// resolveIntent looks for the first intent after its COMMIT was lost. It returns the time of the
-// intent if that is proven to be there, ErrUnavailable if it is proven not to be, and ErrUnknown
-// otherwise.
+// resolveIntent looks for the first intent after the reply to its COMMIT was lost. It returns the
+// time of the intent if the intent is proven to be committed, ErrUnavailable if it is proven not to
+// be, ErrKeyRecorded if another attempt has the key, and ErrUnknown otherwise.
 func (e *Effects) resolveIntent(lost error) (time.Time, error) {
 	bounded := deadline.After(e.ctx, e.engine.options.Timeouts.Resolve)
 	defer bounded.End()
@@ -431,14 +433,15 @@ func (e *Effects) resolveIntent(lost error) (time.Time, error) {
 	case record == nil:
 		return time.Time{}, fmt.Errorf("%w: the intent was not committed", ErrUnavailable)
 	case record.Attempt == e.req.claim.Attempt:
-		// It is open, because nobody else had the time to end it: its lease has begun just now.
+		// It is open: nobody else can have ended it, because its lease has only just begun.
 		return record.CreatedAt, nil
 	}
 	return time.Time{}, fmt.Errorf("%w: the intent was not committed", ErrKeyRecorded)
 }
 
-// MaySend reports whether this owner may still send: half of its lease is left, by the wall clock
-// and by the monotonic one, and the handler has not returned. A process that slept must not send.
+// MaySend reports whether this owner may still send: more than half of its lease is left, by the
+// wall clock and by the monotonic clock, and the handler has not returned. A process that was
+// suspended must not send.
 func (e *Effects) MaySend() bool {
 	e.mu.Lock()
 	defer e.mu.Unlock()
@@ -446,7 +449,8 @@ func (e *Effects) MaySend() bool {
 	return !e.over && now.Sub(e.epochAt) < e.lease/2 && now.Round(0).Sub(e.epochAt.Round(0)) < e.lease/2
 }
 
-// Now returns the store's time, or a moment less: the time that the store's last reply took.
+// Now returns the time by the store's clock. It may be behind by the time that the store's last
+// reply took.
 func (e *Effects) Now() time.Time {
 	e.mu.Lock()
 	defer e.mu.Unlock()
@@ -455,9 +459,9 @@ func (e *Effects) Now() time.Time {
 
 func (e *Effects) now() time.Time { return e.storeAt.Add(time.Since(e.clockAt)) }
 
-// GivenUp returns the time at which every earlier run has given up its send of the effect, if it got
-// no definite answer: an owner may begin one for half of its lease, and it ends with its timeout,
-// which is the one that the lease was made for, or that of the program now.
+// GivenUp returns a time by which every earlier run has given up its unanswered send of the effect.
+// An owner may begin a send in the first half of its lease, and the send ends after its timeout.
+// That is this program's timeout or the one that the lease was made for: the longer one counts.
 func (e *Effects) GivenUp(effect *Effect, timeout time.Duration) time.Time {
 	e.mu.Lock()
 	defer e.mu.Unlock()
@@ -469,8 +473,8 @@ func (e *Effects) GivenUp(effect *Effect, timeout time.Duration) time.Time {
 }
 
 // Settle commits the result of an effect: its State and Output. After an error a call stays
-// unsettled; a phase was not committed, or the outcome of its COMMIT is not known, and the handler's
-// answer is dropped.
+// unsettled. A phase was not committed, or the outcome of its COMMIT is not known; then the
+// handler's answer is dropped.
 func (e *Effects) Settle(effect *Effect) error {
 	e.mu.Lock()
 	defer e.mu.Unlock()
@@ -499,8 +503,8 @@ func (e *Effects) Settle(effect *Effect) error {
 	return nil
 }
 
-// settledOutside returns the effect as somebody else has recorded its result while this owner was at
-// the call, as a webhook does, and nil if nobody has.
+// settledOutside returns the recorded effect if somebody else, such as a webhook, has recorded its
+// result during this owner's call, and nil otherwise.
 func (e *Effects) settledOutside(ctx context.Context, effect *Effect) *Effect {
 	found, err := e.attempt.Recorded(ctx, effect.Name)
 	if err != nil || found.State == EffectIntended {
@@ -520,7 +524,7 @@ func (e *Effects) settlePhase(effect *Effect) error {
 }
 
 // Undone ends a phase that was undone: nothing of it is recorded. If the request is open, this run
-// can't end it: a later one begins the phase again, whatever the handler answers now.
+// can't end it: a later run begins the phase again, whatever the handler answers now.
 func (e *Effects) Undone(phase string) {
 	e.mu.Lock()
 	defer e.mu.Unlock()
@@ -564,8 +568,8 @@ func (e *Effects) end() {
 	}
 }
 
-// attemptOpen is attempt for a request that may become open. If lazy is set the claim travels with
-// the first statement of the handler. If the request is open already, and nobody else has it, this
+// attemptOpen is attempt for a request that may become open. If lazy is set the claim may travel
+// with the handler's first statement. If the request is open already, and nobody else owns it, this
 // attempt takes it over.
 func (e *Engine) attemptOpen(ctx context.Context, budget *deadline.Context, req *ongoing, run RunFunc, trace *trace, past past, lazy bool) (result Result, again error) {
 	keeper, ok := e.store.(Keeper)
@@ -578,7 +582,7 @@ func (e *Engine) attemptOpen(ctx context.Context, budget *deadline.Context, req 
 	attempt, record, err := keeper.BeginOpen(budget, &req.claim, lazy)
 	fact := factAfterClaim(&req.Request, record, err)
 	var open *Open
-	var asked time.Time // before the lease began: a process that sleeps from then on must know
+	var asked time.Time // before the lease began, so that MaySend notices if the process sleeps from then on
 	if decide(fact).action == actionTakeOver {
 		asked = time.Now()
 		attempt, open, err = keeper.TakeOver(budget, &req.claim)
@@ -604,7 +608,7 @@ func (e *Engine) attemptOpen(ctx context.Context, budget *deadline.Context, req 
 	trace.step(StepClaim, started, err)
 	switch decision := past.decide(fact); decision.action {
 	case actionRun:
-		if req.resumed && open == nil { // an operator has abandoned it: only a client may begin a new one
+		if req.resumed && open == nil { // an operator has abandoned it: only a client may begin the request again
 			return refuse(decide(factOutcomeUnknown), errors.Join(ErrNotOpen, rollback())), nil
 		}
 	case actionReplay:
@@ -664,7 +668,7 @@ func (e *Engine) attemptOpen(ctx context.Context, budget *deadline.Context, req 
 			fact = factOfOpenEnd(fact, err)
 			if fact == factSerialization {
 				if budget.Err() == nil && restarts < e.options.Restarts {
-					continue // what was settled is not asked for again
+					continue // settled effects are not sent again
 				}
 				fact = factUnsettled
 			}
@@ -808,7 +812,7 @@ const parkedLost = "the handler ended its transaction, so its writes may stand"
 // leave leaves the request open, or parks it.
 func (e *Effects) leave(fact fact) error {
 	lapse := e.lapse
-	if decide(fact).action == actionPark && lapse.Parked == "" { // found only by the end
+	if decide(fact).action == actionPark && lapse.Parked == "" { // the last transaction found it, not the handler's answer
 		lapse.Parked = parkedLost
 	}
 	if lapse.Reason == "" {
@@ -830,15 +834,15 @@ func (e *Effects) leave(fact fact) error {
 	return e.attempt.Leave(bounded, lapse)
 }
 
-// backoff returns the pause after this many runs: up to 1 second doubled with each run, at most
-// max, with full jitter.
+// backoff returns the pause after this many runs. It is random, with a limit that begins at 1
+// second and doubles with each run, up to max.
 func backoff(runs int, max time.Duration) time.Duration {
 	limit := min(time.Second<<min(runs-1, 20), max)
 	return rand.N(limit) + time.Millisecond
 }
 
 // ResumeFunc returns a run of the handler for a stored request. After an error the request stays
-// open, and is tried again later.
+// open, and is run again later.
 type ResumeFunc func(key Key, stored []byte) (RunFunc, error)
 
 // Resumable registers the handler of requests that name it in [Request.Resumable]. Engines made by
@@ -891,9 +895,9 @@ var (
 )
 
 // Resume runs the handler of an open request, if it is due, and returns its result as Do does. A
-// job queue or a workflow engine may call it in place of a [Completer], any number of times. It
-// needs the handler in this process: see [Engine.Resumable]. The error in the result is
-// [ErrNotOpen] or [ErrNotServed] if nothing was run for that reason.
+// job queue or a workflow engine may call it instead of a [Completer], any number of times. This
+// process must have the handler: see [Engine.Resumable]. The error in the result is [ErrNotOpen] or
+// [ErrNotServed] if nothing was run for that reason.
 func (e *Engine) Resume(ctx context.Context, key Key) Result {
 	keeper, ok := e.store.(Keeper)
 	if !ok {
@@ -912,7 +916,8 @@ func (e *Engine) Resume(ctx context.Context, key Key) Result {
 	if route.resume == nil {
 		return refuse(decide(factOutcomeUnknown), fmt.Errorf("%w: %s", ErrNotServed, open.Route))
 	}
-	// An owner calls resume: what it can't read is left for later, and does not stay first in line.
+	// resume is called only as the owner: a request that it can't read is left with a pause, and does
+	// not stay the first that is due.
 	run := func(ctx context.Context) (*Answer, error) {
 		effects, err := EffectsFrom(ctx)
 		if err != nil {
@@ -930,15 +935,16 @@ func (e *Engine) Resume(ctx context.Context, key Key) Result {
 	}, run)
 }
 
-// ErrNotFound is the error of [Engine.LookUp] if the key has no record that counts.
+// ErrNotFound is the error of [Engine.LookUp] if it sees no record of the key.
 var ErrNotFound = errors.New("key has no record")
 
-// lookUpsMax is the number of times that LookUp reads a request that ends meanwhile.
+// lookUpsMax is the maximum number of times that LookUp reads a request, because it may end in
+// between.
 const lookUpsMax = 2
 
-// LookUp returns the result of a request as far as it is recorded, and runs nothing. Only the
-// request's Key, Fingerprint and FingerprintAt count. It is bounded by Timeouts.Resolve, counts for
-// InFlightMax, and is not traced.
+// LookUp returns the recorded result of a request, and runs nothing. It uses only the request's
+// Key, Fingerprint and FingerprintAt. It is bounded by Timeouts.Resolve, counts for InFlightMax,
+// and is not traced.
 //
 // A recorded answer is [OutcomeReplayed]. An open request is Accepted, as in the result of Do, with
 // [ReasonNeedsAttention] if only a person can end it. Otherwise nothing is proven, whatever the

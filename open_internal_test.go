@@ -5,13 +5,13 @@ import (
 	"time"
 )
 
-// The pause between two runs of an open request is never none, and never over its limit, however
+// The pause between two runs of an open request is never zero, and never over its limit, however
 // many runs there were.
 func TestBackoffStaysWithinItsLimit(t *testing.T) {
 	t.Parallel()
 	for _, c := range []struct {
 		runs       int
-		limit, max time.Duration // max: the longest that it can be
+		limit, max time.Duration // max: the longest possible pause
 	}{
 		{1, 5 * time.Minute, time.Second}, {4, 5 * time.Minute, 8 * time.Second}, {10, 5 * time.Minute, 5 * time.Minute},
 		{64, 5 * time.Minute, 5 * time.Minute}, {1 << 30, 5 * time.Minute, 5 * time.Minute}, {3, 50 * time.Millisecond, 50 * time.Millisecond},

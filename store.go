@@ -32,20 +32,20 @@ type Request struct {
 	// ASCII characters.
 	TraceID string
 
-	// Resumable names the handler of a request that may call other services (package effect), with
-	// a version, such as "topup/1": a request that is open runs again on the handler with this name,
-	// in any process that has it. 1 to 100 visible ASCII characters ([ResumableBytesMax]). Empty, the
+	// Resumable is the name of a handler that may call other services (package effect), with a
+	// version, such as "topup/1". An open request runs again on the handler with this name, in any
+	// process that has it. 1 to 100 visible ASCII characters ([ResumableBytesMax]). Empty, the
 	// default, means that the handler makes no such calls. It needs a key and a [Keeper].
 	Resumable string
 
-	// Stored is what a run of the handler starts from, if it is not the first: it goes to the
-	// function of [Engine.Resumable]. Required if Resumable is set.
+	// Stored returns the request as it is kept for later runs: the function of [Engine.Resumable] gets
+	// it. Required if Resumable is set.
 	Stored func() []byte
 
-	// ClaimFirst has a resumable request claim its key before its handler runs, which costs a round
-	// trip. Otherwise the claim travels with the handler's first use of its transaction, or its
-	// first call, and the handler may run up to there for a replay too. A request that has waited
-	// ([Options.Wait]) claims first in any case.
+	// ClaimFirst makes a resumable request claim its key before its handler runs, which costs a round
+	// trip. Otherwise the claim travels with the handler's first use of its transaction or its first
+	// call, and the handler may run up to there even if the answer is recorded already. A request that
+	// has waited ([Options.Wait]) always claims first.
 	ClaimFirst bool
 
 	// Route is the request's route, such as "POST /transfers". Only the [Tracer] gets it. It must

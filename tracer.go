@@ -33,9 +33,10 @@ type WaitTracer interface {
 	TraceWaitStart(ctx context.Context)
 }
 
-// EffectTracer is implemented by a [Tracer] that counts the calls to other services.
+// EffectTracer is implemented by a [Tracer] that also traces the calls to other services.
 type EffectTracer interface {
-	// TraceEffect is called after each call of an effect by a handler, in its goroutine.
+	// TraceEffect is called after each call of an effect, in the goroutine of the handler that made
+	// it.
 	TraceEffect(ctx context.Context, data EffectEnd)
 }
 
@@ -50,7 +51,7 @@ const (
 	EffectResultUnknown  EffectResult = "unknown"  // it was sent, and its result is not known yet
 	EffectResultNotSent  EffectResult = "not-sent" // it will be sent later
 	EffectResultParked   EffectResult = "parked"   // only a person can settle it
-	EffectResultFenced   EffectResult = "fenced"   // it came too late: another owner has the request, and asks for it itself
+	EffectResultFenced   EffectResult = "fenced"   // it came too late: another owner has the request, and will get the result itself
 	EffectResultFailed   EffectResult = "failed"   // it was not begun
 )
 
@@ -62,7 +63,7 @@ type EffectEnd struct {
 	Result   EffectResult
 	Sent     bool // by this call; false for a recorded result
 	Resumed  bool // an earlier run may have sent it
-	Drift    bool // the handler's input differs from the recorded one, which counts
+	Drift    bool // the handler's input differs from the recorded one, which is the one that is sent
 	Started  time.Time
 	Duration time.Duration
 	Err      error // of the send, or the reason for not sending. Its text may hold data of the other service
@@ -107,7 +108,8 @@ type RequestEnd struct {
 	Attempts int       // the number that began
 	Declined bool      // executed, and the answer was recorded without the handler's writes
 	Resolved bool      // the reply to COMMIT was lost, and the store was asked for the outcome
-	// TakenOver reports that the request was open, and that an attempt of this one took it over.
+	// TakenOver reports that the key's request was open, and that an attempt of this request took it
+	// over.
 	TakenOver bool
 	Result    Result
 	Started   time.Time

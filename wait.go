@@ -42,7 +42,7 @@ func (e *Engine) inQueue(ctx context.Context, req *ongoing, run RunFunc, trace *
 		if result, settled := follow(ctx, req, place, over, trace); settled {
 			return result
 		}
-		req.ClaimFirst = true // others were here: a handler that runs before its claim would run for nothing
+		req.ClaimFirst = true // another request had the key: a handler that runs before its claim would probably run for nothing
 	}
 	for pause := waitPauseMin; ; pause = min(2*pause, waitPauseMax) {
 		result = e.attempts(ctx, req, run, trace, &place.derived)
@@ -88,7 +88,7 @@ func follow(ctx context.Context, req *ongoing, place *place, over time.Time, tra
 			err = errAwaitedUnknown
 		}
 		result = refuse(decision, err)
-		if fact == factOpen { // what the leader was told holds for this request too
+		if fact == factOpen { // the leader's result holds for this request too
 			result.Reason, result.Accepted, result.RetryAfter = told.Reason, told.Accepted, told.RetryAfter
 		}
 		return result, true
@@ -218,8 +218,8 @@ func (p *place) withdraw() bool {
 // by then, unless a tracer ended its goroutine. If the result has a record, or the outcome of a
 // COMMIT is unknown, all followers get it: if each of them looked again it would take each as long.
 // Otherwise the first follower becomes the leader: it finds the answer that this attempt recorded,
-// or a free key. The fingerprint is that of the leader's request: if that is open, each follower
-// compares its own.
+// or a free key. fingerprint is that of the leader's request: if the request is open, each follower
+// compares its own with it.
 func (p *place) leave(result *Result, fingerprint *Fingerprint) {
 	if !p.leads && !p.flee() {
 		return

@@ -2,12 +2,12 @@ package effect
 
 import "sync"
 
-// breakerUnknownMax is the number of unknown results in a row after which one call at a time tries
-// again.
+// breakerUnknownMax is the number of unknown results in a row after which only one call at a time
+// is made.
 const breakerUnknownMax = 10
 
-// breaker spares a service that gives no results: after an outage all open requests are due at
-// once. It knows only the calls of this process.
+// breaker spares a service that gives no results, because after an outage all open requests are due
+// at once. It knows only the calls of this process.
 type breaker struct {
 	mu      sync.Mutex
 	unknown int // results in a row

@@ -27,49 +27,51 @@ const (
 )
 
 // Effect describes a call to another service. In and Out are recorded as JSON, so both must survive
-// encoding/json; Do gets, and Call returns, what was decoded from the record.
+// encoding/json: Do gets, and Call returns, the value that was decoded from the record.
 type Effect[In, Out any] struct {
-	// Do makes the call once, and passes the key on as the other service's idempotency key. It
-	// returns [Declined] for a definite no, [NotSent] if the request provably did not leave, and
-	// [Park] if only a person can go on. Any other error, and a panic, means that the result is
-	// unknown: the call is sent again later, with the same key and input. [FromHTTP] makes these
-	// errors of an HTTP response. Use ctx for the request; it ends after Timeout, and with the
-	// handler's context. Required.
+	// Do makes the call once, and passes the key on as the other service's idempotency key. It returns
+	// [Declined] for a definite no, [NotSent] if the request provably did not leave, and [Park] if
+	// only a person can go on. Any other error, and a panic, means that the result is unknown: the
+	// call is sent again later, with the same key and input. [FromHTTP] makes these errors from an
+	// HTTP response. Use ctx for the request; it ends after Timeout, and with the handler's context.
+	// Required.
 	Do func(ctx context.Context, key string, in In) (Out, error)
 
-	// Lookup finds the result of an earlier send by its key, and sends nothing that has an effect.
-	// It returns [ErrAbsent] if there is none, which settles nothing: the other service's list may
-	// lag. It has half of Timeout. It is asked before a send is repeated, and is the only question
-	// after KeyLifetime. It makes a wrong KeyLifetime harmless, so have one if you can. Optional.
+	// Lookup finds the result of an earlier send by its key, and must change nothing at the other
+	// service. It returns [ErrAbsent] if it finds none, which proves nothing, because the other
+	// service's list may lag. It has half of Timeout. It is called before a call is sent again; after
+	// nine tenths of KeyLifetime it is called instead. With it a KeyLifetime that is too long does no
+	// harm while that list is up to date, so provide it if you can. Optional.
 	Lookup func(ctx context.Context, key string, in In) (Out, error)
 
 	// Timeout bounds one send. The request's lease grows with it. Defaults to 10 seconds.
 	Timeout time.Duration
 
-	// KeyLifetime is how long the other service is sure to know a key. After nine tenths of it,
-	// counted from the first send by the store's clock, nothing is sent any more: Lookup settles the
-	// call, or a person. A value that is too long pays twice. At least ten times Timeout, so that
-	// the rest covers a send. Defaults to 1 hour; there is no value for ever.
+	// KeyLifetime is the time for which the other service is sure to remember a key. After nine tenths
+	// of it, counted from the first send by the store's clock, nothing is sent any more: Lookup or a
+	// person settles the call. A value that is too long can pay twice. It must be at least ten times
+	// Timeout, unless AtMostOnce is set, so that the last tenth covers a send. Defaults to 1 hour. No
+	// value means for ever.
 	KeyLifetime time.Duration
 
-	// SettleAfter is the longest time that a request can still be under way to the other service,
-	// or at work there, after we gave up on it. A decline of a repeated send counts only after it,
-	// unless KeepsDeclines is set. Defaults to 1 minute.
+	// SettleAfter is the longest time that a send can still be under way to the other service, or be
+	// processed there, after Do has given it up. A decline of a repeated send counts only after this
+	// time, unless KeepsDeclines is set. Defaults to 1 minute.
 	SettleAfter time.Duration
 
 	// KeepsDeclines means that the other service keeps a no under its key, so that an earlier
 	// request that arrives late gets the same no. Leave it out if you don't know.
 	KeepsDeclines bool
 
-	// AtMostOnce is for a service without keys: it is sent once, by the attempt that committed the
-	// intent, and never again. Do must not repeat it either: net/http does, by itself, if the request
-	// has an Idempotency-Key header and a GetBody. If it could not be sent then, Call returns [ErrDeclined]. If the
-	// result of the send is lost, Lookup may find it; else Call returns [ErrMaybe]. Both are
-	// recorded.
+	// AtMostOnce is for a service without keys: only the attempt that committed the intent sends the
+	// call, once. Do must not repeat it either: net/http does that by itself if the request has an
+	// Idempotency-Key header and a GetBody. If that attempt could not send it, Call returns
+	// [ErrDeclined]. If the result of the send is lost and Lookup does not find it, Call returns
+	// [ErrMaybe]. Both are recorded.
 	AtMostOnce bool
 
-	// MaybeParks leaves the request to a person in place of ErrMaybe. Set it if the effect moves
-	// money. Only with AtMostOnce.
+	// MaybeParks leaves the request to a person instead of returning ErrMaybe. Set it if the effect
+	// moves money. Only with AtMostOnce.
 	MaybeParks bool
 }
 
@@ -81,7 +83,7 @@ type Declared[In, Out any] struct {
 }
 
 // New declares an effect. The name is recorded, and the key for the other service is derived from
-// it: while requests are open it must not change, and a handler must not call two effects of one
+// it. So it must not change while requests are open, and a handler must not call two effects of one
 // name. It is 1 to 100 visible ASCII characters ([NameBytesMax]) and does not begin with "undo/".
 // New panics if the name or the effect is invalid.
 func New[In, Out any](name string, e Effect[In, Out]) *Declared[In, Out] {
@@ -113,17 +115,18 @@ func New[In, Out any](name string, e Effect[In, Out]) *Declared[In, Out] {
 func (d *Declared[In, Out]) Name() string { return d.name }
 
 // Call makes the call for the request that runs with this context, and returns its result. If an
-// earlier run has the result already, nothing is sent. Call holds no transaction and no connection
+// earlier run has recorded the result, nothing is sent. Call holds no transaction and no connection
 // while Do runs.
 //
-// The error is [ErrDeclined], [ErrMaybe], or another one. After another one the handler returns:
-// whatever it answers is dropped, and if something may have been sent the request stays open until
-// a later run brings it to its end.
+// The error is [ErrDeclined], [ErrMaybe] or another one. After another one the handler should
+// return: its answer is dropped, and if something may have been sent the request stays open until a
+// later run ends it.
 //
-// Call must come before the handler uses its transaction, and in the same way in each run of the
-// handler. It panics with an [idempotency.UsageError] outside an idempotent handler, on a route that
-// is not resumable, after the transaction was used, and if one run calls it twice with different
-// inputs: a handler that took that for an error would answer, and the answer would be recorded.
+// Call must come before the handler uses its transaction, and every run of the handler must make
+// it. It panics with an [idempotency.UsageError] outside an idempotent handler, for a request
+// without a key, on a route that is not resumable, after the transaction was used, and if one run
+// calls it twice with different inputs. It does not return an error for these mistakes, because a
+// handler could turn that into an answer, and the answer could be recorded.
 func (d *Declared[In, Out]) Call(ctx context.Context, in In) (Out, error) {
 	kind := idempotency.EffectCall
 	if d.effect.AtMostOnce {
@@ -132,17 +135,18 @@ func (d *Declared[In, Out]) Call(ctx context.Context, in In) (Out, error) {
 	return d.call(ctx, d.name, kind, in)
 }
 
-// Undo makes the call as Call does, as the one that undoes another effect of this request: a refund
-// of a charge, for example. It is an effect of its own, with a name and a key of its own, so it is
-// neither lost nor made twice. After an undo a refusal may be answered; without it the request of
-// an effect that was made and refused is left to a person.
+// Undo makes the call as Call does, to undo another effect of this request: a refund of a charge,
+// for example. It is an effect with a name and a key of its own, so it is neither lost nor made
+// twice. After it the handler may answer a refusal. If the handler answers a refusal after an
+// effect that was made and not undone, the request is left to a person.
 func (d *Declared[In, Out]) Undo(ctx context.Context, of interface{ Name() string }, in In) (Out, error) {
 	return d.call(ctx, idempotency.UndoName(of.Name()), idempotency.EffectUndo, in)
 }
 
-// Settled returns what a webhook of the other service says of the call with this key: it is done,
-// with this result. A store records it in the webhook's transaction (postgres.Store.Settle), and the
-// handler, when it runs again, finds it. The error is that of an output which can't be recorded.
+// Settled returns the settlement for a webhook of the other service that reports that the call with
+// this key was done, with this output. A store records it in the webhook's transaction
+// (postgres.Store.Settle), and the next run of the handler finds it. Settled returns an error if
+// the output can't be recorded.
 func (d *Declared[In, Out]) Settled(key string, out Out) (idempotency.Settlement, error) {
 	output, err := encodeOutput(out)
 	if err != nil {
@@ -151,9 +155,9 @@ func (d *Declared[In, Out]) Settled(key string, out Out) (idempotency.Settlement
 	return idempotency.Settlement{DerivedKey: key, State: idempotency.EffectDone, Output: output}, nil
 }
 
-// SettledDeclined is Settled for a definite no. The detail is as in [Declined]. If the call was sent
-// more than once, and KeepsDeclines is not set, the no may be that of an earlier send: then nothing is
-// recorded, and the next run asks.
+// SettledDeclined is Settled for a definite no. The detail is as in [Declined]. If the call was
+// sent more than once, and KeepsDeclines is not set, the no may belong to an earlier send: then it
+// is not recorded, and the next run looks the call up or sends it again.
 func (d *Declared[In, Out]) SettledDeclined(key string, detail any) idempotency.Settlement {
 	settlement := idempotency.Settlement{DerivedKey: key, State: idempotency.EffectDeclined, Kept: d.effect.KeepsDeclines}
 	var declined *DeclinedError
@@ -231,12 +235,12 @@ func (r *run[In, Out]) recorded() (out Out, err error) {
 	return out, nil
 }
 
-// settle finds the result of the effect, by the rules in the package's comment.
+// settle gets the result of the effect, by the rules in the package's comment.
 func (r *run[In, Out]) settle() (out Out, err error) {
 	in, err := decodeInput[In](r.effect.Input)
 	if err != nil {
-		// Another version of the program may understand it. Sending the rest of it would be another
-		// input.
+		// Another version of the program may understand it. The part that this one understands would be
+		// another input.
 		return r.unsent("its recorded input does not fit the program", err)
 	}
 	once := r.Declared.effect.AtMostOnce || r.effect.Kind == idempotency.EffectAtMostOnce
@@ -324,7 +328,7 @@ var (
 	errLate    = errors.New("half of the lease has passed, or the handler has returned")
 )
 
-// wireUse is what a request of net/http that was made with a send's context did on the wire.
+// wireUse counts what net/http did on the wire for the requests that have the context of a send.
 type wireUse struct {
 	connected atomic.Bool  // it got a connection
 	keys      atomic.Int32 // the number of times that it wrote a header with the derived key
@@ -350,22 +354,22 @@ func (r *run[In, Out]) protect(call func(context.Context, string, In) (Out, erro
 	return call(ctx, r.effect.DerivedKey, in)
 }
 
-// quiet reports whether no earlier send can be under way any more at the time of start.
+// quiet reports whether no earlier send can be under way any more at this time.
 func (r *run[In, Out]) quiet(start time.Time) bool {
 	return start.Sub(r.effects.GivenUp(r.effect, r.Declared.effect.Timeout)) >= r.Declared.effect.SettleAfter
 }
 
-// done records the output. A result that can't be recorded whole is recorded as done all the same:
-// else it would be asked for again, and be sent again when the key's lifetime is misjudged. What
-// becomes of the request then is for a person to say, who can see the output at the other service.
+// done records the output. If that can't be recorded, the effect is recorded as done without it:
+// otherwise a later run would send the call again, and pay twice if KeyLifetime is wrong. Then the
+// request is left to a person, who can see the output at the other service.
 func (r *run[In, Out]) done(out Out) (Out, error) {
 	output, err := encodeOutput(out)
 	return r.record(idempotency.EffectDone, output, err)
 }
 
-// declined records a no if it is final. A no to a repeated send is not, unless the other service
-// keeps it under the key: an earlier send may still be under way, and succeed. net/http repeats a
-// request with an Idempotency-Key header by itself if a connection that it used before breaks.
+// declined records a no if it is final. A no to a repeated send is not final, unless the other
+// service keeps it under the key: an earlier send may still be under way, and succeed. net/http
+// repeats a request with an Idempotency-Key header by itself if a reused connection breaks.
 func (r *run[In, Out]) declined(start time.Time, no error) (Out, error) {
 	if (r.end.Resumed || r.repeated) && !r.Declared.effect.KeepsDeclines && !r.quiet(start) {
 		return r.lapse(idempotency.EffectResultUnknown, "an earlier send may be under way, so its decline is not final", no, r.doubtless())
@@ -378,7 +382,7 @@ func (r *run[In, Out]) declined(start time.Time, no error) (Out, error) {
 	return r.record(idempotency.EffectDeclined, detail, no)
 }
 
-// maybe ends an effect that was sent once and whose result is lost.
+// maybe ends an effect that was sent once, and lost its result.
 func (r *run[In, Out]) maybe(cause error) (Out, error) {
 	if r.Declared.effect.MaybeParks {
 		return r.park("it may have been made, and is never sent twice", cause)
@@ -386,7 +390,7 @@ func (r *run[In, Out]) maybe(cause error) (Out, error) {
 	return r.record(idempotency.EffectMaybe, nil, cause)
 }
 
-// record settles the effect, and returns what a later run will get.
+// record settles the effect, and returns the recorded result, as a later run will.
 func (r *run[In, Out]) record(state idempotency.EffectState, output []byte, cause error) (out Out, err error) {
 	r.effect.State, r.effect.Output = state, output
 	if err := r.effects.Settle(r.effect); err != nil {
@@ -400,8 +404,8 @@ func (r *run[In, Out]) record(state idempotency.EffectState, output []byte, caus
 	return r.recorded()
 }
 
-// unsentOnce is unsent, or the end of an effect that may be sent only now: it was not sent, and
-// never will be, which is a no.
+// unsentOnce is unsent, unless this run is the only one that may send the effect. Then it was not
+// sent and never will be, which is a decline.
 func (r *run[In, Out]) unsentOnce(once bool, reason string, cause error) (Out, error) {
 	if once && !r.end.Resumed {
 		return r.record(idempotency.EffectDeclined, nil, cause)
@@ -414,7 +418,7 @@ func (r *run[In, Out]) unsent(reason string, cause error) (Out, error) {
 	return r.lapse(idempotency.EffectResultNotSent, reason, cause, r.doubtless())
 }
 
-// doubtless is the lapse of a run that adds no doubt.
+// doubtless returns the lapse of a run that adds no doubt.
 func (r *run[In, Out]) doubtless() idempotency.Lapse {
 	return idempotency.Lapse{Doubts: map[string]time.Time{r.effect.Name: r.effect.Doubt}}
 }
@@ -435,7 +439,7 @@ func (r *run[In, Out]) lapse(result idempotency.EffectResult, reason string, cau
 	return out, fmt.Errorf("%w: %s: %w", ErrUnsettled, lapse.Reason, cause)
 }
 
-// reason is for the operator, and holds no data.
+// reason returns a reason for the operator. It holds no data.
 func (r *run[In, Out]) reason(reason string) string { return "effect " + r.end.Name + ": " + reason }
 
 // encodeOutput returns the output as it is recorded, or nil.
@@ -466,8 +470,8 @@ func encodeInput[In any](in In) ([]byte, error) {
 	return input, nil
 }
 
-// decodeInput refuses an input with fields that this program does not know: what it could send
-// would be another input, under the same key.
+// decodeInput refuses an input with fields that this program does not know: without them it would
+// send another input under the same key.
 func decodeInput[In any](input []byte) (in In, err error) {
 	decoder := json.NewDecoder(bytes.NewReader(input))
 	decoder.DisallowUnknownFields()

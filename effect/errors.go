@@ -10,38 +10,39 @@ import (
 
 // The errors of a Call.
 var (
-	// ErrDeclined is a definite no of the other service: nothing was done, and nothing will be. It
-	// is recorded, so every later run of the handler gets it too. [errors.As] finds the
-	// [DeclinedError] with its detail.
+	// ErrDeclined is a definite no of the other service: it did nothing, and will do nothing. It is
+	// recorded, so every later run of the handler gets it too. [errors.As] finds the [DeclinedError]
+	// with its detail.
 	ErrDeclined = idempotency.ErrDeclined
 
-	// ErrMaybe means that an effect that is sent at most once may have been made, and that nobody
-	// will find out. It is recorded. The handler goes on, and says so in its answer.
+	// ErrMaybe means that an effect that is sent at most once may or may not have been made, and that
+	// the handler will never know. It is recorded. The handler goes on, and should say so in its
+	// answer.
 	ErrMaybe = errors.New("may or may not have been made")
 
-	// ErrUnsettled means that the result is not known yet. The handler returns; whatever it answers
-	// is dropped, and the request stays open.
+	// ErrUnsettled means that the result is not known yet. The handler should return: its answer is
+	// dropped, and the request stays open.
 	ErrUnsettled = idempotency.ErrUnsettled
 
-	// ErrInputTooLarge means that an input is over InputBytesMax. Nothing was sent, and the answer
-	// of the handler is dropped: check what comes from a client before the call.
+	// ErrInputTooLarge means that an input is over InputBytesMax. Nothing was sent, and the handler's
+	// answer is dropped: check the size of a client's data before the call.
 	ErrInputTooLarge = fmt.Errorf("input is over the limit of %d bytes", InputBytesMax)
 )
 
 // ErrAbsent is returned by a Lookup that found nothing.
 var ErrAbsent = errors.New("absent")
 
-// DeclinedError is the no of another service, or of a phase. The Detail is what counts: it is the
-// same in every run of the handler, while the error that Do returned is not recorded.
+// DeclinedError is the no of another service or of a phase. Decide by its Detail: it is the same in
+// every run of the handler. The error that Do returned is not recorded.
 type DeclinedError = idempotency.DeclinedError
 
 // Declined returns the error for a definite no: the other service did nothing, and will do nothing
 // under this key. err says why, for logs. The detail is recorded as JSON, and the handler finds it
-// in the [DeclinedError], in this run and in later ones. It may be nil; one that can't be encoded or
-// is over OutputBytesMax is left out, because the no counts more.
+// in the [DeclinedError], in this run and in later ones. It may be nil. A detail that can't be
+// encoded or is over OutputBytesMax is left out, because the no matters more.
 //
-// The function of a phase (postgres.Phase) returns it too, for a decision against its writes that
-// no later run may take back.
+// The function of a phase (postgres.Phase) returns it too, to undo its writes by a decision that no
+// later run can change.
 func Declined(err error, detail any) error {
 	declined := &DeclinedError{Err: err}
 	if detail == nil {
@@ -53,20 +54,20 @@ func Declined(err error, detail any) error {
 	return declined
 }
 
-// NotSent returns the error for a request that provably did not reach the other service, or that it
-// provably did not begin to serve. If in doubt, return err itself.
+// NotSent returns the error for a request that provably did not reach the other service, or that
+// the service provably did not begin to serve. If in doubt, return err itself.
 func NotSent(err error) error { return &notSentError{err: err} }
 
 type notSentError struct {
 	err  error
-	dial bool // no connection could be made; not true if the request got another one before
+	dial bool // no connection could be made; it counts only if the request got no other connection before
 }
 
 func (e *notSentError) Error() string { return fmt.Sprintf("not sent: %v", e.err) }
 func (e *notSentError) Unwrap() error { return e.err }
 
-// Park returns the error for a call that no repetition settles: the other service says that the key
-// was used with other parameters, for example. The request is left to a person.
+// Park returns the error for a call that sending it again can't settle: the other service says that
+// the key was used with other parameters, for example. The request is left to a person.
 func Park(err error) error { return &parkError{err} }
 
 type parkError struct{ err error }

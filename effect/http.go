@@ -11,7 +11,8 @@ import (
 	"github.com/paidonce/idempotency"
 )
 
-// DeclineBodyBytesMax is the part of a declining response's body that [FromHTTP] reads and keeps.
+// DeclineBodyBytesMax is the maximum number of bytes that [FromHTTP] reads and keeps of the body of
+// a declining response.
 const DeclineBodyBytesMax = 8 << 10
 
 // HTTPDetail is the detail of a decline by [FromHTTP].
@@ -20,23 +21,25 @@ type HTTPDetail struct {
 	Body   string `json:"body"` // at most [DeclineBodyBytesMax] bytes
 }
 
-// FromHTTP returns the error that Do must return for what [net/http.Client.Do] returned, and nil for
-// a 2xx, whose body is the caller's: if it can't be read whole, Do returns the error of reading it.
+// FromHTTP turns the results of [net/http.Client.Do] into the error that the Do of an effect must
+// return. It returns nil for a 2xx: then Do reads the body, and returns the error if it can't read
+// all of it.
 //
 //	no connection                            NotSent
 //	2xx                                      nil
 //	400, 402, 404, 422                       Declined, with an HTTPDetail
-//	those, about a key that was used before  Park
+//	those, if they are about a reused key    Park
 //	409, 425, 429, 3xx, 5xx, others          unknown: again later, with the same key
 //	timeout, cut off, any other error        unknown
 //
 // A response with an Idempotency-Status header comes from a service that uses this module, and says
-// more: executed and replayed 4xx are Declined, mismatch is Park, not-executed is NotSent. So is an
-// error of package client that is ErrNotExecuted.
+// more: executed and replayed 4xx are Declined, mismatch is Park, not-executed is NotSent. An error
+// of package client that is ErrNotExecuted is NotSent too.
 //
-// The request must have the context of Do, which shows whether a connection was got before another
-// one failed. The client must not follow redirects (CheckRedirect: [net/http.ErrUseLastResponse]):
-// the failure of the second request would hide the first. FromHTTP does not close the body.
+// The request must have the context of Do, which shows whether the request got a connection before
+// it failed to dial another. The client must not follow redirects (CheckRedirect:
+// [net/http.ErrUseLastResponse]): the failure of the second request would hide the first. FromHTTP
+// does not close the body.
 func FromHTTP(resp *http.Response, err error) error {
 	var executed interface{ NotExecuted() bool }
 	var op *net.OpError

@@ -7,8 +7,8 @@ import (
 )
 
 // Profile has the facts about the keys of a known service, for the fields of an [Effect] with the
-// same names. Compare them with the service's own words before you rely on them: an account can have
-// other settings. What a service does not say is left at the safe default.
+// same names. Compare them with the service's documentation before you rely on them: an account can
+// have other settings. Facts that a service does not publish are left at the safe default.
 type Profile struct {
 	Service       string
 	KeyLifetime   time.Duration // zero: not said, so the default counts

@@ -16,9 +16,9 @@ import (
 // ReconcileBatch is the number of items that [Declared.Reconcile] compares with one query.
 const ReconcileBatch = 500
 
-// Item is one line of the other service's list.
+// Item is one entry of the other service's list.
 type Item[Out any] struct {
-	Key string // that it was sent with
+	Key string // the key that it was sent with
 	Out Out
 }
 
@@ -30,7 +30,7 @@ const (
 	FindingUnknown  FindingKind = "unknown"  // they have it, and no effect of ours is recorded
 	FindingMissing  FindingKind = "missing"  // ours is done, and they don't have it
 	FindingDeclined FindingKind = "declined" // they have it, and ours is declined or may have been made
-	FindingDiffers  FindingKind = "differs"  // ours is done, and Same says that it is another
+	FindingDiffers  FindingKind = "differs"  // ours is done, and Same reports that they differ
 )
 
 // Finding is a difference between the other service's list and the recorded effects.
@@ -40,19 +40,19 @@ type Finding[Out any] struct {
 	Ours   *idempotency.EffectRecord // nil if nothing is recorded
 }
 
-// ReconcileOptions are the window of [Declared.Reconcile], and how it compares.
+// ReconcileOptions has the window of [Declared.Reconcile], and the way to compare.
 type ReconcileOptions[Out any] struct {
-	// From and To bound the effects of ours that must be in the list: those first sent at From or
-	// later, and before To, by the store's clock. From must not lie further back than the TTL of the
-	// records, because an effect goes with its record. Both are required.
+	// From and To bound our effects that must be in the list: those first sent at From or later, and
+	// before To, by the store's clock. From must not lie further back than the TTL of the records,
+	// because an effect is deleted with its record. Both are required.
 	From, To time.Time
 
-	// Names are the names of our effects that the list has. Defaults to that of the effect. A list
-	// of refunds has those of undos: see [idempotency.UndoName].
+	// Names are the names of our effects that the list has. Defaults to the name of the effect. For a
+	// list of refunds they are names of undos: see [idempotency.UndoName].
 	Names []string
 
-	// Same reports whether our output and theirs are of one thing: amounts, for example. Nil
-	// compares keys only.
+	// Same reports whether our output and theirs agree: in their amounts, for example. Nil compares
+	// keys only.
 	Same func(ours, theirs Out) bool
 
 	// Progress is called after each batch. Nil for none.
@@ -62,17 +62,17 @@ type ReconcileOptions[Out any] struct {
 // Report has the numbers of a [Declared.Reconcile].
 type Report struct {
 	Listed   int // items of the list
-	Foreign  int // of these, those whose key no effect of ours can have
-	Matched  int // of these, those of an effect that is done, and the same
-	Open     int // of these, those of an effect that is not settled: its request is open, and will find it
+	Foreign  int // of these, those with a key that can't be ours
+	Matched  int // of these, those of an effect that is done, without a difference
+	Open     int // of these, those of an effect that is not settled: its request is open, and will get the result
 	Findings int
 }
 
 // Reconcile compares the other service's list with the recorded effects, both ways, and calls found
-// for each difference. It finds charges whose intent a database has forgotten, because it was
-// restored to an earlier time, or was promoted from a standby that lacked the last commits.
+// for each difference. It finds charges whose intent the database has lost, because it was restored
+// to an earlier time, or was promoted from a standby that lacked the last commits.
 //
-// The list must have everything that was made in the window, and may have more. Reconcile changes
+// The list must have everything that was done in the window, and may have more. Reconcile changes
 // nothing, holds no transaction, and keeps the keys of the list in memory, about 50 bytes for each.
 // The error is that of the list, of found or of the store.
 func (d *Declared[In, Out]) Reconcile(ctx context.Context, store idempotency.EffectReader, list iter.Seq2[Item[Out], error], o ReconcileOptions[Out], found func(Finding[Out]) error) (Report, error) {
@@ -172,7 +172,7 @@ func (r *reconciliation[Out]) differs(ours *idempotency.EffectRecord, theirs Out
 	return json.Unmarshal(ours.Output, &out) != nil || !r.options.Same(out, theirs)
 }
 
-// ours looks for effects of ours that are not in the list.
+// ours looks for our effects that are not in the list.
 func (r *reconciliation[Out]) ours() error {
 	after := ""
 	for {
