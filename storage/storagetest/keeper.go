@@ -11,8 +11,8 @@ import (
 	"github.com/paidonce/idempotency"
 )
 
-// The cases of an [idempotency.Keeper]. Leases are real time: those of a minute do not end within a
-// case, and those of a millisecond are waited for.
+// The cases of an [idempotency.Keeper]. Leases pass in real time: those of a minute do not end
+// within a case, and the cases wait for the end of those of a millisecond.
 
 const (
 	route     = "topup/1"
@@ -44,7 +44,7 @@ func effectOf(name string) *idempotency.Effect {
 
 func (c *check) keeper() idempotency.Keeper { return c.Store.(idempotency.Keeper) }
 
-// own makes the suite end an attempt, whatever its case does.
+// own has the suite end an attempt, whatever its case does.
 func (c *check) own(a idempotency.OpenAttempt) idempotency.OpenAttempt {
 	c.attempts = append(c.attempts, &attempt{Attempt: a})
 	return a
@@ -87,7 +87,7 @@ func (c *check) leave(a idempotency.OpenAttempt, lapse idempotency.Lapse) {
 	}
 }
 
-// takeOver becomes the owner of an open request that is due, or soon will be.
+// takeOver makes the case the owner of an open request that is due, or soon will be.
 func (c *check) takeOver(value string) (idempotency.OpenAttempt, *idempotency.Open, *idempotency.Claim) {
 	c.Helper()
 	for {
@@ -117,7 +117,7 @@ func (c *check) wantNotTaken(claim *idempotency.Claim) *idempotency.Open {
 	return open
 }
 
-// wantDue fails if FindDue returns other keys.
+// wantDue fails if FindDue returns other keys than these.
 func (c *check) wantDue(route string, want ...string) {
 	c.Helper()
 	keys, err := c.keeper().FindDue(c.ctx, []string{route}, 100)
@@ -154,7 +154,7 @@ func (c *check) writeOpen(a idempotency.OpenAttempt, name string) {
 var keeperCases = []testCase{
 	{
 		name:    "IntentIsKept",
-		rule:    "Once Intend returned, everybody sees the request as open, and who takes it over gets route, request and effect byte by byte, with the first attempt's id and TTL.",
+		rule:    "Once Intend has returned, everybody sees the request as open, and whoever takes it over gets route, request and effect byte by byte, with the first attempt's id and TTL.",
 		promise: keepsOpen,
 		run: func(c *check) {
 			claim, effect := openClaimOf("k"), effectOf("charge")
@@ -318,7 +318,7 @@ var keeperCases = []testCase{
 	},
 	{
 		name:    "ResultIsKept",
-		rule:    "The first result stays: another one gets ErrFenced, and no take-over makes it doubtful. An effect without one has a new doubt and one more try after each take-over, which is told the doubt before it.",
+		rule:    "The first result stays: another one gets ErrFenced, and no take-over makes it doubtful. An effect without one has a new doubt and one more try after each take-over, which returns the doubt before it.",
 		promise: keepsOpen,
 		run: func(c *check) {
 			a, first, second := c.beginOpen(openClaimOf("k"), false), effectOf("first"), effectOf("second")
@@ -357,7 +357,7 @@ var keeperCases = []testCase{
 	},
 	{
 		name:    "EndCloses",
-		rule:    "Commit records the answer, of the first attempt, with the writes since the last effect, and Decline without them. Either way nothing is open any more.",
+		rule:    "Commit records the answer, as that of the first attempt, with the writes since the last effect, and Decline without them. Either way nothing is open any more.",
 		promise: keepsOpen,
 		run: func(c *check) {
 			for i, name := range []string{"committed", "declined"} {
@@ -428,7 +428,7 @@ var keeperCases = []testCase{
 	},
 	{
 		name:    "LazyClaimComesWithTheIntent",
-		rule:    "A lazy attempt claims with its intent, which opens nothing if another has the key: ErrInProgress, or ErrKeyRecorded, which makes the engine look again, and once the key is recorded ErrKeyRecorded. Its Rollback says so too.",
+		rule:    "A lazy attempt claims with its intent, which opens nothing if another has the key. While that one runs the error is ErrInProgress, or ErrKeyRecorded, which makes the engine look again. Once the key is recorded it is ErrKeyRecorded, of Rollback too.",
 		promise: keepsOpen,
 		run: func(c *check) {
 			one, two, three := c.beginOpen(openClaimOf("k"), true), c.beginOpen(openClaimOf("k"), true), c.beginOpen(openClaimOf("k"), true)
@@ -451,7 +451,7 @@ var keeperCases = []testCase{
 	},
 }
 
-// settleSoon shows that the owner goes on: it records a result, and the answer.
+// settleSoon shows that the owner can go on: it records a result, and the answer.
 func (c *check) settleSoon(owner idempotency.OpenAttempt, value string, effect *idempotency.Effect) {
 	c.Helper()
 	c.settle(owner, effect, "done")
