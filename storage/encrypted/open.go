@@ -8,8 +8,8 @@ import (
 	"github.com/paidonce/idempotency"
 )
 
-// Of an open request the stored request, and the input and output of each effect, are encrypted.
-// Each is bound to its key and attempt and to its place, so that none can stand in for another.
+// In an open request the stored request, and the input and output of each effect, are encrypted.
+// Each is bound to its key, its attempt and its place, so that none can stand in for another.
 
 var _ idempotency.Keeper = (*Store)(nil)
 
@@ -100,8 +100,8 @@ func (s *Store) FindDue(ctx context.Context, routes []string, max int) ([]idempo
 	return inner.FindDue(ctx, routes, max)
 }
 
-// EffectsByKey implements [idempotency.EffectReader]. An effect that this store has no key for is an
-// error.
+// EffectsByKey implements [idempotency.EffectReader]. It returns an error if it lacks the key of an
+// effect.
 func (s *Store) EffectsByKey(ctx context.Context, derivedKeys []string) ([]idempotency.EffectRecord, error) {
 	return s.openRecords(func(inner idempotency.EffectReader) ([]idempotency.EffectRecord, error) {
 		return inner.EffectsByKey(ctx, derivedKeys)
@@ -132,7 +132,7 @@ func (s *Store) openRecords(read func(idempotency.EffectReader) ([]idempotency.E
 	return records, nil
 }
 
-// openAttempt encrypts what its request keeps.
+// openAttempt encrypts the parts of its open request.
 type openAttempt struct {
 	idempotency.OpenAttempt
 	store *Store
@@ -143,7 +143,7 @@ type openAttempt struct {
 func (a *openAttempt) Intend(ctx context.Context, effect *idempotency.Effect, lease time.Duration) error {
 	sealed := *effect
 	sealed.Input = a.store.sealPart(effect.Input, a.claim.Key, a.claim.Attempt, "input", effect.Name)
-	if effect.State != idempotency.EffectIntended { // of a phase
+	if effect.State != idempotency.EffectIntended { // a phase
 		sealed.Output = a.store.sealPart(effect.Output, a.claim.Key, a.claim.Attempt, "output", effect.Name)
 	}
 	err := a.OpenAttempt.Intend(ctx, &sealed, lease)
@@ -185,14 +185,14 @@ func (s *Store) sealPart(plain []byte, key idempotency.Key, attempt idempotency.
 	return s.ciphers[s.current].Seal(envelope, nil, plain, boundPart(s.current, key, attempt, part, name))
 }
 
-// SealOutput returns an output that an operator gives for an effect of an open request
-// (operator.Settle), as the store keeps it. Attempt is that of the open request.
+// SealOutput encrypts an output that an operator or a webhook gives for an effect of an open
+// request (operator.Settle, postgres.Store.Settle). attempt is that of the open request.
 func (s *Store) SealOutput(output []byte, key idempotency.Key, attempt idempotency.AttemptID, effect string) []byte {
 	return s.sealPart(output, key, attempt, "output", effect)
 }
 
-// openPart returns the plaintext of a part of an open request. Outputs that an operator gave are
-// not encrypted: they are accepted only with Keys.DangerAcceptUnencrypted.
+// openPart returns the plaintext of a part of an open request. It accepts a part that is not
+// encrypted only with Keys.DangerAcceptUnencrypted.
 func (s *Store) openPart(stored []byte, key idempotency.Key, attempt idempotency.AttemptID, part, name string) ([]byte, error) {
 	keyID, sealed, err := parseEnvelope(stored)
 	switch {
@@ -233,7 +233,7 @@ func (s *Store) openEffect(key idempotency.Key, attempt idempotency.AttemptID, e
 	return err
 }
 
-// boundPart returns the data that a part of an open request is bound to.
+// boundPart returns the data to which a part of an open request is bound.
 func boundPart(keyID byte, key idempotency.Key, attempt idempotency.AttemptID, part, name string) []byte {
 	out := appendField(nil, "paidonce open request")
 	out = append(out, envelopeVersion, keyID)

@@ -170,10 +170,11 @@ func (s *Store) check(ctx context.Context) (wrong []error) {
 	return append(wrong, s.checkSession(session)...)
 }
 
-// CheckResumable reports whether the database lets the pool's role keep requests open: it has the
-// tables of migration 4 and its triggers, and the role their rights. The error joins all faults it
-// finds, and wraps [ErrSchemaOutdated], [ErrTableUnsafe] or [ErrRightMissing]. A service with
-// resumable routes calls it beside [Store.Check]; others need neither the tables nor the rights.
+// CheckResumable returns an error if the pool's role can't keep requests open in this database: it
+// needs the tables and triggers of migration 4, and rights on the tables. The error joins all
+// faults that it finds, and wraps [ErrSchemaOutdated], [ErrTableUnsafe] or [ErrRightMissing]. A
+// service with resumable routes calls it in addition to [Store.Check]; others need neither the
+// tables nor the rights.
 func (s *Store) CheckResumable(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(ctx, s.options.AcquireTimeout+s.options.StatementTimeout)
 	defer cancel()

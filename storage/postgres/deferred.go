@@ -45,8 +45,8 @@ const AnyRowsUnchecked Rows = -1
 // sent. A statement that was deferred while a nested transaction was open is dropped if that is
 // rolled back. The time of deferred statements counts for the engine's Timeouts.Commit.
 //
-// Inside a [Phase] the statement travels with the phase's COMMIT. On a resumable route, outside of a
-// phase, it counts as a use of Tx: no call to another service may follow.
+// Inside a [Phase] the statement travels with the phase's COMMIT. On a resumable route, outside of
+// a phase, DeferExec counts as a use of Tx: no call to another service may follow.
 //
 // An error means that the statement was not added. If the handler ignores the error, the request
 // fails, and nothing is committed. Like [Tx], DeferExec is for one goroutine at a time, returns

@@ -19,9 +19,9 @@
 // Statements that end a handler can travel with the record: see [DeferExec]. docs/architecture.md
 // shows the messages, docs/guarantees.md the promises that depend on them.
 //
-// On a resumable route a handler may call other services (package effect) before it uses [Tx]. What
-// it must write before a call, or between two, it writes in a [Phase], a transaction that commits
-// before the handler goes on and that a later run finds by its name.
+// On a resumable route a handler may call other services (package effect) before it uses [Tx].
+// Writes before a call, or between two, go into a [Phase]: a transaction that commits before the
+// handler goes on, with an output that later runs find by its name.
 //
 // The package makes no table, starts no goroutine and keeps no state outside its values.
 package postgres

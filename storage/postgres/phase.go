@@ -18,34 +18,34 @@ const PhaseOutputBytesMax = 64 << 10
 
 // Phase runs fn in a transaction that commits before the handler goes on, for writes before a call
 // to another service or between two of them (package effect): a hold on an account, for example.
-// The writes, fn's output and, if nothing of the request was committed before, the claim of its key
-// are one commit. When Phase has returned it holds no connection.
+// One commit has the writes, fn's output and, if nothing of the request was committed before, the
+// claim of its key. When Phase returns it holds no connection.
 //
 // If an earlier run of the handler has committed the phase of this name, Phase returns the recorded
-// output, and fn does not run. So the name is that of the step in the handler: 1 to 100 visible
-// ASCII characters, not beginning with "undo/", and different from those of the handler's other
-// phases and effects. T is recorded as JSON, of at most 64 KiB ([PhaseOutputBytesMax]), and must
-// survive encoding/json: Phase returns what was decoded.
+// output, and fn does not run. So the name stands for this step of the handler: it is 1 to 100
+// visible ASCII characters, does not begin with "undo/", and differs from the names of the
+// handler's other phases and effects. The output is recorded as JSON of at most 64 KiB
+// ([PhaseOutputBytesMax]). It must survive encoding/json, because Phase returns the decoded value.
 //
 // If fn returns effect.Declined, its writes are undone, and that decision is recorded: this run and
 // every later one get an [idempotency.DeclinedError] with the detail that was given to Declined.
 // After any other error, or a panic, the writes are undone and nothing is recorded. Phase returns
-// the error, and the request is as before: if nothing of it was committed the handler may answer it
-// away, and if it is open the handler's answer is dropped, and a later run begins the phase again. If
-// the transaction can't be begun or committed the answer is dropped too; after a serialization
-// failure the handler runs again.
+// the error. Then, if nothing of the request was committed before, the handler may answer; if the
+// request is open, the handler's answer is dropped, and a later run begins the phase again. If the
+// transaction can't begin or commit, the answer is dropped too; after a serialization failure the
+// handler runs again.
 //
-// A 4xx may follow a phase that was committed, whose writes stay. Each run must ask for the phases
-// that are recorded; if one does not, the request is left to a person.
+// The handler may answer a 4xx after a committed phase; the phase's writes stay. Each run must call
+// the recorded phases; if one does not, the request is left to a person.
 //
-// fn writes through tx only, a pgx.Tx as that of [Tx], which fails once fn has returned. Inside fn,
-// [Tx] is the same transaction, and [DeferExec] adds to the statements that travel with the phase's
-// COMMIT. A call or a phase inside fn, or at the same time, gets [idempotency.ErrEffectBusy], and
-// nothing of the run is committed.
+// fn must write only through tx, which is a pgx.Tx like that of [Tx], and fails once fn has
+// returned. Inside fn, [Tx] returns the same transaction, and the statements of [DeferExec] travel
+// with the phase's COMMIT. A call or a phase inside fn, or at the same time, gets
+// [idempotency.ErrEffectBusy], and nothing of the run is committed.
 //
-// Phase panics with an [idempotency.UsageError], before anything is written, outside an idempotent
+// Phase panics with an [idempotency.UsageError] before it writes anything: outside an idempotent
 // handler, on a route that is not resumable, for a request without a key, if the handler has used
-// Tx or DeferExec before it outside of a phase, and if a run asks for one name twice.
+// Tx or DeferExec before, outside of a phase, and if a run uses one name twice.
 func Phase[T any](ctx context.Context, name string, fn func(tx pgx.Tx) (T, error)) (out T, err error) {
 	effects, err := idempotency.EffectsFrom(ctx)
 	if err != nil {
@@ -88,7 +88,7 @@ func Phase[T any](ctx context.Context, name string, fn func(tx pgx.Tx) (T, error
 	unfit, dead := a.sealInner()
 	var declined *idempotency.DeclinedError
 	switch {
-	case dead: // whatever fn says of it
+	case dead: // whatever fn returned
 		return out, fmt.Errorf("phase %s: %w", name, errors.Join(unfit, failed))
 	case errors.Is(failed, idempotency.ErrDeclined):
 		effect.State = idempotency.EffectDeclined
@@ -112,7 +112,8 @@ func Phase[T any](ctx context.Context, name string, fn func(tx pgx.Tx) (T, error
 	return recordedPhase[T](effects, effect)
 }
 
-// encodePhase returns the output of a phase as it is recorded. It must survive the way back.
+// encodePhase returns the output of a phase as it is recorded. It checks that the output can be
+// decoded again.
 func encodePhase[T any](out T) ([]byte, error) {
 	output, err := json.Marshal(out)
 	switch {
@@ -127,7 +128,7 @@ func encodePhase[T any](out T) ([]byte, error) {
 	return output, nil
 }
 
-// recordedPhase returns what is recorded of a phase.
+// recordedPhase returns the recorded result of a phase.
 func recordedPhase[T any](effects *idempotency.Effects, effect *idempotency.Effect) (out T, err error) {
 	if effect.State == idempotency.EffectDeclined {
 		return out, &idempotency.DeclinedError{Effect: effect.Name, Detail: effect.Output}
@@ -159,8 +160,8 @@ func (a *openAttempt) beginInner() (*sealed.Tx, error) {
 	return &a.phase.handle, nil
 }
 
-// sealInner takes the transaction away from a phase, and reports why it can't be committed, and
-// whether the whole run has failed with it.
+// sealInner takes the transaction away from a phase. It returns an error if the transaction can't
+// be committed, and reports whether the whole run has failed with it.
 func (a *openAttempt) sealInner() (unfit error, dead bool) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
@@ -179,8 +180,8 @@ func (a *openAttempt) sealInner() (unfit error, dead bool) {
 // innerRollbackTimeout bounds the ROLLBACK of a phase.
 const innerRollbackTimeout = 2 * time.Second
 
-// undoInner undoes the transaction of a phase, and returns why the whole run has failed, if it has.
-// Once the handler has returned its end undoes the transaction.
+// undoInner undoes the transaction of a phase. It returns an error if the whole run has failed.
+// Once the handler has returned, the end of the attempt undoes the transaction instead.
 func (a *openAttempt) undoInner() error {
 	a.mu.Lock()
 	defer a.mu.Unlock()

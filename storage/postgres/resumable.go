@@ -29,22 +29,22 @@ const (
 
 var _ idempotency.Keeper = (*Store)(nil)
 
-// openStatements are the statements of requests that may become open. They are sent as text: beside
-// a call to another service the server's parsing is nothing, and a database without their tables
-// must not keep the others from being prepared.
+// openStatements are the statements of requests that may become open. They are sent as text:
+// compared with a call to another service the server's parsing costs nothing, and a missing table
+// must not keep the other statements from being prepared.
 type openStatements struct {
 	begin   wire.Statement // READ COMMITTED: each statement sees the latest owner
-	claim   wire.Statement // as statements.lock, and fails if the key is locked
+	claim   wire.Statement // as statements.lock, but fails if the key is locked
 	claimAt wire.Statement
-	lock    wire.Statement // as statements.lock, and waits
+	lock    wire.Statement // as statements.lock, but waits
 	lockAt  wire.Statement
 	key     wire.Statement // the row of an open request in the table of the records
 	open    wire.Statement
-	effect  wire.Statement // returns the time; of a call that is about to be sent, or of a phase
-	fence   wire.Statement // fails unless the request is open and this owner's; locks it
-	renew   wire.Statement // as fence, and begins a new lease
-	settle  wire.Statement // fails unless the effect is this owner's and not settled
-	end     wire.Statement // fails unless it recorded the answer and closed the request of this owner
+	effect  wire.Statement // records a call that is about to be sent, or a phase; returns the time
+	fence   wire.Statement // fails unless this owner has the open request; locks it
+	renew   wire.Statement // as fence, but begins a new lease
+	settle  wire.Statement // fails unless this owner has the effect and it is not settled
+	end     wire.Statement // fails unless it records the answer and closes the request, as this owner
 	state   string         // reads an open request
 	take    string         // as state, and takes the request over if it is due
 	due     string
@@ -98,8 +98,8 @@ func newOpenStatements(o *Options) openStatements {
 		claim: claim(plain.lock), claimAt: claim(plain.lockAt),
 		lock: lock(plain.lock), lockAt: lock(plain.lockAt),
 		key: wire.Statement{
-			// The far date keeps every reaper away, also one that knows nothing of open requests. It is
-			// no further away than a time.Duration can be long, which older pages need.
+			// The far date keeps every reaper away, even one of a release without open requests. It is near
+			// enough for a time.Duration, which older admin pages need.
 			SQL: "WITH written AS (INSERT INTO " + keys + " (created_at, expires_at, status, fingerprint_version, attempt_id, scope, key, fingerprint, headers, body, trace_id)" +
 				" VALUES (CASE WHEN " + durable + " THEN pg_catalog.transaction_timestamp() END, '2200-01-01 00:00:00+00', 0, $2, $3, $4, $5, $6, pg_catalog.decode('0100', 'hex'), '', $7)" +
 				" RETURNING attempt_id OPERATOR(pg_catalog.=) $3 AND scope OPERATOR(pg_catalog.=) $4 AND key OPERATOR(pg_catalog.=) $5 AND fingerprint OPERATOR(pg_catalog.=) $6" +
@@ -140,9 +140,9 @@ func newOpenStatements(o *Options) openStatements {
 			OIDs: []uint32{pgtype.TextOID, pgtype.TextOID, pgtype.TextOID, pgtype.Int8OID, pgtype.Int2OID, pgtype.ByteaOID, pgtype.ByteaOID, pgtype.TextOID, pgtype.Int8OID, pgtype.UUIDOID},
 		},
 		state: "SELECT 0::bigint, " + columns,
-		// All parts of a statement see the rows as they were before it. SKIP LOCKED: an owner that is
-		// in its last transaction has the row, even if its lease has run out. The epoch is random, so
-		// that it differs from that of an owner whose take-over was lost in a fail-over.
+		// All parts of a statement see the rows as they were before it. SKIP LOCKED: an owner in its last
+		// transaction keeps the row, even if its lease has run out. The step to the next epoch is random,
+		// so that the new epoch differs from that of an owner whose take-over was lost in a fail-over.
 		take: "WITH taken AS (UPDATE " + open + " SET epoch = epoch + 1 + pg_catalog.floor(pg_catalog.random() * 1000000)::bigint, runs = runs + 1, owned = true," +
 			" next_at = " + now + " + lease_ms * interval '1 millisecond'" +
 			" WHERE (scope, key) IN (SELECT scope, key FROM " + open + " WHERE scope = $1 AND key = $2 AND route = $3 AND parked IS NULL AND next_at <= " + now + " FOR UPDATE SKIP LOCKED)" +
@@ -169,22 +169,22 @@ func newOpenStatements(o *Options) openStatements {
 	}
 }
 
-// openAttempt is the attempt of a request that may become open. It has a transaction, on a
-// connection of its own, only from the handler's first use of it to the next effect, and during a
+// openAttempt is the attempt of a request that may become open. It has a transaction, and a
+// connection for it, only from the handler's first use of it to the next effect, and during a
 // phase.
 type openAttempt struct {
 	store *Store
 	claim *idempotency.Claim
 	outer context.Context // the handler's, without this attempt
-	epoch int64           // of this owner, and of nobody else; 0 until the request is open
+	epoch int64           // of this owner only; 0 until the request is open
 
 	mu     sync.Mutex    // the handler may call Tx in several goroutines
-	phase  *keyedAttempt // has the open transaction, if there is one
+	phase  *keyedAttempt // with the open transaction; nil if there is none
 	asked  bool          // a claim was sent
 	used   bool          // the handler has its handle
-	inner  bool          // the open transaction is that of a [Phase]
+	inner  bool          // the open transaction belongs to a [Phase]
 	over   bool          // the handler has returned
-	shut   bool          // no transaction may begin: an effect is under way, or the handler has returned
+	shut   bool          // no transaction may begin, because an effect is under way or the handler has returned
 	failed error         // why there is no transaction
 }
 
@@ -225,7 +225,7 @@ func (a *openAttempt) handle() *sealed.Tx {
 		a.failed = a.beginPhase(a.outer)
 	}
 	if a.phase == nil {
-		dead := new(sealed.Transaction) // every use of it fails
+		dead := new(sealed.Transaction) // all its methods fail
 		dead.End()
 		handle := dead.Handle()
 		return &handle
@@ -255,8 +255,8 @@ func (a *openAttempt) beginPhase(ctx context.Context) error {
 	return nil
 }
 
-// phaseCalls open the transaction of an open request, which waits for the key's lock, and for
-// nobody that runs a handler: claims and look-ups hold it for a moment.
+// phaseCalls returns the calls that open the transaction of an open request. It waits for the key's
+// lock, but never for a running handler: only claims and look-ups hold that lock, for a moment.
 func (a *openAttempt) phaseCalls(phase *keyedAttempt) []wire.Call {
 	s := &a.store.open
 	lock := phase.attempt.lockCall()
@@ -275,8 +275,8 @@ func (a *openAttempt) vehicle(ctx context.Context) (*keyedAttempt, error) {
 	return phase, nil
 }
 
-// acquire takes a connection from the pool, and tries until ctx ends: a result is worth waiting
-// for. The pool has looked whether one that was idle for longer answers.
+// acquire takes a connection from the pool, and tries until ctx ends, because a result must not be
+// lost. The pool has checked that a connection that was idle for longer still works.
 func (a *openAttempt) acquire(ctx context.Context) (*pgxpool.Conn, error) {
 	for {
 		conn, err := a.store.acquire(ctx)
@@ -294,7 +294,8 @@ func (a *openAttempt) acquire(ctx context.Context) (*pgxpool.Conn, error) {
 	}
 }
 
-// fenceCall fails unless this owner has the request, and may read whether standbys are waited for.
+// fenceCall returns a call that fails unless this owner has the request. Its row may tell whether
+// COMMIT waits for standbys.
 func (a *openAttempt) fenceCall(statement *wire.Statement, phase *keyedAttempt, more ...[]byte) wire.Call {
 	epoch := wire.EncodeInt8(a.epoch)
 	return wire.Call{
@@ -310,7 +311,7 @@ func (a *openAttempt) fenceCall(statement *wire.Statement, phase *keyedAttempt, 
 	}
 }
 
-// fenced is the meaning of an error in a statement that fails if the request is another owner's.
+// fenced is the Meaning of a call that fails if another owner has the request.
 func fenced(err *pgconn.PgError) (sentinel, explained error) {
 	if err.Code == "22012" && err.Where == "" {
 		return idempotency.ErrFenced, err
@@ -379,8 +380,8 @@ func (a *openAttempt) Intend(ctx context.Context, effect *idempotency.Effect, le
 		a.failed = err
 		return err
 	}
-	// Random: an owner of an earlier request with this key, which an operator has abandoned, is not
-	// this one's.
+	// The epoch is random, so that the owner of an earlier request with this key, which an operator
+	// has abandoned, does not own this one.
 	leaseMS, epoch := wire.EncodeInt8(lease.Milliseconds()), rand.Int64N(1<<40)+1
 	epochBytes := wire.EncodeInt8(epoch)
 	if a.epoch == 0 {
@@ -393,8 +394,8 @@ func (a *openAttempt) Intend(ctx context.Context, effect *idempotency.Effect, le
 			}
 			claim.Meaning = func(err *pgconn.PgError) (sentinel, explained error) {
 				if err.Code == "22012" {
-					// Nobody has looked whether there is a record: the next claim does, before the lock
-					// counts. A replay may hold it.
+					// A replay may hold the lock, so this is not in-progress yet. The engine claims again, and
+					// that claim looks for the record first.
 					return idempotency.ErrKeyRecorded, err
 				}
 				return classify(err), err
@@ -467,8 +468,8 @@ func parseUUID(text string) (id [16]byte, err error) {
 	return id, err
 }
 
-// Settle implements [idempotency.OpenAttempt]: two transactions in one round trip. The first commits
-// the result, so that nothing that happens in the second makes another send necessary.
+// Settle implements [idempotency.OpenAttempt]: two transactions in one round trip. The first
+// commits the result, so that a failure of the second can't make another send necessary.
 func (a *openAttempt) Settle(ctx context.Context, effect *idempotency.Effect) error {
 	a.mu.Lock()
 	defer a.mu.Unlock()
@@ -485,7 +486,7 @@ func (a *openAttempt) Settle(ctx context.Context, effect *idempotency.Effect) er
 	}, a.phaseCalls(phase)...)
 	const settled = 3 // calls
 	if a.over {
-		// Only the result counts now, and nobody would end another transaction.
+		// Only the result matters now, and nobody would end another transaction.
 		calls = calls[:settled]
 	}
 	wire.ForgetWarning(phase.conn)
@@ -501,7 +502,7 @@ func (a *openAttempt) Settle(ctx context.Context, effect *idempotency.Effect) er
 	case err == nil:
 		a.phase = phase
 		return nil
-	case reply.Failed >= settled: // only the second transaction failed
+	case reply.Failed >= settled: // the result is committed, and only the second transaction failed
 		phase.release(ctx)
 		a.failed = fail("begin", openMeaning(err), err)
 		return nil
@@ -563,8 +564,8 @@ func (a *openAttempt) Commit(ctx context.Context, answer *idempotency.Answer) er
 	return err
 }
 
-// last returns the attempt with the last transaction. If the handler has none, it is begun here, or,
-// if the request is open, by the flush that records the answer.
+// last returns the attempt with the last transaction. If the handler has begun none, last begins
+// it; if the request is open, the flush that records the answer begins it instead (begun is false).
 func (a *openAttempt) last(ctx context.Context) (phase *keyedAttempt, begun bool, err error) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
@@ -582,7 +583,7 @@ func (a *openAttempt) last(ctx context.Context) (phase *keyedAttempt, begun bool
 	return phase, true, nil
 }
 
-// endCall records the answer and closes the request.
+// endCall returns the call that records the answer and closes the request.
 func (a *openAttempt) endCall(phase *keyedAttempt, answer *idempotency.Answer) wire.Call {
 	status, ttl := wire.EncodeInt2(int16(answer.Status)), wire.EncodeInt8(a.claim.TTL.Microseconds())
 	var trace []byte
@@ -611,8 +612,8 @@ func (a *openAttempt) Decline(ctx context.Context, answer *idempotency.Answer) e
 	return phase.end(ctx, "decline", append(calls, a.endCall(phase, answer), wire.Call{Statement: &a.store.statements.commit}))
 }
 
-// Rollback implements [idempotency.Attempt]. An attempt that has not claimed its key looks for what
-// others have done with it, which the handler of a retry must not hide.
+// Rollback implements [idempotency.Attempt]. An attempt that has not claimed its key claims it
+// here, because its failure must not hide the record or the running attempt of another.
 func (a *openAttempt) Rollback(ctx context.Context) error {
 	a.mu.Lock()
 	defer a.mu.Unlock()
@@ -630,7 +631,8 @@ func (a *openAttempt) Rollback(ctx context.Context) error {
 	return a.rollback(ctx, phase)
 }
 
-// rollback undoes a transaction. The record of an open request is its own.
+// rollback undoes a transaction. Once the request is open it does not look for a record, because it
+// would find the request's own row.
 func (a *openAttempt) rollback(ctx context.Context, phase *keyedAttempt) error {
 	if a.epoch != 0 {
 		return phase.rollback(ctx)
@@ -647,8 +649,8 @@ func (a *openAttempt) Leave(ctx context.Context, lapse idempotency.Lapse) error 
 		if !doubt.IsZero() {
 			at = &doubt
 		}
-		// First, because the next owner may come as soon as the request is left. A doubt that is
-		// too young is safe.
+		// This comes first, because the next owner may come as soon as the request is left. If a later
+		// step fails, a doubt that was not set back is safe.
 		if _, err := a.store.pool.Exec(ctx, a.store.open.doubt, pgx.QueryExecModeExec, key.Scope, key.Value, a.epoch, name, at); err != nil {
 			return errors.Join(lost, fail("leave", idempotency.ErrUnavailable, err))
 		}
@@ -754,8 +756,8 @@ func (s *Store) ReadOpen(ctx context.Context, key idempotency.Key) (*idempotency
 	return open, nil
 }
 
-// readOpen returns the state of an open request, and the epoch of its new owner if the statement has
-// taken it over.
+// readOpen returns the state of an open request, and the new epoch if the statement has taken it
+// over, else 0.
 func (s *Store) readOpen(ctx context.Context, sql string, key idempotency.Key, more ...any) (open *idempotency.Open, epoch int64, err error) {
 	var (
 		o               idempotency.Open

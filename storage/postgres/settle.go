@@ -14,29 +14,30 @@ import (
 
 // Errors of [Store.Settle].
 var (
-	// ErrEffectNotFound: no call has this key. Its record may have expired, or it is another
-	// service's call.
+	// ErrEffectNotFound: no call has this key. Its record may have expired, or another service made
+	// the call.
 	ErrEffectNotFound = errors.New("no effect has this key")
 	// ErrSettledOtherwise: the call has another result already, which counts. If that is a decline,
-	// and the other service says that it is done, a person must look: money may have moved.
+	// and the other service says that the call was done, a person must look: money may have moved.
 	ErrSettledOtherwise = errors.New("effect has another result already")
 )
 
-// Settle records what the other service says of a call outside of it, as in a webhook: see
-// effect.Declared. The first result that is recorded counts, whether the call or Settle brings it. A
-// repetition changes nothing and is no error. It runs in tx, which is the caller's, so that what else
-// the webhook changes is committed with it, or not at all.
+// Settle records the result of a call that the other service reports in another way than by its
+// reply: in a webhook, for example. See effect.Declared.Settled. The first recorded result counts,
+// whether the call or Settle brings it. A repetition changes nothing and is no error. Settle runs
+// in tx, the caller's transaction, so that the other changes of the webhook are committed with it,
+// or not at all.
 //
 // A decline that the other service does not keep (Settlement.Kept) counts only if the call was sent
-// once: it may be that of an earlier send, while a later one is under way. Otherwise nothing is
-// recorded, and the next run of the handler asks.
+// once: it may belong to an earlier send, while a later one is under way. Otherwise nothing is
+// recorded, and the next run of the handler looks the call up or sends it again.
 //
-// The request becomes due at once, unless a run of its handler is under way, and a request that was
-// left to a person is not any more. Its handler makes the answer: somebody has to retry, or a
-// completer must run.
+// The request becomes due at once, unless a run of its handler is under way. A parked request is
+// not parked any more. Its handler makes the answer, so a client must retry or a completer must
+// run.
 //
-// A result that is recorded leaves a row in the table idempotency_audit, as an operator's act does, so
-// the role of tx needs INSERT on it.
+// A recorded result adds a row to the table idempotency_audit, as an operator's act does, so the
+// role of tx needs INSERT on that table.
 //
 // The error is [ErrEffectNotFound] or [ErrSettledOtherwise], or that of the database.
 func (s *Store) Settle(ctx context.Context, tx pgx.Tx, settlement idempotency.Settlement) error {
@@ -53,7 +54,7 @@ func (s *Store) settleIn(ctx context.Context, tx pgx.Tx, settlement *idempotency
 	}
 	derived, err := parseUUID(settlement.DerivedKey)
 	if err != nil {
-		return ErrEffectNotFound // a key of somebody else's
+		return ErrEffectNotFound // it is not one of our keys
 	}
 	var key idempotency.Key
 	var attempt, uuid pgtype.UUID
@@ -82,7 +83,7 @@ func (s *Store) settleIn(ctx context.Context, tx pgx.Tx, settlement *idempotency
 		if encrypted {
 			output = settlement.Seal(output, key, attempt.Bytes, name)
 		}
-		// An owner holds the open request in its last transaction, and by then has all results.
+		// This may wait for an owner in its last transaction, which has all results by then.
 		if _, err := tx.Exec(ctx, s.open.hold, pgx.QueryExecModeExec, key.Scope, key.Value); err != nil {
 			return wire.SQLError(err)
 		}
@@ -95,7 +96,7 @@ func (s *Store) settleIn(ctx context.Context, tx pgx.Tx, settlement *idempotency
 		case tag.RowsAffected() == 0 && tries > 1 && !final:
 			reason = "effect " + name + ": declined from outside, perhaps of an earlier send"
 		case tag.RowsAffected() == 0:
-			continue // somebody else was first, or it is sent again just now
+			continue // somebody else was first, or it was sent again meanwhile
 		}
 		if tag.RowsAffected() > 0 {
 			action := "settle-done"

@@ -24,7 +24,7 @@ const StatisticsTimeoutMax = time.Second
 // Statistics are figures about the table. Records, Expired and Overdue are estimates from pages
 // spread evenly over it, and exact if it has no more than [StatisticsPagesMax] pages.
 type Statistics struct {
-	Records int64 // that lie in the table, expired ones included; not open requests
+	Records int64 // that lie in the table, expired ones included; without open requests
 	Expired int64 // of these, that wait for the reaper
 	// Overdue is the time that has passed since the earliest expiry among the records that were
 	// read; zero if none has expired.
@@ -65,15 +65,14 @@ type OpenStatistics struct {
 	OldestOpen time.Duration
 	// OldestParked is the age of the oldest parked request; zero if there is none.
 	OldestParked time.Duration
-	// OldestDue is the time for which one has been waiting for a run, at the most; zero if none
-	// waits. If it grows, no completer runs, or no replica has a handler with the request's name.
+	// OldestDue is the longest time that one of them has waited for a run; zero if none waits. If it
+	// grows, no completer runs, or no replica has a handler with the request's name.
 	OldestDue time.Duration
 }
 
-// OpenStatistics reads figures about the open requests, as [Store.Statistics] does about the
-// records. Its cost grows with the number of open requests, and it fails if reading them takes
-// longer than [StatisticsTimeoutMax]. It needs SELECT on the table [OpenTableName]. Safe for
-// concurrent use.
+// OpenStatistics reads figures about the open requests. Its cost grows with the number of open
+// requests, and it fails if that takes longer than 1 second ([StatisticsTimeoutMax]). It needs
+// SELECT on the table [OpenTableName]. Safe for concurrent use.
 func (s *Store) OpenStatistics(ctx context.Context) (OpenStatistics, error) {
 	var stats OpenStatistics
 	var open, parked, due float64

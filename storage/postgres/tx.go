@@ -30,8 +30,8 @@ type txKey struct{}
 // every call returns [ErrSealed]. Conn returns nil, and LargeObjects panics: both would lead around
 // the seal.
 //
-// On a resumable route it is the handler's last transaction, after the calls to other services; inside
-// a [Phase] it is that phase's.
+// On a resumable route it is the handler's last transaction, after the calls to other services;
+// inside a [Phase] it is the phase's transaction.
 //
 // Tx panics outside an idempotent handler, so that no write escapes the transaction unseen.
 func Tx(ctx context.Context) pgx.Tx { return handleOf(ctx, "Tx") }

@@ -45,7 +45,7 @@ type Features struct {
 	// COMMITTED.
 	RunsAgain bool
 
-	// NotKept: the store can't keep requests open: it is no idempotency.Keeper, or says
+	// NotKept: the store can't keep requests open. It is no idempotency.Keeper, or returns
 	// idempotency.ErrNotKept.
 	NotKept bool
 }

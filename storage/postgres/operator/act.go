@@ -54,8 +54,8 @@ func (a Act) Validate() error {
 //
 // Like Delete it takes the key's lock as a claim does, and adds a row to the audit table in the
 // same transaction. Errors: [ErrNotFound]; [ErrInProgress] if an attempt or a retry holds the key;
-// [ErrChanged]; [ErrOpen] if the request has no answer yet; [ErrInvalid]; [ErrUnknown] if the reply to COMMIT was lost. Expiring an expired
-// record is no error, and does not change its expiry.
+// [ErrChanged]; [ErrOpen] if the request is open; [ErrInvalid]; [ErrUnknown] if the reply to COMMIT
+// was lost. Expiring an expired record is no error, and does not change its expiry.
 func (o *Operator) Expire(ctx context.Context, key idempotency.Key, act Act) (Record, error) {
 	return o.act(ctx, "expire", key, act, "UPDATE ONLY "+o.keys+" SET expires_at = least(expires_at, transaction_timestamp()) WHERE scope = $1 AND key = $2 AND attempt_id = $3::uuid AND status <> 0")
 }

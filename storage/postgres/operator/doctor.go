@@ -258,7 +258,7 @@ func (e *examination) schema(ctx context.Context) error {
 	bad := false
 	found := joined(e.o.store.Check(ctx))
 	for _, err := range joined(e.o.store.CheckResumable(ctx)) {
-		if errors.Is(err, postgres.ErrTableUnsafe) { // the rest is of the service's role
+		if errors.Is(err, postgres.ErrTableUnsafe) { // the other faults concern the service's role
 			found = append(found, err)
 		}
 	}

@@ -12,7 +12,7 @@ import (
 	"github.com/paidonce/idempotency/storage/postgres"
 )
 
-// open looks for requests that called another service and that nobody ends.
+// open looks for open requests that nobody ends.
 func (e *examination) open(ctx context.Context) error {
 	var there, readable bool
 	var role string
@@ -31,7 +31,7 @@ func (e *examination) open(ctx context.Context) error {
 	type route struct {
 		name           string
 		open, parked   int
-		oldest, behind float64 // seconds: the age of the oldest, and since the first that is not parked was due
+		oldest, behind float64 // seconds: the age of the oldest, and the time since the first that is not parked was due
 	}
 	var routes []route
 	err := e.o.read(ctx, func(ctx context.Context, tx pgx.Tx) error {

@@ -31,8 +31,8 @@ var (
 	// ErrUnconfirmed: [Abandonment.Sent] does not name exactly the effects that may have been sent.
 	// The text names them. Nothing was done.
 	ErrUnconfirmed = errors.New("abandonment is not confirmed")
-	// ErrEncrypted: the service encrypts what it stores, and could not read this output. Nothing was
-	// done. A program with the keys makes one: encrypted.Store.SealOutput.
+	// ErrEncrypted: the output is not encrypted and the service's effects are, or the other way
+	// around. Nothing was done. A program with the keys can encrypt it: encrypted.Store.SealOutput.
 	ErrEncrypted = errors.New("service encrypts its effects")
 )
 
@@ -42,11 +42,11 @@ type OpenRequest struct {
 	Key        idempotency.Key // prints as a hash; its fields are the table's columns
 	Route      string
 	Attempt    idempotency.AttemptID // of the request; a service's rows may carry it
-	Epoch      int64                 // another one for each owner, and after each act: see [OpenAct.Epoch]
+	Epoch      int64                 // changes with each owner, and with each act: see [OpenAct.Epoch]
 	Runs       int                   // of the handler
 	StartedAt  time.Time
 	Age        time.Duration // since StartedAt
-	NextAt     time.Time     // from then on anybody may take it over
+	NextAt     time.Time     // the time from which anybody may take it over
 	Running    bool          // an attempt runs, or died within its lease
 	Parked     string        // why only a person can end it; empty if nobody needs to
 	LastReason string        // why the last run left it open
@@ -61,11 +61,11 @@ type Effect struct {
 	Name        string                  `json:"name"`
 	Kind        idempotency.EffectKind  `json:"kind"`
 	State       idempotency.EffectState `json:"state"`
-	DerivedKey  string                  `json:"derived_key"` // the key that the other service got: look the call up there by it
+	DerivedKey  string                  `json:"derived_key"` // the key that the other service got, to look the call up there
 	Tries       int                     `json:"tries"`       // times that it may have been sent
 	Panics      int                     `json:"panics"`
 	SentFirstAt time.Time               `json:"sent_first_at"`
-	DoubtAt     time.Time               `json:"doubt_at,omitzero"`   // the last repeated send without a definite answer
+	DoubtAt     time.Time               `json:"doubt_at,omitzero"`   // time of the last repeated send without a definite answer
 	SettledAt   time.Time               `json:"settled_at,omitzero"` // if it has a result
 }
 
@@ -167,8 +167,7 @@ func (c Cursor) openPlace() (started time.Time, scope, key string, err error) {
 	return started, at[1], at[2], errors.Join(err, idempotency.Key{Scope: at[1], Value: at[2]}.Validate())
 }
 
-// GetOpen returns the key's open request with its effects. If there is none the error is
-// [ErrNotOpen].
+// GetOpen returns the key's open request with its effects, or [ErrNotOpen] if there is none.
 func (o *Operator) GetOpen(ctx context.Context, key idempotency.Key) (OpenRequest, error) {
 	var r OpenRequest
 	err := validKey(key)
@@ -240,12 +239,12 @@ func (r *OpenRequest) MaybeSent() []string {
 type OpenAct struct {
 	Act
 
-	// Epoch, if set, restricts the act to the request as it was seen: if somebody has taken it over
-	// since, or another operator has acted on it, the act returns [ErrChanged].
+	// Epoch, if set, restricts the act to the request as the operator saw it: if somebody has taken it
+	// over or acted on it since, the act returns [ErrChanged].
 	Epoch int64
 }
 
-// Settlement is what an operator knows of an effect.
+// Settlement is what an operator knows about an effect.
 type Settlement string
 
 // The settlements.
@@ -253,20 +252,21 @@ const (
 	SettleDone     Settlement = "done"     // the other service did it
 	SettleDeclined Settlement = "declined" // it refused, and will not do it later
 	SettleNotSent  Settlement = "not-sent" // it never got the request: the next run sends it as if for the first time
-	SettleRetry    Settlement = "retry"    // nothing is known: the next run sends it again with the same key, if the rules of the effect permit that
+	SettleRetry    Settlement = "retry"    // nothing is known: the next run sends it again with the same key, if the effect's rules permit that
 )
 
-// envelopeMark begins what package encrypted stores.
+// envelopeMark begins the bytes that package encrypted stores.
 const envelopeMark = "\x00enc"
 
-// Settle records what an operator knows of an effect that has no result, and makes the request due
+// Settle records what an operator knows about an effect without a result, and makes the request due
 // at once: the service's handler makes the answer, never the operator. Output is the result of a
-// done effect as JSON, as its Do would return it, or the detail of a declined one, which may be nil.
+// done effect as JSON, as its Do would return it, or the detail of a declined one, which may be
+// nil.
 //
-// Like every act on an open request it is a compare-and-set on the request's epoch in one
-// transaction, with a row in the audit table. Errors: [ErrNotOpen]; [ErrNoEffect]; [ErrSettled] if
-// the effect has a result already; [ErrInProgress] if an attempt runs; [ErrChanged]; [ErrEncrypted];
-// [ErrInvalid]; [ErrUnknown] if the reply to COMMIT was lost.
+// Like every act on an open request it checks the request's epoch, changes the request and adds a
+// row to the audit table, all in one transaction. Errors: [ErrNotOpen]; [ErrNoEffect]; [ErrSettled]
+// if the effect has a result already; [ErrInProgress] if an attempt runs; [ErrChanged];
+// [ErrEncrypted]; [ErrInvalid]; [ErrUnknown] if the reply to COMMIT was lost.
 func (o *Operator) Settle(ctx context.Context, key idempotency.Key, name string, as Settlement, output []byte, act OpenAct) (OpenRequest, error) {
 	switch {
 	case as == SettleDone && !json.Valid(output) && !bytes.HasPrefix(output, []byte(envelopeMark)),
@@ -294,7 +294,7 @@ func (o *Operator) Settle(ctx context.Context, key idempotency.Key, name string,
 			state = int16(idempotency.EffectDeclined)
 		case SettleNotSent:
 			if e.Kind == idempotency.EffectAtMostOnce {
-				// The next run commits a new intent and sends it: a marker that is found is never sent.
+				// The next run commits a new intent and sends that: one that is recorded already is never sent.
 				return "", one(tx.Exec(ctx, "DELETE FROM "+o.effects+" WHERE scope = $1 AND key = $2 AND name = $3 AND state = 1", key.Scope, key.Value, name))
 			}
 			return "", one(tx.Exec(ctx, "UPDATE "+o.effects+" SET sent_first_at = clock_timestamp(), doubt_at = NULL, tries = 0, panics = 0 WHERE scope = $1 AND key = $2 AND name = $3 AND state = 1",
@@ -341,9 +341,9 @@ func (r *OpenRequest) names() []string {
 	return names
 }
 
-// Resume makes an open request due at once, parked or not, and forgets the panics of its effects. If
-// it was parked for its age, it has the whole of ParkAfter again. Whatever else parked it may park it
-// again. It returns the errors of [Operator.Settle].
+// Resume makes an open request due at once, parked or not, and sets the panics of its effects to
+// zero. If it was parked for its age, it has the whole of ParkAfter again. Any other reason may
+// park it again. It returns the errors of [Operator.Settle].
 func (o *Operator) Resume(ctx context.Context, key idempotency.Key, act OpenAct) (OpenRequest, error) {
 	return o.openAct(ctx, "resume", "", key, act, nil, func(ctx context.Context, tx pgx.Tx, _ *OpenRequest) (string, error) {
 		_, err := tx.Exec(ctx, "UPDATE "+o.effects+" SET panics = 0 WHERE scope = $1 AND key = $2 AND state = 1 AND panics > 0", key.Scope, key.Value)
@@ -363,14 +363,14 @@ func (o *Operator) Park(ctx context.Context, key idempotency.Key, act OpenAct) (
 type Abandonment struct {
 	OpenAct
 
-	// Sent names the effects that may have been sent, in any order: [OpenRequest.MaybeSent]. Who
-	// abandons has looked each of them up at the other service.
+	// Sent names the effects that may have been sent, in any order: [OpenRequest.MaybeSent]. Look each
+	// of them up at the other service first.
 	Sent []string
 }
 
 // Abandon deletes an open request with its effects. After that the key is new: a retry of the
-// request RUNS AGAIN, AND CAN PAY TWICE, and what was sent is known only to the other service and
-// to the audit table. Settle the effects instead if their outcome can be found.
+// request RUNS AGAIN, AND CAN PAY TWICE, and only the other service and the audit table know which
+// effects were sent. Settle the effects instead if their outcome can be found.
 //
 // The error is [ErrUnconfirmed] unless [Abandonment.Sent] is right; the other errors are those of
 // [Operator.Settle].
@@ -385,8 +385,8 @@ func (o *Operator) Abandon(ctx context.Context, key idempotency.Key, a Abandonme
 	}, nil)
 }
 
-// openAct acts on an open request. Do returns why the request is parked, or nothing to make it due;
-// without do the request is deleted.
+// openAct acts on an open request. do returns the reason to park the request, or "" to make it due.
+// If do is nil the request is deleted.
 func (o *Operator) openAct(ctx context.Context, action, effect string, key idempotency.Key, act OpenAct, vet func(*OpenRequest) error,
 	do func(context.Context, pgx.Tx, *OpenRequest) (parked string, err error),
 ) (OpenRequest, error) {
@@ -411,7 +411,7 @@ func (o *Operator) openActIn(ctx context.Context, tx pgx.Tx, action, effect stri
 	if _, err := tx.Exec(ctx, `SELECT set_config('synchronous_commit', 'on', true) WHERE current_setting('synchronous_commit') IN ('off', 'local', 'remote_write')`); err != nil {
 		return OpenRequest{}, err
 	}
-	// The row's lock keeps it from being taken over. Its owner holds the lock during its last
+	// The lock on the row keeps others from taking the request over. An owner holds it during its last
 	// transaction.
 	r, err := o.openIn(ctx, tx, key, "FOR UPDATE OF o")
 	switch {
@@ -460,7 +460,7 @@ func (o *Operator) openActIn(ctx context.Context, tx pgx.Tx, action, effect stri
 		action, act.Actor, act.Reason, key.Scope, key.Value, r.Attempt.String(), status, created, expires, effect, string(details)))
 }
 
-// one fails unless a statement wrote one row.
+// one returns an error unless the statement wrote one row.
 func one(tag interface{ RowsAffected() int64 }, err error) error {
 	if err == nil && tag.RowsAffected() != 1 {
 		return errors.New("nothing was done: a row was not written: drop the rules and BEFORE triggers of the tables")

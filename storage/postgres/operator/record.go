@@ -35,7 +35,7 @@ type Record struct {
 	HeaderErr error
 }
 
-// Open reports whether this is no record yet, but the row of an open request: see
+// Open reports whether this is the row of an open request, which has no answer yet: see
 // [Operator.GetOpen].
 func (r *Record) Open() bool { return r.Status == 0 }
 

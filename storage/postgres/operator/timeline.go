@@ -30,11 +30,11 @@ const (
 	// EventExpired: the record has expired. It counts until the reaper deletes it.
 	EventExpired     EventKind = "expired"
 	EventActExpire   EventKind = "act-expire"  // an operator expired a record
-	EventActDelete   EventKind = "act-delete"  // an operator deleted a record; and so on for each action of the audit table
+	EventActDelete   EventKind = "act-delete"  // an operator deleted a record; each other action of the audit table has a kind too
 	EventIntent      EventKind = "intent"      // an effect was about to be sent for the first time
-	EventSentAgain   EventKind = "sent-again"  // an effect was about to be sent again; Attempts is the number of sends. Only the last is known
+	EventSentAgain   EventKind = "sent-again"  // the last time that an effect was about to be sent again; Attempts is the number of sends
 	EventResult      EventKind = "result"      // an effect's result was recorded, or a phase was committed; Reason is its state
-	EventNext        EventKind = "next"        // an open request may be taken over from then on; Reason is why the last run left it open
+	EventNext        EventKind = "next"        // an open request is due from this time on; Reason is why the last run left it open
 	EventParked      EventKind = "parked"      // an open request waits for a person
 	EventExecuted    EventKind = "executed"    // as [idempotency.OutcomeExecuted]
 	EventReplayed    EventKind = "replayed"    // and so on
@@ -133,8 +133,8 @@ func (o *Operator) timeline(ctx context.Context, tx pgx.Tx, key idempotency.Key)
 	return events, nil
 }
 
-// effectEvents returns what the effects of a request show, and where it stands if it is open. A role
-// that may not read their tables sees none of it.
+// effectEvents returns the events of a request's effects, and its state if it is open. It returns
+// none if the role can't read the tables.
 func (o *Operator) effectEvents(ctx context.Context, tx pgx.Tx, key idempotency.Key, record *Record) ([]Event, error) {
 	var readable bool
 	err := tx.QueryRow(ctx, "SELECT COALESCE(has_table_privilege(to_regclass($1)::oid, 'SELECT') AND has_table_privilege(to_regclass($2)::oid, 'SELECT'), false)",
