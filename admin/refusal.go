@@ -45,11 +45,11 @@ func refusalOf(err error) (refused refusal, failed bool) {
 	case errors.Is(err, operator.ErrOpen):
 		return refusal{http.StatusConflict, "This request is open", "There is no record to change, and money may have moved. Nothing was done. Settle its effects, or abandon it."}, false
 	case errors.Is(err, operator.ErrSettled), errors.Is(err, operator.ErrNoEffect):
-		return refusal{http.StatusConflict, "This effect has a result", "Somebody settled it since, or it came. Nothing was done. Open the key again."}, false
+		return refusal{http.StatusConflict, "This effect has a result", "Somebody has settled it, or its result has come. Nothing was done. Open the key again."}, false
 	case errors.Is(err, operator.ErrUnconfirmed):
 		return refusal{http.StatusConflict, "The request has changed", "Other effects may have been sent than this form showed. Nothing was done. Open the key again."}, false
 	case errors.Is(err, operator.ErrEncrypted):
-		return refusal{http.StatusConflict, "The service encrypts its results", "This page can't. Nothing was done. A program with the keys does it: docs/operations.md."}, false
+		return refusal{http.StatusConflict, "The service encrypts its results", "This page can't encrypt one. Nothing was done. A program with the keys can: docs/operations.md."}, false
 	case errors.Is(err, operator.ErrTooLarge):
 		return refusal{http.StatusRequestEntityTooLarge, "This body is too large to show", "It is in the table idempotency_keys."}, false
 	case errors.Is(err, operator.ErrUnknown):

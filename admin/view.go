@@ -278,7 +278,7 @@ func effectKind(kind idempotency.EffectKind) string {
 	return "call"
 }
 
-// tellSettlement describes what an operator may say of an effect.
+// tellSettlement describes a settlement that an operator may choose.
 func tellSettlement(as operator.Settlement) string {
 	switch as {
 	case operator.SettleDone:
@@ -309,11 +309,11 @@ func tellEvent(e operator.Event) string {
 	case operator.EventIntent:
 		return "Effect " + e.Effect + ": its intent committed, before it was sent"
 	case operator.EventSentAgain:
-		return "Effect " + e.Effect + ": about to be sent again, the " + formatNumber(int64(e.Attempts)) + ". time"
+		return "Effect " + e.Effect + ": about to be sent again (send " + formatNumber(int64(e.Attempts)) + ")"
 	case operator.EventResult:
 		return "Effect " + e.Effect + ": " + e.Reason
 	case operator.EventNext:
-		return "Open: anybody may take it over from then on"
+		return "Open: anybody may take it over from this time on"
 	case operator.EventParked:
 		return "Parked: it waits for a person"
 	case "act-resume":

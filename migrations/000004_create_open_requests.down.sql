@@ -1,4 +1,4 @@
--- An open request may have moved money: it is ended first.
+-- Open requests may have moved money, so they must end first.
 DO $$
 BEGIN
     IF EXISTS (SELECT FROM idempotency_open) THEN

@@ -67,7 +67,7 @@ func newInstruments(meter metric.Meter) *instruments {
 		duplicates: made(meter.Int64Counter("idempotency.duplicates", metric.WithDescription("Requests that came again."), metric.WithUnit("{request}"))),
 		lost:       made(meter.Int64Counter("idempotency.lost_keys", metric.WithDescription("Requests that came again with another key."), metric.WithUnit("{request}"))),
 		takeOvers:  made(meter.Int64Counter("idempotency.take_overs", metric.WithDescription("Open requests that this process took over."), metric.WithUnit("{request}"))),
-		effects:    made(meter.Int64Counter("idempotency.effects", metric.WithDescription("Calls of effects by handlers, by what became of them."), metric.WithUnit("{call}"))),
+		effects:    made(meter.Int64Counter("idempotency.effects", metric.WithDescription("Calls of effects by handlers, by result."), metric.WithUnit("{call}"))),
 	}
 }
 

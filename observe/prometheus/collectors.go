@@ -144,7 +144,7 @@ func NewOpenCollector[S interface {
 	})
 }
 
-// figures are read from the store, and kept for a while.
+// figures collects figures that are read from the store and kept for RecordsOptions.Interval.
 type figures[T any] struct {
 	options  RecordsOptions
 	read     func(context.Context) (T, error)
@@ -158,7 +158,7 @@ type figures[T any] struct {
 	failures float64
 }
 
-// figure is a metric of some figures.
+// figure is one metric of the figures.
 type figure[T any] struct {
 	desc  *prometheus.Desc
 	value func(T) float64
@@ -204,7 +204,7 @@ var openMetrics = []figure[Open]{
 	{openDesc("due", "Of the others, those that wait for a run of their handler."), func(o Open) float64 { return float64(o.Due) }},
 	{openDesc("oldest_seconds", "Age of the oldest that is not parked."), func(o Open) float64 { return o.OldestOpen.Seconds() }},
 	{openDesc("oldest_parked_seconds", "Age of the oldest that is parked."), func(o Open) float64 { return o.OldestParked.Seconds() }},
-	{openDesc("oldest_due_seconds", "For how long one has been waiting for a run, at the most."), func(o Open) float64 { return o.OldestDue.Seconds() }},
+	{openDesc("oldest_due_seconds", "The longest time that one has been waiting for a run."), func(o Open) float64 { return o.OldestDue.Seconds() }},
 }
 
 func openDesc(name, help string) *prometheus.Desc {

@@ -198,7 +198,7 @@ func New(registerer prometheus.Registerer, opts *Options) *Tracer {
 		takeOvers: prometheus.NewCounter(prometheus.CounterOpts{
 			Name: "idempotency_take_overs_total", Help: "Open requests that this process took over: from a process that died, or after a pause.",
 		}),
-		effects: counters("effects_total", "Calls of effects by handlers, by what became of them; sent says whether that call was sent, or its result was known before.",
+		effects: counters("effects_total", "Calls of effects by handlers, by result; sent tells whether that call was sent.",
 			"effect", "result", "sent"),
 		drifts:     counters("effect_drifts_total", "Calls of effects whose input differs from the recorded one, which was sent.", "effect"),
 		effectTime: histograms("effect_duration_seconds", "Time of a call of an effect that was sent, with its intent and its result.", "effect"),
@@ -384,7 +384,7 @@ func resolvedResult(outcome idempotency.Outcome) string {
 	return resolvedUnknown
 }
 
-// effectResults are those that are counted with a send, and those without.
+// effectResults are the results of calls that were sent (true), and of those that were not (false).
 var effectResults = map[bool][]idempotency.EffectResult{
 	true: {
 		idempotency.EffectResultDone, idempotency.EffectResultDeclined, idempotency.EffectResultMaybe, idempotency.EffectResultUnknown,
