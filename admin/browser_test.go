@@ -167,8 +167,8 @@ func TestOperatorInABrowser(t *testing.T) {
 	times.check(t, server)
 }
 
-// In a browser: from the list of open requests to one that is parked, and to what is known of its call.
-// Each page fits a phone, and logs no error.
+// In a browser: from the list of open requests to a parked one, and on to settling its call. Each
+// page fits a phone, and logs no error.
 func TestOpenRequestsInABrowser(t *testing.T) {
 	if testing.Short() {
 		t.Skip("starts a browser")

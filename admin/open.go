@@ -81,7 +81,7 @@ func (h *Handler) openOf(p *page, ref keyRef) (*operator.OpenRequest, error) {
 	return &r, nil
 }
 
-// openAct is an act on an open request: the name of its path, of its permission and of its form.
+// openAct is an act on an open request, by the name of its path.
 type openAct string
 
 // The acts. None of them makes the answer: the service's handler does, when it runs next.
@@ -99,21 +99,21 @@ func (a openAct) permission() Permission {
 	return PermissionSettle
 }
 
-// openTicket is a ticket for an act on an open request, as it was shown: nobody may have owned it or
-// acted on it since.
+// openTicket is a ticket for an act on an open request as the page showed it. The act is refused if
+// somebody has taken the request over or acted on it since.
 type openTicket struct {
 	Act     openAct   `json:"a"`
 	Actor   string    `json:"u"`
 	Ref     keyRef    `json:"k"`
 	Attempt string    `json:"t"`
 	Epoch   int64     `json:"e"`
-	Effect  string    `json:"f,omitempty"` // that is settled
+	Effect  string    `json:"f,omitempty"` // the one to settle
 	Sent    []string  `json:"s,omitempty"` // the effects that may have been sent
 	Made    time.Time `json:"d"`
 }
 
-// word must be typed to confirm that the request is abandoned: the names of what may have been sent,
-// because somebody has to have looked each of them up.
+// word returns the text that must be typed to confirm that the request is abandoned, or "". It has
+// the names of the effects that may have been sent, so that somebody looks each of them up first.
 func (t *openTicket) word() string {
 	switch {
 	case t.Act != actAbandon:
@@ -194,8 +194,8 @@ func (h *Handler) resume(p *page) error  { return h.actOpen(p, actResume) }
 func (h *Handler) park(p *page) error    { return h.actOpen(p, actPark) }
 func (h *Handler) abandon(p *page) error { return h.actOpen(p, actAbandon) }
 
-// actOpen does the act of a confirmed form, as [Handler.act] does. The database repeats the check of
-// the epoch: that the request is still as it was shown.
+// actOpen does the act of a confirmed form, as [Handler.act] does. The act in the database checks
+// by the epoch that the request is still as it was shown.
 func (h *Handler) actOpen(p *page, act openAct) error {
 	actor, err := h.allowed(p.r, act.permission())
 	if err != nil {
@@ -249,7 +249,7 @@ func (h *Handler) actOpen(p *page, act openAct) error {
 	return redirect(p, h.keyLink(key)+"&done="+h.sealer.seal(purposeDone, done{Permission(act), t.Attempt, p.actor, t.Ref, h.now()}))
 }
 
-// problem returns why the form can't be acted on, or nothing.
+// problem returns the reason why the form can't be acted on, or "".
 func (f *openForm) problem(t *openTicket, confirm string, deed operator.OpenAct) string {
 	hasOutput := f.Output != ""
 	switch {

@@ -53,8 +53,8 @@ func (c *caller) act(t testing.TB, key, act string, form url.Values) *http.Respo
 	return c.post(act, form)
 }
 
-// The list has the open requests, the oldest first, and can be narrowed to a route and to those that
-// wait for a person. Of an input or a request it shows nothing.
+// The list has the open requests, the oldest first, and can be narrowed to a route and to those
+// that wait for a person. It shows nothing of an input or a request.
 func TestOpenRequestsAreListed(t *testing.T) {
 	t.Parallel()
 	b := setup(t, nil)
@@ -126,7 +126,7 @@ func TestOpenRequestsArePaged(t *testing.T) {
 	}
 }
 
-// An operator says what is known of the effect, and the service's handler makes the answer.
+// An operator settles the effect, and the service's handler makes the answer.
 func TestSettledOnThePageAnsweredByTheHandler(t *testing.T) {
 	t.Parallel()
 	for as, test := range map[string]struct {
@@ -149,7 +149,7 @@ func TestSettledOnThePageAnsweredByTheHandler(t *testing.T) {
 				t.Errorf("the page after does not say %q", want)
 			}
 		}
-		// The form is of the request as it was.
+		// The form is for the request as it was before.
 		text(t, c.post("settle", form), http.StatusConflict)
 		if got := b.Strings(t, openAudit); !slices.Equal(got, []string{"settle-" + as + " charge key-1 by alice: seen at the processor"}) {
 			t.Errorf("the audit table has %q", got)
@@ -181,7 +181,7 @@ func TestResumeParkAndAbandonOnThePage(t *testing.T) {
 	if page := c.page(t, location(t, c.act(t, "key-1", "park", url.Values{"reason": {"p"}}))); !strings.Contains(page, "Parked by alice") || len(links(page, "park?")) != 0 {
 		t.Error("it is not parked, or can be parked again")
 	}
-	// The names of what may have been sent must be typed.
+	// The names of the effects that may have been sent must be typed.
 	for _, typed := range []string{"", "abandon", "charge,mail"} {
 		if page := text(t, c.act(t, "key-1", "abandon", url.Values{"reason": {"a"}, "confirm": {typed}}), http.StatusUnprocessableEntity); !strings.Contains(page, "Nothing was done") {
 			t.Errorf("%q: %s", typed, page)
@@ -225,8 +225,8 @@ func TestFormOfAnOpenRequestSaysWhatIsMissing(t *testing.T) {
 	location(t, c.act(t, "key-1", "settle", url.Values{"as": {"retry"}, "reason": {strings.Repeat("r", 1000)}}))
 }
 
-// An act on an open request needs its own permission, a ticket that was made for it, and a page that
-// is not for looking only.
+// An act on an open request needs its own permission, a ticket that was made for it, and a page
+// that is not read-only.
 func TestActsOnOpenRequestsAreAllowedOneByOne(t *testing.T) {
 	t.Parallel()
 	b := setup(t, nil)
@@ -269,7 +269,7 @@ func TestActsOnOpenRequestsAreAllowedOneByOne(t *testing.T) {
 		}
 		text(t, b.as("bob", everything...).post(act, form(act)), http.StatusForbidden)
 	}
-	// Of the acts on records none is offered, and one that is asked for all the same is refused.
+	// No act on a record is offered, and one that is tried anyway is refused.
 	page := all.page(t, key)
 	for _, act := range []string{"expire", "delete", "body"} {
 		if len(links(page, act+"?")) > 0 {

@@ -10,8 +10,8 @@ import (
 	"github.com/paidonce/idempotency/client"
 )
 
-// A caller may stop asking once the server has said that it will bring the request to its end by
-// itself, and only then.
+// A caller may stop asking once the server has said that it will end the request by itself, and
+// only then.
 func TestAcceptedIsRead(t *testing.T) {
 	t.Parallel()
 	const document, accepted = "application/problem+json", `{"type":"https://example.com/problems#outcome-unknown","accepted":true}`

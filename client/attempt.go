@@ -223,7 +223,7 @@ func (a *attempt) bodyUnread() bool {
 	return ok && strings.HasSuffix(problem.Type, string(idempotency.ReasonBodyUnread))
 }
 
-// accepted reports whether the server says that it will bring the request to its end.
+// accepted reports whether the server says that it will end the request by itself.
 func (a *attempt) accepted() bool {
 	if a.seen != seenAnswered || a.outcome != idempotency.OutcomeUnknown {
 		return false

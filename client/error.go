@@ -53,9 +53,9 @@ type Error struct {
 	Last     idempotency.Outcome // of the last answer, empty if there was none or it has no outcome
 	Err      error               // why there is no answer
 
-	// Accepted means that the server has said that it will bring the request to its end by itself,
-	// whatever this caller does. The caller may stop asking; it never makes a new key for the same
-	// purpose. Only with ErrUnknown.
+	// Accepted means that the server has promised to end the request by itself, whatever this caller
+	// does. The caller may stop asking, but must never make a new key for the same purpose. Only with
+	// ErrUnknown.
 	Accepted bool
 }
 

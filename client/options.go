@@ -42,8 +42,8 @@ type Options struct {
 	// PreferAsync sends "Prefer: respond-async" (RFC 7240), so that a server that is not done yet may
 	// answer that the request is pending, instead of unknown. The client polls the status resource
 	// that the answer names until the operation is done, and then sends the request again for its
-	// answer. Each poll is an attempt, with the pauses and limits of one. Nothing but the traffic
-	// changes for the caller. Pending answers are understood without it too.
+	// answer. Each poll is an attempt, with its pauses and limits. For the caller nothing changes. The
+	// client understands pending answers without PreferAsync too.
 	PreferAsync bool
 
 	// BackoffFirst and BackoffMax bound the pause before a retry. The pause is random, between zero

@@ -15,9 +15,9 @@ import (
 )
 
 // A server may answer that a request is pending, with the Location of a status resource. From then
-// on each attempt is a poll of it, until it says that the operation is done: then the request is
-// sent again, and its replay is the answer, byte by byte and with its headers. A resource that can't
-// be read settles nothing: the next attempt sends the request again.
+// on each attempt polls that resource, until it says that the operation is done. Then the request
+// is sent again, and gets the replay: the answer byte by byte, with its headers. If the resource
+// can't be read, the next attempt sends the request again.
 
 const (
 	headerPrefer = "Prefer"
@@ -56,8 +56,8 @@ func (op *operation) notePending(a *attempt) {
 	op.poll = op.pollOf(a.response.Header)
 }
 
-// pollOf returns a poll of the status resource in the answer's Location, or nil if there is none at
-// the server of the request: no other one may get its credentials.
+// pollOf returns a poll of the status resource in the answer's Location. It returns nil if there is
+// none, or if it is not on the request's server: no other server may get the credentials.
 func (op *operation) pollOf(header http.Header) *http.Request {
 	location := header.Get("Location")
 	if location == "" || len(header.Values("Location")) > 1 {
@@ -78,8 +78,8 @@ func (op *operation) pollOf(header http.Header) *http.Request {
 	return poll
 }
 
-// ofThisRequest reports whether a header is about the request with the key, its body, or the answer
-// to it, and not about its caller.
+// ofThisRequest reports whether a header is about the request, its body or its answer, and not
+// about its caller: a poll does not have it.
 func ofThisRequest(name string) bool {
 	switch name {
 	case HeaderKey, headerPrefer, "Accept", "Accept-Encoding", "Digest", "Repr-Digest", "Expect", "If-Match", "If-Modified-Since", "If-None-Match",

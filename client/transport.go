@@ -114,7 +114,7 @@ type operation struct {
 	honoured bool
 	status   int // of the last answer
 	last     idempotency.Outcome
-	accepted bool // the server has said that it will bring the request to its end
+	accepted bool // the server has said that it will end the request by itself
 
 	poll *http.Request // of the status resource; nil if the next attempt sends the request
 }

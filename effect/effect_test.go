@@ -109,7 +109,8 @@ func TestDeathAfterTheResultAsksNobody(t *testing.T) {
 	}
 }
 
-// The reply to the COMMIT of the result is lost: it is found, or asked for again with the same key.
+// The reply to the COMMIT of the result is lost: the result is found, or the call is sent again
+// with the same key.
 func TestLostReplyToTheResultIsNoFailure(t *testing.T) {
 	t.Parallel()
 	for name, c := range map[string]struct {
@@ -285,8 +286,9 @@ func TestDeclineCountsWhenNoEarlierSendIsUnderWay(t *testing.T) {
 	}
 }
 
-// The processor repeats a 500 under the key for ever: the look-up finds the charge. Without one
-// there is neither an endless loop nor a new key: when the key's lifetime ends, a person is asked.
+// The processor repeats a 500 under the key for ever: the look-up finds the charge. Without a
+// look-up there is neither an endless loop nor a new key: when the key's lifetime ends, the request
+// is left to a person.
 func TestSameErrorForEverIsLookedUp(t *testing.T) {
 	t.Parallel()
 	s := newShop(t, withLookup)
@@ -700,7 +702,7 @@ func TestDeclinesDetailIsReplayed(t *testing.T) {
 	}
 }
 
-// A processor that gives no results is spared: one call at a time tries again.
+// A processor that gives no results is spared: only one call at a time is made.
 func TestBreakerLetsOneCallAtATimeTry(t *testing.T) {
 	t.Parallel()
 	const requests = 14
@@ -881,8 +883,7 @@ func TestHandlerThatDoesNotWaitForItsCall(t *testing.T) {
 	}
 }
 
-// After a lapse the handler's loop sends nothing: that send would be a doubtful one that no record
-// shows.
+// A handler that loops sends nothing after a lapse: no record would show the doubt about that send.
 func TestNothingIsSentAfterALapseInTheSameRun(t *testing.T) {
 	t.Parallel()
 	s := newShop(t, nil)
@@ -976,7 +977,7 @@ func TestInputThatDoesNotFitTheProgramIsNotSent(t *testing.T) {
 	s.wantPaid(t, s.resume(t), 900)
 }
 
-// What the handler answers after a mistake of wiring is never recorded, and nothing is sent.
+// After a wiring mistake the handler's answer is never recorded, and nothing is sent.
 func TestMistakesOfWiringArePanics(t *testing.T) {
 	t.Parallel()
 	for name, c := range map[string]struct {

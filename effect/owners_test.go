@@ -18,8 +18,8 @@ import (
 	"github.com/paidonce/idempotency/storage/postgres"
 )
 
-// Directed schedules of several owners of one request: who is slow, who takes over, and whose result
-// counts. Random runs meet them rarely.
+// Directed schedules of several owners of one request: which is slow, which takes over, and which
+// result counts. Random runs meet them rarely.
 
 // gate makes a processor's answer wait until the test lets it through.
 type gate struct{ began, release chan struct{} }
@@ -58,8 +58,8 @@ func wantNoAnswer(t *testing.T, result idempotency.Result) {
 	}
 }
 
-// noThen is an effect that the processor declines in the first send, whose owner gets to record that
-// only when the gate opens, and does in every later one. The second waits for a gate of its own.
+// noThen makes the first send wait at one gate after its reply, and the second at another. With a
+// plan that declines the first send, its owner can record the no only when the gate opens.
 func noThen(first, second gate) func(p *processor, e *effect.Effect[card, charge]) {
 	return func(_ *processor, e *effect.Effect[card, charge]) {
 		var sends atomic.Int64
@@ -363,7 +363,8 @@ func TestRefusalAfterACallThatIsSentOnceIsParked(t *testing.T) {
 	}
 }
 
-// COMMIT of the last transaction is refused: nothing of it is told, and another run posts.
+// COMMIT of the last transaction is refused: the client does not get the answer, and another run
+// posts.
 func TestRefusedCommitAfterTheCallIsNeverNotExecuted(t *testing.T) {
 	t.Parallel()
 	s := newShop(t, nil)
@@ -422,9 +423,8 @@ func (s failingLooks) FindDue(ctx context.Context, routes []string, max int) ([]
 	return s.Keeper.FindDue(ctx, routes, max)
 }
 
-// A phase that an earlier version of the handler did not have comes before a call that is in doubt,
-// and takes long. The time to send counts from the take-over all the same: the next owner judges a
-// no by it.
+// A new version of the handler has a slow phase before a call that is in doubt. The time to send
+// still counts from the take-over, because the next owner judges a no by that.
 func TestPhaseDoesNotExtendTheTimeToSend(t *testing.T) {
 	t.Parallel()
 	s := newShop(t, func(_ *processor, e *effect.Effect[card, charge]) { e.Timeout = 100 * time.Millisecond })
@@ -519,7 +519,7 @@ func TestContradictionOfWebhookAndReplyIsParked(t *testing.T) {
 	s.wantParked(t, <-one, "it was made, and another result")
 }
 
-// A parked request is nobody's but a person's, however long it is due.
+// Only a person can end a parked request, however long it has been due.
 func TestParkedRequestIsRunByNobody(t *testing.T) {
 	t.Parallel()
 	s := newShop(t, nil)
@@ -589,8 +589,8 @@ func TestDeclineIsNotFinalAfterARepeatedSendWithoutAnAnswer(t *testing.T) {
 	s.wantPaid(t, s.resume(t), 900)
 }
 
-// A take-over is as good as a first claim: within its lease others are told that it is in progress,
-// and nobody takes it away. It changes nothing of an effect that is settled.
+// A take-over is as good as a first claim: within its lease others get in-progress, and nobody
+// takes the request away. It changes nothing about a settled effect.
 func TestOwnerByTakeOverHasItsLease(t *testing.T) {
 	t.Parallel()
 	s := newShop(t, nil)
@@ -787,8 +787,8 @@ func (s *shop) wantAccepted(t *testing.T, result idempotency.Result) {
 	}
 }
 
-// The last transaction fails to serialize: the handler runs again within the same request, and what
-// was settled is not asked for again.
+// The last transaction fails to serialize: the handler runs again within the same request, and a
+// settled call is not sent again.
 func TestSerializationFailureAfterTheCallAsksNobody(t *testing.T) {
 	t.Parallel()
 	s := newShop(t, nil)
@@ -844,7 +844,8 @@ func TestResumeOfAnUnknownRouteIsNotServed(t *testing.T) {
 	s.wantPaid(t, s.resume(t), 900)
 }
 
-// A no of the look-up is no more final than that of a send; and what it leaves to a person is.
+// A no from the look-up is no more final than one from a send. A look-up that returns Park parks
+// the request.
 func TestNoOfALookupIsNotFinalWhileASendIsUnderWay(t *testing.T) {
 	t.Parallel()
 	var says error
@@ -868,7 +869,7 @@ func TestNoOfALookupIsNotFinalWhileASendIsUnderWay(t *testing.T) {
 	}
 }
 
-// While a call is repeated, others are told that it is in progress, as in the first send.
+// While a call is repeated, others get in-progress, as during the first send.
 func TestRetryDuringARepeatedSendIsInProgress(t *testing.T) {
 	t.Parallel()
 	slow := newGate()
@@ -923,8 +924,8 @@ func TestCallThatOneVersionSendsOnceIsNotRepeated(t *testing.T) {
 	}
 }
 
-// A repeated call that could not be sent leaves no doubt of its own; one that only a person can go on
-// with is left to a person.
+// A repeated call that could not be sent leaves no doubt of its own; one that returns Park parks
+// the request.
 func TestRepeatedCallThatIsNotSentOrParks(t *testing.T) {
 	t.Parallel()
 	says := effect.NotSent(errors.New("no route"))

@@ -60,8 +60,8 @@ func (s *shop) pay(key string) idempotency.Result {
 	return s.request()
 }
 
-// Each difference between the two lists is found. Among them is the charge whose intent a database
-// has forgotten, which was restored to an earlier time, or promoted without its last commits.
+// Each difference between the two lists is found. One is a charge whose intent the database has
+// lost, because it was restored to an earlier time, or promoted without its last commits.
 func TestReconcileFindsEveryDifference(t *testing.T) {
 	t.Parallel()
 	s := newShop(t, func(_ *processor, e *effect.Effect[card, charge]) { e.KeepsDeclines = true })

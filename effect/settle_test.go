@@ -16,7 +16,7 @@ import (
 	"github.com/paidonce/idempotency/storage/postgres"
 )
 
-// webhook is what the processor says of the charge outside of it.
+// webhook settles the charge as a webhook of the processor does.
 func (s *shop) webhook(t *testing.T, done bool, id string, seal func([]byte, idempotency.Key, idempotency.AttemptID, string) []byte) error {
 	t.Helper()
 	key := s.Text(t, "SELECT derived_key::text FROM idempotency_effects")
@@ -179,7 +179,7 @@ func TestWebhooksDeclineHasItsDetail(t *testing.T) {
 	}
 }
 
-// What a webhook says is committed with the rest of its transaction, or not at all, and a parked
+// A webhook's result is committed with the rest of its transaction, or not at all, and a parked
 // request is run again.
 func TestWebhookIsPartOfItsTransaction(t *testing.T) {
 	t.Parallel()

@@ -361,8 +361,8 @@ func TestMistakesInHandlersWithCallsAreFound(t *testing.T) {
 	}
 }
 
-// What the engine makes good by itself is no mistake: an answer to an error that is not settled is
-// dropped, whatever it is, and so are writes in the transaction.
+// The engine makes some mistakes good by itself, so they are no findings: it drops any answer after
+// an unsettled call, and the writes in the transaction.
 func TestAnswersToUnsettledCallsAreDropped(t *testing.T) {
 	t.Parallel()
 	for name, answer := range map[string]func(s *shop, w http.ResponseWriter, r *http.Request, n int){

@@ -63,9 +63,10 @@
 //
 // # Handlers that make calls
 //
-// An open request goes on with its client's retry, or without it if Config.Resume is set, which
-// finds a handler that needs its client's context. [Processor] stands in for the other service. The
-// invariant compares what it served with what the handler wrote, in number and amount:
+// A retry of its client continues an open request. If Config.Resume is set, it also continues
+// without the client: that finds a handler that needs its client's context. [Processor] stands in
+// for the other service. The invariant compares the calls that it served with the handler's writes,
+// in number and amount:
 //
 //	psp := &idempotencytest.Processor[Card, Charge]{Serve: charge}
 //	topUp := newTopUp(effect.New("charge", effect.Effect[Card, Charge]{Do: psp.Do}))
@@ -74,10 +75,10 @@
 //		return samePostings(ctx, pool, psp.Served(), told.Acknowledged)
 //	},
 //
-// The run does not wait for leases and pauses. For a request that waits until an earlier send can't
-// be under way any more, two minutes seem to pass at once: an effect with a longer SettleAfter, or a
-// KeyLifetime of less, is for a test of its own. A request that only a person can end is a finding,
-// so leave MaybeParks out.
+// The run does not wait for leases and pauses. If a request waits until no earlier send can be
+// under way, two minutes seem to pass for it at once. So an effect with a longer SettleAfter, or a
+// shorter KeyLifetime, needs a test of its own. A request that only a person can end is a finding,
+// so leave MaybeParks unset.
 //
 // # Limits
 //
@@ -129,8 +130,9 @@ type Config struct {
 	Other func(n int) *http.Request
 
 	// Resume runs an open request without its client, if the handler makes calls (package effect) or
-	// has phases: Middleware.Resume, or Engine.Resume, of what New returned. Run calls it in place of
-	// a completer, so New must not start one. Nil leaves all open requests to the clients' retries.
+	// has phases. It calls Middleware.Resume or Engine.Resume of the service under test. Run calls it
+	// instead of a completer, so New must not start one. Nil leaves all open requests to the clients'
+	// retries.
 	Resume func(ctx context.Context, key idempotency.Key) idempotency.Result
 
 	// Keys is the number of keys in the storm, Copies the number of times that each is sent, and

@@ -29,7 +29,7 @@ type key struct {
 
 	handlerUses, endUses atomic.Int64 // of the contexts of the last attempt
 	committed            atomic.Int64 // ends of a transaction that the store reported as successful
-	intents, results     atomic.Int64 // commits of them by one attempt, at most
+	intents, results     atomic.Int64 // the most commits of each by one attempt
 	opened               atomic.Bool  // it has committed an intent or a phase
 	later                atomic.Bool  // time seems to pass for it
 

@@ -13,7 +13,7 @@ const (
 	// pauseMax bounds the pause of an open request: the times themselves are not under test.
 	pauseMax = 10 * time.Millisecond
 	// laterBy is the time that seems to pass for a request that waits until no earlier send can be
-	// under way. It is less than any key lives.
+	// under way. It is shorter than the lifetime of any key.
 	laterBy = 2 * time.Minute
 )
 
@@ -103,8 +103,9 @@ func (s *openStore) attempt(k *key, x *exchange, claim *idempotency.Claim, inner
 	return a
 }
 
-// openAttempt is an attempt that can become open. In the handler a death is not a panic, which the
-// handler could recover: its calls fail from then on, and its client gets nothing.
+// openAttempt is an attempt that can become open. A death in the handler is not a panic, because
+// the handler could recover that. Instead all its calls fail from then on, and its client gets
+// nothing.
 type openAttempt struct {
 	attempt
 	keeper           *openStore
@@ -115,8 +116,8 @@ type openAttempt struct {
 	intents, results int64 // of this owner
 }
 
-// undo does what the death of the process leads to: its transaction is rolled back, and, at some
-// time, its lease has run out.
+// undo has the consequences of the death of the process: its transaction is rolled back, and its
+// lease runs out.
 func (a *openAttempt) undo(ctx context.Context) error {
 	a.dead = true
 	if !a.opened {
@@ -203,8 +204,8 @@ func (a *openAttempt) Recorded(ctx context.Context, name string) (*idempotency.E
 	return a.inner.Recorded(ctx, name)
 }
 
-// replace makes another owner take the request over, who dies. If that fails the point proves
-// nothing, but harms nothing either.
+// replace makes another owner take the request over and die. If that fails, the point proves
+// nothing but does no harm.
 func (a *openAttempt) replace(ctx context.Context) {
 	_ = a.inner.Leave(ctx, idempotency.Lapse{Reason: "its lease ran out, as idempotencytest planned"})
 	claim := a.claim
@@ -226,5 +227,5 @@ func (a *openAttempt) Leave(ctx context.Context, lapse idempotency.Lapse) error 
 	return a.inner.Leave(ctx, lapse)
 }
 
-// raise sets a number that only grows. An attempt of a key is alone.
+// raise sets a number that only grows. A key has one attempt at a time, so nobody else changes it.
 func raise(n *atomic.Int64, to int64) { n.Store(max(n.Load(), to)) }

@@ -101,8 +101,8 @@ func planOf(p point) plan {
 	return plan{}
 }
 
-// wants reports whether the request that was hit may get this outcome. An open request that finds its
-// own end after a lost COMMIT is answered with its record.
+// wants reports whether the request that was hit may get this outcome. If the reply to an open
+// request's last COMMIT is lost, and its record is found, the request is answered as a replay.
 func (p plan) wants(k *key, o idempotency.Outcome) bool {
 	return slices.Contains(p.first, o) || o == replayed && k.opened.Load() && slices.Contains(p.first, executed)
 }

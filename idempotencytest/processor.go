@@ -9,7 +9,7 @@ import (
 	"github.com/paidonce/idempotency/effect"
 )
 
-// Fault is what becomes of one request to a [Processor].
+// Fault is what happens to one request to a [Processor].
 type Fault uint8
 
 // The faults.
@@ -26,13 +26,13 @@ const (
 // refuses a key with another input. It counts what it did for each key, so that an invariant can
 // compare that with the service's own tables. It is safe for concurrent use.
 type Processor[In, Out any] struct {
-	// Serve does what a request with a new key asks for. It returns the result, or effect.Declined for
-	// a no. It is called once for each key, for one key at a time. Required.
+	// Serve executes a request with a new key. It returns the result, or effect.Declined for a no. It
+	// is called once for each key, for one key at a time. Required.
 	Serve func(key string, in In) (Out, error)
 
-	// FaultOf returns what becomes of a request; asked is 1 for the first with its key. It is called
-	// for one request at a time. Nil takes NoFault, LostReply, LostRequest and LateRequest in turn
-	// for the first request of each key, and NoFault for all later ones.
+	// FaultOf returns the fault of a request; asked is 1 for the first request with its key. It is
+	// called for one request at a time. Nil takes NoFault, LostReply, LostRequest and LateRequest in
+	// turn for the first request of each key, and NoFault for all later ones.
 	FaultOf func(key string, asked int) Fault
 
 	mu    sync.Mutex
@@ -95,7 +95,7 @@ func (p *Processor[In, Out]) Do(ctx context.Context, key string, in In) (out Out
 	return s.Out, s.Err
 }
 
-// fault returns what becomes of a request.
+// fault returns the fault of a request.
 func (p *Processor[In, Out]) fault(key string, asked int) Fault {
 	if p.FaultOf != nil {
 		return p.FaultOf(key, asked)
@@ -126,8 +126,8 @@ func (p *Processor[In, Out]) Lookup(_ context.Context, key string, _ In) (out Ou
 	return s.Out, s.Err
 }
 
-// Served returns what was served so far, in the order of the first requests, without what was
-// declined. A request that is late arrives now.
+// Served returns the keys that were served so far, in the order of their first requests, without
+// those that were declined. A late request arrives now.
 func (p *Processor[In, Out]) Served() (all []Served[In, Out]) {
 	p.mu.Lock()
 	defer p.mu.Unlock()

@@ -8,10 +8,10 @@
 // docs/guarantees.md describes the answers that a client sees, and docs/problems.md the problem
 // documents.
 //
-// A handler that calls other services does it by package effect, on a route with Options.Resumable,
-// and every replica runs [Middleware.Completer]. While a call is not settled the client gets 503
-// unknown with "accepted": true, or 202 pending if the route and the request ask for it
-// (Options.Accepted and [NewStatus]).
+// A handler that calls other services uses package effect on a route with Options.Resumable, and
+// every replica runs [Middleware.Completer]. While a call is not settled, the client gets 503
+// unknown with "accepted": true. It gets 202 pending instead if the route and the request allow
+// that (Options.Accepted and [NewStatus]).
 //
 // The header is that of draft-ietf-httpapi-idempotency-key-header; problem documents are RFC 9457.
 package middleware

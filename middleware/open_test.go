@@ -423,7 +423,7 @@ func TestUnreadableRequestsDoNotStopTheOthers(t *testing.T) {
 	}
 }
 
-// What can't work is refused when the service starts.
+// Options that can't work are refused when the service starts.
 func TestResumableOptionsAreChecked(t *testing.T) {
 	t.Parallel()
 	o := setupOpen(t, nil)

@@ -79,12 +79,12 @@ type Options struct {
 	// that takes only the relevant parts.
 	Fingerprinters []Fingerprinter
 
-	// Resumable makes the route's handler one that may call other services (package effect): it
-	// names the handler, with a version, such as "topup/1". A request with a call that is not
-	// settled stays open, and runs again on the handler with this name, in any replica that has it
-	// (see [Middleware.Completer]). So each name belongs to one handler, and an old one must be
-	// served until no request of its name is open. Until its first call the handler may run for
-	// replays too. Empty, the default, refuses such calls.
+	// Resumable lets the route's handler call other services (package effect). It is a name for the
+	// handler, with a version, such as "topup/1". A request with a call that is not settled stays
+	// open, and runs again on the handler with this name, in any replica that has it (see
+	// [Middleware.Completer]). So each name belongs to one handler, and a replaced handler must stay
+	// mounted until no request of its name is open. Up to its first call the handler may run even if
+	// the answer is recorded already. Empty, the default, refuses such calls.
 	Resumable string
 
 	// BackoffMax and ParkAfter are those of [idempotency.Options], for resumable routes. They default
@@ -99,9 +99,10 @@ type Options struct {
 	// ResumeContext completes the context of a resumed run. Nil adds nothing.
 	ResumeContext ResumeContextFunc
 
-	// Accepted has a resumable route answer 202 pending, with the address of the status resource, in
-	// place of 503 unknown with accepted, to a client that sends "Prefer: respond-async" (RFC 7240).
-	// Nil, the default, answers 503: a client that looks only at numbers takes a 202 for paid.
+	// Accepted makes a resumable route answer an open request with 202 pending and the address of the
+	// status resource, if the client sends "Prefer: respond-async" (RFC 7240). Other clients get 503
+	// unknown with "accepted": true. Nil, the default, answers 503 to all, because a client that looks
+	// only at the status code takes a 202 for paid.
 	Accepted *Status
 
 	// RecordHeaders are recorded and replayed in addition to [RecordedHeaders]. Headers that carry
@@ -111,9 +112,9 @@ type Options struct {
 
 	// AuthorizeReplay is called before an answer is replayed, when no connection is held. An error
 	// refuses it with 403, for example if the caller has lost the right to see it since. Nil allows
-	// all replays, which is right if authorization is mounted outside. It gets a copy of the
-	// request, with its body. If a [Status] is about to show the answer, it gets the request for the
-	// status resource instead.
+	// all replays, which is right if authorization is mounted outside. It gets a copy of the request,
+	// with its body. Before a [Status] shows the answer, it gets the request to the status resource
+	// instead.
 	AuthorizeReplay func(r *http.Request, record *idempotency.Record) error
 
 	// Quota bounds how many keys each scope may record. The zero value bounds nothing.
@@ -176,7 +177,7 @@ func FingerprinterV1() Fingerprinter { return Fingerprinter{Version: fingerprint
 type RouterStateFunc func(ctx context.Context, stored []byte) (RouterState, error)
 
 // RouterState is the state of a router before the first run of a handler. It is an alias, so that a
-// package with one for a router need not import this one.
+// package for a router need not import this one.
 type RouterState = interface {
 	// Restore is called before each further run, and returns that run's context with the state.
 	Restore(ctx context.Context) context.Context

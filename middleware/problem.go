@@ -25,7 +25,7 @@ type problem struct {
 	Status int    `json:"status"`
 	Detail string `json:"detail"`
 
-	// Accepted means that the request will be brought to its end whatever the client does.
+	// Accepted means that the request will end, whatever the client does.
 	Accepted bool `json:"accepted,omitempty"`
 }
 
@@ -90,7 +90,7 @@ func (m *Middleware) writeProblem(w http.ResponseWriter, reason idempotency.Reas
 	m.writeDocument(w, textOf(reason, override), problem{Type: m.options.ProblemBase + string(reason)}, outcome, override, m.options.RetryAfter)
 }
 
-// writeAccepted answers a request that is open: it will be brought to its end.
+// writeAccepted answers an open request, which will end without the client.
 func (m *Middleware) writeAccepted(w http.ResponseWriter, result idempotency.Result) {
 	t := textOf(result.Reason, nil)
 	if result.Reason == idempotency.ReasonOutcomeUnknown {

@@ -12,11 +12,11 @@ import (
 	"github.com/paidonce/idempotency"
 )
 
-// A resumable route keeps what a handler needs to run again without its client: the request. It is
-// kept from the commit of the first call to another service on, and only then.
+// A resumable route stores the request, so that its handler can run again without the client. It is
+// stored with the first intent or phase, and not before.
 
-// StoredHeaders returns the names of the request headers that a resumed run has, beside those in
-// Options.StoreHeaders: those that say how to read the body and how to answer.
+// StoredHeaders returns the names of the request headers that a resumed run always has: those that
+// say how to read the body and how to answer. Options.StoreHeaders adds to them.
 func StoredHeaders() []string {
 	return []string{"Accept", "Accept-Language", "Content-Encoding", "Content-Type"}
 }
@@ -30,8 +30,8 @@ func neverStored(name string) bool {
 	return false
 }
 
-// storedRequest is a request as it is kept. Its fields only grow: requests that are open while a
-// service is upgraded were written by the release before. What a client sends is kept as bytes,
+// storedRequest is a request as it is stored. Fields are only ever added, because a request that is
+// open during an upgrade was written by the release before. The client's data is stored as bytes,
 // because JSON would change a string that is not UTF-8.
 type storedRequest struct {
 	Version    int                 `json:"v"`
@@ -77,7 +77,7 @@ func wildcards(pattern string) (names []string) {
 	return names
 }
 
-// storeRequest returns the request in the form in which it is kept, with the headers of these names.
+// storeRequest encodes a request, with the headers of these names.
 func storeRequest(r *http.Request, headers []string, router, body []byte) []byte {
 	s := storedRequest{
 		Version: storedVersion, Method: r.Method, Host: []byte(r.Host), URI: []byte(r.RequestURI), Path: []byte(r.URL.Path),
@@ -99,8 +99,7 @@ func storeRequest(r *http.Request, headers []string, router, body []byte) []byte
 	return encoded
 }
 
-// restoreRequest returns the request that was kept, without its body and the state of its router,
-// which it returns too.
+// restoreRequest returns a stored request, and separately its router's state and its body.
 func restoreRequest(encoded []byte) (r *http.Request, router, body []byte, err error) {
 	var s storedRequest
 	if err := json.Unmarshal(encoded, &s); err != nil || s.Version != storedVersion || s.Method == "" {
@@ -123,7 +122,7 @@ func restoreRequest(encoded []byte) (r *http.Request, router, body []byte, err e
 	return r, s.Router, s.Body, nil
 }
 
-// stored returns the request in the form in which it is kept.
+// stored encodes the request of this run.
 func (run *run) stored() []byte {
 	var router []byte
 	if run.router != nil {
@@ -158,14 +157,14 @@ func (m *Middleware) register(next http.Handler, at *mount) {
 	})
 }
 
-// ResumeContextFunc returns the context of a run without a client. It adds the values that
-// middleware outside would have added, such as the caller, by the scope of its key. The state of a
-// router is restored after it, by Options.RouterState. It must not replace the context.
+// ResumeContextFunc returns the context of a run without a client. From the scope of the key it
+// adds the values that outer middleware would have added, such as the caller. The context must be
+// derived from ctx. Options.RouterState restores the router's state after it.
 type ResumeContextFunc func(ctx context.Context, scope string, r *http.Request) context.Context
 
-// Completer returns a completer of the open requests of all resumable routes that this middleware,
-// and those made from it by With, have handlers for. It does nothing until its Run is called. Without
-// OnResume it logs to Options.Logger.
+// Completer returns a completer for the open requests of all resumable routes of this middleware,
+// and of those made from it by With. It does nothing until its Run is called. Without OnResume it
+// logs to Options.Logger.
 func (m *Middleware) Completer(opts *idempotency.CompleterOptions) *idempotency.Completer {
 	var o idempotency.CompleterOptions
 	if opts != nil {
@@ -178,8 +177,8 @@ func (m *Middleware) Completer(opts *idempotency.CompleterOptions) *idempotency.
 }
 
 // Resume runs the handler of an open request of one of these routes, if it is due, and returns its
-// result: see [idempotency.Engine.Resume]. It is for a job queue or a workflow engine that drives
-// requests in place of a completer, or beside one. It is safe for concurrent use.
+// result: see [idempotency.Engine.Resume]. It is for a job queue or a workflow engine that runs
+// open requests instead of a completer, or in addition to one. It is safe for concurrent use.
 func (m *Middleware) Resume(ctx context.Context, key idempotency.Key) idempotency.Result {
 	return m.engine.Resume(ctx, key)
 }

@@ -255,7 +255,7 @@ func TestWildcardsOfAPattern(t *testing.T) {
 	}
 }
 
-// What a later release has stored is not half understood.
+// A request that a later release has stored is not read in part.
 func TestStoredRequestOfALaterReleaseIsRefused(t *testing.T) {
 	t.Parallel()
 	for stored, readable := range map[string]bool{

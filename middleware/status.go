@@ -28,16 +28,16 @@ import (
 // StatusSecretBytesMin is the minimum length of a secret of [NewStatus].
 const StatusSecretBytesMin = 32
 
-// Status is the status resource of requests that were answered 202 pending: see
-// [Options.Accepted]. It is an [http.Handler] for GET that the service mounts at the address that it
-// was made with. The id in the address is the scope and the key of the request, encrypted: it is the
-// same for each retry, can't be guessed, and shows nothing.
+// Status is the status resource of requests that were answered 202 pending: see [Options.Accepted].
+// It is an [http.Handler] for GET that the service mounts at the address that it was made with. The
+// id in the address is the encrypted route, scope, key and fingerprint of the request: it is the
+// same for each retry, can't be guessed, and reveals nothing.
 //
-// It answers 200 with an [Operation] in JSON, to a caller with the scope of the request, by the
-// ScopeFunc of its route; 404 if the id is not one of this scope's, or its record has expired; 403
-// if AuthorizeReplay of the route refuses the answer; 503 if the store can't be asked. None of its
-// answers is cached, and none has an Idempotency-Status: they are about the operation, and not about
-// a request with a key.
+// It answers 200 with an [Operation] in JSON if the ScopeFunc of the request's route returns the
+// request's scope for the caller; 404 if the id does not belong to that scope, or if its record is
+// gone; 403 if the route's AuthorizeReplay refuses the answer; 503 if the store is not available.
+// Its answers are not cached, and have no Idempotency-Status, because they are about the operation
+// and not about a request with a key.
 //
 // Several routes may share one. It is safe for concurrent use.
 type Status struct {
@@ -62,7 +62,7 @@ type OperationStatus string
 
 // The statuses of an operation.
 const (
-	OperationPending        OperationStatus = "pending"         // it will be brought to its end
+	OperationPending        OperationStatus = "pending"         // it will end without the client
 	OperationNeedsAttention OperationStatus = "needs-attention" // only a person can end it
 	OperationDone           OperationStatus = "done"            // a retry of the request gets the answer too
 )
@@ -72,10 +72,11 @@ const (
 type OperationAnswer struct {
 	Status int `json:"status"`
 
-	// Body is the body itself if its Content-Type is JSON and it is valid, else a JSON string of it.
+	// Body is the body itself if it is valid JSON with a Content-Type of JSON, else a JSON string of
+	// it.
 	Body json.RawMessage `json:"body"`
 
-	// Encoding is "base64" if the string in Body is that of bytes that are not UTF-8, else empty.
+	// Encoding is "base64" if the body is not UTF-8, because Body then has it in base64; else empty.
 	Encoding string `json:"encoding,omitempty"`
 }
 
@@ -116,16 +117,15 @@ func (s *Status) register(m *Middleware) {
 	s.routes[m.options.Resumable] = m
 }
 
-// operation is what an id stands for. The fingerprint keeps an id from showing another request with
-// the same key, after the first one's record has expired.
+// operation is the content of an id. With the fingerprint an id can't show another request with the
+// same key, after the first one's record has expired.
 type operation struct {
 	route       string // Options.Resumable
 	key         idempotency.Key
 	fingerprint idempotency.Fingerprint
 }
 
-// writePending answers a request that is open, and that prefers not to wait, with the state of its
-// operation.
+// writePending answers an open request that prefers not to wait with the state of its operation.
 func (s *Status) writePending(w http.ResponseWriter, run *run, result idempotency.Result) {
 	m := run.m
 	id := s.seal(operation{m.options.Resumable, run.key, run.fingerprint(m.options.Fingerprinters[0])})
@@ -192,7 +192,7 @@ func (s *Status) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	}
 	switch {
 	case errors.Is(result.Err, idempotency.ErrNotFound),
-		result.Err == nil && result.Record == nil && !result.Accepted: // of another request with the key
+		result.Err == nil && result.Record == nil && !result.Accepted: // the record of another request with the key
 		writePlainProblem(w, http.StatusNotFound)
 	case result.Err != nil:
 		m.logOperation(r.Context(), operation.key, result)

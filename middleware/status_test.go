@@ -145,7 +145,7 @@ func TestWhoPrefersNotToWaitGetsPendingAndTheAnswerLater(t *testing.T) {
 	if !strings.Contains(unknown.body, `"accepted":true`) || unknown.header.Get("Location") != "" {
 		t.Errorf("%s %v", unknown.body, unknown.header)
 	}
-	// What is not this very request is no operation of it.
+	// Another request with the same key does not get the operation.
 	want(t, o.post(t, "/topups/json", `{"amount":6}`, "Idempotency-Key", key, "Prefer", "respond-async"), http.StatusUnprocessableEntity, idempotency.OutcomeMismatch, idempotency.ReasonKeyReused)
 
 	got, operation := o.get(t, location)

@@ -22,8 +22,8 @@ type routerState = interface {
 // State is a middleware.RouterStateFunc. chi keeps the state of routing in one value that the
 // routers below Use, Route and Mount change in place: a second run would continue where the first
 // one ended, and find no route. State takes a copy before the first run, and gives each further run
-// a copy of that copy. A run of a request that is resumed in another process gets the path and its
-// parameters back, but no Routes: a handler can't look up other routes there.
+// a copy of that copy. A run that resumes the request in another process gets the path and its
+// parameters back, but no Routes: its handler can't look up other routes.
 func State(ctx context.Context, encoded []byte) (routerState, error) {
 	if encoded != nil {
 		return decode(encoded)
@@ -48,8 +48,8 @@ func (s *state) Restore(ctx context.Context) context.Context {
 	return context.WithValue(ctx, chi.RouteCtxKey, clone((*chi.Context)(s)))
 }
 
-// stored is the state as it is kept. What a client sends is kept as bytes, because JSON would change
-// a string that is not UTF-8.
+// stored is the state as it is stored. The client's data is stored as bytes, because JSON would
+// change a string that is not UTF-8.
 type stored struct {
 	Path     []byte   `json:"path,omitempty"`
 	Method   string   `json:"method,omitempty"`

@@ -273,8 +273,7 @@ func TestRequestsUnderAnUnknownKeyDoNotStopTheOthers(t *testing.T) {
 	c.complete(t, 0)
 }
 
-// Without a request that was open, an encrypted request is as any other; a record's body that an
-// open request ended with is bound to it.
+// The recorded answer of a request that was open is bound to it, as that of any other request.
 func TestAnswerOfAnOpenRequestIsBoundToIt(t *testing.T) {
 	t.Parallel()
 	c := newCaller(t)

@@ -63,7 +63,7 @@ func TestCommitsOfAnOpenRequestAreDurable(t *testing.T) {
 	}
 }
 
-// unsettledOnce is a service whose first call stays unsettled, and whose later ones are made.
+// unsettledOnce returns a service. Its first call stays unsettled, and the later ones are made.
 func unsettledOnce(t *testing.T) *resumable {
 	var r *resumable
 	runs := 0
@@ -86,7 +86,7 @@ func (r *resumable) later(t *testing.T, by string) {
 	r.Exec(t, "SET LOCAL session_replication_role = replica; UPDATE idempotency_keys SET expires_at = expires_at - interval '"+by+"'")
 }
 
-// A request that is open for longer than its record would count is neither deleted nor forgotten.
+// A request that is open for longer than the TTL is not deleted, and still runs to its end.
 func TestOpenRequestOutlivesItsTTL(t *testing.T) {
 	t.Parallel()
 	r := unsettledOnce(t)

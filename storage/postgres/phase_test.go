@@ -270,7 +270,7 @@ func TestFailedPhaseOfAnOpenRequestRunsAgain(t *testing.T) {
 	}
 }
 
-// After a mistake of wiring no answer is recorded, and nothing is written.
+// After a wiring mistake no answer is recorded, and nothing is written.
 func TestMistakesWithPhasesArePanics(t *testing.T) {
 	t.Parallel()
 	phase := func(ctx context.Context, name string) { _, _ = postgres.Phase(ctx, name, insert(ctx, "phase")) }
@@ -754,13 +754,13 @@ func TestNoConnectionIsHeldBetweenPhases(t *testing.T) {
 	want(t, result, idempotency.OutcomeUnknown, idempotency.ReasonOutcomeUnknown) // the failed one is to run again
 }
 
-// While a phase runs nobody takes the request over, even if its lease is over.
+// While a phase runs nobody takes the request over, even if its lease has run out.
 func TestKeyIsInProgressDuringAPhase(t *testing.T) {
 	t.Parallel()
 	var r *resumable
 	r = newResumable(t, func(ctx context.Context) (*idempotency.Answer, error) {
 		for _, name := range []string{"first", "second"} {
-			if name == "second" { // even if its lease is over
+			if name == "second" { // even if its lease has run out
 				r.due(t)
 			}
 			if _, err := postgres.Phase(ctx, name, func(tx pgx.Tx) (h hold, err error) {

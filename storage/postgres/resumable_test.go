@@ -409,8 +409,8 @@ func TestRecordWinsOverTheLockOfTheIntent(t *testing.T) {
 	}
 }
 
-// A list of due requests may be old when its keys are run: what was ended, taken over, parked or
-// made anew since is left alone.
+// A list of due requests may be old when its keys are run: requests that have since ended, or were
+// taken over, parked or made again, are left alone.
 func TestOldListOfDueRequestsRunsNothing(t *testing.T) {
 	t.Parallel()
 	var r *resumable

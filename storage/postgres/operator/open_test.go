@@ -79,7 +79,7 @@ func (b *openBundle) complete(t *testing.T) {
 	}
 }
 
-// The operator says what is known of the effect, and the service's handler makes the answer.
+// The operator settles the effect, and the service's handler makes the answer.
 func TestSettledEffectIsAnsweredByTheHandler(t *testing.T) {
 	t.Parallel()
 	for as, want := range map[operator.Settlement]int{operator.SettleDone: 201, operator.SettleDeclined: 402} {
@@ -94,7 +94,7 @@ func TestSettledEffectIsAnsweredByTheHandler(t *testing.T) {
 		if _, err := b.operator.Settle(t.Context(), k, "charge", as, []byte(`{"id":"ch_1"}`), a); err != nil {
 			t.Fatal(err)
 		}
-		// Twice, once by the same sight of it and once without one.
+		// A second time it is refused, with the same epoch and without one.
 		_, err = b.operator.Settle(t.Context(), k, "charge", as, []byte(`{}`), a)
 		wantError(t, err, operator.ErrChanged)
 		_, err = b.operator.Settle(t.Context(), k, "charge", as, []byte(`{}`), openAct)
@@ -141,7 +141,8 @@ func TestNotSentAndRetrySendAgain(t *testing.T) {
 	}
 }
 
-// A marker that is found is never sent: not-sent removes it, and retry is refused.
+// A recorded intent of a call at most once is never sent: not-sent removes it, and retry is
+// refused.
 func TestEffectThatIsSentOnceAtMostIsNotRetried(t *testing.T) {
 	t.Parallel()
 	b := setupOpen(t)
@@ -553,7 +554,7 @@ func TestLeastPrivilegeForOpenRequests(t *testing.T) {
 	}
 }
 
-// What a service encrypts can only be settled by who has the keys.
+// Only a program with the keys can settle the effects of a service that encrypts.
 func TestSettleOfAnEncryptedEffect(t *testing.T) {
 	t.Parallel()
 	b := setupOpen(t)
