@@ -27,7 +27,7 @@ type CompleterOptions struct {
 	// logs the requests that did not end, with a hash of the key.
 	OnResume func(key Key, result Result)
 
-	// Logger gets what the completer logs. Defaults to slog.Default().
+	// Logger gets the completer's log. Defaults to slog.Default().
 	Logger *slog.Logger
 }
 

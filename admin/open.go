@@ -124,7 +124,7 @@ func (t *openTicket) word() string {
 	return strings.Join(t.Sent, ",")
 }
 
-// openForm is what was typed into the form of an act.
+// openForm has the input of the form of an act.
 type openForm struct {
 	As     operator.Settlement
 	Output string

@@ -232,7 +232,7 @@ func (a *attempt) accepted() bool {
 	return ok && problem.Accepted
 }
 
-// problem is what the client reads of a problem document.
+// problem has the members of a problem document that the client reads.
 type problem struct {
 	Type     string `json:"type"`
 	Accepted bool   `json:"accepted"`

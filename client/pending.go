@@ -24,7 +24,7 @@ const (
 	respondAsync = "respond-async"
 )
 
-// operationState is what the client reads of a status resource.
+// operationState has the member of a status resource that the client reads.
 type operationState struct {
 	Status string `json:"status"`
 }

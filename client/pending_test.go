@@ -120,7 +120,7 @@ func TestPendingIsPolledUntilItIsDone(t *testing.T) {
 	}
 }
 
-// A poll that says nothing for sure settles nothing: the next attempt sends the request again.
+// If a poll gives no certain state, the next attempt sends the request again.
 func TestPollThatFailsSettlesNothing(t *testing.T) {
 	t.Parallel()
 	for name, poll := range map[string]func(w http.ResponseWriter){
@@ -269,7 +269,7 @@ func TestRequestThatNeedsAPersonIsNotAskedForAgain(t *testing.T) {
 	}
 }
 
-// Polls are attempts: they are bounded, wait for Retry-After, and end with what is known.
+// Polls are attempts: they are bounded, wait for Retry-After, and end with the state that is known.
 func TestPollsAreBounded(t *testing.T) {
 	t.Parallel()
 	s := newScript(t, polled(func(w http.ResponseWriter) {

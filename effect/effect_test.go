@@ -21,8 +21,8 @@ import (
 	"github.com/paidonce/idempotency/storage/postgres"
 )
 
-// once returns a function that ends its goroutine the first time, as the death of the process would:
-// nothing of the request goes on.
+// once returns a function that ends its goroutine the first time, as the death of the process
+// would: nothing of the request goes on.
 func once() func() {
 	var died atomic.Bool
 	return func() {
@@ -137,7 +137,7 @@ func TestLostReplyToTheResultIsNoFailure(t *testing.T) {
 	}
 }
 
-// through returns a store on the shop's database whose connections lead through a proxy.
+// through returns a store on the shop's database, with connections through a proxy.
 func (s *shop) through(t *testing.T, onCommit func(pgfault.Commit) pgfault.Fault) *postgres.Store {
 	t.Helper()
 	config, err := pgconn.ParseConfig(s.URL)
@@ -446,7 +446,7 @@ func TestSleeperDoesNotSend(t *testing.T) {
 	})
 }
 
-// sleepyStore is a store whose replies to a take-over come late.
+// sleepyStore is a store with late replies to a take-over.
 type sleepyStore struct {
 	idempotency.Keeper
 	sleep time.Duration

@@ -54,8 +54,8 @@ func exampleRequest(engine *idempotency.Engine, run idempotency.RunFunc) idempot
 	}
 }
 
-// The processor charges the card, and its reply is lost. The client is told that the outcome is
-// unknown, and goes away. The completer asks again with the same key, and posts the charge.
+// The processor charges the card, and its reply is lost. The client gets unknown, and goes away.
+// The completer sends the call again with the same key, and posts the charge.
 func Example() {
 	ctx := context.Background()
 	store, closeStore := exampleStore(ctx)
@@ -144,7 +144,7 @@ func ExampleDeclared_Settled() {
 	request := exampleRequest(engine, topUp)
 	fmt.Println(engine.Do(ctx, request, topUp).Outcome)
 
-	// The webhook's handler, in its transaction. The processor says the key that it got.
+	// The webhook's handler, in its transaction. The webhook has the key that the processor got.
 	settlement, err := charge.Settled(sent, Charge{"ch_1"})
 	if err != nil {
 		panic(err)
@@ -193,9 +193,9 @@ func ExampleDeclared_Undo() {
 	// executed 409 refund of ch_1
 }
 
-// A payout holds the amount, sends it, and posts what it held. The bank refuses the second one, so its
-// hold is released. The third account is closed by the time of the posting: the payout is called
-// back first.
+// A payout holds the amount, sends it, and posts what it held. The bank refuses the second one, so
+// its hold is released. The third account is closed by the time of the posting: the payout is
+// called back first.
 func Example_payout() {
 	ctx := context.Background()
 	store, closeStore := exampleStore(ctx)
@@ -225,7 +225,7 @@ func Example_payout() {
 	end := func(ctx context.Context, hold Hold, state string, check error) error {
 		_, err := postgres.Phase(ctx, state, func(tx pgx.Tx) (struct{}, error) {
 			if check != nil {
-				return struct{}{}, effect.Declined(check, nil) // undone, and so decided for good
+				return struct{}{}, effect.Declined(check, nil) // its writes are undone, and later runs decide the same
 			}
 			_, err := tx.Exec(ctx, "UPDATE holds SET state = $2 WHERE id = $1", hold.ID, state)
 			return struct{}{}, err
@@ -314,7 +314,7 @@ func ExampleFromHTTP() {
 	// {} false the other service answered 504
 }
 
-// answering is a transport whose every response has this status.
+// answering returns a transport that answers every request with this status.
 type answering int
 
 func (a answering) RoundTrip(*http.Request) (*http.Response, error) {

@@ -102,8 +102,8 @@ func TestFromHTTPOfErrors(t *testing.T) {
 	}
 }
 
-// The transport of net/http sends a request with a key again if a connection that it used before
-// breaks. If the second one is refused, the error says nothing of the first, which was received.
+// The transport of net/http sends a request with a key again if a reused connection breaks. If the
+// second connection is refused, the error does not show that the first request was received.
 func TestRefusedConnectionAfterABrokenOneIsNotProof(t *testing.T) {
 	t.Parallel()
 	var received atomic.Int64

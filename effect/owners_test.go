@@ -49,8 +49,7 @@ func later(do func() idempotency.Result) <-chan idempotency.Result {
 	return result
 }
 
-// wantNoAnswer fails the test if an owner that was replaced has told its client an answer, or that
-// nothing was done.
+// wantNoAnswer fails the test if a replaced owner has given its client an answer, or not-executed.
 func wantNoAnswer(t *testing.T, result idempotency.Result) {
 	t.Helper()
 	if result.Outcome == idempotency.OutcomeExecuted || result.Outcome == idempotency.OutcomeNotExecuted {
@@ -77,8 +76,8 @@ func noThen(first, second gate) func(p *processor, e *effect.Effect[card, charge
 	}
 }
 
-// The first owner gets a no and is slow to record it. The next one is charging meanwhile: the old no
-// must not outweigh the charge.
+// The first owner gets a no and is slow to record it. The next one is charging meanwhile: the old
+// no must not outweigh the charge.
 func TestNoOfAReplacedOwnerIsRefusedWhileTheNextOneSends(t *testing.T) {
 	t.Parallel()
 	first, second := newGate(), newGate()
@@ -98,8 +97,8 @@ func TestNoOfAReplacedOwnerIsRefusedWhileTheNextOneSends(t *testing.T) {
 	s.wantPaid(t, <-two, 900)
 }
 
-// A request is abandoned while an old owner still has it, and its key is used again: the new request
-// is another one, although the keys for the processor are the same.
+// A request is abandoned while an old owner still has it, and its key is used again: the new
+// request is another one, although the keys for the processor are the same.
 func TestOwnerOfAnAbandonedRequestIsRefused(t *testing.T) {
 	t.Parallel()
 	first, second := newGate(), newGate()
@@ -285,8 +284,8 @@ func TestRequestThatEndsBeforeItsTakeOverIsReplayed(t *testing.T) {
 	}
 }
 
-// An operator abandons the request while the completer is on its way to it: it must not become a new
-// request, which only a client may make.
+// An operator abandons the request while the completer is on its way to it: it must not become a
+// new request, which only a client may make.
 func TestAbandonedRequestIsNotRunByTheCompleter(t *testing.T) {
 	t.Parallel()
 	for name, store := range map[string]func(s *shop) stagedStore{
@@ -410,7 +409,7 @@ func TestCompleterOutlivesAFailedLook(t *testing.T) {
 	<-ended
 }
 
-// failingLooks is a store whose first looks for work fail.
+// failingLooks is a store that fails the first looks for work.
 type failingLooks struct {
 	idempotency.Keeper
 	looks *atomic.Int64
@@ -451,8 +450,8 @@ func TestPhaseDoesNotExtendTheTimeToSend(t *testing.T) {
 	s.wantParked(t, s.resume(t), "did not ask for effect check")
 }
 
-// The webhook of a send that was declined comes while another send of the same call is under way, at
-// a processor that does not keep a no: it must not outweigh the charge.
+// The webhook of a send that was declined comes while another send of the same call is under way,
+// at a processor that does not keep a no: it must not outweigh the charge.
 func TestWebhookOfAnEarlierNoIsNotFinal(t *testing.T) {
 	t.Parallel()
 	for name, keeps := range map[string]bool{"it does not keep a no": false, "it keeps a no": true} {
@@ -540,8 +539,8 @@ func TestParkedRequestIsRunByNobody(t *testing.T) {
 	}
 }
 
-// The lease of an owner in its last transaction runs out. Whoever comes is answered at once, and does
-// not wait for it.
+// The lease of an owner in its last transaction runs out. Whoever comes is answered at once, and
+// does not wait for it.
 func TestRetryDoesNotWaitForAnOwnerInItsLastTransaction(t *testing.T) {
 	t.Parallel()
 	s := newShop(t, func(_ *processor, e *effect.Effect[card, charge]) { e.Timeout = 100 * time.Millisecond })
@@ -703,7 +702,8 @@ func TestReplacedOwnerMakesNoFurtherCall(t *testing.T) {
 	}
 }
 
-// The doubt of a send that was not made is taken back before anybody else may take the request over.
+// The doubt of a send that was not made is taken back before anybody else may take the request
+// over.
 func TestDoubtIsTakenBackBeforeTheRequestIsLeft(t *testing.T) {
 	t.Parallel()
 	s := newShop(t, nil)
@@ -720,8 +720,8 @@ func TestDoubtIsTakenBackBeforeTheRequestIsLeft(t *testing.T) {
 	}
 }
 
-// The reply to the last COMMIT is lost: the answer is found if it was recorded, and never called not
-// executed.
+// The reply to the last COMMIT is lost: the answer is found if it was recorded, and never called
+// not executed.
 func TestLostReplyToTheLastCommit(t *testing.T) {
 	t.Parallel()
 	for name, fault := range map[string]pgfault.Kind{"committed": pgfault.CutAfter, "not committed": pgfault.CutBefore} {
@@ -895,8 +895,8 @@ func TestRetryDuringARepeatedSendIsInProgress(t *testing.T) {
 	s.wantPaid(t, <-two, 900)
 }
 
-// A call that one version of the program sends once at most is not repeated by another, whichever of
-// the two began it.
+// A call that one version of the program sends once at most is not repeated by another, whichever
+// of the two began it.
 func TestCallThatOneVersionSendsOnceIsNotRepeated(t *testing.T) {
 	t.Parallel()
 	for name, first := range map[string]bool{"the first": true, "the second": false} {

@@ -15,7 +15,7 @@ import (
 	"github.com/paidonce/idempotency/storage/encrypted"
 )
 
-// list returns what the processor has charged, as its list would.
+// list returns the processor's charges, as its list would.
 func (p *processor) list() iter.Seq2[effect.Item[charge], error] {
 	return func(yield func(effect.Item[charge], error) bool) {
 		p.mu.Lock()
@@ -108,7 +108,7 @@ func TestReconcileFindsEveryDifference(t *testing.T) {
 	}
 }
 
-// The comparison goes on over batches, in both directions.
+// The comparison goes on across batches, in both directions.
 func TestReconcileComparesInBatches(t *testing.T) {
 	t.Parallel()
 	const n = 2*effect.ReconcileBatch + 1

@@ -29,7 +29,7 @@ type charge struct {
 	Amount int
 }
 
-// behavior is what the processor does with one request.
+// behavior is the processor's response to one request.
 type behavior uint8
 
 const (

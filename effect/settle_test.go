@@ -99,7 +99,7 @@ func TestWebhookDuringTheCallCounts(t *testing.T) {
 	}
 }
 
-// So it does in an encrypted store.
+// It counts in an encrypted store too.
 func TestWebhookDuringAnEncryptedCallCounts(t *testing.T) {
 	t.Parallel()
 	g := newGate()

@@ -39,7 +39,7 @@ type charged struct {
 	Amount int64
 }
 
-// shop charges cards and posts what was charged. Its price changes all the time.
+// shop charges cards and posts the charges. Its price changes all the time.
 type shop struct {
 	pool   *pgxpool.Pool
 	store  *postgres.Store
@@ -110,7 +110,7 @@ func sale(account string, n int) *http.Request {
 	return r
 }
 
-// check compares what the processor charged with what is posted and what clients were told.
+// check compares the processor's charges with the postings and with the clients' answers.
 func (s *shop) check(ctx context.Context, told Told) error {
 	rows, err := s.pool.Query(ctx, "SELECT n, charge, amount, note FROM postings")
 	if err != nil {
@@ -205,7 +205,7 @@ func TestHandlerWithCallsPasses(t *testing.T) {
 	Run(t, newShop(t).config())
 }
 
-// Without Config.Resume the clients' retries bring every request to its end.
+// Without Config.Resume the clients' retries end every request.
 func TestHandlerWithCallsPassesWithoutResume(t *testing.T) {
 	t.Parallel()
 	config := newShop(t).config()

@@ -21,10 +21,10 @@ const (
 	NotSent           // no connection: it provably never arrives
 )
 
-// Processor stands in for another service that a handler calls, such as a card processor: use Do and
-// Lookup as those of the [effect.Effect]. It serves each key once, keeps a no under its key too, and
-// refuses a key with another input. It counts what it did for each key, so that an invariant can
-// compare that with the service's own tables. It is safe for concurrent use.
+// Processor stands in for another service that a handler calls, such as a card processor: use Do
+// and Lookup as those of the [effect.Effect]. It serves each key once, keeps a no under its key
+// too, and refuses a key with another input. It counts what it did for each key, so that an
+// invariant can compare that with the service's own tables. It is safe for concurrent use.
 type Processor[In, Out any] struct {
 	// Serve executes a request with a new key. It returns the result, or effect.Declined for a no. It
 	// is called once for each key, for one key at a time. Required.

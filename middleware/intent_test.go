@@ -86,7 +86,7 @@ func newService(t *testing.T, timeout time.Duration, opts setupOptions) *service
 	return s
 }
 
-// ask asks the database, on a connection of its own.
+// ask queries the database, on a connection of its own.
 func (s *service) ask(t *testing.T, sql string, arguments ...any) (n int) {
 	conn, err := pgx.Connect(t.Context(), s.direct)
 	if err != nil {
@@ -116,9 +116,9 @@ func (s *service) sent() (keys, times int) {
 	return len(s.charges), times
 }
 
-// The reply to the intent's COMMIT is lost, in each of the ways that there are. Nothing is sent
-// until the intent is proven to be there, nobody is told not-executed about an intent, and a retry
-// or the completer ends the request with one charge and one posting.
+// The reply to the intent's COMMIT is lost, in each possible way. Nothing is sent until the intent
+// is proven to be committed, no client gets not-executed after an intent, and a retry or the
+// completer ends the request with one charge and one posting.
 func TestLostIntentIsNeitherSentNorForgotten(t *testing.T) {
 	t.Parallel()
 	const late = 3 * time.Second
@@ -181,8 +181,8 @@ func TestLostIntentIsNeitherSentNorForgotten(t *testing.T) {
 					t.Errorf("%d %s %s", first.status, first.outcome, first.body)
 				}
 
-				// The way that a look-up takes is over: the late commit comes, and PostgreSQL ends the
-				// sessions that nobody uses.
+				// The first request has ended. Now the late commit arrives, and PostgreSQL ends the sessions
+				// that nobody uses.
 				var last reply
 				for begin := time.Now(); ; time.Sleep(50 * time.Millisecond) {
 					if kind == pgfault.HalfOpen {
@@ -219,9 +219,9 @@ func TestLostIntentIsNeitherSentNorForgotten(t *testing.T) {
 	}
 }
 
-// A client may make a new request with a new key only if it was told not-executed. Whatever goes
-// wrong after the intent, it is not told so, by the service or by package client, and the same key
-// leads to one charge and one posting.
+// A client may use a new key only after not-executed. Whatever goes wrong after the intent, neither
+// the service nor package client reports not-executed, and the same key leads to one charge and one
+// posting.
 func TestClientIsNeverToldNotExecutedAfterAnIntent(t *testing.T) {
 	t.Parallel()
 	fails := func(status int) func(http.ResponseWriter, *http.Request) {

@@ -215,8 +215,8 @@ func TestDeadProcessIsCompleted(t *testing.T) {
 	}
 }
 
-// Another process with the same route takes the request over by a client's retry, and only when its
-// lease has run out. What it ends is replayed by both.
+// On a client's retry another process with the same route takes the request over, but only when its
+// lease has run out. Then both processes replay the answer.
 func TestAnotherProcessTakesOver(t *testing.T) {
 	t.Parallel()
 	o := setupOpen(t, nil)
@@ -389,7 +389,7 @@ func TestResumedRunSeesTheRequestThatCame(t *testing.T) {
 
 type callerKey struct{}
 
-// A stored request that this program can't read stays open, and keeps no other one from its end.
+// A stored request that this program can't read stays open, and does not keep others from ending.
 func TestUnreadableRequestsDoNotStopTheOthers(t *testing.T) {
 	t.Parallel()
 	o := setupOpen(t, nil)
@@ -451,7 +451,7 @@ func TestResumableOptionsAreChecked(t *testing.T) {
 	o.idem.With(func(o *middleware.Options) { o.Resumable = "topup/1" }).Handler(http.NotFoundHandler())
 }
 
-// A quota counts an open request once, by its new key: neither its retries nor its end count.
+// A quota counts an open request once, when its key is new: neither its retries nor its end count.
 func TestQuotaCountsAnOpenRequestOnce(t *testing.T) {
 	t.Parallel()
 	o := setupOpen(t, &middleware.Options{Quota: middleware.Quota{KeysMax: 2}})

@@ -173,7 +173,7 @@ func FingerprinterV1() Fingerprinter { return Fingerprinter{Version: fingerprint
 
 // RouterStateFunc returns the state that a router has in the request's context. It is called before
 // the first run of a handler, with stored nil. In another process, which resumes the request, it is
-// called with a context that no router has seen, and with what Stored returned.
+// called with a context that no router has seen, and with the result of Stored.
 type RouterStateFunc func(ctx context.Context, stored []byte) (RouterState, error)
 
 // RouterState is the state of a router before the first run of a handler. It is an alias, so that a

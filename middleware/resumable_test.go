@@ -199,7 +199,7 @@ func TestOpenRequestIsNotRunByOthers(t *testing.T) {
 	}
 }
 
-// FuzzRestoreRequest: a stored request that can be read is one that a handler can be given.
+// FuzzRestoreRequest: a stored request that can be read can be given to a handler.
 func FuzzRestoreRequest(f *testing.F) {
 	f.Add([]byte(`{"v":1,"method":"POST","path":"L2E=","pattern":"POST /accounts/{id}/topups","path_values":{"id":"/w=="},"header":{"A":["Yg=="]},"body":"e30="}`))
 	f.Add([]byte(`{"v":2}`))
@@ -213,7 +213,7 @@ func FuzzRestoreRequest(f *testing.F) {
 	})
 }
 
-// FuzzStoredRequest: a resumed run gets the bytes that came, whatever they are.
+// FuzzStoredRequest: a resumed run gets the client's bytes, whatever they are.
 func FuzzStoredRequest(f *testing.F) {
 	f.Add("POST", "/accounts/%FF/topups", "x=%2F&y", "bank.example", "\xff", "text/plain; q=\xfc", []byte("{}"), []byte{0xff})
 	f.Add("PATCH", "", "", "", "", "", []byte(nil), []byte(nil))

@@ -260,14 +260,14 @@ func operationAnswer(answer *idempotency.Answer) *OperationAnswer {
 	return shown
 }
 
-// An id is base64url of AES-256-GCM over the operation. The nonce is a MAC of the operation, so that
-// equal operations have equal ids, and no nonce is used for two.
+// An id is base64url of AES-256-GCM over the operation. The nonce is a MAC of the operation, so
+// that equal operations have equal ids, and no nonce is used for two.
 
 // statusIDVersion is the first byte that is encrypted.
 const statusIDVersion = 1
 
-// statusIDBytesMax is the length of the longest id, in characters: 4 for each 3 bytes of the nonce and
-// the tag, the version, the fingerprint, and three fields with their lengths.
+// statusIDBytesMax is the length of the longest id, in characters: 4 for each 3 bytes of the nonce
+// and the tag, the version, the fingerprint, and three fields with their lengths.
 const statusIDBytesMax = (12 + 16 + 1 + 2 + sha256.Size + 1 + idempotency.ResumableBytesMax + 2 + idempotency.ScopeBytesMax + 2 + idempotency.KeyBytesMax) * 4 / 3
 
 type statusCipher struct {

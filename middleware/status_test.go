@@ -139,7 +139,7 @@ func TestWhoPrefersNotToWaitGetsPendingAndTheAnswerLater(t *testing.T) {
 	if other := o.topUp(t, "another", "json"); other.header.Get("Location") == location {
 		t.Error("two requests have one operation")
 	}
-	// A client that does not ask for it gets what it always did.
+	// A client that does not ask for it gets 503 as before.
 	unknown := o.post(t, "/topups/json", `{"amount":5}`, "Idempotency-Key", key, "Prefer", "wait=10")
 	want(t, unknown, http.StatusServiceUnavailable, idempotency.OutcomeUnknown, idempotency.ReasonOutcomeUnknown)
 	if !strings.Contains(unknown.body, `"accepted":true`) || unknown.header.Get("Location") != "" {
@@ -167,7 +167,7 @@ func TestWhoPrefersNotToWaitGetsPendingAndTheAnswerLater(t *testing.T) {
 	}
 }
 
-// A request that is settled when it is answered gets its answer, whatever it prefers.
+// A request that has ended gets its answer, whatever it prefers.
 func TestSettledRequestIsNotPending(t *testing.T) {
 	t.Parallel()
 	o := setupOperations(t, nil)
@@ -462,8 +462,8 @@ func TestPreferenceForAnAsynchronousAnswer(t *testing.T) {
 	}
 }
 
-// FuzzPrefer: a preference that is added behind any complete list is found, and one that is inside a
-// quoted string is not.
+// FuzzPrefer: a preference that is added behind any complete list is found, and one that is inside
+// a quoted string is not.
 func FuzzPrefer(f *testing.F) {
 	f.Add("wait=10", "a,b;c")
 	f.Add(`foo="\""`, `\`)
@@ -478,7 +478,7 @@ func FuzzPrefer(f *testing.F) {
 	})
 }
 
-// FuzzOperationID: an id that can be read is the one that is made for what it stands for.
+// FuzzOperationID: if an id can be read, its content is encrypted to the same id again.
 func FuzzOperationID(f *testing.F) {
 	status := middleware.NewStatus("/", statusSecret)
 	f.Add(middleware.SealStatusID(status, "topup/1", idempotency.Key{Scope: "acme", Value: "k"}, idempotency.NewFingerprint(1, nil)), "a", "b", "c", int16(1))

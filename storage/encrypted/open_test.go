@@ -137,8 +137,8 @@ func TestOpenRequestIsEncrypted(t *testing.T) {
 	}
 }
 
-// The output of a phase, and the detail of one that decided against its writes, are sealed as those of
-// calls are; and one can't stand in for the other.
+// The output of a phase, and the detail of a declined one, are encrypted like those of calls, and
+// one can't stand in for the other.
 func TestPhasesAreEncrypted(t *testing.T) {
 	t.Parallel()
 	for name, forged := range map[string]bool{"as they were": false, "forged": true} {
@@ -245,7 +245,7 @@ func TestPartsOfAnOpenRequestAreBound(t *testing.T) {
 	}
 }
 
-// Requests that nobody here can decrypt stay open, and keep no other one from its end.
+// Requests that this program can't decrypt stay open, and do not keep others from ending.
 func TestRequestsUnderAnUnknownKeyDoNotStopTheOthers(t *testing.T) {
 	t.Parallel()
 	c := newCaller(t)
@@ -291,7 +291,7 @@ func TestAnswerOfAnOpenRequestIsBoundToIt(t *testing.T) {
 	}
 }
 
-// A look at a request that claims nothing decrypts its answer, and shows none that was changed.
+// LookUp decrypts the answer, and returns none that was changed.
 func TestLookUpDecrypts(t *testing.T) {
 	t.Parallel()
 	c := newCaller(t)

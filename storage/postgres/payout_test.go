@@ -120,7 +120,8 @@ func (p *payout) do(ctx context.Context) idempotency.Result {
 	return p.engine.Do(ctx, req, p.run)
 }
 
-// payoutVariable makes the test binary a process that is killed: "<database>|<rail>|<closed>|<point>".
+// payoutVariable makes the test binary a process that is killed:
+// "<database>|<rail>|<closed>|<point>".
 const payoutVariable = "PAIDONCE_PAYOUT_CHILD"
 
 // payoutChild makes one payout, and kills itself with SIGKILL at a point. It returns if it does not
@@ -170,7 +171,8 @@ func newRail(t *testing.T, refuses bool) *rail {
 }
 
 // A process is killed with kill -9 between any two steps of a payout, and nobody retries. The
-// completer of another process ends the request: each step counts once, and a retry gets the answer.
+// completer of another process ends the request: each step counts once, and a retry gets the
+// answer.
 func TestKilledPayoutIsCompleted(t *testing.T) {
 	t.Parallel()
 	for name, c := range map[string]struct {

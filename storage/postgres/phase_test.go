@@ -434,8 +434,8 @@ func TestDeferExecTravelsWithThePhase(t *testing.T) {
 	r.want(t, idempotency.OutcomeExecuted, "")
 }
 
-// After the last call or phase, deferred statements belong to the last transaction: they travel with
-// the answer, and if they fail the request stays open.
+// After the last call or phase, deferred statements belong to the last transaction: they travel
+// with the answer, and if they fail the request stays open.
 func TestDeferExecAfterACallTravelsWithTheAnswer(t *testing.T) {
 	t.Parallel()
 	var r *resumable
@@ -465,7 +465,7 @@ func TestDeferExecAfterACallTravelsWithTheAnswer(t *testing.T) {
 	}
 }
 
-// A 4xx is answered after a phase, whose writes stay; but not after a call that was made.
+// A 4xx may follow a phase, and the phase's writes stay. It may not follow a call that was made.
 func TestRefusalAfterAPhaseIsAnswered(t *testing.T) {
 	t.Parallel()
 	var r *resumable
@@ -671,8 +671,8 @@ func TestSerializationFailureInAPhaseStartsAgain(t *testing.T) {
 	}
 }
 
-// The isolation level of the store is that of a phase, too; and the look-up after a failure does not
-// take the open request's own row for another attempt's record.
+// The isolation level of the store is that of a phase, too; and the look-up after a failure does
+// not take the open request's own row for another attempt's record.
 func TestPhasesHaveTheStoresIsolation(t *testing.T) {
 	t.Parallel()
 	for _, set := range []pgx.TxIsoLevel{pgx.RepeatableRead, pgx.Serializable} {
@@ -784,8 +784,8 @@ func TestKeyIsInProgressDuringAPhase(t *testing.T) {
 	}
 }
 
-// An error of the database gives up the locks of a phase's transaction at once, so another owner may
-// take the request over while the phase is slow. Its decision is refused then.
+// An error of the database gives up the locks of a phase's transaction at once, so another owner
+// may take the request over while the phase is slow. Its decision is refused then.
 func TestDecisionOfAReplacedOwnerIsRefused(t *testing.T) {
 	t.Parallel()
 	var r *resumable
@@ -907,8 +907,8 @@ func TestOutputThatDoesNotFitTheProgramIsLeft(t *testing.T) {
 	}
 }
 
-// A phase costs the claim or a BEGIN, its statements, and its COMMIT. The steps after it cost the same
-// as without the phase, except that a last transaction has to begin once more.
+// A phase costs the claim or a BEGIN, its statements, and its COMMIT. The steps after it cost the
+// same as without the phase, except that a last transaction has to begin once more.
 func TestGateRoundTripsOfAPhase(t *testing.T) {
 	t.Parallel()
 	b := setup(t, &setupOptions{configure: func(c *pgxpool.Config) { c.MaxConns, c.MinConns = 1, 1 }})

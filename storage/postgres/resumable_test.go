@@ -331,8 +331,9 @@ func TestCheckResumableNamesTheRightsThatAreMissing(t *testing.T) {
 	}
 }
 
-// A guard that is missing, as in a table that was restored alone, is named with the statement that
-// makes it good; and a reaper with no right on the tables of effects deletes them with the record.
+// CheckResumable names a missing guard, as in a table that was restored without its triggers, and
+// the statement that creates it. A reaper without rights on the table of effects deletes them with
+// the record.
 func TestCheckResumableNamesTheGuardsThatAreMissing(t *testing.T) {
 	t.Parallel()
 	var r *resumable
@@ -378,8 +379,8 @@ func TestCheckResumableNamesTheGuardsThatAreMissing(t *testing.T) {
 	}
 }
 
-// A record wins over the lock, which a replay holds for a moment, also if the claim travels with the
-// intent: a copy in another process gets the answer, not in-progress.
+// A record wins over the lock, which a replay holds for a moment, also if the claim travels with
+// the intent: a copy in another process gets the answer, not in-progress.
 func TestRecordWinsOverTheLockOfTheIntent(t *testing.T) {
 	t.Parallel()
 	var r *resumable

@@ -34,9 +34,9 @@ func TestStatisticsOfASmallTableAreExact(t *testing.T) {
 }
 
 // However large the table is, at most StatisticsPagesMax of its pages are read, and the estimates
-// are near.
-// The figures of open requests say how many are open, and how long the oldest of each kind has been.
-// An open request always has a time at which it is due, unless a person has to end it.
+// are near. The figures of open requests say how many are open, and how long the oldest of each
+// kind has been. An open request always has a time at which it is due, unless a person has to end
+// it.
 func TestStatisticsOfOpenRequests(t *testing.T) {
 	t.Parallel()
 	ctx := context.Background()

@@ -472,7 +472,7 @@ func callUnderWay(t *testing.T, lapse idempotency.Lapse, settle bool) (r *resuma
 	return r, tracer, first, end
 }
 
-// Copies that wait for a request whose call is not settled get its result, without a run of their
+// Copies that wait for a request get its result if its call is not settled, without a run of their
 // own. Another request with the same key does not get it.
 func TestCopiesOfAnOpenRequestAreAccepted(t *testing.T) {
 	t.Parallel()
@@ -589,8 +589,8 @@ func TestCopiesOfAPhaseInAnotherProcessClaimFirst(t *testing.T) {
 	}
 }
 
-// A copy whose Wait elapses while the call is under way asks the store, not its handler: the request
-// is in progress, for the rest of the lease at most.
+// A copy whose Wait elapses while the call is under way asks the store, not its handler: the
+// request is in progress, for the rest of the lease at most.
 func TestWaitThatElapsesDuringACallRunsNothing(t *testing.T) {
 	t.Parallel()
 	r, _, _, _ := callUnderWay(t, idempotency.Lapse{Reason: "no reply"}, false)

@@ -106,7 +106,7 @@ func cloneOpen(open *idempotency.Open) *idempotency.Open {
 	return &c
 }
 
-// referenceOpenAttempt has no claim and no connection but in its referenceAttempt, until it is open.
+// referenceOpenAttempt has its claim and its connection in its referenceAttempt, until it is open.
 type referenceOpenAttempt struct {
 	*referenceAttempt
 	asked bool  // it has claimed

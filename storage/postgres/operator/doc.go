@@ -9,10 +9,10 @@
 // table's primary key. Instead each call is bounded in rows, pages and time, and returns how far it
 // came.
 //
-// All methods only read, except [Operator.Expire], [Operator.Delete], [Operator.GC], and the acts on
-// open requests: [Operator.Settle], [Operator.Resume], [Operator.Park] and [Operator.Abandon]. These
-// acts are the only manual changes that are safe while the service runs. Each adds a row to the
-// table idempotency_audit in the same transaction.
+// All methods only read, except [Operator.Expire], [Operator.Delete], [Operator.GC], and the acts
+// on open requests: [Operator.Settle], [Operator.Resume], [Operator.Park] and [Operator.Abandon].
+// These acts are the only manual changes that are safe while the service runs. Each adds a row to
+// the table idempotency_audit in the same transaction.
 //
 // Results contain scopes, keys and answers, as the table does: show them only to operators. Errors
 // contain none of them.

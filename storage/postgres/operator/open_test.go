@@ -20,7 +20,7 @@ import (
 
 var openAct = operator.OpenAct{Act: act}
 
-// openBundle is a service with a resumable route whose call does not get a reply.
+// openBundle is a service with a resumable route. Its call gets no reply.
 type openBundle struct {
 	*testBundle
 	kind  idempotency.EffectKind
@@ -260,8 +260,8 @@ func TestResumedRequestIsNotParkedForItsOldAge(t *testing.T) {
 	}
 }
 
-// Expire, delete and the reaper never take an open request, and abandon only with the names of
-// what may have been sent.
+// Expire, delete and the reaper never take an open request. Abandon takes it only with the names of
+// the effects that may have been sent.
 func TestOpenRequestIsOnlyAbandonedKnowingly(t *testing.T) {
 	t.Parallel()
 	b := setupOpen(t)
@@ -339,8 +339,9 @@ func TestListOpen(t *testing.T) {
 	wantError(t, err, operator.ErrInvalid)
 }
 
-// The statements of the last release without open requests, as its programs send them: they read the
-// table, and none of them can lose an intent, or leave effects that would answer for a new request.
+// The statements of the last release without open requests, as its programs send them: they read
+// the table, and none of them can lose an intent, or leave effects that would answer for a new
+// request.
 func TestOlderToolsCanNotLoseAnOpenRequest(t *testing.T) {
 	t.Parallel()
 	const (
