@@ -324,7 +324,7 @@ func validate(req *Request) (Reason, error) {
 		return ReasonHandlerFailed, errors.New("request has a key and no fingerprint")
 	}
 	if req.Resumable != "" && (!validResumable(req.Resumable) || req.Stored == nil) {
-		return ReasonHandlerFailed, errors.New("resumable request has an invalid name, or nothing to run again from")
+		return ReasonHandlerFailed, errors.New("resumable request has an invalid name, or no Stored function")
 	}
 	return "", nil
 }

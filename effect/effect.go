@@ -283,7 +283,7 @@ func (r *run[In, Out]) settle() (out Out, err error) {
 		}
 		return r.park("the other service may have forgotten its key, and it was not found", r.end.Err)
 	case r.ctx.Err() != nil:
-		return r.unsentOnce(once, "the handler's time was over", context.Cause(r.ctx))
+		return r.unsentOnce(once, "the handler's time ran out", context.Cause(r.ctx))
 	}
 	start := r.effects.Now()
 	if !r.effects.MaySend() {

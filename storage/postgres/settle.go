@@ -77,7 +77,7 @@ func (s *Store) settleIn(ctx context.Context, tx pgx.Tx, settlement *idempotency
 		case encrypted && settlement.Seal == nil:
 			return errors.New("the request is encrypted: set Settlement.Seal to encrypted.Store.SealOutput")
 		case looks == 2:
-			return errors.New("the effect changes under our hands")
+			return errors.New("the effect keeps changing: settle it again later")
 		}
 		output := notNull(settlement.Output)
 		if encrypted {

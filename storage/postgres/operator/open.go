@@ -379,7 +379,7 @@ func (o *Operator) Abandon(ctx context.Context, key idempotency.Key, a Abandonme
 	slices.Sort(said)
 	return o.openAct(ctx, "abandon", "", key, a.OpenAct, func(r *OpenRequest) error {
 		if sent := r.MaybeSent(); !slices.Equal(said, sent) {
-			return fmt.Errorf("%w: what may have been sent is %s", ErrUnconfirmed, cmp.Or(strings.Join(sent, ","), "nothing"))
+			return fmt.Errorf("%w: the effects that may have been sent are %s", ErrUnconfirmed, cmp.Or(strings.Join(sent, ","), "none"))
 		}
 		return nil
 	}, nil)
