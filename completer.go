@@ -58,7 +58,7 @@ func NewCompleter(engine *Engine, opts *CompleterOptions) *Completer {
 	}
 	if o.OnResume == nil {
 		o.OnResume = func(key Key, result Result) {
-			if result.Answer == nil && result.Outcome != OutcomeInProgress && !errors.Is(result.Err, ErrNotOpen) { // else another owner has it, or ended it
+			if result.Answer == nil && result.Outcome != OutcomeInProgress && !errors.Is(result.Err, ErrNotOpen) { // otherwise another owner has it, or ended it
 				o.Logger.Warn("idempotency: open request did not end", "key", key, "reason", string(result.Reason), "error", result.Err)
 			}
 		}

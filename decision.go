@@ -135,7 +135,7 @@ const (
 	factBackingOff    // the open request is not due yet, or belongs to another handler; nobody runs it
 	factParked        // the open request waits for a person
 	factUnsettled     // the request is open, and this run does not end it
-	factContradiction // the request is open; its answer does not fit its effects, or a rule forbids another run
+	factContradiction // the request is open; its answer does not fit its effects, or it must not run again
 	factFenced        // the request is open, and another owner has taken it over
 
 	factOutcomeUnknown // the outcome of the request could not be found out

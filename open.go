@@ -582,7 +582,8 @@ func (e *Engine) attemptOpen(ctx context.Context, budget *deadline.Context, req 
 	attempt, record, err := keeper.BeginOpen(budget, &req.claim, lazy)
 	fact := factAfterClaim(&req.Request, record, err)
 	var open *Open
-	var asked time.Time // before the lease began, so that MaySend notices if the process sleeps from then on
+	// Read before the lease begins, so that MaySend notices if the process sleeps from then on.
+	var asked time.Time
 	if decide(fact).action == actionTakeOver {
 		asked = time.Now()
 		attempt, open, err = keeper.TakeOver(budget, &req.claim)

@@ -42,7 +42,9 @@ func (e *Engine) inQueue(ctx context.Context, req *ongoing, run RunFunc, trace *
 		if result, settled := follow(ctx, req, place, over, trace); settled {
 			return result
 		}
-		req.ClaimFirst = true // another request had the key: a handler that runs before its claim would probably run for nothing
+		// Another request had the key: a handler that runs before its claim would probably run for
+		// nothing.
+		req.ClaimFirst = true
 	}
 	for pause := waitPauseMin; ; pause = min(2*pause, waitPauseMax) {
 		result = e.attempts(ctx, req, run, trace, &place.derived)

@@ -30,8 +30,8 @@ const (
 	// PermissionDelete allows deleting a record, after which a retry of its request runs again and
 	// may pay twice.
 	PermissionDelete Permission = "delete"
-	// PermissionSettle allows settling the effects of an open request, and resuming and parking it. A
-	// payment that is settled as not sent by mistake can be made twice.
+	// PermissionSettle allows settling the effects of an open request, and resuming and parking it. If
+	// a payment is wrongly settled as not sent, it can be made twice.
 	PermissionSettle Permission = "settle"
 	// PermissionAbandon allows deleting an open request without an answer, after which a retry of it
 	// runs again and may pay twice.

@@ -107,8 +107,8 @@ func (p plan) wants(k *key, o idempotency.Outcome) bool {
 	return slices.Contains(p.first, o) || o == replayed && k.opened.Load() && slices.Contains(p.first, executed)
 }
 
-// wantsThen reports whether a retry may get this outcome. Somebody else may have brought an open
-// request to its end.
+// wantsThen reports whether a retry may get this outcome. Somebody else may have ended an open
+// request.
 func (p plan) wantsThen(k *key, o idempotency.Outcome) bool {
 	return p.then == "" || o == p.then || o == replayed && k.opened.Load()
 }
