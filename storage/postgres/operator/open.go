@@ -273,7 +273,7 @@ func (o *Operator) Settle(ctx context.Context, key idempotency.Key, name string,
 		as == SettleDeclined && len(output) > 0 && !json.Valid(output) && !bytes.HasPrefix(output, []byte(envelopeMark)):
 		return OpenRequest{}, fmt.Errorf("settle: %w: the output is not JSON", ErrInvalid)
 	case (as == SettleNotSent || as == SettleRetry) && output != nil:
-		return OpenRequest{}, fmt.Errorf("settle: %w: only what is done or declined has an output", ErrInvalid)
+		return OpenRequest{}, fmt.Errorf("settle: %w: only a done or declined effect has an output", ErrInvalid)
 	case as != SettleDone && as != SettleDeclined && as != SettleNotSent && as != SettleRetry:
 		return OpenRequest{}, fmt.Errorf("settle: %w: an effect is done, declined, not-sent or retry", ErrInvalid)
 	case output == nil:
@@ -286,7 +286,7 @@ func (o *Operator) Settle(ctx context.Context, key idempotency.Key, name string,
 		}
 		e := &r.Effects[at]
 		if e.State != idempotency.EffectIntended {
-			return "", fmt.Errorf("%w: it is %s since %s", ErrSettled, EffectStateText(e.State), e.SettledAt.Format(time.RFC3339))
+			return "", fmt.Errorf("%w: it has been %s since %s", ErrSettled, EffectStateText(e.State), e.SettledAt.Format(time.RFC3339))
 		}
 		state := int16(idempotency.EffectDone)
 		switch as {
@@ -301,7 +301,7 @@ func (o *Operator) Settle(ctx context.Context, key idempotency.Key, name string,
 				key.Scope, key.Value, name))
 		case SettleRetry:
 			if e.Kind == idempotency.EffectAtMostOnce {
-				return "", fmt.Errorf("%w: this effect is sent once at most: say %s if it is known that the other service never got it", ErrInvalid, SettleNotSent)
+				return "", fmt.Errorf("%w: this effect is sent once at most: settle it as %s if the other service certainly never got it", ErrInvalid, SettleNotSent)
 			}
 			return "", one(tx.Exec(ctx, "UPDATE "+o.effects+" SET panics = 0 WHERE scope = $1 AND key = $2 AND name = $3 AND state = 1", key.Scope, key.Value, name))
 		}
