@@ -109,7 +109,10 @@ func TestHandleReadsTheConnectionInItsTurnOnly(t *testing.T) {
 		stop := make(chan struct{})
 		set := func(exec func(sql string) error) {
 			for i := range 100 {
-				if err := exec(fmt.Sprintf("SET TimeZone TO '%d'", i%10)); err != nil && !errors.Is(err, postgres.ErrBusy) {
+				err := exec(fmt.Sprintf("SET TimeZone TO '%d'", i%10))
+				// Between the steps of the other goroutine's rows or batch, pgx itself says that
+				// the connection is busy.
+				if err != nil && !errors.Is(err, postgres.ErrBusy) && !strings.Contains(err.Error(), "conn busy") {
 					t.Errorf("%s: %v", name, err)
 				}
 			}
