@@ -22,7 +22,7 @@ type chaosCommand struct {
 	Operations    int           `placeholder:"N" help:"Minimum number of requests, with as many faults as fit. Defaults to the profile's."`
 	Clients       int           `placeholder:"N" default:"${clients}" help:"Number of concurrent clients. (default: ${default})"`
 	Banks         int           `placeholder:"N" default:"${banks}" help:"Bank processes that share the database. (default: ${default})"`
-	Effects       bool          `help:"Start a processor that misbehaves too, and send top-ups, payouts and receipts, which call it. A fifth of the profile's requests, and a minute more."`
+	Effects       bool          `help:"Start a processor that misbehaves too, and send top-ups, payouts and receipts, which call it. The run has a fifth of the profile's requests, and may take a minute longer."`
 	Wait          bool          `help:"Make duplicates wait for the answer: run the banks with --wait."`
 	DurationMax   time.Duration `placeholder:"DURATION" help:"Maximum duration: a longer run fails. Defaults to the profile's: 3m, 20m or 75m."`
 	JSON          bool          `name:"json" help:"Print one JSON object instead of a table."`

@@ -38,7 +38,7 @@ Without a command it serves. Try:
   demo-bank --data-dir ./bank-data               serve, and find the money still there at the next start
   DATABASE_URL=postgres://... demo-bank          serve on a PostgreSQL of yours
   demo-bank psp                                  serve the processor of cards, payouts and mails in another terminal
-  demo-bank --psp http://127.0.0.1:8090          serve, and call that one instead of the one inside
+  demo-bank --psp http://127.0.0.1:8090          serve, and call that processor instead of the one inside
   demo-bank storm                                send thousands of duplicates to it and read the verdict
   demo-bank storm --keys 20000 --clients 64      a longer one
   demo-bank storm --json >report.json            for a script: exit code 0 is ok, 1 is broken, 2 is no verdict`
@@ -57,8 +57,8 @@ type serveCommand struct {
 	Addr            string        `placeholder:"HOST:PORT" default:"${addr}" help:"Address to listen on; port 0 takes any free one. (default: ${default})"`
 	DatabaseURL     string        `name:"database-url" env:"DATABASE_URL" placeholder:"URL" help:"PostgreSQL that holds the books. Without it an embedded one is started."`
 	DataDir         *string       `name:"data-dir" placeholder:"DIR" help:"Folder that keeps the data of the embedded PostgreSQL and of the processor inside. Without it the data is deleted at exit."`
-	PSP             string        `name:"psp" placeholder:"URL" help:"Processor of cards, payouts and mails that runs already: demo-bank psp. Without it one is started inside, on a loopback port."`
-	PSPKeyLifetime  time.Duration `name:"psp-key-lifetime" placeholder:"DURATION" default:"${pspKeyLifetime}" help:"Time that the processor is sure to know a key, at least ${pspKeyLifetimeMin}: nothing is sent again after it. (default: ${default})"`
+	PSP             string        `name:"psp" placeholder:"URL" help:"A processor of cards, payouts and mails that runs already (demo-bank psp). Without it one is started inside, on a loopback port."`
+	PSPKeyLifetime  time.Duration `name:"psp-key-lifetime" placeholder:"DURATION" default:"${pspKeyLifetime}" help:"Time that the processor is sure to know a key, at least ${pspKeyLifetimeMin}: nothing is sent again after nine tenths of it. (default: ${default})"`
 	PoolSize        int           `placeholder:"N" default:"${poolSize}" help:"Maximum number of database connections. (default: ${default})"`
 	ShutdownTimeout time.Duration `placeholder:"DURATION" default:"${shutdownTimeout}" help:"Maximum time for requests in progress when the bank stops. (default: ${default})"`
 	TTL             time.Duration `name:"ttl" placeholder:"DURATION" default:"${ttl}" help:"Time that an answer is kept for retries, from its commit. (default: ${default})"`

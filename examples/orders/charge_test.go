@@ -19,7 +19,7 @@ import (
 	"github.com/paidonce/idempotency/internal/pgtest"
 )
 
-// waitMax limits every wait. It is long because the machine may be loaded.
+// waitMax limits each wait. It is long because the machine may be loaded.
 const waitMax = 60 * time.Second
 
 // The payment service charges the card and its answer is lost: 504, and so the shop answers 503. The
@@ -74,7 +74,7 @@ func TestLostAnswerOfThePaymentServiceChargesOnce(t *testing.T) {
 // childVariable makes the test binary a shop that takes one order: "<database>|<payment service>".
 const childVariable = "PAIDONCE_ORDERS_CHILD"
 
-// child takes one order. It returns if it is not killed before.
+// child takes one order. It returns only if it was not killed.
 func child() int {
 	ctx := context.Background()
 	databaseURL, payments, _ := strings.Cut(os.Getenv(childVariable), "|")
@@ -101,8 +101,8 @@ func keyed(r *http.Request) *http.Request {
 }
 
 // A shop is killed with kill -9 while the payment service has its request, and nobody retries. The
-// price changes, and the completer of another process ends the order: it is charged once, and what
-// is booked is what was charged.
+// price changes, and the completer of another process ends the order: it is charged once, and the
+// charged amount is booked.
 func TestKilledShopsOrderIsCompleted(t *testing.T) {
 	t.Parallel()
 	for name, charged := range map[string]bool{"before the card is charged": false, "after the card was charged": true} {
@@ -159,8 +159,8 @@ func TestKilledShopsOrderIsCompleted(t *testing.T) {
 	}
 }
 
-// The payment service takes its time, and has the requests of all clients at once although the pool
-// has four connections: none is held during a call.
+// The payment service is slow, and has the requests of all clients at the same time, although the pool
+// has four connections: a call holds none.
 func TestSlowPaymentServiceHoldsNoConnection(t *testing.T) {
 	t.Parallel()
 	const clients = 12

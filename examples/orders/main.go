@@ -51,7 +51,7 @@ func run(ctx context.Context, address string) error {
 
 	shop := &shop{pool: store.Pool(), ids: ids, charge: newCharge(payments, paymentTimeout)}
 	router, idem := newRouter(shop, store)
-	// The completer ends what no client retries, also what another process left when it died.
+	// The completer ends orders that no client retries, including those of a process that died.
 	completing, stopCompleting := context.WithCancel(ctx)
 	var completer sync.WaitGroup
 	completer.Go(func() { idem.Completer(nil).Run(completing) })
@@ -67,7 +67,7 @@ func newRouter(shop *shop, store idempotency.Store) (http.Handler, *middleware.M
 	idem := middleware.New(store, accountOf, &middleware.Options{
 		// The handler may call other services, and any replica finds it by this name.
 		Resumable: "order/1",
-		// Lets a handler run again, here or in another process.
+		// chiroute.State lets a handler run again, here or in another process.
 		RouterState: chiroute.State,
 	})
 	r := chi.NewRouter()

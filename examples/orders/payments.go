@@ -15,8 +15,8 @@ import (
 	"github.com/paidonce/idempotency/effect"
 )
 
-// payment is what the payment service is asked for. It is kept in the database until its request is
-// done, so it must not hold a card's number: send the token of one.
+// payment is the request to the payment service. It is kept in the database until its order has an
+// answer, so it must not hold a card's number: send a card's token.
 type payment struct {
 	Card   string `json:"card"`
 	Amount int64  `json:"amount"`
@@ -25,8 +25,8 @@ type payment struct {
 // paymentTimeout bounds one request to the payment service.
 const paymentTimeout = 3 * time.Second
 
-// newCharge declares the call to the payment service. The service keeps its keys for a day, with
-// what it answered, be it a no.
+// newCharge declares the call to the payment service. The service keeps each key for a day with its
+// answer, declines included.
 func newCharge(url string, timeout time.Duration) *effect.Declared[payment, charge] {
 	// A redirect would be a second request under the same key.
 	client := &http.Client{CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse }}

@@ -95,7 +95,7 @@ func openShopOn(t *testing.T, databaseURL, payments string) *testBundle {
 	return &testBundle{&shop{pool: store.Pool(), ids: ids, charge: newCharge(payments, paymentTimeout)}, store, payments}
 }
 
-// raisePrices makes each request find another price.
+// raisePrices raises the price before each request.
 func (b *testBundle) raisePrices(next http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		if _, err := b.shop.pool.Exec(r.Context(), "UPDATE shop.stock SET price = price + 1 WHERE sku = 'tea'"); err != nil {
@@ -116,8 +116,8 @@ func newOrder(token, card string) *http.Request {
 	return r
 }
 
-// checkBooks checks that each acknowledged order is there once, with its goods, and with a payment
-// that is what its card was charged; and that nothing else is there, at the payment service neither.
+// checkBooks checks that each acknowledged order exists once, with its goods, and with a payment equal
+// to the charge. Nothing else may exist, neither in the shop nor at the payment service.
 func (b *testBundle) checkBooks(ctx context.Context, acknowledged int) error {
 	count := func(sql string) (n int, err error) {
 		err = b.shop.pool.QueryRow(ctx, sql).Scan(&n)

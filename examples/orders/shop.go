@@ -29,7 +29,7 @@ const schema = `
 
 type shop struct {
 	pool   *pgxpool.Pool
-	ids    *nodeid.Source // of orders: no other replica makes the same id
+	ids    *nodeid.Source // makes ids of orders that no other replica makes
 	charge *effect.Declared[payment, charge]
 }
 
@@ -42,8 +42,8 @@ type reserved struct {
 var errOutOfStock = errors.New("out of stock")
 
 // order reserves the goods, charges the card, and writes the payment. The call to the payment service
-// is between two commits, so it holds neither a connection nor a lock; whoever runs this again, for
-// the client or after a crash, finds what was reserved and what was charged.
+// is between two commits, so it holds neither a connection nor a lock. A later run, for the client or
+// after a crash, finds the reservation and the charge.
 func (s *shop) order(w http.ResponseWriter, r *http.Request) {
 	var o struct {
 		SKU      string `json:"sku"`
@@ -84,7 +84,7 @@ func (s *shop) order(w http.ResponseWriter, r *http.Request) {
 	switch {
 	case errors.Is(err, effect.ErrDeclined):
 		if err := s.release(ctx, order.Order); err != nil {
-			return // a later run does it
+			return // a later run releases the goods
 		}
 		writeProblem(w, http.StatusPaymentRequired, "the card was declined")
 		return
@@ -92,7 +92,7 @@ func (s *shop) order(w http.ResponseWriter, r *http.Request) {
 		return // not settled: the middleware answers, and the request goes on without us
 	}
 
-	// The last phase: it commits with the answer. What is booked is what was charged.
+	// This is committed with the answer. The charged amount is booked.
 	tx := postgres.Tx(ctx)
 	if _, err := tx.Exec(ctx, "INSERT INTO shop.payments (order_id, charge, amount) VALUES ($1, $2, $3)", order.Order, paid.Name, paid.Amount); err != nil {
 		writeProblem(w, http.StatusInternalServerError, "the payment is not booked yet")

@@ -1,6 +1,6 @@
 // Command river shows a job queue inside an idempotent handler. The job is a row of the handler's
 // transaction, so there is one for each payment, and none for a request that left nothing. A second
-// kind of job brings requests that call another service to their end.
+// kind of job ends requests that call another service.
 //
 //	go run -C examples/river .
 package main

@@ -18,7 +18,7 @@ import (
 	"github.com/paidonce/idempotency/storage/postgres"
 )
 
-// resume is the job that brings a request to its end: the key of the request.
+// resume is the job that ends the request with this key.
 type resume struct {
 	Scope string `json:"scope"`
 	Key   string `json:"key"`
@@ -41,7 +41,7 @@ func resumer(idem *middleware.Middleware) river.Worker[resume] {
 	})
 }
 
-// resumeAfter is the time that the first run has before the queue looks after the request.
+// resumeAfter is the time from the first run of the handler to the first run of the job.
 const resumeAfter = 5 * time.Second
 
 // topUp charges a card and credits the account.
@@ -96,7 +96,7 @@ type charged struct {
 	Amount int64  `json:"amount"`
 }
 
-// chargeFunc charges a card at another service, which knows a repetition by its key.
+// chargeFunc charges a card at another service, which recognizes a repeated charge by its key.
 type chargeFunc = func(ctx context.Context, key string, p payment) (charged, error)
 
 func newCharge(charge chargeFunc) *effect.Declared[payment, charged] {

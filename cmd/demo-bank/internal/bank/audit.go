@@ -12,7 +12,7 @@ import (
 // arbitrary-precision integers because a sum over all books may exceed 64 bits.
 type Audit struct {
 	// OK reports that balance_total = opening_total, entries_total = 0, and every count of errors
-	// is 0, as far as the processor can be asked.
+	// is 0. If the processor can't be reached, its counts are null and don't matter.
 	OK bool `json:"ok"`
 
 	Accounts  int64 `json:"accounts"`
@@ -46,10 +46,10 @@ type Audit struct {
 	// Money that is held for payouts. It is a part of balance_total.
 	HeldTotal json.Number `json:"held_total"`
 
-	// PSP is the id of the processor's instance, or [ProcessorUnreachable]. The next five compare
-	// its lists with the postings that name this instance. They are null if it can't be reached.
+	// PSP is the id of the processor's instance, or [ProcessorUnreachable]. The next five counts
+	// compare its lists with the postings of this instance. They are null if it can't be reached.
 	PSP string `json:"psp,omitempty"`
-	// Charges at the processor. One whose request is open is not without a posting.
+	// Charges at the processor. ChargesWithoutPosting does not count charges of open requests.
 	Charges               *int64 `json:"charges"`
 	ChargesWithoutPosting *int64 `json:"charges_without_posting"`
 	PostingsWithoutCharge *int64 `json:"postings_without_charge"`
@@ -86,7 +86,7 @@ func (b *Bank) Audit(ctx context.Context) (*Audit, error) {
 	}
 	var a Audit
 	var balance, opening, entries, held string
-	made := b.processor.made(ctx) // first: whatever is in it has an intent in the snapshot
+	made := b.processor.made(ctx) // first: all that it lists has its intent in the snapshot
 	err := Snapshot(ctx, b.pool, func(tx pgx.Tx) error {
 		var batch pgx.Batch
 		batch.Queue(totals).QueryRow(func(row pgx.Row) error {

@@ -59,7 +59,7 @@ type Bank struct {
 	processor  *Processor // nil if there is none
 }
 
-// Call sets the processor that the bank calls. Call it once, before MountCalls.
+// Call sets the processor for the bank's calls. It must be called once, before MountCalls.
 func (b *Bank) Call(processor *Processor) { b.processor = processor }
 
 // TransferFunc is called in each transfer's transaction: before its first statement, and with
@@ -82,8 +82,8 @@ func New(pool *pgxpool.Pool, ids IDSource, ttl time.Duration, logger *slog.Logge
 	}
 }
 
-// OperationsSecret returns the secret of the ids of open requests. All processes on one database
-// have the same.
+// OperationsSecret returns the secret of the ids of open requests. It is the same in all processes on
+// one database.
 func (b *Bank) OperationsSecret(ctx context.Context) (secret []byte, err error) {
 	if err := b.pool.QueryRow(ctx, `SELECT value FROM secrets WHERE name = 'operations'`).Scan(&secret); err != nil {
 		return nil, fmt.Errorf("read the secret of operations: %w", err)

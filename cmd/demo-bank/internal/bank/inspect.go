@@ -105,8 +105,8 @@ const effects = `
 	UNION ALL
 	SELECT 'receipt ' || id, scope, key, attempt_id, created_at FROM receipts WHERE key IS NOT NULL`
 
-// written selects effects that are younger than the TTL, records of 2xx answers, and those of them
-// that are younger.
+// written selects the effects after the cutoff, all records of 2xx answers, and those of the records
+// after the cutoff.
 const written = Cutoff + `,
 	effects AS MATERIALIZED (SELECT e.* FROM cutoff, (` + effects + `) e WHERE e.created_at > cutoff.at),
 	all_records AS MATERIALIZED (
@@ -122,7 +122,8 @@ const (
 	ofHold      = `e.account = p.account AND e.amount = -p.amount OR ` + atHeld + ` AND e.amount = p.amount`
 )
 
-// negative selects accounts that owe. What came in through the processor is owed by it.
+// negative selects accounts with a negative balance, except the processor's: it owes the money that
+// came in.
 const negative = `balance < 0 AND NOT starts_with(id, '` + processorAccount + `')`
 
 // statement is one check of the books: subject selects the things to check, and wrong selects one
@@ -175,7 +176,7 @@ var statements = [...]statement{
 					count(*) FILTER (WHERE e.account = p.account), count(*) FILTER (WHERE ` + atHeld + `)
 				FROM payouts p LEFT JOIN entries e ON e.payout_id = p.id AND (` + ofHold + `) GROUP BY p.id
 				UNION ALL
-				-- There is none while the request is open.
+				-- A payout has no end while its request is open.
 				SELECT 'end of payout ' || p.id || ', ' || p.state, count(e.id), COALESCE(sum(e.amount), 0),
 					count(*) FILTER (WHERE ` + atHeld + ` AND e.amount = -p.amount),
 					count(*) FILTER (WHERE e.amount = p.amount AND CASE p.state WHEN 'posted' THEN ` + atProcessor + ` WHEN 'released' THEN e.account = p.account END)

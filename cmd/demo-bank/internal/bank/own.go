@@ -11,7 +11,7 @@ import (
 // them: their ids are not valid for one.
 const (
 	ownPrefix        = "bank:"
-	processorAccount = ownPrefix + "processor:" // what came in and went out through the processor
+	processorAccount = ownPrefix + "processor:" // money that came in or went out through the processor
 	heldAccount      = ownPrefix + "held:"      // for payouts that are under way
 )
 

@@ -48,7 +48,7 @@ func (b *Bank) decodePayout(body []byte) (call, error) {
 	return func(ctx context.Context) (*answer, error) { return b.payOut(ctx, p, order) }, nil
 }
 
-// hold is the amount of a payout that is under way.
+// hold is the result of the phase that holds a payout's amount.
 type hold struct {
 	ID        int64     `json:"id"` // of the payout
 	CreatedAt time.Time `json:"created_at"`
@@ -68,7 +68,7 @@ func (b *Bank) payOut(ctx context.Context, p Payout, order payoutOrder) (*answer
 	sent, err := b.processor.payout.Call(ctx, order)
 	switch {
 	case errors.Is(err, effect.ErrDeclined):
-		// A refusal undoes what its own transaction wrote, so the release is in one before it.
+		// A refusal undoes the writes of its own transaction, so the release has one of its own.
 		if _, err := postgres.Phase(ctx, "release", func(tx pgx.Tx) (nothing, error) {
 			return nothing{}, b.endPayout(ctx, tx, held.ID, p, nil)
 		}); err != nil {
@@ -85,7 +85,7 @@ func (b *Bank) payOut(ctx context.Context, p Payout, order payoutOrder) (*answer
 	return &answer{status: http.StatusCreated, body: p}, nil
 }
 
-// holdPayout moves the amount from the account to the bank's own of what is held, in two round
+// holdPayout moves the amount from the account to the bank's account for held money, in two round
 // trips: one locks and reads, one writes.
 func (b *Bank) holdPayout(ctx context.Context, tx pgx.Tx, s stamp, p Payout) (h hold, err error) {
 	account, err := b.lockWithOwn(ctx, tx, p.Account, heldAccount)
@@ -112,8 +112,8 @@ func (b *Bank) holdPayout(ctx context.Context, tx pgx.Tx, s stamp, p Payout) (h 
 	return h, nil
 }
 
-// endPayout moves what is held out of the bank if the processor has sent it, and else back to the
-// account, in two round trips.
+// endPayout moves the held amount to the processor's account if the processor has sent it, and
+// otherwise back to the account, in two round trips.
 func (b *Bank) endPayout(ctx context.Context, tx pgx.Tx, id int64, p Payout, sent *executed) error {
 	account, err := b.lockWithOwn(ctx, tx, p.Account, heldAccount, processorAccount)
 	if err != nil {

@@ -15,11 +15,11 @@ import (
 	"github.com/paidonce/idempotency/effect"
 )
 
-// What the bank knows of its processor, for the calls of package effect.
+// Facts about the processor, for the calls of package effect.
 const (
 	// KeyLifetimeDefault is the time that the processor is sure to know a key.
 	KeyLifetimeDefault = 24 * time.Hour
-	// KeyLifetimeMin is the least that package effect takes for the timeout of a call.
+	// KeyLifetimeMin is the shortest lifetime that package effect accepts for callTimeout.
 	KeyLifetimeMin = 10 * callTimeout
 	// BackoffMax is the longest pause between two runs of a request that is open.
 	BackoffMax = 5 * time.Second
@@ -54,15 +54,15 @@ type ProcessorOptions struct {
 	// KeyLifetime is the time that the processor is sure to know a key, at least KeyLifetimeMin.
 	// Zero means KeyLifetimeDefault.
 	KeyLifetime time.Duration
-	// Transport makes the requests. Nil makes one of its own.
+	// Transport makes the requests. If it is nil, the processor has one of NewTransport.
 	Transport http.RoundTripper
 }
 
 // ErrProcessorURL means that the URL of a processor can't be used.
 var ErrProcessorURL = errors.New("it must be an http or https URL with a host")
 
-// NewProcessor returns a processor, and does not call it. It returns [ErrProcessorURL] if the URL
-// is not one.
+// NewProcessor returns a processor, without calling it. It returns [ErrProcessorURL] if the URL can't
+// be used.
 func NewProcessor(o ProcessorOptions) (*Processor, error) {
 	parsed, err := url.Parse(o.URL)
 	if err != nil || parsed.Scheme != "http" && parsed.Scheme != "https" || parsed.Host == "" {
@@ -89,7 +89,7 @@ func NewProcessor(o ProcessorOptions) (*Processor, error) {
 }
 
 // keyed returns the effect of a request that the processor recognizes by its key. KeepsDeclines
-// stays false: the processor can be told not to keep them.
+// stays false, because the processor's faults can make it forget declines.
 func keyed[In any](p *Processor, path string, keyLifetime time.Duration) effect.Effect[In, executed] {
 	return effect.Effect[In, executed]{
 		Do:      func(ctx context.Context, key string, in In) (executed, error) { return p.execute(ctx, path, key, in) },
@@ -98,8 +98,8 @@ func keyed[In any](p *Processor, path string, keyLifetime time.Duration) effect.
 	}
 }
 
-// NewTransport returns the transport of a [Processor]. It keeps few connections, so that a bank at
-// rest holds no more than before.
+// NewTransport returns the transport of a [Processor]. It uses no proxy, and closes connections that
+// are idle for 5 seconds, so that a bank at rest holds none.
 func NewTransport() *http.Transport {
 	transport := http.DefaultTransport.(*http.Transport).Clone()
 	transport.Proxy, transport.IdleConnTimeout = nil, idleTimeout
@@ -109,7 +109,7 @@ func NewTransport() *http.Transport {
 // Close ends idle connections to the processor.
 func (p *Processor) Close() { p.http.CloseIdleConnections() }
 
-// The requests are recorded, and sent as they were recorded: their JSON is the processor's.
+// The inputs of the calls. They are recorded and sent as the same JSON, that of the processor's API.
 type (
 	chargeOrder struct {
 		Card      string `json:"card"`
@@ -127,7 +127,7 @@ type (
 	}
 )
 
-// executed is the result of a request. It is recorded. A mail has no amount.
+// executed is the recorded result of a call. A mail has no amount.
 type executed struct {
 	ID       string `json:"id"`
 	Amount   int64  `json:"amount"`
@@ -140,7 +140,7 @@ var refusals = map[int]string{
 	http.StatusUnprocessableEntity: "payout_refused",
 }
 
-// errKept is the error of a 500, which the processor repeats to every request under the key.
+// errKept is the error of a 500. The processor repeats it to every request with the same key.
 var errKept = errors.New("the processor answers 500 to this key, now and later")
 
 // execute sends a request that writes.
@@ -149,7 +149,7 @@ func (p *Processor) execute(ctx context.Context, path, key string, in any) (exec
 	if !errors.Is(err, errKept) {
 		return out, err
 	}
-	// No repetition gives a result. Only a look-up may.
+	// Another send gets the same 500. Only a look-up may find a result.
 	switch found, missed := p.find(ctx, path, key); {
 	case missed == nil:
 		return found, nil
@@ -168,7 +168,7 @@ func (p *Processor) send(ctx context.Context, path, key string, in any) (out exe
 	if err != nil {
 		return out, effect.NotSent(err)
 	}
-	r.GetBody = nil // or net/http sends it again by itself
+	r.GetBody = nil // otherwise net/http may send it again by itself
 	r.Header.Set("Content-Type", "application/json")
 	if key != "" {
 		r.Header.Set("Idempotency-Key", key)
@@ -216,7 +216,7 @@ func (p *Processor) find(ctx context.Context, path, key string) (executed, error
 	return executed{ID: items[0].ID, Amount: items[0].Amount, Instance: instance}, nil
 }
 
-// item is one of a list of the processor.
+// item is an item of the processor's lists.
 type item struct {
 	ID     string `json:"id"`
 	Amount int64  `json:"amount"`

@@ -44,7 +44,7 @@ func (b *Bank) decodeReceipt(body []byte) (call, error) {
 	return func(ctx context.Context) (*answer, error) { return b.receipt(ctx, number, letter) }, nil
 }
 
-// receipt sends a mail, and notes whether it is sure to have been sent.
+// receipt sends a mail, and records whether it was surely sent.
 func (b *Bank) receipt(ctx context.Context, transfer int64, letter mail) (*answer, error) {
 	if !idempotency.Resumed(ctx) { // transfers stay
 		apart, cancel := apart(ctx)

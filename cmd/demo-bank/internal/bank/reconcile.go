@@ -6,8 +6,8 @@ import (
 	"github.com/jackc/pgx/v5"
 )
 
-// made holds the lists of the processor that an audit compares with the books. Nil is that of a
-// bank without a processor.
+// made has the processor's lists, which an audit compares with the books. It is nil if the bank has no
+// processor.
 type made struct {
 	processor *Processor
 	instance  string
@@ -22,17 +22,17 @@ type madeKind struct {
 	items    []item
 
 	withoutPosting int64
-	// Postings that the list did not show, or that are not the first of their item.
+	// Postings without an item in the list, and second and later postings of an item.
 	missing []posting
 }
 
 type posting struct {
 	id     string
 	amount int64
-	nth    int64 // of its item's postings
+	nth    int64 // 1 for its item's first posting
 }
 
-// made reads the processor's lists. It reports in the result whether the processor can be reached.
+// made reads the processor's lists. If that fails, the result is not reachable.
 func (p *Processor) made(ctx context.Context) *made {
 	if p == nil {
 		return nil
@@ -45,7 +45,8 @@ func (p *Processor) made(ctx context.Context) *made {
 	return m
 }
 
-// read reads both lists, and reports whether the same instance gave them as before.
+// read reads both lists. It reports false if that fails, or if another instance than before gave
+// them.
 func (m *made) read(ctx context.Context, take func(*madeKind, []item)) bool {
 	ctx, cancel := context.WithTimeout(ctx, listTimeout)
 	defer cancel()
@@ -96,7 +97,7 @@ func (m *made) compare(batch *pgx.Batch) {
 	}
 }
 
-// fill sets the fields of an audit whose snapshot has been read.
+// fill sets the audit's fields about the processor, after the snapshot was read.
 func (m *made) fill(ctx context.Context, a *Audit) {
 	if m == nil {
 		return
@@ -119,7 +120,7 @@ func (m *made) fill(ctx context.Context, a *Audit) {
 	a.PayoutsWithoutPosting, a.PostingsWithoutPayout = count(payouts.withoutPosting), count(int64(len(payouts.missing)))
 }
 
-// found takes out of missing what a later list shows.
+// found removes from missing the postings with an item in a later list.
 func (k *madeKind) found(items []item) {
 	amounts := make(map[string]int64, len(items))
 	for _, item := range items {

@@ -34,7 +34,7 @@ const (
 	PayoutsPath  = "/v1/payouts"
 	ReceiptsPath = "/v1/receipts"
 
-	// OperationsPath is in front of the id of an open request.
+	// OperationsPath is followed by the id of an open request.
 	OperationsPath = "/v1/operations/"
 )
 
@@ -153,8 +153,8 @@ var errUnsettled = errors.New("the request is not settled")
 
 func unsettled(err error) error { return fmt.Errorf("%w: %w", errUnsettled, err) }
 
-// apart returns the context of a read before a call: without the request's attempt, which lends no
-// connection before the call, and no longer than the handler's.
+// apart returns the context of a read before a call. It has no attempt, because with an attempt the
+// pool would refuse a connection. It has the handler's deadline, or readTimeout.
 func apart(ctx context.Context) (context.Context, context.CancelFunc) {
 	deadline, ok := ctx.Deadline()
 	if !ok {
@@ -163,7 +163,7 @@ func apart(ctx context.Context) (context.Context, context.CancelFunc) {
 	return context.WithDeadline(context.Background(), deadline)
 }
 
-// readTimeout limits a read before a call, if the handler has no deadline.
+// readTimeout limits a read before a call if the handler has no deadline.
 const readTimeout = 5 * time.Second
 
 // calling runs a request that calls the processor. If it is not settled, the middleware answers.

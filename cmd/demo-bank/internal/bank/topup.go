@@ -62,7 +62,7 @@ func (b *Bank) decodeTopUp(body []byte) (call, error) {
 
 // topUp charges the card, and then credits the account.
 func (b *Bank) topUp(ctx context.Context, t TopUp, order chargeOrder) (*answer, error) {
-	if !idempotency.Resumed(ctx) { // else it was looked at before the charge, and money may have moved
+	if !idempotency.Resumed(ctx) { // an earlier run has checked, and money may have moved since
 		if err := b.mayTopUp(ctx, t.Account); err != nil {
 			return nil, err
 		}
@@ -74,14 +74,14 @@ func (b *Bank) topUp(ctx context.Context, t TopUp, order chargeOrder) (*answer, 
 	case err != nil:
 		return nil, unsettled(err)
 	}
-	// The recorded charge counts, whatever this run would have sent.
+	// The amount of the recorded charge counts, even if this run's input differs.
 	t.Charge, t.Amount = paid.ID, paid.Amount
 	return b.postTopUp(ctx, postgres.Tx(ctx), stampOfAttempt(ctx), t, paid.Instance)
 }
 
-// TopUpWithoutEffects charges a card inside of a transaction, as a handler does that calls no effect:
-// if the reply is lost, the charge stays and nothing here knows of it. It is for demonstrations, and
-// must be given a processor that the audit does not ask.
+// TopUpWithoutEffects charges a card inside a transaction, like a handler without effects: if the
+// reply is lost, the charge stays and is recorded nowhere. It is for demonstrations. The processor
+// must be one that the audit does not compare.
 func (b *Bank) TopUpWithoutEffects(ctx context.Context, processor *Processor, account, card string, amount int64) error {
 	order := chargeOrder{Card: card, Amount: amount, Reference: "top-up of " + account}
 	_, err := b.commit(ctx, func(ctx context.Context, tx pgx.Tx, s stamp) (*answer, error) {
@@ -95,7 +95,7 @@ func (b *Bank) TopUpWithoutEffects(ctx context.Context, processor *Processor, ac
 }
 
 // mayTopUp returns a problem if the account can't be topped up. It reads on a connection of its
-// own: nothing may be done in the request's transaction before a call.
+// own, because the request's transaction must not be used before a call.
 func (b *Bank) mayTopUp(ctx context.Context, id string) error {
 	apart, cancel := apart(ctx)
 	defer cancel()
@@ -109,8 +109,8 @@ func (b *Bank) mayTopUp(ctx context.Context, id string) error {
 	return nil
 }
 
-// postTopUp credits the account in the given transaction and two round trips: one locks and reads,
-// one writes.
+// postTopUp credits the account in the given transaction, in two round trips: one locks and reads, one
+// writes.
 func (b *Bank) postTopUp(ctx context.Context, tx pgx.Tx, s stamp, t TopUp, instance string) (*answer, error) {
 	account, err := b.lockWithOwn(ctx, tx, t.Account, processorAccount)
 	if err != nil {

@@ -20,8 +20,8 @@ import (
 const (
 	topUpFields = "id:id account:text amount:int charge:text created_at:time"
 
-	// settleMax limits the wait for an open request once the processor is good again. It takes less
-	// than a minute, and longer on a machine that is loaded.
+	// settleMax limits the wait for an open request once the processor works again. It takes less
+	// than a minute, but longer on a loaded machine.
 	settleMax = 2 * time.Minute
 )
 
@@ -145,15 +145,15 @@ func TestTopUpChargesTheCardAndCreditsTheAccount(t *testing.T) {
 	}
 }
 
-// TestTopUpSurvivesEachFaultOfTheProcessor: the processor misbehaves in one way, with every request
-// and for ever where a repetition can succeed, and else for a while. Nobody retries. The top-up is
-// done within a minute, with one charge and one posting.
+// TestTopUpSurvivesEachFaultOfTheProcessor: the processor misbehaves in one way, with every request.
+// It does so for ever if a repetition can succeed, and otherwise for a while. Nobody retries. The
+// top-up is done within a minute, with one charge and one posting.
 func TestTopUpSurvivesEachFaultOfTheProcessor(t *testing.T) {
 	t.Parallel()
 	pgtest.Slow(t, "waits for pauses between calls")
 	for name, test := range map[string]struct {
 		faults, card string
-		heals        bool // the fault never ends by itself
+		heals        bool // the test ends the fault, because a repetition can't succeed before
 		declined     bool
 	}{
 		"loses each reply":             {faults: `{"lose_reply":1}`},
@@ -204,8 +204,8 @@ func TestTopUpSurvivesEachFaultOfTheProcessor(t *testing.T) {
 	}
 }
 
-// TestTopUpThatOnlyAPersonCanEndIsParked: the processor repeats a 500 under the key, also when it is
-// good again.
+// TestTopUpThatOnlyAPersonCanEndIsParked: the processor repeats a 500 under the key, even when it
+// works again.
 func TestTopUpThatOnlyAPersonCanEndIsParked(t *testing.T) {
 	t.Parallel()
 	b := setup(t)
@@ -362,7 +362,7 @@ func TestPayoutIsHeldAndThenPostedOrReleased(t *testing.T) {
 		t.Errorf("alice has %d, and the audit says %+v", b.balance("alice"), audit)
 	}
 
-	// Under way: its account does not have the money, and it is not gone.
+	// Under way: the account no longer has the money, and it is held.
 	b.faults(`{"lose_request":1}`)
 	expectAccepted(t, b.payOut("open", "alice", "DE1", 100))
 	audit = b.audit()
@@ -458,8 +458,8 @@ func TestPayoutsAtOnceHoldNoMoreThanThereIs(t *testing.T) {
 	}
 }
 
-// TestReceiptIsMailedOnceAtMost: the answer says whether the mail is sure to have been sent, and no
-// fault makes a second one.
+// TestReceiptIsMailedOnceAtMost: the answer says whether the mail was surely sent, and no fault makes
+// a second one.
 func TestReceiptIsMailedOnceAtMost(t *testing.T) {
 	t.Parallel()
 	b := setup(t)
@@ -507,7 +507,7 @@ func TestReceiptIsMailedOnceAtMost(t *testing.T) {
 	expectAudit(t, b.settled(), 0)
 }
 
-// holdingProcessor applies charges and holds all replies until it has had so many keys.
+// holdingProcessor applies charges and holds all replies until it has had a given number of keys.
 type holdingProcessor struct {
 	*httptest.Server
 	mu    sync.Mutex

@@ -16,15 +16,15 @@ import (
 	"github.com/paidonce/idempotency/storage/postgres"
 )
 
-// The points of requests that call the processor. Those at a COMMIT are found by a statement of the
-// store that travels with it, and never with anything else.
+// The crash points of requests that call the processor. A COMMIT is recognized by a statement of the
+// store that is always sent with this COMMIT, and with no other.
 
-// takeOverSQL is in the statement that takes an open request over.
+// takeOverSQL is a part of the statement that takes an open request over.
 const takeOverSQL = "epoch = epoch + 1"
 
 const storeTables = `"` + bank.Schema + `"."`
 
-// wirePoints are the points before or after the message with a statement is sent to the database.
+// wirePoints are the points before or after a message with this SQL is sent to the database.
 var wirePoints = map[string]struct {
 	sql    string
 	before bool
@@ -40,7 +40,7 @@ var wirePoints = map[string]struct {
 // crashCall is in the context of each request to a route that calls the processor.
 type crashCall struct {
 	called  atomic.Bool
-	batches atomic.Int64 // of its handler, after the call
+	batches atomic.Int64 // sent by its handler after the call
 }
 
 type crashCallKey struct{}

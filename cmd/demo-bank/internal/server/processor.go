@@ -17,11 +17,12 @@ import (
 const (
 	// pspFile is the inside processor's file in the data folder.
 	pspFile = "processor.jsonl"
-	// pspStopTimeout limits the stop of the inside processor. Nobody waits for its answers by then.
+	// pspStopTimeout limits the stop of the inside processor. By then no call waits for its answer.
 	pspStopTimeout = 100 * time.Millisecond
 )
 
-// openProcessor returns the configured processor, or starts one inside. stop ends it.
+// openProcessor returns the configured processor, or starts one inside. stop closes its connections,
+// and ends the one inside.
 func (s *Server) openProcessor(ctx context.Context, watch *live.Live) (processor *bank.Processor, stop func(), err error) {
 	s.psp, stop = s.config.PSP, func() {}
 	if s.psp == "" {
@@ -54,7 +55,7 @@ func (s *Server) startProcessor(ctx context.Context) (url string, stop func(), e
 		config.File = filepath.Join(dir, pspFile)
 	}
 	inside := psp.New(config)
-	// It ends when stop is called: until then the bank finishes its calls.
+	// It ends when stop is called, not with ctx: the bank finishes its calls before.
 	running, end := context.WithCancel(context.WithoutCancel(ctx))
 	ended := make(chan error, 1)
 	var group sync.WaitGroup
@@ -81,7 +82,7 @@ func (s *Server) startProcessor(ctx context.Context) (url string, stop func(), e
 	}
 }
 
-// wherePSP tells people where the processor is.
+// wherePSP describes for people where the processor is.
 func (s *Server) wherePSP() string {
 	switch {
 	case s.config.PSP != "":

@@ -79,12 +79,12 @@ type Config struct {
 	// demo is better than a refusal.
 	AcquireTimeout time.Duration
 
-	// PSP is the URL of the processor that the bank calls. If it is empty, Run starts one inside,
-	// on a loopback port. It keeps its file in DataDir, or its actions in memory.
+	// PSP is the URL of the processor that the bank calls. If it is empty, Run starts one inside, on
+	// a loopback port. That one keeps its state in a file in DataDir, or in memory without a DataDir.
 	PSP string
 
 	// KeyLifetime is the time that the processor is sure to know a key: nothing is sent again after
-	// it. At least bank.KeyLifetimeMin. Defaults to 24 hours.
+	// nine tenths of it. It must be at least bank.KeyLifetimeMin. Defaults to 24 hours.
 	KeyLifetime time.Duration
 
 	// CrashPoint kills the process at a chosen point. If it is nil, nothing is installed.
@@ -197,7 +197,7 @@ func (s *Server) Run(ctx context.Context) (err error) {
 	group.Go(func() { completer.Run(s.config.CrashPoint.completing(completing)) })
 	stopping := func() {
 		page.Stop()
-		stopCompleter() // what it runs is finished, as requests are
+		stopCompleter() // requests that it runs are finished
 	}
 	return s.serve(ctx, listener, handler, stopping, db)
 }
@@ -239,7 +239,7 @@ func (s *Server) serve(ctx context.Context, listener net.Listener, handler http.
 	server := s.httpServer(handler)
 	failed := make(chan error, 1)
 	s.url = port.URL(listener.Addr())
-	s.greet(db) // before the first answer: whoever finds the bank ready has all it says
+	s.greet(db) // before the first answer, so that all lines are out when the bank is ready
 	go func() { failed <- server.Serve(listener) }()
 	close(s.serving)
 

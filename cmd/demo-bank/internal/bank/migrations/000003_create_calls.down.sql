@@ -1,4 +1,4 @@
--- The money that came in or went out is forgotten. So is that which is held.
+-- The rows of all money that came in, went out or is held are deleted.
 DELETE FROM entries WHERE topup_id IS NOT NULL OR payout_id IS NOT NULL;
 ALTER TABLE entries
     DROP CONSTRAINT entries_move_check,

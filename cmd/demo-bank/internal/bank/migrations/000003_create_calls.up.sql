@@ -1,8 +1,8 @@
--- What the bank does through its processor: top-ups, payouts and receipts.
+-- The requests that call the processor: top-ups, payouts and receipts.
 --
--- Money that comes from outside or leaves is on accounts of the bank's own, one per currency, which
--- no client can name: bank:processor:EUR is what came in and went out, and is negative if more came
--- in; bank:held:EUR is held for payouts that are under way. So all balances together never change.
+-- The bank has accounts of its own, one of each kind per currency, which no client can name.
+-- bank:processor:EUR has the money that came in or went out, and is negative if more came in.
+-- bank:held:EUR has the money that is held for payouts. So the sum of all balances never changes.
 
 -- No unique constraint on (scope, key) or on the processor's id, on purpose: it would hide doubles
 -- from the audit.
@@ -57,7 +57,7 @@ CREATE TABLE receipts (
     CONSTRAINT receipts_transfer_id_fkey FOREIGN KEY (transfer_id) REFERENCES transfers (id)
 );
 
--- What all processes of the bank must have in common.
+-- Secrets that all processes of the bank share.
 CREATE TABLE secrets (
     name  text COLLATE "C" NOT NULL,
     value bytea NOT NULL,
