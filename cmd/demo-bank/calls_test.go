@@ -47,7 +47,7 @@ func auditOf(t *testing.T, client *http.Client, url string) (audit bank.Audit) {
 	return audit
 }
 
-// due ends the leases of open requests, as time would.
+// due makes open requests due, as if their leases had run out.
 func due(t *testing.T, db *pgxpool.Pool) {
 	t.Helper()
 	if _, err := db.Exec(t.Context(), `UPDATE idempotency_open SET next_at = now()`); err != nil {
@@ -55,8 +55,8 @@ func due(t *testing.T, db *pgxpool.Pool) {
 	}
 }
 
-// paidOnce waits until nothing is open, and requires that the processor and the books have the
-// request this often.
+// paidOnce waits until no request is open, and requires that the processor and the books have the
+// request this many times.
 func paidOnce(t *testing.T, p, psp string, db *pgxpool.Pool, c calling, want int) {
 	t.Helper()
 	client := newClient(t)
@@ -86,8 +86,8 @@ func paidOnce(t *testing.T, p, psp string, db *pgxpool.Pool, c calling, want int
 }
 
 // TestBankKilledAtEachPointOfACallPaysOnce: the bank is killed with -9 at each point of a top-up and
-// of a payout, and nobody retries. The bank that is started after it ends what was begun, and the
-// processor and the books have it once. A retry gets the one answer.
+// of a payout, and nobody retries. The next bank ends the request, and the processor and the books
+// have it once. A retry gets the one answer.
 func TestBankKilledAtEachPointOfACallPaysOnce(t *testing.T) {
 	t.Parallel()
 	pgtest.Slow(t, "kills many banks")
@@ -160,8 +160,8 @@ func killedAt(t *testing.T, c calling, name string, nth int) {
 	paidOnce(t, again.url, psp.url, db, c, 1)
 }
 
-// TestEveryLineIsOutBeforeTheBankIsReady: whoever finds the bank ready finds the processor's URL in
-// what it has printed, and the processor there.
+// TestEveryLineIsOutBeforeTheBankIsReady: once the bank is ready it has printed the processor's URL,
+// and the processor serves there.
 func TestEveryLineIsOutBeforeTheBankIsReady(t *testing.T) {
 	t.Parallel()
 	for name, args := range map[string][]string{"inside": nil, "given": {"--psp", servePSP(t, "--addr", "127.0.0.1:0").url}} {
@@ -285,8 +285,8 @@ func TestProcessorOfTheBankSurvivesKill9OfBoth(t *testing.T) {
 	}
 }
 
-// TestProcessorThatCannotBeUsed: a wrong --psp and a lost processor are told in one line, and a
-// processor that is not there yet is not.
+// TestProcessorThatCannotBeUsed: a wrong --psp or an unreadable file of the processor inside ends the
+// bank with one line. A processor that does not serve yet is no error.
 func TestProcessorThatCannotBeUsed(t *testing.T) {
 	t.Parallel()
 	database := pgtest.Database(t)
@@ -304,7 +304,7 @@ func TestProcessorThatCannotBeUsed(t *testing.T) {
 	if text := string(output); err == nil || !strings.Contains(text, "used only by the processor inside") || !strings.Contains(text, "the processor inside can't start") {
 		t.Errorf("%v:\n%s", err, text)
 	}
-	// It may come up later: the bank is ready without it.
+	// The processor may start later: the bank is ready without it.
 	p := serve(t, "--addr", "127.0.0.1:0", "--database-url", database, "--psp", "http://127.0.0.1:1", "--pool-size", "4")
 	audit := auditOf(t, newClient(t), p.url)
 	if !audit.OK || audit.PSP != bank.ProcessorUnreachable {

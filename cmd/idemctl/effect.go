@@ -15,7 +15,7 @@ import (
 type effectCommands struct {
 	List   effectListCommand   `cmd:"" help:"Show a page of open requests, the oldest first."`
 	Get    effectGetCommand    `cmd:"" help:"Show one open request with its effects."`
-	Settle effectSettleCommand `cmd:"" help:"Say what is known of an effect. The service's handler then makes the answer."`
+	Settle effectSettleCommand `cmd:"" help:"State what is known of an effect. The service's handler then makes the answer."`
 }
 
 type (
@@ -191,7 +191,7 @@ func openLines(r *operator.OpenRequest) []string {
 	return lines
 }
 
-// openFlags are those of an act on an open request.
+// openFlags are the flags of an act on an open request.
 type openFlags struct {
 	Reason string `required:"" placeholder:"TEXT" help:"Reason for the act. It is kept in the audit table."`
 	Actor  string `placeholder:"NAME" help:"Your name. (default: your account on this machine)"`
@@ -234,7 +234,7 @@ type effectSettleCommand struct {
 	keyArguments
 	Name string `arg:"" help:"Name of the effect."`
 	openFlags
-	Done     string `xor:"as" required:"" placeholder:"JSON" help:"The other service did it. JSON is what the effect's Do returns for that."`
+	Done     string `xor:"as" required:"" placeholder:"JSON" help:"The other service did it. JSON is the result that the effect's Do would return."`
 	Declined bool   `xor:"as" required:"" help:"The other service refused, and will not do it later."`
 	NotSent  bool   `xor:"as" required:"" help:"The other service never got it: it is sent as if for the first time."`
 	Retry    bool   `xor:"as" required:"" help:"Nothing is known: it is sent again with the same key, if the rules of the effect permit that."`

@@ -8,9 +8,9 @@
 //   - cluster.go, banks.go, faults.go, commits.go make the faults
 //   - keys.go, clients.go, send.go are the clients: their requests, their retries, and when they
 //     give up
-//   - effects.go has the faults of requests that call a processor: processor.go is that, gateway.go
-//     stands in front of it, directed.go has the schedules that a random one rarely meets, and
-//     outside.go what is left in the end
+//   - effects.go has the faults of requests that call a processor. processor.go runs the processor,
+//     gateway.go stands in front of it, directed.go has the schedules that a random one rarely meets,
+//     and outside.go judges the state at the end
 //   - watch.go observes the run; settle.go and judge.go reach the verdict; report.go reports it
 package chaos
 
@@ -120,7 +120,7 @@ func (c *Config) full() Config {
 	return full
 }
 
-// profile returns the profile of a config that is full.
+// profile returns the profile of a config with its defaults set.
 func (c *Config) profile() profile {
 	p := profiles[c.Profile]
 	if c.Effects {

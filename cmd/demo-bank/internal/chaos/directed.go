@@ -20,14 +20,15 @@ const (
 	scriptMax     = 50 * time.Second // for one script
 	heldReply     = 2 * time.Second
 	heldTopUps    = 6
-	lateAfter     = time.Second      // from a decline to the arrival of the request before it
-	declineWithin = 9 * time.Second  // of the first send: a decline that is older may be final
+	lateAfter     = time.Second      // from a decline to the arrival of the earlier request
+	declineWithin = 9 * time.Second  // after the first send: a later decline may be final
 	leaseMin      = 10 * time.Second // a little less than the lease of a request with a call
 	afterSleep    = 3 * time.Second  // in which a bank that slept may do what it must not
 )
 
-// directed are schedules that random faults meet rarely. Each script has a key of its own, and
-// decides what becomes of its COMMITs and calls. They run when the load is over.
+// directed are schedules that random faults rarely meet. Each script has a key of its own, and decides
+// the faults of its COMMITs and calls. The scripts run after the load, except the longest, which runs
+// beside it.
 type directed struct {
 	run      *run
 	findings findings
@@ -51,7 +52,7 @@ func newDirected(r *run) *directed {
 	return &directed{run: r, hooks: map[scriptStep]func(int) pgfault.Fault{}}
 }
 
-// hookOf returns what decides on a COMMIT of a key, or nil.
+// hookOf returns the function that decides on a COMMIT of a key, or nil.
 func (d *directed) hookOf(k *key, kind openCommit) func(bank int) pgfault.Fault {
 	d.mu.Lock()
 	defer d.mu.Unlock()
@@ -71,7 +72,7 @@ func (d *directed) once(k *key, kind openCommit, do func(bank int) pgfault.Fault
 	}
 }
 
-// done returns the number of scripts that came to their end.
+// done returns the number of scripts that have ended.
 func (d *directed) done() int {
 	d.mu.Lock()
 	defer d.mu.Unlock()
@@ -134,14 +135,14 @@ func (d *directed) early(ctx context.Context) {
 	}
 }
 
-// lifetime: every send of a request is lost, and its client has left. When the processor may have
-// forgotten the key the request is left to a person, and nothing more is sent.
+// lifetime: every send of a request is lost, and its client has left. Once the processor may have
+// forgotten the key, the request is left to a person, and nothing more is sent.
 func (d *directed) lifetime(ctx context.Context) error {
 	r := d.run
 	k := r.keys.script(askTopUp, "-1")
 	k.triesMax = 2
 	r.gateway.hook(k, func(*call) verdict { return verdict{lose: true} })
-	// Of its own: the clients of the load are still being made.
+	// A lane of its own: the clients of the load are still being made.
 	l := newLane(r, ClientsMax*lanesMax)
 	began := time.Now()
 	l.ask(ctx, k, false, storm.NoTrouble)
@@ -164,7 +165,7 @@ func (d *directed) lifetime(ctx context.Context) error {
 		switch {
 		case ctx.Err() != nil:
 			return ctx.Err()
-		case errors.Is(err, pgx.ErrNoRows) && time.Since(began) < lifetimeMore: // it has not begun, or not yet
+		case errors.Is(err, pgx.ErrNoRows) && time.Since(began) < lifetimeMore: // it has not begun yet
 			l.ask(ctx, k, false, storm.NoTrouble)
 		case err == nil && state.parked != "":
 			sent := r.gateway.seen(callName{"/charges", state.derived})
@@ -180,7 +181,7 @@ func (d *directed) lifetime(ctx context.Context) error {
 }
 
 // lifetimeMore is the time after the key's lifetime within which a request is left to a person:
-// there may be a take-over of a lease in between, and a crash.
+// a take-over and a crash may come in between.
 const lifetimeMore = 40 * time.Second
 
 // sender returns a lane for a script that stays with one bank.
@@ -195,7 +196,7 @@ func (d *directed) sender(bank int) *lane {
 	return c.lanes[0]
 }
 
-// answer asks until there is an answer, and returns its status.
+// answer sends a request until it has an answer, and returns its status.
 func (d *directed) answer(ctx context.Context, l *lane, k *key) (int, error) {
 	l.ask(ctx, k, false, storm.NoTrouble)
 	if ctx.Err() != nil || len(l.ops) == 0 {
@@ -230,8 +231,8 @@ func wait(ctx context.Context, done <-chan struct{}, what string) error {
 	}
 }
 
-// healed makes a call of a bank, whose breaker may still be open: then it makes one call at a time,
-// and the scripts would wait for the others.
+// healed makes a call of a bank, to close its breaker. A bank with an open breaker makes one call at a
+// time, and the scripts would wait for each other.
 func (d *directed) healed(ctx context.Context, bank int) error {
 	k := d.run.keys.script(askTopUp, "-1")
 	if status, err := d.answer(ctx, d.sender(bank), k); err != nil || status != http.StatusCreated {
@@ -292,7 +293,7 @@ func (d *directed) noTransaction(ctx context.Context) error {
 }
 
 // decline: the first request is still under way when the processor, which keeps no declines, refuses
-// its retry, and arrives then. The refusal must not be told.
+// its retry. Then the first one arrives. The client must not get the refusal.
 func (d *directed) decline(ctx context.Context) error {
 	r := d.run
 	k := r.keys.script(askTopUp, "-1")
@@ -327,8 +328,8 @@ func (d *directed) decline(ctx context.Context) error {
 }
 
 // sleepers stops bank 0 between the intent of one request and its send, and between the fence of
-// another and its COMMIT, for longer than their lease. Bank 1 takes the first over, and is refused:
-// bank 0 must not send when it wakes. The second is posted once.
+// another and its COMMIT, for longer than their lease. Bank 1 takes the first over, and is refused, so
+// bank 0 must not send when it wakes. The second must be posted once.
 func (d *directed) sleepers(ctx context.Context) error {
 	r := d.run
 	sleeper, last := r.keys.script(askTopUp, "-1"), r.keys.script(askTopUp, "-1")
@@ -399,8 +400,8 @@ func (d *directed) sleepers(ctx context.Context) error {
 	return err
 }
 
-// within: copies come to the other bank while a request is with the mail service, within the lease.
-// None may take it over.
+// within: duplicates come to the other bank while a request is with the mail service, within the
+// lease. None may take it over.
 func (d *directed) within(ctx context.Context) error {
 	r := d.run
 	k := r.keys.script(askReceipt, "")

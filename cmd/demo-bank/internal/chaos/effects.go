@@ -15,11 +15,11 @@ import (
 )
 
 // With Config.Effects some requests call a processor, which misbehaves. This file has their faults;
-// processor.go is the processor, gateway.go stands between it and the banks, directed.go has the
-// schedules that a random one meets rarely, and outside.go what is judged in the end.
+// processor.go runs the processor, gateway.go stands between it and the banks, directed.go has the
+// schedules that a random one rarely meets, and outside.go judges the state at the end.
 
-// The faults of the processor. Each lasts for a while, and is the only one then, except that half of
-// them come with a processor that keeps no declines or whose look-up lags.
+// The faults of the processor. Each lasts for a while, and one comes at a time, with this exception:
+// with half of them the processor also keeps no declines, or its look-up lags.
 const (
 	loseRequests   eventKind = "processor-loses-requests"
 	loseReplies    eventKind = "processor-loses-replies"
@@ -54,7 +54,7 @@ const (
 	answerCommit openCommit = "answer" // the answer is recorded, and the request ends
 )
 
-// openCommitOf returns which of them the messages to PostgreSQL hold, or "".
+// openCommitOf returns the kind of COMMIT that the messages to PostgreSQL hold, or "".
 func openCommitOf(messages []byte) openCommit {
 	switch {
 	case bytes.Contains(messages, []byte("closed AS (DELETE")):
@@ -76,12 +76,12 @@ type stop struct {
 
 func (s stop) name() string { return "stop at the " + string(s.kind) + "'s COMMIT" }
 
-// stopKinds are where a bank is stopped: before its send, and between the fence of its last
-// transaction and that one's COMMIT.
+// stopKinds are the COMMITs at which a bank is stopped: before its send, and between the fence of its
+// last transaction and that transaction's COMMIT.
 var stopKinds = []openCommit{intentCommit, resultCommit}
 
-// effectsShare is the share of a profile's operations and faults with Config.Effects: its requests
-// take longer.
+// effectsShare is the share of a profile's operations and faults in a run with Config.Effects, because
+// its requests take longer.
 const effectsShare = 0.2
 
 // withEffects returns the profile of a run whose clients also send requests that call the processor.
@@ -105,8 +105,8 @@ func (p profile) withEffects() profile {
 	return p
 }
 
-// stopsWithin is the share of the operations in whose number of COMMITs of a kind the stops are due:
-// there are fewer such COMMITs than operations.
+// stopsWithin limits the number of COMMITs of a kind before a stop is due, as a share of the
+// operations. There are fewer such COMMITs than operations.
 const stopsWithin = 0.03
 
 // drawStops adds the stops of banks.
@@ -139,18 +139,18 @@ func (e *event) drawProcessor(choice *rand.Rand) {
 	}
 }
 
-// keyLifetime is how long the processor knows a key, and the banks are told so. It is the least that
-// they take, and a little.
+// keyLifetime is the time for which the processor knows a key, and the banks' --psp-key-lifetime. It
+// is a little longer than the shortest that they accept.
 const keyLifetime = time.Minute
 
-// goodProcessor returns the faults of a processor in order.
+// goodProcessor returns the settings of a processor without faults.
 func goodProcessor() psp.Faults {
 	f := psp.FaultsDefault()
 	f.KeyLifetimeS = keyLifetime.Seconds()
 	return f
 }
 
-// faults returns the processor's faults of an event.
+// faults returns the processor's settings during an event.
 func (e *event) faults() psp.Faults {
 	f := goodProcessor()
 	f.Seed = uint64(e.due) + 1

@@ -15,12 +15,12 @@ import (
 const (
 	gatewayTimeout  = 60 * time.Second // of a request to the processor, also one that nobody waits for
 	gatewayBytesMax = 256 << 20
-	inputsMax       = 3 // different ones that are kept for each key
+	inputsMax       = 3 // different inputs that are kept for each key
 	processorHeader = "Processor-Instance"
 )
 
 // gateway stands between the banks and the processor, with a listener for each bank. It sees each
-// call, and can lose, hold or answer it, or kill the bank that makes it.
+// call, and can lose, hold or answer it.
 type gateway struct {
 	run     *run
 	client  *http.Client
@@ -55,15 +55,15 @@ type call struct {
 	key  *key // of the client's request, if the body names it
 }
 
-// verdict says what becomes of a call. The zero value lets it pass.
+// verdict decides about a call. The zero value lets it pass.
 type verdict struct {
 	hold   <-chan struct{} // first wait for this
 	answer int             // answer this status without asking the processor; 0: ask it
 	body   string          // of that answer
 	lose   bool            // cut the conn, and ask nobody
 	cut    bool            // ask the processor, and cut the conn in place of its answer
-	before func()          // is called when the call has come
-	after  func()          // is called when the processor has answered
+	before func()          // called when the call has come
+	after  func()          // called when the processor has answered
 }
 
 func newGateway(r *run) *gateway {
@@ -71,7 +71,7 @@ func newGateway(r *run) *gateway {
 		run: r, calls: map[callName]*calls{}, hooks: map[int]func(*call) verdict{},
 		client: &http.Client{
 			Timeout: gatewayTimeout,
-			// Nothing is sent twice: each request has a conn of its own, and no way to rewind its body.
+			// No request may be sent twice: each has a conn of its own, and its body can't be rewound.
 			Transport:     &http.Transport{DisableKeepAlives: true, DisableCompression: true},
 			CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse },
 		},
@@ -100,7 +100,7 @@ func (g *gateway) close() {
 	g.serving.Wait()
 }
 
-// rest closes the conns that the banks keep, so that they don't count as theirs.
+// rest closes the banks' idle conns, so that they don't count as conns of the banks.
 func (g *gateway) rest() {
 	for _, server := range g.servers {
 		server.SetKeepAlivesEnabled(false)
@@ -139,12 +139,12 @@ func (g *gateway) serve(w http.ResponseWriter, r *http.Request, bank int) {
 		w.WriteHeader(v.answer)
 		_, _ = io.WriteString(w, v.body) // the bank may be gone
 	default:
-		// It was sent: whether the bank still waits does not matter.
+		// The call was sent, so it goes on even if the bank no longer waits.
 		g.pass(context.WithoutCancel(r.Context()), w, r, body, &v, c)
 	}
 }
 
-// note counts a call and decides what becomes of it.
+// note counts a call and returns the verdict on it.
 func (g *gateway) note(c *call) verdict {
 	g.mu.Lock()
 	defer g.mu.Unlock()
@@ -215,7 +215,7 @@ func (g *gateway) pass(ctx context.Context, w http.ResponseWriter, r *http.Reque
 	_, _ = w.Write(answer) // the bank may be gone
 }
 
-// learn notes whether the processor repeats its answer for ever, though it is no result.
+// learn notes whether the answer is a 500, which the processor repeats for ever.
 func (g *gateway) learn(c *call, response *http.Response, err error) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
@@ -224,7 +224,7 @@ func (g *gateway) learn(c *call, response *http.Response, err error) {
 	}
 }
 
-// seen returns what is known of the calls under a name.
+// seen returns the calls under a name.
 func (g *gateway) seen(name callName) calls {
 	g.mu.Lock()
 	defer g.mu.Unlock()
@@ -234,7 +234,7 @@ func (g *gateway) seen(name callName) calls {
 	return calls{}
 }
 
-// all returns what is known of all calls.
+// all returns all calls by name.
 func (g *gateway) all() map[callName]calls {
 	g.mu.Lock()
 	defer g.mu.Unlock()

@@ -14,8 +14,8 @@ import (
 	"time"
 )
 
-// gatewayOf returns a run with a gateway for one bank in front of a processor that answers with the
-// status of the path /NNN, and counts.
+// gatewayOf returns a run with a gateway for one bank. The processor behind it answers the path /NNN
+// with status NNN, and counts.
 func gatewayOf(t *testing.T) (r *run, answered *atomic.Int64) {
 	t.Helper()
 	answered = new(atomic.Int64)
@@ -90,8 +90,8 @@ func TestGatewayPassesWhatItShould(t *testing.T) {
 	}
 }
 
-// TestGatewayDoesWhatAScriptSays: a call of the script's key can be held, answered, or be lost in
-// either direction; others pass.
+// TestGatewayDoesWhatAScriptSays: a call of the script's key can be held, answered, or lost in either
+// direction; others pass.
 func TestGatewayDoesWhatAScriptSays(t *testing.T) {
 	t.Parallel()
 	r, answered := gatewayOf(t)

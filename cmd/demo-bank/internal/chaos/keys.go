@@ -58,9 +58,9 @@ type key struct {
 	from, to string // of a request that calls the processor: the account, and the card or IBAN
 	amount   int64
 	refused  bool // a good bank refuses it
-	triesMax int  // for each copy; then its client does not wait for its end. 0: no limit
+	triesMax int  // for each copy; then its client gives up waiting. 0: no limit
 	async    bool // it is sent with Prefer: respond-async
-	insist   bool // nobody gives it up
+	insist   bool // its client never gives it up
 
 	mu       sync.Mutex
 	inFlight int
@@ -71,7 +71,7 @@ type key struct {
 	exempt  bool                         // a fault that can make the outcome unknown hit its COMMIT
 	hangUps map[*lane]context.CancelFunc // of the requests that wait for an answer
 	parked  bool                         // a bank said that it waits for a person
-	status  string                       // path of its status resource, if a bank told it
+	status  string                       // path of its status resource, if a bank sent one
 }
 
 // path returns the path of its request.

@@ -70,7 +70,7 @@ func (r *run) awaitNothingOpen(ctx context.Context) {
 	}
 }
 
-// left is what is left of the requests that call the processor.
+// left is the final state of the requests that call the processor.
 type left struct {
 	check.Outside
 	takeOvers int64
@@ -139,7 +139,7 @@ func (r *run) readLeft(ctx context.Context, conn *pgx.Conn) error {
 	return nil
 }
 
-// each calls do for each row of a query.
+// each calls do for each row of the query.
 func each(ctx context.Context, tx pgx.Tx, sql string, into []any, do func()) error {
 	rows, err := tx.Query(ctx, sql)
 	if err == nil {
@@ -180,7 +180,7 @@ func (r *run) explain() {
 	}
 }
 
-// judgeOutside compares what is left with the clients' history.
+// judgeOutside compares the final state with the clients' history.
 func (r *run) judgeOutside(ctx context.Context, ops []check.Operation, expected []check.Expectation) ([]check.Result, error) {
 	err := r.cluster.with(ctx, judgeWaitMax, r.readLeft)
 	if err != nil {
@@ -222,8 +222,8 @@ func (r *run) split(ops []check.Operation, expected []check.Expectation) (callin
 	return calling, plain
 }
 
-// operations asks each status resource that a client was told of: it is done, with the recorded
-// answer, unless the request is left to a person.
+// operations reads each status resource that a client got. It must be done, with the recorded answer,
+// unless the request is left to a person.
 func (r *run) operations(ctx context.Context) check.Result {
 	result := check.Result{Name: "operations", Title: "each status resource that a client was told of shows the recorded answer, to its own client", Examples: []string{}}
 	wrong := func(format string, args ...any) {
@@ -337,7 +337,7 @@ func (r *run) effectsReport() *EffectsReport {
 	return p
 }
 
-// write is the part of the text for people.
+// write writes this part of the text report.
 func (p *EffectsReport) write(b *strings.Builder) {
 	fmt.Fprintf(b, "\neffects: %d top-ups, %d payouts and %d receipts asked for; %d calls and %d look-ups; %d take-overs\n", p.TopUps, p.Payouts, p.Receipts, p.Sent, p.LookUps, p.TakeOvers)
 	fmt.Fprintf(b, "processor: %d charges, %d payouts, %d refunds, %d mails; %d postings; %d receipts say maybe; %d requests are open\n", p.Charges, p.PaidOut, p.Refunds, p.Mails, p.Postings, p.Maybe, p.Open)

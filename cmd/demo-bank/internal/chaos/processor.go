@@ -23,7 +23,7 @@ const (
 	processorLine      = "demo-bank psp is at " // it prints this when it serves
 	processorWaitMax   = 20 * time.Second       // from its start until it serves
 	processorOutageMin = 200 * time.Millisecond // from its kill to its next start
-	processorTimeout   = 5 * time.Second        // of a question to it
+	processorTimeout   = 5 * time.Second        // of a request to it
 )
 
 // processor is the process that the banks call: a demo-bank psp with a file. It is restarted when it

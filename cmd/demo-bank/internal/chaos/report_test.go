@@ -174,8 +174,8 @@ idempotency_step_duration_seconds_count{step="commit"} 70
 	}
 }
 
-// TestEffectsAreReportedApart: a run without effects has none of their fields, and one with them
-// requires every stop, says what is left to a person, and why.
+// TestEffectsAreReportedApart: the report of a run without effects has none of their fields. With
+// effects each stop is required, and the report names the requests left to a person, and why.
 func TestEffectsAreReportedApart(t *testing.T) {
 	t.Parallel()
 	p := goodReport()
@@ -207,8 +207,8 @@ func TestEffectsAreReportedApart(t *testing.T) {
 	}
 }
 
-// TestWhatIsLeftToAPersonIsExplained: by an answer that the processor repeats for ever, or by a key
-// that is forgotten; nothing else does.
+// TestWhatIsLeftToAPersonIsExplained: only an answer that the processor repeats for ever, or a key that
+// may be forgotten, explains a request that is left to a person.
 func TestWhatIsLeftToAPersonIsExplained(t *testing.T) {
 	t.Parallel()
 	const forgotten = "effect charge: the other service may have forgotten its key, and it was not found"

@@ -36,7 +36,7 @@ type run struct {
 	gateway   *gateway
 	directed  *directed
 	closing   chan struct{}  // closed when the run ends
-	stopped   sync.WaitGroup // banks that are to go on
+	stopped   sync.WaitGroup // banks that are stopped
 	left      left
 
 	tally      tally

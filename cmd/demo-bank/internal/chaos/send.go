@@ -79,7 +79,7 @@ func (l *lane) send(ctx context.Context, k *key, changed, final bool, t storm.Tr
 	return what
 }
 
-// pending notes a 202, which names the status resource, and looks there. To the checks it says no
+// pending notes a 202, which names the status resource, and reads that. For the checks a 202 means no
 // more than unknown.
 func (l *lane) pending(ctx context.Context, k *key, op *check.Operation, location string) {
 	l.run.tally.clientFaults.add("told to look later")

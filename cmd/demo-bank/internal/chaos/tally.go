@@ -58,7 +58,7 @@ func (t *tally) count(op *check.Operation, k *key) {
 	}
 	t.replies.Add(1)
 	if op.Outcome != "unknown" || k.asks.calls() {
-		return // what calls the processor may be open for long
+		return // a request that calls the processor may be open for long
 	}
 	t.unknown.Add(1)
 	k.mu.Lock()

@@ -61,8 +61,8 @@ type Operation struct {
 	// which is not compared.
 	From, To string
 	Amount   int64
-	// Calls is true if the request calls another service. Others may bring it to its end, so even its
-	// first answer may be a replay or in-progress.
+	// Calls is true if the request calls another service. Another run may end it, so even its first
+	// answer may be a replay or in-progress.
 	Calls bool
 	// Final is true in the final replay, which repeats the real request of every key that was not
 	// given up. An acknowledged key must have an answer there.

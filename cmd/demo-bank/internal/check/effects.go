@@ -22,8 +22,8 @@ const (
 	OneInput         = "one input"
 )
 
-// Outside is what requests that call the processor left behind, once they have settled: in the
-// books and tables of the bank, and at the processor.
+// Outside is the state that requests with calls to the processor left behind, once they have settled:
+// in the books and tables of the bank, and at the processor.
 type Outside struct {
 	Postings []Posting        // of the bank
 	Effects  []RecordedEffect // the bank's rows of calls and phases
@@ -38,7 +38,7 @@ type Outside struct {
 	Inputs map[string][]string
 }
 
-// Posting is what the bank wrote for a top-up, a payout or a receipt.
+// Posting is the bank's row of a top-up, a payout or a receipt.
 type Posting struct {
 	Kind   PostingKind
 	Key    Key
@@ -71,7 +71,7 @@ type RecordedEffect struct {
 type OpenRequest struct {
 	Key       Key
 	Parked    string // why only a person can end it
-	Explained string // the fault of the run that leaves it to a person; empty if there was none
+	Explained string // the fault of the run that explains this; empty if there was none
 	Holds     int64  // the most that the bank may hold for it
 }
 
@@ -86,8 +86,8 @@ type Item struct {
 // different keys apart.
 func MailOf(key Key) string { return key.Key + "@" + key.Scope + ".example" }
 
-// Judge compares what is left with the history of the requests that call the processor, once every
-// fault is over and everything has settled. It returns all of its checks.
+// Judge compares the state with the history of the requests that call the processor, once every fault
+// has ended and everything has settled. It returns all of its checks.
 func (o *Outside) Judge(ops []Operation, expected []Expectation) []Result {
 	x := o.index()
 	gs := groups(ops)
@@ -152,7 +152,7 @@ func (x *index) postedOnce() Result {
 			}
 			key, known := x.owner[item.Key]
 			if !known || x.open[key] || x.refunded[item.ID] {
-				continue // other checks look at those
+				continue // other checks judge those
 			}
 			n := 0
 			for _, p := range x.postings[key] {
@@ -244,8 +244,8 @@ func (x *index) toldIsTrue(gs []group) Result {
 	return r
 }
 
-// notExecutedHolds is [NotExecutedHolds]. A refusal that did not look at the table speaks of its own
-// request alone, so only a client that got nothing else may rely on it.
+// notExecutedHolds is [NotExecutedHolds]. A refusal that did not look at the table is only about its
+// own request, so only a client that got nothing else may rely on it.
 func (x *index) notExecutedHolds(gs []group, expected []Expectation) Result {
 	r := effectsResult(NotExecutedHolds)
 	wanted := expectations(expected)

@@ -148,7 +148,7 @@ func TestEachWrongOfEffectsIsFound(t *testing.T) {
 	}
 }
 
-// TestEachCheckOfEffectsSeesSomething: in a world in order none of the checks looks at nothing.
+// TestEachCheckOfEffectsSeesSomething: in a world in order each check has something to look at.
 func TestEachCheckOfEffectsSeesSomething(t *testing.T) {
 	t.Parallel()
 	w := newOutsideWorld()
@@ -164,8 +164,8 @@ func TestEachCheckOfEffectsSeesSomething(t *testing.T) {
 	}
 }
 
-// TestReplayOfARequestThatOthersEnded: the first answer to a request that calls another service may
-// be a replay. To any other request it may not, and it is final for both.
+// TestReplayOfARequestThatOthersEnded: the first answer to a request that calls another service may be
+// a replay. For any other request it may not. In both cases the replay is final.
 func TestReplayOfARequestThatOthersEnded(t *testing.T) {
 	t.Parallel()
 	for _, calls := range []bool{true, false} {

@@ -178,8 +178,8 @@ func stricter(a, b *Operation, outcome idempotency.Outcome) bool {
 func stuckKey(ops []*Operation) *Operation {
 	var open, excused []*Operation
 	for _, op := range ops {
-		// A request that calls another service may be in the hands of nobody's request, or be told so of
-		// itself: it slept, and another one has taken it over.
+		// A request that calls another service may be run by the completer. Or it gets in-progress
+		// because of itself: it slept, and another owner has taken it over.
 		if op.outcome() != idempotency.OutcomeInProgress || op.Calls {
 			continue
 		}

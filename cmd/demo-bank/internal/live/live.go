@@ -42,7 +42,7 @@ type Live struct {
 
 	ending context.Context // ends when Stop is called
 	end    context.CancelFunc
-	storms sync.WaitGroup // and demonstrations
+	storms sync.WaitGroup // storms and demonstrations
 
 	topUp          atomic.Pointer[demonstration] // the one that runs, or nil
 	withoutEffects func(ctx context.Context, processor *bank.Processor, account, card string, amount int64) error

@@ -19,10 +19,9 @@ import (
 	"github.com/paidonce/idempotency/cmd/demo-bank/internal/psp"
 )
 
-// A top-up whose processor loses its reply, twice: once by a handler that charges inside of its
-// transaction, and once through the bank's own route, which calls by an effect. Both clients give
-// up at once. Wire sits between bank and processor, loses the first reply of each, and counts the
-// charges in all replies.
+// This file shows a top-up twice: with a handler that charges inside its transaction, and through the
+// bank's own route, which calls by an effect. Wire sits between bank and processor. It loses the first
+// reply of each side, and counts the charges in all replies. Both clients give up early.
 
 const (
 	// topUpMax limits a demonstration. The bank's pauses are at most bank.BackoffMax.
@@ -74,7 +73,7 @@ func (l *Live) postTopUp(w http.ResponseWriter, r *http.Request) {
 	}
 }
 
-// startTopUp starts a demonstration, which ends before Run returns. The error is errTopUpRuns or
+// startTopUp starts a demonstration, which ends before Run returns. It returns errTopUpRuns or
 // errClosed.
 func (l *Live) startTopUp() (*TopUp, error) {
 	l.mu.Lock()
@@ -160,8 +159,8 @@ func (d *demonstration) run(ctx context.Context) error {
 	return nil
 }
 
-// without charges inside of a transaction, at a processor of its own: that charge is in nobody's
-// books, and the bank's own processor has only charges that are.
+// without charges inside a transaction, at a processor of its own. That charge is in no books, and all
+// charges at the bank's own processor must be.
 func (d *demonstration) without(ctx context.Context) error {
 	inside := psp.New(psp.Config{Addr: "127.0.0.1:0"})
 	running, end := context.WithCancel(ctx)

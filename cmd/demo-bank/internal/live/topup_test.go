@@ -10,7 +10,7 @@ import (
 	"time"
 )
 
-// TestOneTopUpAtATime: a second one is refused, and so is one of a bank that stops.
+// TestOneTopUpAtATime: a second one is refused, and so is any once the bank stops.
 func TestOneTopUpAtATime(t *testing.T) {
 	t.Parallel()
 	l := New(nil, "http://127.0.0.1:0", time.Hour, nil)

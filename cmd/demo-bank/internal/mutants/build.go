@@ -94,7 +94,7 @@ func catch(ctx context.Context, suite *Suite, mutant Mutant, judge Verdict) (cau
 	return caught, err
 }
 
-// testTimeout ends a test that a bug keeps from its end.
+// testTimeout ends a test that hangs because of its bug.
 const testTimeout = "3m"
 
 // Suite builds and runs the tests that mutants name. Each test program without a bug is built once,
