@@ -33,7 +33,7 @@ var (
 	payOut = calling{bank.PayoutsPath, `{"account":"alice","iban":"DE1","amount":7}`, "payouts", "/payouts"}
 )
 
-// auditOf asks a bank for its audit.
+// auditOf returns the audit of a bank.
 func auditOf(t *testing.T, client *http.Client, url string) (audit bank.Audit) {
 	t.Helper()
 	response, err := client.Get(url + "/v1/audit")
@@ -196,8 +196,8 @@ func TestEveryLineIsOutBeforeTheBankIsReady(t *testing.T) {
 	}
 }
 
-// startUntilReady starts a bank at a free port, waits until /readyz is 200, and returns the file with
-// what it prints, and its address.
+// startUntilReady starts a bank at a free port and waits until /readyz is 200. It returns the file with
+// the bank's output, and its address.
 func startUntilReady(t *testing.T, status func(url string) int, args ...string) (stdout, address string) {
 	t.Helper()
 	database := pgtest.Database(t)
@@ -252,7 +252,7 @@ func isClosed(c <-chan struct{}) bool {
 }
 
 // TestProcessorOfTheBankSurvivesKill9OfBoth: with a data folder the charges are still there after
-// kill -9, and what was open is brought to its end.
+// kill -9, and open requests are ended.
 func TestProcessorOfTheBankSurvivesKill9OfBoth(t *testing.T) {
 	t.Parallel()
 	pgtest.Slow(t, "starts banks with a PostgreSQL of their own")

@@ -204,7 +204,7 @@ func (p *Processor) send(ctx context.Context, path, key string, in any) (out exe
 	return out, said
 }
 
-// find looks up what was executed under a key.
+// find looks up the result of a call by its key.
 func (p *Processor) find(ctx context.Context, path, key string) (executed, error) {
 	items, instance, err := p.list(ctx, path+"?key="+url.QueryEscape(key))
 	switch {

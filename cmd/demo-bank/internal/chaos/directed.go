@@ -23,7 +23,7 @@ const (
 	lateAfter     = time.Second      // from a decline to the arrival of the earlier request
 	declineWithin = 9 * time.Second  // after the first send: a later decline may be final
 	leaseMin      = 10 * time.Second // a little less than the lease of a request with a call
-	afterSleep    = 3 * time.Second  // in which a bank that slept may do what it must not
+	afterSleep    = 3 * time.Second  // after a bank wakes, to see that it does not send
 )
 
 // directed are schedules that random faults rarely meet. Each script has a key of its own, and decides

@@ -84,7 +84,7 @@ var stopKinds = []openCommit{intentCommit, resultCommit}
 // its requests take longer.
 const effectsShare = 0.2
 
-// withEffects returns the profile of a run whose clients also send requests that call the processor.
+// withEffects returns the profile of a run with clients that also send requests to call the processor.
 func (p profile) withEffects() profile {
 	operations := int(float64(p.operations) * effectsShare)
 	p = p.scaled(operations)

@@ -38,7 +38,7 @@ type gateway struct {
 // callName identifies the calls of one effect: the service, and the processor's key.
 type callName struct{ service, key string }
 
-// calls is what the gateway knows of the calls under one name.
+// calls are the gateway's notes on the calls under one name.
 type calls struct {
 	inputs  []string
 	sent    int

@@ -322,7 +322,7 @@ func (s shares) call(n int) asked {
 }
 
 // drawCall chooses the parameters of a request that calls the processor. Its card, IBAN or address
-// names the key, so that the gateway knows whose call it sees.
+// names the key, so that the gateway can tell the calls apart.
 func (r *ring) drawCall(k *key, choice *rand.Rand) {
 	k.hot = true // all of them share an account of the bank
 	switch n := choice.IntN(100); {
@@ -332,7 +332,7 @@ func (r *ring) drawCall(k *key, choice *rand.Rand) {
 		k.from, k.refused = "acct-none", true
 		k.to = k.text
 	case n < 14:
-		k.to, k.refused = k.text+"-0002", true // the processor's mark of what it declines
+		k.to, k.refused = k.text+"-0002", true // the processor declines what ends in 0002
 	case n < 18 && k.asks == askPayout:
 		k.to, k.amount, k.refused = k.text, 1_000_000_000, true
 	default:

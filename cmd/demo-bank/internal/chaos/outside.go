@@ -291,7 +291,7 @@ func (r *run) healOutside(ctx context.Context) error {
 
 // EffectsReport is the part of a report about the requests that call the processor.
 type EffectsReport struct {
-	TopUps    int64 `json:"topups"` // keys whose clients asked for one
+	TopUps    int64 `json:"topups"` // number of keys
 	Payouts   int64 `json:"payouts"`
 	Receipts  int64 `json:"receipts"`
 	Charges   int   `json:"charges"` // at the processor

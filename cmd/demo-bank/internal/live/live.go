@@ -5,7 +5,7 @@
 //   - page.go and assets are the page
 //   - storm.go is the storm, plan.go its form, client.go its client, and faults.go its faults
 //   - board.go holds everything that can be seen; tracer.go adds requests that are not the storm's
-//   - topup.go shows a top-up whose processor loses its reply, with and without effects
+//   - topup.go shows a top-up with a lost reply of the processor, with and without effects
 //   - proof.go reads the proof about the twins' money from PostgreSQL
 //   - hub.go and stream.go send it to viewers
 //

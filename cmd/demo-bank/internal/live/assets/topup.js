@@ -1,4 +1,4 @@
-// A top-up whose processor loses its reply, with and without effects.
+// A top-up with a lost reply of the processor, with and without effects.
 
 import { $, element, money, plural, setText, sides } from "./format.js";
 
