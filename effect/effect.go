@@ -308,7 +308,7 @@ func (r *run[In, Out]) settle() (out Out, err error) {
 	learned = learnedUnknown
 	var panicked *idempotency.PanicError
 	switch {
-	case errors.As(err, &notSent) && !(notSent.dial && used.connected.Load()):
+	case errors.As(err, &notSent) && !r.repeated && !(notSent.dial && used.connected.Load()):
 		r.end.Sent = false
 		return r.unsentOnce(once, "it could not be sent", err)
 	case once && r.Declared.effect.Lookup == nil:
@@ -369,9 +369,14 @@ func (r *run[In, Out]) done(out Out) (Out, error) {
 
 // declined records a no if it is final. A no to a repeated send is not final, unless the other
 // service keeps it under the key: an earlier send may still be under way, and succeed. net/http
-// repeats a request with an Idempotency-Key header by itself if a reused connection breaks.
+// repeats a request with an Idempotency-Key header by itself if a reused connection breaks. Then the
+// earlier send is one of this run, so the doubt of this run stays.
 func (r *run[In, Out]) declined(start time.Time, no error) (Out, error) {
-	if (r.end.Resumed || r.repeated) && !r.Declared.effect.KeepsDeclines && !r.quiet(start) {
+	switch {
+	case r.Declared.effect.KeepsDeclines:
+	case r.repeated:
+		return r.lapse(idempotency.EffectResultUnknown, "it was sent twice, so its decline is not final", no, idempotency.Lapse{})
+	case r.end.Resumed && !r.quiet(start):
 		return r.lapse(idempotency.EffectResultUnknown, "an earlier send may be under way, so its decline is not final", no, r.doubtless())
 	}
 	var declined *DeclinedError

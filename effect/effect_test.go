@@ -237,6 +237,55 @@ func TestDeclineOfARequestThatNetHTTPRepeatedIsNotFinal(t *testing.T) {
 	}
 }
 
+// As before, but in a run that comes long after the earlier sends: only its own first request is
+// under way when the repeated one is declined, or is told that it was not executed.
+func TestNoToARequestThatNetHTTPRepeatedMuchLaterIsNotFinal(t *testing.T) {
+	t.Parallel()
+	for name, no := range map[string]behavior{"declined": refuses, "not executed": refusesToRun} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			s := newShop(t, func(p *processor, _ *effect.Effect[card, charge]) {
+				p.client = &http.Client{Transport: &http.Transport{}}
+			})
+			warm := func() {
+				t.Helper()
+				if warm, err := s.do(t.Context(), "warm", card{"tok", 1}); err != nil || warm.ID == "" {
+					t.Fatal(warm, err)
+				}
+			}
+			s.does(forgets)
+			s.wantOpen(t, s.request())
+			s.Exec(t, "UPDATE idempotency_effects SET sent_first_at = now() - interval '30 minutes'")
+			warm()
+			s.mu.Lock()
+			before := len(s.requests)
+			s.mu.Unlock()
+			s.does(stalls, no)
+			go func() {
+				<-s.received
+				s.CloseClientConnections() // the request is at the processor, which does not notice
+			}()
+			result := s.resume(t)
+			s.mu.Lock()
+			requests := len(s.requests) - before
+			s.mu.Unlock()
+			if requests != 2 {
+				t.Skipf("%d requests: this net/http does not repeat them", requests)
+			}
+			s.wantOpen(t, result)
+			s.does(refuses)
+			s.wantOpen(t, s.resume(t)) // the first request is still under way
+			s.release <- struct{}{}
+			for len(s.charged()) < 2 {
+				time.Sleep(time.Millisecond)
+			}
+			if result := s.resume(t); result.Answer == nil || result.Answer.Status != 201 {
+				t.Errorf("%+v", result)
+			}
+		})
+	}
+}
+
 func TestDeclineCountsWhenNoEarlierSendIsUnderWay(t *testing.T) {
 	t.Parallel()
 	const timeout = 10 * time.Second

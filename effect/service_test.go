@@ -33,14 +33,15 @@ type charge struct {
 type behavior uint8
 
 const (
-	answers   behavior = iota
-	loses              // applies it, and hangs up without an answer
-	cutsOff            // applies it, and sends half an answer
-	times504           // applies it, and answers 504
-	refuses            // answers 402, and applies nothing
-	panics500          // applies it, and answers 500, now and for ever
-	forgets            // hangs up, and applies nothing
-	stalls             // holds it until release is called, and then applies it
+	answers      behavior = iota
+	loses                 // applies it, and hangs up without an answer
+	cutsOff               // applies it, and sends half an answer
+	times504              // applies it, and answers 504
+	refuses               // answers 402, and applies nothing
+	panics500             // applies it, and answers 500, now and for ever
+	forgets               // hangs up, and applies nothing
+	stalls                // holds it until release is called, and then applies it
+	refusesToRun          // says that it was not executed, and applies nothing
 )
 
 // processor is the other service: an HTTP server that charges cards, once for each key.
@@ -105,6 +106,11 @@ func (p *processor) post(w http.ResponseWriter, r *http.Request) {
 		p.received <- struct{}{}
 		<-p.release
 		does = answers
+	}
+	if does == refusesToRun {
+		w.Header().Set("Idempotency-Status", "not-executed")
+		w.WriteHeader(503)
+		return
 	}
 	p.mu.Lock()
 	defer p.mu.Unlock()
