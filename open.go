@@ -462,6 +462,8 @@ func (e *Effects) now() time.Time { return e.storeAt.Add(time.Since(e.clockAt)) 
 // GivenUp returns a time by which every earlier run has given up its unanswered send of the effect.
 // An owner may begin a send in the first half of its lease, and the send ends after its timeout.
 // That is this program's timeout or the one that the lease was made for: the longer one counts.
+// The lease's other part is the Timeouts.Commit of the program that made it, which may be shorter
+// than this one's, so it is not taken off.
 func (e *Effects) GivenUp(effect *Effect, timeout time.Duration) time.Time {
 	e.mu.Lock()
 	defer e.mu.Unlock()
@@ -469,7 +471,7 @@ func (e *Effects) GivenUp(effect *Effect, timeout time.Duration) time.Time {
 	if effect.Doubt.After(last) {
 		last = effect.Doubt
 	}
-	return last.Add(e.lease/2 + max(timeout, e.lease-e.engine.options.Timeouts.Commit-leaseMargin))
+	return last.Add(e.lease/2 + max(timeout, e.lease-leaseMargin))
 }
 
 // Settle commits the result of an effect: its State and Output. After an error a call stays

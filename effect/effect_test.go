@@ -289,7 +289,8 @@ func TestNoToARequestThatNetHTTPRepeatedMuchLaterIsNotFinal(t *testing.T) {
 func TestDeclineCountsWhenNoEarlierSendIsUnderWay(t *testing.T) {
 	t.Parallel()
 	const timeout = 10 * time.Second
-	const lease = timeout + 5*time.Second + 5*time.Second // Timeouts.Commit and a margin
+	const commit = 5 * time.Second
+	const lease = timeout + commit + 5*time.Second // and a margin
 	for name, c := range map[string]struct {
 		keeps    bool
 		age      time.Duration
@@ -298,7 +299,7 @@ func TestDeclineCountsWhenNoEarlierSendIsUnderWay(t *testing.T) {
 	}{
 		"it is the first":        {final: true},
 		"too early":              {age: time.Minute + lease/2 + timeout - 5*time.Second},
-		"late enough":            {age: time.Minute + lease/2 + timeout, final: true},
+		"late enough":            {age: time.Minute + lease/2 + timeout + commit, final: true},
 		"too early, and is kept": {keeps: true, age: time.Second, final: true},
 		"old, with a new doubt":  {age: time.Hour / 2, doubtAge: time.Minute},
 		"with an old doubt":      {age: time.Hour / 2, doubtAge: 10 * time.Minute, final: true},
@@ -333,6 +334,21 @@ func TestDeclineCountsWhenNoEarlierSendIsUnderWay(t *testing.T) {
 			}
 		})
 	}
+}
+
+// The earlier send was that of a program with a longer Timeout and a shorter Timeouts.Commit. Its
+// lease does not tell the two apart, so their sum counts as the time of a send.
+func TestDeclineIsNotFinalWhileASendOfAnotherDeploymentMayBeUnderWay(t *testing.T) {
+	t.Parallel()
+	const timeout, commit = time.Minute, time.Second
+	const lease = timeout + commit + 5*time.Second
+	s := newShop(t, func(_ *processor, e *effect.Effect[card, charge]) { e.Timeout = 10 * time.Second })
+	s.does(forgets)
+	s.always = refuses
+	s.wantOpen(t, s.request())
+	s.Exec(t, "UPDATE idempotency_open SET lease_ms = $1", lease.Milliseconds())
+	s.Exec(t, "UPDATE idempotency_effects SET sent_first_at = now() - $1::interval", (time.Minute + lease/2 + timeout - 2*time.Second).String())
+	s.wantOpen(t, s.resume(t))
 }
 
 // The processor repeats a 500 under the key for ever: the look-up finds the charge. Without a
