@@ -506,7 +506,9 @@ func factBeforeOpen(fact fact, sealed, intent error) fact {
 		return factKeyRecorded
 	case errors.Is(err, ErrInProgress):
 		return factInProgress
-	case errors.Is(intent, ErrUnknown):
+	case errors.Is(err, ErrRecordCorrupt): // found by the claim
+		return factRecordCorrupt
+	case errors.Is(err, ErrUnknown):
 		return factOutcomeUnknown
 	case errors.Is(intent, ErrNotSerializable):
 		return factSerialization

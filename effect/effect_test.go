@@ -15,6 +15,8 @@ import (
 
 	"github.com/jackc/pgx/v5/pgconn"
 
+	"github.com/jackc/pgx/v5"
+
 	"github.com/paidonce/idempotency"
 	"github.com/paidonce/idempotency/effect"
 	"github.com/paidonce/idempotency/internal/pgfault"
@@ -349,6 +351,36 @@ func TestDeclineIsNotFinalWhileASendOfAnotherDeploymentMayBeUnderWay(t *testing.
 	s.Exec(t, "UPDATE idempotency_open SET lease_ms = $1", lease.Milliseconds())
 	s.Exec(t, "UPDATE idempotency_effects SET sent_first_at = now() - $1::interval", (time.Minute + lease/2 + timeout - 2*time.Second).String())
 	s.wantOpen(t, s.resume(t))
+}
+
+// A retry whose handler fails before its call looks at the table before it says anything. If the
+// record is there and can't be read, the request may have been executed.
+func TestFailureBeforeTheCallDoesNotHideARecordThatCanNotBeRead(t *testing.T) {
+	t.Parallel()
+	s := newShop(t, nil)
+	s.wantPaid(t, s.request(), 900)
+	s.Exec(t, `UPDATE idempotency_keys SET headers = '\xff'`)
+	for name, handle := range map[string]func(context.Context) (*idempotency.Answer, error){
+		"an answer that is not recorded": func(context.Context) (*idempotency.Answer, error) { return &idempotency.Answer{Status: 503}, nil },
+		"an error":                       func(context.Context) (*idempotency.Answer, error) { return nil, errors.New("no connection") },
+		"a refusal": func(context.Context) (*idempotency.Answer, error) {
+			return nil, &idempotency.Refusal{Reason: "quota-exceeded"}
+		},
+		"its transaction does not begin": func(ctx context.Context) (*idempotency.Answer, error) {
+			_, err := postgres.Tx(ctx).Exec(ctx, "SELECT 1")
+			return nil, err
+		},
+		"a phase does not begin": func(ctx context.Context) (*idempotency.Answer, error) {
+			_, err := postgres.Phase(ctx, "hold", func(pgx.Tx) (int, error) { return 1, nil })
+			return nil, err
+		},
+	} {
+		s.serve(postgres.New(s.Pool, nil), idempotency.Timeouts{}) // another process, which does not know the key
+		s.handle = handle
+		if result := s.request(); result.Outcome != idempotency.OutcomeUnknown {
+			t.Errorf("%s: outcome %q, reason %q: %v", name, result.Outcome, result.Reason, result.Err)
+		}
+	}
 }
 
 // The processor repeats a 500 under the key for ever: the look-up finds the charge. Without a

@@ -619,8 +619,12 @@ func (a *openAttempt) Rollback(ctx context.Context) error {
 	defer a.mu.Unlock()
 	if a.epoch == 0 && !a.asked {
 		record, err := a.claimNow(ctx)
-		if record != nil || errors.Is(err, idempotency.ErrInProgress) {
+		switch {
+		case record != nil, errors.Is(err, idempotency.ErrInProgress):
 			return fail("roll back", idempotency.ErrKeyRecorded, errors.New("another attempt has the key"))
+		case errors.Is(err, idempotency.ErrUnknown), errors.Is(err, idempotency.ErrRecordCorrupt):
+			// There may be a record. The engine claims again, and answers what that claim finds.
+			return fail("roll back", idempotency.ErrKeyRecorded, err)
 		}
 	}
 	phase := a.phase
