@@ -383,7 +383,7 @@ func ofEffects() []Mutant {
 			Name:  "decline-of-a-retry-believed",
 			Bug:   "a no to a repeated send is final at once",
 			Test:  Test{"effect", "TestDeclineOfARetryIsNotFinal"},
-			edits: []edit{{effectFile, `	if (r.end.Resumed || r.repeated) && `, `	if r.repeated && `}},
+			edits: []edit{{effectFile, `	case r.end.Resumed && !r.quiet(start):`, `	case false:`}},
 		},
 		{
 			Name: "sleeper-sends",
