@@ -22,6 +22,7 @@ import (
 	"github.com/paidonce/idempotency"
 	"github.com/paidonce/idempotency/admin"
 	"github.com/paidonce/idempotency/internal/browsertest"
+	"github.com/paidonce/idempotency/internal/pgtest"
 )
 
 // shotsVariable names a folder in which the browser's test leaves pictures of its pages.
@@ -34,9 +35,7 @@ const answerMax = time.Second
 // and body, expire and delete. Each page is answered within a second, fits a phone, and logs no
 // error.
 func TestOperatorInABrowser(t *testing.T) {
-	if testing.Short() {
-		t.Skip("makes a million records and starts a browser")
-	}
+	pgtest.Slow(t, "makes a million records and starts a browser")
 	t.Parallel()
 	ctx := browsertest.Start(t)
 	b := setup(t, nil)
@@ -170,9 +169,7 @@ func TestOperatorInABrowser(t *testing.T) {
 // In a browser: from the list of open requests to a parked one, and on to settling its call. Each
 // page fits a phone, and logs no error.
 func TestOpenRequestsInABrowser(t *testing.T) {
-	if testing.Short() {
-		t.Skip("starts a browser")
-	}
+	pgtest.Slow(t, "starts a browser")
 	t.Parallel()
 	ctx := browsertest.Start(t)
 	b := setup(t, nil)
