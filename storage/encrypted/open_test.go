@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -34,15 +35,18 @@ type caller struct {
 	no     bool // it declines
 	charge *effect.Declared[string, string]
 
-	sent   []string // inputs
-	resume []string // what resumed runs started from
+	mu     sync.Mutex // the completer runs several requests at once
+	sent   []string   // inputs
+	resume []string   // what resumed runs started from
 }
 
 func newCaller(t *testing.T) *caller {
 	c := &caller{Service: testservice.New(t, nil)}
 	c.charge = effect.New("charge", effect.Effect[string, string]{
 		Do: func(_ context.Context, _, in string) (string, error) {
+			c.mu.Lock()
 			c.sent = append(c.sent, in)
+			c.mu.Unlock()
 			switch {
 			case c.mute:
 				return "", errors.New("no answer")
@@ -61,7 +65,9 @@ func newCaller(t *testing.T) *caller {
 func (c *caller) serve(keys encrypted.Keys) {
 	c.engine = idempotency.NewEngine(encrypted.New(c.Store, keys), &idempotency.Options{BackoffMax: time.Millisecond})
 	c.engine.Resumable("topup/1", func(_ idempotency.Key, stored []byte) (idempotency.RunFunc, error) {
+		c.mu.Lock()
 		c.resume = append(c.resume, string(stored))
+		c.mu.Unlock()
 		return c.run, nil
 	})
 }
