@@ -108,12 +108,27 @@ func Resumed(ctx context.Context) bool {
 // DerivedKey may be called from several goroutines. It panics outside an idempotent handler,
 // because a key that is not stable would be worse than none.
 func DerivedKey(ctx context.Context, name string) string {
-	r, ok := ctx.Value(contextKey{}).(*running)
-	if !ok {
-		panic(UsageError("idempotency: DerivedKey outside an idempotent handler: pass the request's context on"))
-	}
+	r := runningIn(ctx, "DerivedKey")
 	r.derived.Store(true)
 	return r.derive(name)
+}
+
+// DerivedID returns what [DerivedKey] returns for this name, for an id that leaves this process
+// only with the handler's own transaction: of a message in an outbox, for example. So the request
+// can still be not-executed. Never give it to another service. Package message uses the names that
+// begin with "message/". DerivedID may be called from several goroutines, and panics outside an
+// idempotent handler.
+func DerivedID(ctx context.Context, name string) string {
+	return runningIn(ctx, "DerivedID").derive(name)
+}
+
+// runningIn returns the attempt of the handler that called this function.
+func runningIn(ctx context.Context, function string) *running {
+	r, ok := ctx.Value(contextKey{}).(*running)
+	if !ok {
+		panic(UsageError("idempotency: " + function + " outside an idempotent handler: pass the request's context on"))
+	}
+	return r
 }
 
 // derive returns a derived key without marking the request.

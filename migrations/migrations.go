@@ -27,7 +27,7 @@ var files embed.FS
 
 // Latest is the newest version of this release. A service works from postgres.SchemaVersion on; the
 // operator's tools need this version.
-const Latest = 4
+const Latest = 5
 
 // Errors for callers to branch on. Their texts name the remedy.
 var (

@@ -11,6 +11,7 @@ import (
 	"github.com/jackc/pgx/v5/pgxpool"
 
 	"github.com/paidonce/idempotency"
+	"github.com/paidonce/idempotency/message"
 	"github.com/paidonce/idempotency/storage/postgres/internal/sealed"
 	"github.com/paidonce/idempotency/storage/postgres/internal/wire"
 )
@@ -196,7 +197,8 @@ type txContext struct {
 
 // Value implements context.Context.
 func (c *txContext) Value(key any) any {
-	if key == (txKey{}) {
+	switch key {
+	case txKey{}, message.OutboxKey{}:
 		return c.tx
 	}
 	return c.Context.Value(key)
@@ -237,7 +239,7 @@ func (a *attempt) Seal() error {
 func (a *keyedAttempt) Commit(ctx context.Context, answer *idempotency.Answer) error {
 	defer a.release(ctx)
 	record := a.insertCall(a.claimedAt[:], answer)
-	deferred, together, refused := a.tx.Deferred()
+	deferred, together, refused := a.deferred()
 	record.Apart = together+len(record.Params[headersParam])+len(record.Params[headersParam+1]) > wire.TogetherBytesMax
 	return a.recorded(ctx, "commit", a.commit(ctx, deferred, refused, record))
 }

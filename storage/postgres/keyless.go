@@ -28,7 +28,7 @@ func (s *Store) claimKeyless(ctx context.Context, claim *idempotency.Claim, conn
 // record does.
 func (a *keylessAttempt) Commit(ctx context.Context, _ *idempotency.Answer) error {
 	defer a.release(ctx)
-	deferred, _, refused := a.tx.Deferred()
+	deferred, _, refused := a.deferred()
 	return a.commit(ctx, deferred, refused, a.guardCall())
 }
 

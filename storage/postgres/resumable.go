@@ -17,6 +17,7 @@ import (
 	"github.com/jackc/pgx/v5/pgxpool"
 
 	"github.com/paidonce/idempotency"
+	"github.com/paidonce/idempotency/message"
 	"github.com/paidonce/idempotency/storage/postgres/internal/sealed"
 	"github.com/paidonce/idempotency/storage/postgres/internal/wire"
 )
@@ -214,8 +215,14 @@ func (a *openAttempt) claimNow(ctx context.Context) (*idempotency.Record, error)
 // Context implements [idempotency.Attempt].
 func (a *openAttempt) Context(ctx context.Context) context.Context {
 	a.outer, a.shut, a.over, a.failed, a.used, a.inner = ctx, false, false, nil, false, false
-	return context.WithValue(ctx, txKey{}, a)
+	return context.WithValue(context.WithValue(ctx, txKey{}, a), message.OutboxKey{}, a)
 }
+
+// Add implements [message.Outbox].
+func (a *openAttempt) Add(m *message.Message) error { return a.handle().Add(m) }
+
+// Refuse implements [message.Outbox].
+func (a *openAttempt) Refuse(err error) { a.handle().Refuse(err) }
 
 // handle returns the handler's transaction, and opens it if there is none.
 func (a *openAttempt) handle() *sealed.Tx {
@@ -360,7 +367,7 @@ func (a *openAttempt) Intend(ctx context.Context, effect *idempotency.Effect, le
 		calls, claimed = append(phase.guarded(), wire.Call{Statement: &a.store.statements.rollback}, wire.Call{Statement: &s.begin}), false
 	case ofPhase:
 		var deferred []wire.Call
-		if deferred, together, err = phase.tx.Deferred(); err != nil {
+		if deferred, together, err = phase.deferred(); err != nil {
 			err = fail("commit a phase", refusal(err), err)
 		} else if !phase.tx.Abandoned() && !wire.PlainText(phase.conn) {
 			err = fail("commit a phase", idempotency.ErrAborted, errEncoding)
@@ -553,7 +560,7 @@ func (a *openAttempt) Commit(ctx context.Context, answer *idempotency.Answer) er
 	}
 	defer phase.release(ctx)
 	if begun {
-		deferred, _, refused := phase.tx.Deferred()
+		deferred, _, refused := phase.deferred()
 		err = phase.commit(ctx, deferred, refused, a.endCall(phase, answer))
 	} else {
 		err = phase.end(ctx, "commit", append(a.phaseCalls(phase), a.endCall(phase, answer), wire.Call{Statement: &a.store.statements.commit}))

@@ -30,6 +30,7 @@ type statements struct {
 	insert      wire.Statement // fails unless the record was written exactly as sent
 	commit      wire.Statement
 	rollback    wire.Statement
+	outbox      wire.Statement // writes the messages that the handler published
 	barrier     wire.Statement // makes the next COMMIT, and so all earlier ones, wait for the standbys
 
 	// Of the resolver, on connections of its own: never prepared.
@@ -120,6 +121,7 @@ func newStatements(o *Options) statements {
 				" AND pg_catalog.set_config('synchronous_commit', $2, true) IS NOT NULL" + hearWarnings + " THEN 1 ELSE 0 END",
 			OIDs: []uint32{pgtype.TimestamptzOID, pgtype.TextOID},
 		},
+		outbox:   outboxStatement(o.Schema),
 		commit:   wire.Statement{SQL: "COMMIT"},
 		rollback: wire.Statement{SQL: "ROLLBACK"},
 		barrier: wire.Statement{

@@ -12,6 +12,7 @@ import (
 	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgconn"
 
+	"github.com/paidonce/idempotency/message"
 	"github.com/paidonce/idempotency/storage/postgres/internal/wire"
 )
 
@@ -19,9 +20,10 @@ import (
 type deferred struct {
 	together int // bytes of parameters since the last Sync
 
-	mu      sync.Mutex // a goroutine that finds the transaction in use takes it too
-	calls   []wire.Call
-	refused error // why a statement is missing
+	mu       sync.Mutex // a goroutine that finds the transaction in use takes it too
+	calls    []wire.Call
+	messages []message.Message
+	refused  error // why a statement or a message is missing
 }
 
 // deferring returns the list, which it makes if there is none. It does not use the connection.
@@ -30,12 +32,18 @@ func (t *transaction) deferring() *deferred {
 	return t.deferred.Load()
 }
 
+// refuse keeps the first error.
 func (d *deferred) refuse(err error) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	if d.refused == nil {
-		d.refused = fmt.Errorf("deferred statement %d: %w", len(d.calls)+1, err)
+		d.refused = err
 	}
+}
+
+// refuseStatement adds the place of the statement.
+func (d *deferred) refuseStatement(err error) {
+	d.refuse(fmt.Errorf("deferred statement %d: %w", len(d.calls)+1, err))
 }
 
 // note writes the state of the list into a savepoint. d may be nil.
@@ -45,7 +53,7 @@ func (d *deferred) note(s *savepoint) {
 	}
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	s.deferred, s.together, s.refused = len(d.calls), d.together, d.refused
+	s.deferred, s.messages, s.together, s.refused = len(d.calls), len(d.messages), d.together, d.refused
 }
 
 // Deferred returns the deferred statements, the bytes of their parameters since the last Sync, and
@@ -67,8 +75,49 @@ func (d *deferred) backTo(s *savepoint) {
 	}
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	d.calls, d.together, d.refused = d.calls[:s.deferred], s.together, s.refused
+	d.calls, d.messages, d.together, d.refused = d.calls[:s.deferred], d.messages[:s.messages], s.together, s.refused
 }
+
+// Messages returns the published messages.
+func (t *Transaction) Messages() []message.Message {
+	d := t.deferred.Load()
+	if d == nil {
+		return nil
+	}
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	return d.messages
+}
+
+// Add implements [message.Outbox].
+func (tx *Tx) Add(m *message.Message) error {
+	d := tx.deferring()
+	if err := tx.use(); err != nil {
+		if errors.Is(err, ErrBusy) {
+			d.refuse(err)
+		}
+		return err
+	}
+	defer tx.give()
+	err := error(nil)
+	switch {
+	case len(d.messages) >= message.PublishedMax:
+		err = fmt.Errorf("%w: the transaction has %d messages already", message.ErrInvalid, message.PublishedMax)
+	case slices.ContainsFunc(d.messages, func(other message.Message) bool { return other.ID == m.ID }):
+		err = fmt.Errorf("%w: the transaction has a message of this name: give each its own", message.ErrInvalid)
+	}
+	if err != nil {
+		d.refuse(err)
+		return err
+	}
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	d.messages = append(d.messages, *m)
+	return nil
+}
+
+// Refuse implements [message.Outbox].
+func (tx *Tx) Refuse(err error) { tx.deferring().refuse(err) }
 
 // errArguments stands for pgx's error, which quotes the argument, and for a panic of its encoder.
 var errArguments = errors.New("an argument can't be encoded: DeferExec returned the reason, or panicked")
@@ -79,14 +128,14 @@ func (tx *Tx) Defer(ctx context.Context, statement func() (rows int, sql string,
 	d := tx.deferring()
 	if err := tx.use(); err != nil {
 		if errors.Is(err, ErrBusy) {
-			d.refuse(err)
+			d.refuseStatement(err)
 		}
 		return err
 	}
 	added := false
 	defer func() {
 		if !added { // also if an argument's encoder panics, and the handler recovers
-			d.refuse(cmp.Or(err, errArguments))
+			d.refuseStatement(cmp.Or(err, errArguments))
 		}
 		tx.done(err)
 	}()
@@ -109,7 +158,7 @@ func (tx *Tx) Defer(ctx context.Context, statement func() (rows int, sql string,
 	}
 	var encoded pgx.ExtendedQueryBuilder
 	if err := encoded.Build(tx.conn.TypeMap(), s.description, args); err != nil {
-		d.refuse(errArguments)
+		d.refuseStatement(errArguments)
 		return fmt.Errorf("idempotency/postgres: %w", err)
 	}
 	number := len(d.calls) + 1

@@ -57,8 +57,9 @@ type savepoint struct {
 	number  int
 	failure error // of the transaction when it was opened: ROLLBACK TO restores it
 
-	deferred, together int // of the deferred statements when it was opened
-	refused            error
+	// Of the deferred statements and the messages when it was opened.
+	deferred, messages, together int
+	refused                      error
 }
 
 // Settings are shared by the transactions of a store, and do not change once the first of them has

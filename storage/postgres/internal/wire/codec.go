@@ -23,6 +23,30 @@ func EncodeInt8(v int64) (encoded [8]byte) {
 	return encoded
 }
 
+// EncodeArray returns an array of elements that are in binary format already. A nil element is
+// NULL.
+func EncodeArray(elementOID uint32, elements [][]byte) []byte {
+	size, nulls := 20, uint32(0)
+	for _, e := range elements {
+		size += 4 + len(e)
+		if e == nil {
+			nulls = 1
+		}
+	}
+	out := make([]byte, 0, size)
+	for _, v := range []uint32{1, nulls, elementOID, uint32(len(elements)), 1} { // dimensions, ..., length and lower bound of the first
+		out = binary.BigEndian.AppendUint32(out, v)
+	}
+	for _, e := range elements {
+		if e == nil {
+			out = binary.BigEndian.AppendUint32(out, 1<<32-1)
+			continue
+		}
+		out = append(binary.BigEndian.AppendUint32(out, uint32(len(e))), e...)
+	}
+	return out
+}
+
 // Decoder reads the columns of a row one after another and keeps the first error.
 type Decoder struct {
 	Values [][]byte

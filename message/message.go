@@ -1,0 +1,139 @@
+// Package message is for messages that leave a service with its commits, and for those that it
+// consumes.
+//
+// A handler publishes with [Publish]. That sends nothing: the message is written in the flush of
+// the answer's COMMIT, beside the handler's own writes, and costs no round trip. A relay (package
+// relay) takes it to the broker later. So a message is there exactly if the effect is, and is
+// delivered at least once. Its id is derived from the request's key, so a consumer that keeps ids
+// (package consumer) handles it once.
+package message
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"strings"
+
+	"github.com/paidonce/idempotency"
+)
+
+// Limits of a message. Kafka's and NATS's defaults take up to 1 MiB in all.
+const (
+	NameBytesMax   = 100
+	TopicBytesMax  = 249
+	KeyBytesMax    = 4 << 10
+	HeaderBytesMax = 64 << 10 // names and values of all headers
+	BodyBytesMax   = 896 << 10
+	PublishedMax   = 100 // messages of one transaction
+)
+
+// ErrInvalid: the message breaks a rule or a limit of this package. The text names it, and quotes
+// nothing of the message.
+var ErrInvalid = errors.New("message is invalid")
+
+// Message is a message, in or out.
+type Message struct {
+	// ID is the same for each copy of the message. [Publish] derives it; a consumer gets the one that
+	// the broker delivered.
+	ID string
+
+	// Topic is 1 to 249 bytes ([TopicBytesMax]): letters, digits, dots, underscores and hyphens, but
+	// neither "." nor "..".
+	Topic string
+
+	// Key keeps the order: messages of one topic with one key arrive in the order of their commits,
+	// if the handlers lock a common row. At most 4 KiB ([KeyBytesMax]). Nil if there is no order to
+	// keep.
+	Key []byte
+
+	// Header has more fields, as in HTTP: names are tokens, and no value has a control character.
+	// At most 64 KiB ([HeaderBytesMax]). May be nil.
+	Header map[string][]string
+
+	// Body is at most 896 KiB ([BodyBytesMax]).
+	Body []byte
+}
+
+// Validate returns an error that wraps [ErrInvalid] if the message can't be published.
+func (m *Message) Validate() error {
+	wrong := ""
+	switch {
+	case m.Topic == "" || len(m.Topic) > TopicBytesMax || m.Topic == "." || m.Topic == ".." || strings.ContainsFunc(m.Topic, notOfTopic):
+		wrong = fmt.Sprintf("its topic must be 1 to %d letters, digits, dots, underscores and hyphens", TopicBytesMax)
+	case len(m.Key) > KeyBytesMax:
+		wrong = fmt.Sprintf("its key has %d bytes, over the limit of %d", len(m.Key), KeyBytesMax)
+	case len(m.Body) > BodyBytesMax:
+		wrong = fmt.Sprintf("its body has %d bytes, over the limit of %d", len(m.Body), BodyBytesMax)
+	}
+	if wrong != "" {
+		return fmt.Errorf("%w: %s", ErrInvalid, wrong)
+	}
+	if err := (&idempotency.Answer{Status: idempotency.StatusMin, Header: m.Header}).Validate(); err != nil {
+		return fmt.Errorf("%w: a header's name is not a token, a value has a control character, or they have more than %d bytes", ErrInvalid, HeaderBytesMax)
+	}
+	return nil
+}
+
+func notOfTopic(r rune) bool {
+	return (r < 'a' || r > 'z') && (r < 'A' || r > 'Z') && (r < '0' || r > '9') && r != '.' && r != '_' && r != '-'
+}
+
+// Outbox takes the messages of one transaction. A store offers it to [Publish] under [OutboxKey] in
+// the context of a handler.
+type Outbox interface {
+	// Add adds a valid message with its ID. It fails if the transaction has one with this ID, or as
+	// many as it may. An error means that the message was not added; if the handler ignores the
+	// error, nothing of the transaction is committed.
+	Add(m *Message) error
+	// Refuse makes the transaction fail because of err, which Publish returned.
+	Refuse(err error)
+}
+
+// OutboxKey is the key of an [Outbox] in a context.
+type OutboxKey struct{}
+
+// Publish adds a message to those that leave with the transaction of the handler that runs with
+// this context. It sends nothing: an answer that undoes the handler's writes undoes the message.
+// What a nested transaction published is dropped if that is rolled back. The bytes of the message
+// must not change until the handler has returned.
+//
+// The name is 1 to 100 visible ASCII characters ([NameBytesMax]), and stands for this message among
+// those of the handler: with the request's key it makes the message's id ([ID]), so that every run
+// of the request publishes under the same id. Publish overwrites Message.ID.
+//
+// The error wraps [ErrInvalid], or says that the transaction can't take the message: because it has
+// one of this name, or [PublishedMax] messages. Nothing of the request is committed after an error,
+// even if the handler ignores it. Inside a postgres.Phase the message leaves with the phase's
+// COMMIT. On a resumable route, outside of a phase, Publish counts as a use of the transaction: no
+// call to another service may follow.
+//
+// Publish is for one goroutine at a time, as the transaction is. It panics outside an idempotent
+// handler, and in one whose store has no outbox.
+func Publish(ctx context.Context, name string, m Message) error {
+	outbox, ok := ctx.Value(OutboxKey{}).(Outbox)
+	if !ok {
+		panic(idempotency.UsageError("idempotency/message: Publish outside an idempotent handler of a store with an outbox: mount the middleware with a postgres store on the route, and pass the request's context on"))
+	}
+	err := m.Validate()
+	if err == nil && !validName(name) {
+		err = fmt.Errorf("%w: its name must be 1 to %d visible ASCII characters", ErrInvalid, NameBytesMax)
+	}
+	if err != nil {
+		err = fmt.Errorf("publish: %w", err)
+		outbox.Refuse(err)
+		return err
+	}
+	m.ID = ID(ctx, name)
+	if err := outbox.Add(&m); err != nil {
+		return fmt.Errorf("publish %s: %w", name, err)
+	}
+	return nil
+}
+
+func validName(name string) bool {
+	return name != "" && len(name) <= NameBytesMax && !strings.ContainsFunc(name, func(r rune) bool { return r <= ' ' || r >= 0x7f })
+}
+
+// ID returns the id that [Publish] gives to the message of this name: a version 8 UUID (RFC 9562)
+// that is the same for every run of the request. It panics outside an idempotent handler.
+func ID(ctx context.Context, name string) string { return idempotency.DerivedID(ctx, "message/"+name) }
