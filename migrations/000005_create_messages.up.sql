@@ -10,11 +10,15 @@ CREATE TABLE message_outbox (
     message_id uuid        NOT NULL,
     topic      text COLLATE "C" NOT NULL,
     key        bytea,
+    parked     text,
     headers    bytea       NOT NULL,
     body       bytea       NOT NULL,
 
     CONSTRAINT message_outbox_pkey PRIMARY KEY (shard, id)
 );
+
+-- For the messages that wait behind a parked one.
+CREATE INDEX message_outbox_parked_idx ON message_outbox (shard, topic, key) WHERE parked IS NOT NULL;
 
 COMMENT ON TABLE message_outbox IS 'Messages that were published and are not yet with the broker. Do not delete a row by hand: nobody would get the message.';
 COMMENT ON COLUMN message_outbox.id IS 'Order of the messages in a shard.';
@@ -23,5 +27,6 @@ COMMENT ON COLUMN message_outbox.shard IS 'Part of the outbox, from topic and ke
 COMMENT ON COLUMN message_outbox.message_id IS 'The message''s id, the same for every run of the request that published it.';
 COMMENT ON COLUMN message_outbox.topic IS 'Where the message goes.';
 COMMENT ON COLUMN message_outbox.key IS 'Messages with one topic and key keep their order; NULL if there is none to keep.';
+COMMENT ON COLUMN message_outbox.parked IS 'Why the broker will never take the message; NULL unless it does. Later messages of its topic and key wait behind it.';
 COMMENT ON COLUMN message_outbox.headers IS 'The headers, encoded as in idempotency_keys.';
 COMMENT ON COLUMN message_outbox.body IS 'The body as it was published.';

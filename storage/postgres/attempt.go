@@ -296,6 +296,7 @@ func (a *attempt) end(ctx context.Context, step string, calls []wire.Call) error
 		// Standbys may have been named since the claim.
 		return fail(step, idempotency.ErrUnknown, errNotReplicated)
 	case err == nil:
+		a.nudge()
 		return nil
 	}
 	pgErr, ok := wire.Definite(err)

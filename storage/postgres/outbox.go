@@ -1,7 +1,13 @@
 package postgres
 
 import (
+	"context"
+	"errors"
+	"fmt"
 	"hash/fnv"
+	"strings"
+	"sync"
+	"time"
 
 	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgconn"
@@ -9,11 +15,12 @@ import (
 
 	"github.com/paidonce/idempotency"
 	"github.com/paidonce/idempotency/message"
+	"github.com/paidonce/idempotency/relay"
 	"github.com/paidonce/idempotency/storage/postgres/internal/wire"
 )
 
 // The outbox has the messages that are committed and not yet with the broker. This file writes
-// them, in the flush of the handler's COMMIT.
+// them, in the flush of the handler's COMMIT, and reads them for a relay.
 
 // OutboxShards is the number of parts of the outbox. Messages of one topic and key are in one
 // shard, and one relay at a time empties a shard, so they keep their order.
@@ -95,4 +102,196 @@ func outboxMeaning(err *pgconn.PgError) (sentinel, explained error) {
 		return idempotency.ErrAborted, explain(err, "the role may not publish: GRANT INSERT ON "+OutboxTable+" to it")
 	}
 	return classify(err), err
+}
+
+// nudge wakes the relay of this process if the transaction, which has ended, published messages.
+func (a *attempt) nudge() {
+	if len(a.tx.Messages()) == 0 {
+		return
+	}
+	select {
+	case a.store.published <- struct{}{}:
+	default: // it will look anyway
+	}
+}
+
+// Outbox is the outbox of a store, for package relay. It is safe for concurrent use.
+type Outbox struct {
+	store *Store
+	table string // sanitized
+
+	mu    sync.Mutex
+	hints [OutboxShards]hint
+}
+
+// hint is the last id that was deleted from a shard. It saves reading the dead index entries in
+// front of the first message. A transaction with a lower id may commit later, so a hint is dropped
+// after hintLifetime: it delays such a message, and loses none.
+type hint struct {
+	id      int64
+	dropped time.Time
+}
+
+const hintLifetime = time.Second
+
+// Outbox returns the outbox.
+func (s *Store) Outbox() *Outbox {
+	return &Outbox{store: s, table: pgx.Identifier{s.options.Schema, OutboxTable}.Sanitize()}
+}
+
+var _ relay.Outbox = (*Outbox)(nil)
+
+// after returns the id behind which to look for messages of a shard.
+func (o *Outbox) after(shard int) int64 {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	h := &o.hints[shard]
+	if now := time.Now(); now.Sub(h.dropped) >= hintLifetime {
+		*h = hint{dropped: now}
+	}
+	return h.id
+}
+
+func (o *Outbox) deleted(shard int, id int64) {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	o.hints[shard].id = id
+}
+
+// ready is a condition on a message m: it is not parked, and no parked one is in front of it.
+func (o *Outbox) ready() string {
+	return "m.parked IS NULL AND NOT EXISTS (SELECT FROM " + o.table + " AS p WHERE p.parked IS NOT NULL AND p.shard = m.shard AND p.topic = m.topic AND p.key = m.key AND p.id < m.id)"
+}
+
+// Waiting implements [relay.Outbox].
+func (o *Outbox) Waiting(ctx context.Context) ([]int, error) {
+	after := make([]int64, OutboxShards)
+	for shard := range after {
+		after[shard] = o.after(shard)
+	}
+	rows, err := o.store.pool.Query(ctx, "SELECT shard FROM unnest($1::bigint[]) WITH ORDINALITY AS h (after, place), LATERAL (SELECT (place - 1)::int AS shard) AS s"+
+		" WHERE EXISTS (SELECT FROM "+o.table+" AS m WHERE m.shard = s.shard AND m.id > h.after AND "+o.ready()+")", after)
+	if err != nil {
+		return nil, wire.SQLError(err)
+	}
+	shards, err := pgx.CollectRows(rows, pgx.RowTo[int])
+	if err != nil {
+		return nil, wire.SQLError(err)
+	}
+	return shards, nil
+}
+
+// Nudged implements [relay.Outbox].
+func (o *Outbox) Nudged() <-chan struct{} { return o.store.published }
+
+// ParkedBytesMax is the maximum length of the reason for which a message is parked.
+const ParkedBytesMax = 500
+
+// Drain implements [relay.Outbox]. One transaction has the shard's lock and the deletion of what
+// was published. If its COMMIT fails, the messages stay, and are published again.
+func (o *Outbox) Drain(ctx context.Context, shard int, limits relay.Limits, publish func(context.Context, []message.Message) []error) (d relay.Drained, err error) {
+	if shard < 0 || shard >= OutboxShards {
+		return d, fmt.Errorf("drain the outbox: there is no shard %d", shard)
+	}
+	tx, err := o.store.pool.BeginTx(ctx, pgx.TxOptions{IsoLevel: pgx.ReadCommitted, AccessMode: pgx.ReadWrite})
+	if err != nil {
+		return d, fmt.Errorf("drain the outbox: %w", wire.SQLError(err))
+	}
+	defer tx.Rollback(context.WithoutCancel(ctx)) //nolint:errcheck // after COMMIT, or what failed before is returned
+	if d, err = o.drain(ctx, tx, shard, limits, publish); err != nil {
+		return d, fmt.Errorf("drain the outbox: %w", wire.SQLError(err))
+	}
+	return d, nil
+}
+
+func (o *Outbox) drain(ctx context.Context, tx pgx.Tx, shard int, limits relay.Limits, publish func(context.Context, []message.Message) []error) (d relay.Drained, err error) {
+	// A statement of its own: the snapshot of the next one must be younger than the lock.
+	lock := idempotency.Key{Value: fmt.Sprintf("outbox %d", shard)}.LockNumber(o.store.table) // no request has an empty scope
+	var held bool
+	if err := tx.QueryRow(ctx, "SELECT pg_try_advisory_xact_lock($1)", lock).Scan(&held); err != nil || !held {
+		return relay.Drained{Held: err == nil}, err
+	}
+	rows, err := tx.Query(ctx, "SELECT id, message_id::text, topic, key, headers, body, GREATEST(extract(epoch FROM clock_timestamp() - created_at), 0)::float8 FROM ("+
+		"SELECT *, sum(octet_length(body)) OVER (ORDER BY id) - octet_length(body) AS before FROM (SELECT * FROM "+o.table+" AS m WHERE shard = $1 AND id > $2 AND "+o.ready()+
+		" ORDER BY id LIMIT $3) AS oldest) AS sized WHERE before < $4 ORDER BY id", shard, o.after(shard), limits.Messages, limits.Bytes)
+	if err != nil {
+		return d, err
+	}
+	var ids []int64
+	messages, err := pgx.CollectRows(rows, func(row pgx.CollectableRow) (m message.Message, err error) {
+		var id int64
+		var headers []byte
+		var age float64
+		if err := row.Scan(&id, &m.ID, &m.Topic, &m.Key, &headers, &m.Body, &age); err != nil {
+			return m, err
+		}
+		ids = append(ids, id)
+		if d.Age == 0 {
+			d.Age = time.Duration(age * float64(time.Second))
+		}
+		m.Header, err = decodeHeaders(headers)
+		return m, err
+	})
+	if err != nil || len(messages) == 0 {
+		return d, err
+	}
+	results := publish(ctx, messages)
+	if len(results) != len(messages) {
+		return d, fmt.Errorf("the publisher returned %d results for %d messages", len(results), len(messages))
+	}
+	// What the broker has confirmed is deleted, even if ctx has ended meanwhile.
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), o.store.options.StatementTimeout)
+	defer cancel()
+	var published, parked []int64
+	var reasons []string
+	for i, result := range results {
+		switch {
+		case result == nil:
+			published = append(published, ids[i])
+			continue
+		case errors.Is(result, relay.ErrRefused):
+			parked, reasons = append(parked, ids[i]), append(reasons, reasonOf(result))
+		default:
+			d.Failed++
+		}
+		if d.Err == nil {
+			d.Err = result
+		}
+	}
+	if len(published) > 0 {
+		tag, err := tx.Exec(ctx, "DELETE FROM "+o.table+" WHERE shard = $1 AND id = ANY ($2)", shard, published)
+		if err == nil && tag.RowsAffected() != int64(len(published)) {
+			err = fmt.Errorf("%d of %d published messages were not deleted: drop the rules and triggers of %s", int64(len(published))-tag.RowsAffected(), len(published), OutboxTable)
+		}
+		if err != nil {
+			return d, err
+		}
+	}
+	if len(parked) > 0 {
+		if _, err := tx.Exec(ctx, "UPDATE "+o.table+" AS m SET parked = r.reason FROM unnest($2::bigint[], $3::text[]) AS r (id, reason) WHERE m.shard = $1 AND m.id = r.id", shard, parked, reasons); err != nil {
+			return d, err
+		}
+	}
+	if err := tx.Commit(ctx); err != nil {
+		return d, err
+	}
+	d.Published, d.Parked = len(published), len(parked)
+	if d.Published > 0 && d.Failed == 0 && d.Parked == 0 {
+		o.deleted(shard, published[len(published)-1])
+	}
+	return d, nil
+}
+
+// reasonOf returns the broker's words as they are kept with a parked message.
+func reasonOf(err error) string {
+	text := strings.Map(func(r rune) rune { // which also replaces what is not UTF-8
+		if r < ' ' || r == 0x7f {
+			return ' '
+		}
+		return r
+	}, err.Error())
+	if len(text) > ParkedBytesMax {
+		text = strings.ToValidUTF8(text[:ParkedBytesMax], "")
+	}
+	return text
 }

@@ -1,0 +1,340 @@
+package relay_test
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"math/rand/v2"
+	"strconv"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/jackc/pgx/v5/pgxpool"
+
+	"github.com/paidonce/idempotency"
+	"github.com/paidonce/idempotency/internal/testservice"
+	"github.com/paidonce/idempotency/message"
+	"github.com/paidonce/idempotency/relay"
+	"github.com/paidonce/idempotency/storage/postgres"
+)
+
+// recorder is a Publisher that keeps what it got. The brokers' own tests are in broker/.
+type recorder struct {
+	mu     sync.Mutex
+	got    []message.Message
+	result func(m *message.Message) error // nil: all are confirmed
+	after  func(context.Context)          // called between the broker's confirmation and Publish's return
+}
+
+func (p *recorder) Publish(ctx context.Context, messages []message.Message) []error {
+	p.mu.Lock()
+	after := p.after
+	results := make([]error, len(messages))
+	failed := map[string]bool{}
+	for i := range messages {
+		m := &messages[i]
+		if p.result != nil {
+			results[i] = p.result(m)
+		}
+		if m.Key != nil && failed[string(m.Key)] && results[i] == nil {
+			results[i] = errors.New("one before it failed")
+		}
+		if results[i] == nil {
+			p.got = append(p.got, *m)
+		} else {
+			failed[string(m.Key)] = true
+		}
+	}
+	p.mu.Unlock()
+	if after != nil {
+		after(ctx)
+	}
+	return results
+}
+
+// bodies returns what the broker got, in its order.
+func (p *recorder) bodies() string {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	all := make([]string, len(p.got))
+	for i, m := range p.got {
+		all[i] = string(m.Body)
+	}
+	return strings.Join(all, " ")
+}
+
+func publish(t *testing.T, s *testservice.Service, key, body string) {
+	t.Helper()
+	result := s.Engine.Do(t.Context(), testservice.Request(idempotency.Key{Scope: "acme", Value: body}), func(ctx context.Context) (*idempotency.Answer, error) {
+		m := message.Message{Topic: "t", Body: []byte(body), Header: map[string][]string{"A": {"1", "2"}}}
+		if key != "" {
+			m.Key = []byte(key)
+		}
+		return &idempotency.Answer{Status: 201}, message.Publish(ctx, "made", m)
+	})
+	if result.Outcome != idempotency.OutcomeExecuted {
+		t.Fatalf("%+v", result)
+	}
+}
+
+// run runs a relay until the test ends or stop is called.
+func run(t *testing.T, outbox relay.Outbox, p relay.Publisher, opts *relay.Options) (stop func()) {
+	t.Helper()
+	ctx, cancel := context.WithCancel(t.Context())
+	var running sync.WaitGroup
+	running.Go(func() { relay.New(outbox, p, opts).Run(ctx) })
+	stop = func() {
+		cancel()
+		running.Wait()
+	}
+	t.Cleanup(stop)
+	return stop
+}
+
+func eventually(t *testing.T, what string, is func() bool) {
+	t.Helper()
+	for deadline := time.Now().Add(30 * time.Second); !is(); time.Sleep(5 * time.Millisecond) {
+		if time.Now().After(deadline) {
+			t.Fatalf("not within 30 s: %s", what)
+		}
+	}
+}
+
+func empty(t *testing.T, s *testservice.Service) func() bool {
+	return func() bool { return s.Count(t, "SELECT count(*) FROM message_outbox") == 0 }
+}
+
+// What is published arrives as it was, and leaves the outbox.
+func TestRelayPublishesAndDeletes(t *testing.T) {
+	t.Parallel()
+	s := testservice.New(t, nil)
+	publish(t, s, "k", "before") // by another process, or before a restart
+	p := new(recorder)
+	run(t, s.Store.Outbox(), p, &relay.Options{Interval: 10 * time.Second})
+	eventually(t, "the outbox is empty", empty(t, s))
+	for i := range 20 { // a nudge for each: the next look is seconds away
+		publish(t, s, "k", fmt.Sprint(i))
+		eventually(t, "the outbox is empty", empty(t, s))
+	}
+	if len(p.got) != 21 || p.got[0].Topic != "t" || string(p.got[0].Key) != "k" || string(p.got[0].Body) != "before" || fmt.Sprint(p.got[0].Header) != "map[A:[1 2]]" {
+		t.Errorf("%d messages, the first %+v", len(p.got), p.got[0])
+	}
+	if len(p.got[0].ID) != 36 || p.got[0].ID == p.got[1].ID {
+		t.Errorf("ids %q and %q", p.got[0].ID, p.got[1].ID)
+	}
+}
+
+// A message that the broker refuses is parked with its key: later ones of the key wait, others go
+// on. Once the operator lets it go they follow in their order.
+func TestRefusedMessageIsParkedWithItsKey(t *testing.T) {
+	t.Parallel()
+	s := testservice.New(t, nil)
+	refuses := true
+	p := new(recorder)
+	p.result = func(m *message.Message) error {
+		if refuses && string(m.Body) == "a1" {
+			return fmt.Errorf("%w: too large\x00\xff", relay.ErrRefused)
+		}
+		return nil
+	}
+	for _, m := range []string{"a1", "a2", "b1"} {
+		publish(t, s, m[:1], m)
+	}
+	publish(t, s, "", "none")
+	run(t, s.Store.Outbox(), p, &relay.Options{Interval: 10 * time.Millisecond, OnDrain: func(int, relay.Drained, time.Duration, error) {}})
+	eventually(t, "the others are published", func() bool { return s.Count(t, "SELECT count(*) FROM message_outbox") == 2 })
+	publish(t, s, "a", "a3")
+	publish(t, s, "b", "b2")
+	eventually(t, "b2 is published", func() bool { return strings.Contains(p.bodies(), "b2") })
+	if got := s.Text(t, "SELECT string_agg(convert_from(body, 'UTF8') || ':' || COALESCE(parked, ''), ' ' ORDER BY id) FROM message_outbox"); got != "a1:broker refuses the message: too large � a2: a3:" {
+		t.Errorf("the outbox has %q", got)
+	}
+	p.mu.Lock()
+	refuses = false
+	p.mu.Unlock()
+	s.Exec(t, "UPDATE message_outbox SET parked = NULL")
+	eventually(t, "the outbox is empty", empty(t, s))
+	if got := p.bodies(); strings.Index(got, "a1") > strings.Index(got, "a2") || strings.Index(got, "a2") > strings.Index(got, "a3") {
+		t.Errorf("published %q", got)
+	}
+}
+
+// While the broker is away nothing is lost, parked or reordered.
+func TestOutageOfTheBrokerParksNothing(t *testing.T) {
+	t.Parallel()
+	s := testservice.New(t, nil)
+	away := true
+	p := new(recorder)
+	p.result = func(*message.Message) error {
+		if away {
+			return errors.New("away")
+		}
+		return nil
+	}
+	tried := make(chan struct{}, 100)
+	run(t, s.Store.Outbox(), p, &relay.Options{Interval: time.Millisecond, PauseMax: 10 * time.Millisecond, OnDrain: func(_ int, d relay.Drained, _ time.Duration, _ error) {
+		if d.Failed > 0 {
+			select {
+			case tried <- struct{}{}:
+			default:
+			}
+		}
+	}})
+	for i := range 5 {
+		publish(t, s, "k", fmt.Sprint(i))
+	}
+	for range 3 {
+		<-tried
+	}
+	if n := s.Count(t, "SELECT count(*) FROM message_outbox WHERE parked IS NULL"); n != 5 {
+		t.Errorf("%d messages are in the outbox", n)
+	}
+	p.mu.Lock()
+	away = false
+	p.mu.Unlock()
+	eventually(t, "the outbox is empty", empty(t, s))
+	if got := p.bodies(); got != "0 1 2 3 4" {
+		t.Errorf("published %q", got)
+	}
+}
+
+// A relay that dies between the broker's confirmation and the deletion publishes the message again,
+// under the same id.
+func TestDeathBetweenConfirmationAndDeletionPublishesAgain(t *testing.T) {
+	t.Parallel()
+	s := testservice.New(t, nil)
+	p := new(recorder)
+	p.after = func(context.Context) {
+		p.mu.Lock()
+		p.after = nil
+		p.mu.Unlock()
+		s.Exec(t, "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = current_database() AND state = 'idle in transaction'")
+	}
+	publish(t, s, "k", "one")
+	run(t, s.Store.Outbox(), p, &relay.Options{Interval: 10 * time.Millisecond, OnDrain: func(int, relay.Drained, time.Duration, error) {}})
+	eventually(t, "the outbox is empty", empty(t, s))
+	if len(p.got) != 2 || p.got[0].ID != p.got[1].ID {
+		t.Errorf("published %+v", p.got)
+	}
+}
+
+// A stop ends what was begun: nothing is published twice because of it.
+func TestStopEndsTheBatchUnderWay(t *testing.T) {
+	t.Parallel()
+	s := testservice.New(t, nil)
+	publishing, release := make(chan struct{}), make(chan struct{})
+	p := &recorder{after: func(ctx context.Context) {
+		close(publishing)
+		<-release
+		if ctx.Err() != nil {
+			t.Error("the publisher's context ended with the relay's")
+		}
+	}}
+	publish(t, s, "k", "one")
+	stop := run(t, s.Store.Outbox(), p, nil)
+	<-publishing
+	go func() {
+		time.Sleep(20 * time.Millisecond)
+		close(release)
+	}()
+	stop()
+	if n := s.Count(t, "SELECT count(*) FROM message_outbox"); n != 0 || len(p.got) != 1 {
+		t.Errorf("%d messages are left, %d were published", n, len(p.got))
+	}
+}
+
+// A batch ends at its limits; a message that is larger than all of Bytes still leaves, alone.
+func TestBatchesAreBounded(t *testing.T) {
+	t.Parallel()
+	s := testservice.New(t, nil)
+	var batches []string
+	outbox := s.Store.Outbox()
+	for _, body := range []string{"a", "bb", "ccccc", "d", "e", "f"} {
+		publish(t, s, "k", body)
+	}
+	for {
+		ended := true
+		shards, err := outbox.Waiting(t.Context())
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, shard := range shards {
+			if _, err := outbox.Drain(t.Context(), shard, relay.Limits{Messages: 2, Bytes: 3}, func(_ context.Context, messages []message.Message) []error {
+				batch := ""
+				for _, m := range messages {
+					batch += string(m.Body)
+				}
+				batches, ended = append(batches, batch), false
+				return make([]error, len(messages))
+			}); err != nil {
+				t.Fatal(err)
+			}
+		}
+		if ended {
+			break
+		}
+	}
+	if got := strings.Join(batches, " "); got != "abb ccccc de f" {
+		t.Errorf("batches %q", got)
+	}
+}
+
+// Eight writers, four relays: nothing is lost, nothing is published twice, and each key keeps the
+// order of its commits, whatever a long transaction of somebody else does to the horizon.
+func TestRelaysLoseNothingAndKeepTheOrder(t *testing.T) {
+	t.Parallel()
+	const writers, each, keys, relays = 8, 100, 20, 4
+	s := testservice.New(t, &postgres.Options{PoolConfig: func(c *pgxpool.Config) { c.MaxConns = writers + relays*2 }})
+	s.Exec(t, "CREATE TABLE aggregates (id int PRIMARY KEY, version int NOT NULL)")
+	s.Exec(t, "INSERT INTO aggregates SELECT g, 0 FROM generate_series(0, $1::int - 1) AS g", keys)
+
+	unrelated, err := s.Pool.Begin(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer unrelated.Rollback(context.Background()) //nolint:errcheck // it only holds the horizon back
+	if _, err := unrelated.Exec(t.Context(), "INSERT INTO effects (name) VALUES ('unrelated')"); err != nil {
+		t.Fatal(err)
+	}
+
+	p := new(recorder)
+	for range relays {
+		run(t, s.Store.Outbox(), p, &relay.Options{Interval: 5 * time.Millisecond, AtOnce: 2, BatchMessages: 10, OnDrain: func(_ int, _ relay.Drained, _ time.Duration, err error) {
+			if err != nil {
+				t.Error(err)
+			}
+		}})
+	}
+	var writing sync.WaitGroup
+	for w := range writers {
+		writing.Go(func() {
+			for i := range each {
+				s.Engine.Do(t.Context(), testservice.Request(idempotency.Key{Scope: "acme", Value: fmt.Sprint(w, "-", i)}), func(ctx context.Context) (*idempotency.Answer, error) {
+					id, version := rand.IntN(keys), 0
+					if err := postgres.Tx(ctx).QueryRow(ctx, "UPDATE aggregates SET version = version + 1 WHERE id = $1 RETURNING version", id).Scan(&version); err != nil {
+						return nil, err
+					}
+					if i%40 == 0 {
+						time.Sleep(30 * time.Millisecond)
+					}
+					return &idempotency.Answer{Status: 201}, message.Publish(ctx, "made", message.Message{Topic: "t", Key: []byte(strconv.Itoa(id)), Body: []byte(strconv.Itoa(version))})
+				})
+			}
+		})
+	}
+	writing.Wait()
+	eventually(t, "the outbox is empty", empty(t, s))
+
+	next := map[string]int{}
+	for _, m := range p.got {
+		next[string(m.Key)]++
+		if want := strconv.Itoa(next[string(m.Key)]); string(m.Body) != want {
+			t.Fatalf("key %s: version %s came where %s was due", m.Key, m.Body, want)
+		}
+	}
+	if made := s.Count(t, "SELECT sum(version) FROM aggregates"); made != writers*each || len(p.got) != made {
+		t.Errorf("%d messages were made, %d published", made, len(p.got))
+	}
+}
