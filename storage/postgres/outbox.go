@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"hash/fnv"
 	"strings"
-	"sync"
 	"time"
 
 	"github.com/jackc/pgx/v5"
@@ -116,23 +115,14 @@ func (a *attempt) nudge() {
 }
 
 // Outbox is the outbox of a store, for package relay. It is safe for concurrent use.
+//
+// It looks for messages from the beginning of a shard on, each time. The last id that was deleted
+// is no place to go on from: a transaction that drew a lower id may commit later, and the next
+// message of its key would overtake it.
 type Outbox struct {
 	store *Store
 	table string // sanitized
-
-	mu    sync.Mutex
-	hints [OutboxShards]hint
 }
-
-// hint is the last id that was deleted from a shard. It saves reading the dead index entries in
-// front of the first message. A transaction with a lower id may commit later, so a hint is dropped
-// after hintLifetime: it delays such a message, and loses none.
-type hint struct {
-	id      int64
-	dropped time.Time
-}
-
-const hintLifetime = time.Second
 
 // Outbox returns the outbox.
 func (s *Store) Outbox() *Outbox {
@@ -141,23 +131,6 @@ func (s *Store) Outbox() *Outbox {
 
 var _ relay.Outbox = (*Outbox)(nil)
 
-// after returns the id behind which to look for messages of a shard.
-func (o *Outbox) after(shard int) int64 {
-	o.mu.Lock()
-	defer o.mu.Unlock()
-	h := &o.hints[shard]
-	if now := time.Now(); now.Sub(h.dropped) >= hintLifetime {
-		*h = hint{dropped: now}
-	}
-	return h.id
-}
-
-func (o *Outbox) deleted(shard int, id int64) {
-	o.mu.Lock()
-	defer o.mu.Unlock()
-	o.hints[shard].id = id
-}
-
 // ready is a condition on a message m: it is not parked, and no parked one is in front of it.
 func (o *Outbox) ready() string {
 	return "m.parked IS NULL AND NOT EXISTS (SELECT FROM " + o.table + " AS p WHERE p.parked IS NOT NULL AND p.shard = m.shard AND p.topic = m.topic AND p.key = m.key AND p.id < m.id)"
@@ -165,12 +138,8 @@ func (o *Outbox) ready() string {
 
 // Waiting implements [relay.Outbox].
 func (o *Outbox) Waiting(ctx context.Context) ([]int, error) {
-	after := make([]int64, OutboxShards)
-	for shard := range after {
-		after[shard] = o.after(shard)
-	}
-	rows, err := o.store.pool.Query(ctx, "SELECT shard FROM unnest($1::bigint[]) WITH ORDINALITY AS h (after, place), LATERAL (SELECT (place - 1)::int AS shard) AS s"+
-		" WHERE EXISTS (SELECT FROM "+o.table+" AS m WHERE m.shard = s.shard AND m.id > h.after AND "+o.ready()+")", after)
+	rows, err := o.store.pool.Query(ctx, "SELECT shard FROM generate_series(0, $1::int - 1) AS s (shard)"+
+		" WHERE EXISTS (SELECT FROM "+o.table+" AS m WHERE m.shard = s.shard AND "+o.ready()+")", OutboxShards)
 	if err != nil {
 		return nil, wire.SQLError(err)
 	}
@@ -212,8 +181,8 @@ func (o *Outbox) drain(ctx context.Context, tx pgx.Tx, shard int, limits relay.L
 		return relay.Drained{Held: err == nil}, err
 	}
 	rows, err := tx.Query(ctx, "SELECT id, message_id::text, topic, key, headers, body, GREATEST(extract(epoch FROM clock_timestamp() - created_at), 0)::float8 FROM ("+
-		"SELECT *, sum(octet_length(body)) OVER (ORDER BY id) - octet_length(body) AS before FROM (SELECT * FROM "+o.table+" AS m WHERE shard = $1 AND id > $2 AND "+o.ready()+
-		" ORDER BY id LIMIT $3) AS oldest) AS sized WHERE before < $4 ORDER BY id", shard, o.after(shard), limits.Messages, limits.Bytes)
+		"SELECT *, sum(octet_length(body)) OVER (ORDER BY id) - octet_length(body) AS before FROM (SELECT * FROM "+o.table+" AS m WHERE shard = $1 AND "+o.ready()+
+		" ORDER BY id LIMIT $2) AS oldest) AS sized WHERE before < $3 ORDER BY id", shard, limits.Messages, limits.Bytes)
 	if err != nil {
 		return d, err
 	}
@@ -276,9 +245,6 @@ func (o *Outbox) drain(ctx context.Context, tx pgx.Tx, shard int, limits relay.L
 		return d, err
 	}
 	d.Published, d.Parked = len(published), len(parked)
-	if d.Published > 0 && d.Failed == 0 && d.Parked == 0 {
-		o.deleted(shard, published[len(published)-1])
-	}
 	return d, nil
 }
 
