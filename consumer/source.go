@@ -1,0 +1,79 @@
+package consumer
+
+import (
+	"context"
+	"errors"
+	"time"
+
+	"github.com/paidonce/idempotency/message"
+)
+
+// Partition is a part of a source whose messages have an order: a partition of a Kafka topic, a
+// subject of a NATS stream, a shard of an outbox.
+type Partition struct {
+	Source string // the topic or stream
+	Number int32
+
+	// Incarnation is the source's own id, which differs if it was deleted and made anew under its
+	// name. Zero where a broker has none.
+	Incarnation [16]byte
+}
+
+// Delivery is a message with its place in a partition.
+type Delivery struct {
+	message.Message
+
+	// Offset is the place. Offsets rise, and may leave gaps.
+	Offset int64
+
+	// Time is the broker's time of the message; zero if there is none.
+	Time time.Time
+}
+
+// Offsets that a [Receiver] returns for a partition that was never consumed.
+const (
+	FromOldest int64 = -2 // from the oldest message that the broker has
+	FromNewest int64 = -1 // from the messages that are published from now on
+)
+
+// Errors of a [Source]. Their texts name the remedy.
+var (
+	// ErrTrimmed: the broker has deleted messages that were not consumed, so the next offset is in
+	// front of its oldest one. The source stops: an operator decides where to go on.
+	ErrTrimmed = errors.New("messages were deleted unread")
+	// ErrRecreated: the topic or stream was deleted and made anew, so the stored offset means nothing.
+	ErrRecreated = errors.New("source was made anew")
+)
+
+// Source is a subscription: it delivers the messages of partitions to a [Receiver].
+type Source interface {
+	// Run delivers messages until ctx ends, or an error that no retry mends. It returns when no call of
+	// the receiver is under way. Per partition:
+	//
+	//   - It calls Assigned before the first Receive, and begins at the offset that it returns. It
+	//     asks the broker for no offset.
+	//   - It calls Receive with messages in their order, one call at a time. Several partitions may be
+	//     received at once.
+	//   - If not all messages of a call are settled, it delivers the others again after the pause,
+	//     and nothing behind them meanwhile.
+	//   - If the partition is taken away, it gives Receive what is left of the time until another
+	//     process may have it, and then ends its context. What it holds of the partition it drops.
+	//   - It may tell the broker the offsets that are settled, for tools that show the lag. Nothing
+	//     depends on that.
+	Run(ctx context.Context, receiver Receiver) error
+}
+
+// Receiver takes a source's messages. [Consumer] is one. It is safe for concurrent use.
+type Receiver interface {
+	// Assigned returns the offset at which to begin a partition, or [FromOldest] or [FromNewest]. It
+	// returns ErrRecreated if the partition's incarnation is another one than before.
+	Assigned(ctx context.Context, partition Partition) (offset int64, err error)
+
+	// Receive handles messages of one partition. It returns the number of them that are settled, from
+	// the first on: their effects are committed, with the position behind them. The others are
+	// delivered again, not before the pause.
+	Receive(ctx context.Context, partition Partition, deliveries []Delivery) (settled int, pause time.Duration)
+
+	// BatchMax is the maximum number of deliveries that one Receive handles; more only wait.
+	BatchMax() int
+}

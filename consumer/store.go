@@ -1,0 +1,119 @@
+package consumer
+
+import (
+	"context"
+	"errors"
+	"time"
+
+	"github.com/paidonce/idempotency"
+)
+
+// Store keeps positions, records and parked messages, and runs batches in transactions. It is safe
+// for concurrent use. postgres.Store has one: postgres.Store.Inbox.
+type Store interface {
+	// Assign adds 1 to the deaths of a partition, and returns its position. The next commit of a
+	// position sets them to 0. It waits for no batch.
+	Assign(ctx context.Context, consumer string, partition Partition) (Position, error)
+
+	// Begin opens a transaction for a batch, takes the lock of the partition, reads its position and
+	// what is known of the messages. It returns ErrHeld if another process has the lock, and never
+	// waits for it; [idempotency.ErrNotSerializable] if it should be called again; anything else
+	// means that the store is unavailable.
+	Begin(ctx context.Context, claim *Claim) (Batch, error)
+
+	// Resolve finds the outcome of a batch that got [idempotency.ErrUnknown] from Commit. It waits
+	// until nobody holds the partition's lock, and reports whether the batch was committed. The error
+	// is ErrUnknown if that can't be found before ctx ends.
+	Resolve(ctx context.Context, claim *Claim) (committed bool, err error)
+}
+
+// Position is the place of a consumer in a partition.
+type Position struct {
+	Next        int64    // offset of the next message; negative if none was consumed yet
+	Incarnation [16]byte // of the source when the position was written
+	Deaths      int      // assignments since the last commit, this one included
+}
+
+// Claim is what a batch is about to handle.
+type Claim struct {
+	Consumer  string
+	Partition Partition
+	Attempt   idempotency.AttemptID
+	Entries   []Entry
+	Keys      bool // whether to look for parked messages of the same keys
+}
+
+// Entry is a message of a batch.
+type Entry struct {
+	ID          string
+	Topic       string
+	Key         []byte
+	Fingerprint idempotency.Fingerprint
+}
+
+// Known is what the store knows of a message.
+type Known int
+
+// The states of a message in the store.
+const (
+	Unknown  Known = iota
+	Recorded       // it was handled before: a copy
+	Mismatch       // its id was recorded with other content
+	Parked         // it is parked itself
+	Behind         // another message of its key is parked
+)
+
+// Errors of a [Store], beside those of package idempotency.
+var (
+	// ErrHeld: another process works on the partition.
+	ErrHeld = errors.New("another process has the partition")
+	// ErrFenced: the position moved since the batch began; nothing of it was written.
+	ErrFenced = errors.New("position was moved by another process")
+)
+
+// Batch is an open transaction with the lock of a partition. It is used by one goroutine, and ended
+// exactly once, by Commit or Rollback.
+type Batch interface {
+	// Position is the partition's, as Begin read it.
+	Position() Position
+	// Known is what the store knows of the entry with this index.
+	Known(entry int) Known
+	// Context returns ctx with the transaction for a handler.
+	Context(ctx context.Context) context.Context
+	// Seal takes the transaction away from the handler and reports its state, as
+	// [idempotency.Attempt] does.
+	Seal() error
+	// Commit writes the records, parks messages and moves the position in one round trip with COMMIT.
+	// It returns the errors of [idempotency.Attempt]'s Commit, and ErrFenced. ErrKeyRecorded means
+	// that another process recorded one of the ids meanwhile.
+	Commit(ctx context.Context, end *End) error
+	// Rollback undoes everything.
+	Rollback(ctx context.Context) error
+}
+
+// End is what a batch commits.
+type End struct {
+	Next     int64         // the new position
+	Recorded []int         // entries that were handled
+	Park     []Park        // messages that are left to a later time or a person
+	TTL      time.Duration // of the records
+}
+
+// Park is a message that its consumer could not handle.
+type Park struct {
+	Delivery  *Delivery
+	State     ParkState
+	Attempts  int
+	NotBefore time.Duration // from now; for Waiting
+	Error     string        // for an operator; bounded, and without the message's data
+}
+
+// ParkState is the state of a parked message.
+type ParkState int16
+
+// The states. Stores keep their numbers.
+const (
+	Waiting    ParkState = 1 // it is tried again later
+	WaitingFor ParkState = 2 // behind another message of its key, unrun
+	Dead       ParkState = 3 // until a person redrives or drops it
+)
