@@ -131,6 +131,13 @@ func runningIn(ctx context.Context, function string) *running {
 	return r
 }
 
+// HandlerContext returns ctx as the handler of the request with this key has it, for packages that
+// run handlers without an [Engine], such as package consumer: [KeyFrom], [AttemptIDFrom],
+// [DerivedKey] and [DerivedID] work in it. The service is that of [Options.Service].
+func HandlerContext(ctx context.Context, service string, key Key, attempt AttemptID) context.Context {
+	return &attemptContext{Context: ctx, running: running{key: key, attempt: attempt, service: service, derived: new(atomic.Bool)}}
+}
+
 // derive returns a derived key without marking the request.
 func (r *running) derive(name string) string {
 	var fields []byte

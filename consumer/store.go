@@ -6,32 +6,46 @@ import (
 	"time"
 
 	"github.com/paidonce/idempotency"
+	"github.com/paidonce/idempotency/message"
 )
 
 // Store keeps positions, records and parked messages, and runs batches in transactions. It is safe
 // for concurrent use. postgres.Store has one: postgres.Store.Inbox.
 type Store interface {
-	// Assign adds 1 to the deaths of a partition, and returns its position. The next commit of a
-	// position sets them to 0. It waits for no batch.
-	Assign(ctx context.Context, consumer string, partition Partition) (Position, error)
+	// Position returns the position of a partition. It waits for no batch.
+	Position(ctx context.Context, consumer string, partition Partition) (Position, error)
+
+	// CountDeath is called before the first batch of a process in a partition. It adds 1 to the
+	// partition's deaths, and returns them. The commit of a position sets them to 0.
+	CountDeath(ctx context.Context, consumer string, partition Partition) (deaths int, err error)
+
+	// Due returns parked messages that are due, at most max, without their content: those whose time has
+	// come, and those that wait behind nothing any more.
+	Due(ctx context.Context, consumer string, max int) (ids []string, err error)
+
+	// BeginParked is Begin for a parked message, under a lock of its key. Delivery is the message; it
+	// is nil if the message is not due any more. Commit deletes the row.
+	BeginParked(ctx context.Context, consumer, id string, attempt idempotency.AttemptID) (Batch, *Delivery, Park, error)
+
+	// Repark notes another try of a parked message that failed, and publishes messages with it. It does
+	// nothing if the message is not parked any more.
+	Repark(ctx context.Context, consumer string, park *Park, publish ...message.Message) error
+
+	// ForgiveDeath takes that back: the process gives the partition up, and lives.
+	ForgiveDeath(ctx context.Context, consumer string, partition Partition) error
 
 	// Begin opens a transaction for a batch, takes the lock of the partition, reads its position and
 	// what is known of the messages. It returns ErrHeld if another process has the lock, and never
 	// waits for it; [idempotency.ErrNotSerializable] if it should be called again; anything else
 	// means that the store is unavailable.
 	Begin(ctx context.Context, claim *Claim) (Batch, error)
-
-	// Resolve finds the outcome of a batch that got [idempotency.ErrUnknown] from Commit. It waits
-	// until nobody holds the partition's lock, and reports whether the batch was committed. The error
-	// is ErrUnknown if that can't be found before ctx ends.
-	Resolve(ctx context.Context, claim *Claim) (committed bool, err error)
 }
 
 // Position is the place of a consumer in a partition.
 type Position struct {
 	Next        int64    // offset of the next message; negative if none was consumed yet
 	Incarnation [16]byte // of the source when the position was written
-	Deaths      int      // assignments since the last commit, this one included
+	Deaths      int      // see Store.CountDeath
 }
 
 // Claim is what a batch is about to handle.
@@ -85,7 +99,8 @@ type Batch interface {
 	Seal() error
 	// Commit writes the records, parks messages and moves the position in one round trip with COMMIT.
 	// It returns the errors of [idempotency.Attempt]'s Commit, and ErrFenced. ErrKeyRecorded means
-	// that another process recorded one of the ids meanwhile.
+	// that another process recorded one of the ids meanwhile. After ErrUnknown the next batch finds
+	// the truth: its lock waits for this one's end, and then the position is there or not.
 	Commit(ctx context.Context, end *End) error
 	// Rollback undoes everything.
 	Rollback(ctx context.Context) error
@@ -93,10 +108,11 @@ type Batch interface {
 
 // End is what a batch commits.
 type End struct {
-	Next     int64         // the new position
-	Recorded []int         // entries that were handled
-	Park     []Park        // messages that are left to a later time or a person
-	TTL      time.Duration // of the records
+	Next     int64             // the new position; nothing for a message that was parked
+	Recorded []int             // entries that were handled
+	Park     []Park            // messages that are left to a later time or a person
+	Publish  []message.Message // beside those of the handlers
+	TTL      time.Duration     // of the records
 }
 
 // Park is a message that its consumer could not handle.

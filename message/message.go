@@ -24,7 +24,7 @@ const (
 	KeyBytesMax    = 4 << 10
 	HeaderBytesMax = 64 << 10 // names and values of all headers
 	BodyBytesMax   = 896 << 10
-	PublishedMax   = 100 // messages of one transaction
+	PublishedMax   = 1000 // messages of one transaction
 )
 
 // ErrInvalid: the message breaks a rule or a limit of this package. The text names it, and quotes

@@ -30,3 +30,70 @@ COMMENT ON COLUMN message_outbox.key IS 'Messages with one topic and key keep th
 COMMENT ON COLUMN message_outbox.parked IS 'Why the broker will never take the message; NULL unless it does. Later messages of its topic and key wait behind it.';
 COMMENT ON COLUMN message_outbox.headers IS 'The headers, encoded as in idempotency_keys.';
 COMMENT ON COLUMN message_outbox.body IS 'The body as it was published.';
+
+-- The place of each consumer in each partition of its sources. It is moved by the transaction that
+-- has the effects of the messages, so it is never in front of them or behind them.
+CREATE TABLE message_offsets (
+    next_offset bigint      NOT NULL,
+    updated_at  timestamptz NOT NULL,
+    incarnation uuid        NOT NULL,
+    attempt_id  uuid        NOT NULL,
+    partition   integer     NOT NULL,
+    deaths      integer     NOT NULL,
+    consumer    text COLLATE "C" NOT NULL,
+    source      text COLLATE "C" NOT NULL,
+
+    CONSTRAINT message_offsets_pkey PRIMARY KEY (consumer, source, partition)
+) WITH (fillfactor = 50); -- room for updates on the same page
+
+COMMENT ON TABLE message_offsets IS 'The place of each consumer in each partition. It goes back with a restore of the database, as the effects do; then the messages are consumed again.';
+COMMENT ON COLUMN message_offsets.next_offset IS 'Offset of the next message; negative until the first commit.';
+COMMENT ON COLUMN message_offsets.updated_at IS 'Time at which the place was moved.';
+COMMENT ON COLUMN message_offsets.incarnation IS 'The source''s own id, which differs if it was made anew; zero if it has none.';
+COMMENT ON COLUMN message_offsets.attempt_id IS 'The batch that moved the place last.';
+COMMENT ON COLUMN message_offsets.partition IS 'Number of the partition.';
+COMMENT ON COLUMN message_offsets.deaths IS 'Number of processes that began a batch here and did not end it, since the place was moved last.';
+COMMENT ON COLUMN message_offsets.consumer IS 'Name of the consumer.';
+COMMENT ON COLUMN message_offsets.source IS 'Topic or stream.';
+
+-- Messages that a consumer could not handle, and those that wait behind them.
+CREATE TABLE message_parked (
+    id         bigint      GENERATED ALWAYS AS IDENTITY,
+    parked_at  timestamptz NOT NULL,
+    not_before timestamptz,
+    position   bigint      NOT NULL,
+    partition  integer     NOT NULL,
+    attempts   integer     NOT NULL,
+    state      smallint    NOT NULL,
+    consumer   text COLLATE "C" NOT NULL,
+    message_id text COLLATE "C" NOT NULL,
+    source     text COLLATE "C" NOT NULL,
+    topic      text COLLATE "C" NOT NULL,
+    error      text        NOT NULL,
+    key        bytea,
+    headers    bytea       NOT NULL,
+    body       bytea       NOT NULL,
+
+    CONSTRAINT message_parked_pkey PRIMARY KEY (consumer, message_id)
+);
+
+-- For the order within a key, and for the search for what is due.
+CREATE INDEX message_parked_key_idx ON message_parked (consumer, topic, key, id);
+CREATE INDEX message_parked_due_idx ON message_parked (consumer, not_before) WHERE state = 1;
+
+COMMENT ON TABLE message_parked IS 'Messages that a consumer could not handle: they wait for another try, behind another message, or for a person. Do not delete a row by hand: the message would be lost.';
+COMMENT ON COLUMN message_parked.id IS 'Order of the messages of a key.';
+COMMENT ON COLUMN message_parked.parked_at IS 'Time at which the message was parked first.';
+COMMENT ON COLUMN message_parked.not_before IS 'Time of the next try; NULL unless it waits for one.';
+COMMENT ON COLUMN message_parked.position IS 'Offset of the message.';
+COMMENT ON COLUMN message_parked.partition IS 'Number of its partition.';
+COMMENT ON COLUMN message_parked.attempts IS 'Number of times that the handler failed.';
+COMMENT ON COLUMN message_parked.state IS '1 waiting for its next try. 2 behind another parked message of its key. 3 dead: until a person redrives or drops it.';
+COMMENT ON COLUMN message_parked.consumer IS 'Name of the consumer.';
+COMMENT ON COLUMN message_parked.message_id IS 'The message''s id.';
+COMMENT ON COLUMN message_parked.source IS 'Topic or stream that it came from.';
+COMMENT ON COLUMN message_parked.topic IS 'The message''s topic.';
+COMMENT ON COLUMN message_parked.error IS 'Why the last try failed.';
+COMMENT ON COLUMN message_parked.key IS 'The message''s key; NULL if it has none.';
+COMMENT ON COLUMN message_parked.headers IS 'The headers, encoded as in idempotency_keys.';
+COMMENT ON COLUMN message_parked.body IS 'The body as it came.';

@@ -57,10 +57,10 @@ func outboxStatement(schema string) wire.Statement {
 
 // deferred returns what the handler left for the last flush: the statements of DeferExec, and one
 // that writes its messages. together is the number of bytes of parameters since the last Sync;
-// refused says why something is missing.
-func (a *attempt) deferred() (calls []wire.Call, together int, refused error) {
+// refused says why something is missing. The store may publish more messages.
+func (a *attempt) deferred(more ...message.Message) (calls []wire.Call, together int, refused error) {
 	calls, together, refused = a.tx.Deferred()
-	if messages := a.tx.Messages(); len(messages) > 0 {
+	if messages := append(a.tx.Messages(), more...); len(messages) > 0 {
 		call, size := a.outboxCall(messages)
 		if together += size; together > wire.TogetherBytesMax {
 			call.Apart, together = true, size

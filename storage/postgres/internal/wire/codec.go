@@ -17,6 +17,12 @@ func EncodeInt2(v int16) (encoded [2]byte) {
 	return encoded
 }
 
+// EncodeInt4 returns v as integer.
+func EncodeInt4(v int32) (encoded [4]byte) {
+	binary.BigEndian.PutUint32(encoded[:], uint32(v))
+	return encoded
+}
+
 // EncodeInt8 returns v as bigint.
 func EncodeInt8(v int64) (encoded [8]byte) {
 	binary.BigEndian.PutUint64(encoded[:], uint64(v))
@@ -75,6 +81,10 @@ func (d *Decoder) Int2() int16 {
 	b := d.Next(2)
 	return int16(b[0])<<8 | int16(b[1])
 }
+
+func (d *Decoder) Int4() int32 { return int32(binary.BigEndian.Uint32(d.Next(4))) }
+
+func (d *Decoder) Int8() int64 { return int64(binary.BigEndian.Uint64(d.Next(8))) }
 
 // Bytes returns a copy: the connection's buffer is used again.
 func (d *Decoder) Bytes() []byte { return append([]byte{}, d.Next(-1)...) }

@@ -1,0 +1,585 @@
+// Package consumer handles each message of a source once.
+//
+// Two identities guard a message, in the commit of its effects. The position (topic, partition,
+// offset) is moved by compare-and-set: it catches what a broker delivers again after a rebalance, a
+// crash, a pause or a restore. The id is recorded as a request's key is: it catches what the
+// position can't, a message that was published twice. The broker's own offsets decide nothing.
+//
+// A message that its handler can't take is parked in the same commit, and tried again later, so it
+// blocks no other key; after AttemptsMax it is dead, until a person redrives it. An outage of the
+// database counts for no message.
+package consumer
+
+import (
+	"cmp"
+	"context"
+	"crypto/sha256"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"log/slog"
+	"math/rand/v2"
+	"runtime/debug"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/paidonce/idempotency"
+	"github.com/paidonce/idempotency/message"
+)
+
+// ScopePrefix begins the scope of a consumer's records; its name follows.
+const ScopePrefix = "message:"
+
+// Limits.
+const (
+	NameBytesMax  = 100 // of a consumer's name
+	ErrorBytesMax = 500 // of the reason that is kept with a parked message
+)
+
+// Handler handles a message. Its writes through postgres.Tx(ctx) are committed with the position, or
+// not at all; it may publish messages too. idempotency.DerivedKey works as in a request: its key is
+// the consumer and the message's id. A handler may run again for a message whose run was undone.
+//
+// An error means that the message was not handled: see [Reject], [Later] and Options.AttemptsMax.
+type Handler func(ctx context.Context, m *Delivery) error
+
+// Order is what a consumer does with the messages behind one that could not be handled.
+type Order int
+
+// The orders.
+const (
+	ByKey       Order = iota // messages of the same topic and key wait behind it; others go on
+	ByPartition              // the whole partition waits: the message is tried in place until it is handled
+	Unordered                // nothing waits
+)
+
+// Options tune a [Consumer]. Nil and the zero value are the defaults, which are the safest.
+type Options struct {
+	// Order defaults to ByKey.
+	Order Order
+
+	// BatchMax is the maximum number of messages of one partition that are handled in one transaction.
+	// A batch holds its row locks until it ends, so handlers that update rows which other partitions
+	// or requests update too must leave it at 1: they would deadlock. After a deadlock batches are
+	// halved. Defaults to 1.
+	BatchMax int
+
+	// InFlightMax is the maximum number of batches at a time. Each holds a connection. Defaults to 4.
+	InFlightMax int
+
+	// BatchTimeout bounds one batch. It must be below the broker's time for a rebalance, and below the
+	// store's IdleInTransactionTimeout. Defaults to 10 seconds.
+	BatchTimeout time.Duration
+
+	// AttemptsInPlace is how often a message is tried before it is parked. Between the tries nothing
+	// is held. Defaults to 3.
+	AttemptsInPlace int
+
+	// AttemptsMax is how often a message is tried in all. After that it is dead. Defaults to 8.
+	AttemptsMax int
+
+	// BackoffMax is the longest pause before a parked message is tried again. It begins at 1 second
+	// and doubles. Defaults to 5 minutes.
+	BackoffMax time.Duration
+
+	// DeathsMax is the number of processes that may end in a message before they commit anything: then
+	// it is dead, unrun. Three before that the partition's messages are handled one at a time.
+	// Defaults to 5.
+	DeathsMax int
+
+	// Retention is how long a record counts. It must be longer than the broker keeps a message, and
+	// than anybody redrives one. Defaults to 14 days.
+	Retention time.Duration
+
+	// FromNewest makes a consumer that is new to a partition begin with the messages that are
+	// published from then on. By default it begins with the oldest one that the broker has.
+	FromNewest bool
+
+	// DeadTopic, if set, is where each dead message is published too, in the commit that parks it.
+	DeadTopic string
+
+	// Service goes into every derived key, as idempotency.Options.Service does.
+	Service string
+
+	// OnBatch is called after each batch, by the goroutine that ran it. May be nil.
+	OnBatch func(BatchEnd)
+
+	// ParkedInterval is the mean pause between two looks for parked messages that are due. Defaults to
+	// 1 second.
+	ParkedInterval time.Duration
+
+	// Logger gets the consumer's log: parked and dead messages, and outages. It has no key and no body.
+	// Defaults to slog.Default().
+	Logger *slog.Logger
+}
+
+// BatchEnd tells what became of a batch.
+type BatchEnd struct {
+	Consumer    string
+	Partition   Partition
+	Duration    time.Duration
+	Executed    int
+	Duplicates  int // recorded before: published twice
+	Redelivered int // in front of the position: delivered again
+	Mismatches  int // an id that was recorded with other content; they are dead
+	Parked      int // waiting, or behind another
+	Dead        int // mismatches included
+	Err         error
+}
+
+// Consumer handles the messages of a source. It is a [Receiver], and safe for concurrent use.
+type Consumer struct {
+	name    string
+	store   Store
+	source  Source
+	handler Handler
+	options Options
+	slots   chan struct{}
+
+	mu         sync.Mutex
+	partitions map[Partition]*partition
+}
+
+// New returns a consumer, which does nothing until [Consumer.Run]. Its name stands for what it does
+// with the messages: two consumers of one topic have different names, and a new name begins anew. It
+// is 1 to 100 letters, digits, dots, underscores and hyphens. New panics if an argument is missing or
+// an option can't work.
+func New(name string, store Store, source Source, handler Handler, opts *Options) *Consumer {
+	var o Options
+	if opts != nil {
+		o = *opts
+	}
+	o.BatchMax, o.InFlightMax = cmp.Or(o.BatchMax, 1), cmp.Or(o.InFlightMax, 4)
+	o.AttemptsInPlace, o.AttemptsMax, o.DeathsMax = cmp.Or(o.AttemptsInPlace, 3), cmp.Or(o.AttemptsMax, 8), cmp.Or(o.DeathsMax, 5)
+	o.BatchTimeout, o.BackoffMax, o.Retention = cmp.Or(o.BatchTimeout, 10*time.Second), cmp.Or(o.BackoffMax, 5*time.Minute), cmp.Or(o.Retention, 14*24*time.Hour)
+	o.ParkedInterval = cmp.Or(o.ParkedInterval, time.Second)
+	if o.Logger == nil {
+		o.Logger = slog.Default()
+	}
+	if o.OnBatch == nil {
+		o.OnBatch = func(BatchEnd) {}
+	}
+	wrong := ""
+	switch {
+	case name == "" || len(name) > NameBytesMax || strings.ContainsFunc(name, notOfName):
+		wrong = fmt.Sprintf("its name must be 1 to %d letters, digits, dots, underscores and hyphens", NameBytesMax)
+	case store == nil || source == nil || handler == nil:
+		wrong = "it needs a store, a source and a handler"
+	case o.BatchMax < 0 || o.InFlightMax < 0 || o.AttemptsInPlace < 0 || o.AttemptsMax < 0 || o.DeathsMax < 0 || o.BatchTimeout < 0 || o.BackoffMax < 0 || o.ParkedInterval < 0 || o.Retention < idempotency.TTLMin:
+		wrong = "no option may be negative, and Retention must be at least 1 second"
+	case o.AttemptsMax < o.AttemptsInPlace:
+		wrong = "AttemptsMax must not be below AttemptsInPlace"
+	}
+	if wrong != "" {
+		panic("idempotency/consumer: " + wrong)
+	}
+	return &Consumer{name: name, store: store, source: source, handler: handler, options: o, slots: make(chan struct{}, o.InFlightMax), partitions: map[Partition]*partition{}}
+}
+
+func notOfName(r rune) bool {
+	return (r < 'a' || r > 'z') && (r < 'A' || r > 'Z') && (r < '0' || r > '9') && r != '.' && r != '_' && r != '-'
+}
+
+// Run handles messages until ctx ends, and returns when the batches under way have ended. The error
+// is that of the source: see [ErrTrimmed] and [ErrRecreated].
+func (c *Consumer) Run(ctx context.Context) error {
+	parked, stop := context.WithCancel(ctx)
+	var running sync.WaitGroup
+	running.Go(func() { c.retry(parked) })
+	err := c.source.Run(ctx, c)
+	stop()
+	running.Wait()
+	if ctx.Err() != nil && errors.Is(err, ctx.Err()) {
+		err = nil
+	}
+	// What lives does not count as dead.
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), 2*time.Second)
+	defer cancel()
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	for p, state := range c.partitions {
+		if state.counted {
+			_ = c.store.ForgiveDeath(ctx, c.name, p) // at worst it counts
+		}
+		delete(c.partitions, p)
+	}
+	return err
+}
+
+// BatchMax implements [Receiver].
+func (c *Consumer) BatchMax() int { return c.options.BatchMax }
+
+// Assigned implements [Receiver].
+func (c *Consumer) Assigned(ctx context.Context, p Partition) (int64, error) {
+	position, err := c.store.Position(ctx, c.name, p)
+	switch {
+	case err != nil:
+		return 0, err
+	case position.Next >= 0 && position.Incarnation != p.Incarnation:
+		return 0, fmt.Errorf("consumer %s: %w: %s is not the one whose offset is stored: if that is meant, delete its rows from message_offsets", c.name, ErrRecreated, p.Source)
+	case position.Next >= 0:
+		return position.Next, nil
+	case c.options.FromNewest:
+		return FromNewest, nil
+	}
+	return FromOldest, nil
+}
+
+// partition is what a consumer knows of a partition in this process. One call of Receive at a time
+// uses it.
+type partition struct {
+	counted  bool // a death is counted, and no batch has been committed since
+	deaths   int
+	size     int               // of the next batch
+	trouble  map[int64]trouble // by offset
+	failures int               // of the store, in a row
+}
+
+// trouble is a message that can't be handled with others.
+type trouble struct {
+	attempts int
+	park     *Park // decided: it only has to be committed
+	retry    time.Time
+}
+
+func (c *Consumer) partition(p Partition) *partition {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	state := c.partitions[p]
+	if state == nil {
+		state = &partition{size: c.options.BatchMax, trouble: map[int64]trouble{}}
+		c.partitions[p] = state
+	}
+	return state
+}
+
+// Receive implements [Receiver].
+func (c *Consumer) Receive(ctx context.Context, p Partition, deliveries []Delivery) (settled int, pause time.Duration) {
+	state := c.partition(p)
+	for settled < len(deliveries) && ctx.Err() == nil {
+		n, wait := c.next(ctx, p, state, deliveries[settled:])
+		settled += n
+		if wait > 0 {
+			return settled, wait
+		}
+	}
+	return settled, 0
+}
+
+// next handles the first messages, as many as one batch may have. If none was settled, pause is the
+// time until they should be delivered again; 0 means at once.
+func (c *Consumer) next(ctx context.Context, p Partition, state *partition, deliveries []Delivery) (settled int, pause time.Duration) {
+	select {
+	case c.slots <- struct{}{}:
+	case <-ctx.Done():
+		return 0, 0
+	}
+	defer func() { <-c.slots }()
+	ctx, cancel := context.WithTimeout(ctx, c.options.BatchTimeout)
+	defer cancel()
+
+	if !state.counted {
+		deaths, err := c.store.CountDeath(ctx, c.name, p)
+		if err != nil {
+			return 0, c.outage(p, state, err)
+		}
+		state.counted, state.deaths = true, deaths
+	}
+	n := min(len(deliveries), state.size)
+	const deathsAlone = 3 // before the last one
+	if state.deaths > max(c.options.DeathsMax-deathsAlone, 0) {
+		n = 1
+	}
+	for i := range n {
+		if _, ok := state.trouble[deliveries[i].Offset]; ok {
+			n = max(i, 1)
+			break
+		}
+	}
+	known := state.trouble[deliveries[0].Offset]
+	if wait := time.Until(known.retry); wait > 0 {
+		return 0, wait
+	}
+	if state.deaths > c.options.DeathsMax && known.park == nil {
+		known.park = &Park{State: Dead, Attempts: state.deaths - 1, Error: fmt.Sprintf("%d processes ended before it was handled", state.deaths-1)}
+	}
+	run := &run{Consumer: c, ctx: ctx, p: p, state: state, deliveries: deliveries[:n], decided: known.park, started: time.Now()}
+	run.end = BatchEnd{Consumer: c.name, Partition: p}
+	settled, pause = run.do()
+	run.end.Duration = time.Since(run.started)
+	c.options.OnBatch(run.end)
+	return settled, pause
+}
+
+// outage returns the pause after a failure of the store.
+func (c *Consumer) outage(p Partition, state *partition, err error) time.Duration {
+	if state.failures++; state.failures == 1 {
+		c.options.Logger.Warn("idempotency: the store of a consumer failed; it is tried again, and no message is parked for it", "consumer", c.name, "source", p.Source, "partition", p.Number, "error", err)
+	}
+	limit := min(100*time.Millisecond<<min(state.failures-1, 10), 10*time.Second)
+	return limit/2 + rand.N(limit/2+1)
+}
+
+// run is one batch.
+type run struct {
+	*Consumer
+	ctx        context.Context
+	p          Partition
+	state      *partition
+	deliveries []Delivery
+	decided    *Park // of the only message
+	started    time.Time
+	end        BatchEnd
+}
+
+func (r *run) do() (settled int, pause time.Duration) {
+	claim := &Claim{Consumer: r.name, Partition: r.p, Attempt: idempotency.NewAttemptID(), Keys: r.options.Order == ByKey}
+	for i := range r.deliveries {
+		d := &r.deliveries[i]
+		d.ID = recordID(d.ID)
+		claim.Entries = append(claim.Entries, Entry{
+			ID: d.ID, Topic: d.Topic, Key: d.Key,
+			Fingerprint: FingerprintOf(&d.Message),
+		})
+	}
+	batch, err := r.store.Begin(r.ctx, claim)
+	if err != nil {
+		return r.failed(0, err)
+	}
+	finish := End{TTL: r.options.Retention}
+	position := batch.Position()
+	failedAt, failure := -1, error(nil)
+	behind := map[string]bool{} // topics and keys that were parked in this batch
+	for i := range r.deliveries {
+		d := &r.deliveries[i]
+		if d.Offset < position.Next {
+			r.end.Redelivered++
+			continue
+		}
+		finish.Next = d.Offset + 1
+		known := batch.Known(i)
+		group := d.Topic + "\x00" + string(d.Key)
+		if known == Unknown && d.Key != nil && behind[group] {
+			known = Behind
+		}
+		switch {
+		case known == Recorded:
+			r.end.Duplicates++
+			continue
+		case known == Parked:
+			r.end.Duplicates++
+			continue
+		case known == Mismatch:
+			r.end.Mismatches++
+			finish.Park = append(finish.Park, Park{Delivery: d, State: Dead, Error: "its id was recorded with another topic or body"})
+		case known == Behind:
+			finish.Park = append(finish.Park, Park{Delivery: d, State: WaitingFor, Error: "it waits behind another message of its key"})
+		case r.decided != nil:
+			park := *r.decided
+			park.Delivery = d
+			finish.Park = append(finish.Park, park)
+		default:
+			if failure = r.handle(r.ctx, batch, d, claim.Attempt); failure != nil {
+				failedAt = i
+			} else {
+				finish.Recorded = append(finish.Recorded, i)
+				r.end.Executed++
+			}
+		}
+		if failure != nil {
+			break
+		}
+		if known != Unknown || r.decided != nil {
+			behind[group] = true
+		}
+	}
+	// In the order of what proves most: the transaction's own failure is not the message's.
+	if err := batch.Seal(); err != nil && (failure == nil || !errors.Is(err, idempotency.ErrAborted)) {
+		_ = batch.Rollback(context.WithoutCancel(r.ctx))
+		r.end.Executed = 0
+		if errors.Is(err, idempotency.ErrAborted) && len(r.deliveries) > 0 { // left open, say: no message is named
+			return r.blame(len(r.deliveries)-1, err)
+		}
+		return r.failed(0, err)
+	}
+	if failure != nil {
+		_ = batch.Rollback(context.WithoutCancel(r.ctx))
+		r.end.Executed = 0
+		return r.blame(failedAt, failure)
+	}
+	if finish.Next <= position.Next { // all of them were redelivered
+		_ = batch.Rollback(context.WithoutCancel(r.ctx))
+		return len(r.deliveries), 0
+	}
+	for i := range finish.Park {
+		finish.Publish = append(finish.Publish, r.deadLetter(&finish.Park[i])...)
+	}
+	if err := batch.Commit(context.WithoutCancel(r.ctx), &finish); err != nil {
+		r.end.Executed = 0
+		return r.failed(len(finish.Recorded), err)
+	}
+	for i := range finish.Park {
+		park := &finish.Park[i]
+		if park.State == Dead {
+			r.end.Dead++
+		} else {
+			r.end.Parked++
+		}
+		if park.State != WaitingFor {
+			r.options.Logger.Warn("idempotency: a message is parked", "consumer", r.name, "source", r.p.Source, "partition", r.p.Number, "offset", park.Delivery.Offset,
+				"dead", park.State == Dead, "attempts", park.Attempts)
+		}
+	}
+	for i := range r.deliveries {
+		delete(r.state.trouble, r.deliveries[i].Offset)
+	}
+	r.state.counted, r.state.deaths, r.state.failures = true, 0, 0
+	r.state.size = min(r.state.size+1, r.options.BatchMax)
+	return len(r.deliveries), 0
+}
+
+// deadLetter returns the message to publish for a dead one, if any.
+func (c *Consumer) deadLetter(park *Park) []message.Message {
+	if c.options.DeadTopic == "" || park.State != Dead {
+		return nil
+	}
+	m := park.Delivery.Message
+	m.Topic = c.options.DeadTopic
+	m.ID = message.ID(idempotency.HandlerContext(context.Background(), c.options.Service, c.key(park.Delivery), idempotency.AttemptID{}), "dead")
+	return []message.Message{m}
+}
+
+// key returns the key of a message's record.
+func (c *Consumer) key(d *Delivery) idempotency.Key {
+	return idempotency.Key{Scope: ScopePrefix + c.name, Value: d.ID}
+}
+
+// handle runs the handler for a message.
+func (c *Consumer) handle(ctx context.Context, batch Batch, d *Delivery, attempt idempotency.AttemptID) (err error) {
+	ctx = idempotency.HandlerContext(batch.Context(ctx), c.options.Service, c.key(d), attempt)
+	defer func() {
+		if value := recover(); value != nil {
+			err = &idempotency.PanicError{Value: value, Stack: debug.Stack()}
+		}
+	}()
+	return c.handler(ctx, d)
+}
+
+// failed returns the pause after an error that is no message's fault.
+func (r *run) failed(recorded int, err error) (settled int, pause time.Duration) {
+	r.end.Err = err
+	switch {
+	case errors.Is(err, ErrHeld):
+		return 0, 500*time.Millisecond + rand.N(500*time.Millisecond)
+	case errors.Is(err, ErrFenced):
+		return 0, 10*time.Millisecond + rand.N(10*time.Millisecond) // the next batch reads the position again
+	case errors.Is(err, idempotency.ErrNotSerializable):
+		r.state.size = max(len(r.deliveries)/2, 1)
+		return 0, time.Millisecond + rand.N(20*time.Millisecond)
+	case errors.Is(err, idempotency.ErrKeyRecorded):
+		// A copy of one of them was handled meanwhile: alone, each finds out which.
+		r.state.size = 1
+		return 0, time.Millisecond
+	case errors.Is(err, idempotency.ErrAborted) && recorded > 0:
+		return r.blame(len(r.deliveries)-1, err)
+	case r.ctx.Err() != nil && !errors.Is(err, idempotency.ErrUnknown):
+		return 0, time.Millisecond
+	}
+	return 0, r.outage(r.p, r.state, err)
+}
+
+// blame decides what becomes of a message that its handler could not handle. If it is not alone,
+// the others are handled without it first.
+func (r *run) blame(at int, cause error) (settled int, pause time.Duration) {
+	r.end.Err = cause
+	d := &r.deliveries[at]
+	var later *laterError
+	outage := errors.Is(cause, idempotency.ErrUnavailable) || errors.Is(cause, idempotency.ErrNotSerializable) || r.ctx.Err() != nil
+	known := r.state.trouble[d.Offset]
+	switch {
+	case outage:
+		return r.failed(0, cause)
+	case errors.Is(cause, ErrRejected):
+		known.park = &Park{State: Dead, Attempts: known.attempts + 1, Error: reason(cause)}
+	case errors.As(cause, &later):
+		known.park = &Park{State: Waiting, Attempts: known.attempts, NotBefore: later.wait, Error: reason(cause)}
+	default:
+		if len(r.deliveries) > 1 { // its run among others counts for nothing
+			break
+		}
+		known.attempts++
+		switch {
+		case known.attempts >= r.options.AttemptsMax:
+			known.park = &Park{State: Dead, Attempts: known.attempts, Error: reason(cause)}
+		case known.attempts >= r.options.AttemptsInPlace:
+			known.park = &Park{State: Waiting, Attempts: known.attempts, NotBefore: r.backoff(known.attempts), Error: reason(cause)}
+		default:
+			known.retry = time.Now().Add(20*time.Millisecond + rand.N(100*time.Millisecond<<min(known.attempts, 4)))
+		}
+	}
+	if r.options.Order == ByPartition && known.park != nil { // it stays where it is
+		known.park, known.retry = nil, time.Now().Add(r.backoff(known.attempts))
+		r.options.Logger.Error("idempotency: a message blocks its partition", "consumer", r.name, "source", r.p.Source, "partition", r.p.Number, "offset", d.Offset, "attempts", known.attempts)
+	}
+	r.state.trouble[d.Offset] = known
+	return 0, max(time.Until(known.retry), 0)
+}
+
+// backoff returns the pause before the next try of a message.
+func (c *Consumer) backoff(attempts int) time.Duration {
+	limit := min(time.Second<<min(attempts, 20), c.options.BackoffMax)
+	return limit/2 + rand.N(limit/2+1)
+}
+
+// FingerprintOf returns the fingerprint of a message: of its topic and body.
+func FingerprintOf(m *message.Message) idempotency.Fingerprint {
+	return idempotency.NewFingerprintV1("MESSAGE", m.Topic, "", "", m.Body)
+}
+
+// recordID returns the key's value for a message's id: the id itself, or a hash of one that no key
+// may have.
+func recordID(id string) string {
+	if idempotency.ValidateKeyValue(id) == nil {
+		return id
+	}
+	sum := sha256.Sum256([]byte(id))
+	return "sha256:" + hex.EncodeToString(sum[:])
+}
+
+// ErrRejected marks an error of [Reject].
+var ErrRejected = errors.New("message is rejected")
+
+// Reject returns an error for a message that no later try can handle: it is dead at once. The text
+// of err is kept for operators, up to 500 bytes ([ErrorBytesMax]); it must not quote the message.
+func Reject(err error) error { return fmt.Errorf("%w: %w", ErrRejected, err) }
+
+// Later returns an error for a message that should be tried again after this time. The try does not
+// count.
+func Later(wait time.Duration) error { return &laterError{wait} }
+
+type laterError struct{ wait time.Duration }
+
+func (e *laterError) Error() string { return fmt.Sprintf("its handler asked for %v", e.wait) }
+
+// reason returns the text of an error as it is kept with a parked message. Errors of the database
+// and panics may quote data, and have only their kind.
+func reason(err error) string {
+	var panicked *idempotency.PanicError
+	text := err.Error()
+	if errors.As(err, &panicked) {
+		text = panicked.Error()
+	}
+	text = strings.Map(func(r rune) rune {
+		if r < ' ' || r == 0x7f {
+			return ' '
+		}
+		return r
+	}, text)
+	if len(text) > ErrorBytesMax {
+		text = strings.ToValidUTF8(text[:ErrorBytesMax], "")
+	}
+	return text
+}
+
+var _ Receiver = (*Consumer)(nil)

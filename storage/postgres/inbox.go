@@ -1,0 +1,473 @@
+package postgres
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"strconv"
+
+	"github.com/jackc/pgx/v5"
+	"github.com/jackc/pgx/v5/pgconn"
+	"github.com/jackc/pgx/v5/pgtype"
+
+	"github.com/paidonce/idempotency"
+	"github.com/paidonce/idempotency/consumer"
+	"github.com/paidonce/idempotency/message"
+	"github.com/paidonce/idempotency/storage/postgres/internal/wire"
+)
+
+// The inbox has the positions of consumers, the records of the messages that they handled, which
+// are those of idempotency_keys, and the messages that are parked. A batch is one transaction: this
+// file has its protocol, like attempt.go for a request.
+
+// Tables of package consumer.
+const (
+	OffsetsTable = "message_offsets"
+	ParkedTable  = "message_parked"
+)
+
+// Inbox is the inbox of a store, for package consumer. It is safe for concurrent use.
+type Inbox struct {
+	store      *Store
+	offsets    string // sanitized
+	parked     string // sanitized
+	statements inboxStatements
+}
+
+var _ consumer.Store = (*Inbox)(nil)
+
+// inboxStatements are sent as text. A consumer sends few of them, so they are not prepared on every
+// connection of the pool.
+type inboxStatements struct {
+	position wire.Statement
+	known    wire.Statement
+	records  wire.Statement
+	park     wire.Statement
+	move     wire.Statement
+}
+
+// Inbox returns the inbox.
+func (s *Store) Inbox() *Inbox {
+	i := &Inbox{store: s, offsets: pgx.Identifier{s.options.Schema, OffsetsTable}.Sanitize(), parked: pgx.Identifier{s.options.Schema, ParkedTable}.Sanitize()}
+	keys := s.statements.table
+	const counted = " SELECT 1 OPERATOR(pg_catalog./) CASE WHEN pg_catalog.count(*) OPERATOR(pg_catalog.=) "
+	i.statements = inboxStatements{
+		position: wire.Statement{
+			SQL: "SELECT next_offset, incarnation, deaths FROM " + i.offsets +
+				" WHERE consumer OPERATOR(pg_catalog.=) $1 AND source OPERATOR(pg_catalog.=) $2 AND partition OPERATOR(pg_catalog.=) $3",
+			OIDs: []uint32{pgtype.TextOID, pgtype.TextOID, pgtype.Int4OID},
+		},
+		// One character for each message, in their order: see consumer.Known.
+		known: wire.Statement{
+			SQL: "SELECT pg_catalog.row_security_active('" + keys + "'::pg_catalog.regclass), pg_catalog.string_agg(CASE" +
+				" WHEN k.key IS NOT NULL THEN CASE WHEN k.fingerprint_version OPERATOR(pg_catalog.=) 1 AND k.fingerprint OPERATOR(pg_catalog.=) m.fingerprint THEN '1' ELSE '2' END" +
+				" WHEN EXISTS (SELECT FROM " + i.parked + " AS p WHERE p.consumer OPERATOR(pg_catalog.=) $2 AND p.message_id OPERATOR(pg_catalog.=) m.id) THEN '3'" +
+				" WHEN $7 AND EXISTS (SELECT FROM " + i.parked + " AS p WHERE p.consumer OPERATOR(pg_catalog.=) $2 AND p.topic OPERATOR(pg_catalog.=) m.topic AND p.key OPERATOR(pg_catalog.=) m.key) THEN '4'" +
+				" ELSE '0' END, '' ORDER BY m.place)" +
+				" FROM ROWS FROM (pg_catalog.unnest($3), pg_catalog.unnest($4), pg_catalog.unnest($5), pg_catalog.unnest($6)) WITH ORDINALITY AS m (id, fingerprint, topic, key, place)" +
+				" LEFT JOIN " + keys + " AS k ON k.scope OPERATOR(pg_catalog.=) $1 AND k.key OPERATOR(pg_catalog.=) m.id",
+			OIDs: []uint32{pgtype.TextOID, pgtype.TextOID, pgtype.TextArrayOID, pgtype.ByteaArrayOID, pgtype.TextArrayOID, pgtype.ByteaArrayOID, pgtype.BoolOID},
+		},
+		// As the statement of a request's record: see [statements]. An answer has no headers here, and
+		// no body.
+		records: wire.Statement{
+			SQL: "WITH written AS (INSERT INTO " + keys + " (created_at, expires_at, status, fingerprint_version, attempt_id, scope, key, fingerprint, headers, body)" +
+				" SELECT CASE WHEN pg_catalog.transaction_timestamp() OPERATOR(pg_catalog.=) $1" +
+				" AND pg_catalog.set_config('synchronous_commit', $2, true) IS NOT NULL" + hearWarnings + " THEN pg_catalog.transaction_timestamp() END," +
+				" pg_catalog.clock_timestamp() OPERATOR(pg_catalog.+) ($3 OPERATOR(pg_catalog.*) interval '1 microsecond'), 204, 1, $4, $5, m.id, m.fingerprint, pg_catalog.decode('0100', 'hex'), ''" +
+				" FROM ROWS FROM (pg_catalog.unnest($6), pg_catalog.unnest($7)) AS m (id, fingerprint)" +
+				" RETURNING attempt_id OPERATOR(pg_catalog.=) $4 AND scope OPERATOR(pg_catalog.=) $5 AND key OPERATOR(pg_catalog.=) ANY ($6) AND fingerprint OPERATOR(pg_catalog.=) ANY ($7)" +
+				" AND pg_catalog.pg_client_encoding() OPERATOR(pg_catalog.=) ANY ('{UTF8,SQL_ASCII}'::pg_catalog.name[]) AS same)" +
+				" SELECT 1 OPERATOR(pg_catalog./) CASE WHEN pg_catalog.count(*) FILTER (WHERE same) OPERATOR(pg_catalog.=) pg_catalog.cardinality($6) THEN 1 ELSE 0 END FROM written",
+			OIDs: []uint32{pgtype.TimestamptzOID, pgtype.TextOID, pgtype.Int8OID, pgtype.UUIDOID, pgtype.TextOID, pgtype.TextArrayOID, pgtype.ByteaArrayOID},
+		},
+		park: wire.Statement{
+			SQL: "WITH written AS (INSERT INTO " + i.parked + " (parked_at, not_before, position, partition, attempts, state, consumer, message_id, source, topic, error, key, headers, body)" +
+				" SELECT pg_catalog.clock_timestamp(), CASE WHEN m.state OPERATOR(pg_catalog.=) 1 THEN pg_catalog.clock_timestamp() OPERATOR(pg_catalog.+) (m.wait OPERATOR(pg_catalog.*) interval '1 microsecond') END," +
+				" m.position, $3, m.attempts, m.state, $1, m.id, $2, m.topic, m.error, m.key, m.headers, m.body" +
+				" FROM ROWS FROM (pg_catalog.unnest($4), pg_catalog.unnest($5), pg_catalog.unnest($6), pg_catalog.unnest($7), pg_catalog.unnest($8), pg_catalog.unnest($9), pg_catalog.unnest($10), pg_catalog.unnest($11), pg_catalog.unnest($12), pg_catalog.unnest($13))" +
+				" WITH ORDINALITY AS m (wait, position, attempts, state, id, topic, error, key, headers, body, place) ORDER BY m.place RETURNING 1)" +
+				counted + "pg_catalog.cardinality($8) THEN 1 ELSE 0 END FROM written",
+			OIDs: []uint32{
+				pgtype.TextOID, pgtype.TextOID, pgtype.Int4OID, pgtype.Int8ArrayOID, pgtype.Int8ArrayOID, pgtype.Int4ArrayOID, pgtype.Int2ArrayOID,
+				pgtype.TextArrayOID, pgtype.TextArrayOID, pgtype.TextArrayOID, pgtype.ByteaArrayOID, pgtype.ByteaArrayOID, pgtype.ByteaArrayOID,
+			},
+		},
+		// The position is to a partition what the primary key is to a record: the last guard.
+		move: wire.Statement{
+			SQL: "WITH moved AS (UPDATE " + i.offsets + " SET next_offset = $5, incarnation = $6, attempt_id = $7, deaths = 0, updated_at = pg_catalog.clock_timestamp()" +
+				" WHERE consumer OPERATOR(pg_catalog.=) $1 AND source OPERATOR(pg_catalog.=) $2 AND partition OPERATOR(pg_catalog.=) $3 AND next_offset OPERATOR(pg_catalog.=) $4" +
+				" AND pg_catalog.set_config('synchronous_commit', $8, true) IS NOT NULL" + hearWarnings + " RETURNING 1)" +
+				" SELECT 1 OPERATOR(pg_catalog./) pg_catalog.count(*) FROM moved",
+			OIDs: []uint32{pgtype.TextOID, pgtype.TextOID, pgtype.Int4OID, pgtype.Int8OID, pgtype.Int8OID, pgtype.UUIDOID, pgtype.UUIDOID, pgtype.TextOID},
+		},
+	}
+	return i
+}
+
+// scopeOf is the scope of a consumer's records.
+func scopeOf(name string) string { return consumer.ScopePrefix + name }
+
+// lockNumber is the number of a partition's lock. No request has an empty scope.
+func (i *Inbox) lockNumber(name string, p consumer.Partition) int64 {
+	return idempotency.Key{Value: "consumer " + strconv.Quote(name) + " " + strconv.Quote(p.Source) + " " + strconv.Itoa(int(p.Number))}.LockNumber(i.store.table)
+}
+
+// Position implements [consumer.Store].
+func (i *Inbox) Position(ctx context.Context, name string, p consumer.Partition) (position consumer.Position, err error) {
+	err = i.store.pool.QueryRow(ctx, "SELECT next_offset, incarnation, deaths FROM "+i.offsets+" WHERE consumer = $1 AND source = $2 AND partition = $3", name, p.Source, p.Number).
+		Scan(&position.Next, &position.Incarnation, &position.Deaths)
+	if errors.Is(err, pgx.ErrNoRows) {
+		return consumer.Position{Next: -1}, nil
+	}
+	if err != nil {
+		return position, fmt.Errorf("read the position: %w", wire.SQLError(err))
+	}
+	return position, nil
+}
+
+// CountDeath implements [consumer.Store].
+func (i *Inbox) CountDeath(ctx context.Context, name string, p consumer.Partition) (deaths int, err error) {
+	err = i.store.pool.QueryRow(ctx, "INSERT INTO "+i.offsets+" AS o (next_offset, updated_at, incarnation, attempt_id, partition, deaths, consumer, source)"+
+		" VALUES (-1, clock_timestamp(), $4::uuid, $5::uuid, $3, 1, $1, $2)"+
+		" ON CONFLICT (consumer, source, partition) DO UPDATE SET deaths = o.deaths + 1 RETURNING deaths", name, p.Source, p.Number, p.Incarnation, idempotency.AttemptID{}).Scan(&deaths)
+	if err != nil {
+		return 0, fmt.Errorf("count the death: %w", wire.SQLError(err))
+	}
+	return deaths, nil
+}
+
+// ForgiveDeath implements [consumer.Store].
+func (i *Inbox) ForgiveDeath(ctx context.Context, name string, p consumer.Partition) error {
+	_, err := i.store.pool.Exec(ctx, "UPDATE "+i.offsets+" SET deaths = deaths - 1 WHERE consumer = $1 AND source = $2 AND partition = $3 AND deaths > 0", name, p.Source, p.Number)
+	if err != nil {
+		return fmt.Errorf("forgive the death: %w", wire.SQLError(err))
+	}
+	return nil
+}
+
+// batch is a [consumer.Batch]: an attempt with the lock of a partition.
+type batch struct {
+	attempt
+	inbox    *Inbox
+	claim    *consumer.Claim
+	none     idempotency.Claim // the attempt's: it notes the time of the claim
+	position consumer.Position
+	found    bool // the partition has a position
+	known    []byte
+	hidden   bool
+}
+
+// Begin implements [consumer.Store].
+func (i *Inbox) Begin(ctx context.Context, claim *consumer.Claim) (consumer.Batch, error) {
+	s := i.store
+	conn, err := s.acquire(ctx)
+	if err != nil {
+		return nil, fail("acquire a connection", idempotency.ErrUnavailable, err)
+	}
+	if !wire.PlainText(conn.Conn().PgConn()) {
+		_ = conn.Conn().Close(ctx)
+		conn.Release()
+		return nil, fail("begin a batch", idempotency.ErrUnavailable, errEncoding)
+	}
+	b := &batch{inbox: i, claim: claim}
+	b.init(s, conn, &b.none, i.lockNumber(claim.Consumer, claim.Partition))
+	partition := wire.EncodeInt4(claim.Partition.Number)
+	calls := []wire.Call{
+		{Statement: &s.statements.begin},
+		b.lockCall(),
+		// Statements of their own: their snapshots must be younger than the lock.
+		{Statement: &i.statements.position, Params: [][]byte{[]byte(claim.Consumer), []byte(claim.Partition.Source), partition[:]}, Row: wire.RowFunc(b.readPosition)},
+		b.knownCall(),
+	}
+	if reply, err := s.statements.Flush(ctx, b.conn, calls...); err != nil {
+		return nil, b.claimFailed(ctx, calls[min(reply.Failed, len(calls)-1)].Statement, err)
+	}
+	switch {
+	case !b.locked:
+		err = fail("begin a batch", consumer.ErrHeld, errors.New("its lock is taken"))
+	case b.hidden:
+		err = fail("begin a batch", idempotency.ErrUnavailable, rowSecurity(s.table, ""))
+	case !b.found:
+		err = fail("begin a batch", idempotency.ErrUnavailable, errors.New("the partition has no position: the row was deleted"))
+	default:
+		return b, nil
+	}
+	b.release(ctx)
+	return nil, err
+}
+
+func (b *batch) readPosition(values [][]byte) error {
+	d := wire.Decoder{Values: values}
+	b.position.Next = d.Int8()
+	copy(b.position.Incarnation[:], d.Next(16))
+	b.position.Deaths = int(d.Int4())
+	b.found = true
+	return d.Err
+}
+
+func (b *batch) knownCall() wire.Call {
+	entries := b.claim.Entries
+	var ids, sums, topics, keys [][]byte
+	for i := range entries {
+		e := &entries[i]
+		ids, sums, topics, keys = append(ids, []byte(e.ID)), append(sums, e.Fingerprint.Sum[:]), append(topics, []byte(e.Topic)), append(keys, e.Key)
+	}
+	byKey := []byte{0}
+	if b.claim.Keys {
+		byKey[0] = 1
+	}
+	return wire.Call{
+		Statement: &b.inbox.statements.known,
+		Params: [][]byte{
+			[]byte(scopeOf(b.claim.Consumer)), []byte(b.claim.Consumer),
+			wire.EncodeArray(pgtype.TextOID, ids), wire.EncodeArray(pgtype.ByteaOID, sums), wire.EncodeArray(pgtype.TextOID, topics), wire.EncodeArray(pgtype.ByteaOID, keys), byKey,
+		},
+		Row: wire.RowFunc(func(values [][]byte) error {
+			d := wire.Decoder{Values: values}
+			b.hidden, b.known = d.Bool(), d.Bytes()
+			if d.Err == nil && len(b.known) != len(entries) {
+				return errors.New("the server returned another number of messages")
+			}
+			return d.Err
+		}),
+	}
+}
+
+// Position implements [consumer.Batch].
+func (b *batch) Position() consumer.Position { return b.position }
+
+// Known implements [consumer.Batch].
+func (b *batch) Known(entry int) consumer.Known { return consumer.Known(b.known[entry] - '0') }
+
+// Commit implements [consumer.Batch].
+func (b *batch) Commit(ctx context.Context, end *consumer.End) error {
+	return b.commit(ctx, end, b.moveCall(end.Next))
+}
+
+// commit sends the last flush. The last call before COMMIT moves the position, or deletes the parked
+// message.
+func (b *batch) commit(ctx context.Context, end *consumer.End, last wire.Call) error {
+	defer b.release(ctx)
+	if !b.tx.Abandoned() && !wire.PlainText(b.conn) {
+		return fail("commit a batch", idempotency.ErrAborted, errEncoding)
+	}
+	deferred, _, refused := b.deferred(end.Publish...)
+	if refused != nil {
+		return fail("commit a batch", refusal(refused), refused)
+	}
+	s := &b.store.statements
+	calls := append(append(b.calls[:0], b.guardCall()), deferred...)
+	calls = append(calls, wire.Call{Statement: &s.constraints})
+	if len(end.Recorded) > 0 {
+		calls = append(calls, b.recordsCall(end))
+	}
+	if len(end.Park) > 0 {
+		calls = append(calls, b.parkCall(end.Park))
+	}
+	return b.end(ctx, "commit a batch", append(calls, last, wire.Call{Statement: &s.commit}))
+}
+
+func (b *batch) recordsCall(end *consumer.End) wire.Call {
+	var ids, sums [][]byte
+	for _, at := range end.Recorded {
+		e := &b.claim.Entries[at]
+		ids, sums = append(ids, []byte(e.ID)), append(sums, e.Fingerprint.Sum[:])
+	}
+	ttl := wire.EncodeInt8(end.TTL.Microseconds())
+	return wire.Call{
+		Statement: &b.inbox.statements.records, Apart: true,
+		Params: [][]byte{
+			b.claimedAt[:], b.store.synchronousCommit, ttl[:], b.claim.Attempt[:], []byte(scopeOf(b.claim.Consumer)),
+			wire.EncodeArray(pgtype.TextOID, ids), wire.EncodeArray(pgtype.ByteaOID, sums),
+		},
+		Meaning: func(err *pgconn.PgError) (sentinel, explained error) {
+			return b.store.statements.meaning(&wire.Call{Statement: &b.store.statements.insert}, err)
+		},
+	}
+}
+
+func (b *batch) parkCall(parks []consumer.Park) wire.Call {
+	const first, columns = 3, 10
+	var values [columns][][]byte
+	for i := range parks {
+		p := &parks[i]
+		wait, position := wire.EncodeInt8(p.NotBefore.Microseconds()), wire.EncodeInt8(p.Delivery.Offset)
+		attempts, state := wire.EncodeInt4(int32(p.Attempts)), wire.EncodeInt2(int16(p.State))
+		for at, value := range [columns][]byte{
+			wait[:], position[:], attempts[:], state[:], []byte(p.Delivery.ID), []byte(p.Delivery.Topic), []byte(p.Error), p.Delivery.Key,
+			encodeHeaders(nil, p.Delivery.Header), notNull(p.Delivery.Body),
+		} {
+			values[at] = append(values[at], value)
+		}
+	}
+	partition := wire.EncodeInt4(b.claim.Partition.Number)
+	params := [][]byte{[]byte(b.claim.Consumer), []byte(b.claim.Partition.Source), partition[:]}
+	for at, oid := range [columns]uint32{
+		pgtype.Int8OID, pgtype.Int8OID, pgtype.Int4OID, pgtype.Int2OID, pgtype.TextOID, pgtype.TextOID, pgtype.TextOID, pgtype.ByteaOID, pgtype.ByteaOID, pgtype.ByteaOID,
+	} {
+		params = append(params, wire.EncodeArray(oid, values[at]))
+	}
+	return wire.Call{Statement: &b.inbox.statements.park, Params: params, Apart: true, Meaning: func(err *pgconn.PgError) (sentinel, explained error) {
+		if err.Code == "23505" && err.TableName == ParkedTable {
+			return idempotency.ErrKeyRecorded, err // a copy of it was parked meanwhile
+		}
+		return classify(err), err
+	}}
+}
+
+func (b *batch) moveCall(next int64) wire.Call {
+	partition, old, to := wire.EncodeInt4(b.claim.Partition.Number), wire.EncodeInt8(b.position.Next), wire.EncodeInt8(next)
+	return wire.Call{
+		Statement: &b.inbox.statements.move, Row: lastRow{&b.attempt},
+		Params: [][]byte{
+			[]byte(b.claim.Consumer), []byte(b.claim.Partition.Source), partition[:], old[:], to[:], b.claim.Partition.Incarnation[:], b.claim.Attempt[:], b.store.synchronousCommit,
+		},
+		Meaning: fencedMeaning,
+	}
+}
+
+// fencedMeaning is the Meaning of a call that fails if another process was faster.
+func fencedMeaning(err *pgconn.PgError) (sentinel, explained error) {
+	if err.Code == "22012" && err.Where == "" {
+		return consumer.ErrFenced, err
+	}
+	return classify(err), err
+}
+
+// Rollback implements [consumer.Batch].
+func (b *batch) Rollback(ctx context.Context) error { return b.rollback(ctx) }
+
+// headOf is a condition on a parked message m: it waits behind none.
+func (i *Inbox) headOf() string {
+	return "NOT EXISTS (SELECT FROM " + i.parked + " AS p WHERE p.consumer = m.consumer AND p.topic = m.topic AND p.key = m.key AND p.id < m.id)"
+}
+
+// due is a condition on a parked message m.
+func (i *Inbox) due() string {
+	return "(m.state = 1 AND m.not_before <= clock_timestamp() OR m.state = 2) AND " + i.headOf()
+}
+
+// Due implements [consumer.Store].
+func (i *Inbox) Due(ctx context.Context, name string, max int) ([]string, error) {
+	rows, err := i.store.pool.Query(ctx, "SELECT m.message_id FROM "+i.parked+" AS m WHERE m.consumer = $1 AND "+i.due()+" ORDER BY m.id LIMIT $2", name, max)
+	if err != nil {
+		return nil, wire.SQLError(err)
+	}
+	ids, err := pgx.CollectRows(rows, pgx.RowTo[string])
+	if err != nil {
+		return nil, wire.SQLError(err)
+	}
+	return ids, nil
+}
+
+// parkedBatch is the batch of one parked message.
+type parkedBatch struct{ batch }
+
+// BeginParked implements [consumer.Store].
+func (i *Inbox) BeginParked(ctx context.Context, name, id string, attempt idempotency.AttemptID) (consumer.Batch, *consumer.Delivery, consumer.Park, error) {
+	none := func(err error) (consumer.Batch, *consumer.Delivery, consumer.Park, error) {
+		return nil, nil, consumer.Park{}, err
+	}
+	s := i.store
+	d, park := new(consumer.Delivery), consumer.Park{}
+	claim := &consumer.Claim{Consumer: name, Attempt: attempt}
+	read := func(row pgx.Row) error {
+		var headers []byte
+		if err := row.Scan(&d.ID, &d.Topic, &d.Key, &headers, &d.Body, &d.Offset, &park.Attempts, &park.State, &claim.Partition.Source, &claim.Partition.Number); err != nil {
+			return err
+		}
+		header, err := decodeHeaders(headers)
+		d.Header = header
+		return err
+	}
+	sql := "SELECT m.message_id, m.topic, m.key, m.headers, m.body, m.position, m.attempts, m.state, m.source, m.partition FROM " + i.parked + " AS m WHERE m.consumer = $1 AND m.message_id = $2 AND " + i.due()
+	switch err := read(s.pool.QueryRow(ctx, sql, name, id)); {
+	case errors.Is(err, pgx.ErrNoRows):
+		return none(nil)
+	case err != nil:
+		return none(fail("read a parked message", idempotency.ErrUnavailable, wire.SQLError(err)))
+	}
+	claim.Entries = []consumer.Entry{{ID: d.ID, Topic: d.Topic, Key: d.Key, Fingerprint: consumer.FingerprintOf(&d.Message)}}
+	conn, err := s.acquire(ctx)
+	if err != nil {
+		return none(fail("acquire a connection", idempotency.ErrUnavailable, err))
+	}
+	if !wire.PlainText(conn.Conn().PgConn()) {
+		_ = conn.Conn().Close(ctx)
+		conn.Release()
+		return none(fail("begin a batch", idempotency.ErrUnavailable, errEncoding))
+	}
+	b := &parkedBatch{batch{inbox: i, claim: claim}}
+	lock := "parked " + strconv.Quote(name) + " " + strconv.Quote(d.Topic) + " "
+	if d.Key != nil {
+		lock += strconv.Quote(string(d.Key))
+	} else {
+		lock += "of " + d.ID
+	}
+	b.init(s, conn, &b.none, idempotency.Key{Value: lock}.LockNumber(s.table))
+	still := 0
+	calls := []wire.Call{
+		{Statement: &s.statements.begin},
+		b.lockCall(),
+		// Statements of their own: their snapshots must be younger than the lock.
+		{
+			Statement: &wire.Statement{SQL: "SELECT pg_catalog.count(*) FROM " + i.parked + " AS m WHERE m.consumer = $1 AND m.message_id = $2 AND " + i.due(), OIDs: []uint32{pgtype.TextOID, pgtype.TextOID}},
+			Params:    [][]byte{[]byte(name), []byte(id)},
+			Row: wire.RowFunc(func(values [][]byte) error {
+				d := wire.Decoder{Values: values}
+				still = int(d.Int8())
+				return d.Err
+			}),
+		},
+		b.recordedCall(),
+	}
+	if reply, err := s.statements.Flush(ctx, b.conn, calls...); err != nil {
+		return none(b.claimFailed(ctx, calls[min(reply.Failed, len(calls)-1)].Statement, err))
+	}
+	switch {
+	case b.hidden:
+		err = fail("begin a batch", idempotency.ErrUnavailable, rowSecurity(s.table, ""))
+	case b.locked && still == 1:
+		park.Delivery = d
+		return b, d, park, nil
+	}
+	b.release(ctx)
+	return none(err)
+}
+
+// recordedCall is knownCall without the parked messages, of which this is one.
+func (b *parkedBatch) recordedCall() wire.Call {
+	call := b.knownCall()
+	call.Params[1] = []byte("") // no consumer has this name
+	return call
+}
+
+// Commit implements [consumer.Batch].
+func (b *parkedBatch) Commit(ctx context.Context, end *consumer.End) error {
+	return b.commit(ctx, end, wire.Call{
+		Statement: &wire.Statement{
+			SQL:  "WITH deleted AS (DELETE FROM " + b.inbox.parked + " WHERE consumer = $1 AND message_id = $2 RETURNING 1) SELECT 1 / count(*) FROM deleted",
+			OIDs: []uint32{pgtype.TextOID, pgtype.TextOID},
+		},
+		Params: [][]byte{[]byte(b.claim.Consumer), []byte(b.claim.Entries[0].ID)}, Row: lastRow{&b.attempt}, Meaning: fencedMeaning,
+	})
+}
+
+// Repark implements [consumer.Store].
+func (i *Inbox) Repark(ctx context.Context, name string, park *consumer.Park, publish ...message.Message) error {
+	err := pgx.BeginTxFunc(ctx, i.store.pool, pgx.TxOptions{IsoLevel: pgx.ReadCommitted, AccessMode: pgx.ReadWrite}, func(tx pgx.Tx) error {
+		tag, err := tx.Exec(ctx, "UPDATE "+i.parked+" SET attempts = $3, state = $4, error = $5, not_before = CASE WHEN $4::smallint = 1 THEN clock_timestamp() + $6 * interval '1 microsecond' END"+
+			" WHERE consumer = $1 AND message_id = $2", name, park.Delivery.ID, park.Attempts, park.State, park.Error, park.NotBefore.Microseconds())
+		if err != nil || tag.RowsAffected() == 0 || len(publish) == 0 {
+			return err
+		}
+		call, _ := (&attempt{store: i.store}).outboxCall(publish)
+		_, err = tx.Conn().PgConn().ExecParams(ctx, call.Statement.SQL, call.Params, call.Statement.OIDs, []int16{1}, nil).Close()
+		return err
+	})
+	if err != nil {
+		return fmt.Errorf("repark a message: %w", wire.SQLError(err))
+	}
+	return nil
+}
