@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"hash/fnv"
+	"slices"
 	"strings"
 	"time"
 
@@ -60,7 +61,7 @@ func outboxStatement(schema string) wire.Statement {
 // refused says why something is missing. The store may publish more messages.
 func (a *attempt) deferred(more ...message.Message) (calls []wire.Call, together int, refused error) {
 	calls, together, refused = a.tx.Deferred()
-	if messages := append(a.tx.Messages(), more...); len(messages) > 0 {
+	if messages := slices.Concat(a.tx.Messages(), more); len(messages) > 0 {
 		call, size := a.outboxCall(messages)
 		if together += size; together > wire.TogetherBytesMax {
 			call.Apart, together = true, size

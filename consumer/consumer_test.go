@@ -1,0 +1,487 @@
+package consumer_test
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"slices"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/jackc/pgx/v5/pgxpool"
+
+	"github.com/paidonce/idempotency"
+	"github.com/paidonce/idempotency/consumer"
+	"github.com/paidonce/idempotency/internal/testservice"
+	"github.com/paidonce/idempotency/message"
+	"github.com/paidonce/idempotency/storage/postgres"
+)
+
+// topic is a Source in memory: a log for each partition, which it delivers from where the receiver
+// says, batch by batch. The brokers' own tests are in broker/.
+type topic struct {
+	mu    sync.Mutex
+	logs  map[int32][]consumer.Delivery
+	grown chan struct{}
+	size  int // of what Receive gets; 0: all there is
+	id    [16]byte
+}
+
+func newTopic() *topic {
+	return &topic{logs: map[int32][]consumer.Delivery{}, grown: make(chan struct{}, 1)}
+}
+
+func (s *topic) publish(partition int32, id, key, body string) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	d := consumer.Delivery{Message: message.Message{ID: id, Topic: "t", Body: []byte(body)}, Offset: int64(len(s.logs[partition]))}
+	if key != "" {
+		d.Key = []byte(key)
+	}
+	s.logs[partition] = append(s.logs[partition], d)
+}
+
+func (s *topic) Run(ctx context.Context, receiver consumer.Receiver) error {
+	next := map[int32]int64{}
+	for ctx.Err() == nil {
+		wait := 2 * time.Millisecond
+		s.mu.Lock()
+		logs := map[int32][]consumer.Delivery{}
+		for n, log := range s.logs {
+			logs[n] = slices.Clone(log)
+		}
+		s.mu.Unlock()
+		for n, log := range logs {
+			p := consumer.Partition{Source: "t", Number: n, Incarnation: s.id}
+			if _, ok := next[n]; !ok {
+				offset, err := receiver.Assigned(ctx, p)
+				if err != nil {
+					return err
+				}
+				next[n] = max(offset, 0)
+			}
+			rest := log[min(next[n], int64(len(log))):]
+			if s.size > 0 {
+				rest = rest[:min(s.size, len(rest))]
+			}
+			if len(rest) == 0 {
+				continue
+			}
+			settled, pause := receiver.Receive(ctx, p, rest)
+			next[n] += int64(settled)
+			if settled > 0 {
+				wait = 0
+			} else if wait > 0 {
+				wait = max(min(pause, 20*time.Millisecond), wait)
+			}
+		}
+		select {
+		case <-ctx.Done():
+		case <-time.After(wait):
+		}
+	}
+	return nil
+}
+
+// bed is a consumer's database: its handlers insert bodies into effects.
+type bed struct {
+	*testservice.Service
+	mu   sync.Mutex
+	ends []consumer.BatchEnd
+}
+
+func newBed(t *testing.T) *bed {
+	return &bed{Service: testservice.New(t, &postgres.Options{PoolConfig: func(c *pgxpool.Config) { c.MaxConns = 16 }})}
+}
+
+// insert writes the message's body.
+func insert(ctx context.Context, m *consumer.Delivery) error {
+	_, err := postgres.Tx(ctx).Exec(ctx, "INSERT INTO effects (name) VALUES ($1)", string(m.Body))
+	return err
+}
+
+// start runs a consumer until the test ends or stop is called.
+func (b *bed) start(t *testing.T, source consumer.Source, handler consumer.Handler, opts *consumer.Options) (stop func()) {
+	t.Helper()
+	o := consumer.Options{}
+	if opts != nil {
+		o = *opts
+	}
+	o.Logger = slog.New(slog.DiscardHandler)
+	if o.ParkedInterval == 0 {
+		o.ParkedInterval = 5 * time.Millisecond
+	}
+	o.OnBatch = func(end consumer.BatchEnd) {
+		b.mu.Lock()
+		defer b.mu.Unlock()
+		b.ends = append(b.ends, end)
+	}
+	ctx, cancel := context.WithCancel(t.Context())
+	var running sync.WaitGroup
+	running.Go(func() {
+		if err := consumer.New("ledger", b.Store.Inbox(), source, handler, &o).Run(ctx); err != nil {
+			t.Errorf("Run: %v", err)
+		}
+	})
+	stop = func() {
+		cancel()
+		running.Wait()
+	}
+	t.Cleanup(stop)
+	return stop
+}
+
+// names returns what the handlers wrote, in its order.
+func (b *bed) names(t *testing.T) string {
+	t.Helper()
+	return strings.Join(b.Strings(t, "SELECT name FROM effects ORDER BY id"), " ")
+}
+
+func eventually(t *testing.T, what string, is func() bool) {
+	t.Helper()
+	for deadline := time.Now().Add(30 * time.Second); !is(); time.Sleep(5 * time.Millisecond) {
+		if time.Now().After(deadline) {
+			t.Fatalf("not within 30 s: %s", what)
+		}
+	}
+}
+
+// at waits until a partition's position is this.
+func (b *bed) at(t *testing.T, partition int32, next int64) {
+	t.Helper()
+	eventually(t, fmt.Sprintf("partition %d is at %d", partition, next), func() bool {
+		return b.Count(t, "SELECT COALESCE(max(next_offset), -1) FROM message_offsets WHERE partition = $1", partition) == int(next)
+	})
+}
+
+func (b *bed) sum(of func(consumer.BatchEnd) int) (n int) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	for _, end := range b.ends {
+		n += of(end)
+	}
+	return n
+}
+
+// Mode 6, 8, 23: what was published twice has one effect, wherever the copies are.
+func TestMessageThatWasPublishedTwiceIsHandledOnce(t *testing.T) {
+	t.Parallel()
+	for _, size := range []int{1, 100} {
+		t.Run(fmt.Sprint("batches of ", size), func(t *testing.T) {
+			t.Parallel()
+			b, source := newBed(t), newTopic()
+			for i := range 20 {
+				source.publish(int32(i%2), fmt.Sprint("id-", i), "k", fmt.Sprint(i))
+			}
+			for i := range 20 { // in the other partition, and again
+				source.publish(int32(1-i%2), fmt.Sprint("id-", i), "k", fmt.Sprint(i))
+				source.publish(int32(i%2), fmt.Sprint("id-", i), "k", fmt.Sprint(i))
+			}
+			b.start(t, source, insert, &consumer.Options{BatchMax: size})
+			b.at(t, 0, 30)
+			b.at(t, 1, 30)
+			if n := b.Count(t, "SELECT count(*) FROM effects"); n != 20 {
+				t.Errorf("%d effects, want 20", n)
+			}
+			if n := b.sum(func(e consumer.BatchEnd) int { return e.Duplicates }); n < 40 {
+				t.Errorf("%d duplicates, want 40", n)
+			}
+		})
+	}
+}
+
+// Mode 13, 27: the place is in the database. A new process goes on where the effects end, and after
+// a restore to an earlier state what was lost is consumed again.
+func TestPositionIsThatOfTheEffects(t *testing.T) {
+	t.Parallel()
+	b, source := newBed(t), newTopic()
+	for i := range 10 {
+		source.publish(0, fmt.Sprint(i), "k", fmt.Sprint(i))
+	}
+	stop := b.start(t, source, insert, nil)
+	b.at(t, 0, 10)
+	stop()
+	b.Exec(t, "DELETE FROM effects WHERE id > 6")
+	b.Exec(t, "DELETE FROM idempotency_keys WHERE key >= '6'")
+	b.Exec(t, "UPDATE message_offsets SET next_offset = 6")
+	source.publish(0, "10", "k", "10")
+	b.start(t, source, insert, nil)
+	b.at(t, 0, 11)
+	if got := b.names(t); got != "0 1 2 3 4 5 6 7 8 9 10" {
+		t.Errorf("effects %q", got)
+	}
+}
+
+// Mode 14: two processes that both believe that a partition is theirs give one effect for each
+// message.
+func TestProcessesOfOnePartitionDoNotDouble(t *testing.T) {
+	t.Parallel()
+	const messages = 200
+	b, source := newBed(t), newTopic()
+	for i := range messages {
+		source.publish(0, fmt.Sprint(i), fmt.Sprint("k", i%7), fmt.Sprint(i))
+	}
+	for range 4 {
+		b.start(t, source, insert, &consumer.Options{BatchMax: 10})
+	}
+	b.at(t, 0, messages)
+	want := make([]string, messages)
+	for i := range want {
+		want[i] = fmt.Sprint(i)
+	}
+	if got := b.names(t); got != strings.Join(want, " ") {
+		t.Errorf("effects %q", got)
+	}
+}
+
+// Mode 17: each consumer gets every message.
+func TestConsumersOfOneTopicAreApart(t *testing.T) {
+	t.Parallel()
+	b, source := newBed(t), newTopic()
+	source.publish(0, "id", "k", "m")
+	b.start(t, source, insert, nil)
+	b.at(t, 0, 1)
+	ctx, cancel := context.WithCancel(t.Context())
+	var running sync.WaitGroup
+	running.Go(func() {
+		_ = consumer.New("other", b.Store.Inbox(), source, insert, nil).Run(ctx)
+	})
+	eventually(t, "two effects", func() bool { return b.Effects(t) == 2 })
+	cancel()
+	running.Wait()
+}
+
+// Mode 20, 21: a message that its handler can't take keeps none of its batch from being handled, and
+// blocks its key alone.
+func TestPoisonIsParkedWithItsKey(t *testing.T) {
+	t.Parallel()
+	for _, size := range []int{1, 50} {
+		t.Run(fmt.Sprint("batches of ", size), func(t *testing.T) {
+			t.Parallel()
+			b, source := newBed(t), newTopic()
+			for _, m := range []string{"a1", "b1", "poison", "c1", "b2", "a2"} {
+				key := m[:1]
+				if m == "poison" {
+					key = "b"
+				}
+				source.publish(0, "id-"+m, key, m)
+			}
+			var mu sync.Mutex
+			heals := false
+			handler := func(ctx context.Context, m *consumer.Delivery) error {
+				mu.Lock()
+				defer mu.Unlock()
+				if err := insert(ctx, m); err != nil {
+					return err
+				}
+				if string(m.Body) == "poison" && !heals {
+					return errors.New("can't")
+				}
+				return nil
+			}
+			b.start(t, source, handler, &consumer.Options{BatchMax: size, BackoffMax: time.Millisecond})
+			b.at(t, 0, 6)
+			if got := b.names(t); got != "a1 b1 c1 a2" {
+				t.Errorf("effects %q", got)
+			}
+			eventually(t, "it is dead", func() bool { return b.Count(t, "SELECT count(*) FROM message_parked WHERE state = 3") == 1 })
+			source.publish(0, "id-b3", "b", "b3") // behind a dead one too
+			b.at(t, 0, 7)
+			if got := strings.Join(b.Strings(t, "SELECT message_id || ':' || state || ':' || attempts || ':' || error FROM message_parked ORDER BY id"), " "); got !=
+				"id-poison:3:8:can't id-b2:2:0:it waits behind another message of its key id-b3:2:0:it waits behind another message of its key" {
+				t.Errorf("parked: %q", got)
+			}
+			mu.Lock()
+			heals = true
+			mu.Unlock()
+			b.Exec(t, "UPDATE message_parked SET state = 1, not_before = now() WHERE state = 3") // redrive
+			eventually(t, "nothing is parked", func() bool { return b.Count(t, "SELECT count(*) FROM message_parked") == 0 })
+			if got := b.names(t); got != "a1 b1 c1 a2 poison b2 b3" {
+				t.Errorf("effects %q", got)
+			}
+			source.publish(1, "id-poison", "b", "poison") // once more, elsewhere
+			b.at(t, 1, 1)
+			if n := b.Count(t, "SELECT count(*) FROM effects WHERE name = 'poison'"); n != 1 {
+				t.Errorf("%d effects of the redriven message", n)
+			}
+		})
+	}
+}
+
+// What a handler can say of a message, and what the consumer says of it.
+func TestMessagesThatAreNotHandled(t *testing.T) {
+	t.Parallel()
+	long := strings.Repeat("é", consumer.ErrorBytesMax)
+	for name, c := range map[string]struct {
+		handler consumer.Handler
+		opts    consumer.Options
+		before  func(*topic)
+		parked  string // state, attempts, error
+		dead    bool   // published to the dead topic
+	}{
+		"rejected": {handler: func(context.Context, *consumer.Delivery) error { return consumer.Reject(errors.New("no such account")) }, parked: "3:1:message is rejected: no such account", dead: true},
+		"panic":    {handler: func(context.Context, *consumer.Delivery) error { panic("secret") }, opts: consumer.Options{AttemptsMax: 3}, parked: "3:3:handler panicked with a string", dead: true},
+		"long error": {handler: func(context.Context, *consumer.Delivery) error { return consumer.Reject(errors.New(long)) }, dead: true,
+			parked: "3:1:" + ("message is rejected: " + long)[:consumer.ErrorBytesMax-1]},
+		"later":        {handler: func(context.Context, *consumer.Delivery) error { return consumer.Later(time.Hour) }, parked: "1:0:its handler asked for 1h0m0s"},
+		"another body": {handler: insert, before: func(s *topic) { s.publish(0, "id", "other", "first") }, parked: "3:0:its id was recorded with another topic or body", dead: true},
+		"an open query": {handler: func(ctx context.Context, _ *consumer.Delivery) error {
+			_, err := postgres.Tx(ctx).Query(ctx, "SELECT 1")
+			return err
+		}, opts: consumer.Options{AttemptsMax: 3}, parked: "3:3:", dead: true},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			b, source := newBed(t), newTopic()
+			next := int64(1)
+			if c.before != nil {
+				c.before(source)
+				next++
+			}
+			source.publish(0, "id", "k", "body")
+			o := c.opts
+			o.DeadTopic = "dead"
+			b.start(t, source, c.handler, &o)
+			b.at(t, 0, next)
+			got := b.Text(t, "SELECT state || ':' || attempts || ':' || error FROM message_parked WHERE message_id = 'id'")
+			if got != c.parked && !(strings.HasSuffix(c.parked, ":") && strings.HasPrefix(got, c.parked)) {
+				t.Errorf("parked %q, want %q", got, c.parked)
+			}
+			if n := b.Count(t, "SELECT count(*) FROM message_outbox WHERE topic = 'dead' AND body = 'body'"); n != map[bool]int{true: 1}[c.dead] {
+				t.Errorf("%d dead letters", n)
+			}
+		})
+	}
+}
+
+// Mode 30: an outage of the database counts for no message, whichever statement meets it.
+func TestOutageParksNothing(t *testing.T) {
+	t.Parallel()
+	for name, sql := range map[string]string{
+		"timeout":       "DO 'BEGIN RAISE SQLSTATE ''57014''; END'",
+		"deadlock":      "DO 'BEGIN RAISE SQLSTATE ''40P01''; END'",
+		"serialization": "DO 'BEGIN RAISE SQLSTATE ''40001''; END'",
+		"no memory":     "DO 'BEGIN RAISE SQLSTATE ''53200''; END'",
+		"lock timeout":  "DO 'BEGIN RAISE SQLSTATE ''55P03''; END'",
+		"killed":        "SELECT pg_terminate_backend(pg_backend_pid())",
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			b, source := newBed(t), newTopic()
+			for i := range 3 {
+				source.publish(0, fmt.Sprint(i), "k", fmt.Sprint(i))
+			}
+			var mu sync.Mutex
+			runs := 0
+			handler := func(ctx context.Context, m *consumer.Delivery) error {
+				mu.Lock()
+				runs++
+				fails := runs <= 6
+				mu.Unlock()
+				if fails {
+					_, err := postgres.Tx(ctx).Exec(ctx, sql)
+					return err
+				}
+				return insert(ctx, m)
+			}
+			b.start(t, source, handler, &consumer.Options{BatchMax: 3, AttemptsMax: 3})
+			b.at(t, 0, 3)
+			if got := b.names(t); got != "0 1 2" || b.Count(t, "SELECT count(*) FROM message_parked") != 0 {
+				t.Errorf("effects %q, parked %q", got, b.Strings(t, "SELECT error FROM message_parked"))
+			}
+		})
+	}
+}
+
+// Mode 21: a message that kills its process is found though the process can't count, and other
+// messages do not suffer for it. Processes that leave in peace count for nothing.
+func TestMessageThatKillsItsProcessIsFound(t *testing.T) {
+	t.Parallel()
+	b, source := newBed(t), newTopic()
+	for _, m := range []string{"a", "killer", "b"} {
+		source.publish(0, m, m, m)
+	}
+	die := func(ctx context.Context, m *consumer.Delivery) error {
+		if string(m.Body) == "killer" {
+			<-ctx.Done() // as far as the database can tell, the process is gone
+			return ctx.Err()
+		}
+		return insert(ctx, m)
+	}
+	for range 12 { // a process that dies leaves its count behind
+		inbox := b.Store.Inbox()
+		receiver := consumer.New("ledger", inbox, source, die, &consumer.Options{BatchMax: 10, Logger: slog.New(slog.DiscardHandler)})
+		p := consumer.Partition{Source: "t"}
+		ctx, cancel := context.WithTimeout(t.Context(), 300*time.Millisecond)
+		offset, err := receiver.Assigned(ctx, p)
+		if err != nil {
+			t.Fatal(err)
+		}
+		receiver.Receive(ctx, p, slices.Clone(source.logs[0][max(offset, 0):]))
+		cancel()
+	}
+	if got := b.names(t); got != "a b" {
+		t.Errorf("effects %q", got)
+	}
+	if got := b.Text(t, "SELECT message_id || ' ' || error FROM message_parked"); got != "killer 5 processes ended before it was handled" {
+		t.Errorf("parked %q", got)
+	}
+	for range 10 {
+		stop := b.start(t, source, insert, nil)
+		source.publish(0, fmt.Sprint("n", len(source.logs[0])), "n", "n")
+		b.at(t, 0, int64(len(source.logs[0])))
+		stop()
+	}
+	if n := b.Count(t, "SELECT deaths FROM message_offsets"); n != 0 {
+		t.Errorf("%d deaths", n)
+	}
+}
+
+// A message's derived keys are those of its consumer and id, whichever run asks.
+func TestDerivedKeyOfAMessage(t *testing.T) {
+	t.Parallel()
+	b, source := newBed(t), newTopic()
+	source.publish(0, "id", "k", "m")
+	var mu sync.Mutex
+	keys := map[string]int{}
+	b.start(t, source, func(ctx context.Context, m *consumer.Delivery) error {
+		mu.Lock()
+		defer mu.Unlock()
+		keys[idempotency.DerivedKey(ctx, "mail")]++
+		if key, _ := idempotency.KeyFrom(ctx); key.Scope != "message:ledger" || key.Value != "id" {
+			t.Errorf("key %q %q", key.Scope, key.Value)
+		}
+		if len(keys) == 1 && keys[idempotency.DerivedKey(ctx, "mail")] < 3 {
+			return errors.New("again")
+		}
+		return message.Publish(ctx, "seen", message.Message{Topic: "next", Body: m.Body})
+	}, nil)
+	b.at(t, 0, 1)
+	if len(keys) != 1 {
+		t.Errorf("derived keys: %v", keys)
+	}
+	if n := b.Count(t, "SELECT count(*) FROM message_outbox WHERE topic = 'next'"); n != 1 {
+		t.Errorf("%d messages were published", n)
+	}
+}
+
+// Mode 24: the offset of a topic that was made anew means nothing.
+func TestRecreatedTopicStops(t *testing.T) {
+	t.Parallel()
+	b, source := newBed(t), newTopic()
+	source.id = [16]byte{1}
+	source.publish(0, "id", "k", "m")
+	b.start(t, source, insert, nil)()
+	b.start(t, source, insert, nil)
+	b.at(t, 0, 1)
+	again := newTopic()
+	again.id = [16]byte{2}
+	again.publish(0, "id2", "k", "m2")
+	err := consumer.New("ledger", b.Store.Inbox(), again, insert, nil).Run(t.Context())
+	if !errors.Is(err, consumer.ErrRecreated) || !strings.Contains(err.Error(), "message_offsets") {
+		t.Errorf("Run: %v", err)
+	}
+}
