@@ -44,6 +44,30 @@ const (
 // An error means that the message was not handled: see [Reject], [Later] and Options.AttemptsMax.
 type Handler func(ctx context.Context, m *Delivery) error
 
+// BatchHandler handles the messages of one batch together, oldest first: with one statement for all
+// of them, say. Everything that is said of a [Handler] goes for it, but that its context belongs to
+// no message: idempotency.DerivedKey and message.Publish need that of one, [Delivery.Context].
+//
+// After an error its writes are undone, and it runs again with half of the messages, until the one is
+// found that can't be handled.
+type BatchHandler func(ctx context.Context, messages []*Delivery) error
+
+// Context returns ctx, which is a [BatchHandler]'s, as the context of this message.
+func (d *Delivery) Context(ctx context.Context) context.Context {
+	c, ok := ctx.Value(batchKey{}).(*batchContext)
+	if !ok {
+		panic(idempotency.UsageError("idempotency/consumer: Context outside a BatchHandler: pass the handler's context on"))
+	}
+	return idempotency.HandlerContext(ctx, c.service, idempotency.Key{Scope: ScopePrefix + c.name, Value: d.ID}, c.attempt)
+}
+
+type batchKey struct{}
+
+type batchContext struct {
+	name, service string
+	attempt       idempotency.AttemptID
+}
+
 // Order is what a consumer does with the messages behind one that could not be handled.
 type Order int
 
@@ -134,6 +158,7 @@ type Consumer struct {
 	store   Store
 	source  Source
 	handler Handler
+	batch   BatchHandler // in place of handler
 	options Options
 	slots   chan struct{}
 
@@ -146,6 +171,21 @@ type Consumer struct {
 // is 1 to 100 letters, digits, dots, underscores and hyphens. New panics if an argument is missing or
 // an option can't work.
 func New(name string, store Store, source Source, handler Handler, opts *Options) *Consumer {
+	if handler == nil {
+		panic("idempotency/consumer: New needs a handler")
+	}
+	return newConsumer(name, store, source, handler, nil, opts)
+}
+
+// NewBatch is New with a handler that gets whole batches.
+func NewBatch(name string, store Store, source Source, handler BatchHandler, opts *Options) *Consumer {
+	if handler == nil {
+		panic("idempotency/consumer: NewBatch needs a handler")
+	}
+	return newConsumer(name, store, source, nil, handler, opts)
+}
+
+func newConsumer(name string, store Store, source Source, handler Handler, batch BatchHandler, opts *Options) *Consumer {
 	var o Options
 	if opts != nil {
 		o = *opts
@@ -164,8 +204,8 @@ func New(name string, store Store, source Source, handler Handler, opts *Options
 	switch {
 	case name == "" || len(name) > NameBytesMax || strings.ContainsFunc(name, notOfName):
 		wrong = fmt.Sprintf("its name must be 1 to %d letters, digits, dots, underscores and hyphens", NameBytesMax)
-	case store == nil || source == nil || handler == nil:
-		wrong = "it needs a store, a source and a handler"
+	case store == nil || source == nil:
+		wrong = "it needs a store and a source"
 	case o.BatchMax < 0 || o.InFlightMax < 0 || o.AttemptsInPlace < 0 || o.AttemptsMax < 0 || o.DeathsMax < 0 || o.BatchTimeout < 0 || o.BackoffMax < 0 || o.ParkedInterval < 0 || o.Retention < idempotency.TTLMin:
 		wrong = "no option may be negative, and Retention must be at least 1 second"
 	case o.AttemptsMax < o.AttemptsInPlace:
@@ -174,7 +214,7 @@ func New(name string, store Store, source Source, handler Handler, opts *Options
 	if wrong != "" {
 		panic("idempotency/consumer: " + wrong)
 	}
-	return &Consumer{name: name, store: store, source: source, handler: handler, options: o, slots: make(chan struct{}, o.InFlightMax), partitions: map[Partition]*partition{}}
+	return &Consumer{name: name, store: store, source: source, handler: handler, batch: batch, options: o, slots: make(chan struct{}, o.InFlightMax), partitions: map[Partition]*partition{}}
 }
 
 func notOfName(r rune) bool {
@@ -349,7 +389,8 @@ func (r *run) do() (settled int, pause time.Duration) {
 	}
 	finish := End{TTL: r.options.Retention}
 	position := batch.Position()
-	failedAt, failure := -1, error(nil)
+	failedAt, failure := len(r.deliveries)-1, error(nil)
+	var together []*Delivery    // of a BatchHandler
 	behind := map[string]bool{} // topics and keys that were parked in this batch
 	for i := range r.deliveries {
 		d := &r.deliveries[i]
@@ -379,12 +420,14 @@ func (r *run) do() (settled int, pause time.Duration) {
 			park := *r.decided
 			park.Delivery = d
 			finish.Park = append(finish.Park, park)
+		case r.batch != nil:
+			together = append(together, d)
+			finish.Recorded = append(finish.Recorded, i)
 		default:
 			if failure = r.handle(r.ctx, batch, d, claim.Attempt); failure != nil {
 				failedAt = i
 			} else {
 				finish.Recorded = append(finish.Recorded, i)
-				r.end.Executed++
 			}
 		}
 		if failure != nil {
@@ -394,18 +437,19 @@ func (r *run) do() (settled int, pause time.Duration) {
 			behind[group] = true
 		}
 	}
+	if len(together) > 0 {
+		failure = r.handleTogether(r.ctx, batch, together, claim.Attempt)
+	}
 	// In the order of what proves most: the transaction's own failure is not the message's.
 	if err := batch.Seal(); err != nil && (failure == nil || !errors.Is(err, idempotency.ErrAborted)) {
 		_ = batch.Rollback(context.WithoutCancel(r.ctx))
-		r.end.Executed = 0
-		if errors.Is(err, idempotency.ErrAborted) && len(r.deliveries) > 0 { // left open, say: no message is named
-			return r.blame(len(r.deliveries)-1, err)
+		if errors.Is(err, idempotency.ErrAborted) { // a query that was left open, say: it names no message
+			return r.blame(failedAt, err)
 		}
 		return r.failed(0, err)
 	}
 	if failure != nil {
 		_ = batch.Rollback(context.WithoutCancel(r.ctx))
-		r.end.Executed = 0
 		return r.blame(failedAt, failure)
 	}
 	if finish.Next <= position.Next { // all of them were redelivered
@@ -416,9 +460,9 @@ func (r *run) do() (settled int, pause time.Duration) {
 		finish.Publish = append(finish.Publish, r.deadLetter(&finish.Park[i])...)
 	}
 	if err := batch.Commit(context.WithoutCancel(r.ctx), &finish); err != nil {
-		r.end.Executed = 0
 		return r.failed(len(finish.Recorded), err)
 	}
+	r.end.Executed = len(finish.Recorded)
 	for i := range finish.Park {
 		park := &finish.Park[i]
 		if park.State == Dead {
@@ -466,6 +510,17 @@ func (c *Consumer) handle(ctx context.Context, batch Batch, d *Delivery, attempt
 	return c.handler(ctx, d)
 }
 
+// handleTogether runs a BatchHandler.
+func (c *Consumer) handleTogether(ctx context.Context, batch Batch, messages []*Delivery, attempt idempotency.AttemptID) (err error) {
+	ctx = context.WithValue(batch.Context(ctx), batchKey{}, &batchContext{name: c.name, service: c.options.Service, attempt: attempt})
+	defer func() {
+		if value := recover(); value != nil {
+			err = &idempotency.PanicError{Value: value, Stack: debug.Stack()}
+		}
+	}()
+	return c.batch(ctx, messages)
+}
+
 // failed returns the pause after an error that is no message's fault.
 func (r *run) failed(recorded int, err error) (settled int, pause time.Duration) {
 	r.end.Err = err
@@ -500,6 +555,9 @@ func (r *run) blame(at int, cause error) (settled int, pause time.Duration) {
 	switch {
 	case outage:
 		return r.failed(0, cause)
+	case r.batch != nil && len(r.deliveries) > 1: // it may be any of them
+		r.state.size = len(r.deliveries) / 2
+		return 0, time.Millisecond
 	case errors.Is(cause, ErrRejected):
 		known.park = &Park{State: Dead, Attempts: known.attempts + 1, Error: reason(cause)}
 	case errors.As(cause, &later):

@@ -485,3 +485,78 @@ func TestRecreatedTopicStops(t *testing.T) {
 		t.Errorf("Run: %v", err)
 	}
 }
+
+// A BatchHandler gets the messages of a batch together, and one that it can't handle is found.
+func TestBatchHandler(t *testing.T) {
+	t.Parallel()
+	b, source := newBed(t), newTopic()
+	const messages = 40
+	for i := range messages {
+		body := fmt.Sprint(i)
+		if i == 17 {
+			body = "poison"
+		}
+		source.publish(0, fmt.Sprint("id-", i), fmt.Sprint("k", i), body)
+	}
+	var mu sync.Mutex
+	most := 0
+	ctx, cancel := context.WithCancel(t.Context())
+	var running sync.WaitGroup
+	running.Go(func() {
+		_ = consumer.NewBatch("ledger", b.Store.Inbox(), source, func(ctx context.Context, all []*consumer.Delivery) error {
+			mu.Lock()
+			most = max(most, len(all))
+			mu.Unlock()
+			var names []string
+			for _, m := range all {
+				if string(m.Body) == "poison" {
+					return consumer.Reject(errors.New("poison"))
+				}
+				names = append(names, string(m.Body))
+				if err := message.Publish(m.Context(ctx), "seen", message.Message{Topic: "next"}); err != nil {
+					return err
+				}
+			}
+			_, err := postgres.Tx(ctx).Exec(ctx, "INSERT INTO effects (name) SELECT unnest($1::text[])", names)
+			return err
+		}, &consumer.Options{BatchMax: 100, Logger: slog.New(slog.DiscardHandler)}).Run(ctx)
+	})
+	b.at(t, 0, messages)
+	cancel()
+	running.Wait()
+	if n, ids := b.Effects(t), b.Count(t, "SELECT count(DISTINCT message_id) FROM message_outbox"); n != messages-1 || ids != messages-1 || most != messages {
+		t.Errorf("%d effects, %d messages, the largest batch had %d", n, ids, most)
+	}
+	if got := b.Text(t, "SELECT message_id FROM message_parked"); got != "id-17" {
+		t.Errorf("parked %q", got)
+	}
+}
+
+// The position is the last guard: a batch whose partition was moved meanwhile commits nothing, even
+// if the lock did not keep the other away.
+func TestBatchOfAMovedPartitionIsFenced(t *testing.T) {
+	t.Parallel()
+	b, source := newBed(t), newTopic()
+	source.publish(0, "a", "k", "a")
+	source.publish(0, "b", "k", "b")
+	first := true
+	b.start(t, source, func(ctx context.Context, m *consumer.Delivery) error {
+		if first {
+			first = false
+			b.Exec(t, "UPDATE message_offsets SET next_offset = 1") // by somebody without the lock
+		}
+		return insert(ctx, m)
+	}, nil)
+	b.at(t, 0, 2)
+	if got := b.names(t); got != "b" {
+		t.Errorf("effects %q", got)
+	}
+	if n := b.sum(func(e consumer.BatchEnd) int {
+		if errors.Is(e.Err, consumer.ErrFenced) {
+			return 1
+		}
+		return 0
+	}); n != 1 {
+		t.Errorf("%d batches were fenced", n)
+	}
+}

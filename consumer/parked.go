@@ -63,7 +63,12 @@ func (c *Consumer) retryOne(ctx context.Context, id string) (handled bool) {
 	case Mismatch:
 		failure = Reject(errors.New("its id was recorded with another topic or body"))
 	default:
-		if failure = c.handle(ctx, batch, d, attempt); failure == nil {
+		if c.batch != nil {
+			failure = c.handleTogether(ctx, batch, []*Delivery{d}, attempt)
+		} else {
+			failure = c.handle(ctx, batch, d, attempt)
+		}
+		if failure == nil {
 			finish.Recorded = []int{0}
 		}
 	}
