@@ -1,0 +1,251 @@
+package kafka_test
+
+import (
+	"context"
+	"crypto/rand"
+	"net"
+	"os"
+	"slices"
+	"strconv"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/google/uuid"
+	"github.com/twmb/franz-go/pkg/kadm"
+	"github.com/twmb/franz-go/pkg/kfake"
+	"github.com/twmb/franz-go/pkg/kgo"
+
+	"github.com/paidonce/idempotency/broker/brokertest"
+	"github.com/paidonce/idempotency/broker/kafka"
+	"github.com/paidonce/idempotency/consumer"
+	"github.com/paidonce/idempotency/internal/pgtest"
+	"github.com/paidonce/idempotency/message"
+	"github.com/paidonce/idempotency/relay"
+)
+
+func TestMain(m *testing.M) { pgtest.Main(m) }
+
+// brokersVariable names the brokers of a real cluster. If it is set, the conformance suite runs on
+// it too.
+const brokersVariable = "KAFKA_BROKERS"
+
+// fake is a Kafka broker in this process, on ports of its own.
+type fake struct {
+	mu      sync.Mutex
+	cluster *kfake.Cluster
+	options []kfake.Opt
+	brokers []string
+}
+
+func startFake(t *testing.T, opts ...kfake.Opt) *fake {
+	t.Helper()
+	f := &fake{options: append([]kfake.Opt{
+		kfake.DataDir(t.TempDir()), kfake.SyncWrites(), kfake.NumBrokers(1),
+		kfake.GroupMinSessionTimeout(100 * time.Millisecond),
+		kfake.BrokerConfigs(map[string]string{
+			"group.initial.rebalance.delay.ms": "0", "group.consumer.heartbeat.interval.ms": "100", "group.consumer.session.timeout.ms": "1000",
+			"group.consumer.min.heartbeat.interval.ms": "50", "group.consumer.min.session.timeout.ms": "500",
+		}),
+	}, opts...)}
+	cluster, err := kfake.NewCluster(f.options...)
+	if err != nil {
+		t.Fatal(err)
+	}
+	f.cluster, f.brokers = cluster, cluster.ListenAddrs()
+	t.Cleanup(func() { f.now().Close() })
+	return f
+}
+
+// now is the broker as it runs now.
+func (f *fake) now() *kfake.Cluster {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return f.cluster
+}
+
+// restart ends the broker and starts it again with its data, on its ports.
+func (f *fake) restart(t *testing.T) {
+	t.Helper()
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.cluster.Close()
+	var ports []int
+	for _, address := range f.brokers {
+		_, port, _ := net.SplitHostPort(address)
+		number, _ := strconv.Atoi(port)
+		ports = append(ports, number)
+	}
+	var err error
+	for range 100 { // somebody else's connection may have the port for a moment
+		var cluster *kfake.Cluster
+		if cluster, err = kfake.NewCluster(append(f.options[:len(f.options):len(f.options)], kfake.Ports(ports...))...); err == nil {
+			f.cluster = cluster
+			return
+		}
+		time.Sleep(50 * time.Millisecond)
+	}
+	t.Fatal(err)
+}
+
+// admin returns a client for the tests' own requests.
+func admin(t *testing.T, brokers []string, opts ...kgo.Opt) *kgo.Client {
+	t.Helper()
+	client, err := kgo.NewClient(append(opts, kgo.SeedBrokers(brokers...), kgo.DisableClientMetrics(), kgo.MetadataMinAge(50*time.Millisecond))...)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(client.Close)
+	return client
+}
+
+// createTopic creates a topic with the suite's number of partitions, and waits until it is there.
+func createTopic(t *testing.T, brokers []string, topic string, configs map[string]*string) {
+	t.Helper()
+	client := kadm.NewClient(admin(t, brokers))
+	created, err := client.CreateTopic(t.Context(), brokertest.Partitions, 1, configs, topic)
+	if err == nil {
+		err = created.Err
+	}
+	if err != nil {
+		t.Fatalf("create the topic: %v", err)
+	}
+	eventually(t, "the topic is there", func() bool {
+		offsets, err := client.ListEndOffsets(t.Context(), topic)
+		return err == nil && offsets.Error() == nil && len(offsets[topic]) == brokertest.Partitions
+	})
+}
+
+func newTopic() string { return "topic-" + uuid.NewString() }
+
+func eventually(t *testing.T, what string, is func() bool) {
+	t.Helper()
+	for deadline := time.Now().Add(60 * time.Second); !is(); time.Sleep(10 * time.Millisecond) {
+		if time.Now().After(deadline) {
+			t.Fatalf("not within a minute: %s", what)
+		}
+	}
+}
+
+// records returns all records of a topic, each partition in its order.
+func records(t *testing.T, brokers []string, topic string) []*kgo.Record {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(t.Context(), 60*time.Second)
+	defer cancel()
+	offsets := kadm.NewClient(admin(t, brokers))
+	starts, err := offsets.ListStartOffsets(ctx, topic)
+	if err != nil {
+		t.Fatal(err)
+	}
+	ends, err := offsets.ListEndOffsets(ctx, topic)
+	if err != nil {
+		t.Fatal(err)
+	}
+	begin := map[string]map[int32]kgo.Offset{topic: {}}
+	left := map[int32]int64{}
+	ends.Each(func(end kadm.ListedOffset) {
+		if start, _ := starts.Lookup(topic, end.Partition); start.Offset < end.Offset {
+			begin[topic][end.Partition], left[end.Partition] = kgo.NewOffset().At(start.Offset), end.Offset
+		}
+	})
+	var all []*kgo.Record
+	reader := admin(t, brokers, kgo.ConsumePartitions(begin))
+	for len(left) > 0 {
+		fetches := reader.PollFetches(ctx)
+		if err := fetches.Err(); err != nil {
+			t.Fatal(err)
+		}
+		fetches.EachRecord(func(r *kgo.Record) {
+			all = append(all, r)
+			if r.Offset+1 >= left[r.Partition] {
+				delete(left, r.Partition)
+			}
+		})
+	}
+	slices.SortStableFunc(all, func(a, b *kgo.Record) int { return int(a.Partition - b.Partition) })
+	return all
+}
+
+// read returns the messages of a topic by the rules of the wire, not by the code under test.
+func read(t *testing.T, brokers []string, topic string) []consumer.Delivery {
+	t.Helper()
+	var all []consumer.Delivery
+	for _, r := range records(t, brokers, topic) {
+		d := consumer.Delivery{Message: message.Message{Topic: r.Topic, Key: r.Key, Body: r.Value, Header: map[string][]string{}}, Offset: r.Offset, Time: r.Timestamp}
+		for _, h := range r.Headers {
+			if h.Key == "message-id" {
+				d.ID = string(h.Value)
+			} else {
+				d.Header[h.Key] = append(d.Header[h.Key], string(h.Value))
+			}
+		}
+		all = append(all, d)
+	}
+	return all
+}
+
+// connect returns a client behind a network.
+func connect(t *testing.T, brokers []string, network *brokertest.Network) *kafka.Client {
+	t.Helper()
+	client, err := kafka.Connect(brokers, &kafka.Options{
+		Kgo: []kgo.Opt{kgo.Dialer(network.DialContext), kgo.RetryBackoffFn(func(int) time.Duration { return 20 * time.Millisecond })},
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return client
+}
+
+func publisher(t *testing.T, brokers []string, network *brokertest.Network) *kafka.Publisher {
+	t.Helper()
+	p := connect(t, brokers, network).Publisher()
+	t.Cleanup(func() {
+		network.Mend()
+		p.Close()
+	})
+	return p
+}
+
+// harness returns the suite's harness for these brokers.
+func harness(brokers []string) *brokertest.Harness {
+	network := new(brokertest.Network)
+	return &brokertest.Harness{
+		Network: network,
+		Topic: func(t *testing.T) string {
+			topic := newTopic()
+			createTopic(t, brokers, topic, nil)
+			return topic
+		},
+		Publisher: func(t *testing.T) relay.Publisher { return publisher(t, brokers, network) },
+		Read:      func(t *testing.T, topic string) []consumer.Delivery { return read(t, brokers, topic) },
+	}
+}
+
+func TestConformance(t *testing.T) {
+	t.Parallel()
+	brokertest.Run(t, brokertest.Features{}, func(t *testing.T) *brokertest.Harness {
+		f := startFake(t)
+		h := harness(f.brokers)
+		h.Restart = f.restart
+		return h
+	})
+}
+
+func TestConformanceOfRealBrokers(t *testing.T) {
+	t.Parallel()
+	brokers := os.Getenv(brokersVariable)
+	if brokers == "" {
+		t.Skipf("NOT RUN: set %s to host:port of the brokers of a Kafka cluster for tests", brokersVariable)
+	}
+	brokertest.Run(t, brokertest.Features{}, func(*testing.T) *brokertest.Harness { return harness(strings.Split(brokers, ",")) })
+}
+
+func randomBytes(t *testing.T, n int) []byte {
+	t.Helper()
+	b := make([]byte, n)
+	if _, err := rand.Read(b); err != nil {
+		t.Fatal(err)
+	}
+	return b
+}
