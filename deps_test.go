@@ -99,6 +99,7 @@ func TestDependencies(t *testing.T) {
 		"go.opentelemetry.io/otel", "go.opentelemetry.io/otel/log", "go.opentelemetry.io/otel/metric",
 		"go.opentelemetry.io/otel/trace",
 	}
+	franz := []string{"github.com/klauspost/compress", "github.com/pierrec/lz4/v4", "github.com/twmb/franz-go", "github.com/twmb/franz-go/pkg/kmsg"}
 	const uuid = "github.com/google/uuid" // the client's keys are UUIDv7
 	for _, test := range []struct {
 		packages      []string
@@ -123,6 +124,8 @@ func TestDependencies(t *testing.T) {
 		{[]string{"./client"}, []string{"", "client"}, []string{uuid}},
 		{[]string{"./client/pgintent"}, []string{"", "client", "client/pgintent"}, append([]string{uuid}, pgx...)},
 		{[]string{"./client/boltintent"}, []string{"", "client", "client/boltintent"}, []string{uuid, "go.etcd.io/bbolt", "golang.org/x/sys"}},
+		{[]string{"./broker/brokertest"}, []string{"", "broker/brokertest", "consumer", "message", "relay"}, nil},
+		{[]string{"./broker/kafka"}, []string{"", "broker/kafka", "message", "relay"}, franz},
 		{[]string{"./middleware", "./storage/postgres"}, []string{"", "middleware", "storage/postgres"}, append([]string{httpsfv}, pgx...)},
 		{[]string{"./observe/lostkey"}, []string{"", "observe/lostkey"}, nil},
 		{[]string{"./observe"}, []string{"", "observe", "observe/lostkey"}, nil},

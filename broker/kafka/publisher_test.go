@@ -7,10 +7,12 @@ import (
 	"fmt"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/twmb/franz-go/pkg/kadm"
 	"github.com/twmb/franz-go/pkg/kerr"
 	"github.com/twmb/franz-go/pkg/kfake"
+	"github.com/twmb/franz-go/pkg/kgo"
 	"github.com/twmb/franz-go/pkg/kmsg"
 
 	"github.com/paidonce/idempotency/broker/brokertest"
@@ -179,6 +181,45 @@ func TestOnlyWhatStaysWrongIsRefused(t *testing.T) {
 		if err := p.Publish(t.Context(), messages(topic, 1, 10))[0]; err != nil {
 			t.Errorf("after %v: %v", c.err, err)
 		}
+	}
+}
+
+// adding is a hook that runs while messages are added to the library.
+type adding func()
+
+func (a adding) OnProduceRecordBuffered(*kgo.Record) { a() }
+
+// Nothing is sent until all messages of a batch are added: otherwise the broker could refuse one
+// while a later one of its key is still being added, which would be kept.
+func TestNothingIsSentWhileMessagesAreAdded(t *testing.T) {
+	t.Parallel()
+	f := startFake(t)
+	topic := newTopic()
+	createTopic(t, f.brokers, topic, nil)
+	var requests *kfake.FaultHandle
+	client, err := kafka.Connect(f.brokers, &kafka.Options{Kgo: []kgo.Opt{kgo.WithHooks(adding(func() {
+		if requests != nil {
+			time.Sleep(5 * time.Millisecond) // in which a request would arrive
+			if n := requests.Hits(); n != 0 {
+				t.Errorf("%d requests arrived", n)
+			}
+		}
+	}))}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	p := client.Publisher()
+	defer p.Close()
+	publishAll := func() {
+		if confirmed, _, _ := count(p.Publish(t.Context(), messages(topic, 20, 10))); confirmed != 20 {
+			t.Errorf("%d confirmed", confirmed)
+		}
+	}
+	publishAll()
+	requests = f.now().Fault(kfake.Fault{Keys: []kmsg.Key{kmsg.Produce}, Observe: true, Count: -1})
+	publishAll()
+	if requests.Hits() == 0 {
+		t.Error("no request arrived in the end")
 	}
 }
 
