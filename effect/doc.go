@@ -71,9 +71,9 @@
 //
 // A webhook often brings the result before the next run does. [Declared.Settled] turns it into a
 // settlement, which postgres.Store.Settle records in the webhook's own transaction; the handler
-// then makes the answer. The first result counts, whichever way it came. [Declared.Reconcile]
-// compares the other service's list with the recorded effects, and finds calls that the database
-// has lost.
+// then makes the answer. The first result counts, whichever way it came. A no counts only if the
+// service keeps it under the key, or if the call is sent once at most. [Declared.Reconcile] compares
+// the other service's list with the recorded effects, and finds calls that the database has lost.
 //
 // # Errors of Do
 //

@@ -155,9 +155,9 @@ func (d *Declared[In, Out]) Settled(key string, out Out) (idempotency.Settlement
 	return idempotency.Settlement{DerivedKey: key, State: idempotency.EffectDone, Output: output}, nil
 }
 
-// SettledDeclined is Settled for a definite no. The detail is as in [Declined]. If the call was
-// sent more than once, and KeepsDeclines is not set, the no may belong to an earlier send: then it
-// is not recorded, and the next run looks the call up or sends it again.
+// SettledDeclined is Settled for a definite no. The detail is as in [Declined]. Unless KeepsDeclines
+// or AtMostOnce is set the no is not recorded, because it may belong to one of several sends while
+// another is under way: the next run looks the call up or sends it again.
 func (d *Declared[In, Out]) SettledDeclined(key string, detail any) idempotency.Settlement {
 	settlement := idempotency.Settlement{DerivedKey: key, State: idempotency.EffectDeclined, Kept: d.effect.KeepsDeclines}
 	var declined *DeclinedError

@@ -504,6 +504,7 @@ func TestContradictionOfWebhookAndReplyIsParked(t *testing.T) {
 	slow := newGate()
 	s := newShop(t, func(_ *processor, e *effect.Effect[card, charge]) {
 		do := e.Do
+		e.KeepsDeclines = true
 		e.Do = func(ctx context.Context, key string, in card) (charge, error) {
 			defer slow.pass()
 			return do(ctx, key, in)

@@ -5,6 +5,8 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"net/http"
+	"strings"
 	"testing"
 	"time"
 
@@ -134,7 +136,7 @@ func TestWebhookNeverDowngrades(t *testing.T) {
 	}{"done": {true, idempotency.EffectDone}, "declined": {false, idempotency.EffectDeclined}} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
-			s := newShop(t, nil)
+			s := newShop(t, func(_ *processor, e *effect.Effect[card, charge]) { e.KeepsDeclines = true })
 			s.does(loses)
 			s.wantOpen(t, s.request())
 			if err := s.webhook(t, c.first, "ch_1", nil); err != nil {
@@ -158,7 +160,7 @@ func TestWebhookNeverDowngrades(t *testing.T) {
 // The decline's detail reaches the handler, as that of a reply does.
 func TestWebhooksDeclineHasItsDetail(t *testing.T) {
 	t.Parallel()
-	s := newShop(t, nil)
+	s := newShop(t, func(_ *processor, e *effect.Effect[card, charge]) { e.KeepsDeclines = true })
 	var detail string
 	s.handle = func(ctx context.Context) (*idempotency.Answer, error) {
 		_, err := s.charge.Call(ctx, card{"tok", 900})
@@ -271,5 +273,80 @@ func TestWebhookOfAnEncryptedRequest(t *testing.T) {
 	s.wantPaid(t, result, 900)
 	if s.sent(t) != 1 {
 		t.Error(fmt.Sprint(s.sent(t), " sent"))
+	}
+}
+
+// net/http sends the request again by itself, and the processor says by webhook that it declined
+// that one. The first may still be under way, so the no is not final, although the database knows
+// of one send only.
+func TestWebhookOfANoToARequestThatNetHTTPRepeatedIsNotFinal(t *testing.T) {
+	t.Parallel()
+	s := newShop(t, func(p *processor, _ *effect.Effect[card, charge]) {
+		p.client = &http.Client{Transport: &http.Transport{}}
+	})
+	if warm, err := s.do(t.Context(), "warm", card{"tok", 1}); err != nil || warm.ID == "" {
+		t.Fatal(warm, err)
+	}
+	s.does(stalls, refuses)
+	go func() {
+		<-s.received
+		s.CloseClientConnections() // the request is at the processor, which does not notice
+	}()
+	s.wantOpen(t, s.request())
+	if err := s.webhook(t, false, "", nil); err != nil {
+		t.Error(err)
+	}
+	if n := s.Count(t, "SELECT count(*) FROM idempotency_effects WHERE state = 1"); n != 1 {
+		t.Error("the no is recorded")
+	}
+	s.release <- struct{}{}
+	for len(s.charged()) < 2 {
+		time.Sleep(time.Millisecond)
+	}
+	if result := s.resume(t); result.Answer == nil || result.Answer.Status != 201 {
+		t.Errorf("%+v", result)
+	}
+}
+
+// A no that is not final changes nothing but the reason that an operator sees: a processor that
+// sends a webhook for each send that it declines would otherwise be asked again without a pause, and
+// a request that waits for a person would be run.
+func TestWebhookOfANoThatIsNotFinalDoesNotHastenTheRequest(t *testing.T) {
+	t.Parallel()
+	s := newShop(t, nil)
+	s.does(loses)
+	s.wantOpen(t, s.request())
+	for _, set := range []string{"next_at = now() + interval '1 hour'", "parked = 'by a person'"} {
+		s.Exec(t, "UPDATE idempotency_open SET "+set)
+		const row = "SELECT row(next_at, owned, parked, epoch, resumed_at)::text FROM idempotency_open"
+		before := s.Text(t, row)
+		if err := s.webhook(t, false, "", nil); err != nil {
+			t.Error(err)
+		}
+		if after := s.Text(t, row); after != before {
+			t.Errorf("it was %s and is %s", before, after)
+		}
+	}
+	if reason := s.Text(t, "SELECT last_reason FROM idempotency_open"); !strings.Contains(reason, "declined from outside") {
+		t.Errorf("the reason is %q", reason)
+	}
+	if n := s.Count(t, "SELECT count(*) FROM idempotency_audit"); n != 0 {
+		t.Errorf("%d rows in the audit table", n)
+	}
+}
+
+// A call that is sent once at most has one no.
+func TestWebhookOfANoToACallThatIsSentOnceIsFinal(t *testing.T) {
+	t.Parallel()
+	s := newShop(t, func(_ *processor, e *effect.Effect[card, charge]) {
+		e.AtMostOnce, e.MaybeParks = true, true
+	})
+	s.does(forgets)
+	s.wantParked(t, s.request(), "never sent twice")
+	if err := s.webhook(t, false, "", nil); err != nil {
+		t.Fatal(err)
+	}
+	if result := s.request(); result.Answer == nil || result.Answer.Status != 402 || s.sent(t) != 1 {
+		t.Errorf("%+v, %d sent", result, s.sent(t))
 	}
 }

@@ -57,6 +57,7 @@ type openStatements struct {
 	hold          string
 	settleOutside string
 	hasten        string
+	note          string
 	audit         string
 
 	// Of reconciliation.
@@ -157,15 +158,16 @@ func newOpenStatements(o *Options) openStatements {
 		panic:   "UPDATE " + effects + " SET panics = panics + 1 WHERE scope = $1 AND key = $2 AND epoch = $3 AND name = $4 AND state = 1",
 		byKey:   records + "e.derived_key = ANY ($1)",
 		between: records + "e.name = ANY ($1) AND e.sent_first_at >= $2 AND e.sent_first_at < $3 AND ($4::uuid IS NULL OR e.derived_key > $4) ORDER BY e.derived_key LIMIT $5",
-		find: "SELECT e.scope, e.key, e.name, e.state, e.tries, k.attempt_id, substr(e.input, 1, 4) = '\\x00656e63'::bytea FROM " + effects + " AS e JOIN " + keys +
+		find: "SELECT e.scope, e.key, e.name, e.state, e.kind, k.attempt_id, substr(e.input, 1, 4) = '\\x00656e63'::bytea FROM " + effects + " AS e JOIN " + keys +
 			" AS k USING (scope, key) WHERE e.derived_key = $1 AND e.kind <> 4",
 		hold:          "SELECT FROM " + open + " WHERE scope = $1 AND key = $2 FOR UPDATE",
-		settleOutside: "UPDATE " + effects + " SET state = $4, output = $5, settled_at = " + now + " WHERE scope = $1 AND key = $2 AND name = $3 AND state = 1 AND (tries <= 1 OR $6)",
+		settleOutside: "UPDATE " + effects + " SET state = $4, output = $5, settled_at = " + now + " WHERE scope = $1 AND key = $2 AND name = $3 AND state = 1",
 		audit: "INSERT INTO " + pgx.Identifier{o.Schema, "idempotency_audit"}.Sanitize() +
 			" (action, actor, reason, scope, key, attempt_id, status, record_created_at, record_expires_at, effect)" +
 			" SELECT $4, 'the other service', 'settled from outside', scope, key, attempt_id, status, created_at, expires_at, $3 FROM " + keys + " WHERE scope = $1 AND key = $2",
 		hasten: "UPDATE " + open + " SET next_at = CASE WHEN owned AND next_at > " + now + " THEN next_at ELSE " + now + " END, parked = NULL, last_reason = $3," +
 			" resumed_at = CASE WHEN parked IS NULL THEN resumed_at ELSE " + now + " END WHERE scope = $1 AND key = $2",
+		note: "UPDATE " + open + " SET last_reason = $3 WHERE scope = $1 AND key = $2",
 	}
 }
 

@@ -504,7 +504,9 @@ func ofEffects() []Mutant {
 				{settleFile, `		case state != idempotency.EffectIntended:
 			return ErrSettledOtherwise
 `, ``},
-				{resumableFile, ` AND key = $2 AND name = $3 AND state = 1 AND (tries <= 1 OR $6)`, ` AND key = $2 AND name = $3 AND (tries <= 1 OR $6)`},
+				{resumableFile, ` AND key = $2 AND name = $3 AND state = 1",
+		audit`, ` AND key = $2 AND name = $3",
+		audit`},
 			},
 		},
 		{
