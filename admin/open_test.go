@@ -135,6 +135,7 @@ func TestSettledOnThePageAnsweredByTheHandler(t *testing.T) {
 	}{"done": {`{"id":"ch_1"}`, 201}, "declined": {"", 402}} {
 		b := setup(t, nil)
 		b.openRequest(t, "key-1", "no reply")
+		b.Exec(t, "UPDATE idempotency_effects SET sent_first_at = sent_first_at - interval '1 hour'") // its send is over
 		c := b.as("alice", everything...)
 		confirm := c.page(t, link(t, c.page(t, c.open(t, "acme", "key-1")), "settle?k="))
 		for _, want := range []string{"What you say is believed", "charge", "handler makes the answer", `name="reason"`} {

@@ -37,7 +37,7 @@ func refusalOf(err error) (refused refusal, failed bool) {
 	case errors.Is(err, operator.ErrNotFound):
 		return refusal{http.StatusNotFound, "This key has no record", "No attempt has committed, or the record expired, or somebody deleted it. Its page shows what else is known."}, false
 	case errors.Is(err, operator.ErrInProgress):
-		return refusal{http.StatusConflict, "Somebody holds this key", "An attempt runs, or a retry reads the record just now. Nothing was done. Wait until it has ended, and look again."}, false
+		return refusal{http.StatusConflict, "Somebody holds this key", "An attempt runs, or its call may still be being sent, or a retry reads the record just now. Nothing was done. Wait until it has ended, and look again."}, false
 	case errors.Is(err, operator.ErrChanged):
 		return refusal{http.StatusConflict, "The record has changed", "It is not the record any more that this form showed. Nothing was done. Open the key again."}, false
 	case errors.Is(err, operator.ErrNotOpen):

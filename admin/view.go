@@ -286,7 +286,7 @@ func tellSettlement(as operator.Settlement) string {
 	case operator.SettleDeclined:
 		return "declined: it refused, and will not do it later"
 	case operator.SettleNotSent:
-		return "not sent: it never got the request, for certain"
+		return "not sent: it never got the request, for certain, and nothing is on its way to it"
 	}
 	return "not known: send it again with the same key, if its rules permit that"
 }

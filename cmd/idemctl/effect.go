@@ -236,7 +236,7 @@ type effectSettleCommand struct {
 	openFlags
 	Done     string `xor:"as" required:"" placeholder:"JSON" help:"The other service did it. JSON is the result that the effect's Do would return."`
 	Declined bool   `xor:"as" required:"" help:"The other service refused, and will not do it later."`
-	NotSent  bool   `xor:"as" required:"" help:"The other service never got it: it is sent as if for the first time."`
+	NotSent  bool   `xor:"as" required:"" help:"The other service never got it, and nothing is on its way to it: it is sent as if for the first time. Look it up there when the effect's SettleAfter has passed since the last send."`
 	Retry    bool   `xor:"as" required:"" help:"Nothing is known: it is sent again with the same key, if the rules of the effect permit that."`
 	Detail   string `placeholder:"JSON" help:"With --declined: the detail of the refusal, as the handler expects it."`
 }

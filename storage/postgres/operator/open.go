@@ -265,8 +265,14 @@ const envelopeMark = "\x00enc"
 //
 // Like every act on an open request it checks the request's epoch, changes the request and adds a
 // row to the audit table, all in one transaction. Errors: [ErrNotOpen]; [ErrNoEffect]; [ErrSettled]
-// if the effect has a result already; [ErrInProgress] if an attempt runs; [ErrChanged];
-// [ErrEncrypted]; [ErrInvalid]; [ErrUnknown] if the reply to COMMIT was lost.
+// if the effect has a result already; [ErrInProgress] if an attempt runs, or if the effect is to be
+// declined or not sent and may still be being sent; [ErrChanged]; [ErrEncrypted]; [ErrInvalid];
+// [ErrUnknown] if the reply to COMMIT was lost.
+//
+// Before you state that an effect was declined or not sent, look it up at the other service when
+// the effect's SettleAfter has passed since its last send: the request may still be under way, and
+// an effect that is sent once at most would be sent twice. If the machine of the last owner was
+// suspended, wait until it runs again or is gone: it may go on with its send.
 func (o *Operator) Settle(ctx context.Context, key idempotency.Key, name string, as Settlement, output []byte, act OpenAct) (OpenRequest, error) {
 	switch {
 	case as == SettleDone && !json.Valid(output) && !bytes.HasPrefix(output, []byte(envelopeMark)),
@@ -287,6 +293,11 @@ func (o *Operator) Settle(ctx context.Context, key idempotency.Key, name string,
 		e := &r.Effects[at]
 		if e.State != idempotency.EffectIntended {
 			return "", fmt.Errorf("%w: it has been %s since %s", ErrSettled, EffectStateText(e.State), e.SettledAt.Format(time.RFC3339))
+		}
+		if as == SettleDeclined || as == SettleNotSent {
+			if err := o.givenUp(ctx, tx, key, name); err != nil {
+				return "", err
+			}
 		}
 		state := int16(idempotency.EffectDone)
 		switch as {
@@ -316,6 +327,19 @@ func (o *Operator) Settle(ctx context.Context, key idempotency.Key, name string,
 		return "", one(tx.Exec(ctx, "UPDATE "+o.effects+" SET state = $4::smallint, output = $5, settled_at = clock_timestamp() WHERE scope = $1 AND key = $2 AND name = $3 AND state = 1",
 			key.Scope, key.Value, name, state, output))
 	})
+}
+
+// givenUp returns [ErrInProgress] if an owner may still send the effect, although its lease has run
+// out: an owner begins a send in the first half of its lease, and the send takes less than a lease.
+func (o *Operator) givenUp(ctx context.Context, tx pgx.Tx, key idempotency.Key, name string) error {
+	var until time.Time
+	var passed bool
+	err := tx.QueryRow(ctx, "SELECT until, until <= clock_timestamp() FROM (SELECT greatest(e.sent_first_at, e.doubt_at) + o.lease_ms * interval '1.5 milliseconds' AS until FROM "+
+		o.effects+" AS e JOIN "+o.open+" AS o USING (scope, key) WHERE e.scope = $1 AND e.key = $2 AND e.name = $3) AS send", key.Scope, key.Value, name).Scan(&until, &passed)
+	if err == nil && !passed {
+		err = fmt.Errorf("%w: the effect may still be sent until %s: look it up at the other service when its SettleAfter has passed since then", ErrInProgress, until.UTC().Format(time.RFC3339))
+	}
+	return err
 }
 
 // EffectStateText returns the state of an effect in one word.

@@ -56,6 +56,12 @@ func (b *openBundle) run(ctx context.Context) (*idempotency.Answer, error) {
 	return nil, idempotency.ErrUnsettled
 }
 
+// older makes the sends of all effects an hour older, so that none can be under way.
+func (b *openBundle) older(t *testing.T) {
+	t.Helper()
+	b.Exec(t, "UPDATE idempotency_effects SET sent_first_at = sent_first_at - interval '1 hour', doubt_at = doubt_at - interval '1 hour'")
+}
+
 // open makes a request that stays open, parked.
 func (b *openBundle) open(t *testing.T, value string) idempotency.Key {
 	t.Helper()
@@ -85,6 +91,7 @@ func TestSettledEffectIsAnsweredByTheHandler(t *testing.T) {
 	for as, want := range map[operator.Settlement]int{operator.SettleDone: 201, operator.SettleDeclined: 402} {
 		b := setupOpen(t)
 		k := b.open(t, "canary")
+		b.older(t)
 		seen, err := b.operator.GetOpen(t.Context(), k)
 		if err != nil || seen.Parked != "no reply" || seen.Route != "topup/1" || len(seen.Effects) != 1 || len(seen.Unsettled) != 1 || seen.Effects[0].DerivedKey == "" {
 			t.Fatalf("%+v, %v", seen, err)
@@ -129,6 +136,7 @@ func TestNotSentAndRetrySendAgain(t *testing.T) {
 		t.Error("a retry changed the age of the key")
 	}
 	b.complete(t)
+	b.older(t)
 	if _, err := b.operator.Settle(t.Context(), k, "charge", operator.SettleNotSent, nil, openAct); err != nil {
 		t.Fatal(err)
 	}
@@ -150,6 +158,7 @@ func TestEffectThatIsSentOnceAtMostIsNotRetried(t *testing.T) {
 	k := b.open(t, "canary")
 	_, err := b.operator.Settle(t.Context(), k, "charge", operator.SettleRetry, nil, openAct)
 	wantError(t, err, operator.ErrInvalid)
+	b.older(t)
 	if _, err := b.operator.Settle(t.Context(), k, "charge", operator.SettleNotSent, nil, openAct); err != nil {
 		t.Fatal(err)
 	}
@@ -565,6 +574,7 @@ func TestSettleOfAnEncryptedEffect(t *testing.T) {
 	k := b.open(t, "canary")
 	_, err := b.operator.Settle(t.Context(), k, "charge", operator.SettleDone, []byte(`"ch_1"`), openAct)
 	wantError(t, err, operator.ErrEncrypted)
+	b.older(t)
 	_, err = b.operator.Settle(t.Context(), k, "charge", operator.SettleDeclined, nil, openAct)
 	wantError(t, err, operator.ErrEncrypted)
 	seen, err := b.operator.GetOpen(t.Context(), k)
@@ -577,5 +587,47 @@ func TestSettleOfAnEncryptedEffect(t *testing.T) {
 	b.complete(t)
 	if b.out != `"ch_1"` {
 		t.Errorf("the handler got %q", b.out)
+	}
+}
+
+// The send of an owner may outlive its lease: it begins in the first half, and takes its Timeout.
+// Until then an operator can't know that the other service never gets the request, or did refuse
+// it for good: the next run would send again what is still being sent, or answer a refusal.
+func TestNoIsNotStatedWhileASendMayBeUnderWay(t *testing.T) {
+	t.Parallel()
+	for name, c := range map[string]struct {
+		kind idempotency.EffectKind
+		as   operator.Settlement
+		sent string // the column with the time of the last send
+	}{
+		"not sent, once at most": {idempotency.EffectAtMostOnce, operator.SettleNotSent, "sent_first_at"},
+		"not sent":               {idempotency.EffectCall, operator.SettleNotSent, "sent_first_at"},
+		"declined":               {idempotency.EffectCall, operator.SettleDeclined, "sent_first_at"},
+		"declined, sent again":   {idempotency.EffectCall, operator.SettleDeclined, "doubt_at"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			b := setupOpen(t)
+			b.kind = c.kind
+			k := b.open(t, "canary")
+			lease := b.Count(t, "SELECT lease_ms FROM idempotency_open")
+			ago := func(ms int) {
+				b.Exec(t, "UPDATE idempotency_effects SET sent_first_at = now() - interval '1 day'")
+				b.Exec(t, "UPDATE idempotency_effects SET "+c.sent+" = now() - $1::int * interval '1 millisecond'", ms)
+			}
+			ago(lease) // the lease is over
+			_, err := b.operator.Settle(t.Context(), k, "charge", c.as, nil, openAct)
+			wantError(t, err, operator.ErrInProgress)
+			if err != nil && !strings.Contains(err.Error(), "may still be sent until 20") {
+				t.Errorf("the error is %v", err)
+			}
+			if seen, err := b.operator.GetOpen(t.Context(), k); err != nil || seen.Parked == "" || len(seen.Unsettled) != 1 {
+				t.Errorf("it was changed: %+v, %v", seen, err)
+			}
+			ago(lease + lease/2)
+			if _, err := b.operator.Settle(t.Context(), k, "charge", c.as, nil, openAct); err != nil {
+				t.Error(err)
+			}
+		})
 	}
 }
