@@ -375,7 +375,7 @@ func TestFactAfterResolve(t *testing.T) {
 }
 
 // A rollback may find another attempt's record, or that the transaction is no longer ours. After a
-// lost transaction the request is never started again: its committed writes would be paid twice.
+// lost transaction the request is never started again: its committed writes would be made twice.
 func TestFactAfterRollback(t *testing.T) {
 	t.Parallel()
 	for _, test := range []struct {

@@ -195,9 +195,9 @@ func TestOnlyTestsDriveABrowser(t *testing.T) {
 	}
 }
 
-// A user of any package of the root module gets at least the modules that it requires. So it
-// requires only modules that a package here imports, each at the lowest version that passes the
-// tests (docs/decisions/0024-workspace.md). Other modules of this repository may require more.
+// A user of any package of the root module gets at least the modules that the root module requires.
+// So it requires only modules that a package here imports, each at the lowest version that passes
+// the tests (docs/decisions/0024-workspace.md). Other modules of this repository may require more.
 func TestTheRootRequiresNoMore(t *testing.T) {
 	t.Parallel()
 	mod := readModule(t, ".")

@@ -165,8 +165,8 @@ type Keeper interface {
 	LookUp(ctx context.Context, key Key) (*Record, error)
 
 	// ReadOpen returns the state of an open request, or nil if there is none. A store that encrypts
-	// does not decrypt Request, nor Input and Output of the effects. Only an owner needs them: if it
-	// can't decrypt them its lease runs on, so that other requests come first.
+	// leaves Request, and Input and Output of the effects, encrypted here: only TakeOver decrypts
+	// them.
 	ReadOpen(ctx context.Context, key Key) (*Open, error)
 }
 

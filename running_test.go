@@ -328,7 +328,7 @@ func TestHandlerThatHangsKeepsItsKeyUntilItsDeadline(t *testing.T) {
 	})
 }
 
-// On one key, routes that wait and routes that don't see each other's handlers in memory.
+// Two routes with one key, of which only one waits, see each other's running handlers in memory.
 func TestWaitAndNoWaitOnOneKey(t *testing.T) {
 	t.Parallel()
 	for name, runnerWaits := range map[string]bool{"the route that runs waits": true, "the route that runs does not wait": false} {

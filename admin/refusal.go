@@ -12,7 +12,8 @@ import (
 	"github.com/paidonce/idempotency/storage/postgres/operator"
 )
 
-// refusal is an answer in place of the requested page. It quotes nothing.
+// refusal is an answer in place of the requested page. It repeats nothing that the request
+// contains.
 type refusal struct {
 	status int
 	title  string // empty: that of the status

@@ -101,7 +101,7 @@ func (t *Transport) exchange(op *operation) *attempt {
 	return t.answered(op, response, content)
 }
 
-// timedOut adds to an error that AttemptTimeout caused it.
+// timedOut adds AttemptTimeout to an error that it caused.
 func timedOut(ctx context.Context, err error) error {
 	if errors.Is(context.Cause(ctx), ErrAttemptTimedOut) && !errors.Is(err, ErrAttemptTimedOut) {
 		return fmt.Errorf("%w: %w", ErrAttemptTimedOut, err)

@@ -61,7 +61,7 @@ type IntentStore interface {
 	Pending(ctx context.Context) ([]string, error)
 
 	// Take returns the intent of a key to be sent again. It returns nil if the intent is no longer
-	// kept, or is another's to send. From then on the intent is the taker's: another's Abandon
-	// fails.
+	// kept, or if another process may send it. From then on the intent belongs to the taker:
+	// Abandon by anyone else fails.
 	Take(ctx context.Context, key string) (*Intent, error)
 }

@@ -395,7 +395,7 @@ func (r *run[In, Out]) maybe(cause error) (Out, error) {
 	return r.record(idempotency.EffectMaybe, nil, cause)
 }
 
-// record settles the effect, and returns the recorded result, as a later run will.
+// record settles the effect, and returns the result from the record, as a later run gets it.
 func (r *run[In, Out]) record(state idempotency.EffectState, output []byte, cause error) (out Out, err error) {
 	r.effect.State, r.effect.Output = state, output
 	if err := r.effects.Settle(r.effect); err != nil {
@@ -409,8 +409,8 @@ func (r *run[In, Out]) record(state idempotency.EffectState, output []byte, caus
 	return r.recorded()
 }
 
-// unsentOnce is unsent, unless this run is the only one that may send the effect. Then it was not
-// sent and never will be, which is a decline.
+// unsentOnce does what unsent does, unless this run is the only one that may send the effect. Then
+// it was not sent and never will be, which is a decline.
 func (r *run[In, Out]) unsentOnce(once bool, reason string, cause error) (Out, error) {
 	if once && !r.end.Resumed {
 		return r.record(idempotency.EffectDeclined, nil, cause)

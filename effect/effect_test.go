@@ -69,8 +69,8 @@ func TestDeathBeforeTheSendIsMadeGoodOnce(t *testing.T) {
 	}
 }
 
-// The process dies after the charge, and the price changes before the next run: what is posted is
-// what was charged.
+// The process dies after the charge, and the price changes before the next run: the posted amount
+// is the charged one.
 func TestDeathAfterTheChargeChargesOnceAndPostsTheSame(t *testing.T) {
 	t.Parallel()
 	die := once()
@@ -240,7 +240,7 @@ func TestDeclineOfARequestThatNetHTTPRepeatedIsNotFinal(t *testing.T) {
 }
 
 // As before, but in a run that comes long after the earlier sends: only its own first request is
-// under way when the repeated one is declined, or is told that it was not executed.
+// under way when the repeated one is declined, or answered not-executed.
 func TestNoToARequestThatNetHTTPRepeatedMuchLaterIsNotFinal(t *testing.T) {
 	t.Parallel()
 	for name, no := range map[string]behavior{"declined": refuses, "not executed": refusesToRun} {
@@ -338,8 +338,8 @@ func TestDeclineCountsWhenNoEarlierSendIsUnderWay(t *testing.T) {
 	}
 }
 
-// The earlier send was that of a program with a longer Timeout and a shorter Timeouts.Commit. Its
-// lease does not tell the two apart, so their sum counts as the time of a send.
+// The earlier send was made by a program with a longer Timeout and a shorter Timeouts.Commit. Its
+// lease is their sum and does not show the parts, so a send is taken to last for the whole sum.
 func TestDeclineIsNotFinalWhileASendOfAnotherDeploymentMayBeUnderWay(t *testing.T) {
 	t.Parallel()
 	const timeout, commit = time.Minute, time.Second
@@ -353,8 +353,8 @@ func TestDeclineIsNotFinalWhileASendOfAnotherDeploymentMayBeUnderWay(t *testing.
 	s.wantOpen(t, s.resume(t))
 }
 
-// A retry whose handler fails before its call looks at the table before it says anything. If the
-// record is there and can't be read, the request may have been executed.
+// A retry whose handler fails before its call looks at the table before it answers. If the record
+// is there and can't be read, the request may have been executed.
 func TestFailureBeforeTheCallDoesNotHideARecordThatCanNotBeRead(t *testing.T) {
 	t.Parallel()
 	s := newShop(t, nil)

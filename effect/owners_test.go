@@ -204,7 +204,8 @@ func TestOwnerInItsLastTransactionIsNotReplaced(t *testing.T) {
 	if result := s.Engine.Resume(context.Background(), s.key); result.Answer != nil || runs.Load() != 1 {
 		t.Errorf("before its lease is over: %+v", result)
 	}
-	// The row is locked by the owner, so that a lease that has run out can only be had by waiting.
+	// The row is locked by the owner, so that the request could only be taken over by waiting, even
+	// after its lease.
 	ctx, cancel := context.WithTimeout(t.Context(), 500*time.Millisecond)
 	defer cancel()
 	if _, err := s.Pool.Exec(ctx, "UPDATE idempotency_open SET next_at = now()"); err == nil {
@@ -217,7 +218,8 @@ func TestOwnerInItsLastTransactionIsNotReplaced(t *testing.T) {
 	}
 }
 
-// Whoever comes while a call that is sent once at most is under way must not give it up.
+// A request that comes while a call is under way that is sent once at most must not give the call
+// up.
 func TestCallThatIsSentOnceIsNotGivenUpWhileItIsUnderWay(t *testing.T) {
 	t.Parallel()
 	slow := newGate()
@@ -540,8 +542,8 @@ func TestParkedRequestIsRunByNobody(t *testing.T) {
 	}
 }
 
-// The lease of an owner in its last transaction runs out. Whoever comes is answered at once, and
-// does not wait for it.
+// The lease of an owner in its last transaction runs out. A request that comes meanwhile is
+// answered at once, and does not wait for the owner.
 func TestRetryDoesNotWaitForAnOwnerInItsLastTransaction(t *testing.T) {
 	t.Parallel()
 	s := newShop(t, func(_ *processor, e *effect.Effect[card, charge]) { e.Timeout = 100 * time.Millisecond })
@@ -617,8 +619,8 @@ func TestOwnerByTakeOverHasItsLease(t *testing.T) {
 	s.wantPaid(t, <-one, 900)
 }
 
-// An owner that was replaced leaves the request as the next one has it: its lease, and the doubt by
-// which a no is judged.
+// An owner that was replaced changes neither the next owner's lease nor the doubt by which a no is
+// judged.
 func TestReplacedOwnerChangesNothing(t *testing.T) {
 	t.Parallel()
 	first, second := newGate(), newGate()

@@ -33,8 +33,8 @@ func (s *shop) webhook(t *testing.T, done bool, id string, seal func([]byte, ide
 	return pgx.BeginFunc(t.Context(), s.Pool, func(tx pgx.Tx) error { return s.Store.Settle(t.Context(), tx, settlement) })
 }
 
-// The reply is lost, and the processor's webhook brings the result: the handler makes the answer of
-// it, and nothing is sent again. A repetition of the webhook changes nothing.
+// The reply is lost, and the processor's webhook brings the result: the handler makes its answer
+// from it, and nothing is sent again. A repetition of the webhook changes nothing.
 func TestWebhookSettlesWhatTheReplyDidNot(t *testing.T) {
 	t.Parallel()
 	s := newShop(t, nil)

@@ -17,7 +17,7 @@ const (
 	laterBy = 2 * time.Minute
 )
 
-// openStore is the user's store if that keeps requests open, with the crash points at its seams.
+// openStore wraps a user's store that keeps requests open, and adds the crash points.
 type openStore struct {
 	idempotency.Keeper // the user's
 	store              *store

@@ -378,8 +378,8 @@ func (s *Store) Pending(ctx context.Context) ([]string, error) {
 	return keys, err
 }
 
-// Take makes an intent this store's, and returns it. It returns nil if the intent is not kept, or
-// another's.
+// Take makes this store the holder of an intent, and returns the intent. It returns nil if the
+// intent is not kept, or another store holds it.
 func (s *Store) Take(ctx context.Context, key string) (*client.Intent, error) {
 	intent := &client.Intent{Key: idempotency.Key{Value: key}}
 	var header []byte

@@ -26,9 +26,9 @@ type commitEnd struct {
 	end    func(pid uint32) error
 }
 
-// endBackends sends payments for a while, and ends the backend of each about COMMIT. It requires
-// that every answer is true, and that each key has one payment in the end. It returns the counts of
-// the first answers.
+// endBackends sends payments for a while, and ends the backend of each around its COMMIT. It
+// requires that every answer is true, and that each key has one payment in the end. It returns the
+// counts of the first answers.
 func (s *commitService) endBackends(t *testing.T, lasts time.Duration, ends ...commitEnd) map[string]int {
 	t.Helper()
 	answers := map[string]int{}

@@ -185,7 +185,7 @@ func TestF21FailoverToAnAsynchronousStandbyLosesRecordAndMoneyTogether(t *testin
 }
 
 // With an asynchronous standby a fail-over forgets an intent with everything else that the standby
-// did not have: the charge is known to the other service alone. A retry with the same key sends the
+// did not have: only the other service knows of the charge. A retry with the same key sends the
 // same derived key, so it is charged once all the same.
 func TestF21AsynchronousFailoverForgetsAnIntent(t *testing.T) {
 	t.Parallel()

@@ -33,8 +33,8 @@ import (
 const beforeOpenRequests = "40085201a1f249fbc6aef2871ba36923c5c05d1c"
 
 // A bank and an idemctl from before open requests, and a service of these sources whose requests
-// stay open, are on one database, as during a deployment. What is old answers unknown and runs
-// nothing; it reads, or fails, and never loses an intent.
+// stay open, are on one database, as during a deployment. The old programs answer unknown and run
+// nothing. They read the rows or fail, and never lose an intent.
 func TestOlderProgramsBesideOpenRequests(t *testing.T) {
 	t.Parallel()
 	pgtest.Slow(t, "builds older programs")

@@ -54,8 +54,8 @@ func observe(t *testing.T, opts *promobserve.Options) *observed {
 // Each metric is caused, has the right value, and is documented as it is.
 func TestEveryMetricSaysWhatHappened(t *testing.T) {
 	t.Parallel()
-	// With room for two requests the detector forgets, and still finds duplicates that come at
-	// once.
+	// The detector of lost keys remembers only two requests here. It still finds duplicates that
+	// come right after each other.
 	o := observe(t, &promobserve.Options{Timeouts: idempotency.Timeouts{Handler: 7 * time.Second}, LostKeys: lostkey.Options{RequestsMax: 2}})
 	o.Execute(fixture.Transfers, 3)
 	o.Replay(fixture.Payments)

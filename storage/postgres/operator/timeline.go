@@ -49,7 +49,7 @@ type Event struct {
 	At      time.Time
 	Kind    EventKind
 	Attempt idempotency.AttemptID // zero if unknown. Of a replay: the attempt that recorded the answer
-	TraceID string                // of a request: its own, also if it was a replay
+	TraceID string                // of a request: its own, even if it was a replay
 	Status  int                   // of a record, and of the record that an act changed; otherwise 0
 
 	// Of requests from the history.
