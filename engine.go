@@ -409,7 +409,7 @@ func (e *Engine) attempt(ctx context.Context, budget *deadline.Context, req *ong
 		trace.step(StepRollback, started, err)
 		return err
 	}
-	defer func() { // also after a panic or a Goexit the transaction is ended once
+	defer func() { // even after a panic or a Goexit the transaction is ended once
 		if open {
 			_ = attempt.Seal()
 			_ = rollback()

@@ -138,11 +138,12 @@ var (
 type Keeper interface {
 	Store
 
-	// BeginOpen is Begin for a request that may become open. If lazy is set it need not send anything:
-	// then the claim travels with the attempt's first statement, and Intend or Seal returns its error.
-	// A Rollback before the first statement claims too, and returns ErrKeyRecorded if another attempt
-	// has the key, or if there may be a record that can't be read, because this attempt's failure says
-	// nothing about the other one. The record of an open request has Open set.
+	// BeginOpen is Begin for a request that may become open. If lazy is set it need not send
+	// anything: then the claim travels with the attempt's first statement, and Intend or Seal
+	// returns its error. A Rollback before the first statement claims too, because the failure of
+	// this attempt says nothing about another attempt. It returns ErrKeyRecorded if another attempt
+	// has the key, or if there may be a record that can't be read. The record of an open request
+	// has Open set.
 	BeginOpen(ctx context.Context, claim *Claim, lazy bool) (OpenAttempt, *Record, error)
 
 	// TakeOver makes the caller the owner of an open request if it is due, is not parked, and has the
@@ -602,7 +603,7 @@ func (e *Engine) attemptOpen(ctx context.Context, budget *deadline.Context, req 
 		trace.step(StepRollback, started, err)
 		return err
 	}
-	defer func() { // also after a panic or a Goexit
+	defer func() { // even after a panic or a Goexit
 		if !ended {
 			_ = attempt.Seal()
 			_ = rollback()

@@ -70,7 +70,7 @@ func (a *hookedAttempt) end(step idempotency.Step, end func() error) error {
 
 func hook(store idempotency.Store) *hooked { return &hooked{counted: counted{Store: store}} }
 
-// wantCopy sends a copy of the request, and requires its outcome and its number of claims.
+// wantCopy sends a duplicate of the request, and requires its outcome and its number of claims.
 func wantCopy(t *testing.T, engine *idempotency.Engine, store *hooked, req idempotency.Request, outcome idempotency.Outcome, claims int64) {
 	t.Helper()
 	before := store.begun.Load()
@@ -144,7 +144,7 @@ func TestDuplicateOfWhatRunsHereIsTraced(t *testing.T) {
 }
 
 // However a handler ends, its key has left memory before the end of the transaction begins: from
-// then on a copy asks the store, and a retry after the end gets the outcome of the request.
+// then on a duplicate calls the store, and a retry after the end gets the outcome of the request.
 func TestKeyLeavesMemoryBeforeTheTransactionEnds(t *testing.T) {
 	t.Parallel()
 	exits := func(context.Context) (*idempotency.Answer, error) { runtime.Goexit(); return nil, nil }
@@ -210,8 +210,8 @@ func TestKeyLeavesMemoryIfTheTracerExits(t *testing.T) {
 	}
 }
 
-// All copies of a recorded key are replays, also those that arrive after COMMIT while its reply is
-// late, or lost and being looked up.
+// All duplicates of a recorded key are replays, including those that arrive after COMMIT while its
+// reply is late, or lost and being looked up.
 func TestRecordedKeyIsNeverInProgressFromMemory(t *testing.T) {
 	t.Parallel()
 	const copies = 64

@@ -84,7 +84,7 @@ func (b *waitBundle) sendTo(ctx context.Context, engine *idempotency.Engine, req
 	return l
 }
 
-// sendMany sends copies one after another, each when the earlier ones wait.
+// sendMany sends a request n times, each time when the earlier ones wait.
 func (b *waitBundle) sendMany(n int, req idempotency.Request, run idempotency.RunFunc) []*later {
 	var all []*later
 	for range n {
@@ -471,7 +471,7 @@ func TestWhoDoesNotWait(t *testing.T) {
 	})
 }
 
-// If the attempt that runs belongs to a route that does not wait, the copies of it wait in memory
+// If the attempt that runs belongs to a route that does not wait, its duplicates wait in memory
 // too.
 func TestAttemptOfARouteThatDoesNotWaitIsWaitedFor(t *testing.T) {
 	t.Parallel()

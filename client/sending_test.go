@@ -347,7 +347,7 @@ func TestOneKeyTwiceAtOnceIsUnknown(t *testing.T) {
 			arrived := make(chan int)
 			refuse, execute := make(chan struct{}), make(chan struct{})
 			executes := sync.OnceFunc(func() { close(execute) })
-			defer executes() // also if the test has failed by then
+			defer executes() // even if the test has failed by then
 			s := newScript(t, func(n int, w http.ResponseWriter, r *http.Request) {
 				if n <= 2 {
 					arrived <- n

@@ -261,8 +261,8 @@ func TestClientGivesUpOnlyWhereItMay(t *testing.T) {
 	}
 }
 
-// The uses of a context are counted, and the planned one ends it, also for contexts derived from
-// it.
+// The uses of a context are counted, and the planned one ends it, and so does a use of a context
+// derived from it.
 func TestTripwireEndsAtTheNamedUse(t *testing.T) {
 	t.Parallel()
 	for at := int64(1); at <= 4; at++ {

@@ -198,7 +198,8 @@ func TestDeadProcessIsCompleted(t *testing.T) {
 				}
 				*point = nil
 				if death != "panics" {
-					// Nobody has left it: it is in progress for the rest of its lease.
+					// The dead owner did not give it up: it is in progress for the rest of the
+					// lease.
 					got := o.topUpBy(t, "k")
 					want(t, got, 409, idempotency.OutcomeInProgress, idempotency.ReasonInProgress)
 					if rest, err := strconv.Atoi(got.header.Get("Retry-After")); err != nil || rest < 5 || rest > 20 {

@@ -191,7 +191,7 @@ func TestPendingComesToAll(t *testing.T) {
 }
 
 // TestSaveIsDurableWhateverTheSessionSays: with synchronous_commit off a session acknowledges
-// commits that a crash may undo. Save, also when it takes over, Take and Abandon switch it on for
+// commits that a crash may undo. Save, even when it takes over, Take and Abandon switch it on for
 // their own transaction, and leave the session as it is.
 func TestSaveIsDurableWhateverTheSessionSays(t *testing.T) {
 	t.Parallel()
@@ -461,7 +461,7 @@ func TestKilledInSave(t *testing.T) {
 
 // TestHiddenIntentIsNotCalledDone: an intent that row-level security hides is never reported as
 // gone, taken or not pending, and no intent is saved that would never be resumed. The remedies
-// work, also on connections that were open before.
+// work, even on connections that were open before.
 func TestHiddenIntentIsNotCalledDone(t *testing.T) {
 	t.Parallel()
 	for way, name := range []string{"DISABLE", "BYPASSRLS"} {

@@ -845,7 +845,7 @@ func TestGoroutineThatNothingWakesKeepsItsConnection(t *testing.T) {
 	}
 }
 
-// A wait for a lock that was too long is remembered from every path, also from those that parse
+// A wait for a lock that was too long is remembered from every path, including those that parse
 // before they send.
 func TestLockTimeoutIsRememberedFromEveryPath(t *testing.T) {
 	t.Parallel()

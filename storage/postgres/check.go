@@ -72,7 +72,7 @@ func (s *Store) check(ctx context.Context) (wrong []error) {
 		altered           alterations
 		versions          *string
 		subscriptions     []string
-		missing, demanded []string // columns that a record needs; that it does not have
+		missing, demanded []string // missing: a record needs them; demanded: no record fills them
 	)
 	var names []string
 	for _, setting := range s.options.settings() {

@@ -29,7 +29,7 @@ const (
 )
 
 // DeleteExpired deletes the records that had expired, by the database's clock, when their batch
-// began. It returns the number of deleted records, also together with an error.
+// began. It returns the number of deleted records, even together with an error.
 //
 // It goes through the table by place, batch by batch, each in a transaction of its own, and needs
 // no index, which each insert would have to pay for. A row is deleted because it has expired and

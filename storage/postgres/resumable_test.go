@@ -379,8 +379,8 @@ func TestCheckResumableNamesTheGuardsThatAreMissing(t *testing.T) {
 	}
 }
 
-// A record wins over the lock, which a replay holds for a moment, also if the claim travels with
-// the intent: a copy in another process gets the answer, not in-progress.
+// A record wins over the lock, which a replay holds for a moment, even if the claim travels with
+// the intent: a duplicate in another process gets the answer, not in-progress.
 func TestRecordWinsOverTheLockOfTheIntent(t *testing.T) {
 	t.Parallel()
 	var r *resumable
@@ -537,7 +537,8 @@ func TestLookUpClaimsNothing(t *testing.T) {
 	}
 }
 
-// A record that row-level security may hide is not called absent, by whoever looks.
+// A record that row-level security may hide is never reported as absent, whichever call looks for
+// it.
 func TestLookUpThatMayNotSeeIsUnknown(t *testing.T) {
 	t.Parallel()
 	r := newResumable(t, nil)

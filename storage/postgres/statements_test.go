@@ -15,7 +15,7 @@ import (
 	"github.com/paidonce/idempotency/storage/postgres"
 )
 
-// A handler could get around the seal with EXECUTE of a prepared COMMIT, also from inside a
+// A handler could get around the seal with EXECUTE of a prepared COMMIT, even from inside a
 // function. So the names can't be guessed.
 func TestNamesOfPreparedStatementsAreDrawn(t *testing.T) {
 	t.Parallel()

@@ -202,7 +202,7 @@ func TestStoresOfTwoSchemasShareAPool(t *testing.T) {
 	}
 }
 
-// A look-up does not use them either, also if the config went through Configure for one, for the
+// A look-up does not use them either, even if the config went through Configure for one, for the
 // other, and for the first again.
 func TestLookUpIsInTheStoresOwnSchema(t *testing.T) {
 	t.Parallel()

@@ -85,7 +85,7 @@ func (tx *Tx) Defer(ctx context.Context, statement func() (rows int, sql string,
 	}
 	added := false
 	defer func() {
-		if !added { // also if an argument's encoder panics, and the handler recovers
+		if !added { // even if an argument's encoder panics, and the handler recovers
 			d.refuse(cmp.Or(err, errArguments))
 		}
 		tx.done(err)

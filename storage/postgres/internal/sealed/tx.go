@@ -348,7 +348,7 @@ func (tx *Tx) QueryRow(ctx context.Context, sql string, arguments ...any) pgx.Ro
 	}
 	var err error
 	sent := false
-	defer func() { // also if an argument's encoder panics
+	defer func() { // even if an argument's encoder panics
 		if !sent {
 			tx.done(err)
 		}

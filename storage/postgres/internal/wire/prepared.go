@@ -97,7 +97,8 @@ func (s *Set) Prepare(ctx context.Context, conn *pgconn.PgConn, p *Names, timeou
 	for _, one := range s.statements {
 		pipeline.SendPrepare(p.names[one.number], one.SQL, one.OIDs)
 	}
-	// Read after the statements were parsed, and regardless of the roles that it applies to.
+	// Read after the statements were parsed. It counts for every role, even one that row-level
+	// security does not apply to.
 	pipeline.SendQueryParams("SELECT relrowsecurity FROM pg_catalog.pg_class WHERE oid = '"+s.table+"'::pg_catalog.regclass", nil, nil, nil, nil)
 	rowSecurity := "t"
 	err := pipeline.Sync()
