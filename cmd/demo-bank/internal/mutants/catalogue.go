@@ -109,9 +109,9 @@ func ofAnswers() []Mutant {
 		return Result{}, err
 `},
 				{engineFile, "Attempt: NewAttemptID()}", "Attempt: NewAttemptID(), Again: req.claim.Again}"},
-				{attemptFile, `	case a.record != nil: // also if`, `	case claim.Again:
+				{attemptFile, `	case a.record != nil: // even if`, `	case claim.Again:
 		return a, nil, nil
-	case a.record != nil: // also if`},
+	case a.record != nil: // even if`},
 				{statementsFile, `$4, $5, $6, $7, $8, $9, $10, $11, $12)" +`, `$4, $5, $6, $7, $8, $9, $10, $11, $12) ON CONFLICT DO NOTHING" +`},
 				{statementsFile, countedRows, `" SELECT pg_catalog.count(*) FROM written",`},
 			},
@@ -170,7 +170,7 @@ func ofAnswers() []Mutant {
 			Name: "row-security-not-looked-at",
 			Bug:  "a record that row-level security hides from a claim is taken for absent",
 			Test: Test{"storage/postgres", "TestClaimThatMayNotSeeTheRecordRunsNothing"},
-			edits: []edit{{attemptFile, `	case a.hidden: // also if the lock is taken: perhaps by the replay of a hidden record
+			edits: []edit{{attemptFile, `	case a.hidden: // even if the lock is taken: perhaps by the replay of a hidden record
 		err = fail("look the record up", idempotency.ErrUnknown, rowSecurity(s.table, ""))
 `, ``}},
 		},
