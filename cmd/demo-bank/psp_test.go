@@ -192,7 +192,7 @@ func TestAStoppingProcessorFinishesWhatItHas(t *testing.T) {
 	address := strings.TrimPrefix(p.url, "http://")
 	const body = `{"card":"tok","amount":1}`
 	answers := make(chan int, 2) // statuses; 0 if the connection broke
-	for range 2 {                // whichever comes second is told that the other is under way
+	for range 2 {                // the second one gets 409: the other is under way
 		conn, err := net.Dial("tcp", address)
 		if err != nil {
 			t.Fatal(err)

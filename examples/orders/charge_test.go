@@ -207,7 +207,7 @@ func TestSlowPaymentServiceHoldsNoConnection(t *testing.T) {
 				w := httptest.NewRecorder()
 				router.ServeHTTP(w, r)
 				if w.Header().Get("Idempotency-Status") != string(idempotency.OutcomeNotExecuted) {
-					return // else it waited for a connection in vain, with the others that reserve
+					return // else it got no connection in time, because the others were reserving too
 				}
 			}
 		})

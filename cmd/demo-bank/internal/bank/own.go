@@ -8,7 +8,7 @@ import (
 )
 
 // The bank's own accounts, one of each per currency, such as bank:held:EUR. No client can name
-// them: their ids are not valid for one.
+// them, because their ids are not valid account ids of clients.
 const (
 	ownPrefix        = "bank:"
 	processorAccount = ownPrefix + "processor:" // money that came in or went out through the processor

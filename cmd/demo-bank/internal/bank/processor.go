@@ -17,7 +17,7 @@ import (
 
 // Facts about the processor, for the calls of package effect.
 const (
-	// KeyLifetimeDefault is the time that the processor is sure to know a key.
+	// KeyLifetimeDefault is the time for which the processor surely knows a key.
 	KeyLifetimeDefault = 24 * time.Hour
 	// KeyLifetimeMin is the shortest lifetime that package effect accepts for callTimeout.
 	KeyLifetimeMin = 10 * callTimeout
@@ -51,7 +51,7 @@ type Processor struct {
 type ProcessorOptions struct {
 	// URL is the base of the processor's URLs.
 	URL string
-	// KeyLifetime is the time that the processor is sure to know a key, at least KeyLifetimeMin.
+	// KeyLifetime is the time for which the processor surely knows a key, at least KeyLifetimeMin.
 	// Zero means KeyLifetimeDefault.
 	KeyLifetime time.Duration
 	// Transport makes the requests. If it is nil, the processor has one of NewTransport.

@@ -45,8 +45,8 @@ func (p *Processor) made(ctx context.Context) *made {
 	return m
 }
 
-// read reads both lists. It reports false if that fails, or if another instance than before gave
-// them.
+// read reads both lists. It reports false if that fails, or if the lists come from another instance
+// than the earlier ones.
 func (m *made) read(ctx context.Context, take func(*madeKind, []item)) bool {
 	ctx, cancel := context.WithTimeout(ctx, listTimeout)
 	defer cancel()

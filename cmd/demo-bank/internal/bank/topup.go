@@ -22,7 +22,7 @@ import (
 // Limits of top-ups and payouts.
 const (
 	CardRunesMax = 64 // of a card or an IBAN
-	// CallAmountMax is the largest amount of one, in minor units.
+	// CallAmountMax is the largest amount of a top-up or payout, in minor units.
 	CallAmountMax = 1_000_000_000_000
 	// balanceBeforeTopUpMax leaves room for all top-ups that may be under way.
 	balanceBeforeTopUpMax = math.MaxInt64 / 2

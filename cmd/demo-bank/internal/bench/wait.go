@@ -23,7 +23,7 @@ const (
 
 	waitOthers      = 8 // clients with requests unrelated to the duplicates
 	waitOthersPause = 20 * time.Millisecond
-	// The time that the others are watched, with duplicates and without.
+	// The time for which the others are measured, with duplicates and without.
 	waitWindow = waitWork + 100*time.Millisecond
 
 	// waitWindows is the number of windows of each kind in a round, waitWindowsQuick that in a

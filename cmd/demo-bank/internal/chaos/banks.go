@@ -21,7 +21,7 @@ import (
 
 const (
 	poolSizeBig   = 10 // of the first bank
-	poolSizeSmall = 6  // of the others: 32 clients squeeze it
+	poolSizeSmall = 6  // of the others: too small for 32 clients
 
 	// If a COMMIT stays half-open, its transaction ends ten seconds after this timeout. By then its
 	// request has been answered as unknown.

@@ -1,7 +1,7 @@
-// Package chaos is the proof of the bank. It starts a PostgreSQL, proxies in front of it and bank
-// processes behind them. It drives load while it kills, crashes, cuts and squeezes them on a
-// schedule that a seed decides. Then it heals everything, and judges the clients' replies against
-// each other and against the books.
+// Package chaos tests the bank under faults. It starts a PostgreSQL, proxies in front of it and
+// bank processes behind them. Clients send requests while the package kills and stops processes,
+// crashes PostgreSQL, cuts connections and fills pools, on a schedule that a seed decides. Then it
+// heals everything, and judges the clients' replies against each other and against the books.
 //
 //   - [Run] is one run, phase by phase
 //   - schedule.go decides from the seed which faults happen, to what and when

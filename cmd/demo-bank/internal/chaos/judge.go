@@ -25,13 +25,12 @@ const (
 	causesName = "causes"
 )
 
-// RunCheck is the check of the run itself: that it did everything it should, in time.
+// RunCheck is the check of the run itself: it must have done everything, in time.
 const RunCheck = "run"
 
 // judge reaches the verdict, after the last request and the last fault.
 func (r *run) judge(ctx context.Context) error {
-	// Everything that is compared with the history must be at rest: first the banks, then the
-	// books.
+	// The banks and then the books must be at rest before they are compared with the history.
 	r.gateway.rest()
 	var err error
 	if r.after, err = r.measure(ctx, func(after check.Resources) bool { return baseline(r.before, after).OK() }); err != nil {
@@ -99,7 +98,7 @@ func (r *run) awaitQuiet(ctx context.Context) (quiet check.Result, err error) {
 	}
 }
 
-// stopBanks stops the banks in order; that they stop is a promise too.
+// stopBanks stops the banks in order. A bank that does not stop is a finding.
 func (r *run) stopBanks(ctx context.Context) {
 	client := newScraper()
 	for _, s := range r.banks.slots {

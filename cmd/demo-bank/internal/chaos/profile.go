@@ -115,8 +115,8 @@ func (p profile) scaled(operations int) profile {
 	if operations < lullFrom {
 		delete(events, lull)
 	}
-	// Each crash point is armed at least once, and each kind of COMMIT fault has a fair chance of
-	// its own.
+	// Each crash point is armed at least once. There are at least four faults of COMMITs for each
+	// kind, on average.
 	events[killBank] = max(events[killBank], len(p.points))
 	p.events = events
 	p.commits = scale(p.commits, 4*len(p.weights))

@@ -119,17 +119,18 @@ type Key struct{ Scope, Key string }
 // String is for examples: the keys of a run are random ids, not secrets.
 func (k Key) String() string { return k.Scope + "/" + k.Key }
 
-// Expectation states the actions and the aim of a key's client. Each key of a run has one; it is
-// about the key's first request. A changed body needs none, but it may win the key if the first
-// request took no effect. So its sender also retries, until the reply is executed, replayed,
-// mismatch, or not-executed with nothing lost or unknown before.
+// Expectation states the end that a key's first request must have. Each key of a run has one. A
+// request with a changed body has none, but it may win the key if the first request took no effect.
+// So its client also retries it, until the reply is executed, replayed or mismatch, or is
+// not-executed and no earlier reply was lost or unknown.
 type Expectation struct {
 	Scope, Key string
-	// Abandoned after not-executed, with nothing lost or unknown before: it must never take effect.
+	// The client gave up after not-executed, and no reply was lost or unknown: the request must
+	// never take effect.
 	GivenUp bool
 	// The handler must refuse the request: its answer is a 4xx.
 	Declined bool
-	// It is left to a person: it has no answer.
+	// The request is left to a person, and has no answer.
 	Parked bool
 }
 

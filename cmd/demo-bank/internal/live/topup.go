@@ -159,8 +159,8 @@ func (d *demonstration) run(ctx context.Context) error {
 	return nil
 }
 
-// without charges inside a transaction, at a processor of its own. That charge is in no books, and all
-// charges at the bank's own processor must be.
+// without charges inside a transaction, at a separate processor. This charge is not in the books,
+// but the audit requires that all charges at the bank's own processor are.
 func (d *demonstration) without(ctx context.Context) error {
 	inside := psp.New(psp.Config{Addr: "127.0.0.1:0"})
 	running, end := context.WithCancel(ctx)

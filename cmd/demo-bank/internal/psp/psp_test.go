@@ -426,7 +426,7 @@ func TestManyKeysAtOnce(t *testing.T) {
 	}
 }
 
-// underWay waits until a charge is.
+// underWay waits until a charge is under way.
 func (b *bundle) underWay(key string) {
 	b.t.Helper()
 	eventually(b.t, "the charge is under way", func() bool {

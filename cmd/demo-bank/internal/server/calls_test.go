@@ -577,7 +577,7 @@ func TestSlowProcessorHoldsNoConnection(t *testing.T) {
 		t.Error("the top-ups don't reach the processor all at once")
 	}
 	for deadline := time.Now().Add(startTimeout); ; time.Sleep(time.Millisecond) {
-		// Other work of the bank may have one for a moment.
+		// Other work of the bank may have a transaction open for a moment.
 		open := b.count(`SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND xact_start IS NOT NULL AND application_name <> $1`, testerName)
 		if open == 0 {
 			break

@@ -55,7 +55,7 @@ func (s *Server) startProcessor(ctx context.Context) (url string, stop func(), e
 		config.File = filepath.Join(dir, pspFile)
 	}
 	inside := psp.New(config)
-	// It ends when stop is called, not with ctx: the bank finishes its calls before.
+	// It ends when stop is called, not with ctx: the bank finishes its calls before that.
 	running, end := context.WithCancel(context.WithoutCancel(ctx))
 	ended := make(chan error, 1)
 	var group sync.WaitGroup

@@ -83,8 +83,8 @@ type Config struct {
 	// a loopback port. That one keeps its state in a file in DataDir, or in memory without a DataDir.
 	PSP string
 
-	// KeyLifetime is the time that the processor is sure to know a key: nothing is sent again after
-	// nine tenths of it. It must be at least bank.KeyLifetimeMin. Defaults to 24 hours.
+	// KeyLifetime is the time for which the processor surely knows a key: nothing is sent again
+	// after nine tenths of it. It must be at least bank.KeyLifetimeMin. Defaults to 24 hours.
 	KeyLifetime time.Duration
 
 	// CrashPoint kills the process at a chosen point. If it is nil, nothing is installed.
