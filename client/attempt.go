@@ -185,7 +185,7 @@ func (a *attempt) why() error {
 	return errAnswer
 }
 
-// errAnswer stands for an answer; the error tells its status.
+// errAnswer is the cause if the last answer settles nothing; the [*Error] has its status.
 var errAnswer = errors.New("no definite answer")
 
 // retryAfter returns the delay in the answer's Retry-After, or 0. The header has seconds, to which
