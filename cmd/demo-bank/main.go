@@ -200,8 +200,8 @@ var defaults = kong.Vars{
 	"profile": chaos.ProfileDefault, "clients": fmt.Sprint(chaos.ClientsDefault), "banks": fmt.Sprint(chaos.BanksDefault),
 }
 
-// exitUsage is kong's exit code, so that a script can tell a wrong flag from a storm without a
-// verdict.
+// exitUsage is kong's exit code for a wrong flag. So a script can tell a wrong flag from a storm
+// without a verdict.
 const exitUsage = 80
 
 func main() {

@@ -41,7 +41,7 @@ const (
 	BanksDefault   = 2
 )
 
-// Config sets how hard a run is. The zero value of each field is its default.
+// Config sets the load and the faults of a run. The zero value of each field is its default.
 type Config struct {
 	// Profile is one of [Profiles]. It sets the number of operations and of faults. Defaults to
 	// "smoke".

@@ -9,8 +9,8 @@ import (
 	"github.com/paidonce/idempotency/internal/crashpoint"
 )
 
-// profile sets how hard a run is. The numbers of faults are for its operations; another number of
-// operations scales them.
+// profile sets the load and the faults of a run. The numbers of faults are for its number of
+// operations; another number of operations scales them.
 type profile struct {
 	operations  int
 	durationMax time.Duration

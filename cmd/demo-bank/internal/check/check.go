@@ -54,7 +54,7 @@ type Operation struct {
 	// The end of the problem's type if the answer is a problem document; it may be the handler's
 	// own, such as account-not-found.
 	Problem string
-	// A hash of status, recorded headers and body bytes; only of executed and replayed.
+	// A hash of status, recorded headers and body bytes. Set only for executed and replayed.
 	Answer [32]byte
 	ID     string // of the transfer, order or account, from a 2xx answer
 	// The content of the request. An order has its account in From and no To. Its Amount may be 0,
