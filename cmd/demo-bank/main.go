@@ -1,8 +1,8 @@
 // Command demo-bank is a bank with transfers that can be retried safely, and a storm that tries to
 // prove otherwise.
 //
-//	go run ./cmd/demo-bank          # serves on http://127.0.0.1:8080, with a PostgreSQL of its own
-//	go run ./cmd/demo-bank storm    # in another terminal: thousands of duplicates, and a verdict
+// go run ./cmd/demo-bank          # serves on http://127.0.0.1:8080, with a PostgreSQL of its own
+// go run ./cmd/demo-bank storm    # in another terminal: thousands of duplicates, and a verdict
 package main
 
 import (

@@ -82,8 +82,8 @@ func New(pool *pgxpool.Pool, ids IDSource, ttl time.Duration, logger *slog.Logge
 	}
 }
 
-// OperationsSecret returns the secret of the ids of open requests. It is the same in all processes on
-// one database.
+// OperationsSecret returns the secret of the ids of open requests. It is the same in all processes
+// on one database.
 func (b *Bank) OperationsSecret(ctx context.Context) (secret []byte, err error) {
 	if err := b.pool.QueryRow(ctx, `SELECT value FROM secrets WHERE name = 'operations'`).Scan(&secret); err != nil {
 		return nil, fmt.Errorf("read the secret of operations: %w", err)

@@ -61,8 +61,8 @@ type ProcessorOptions struct {
 // ErrProcessorURL means that the URL of a processor can't be used.
 var ErrProcessorURL = errors.New("it must be an http or https URL with a host")
 
-// NewProcessor returns a processor, without calling it. It returns [ErrProcessorURL] if the URL can't
-// be used.
+// NewProcessor returns a processor, without calling it. It returns [ErrProcessorURL] if the URL
+// can't be used.
 func NewProcessor(o ProcessorOptions) (*Processor, error) {
 	parsed, err := url.Parse(o.URL)
 	if err != nil || parsed.Scheme != "http" && parsed.Scheme != "https" || parsed.Host == "" {
@@ -98,8 +98,8 @@ func keyed[In any](p *Processor, path string, keyLifetime time.Duration) effect.
 	}
 }
 
-// NewTransport returns the transport of a [Processor]. It uses no proxy, and closes connections that
-// are idle for 5 seconds, so that a bank at rest holds none.
+// NewTransport returns the transport of a [Processor]. It uses no proxy, and closes connections
+// that are idle for 5 seconds, so that a bank at rest holds none.
 func NewTransport() *http.Transport {
 	transport := http.DefaultTransport.(*http.Transport).Clone()
 	transport.Proxy, transport.IdleConnTimeout = nil, idleTimeout
@@ -109,7 +109,8 @@ func NewTransport() *http.Transport {
 // Close ends idle connections to the processor.
 func (p *Processor) Close() { p.http.CloseIdleConnections() }
 
-// The inputs of the calls. They are recorded and sent as the same JSON, that of the processor's API.
+// The inputs of the calls. They are recorded and sent as the same JSON, that of the processor's
+// API.
 type (
 	chargeOrder struct {
 		Card      string `json:"card"`

@@ -6,8 +6,8 @@ import (
 	"github.com/jackc/pgx/v5"
 )
 
-// made has the processor's lists, which an audit compares with the books. It is nil if the bank has no
-// processor.
+// made has the processor's lists, which an audit compares with the books. It is nil if the bank has
+// no processor.
 type made struct {
 	processor *Processor
 	instance  string

@@ -109,8 +109,8 @@ func (b *Bank) mayTopUp(ctx context.Context, id string) error {
 	return nil
 }
 
-// postTopUp credits the account in the given transaction, in two round trips: one locks and reads, one
-// writes.
+// postTopUp credits the account in the given transaction, in two round trips: one locks and reads,
+// one writes.
 func (b *Bank) postTopUp(ctx context.Context, tx pgx.Tx, s stamp, t TopUp, instance string) (*answer, error) {
 	account, err := b.lockWithOwn(ctx, tx, t.Account, processorAccount)
 	if err != nil {

@@ -71,7 +71,8 @@ func newGateway(r *run) *gateway {
 		run: r, calls: map[callName]*calls{}, hooks: map[int]func(*call) verdict{},
 		client: &http.Client{
 			Timeout: gatewayTimeout,
-			// No request may be sent twice: each has a conn of its own, and its body can't be rewound.
+			// No request may be sent twice: each has a conn of its own, and its body can't be
+			// rewound.
 			Transport:     &http.Transport{DisableKeepAlives: true, DisableCompression: true},
 			CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse },
 		},

@@ -14,8 +14,8 @@ import (
 	"time"
 )
 
-// gatewayOf returns a run with a gateway for one bank. The processor behind it answers the path /NNN
-// with status NNN, and counts.
+// gatewayOf returns a run with a gateway for one bank. The processor behind it answers the path
+// /NNN with status NNN, and counts.
 func gatewayOf(t *testing.T) (r *run, answered *atomic.Int64) {
 	t.Helper()
 	answered = new(atomic.Int64)
@@ -64,7 +64,8 @@ func through(t *testing.T, r *run, method, path, key, body string) string {
 	return fmt.Sprint(response.StatusCode, " ", response.Header.Get(processorHeader), " ", string(answer))
 }
 
-// TestGatewayPassesWhatItShould: calls, look-ups and cuts pass as they are, and are known afterwards.
+// TestGatewayPassesWhatItShould: calls, look-ups and cuts pass as they are, and are known
+// afterwards.
 func TestGatewayPassesWhatItShould(t *testing.T) {
 	t.Parallel()
 	r, answered := gatewayOf(t)
@@ -90,8 +91,8 @@ func TestGatewayPassesWhatItShould(t *testing.T) {
 	}
 }
 
-// TestGatewayDoesWhatAScriptSays: a call of the script's key can be held, answered, or lost in either
-// direction; others pass.
+// TestGatewayDoesWhatAScriptSays: a call of the script's key can be held, answered, or lost in
+// either direction; others pass.
 func TestGatewayDoesWhatAScriptSays(t *testing.T) {
 	t.Parallel()
 	r, answered := gatewayOf(t)

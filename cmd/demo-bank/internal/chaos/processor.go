@@ -26,8 +26,8 @@ const (
 	processorTimeout   = 5 * time.Second        // of a request to it
 )
 
-// processor is the process that the banks call: a demo-bank psp with a file. It is restarted when it
-// dies.
+// processor is the process that the banks call: a demo-bank psp with a file. It is restarted when
+// it dies.
 type processor struct {
 	run     *run
 	program string
@@ -158,8 +158,8 @@ func (p *processor) crash(ctx context.Context) (bool, error) {
 	return true, p.awaitServing(ctx, nil)
 }
 
-// set makes the processor misbehave, and waits until it does. It tries until ctx ends: the processor
-// may be between two lives.
+// set makes the processor misbehave, and waits until it does. It tries until ctx ends: the
+// processor may be between two lives.
 func (p *processor) set(ctx context.Context, faults psp.Faults) error {
 	body, err := json.Marshal(faults)
 	if err != nil {

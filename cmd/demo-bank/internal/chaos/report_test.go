@@ -207,8 +207,8 @@ func TestEffectsAreReportedApart(t *testing.T) {
 	}
 }
 
-// TestWhatIsLeftToAPersonIsExplained: only an answer that the processor repeats for ever, or a key that
-// may be forgotten, explains a request that is left to a person.
+// TestWhatIsLeftToAPersonIsExplained: only an answer that the processor repeats for ever, or a key
+// that may be forgotten, explains a request that is left to a person.
 func TestWhatIsLeftToAPersonIsExplained(t *testing.T) {
 	t.Parallel()
 	const forgotten = "effect charge: the other service may have forgotten its key, and it was not found"

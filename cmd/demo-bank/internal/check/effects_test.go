@@ -165,8 +165,8 @@ func TestEachCheckOfEffectsSeesSomething(t *testing.T) {
 	}
 }
 
-// TestReplayOfARequestThatOthersEnded: the first answer to a request that calls another service may be
-// a replay. For any other request it may not. In both cases the replay is final.
+// TestReplayOfARequestThatOthersEnded: the first answer to a request that calls another service may
+// be a replay. For any other request it may not. In both cases the replay is final.
 func TestReplayOfARequestThatOthersEnded(t *testing.T) {
 	t.Parallel()
 	for _, calls := range []bool{true, false} {

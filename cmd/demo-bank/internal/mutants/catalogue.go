@@ -304,8 +304,8 @@ func (e early) Flush() {
 	}
 }
 
-// ofEffects returns the bugs of calls to other services. Most of them show in one of hundreds of random
-// requests, so each bug names a test with a schedule that shows it.
+// ofEffects returns the bugs of calls to other services. Most of them show in one of hundreds of
+// random requests, so each bug names a test with a schedule that shows it.
 func ofEffects() []Mutant {
 	return []Mutant{
 		{
@@ -403,8 +403,8 @@ func ofEffects() []Mutant {
 `}},
 		},
 		{
-			// Each of three guards is enough, so all are removed: the fence at the beginning, the lock
-			// that it takes, and the count at the end.
+			// Each of three guards is enough, so all are removed: the fence at the beginning, the
+			// lock that it takes, and the count at the end.
 			Name: "last-transaction-without-fence",
 			Bug:  "neither the beginning nor the end of the last transaction looks whose request it is",
 			Test: Test{"effect", "TestReplacedOwnerPostsNothing"},
@@ -432,8 +432,8 @@ func ofEffects() []Mutant {
 `}},
 		},
 		{
-			// Each of three guards is enough, so all are removed: the far date, the reaper's condition,
-			// and the trigger.
+			// Each of three guards is enough, so all are removed: the far date, the reaper's
+			// condition, and the trigger.
 			Name: "open-request-expires",
 			Bug:  "an open request expires as a record does, and is deleted",
 			Test: Test{"storage/postgres", "TestOpenRequestOutlivesItsTTL"},

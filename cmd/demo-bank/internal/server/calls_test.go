@@ -145,9 +145,9 @@ func TestTopUpChargesTheCardAndCreditsTheAccount(t *testing.T) {
 	}
 }
 
-// TestTopUpSurvivesEachFaultOfTheProcessor: the processor misbehaves in one way, with every request.
-// It does so for ever if a repetition can succeed, and otherwise for a while. Nobody retries. The
-// top-up is done within a minute, with one charge and one posting.
+// TestTopUpSurvivesEachFaultOfTheProcessor: the processor misbehaves in one way, with every
+// request. It does so for ever if a repetition can succeed, and otherwise for a while. Nobody
+// retries. The top-up is done within a minute, with one charge and one posting.
 func TestTopUpSurvivesEachFaultOfTheProcessor(t *testing.T) {
 	t.Parallel()
 	pgtest.Slow(t, "waits for pauses between calls")
@@ -458,8 +458,8 @@ func TestPayoutsAtOnceHoldNoMoreThanThereIs(t *testing.T) {
 	}
 }
 
-// TestReceiptIsMailedOnceAtMost: the answer says whether the mail was surely sent, and no fault makes
-// a second one.
+// TestReceiptIsMailedOnceAtMost: the answer says whether the mail was surely sent, and no fault
+// makes a second one.
 func TestReceiptIsMailedOnceAtMost(t *testing.T) {
 	t.Parallel()
 	b := setup(t)

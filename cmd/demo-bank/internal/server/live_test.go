@@ -380,8 +380,8 @@ func TestStreamsDoNotHoldUpTheEnd(t *testing.T) {
 }
 
 // TestTopUpWhoseProcessorLosesItsReplyIsShown: without effects the card is charged and nothing is
-// posted; with them the completer posts the one charge, although the client has given up. The bank's
-// own books stay right.
+// posted; with them the completer posts the one charge, although the client has given up. The
+// bank's own books stay right.
 func TestTopUpWhoseProcessorLosesItsReplyIsShown(t *testing.T) {
 	t.Parallel()
 	b := setup(t)

@@ -21,8 +21,8 @@ const (
 	pspStopTimeout = 100 * time.Millisecond
 )
 
-// openProcessor returns the configured processor, or starts one inside. stop closes its connections,
-// and ends the one inside.
+// openProcessor returns the configured processor, or starts one inside. stop closes its
+// connections, and ends the one inside.
 func (s *Server) openProcessor(ctx context.Context, watch *live.Live) (processor *bank.Processor, stop func(), err error) {
 	s.psp, stop = s.config.PSP, func() {}
 	if s.psp == "" {

@@ -79,8 +79,9 @@ type Config struct {
 	// demo is better than a refusal.
 	AcquireTimeout time.Duration
 
-	// PSP is the URL of the processor that the bank calls. If it is empty, Run starts one inside, on
-	// a loopback port. That one keeps its state in a file in DataDir, or in memory without a DataDir.
+	// PSP is the URL of the processor that the bank calls. If it is empty, Run starts one inside,
+	// on a loopback port. That one keeps its state in a file in DataDir, or in memory without a
+	// DataDir.
 	PSP string
 
 	// KeyLifetime is the time for which the processor surely knows a key: nothing is sent again
