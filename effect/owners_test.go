@@ -252,7 +252,14 @@ func TestCallThatIsSentOnceIsNotGivenUpWhileItIsUnderWay(t *testing.T) {
 // stagedStore is a store in which something happens between two steps of one request.
 type stagedStore struct {
 	idempotency.Keeper
-	beforeTakeOver, afterReadOpen func()
+	beforeTakeOver, afterReadOpen, beforeResolve func()
+}
+
+func (s stagedStore) Resolve(ctx context.Context, claim *idempotency.Claim) (*idempotency.Record, error) {
+	if s.beforeResolve != nil {
+		s.beforeResolve()
+	}
+	return s.Keeper.Resolve(ctx, claim)
 }
 
 func (s stagedStore) TakeOver(ctx context.Context, claim *idempotency.Claim) (idempotency.OpenAttempt, *idempotency.Open, error) {
@@ -942,4 +949,64 @@ func TestRepeatedCallThatIsNotSentOrParks(t *testing.T) {
 	}
 	says = effect.Park(errors.New("the key was used with other parameters"))
 	s.wantParked(t, s.resume(t), "only a person can go on")
+}
+
+// The reply to the intent's COMMIT is lost, and it takes half of the lease to find the intent. The
+// lease has run since the COMMIT, so this owner does not send any more.
+func TestIntentThatIsFoundLateIsNotSent(t *testing.T) {
+	t.Parallel()
+	s := newShop(t, func(_ *processor, e *effect.Effect[card, charge]) { e.Timeout = 100 * time.Millisecond })
+	s.serve(stagedStore{Keeper: s.cutIntent(t), beforeResolve: func() {
+		time.Sleep(3500 * time.Millisecond) // over half of the lease: 100 ms, 1 s and a margin of 5 s
+	}}, idempotency.Timeouts{Commit: time.Second})
+	s.wantOpen(t, s.request())
+	if n := s.sent(t); n != 0 {
+		t.Errorf("sent %d times", n)
+	}
+	s.serve(s.Store, idempotency.Timeouts{})
+	s.wantPaid(t, s.resume(t), 900)
+}
+
+// The age of an intent that was found after its reply was lost counts from its commit or earlier,
+// and never from the moment at which it was found.
+func TestIntentThatIsFoundIsNoYoungerThanItsCommit(t *testing.T) {
+	t.Parallel()
+	s := newShop(t, nil)
+	s.serve(stagedStore{Keeper: s.cutIntent(t), beforeResolve: func() { time.Sleep(50 * time.Millisecond) }}, idempotency.Timeouts{})
+	s.handle = func(ctx context.Context) (*idempotency.Answer, error) {
+		effects, err := idempotency.EffectsFrom(ctx)
+		if err != nil {
+			return nil, err
+		}
+		found, _, _, err := effects.Begin(idempotency.Intent{Name: "charge", Kind: idempotency.EffectCall, Input: []byte("1"), Timeout: time.Second})
+		if err != nil {
+			return nil, err
+		}
+		now := effects.Now()
+		var committed, clock time.Time
+		if err := s.Pool.QueryRow(context.Background(), "SELECT sent_first_at, clock_timestamp() FROM idempotency_effects").Scan(&committed, &clock); err != nil {
+			return nil, err
+		}
+		if found.SentFirst.IsZero() || found.SentFirst.After(committed) {
+			t.Errorf("sent first at %v, and committed at %v", found.SentFirst, committed)
+		}
+		if now.After(clock) || now.Before(found.SentFirst) {
+			t.Errorf("now is %v, and the store's clock shows %v", now, clock)
+		}
+		effects.Lapse(idempotency.Lapse{Reason: "a test"})
+		return nil, idempotency.ErrUnsettled
+	}
+	s.wantOpen(t, s.request())
+}
+
+// cutIntent returns a store that loses the reply to the COMMIT of the first intent.
+func (s *shop) cutIntent(t *testing.T) *postgres.Store {
+	t.Helper()
+	var cut atomic.Bool
+	return s.through(t, func(commit pgfault.Commit) pgfault.Fault {
+		if !bytes.Contains(commit.Messages, []byte("INSERT INTO")) || cut.Swap(true) {
+			return pgfault.Fault{}
+		}
+		return pgfault.Fault{Kind: pgfault.CutAfter}
+	})
 }
