@@ -386,10 +386,10 @@ func (e *Effects) commit(effect *Effect, timeout time.Duration) error {
 		return err
 	}
 	e.opened = true
+	e.lease = lease
 	if !inDoubt { // else the time to send counts from the take-over, which noted the doubt
-		e.epochAt = at
+		e.epochAt, e.clockAt, e.storeAt = at, time.Now(), effect.SentFirst
 	}
-	e.lease, e.clockAt, e.storeAt = lease, time.Now(), effect.SentFirst
 	e.recorded[effect.Name], e.asked[effect.Name] = effect, effect.Input
 	return nil
 }
@@ -446,8 +446,7 @@ func (e *Effects) resolveIntent(lost error) (time.Time, error) {
 func (e *Effects) MaySend() bool {
 	e.mu.Lock()
 	defer e.mu.Unlock()
-	now := time.Now()
-	return !e.over && now.Sub(e.epochAt) < e.lease/2 && now.Round(0).Sub(e.epochAt.Round(0)) < e.lease/2
+	return !e.over && sinceByBoth(e.epochAt) < e.lease/2
 }
 
 // Now returns the time by the store's clock. It may be behind by the time that the store's last
@@ -459,6 +458,22 @@ func (e *Effects) Now() time.Time {
 }
 
 func (e *Effects) now() time.Time { return e.storeAt.Add(time.Since(e.clockAt)) }
+
+// Age returns the time since the first send of the effect by the store's clock. It may be too long
+// by the time that the store's last reply took, but not too short, even if the process was
+// suspended.
+func (e *Effects) Age(effect *Effect) time.Duration {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	return e.storeAt.Sub(effect.SentFirst) + sinceByBoth(e.epochAt)
+}
+
+// sinceByBoth returns the time since t by the wall clock or by the monotonic clock, whichever is
+// longer: the monotonic one stands still while a machine is suspended, and the other may be set back.
+func sinceByBoth(t time.Time) time.Duration {
+	now := time.Now()
+	return max(now.Sub(t), now.Round(0).Sub(t.Round(0)))
+}
 
 // GivenUp returns a time by which every earlier run has given up its unanswered send of the effect.
 // An owner may begin a send in the first half of its lease, and the send ends after its timeout.

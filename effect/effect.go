@@ -274,7 +274,9 @@ func (r *run[In, Out]) settle() (out Out, err error) {
 			return r.unsent("it is never sent twice, and is not found yet", r.end.Err)
 		}
 		return r.maybe(r.end.Err)
-	case r.effects.Now().Sub(r.effect.SentFirst) >= r.Declared.effect.KeyLifetime/10*9:
+	case !r.effects.MaySend(): // first, because a wall clock that was set ahead makes Age too long too
+		return r.unsentOnce(once, "it was too late to send", errLate)
+	case r.effects.Age(r.effect) >= r.Declared.effect.KeyLifetime/10*9:
 		if !absent {
 			return r.unsent("its key may be forgotten, and it could not be looked up", r.end.Err)
 		}
@@ -285,11 +287,8 @@ func (r *run[In, Out]) settle() (out Out, err error) {
 	case r.ctx.Err() != nil:
 		return r.unsentOnce(once, "the handler's time ran out", context.Cause(r.ctx))
 	}
-	start := r.effects.Now()
-	if !r.effects.MaySend() {
-		return r.unsentOnce(once, "it was too late to send", errLate)
-	}
 
+	start := r.effects.Now()
 	r.end.Sent, r.end.Result = true, idempotency.EffectResultUnknown
 	var used wireUse
 	out, err = r.protect(r.Declared.effect.Do, r.Declared.effect.Timeout, in, &used)

@@ -252,7 +252,7 @@ func TestCallThatIsSentOnceIsNotGivenUpWhileItIsUnderWay(t *testing.T) {
 // stagedStore is a store in which something happens between two steps of one request.
 type stagedStore struct {
 	idempotency.Keeper
-	beforeTakeOver, afterReadOpen, beforeResolve func()
+	beforeTakeOver, afterTakeOver, afterReadOpen, beforeResolve func()
 }
 
 func (s stagedStore) Resolve(ctx context.Context, claim *idempotency.Claim) (*idempotency.Record, error) {
@@ -266,7 +266,11 @@ func (s stagedStore) TakeOver(ctx context.Context, claim *idempotency.Claim) (id
 	if s.beforeTakeOver != nil {
 		s.beforeTakeOver()
 	}
-	return s.Keeper.TakeOver(ctx, claim)
+	attempt, open, err := s.Keeper.TakeOver(ctx, claim)
+	if s.afterTakeOver != nil {
+		s.afterTakeOver()
+	}
+	return attempt, open, err
 }
 
 func (s stagedStore) ReadOpen(ctx context.Context, key idempotency.Key) (*idempotency.Open, error) {
@@ -1009,4 +1013,26 @@ func (s *shop) cutIntent(t *testing.T) *postgres.Store {
 		}
 		return pgfault.Fault{Kind: pgfault.CutAfter}
 	})
+}
+
+// The reply to a take-over is slow, and the age of the key passes nine tenths of its lifetime
+// meanwhile: it is not sent.
+func TestKeyThatAgesDuringTheTakeOverIsNotSent(t *testing.T) {
+	t.Parallel()
+	s := newShop(t, func(_ *processor, e *effect.Effect[card, charge]) {
+		e.Timeout, e.KeyLifetime = time.Second, 10*time.Second
+	})
+	s.does(forgets)
+	s.wantOpen(t, s.request())
+	s.serve(stagedStore{
+		Keeper: s.Store,
+		beforeTakeOver: func() {
+			s.Exec(t, "UPDATE idempotency_effects SET sent_first_at = clock_timestamp() - interval '8 seconds'")
+		},
+		afterTakeOver: func() { time.Sleep(1100 * time.Millisecond) },
+	}, idempotency.Timeouts{})
+	s.wantParked(t, s.resume(t), "may have forgotten its key")
+	if n := s.sent(t); n != 1 {
+		t.Errorf("sent %d times", n)
+	}
 }

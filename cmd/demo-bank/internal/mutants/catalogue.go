@@ -375,7 +375,7 @@ func ofEffects() []Mutant {
 			Name: "lifetime-from-the-last-send",
 			Bug:  "the lifetime of a key counts from the last send",
 			Test: Test{"effect", "TestNothingIsSentAfterTheKeysLifetime"},
-			edits: []edit{{effectFile, `	case r.effects.Now().Sub(r.effect.SentFirst) >= r.Declared.effect.KeyLifetime/10*9:
+			edits: []edit{{effectFile, `	case r.effects.Age(r.effect) >= r.Declared.effect.KeyLifetime/10*9:
 `, `	case r.effects.Now().Sub(slices.MaxFunc([]time.Time{r.effect.SentFirst, r.effect.Doubt}, time.Time.Compare)) >= r.Declared.effect.KeyLifetime/10*9:
 `}},
 		},
@@ -389,8 +389,7 @@ func ofEffects() []Mutant {
 			Name: "sleeper-sends",
 			Bug:  "an owner sends however late it is",
 			Test: Test{"effect", "TestSleeperDoesNotSend"},
-			edits: []edit{{openFile, `	now := time.Now()
-	return !e.over && now.Sub(e.epochAt) < e.lease/2 && now.Round(0).Sub(e.epochAt.Round(0)) < e.lease/2
+			edits: []edit{{openFile, `	return !e.over && sinceByBoth(e.epochAt) < e.lease/2
 `, `	return !e.over
 `}},
 		},
