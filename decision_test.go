@@ -342,7 +342,8 @@ func TestFactAfterDecline(t *testing.T) {
 	}, factCommitUnknown)
 }
 
-// Only this attempt's own id makes a record its own; any other is compared as on every path.
+// A record is this attempt's only if it has the attempt's id. Any other record is compared, as on
+// every path.
 func TestFactAfterResolve(t *testing.T) {
 	t.Parallel()
 	print, other := NewFingerprintV1("POST", "/1", "", "", nil), NewFingerprintV1("POST", "/2", "", "", nil)

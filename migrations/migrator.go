@@ -409,7 +409,7 @@ func (m *migrator) again(ctx context.Context, name string, try func(context.Cont
 		err := try(ctx)
 		blockers := seen()
 		var pgErr *pgconn.PgError
-		// It is a deadlock (40P01) if a request holds one table and waits for another.
+		// PostgreSQL reports a deadlock (40P01) if a request holds one table and waits for another.
 		if err == nil || errors.As(err, new(leftError)) || !errors.As(err, &pgErr) || pgErr.Code != "55P03" && pgErr.Code != "40P01" {
 			return err
 		}

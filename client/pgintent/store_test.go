@@ -547,7 +547,7 @@ func TestNothingIsSentWithoutARow(t *testing.T) {
 	}
 	for name, one := range map[string]struct {
 		sql     string
-		kept    bool // by an earlier process, before the database became sick
+		kept    bool // by an earlier process, while the database was still in order
 		outcome error
 	}{
 		"a trigger that drops the row":    {trigger("RETURN NULL", "INSERT"), false, client.ErrNotExecuted},
