@@ -296,7 +296,7 @@ func TestKeyIsInMemoryInEachRun(t *testing.T) {
 	}
 }
 
-// A handler that hangs keeps its key in memory until its deadline. From then on the store is asked.
+// A handler that hangs keeps its key in memory until its deadline. From then on the store is called.
 // If the store has granted the key to another attempt, the first one's late return leaves that
 // alone.
 func TestHandlerThatHangsKeepsItsKeyUntilItsDeadline(t *testing.T) {

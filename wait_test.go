@@ -131,7 +131,7 @@ func blocking(status int) (run idempotency.RunFunc, release func()) {
 	}, sync.OnceFunc(func() { close(released) })
 }
 
-// However many requests wait for an attempt, it runs once, one of them asks the store for its
+// However many requests wait for an attempt, it runs once, one of them calls the store for its
 // answer, and all get it.
 func TestThoseThatWaitGetTheAnswer(t *testing.T) {
 	t.Parallel()
@@ -173,7 +173,7 @@ func TestAnotherRequestThatWaitedIsAMismatch(t *testing.T) {
 		b := setupWait(t, nil)
 		run, release := blocking(201)
 		first := b.send(t.Context(), keyed("k"), run)
-		same := b.send(t.Context(), keyed("k"), run) // asks the store
+		same := b.send(t.Context(), keyed("k"), run) // calls the store
 		mismatch := b.send(t.Context(), other, run)
 		known := b.send(t.Context(), translated, run)
 		unknown := b.send(t.Context(), older, run)
@@ -304,7 +304,7 @@ func TestUnknownOutcomeIsThatOfAllWhoWait(t *testing.T) {
 	}
 }
 
-// While another process holds the key, one of the waiting requests asks the store, with growing
+// While another process holds the key, one of the waiting requests calls the store, with growing
 // pauses, and holds nothing in between.
 func TestLeaderAsksAgainWhileAnotherProcessHoldsTheKey(t *testing.T) {
 	t.Parallel()

@@ -401,7 +401,7 @@ func TestHandlerThatDoesNotWaitForItsPhase(t *testing.T) {
 	}
 }
 
-// Deferred statements of a phase travel with its COMMIT, and fail it.
+// Deferred statements of a phase travel with its COMMIT. If one of them fails, the COMMIT fails.
 func TestDeferExecTravelsWithThePhase(t *testing.T) {
 	t.Parallel()
 	var r *resumable
@@ -490,7 +490,7 @@ func TestRefusalAfterAPhaseIsAnswered(t *testing.T) {
 }
 
 // A later version of the handler does not ask for a phase that was committed, has inserted one, or
-// makes a call of a phase's name.
+// makes a call with the name of a phase.
 func TestPhasesAreFoundByName(t *testing.T) {
 	t.Parallel()
 	phases := func(names ...string) idempotency.RunFunc {
