@@ -157,8 +157,8 @@ func TestF01KilledBeforeCommit(t *testing.T) {
 	}
 }
 
-// faultyBank starts a bank behind a proxy. It dies at the point, unless that is empty. The proxy
-// calls decide for the COMMIT of crashKey, and forwards all others.
+// faultyBank starts a bank behind a proxy. The bank dies at the point, unless that is empty. The
+// proxy calls decide for the COMMIT of crashKey, and forwards all others.
 func faultyBank(t *testing.T, point, database string, decide func(p *program) pgfault.Fault) (p *program, proxy *pgfault.Proxy) {
 	t.Helper()
 	network, address, err := pgfault.Upstream(database)

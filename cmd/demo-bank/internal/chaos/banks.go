@@ -112,8 +112,8 @@ func (b *banks) start(ctx context.Context) error {
 	return nil
 }
 
-// The banks' ports lie below the range from which systems assign free ports: no other program may
-// get a bank's port between two of its lives.
+// The banks' ports are below the range from which systems assign free ports, so that no other
+// program gets a bank's port between two of its lives.
 const (
 	portMin   = 20_000
 	portMax   = 32_000
