@@ -209,7 +209,7 @@ func (j *journal) enqueue(l line, apply func()) (wait func() error) {
 	}
 }
 
-// commit writes a batch once the one before it is written.
+// commit writes a batch once the previous one is written.
 func (j *journal) commit(b *batch) {
 	j.writing.Lock()
 	defer j.writing.Unlock()
