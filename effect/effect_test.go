@@ -218,10 +218,7 @@ func TestDeclineOfARequestThatNetHTTPRepeatedIsNotFinal(t *testing.T) {
 		t.Fatal(warm, err)
 	}
 	s.does(stalls, refuses)
-	go func() {
-		<-s.received
-		s.CloseClientConnections() // the request is at the processor, which does not notice
-	}()
+	s.cutsTheNext()
 	result := s.request()
 	s.mu.Lock()
 	requests := len(s.requests) - 1
@@ -230,10 +227,7 @@ func TestDeclineOfARequestThatNetHTTPRepeatedIsNotFinal(t *testing.T) {
 		t.Skipf("%d requests: this net/http does not repeat them", requests)
 	}
 	s.wantOpen(t, result)
-	s.release <- struct{}{}
-	for len(s.charged()) < 2 {
-		time.Sleep(time.Millisecond)
-	}
+	s.arrives()
 	if result := s.resume(t); result.Answer == nil || result.Answer.Status != 201 {
 		t.Errorf("%+v", result)
 	}
@@ -263,10 +257,7 @@ func TestNoToARequestThatNetHTTPRepeatedMuchLaterIsNotFinal(t *testing.T) {
 			before := len(s.requests)
 			s.mu.Unlock()
 			s.does(stalls, no)
-			go func() {
-				<-s.received
-				s.CloseClientConnections() // the request is at the processor, which does not notice
-			}()
+			s.cutsTheNext()
 			result := s.resume(t)
 			s.mu.Lock()
 			requests := len(s.requests) - before
@@ -277,10 +268,7 @@ func TestNoToARequestThatNetHTTPRepeatedMuchLaterIsNotFinal(t *testing.T) {
 			s.wantOpen(t, result)
 			s.does(refuses)
 			s.wantOpen(t, s.resume(t)) // the first request is still under way
-			s.release <- struct{}{}
-			for len(s.charged()) < 2 {
-				time.Sleep(time.Millisecond)
-			}
+			s.arrives()
 			if result := s.resume(t); result.Answer == nil || result.Answer.Status != 201 {
 				t.Errorf("%+v", result)
 			}
@@ -475,27 +463,19 @@ func TestAbsenceSettlesNothing(t *testing.T) {
 // An owner gets its result after another one has taken the request over and ended it.
 func TestResultOfAReplacedOwnerIsRefused(t *testing.T) {
 	t.Parallel()
-	began, release := make(chan struct{}), make(chan struct{})
-	var calls atomic.Int64
-	s := newShop(t, func(_ *processor, e *effect.Effect[card, charge]) {
-		do := e.Do
-		e.Do = func(ctx context.Context, key string, in card) (charge, error) {
-			if calls.Add(1) == 1 {
-				close(began)
-				<-release
-				return charge{}, effect.Declined(errors.New("an old no"), nil)
-			}
-			return do(ctx, key, in)
+	slow := newGate()
+	s := newShop(t, sending(func(send int64, do func() (charge, error)) (charge, error) {
+		if send == 1 {
+			slow.pass()
+			return charge{}, effect.Declined(errors.New("an old no"), nil)
 		}
-	})
-	first := make(chan idempotency.Result)
-	go func() { first <- s.request() }()
-	<-began
+		return do()
+	}))
+	first := later(s.request)
+	slow.reached(t)
 	s.wantPaid(t, s.resume(t), 900)
-	close(release)
-	if result := <-first; result.Outcome == idempotency.OutcomeExecuted || result.Outcome == idempotency.OutcomeNotExecuted {
-		t.Errorf("the first owner: %+v", result)
-	}
+	slow.open()
+	wantNoAnswer(t, <-first)
 	if end := s.ends.last(t); end.Result != idempotency.EffectResultFenced {
 		t.Errorf("traced: %+v", end)
 	}
@@ -1143,24 +1123,17 @@ func TestTwoInputsUnderOneNameAreRefused(t *testing.T) {
 
 func TestTwoCallsAtOnceAreNotRecorded(t *testing.T) {
 	t.Parallel()
-	began, release := make(chan struct{}), make(chan struct{})
-	s := newShop(t, func(_ *processor, e *effect.Effect[card, charge]) {
-		do := e.Do
-		e.Do = func(ctx context.Context, key string, in card) (charge, error) {
-			close(began)
-			<-release
-			return do(ctx, key, in)
-		}
-	})
+	slow := newGate()
+	s := newShop(t, waitingToSend(1, slow))
 	other := effect.New("other", effect.Effect[int, int]{Do: func(context.Context, string, int) (int, error) { return 0, nil }})
 	s.handle = func(ctx context.Context) (*idempotency.Answer, error) {
 		var calls sync.WaitGroup
 		calls.Go(func() { _, _ = s.charge.Call(ctx, card{"tok", 1}) })
-		<-began
+		<-slow.began
 		if _, err := other.Call(ctx, 1); !errors.Is(err, idempotency.ErrEffectBusy) {
 			t.Error(err)
 		}
-		close(release)
+		slow.open()
 		calls.Wait()
 		return &idempotency.Answer{Status: 201}, nil // as if nothing had happened
 	}

@@ -31,13 +31,16 @@ func (g gate) pass() {
 	<-g.release
 }
 
+// open lets the one that waits through.
+func (g gate) open() { close(g.release) }
+
 // reached returns when somebody waits at the gate.
 func (g gate) reached(t *testing.T) {
 	t.Helper()
 	select {
 	case <-g.began:
 	case <-time.After(time.Minute):
-		close(g.release)
+		g.open()
 		t.Fatal("nobody came to the gate")
 	}
 }
@@ -49,6 +52,46 @@ func later(do func() idempotency.Result) <-chan idempotency.Result {
 	return result
 }
 
+// resumeLater runs the request again, as the completer would, in a goroutine of its own.
+func (s *shop) resumeLater(t *testing.T) <-chan idempotency.Result {
+	t.Helper()
+	s.due(t)
+	return later(func() idempotency.Result { return s.Engine.Resume(context.Background(), s.key) })
+}
+
+// sending sets an effect whose sends, counted from 1, are made by send. It calls do to reach the
+// processor.
+func sending(send func(n int64, do func() (charge, error)) (charge, error)) func(*processor, *effect.Effect[card, charge]) {
+	return func(_ *processor, e *effect.Effect[card, charge]) {
+		var sends atomic.Int64
+		do := e.Do
+		e.Do = func(ctx context.Context, key string, in card) (charge, error) {
+			return send(sends.Add(1), func() (charge, error) { return do(ctx, key, in) })
+		}
+	}
+}
+
+// waitingToSend sets an effect whose n-th send waits at the gate before it reaches the processor.
+func waitingToSend(n int64, g gate) func(*processor, *effect.Effect[card, charge]) {
+	return sending(func(send int64, do func() (charge, error)) (charge, error) {
+		if send == n {
+			g.pass()
+		}
+		return do()
+	})
+}
+
+// waitingWithReplies sets an effect whose first sends wait with their reply, each at its own gate.
+func waitingWithReplies(gates ...gate) func(*processor, *effect.Effect[card, charge]) {
+	return sending(func(send int64, do func() (charge, error)) (charge, error) {
+		out, err := do()
+		if send <= int64(len(gates)) {
+			gates[send-1].pass()
+		}
+		return out, err
+	})
+}
+
 // wantNoAnswer fails the test if a replaced owner has given its client an answer, or not-executed.
 func wantNoAnswer(t *testing.T, result idempotency.Result) {
 	t.Helper()
@@ -57,43 +100,23 @@ func wantNoAnswer(t *testing.T, result idempotency.Result) {
 	}
 }
 
-// noThen makes the first send wait at one gate after its reply, and the second at another. With a
-// plan that declines the first send, its owner can record the no only when the gate opens.
-func noThen(first, second gate) func(p *processor, e *effect.Effect[card, charge]) {
-	return func(_ *processor, e *effect.Effect[card, charge]) {
-		var sends atomic.Int64
-		do := e.Do
-		e.Do = func(ctx context.Context, key string, in card) (charge, error) {
-			out, err := do(ctx, key, in)
-			switch sends.Add(1) {
-			case 1:
-				first.pass()
-			case 2:
-				second.pass()
-			}
-			return out, err
-		}
-	}
-}
-
 // The first owner gets a no and is slow to record it. The next one is charging meanwhile: the old
 // no must not outweigh the charge.
 func TestNoOfAReplacedOwnerIsRefusedWhileTheNextOneSends(t *testing.T) {
 	t.Parallel()
 	first, second := newGate(), newGate()
-	s := newShop(t, noThen(first, second))
+	s := newShop(t, waitingWithReplies(first, second))
 	s.does(refuses)
 	one := later(s.request)
 	first.reached(t)
-	s.due(t)
-	two := later(func() idempotency.Result { return s.Engine.Resume(context.Background(), s.key) })
+	two := s.resumeLater(t)
 	second.reached(t)
-	close(first.release)
+	first.open()
 	wantNoAnswer(t, <-one)
 	if state := s.Count(t, "SELECT state FROM idempotency_effects"); state != int(idempotency.EffectIntended) {
 		t.Errorf("state %d: the result of a replaced owner was recorded", state)
 	}
-	close(second.release)
+	second.open()
 	s.wantPaid(t, <-two, 900)
 }
 
@@ -102,16 +125,16 @@ func TestNoOfAReplacedOwnerIsRefusedWhileTheNextOneSends(t *testing.T) {
 func TestOwnerOfAnAbandonedRequestIsRefused(t *testing.T) {
 	t.Parallel()
 	first, second := newGate(), newGate()
-	s := newShop(t, noThen(first, second))
+	s := newShop(t, waitingWithReplies(first, second))
 	s.does(refuses)
 	one := later(s.request)
 	first.reached(t)
 	s.abandon(t)
 	two := later(s.request)
 	second.reached(t)
-	close(first.release)
+	first.open()
 	wantNoAnswer(t, <-one)
-	close(second.release)
+	second.open()
 	s.wantPaid(t, <-two, 900)
 }
 
@@ -127,7 +150,7 @@ func (s *shop) abandon(t *testing.T) {
 func TestOwnerWhoseTakeOverWasLostIsRefused(t *testing.T) {
 	t.Parallel()
 	first, second := newGate(), newGate()
-	s := newShop(t, noThen(first, second))
+	s := newShop(t, waitingWithReplies(first, second))
 	die := once()
 	lost := effect.New("charge", effect.Effect[card, charge]{Do: func(context.Context, string, card) (charge, error) {
 		die()
@@ -142,17 +165,15 @@ func TestOwnerWhoseTakeOverWasLostIsRefused(t *testing.T) {
 	s.does(refuses)
 	s.Exec(t, "UPDATE idempotency_effects SET sent_first_at = sent_first_at - interval '30 minutes'") // so a no is final
 	s.Exec(t, "CREATE TABLE before AS SELECT o.epoch AS open, e.epoch AS effect FROM idempotency_open o, idempotency_effects e")
-	s.due(t)
-	one := later(func() idempotency.Result { return s.Engine.Resume(context.Background(), s.key) })
+	one := s.resumeLater(t)
 	first.reached(t)
 	s.Exec(t, "UPDATE idempotency_open SET epoch = (SELECT open FROM before), runs = 1")
 	s.Exec(t, "UPDATE idempotency_effects SET epoch = (SELECT effect FROM before), tries = 1, doubt_at = NULL")
-	s.due(t)
-	two := later(func() idempotency.Result { return s.Engine.Resume(context.Background(), s.key) })
+	two := s.resumeLater(t)
 	second.reached(t)
-	close(first.release)
+	first.open()
 	wantNoAnswer(t, <-one)
-	close(second.release)
+	second.open()
 	s.wantPaid(t, <-two, 900)
 }
 
@@ -169,11 +190,10 @@ func TestReplacedOwnerPostsNothing(t *testing.T) {
 			slow.pass()
 		}
 	}
-	s.due(t)
-	one := later(func() idempotency.Result { return s.Engine.Resume(context.Background(), s.key) })
+	one := s.resumeLater(t)
 	slow.reached(t)
 	s.wantPaid(t, s.resume(t), 900)
-	close(slow.release)
+	slow.open()
 	wantNoAnswer(t, <-one)
 	if n := s.Effects(t); n != 1 {
 		t.Errorf("%d postings", n)
@@ -211,7 +231,7 @@ func TestOwnerInItsLastTransactionIsNotReplaced(t *testing.T) {
 	if _, err := s.Pool.Exec(ctx, "UPDATE idempotency_open SET next_at = now()"); err == nil {
 		t.Error("the row of the request is not locked")
 	}
-	close(slow.release)
+	slow.open()
 	s.wantPaid(t, <-one, 900)
 	if n := runs.Load(); n != 1 {
 		t.Errorf("%d runs", n)
@@ -223,14 +243,9 @@ func TestOwnerInItsLastTransactionIsNotReplaced(t *testing.T) {
 func TestCallThatIsSentOnceIsNotGivenUpWhileItIsUnderWay(t *testing.T) {
 	t.Parallel()
 	slow := newGate()
-	s := newShop(t, func(_ *processor, e *effect.Effect[card, charge]) {
-		do := e.Do
+	s := newShop(t, func(p *processor, e *effect.Effect[card, charge]) {
+		waitingWithReplies(slow)(p, e)
 		e.AtMostOnce = true
-		e.Do = func(ctx context.Context, key string, in card) (charge, error) {
-			out, err := do(ctx, key, in)
-			slow.pass()
-			return out, err
-		}
 	})
 	one := later(s.request)
 	slow.reached(t)
@@ -242,7 +257,7 @@ func TestCallThatIsSentOnceIsNotGivenUpWhileItIsUnderWay(t *testing.T) {
 	if found, err := idempotency.NewCompleter(s.Engine, nil).Once(t.Context()); found != 0 || err != nil {
 		t.Errorf("the completer found %d: %v", found, err)
 	}
-	close(slow.release)
+	slow.open()
 	s.wantPaid(t, <-one, 900)
 	if n := s.sent(t); n != 1 {
 		t.Errorf("sent %d times", n)
@@ -471,21 +486,13 @@ func TestWebhookOfAnEarlierNoIsNotFinal(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
 			slow := newGate()
-			var sends atomic.Int64
-			s := newShop(t, func(_ *processor, e *effect.Effect[card, charge]) {
-				do := e.Do
+			s := newShop(t, func(p *processor, e *effect.Effect[card, charge]) {
+				waitingToSend(2, slow)(p, e)
 				e.KeepsDeclines = keeps
-				e.Do = func(ctx context.Context, key string, in card) (charge, error) {
-					if sends.Add(1) == 2 {
-						slow.pass()
-					}
-					return do(ctx, key, in)
-				}
 			})
 			s.does(forgets)
 			s.wantOpen(t, s.request())
-			s.due(t)
-			two := later(func() idempotency.Result { return s.Engine.Resume(context.Background(), s.key) })
+			two := s.resumeLater(t)
 			slow.reached(t)
 			if err := s.webhook(t, false, "", nil); err != nil {
 				t.Error(err)
@@ -494,7 +501,7 @@ func TestWebhookOfAnEarlierNoIsNotFinal(t *testing.T) {
 			if keeps { // then no later send can succeed
 				s.processor.always = refuses
 			}
-			close(slow.release)
+			slow.open()
 			if result := <-two; keeps {
 				if state != int(idempotency.EffectDeclined) || result.Answer == nil || result.Answer.Status != 402 {
 					t.Errorf("state %d, %+v", state, result)
@@ -515,20 +522,16 @@ func TestWebhookOfAnEarlierNoIsNotFinal(t *testing.T) {
 func TestContradictionOfWebhookAndReplyIsParked(t *testing.T) {
 	t.Parallel()
 	slow := newGate()
-	s := newShop(t, func(_ *processor, e *effect.Effect[card, charge]) {
-		do := e.Do
+	s := newShop(t, func(p *processor, e *effect.Effect[card, charge]) {
+		waitingWithReplies(slow)(p, e)
 		e.KeepsDeclines = true
-		e.Do = func(ctx context.Context, key string, in card) (charge, error) {
-			defer slow.pass()
-			return do(ctx, key, in)
-		}
 	})
 	one := later(s.request)
 	slow.reached(t)
 	if err := s.webhook(t, false, "", nil); err != nil {
 		t.Error(err)
 	}
-	close(slow.release)
+	slow.open()
 	s.wantParked(t, <-one, "it was made, and another result")
 }
 
@@ -583,7 +586,7 @@ func TestRetryDoesNotWaitForAnOwnerInItsLastTransaction(t *testing.T) {
 	case <-time.After(time.Minute):
 		t.Error("it waits for the owner")
 	}
-	close(slow.release)
+	slow.open()
 	s.wantPaid(t, <-one, 900)
 }
 
@@ -612,8 +615,7 @@ func TestOwnerByTakeOverHasItsLease(t *testing.T) {
 	settled := s.Text(t, "SELECT row(doubt_at, tries, epoch, settled_at)::text FROM idempotency_effects")
 	slow := newGate()
 	s.afterCall = slow.pass
-	s.due(t)
-	one := later(func() idempotency.Result { return s.Engine.Resume(context.Background(), s.key) })
+	one := s.resumeLater(t)
 	slow.reached(t)
 	for name, result := range map[string]idempotency.Result{"a retry": s.request(), "a resume": s.Engine.Resume(context.Background(), s.key)} {
 		if result.Outcome != idempotency.OutcomeInProgress || result.RetryAfter <= 0 {
@@ -626,7 +628,7 @@ func TestOwnerByTakeOverHasItsLease(t *testing.T) {
 	if now := s.Text(t, "SELECT row(doubt_at, tries, epoch, settled_at)::text FROM idempotency_effects"); now != settled {
 		t.Errorf("the settled effect was %s and is %s", settled, now)
 	}
-	close(slow.release)
+	slow.open()
 	s.wantPaid(t, <-one, 900)
 }
 
@@ -635,31 +637,26 @@ func TestOwnerByTakeOverHasItsLease(t *testing.T) {
 func TestReplacedOwnerChangesNothing(t *testing.T) {
 	t.Parallel()
 	first, second := newGate(), newGate()
-	var sends atomic.Int64
-	s := newShop(t, func(_ *processor, e *effect.Effect[card, charge]) {
-		do := e.Do
-		e.Do = func(ctx context.Context, key string, in card) (charge, error) {
-			if sends.Add(1) == 1 {
-				first.pass()
-				return charge{}, effect.NotSent(errors.New("no route"))
-			}
-			second.pass()
-			return do(ctx, key, in)
+	s := newShop(t, sending(func(send int64, do func() (charge, error)) (charge, error) {
+		if send == 1 {
+			first.pass()
+			return charge{}, effect.NotSent(errors.New("no route"))
 		}
-	})
+		second.pass()
+		return do()
+	}))
 	one := later(s.request)
 	first.reached(t)
-	s.due(t)
-	two := later(func() idempotency.Result { return s.Engine.Resume(context.Background(), s.key) })
+	two := s.resumeLater(t)
 	second.reached(t)
 	const rows = "SELECT row(o.next_at, o.owned, o.epoch, o.parked, o.last_reason, e.doubt_at, e.epoch, e.tries)::text FROM idempotency_open o, idempotency_effects e"
 	before := s.Text(t, rows)
-	close(first.release)
+	first.open()
 	wantNoAnswer(t, <-one)
 	if after := s.Text(t, rows); after != before {
 		t.Errorf("it was %s and is %s", before, after)
 	}
-	close(second.release)
+	second.open()
 	s.wantPaid(t, <-two, 900)
 }
 
@@ -698,18 +695,16 @@ func TestReplacedOwnerMakesNoFurtherCall(t *testing.T) {
 	}
 	s.request()
 	s.handle = handle
-	s.due(t)
-	one := later(func() idempotency.Result { return s.Engine.Resume(context.Background(), s.key) })
+	one := s.resumeLater(t)
 	slow[0].reached(t)
-	s.due(t)
-	two := later(func() idempotency.Result { return s.Engine.Resume(context.Background(), s.key) })
+	two := s.resumeLater(t)
 	slow[1].reached(t)
-	close(slow[0].release)
+	slow[0].open()
 	wantNoAnswer(t, <-one)
 	if n := fees.Load(); n != 0 {
 		t.Errorf("it was sent %d times", n)
 	}
-	close(slow[1].release)
+	slow[1].open()
 	s.wantPaid(t, <-two, 900)
 	if n := fees.Load(); n != 1 {
 		t.Errorf("sent %d times", n)
@@ -887,25 +882,15 @@ func TestNoOfALookupIsNotFinalWhileASendIsUnderWay(t *testing.T) {
 func TestRetryDuringARepeatedSendIsInProgress(t *testing.T) {
 	t.Parallel()
 	slow := newGate()
-	var sends atomic.Int64
-	s := newShop(t, func(_ *processor, e *effect.Effect[card, charge]) {
-		do := e.Do
-		e.Do = func(ctx context.Context, key string, in card) (charge, error) {
-			if sends.Add(1) == 2 {
-				slow.pass()
-			}
-			return do(ctx, key, in)
-		}
-	})
+	s := newShop(t, waitingToSend(2, slow))
 	s.does(loses)
 	s.wantOpen(t, s.request())
-	s.due(t)
-	two := later(func() idempotency.Result { return s.Engine.Resume(context.Background(), s.key) })
+	two := s.resumeLater(t)
 	slow.reached(t)
 	if result := s.request(); result.Outcome != idempotency.OutcomeInProgress || result.RetryAfter <= 0 {
 		t.Errorf("%+v", result)
 	}
-	close(slow.release)
+	slow.open()
 	s.wantPaid(t, <-two, 900)
 }
 

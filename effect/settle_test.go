@@ -70,16 +70,13 @@ func TestWebhookDuringTheCallCounts(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
 			g := newGate()
-			s := newShop(t, func(_ *processor, e *effect.Effect[card, charge]) {
-				do := e.Do
-				e.Do = func(ctx context.Context, key string, in card) (charge, error) {
-					out, err := do(ctx, key, in)
-					g.pass()
-					return out, errors.Join(err, reply)
-				}
-			})
+			s := newShop(t, sending(func(_ int64, do func() (charge, error)) (charge, error) {
+				out, err := do()
+				g.pass()
+				return out, errors.Join(err, reply)
+			}))
 			first := later(s.request)
-			<-g.began
+			g.reached(t)
 			lease := s.Text(t, "SELECT next_at::text FROM idempotency_open")
 			if err := s.webhook(t, true, "ch_webhook", nil); err != nil {
 				t.Error(err)
@@ -87,7 +84,7 @@ func TestWebhookDuringTheCallCounts(t *testing.T) {
 			if after := s.Text(t, "SELECT next_at::text FROM idempotency_open"); after != lease {
 				t.Errorf("the owner's lease ended at %s, not at %s", after, lease)
 			}
-			close(g.release)
+			g.open()
 			result := <-first
 			if name == "unknown" { // the next run finds it
 				s.wantOpen(t, result)
@@ -105,21 +102,15 @@ func TestWebhookDuringTheCallCounts(t *testing.T) {
 func TestWebhookDuringAnEncryptedCallCounts(t *testing.T) {
 	t.Parallel()
 	g := newGate()
-	s := newShop(t, func(_ *processor, e *effect.Effect[card, charge]) {
-		do := e.Do
-		e.Do = func(ctx context.Context, key string, in card) (charge, error) {
-			defer g.pass()
-			return do(ctx, key, in)
-		}
-	})
+	s := newShop(t, waitingWithReplies(g))
 	store := encrypted.New(s.Store, encrypted.Keys{Current: encrypted.Key{ID: 1, Secret: [encrypted.SecretBytes]byte{1}}})
 	s.serve(store, idempotency.Timeouts{})
 	first := later(s.request)
-	<-g.began
+	g.reached(t)
 	if err := s.webhook(t, true, "ch_webhook", store.SealOutput); err != nil {
 		t.Error(err)
 	}
-	close(g.release)
+	g.open()
 	result := <-first
 	s.wantPaid(t, result, 900)
 	if result.Answer != nil && string(result.Answer.Body) != "ch_webhook" {
@@ -288,10 +279,7 @@ func TestWebhookOfANoToARequestThatNetHTTPRepeatedIsNotFinal(t *testing.T) {
 		t.Fatal(warm, err)
 	}
 	s.does(stalls, refuses)
-	go func() {
-		<-s.received
-		s.CloseClientConnections() // the request is at the processor, which does not notice
-	}()
+	s.cutsTheNext()
 	s.wantOpen(t, s.request())
 	if err := s.webhook(t, false, "", nil); err != nil {
 		t.Error(err)
@@ -299,10 +287,7 @@ func TestWebhookOfANoToARequestThatNetHTTPRepeatedIsNotFinal(t *testing.T) {
 	if n := s.Count(t, "SELECT count(*) FROM idempotency_effects WHERE state = 1"); n != 1 {
 		t.Error("the no is recorded")
 	}
-	s.release <- struct{}{}
-	for len(s.charged()) < 2 {
-		time.Sleep(time.Millisecond)
-	}
+	s.arrives()
 	if result := s.resume(t); result.Answer == nil || result.Answer.Status != 201 {
 		t.Errorf("%+v", result)
 	}
