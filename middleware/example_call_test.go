@@ -13,9 +13,8 @@ import (
 
 	"github.com/paidonce/idempotency"
 	"github.com/paidonce/idempotency/effect"
-	"github.com/paidonce/idempotency/internal/pgserver"
+	"github.com/paidonce/idempotency/internal/testservice"
 	"github.com/paidonce/idempotency/middleware"
-	"github.com/paidonce/idempotency/migrations"
 	"github.com/paidonce/idempotency/storage/postgres"
 )
 
@@ -81,22 +80,8 @@ func (p *exampleProcessor) Charge(_ context.Context, key string, card Card) (Cha
 // until much later; the completer has ended its request by then.
 func ExampleMiddleware_Completer() {
 	ctx, cancel := context.WithCancel(context.Background())
-	server, err := pgserver.Start(ctx, nil)
-	if err != nil {
-		panic(err)
-	}
-	defer func() { _ = server.Stop() }()
-	store, err := postgres.Open(ctx, server.URL(), nil)
-	if err != nil {
-		panic(err)
-	}
-	defer store.Close()
-	if err := migrations.Up(ctx, store, nil); err != nil {
-		panic(err)
-	}
-	if _, err := store.Pool().Exec(ctx, "CREATE TABLE postings (account text, charge text, amount bigint)"); err != nil {
-		panic(err)
-	}
+	store, closeStore := testservice.Example(ctx, "CREATE TABLE postings (account text, charge text, amount bigint)")
+	defer closeStore()
 
 	idem := middleware.New(store, exampleAccount, nil)
 	mux := http.NewServeMux()

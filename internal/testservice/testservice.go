@@ -14,6 +14,7 @@ import (
 	"github.com/jackc/pgx/v5/pgxpool"
 
 	"github.com/paidonce/idempotency"
+	"github.com/paidonce/idempotency/internal/pgserver"
 	"github.com/paidonce/idempotency/internal/pgtest"
 	"github.com/paidonce/idempotency/migrations"
 	"github.com/paidonce/idempotency/storage/postgres"
@@ -69,6 +70,27 @@ func Prepare(ctx context.Context, databaseURL, schema string) error {
 	}
 	_, err = store.Pool().Exec(ctx, "CREATE TABLE effects (id bigserial PRIMARY KEY, name text NOT NULL DEFAULT '', attempt_id uuid)")
 	return err
+}
+
+// Example returns a store on a PostgreSQL of its own, in which sql was executed, for an example: it
+// has no [testing.TB].
+func Example(ctx context.Context, sql string) (_ *postgres.Store, closeStore func()) {
+	must := func(err error) {
+		if err != nil {
+			panic(err)
+		}
+	}
+	server, err := pgserver.Start(ctx, &pgserver.Options{Settings: map[string]string{"fsync": "off"}})
+	must(err)
+	store, err := postgres.Open(ctx, server.URL(), nil)
+	must(err)
+	must(migrations.Up(ctx, store, nil))
+	_, err = store.Pool().Exec(ctx, sql)
+	must(err)
+	return store, func() {
+		store.Close()
+		must(server.Stop())
+	}
 }
 
 // Open opens another store on a database. It checks nothing.

@@ -267,6 +267,30 @@ func TestAuditComparesTheProcessorWithTheBooks(t *testing.T) {
 	}
 }
 
+// auditDuring audits until the work of the group has ended, and fails the test if an audit finds
+// something.
+func (b *bundle) auditDuring(work *sync.WaitGroup) {
+	b.t.Helper()
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		work.Wait()
+	}()
+	for running := true; running; {
+		select {
+		case <-done:
+			running = false
+		default:
+		}
+		if audit := b.audit(); !audit.OK {
+			text, _ := json.Marshal(audit)
+			b.t.Errorf("audit: %s", text)
+			running = false
+		}
+	}
+	<-done
+}
+
 // TestAuditIsRightWhileTopUpsAreMade: the lists and the snapshot are read at different times, while
 // money comes in.
 func TestAuditIsRightWhileTopUpsAreMade(t *testing.T) {
@@ -283,23 +307,7 @@ func TestAuditIsRightWhileTopUpsAreMade(t *testing.T) {
 			}
 		})
 	}
-	done := make(chan struct{})
-	go func() {
-		defer close(done)
-		group.Wait()
-	}()
-	for running := true; running; {
-		select {
-		case <-done:
-			running = false
-		default:
-		}
-		if audit := b.audit(); !audit.OK {
-			t.Errorf("audit: %+v", audit)
-			running = false
-		}
-	}
-	<-done
+	b.auditDuring(&group)
 	expectAudit(t, b.settled(), clients*each)
 }
 
@@ -432,24 +440,7 @@ func TestPayoutsAtOnceHoldNoMoreThanThereIs(t *testing.T) {
 			}
 		})
 	}
-	done := make(chan struct{})
-	go func() {
-		defer close(done)
-		group.Wait()
-	}()
-	for running := true; running; {
-		select {
-		case <-done:
-			running = false
-		default:
-		}
-		if audit := b.audit(); !audit.OK {
-			text, _ := json.Marshal(audit)
-			t.Errorf("audit: %s", text)
-			running = false
-		}
-	}
-	<-done
+	b.auditDuring(&group)
 	b.faults(`{}`)
 	audit := b.settled()
 	expectAudit(t, audit, clients/3*each)
