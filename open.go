@@ -36,7 +36,9 @@ type EffectState int16
 
 // The states. Stores keep their numbers.
 const (
-	EffectIntended EffectState = 1 // it may have been sent, once or more; its result is not known
+	// EffectIntended: it may have been sent, once or more, and its result is not known. Output, if not
+	// nil, is what a person stated as the result. The next run checks it.
+	EffectIntended EffectState = 1
 	EffectDone     EffectState = 2 // Output is its result
 	EffectDeclined EffectState = 3 // a definite no; Output is its detail
 	EffectMaybe    EffectState = 4 // sent once at most, and its result will never be known
@@ -148,7 +150,8 @@ type Keeper interface {
 
 	// TakeOver makes the caller the owner of an open request if it is due, is not parked, and has the
 	// claim's route (Claim.Resumable), because another handler has other effects. The new lease is as
-	// long as the last owner's. Each effect that is not settled gets a new doubt. TakeOver returns the
+	// long as the last owner's. Each effect that is not settled gets a new doubt, unless a person has
+	// stated its result: then this owner does not send it. TakeOver returns the
 	// request's state, or nil if it is not open, and an attempt if the caller is now the owner. The
 	// state has the effects as they were before: Doubt is that of earlier owners. The claim gets the
 	// request's Attempt and TTL. ErrUnknown means that the caller may have become the owner. That does

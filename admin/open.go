@@ -260,7 +260,7 @@ func (f *openForm) problem(t *openTicket, confirm string, deed operator.OpenAct)
 	case t.Act == actSettle && hasOutput && f.As != operator.SettleDone && f.As != operator.SettleDeclined:
 		return "Nothing was done: only what is done or declined has a result."
 	case hasOutput && !json.Valid([]byte(f.Output)):
-		return "Nothing was done: the result is not JSON."
+		return `Nothing was done: the result is not JSON, such as {"id":"ch_1","amount":900}.`
 	case t.word() != "" && confirm != t.word():
 		return "Nothing was done: type " + t.word() + " to confirm."
 	case f.Reason == "":

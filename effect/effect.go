@@ -237,7 +237,10 @@ func (r *run[In, Out]) recorded() (out Out, err error) {
 
 // settle gets the result of the effect, by the rules in the package's comment.
 func (r *run[In, Out]) settle() (out Out, err error) {
-	in, err := decodeInput[In](r.effect.Input)
+	if r.effect.Output != nil {
+		return r.stated()
+	}
+	in, err := decodeStrictly[In](r.effect.Input)
 	if err != nil {
 		// Another version of the program may understand it. The part that this one understands would be
 		// another input.
@@ -468,22 +471,22 @@ func encodeInput[In any](in In) ([]byte, error) {
 	case len(input) > InputBytesMax:
 		return nil, fmt.Errorf("%w: it has %d bytes", ErrInputTooLarge, len(input))
 	}
-	if _, err := decodeInput[In](input); err != nil {
+	if _, err := decodeStrictly[In](input); err != nil {
 		return nil, fmt.Errorf("decode the input again: %w", err)
 	}
 	return input, nil
 }
 
-// decodeInput refuses an input with fields that this program does not know: without them it would
-// send another input under the same key.
-func decodeInput[In any](input []byte) (in In, err error) {
-	decoder := json.NewDecoder(bytes.NewReader(input))
+// decodeStrictly refuses fields that this program does not know: without them it would send another
+// input under the same key.
+func decodeStrictly[T any](text []byte) (value T, err error) {
+	decoder := json.NewDecoder(bytes.NewReader(text))
 	decoder.DisallowUnknownFields()
-	if err := decoder.Decode(&in); err != nil {
-		return in, err
+	if err := decoder.Decode(&value); err != nil {
+		return value, err
 	}
 	if _, err := decoder.Token(); !errors.Is(err, io.EOF) {
-		return in, errors.New("there is more than one value")
+		return value, errors.New("there is more than one value")
 	}
-	return in, nil
+	return value, nil
 }

@@ -15,7 +15,7 @@ import (
 type effectCommands struct {
 	List   effectListCommand   `cmd:"" help:"Show a page of open requests, the oldest first."`
 	Get    effectGetCommand    `cmd:"" help:"Show one open request with its effects."`
-	Settle effectSettleCommand `cmd:"" help:"State what is known of an effect. The service's handler then makes the answer."`
+	Settle effectSettleCommand `cmd:"" help:"State what is known of an effect: one of --done, --declined, --not-sent and --retry. The service's handler then makes the answer."`
 }
 
 type (
@@ -87,7 +87,7 @@ func openOf(r *operator.OpenRequest) openJSON {
 	for i := range r.Effects {
 		e := &r.Effects[i]
 		one := effectJSON{
-			Name: e.Name, Kind: kindText(e.Kind), State: operator.EffectStateText(e.State), DerivedKey: e.DerivedKey,
+			Name: e.Name, Kind: kindText(e.Kind), State: e.StateText(), DerivedKey: e.DerivedKey,
 			Tries: e.Tries, Panics: e.Panics, SentFirstAt: e.SentFirstAt,
 		}
 		if !e.DoubtAt.IsZero() {
@@ -185,7 +185,7 @@ func openLines(r *operator.OpenRequest) []string {
 	}
 	for i := range r.Effects {
 		e := &r.Effects[i]
-		lines = append(lines, fmt.Sprintf("%s\t%s\t%s\t%d\t%s\t%s\t%s\t%s", terminal.Clean(e.Name), kindText(e.Kind), operator.EffectStateText(e.State), e.Tries,
+		lines = append(lines, fmt.Sprintf("%s\t%s\t%s\t%d\t%s\t%s\t%s\t%s", terminal.Clean(e.Name), kindText(e.Kind), e.StateText(), e.Tries,
 			stamp(e.SentFirstAt), stamp(e.DoubtAt), stamp(e.SettledAt), e.DerivedKey))
 	}
 	return lines
@@ -193,14 +193,18 @@ func openLines(r *operator.OpenRequest) []string {
 
 // openFlags are the flags of an act on an open request.
 type openFlags struct {
-	Reason string `required:"" placeholder:"TEXT" help:"Reason for the act. It is kept in the audit table."`
-	Actor  string `placeholder:"NAME" help:"Your name. (default: your account on this machine)"`
-	Epoch  int64  `placeholder:"N" help:"Act only if nobody has owned the request or acted on it since, as shown by effect get."`
+	Reason   string `required:"" placeholder:"TEXT" help:"Reason for the act. It is kept in the audit table."`
+	Actor    string `placeholder:"NAME" help:"Your name. (default: your account on this machine)"`
+	Epoch    int64  `xor:"epoch" placeholder:"N" help:"The epoch that effect get shows: nothing is done if somebody has owned the request or acted on it since. Required, unless --any-epoch is given."`
+	AnyEpoch bool   `xor:"epoch" help:"Act on the request whatever has become of it since you looked."`
 }
 
 func (c *openFlags) act() (operator.OpenAct, error) {
 	actor, err := actorOr(c.Actor)
 	act := operator.OpenAct{Act: operator.Act{Actor: actor, Reason: c.Reason}, Epoch: c.Epoch}
+	if (c.Epoch > 0) == c.AnyEpoch {
+		err = errors.Join(err, fmt.Errorf("%w: look with idemctl effect get, and add --epoch with the epoch that it shows (or --any-epoch)", operator.ErrInvalid))
+	}
 	return act, errors.Join(err, act.Validate())
 }
 
@@ -234,17 +238,18 @@ type effectSettleCommand struct {
 	keyArguments
 	Name string `arg:"" help:"Name of the effect."`
 	openFlags
-	Done     string `xor:"as" required:"" placeholder:"JSON" help:"The other service did it. JSON is the result that the effect's Do would return."`
-	Declined bool   `xor:"as" required:"" help:"The other service refused, and will not do it later."`
-	NotSent  bool   `xor:"as" required:"" help:"The other service never got it, and nothing is on its way to it: it is sent as if for the first time. Look it up there when the effect's SettleAfter has passed since the last send."`
-	Retry    bool   `xor:"as" required:"" help:"Nothing is known: it is sent again with the same key, if the rules of the effect permit that."`
+	Done     string `xor:"as" placeholder:"JSON" help:"The other service did it. JSON is the result that the effect's Do would return. The handler checks it, and you may state it again until it fits."`
+	Declined bool   `xor:"as" help:"The other service refused, and will not do it later."`
+	NotSent  bool   `xor:"as" help:"The other service never got it, and nothing is on its way to it: it is sent as if for the first time. Look it up there when the effect's SettleAfter has passed since the last send."`
+	Retry    bool   `xor:"as" help:"Nothing is known: it is sent again with the same key, if the rules of the effect permit that."`
 	Detail   string `placeholder:"JSON" help:"With --declined: the detail of the refusal, as the handler expects it."`
 }
 
 // Run is called by kong.
 func (c *effectSettleCommand) Run(a *app) error {
-	as, output := operator.SettleDone, []byte(c.Done)
+	as, output, done := operator.SettleDone, []byte(c.Done), "stated as done, to be checked by the handler: effect get shows whether it fits"
 	switch {
+	case c.Done != "":
 	case c.Declined:
 		as, output = operator.SettleDeclined, nil
 		if c.Detail != "" {
@@ -254,11 +259,16 @@ func (c *effectSettleCommand) Run(a *app) error {
 		as, output = operator.SettleNotSent, nil
 	case c.Retry:
 		as, output = operator.SettleRetry, nil
+	default:
+		return fmt.Errorf(`%w: say what is known of the effect: --done '{"id":"ch_1"}', --declined, --not-sent or --retry`, operator.ErrInvalid)
 	}
 	if c.Detail != "" && !c.Declined {
 		return fmt.Errorf("%w: --detail goes with --declined", operator.ErrInvalid)
 	}
-	return c.do(a, &c.keyArguments, "settled as "+string(as), func(ctx context.Context, o *operator.Operator, key idempotency.Key, act operator.OpenAct) (operator.OpenRequest, error) {
+	if as != operator.SettleDone {
+		done = "settled as " + string(as)
+	}
+	return c.do(a, &c.keyArguments, done, func(ctx context.Context, o *operator.Operator, key idempotency.Key, act operator.OpenAct) (operator.OpenRequest, error) {
 		return o.Settle(ctx, key, c.Name, as, output, act)
 	})
 }
@@ -299,6 +309,9 @@ func (c *abandonCommand) Run(a *app) error {
 	if c.Sent != "" && c.Sent != "none" {
 		sent = strings.Split(c.Sent, ",")
 	}
+	if c.Sent == "" { // it only looks
+		c.Epoch, c.AnyEpoch = 0, true
+	}
 	return c.do(a, &c.keyArguments, "abandoned", func(ctx context.Context, o *operator.Operator, key idempotency.Key, act operator.OpenAct) (operator.OpenRequest, error) {
 		if c.Sent == "" {
 			r, err := o.GetOpen(ctx, key)
@@ -310,7 +323,7 @@ func (c *abandonCommand) Run(a *app) error {
 			if names == "" {
 				names = "none"
 			}
-			return r, refused{fmt.Errorf("nothing was done. After this a retry RUNS AGAIN, and can PAY TWICE: look each effect up at the other service by its derived key, and then say --sent %s", names)}
+			return r, refused{fmt.Errorf("nothing was done. After this a retry RUNS AGAIN, and can PAY TWICE: look each effect up at the other service by its derived key, and then say --epoch %d --sent %s", r.Epoch, names)}
 		}
 		return o.Abandon(ctx, key, operator.Abandonment{OpenAct: act, Sent: sent})
 	})

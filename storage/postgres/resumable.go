@@ -17,6 +17,7 @@ import (
 	"github.com/jackc/pgx/v5/pgxpool"
 
 	"github.com/paidonce/idempotency"
+	"github.com/paidonce/idempotency/internal/envelope"
 	"github.com/paidonce/idempotency/storage/postgres/internal/sealed"
 	"github.com/paidonce/idempotency/storage/postgres/internal/wire"
 )
@@ -148,7 +149,9 @@ func newOpenStatements(o *Options) openStatements {
 			" next_at = " + now + " + lease_ms * interval '1 millisecond'" +
 			" WHERE (scope, key) IN (SELECT scope, key FROM " + open + " WHERE scope = $1 AND key = $2 AND route = $3 AND parked IS NULL AND next_at <= " + now + " FOR UPDATE SKIP LOCKED)" +
 			" AND pg_catalog.set_config('synchronous_commit', $4, true) IS NOT NULL RETURNING epoch)," +
-			" doubted AS (UPDATE " + effects + " SET doubt_at = " + now + ", tries = tries + 1, epoch = (SELECT epoch FROM taken)" +
+			// A call with an output that a person stated is not sent by this owner.
+			" doubted AS (UPDATE " + effects + " SET doubt_at = CASE WHEN output IS NULL THEN " + now + " ELSE doubt_at END," +
+			" tries = tries + CASE WHEN output IS NULL THEN 1 ELSE 0 END, epoch = (SELECT epoch FROM taken)" +
 			" WHERE scope = $1 AND key = $2 AND state = 1 AND EXISTS (SELECT FROM taken))" +
 			" SELECT COALESCE((SELECT epoch FROM taken), 0), " + columns,
 		due: "SELECT scope, key FROM " + open + " WHERE parked IS NULL AND next_at <= " + now + " AND route = ANY ($1) ORDER BY next_at LIMIT $2",
@@ -158,7 +161,7 @@ func newOpenStatements(o *Options) openStatements {
 		panic:   "UPDATE " + effects + " SET panics = panics + 1 WHERE scope = $1 AND key = $2 AND epoch = $3 AND name = $4 AND state = 1",
 		byKey:   records + "e.derived_key = ANY ($1)",
 		between: records + "e.name = ANY ($1) AND e.sent_first_at >= $2 AND e.sent_first_at < $3 AND ($4::uuid IS NULL OR e.derived_key > $4) ORDER BY e.derived_key LIMIT $5",
-		find: "SELECT e.scope, e.key, e.name, e.state, e.kind, k.attempt_id, substr(e.input, 1, 4) = '\\x00656e63'::bytea FROM " + effects + " AS e JOIN " + keys +
+		find: "SELECT e.scope, e.key, e.name, e.state, e.kind, k.attempt_id, " + fmt.Sprintf(`substr(e.input, 1, %d) = '\x%x'::bytea`, len(envelope.Mark), envelope.Mark) + " FROM " + effects + " AS e JOIN " + keys +
 			" AS k USING (scope, key) WHERE e.derived_key = $1 AND e.kind <> 4",
 		hold:          "SELECT FROM " + open + " WHERE scope = $1 AND key = $2 FOR UPDATE",
 		settleOutside: "UPDATE " + effects + " SET state = $4, output = $5, settled_at = " + now + " WHERE scope = $1 AND key = $2 AND name = $3 AND state = 1",

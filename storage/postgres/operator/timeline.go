@@ -156,7 +156,7 @@ func (o *Operator) effectEvents(ctx context.Context, tx pgx.Tx, key idempotency.
 			events = append(events, Event{At: e.DoubtAt, Kind: EventSentAgain, Effect: e.Name, Attempts: e.Tries, Attempt: record.Attempt})
 		}
 		if !e.SettledAt.IsZero() {
-			events = append(events, Event{At: e.SettledAt, Kind: EventResult, Effect: e.Name, Reason: EffectStateText(e.State), Attempt: record.Attempt})
+			events = append(events, Event{At: e.SettledAt, Kind: EventResult, Effect: e.Name, Reason: e.StateText(), Attempt: record.Attempt})
 		}
 	}
 	if !record.Open() {
