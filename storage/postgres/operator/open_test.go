@@ -41,6 +41,10 @@ func (b *openBundle) run(ctx context.Context) (*idempotency.Answer, error) {
 		return nil, err
 	}
 	effect, _, _, err := effects.Begin(idempotency.Intent{Name: "charge", Kind: b.kind, Input: []byte("1"), Timeout: time.Second})
+	if err == nil && effect.State == idempotency.EffectIntended && effect.Output != nil { // package effect checks it
+		effect.State = idempotency.EffectDone
+		err = effects.Settle(effect)
+	}
 	switch {
 	case err != nil:
 		return nil, err
@@ -101,11 +105,14 @@ func TestSettledEffectIsAnsweredByTheHandler(t *testing.T) {
 		if _, err := b.operator.Settle(t.Context(), k, "charge", as, []byte(`{"id":"ch_1"}`), a); err != nil {
 			t.Fatal(err)
 		}
-		// A second time it is refused, with the same epoch and without one.
 		_, err = b.operator.Settle(t.Context(), k, "charge", as, []byte(`{}`), a)
 		wantError(t, err, operator.ErrChanged)
-		_, err = b.operator.Settle(t.Context(), k, "charge", as, []byte(`{}`), openAct)
-		wantError(t, err, operator.ErrSettled)
+		wantRemedy(t, err, "effect get")
+		if as == operator.SettleDeclined { // a result, and not a statement
+			_, err = b.operator.Settle(t.Context(), k, "charge", as, []byte(`{}`), openAct)
+			wantError(t, err, operator.ErrSettled)
+			wantRemedy(t, err, "declined since", "never replaced", "key resume")
+		}
 		b.complete(t)
 		if result := b.again(t, "canary"); result.Outcome != idempotency.OutcomeReplayed || result.Answer.Status != want {
 			t.Errorf("%s: %+v", as, result)
@@ -115,12 +122,67 @@ func TestSettledEffectIsAnsweredByTheHandler(t *testing.T) {
 		}
 		_, err = b.operator.Settle(t.Context(), k, "charge", as, []byte(`{}`), openAct)
 		wantError(t, err, operator.ErrNotOpen)
+		wantRemedy(t, err, "key get")
 		if got, want := b.audits(t), "settle-"+string(as)+" alice ticket 7 acme canary "+seen.Attempt.String()+" 0"; got != want {
 			t.Errorf("audit is %q, want %q", got, want)
 		}
 		if got := b.Text(t, "SELECT effect || ' ' || (effects->0->>'derived_key') FROM idempotency_audit"); got != "charge "+seen.Effects[0].DerivedKey {
 			t.Errorf("the audit has %q", got)
 		}
+	}
+}
+
+// wantRemedy fails the test unless the error has these words.
+func wantRemedy(t *testing.T, err error, words ...string) {
+	t.Helper()
+	for _, word := range words {
+		if err == nil || !strings.Contains(err.Error(), word) {
+			t.Errorf("%v: it does not say %q", err, word)
+		}
+	}
+}
+
+// Until the next run a stated result is no result: it can be stated again and taken back, and it is
+// shown as stated.
+func TestStatementStandsUntilTheNextRun(t *testing.T) {
+	t.Parallel()
+	b := setupOpen(t)
+	k := b.open(t, "canary")
+	settle := func(as operator.Settlement, output []byte) {
+		t.Helper()
+		if _, err := b.operator.Settle(t.Context(), k, "charge", as, output, openAct); err != nil {
+			t.Fatal(err)
+		}
+	}
+	state := func() string {
+		t.Helper()
+		seen, err := b.operator.GetOpen(t.Context(), k)
+		if err != nil || len(seen.Unsettled) != 1 || !seen.Effects[0].SettledAt.IsZero() || seen.Effects[0].State != idempotency.EffectIntended {
+			t.Errorf("%+v, %v", seen, err)
+		}
+		return seen.Effects[0].StateText()
+	}
+	for _, as := range []operator.Settlement{operator.SettleRetry, operator.SettleNotSent} {
+		settle(operator.SettleDone, []byte("1"))
+		settle(operator.SettleDone, []byte("2"))
+		if got := state(); got != "stated" {
+			t.Errorf("stated: %s", got)
+		}
+		settle(as, nil)
+		if got := state(); got != "intended" {
+			t.Errorf("after %s: %s", as, got)
+		}
+	}
+	_, err := b.operator.Settle(t.Context(), k, "charge", operator.SettleDone, []byte("ch_1"), openAct)
+	wantError(t, err, operator.ErrInvalid)
+	wantRemedy(t, err, `{"id":"ch_1","amount":900}`, "quotes")
+	settle(operator.SettleDone, []byte("3"))
+	b.complete(t)
+	if b.out != "3" || b.sent != 1 || b.Effects(t) != 1 {
+		t.Errorf("output %q, sent %d, posted %d", b.out, b.sent, b.Effects(t))
+	}
+	if got := b.Strings(t, "SELECT effects->0->>'stated' FROM idempotency_audit WHERE effects->0 ? 'stated'"); len(got) != 4 {
+		t.Errorf("the audit table has %q of what stood before the act", got)
 	}
 }
 
@@ -190,7 +252,9 @@ func TestActOnAnOpenRequestThatRuns(t *testing.T) {
 		},
 	} {
 		t.Log(name)
-		wantError(t, do(), operator.ErrInProgress)
+		err := do()
+		wantError(t, err, operator.ErrInProgress)
+		wantRemedy(t, err, b.Text(t, `SELECT to_char(next_at AT TIME ZONE 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS"Z"') FROM idempotency_open`))
 	}
 	if got := b.audits(t); got != "" {
 		t.Errorf("audit is %q", got)
