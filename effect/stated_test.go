@@ -89,9 +89,15 @@ func TestStatementIsTakenBack(t *testing.T) {
 		status int
 		sent   int
 	}{
-		"declined": {forgets, func(t *testing.T, s *shop) { s.state(t, "charge", operator.SettleDeclined, nil) }, 402, 1},
-		"not sent": {forgets, func(t *testing.T, s *shop) { s.state(t, "charge", operator.SettleNotSent, nil) }, 201, 2},
-		"retry":    {loses, func(t *testing.T, s *shop) { s.state(t, "charge", operator.SettleRetry, nil) }, 201, 2},
+		"declined": {forgets, func(t *testing.T, s *shop) {
+			s.older(t, 10*time.Minute) // no send is under way
+			s.state(t, "charge", operator.SettleDeclined, nil)
+		}, 402, 1},
+		"not sent": {forgets, func(t *testing.T, s *shop) {
+			s.older(t, 10*time.Minute)
+			s.state(t, "charge", operator.SettleNotSent, nil)
+		}, 201, 2},
+		"retry": {loses, func(t *testing.T, s *shop) { s.state(t, "charge", operator.SettleRetry, nil) }, 201, 2},
 		"webhook": {loses, func(t *testing.T, s *shop) {
 			if err := s.webhook(t, true, "ch_1", nil); err != nil {
 				t.Fatal(err)
@@ -106,7 +112,7 @@ func TestStatementIsTakenBack(t *testing.T) {
 		for _, checked := range []bool{false, true} {
 			t.Run(fmt.Sprint(name, ", checked ", checked), func(t *testing.T) {
 				t.Parallel()
-				s := newShop(t, nil)
+				s := newShop(t, func(_ *processor, e *effect.Effect[card, charge]) { e.KeepsDeclines = true }) // else the webhook's no is only noted
 				s.does(c.first)
 				s.wantOpen(t, s.request())
 				stated := `{"ID":"ch_stated","Amount":700}`

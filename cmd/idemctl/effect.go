@@ -247,7 +247,7 @@ type effectSettleCommand struct {
 
 // Run is called by kong.
 func (c *effectSettleCommand) Run(a *app) error {
-	as, output, done := operator.SettleDone, []byte(c.Done), "stated as done, to be checked by the handler: effect get shows whether it fits"
+	as, output, done := operator.SettleDone, []byte(c.Done), "stated as done"
 	switch {
 	case c.Done != "":
 	case c.Declined:
@@ -268,9 +268,13 @@ func (c *effectSettleCommand) Run(a *app) error {
 	if as != operator.SettleDone {
 		done = "settled as " + string(as)
 	}
-	return c.do(a, &c.keyArguments, done, func(ctx context.Context, o *operator.Operator, key idempotency.Key, act operator.OpenAct) (operator.OpenRequest, error) {
+	err := c.do(a, &c.keyArguments, done, func(ctx context.Context, o *operator.Operator, key idempotency.Key, act operator.OpenAct) (operator.OpenRequest, error) {
 		return o.Settle(ctx, key, c.Name, as, output, act)
 	})
+	if err != nil || as != operator.SettleDone || a.cli.JSON {
+		return err
+	}
+	return a.printf("the handler checks the result when it runs next; if it does not fit, idemctl effect get shows the fields, and you settle it again\n")
 }
 
 type (

@@ -165,6 +165,7 @@ func TestStatementStandsUntilTheNextRun(t *testing.T) {
 	for _, as := range []operator.Settlement{operator.SettleRetry, operator.SettleNotSent} {
 		settle(operator.SettleDone, []byte("1"))
 		settle(operator.SettleDone, []byte("2"))
+		b.older(t)
 		if got := state(); got != "stated" {
 			t.Errorf("stated: %s", got)
 		}
