@@ -23,7 +23,7 @@ func (r *run[In, Out]) stated() (out Out, err error) {
 	case fits:
 		return r.done(out)
 	}
-	return r.park("the stated result does not fit, and nothing was sent: state it again (idemctl effect settle --done), with exactly the fields of "+formOf[Out](), nil)
+	return r.park("the stated result does not fit, and nothing was sent: state it again (idemctl effect settle --done), with exactly the fields and types of "+formOf[Out](), nil)
 }
 
 // fromStatement decodes an output that a person stated, and reports whether it fits: nothing of it

@@ -53,7 +53,7 @@ func TestWrongStatementIsNotPosted(t *testing.T) {
 			} {
 				s.state(t, "charge", operator.SettleDone, []byte(wrong))
 				result := s.resume(t)
-				words := `with exactly the fields of {"ID":"","Amount":0}`
+				words := `with exactly the fields and types of {"ID":"","Amount":0}`
 				if len(wrong) > effect.OutputBytesMax {
 					words = "over 65536 bytes"
 				}
