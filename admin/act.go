@@ -23,7 +23,7 @@ type ticket struct {
 
 var errStrangeForm = refusal{
 	status: http.StatusForbidden,
-	detail: "This form was not made by this page for you, or the service was started anew since. Nothing was done. Open the key again.",
+	detail: "This form was not made by this page for you, or the service was restarted since. Nothing was done. Open the key again.",
 }
 
 // fresh refuses a form that was made too long ago.

@@ -32,11 +32,11 @@
 //
 //	before_begin           the store is unavailable
 //	after_begin            the key is claimed
-//	mid_handler            the handler's context ends at one of its uses; the keys spread over them
+//	mid_handler            the handler's context ends at one of its uses, which differs by key
 //	handler_canceled       the same, but the process lives on
 //	after_handler          the handler has returned
 //	before_commit          COMMIT was not sent
-//	mid_commit             COMMIT's context ends at one of its uses; the keys spread over them
+//	mid_commit             COMMIT's context ends at one of its uses, which differs by key
 //	commit_canceled        the same, but the process lives on
 //	commit_never_arrived   COMMIT is lost on its way; the process lives on
 //	commit_lost            COMMIT happened, its reply is lost; the process lives on

@@ -258,7 +258,8 @@ func (m *Middleware) answer(w http.ResponseWriter, r *http.Request, result idemp
 func (m *Middleware) refuse(w http.ResponseWriter, r *http.Request, reason idempotency.Reason, err error, status *StatusError) {
 	outcome := idempotency.OutcomeNotExecuted
 	if reason == idempotency.ReasonReplayDenied {
-		outcome = idempotency.OutcomeUnknown // not-executed would be untrue, and replayed would reveal that there is an answer
+		// Not-executed would be untrue, and replayed would reveal that there is an answer.
+		outcome = idempotency.OutcomeUnknown
 	}
 	m.traceRefused(r, reason, err, status)
 	m.writeProblem(w, reason, outcome, status)

@@ -199,7 +199,8 @@ func wantDocumented(t *testing.T, registry *prometheus.Registry) {
 			t.Errorf("%s has the label %s, which nobody knows", family.GetName(), name)
 		}
 		if name := family.GetName(); !caused && name != "idempotency_requests_in_flight" && name != "idempotency_requests_waiting" && name != "idempotency_pool_connections_acquired" {
-			t.Errorf("%s was not caused", name) // the three are zero by now; they were checked above
+			// The three are zero by now; they were checked above.
+			t.Errorf("%s was not caused", name)
 		}
 		got = append(got, strings.Join([]string{family.GetName(), strings.ToLower(family.GetType().String()), strings.Join(inOrder, ", ")}, " | "))
 	}

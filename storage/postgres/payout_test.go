@@ -213,7 +213,8 @@ func TestKilledPayoutIsCompleted(t *testing.T) {
 					t.Errorf("%d open", n)
 				}
 				deadline := time.Now().Add(patience)
-				if !committed { // a retry is the first request, once the server has noticed the death
+				// A retry is then the first request, once the server has noticed the death.
+				if !committed {
 					result := p.do(t.Context())
 					for ; result.Outcome == idempotency.OutcomeInProgress && time.Now().Before(deadline); result = p.do(t.Context()) {
 						time.Sleep(10 * time.Millisecond)

@@ -30,9 +30,9 @@ var (
 //
 // A decline that the other service does not keep (Settlement.Kept) counts only for a call that is
 // sent once at most. It may belong to one of several sends, while another one is under way, and
-// net/http repeats requests with a key by itself. Nothing is recorded then but a note for the
-// operator. The request is as due or parked as before: its next run looks the call up or sends it
-// again.
+// net/http repeats requests with a key by itself. For any other call only a note for the operator
+// is recorded. The request stays due or parked as it was, and its next run looks the call up or
+// sends it again.
 //
 // Otherwise the request becomes due at once, unless a run of its handler is under way. A parked
 // request is not parked any more. Its handler makes the answer, so a client must retry or a

@@ -74,7 +74,7 @@ var resolveCases = []testCase{
 	},
 	{
 		name: "ResolveIsBoundByItsContext",
-		rule: "Resolve returns when its context is over, with ErrUnknown while the key is still held: never nil, which would say that nothing was executed.",
+		rule: "Resolve returns when its context has ended, with ErrUnknown while the key is still held: never nil, which would say that nothing was executed.",
 		run: func(c *check) {
 			attempt := c.claim(claimOf("acme", "k"))
 			for _, wait := range []time.Duration{resolveMax, 0} {

@@ -420,7 +420,7 @@ func (tx *Tx) SendBatch(ctx context.Context, batch *pgx.Batch) pgx.BatchResults 
 
 // LargeObjects panics: its type can only be made around the seal.
 func (tx *Tx) LargeObjects() pgx.LargeObjects {
-	panic(idempotency.UsageError("idempotency/postgres: LargeObjects is not to be had in an idempotent handler: call lo_create, lo_put and lo_get by SQL"))
+	panic(idempotency.UsageError("idempotency/postgres: LargeObjects can't be used in an idempotent handler: call lo_create, lo_put and lo_get by SQL"))
 }
 
 // Conn returns nil: the connection would let the handler end the transaction.
