@@ -26,7 +26,7 @@ type processor struct {
 	url string
 }
 
-// servePSP starts the program and waits until it has printed where it serves. It is killed when the
+// servePSP starts the program and waits until it has printed its address. It is killed when the
 // test ends.
 func servePSP(t *testing.T, args ...string) *processor {
 	t.Helper()

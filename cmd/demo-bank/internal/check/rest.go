@@ -17,8 +17,8 @@ type Bounds struct {
 }
 
 // Live is [LiveRecordsKept]: each of the keys has its record, and the table is within limit. The
-// keys must be younger than the TTL: pass those that were acknowledged and those that were planted
-// to tempt the reaper.
+// keys must be younger than the TTL: pass those that were acknowledged, and those of planted
+// records that the reaper must not delete.
 func Live(ctx context.Context, conn *pgx.Conn, live []Key, limit Bounds) (Result, error) {
 	r := result(LiveRecordsKept)
 	r.Seen = len(live)
