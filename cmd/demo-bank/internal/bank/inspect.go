@@ -107,8 +107,8 @@ const effects = `
 	UNION ALL
 	SELECT 'receipt ' || id, scope, key, attempt_id, created_at FROM receipts WHERE key IS NOT NULL`
 
-// written selects the effects after the cutoff, all records of 2xx answers, and those of the
-// records after the cutoff.
+// written selects the effects after the cutoff, all records of 2xx answers, and of these records
+// the ones after the cutoff.
 const written = Cutoff + `,
 	effects AS MATERIALIZED (SELECT e.* FROM cutoff, (` + effects + `) e WHERE e.created_at > cutoff.at),
 	all_records AS MATERIALIZED (

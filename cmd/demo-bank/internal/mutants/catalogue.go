@@ -11,7 +11,7 @@ type Mutant struct {
 	edits []edit
 }
 
-// Test names a test that catches a bug that no storm on the bank can show.
+// Test names a test for a bug that storms on the bank never or rarely show.
 type Test struct{ Folder, Func string }
 
 // edit replaces the one occurrence of before in a file.
