@@ -31,6 +31,21 @@ const (
 	EffectPhase      EffectKind = 4 // a transaction of the handler's, committed before its last one
 )
 
+// String returns the kind in one word, for people: "at-most-once".
+func (k EffectKind) String() string {
+	switch k {
+	case EffectCall:
+		return "call"
+	case EffectAtMostOnce:
+		return "at-most-once"
+	case EffectUndo:
+		return "undo"
+	case EffectPhase:
+		return "phase"
+	}
+	return fmt.Sprintf("kind %d", int16(k))
+}
+
 // EffectState is the state of a recorded effect.
 type EffectState int16
 
@@ -43,6 +58,21 @@ const (
 	EffectDeclined EffectState = 3 // a definite no; Output is its detail
 	EffectMaybe    EffectState = 4 // sent once at most, and its result will never be known
 )
+
+// String returns the state in one word, for people: "intended".
+func (s EffectState) String() string {
+	switch s {
+	case EffectIntended:
+		return "intended"
+	case EffectDone:
+		return "done"
+	case EffectDeclined:
+		return "declined"
+	case EffectMaybe:
+		return "maybe"
+	}
+	return fmt.Sprintf("state %d", int16(s))
+}
 
 // Effect is a call to another service, or a phase, as the store keeps it. Times are by the store's
 // clock. A phase has no input and is never recorded as EffectIntended; its SentFirst is the time of

@@ -16,7 +16,6 @@ import (
 	"strings"
 	"time"
 
-	"github.com/paidonce/idempotency"
 	"github.com/paidonce/idempotency/storage/postgres/operator"
 )
 
@@ -107,7 +106,6 @@ var functions = template.FuncMap{
 	"hex":        func(b [32]byte) string { return hex.EncodeToString(b[:]) },
 	"int":        func(n any) string { return formatNumber(toInt64(n)) },
 	"long":       formatDuration,
-	"effectKind": effectKind,
 	"openChip":   openChip,
 	"settlement": tellSettlement,
 	"rowsOf":     func(caption string, rows []row, now time.Time) rowsView { return rowsView{caption, rows, now} },
@@ -254,27 +252,14 @@ func chipOf(status int) chip {
 
 // openChip returns the chip of an open request.
 func openChip(r operator.OpenRequest) chip {
-	switch {
-	case r.Parked != "":
-		return chip{"parked", "bad"}
-	case r.Running:
-		return chip{"running", "plain"}
-	case !r.NextAt.After(r.StartedAt.Add(r.Age)):
-		return chip{"due", "warn"}
+	tone := "plain"
+	switch r.State() {
+	case operator.OpenParked:
+		tone = "bad"
+	case operator.OpenDue:
+		tone = "warn"
 	}
-	return chip{"waiting", "plain"}
-}
-
-func effectKind(kind idempotency.EffectKind) string {
-	switch kind {
-	case idempotency.EffectAtMostOnce:
-		return "call, sent once at most"
-	case idempotency.EffectUndo:
-		return "undo"
-	case idempotency.EffectPhase:
-		return "phase"
-	}
-	return "call"
+	return chip{string(r.State()), tone}
 }
 
 // tellSettlement describes a settlement that an operator may choose.

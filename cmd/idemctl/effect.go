@@ -49,36 +49,9 @@ type (
 	}
 )
 
-// openState returns the state of an open request in one word.
-func openState(r *operator.OpenRequest) string {
-	switch {
-	case r.Parked != "":
-		return "parked"
-	case r.Running:
-		return "running"
-	case !r.NextAt.After(r.StartedAt.Add(r.Age)):
-		return "due"
-	}
-	return "waiting"
-}
-
-func kindText(kind idempotency.EffectKind) string {
-	switch kind {
-	case idempotency.EffectCall:
-		return "call"
-	case idempotency.EffectAtMostOnce:
-		return "at-most-once"
-	case idempotency.EffectUndo:
-		return "undo"
-	case idempotency.EffectPhase:
-		return "phase"
-	}
-	return fmt.Sprintf("kind %d", kind)
-}
-
 func openOf(r *operator.OpenRequest) openJSON {
 	j := openJSON{
-		Scope: r.Key.Scope, Key: r.Key.Value, Route: r.Route, State: openState(r), Attempt: r.Attempt.String(), Epoch: r.Epoch, Runs: r.Runs,
+		Scope: r.Key.Scope, Key: r.Key.Value, Route: r.Route, State: string(r.State()), Attempt: r.Attempt.String(), Epoch: r.Epoch, Runs: r.Runs,
 		StartedAt: r.StartedAt, AgeMS: r.Age.Milliseconds(), NextAt: r.NextAt, Parked: r.Parked, LastReason: r.LastReason, Unsettled: r.Unsettled,
 	}
 	if j.Unsettled == nil {
@@ -87,7 +60,7 @@ func openOf(r *operator.OpenRequest) openJSON {
 	for i := range r.Effects {
 		e := &r.Effects[i]
 		one := effectJSON{
-			Name: e.Name, Kind: kindText(e.Kind), State: e.StateText(), DerivedKey: e.DerivedKey,
+			Name: e.Name, Kind: e.Kind.String(), State: e.StateText(), DerivedKey: e.DerivedKey,
 			Tries: e.Tries, Panics: e.Panics, SentFirstAt: e.SentFirstAt,
 		}
 		if !e.DoubtAt.IsZero() {
@@ -141,7 +114,7 @@ func (c *effectListCommand) Run(a *app) error {
 			if why == "" {
 				why = r.LastReason
 			}
-			lines = append(lines, fmt.Sprintf("%s\t%s\t%s\t%s\t%s\t%s\t%s", terminal.Clean(r.Key.Scope), terminal.Clean(r.Key.Value), terminal.Clean(r.Route), openState(r),
+			lines = append(lines, fmt.Sprintf("%s\t%s\t%s\t%s\t%s\t%s\t%s", terminal.Clean(r.Key.Scope), terminal.Clean(r.Key.Value), terminal.Clean(r.Route), r.State(),
 				r.Age.Round(time.Second), orDash(terminal.Clean(strings.Join(r.Unsettled, ","))), orDash(terminal.Clean(why))))
 		}
 		if err := a.table(lines); err != nil {
@@ -177,7 +150,7 @@ func (c *effectGetCommand) Run(a *app) error {
 
 func openLines(r *operator.OpenRequest) []string {
 	lines := []string{
-		"scope\t" + terminal.Clean(r.Key.Scope), "key\t" + terminal.Clean(r.Key.Value), "route\t" + terminal.Clean(r.Route), "state\t" + openState(r),
+		"scope\t" + terminal.Clean(r.Key.Scope), "key\t" + terminal.Clean(r.Key.Value), "route\t" + terminal.Clean(r.Route), "state\t" + string(r.State()),
 		"parked\t" + orDash(terminal.Clean(r.Parked)), "last run\t" + orDash(terminal.Clean(r.LastReason)),
 		"attempt\t" + r.Attempt.String(), fmt.Sprintf("epoch\t%d", r.Epoch), fmt.Sprintf("runs\t%d", r.Runs),
 		"started\t" + stamp(r.StartedAt), "next\t" + stamp(r.NextAt),
@@ -185,7 +158,7 @@ func openLines(r *operator.OpenRequest) []string {
 	}
 	for i := range r.Effects {
 		e := &r.Effects[i]
-		lines = append(lines, fmt.Sprintf("%s\t%s\t%s\t%d\t%s\t%s\t%s\t%s", terminal.Clean(e.Name), kindText(e.Kind), e.StateText(), e.Tries,
+		lines = append(lines, fmt.Sprintf("%s\t%s\t%s\t%d\t%s\t%s\t%s\t%s", terminal.Clean(e.Name), e.Kind, e.StateText(), e.Tries,
 			stamp(e.SentFirstAt), stamp(e.DoubtAt), stamp(e.SettledAt), e.DerivedKey))
 	}
 	return lines

@@ -56,6 +56,30 @@ type OpenRequest struct {
 	Effects []Effect // only of [Operator.GetOpen]
 }
 
+// OpenState is the state of an open request in one word.
+type OpenState string
+
+// The states.
+const (
+	OpenParked  OpenState = "parked"  // only a person can end it
+	OpenRunning OpenState = "running" // an attempt runs, or died within its lease
+	OpenDue     OpenState = "due"     // anybody may take it over
+	OpenWaiting OpenState = "waiting" // it is due later
+)
+
+// State returns the state at the time that the request was read.
+func (r *OpenRequest) State() OpenState {
+	switch {
+	case r.Parked != "":
+		return OpenParked
+	case r.Running:
+		return OpenRunning
+	case !r.NextAt.After(r.StartedAt.Add(r.Age)):
+		return OpenDue
+	}
+	return OpenWaiting
+}
+
 // Effect is a call that an open request made, or was about to make. Its input and output are not
 // read: they may contain private data.
 type Effect struct {
@@ -350,20 +374,10 @@ func (o *Operator) givenUp(ctx context.Context, tx pgx.Tx, key idempotency.Key, 
 
 // StateText returns the state of the effect in one word: intended, stated, done, declined or maybe.
 func (e *Effect) StateText() string {
-	switch e.State {
-	case idempotency.EffectIntended:
-		if e.Stated {
-			return "stated"
-		}
-		return "intended"
-	case idempotency.EffectDone:
-		return "done"
-	case idempotency.EffectDeclined:
-		return "declined"
-	case idempotency.EffectMaybe:
-		return "maybe"
+	if e.Stated && e.State == idempotency.EffectIntended {
+		return "stated"
 	}
-	return fmt.Sprintf("state %d", e.State)
+	return e.State.String()
 }
 
 func (r *OpenRequest) names() []string {
