@@ -17,7 +17,8 @@ const (
 	ttl          = 24 * time.Hour // the bank's default
 	judgeWaitMax = 10 * time.Minute
 	quietWaitMax = 20 * time.Second // a half-open transaction ends by itself
-	// The allowed share of unknown answers, without those that a fault of their COMMIT exempts.
+	// The allowed share of unknown answers. Answers to a key are not counted if its COMMIT had a
+	// fault that can make the outcome unknown.
 	unknownRate = 0.001
 	// The number that is always allowed, for a run so short that its rate means nothing.
 	unknownAlways = 2
