@@ -143,7 +143,7 @@ func (p *processor) crash(ctx context.Context) (bool, error) {
 	if err != nil {
 		return false, nil // it has just ended
 	}
-	// The channel of the life that was killed is closed already, and is replaced when it has ended.
+	// The channel of the killed life is closed already, and is replaced when that life has ended.
 	for {
 		p.mu.Lock()
 		gone := !p.killed || p.cmd == nil

@@ -244,8 +244,9 @@ func (x *index) toldIsTrue(gs []group) Result {
 	return r
 }
 
-// notExecutedHolds is [NotExecutedHolds]. A refusal that did not look at the table is only about
-// its own request, so only a client that got nothing else may rely on it.
+// notExecutedHolds is [NotExecutedHolds]. A not-executed reply may come without a look at the
+// table, and then it is only about its own request. So only a client that got no other reply may
+// rely on it.
 func (x *index) notExecutedHolds(gs []group, expected []Expectation) Result {
 	r := effectsResult(NotExecutedHolds)
 	wanted := expectations(expected)
