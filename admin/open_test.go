@@ -155,7 +155,7 @@ func TestSettledOnThePageAnsweredByTheHandler(t *testing.T) {
 				t.Errorf("the page after does not say %q", want)
 			}
 		}
-		// The form is for the request as it was before.
+		// The form was made for the request before the act.
 		text(t, c.post("settle", form), http.StatusConflict)
 		if got := b.Strings(t, openAudit); !slices.Equal(got, []string{"settle-" + as + " charge key-1 by alice: seen at the processor"}) {
 			t.Errorf("the audit table has %q", got)
@@ -202,7 +202,7 @@ func TestResumeParkAndAbandonOnThePage(t *testing.T) {
 	}
 }
 
-// What is typed wrongly does nothing, and the form keeps it.
+// Wrong input does nothing, and the form keeps it.
 func TestFormOfAnOpenRequestSaysWhatIsMissing(t *testing.T) {
 	t.Parallel()
 	b := setup(t, nil)

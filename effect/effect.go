@@ -330,7 +330,8 @@ var (
 	errLate    = errors.New("half of the lease has passed, or the handler has returned")
 )
 
-// wireUse counts what net/http did on the wire for the requests that have the context of a send.
+// wireUse records whether net/http got a connection for a send, and how often it wrote the
+// request's key.
 type wireUse struct {
 	connected atomic.Bool  // it got a connection
 	keys      atomic.Int32 // the number of times that it wrote a header with the derived key
@@ -389,7 +390,7 @@ func (r *run[In, Out]) declined(start time.Time, no error) (Out, error) {
 	return r.record(idempotency.EffectDeclined, detail, no)
 }
 
-// maybe ends an effect that was sent once, and lost its result.
+// maybe ends an effect that is sent at most once, if its result is lost.
 func (r *run[In, Out]) maybe(cause error) (Out, error) {
 	if r.Declared.effect.MaybeParks {
 		return r.park("it may have been made, and is never sent twice", cause)

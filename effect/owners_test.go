@@ -370,8 +370,8 @@ func TestRouteOfAnotherNameDoesNotTakeOver(t *testing.T) {
 	}
 }
 
-// A refusal tells the client that nothing was done. A call that is sent once at most counts as much
-// as any other.
+// A refusal tells the client that nothing was done. So it may not follow a call that was made, or
+// may have been, even if the call is sent at most once.
 func TestRefusalAfterACallThatIsSentOnceIsParked(t *testing.T) {
 	t.Parallel()
 	for name, does := range map[string]behavior{"done": answers, "maybe": loses} {

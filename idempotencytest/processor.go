@@ -107,7 +107,8 @@ func (p *Processor[In, Out]) fault(key string, asked int) Fault {
 	return Fault((p.turn - 1) % int(NotSent))
 }
 
-// serve serves a key, and the request with it that arrives late.
+// serve serves the key, unless it was served before. A late request with the key has arrived by
+// then too.
 func (p *Processor[In, Out]) serve(s *Served[In, Out]) {
 	if !s.served {
 		s.Out, s.Err = p.Serve(s.Key, s.In)

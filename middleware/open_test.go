@@ -52,7 +52,7 @@ func (c *teller) count() (charges, requests int) {
 	return charges, requests
 }
 
-// charge makes one call. before and after are around the send.
+// charge makes one call. before and after run around the send.
 func (c *teller) charge(ctx context.Context, before, after func()) error {
 	effects, err := idempotency.EffectsFrom(ctx)
 	if err != nil {

@@ -39,9 +39,9 @@ const (
 // migrator migrates one schema, on a connection with a session of its own: it sets search_path and
 // timeouts for the session, and holds an advisory lock.
 //
-// It keeps golang-migrate's file names, version table and lock, so that its program can be used as
-// well. It does not use its driver, which takes no context, truncates the version table (so that it
-// waits for every reader), and marks the schema dirty before it waits.
+// It keeps golang-migrate's file names, version table and lock, so that the migrate program can be
+// used as well. It does not use golang-migrate's driver, which takes no context, truncates the
+// version table (so that it waits for every reader), and marks the schema dirty before it waits.
 type migrator struct {
 	options  Options
 	schema   string

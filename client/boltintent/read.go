@@ -152,8 +152,8 @@ func (r *reader) page(number uint64) ([]byte, error) {
 	return page, nil
 }
 
-// readPage reads a page of a bucket, nil for the bucket of buckets, and the pages below it. Its
-// keys are from first up to last.
+// readPage reads a page of a bucket, and the pages below it. bucket is nil for the bucket of
+// buckets. The page's keys are from first up to last.
 func (r *reader) readPage(number uint64, bucket, first, last []byte) error {
 	page, err := r.page(number)
 	if err != nil {

@@ -537,8 +537,8 @@ func TestHiddenIntentIsNotCalledDone(t *testing.T) {
 	}
 }
 
-// TestNothingIsSentWithoutARow: a statement that succeeds and writes no row, or another one, keeps
-// no intent. The request must not be sent, and the error says so.
+// TestNothingIsSentWithoutARow: a statement that succeeds and writes no row, or a different row,
+// keeps no intent. The request must not be sent, and the error says so.
 func TestNothingIsSentWithoutARow(t *testing.T) {
 	t.Parallel()
 	const returns = `CREATE FUNCTION f() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN %; END $$;`
@@ -816,8 +816,8 @@ func TestNoConnectionSavesNothing(t *testing.T) {
 }
 
 // TestCanceledWaitForTheStandbyIsAnError: a failover could undo a write if its COMMIT did not wait.
-// An abandoned intent would be sent after its caller got not-executed, and two holders would each
-// believe to be the only one.
+// An abandoned intent would be sent after its caller got not-executed, and each of two holders
+// would believe that it is the only one.
 func TestCanceledWaitForTheStandbyIsAnError(t *testing.T) {
 	t.Parallel()
 	pgtest.Slow(t, "starts a PostgreSQL of its own")

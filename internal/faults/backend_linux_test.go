@@ -60,7 +60,7 @@ func (s *commitService) endBackends(t *testing.T, lasts time.Duration, ends ...c
 	return answers
 }
 
-// harmBackend ends the backend as given when the key's first COMMIT passes.
+// harmBackend ends the backend in the given way when the key's first COMMIT passes.
 func (s *commitService) harmBackend(t *testing.T, key string, end commitEnd) {
 	s.mu.Lock()
 	defer s.mu.Unlock()

@@ -522,8 +522,8 @@ func TestPlanThatAMigrationMadeStaleStartsAgain(t *testing.T) {
 	b := setup(t, &setupOptions{configure: func(c *pgxpool.Config) { c.MaxConns, c.MinConns = conns, conns }})
 	runs := make(chan struct{}, 100)
 	round := func(name string, status int) {
-		// In the first runs all hold a connection at once, and in the second runs again: otherwise
-		// a quick request would leave its new connection to a slow one.
+		// All requests hold a connection at once in their first runs, and again in their second
+		// runs. Otherwise a quick request would leave its new connection to a slow one.
 		var arrived [2]atomic.Int64
 		together := [2]chan struct{}{make(chan struct{}), make(chan struct{})}
 		var group sync.WaitGroup

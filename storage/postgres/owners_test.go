@@ -11,8 +11,8 @@ import (
 	"github.com/paidonce/idempotency/storage/postgres"
 )
 
-// Every commit of an owner is as durable as the option says, whatever the session has: the claim,
-// the result, the end, and a take-over, which notes that something may be sent.
+// Every commit of an owner is as durable as the option says, whatever the session's own setting is:
+// the claim, the result, the end, and a take-over, which notes that something may be sent.
 func TestCommitsOfAnOpenRequestAreDurable(t *testing.T) {
 	t.Parallel()
 	var r *resumable

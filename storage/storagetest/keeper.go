@@ -44,7 +44,7 @@ func effectOf(name string) *idempotency.Effect {
 
 func (c *check) keeper() idempotency.Keeper { return c.Store.(idempotency.Keeper) }
 
-// own has the suite end an attempt, whatever its case does.
+// own makes the suite end an attempt, whatever its case does.
 func (c *check) own(a idempotency.OpenAttempt) idempotency.OpenAttempt {
 	c.attempts = append(c.attempts, &attempt{Attempt: a})
 	return a
