@@ -49,7 +49,7 @@ func TestWrongStatementIsNotPosted(t *testing.T) {
 			for _, wrong := range []string{
 				`{"id":"canary","amount":900,"canary":1}`, `{"ID":"canary"}`, `{"Amount":900}`, `{"ID":"canary","Amount":"9004711"}`, `{"ID":"canary","Amount":null}`,
 				`{"ID":"canary","Amount":900471199999999999999999}`, `{"ID":"canary","Amount":1,"Amount":900}`, `["canary"]`, `{}`, `null`, `9004711`,
-				`{"ID":"canary","Amount":900}` + strings.Repeat(" ", effect.OutputBytesMax),
+				fmt.Sprintf("%-*s", effect.OutputBytesMax+1, `{"ID":"canary","Amount":900}`),
 			} {
 				s.state(t, "charge", operator.SettleDone, []byte(wrong))
 				result := s.resume(t)
@@ -67,7 +67,7 @@ func TestWrongStatementIsNotPosted(t *testing.T) {
 					t.Errorf("traced: %+v", end)
 				}
 			}
-			s.state(t, "charge", operator.SettleDone, []byte(` {"Amount":900, "ID":"ch_stated"}`))
+			s.state(t, "charge", operator.SettleDone, fmt.Appendf(nil, "%-*s", effect.OutputBytesMax, ` {"Amount":900, "ID":"ch_stated"}`))
 			result := s.resume(t)
 			s.wantPaid(t, result, 900)
 			if string(result.Answer.Body) != "ch_stated" || s.sent(t) != 1 || s.lookups != 0 {
