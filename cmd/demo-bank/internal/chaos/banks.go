@@ -26,8 +26,8 @@ const (
 	// If a COMMIT stays half-open, its transaction ends ten seconds after this timeout. By then its
 	// request has been answered as unknown.
 	handlerTimeout = 4 * time.Second
-	// handlerTimeoutCalls is longer than a bank is stopped: a bank that slept must not send, and
-	// the handler's timeout must not be the reason.
+	// handlerTimeoutCalls is longer than the time for which a bank is stopped. A bank that slept
+	// must not send, and this timeout must not be the reason.
 	handlerTimeoutCalls = 20 * time.Second
 	acquireTimeout      = time.Second
 

@@ -564,8 +564,9 @@ func newHoldingProcessor(t *testing.T, keys int) *holdingProcessor {
 	return p
 }
 
-// TestSlowProcessorHoldsNoConnection: 32 top-ups call a slow processor, with a pool of 4 connections.
-// More of them than that wait at the same time, without an open transaction, and all are settled.
+// TestSlowProcessorHoldsNoConnection: 32 top-ups call a slow processor, with a pool of 4
+// connections. More than 4 of them wait at the same time, without an open transaction, and all are
+// settled.
 func TestSlowProcessorHoldsNoConnection(t *testing.T) {
 	t.Parallel()
 	const clients, pool = 32, 4
@@ -585,8 +586,8 @@ func TestSlowProcessorHoldsNoConnection(t *testing.T) {
 		t.Error("the top-ups don't reach the processor all at once")
 	}
 	for deadline := time.Now().Add(startTimeout); ; {
-		// A call whose bank still waits later was under way when the transactions were counted. Other
-		// work of the bank may have one for a moment.
+		// A call whose bank still waits later was under way when the transactions were counted.
+		// Other work of the bank may have one for a moment.
 		calls := p.underWay()
 		open := b.count(`SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND xact_start IS NOT NULL AND application_name <> $1`, testerName)
 		time.Sleep(100 * time.Millisecond)
