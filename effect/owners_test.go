@@ -16,6 +16,7 @@ import (
 	"github.com/paidonce/idempotency/effect"
 	"github.com/paidonce/idempotency/internal/pgfault"
 	"github.com/paidonce/idempotency/storage/postgres"
+	"github.com/paidonce/idempotency/storage/postgres/operator"
 )
 
 // Directed schedules of several owners of one request: which is slow, which takes over, and which
@@ -1019,5 +1020,35 @@ func TestKeyThatAgesDuringTheTakeOverIsNotSent(t *testing.T) {
 	s.wantParked(t, s.resume(t), "may have forgotten its key")
 	if n := s.sent(t); n != 1 {
 		t.Errorf("sent %d times", n)
+	}
+}
+
+// An undo is sent once at most, is lost with its process, and an operator finds that the other
+// service never got it: the next run sends it.
+func TestUndoThatWasNeverSentIsSent(t *testing.T) {
+	t.Parallel()
+	s := newShop(t, nil)
+	die := once()
+	var refunds atomic.Int64
+	refund := effect.New("refund", effect.Effect[charge, int]{AtMostOnce: true, Do: func(context.Context, string, charge) (int, error) {
+		die()
+		refunds.Add(1)
+		return 1, nil
+	}})
+	s.handle = func(ctx context.Context) (*idempotency.Answer, error) {
+		paid, err := s.charge.Call(ctx, card{"tok", s.price})
+		if err != nil {
+			return nil, err
+		}
+		if _, err := refund.Undo(ctx, s.charge, paid); err != nil {
+			return nil, err
+		}
+		return &idempotency.Answer{Status: 409}, nil
+	}
+	s.request() // dies before the refund
+	s.older(t, time.Minute)
+	s.state(t, "undo/charge", operator.SettleNotSent, nil)
+	if result := s.resume(t); result.Answer == nil || result.Answer.Status != 409 || refunds.Load() != 1 {
+		t.Errorf("%d refunds: %+v", refunds.Load(), result)
 	}
 }

@@ -331,8 +331,9 @@ func (o *Operator) Settle(ctx context.Context, key idempotency.Key, name string,
 		}
 		switch as {
 		case SettleNotSent:
-			if e.Kind == idempotency.EffectAtMostOnce {
-				// The next run commits a new intent and sends that: one that is recorded already is never sent.
+			if e.Kind != idempotency.EffectCall {
+				// The next run commits a new intent and sends that: a recorded one is never sent, if it is sent
+				// once at most. That may be true of an undo.
 				return "", one(tx.Exec(ctx, "DELETE FROM "+o.effects+" WHERE scope = $1 AND key = $2 AND name = $3 AND state = 1", key.Scope, key.Value, name))
 			}
 			return "", one(tx.Exec(ctx, "UPDATE "+o.effects+" SET sent_first_at = clock_timestamp(), doubt_at = NULL, tries = 0, panics = 0, output = NULL WHERE scope = $1 AND key = $2 AND name = $3 AND state = 1",
