@@ -293,9 +293,9 @@ func TestWebhookOfANoToARequestThatNetHTTPRepeatedIsNotFinal(t *testing.T) {
 	}
 }
 
-// A no that is not final changes nothing but the reason that an operator sees: a processor that
-// sends a webhook for each send that it declines would otherwise be asked again without a pause, and
-// a request that waits for a person would be run.
+// A no that is not final changes nothing but the reason that an operator sees. Otherwise a
+// processor that sends a webhook for each declined send would be called again without a pause, and
+// a request that waits for a person would run.
 func TestWebhookOfANoThatIsNotFinalDoesNotHastenTheRequest(t *testing.T) {
 	t.Parallel()
 	s := newShop(t, nil)

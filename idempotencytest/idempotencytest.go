@@ -107,8 +107,8 @@ type Config struct {
 	// Store keeps the records. It is used only through the interface.
 	Store idempotency.Store
 
-	// New returns the service: the handler as in production, with a middleware made from the store
-	// that is passed, which wraps Store. It is called once.
+	// New returns the service: the handler as in production, with a middleware on the given store,
+	// which wraps Store. It is called once.
 	New func(store idempotency.Store) http.Handler
 
 	// Request returns the n-th request: one that the handler accepts, without a key, and with a
