@@ -47,11 +47,11 @@ type Effect[In, Out any] struct {
 	// Timeout bounds one send. The request's lease grows with it. Defaults to 10 seconds.
 	Timeout time.Duration
 
-	// KeyLifetime is the time for which the other service is sure to remember a key. After nine tenths
-	// of it, counted from the first send by the store's clock, nothing is sent any more: Lookup or a
-	// person settles the call. A value that is too long can pay twice. It must be at least ten times
-	// Timeout, unless AtMostOnce is set, so that the last tenth covers a send. Defaults to 1 hour. No
-	// value means for ever.
+	// KeyLifetime is the time for which the other service is sure to remember a key. After nine
+	// tenths of it, counted from the first send by the store's clock, nothing is sent any more:
+	// Lookup or a person settles the call. A value that is too long can pay twice. It must be at
+	// least ten times Timeout, unless AtMostOnce is set, so that the last tenth covers a send.
+	// Defaults to 1 hour. It can't be unlimited.
 	KeyLifetime time.Duration
 
 	// SettleAfter is the longest time that a send can still be under way to the other service, or be

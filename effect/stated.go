@@ -39,7 +39,8 @@ func fromStatement[Out any](stated []byte) (out Out, fits bool) {
 	}
 	a, aTokens := parseJSON(stated)
 	b, bTokens := parseJSON(again)
-	// A key that comes twice has more tokens. Null decodes to nothing: even a pointer needs a value.
+	// A text in which a JSON key comes twice has more tokens. Null decodes to nothing: even a
+	// pointer needs a value.
 	return out, a != nil && aTokens == bTokens && sameJSON(a, b)
 }
 

@@ -12,8 +12,8 @@ import (
 	"github.com/paidonce/idempotency/internal/pgtest"
 )
 
-// commitSlowly makes COMMIT of a payment slow if its key begins with "slow": so the backend ends
-// during COMMIT.
+// commitSlowly makes COMMIT of a payment slow if its key begins with "slow", so that the backend
+// can be ended during COMMIT.
 const commitSlowly = `
 CREATE FUNCTION slow() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN PERFORM pg_sleep(0.3); RETURN NULL; END $$;
 CREATE CONSTRAINT TRIGGER slow AFTER INSERT ON payments DEFERRABLE INITIALLY DEFERRED FOR EACH ROW
