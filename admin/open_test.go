@@ -208,17 +208,20 @@ func TestFormOfAnOpenRequestSaysWhatIsMissing(t *testing.T) {
 	b := setup(t, nil)
 	b.openRequest(t, "key-1", "no reply")
 	c := b.as("alice", everything...)
-	for name, form := range map[string]url.Values{
-		"nothing known":         {"reason": {"x"}},
-		"another settlement":    {"reason": {"x"}, "as": {"paid"}},
-		"done without a result": {"reason": {"x"}, "as": {"done"}},
-		"no JSON":               {"reason": {"typed before"}, "as": {"done"}, "output": {"{ch_1"}},
-		"a result of a retry":   {"reason": {"x"}, "as": {"retry"}, "output": {"{}"}},
-		"no reason":             {"as": {"retry"}},
-		"a long reason":         {"as": {"retry"}, "reason": {strings.Repeat("r", 1001)}},
+	for name, test := range map[string]struct {
+		form url.Values
+		says string
+	}{
+		"nothing known":         {url.Values{"reason": {"x"}}, "say what is known"},
+		"another settlement":    {url.Values{"reason": {"x"}, "as": {"paid"}}, "say what is known"},
+		"done without a result": {url.Values{"reason": {"x"}, "as": {"done"}}, "needs the result"},
+		"no JSON":               {url.Values{"reason": {"typed before"}, "as": {"done"}, "output": {"{ch_1"}}, "is not JSON"},
+		"a result of a retry":   {url.Values{"reason": {"x"}, "as": {"retry"}, "output": {"{}"}}, "only what is done or declined"},
+		"no reason":             {url.Values{"as": {"retry"}}, "say why"},
+		"a long reason":         {url.Values{"as": {"retry"}, "reason": {strings.Repeat("r", 1001)}}, "too long"},
 	} {
-		page := text(t, c.act(t, "key-1", "settle", form), http.StatusUnprocessableEntity)
-		if !strings.Contains(page, `role="alert"`) || !strings.Contains(page, "Nothing was done") {
+		page := text(t, c.act(t, "key-1", "settle", test.form), http.StatusUnprocessableEntity)
+		if !strings.Contains(page, `role="alert"`) || !strings.Contains(page, "Nothing was done") || !strings.Contains(page, test.says) {
 			t.Errorf("%s: it is not said", name)
 		}
 		if name == "no JSON" && (!strings.Contains(page, "{ch_1</textarea>") || !strings.Contains(page, "typed before</textarea>")) {
