@@ -18,25 +18,15 @@ import (
 func (b *testBundle) openRequest(t testing.TB, key, parked string) {
 	t.Helper()
 	run := func(ctx context.Context) (*idempotency.Answer, error) {
-		effects, err := idempotency.EffectsFrom(ctx)
-		if err != nil {
-			return nil, err
-		}
-		effect, _, _, err := effects.Begin(idempotency.Intent{Name: "charge", Kind: idempotency.EffectCall, Input: []byte(`"canary-input"`), Timeout: time.Second})
-		if err == nil && effect.State == idempotency.EffectIntended && effect.Output != nil { // package effect checks it
-			effect.State = idempotency.EffectDone
-			err = effects.Settle(effect)
-		}
+		effect, err := testservice.Call(ctx, idempotency.Intent{Name: "charge", Kind: idempotency.EffectCall, Input: []byte(`"canary-input"`), Timeout: time.Second},
+			idempotency.Lapse{Pause: time.Hour, Parked: parked, Reason: "effect charge: no reply"})
 		switch {
 		case err != nil:
 			return nil, err
 		case effect.State == idempotency.EffectDeclined:
 			return &idempotency.Answer{Status: 402}, nil
-		case effect.State == idempotency.EffectDone:
-			return &idempotency.Answer{Status: 201, Body: effect.Output}, nil
 		}
-		effects.Lapse(idempotency.Lapse{Pause: time.Hour, Parked: parked, Reason: "effect charge: no reply"})
-		return nil, idempotency.ErrUnsettled
+		return &idempotency.Answer{Status: 201, Body: effect.Output}, nil
 	}
 	b.resumable.Do(func() {
 		b.Engine.Resumable("topup/1", func(idempotency.Key, []byte) (idempotency.RunFunc, error) { return run, nil })

@@ -43,9 +43,7 @@ func TestOneCallOnePosting(t *testing.T) {
 	if result := s.request(); result.Outcome != idempotency.OutcomeReplayed || string(result.Answer.Body) != "ch_1" {
 		t.Errorf("the retry: %+v", result)
 	}
-	if n := s.sent(t); n != 1 {
-		t.Errorf("sent %d times", n)
-	}
+	s.wantSent(t, 1)
 }
 
 func TestDeathBeforeTheSendIsMadeGoodOnce(t *testing.T) {
@@ -64,9 +62,7 @@ func TestDeathBeforeTheSendIsMadeGoodOnce(t *testing.T) {
 		t.Errorf("within the lease of the dead: %+v", result)
 	}
 	s.wantPaid(t, s.resume(t), 900)
-	if n := s.sent(t); n != 1 {
-		t.Errorf("sent %d times", n)
-	}
+	s.wantSent(t, 1)
 }
 
 // The process dies after the charge, and the price changes before the next run: the posted amount
@@ -84,9 +80,7 @@ func TestDeathAfterTheChargeChargesOnceAndPostsTheSame(t *testing.T) {
 	s.request()
 	s.price = 1000
 	s.wantPaid(t, s.resume(t), 900)
-	if n := s.sent(t); n != 2 {
-		t.Errorf("sent %d times", n)
-	}
+	s.wantSent(t, 2)
 	for _, in := range s.requests {
 		if in.Amount != 900 {
 			t.Errorf("sent %+v", in)
@@ -177,9 +171,7 @@ func TestLostReplyIsAskedForAgainWithTheSameKey(t *testing.T) {
 				t.Errorf("the error is %v", result.Err)
 			}
 			s.wantPaid(t, s.resume(t), 900)
-			if n := s.sent(t); n != 2 {
-				t.Errorf("sent %d times", n)
-			}
+			s.wantSent(t, 2)
 		})
 	}
 }
@@ -380,9 +372,7 @@ func TestSameErrorForEverIsLookedUp(t *testing.T) {
 	s.always = panics500
 	s.wantOpen(t, s.request())
 	s.wantPaid(t, s.resume(t), 900)
-	if n := s.sent(t); n != 1 {
-		t.Errorf("sent %d times", n)
-	}
+	s.wantSent(t, 1)
 
 	blind := newShop(t, nil)
 	blind.always = panics500
@@ -503,9 +493,7 @@ func TestSleeperDoesNotSend(t *testing.T) {
 		s.does(forgets)
 		s.wantOpen(t, s.request())
 		s.wantOpen(t, s.resume(t))
-		if n := s.sent(t); n != 1 {
-			t.Errorf("sent %d times", n)
-		}
+		s.wantSent(t, 1)
 		if end := s.ends.last(t); end.Sent || end.Result != idempotency.EffectResultNotSent {
 			t.Errorf("traced: %+v", end)
 		}
@@ -517,9 +505,7 @@ func TestSleeperDoesNotSend(t *testing.T) {
 		s.does(forgets)
 		s.wantOpen(t, s.request())
 		s.wantOpen(t, s.resume(t))
-		if n := s.sent(t); n != 1 {
-			t.Errorf("sent %d times", n)
-		}
+		s.wantSent(t, 1)
 	})
 }
 
@@ -605,9 +591,7 @@ func TestStepsAreFoundByName(t *testing.T) {
 		return s.topUp(ctx)
 	}
 	s.wantPaid(t, s.resume(t), 900)
-	if n := s.sent(t); n != 1 {
-		t.Errorf("sent %d times", n)
-	}
+	s.wantSent(t, 1)
 }
 
 // The handler refuses after the charge.
@@ -774,9 +758,7 @@ func TestDeclinesDetailIsReplayed(t *testing.T) {
 	if len(seen) != 2 || seen[0] != want || seen[1] != want {
 		t.Errorf("seen %q, want twice %q", seen, want)
 	}
-	if n := s.sent(t); n != 1 {
-		t.Errorf("sent %d times", n)
-	}
+	s.wantSent(t, 1)
 }
 
 // A processor that gives no results is spared: only one call at a time is made.
@@ -955,9 +937,7 @@ func TestHandlerThatDoesNotWaitForItsCall(t *testing.T) {
 	}
 	s.handle = nil
 	s.wantPaid(t, s.resume(t), 900)
-	if n := s.sent(t); n != 1 {
-		t.Errorf("sent %d times", n)
-	}
+	s.wantSent(t, 1)
 }
 
 // A handler that loops sends nothing after a lapse: no record would show the doubt about that send.
@@ -974,9 +954,7 @@ func TestNothingIsSentAfterALapseInTheSameRun(t *testing.T) {
 		return answer, err
 	}
 	s.wantOpen(t, s.request())
-	if n := s.sent(t); n != 1 {
-		t.Errorf("sent %d times", n)
-	}
+	s.wantSent(t, 1)
 }
 
 func TestLimitsOfInputAndOutput(t *testing.T) {
@@ -1094,9 +1072,7 @@ func TestMistakesOfWiringArePanics(t *testing.T) {
 			if result.Reason != idempotency.ReasonHandlerFailed || result.Outcome != idempotency.OutcomeNotExecuted || !strings.Contains(fmt.Sprint(result.Err), c.says) {
 				t.Errorf("%+v", result)
 			}
-			if n := s.sent(t); n != 0 {
-				t.Errorf("sent %d times", n)
-			}
+			s.wantSent(t, 0)
 		})
 	}
 }
@@ -1116,9 +1092,7 @@ func TestTwoInputsUnderOneNameAreRefused(t *testing.T) {
 	if result.Outcome != idempotency.OutcomeUnknown || !strings.Contains(fmt.Sprint(result.Err), "with different inputs") {
 		t.Errorf("%+v", result)
 	}
-	if n := s.sent(t); n != 1 {
-		t.Errorf("sent %d times", n)
-	}
+	s.wantSent(t, 1)
 }
 
 func TestTwoCallsAtOnceAreNotRecorded(t *testing.T) {

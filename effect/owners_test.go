@@ -101,6 +101,24 @@ func wantNoAnswer(t *testing.T, result idempotency.Result) {
 	}
 }
 
+// wantOwned fails the test unless a retry and a resume are told that somebody runs the request.
+func (s *shop) wantOwned(t *testing.T) {
+	t.Helper()
+	for name, result := range map[string]idempotency.Result{"a retry": s.request(), "a resume": s.Engine.Resume(context.Background(), s.key)} {
+		if result.Outcome != idempotency.OutcomeInProgress || result.RetryAfter <= 0 {
+			t.Errorf("%s: %+v", name, result)
+		}
+	}
+}
+
+// wantNotDue fails the test if the completer finds something to run.
+func (s *shop) wantNotDue(t *testing.T) {
+	t.Helper()
+	if found, err := idempotency.NewCompleter(s.Engine, nil).Once(t.Context()); found != 0 || err != nil {
+		t.Errorf("the completer found %d: %v", found, err)
+	}
+}
+
 // The first owner gets a no and is slow to record it. The next one is charging meanwhile: the old
 // no must not outweigh the charge.
 func TestNoOfAReplacedOwnerIsRefusedWhileTheNextOneSends(t *testing.T) {
@@ -250,19 +268,11 @@ func TestCallThatIsSentOnceIsNotGivenUpWhileItIsUnderWay(t *testing.T) {
 	})
 	one := later(s.request)
 	slow.reached(t)
-	for name, result := range map[string]idempotency.Result{"a retry": s.request(), "the completer": s.Engine.Resume(context.Background(), s.key)} {
-		if result.Outcome != idempotency.OutcomeInProgress || result.RetryAfter <= 0 {
-			t.Errorf("%s: %+v", name, result)
-		}
-	}
-	if found, err := idempotency.NewCompleter(s.Engine, nil).Once(t.Context()); found != 0 || err != nil {
-		t.Errorf("the completer found %d: %v", found, err)
-	}
+	s.wantOwned(t)
+	s.wantNotDue(t)
 	slow.open()
 	s.wantPaid(t, <-one, 900)
-	if n := s.sent(t); n != 1 {
-		t.Errorf("sent %d times", n)
-	}
+	s.wantSent(t, 1)
 }
 
 // stagedStore is a store in which something happens between two steps of one request.
@@ -359,9 +369,7 @@ func TestRouteOfAnotherNameDoesNotTakeOver(t *testing.T) {
 		return s.post(ctx, paid)
 	})
 	s.wantOpen(t, result)
-	if n := s.sent(t); n != 1 {
-		t.Errorf("sent %d times", n)
-	}
+	s.wantSent(t, 1)
 	if open := s.Count(t, "SELECT count(*) FROM idempotency_open WHERE runs = 1"); open != 1 {
 		t.Error("it was taken over")
 	}
@@ -401,9 +409,7 @@ func TestRefusedCommitAfterTheCallIsNeverNotExecuted(t *testing.T) {
 	s.wantOpen(t, s.request())
 	s.Exec(t, "DROP TRIGGER refuse ON effects")
 	s.wantPaid(t, s.resume(t), 900)
-	if n := s.sent(t); n != 1 {
-		t.Errorf("sent %d times", n)
-	}
+	s.wantSent(t, 1)
 }
 
 // The database fails while the completer looks for work: the next look goes on.
@@ -469,9 +475,7 @@ func TestPhaseDoesNotExtendTheTimeToSend(t *testing.T) {
 		return s.topUp(ctx)
 	}
 	s.wantOpen(t, s.resume(t))
-	if n := s.sent(t); n != 1 {
-		t.Errorf("sent %d times", n)
-	}
+	s.wantSent(t, 1)
 	if n := s.Count(t, "SELECT count(*) FROM idempotency_effects WHERE kind = 4"); n != 1 {
 		t.Errorf("%d phases are recorded", n)
 	}
@@ -549,9 +553,7 @@ func TestParkedRequestIsRunByNobody(t *testing.T) {
 			t.Errorf("%s: %+v", name, result)
 		}
 	}
-	if found, err := idempotency.NewCompleter(s.Engine, nil).Once(t.Context()); found != 0 || err != nil {
-		t.Errorf("the completer found %d: %v", found, err)
-	}
+	s.wantNotDue(t)
 	if runs := s.Count(t, "SELECT runs FROM idempotency_open"); runs != 1 {
 		t.Errorf("%d runs", runs)
 	}
@@ -618,11 +620,7 @@ func TestOwnerByTakeOverHasItsLease(t *testing.T) {
 	s.afterCall = slow.pass
 	one := s.resumeLater(t)
 	slow.reached(t)
-	for name, result := range map[string]idempotency.Result{"a retry": s.request(), "a resume": s.Engine.Resume(context.Background(), s.key)} {
-		if result.Outcome != idempotency.OutcomeInProgress || result.RetryAfter <= 0 {
-			t.Errorf("%s: %+v", name, result)
-		}
-	}
+	s.wantOwned(t)
 	if runs := s.Count(t, "SELECT runs FROM idempotency_open"); runs != 2 {
 		t.Errorf("%d runs", runs)
 	}
@@ -830,9 +828,7 @@ func TestRequestThatStaysOpenIsParked(t *testing.T) {
 	s.older(t, 2*time.Hour)
 	s.resume(t)
 	s.wantParked(t, s.request(), "still open after 24h")
-	if n := s.sent(t); n != 1 {
-		t.Errorf("sent %d times", n)
-	}
+	s.wantSent(t, 1)
 }
 
 // A process without a handler of the request's name runs nothing, and says so.
@@ -874,9 +870,7 @@ func TestNoOfALookupIsNotFinalWhileASendIsUnderWay(t *testing.T) {
 	if result := s.resume(t); result.Answer == nil || result.Answer.Status != 402 {
 		t.Errorf("%+v", result)
 	}
-	if n := s.sent(t); n != 1 {
-		t.Errorf("sent %d times", n)
-	}
+	s.wantSent(t, 1)
 }
 
 // While a call is repeated, others get in-progress, as during the first send.
@@ -917,9 +911,7 @@ func TestCallThatOneVersionSendsOnceIsNotRepeated(t *testing.T) {
 			if result := s.resume(t); result.Answer == nil || result.Answer.Status != 202 {
 				t.Errorf("%+v", result)
 			}
-			if n := s.sent(t); n != 1 {
-				t.Errorf("sent %d times", n)
-			}
+			s.wantSent(t, 1)
 		})
 	}
 }
@@ -950,9 +942,7 @@ func TestIntentThatIsFoundLateIsNotSent(t *testing.T) {
 		time.Sleep(3500 * time.Millisecond) // over half of the lease: 100 ms, 1 s and a margin of 5 s
 	}}, idempotency.Timeouts{Commit: time.Second})
 	s.wantOpen(t, s.request())
-	if n := s.sent(t); n != 0 {
-		t.Errorf("sent %d times", n)
-	}
+	s.wantSent(t, 0)
 	s.serve(s.Store, idempotency.Timeouts{})
 	s.wantPaid(t, s.resume(t), 900)
 }
@@ -1018,9 +1008,7 @@ func TestKeyThatAgesDuringTheTakeOverIsNotSent(t *testing.T) {
 		afterTakeOver: func() { time.Sleep(1100 * time.Millisecond) },
 	}, idempotency.Timeouts{})
 	s.wantParked(t, s.resume(t), "may have forgotten its key")
-	if n := s.sent(t); n != 1 {
-		t.Errorf("sent %d times", n)
-	}
+	s.wantSent(t, 1)
 }
 
 // An undo is sent once at most, is lost with its process, and an operator finds that the other

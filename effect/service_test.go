@@ -375,6 +375,14 @@ func (s *shop) resume(t *testing.T) idempotency.Result {
 	return mayDie(func() idempotency.Result { return s.Engine.Resume(context.Background(), s.key) })
 }
 
+// wantSent fails the test unless the processor got this number of requests, under one key.
+func (s *shop) wantSent(t *testing.T, want int) {
+	t.Helper()
+	if n := s.sent(t); n != want {
+		t.Errorf("sent %d times, want %d", n, want)
+	}
+}
+
 // wantPaid fails the test unless the answer is 201, with one charge and one posting of the amount.
 func (s *shop) wantPaid(t *testing.T, result idempotency.Result, amount int) {
 	t.Helper()

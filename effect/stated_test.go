@@ -148,9 +148,7 @@ func TestStatementOfACallThatIsSentOnce(t *testing.T) {
 	s.wantUnsent(t)
 	s.state(t, "charge", operator.SettleDone, []byte(`{"ID":"ch_1","Amount":900}`))
 	s.wantPaid(t, s.resume(t), 900)
-	if n := s.sent(t); n != 1 {
-		t.Errorf("sent %d times", n)
-	}
+	s.wantSent(t, 1)
 }
 
 func TestStatementOfAnUndo(t *testing.T) {

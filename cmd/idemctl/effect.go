@@ -120,11 +120,7 @@ func (c *effectListCommand) Run(a *app) error {
 		if err := a.table(lines); err != nil {
 			return err
 		}
-		more := "that is all"
-		if list.Next != "" {
-			more = "more with --after " + string(list.Next)
-		}
-		return a.printf("%s; %s\n", counted(int64(len(list.Requests)), "open request"), more)
+		return a.printf("%s; %s\n", counted(int64(len(list.Requests)), "open request"), moreText(list.Next))
 	})
 }
 

@@ -209,6 +209,26 @@ func (s *Service) Do(t testing.TB, key idempotency.Key, answer *idempotency.Answ
 	return result
 }
 
+// Call makes a call in a handler and gets no reply. If an operator has settled it since, Call returns
+// the effect, and takes what was stated as its result as it is. Otherwise the request stays open with
+// the lapse, and the error is [idempotency.ErrUnsettled].
+func Call(ctx context.Context, intent idempotency.Intent, lapse idempotency.Lapse) (*idempotency.Effect, error) {
+	effects, err := idempotency.EffectsFrom(ctx)
+	if err != nil {
+		return nil, err
+	}
+	effect, _, _, err := effects.Begin(intent)
+	switch {
+	case err != nil || effect.State != idempotency.EffectIntended:
+		return effect, err
+	case effect.Output != nil: // package effect would check it
+		effect.State = idempotency.EffectDone
+		return effect, effects.Settle(effect)
+	}
+	effects.Lapse(lapse)
+	return effect, idempotency.ErrUnsettled
+}
+
 // Running starts a request with a handler that runs until finish is called or the test ends. It
 // returns when the handler runs. finish returns when the request has ended.
 func (s *Service) Running(t testing.TB, key idempotency.Key) (finish func() idempotency.Result) {
