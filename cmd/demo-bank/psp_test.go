@@ -86,8 +86,8 @@ func (p *processor) list(client *http.Client) (ids map[string]string, keys map[s
 }
 
 // TestAChargeSurvivesKill9OfItsProcessor: processors are killed with -9 while clients charge. Each
-// charge that was acknowledged is in the file, each key has one, and a retry finds it. A torn last
-// line does not keep it from starting.
+// charge that was acknowledged is in the file, each key has one, and a retry finds it. A processor
+// starts even if the last line of its file is torn.
 func TestAChargeSurvivesKill9OfItsProcessor(t *testing.T) {
 	t.Parallel()
 	const kills, clients, each = 4, 8, 25

@@ -114,7 +114,8 @@ func TestEffectCommands(t *testing.T) {
 	b.want(t, exitNotFound, "key", "get", "acme", "other-key")
 }
 
-// The usage names the alternatives of which one is needed as such.
+// The usage line leaves out the flags of which exactly one is required, and the text below it names
+// them.
 func TestUsageOfSettle(t *testing.T) {
 	t.Parallel()
 	help := execute(t, command(t.Context(), "", "effect", "settle", "--help"))

@@ -18,8 +18,8 @@ import (
 //go:embed migrations/*.sql
 var files embed.FS
 
-// Schema holds all tables of the bank, including those of the records, so that a database that is
-// lent to it stays tidy. The pool's search_path must name it.
+// Schema holds all tables of the bank, including those of the records, so that the bank can share a
+// database with other programs. The pool's search_path must name it.
 const Schema = "demo_bank"
 
 // versionTable holds the version of the bank's own tables. The records' tables have their own.

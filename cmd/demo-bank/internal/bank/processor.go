@@ -54,7 +54,7 @@ type ProcessorOptions struct {
 	// KeyLifetime is the time for which the processor surely knows a key, at least KeyLifetimeMin.
 	// Zero means KeyLifetimeDefault.
 	KeyLifetime time.Duration
-	// Transport makes the requests. If it is nil, the processor has one of NewTransport.
+	// Transport makes the requests. Defaults to a new one from NewTransport.
 	Transport http.RoundTripper
 }
 
