@@ -60,8 +60,8 @@ func (s *shop) resumeLater(t *testing.T) <-chan idempotency.Result {
 	return later(func() idempotency.Result { return s.Engine.Resume(context.Background(), s.key) })
 }
 
-// sending sets an effect whose sends, counted from 1, are made by send. It calls do to reach the
-// processor.
+// sending makes an effect send through the function send. That gets the number of the send, from 1,
+// and calls do to reach the processor.
 func sending(send func(n int64, do func() (charge, error)) (charge, error)) func(*processor, *effect.Effect[card, charge]) {
 	return func(_ *processor, e *effect.Effect[card, charge]) {
 		var sends atomic.Int64

@@ -85,10 +85,10 @@ func (s *Set) OthersOn(conn *pgconn.PgConn) (others bool) {
 
 // Prepare prepares the statements on a new connection, in one round trip. The connection is usable
 // without them: they are then sent as text, which adds no round trip. So a missing table or column
-// is no error, because a migration, or Check, may need the connection. Neither is a table that has
-// a rule, or that somebody keeps locked for longer than timeout, because the connection may be for
-// a request that needs no record. If the table has row-level security, they are sent as text too: a
-// plan with policies would outlive them.
+// is no error, because a migration, or Check, may need the connection. A table that has a rule, or
+// that somebody keeps locked for longer than timeout, is no error either, because the connection
+// may be for a request that needs no record. If the table has row-level security, they are sent as
+// text too: a plan with policies would outlive them.
 func (s *Set) Prepare(ctx context.Context, conn *pgconn.PgConn, p *Names, timeout time.Duration) error {
 	pipeline := conn.StartPipeline(ctx)
 	// Local to the transaction: all messages before the Sync run in one.
