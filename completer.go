@@ -104,7 +104,7 @@ func (c *Completer) look(ctx context.Context) (found, moved int, err error) {
 	for _, key := range keys {
 		running.Go(func() {
 			result := c.engine.Resume(ctx, key)
-			if result.Accepted || result.Answer != nil {
+			if result.Answer != nil || result.Accepted && result.RetryAfter > 0 { // else an owner in its last transaction keeps it
 				ended.Add(1)
 			}
 			c.options.OnResume(key, result)

@@ -1040,3 +1040,43 @@ func TestUndoThatWasNeverSentIsSent(t *testing.T) {
 		t.Errorf("%d refunds: %+v", refunds.Load(), result)
 	}
 }
+
+// The lease of an owner in its last transaction runs out, so its request is due, and nobody can take
+// it over. The completer pauses before it looks for it again.
+func TestCompleterPausesIfNothingCanBeTakenOver(t *testing.T) {
+	t.Parallel()
+	s := newShop(t, func(_ *processor, e *effect.Effect[card, charge]) { e.Timeout = 100 * time.Millisecond })
+	s.serve(s.Store, idempotency.Timeouts{Commit: 200 * time.Millisecond}) // and 5 s
+	slow := newGate()
+	s.handle = func(ctx context.Context) (*idempotency.Answer, error) {
+		paid, err := s.charge.Call(ctx, card{"tok", s.price})
+		if err != nil {
+			return nil, err
+		}
+		answer, err := s.post(ctx, paid)
+		slow.pass()
+		return answer, err
+	}
+	one := later(s.request)
+	slow.reached(t)
+	for s.Count(t, "SELECT count(*) FROM idempotency_open WHERE next_at > clock_timestamp()") > 0 {
+		time.Sleep(20 * time.Millisecond)
+	}
+	ctx, stop := context.WithCancel(t.Context())
+	defer stop()
+	var looks atomic.Int64
+	completer := idempotency.NewCompleter(s.Engine, &idempotency.CompleterOptions{
+		Interval: time.Hour, AtOnce: 1,
+		OnResume: func(idempotency.Key, idempotency.Result) {
+			if looks.Add(1) == 1 {
+				time.AfterFunc(200*time.Millisecond, stop)
+			}
+		},
+	})
+	completer.Run(ctx)
+	if n := looks.Load(); n != 1 {
+		t.Errorf("%d looks without a pause", n)
+	}
+	close(slow.release)
+	s.wantPaid(t, <-one, 900)
+}
