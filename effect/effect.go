@@ -266,7 +266,7 @@ func (r *run[In, Out]) settle() (out Out, err error) {
 		case errors.Is(err, ErrDeclined):
 			return r.declined(start, err)
 		case errors.As(err, &parked):
-			return r.park("the look-up says that only a person can go on", err)
+			return r.park("by its look-up: "+parked.reason(), err)
 		}
 		absent = errors.Is(err, ErrAbsent)
 		r.end.Err = err
@@ -305,7 +305,7 @@ func (r *run[In, Out]) settle() (out Out, err error) {
 	case errors.Is(err, ErrDeclined):
 		return r.declined(start, err)
 	case errors.As(err, &parked):
-		return r.park("only a person can go on, says the call", err)
+		return r.park(parked.reason(), err)
 	}
 	learned = learnedUnknown
 	var panicked *idempotency.PanicError
@@ -380,7 +380,7 @@ func (r *run[In, Out]) declined(start time.Time, no error) (Out, error) {
 	case r.repeated:
 		return r.lapse(idempotency.EffectResultUnknown, "it was sent twice, so its decline is not final", no, idempotency.Lapse{})
 	case r.end.Resumed && !r.quiet(start):
-		return r.lapse(idempotency.EffectResultUnknown, "an earlier send may be under way, so its decline is not final", no, r.doubtless())
+		return r.lapse(idempotency.EffectResultUnknown, "an earlier send may be under way, so its decline is not final", no, r.doubtless(true))
 	}
 	var declined *DeclinedError
 	var detail []byte
@@ -423,12 +423,12 @@ func (r *run[In, Out]) unsentOnce(once bool, reason string, cause error) (Out, e
 
 // unsent leaves the effect as it was before this run.
 func (r *run[In, Out]) unsent(reason string, cause error) (Out, error) {
-	return r.lapse(idempotency.EffectResultNotSent, reason, cause, r.doubtless())
+	return r.lapse(idempotency.EffectResultNotSent, reason, cause, r.doubtless(false))
 }
 
-// doubtless returns the lapse of a run that adds no doubt.
-func (r *run[In, Out]) doubtless() idempotency.Lapse {
-	return idempotency.Lapse{Doubts: map[string]time.Time{r.effect.Name: r.effect.Doubt}}
+// doubtless returns the lapse of a run that adds no doubt. sent tells whether it sent the effect.
+func (r *run[In, Out]) doubtless(sent bool) idempotency.Lapse {
+	return idempotency.Lapse{Doubts: map[string]idempotency.Doubt{r.effect.Name: {At: r.effect.Doubt, Sent: sent}}}
 }
 
 // park leaves the request to a person.

@@ -68,7 +68,7 @@ func FromHTTP(resp *http.Response, err error) error {
 	case idempotency.OutcomeExecuted, idempotency.OutcomeReplayed:
 		final = resp.StatusCode >= 400 && resp.StatusCode < 500
 	case idempotency.OutcomeMismatch:
-		return Park(fmt.Errorf("%w %s", said, outcome))
+		return Park("the other service has another request under its key", fmt.Errorf("%w %s", said, outcome))
 	case idempotency.OutcomeNotExecuted:
 		return NotSent(fmt.Errorf("%w %s", said, outcome))
 	default: // in progress, unknown, and whatever a later release may say
@@ -85,7 +85,7 @@ func FromHTTP(resp *http.Response, err error) error {
 		return fmt.Errorf("%w, and its body was cut off: %w", said, err)
 	}
 	if outcome == "" && aboutTheKey(body) {
-		return Park(fmt.Errorf("%w: the key was used with other parameters", said))
+		return Park("the other service says that its key was used with other parameters", said)
 	}
 	return Declined(said, HTTPDetail{Status: resp.StatusCode, Body: string(body)})
 }

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"strings"
 	"sync/atomic"
 	"testing"
 	"time"
@@ -726,6 +727,9 @@ func TestDoubtIsTakenBackBeforeTheRequestIsLeft(t *testing.T) {
 	if got := s.Text(t, "SELECT string_agg(what, ', ' ORDER BY id) FROM seen"); got != "doubt, leave" {
 		t.Errorf("seen: %s", got)
 	}
+	if n := s.Count(t, "SELECT tries FROM idempotency_effects"); n != 2 {
+		t.Errorf("%d tries, want 2: each of them was sent", n)
+	}
 }
 
 // The reply to the last COMMIT is lost: the answer is found if it was recorded, and never called
@@ -862,8 +866,8 @@ func TestNoOfALookupIsNotFinalWhileASendIsUnderWay(t *testing.T) {
 	s.wantOpen(t, s.request())
 	says = effect.Declined(errors.New("no"), nil)
 	s.wantOpen(t, s.resume(t))
-	says = effect.Park(errors.New("it was made with another amount"))
-	s.wantParked(t, s.resume(t), "look-up says that only a person")
+	says = effect.Park("it was made with another amount", errors.New("canary"))
+	s.wantParked(t, s.resume(t), "effect charge: by its look-up: it was made with another amount")
 	says = effect.Declined(errors.New("no"), nil)
 	s.Exec(t, "UPDATE idempotency_open SET parked = NULL")
 	s.older(t, 30*time.Minute)
@@ -926,11 +930,17 @@ func TestRepeatedCallThatIsNotSentOrParks(t *testing.T) {
 	})
 	s.wantOpen(t, s.request())
 	s.wantOpen(t, s.resume(t))
-	if n := s.Count(t, "SELECT count(*) FROM idempotency_effects WHERE doubt_at IS NULL"); n != 1 {
-		t.Error("a send that was not made left a doubt")
+	if n := s.Count(t, "SELECT count(*) FROM idempotency_effects WHERE doubt_at IS NULL AND tries = 0"); n != 1 {
+		t.Error("a send that was not made left a doubt, or counts as a try")
 	}
-	says = effect.Park(errors.New("the key was used with other parameters"))
-	s.wantParked(t, s.resume(t), "only a person can go on")
+	says = effect.Park("the key was used\x00with other parameters", errors.New("canary"))
+	s.wantParked(t, s.resume(t), "effect charge: the key was used with other parameters")
+	s.Exec(t, "UPDATE idempotency_open SET parked = NULL")
+	says = effect.Park(strings.Repeat("é", effect.ParkBytesMax), nil)
+	s.wantParked(t, s.resume(t), "effect charge: "+strings.Repeat("é", effect.ParkBytesMax/2))
+	if n := s.Count(t, "SELECT count(*) FROM idempotency_open WHERE parked LIKE '%canary%' OR length(parked) > $1", len("effect charge: ")+effect.ParkBytesMax/2); n != 0 {
+		t.Error("the error is recorded, or a reason over the limit")
+	}
 }
 
 // The reply to the intent's COMMIT is lost, and it takes half of the lease to find the intent. The

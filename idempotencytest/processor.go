@@ -77,7 +77,7 @@ func (p *Processor[In, Out]) Do(ctx context.Context, key string, in In) (out Out
 	}
 	s.Asked++
 	if !reflect.DeepEqual(s.In, in) {
-		return out, effect.Park(errOtherCall)
+		return out, effect.Park("the processor has another call under its key", errOtherCall)
 	}
 	switch p.fault(key, s.Asked) {
 	case NotSent:

@@ -267,8 +267,8 @@ func TestRefusalAfterAChargeNeedsAttention(t *testing.T) {
 	if authorized || o.records(t) != 1 || o.effects(t) != 0 {
 		t.Errorf("a replay was asked for: %v; %d records, %d postings", authorized, o.records(t), o.effects(t))
 	}
-	if !strings.Contains(o.logs.String(), "waits for a person") {
-		t.Errorf("the log does not say so: %s", o.logs)
+	if logs := o.logs.String(); strings.Count(logs, "waits for a person") != 1 || !strings.Contains(logs, "made and not undone") {
+		t.Errorf("the log does not say so once, with the reason: %s", logs)
 	}
 }
 

@@ -150,7 +150,7 @@ func openLines(r *operator.OpenRequest) []string {
 		"parked\t" + orDash(terminal.Clean(r.Parked)), "last run\t" + orDash(terminal.Clean(r.LastReason)),
 		"attempt\t" + r.Attempt.String(), fmt.Sprintf("epoch\t%d", r.Epoch), fmt.Sprintf("runs\t%d", r.Runs),
 		"started\t" + stamp(r.StartedAt), "next\t" + stamp(r.NextAt),
-		"", "EFFECT\tKIND\tSTATE\tTRIES\tFIRST SENT\tLAST DOUBT\tSETTLED\tDERIVED KEY",
+		"", "EFFECT\tKIND\tSTATE\tTRIES\tFIRST SENT\tSENT AGAIN\tSETTLED\tDERIVED KEY",
 	}
 	for i := range r.Effects {
 		e := &r.Effects[i]

@@ -26,7 +26,7 @@ func TestEffectCommands(t *testing.T) {
 	b := setup(t)
 	call := effect.New("charge", effect.Effect[int, charge]{
 		Do: func(context.Context, string, int) (charge, error) {
-			return charge{}, effect.Park(errors.New("no reply"))
+			return charge{}, effect.Park("the service never answers", errors.New("no reply"))
 		},
 	})
 	run := func(ctx context.Context) (*idempotency.Answer, error) {

@@ -558,7 +558,7 @@ func TestTimelineOfAnOpenRequest(t *testing.T) {
 	}
 	b.complete(t)
 	// The record has the time of the first intent: its row is the same.
-	if got := kinds(); !strings.Contains(got, "sent-again charge, act-settle-done charge, result charge") || !strings.HasSuffix(got, "expires") || strings.Contains(got, "next") {
+	if got := kinds(); !strings.Contains(got, "sent-again charge, act-settle-done charge, result charge, recorded") || !strings.HasSuffix(got, "expires") || strings.Contains(got, "next") {
 		t.Errorf("ended: %s", got)
 	}
 }

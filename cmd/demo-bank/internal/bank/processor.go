@@ -155,7 +155,7 @@ func (p *Processor) execute(ctx context.Context, path, key string, in any) (exec
 	case missed == nil:
 		return found, nil
 	case errors.Is(missed, effect.ErrAbsent):
-		return executed{}, effect.Park(err)
+		return executed{}, effect.Park("the processor answers 500 to its key, now and later, and does not list it", err)
 	}
 	return executed{}, err
 }
@@ -198,7 +198,7 @@ func (p *Processor) send(ctx context.Context, path, key string, in any) (out exe
 	case problem.Error != "" && refusals[status] == problem.Error:
 		return out, effect.Declined(said, nil)
 	case status == http.StatusBadRequest: // a key that was used with another body, or our mistake
-		return out, effect.Park(said)
+		return out, effect.Park("the processor answers 400: another body under its key, or a mistake of ours", said)
 	case status == http.StatusInternalServerError:
 		return out, errKept
 	}

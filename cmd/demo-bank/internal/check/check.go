@@ -75,7 +75,10 @@ func (op *Operation) outcome() idempotency.Outcome {
 	if op.Returned == 0 || !known(op.Outcome) {
 		return idempotency.OutcomeUnknown
 	}
-	return idempotency.Outcome(op.Outcome)
+	if outcome := idempotency.Outcome(op.Outcome); outcome != idempotency.OutcomePending {
+		return outcome
+	}
+	return idempotency.OutcomeUnknown // which it is, for a client that does not wait
 }
 
 // acknowledged reports whether the reply is the key's recorded answer.
@@ -93,7 +96,7 @@ func success(status int) bool { return status >= 200 && status < 300 }
 func known(outcome string) bool {
 	switch idempotency.Outcome(outcome) {
 	case idempotency.OutcomeExecuted, idempotency.OutcomeReplayed, idempotency.OutcomeInProgress,
-		idempotency.OutcomeMismatch, idempotency.OutcomeNotExecuted, idempotency.OutcomeUnknown:
+		idempotency.OutcomeMismatch, idempotency.OutcomeNotExecuted, idempotency.OutcomeUnknown, idempotency.OutcomePending:
 		return true
 	}
 	return false
