@@ -35,6 +35,10 @@ type Effect[In, Out any] struct {
 	// call is sent again later, with the same key and input. [FromHTTP] makes these errors from an
 	// HTTP response. Use ctx for the request; it ends after Timeout, and with the handler's context.
 	// Required.
+	//
+	// net/http sends a request with an Idempotency-Key header again by itself if a reused connection
+	// breaks. Call notices that by ctx, and then a decline is not final unless KeepsDeclines is set.
+	// Set the request's GetBody to nil to keep net/http from it.
 	Do func(ctx context.Context, key string, in In) (Out, error)
 
 	// Lookup finds the result of an earlier send by its key, and must change nothing at the other
@@ -60,7 +64,9 @@ type Effect[In, Out any] struct {
 	SettleAfter time.Duration
 
 	// KeepsDeclines means that the other service keeps a no under its key, so that an earlier
-	// request that arrives late gets the same no. Leave it out if you don't know.
+	// request that arrives late gets the same no. Its documentation says so if it repeats the first
+	// answer of a key whatever its status. Leave it out if you don't know: then declines take up to
+	// SettleAfter longer, and webhooks can't report them.
 	KeepsDeclines bool
 
 	// AtMostOnce is for a service without keys: only the attempt that committed the intent sends the

@@ -39,7 +39,7 @@ type HTTPDetail struct {
 // The request must have the context of Do, which shows whether the request got a connection before
 // it failed to dial another. The client must not follow redirects (CheckRedirect:
 // [net/http.ErrUseLastResponse]): the failure of the second request would hide the first. FromHTTP
-// does not close the body.
+// does not close the body. net/http may have sent the request twice: see [Effect.Do].
 func FromHTTP(resp *http.Response, err error) error {
 	var executed interface{ NotExecuted() bool }
 	var op *net.OpError
