@@ -505,7 +505,7 @@ func (e *Engine) disposition(req *ongoing, answer *Answer) (disposition Disposit
 	return disposition, nil
 }
 
-// end runs Commit or Decline within a time of its own, which it ends.
+// end runs Commit or Decline with ctx, and ends ctx afterwards.
 func end(ctx *deadline.Context, end func(context.Context, *Answer) error, answer *Answer, step Step, trace *trace) error {
 	defer ctx.End()
 	started := trace.now()
@@ -514,8 +514,8 @@ func end(ctx *deadline.Context, end func(context.Context, *Answer) error, answer
 	return err
 }
 
-// resolve calls the store's Resolve after the reply to a COMMIT was lost; lost is the error that
-// lost it.
+// resolve calls the store's Resolve after the reply to a COMMIT was lost; lost is the error in
+// place of the reply.
 func (e *Engine) resolve(ctx context.Context, req *ongoing, disposition Disposition, lost error, trace *trace) (fact, *Record, error) {
 	started := trace.now()
 	bounded := deadline.After(ctx, e.options.Timeouts.Resolve)

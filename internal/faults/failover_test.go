@@ -398,7 +398,7 @@ func TestAbsenceOnACopyOfThePrimaryIsNoProof(t *testing.T) {
 	lostThenLedTo(t, primary.URL(), copied.URL())
 }
 
-// lostThenLedTo lets a service lose the reply to a COMMIT on one server, and look for it on
+// lostThenLedTo lets a service lose the reply to a COMMIT on one server, and look the record up on
 // another, which does not have it. Once the service is back on the first, a retry is a replay.
 func lostThenLedTo(t *testing.T, database, other string) {
 	t.Helper()
