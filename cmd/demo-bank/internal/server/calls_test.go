@@ -511,7 +511,7 @@ type holdingProcessor struct {
 	free  chan struct{}     // closed when replies may be given
 }
 
-// underWay returns the calls whose bank still waits for the reply.
+// underWay returns the calls for which the bank still waits for the reply.
 func (p *holdingProcessor) underWay() []context.Context {
 	p.mu.Lock()
 	defer p.mu.Unlock()
