@@ -139,7 +139,7 @@ func (r *run) measureWait(ctx context.Context) error {
 	return nil
 }
 
-// duplicate sends one request from all clients at once, and returns how many got executed.
+// duplicate sends one request from all clients at once, and returns the number that got executed.
 func (w *Wait) duplicate(ctx context.Context, clients []*client, latency *hdr.Histogram) (executed int64, err error) {
 	key, err := uuid.NewV7()
 	if err != nil {

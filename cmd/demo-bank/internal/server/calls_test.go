@@ -586,8 +586,8 @@ func TestSlowProcessorHoldsNoConnection(t *testing.T) {
 		t.Error("the top-ups don't reach the processor all at once")
 	}
 	for deadline := time.Now().Add(startTimeout); ; {
-		// A call whose bank still waits later was under way when the transactions were counted.
-		// Other work of the bank may have one for a moment.
+		// If the bank still waits for a call after the count, the call was under way when the
+		// transactions were counted. Other work of the bank may have one for a moment.
 		calls := p.underWay()
 		open := b.count(`SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND xact_start IS NOT NULL AND application_name <> $1`, testerName)
 		time.Sleep(100 * time.Millisecond)
