@@ -146,7 +146,7 @@ func payoutChild() int {
 	return 1
 }
 
-// rail is the other service: it does what it is asked for once for each key.
+// rail is the other service: it acts once for each key.
 type rail struct {
 	*httptest.Server
 	refuses bool

@@ -647,8 +647,8 @@ func TestSettleOfAnEncryptedEffect(t *testing.T) {
 }
 
 // The send of an owner may outlive its lease: it begins in the first half, and takes its Timeout.
-// Until then an operator can't know that the other service never gets the request, or did refuse
-// it for good: the next run would send again what is still being sent, or answer a refusal.
+// Until it has ended, an operator can't know that the other service never gets the request, or has
+// refused it for good: the next run would send again what is still being sent, or answer a refusal.
 func TestNoIsNotStatedWhileASendMayBeUnderWay(t *testing.T) {
 	t.Parallel()
 	for name, c := range map[string]struct {
