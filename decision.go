@@ -125,8 +125,8 @@ const (
 	factDeclineFailed // the answer of a decline was not recorded; its writes are undone too
 	factCommitUnknown // COMMIT was sent and its reply is missing
 
-	factResolvedOurs   // called again, the store has this attempt's record
-	factResolvedAbsent // called again, the store proves that nothing was recorded
+	factResolvedOurs   // the store has this attempt's record
+	factResolvedAbsent // the store proves that nothing was recorded
 
 	factCallForgotten // Forgotten, and a run of the request asked for a derived key
 	factCallUnknown   // another end without a record; a run of the request called DerivedKey

@@ -854,8 +854,8 @@ func TestCanceledWaitForTheStandbyIsAnError(t *testing.T) {
 }
 
 // TestWarningOfATriggerIsItsOwn: only the server's own warning means that a commit did not wait.
-// Take and Abandon of a key that is not kept find that out on the same connection: the pool may
-// have only one.
+// Take and Abandon need no second connection to find out that a key is not kept: the pool may have
+// only one.
 func TestWarningOfATriggerIsItsOwn(t *testing.T) {
 	t.Parallel()
 	ctx := t.Context()
