@@ -89,7 +89,7 @@ func TestEffectCommands(t *testing.T) {
 	wantText(t, settle(exitNotFound, "charge", "--any-epoch", "--retry").stderr, "key get")
 	b.want(t, exitNotFound, "effect", "get", "acme", "canary-key")
 
-	// Each act needs the epoch, or a word that it does not matter.
+	// Each act needs the epoch, or --any-epoch.
 	for _, act := range [][]string{{"effect", "settle"}, {"key", "resume"}, {"key", "park"}, {"key", "abandon"}} {
 		command := append(slices.Clone(act), "acme", "other-key", "--reason", "x")
 		switch act[1] {

@@ -33,7 +33,7 @@ type directed struct {
 	run      *run
 	findings findings
 
-	// played ends with the script that runs beside the load.
+	// played waits for the script that runs beside the load.
 	played sync.WaitGroup
 
 	mu    sync.Mutex
