@@ -15,7 +15,7 @@ import (
 )
 
 // gatewayOf returns a run with a gateway for one bank. The processor behind it answers the path
-// /NNN with status NNN, and counts.
+// /NNN with status NNN, and counts its answers.
 func gatewayOf(t *testing.T) (r *run, answered *atomic.Int64) {
 	t.Helper()
 	answered = new(atomic.Int64)

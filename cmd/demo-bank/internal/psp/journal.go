@@ -268,7 +268,8 @@ func (j *journal) close() error {
 	return unlock(j.file)
 }
 
-// reason returns the error for which the channel failed was closed.
+// reason returns the error of the first write that failed, or errClosed. It is nil until failed is
+// closed.
 func (j *journal) reason() error {
 	j.mu.Lock()
 	defer j.mu.Unlock()
