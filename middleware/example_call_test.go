@@ -2,6 +2,7 @@ package middleware_test
 
 import (
 	"context"
+	"crypto/rand"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -85,7 +86,10 @@ func ExampleMiddleware_Completer() {
 
 	idem := middleware.New(store, exampleAccount, nil)
 	mux := http.NewServeMux()
-	topUps := idem.With(func(o *middleware.Options) { o.Resumable = "topup/1" })
+	secret := []byte(rand.Text() + rand.Text())
+	status := middleware.NewStatus("/v1/operations/", secret)
+	mux.Handle("GET /v1/operations/{id}", status)
+	topUps := idem.With(func(o *middleware.Options) { o.Resumable, o.Accepted = "topup/1", status })
 	mux.Handle("POST /topups", topUps.Handler(http.HandlerFunc(topUp)))
 	ended := make(chan struct{}, 1)
 	var completer sync.WaitGroup

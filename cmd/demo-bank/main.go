@@ -37,6 +37,8 @@ Without a command it serves. Try:
   demo-bank                                      serve, with an embedded PostgreSQL that is gone at exit
   demo-bank --data-dir ./bank-data               serve, and find the money still there at the next start
   DATABASE_URL=postgres://... demo-bank          serve on a PostgreSQL of yours
+  curl -i http://127.0.0.1:8080/v1/topups -H 'Content-Type: application/json' -H 'Idempotency-Key: topup-1' -d '{"account":"alice","amount":500,"card":"tok"}'
+                                                 charge a card at the processor, and post it once
   demo-bank psp                                  serve the processor of cards, payouts and mails in another terminal
   demo-bank --psp http://127.0.0.1:8090          serve, and call that processor instead of the one inside
   demo-bank storm                                send thousands of duplicates to it and read the verdict

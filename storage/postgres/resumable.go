@@ -157,7 +157,7 @@ func newOpenStatements(o *Options) openStatements {
 		due: "SELECT scope, key FROM " + open + " WHERE parked IS NULL AND next_at <= " + now + " AND route = ANY ($1) ORDER BY next_at LIMIT $2",
 		leave: "UPDATE " + open + " SET next_at = " + now + " + $4 * interval '1 millisecond', owned = false, parked = NULLIF($5, ''), last_reason = $6" +
 			" WHERE scope = $1 AND key = $2 AND epoch = $3",
-		doubt:   "UPDATE " + effects + " SET doubt_at = $5, tries = CASE WHEN $6 THEN tries ELSE tries - 1 END WHERE scope = $1 AND key = $2 AND epoch = $3 AND name = $4 AND state = 1",
+		doubt:   "UPDATE " + effects + " SET doubt_at = $5, tries = CASE WHEN $6 THEN tries ELSE GREATEST(tries - 1, 0) END WHERE scope = $1 AND key = $2 AND epoch = $3 AND name = $4 AND state = 1",
 		panic:   "UPDATE " + effects + " SET panics = panics + 1 WHERE scope = $1 AND key = $2 AND epoch = $3 AND name = $4 AND state = 1",
 		byKey:   records + "e.derived_key = ANY ($1)",
 		between: records + "e.name = ANY ($1) AND e.sent_first_at >= $2 AND e.sent_first_at < $3 AND ($4::uuid IS NULL OR e.derived_key > $4) ORDER BY e.derived_key LIMIT $5",
