@@ -78,7 +78,7 @@ func TestATornLastLineIsCutOff(t *testing.T) {
 		b.stop()
 	}
 
-	// A header that is torn is a new file. An empty file is one too.
+	// A file with a torn header counts as new, and so does an empty file.
 	for torn := range len(lines[0]) - 1 {
 		if err := os.WriteFile(file, whole[:torn], 0o600); err != nil {
 			t.Fatal(err)
