@@ -151,14 +151,14 @@ type Lapse struct {
 	Pause  time.Duration // until somebody may take it over
 	Parked string        // why nobody may take it over until an operator says so; empty if anybody may
 	Reason string        // for the operator; holds no data
-	// Doubts has, by the effect's name, what is set back because this run did not send the effect, or
-	// got a definite answer.
+	// Doubts has, by the effect's name, the doubt that is set back because this run did not send
+	// the effect, or got a definite answer.
 	Doubts map[string]Doubt
 	// Panicked is the name of the effect whose send panicked in this run, and empty if none did.
 	Panicked string
 }
 
-// Doubt is what a run sets back of an effect's doubt.
+// Doubt has the values to which a run sets back an effect's doubt.
 type Doubt struct {
 	At   time.Time // Effect.Doubt before this run
 	Sent bool      // this run sent it all the same; otherwise it does not count among Effect.Tries

@@ -97,5 +97,5 @@ func (e *Error) Is(target error) bool { return target == e.kind() }
 // one, such as effect.
 func (e *Error) NotExecuted() bool { return e.Outcome == idempotency.OutcomeNotExecuted }
 
-// Unwrap returns why the asking ended.
+// Unwrap returns the reason for the end.
 func (e *Error) Unwrap() error { return e.Err }

@@ -1002,7 +1002,7 @@ func (s *shop) cutIntent(t *testing.T) *postgres.Store {
 }
 
 // The reply to a take-over is slow, and the age of the key passes nine tenths of its lifetime
-// meanwhile: it is not sent.
+// meanwhile: the call is not sent.
 func TestKeyThatAgesDuringTheTakeOverIsNotSent(t *testing.T) {
 	t.Parallel()
 	s := newShop(t, func(_ *processor, e *effect.Effect[card, charge]) {

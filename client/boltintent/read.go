@@ -52,7 +52,7 @@ type reader struct {
 }
 
 func damaged(format string, values ...any) error {
-	return fmt.Errorf("%w: "+format+"; it is left as it is: move it away, find out at the server what became of its requests, and start with a new one",
+	return fmt.Errorf("%w: "+format+"; it is left as it is: move it away, look its requests up at the server, and start with a new one",
 		append([]any{ErrDamaged}, values...)...)
 }
 
