@@ -587,7 +587,8 @@ func TestSlowProcessorHoldsNoConnection(t *testing.T) {
 	}
 	for deadline := time.Now().Add(startTimeout); ; {
 		// If the bank still waits for a call after the count, the call was under way when the
-		// transactions were counted. Other work of the bank may have one for a moment.
+		// transactions were counted. Other work of the bank may have a transaction open for a
+		// moment.
 		calls := p.underWay()
 		open := b.count(`SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND xact_start IS NOT NULL AND application_name <> $1`, testerName)
 		time.Sleep(100 * time.Millisecond)
