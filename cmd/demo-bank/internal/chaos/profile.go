@@ -25,8 +25,8 @@ type profile struct {
 	effects      bool               // some requests call the processor
 	stops        int                // of banks, at each kind of COMMIT
 
-	// The minimum that a run must reach at its own number of operations, besides each kind at least
-	// once.
+	// The minimums for a run with the profile's number of operations. Each kind must also be
+	// reached at least once.
 	killsMin, crashesMin, commitsMin int
 }
 
