@@ -354,7 +354,7 @@ func TestF04KilledInTheReapersBatch(t *testing.T) {
 	dying := start(t, crashCommand("reaper_batch:1", database, "--reap-interval", "1h"))
 	dying.diesAt("reaper_batch")
 	eventually(t, "PostgreSQL has the DELETE of the dead bank, and ends it", func() bool {
-		// Outside of tx, which would always see the activity of its first query.
+		// Not in tx: there pg_stat_activity would always show its first content.
 		ended := 0
 		err := db.QueryRow(t.Context(), `
 			SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity

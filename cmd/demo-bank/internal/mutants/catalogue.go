@@ -83,8 +83,8 @@ func ofAnswers() []Mutant {
 	}
 	pgErr, ok := wire.Definite(err)
 `},
-				// The error of COMMIT itself, not of the statement before it, as if they were sent
-				// one by one.
+				// It returns the error of COMMIT itself, not that of the statement before it, as if
+				// the two were sent one after the other.
 				{exchangeFile, `		if err != nil {
 			abandon(conn)
 			return reader.reply, reader.broken(err)

@@ -607,7 +607,7 @@ func TestSlowProcessorHoldsNoConnection(t *testing.T) {
 }
 
 // TestOperationShowsWhatBecomesOfAnOpenRequest: a client that does not want to wait gets 202 and an
-// address, which shows the request to its own tenant until and after it is done.
+// address, which shows the request to its own tenant, before it is done and afterwards.
 func TestOperationShowsWhatBecomesOfAnOpenRequest(t *testing.T) {
 	t.Parallel()
 	b := setup(t)
