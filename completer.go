@@ -88,8 +88,8 @@ func (c *Completer) Once(ctx context.Context) (found int, err error) {
 	return found, err
 }
 
-// look is Once. moved is the number of requests that are not due any more. A look without a pause
-// would find the others again.
+// look does what Once does. moved is the number of its requests that are not due any more. Another
+// look without a pause would find the others again.
 func (c *Completer) look(ctx context.Context) (found, moved int, err error) {
 	names := c.engine.served()
 	if len(names) == 0 {
@@ -104,7 +104,7 @@ func (c *Completer) look(ctx context.Context) (found, moved int, err error) {
 	for _, key := range keys {
 		running.Go(func() {
 			result := c.engine.Resume(ctx, key)
-			if result.Accepted || result.Answer != nil {
+			if result.Answer != nil || result.Accepted && result.RetryAfter > 0 { // else an owner in its last transaction keeps it
 				ended.Add(1)
 			}
 			c.options.OnResume(key, result)

@@ -94,7 +94,7 @@ type fact uint8
 
 // The facts.
 const (
-	factRunsHere           fact = iota + 1 // the key's handler runs in this process; no store asked
+	factRunsHere           fact = iota + 1 // the key's handler runs in this process; no store called
 	factClaimed                            // no record; the claim is ours
 	factInProgress                         // no record; claim held by another; no wait, or no longer
 	factAwaited                            // no record; claim held by another; the request may wait
@@ -125,8 +125,8 @@ const (
 	factDeclineFailed // the answer of a decline was not recorded; its writes are undone too
 	factCommitUnknown // COMMIT was sent and its reply is missing
 
-	factResolvedOurs   // asked again, the store has this attempt's record
-	factResolvedAbsent // asked again, the store proves that nothing was recorded
+	factResolvedOurs   // the store has this attempt's record
+	factResolvedAbsent // the store proves that nothing was recorded
 
 	factCallForgotten // Forgotten, and a run of the request asked for a derived key
 	factCallUnknown   // another end without a record; a run of the request called DerivedKey
@@ -155,7 +155,7 @@ const (
 	actionForget                     // undo the handler's writes and give its answer to the client
 	actionAnswer                     // give the handler's answer to the client
 	actionRestart                    // undo everything and claim again
-	actionResolve                    // ask the store for the outcome of COMMIT
+	actionResolve                    // look the outcome of COMMIT up in the store
 	actionTakeOver                   // become the owner of the open request
 	actionLeave                      // undo an open transaction, and leave the request open for later
 	actionPark                       // undo an open transaction, and leave the request open for a person

@@ -342,7 +342,8 @@ func TestFactAfterDecline(t *testing.T) {
 	}, factCommitUnknown)
 }
 
-// Only this attempt's own id makes a record its own; any other is compared as on every path.
+// A record is this attempt's only if it has the attempt's id. Any other record is compared, as on
+// every path.
 func TestFactAfterResolve(t *testing.T) {
 	t.Parallel()
 	print, other := NewFingerprintV1("POST", "/1", "", "", nil), NewFingerprintV1("POST", "/2", "", "", nil)
@@ -375,7 +376,7 @@ func TestFactAfterResolve(t *testing.T) {
 }
 
 // A rollback may find another attempt's record, or that the transaction is no longer ours. After a
-// lost transaction the request is never started again: its committed writes would be paid twice.
+// lost transaction the request is never started again: its committed writes would be made twice.
 func TestFactAfterRollback(t *testing.T) {
 	t.Parallel()
 	for _, test := range []struct {

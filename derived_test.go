@@ -116,7 +116,7 @@ func TestOnlyADerivedKeyMarksARequest(t *testing.T) {
 }
 
 // A request without a key can't be retried with the same derived key. Its effect at another service
-// stays unknown, also with a 4xx, which is not recorded without a key.
+// stays unknown, even with a 4xx, which is not recorded without a key.
 func TestDerivedKeyOfARequestWithoutAKeyIsUnknown(t *testing.T) {
 	t.Parallel()
 	for status, want := range map[int]idempotency.Outcome{

@@ -31,12 +31,13 @@ type Options struct {
 	// TTL must be longer than any client retries. At least 1 second. Defaults to 24 hours.
 	TTL time.Duration
 
-	// Wait is the time, counted from its arrival, that a request waits for the answer of the attempt
-	// that holds its key before it is answered in-progress. At most 1 minute ([WaitMax]). While it
-	// waits it holds no connection: of all requests of a process with one key, one at a time asks the
-	// store. If the attempt leaves no answer, one of the waiting requests runs, with the whole of
-	// Timeouts.Handler. If the attempt leaves the request open, because a call to another service is
-	// not settled, all waiting requests get that result. A wait ends early if the client is gone.
+	// Wait is the time, counted from its arrival, that a request waits for the answer of the
+	// attempt that holds its key before it is answered in-progress. At most 1 minute ([WaitMax]).
+	// While it waits it holds no connection: of all requests of a process with one key, one at a
+	// time calls the store. If the attempt leaves no answer, one of the waiting requests runs, with
+	// the whole of Timeouts.Handler. If the attempt leaves the request open, because a call to
+	// another service is not settled, all waiting requests get that result. A wait ends early if
+	// the client is gone.
 	//
 	// It must be shorter than TTL and than the patience of clients and balancers: a server's
 	// WriteTimeout must exceed its ReadTimeout, Wait and all of Timeouts together. Waiting requests
@@ -100,7 +101,7 @@ type Timeouts struct {
 	Handler time.Duration
 
 	// Commit bounds the record and COMMIT, on a context of their own. When it has elapsed, the
-	// engine asks the store for their outcome. Defaults to 5 seconds.
+	// engine looks their outcome up in the store. Defaults to 5 seconds.
 	Commit time.Duration
 
 	// Resolve bounds the look-up of a COMMIT with a lost reply, on a context of its own. When it
@@ -409,7 +410,7 @@ func (e *Engine) attempt(ctx context.Context, budget *deadline.Context, req *ong
 		trace.step(StepRollback, started, err)
 		return err
 	}
-	defer func() { // also after a panic or a Goexit the transaction is ended once
+	defer func() { // even after a panic or a Goexit the transaction is ended once
 		if open {
 			_ = attempt.Seal()
 			_ = rollback()
@@ -504,7 +505,7 @@ func (e *Engine) disposition(req *ongoing, answer *Answer) (disposition Disposit
 	return disposition, nil
 }
 
-// end runs Commit or Decline within a time of its own, which it ends.
+// end runs Commit or Decline with ctx, and ends ctx afterwards.
 func end(ctx *deadline.Context, end func(context.Context, *Answer) error, answer *Answer, step Step, trace *trace) error {
 	defer ctx.End()
 	started := trace.now()
@@ -513,8 +514,8 @@ func end(ctx *deadline.Context, end func(context.Context, *Answer) error, answer
 	return err
 }
 
-// resolve calls the store's Resolve after the reply to a COMMIT was lost; lost is the error that
-// lost it.
+// resolve calls the store's Resolve after the reply to a COMMIT was lost; lost is the error in
+// place of the reply.
 func (e *Engine) resolve(ctx context.Context, req *ongoing, disposition Disposition, lost error, trace *trace) (fact, *Record, error) {
 	started := trace.now()
 	bounded := deadline.After(ctx, e.options.Timeouts.Resolve)

@@ -179,8 +179,8 @@ func TestEngineDoesWhatTheModelSays(t *testing.T) {
 					faults[step] = slices.Clone(errs)
 				}
 				want := m.do(req)
-				// A copy that arrives while a handler runs must not take a fault that is meant for
-				// its original.
+				// A duplicate that arrives while a handler runs must not take a fault that is meant
+				// for the first request.
 				mayCopy := func() bool { return req.key.Value != "" && len(faults[idempotency.StepClaim]) == 0 }
 				got, returned := send(t, engine, req, &runs, mayCopy)
 				if runs != m.runs {
@@ -247,7 +247,7 @@ func drawRequest(t *rapid.T) modelRequest {
 }
 
 // send sends a request and returns the client's result, or false if the handler ended its
-// goroutine. Copies that arrive while the handler runs must get in-progress, and run nothing.
+// goroutine. Duplicates that arrive while the handler runs must get in-progress, and run nothing.
 func send(t *rapid.T, engine *idempotency.Engine, req modelRequest, runs *int, mayCopy func() bool) (result modelResult, returned bool) {
 	request := idempotency.Request{Key: req.key, Fingerprint: idempotency.NewFingerprint(100, []byte(req.content)), TTL: req.ttl}
 	copyOutcome := idempotency.OutcomeInProgress

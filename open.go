@@ -31,16 +31,48 @@ const (
 	EffectPhase      EffectKind = 4 // a transaction of the handler's, committed before its last one
 )
 
+// String returns the kind in one word, for people: "at-most-once".
+func (k EffectKind) String() string {
+	switch k {
+	case EffectCall:
+		return "call"
+	case EffectAtMostOnce:
+		return "at-most-once"
+	case EffectUndo:
+		return "undo"
+	case EffectPhase:
+		return "phase"
+	}
+	return fmt.Sprintf("kind %d", int16(k))
+}
+
 // EffectState is the state of a recorded effect.
 type EffectState int16
 
 // The states. Stores keep their numbers.
 const (
-	EffectIntended EffectState = 1 // it may have been sent, once or more; its result is not known
+	// EffectIntended: it may have been sent, once or more, and its result is not known. Output, if not
+	// nil, is what a person stated as the result. The next run checks it.
+	EffectIntended EffectState = 1
 	EffectDone     EffectState = 2 // Output is its result
 	EffectDeclined EffectState = 3 // a definite no; Output is its detail
 	EffectMaybe    EffectState = 4 // sent once at most, and its result will never be known
 )
+
+// String returns the state in one word, for people: "intended".
+func (s EffectState) String() string {
+	switch s {
+	case EffectIntended:
+		return "intended"
+	case EffectDone:
+		return "done"
+	case EffectDeclined:
+		return "declined"
+	case EffectMaybe:
+		return "maybe"
+	}
+	return fmt.Sprintf("state %d", int16(s))
+}
 
 // Effect is a call to another service, or a phase, as the store keeps it. Times are by the store's
 // clock. A phase has no input and is never recorded as EffectIntended; its SentFirst is the time of
@@ -119,11 +151,17 @@ type Lapse struct {
 	Pause  time.Duration // until somebody may take it over
 	Parked string        // why nobody may take it over until an operator says so; empty if anybody may
 	Reason string        // for the operator; holds no data
-	// Doubts has, by the effect's name, the time to which its Doubt is set back, because this run did
-	// not send it or got a definite answer.
-	Doubts map[string]time.Time
+	// Doubts has, by the effect's name, the doubt that is set back because this run did not send
+	// the effect, or got a definite answer.
+	Doubts map[string]Doubt
 	// Panicked is the name of the effect whose send panicked in this run, and empty if none did.
 	Panicked string
+}
+
+// Doubt has the values to which a run sets back an effect's doubt.
+type Doubt struct {
+	At   time.Time // Effect.Doubt before this run
+	Sent bool      // this run sent it all the same; otherwise it does not count among Effect.Tries
 }
 
 // Errors of a [Keeper] and an [OpenAttempt], beside those of a [Store] and an [Attempt].
@@ -138,16 +176,18 @@ var (
 type Keeper interface {
 	Store
 
-	// BeginOpen is Begin for a request that may become open. If lazy is set it need not send anything:
-	// then the claim travels with the attempt's first statement, and Intend or Seal returns its error.
-	// A Rollback before the first statement claims too, and returns ErrKeyRecorded if another attempt
-	// has the key, or if there may be a record that can't be read, because this attempt's failure says
-	// nothing about the other one. The record of an open request has Open set.
+	// BeginOpen is Begin for a request that may become open. If lazy is set it need not send
+	// anything: then the claim travels with the attempt's first statement, and Intend or Seal
+	// returns its error. A Rollback before the first statement claims too, because the failure of
+	// this attempt says nothing about another attempt. It returns ErrKeyRecorded if another attempt
+	// has the key, or if there may be a record that can't be read. The record of an open request
+	// has Open set.
 	BeginOpen(ctx context.Context, claim *Claim, lazy bool) (OpenAttempt, *Record, error)
 
 	// TakeOver makes the caller the owner of an open request if it is due, is not parked, and has the
 	// claim's route (Claim.Resumable), because another handler has other effects. The new lease is as
-	// long as the last owner's. Each effect that is not settled gets a new doubt. TakeOver returns the
+	// long as the last owner's. Each effect that is not settled gets a new doubt, unless a person has
+	// stated its result: then this owner does not send it. TakeOver returns the
 	// request's state, or nil if it is not open, and an attempt if the caller is now the owner. The
 	// state has the effects as they were before: Doubt is that of earlier owners. The claim gets the
 	// request's Attempt and TTL. ErrUnknown means that the caller may have become the owner. That does
@@ -165,8 +205,8 @@ type Keeper interface {
 	LookUp(ctx context.Context, key Key) (*Record, error)
 
 	// ReadOpen returns the state of an open request, or nil if there is none. A store that encrypts
-	// does not decrypt Request, nor Input and Output of the effects. Only an owner needs them: if it
-	// can't decrypt them its lease runs on, so that other requests come first.
+	// leaves Request, and Input and Output of the effects, encrypted here: only TakeOver decrypts
+	// them.
 	ReadOpen(ctx context.Context, key Key) (*Open, error)
 }
 
@@ -385,10 +425,10 @@ func (e *Effects) commit(effect *Effect, timeout time.Duration) error {
 		return err
 	}
 	e.opened = true
+	e.lease = lease
 	if !inDoubt { // else the time to send counts from the take-over, which noted the doubt
-		e.epochAt = at
+		e.epochAt, e.clockAt, e.storeAt = at, time.Now(), effect.SentFirst
 	}
-	e.lease, e.clockAt, e.storeAt = lease, time.Now(), effect.SentFirst
 	e.recorded[effect.Name], e.asked[effect.Name] = effect, effect.Input
 	return nil
 }
@@ -445,8 +485,7 @@ func (e *Effects) resolveIntent(lost error) (time.Time, error) {
 func (e *Effects) MaySend() bool {
 	e.mu.Lock()
 	defer e.mu.Unlock()
-	now := time.Now()
-	return !e.over && now.Sub(e.epochAt) < e.lease/2 && now.Round(0).Sub(e.epochAt.Round(0)) < e.lease/2
+	return !e.over && sinceByBoth(e.epochAt) < e.lease/2
 }
 
 // Now returns the time by the store's clock. It may be behind by the time that the store's last
@@ -458,6 +497,22 @@ func (e *Effects) Now() time.Time {
 }
 
 func (e *Effects) now() time.Time { return e.storeAt.Add(time.Since(e.clockAt)) }
+
+// Age returns the time since the first send of the effect by the store's clock. It may be too long
+// by the time that the store's last reply took, but not too short, even if the process was
+// suspended.
+func (e *Effects) Age(effect *Effect) time.Duration {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	return e.storeAt.Sub(effect.SentFirst) + sinceByBoth(e.epochAt)
+}
+
+// sinceByBoth returns the time since t by the wall clock or by the monotonic clock, whichever is
+// longer: the monotonic one stands still while a machine is suspended, and the other may be set back.
+func sinceByBoth(t time.Time) time.Duration {
+	now := time.Now()
+	return max(now.Sub(t), now.Round(0).Sub(t.Round(0)))
+}
 
 // GivenUp returns a time by which every earlier run has given up its unanswered send of the effect.
 // An owner may begin a send in the first half of its lease, and the send ends after its timeout.
@@ -602,7 +657,7 @@ func (e *Engine) attemptOpen(ctx context.Context, budget *deadline.Context, req 
 		trace.step(StepRollback, started, err)
 		return err
 	}
-	defer func() { // also after a panic or a Goexit
+	defer func() { // even after a panic or a Goexit
 		if !ended {
 			_ = attempt.Seal()
 			_ = rollback()

@@ -35,7 +35,7 @@ func TestReadmeShowsWhatRuns(t *testing.T) {
 	if lines := strings.Count(handler, "\n"); handler == "" || lines > 25 {
 		t.Errorf("the handler that calls another service has %d lines, and should have at most 25", lines)
 	}
-	for _, line := range []string{`topUps := idem.With(`, `mux.Handle("POST /topups", topUps.Handler(`} {
+	for _, line := range []string{`mux.Handle("GET /v1/operations/{id}", status)`, `topUps := idem.With(func(o *middleware.Options) { o.Resumable, o.Accepted = "topup/1", status })`, `mux.Handle("POST /topups", topUps.Handler(`} {
 		if !strings.Contains(rest, line) || !strings.Contains(string(source), line) {
 			t.Errorf("the README or the example does not mount it with %s", line)
 		}

@@ -70,7 +70,7 @@ func (a *hookedAttempt) end(step idempotency.Step, end func() error) error {
 
 func hook(store idempotency.Store) *hooked { return &hooked{counted: counted{Store: store}} }
 
-// wantCopy sends a copy of the request, and requires its outcome and its number of claims.
+// wantCopy sends a duplicate of the request, and requires its outcome and its number of claims.
 func wantCopy(t *testing.T, engine *idempotency.Engine, store *hooked, req idempotency.Request, outcome idempotency.Outcome, claims int64) {
 	t.Helper()
 	before := store.begun.Load()
@@ -144,7 +144,7 @@ func TestDuplicateOfWhatRunsHereIsTraced(t *testing.T) {
 }
 
 // However a handler ends, its key has left memory before the end of the transaction begins: from
-// then on a copy asks the store, and a retry after the end gets the outcome of the request.
+// then on a duplicate calls the store, and a retry after the end gets the outcome of the request.
 func TestKeyLeavesMemoryBeforeTheTransactionEnds(t *testing.T) {
 	t.Parallel()
 	exits := func(context.Context) (*idempotency.Answer, error) { runtime.Goexit(); return nil, nil }
@@ -210,8 +210,8 @@ func TestKeyLeavesMemoryIfTheTracerExits(t *testing.T) {
 	}
 }
 
-// All copies of a recorded key are replays, also those that arrive after COMMIT while its reply is
-// late, or lost and being looked up.
+// All duplicates of a recorded key are replays, including those that arrive after COMMIT while its
+// reply is late, or lost and being looked up.
 func TestRecordedKeyIsNeverInProgressFromMemory(t *testing.T) {
 	t.Parallel()
 	const copies = 64
@@ -296,7 +296,7 @@ func TestKeyIsInMemoryInEachRun(t *testing.T) {
 	}
 }
 
-// A handler that hangs keeps its key in memory until its deadline. From then on the store is asked.
+// A handler that hangs keeps its key in memory until its deadline. From then on the store is called.
 // If the store has granted the key to another attempt, the first one's late return leaves that
 // alone.
 func TestHandlerThatHangsKeepsItsKeyUntilItsDeadline(t *testing.T) {
@@ -328,7 +328,7 @@ func TestHandlerThatHangsKeepsItsKeyUntilItsDeadline(t *testing.T) {
 	})
 }
 
-// On one key, routes that wait and routes that don't see each other's handlers in memory.
+// Two routes with one key, of which only one waits, see each other's running handlers in memory.
 func TestWaitAndNoWaitOnOneKey(t *testing.T) {
 	t.Parallel()
 	for name, runnerWaits := range map[string]bool{"the route that runs waits": true, "the route that runs does not wait": false} {

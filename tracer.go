@@ -107,7 +107,7 @@ type RequestEnd struct {
 	Attempt  AttemptID // the last attempt; zero if none began
 	Attempts int       // the number that began
 	Declined bool      // executed, and the answer was recorded without the handler's writes
-	Resolved bool      // the reply to COMMIT was lost, and the store was asked for the outcome
+	Resolved bool      // the reply to COMMIT was lost, and the store was called for the outcome
 	// TakenOver reports that the key's request was open, and that an attempt of this request took it
 	// over.
 	TakenOver bool

@@ -115,7 +115,7 @@ func mayWait(ctx context.Context, over time.Time) bool {
 var errAwaitedUnknown = fmt.Errorf("%w: that of the attempt which the request waited for, or its record can't be compared", ErrUnknown)
 
 // errWaitOver is the error of a follower when its Wait has elapsed.
-var errWaitOver = fmt.Errorf("%w: Options.Wait is over", ErrInProgress)
+var errWaitOver = fmt.Errorf("%w: Options.Wait has elapsed", ErrInProgress)
 
 // errClientGone returns the error of a waiting request when its client is gone.
 func errClientGone(ctx context.Context) error {

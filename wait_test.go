@@ -84,7 +84,7 @@ func (b *waitBundle) sendTo(ctx context.Context, engine *idempotency.Engine, req
 	return l
 }
 
-// sendMany sends copies one after another, each when the earlier ones wait.
+// sendMany sends a request n times, each time when the earlier ones wait.
 func (b *waitBundle) sendMany(n int, req idempotency.Request, run idempotency.RunFunc) []*later {
 	var all []*later
 	for range n {
@@ -131,7 +131,7 @@ func blocking(status int) (run idempotency.RunFunc, release func()) {
 	}, sync.OnceFunc(func() { close(released) })
 }
 
-// However many requests wait for an attempt, it runs once, one of them asks the store for its
+// However many requests wait for an attempt, it runs once, one of them calls the store for its
 // answer, and all get it.
 func TestThoseThatWaitGetTheAnswer(t *testing.T) {
 	t.Parallel()
@@ -173,7 +173,7 @@ func TestAnotherRequestThatWaitedIsAMismatch(t *testing.T) {
 		b := setupWait(t, nil)
 		run, release := blocking(201)
 		first := b.send(t.Context(), keyed("k"), run)
-		same := b.send(t.Context(), keyed("k"), run) // asks the store
+		same := b.send(t.Context(), keyed("k"), run) // calls the store
 		mismatch := b.send(t.Context(), other, run)
 		known := b.send(t.Context(), translated, run)
 		unknown := b.send(t.Context(), older, run)
@@ -304,7 +304,7 @@ func TestUnknownOutcomeIsThatOfAllWhoWait(t *testing.T) {
 	}
 }
 
-// While another process holds the key, one of the waiting requests asks the store, with growing
+// While another process holds the key, one of the waiting requests calls the store, with growing
 // pauses, and holds nothing in between.
 func TestLeaderAsksAgainWhileAnotherProcessHoldsTheKey(t *testing.T) {
 	t.Parallel()
@@ -471,7 +471,7 @@ func TestWhoDoesNotWait(t *testing.T) {
 	})
 }
 
-// If the attempt that runs belongs to a route that does not wait, the copies of it wait in memory
+// If the attempt that runs belongs to a route that does not wait, its duplicates wait in memory
 // too.
 func TestAttemptOfARouteThatDoesNotWaitIsWaitedFor(t *testing.T) {
 	t.Parallel()

@@ -274,7 +274,8 @@ func TestNoActWithoutItsAuditRow(t *testing.T) {
 	b.wantUntouched(t, "key-1")
 }
 
-// With a shared secret a process accepts another one's forms and links; without one it does not.
+// With a shared secret a process accepts the forms and links of another process; without one it
+// does not.
 func TestSecretIsSharedByProcesses(t *testing.T) {
 	t.Parallel()
 	b := setup(t, nil)

@@ -99,13 +99,13 @@ func TestOperatorInABrowser(t *testing.T) {
 	u.wait("document.querySelector('#found-title').textContent.includes('page 1')")
 	u.shots("list")
 
-	// A filter that can't use the primary key ends in time, and the page shows how far it came.
+	// A search that can't use the primary key stops at its limit, and the page offers to continue.
 	u.type_("#scope", "")
 	u.do(chromedp.SetValue(chromedp.CSS("#class"), "5"))
 	u.click("form.filter .primary", `.empty`)
 	u.wantText("Nothing so far.")
 
-	// Delete: the consequence, a reason, and the word.
+	// Delete: the page shows the consequence, and requires a reason and the word.
 	u.do(chromedp.Navigate(u.home), chromedp.WaitVisible(chromedp.CSS("form.open")))
 	u.type_("#scope", scope)
 	u.type_("#key", second)

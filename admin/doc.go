@@ -6,7 +6,7 @@
 //	records := admin.New(store, authorize, nil)
 //	mux.Handle("/admin/keys/", authenticate(http.StripPrefix("/admin/keys", records)))
 //
-// Each request shows or does nothing before the [AuthorizeFunc] has allowed it; there is no page
+// No request shows or does anything before the [AuthorizeFunc] has allowed it; there is no page
 // without one. It checks one [Permission] at a time, so that some people may only look and others
 // may act. Each act adds its actor to the table idempotency_audit, in the same transaction.
 //

@@ -592,7 +592,7 @@ func TestRoleThatMayOnlySelect(t *testing.T) {
 
 func role(b *testBundle) string { return b.Pool.Config().ConnConfig.Database + "_reader" }
 
-// serve starts a new handler's server for each test, as a service has one.
+// serve serves a handler until the test ends.
 func serve(t testing.TB, handler http.Handler) *httptest.Server {
 	t.Helper()
 	server := httptest.NewServer(handler)

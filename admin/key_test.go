@@ -9,7 +9,7 @@ import (
 	"github.com/paidonce/idempotency/admin"
 )
 
-// A key is found also if it was copied from a header.
+// A key is found even if it was copied from a header, with its quotes and spaces.
 func TestKeyIsOpenedAsItIsCopied(t *testing.T) {
 	t.Parallel()
 	b := setup(t, nil)

@@ -226,9 +226,14 @@ func redirect(p *page, link string) error {
 
 // keyOf opens the key in a link.
 func (h *Handler) keyOf(values url.Values) (idempotency.Key, error) {
-	var ref keyRef
-	if err := h.sealer.open(purposeKey, values.Get("k"), &ref); err != nil {
-		return idempotency.Key{}, errStaleLink
+	ref, err := h.refOf(values.Get("k"))
+	return ref.key(), err
+}
+
+// refOf opens the token of a key in a link.
+func (h *Handler) refOf(token string) (ref keyRef, err error) {
+	if h.sealer.open(purposeKey, token, &ref) != nil {
+		return keyRef{}, errStaleLink
 	}
-	return ref.key(), nil
+	return ref, nil
 }

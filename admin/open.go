@@ -4,7 +4,6 @@ import (
 	"context"
 	"encoding/json"
 	"errors"
-	"net/http"
 	"slices"
 	"strings"
 	"time"
@@ -102,21 +101,17 @@ func (a openAct) permission() Permission {
 // openTicket is a ticket for an act on an open request as the page showed it. The act is refused if
 // somebody has taken the request over or acted on it since.
 type openTicket struct {
-	Act     openAct   `json:"a"`
-	Actor   string    `json:"u"`
-	Ref     keyRef    `json:"k"`
-	Attempt string    `json:"t"`
-	Epoch   int64     `json:"e"`
-	Effect  string    `json:"f,omitempty"` // the one to settle
-	Sent    []string  `json:"s,omitempty"` // the effects that may have been sent
-	Made    time.Time `json:"d"`
+	ticket
+	Epoch  int64    `json:"e"`
+	Effect string   `json:"f,omitempty"` // the one to settle
+	Sent   []string `json:"s,omitempty"` // the effects that may have been sent
 }
 
 // word returns the text that must be typed to confirm that the request is abandoned, or "". It has
 // the names of the effects that may have been sent, so that somebody looks each of them up first.
 func (t *openTicket) word() string {
 	switch {
-	case t.Act != actAbandon:
+	case openAct(t.Act) != actAbandon:
 		return ""
 	case len(t.Sent) == 0:
 		return string(actAbandon)
@@ -167,9 +162,9 @@ func (h *Handler) confirmOpen(p *page, act openAct, token, effect string, form o
 	if err != nil {
 		return err
 	}
-	var ref keyRef
-	if err := h.sealer.open(purposeKey, token, &ref); err != nil {
-		return errStaleLink
+	ref, err := h.refOf(token)
+	if err != nil {
+		return err
 	}
 	r, err := h.operator.GetOpen(p.ctx(), ref.key())
 	switch {
@@ -178,12 +173,8 @@ func (h *Handler) confirmOpen(p *page, act openAct, token, effect string, form o
 	case act == actSettle && !slices.Contains(r.Unsettled, effect):
 		return operator.ErrSettled
 	}
-	t := openTicket{act, actor, ref, r.Attempt.String(), r.Epoch, effect, r.MaybeSent(), h.now()}
-	status := http.StatusOK
-	if problem != "" {
-		status = http.StatusUnprocessableEntity
-	}
-	return h.renderStatus(p, status, "confirm-open", openTitles[act], openConfirmPage{
+	t := openTicket{ticket{string(act), actor, ref, r.Attempt.String(), h.now()}, r.Epoch, effect, r.MaybeSent()}
+	return h.renderStatus(p, statusOfForm(problem), "confirm-open", openTitles[act], openConfirmPage{
 		Act: act, Scope: ref.Scope, Value: ref.Value, Request: r, Effect: effect, Token: token, Ticket: h.sealer.seal(purposeOpenForm, t), Word: t.word(),
 		Form: form, Settlements: settlements, ReasonBytesMax: operator.ReasonBytesMax, Problem: problem,
 	})
@@ -197,24 +188,14 @@ func (h *Handler) abandon(p *page) error { return h.actOpen(p, actAbandon) }
 // actOpen does the act of a confirmed form, as [Handler.act] does. The act in the database checks
 // by the epoch that the request is still as it was shown.
 func (h *Handler) actOpen(p *page, act openAct) error {
-	actor, err := h.allowed(p.r, act.permission())
-	if err != nil {
-		return err
-	}
 	var t openTicket
-	values := p.r.PostForm
-	if h.sealer.open(purposeOpenForm, values.Get("ticket"), &t) != nil || t.Act != act || t.Actor != actor {
-		return errStrangeForm
-	}
-	if err := h.fresh(t.Made); err != nil {
-		return err
-	}
-	attempt, err := parseAttempt(t.Attempt)
+	deed, err := h.redeem(p, act.permission(), string(act), purposeOpenForm, &t, &t.ticket)
 	if err != nil {
 		return err
 	}
-	form := openForm{operator.Settlement(values.Get("as")), strings.TrimSpace(values.Get("output")), strings.TrimSpace(values.Get("reason"))}
-	deed := operator.OpenAct{Act: operator.Act{Actor: actor, Reason: form.Reason, Attempt: attempt}, Epoch: t.Epoch}
+	values := p.r.PostForm
+	form := openForm{operator.Settlement(values.Get("as")), strings.TrimSpace(values.Get("output")), deed.Reason}
+	openDeed := operator.OpenAct{Act: deed, Epoch: t.Epoch}
 	if problem := form.problem(&t, strings.TrimSpace(values.Get("confirm")), deed); problem != "" {
 		return h.confirmOpen(p, act, h.sealer.seal(purposeKey, t.Ref), t.Effect, form, problem)
 	}
@@ -228,45 +209,32 @@ func (h *Handler) actOpen(p *page, act openAct) error {
 		if form.Output != "" {
 			output = []byte(form.Output)
 		}
-		_, err = h.operator.Settle(ctx, key, t.Effect, form.As, output, deed)
+		_, err = h.operator.Settle(ctx, key, t.Effect, form.As, output, openDeed)
 	case actResume:
-		_, err = h.operator.Resume(ctx, key, deed)
+		_, err = h.operator.Resume(ctx, key, openDeed)
 	case actPark:
-		_, err = h.operator.Park(ctx, key, deed)
+		_, err = h.operator.Park(ctx, key, openDeed)
 	case actAbandon:
-		_, err = h.operator.Abandon(ctx, key, operator.Abandonment{OpenAct: deed, Sent: t.Sent})
+		_, err = h.operator.Abandon(ctx, key, operator.Abandonment{OpenAct: openDeed, Sent: t.Sent})
 	}
-	log := h.options.Logger.With("act", string(act), "actor", actor, "attempt", t.Attempt)
-	switch {
-	case errors.Is(err, operator.ErrUnknown):
-		log.Error("admin: it is not known whether an act was done", "error", err)
-		return err
-	case err != nil:
-		log.Warn("admin: an act was not done", "error", err)
-		return err
-	}
-	log.Warn("admin: an act was done")
-	return redirect(p, h.keyLink(key)+"&done="+h.sealer.seal(purposeDone, done{Permission(act), t.Attempt, p.actor, t.Ref, h.now()}))
+	return h.acted(p, &t.ticket, err)
 }
 
 // problem returns the reason why the form can't be acted on, or "".
-func (f *openForm) problem(t *openTicket, confirm string, deed operator.OpenAct) string {
+func (f *openForm) problem(t *openTicket, confirm string, act operator.Act) string {
+	settles := openAct(t.Act) == actSettle
 	hasOutput := f.Output != ""
 	switch {
-	case t.Act == actSettle && !slices.Contains(settlements, f.As):
+	case settles && !slices.Contains(settlements, f.As):
 		return "Nothing was done: say what is known of the effect."
-	case t.Act == actSettle && f.As == operator.SettleDone && !hasOutput:
+	case settles && f.As == operator.SettleDone && !hasOutput:
 		return "Nothing was done: the handler needs the result of what is done, as JSON."
-	case t.Act == actSettle && hasOutput && f.As != operator.SettleDone && f.As != operator.SettleDeclined:
+	case settles && hasOutput && f.As != operator.SettleDone && f.As != operator.SettleDeclined:
 		return "Nothing was done: only what is done or declined has a result."
 	case hasOutput && !json.Valid([]byte(f.Output)):
-		return "Nothing was done: the result is not JSON."
+		return `Nothing was done: the result is not JSON, such as {"id":"ch_1","amount":900}.`
 	case t.word() != "" && confirm != t.word():
 		return "Nothing was done: type " + t.word() + " to confirm."
-	case f.Reason == "":
-		return "Nothing was done: say why. It is kept with your name."
-	case deed.Validate() != nil:
-		return "Nothing was done: the reason is too long, or is not text."
 	}
-	return ""
+	return problemOf(act)
 }

@@ -18,21 +18,15 @@ import (
 func (b *testBundle) openRequest(t testing.TB, key, parked string) {
 	t.Helper()
 	run := func(ctx context.Context) (*idempotency.Answer, error) {
-		effects, err := idempotency.EffectsFrom(ctx)
-		if err != nil {
-			return nil, err
-		}
-		effect, _, _, err := effects.Begin(idempotency.Intent{Name: "charge", Kind: idempotency.EffectCall, Input: []byte(`"canary-input"`), Timeout: time.Second})
+		effect, err := testservice.Call(ctx, idempotency.Intent{Name: "charge", Kind: idempotency.EffectCall, Input: []byte(`"canary-input"`), Timeout: time.Second},
+			idempotency.Lapse{Pause: time.Hour, Parked: parked, Reason: "effect charge: no reply"})
 		switch {
 		case err != nil:
 			return nil, err
 		case effect.State == idempotency.EffectDeclined:
 			return &idempotency.Answer{Status: 402}, nil
-		case effect.State == idempotency.EffectDone:
-			return &idempotency.Answer{Status: 201, Body: effect.Output}, nil
 		}
-		effects.Lapse(idempotency.Lapse{Pause: time.Hour, Parked: parked, Reason: "effect charge: no reply"})
-		return nil, idempotency.ErrUnsettled
+		return &idempotency.Answer{Status: 201, Body: effect.Output}, nil
 	}
 	b.resumable.Do(func() {
 		b.Engine.Resumable("topup/1", func(idempotency.Key, []byte) (idempotency.RunFunc, error) { return run, nil })
@@ -135,6 +129,7 @@ func TestSettledOnThePageAnsweredByTheHandler(t *testing.T) {
 	}{"done": {`{"id":"ch_1"}`, 201}, "declined": {"", 402}} {
 		b := setup(t, nil)
 		b.openRequest(t, "key-1", "no reply")
+		b.Exec(t, "UPDATE idempotency_effects SET sent_first_at = sent_first_at - interval '1 hour'") // its send is over
 		c := b.as("alice", everything...)
 		confirm := c.page(t, link(t, c.page(t, c.open(t, "acme", "key-1")), "settle?k="))
 		for _, want := range []string{"What you say is believed", "charge", "handler makes the answer", `name="reason"`} {
@@ -144,12 +139,13 @@ func TestSettledOnThePageAnsweredByTheHandler(t *testing.T) {
 		}
 		form := url.Values{"ticket": {field(t, confirm, "ticket")}, "as": {as}, "output": {test.output}, "reason": {"seen at the processor"}}
 		after := c.page(t, location(t, c.post("settle", form)))
-		for _, want := range []string{"<strong>Done.</strong>", "settled as " + as + " by alice", "seen at the processor"} {
+		state := map[string]string{"done": "stated", "declined": "declined"}[as]
+		for _, want := range []string{"<strong>Done.</strong>", "settled as " + as + " by alice", "seen at the processor", `data-label="State">` + state} {
 			if !strings.Contains(after, want) {
 				t.Errorf("the page after does not say %q", want)
 			}
 		}
-		// The form is for the request as it was before.
+		// The form was made for the request before the act.
 		text(t, c.post("settle", form), http.StatusConflict)
 		if got := b.Strings(t, openAudit); !slices.Equal(got, []string{"settle-" + as + " charge key-1 by alice: seen at the processor"}) {
 			t.Errorf("the audit table has %q", got)
@@ -196,23 +192,26 @@ func TestResumeParkAndAbandonOnThePage(t *testing.T) {
 	}
 }
 
-// What is typed wrongly does nothing, and the form keeps it.
+// Wrong input does nothing, and the form keeps it.
 func TestFormOfAnOpenRequestSaysWhatIsMissing(t *testing.T) {
 	t.Parallel()
 	b := setup(t, nil)
 	b.openRequest(t, "key-1", "no reply")
 	c := b.as("alice", everything...)
-	for name, form := range map[string]url.Values{
-		"nothing known":         {"reason": {"x"}},
-		"another settlement":    {"reason": {"x"}, "as": {"paid"}},
-		"done without a result": {"reason": {"x"}, "as": {"done"}},
-		"no JSON":               {"reason": {"typed before"}, "as": {"done"}, "output": {"{ch_1"}},
-		"a result of a retry":   {"reason": {"x"}, "as": {"retry"}, "output": {"{}"}},
-		"no reason":             {"as": {"retry"}},
-		"a long reason":         {"as": {"retry"}, "reason": {strings.Repeat("r", 1001)}},
+	for name, test := range map[string]struct {
+		form url.Values
+		says string
+	}{
+		"nothing known":         {url.Values{"reason": {"x"}}, "say what is known"},
+		"another settlement":    {url.Values{"reason": {"x"}, "as": {"paid"}}, "say what is known"},
+		"done without a result": {url.Values{"reason": {"x"}, "as": {"done"}}, "needs the result"},
+		"no JSON":               {url.Values{"reason": {"typed before"}, "as": {"done"}, "output": {"{ch_1"}}, "is not JSON"},
+		"a result of a retry":   {url.Values{"reason": {"x"}, "as": {"retry"}, "output": {"{}"}}, "only what is done or declined"},
+		"no reason":             {url.Values{"as": {"retry"}}, "say why"},
+		"a long reason":         {url.Values{"as": {"retry"}, "reason": {strings.Repeat("r", 1001)}}, "too long"},
 	} {
-		page := text(t, c.act(t, "key-1", "settle", form), http.StatusUnprocessableEntity)
-		if !strings.Contains(page, `role="alert"`) || !strings.Contains(page, "Nothing was done") {
+		page := text(t, c.act(t, "key-1", "settle", test.form), http.StatusUnprocessableEntity)
+		if !strings.Contains(page, `role="alert"`) || !strings.Contains(page, "Nothing was done") || !strings.Contains(page, test.says) {
 			t.Errorf("%s: it is not said", name)
 		}
 		if name == "no JSON" && (!strings.Contains(page, "{ch_1</textarea>") || !strings.Contains(page, "typed before</textarea>")) {

@@ -12,7 +12,8 @@ import (
 	"github.com/paidonce/idempotency/storage/postgres/operator"
 )
 
-// refusal is an answer in place of the requested page. It quotes nothing.
+// refusal is an answer in place of the requested page. It repeats nothing that the request
+// contains.
 type refusal struct {
 	status int
 	title  string // empty: that of the status
@@ -37,15 +38,15 @@ func refusalOf(err error) (refused refusal, failed bool) {
 	case errors.Is(err, operator.ErrNotFound):
 		return refusal{http.StatusNotFound, "This key has no record", "No attempt has committed, or the record expired, or somebody deleted it. Its page shows what else is known."}, false
 	case errors.Is(err, operator.ErrInProgress):
-		return refusal{http.StatusConflict, "Somebody holds this key", "An attempt runs, or a retry reads the record just now. Nothing was done. Wait until it has ended, and look again."}, false
+		return refusal{http.StatusConflict, "Somebody holds this key", "An attempt runs, or its call may still be being sent, or a retry reads the record just now. Nothing was done. Wait until it has ended, and look again."}, false
 	case errors.Is(err, operator.ErrChanged):
-		return refusal{http.StatusConflict, "The record has changed", "It is not the record any more that this form showed. Nothing was done. Open the key again."}, false
+		return refusal{http.StatusConflict, "It has changed", "The record or the request is not as this form showed it any more. Nothing was done. Open the key again."}, false
 	case errors.Is(err, operator.ErrNotOpen):
 		return refusal{http.StatusNotFound, "This key has no open request", "It has ended, or somebody abandoned it. Nothing was done. Open the key again."}, false
 	case errors.Is(err, operator.ErrOpen):
 		return refusal{http.StatusConflict, "This request is open", "There is no record to change, and money may have moved. Nothing was done. Settle its effects, or abandon it."}, false
 	case errors.Is(err, operator.ErrSettled), errors.Is(err, operator.ErrNoEffect):
-		return refusal{http.StatusConflict, "This effect has a result", "Somebody has settled it, or its result has come. Nothing was done. Open the key again."}, false
+		return refusal{http.StatusConflict, "This effect has a result", "Somebody has settled it, or its result has come, and a recorded result is never replaced. Nothing was done. Open the key again."}, false
 	case errors.Is(err, operator.ErrUnconfirmed):
 		return refusal{http.StatusConflict, "The request has changed", "Other effects may have been sent than this form showed. Nothing was done. Open the key again."}, false
 	case errors.Is(err, operator.ErrEncrypted):

@@ -49,7 +49,8 @@ func (f *figures) get(ctx context.Context, o *operator.Operator) (operator.Stats
 		f.newest = answer
 		f.mu.Unlock()
 		defer close(answer.done)
-		// The operator bounds it, and other readers need it too.
+		// The operator bounds the call. Other readers wait for its answer, so this reader's context
+		// must not end it.
 		answer.stats, answer.err = o.Stats(context.WithoutCancel(ctx))
 		answer.at = time.Now()
 		return answer.stats, answer.err

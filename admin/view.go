@@ -16,7 +16,6 @@ import (
 	"strings"
 	"time"
 
-	"github.com/paidonce/idempotency"
 	"github.com/paidonce/idempotency/storage/postgres/operator"
 )
 
@@ -97,21 +96,19 @@ func (h *Handler) renderStatus(p *page, status int, name, title string, data any
 }
 
 var functions = template.FuncMap{
-	"asset":       func(file string) string { return assetNames[file] },
-	"ago":         formatAgo,
-	"bytes":       formatBytes,
-	"chip":        chipOf,
-	"classes":     func() []int { return []int{2, 3, 4, 5} },
-	"clock":       formatClock,
-	"count":       formatCount,
-	"hex":         func(b [32]byte) string { return hex.EncodeToString(b[:]) },
-	"int":         func(n any) string { return formatNumber(toInt64(n)) },
-	"long":        formatDuration,
-	"effectKind":  effectKind,
-	"effectState": operator.EffectStateText,
-	"openChip":    openChip,
-	"settlement":  tellSettlement,
-	"rowsOf":      func(caption string, rows []row, now time.Time) rowsView { return rowsView{caption, rows, now} },
+	"asset":      func(file string) string { return assetNames[file] },
+	"ago":        formatAgo,
+	"bytes":      formatBytes,
+	"chip":       chipOf,
+	"classes":    func() []int { return []int{2, 3, 4, 5} },
+	"clock":      formatClock,
+	"count":      formatCount,
+	"hex":        func(b [32]byte) string { return hex.EncodeToString(b[:]) },
+	"int":        func(n any) string { return formatNumber(toInt64(n)) },
+	"long":       formatDuration,
+	"openChip":   openChip,
+	"settlement": tellSettlement,
+	"rowsOf":     func(caption string, rows []row, now time.Time) rowsView { return rowsView{caption, rows, now} },
 	"within": func(name string) bool {
 		return name == "key" || name == "body" || name == "confirm" || name == "confirm-open"
 	},
@@ -255,27 +252,14 @@ func chipOf(status int) chip {
 
 // openChip returns the chip of an open request.
 func openChip(r operator.OpenRequest) chip {
-	switch {
-	case r.Parked != "":
-		return chip{"parked", "bad"}
-	case r.Running:
-		return chip{"running", "plain"}
-	case !r.NextAt.After(r.StartedAt.Add(r.Age)):
-		return chip{"due", "warn"}
+	tone := "plain"
+	switch r.State() {
+	case operator.OpenParked:
+		tone = "bad"
+	case operator.OpenDue:
+		tone = "warn"
 	}
-	return chip{"waiting", "plain"}
-}
-
-func effectKind(kind idempotency.EffectKind) string {
-	switch kind {
-	case idempotency.EffectAtMostOnce:
-		return "call, sent once at most"
-	case idempotency.EffectUndo:
-		return "undo"
-	case idempotency.EffectPhase:
-		return "phase"
-	}
-	return "call"
+	return chip{string(r.State()), tone}
 }
 
 // tellSettlement describes a settlement that an operator may choose.
@@ -286,7 +270,7 @@ func tellSettlement(as operator.Settlement) string {
 	case operator.SettleDeclined:
 		return "declined: it refused, and will not do it later"
 	case operator.SettleNotSent:
-		return "not sent: it never got the request, for certain"
+		return "not sent: it never got the request, for certain, and nothing is on its way to it"
 	}
 	return "not known: send it again with the same key, if its rules permit that"
 }

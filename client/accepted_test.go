@@ -32,7 +32,7 @@ func TestAcceptedIsRead(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
 			s := newScript(t, func(n int, w http.ResponseWriter, _ *http.Request) {
-				if n > 1 { // a gateway's: it does not take back what the server said
+				if n > 1 { // a gateway's answer: the server's promise stands
 					http.Error(w, "bad gateway", http.StatusBadGateway)
 					return
 				}

@@ -101,7 +101,7 @@ func (t *Transport) exchange(op *operation) *attempt {
 	return t.answered(op, response, content)
 }
 
-// timedOut adds to an error that AttemptTimeout caused it.
+// timedOut adds AttemptTimeout to an error that it caused.
 func timedOut(ctx context.Context, err error) error {
 	if errors.Is(context.Cause(ctx), ErrAttemptTimedOut) && !errors.Is(err, ErrAttemptTimedOut) {
 		return fmt.Errorf("%w: %w", ErrAttemptTimedOut, err)
@@ -185,7 +185,7 @@ func (a *attempt) why() error {
 	return errAnswer
 }
 
-// errAnswer stands for an answer; the error tells its status.
+// errAnswer is the cause if the last answer settles nothing; the [*Error] has its status.
 var errAnswer = errors.New("no definite answer")
 
 // retryAfter returns the delay in the answer's Retry-After, or 0. The header has seconds, to which

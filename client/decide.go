@@ -54,7 +54,7 @@ func decide(f fact) step {
 	case idempotency.OutcomeNotExecuted:
 		// The answer describes the request that it answers, and not an earlier one
 		// (docs/decisions/0007). If an earlier one may have been executed, only executed or
-		// replayed is an end.
+		// replayed ends the call.
 		return step{again: f.maybe || passing(f.status) || f.bodyUnread}
 	case "":
 		// The answer is not from the middleware: the server does not use it, or something in front

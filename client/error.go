@@ -41,7 +41,7 @@ var (
 // [ErrUnknown], and [errors.As] finds it under the [*net/url.Error] of an [net/http.Client].
 //
 // Its text never shows the key, nor do the verbs of fmt: Key prints as a hash. Pass Key.Value to
-// [WithKey] to continue, also in another process.
+// [WithKey] to continue, even in another process.
 type Error struct {
 	Outcome idempotency.Outcome // idempotency.OutcomeNotExecuted or idempotency.OutcomeUnknown
 	Key     idempotency.Key     // only Value is set: the client does not know the server's scope
@@ -97,5 +97,5 @@ func (e *Error) Is(target error) bool { return target == e.kind() }
 // one, such as effect.
 func (e *Error) NotExecuted() bool { return e.Outcome == idempotency.OutcomeNotExecuted }
 
-// Unwrap returns why the asking ended.
+// Unwrap returns the reason for the end.
 func (e *Error) Unwrap() error { return e.Err }

@@ -50,10 +50,10 @@ type IntentStore interface {
 	// is not kept is no error. If a crash undoes Done, the request is sent once more and replayed.
 	Done(ctx context.Context, key string) error
 
-	// Abandon forgets the intent of a key before its caller gets not-executed, and may run the
-	// request again under a new key. It returns when that would survive a crash. It returns
-	// [ErrIntentTaken] if the intent is not kept, or another process may send it: then the caller
-	// gets unknown.
+	// Abandon forgets the intent of a key. It is called before the caller gets not-executed, after
+	// which the caller may run the request again under a new key. It returns when that would
+	// survive a crash. It returns [ErrIntentTaken] if the intent is not kept, or another process
+	// may send it: then the caller gets unknown.
 	Abandon(ctx context.Context, key string) error
 
 	// Pending returns the keys of intents that may be taken, oldest first. A store may return only
@@ -61,7 +61,7 @@ type IntentStore interface {
 	Pending(ctx context.Context) ([]string, error)
 
 	// Take returns the intent of a key to be sent again. It returns nil if the intent is no longer
-	// kept, or is another's to send. From then on the intent is the taker's: another's Abandon
-	// fails.
+	// kept, or if another process may send it. From then on the intent belongs to the taker:
+	// Abandon by anyone else fails.
 	Take(ctx context.Context, key string) (*Intent, error)
 }

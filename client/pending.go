@@ -101,7 +101,7 @@ func (t *Transport) askPending(op *operation) *attempt {
 	if err != nil {
 		return &attempt{seen: seenLost, err: timedOut(ctx, err)}
 	}
-	defer func() { _ = response.Body.Close() }() // of an answer that is too long the rest is not needed
+	defer func() { _ = response.Body.Close() }() // the rest of a too long answer is not needed
 	content, err := io.ReadAll(io.LimitReader(response.Body, t.options.AnswerBytesMax))
 	if err != nil {
 		return &attempt{seen: seenLost, err: timedOut(ctx, fmt.Errorf("read the status resource: %w", err))}

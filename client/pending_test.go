@@ -35,8 +35,8 @@ func operation(w http.ResponseWriter, status int, state string) {
 	_, _ = fmt.Fprintf(w, `{"id":"x","status":%q}`, state)
 }
 
-// polled is a server that answers a request with pending until done is true, and polls in turn, the
-// last one for ever.
+// polled is a server that answers a request with pending, until a poll says that the operation is
+// done. It answers the polls in turn, and repeats the last answer.
 func polled(polls ...func(w http.ResponseWriter)) func(int, http.ResponseWriter, *http.Request) {
 	var mu sync.Mutex
 	done, n := false, 0

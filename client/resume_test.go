@@ -66,7 +66,7 @@ func TestResumeSendsFewAtOnce(t *testing.T) {
 }
 
 // TestResumedRequestIsTheSameRequest: a header selects the account. Without it the resumed request
-// would be paid out of another one, so it is kept, or nothing is sent.
+// would be paid out of another account, so the header is kept, or nothing is sent.
 func TestResumedRequestIsTheSameRequest(t *testing.T) {
 	t.Parallel()
 	for name, one := range map[string]struct {

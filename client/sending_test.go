@@ -32,7 +32,7 @@ type authorizing struct {
 
 func (a authorizing) RoundTrip(r *http.Request) (*http.Response, error) {
 	if a.err != nil {
-		_ = r.Body.Close() // as RoundTripper asks for; a body that was not sent
+		_ = r.Body.Close() // as RoundTripper requires, although nothing was sent
 		return nil, a.err
 	}
 	r = r.Clone(r.Context())
@@ -42,7 +42,7 @@ func (a authorizing) RoundTrip(r *http.Request) (*http.Response, error) {
 
 // TestWhatWasNeverSentIsNotExecuted: if a request never got a connection, or nothing of it was
 // written, it is proven not to have been executed, whatever failed. If another try would end the
-// same way there is none.
+// same way, the client makes none.
 func TestWhatWasNeverSentIsNotExecuted(t *testing.T) {
 	t.Parallel()
 	var served atomic.Int64
@@ -347,7 +347,7 @@ func TestOneKeyTwiceAtOnceIsUnknown(t *testing.T) {
 			arrived := make(chan int)
 			refuse, execute := make(chan struct{}), make(chan struct{})
 			executes := sync.OnceFunc(func() { close(execute) })
-			defer executes() // also if the test has failed by then
+			defer executes() // even if the test has failed by then
 			s := newScript(t, func(n int, w http.ResponseWriter, r *http.Request) {
 				if n <= 2 {
 					arrived <- n

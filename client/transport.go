@@ -367,7 +367,7 @@ func (r *routes) saw(route string, said bool) {
 		r.known = make(map[string]struct{})
 	}
 	if len(r.known) >= RoutesMax {
-		for one := range r.known { // any one: its next answer teaches it again
+		for one := range r.known { // any one: its next answer adds it again
 			delete(r.known, one)
 			break
 		}

@@ -52,8 +52,8 @@ func TestRedirectAfterALostReplyPaysOnce(t *testing.T) {
 	}
 }
 
-// TestTwoStatusesProveNothing: an intermediary added its own, and which one is the server's is
-// unknown.
+// TestTwoStatusesProveNothing: an intermediary added a second status, and the client can't tell
+// which one is the server's.
 func TestTwoStatusesProveNothing(t *testing.T) {
 	t.Parallel()
 	for _, statuses := range [][]string{{"not-executed", "unknown"}, {"unknown", "not-executed"}, {"executed", "not-executed"}, {"Not-Executed"}} {
@@ -395,8 +395,8 @@ func TestAnswerThatNeverEndsIsLost(t *testing.T) {
 	}
 }
 
-// TestCompressedAnswerTakesWhatItMay: 64 MB of zeros are 64 kB on the wire. An answer is read up to
-// AnswerBytesMax, unpacked.
+// TestCompressedAnswerTakesWhatItMay: 64 MB of zeros are 64 kB on the wire. AnswerBytesMax counts
+// the bytes after unpacking.
 func TestCompressedAnswerTakesWhatItMay(t *testing.T) {
 	// Not parallel: it measures allocations.
 	const attempts, announced, most = 3, 64 << 20, 1 << 20
@@ -428,8 +428,8 @@ func TestCompressedAnswerTakesWhatItMay(t *testing.T) {
 	}
 }
 
-// TestCompressedAnswerIsWhatTheBaseMakesOfIt: the base unpacks it if it asked for it, and leaves it
-// alone otherwise.
+// TestCompressedAnswerIsWhatTheBaseMakesOfIt: the base unpacks an answer only if it asked for
+// compression itself.
 func TestCompressedAnswerIsWhatTheBaseMakesOfIt(t *testing.T) {
 	t.Parallel()
 	var packed strings.Builder

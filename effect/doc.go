@@ -71,9 +71,14 @@
 //
 // A webhook often brings the result before the next run does. [Declared.Settled] turns it into a
 // settlement, which postgres.Store.Settle records in the webhook's own transaction; the handler
-// then makes the answer. The first result counts, whichever way it came. [Declared.Reconcile]
-// compares the other service's list with the recorded effects, and finds calls that the database
-// has lost.
+// then makes the answer. The first result counts, whichever way it came. A no counts only if the
+// service keeps it under the key, or if the call is sent once at most. [Declared.Reconcile] compares
+// the other service's list with the recorded effects, and finds calls that the database has lost.
+//
+// A person can state the result too (operator.Settle). What is typed can be wrong, so the next run
+// checks it before it does anything else: it must be JSON that Do's output could have been recorded
+// as, without a field that is unknown or missing. Otherwise nothing is sent, and the request waits
+// for a better statement. A field with omitempty or omitzero is not missed.
 //
 // # Errors of Do
 //

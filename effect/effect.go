@@ -35,6 +35,10 @@ type Effect[In, Out any] struct {
 	// call is sent again later, with the same key and input. [FromHTTP] makes these errors from an
 	// HTTP response. Use ctx for the request; it ends after Timeout, and with the handler's context.
 	// Required.
+	//
+	// net/http sends a request with an Idempotency-Key header again by itself if a reused connection
+	// breaks. Call notices that by ctx, and then a decline is not final unless KeepsDeclines is set.
+	// Set the request's GetBody to nil to keep net/http from it.
 	Do func(ctx context.Context, key string, in In) (Out, error)
 
 	// Lookup finds the result of an earlier send by its key, and must change nothing at the other
@@ -47,11 +51,11 @@ type Effect[In, Out any] struct {
 	// Timeout bounds one send. The request's lease grows with it. Defaults to 10 seconds.
 	Timeout time.Duration
 
-	// KeyLifetime is the time for which the other service is sure to remember a key. After nine tenths
-	// of it, counted from the first send by the store's clock, nothing is sent any more: Lookup or a
-	// person settles the call. A value that is too long can pay twice. It must be at least ten times
-	// Timeout, unless AtMostOnce is set, so that the last tenth covers a send. Defaults to 1 hour. No
-	// value means for ever.
+	// KeyLifetime is the time for which the other service is sure to remember a key. After nine
+	// tenths of it, counted from the first send by the store's clock, nothing is sent any more:
+	// Lookup or a person settles the call. A value that is too long can pay twice. It must be at
+	// least ten times Timeout, unless AtMostOnce is set, so that the last tenth covers a send.
+	// Defaults to 1 hour. It can't be unlimited.
 	KeyLifetime time.Duration
 
 	// SettleAfter is the longest time that a send can still be under way to the other service, or be
@@ -60,7 +64,9 @@ type Effect[In, Out any] struct {
 	SettleAfter time.Duration
 
 	// KeepsDeclines means that the other service keeps a no under its key, so that an earlier
-	// request that arrives late gets the same no. Leave it out if you don't know.
+	// request that arrives late gets the same no. Its documentation says so if it repeats the first
+	// answer of a key whatever its status. Leave it out if you don't know: then declines take up to
+	// SettleAfter longer, and webhooks can't report them.
 	KeepsDeclines bool
 
 	// AtMostOnce is for a service without keys: only the attempt that committed the intent sends the
@@ -155,9 +161,9 @@ func (d *Declared[In, Out]) Settled(key string, out Out) (idempotency.Settlement
 	return idempotency.Settlement{DerivedKey: key, State: idempotency.EffectDone, Output: output}, nil
 }
 
-// SettledDeclined is Settled for a definite no. The detail is as in [Declined]. If the call was
-// sent more than once, and KeepsDeclines is not set, the no may belong to an earlier send: then it
-// is not recorded, and the next run looks the call up or sends it again.
+// SettledDeclined is Settled for a definite no. The detail is as in [Declined]. Unless KeepsDeclines
+// or AtMostOnce is set the no is not recorded, because it may belong to one of several sends while
+// another is under way: the next run looks the call up or sends it again.
 func (d *Declared[In, Out]) SettledDeclined(key string, detail any) idempotency.Settlement {
 	settlement := idempotency.Settlement{DerivedKey: key, State: idempotency.EffectDeclined, Kept: d.effect.KeepsDeclines}
 	var declined *DeclinedError
@@ -237,7 +243,10 @@ func (r *run[In, Out]) recorded() (out Out, err error) {
 
 // settle gets the result of the effect, by the rules in the package's comment.
 func (r *run[In, Out]) settle() (out Out, err error) {
-	in, err := decodeInput[In](r.effect.Input)
+	if r.effect.Output != nil {
+		return r.stated()
+	}
+	in, err := decodeStrictly[In](r.effect.Input)
 	if err != nil {
 		// Another version of the program may understand it. The part that this one understands would be
 		// another input.
@@ -263,7 +272,7 @@ func (r *run[In, Out]) settle() (out Out, err error) {
 		case errors.Is(err, ErrDeclined):
 			return r.declined(start, err)
 		case errors.As(err, &parked):
-			return r.park("the look-up says that only a person can go on", err)
+			return r.park("by its look-up: "+parked.reason(), err)
 		}
 		absent = errors.Is(err, ErrAbsent)
 		r.end.Err = err
@@ -274,7 +283,9 @@ func (r *run[In, Out]) settle() (out Out, err error) {
 			return r.unsent("it is never sent twice, and is not found yet", r.end.Err)
 		}
 		return r.maybe(r.end.Err)
-	case r.effects.Now().Sub(r.effect.SentFirst) >= r.Declared.effect.KeyLifetime/10*9:
+	case !r.effects.MaySend(): // first, because a wall clock that was set ahead makes Age too long too
+		return r.unsentOnce(once, "it was too late to send", errLate)
+	case r.effects.Age(r.effect) >= r.Declared.effect.KeyLifetime/10*9:
 		if !absent {
 			return r.unsent("its key may be forgotten, and it could not be looked up", r.end.Err)
 		}
@@ -285,11 +296,8 @@ func (r *run[In, Out]) settle() (out Out, err error) {
 	case r.ctx.Err() != nil:
 		return r.unsentOnce(once, "the handler's time ran out", context.Cause(r.ctx))
 	}
-	start := r.effects.Now()
-	if !r.effects.MaySend() {
-		return r.unsentOnce(once, "it was too late to send", errLate)
-	}
 
+	start := r.effects.Now()
 	r.end.Sent, r.end.Result = true, idempotency.EffectResultUnknown
 	var used wireUse
 	out, err = r.protect(r.Declared.effect.Do, r.Declared.effect.Timeout, in, &used)
@@ -303,7 +311,7 @@ func (r *run[In, Out]) settle() (out Out, err error) {
 	case errors.Is(err, ErrDeclined):
 		return r.declined(start, err)
 	case errors.As(err, &parked):
-		return r.park("only a person can go on, says the call", err)
+		return r.park(parked.reason(), err)
 	}
 	learned = learnedUnknown
 	var panicked *idempotency.PanicError
@@ -328,7 +336,8 @@ var (
 	errLate    = errors.New("half of the lease has passed, or the handler has returned")
 )
 
-// wireUse counts what net/http did on the wire for the requests that have the context of a send.
+// wireUse records whether net/http got a connection for a send, and how often it wrote the
+// request's key.
 type wireUse struct {
 	connected atomic.Bool  // it got a connection
 	keys      atomic.Int32 // the number of times that it wrote a header with the derived key
@@ -377,7 +386,7 @@ func (r *run[In, Out]) declined(start time.Time, no error) (Out, error) {
 	case r.repeated:
 		return r.lapse(idempotency.EffectResultUnknown, "it was sent twice, so its decline is not final", no, idempotency.Lapse{})
 	case r.end.Resumed && !r.quiet(start):
-		return r.lapse(idempotency.EffectResultUnknown, "an earlier send may be under way, so its decline is not final", no, r.doubtless())
+		return r.lapse(idempotency.EffectResultUnknown, "an earlier send may be under way, so its decline is not final", no, r.doubtless(true))
 	}
 	var declined *DeclinedError
 	var detail []byte
@@ -387,7 +396,7 @@ func (r *run[In, Out]) declined(start time.Time, no error) (Out, error) {
 	return r.record(idempotency.EffectDeclined, detail, no)
 }
 
-// maybe ends an effect that was sent once, and lost its result.
+// maybe ends an effect that is sent at most once, if its result is lost.
 func (r *run[In, Out]) maybe(cause error) (Out, error) {
 	if r.Declared.effect.MaybeParks {
 		return r.park("it may have been made, and is never sent twice", cause)
@@ -395,7 +404,7 @@ func (r *run[In, Out]) maybe(cause error) (Out, error) {
 	return r.record(idempotency.EffectMaybe, nil, cause)
 }
 
-// record settles the effect, and returns the recorded result, as a later run will.
+// record settles the effect, and returns the result from the record, as a later run gets it.
 func (r *run[In, Out]) record(state idempotency.EffectState, output []byte, cause error) (out Out, err error) {
 	r.effect.State, r.effect.Output = state, output
 	if err := r.effects.Settle(r.effect); err != nil {
@@ -409,8 +418,8 @@ func (r *run[In, Out]) record(state idempotency.EffectState, output []byte, caus
 	return r.recorded()
 }
 
-// unsentOnce is unsent, unless this run is the only one that may send the effect. Then it was not
-// sent and never will be, which is a decline.
+// unsentOnce does what unsent does, unless this run is the only one that may send the effect. Then
+// it was not sent and never will be, which is a decline.
 func (r *run[In, Out]) unsentOnce(once bool, reason string, cause error) (Out, error) {
 	if once && !r.end.Resumed {
 		return r.record(idempotency.EffectDeclined, nil, cause)
@@ -420,12 +429,12 @@ func (r *run[In, Out]) unsentOnce(once bool, reason string, cause error) (Out, e
 
 // unsent leaves the effect as it was before this run.
 func (r *run[In, Out]) unsent(reason string, cause error) (Out, error) {
-	return r.lapse(idempotency.EffectResultNotSent, reason, cause, r.doubtless())
+	return r.lapse(idempotency.EffectResultNotSent, reason, cause, r.doubtless(false))
 }
 
-// doubtless returns the lapse of a run that adds no doubt.
-func (r *run[In, Out]) doubtless() idempotency.Lapse {
-	return idempotency.Lapse{Doubts: map[string]time.Time{r.effect.Name: r.effect.Doubt}}
+// doubtless returns the lapse of a run that adds no doubt. sent tells whether it sent the effect.
+func (r *run[In, Out]) doubtless(sent bool) idempotency.Lapse {
+	return idempotency.Lapse{Doubts: map[string]idempotency.Doubt{r.effect.Name: {At: r.effect.Doubt, Sent: sent}}}
 }
 
 // park leaves the request to a person.
@@ -469,22 +478,22 @@ func encodeInput[In any](in In) ([]byte, error) {
 	case len(input) > InputBytesMax:
 		return nil, fmt.Errorf("%w: it has %d bytes", ErrInputTooLarge, len(input))
 	}
-	if _, err := decodeInput[In](input); err != nil {
+	if _, err := decodeStrictly[In](input); err != nil {
 		return nil, fmt.Errorf("decode the input again: %w", err)
 	}
 	return input, nil
 }
 
-// decodeInput refuses an input with fields that this program does not know: without them it would
-// send another input under the same key.
-func decodeInput[In any](input []byte) (in In, err error) {
-	decoder := json.NewDecoder(bytes.NewReader(input))
+// decodeStrictly refuses fields that this program does not know: without them it would send another
+// input under the same key.
+func decodeStrictly[T any](text []byte) (value T, err error) {
+	decoder := json.NewDecoder(bytes.NewReader(text))
 	decoder.DisallowUnknownFields()
-	if err := decoder.Decode(&in); err != nil {
-		return in, err
+	if err := decoder.Decode(&value); err != nil {
+		return value, err
 	}
 	if _, err := decoder.Token(); !errors.Is(err, io.EOF) {
-		return in, errors.New("there is more than one value")
+		return value, errors.New("there is more than one value")
 	}
-	return in, nil
+	return value, nil
 }

@@ -43,9 +43,7 @@ func TestOneCallOnePosting(t *testing.T) {
 	if result := s.request(); result.Outcome != idempotency.OutcomeReplayed || string(result.Answer.Body) != "ch_1" {
 		t.Errorf("the retry: %+v", result)
 	}
-	if n := s.sent(t); n != 1 {
-		t.Errorf("sent %d times", n)
-	}
+	s.wantSent(t, 1)
 }
 
 func TestDeathBeforeTheSendIsMadeGoodOnce(t *testing.T) {
@@ -64,13 +62,11 @@ func TestDeathBeforeTheSendIsMadeGoodOnce(t *testing.T) {
 		t.Errorf("within the lease of the dead: %+v", result)
 	}
 	s.wantPaid(t, s.resume(t), 900)
-	if n := s.sent(t); n != 1 {
-		t.Errorf("sent %d times", n)
-	}
+	s.wantSent(t, 1)
 }
 
-// The process dies after the charge, and the price changes before the next run: what is posted is
-// what was charged.
+// The process dies after the charge, and the price changes before the next run: the posted amount
+// is the charged one.
 func TestDeathAfterTheChargeChargesOnceAndPostsTheSame(t *testing.T) {
 	t.Parallel()
 	die := once()
@@ -84,9 +80,7 @@ func TestDeathAfterTheChargeChargesOnceAndPostsTheSame(t *testing.T) {
 	s.request()
 	s.price = 1000
 	s.wantPaid(t, s.resume(t), 900)
-	if n := s.sent(t); n != 2 {
-		t.Errorf("sent %d times", n)
-	}
+	s.wantSent(t, 2)
 	for _, in := range s.requests {
 		if in.Amount != 900 {
 			t.Errorf("sent %+v", in)
@@ -177,9 +171,7 @@ func TestLostReplyIsAskedForAgainWithTheSameKey(t *testing.T) {
 				t.Errorf("the error is %v", result.Err)
 			}
 			s.wantPaid(t, s.resume(t), 900)
-			if n := s.sent(t); n != 2 {
-				t.Errorf("sent %d times", n)
-			}
+			s.wantSent(t, 2)
 		})
 	}
 }
@@ -218,10 +210,7 @@ func TestDeclineOfARequestThatNetHTTPRepeatedIsNotFinal(t *testing.T) {
 		t.Fatal(warm, err)
 	}
 	s.does(stalls, refuses)
-	go func() {
-		<-s.received
-		s.CloseClientConnections() // the request is at the processor, which does not notice
-	}()
+	s.cutsTheNext()
 	result := s.request()
 	s.mu.Lock()
 	requests := len(s.requests) - 1
@@ -230,17 +219,14 @@ func TestDeclineOfARequestThatNetHTTPRepeatedIsNotFinal(t *testing.T) {
 		t.Skipf("%d requests: this net/http does not repeat them", requests)
 	}
 	s.wantOpen(t, result)
-	s.release <- struct{}{}
-	for len(s.charged()) < 2 {
-		time.Sleep(time.Millisecond)
-	}
+	s.arrives()
 	if result := s.resume(t); result.Answer == nil || result.Answer.Status != 201 {
 		t.Errorf("%+v", result)
 	}
 }
 
 // As before, but in a run that comes long after the earlier sends: only its own first request is
-// under way when the repeated one is declined, or is told that it was not executed.
+// under way when the repeated one is declined, or answered not-executed.
 func TestNoToARequestThatNetHTTPRepeatedMuchLaterIsNotFinal(t *testing.T) {
 	t.Parallel()
 	for name, no := range map[string]behavior{"declined": refuses, "not executed": refusesToRun} {
@@ -263,10 +249,7 @@ func TestNoToARequestThatNetHTTPRepeatedMuchLaterIsNotFinal(t *testing.T) {
 			before := len(s.requests)
 			s.mu.Unlock()
 			s.does(stalls, no)
-			go func() {
-				<-s.received
-				s.CloseClientConnections() // the request is at the processor, which does not notice
-			}()
+			s.cutsTheNext()
 			result := s.resume(t)
 			s.mu.Lock()
 			requests := len(s.requests) - before
@@ -277,10 +260,7 @@ func TestNoToARequestThatNetHTTPRepeatedMuchLaterIsNotFinal(t *testing.T) {
 			s.wantOpen(t, result)
 			s.does(refuses)
 			s.wantOpen(t, s.resume(t)) // the first request is still under way
-			s.release <- struct{}{}
-			for len(s.charged()) < 2 {
-				time.Sleep(time.Millisecond)
-			}
+			s.arrives()
 			if result := s.resume(t); result.Answer == nil || result.Answer.Status != 201 {
 				t.Errorf("%+v", result)
 			}
@@ -338,8 +318,8 @@ func TestDeclineCountsWhenNoEarlierSendIsUnderWay(t *testing.T) {
 	}
 }
 
-// The earlier send was that of a program with a longer Timeout and a shorter Timeouts.Commit. Its
-// lease does not tell the two apart, so their sum counts as the time of a send.
+// The earlier send was made by a program with a longer Timeout and a shorter Timeouts.Commit. Its
+// lease is their sum and does not show the parts, so a send is taken to last for the whole sum.
 func TestDeclineIsNotFinalWhileASendOfAnotherDeploymentMayBeUnderWay(t *testing.T) {
 	t.Parallel()
 	const timeout, commit = time.Minute, time.Second
@@ -353,8 +333,8 @@ func TestDeclineIsNotFinalWhileASendOfAnotherDeploymentMayBeUnderWay(t *testing.
 	s.wantOpen(t, s.resume(t))
 }
 
-// A retry whose handler fails before its call looks at the table before it says anything. If the
-// record is there and can't be read, the request may have been executed.
+// A retry whose handler fails before its call looks at the table before it answers. If the record
+// is there and can't be read, the request may have been executed.
 func TestFailureBeforeTheCallDoesNotHideARecordThatCanNotBeRead(t *testing.T) {
 	t.Parallel()
 	s := newShop(t, nil)
@@ -392,9 +372,7 @@ func TestSameErrorForEverIsLookedUp(t *testing.T) {
 	s.always = panics500
 	s.wantOpen(t, s.request())
 	s.wantPaid(t, s.resume(t), 900)
-	if n := s.sent(t); n != 1 {
-		t.Errorf("sent %d times", n)
-	}
+	s.wantSent(t, 1)
 
 	blind := newShop(t, nil)
 	blind.always = panics500
@@ -475,27 +453,19 @@ func TestAbsenceSettlesNothing(t *testing.T) {
 // An owner gets its result after another one has taken the request over and ended it.
 func TestResultOfAReplacedOwnerIsRefused(t *testing.T) {
 	t.Parallel()
-	began, release := make(chan struct{}), make(chan struct{})
-	var calls atomic.Int64
-	s := newShop(t, func(_ *processor, e *effect.Effect[card, charge]) {
-		do := e.Do
-		e.Do = func(ctx context.Context, key string, in card) (charge, error) {
-			if calls.Add(1) == 1 {
-				close(began)
-				<-release
-				return charge{}, effect.Declined(errors.New("an old no"), nil)
-			}
-			return do(ctx, key, in)
+	slow := newGate()
+	s := newShop(t, sending(func(send int64, do func() (charge, error)) (charge, error) {
+		if send == 1 {
+			slow.pass()
+			return charge{}, effect.Declined(errors.New("an old no"), nil)
 		}
-	})
-	first := make(chan idempotency.Result)
-	go func() { first <- s.request() }()
-	<-began
+		return do()
+	}))
+	first := later(s.request)
+	slow.reached(t)
 	s.wantPaid(t, s.resume(t), 900)
-	close(release)
-	if result := <-first; result.Outcome == idempotency.OutcomeExecuted || result.Outcome == idempotency.OutcomeNotExecuted {
-		t.Errorf("the first owner: %+v", result)
-	}
+	slow.open()
+	wantNoAnswer(t, <-first)
 	if end := s.ends.last(t); end.Result != idempotency.EffectResultFenced {
 		t.Errorf("traced: %+v", end)
 	}
@@ -523,9 +493,7 @@ func TestSleeperDoesNotSend(t *testing.T) {
 		s.does(forgets)
 		s.wantOpen(t, s.request())
 		s.wantOpen(t, s.resume(t))
-		if n := s.sent(t); n != 1 {
-			t.Errorf("sent %d times", n)
-		}
+		s.wantSent(t, 1)
 		if end := s.ends.last(t); end.Sent || end.Result != idempotency.EffectResultNotSent {
 			t.Errorf("traced: %+v", end)
 		}
@@ -537,9 +505,7 @@ func TestSleeperDoesNotSend(t *testing.T) {
 		s.does(forgets)
 		s.wantOpen(t, s.request())
 		s.wantOpen(t, s.resume(t))
-		if n := s.sent(t); n != 1 {
-			t.Errorf("sent %d times", n)
-		}
+		s.wantSent(t, 1)
 	})
 }
 
@@ -625,9 +591,7 @@ func TestStepsAreFoundByName(t *testing.T) {
 		return s.topUp(ctx)
 	}
 	s.wantPaid(t, s.resume(t), 900)
-	if n := s.sent(t); n != 1 {
-		t.Errorf("sent %d times", n)
-	}
+	s.wantSent(t, 1)
 }
 
 // The handler refuses after the charge.
@@ -794,9 +758,7 @@ func TestDeclinesDetailIsReplayed(t *testing.T) {
 	if len(seen) != 2 || seen[0] != want || seen[1] != want {
 		t.Errorf("seen %q, want twice %q", seen, want)
 	}
-	if n := s.sent(t); n != 1 {
-		t.Errorf("sent %d times", n)
-	}
+	s.wantSent(t, 1)
 }
 
 // A processor that gives no results is spared: only one call at a time is made.
@@ -975,9 +937,7 @@ func TestHandlerThatDoesNotWaitForItsCall(t *testing.T) {
 	}
 	s.handle = nil
 	s.wantPaid(t, s.resume(t), 900)
-	if n := s.sent(t); n != 1 {
-		t.Errorf("sent %d times", n)
-	}
+	s.wantSent(t, 1)
 }
 
 // A handler that loops sends nothing after a lapse: no record would show the doubt about that send.
@@ -994,9 +954,7 @@ func TestNothingIsSentAfterALapseInTheSameRun(t *testing.T) {
 		return answer, err
 	}
 	s.wantOpen(t, s.request())
-	if n := s.sent(t); n != 1 {
-		t.Errorf("sent %d times", n)
-	}
+	s.wantSent(t, 1)
 }
 
 func TestLimitsOfInputAndOutput(t *testing.T) {
@@ -1114,9 +1072,7 @@ func TestMistakesOfWiringArePanics(t *testing.T) {
 			if result.Reason != idempotency.ReasonHandlerFailed || result.Outcome != idempotency.OutcomeNotExecuted || !strings.Contains(fmt.Sprint(result.Err), c.says) {
 				t.Errorf("%+v", result)
 			}
-			if n := s.sent(t); n != 0 {
-				t.Errorf("sent %d times", n)
-			}
+			s.wantSent(t, 0)
 		})
 	}
 }
@@ -1136,31 +1092,22 @@ func TestTwoInputsUnderOneNameAreRefused(t *testing.T) {
 	if result.Outcome != idempotency.OutcomeUnknown || !strings.Contains(fmt.Sprint(result.Err), "with different inputs") {
 		t.Errorf("%+v", result)
 	}
-	if n := s.sent(t); n != 1 {
-		t.Errorf("sent %d times", n)
-	}
+	s.wantSent(t, 1)
 }
 
 func TestTwoCallsAtOnceAreNotRecorded(t *testing.T) {
 	t.Parallel()
-	began, release := make(chan struct{}), make(chan struct{})
-	s := newShop(t, func(_ *processor, e *effect.Effect[card, charge]) {
-		do := e.Do
-		e.Do = func(ctx context.Context, key string, in card) (charge, error) {
-			close(began)
-			<-release
-			return do(ctx, key, in)
-		}
-	})
+	slow := newGate()
+	s := newShop(t, waitingToSend(1, slow))
 	other := effect.New("other", effect.Effect[int, int]{Do: func(context.Context, string, int) (int, error) { return 0, nil }})
 	s.handle = func(ctx context.Context) (*idempotency.Answer, error) {
 		var calls sync.WaitGroup
 		calls.Go(func() { _, _ = s.charge.Call(ctx, card{"tok", 1}) })
-		<-began
+		<-slow.began
 		if _, err := other.Call(ctx, 1); !errors.Is(err, idempotency.ErrEffectBusy) {
 			t.Error(err)
 		}
-		close(release)
+		slow.open()
 		calls.Wait()
 		return &idempotency.Answer{Status: 201}, nil // as if nothing had happened
 	}

@@ -4,6 +4,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"strings"
 
 	"github.com/paidonce/idempotency"
 )
@@ -66,11 +67,39 @@ type notSentError struct {
 func (e *notSentError) Error() string { return fmt.Sprintf("not sent: %v", e.err) }
 func (e *notSentError) Unwrap() error { return e.err }
 
+// ParkBytesMax is the maximum length of the reason of [Park]; the rest is cut off.
+const ParkBytesMax = 200
+
 // Park returns the error for a call that sending it again can't settle: the other service says that
-// the key was used with other parameters, for example. The request is left to a person.
-func Park(err error) error { return &parkError{err} }
+// the key was used with other parameters, for example. The request is left to a person, who reads
+// the reason (idemctl effect get): it is recorded, so it must be a text of the program's own,
+// without private data. err is only for logs, and may be nil.
+func Park(reason string, err error) error { return &parkError{text: reason, err: err} }
 
-type parkError struct{ err error }
+type parkError struct {
+	text string
+	err  error
+}
 
-func (e *parkError) Error() string { return fmt.Sprintf("only a person can go on: %v", e.err) }
+func (e *parkError) Error() string {
+	if e.err == nil {
+		return "only a person can go on: " + e.reason()
+	}
+	return fmt.Sprintf("only a person can go on: %s: %v", e.reason(), e.err)
+}
+
 func (e *parkError) Unwrap() error { return e.err }
+
+// reason returns the text as it is recorded.
+func (e *parkError) reason() string {
+	text := strings.Map(func(r rune) rune {
+		if r < ' ' || r == 0x7f {
+			return ' '
+		}
+		return r
+	}, e.text)
+	if len(text) > ParkBytesMax {
+		text = strings.ToValidUTF8(text[:ParkBytesMax], "")
+	}
+	return text
+}

@@ -14,34 +14,9 @@ import (
 
 	"github.com/paidonce/idempotency"
 	"github.com/paidonce/idempotency/effect"
-	"github.com/paidonce/idempotency/internal/pgserver"
-	"github.com/paidonce/idempotency/migrations"
+	"github.com/paidonce/idempotency/internal/testservice"
 	"github.com/paidonce/idempotency/storage/postgres"
 )
-
-// exampleStore returns a store on a database of its own.
-func exampleStore(ctx context.Context) (_ *postgres.Store, closeStore func()) {
-	server, err := pgserver.Start(ctx, nil)
-	if err != nil {
-		panic(err)
-	}
-	store, err := postgres.Open(ctx, server.URL(), nil)
-	if err != nil {
-		panic(err)
-	}
-	if err := migrations.Up(ctx, store, nil); err != nil {
-		panic(err)
-	}
-	if _, err := store.Pool().Exec(ctx, "CREATE TABLE postings (amount int NOT NULL)"); err != nil {
-		panic(err)
-	}
-	return store, func() {
-		store.Close()
-		if err := server.Stop(); err != nil {
-			panic(err)
-		}
-	}
-}
 
 // exampleRequest returns a request, and registers its handler for later runs.
 func exampleRequest(engine *idempotency.Engine, run idempotency.RunFunc) idempotency.Request {
@@ -58,7 +33,7 @@ func exampleRequest(engine *idempotency.Engine, run idempotency.RunFunc) idempot
 // The completer sends the call again with the same key, and posts the charge.
 func Example() {
 	ctx := context.Background()
-	store, closeStore := exampleStore(ctx)
+	store, closeStore := testservice.Example(ctx, "CREATE TABLE postings (amount int NOT NULL)")
 	defer closeStore()
 
 	type Card struct {
@@ -122,7 +97,7 @@ func Example() {
 // The reply is lost, and a webhook of the processor brings the result before the next run does.
 func ExampleDeclared_Settled() {
 	ctx := context.Background()
-	store, closeStore := exampleStore(ctx)
+	store, closeStore := testservice.Example(ctx, "")
 	defer closeStore()
 
 	type Charge struct{ ID string }
@@ -164,7 +139,7 @@ func ExampleDeclared_Settled() {
 // A charge that was made must come back before the request is refused.
 func ExampleDeclared_Undo() {
 	ctx := context.Background()
-	store, closeStore := exampleStore(ctx)
+	store, closeStore := testservice.Example(ctx, "")
 	defer closeStore()
 
 	type Charge struct{ ID string }
@@ -198,11 +173,8 @@ func ExampleDeclared_Undo() {
 // called back first.
 func Example_payout() {
 	ctx := context.Background()
-	store, closeStore := exampleStore(ctx)
+	store, closeStore := testservice.Example(ctx, "CREATE TABLE holds (id serial PRIMARY KEY, iban text NOT NULL, state text NOT NULL DEFAULT 'held')")
 	defer closeStore()
-	if _, err := store.Pool().Exec(ctx, "CREATE TABLE holds (id serial PRIMARY KEY, iban text NOT NULL, state text NOT NULL DEFAULT 'held')"); err != nil {
-		panic(err)
-	}
 
 	type Hold struct{ ID int }
 	type Transfer struct {

@@ -39,7 +39,7 @@ type HTTPDetail struct {
 // The request must have the context of Do, which shows whether the request got a connection before
 // it failed to dial another. The client must not follow redirects (CheckRedirect:
 // [net/http.ErrUseLastResponse]): the failure of the second request would hide the first. FromHTTP
-// does not close the body.
+// does not close the body. net/http may have sent the request twice: see [Effect.Do].
 func FromHTTP(resp *http.Response, err error) error {
 	var executed interface{ NotExecuted() bool }
 	var op *net.OpError
@@ -68,7 +68,7 @@ func FromHTTP(resp *http.Response, err error) error {
 	case idempotency.OutcomeExecuted, idempotency.OutcomeReplayed:
 		final = resp.StatusCode >= 400 && resp.StatusCode < 500
 	case idempotency.OutcomeMismatch:
-		return Park(fmt.Errorf("%w %s", said, outcome))
+		return Park("the other service has another request under its key", fmt.Errorf("%w %s", said, outcome))
 	case idempotency.OutcomeNotExecuted:
 		return NotSent(fmt.Errorf("%w %s", said, outcome))
 	default: // in progress, unknown, and whatever a later release may say
@@ -85,7 +85,7 @@ func FromHTTP(resp *http.Response, err error) error {
 		return fmt.Errorf("%w, and its body was cut off: %w", said, err)
 	}
 	if outcome == "" && aboutTheKey(body) {
-		return Park(fmt.Errorf("%w: the key was used with other parameters", said))
+		return Park("the other service says that its key was used with other parameters", said)
 	}
 	return Declined(said, HTTPDetail{Status: resp.StatusCode, Body: string(body)})
 }

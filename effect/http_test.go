@@ -162,7 +162,7 @@ func TestProfilesAreSafe(t *testing.T) {
 		if effect.ProfileOf(p.Service) != p {
 			t.Errorf("%s is not found", p.Service)
 		}
-		effect.New("charge", effect.Effect[int, int]{ // zero is a default, and not for ever
+		effect.New("charge", effect.Effect[int, int]{ // zero means the default, not for ever
 			Do: func(context.Context, string, int) (int, error) { return 0, nil }, KeyLifetime: p.KeyLifetime, KeepsDeclines: p.KeepsDeclines,
 		})
 	}

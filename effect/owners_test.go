@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"strings"
 	"sync/atomic"
 	"testing"
 	"time"
@@ -16,6 +17,7 @@ import (
 	"github.com/paidonce/idempotency/effect"
 	"github.com/paidonce/idempotency/internal/pgfault"
 	"github.com/paidonce/idempotency/storage/postgres"
+	"github.com/paidonce/idempotency/storage/postgres/operator"
 )
 
 // Directed schedules of several owners of one request: which is slow, which takes over, and which
@@ -31,13 +33,16 @@ func (g gate) pass() {
 	<-g.release
 }
 
+// open lets the one that waits through.
+func (g gate) open() { close(g.release) }
+
 // reached returns when somebody waits at the gate.
 func (g gate) reached(t *testing.T) {
 	t.Helper()
 	select {
 	case <-g.began:
 	case <-time.After(time.Minute):
-		close(g.release)
+		g.open()
 		t.Fatal("nobody came to the gate")
 	}
 }
@@ -49,6 +54,46 @@ func later(do func() idempotency.Result) <-chan idempotency.Result {
 	return result
 }
 
+// resumeLater runs the request again, as the completer would, in a goroutine of its own.
+func (s *shop) resumeLater(t *testing.T) <-chan idempotency.Result {
+	t.Helper()
+	s.due(t)
+	return later(func() idempotency.Result { return s.Engine.Resume(context.Background(), s.key) })
+}
+
+// sending makes an effect send through the function send. That gets the number of the send, from 1,
+// and calls do to reach the processor.
+func sending(send func(n int64, do func() (charge, error)) (charge, error)) func(*processor, *effect.Effect[card, charge]) {
+	return func(_ *processor, e *effect.Effect[card, charge]) {
+		var sends atomic.Int64
+		do := e.Do
+		e.Do = func(ctx context.Context, key string, in card) (charge, error) {
+			return send(sends.Add(1), func() (charge, error) { return do(ctx, key, in) })
+		}
+	}
+}
+
+// waitingToSend sets an effect whose n-th send waits at the gate before it reaches the processor.
+func waitingToSend(n int64, g gate) func(*processor, *effect.Effect[card, charge]) {
+	return sending(func(send int64, do func() (charge, error)) (charge, error) {
+		if send == n {
+			g.pass()
+		}
+		return do()
+	})
+}
+
+// waitingWithReplies sets an effect whose first sends wait with their reply, each at its own gate.
+func waitingWithReplies(gates ...gate) func(*processor, *effect.Effect[card, charge]) {
+	return sending(func(send int64, do func() (charge, error)) (charge, error) {
+		out, err := do()
+		if send <= int64(len(gates)) {
+			gates[send-1].pass()
+		}
+		return out, err
+	})
+}
+
 // wantNoAnswer fails the test if a replaced owner has given its client an answer, or not-executed.
 func wantNoAnswer(t *testing.T, result idempotency.Result) {
 	t.Helper()
@@ -57,22 +102,21 @@ func wantNoAnswer(t *testing.T, result idempotency.Result) {
 	}
 }
 
-// noThen makes the first send wait at one gate after its reply, and the second at another. With a
-// plan that declines the first send, its owner can record the no only when the gate opens.
-func noThen(first, second gate) func(p *processor, e *effect.Effect[card, charge]) {
-	return func(_ *processor, e *effect.Effect[card, charge]) {
-		var sends atomic.Int64
-		do := e.Do
-		e.Do = func(ctx context.Context, key string, in card) (charge, error) {
-			out, err := do(ctx, key, in)
-			switch sends.Add(1) {
-			case 1:
-				first.pass()
-			case 2:
-				second.pass()
-			}
-			return out, err
+// wantOwned fails the test unless a retry and a resume are told that somebody runs the request.
+func (s *shop) wantOwned(t *testing.T) {
+	t.Helper()
+	for name, result := range map[string]idempotency.Result{"a retry": s.request(), "a resume": s.Engine.Resume(context.Background(), s.key)} {
+		if result.Outcome != idempotency.OutcomeInProgress || result.RetryAfter <= 0 {
+			t.Errorf("%s: %+v", name, result)
 		}
+	}
+}
+
+// wantNotDue fails the test if the completer finds something to run.
+func (s *shop) wantNotDue(t *testing.T) {
+	t.Helper()
+	if found, err := idempotency.NewCompleter(s.Engine, nil).Once(t.Context()); found != 0 || err != nil {
+		t.Errorf("the completer found %d: %v", found, err)
 	}
 }
 
@@ -81,19 +125,18 @@ func noThen(first, second gate) func(p *processor, e *effect.Effect[card, charge
 func TestNoOfAReplacedOwnerIsRefusedWhileTheNextOneSends(t *testing.T) {
 	t.Parallel()
 	first, second := newGate(), newGate()
-	s := newShop(t, noThen(first, second))
+	s := newShop(t, waitingWithReplies(first, second))
 	s.does(refuses)
 	one := later(s.request)
 	first.reached(t)
-	s.due(t)
-	two := later(func() idempotency.Result { return s.Engine.Resume(context.Background(), s.key) })
+	two := s.resumeLater(t)
 	second.reached(t)
-	close(first.release)
+	first.open()
 	wantNoAnswer(t, <-one)
 	if state := s.Count(t, "SELECT state FROM idempotency_effects"); state != int(idempotency.EffectIntended) {
 		t.Errorf("state %d: the result of a replaced owner was recorded", state)
 	}
-	close(second.release)
+	second.open()
 	s.wantPaid(t, <-two, 900)
 }
 
@@ -102,16 +145,16 @@ func TestNoOfAReplacedOwnerIsRefusedWhileTheNextOneSends(t *testing.T) {
 func TestOwnerOfAnAbandonedRequestIsRefused(t *testing.T) {
 	t.Parallel()
 	first, second := newGate(), newGate()
-	s := newShop(t, noThen(first, second))
+	s := newShop(t, waitingWithReplies(first, second))
 	s.does(refuses)
 	one := later(s.request)
 	first.reached(t)
 	s.abandon(t)
 	two := later(s.request)
 	second.reached(t)
-	close(first.release)
+	first.open()
 	wantNoAnswer(t, <-one)
-	close(second.release)
+	second.open()
 	s.wantPaid(t, <-two, 900)
 }
 
@@ -127,7 +170,7 @@ func (s *shop) abandon(t *testing.T) {
 func TestOwnerWhoseTakeOverWasLostIsRefused(t *testing.T) {
 	t.Parallel()
 	first, second := newGate(), newGate()
-	s := newShop(t, noThen(first, second))
+	s := newShop(t, waitingWithReplies(first, second))
 	die := once()
 	lost := effect.New("charge", effect.Effect[card, charge]{Do: func(context.Context, string, card) (charge, error) {
 		die()
@@ -142,17 +185,15 @@ func TestOwnerWhoseTakeOverWasLostIsRefused(t *testing.T) {
 	s.does(refuses)
 	s.Exec(t, "UPDATE idempotency_effects SET sent_first_at = sent_first_at - interval '30 minutes'") // so a no is final
 	s.Exec(t, "CREATE TABLE before AS SELECT o.epoch AS open, e.epoch AS effect FROM idempotency_open o, idempotency_effects e")
-	s.due(t)
-	one := later(func() idempotency.Result { return s.Engine.Resume(context.Background(), s.key) })
+	one := s.resumeLater(t)
 	first.reached(t)
 	s.Exec(t, "UPDATE idempotency_open SET epoch = (SELECT open FROM before), runs = 1")
 	s.Exec(t, "UPDATE idempotency_effects SET epoch = (SELECT effect FROM before), tries = 1, doubt_at = NULL")
-	s.due(t)
-	two := later(func() idempotency.Result { return s.Engine.Resume(context.Background(), s.key) })
+	two := s.resumeLater(t)
 	second.reached(t)
-	close(first.release)
+	first.open()
 	wantNoAnswer(t, <-one)
-	close(second.release)
+	second.open()
 	s.wantPaid(t, <-two, 900)
 }
 
@@ -169,11 +210,10 @@ func TestReplacedOwnerPostsNothing(t *testing.T) {
 			slow.pass()
 		}
 	}
-	s.due(t)
-	one := later(func() idempotency.Result { return s.Engine.Resume(context.Background(), s.key) })
+	one := s.resumeLater(t)
 	slow.reached(t)
 	s.wantPaid(t, s.resume(t), 900)
-	close(slow.release)
+	slow.open()
 	wantNoAnswer(t, <-one)
 	if n := s.Effects(t); n != 1 {
 		t.Errorf("%d postings", n)
@@ -204,60 +244,60 @@ func TestOwnerInItsLastTransactionIsNotReplaced(t *testing.T) {
 	if result := s.Engine.Resume(context.Background(), s.key); result.Answer != nil || runs.Load() != 1 {
 		t.Errorf("before its lease is over: %+v", result)
 	}
-	// The row is locked by the owner, so that a lease that has run out can only be had by waiting.
+	// The row is locked by the owner, so that the request could only be taken over by waiting, even
+	// after its lease.
 	ctx, cancel := context.WithTimeout(t.Context(), 500*time.Millisecond)
 	defer cancel()
 	if _, err := s.Pool.Exec(ctx, "UPDATE idempotency_open SET next_at = now()"); err == nil {
 		t.Error("the row of the request is not locked")
 	}
-	close(slow.release)
+	slow.open()
 	s.wantPaid(t, <-one, 900)
 	if n := runs.Load(); n != 1 {
 		t.Errorf("%d runs", n)
 	}
 }
 
-// Whoever comes while a call that is sent once at most is under way must not give it up.
+// A request that comes while a call is under way that is sent once at most must not give the call
+// up.
 func TestCallThatIsSentOnceIsNotGivenUpWhileItIsUnderWay(t *testing.T) {
 	t.Parallel()
 	slow := newGate()
-	s := newShop(t, func(_ *processor, e *effect.Effect[card, charge]) {
-		do := e.Do
+	s := newShop(t, func(p *processor, e *effect.Effect[card, charge]) {
+		waitingWithReplies(slow)(p, e)
 		e.AtMostOnce = true
-		e.Do = func(ctx context.Context, key string, in card) (charge, error) {
-			out, err := do(ctx, key, in)
-			slow.pass()
-			return out, err
-		}
 	})
 	one := later(s.request)
 	slow.reached(t)
-	for name, result := range map[string]idempotency.Result{"a retry": s.request(), "the completer": s.Engine.Resume(context.Background(), s.key)} {
-		if result.Outcome != idempotency.OutcomeInProgress || result.RetryAfter <= 0 {
-			t.Errorf("%s: %+v", name, result)
-		}
-	}
-	if found, err := idempotency.NewCompleter(s.Engine, nil).Once(t.Context()); found != 0 || err != nil {
-		t.Errorf("the completer found %d: %v", found, err)
-	}
-	close(slow.release)
+	s.wantOwned(t)
+	s.wantNotDue(t)
+	slow.open()
 	s.wantPaid(t, <-one, 900)
-	if n := s.sent(t); n != 1 {
-		t.Errorf("sent %d times", n)
-	}
+	s.wantSent(t, 1)
 }
 
 // stagedStore is a store in which something happens between two steps of one request.
 type stagedStore struct {
 	idempotency.Keeper
-	beforeTakeOver, afterReadOpen func()
+	beforeTakeOver, afterTakeOver, afterReadOpen, beforeResolve func()
+}
+
+func (s stagedStore) Resolve(ctx context.Context, claim *idempotency.Claim) (*idempotency.Record, error) {
+	if s.beforeResolve != nil {
+		s.beforeResolve()
+	}
+	return s.Keeper.Resolve(ctx, claim)
 }
 
 func (s stagedStore) TakeOver(ctx context.Context, claim *idempotency.Claim) (idempotency.OpenAttempt, *idempotency.Open, error) {
 	if s.beforeTakeOver != nil {
 		s.beforeTakeOver()
 	}
-	return s.Keeper.TakeOver(ctx, claim)
+	attempt, open, err := s.Keeper.TakeOver(ctx, claim)
+	if s.afterTakeOver != nil {
+		s.afterTakeOver()
+	}
+	return attempt, open, err
 }
 
 func (s stagedStore) ReadOpen(ctx context.Context, key idempotency.Key) (*idempotency.Open, error) {
@@ -330,9 +370,7 @@ func TestRouteOfAnotherNameDoesNotTakeOver(t *testing.T) {
 		return s.post(ctx, paid)
 	})
 	s.wantOpen(t, result)
-	if n := s.sent(t); n != 1 {
-		t.Errorf("sent %d times", n)
-	}
+	s.wantSent(t, 1)
 	if open := s.Count(t, "SELECT count(*) FROM idempotency_open WHERE runs = 1"); open != 1 {
 		t.Error("it was taken over")
 	}
@@ -342,8 +380,8 @@ func TestRouteOfAnotherNameDoesNotTakeOver(t *testing.T) {
 	}
 }
 
-// A refusal tells the client that nothing was done. A call that is sent once at most counts as much
-// as any other.
+// A refusal tells the client that nothing was done. So it may not follow a call that was made, or
+// may have been, even if the call is sent at most once.
 func TestRefusalAfterACallThatIsSentOnceIsParked(t *testing.T) {
 	t.Parallel()
 	for name, does := range map[string]behavior{"done": answers, "maybe": loses} {
@@ -372,9 +410,7 @@ func TestRefusedCommitAfterTheCallIsNeverNotExecuted(t *testing.T) {
 	s.wantOpen(t, s.request())
 	s.Exec(t, "DROP TRIGGER refuse ON effects")
 	s.wantPaid(t, s.resume(t), 900)
-	if n := s.sent(t); n != 1 {
-		t.Errorf("sent %d times", n)
-	}
+	s.wantSent(t, 1)
 }
 
 // The database fails while the completer looks for work: the next look goes on.
@@ -440,9 +476,7 @@ func TestPhaseDoesNotExtendTheTimeToSend(t *testing.T) {
 		return s.topUp(ctx)
 	}
 	s.wantOpen(t, s.resume(t))
-	if n := s.sent(t); n != 1 {
-		t.Errorf("sent %d times", n)
-	}
+	s.wantSent(t, 1)
 	if n := s.Count(t, "SELECT count(*) FROM idempotency_effects WHERE kind = 4"); n != 1 {
 		t.Errorf("%d phases are recorded", n)
 	}
@@ -458,21 +492,13 @@ func TestWebhookOfAnEarlierNoIsNotFinal(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
 			slow := newGate()
-			var sends atomic.Int64
-			s := newShop(t, func(_ *processor, e *effect.Effect[card, charge]) {
-				do := e.Do
+			s := newShop(t, func(p *processor, e *effect.Effect[card, charge]) {
+				waitingToSend(2, slow)(p, e)
 				e.KeepsDeclines = keeps
-				e.Do = func(ctx context.Context, key string, in card) (charge, error) {
-					if sends.Add(1) == 2 {
-						slow.pass()
-					}
-					return do(ctx, key, in)
-				}
 			})
 			s.does(forgets)
 			s.wantOpen(t, s.request())
-			s.due(t)
-			two := later(func() idempotency.Result { return s.Engine.Resume(context.Background(), s.key) })
+			two := s.resumeLater(t)
 			slow.reached(t)
 			if err := s.webhook(t, false, "", nil); err != nil {
 				t.Error(err)
@@ -481,7 +507,7 @@ func TestWebhookOfAnEarlierNoIsNotFinal(t *testing.T) {
 			if keeps { // then no later send can succeed
 				s.processor.always = refuses
 			}
-			close(slow.release)
+			slow.open()
 			if result := <-two; keeps {
 				if state != int(idempotency.EffectDeclined) || result.Answer == nil || result.Answer.Status != 402 {
 					t.Errorf("state %d, %+v", state, result)
@@ -502,19 +528,16 @@ func TestWebhookOfAnEarlierNoIsNotFinal(t *testing.T) {
 func TestContradictionOfWebhookAndReplyIsParked(t *testing.T) {
 	t.Parallel()
 	slow := newGate()
-	s := newShop(t, func(_ *processor, e *effect.Effect[card, charge]) {
-		do := e.Do
-		e.Do = func(ctx context.Context, key string, in card) (charge, error) {
-			defer slow.pass()
-			return do(ctx, key, in)
-		}
+	s := newShop(t, func(p *processor, e *effect.Effect[card, charge]) {
+		waitingWithReplies(slow)(p, e)
+		e.KeepsDeclines = true
 	})
 	one := later(s.request)
 	slow.reached(t)
 	if err := s.webhook(t, false, "", nil); err != nil {
 		t.Error(err)
 	}
-	close(slow.release)
+	slow.open()
 	s.wantParked(t, <-one, "it was made, and another result")
 }
 
@@ -531,16 +554,14 @@ func TestParkedRequestIsRunByNobody(t *testing.T) {
 			t.Errorf("%s: %+v", name, result)
 		}
 	}
-	if found, err := idempotency.NewCompleter(s.Engine, nil).Once(t.Context()); found != 0 || err != nil {
-		t.Errorf("the completer found %d: %v", found, err)
-	}
+	s.wantNotDue(t)
 	if runs := s.Count(t, "SELECT runs FROM idempotency_open"); runs != 1 {
 		t.Errorf("%d runs", runs)
 	}
 }
 
-// The lease of an owner in its last transaction runs out. Whoever comes is answered at once, and
-// does not wait for it.
+// The lease of an owner in its last transaction runs out. A request that comes meanwhile is
+// answered at once, and does not wait for the owner.
 func TestRetryDoesNotWaitForAnOwnerInItsLastTransaction(t *testing.T) {
 	t.Parallel()
 	s := newShop(t, func(_ *processor, e *effect.Effect[card, charge]) { e.Timeout = 100 * time.Millisecond })
@@ -569,7 +590,7 @@ func TestRetryDoesNotWaitForAnOwnerInItsLastTransaction(t *testing.T) {
 	case <-time.After(time.Minute):
 		t.Error("it waits for the owner")
 	}
-	close(slow.release)
+	slow.open()
 	s.wantPaid(t, <-one, 900)
 }
 
@@ -598,54 +619,44 @@ func TestOwnerByTakeOverHasItsLease(t *testing.T) {
 	settled := s.Text(t, "SELECT row(doubt_at, tries, epoch, settled_at)::text FROM idempotency_effects")
 	slow := newGate()
 	s.afterCall = slow.pass
-	s.due(t)
-	one := later(func() idempotency.Result { return s.Engine.Resume(context.Background(), s.key) })
+	one := s.resumeLater(t)
 	slow.reached(t)
-	for name, result := range map[string]idempotency.Result{"a retry": s.request(), "a resume": s.Engine.Resume(context.Background(), s.key)} {
-		if result.Outcome != idempotency.OutcomeInProgress || result.RetryAfter <= 0 {
-			t.Errorf("%s: %+v", name, result)
-		}
-	}
+	s.wantOwned(t)
 	if runs := s.Count(t, "SELECT runs FROM idempotency_open"); runs != 2 {
 		t.Errorf("%d runs", runs)
 	}
 	if now := s.Text(t, "SELECT row(doubt_at, tries, epoch, settled_at)::text FROM idempotency_effects"); now != settled {
 		t.Errorf("the settled effect was %s and is %s", settled, now)
 	}
-	close(slow.release)
+	slow.open()
 	s.wantPaid(t, <-one, 900)
 }
 
-// An owner that was replaced leaves the request as the next one has it: its lease, and the doubt by
-// which a no is judged.
+// An owner that was replaced changes neither the next owner's lease nor the doubt by which a no is
+// judged.
 func TestReplacedOwnerChangesNothing(t *testing.T) {
 	t.Parallel()
 	first, second := newGate(), newGate()
-	var sends atomic.Int64
-	s := newShop(t, func(_ *processor, e *effect.Effect[card, charge]) {
-		do := e.Do
-		e.Do = func(ctx context.Context, key string, in card) (charge, error) {
-			if sends.Add(1) == 1 {
-				first.pass()
-				return charge{}, effect.NotSent(errors.New("no route"))
-			}
-			second.pass()
-			return do(ctx, key, in)
+	s := newShop(t, sending(func(send int64, do func() (charge, error)) (charge, error) {
+		if send == 1 {
+			first.pass()
+			return charge{}, effect.NotSent(errors.New("no route"))
 		}
-	})
+		second.pass()
+		return do()
+	}))
 	one := later(s.request)
 	first.reached(t)
-	s.due(t)
-	two := later(func() idempotency.Result { return s.Engine.Resume(context.Background(), s.key) })
+	two := s.resumeLater(t)
 	second.reached(t)
 	const rows = "SELECT row(o.next_at, o.owned, o.epoch, o.parked, o.last_reason, e.doubt_at, e.epoch, e.tries)::text FROM idempotency_open o, idempotency_effects e"
 	before := s.Text(t, rows)
-	close(first.release)
+	first.open()
 	wantNoAnswer(t, <-one)
 	if after := s.Text(t, rows); after != before {
 		t.Errorf("it was %s and is %s", before, after)
 	}
-	close(second.release)
+	second.open()
 	s.wantPaid(t, <-two, 900)
 }
 
@@ -684,18 +695,16 @@ func TestReplacedOwnerMakesNoFurtherCall(t *testing.T) {
 	}
 	s.request()
 	s.handle = handle
-	s.due(t)
-	one := later(func() idempotency.Result { return s.Engine.Resume(context.Background(), s.key) })
+	one := s.resumeLater(t)
 	slow[0].reached(t)
-	s.due(t)
-	two := later(func() idempotency.Result { return s.Engine.Resume(context.Background(), s.key) })
+	two := s.resumeLater(t)
 	slow[1].reached(t)
-	close(slow[0].release)
+	slow[0].open()
 	wantNoAnswer(t, <-one)
 	if n := fees.Load(); n != 0 {
 		t.Errorf("it was sent %d times", n)
 	}
-	close(slow[1].release)
+	slow[1].open()
 	s.wantPaid(t, <-two, 900)
 	if n := fees.Load(); n != 1 {
 		t.Errorf("sent %d times", n)
@@ -717,6 +726,9 @@ func TestDoubtIsTakenBackBeforeTheRequestIsLeft(t *testing.T) {
 	s.wantOpen(t, s.resume(t))
 	if got := s.Text(t, "SELECT string_agg(what, ', ' ORDER BY id) FROM seen"); got != "doubt, leave" {
 		t.Errorf("seen: %s", got)
+	}
+	if n := s.Count(t, "SELECT tries FROM idempotency_effects"); n != 2 {
+		t.Errorf("%d tries, want 2: each of them was sent", n)
 	}
 }
 
@@ -820,9 +832,7 @@ func TestRequestThatStaysOpenIsParked(t *testing.T) {
 	s.older(t, 2*time.Hour)
 	s.resume(t)
 	s.wantParked(t, s.request(), "still open after 24h")
-	if n := s.sent(t); n != 1 {
-		t.Errorf("sent %d times", n)
-	}
+	s.wantSent(t, 1)
 }
 
 // A process without a handler of the request's name runs nothing, and says so.
@@ -856,42 +866,30 @@ func TestNoOfALookupIsNotFinalWhileASendIsUnderWay(t *testing.T) {
 	s.wantOpen(t, s.request())
 	says = effect.Declined(errors.New("no"), nil)
 	s.wantOpen(t, s.resume(t))
-	says = effect.Park(errors.New("it was made with another amount"))
-	s.wantParked(t, s.resume(t), "look-up says that only a person")
+	says = effect.Park("it was made with another amount", errors.New("canary"))
+	s.wantParked(t, s.resume(t), "effect charge: by its look-up: it was made with another amount")
 	says = effect.Declined(errors.New("no"), nil)
 	s.Exec(t, "UPDATE idempotency_open SET parked = NULL")
 	s.older(t, 30*time.Minute)
 	if result := s.resume(t); result.Answer == nil || result.Answer.Status != 402 {
 		t.Errorf("%+v", result)
 	}
-	if n := s.sent(t); n != 1 {
-		t.Errorf("sent %d times", n)
-	}
+	s.wantSent(t, 1)
 }
 
 // While a call is repeated, others get in-progress, as during the first send.
 func TestRetryDuringARepeatedSendIsInProgress(t *testing.T) {
 	t.Parallel()
 	slow := newGate()
-	var sends atomic.Int64
-	s := newShop(t, func(_ *processor, e *effect.Effect[card, charge]) {
-		do := e.Do
-		e.Do = func(ctx context.Context, key string, in card) (charge, error) {
-			if sends.Add(1) == 2 {
-				slow.pass()
-			}
-			return do(ctx, key, in)
-		}
-	})
+	s := newShop(t, waitingToSend(2, slow))
 	s.does(loses)
 	s.wantOpen(t, s.request())
-	s.due(t)
-	two := later(func() idempotency.Result { return s.Engine.Resume(context.Background(), s.key) })
+	two := s.resumeLater(t)
 	slow.reached(t)
 	if result := s.request(); result.Outcome != idempotency.OutcomeInProgress || result.RetryAfter <= 0 {
 		t.Errorf("%+v", result)
 	}
-	close(slow.release)
+	slow.open()
 	s.wantPaid(t, <-two, 900)
 }
 
@@ -917,9 +915,7 @@ func TestCallThatOneVersionSendsOnceIsNotRepeated(t *testing.T) {
 			if result := s.resume(t); result.Answer == nil || result.Answer.Status != 202 {
 				t.Errorf("%+v", result)
 			}
-			if n := s.sent(t); n != 1 {
-				t.Errorf("sent %d times", n)
-			}
+			s.wantSent(t, 1)
 		})
 	}
 }
@@ -934,9 +930,163 @@ func TestRepeatedCallThatIsNotSentOrParks(t *testing.T) {
 	})
 	s.wantOpen(t, s.request())
 	s.wantOpen(t, s.resume(t))
-	if n := s.Count(t, "SELECT count(*) FROM idempotency_effects WHERE doubt_at IS NULL"); n != 1 {
-		t.Error("a send that was not made left a doubt")
+	if n := s.Count(t, "SELECT count(*) FROM idempotency_effects WHERE doubt_at IS NULL AND tries = 0"); n != 1 {
+		t.Error("a send that was not made left a doubt, or counts as a try")
 	}
-	says = effect.Park(errors.New("the key was used with other parameters"))
-	s.wantParked(t, s.resume(t), "only a person can go on")
+	says = effect.Park("the key was used\x00with other parameters", errors.New("canary"))
+	s.wantParked(t, s.resume(t), "effect charge: the key was used with other parameters")
+	s.Exec(t, "UPDATE idempotency_open SET parked = NULL")
+	says = effect.Park(strings.Repeat("é", effect.ParkBytesMax), nil)
+	s.wantParked(t, s.resume(t), "effect charge: "+strings.Repeat("é", effect.ParkBytesMax/2))
+	if n := s.Count(t, "SELECT count(*) FROM idempotency_open WHERE parked LIKE '%canary%' OR length(parked) > $1", len("effect charge: ")+effect.ParkBytesMax/2); n != 0 {
+		t.Error("the error is recorded, or a reason over the limit")
+	}
+}
+
+// The reply to the intent's COMMIT is lost, and it takes half of the lease to find the intent. The
+// lease has run since the COMMIT, so this owner does not send any more.
+func TestIntentThatIsFoundLateIsNotSent(t *testing.T) {
+	t.Parallel()
+	s := newShop(t, func(_ *processor, e *effect.Effect[card, charge]) { e.Timeout = 100 * time.Millisecond })
+	s.serve(stagedStore{Keeper: s.cutIntent(t), beforeResolve: func() {
+		time.Sleep(3500 * time.Millisecond) // over half of the lease: 100 ms, 1 s and a margin of 5 s
+	}}, idempotency.Timeouts{Commit: time.Second})
+	s.wantOpen(t, s.request())
+	s.wantSent(t, 0)
+	s.serve(s.Store, idempotency.Timeouts{})
+	s.wantPaid(t, s.resume(t), 900)
+}
+
+// The age of an intent that was found after its reply was lost counts from its commit or earlier,
+// and never from the moment at which it was found.
+func TestIntentThatIsFoundIsNoYoungerThanItsCommit(t *testing.T) {
+	t.Parallel()
+	s := newShop(t, nil)
+	s.serve(stagedStore{Keeper: s.cutIntent(t), beforeResolve: func() { time.Sleep(50 * time.Millisecond) }}, idempotency.Timeouts{})
+	s.handle = func(ctx context.Context) (*idempotency.Answer, error) {
+		effects, err := idempotency.EffectsFrom(ctx)
+		if err != nil {
+			return nil, err
+		}
+		found, _, _, err := effects.Begin(idempotency.Intent{Name: "charge", Kind: idempotency.EffectCall, Input: []byte("1"), Timeout: time.Second})
+		if err != nil {
+			return nil, err
+		}
+		now := effects.Now()
+		var committed, clock time.Time
+		if err := s.Pool.QueryRow(context.Background(), "SELECT sent_first_at, clock_timestamp() FROM idempotency_effects").Scan(&committed, &clock); err != nil {
+			return nil, err
+		}
+		if found.SentFirst.IsZero() || found.SentFirst.After(committed) {
+			t.Errorf("sent first at %v, and committed at %v", found.SentFirst, committed)
+		}
+		if now.After(clock) || now.Before(found.SentFirst) {
+			t.Errorf("now is %v, and the store's clock shows %v", now, clock)
+		}
+		effects.Lapse(idempotency.Lapse{Reason: "a test"})
+		return nil, idempotency.ErrUnsettled
+	}
+	s.wantOpen(t, s.request())
+}
+
+// cutIntent returns a store that loses the reply to the COMMIT of the first intent.
+func (s *shop) cutIntent(t *testing.T) *postgres.Store {
+	t.Helper()
+	var cut atomic.Bool
+	return s.through(t, func(commit pgfault.Commit) pgfault.Fault {
+		if !bytes.Contains(commit.Messages, []byte("INSERT INTO")) || cut.Swap(true) {
+			return pgfault.Fault{}
+		}
+		return pgfault.Fault{Kind: pgfault.CutAfter}
+	})
+}
+
+// The reply to a take-over is slow, and the age of the key passes nine tenths of its lifetime
+// meanwhile: the call is not sent.
+func TestKeyThatAgesDuringTheTakeOverIsNotSent(t *testing.T) {
+	t.Parallel()
+	s := newShop(t, func(_ *processor, e *effect.Effect[card, charge]) {
+		e.Timeout, e.KeyLifetime = time.Second, 10*time.Second
+	})
+	s.does(forgets)
+	s.wantOpen(t, s.request())
+	s.serve(stagedStore{
+		Keeper: s.Store,
+		beforeTakeOver: func() {
+			s.Exec(t, "UPDATE idempotency_effects SET sent_first_at = clock_timestamp() - interval '8 seconds'")
+		},
+		afterTakeOver: func() { time.Sleep(1100 * time.Millisecond) },
+	}, idempotency.Timeouts{})
+	s.wantParked(t, s.resume(t), "may have forgotten its key")
+	s.wantSent(t, 1)
+}
+
+// An undo is sent once at most, is lost with its process, and an operator finds that the other
+// service never got it: the next run sends it.
+func TestUndoThatWasNeverSentIsSent(t *testing.T) {
+	t.Parallel()
+	s := newShop(t, nil)
+	die := once()
+	var refunds atomic.Int64
+	refund := effect.New("refund", effect.Effect[charge, int]{AtMostOnce: true, Do: func(context.Context, string, charge) (int, error) {
+		die()
+		refunds.Add(1)
+		return 1, nil
+	}})
+	s.handle = func(ctx context.Context) (*idempotency.Answer, error) {
+		paid, err := s.charge.Call(ctx, card{"tok", s.price})
+		if err != nil {
+			return nil, err
+		}
+		if _, err := refund.Undo(ctx, s.charge, paid); err != nil {
+			return nil, err
+		}
+		return &idempotency.Answer{Status: 409}, nil
+	}
+	s.request() // dies before the refund
+	s.older(t, time.Minute)
+	s.state(t, "undo/charge", operator.SettleNotSent, nil)
+	if result := s.resume(t); result.Answer == nil || result.Answer.Status != 409 || refunds.Load() != 1 {
+		t.Errorf("%d refunds: %+v", refunds.Load(), result)
+	}
+}
+
+// The lease of an owner in its last transaction runs out, so its request is due, and nobody can take
+// it over. The completer pauses before it looks for it again.
+func TestCompleterPausesIfNothingCanBeTakenOver(t *testing.T) {
+	t.Parallel()
+	s := newShop(t, func(_ *processor, e *effect.Effect[card, charge]) { e.Timeout = 100 * time.Millisecond })
+	s.serve(s.Store, idempotency.Timeouts{Commit: 200 * time.Millisecond}) // and 5 s
+	slow := newGate()
+	s.handle = func(ctx context.Context) (*idempotency.Answer, error) {
+		paid, err := s.charge.Call(ctx, card{"tok", s.price})
+		if err != nil {
+			return nil, err
+		}
+		answer, err := s.post(ctx, paid)
+		slow.pass()
+		return answer, err
+	}
+	one := later(s.request)
+	slow.reached(t)
+	for s.Count(t, "SELECT count(*) FROM idempotency_open WHERE next_at > clock_timestamp()") > 0 {
+		time.Sleep(20 * time.Millisecond)
+	}
+	ctx, stop := context.WithCancel(t.Context())
+	defer stop()
+	var looks atomic.Int64
+	completer := idempotency.NewCompleter(s.Engine, &idempotency.CompleterOptions{
+		Interval: time.Hour, AtOnce: 1,
+		OnResume: func(idempotency.Key, idempotency.Result) {
+			if looks.Add(1) == 1 {
+				time.AfterFunc(200*time.Millisecond, stop)
+			}
+		},
+	})
+	completer.Run(ctx)
+	if n := looks.Load(); n != 1 {
+		t.Errorf("%d looks without a pause", n)
+	}
+	close(slow.release)
+	s.wantPaid(t, <-one, 900)
 }

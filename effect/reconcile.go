@@ -31,6 +31,7 @@ const (
 	FindingMissing  FindingKind = "missing"  // ours is done, and they don't have it
 	FindingDeclined FindingKind = "declined" // they have it, and ours is declined or may have been made
 	FindingDiffers  FindingKind = "differs"  // ours is done, and Same reports that they differ
+	FindingTwice    FindingKind = "twice"    // they have had an item with this key before in the list
 )
 
 // Finding is a difference between the other service's list and the recorded effects.
@@ -72,9 +73,10 @@ type Report struct {
 // for each difference. It finds charges whose intent the database has lost, because it was restored
 // to an earlier time, or was promoted from a standby that lacked the last commits.
 //
-// The list must have everything that was done in the window, and may have more. Reconcile changes
-// nothing, holds no transaction, and keeps the keys of the list in memory, about 50 bytes for each.
-// The error is that of the list, of found or of the store.
+// The list must have everything that was done in the window, each item once, and may have more. If
+// two items have the same key, the other service did the call twice. Reconcile changes nothing,
+// holds no transaction, and keeps the keys of the list in memory, about 50 bytes for each. The error
+// is that of the list, of found or of the store.
 func (d *Declared[In, Out]) Reconcile(ctx context.Context, store idempotency.EffectReader, list iter.Seq2[Item[Out], error], o ReconcileOptions[Out], found func(Finding[Out]) error) (Report, error) {
 	if o.From.IsZero() || !o.From.Before(o.To) {
 		return Report{}, errors.New("reconcile: From and To are required, and From comes first")
@@ -104,7 +106,7 @@ type reconciliation[Out any] struct {
 
 // theirs looks for our effect of each item.
 func (r *reconciliation[Out]) theirs(list iter.Seq2[Item[Out], error]) error {
-	var batch []Item[Out]
+	var batch []listedItem[Out]
 	for item, err := range list {
 		if err != nil {
 			return fmt.Errorf("list: %w", err)
@@ -115,8 +117,9 @@ func (r *reconciliation[Out]) theirs(list iter.Seq2[Item[Out], error]) error {
 			r.report.Foreign++
 			continue
 		}
+		_, again := r.listed[id]
 		r.listed[id] = struct{}{}
-		if batch = append(batch, item); len(batch) == ReconcileBatch {
+		if batch = append(batch, listedItem[Out]{item, id, again}); len(batch) == ReconcileBatch {
 			if err := r.compare(batch); err != nil {
 				return err
 			}
@@ -126,7 +129,14 @@ func (r *reconciliation[Out]) theirs(list iter.Seq2[Item[Out], error]) error {
 	return r.compare(batch)
 }
 
-func (r *reconciliation[Out]) compare(batch []Item[Out]) error {
+// listedItem is an item of the list, with the bytes of its key.
+type listedItem[Out any] struct {
+	Item[Out]
+	id    [16]byte
+	again bool // an earlier item has the same key
+}
+
+func (r *reconciliation[Out]) compare(batch []listedItem[Out]) error {
 	keys := make([]string, len(batch))
 	for i, item := range batch {
 		keys[i] = item.Key
@@ -142,9 +152,10 @@ func (r *reconciliation[Out]) compare(batch []Item[Out]) error {
 	}
 	for i := range batch {
 		item := batch[i]
-		id, _ := keyBytes(item.Key)
-		finding := Finding[Out]{Theirs: &item, Ours: ours[id]}
+		finding := Finding[Out]{Theirs: &item.Item, Ours: ours[item.id]}
 		switch {
+		case item.again:
+			finding.Kind = FindingTwice
 		case finding.Ours == nil:
 			finding.Kind = FindingUnknown
 		case finding.Ours.State == idempotency.EffectIntended:

@@ -172,3 +172,37 @@ func TestReconcileReportsWhyItStopped(t *testing.T) {
 		}
 	}
 }
+
+// The other service has forgotten the key, and so it did a repeated call once more: its list has two
+// items with one key. The second one is found, however it is spelt, and whatever the state of our
+// effect.
+func TestReconcileFindsWhatWasDoneTwice(t *testing.T) {
+	t.Parallel()
+	s := newShop(t, nil)
+	s.pay("good")
+	s.pay("paid-twice")
+	twice := s.Text(t, "SELECT derived_key::text FROM idempotency_effects WHERE key = 'paid-twice'")
+	s.does(loses)
+	s.pay("open")
+	open := s.Text(t, "SELECT derived_key::text FROM idempotency_effects WHERE key = 'open'")
+	list := func(yield func(effect.Item[charge], error) bool) {
+		for item := range s.list() {
+			if !yield(item, nil) {
+				return
+			}
+		}
+		_ = yield(effect.Item[charge]{Key: strings.ToUpper(twice), Out: charge{Amount: 900}}, nil) &&
+			yield(effect.Item[charge]{Key: open, Out: charge{Amount: 900}}, nil)
+	}
+	var findings []string
+	report, err := s.charge.Reconcile(t.Context(), s.Store, list, window(), func(f effect.Finding[charge]) error {
+		findings = append(findings, string(f.Kind)+" "+f.Ours.Key.Value+" "+strings.ToLower(f.Theirs.Key))
+		return nil
+	})
+	if want := []string{"twice paid-twice " + twice, "twice open " + open}; err != nil || !slices.Equal(findings, want) {
+		t.Errorf("findings %q, want %q: %v", findings, want, err)
+	}
+	if want := (effect.Report{Listed: 5, Matched: 2, Open: 1, Findings: 2}); report != want {
+		t.Errorf("%+v, want %+v", report, want)
+	}
+}

@@ -163,6 +163,23 @@ func (p *processor) does(plan ...behavior) {
 	p.plan = plan
 }
 
+// cutsTheNext closes the connection of the next request that stalls. It is at the processor, which
+// does not notice, and net/http may repeat it.
+func (p *processor) cutsTheNext() {
+	go func() {
+		<-p.received
+		p.CloseClientConnections()
+	}()
+}
+
+// arrives lets the request through that stalls, and returns when its charge is the second one.
+func (p *processor) arrives() {
+	p.release <- struct{}{}
+	for len(p.charged()) < 2 {
+		time.Sleep(time.Millisecond)
+	}
+}
+
 // sent returns the number of requests, and fails the test if they had more than one key.
 func (p *processor) sent(t *testing.T) int {
 	t.Helper()
@@ -356,6 +373,14 @@ func (s *shop) resume(t *testing.T) idempotency.Result {
 	t.Helper()
 	s.due(t)
 	return mayDie(func() idempotency.Result { return s.Engine.Resume(context.Background(), s.key) })
+}
+
+// wantSent fails the test unless the processor got this number of requests, under one key.
+func (s *shop) wantSent(t *testing.T, want int) {
+	t.Helper()
+	if n := s.sent(t); n != want {
+		t.Errorf("sent %d times, want %d", n, want)
+	}
 }
 
 // wantPaid fails the test unless the answer is 201, with one charge and one posting of the amount.

@@ -5,6 +5,8 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"net/http"
+	"strings"
 	"testing"
 	"time"
 
@@ -31,8 +33,8 @@ func (s *shop) webhook(t *testing.T, done bool, id string, seal func([]byte, ide
 	return pgx.BeginFunc(t.Context(), s.Pool, func(tx pgx.Tx) error { return s.Store.Settle(t.Context(), tx, settlement) })
 }
 
-// The reply is lost, and the processor's webhook brings the result: the handler makes the answer of
-// it, and nothing is sent again. A repetition of the webhook changes nothing.
+// The reply is lost, and the processor's webhook brings the result: the handler makes its answer
+// from it, and nothing is sent again. A repetition of the webhook changes nothing.
 func TestWebhookSettlesWhatTheReplyDidNot(t *testing.T) {
 	t.Parallel()
 	s := newShop(t, nil)
@@ -68,16 +70,13 @@ func TestWebhookDuringTheCallCounts(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
 			g := newGate()
-			s := newShop(t, func(_ *processor, e *effect.Effect[card, charge]) {
-				do := e.Do
-				e.Do = func(ctx context.Context, key string, in card) (charge, error) {
-					out, err := do(ctx, key, in)
-					g.pass()
-					return out, errors.Join(err, reply)
-				}
-			})
+			s := newShop(t, sending(func(_ int64, do func() (charge, error)) (charge, error) {
+				out, err := do()
+				g.pass()
+				return out, errors.Join(err, reply)
+			}))
 			first := later(s.request)
-			<-g.began
+			g.reached(t)
 			lease := s.Text(t, "SELECT next_at::text FROM idempotency_open")
 			if err := s.webhook(t, true, "ch_webhook", nil); err != nil {
 				t.Error(err)
@@ -85,7 +84,7 @@ func TestWebhookDuringTheCallCounts(t *testing.T) {
 			if after := s.Text(t, "SELECT next_at::text FROM idempotency_open"); after != lease {
 				t.Errorf("the owner's lease ended at %s, not at %s", after, lease)
 			}
-			close(g.release)
+			g.open()
 			result := <-first
 			if name == "unknown" { // the next run finds it
 				s.wantOpen(t, result)
@@ -103,21 +102,15 @@ func TestWebhookDuringTheCallCounts(t *testing.T) {
 func TestWebhookDuringAnEncryptedCallCounts(t *testing.T) {
 	t.Parallel()
 	g := newGate()
-	s := newShop(t, func(_ *processor, e *effect.Effect[card, charge]) {
-		do := e.Do
-		e.Do = func(ctx context.Context, key string, in card) (charge, error) {
-			defer g.pass()
-			return do(ctx, key, in)
-		}
-	})
+	s := newShop(t, waitingWithReplies(g))
 	store := encrypted.New(s.Store, encrypted.Keys{Current: encrypted.Key{ID: 1, Secret: [encrypted.SecretBytes]byte{1}}})
 	s.serve(store, idempotency.Timeouts{})
 	first := later(s.request)
-	<-g.began
+	g.reached(t)
 	if err := s.webhook(t, true, "ch_webhook", store.SealOutput); err != nil {
 		t.Error(err)
 	}
-	close(g.release)
+	g.open()
 	result := <-first
 	s.wantPaid(t, result, 900)
 	if result.Answer != nil && string(result.Answer.Body) != "ch_webhook" {
@@ -134,7 +127,7 @@ func TestWebhookNeverDowngrades(t *testing.T) {
 	}{"done": {true, idempotency.EffectDone}, "declined": {false, idempotency.EffectDeclined}} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
-			s := newShop(t, nil)
+			s := newShop(t, func(_ *processor, e *effect.Effect[card, charge]) { e.KeepsDeclines = true })
 			s.does(loses)
 			s.wantOpen(t, s.request())
 			if err := s.webhook(t, c.first, "ch_1", nil); err != nil {
@@ -158,7 +151,7 @@ func TestWebhookNeverDowngrades(t *testing.T) {
 // The decline's detail reaches the handler, as that of a reply does.
 func TestWebhooksDeclineHasItsDetail(t *testing.T) {
 	t.Parallel()
-	s := newShop(t, nil)
+	s := newShop(t, func(_ *processor, e *effect.Effect[card, charge]) { e.KeepsDeclines = true })
 	var detail string
 	s.handle = func(ctx context.Context) (*idempotency.Answer, error) {
 		_, err := s.charge.Call(ctx, card{"tok", 900})
@@ -271,5 +264,74 @@ func TestWebhookOfAnEncryptedRequest(t *testing.T) {
 	s.wantPaid(t, result, 900)
 	if s.sent(t) != 1 {
 		t.Error(fmt.Sprint(s.sent(t), " sent"))
+	}
+}
+
+// net/http sends the request again by itself, and the processor says by webhook that it declined
+// that one. The first may still be under way, so the no is not final, although the database knows
+// of one send only.
+func TestWebhookOfANoToARequestThatNetHTTPRepeatedIsNotFinal(t *testing.T) {
+	t.Parallel()
+	s := newShop(t, func(p *processor, _ *effect.Effect[card, charge]) {
+		p.client = &http.Client{Transport: &http.Transport{}}
+	})
+	if warm, err := s.do(t.Context(), "warm", card{"tok", 1}); err != nil || warm.ID == "" {
+		t.Fatal(warm, err)
+	}
+	s.does(stalls, refuses)
+	s.cutsTheNext()
+	s.wantOpen(t, s.request())
+	if err := s.webhook(t, false, "", nil); err != nil {
+		t.Error(err)
+	}
+	if n := s.Count(t, "SELECT count(*) FROM idempotency_effects WHERE state = 1"); n != 1 {
+		t.Error("the no is recorded")
+	}
+	s.arrives()
+	if result := s.resume(t); result.Answer == nil || result.Answer.Status != 201 {
+		t.Errorf("%+v", result)
+	}
+}
+
+// A no that is not final changes nothing but the reason that an operator sees. Otherwise a
+// processor that sends a webhook for each declined send would be called again without a pause, and
+// a request that waits for a person would run.
+func TestWebhookOfANoThatIsNotFinalDoesNotHastenTheRequest(t *testing.T) {
+	t.Parallel()
+	s := newShop(t, nil)
+	s.does(loses)
+	s.wantOpen(t, s.request())
+	for _, set := range []string{"next_at = now() + interval '1 hour'", "parked = 'by a person'"} {
+		s.Exec(t, "UPDATE idempotency_open SET "+set)
+		const row = "SELECT row(next_at, owned, parked, epoch, resumed_at)::text FROM idempotency_open"
+		before := s.Text(t, row)
+		if err := s.webhook(t, false, "", nil); err != nil {
+			t.Error(err)
+		}
+		if after := s.Text(t, row); after != before {
+			t.Errorf("it was %s and is %s", before, after)
+		}
+	}
+	if reason := s.Text(t, "SELECT last_reason FROM idempotency_open"); !strings.Contains(reason, "declined from outside") {
+		t.Errorf("the reason is %q", reason)
+	}
+	if n := s.Count(t, "SELECT count(*) FROM idempotency_audit"); n != 0 {
+		t.Errorf("%d rows in the audit table", n)
+	}
+}
+
+// A call that is sent once at most has one no.
+func TestWebhookOfANoToACallThatIsSentOnceIsFinal(t *testing.T) {
+	t.Parallel()
+	s := newShop(t, func(_ *processor, e *effect.Effect[card, charge]) {
+		e.AtMostOnce, e.MaybeParks = true, true
+	})
+	s.does(forgets)
+	s.wantParked(t, s.request(), "never sent twice")
+	if err := s.webhook(t, false, "", nil); err != nil {
+		t.Fatal(err)
+	}
+	if result := s.request(); result.Answer == nil || result.Answer.Status != 402 || s.sent(t) != 1 {
+		t.Errorf("%+v, %d sent", result, s.sent(t))
 	}
 }

@@ -286,7 +286,7 @@ func (p *program) want(got *answer, status int, outcome, contains string) {
 	}
 }
 
-// settled sends a request until its answer is final, whoever has brought it to its end.
+// settled sends a request until its answer is final, whichever run has ended it.
 func (p *program) settled(send func() *answer, status int, contains string) {
 	p.t.Helper()
 	for deadline := time.Now().Add(waitMax); ; time.Sleep(50 * time.Millisecond) {

@@ -16,7 +16,7 @@ type tripwire struct {
 	cancel context.CancelFunc
 	uses   atomic.Int64
 	at     int64       // 0: never
-	trip   func() bool // called once: reports if the context is to end
+	trip   func() bool // called once: reports whether the context must end
 	armed  atomic.Bool
 }
 

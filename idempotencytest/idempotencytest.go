@@ -32,11 +32,11 @@
 //
 //	before_begin           the store is unavailable
 //	after_begin            the key is claimed
-//	mid_handler            the handler's context ends, at one use of it after another
+//	mid_handler            the handler's context ends at one of its uses, which differs by key
 //	handler_canceled       the same, but the process lives on
 //	after_handler          the handler has returned
 //	before_commit          COMMIT was not sent
-//	mid_commit             COMMIT's context ends, at one use of it after another
+//	mid_commit             COMMIT's context ends at one of its uses, which differs by key
 //	commit_canceled        the same, but the process lives on
 //	commit_never_arrived   COMMIT is lost on its way; the process lives on
 //	commit_lost            COMMIT happened, its reply is lost; the process lives on
@@ -107,8 +107,8 @@ type Config struct {
 	// Store keeps the records. It is used only through the interface.
 	Store idempotency.Store
 
-	// New returns the service: the handler as in production, with a middleware made from the store
-	// that is passed, which wraps Store. It is called once.
+	// New returns the service: the handler as in production, with a middleware on the given store,
+	// which wraps Store. It is called once.
 	New func(store idempotency.Store) http.Handler
 
 	// Request returns the n-th request: one that the handler accepts, without a key, and with a

@@ -75,7 +75,7 @@ func memoryConfig(pays bool) Config {
 	}
 }
 
-// Any store works, so does an answer without a body, and a handler that never uses its context.
+// Any store works, and so do an answer without a body and a handler that never uses its context.
 func TestStoreOfAnotherKind(t *testing.T) {
 	t.Parallel()
 	Run(t, memoryConfig(false))
@@ -225,9 +225,9 @@ func (w *halfWriter) WriteHeader(int)             {}
 func (w *halfWriter) Write(p []byte) (int, error) { return w.body.Write(p) }
 func (w *halfWriter) Flush()                      { w.flushed = true }
 
-// A client that gives up after a not-executed although an earlier request was lost would make the
-// kit blame a correct service. One that never gives up would miss a store that returns not-executed
-// for something that happened.
+// A client that gives up after a not-executed although an earlier request was lost would make this
+// package blame a correct service. One that never gives up would miss a store that returns
+// not-executed for something that happened.
 func TestClientGivesUpOnlyWhereItMay(t *testing.T) {
 	t.Parallel()
 	full, err := memoryConfig(false).full()
@@ -261,8 +261,8 @@ func TestClientGivesUpOnlyWhereItMay(t *testing.T) {
 	}
 }
 
-// The uses of a context are counted, and the planned one ends it, also for contexts derived from
-// it.
+// The uses of a context are counted, and the planned one ends it, and so does a use of a context
+// derived from it.
 func TestTripwireEndsAtTheNamedUse(t *testing.T) {
 	t.Parallel()
 	for at := int64(1); at <= 4; at++ {

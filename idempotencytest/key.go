@@ -103,8 +103,8 @@ func (k *key) claimed() idempotency.Key {
 	return k.last.Key
 }
 
-// told keeps the first answer and compares later ones with it. If this one is wrong, it returns the
-// check and the reason.
+// told keeps the first answer and compares later ones with it. If the given answer is wrong, it
+// returns the check and the reason.
 func (k *key) told(r *reply) (check, trouble string) {
 	k.mu.Lock()
 	defer k.mu.Unlock()

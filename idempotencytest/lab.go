@@ -187,7 +187,8 @@ func (l *lab) impossible(p plan) string {
 	return ""
 }
 
-// steps plans the points that lead to a plan's, and that one.
+// steps plans the point that must be hit before a plan's point, if there is one, and then that
+// point.
 func (l *lab) steps(p plan, part float64) []step {
 	if p.after == "" {
 		return []step{l.step(p.point, part)}

@@ -17,7 +17,7 @@ const (
 	laterBy = 2 * time.Minute
 )
 
-// openStore is the user's store if that keeps requests open, with the crash points at its seams.
+// openStore wraps a user's store that keeps requests open, and adds the crash points.
 type openStore struct {
 	idempotency.Keeper // the user's
 	store              *store
@@ -116,8 +116,8 @@ type openAttempt struct {
 	intents, results int64 // of this owner
 }
 
-// undo has the consequences of the death of the process: its transaction is rolled back, and its
-// lease runs out.
+// undo does to the attempt what the death of its process would do: the transaction is rolled back,
+// and the lease runs out.
 func (a *openAttempt) undo(ctx context.Context) error {
 	a.dead = true
 	if !a.opened {

@@ -73,8 +73,8 @@ func plans() []plan {
 	}
 }
 
-// ofIntent and ofResult report whether a point is at the commit of an intent or a phase, and at
-// that of a result.
+// ofIntent reports whether a point is at the commit of an intent or a phase, and ofResult whether
+// it is at the commit of a result.
 func (p plan) ofIntent() bool {
 	switch p.point {
 	case crashpoint.BeforeIntent, crashpoint.IntentNeverArrived, crashpoint.IntentLost, crashpoint.BeforeSend, crashpoint.TakeOver:

@@ -77,7 +77,7 @@ func (p *Processor[In, Out]) Do(ctx context.Context, key string, in In) (out Out
 	}
 	s.Asked++
 	if !reflect.DeepEqual(s.In, in) {
-		return out, effect.Park(errOtherCall)
+		return out, effect.Park("the processor has another call under its key", errOtherCall)
 	}
 	switch p.fault(key, s.Asked) {
 	case NotSent:
@@ -107,7 +107,8 @@ func (p *Processor[In, Out]) fault(key string, asked int) Fault {
 	return Fault((p.turn - 1) % int(NotSent))
 }
 
-// serve serves a key, and the request with it that arrives late.
+// serve serves the key, unless it was served before. A late request with the key has arrived by
+// then too.
 func (p *Processor[In, Out]) serve(s *Served[In, Out]) {
 	if !s.served {
 		s.Out, s.Err = p.Serve(s.Key, s.In)

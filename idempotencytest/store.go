@@ -21,7 +21,7 @@ var (
 	errUnavailable = fmt.Errorf("begin: %w: idempotencytest", idempotency.ErrUnavailable)
 )
 
-// store is the user's store with the crash points at its seams.
+// store wraps the user's store, and adds the crash points.
 type store struct {
 	inner idempotency.Store
 	keys  sync.Map     // by value: *key

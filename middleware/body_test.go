@@ -442,7 +442,7 @@ func TestRefusedBodyClosesTheConnection(t *testing.T) {
 	}
 }
 
-// The handler gets a body with a length, also if it was sent chunked.
+// The handler gets a body with a length, even if it was sent chunked.
 func TestChunkedBodyHasALength(t *testing.T) {
 	t.Parallel()
 	b := setup(t, setupOptions{}, func(w http.ResponseWriter, r *http.Request) {

@@ -2,6 +2,7 @@ package middleware_test
 
 import (
 	"context"
+	"crypto/rand"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -13,9 +14,8 @@ import (
 
 	"github.com/paidonce/idempotency"
 	"github.com/paidonce/idempotency/effect"
-	"github.com/paidonce/idempotency/internal/pgserver"
+	"github.com/paidonce/idempotency/internal/testservice"
 	"github.com/paidonce/idempotency/middleware"
-	"github.com/paidonce/idempotency/migrations"
 	"github.com/paidonce/idempotency/storage/postgres"
 )
 
@@ -81,26 +81,15 @@ func (p *exampleProcessor) Charge(_ context.Context, key string, card Card) (Cha
 // until much later; the completer has ended its request by then.
 func ExampleMiddleware_Completer() {
 	ctx, cancel := context.WithCancel(context.Background())
-	server, err := pgserver.Start(ctx, nil)
-	if err != nil {
-		panic(err)
-	}
-	defer func() { _ = server.Stop() }()
-	store, err := postgres.Open(ctx, server.URL(), nil)
-	if err != nil {
-		panic(err)
-	}
-	defer store.Close()
-	if err := migrations.Up(ctx, store, nil); err != nil {
-		panic(err)
-	}
-	if _, err := store.Pool().Exec(ctx, "CREATE TABLE postings (account text, charge text, amount bigint)"); err != nil {
-		panic(err)
-	}
+	store, closeStore := testservice.Example(ctx, "CREATE TABLE postings (account text, charge text, amount bigint)")
+	defer closeStore()
 
 	idem := middleware.New(store, exampleAccount, nil)
 	mux := http.NewServeMux()
-	topUps := idem.With(func(o *middleware.Options) { o.Resumable = "topup/1" })
+	secret := []byte(rand.Text() + rand.Text())
+	status := middleware.NewStatus("/v1/operations/", secret)
+	mux.Handle("GET /v1/operations/{id}", status)
+	topUps := idem.With(func(o *middleware.Options) { o.Resumable, o.Accepted = "topup/1", status })
 	mux.Handle("POST /topups", topUps.Handler(http.HandlerFunc(topUp)))
 	ended := make(chan struct{}, 1)
 	var completer sync.WaitGroup

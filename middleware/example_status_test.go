@@ -11,29 +11,16 @@ import (
 	"time"
 
 	"github.com/paidonce/idempotency/effect"
-	"github.com/paidonce/idempotency/internal/pgserver"
+	"github.com/paidonce/idempotency/internal/testservice"
 	"github.com/paidonce/idempotency/middleware"
-	"github.com/paidonce/idempotency/migrations"
-	"github.com/paidonce/idempotency/storage/postgres"
 )
 
 // The processor's reply is lost. A client that prefers not to wait gets 202 with the address of its
 // operation, which has the answer once the completer has made it.
 func ExampleNewStatus() {
 	ctx := context.Background()
-	server, err := pgserver.Start(ctx, nil)
-	if err != nil {
-		panic(err)
-	}
-	defer func() { _ = server.Stop() }()
-	store, err := postgres.Open(ctx, server.URL(), nil)
-	if err != nil {
-		panic(err)
-	}
-	defer store.Close()
-	if err := migrations.Up(ctx, store, nil); err != nil {
-		panic(err)
-	}
+	store, closeStore := testservice.Example(ctx, "")
+	defer closeStore()
 
 	calls := 0
 	charge := effect.New("charge", effect.Effect[int, string]{

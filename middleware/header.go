@@ -42,7 +42,7 @@ func ours(name string) bool {
 	return strings.HasPrefix(name, "Idempotency-") || strings.HasPrefix(name, "Idempotent-")
 }
 
-// recordable returns the headers of an answer that are recorded: those on the allow-list, also if
+// recordable returns the headers of an answer that are recorded: those on the allow-list, even if
 // outer middleware set them, so that the record is the whole answer and does not depend on today's
 // outer middleware. It leaves out headers that Connection names, and a Content-Encoding that was
 // set outside. The values are copies.

@@ -258,7 +258,8 @@ func (m *Middleware) answer(w http.ResponseWriter, r *http.Request, result idemp
 func (m *Middleware) refuse(w http.ResponseWriter, r *http.Request, reason idempotency.Reason, err error, status *StatusError) {
 	outcome := idempotency.OutcomeNotExecuted
 	if reason == idempotency.ReasonReplayDenied {
-		outcome = idempotency.OutcomeUnknown // not-executed would be a lie, and replayed would tell
+		// Not-executed would be untrue, and replayed would reveal that there is an answer.
+		outcome = idempotency.OutcomeUnknown
 	}
 	m.traceRefused(r, reason, err, status)
 	m.writeProblem(w, reason, outcome, status)
@@ -368,6 +369,8 @@ func (m *Middleware) log(r *http.Request, key idempotency.Key, result idempotenc
 	}
 	level, message := slog.LevelWarn, "idempotency: request was not answered by its handler"
 	switch {
+	case result.Reason == idempotency.ReasonNeedsAttention && result.Err == nil:
+		return // it is parked already: the log of that run has the reason
 	case result.Reason == idempotency.ReasonNeedsAttention:
 		level, message = slog.LevelError, "idempotency: open request waits for a person"
 	case result.Accepted:

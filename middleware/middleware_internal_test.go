@@ -45,7 +45,7 @@ func FuzzKeyValue(f *testing.F) {
 	})
 }
 
-// FuzzTarget: the fast path to the target gives the same result as parsing it, also if outer code
+// FuzzTarget: the fast path to the target gives the same result as parsing it, even if outer code
 // changed r.URL.
 func FuzzTarget(f *testing.F) {
 	for _, uri := range []string{"/transfers", "/a%2Fb?x=1", "/a b", "/ü", "/a#b", "//host/path", "*", "foo:bar", "", "?", "/?", "/a??b", "http://host/a?b", "/%zz", "/a%20b?%zz"} {

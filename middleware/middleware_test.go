@@ -865,8 +865,8 @@ func TestTimeoutHandlerInside(t *testing.T) {
 	}
 }
 
-// Requests with one key that are sent without waiting for answers (pipelining) are executed once,
-// in their order.
+// Of several requests with one key that are sent without waiting for answers (pipelining), the
+// first is executed and the others get replays.
 func TestPipelinedRequestsAreOne(t *testing.T) {
 	t.Parallel()
 	b := setup(t, setupOptions{}, transfer)
@@ -1054,8 +1054,8 @@ func TestCanceledCallIsNoAnswerForGood(t *testing.T) {
 
 // The threats of docs/security.md, on a real server and a real database.
 
-// bank is a service's authentication, mounted outside: it knows the accounts of tokens, and the
-// rights of accounts.
+// bank is a service's authentication, mounted outside: it knows the account of each token, and
+// which accounts may still see their answers.
 type bank struct {
 	mu      sync.Mutex
 	tokens  map[string]string // account by token

@@ -52,7 +52,7 @@ func (c *teller) count() (charges, requests int) {
 	return charges, requests
 }
 
-// charge makes one call. before and after are around the send.
+// charge makes one call. before and after run around the send.
 func (c *teller) charge(ctx context.Context, before, after func()) error {
 	effects, err := idempotency.EffectsFrom(ctx)
 	if err != nil {
@@ -198,7 +198,8 @@ func TestDeadProcessIsCompleted(t *testing.T) {
 				}
 				*point = nil
 				if death != "panics" {
-					// Nobody has left it: it is in progress for the rest of its lease.
+					// The dead owner did not give it up: it is in progress for the rest of the
+					// lease.
 					got := o.topUpBy(t, "k")
 					want(t, got, 409, idempotency.OutcomeInProgress, idempotency.ReasonInProgress)
 					if rest, err := strconv.Atoi(got.header.Get("Retry-After")); err != nil || rest < 5 || rest > 20 {
@@ -266,8 +267,8 @@ func TestRefusalAfterAChargeNeedsAttention(t *testing.T) {
 	if authorized || o.records(t) != 1 || o.effects(t) != 0 {
 		t.Errorf("a replay was asked for: %v; %d records, %d postings", authorized, o.records(t), o.effects(t))
 	}
-	if !strings.Contains(o.logs.String(), "waits for a person") {
-		t.Errorf("the log does not say so: %s", o.logs)
+	if logs := o.logs.String(); strings.Count(logs, "waits for a person") != 1 || !strings.Contains(logs, "made and not undone") {
+		t.Errorf("the log does not say so once, with the reason: %s", logs)
 	}
 }
 

@@ -123,9 +123,9 @@ type Options struct {
 	// RouterState restores the state of a router before a handler runs again; package
 	// middleware/chiroute has it for chi. If it is nil a handler runs again without it, unless chi
 	// has routed the request, or may have: then the answer is 503 instead, because a second run may
-	// be routed to a 404. The middleware never looks into contexts that are not of package context,
-	// so with one of those in the request chi may have routed it. A resumable route needs it too,
-	// because a resumed run has no router outside.
+	// be routed to a 404. The middleware never looks into a context of any other package than
+	// context. If the request has one, chi may have routed the request. A resumable route needs it
+	// too, because a resumed run has no router outside.
 	RouterState RouterStateFunc
 
 	// TraceID returns the id of a request's trace, to be recorded. The default takes it from the

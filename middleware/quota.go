@@ -12,10 +12,11 @@ import (
 	"github.com/paidonce/idempotency"
 )
 
-// Quota limits the number of keys that a scope may record, so that no account floods the table. A
-// request with a new key over it gets 429, and its handler does not run. The limit is approximate:
-// each process counts for itself and forgets its count when it ends, and up to twice as many keys
-// fit around the border of two windows. It does not replace a limit on requests, mounted outside.
+// Quota limits the number of keys that a scope may record, so that no account floods the table.
+// Beyond the quota a request with a new key gets 429, and its handler does not run. The limit is
+// approximate: each process counts for itself and forgets its count when it ends, and up to twice
+// as many keys fit around the border of two windows. It does not replace a limit on requests,
+// mounted outside.
 //
 // A request is counted once its claim has shown that its key is new. So a replay, a mismatch and a
 // conflict are never refused, however far over its quota the scope is, and a refused request costs

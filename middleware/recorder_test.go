@@ -433,7 +433,7 @@ func TestReverseProxyAsHandler(t *testing.T) {
 	}
 }
 
-// A handler of server-sent events finds that it can't stream, and answers so.
+// A handler of server-sent events finds that it can't stream, and its answer says so.
 func TestServerSentEventsAreRefused(t *testing.T) {
 	t.Parallel()
 	b := setup(t, setupOptions{}, func(w http.ResponseWriter, _ *http.Request) {

@@ -78,7 +78,7 @@ COMMENT ON COLUMN idempotency_effects.scope IS 'The account whose key it is.';
 COMMENT ON COLUMN idempotency_effects.key IS 'The Idempotency-Key as the client sent it, unquoted.';
 COMMENT ON COLUMN idempotency_effects.name IS 'The name of the effect in the handler.';
 COMMENT ON COLUMN idempotency_effects.input IS 'Input of the call, as it is sent every time.';
-COMMENT ON COLUMN idempotency_effects.output IS 'Result of the call; of a declined one, its detail.';
+COMMENT ON COLUMN idempotency_effects.output IS 'Result of the call; of a declined one, its detail. Of an intended one, the result that an operator stated, which the next run checks.';
 
 -- The effects are deleted with the record, whoever deletes it: otherwise they would answer for a
 -- new request with the same key. Nobody can expire or delete the key of an open request; a program

@@ -39,9 +39,9 @@ const (
 // migrator migrates one schema, on a connection with a session of its own: it sets search_path and
 // timeouts for the session, and holds an advisory lock.
 //
-// It keeps golang-migrate's file names, version table and lock, so that its program can be used as
-// well. It does not use its driver, which takes no context, truncates the version table (so that it
-// waits for every reader), and marks the schema dirty before it waits.
+// It keeps golang-migrate's file names, version table and lock, so that the migrate program can be
+// used as well. It does not use golang-migrate's driver, which takes no context, truncates the
+// version table (so that it waits for every reader), and marks the schema dirty before it waits.
 type migrator struct {
 	options  Options
 	schema   string
@@ -295,15 +295,15 @@ func (m *migrator) compare(ctx context.Context, version int) error {
 	switch {
 	case exists && version <= 0:
 		return fmt.Errorf("%w: %s is there, and %s has no version:"+
-			" `CREATE TABLE IF NOT EXISTS %[3]s (version bigint not null primary key, dirty boolean not null); INSERT INTO %[3]s VALUES (%d, false); %s` writes down which it is",
+			" `CREATE TABLE IF NOT EXISTS %[3]s (version bigint not null primary key, dirty boolean not null); INSERT INTO %[3]s VALUES (%d, false); %s` records the version",
 			ErrVersionUntrue, records, m.table, Latest, m.lookAndMend())
 	case !exists && version > 0:
 		var others string
 		for _, table := range []string{"idempotency_audit", "idempotency_events", "idempotency_open", "idempotency_effects"} {
 			others = strings.TrimPrefix(others+", "+pgx.Identifier{m.schema, table}.Sanitize(), ", ")
 		}
-		return fmt.Errorf("%w: %s has version %d, and %s is missing: restore it together with what its records report. Without it every retry runs again:"+
-			" if no client retries any more, `DROP TABLE IF EXISTS %s; DELETE FROM %[2]s` and migrate up begin anew, without the audit table and the history",
+		return fmt.Errorf("%w: %s has version %d, and %s is missing: restore it together with the data that its records report. Without it every retry runs again:"+
+			" if no client retries any more, `DROP TABLE IF EXISTS %s; DELETE FROM %[2]s` and migrate up start again, without the audit table and the history",
 			ErrVersionUntrue, m.table, version, records, others)
 	}
 	return nil
@@ -409,7 +409,7 @@ func (m *migrator) again(ctx context.Context, name string, try func(context.Cont
 		err := try(ctx)
 		blockers := seen()
 		var pgErr *pgconn.PgError
-		// It is a deadlock (40P01) if a request holds one table and waits for another.
+		// PostgreSQL reports a deadlock (40P01) if a request holds one table and waits for another.
 		if err == nil || errors.As(err, new(leftError)) || !errors.As(err, &pgErr) || pgErr.Code != "55P03" && pgErr.Code != "40P01" {
 			return err
 		}

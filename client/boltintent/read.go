@@ -52,7 +52,7 @@ type reader struct {
 }
 
 func damaged(format string, values ...any) error {
-	return fmt.Errorf("%w: "+format+"; it is left as it is: move it away, find out at the server what became of its requests, and start with a new one",
+	return fmt.Errorf("%w: "+format+"; it is left as it is: move it away, look its requests up at the server, and start with a new one",
 		append([]any{ErrDamaged}, values...)...)
 }
 
@@ -152,8 +152,8 @@ func (r *reader) page(number uint64) ([]byte, error) {
 	return page, nil
 }
 
-// readPage reads a page of a bucket, nil for the bucket of buckets, and the pages below it. Its
-// keys are from first up to last.
+// readPage reads a page of a bucket, and the pages below it. bucket is nil for the bucket of
+// buckets. The page's keys are from first up to last.
 func (r *reader) readPage(number uint64, bucket, first, last []byte) error {
 	page, err := r.page(number)
 	if err != nil {

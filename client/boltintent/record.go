@@ -25,8 +25,8 @@ var (
 	keySum        = []byte("sum")
 )
 
-// content is the value of a record: encoded by gob, between a sequence number of 8 bytes and a
-// SHA-256 over the key and all of it.
+// content is the intent in a record, encoded by gob. In the record a sequence number of 8 bytes
+// precedes it. A SHA-256 over the key, the number and the content follows it.
 type content struct {
 	Method, URL, Host string
 	Header            http.Header

@@ -318,7 +318,7 @@ func whole(t testing.TB) (content []byte, keys []string) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	// The bytes after the pages that the heads count are room to grow.
+	// Leave out the bytes after the pages that the heads count: they are only room to grow.
 	page := os.Getpagesize()
 	pages := max(order.Uint64(content[headBytes+40:]), order.Uint64(content[page+headBytes+40:]))
 	return content[:int(pages)*page], []string{"a", "b", "c"}

@@ -155,8 +155,8 @@ func New(db DB, options *Options) *Store {
 	s.done = `DELETE FROM ` + table + ` WHERE owner = $1 AND key = $2`
 	s.abandon = `DELETE FROM ` + table + ` USING ` + durable + ` WHERE owner = $1 AND key = $2 AND holder = $3::uuid AND durable.setting <> ''`
 	const mayTake = `(holder = $2::uuid OR touched_at <= clock_timestamp() - $3 * interval '1 microsecond')`
-	// The last taken come last: otherwise a page of intents that stay would keep all others from
-	// being resumed.
+	// The intents that were taken last come last. Otherwise a page of intents that can't be settled
+	// would keep all others from being resumed.
 	s.pending = `SELECT ` + hidden + `, found.key FROM (SELECT) AS one
 		LEFT JOIN (SELECT * FROM ` + table + ` WHERE owner = $1 AND ` + mayTake + ` ORDER BY touched_at, saved_at, key LIMIT $4) AS found ON true
 		ORDER BY found.touched_at, found.saved_at, found.key`
@@ -164,8 +164,8 @@ func New(db DB, options *Options) *Store {
 	s.take = `UPDATE ` + table + ` SET holder = $2::uuid, touched_at = clock_timestamp() FROM ` + durable + `
 		WHERE owner = $1 AND key = $4 AND ` + mayTake + ` AND durable.setting <> ''
 		RETURNING method, url, host, header, body, (extract(epoch FROM clock_timestamp() - saved_at) * 1000000)::bigint`
-	// A statement that changed no row is only trusted if there is none: a trigger can skip the row,
-	// and row-level security can hide it.
+	// After a statement that changed no row, these check that there is no such row: a trigger can
+	// skip a row, and row-level security can hide it.
 	s.isKept = `SELECT ` + hidden + `, EXISTS (SELECT FROM ` + table + ` WHERE owner = $1 AND key = $2)`
 	s.isPending = `SELECT ` + hidden + `, EXISTS (SELECT FROM ` + table + ` WHERE owner = $1 AND key = $4 AND ` + mayTake + `)`
 	return s
@@ -231,8 +231,9 @@ func (s *Store) saveOn(ctx context.Context, db DB, arguments []any) (before bool
 // Configure lets a [Store] notice a commit that did not wait for the synchronous standbys, because
 // somebody canceled the wait: PostgreSQL only warns of it. Then Save, Take and Abandon fail,
 // because a failover could undo their writes: an intent that was abandoned would come back, and be
-// sent after its caller got not-executed. Call it on the config of the connection, or on ConnConfig
-// of the pool's, before it is opened. If no standby is synchronous it changes nothing.
+// sent after its caller got not-executed. Call it on the config of a connection, or on the
+// ConnConfig of a pool's config, before the connection or the pool is opened. If no standby is
+// synchronous it changes nothing.
 func Configure(config *pgx.ConnConfig) {
 	inner := config.OnNotice
 	config.OnNotice = func(conn *pgconn.PgConn, notice *pgconn.Notice) {
@@ -378,8 +379,8 @@ func (s *Store) Pending(ctx context.Context) ([]string, error) {
 	return keys, err
 }
 
-// Take makes an intent this store's, and returns it. It returns nil if the intent is not kept, or
-// another's.
+// Take makes this store the holder of an intent, and returns the intent. It returns nil if the
+// intent is not kept, or another store holds it.
 func (s *Store) Take(ctx context.Context, key string) (*client.Intent, error) {
 	intent := &client.Intent{Key: idempotency.Key{Value: key}}
 	var header []byte

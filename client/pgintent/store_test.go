@@ -191,7 +191,7 @@ func TestPendingComesToAll(t *testing.T) {
 }
 
 // TestSaveIsDurableWhateverTheSessionSays: with synchronous_commit off a session acknowledges
-// commits that a crash may undo. Save, also when it takes over, Take and Abandon switch it on for
+// commits that a crash may undo. Save, even when it takes over, Take and Abandon switch it on for
 // their own transaction, and leave the session as it is.
 func TestSaveIsDurableWhateverTheSessionSays(t *testing.T) {
 	t.Parallel()
@@ -461,7 +461,7 @@ func TestKilledInSave(t *testing.T) {
 
 // TestHiddenIntentIsNotCalledDone: an intent that row-level security hides is never reported as
 // gone, taken or not pending, and no intent is saved that would never be resumed. The remedies
-// work, also on connections that were open before.
+// work, even on connections that were open before.
 func TestHiddenIntentIsNotCalledDone(t *testing.T) {
 	t.Parallel()
 	for way, name := range []string{"DISABLE", "BYPASSRLS"} {
@@ -537,8 +537,8 @@ func TestHiddenIntentIsNotCalledDone(t *testing.T) {
 	}
 }
 
-// TestNothingIsSentWithoutARow: a statement that succeeds and writes no row, or another one, keeps
-// no intent. The request must not be sent, and the error says so.
+// TestNothingIsSentWithoutARow: a statement that succeeds and writes no row, or a different row,
+// keeps no intent. The request must not be sent, and the error says so.
 func TestNothingIsSentWithoutARow(t *testing.T) {
 	t.Parallel()
 	const returns = `CREATE FUNCTION f() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN %; END $$;`
@@ -547,7 +547,7 @@ func TestNothingIsSentWithoutARow(t *testing.T) {
 	}
 	for name, one := range map[string]struct {
 		sql     string
-		kept    bool // by an earlier process, before the database became sick
+		kept    bool // by an earlier process, while the database was still in order
 		outcome error
 	}{
 		"a trigger that drops the row":    {trigger("RETURN NULL", "INSERT"), false, client.ErrNotExecuted},
@@ -816,8 +816,8 @@ func TestNoConnectionSavesNothing(t *testing.T) {
 }
 
 // TestCanceledWaitForTheStandbyIsAnError: a failover could undo a write if its COMMIT did not wait.
-// An abandoned intent would be sent after its caller got not-executed, and two holders would each
-// believe to be the only one.
+// An abandoned intent would be sent after its caller got not-executed, and each of two holders
+// would believe that it is the only one.
 func TestCanceledWaitForTheStandbyIsAnError(t *testing.T) {
 	t.Parallel()
 	pgtest.Slow(t, "starts a PostgreSQL of its own")
@@ -854,8 +854,8 @@ func TestCanceledWaitForTheStandbyIsAnError(t *testing.T) {
 }
 
 // TestWarningOfATriggerIsItsOwn: only the server's own warning means that a commit did not wait.
-// Take and Abandon of a key that is not kept find that out on the same connection: the pool may
-// have only one.
+// Take and Abandon need no second connection to find out that a key is not kept: the pool may have
+// only one.
 func TestWarningOfATriggerIsItsOwn(t *testing.T) {
 	t.Parallel()
 	ctx := t.Context()

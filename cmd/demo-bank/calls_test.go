@@ -85,9 +85,9 @@ func paidOnce(t *testing.T, p, psp string, db *pgxpool.Pool, c calling, want int
 	}
 }
 
-// TestBankKilledAtEachPointOfACallPaysOnce: the bank is killed with -9 at each point of a top-up and
-// of a payout, and nobody retries. The next bank ends the request, and the processor and the books
-// have it once. A retry gets the one answer.
+// TestBankKilledAtEachPointOfACallPaysOnce: the bank is killed with -9 at each point of a top-up
+// and of a payout, and nobody retries. The next bank ends the request, and the processor and the
+// books have it once. A retry gets the one answer.
 func TestBankKilledAtEachPointOfACallPaysOnce(t *testing.T) {
 	t.Parallel()
 	pgtest.Slow(t, "kills many banks")
@@ -160,8 +160,8 @@ func killedAt(t *testing.T, c calling, name string, nth int) {
 	paidOnce(t, again.url, psp.url, db, c, 1)
 }
 
-// TestEveryLineIsOutBeforeTheBankIsReady: once the bank is ready it has printed the processor's URL,
-// and the processor serves there.
+// TestEveryLineIsOutBeforeTheBankIsReady: once the bank is ready it has printed the processor's
+// URL, and the processor serves there.
 func TestEveryLineIsOutBeforeTheBankIsReady(t *testing.T) {
 	t.Parallel()
 	for name, args := range map[string][]string{"inside": nil, "given": {"--psp", servePSP(t, "--addr", "127.0.0.1:0").url}} {
@@ -196,8 +196,8 @@ func TestEveryLineIsOutBeforeTheBankIsReady(t *testing.T) {
 	}
 }
 
-// startUntilReady starts a bank at a free port and waits until /readyz is 200. It returns the file with
-// the bank's output, and its address.
+// startUntilReady starts a bank at a free port and waits until /readyz is 200. It returns the file
+// with the bank's output, and its address.
 func startUntilReady(t *testing.T, status func(url string) int, args ...string) (stdout, address string) {
 	t.Helper()
 	database := pgtest.Database(t)
@@ -285,8 +285,8 @@ func TestProcessorOfTheBankSurvivesKill9OfBoth(t *testing.T) {
 	}
 }
 
-// TestProcessorThatCannotBeUsed: a wrong --psp or an unreadable file of the processor inside ends the
-// bank with one line. A processor that does not serve yet is no error.
+// TestProcessorThatCannotBeUsed: a wrong --psp or an unreadable file of the processor inside ends
+// the bank with one line. A processor that does not serve yet is no error.
 func TestProcessorThatCannotBeUsed(t *testing.T) {
 	t.Parallel()
 	database := pgtest.Database(t)

@@ -157,8 +157,8 @@ func TestF01KilledBeforeCommit(t *testing.T) {
 	}
 }
 
-// faultyBank starts a bank behind a proxy. It dies at the point, unless that is empty. The proxy
-// calls decide for the COMMIT of crashKey, and forwards all others.
+// faultyBank starts a bank behind a proxy. The bank dies at the point, unless that is empty. The
+// proxy calls decide for the COMMIT of crashKey, and forwards all others.
 func faultyBank(t *testing.T, point, database string, decide func(p *program) pgfault.Fault) (p *program, proxy *pgfault.Proxy) {
 	t.Helper()
 	network, address, err := pgfault.Upstream(database)
@@ -354,7 +354,7 @@ func TestF04KilledInTheReapersBatch(t *testing.T) {
 	dying := start(t, crashCommand("reaper_batch:1", database, "--reap-interval", "1h"))
 	dying.diesAt("reaper_batch")
 	eventually(t, "PostgreSQL has the DELETE of the dead bank, and ends it", func() bool {
-		// Outside of tx, which would always see the activity of its first query.
+		// Not in tx: there pg_stat_activity would always show its first content.
 		ended := 0
 		err := db.QueryRow(t.Context(), `
 			SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity

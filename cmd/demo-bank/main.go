@@ -1,8 +1,8 @@
 // Command demo-bank is a bank with transfers that can be retried safely, and a storm that tries to
 // prove otherwise.
 //
-//	go run ./cmd/demo-bank          # serves on http://127.0.0.1:8080, with a PostgreSQL of its own
-//	go run ./cmd/demo-bank storm    # in another terminal: thousands of duplicates, and a verdict
+// go run ./cmd/demo-bank          # serves on http://127.0.0.1:8080, with a PostgreSQL of its own
+// go run ./cmd/demo-bank storm    # in another terminal: thousands of duplicates, and a verdict
 package main
 
 import (
@@ -37,6 +37,8 @@ Without a command it serves. Try:
   demo-bank                                      serve, with an embedded PostgreSQL that is gone at exit
   demo-bank --data-dir ./bank-data               serve, and find the money still there at the next start
   DATABASE_URL=postgres://... demo-bank          serve on a PostgreSQL of yours
+  curl -i http://127.0.0.1:8080/v1/topups -H 'Content-Type: application/json' -H 'Idempotency-Key: topup-1' -d '{"account":"alice","amount":500,"card":"tok"}'
+                                                 charge a card at the processor, and post it once
   demo-bank psp                                  serve the processor of cards, payouts and mails in another terminal
   demo-bank --psp http://127.0.0.1:8090          serve, and call that processor instead of the one inside
   demo-bank storm                                send thousands of duplicates to it and read the verdict
@@ -200,8 +202,8 @@ var defaults = kong.Vars{
 	"profile": chaos.ProfileDefault, "clients": fmt.Sprint(chaos.ClientsDefault), "banks": fmt.Sprint(chaos.BanksDefault),
 }
 
-// exitUsage is kong's exit code, so that a script can tell a wrong flag from a storm without a
-// verdict.
+// exitUsage is kong's exit code for a wrong flag. So a script can tell a wrong flag from a storm
+// without a verdict.
 const exitUsage = 80
 
 func main() {

@@ -26,7 +26,7 @@ type processor struct {
 	url string
 }
 
-// servePSP starts the program and waits until it has printed where it serves. It is killed when the
+// servePSP starts the program and waits until it has printed its address. It is killed when the
 // test ends.
 func servePSP(t *testing.T, args ...string) *processor {
 	t.Helper()
@@ -86,8 +86,8 @@ func (p *processor) list(client *http.Client) (ids map[string]string, keys map[s
 }
 
 // TestAChargeSurvivesKill9OfItsProcessor: processors are killed with -9 while clients charge. Each
-// charge that was acknowledged is in the file, each key has one, and a retry finds it. A torn last
-// line does not keep it from starting.
+// charge that was acknowledged is in the file, each key has one, and a retry finds it. A processor
+// starts even if the last line of its file is torn.
 func TestAChargeSurvivesKill9OfItsProcessor(t *testing.T) {
 	t.Parallel()
 	const kills, clients, each = 4, 8, 25
@@ -192,7 +192,7 @@ func TestAStoppingProcessorFinishesWhatItHas(t *testing.T) {
 	address := strings.TrimPrefix(p.url, "http://")
 	const body = `{"card":"tok","amount":1}`
 	answers := make(chan int, 2) // statuses; 0 if the connection broke
-	for range 2 {                // whichever comes second is told that the other is under way
+	for range 2 {                // the second one gets 409: the other is under way
 		conn, err := net.Dial("tcp", address)
 		if err != nil {
 			t.Fatal(err)

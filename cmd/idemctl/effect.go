@@ -15,7 +15,7 @@ import (
 type effectCommands struct {
 	List   effectListCommand   `cmd:"" help:"Show a page of open requests, the oldest first."`
 	Get    effectGetCommand    `cmd:"" help:"Show one open request with its effects."`
-	Settle effectSettleCommand `cmd:"" help:"State what is known of an effect. The service's handler then makes the answer."`
+	Settle effectSettleCommand `cmd:"" help:"State what is known of an effect: one of --done, --declined, --not-sent and --retry. The service's handler then makes the answer."`
 }
 
 type (
@@ -49,36 +49,9 @@ type (
 	}
 )
 
-// openState returns the state of an open request in one word.
-func openState(r *operator.OpenRequest) string {
-	switch {
-	case r.Parked != "":
-		return "parked"
-	case r.Running:
-		return "running"
-	case !r.NextAt.After(r.StartedAt.Add(r.Age)):
-		return "due"
-	}
-	return "waiting"
-}
-
-func kindText(kind idempotency.EffectKind) string {
-	switch kind {
-	case idempotency.EffectCall:
-		return "call"
-	case idempotency.EffectAtMostOnce:
-		return "at-most-once"
-	case idempotency.EffectUndo:
-		return "undo"
-	case idempotency.EffectPhase:
-		return "phase"
-	}
-	return fmt.Sprintf("kind %d", kind)
-}
-
 func openOf(r *operator.OpenRequest) openJSON {
 	j := openJSON{
-		Scope: r.Key.Scope, Key: r.Key.Value, Route: r.Route, State: openState(r), Attempt: r.Attempt.String(), Epoch: r.Epoch, Runs: r.Runs,
+		Scope: r.Key.Scope, Key: r.Key.Value, Route: r.Route, State: string(r.State()), Attempt: r.Attempt.String(), Epoch: r.Epoch, Runs: r.Runs,
 		StartedAt: r.StartedAt, AgeMS: r.Age.Milliseconds(), NextAt: r.NextAt, Parked: r.Parked, LastReason: r.LastReason, Unsettled: r.Unsettled,
 	}
 	if j.Unsettled == nil {
@@ -87,7 +60,7 @@ func openOf(r *operator.OpenRequest) openJSON {
 	for i := range r.Effects {
 		e := &r.Effects[i]
 		one := effectJSON{
-			Name: e.Name, Kind: kindText(e.Kind), State: operator.EffectStateText(e.State), DerivedKey: e.DerivedKey,
+			Name: e.Name, Kind: e.Kind.String(), State: e.StateText(), DerivedKey: e.DerivedKey,
 			Tries: e.Tries, Panics: e.Panics, SentFirstAt: e.SentFirstAt,
 		}
 		if !e.DoubtAt.IsZero() {
@@ -141,17 +114,13 @@ func (c *effectListCommand) Run(a *app) error {
 			if why == "" {
 				why = r.LastReason
 			}
-			lines = append(lines, fmt.Sprintf("%s\t%s\t%s\t%s\t%s\t%s\t%s", terminal.Clean(r.Key.Scope), terminal.Clean(r.Key.Value), terminal.Clean(r.Route), openState(r),
+			lines = append(lines, fmt.Sprintf("%s\t%s\t%s\t%s\t%s\t%s\t%s", terminal.Clean(r.Key.Scope), terminal.Clean(r.Key.Value), terminal.Clean(r.Route), r.State(),
 				r.Age.Round(time.Second), orDash(terminal.Clean(strings.Join(r.Unsettled, ","))), orDash(terminal.Clean(why))))
 		}
 		if err := a.table(lines); err != nil {
 			return err
 		}
-		more := "that is all"
-		if list.Next != "" {
-			more = "more with --after " + string(list.Next)
-		}
-		return a.printf("%s; %s\n", counted(int64(len(list.Requests)), "open request"), more)
+		return a.printf("%s; %s\n", counted(int64(len(list.Requests)), "open request"), moreText(list.Next))
 	})
 }
 
@@ -177,15 +146,15 @@ func (c *effectGetCommand) Run(a *app) error {
 
 func openLines(r *operator.OpenRequest) []string {
 	lines := []string{
-		"scope\t" + terminal.Clean(r.Key.Scope), "key\t" + terminal.Clean(r.Key.Value), "route\t" + terminal.Clean(r.Route), "state\t" + openState(r),
+		"scope\t" + terminal.Clean(r.Key.Scope), "key\t" + terminal.Clean(r.Key.Value), "route\t" + terminal.Clean(r.Route), "state\t" + string(r.State()),
 		"parked\t" + orDash(terminal.Clean(r.Parked)), "last run\t" + orDash(terminal.Clean(r.LastReason)),
 		"attempt\t" + r.Attempt.String(), fmt.Sprintf("epoch\t%d", r.Epoch), fmt.Sprintf("runs\t%d", r.Runs),
 		"started\t" + stamp(r.StartedAt), "next\t" + stamp(r.NextAt),
-		"", "EFFECT\tKIND\tSTATE\tTRIES\tFIRST SENT\tLAST DOUBT\tSETTLED\tDERIVED KEY",
+		"", "EFFECT\tKIND\tSTATE\tTRIES\tFIRST SENT\tSENT AGAIN\tSETTLED\tDERIVED KEY",
 	}
 	for i := range r.Effects {
 		e := &r.Effects[i]
-		lines = append(lines, fmt.Sprintf("%s\t%s\t%s\t%d\t%s\t%s\t%s\t%s", terminal.Clean(e.Name), kindText(e.Kind), operator.EffectStateText(e.State), e.Tries,
+		lines = append(lines, fmt.Sprintf("%s\t%s\t%s\t%d\t%s\t%s\t%s\t%s", terminal.Clean(e.Name), e.Kind, e.StateText(), e.Tries,
 			stamp(e.SentFirstAt), stamp(e.DoubtAt), stamp(e.SettledAt), e.DerivedKey))
 	}
 	return lines
@@ -193,14 +162,18 @@ func openLines(r *operator.OpenRequest) []string {
 
 // openFlags are the flags of an act on an open request.
 type openFlags struct {
-	Reason string `required:"" placeholder:"TEXT" help:"Reason for the act. It is kept in the audit table."`
-	Actor  string `placeholder:"NAME" help:"Your name. (default: your account on this machine)"`
-	Epoch  int64  `placeholder:"N" help:"Act only if nobody has owned the request or acted on it since, as shown by effect get."`
+	Reason   string `required:"" placeholder:"TEXT" help:"Reason for the act. It is kept in the audit table."`
+	Actor    string `placeholder:"NAME" help:"Your name. (default: your account on this machine)"`
+	Epoch    int64  `xor:"epoch" placeholder:"N" help:"The epoch that effect get shows: nothing is done if somebody has owned the request or acted on it since. Required, unless --any-epoch is given."`
+	AnyEpoch bool   `xor:"epoch" help:"Act on the request whatever has become of it since you looked."`
 }
 
 func (c *openFlags) act() (operator.OpenAct, error) {
 	actor, err := actorOr(c.Actor)
 	act := operator.OpenAct{Act: operator.Act{Actor: actor, Reason: c.Reason}, Epoch: c.Epoch}
+	if (c.Epoch > 0) == c.AnyEpoch {
+		err = errors.Join(err, fmt.Errorf("%w: look with idemctl effect get, and add --epoch with the epoch that it shows (or --any-epoch)", operator.ErrInvalid))
+	}
 	return act, errors.Join(err, act.Validate())
 }
 
@@ -234,17 +207,18 @@ type effectSettleCommand struct {
 	keyArguments
 	Name string `arg:"" help:"Name of the effect."`
 	openFlags
-	Done     string `xor:"as" required:"" placeholder:"JSON" help:"The other service did it. JSON is the result that the effect's Do would return."`
-	Declined bool   `xor:"as" required:"" help:"The other service refused, and will not do it later."`
-	NotSent  bool   `xor:"as" required:"" help:"The other service never got it: it is sent as if for the first time."`
-	Retry    bool   `xor:"as" required:"" help:"Nothing is known: it is sent again with the same key, if the rules of the effect permit that."`
+	Done     string `xor:"as" placeholder:"JSON" help:"The other service did it. JSON is the result that the effect's Do would return. The handler checks it, and you may state it again until it fits."`
+	Declined bool   `xor:"as" help:"The other service refused, and will not do it later."`
+	NotSent  bool   `xor:"as" help:"The other service never got it, and nothing is on its way to it: it is sent as if for the first time. Look it up there when the effect's SettleAfter has passed since the last send."`
+	Retry    bool   `xor:"as" help:"Nothing is known: it is sent again with the same key, if the rules of the effect permit that."`
 	Detail   string `placeholder:"JSON" help:"With --declined: the detail of the refusal, as the handler expects it."`
 }
 
 // Run is called by kong.
 func (c *effectSettleCommand) Run(a *app) error {
-	as, output := operator.SettleDone, []byte(c.Done)
+	as, output, done := operator.SettleDone, []byte(c.Done), "stated as done"
 	switch {
+	case c.Done != "":
 	case c.Declined:
 		as, output = operator.SettleDeclined, nil
 		if c.Detail != "" {
@@ -254,13 +228,22 @@ func (c *effectSettleCommand) Run(a *app) error {
 		as, output = operator.SettleNotSent, nil
 	case c.Retry:
 		as, output = operator.SettleRetry, nil
+	default:
+		return fmt.Errorf(`%w: say what is known of the effect: --done '{"id":"ch_1"}', --declined, --not-sent or --retry`, operator.ErrInvalid)
 	}
 	if c.Detail != "" && !c.Declined {
 		return fmt.Errorf("%w: --detail goes with --declined", operator.ErrInvalid)
 	}
-	return c.do(a, &c.keyArguments, "settled as "+string(as), func(ctx context.Context, o *operator.Operator, key idempotency.Key, act operator.OpenAct) (operator.OpenRequest, error) {
+	if as != operator.SettleDone {
+		done = "settled as " + string(as)
+	}
+	err := c.do(a, &c.keyArguments, done, func(ctx context.Context, o *operator.Operator, key idempotency.Key, act operator.OpenAct) (operator.OpenRequest, error) {
 		return o.Settle(ctx, key, c.Name, as, output, act)
 	})
+	if err != nil || as != operator.SettleDone || a.cli.JSON {
+		return err
+	}
+	return a.printf("the handler checks the result when it runs next; if it does not fit, idemctl effect get shows the fields, and you settle it again\n")
 }
 
 type (
@@ -299,6 +282,9 @@ func (c *abandonCommand) Run(a *app) error {
 	if c.Sent != "" && c.Sent != "none" {
 		sent = strings.Split(c.Sent, ",")
 	}
+	if c.Sent == "" { // it only looks
+		c.Epoch, c.AnyEpoch = 0, true
+	}
 	return c.do(a, &c.keyArguments, "abandoned", func(ctx context.Context, o *operator.Operator, key idempotency.Key, act operator.OpenAct) (operator.OpenRequest, error) {
 		if c.Sent == "" {
 			r, err := o.GetOpen(ctx, key)
@@ -310,7 +296,7 @@ func (c *abandonCommand) Run(a *app) error {
 			if names == "" {
 				names = "none"
 			}
-			return r, refused{fmt.Errorf("nothing was done. After this a retry RUNS AGAIN, and can PAY TWICE: look each effect up at the other service by its derived key, and then say --sent %s", names)}
+			return r, refused{fmt.Errorf("nothing was done. After this a retry RUNS AGAIN, and can PAY TWICE: look each effect up at the other service by its derived key, and then say --epoch %d --sent %s", r.Epoch, names)}
 		}
 		return o.Abandon(ctx, key, operator.Abandonment{OpenAct: act, Sent: sent})
 	})

@@ -275,11 +275,15 @@ func (a *app) printList(list operator.List) error {
 	if err := a.table(lines); err != nil {
 		return err
 	}
-	more := "that is all"
-	if list.Next != "" {
-		more = "more with --after " + string(list.Next)
+	return a.printf("%s, %s examined; %s\n", counted(int64(len(list.Records)), "record"), counted(list.RowsExamined, "row"), moreText(list.Next))
+}
+
+// moreText describes the rest of a list.
+func moreText(next operator.Cursor) string {
+	if next == "" {
+		return "that is all"
 	}
-	return a.printf("%s, %s examined; %s\n", counted(int64(len(list.Records)), "record"), counted(list.RowsExamined, "row"), more)
+	return "more with --after " + string(next)
 }
 
 type watchCommand struct {

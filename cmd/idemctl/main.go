@@ -36,7 +36,7 @@ const description = `Looks at the records of idempotent requests, and after them
   idemctl key watch acme 0198c0de-...     until Ctrl-C
   idemctl key delete acme 0198c0de-... --reason "ticket 7"     a retry RUNS AGAIN after this, and can pay twice
   idemctl effect list --parked            requests that called another service, and wait for a person
-  idemctl effect settle acme 0198c0de-... charge --done '{"id":"ch_1"}' --reason "ticket 7"
+  idemctl effect settle acme 0198c0de-... charge --epoch 7 --done '{"id":"ch_1"}' --reason "ticket 7"
   idemctl stats, idemctl top              counts and sizes; what is in flight
   idemctl gc                              delete what is expired, as the service's reaper does
   idemctl serve                           the same as pages, on this machine, behind a token

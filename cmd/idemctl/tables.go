@@ -352,7 +352,7 @@ func (a *app) quit(screen bool) (quit <-chan struct{}, restore func()) {
 	}
 }
 
-// rates returns rows per second since the look before. They are nil at the first look.
+// rates returns rows per second since the previous look. They are nil at the first look.
 func rates(s, before *operator.Stats) (inserted, deleted *float64) {
 	elapsed := s.Now.Sub(before.Now).Seconds()
 	if before.Now.IsZero() || elapsed <= 0 {

@@ -22,8 +22,8 @@ import (
 // waitMax limits each wait. It is long because the machine may be loaded.
 const waitMax = 60 * time.Second
 
-// The payment service charges the card and its answer is lost: 504, and so the shop answers 503. The
-// client keeps the key, and its retry is charged once.
+// The payment service charges the card and its answer is lost: 504, and so the shop answers 503.
+// The client keeps the key, and its retry is charged once.
 func TestLostAnswerOfThePaymentServiceChargesOnce(t *testing.T) {
 	t.Parallel()
 	b := openShop(t)
@@ -159,8 +159,8 @@ func TestKilledShopsOrderIsCompleted(t *testing.T) {
 	}
 }
 
-// The payment service is slow, and has the requests of all clients at the same time, although the pool
-// has four connections: a call holds none.
+// The payment service is slow, and has the requests of all clients at the same time, although the
+// pool has four connections: a call holds none.
 func TestSlowPaymentServiceHoldsNoConnection(t *testing.T) {
 	t.Parallel()
 	const clients = 12
@@ -207,7 +207,7 @@ func TestSlowPaymentServiceHoldsNoConnection(t *testing.T) {
 				w := httptest.NewRecorder()
 				router.ServeHTTP(w, r)
 				if w.Header().Get("Idempotency-Status") != string(idempotency.OutcomeNotExecuted) {
-					return // else it waited for a connection in vain, with the others that reserve
+					return // else it got no connection in time, because the others were reserving too
 				}
 			}
 		})

@@ -1,8 +1,8 @@
-// Command orders is a shop with orders that can be retried. Between the reservation of the goods and
-// the booking of the payment it calls an outside payment service, which can't be part of a
+// Command orders is a shop with orders that can be retried. Between the reservation of the goods
+// and the booking of the payment it calls an outside payment service, which can't be part of a
 // transaction.
 //
-//	go run ./examples/orders
+// go run ./examples/orders
 package main
 
 import (

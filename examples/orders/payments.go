@@ -63,8 +63,8 @@ type charge struct {
 }
 
 // paymentService stands for another company's service: this program only knows that it charges once
-// per key. It declines the card "empty", and loses the answer to the first charge of a card that begins
-// with "flaky".
+// per key. It declines the card "empty", and loses the answer to the first charge of a card that
+// begins with "flaky".
 type paymentService struct {
 	mu      sync.Mutex
 	charges []*charge

@@ -49,7 +49,8 @@ func TestOrdersOutliveCrashes(t *testing.T) {
 	})
 }
 
-// cardOf returns another card for each order. The answer to the first charge of every fourth is lost.
+// cardOf returns another card for each order. The answer to the first charge of every fourth is
+// lost.
 func cardOf(n int) string {
 	if n%4 == 1 {
 		return fmt.Sprintf("flaky-%d", n)
@@ -116,8 +117,8 @@ func newOrder(token, card string) *http.Request {
 	return r
 }
 
-// checkBooks checks that each acknowledged order exists once, with its goods, and with a payment equal
-// to the charge. Nothing else may exist, neither in the shop nor at the payment service.
+// checkBooks checks that each acknowledged order exists once, with its goods, and with a payment
+// equal to the charge. Nothing else may exist, neither in the shop nor at the payment service.
 func (b *testBundle) checkBooks(ctx context.Context, acknowledged int) error {
 	count := func(sql string) (n int, err error) {
 		err = b.shop.pool.QueryRow(ctx, sql).Scan(&n)

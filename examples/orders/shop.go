@@ -41,9 +41,9 @@ type reserved struct {
 
 var errOutOfStock = errors.New("out of stock")
 
-// order reserves the goods, charges the card, and writes the payment. The call to the payment service
-// is between two commits, so it holds neither a connection nor a lock. A later run, for the client or
-// after a crash, finds the reservation and the charge.
+// order reserves the goods, charges the card, and writes the payment. The call to the payment
+// service is between two commits, so it holds neither a connection nor a lock. A later run, for the
+// client or after a crash, finds the reservation and the charge.
 func (s *shop) order(w http.ResponseWriter, r *http.Request) {
 	var o struct {
 		SKU      string `json:"sku"`
@@ -103,8 +103,8 @@ func (s *shop) order(w http.ResponseWriter, r *http.Request) {
 	writeJSON(w, http.StatusCreated, map[string]any{"order": id, "total": paid.Amount, "charge": paid.Name})
 }
 
-// release puts the goods of an order back, in a commit of its own: a 4xx undoes the writes of the last
-// phase.
+// release puts the goods of an order back, in a commit of its own: a 4xx undoes the writes of the
+// last phase.
 func (s *shop) release(ctx context.Context, order int64) error {
 	_, err := postgres.Phase(ctx, "release", func(tx pgx.Tx) (struct{}, error) {
 		_, err := tx.Exec(ctx, `

@@ -53,8 +53,8 @@ func (b *bank) topUp(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	key, _ := idempotency.KeyFrom(ctx)
-	// The job is committed before the card is charged, so that somebody ends the request if this
-	// process dies.
+	// The job is committed before the card is charged, so that another process ends the request if
+	// this one dies.
 	if _, err := postgres.Phase(ctx, "job", func(tx pgx.Tx) (int64, error) {
 		inserted, err := b.jobs.InsertTx(ctx, tx, resume{key.Scope, key.Value}, &river.InsertOpts{ScheduledAt: time.Now().Add(resumeAfter)})
 		if err != nil {

@@ -123,8 +123,8 @@ func TestOneReceiptForEachPayment(t *testing.T) {
 	}
 }
 
-// If the reply to a charge is lost, the job ends the top-up, with one charge and one posting. If the
-// first run dies before the charge and leaves nothing but the job, the job makes the charge.
+// If the reply to a charge is lost, the job ends the top-up, with one charge and one posting. If
+// the first run dies before the charge and leaves nothing but the job, the job makes the charge.
 func TestJobEndsAnOpenRequest(t *testing.T) {
 	t.Parallel()
 	b := setup(t)

@@ -12,8 +12,8 @@ import (
 )
 
 // Context ends at its deadline, or when its maker calls End, and for no other reason. It has the
-// values of its parent, but does not end with it. So code that works with it before its maker ends
-// it may watch only the clock: set the deadline of a socket, for example.
+// values of its parent, but does not end with it. So until its maker ends it, only time can end it:
+// code that uses it may set the deadline of a socket, for example, and need not wait for Done.
 //
 // It is safe for concurrent use. Make it with [After], or as a field with Start; end it with End.
 type Context struct {

@@ -12,8 +12,8 @@ import (
 	"github.com/paidonce/idempotency/internal/pgtest"
 )
 
-// commitSlowly makes COMMIT of a payment slow if its key begins with "slow": so the backend ends
-// during COMMIT.
+// commitSlowly makes COMMIT of a payment slow if its key begins with "slow", so that the backend
+// can be ended during COMMIT.
 const commitSlowly = `
 CREATE FUNCTION slow() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN PERFORM pg_sleep(0.3); RETURN NULL; END $$;
 CREATE CONSTRAINT TRIGGER slow AFTER INSERT ON payments DEFERRABLE INITIALLY DEFERRED FOR EACH ROW
@@ -26,9 +26,9 @@ type commitEnd struct {
 	end    func(pid uint32) error
 }
 
-// endBackends sends payments for a while, and ends the backend of each about COMMIT. It requires
-// that every answer is true, and that each key has one payment in the end. It returns the counts of
-// the first answers.
+// endBackends sends payments for a while, and ends the backend of each around its COMMIT. It
+// requires that every answer is true, and that each key has one payment in the end. It returns the
+// counts of the first answers.
 func (s *commitService) endBackends(t *testing.T, lasts time.Duration, ends ...commitEnd) map[string]int {
 	t.Helper()
 	answers := map[string]int{}
@@ -60,7 +60,7 @@ func (s *commitService) endBackends(t *testing.T, lasts time.Duration, ends ...c
 	return answers
 }
 
-// harmBackend ends the backend as given when the key's first COMMIT passes.
+// harmBackend ends the backend in the given way when the key's first COMMIT passes.
 func (s *commitService) harmBackend(t *testing.T, key string, end commitEnd) {
 	s.mu.Lock()
 	defer s.mu.Unlock()

@@ -146,7 +146,7 @@ func (c *clock) set(t *testing.T, offset time.Duration) {
 	}
 }
 
-// jump moves the clock that far from the right time, and checks that PostgreSQL follows.
+// jump sets the clock this far from the right time, and checks that PostgreSQL follows.
 func (c *clock) jump(t *testing.T, offset time.Duration) {
 	t.Helper()
 	c.set(t, offset)

@@ -185,7 +185,7 @@ func TestF21FailoverToAnAsynchronousStandbyLosesRecordAndMoneyTogether(t *testin
 }
 
 // With an asynchronous standby a fail-over forgets an intent with everything else that the standby
-// did not have: the charge is known to the other service alone. A retry with the same key sends the
+// did not have: only the other service knows of the charge. A retry with the same key sends the
 // same derived key, so it is charged once all the same.
 func TestF21AsynchronousFailoverForgetsAnIntent(t *testing.T) {
 	t.Parallel()
@@ -398,7 +398,7 @@ func TestAbsenceOnACopyOfThePrimaryIsNoProof(t *testing.T) {
 	lostThenLedTo(t, primary.URL(), copied.URL())
 }
 
-// lostThenLedTo lets a service lose the reply to a COMMIT on one server, and look for it on
+// lostThenLedTo lets a service lose the reply to a COMMIT on one server, and look the record up on
 // another, which does not have it. Once the service is back on the first, a retry is a replay.
 func lostThenLedTo(t *testing.T, database, other string) {
 	t.Helper()

@@ -33,8 +33,8 @@ import (
 const beforeOpenRequests = "40085201a1f249fbc6aef2871ba36923c5c05d1c"
 
 // A bank and an idemctl from before open requests, and a service of these sources whose requests
-// stay open, are on one database, as during a deployment. What is old answers unknown and runs
-// nothing; it reads, or fails, and never loses an intent.
+// stay open, are on one database, as during a deployment. The old programs answer unknown and run
+// nothing. They read the rows or fail, and never lose an intent.
 func TestOlderProgramsBesideOpenRequests(t *testing.T) {
 	t.Parallel()
 	pgtest.Slow(t, "builds older programs")
@@ -78,7 +78,7 @@ func TestOlderProgramsBesideOpenRequests(t *testing.T) {
 	}
 	transfers := func() int { return count(t, o.database, "SELECT count(*) FROM demo_bank.transfers") }
 
-	// The bank gets the same keys, and another request of such a key.
+	// The bank gets the same keys, and then another request with one of them.
 	for _, key := range keys {
 		if got := sendTransfer(t, bank, key); !got.is(503, "unknown") {
 			t.Errorf("%s: %v", key, got)
@@ -226,7 +226,7 @@ const transfer = `{"from":"alice","to":"bob","amount":7}`
 // older are the old programs, on a database.
 type older struct{ programs, database string }
 
-// start runs a program until the test ends, and returns what it says about its addresses.
+// start runs a program until the test ends, and returns the addresses that it prints.
 func (o *older) start(t *testing.T, addresses *regexp.Regexp, program string, arguments ...string) []string {
 	t.Helper()
 	cmd := exec.CommandContext(t.Context(), filepath.Join(o.programs, program), append(arguments, "--database-url="+o.database)...)
@@ -257,7 +257,7 @@ func (o *older) start(t *testing.T, addresses *regexp.Regexp, program string, ar
 	return nil
 }
 
-// transcript keeps what a program prints, and finds its addresses in it.
+// transcript keeps the output of a program, and finds its addresses in it.
 type transcript struct {
 	mu    sync.Mutex
 	all   bytes.Buffer
@@ -391,7 +391,7 @@ type charging struct {
 	completer *idempotency.Completer
 
 	mu      sync.Mutex
-	isMute  bool // the other service does what it is asked for, and does not answer
+	isMute  bool // the other service acts, and does not answer
 	isDown  bool // it does not
 	charged map[string]bool
 }

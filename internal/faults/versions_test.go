@@ -33,7 +33,7 @@ func TestF30KeysCrossVersionsThroughAMigration(t *testing.T) {
 	oldURL := f.start(t, oldProgram, "-name=old")()
 	answers := map[string]string{"paid-by-old": f.want(t, oldURL, "paid-by-old", "executed")}
 
-	// The new version migrates while the old one runs a payment, and gets others.
+	// The new version migrates while the old one runs a payment and receives others.
 	release := f.hold(t)
 	held := f.sendHeld(oldURL, "held-by-old")
 	f.awaitHeld(t)

@@ -158,6 +158,6 @@ func (s *Source) release() {
 	}
 	ctx, cancel := context.WithTimeout(context.Background(), probeTimeout)
 	defer cancel()
-	_ = s.conn.Close(ctx) // a conn that can't say goodbye is closed all the same
+	_ = s.conn.Close(ctx) // a conn that can't send Terminate is closed all the same
 	s.conn = nil
 }

@@ -40,7 +40,8 @@ type answers struct {
 
 func newAnswers() *answers { return &answers{changed: make(chan struct{}, 1)} }
 
-// sent records a flush, or the part of it before the COMMIT. Call it before that is written.
+// sent records a flush, or the part of it before the COMMIT. Call it before those bytes are
+// written.
 func (a *answers) sent(f flush) {
 	a.mu.Lock()
 	defer a.mu.Unlock()

@@ -3,7 +3,7 @@
 // It forwards every byte unchanged, and keeps the messages of a flush (those up to Sync, Flush or a
 // simple Query) together. So a test can decide the fault of each flush that holds a COMMIT: whether
 // it arrives, whether its reply comes back, and which side hangs up. The proxy finds a COMMIT in a
-// simple Query, also as one of several statements, and in an Execute, also of a statement that was
+// simple Query, even as one of several statements, and in an Execute, even of a statement that was
 // prepared earlier under a name. It does not find a COMMIT inside a procedure or a DO block. Nor
 // does it find COMMIT PREPARED, which ends another transaction.
 package pgfault

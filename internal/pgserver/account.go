@@ -7,7 +7,7 @@ import (
 	"strings"
 )
 
-// account is the user that PostgreSQL runs as if this process is root. Nil is this process's user.
+// account is PostgreSQL's user if this process is root. Nil means the user of this process.
 type account struct {
 	name     string
 	uid, gid uint32

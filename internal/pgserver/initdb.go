@@ -20,7 +20,7 @@ func (d *dataDir) init(ctx context.Context, bin binaries, acct *account, tempora
 		return fmt.Errorf("find unfinished clusters: %w", err)
 	}
 	for _, leftover := range leftovers {
-		// A dying initdb may still write; then the next start removes it.
+		// A dying initdb may still write to this folder; then the next start removes the folder.
 		_ = os.RemoveAll(leftover)
 	}
 	if err := d.letIn(acct); err != nil {

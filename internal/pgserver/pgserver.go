@@ -203,7 +203,7 @@ func (s *Server) listen(socketDir string, data *dataDir) (map[string]string, err
 		return map[string]string{
 			"listen_addresses": "",
 			"port":             strconv.Itoa(socketPort),
-			// A list; the quotes keep a comma in the path.
+			// The setting is a list: without the quotes a comma in the path would split it.
 			"unix_socket_directories": `"` + socketDir + `"`,
 			"unix_socket_permissions": "0700",
 		}, nil

@@ -16,10 +16,10 @@ type Mode int
 // The modes. In mode [Transaction] a pooler passes a session's settings and advisory locks on to
 // other clients.
 const (
-	Direct Mode = iota // no pooler: until it disconnects
-	// A pooler; as far as can be seen, until the client disconnects.
+	Direct Mode = iota // no pooler: until the client disconnects
+	// A pooler: as far as Find can see, until the client disconnects.
 	Session
-	Transaction // a pooler, and until the transaction or the statement ends
+	Transaction // a pooler: until the transaction or the statement ends
 )
 
 // roundsMax is the number of rounds in which two clients are compared, if something in between gave
@@ -68,7 +68,7 @@ func round(ctx context.Context, a, b *pgx.Conn, first process) (shared bool, err
 		return false, err
 	}
 	again := first
-	if other != first { // otherwise a, which has none, could wait for b's
+	if other != first { // otherwise a, which has no server conn, could wait for b's
 		if again, err = look(ctx, a); err != nil {
 			return false, err
 		}

@@ -14,6 +14,7 @@ import (
 	"github.com/jackc/pgx/v5/pgxpool"
 
 	"github.com/paidonce/idempotency"
+	"github.com/paidonce/idempotency/internal/pgserver"
 	"github.com/paidonce/idempotency/internal/pgtest"
 	"github.com/paidonce/idempotency/migrations"
 	"github.com/paidonce/idempotency/storage/postgres"
@@ -69,6 +70,27 @@ func Prepare(ctx context.Context, databaseURL, schema string) error {
 	}
 	_, err = store.Pool().Exec(ctx, "CREATE TABLE effects (id bigserial PRIMARY KEY, name text NOT NULL DEFAULT '', attempt_id uuid)")
 	return err
+}
+
+// Example returns a store on a PostgreSQL of its own, in which sql was executed, for an example: it
+// has no [testing.TB].
+func Example(ctx context.Context, sql string) (_ *postgres.Store, closeStore func()) {
+	must := func(err error) {
+		if err != nil {
+			panic(err)
+		}
+	}
+	server, err := pgserver.Start(ctx, &pgserver.Options{Settings: map[string]string{"fsync": "off"}})
+	must(err)
+	store, err := postgres.Open(ctx, server.URL(), nil)
+	must(err)
+	must(migrations.Up(ctx, store, nil))
+	_, err = store.Pool().Exec(ctx, sql)
+	must(err)
+	return store, func() {
+		store.Close()
+		must(server.Stop())
+	}
 }
 
 // Open opens another store on a database. It checks nothing.
@@ -185,6 +207,26 @@ func (s *Service) Do(t testing.TB, key idempotency.Key, answer *idempotency.Answ
 		t.Fatal(result.Err)
 	}
 	return result
+}
+
+// Call makes a call in a handler and gets no reply. If an operator has settled it since, Call returns
+// the effect, and takes what was stated as its result as it is. Otherwise the request stays open with
+// the lapse, and the error is [idempotency.ErrUnsettled].
+func Call(ctx context.Context, intent idempotency.Intent, lapse idempotency.Lapse) (*idempotency.Effect, error) {
+	effects, err := idempotency.EffectsFrom(ctx)
+	if err != nil {
+		return nil, err
+	}
+	effect, _, _, err := effects.Begin(intent)
+	switch {
+	case err != nil || effect.State != idempotency.EffectIntended:
+		return effect, err
+	case effect.Output != nil: // package effect would check it
+		effect.State = idempotency.EffectDone
+		return effect, effects.Settle(effect)
+	}
+	effects.Lapse(lapse)
+	return effect, idempotency.ErrUnsettled
 }
 
 // Running starts a request with a handler that runs until finish is called or the test ends. It

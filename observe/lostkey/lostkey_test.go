@@ -71,7 +71,7 @@ func TestSameRequestWithAnotherKeyIsFound(t *testing.T) {
 	}
 }
 
-// A request is found within its window, also if another generation has begun since.
+// A request is found within its window, even if another generation has begun since.
 func TestRequestsOutlastTheirGeneration(t *testing.T) {
 	t.Parallel()
 	time := testclock.New()

@@ -54,8 +54,8 @@ func observe(t *testing.T, opts *promobserve.Options) *observed {
 // Each metric is caused, has the right value, and is documented as it is.
 func TestEveryMetricSaysWhatHappened(t *testing.T) {
 	t.Parallel()
-	// With room for two requests the detector forgets, and still finds duplicates that come at
-	// once.
+	// The detector of lost keys remembers only two requests here. It still finds duplicates that
+	// come right after each other.
 	o := observe(t, &promobserve.Options{Timeouts: idempotency.Timeouts{Handler: 7 * time.Second}, LostKeys: lostkey.Options{RequestsMax: 2}})
 	o.Execute(fixture.Transfers, 3)
 	o.Replay(fixture.Payments)
@@ -199,7 +199,8 @@ func wantDocumented(t *testing.T, registry *prometheus.Registry) {
 			t.Errorf("%s has the label %s, which nobody knows", family.GetName(), name)
 		}
 		if name := family.GetName(); !caused && name != "idempotency_requests_in_flight" && name != "idempotency_requests_waiting" && name != "idempotency_pool_connections_acquired" {
-			t.Errorf("%s was not caused", name) // the three were seen above, while they were
+			// The three are zero by now; they were checked above.
+			t.Errorf("%s was not caused", name)
 		}
 		got = append(got, strings.Join([]string{family.GetName(), strings.ToLower(family.GetType().String()), strings.Join(inOrder, ", ")}, " | "))
 	}

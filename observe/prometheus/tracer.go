@@ -174,33 +174,33 @@ func New(registerer prometheus.Registerer, opts *Options) *Tracer {
 	}
 	t := &Tracer{
 		options: opts.full(),
-		requests: counters("requests_total", "Requests that the engine settled, by what became of them and, where there was no answer, why.",
+		requests: counters("requests_total", "Requests that the engine settled, by outcome and, if they got no answer, by reason.",
 			"outcome", "reason"),
 		durations: histograms("request_duration_seconds", "Time until everything about a request was settled.", "outcome"),
 		attempts: prometheus.NewCounter(prometheus.CounterOpts{
 			Name: "idempotency_attempts_total", Help: "Claims that were begun. More than requests means serialization failures and lost races.",
 		}),
 		inFlight: gauge("requests_in_flight", "Requests in the engine now."),
-		steps:    histograms("step_duration_seconds", "Time of each step of an attempt, and of each stretch of waiting for another one.", "step"),
+		steps:    histograms("step_duration_seconds", "Time of each step of an attempt, and of each wait for another one.", "step"),
 		failures: counters("step_failures_total", "Steps that ended with an error, by its kind. A claim that found its key in progress is one.", "step", "error"),
-		refused:  counters("refused_total", "Requests refused before the engine was asked, over a quota, and replays that were not shown, by reason.", "reason"),
-		resolved: counters("resolved_total", "Requests whose COMMIT lost its reply and was looked up, by what was found.", "result"),
+		refused:  counters("refused_total", "Requests refused before the engine was called or over a quota, and replays that were not shown, by reason.", "reason"),
+		resolved: counters("resolved_total", "Lost COMMITs that were looked up, by the result of the look-up.", "result"),
 		duplicates: counters("duplicates_total", "Requests that came again: answered with the record, or while the first was in progress.",
 			"route", "outcome"),
 		lost: counters("lost_keys_total", "Requests that came again with another key: the client lost the first one, or makes a new one for each try.", "route"),
 		deleted: prometheus.NewCounter(prometheus.CounterOpts{
 			Name: "idempotency_records_deleted_total", Help: "Expired records that this process deleted.",
 		}),
-		walks: counters("reaper_walks_total", "Walks of this process's reaper through the table, by how they ended.", "result"),
+		walks: counters("reaper_walks_total", "Walks of this process's reaper through the table, by result.", "result"),
 		walkTime: prometheus.NewHistogram(prometheus.HistogramOpts{
 			Name: "idempotency_reaper_walk_duration_seconds", Help: "Time of each walk of the reaper.", Buckets: []float64{.01, .1, 1, 10, 60, 600, 3600},
 		}),
 		takeOvers: prometheus.NewCounter(prometheus.CounterOpts{
 			Name: "idempotency_take_overs_total", Help: "Open requests that this process took over: from a process that died, or after a pause.",
 		}),
-		effects: counters("effects_total", "Calls of effects by handlers, by result; sent tells whether that call was sent.",
+		effects: counters("effects_total", "Calls of effects by handlers, by result. The label sent is true if that call was sent.",
 			"effect", "result", "sent"),
-		drifts:     counters("effect_drifts_total", "Calls of effects whose input differs from the recorded one, which was sent.", "effect"),
+		drifts:     counters("effect_drifts_total", "Calls of effects with an input that differs from the recorded one, which was sent.", "effect"),
 		effectTime: histograms("effect_duration_seconds", "Time of a call of an effect that was sent, with its intent and its result.", "effect"),
 		ends:       map[end]endSeries{}, times: map[idempotency.Step]prometheus.Observer{}, routes: map[string]*routeSeries{}, named: map[string]string{},
 	}
@@ -224,7 +224,7 @@ func New(registerer prometheus.Registerer, opts *Options) *Tracer {
 		}
 		t.detector = lostkey.New(&lostKeys)
 		all = append(all, t.lost, prometheus.NewCounterFunc(prometheus.CounterOpts{
-			Name: "idempotency_lost_keys_forgotten_total", Help: "Requests that the detector of lost keys had no room to remember for its whole window, at most.",
+			Name: "idempotency_lost_keys_forgotten_total", Help: "Requests that the detector of lost keys forgot before its window ended, because it had no room: at most this many.",
 		}, func() float64 { return float64(t.detector.Dropped()) }))
 	}
 	t.begin()

@@ -8,12 +8,13 @@ import (
 	"strings"
 
 	"github.com/paidonce/idempotency"
+	"github.com/paidonce/idempotency/internal/envelope"
 )
 
 // A body is stored as an envelope: the mark, a version byte, the key's id, then the nonce, the
 // ciphertext and the tag. It is [headBytes] + [sealBytes] bytes longer than the body.
 const (
-	mark            = "\x00enc" // with a NUL: no text begins with it
+	mark            = envelope.Mark
 	envelopeVersion = 1
 	headBytes       = len(mark) + 2
 	sealBytes       = 12 + 16 // nonce and tag

@@ -226,7 +226,7 @@ func (s *Store) openParts(key idempotency.Key, open *idempotency.Open) (err erro
 }
 
 func (s *Store) openEffect(key idempotency.Key, attempt idempotency.AttemptID, effect *idempotency.Effect) (err error) {
-	if effect.Input, err = s.openPart(effect.Input, key, attempt, "input", effect.Name); err != nil || effect.State == idempotency.EffectIntended {
+	if effect.Input, err = s.openPart(effect.Input, key, attempt, "input", effect.Name); err != nil || effect.State == idempotency.EffectIntended && effect.Output == nil {
 		return err
 	}
 	effect.Output, err = s.openPart(effect.Output, key, attempt, "output", effect.Name)

@@ -78,8 +78,9 @@ func TestFaultIsReportedAndLeavesNothing(t *testing.T) {
 		{[]idempotency.Step{idempotency.StepClaim}, 201, idempotency.ErrInProgress, idempotency.OutcomeInProgress},
 		{[]idempotency.Step{idempotency.StepCommit}, 201, idempotency.ErrAborted, idempotency.OutcomeNotExecuted},
 		{[]idempotency.Step{idempotency.StepDecline}, 402, idempotency.ErrUnavailable, idempotency.OutcomeNotExecuted},
-		// If COMMIT is unknown, the look-up proves that it did not happen, unless the look-up fails
-		// too, or it was a decline, with a record that may still come.
+		// If the outcome of COMMIT is unknown, the look-up proves that it did not happen. It proves
+		// nothing if it fails too, or after a decline, because the record of a decline may still
+		// come.
 		{[]idempotency.Step{idempotency.StepCommit}, 201, idempotency.ErrUnknown, idempotency.OutcomeNotExecuted},
 		{[]idempotency.Step{idempotency.StepCommit}, 201, something, idempotency.OutcomeNotExecuted},
 		{[]idempotency.Step{idempotency.StepDecline}, 402, idempotency.ErrUnknown, idempotency.OutcomeUnknown},

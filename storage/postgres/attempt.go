@@ -78,9 +78,9 @@ func (s *Store) claim(ctx context.Context, claim *idempotency.Claim, conn *pgxpo
 		err = fail("read the record", idempotency.ErrUnknown, err)
 	case err != nil:
 		return nil, nil, a.claimFailed(ctx, calls[min(reply.Failed, len(calls)-1)].Statement, err)
-	case a.record != nil: // also if the lock is taken: replays may hold it
+	case a.record != nil: // even if the lock is taken: replays may hold it
 		return a.replay(ctx)
-	case a.hidden: // also if the lock is taken: perhaps by the replay of a hidden record
+	case a.hidden: // even if the lock is taken: perhaps by the replay of a hidden record
 		err = fail("look the record up", idempotency.ErrUnknown, rowSecurity(s.table, ""))
 	case !a.locked:
 		err = idempotency.ErrInProgress
@@ -346,9 +346,8 @@ func (a *keyedAttempt) Decline(ctx context.Context, answer *idempotency.Answer) 
 	return a.recorded(ctx, "decline", a.end(ctx, "decline", calls))
 }
 
-// guarded begins a flush that undoes the transaction: with the guard first, unless the connection
-// is abandoned, so that we must not use it, or the transaction is aborted and accepts only
-// ROLLBACK.
+// guarded begins a flush that undoes the transaction. The guard comes first, unless the connection
+// is abandoned and must not be used, or the transaction is aborted and accepts only ROLLBACK.
 func (a *attempt) guarded() []wire.Call {
 	if a.tx.Abandoned() || a.conn.TxStatus() != 'T' {
 		return a.calls[:0]

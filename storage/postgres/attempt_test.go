@@ -522,8 +522,8 @@ func TestPlanThatAMigrationMadeStaleStartsAgain(t *testing.T) {
 	b := setup(t, &setupOptions{configure: func(c *pgxpool.Config) { c.MaxConns, c.MinConns = conns, conns }})
 	runs := make(chan struct{}, 100)
 	round := func(name string, status int) {
-		// In the first runs all hold a connection at once, and in the second runs again: otherwise
-		// a quick request would leave its new connection to a slow one.
+		// All requests hold a connection at once in their first runs, and again in their second
+		// runs. Otherwise a quick request would leave its new connection to a slow one.
 		var arrived [2]atomic.Int64
 		together := [2]chan struct{}{make(chan struct{}), make(chan struct{})}
 		var group sync.WaitGroup
@@ -845,7 +845,7 @@ func TestGoroutineThatNothingWakesKeepsItsConnection(t *testing.T) {
 	}
 }
 
-// A wait for a lock that was too long is remembered from every path, also from those that parse
+// A wait for a lock that was too long is remembered from every path, including those that parse
 // before they send.
 func TestLockTimeoutIsRememberedFromEveryPath(t *testing.T) {
 	t.Parallel()
@@ -1217,7 +1217,7 @@ func TestNotExecutedIsSaidOfTheRequestAlone(t *testing.T) {
 		store:     &postgres.Options{AcquireTimeout: 500 * time.Millisecond},
 		configure: func(c *pgxpool.Config) { c.MaxConns = 1 },
 	})
-	// Connect first: a connection takes longer than a busy pool should.
+	// Connect first: connecting may take longer than this test's short AcquireTimeout.
 	if err := b.pool.Ping(context.Background()); err != nil {
 		t.Fatal(err)
 	}

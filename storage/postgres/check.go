@@ -43,8 +43,8 @@ const versionTable = "idempotency_migrations"
 //   - the server: PostgreSQL 14 or later, a primary, and no logical replica of one; COMMIT waits
 //     for the disk, and a session that is idle in a transaction is ended within a minute
 //   - the schema: the version of this package or a later one
-//   - the table: a plain logged one with its primary key and all of its columns, and without
-//     another NOT NULL column that has no default, a rule, an enabled BEFORE ROW trigger or a child
+//   - the table: a plain logged one with its primary key and all of its columns, and none of these:
+//     another NOT NULL column without a default, a rule, an enabled BEFORE ROW trigger, a child
 //     table
 //   - no row-level security that hides the table's rows from the pool's role
 //   - the database's encoding: UTF8 or SQL_ASCII
@@ -72,7 +72,7 @@ func (s *Store) check(ctx context.Context) (wrong []error) {
 		altered           alterations
 		versions          *string
 		subscriptions     []string
-		missing, demanded []string // columns that a record needs; that it does not have
+		missing, demanded []string // missing: a record needs them; demanded: no record fills them
 	)
 	var names []string
 	for _, setting := range s.options.settings() {

@@ -18,8 +18,8 @@ import (
 // ErrPoolRefused is returned to a handler that acquires a connection from the store's pool with its
 // own context, or one derived from it: its writes there would not be in the transaction, and a pool
 // full of such handlers would wait for itself. A handler that acquires one with any other context,
-// such as context.Background, or from another pool, can't be told from the rest of the program. It
-// is not refused, and its writes are committed apart from its request.
+// such as context.Background, or from another pool, can't be distinguished from the rest of the
+// program. It is not refused, and its writes are committed apart from its request.
 var ErrPoolRefused = errors.New("idempotency/postgres: an idempotent handler must not take a connection from the pool: use postgres.Tx(ctx)")
 
 // Configure completes a pool's config for the connections of a [Store]. [Open] calls it; call it

@@ -14,6 +14,7 @@ import (
 	"github.com/jackc/pgx/v5/pgxpool"
 
 	"github.com/paidonce/idempotency"
+	"github.com/paidonce/idempotency/internal/testservice"
 	"github.com/paidonce/idempotency/middleware"
 	"github.com/paidonce/idempotency/migrations"
 	"github.com/paidonce/idempotency/storage/postgres"
@@ -78,7 +79,7 @@ func ExampleTx() {
 // to another service. The first run ends after it; the second one gets the same number.
 func ExamplePhase() {
 	ctx := context.Background()
-	store, closeStore := exampleStore(ctx, "CREATE TABLE invoices (number serial PRIMARY KEY)")
+	store, closeStore := testservice.Example(ctx, "CREATE TABLE invoices (number serial PRIMARY KEY)")
 	defer closeStore()
 
 	runs := 0
@@ -140,7 +141,7 @@ func ExampleReaper() {
 // The balance was locked and checked before, so by now the handler knows its answer.
 func ExampleDeferExec() {
 	ctx := context.Background()
-	store, closeStore := exampleStore(ctx, "CREATE TABLE accounts (id text PRIMARY KEY, balance bigint NOT NULL); INSERT INTO accounts VALUES ('alice', 1000), ('bob', 0)")
+	store, closeStore := testservice.Example(ctx, "CREATE TABLE accounts (id text PRIMARY KEY, balance bigint NOT NULL); INSERT INTO accounts VALUES ('alice', 1000), ('bob', 0)")
 	defer closeStore()
 
 	transfer := func(w http.ResponseWriter, r *http.Request) {

@@ -61,8 +61,8 @@ func SendUnadmitted(ctx context.Context, tx pgx.Tx, exec bool, sql string, argum
 // ResolversOf returns the maximum number of concurrent resolvers.
 func ResolversOf(s *Store) int { return cap(s.resolvers) }
 
-// ForgetRecentKey has a store forget that it knew a record of the key, as one does that another
-// process recorded.
+// ForgetRecentKey removes the key from a store's recent keys, as if another process had recorded
+// it.
 func ForgetRecentKey(s *Store, key idempotency.Key) { s.recent.clear(key.LockNumber(s.table)) }
 
 // StatisticsSQL returns the statement of Statistics.

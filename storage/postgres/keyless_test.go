@@ -12,7 +12,7 @@ import (
 	"github.com/paidonce/idempotency/internal/pgfault"
 )
 
-// A handler can't make COMMIT skip the wait for the disk, also if nothing is recorded.
+// A handler can't make COMMIT skip the wait for the disk, even if nothing is recorded.
 func TestKeylessCommitWaitsForTheDisk(t *testing.T) {
 	t.Parallel()
 	b := setup(t, nil)

@@ -11,10 +11,8 @@ import (
 	"github.com/jackc/pgx/v5/pgxpool"
 
 	"github.com/paidonce/idempotency"
-	"github.com/paidonce/idempotency/internal/pgserver"
 	"github.com/paidonce/idempotency/internal/pgtest"
 	"github.com/paidonce/idempotency/internal/testservice"
-	"github.com/paidonce/idempotency/migrations"
 	"github.com/paidonce/idempotency/storage/postgres"
 )
 
@@ -169,29 +167,5 @@ func effect(ctx context.Context, t *testing.T) {
 	attempt, _ := idempotency.AttemptIDFrom(ctx)
 	if _, err := postgres.Tx(ctx).Exec(ctx, "INSERT INTO effects (name, attempt_id) VALUES ('transfer', $1)", attempt.String()); err != nil {
 		t.Errorf("effect: %v", err)
-	}
-}
-
-// exampleStore returns a store on a database of its own, in which sql was executed.
-func exampleStore(ctx context.Context, sql string) (_ *postgres.Store, closeStore func()) {
-	server, err := pgserver.Start(ctx, &pgserver.Options{Settings: map[string]string{"fsync": "off"}})
-	if err != nil {
-		panic(err)
-	}
-	store, err := postgres.Open(ctx, server.URL(), nil)
-	if err != nil {
-		panic(err)
-	}
-	if err := migrations.Up(ctx, store, nil); err != nil {
-		panic(err)
-	}
-	if _, err := store.Pool().Exec(ctx, sql); err != nil {
-		panic(err)
-	}
-	return store, func() {
-		store.Close()
-		if err := server.Stop(); err != nil {
-			panic(err)
-		}
 	}
 }

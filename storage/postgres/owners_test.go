@@ -11,8 +11,8 @@ import (
 	"github.com/paidonce/idempotency/storage/postgres"
 )
 
-// Every commit of an owner is as durable as the option says, whatever the session has: the claim,
-// the result, the end, and a take-over, which notes that something may be sent.
+// Every commit of an owner is as durable as the option says, whatever the session's own setting is:
+// the claim, the result, the end, and a take-over, which notes that something may be sent.
 func TestCommitsOfAnOpenRequestAreDurable(t *testing.T) {
 	t.Parallel()
 	var r *resumable
@@ -54,7 +54,7 @@ func TestCommitsOfAnOpenRequestAreDurable(t *testing.T) {
 		t.Fatalf("%+v", result)
 	}
 	settle = true
-	r.Exec(t, "UPDATE idempotency_open SET next_at = now()")
+	r.due(t)
 	if result := r.do(t); result.Outcome != idempotency.OutcomeExecuted {
 		t.Fatalf("%+v", result)
 	}
@@ -94,7 +94,7 @@ func TestOpenRequestOutlivesItsTTL(t *testing.T) {
 	if n, err := r.Store.DeleteExpired(t.Context()); n != 0 || err != nil {
 		t.Errorf("the reaper: %d, %v", n, err)
 	}
-	r.Exec(t, "UPDATE idempotency_open SET next_at = now()")
+	r.due(t)
 	if result := r.do(t); result.Outcome != idempotency.OutcomeExecuted {
 		t.Errorf("%+v", result)
 	}
@@ -108,7 +108,7 @@ func TestOpenRequestOutlivesItsTTL(t *testing.T) {
 func TestEffectsGoWithTheirRecord(t *testing.T) {
 	t.Parallel()
 	r := unsettledOnce(t)
-	r.Exec(t, "UPDATE idempotency_open SET next_at = now()")
+	r.due(t)
 	if result := r.do(t); result.Outcome != idempotency.OutcomeExecuted {
 		t.Fatalf("%+v", result)
 	}
@@ -129,7 +129,7 @@ func TestTTLOfAnOpenRequestRunsFromItsEnd(t *testing.T) {
 	t.Parallel()
 	r := unsettledOnce(t)
 	r.Exec(t, "UPDATE idempotency_keys SET created_at = created_at - interval '20 hours'")
-	r.Exec(t, "UPDATE idempotency_open SET next_at = now()")
+	r.due(t)
 	if result := r.do(t); result.Outcome != idempotency.OutcomeExecuted {
 		t.Fatalf("%+v", result)
 	}
@@ -164,7 +164,7 @@ func TestTransactionThatIsLostAfterTheCallIsParked(t *testing.T) {
 			if result := r.do(t); result.Reason != idempotency.ReasonNeedsAttention || !result.Accepted {
 				t.Errorf("%+v", result)
 			}
-			r.Exec(t, "UPDATE idempotency_open SET next_at = now()")
+			r.due(t)
 			if _, err := idempotency.NewCompleter(r.Engine, nil).Once(t.Context()); err != nil {
 				t.Error(err)
 			}

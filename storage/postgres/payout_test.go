@@ -146,7 +146,7 @@ func payoutChild() int {
 	return 1
 }
 
-// rail is the other service: it does what it is asked for once for each key.
+// rail is the other service: it acts once for each key.
 type rail struct {
 	*httptest.Server
 	refuses bool
@@ -213,7 +213,8 @@ func TestKilledPayoutIsCompleted(t *testing.T) {
 					t.Errorf("%d open", n)
 				}
 				deadline := time.Now().Add(patience)
-				if !committed { // nothing was: a retry is the first, once the server has noticed the death
+				// A retry is then the first request, once the server has noticed the death.
+				if !committed {
 					result := p.do(t.Context())
 					for ; result.Outcome == idempotency.OutcomeInProgress && time.Now().Before(deadline); result = p.do(t.Context()) {
 						time.Sleep(10 * time.Millisecond)
@@ -222,7 +223,8 @@ func TestKilledPayoutIsCompleted(t *testing.T) {
 				}
 				completer := idempotency.NewCompleter(p.engine, nil)
 				for s.Count(t, "SELECT count(*) FROM idempotency_open") > 0 {
-					// The lease of the process that died; and the pauses, after which a refusal is final.
+					// End the lease of the process that died, and move the sends back until a
+					// refusal is final.
 					s.Exec(t, "UPDATE idempotency_open SET next_at = now()")
 					s.Exec(t, "UPDATE idempotency_effects SET sent_first_at = sent_first_at - interval '3 minutes', doubt_at = doubt_at - interval '3 minutes' WHERE state = 1")
 					if _, err := completer.Once(t.Context()); err != nil || time.Now().After(deadline) {

@@ -69,7 +69,7 @@ func Phase[T any](ctx context.Context, name string, fn func(tx pgx.Tx) (T, error
 	}
 
 	committed := false
-	defer func() { // also after a panic or a Goexit of fn
+	defer func() { // even after a panic or a Goexit of fn
 		if !committed {
 			if err := a.undoInner(); err != nil {
 				_ = effects.Fail(err)

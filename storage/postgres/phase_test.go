@@ -1,13 +1,11 @@
 package postgres_test
 
 import (
-	"bytes"
 	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
 	"strings"
-	"sync/atomic"
 	"testing"
 	"time"
 
@@ -29,11 +27,6 @@ func insert(ctx context.Context, name string) func(tx pgx.Tx) (hold, error) {
 	return func(tx pgx.Tx) (h hold, err error) {
 		return h, tx.QueryRow(ctx, "INSERT INTO effects (name) VALUES ($1) RETURNING id", name).Scan(&h.ID)
 	}
-}
-
-func (r *resumable) due(t *testing.T) {
-	t.Helper()
-	r.Exec(t, "UPDATE idempotency_open SET next_at = now()")
 }
 
 // names returns the names of the rows that handlers wrote.
@@ -401,7 +394,7 @@ func TestHandlerThatDoesNotWaitForItsPhase(t *testing.T) {
 	}
 }
 
-// Deferred statements of a phase travel with its COMMIT, and fail it.
+// Deferred statements of a phase travel with its COMMIT. If one of them fails, the COMMIT fails.
 func TestDeferExecTravelsWithThePhase(t *testing.T) {
 	t.Parallel()
 	var r *resumable
@@ -490,7 +483,7 @@ func TestRefusalAfterAPhaseIsAnswered(t *testing.T) {
 }
 
 // A later version of the handler does not ask for a phase that was committed, has inserted one, or
-// makes a call of a phase's name.
+// makes a call with the name of a phase.
 func TestPhasesAreFoundByName(t *testing.T) {
 	t.Parallel()
 	phases := func(names ...string) idempotency.RunFunc {
@@ -584,25 +577,7 @@ func TestLostCommitOfAPhase(t *testing.T) {
 				}
 				return said(201), nil
 			})
-			config, err := pgxpool.ParseConfig(r.URL)
-			if err != nil {
-				t.Fatal(err)
-			}
-			postgres.Configure(config, nil)
-			var faulty atomic.Bool // once
-			through(t, config.ConnConfig, func(commit pgfault.Commit) pgfault.Fault {
-				if !bytes.Contains(commit.Messages, []byte("lost")) || faulty.Swap(true) {
-					return pgfault.Fault{}
-				}
-				return pgfault.Fault{Kind: c.fault, Delay: 6 * time.Second}
-			})
-			pool, err := pgxpool.NewWithConfig(t.Context(), config)
-			if err != nil {
-				t.Fatal(err)
-			}
-			t.Cleanup(pool.Close)
-			engine := idempotency.NewEngine(postgres.New(pool, nil), &idempotency.Options{Timeouts: idempotency.Timeouts{Commit: time.Second, Resolve: 3 * time.Second}})
-			result := engine.Do(t.Context(), r.request(), r.run)
+			result := r.through(t, "lost", c.fault).Do(t.Context(), r.request(), r.run)
 			if result.Outcome != c.outcome || r.sent != c.sent {
 				t.Errorf("outcome %q, sent %d: %v", result.Outcome, r.sent, result.Err)
 			}

@@ -29,7 +29,7 @@ const (
 )
 
 // DeleteExpired deletes the records that had expired, by the database's clock, when their batch
-// began. It returns the number of deleted records, also together with an error.
+// began. It returns the number of deleted records, even if it also returns an error.
 //
 // It goes through the table by place, batch by batch, each in a transaction of its own, and needs
 // no index, which each insert would have to pay for. A row is deleted because it has expired and
@@ -42,9 +42,9 @@ func (s *Store) DeleteExpired(ctx context.Context) (deleted int64, err error) {
 	return s.DeleteExpiredTold(ctx, nil)
 }
 
-// DeleteExpiredTold is [Store.DeleteExpired] that also calls progress, unless it is nil, after each
-// range of the table, with the number of pages done, the number of all pages, and the number of
-// deleted records.
+// DeleteExpiredTold does what [Store.DeleteExpired] does. It also calls progress, unless it is nil,
+// after each range of the table, with the number of pages done, the number of all pages, and the
+// number of deleted records.
 func (s *Store) DeleteExpiredTold(ctx context.Context, progress func(pages, of, deleted int64)) (deleted int64, err error) {
 	table := pgx.Identifier{s.options.Schema, TableName}.Sanitize()
 	var pages int64

@@ -24,13 +24,14 @@ import (
 	"github.com/paidonce/idempotency/storage/postgres"
 )
 
-// BenchmarkReplay compares a GET by id with replays: of a key that was recorded elsewhere (claim
-// and ROLLBACK), and of one that this process knows (a look-up); and, for scale, a POST with the
-// same body and headers that is answered without this library and without a database. Real HTTP,
-// clients at once, answers of about 200 bytes. Each of b.N rounds sends to all in random order. It
-// reports medians and quartiles of each round's ratio to its own GET: of requests per second, and
-// of requests per second of CPU time (client, service and PostgreSQL). The two agree on an idle
-// machine, and the second holds on a busy one too.
+// BenchmarkReplay compares three requests with a GET by id: the replay of a key that another
+// process recorded (claim and ROLLBACK), the replay of a key that this process knows (a look-up)
+// and, for scale, a POST with the same body and headers that is answered without this library and
+// without a database. The clients send at the same time, over real HTTP, and the answers have about
+// 200 bytes. Each of the b.N rounds sends all kinds of request in random order, and compares them
+// with the GET of the same round. The results are medians and quartiles of two ratios: of requests
+// per second, and of requests per second of CPU time (client, service and PostgreSQL). The two
+// agree on an idle machine. On a busy one only the second is reliable.
 //
 //	go test -run '^$' -bench Replay -benchtime 100x ./storage/postgres
 func BenchmarkReplay(b *testing.B) {

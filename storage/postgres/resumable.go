@@ -17,6 +17,7 @@ import (
 	"github.com/jackc/pgx/v5/pgxpool"
 
 	"github.com/paidonce/idempotency"
+	"github.com/paidonce/idempotency/internal/envelope"
 	"github.com/paidonce/idempotency/message"
 	"github.com/paidonce/idempotency/storage/postgres/internal/sealed"
 	"github.com/paidonce/idempotency/storage/postgres/internal/wire"
@@ -58,6 +59,7 @@ type openStatements struct {
 	hold          string
 	settleOutside string
 	hasten        string
+	note          string
 	audit         string
 
 	// Of reconciliation.
@@ -148,25 +150,28 @@ func newOpenStatements(o *Options) openStatements {
 			" next_at = " + now + " + lease_ms * interval '1 millisecond'" +
 			" WHERE (scope, key) IN (SELECT scope, key FROM " + open + " WHERE scope = $1 AND key = $2 AND route = $3 AND parked IS NULL AND next_at <= " + now + " FOR UPDATE SKIP LOCKED)" +
 			" AND pg_catalog.set_config('synchronous_commit', $4, true) IS NOT NULL RETURNING epoch)," +
-			" doubted AS (UPDATE " + effects + " SET doubt_at = " + now + ", tries = tries + 1, epoch = (SELECT epoch FROM taken)" +
+			// A call with an output that a person stated is not sent by this owner.
+			" doubted AS (UPDATE " + effects + " SET doubt_at = CASE WHEN output IS NULL THEN " + now + " ELSE doubt_at END," +
+			" tries = tries + CASE WHEN output IS NULL THEN 1 ELSE 0 END, epoch = (SELECT epoch FROM taken)" +
 			" WHERE scope = $1 AND key = $2 AND state = 1 AND EXISTS (SELECT FROM taken))" +
 			" SELECT COALESCE((SELECT epoch FROM taken), 0), " + columns,
 		due: "SELECT scope, key FROM " + open + " WHERE parked IS NULL AND next_at <= " + now + " AND route = ANY ($1) ORDER BY next_at LIMIT $2",
 		leave: "UPDATE " + open + " SET next_at = " + now + " + $4 * interval '1 millisecond', owned = false, parked = NULLIF($5, ''), last_reason = $6" +
 			" WHERE scope = $1 AND key = $2 AND epoch = $3",
-		doubt:   "UPDATE " + effects + " SET doubt_at = $5 WHERE scope = $1 AND key = $2 AND epoch = $3 AND name = $4 AND state = 1",
+		doubt:   "UPDATE " + effects + " SET doubt_at = $5, tries = CASE WHEN $6 THEN tries ELSE GREATEST(tries - 1, 0) END WHERE scope = $1 AND key = $2 AND epoch = $3 AND name = $4 AND state = 1",
 		panic:   "UPDATE " + effects + " SET panics = panics + 1 WHERE scope = $1 AND key = $2 AND epoch = $3 AND name = $4 AND state = 1",
 		byKey:   records + "e.derived_key = ANY ($1)",
 		between: records + "e.name = ANY ($1) AND e.sent_first_at >= $2 AND e.sent_first_at < $3 AND ($4::uuid IS NULL OR e.derived_key > $4) ORDER BY e.derived_key LIMIT $5",
-		find: "SELECT e.scope, e.key, e.name, e.state, e.tries, k.attempt_id, substr(e.input, 1, 4) = '\\x00656e63'::bytea FROM " + effects + " AS e JOIN " + keys +
+		find: "SELECT e.scope, e.key, e.name, e.state, e.kind, k.attempt_id, " + fmt.Sprintf(`substr(e.input, 1, %d) = '\x%x'::bytea`, len(envelope.Mark), envelope.Mark) + " FROM " + effects + " AS e JOIN " + keys +
 			" AS k USING (scope, key) WHERE e.derived_key = $1 AND e.kind <> 4",
 		hold:          "SELECT FROM " + open + " WHERE scope = $1 AND key = $2 FOR UPDATE",
-		settleOutside: "UPDATE " + effects + " SET state = $4, output = $5, settled_at = " + now + " WHERE scope = $1 AND key = $2 AND name = $3 AND state = 1 AND (tries <= 1 OR $6)",
+		settleOutside: "UPDATE " + effects + " SET state = $4, output = $5, settled_at = " + now + " WHERE scope = $1 AND key = $2 AND name = $3 AND state = 1",
 		audit: "INSERT INTO " + pgx.Identifier{o.Schema, "idempotency_audit"}.Sanitize() +
 			" (action, actor, reason, scope, key, attempt_id, status, record_created_at, record_expires_at, effect)" +
 			" SELECT $4, 'the other service', 'settled from outside', scope, key, attempt_id, status, created_at, expires_at, $3 FROM " + keys + " WHERE scope = $1 AND key = $2",
 		hasten: "UPDATE " + open + " SET next_at = CASE WHEN owned AND next_at > " + now + " THEN next_at ELSE " + now + " END, parked = NULL, last_reason = $3," +
 			" resumed_at = CASE WHEN parked IS NULL THEN resumed_at ELSE " + now + " END WHERE scope = $1 AND key = $2",
+		note: "UPDATE " + open + " SET last_reason = $3 WHERE scope = $1 AND key = $2",
 	}
 }
 
@@ -657,12 +662,12 @@ func (a *openAttempt) Leave(ctx context.Context, lapse idempotency.Lapse) error 
 	key := a.claim.Key
 	for name, doubt := range lapse.Doubts {
 		var at *time.Time
-		if !doubt.IsZero() {
-			at = &doubt
+		if !doubt.At.IsZero() {
+			at = &doubt.At
 		}
 		// This comes first, because the next owner may come as soon as the request is left. If a later
 		// step fails, a doubt that was not set back is safe.
-		if _, err := a.store.pool.Exec(ctx, a.store.open.doubt, pgx.QueryExecModeExec, key.Scope, key.Value, a.epoch, name, at); err != nil {
+		if _, err := a.store.pool.Exec(ctx, a.store.open.doubt, pgx.QueryExecModeExec, key.Scope, key.Value, a.epoch, name, at, doubt.Sent); err != nil {
 			return errors.Join(lost, fail("leave", idempotency.ErrUnavailable, err))
 		}
 	}

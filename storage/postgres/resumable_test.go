@@ -26,8 +26,12 @@ type resumable struct {
 	run  idempotency.RunFunc
 }
 
+// newResumable returns a service. Its handler is run, or r.paid if that is nil.
 func newResumable(t *testing.T, run idempotency.RunFunc) *resumable {
 	r := &resumable{Service: testservice.New(t, nil), key: idempotency.Key{Scope: "acme", Value: t.Name()}, run: run}
+	if run == nil {
+		r.run = r.paid
+	}
 	r.Engine.Resumable("topup/1", func(idempotency.Key, []byte) (idempotency.RunFunc, error) {
 		return func(ctx context.Context) (*idempotency.Answer, error) { return r.run(ctx) }, nil
 	})
@@ -42,6 +46,36 @@ func (r *resumable) request() idempotency.Request {
 
 func (r *resumable) do(t *testing.T) idempotency.Result {
 	return r.Engine.Do(t.Context(), r.request(), r.run)
+}
+
+// through returns another engine for the requests. On its connections the first COMMIT that travels
+// with the word meets the fault.
+func (r *resumable) through(t *testing.T, word string, fault pgfault.Kind) *idempotency.Engine {
+	t.Helper()
+	var met atomic.Bool
+	store := testservice.Open(t, r.URL, &postgres.Options{PoolConfig: func(c *pgxpool.Config) {
+		through(t, c.ConnConfig, func(commit pgfault.Commit) pgfault.Fault {
+			if !bytes.Contains(commit.Messages, []byte(word)) || met.Swap(true) {
+				return pgfault.Fault{}
+			}
+			return pgfault.Fault{Kind: fault, Delay: 6 * time.Second}
+		})
+	}})
+	return idempotency.NewEngine(store, &idempotency.Options{Timeouts: idempotency.Timeouts{Commit: time.Second, Resolve: 3 * time.Second}})
+}
+
+// due ends the lease of the owner, or the pause.
+func (r *resumable) due(t *testing.T) {
+	t.Helper()
+	r.Exec(t, "UPDATE idempotency_open SET next_at = now()")
+}
+
+// paid is a handler that makes the call and a posting.
+func (r *resumable) paid(ctx context.Context) (*idempotency.Answer, error) {
+	if err := r.charge(ctx, true); err != nil {
+		return nil, err
+	}
+	return &idempotency.Answer{Status: 201, Body: []byte("paid")}, post(ctx)
 }
 
 // charge makes the one call of the handler.
@@ -70,13 +104,7 @@ func post(ctx context.Context) error {
 
 func TestCallAndPostingAreOnceEach(t *testing.T) {
 	t.Parallel()
-	var r *resumable
-	r = newResumable(t, func(ctx context.Context) (*idempotency.Answer, error) {
-		if err := r.charge(ctx, true); err != nil {
-			return nil, err
-		}
-		return &idempotency.Answer{Status: 201, Body: []byte("paid")}, post(ctx)
-	})
+	r := newResumable(t, nil)
 	if result := r.do(t); result.Outcome != idempotency.OutcomeExecuted {
 		t.Fatalf("%+v", result)
 	}
@@ -140,7 +168,7 @@ func TestHandlerThatFailsAfterTheCallIsNeverNotExecuted(t *testing.T) {
 		}
 		return &idempotency.Answer{Status: 402}, nil
 	}
-	r.Exec(t, "UPDATE idempotency_open SET next_at = now()")
+	r.due(t)
 	if result := r.do(t); result.Reason != idempotency.ReasonNeedsAttention {
 		t.Fatalf("a refusal after a charge: %+v", result)
 	}
@@ -174,25 +202,7 @@ func TestNothingIsSentBeforeTheIntentIsProven(t *testing.T) {
 				}
 				return &idempotency.Answer{Status: 201}, post(ctx)
 			})
-			config, err := pgxpool.ParseConfig(r.URL)
-			if err != nil {
-				t.Fatal(err)
-			}
-			postgres.Configure(config, nil)
-			var faulty atomic.Bool // once
-			through(t, config.ConnConfig, func(commit pgfault.Commit) pgfault.Fault {
-				if !bytes.Contains(commit.Messages, []byte("charge")) || faulty.Swap(true) {
-					return pgfault.Fault{}
-				}
-				return pgfault.Fault{Kind: c.fault, Delay: 6 * time.Second}
-			})
-			pool, err := pgxpool.NewWithConfig(t.Context(), config)
-			if err != nil {
-				t.Fatal(err)
-			}
-			t.Cleanup(pool.Close)
-			engine := idempotency.NewEngine(postgres.New(pool, nil), &idempotency.Options{Timeouts: idempotency.Timeouts{Commit: time.Second, Resolve: 3 * time.Second}})
-			result := engine.Do(t.Context(), r.request(), r.run)
+			result := r.through(t, "charge", c.fault).Do(t.Context(), r.request(), r.run)
 			if result.Outcome != c.outcome || r.sent != c.sent {
 				t.Errorf("outcome %q, sent %d: %v", result.Outcome, r.sent, result.Err)
 			}
@@ -236,7 +246,7 @@ func TestOneOwnerAtATime(t *testing.T) {
 	if result := r.do(t); result.Outcome != idempotency.OutcomeInProgress {
 		t.Fatalf("within the lease: %+v", result)
 	}
-	r.Exec(t, "UPDATE idempotency_open SET next_at = now()")
+	r.due(t)
 	if result := r.do(t); result.Outcome != idempotency.OutcomeExecuted {
 		t.Fatalf("taken over: %+v", result)
 	}
@@ -336,13 +346,7 @@ func TestCheckResumableNamesTheRightsThatAreMissing(t *testing.T) {
 // the record.
 func TestCheckResumableNamesTheGuardsThatAreMissing(t *testing.T) {
 	t.Parallel()
-	var r *resumable
-	r = newResumable(t, func(ctx context.Context) (*idempotency.Answer, error) {
-		if err := r.charge(ctx, true); err != nil {
-			return nil, err
-		}
-		return &idempotency.Answer{Status: 201}, nil
-	})
+	r := newResumable(t, nil)
 	for _, sick := range []string{
 		"ALTER TABLE idempotency_keys DISABLE TRIGGER USER",
 		"DROP TRIGGER idempotency_keys_delete_guard ON idempotency_keys; DROP TRIGGER idempotency_keys_expire_guard ON idempotency_keys; DROP TRIGGER idempotency_keys_truncate_guard ON idempotency_keys",
@@ -379,19 +383,16 @@ func TestCheckResumableNamesTheGuardsThatAreMissing(t *testing.T) {
 	}
 }
 
-// A record wins over the lock, which a replay holds for a moment, also if the claim travels with
-// the intent: a copy in another process gets the answer, not in-progress.
+// A record wins over the lock, which a replay holds for a moment, even if the claim travels with
+// the intent: a duplicate in another process gets the answer, not in-progress.
 func TestRecordWinsOverTheLockOfTheIntent(t *testing.T) {
 	t.Parallel()
-	var r *resumable
+	r := newResumable(t, nil)
 	runs := 0
-	r = newResumable(t, func(ctx context.Context) (*idempotency.Answer, error) {
+	r.run = func(ctx context.Context) (*idempotency.Answer, error) {
 		runs++
-		if err := r.charge(ctx, true); err != nil {
-			return nil, err
-		}
-		return &idempotency.Answer{Status: 201, Body: []byte("paid")}, post(ctx)
-	})
+		return r.paid(ctx)
+	}
 	if result := r.do(t); result.Outcome != idempotency.OutcomeExecuted {
 		t.Fatalf("%+v", result)
 	}
@@ -428,7 +429,7 @@ func TestOldListOfDueRequestsRunsNothing(t *testing.T) {
 			t.Fatalf("%+v", result)
 		}
 	}
-	r.Exec(t, "UPDATE idempotency_open SET next_at = now()")
+	r.due(t)
 	due, err := r.Store.FindDue(t.Context(), []string{"topup/1"}, 100)
 	if err != nil || len(due) != len(names) {
 		t.Fatalf("%v, %v", due, err)
@@ -537,7 +538,8 @@ func TestLookUpClaimsNothing(t *testing.T) {
 	}
 }
 
-// A record that row-level security may hide is not called absent, by whoever looks.
+// A record that row-level security may hide is never reported as absent, whichever call looks for
+// it.
 func TestLookUpThatMayNotSeeIsUnknown(t *testing.T) {
 	t.Parallel()
 	r := newResumable(t, nil)

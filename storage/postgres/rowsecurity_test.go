@@ -127,7 +127,7 @@ var policies = map[string]string{
 }
 
 // A claim from which policies may hide the record runs nothing and reports why; a record that it
-// sees is replayed. The remedy in its error works, also on connections that were open before.
+// sees is replayed. The remedy in its error works, even on connections that were open before.
 func TestClaimThatMayNotSeeTheRecordRunsNothing(t *testing.T) {
 	t.Parallel()
 	for name, policy := range policies {

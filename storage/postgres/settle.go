@@ -28,13 +28,15 @@ var (
 // in tx, the caller's transaction, so that the other changes of the webhook are committed with it,
 // or not at all.
 //
-// A decline that the other service does not keep (Settlement.Kept) counts only if the call was sent
-// once: it may belong to an earlier send, while a later one is under way. Otherwise nothing is
-// recorded, and the next run of the handler looks the call up or sends it again.
+// A decline that the other service does not keep (Settlement.Kept) counts only for a call that is
+// sent once at most. It may belong to one of several sends, while another one is under way, and
+// net/http repeats requests with a key by itself. For any other call only a note for the operator
+// is recorded. The request stays due or parked as it was, and its next run looks the call up or
+// sends it again.
 //
-// The request becomes due at once, unless a run of its handler is under way. A parked request is
-// not parked any more. Its handler makes the answer, so a client must retry or a completer must
-// run.
+// Otherwise the request becomes due at once, unless a run of its handler is under way. A parked
+// request is not parked any more. Its handler makes the answer, so a client must retry or a
+// completer must run.
 //
 // A recorded result adds a row to the table idempotency_audit, as an operator's act does, so the
 // role of tx needs INSERT on that table.
@@ -63,8 +65,8 @@ func (s *Store) settleIn(ctx context.Context, tx pgx.Tx, settlement *idempotency
 		var name string
 		var state idempotency.EffectState
 		var encrypted bool
-		var tries int
-		err := tx.QueryRow(ctx, s.open.find, pgx.QueryExecModeExec, uuid).Scan(&key.Scope, &key.Value, &name, &state, &tries, &attempt, &encrypted)
+		var kind idempotency.EffectKind
+		err := tx.QueryRow(ctx, s.open.find, pgx.QueryExecModeExec, uuid).Scan(&key.Scope, &key.Value, &name, &state, &kind, &attempt, &encrypted)
 		switch {
 		case errors.Is(err, pgx.ErrNoRows):
 			return ErrEffectNotFound
@@ -74,6 +76,9 @@ func (s *Store) settleIn(ctx context.Context, tx pgx.Tx, settlement *idempotency
 			return nil
 		case state != idempotency.EffectIntended:
 			return ErrSettledOtherwise
+		case settlement.State == idempotency.EffectDeclined && !settlement.Kept && kind != idempotency.EffectAtMostOnce:
+			_, err := tx.Exec(ctx, s.open.note, pgx.QueryExecModeExec, key.Scope, key.Value, "effect "+name+": declined from outside, and another send may be under way")
+			return wire.SQLError(err)
 		case encrypted && settlement.Seal == nil:
 			return errors.New("the request is encrypted: set Settlement.Seal to encrypted.Store.SealOutput")
 		case looks == 2:
@@ -87,27 +92,21 @@ func (s *Store) settleIn(ctx context.Context, tx pgx.Tx, settlement *idempotency
 		if _, err := tx.Exec(ctx, s.open.hold, pgx.QueryExecModeExec, key.Scope, key.Value); err != nil {
 			return wire.SQLError(err)
 		}
-		final := settlement.State == idempotency.EffectDone || settlement.Kept
-		tag, err := tx.Exec(ctx, s.open.settleOutside, pgx.QueryExecModeExec, key.Scope, key.Value, name, int16(settlement.State), output, final)
-		reason := "effect " + name + ": settled from outside"
+		tag, err := tx.Exec(ctx, s.open.settleOutside, pgx.QueryExecModeExec, key.Scope, key.Value, name, int16(settlement.State), output)
 		switch {
 		case err != nil:
 			return wire.SQLError(err)
-		case tag.RowsAffected() == 0 && tries > 1 && !final:
-			reason = "effect " + name + ": declined from outside, perhaps of an earlier send"
 		case tag.RowsAffected() == 0:
-			continue // somebody else was first, or it was sent again meanwhile
+			continue // somebody else was first
 		}
-		if tag.RowsAffected() > 0 {
-			action := "settle-done"
-			if settlement.State == idempotency.EffectDeclined {
-				action = "settle-declined"
-			}
-			if _, err := tx.Exec(ctx, s.open.audit, pgx.QueryExecModeExec, key.Scope, key.Value, name, action); err != nil {
-				return wire.SQLError(err)
-			}
+		action := "settle-done"
+		if settlement.State == idempotency.EffectDeclined {
+			action = "settle-declined"
 		}
-		_, err = tx.Exec(ctx, s.open.hasten, pgx.QueryExecModeExec, key.Scope, key.Value, reason)
+		if _, err := tx.Exec(ctx, s.open.audit, pgx.QueryExecModeExec, key.Scope, key.Value, name, action); err != nil {
+			return wire.SQLError(err)
+		}
+		_, err = tx.Exec(ctx, s.open.hasten, pgx.QueryExecModeExec, key.Scope, key.Value, "effect "+name+": settled from outside")
 		if err != nil {
 			return wire.SQLError(err)
 		}

@@ -245,8 +245,8 @@ func TestWarningWithoutStandbysIsNoDoubt(t *testing.T) {
 	}
 }
 
-// If COMMIT waits for a standby that has it, all is as without one: a warning of the service's own
-// is no doubt, and nothing is looked up for it.
+// If COMMIT waits for a standby that has it, everything is as without one: a warning of the
+// service's own means nothing, and no look-up follows.
 func TestWarningsOfTheServiceAreClearedUp(t *testing.T) {
 	t.Parallel()
 	ctx := context.Background()

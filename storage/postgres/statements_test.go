@@ -15,7 +15,7 @@ import (
 	"github.com/paidonce/idempotency/storage/postgres"
 )
 
-// A handler could get around the seal with EXECUTE of a prepared COMMIT, also from inside a
+// A handler could get around the seal with EXECUTE of a prepared COMMIT, even from inside a
 // function. So the names can't be guessed.
 func TestNamesOfPreparedStatementsAreDrawn(t *testing.T) {
 	t.Parallel()
@@ -62,9 +62,9 @@ func TestStatementsThatWereDeallocatedAreSentAsText(t *testing.T) {
 	want(t, b.do(t, request("b", ""), idle), idempotency.OutcomeReplayed, "")
 }
 
-// While the table is locked, by a migration or by a session that waits behind it, new connections
-// serve requests that need no record. Once the lock is gone they serve the others too, with
-// statements that are sent as text.
+// If the table stays locked for longer than PrepareTimeout, a new connection works without prepared
+// statements: it serves requests that need no record, and the others once the lock is gone. If the
+// lock is gone in time, the statements are prepared.
 func TestConnectionThatCannotPrepareServesAllTheSame(t *testing.T) {
 	t.Parallel()
 	for name, test := range map[string]struct {

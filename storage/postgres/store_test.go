@@ -202,7 +202,7 @@ func TestStoresOfTwoSchemasShareAPool(t *testing.T) {
 	}
 }
 
-// A look-up does not use them either, also if the config went through Configure for one, for the
+// A look-up does not use them either, even if the config went through Configure for one, for the
 // other, and for the first again.
 func TestLookUpIsInTheStoresOwnSchema(t *testing.T) {
 	t.Parallel()
@@ -275,7 +275,8 @@ func TestLookUpIsYoungerThanTheLock(t *testing.T) {
 		CREATE RULE keep AS ON INSERT TO idempotency_keys DO INSTEAD INSERT INTO kept_keys VALUES (NEW.*) RETURNING *`); err != nil {
 		t.Fatal(err)
 	}
-	// Statements that are prepared already refer to the table by its number.
+	// Statements that were prepared earlier refer to the table by its number, so they would miss
+	// the change.
 	b.pool.Reset()
 	gate, err := pgx.ConnectConfig(ctx, b.pool.Config().ConnConfig)
 	if err != nil {

@@ -160,7 +160,7 @@ func TestRewriterBehindOptionsIsRefused(t *testing.T) {
 }
 
 // Text that would end the transaction is refused wherever a rewriter stands among the arguments,
-// and also if a backslash hides the end of a string.
+// even if a backslash hides the end of a string.
 func TestHiddenEndOfTheTransactionIsRefused(t *testing.T) {
 	t.Parallel()
 	b := setup(t, nil)

@@ -55,7 +55,7 @@ func (u *usage) TraceQueryStart(ctx context.Context, _ *pgx.Conn, _ pgx.TraceQue
 }
 func (u *usage) TraceQueryEnd(context.Context, *pgx.Conn, pgx.TraceQueryEndData) {}
 
-// storm sends copies of a request at once, and returns their results.
+// storm sends a request many times at once, and returns the results.
 func storm(engine *idempotency.Engine, copies int, req idempotency.Request, run idempotency.RunFunc) (results []idempotency.Result, settled func()) {
 	results = make([]idempotency.Result, copies)
 	var group sync.WaitGroup
@@ -65,7 +65,8 @@ func storm(engine *idempotency.Engine, copies int, req idempotency.Request, run 
 	return results, group.Wait
 }
 
-// wantOne requires that all copies have one answer, which the given number of them executed.
+// wantOne requires that all results have one answer, and that the given number of them are
+// executed.
 func wantOne(t *testing.T, results []idempotency.Result, executed int) {
 	t.Helper()
 	for i, result := range results {
@@ -89,7 +90,7 @@ func signed(ctx context.Context, status int) *idempotency.Answer {
 	return &idempotency.Answer{Status: status, Body: []byte(id.String())}
 }
 
-// However many copies wait, they take two connections.
+// However many duplicates wait, they take two connections.
 func TestDuplicatesThatWaitTakeTwoConnections(t *testing.T) {
 	t.Parallel()
 	const copies = 64
@@ -122,7 +123,8 @@ func TestDuplicatesThatWaitTakeTwoConnections(t *testing.T) {
 	if n := b.effects(t); n != 1 || len(running) != 0 {
 		t.Errorf("%d effects, %d runs more", n, len(running))
 	}
-	// The first, the other request, one that asks, and those that came after the end.
+	// One connection each for the first request, the other request, the duplicate that calls the
+	// store, and the duplicates that came after the end.
 	if most > 2 || taken > 8 {
 		t.Errorf("%d connections at once, %d in all", most, taken)
 	}
@@ -169,9 +171,9 @@ func TestAttemptOfAnotherProcessIsWaitedFor(t *testing.T) {
 	for name, test := range map[string]struct {
 		end    func(b *testBundle, pid uint32, release func()) // ends the attempt
 		status int                                             // of the other process's handler
-		// Of its request; empty: not executed, or a replay if it looked late.
+		// The outcome of its request. Empty: not-executed, or a replay if it looked late.
 		outcome  idempotency.Outcome
-		executed int // of the copies that wait
+		executed int // of the duplicates that wait
 	}{
 		"it commits": {func(_ *testBundle, _ uint32, release func()) { release() },
 			201, idempotency.OutcomeExecuted, 0},
@@ -254,8 +256,8 @@ func TestThoseThatWaitHoldNothing(t *testing.T) {
 	}
 }
 
-// Duplicates that arrive while their request runs take no connection, also on a route that does not
-// wait. Once the first is answered each copy is a replay.
+// Duplicates that arrive while their request runs take no connection, even on a route that does not
+// wait. Once the first is answered each duplicate gets a replay.
 func TestDuplicatesOfWhatRunsHereTakeNoConnection(t *testing.T) {
 	t.Parallel()
 	const (
@@ -472,8 +474,8 @@ func callUnderWay(t *testing.T, lapse idempotency.Lapse, settle bool) (r *resuma
 	return r, tracer, first, end
 }
 
-// Copies that wait for a request get its result if its call is not settled, without a run of their
-// own. Another request with the same key does not get it.
+// Duplicates that wait for a request get its result if its call is not settled, without a run of
+// their own. Another request with the same key does not get it.
 func TestCopiesOfAnOpenRequestAreAccepted(t *testing.T) {
 	t.Parallel()
 	const copies, pause = 5, time.Minute
@@ -518,8 +520,8 @@ func TestCopiesOfAnOpenRequestAreAccepted(t *testing.T) {
 	}
 }
 
-// A copy in another process runs its handler up to the first call once at most, however often it
-// looks, and gets the result of the request in the end.
+// A duplicate in another process runs its handler up to the first call once at most, however often
+// it claims, and gets the result of the request in the end.
 func TestCopiesInAnotherProcessClaimFirst(t *testing.T) {
 	t.Parallel()
 	for name, settle := range map[string]bool{"settled": true, "not settled": false} {
@@ -589,8 +591,8 @@ func TestCopiesOfAPhaseInAnotherProcessClaimFirst(t *testing.T) {
 	}
 }
 
-// A copy whose Wait elapses while the call is under way asks the store, not its handler: the
-// request is in progress, for the rest of the lease at most.
+// If a duplicate's Wait elapses while the call is under way, it checks the store and does not run
+// its handler. It is in-progress, for the rest of the lease at most.
 func TestWaitThatElapsesDuringACallRunsNothing(t *testing.T) {
 	t.Parallel()
 	r, _, _, _ := callUnderWay(t, idempotency.Lapse{Reason: "no reply"}, false)

@@ -79,7 +79,7 @@ var claimCases = []testCase{
 	},
 	{
 		name: "ManyReplaysAtOnce",
-		rule: "A recorded key is replayed to any number of requests at once: none of them is told that the key is in progress because another reads it.",
+		rule: "A recorded key is replayed to any number of requests at once: none of them gets ErrInProgress because another reads the key.",
 		run: func(c *check) {
 			c.commit(c.claim(claimOf("acme", "k")), answer(201, "done"))
 			const copies = 64

@@ -44,7 +44,7 @@ var engineCases = []testCase{
 	},
 }
 
-// storm sends copies of a few requests concurrently, each repeatedly until it is settled.
+// storm sends a few requests many times concurrently, and repeats each until it is settled.
 func storm(c *check) {
 	const keys, copies = 6, 12
 	s := &stormCounts{runs: map[string]int{}, executed: map[string]int{}, answers: map[string]map[string]int{}}

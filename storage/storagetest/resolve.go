@@ -31,7 +31,7 @@ var resolveCases = []testCase{
 			c.decline(c.claim(declined), answer(402, "declined"))
 			c.claim(claimOf("acme", "rolled back")).Rollback(c.ctx)
 			c.wantResolved(committed, committed, written)
-			// Resolve is asked for another attempt with the key.
+			// Resolve is called for another attempt with the key.
 			c.wantResolved(claimOf("acme", "committed"), committed, written)
 			c.wantResolved(declined, declined, answer(402, "declined"))
 			c.wantAbsent(claimOf("acme", "rolled back"))
@@ -74,7 +74,7 @@ var resolveCases = []testCase{
 	},
 	{
 		name: "ResolveIsBoundByItsContext",
-		rule: "Resolve returns when its context is over, with ErrUnknown while the key is still held: never nil, which would say that nothing was executed.",
+		rule: "Resolve returns when its context has ended, with ErrUnknown while the key is still held: never nil, which would say that nothing was executed.",
 		run: func(c *check) {
 			attempt := c.claim(claimOf("acme", "k"))
 			for _, wait := range []time.Duration{resolveMax, 0} {

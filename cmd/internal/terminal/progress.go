@@ -12,9 +12,9 @@ const (
 	intervalPlain    = 10 * time.Second
 )
 
-// ShowProgress writes what text returns until end is called. At a terminal it rewrites one line.
-// Elsewhere it writes a line every ten seconds that begins with name, the command's name. It calls
-// text from its own goroutine. If w is nil it writes nothing.
+// ShowProgress writes the result of text again and again, until end is called. At a terminal it
+// rewrites one line. Elsewhere it writes a line every ten seconds that begins with name, the
+// command's name. It calls text from its own goroutine. If w is nil it writes nothing.
 func ShowProgress(w io.Writer, terminal bool, name string, text func() string) (end func()) {
 	if w == nil {
 		return func() {}

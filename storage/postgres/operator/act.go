@@ -112,7 +112,7 @@ func (o *Operator) actIn(ctx context.Context, tx pgx.Tx, action string, key idem
 	case err != nil:
 		return Record{}, err
 	case !act.Attempt.IsZero() && record.Attempt != act.Attempt:
-		return Record{}, ErrChanged
+		return Record{}, fmt.Errorf("%w: the record is of another attempt: look again with idemctl key get", ErrChanged)
 	case record.Open():
 		return Record{}, fmt.Errorf("%w, and money may have moved: end it first (idemctl effect get, effect settle), or give it up with idemctl key abandon", ErrOpen)
 	}

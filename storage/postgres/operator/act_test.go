@@ -81,7 +81,7 @@ func TestExpireLeavesTheRecordToTheReaper(t *testing.T) {
 	}
 }
 
-// An act never takes the key from a running attempt, nor the record that it finds.
+// An act takes neither the key from a running attempt, nor the record from a retry that reads it.
 func TestActOnARunningAttempt(t *testing.T) {
 	t.Parallel()
 	b := setup(t, nil)

@@ -185,7 +185,7 @@ func TestRecentShowsTheNewestOfAllScopes(t *testing.T) {
 	wantError(t, err, operator.ErrInvalid)
 }
 
-// Pages follow the primary key, also if the table was never analyzed: nothing is sorted, and
+// Pages follow the primary key, even if the table was never analyzed: nothing is sorted, and
 // nothing is read to the end.
 func TestListGoesAlongThePrimaryKey(t *testing.T) {
 	t.Parallel()

@@ -15,16 +15,17 @@ import (
 	"github.com/jackc/pgx/v5"
 
 	"github.com/paidonce/idempotency"
+	"github.com/paidonce/idempotency/internal/envelope"
 )
 
 // Errors of open requests.
 var (
 	// ErrNotOpen: the key has no open request. It may have a record: then the request has ended.
-	ErrNotOpen = errors.New("key has no open request")
+	ErrNotOpen = errors.New("key has no open request: idemctl key get shows whether it has ended")
 	// ErrOpen: the key's request is open, so there is no record to change, and money may have moved.
 	// End the request: settle its effects, or abandon it.
 	ErrOpen = errors.New("key's request is open")
-	// ErrSettled: the effect has a result already. Nothing was done.
+	// ErrSettled: the effect has a result already, which is never replaced. Nothing was done.
 	ErrSettled = errors.New("effect is settled")
 	// ErrNoEffect: the open request has no effect of this name.
 	ErrNoEffect = errors.New("request has no such effect")
@@ -50,9 +51,33 @@ type OpenRequest struct {
 	Running    bool          // an attempt runs, or died within its lease
 	Parked     string        // why only a person can end it; empty if nobody needs to
 	LastReason string        // why the last run left it open
-	Unsettled  []string      // names of the effects without a result, the oldest first
+	Unsettled  []string      // names of the effects without a recorded result, the oldest first
 
 	Effects []Effect // only of [Operator.GetOpen]
+}
+
+// OpenState is the state of an open request in one word.
+type OpenState string
+
+// The states.
+const (
+	OpenParked  OpenState = "parked"  // only a person can end it
+	OpenRunning OpenState = "running" // an attempt runs, or died within its lease
+	OpenDue     OpenState = "due"     // anybody may take it over
+	OpenWaiting OpenState = "waiting" // it is due later
+)
+
+// State returns the state at the time that the request was read.
+func (r *OpenRequest) State() OpenState {
+	switch {
+	case r.Parked != "":
+		return OpenParked
+	case r.Running:
+		return OpenRunning
+	case !r.NextAt.After(r.StartedAt.Add(r.Age)):
+		return OpenDue
+	}
+	return OpenWaiting
 }
 
 // Effect is a call that an open request made, or was about to make. Its input and output are not
@@ -61,8 +86,9 @@ type Effect struct {
 	Name        string                  `json:"name"`
 	Kind        idempotency.EffectKind  `json:"kind"`
 	State       idempotency.EffectState `json:"state"`
-	DerivedKey  string                  `json:"derived_key"` // the key that the other service got, to look the call up there
-	Tries       int                     `json:"tries"`       // times that it may have been sent
+	Stated      bool                    `json:"stated,omitempty"` // intended, and an operator has stated that it was done; the next run checks the output
+	DerivedKey  string                  `json:"derived_key"`      // the key that the other service got, to look the call up there
+	Tries       int                     `json:"tries"`            // times that it may have been sent
 	Panics      int                     `json:"panics"`
 	SentFirstAt time.Time               `json:"sent_first_at"`
 	DoubtAt     time.Time               `json:"doubt_at,omitzero"`   // time of the last repeated send without a definite answer
@@ -203,14 +229,14 @@ func (o *Operator) openIn(ctx context.Context, tx pgx.Tx, key idempotency.Key, l
 
 // effectsIn returns the effects of a key, the oldest first.
 func (o *Operator) effectsIn(ctx context.Context, tx pgx.Tx, key idempotency.Key) ([]Effect, error) {
-	rows, err := tx.Query(ctx, "SELECT name, kind, state, derived_key::text, tries, panics, sent_first_at, doubt_at, settled_at FROM "+o.effects+
+	rows, err := tx.Query(ctx, "SELECT name, kind, state, state = 1 AND output IS NOT NULL, derived_key::text, tries, panics, sent_first_at, doubt_at, settled_at FROM "+o.effects+
 		" WHERE scope = $1 AND key = $2 ORDER BY sent_first_at, name", key.Scope, key.Value)
 	if err != nil {
 		return nil, err
 	}
 	return pgx.CollectRows(rows, func(row pgx.CollectableRow) (e Effect, err error) {
 		var doubt, settled *time.Time
-		err = row.Scan(&e.Name, &e.Kind, &e.State, &e.DerivedKey, &e.Tries, &e.Panics, &e.SentFirstAt, &doubt, &settled)
+		err = row.Scan(&e.Name, &e.Kind, &e.State, &e.Stated, &e.DerivedKey, &e.Tries, &e.Panics, &e.SentFirstAt, &doubt, &settled)
 		e.SentFirstAt = e.SentFirstAt.UTC()
 		if doubt != nil {
 			e.DoubtAt = doubt.UTC()
@@ -249,29 +275,38 @@ type Settlement string
 
 // The settlements.
 const (
-	SettleDone     Settlement = "done"     // the other service did it
+	SettleDone     Settlement = "done"     // the other service did it; the next run checks the output
 	SettleDeclined Settlement = "declined" // it refused, and will not do it later
 	SettleNotSent  Settlement = "not-sent" // it never got the request: the next run sends it as if for the first time
 	SettleRetry    Settlement = "retry"    // nothing is known: the next run sends it again with the same key, if the effect's rules permit that
 )
-
-// envelopeMark begins the bytes that package encrypted stores.
-const envelopeMark = "\x00enc"
 
 // Settle records what an operator knows about an effect without a result, and makes the request due
 // at once: the service's handler makes the answer, never the operator. Output is the result of a
 // done effect as JSON, as its Do would return it, or the detail of a declined one, which may be
 // nil.
 //
+// [SettleDone] records a statement, not a result: the next run of the handler checks that the
+// effect's Do could have returned this output, and only then records it as the result. If it does
+// not fit, nothing is sent, and the request is parked for a reason that names the fields. Until the
+// output is recorded Settle may be called again: the last statement counts, and each other
+// settlement takes it back.
+//
 // Like every act on an open request it checks the request's epoch, changes the request and adds a
 // row to the audit table, all in one transaction. Errors: [ErrNotOpen]; [ErrNoEffect]; [ErrSettled]
-// if the effect has a result already; [ErrInProgress] if an attempt runs; [ErrChanged];
-// [ErrEncrypted]; [ErrInvalid]; [ErrUnknown] if the reply to COMMIT was lost.
+// if the effect has a result already; [ErrInProgress] if an attempt runs, or if the effect is to be
+// declined or not sent and may still be being sent; [ErrChanged]; [ErrEncrypted]; [ErrInvalid];
+// [ErrUnknown] if the reply to COMMIT was lost.
+//
+// Before you state that an effect was declined or not sent, look it up at the other service when
+// the effect's SettleAfter has passed since its last send: the request may still be under way, and
+// an effect that is sent once at most would be sent twice. If the machine of the last owner was
+// suspended, wait until it runs again or is gone: it may go on with its send.
 func (o *Operator) Settle(ctx context.Context, key idempotency.Key, name string, as Settlement, output []byte, act OpenAct) (OpenRequest, error) {
 	switch {
-	case as == SettleDone && !json.Valid(output) && !bytes.HasPrefix(output, []byte(envelopeMark)),
-		as == SettleDeclined && len(output) > 0 && !json.Valid(output) && !bytes.HasPrefix(output, []byte(envelopeMark)):
-		return OpenRequest{}, fmt.Errorf("settle: %w: the output is not JSON", ErrInvalid)
+	case as == SettleDone && !json.Valid(output) && !bytes.HasPrefix(output, []byte(envelope.Mark)),
+		as == SettleDeclined && len(output) > 0 && !json.Valid(output) && !bytes.HasPrefix(output, []byte(envelope.Mark)):
+		return OpenRequest{}, fmt.Errorf(`settle: %w: the output is not JSON: write it as {"id":"ch_1","amount":900}, in single quotes for a shell`, ErrInvalid)
 	case (as == SettleNotSent || as == SettleRetry) && output != nil:
 		return OpenRequest{}, fmt.Errorf("settle: %w: only a done or declined effect has an output", ErrInvalid)
 	case as != SettleDone && as != SettleDeclined && as != SettleNotSent && as != SettleRetry:
@@ -286,51 +321,64 @@ func (o *Operator) Settle(ctx context.Context, key idempotency.Key, name string,
 		}
 		e := &r.Effects[at]
 		if e.State != idempotency.EffectIntended {
-			return "", fmt.Errorf("%w: it has been %s since %s", ErrSettled, EffectStateText(e.State), e.SettledAt.Format(time.RFC3339))
+			return "", fmt.Errorf("%w: it has been %s since %s, and a recorded result is never replaced: idemctl key resume runs the handler, and if the result is wrong, correct the books after that",
+				ErrSettled, e.StateText(), e.SettledAt.Format(time.RFC3339))
 		}
-		state := int16(idempotency.EffectDone)
+		if as == SettleDeclined || as == SettleNotSent {
+			if err := o.givenUp(ctx, tx, key, name); err != nil {
+				return "", err
+			}
+		}
 		switch as {
-		case SettleDeclined:
-			state = int16(idempotency.EffectDeclined)
 		case SettleNotSent:
-			if e.Kind == idempotency.EffectAtMostOnce {
-				// The next run commits a new intent and sends that: one that is recorded already is never sent.
+			if e.Kind != idempotency.EffectCall {
+				// The next run commits a new intent and sends that: a recorded one is never sent, if it is sent
+				// once at most. That may be true of an undo.
 				return "", one(tx.Exec(ctx, "DELETE FROM "+o.effects+" WHERE scope = $1 AND key = $2 AND name = $3 AND state = 1", key.Scope, key.Value, name))
 			}
-			return "", one(tx.Exec(ctx, "UPDATE "+o.effects+" SET sent_first_at = clock_timestamp(), doubt_at = NULL, tries = 0, panics = 0 WHERE scope = $1 AND key = $2 AND name = $3 AND state = 1",
+			return "", one(tx.Exec(ctx, "UPDATE "+o.effects+" SET sent_first_at = clock_timestamp(), doubt_at = NULL, tries = 0, panics = 0, output = NULL WHERE scope = $1 AND key = $2 AND name = $3 AND state = 1",
 				key.Scope, key.Value, name))
 		case SettleRetry:
 			if e.Kind == idempotency.EffectAtMostOnce {
 				return "", fmt.Errorf("%w: this effect is sent once at most: settle it as %s if the other service certainly never got it", ErrInvalid, SettleNotSent)
 			}
-			return "", one(tx.Exec(ctx, "UPDATE "+o.effects+" SET panics = 0 WHERE scope = $1 AND key = $2 AND name = $3 AND state = 1", key.Scope, key.Value, name))
+			return "", one(tx.Exec(ctx, "UPDATE "+o.effects+" SET panics = 0, output = NULL WHERE scope = $1 AND key = $2 AND name = $3 AND state = 1", key.Scope, key.Value, name))
 		}
 		var encrypted bool
 		if err := tx.QueryRow(ctx, "SELECT substr(input, 1, $4::int) = $5::bytea FROM "+o.effects+" WHERE scope = $1 AND key = $2 AND name = $3",
-			key.Scope, key.Value, name, len(envelopeMark), []byte(envelopeMark)).Scan(&encrypted); err != nil {
+			key.Scope, key.Value, name, len(envelope.Mark), []byte(envelope.Mark)).Scan(&encrypted); err != nil {
 			return "", err
 		}
-		if encrypted != bytes.HasPrefix(output, []byte(envelopeMark)) {
+		if encrypted != bytes.HasPrefix(output, []byte(envelope.Mark)) {
 			return "", ErrEncrypted
 		}
-		return "", one(tx.Exec(ctx, "UPDATE "+o.effects+" SET state = $4::smallint, output = $5, settled_at = clock_timestamp() WHERE scope = $1 AND key = $2 AND name = $3 AND state = 1",
-			key.Scope, key.Value, name, state, output))
+		set := "output = $4"
+		if as == SettleDeclined {
+			set = "output = $4, state = 3, settled_at = clock_timestamp()"
+		}
+		return "", one(tx.Exec(ctx, "UPDATE "+o.effects+" SET "+set+" WHERE scope = $1 AND key = $2 AND name = $3 AND state = 1", key.Scope, key.Value, name, output))
 	})
 }
 
-// EffectStateText returns the state of an effect in one word.
-func EffectStateText(state idempotency.EffectState) string {
-	switch state {
-	case idempotency.EffectIntended:
-		return "intended"
-	case idempotency.EffectDone:
-		return "done"
-	case idempotency.EffectDeclined:
-		return "declined"
-	case idempotency.EffectMaybe:
-		return "maybe"
+// givenUp returns [ErrInProgress] if an owner may still send the effect, although its lease has run
+// out: an owner begins a send in the first half of its lease, and the send takes less than a lease.
+func (o *Operator) givenUp(ctx context.Context, tx pgx.Tx, key idempotency.Key, name string) error {
+	var until time.Time
+	var passed bool
+	err := tx.QueryRow(ctx, "SELECT until, until <= clock_timestamp() FROM (SELECT greatest(e.sent_first_at, e.doubt_at) + o.lease_ms * interval '1.5 milliseconds' AS until FROM "+
+		o.effects+" AS e JOIN "+o.open+" AS o USING (scope, key) WHERE e.scope = $1 AND e.key = $2 AND e.name = $3) AS send", key.Scope, key.Value, name).Scan(&until, &passed)
+	if err == nil && !passed {
+		err = fmt.Errorf("%w: the effect may still be sent until %s: look it up at the other service when its SettleAfter has passed since then", ErrInProgress, until.UTC().Format(time.RFC3339))
 	}
-	return fmt.Sprintf("state %d", state)
+	return err
+}
+
+// StateText returns the state of the effect in one word: intended, stated, done, declined or maybe.
+func (e *Effect) StateText() string {
+	if e.Stated && e.State == idempotency.EffectIntended {
+		return "stated"
+	}
+	return e.State.String()
 }
 
 func (r *OpenRequest) names() []string {
@@ -418,9 +466,9 @@ func (o *Operator) openActIn(ctx context.Context, tx pgx.Tx, action, effect stri
 	case err != nil:
 		return r, err
 	case !act.Attempt.IsZero() && r.Attempt != act.Attempt, act.Epoch != 0 && r.Epoch != act.Epoch:
-		return r, ErrChanged
+		return r, fmt.Errorf("%w: look again with idemctl effect get, and act with the epoch that it shows", ErrChanged)
 	case r.Running:
-		return r, ErrInProgress
+		return r, fmt.Errorf("%w: an attempt runs, or died within its lease: look again when it has ended, at %s at the latest (next_at)", ErrInProgress, r.NextAt.Format(time.RFC3339))
 	}
 	if vet != nil {
 		if err := vet(&r); err != nil {

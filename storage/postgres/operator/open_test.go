@@ -36,24 +36,25 @@ func setupOpen(t *testing.T) *openBundle {
 }
 
 func (b *openBundle) run(ctx context.Context) (*idempotency.Answer, error) {
-	effects, err := idempotency.EffectsFrom(ctx)
-	if err != nil {
-		return nil, err
-	}
-	effect, _, _, err := effects.Begin(idempotency.Intent{Name: "charge", Kind: b.kind, Input: []byte("1"), Timeout: time.Second})
+	effect, err := testservice.Call(ctx, idempotency.Intent{Name: "charge", Kind: b.kind, Input: []byte("1"), Timeout: time.Second}, b.lapse)
 	switch {
+	case errors.Is(err, idempotency.ErrUnsettled):
+		b.sent++
+		return nil, err
 	case err != nil:
 		return nil, err
 	case effect.State == idempotency.EffectDeclined:
 		return &idempotency.Answer{Status: 402}, nil
-	case effect.State == idempotency.EffectDone:
-		b.out = string(effect.Output)
-		_, err := postgres.Tx(ctx).Exec(ctx, "INSERT INTO effects DEFAULT VALUES")
-		return &idempotency.Answer{Status: 201}, err
 	}
-	b.sent++
-	effects.Lapse(b.lapse)
-	return nil, idempotency.ErrUnsettled
+	b.out = string(effect.Output)
+	_, err = postgres.Tx(ctx).Exec(ctx, "INSERT INTO effects DEFAULT VALUES")
+	return &idempotency.Answer{Status: 201}, err
+}
+
+// older makes the sends of all effects an hour older, so that none can be under way.
+func (b *openBundle) older(t *testing.T) {
+	t.Helper()
+	b.Exec(t, "UPDATE idempotency_effects SET sent_first_at = sent_first_at - interval '1 hour', doubt_at = doubt_at - interval '1 hour'")
 }
 
 // open makes a request that stays open, parked.
@@ -85,6 +86,7 @@ func TestSettledEffectIsAnsweredByTheHandler(t *testing.T) {
 	for as, want := range map[operator.Settlement]int{operator.SettleDone: 201, operator.SettleDeclined: 402} {
 		b := setupOpen(t)
 		k := b.open(t, "canary")
+		b.older(t)
 		seen, err := b.operator.GetOpen(t.Context(), k)
 		if err != nil || seen.Parked != "no reply" || seen.Route != "topup/1" || len(seen.Effects) != 1 || len(seen.Unsettled) != 1 || seen.Effects[0].DerivedKey == "" {
 			t.Fatalf("%+v, %v", seen, err)
@@ -94,11 +96,14 @@ func TestSettledEffectIsAnsweredByTheHandler(t *testing.T) {
 		if _, err := b.operator.Settle(t.Context(), k, "charge", as, []byte(`{"id":"ch_1"}`), a); err != nil {
 			t.Fatal(err)
 		}
-		// A second time it is refused, with the same epoch and without one.
 		_, err = b.operator.Settle(t.Context(), k, "charge", as, []byte(`{}`), a)
 		wantError(t, err, operator.ErrChanged)
-		_, err = b.operator.Settle(t.Context(), k, "charge", as, []byte(`{}`), openAct)
-		wantError(t, err, operator.ErrSettled)
+		wantRemedy(t, err, "effect get")
+		if as == operator.SettleDeclined { // a result, and not a statement
+			_, err = b.operator.Settle(t.Context(), k, "charge", as, []byte(`{}`), openAct)
+			wantError(t, err, operator.ErrSettled)
+			wantRemedy(t, err, "declined since", "never replaced", "key resume")
+		}
 		b.complete(t)
 		if result := b.again(t, "canary"); result.Outcome != idempotency.OutcomeReplayed || result.Answer.Status != want {
 			t.Errorf("%s: %+v", as, result)
@@ -108,12 +113,68 @@ func TestSettledEffectIsAnsweredByTheHandler(t *testing.T) {
 		}
 		_, err = b.operator.Settle(t.Context(), k, "charge", as, []byte(`{}`), openAct)
 		wantError(t, err, operator.ErrNotOpen)
+		wantRemedy(t, err, "key get")
 		if got, want := b.audits(t), "settle-"+string(as)+" alice ticket 7 acme canary "+seen.Attempt.String()+" 0"; got != want {
 			t.Errorf("audit is %q, want %q", got, want)
 		}
 		if got := b.Text(t, "SELECT effect || ' ' || (effects->0->>'derived_key') FROM idempotency_audit"); got != "charge "+seen.Effects[0].DerivedKey {
 			t.Errorf("the audit has %q", got)
 		}
+	}
+}
+
+// wantRemedy fails the test unless the error has these words.
+func wantRemedy(t *testing.T, err error, words ...string) {
+	t.Helper()
+	for _, word := range words {
+		if err == nil || !strings.Contains(err.Error(), word) {
+			t.Errorf("%v: it does not say %q", err, word)
+		}
+	}
+}
+
+// Until the next run a stated result is no result: it can be stated again and taken back, and it is
+// shown as stated.
+func TestStatementStandsUntilTheNextRun(t *testing.T) {
+	t.Parallel()
+	b := setupOpen(t)
+	k := b.open(t, "canary")
+	settle := func(as operator.Settlement, output []byte) {
+		t.Helper()
+		if _, err := b.operator.Settle(t.Context(), k, "charge", as, output, openAct); err != nil {
+			t.Fatal(err)
+		}
+	}
+	state := func() string {
+		t.Helper()
+		seen, err := b.operator.GetOpen(t.Context(), k)
+		if err != nil || len(seen.Unsettled) != 1 || !seen.Effects[0].SettledAt.IsZero() || seen.Effects[0].State != idempotency.EffectIntended {
+			t.Errorf("%+v, %v", seen, err)
+		}
+		return seen.Effects[0].StateText()
+	}
+	for _, as := range []operator.Settlement{operator.SettleRetry, operator.SettleNotSent} {
+		settle(operator.SettleDone, []byte("1"))
+		settle(operator.SettleDone, []byte("2"))
+		b.older(t)
+		if got := state(); got != "stated" {
+			t.Errorf("stated: %s", got)
+		}
+		settle(as, nil)
+		if got := state(); got != "intended" {
+			t.Errorf("after %s: %s", as, got)
+		}
+	}
+	_, err := b.operator.Settle(t.Context(), k, "charge", operator.SettleDone, []byte("ch_1"), openAct)
+	wantError(t, err, operator.ErrInvalid)
+	wantRemedy(t, err, `{"id":"ch_1","amount":900}`, "quotes")
+	settle(operator.SettleDone, []byte("3"))
+	b.complete(t)
+	if b.out != "3" || b.sent != 1 || b.Effects(t) != 1 {
+		t.Errorf("output %q, sent %d, posted %d", b.out, b.sent, b.Effects(t))
+	}
+	if got := b.Strings(t, "SELECT effects->0->>'stated' FROM idempotency_audit WHERE effects->0 ? 'stated'"); len(got) != 4 {
+		t.Errorf("the audit table has %q of what stood before the act", got)
 	}
 }
 
@@ -129,6 +190,7 @@ func TestNotSentAndRetrySendAgain(t *testing.T) {
 		t.Error("a retry changed the age of the key")
 	}
 	b.complete(t)
+	b.older(t)
 	if _, err := b.operator.Settle(t.Context(), k, "charge", operator.SettleNotSent, nil, openAct); err != nil {
 		t.Fatal(err)
 	}
@@ -150,6 +212,7 @@ func TestEffectThatIsSentOnceAtMostIsNotRetried(t *testing.T) {
 	k := b.open(t, "canary")
 	_, err := b.operator.Settle(t.Context(), k, "charge", operator.SettleRetry, nil, openAct)
 	wantError(t, err, operator.ErrInvalid)
+	b.older(t)
 	if _, err := b.operator.Settle(t.Context(), k, "charge", operator.SettleNotSent, nil, openAct); err != nil {
 		t.Fatal(err)
 	}
@@ -181,7 +244,9 @@ func TestActOnAnOpenRequestThatRuns(t *testing.T) {
 		},
 	} {
 		t.Log(name)
-		wantError(t, do(), operator.ErrInProgress)
+		err := do()
+		wantError(t, err, operator.ErrInProgress)
+		wantRemedy(t, err, b.Text(t, `SELECT to_char(next_at AT TIME ZONE 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS"Z"') FROM idempotency_open`))
 	}
 	if got := b.audits(t); got != "" {
 		t.Errorf("audit is %q", got)
@@ -493,7 +558,7 @@ func TestTimelineOfAnOpenRequest(t *testing.T) {
 	}
 	b.complete(t)
 	// The record has the time of the first intent: its row is the same.
-	if got := kinds(); !strings.Contains(got, "sent-again charge, result charge") || !strings.HasSuffix(got, "expires") || strings.Contains(got, "next") {
+	if got := kinds(); !strings.Contains(got, "sent-again charge, act-settle-done charge, result charge, recorded") || !strings.HasSuffix(got, "expires") || strings.Contains(got, "next") {
 		t.Errorf("ended: %s", got)
 	}
 }
@@ -565,6 +630,7 @@ func TestSettleOfAnEncryptedEffect(t *testing.T) {
 	k := b.open(t, "canary")
 	_, err := b.operator.Settle(t.Context(), k, "charge", operator.SettleDone, []byte(`"ch_1"`), openAct)
 	wantError(t, err, operator.ErrEncrypted)
+	b.older(t)
 	_, err = b.operator.Settle(t.Context(), k, "charge", operator.SettleDeclined, nil, openAct)
 	wantError(t, err, operator.ErrEncrypted)
 	seen, err := b.operator.GetOpen(t.Context(), k)
@@ -577,5 +643,47 @@ func TestSettleOfAnEncryptedEffect(t *testing.T) {
 	b.complete(t)
 	if b.out != `"ch_1"` {
 		t.Errorf("the handler got %q", b.out)
+	}
+}
+
+// The send of an owner may outlive its lease: it begins in the first half, and takes its Timeout.
+// Until it has ended, an operator can't know that the other service never gets the request, or has
+// refused it for good: the next run would send again what is still being sent, or answer a refusal.
+func TestNoIsNotStatedWhileASendMayBeUnderWay(t *testing.T) {
+	t.Parallel()
+	for name, c := range map[string]struct {
+		kind idempotency.EffectKind
+		as   operator.Settlement
+		sent string // the column with the time of the last send
+	}{
+		"not sent, once at most": {idempotency.EffectAtMostOnce, operator.SettleNotSent, "sent_first_at"},
+		"not sent":               {idempotency.EffectCall, operator.SettleNotSent, "sent_first_at"},
+		"declined":               {idempotency.EffectCall, operator.SettleDeclined, "sent_first_at"},
+		"declined, sent again":   {idempotency.EffectCall, operator.SettleDeclined, "doubt_at"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			b := setupOpen(t)
+			b.kind = c.kind
+			k := b.open(t, "canary")
+			lease := b.Count(t, "SELECT lease_ms FROM idempotency_open")
+			ago := func(ms int) {
+				b.Exec(t, "UPDATE idempotency_effects SET sent_first_at = now() - interval '1 day'")
+				b.Exec(t, "UPDATE idempotency_effects SET "+c.sent+" = now() - $1::int * interval '1 millisecond'", ms)
+			}
+			ago(lease) // the lease is over
+			_, err := b.operator.Settle(t.Context(), k, "charge", c.as, nil, openAct)
+			wantError(t, err, operator.ErrInProgress)
+			if err != nil && !strings.Contains(err.Error(), "may still be sent until 20") {
+				t.Errorf("the error is %v", err)
+			}
+			if seen, err := b.operator.GetOpen(t.Context(), k); err != nil || seen.Parked == "" || len(seen.Unsettled) != 1 {
+				t.Errorf("it was changed: %+v, %v", seen, err)
+			}
+			ago(lease + lease/2)
+			if _, err := b.operator.Settle(t.Context(), k, "charge", c.as, nil, openAct); err != nil {
+				t.Error(err)
+			}
+		})
 	}
 }

@@ -33,8 +33,9 @@ var (
 	ErrNotFound = errors.New("key has no record")
 	// ErrInProgress: an attempt, or a retry that reads the record, holds the key. Nothing was done.
 	ErrInProgress = errors.New("key is in progress")
-	// ErrChanged: the record is not of the attempt named in [Act.Attempt]. Nothing was done.
-	ErrChanged = errors.New("record is of another attempt")
+	// ErrChanged: the record is not of the attempt named in [Act.Attempt], or the open request has
+	// another epoch than [OpenAct.Epoch]. Nothing was done.
+	ErrChanged = errors.New("it has changed since you looked")
 	// ErrInvalid: an argument is invalid. The text says why.
 	ErrInvalid = errors.New("invalid")
 	// ErrTooLarge: the body is over [BodyBytesMax].

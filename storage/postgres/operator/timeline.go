@@ -49,7 +49,7 @@ type Event struct {
 	At      time.Time
 	Kind    EventKind
 	Attempt idempotency.AttemptID // zero if unknown. Of a replay: the attempt that recorded the answer
-	TraceID string                // of a request: its own, also if it was a replay
+	TraceID string                // of a request: its own, even if it was a replay
 	Status  int                   // of a record, and of the record that an act changed; otherwise 0
 
 	// Of requests from the history.
@@ -90,8 +90,19 @@ func (o *Operator) timeline(ctx context.Context, tx pgx.Tx, key idempotency.Key)
 	if err != nil {
 		return nil, err
 	}
+	effects, err := o.effectEvents(ctx, tx, key, state.Record)
+	if err != nil {
+		return nil, err
+	}
+	events = append(events, effects...)
 	if r := state.Record; r != nil && !r.Open() {
-		events = append(events, Event{At: r.CreatedAt, Kind: EventRecorded, Attempt: r.Attempt, TraceID: r.TraceID, Status: r.Status})
+		recorded := Event{At: r.CreatedAt, Kind: EventRecorded, Attempt: r.Attempt, TraceID: r.TraceID, Status: r.Status}
+		for i := range effects { // of an open request the row was made before its first effect, and the answer after its last
+			if effects[i].At.After(recorded.At) {
+				recorded.At = effects[i].At
+			}
+		}
+		events = append(events, recorded)
 		end := Event{At: r.ExpiresAt, Kind: EventExpires, Attempt: r.Attempt}
 		if r.Expired {
 			end.Kind = EventExpired
@@ -105,11 +116,6 @@ func (o *Operator) timeline(ctx context.Context, tx pgx.Tx, key idempotency.Key)
 		}
 		events = append(events, running)
 	}
-	effects, err := o.effectEvents(ctx, tx, key, state.Record)
-	if err != nil {
-		return nil, err
-	}
-	events = append(events, effects...)
 	// Before migration 3 there are no such tables.
 	var audit, history bool
 	if err := tx.QueryRow(ctx, "SELECT to_regclass($1) IS NOT NULL, to_regclass($2) IS NOT NULL", o.audit, o.events).Scan(&audit, &history); err != nil {
@@ -156,7 +162,7 @@ func (o *Operator) effectEvents(ctx context.Context, tx pgx.Tx, key idempotency.
 			events = append(events, Event{At: e.DoubtAt, Kind: EventSentAgain, Effect: e.Name, Attempts: e.Tries, Attempt: record.Attempt})
 		}
 		if !e.SettledAt.IsZero() {
-			events = append(events, Event{At: e.SettledAt, Kind: EventResult, Effect: e.Name, Reason: EffectStateText(e.State), Attempt: record.Attempt})
+			events = append(events, Event{At: e.SettledAt, Kind: EventResult, Effect: e.Name, Reason: e.StateText(), Attempt: record.Attempt})
 		}
 	}
 	if !record.Open() {

@@ -86,7 +86,7 @@ func (b *Bank) Audit(ctx context.Context) (*Audit, error) {
 	}
 	var a Audit
 	var balance, opening, entries, held string
-	made := b.processor.made(ctx) // first: all that it lists has its intent in the snapshot
+	made := b.processor.made(ctx) // before the snapshot, which then has each listed item's intent
 	err := Snapshot(ctx, b.pool, func(tx pgx.Tx) error {
 		var batch pgx.Batch
 		batch.Queue(totals).QueryRow(func(row pgx.Row) error {

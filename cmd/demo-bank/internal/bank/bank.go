@@ -18,8 +18,8 @@ import (
 //go:embed migrations/*.sql
 var files embed.FS
 
-// Schema holds all tables of the bank, including those of the records, so that a database that is
-// lent to it stays tidy. The pool's search_path must name it.
+// Schema holds all tables of the bank, including those of the records, so that the bank can share a
+// database with other programs. The pool's search_path must name it.
 const Schema = "demo_bank"
 
 // versionTable holds the version of the bank's own tables. The records' tables have their own.
@@ -82,8 +82,8 @@ func New(pool *pgxpool.Pool, ids IDSource, ttl time.Duration, logger *slog.Logge
 	}
 }
 
-// OperationsSecret returns the secret of the ids of open requests. It is the same in all processes on
-// one database.
+// OperationsSecret returns the secret of the ids of open requests. It is the same in all processes
+// on one database.
 func (b *Bank) OperationsSecret(ctx context.Context) (secret []byte, err error) {
 	if err := b.pool.QueryRow(ctx, `SELECT value FROM secrets WHERE name = 'operations'`).Scan(&secret); err != nil {
 		return nil, fmt.Errorf("read the secret of operations: %w", err)

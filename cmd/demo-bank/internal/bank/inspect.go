@@ -87,8 +87,10 @@ func inspect(batch *pgx.Batch, ttl time.Duration, names ...string) []Finding {
 // lacks a record because the reaper deleted it, that record had expired earlier by the same clock.
 // So the reaper can't have deleted the record of a row younger than the cutoff, even if the two
 // race. A row and its record have the same created_at, that of their transaction, so both are cut
-// at the same point. The record of a request that called the processor is older than its row, and
-// expires after it: a row that is young has one, and a record that is young has a young row.
+// at the same point. For a request that called the processor, the record's created_at is earlier
+// than the row's, and the record expires more than a TTL after the row was written. So each row
+// after the cutoff still has its record, and each record after the cutoff has a row after the
+// cutoff.
 const Cutoff = `cutoff AS MATERIALIZED (SELECT clock_timestamp() - $1 * interval '1 microsecond' AS at)`
 
 // effects selects the rows that keyed requests wrote.
@@ -105,8 +107,8 @@ const effects = `
 	UNION ALL
 	SELECT 'receipt ' || id, scope, key, attempt_id, created_at FROM receipts WHERE key IS NOT NULL`
 
-// written selects the effects after the cutoff, all records of 2xx answers, and those of the records
-// after the cutoff.
+// written selects the effects after the cutoff, all records of 2xx answers, and of these records
+// the ones after the cutoff.
 const written = Cutoff + `,
 	effects AS MATERIALIZED (SELECT e.* FROM cutoff, (` + effects + `) e WHERE e.created_at > cutoff.at),
 	all_records AS MATERIALIZED (

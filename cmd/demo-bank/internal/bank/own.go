@@ -8,15 +8,16 @@ import (
 )
 
 // The bank's own accounts, one of each per currency, such as bank:held:EUR. No client can name
-// them: their ids are not valid for one.
+// them, because their ids are not valid account ids of clients.
 const (
 	ownPrefix        = "bank:"
 	processorAccount = ownPrefix + "processor:" // money that came in or went out through the processor
 	heldAccount      = ownPrefix + "held:"      // for payouts that are under way
 )
 
-// lockWithOwn locks an account and those of the bank's own with these prefixes in its currency, all
-// in the order of their ids, in one round trip. It opens those of the bank's own that are missing.
+// lockWithOwn locks an account, and the bank's own accounts with these prefixes in the same
+// currency: all in the order of their ids, in one round trip. It opens the bank's own accounts that
+// are missing.
 func (b *Bank) lockWithOwn(ctx context.Context, tx pgx.Tx, id string, prefixes ...string) (lockedAccount, error) {
 	locked := make(map[string]lockedAccount, 1+len(prefixes))
 	var batch pgx.Batch

@@ -17,7 +17,7 @@ import (
 
 // Facts about the processor, for the calls of package effect.
 const (
-	// KeyLifetimeDefault is the time that the processor is sure to know a key.
+	// KeyLifetimeDefault is the time for which the processor surely knows a key.
 	KeyLifetimeDefault = 24 * time.Hour
 	// KeyLifetimeMin is the shortest lifetime that package effect accepts for callTimeout.
 	KeyLifetimeMin = 10 * callTimeout
@@ -51,18 +51,18 @@ type Processor struct {
 type ProcessorOptions struct {
 	// URL is the base of the processor's URLs.
 	URL string
-	// KeyLifetime is the time that the processor is sure to know a key, at least KeyLifetimeMin.
+	// KeyLifetime is the time for which the processor surely knows a key, at least KeyLifetimeMin.
 	// Zero means KeyLifetimeDefault.
 	KeyLifetime time.Duration
-	// Transport makes the requests. If it is nil, the processor has one of NewTransport.
+	// Transport makes the requests. Defaults to a new one from NewTransport.
 	Transport http.RoundTripper
 }
 
 // ErrProcessorURL means that the URL of a processor can't be used.
 var ErrProcessorURL = errors.New("it must be an http or https URL with a host")
 
-// NewProcessor returns a processor, without calling it. It returns [ErrProcessorURL] if the URL can't
-// be used.
+// NewProcessor returns a processor, without calling it. It returns [ErrProcessorURL] if the URL
+// can't be used.
 func NewProcessor(o ProcessorOptions) (*Processor, error) {
 	parsed, err := url.Parse(o.URL)
 	if err != nil || parsed.Scheme != "http" && parsed.Scheme != "https" || parsed.Host == "" {
@@ -98,8 +98,8 @@ func keyed[In any](p *Processor, path string, keyLifetime time.Duration) effect.
 	}
 }
 
-// NewTransport returns the transport of a [Processor]. It uses no proxy, and closes connections that
-// are idle for 5 seconds, so that a bank at rest holds none.
+// NewTransport returns the transport of a [Processor]. It uses no proxy, and closes connections
+// that are idle for 5 seconds, so that a bank at rest holds none.
 func NewTransport() *http.Transport {
 	transport := http.DefaultTransport.(*http.Transport).Clone()
 	transport.Proxy, transport.IdleConnTimeout = nil, idleTimeout
@@ -109,7 +109,8 @@ func NewTransport() *http.Transport {
 // Close ends idle connections to the processor.
 func (p *Processor) Close() { p.http.CloseIdleConnections() }
 
-// The inputs of the calls. They are recorded and sent as the same JSON, that of the processor's API.
+// The inputs of the calls. They are recorded and sent as the same JSON, that of the processor's
+// API.
 type (
 	chargeOrder struct {
 		Card      string `json:"card"`
@@ -154,7 +155,7 @@ func (p *Processor) execute(ctx context.Context, path, key string, in any) (exec
 	case missed == nil:
 		return found, nil
 	case errors.Is(missed, effect.ErrAbsent):
-		return executed{}, effect.Park(err)
+		return executed{}, effect.Park("the processor answers 500 to its key, now and later, and does not list it", err)
 	}
 	return executed{}, err
 }
@@ -197,7 +198,7 @@ func (p *Processor) send(ctx context.Context, path, key string, in any) (out exe
 	case problem.Error != "" && refusals[status] == problem.Error:
 		return out, effect.Declined(said, nil)
 	case status == http.StatusBadRequest: // a key that was used with another body, or our mistake
-		return out, effect.Park(said)
+		return out, effect.Park("the processor answers 400: another body under its key, or a mistake of ours", said)
 	case status == http.StatusInternalServerError:
 		return out, errKept
 	}

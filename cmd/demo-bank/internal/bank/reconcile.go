@@ -6,8 +6,8 @@ import (
 	"github.com/jackc/pgx/v5"
 )
 
-// made has the processor's lists, which an audit compares with the books. It is nil if the bank has no
-// processor.
+// made has the processor's lists, which an audit compares with the books. It is nil if the bank has
+// no processor.
 type made struct {
 	processor *Processor
 	instance  string
@@ -45,8 +45,8 @@ func (p *Processor) made(ctx context.Context) *made {
 	return m
 }
 
-// read reads both lists. It reports false if that fails, or if another instance than before gave
-// them.
+// read reads both lists. It reports false if that fails, or if the lists come from another instance
+// than the earlier ones.
 func (m *made) read(ctx context.Context, take func(*madeKind, []item)) bool {
 	ctx, cancel := context.WithTimeout(ctx, listTimeout)
 	defer cancel()

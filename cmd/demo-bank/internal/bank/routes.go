@@ -74,8 +74,8 @@ func (b *Bank) Mount(r chi.Router, protect func(http.Handler) http.Handler) {
 	})
 }
 
-// MountCalls adds the routes that call the processor. resumable returns the idempotency middleware for
-// a route with this Resumable name.
+// MountCalls adds the routes that call the processor. resumable returns the idempotency middleware
+// for a route with this Resumable name.
 func (b *Bank) MountCalls(r chi.Router, resumable func(name string) func(http.Handler) http.Handler) {
 	r.With(resumable("topup/1")).Post(TopUpsPath, b.calling(b.decodeTopUp))
 	r.With(resumable("payout/1")).Post(PayoutsPath, b.calling(b.decodePayout))

@@ -22,7 +22,7 @@ import (
 // Limits of top-ups and payouts.
 const (
 	CardRunesMax = 64 // of a card or an IBAN
-	// CallAmountMax is the largest amount of one, in minor units.
+	// CallAmountMax is the largest amount of a top-up or payout, in minor units.
 	CallAmountMax = 1_000_000_000_000
 	// balanceBeforeTopUpMax leaves room for all top-ups that may be under way.
 	balanceBeforeTopUpMax = math.MaxInt64 / 2
@@ -109,8 +109,8 @@ func (b *Bank) mayTopUp(ctx context.Context, id string) error {
 	return nil
 }
 
-// postTopUp credits the account in the given transaction, in two round trips: one locks and reads, one
-// writes.
+// postTopUp credits the account in the given transaction, in two round trips: one locks and reads,
+// one writes.
 func (b *Bank) postTopUp(ctx context.Context, tx pgx.Tx, s stamp, t TopUp, instance string) (*answer, error) {
 	account, err := b.lockWithOwn(ctx, tx, t.Account, processorAccount)
 	if err != nil {

@@ -79,7 +79,7 @@ type Config struct {
 	Designs     []string        // some of [Designs]
 	Parts       []string        // some of [Parts]
 	Rounds      int             // of each setting; a round has a slice of each design
-	Slice       time.Duration   // time that a design is measured in a round
+	Slice       time.Duration   // time for which a design is measured in a round
 	PoolSize    int             // maximum of conns; 0 means the number of clients
 	Expired     int64           // number of records to expire and delete
 	Seed        uint64          // for the order and the requests; 0 draws one

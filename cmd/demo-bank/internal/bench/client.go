@@ -214,7 +214,7 @@ type load struct {
 	latency  *hdr.Histogram
 }
 
-// drive makes each client send requests one after another until it has sent the number each and the
+// drive makes each client send requests one after another: at least the given number, and until the
 // duration has elapsed. It returns when the last request is answered.
 func drive(ctx context.Context, clients []*client, t *target, each int, duration time.Duration) (load, error) {
 	ctx, cancel := context.WithCancelCause(ctx)
@@ -241,7 +241,7 @@ func drive(ctx context.Context, clients []*client, t *target, each int, duration
 			defer mu.Unlock()
 			total.requests += int64(sent)
 			if took := last.Sub(started); took > 0 {
-				// Each client's own time: at the end the last ones run without the others.
+				// Divided by the client's own time, because some clients end earlier than others.
 				total.perSec += float64(sent) / took.Seconds()
 			}
 			total.latency.Merge(c.latency)

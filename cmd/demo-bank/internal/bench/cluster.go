@@ -115,7 +115,7 @@ func tableOf(schema string) string { return pgx.Identifier{schema, postgres.Tabl
 // tables have grown.
 func (c *cluster) reset(ctx context.Context) error {
 	for _, sql := range []string{
-		"TRUNCATE transfers, entries, insert_first_keys, lease_keys, " + tableOf(schemaOf(0)) + " CASCADE", // what refers to them is empty
+		"TRUNCATE transfers, entries, insert_first_keys, lease_keys, " + tableOf(schemaOf(0)) + " CASCADE", // the tables that refer to these are empty
 		"UPDATE accounts SET balance = opening_balance WHERE balance <> opening_balance",
 		"VACUUM (ANALYZE) accounts",
 		"CHECKPOINT",
@@ -179,7 +179,7 @@ func (c *cluster) stop() error {
 	ctx, cancel := context.WithTimeout(context.Background(), time.Second)
 	defer cancel()
 	if c.admin != nil {
-		_ = c.admin.Close(ctx) // a conn that can't say goodbye is closed all the same
+		_ = c.admin.Close(ctx) // on an error too the conn is closed
 	}
 	err := c.server.Stop()
 	c.server, c.admin, c.fsync = nil, nil, ""

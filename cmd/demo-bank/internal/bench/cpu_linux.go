@@ -52,7 +52,8 @@ func familyCPU(parent int) (time.Duration, error) {
 	return sum, nil
 }
 
-// statFields returns the fields after the name, which may contain anything: state, parent, ...
+// statFields returns the fields after the process's name: state, parent, ... The name may contain
+// anything, even spaces and parentheses.
 func statFields(text []byte) ([]string, bool) {
 	end := bytes.LastIndexByte(text, ')')
 	if end < 0 {

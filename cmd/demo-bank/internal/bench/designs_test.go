@@ -76,8 +76,8 @@ func testStand(t *testing.T, url string, names ...string) *client {
 	return c
 }
 
-// TestReadsAnswer: the designs that only read answer with a written transfer, or without a
-// database.
+// TestReadsAnswer: a design that only reads returns a transfer that was written before, or a
+// constant that needs no database.
 func TestReadsAnswer(t *testing.T) {
 	t.Parallel()
 	_, url := testCluster(t)

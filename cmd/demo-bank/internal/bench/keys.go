@@ -17,7 +17,8 @@ type filled struct {
 	body []byte
 }
 
-// fillBefore is the time that the keys of a full table reach back: a day, evenly spread.
+// fillBefore is the age of the first key of a full table. The keys are spread evenly over this
+// time.
 const fillBefore = 24 * time.Hour
 
 // keyOf returns the key of the i-th record. It has the form of a UUIDv7: 48 bits of the time in

@@ -74,8 +74,8 @@ type sight struct {
 	walBytes int64
 }
 
-// look reads all counters. The one that costs PostgreSQL something is read first at the beginning
-// and last at the end.
+// look reads all counters. Reading the WAL position costs PostgreSQL processor time, which must not
+// count. So it is read first at the beginning of a slice, and last at the end.
 func (r *run) look(ctx context.Context, begin bool) (s sight, err error) {
 	wal := func() error {
 		s.walBytes, err = r.cluster.walBytes(ctx)

@@ -61,7 +61,8 @@ type plotLine struct {
 }
 
 // WritePlot draws the throughput of the designs at the most clients, with fsync if that was
-// measured, as bars relative to bare-batch. If that was not measured, it returns [ErrNoPlot].
+// measured, as bars relative to bare-batch. It returns [ErrNoPlot] if bare-batch or all other
+// designs were not measured.
 func (p *Report) WritePlot(w io.Writer) error {
 	block, ratios := p.plotted()
 	if block == nil {

@@ -267,7 +267,7 @@ func (r *run) entry(ctx context.Context, b *Block, clients []*client, d design, 
 		group.Go(func() error {
 			for range (recordsMade + len(clients) - 1) / len(clients) {
 				made, err := c.make(ctx, &maker)
-				if err == nil && d.kind == replay { // at the latest, a cache learns it now
+				if err == nil && d.kind == replay { // after a replay the process surely knows the key
 					err = c.post(ctx, maker.path, made.key, made.body)
 				}
 				if err != nil {

@@ -71,7 +71,8 @@ func (a *answer) write(w http.ResponseWriter) {
 // lastID is the last id of a transfer.
 var lastID atomic.Int64
 
-// nextID returns an id that no earlier process used: each begins at the nanosecond of its start.
+// nextID returns an id that no earlier process used: the first id of a process is the time, in
+// nanoseconds.
 func nextID() int64 {
 	lastID.CompareAndSwap(0, time.Now().UnixNano())
 	return lastID.Add(1)

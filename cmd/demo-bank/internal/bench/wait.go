@@ -23,7 +23,7 @@ const (
 
 	waitOthers      = 8 // clients with requests unrelated to the duplicates
 	waitOthersPause = 20 * time.Millisecond
-	// The time that the others are watched, with duplicates and without.
+	// The time for which the others are measured, with duplicates and without.
 	waitWindow = waitWork + 100*time.Millisecond
 
 	// waitWindows is the number of windows of each kind in a round, waitWindowsQuick that in a
@@ -139,7 +139,7 @@ func (r *run) measureWait(ctx context.Context) error {
 	return nil
 }
 
-// duplicate sends one request from all clients at once, and returns how many got executed.
+// duplicate sends one request from all clients at once, and returns the number that got executed.
 func (w *Wait) duplicate(ctx context.Context, clients []*client, latency *hdr.Histogram) (executed int64, err error) {
 	key, err := uuid.NewV7()
 	if err != nil {

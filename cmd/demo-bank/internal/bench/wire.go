@@ -12,7 +12,8 @@ import (
 // wire counts the traffic on the conns to PostgreSQL. It allocates nothing in a request.
 type wire struct {
 	roundTrips atomic.Int64 // number of writes that follow a read
-	// The number of conns without a ReadyForQuery outside a transaction since their last write.
+	// The number of conns in use. A conn is in use from a write until PostgreSQL reports that it is
+	// ready outside a transaction.
 	busy    atomic.Int64
 	busyMax atomic.Int64
 }

@@ -21,13 +21,13 @@ import (
 
 const (
 	poolSizeBig   = 10 // of the first bank
-	poolSizeSmall = 6  // of the others: 32 clients squeeze it
+	poolSizeSmall = 6  // of the others: too small for 32 clients
 
 	// If a COMMIT stays half-open, its transaction ends ten seconds after this timeout. By then its
 	// request has been answered as unknown.
 	handlerTimeout = 4 * time.Second
-	// handlerTimeoutCalls is longer than a bank is stopped: a bank that slept must not send, and the
-	// handler's timeout must not be the reason.
+	// handlerTimeoutCalls is longer than the time for which a bank is stopped. A bank that slept
+	// must not send, and this timeout must not be the reason.
 	handlerTimeoutCalls = 20 * time.Second
 	acquireTimeout      = time.Second
 
@@ -112,8 +112,8 @@ func (b *banks) start(ctx context.Context) error {
 	return nil
 }
 
-// The banks' ports lie below the range from which systems assign free ports: no other program may
-// get a bank's port between two of its lives.
+// The banks' ports are below the range from which systems assign free ports, so that no other
+// program gets a bank's port between two of its lives.
 const (
 	portMin   = 20_000
 	portMax   = 32_000

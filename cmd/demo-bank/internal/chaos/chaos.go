@@ -1,7 +1,7 @@
-// Package chaos is the proof of the bank. It starts a PostgreSQL, proxies in front of it and bank
-// processes behind them. It drives load while it kills, crashes, cuts and squeezes them on a
-// schedule that a seed decides. Then it heals everything, and judges the clients' replies against
-// each other and against the books.
+// Package chaos tests the bank under faults. It starts a PostgreSQL, proxies in front of it and
+// bank processes behind them. Clients send requests while the package kills and stops processes,
+// crashes PostgreSQL, cuts connections and fills pools, on a schedule that a seed decides. Then it
+// heals everything, and judges the clients' replies against each other and against the books.
 //
 //   - [Run] is one run, phase by phase
 //   - schedule.go decides from the seed which faults happen, to what and when
@@ -41,7 +41,7 @@ const (
 	BanksDefault   = 2
 )
 
-// Config sets how hard a run is. The zero value of each field is its default.
+// Config sets the load and the faults of a run. The zero value of each field is its default.
 type Config struct {
 	// Profile is one of [Profiles]. It sets the number of operations and of faults. Defaults to
 	// "smoke".

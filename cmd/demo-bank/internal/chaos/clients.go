@@ -14,7 +14,7 @@ import (
 )
 
 const (
-	reusedPause = 16 * time.Millisecond // between two checks if an expired record is gone
+	reusedPause = 16 * time.Millisecond // between two checks whether an expired record is gone
 	laterMin    = time.Second
 	laterMax    = 5 * time.Second
 	lanesMax    = 5 // copies of one key that a client has in flight at once
@@ -169,7 +169,8 @@ func (r *run) load(ctx context.Context) error {
 // its operations.
 const overtime = 2
 
-// awaitLoad blocks until enough was sent and every fault of the schedule was reached, or won't be.
+// awaitLoad blocks until the clients have sent enough and every fault of the schedule was made. It
+// gives up on the missing faults after overtime times the operations.
 func (r *run) awaitLoad(ctx context.Context) error {
 	limit := int64(overtime * r.config.Operations)
 	for r.tally.finished.Load() < int64(r.config.Operations) || !r.commits.exhausted() || !r.banks.disarmed() || r.eventsLeft.Load() > 0 {

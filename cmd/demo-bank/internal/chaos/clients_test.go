@@ -245,8 +245,8 @@ func TestAHalfSentBodyForbidsNothing(t *testing.T) {
 	}
 }
 
-// TestAHangUpAtCommitReachesTheClient: every client that waits for the key, of both tenants, is
-// hung up, and no other.
+// TestAHangUpAtCommitReachesTheClient: every client of either tenant that waits for the key hangs
+// up, and no other does.
 func TestAHangUpAtCommitReachesTheClient(t *testing.T) {
 	t.Parallel()
 	arrived := make(chan struct{}, 2)

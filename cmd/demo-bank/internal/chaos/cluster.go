@@ -152,7 +152,7 @@ func (c *cluster) with(ctx context.Context, limit time.Duration, do func(context
 	defer func() {
 		closing, cancel := context.WithTimeout(context.WithoutCancel(ctx), time.Second)
 		defer cancel()
-		_ = conn.Close(closing) // a conn that can't say goodbye is closed all the same
+		_ = conn.Close(closing) // on an error too the conn is closed
 	}()
 	return do(ctx, conn)
 }
@@ -189,7 +189,7 @@ func (s *session) close() {
 	}
 	ctx, cancel := context.WithTimeout(context.Background(), time.Second)
 	defer cancel()
-	_ = s.conn.Close(ctx) // a conn that can't say goodbye is closed all the same
+	_ = s.conn.Close(ctx) // on an error too the conn is closed
 }
 
 // heal undoes the proxies' faults.

@@ -26,14 +26,14 @@ const (
 	afterSleep    = 3 * time.Second  // after a bank wakes, to see that it does not send
 )
 
-// directed are schedules that random faults rarely meet. Each script has a key of its own, and decides
-// the faults of its COMMITs and calls. The scripts run after the load, except the longest, which runs
-// beside it.
+// directed are schedules that random faults rarely meet. Each script has a key of its own, and
+// decides the faults of its COMMITs and calls. The scripts run after the load, except the longest,
+// which runs beside it.
 type directed struct {
 	run      *run
 	findings findings
 
-	// played ends with the script that runs beside the load.
+	// played waits for the script that runs beside the load.
 	played sync.WaitGroup
 
 	mu    sync.Mutex
@@ -231,8 +231,8 @@ func wait(ctx context.Context, done <-chan struct{}, what string) error {
 	}
 }
 
-// healed makes a call of a bank, to close its breaker. A bank with an open breaker makes one call at a
-// time, and the scripts would wait for each other.
+// healed makes a call of a bank, to close its breaker. A bank with an open breaker makes one call
+// at a time, and the scripts would wait for each other.
 func (d *directed) healed(ctx context.Context, bank int) error {
 	k := d.run.keys.script(askTopUp, "-1")
 	if status, err := d.answer(ctx, d.sender(bank), k); err != nil || status != http.StatusCreated {
@@ -241,8 +241,8 @@ func (d *directed) healed(ctx context.Context, bank int) error {
 	return nil
 }
 
-// noTransaction: while the processor holds its replies, no session of the banks is in a transaction,
-// nor holds a lock.
+// noTransaction: while the processor holds its replies, no session of the banks is in a
+// transaction, nor holds a lock.
 func (d *directed) noTransaction(ctx context.Context) error {
 	r := d.run
 	var group, arrived sync.WaitGroup
@@ -292,8 +292,8 @@ func (d *directed) noTransaction(ctx context.Context) error {
 	return err
 }
 
-// decline: the first request is still under way when the processor, which keeps no declines, refuses
-// its retry. Then the first one arrives. The client must not get the refusal.
+// decline: the first request is still under way when the processor, which keeps no declines,
+// refuses its retry. Then the first one arrives. The client must not get the refusal.
 func (d *directed) decline(ctx context.Context) error {
 	r := d.run
 	k := r.keys.script(askTopUp, "-1")
@@ -328,8 +328,8 @@ func (d *directed) decline(ctx context.Context) error {
 }
 
 // sleepers stops bank 0 between the intent of one request and its send, and between the fence of
-// another and its COMMIT, for longer than their lease. Bank 1 takes the first over, and is refused, so
-// bank 0 must not send when it wakes. The second must be posted once.
+// another and its COMMIT, for longer than their lease. Bank 1 takes the first over, and is refused,
+// so bank 0 must not send when it wakes. The second must be posted once.
 func (d *directed) sleepers(ctx context.Context) error {
 	r := d.run
 	sleeper, last := r.keys.script(askTopUp, "-1"), r.keys.script(askTopUp, "-1")

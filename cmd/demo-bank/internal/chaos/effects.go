@@ -18,8 +18,8 @@ import (
 // processor.go runs the processor, gateway.go stands between it and the banks, directed.go has the
 // schedules that a random one rarely meets, and outside.go judges the state at the end.
 
-// The faults of the processor. Each lasts for a while, and one comes at a time, with this exception:
-// with half of them the processor also keeps no declines, or its look-up lags.
+// The faults of the processor. Each lasts for a while, and one comes at a time, with this
+// exception: with half of them the processor also keeps no declines, or its look-up lags.
 const (
 	loseRequests   eventKind = "processor-loses-requests"
 	loseReplies    eventKind = "processor-loses-replies"
@@ -67,8 +67,8 @@ func openCommitOf(messages []byte) openCommit {
 	return ""
 }
 
-// stop is a SIGSTOP of a bank, after the n-th COMMIT of a kind has arrived and before its reply, and
-// a SIGCONT after the lease.
+// stop is a SIGSTOP of a bank, after the n-th COMMIT of a kind has arrived and before its reply,
+// and a SIGCONT after the lease.
 type stop struct {
 	commit int64
 	kind   openCommit
@@ -76,15 +76,16 @@ type stop struct {
 
 func (s stop) name() string { return "stop at the " + string(s.kind) + "'s COMMIT" }
 
-// stopKinds are the COMMITs at which a bank is stopped: before its send, and between the fence of its
-// last transaction and that transaction's COMMIT.
+// stopKinds are the COMMITs at which a bank is stopped: before its send, and between the fence of
+// its last transaction and that transaction's COMMIT.
 var stopKinds = []openCommit{intentCommit, resultCommit}
 
-// effectsShare is the share of a profile's operations and faults in a run with Config.Effects, because
-// its requests take longer.
+// effectsShare is the share of a profile's operations and faults in a run with Config.Effects,
+// because its requests take longer.
 const effectsShare = 0.2
 
-// withEffects returns the profile of a run with clients that also send requests to call the processor.
+// withEffects returns the profile of a run with clients that also send requests to call the
+// processor.
 func (p profile) withEffects() profile {
 	operations := int(float64(p.operations) * effectsShare)
 	p = p.scaled(operations)
@@ -139,8 +140,8 @@ func (e *event) drawProcessor(choice *rand.Rand) {
 	}
 }
 
-// keyLifetime is the time for which the processor knows a key, and the banks' --psp-key-lifetime. It
-// is a little longer than the shortest that they accept.
+// keyLifetime is the time for which the processor knows a key, and the banks' --psp-key-lifetime.
+// It is a little longer than the shortest that they accept.
 const keyLifetime = time.Minute
 
 // goodProcessor returns the settings of a processor without faults.

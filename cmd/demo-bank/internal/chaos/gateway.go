@@ -43,7 +43,7 @@ type calls struct {
 	inputs  []string
 	sent    int
 	last    time.Duration // of its sends, by the run's clock
-	forEver bool          // the processor answers 500, as it does from then on
+	forEver bool          // the processor answered 500, and repeats that for ever
 }
 
 // call is one call that writes.
@@ -58,11 +58,11 @@ type call struct {
 // verdict decides about a call. The zero value lets it pass.
 type verdict struct {
 	hold   <-chan struct{} // first wait for this
-	answer int             // answer this status without asking the processor; 0: ask it
+	answer int             // answer this status without a call to the processor; 0: call it
 	body   string          // of that answer
-	lose   bool            // cut the conn, and ask nobody
-	cut    bool            // ask the processor, and cut the conn in place of its answer
-	before func()          // called when the call has come
+	lose   bool            // cut the conn, without a call to the processor
+	cut    bool            // call the processor, and cut the conn in place of its answer
+	before func()          // called when the call has arrived
 	after  func()          // called when the processor has answered
 }
 
@@ -71,7 +71,8 @@ func newGateway(r *run) *gateway {
 		run: r, calls: map[callName]*calls{}, hooks: map[int]func(*call) verdict{},
 		client: &http.Client{
 			Timeout: gatewayTimeout,
-			// No request may be sent twice: each has a conn of its own, and its body can't be rewound.
+			// No request may be sent twice: each has a conn of its own, and its body can't be
+			// rewound.
 			Transport:     &http.Transport{DisableKeepAlives: true, DisableCompression: true},
 			CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse },
 		},

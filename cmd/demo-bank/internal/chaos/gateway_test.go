@@ -14,8 +14,8 @@ import (
 	"time"
 )
 
-// gatewayOf returns a run with a gateway for one bank. The processor behind it answers the path /NNN
-// with status NNN, and counts.
+// gatewayOf returns a run with a gateway for one bank. The processor behind it answers the path
+// /NNN with status NNN, and counts its answers.
 func gatewayOf(t *testing.T) (r *run, answered *atomic.Int64) {
 	t.Helper()
 	answered = new(atomic.Int64)
@@ -64,7 +64,8 @@ func through(t *testing.T, r *run, method, path, key, body string) string {
 	return fmt.Sprint(response.StatusCode, " ", response.Header.Get(processorHeader), " ", string(answer))
 }
 
-// TestGatewayPassesWhatItShould: calls, look-ups and cuts pass as they are, and are known afterwards.
+// TestGatewayPassesWhatItShould: calls, look-ups and cuts pass as they are, and are known
+// afterwards.
 func TestGatewayPassesWhatItShould(t *testing.T) {
 	t.Parallel()
 	r, answered := gatewayOf(t)
@@ -90,17 +91,17 @@ func TestGatewayPassesWhatItShould(t *testing.T) {
 	}
 }
 
-// TestGatewayDoesWhatAScriptSays: a call of the script's key can be held, answered, or lost in either
-// direction; others pass.
+// TestGatewayDoesWhatAScriptSays: a call of the script's key can be held, answered, or lost in
+// either direction; others pass.
 func TestGatewayDoesWhatAScriptSays(t *testing.T) {
 	t.Parallel()
 	r, answered := gatewayOf(t)
 	k, other := r.keys.script(askTopUp, "-1"), r.keys.script(askTopUp, "-1")
-	hold := make(chan struct{})
+	came, hold := make(chan struct{}), make(chan struct{})
 	var before, after atomic.Int64
 	verdicts := []verdict{
 		{lose: true, before: func() { before.Add(1) }}, {cut: true, after: func() { after.Add(1) }},
-		{answer: 402, body: "no"}, {hold: hold},
+		{answer: 402, body: "no"}, {hold: hold, before: func() { close(came) }},
 	}
 	r.gateway.hook(k, func(c *call) verdict { return verdicts[c.nth-1] })
 	body := func(k *key) string {
@@ -125,11 +126,14 @@ func TestGatewayDoesWhatAScriptSays(t *testing.T) {
 	}
 	held := make(chan string)
 	go func() { held <- through(t, r, "POST", "/201", "k", body(k)) }()
-	if got := through(t, r, "POST", "/201", "other", body(other)); !strings.HasPrefix(got, "201") {
-		t.Errorf("another key: %q", got)
+	<-came
+	for n := range int64(10) { // while the first one is held
+		if got := through(t, r, "POST", "/201", "other", body(other)); !strings.HasPrefix(got, "201") || answered.Load() != n+2 {
+			t.Errorf("another key: %q, and %d arrived", got, answered.Load())
+		}
 	}
 	close(hold)
-	if got := <-held; !strings.HasPrefix(got, "201") || answered.Load() != 3 {
+	if got := <-held; !strings.HasPrefix(got, "201") || answered.Load() != 12 {
 		t.Errorf("held: %q, and %d arrived", got, answered.Load())
 	}
 }

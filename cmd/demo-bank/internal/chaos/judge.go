@@ -17,7 +17,8 @@ const (
 	ttl          = 24 * time.Hour // the bank's default
 	judgeWaitMax = 10 * time.Minute
 	quietWaitMax = 20 * time.Second // a half-open transaction ends by itself
-	// The allowed share of unknown answers, without those that a fault of their COMMIT exempts.
+	// The allowed share of unknown answers. Answers to a key are not counted if its COMMIT had a
+	// fault that can make the outcome unknown.
 	unknownRate = 0.001
 	// The number that is always allowed, for a run so short that its rate means nothing.
 	unknownAlways = 2
@@ -25,13 +26,12 @@ const (
 	causesName = "causes"
 )
 
-// RunCheck is the check of the run itself: that it did everything it should, in time.
+// RunCheck is the check of the run itself: it must have done everything, in time.
 const RunCheck = "run"
 
 // judge reaches the verdict, after the last request and the last fault.
 func (r *run) judge(ctx context.Context) error {
-	// Everything that is compared with the history must be at rest: first the banks, then the
-	// books.
+	// The banks and then the books must be at rest before they are compared with the history.
 	r.gateway.rest()
 	var err error
 	if r.after, err = r.measure(ctx, func(after check.Resources) bool { return baseline(r.before, after).OK() }); err != nil {
@@ -99,7 +99,7 @@ func (r *run) awaitQuiet(ctx context.Context) (quiet check.Result, err error) {
 	}
 }
 
-// stopBanks stops the banks in order; that they stop is a promise too.
+// stopBanks stops the banks in order. A bank that does not stop is a finding.
 func (r *run) stopBanks(ctx context.Context) {
 	client := newScraper()
 	for _, s := range r.banks.slots {

@@ -222,8 +222,8 @@ func (r *run) split(ops []check.Operation, expected []check.Expectation) (callin
 	return calling, plain
 }
 
-// operations reads each status resource that a client got. It must be done, with the recorded answer,
-// unless the request is left to a person.
+// operations reads each status resource that a client got. It must be done, with the recorded
+// answer, unless the request is left to a person.
 func (r *run) operations(ctx context.Context) check.Result {
 	result := check.Result{Name: "operations", Title: "each status resource that a client was told of shows the recorded answer, to its own client", Examples: []string{}}
 	wrong := func(format string, args ...any) {

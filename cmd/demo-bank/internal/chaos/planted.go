@@ -40,9 +40,9 @@ func plantedHeaders() []byte {
 	return append(append(b, byte(len(contentType))), contentType...)
 }
 
-// planter adds records to the table that expired long ago, and live ones beside them: the reaper
-// must delete all of the expired and none of the live ones. Some are of keys that a client is about
-// to use.
+// planter adds to the table records with an expiry long ago, and live records beside them. The
+// reaper must delete all of the expired ones and none of the live ones. Some records have a key
+// that a client is about to use.
 type planter struct {
 	owner   *run
 	session session

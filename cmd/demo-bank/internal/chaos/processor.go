@@ -26,8 +26,8 @@ const (
 	processorTimeout   = 5 * time.Second        // of a request to it
 )
 
-// processor is the process that the banks call: a demo-bank psp with a file. It is restarted when it
-// dies.
+// processor is the process that the banks call: a demo-bank psp with a file. It is restarted when
+// it dies.
 type processor struct {
 	run     *run
 	program string
@@ -143,7 +143,7 @@ func (p *processor) crash(ctx context.Context) (bool, error) {
 	if err != nil {
 		return false, nil // it has just ended
 	}
-	// The channel of the life that was killed is closed already, and is replaced when it has ended.
+	// The channel of the killed life is closed already, and is replaced when that life has ended.
 	for {
 		p.mu.Lock()
 		gone := !p.killed || p.cmd == nil
@@ -158,8 +158,8 @@ func (p *processor) crash(ctx context.Context) (bool, error) {
 	return true, p.awaitServing(ctx, nil)
 }
 
-// set makes the processor misbehave, and waits until it does. It tries until ctx ends: the processor
-// may be between two lives.
+// set makes the processor misbehave, and waits until it does. It tries until ctx ends: the
+// processor may be between two lives.
 func (p *processor) set(ctx context.Context, faults psp.Faults) error {
 	body, err := json.Marshal(faults)
 	if err != nil {

@@ -9,8 +9,8 @@ import (
 	"github.com/paidonce/idempotency/internal/crashpoint"
 )
 
-// profile sets how hard a run is. The numbers of faults are for its operations; another number of
-// operations scales them.
+// profile sets the load and the faults of a run. The numbers of faults are for its number of
+// operations; another number of operations scales them.
 type profile struct {
 	operations  int
 	durationMax time.Duration
@@ -25,8 +25,8 @@ type profile struct {
 	effects      bool               // some requests call the processor
 	stops        int                // of banks, at each kind of COMMIT
 
-	// The minimum that a run must reach at its own number of operations, besides each kind at least
-	// once.
+	// The minimums for a run with the profile's number of operations. Each kind must also be
+	// reached at least once.
 	killsMin, crashesMin, commitsMin int
 }
 
@@ -115,8 +115,8 @@ func (p profile) scaled(operations int) profile {
 	if operations < lullFrom {
 		delete(events, lull)
 	}
-	// Each crash point is armed at least once, and each kind of COMMIT fault has a fair chance of
-	// its own.
+	// Each crash point is armed at least once. There are at least four faults of COMMITs for each
+	// kind, on average.
 	events[killBank] = max(events[killBank], len(p.points))
 	p.events = events
 	p.commits = scale(p.commits, 4*len(p.weights))

@@ -58,7 +58,7 @@ type Report struct {
 	Totals       []Count `json:"totals"`
 
 	Unknown int64 `json:"unknown"`
-	// Those of keys with a COMMIT that was late, was left open or lost its backend.
+	// The unknown answers of keys with a COMMIT that was late, was left open or lost its backend.
 	UnknownExempt int64   `json:"unknown_exempt"`
 	UnknownRate   float64 `json:"unknown_rate"` // of the others, among all other answers
 

@@ -207,8 +207,8 @@ func TestEffectsAreReportedApart(t *testing.T) {
 	}
 }
 
-// TestWhatIsLeftToAPersonIsExplained: only an answer that the processor repeats for ever, or a key that
-// may be forgotten, explains a request that is left to a person.
+// TestWhatIsLeftToAPersonIsExplained: only an answer that the processor repeats for ever, or a key
+// that may be forgotten, explains a request that is left to a person.
 func TestWhatIsLeftToAPersonIsExplained(t *testing.T) {
 	t.Parallel()
 	const forgotten = "effect charge: the other service may have forgotten its key, and it was not found"
@@ -218,8 +218,8 @@ func TestWhatIsLeftToAPersonIsExplained(t *testing.T) {
 		forEver bool
 		want    bool
 	}{
-		"the same error for ever":       {"effect charge: only a person can go on, says the call", time.Second, true, true},
-		"nothing":                       {"effect charge: only a person can go on, says the call", time.Hour, false, false},
+		"the same error for ever":       {"effect charge: the processor answers 400", time.Second, true, true},
+		"nothing":                       {"effect charge: the processor answers 400", time.Hour, false, false},
 		"a key that is forgotten":       {forgotten, keyLifetime / 10 * 9, false, true},
 		"a key that is not forgotten":   {forgotten, keyLifetime/10*9 - time.Second, false, false},
 		"a contradiction of long since": {"the answer is a refusal, and effect charge was made and not undone", time.Hour, false, false},

@@ -154,7 +154,8 @@ func (f *findings) add(format string, args ...any) {
 	}
 }
 
-// result makes a check of the findings; seen is the number of things that were checked.
+// result returns the findings as the result of a check. seen is the number of things that were
+// checked.
 func (f *findings) result(name, title string, seen int) check.Result {
 	f.mu.Lock()
 	defer f.mu.Unlock()

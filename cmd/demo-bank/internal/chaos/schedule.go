@@ -62,7 +62,7 @@ const (
 	terminateBefore commitKind = "terminate-before"
 	terminateAfter  commitKind = "terminate-after"
 	killCommitting  commitKind = "kill-bank"
-	// The client hangs up while COMMIT is on its way: no cause to fail.
+	// The client hangs up while COMMIT is on its way. The COMMIT must not fail because of that.
 	hangUpAtCommit commitKind = "hang-up"
 )
 

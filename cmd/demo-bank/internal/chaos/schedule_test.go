@@ -23,6 +23,9 @@ func TestSameSeedSameSchedule(t *testing.T) {
 	for n, profile := range append(Profiles(), Profiles()...) {
 		config := Config{Profile: profile, Seed: 7, Effects: n >= len(Profiles())}
 		first := print(config)
+		if stops := strings.Count(first, "  stop\n"); (stops > 0) != config.Effects {
+			t.Errorf("%s: %d stops are printed", profile, stops)
+		}
 		if again := print(config); again != first {
 			t.Errorf("%s: the same seed has two schedules", profile)
 		}
@@ -83,6 +86,12 @@ func TestScheduleReachesEverything(t *testing.T) {
 				for kind := range p.events {
 					if events[kind] == 0 {
 						t.Errorf("%s of %d: there is no %s", name, operations, kind)
+					}
+				}
+				for _, kind := range []eventKind{loseRequests, loseReplies, errorsAfter, errorsBefore, slowProcessor, lateProcessor, sameErrors,
+					processorDown, forgetsKeys, forgetsNo, lookupLags, crashProcessor} {
+					if (events[kind] > 0) != effects {
+						t.Errorf("%s of %d: %d of %s", name, operations, events[kind], kind)
 					}
 				}
 				for kind := range p.weights {

@@ -79,8 +79,8 @@ func (l *lane) send(ctx context.Context, k *key, changed, final bool, t storm.Tr
 	return what
 }
 
-// pending notes a 202, which names the status resource, and reads that. For the checks a 202 means no
-// more than unknown.
+// pending notes a 202, which names the status resource, and reads that. For the checks a 202 means
+// no more than unknown.
 func (l *lane) pending(ctx context.Context, k *key, op *check.Operation, location string) {
 	l.run.tally.clientFaults.add("told to look later")
 	if op.Status != http.StatusAccepted || !strings.HasPrefix(location, operationsPath) || !k.async {

@@ -52,7 +52,7 @@ func (r *run) settle(ctx context.Context) error {
 	return errUnsettled
 }
 
-// replay sends the request of every key that was not given up once more: the answer must be the
+// replay sends once more the request of every key that was not given up. The answer must be the
 // recorded one.
 func (r *run) replay(ctx context.Context) error {
 	keys := slices.DeleteFunc(slices.Clone(r.keys.all()), (*key).abandoned)

@@ -32,7 +32,7 @@ type tally struct {
 
 	replies atomic.Int64 // of the load and the settling
 	unknown atomic.Int64
-	// Those of keys with a COMMIT that was late, was left open or lost its backend.
+	// The unknown answers of keys with a COMMIT that was late, was left open or lost its backend.
 	unknownExempt atomic.Int64
 
 	plantedReplays int64 // counted by the judge

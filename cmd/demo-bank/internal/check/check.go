@@ -54,7 +54,7 @@ type Operation struct {
 	// The end of the problem's type if the answer is a problem document; it may be the handler's
 	// own, such as account-not-found.
 	Problem string
-	// A hash of status, recorded headers and body bytes; only of executed and replayed.
+	// A hash of status, recorded headers and body bytes. Set only for executed and replayed.
 	Answer [32]byte
 	ID     string // of the transfer, order or account, from a 2xx answer
 	// The content of the request. An order has its account in From and no To. Its Amount may be 0,
@@ -75,7 +75,10 @@ func (op *Operation) outcome() idempotency.Outcome {
 	if op.Returned == 0 || !known(op.Outcome) {
 		return idempotency.OutcomeUnknown
 	}
-	return idempotency.Outcome(op.Outcome)
+	if outcome := idempotency.Outcome(op.Outcome); outcome != idempotency.OutcomePending {
+		return outcome
+	}
+	return idempotency.OutcomeUnknown // which it is, for a client that does not wait
 }
 
 // acknowledged reports whether the reply is the key's recorded answer.
@@ -93,7 +96,7 @@ func success(status int) bool { return status >= 200 && status < 300 }
 func known(outcome string) bool {
 	switch idempotency.Outcome(outcome) {
 	case idempotency.OutcomeExecuted, idempotency.OutcomeReplayed, idempotency.OutcomeInProgress,
-		idempotency.OutcomeMismatch, idempotency.OutcomeNotExecuted, idempotency.OutcomeUnknown:
+		idempotency.OutcomeMismatch, idempotency.OutcomeNotExecuted, idempotency.OutcomeUnknown, idempotency.OutcomePending:
 		return true
 	}
 	return false
@@ -119,17 +122,18 @@ type Key struct{ Scope, Key string }
 // String is for examples: the keys of a run are random ids, not secrets.
 func (k Key) String() string { return k.Scope + "/" + k.Key }
 
-// Expectation states the actions and the aim of a key's client. Each key of a run has one; it is
-// about the key's first request. A changed body needs none, but it may win the key if the first
-// request took no effect. So its sender also retries, until the reply is executed, replayed,
-// mismatch, or not-executed with nothing lost or unknown before.
+// Expectation states the end that a key's first request must have. Each key of a run has one. A
+// request with a changed body has none, but it may win the key if the first request took no effect.
+// So its client also retries it, until the reply is executed, replayed or mismatch, or is
+// not-executed and no earlier reply was lost or unknown.
 type Expectation struct {
 	Scope, Key string
-	// Abandoned after not-executed, with nothing lost or unknown before: it must never take effect.
+	// The client gave up after not-executed, and no reply was lost or unknown: the request must
+	// never take effect.
 	GivenUp bool
 	// The handler must refuse the request: its answer is a 4xx.
 	Declined bool
-	// It is left to a person: it has no answer.
+	// The request is left to a person, and has no answer.
 	Parked bool
 }
 

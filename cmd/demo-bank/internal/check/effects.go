@@ -22,8 +22,8 @@ const (
 	OneInput         = "one input"
 )
 
-// Outside is the state that requests with calls to the processor left behind, once they have settled:
-// in the books and tables of the bank, and at the processor.
+// Outside is the state that requests with calls to the processor left behind, once they have
+// settled: in the books and tables of the bank, and at the processor.
 type Outside struct {
 	Postings []Posting        // of the bank
 	Effects  []RecordedEffect // the bank's rows of calls and phases
@@ -86,8 +86,8 @@ type Item struct {
 // different keys apart.
 func MailOf(key Key) string { return key.Key + "@" + key.Scope + ".example" }
 
-// Judge compares the state with the history of the requests that call the processor, once every fault
-// has ended and everything has settled. It returns all of its checks.
+// Judge compares the state with the history of the requests that call the processor, once every
+// fault has ended and everything has settled. It returns all of its checks.
 func (o *Outside) Judge(ops []Operation, expected []Expectation) []Result {
 	x := o.index()
 	gs := groups(ops)
@@ -244,8 +244,9 @@ func (x *index) toldIsTrue(gs []group) Result {
 	return r
 }
 
-// notExecutedHolds is [NotExecutedHolds]. A refusal that did not look at the table is only about its
-// own request, so only a client that got nothing else may rely on it.
+// notExecutedHolds is [NotExecutedHolds]. A not-executed reply may come without a look at the
+// table, and then it is only about its own request. So only a client that got no other reply may
+// rely on it.
 func (x *index) notExecutedHolds(gs []group, expected []Expectation) Result {
 	r := effectsResult(NotExecutedHolds)
 	wanted := expectations(expected)

@@ -9,8 +9,8 @@ import (
 	"github.com/paidonce/idempotency"
 )
 
-// outsideWorld is a world in order: a top-up, a refused top-up, one that was refunded, a payout, a
-// receipt, a parked payout, and a key that was given up.
+// outsideWorld is a state without errors: a top-up, a refused top-up, one that was refunded, a
+// payout, a receipt, a parked payout, and a key that was given up.
 type outsideWorld struct {
 	Outside
 	ops      []Operation
@@ -79,7 +79,7 @@ func (w *outsideWorld) broken() (names []string) {
 	return names
 }
 
-// TestEachWrongOfEffectsIsFound plants one wrong at a time.
+// TestEachWrongOfEffectsIsFound plants one error at a time.
 func TestEachWrongOfEffectsIsFound(t *testing.T) {
 	t.Parallel()
 	for name, test := range map[string]struct {
@@ -148,7 +148,8 @@ func TestEachWrongOfEffectsIsFound(t *testing.T) {
 	}
 }
 
-// TestEachCheckOfEffectsSeesSomething: in a world in order each check has something to look at.
+// TestEachCheckOfEffectsSeesSomething: in a state without errors each check has something to look
+// at.
 func TestEachCheckOfEffectsSeesSomething(t *testing.T) {
 	t.Parallel()
 	w := newOutsideWorld()
@@ -164,8 +165,8 @@ func TestEachCheckOfEffectsSeesSomething(t *testing.T) {
 	}
 }
 
-// TestReplayOfARequestThatOthersEnded: the first answer to a request that calls another service may be
-// a replay. For any other request it may not. In both cases the replay is final.
+// TestReplayOfARequestThatOthersEnded: the first answer to a request that calls another service may
+// be a replay. For any other request it may not. In both cases the replay is final.
 func TestReplayOfARequestThatOthersEnded(t *testing.T) {
 	t.Parallel()
 	for _, calls := range []bool{true, false} {

@@ -55,7 +55,7 @@ func oneAnswer(gs []group) Result {
 			}
 			finals = finals || op.Final
 			if !op.acknowledged() {
-				// If another request won the key, its real one gets no answer of its own.
+				// If another request won the key, the key's real request gets no answer of its own.
 				final = final || op.Final && op.outcome() == idempotency.OutcomeMismatch
 				continue
 			}

@@ -173,8 +173,10 @@ func stricter(a, b *Operation, outcome idempotency.Outcome) bool {
 }
 
 // stuckKey returns a request that got in-progress although no other request can have held the key,
-// or nil. A request that got in-progress holds nothing in the end. But it may have held the key
-// before, and another one later: a chain of such requests must lead to one that got another reply.
+// or nil. A request that got in-progress needs another request that held the key at that time. That
+// one either got a different reply, or it got in-progress itself later, because a third request
+// then held the key. So each chain of such requests must end at a request that got a different
+// reply.
 func stuckKey(ops []*Operation) *Operation {
 	var open, excused []*Operation
 	for _, op := range ops {

@@ -159,8 +159,8 @@ func pointers(ops []Operation) []*Operation {
 	return p
 }
 
-// plainModel is the key once more, in plain terms: a request with an unknown outcome took effect or
-// did not, and no request is left out.
+// plainModel is keyModel without its simplifications: a request with an unknown outcome took effect
+// or did not, and no request is left out.
 func plainModel() porcupine.Model {
 	model := porcupine.NondeterministicModel{
 		Init: func() []any { return []any{keyState{}} },

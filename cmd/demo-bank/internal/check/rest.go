@@ -17,8 +17,8 @@ type Bounds struct {
 }
 
 // Live is [LiveRecordsKept]: each of the keys has its record, and the table is within limit. The
-// keys must be younger than the TTL: pass those that were acknowledged and those that were planted
-// to tempt the reaper.
+// keys must be younger than the TTL: pass those that were acknowledged, and those of planted
+// records that the reaper must not delete.
 func Live(ctx context.Context, conn *pgx.Conn, live []Key, limit Bounds) (Result, error) {
 	r := result(LiveRecordsKept)
 	r.Seen = len(live)
@@ -59,9 +59,9 @@ func Live(ctx context.Context, conn *pgx.Conn, live []Key, limit Bounds) (Result
 }
 
 // Quiet is [Quieted]: besides conn, no session of its database holds or awaits an advisory lock
-// (except the lease of a node number), is idle in a transaction, or waits for a lock. It looks
-// once. Its role must see the others' sessions: a superuser, a member of pg_read_all_stats, or the
-// role of all of them. Otherwise Quiet returns an error.
+// (except the lease of a node number), is idle in a transaction, or waits for a lock. Quiet looks
+// once. The role of conn must see the sessions of others: it is a superuser, a member of
+// pg_read_all_stats, or the role of all of these sessions. Otherwise Quiet returns an error.
 func Quiet(ctx context.Context, conn *pgx.Conn) (Result, error) {
 	r := result(Quieted)
 	var hidden int64

@@ -14,7 +14,7 @@ const (
 	barsMax  = 45 // seconds
 )
 
-// Side is one half of the picture.
+// Side is one half of the page: with the middleware, or without it.
 type Side string
 
 // The sides.

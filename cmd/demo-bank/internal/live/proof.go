@@ -111,9 +111,9 @@ func (t *Twin) judge() {
 	}
 }
 
-// twinName matches a twin's account id. The run consists of its start time and the end of the
-// ledger at that time. So ids sort by time, and a proof, also in another process, need not read
-// older entries.
+// twinName matches a twin's account id. The name of a run is its start time and the end of the
+// ledger at that time. So ids sort by time, and a proof need not read older entries, even in
+// another process.
 var twinName = regexp.MustCompile(`^twin-([0-9a-f]{12}-[0-9a-f]{1,15})-(protected|unprotected)(-payee)?$`)
 
 // selectTwins reads the accounts of the run in $1, or of the newest run if $1 is empty. Anyone may

@@ -55,7 +55,7 @@ type Storm struct {
 	Differing int   `json:"differing"`
 	StartedMS int64 `json:"started_ms"`
 	EndedMS   int64 `json:"ended_ms,omitempty"`
-	// Of the whole bank, after the storm: ok, broken or unknown.
+	// The result of the whole bank's audit after the storm: ok, broken or unknown.
 	Audit string `json:"audit,omitempty"`
 }
 

@@ -19,9 +19,9 @@ import (
 	"github.com/paidonce/idempotency/cmd/demo-bank/internal/psp"
 )
 
-// This file shows a top-up twice: with a handler that charges inside its transaction, and through the
-// bank's own route, which calls by an effect. Wire sits between bank and processor. It loses the first
-// reply of each side, and counts the charges in all replies. Both clients give up early.
+// This file shows a top-up twice: with a handler that charges inside its transaction, and through
+// the bank's own route, which calls by an effect. Wire sits between bank and processor. It loses
+// the first reply of each side, and counts the charges in all replies. Both clients give up early.
 
 const (
 	// topUpMax limits a demonstration. The bank's pauses are at most bank.BackoffMax.
@@ -159,8 +159,8 @@ func (d *demonstration) run(ctx context.Context) error {
 	return nil
 }
 
-// without charges inside a transaction, at a processor of its own. That charge is in no books, and all
-// charges at the bank's own processor must be.
+// without charges inside a transaction, at a separate processor. This charge is not in the books,
+// but the audit requires that all charges at the bank's own processor are.
 func (d *demonstration) without(ctx context.Context) error {
 	inside := psp.New(psp.Config{Addr: "127.0.0.1:0"})
 	running, end := context.WithCancel(ctx)
@@ -287,8 +287,8 @@ func (d *demonstration) countPostings(ctx context.Context, side Side) error {
 	return err
 }
 
-// WithoutEffects sets the function that tops up without effects: see [bank.Bank.TopUpWithoutEffects].
-// It must be called before the page is served.
+// WithoutEffects sets the function that tops up without effects: see
+// [bank.Bank.TopUpWithoutEffects]. It must be called before the page is served.
 func (l *Live) WithoutEffects(topUp func(ctx context.Context, processor *bank.Processor, account, card string, amount int64) error) {
 	l.withoutEffects = topUp
 }

@@ -10,7 +10,8 @@ import (
 	"time"
 )
 
-// TestOneTopUpAtATime: a second one is refused, and so is any once the bank stops.
+// TestOneTopUpAtATime: a second top-up is refused, and so is every top-up after the bank began to
+// stop.
 func TestOneTopUpAtATime(t *testing.T) {
 	t.Parallel()
 	l := New(nil, "http://127.0.0.1:0", time.Hour, nil)

@@ -105,7 +105,7 @@ type Suite struct {
 	healthy      map[Test]bool
 }
 
-// NewSuite returns a suite of the sources under root. What it builds goes into folder.
+// NewSuite returns a suite of the sources under root. It builds into folder.
 func NewSuite(root, folder string) *Suite {
 	return &Suite{root, folder, map[string]string{}, map[Test]bool{}}
 }

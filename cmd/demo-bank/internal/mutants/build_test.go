@@ -10,8 +10,8 @@ import (
 	"github.com/paidonce/idempotency/cmd/demo-bank/internal/mutants"
 )
 
-// A mutant changes sources that evolve: each must still apply, and compile, and fail the test that
-// it names. With -short it must only apply, and its own packages compile.
+// The sources that a mutant changes evolve. Each mutant must still apply and compile, and the test
+// that it names must fail. With -short it must only apply, and its own packages must compile.
 func TestEveryMutantBuilds(t *testing.T) {
 	root, err := filepath.Abs("../../../..")
 	if err != nil {

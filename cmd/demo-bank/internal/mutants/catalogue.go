@@ -11,7 +11,7 @@ type Mutant struct {
 	edits []edit
 }
 
-// Test names a test that catches a bug that no storm on the bank can show.
+// Test names a test for a bug that storms on the bank never or rarely show.
 type Test struct{ Folder, Func string }
 
 // edit replaces the one occurrence of before in a file.
@@ -83,8 +83,8 @@ func ofAnswers() []Mutant {
 	}
 	pgErr, ok := wire.Definite(err)
 `},
-				// The error of COMMIT itself, not of the statement before it, as if they were sent
-				// one by one.
+				// It returns the error of COMMIT itself, not that of the statement before it, as if
+				// the two were sent one after the other.
 				{exchangeFile, `		if err != nil {
 			abandon(conn)
 			return reader.reply, reader.broken(err)
@@ -109,9 +109,9 @@ func ofAnswers() []Mutant {
 		return Result{}, err
 `},
 				{engineFile, "Attempt: NewAttemptID()}", "Attempt: NewAttemptID(), Again: req.claim.Again}"},
-				{attemptFile, `	case a.record != nil: // also if`, `	case claim.Again:
+				{attemptFile, `	case a.record != nil: // even if`, `	case claim.Again:
 		return a, nil, nil
-	case a.record != nil: // also if`},
+	case a.record != nil: // even if`},
 				{statementsFile, `$4, $5, $6, $7, $8, $9, $10, $11, $12)" +`, `$4, $5, $6, $7, $8, $9, $10, $11, $12) ON CONFLICT DO NOTHING" +`},
 				{statementsFile, countedRows, `" SELECT pg_catalog.count(*) FROM written",`},
 			},
@@ -170,7 +170,7 @@ func ofAnswers() []Mutant {
 			Name: "row-security-not-looked-at",
 			Bug:  "a record that row-level security hides from a claim is taken for absent",
 			Test: Test{"storage/postgres", "TestClaimThatMayNotSeeTheRecordRunsNothing"},
-			edits: []edit{{attemptFile, `	case a.hidden: // also if the lock is taken: perhaps by the replay of a hidden record
+			edits: []edit{{attemptFile, `	case a.hidden: // even if the lock is taken: perhaps by the replay of a hidden record
 		err = fail("look the record up", idempotency.ErrUnknown, rowSecurity(s.table, ""))
 `, ``}},
 		},
@@ -304,8 +304,8 @@ func (e early) Flush() {
 	}
 }
 
-// ofEffects returns the bugs of calls to other services. Most of them show in one of hundreds of random
-// requests, so each bug names a test with a schedule that shows it.
+// ofEffects returns the bugs of calls to other services. Most of them show in one of hundreds of
+// random requests, so each bug names a test with a schedule that shows it.
 func ofEffects() []Mutant {
 	return []Mutant{
 		{
@@ -375,7 +375,7 @@ func ofEffects() []Mutant {
 			Name: "lifetime-from-the-last-send",
 			Bug:  "the lifetime of a key counts from the last send",
 			Test: Test{"effect", "TestNothingIsSentAfterTheKeysLifetime"},
-			edits: []edit{{effectFile, `	case r.effects.Now().Sub(r.effect.SentFirst) >= r.Declared.effect.KeyLifetime/10*9:
+			edits: []edit{{effectFile, `	case r.effects.Age(r.effect) >= r.Declared.effect.KeyLifetime/10*9:
 `, `	case r.effects.Now().Sub(slices.MaxFunc([]time.Time{r.effect.SentFirst, r.effect.Doubt}, time.Time.Compare)) >= r.Declared.effect.KeyLifetime/10*9:
 `}},
 		},
@@ -389,8 +389,7 @@ func ofEffects() []Mutant {
 			Name: "sleeper-sends",
 			Bug:  "an owner sends however late it is",
 			Test: Test{"effect", "TestSleeperDoesNotSend"},
-			edits: []edit{{openFile, `	now := time.Now()
-	return !e.over && now.Sub(e.epochAt) < e.lease/2 && now.Round(0).Sub(e.epochAt.Round(0)) < e.lease/2
+			edits: []edit{{openFile, `	return !e.over && sinceByBoth(e.epochAt) < e.lease/2
 `, `	return !e.over
 `}},
 		},
@@ -403,8 +402,8 @@ func ofEffects() []Mutant {
 `}},
 		},
 		{
-			// Each of three guards is enough, so all are removed: the fence at the beginning, the lock
-			// that it takes, and the count at the end.
+			// Each of three guards is enough, so all are removed: the fence at the beginning, the
+			// lock that it takes, and the count at the end.
 			Name: "last-transaction-without-fence",
 			Bug:  "neither the beginning nor the end of the last transaction looks whose request it is",
 			Test: Test{"effect", "TestReplacedOwnerPostsNothing"},
@@ -432,8 +431,8 @@ func ofEffects() []Mutant {
 `}},
 		},
 		{
-			// Each of three guards is enough, so all are removed: the far date, the reaper's condition,
-			// and the trigger.
+			// Each of three guards is enough, so all are removed: the far date, the reaper's
+			// condition, and the trigger.
 			Name: "open-request-expires",
 			Bug:  "an open request expires as a record does, and is deleted",
 			Test: Test{"storage/postgres", "TestOpenRequestOutlivesItsTTL"},
@@ -504,7 +503,9 @@ func ofEffects() []Mutant {
 				{settleFile, `		case state != idempotency.EffectIntended:
 			return ErrSettledOtherwise
 `, ``},
-				{resumableFile, ` AND key = $2 AND name = $3 AND state = 1 AND (tries <= 1 OR $6)`, ` AND key = $2 AND name = $3 AND (tries <= 1 OR $6)`},
+				{resumableFile, ` AND key = $2 AND name = $3 AND state = 1",
+		audit`, ` AND key = $2 AND name = $3",
+		audit`},
 			},
 		},
 		{

@@ -50,8 +50,8 @@ type Faults struct {
 	// ended.
 	Down bool `json:"down"`
 
-	// KeyLifetimeS is the time in seconds that a key and its answer are kept. Afterwards the key is
-	// new. Defaults to 86,400, a day.
+	// KeyLifetimeS is the time in seconds for which a key and its answer are kept. Afterwards the
+	// key is new. Defaults to 86,400, a day.
 	KeyLifetimeS float64 `json:"key_lifetime_s"`
 
 	// KeepsDeclines repeats a refusal under its key. If it is false, a refused request leaves
@@ -117,7 +117,8 @@ type draw struct {
 func (f *Faults) draw(name keyName, n uint64) draw {
 	seed := sha256.Sum256(fmt.Appendf(nil, "%d\x00%s\x00%s\x00%d", f.Seed, name.kind, name.key, n))
 	source := rand.New(rand.NewChaCha8(seed))
-	// Each is drawn, so that a change of one probability does not change the others' requests.
+	// All faults are drawn, even those with probability 0: so a change of one probability does not
+	// change which requests the others hit.
 	hit := func(p float64) bool { return source.Float64() < p }
 	return draw{
 		loseRequest: hit(f.LoseRequest), errorBefore: hit(f.ErrorBefore), sameError: hit(f.SameError) && name.key != "",

@@ -145,7 +145,7 @@ func TestAReplyIsLostOnReplaysToo(t *testing.T) {
 }
 
 // TestALateRequestIsAppliedAfterItsCallerWasCutOff: until then its key is under way and its item
-// not listed. A decline that is late is kept as any other.
+// not listed. A late decline is kept like any other.
 func TestALateRequestIsAppliedAfterItsCallerWasCutOff(t *testing.T) {
 	t.Parallel()
 	b := setup(t)

@@ -46,8 +46,8 @@ type line struct {
 	Faults *Faults `json:"faults,omitempty"`
 }
 
-// journal is a file of JSON lines that is only appended to. A line is on disk before anyone is told
-// of it. It is safe for concurrent use.
+// journal is a file of JSON lines that is only appended to. A line is on disk before any answer
+// depends on it. It is safe for concurrent use.
 type journal struct {
 	file   *os.File      // nil for a journal in memory
 	failed chan struct{} // closed when a write has failed
@@ -68,8 +68,8 @@ type batch struct {
 }
 
 // openJournal opens or creates the file, locks it, and calls read for each line. It cuts off a torn
-// last line: whoever wrote it was killed before it told anyone. instance is used if the file is
-// new; openJournal returns the file's own. If path is empty, the journal is in memory.
+// last line: the process that wrote it was killed before it sent an answer. instance is used if the
+// file is new; openJournal returns the file's own. If path is empty, the journal is in memory.
 func openJournal(path, instance string, read func(line) error) (*journal, string, error) {
 	j := &journal{failed: make(chan struct{})}
 	if path == "" {
@@ -209,7 +209,7 @@ func (j *journal) enqueue(l line, apply func()) (wait func() error) {
 	}
 }
 
-// commit writes a batch once the one before it is written.
+// commit writes a batch once the previous one is written.
 func (j *journal) commit(b *batch) {
 	j.writing.Lock()
 	defer j.writing.Unlock()
@@ -244,7 +244,7 @@ func (j *journal) write(text []byte) error {
 	return nil
 }
 
-// fail refuses all further writes: after one that failed, nobody knows what is on disk.
+// fail refuses all further writes: after a failed write the content of the disk is unknown.
 func (j *journal) fail(err error) {
 	j.mu.Lock()
 	defer j.mu.Unlock()
@@ -268,7 +268,8 @@ func (j *journal) close() error {
 	return unlock(j.file)
 }
 
-// reason returns the error for which the channel failed was closed.
+// reason returns the error of the first write that failed, or errClosed. It is nil until failed is
+// closed.
 func (j *journal) reason() error {
 	j.mu.Lock()
 	defer j.mu.Unlock()

@@ -78,7 +78,7 @@ func TestATornLastLineIsCutOff(t *testing.T) {
 		b.stop()
 	}
 
-	// A header that is torn is a new file. An empty file is one too.
+	// A file with a torn header counts as new, and so does an empty file.
 	for torn := range len(lines[0]) - 1 {
 		if err := os.WriteFile(file, whole[:torn], 0o600); err != nil {
 			t.Fatal(err)
@@ -135,8 +135,9 @@ func TestAFileOfAnotherFormatIsRefused(t *testing.T) {
 	}
 }
 
-// TestAFileThatCannotBeWrittenEndsTheProcessor: after a failed write nobody knows what is on disk,
-// so the request gets no answer that says so, later ones are not applied, and Run ends.
+// TestAFileThatCannotBeWrittenEndsTheProcessor: after a failed write the content of the disk is
+// unknown. So the request gets no answer that states an outcome, later requests are not applied,
+// and Run ends.
 func TestAFileThatCannotBeWrittenEndsTheProcessor(t *testing.T) {
 	t.Parallel()
 	config := New(Config{File: filepath.Join(t.TempDir(), "psp"), EntriesMax: 10}).config
@@ -148,7 +149,7 @@ func TestAFileThatCannotBeWrittenEndsTheProcessor(t *testing.T) {
 		t.Fatal(err)
 	}
 	for n := range 2 {
-		if n == 1 { // the disk works again, which does not tell what is on it
+		if n == 1 { // the disk works again, but its content is unknown
 			if l.journal.file, err = os.OpenFile(config.File, os.O_RDWR, 0); err != nil {
 				t.Fatal(err)
 			}

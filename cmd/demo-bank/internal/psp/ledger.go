@@ -209,7 +209,7 @@ func (l *ledger) claim(name keyName, o order) (*claim, *entry, error) {
 	return c, nil, nil
 }
 
-// digest returns the same for two requests with the same fields.
+// digest returns a hash of a request's fields.
 func digest(o order) string {
 	text, err := json.Marshal(o)
 	if err != nil { // only our own types are passed

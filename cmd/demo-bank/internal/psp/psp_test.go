@@ -181,8 +181,8 @@ func eventually(t *testing.T, what string, so func() bool) {
 	}
 }
 
-// TestEachServiceAnswersAndLists: each answer has its status and exactly its fields, its list has
-// the same item, and the list of its key too.
+// TestEachServiceAnswersAndLists: each answer has its status and exactly its fields. The list of
+// the service has the same item, and so has the list of the key.
 func TestEachServiceAnswersAndLists(t *testing.T) {
 	t.Parallel()
 	b := setup(t)
@@ -426,7 +426,7 @@ func TestManyKeysAtOnce(t *testing.T) {
 	}
 }
 
-// underWay waits until a charge is.
+// underWay waits until a charge is under way.
 func (b *bundle) underWay(key string) {
 	b.t.Helper()
 	eventually(b.t, "the charge is under way", func() bool {

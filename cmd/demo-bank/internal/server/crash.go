@@ -13,8 +13,8 @@ import (
 )
 
 // CrashPoint kills the bank at a chosen place, like a power cut or kill -9. It uses the hooks that
-// every service has: the library does not know it. A nil CrashPoint installs nothing. It is safe
-// for concurrent use.
+// every service has: the library knows nothing about it. A nil CrashPoint installs nothing. It is
+// safe for concurrent use.
 type CrashPoint struct {
 	name   string
 	nth    int64

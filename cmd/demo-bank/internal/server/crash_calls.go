@@ -16,8 +16,8 @@ import (
 	"github.com/paidonce/idempotency/storage/postgres"
 )
 
-// The crash points of requests that call the processor. A COMMIT is recognized by a statement of the
-// store that is always sent with this COMMIT, and with no other.
+// The crash points of requests that call the processor. A COMMIT is recognized by a statement of
+// the store that is always sent with this COMMIT, and with no other.
 
 // takeOverSQL is a part of the statement that takes an open request over.
 const takeOverSQL = "epoch = epoch + 1"

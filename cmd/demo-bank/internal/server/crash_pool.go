@@ -97,8 +97,8 @@ func (t *crashPoolTracer) TraceConnectEnd(ctx context.Context, data pgx.TraceCon
 	}
 }
 
-// sentWriter writes to the database server. It can kill the process before or after a statement of an
-// open request is sent, and after a batch of the reaper.
+// sentWriter writes to the database server. It can kill the process before or after a statement of
+// an open request is sent, and after a batch of the reaper.
 type sentWriter struct {
 	io.Writer
 	point *CrashPoint

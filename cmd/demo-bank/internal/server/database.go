@@ -28,8 +28,8 @@ const (
 const (
 	connectTimeout = 5 * time.Second
 
-	// connectionsBeside the pool: the lease, migrations, PostgreSQL's reserved ones, and a psql or
-	// two.
+	// connectionsBeside is the number of connections outside the pool: the lease, migrations,
+	// PostgreSQL's reserved ones, and one or two for psql.
 	connectionsBeside = 16
 
 	// A transaction may be idle for as long as its handler may run, plus idleBeside. But a dead

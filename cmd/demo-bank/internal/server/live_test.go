@@ -151,8 +151,8 @@ func TestEachFaultBites(t *testing.T) {
 }
 
 // TestFiftyViewersOfAStorm: each viewer gets every update once, in order, with the same bytes as
-// all others, and at least a tenth of a second after the one before. Their sum is the state that a
-// new viewer sees at the end. The bank's memory does not grow with the viewers' time.
+// all others, and at least a tenth of a second after the previous one. Their sum is the state that
+// a new viewer sees at the end. The bank's memory does not grow with the viewers' time.
 func TestFiftyViewersOfAStorm(t *testing.T) {
 	t.Parallel()
 	b := setup(t)
@@ -380,8 +380,8 @@ func TestStreamsDoNotHoldUpTheEnd(t *testing.T) {
 }
 
 // TestTopUpWhoseProcessorLosesItsReplyIsShown: without effects the card is charged and nothing is
-// posted; with them the completer posts the one charge, although the client has given up. The bank's
-// own books stay right.
+// posted; with them the completer posts the one charge, although the client has given up. The
+// bank's own books stay right.
 func TestTopUpWhoseProcessorLosesItsReplyIsShown(t *testing.T) {
 	t.Parallel()
 	b := setup(t)

@@ -21,8 +21,8 @@ const (
 	pspStopTimeout = 100 * time.Millisecond
 )
 
-// openProcessor returns the configured processor, or starts one inside. stop closes its connections,
-// and ends the one inside.
+// openProcessor returns the configured processor, or starts one inside. stop closes its
+// connections, and ends the one inside.
 func (s *Server) openProcessor(ctx context.Context, watch *live.Live) (processor *bank.Processor, stop func(), err error) {
 	s.psp, stop = s.config.PSP, func() {}
 	if s.psp == "" {
@@ -55,7 +55,7 @@ func (s *Server) startProcessor(ctx context.Context) (url string, stop func(), e
 		config.File = filepath.Join(dir, pspFile)
 	}
 	inside := psp.New(config)
-	// It ends when stop is called, not with ctx: the bank finishes its calls before.
+	// It ends when stop is called, not with ctx: the bank finishes its calls before that.
 	running, end := context.WithCancel(context.WithoutCancel(ctx))
 	ended := make(chan error, 1)
 	var group sync.WaitGroup

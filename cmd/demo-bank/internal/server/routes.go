@@ -89,8 +89,8 @@ func (s *Server) protect(idem *middleware.Middleware) func(http.Handler) http.Ha
 	return idem.Handler
 }
 
-// resumable returns the middleware for a route that calls the processor. operations shows the route's
-// open requests.
+// resumable returns the middleware for a route that calls the processor. operations shows the
+// route's open requests.
 func (s *Server) resumable(idem *middleware.Middleware, operations *middleware.Status, name string) func(http.Handler) http.Handler {
 	return idem.With(func(o *middleware.Options) {
 		o.Resumable, o.BackoffMax, o.Accepted = name, bank.BackoffMax, operations

@@ -79,12 +79,13 @@ type Config struct {
 	// demo is better than a refusal.
 	AcquireTimeout time.Duration
 
-	// PSP is the URL of the processor that the bank calls. If it is empty, Run starts one inside, on
-	// a loopback port. That one keeps its state in a file in DataDir, or in memory without a DataDir.
+	// PSP is the URL of the processor that the bank calls. If it is empty, Run starts one inside,
+	// on a loopback port. That one keeps its state in a file in DataDir, or in memory without a
+	// DataDir.
 	PSP string
 
-	// KeyLifetime is the time that the processor is sure to know a key: nothing is sent again after
-	// nine tenths of it. It must be at least bank.KeyLifetimeMin. Defaults to 24 hours.
+	// KeyLifetime is the time for which the processor surely knows a key: nothing is sent again
+	// after nine tenths of it. It must be at least bank.KeyLifetimeMin. Defaults to 24 hours.
 	KeyLifetime time.Duration
 
 	// CrashPoint kills the process at a chosen point. If it is nil, nothing is installed.

@@ -376,8 +376,8 @@ func (s *storm) each(ctx context.Context, phase string, together int, do func(co
 	})
 }
 
-// Each calls do for every item. Each worker handles one item at a time. It stops when a call
-// returns an error or ctx ends.
+// Each calls do for every item. Each worker handles one item at a time. No call begins after one
+// has returned an error or ctx has ended.
 func Each[W, T any](ctx context.Context, workers []W, items []T, do func(context.Context, W, T) error) error {
 	free := make(chan W, len(workers))
 	for _, worker := range workers {

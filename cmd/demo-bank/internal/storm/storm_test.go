@@ -21,8 +21,8 @@ import (
 func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
 
 // model is a bank in memory that keeps every promise except the one that a test breaks. It does not
-// replace the bank, which the tests of package server storm: it shows that a storm detects banks
-// that lie.
+// replace the bank: the tests of package server run storms on that. The model shows that a storm
+// detects a bank that lies.
 type model struct {
 	mu      sync.Mutex
 	answers map[string]*bank.Transfer

@@ -134,7 +134,7 @@ func (tx *Tx) Defer(ctx context.Context, statement func() (rows int, sql string,
 	}
 	added := false
 	defer func() {
-		if !added { // also if an argument's encoder panics, and the handler recovers
+		if !added { // even if an argument's encoder panics, and the handler recovers
 			d.refuseStatement(cmp.Or(err, errArguments))
 		}
 		tx.done(err)

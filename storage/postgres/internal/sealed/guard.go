@@ -234,9 +234,9 @@ func isWordByte(c byte) bool {
 	return c == '_' || c == '$' || c >= 0x80 || '0' <= c && c <= '9' || 'a' <= c && c <= 'z' || 'A' <= c && c <= 'Z'
 }
 
-// countRows returns a statement with the effect of sql that fails with a division by zero unless
-// the number of rows that sql touches is the one given. It also returns the number of parameters.
-// sql has been admitted: it is one statement, and ends outside of strings and comments.
+// countRows returns a statement that does the same as sql, but fails with a division by zero unless
+// it touches the given number of rows. It also returns the number of parameters. sql has been
+// admitted: it is one statement, and ends outside of strings and comments.
 func countRows(sql string, rows int) (counted string, params int, err error) {
 	s := &scanner{rest: sql}
 	for s.skip(); s.rest != "" && s.rest[0] == ';'; s.skip() { // empty statements

@@ -130,7 +130,7 @@ func (r *handlerRow) Scan(dest ...any) error {
 	if !r.tx.row.CompareAndSwap(r, nil) {
 		return fmt.Errorf("%w: the handler has returned, or the row was scanned before", ErrSealed)
 	}
-	defer func() { // also if a Scanner panics
+	defer func() { // even if a Scanner panics
 		r.own.Rows.Close()
 		r.tx.done(r.own.Rows.Err())
 	}()

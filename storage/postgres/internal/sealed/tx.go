@@ -349,7 +349,7 @@ func (tx *Tx) QueryRow(ctx context.Context, sql string, arguments ...any) pgx.Ro
 	}
 	var err error
 	sent := false
-	defer func() { // also if an argument's encoder panics
+	defer func() { // even if an argument's encoder panics
 		if !sent {
 			tx.done(err)
 		}
@@ -421,7 +421,7 @@ func (tx *Tx) SendBatch(ctx context.Context, batch *pgx.Batch) pgx.BatchResults 
 
 // LargeObjects panics: its type can only be made around the seal.
 func (tx *Tx) LargeObjects() pgx.LargeObjects {
-	panic(idempotency.UsageError("idempotency/postgres: LargeObjects is not to be had in an idempotent handler: call lo_create, lo_put and lo_get by SQL"))
+	panic(idempotency.UsageError("idempotency/postgres: LargeObjects can't be used in an idempotent handler: call lo_create, lo_put and lo_get by SQL"))
 }
 
 // Conn returns nil: the connection would let the handler end the transaction.

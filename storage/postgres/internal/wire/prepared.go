@@ -85,10 +85,10 @@ func (s *Set) OthersOn(conn *pgconn.PgConn) (others bool) {
 
 // Prepare prepares the statements on a new connection, in one round trip. The connection is usable
 // without them: they are then sent as text, which adds no round trip. So a missing table or column
-// is no error, because a migration, or Check, may need the connection. Neither is a table that has
-// a rule, or that somebody keeps locked for longer than timeout, because the connection may be for
-// a request that needs no record. If the table has row-level security, they are sent as text too: a
-// plan with policies would outlive them.
+// is no error, because a migration, or Check, may need the connection. A table that has a rule, or
+// that somebody keeps locked for longer than timeout, is no error either, because the connection
+// may be for a request that needs no record. If the table has row-level security, they are sent as
+// text too: a plan with policies would outlive them.
 func (s *Set) Prepare(ctx context.Context, conn *pgconn.PgConn, p *Names, timeout time.Duration) error {
 	pipeline := conn.StartPipeline(ctx)
 	// Local to the transaction: all messages before the Sync run in one.
@@ -97,7 +97,8 @@ func (s *Set) Prepare(ctx context.Context, conn *pgconn.PgConn, p *Names, timeou
 	for _, one := range s.statements {
 		pipeline.SendPrepare(p.names[one.number], one.SQL, one.OIDs)
 	}
-	// Read after the statements were parsed, and regardless of the roles that it applies to.
+	// Read after the statements were parsed. It counts for every role, even one that row-level
+	// security does not apply to.
 	pipeline.SendQueryParams("SELECT relrowsecurity FROM pg_catalog.pg_class WHERE oid = '"+s.table+"'::pg_catalog.regclass", nil, nil, nil, nil)
 	rowSecurity := "t"
 	err := pipeline.Sync()
