@@ -107,17 +107,20 @@ func TestDependencies(t *testing.T) {
 	}{
 		{[]string{"."}, []string{""}, nil},
 		{[]string{"./effect"}, []string{"", "effect"}, nil},
+		{[]string{"./message"}, []string{"", "message"}, nil},
+		{[]string{"./relay"}, []string{"", "message", "relay"}, nil},
+		{[]string{"./consumer"}, []string{"", "consumer", "message"}, nil},
 		{[]string{"./storage/memory"}, []string{"", "storage/memory"}, nil},
 		{[]string{"./storage/encrypted"}, []string{"", "storage/encrypted"}, nil},
 		{[]string{"./storage/storagetest"}, []string{"", "storage/storagetest"}, nil},
-		{[]string{"./storage/postgres"}, []string{"", "storage/postgres"}, pgx},
+		{[]string{"./storage/postgres"}, []string{"", "consumer", "message", "relay", "storage/postgres"}, pgx},
 		// Package wire knows neither the store nor keys.
 		{[]string{"./storage/postgres/internal/wire"}, nil, pgconn},
-		{[]string{"./storage/postgres/internal/sealed"}, []string{""}, pgx}, // does not know the store
-		{[]string{"./storage/postgres/operator"}, []string{"", "internal/pooler", "storage/postgres", "storage/postgres/operator"}, pgx},
+		{[]string{"./storage/postgres/internal/sealed"}, []string{"", "message"}, pgx}, // does not know the store
+		{[]string{"./storage/postgres/operator"}, []string{"", "consumer", "internal/pooler", "message", "relay", "storage/postgres", "storage/postgres/operator"}, pgx},
 		{[]string{"./migrations"}, []string{"internal/pooler", "migrations"}, append([]string{"github.com/golang-migrate/migrate/v4"}, pgx...)},
 		{[]string{"./observe/history"}, []string{"", "observe/history"}, pgx},
-		{[]string{"./admin"}, []string{"", "admin", "internal/pooler", "storage/postgres", "storage/postgres/operator"}, pgx},
+		{[]string{"./admin"}, []string{"", "admin", "consumer", "internal/pooler", "message", "relay", "storage/postgres", "storage/postgres/operator"}, pgx},
 		{[]string{"./middleware"}, []string{"", "middleware"}, []string{httpsfv}},
 		{[]string{"./idempotencytest"}, []string{"", "effect", "idempotencytest", "internal/crashpoint", "middleware"}, []string{httpsfv}},
 		{[]string{"./middleware/chiroute"}, []string{"middleware/chiroute"}, []string{"github.com/go-chi/chi/v5"}},
@@ -126,7 +129,7 @@ func TestDependencies(t *testing.T) {
 		{[]string{"./client/boltintent"}, []string{"", "client", "client/boltintent"}, []string{uuid, "go.etcd.io/bbolt", "golang.org/x/sys"}},
 		{[]string{"./broker/brokertest"}, []string{"", "broker/brokertest", "consumer", "message", "relay"}, nil},
 		{[]string{"./broker/kafka"}, []string{"", "broker/kafka", "message", "relay"}, franz},
-		{[]string{"./middleware", "./storage/postgres"}, []string{"", "middleware", "storage/postgres"}, append([]string{httpsfv}, pgx...)},
+		{[]string{"./middleware", "./storage/postgres"}, []string{"", "consumer", "message", "middleware", "relay", "storage/postgres"}, append([]string{httpsfv}, pgx...)},
 		{[]string{"./observe/lostkey"}, []string{"", "observe/lostkey"}, nil},
 		{[]string{"./observe"}, []string{"", "observe", "observe/lostkey"}, nil},
 		{[]string{"./observe/prometheus"}, []string{"", "observe", "observe/lostkey", "observe/prometheus"}, prometheus},

@@ -49,6 +49,10 @@ func (k Key) Validate() error {
 	return ValidateKeyValue(k.Value)
 }
 
+// MessageScopePrefix begins the scopes of consumers (package consumer), which keep the ids of their
+// messages in the same table. Package middleware refuses it in the scope of a request.
+const MessageScopePrefix = "message:"
+
 // ValidateScope reports whether a scope can be stored. The error wraps [ErrScopeInvalid].
 func ValidateScope(scope string) error {
 	switch {

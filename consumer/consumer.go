@@ -28,9 +28,6 @@ import (
 	"github.com/paidonce/idempotency/message"
 )
 
-// ScopePrefix begins the scope of a consumer's records; its name follows.
-const ScopePrefix = "message:"
-
 // Limits.
 const (
 	NameBytesMax  = 100 // of a consumer's name
@@ -58,7 +55,7 @@ func (d *Delivery) Context(ctx context.Context) context.Context {
 	if !ok {
 		panic(idempotency.UsageError("idempotency/consumer: Context outside a BatchHandler: pass the handler's context on"))
 	}
-	return idempotency.HandlerContext(ctx, c.service, idempotency.Key{Scope: ScopePrefix + c.name, Value: d.ID}, c.attempt)
+	return idempotency.HandlerContext(ctx, c.service, idempotency.Key{Scope: idempotency.MessageScopePrefix + c.name, Value: d.ID}, c.attempt)
 }
 
 type batchKey struct{}
@@ -496,7 +493,7 @@ func (c *Consumer) deadLetter(park *Park) []message.Message {
 
 // key returns the key of a message's record.
 func (c *Consumer) key(d *Delivery) idempotency.Key {
-	return idempotency.Key{Scope: ScopePrefix + c.name, Value: d.ID}
+	return idempotency.Key{Scope: idempotency.MessageScopePrefix + c.name, Value: d.ID}
 }
 
 // handle runs the handler for a message.

@@ -10,6 +10,7 @@ import (
 	"net/http"
 	"os"
 	"runtime/debug"
+	"strings"
 	"sync/atomic"
 	"time"
 
@@ -125,7 +126,9 @@ func (m *Middleware) serve(w http.ResponseWriter, r *http.Request, next http.Han
 	if err != nil {
 		err = &serviceError{err}
 	} else {
-		err = idempotency.ValidateScope(scope)
+		if err = idempotency.ValidateScope(scope); err == nil && strings.HasPrefix(scope, idempotency.MessageScopePrefix) {
+			err = fmt.Errorf("%w: it begins with %q, as those of consumers do: put another word in front", idempotency.ErrScopeInvalid, idempotency.MessageScopePrefix)
+		}
 	}
 	if err != nil {
 		var status *StatusError

@@ -62,6 +62,7 @@ func TestCallerUnknown(t *testing.T) {
 	want(t, b.post(t, "/transfers", "{}", "Idempotency-Key", "k", "Account", ""), 401, idempotency.OutcomeNotExecuted, idempotency.ReasonScope)
 	want(t, b.post(t, "/transfers", "{}", "Idempotency-Key", "k", "Account", "empty"), 401, idempotency.OutcomeNotExecuted, idempotency.ReasonScope)
 	want(t, b.post(t, "/transfers", "{}", "Idempotency-Key", "k", "Account", strings.Repeat("a", 256)), 401, idempotency.OutcomeNotExecuted, idempotency.ReasonScope)
+	want(t, b.post(t, "/transfers", "{}", "Idempotency-Key", "k", "Account", "message:ledger"), 401, idempotency.OutcomeNotExecuted, idempotency.ReasonScope) // of a consumer
 	blocked := b.post(t, "/transfers", "{}", "Idempotency-Key", "k", "Account", "blocked")
 	want(t, blocked, 403, idempotency.OutcomeNotExecuted, idempotency.ReasonScope)
 	if !strings.Contains(blocked.body, "The account is blocked.") || blocked.header.Get("WWW-Authenticate") != "Bearer" {

@@ -52,7 +52,7 @@ func TestMigrate(t *testing.T) {
 			wantText(t, b.want(t, 0, "migrate", "status").stdout, step.says)
 		}
 	}
-	wantText(t, b.want(t, 0, "--schema", "payments", "migrate", "up").stdout, "version 4 of 4")
+	wantText(t, b.want(t, 0, "--schema", "payments", "migrate", "up").stdout, "version 5 of 5")
 	if n := b.Count(t, "SELECT count(*) FROM pg_tables WHERE schemaname = 'payments'"); n != 6 {
 		t.Errorf("%d tables in the other schema, want 6", n)
 	}

@@ -63,8 +63,8 @@ func TestOnAMillionRecords(t *testing.T) {
 		args []string
 		want []string // texts in the output
 	}{
-		{"status", []string{"migrate", "status"}, []string{"version 4 of 4"}},
-		{"up", []string{"migrate", "up"}, []string{"version 4 of 4"}},
+		{"status", []string{"migrate", "status"}, []string{"version 5 of 5"}},
+		{"up", []string{"migrate", "up"}, []string{"version 5 of 5"}},
 		{"get", []string{"key", "get", account, key}, []string{"recorded", "status       409", "2 bytes"}},
 		{"list", []string{"key", "list"}, []string{"account-0000", "50 records, 50 rows examined"}},
 		{"list backwards", []string{"key", "list", "--desc", "--rows", "1000"}, []string{"account-0999", "1000 records, 1000 rows examined"}},
@@ -79,7 +79,7 @@ func TestOnAMillionRecords(t *testing.T) {
 		{"recent", []string{"key", "list", "--recent"}, []string{"50 records", "account-0999"}},
 		{"stats", []string{"stats"}, []string{"about", "(estimated)", "live", "expired"}},
 		{"top", []string{"top", "--count", "1"}, []string{"in flight 0"}},
-		{"doctor", []string{"doctor"}, []string{"version 4", "the primary key is valid"}},
+		{"doctor", []string{"doctor"}, []string{"version 5", "the primary key is valid"}},
 		{"watch", []string{"key", "watch", account, key, "--until", "recorded"}, []string{"is recorded"}},
 		{"expire", []string{"key", "expire", account, key, "--reason", "test", "--yes"}, []string{"expired: the record of attempt"}},
 		{"delete", []string{"key", "delete", account, key, "--reason", "test", "--yes"}, []string{"deleted: the record of attempt"}},

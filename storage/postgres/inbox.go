@@ -106,7 +106,7 @@ func (s *Store) Inbox() *Inbox {
 }
 
 // scopeOf is the scope of a consumer's records.
-func scopeOf(name string) string { return consumer.ScopePrefix + name }
+func scopeOf(name string) string { return idempotency.MessageScopePrefix + name }
 
 // lockNumber is the number of a partition's lock. No request has an empty scope.
 func (i *Inbox) lockNumber(name string, p consumer.Partition) int64 {
