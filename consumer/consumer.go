@@ -376,7 +376,7 @@ func (r *run) do() (settled int, pause time.Duration) {
 		d := &r.deliveries[i]
 		d.ID = recordID(d.ID)
 		claim.Entries = append(claim.Entries, Entry{
-			ID: d.ID, Topic: d.Topic, Key: d.Key,
+			ID: d.ID, Offset: d.Offset, Topic: d.Topic, Key: d.Key,
 			Fingerprint: FingerprintOf(&d.Message),
 		})
 	}

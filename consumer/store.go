@@ -60,6 +60,7 @@ type Claim struct {
 // Entry is a message of a batch.
 type Entry struct {
 	ID          string
+	Offset      int64
 	Topic       string
 	Key         []byte
 	Fingerprint idempotency.Fingerprint

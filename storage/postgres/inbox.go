@@ -9,6 +9,7 @@ import (
 	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgconn"
 	"github.com/jackc/pgx/v5/pgtype"
+	"github.com/jackc/pgx/v5/pgxpool"
 
 	"github.com/paidonce/idempotency"
 	"github.com/paidonce/idempotency/consumer"
@@ -160,17 +161,17 @@ type batch struct {
 
 // Begin implements [consumer.Store].
 func (i *Inbox) Begin(ctx context.Context, claim *consumer.Claim) (consumer.Batch, error) {
-	s := i.store
-	conn, err := s.acquire(ctx)
-	if err != nil {
-		return nil, fail("acquire a connection", idempotency.ErrUnavailable, err)
-	}
-	if !wire.PlainText(conn.Conn().PgConn()) {
-		_ = conn.Conn().Close(ctx)
-		conn.Release()
-		return nil, fail("begin a batch", idempotency.ErrUnavailable, errEncoding)
-	}
 	b := &batch{inbox: i, claim: claim}
+	return b, i.begin(ctx, b, b.knownCall())
+}
+
+// begin opens the transaction of a batch. The last call tells what is known of the messages.
+func (i *Inbox) begin(ctx context.Context, b *batch, known wire.Call) error {
+	s, claim := i.store, b.claim
+	conn, err := i.acquire(ctx)
+	if err != nil {
+		return err
+	}
 	b.init(s, conn, &b.none, i.lockNumber(claim.Consumer, claim.Partition))
 	partition := wire.EncodeInt4(claim.Partition.Number)
 	calls := []wire.Call{
@@ -178,10 +179,10 @@ func (i *Inbox) Begin(ctx context.Context, claim *consumer.Claim) (consumer.Batc
 		b.lockCall(),
 		// Statements of their own: their snapshots must be younger than the lock.
 		{Statement: &i.statements.position, Params: [][]byte{[]byte(claim.Consumer), []byte(claim.Partition.Source), partition[:]}, Row: wire.RowFunc(b.readPosition)},
-		b.knownCall(),
+		known,
 	}
 	if reply, err := s.statements.Flush(ctx, b.conn, calls...); err != nil {
-		return nil, b.claimFailed(ctx, calls[min(reply.Failed, len(calls)-1)].Statement, err)
+		return b.claimFailed(ctx, calls[min(reply.Failed, len(calls)-1)].Statement, err)
 	}
 	switch {
 	case !b.locked:
@@ -191,10 +192,24 @@ func (i *Inbox) Begin(ctx context.Context, claim *consumer.Claim) (consumer.Batc
 	case !b.found:
 		err = fail("begin a batch", idempotency.ErrUnavailable, errors.New("the partition has no position: the row was deleted"))
 	default:
-		return b, nil
+		return nil
 	}
 	b.release(ctx)
-	return nil, err
+	return err
+}
+
+// acquire takes a connection on which the server reads our text as it is.
+func (i *Inbox) acquire(ctx context.Context) (*pgxpool.Conn, error) {
+	conn, err := i.store.acquire(ctx)
+	if err != nil {
+		return nil, fail("acquire a connection", idempotency.ErrUnavailable, err)
+	}
+	if !wire.PlainText(conn.Conn().PgConn()) {
+		_ = conn.Conn().Close(ctx)
+		conn.Release()
+		return nil, fail("begin a batch", idempotency.ErrUnavailable, errEncoding)
+	}
+	return conn, nil
 }
 
 func (b *batch) readPosition(values [][]byte) error {
@@ -213,15 +228,11 @@ func (b *batch) knownCall() wire.Call {
 		e := &entries[i]
 		ids, sums, topics, keys = append(ids, []byte(e.ID)), append(sums, e.Fingerprint.Sum[:]), append(topics, []byte(e.Topic)), append(keys, e.Key)
 	}
-	byKey := []byte{0}
-	if b.claim.Keys {
-		byKey[0] = 1
-	}
 	return wire.Call{
 		Statement: &b.inbox.statements.known,
 		Params: [][]byte{
 			[]byte(scopeOf(b.claim.Consumer)), []byte(b.claim.Consumer),
-			wire.EncodeArray(pgtype.TextOID, ids), wire.EncodeArray(pgtype.ByteaOID, sums), wire.EncodeArray(pgtype.TextOID, topics), wire.EncodeArray(pgtype.ByteaOID, keys), byKey,
+			wire.EncodeArray(pgtype.TextOID, ids), wire.EncodeArray(pgtype.ByteaOID, sums), wire.EncodeArray(pgtype.TextOID, topics), wire.EncodeArray(pgtype.ByteaOID, keys), encodeBool(b.claim.Keys),
 		},
 		Row: wire.RowFunc(func(values [][]byte) error {
 			d := wire.Decoder{Values: values}
@@ -389,14 +400,9 @@ func (i *Inbox) BeginParked(ctx context.Context, name, id string, attempt idempo
 		return none(fail("read a parked message", idempotency.ErrUnavailable, wire.SQLError(err)))
 	}
 	claim.Entries = []consumer.Entry{{ID: d.ID, Topic: d.Topic, Key: d.Key, Fingerprint: consumer.FingerprintOf(&d.Message)}}
-	conn, err := s.acquire(ctx)
+	conn, err := i.acquire(ctx)
 	if err != nil {
-		return none(fail("acquire a connection", idempotency.ErrUnavailable, err))
-	}
-	if !wire.PlainText(conn.Conn().PgConn()) {
-		_ = conn.Conn().Close(ctx)
-		conn.Release()
-		return none(fail("begin a batch", idempotency.ErrUnavailable, errEncoding))
+		return none(err)
 	}
 	b := &parkedBatch{batch{inbox: i, claim: claim}}
 	lock := "parked " + strconv.Quote(name) + " " + strconv.Quote(d.Topic) + " "

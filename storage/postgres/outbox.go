@@ -7,6 +7,7 @@ import (
 	"hash/fnv"
 	"slices"
 	"strings"
+	"sync"
 	"time"
 
 	"github.com/jackc/pgx/v5"
@@ -106,12 +107,34 @@ func outboxMeaning(err *pgconn.PgError) (sentinel, explained error) {
 
 // nudge wakes the relay of this process if the transaction, which has ended, published messages.
 func (a *attempt) nudge() {
-	if len(a.tx.Messages()) == 0 {
-		return
+	if len(a.tx.Messages()) > 0 {
+		a.store.nudges.send()
 	}
-	select {
-	case a.store.published <- struct{}{}:
-	default: // it will look anyway
+}
+
+// nudges tell the readers of the outbox in this process that there are messages.
+type nudges struct {
+	mu      sync.Mutex
+	readers []chan struct{}
+}
+
+// reader returns a new channel.
+func (n *nudges) reader() <-chan struct{} {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	c := make(chan struct{}, 1)
+	n.readers = append(n.readers, c)
+	return c
+}
+
+func (n *nudges) send() {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	for _, c := range n.readers {
+		select {
+		case c <- struct{}{}:
+		default: // it will look anyway
+		}
 	}
 }
 
@@ -121,13 +144,18 @@ func (a *attempt) nudge() {
 // is no place to go on from: a transaction that drew a lower id may commit later, and the next
 // message of its key would overtake it.
 type Outbox struct {
-	store *Store
-	table string // sanitized
+	store  *Store
+	table  string // sanitized
+	except []string
+	nudged <-chan struct{}
 }
 
-// Outbox returns the outbox.
-func (s *Store) Outbox() *Outbox {
-	return &Outbox{store: s, table: pgx.Identifier{s.options.Schema, OutboxTable}.Sanitize()}
+// Outbox returns the outbox, without the messages of some topics: those that a [Queue] handles.
+func (s *Store) Outbox(except ...string) *Outbox {
+	if except == nil {
+		except = []string{} // nil would be NULL
+	}
+	return &Outbox{store: s, table: pgx.Identifier{s.options.Schema, OutboxTable}.Sanitize(), except: except, nudged: s.nudges.reader()}
 }
 
 var _ relay.Outbox = (*Outbox)(nil)
@@ -140,7 +168,7 @@ func (o *Outbox) ready() string {
 // Waiting implements [relay.Outbox].
 func (o *Outbox) Waiting(ctx context.Context) ([]int, error) {
 	rows, err := o.store.pool.Query(ctx, "SELECT shard FROM generate_series(0, $1::int - 1) AS s (shard)"+
-		" WHERE EXISTS (SELECT FROM "+o.table+" AS m WHERE m.shard = s.shard AND "+o.ready()+")", OutboxShards)
+		" WHERE EXISTS (SELECT FROM "+o.table+" AS m WHERE m.shard = s.shard AND m.topic <> ALL ($2) AND "+o.ready()+")", OutboxShards, o.except)
 	if err != nil {
 		return nil, wire.SQLError(err)
 	}
@@ -152,7 +180,7 @@ func (o *Outbox) Waiting(ctx context.Context) ([]int, error) {
 }
 
 // Nudged implements [relay.Outbox].
-func (o *Outbox) Nudged() <-chan struct{} { return o.store.published }
+func (o *Outbox) Nudged() <-chan struct{} { return o.nudged }
 
 // ParkedBytesMax is the maximum length of the reason for which a message is parked.
 const ParkedBytesMax = 500
@@ -182,8 +210,8 @@ func (o *Outbox) drain(ctx context.Context, tx pgx.Tx, shard int, limits relay.L
 		return relay.Drained{Held: err == nil}, err
 	}
 	rows, err := tx.Query(ctx, "SELECT id, message_id::text, topic, key, headers, body, GREATEST(extract(epoch FROM clock_timestamp() - created_at), 0)::float8 FROM ("+
-		"SELECT *, sum(octet_length(body)) OVER (ORDER BY id) - octet_length(body) AS before FROM (SELECT * FROM "+o.table+" AS m WHERE shard = $1 AND "+o.ready()+
-		" ORDER BY id LIMIT $2) AS oldest) AS sized WHERE before < $3 ORDER BY id", shard, limits.Messages, limits.Bytes)
+		"SELECT *, sum(octet_length(body)) OVER (ORDER BY id) - octet_length(body) AS before FROM (SELECT * FROM "+o.table+" AS m WHERE shard = $1 AND topic <> ALL ($4) AND "+o.ready()+
+		" ORDER BY id LIMIT $2) AS oldest) AS sized WHERE before < $3 ORDER BY id", shard, limits.Messages, limits.Bytes, o.except)
 	if err != nil {
 		return d, err
 	}

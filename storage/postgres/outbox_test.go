@@ -285,7 +285,7 @@ func TestMessageThatIsRefusedFailsTheRequest(t *testing.T) {
 				err = errors.Join(err, message.Publish(ctx, fmt.Sprint(i), text("t", "", "")))
 			}
 			return err
-		}, says: "100 messages"},
+		}, says: "1000 messages"},
 		"no outbox":       {publish: func(ctx context.Context) error { return message.Publish(ctx, "m", text("t", "", "")) }, before: "DROP TABLE message_outbox", says: "migrate"},
 		"a trigger drops": {publish: func(ctx context.Context) error { return message.Publish(ctx, "m", text("t", "", "")) }, before: "CREATE FUNCTION nothing() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN RETURN NULL; END'; CREATE TRIGGER nothing BEFORE INSERT ON message_outbox FOR EACH ROW EXECUTE FUNCTION nothing()", says: "trigger"},
 	} {

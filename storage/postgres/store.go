@@ -188,7 +188,7 @@ type Store struct {
 	// primary can't be recognized by it.
 	withoutPosition atomic.Bool
 
-	published chan struct{} // gets a value after a commit of messages; see [Outbox.Nudged]
+	nudges nudges // of those who read the outbox in this process
 
 	synchronousCommit []byte // the option, as a parameter
 }
@@ -212,7 +212,7 @@ func New(pool *pgxpool.Pool, opts *Options) *Store {
 		transactions: sealed.Settings{
 			Pool: pool, Mode: pool.Config().ConnConfig.DefaultQueryExecMode, DeferredMax: o.DeferredMax, Meaning: deferredMeaning,
 		},
-		resolvers: make(chan struct{}, o.ResolversMax), recent: new(recentKeys), published: make(chan struct{}, 1),
+		resolvers: make(chan struct{}, o.ResolversMax), recent: new(recentKeys),
 		synchronousCommit: []byte(o.SynchronousCommit),
 	}
 }
