@@ -33,7 +33,7 @@ const waitMax = 60 * time.Second
 func TestExamples(t *testing.T) {
 	t.Parallel()
 	pgtest.Slow(t, "builds and runs each example")
-	folder := build(t, "quickstart", "orders", "sqlc", "handlertest")
+	folder := build(t, "quickstart", "orders", "sqlc", "consumer", "webhook", "handlertest")
 
 	t.Run("quickstart", func(t *testing.T) {
 		t.Parallel()
@@ -93,6 +93,25 @@ func TestExamples(t *testing.T) {
 		p.stop(syscall.SIGTERM)
 	})
 
+	t.Run("consumer", func(t *testing.T) {
+		t.Parallel()
+		p := start(t, folder, "consumer", pgtest.Database(t), 3)
+		p.sendTwice("/transfers", `{"from":"alice","to":"bob","amount":1250}`)
+		for deadline := time.Now().Add(waitMax); p.curl(2).body == "[]\n" && time.Now().Before(deadline); time.Sleep(20 * time.Millisecond) {
+		}
+		p.want(p.curl(2), 200, "", "[-1250]\n")
+		p.stop(syscall.SIGTERM)
+	})
+
+	t.Run("webhook", func(t *testing.T) {
+		t.Parallel()
+		p := start(t, folder, "webhook", pgtest.Database(t), 3)
+		p.want(p.curl(0), 204, "executed", "")
+		p.want(p.curl(1), 204, "replayed", "")
+		p.want(p.curl(2), 401, "", "signature")
+		p.stop(syscall.SIGTERM)
+	})
+
 	t.Run("handlertest", func(t *testing.T) {
 		t.Parallel()
 		p := start(t, folder, "handlertest", "", 2)
@@ -104,7 +123,7 @@ func TestExamples(t *testing.T) {
 // TestHelpersAreTheSame: each example must be complete, so each has its own copy of the helpers.
 func TestHelpersAreTheSame(t *testing.T) {
 	t.Parallel()
-	for _, copied := range []string{"orders/database.go", "sqlc/database.go", "river/database.go", "orders/serve.go", "sqlc/serve.go", "handlertest/serve.go", "river/serve.go"} {
+	for _, copied := range []string{"orders/database.go", "sqlc/database.go", "consumer/database.go", "webhook/database.go", "river/database.go", "orders/serve.go", "consumer/serve.go", "webhook/serve.go", "sqlc/serve.go", "handlertest/serve.go", "river/serve.go"} {
 		original, err := os.ReadFile(filepath.Join("quickstart", filepath.Base(copied)))
 		if err != nil {
 			t.Fatal(err)
