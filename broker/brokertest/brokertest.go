@@ -83,8 +83,9 @@ type Harness struct {
 	// tests. Zero leaves the case out.
 	Rebalance time.Duration
 
-	// Rebalancing blocks until the members of a consumer's group know that one has joined. May be nil.
-	Rebalancing func(t *testing.T, consumer string)
+	// Rebalancing blocks until the broker has taken a partition from one of the two members of the
+	// consumer of a topic. May be nil: a case is weaker without it.
+	Rebalancing func(t *testing.T, consumer, topic string)
 }
 
 // patience bounds every wait of a case. A correct broker never takes that long.

@@ -235,7 +235,7 @@ func harness(brokers []string, with func(o *kafka.Options)) *brokertest.Harness 
 		Publisher: func(t *testing.T) relay.Publisher { return publisher(t, brokers, network) },
 		Source: func(t *testing.T, consumer string, topics ...string) (consumer.Source, *brokertest.Network) {
 			network := new(brokertest.Network)
-			return connect(t, brokers, network, with).Source(consumer+" of "+topics[0], topics...), network
+			return connect(t, brokers, network, with).Source(groupOf(consumer, topics[0]), topics...), network
 		},
 		SourceNetwork: true,
 		Read:          func(t *testing.T, topic string) map[int32][]consumer.Delivery { return read(t, brokers, topic) },
@@ -268,6 +268,8 @@ func harness(brokers []string, with func(o *kafka.Options)) *brokertest.Harness 
 	}
 }
 
+func groupOf(consumer, topic string) string { return consumer + " of " + topic }
+
 func TestConformance(t *testing.T) {
 	t.Parallel()
 	for name, with := range protocols {
@@ -277,6 +279,15 @@ func TestConformance(t *testing.T) {
 				f := startFake(t)
 				h := harness(f.brokers, with)
 				h.Restart = f.restart
+				h.Rebalancing = func(t *testing.T, consumer, topic string) {
+					ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+					defer cancel()
+					if _, err := f.now().WaitGroupInfo(ctx, groupOf(consumer, topic), func(g *kfake.GroupInfo) bool {
+						return g != nil && len(g.Members) == 2 && g.Members[0].NumAssigned() < brokertest.Partitions && g.Members[1].NumAssigned() < brokertest.Partitions
+					}); err != nil {
+						t.Error(err)
+					}
+				}
 				return h
 			})
 		})

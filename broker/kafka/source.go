@@ -161,6 +161,7 @@ func (m *member) leave() {
 	defer cancel()
 	_ = m.kgo.LeaveGroupContext(ctx) // at worst the broker notices by itself
 	m.kgo.Close()
+	m.kgo.AllowRebalance() // Close has polled, and a goroutine of the library's would wait for ever
 }
 
 // commit tells the broker the settled offsets.
@@ -185,14 +186,7 @@ func (m *member) assign(ctx context.Context, offsets map[string]map[int32]kgo.Of
 			if err != nil {
 				return nil, err
 			}
-			switch at {
-			case consumer.FromOldest:
-				numbers[number] = kgo.NewOffset().AtStart()
-			case consumer.FromNewest:
-				numbers[number] = kgo.NewOffset().AtEnd()
-			default:
-				numbers[number] = kgo.NewOffset().At(at)
-			}
+			numbers[number] = kgo.NewOffset().At(at) // the library's -2 and -1 are FromOldest and FromNewest
 			if err := m.start(partition, at); err != nil {
 				return nil, err
 			}
