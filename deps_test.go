@@ -99,7 +99,7 @@ func TestDependencies(t *testing.T) {
 		"go.opentelemetry.io/otel", "go.opentelemetry.io/otel/log", "go.opentelemetry.io/otel/metric",
 		"go.opentelemetry.io/otel/trace",
 	}
-	franz := []string{"github.com/klauspost/compress", "github.com/pierrec/lz4/v4", "github.com/twmb/franz-go", "github.com/twmb/franz-go/pkg/kmsg"}
+	franz := []string{"github.com/klauspost/compress", "github.com/pierrec/lz4/v4", "github.com/twmb/franz-go", "github.com/twmb/franz-go/pkg/kadm", "github.com/twmb/franz-go/pkg/kmsg"}
 	const uuid = "github.com/google/uuid" // the client's keys are UUIDv7
 	for _, test := range []struct {
 		packages      []string
@@ -128,7 +128,7 @@ func TestDependencies(t *testing.T) {
 		{[]string{"./client/pgintent"}, []string{"", "client", "client/pgintent"}, append([]string{uuid}, pgx...)},
 		{[]string{"./client/boltintent"}, []string{"", "client", "client/boltintent"}, []string{uuid, "go.etcd.io/bbolt", "golang.org/x/sys"}},
 		{[]string{"./broker/brokertest"}, []string{"", "broker/brokertest", "consumer", "message", "relay"}, nil},
-		{[]string{"./broker/kafka"}, []string{"", "broker/kafka", "message", "relay"}, franz},
+		{[]string{"./broker/kafka"}, []string{"", "broker/kafka", "consumer", "message", "relay"}, franz},
 		{[]string{"./middleware", "./storage/postgres"}, []string{"", "consumer", "message", "middleware", "relay", "storage/postgres"}, append([]string{httpsfv}, pgx...)},
 		{[]string{"./observe/lostkey"}, []string{"", "observe/lostkey"}, nil},
 		{[]string{"./observe"}, []string{"", "observe", "observe/lostkey"}, nil},

@@ -14,6 +14,7 @@ package brokertest
 import (
 	"context"
 	"fmt"
+	"maps"
 	"slices"
 	"strings"
 	"testing"
@@ -54,9 +55,12 @@ type Harness struct {
 	// The network may be nil.
 	Source func(t *testing.T, consumer string, topics ...string) (consumer.Source, *Network)
 
-	// Read returns all messages that the broker has of a topic. Those of one partition are in their
-	// order. It does not use the code under test.
-	Read func(t *testing.T, topic string) []consumer.Delivery
+	// SourceNetwork says that Source returns a network.
+	SourceNetwork bool
+
+	// Read returns all messages that the broker has of a topic, by partition, in their order. It does
+	// not use the code under test.
+	Read func(t *testing.T, topic string) map[int32][]consumer.Delivery
 
 	// Network is between the publishers and the broker.
 	Network *Network
@@ -74,6 +78,14 @@ type Harness struct {
 	// Session is the time after which the broker gives the partitions of a member that is not heard to
 	// others. It should be short.
 	Session time.Duration
+
+	// Rebalance is the time that a member has to hand a partition over, if it is short enough for
+	// tests. Zero leaves the case out.
+	Rebalance time.Duration
+
+	// Rebalancing blocks until the broker has taken a partition from one of the two members of the
+	// consumer of a topic. May be nil: a case is weaker without it.
+	Rebalancing func(t *testing.T, consumer, topic string)
 }
 
 // patience bounds every wait of a case. A correct broker never takes that long.
@@ -88,7 +100,7 @@ type aCase struct {
 
 // Run runs the suite, each case on a harness of its own.
 func Run(t *testing.T, features Features, newHarness func(t *testing.T) *Harness) {
-	for _, one := range slices.Concat(publisherCases) {
+	for _, one := range slices.Concat(publisherCases, sourceCases) {
 		t.Run(one.name, func(t *testing.T) {
 			t.Parallel()
 			h := newHarness(t)
@@ -152,6 +164,16 @@ func bodies[M any](messages []M, key string, of func(*M) *message.Message) strin
 		}
 	}
 	return strings.Join(all, ", ")
+}
+
+// read returns all messages of a topic, one partition after the other.
+func (h *Harness) read(t *testing.T, topic string) (all []consumer.Delivery) {
+	t.Helper()
+	byPartition := h.Read(t, topic)
+	for _, number := range slices.Sorted(maps.Keys(byPartition)) {
+		all = append(all, byPartition[number]...)
+	}
+	return all
 }
 
 func delivered(d *consumer.Delivery) *message.Message { return &d.Message }

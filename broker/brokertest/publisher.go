@@ -56,7 +56,7 @@ func arriveAsTheyWere(t *testing.T, h *Harness) {
 	}
 	publishAll(t, h.Publisher(t), sent)
 	got := map[string]consumer.Delivery{}
-	for _, d := range h.Read(t, topic) {
+	for _, d := range h.read(t, topic) {
 		got[d.ID] = d
 	}
 	if len(got) != len(sent) {
@@ -83,7 +83,7 @@ func orderPerKey(t *testing.T, h *Harness) {
 	for i := range calls {
 		publishAll(t, p, sent[i*each:(i+1)*each])
 	}
-	got := h.Read(t, topic)
+	got := h.read(t, topic)
 	if len(got) != len(sent) {
 		t.Errorf("%d messages arrived, %d were sent", len(got), len(sent))
 	}
@@ -113,7 +113,7 @@ func publishConcurrently(t *testing.T, h *Harness) {
 		})
 	}
 	all.Wait()
-	got := h.Read(t, topic)
+	got := h.read(t, topic)
 	for i := range publishing {
 		key := fmt.Sprint("key", i)
 		if got, want := bodies(got, key, delivered), bodies(makeMessages(topic, calls*each, key), key, published); got != want {
@@ -143,7 +143,7 @@ func refusedMessage(t *testing.T, h *Harness) {
 			t.Errorf("message %d: %v", i, results[i])
 		}
 	}
-	if got := h.Read(t, topic); len(got) != 7 || bodies(got, "a", delivered) != "a 0" {
+	if got := h.read(t, topic); len(got) != 7 || bodies(got, "a", delivered) != "a 0" {
 		t.Errorf("%d messages arrived, of the key: %s", len(got), bodies(got, "a", delivered))
 	}
 }
@@ -184,7 +184,7 @@ func endedContext(t *testing.T, h *Harness) {
 			}
 		}
 	}
-	if got := bodies(h.Read(t, topic), "ended", delivered); got != "" {
+	if got := bodies(h.read(t, topic), "ended", delivered); got != "" {
 		t.Errorf("%s arrived", got)
 	}
 }
@@ -270,7 +270,7 @@ func publishAcrossRestart(t *testing.T, h *Harness) {
 // dropped.
 func arrivedInOrder(t *testing.T, h *Harness, topic string, sent []message.Message) {
 	t.Helper()
-	got := firsts(h.Read(t, topic))
+	got := firsts(h.read(t, topic))
 	for _, key := range []string{"a", "b", "c"} {
 		if got, want := bodies(got, key, delivered), bodies(sent, key, published); got != want {
 			t.Errorf("key %s: %s arrived, %s was sent", key, got, want)

@@ -3,6 +3,7 @@ package kafka_test
 import (
 	"context"
 	"crypto/rand"
+	"log/slog"
 	"net"
 	"os"
 	"slices"
@@ -168,9 +169,9 @@ func records(t *testing.T, brokers []string, topic string) []*kgo.Record {
 }
 
 // read returns the messages of a topic by the rules of the wire, not by the code under test.
-func read(t *testing.T, brokers []string, topic string) []consumer.Delivery {
+func read(t *testing.T, brokers []string, topic string) map[int32][]consumer.Delivery {
 	t.Helper()
-	var all []consumer.Delivery
+	all := map[int32][]consumer.Delivery{}
 	for _, r := range records(t, brokers, topic) {
 		d := consumer.Delivery{Message: message.Message{Topic: r.Topic, Key: r.Key, Body: r.Value, Header: map[string][]string{}}, Offset: r.Offset, Time: r.Timestamp}
 		for _, h := range r.Headers {
@@ -180,17 +181,31 @@ func read(t *testing.T, brokers []string, topic string) []consumer.Delivery {
 				d.Header[h.Key] = append(d.Header[h.Key], string(h.Value))
 			}
 		}
-		all = append(all, d)
+		all[r.Partition] = append(all[r.Partition], d)
 	}
 	return all
 }
 
+// The timeouts of members in the tests.
+const (
+	sessionTimeout   = time.Second
+	rebalanceTimeout = 5 * time.Second
+)
+
 // connect returns a client behind a network.
-func connect(t *testing.T, brokers []string, network *brokertest.Network) *kafka.Client {
+func connect(t *testing.T, brokers []string, network *brokertest.Network, with func(o *kafka.Options)) *kafka.Client {
 	t.Helper()
-	client, err := kafka.Connect(brokers, &kafka.Options{
-		Kgo: []kgo.Opt{kgo.Dialer(network.DialContext), kgo.RetryBackoffFn(func(int) time.Duration { return 20 * time.Millisecond })},
-	})
+	o := &kafka.Options{
+		Kgo: []kgo.Opt{
+			kgo.Dialer(network.DialContext), kgo.RetryBackoffFn(func(int) time.Duration { return 20 * time.Millisecond }),
+			kgo.MetadataMinAge(50 * time.Millisecond),
+		},
+		SessionTimeout: sessionTimeout, RebalanceTimeout: rebalanceTimeout, Logger: slog.New(slog.NewTextHandler(t.Output(), nil)),
+	}
+	if with != nil {
+		with(o)
+	}
+	client, err := kafka.Connect(brokers, o)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -199,7 +214,7 @@ func connect(t *testing.T, brokers []string, network *brokertest.Network) *kafka
 
 func publisher(t *testing.T, brokers []string, network *brokertest.Network) *kafka.Publisher {
 	t.Helper()
-	p := connect(t, brokers, network).Publisher()
+	p := connect(t, brokers, network, nil).Publisher()
 	t.Cleanup(func() {
 		network.Mend()
 		p.Close()
@@ -208,7 +223,7 @@ func publisher(t *testing.T, brokers []string, network *brokertest.Network) *kaf
 }
 
 // harness returns the suite's harness for these brokers.
-func harness(brokers []string) *brokertest.Harness {
+func harness(brokers []string, with func(o *kafka.Options)) *brokertest.Harness {
 	network := new(brokertest.Network)
 	return &brokertest.Harness{
 		Network: network,
@@ -218,18 +233,71 @@ func harness(brokers []string) *brokertest.Harness {
 			return topic
 		},
 		Publisher: func(t *testing.T) relay.Publisher { return publisher(t, brokers, network) },
-		Read:      func(t *testing.T, topic string) []consumer.Delivery { return read(t, brokers, topic) },
+		Source: func(t *testing.T, consumer string, topics ...string) (consumer.Source, *brokertest.Network) {
+			network := new(brokertest.Network)
+			return connect(t, brokers, network, with).Source(groupOf(consumer, topics[0]), topics...), network
+		},
+		SourceNetwork: true,
+		Read:          func(t *testing.T, topic string) map[int32][]consumer.Delivery { return read(t, brokers, topic) },
+		Trim: func(t *testing.T, topic string) {
+			client := kadm.NewClient(admin(t, brokers))
+			ends, err := client.ListEndOffsets(t.Context(), topic)
+			if err != nil {
+				t.Fatal(err)
+			}
+			deleted, err := client.DeleteRecords(t.Context(), ends.Offsets())
+			if err == nil {
+				err = deleted.Error()
+			}
+			if err != nil {
+				t.Fatal(err)
+			}
+		},
+		Recreate: func(t *testing.T, topic string) {
+			deleted, err := kadm.NewClient(admin(t, brokers)).DeleteTopic(t.Context(), topic)
+			if err == nil {
+				err = deleted.Err
+			}
+			if err != nil {
+				t.Fatal(err)
+			}
+			createTopic(t, brokers, topic, nil)
+		},
+		Session:   sessionTimeout,
+		Rebalance: rebalanceTimeout,
 	}
 }
 
+func groupOf(consumer, topic string) string { return consumer + " of " + topic }
+
 func TestConformance(t *testing.T) {
 	t.Parallel()
-	brokertest.Run(t, brokertest.Features{}, func(t *testing.T) *brokertest.Harness {
-		f := startFake(t)
-		h := harness(f.brokers)
-		h.Restart = f.restart
-		return h
-	})
+	for name, with := range protocols {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			brokertest.Run(t, brokertest.Features{NoPublisher: name != "classic"}, func(t *testing.T) *brokertest.Harness {
+				f := startFake(t)
+				h := harness(f.brokers, with)
+				h.Restart = f.restart
+				h.Rebalancing = func(t *testing.T, consumer, topic string) {
+					ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+					defer cancel()
+					if _, err := f.now().WaitGroupInfo(ctx, groupOf(consumer, topic), func(g *kfake.GroupInfo) bool {
+						return g != nil && len(g.Members) == 2 && g.Members[0].NumAssigned() < brokertest.Partitions && g.Members[1].NumAssigned() < brokertest.Partitions
+					}); err != nil {
+						t.Error(err)
+					}
+				}
+				return h
+			})
+		})
+	}
+}
+
+// protocols are those of a group.
+var protocols = map[string]func(o *kafka.Options){
+	"classic": nil,
+	"KIP-848": func(o *kafka.Options) { o.ServerAssigned = true },
 }
 
 func TestConformanceOfRealBrokers(t *testing.T) {
@@ -238,7 +306,11 @@ func TestConformanceOfRealBrokers(t *testing.T) {
 	if brokers == "" {
 		t.Skipf("NOT RUN: set %s to host:port of the brokers of a Kafka cluster for tests", brokersVariable)
 	}
-	brokertest.Run(t, brokertest.Features{}, func(*testing.T) *brokertest.Harness { return harness(strings.Split(brokers, ",")) })
+	for name, with := range protocols {
+		t.Run(name, func(t *testing.T) {
+			brokertest.Run(t, brokertest.Features{NoPublisher: name != "classic"}, func(*testing.T) *brokertest.Harness { return harness(strings.Split(brokers, ","), with) })
+		})
+	}
 }
 
 func randomBytes(t *testing.T, n int) []byte {

@@ -15,8 +15,12 @@
 package kafka
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
+	"log/slog"
+	"slices"
+	"time"
 
 	"github.com/twmb/franz-go/pkg/kgo"
 )
@@ -27,12 +31,35 @@ type Options struct {
 	// kgo.WithLogger, hooks. An option that this package sets itself, such as acks, has no effect
 	// here.
 	Kgo []kgo.Opt
+
+	// InstanceID makes each source a static member of its group (KIP-345): if the process comes back
+	// within SessionTimeout, it gets its partitions without a rebalance. Each process of the consumer
+	// needs an id of its own, such as the name of a StatefulSet's pod. Without one, a member that ends
+	// leaves the group.
+	InstanceID string
+
+	// ServerAssigned lets the broker assign the partitions (KIP-848, Kafka 4.0). An older broker makes
+	// the source a member of a classic group with cooperative rebalances, as without the option.
+	ServerAssigned bool
+
+	// SessionTimeout is the time after which the broker gives the partitions of a member that is not
+	// heard to others. If ServerAssigned is set, the broker decides it. Defaults to 45 seconds.
+	SessionTimeout time.Duration
+
+	// RebalanceTimeout is the time that the broker gives a member to hand partitions over. Calls of
+	// the receiver that are under way get it, less two heartbeats; then their context ends. It must be
+	// above Options.BatchTimeout of the consumer. Defaults to 60 seconds.
+	RebalanceTimeout time.Duration
+
+	// Logger gets the log of sources: troubles that end nothing. Defaults to slog.Default().
+	Logger *slog.Logger
 }
 
 // Client is a Kafka cluster. It is safe for concurrent use, and has nothing to close: a [Publisher]
 // is closed by its own Close, and a source's connections end with its Run.
 type Client struct {
-	options []kgo.Opt
+	kgoOptions []kgo.Opt
+	options    Options
 }
 
 // Connect returns a client of the cluster that these brokers belong to: host:port of some of them,
@@ -44,10 +71,15 @@ func Connect(brokers []string, opts *Options) (*Client, error) {
 	}
 	c := new(Client)
 	if opts != nil {
-		c.options = append(c.options, opts.Kgo...)
+		c.options = *opts
 	}
+	if c.options.SessionTimeout < 0 || c.options.RebalanceTimeout < 0 {
+		panic("idempotency/broker/kafka: no option may be negative")
+	}
+	c.options.SessionTimeout = cmp.Or(c.options.SessionTimeout, 45*time.Second)
+	c.options.RebalanceTimeout = cmp.Or(c.options.RebalanceTimeout, 60*time.Second)
 	// Telemetry would delay the end of a client by up to a second.
-	c.options = append(c.options, kgo.SeedBrokers(brokers...), kgo.DisableClientMetrics())
+	c.kgoOptions = append(slices.Clone(c.options.Kgo), kgo.SeedBrokers(brokers...), kgo.DisableClientMetrics())
 	one, err := c.kgo()
 	if err != nil {
 		return nil, fmt.Errorf("connect to kafka: %w", err)
@@ -58,5 +90,32 @@ func Connect(brokers []string, opts *Options) (*Client, error) {
 
 // kgo returns a client of the library. It has this package's options too.
 func (c *Client) kgo(opts ...kgo.Opt) (*kgo.Client, error) {
-	return kgo.NewClient(append(c.options[:len(c.options):len(c.options)], opts...)...)
+	return kgo.NewClient(append(c.kgoOptions[:len(c.kgoOptions):len(c.kgoOptions)], opts...)...)
+}
+
+// member returns the library's options for a member of a group.
+func (c *Client) member() []kgo.Opt {
+	opts := []kgo.Opt{kgo.SessionTimeout(c.options.SessionTimeout), kgo.HeartbeatInterval(c.heartbeat()), kgo.RebalanceTimeout(c.options.RebalanceTimeout)}
+	if c.options.InstanceID != "" {
+		opts = append(opts, kgo.InstanceID(c.options.InstanceID))
+	}
+	if c.options.ServerAssigned {
+		opts = append(opts, kgo.ServerSideBalancer())
+	}
+	return opts
+}
+
+// heartbeat is Kafka's own 3 seconds, or less for a short session.
+func (c *Client) heartbeat() time.Duration {
+	return min(3*time.Second, c.options.SessionTimeout/5)
+}
+
+// revokeMax is how long a call of the receiver may go on in a partition that is taken away. The
+// member hears of that up to a heartbeat late.
+func (c *Client) revokeMax() time.Duration {
+	return max(c.options.RebalanceTimeout-2*c.heartbeat(), c.options.RebalanceTimeout/2)
+}
+
+func (c *Client) logger() *slog.Logger {
+	return cmp.Or(c.options.Logger, slog.Default())
 }

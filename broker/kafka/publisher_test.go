@@ -50,8 +50,10 @@ func count(results []error) (confirmed, refused, failed int) {
 func keysInOrder(t *testing.T, brokers []string, topic string, sent []message.Message, results []error) {
 	t.Helper()
 	kept := map[string][]string{}
-	for _, d := range read(t, brokers, topic) {
-		kept[string(d.Key)] = append(kept[string(d.Key)], d.ID)
+	for _, all := range read(t, brokers, topic) {
+		for _, d := range all {
+			kept[string(d.Key)] = append(kept[string(d.Key)], d.ID)
+		}
 	}
 	want := map[string][]string{}
 	for i, m := range sent {
