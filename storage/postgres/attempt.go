@@ -424,8 +424,7 @@ func (a *attempt) release(ctx context.Context) {
 	}
 	if status := a.conn.TxStatus(); (status == 'T' || status == 'E') && !a.conn.IsClosed() && !a.conn.IsBusy() {
 		// ROLLBACK has a flush of its own: in an aborted transaction any statement in front of it
-		// would fail the flush.
-		// else destroyed below
+		// would fail the flush. If it fails, Release destroys the connection.
 		_, _ = a.store.statements.Flush(ctx, a.conn, wire.Call{Statement: &a.store.statements.rollback})
 	}
 	a.pooled.Release()

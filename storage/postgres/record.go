@@ -9,9 +9,9 @@ import (
 	"github.com/paidonce/idempotency/storage/postgres/internal/wire"
 )
 
-// A record is written by one INSERT and read by one look-up; their SQL is in [statements]. This
-// file has the parameters of the INSERT, the columns of the look-up, and the encoding of the
-// headers.
+// A record is written by one INSERT and read by a look-up, in the claim, in a peek or in Resolve;
+// their SQL is in [statements]. This file has the parameters of the INSERT, the columns of the
+// look-ups, and the encoding of the headers. resumable.go writes the records of open requests.
 
 // insertParams is the number of parameters of the INSERT.
 const insertParams = 12
