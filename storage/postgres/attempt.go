@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io"
 
 	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgconn"
@@ -152,17 +151,6 @@ func (a *attempt) readLock(d *wire.Decoder) {
 	a.synchronous = d.Bool()
 }
 
-// recordRow reads the record.
-type recordRow struct{ *keyedAttempt }
-
-func (a recordRow) ReadRow(values [][]byte) (err error) {
-	a.record, a.hidden, err = decodeLookUp(values)
-	if a.hidden { // a plan with policies would outlive them: see [ErrRowSecurityActive]
-		a.store.statements.Distrust(a.conn)
-	}
-	return err
-}
-
 // claimFailed gives the connection back after this statement of the claim has failed, and returns
 // Begin's error.
 func (a *attempt) claimFailed(ctx context.Context, failed *wire.Statement, err error) error {
@@ -187,28 +175,6 @@ func (a *attempt) Context(ctx context.Context) context.Context {
 	a.ctx = txContext{Context: ctx, tx: &a.handle}
 	return &a.ctx
 }
-
-// txContext carries the handler's transaction: a context.WithValue that contains its value.
-type txContext struct {
-	context.Context
-	tx *sealed.Tx
-}
-
-// Value implements context.Context.
-func (c *txContext) Value(key any) any {
-	if key == (txKey{}) {
-		return c.tx
-	}
-	return c.Context.Value(key)
-}
-
-// String returns only the context's name. The contexts below it belong to other packages, which may
-// change them meanwhile.
-func (*txContext) String() string { return "postgres.WithTx" }
-
-// Format keeps the transaction and the contexts below out of every verb of fmt. It drops the error,
-// for which fmt has no use.
-func (c *txContext) Format(f fmt.State, _ rune) { _, _ = io.WriteString(f, c.String()) }
 
 // Seal implements [idempotency.Attempt].
 func (a *attempt) Seal() error {
@@ -253,19 +219,10 @@ func (a *attempt) commit(ctx context.Context, deferred []wire.Call, refused erro
 	if refused != nil {
 		return fail("commit", refusal(refused), refused)
 	}
-	last.Row = lastRow{a}
+	last.Row = wire.WarningForgotten{Conn: a.conn}
 	s := &a.store.statements
 	calls := append(append(a.calls[:0], a.guardCall()), deferred...)
 	return a.end(ctx, "commit", append(calls, wire.Call{Statement: &s.constraints}, last, wire.Call{Statement: &s.commit}))
-}
-
-// lastRow takes the row of the last statement before COMMIT. A warning of the statements,
-// constraints and triggers up to there is not taken for a warning of COMMIT.
-type lastRow struct{ *attempt }
-
-func (a lastRow) ReadRow([][]byte) error {
-	wire.ForgetWarning(a.conn)
-	return nil
 }
 
 // guardCall fails if the transaction is not the one of the claim.

@@ -60,6 +60,17 @@ func decodeLookUp(values [][]byte) (record *idempotency.Record, hidden bool, err
 	return record, hidden, err
 }
 
+// recordRow reads the record.
+type recordRow struct{ *keyedAttempt }
+
+func (a recordRow) ReadRow(values [][]byte) (err error) {
+	a.record, a.hidden, err = decodeLookUp(values)
+	if a.hidden { // a plan with policies would outlive them: see [ErrRowSecurityActive]
+		a.store.statements.Distrust(a.conn)
+	}
+	return err
+}
+
 func decodeRecord(values [][]byte) (*idempotency.Record, error) {
 	d := wire.Decoder{Values: values}
 	var r idempotency.Record

@@ -435,7 +435,7 @@ func (a *openAttempt) Intend(ctx context.Context, effect *idempotency.Effect, le
 			Params:    [][]byte{epochBytes[:], kind[:], derived[:], phase.scope, phase.key, []byte(effect.Name), notNull(effect.Input), state[:], effect.Output},
 			Apart:     apart(len(effect.Output)),
 			Row: wire.RowFunc(func(values [][]byte) error {
-				wire.ForgetWarning(phase.conn) // of the handler's triggers: see lastRow
+				wire.ForgetWarning(phase.conn) // of the handler's triggers: see wire.WarningForgotten
 				d := wire.Decoder{Values: values}
 				d.Next(-1)
 				effect.SentFirst = d.Timestamp()
