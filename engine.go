@@ -175,8 +175,8 @@ type BudgetChecker interface {
 }
 
 // Engine runs the protocol: claim, run, record, commit, each request in one transaction of its
-// [Store]. It knows nothing of net/http: package middleware is the adapter. It is safe for
-// concurrent use.
+// [Store], unless the request is resumable. It knows nothing of net/http: package middleware is the
+// adapter. It is safe for concurrent use.
 type Engine struct {
 	store   Store
 	options Options
@@ -271,7 +271,7 @@ type Result struct {
 // finds it. Cancellation only ends a wait for another attempt ([Options.Wait]), when nothing of
 // this request has begun.
 //
-// Read it together with decide in decision.go: this method finds the facts in their order, and the
+// Read attempt together with decide in decision.go: attempt finds the facts in their order, and the
 // table there has the consequence of each.
 func (e *Engine) Do(ctx context.Context, req Request, run RunFunc) (result Result) {
 	o := &ongoing{Request: req}

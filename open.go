@@ -156,6 +156,9 @@ type Lapse struct {
 	Doubts map[string]Doubt
 	// Panicked is the name of the effect whose send panicked in this run, and empty if none did.
 	Panicked string
+	// Cause is the error behind Reason. It is for the result's error, and so for the log, and is never
+	// recorded.
+	Cause error
 }
 
 // Doubt has the values to which a run sets back an effect's doubt.
@@ -752,6 +755,9 @@ func (e *Engine) attemptOpen(ctx context.Context, budget *deadline.Context, req 
 			}
 			if err == nil && effects.opened { // the handler just returned
 				err = errors.New(effects.lapse.Reason)
+				if cause := effects.lapse.Cause; cause != nil {
+					err = fmt.Errorf("%w: %w", err, cause)
+				}
 			}
 			result := refuse(decision, err)
 			result.Accepted = effects.opened && decision.outcome == OutcomeUnknown

@@ -439,12 +439,20 @@ func (r *run[In, Out]) doubtless(sent bool) idempotency.Lapse {
 
 // park leaves the request to a person.
 func (r *run[In, Out]) park(reason string, cause error) (Out, error) {
-	return r.lapse(idempotency.EffectResultParked, "", cause, idempotency.Lapse{Parked: r.reason(reason)})
+	lapse := idempotency.Lapse{Parked: r.reason(reason)}
+	if r.end.Resumed && !r.end.Sent && r.effect.State == idempotency.EffectIntended && len(r.effect.Output) == 0 {
+		lapse.Doubts = r.doubtless(false).Doubts
+	}
+	return r.lapse(idempotency.EffectResultParked, "", cause, lapse)
 }
 
 // lapse leaves the request open.
 func (r *run[In, Out]) lapse(result idempotency.EffectResult, reason string, cause error, lapse idempotency.Lapse) (out Out, err error) {
-	lapse.Reason = cmp.Or(lapse.Parked, r.reason(reason))
+	var answered *answeredError
+	if errors.As(cause, &answered) && lapse.Parked == "" { // it says nothing private
+		reason += ": " + answered.Error()
+	}
+	lapse.Reason, lapse.Cause = cmp.Or(lapse.Parked, r.reason(reason)), cause
 	r.end.Result, r.end.Err = result, cause
 	r.effects.Lapse(lapse)
 	if cause == nil {

@@ -426,6 +426,12 @@ func TestNothingIsSentAfterTheKeysLifetime(t *testing.T) {
 					words = "may have forgotten its key, and there is no look-up"
 				}
 				s.wantParked(t, result, words)
+				if n := s.Count(t, "SELECT tries FROM idempotency_effects"); n != c.sent {
+					t.Errorf("%d tries, and it was sent %d times", n, c.sent)
+				}
+				if n := s.Count(t, "SELECT count(*) FROM idempotency_open WHERE next_at <= clock_timestamp()"); n != 1 {
+					t.Error("the time of a parked request is not that of parking it")
+				}
 			case c.open:
 				s.wantOpen(t, result)
 			default:

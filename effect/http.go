@@ -56,7 +56,7 @@ func FromHTTP(resp *http.Response, err error) error {
 	case resp == nil:
 		return errors.New("there is no response")
 	}
-	said := fmt.Errorf("the other service answered %d", resp.StatusCode)
+	said := &answeredError{resp.StatusCode}
 	outcome := idempotency.Outcome(resp.Header.Get("Idempotency-Status"))
 	final := false
 	switch outcome {
@@ -89,6 +89,11 @@ func FromHTTP(resp *http.Response, err error) error {
 	}
 	return Declined(said, HTTPDetail{Status: resp.StatusCode, Body: string(body)})
 }
+
+// answeredError is an answer that is not 2xx. Its text may be recorded.
+type answeredError struct{ status int }
+
+func (e *answeredError) Error() string { return fmt.Sprintf("the other service answered %d", e.status) }
 
 // aboutTheKey reports whether a refusal says that the key was used before with another request,
 // such as "idempotency_error" and "IDEMPOTENCY_KEY_REUSED".

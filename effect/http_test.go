@@ -80,6 +80,25 @@ func TestFromHTTP(t *testing.T) {
 	}
 }
 
+// The status of the other service's answer is recorded for operators, and the error is in the
+// result, and so in the log. Nothing else of the error is recorded.
+func TestStatusOfAnAnswerIsKeptForOperators(t *testing.T) {
+	t.Parallel()
+	s := newShop(t, func(_ *processor, e *effect.Effect[card, charge]) {
+		e.Do = func(context.Context, string, card) (charge, error) {
+			return charge{}, fmt.Errorf("canary: %w", effect.FromHTTP(&http.Response{StatusCode: 401, Body: http.NoBody}, nil))
+		}
+	})
+	result := s.request()
+	s.wantOpen(t, result)
+	if !strings.Contains(fmt.Sprint(result.Err), "canary: the other service answered 401") {
+		t.Errorf("the result's error is %v", result.Err)
+	}
+	if got := s.Text(t, "SELECT last_reason FROM idempotency_open"); got != "effect charge: its result is not known: the other service answered 401" {
+		t.Errorf("recorded: %q", got)
+	}
+}
+
 func TestFromHTTPOfErrors(t *testing.T) {
 	t.Parallel()
 	for name, c := range map[string]struct {

@@ -936,6 +936,9 @@ func TestRepeatedCallThatIsNotSentOrParks(t *testing.T) {
 	says = effect.Park("the key was used\x00with other parameters", errors.New("canary"))
 	s.wantParked(t, s.resume(t), "effect charge: the key was used with other parameters")
 	s.Exec(t, "UPDATE idempotency_open SET parked = NULL")
+	says = effect.Park(strings.Repeat("x", effect.ParkBytesMax), nil)
+	s.wantParked(t, s.resume(t), "effect charge: "+strings.Repeat("x", effect.ParkBytesMax))
+	s.Exec(t, "UPDATE idempotency_open SET parked = NULL")
 	says = effect.Park(strings.Repeat("é", effect.ParkBytesMax), nil)
 	s.wantParked(t, s.resume(t), "effect charge: "+strings.Repeat("é", effect.ParkBytesMax/2))
 	if n := s.Count(t, "SELECT count(*) FROM idempotency_open WHERE parked LIKE '%canary%' OR length(parked) > $1", len("effect charge: ")+effect.ParkBytesMax/2); n != 0 {

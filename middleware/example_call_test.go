@@ -43,6 +43,7 @@ func topUp(w http.ResponseWriter, r *http.Request) {
 		http.Error(w, "the charge is not posted yet", http.StatusInternalServerError)
 		return // the handler runs again; the card is not charged again
 	}
+	w.Header().Set("Content-Type", "application/json")
 	w.WriteHeader(http.StatusCreated)
 	_ = json.NewEncoder(w).Encode(paid)
 }

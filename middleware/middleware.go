@@ -372,8 +372,8 @@ func (m *Middleware) log(r *http.Request, key idempotency.Key, result idempotenc
 	}
 	level, message := slog.LevelWarn, "idempotency: request was not answered by its handler"
 	switch {
-	case result.Reason == idempotency.ReasonNeedsAttention && result.Err == nil:
-		return // it is parked already: the log of that run has the reason
+	case result.Accepted && result.Err == nil:
+		return // nothing ran: the log of the run that left it open has the reason
 	case result.Reason == idempotency.ReasonNeedsAttention:
 		level, message = slog.LevelError, "idempotency: open request waits for a person"
 	case result.Accepted:

@@ -136,6 +136,9 @@ func TestWhoPrefersNotToWaitGetsPendingAndTheAnswerLater(t *testing.T) {
 	if again := o.topUp(t, key, "json"); again.header.Get("Location") != location {
 		t.Errorf("the retry is at %q, not %q", again.header.Get("Location"), location)
 	}
+	if n := strings.Count(o.logs.String(), "request stays open"); n != 1 {
+		t.Errorf("one run and one retry, which ran nothing, log %d times that the request stays open", n)
+	}
 	if other := o.topUp(t, "another", "json"); other.header.Get("Location") == location {
 		t.Error("two requests have one operation")
 	}

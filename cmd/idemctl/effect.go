@@ -172,7 +172,7 @@ func (c *openFlags) act() (operator.OpenAct, error) {
 	actor, err := actorOr(c.Actor)
 	act := operator.OpenAct{Act: operator.Act{Actor: actor, Reason: c.Reason}, Epoch: c.Epoch}
 	if (c.Epoch > 0) == c.AnyEpoch {
-		err = errors.Join(err, fmt.Errorf("%w: look with idemctl effect get, and add --epoch with the epoch that it shows (or --any-epoch)", operator.ErrInvalid))
+		err = errors.Join(err, fmt.Errorf("%w: --epoch is missing: look with idemctl effect get, and add --epoch with the epoch that it shows (or --any-epoch)", operator.ErrInvalid))
 	}
 	return act, errors.Join(err, act.Validate())
 }

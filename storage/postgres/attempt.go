@@ -4,14 +4,12 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io"
 
 	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgconn"
 	"github.com/jackc/pgx/v5/pgxpool"
 
 	"github.com/paidonce/idempotency"
-	"github.com/paidonce/idempotency/message"
 	"github.com/paidonce/idempotency/storage/postgres/internal/sealed"
 	"github.com/paidonce/idempotency/storage/postgres/internal/wire"
 )
@@ -153,17 +151,6 @@ func (a *attempt) readLock(d *wire.Decoder) {
 	a.synchronous = d.Bool()
 }
 
-// recordRow reads the record.
-type recordRow struct{ *keyedAttempt }
-
-func (a recordRow) ReadRow(values [][]byte) (err error) {
-	a.record, a.hidden, err = decodeLookUp(values)
-	if a.hidden { // a plan with policies would outlive them: see [ErrRowSecurityActive]
-		a.store.statements.Distrust(a.conn)
-	}
-	return err
-}
-
 // claimFailed gives the connection back after this statement of the claim has failed, and returns
 // Begin's error.
 func (a *attempt) claimFailed(ctx context.Context, failed *wire.Statement, err error) error {
@@ -188,29 +175,6 @@ func (a *attempt) Context(ctx context.Context) context.Context {
 	a.ctx = txContext{Context: ctx, tx: &a.handle}
 	return &a.ctx
 }
-
-// txContext carries the handler's transaction: a context.WithValue that contains its value.
-type txContext struct {
-	context.Context
-	tx *sealed.Tx
-}
-
-// Value implements context.Context.
-func (c *txContext) Value(key any) any {
-	switch key {
-	case txKey{}, message.OutboxKey{}:
-		return c.tx
-	}
-	return c.Context.Value(key)
-}
-
-// String returns only the context's name. The contexts below it belong to other packages, which may
-// change them meanwhile.
-func (*txContext) String() string { return "postgres.WithTx" }
-
-// Format keeps the transaction and the contexts below out of every verb of fmt. It drops the error,
-// for which fmt has no use.
-func (c *txContext) Format(f fmt.State, _ rune) { _, _ = io.WriteString(f, c.String()) }
 
 // Seal implements [idempotency.Attempt].
 func (a *attempt) Seal() error {
@@ -255,19 +219,10 @@ func (a *attempt) commit(ctx context.Context, deferred []wire.Call, refused erro
 	if refused != nil {
 		return fail("commit", refusal(refused), refused)
 	}
-	last.Row = lastRow{a}
+	last.Row = wire.WarningForgotten{Conn: a.conn}
 	s := &a.store.statements
 	calls := append(append(a.calls[:0], a.guardCall()), deferred...)
 	return a.end(ctx, "commit", append(calls, wire.Call{Statement: &s.constraints}, last, wire.Call{Statement: &s.commit}))
-}
-
-// lastRow takes the row of the last statement before COMMIT. A warning of the statements,
-// constraints and triggers up to there is not taken for a warning of COMMIT.
-type lastRow struct{ *attempt }
-
-func (a lastRow) ReadRow([][]byte) error {
-	wire.ForgetWarning(a.conn)
-	return nil
 }
 
 // guardCall fails if the transaction is not the one of the claim.
@@ -427,8 +382,7 @@ func (a *attempt) release(ctx context.Context) {
 	}
 	if status := a.conn.TxStatus(); (status == 'T' || status == 'E') && !a.conn.IsClosed() && !a.conn.IsBusy() {
 		// ROLLBACK has a flush of its own: in an aborted transaction any statement in front of it
-		// would fail the flush.
-		// else destroyed below
+		// would fail the flush. If it fails, Release destroys the connection.
 		_, _ = a.store.statements.Flush(ctx, a.conn, wire.Call{Statement: &a.store.statements.rollback})
 	}
 	a.pooled.Release()

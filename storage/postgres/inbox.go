@@ -330,7 +330,7 @@ func (b *batch) parkCall(parks []consumer.Park) wire.Call {
 func (b *batch) moveCall(next int64) wire.Call {
 	partition, old, to := wire.EncodeInt4(b.claim.Partition.Number), wire.EncodeInt8(b.position.Next), wire.EncodeInt8(next)
 	return wire.Call{
-		Statement: &b.inbox.statements.move, Row: lastRow{&b.attempt},
+		Statement: &b.inbox.statements.move, Row: wire.WarningForgotten{Conn: b.conn},
 		Params: [][]byte{
 			[]byte(b.claim.Consumer), []byte(b.claim.Partition.Source), partition[:], old[:], to[:], b.claim.Partition.Incarnation[:], b.claim.Attempt[:], b.store.synchronousCommit,
 		},
@@ -456,7 +456,7 @@ func (b *parkedBatch) Commit(ctx context.Context, end *consumer.End) error {
 			SQL:  "WITH deleted AS (DELETE FROM " + b.inbox.parked + " WHERE consumer = $1 AND message_id = $2 RETURNING 1) SELECT 1 / count(*) FROM deleted",
 			OIDs: []uint32{pgtype.TextOID, pgtype.TextOID},
 		},
-		Params: [][]byte{[]byte(b.claim.Consumer), []byte(b.claim.Entries[0].ID)}, Row: lastRow{&b.attempt}, Meaning: fencedMeaning,
+		Params: [][]byte{[]byte(b.claim.Consumer), []byte(b.claim.Entries[0].ID)}, Row: wire.WarningForgotten{Conn: b.conn}, Meaning: fencedMeaning,
 	})
 }
 

@@ -197,7 +197,7 @@ func (b *queueBatch) Commit(ctx context.Context, end *consumer.End) error {
 	rest := *end
 	rest.Recorded = nil
 	return b.commit(ctx, &rest, wire.Call{
-		Statement: &b.queue.taken, Row: lastRow{&b.attempt}, Meaning: fencedMeaning,
+		Statement: &b.queue.taken, Row: wire.WarningForgotten{Conn: b.conn}, Meaning: fencedMeaning,
 		Params: [][]byte{shard[:], wire.EncodeArray(pgtype.Int8OID, offsets), []byte(b.claim.Consumer), []byte(b.claim.Partition.Source)},
 	})
 }

@@ -9,9 +9,9 @@ import (
 	"github.com/paidonce/idempotency/storage/postgres/internal/wire"
 )
 
-// A record is written by one INSERT and read by one look-up; their SQL is in [statements]. This
-// file has the parameters of the INSERT, the columns of the look-up, and the encoding of the
-// headers.
+// A record is written by one INSERT and read by a look-up, in the claim, in a peek or in Resolve;
+// their SQL is in [statements]. This file has the parameters of the INSERT, the columns of the
+// look-ups, and the encoding of the headers. resumable.go writes the records of open requests.
 
 // insertParams is the number of parameters of the INSERT.
 const insertParams = 12
@@ -58,6 +58,17 @@ func decodeLookUp(values [][]byte) (record *idempotency.Record, hidden bool, err
 	}
 	record, err = decodeRecord(d.Values)
 	return record, hidden, err
+}
+
+// recordRow reads the record.
+type recordRow struct{ *keyedAttempt }
+
+func (a recordRow) ReadRow(values [][]byte) (err error) {
+	a.record, a.hidden, err = decodeLookUp(values)
+	if a.hidden { // a plan with policies would outlive them: see [ErrRowSecurityActive]
+		a.store.statements.Distrust(a.conn)
+	}
+	return err
 }
 
 func decodeRecord(values [][]byte) (*idempotency.Record, error) {

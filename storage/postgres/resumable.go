@@ -156,7 +156,7 @@ func newOpenStatements(o *Options) openStatements {
 			" WHERE scope = $1 AND key = $2 AND state = 1 AND EXISTS (SELECT FROM taken))" +
 			" SELECT COALESCE((SELECT epoch FROM taken), 0), " + columns,
 		due: "SELECT scope, key FROM " + open + " WHERE parked IS NULL AND next_at <= " + now + " AND route = ANY ($1) ORDER BY next_at LIMIT $2",
-		leave: "UPDATE " + open + " SET next_at = " + now + " + $4 * interval '1 millisecond', owned = false, parked = NULLIF($5, ''), last_reason = $6" +
+		leave: "UPDATE " + open + " SET next_at = " + now + " + CASE WHEN $5 = '' THEN $4 ELSE 0 END * interval '1 millisecond', owned = false, parked = NULLIF($5, ''), last_reason = $6" +
 			" WHERE scope = $1 AND key = $2 AND epoch = $3",
 		doubt:   "UPDATE " + effects + " SET doubt_at = $5, tries = CASE WHEN $6 THEN tries ELSE GREATEST(tries - 1, 0) END WHERE scope = $1 AND key = $2 AND epoch = $3 AND name = $4 AND state = 1",
 		panic:   "UPDATE " + effects + " SET panics = panics + 1 WHERE scope = $1 AND key = $2 AND epoch = $3 AND name = $4 AND state = 1",
@@ -442,7 +442,7 @@ func (a *openAttempt) Intend(ctx context.Context, effect *idempotency.Effect, le
 			Params:    [][]byte{epochBytes[:], kind[:], derived[:], phase.scope, phase.key, []byte(effect.Name), notNull(effect.Input), state[:], effect.Output},
 			Apart:     apart(len(effect.Output)),
 			Row: wire.RowFunc(func(values [][]byte) error {
-				wire.ForgetWarning(phase.conn) // of the handler's triggers: see lastRow
+				wire.ForgetWarning(phase.conn) // of the handler's triggers: see wire.WarningForgotten
 				d := wire.Decoder{Values: values}
 				d.Next(-1)
 				effect.SentFirst = d.Timestamp()

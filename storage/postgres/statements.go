@@ -10,8 +10,9 @@ import (
 	"github.com/paidonce/idempotency/storage/postgres/internal/wire"
 )
 
-// statements are all statements that a store sends on the path of a request. Every name in them is
-// qualified, so that a handler's SET LOCAL search_path can't redirect them.
+// statements are all statements that a store sends on the path of a request that is not resumable;
+// [openStatements] has the others. Every name in them is qualified, so that a handler's SET LOCAL
+// search_path can't redirect them.
 type statements struct {
 	wire.Set // those that are prepared on each connection of the pool
 	schema   string

@@ -2,10 +2,13 @@ package postgres
 
 import (
 	"context"
+	"fmt"
+	"io"
 
 	"github.com/jackc/pgx/v5"
 
 	"github.com/paidonce/idempotency"
+	"github.com/paidonce/idempotency/message"
 	"github.com/paidonce/idempotency/storage/postgres/internal/sealed"
 )
 
@@ -47,3 +50,26 @@ func handleOf(ctx context.Context, function string) *sealed.Tx {
 		panic(idempotency.UsageError("idempotency/postgres: " + function + " outside an idempotent handler: mount the middleware with this store on the route, and pass the request's context on"))
 	}
 }
+
+// txContext carries the handler's transaction: a context.WithValue that contains its value.
+type txContext struct {
+	context.Context
+	tx *sealed.Tx
+}
+
+// Value implements context.Context.
+func (c *txContext) Value(key any) any {
+	switch key {
+	case txKey{}, message.OutboxKey{}:
+		return c.tx
+	}
+	return c.Context.Value(key)
+}
+
+// String returns only the context's name. The contexts below it belong to other packages, which may
+// change them meanwhile.
+func (*txContext) String() string { return "postgres.WithTx" }
+
+// Format keeps the transaction and the contexts below out of every verb of fmt. It drops the error,
+// for which fmt has no use.
+func (c *txContext) Format(f fmt.State, _ rune) { _, _ = io.WriteString(f, c.String()) }

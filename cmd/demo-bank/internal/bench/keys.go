@@ -32,8 +32,9 @@ func keyAt(ms, i int64) string {
 	return when[:8] + "-" + when[8:] + "-7" + fmt.Sprintf("%03x", i%4096) + "-8" + fmt.Sprintf("%03x", i/4096%4096) + "-" + tail
 }
 
-// sqlFill copies one record to those from $4 to $5. $1 is its key, $2 the milliseconds of the first
-// record, $3 the total number of records. $6 is added to the time of expiry.
+// sqlFill makes the records with the numbers from $4 to $5, as copies of one record. $1 is its key,
+// $2 the milliseconds of the first record, $3 the total number of records. $6 is added to the time
+// of expiry.
 const sqlFill = `
 	INSERT INTO %[1]s (created_at, expires_at, status, fingerprint_version, attempt_id, scope, key, fingerprint, headers, body, trace_id)
 	SELECT r.created_at, r.expires_at + $6::interval, r.status, r.fingerprint_version, gen_random_uuid(), r.scope,

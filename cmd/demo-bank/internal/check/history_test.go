@@ -243,11 +243,14 @@ func TestKnownOutcomes(t *testing.T) {
 	t.Parallel()
 	for _, o := range []idempotency.Outcome{
 		idempotency.OutcomeExecuted, idempotency.OutcomeReplayed, idempotency.OutcomeInProgress,
-		idempotency.OutcomeMismatch, idempotency.OutcomeNotExecuted, idempotency.OutcomeUnknown,
+		idempotency.OutcomeMismatch, idempotency.OutcomeNotExecuted, idempotency.OutcomeUnknown, idempotency.OutcomePending,
 	} {
 		if !known(string(o)) {
 			t.Errorf("%s is not known", o)
 		}
+	}
+	if o := (&Operation{Returned: 1, Outcome: string(idempotency.OutcomePending)}).outcome(); o != idempotency.OutcomeUnknown {
+		t.Errorf("pending counts as %s", o)
 	}
 	if known("") || known("Executed") {
 		t.Error("others are known")

@@ -156,7 +156,7 @@ func (s *Suite) build(ctx context.Context, test Test, program string, flags ...s
 	return nil
 }
 
-// passes reports whether the test passes in the program, and returns what it printed.
+// passes reports whether the test passes in the program, and returns its output.
 func (s *Suite) passes(ctx context.Context, test Test, program string) (bool, []byte, error) {
 	run := exec.CommandContext(ctx, program, "-test.v", "-test.run", "^"+test.Func+"$", "-test.timeout", testTimeout)
 	run.Dir = filepath.Join(s.root, test.Folder)

@@ -13,6 +13,16 @@ const canceledWait = "SyncRepWaitForLSN"
 // ForgetWarning removes the mark of a warning from the connection.
 func ForgetWarning(conn *pgconn.PgConn) { delete(conn.CustomData(), warningMark) }
 
+// WarningForgotten takes the row of the last statement before COMMIT. A warning of the statements,
+// constraints and triggers up to there is not taken for a warning of COMMIT.
+type WarningForgotten struct{ Conn *pgconn.PgConn }
+
+// ReadRow implements [RowReader].
+func (r WarningForgotten) ReadRow([][]byte) error {
+	ForgetWarning(r.Conn)
+	return nil
+}
+
 // Warned reports whether a warning has come since the last ForgetWarning.
 func Warned(conn *pgconn.PgConn) bool { return conn.CustomData()[warningMark] != nil }
 

@@ -143,10 +143,3 @@ func (s *Set) ForgetPrepared(conn *pgconn.PgConn) {
 	delete(conn.CustomData(), s.mark)
 	delete(conn.CustomData(), s.deferred)
 }
-
-// Unprepared reports whether a prepared statement can't be used any more: somebody deallocated it
-// on this connection, or the table changed under its plan.
-func Unprepared(err error) bool {
-	var pgErr *pgconn.PgError
-	return StalePlan(err) || errors.As(err, &pgErr) && pgErr.Code == "26000"
-}

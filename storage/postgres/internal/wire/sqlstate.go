@@ -37,6 +37,13 @@ func StalePlan(err error) bool {
 	return errors.As(err, &pgErr) && pgErr.Code == "0A000" && pgErr.Routine == "RevalidateCachedQuery"
 }
 
+// Unprepared reports whether a prepared statement can't be used any more: somebody deallocated it
+// on this connection, or the table changed under its plan.
+func Unprepared(err error) bool {
+	var pgErr *pgconn.PgError
+	return StalePlan(err) || errors.As(err, &pgErr) && pgErr.Code == "26000"
+}
+
 // IsStandby reports whether a BEGIN was refused because the server is a standby.
 func IsStandby(err error) bool {
 	var pgErr *pgconn.PgError
