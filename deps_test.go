@@ -100,6 +100,10 @@ func TestDependencies(t *testing.T) {
 		"go.opentelemetry.io/otel/trace",
 	}
 	franz := []string{"github.com/klauspost/compress", "github.com/pierrec/lz4/v4", "github.com/twmb/franz-go", "github.com/twmb/franz-go/pkg/kadm", "github.com/twmb/franz-go/pkg/kmsg"}
+	natsgo := []string{
+		"github.com/klauspost/compress", "github.com/nats-io/nats.go", "github.com/nats-io/nkeys", "github.com/nats-io/nuid",
+		"golang.org/x/crypto", "golang.org/x/sys",
+	}
 	const uuid = "github.com/google/uuid" // the client's keys are UUIDv7
 	for _, test := range []struct {
 		packages      []string
@@ -129,6 +133,7 @@ func TestDependencies(t *testing.T) {
 		{[]string{"./client/boltintent"}, []string{"", "client", "client/boltintent"}, []string{uuid, "go.etcd.io/bbolt", "golang.org/x/sys"}},
 		{[]string{"./broker/brokertest"}, []string{"", "broker/brokertest", "consumer", "message", "relay"}, nil},
 		{[]string{"./broker/kafka"}, []string{"", "broker/kafka", "consumer", "message", "relay"}, franz},
+		{[]string{"./broker/nats"}, []string{"", "broker/nats", "message", "relay"}, natsgo},
 		{[]string{"./middleware", "./storage/postgres"}, []string{"", "consumer", "message", "middleware", "relay", "storage/postgres"}, append([]string{httpsfv}, pgx...)},
 		{[]string{"./observe/lostkey"}, []string{"", "observe/lostkey"}, nil},
 		{[]string{"./observe"}, []string{"", "observe", "observe/lostkey"}, nil},

@@ -1,0 +1,325 @@
+// Package nats publishes to and consumes from NATS JetStream, with the library nats.go.
+//
+//	client, err := nats.Connect("nats://nats-1:4222", nil)
+//	...
+//	err = client.CreateTopic(ctx, "bank-events", nil)
+//	...
+//	go relay.New(store.Outbox(), client.Publisher(), nil).Run(ctx)
+//
+// # Topics
+//
+// A topic is a number of partitions, and each of them is a stream of its own: partition 3 of the
+// topic bank.events is the stream bank+events+3, with the subject bank.events.3. So a partition's
+// sequence has no gaps by itself, and what a limit of the stream has deleted unread is known to the
+// message. The number of partitions is fixed when a topic is made, and noted in the streams'
+// metadata.
+//
+// A server that crashes may lose what it has confirmed, unless the stream has replicas or the server
+// sync_interval: always.
+//
+// # Publishing
+//
+// A message goes to the subject of its partition, which a hash of its key chooses, or of its id if
+// it has no key. Its id is the header Nats-Msg-Id, its key the header Message-Key, percent-encoded.
+// The stream drops a copy that comes within its duplicate window (2 minutes by default), and
+// confirms it as a duplicate. A later copy is kept: a consumer that keeps ids drops it.
+package nats
+
+import (
+	"cmp"
+	"context"
+	"crypto/sha256"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"log/slog"
+	"maps"
+	"net"
+	"net/url"
+	"strconv"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/nats-io/nats.go"
+	"github.com/nats-io/nats.go/jetstream"
+
+	"github.com/paidonce/idempotency/message"
+)
+
+// Partitions of a topic.
+const (
+	PartitionsDefault = 8
+	PartitionsMax     = 1024
+)
+
+// partitionsKey is the key in a stream's metadata that has the topic's number of partitions.
+const partitionsKey = "idempotency.partitions"
+
+// Options tune a [Client]. Nil and the zero value are the defaults.
+type Options struct {
+	// Nats has more options of nats.go for each of its connections: nats.UserCredentials,
+	// nats.Secure, nats.ReconnectWait. Those for reconnecting without end and without a buffer have no
+	// effect here: this package sets them itself.
+	Nats []nats.Option
+
+	// Logger gets the log: missing rights, and troubles of sources that end nothing. Defaults to
+	// slog.Default().
+	Logger *slog.Logger
+}
+
+// Client is a NATS cluster. It is safe for concurrent use, and has nothing to close: a [Publisher] is
+// closed by its own Close.
+type Client struct {
+	options Options
+	nats    nats.Options
+}
+
+// Connect returns a client of the cluster that these servers belong to: URLs, separated by commas. It
+// opens no connection, so a server that is away is no error. It fails if an option or a URL is
+// invalid.
+func Connect(servers string, opts *Options) (*Client, error) {
+	c := new(Client)
+	if opts != nil {
+		c.options = *opts
+	}
+	c.nats = nats.GetDefaultOptions()
+	c.nats.Name = "idempotency"
+	c.nats.AsyncErrorCB = func(_ *nats.Conn, _ *nats.Subscription, err error) {
+		if errors.Is(err, nats.ErrPermissionViolation) { // the call itself only runs into its timeout
+			c.logger().Warn("idempotency: NATS denies a right", "error", err)
+		}
+	}
+	for _, option := range c.options.Nats {
+		if option == nil {
+			continue
+		}
+		if err := option(&c.nats); err != nil {
+			return nil, fmt.Errorf("connect to nats: %w", err)
+		}
+	}
+	for server := range strings.SplitSeq(servers, ",") {
+		server = strings.TrimSpace(server)
+		if u, err := url.Parse(server); err != nil || u.Host == "" {
+			// The URL itself may have a password.
+			return nil, errors.New("connect to nats: a server has no valid URL: pass URLs like nats://host:4222, separated by commas")
+		}
+		c.nats.Servers = append(c.nats.Servers, server)
+	}
+	c.nats.AllowReconnect, c.nats.MaxReconnect, c.nats.RetryOnFailedConnect = true, -1, true
+	// Otherwise what was published during an outage would be sent after the call had failed.
+	c.nats.ReconnectBufSize = -1
+	return c, nil
+}
+
+func (c *Client) logger() *slog.Logger { return cmp.Or(c.options.Logger, slog.Default()) }
+
+// conn is a connection that reconnects by itself.
+type conn struct {
+	nats   *nats.Conn
+	js     jetstream.JetStream
+	dialer *dialer
+}
+
+// conn returns a connection, which may not be there yet. The library knows no context: what it
+// connects after ctx has ended is closed.
+func (c *Client) conn(ctx context.Context) (*conn, error) {
+	options := c.nats
+	one := &conn{dialer: &dialer{dial: options.CustomDialer}}
+	if one.dialer.dial == nil {
+		one.dialer.dial = &net.Dialer{Timeout: options.Timeout}
+	}
+	options.CustomDialer = one.dialer
+	connected := make(chan error, 1)
+	go func() {
+		var err error
+		if one.nats, err = options.Connect(); err == nil {
+			one.js, err = jetstream.New(one.nats)
+		}
+		connected <- err
+	}()
+	select {
+	case err := <-connected:
+		return one, err
+	case <-ctx.Done():
+		one.dialer.close()
+		go func() {
+			if err := <-connected; err == nil {
+				one.close()
+			}
+		}()
+		return nil, fmt.Errorf("no server is reached: %w", ctx.Err())
+	}
+}
+
+// close closes the connection, and sends nothing that is still in its buffers.
+func (c *conn) close() {
+	c.dialer.close()
+	c.nats.Close()
+}
+
+// dialer dials the connections of one conn. It closes them without the library, which would flush
+// its buffer first.
+type dialer struct {
+	dial nats.CustomDialer
+
+	mu     sync.Mutex
+	closed bool
+	last   net.Conn
+}
+
+// Dial implements nats.CustomDialer.
+func (d *dialer) Dial(network, address string) (net.Conn, error) {
+	one, err := d.dial.Dial(network, address)
+	if err != nil {
+		return nil, err
+	}
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if d.closed {
+		_ = one.Close()
+		return nil, net.ErrClosed
+	}
+	d.last = one
+	return one, nil
+}
+
+func (d *dialer) close() {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	d.closed = true
+	if d.last != nil {
+		_ = d.last.Close()
+	}
+}
+
+// TopicOptions tune a topic that is made. Nil and the zero value are the defaults.
+type TopicOptions struct {
+	// Partitions is the number of partitions, at most 1024 ([PartitionsMax]). It bounds the number of
+	// processes that share the topic. It can't be changed later. Defaults to 8.
+	Partitions int
+
+	// Stream has the other settings of each partition's stream: Replicas, MaxAge, MaxBytes,
+	// Duplicates, Storage. Name, subjects and retention policy are set by this package.
+	Stream jetstream.StreamConfig
+}
+
+// CreateTopic makes a topic. If it is there already, CreateTopic changes nothing, and fails if the
+// topic has another number of partitions. So each process may call it when it starts.
+func (c *Client) CreateTopic(ctx context.Context, topic string, opts *TopicOptions) error {
+	var o TopicOptions
+	if opts != nil {
+		o = *opts
+	}
+	if o.Partitions == 0 {
+		o.Partitions = PartitionsDefault
+	}
+	if o.Partitions < 0 || o.Partitions > PartitionsMax {
+		return fmt.Errorf("create a topic: it must have 1 to %d partitions", PartitionsMax)
+	}
+	if err := checkTopic(topic); err != nil {
+		return fmt.Errorf("create a topic: %w", err)
+	}
+	one, err := c.conn(ctx)
+	if err != nil {
+		return fmt.Errorf("create a topic: %w", err)
+	}
+	defer one.close()
+	if err := one.ready(ctx); err != nil {
+		return fmt.Errorf("create a topic: %w", err)
+	}
+	// The first partition comes last: it stands for the whole topic.
+	for number := o.Partitions - 1; number >= 0; number-- {
+		if err := one.createStream(ctx, topic, number, o); err != nil {
+			return fmt.Errorf("create a topic: partition %d: %w", number, err)
+		}
+	}
+	return nil
+}
+
+// createStream makes the stream of a partition, unless it is there.
+func (c *conn) createStream(ctx context.Context, topic string, number int, o TopicOptions) error {
+	config := o.Stream
+	config.Name, config.Subjects, config.Retention = streamName(topic, number), []string{subjectOf(topic, number)}, jetstream.LimitsPolicy
+	config.Metadata = maps.Clone(config.Metadata)
+	if config.Metadata == nil {
+		config.Metadata = map[string]string{}
+	}
+	config.Metadata[partitionsKey] = strconv.Itoa(o.Partitions)
+	_, err := c.js.CreateStream(ctx, config)
+	if !errors.Is(err, jetstream.ErrStreamNameAlreadyInUse) {
+		return err
+	}
+	stream, err := c.js.Stream(ctx, config.Name)
+	if err != nil {
+		return err
+	}
+	has, err := partitionsOf(stream.CachedInfo())
+	if err == nil && has != o.Partitions {
+		err = fmt.Errorf("the topic has %d partitions, not %d: the number is fixed, so ask for %d, or publish to a new topic", has, o.Partitions, has)
+	}
+	return err
+}
+
+// ready blocks until there is a connection.
+func (c *conn) ready(ctx context.Context) error {
+	for !c.nats.IsConnected() {
+		select {
+		case <-ctx.Done():
+			return fmt.Errorf("no server is reached: %w", ctx.Err())
+		case <-time.After(connectInterval):
+		}
+	}
+	return nil
+}
+
+const connectInterval = 20 * time.Millisecond
+
+// partitionsOf returns the number of partitions of the topic that a stream belongs to.
+func partitionsOf(info *jetstream.StreamInfo) (int, error) {
+	n, err := strconv.Atoi(info.Config.Metadata[partitionsKey])
+	if err != nil || n < 1 || n > PartitionsMax {
+		return 0, fmt.Errorf("the stream %s was not made by CreateTopic: its metadata has no valid %s", info.Config.Name, partitionsKey)
+	}
+	return n, nil
+}
+
+// partitions returns a topic's number of partitions. The error is jetstream.ErrStreamNotFound if
+// there is no such topic.
+func (c *conn) partitions(ctx context.Context, topic string) (int, error) {
+	stream, err := c.js.Stream(ctx, streamName(topic, 0))
+	if err != nil {
+		return 0, err
+	}
+	return partitionsOf(stream.CachedInfo())
+}
+
+// streamName returns the name of a partition's stream. A dot can't be in it.
+func streamName(topic string, number int) string {
+	return strings.ReplaceAll(topic, ".", "+") + "+" + strconv.Itoa(number)
+}
+
+func subjectOf(topic string, number int) string { return topic + "." + strconv.Itoa(number) }
+
+// checkTopic returns an error if no subject can have the topic's name.
+func checkTopic(topic string) error {
+	if err := (&message.Message{Topic: topic}).Validate(); err != nil {
+		return err
+	}
+	if strings.HasPrefix(topic, ".") || strings.HasSuffix(topic, ".") || strings.Contains(topic, "..") {
+		return errors.New("a subject of NATS begins and ends with no dot, and has no two in a row: rename the topic")
+	}
+	return nil
+}
+
+// partitionOf returns the partition of a message among n. It never changes: another function would
+// move keys to other partitions, where they lose their order. Copies of a message are in one
+// partition.
+func partitionOf(m *message.Message, n int) int {
+	by := m.Key
+	if by == nil {
+		by = []byte(m.ID)
+	}
+	sum := sha256.Sum256(by)
+	return int(binary.BigEndian.Uint64(sum[:8]) % uint64(n)) //nolint:gosec // below n
+}
