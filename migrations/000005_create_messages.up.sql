@@ -97,3 +97,20 @@ COMMENT ON COLUMN message_parked.error IS 'Why the last try failed.';
 COMMENT ON COLUMN message_parked.key IS 'The message''s key; NULL if it has none.';
 COMMENT ON COLUMN message_parked.headers IS 'The headers, encoded as in idempotency_keys.';
 COMMENT ON COLUMN message_parked.body IS 'The body as it came.';
+
+-- Acts on messages. Of such an act the scope is message: and the consumer's name, or the topic of a
+-- message in the outbox; the key is the message's id.
+ALTER TABLE idempotency_audit
+    DROP CONSTRAINT idempotency_audit_action_check,
+    ADD COLUMN message jsonb,
+    ADD CONSTRAINT idempotency_audit_action_check CHECK (action IN ('expire', 'delete',
+        'settle-done', 'settle-declined', 'settle-not-sent', 'settle-retry', 'resume', 'park', 'abandon',
+        'redrive', 'drop', 'outbox-retry', 'outbox-drop'));
+COMMENT ON COLUMN idempotency_audit.action IS 'expire: the record expired at once, and the reaper deletes it. delete: the record was deleted at once. After either deletion a retry runs again. On an open request: settle-...: what was known about an effect. resume: it became due. park: it was left to a person. abandon: it was deleted without an answer, and a retry runs again. On a message that a consumer had parked: redrive: it became due, under its id. drop: it was deleted, and is never handled. On one in the outbox: outbox-retry: the broker gets it again. outbox-drop: it was deleted, and is never published.';
+COMMENT ON COLUMN idempotency_audit.scope IS 'The account whose key it was; of a message: message: and its consumer, or its topic in the outbox.';
+COMMENT ON COLUMN idempotency_audit.key IS 'The key as the client sent it, unquoted; or the id of the message.';
+COMMENT ON COLUMN idempotency_audit.attempt_id IS 'Attempt that made the record. The service''s rows may carry it too: find the effects of the request by it. Zero for a message.';
+COMMENT ON COLUMN idempotency_audit.status IS 'HTTP status of the recorded answer; 0 for an open request and for a message.';
+COMMENT ON COLUMN idempotency_audit.record_created_at IS 'Time at which the answer was recorded; or the message parked, or published.';
+COMMENT ON COLUMN idempotency_audit.record_expires_at IS 'Time at which the record would have expired; of a message, the time at which it was parked or published.';
+COMMENT ON COLUMN idempotency_audit.message IS 'The message before the act, without its key, headers and body.';

@@ -14,6 +14,7 @@ import (
 	"github.com/paidonce/idempotency"
 	"github.com/paidonce/idempotency/consumer"
 	"github.com/paidonce/idempotency/message"
+	"github.com/paidonce/idempotency/storage/postgres/internal/locks"
 	"github.com/paidonce/idempotency/storage/postgres/internal/wire"
 )
 
@@ -109,11 +110,6 @@ func (s *Store) Inbox() *Inbox {
 // scopeOf is the scope of a consumer's records.
 func scopeOf(name string) string { return idempotency.MessageScopePrefix + name }
 
-// lockNumber is the number of a partition's lock. No request has an empty scope.
-func (i *Inbox) lockNumber(name string, p consumer.Partition) int64 {
-	return idempotency.Key{Value: "consumer " + strconv.Quote(name) + " " + strconv.Quote(p.Source) + " " + strconv.Itoa(int(p.Number))}.LockNumber(i.store.table)
-}
-
 // Position implements [consumer.Store].
 func (i *Inbox) Position(ctx context.Context, name string, p consumer.Partition) (position consumer.Position, err error) {
 	err = i.store.pool.QueryRow(ctx, "SELECT next_offset, incarnation, deaths FROM "+i.offsets+" WHERE consumer = $1 AND source = $2 AND partition = $3", name, p.Source, p.Number).
@@ -172,7 +168,7 @@ func (i *Inbox) begin(ctx context.Context, b *batch, known wire.Call) error {
 	if err != nil {
 		return err
 	}
-	b.init(s, conn, &b.none, i.lockNumber(claim.Consumer, claim.Partition))
+	b.init(s, conn, &b.none, locks.Partition(s.table, claim.Consumer, claim.Partition.Source, claim.Partition.Number))
 	partition := wire.EncodeInt4(claim.Partition.Number)
 	calls := []wire.Call{
 		{Statement: &s.statements.begin},

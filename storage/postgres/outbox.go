@@ -17,6 +17,7 @@ import (
 	"github.com/paidonce/idempotency"
 	"github.com/paidonce/idempotency/message"
 	"github.com/paidonce/idempotency/relay"
+	"github.com/paidonce/idempotency/storage/postgres/internal/locks"
 	"github.com/paidonce/idempotency/storage/postgres/internal/wire"
 )
 
@@ -204,9 +205,8 @@ func (o *Outbox) Drain(ctx context.Context, shard int, limits relay.Limits, publ
 
 func (o *Outbox) drain(ctx context.Context, tx pgx.Tx, shard int, limits relay.Limits, publish func(context.Context, []message.Message) []error) (d relay.Drained, err error) {
 	// A statement of its own: the snapshot of the next one must be younger than the lock.
-	lock := idempotency.Key{Value: fmt.Sprintf("outbox %d", shard)}.LockNumber(o.store.table) // no request has an empty scope
 	var held bool
-	if err := tx.QueryRow(ctx, "SELECT pg_try_advisory_xact_lock($1)", lock).Scan(&held); err != nil || !held {
+	if err := tx.QueryRow(ctx, "SELECT pg_try_advisory_xact_lock($1)", locks.Shard(o.store.table, shard)).Scan(&held); err != nil || !held {
 		return relay.Drained{Held: err == nil}, err
 	}
 	rows, err := tx.Query(ctx, "SELECT id, message_id::text, topic, key, headers, body, GREATEST(extract(epoch FROM clock_timestamp() - created_at), 0)::float8 FROM ("+
