@@ -9,8 +9,9 @@
 // table's primary key. Instead each call is bounded in rows, pages and time, and returns how far it
 // came.
 //
-// All methods only read, except [Operator.Expire], [Operator.Delete], [Operator.GC], and the acts
-// on open requests: [Operator.Settle], [Operator.Resume], [Operator.Park] and [Operator.Abandon].
+// All methods only read, except [Operator.Expire], [Operator.Delete], [Operator.GC], the acts on open
+// requests: [Operator.Settle], [Operator.Resume], [Operator.Park] and [Operator.Abandon], and those
+// on messages: [Operator.Redrive], [Operator.Drop], [Operator.RetryOutbox] and [Operator.DropOutbox].
 // These acts are the only manual changes that are safe while the service runs. Each adds a row to
 // the table idempotency_audit in the same transaction.
 //
@@ -23,6 +24,8 @@
 //	GRANT SELECT, INSERT ON idempotency_audit TO operator;
 //	GRANT SELECT, DELETE ON idempotency_events TO operator;                    -- DELETE: GC
 //	GRANT SELECT, UPDATE, DELETE ON idempotency_open, idempotency_effects TO operator; -- acts on open requests
+//	GRANT SELECT, UPDATE, DELETE ON message_outbox, message_parked TO operator; -- acts on messages
+//	GRANT SELECT ON message_offsets TO operator;
 //	GRANT SELECT ON idempotency_migrations TO operator;
 //	GRANT pg_monitor TO operator;                                              -- what other sessions do; Doctor
 //

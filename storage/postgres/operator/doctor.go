@@ -38,6 +38,8 @@ const (
 	ClockSkewMax      = 5 * time.Second  // between the server and this process
 	ReaperBehindMax   = 10 * time.Minute // since an expired record should have been deleted
 	OpenAgeMax        = 10 * time.Minute // of an open request that is not parked
+	OutboxAgeMax      = 2 * time.Minute  // of a message in the outbox that nothing is in front of
+	ConsumerAgeMax    = 10 * time.Minute // of a begun batch that was not ended, and of a parked message that is due
 	TableLockAgeMax   = 2 * time.Second  // of a lock on the table that blocks requests
 	AttemptAgeMax     = postgres.IdleInTransactionTimeoutMax
 	TransactionAgeMax = 10 * time.Minute // of any transaction, because it holds back vacuum
@@ -79,6 +81,8 @@ var checks = [...]check{
 	{"attempts", (*examination).attempts},
 	{"reaper", (*examination).reaper},
 	{"open", (*examination).open},
+	{"outbox", (*examination).outbox},
+	{"consumers", (*examination).consumers},
 	{"vacuum", (*examination).vacuum},
 	{"bloat", (*examination).bloat},
 	{"transactions", (*examination).transactions},
@@ -262,6 +266,11 @@ func (e *examination) schema(ctx context.Context) error {
 			found = append(found, err)
 		}
 	}
+	for _, err := range joined(e.o.store.CheckMessages(ctx)) {
+		if errors.Is(err, postgres.ErrTableUnsafe) || errors.Is(err, postgres.ErrTableUnlogged) {
+			found = append(found, err)
+		}
+	}
 	for _, err := range found {
 		switch {
 		case errors.Is(err, postgres.ErrSchemaOutdated), errors.Is(err, postgres.ErrTableUnlogged):
@@ -371,7 +380,7 @@ func (e *examination) locks(ctx context.Context) error {
 }
 
 func (e *examination) rights(ctx context.Context) error {
-	var read, write, remove, expire, audit, events, settle, monitor bool
+	var read, write, remove, expire, audit, events, settle, messages, monitor bool
 	var role string
 	err := e.row(ctx, `
 		SELECT has_table_privilege($1::text, 'SELECT'), has_table_privilege($1::text, 'INSERT'), has_table_privilege($1::text, 'DELETE'),
@@ -380,8 +389,10 @@ func (e *examination) rights(ctx context.Context) error {
 		       COALESCE(has_table_privilege(to_regclass($3)::oid, 'SELECT'), false),
 		       (SELECT COALESCE(bool_and(has_table_privilege(to_regclass(t)::oid, 'SELECT') AND has_table_privilege(to_regclass(t)::oid, 'UPDATE') AND has_table_privilege(to_regclass(t)::oid, 'DELETE')), true)
 		        FROM unnest(ARRAY[$4, $5]) AS t), -- NULL before migration 4
+		       (SELECT COALESCE(bool_and(has_table_privilege(to_regclass(t)::oid, 'SELECT') AND (t = $8 OR has_table_privilege(to_regclass(t)::oid, 'UPDATE') AND has_table_privilege(to_regclass(t)::oid, 'DELETE'))), true)
+		        FROM unnest(ARRAY[$6, $7, $8]) AS t), -- NULL before migration 5
 		       pg_has_role('pg_read_all_stats', 'USAGE'), quote_ident(current_user)`,
-		[]any{e.o.keys, e.o.audit, e.o.events, e.o.open, e.o.effects}, &read, &write, &remove, &expire, &audit, &events, &settle, &monitor, &role)
+		[]any{e.o.keys, e.o.audit, e.o.events, e.o.open, e.o.effects, e.o.outbox, e.o.parked, e.o.offsets}, &read, &write, &remove, &expire, &audit, &events, &settle, &messages, &monitor, &role)
 	if err != nil {
 		return err
 	}
@@ -399,6 +410,8 @@ func (e *examination) rights(ctx context.Context) error {
 		{expire && audit, "expire a key", "GRANT UPDATE (expires_at) ON " + e.o.table + " TO " + role + "; " + grantAudit},
 		{events, "see a key's history", "GRANT SELECT ON " + e.o.store.Schema() + "." + EventsTableName + " TO " + role},
 		{settle && audit, "settle an effect", fmt.Sprintf("GRANT SELECT, UPDATE, DELETE ON %[1]s.%[2]s, %[1]s.%[3]s TO %[4]s; %[5]s", e.o.store.Schema(), postgres.OpenTableName, postgres.EffectsTableName, role, grantAudit)},
+		{messages && audit, "act on messages", fmt.Sprintf("GRANT SELECT, UPDATE, DELETE ON %[1]s.%[2]s, %[1]s.%[3]s TO %[5]s; GRANT SELECT ON %[1]s.%[4]s TO %[5]s; %[6]s",
+			e.o.store.Schema(), postgres.OutboxTable, postgres.ParkedTable, postgres.OffsetsTable, role, grantAudit)},
 		{monitor, "see other sessions", "GRANT pg_monitor TO " + role},
 	} {
 		if !right.there {

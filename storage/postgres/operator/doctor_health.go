@@ -9,6 +9,7 @@ import (
 
 	"github.com/jackc/pgx/v5"
 
+	"github.com/paidonce/idempotency"
 	"github.com/paidonce/idempotency/storage/postgres"
 )
 
@@ -69,6 +70,117 @@ func (e *examination) open(ctx context.Context) error {
 		e.ok("open requests: %s", cmp.Or(strings.Join(text, "; "), "none"))
 	}
 	return nil
+}
+
+// messageTable reports whether a table of messages is there and readable. If not, it adds the
+// finding.
+func (e *examination) messageTable(ctx context.Context, name string) (ok bool, err error) {
+	table := pgx.Identifier{e.o.store.Schema(), name}.Sanitize()
+	var there, readable bool
+	var role string
+	if err := e.row(ctx, "SELECT to_regclass($1) IS NOT NULL, COALESCE(has_table_privilege(to_regclass($1)::oid, 'SELECT'), false), quote_ident(current_user)",
+		[]any{table}, &there, &readable, &role); err != nil {
+		return false, err
+	}
+	switch {
+	case !there:
+		e.ok("no table: no service can have messages")
+	case !readable:
+		e.warn("GRANT SELECT ON "+table+" TO "+role, "this role can't see messages")
+	}
+	return there && readable, nil
+}
+
+// outbox looks for messages that nobody publishes.
+func (e *examination) outbox(ctx context.Context) error {
+	if ok, err := e.messageTable(ctx, postgres.OutboxTable); err != nil || !ok {
+		return err
+	}
+	box, err := e.o.Outbox(ctx)
+	if err != nil {
+		return err
+	}
+	var late []string
+	oldest := time.Duration(0)
+	for _, s := range box.Shards {
+		oldest = max(oldest, s.Oldest)
+		if s.Oldest > OutboxAgeMax {
+			late = append(late, fmt.Sprint(s.Number))
+		}
+	}
+	if len(late) > 0 {
+		e.warn("run a relay.Relay in the service, or its consumer where a topic is a queue; where one runs, its log says what the broker or the database answers",
+			"%d messages wait in the outbox, the oldest for %v (shards %s): no relay publishes them", box.Pending, oldest.Round(time.Second), strings.Join(late, ", "))
+	}
+	if box.Parked > 0 {
+		e.warn("idemctl message outbox shows why; mend that, then message retry, or message drop --outbox: docs/operations.md, Messages that the broker refused",
+			"the broker refused %d messages, and %d of their keys wait behind them", box.Parked, box.Behind)
+	}
+	if len(late) == 0 && box.Parked == 0 {
+		e.ok("%d messages wait, the oldest for %v", box.Pending, oldest.Round(time.Second))
+	}
+	return nil
+}
+
+// consumers looks for messages that a person must decide on, and for consumers that do not go on.
+func (e *examination) consumers(ctx context.Context) error {
+	for _, table := range []string{postgres.OffsetsTable, postgres.ParkedTable} {
+		if ok, err := e.messageTable(ctx, table); err != nil || !ok {
+			return err
+		}
+	}
+	list, err := e.o.Consumers(ctx, "")
+	if err != nil {
+		return err
+	}
+	found := len(e.findings)
+	var text []string
+	for i := range list.Consumers {
+		c := &list.Consumers[i]
+		if c.Dead > 0 {
+			e.warn("idemctl message parked --consumer "+c.Name+" --state dead, then message redrive or drop for each: docs/operations.md, Dead letters at night",
+				"%d messages of consumer %s are dead, and wait for a person", c.Dead, c.Name)
+		}
+		if c.OldestDue > ConsumerAgeMax {
+			e.warn("run consumer "+c.Name+"; where it runs, its log says what keeps it; idemctl message consumers shows who holds its partitions",
+				"a parked message of consumer %s has been due for %v, and nobody tries it", c.Name, c.OldestDue.Round(time.Second))
+		}
+		deaths, stuck := 0, 0
+		for j := range c.Positions {
+			if p := &c.Positions[j]; p.Deaths > 0 && p.Age > ConsumerAgeMax {
+				deaths, stuck = deaths+p.Deaths, stuck+1
+			}
+		}
+		if stuck > 0 {
+			e.warn("look at its log, and at idemctl message consumers; a consumer that ended for good leaves rows in "+postgres.OffsetsTable+", which may be deleted",
+				"%d processes of consumer %s began a batch, and ended none, in %d partitions that have not moved for %v", deaths, c.Name, stuck, ConsumerAgeMax)
+		}
+		if err := e.retention(ctx, c); err != nil {
+			return err
+		}
+		text = append(text, fmt.Sprintf("%s: %d positions, %d waiting, %d behind", c.Name, len(c.Positions), c.Waiting, c.Behind))
+	}
+	if len(e.findings) == found {
+		e.ok("consumers: %s", cmp.Or(strings.Join(text, "; "), "none"))
+	}
+	return nil
+}
+
+// retention warns if records of a consumer expire before its dead letters are decided on: a copy
+// that was handled is forgotten then, and a redrive would handle the message once more.
+func (e *examination) retention(ctx context.Context, c *Consumer) error {
+	if c.OldestDead == 0 {
+		return nil
+	}
+	var seconds float64
+	err := e.row(ctx, "SELECT COALESCE((SELECT extract(epoch FROM expires_at - created_at) FROM "+e.o.keys+" WHERE scope = $1 AND status <> 0 ORDER BY key LIMIT 1), 0)::float8",
+		[]any{idempotency.MessageScopePrefix + c.Name}, &seconds)
+	kept := time.Duration(seconds * float64(time.Second)).Round(time.Second)
+	if err == nil && kept > 0 && c.OldestDead > kept/2 {
+		e.warn("redrive or drop them now, or raise the consumer's Options.Retention", "consumer %s keeps records for %v, and its oldest dead letter is %v old: when the records have expired, a copy that was handled is not known any more",
+			c.Name, kept, c.OldestDead.Round(time.Second))
+	}
+	return err
 }
 
 func (e *examination) isolation(ctx context.Context) error {

@@ -107,6 +107,18 @@ func TestDoctorFindsWhatIsWrong(t *testing.T) {
 		"no autovacuum": {"ALTER TABLE idempotency_keys SET (autovacuum_enabled = false)", "vacuum", operator.LevelFail, "RESET (autovacuum_enabled)", nil},
 		"no reaper": {`INSERT INTO idempotency_keys (created_at, expires_at, status, fingerprint_version, attempt_id, scope, key, fingerprint, headers, body)
 			VALUES (now(), now() - interval '11 minutes', 200, 1, gen_random_uuid(), 'canary', 'canary', sha256('x'), '\x0100', '')`, "reaper", operator.LevelWarn, "gc", nil},
+		"no relay":           {outboxRow + "now() - interval '3 minutes', NULL)", "outbox", operator.LevelWarn, "relay", nil},
+		"a relay that comes": {outboxRow + "now() - interval '1 minute', NULL)", "outbox", operator.LevelOK, "1 messages wait", nil},
+		"refused":            {outboxRow + "now(), 'canary')", "outbox", operator.LevelWarn, "idemctl message outbox", nil},
+		"a dead letter":      {parkedRow + "now(), NULL, 3)", "consumers", operator.LevelWarn, "message parked --consumer mails --state dead", nil},
+		"an old dead letter": {parkedRow + `now() - interval '8 days', NULL, 3);
+			INSERT INTO idempotency_keys (created_at, expires_at, status, fingerprint_version, attempt_id, scope, key, fingerprint, headers, body)
+			VALUES (now(), now() + interval '14 days', 204, 1, gen_random_uuid(), 'message:mails', 'canary', sha256('x'), '\x0100', '')`, "consumers", operator.LevelWarn, "records for 336h", nil},
+		"no consumer of what is due": {parkedRow + "now(), now() - interval '11 minutes', 1)", "consumers", operator.LevelWarn, "run consumer mails", nil},
+		"a consumer of what is due":  {parkedRow + "now(), now() - interval '9 minutes', 1)", "consumers", operator.LevelOK, "mails: 0 positions, 1 waiting", nil},
+		"a batch that never ends":    {offsetsRow + "now() - interval '11 minutes', 1)", "consumers", operator.LevelWarn, "1 processes", nil},
+		"a batch that may end":       {offsetsRow + "now() - interval '9 minutes', 1)", "consumers", operator.LevelOK, "mails: 1 positions", nil},
+		"an unlogged outbox":         {"ALTER TABLE message_outbox SET UNLOGGED", "schema", operator.LevelFail, "SET LOGGED", nil},
 		"a reaper that comes": {`INSERT INTO idempotency_keys (created_at, expires_at, status, fingerprint_version, attempt_id, scope, key, fingerprint, headers, body)
 			VALUES (now(), now() - interval '9 minutes', 200, 1, gen_random_uuid(), 'canary', 'canary', sha256('x'), '\x0100', '')`, "reaper", operator.LevelOK, "1 records are expired", nil},
 	} {
@@ -139,6 +151,12 @@ func TestDoctorFindsWhatIsWrong(t *testing.T) {
 		})
 	}
 }
+
+const (
+	outboxRow  = "INSERT INTO message_outbox (shard, message_id, topic, headers, body, created_at, parked) VALUES (3, gen_random_uuid(), 'canary', '', 'canary', "
+	parkedRow  = "INSERT INTO message_parked (position, partition, attempts, consumer, message_id, source, topic, error, headers, body, parked_at, not_before, state) VALUES (0, 0, 1, 'mails', 'canary', 'canary', 'canary', 'canary', '', '', "
+	offsetsRow = "INSERT INTO message_offsets (next_offset, incarnation, attempt_id, partition, consumer, source, updated_at, deaths) VALUES (0, gen_random_uuid(), gen_random_uuid(), 0, 'mails', 'transfers', "
+)
 
 const noTrigger = "CREATE FUNCTION skip() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN RETURN NULL; END $$; CREATE TRIGGER skip "
 
@@ -178,8 +196,8 @@ func TestDoctorsGrantsAreEnough(t *testing.T) {
 			t.Errorf("after the remedies: %+v", f)
 		}
 	}
-	if granted != 6 {
-		t.Errorf("%d remedies, want those of look, delete, expire, history, effects and other sessions", granted)
+	if granted != 7 {
+		t.Errorf("%d remedies, want those of look, delete, expire, history, effects, messages and other sessions", granted)
 	}
 }
 

@@ -33,8 +33,9 @@ var (
 	ErrNotFound = errors.New("key has no record")
 	// ErrInProgress: an attempt, or a retry that reads the record, holds the key. Nothing was done.
 	ErrInProgress = errors.New("key is in progress")
-	// ErrChanged: the record is not of the attempt named in [Act.Attempt], or the open request has
-	// another epoch than [OpenAct.Epoch]. Nothing was done.
+	// ErrChanged: the record is not of the attempt named in [Act.Attempt], the open request has
+	// another epoch than [OpenAct.Epoch], or the message is not as in [MessageAct.Seen]. Nothing was
+	// done.
 	ErrChanged = errors.New("it has changed since you looked")
 	// ErrInvalid: an argument is invalid. The text says why.
 	ErrInvalid = errors.New("invalid")
@@ -72,6 +73,8 @@ type Operator struct {
 	keys               string // sanitized, as are the next
 	audit, events      string
 	open, effects      string
+	outbox, offsets    string
+	parked             string
 	versions           string
 	statementTimeoutMS string
 	callTimeoutMS      string
@@ -104,6 +107,7 @@ func New(store *postgres.Store, opts *Options) *Operator {
 		table: store.Schema() + "." + postgres.TableName,
 		keys:  name(postgres.TableName), audit: name(AuditTableName), events: name(EventsTableName),
 		open: name(postgres.OpenTableName), effects: name(postgres.EffectsTableName),
+		outbox: name(postgres.OutboxTable), offsets: name(postgres.OffsetsTable), parked: name(postgres.ParkedTable),
 		versions:           name("idempotency_migrations"),
 		statementTimeoutMS: strconv.FormatInt(o.StatementTimeout.Milliseconds(), 10),
 		callTimeoutMS:      strconv.FormatInt(o.CallTimeout.Milliseconds(), 10),

@@ -34,8 +34,9 @@ const (
 	EventIntent      EventKind = "intent"      // an effect was about to be sent for the first time
 	EventSentAgain   EventKind = "sent-again"  // the last time that an effect was about to be sent again; Attempts is the number of sends
 	EventResult      EventKind = "result"      // an effect's result was recorded, or a phase was committed; Reason is its state
-	EventNext        EventKind = "next"        // an open request is due from this time on; Reason is why the last run left it open
-	EventParked      EventKind = "parked"      // an open request waits for a person
+	EventNext        EventKind = "next"        // an open request or a parked message is due from this time on; Reason is why the last run failed
+	EventParked      EventKind = "parked"      // an open request waits for a person; or a consumer has parked a message, or its broker refused it: Reason says why
+	EventPublished   EventKind = "published"   // a message was committed to the outbox, which still has it
 	EventExecuted    EventKind = "executed"    // as [idempotency.OutcomeExecuted]
 	EventReplayed    EventKind = "replayed"    // and so on
 	EventInProgress  EventKind = "in-progress" //
@@ -58,10 +59,11 @@ type Event struct {
 	Duration time.Duration
 	Attempts int
 
-	Effect string  // name of the effect; also of an act that settled one
-	Actor  string  // of an act
-	Role   string  // of an act: the role that the session logged in with
-	Holder *Holder // of a running one
+	Effect   string  // name of the effect; also of an act that settled one
+	Consumer string  // of a message, in MessageState.Events; empty for what happened in the outbox
+	Actor    string  // of an act
+	Role     string  // of an act: the role that the session logged in with
+	Holder   *Holder // of a running one
 }
 
 // Timeline returns the known events of a key, oldest first. They come from its record, its lock,
@@ -122,7 +124,7 @@ func (o *Operator) timeline(ctx context.Context, tx pgx.Tx, key idempotency.Key)
 		return nil, err
 	}
 	if audit {
-		acts, err := o.acts(ctx, tx, key)
+		acts, err := o.acts(ctx, tx, "scope = $1 AND key = $2", key.Scope, key.Value)
 		if err != nil {
 			return nil, err
 		}
@@ -135,8 +137,17 @@ func (o *Operator) timeline(ctx context.Context, tx pgx.Tx, key idempotency.Key)
 		}
 		events = append(events, seen...)
 	}
-	slices.SortStableFunc(events, func(a, b Event) int { return cmp.Compare(a.At.UnixNano(), b.At.UnixNano()) })
+	parked, err := o.parkedEvents(ctx, tx, key)
+	if err != nil {
+		return nil, err
+	}
+	events = append(events, parked...)
+	sortEvents(events)
 	return events, nil
+}
+
+func sortEvents(events []Event) {
+	slices.SortStableFunc(events, func(a, b Event) int { return cmp.Compare(a.At.UnixNano(), b.At.UnixNano()) })
 }
 
 // effectEvents returns the events of a request's effects, and its state if it is open. It returns
@@ -182,9 +193,10 @@ func (o *Operator) effectEvents(ctx context.Context, tx pgx.Tx, key idempotency.
 	return append(events, stands), nil
 }
 
-func (o *Operator) acts(ctx context.Context, tx pgx.Tx, key idempotency.Key) ([]Event, error) {
+// acts returns the newest acts that a condition selects.
+func (o *Operator) acts(ctx context.Context, tx pgx.Tx, where string, arguments ...any) ([]Event, error) {
 	rows, err := tx.Query(ctx, "SELECT at, action, actor, database_role, reason, attempt_id, status, COALESCE(to_jsonb(a)->>'effect', '') FROM "+o.audit+
-		" AS a WHERE scope = $1 AND key = $2 ORDER BY id DESC LIMIT $3::int", key.Scope, key.Value, EventsMax)
+		" AS a WHERE "+where+fmt.Sprintf(" ORDER BY id DESC LIMIT %d", EventsMax), arguments...)
 	if err != nil {
 		return nil, err
 	}
