@@ -37,6 +37,8 @@ const description = `Looks at the records of idempotent requests, and after them
   idemctl key delete acme 0198c0de-... --reason "ticket 7"     a retry RUNS AGAIN after this, and can pay twice
   idemctl effect list --parked            requests that called another service, and wait for a person
   idemctl effect settle acme 0198c0de-... charge --epoch 7 --done '{"id":"ch_1"}' --reason "ticket 7"
+  idemctl message parked --state dead     messages that a consumer could not handle
+  idemctl message redrive 0198c0de-... --consumer ledger --seen dead-8 --reason "ticket 7"
   idemctl stats, idemctl top              counts and sizes; what is in flight
   idemctl gc                              delete what is expired, as the service's reaper does
   idemctl serve                           the same as pages, on this machine, behind a token
@@ -66,6 +68,7 @@ type commands struct {
 	Doctor  doctorCommand   `cmd:"" help:"Find faults of the database, each with its remedy."`
 	Key     keyCommands     `cmd:"" help:"Show keys, expire or delete them."`
 	Effect  effectCommands  `cmd:"" help:"Show open requests: those that called another service and have no answer yet. Settle their effects."`
+	Message messageCommands `cmd:"" help:"Show consumers, the outbox and parked messages. Redrive, retry or drop them."`
 	Stats   statsCommand    `cmd:"" help:"Count and measure."`
 	Top     topCommand      `cmd:"" help:"Show the requests in progress, repeatedly."`
 	GC      gcCommand       `cmd:"" name:"gc" help:"Delete expired records, and old history."`
@@ -93,10 +96,11 @@ func exitCode(err error) int {
 		return 0
 	case errors.Is(err, errFindings):
 		return exitDoctor
-	case errors.Is(err, operator.ErrNotFound), errors.Is(err, operator.ErrNotOpen), errors.Is(err, operator.ErrNoEffect):
+	case errors.Is(err, operator.ErrNotFound), errors.Is(err, operator.ErrNotOpen), errors.Is(err, operator.ErrNoEffect),
+		errors.Is(err, operator.ErrNotParked), errors.Is(err, operator.ErrNoMessage):
 		return exitNotFound
 	case errors.Is(err, operator.ErrInProgress), errors.Is(err, operator.ErrChanged), errors.Is(err, operator.ErrOpen), errors.Is(err, operator.ErrSettled),
-		errors.Is(err, operator.ErrUnconfirmed), errors.Is(err, operator.ErrEncrypted), errors.As(err, new(refused)):
+		errors.Is(err, operator.ErrUnconfirmed), errors.Is(err, operator.ErrEncrypted), errors.Is(err, operator.ErrBehind), errors.As(err, new(refused)):
 		return exitRefused
 	case errors.Is(err, operator.ErrInvalid):
 		return exitUsage

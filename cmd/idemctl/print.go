@@ -51,6 +51,7 @@ type (
 		DurationUS int64       `json:"duration_us,omitempty"`
 		Attempts   int         `json:"attempts,omitempty"`
 		Effect     string      `json:"effect,omitempty"`
+		Consumer   string      `json:"consumer,omitempty"`
 		Actor      string      `json:"actor,omitempty"`
 		Role       string      `json:"database_role,omitempty"`
 		Holder     *holderJSON `json:"holder,omitempty"`
@@ -87,7 +88,7 @@ func holderOf(h *operator.Holder) *holderJSON {
 func eventOf(e *operator.Event) eventJSON {
 	j := eventJSON{
 		At: e.At, Kind: string(e.Kind), TraceID: e.TraceID, Status: e.Status, Reason: e.Reason, DurationUS: e.Duration.Microseconds(),
-		Attempts: e.Attempts, Effect: e.Effect, Actor: e.Actor, Role: e.Role, Holder: holderOf(e.Holder),
+		Attempts: e.Attempts, Effect: e.Effect, Consumer: e.Consumer, Actor: e.Actor, Role: e.Role, Holder: holderOf(e.Holder),
 	}
 	if !e.Attempt.IsZero() {
 		j.Attempt = e.Attempt.String()
