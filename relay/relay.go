@@ -90,10 +90,10 @@ type Options struct {
 	PauseMax time.Duration
 
 	// OnDrain is called after each batch, from several goroutines, with its shard, result, duration
-	// and error. Nil logs batches with errors.
+	// and error. The shard is -1 if the look for messages failed. May be nil.
 	OnDrain func(shard int, drained Drained, duration time.Duration, err error)
 
-	// Logger gets the relay's log. Defaults to slog.Default().
+	// Logger gets the relay's log: batches with errors. Defaults to slog.Default().
 	Logger *slog.Logger
 }
 
@@ -122,14 +122,13 @@ func New(outbox Outbox, publisher Publisher, opts *Options) *Relay {
 	if outbox == nil || publisher == nil || o.Interval < 0 || o.AtOnce < 0 || o.BatchMessages < 0 || o.BatchBytes < 0 || o.PublishTimeout < 0 || o.PauseMax < 0 {
 		panic("idempotency/relay: New needs an outbox and a publisher, and no option may be negative")
 	}
-	r := &Relay{outbox: outbox, publisher: publisher, options: o}
-	if o.OnDrain == nil {
-		r.options.OnDrain = r.log
-	}
-	return r
+	return &Relay{outbox: outbox, publisher: publisher, options: o}
 }
 
-func (r *Relay) log(shard int, drained Drained, _ time.Duration, err error) {
+func (r *Relay) ended(shard int, drained Drained, duration time.Duration, err error) {
+	if r.options.OnDrain != nil {
+		r.options.OnDrain(shard, drained, duration, err)
+	}
 	if err = cmp.Or(err, drained.Err); err != nil {
 		r.options.Logger.Warn("idempotency: messages were not published; they stay in the outbox and are tried again, unless they are parked",
 			"shard", shard, "failed", drained.Failed, "parked", drained.Parked, "error", err)
@@ -149,7 +148,7 @@ func (r *Relay) Run(ctx context.Context) {
 		shards, err := r.outbox.Waiting(ctx)
 		if err != nil && ctx.Err() == nil {
 			lookFailed = lookFailed.next(r.options.PauseMax)
-			r.options.OnDrain(-1, Drained{}, 0, fmt.Errorf("look for messages: %w", err))
+			r.ended(-1, Drained{}, 0, fmt.Errorf("look for messages: %w", err))
 			sleep(ctx, time.Until(lookFailed.until))
 			continue
 		}
@@ -202,7 +201,7 @@ func (r *Relay) drain(ctx context.Context, shard int) (failed bool) {
 		if ctx.Err() != nil && err != nil {
 			return true
 		}
-		r.options.OnDrain(shard, drained, time.Since(started), err)
+		r.ended(shard, drained, time.Since(started), err)
 		switch {
 		case err != nil || drained.Failed > 0:
 			return true
