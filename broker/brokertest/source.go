@@ -332,6 +332,7 @@ func stopsInOrder(t *testing.T, h *Harness) {
 		}
 		before := len(l.all())
 		p.cancel()
+		time.Sleep(100 * time.Millisecond) // in which a source that does not wait would end the call
 		close(proceed)
 		p.stop()
 		if p.err != nil {

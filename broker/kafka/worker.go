@@ -16,7 +16,7 @@ import (
 )
 
 // bufferedBytesMax is the size of a partition's buffered messages above which no more are fetched.
-// One fetch, of at most 1 MiB or one larger batch of the producer, may be on its way.
+// One fetch more may be on its way: 1 MiB, or one larger batch of the producer, as it is compressed.
 const bufferedBytesMax = 1 << 20
 
 // worker passes the messages of one partition to the receiver.

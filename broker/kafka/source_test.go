@@ -1,0 +1,403 @@
+package kafka_test
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/twmb/franz-go/pkg/kadm"
+	"github.com/twmb/franz-go/pkg/kerr"
+	"github.com/twmb/franz-go/pkg/kfake"
+	"github.com/twmb/franz-go/pkg/kgo"
+
+	"github.com/paidonce/idempotency"
+	"github.com/paidonce/idempotency/broker/brokertest"
+	"github.com/paidonce/idempotency/broker/kafka"
+	"github.com/paidonce/idempotency/consumer"
+	"github.com/paidonce/idempotency/message"
+)
+
+// receiver takes what it gets, unless it refuses.
+type receiver struct {
+	mu     sync.Mutex
+	begin  func(p consumer.Partition) int64 // nil: with the oldest
+	refuse func(d []consumer.Delivery) bool
+	got    []consumer.Delivery
+	calls  int
+}
+
+func (r *receiver) Assigned(_ context.Context, p consumer.Partition) (int64, error) {
+	if r.begin == nil {
+		return consumer.FromOldest, nil
+	}
+	return r.begin(p), nil
+}
+
+func (r *receiver) BatchMax() int { return 10 }
+
+func (r *receiver) Receive(_ context.Context, _ consumer.Partition, d []consumer.Delivery) (int, time.Duration) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.calls++
+	if r.refuse != nil && r.refuse(d) {
+		return 0, time.Millisecond
+	}
+	r.got = append(r.got, d...)
+	return len(d), 0
+}
+
+// count returns the numbers of messages and calls.
+func (r *receiver) count() (messages, calls int) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return len(r.got), r.calls
+}
+
+// byID returns the messages by their ids.
+func (r *receiver) byID() map[string]consumer.Delivery {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	all := map[string]consumer.Delivery{}
+	for _, d := range r.got {
+		all[d.ID] = d
+	}
+	return all
+}
+
+// consume runs a source until the test ends or stop is called, which returns the error of Run.
+func consume(t *testing.T, source consumer.Source, r consumer.Receiver) (stop func() error, returned <-chan struct{}) {
+	t.Helper()
+	ctx, cancel := context.WithCancel(t.Context())
+	ended := make(chan struct{})
+	var err error
+	go func() {
+		defer close(ended)
+		err = source.Run(ctx, r)
+	}()
+	stop = func() error {
+		cancel()
+		<-ended
+		return err
+	}
+	t.Cleanup(func() { _ = stop() })
+	return stop, ended
+}
+
+// produce writes records as another client does.
+func produce(t *testing.T, brokers []string, records ...*kgo.Record) {
+	t.Helper()
+	if err := admin(t, brokers, kgo.RecordPartitioner(kgo.ManualPartitioner())).ProduceSync(t.Context(), records...).FirstErr(); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func source(t *testing.T, f *fake, group, topic string, with func(o *kafka.Options)) *kafka.Source {
+	t.Helper()
+	return connect(t, f.brokers, new(brokertest.Network), with).Source(group, topic)
+}
+
+// Messages of other producers: their ids are those of CloudEvents and of Debezium's outbox, or their
+// places in the log. Headers that HTTP would not allow are left out. (Mode 12: published past the
+// outbox.)
+func TestForeignMessages(t *testing.T) {
+	t.Parallel()
+	f := startFake(t)
+	topic := newTopic()
+	createTopic(t, f.brokers, topic, nil)
+	header := func(pairs ...string) (all []kgo.RecordHeader) {
+		for i := 0; i < len(pairs); i += 2 {
+			all = append(all, kgo.RecordHeader{Key: pairs[i], Value: []byte(pairs[i+1])})
+		}
+		return all
+	}
+	id := f.now().TopicInfo(topic).TopicID
+	place := func(offset int) string { return fmt.Sprintf("%s/1/%d/%x", topic, offset, id) }
+	large := strings.Repeat("v", message.HeaderBytesMax/2)
+	cases := []struct {
+		headers []kgo.RecordHeader
+		id      string
+		kept    string
+	}{
+		{header("message-id", "ours", "ce_id", "ce", "id", "debezium"), "ours", "map[ce_id:[ce] id:[debezium]]"},
+		{header("id", "debezium", "ce_id", "ce"), "ce", "map[ce_id:[ce] id:[debezium]]"},
+		{header("id", "debezium"), "debezium", "map[id:[debezium]]"},
+		{header("Type", "made"), place(3), "map[Type:[made]]"},
+		{nil, place(4), "map[]"},
+		{header("message-id", "", "ce_id", "", "id", ""), place(5), "map[ce_id:[] id:[]]"},
+		{header("message-id", "first", "message-id", "second"), "first", "map[message-id:[second]]"},
+		{header("id", "a", "not a token", "x", "binary", "\x00\x01", "", "no name", "good", "1", "good", "2"), "a", "map[good:[1 2] id:[a]]"},
+		{header("id", "b", "A", large, "B", large, "C", "small"), "b", "map[A:[" + large + "] C:[small] id:[b]]"},
+	}
+	for _, c := range cases {
+		produce(t, f.brokers, &kgo.Record{Topic: topic, Partition: 1, Key: []byte("k"), Headers: c.headers})
+	}
+	r := new(receiver)
+	consume(t, source(t, f, "foreign", topic, nil), r)
+	eventually(t, "all are received", func() bool {
+		n, _ := r.count()
+		return n == len(cases)
+	})
+	for i, c := range cases {
+		d := r.got[i]
+		if d.ID != c.id || fmt.Sprint(d.Header) != c.kept || d.Offset != int64(i) || d.Body != nil {
+			t.Errorf("%d: id %q, headers %.200v, offset %d", i, d.ID, d.Header, d.Offset)
+		}
+		if err := (&idempotency.Answer{Status: idempotency.StatusMin, Header: d.Header}).Validate(); err != nil {
+			t.Errorf("%d: %v", i, err)
+		}
+	}
+}
+
+// Messages of a transaction that was aborted are not delivered.
+func TestAbortedTransactionsAreNotDelivered(t *testing.T) {
+	t.Parallel()
+	f := startFake(t)
+	topic := newTopic()
+	createTopic(t, f.brokers, topic, nil)
+	producer := admin(t, f.brokers, kgo.TransactionalID("other"), kgo.RecordPartitioner(kgo.ManualPartitioner()))
+	for i, end := range []kgo.TransactionEndTry{kgo.TryCommit, kgo.TryAbort, kgo.TryCommit} {
+		if err := producer.BeginTransaction(); err != nil {
+			t.Fatal(err)
+		}
+		if err := producer.ProduceSync(t.Context(), &kgo.Record{Topic: topic, Value: fmt.Append(nil, i)}).FirstErr(); err != nil {
+			t.Fatal(err)
+		}
+		if err := producer.EndTransaction(t.Context(), end); err != nil {
+			t.Fatal(err)
+		}
+	}
+	r := new(receiver)
+	consume(t, source(t, f, "committed", topic, nil), r)
+	eventually(t, "both are received", func() bool {
+		n, _ := r.count()
+		return n == 2
+	})
+	if got := string(r.got[0].Body) + string(r.got[1].Body); got != "02" {
+		t.Errorf("received %s", got)
+	}
+}
+
+// polled counts the bytes that the library has handed over.
+type polled struct {
+	mu    sync.Mutex
+	bytes int
+}
+
+func (p *polled) OnFetchRecordUnbuffered(r *kgo.Record, handedOver bool) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if handedOver {
+		p.bytes += len(r.Value)
+	}
+}
+
+// A partition that makes no progress holds a bounded part of its log in memory, and is fetched on
+// once it goes on.
+func TestBufferOfAPartitionIsBounded(t *testing.T) {
+	t.Parallel()
+	const n, size = 200, 100_000
+	f := startFake(t)
+	topic := newTopic()
+	createTopic(t, f.brokers, topic, nil)
+	for range n { // a fetch is bounded as it is compressed
+		produce(t, f.brokers, &kgo.Record{Topic: topic, Partition: 0, Value: randomBytes(t, size)})
+	}
+	refusing := true
+	r := new(receiver)
+	r.refuse = func([]consumer.Delivery) bool { return refusing }
+	p := new(polled)
+	consume(t, source(t, f, "bounded", topic, func(o *kafka.Options) { o.Kgo = append(o.Kgo, kgo.WithHooks(p)) }), r)
+	eventually(t, "it was refused often", func() bool {
+		_, calls := r.count()
+		return calls > 300
+	})
+	p.mu.Lock()
+	if p.bytes == 0 || p.bytes > 3<<20 {
+		t.Errorf("%d bytes of %d are in memory", p.bytes, n*size)
+	}
+	p.mu.Unlock()
+	r.mu.Lock()
+	refusing = false
+	r.mu.Unlock()
+	eventually(t, "all are received", func() bool {
+		got, _ := r.count()
+		return got == n
+	})
+}
+
+// A broker that has lost what was consumed, by an unclean election, would give later messages the
+// offsets of lost ones, and they would be dropped as redelivered. So the source ends.
+func TestLogEndsBeforeTheConsumer(t *testing.T) {
+	t.Parallel()
+	f := startFake(t)
+	topic := newTopic()
+	createTopic(t, f.brokers, topic, nil)
+	produce(t, f.brokers, &kgo.Record{Topic: topic, Partition: 2, Value: []byte("only")})
+	stop, returned := consume(t, source(t, f, "lost", topic, nil), &receiver{begin: func(p consumer.Partition) int64 {
+		if p.Number == 2 {
+			return 5
+		}
+		return consumer.FromOldest
+	}})
+	select {
+	case <-returned:
+	case <-time.After(time.Minute):
+		t.Fatal("Run did not return")
+	}
+	if err := stop(); err == nil || errors.Is(err, consumer.ErrTrimmed) || !strings.Contains(err.Error(), "partition 2: offset 5 was consumed, and its log ends at 1") {
+		t.Errorf("Run returned %v", err)
+	}
+}
+
+// commits returns the offsets of a group at the broker.
+func commits(t *testing.T, f *fake, group, topic string) map[int32]int64 {
+	t.Helper()
+	fetched, err := kadm.NewClient(admin(t, f.brokers)).FetchOffsets(t.Context(), group)
+	if err != nil {
+		t.Fatal(err)
+	}
+	all := map[int32]int64{}
+	fetched.Each(func(o kadm.OffsetResponse) {
+		if o.Topic == topic {
+			all[o.Partition] = o.At
+		}
+	})
+	return all
+}
+
+// Mode 13: the offsets at the broker are those of settled messages, and are told when a member
+// leaves: a tool that shows the lag is right, and is never ahead.
+func TestOnlySettledOffsetsAreCommitted(t *testing.T) {
+	t.Parallel()
+	const n, settled = 40, 20
+	for name, with := range protocols {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			f := startFake(t)
+			topic := newTopic()
+			createTopic(t, f.brokers, topic, nil)
+			for i := range n {
+				produce(t, f.brokers, &kgo.Record{Topic: topic, Partition: 1, Value: fmt.Append(nil, i)})
+			}
+			r := new(receiver)
+			r.refuse = func(d []consumer.Delivery) bool { return d[0].Offset >= settled }
+			stop, _ := consume(t, source(t, f, "settled", topic, with), r)
+			eventually(t, "the others are refused", func() bool {
+				got, calls := r.count()
+				return got == settled && calls > 20
+			})
+			if err := stop(); err != nil {
+				t.Fatal(err)
+			}
+			if got := commits(t, f, "settled", topic); len(got) != 1 || got[1] != settled {
+				t.Errorf("committed: %v", got)
+			}
+		})
+	}
+}
+
+// A static member that comes back within its session has its partitions without a rebalance. A
+// second process with its id would take them from it, and the first from the second: one of them
+// ends.
+func TestInstanceID(t *testing.T) {
+	t.Parallel()
+	for name, with := range protocols {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			f := startFake(t)
+			topic := newTopic()
+			createTopic(t, f.brokers, topic, nil)
+			static := func(instance string) *kafka.Source {
+				return source(t, f, "static", topic, func(o *kafka.Options) {
+					if with != nil {
+						with(o)
+					}
+					o.InstanceID, o.SessionTimeout = instance, 30*time.Second
+				})
+			}
+			produce(t, f.brokers, &kgo.Record{Topic: topic, Value: []byte("1")})
+			first := new(receiver)
+			stop, _ := consume(t, static("a"), first)
+			eventually(t, "the first is received", func() bool {
+				n, _ := first.count()
+				return n == 1
+			})
+			epoch := f.now().GroupInfo("static").Epoch
+			if err := stop(); err != nil {
+				t.Fatal(err)
+			}
+			if info := f.now().GroupInfo("static"); len(info.Members) != 1 {
+				t.Errorf("the member left: %+v", info)
+			}
+			again := &receiver{begin: func(consumer.Partition) int64 { return consumer.FromOldest }}
+			stop, returned := consume(t, static("a"), again)
+			eventually(t, "the first is received again", func() bool {
+				n, _ := again.count()
+				return n == 1
+			})
+			if info := f.now().GroupInfo("static"); info.Epoch != epoch || len(info.Members) != 1 {
+				t.Errorf("epoch %d became %d, with %d members", epoch, info.Epoch, len(info.Members))
+			}
+			stopTwin, returnedTwin := consume(t, static("a"), new(receiver))
+			var err error
+			select {
+			case <-returned:
+				err = stop()
+			case <-returnedTwin:
+				err = stopTwin()
+			case <-time.After(time.Minute):
+				t.Fatal("two processes have one id")
+			}
+			if !errors.Is(err, kerr.FencedInstanceID) && !errors.Is(err, kerr.UnreleasedInstanceID) {
+				t.Errorf("Run returned %v", err)
+			}
+		})
+	}
+}
+
+// A group that the broker refuses for now, for missing rights, is tried again.
+func TestMissingRightsAreWaitedFor(t *testing.T) {
+	t.Parallel()
+	f := startFake(t)
+	topic := newTopic()
+	createTopic(t, f.brokers, topic, nil)
+	produce(t, f.brokers, &kgo.Record{Topic: topic, Value: []byte("1")})
+	fault := f.now().Fault(kfake.Fault{Group: "rights", Err: kerr.GroupAuthorizationFailed, Count: -1})
+	r := new(receiver)
+	consume(t, source(t, f, "rights", topic, nil), r)
+	if err := fault.Wait(t.Context(), 3); err != nil {
+		t.Fatal(err)
+	}
+	fault.Remove()
+	eventually(t, "the message is received", func() bool {
+		n, _ := r.count()
+		return n == 1
+	})
+}
+
+func TestSourceNeedsGroupAndTopic(t *testing.T) {
+	t.Parallel()
+	client, err := kafka.Connect([]string{"127.0.0.1:1"}, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for name, bad := range map[string]func(){
+		"group": func() { client.Source("", "t") },
+		"topic": func() { client.Source("g") },
+		"empty": func() { client.Source("g", "t", "") },
+		"limit": func() { _, _ = kafka.Connect([]string{"127.0.0.1:1"}, &kafka.Options{SessionTimeout: -1}) },
+	} {
+		func() {
+			defer func() {
+				if recover() == nil {
+					t.Errorf("no panic without a proper %s", name)
+				}
+			}()
+			bad()
+		}()
+	}
+}
