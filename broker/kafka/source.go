@@ -25,7 +25,7 @@ const (
 	// topicsInterval is the time between two looks for topics that were made anew.
 	topicsInterval = 5 * time.Second
 	pauseMax       = 5 * time.Second // between tries
-	fetchWait      = 500 * time.Millisecond
+	fetchWait      = 250 * time.Millisecond
 )
 
 // Source is a subscription to topics. It is safe for concurrent use; each Run is a member of the

@@ -15,9 +15,13 @@ import (
 	"github.com/paidonce/idempotency/message"
 )
 
-// bufferedBytesMax is the size of a partition's buffered messages above which no more are fetched.
-// One fetch more may be on its way: 1 MiB, or one larger batch of the producer, as it is compressed.
-const bufferedBytesMax = 1 << 20
+// A partition of which this much is buffered is fetched on once half of it is settled: it may be
+// left out of one fetch, which takes fetchWait. One fetch more may be on its way: 1 MiB, or one
+// larger batch of the producer, as it is compressed.
+const (
+	bufferedBytesMax = 4 << 20
+	bufferedMax      = 10_000 // messages
+)
 
 // worker passes the messages of one partition to the receiver.
 type worker struct {
@@ -115,16 +119,16 @@ func (w *worker) add(records []*kgo.Record) {
 		w.bytes += sizeOf(&w.buffered[len(w.buffered)-1])
 	}
 	w.next = records[len(records)-1].Offset + 1
-	if w.full() && !w.paused {
+	if w.holds(1) && !w.paused {
 		w.paused = true
 		w.member.kgo.PauseFetchPartitions(w.self())
 	}
 	w.wake()
 }
 
-// full reports whether no more messages should be fetched: there are some for the next batch.
-func (w *worker) full() bool {
-	return w.bytes >= bufferedBytesMax || len(w.buffered) >= 4*max(w.member.receiver.BatchMax(), 100)
+// holds reports whether a part of what may be buffered is.
+func (w *worker) holds(part int) bool {
+	return w.bytes >= bufferedBytesMax/part || len(w.buffered) >= bufferedMax/part
 }
 
 // fail ends the member once all messages are settled.
@@ -162,7 +166,7 @@ func (w *worker) settle(n int) {
 	}
 	w.buffered = w.buffered[n:]
 	w.member.kgo.MarkCommitOffsets(map[string]map[int32]kgo.EpochOffset{w.partition.Source: {w.partition.Number: {Epoch: -1, Offset: next}}})
-	if w.paused && !w.full() {
+	if w.paused && !w.holds(2) {
 		w.paused = false
 		w.member.kgo.ResumeFetchPartitions(w.self())
 	}
