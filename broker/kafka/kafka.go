@@ -2,16 +2,49 @@
 //
 //	client, err := kafka.Connect([]string{"kafka-1:9092"}, nil)
 //	...
-//	go relay.New(store.Outbox(), client.Publisher(), nil).Run(ctx)
+//	publisher := client.Publisher()
+//	defer publisher.Close()
+//	go relay.New(store.Outbox(), publisher, nil).Run(ctx)
+//
+//	source := client.Source("ledger", "transfers")
+//	err = consumer.New("ledger", store.Inbox(), source, project, nil).Run(ctx)
+//
+// Kafka's own exactly-once transactions are neither needed nor used: the ids and positions in
+// PostgreSQL make the effect of each message happen once.
 //
 // # Publishing
 //
 // A message becomes a record of its topic. The key chooses the partition as Kafka's own clients do,
 // the header message-id has the id, and each value of Message.Header is a header. The producer is
-// idempotent and waits for all replicas in sync (acks=all).
+// idempotent and waits for all replicas in sync (acks=all). To lose no confirmed message when a
+// broker is lost, a topic needs a replication factor of 3 and min.insync.replicas of 2.
 //
-// The order of a key is that of its partition: if partitions are added to a topic, Kafka gives keys
-// to other partitions, and messages in flight may overtake each other.
+// The order of a key is that of its partition. If partitions are added to a topic, Kafka gives keys
+// to other partitions, and messages that are under way may overtake each other.
+//
+// # Consuming
+//
+// The members of a group share the partitions of its topics, and PostgreSQL has the offset at which
+// each goes on. What that means for operators:
+//
+//   - After a restore of PostgreSQL, messages are read again from where the database is. The broker
+//     must keep messages for longer than the oldest backup that is ever restored.
+//   - Resetting the group's offsets at the broker (kafka-consumer-groups --reset-offsets) changes
+//     nothing. Set next_offset in message_offsets, while the consumer is stopped.
+//   - If the broker has deleted messages that were not read, or a topic was deleted and made anew,
+//     the source stops with an error instead of going on somewhere.
+//   - The group's offsets at the broker are for tools that show the lag. They follow the settled
+//     messages by up to 5 seconds.
+//   - While a consumer can't handle a partition, at most 4 MiB or 10,000 messages of it are in
+//     memory, and up to a fetch of 1 MiB more, as it is compressed.
+//
+// Messages of other producers are taken too. Their id is the header message-id, or ce_id
+// (CloudEvents), or id (Debezium's outbox). Without any it is the message's place: topic, partition,
+// offset and topic id. Such an id tells two deliveries of one record from two records, but does not
+// find copies that the producer made. Headers that HTTP does not allow (a name that is not a token,
+// control characters in a value, more than 64 KiB in all) are left out.
+//
+// Transactions of other producers are respected: only committed messages are delivered.
 package kafka
 
 import (

@@ -146,7 +146,7 @@ func (s *Source) join(ctx context.Context, receiver consumer.Receiver) error {
 	return context.Cause(m.ctx)
 }
 
-// leave stops all workers and leaves the group.
+// leave stops all workers and leaves the group, which commits the settled offsets.
 func (m *member) leave() {
 	m.mu.Lock()
 	m.left = true
@@ -156,7 +156,6 @@ func (m *member) leave() {
 	}
 	m.mu.Unlock()
 	m.stop(all, m.source.client.revokeMax())
-	m.commit()
 	ctx, cancel := context.WithTimeout(context.Background(), leaveMax)
 	defer cancel()
 	_ = m.kgo.LeaveGroupContext(ctx) // at worst the broker notices by itself

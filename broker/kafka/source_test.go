@@ -407,3 +407,118 @@ func TestSourceNeedsGroupAndTopic(t *testing.T) {
 		}()
 	}
 }
+
+// polling runs a function when the library has handed over a record, before the source has it.
+type polling func(r *kgo.Record)
+
+func (p polling) OnFetchRecordUnbuffered(r *kgo.Record, handedOver bool) {
+	if handedOver {
+		p(r)
+	}
+}
+
+// places is a receiver whose positions are shared, as in a database. It fails the test if a message
+// is skipped.
+type places struct {
+	receiver
+	t        *testing.T
+	assigned func()
+	next     *sync.Map // partition: offset
+}
+
+func (p *places) Assigned(_ context.Context, partition consumer.Partition) (int64, error) {
+	next, _ := p.next.LoadOrStore(partition, int64(0))
+	p.assigned()
+	return next.(int64), nil
+}
+
+func (p *places) Receive(ctx context.Context, partition consumer.Partition, d []consumer.Delivery) (int, time.Duration) {
+	settled, pause := p.receiver.Receive(ctx, partition, d)
+	if settled > 0 {
+		if next, _ := p.next.Load(partition); d[0].Offset > next.(int64) {
+			p.t.Errorf("partition %d: offset %d came, %d was due", partition.Number, d[0].Offset, next)
+		}
+		p.next.Store(partition, d[settled-1].Offset+1)
+	}
+	return settled, pause
+}
+
+// Mode 15: messages are polled, and before they are with their worker another member gets the
+// partition and gives it back. They belong to the former assignment: if they came into the new one,
+// those in front of them would be skipped.
+func TestPolledMessagesOfAFormerAssignment(t *testing.T) {
+	t.Parallel()
+	f := startFake(t)
+	topic := newTopic()
+	createTopic(t, f.brokers, topic, nil)
+	write := func(value string) {
+		var all []*kgo.Record
+		for number := range int32(brokertest.Partitions) {
+			for range 5 {
+				all = append(all, &kgo.Record{Topic: topic, Partition: number, Value: []byte(value)})
+			}
+		}
+		produce(t, f.brokers, all...)
+	}
+	write("first")
+
+	var next sync.Map
+	polledSecond := make(chan struct{})
+	goOn := make(chan struct{})
+	var once sync.Once
+	hook := polling(func(r *kgo.Record) {
+		if string(r.Value) == "second" {
+			once.Do(func() {
+				close(polledSecond)
+				<-goOn
+			})
+		}
+	})
+	var mu sync.Mutex
+	assignments := 0
+	accept := false
+	member := &places{t: t, next: &next, assigned: func() {
+		mu.Lock()
+		defer mu.Unlock()
+		assignments++
+	}}
+	member.refuse = func([]consumer.Delivery) bool {
+		mu.Lock()
+		defer mu.Unlock()
+		return !accept
+	}
+	consume(t, source(t, f, "former", topic, func(o *kafka.Options) { o.Kgo = append(o.Kgo, kgo.WithHooks(hook)) }), member)
+	eventually(t, "messages of all partitions were refused", func() bool {
+		mu.Lock()
+		defer mu.Unlock()
+		_, calls := member.count()
+		return assignments == brokertest.Partitions && calls > 50
+	})
+	write("second")
+	<-polledSecond
+
+	heirAssigned := make(chan struct{}, 10)
+	heir := &places{t: t, next: &next, assigned: func() { heirAssigned <- struct{}{} }}
+	heir.refuse = func([]consumer.Delivery) bool { return true }
+	stop, _ := consume(t, source(t, f, "former", topic, nil), heir)
+	// While the first member has polled, nothing can be taken from it. If it could, it would be now.
+	select {
+	case <-heirAssigned:
+		_ = stop()
+		eventually(t, "the member has it again", func() bool {
+			mu.Lock()
+			defer mu.Unlock()
+			return assignments > brokertest.Partitions
+		})
+	case <-time.After(rebalanceTimeout / 2):
+	}
+	mu.Lock()
+	accept = true
+	mu.Unlock()
+	close(goOn)
+	_ = stop()
+	eventually(t, "all are received", func() bool {
+		n, _ := member.count()
+		return n >= 2*5*brokertest.Partitions
+	})
+}
