@@ -133,7 +133,7 @@ func TestDependencies(t *testing.T) {
 		{[]string{"./client/boltintent"}, []string{"", "client", "client/boltintent"}, []string{uuid, "go.etcd.io/bbolt", "golang.org/x/sys"}},
 		{[]string{"./broker/brokertest"}, []string{"", "broker/brokertest", "consumer", "message", "relay"}, nil},
 		{[]string{"./broker/kafka"}, []string{"", "broker/kafka", "consumer", "message", "relay"}, franz},
-		{[]string{"./broker/nats"}, []string{"", "broker/nats", "message", "relay"}, natsgo},
+		{[]string{"./broker/nats"}, []string{"", "broker/nats", "consumer", "message", "relay"}, natsgo},
 		{[]string{"./middleware", "./storage/postgres"}, []string{"", "consumer", "message", "middleware", "relay", "storage/postgres"}, append([]string{httpsfv}, pgx...)},
 		{[]string{"./observe/lostkey"}, []string{"", "observe/lostkey"}, nil},
 		{[]string{"./observe"}, []string{"", "observe", "observe/lostkey"}, nil},

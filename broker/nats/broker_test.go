@@ -1,8 +1,10 @@
 package nats_test
 
 import (
+	"log/slog"
 	"net"
 	"net/url"
+	"strconv"
 	"strings"
 	"sync"
 	"testing"
@@ -102,7 +104,9 @@ func (b *broker) connect(t *testing.T, network *brokertest.Network, opts ...nats
 	if network != nil {
 		opts = append(opts, natsgo.SetCustomDialer(dialer{t, network}))
 	}
-	client, err := nats.Connect(b.url(), &nats.Options{Nats: opts})
+	client, err := nats.Connect(b.url(), &nats.Options{
+		Nats: opts, SessionTimeout: sessionTimeout, RebalanceTimeout: rebalanceTimeout, Logger: slog.New(slog.NewTextHandler(t.Output(), nil)),
+	})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -154,7 +158,7 @@ func (b *broker) streams(t *testing.T, topic string) []jetstream.Stream {
 	js := b.admin(t)
 	var all []jetstream.Stream
 	for number := range 100 {
-		stream, err := js.Stream(t.Context(), streamOf(topic, string(rune('0'+number))))
+		stream, err := js.Stream(t.Context(), streamOf(topic, strconv.Itoa(number)))
 		if err != nil {
 			return all
 		}
@@ -206,14 +210,48 @@ func (b *broker) harness() *brokertest.Harness {
 			return topic
 		},
 		Publisher: func(t *testing.T) relay.Publisher { return b.publisher(t, network) },
-		Read:      b.read,
-		Restart:   b.restart,
+		Source: func(t *testing.T, consumer string, topics ...string) (consumer.Source, *brokertest.Network) {
+			network := new(brokertest.Network)
+			return b.connect(t, network).Source(consumer, topics...), network
+		},
+		SourceNetwork: true,
+		Read:          b.read,
+		Restart:       b.restart,
+		Trim: func(t *testing.T, topic string) {
+			for _, stream := range b.streams(t, topic) {
+				if err := stream.Purge(t.Context()); err != nil {
+					t.Fatal(err)
+				}
+			}
+		},
+		Recreate: func(t *testing.T, topic string) {
+			b.deleteTopic(t, topic)
+			b.createTopic(t, topic, nats.TopicOptions{})
+		},
+		Session:   sessionTimeout,
+		Rebalance: rebalanceTimeout,
 	}
 }
 
+func (b *broker) deleteTopic(t *testing.T, topic string) {
+	t.Helper()
+	js := b.admin(t)
+	for number := range b.streams(t, topic) {
+		if err := js.DeleteStream(t.Context(), streamOf(topic, strconv.Itoa(number))); err != nil {
+			t.Fatal(err)
+		}
+	}
+}
+
+// The timeouts of members in the tests.
+const (
+	sessionTimeout   = 3 * time.Second
+	rebalanceTimeout = 5 * time.Second
+)
+
 func TestConformance(t *testing.T) {
 	t.Parallel()
-	brokertest.Run(t, brokertest.Features{NoSource: true}, func(t *testing.T) *brokertest.Harness { return startBroker(t).harness() })
+	brokertest.Run(t, brokertest.Features{}, func(t *testing.T) *brokertest.Harness { return startBroker(t).harness() })
 }
 
 func eventually(t *testing.T, what string, is func() bool) {

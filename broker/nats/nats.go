@@ -22,7 +22,33 @@
 // A message goes to the subject of its partition, which a hash of its key chooses, or of its id if
 // it has no key. Its id is the header Nats-Msg-Id, its key the header Message-Key, percent-encoded.
 // The stream drops a copy that comes within its duplicate window (2 minutes by default), and
-// confirms it as a duplicate. A later copy is kept: a consumer that keeps ids drops it.
+// confirms it as a duplicate. A later copy is kept: a consumer that keeps ids drops it. Keep the
+// window above relay.Options.PublishTimeout, so that it catches what a connection that broke delivers
+// late.
+//
+// # Consuming
+//
+//	consumer.New("statements", store.Inbox(), client.Source("statements", "bank-events"), handle, nil)
+//
+// The offset of a message is its sequence in the stream, and the database decides where a partition
+// goes on. Nothing is acknowledged: a source reads with consumers of the server that end with it, and
+// that have neither AckWait nor MaxDeliver. So a handler may take as long as it likes, the server
+// never gives a message up, and an ack that comes too late can't exist. After a restart of the server
+// the source makes new ones, and a gap in the sequence shows what was lost on the way: it is read
+// again.
+//
+// NATS has no groups that would share partitions. The members of a group tell each other on the
+// subject idempotency.members.GROUP.TOPIC that they live and which partitions they have, and share
+// them without a lock and without anything that is stored. It costs:
+//
+//   - a message of some 100 bytes per member and topic, 5 times within SessionTimeout, and the right to
+//     publish and subscribe to that subject,
+//   - a pause at the start: a member listens for a fifth of SessionTimeout before it begins,
+//   - for a short time two members may have one partition: if one of them was paused, or could not be
+//     heard. The later commit is undone by the database, and both begin again.
+//
+// Besides, a source needs the rights for $JS.API.STREAM.INFO, $JS.API.STREAM.MSG.GET and
+// $JS.API.CONSUMER of the topic's streams, and a publisher for the subjects and $JS.API.STREAM.INFO.
 package nats
 
 import (
@@ -63,6 +89,16 @@ type Options struct {
 	// effect here: this package sets them itself.
 	Nats []nats.Option
 
+	// SessionTimeout is the time after which the other members of a group take the partitions of one
+	// that they do not hear. A member begins to consume a fifth of it after its start. Defaults to 15
+	// seconds.
+	SessionTimeout time.Duration
+
+	// RebalanceTimeout is how long a call of the receiver that is under way may go on in a partition
+	// that another member should have. Then its context ends. It must be above Options.BatchTimeout of
+	// the consumer. Defaults to 60 seconds.
+	RebalanceTimeout time.Duration
+
 	// Logger gets the log: missing rights, and troubles of sources that end nothing. Defaults to
 	// slog.Default().
 	Logger *slog.Logger
@@ -83,6 +119,11 @@ func Connect(servers string, opts *Options) (*Client, error) {
 	if opts != nil {
 		c.options = *opts
 	}
+	if c.options.SessionTimeout < 0 || c.options.RebalanceTimeout < 0 {
+		panic("idempotency/broker/nats: no option may be negative")
+	}
+	c.options.SessionTimeout = cmp.Or(c.options.SessionTimeout, 15*time.Second)
+	c.options.RebalanceTimeout = cmp.Or(c.options.RebalanceTimeout, 60*time.Second)
 	c.nats = nats.GetDefaultOptions()
 	c.nats.Name = "idempotency"
 	c.nats.AsyncErrorCB = func(_ *nats.Conn, _ *nats.Subscription, err error) {
@@ -109,6 +150,8 @@ func Connect(servers string, opts *Options) (*Client, error) {
 	c.nats.AllowReconnect, c.nats.MaxReconnect, c.nats.RetryOnFailedConnect = true, -1, true
 	// Otherwise what was published during an outage would be sent after the call had failed.
 	c.nats.ReconnectBufSize = -1
+	c.nats.NoEcho = false              // a member needs its own beats
+	c.nats.IgnoreAuthErrorAbort = true // rights may come back
 	return c, nil
 }
 

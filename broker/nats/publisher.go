@@ -165,7 +165,7 @@ func (p *Publisher) take(ctx context.Context) (*publishing, error) {
 func (p *Publisher) give(one *publishing) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	if p.closed || len(p.idle) == connsMax {
+	if p.closed || len(p.idle) == connsMax || one.nats.IsClosed() {
 		one.close()
 		return
 	}

@@ -3,7 +3,6 @@ package nats_test
 import (
 	"context"
 	"errors"
-	"fmt"
 	"net"
 	"strings"
 	"testing"
@@ -195,14 +194,7 @@ func TestTopicMadeAnewHasAnotherNumberOfPartitions(t *testing.T) {
 		}
 	}
 	publish()
-	remove := func() {
-		for number := range b.streams(t, topic) {
-			if err := b.admin(t).DeleteStream(t.Context(), streamOf(topic, fmt.Sprint(number))); err != nil {
-				t.Fatal(err)
-			}
-		}
-	}
-	remove()
+	b.deleteTopic(t, topic)
 	if err := publishOne(t, p, m); !errors.Is(err, relay.ErrRefused) {
 		t.Errorf("without the topic: %v", err)
 	}

@@ -1,0 +1,349 @@
+package nats
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"maps"
+	"slices"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/nats-io/nats.go"
+	"github.com/nats-io/nuid"
+
+	"github.com/paidonce/idempotency/consumer"
+)
+
+// The members of a group tell each other that they live, and which partitions they have: each
+// publishes a beat on the group's subject, several times within SessionTimeout. Nothing is stored.
+// Members that know of each other agree on who should have each partition; the one that has it
+// already hands it over first.
+//
+// A member that does not get its own beats back gives up its partitions, just before SessionTimeout
+// is over and the others take them. If two have a partition all the same, both give it up, and one
+// of them begins again. None of this has to be right: the database decides whose work counts.
+
+// beatsPerSession is how often a member beats within SessionTimeout.
+const beatsPerSession = 5
+
+// beat is what a member tells the others.
+type beat struct {
+	ID     string `json:"id"`
+	Number uint64 `json:"number"` // of the member's beats
+	Has    []int  `json:"has"`    // partitions
+	Left   bool   `json:"left,omitempty"`
+}
+
+// subjectOfGroup returns the subject of the beats of a group in a topic.
+func subjectOfGroup(group, topic string) string {
+	escape := strings.NewReplacer("%", "%25", ".", "%2E").Replace
+	return "idempotency.members." + escape(group) + "." + escape(topic)
+}
+
+// member is a member of a group in one topic.
+type member struct {
+	source   *Source
+	topic    string
+	conn     *conn
+	receiver consumer.Receiver
+	id       string
+	ctx      context.Context
+	end      context.CancelCauseFunc // ends the source; the first cause counts
+	news     chan struct{}           // for run: something changed
+	due      chan struct{}           // for beats: send one now
+
+	mu         sync.Mutex
+	partitions int
+	workers    map[int]*worker
+	peers      map[string]*peer
+	number     uint64               // of the last beat
+	sent       map[uint64]time.Time // beats that did not come back yet
+	heardOf    time.Time            // the last beat that came back was sent then
+	joined     time.Time            // the first beat since the member was alone came back then
+	told       string               // the last trouble in the log
+}
+
+// peer is another member.
+type peer struct {
+	seen time.Time
+	has  []int
+}
+
+func newMember(ctx context.Context, end context.CancelCauseFunc, s *Source, one *conn, topic string, receiver consumer.Receiver) *member {
+	return &member{
+		source: s, topic: topic, conn: one, receiver: receiver, id: nuid.Next(), ctx: ctx, end: end,
+		news: make(chan struct{}, 1), due: make(chan struct{}, 1),
+		workers: map[int]*worker{}, peers: map[string]*peer{}, sent: map[uint64]time.Time{},
+	}
+}
+
+func (m *member) session() time.Duration  { return m.source.client.options.SessionTimeout }
+func (m *member) interval() time.Duration { return m.session() / beatsPerSession }
+
+// run is a member until the context ends.
+func (m *member) run() {
+	for try := 0; ; try++ {
+		ctx, cancel := context.WithTimeout(m.ctx, askMax)
+		n, err := m.conn.partitions(ctx, m.topic)
+		cancel()
+		if m.ctx.Err() != nil {
+			return
+		}
+		if err == nil {
+			m.partitions = n
+			break
+		}
+		m.trouble("a topic is not there, or not known", err)
+		sleep(m.ctx, try)
+	}
+	subscription, err := m.conn.nats.Subscribe(subjectOfGroup(m.source.group, m.topic), m.hear)
+	if err != nil {
+		m.end(err)
+		return
+	}
+	var beating sync.WaitGroup
+	beating.Go(m.beats)
+	for m.ctx.Err() == nil {
+		m.balance()
+		select {
+		case <-m.ctx.Done():
+		case <-m.news:
+		case <-time.After(m.interval() / 2):
+		}
+	}
+	m.stopAll(m.source.client.options.RebalanceTimeout)
+	beating.Wait()
+	m.leave()
+	_ = subscription.Unsubscribe() // the connection is closed next
+}
+
+// stopAll ends all workers: none begins another call, and those under way have this long.
+func (m *member) stopAll(most time.Duration) {
+	m.mu.Lock()
+	all := slices.Collect(maps.Values(m.workers))
+	m.mu.Unlock()
+	for _, w := range all {
+		w.stop(most)
+	}
+	for _, w := range all {
+		<-w.ended
+	}
+}
+
+// hear takes a beat.
+func (m *member) hear(in *nats.Msg) {
+	var b beat
+	if json.Unmarshal(in.Data, &b) != nil || b.ID == "" {
+		return
+	}
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	switch known := m.peers[b.ID]; {
+	case b.ID == m.id:
+		sent, ok := m.sent[b.Number]
+		if !ok {
+			return
+		}
+		maps.DeleteFunc(m.sent, func(number uint64, _ time.Time) bool { return number <= b.Number })
+		if sent.Sub(m.heardOf) >= m.livesFor() {
+			m.alone()
+		}
+		m.heardOf = sent
+		if m.joined.IsZero() && m.fresh() {
+			m.joined = time.Now()
+		}
+	case b.Left:
+		delete(m.peers, b.ID)
+	default:
+		m.peers[b.ID] = &peer{time.Now(), b.Has}
+		if known == nil {
+			wake(m.due) // it should know of this member soon
+		}
+	}
+	wake(m.news)
+}
+
+func wake(c chan struct{}) {
+	select {
+	case c <- struct{}{}:
+	default:
+	}
+}
+
+// livesFor is how long after a beat that came back a member counts itself as living. The others do
+// so longer: it must have given up its partitions by then.
+func (m *member) livesFor() time.Duration { return m.session() - m.interval() }
+
+func (m *member) fresh() bool { return time.Since(m.heardOf) < m.livesFor() }
+
+func (m *member) mayCall() bool {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return m.fresh()
+}
+
+// beats sends beats. It has a goroutine of its own, because a connection that hangs blocks it.
+func (m *member) beats() {
+	for m.ctx.Err() == nil {
+		m.send(false)
+		select {
+		case <-m.ctx.Done():
+		case <-m.due:
+		case <-time.After(m.interval()):
+		}
+	}
+}
+
+func (m *member) send(left bool) {
+	m.mu.Lock()
+	m.number++
+	m.sent[m.number] = time.Now()
+	if len(m.sent) > 10*beatsPerSession { // too old for anything
+		delete(m.sent, slices.Min(slices.Collect(maps.Keys(m.sent))))
+	}
+	data, err := json.Marshal(beat{m.id, m.number, slices.Sorted(maps.Keys(m.workers)), left})
+	m.mu.Unlock()
+	if err == nil {
+		err = m.conn.nats.Publish(subjectOfGroup(m.source.group, m.topic), data)
+	}
+	if err != nil {
+		m.trouble("other members do not hear of this one", err)
+	}
+}
+
+// leave tells the others that this member is gone. Without that they notice a session later.
+func (m *member) leave() {
+	const most = 2 * time.Second
+	late := time.AfterFunc(most, m.conn.dialer.close) // a connection that hangs
+	defer late.Stop()
+	if m.conn.nats.IsConnected() {
+		m.send(true)
+		_ = m.conn.nats.FlushTimeout(most)
+	}
+}
+
+// alone gives up all partitions at once: the others have them by now, or will.
+func (m *member) alone() {
+	if m.joined.IsZero() {
+		return
+	}
+	m.joined = time.Time{}
+	m.peers = map[string]*peer{}
+	for _, w := range m.workers {
+		w.stop(0)
+	}
+}
+
+// balance starts and stops workers, as the members that are known share the partitions.
+func (m *member) balance() {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if !m.fresh() {
+		m.alone()
+		return
+	}
+	ids := []string{m.id}
+	taken := map[int]bool{}
+	for id, p := range m.peers {
+		if time.Since(p.seen) >= m.session() {
+			delete(m.peers, id)
+			continue
+		}
+		ids = append(ids, id)
+		for _, number := range p.has {
+			taken[number] = true
+			if w := m.workers[number]; w != nil { // one of both was not heard when the other one started
+				w.stop(0)
+			}
+		}
+	}
+	if m.joined.IsZero() || time.Since(m.joined) < m.interval() { // others are still heard
+		return
+	}
+	for number, owner := range ownersOf(m.topic, m.partitions, ids) {
+		switch w := m.workers[number]; {
+		case owner != m.id && w != nil:
+			w.stop(m.source.client.options.RebalanceTimeout)
+		case owner == m.id && w == nil && !taken[number] && m.ctx.Err() == nil:
+			w := newWorker(m, number)
+			m.workers[number] = w
+			wake(m.due)
+			go func() {
+				w.run()
+				m.ended(w)
+			}()
+		}
+	}
+}
+
+// ended takes a worker out, and tells the others.
+func (m *member) ended(w *worker) {
+	m.mu.Lock()
+	delete(m.workers, w.number)
+	m.mu.Unlock()
+	wake(m.due)
+	wake(m.news)
+	close(w.ended)
+}
+
+// assigned returns the receiver's offset for a partition. If the receiver can't say, it asks again.
+func (m *member) assigned(ctx context.Context, partition consumer.Partition) (int64, error) {
+	for try := 0; ; try++ {
+		at, err := m.receiver.Assigned(ctx, partition)
+		switch {
+		case err == nil:
+			return at, nil
+		case errors.Is(err, consumer.ErrRecreated):
+			return 0, err
+		case ctx.Err() != nil:
+			return 0, ctx.Err()
+		}
+		m.trouble("the consumer has no position yet", err)
+		sleep(ctx, try)
+	}
+}
+
+// open returns a partition as it is now, and the number of the message to begin with. It waits for
+// a stream that is not there.
+func (m *member) open(ctx context.Context, number int) (consumer.Partition, uint64, error) {
+	for try := 0; ; try++ {
+		stream, err := m.stream(ctx, number)
+		if ctx.Err() != nil {
+			return consumer.Partition{}, 0, ctx.Err()
+		}
+		if err != nil {
+			m.trouble("a stream is not there, or not known", err)
+			sleep(ctx, try)
+			continue
+		}
+		info := stream.CachedInfo()
+		if n, err := partitionsOf(info); err != nil || n != m.partitions {
+			return consumer.Partition{}, 0, fmt.Errorf("%w: %s had %d partitions, and has %d now", consumer.ErrRecreated, m.topic, m.partitions, n)
+		}
+		partition := consumer.Partition{Source: m.topic, Number: int32(number), Incarnation: incarnationOf(info)} //nolint:gosec // at most PartitionsMax
+		at, err := m.assigned(ctx, partition)
+		if err != nil {
+			return partition, 0, err
+		}
+		switch at {
+		case consumer.FromOldest:
+			return partition, max(info.State.FirstSeq, 1), nil
+		case consumer.FromNewest:
+			return partition, info.State.LastSeq + 1, nil
+		}
+		return partition, uint64(max(at, 1)), nil //nolint:gosec // not negative
+	}
+}
+
+// trouble logs an error that ends nothing, unless it was the last one too.
+func (m *member) trouble(what string, err error) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if text := what + err.Error(); m.ctx.Err() == nil && text != m.told {
+		m.told = text
+		m.source.client.logger().Warn("idempotency: consuming from NATS: "+what, "group", m.source.group, "topic", m.topic, "error", err)
+	}
+}
