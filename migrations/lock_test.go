@@ -269,7 +269,7 @@ func TestLockTimeoutOfAMigration(t *testing.T) {
 		}()
 		if test.tries {
 			for pause := test.timeout; pause <= 8*test.timeout; pause *= 2 { // twice as long each time
-				if w := waits(t, told, migrated); w.Pause != pause || w.What != "migration 4 down" {
+				if w := waits(t, told, migrated); w.Pause != pause || w.What != "migration 5 down" {
 					t.Errorf("%s waits for %v, want %v", w.What, w.Pause, pause)
 				}
 			}

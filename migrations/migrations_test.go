@@ -157,6 +157,9 @@ func tablesOf(schema string) []string {
 	for _, table := range []string{"audit", "effects", "events", "keys", "migrations", "open"} {
 		tables = append(tables, schema+".idempotency_"+table)
 	}
+	for _, table := range []string{"offsets", "outbox", "parked"} {
+		tables = append(tables, schema+".message_"+table)
+	}
 	return tables
 }
 

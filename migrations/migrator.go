@@ -299,11 +299,11 @@ func (m *migrator) compare(ctx context.Context, version int) error {
 			ErrVersionUntrue, records, m.table, Latest, m.lookAndMend())
 	case !exists && version > 0:
 		var others string
-		for _, table := range []string{"idempotency_audit", "idempotency_events", "idempotency_open", "idempotency_effects"} {
+		for _, table := range []string{"idempotency_audit", "idempotency_events", "idempotency_open", "idempotency_effects", "message_outbox", "message_offsets", "message_parked"} {
 			others = strings.TrimPrefix(others+", "+pgx.Identifier{m.schema, table}.Sanitize(), ", ")
 		}
 		return fmt.Errorf("%w: %s has version %d, and %s is missing: restore it together with the data that its records report. Without it every retry runs again:"+
-			" if no client retries any more, `DROP TABLE IF EXISTS %s; DELETE FROM %[2]s` and migrate up start again, without the audit table and the history",
+			" if no client retries any more, `DROP TABLE IF EXISTS %s; DELETE FROM %[2]s` and migrate up start again, without the audit table, the history and the messages",
 			ErrVersionUntrue, m.table, version, records, others)
 	}
 	return nil
@@ -317,8 +317,8 @@ func (m *migrator) lookAndMend() string {
 	}
 	return fmt.Sprintf("DELETE FROM %[1]s WHERE to_regclass(%[2]s) IS NULL; UPDATE %[1]s SET dirty = false, version = CASE"+
 		" WHEN EXISTS (SELECT FROM pg_constraint WHERE conname = 'idempotency_keys_status_check' AND conrelid = to_regclass(%[2]s)) THEN 1"+
-		" WHEN to_regclass(%[3]s) IS NULL THEN 2 WHEN to_regclass(%[4]s) IS NULL THEN 3 ELSE 4 END",
-		m.table, quoted("idempotency_keys"), quoted("idempotency_audit"), quoted("idempotency_open"))
+		" WHEN to_regclass(%[3]s) IS NULL THEN 2 WHEN to_regclass(%[4]s) IS NULL THEN 3 WHEN to_regclass(%[5]s) IS NULL THEN 4 ELSE 5 END",
+		m.table, quoted("idempotency_keys"), quoted("idempotency_audit"), quoted("idempotency_open"), quoted("message_outbox"))
 }
 
 // after returns the next version, and whether there is one.
