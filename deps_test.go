@@ -136,9 +136,9 @@ func TestDependencies(t *testing.T) {
 		{[]string{"./broker/nats"}, []string{"", "broker/nats", "consumer", "message", "relay"}, natsgo},
 		{[]string{"./middleware", "./storage/postgres"}, []string{"", "consumer", "message", "middleware", "relay", "storage/postgres"}, append([]string{httpsfv}, pgx...)},
 		{[]string{"./observe/lostkey"}, []string{"", "observe/lostkey"}, nil},
-		{[]string{"./observe"}, []string{"", "observe", "observe/lostkey"}, nil},
-		{[]string{"./observe/prometheus"}, []string{"", "observe", "observe/lostkey", "observe/prometheus"}, prometheus},
-		{[]string{"./observe/otel"}, []string{"", "observe", "observe/lostkey", "observe/otel"}, otel},
+		{[]string{"./observe"}, []string{"", "consumer", "message", "observe", "observe/lostkey"}, nil},
+		{[]string{"./observe/prometheus"}, []string{"", "consumer", "message", "observe", "observe/lostkey", "observe/prometheus", "relay"}, prometheus},
+		{[]string{"./observe/otel"}, []string{"", "consumer", "message", "observe", "observe/lostkey", "observe/otel", "relay"}, otel},
 	} {
 		t.Run(strings.Join(test.packages, " "), func(t *testing.T) {
 			t.Parallel()

@@ -25,9 +25,10 @@ type observed struct {
 	*fixture.Service
 	registry *prometheus.Registry
 	// Only the pool: in the other registry the scrape itself holds a connection for a moment.
-	pool   *prometheus.Registry
-	tracer *promobserve.Tracer
-	unread error // the error of reading the figures about the table
+	pool     *prometheus.Registry
+	tracer   *promobserve.Tracer
+	messages *promobserve.Messages
+	unread   error // the error of reading the figures about the table
 }
 
 func observe(t *testing.T, opts *promobserve.Options) *observed {
@@ -47,7 +48,13 @@ func observe(t *testing.T, opts *promobserve.Options) *observed {
 			return postgres.OpenStatistics{}, o.unread
 		}
 		return o.Store.OpenStatistics(ctx)
+	}, &promobserve.RecordsOptions{Interval: time.Nanosecond, Timeout: 20 * time.Second}), promobserve.NewMessagesCollector(func(ctx context.Context) (postgres.MessageStatistics, error) {
+		if o.unread != nil {
+			return postgres.MessageStatistics{}, o.unread
+		}
+		return o.Store.MessageStatistics(ctx)
 	}, &promobserve.RecordsOptions{Interval: time.Nanosecond, Timeout: 20 * time.Second}))
+	o.messages = promobserve.NewMessages(o.registry)
 	return o
 }
 
@@ -167,6 +174,7 @@ func TestEveryMetricSaysWhatHappened(t *testing.T) {
 	}
 	o.LoseReply()
 	o.Age(time.Second)
+	o.speak(t)
 	wantDocumented(t, o.registry)
 }
 
@@ -189,7 +197,7 @@ func wantDocumented(t *testing.T, registry *prometheus.Registry) {
 			caused = caused || value(metric) != 0
 		}
 		inOrder := []string{}
-		for _, name := range []string{"route", "effect", "outcome", "reason", "step", "error", "result", "sent"} {
+		for _, name := range []string{"route", "effect", "consumer", "outcome", "reason", "step", "error", "result", "sent"} {
 			if names[name] {
 				inOrder = append(inOrder, name)
 				delete(names, name)
@@ -228,4 +236,20 @@ func wantDocumented(t *testing.T, registry *prometheus.Registry) {
 
 func value(metric *dto.Metric) float64 {
 	return metric.GetCounter().GetValue() + metric.GetGauge().GetValue() + float64(metric.GetHistogram().GetSampleCount())
+}
+
+// find returns the only series of a metric.
+func find(t *testing.T, registry *prometheus.Registry, name string) *dto.Metric {
+	t.Helper()
+	families, err := registry.Gather()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, family := range families {
+		if family.GetName() == name && len(family.GetMetric()) == 1 {
+			return family.GetMetric()[0]
+		}
+	}
+	t.Fatalf("there is no %s", name)
+	return nil
 }

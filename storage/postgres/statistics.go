@@ -88,6 +88,48 @@ func (s *Store) OpenStatistics(ctx context.Context) (OpenStatistics, error) {
 	return stats, nil
 }
 
+// MessageStatistics are figures about the messages in the database. Durations are zero if there is
+// nothing that they measure.
+type MessageStatistics struct {
+	Outbox        int64         // messages in the outbox that no broker has refused
+	OutboxRefused int64         // messages that a broker refused; they wait for a person
+	OldestOutbox  time.Duration // age of the oldest that a relay can publish. If it grows, no relay runs
+	Waiting       int64         // parked messages that are tried again
+	Behind        int64         // parked messages behind another one of their key
+	Dead          int64         // parked messages that wait for a person
+	OldestDead    time.Duration // since the oldest of those was parked
+	OldestDue     time.Duration // the longest time that a waiting one has been due. If it grows, its consumer does not run
+	Partitions    int64         // in which consumers have a position
+	SinceMoved    time.Duration // since any position was moved
+	OldestBegun   time.Duration // the longest time for which a position has not moved although a process began a batch there
+}
+
+// MessageStatistics reads figures about the messages in the database. Its cost grows with the number
+// of messages in the outbox and of parked ones, and it fails if that takes longer than 1 second
+// ([StatisticsTimeoutMax]). It needs SELECT on the tables [OutboxTable], [ParkedTable] and
+// [OffsetsTable]. Safe for concurrent use.
+func (s *Store) MessageStatistics(ctx context.Context) (MessageStatistics, error) {
+	var stats MessageStatistics
+	var outbox, dead, due, moved, begun float64
+	box := s.Outbox()
+	inbox := s.Inbox()
+	err := s.readBounded(ctx, OutboxTable, `SELECT o.*, r.*, p.*, f.* FROM (
+			SELECT count(*) FILTER (WHERE parked IS NULL), count(parked) FROM `+box.table+`) AS o,
+		(SELECT count(*) FILTER (WHERE state = 1), count(*) FILTER (WHERE state = 2), count(*) FILTER (WHERE state = 3),
+			coalesce(extract(epoch FROM now() - min(parked_at) FILTER (WHERE state = 3)), 0)::float8,
+			coalesce(greatest(extract(epoch FROM now() - min(not_before) FILTER (WHERE state = 1)), 0), 0)::float8 FROM `+inbox.parked+`) AS p,
+		(SELECT coalesce(extract(epoch FROM now() - min(created_at)), 0)::float8 FROM `+box.table+` AS m WHERE `+box.ready()+`) AS r,
+		(SELECT count(*), coalesce(extract(epoch FROM now() - max(updated_at)), 0)::float8,
+			coalesce(extract(epoch FROM now() - min(updated_at) FILTER (WHERE deaths > 0)), 0)::float8 FROM `+inbox.offsets+`) AS f`, nil,
+		&stats.Outbox, &stats.OutboxRefused, &outbox, &stats.Waiting, &stats.Behind, &stats.Dead, &dead, &due, &stats.Partitions, &moved, &begun)
+	if err != nil {
+		return MessageStatistics{}, fmt.Errorf("statistics of messages: %w", err)
+	}
+	stats.OldestOutbox, stats.OldestDead, stats.OldestDue = seconds(outbox), seconds(dead), seconds(due)
+	stats.SinceMoved, stats.OldestBegun = seconds(max(moved, 0)), seconds(max(begun, 0))
+	return stats, nil
+}
+
 func seconds(s float64) time.Duration { return time.Duration(s * float64(time.Second)) }
 
 // readBounded reads one row of figures about a table, within StatisticsTimeoutMax on the server.

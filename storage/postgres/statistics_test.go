@@ -74,6 +74,42 @@ func TestStatisticsOfOpenRequests(t *testing.T) {
 	}
 }
 
+// What waits is counted once: a message behind a refused or parked one is no message that a relay
+// could publish, or a consumer try.
+func TestStatisticsOfMessages(t *testing.T) {
+	t.Parallel()
+	ctx := context.Background()
+	b := setup(t, &setupOptions{store: &postgres.Options{Schema: "house"}})
+	if got, err := b.store.MessageStatistics(ctx); err != nil || got != (postgres.MessageStatistics{}) {
+		t.Errorf("without any: %+v, %v", got, err)
+	}
+	for _, sql := range []string{
+		`INSERT INTO house.message_outbox (created_at, shard, message_id, topic, key, parked, headers, body) SELECT now() - age, 3, gen_random_uuid(), 't', key, parked, '', '' FROM (VALUES
+			('5 hours'::interval, 'a'::bytea, 'too large'), ('4 hours', 'a', NULL), ('1 hour', 'b', NULL), ('1 minute', NULL, NULL)) AS m (age, key, parked)`,
+		`INSERT INTO house.message_parked (parked_at, not_before, position, partition, attempts, state, consumer, message_id, source, topic, error, headers, body)
+			SELECT now() - age, now() + due, 0, 0, 1, state, 'ledger', state::text || age::text, 's', 't', '', '', '' FROM (VALUES
+			('1 hour'::interval, '-10 minutes'::interval, 1), ('6 hours', '1 hour', 1), ('7 hours', NULL, 2), ('2 hours', NULL, 3), ('3 hours', NULL, 3)) AS m (age, due, state)`,
+		`INSERT INTO house.message_offsets (next_offset, updated_at, incarnation, attempt_id, partition, deaths, consumer, source) SELECT 7, now() - age, gen_random_uuid(), gen_random_uuid(), n, deaths, 'ledger', 's' FROM (VALUES
+			(0, '20 minutes'::interval, 0), (1, '30 minutes', 1), (2, '9 hours', 0)) AS m (n, age, deaths)`,
+	} {
+		if _, err := b.pool.Exec(ctx, sql); err != nil {
+			t.Fatal(err)
+		}
+	}
+	got, err := b.store.MessageStatistics(ctx)
+	if err != nil || got.Outbox != 3 || got.OutboxRefused != 1 || got.Waiting != 2 || got.Behind != 1 || got.Dead != 2 || got.Partitions != 3 {
+		t.Errorf("%+v, %v", got, err)
+	}
+	for name, c := range map[string]struct{ got, want time.Duration }{
+		"in the outbox": {got.OldestOutbox, time.Hour}, "dead": {got.OldestDead, 3 * time.Hour}, "due": {got.OldestDue, 10 * time.Minute},
+		"moved": {got.SinceMoved, 20 * time.Minute}, "begun": {got.OldestBegun, 30 * time.Minute},
+	} {
+		if c.got < c.want || c.got > c.want+time.Minute {
+			t.Errorf("%s: %v, want %v", name, c.got, c.want)
+		}
+	}
+}
+
 func TestStatisticsReadAFewPages(t *testing.T) {
 	t.Parallel()
 	ctx := context.Background()

@@ -75,6 +75,15 @@ func TestEveryQueryOfTheDashboardReturnsData(t *testing.T) {
 			}
 			w.LoseCommit(true)
 			w.LoseCommit(false)
+			w.consume(errors.New(fixture.Canary))
+			if n == 0 {
+				w.exec(outboxRow + "now() - interval '1 minute', NULL)")
+				w.exec(outboxRow + "now(), 'too large')")
+				w.exec(parkedRow + "now() - interval '1 minute', now() - interval '1 minute', 1)")
+				w.exec(parkedRow + "now(), NULL, 2)")
+				w.exec(parkedRow + "now() - interval '1 minute', NULL, 3)")
+				w.exec(offsetsRow + "now() - interval '1 minute', 1)")
+			}
 			w.tracer.OnWalk(1, time.Second, errors.New(fixture.Canary))
 			w.unread = nil
 			switch n % 4 {

@@ -179,6 +179,40 @@ func TestAlertsFireWhereTheyShould(t *testing.T) {
 				w.tracer.TraceEffect(context.Background(), idempotency.EffectEnd{Name: "charge", Result: idempotency.EffectResultFenced, Sent: true})
 			}
 		}, 0, []string{"IdempotencyEffectFenced"}, nil},
+		"no relay runs": {func(w *world, n int) {
+			w.usual(n)
+			if n == 0 {
+				w.exec(outboxRow + "now() - interval '1 hour', NULL)")
+			}
+		}, 0, []string{"IdempotencyOutboxStopped"}, nil},
+		"the broker refuses a message": {func(w *world, n int) {
+			w.usual(n)
+			if n == 0 {
+				w.exec(outboxRow + "now(), 'too large')")
+			}
+		}, 0, []string{"IdempotencyOutboxRefused"}, nil},
+		"a message is dead": {func(w *world, n int) {
+			w.usual(n)
+			if n == 0 {
+				w.exec(parkedRow + "now(), NULL, 3)")
+			}
+		}, 0, []string{"IdempotencyDeadLetters"}, nil},
+		"no consumer takes what is due": {func(w *world, n int) {
+			w.usual(n)
+			if n == 0 {
+				w.exec(parkedRow + "now(), now() - interval '1 hour', 1)")
+			}
+		}, 0, []string{"IdempotencyConsumerStopped"}, nil},
+		"a consumer dies in a batch": {func(w *world, n int) {
+			w.usual(n)
+			if n == 0 {
+				w.exec(offsetsRow + "now() - interval '1 hour', 3)")
+			}
+		}, 0, []string{"IdempotencyConsumerStopped"}, nil},
+		"a handler of messages fails": {func(w *world, n int) {
+			w.usual(n)
+			w.consume(errors.New(fixture.Canary))
+		}, 0, []string{"IdempotencyConsumerFails"}, nil},
 		"figures can't be read": {func(w *world, n int) {
 			w.usual(n)
 			w.unread = errors.New("no")

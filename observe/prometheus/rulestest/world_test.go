@@ -20,9 +20,11 @@ import (
 	"github.com/prometheus/prometheus/tsdb"
 
 	"github.com/paidonce/idempotency"
+	"github.com/paidonce/idempotency/consumer"
 	"github.com/paidonce/idempotency/internal/pgtest"
 	"github.com/paidonce/idempotency/observe/internal/fixture"
 	promobserve "github.com/paidonce/idempotency/observe/prometheus"
+	"github.com/paidonce/idempotency/relay"
 	"github.com/paidonce/idempotency/storage/postgres"
 )
 
@@ -35,14 +37,15 @@ const interval = 30 * time.Second
 // world is a service and the Prometheus that scrapes it. It controls the time.
 type world struct {
 	*fixture.Service
-	t       *testing.T
-	tracer  *promobserve.Tracer
-	scraped http.Handler
-	unread  error // the error of reading the figures about the table
-	begin   time.Time
-	now     time.Time
-	db      *tsdb.DB
-	engine  *promql.Engine
+	t        *testing.T
+	tracer   *promobserve.Tracer
+	messages *promobserve.Messages
+	scraped  http.Handler
+	unread   error // the error of reading the figures about the table
+	begin    time.Time
+	now      time.Time
+	db       *tsdb.DB
+	engine   *promql.Engine
 }
 
 func newWorld(t *testing.T, handlerTimeout, recordsTimeout time.Duration) *world {
@@ -62,7 +65,13 @@ func newWorld(t *testing.T, handlerTimeout, recordsTimeout time.Duration) *world
 			return postgres.OpenStatistics{}, w.unread
 		}
 		return w.Store.OpenStatistics(ctx)
+	}, &promobserve.RecordsOptions{Timeout: recordsTimeout, Now: func() time.Time { return w.now }}), promobserve.NewMessagesCollector(func(ctx context.Context) (postgres.MessageStatistics, error) {
+		if w.unread != nil {
+			return postgres.MessageStatistics{}, w.unread
+		}
+		return w.Store.MessageStatistics(ctx)
 	}, &promobserve.RecordsOptions{Timeout: recordsTimeout, Now: func() time.Time { return w.now }}))
+	w.messages = promobserve.NewMessages(registry)
 	w.scraped = promhttp.HandlerFor(registry, promhttp.HandlerOpts{ErrorHandling: promhttp.HTTPErrorOnError})
 
 	options := tsdb.DefaultOptions()
@@ -114,7 +123,29 @@ func (w *world) usual(n int) {
 		w.Decline()
 	}
 	w.reap()
+	w.consume(nil)
+	w.messages.OnDrain(0, relay.Drained{Published: 3}, 10*time.Millisecond, nil)
 }
+
+// consume counts a batch of the consumer ledger.
+func (w *world) consume(err error) {
+	w.messages.OnBatch(consumer.BatchEnd{Consumer: "ledger", Duration: 10 * time.Millisecond, Executed: 3, Err: err})
+}
+
+// exec changes what lies in the tables of messages.
+func (w *world) exec(sql string) {
+	w.t.Helper()
+	if _, err := w.Pool.Exec(context.Background(), sql); err != nil {
+		w.t.Fatal(err)
+	}
+}
+
+// Rows of messages, to be completed.
+const (
+	outboxRow  = "INSERT INTO message_outbox (shard, message_id, topic, headers, body, created_at, parked) VALUES (3, gen_random_uuid(), 't', '', '', "
+	parkedRow  = "INSERT INTO message_parked (position, partition, attempts, consumer, message_id, source, topic, error, headers, body, parked_at, not_before, state) VALUES (0, 0, 1, 'ledger', gen_random_uuid()::text, 's', 't', 'e', '', '', "
+	offsetsRow = "INSERT INTO message_offsets (next_offset, incarnation, attempt_id, partition, consumer, source, updated_at, deaths) VALUES (0, gen_random_uuid(), gen_random_uuid(), 0, 'ledger', 's', "
+)
 
 func (w *world) reap() {
 	started := time.Now()
