@@ -36,6 +36,11 @@ const (
 	// PermissionAbandon allows deleting an open request without an answer, after which a retry of it
 	// runs again and may pay twice.
 	PermissionAbandon Permission = "abandon"
+	// PermissionRedrive allows redriving messages that a consumer parked, and giving those to the relay
+	// again that the broker refused.
+	PermissionRedrive Permission = "redrive"
+	// PermissionDrop allows deleting such messages: nobody handles or gets them.
+	PermissionDrop Permission = "drop"
 )
 
 // AuthorizeFunc checks whether the caller of a request has a permission, and returns the caller as
@@ -154,6 +159,14 @@ var routes = map[string]route{
 	"resume":  {get: (*Handler).confirmResume, post: (*Handler).resume},
 	"park":    {get: (*Handler).confirmPark, post: (*Handler).park},
 	"abandon": {get: (*Handler).confirmAbandon, post: (*Handler).abandon},
+
+	"consumers": {get: (*Handler).consumers},
+	"outbox":    {get: (*Handler).outbox},
+	"parked":    {get: (*Handler).parked},
+	"message":   {get: (*Handler).message},
+	"redrive":   {get: (*Handler).confirmRedrive, post: (*Handler).redrive},
+	"drop":      {get: (*Handler).confirmDrop, post: (*Handler).drop},
+	"retry":     {get: (*Handler).confirmRetry, post: (*Handler).retry},
 }
 
 // page is one request that is being answered.

@@ -62,11 +62,11 @@ func (b *testBundle) everyPath(t testing.TB) (gets, posts []string) {
 	c := b.as("alice", everything...)
 	home := c.page(t, "")
 	key := c.open(t, "acme", "key-1")
-	gets = append([]string{"", "list", "open", "stats", "doctor", "live", key, c.filter(t, url.Values{"scope": {"acme"}})}, append(links(home, "admin-"), links(home, "icon-")...)...)
+	gets = append([]string{"", "list", "open", "consumers", "outbox", "parked", "stats", "doctor", "live", key, c.filter(t, url.Values{"scope": {"acme"}})}, append(links(home, "admin-"), links(home, "icon-")...)...)
 	for _, act := range []string{"body", "expire", "delete"} {
 		gets = append(gets, strings.Replace(key, "key?", act+"?", 1))
 	}
-	return gets, []string{"search", "expire", "delete", "settle", "resume", "park", "abandon"}
+	return gets, []string{"search", "expire", "delete", "settle", "resume", "park", "abandon", "redrive", "drop", "retry"}
 }
 
 // Every path calls the authorization function before it shows or does anything.

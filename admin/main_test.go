@@ -28,7 +28,7 @@ import (
 func TestMain(m *testing.M) { pgtest.Main(m) }
 
 // everything is all permissions.
-var everything = []admin.Permission{admin.PermissionView, admin.PermissionViewBody, admin.PermissionExpire, admin.PermissionDelete, admin.PermissionSettle, admin.PermissionAbandon}
+var everything = []admin.Permission{admin.PermissionView, admin.PermissionViewBody, admin.PermissionExpire, admin.PermissionDelete, admin.PermissionSettle, admin.PermissionAbandon, admin.PermissionRedrive, admin.PermissionDrop}
 
 // testBundle has the pages of a service's records, mounted under a prefix, on a database of its
 // own.

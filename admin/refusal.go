@@ -40,7 +40,7 @@ func refusalOf(err error) (refused refusal, failed bool) {
 	case errors.Is(err, operator.ErrInProgress):
 		return refusal{http.StatusConflict, "Somebody holds this key", "An attempt runs, or its call may still be being sent, or a retry reads the record just now. Nothing was done. Wait until it has ended, and look again."}, false
 	case errors.Is(err, operator.ErrChanged):
-		return refusal{http.StatusConflict, "It has changed", "The record or the request is not as this form showed it any more. Nothing was done. Open the key again."}, false
+		return refusal{http.StatusConflict, "It has changed", "The record, the request or the message is not as this form showed it any more. Nothing was done. Open it again."}, false
 	case errors.Is(err, operator.ErrNotOpen):
 		return refusal{http.StatusNotFound, "This key has no open request", "It has ended, or somebody abandoned it. Nothing was done. Open the key again."}, false
 	case errors.Is(err, operator.ErrOpen):
@@ -51,6 +51,12 @@ func refusalOf(err error) (refused refusal, failed bool) {
 		return refusal{http.StatusConflict, "The request has changed", "Other effects may have been sent than this form showed. Nothing was done. Open the key again."}, false
 	case errors.Is(err, operator.ErrEncrypted):
 		return refusal{http.StatusConflict, "The service encrypts its results", "This page can't encrypt one. Nothing was done. A program with the keys can: docs/operations.md."}, false
+	case errors.Is(err, operator.ErrNotParked):
+		return refusal{http.StatusNotFound, "This message is not parked", "It was handled or published, or somebody dropped it. Nothing was done. Its page shows what became of it."}, false
+	case errors.Is(err, operator.ErrNoMessage):
+		return refusal{http.StatusNotFound, "Nothing is known of this message", "The broker may have it. Its record may have expired."}, false
+	case errors.Is(err, operator.ErrBehind):
+		return refusal{http.StatusConflict, "This message waits behind another one", "Redrive or drop the one in front of it: its page has the id. Nothing was done."}, false
 	case errors.Is(err, operator.ErrTooLarge):
 		return refusal{http.StatusRequestEntityTooLarge, "This body is too large to show", "It is in the table idempotency_keys."}, false
 	case errors.Is(err, operator.ErrUnknown):

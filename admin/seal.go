@@ -21,6 +21,11 @@ const (
 
 	purposeOpenList = "open-list" // an openQuery in a link
 	purposeOpenForm = "open-form" // an openTicket in a form that acts
+
+	purposeMessage     = "message"      // a messageRef in a link
+	purposeParkedList  = "parked-list"  // a parkedQuery in a link
+	purposeOutboxList  = "outbox-list"  // a place in the outbox in a link
+	purposeMessageForm = "message-form" // a messageTicket in a form that acts
 )
 
 // errToken: the token was not made by this handler, or was made for another purpose.

@@ -56,7 +56,7 @@ func loadAssets(files ...string) (byName map[string]*asset, names map[string]str
 }
 
 // templates are the pages by name, each with the layout around it.
-var templates = parseTemplates("home", "list", "open", "key", "body", "confirm", "confirm-open", "stats", "doctor", "refusal")
+var templates = parseTemplates("home", "list", "open", "key", "body", "confirm", "confirm-open", "consumers", "outbox", "parked", "message", "confirm-message", "stats", "doctor", "refusal")
 
 func parseTemplates(names ...string) map[string]*template.Template {
 	files, err := fs.Sub(embedded, "assets")
@@ -96,19 +96,22 @@ func (h *Handler) renderStatus(p *page, status int, name, title string, data any
 }
 
 var functions = template.FuncMap{
-	"asset":      func(file string) string { return assetNames[file] },
-	"ago":        formatAgo,
-	"bytes":      formatBytes,
-	"chip":       chipOf,
-	"classes":    func() []int { return []int{2, 3, 4, 5} },
-	"clock":      formatClock,
-	"count":      formatCount,
-	"hex":        func(b [32]byte) string { return hex.EncodeToString(b[:]) },
-	"int":        func(n any) string { return formatNumber(toInt64(n)) },
-	"long":       formatDuration,
-	"openChip":   openChip,
-	"settlement": tellSettlement,
-	"rowsOf":     func(caption string, rows []row, now time.Time) rowsView { return rowsView{caption, rows, now} },
+	"asset":       func(file string) string { return assetNames[file] },
+	"ago":         formatAgo,
+	"bytes":       formatBytes,
+	"chip":        chipOf,
+	"classes":     func() []int { return []int{2, 3, 4, 5} },
+	"clock":       formatClock,
+	"count":       formatCount,
+	"hex":         func(b [32]byte) string { return hex.EncodeToString(b[:]) },
+	"int":         func(n any) string { return formatNumber(toInt64(n)) },
+	"long":        formatDuration,
+	"ofMessage":   func(name string) bool { return name == "message" || name == "confirm-message" },
+	"openChip":    openChip,
+	"parkedChip":  parkedChip,
+	"toldMessage": tellMessageEvent,
+	"settlement":  tellSettlement,
+	"rowsOf":      func(caption string, rows []row, now time.Time) rowsView { return rowsView{caption, rows, now} },
 	"within": func(name string) bool {
 		return name == "key" || name == "body" || name == "confirm" || name == "confirm-open"
 	},
@@ -260,6 +263,45 @@ func openChip(r operator.OpenRequest) chip {
 		tone = "warn"
 	}
 	return chip{string(r.State()), tone}
+}
+
+// parkedChip returns the chip of a parked message.
+func parkedChip(state operator.ParkedState) chip {
+	tone := "plain"
+	switch state {
+	case operator.MessageDead:
+		tone = "bad"
+	case operator.MessageWaiting:
+		tone = "warn"
+	}
+	return chip{string(state), tone}
+}
+
+// tellMessageEvent describes an event of a message in a line.
+func tellMessageEvent(e operator.Event) string {
+	text := ""
+	switch e.Kind {
+	case operator.EventPublished:
+		text = "Published; the outbox still has it"
+	case operator.EventRecorded:
+		return "Handled"
+	case operator.EventParked:
+		text = "Parked"
+	case operator.EventNext:
+		return "Due from this time on"
+	case "act-redrive":
+		text = "Redriven by " + e.Actor
+	case "act-drop", "act-outbox-drop":
+		text = "Dropped by " + e.Actor
+	case "act-outbox-retry":
+		text = "Given to the relay again by " + e.Actor
+	default:
+		return tellEvent(e)
+	}
+	if e.Reason != "" {
+		text += ": " + e.Reason
+	}
+	return text
 }
 
 // tellSettlement describes a settlement that an operator may choose.
