@@ -41,16 +41,19 @@ Without a command it serves. Try:
                                                  charge a card at the processor, and post it once
   demo-bank psp                                  serve the processor of cards, payouts and mails in another terminal
   demo-bank --psp http://127.0.0.1:8090          serve, and call that processor instead of the one inside
+  demo-bank consume --no-inbox                   consume the bank's messages naively, beside demo-bank --no-consumers
   demo-bank storm                                send thousands of duplicates to it and read the verdict
   demo-bank storm --keys 20000 --clients 64      a longer one
   demo-bank storm --json >report.json            for a script: exit code 0 is ok, 1 is broken, 2 is no verdict`
 
 type commands struct {
-	Serve serveCommand `cmd:"" default:"withargs" help:"Serve the bank (the default)."`
-	Storm stormCommand `cmd:"" help:"Send duplicates of transfers to a bank and read the verdict from its books."`
-	Chaos chaosCommand `cmd:"" help:"Start banks and a PostgreSQL, break them while clients pay, and check the money afterwards."`
-	PSP   pspCommand   `cmd:"" name:"psp" help:"Serve the card processor, bank rail and mail service that the bank calls, with faults on request."`
-	Bench benchCommand `cmd:"" help:"Measure the cost of idempotency, compared with none and with other designs, in one run."`
+	Serve   serveCommand   `cmd:"" default:"withargs" help:"Serve the bank (the default)."`
+	Storm   stormCommand   `cmd:"" help:"Send duplicates of transfers to a bank and read the verdict from its books."`
+	Chaos   chaosCommand   `cmd:"" help:"Start banks and a PostgreSQL, break them while clients pay, and check the money afterwards."`
+	Consume consumeCommand `cmd:"" help:"Run the consumers of the bank's messages as a process of their own."`
+	Relay   relayCommand   `cmd:"" help:"Take the bank's messages to Kafka, as a process of its own."`
+	PSP     pspCommand     `cmd:"" name:"psp" help:"Serve the card processor, bank rail and mail service that the bank calls, with faults on request."`
+	Bench   benchCommand   `cmd:"" help:"Measure the cost of idempotency, compared with none and with other designs, in one run."`
 
 	BenchServe benchServeCommand `cmd:"" hidden:""`
 }
@@ -61,6 +64,9 @@ type serveCommand struct {
 	DataDir         *string       `name:"data-dir" placeholder:"DIR" help:"Folder that keeps the data of the embedded PostgreSQL and of the processor inside. Without it the data is deleted at exit."`
 	PSP             string        `name:"psp" placeholder:"URL" help:"A processor of cards, payouts and mails that runs already (demo-bank psp). Without it one is started inside, on a loopback port."`
 	PSPKeyLifetime  time.Duration `name:"psp-key-lifetime" placeholder:"DURATION" default:"${pspKeyLifetime}" help:"Time that the processor is sure to know a key, at least ${pspKeyLifetimeMin}: nothing is sent again after nine tenths of it. (default: ${default})"`
+	Brokers         []string      `placeholder:"HOST:PORT" help:"Kafka brokers that get the bank's messages, separated by commas. Without it a broker for tests is started inside, on a loopback port."`
+	NoRelay         bool          `help:"Leave messages in the outbox, for demo-bank relay."`
+	NoConsumers     bool          `help:"Leave messages at the broker, for demo-bank consume."`
 	PoolSize        int           `placeholder:"N" default:"${poolSize}" help:"Maximum number of database connections. (default: ${default})"`
 	ShutdownTimeout time.Duration `placeholder:"DURATION" default:"${shutdownTimeout}" help:"Maximum time for requests in progress when the bank stops. (default: ${default})"`
 	TTL             time.Duration `name:"ttl" placeholder:"DURATION" default:"${ttl}" help:"Time that an answer is kept for retries, from its commit. (default: ${default})"`
@@ -125,6 +131,7 @@ func (c *serveCommand) Run(ctx context.Context) error {
 		ShutdownTimeout: c.ShutdownTimeout, TTL: c.TTL, ReapInterval: c.ReapInterval,
 		HandlerTimeout: c.HandlerTimeout, Wait: c.Wait, AcquireTimeout: c.AcquireTimeout,
 		PSP: c.PSP, KeyLifetime: c.PSPKeyLifetime,
+		Brokers: c.Brokers, NoRelay: c.NoRelay, NoConsumers: c.NoConsumers,
 		CrashPoint: point, Stdout: os.Stdout, Stderr: os.Stderr,
 		Logger: slog.New(slog.NewTextHandler(os.Stderr, &slog.HandlerOptions{Level: c.LogLevel})),
 	}).Run(ctx)
@@ -189,7 +196,7 @@ func (e noVerdict) Error() string { return "no verdict: " + e.error.Error() }
 
 // defaults are the values in the help of flags.
 var defaults = kong.Vars{
-	"addr": server.AddrDefault, "pspAddr": psp.AddrDefault, "poolSize": fmt.Sprint(server.PoolSizeDefault),
+	"addr": server.AddrDefault, "pspAddr": psp.AddrDefault, "consumeAddr": server.ConsumeAddrDefault, "poolSize": fmt.Sprint(server.PoolSizeDefault),
 	"shutdownTimeout": server.ShutdownTimeoutDefault.String(),
 	"ttl":             (24 * time.Hour).String(), "reapInterval": time.Minute.String(),
 	"handlerTimeout": (10 * time.Second).String(), "handlerTimeoutMax": server.HandlerTimeoutMax.String(),

@@ -12,7 +12,8 @@ import (
 // arbitrary-precision integers because a sum over all books may exceed 64 bits.
 type Audit struct {
 	// OK reports that balance_total = opening_total, entries_total = 0, and every count of errors
-	// is 0. If the processor can't be reached, its counts are null and don't matter.
+	// is 0. If the processor can't be reached, its counts are null and don't matter. The projection
+	// matters once no message is under way.
 	OK bool `json:"ok"`
 
 	Accounts  int64 `json:"accounts"`
@@ -55,6 +56,19 @@ type Audit struct {
 	PostingsWithoutCharge *int64 `json:"postings_without_charge"`
 	PayoutsWithoutPosting *int64 `json:"payouts_without_posting"`
 	PostingsWithoutPayout *int64 `json:"postings_without_payout"`
+
+	OutboxPending     int64 `json:"outbox_pending"`
+	MessagesConsumed  int64 `json:"messages_consumed"`  // by all consumers together
+	MessagesDuplicate int64 `json:"messages_duplicate"` // that consumers dropped as copies
+	MessagesDead      int64 `json:"messages_dead"`
+	// ProjectionLag is the number of messages at the broker that the projection lacks. It is null if
+	// that is not known: the broker can't be reached, or other banks have brokers of their own.
+	ProjectionLag *int64 `json:"projection_lag"`
+	// The next three lag while messages are under way. They affect OK only if OutboxPending and
+	// ProjectionLag are 0. Moves whose message is parked count in none of them.
+	ProjectionMissing    int64 `json:"projection_missing"`    // moves that are not in the projection
+	ProjectionDoubled    int64 `json:"projection_doubled"`    // moves that are in it more than once
+	ProjectionMismatches int64 `json:"projection_mismatches"` // accounts whose change differs
 }
 
 // ProcessorUnreachable is an audit's PSP if the processor does not answer.
@@ -87,6 +101,7 @@ func (b *Bank) Audit(ctx context.Context) (*Audit, error) {
 	var a Audit
 	var balance, opening, entries, held string
 	made := b.processor.made(ctx) // before the snapshot, which then has each listed item's intent
+	feed := b.look(ctx)
 	err := Snapshot(ctx, b.pool, func(tx pgx.Tx) error {
 		var batch pgx.Batch
 		batch.Queue(totals).QueryRow(func(row pgx.Row) error {
@@ -95,6 +110,13 @@ func (b *Bank) Audit(ctx context.Context) (*Audit, error) {
 				&a.OpenOperations, &a.ParkedOperations, &held)
 		})
 		made.compare(&batch)
+		feed.read(&batch)
+		batch.Queue(projected).QueryRow(func(row pgx.Row) error {
+			return row.Scan(&a.ProjectionMissing, &a.ProjectionDoubled, &a.ProjectionMismatches)
+		})
+		batch.Queue(counted).QueryRow(func(row pgx.Row) error {
+			return row.Scan(&a.OutboxPending, &a.MessagesConsumed, &a.MessagesDuplicate, &a.MessagesDead)
+		})
 		findings := inspect(&batch, b.ttl, OneEffect, TwoEntries, BalancesAddUp, EffectsRecorded, RecordsHaveEffects)
 		if err := tx.SendBatch(ctx, &batch).Close(); err != nil {
 			return err
@@ -113,10 +135,13 @@ func (b *Bank) Audit(ctx context.Context) (*Audit, error) {
 	a.BalanceTotal, a.OpeningTotal, a.EntriesTotal = json.Number(balance), json.Number(opening), json.Number(entries)
 	a.HeldTotal = json.Number(held)
 	made.fill(ctx, &a)
+	a.ProjectionLag = feed.lag(ctx)
+	settled := a.OutboxPending == 0 && a.ProjectionLag != nil && *a.ProjectionLag == 0
 	wrong := func(n *int64) bool { return n != nil && *n != 0 }
 	a.OK = balance == opening && entries == "0" &&
 		a.UnbalancedTransfers == 0 && a.BalanceMismatches == 0 && a.NegativeBalances == 0 &&
 		a.KeysWithManyTransfers == 0 && a.TransfersWithoutRecord == 0 && a.RecordsWithoutTransfer == 0 &&
-		!wrong(a.ChargesWithoutPosting) && !wrong(a.PostingsWithoutCharge) && !wrong(a.PayoutsWithoutPosting) && !wrong(a.PostingsWithoutPayout)
+		!wrong(a.ChargesWithoutPosting) && !wrong(a.PostingsWithoutCharge) && !wrong(a.PayoutsWithoutPosting) && !wrong(a.PostingsWithoutPayout) &&
+		(!settled || a.ProjectionMissing == 0 && a.ProjectionDoubled == 0 && a.ProjectionMismatches == 0)
 	return &a, nil
 }

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io/fs"
 	"log/slog"
+	"sync/atomic"
 	"time"
 
 	"github.com/jackc/pgx/v5"
@@ -26,7 +27,7 @@ const Schema = "demo_bank"
 const versionTable = "demo_bank_migrations"
 
 // SchemaVersion is the version of the bank's tables that this program needs.
-const SchemaVersion = 3
+const SchemaVersion = 4
 
 // Migrate creates or upgrades the bank's tables in the store's schema, and seeds them once. It is
 // safe to call from several processes at once.
@@ -57,6 +58,10 @@ type Bank struct {
 
 	onTransfer TransferFunc
 	processor  *Processor // nil if there is none
+	broker     Broker     // nil if there is none
+	fed        time.Time  // when it was set
+	// The broker has yet to get messages again that it had lost.
+	republishing atomic.Bool
 }
 
 // Call sets the processor for the bank's calls. It must be called once, before MountCalls.

@@ -8,6 +8,8 @@ import (
 	"time"
 
 	"github.com/jackc/pgx/v5"
+
+	"github.com/paidonce/idempotency"
 )
 
 // Checks that need only the books. Package check uses the same names in its results.
@@ -112,7 +114,8 @@ const effects = `
 const written = Cutoff + `,
 	effects AS MATERIALIZED (SELECT e.* FROM cutoff, (` + effects + `) e WHERE e.created_at > cutoff.at),
 	all_records AS MATERIALIZED (
-		SELECT r.scope, r.key, r.attempt_id, r.created_at FROM idempotency_keys r WHERE r.status BETWEEN 200 AND 299
+		SELECT r.scope, r.key, r.attempt_id, r.created_at FROM idempotency_keys r
+		WHERE r.status BETWEEN 200 AND 299 AND NOT starts_with(r.scope, '` + idempotency.MessageScopePrefix + `')
 	),
 	records AS (SELECT r.* FROM all_records r, cutoff WHERE r.created_at > cutoff.at),`
 

@@ -109,10 +109,10 @@ func (b *Bank) order(ctx context.Context, tx pgx.Tx, s stamp, o Order) (*answer,
 	write.Queue(`UPDATE products SET stock = stock - $2 WHERE sku = $1`, o.SKU, o.Quantity)
 	write.Queue(moveBalance, o.Account, merchant, o.Amount)
 	write.Queue(`
-		INSERT INTO orders (id, account, sku, quantity, amount, currency, scope, key, attempt_id)
-		VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9)
+		INSERT INTO orders (id, account, sku, quantity, amount, currency, scope, key, attempt_id, message_id)
+		VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10)
 		RETURNING created_at`,
-		id, o.Account, o.SKU, o.Quantity, o.Amount, o.Currency, s.scope, s.key, s.attempt).
+		id, o.Account, o.SKU, o.Quantity, o.Amount, o.Currency, s.scope, s.key, s.attempt, s.message).
 		QueryRow(func(row pgx.Row) error { return row.Scan(&o.CreatedAt) })
 	write.Queue(`
 		INSERT INTO entries (order_id, account, amount) VALUES ($1, $2, -$4::bigint), ($1, $3, $4)`,
@@ -121,6 +121,9 @@ func (b *Bank) order(ctx context.Context, tx pgx.Tx, s stamp, o Order) (*answer,
 		return nil, fmt.Errorf("write the order: %w", err)
 	}
 	o.ID, o.CreatedAt = strconv.FormatInt(id, 10), o.CreatedAt.UTC()
+	if err := publish(ctx, s, orderEvent, o.Account, o); err != nil {
+		return nil, err
+	}
 	return &answer{status: http.StatusCreated, location: "/v1/orders/" + o.ID, body: o}, nil
 }
 

@@ -205,6 +205,22 @@ func (p *Processor) send(ctx context.Context, path, key string, in any) (out exe
 	return out, said
 }
 
+// Notify sends a mail under a key, unless one was sent under it before. The processor sends each
+// mail that it is asked for, so the key is looked up first. After an error it may have been sent.
+// At most one call per key may be under way.
+func (p *Processor) Notify(ctx context.Context, key string, n Notice) error {
+	if _, err := p.find(ctx, "/mails", key); !errors.Is(err, effect.ErrAbsent) {
+		return err
+	}
+	return p.NotifyUnseen(ctx, key, n)
+}
+
+// NotifyUnseen sends a mail under a key, whether or not one was sent under it before.
+func (p *Processor) NotifyUnseen(ctx context.Context, key string, n Notice) error {
+	_, err := p.send(ctx, "/mails", key, mail{To: n.To, Text: n.Text})
+	return err
+}
+
 // find looks up the result of a call by its key.
 func (p *Processor) find(ctx context.Context, path, key string) (executed, error) {
 	items, instance, err := p.list(ctx, path+"?key="+url.QueryEscape(key))

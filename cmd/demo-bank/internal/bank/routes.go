@@ -13,6 +13,7 @@ import (
 	"github.com/jackc/pgx/v5"
 
 	"github.com/paidonce/idempotency"
+	"github.com/paidonce/idempotency/message"
 	"github.com/paidonce/idempotency/storage/postgres"
 )
 
@@ -71,6 +72,7 @@ func (b *Bank) Mount(r chi.Router, protect func(http.Handler) http.Handler) {
 		r.Get("/v1/orders/{id}", b.get(func(ctx context.Context, id string) (any, error) { return b.oneOrder(ctx, id) }))
 		r.Get("/v1/products", b.getProducts)
 		r.Get("/v1/audit", b.getAudit)
+		b.mountMessages(r)
 	})
 }
 
@@ -86,6 +88,7 @@ func (b *Bank) MountCalls(r chi.Router, resumable func(name string) func(http.Ha
 type stamp struct {
 	scope, key *string
 	attempt    *[16]byte
+	message    *string // id of the message that the request publishes, if it publishes one
 }
 
 // stampOfAttempt returns the stamp of the attempt that runs with this context.
@@ -95,8 +98,8 @@ func stampOfAttempt(ctx context.Context) stamp {
 	if !keyed || !running {
 		return stamp{}
 	}
-	attempt := [16]byte(id)
-	return stamp{scope: &key.Scope, key: &key.Value, attempt: &attempt}
+	attempt, published := [16]byte(id), message.ID(ctx, eventName)
+	return stamp{scope: &key.Scope, key: &key.Value, attempt: &attempt, message: &published}
 }
 
 // stampOfHeader returns the stamp of a request that bypassed the middleware. It has no attempt.

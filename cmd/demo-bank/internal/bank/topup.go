@@ -126,10 +126,10 @@ func (b *Bank) postTopUp(ctx context.Context, tx pgx.Tx, s stamp, t TopUp, insta
 	from := processorAccount + account.currency
 	var batch pgx.Batch
 	batch.Queue(`
-		INSERT INTO topups (id, amount, account, charge, instance, scope, key, attempt_id)
-		VALUES ($1, $2, $3, $4, $5, $6, $7, $8)
+		INSERT INTO topups (id, amount, account, charge, instance, scope, key, attempt_id, message_id)
+		VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9)
 		RETURNING created_at`,
-		id, t.Amount, t.Account, t.Charge, instance, s.scope, s.key, s.attempt).
+		id, t.Amount, t.Account, t.Charge, instance, s.scope, s.key, s.attempt, s.message).
 		QueryRow(func(row pgx.Row) error { return row.Scan(&t.CreatedAt) })
 	batch.Queue(moveBalance, from, t.Account, t.Amount)
 	batch.Queue(`
@@ -139,5 +139,8 @@ func (b *Bank) postTopUp(ctx context.Context, tx pgx.Tx, s stamp, t TopUp, insta
 		return nil, fmt.Errorf("write the top-up: %w", err)
 	}
 	t.ID, t.CreatedAt = strconv.FormatInt(id, 10), t.CreatedAt.UTC()
+	if err := publish(ctx, s, topUpEvent, t.Account, t); err != nil {
+		return nil, err
+	}
 	return &answer{status: http.StatusCreated, body: t}, nil
 }

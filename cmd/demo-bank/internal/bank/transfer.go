@@ -98,10 +98,10 @@ func (b *Bank) transfer(ctx context.Context, tx pgx.Tx, s stamp, t Transfer) (*a
 	var batch pgx.Batch
 	batch.Queue(moveBalance, t.From, t.To, t.Amount)
 	batch.Queue(`
-		INSERT INTO transfers (id, from_account, to_account, amount, currency, reference, scope, key, attempt_id)
-		VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9)
+		INSERT INTO transfers (id, from_account, to_account, amount, currency, reference, scope, key, attempt_id, message_id)
+		VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10)
 		RETURNING created_at`,
-		id, t.From, t.To, t.Amount, t.Currency, t.Reference, s.scope, s.key, s.attempt).
+		id, t.From, t.To, t.Amount, t.Currency, t.Reference, s.scope, s.key, s.attempt, s.message).
 		QueryRow(func(row pgx.Row) error { return row.Scan(&t.CreatedAt) })
 	batch.Queue(`
 		INSERT INTO entries (transfer_id, account, amount) VALUES ($1, $2, -$4::bigint), ($1, $3, $4)`,
@@ -113,6 +113,9 @@ func (b *Bank) transfer(ctx context.Context, tx pgx.Tx, s stamp, t Transfer) (*a
 		return nil, fmt.Errorf("after the transfer: %w", err)
 	}
 	t.ID, t.CreatedAt = strconv.FormatInt(id, 10), t.CreatedAt.UTC()
+	if err := publish(ctx, s, transferEvent, t.From, t); err != nil {
+		return nil, err
+	}
 	return &answer{status: http.StatusCreated, location: "/v1/transfers/" + t.ID, body: t}, nil
 }
 

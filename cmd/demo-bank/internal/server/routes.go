@@ -6,6 +6,7 @@ import (
 	"io"
 	"log/slog"
 	"net/http"
+	"strings"
 	"time"
 
 	"github.com/go-chi/chi/v5"
@@ -141,6 +142,7 @@ func (s *Server) greet(db *database) {
 	// A closed stdout is no reason not to serve.
 	_, _ = fmt.Fprintf(s.config.Stdout, `demo-bank is at %s (%s)
 The processor of its cards, payouts and mails is at %s (%s)
+Kafka %s
 
 Open it in a browser, press "Lose replies", and watch who loses money. Or:
 
@@ -152,5 +154,5 @@ Send it again: 201, Idempotency-Status: replayed, and the same bytes
 
 Send thousands of duplicates and read the verdict:
   go run ./cmd/demo-bank storm --url %s
-%s`, s.url, db.where, s.psp, s.wherePSP(), curl, curl, s.url, db.lookAfter())
+%s`, s.url, db.where, s.psp, s.wherePSP(), strings.Join(s.brokers, ","), curl, curl, s.url, db.lookAfter())
 }

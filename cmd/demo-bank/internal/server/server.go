@@ -88,6 +88,17 @@ type Config struct {
 	// after nine tenths of it. It must be at least bank.KeyLifetimeMin. Defaults to 24 hours.
 	KeyLifetime time.Duration
 
+	// Brokers are some brokers of the Kafka cluster that gets the bank's messages, host:port of
+	// each. If there is none, Run starts a broker inside, on a loopback port. That one keeps its log
+	// in DataDir, or in memory without a DataDir.
+	Brokers []string
+
+	// NoRelay leaves messages in the outbox, for a relay of another process.
+	NoRelay bool
+
+	// NoConsumers leaves messages at the broker, for consumers of another process.
+	NoConsumers bool
+
 	// CrashPoint kills the process at a chosen point. If it is nil, nothing is installed.
 	CrashPoint *CrashPoint
 
@@ -109,7 +120,8 @@ type Server struct {
 	gate    *gate
 	serving chan struct{}
 	url     string
-	psp     string // URL of the processor
+	psp     string   // URL of the processor
+	brokers []string // host:port of each
 }
 
 // New returns a bank that does nothing until [Server.Run].
@@ -172,6 +184,16 @@ func (s *Server) Run(ctx context.Context) (err error) {
 	}
 	defer stopProcessor() // after everything that calls it
 
+	books := bank.New(pool, ids, s.config.TTL, s.logger)
+	broker, err := s.openBroker(ctx, books)
+	if err != nil {
+		return endOfStart(ctx, err)
+	}
+	defer broker.Close() // after everything that uses it
+	if err := s.leaveAddresses(ctx, books); err != nil {
+		return endOfStart(ctx, err)
+	}
+
 	// The background work ends after the requests.
 	background, endBackground := context.WithCancel(context.WithoutCancel(ctx))
 	var group sync.WaitGroup
@@ -180,12 +202,12 @@ func (s *Server) Run(ctx context.Context) (err error) {
 	group.Go(func() { ids.Run(background) })
 	group.Go(func() { s.reaper(store).Run(background) })
 
-	books := bank.New(pool, ids, s.config.TTL, s.logger)
 	books.OnTransfer(page.OnTransfer)
 	page.WithoutEffects(books.TopUpWithoutEffects)
 	group.Go(func() { page.Run(background) })
 
 	books.Call(processor)
+	s.feed(background, &group, db, store, books, broker, processor)
 	secret, err := books.OperationsSecret(ctx)
 	if err != nil {
 		return endOfStart(ctx, err)

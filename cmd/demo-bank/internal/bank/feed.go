@@ -1,0 +1,292 @@
+package bank
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"strconv"
+	"time"
+
+	"github.com/jackc/pgx/v5"
+
+	"github.com/paidonce/idempotency"
+	"github.com/paidonce/idempotency/internal/nodeid"
+	"github.com/paidonce/idempotency/message"
+)
+
+// StatementsConsumer is the name of the consumer that writes the projection.
+const StatementsConsumer = "statements"
+
+// Broker is where the bank's messages go. It is safe for concurrent use.
+type Broker interface {
+	// Publish sends a message and waits for the broker's confirmation. It does not use the outbox.
+	Publish(ctx context.Context, m message.Message) error
+
+	// Ends returns the offsets behind the last messages of the topic's partitions, and the source
+	// under which consumers keep their positions.
+	Ends(ctx context.Context) (source string, ends map[int32]int64, err error)
+
+	// Committed returns the offsets that a consumer has committed at the broker.
+	Committed(ctx context.Context, consumer string) (map[int32]int64, error)
+
+	// Inside reports whether the broker is a part of this process: then another bank on the same
+	// database has one of its own.
+	Inside() bool
+}
+
+// Feed sets the broker of the bank's messages. It must be called once, before serving.
+func (b *Bank) Feed(broker Broker) { b.broker, b.fed = broker, time.Now() }
+
+// feed has the state of the broker, which an audit compares with the books. It is nil if the bank
+// has no broker.
+type feed struct {
+	broker    Broker
+	committed map[int32]int64 // before the snapshot
+	failed    bool
+	// The broker has yet to get messages again that it had lost.
+	republishing bool
+
+	positions map[string]map[int32]int64 // by source, in the snapshot
+	moved     map[string]time.Duration   // by source: the time since a position of it was moved
+	banks     int64                      // that are alive
+	age       time.Duration              // of the broker
+}
+
+// feedTimeout limits the questions of an audit to the broker.
+const feedTimeout = 2 * time.Second
+
+// look reads what a consumer without an inbox has committed, before the snapshot: its effects are
+// in the books by then.
+func (b *Bank) look(ctx context.Context) *feed {
+	if b.broker == nil {
+		return nil
+	}
+	ctx, cancel := context.WithTimeout(ctx, feedTimeout)
+	defer cancel()
+	committed, err := b.broker.Committed(ctx, StatementsConsumer)
+	return &feed{
+		republishing: b.republishing.Load(),
+		broker:       b.broker, committed: committed, failed: err != nil, positions: map[string]map[int32]int64{}, moved: map[string]time.Duration{}, age: time.Since(b.fed),
+	}
+}
+
+// read queues the positions.
+func (f *feed) read(batch *pgx.Batch) {
+	if f == nil {
+		return
+	}
+	batch.Queue(`
+		SELECT count(*) FROM pg_locks
+		WHERE locktype = 'advisory' AND classid = $1::bigint AND granted AND database = (SELECT oid FROM pg_database WHERE datname = current_database())`,
+		nodeid.LockNamespace).QueryRow(func(row pgx.Row) error { return row.Scan(&f.banks) })
+	batch.Queue(`
+		SELECT source, partition, next_offset, extract(epoch FROM clock_timestamp() - updated_at)::float8
+		FROM message_offsets WHERE consumer = $1`, StatementsConsumer).Query(func(rows pgx.Rows) error {
+		var source string
+		var partition int32
+		var next int64
+		var seconds float64
+		_, err := pgx.ForEachRow(rows, []any{&source, &partition, &next, &seconds}, func() error {
+			moved := time.Duration(seconds * float64(time.Second))
+			if last, ok := f.moved[source]; !ok || moved < last {
+				f.moved[source] = moved
+			}
+			if f.positions[source] == nil {
+				f.positions[source] = map[int32]int64{}
+			}
+			f.positions[source][partition] = next
+			return nil
+		})
+		return err
+	})
+}
+
+// lag returns the number of messages that the projection lacks, after the snapshot was read: what
+// the snapshot shows as published is at the broker by now. It returns nil if that is not known:
+// the broker can't be reached, or has only a part of the messages.
+func (f *feed) lag(ctx context.Context) *int64 {
+	if f == nil || f.failed || f.republishing || f.broker.Inside() && f.banks > 1 {
+		return nil
+	}
+	ctx, cancel := context.WithTimeout(ctx, feedTimeout)
+	defer cancel()
+	source, ends, err := f.broker.Ends(ctx)
+	if err != nil {
+		return nil
+	}
+	for other, moved := range f.moved {
+		if other != source && moved < f.age && f.broker.Inside() { // another bank's, which has ended
+			return nil
+		}
+	}
+	var lag int64
+	for partition, end := range ends {
+		lag += max(0, end-max(f.positions[source][partition], f.committed[partition], 0))
+	}
+	return &lag
+}
+
+// projected compares the projection with the books: with the moves that have a message. A message
+// that is parked is neither in the projection nor missing.
+const projected = `
+	WITH moves AS MATERIALIZED (
+		SELECT m.* FROM (
+			SELECT message_id, id::text AS transfer, from_account AS account, -amount AS amount FROM transfers
+			UNION ALL
+			SELECT message_id, id::text, to_account, amount FROM transfers
+			UNION ALL
+			SELECT message_id, id::text, account, -amount FROM orders
+			UNION ALL
+			SELECT message_id, id::text, '` + merchant + `', amount FROM orders
+			UNION ALL
+			SELECT message_id, id::text, account, amount FROM topups
+		) AS m
+		WHERE message_id IS NOT NULL
+			AND message_id::text NOT IN (SELECT p.message_id FROM message_parked p WHERE p.consumer = '` + StatementsConsumer + `')
+	),
+	lines AS MATERIALIZED (
+		SELECT transfer, account, amount, count(*) AS copies FROM demo_statements.entries GROUP BY transfer, account, amount
+	),
+	sums AS (
+		SELECT account, sum(amount) AS total FROM (
+			SELECT account, amount FROM moves UNION ALL SELECT account, -amount FROM demo_statements.entries
+		) AS both_sides GROUP BY account
+	)
+	SELECT
+		(SELECT count(DISTINCT transfer) FROM moves m WHERE NOT EXISTS (
+			SELECT FROM lines l WHERE l.transfer = m.transfer AND l.account = m.account AND l.amount = m.amount)),
+		(SELECT count(DISTINCT transfer) FROM lines WHERE copies > 1),
+		(SELECT count(*) FROM sums WHERE total <> 0)`
+
+// counted selects the other counts of messages.
+const counted = `
+	SELECT
+		(SELECT count(*) FROM message_outbox),
+		(SELECT count(*) FROM idempotency_keys WHERE starts_with(scope, '` + idempotency.MessageScopePrefix + `')) + (SELECT COALESCE(sum(handled), 0)::bigint FROM consumers),
+		(SELECT COALESCE(sum(copies), 0)::bigint FROM consumers),
+		(SELECT count(*) FROM message_parked WHERE state = 3)`
+
+// lost selects the moves whose messages a consumer has not handled: neither recorded nor parked, nor
+// waiting in the outbox. $1 limits their age, in microseconds.
+const lost = `
+	FROM %s AS m WHERE m.message_id IS NOT NULL AND m.created_at > clock_timestamp() - $1 * interval '1 microsecond'
+		AND NOT EXISTS (SELECT FROM message_outbox o WHERE o.message_id = m.message_id)
+		AND EXISTS (
+			SELECT FROM unnest($2::text[]) AS c (name)
+			WHERE NOT EXISTS (SELECT FROM idempotency_keys k WHERE k.scope = '` + idempotency.MessageScopePrefix + `' || c.name AND k.key = m.message_id::text)
+				AND NOT EXISTS (SELECT FROM message_parked p WHERE p.consumer = c.name AND p.message_id = m.message_id::text)
+		)
+	ORDER BY m.id`
+
+// Lost returns a function that publishes again, from the books, what was published and is not
+// handled by all consumers. It is for a broker that begins with an empty log. Consumers drop what
+// they have handled, by its id. It skips moves that are older than the consumers' records. Until it
+// has succeeded, audits do not judge the projection.
+func (b *Bank) Lost(retention time.Duration, consumers ...string) (republish func(context.Context) (published int, err error)) {
+	b.republishing.Store(true)
+	return func(ctx context.Context) (published int, err error) {
+		if published, err = b.republish(ctx, retention, consumers); err == nil {
+			b.republishing.Store(false)
+		}
+		return published, err
+	}
+}
+
+func (b *Bank) republish(ctx context.Context, retention time.Duration, consumers []string) (published int, err error) {
+	var all []message.Message
+	add := func(id, kind, account string, body any) error {
+		m, err := eventOf(kind, account, body)
+		m.ID = id
+		all = append(all, m)
+		return err
+	}
+	read := func(columns, table string, scan func(pgx.CollectableRow) error) error {
+		rows, err := b.pool.Query(ctx, "SELECT "+columns+fmt.Sprintf(lost, table), retention.Microseconds(), consumers)
+		if err != nil {
+			return err
+		}
+		_, err = pgx.CollectRows(rows, func(row pgx.CollectableRow) (struct{}, error) { return struct{}{}, scan(row) })
+		return err
+	}
+	err = errors.Join(
+		read("message_id::text, id, from_account, to_account, amount, currency, reference, created_at", "transfers", func(row pgx.CollectableRow) error {
+			var t Transfer
+			var messageID string
+			var id int64
+			err := row.Scan(&messageID, &id, &t.From, &t.To, &t.Amount, &t.Currency, &t.Reference, &t.CreatedAt)
+			t.ID, t.CreatedAt = strconv.FormatInt(id, 10), t.CreatedAt.UTC()
+			return errors.Join(err, add(messageID, transferEvent, t.From, t))
+		}),
+		read("message_id::text, id, account, sku, quantity, amount, currency, created_at", "orders", func(row pgx.CollectableRow) error {
+			var o Order
+			var messageID string
+			var id int64
+			err := row.Scan(&messageID, &id, &o.Account, &o.SKU, &o.Quantity, &o.Amount, &o.Currency, &o.CreatedAt)
+			o.ID, o.CreatedAt = strconv.FormatInt(id, 10), o.CreatedAt.UTC()
+			return errors.Join(err, add(messageID, orderEvent, o.Account, o))
+		}),
+		read("message_id::text, id, account, amount, charge, created_at", "topups", func(row pgx.CollectableRow) error {
+			var t TopUp
+			var messageID string
+			var id int64
+			err := row.Scan(&messageID, &id, &t.Account, &t.Amount, &t.Charge, &t.CreatedAt)
+			t.ID, t.CreatedAt = strconv.FormatInt(id, 10), t.CreatedAt.UTC()
+			return errors.Join(err, add(messageID, topUpEvent, t.Account, t))
+		}),
+	)
+	if err != nil {
+		return 0, fmt.Errorf("read unhandled moves: %w", err)
+	}
+	for i := range all {
+		if err := b.broker.Publish(ctx, all[i]); err != nil {
+			return i, fmt.Errorf("publish again: %w", err)
+		}
+	}
+	return len(all), nil
+}
+
+// statement reads the projection of an account.
+func (b *Bank) statement(ctx context.Context, account string) (entries []Entry, err error) {
+	rows, err := b.pool.Query(ctx, `SELECT transfer, amount, at FROM demo_statements.entries WHERE account = $1 ORDER BY at, id`, account)
+	if err != nil {
+		return nil, fmt.Errorf("read the statement: %w", err)
+	}
+	entries, err = pgx.CollectRows(rows, func(row pgx.CollectableRow) (Entry, error) {
+		e := Entry{Account: account}
+		err := row.Scan(&e.Transfer, &e.Amount, &e.At)
+		e.At = e.At.UTC()
+		return e, err
+	})
+	if err != nil {
+		return nil, fmt.Errorf("read the statement: %w", err)
+	}
+	return entries, nil
+}
+
+// Address returns an address that a process of the bank left with [Bank.LeaveAddress], or "".
+func (b *Bank) Address(ctx context.Context, name string) (value string, err error) {
+	err = b.pool.QueryRow(ctx, `SELECT value FROM addresses WHERE name = $1`, name).Scan(&value)
+	if errors.Is(err, pgx.ErrNoRows) {
+		return "", nil
+	}
+	if err != nil {
+		return "", fmt.Errorf("read an address: %w", err)
+	}
+	return value, nil
+}
+
+// Names of addresses.
+const (
+	ProcessorAddress = "psp"     // URL of the processor
+	BrokersAddress   = "brokers" // host:port of the brokers, separated by commas
+)
+
+// LeaveAddress tells other processes of the bank where something is.
+func (b *Bank) LeaveAddress(ctx context.Context, name, value string) error {
+	if _, err := b.pool.Exec(ctx, `
+		INSERT INTO addresses (name, value) VALUES ($1, $2)
+		ON CONFLICT (name) DO UPDATE SET value = $2`, name, value); err != nil {
+		return fmt.Errorf("leave an address: %w", err)
+	}
+	return nil
+}

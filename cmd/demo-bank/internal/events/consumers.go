@@ -1,0 +1,173 @@
+package events
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"sync"
+	"time"
+
+	"github.com/paidonce/idempotency"
+	"github.com/paidonce/idempotency/cmd/demo-bank/internal/bank"
+	"github.com/paidonce/idempotency/consumer"
+	"github.com/paidonce/idempotency/relay"
+	"github.com/paidonce/idempotency/storage/postgres"
+)
+
+// NoticesConsumer is the name of the consumer that sends mails. The other one is
+// bank.StatementsConsumer.
+const NoticesConsumer = "notices"
+
+const (
+	statementsBatchMax = 100 // messages: their entries share no row with anybody
+	notifyTimeout      = 3 * time.Second
+	notifyAgain        = 2 * time.Second // after the mail service failed
+	publishTimeout     = 5 * time.Second
+	relayAtOnce        = 2 // shards: requests need the connections too
+	batchesAtOnce      = 2
+	countTimeout       = 2 * time.Second
+)
+
+// Retention is how long the consumers' records count.
+const Retention = 14 * 24 * time.Hour
+
+// Mailer returns the processor that sends mails.
+type Mailer func(ctx context.Context) (*bank.Processor, error)
+
+// Consumers handle the bank's messages: each with one effect, or at least one without an inbox.
+type Consumers struct {
+	Broker *Broker
+	Store  *postgres.Store
+	Books  *bank.Bank
+	Mailer Mailer
+	Logger *slog.Logger
+}
+
+// Relay publishes what is in the store's outbox until ctx ends.
+func Relay(ctx context.Context, broker *Broker, store *postgres.Store, logger *slog.Logger) {
+	if broker.Ready(ctx) != nil {
+		return
+	}
+	relay.New(store.Outbox(), broker.publisher, &relay.Options{AtOnce: relayAtOnce, PublishTimeout: publishTimeout, Logger: logger}).Run(ctx)
+}
+
+// Run handles messages until ctx ends, and returns when what is under way has ended. An error means
+// that an operator must decide where to go on.
+func (c *Consumers) Run(ctx context.Context) error {
+	if c.Broker.Ready(ctx) != nil {
+		return nil
+	}
+	options := consumer.Options{InFlightMax: batchesAtOnce, BatchTimeout: batchTimeout, Retention: Retention, OnBatch: c.count, Logger: c.Logger}
+	notices := options
+	options.BatchMax = statementsBatchMax
+	return all(ctx,
+		consumer.New(bank.StatementsConsumer, c.Store.Inbox(), c.Broker.source(bank.StatementsConsumer), project, &options).Run,
+		consumer.New(NoticesConsumer, c.Store.Inbox(), c.Broker.source(NoticesConsumer), c.notify, &notices).Run,
+	)
+}
+
+// all runs functions until all have returned. The first error ends the others.
+func all(ctx context.Context, functions ...func(context.Context) error) error {
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	errs := make([]error, len(functions))
+	var group sync.WaitGroup
+	for i, f := range functions {
+		group.Go(func() {
+			if errs[i] = f(ctx); errs[i] != nil {
+				cancel()
+			}
+		})
+	}
+	group.Wait()
+	return errors.Join(errs...)
+}
+
+// project adds a message to the projection, in the consumer's transaction.
+func project(ctx context.Context, d *consumer.Delivery) error {
+	entries, err := bank.EntriesOf(d.Body)
+	if err != nil {
+		return consumer.Reject(err)
+	}
+	return bank.Project(ctx, postgres.Tx(ctx), entries)
+}
+
+// notify sends a mail about a transfer. The mail is no part of the transaction, so its key is the
+// same in each run.
+func (c *Consumers) notify(ctx context.Context, d *consumer.Delivery) error {
+	notice, ok, err := bank.NoticeOf(d.Body)
+	switch {
+	case err != nil:
+		return consumer.Reject(err)
+	case !ok:
+		return nil
+	}
+	key := idempotency.DerivedKey(ctx, "mail")
+	if err := c.mail(ctx, func(ctx context.Context, p *bank.Processor) error { return p.Notify(ctx, key, notice) }); err != nil {
+		c.Logger.DebugContext(ctx, "a mail was not sent; it is tried again", "error", err)
+		return consumer.Later(notifyAgain)
+	}
+	return nil
+}
+
+func (c *Consumers) mail(ctx context.Context, send func(context.Context, *bank.Processor) error) error {
+	// The handler's context would refuse other connections of the pool.
+	ctx, cancel := apart(ctx)
+	defer cancel()
+	processor, err := c.Mailer(ctx)
+	if err != nil {
+		return err
+	}
+	return send(ctx, processor)
+}
+
+// apart returns a context without the values of ctx, that ends with it or after notifyTimeout.
+func apart(ctx context.Context) (context.Context, context.CancelFunc) {
+	other, cancel := context.WithTimeout(context.Background(), notifyTimeout)
+	stop := context.AfterFunc(ctx, cancel)
+	return other, func() { stop(); cancel() }
+}
+
+// count notes the copies that a batch dropped.
+func (c *Consumers) count(end consumer.BatchEnd) {
+	copies := end.Duplicates + end.Redelivered
+	if copies == 0 || end.Err != nil {
+		return
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), countTimeout)
+	defer cancel()
+	if err := c.Books.CountCopies(ctx, end.Consumer, int64(copies)); err != nil {
+		c.Logger.Warn("copies were not counted", "consumer", end.Consumer, "error", err)
+	}
+}
+
+// Found returns a Mailer that finds the processor where the bank left its URL, and looks again after
+// a failure.
+func Found(books *bank.Bank) Mailer {
+	var mu sync.Mutex
+	var url string
+	var processor *bank.Processor
+	return func(ctx context.Context) (*bank.Processor, error) {
+		mu.Lock()
+		defer mu.Unlock()
+		left, err := books.Address(ctx, bank.ProcessorAddress)
+		switch {
+		case err != nil:
+			return nil, err
+		case left == "":
+			return nil, errors.New("no bank has left the URL of its processor: start one, or pass --psp")
+		case left == url:
+			return processor, nil
+		}
+		next, err := bank.NewProcessor(bank.ProcessorOptions{URL: left})
+		if err != nil {
+			return nil, fmt.Errorf("the URL of the processor can't be used: %w: pass --psp", err)
+		}
+		if processor != nil {
+			processor.Close()
+		}
+		url, processor = left, next
+		return processor, nil
+	}
+}

@@ -1,0 +1,94 @@
+package server
+
+import (
+	"context"
+	"path/filepath"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/paidonce/idempotency/cmd/demo-bank/internal/bank"
+	"github.com/paidonce/idempotency/cmd/demo-bank/internal/events"
+	"github.com/paidonce/idempotency/storage/postgres"
+)
+
+// brokerFolder is the inside broker's folder in the data folder.
+const brokerFolder = "broker"
+
+// openBroker returns the configured broker, or starts one inside, and gives it to the books. One
+// inside listens on the port of the last one, if it can, so that processes of its consumers find it
+// again.
+func (s *Server) openBroker(ctx context.Context, books *bank.Bank) (broker *events.Broker, err error) {
+	if len(s.config.Brokers) > 0 {
+		broker, err = events.Connect(s.config.Brokers, s.logger)
+	} else {
+		last, addressErr := books.Address(ctx, bank.BrokersAddress)
+		if addressErr != nil {
+			return nil, addressErr
+		}
+		dir := ""
+		if s.config.DataDir != "" {
+			dir = filepath.Join(s.config.DataDir, brokerFolder)
+		}
+		broker, err = events.Start(dir, events.Port(last), s.logger)
+	}
+	if err != nil {
+		return nil, err
+	}
+	s.brokers = broker.Addresses()
+	books.Feed(broker)
+	return broker, nil
+}
+
+// leaveAddresses tells consumers and relays in other processes where to find what they need.
+func (s *Server) leaveAddresses(ctx context.Context, books *bank.Bank) error {
+	if err := books.LeaveAddress(ctx, bank.ProcessorAddress, s.psp); err != nil {
+		return err
+	}
+	return books.LeaveAddress(ctx, bank.BrokersAddress, strings.Join(s.brokers, ","))
+}
+
+// feed starts the relay and the consumers of this process, which end with ctx.
+func (s *Server) feed(ctx context.Context, group *sync.WaitGroup, db *database, store *postgres.Store, books *bank.Bank, broker *events.Broker, processor *bank.Processor) {
+	if !s.config.NoRelay {
+		group.Go(func() { events.Relay(ctx, broker, store, s.logger) })
+	}
+	if !s.config.NoConsumers {
+		consumers := &events.Consumers{
+			Broker: broker, Store: store, Books: books, Logger: s.logger,
+			Mailer: func(context.Context) (*bank.Processor, error) { return processor, nil },
+		}
+		group.Go(func() {
+			if err := consumers.Run(ctx); err != nil {
+				s.logger.Error("the consumers have stopped; messages wait at the broker", "error", err)
+			}
+		})
+	}
+	if broker.Inside() && s.config.DataDir == "" && db.embedded == nil {
+		// The log of the last broker inside is gone, and the books are still there.
+		republish := books.Lost(events.Retention, bank.StatementsConsumer, events.NoticesConsumer)
+		group.Go(func() { s.republish(ctx, republish) })
+	}
+}
+
+// republishPause is the pause between two tries.
+const republishPause = time.Second
+
+func (s *Server) republish(ctx context.Context, republish func(context.Context) (int, error)) {
+	for ctx.Err() == nil {
+		published, err := republish(ctx)
+		if err == nil {
+			if published > 0 {
+				s.logger.InfoContext(ctx, "messages that the last broker inside had are published again", "messages", published)
+			}
+			return
+		}
+		if ctx.Err() == nil {
+			s.logger.WarnContext(ctx, "messages were not published again; this is tried again", "error", err)
+		}
+		select {
+		case <-ctx.Done():
+		case <-time.After(republishPause):
+		}
+	}
+}
