@@ -8,7 +8,6 @@ import (
 	"fmt"
 	"time"
 
-	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgconn"
 
 	"github.com/paidonce/idempotency/message"
@@ -117,10 +116,13 @@ func NoticeOf(body []byte) (n Notice, ok bool, err error) {
 	return Notice{To: e.From, Text: fmt.Sprintf("Transfer %s: %d.%02d %s to %s.", e.ID, e.Amount/100, e.Amount%100, e.Currency, e.To)}, true, nil
 }
 
-// Project adds entries to the projection.
-func Project(ctx context.Context, tx interface {
+// execer runs a statement: a transaction or a pool.
+type execer interface {
 	Exec(ctx context.Context, sql string, args ...any) (pgconn.CommandTag, error)
-}, entries []Entry) error {
+}
+
+// Project adds entries to the projection.
+func Project(ctx context.Context, tx execer, entries []Entry) error {
 	var accounts, transfers []string
 	var amounts []int64
 	var times []time.Time
@@ -136,10 +138,9 @@ func Project(ctx context.Context, tx interface {
 	return nil
 }
 
-// CountHandled counts messages that a consumer without an inbox handled, in the transaction of
-// their effect.
-func CountHandled(ctx context.Context, tx pgx.Tx, consumer string, handled int64) error {
-	return count(ctx, tx, consumer, handled, 0)
+// CountHandled counts messages that a consumer without an inbox handled.
+func CountHandled(ctx context.Context, db execer, consumer string, handled int64) error {
+	return count(ctx, db, consumer, handled, 0)
 }
 
 // CountCopies counts messages that a consumer dropped because they had been handled before.
@@ -147,9 +148,7 @@ func (b *Bank) CountCopies(ctx context.Context, consumer string, copies int64) e
 	return count(ctx, b.pool, consumer, 0, copies)
 }
 
-func count(ctx context.Context, db interface {
-	Exec(ctx context.Context, sql string, args ...any) (pgconn.CommandTag, error)
-}, consumer string, handled, copies int64) error {
+func count(ctx context.Context, db execer, consumer string, handled, copies int64) error {
 	if _, err := db.Exec(ctx, `
 		INSERT INTO consumers AS c (name, handled, copies) VALUES ($1, $2, $3)
 		ON CONFLICT (name) DO UPDATE SET handled = c.handled + $2, copies = c.copies + $3`, consumer, handled, copies); err != nil {

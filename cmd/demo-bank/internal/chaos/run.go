@@ -5,6 +5,7 @@ import (
 	"encoding/hex"
 	"errors"
 	"fmt"
+	"log/slog"
 	"os"
 	"path/filepath"
 	"sync"
@@ -12,6 +13,7 @@ import (
 	"time"
 
 	"github.com/paidonce/idempotency/cmd/demo-bank/internal/check"
+	"github.com/paidonce/idempotency/cmd/demo-bank/internal/events"
 )
 
 // run is the state of one run.
@@ -23,6 +25,7 @@ type run struct {
 	dir      string // logs, and the cluster's data
 
 	cluster *cluster
+	broker  *events.Broker // of all banks' messages
 	banks   *banks
 	commits *commits
 	keys    *ring
@@ -79,6 +82,9 @@ func newRun(config Config) (*run, error) {
 	r.keys = newRing(config.Seed, r.profile.shares, hex.EncodeToString(id[:]))
 	r.commits = newCommits(r)
 	r.cluster = newCluster(r, filepath.Join(dir, "postgres"))
+	if r.broker, err = events.Start("", 0, slog.New(slog.DiscardHandler)); err != nil {
+		return nil, errors.Join(err, diary.Close(), os.RemoveAll(dir))
+	}
 	r.banks = newBanks(r)
 	r.planted = &planter{owner: r}
 	r.processor, r.gateway, r.directed = newProcessor(r), newGateway(r), newDirected(r)
@@ -97,6 +103,7 @@ func (r *run) close(remove bool) error {
 	}
 	r.planted.session.close()
 	err := r.banks.close()
+	r.broker.Close()
 	r.gateway.close()
 	err = errors.Join(err, r.processor.close(), r.cluster.close(), r.diary.Close())
 	if !remove {

@@ -7,6 +7,7 @@ import (
 
 	"github.com/jackc/pgx/v5"
 
+	"github.com/paidonce/idempotency"
 	"github.com/paidonce/idempotency/internal/nodeid"
 )
 
@@ -44,7 +45,7 @@ func Live(ctx context.Context, conn *pgx.Conn, live []Key, limit Bounds) (Result
 		var rest, expired int64
 		if err := tx.QueryRow(ctx, `
 			SELECT count(*) FILTER (WHERE expires_at > clock_timestamp()), count(*) FILTER (WHERE expires_at <= clock_timestamp())
-			FROM idempotency_keys`).Scan(&rest, &expired); err != nil {
+			FROM idempotency_keys WHERE NOT starts_with(scope, $1)`, idempotency.MessageScopePrefix).Scan(&rest, &expired); err != nil {
 			return err
 		}
 		if rest > limit.Live {

@@ -24,8 +24,6 @@ const (
 	notifyTimeout      = 3 * time.Second
 	notifyAgain        = 2 * time.Second // after the mail service failed
 	publishTimeout     = 5 * time.Second
-	relayAtOnce        = 2 // shards: requests need the connections too
-	batchesAtOnce      = 2
 	countTimeout       = 2 * time.Second
 )
 
@@ -34,6 +32,10 @@ const Retention = 14 * 24 * time.Hour
 
 // Mailer returns the processor that sends mails.
 type Mailer func(ctx context.Context) (*bank.Processor, error)
+
+// AtOnce is the number of connections that a relay, and each of the two consumers, may hold at a
+// time, from a pool of this size: requests need them too.
+func AtOnce(poolSize int32) int { return int(max(1, min(poolSize/16, 4))) }
 
 // Consumers handle the bank's messages: each with one effect, or at least one without an inbox.
 type Consumers struct {
@@ -49,7 +51,7 @@ func Relay(ctx context.Context, broker *Broker, store *postgres.Store, logger *s
 	if broker.Ready(ctx) != nil {
 		return
 	}
-	relay.New(store.Outbox(), broker.publisher, &relay.Options{AtOnce: relayAtOnce, PublishTimeout: publishTimeout, Logger: logger}).Run(ctx)
+	relay.New(store.Outbox(), broker.publisher, &relay.Options{AtOnce: AtOnce(store.Pool().Config().MaxConns), PublishTimeout: publishTimeout, Logger: logger}).Run(ctx)
 }
 
 // Run handles messages until ctx ends, and returns when what is under way has ended. An error means
@@ -58,7 +60,7 @@ func (c *Consumers) Run(ctx context.Context) error {
 	if c.Broker.Ready(ctx) != nil {
 		return nil
 	}
-	options := consumer.Options{InFlightMax: batchesAtOnce, BatchTimeout: batchTimeout, Retention: Retention, OnBatch: c.count, Logger: c.Logger}
+	options := consumer.Options{InFlightMax: AtOnce(c.Store.Pool().Config().MaxConns), BatchTimeout: batchTimeout, Retention: Retention, OnBatch: c.count, Logger: c.Logger}
 	notices := options
 	options.BatchMax = statementsBatchMax
 	return all(ctx,

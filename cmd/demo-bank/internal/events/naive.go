@@ -81,15 +81,16 @@ func (c *Consumers) projectNaively(ctx context.Context, record *kgo.Record) erro
 }
 
 func (c *Consumers) notifyNaively(ctx context.Context, record *kgo.Record) error {
-	notice, ok, err := bank.NoticeOf(record.Value)
-	if err != nil || !ok {
-		return nil
-	}
-	var id string
-	for _, header := range record.Headers {
-		if header.Key == kafka.IDHeader {
-			id = string(header.Value)
+	if notice, ok, err := bank.NoticeOf(record.Value); err == nil && ok {
+		var id string
+		for _, header := range record.Headers {
+			if header.Key == kafka.IDHeader {
+				id = string(header.Value)
+			}
+		}
+		if err := c.mail(ctx, func(ctx context.Context, p *bank.Processor) error { return p.NotifyUnseen(ctx, id, notice) }); err != nil {
+			return err
 		}
 	}
-	return c.mail(ctx, func(ctx context.Context, p *bank.Processor) error { return p.NotifyUnseen(ctx, id, notice) })
+	return bank.CountHandled(ctx, c.Store.Pool(), NoticesConsumer, 1)
 }

@@ -455,7 +455,7 @@ func TestPayoutsAtOnceHoldNoMoreThanThereIs(t *testing.T) {
 // makes a second one.
 func TestReceiptIsMailedOnceAtMost(t *testing.T) {
 	t.Parallel()
-	b := setup(t)
+	b := setup(t, func(c *Config) { c.NoConsumers = true }) // the notice about the transfer is a mail too
 	var transfer bank.Transfer
 	b.into(b.keyed(bank.TransfersPath, `{"from":"alice","to":"bob","amount":1}`), &transfer)
 	receipt := func(key string) reply {

@@ -10,6 +10,7 @@ import (
 	"os"
 	"strconv"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -40,6 +41,9 @@ type bundle struct {
 	psp  string // URL of its processor
 	db   *pgxpool.Pool
 	http *http.Client
+
+	brokers []string
+	stop    func() // ends the bank before the test's end
 }
 
 // setup runs a bank on its own database.
@@ -79,7 +83,7 @@ func launch(t *testing.T, database string, change ...func(*Config)) (await func(
 	ctx, cancel := context.WithCancel(context.Background())
 	ended := make(chan error, 1)
 	go func() { ended <- s.Run(ctx) }()
-	t.Cleanup(func() {
+	stop := sync.OnceFunc(func() {
 		transport.CloseIdleConnections()
 		cancel()
 		select {
@@ -91,6 +95,7 @@ func launch(t *testing.T, database string, change ...func(*Config)) (await func(
 			t.Error("the bank did not end")
 		}
 	})
+	t.Cleanup(stop)
 	return func() *bundle {
 		t.Helper()
 		select {
@@ -101,7 +106,7 @@ func launch(t *testing.T, database string, change ...func(*Config)) (await func(
 		case <-time.After(startTimeout):
 			t.Fatal("the bank did not start in time")
 		}
-		return &bundle{t: t, url: s.URL(), psp: s.psp, http: &http.Client{Transport: transport, Timeout: time.Minute}}
+		return &bundle{t: t, url: s.URL(), psp: s.psp, http: &http.Client{Transport: transport, Timeout: time.Minute}, brokers: s.brokers, stop: stop}
 	}
 }
 

@@ -21,7 +21,8 @@ const (
 		"unbalanced_transfers:int balance_mismatches:int negative_balances:int keys_with_transfers:int " +
 		"keys_with_many_transfers:int transfers_without_record:int records_without_transfer:int unprotected_transfers:int " +
 		"open_operations:int parked_operations:int held_total:int psp:text charges:int? charges_without_posting:int? " +
-		"postings_without_charge:int? payouts_without_posting:int? postings_without_payout:int?"
+		"postings_without_charge:int? payouts_without_posting:int? postings_without_payout:int? " +
+		"outbox_pending:int messages_consumed:int messages_duplicate:int messages_dead:int projection_lag:int? projection_missing:int projection_doubled:int projection_mismatches:int"
 )
 
 // TestContract checks the table of requests: status, exact fields and their kinds, headers, problem
@@ -143,11 +144,13 @@ func TestContract(t *testing.T) {
 
 	t.Run("audit", func(t *testing.T) {
 		expectFields(t, b.get("/v1/audit").body, auditFields)
-		audit := b.audit()
+		b.auditUntil("two consumers have handled the messages of five moves", func(a bank.Audit) bool { return a.MessagesConsumed == 10 })
+		audit := b.fed()
 		want := bank.Audit{
 			OK: true, Accounts: 1004, Transfers: 5, Orders: 2, BalanceTotal: "120000700", OpeningTotal: "120000700", EntriesTotal: "0",
 			KeysWithTransfers: 3, UnprotectedTransfers: 2, HeldTotal: "0", PSP: audit.PSP, Charges: new(int64),
 			ChargesWithoutPosting: new(int64), PostingsWithoutCharge: new(int64), PayoutsWithoutPosting: new(int64), PostingsWithoutPayout: new(int64),
+			MessagesConsumed: 10, ProjectionLag: new(int64),
 		}
 		if !reflect.DeepEqual(audit, want) {
 			t.Errorf("audit is  %+v\nit should be %+v", audit, want)
