@@ -389,7 +389,9 @@ func TestRelayAndConsumersApart(t *testing.T) {
 	}
 	config := ApartConfig{DatabaseURL: database, Addr: "127.0.0.1:0"}
 	inBackground(t, func(ctx context.Context) error { return Relay(ctx, config) })
-	a := b.auditUntil("the messages are at the broker", func(a bank.Audit) bool { return a.OutboxPending == 0 && a.ProjectionLag != nil && *a.ProjectionLag == 3 })
+	a := b.auditUntil("the messages are at the broker", func(a bank.Audit) bool {
+		return a.OutboxPending == 0 && a.ProjectionLag != nil && *a.ProjectionLag == 3
+	})
 	if !a.OK || a.ProjectionMissing != 3 {
 		t.Errorf("audit without consumers is %+v", a)
 	}
@@ -475,7 +477,9 @@ func TestOnlyAnInboxHandlesOnce(t *testing.T) {
 				}
 				return
 			}
-			a := b.auditUntil("the projection is judged", func(a bank.Audit) bool { return a.ProjectionDoubled == 3 && a.ProjectionLag != nil && *a.ProjectionLag == 0 })
+			a := b.auditUntil("the projection is judged", func(a bank.Audit) bool {
+				return a.ProjectionDoubled == 3 && a.ProjectionLag != nil && *a.ProjectionLag == 0
+			})
 			if a.OK || a.ProjectionMismatches == 0 || a.MessagesDuplicate != 0 {
 				t.Errorf("audit is %+v: want three doubles", a)
 			}
