@@ -14,6 +14,7 @@ import (
 	"github.com/jackc/pgx/v5/pgxpool"
 
 	"github.com/paidonce/idempotency/migrations"
+	"github.com/paidonce/idempotency/storage/postgres/operator"
 )
 
 //go:embed migrations/*.sql
@@ -59,7 +60,8 @@ type Bank struct {
 	onTransfer TransferFunc
 	processor  *Processor // nil if there is none
 	broker     Broker     // nil if there is none
-	fed        time.Time  // when it was set
+	operator   *operator.Operator
+	fed        time.Time // when these two were set
 	// The broker has yet to get messages again that it had lost.
 	republishing atomic.Bool
 }

@@ -12,6 +12,7 @@ import (
 	"github.com/paidonce/idempotency"
 	"github.com/paidonce/idempotency/internal/nodeid"
 	"github.com/paidonce/idempotency/message"
+	"github.com/paidonce/idempotency/storage/postgres/operator"
 )
 
 // StatementsConsumer is the name of the consumer that writes the projection.
@@ -34,8 +35,11 @@ type Broker interface {
 	Inside() bool
 }
 
-// Feed sets the broker of the bank's messages. It must be called once, before serving.
-func (b *Bank) Feed(broker Broker) { b.broker, b.fed = broker, time.Now() }
+// Feed sets the broker of the bank's messages, and the operator of those that consumers can't
+// handle. It must be called once, before serving.
+func (b *Bank) Feed(broker Broker, messages *operator.Operator) {
+	b.broker, b.operator, b.fed = broker, messages, time.Now()
+}
 
 // feed has the state of the broker, which an audit compares with the books. It is nil if the bank
 // has no broker.

@@ -11,10 +11,9 @@ import (
 
 	"github.com/go-chi/chi/v5"
 	"github.com/google/uuid"
-	"github.com/jackc/pgx/v5"
 
-	"github.com/paidonce/idempotency/consumer"
 	"github.com/paidonce/idempotency/message"
+	"github.com/paidonce/idempotency/storage/postgres/operator"
 )
 
 // Paths of messages.
@@ -38,9 +37,6 @@ type ParkedMessage struct {
 	ParkedAt  time.Time  `json:"parked_at"`
 	NotBefore *time.Time `json:"not_before"` // of the next try, if it waits for one
 }
-
-// parkStates are the states of a parked message, as clients see them.
-var parkStates = map[string]consumer.ParkState{"waiting": consumer.Waiting, "behind": consumer.WaitingFor, "dead": consumer.Dead}
 
 // mountMessages adds the routes of messages and of what consumers made of them.
 func (b *Bank) mountMessages(r chi.Router) {
@@ -86,42 +82,49 @@ func (b *Bank) getMessages(w http.ResponseWriter, r *http.Request) {
 
 // parkedMessages reads the parked messages that the query selects, oldest first.
 func (b *Bank) parkedMessages(ctx context.Context, query url.Values) ([]ParkedMessage, error) {
-	limit, err := pageLimit(query)
-	if err != nil {
+	limit := PageLimitMax
+	if query.Get("limit") != "" {
+		var err error
+		if limit, err = pageLimit(query); err != nil {
+			return nil, err
+		}
+	}
+	filter := operator.ParkedFilter{Consumer: query.Get("consumer"), State: operator.ParkedState(query.Get("state"))}
+	list, err := b.operator.ListParked(ctx, filter, operator.Page{Rows: limit})
+	switch {
+	case errors.Is(err, operator.ErrInvalid):
+		return nil, invalid("invalid-page", "state must be waiting, behind or dead.")
+	case err != nil:
 		return nil, err
 	}
-	state, known := parkStates[query.Get("state")]
-	if !known && query.Get("state") != "" {
-		return nil, invalid("invalid-page", "state must be waiting, behind or dead.")
-	}
-	rows, err := b.pool.Query(ctx, `
-		SELECT consumer, message_id, state, topic, key, partition, position, attempts, error, parked_at, not_before
-		FROM message_parked WHERE ($1 = 0 OR state = $1) AND ($2 = '' OR consumer = $2) ORDER BY id LIMIT $3`, int16(state), query.Get("consumer"), limit)
-	if err != nil {
-		return nil, fmt.Errorf("list parked messages: %w", err)
-	}
-	messages, err := pgx.CollectRows(rows, func(row pgx.CollectableRow) (m ParkedMessage, err error) {
-		var key []byte
-		var state consumer.ParkState
-		err = row.Scan(&m.Consumer, &m.ID, &state, &m.Topic, &key, &m.Partition, &m.Offset, &m.Attempts, &m.Error, &m.ParkedAt, &m.NotBefore)
-		for name, number := range parkStates {
-			if number == state {
-				m.State = name
-			}
+	messages := make([]ParkedMessage, 0, len(list.Messages))
+	for _, m := range list.Messages {
+		parked := ParkedMessage{
+			Consumer: m.Consumer, ID: m.ID, State: string(m.State), Topic: m.Topic, Key: string(m.Key), Partition: m.Partition, Offset: m.Offset,
+			Attempts: m.Attempts, Error: m.Error, ParkedAt: m.ParkedAt,
 		}
-		m.Key, m.ParkedAt = string(key), m.ParkedAt.UTC()
-		return m, err
-	})
-	if err != nil {
-		return nil, fmt.Errorf("list parked messages: %w", err)
+		if !m.NotBefore.IsZero() {
+			parked.NotBefore = &m.NotBefore
+		}
+		messages = append(messages, parked)
 	}
 	return messages, nil
 }
 
-// redrive lets a consumer try a dead message again, under the same id.
+// redrive lets a consumer try a parked message again, under the same id.
 func (b *Bank) redrive(w http.ResponseWriter, r *http.Request) {
 	name, id := chi.URLParam(r, "consumer"), chi.URLParam(r, "id")
-	if err := b.redriveDead(r.Context(), name, id); err != nil {
+	tenant, err := Tenant(r)
+	if err == nil {
+		_, err = b.operator.Redrive(r.Context(), name, id, operator.MessageAct{Act: operator.Act{Actor: "tenant " + tenant, Reason: "redriven over HTTP"}})
+	}
+	switch {
+	case errors.Is(err, operator.ErrNotParked):
+		err = notFound("message-not-found", "The consumer has not parked this message.")
+	case errors.Is(err, operator.ErrBehind):
+		err = refusal(http.StatusConflict, "message-behind", "The message waits behind another", "Another message of its key is parked in front of it. Redrive that one.")
+	}
+	if err != nil {
 		b.writeError(w, r, err)
 		return
 	}
@@ -129,26 +132,7 @@ func (b *Bank) redrive(w http.ResponseWriter, r *http.Request) {
 		Consumer string `json:"consumer"`
 		ID       string `json:"id"`
 		State    string `json:"state"`
-	}{name, id, "waiting"})
-}
-
-func (b *Bank) redriveDead(ctx context.Context, name, id string) error {
-	var known, dead bool
-	if err := b.pool.QueryRow(ctx, `
-		WITH redriven AS (
-			UPDATE message_parked SET state = $3, not_before = clock_timestamp() WHERE consumer = $1 AND message_id = $2 AND state = $4 RETURNING 1
-		)
-		SELECT EXISTS (SELECT FROM message_parked WHERE consumer = $1 AND message_id = $2), EXISTS (SELECT FROM redriven)`,
-		name, id, int16(consumer.Waiting), int16(consumer.Dead)).Scan(&known, &dead); err != nil {
-		return fmt.Errorf("redrive a message: %w", err)
-	}
-	switch {
-	case !known:
-		return notFound("message-not-found", "The consumer has no parked message with this id.")
-	case !dead:
-		return refusal(http.StatusConflict, "message-not-dead", "The message is not dead", "Only a dead message is redriven. This one is tried again by itself.")
-	}
-	return nil
+	}{name, id, string(operator.MessageWaiting)})
 }
 
 // poisonType is the type of a message that the projection can't read.

@@ -10,6 +10,7 @@ import (
 	"github.com/paidonce/idempotency/cmd/demo-bank/internal/bank"
 	"github.com/paidonce/idempotency/cmd/demo-bank/internal/events"
 	"github.com/paidonce/idempotency/storage/postgres"
+	"github.com/paidonce/idempotency/storage/postgres/operator"
 )
 
 // brokerFolder is the inside broker's folder in the data folder.
@@ -18,7 +19,7 @@ const brokerFolder = "broker"
 // openBroker returns the configured broker, or starts one inside, and gives it to the books. One
 // inside listens on the port of the last one, if it can, so that processes of its consumers find it
 // again.
-func (s *Server) openBroker(ctx context.Context, books *bank.Bank) (broker *events.Broker, err error) {
+func (s *Server) openBroker(ctx context.Context, store *postgres.Store, books *bank.Bank) (broker *events.Broker, err error) {
 	if len(s.config.Brokers) > 0 {
 		broker, err = events.Connect(s.config.Brokers, s.logger)
 	} else {
@@ -36,7 +37,7 @@ func (s *Server) openBroker(ctx context.Context, books *bank.Bank) (broker *even
 		return nil, err
 	}
 	s.brokers = broker.Addresses()
-	books.Feed(broker)
+	books.Feed(broker, operator.New(store, nil))
 	return broker, nil
 }
 

@@ -185,7 +185,7 @@ func (s *Server) Run(ctx context.Context) (err error) {
 	defer stopProcessor() // after everything that calls it
 
 	books := bank.New(pool, ids, s.config.TTL, s.logger)
-	broker, err := s.openBroker(ctx, books)
+	broker, err := s.openBroker(ctx, store, books)
 	if err != nil {
 		return endOfStart(ctx, err)
 	}
