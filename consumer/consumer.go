@@ -439,24 +439,24 @@ func (r *run) do() (settled int, pause time.Duration) {
 	}
 	// In the order of what proves most: the transaction's own failure is not the message's.
 	if err := batch.Seal(); err != nil && (failure == nil || !errors.Is(err, idempotency.ErrAborted)) {
-		_ = batch.Rollback(context.WithoutCancel(r.ctx))
+		_ = rollback(r.ctx, batch)
 		if errors.Is(err, idempotency.ErrAborted) { // a query that was left open, say: it names no message
 			return r.blame(failedAt, err)
 		}
 		return r.failed(0, err)
 	}
 	if failure != nil {
-		_ = batch.Rollback(context.WithoutCancel(r.ctx))
+		_ = rollback(r.ctx, batch)
 		return r.blame(failedAt, failure)
 	}
 	if finish.Next <= position.Next { // all of them were redelivered
-		_ = batch.Rollback(context.WithoutCancel(r.ctx))
+		_ = rollback(r.ctx, batch)
 		return len(r.deliveries), 0
 	}
 	for i := range finish.Park {
 		finish.Publish = append(finish.Publish, r.deadLetter(&finish.Park[i])...)
 	}
-	if err := batch.Commit(context.WithoutCancel(r.ctx), &finish); err != nil {
+	if err := commit(r.ctx, batch, &finish); err != nil {
 		return r.failed(len(finish.Recorded), err)
 	}
 	r.end.Executed = len(finish.Recorded)
@@ -478,6 +478,23 @@ func (r *run) do() (settled int, pause time.Duration) {
 	r.state.counted, r.state.deaths, r.state.failures = true, 0, 0
 	r.state.size = min(r.state.size+1, r.options.BatchMax)
 	return len(r.deliveries), 0
+}
+
+// endTimeout bounds COMMIT and ROLLBACK, and so the time that a silent connection can hold a batch
+// after its own time is over. It is that of a request.
+const endTimeout = 5 * time.Second
+
+// commit commits a batch, also if ctx has ended: its effects are done.
+func commit(ctx context.Context, batch Batch, end *End) error {
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), endTimeout)
+	defer cancel()
+	return batch.Commit(ctx, end)
+}
+
+func rollback(ctx context.Context, batch Batch) error {
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), endTimeout)
+	defer cancel()
+	return batch.Rollback(ctx)
 }
 
 // deadLetter returns the message to publish for a dead one, if any.

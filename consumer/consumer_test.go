@@ -15,6 +15,7 @@ import (
 
 	"github.com/paidonce/idempotency"
 	"github.com/paidonce/idempotency/consumer"
+	"github.com/paidonce/idempotency/internal/pgfault"
 	"github.com/paidonce/idempotency/internal/testservice"
 	"github.com/paidonce/idempotency/message"
 	"github.com/paidonce/idempotency/storage/postgres"
@@ -558,5 +559,50 @@ func TestBatchOfAMovedPartitionIsFenced(t *testing.T) {
 		return 0
 	}); n != 1 {
 		t.Errorf("%d batches were fenced", n)
+	}
+}
+
+// Mode 14, the other way around: a connection that falls silent before COMMIT holds a stopping
+// consumer no longer than a COMMIT may take. The next consumer finds out what became of it.
+func TestSilentConnectionHoldsNoStoppingConsumer(t *testing.T) {
+	t.Parallel()
+	database := testservice.Database(t, "")
+	network, address, err := pgfault.Upstream(database)
+	if err != nil {
+		t.Fatal(err)
+	}
+	proxy, err := pgfault.Start(pgfault.Options{Network: network, Address: address})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		proxy.SetPaused(false)
+		_ = proxy.Close() // it cuts connections that nobody uses
+	})
+	direct := &bed{Service: testservice.On(t, database, nil)}
+	silent := &bed{Service: testservice.On(t, proxy.URL(database), nil)}
+	source := newTopic()
+	source.publish(0, "1", "k", "one")
+	handled := make(chan struct{})
+	stop := silent.start(t, source, func(ctx context.Context, m *consumer.Delivery) error {
+		err := insert(ctx, m)
+		proxy.SetPaused(true)
+		close(handled)
+		return err
+	}, nil)
+	<-handled
+	stopped := make(chan struct{})
+	go func() { stop(); close(stopped) }()
+	select {
+	case <-stopped:
+	case <-time.After(time.Minute):
+		t.Error("the consumer does not stop")
+	}
+	proxy.SetPaused(false)
+	<-stopped
+	direct.start(t, source, insert, nil)
+	direct.at(t, 0, 1)
+	if got := direct.names(t); got != "one" {
+		t.Errorf("effects %q", got)
 	}
 }

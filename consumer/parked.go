@@ -74,14 +74,14 @@ func (c *Consumer) retryOne(ctx context.Context, id string) (handled bool) {
 	}
 	sealed := batch.Seal()
 	if failure == nil && sealed == nil {
-		if err := batch.Commit(context.WithoutCancel(ctx), &finish); err != nil {
+		if err := commit(ctx, batch, &finish); err != nil {
 			end.Err = err
 			return false // it is still parked, or gone: the next look tells
 		}
 		end.Executed = len(finish.Recorded)
 		return true
 	}
-	_ = batch.Rollback(context.WithoutCancel(ctx))
+	_ = rollback(ctx, batch)
 	end.Err = errors.Join(failure, sealed)
 	var later *laterError
 	switch {
@@ -99,7 +99,9 @@ func (c *Consumer) retryOne(ctx context.Context, id string) (handled bool) {
 		}
 	}
 	park.Error = reason(end.Err)
-	if err := c.store.Repark(context.WithoutCancel(ctx), c.name, &park, c.deadLetter(&park)...); err != nil {
+	ctx, finished := context.WithTimeout(context.WithoutCancel(ctx), endTimeout)
+	defer finished()
+	if err := c.store.Repark(ctx, c.name, &park, c.deadLetter(&park)...); err != nil {
 		end.Err = err
 		return false
 	}
