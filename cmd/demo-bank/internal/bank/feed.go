@@ -170,16 +170,43 @@ const counted = `
 		(SELECT COALESCE(sum(copies), 0)::bigint FROM consumers),
 		(SELECT count(*) FROM message_parked WHERE state = 3)`
 
-// lost selects the moves whose messages a consumer has not handled: neither recorded nor parked, nor
-// waiting in the outbox. $1 limits their age, in microseconds.
-const lost = `
-	FROM %s AS m WHERE m.message_id IS NOT NULL AND m.created_at > clock_timestamp() - $1 * interval '1 microsecond'
-		AND NOT EXISTS (SELECT FROM message_outbox o WHERE o.message_id = m.message_id)
-		AND EXISTS (
-			SELECT FROM unnest($2::text[]) AS c (name)
+// Unhandled returns the number of moves whose messages are under way: in the outbox, or handled by
+// not all of these consumers. A message that is parked is handled.
+func Unhandled(ctx context.Context, tx pgx.Tx, consumers ...string) (number int64, err error) {
+	err = tx.QueryRow(ctx, `
+		SELECT (SELECT count(*) FROM message_outbox) + (SELECT count(*) FROM (
+			SELECT message_id FROM transfers UNION ALL SELECT message_id FROM orders UNION ALL SELECT message_id FROM topups
+		) AS m WHERE message_id IS NOT NULL AND `+unhandledBy+`)`, consumers).Scan(&number)
+	if err != nil {
+		return 0, fmt.Errorf("count unhandled messages: %w", err)
+	}
+	return number, nil
+}
+
+// CompareProjection returns the number of moves that are missing in the projection, that of moves
+// that are in it more than once, and that of accounts whose change differs. Once no message is under
+// way all are 0.
+func CompareProjection(ctx context.Context, tx pgx.Tx) (missing, doubled, mismatches int64, err error) {
+	if err := tx.QueryRow(ctx, projected).Scan(&missing, &doubled, &mismatches); err != nil {
+		return 0, 0, 0, fmt.Errorf("compare the projection: %w", err)
+	}
+	return missing, doubled, mismatches, nil
+}
+
+// unhandledBy is a condition on a move m: one of the consumers $1 has neither recorded nor parked
+// its message.
+const unhandledBy = `EXISTS (
+			SELECT FROM unnest($1::text[]) AS c (name)
 			WHERE NOT EXISTS (SELECT FROM idempotency_keys k WHERE k.scope = '` + idempotency.MessageScopePrefix + `' || c.name AND k.key = m.message_id::text)
 				AND NOT EXISTS (SELECT FROM message_parked p WHERE p.consumer = c.name AND p.message_id = m.message_id::text)
-		)
+		)`
+
+// lost selects the moves whose messages a consumer has not handled: neither recorded nor parked, nor
+// waiting in the outbox. $2 limits their age, in microseconds.
+const lost = `
+	FROM %s AS m WHERE m.message_id IS NOT NULL AND m.created_at > clock_timestamp() - $2 * interval '1 microsecond'
+		AND NOT EXISTS (SELECT FROM message_outbox o WHERE o.message_id = m.message_id)
+		AND ` + unhandledBy + `
 	ORDER BY m.id`
 
 // Lost returns a function that publishes again, from the books, what was published and is not
@@ -205,7 +232,7 @@ func (b *Bank) republish(ctx context.Context, retention time.Duration, consumers
 		return err
 	}
 	read := func(columns, table string, scan func(pgx.CollectableRow) error) error {
-		rows, err := b.pool.Query(ctx, "SELECT "+columns+fmt.Sprintf(lost, table), retention.Microseconds(), consumers)
+		rows, err := b.pool.Query(ctx, "SELECT "+columns+fmt.Sprintf(lost, table), consumers, retention.Microseconds())
 		if err != nil {
 			return err
 		}

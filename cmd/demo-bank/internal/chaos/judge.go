@@ -9,7 +9,9 @@ import (
 	"github.com/jackc/pgx/v5"
 
 	"github.com/paidonce/idempotency"
+	"github.com/paidonce/idempotency/cmd/demo-bank/internal/bank"
 	"github.com/paidonce/idempotency/cmd/demo-bank/internal/check"
+	"github.com/paidonce/idempotency/cmd/demo-bank/internal/events"
 	"github.com/paidonce/idempotency/internal/deadline"
 )
 
@@ -17,6 +19,8 @@ const (
 	ttl          = 24 * time.Hour // the bank's default
 	judgeWaitMax = 10 * time.Minute
 	quietWaitMax = 20 * time.Second // a half-open transaction ends by itself
+	// The consumers share the machine with the load, and may be behind.
+	messagesWaitMax = 90 * time.Second
 	// The allowed share of unknown answers. Answers to a key are not counted if its COMMIT had a
 	// fault that can make the outcome unknown.
 	unknownRate = 0.001
@@ -33,7 +37,10 @@ const RunCheck = "run"
 func (r *run) judge(ctx context.Context) error {
 	// The banks and then the books must be at rest before they are compared with the history.
 	r.gateway.rest()
-	var err error
+	err := r.awaitMessages(ctx)
+	if err != nil {
+		return err
+	}
 	if r.after, err = r.measure(ctx, func(after check.Resources) bool { return baseline(r.before, after).OK() }); err != nil {
 		return err
 	}
@@ -77,6 +84,39 @@ func (r *run) judge(ctx context.Context) error {
 	}
 	r.checks = append(append(verdict.Checks, outside...), r.ownChecks()...)
 	return nil
+}
+
+// awaitMessages blocks until both consumers have handled all messages. It is a finding if that takes
+// too long, and if the projection then differs from the books.
+func (r *run) awaitMessages(ctx context.Context) error {
+	until := time.Now().Add(messagesWaitMax)
+	for {
+		var left, missing, doubled, mismatches int64
+		err := r.cluster.with(ctx, databaseTimeout, func(ctx context.Context, conn *pgx.Conn) error {
+			return bank.Snapshot(ctx, conn, func(tx pgx.Tx) (err error) {
+				if left, err = bank.Unhandled(ctx, tx, bank.StatementsConsumer, events.NoticesConsumer); err == nil {
+					missing, doubled, mismatches, err = bank.CompareProjection(ctx, tx)
+				}
+				return err
+			})
+		})
+		switch {
+		case err != nil:
+			return err
+		case left > 0 && time.Now().Before(until):
+		case left > 0:
+			r.findings.add("%d messages are not handled %v after the end", left, messagesWaitMax)
+			return nil
+		default:
+			if missing+doubled+mismatches > 0 {
+				r.findings.add("the projection misses %d moves, has %d more than once, and %d accounts differ", missing, doubled, mismatches)
+			}
+			return nil
+		}
+		if err := deadline.Sleep(ctx, scrapeInterval); err != nil {
+			return err
+		}
+	}
 }
 
 // baseline is [check.BackAtBaseline], for all banks together.
