@@ -188,6 +188,8 @@ func (b *batch) send(ctx context.Context, one *producer, indexes []int) {
 		case isRefusal(err):
 			one.known[topic] = true
 			b.fail(i, fmt.Errorf("%w: %w", relay.ErrRefused, err))
+		case ctx.Err() != nil:
+			b.fail(i, fmt.Errorf("publish to kafka: the broker has not confirmed it in time: %w", ctx.Err()))
 		default:
 			b.fail(i, fmt.Errorf("publish to kafka: %w", err))
 		}

@@ -25,6 +25,7 @@ const (
 	// topicsInterval is the time between two looks for topics that were made anew.
 	topicsInterval = 5 * time.Second
 	pauseMax       = 5 * time.Second // between tries
+	errorPause     = time.Second     // of a partition that the broker does not deliver
 	fetchWait      = 250 * time.Millisecond
 )
 
@@ -290,6 +291,9 @@ func (m *member) take(fetches kgo.Fetches) {
 					w.add(p.Records)
 				}
 				if p.Err != nil {
+					if w != nil {
+						w.rest()
+					}
 					m.failed(topic.Topic, w, p.Err)
 				}
 			}

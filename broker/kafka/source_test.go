@@ -13,6 +13,7 @@ import (
 	"github.com/twmb/franz-go/pkg/kerr"
 	"github.com/twmb/franz-go/pkg/kfake"
 	"github.com/twmb/franz-go/pkg/kgo"
+	"github.com/twmb/franz-go/pkg/kmsg"
 
 	"github.com/paidonce/idempotency"
 	"github.com/paidonce/idempotency/broker/brokertest"
@@ -520,5 +521,30 @@ func TestPolledMessagesOfAFormerAssignment(t *testing.T) {
 	eventually(t, "all are received", func() bool {
 		n, _ := member.count()
 		return n >= 2*5*brokertest.Partitions
+	})
+}
+
+// A partition that the broker does not deliver is asked for about once a second, and goes on by
+// itself.
+func TestRefusedFetchesArePaced(t *testing.T) {
+	t.Parallel()
+	f := startFake(t)
+	topic := newTopic()
+	createTopic(t, f.brokers, topic, nil)
+	fault := f.now().Fault(kfake.Fault{Keys: []kmsg.Key{kmsg.Fetch}, Topic: topic, Err: kerr.TopicAuthorizationFailed, Count: -1})
+	produce(t, f.brokers, &kgo.Record{Topic: topic, Value: []byte("1")})
+	r := new(receiver)
+	consume(t, source(t, f, "paced", topic, nil), r)
+	if err := fault.Wait(t.Context(), 1); err != nil {
+		t.Fatal(err)
+	}
+	time.Sleep(500 * time.Millisecond) // in which thousands would be made
+	if n := fault.Hits(); n > 50 {
+		t.Errorf("%d fetches were refused", n)
+	}
+	fault.Remove()
+	eventually(t, "the message is received", func() bool {
+		n, _ := r.count()
+		return n == 1
 	})
 }

@@ -39,7 +39,8 @@ type worker struct {
 	halted   chan struct{} // closed if no other call may begin
 	buffered []consumer.Delivery
 	bytes    int
-	paused   bool
+	resting  bool  // after an error
+	paused   bool  // not fetched, because it rests or enough is buffered
 	failure  error // what ends the member once all that was fetched is settled
 }
 
@@ -119,10 +120,7 @@ func (w *worker) add(records []*kgo.Record) {
 		w.bytes += sizeOf(&w.buffered[len(w.buffered)-1])
 	}
 	w.next = records[len(records)-1].Offset + 1
-	if w.holds(1) && !w.paused {
-		w.paused = true
-		w.member.kgo.PauseFetchPartitions(w.self())
-	}
+	w.regulate()
 	w.wake()
 }
 
@@ -166,24 +164,47 @@ func (w *worker) settle(n int) {
 	}
 	w.buffered = w.buffered[n:]
 	w.member.kgo.MarkCommitOffsets(map[string]map[int32]kgo.EpochOffset{w.partition.Source: {w.partition.Number: {Epoch: -1, Offset: next}}})
-	if w.paused && !w.holds(2) {
+	w.regulate()
+}
+
+// regulate pauses or resumes the fetching of the partition.
+func (w *worker) regulate() {
+	self := map[string][]int32{w.partition.Source: {w.partition.Number}}
+	switch {
+	case !w.paused && (w.resting || w.holds(1)):
+		w.paused = true
+		w.member.kgo.PauseFetchPartitions(self)
+	case w.paused && !w.resting && !w.holds(2):
 		w.paused = false
-		w.member.kgo.ResumeFetchPartitions(w.self())
+		w.member.kgo.ResumeFetchPartitions(self)
 	}
+}
+
+// rest leaves the partition out of fetches for a while: the library would ask again at once.
+func (w *worker) rest() {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if w.resting {
+		return
+	}
+	w.resting = true
+	w.regulate()
+	time.AfterFunc(errorPause, func() {
+		w.mu.Lock()
+		defer w.mu.Unlock()
+		if w.resting { // and has not ended
+			w.resting = false
+			w.regulate()
+		}
+	})
 }
 
 // release drops what is buffered, and leaves no pause behind: another worker may get the partition.
 func (w *worker) release() {
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	w.buffered, w.bytes = nil, 0
-	if w.paused {
-		w.member.kgo.ResumeFetchPartitions(w.self())
-	}
-}
-
-func (w *worker) self() map[string][]int32 {
-	return map[string][]int32{w.partition.Source: {w.partition.Number}}
+	w.buffered, w.bytes, w.resting = nil, 0, false
+	w.regulate()
 }
 
 func sizeOf(d *consumer.Delivery) int {
