@@ -318,11 +318,14 @@ func (c *conn) ready(ctx context.Context) error {
 
 const connectInterval = 20 * time.Millisecond
 
+// errForeign: a stream has the name of a partition, and is none.
+var errForeign = errors.New("the stream was not made by CreateTopic")
+
 // partitionsOf returns the number of partitions of the topic that a stream belongs to.
 func partitionsOf(info *jetstream.StreamInfo) (int, error) {
 	n, err := strconv.Atoi(info.Config.Metadata[partitionsKey])
 	if err != nil || n < 1 || n > PartitionsMax {
-		return 0, fmt.Errorf("the stream %s was not made by CreateTopic: its metadata has no valid %s", info.Config.Name, partitionsKey)
+		return 0, fmt.Errorf("%w: the metadata of %s has no valid %s", errForeign, info.Config.Name, partitionsKey)
 	}
 	return n, nil
 }

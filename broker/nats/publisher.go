@@ -255,6 +255,9 @@ func (p *publishing) partitionsOf(ctx context.Context, topic string) (int, error
 // isAnswer reports whether an error is the server's answer, which it would repeat at once. That
 // JetStream is not ready is none.
 func isAnswer(err error) bool {
+	if errors.Is(err, errForeign) {
+		return true
+	}
 	var api *jetstream.APIError
 	var js jetstream.JetStreamError
 	if errors.As(err, &js) {
