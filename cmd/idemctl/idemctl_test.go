@@ -33,12 +33,12 @@ func TestMigrate(t *testing.T) {
 		want versionJSON
 		says string
 	}{
-		{[]string{"status"}, versionJSON{4, 4, 2, false}, ""},
-		{[]string{"down", "--to", "2", "--yes"}, versionJSON{2, 4, 2, false}, "services work"},
-		{[]string{"up"}, versionJSON{4, 4, 2, false}, ""},
-		{[]string{"down", "--to", "0", "--yes"}, versionJSON{0, 4, 2, false}, "services can't work"},
-		{[]string{"status"}, versionJSON{0, 4, 2, false}, ""},
-		{[]string{"up"}, versionJSON{4, 4, 2, false}, ""},
+		{[]string{"status"}, versionJSON{5, 5, 2, false}, ""},
+		{[]string{"down", "--to", "2", "--yes"}, versionJSON{2, 5, 2, false}, "services work"},
+		{[]string{"up"}, versionJSON{5, 5, 2, false}, ""},
+		{[]string{"down", "--to", "0", "--yes"}, versionJSON{0, 5, 2, false}, "services can't work"},
+		{[]string{"status"}, versionJSON{0, 5, 2, false}, ""},
+		{[]string{"up"}, versionJSON{5, 5, 2, false}, ""},
 	} {
 		if step.want.Version == 0 && step.args[0] == "down" {
 			if n := b.Count(t, "SELECT count(*) FROM idempotency_keys"); n != 1 {
@@ -53,8 +53,8 @@ func TestMigrate(t *testing.T) {
 		}
 	}
 	wantText(t, b.want(t, 0, "--schema", "payments", "migrate", "up").stdout, "version 5 of 5")
-	if n := b.Count(t, "SELECT count(*) FROM pg_tables WHERE schemaname = 'payments'"); n != 6 {
-		t.Errorf("%d tables in the other schema, want 6", n)
+	if n := b.Count(t, "SELECT count(*) FROM pg_tables WHERE schemaname = 'payments'"); n != 9 {
+		t.Errorf("%d tables in the other schema, want 9", n)
 	}
 	b.want(t, exitUsage, "--schema", "Payments!", "migrate", "up")
 	b.Exec(t, "UPDATE idempotency_migrations SET dirty = true")
@@ -404,7 +404,8 @@ func TestLeastPrivilege(t *testing.T) {
 	b := setup(t)
 	b.do(t, "k")
 	full := b.role(t, "SELECT, DELETE, UPDATE (expires_at) ON idempotency_keys", "SELECT, INSERT ON idempotency_audit", "SELECT, DELETE ON idempotency_events",
-		"SELECT, UPDATE, DELETE ON idempotency_open, idempotency_effects", "SELECT ON idempotency_migrations", "pg_monitor")
+		"SELECT, UPDATE, DELETE ON idempotency_open, idempotency_effects", "SELECT, UPDATE, DELETE ON message_outbox, message_parked", "SELECT ON message_offsets",
+		"SELECT ON idempotency_migrations", "pg_monitor")
 	looks := b.role(t, "SELECT ON idempotency_keys", "SELECT ON idempotency_audit", "SELECT ON idempotency_events", "SELECT ON idempotency_migrations")
 	for i, test := range []struct {
 		args              []string
@@ -555,7 +556,7 @@ func TestMigrationThatWaitsSaysForWhom(t *testing.T) {
 	if r.code != 0 {
 		t.Errorf("exit code %d\n%s", r.code, r.stderr)
 	}
-	wantText(t, r.stderr, "migration 4 down waits for", "process "+pid, "requests go on")
+	wantText(t, r.stderr, "migration 5 down waits for", "process "+pid, "requests go on")
 	if strings.ContainsRune(r.stderr, 0x1b) {
 		t.Errorf("it prints control characters: %q", r.stderr)
 	}

@@ -245,7 +245,7 @@ func (c *messageOutboxCommand) Run(a *app) error {
 			return a.printPageEnd(len(list.Messages), list.Next, list.Now)
 		}
 		if len(box.Shards) > 0 {
-			lines := []string{"SHARD\tPENDING\tPARKED\tBEHIND\tOLDEST\tRELAY"}
+			lines := []string{"SHARD\tPENDING\tREFUSED\tBEHIND\tOLDEST\tRELAY"}
 			for i := range box.Shards {
 				s := &box.Shards[i]
 				relay := "-"

@@ -65,14 +65,14 @@ func (m *Messages) OnBatch(end consumer.BatchEnd) {
 
 // OnDrain counts a batch of a relay: pass it as relay.Options.OnDrain.
 func (m *Messages) OnDrain(_ int, drained relay.Drained, duration time.Duration, _ error) {
-	ctx, any := context.Background(), false
+	ctx, some := context.Background(), false
 	for result, n := range map[string]int{"published": drained.Published, "failed": drained.Failed, "refused": drained.Parked} {
 		if n > 0 {
-			any = true
+			some = true
 			m.published.Add(ctx, int64(n), metric.WithAttributes(attributeOf.String(result)))
 		}
 	}
-	if any {
+	if some {
 		m.publishes.Record(ctx, duration.Seconds())
 	}
 }

@@ -86,7 +86,7 @@ func (e *examination) messageTable(ctx context.Context, name string) (ok bool, e
 	case !there:
 		e.ok("no table: no service can have messages")
 	case !readable:
-		e.warn("GRANT SELECT ON "+table+" TO "+role, "this role can't see messages")
+		e.warn("GRANT SELECT ON "+e.o.store.Schema()+"."+name+" TO "+role, "this role can't see messages")
 	}
 	return there && readable, nil
 }
