@@ -20,7 +20,9 @@ import (
 const NoticesConsumer = "notices"
 
 const (
-	statementsBatchMax = 100 // messages: their entries share no row with anybody
+	// Messages of one transaction: what they write is shared with nobody.
+	statementsBatchMax = 100
+	noticesBatchMax    = 10 // each waits for the mail service
 	notifyTimeout      = 3 * time.Second
 	notifyAgain        = 2 * time.Second // after the mail service failed
 	publishTimeout     = 5 * time.Second
@@ -62,7 +64,7 @@ func (c *Consumers) Run(ctx context.Context) error {
 	}
 	options := consumer.Options{InFlightMax: AtOnce(c.Store.Pool().Config().MaxConns), BatchTimeout: batchTimeout, Retention: Retention, OnBatch: c.count, Logger: c.Logger}
 	notices := options
-	options.BatchMax = statementsBatchMax
+	options.BatchMax, notices.BatchMax = statementsBatchMax, noticesBatchMax
 	return all(ctx,
 		consumer.New(bank.StatementsConsumer, c.Store.Inbox(), c.Broker.source(bank.StatementsConsumer), project, &options).Run,
 		consumer.New(NoticesConsumer, c.Store.Inbox(), c.Broker.source(NoticesConsumer), c.notify, &notices).Run,

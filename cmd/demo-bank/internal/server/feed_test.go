@@ -577,6 +577,20 @@ func TestTwoBanksWithBrokersOfTheirOwn(t *testing.T) {
 	}
 }
 
+// TestABankDoesNotJudgeWhatAnotherBrokerHas: the only relay is another bank's, with a broker of its
+// own, so this bank can't know that the messages are on their way.
+func TestABankDoesNotJudgeWhatAnotherBrokerHas(t *testing.T) {
+	t.Parallel()
+	database := pgtest.Database(t)
+	one := setupOn(t, database, func(c *Config) { c.NoRelay = true })
+	setupOn(t, database, func(c *Config) { c.NoConsumers = true })
+	one.moved()
+	a := one.auditUntil("the messages are at the other broker", func(a bank.Audit) bool { return a.OutboxPending == 0 })
+	if !a.OK || a.ProjectionLag != nil || a.ProjectionMissing != 3 {
+		t.Errorf("audit is %+v: want ok, with three moves that are missing so far", a)
+	}
+}
+
 // TestNoticesWaitForTheProcessor: an outage of the mail service parks notices, makes none of them
 // dead, and ends by itself.
 func TestNoticesWaitForTheProcessor(t *testing.T) {
