@@ -20,7 +20,7 @@ const (
 	judgeWaitMax = 10 * time.Minute
 	quietWaitMax = 20 * time.Second // a half-open transaction ends by itself
 	// The consumers share the machine with the load, and may be behind.
-	messagesWaitMax = 90 * time.Second
+	messagesWaitMax = 60 * time.Second
 	// The allowed share of unknown answers. Answers to a key are not counted if its COMMIT had a
 	// fault that can make the outcome unknown.
 	unknownRate = 0.001

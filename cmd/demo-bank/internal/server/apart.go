@@ -19,7 +19,7 @@ import (
 
 // ApartPoolSize is the size of the connection pool of consumers or a relay that run apart from the
 // bank.
-const ApartPoolSize = 8
+const ApartPoolSize = 6
 
 // ApartConfig configures a process of the bank's consumers, or of its relay.
 type ApartConfig struct {

@@ -29,8 +29,8 @@ const (
 	connectTimeout = 5 * time.Second
 
 	// connectionsBeside is the number of connections outside the pool: the lease, migrations,
-	// PostgreSQL's reserved ones, and one or two for psql.
-	connectionsBeside = 16
+	// PostgreSQL's reserved ones, one or two for psql, and eight processes of consumers and relays.
+	connectionsBeside = 16 + 8*ApartPoolSize
 
 	// A transaction may be idle for as long as its handler may run, plus idleBeside. But a dead
 	// bank must not hold a key for a minute.
