@@ -5,6 +5,7 @@ package main
 import (
 	"context"
 	"fmt"
+	"net"
 	"net/http"
 	"sync"
 	"testing"
@@ -43,6 +44,14 @@ func TestKilledConsumersAndRelaysLoseAndDoubleNothing(t *testing.T) {
 			}
 		})
 	}
+	listener, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	address := listener.Addr().String() // of the consumers in each of their lives
+	if err := listener.Close(); err != nil {
+		t.Fatal(err)
+	}
 	ctx, end := context.WithCancel(t.Context())
 	defer end()
 	audit := func() (a bank.Audit) {
@@ -58,7 +67,7 @@ func TestKilledConsumersAndRelaysLoseAndDoubleNothing(t *testing.T) {
 		return start(t, command(context.Background(), append([]string{name, "--database-url", database, "--log-level", "WARN"}, args...)...))
 	}
 	for life := range 3 {
-		relay, consumers := beside("relay"), beside("consume", "--addr", "127.0.0.1:0")
+		relay, consumers := beside("relay"), beside("consume", "--addr", address)
 		before := audit().MessagesConsumed
 		eventually(t, fmt.Sprintf("the consumers of life %d handle messages", life), func() bool {
 			return audit().MessagesConsumed > before
@@ -69,7 +78,7 @@ func TestKilledConsumersAndRelaysLoseAndDoubleNothing(t *testing.T) {
 	close(killed)
 	paying.Wait()
 	beside("relay")
-	beside("consume", "--addr", "127.0.0.1:0")
+	beside("consume", "--addr", address)
 	all := int64(0)
 	for _, number := range paid {
 		all += number

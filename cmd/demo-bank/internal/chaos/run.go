@@ -82,7 +82,7 @@ func newRun(config Config) (*run, error) {
 	r.keys = newRing(config.Seed, r.profile.shares, hex.EncodeToString(id[:]))
 	r.commits = newCommits(r)
 	r.cluster = newCluster(r, filepath.Join(dir, "postgres"))
-	if r.broker, err = events.Start("", 0, slog.New(slog.DiscardHandler)); err != nil {
+	if r.broker, err = events.Start("", 0, "", slog.New(slog.DiscardHandler)); err != nil {
 		return nil, errors.Join(err, diary.Close(), os.RemoveAll(dir))
 	}
 	r.banks = newBanks(r)

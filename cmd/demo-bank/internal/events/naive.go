@@ -26,8 +26,14 @@ func (c *Consumers) RunNaive(ctx context.Context) error {
 }
 
 func (c *Consumers) naive(ctx context.Context, name string, handle func(ctx context.Context, record *kgo.Record) error) error {
-	client, err := c.Broker.newClient(kgo.ConsumerGroup(name), kgo.ConsumeTopics(bank.Topic), kgo.DisableAutoCommit(),
-		kgo.ConsumeResetOffset(kgo.NewOffset().AtStart()), kgo.SessionTimeout(sessionTimeout), kgo.HeartbeatInterval(sessionTimeout/5), kgo.RebalanceTimeout(rebalanceTimeout))
+	options := []kgo.Opt{
+		kgo.ConsumerGroup(name), kgo.ConsumeTopics(bank.Topic), kgo.DisableAutoCommit(), kgo.ConsumeResetOffset(kgo.NewOffset().AtStart()),
+		kgo.SessionTimeout(sessionTimeout), kgo.HeartbeatInterval(sessionTimeout / 5), kgo.RebalanceTimeout(rebalanceTimeout),
+	}
+	if c.Broker.instance != "" {
+		options = append(options, kgo.InstanceID(c.Broker.instance))
+	}
+	client, err := c.Broker.newClient(options...)
 	if err != nil {
 		return fmt.Errorf("consume: %w", err)
 	}

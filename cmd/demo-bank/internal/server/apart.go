@@ -80,7 +80,7 @@ func openApart(ctx context.Context, config ApartConfig) (a *apart, err error) {
 		brokers = strings.Split(left, ",")
 	}
 	if err == nil {
-		a.broker, err = events.Connect(brokers, s.logger)
+		a.broker, err = events.Connect(brokers, events.Instance(config.Addr), s.logger)
 	}
 	if err != nil {
 		a.store.Close()

@@ -21,7 +21,7 @@ const brokerFolder = "broker"
 // again.
 func (s *Server) openBroker(ctx context.Context, store *postgres.Store, books *bank.Bank) (broker *events.Broker, err error) {
 	if len(s.config.Brokers) > 0 {
-		broker, err = events.Connect(s.config.Brokers, s.logger)
+		broker, err = events.Connect(s.config.Brokers, events.Instance(s.config.Addr), s.logger)
 	} else {
 		last, addressErr := books.Address(ctx, bank.BrokersAddress)
 		if addressErr != nil {
@@ -31,7 +31,7 @@ func (s *Server) openBroker(ctx context.Context, store *postgres.Store, books *b
 		if s.config.DataDir != "" {
 			dir = filepath.Join(s.config.DataDir, brokerFolder)
 		}
-		broker, err = events.Start(dir, events.Port(last), s.logger)
+		broker, err = events.Start(dir, events.Port(last), events.Instance(s.config.Addr), s.logger)
 	}
 	if err != nil {
 		return nil, err

@@ -620,3 +620,12 @@ func TestAPortOfAnAddress(t *testing.T) {
 		}
 	}
 }
+
+// TestAnInstanceIsAProcessThatComesBack: only a fixed port makes one process the heir of another.
+func TestAnInstanceIsAProcessThatComesBack(t *testing.T) {
+	t.Parallel()
+	one, other, none := events.Instance("127.0.0.1:8080"), events.Instance("127.0.0.1:8081"), events.Instance("127.0.0.1:0")
+	if !strings.HasSuffix(one, "-127.0.0.1-8080") || one == other || none != "" {
+		t.Errorf("the instances are %q, %q, %q", one, other, none)
+	}
+}
