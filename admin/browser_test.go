@@ -3,6 +3,7 @@ package admin_test
 import (
 	"context"
 	"encoding/json"
+	"fmt"
 	"maps"
 	"net/http"
 	"net/http/httptest"
@@ -209,11 +210,65 @@ func TestOpenRequestsInABrowser(t *testing.T) {
 	}
 }
 
+// In a browser: from the consumers to a dead letter, which is redriven and then dropped. Each page of
+// messages fits a phone and a tablet, and logs no error.
+func TestMessagesInABrowser(t *testing.T) {
+	pgtest.Slow(t, "starts a browser")
+	t.Parallel()
+	ctx := browsertest.Start(t)
+	b := setup(t, nil)
+	b.park(t)
+	b.refuse(t)
+	server := serve(t, signedIn(b.site))
+	u := &user{t: t, ctx: ctx, home: server.URL + prefix + "/"}
+	problems := browsertest.Problems(t, ctx)
+
+	u.do(chromedp.Navigate(u.home), chromedp.WaitVisible(chromedp.CSS("h1")))
+	u.click(`nav a[href="outbox"]`, "table")
+	u.wantText("too large")
+	u.shots("outbox")
+	u.click(`nav a[href="consumers"]`, "table")
+	u.wantText("nobody now")
+	u.shots("consumers")
+	u.click(`nav a[href="parked"]`, "#state")
+	u.wantText("unreadable")
+	u.click(`th a[href^="message?"]`, ".facts")
+	u.shots("message")
+	u.click(`a[href^="redrive?"]`, "form.confirm")
+	u.wantText("under the same id")
+	u.type_("#reason", "OPS-4: the fix is out")
+	u.click("form.confirm button", ".notice.good")
+	u.wantText("Redriven by alice@example.com: OPS-4")
+	u.click(`a[href^="drop?"]`, "form.confirm")
+	u.type_("#reason", "OPS-4: not wanted")
+	u.type_("#confirm", "drop")
+	u.shots("drop")
+	u.click("form.confirm button", ".notice.good")
+	u.wantText("Dropped by alice@example.com: OPS-4")
+
+	behind, refused := "", link(t, b.as("alice@example.com", everything...).page(t, "outbox"), "message?")
+	for _, one := range links(b.as("alice@example.com", everything...).page(t, "parked?state="), "message?") {
+		behind = one
+	}
+	for _, width := range []int64{390, 800} {
+		u.do(chromedp.EmulateViewport(width, 844))
+		for _, link := range []string{"consumers", "outbox", "parked?state=", behind, strings.Replace(behind, "message?", "drop?", 1), strings.Replace(refused, "message?", "retry?", 1)} {
+			u.do(chromedp.Navigate(u.home+link), chromedp.WaitVisible(chromedp.CSS("h1")))
+			if got := u.eval("document.documentElement.scrollWidth + ''"); got != fmt.Sprint(width) {
+				t.Errorf("%s is %s pixels wide on a screen of %d", link, got, width)
+			}
+		}
+	}
+	for _, problem := range problems() {
+		t.Errorf("the browser complains: %s", problem)
+	}
+}
+
 // signedIn stands for authentication in front of the page.
 func signedIn(next http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		r.Header.Set("User", "alice@example.com")
-		r.Header.Set("May", "view view-body expire delete settle abandon")
+		r.Header.Set("May", "view view-body expire delete settle abandon redrive drop")
 		next.ServeHTTP(w, r)
 	})
 }
