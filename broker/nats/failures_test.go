@@ -118,6 +118,14 @@ func (b *books) waitEffects(t *testing.T, n int) {
 	}
 }
 
+// collect returns what project's before passes messages on to.
+func collect(got chan<- consumer.Delivery) func(context.Context, *consumer.Delivery) error {
+	return func(_ context.Context, d *consumer.Delivery) error {
+		got <- *d
+		return nil
+	}
+}
+
 func duplicates(e *consumer.BatchEnd) int { return e.Duplicates }
 
 // pay runs a request that publishes a message.

@@ -71,7 +71,7 @@ func (p *Publisher) Close() {
 //
 // A message is refused for good if it breaks a limit, if it has a header that the server would obey
 // (Nats-...) or the header Message-Key, if it is larger than the server's max_payload or the
-// stream's limit, or if the topic does not exist. A stream that is full and missing rights are not
+// stream's limit, if its headers have more than 64 KiB on the wire, or if the topic does not exist. A stream that is full and missing rights are not
 // for good.
 //
 // A message is sent again until it is confirmed or ctx ends, so an outage of the server is no error
@@ -219,6 +219,8 @@ func (p *publishing) try(ctx context.Context, m *message.Message) error {
 		return fmt.Errorf("%w: it is larger than the server's max_payload of %d bytes", relay.ErrRefused, p.nats.MaxPayload())
 	case errors.As(err, &api) && api.ErrorCode == errMessageTooLarge:
 		return fmt.Errorf("%w: it is larger than max_msg_size of the stream %s", relay.ErrRefused, streamName(m.Topic, number))
+	case errors.As(err, &api) && api.ErrorCode == errHeaderTooLarge:
+		return fmt.Errorf("%w: its headers, with its id and its key, have more than the 64 KiB that the server takes", relay.ErrRefused)
 	default:
 		// The topic may be gone, or made anew: the next try finds out. That nobody answers on a subject
 		// proves nothing: the stream may have no leader at the moment.
@@ -232,6 +234,7 @@ func (p *publishing) try(ctx context.Context, m *message.Message) error {
 // Codes of the server that the library has no name for.
 const (
 	errMessageTooLarge jetstream.ErrorCode = 10054 // than the stream's MaxMsgSize
+	errHeaderTooLarge  jetstream.ErrorCode = 10097
 	errNotAvailable    jetstream.ErrorCode = 10008 // no leader at the moment
 )
 

@@ -114,7 +114,7 @@ func TestCopiesBehindTheWindowAreKeptUnderTheirID(t *testing.T) {
 // What the server will never take is refused, and what it may take later is not.
 func TestOnlyWhatStaysWrongIsRefused(t *testing.T) {
 	t.Parallel()
-	const payloadMax, messageMax = 64 << 10, 10_000
+	const payloadMax, messageMax, headerMax = 100_000, 10_000, 64<<10 - 1
 	b := startBroker(t, func(o *server.Options) { o.MaxPayload = payloadMax })
 	topic, small, full := newTopic(), newTopic(), newTopic()
 	b.createTopic(t, topic, nats.TopicOptions{})
@@ -131,7 +131,9 @@ func TestOnlyWhatStaysWrongIsRefused(t *testing.T) {
 		remedy  string // in the error; "" if there is none
 	}{
 		"fits into max_payload":            {message.Message{Topic: topic, Body: make([]byte, payloadMax-headers)}, false, ""},
-		"is larger than max_payload":       {message.Message{Topic: topic, Body: make([]byte, payloadMax)}, true, "max_payload of 65536"},
+		"is larger than max_payload":       {message.Message{Topic: topic, Body: make([]byte, payloadMax)}, true, "max_payload of 100000"},
+		"has headers that fit":             {message.Message{Topic: topic, Header: map[string][]string{"A": {strings.Repeat("x", headerMax-headers)}}}, false, ""},
+		"has headers that are too large":   {message.Message{Topic: topic, Header: map[string][]string{"A": {strings.Repeat("x", headerMax)}}}, true, "64 KiB"},
 		"fits into max_msg_size":           {message.Message{Topic: small, Body: make([]byte, messageMax-headers)}, false, ""},
 		"is larger than max_msg_size":      {message.Message{Topic: small, Body: make([]byte, messageMax)}, true, "max_msg_size"},
 		"has a header that purges":         {message.Message{Topic: topic, Header: map[string][]string{"Nats-Rollup": {"all"}}}, true, "rename the header"},
