@@ -169,6 +169,9 @@ func beginsAtTheOffset(t *testing.T, h *Harness) {
 	if n := len(restored.all()); n != len(want) {
 		t.Errorf("%d messages were delivered, %d were due", n, len(want))
 	}
+	if n := restored.again(); n != 0 {
+		t.Errorf("%d messages in front of the offset were delivered", n)
+	}
 }
 
 func beginsWithNew(t *testing.T, h *Harness) {
