@@ -115,8 +115,7 @@ func (m *member) run() {
 		}
 	}
 	m.stopAll(m.source.client.options.RebalanceTimeout)
-	beating.Wait()
-	m.leave()
+	m.leave(&beating)
 	_ = subscription.Unsubscribe() // the connection is closed next
 }
 
@@ -215,10 +214,11 @@ func (m *member) send(left bool) {
 }
 
 // leave tells the others that this member is gone. Without that they notice a session later.
-func (m *member) leave() {
+func (m *member) leave(beating *sync.WaitGroup) {
 	const most = 2 * time.Second
 	late := time.AfterFunc(most, m.conn.dialer.close) // a connection that hangs
 	defer late.Stop()
+	beating.Wait() // no beat comes behind the last one
 	if m.conn.nats.IsConnected() {
 		m.send(true)
 		_ = m.conn.nats.FlushTimeout(most)

@@ -126,6 +126,7 @@ func Connect(servers string, opts *Options) (*Client, error) {
 	c.options.RebalanceTimeout = cmp.Or(c.options.RebalanceTimeout, 60*time.Second)
 	c.nats = nats.GetDefaultOptions()
 	c.nats.Name = "idempotency"
+	c.nats.FlusherTimeout = writeMax
 	c.nats.AsyncErrorCB = func(_ *nats.Conn, _ *nats.Subscription, err error) {
 		if errors.Is(err, nats.ErrPermissionViolation) { // the call itself only runs into its timeout
 			c.logger().Warn("idempotency: NATS denies a right", "error", err)
@@ -315,6 +316,9 @@ func (c *conn) ready(ctx context.Context) error {
 	}
 	return nil
 }
+
+// writeMax is how long a write may hang before the connection counts as broken.
+const writeMax = 5 * time.Second
 
 const connectInterval = 20 * time.Millisecond
 
