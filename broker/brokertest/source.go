@@ -29,7 +29,8 @@ var sourceCases = []aCase{
 	{"consume/handed over", "a partition that is taken away waits for the call under way, and begins no other with what is buffered (15)", sourceNeeds(hasGroups), handedOver},
 	{"consume/call too long", "a call in a partition that is taken away ends with its context before another member has the partition", sourceNeeds(hasGroups, func(_ Features, h *Harness) bool { return h.Rebalance > 0 }), callTooLong},
 	{"consume/zombie", "a member that was paused past its session settles nothing twice, and drops what it buffered (14, 15, 16)", sourceNeeds(hasGroups, hasSourceNetwork), zombie},
-	{"consume/trimmed", "messages that the broker deleted unread end the source with ErrTrimmed and their number, and those that it had fetched are not lost (24)", sourceNeeds(canTrim), trimmed},
+	{"consume/trimmed", "messages that the broker deleted unread end the source with ErrTrimmed and their number (24)", sourceNeeds(canTrim), trimmed},
+	{"consume/trimmed behind what is fetched", "messages that were fetched before the ones behind them were deleted are settled, and then the source ends with ErrTrimmed (24)", sourceNeeds(canTrim, hasSourceNetwork), trimmedBehind},
 	{"consume/trimmed before the first message", "a partition without a position begins with the oldest message that is left", sourceNeeds(canTrim), trimmedBefore},
 	{"consume/made anew while away", "a topic that was deleted and made anew has another incarnation, and ends the source if the receiver says so (24)", sourceNeeds(canRecreate), recreatedAway},
 	{"consume/made anew meanwhile", "a topic that is made anew while it is consumed ends the source too; nothing of it is settled (24)", sourceNeeds(canRecreate), recreatedMeanwhile},
@@ -623,6 +624,62 @@ func trimmed(t *testing.T, h *Harness) {
 	}
 	if !possible {
 		t.Errorf("Run returned %v", err)
+	}
+}
+
+func trimmedBehind(t *testing.T, h *Harness) {
+	const n = 240
+	topic := h.Topic(t)
+	keys := publishNumbered(t, h, topic, n)
+	l := newLedger()
+	log := h.Read(t, topic)
+	for number, all := range log { // a position that the log does not have later
+		l.next[position{topic, number}] = all[0].Offset
+	}
+	var accept atomic.Bool
+	var assigned atomic.Int32
+	var fetched sync.Map // position: offset of the last message in a call
+	p := l.run(t, h, nameOfConsumer, topic, func(p *process) {
+		p.batchMax = n // all of a partition are in one call once they are fetched
+		p.assigned = func(partition consumer.Partition) error {
+			l.change(func() { l.incarnation[position{topic, partition.Number}] = partition.Incarnation })
+			assigned.Add(1)
+			return nil
+		}
+		p.each = func(b *begun) (bool, time.Duration) {
+			fetched.Store(position{topic, b.partition.Number}, b.deliveries[len(b.deliveries)-1].Offset)
+			return !accept.Load(), 5 * time.Millisecond
+		}
+	})
+	within(t, "all messages are fetched", func() bool {
+		for number, all := range log {
+			if last, _ := fetched.Load(position{topic, number}); last != all[len(all)-1].Offset {
+				return false
+			}
+		}
+		return true
+	})
+	first := assigned.Load()
+	p.network.Stop()
+	publishAll(t, h.Publisher(t), makeMessages(topic, 2*n, keys...)[n:])
+	h.Trim(t, topic)
+	publishAll(t, h.Publisher(t), makeMessages(topic, 3*n, keys...)[2*n:])
+	p.network.Mend()
+	time.Sleep(time.Second) // in which a source that does not wait would end
+	accept.Store(true)
+	if err := p.ends(); !errors.Is(err, consumer.ErrTrimmed) {
+		t.Fatalf("Run returned %v", err)
+	}
+	settled := false // those of the first partition that was found trimmed
+	for number, all := range log {
+		settled = settled || l.next[position{topic, number}] == all[len(all)-1].Offset+1
+	}
+	switch {
+	case settled:
+	case assigned.Load() != first:
+		t.Log("the machine is too slow: the member lost its session, and what it had fetched")
+	default:
+		t.Errorf("no partition's messages are settled, but %d", len(l.all()))
 	}
 }
 

@@ -46,7 +46,7 @@ func startFake(t *testing.T, opts ...kfake.Opt) *fake {
 		kfake.DataDir(t.TempDir()), kfake.SyncWrites(), kfake.NumBrokers(1),
 		kfake.GroupMinSessionTimeout(100 * time.Millisecond),
 		kfake.BrokerConfigs(map[string]string{
-			"group.initial.rebalance.delay.ms": "0", "group.consumer.heartbeat.interval.ms": "100", "group.consumer.session.timeout.ms": "1000",
+			"group.initial.rebalance.delay.ms": "0", "group.consumer.heartbeat.interval.ms": "100", "group.consumer.session.timeout.ms": "3000",
 			"group.consumer.min.heartbeat.interval.ms": "50", "group.consumer.min.session.timeout.ms": "500",
 		}),
 	}, opts...)}
@@ -186,10 +186,12 @@ func read(t *testing.T, brokers []string, topic string) map[int32][]consumer.Del
 	return all
 }
 
-// The timeouts of members in the tests.
-const (
-	sessionTimeout   = time.Second
-	rebalanceTimeout = 5 * time.Second
+// timeouts of members. They are as long as a loaded machine may stop a process.
+type timeouts struct{ session, rebalance time.Duration }
+
+var (
+	fakeTimeouts = timeouts{session: 3 * time.Second, rebalance: 6 * time.Second}
+	realTimeouts = timeouts{session: 6 * time.Second, rebalance: 10 * time.Second} // brokers take no shorter session by default
 )
 
 // connect returns a client behind a network.
@@ -200,7 +202,7 @@ func connect(t *testing.T, brokers []string, network *brokertest.Network, with f
 			kgo.Dialer(network.DialContext), kgo.RetryBackoffFn(func(int) time.Duration { return 20 * time.Millisecond }),
 			kgo.MetadataMinAge(50 * time.Millisecond),
 		},
-		SessionTimeout: sessionTimeout, RebalanceTimeout: rebalanceTimeout, Logger: slog.New(slog.NewTextHandler(t.Output(), nil)),
+		SessionTimeout: fakeTimeouts.session, RebalanceTimeout: fakeTimeouts.rebalance, Logger: slog.New(slog.NewTextHandler(t.Output(), nil)),
 	}
 	if with != nil {
 		with(o)
@@ -223,8 +225,14 @@ func publisher(t *testing.T, brokers []string, network *brokertest.Network) *kaf
 }
 
 // harness returns the suite's harness for these brokers.
-func harness(brokers []string, with func(o *kafka.Options)) *brokertest.Harness {
+func harness(brokers []string, times timeouts, with func(o *kafka.Options)) *brokertest.Harness {
 	network := new(brokertest.Network)
+	timely := func(o *kafka.Options) {
+		o.SessionTimeout, o.RebalanceTimeout = times.session, times.rebalance
+		if with != nil {
+			with(o)
+		}
+	}
 	return &brokertest.Harness{
 		Network: network,
 		Topic: func(t *testing.T) string {
@@ -235,7 +243,7 @@ func harness(brokers []string, with func(o *kafka.Options)) *brokertest.Harness 
 		Publisher: func(t *testing.T) relay.Publisher { return publisher(t, brokers, network) },
 		Source: func(t *testing.T, consumer string, topics ...string) (consumer.Source, *brokertest.Network) {
 			network := new(brokertest.Network)
-			return connect(t, brokers, network, with).Source(groupOf(consumer, topics[0]), topics...), network
+			return connect(t, brokers, network, timely).Source(groupOf(consumer, topics[0]), topics...), network
 		},
 		SourceNetwork: true,
 		Read:          func(t *testing.T, topic string) map[int32][]consumer.Delivery { return read(t, brokers, topic) },
@@ -263,8 +271,8 @@ func harness(brokers []string, with func(o *kafka.Options)) *brokertest.Harness 
 			}
 			createTopic(t, brokers, topic, nil)
 		},
-		Session:   sessionTimeout,
-		Rebalance: rebalanceTimeout,
+		Session:   times.session,
+		Rebalance: times.rebalance,
 	}
 }
 
@@ -277,7 +285,7 @@ func TestConformance(t *testing.T) {
 			t.Parallel()
 			brokertest.Run(t, brokertest.Features{NoPublisher: name != "classic"}, func(t *testing.T) *brokertest.Harness {
 				f := startFake(t)
-				h := harness(f.brokers, with)
+				h := harness(f.brokers, fakeTimeouts, with)
 				h.Restart = f.restart
 				h.Rebalancing = func(t *testing.T, consumer, topic string) {
 					ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
@@ -308,7 +316,7 @@ func TestConformanceOfRealBrokers(t *testing.T) {
 	}
 	for name, with := range protocols {
 		t.Run(name, func(t *testing.T) {
-			brokertest.Run(t, brokertest.Features{NoPublisher: name != "classic"}, func(*testing.T) *brokertest.Harness { return harness(strings.Split(brokers, ","), with) })
+			brokertest.Run(t, brokertest.Features{NoPublisher: name != "classic"}, func(*testing.T) *brokertest.Harness { return harness(strings.Split(brokers, ","), realTimeouts, with) })
 		})
 	}
 }

@@ -140,7 +140,7 @@ func (c *Client) member() []kgo.Opt {
 
 // heartbeat is Kafka's own 3 seconds, or less for a short session.
 func (c *Client) heartbeat() time.Duration {
-	return min(3*time.Second, c.options.SessionTimeout/5)
+	return min(3*time.Second, c.options.SessionTimeout/10)
 }
 
 // revokeMax is how long a call of the receiver may go on in a partition that is taken away. The

@@ -511,7 +511,7 @@ func TestPolledMessagesOfAFormerAssignment(t *testing.T) {
 			defer mu.Unlock()
 			return assignments > brokertest.Partitions
 		})
-	case <-time.After(rebalanceTimeout / 2):
+	case <-time.After(fakeTimeouts.rebalance / 3):
 	}
 	mu.Lock()
 	accept = true
