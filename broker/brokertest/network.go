@@ -2,9 +2,10 @@ package brokertest
 
 import (
 	"context"
-	"errors"
 	"net"
+	"os"
 	"sync"
+	"syscall"
 )
 
 // Network dials connections that can be cut and stopped. The zero value is an open network. It is
@@ -18,8 +19,8 @@ type Network struct {
 
 // DialContext connects through the network. It has the form that dialers of libraries have.
 func (n *Network) DialContext(ctx context.Context, network, address string) (net.Conn, error) {
-	if err := n.flows(ctx.Done()); err != nil {
-		return nil, err
+	if n.flows(ctx.Done()) != nil {
+		return nil, refused(network)
 	}
 	one, err := new(net.Dialer).DialContext(ctx, network, address)
 	if err != nil {
@@ -29,7 +30,7 @@ func (n *Network) DialContext(ctx context.Context, network, address string) (net
 	defer n.mu.Unlock()
 	if n.cut {
 		_ = one.Close()
-		return nil, errors.New("the network is cut")
+		return nil, refused(network)
 	}
 	c := &conn{Conn: one, network: n, closed: make(chan struct{})}
 	if n.conns == nil {
@@ -69,6 +70,11 @@ func (n *Network) Mend() {
 	}
 }
 
+// refused returns the error of a host on which nothing listens.
+func refused(network string) error {
+	return &net.OpError{Op: "dial", Net: network, Err: os.NewSyscallError("connect", syscall.ECONNREFUSED)}
+}
+
 // flows blocks while packets are held back.
 func (n *Network) flows(ended <-chan struct{}) error {
 	for {
@@ -77,7 +83,7 @@ func (n *Network) flows(ended <-chan struct{}) error {
 		n.mu.Unlock()
 		switch {
 		case cut:
-			return errors.New("the network is cut")
+			return net.ErrClosed
 		case stopped == nil:
 			return nil
 		}
