@@ -27,7 +27,7 @@ type consumeCommand struct {
 
 	PSP     string `name:"psp" placeholder:"URL" help:"Processor that sends the mails. Without it the one that the bank left in its database."`
 	NoInbox bool   `help:"Consume naively: first the effect, then the broker's own commit. The audit shows what that doubles."`
-	Addr    string `placeholder:"HOST:PORT" default:"${consumeAddr}" help:"Address of /healthz and /readyz; port 0 takes any free one. (default: ${default})"`
+	Addr    string `placeholder:"HOST:PORT" default:"${consumeAddr}" help:"Address of /healthz, /readyz and /metrics; port 0 takes any free one. (default: ${default})"`
 }
 
 // Run is called by kong.

@@ -45,15 +45,20 @@ type Consumers struct {
 	Store  *postgres.Store
 	Books  *bank.Bank
 	Mailer Mailer
-	Logger *slog.Logger
+	// OnBatch is called after each batch of consumers with an inbox. May be nil.
+	OnBatch func(consumer.BatchEnd)
+	Logger  *slog.Logger
 }
 
-// Relay publishes what is in the store's outbox until ctx ends.
-func Relay(ctx context.Context, broker *Broker, store *postgres.Store, logger *slog.Logger) {
+// Relay publishes what is in the store's outbox until ctx ends. OnDrain is called after each batch; it
+// may be nil.
+func Relay(ctx context.Context, broker *Broker, store *postgres.Store, onDrain func(int, relay.Drained, time.Duration, error), logger *slog.Logger) {
 	if broker.Ready(ctx) != nil {
 		return
 	}
-	relay.New(store.Outbox(), broker.publisher, &relay.Options{AtOnce: AtOnce(store.Pool().Config().MaxConns), PublishTimeout: publishTimeout, Logger: logger}).Run(ctx)
+	relay.New(store.Outbox(), broker.publisher, &relay.Options{
+		AtOnce: AtOnce(store.Pool().Config().MaxConns), PublishTimeout: publishTimeout, OnDrain: onDrain, Logger: logger,
+	}).Run(ctx)
 }
 
 // Run handles messages until ctx ends, and returns when what is under way has ended. An error means
@@ -135,6 +140,9 @@ func apart(ctx context.Context) (context.Context, context.CancelFunc) {
 
 // count notes the copies that a batch dropped.
 func (c *Consumers) count(end consumer.BatchEnd) {
+	if c.OnBatch != nil {
+		c.OnBatch(end)
+	}
 	copies := end.Duplicates + end.Redelivered
 	if copies == 0 || end.Err != nil {
 		return

@@ -37,7 +37,7 @@ type ApartConfig struct {
 	// NoInbox makes the consumers naive: first the effect, then the broker's own commit.
 	NoInbox bool
 
-	// Addr is the address on which consumers answer probes. It is required for them.
+	// Addr is the address on which consumers answer probes and scrapes. It is required for them.
 	Addr string
 
 	// Stdout gets one line when the process works. Nil discards it.
@@ -106,7 +106,7 @@ func Relay(ctx context.Context, config ApartConfig) error {
 	}
 	defer a.close()
 	a.say("demo-bank relay publishes to Kafka %s", strings.Join(a.broker.Addresses(), ","))
-	events.Relay(ctx, a.broker, a.store, a.logger)
+	events.Relay(ctx, a.broker, a.store, nil, a.logger)
 	return nil
 }
 
@@ -135,13 +135,16 @@ func Consume(ctx context.Context, config ApartConfig) error {
 	r := chi.NewRouter()
 	r.Get("/healthz", func(w http.ResponseWriter, _ *http.Request) { alive(w) })
 	r.Get("/readyz", a.ready)
+	metrics := newMetrics(0)
+	metrics.observe(a.store)
+	r.Get("/metrics", metrics.handler().ServeHTTP)
 	probes := &http.Server{Handler: r, ReadHeaderTimeout: readHeaderTimeout, ReadTimeout: readTimeout, MaxHeaderBytes: headerBytesMax}
 	ctx, end := context.WithCancelCause(ctx)
 	defer end(nil)
 	go func() { end(probes.Serve(listener)) }()
 	defer func() { _ = probes.Close() }()
 
-	consumers := &events.Consumers{Broker: a.broker, Store: a.store, Books: a.books, Mailer: mailer, Logger: a.logger}
+	consumers := &events.Consumers{Broker: a.broker, Store: a.store, Books: a.books, Mailer: mailer, OnBatch: metrics.messages.OnBatch, Logger: a.logger}
 	run, how := consumers.Run, "with an inbox"
 	if config.NoInbox {
 		run, how = consumers.RunNaive, "without an inbox"

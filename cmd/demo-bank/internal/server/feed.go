@@ -52,11 +52,11 @@ func (s *Server) leaveAddresses(ctx context.Context, books *bank.Bank) error {
 // feed starts the relay and the consumers of this process, which end with ctx.
 func (s *Server) feed(ctx context.Context, group *sync.WaitGroup, db *database, store *postgres.Store, books *bank.Bank, broker *events.Broker, processor *bank.Processor) {
 	if !s.config.NoRelay {
-		group.Go(func() { events.Relay(ctx, broker, store, s.logger) })
+		group.Go(func() { events.Relay(ctx, broker, store, s.metrics.messages.OnDrain, s.logger) })
 	}
 	if !s.config.NoConsumers {
 		consumers := &events.Consumers{
-			Broker: broker, Store: store, Books: books, Logger: s.logger,
+			Broker: broker, Store: store, Books: books, OnBatch: s.metrics.messages.OnBatch, Logger: s.logger,
 			Mailer: func(context.Context) (*bank.Processor, error) { return processor, nil },
 		}
 		group.Go(func() {

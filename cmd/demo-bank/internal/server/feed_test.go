@@ -168,6 +168,11 @@ func TestEachMoveIsPublishedAndProjected(t *testing.T) {
 		t.Errorf("audit is %+v", audit)
 	}
 	b.auditUntil("both consumers have handled all three messages", func(a bank.Audit) bool { return a.MessagesConsumed == 6 })
+	until(t, "the metrics show the messages", func() bool {
+		scraped := string(b.get("/metrics").body)
+		return strings.Contains(scraped, `idempotency_messages_published_total{result="published"} 3`) &&
+			strings.Contains(scraped, `idempotency_messages_consumed_total{consumer="statements",outcome="executed"} 3`)
+	})
 
 	byType := map[string]*kgo.Record{}
 	records := read(t, b.brokers, 3)

@@ -13,10 +13,11 @@ import (
 	"github.com/paidonce/idempotency/storage/postgres"
 )
 
-// metrics are the bank's Prometheus metrics: those of the engine, its pool, its table and the
-// process. No label ever contains a key, scope or body.
+// metrics are the bank's Prometheus metrics: those of the engine, its pool, its tables, the
+// relay, the consumers and the process. No label ever contains a key, scope or body.
 type metrics struct {
 	*promobserve.Tracer
+	messages *promobserve.Messages
 	registry *prometheus.Registry
 }
 
@@ -27,6 +28,7 @@ func newMetrics(handlerTimeout time.Duration) *metrics {
 	registry.MustRegister(collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
 	return &metrics{
 		Tracer:   promobserve.New(registry, &promobserve.Options{Timeouts: idempotency.Timeouts{Handler: handlerTimeout}}),
+		messages: promobserve.NewMessages(registry),
 		registry: registry,
 	}
 }
@@ -40,5 +42,6 @@ func (m *metrics) handler() http.Handler {
 func (m *metrics) observe(store *postgres.Store) {
 	options := &promobserve.RecordsOptions{Timeout: time.Second} // a scrape must not be late
 	m.registry.MustRegister(promobserve.NewPoolCollector(store.Pool().Stat), promobserve.NewRecordsCollector(store.Statistics, options),
-		promobserve.NewOpenCollector(store.OpenStatistics, options))
+		promobserve.NewOpenCollector(store.OpenStatistics, options),
+		promobserve.NewMessagesCollector(store.MessageStatistics, options))
 }
