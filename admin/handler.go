@@ -23,7 +23,7 @@ const (
 	// PermissionView allows everything that only reads, except bodies: scopes, keys, recorded
 	// headers, the history of keys, figures, findings.
 	PermissionView Permission = "view"
-	// PermissionViewBody allows recorded bodies: the clients' answers.
+	// PermissionViewBody allows recorded bodies: the clients' answers; and the contents of messages.
 	PermissionViewBody Permission = "view-body"
 	// PermissionExpire allows expiring a record, after which a retry of its request may run again.
 	PermissionExpire Permission = "expire"
@@ -164,6 +164,7 @@ var routes = map[string]route{
 	"outbox":    {get: (*Handler).outbox},
 	"parked":    {get: (*Handler).parked},
 	"message":   {get: (*Handler).message},
+	"content":   {get: (*Handler).content},
 	"redrive":   {get: (*Handler).confirmRedrive, post: (*Handler).redrive},
 	"drop":      {get: (*Handler).confirmDrop, post: (*Handler).drop},
 	"retry":     {get: (*Handler).confirmRetry, post: (*Handler).retry},

@@ -2,6 +2,7 @@ package admin
 
 import (
 	"context"
+	"encoding/hex"
 	"errors"
 	"strings"
 	"time"
@@ -147,7 +148,7 @@ type messagePage struct {
 	Token  string                  // of the message, for links
 	Done   string                  // the act just done to it; empty if none
 
-	MayRedrive, MayDrop bool
+	MayViewBody, MayRedrive, MayDrop bool
 
 	// Of confirm-message.html.
 	Act            messageAct
@@ -172,7 +173,7 @@ func (h *Handler) message(p *page) error {
 		d.Ref == (keyRef{ref.Consumer, ref.ID}) && d.Actor == p.actor && h.now().Sub(d.At) <= doneShown {
 		view.Done = string(d.Act)
 	}
-	view.MayRedrive, view.MayDrop = h.has(p, PermissionRedrive), h.has(p, PermissionDrop)
+	view.MayViewBody, view.MayRedrive, view.MayDrop = h.has(p, PermissionViewBody), h.has(p, PermissionRedrive), h.has(p, PermissionDrop)
 	return h.render(p, "message", "Message", view)
 }
 
@@ -194,6 +195,41 @@ func (h *Handler) lookMessage(p *page, ref messageRef) (view messagePage, err er
 		}
 	}
 	return view, nil
+}
+
+// contentPage is the data of content.html.
+type contentPage struct {
+	Ref        messageRef
+	Token      string // of the message, for links
+	Key        string
+	Headers    []header
+	Text       string // the shown text
+	Form       string // text, JSON or hexadecimal
+	ShownBytes int    // of the body, from its beginning
+	Bytes      int
+}
+
+// content shows a message's key, headers and body to readers with PermissionViewBody.
+func (h *Handler) content(p *page) error {
+	actor, err := h.allowed(p.r, PermissionViewBody)
+	if err != nil {
+		return err
+	}
+	ref, err := h.messageOf(p)
+	if err != nil {
+		return err
+	}
+	m, err := h.operator.MessageContent(p.ctx(), ref.ID)
+	if err != nil {
+		return err
+	}
+	h.options.Logger.Info("admin: a message's content was shown", "actor", actor, "consumer", ref.Consumer)
+	view := contentPage{Ref: ref, Token: h.sealer.seal(purposeMessage, ref), Key: string(m.Key), Headers: headersOf(m.Header), Bytes: len(m.Body)}
+	if !printable(m.Key) {
+		view.Key = hex.EncodeToString(m.Key)
+	}
+	view.Text, view.Form, view.ShownBytes = showBody(m.Body, m.Header)
+	return h.render(p, "content", "Content of the message", view)
 }
 
 // messageAct is an act on a message, by the name of its path.

@@ -35,7 +35,7 @@ func (b *testBundle) park(t testing.TB) {
 	}, &consumer.Options{Logger: slog.New(slog.DiscardHandler)})
 	var deliveries []consumer.Delivery
 	for n := 1; n <= 2; n++ {
-		deliveries = append(deliveries, consumer.Delivery{Offset: int64(n), Message: message.Message{ID: messageID(n), Topic: "transfers", Key: []byte("canary-key"), Body: []byte("canary-body")}})
+		deliveries = append(deliveries, consumer.Delivery{Offset: int64(n), Message: message.Message{ID: messageID(n), Topic: "transfers", Key: []byte("canary-key"), Body: []byte("canary-body"), Header: map[string][]string{"Type": {"canary-header"}}}})
 	}
 	for deadline := time.Now().Add(30 * time.Second); len(deliveries) > 0; {
 		settled, _ := c.Receive(context.Background(), consumer.Partition{Source: "transfers", Number: 3}, deliveries)
@@ -96,6 +96,16 @@ func TestDeadLettersOnThePage(t *testing.T) {
 		t.Errorf("the one behind: %s", behind)
 	}
 	page := c.page(t, link(t, dead, "message?"))
+	if content := c.page(t, link(t, page, "content?")); !strings.Contains(content, "canary-body") || !strings.Contains(content, "canary-key") || !strings.Contains(content, "canary-header") {
+		t.Errorf("the content: %s", content)
+	} else {
+		wantAccessible(t, "content", content)
+	}
+	looks := b.as("bob", admin.PermissionView, admin.PermissionRedrive)
+	text(t, looks.get(link(t, page, "content?")), http.StatusForbidden)
+	if len(links(looks.page(t, link(t, dead, "message?")), "content?")) != 0 {
+		t.Error("the content is offered to somebody who may not see it")
+	}
 	confirm := c.page(t, link(t, page, "redrive?"))
 	for _, want := range []string{"unreadable", "offset 1", "under the same id", `name="reason"`} {
 		if !strings.Contains(confirm, want) {

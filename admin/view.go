@@ -56,7 +56,7 @@ func loadAssets(files ...string) (byName map[string]*asset, names map[string]str
 }
 
 // templates are the pages by name, each with the layout around it.
-var templates = parseTemplates("home", "list", "open", "key", "body", "confirm", "confirm-open", "consumers", "outbox", "parked", "message", "confirm-message", "stats", "doctor", "refusal")
+var templates = parseTemplates("home", "list", "open", "key", "body", "confirm", "confirm-open", "consumers", "outbox", "parked", "message", "content", "confirm-message", "stats", "doctor", "refusal")
 
 func parseTemplates(names ...string) map[string]*template.Template {
 	files, err := fs.Sub(embedded, "assets")
@@ -106,7 +106,7 @@ var functions = template.FuncMap{
 	"hex":         func(b [32]byte) string { return hex.EncodeToString(b[:]) },
 	"int":         func(n any) string { return formatNumber(toInt64(n)) },
 	"long":        formatDuration,
-	"ofMessage":   func(name string) bool { return name == "message" || name == "confirm-message" },
+	"ofMessage":   func(name string) bool { return name == "message" || name == "content" || name == "confirm-message" },
 	"openChip":    openChip,
 	"parkedChip":  parkedChip,
 	"toldMessage": tellMessageEvent,
