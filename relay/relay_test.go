@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"log/slog"
 	"math/rand/v2"
 	"strconv"
 	"strings"
@@ -176,7 +177,8 @@ func TestOutageOfTheBrokerParksNothing(t *testing.T) {
 		return nil
 	}
 	tried := make(chan struct{}, 100)
-	run(t, s.Store.Outbox(), p, &relay.Options{Interval: time.Millisecond, PauseMax: 10 * time.Millisecond, OnDrain: func(_ int, d relay.Drained, _ time.Duration, _ error) {
+	var log lockedBuffer
+	run(t, s.Store.Outbox(), p, &relay.Options{Interval: time.Millisecond, PauseMax: 10 * time.Millisecond, Logger: slog.New(slog.NewTextHandler(&log, nil)), OnDrain: func(_ int, d relay.Drained, _ time.Duration, _ error) {
 		if d.Failed > 0 {
 			select {
 			case tried <- struct{}{}:
@@ -200,6 +202,27 @@ func TestOutageOfTheBrokerParksNothing(t *testing.T) {
 	if got := p.bodies(); got != "0 1 2 3 4" {
 		t.Errorf("published %q", got)
 	}
+	if text := log.String(); !strings.Contains(text, "they stay in the outbox") || !strings.Contains(text, "error=away") {
+		t.Errorf("OnDrain silences the log: %s", text)
+	}
+}
+
+// lockedBuffer is a log that several goroutines write.
+type lockedBuffer struct {
+	mu   sync.Mutex
+	text strings.Builder
+}
+
+func (b *lockedBuffer) Write(p []byte) (int, error) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.text.Write(p)
+}
+
+func (b *lockedBuffer) String() string {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.text.String()
 }
 
 // A relay that dies between the broker's confirmation and the deletion publishes the message again,
