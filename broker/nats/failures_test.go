@@ -1,6 +1,7 @@
 package nats_test
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -71,7 +72,7 @@ func (r *running) wait(t *testing.T) error {
 // project runs a consumer until the test ends or it is stopped.
 func (b *books) project(t *testing.T, source consumer.Source, o consumer.Options, before func(ctx context.Context, d *consumer.Delivery) error) *running {
 	t.Helper()
-	o.Logger, o.BatchTimeout = slog.New(slog.DiscardHandler), 4*time.Second
+	o.Logger, o.BatchTimeout = slog.New(slog.DiscardHandler), cmp.Or(o.BatchTimeout, 4*time.Second)
 	o.OnBatch = func(end consumer.BatchEnd) {
 		b.mu.Lock()
 		defer b.mu.Unlock()
@@ -287,14 +288,14 @@ func TestPoisonAndASlowHandler(t *testing.T) {
 	topic := n.newTopic(t, nats.TopicOptions{})
 	publishAll(t, n.publisher(t, nil), numbered(topic, 0, all))
 	var failed, slow atomic.Int32
-	b.project(t, n.connect(t, nil).Source("books", topic), consumer.Options{AttemptsInPlace: attempts, AttemptsMax: attempts}, func(ctx context.Context, d *consumer.Delivery) error {
+	b.project(t, n.connect(t, nil).Source("books", topic), consumer.Options{AttemptsInPlace: attempts, AttemptsMax: attempts, BatchTimeout: time.Minute}, func(ctx context.Context, d *consumer.Delivery) error {
 		switch string(d.Body) {
 		case "7":
 			failed.Add(1)
 			return errors.New("poison")
 		case "8":
 			slow.Add(1)
-			select { // 8 times the interval of beats
+			select {
 			case <-time.After(sessionTimeout + sessionTimeout/5):
 			case <-ctx.Done():
 			}
