@@ -1,6 +1,7 @@
 package nats_test
 
 import (
+	"context"
 	"fmt"
 	"strings"
 	"testing"
@@ -8,6 +9,7 @@ import (
 
 	natsgo "github.com/nats-io/nats.go"
 
+	"github.com/paidonce/idempotency/broker/brokertest"
 	"github.com/paidonce/idempotency/broker/nats"
 	"github.com/paidonce/idempotency/consumer"
 )
@@ -79,4 +81,54 @@ func TestOptionsAndNamesThatCantWork(t *testing.T) {
 		})
 	}
 	client.Source("a.b-c_1", "t", "t") // a topic that is named twice counts once
+}
+
+// blocking is a receiver whose calls last until their context ends.
+type blocking struct{ began, ended chan struct{} }
+
+func (r *blocking) BatchMax() int { return 1 }
+
+func (r *blocking) Assigned(context.Context, consumer.Partition) (int64, error) {
+	return consumer.FromOldest, nil
+}
+
+func (r *blocking) Receive(ctx context.Context, _ consumer.Partition, _ []consumer.Delivery) (settled int, pause time.Duration) {
+	r.began <- struct{}{}
+	<-ctx.Done()
+	r.ended <- struct{}{}
+	return 0, 0
+}
+
+// Mode 14: a member that hears nothing ends its calls by itself, before others take its partitions.
+// When it hears again it goes on.
+func TestMemberThatIsCutOffEndsItsCalls(t *testing.T) {
+	t.Parallel()
+	b := startBroker(t)
+	topic := b.newTopic(t, nats.TopicOptions{Partitions: 1})
+	publishAll(t, b.publisher(t, nil), numbered(topic, 0, 1))
+	network := new(brokertest.Network)
+	source := b.connect(t, network).Source("books", topic)
+	r := &blocking{make(chan struct{}), make(chan struct{})}
+	ctx, cancel := context.WithCancel(t.Context())
+	returned := make(chan error, 1)
+	go func() { returned <- source.Run(ctx, r) }()
+	t.Cleanup(network.Mend)
+	wait := func(what string, c <-chan struct{}) {
+		t.Helper()
+		select {
+		case <-c:
+		case <-time.After(time.Minute):
+			t.Fatalf("not within a minute: %s", what)
+		}
+	}
+	wait("a call", r.began)
+	network.Stop()
+	wait("the end of the call", r.ended)
+	network.Mend()
+	wait("another call", r.began)
+	cancel()
+	wait("the end of that call, after RebalanceTimeout", r.ended)
+	if err := <-returned; err != nil {
+		t.Error(err)
+	}
 }
