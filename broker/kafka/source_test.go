@@ -58,17 +58,6 @@ func (r *receiver) count() (messages, calls int) {
 	return len(r.got), r.calls
 }
 
-// byID returns the messages by their ids.
-func (r *receiver) byID() map[string]consumer.Delivery {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	all := map[string]consumer.Delivery{}
-	for _, d := range r.got {
-		all[d.ID] = d
-	}
-	return all
-}
-
 // consume runs a source until the test ends or stop is called, which returns the error of Run.
 func consume(t *testing.T, source consumer.Source, r consumer.Receiver) (stop func() error, returned <-chan struct{}) {
 	t.Helper()
