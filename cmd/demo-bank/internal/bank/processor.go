@@ -217,7 +217,7 @@ func (p *Processor) Notify(ctx context.Context, key string, n Notice) error {
 
 // NotifyUnseen sends a mail under a key, whether or not one was sent under it before.
 func (p *Processor) NotifyUnseen(ctx context.Context, key string, n Notice) error {
-	_, err := p.send(ctx, "/mails", key, mail{To: n.To, Text: n.Text})
+	_, err := p.send(ctx, "/mails", key, mail(n))
 	return err
 }
 

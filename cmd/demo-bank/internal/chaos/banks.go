@@ -226,7 +226,7 @@ func (s *slot) begin() (*life, error) {
 		l.armed, s.pending = s.pending[0], s.pending[1:]
 	}
 	l.cmd = exec.Command(s.program, "serve", "--addr", s.address, "--database-url", s.url, "--log-level", "WARN",
-		"--brokers", strings.Join(s.run.broker.Addresses(), ","),
+		"--brokers", s.run.brokers,
 		"--pool-size", strconv.Itoa(poolSize),
 		"--acquire-timeout", acquireTimeout.String(), "--reap-interval", s.run.profile.reapInterval.String())
 	timeout := handlerTimeout

@@ -8,6 +8,7 @@ import (
 	"log/slog"
 	"os"
 	"path/filepath"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -26,6 +27,7 @@ type run struct {
 
 	cluster *cluster
 	broker  *events.Broker // of all banks' messages
+	brokers string         // its address
 	banks   *banks
 	commits *commits
 	keys    *ring
@@ -85,6 +87,7 @@ func newRun(config Config) (*run, error) {
 	if r.broker, err = events.Start("", 0, "", slog.New(slog.DiscardHandler)); err != nil {
 		return nil, errors.Join(err, diary.Close(), os.RemoveAll(dir))
 	}
+	r.brokers = strings.Join(r.broker.Addresses(), ",")
 	r.banks = newBanks(r)
 	r.planted = &planter{owner: r}
 	r.processor, r.gateway, r.directed = newProcessor(r), newGateway(r), newDirected(r)
