@@ -207,3 +207,35 @@ func TestStatementInAnEncryptedStore(t *testing.T) {
 		t.Errorf("%d outputs are readable, sent %d times", n, s.sent(t))
 	}
 }
+
+// A run has read a statement and is slow. The person corrects it or takes it back meanwhile: the
+// slow run must not record what it read.
+func TestSlowRunDoesNotRecordAStatementThatWasTakenBack(t *testing.T) {
+	t.Parallel()
+	for as, output := range map[operator.Settlement][]byte{
+		operator.SettleDone: []byte(`{"ID":"ch_stated","Amount":900}`), operator.SettleRetry: nil, operator.SettleNotSent: nil,
+	} {
+		t.Run(string(as), func(t *testing.T) {
+			t.Parallel()
+			s := newShop(t, nil)
+			if as == operator.SettleNotSent {
+				s.does(forgets)
+			} else {
+				s.does(loses)
+			}
+			s.wantOpen(t, s.request())
+			s.older(t, 10*time.Minute)
+			s.state(t, "charge", operator.SettleDone, []byte(`{"ID":"ch_stated","Amount":700}`))
+			slow := newGate()
+			s.beforeCall = slow.pass
+			one := s.resumeLater(t)
+			slow.reached(t)
+			s.beforeCall = nil
+			s.due(t) // the lease of the slow run has ended
+			s.state(t, "charge", as, output)
+			slow.open()
+			wantNoAnswer(t, <-one)
+			s.wantPaid(t, s.resume(t), 900)
+		})
+	}
+}
