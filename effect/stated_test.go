@@ -239,3 +239,17 @@ func TestSlowRunDoesNotRecordAStatementThatWasTakenBack(t *testing.T) {
 		})
 	}
 }
+
+// A stated result that grows beyond the limit when it is encoded again is refused while it can still
+// be replaced.
+func TestStatementThatCannotBeRecordedCanBeReplaced(t *testing.T) {
+	t.Parallel()
+	s := newShop(t, nil)
+	s.does(loses)
+	s.wantOpen(t, s.request())
+	s.state(t, "charge", operator.SettleDone, fmt.Appendf(nil, `{"ID":"%s","Amount":900}`, strings.Repeat("<", effect.OutputBytesMax/2)))
+	s.wantParked(t, s.resume(t), "over 65536 bytes")
+	s.wantUnsent(t)
+	s.state(t, "charge", operator.SettleDone, []byte(`{"ID":"ch_1","Amount":900}`))
+	s.wantPaid(t, s.resume(t), 900)
+}
