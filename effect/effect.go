@@ -440,7 +440,7 @@ func (r *run[In, Out]) doubtless(sent bool) idempotency.Lapse {
 // park leaves the request to a person.
 func (r *run[In, Out]) park(reason string, cause error) (Out, error) {
 	lapse := idempotency.Lapse{Parked: r.reason(reason)}
-	if r.end.Resumed && !r.end.Sent && r.effect.State == idempotency.EffectIntended && len(r.effect.Output) == 0 {
+	if r.end.Resumed && !r.end.Sent && r.effect.State == idempotency.EffectIntended && r.effect.Output == nil {
 		lapse.Doubts = r.doubtless(false).Doubts
 	}
 	return r.lapse(idempotency.EffectResultParked, "", cause, lapse)

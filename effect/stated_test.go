@@ -198,6 +198,9 @@ func TestStatementInAnEncryptedStore(t *testing.T) {
 	}
 	s.wantUnsent(t)
 	s.due(t)
+	s.state(t, "charge", operator.SettleDone, seal("charge", ""))
+	s.wantParked(t, s.resume(t), `{"ID":"","Amount":0}`)
+	s.wantUnsent(t)
 	s.state(t, "charge", operator.SettleDone, seal("charge", `{"ID":"ch_1"}`))
 	s.wantParked(t, s.resume(t), `{"ID":"","Amount":0}`)
 	s.wantUnsent(t)
