@@ -386,7 +386,7 @@ func (r *run[In, Out]) declined(start time.Time, no error) (Out, error) {
 	case r.repeated:
 		return r.lapse(idempotency.EffectResultUnknown, "it was sent twice, so its decline is not final", no, idempotency.Lapse{})
 	case r.end.Resumed && !r.quiet(start):
-		return r.lapse(idempotency.EffectResultUnknown, "an earlier send may be under way, so its decline is not final", no, r.doubtless(true))
+		return r.lapse(idempotency.EffectResultUnknown, "an earlier send may be under way, so its decline is not final", no, r.doubtless(r.end.Sent))
 	}
 	var declined *DeclinedError
 	var detail []byte
