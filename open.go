@@ -755,8 +755,8 @@ func (e *Engine) attemptOpen(ctx context.Context, budget *deadline.Context, req 
 			}
 			if err == nil && effects.opened { // the handler just returned
 				err = errors.New(effects.lapse.Reason)
-				if cause := effects.lapse.Cause; cause != nil {
-					err = fmt.Errorf("%w: %w", err, cause)
+				if cause := effects.lapse.Cause; cause != nil && !strings.HasSuffix(err.Error(), cause.Error()) {
+					err = fmt.Errorf("%w: %v", err, cause) // its text alone: the handler did not return it
 				}
 			}
 			result := refuse(decision, err)

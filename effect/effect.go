@@ -386,7 +386,7 @@ func (r *run[In, Out]) declined(start time.Time, no error) (Out, error) {
 	case r.repeated:
 		return r.lapse(idempotency.EffectResultUnknown, "it was sent twice, so its decline is not final", no, idempotency.Lapse{})
 	case r.end.Resumed && !r.quiet(start):
-		return r.lapse(idempotency.EffectResultUnknown, "an earlier send may be under way, so its decline is not final", no, r.doubtless(true))
+		return r.lapse(idempotency.EffectResultUnknown, "an earlier send may be under way, so its decline is not final", no, r.doubtless(r.end.Sent))
 	}
 	var declined *DeclinedError
 	var detail []byte
@@ -440,7 +440,7 @@ func (r *run[In, Out]) doubtless(sent bool) idempotency.Lapse {
 // park leaves the request to a person.
 func (r *run[In, Out]) park(reason string, cause error) (Out, error) {
 	lapse := idempotency.Lapse{Parked: r.reason(reason)}
-	if r.end.Resumed && !r.end.Sent && r.effect.State == idempotency.EffectIntended && len(r.effect.Output) == 0 {
+	if r.end.Resumed && !r.end.Sent && r.effect.State == idempotency.EffectIntended && r.effect.Output == nil {
 		lapse.Doubts = r.doubtless(false).Doubts
 	}
 	return r.lapse(idempotency.EffectResultParked, "", cause, lapse)

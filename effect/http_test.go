@@ -94,6 +94,9 @@ func TestStatusOfAnAnswerIsKeptForOperators(t *testing.T) {
 	if !strings.Contains(fmt.Sprint(result.Err), "canary: the other service answered 401") {
 		t.Errorf("the result's error is %v", result.Err)
 	}
+	if n := strings.Count(fmt.Sprint(result.Err), "answered 401"); n != 2 { // in the reason and in the cause, which says more
+		t.Errorf("the result's error is %v", result.Err)
+	}
 	if got := s.Text(t, "SELECT last_reason FROM idempotency_open"); got != "effect charge: its result is not known: the other service answered 401" {
 		t.Errorf("recorded: %q", got)
 	}

@@ -17,8 +17,10 @@ const formBytesMax = 500
 // returned it, the request is left to a person: a wrong form would be decoded to zero values, and
 // posted. The reason has nothing of what was typed, which may be private.
 func (r *run[In, Out]) stated() (out Out, err error) {
-	switch out, fits := fromStatement[Out](r.effect.Output); {
-	case len(r.effect.Output) > OutputBytesMax:
+	out, fits := fromStatement[Out](r.effect.Output)
+	_, unencodable := encodeOutput(out) // an output may be longer than the text that was typed
+	switch {
+	case len(r.effect.Output) > OutputBytesMax, fits && unencodable != nil:
 		return r.park(fmt.Sprintf("the stated result has over %d bytes, and nothing was sent", OutputBytesMax), nil)
 	case fits:
 		return r.done(out)

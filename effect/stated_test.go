@@ -198,6 +198,9 @@ func TestStatementInAnEncryptedStore(t *testing.T) {
 	}
 	s.wantUnsent(t)
 	s.due(t)
+	s.state(t, "charge", operator.SettleDone, seal("charge", ""))
+	s.wantParked(t, s.resume(t), `{"ID":"","Amount":0}`)
+	s.wantUnsent(t)
 	s.state(t, "charge", operator.SettleDone, seal("charge", `{"ID":"ch_1"}`))
 	s.wantParked(t, s.resume(t), `{"ID":"","Amount":0}`)
 	s.wantUnsent(t)
@@ -206,4 +209,50 @@ func TestStatementInAnEncryptedStore(t *testing.T) {
 	if n := s.Count(t, "SELECT count(*) FROM idempotency_effects WHERE position('ch_1'::bytea IN output) > 0"); n != 0 || s.sent(t) != 1 {
 		t.Errorf("%d outputs are readable, sent %d times", n, s.sent(t))
 	}
+}
+
+// A run has read a statement and is slow. The person corrects it or takes it back meanwhile: the
+// slow run must not record what it read.
+func TestSlowRunDoesNotRecordAStatementThatWasTakenBack(t *testing.T) {
+	t.Parallel()
+	for as, output := range map[operator.Settlement][]byte{
+		operator.SettleDone: []byte(`{"ID":"ch_stated","Amount":900}`), operator.SettleRetry: nil, operator.SettleNotSent: nil,
+	} {
+		t.Run(string(as), func(t *testing.T) {
+			t.Parallel()
+			s := newShop(t, nil)
+			if as == operator.SettleNotSent {
+				s.does(forgets)
+			} else {
+				s.does(loses)
+			}
+			s.wantOpen(t, s.request())
+			s.older(t, 10*time.Minute)
+			s.state(t, "charge", operator.SettleDone, []byte(`{"ID":"ch_stated","Amount":700}`))
+			slow := newGate()
+			s.beforeCall = slow.pass
+			one := s.resumeLater(t)
+			slow.reached(t)
+			s.beforeCall = nil
+			s.due(t) // the lease of the slow run has ended
+			s.state(t, "charge", as, output)
+			slow.open()
+			wantNoAnswer(t, <-one)
+			s.wantPaid(t, s.resume(t), 900)
+		})
+	}
+}
+
+// A stated result that grows beyond the limit when it is encoded again is refused while it can still
+// be replaced.
+func TestStatementThatCannotBeRecordedCanBeReplaced(t *testing.T) {
+	t.Parallel()
+	s := newShop(t, nil)
+	s.does(loses)
+	s.wantOpen(t, s.request())
+	s.state(t, "charge", operator.SettleDone, fmt.Appendf(nil, `{"ID":"%s","Amount":900}`, strings.Repeat("<", effect.OutputBytesMax/2)))
+	s.wantParked(t, s.resume(t), "over 65536 bytes")
+	s.wantUnsent(t)
+	s.state(t, "charge", operator.SettleDone, []byte(`{"ID":"ch_1","Amount":900}`))
+	s.wantPaid(t, s.resume(t), 900)
 }

@@ -133,6 +133,13 @@ func TestWhoPrefersNotToWaitGetsPendingAndTheAnswerLater(t *testing.T) {
 	if err != nil || strings.Contains(string(sealed), key) || strings.Contains(string(sealed), "acme") {
 		t.Errorf("the id is %q, %v", sealed, err)
 	}
+	due := func(in string) {
+		t.Helper()
+		if _, err := o.pool.Exec(t.Context(), "UPDATE idempotency_open SET next_at = now() + $1::interval", in); err != nil {
+			t.Fatal(err)
+		}
+	}
+	due("1 hour") // the retry runs nothing
 	if again := o.topUp(t, key, "json"); again.header.Get("Location") != location {
 		t.Errorf("the retry is at %q, not %q", again.header.Get("Location"), location)
 	}
@@ -156,6 +163,7 @@ func TestWhoPrefersNotToWaitGetsPendingAndTheAnswerLater(t *testing.T) {
 		t.Errorf("%d %s %v", got.status, got.body, got.header)
 	}
 	o.processor.set(func() { o.processor.mute = false })
+	due("0")
 	complete(t, o.testBundle, o.completer)
 	got, _ = o.get(t, location)
 	if wanted := `{"id":"` + id + `","status":"done","answer":{"status":201,"body":{"id":"ch_1","text":"<1.50>"}}}` + "\n"; got.status != http.StatusOK || got.body != wanted || got.header.Get("Retry-After") != "" {

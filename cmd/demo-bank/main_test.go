@@ -333,7 +333,7 @@ func TestStopUnderLoad(t *testing.T) {
 	}()
 	eventually(t, "the request in flight waits for the lock", func() bool {
 		var waiting bool
-		err := tx.QueryRow(t.Context(), `SELECT EXISTS (SELECT FROM pg_locks WHERE NOT granted)`).Scan(&waiting)
+		err := tx.QueryRow(t.Context(), `SELECT EXISTS (SELECT FROM pg_locks JOIN pg_stat_activity USING (pid) WHERE NOT granted AND datname = current_database())`).Scan(&waiting)
 		return err == nil && waiting
 	})
 

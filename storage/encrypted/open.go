@@ -205,7 +205,8 @@ func (s *Store) openPart(stored []byte, key idempotency.Key, attempt idempotency
 	if aead == nil {
 		return nil, fmt.Errorf("decrypt the %s of an open request: %w: it was encrypted with key %d: name that in Keys.Older", part, idempotency.ErrUnknown, keyID)
 	}
-	plain, err := aead.Open(nil, nil, sealed, boundPart(keyID, key, attempt, part, name))
+	// Not nil, even if it is empty: an output that is nil would mean that nobody stated one.
+	plain, err := aead.Open([]byte{}, nil, sealed, boundPart(keyID, key, attempt, part, name))
 	if err != nil {
 		return nil, fmt.Errorf("decrypt the %s of an open request: %w", part, errForged)
 	}

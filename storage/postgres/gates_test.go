@@ -25,7 +25,7 @@ const (
 
 	// WAL of one expired record with such an answer, including the page images after a checkpoint:
 	// docs/decisions/0011-expiry.md.
-	walDeleteBytesMax = 460
+	walDeleteBytesMax = 465
 	walVacuumBytesMax = 85
 
 	connectionsMax = 1

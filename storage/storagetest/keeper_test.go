@@ -282,6 +282,15 @@ func (a *referenceOpenAttempt) Leave(_ context.Context, lapse idempotency.Lapse)
 		return err
 	}
 	open.Due, open.Owned, open.Parked, open.LastFail = time.Now().Add(lapse.Pause), false, lapse.Parked, lapse.Reason
+	for i := range open.Effects {
+		effect := &open.Effects[i]
+		if doubt, ok := lapse.Doubts[effect.Name]; ok && effect.State == idempotency.EffectIntended {
+			effect.Doubt = doubt.At
+			if !doubt.Sent && s.fault != "counts what was not sent" {
+				effect.Tries--
+			}
+		}
+	}
 	if s.fault == "leaves for no pause" {
 		open.Due = time.Now()
 	}

@@ -110,6 +110,7 @@ var faults = map[string]string{
 	"takes what is parked":            "OwnerIsAlone",
 	"finds every route":               "OwnerIsAlone",
 	"leaves for no pause":             "OwnerIsAlone",
+	"counts what was not sent":        "ResultIsKept",
 	"many take over":                  "OneOfManyTakesOver",
 	"no fence":                        "ReplacedOwnerWritesNothing",
 	"forgets results":                 "ResultIsKept",

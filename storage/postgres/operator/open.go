@@ -329,6 +329,8 @@ func (o *Operator) Settle(ctx context.Context, key idempotency.Key, name string,
 				return "", err
 			}
 		}
+		// A run that has read the statement before this one, and is slow, must not record it.
+		const refuseStale = ", epoch = epoch + CASE WHEN output IS NULL THEN 0 ELSE 1 END"
 		switch as {
 		case SettleNotSent:
 			if e.Kind != idempotency.EffectCall {
@@ -336,13 +338,13 @@ func (o *Operator) Settle(ctx context.Context, key idempotency.Key, name string,
 				// once at most. That may be true of an undo.
 				return "", one(tx.Exec(ctx, "DELETE FROM "+o.effects+" WHERE scope = $1 AND key = $2 AND name = $3 AND state = 1", key.Scope, key.Value, name))
 			}
-			return "", one(tx.Exec(ctx, "UPDATE "+o.effects+" SET sent_first_at = clock_timestamp(), doubt_at = NULL, tries = 0, panics = 0, output = NULL WHERE scope = $1 AND key = $2 AND name = $3 AND state = 1",
+			return "", one(tx.Exec(ctx, "UPDATE "+o.effects+" SET sent_first_at = clock_timestamp(), doubt_at = NULL, tries = 0, panics = 0, output = NULL"+refuseStale+" WHERE scope = $1 AND key = $2 AND name = $3 AND state = 1",
 				key.Scope, key.Value, name))
 		case SettleRetry:
 			if e.Kind == idempotency.EffectAtMostOnce {
 				return "", fmt.Errorf("%w: this effect is sent once at most: settle it as %s if the other service certainly never got it", ErrInvalid, SettleNotSent)
 			}
-			return "", one(tx.Exec(ctx, "UPDATE "+o.effects+" SET panics = 0, output = NULL WHERE scope = $1 AND key = $2 AND name = $3 AND state = 1", key.Scope, key.Value, name))
+			return "", one(tx.Exec(ctx, "UPDATE "+o.effects+" SET panics = 0, output = NULL"+refuseStale+" WHERE scope = $1 AND key = $2 AND name = $3 AND state = 1", key.Scope, key.Value, name))
 		}
 		var encrypted bool
 		if err := tx.QueryRow(ctx, "SELECT substr(input, 1, $4::int) = $5::bytea FROM "+o.effects+" WHERE scope = $1 AND key = $2 AND name = $3",
@@ -356,7 +358,7 @@ func (o *Operator) Settle(ctx context.Context, key idempotency.Key, name string,
 		if as == SettleDeclined {
 			set = "output = $4, state = 3, settled_at = clock_timestamp()"
 		}
-		return "", one(tx.Exec(ctx, "UPDATE "+o.effects+" SET "+set+" WHERE scope = $1 AND key = $2 AND name = $3 AND state = 1", key.Scope, key.Value, name, output))
+		return "", one(tx.Exec(ctx, "UPDATE "+o.effects+" SET "+set+refuseStale+" WHERE scope = $1 AND key = $2 AND name = $3 AND state = 1", key.Scope, key.Value, name, output))
 	})
 }
 
