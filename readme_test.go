@@ -1,6 +1,7 @@
 package idempotency
 
 import (
+	"cmp"
 	"os"
 	"strings"
 	"testing"
@@ -39,6 +40,33 @@ func TestReadmeShowsWhatRuns(t *testing.T) {
 		if !strings.Contains(rest, line) || !strings.Contains(string(source), line) {
 			t.Errorf("the README or the example does not mount it with %s", line)
 		}
+	}
+
+	// The third is a consumer of messages, in the example of package kafka, which runs. Two lines publish,
+	// and the output is the example's.
+	example, rest = goExample(t, rest)
+	source, err = os.ReadFile("broker/kafka/example_test.go")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if !strings.Contains(string(source), example) {
+		t.Error("the README's third Go example is not in broker/kafka/example_test.go")
+	}
+	if lines := strings.Count(example, "\n"); lines > 20 {
+		t.Errorf("the consumer has %d lines, and should have at most 20", lines)
+	}
+	for readmeLine, sourceLine := range map[string]string{
+		`err = message.Publish(ctx, "transfer-made", message.Message{Topic: "transfers", Key: []byte(t.From), Body: body})`: "",
+		`relay.New(store.Outbox(), publisher, nil).Run(ctx)`:                                                                `relay.New(store.Outbox(), twice{publisher}, nil).Run(ctx)`,
+	} {
+		if !strings.Contains(string(readme), "\n    "+readmeLine) || !strings.Contains(string(source), cmp.Or(sourceLine, readmeLine)) {
+			t.Errorf("the README or the example has no line %s", readmeLine)
+		}
+	}
+	_, output, _ := strings.Cut(string(source), "// Output:\n")
+	output = strings.ReplaceAll(strings.TrimSuffix(output, "}\n"), "\t// ", "    ")
+	if output == "" || !strings.Contains(rest, "\n"+output) {
+		t.Error("the README does not show the example's output")
 	}
 
 	if lines := strings.Count(string(readme), "\n"); lines >= 250 {

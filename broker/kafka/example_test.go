@@ -31,8 +31,8 @@ func project(ctx context.Context, m *consumer.Delivery) error {
 	if err := json.Unmarshal(m.Body, &t); err != nil {
 		return consumer.Reject(err) // no retry can help: a dead letter at once
 	}
-	_, err := postgres.Tx(ctx).Exec(ctx, addEntries, t.From, t.To, t.Amount) // commits with the message's id and position
-	return err                                                               // tried again in place, then later; after Options.AttemptsMax a dead letter
+	_, err := postgres.Tx(ctx).Exec(ctx, addEntries, t.From, t.To, t.Amount)
+	return err // it runs again, at once or later; after Options.AttemptsMax a dead letter
 }
 
 type Transfer struct {
