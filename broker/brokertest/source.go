@@ -18,6 +18,7 @@ var sourceCases = []aCase{
 	{"consume/messages arrive as they were", "key, id, headers and body are as they were published; partition, offset and time are set", sourceNeeds(), receivedAsTheyWere},
 	{"consume/order per key", "messages with one topic and key are delivered in their order, each once while nothing fails", sourceNeeds(), receivedInOrder},
 	{"consume/begin at the receiver's offset", "a partition begins at the offset that Assigned returns, whatever was consumed before; so a restore of the database rewinds the source (27)", sourceNeeds(), beginsAtTheOffset},
+	{"consume/several consumers", "each consumer gets every message, whatever another one has settled (17)", sourceNeeds(), severalConsumers},
 	{"consume/begin with new messages", "FromNewest skips what was published before", sourceNeeds(), beginsWithNew},
 	{"consume/not settled", "messages that are not settled are delivered again after the pause, and none behind them meanwhile", sourceNeeds(), notSettled},
 	{"consume/pause of one partition", "a partition that is paused for long holds no other up, and goes on by itself", sourceNeeds(), onePaused},
@@ -28,6 +29,7 @@ var sourceCases = []aCase{
 	{"consume/members come and go", "each partition is with one member at a time; each message is settled once, in its order", sourceNeeds(hasGroups), membersComeAndGo},
 	{"consume/handed over", "a partition that is taken away waits for the call under way, and begins no other with what is buffered (15)", sourceNeeds(hasGroups), handedOver},
 	{"consume/call too long", "a call in a partition that is taken away ends with its context before another member has the partition", sourceNeeds(hasGroups, func(_ Features, h *Harness) bool { return h.Rebalance > 0 }), callTooLong},
+	{"consume/slow call", "a call that takes longer than a session keeps its partition, and its messages are settled once (26)", sourceNeeds(hasGroups), slowCall},
 	{"consume/zombie", "a member that was paused past its session settles nothing twice, and drops what it buffered (14, 15, 16)", sourceNeeds(hasGroups, hasSourceNetwork), zombie},
 	{"consume/trimmed", "messages that the broker deleted unread end the source with ErrTrimmed and their number (24)", sourceNeeds(canTrim), trimmed},
 	{"consume/trimmed behind what is fetched", "messages that were fetched before the ones behind them were deleted are settled, and then the source ends with ErrTrimmed (24)", sourceNeeds(canTrim, hasSourceNetwork), trimmedBehind},
@@ -172,6 +174,26 @@ func beginsAtTheOffset(t *testing.T, h *Harness) {
 	}
 	if n := restored.again(); n != 0 {
 		t.Errorf("%d messages in front of the offset were delivered", n)
+	}
+}
+
+func severalConsumers(t *testing.T, h *Harness) {
+	const n = 300
+	topic := h.Topic(t)
+	keys := publishNumbered(t, h, topic, n)
+	names := []string{nameOfConsumer, "notices", "late"}
+	ledgers := make([]*ledger, len(names))
+	for i, name := range names {
+		ledgers[i] = newLedger()
+		if name == "late" { // the others have settled all messages
+			ledgers[0].waitHandled(t, n)
+			ledgers[1].waitHandled(t, n)
+		}
+		ledgers[i].run(t, h, name, topic, nil)
+	}
+	for _, l := range ledgers {
+		l.waitHandled(t, n)
+		checkOnce(t, l, topic, n, keys)
 	}
 }
 
@@ -408,6 +430,31 @@ func membersComeAndGo(t *testing.T, h *Harness) {
 		q.stop()
 	}
 	checkOnce(t, l, topic, n, keys)
+}
+
+func slowCall(t *testing.T, h *Harness) {
+	const n = 60
+	topic := h.Topic(t)
+	keys := publishNumbered(t, h, topic, n)
+	l := newLedger()
+	var slow atomic.Bool
+	l.run(t, h, nameOfConsumer, topic, func(p *process) {
+		p.each = func(b *begun) (bool, time.Duration) {
+			if slow.CompareAndSwap(false, true) {
+				select {
+				case <-time.After(h.Session + h.Session/2):
+				case <-b.ctx.Done():
+					t.Error("the context of the call ended")
+				}
+			}
+			return false, 0
+		}
+	})
+	l.waitHandled(t, n)
+	checkOnce(t, l, topic, n, keys)
+	if n := l.again(); n != 0 {
+		t.Errorf("%d messages came again", n)
+	}
 }
 
 // gate lets the calls of a process wait until it is open, or their context ends.

@@ -121,6 +121,41 @@ func TestQueueHandlesEachMessageOnce(t *testing.T) {
 	}
 }
 
+// Modes 1 and 2: a message with a lower id that is committed later is handled, and somebody's long
+// transaction delays no message.
+func TestQueueHandlesAMessageThatIsCommittedLate(t *testing.T) {
+	t.Parallel()
+	b := setup(t, nil)
+	begin := func(sql string) pgx.Tx {
+		tx, err := b.pool.Begin(t.Context())
+		if err == nil {
+			_, err = tx.Exec(t.Context(), sql)
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { _ = tx.Rollback(context.Background()) })
+		return tx
+	}
+	engine := idempotency.NewEngine(b.store, nil)
+	begin("INSERT INTO effects (name) VALUES ('unrelated')")
+	b.publishMail(t, engine, "mails", "k", "first")
+	late := begin("INSERT INTO message_outbox (created_at, shard, message_id, topic, key, headers, body) SELECT now(), shard, gen_random_uuid(), topic, key, headers, 'late' FROM message_outbox")
+	b.publishMail(t, engine, "mails", "k", "second")
+
+	ctx, stop := context.WithCancel(t.Context())
+	var running sync.WaitGroup
+	t.Cleanup(running.Wait)
+	t.Cleanup(stop)
+	queue := b.store.Queue("mails")
+	running.Go(func() { _ = consumer.New("mailer", queue, queue, insertBody, nil).Run(ctx) })
+	eventually(t, "both are handled", func() bool { return b.effectsInOrder(t) == "first second" })
+	if err := late.Commit(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	eventually(t, "the late one is handled too", func() bool { return b.effectsInOrder(t) == "first second late" })
+}
+
 // A relay leaves the topic of a queue out, and takes the others.
 func TestRelayLeavesAQueueOut(t *testing.T) {
 	t.Parallel()
