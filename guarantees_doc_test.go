@@ -5,6 +5,7 @@ import (
 	"os"
 	"path/filepath"
 	"regexp"
+	"slices"
 	"strconv"
 	"strings"
 	"testing"
@@ -46,6 +47,28 @@ func TestDocsNameTestsThatExist(t *testing.T) {
 		row := regexp.MustCompile(`(?m)^\| F` + strconv.Itoa(fault) + " .*(`Test|chaos)")
 		if !row.Match(doc) {
 			t.Errorf("F%d has no row with a test", fault)
+		}
+	}
+	for mode := 1; mode <= 30; mode++ {
+		row := regexp.MustCompile(`(?m)^\| M` + strconv.Itoa(mode) + " .*`Test")
+		ofOtherBrokers := slices.Contains([]int{9, 25, 28, 29}, mode) // which have no package here
+		if !ofOtherBrokers && !row.Match(doc) {
+			t.Errorf("M%d has no row with a test", mode)
+		}
+	}
+	suite := ""
+	for _, file := range []string{"publisher.go", "source.go"} {
+		source, err := os.ReadFile(filepath.Join("broker/brokertest", file))
+		if err != nil {
+			t.Fatal(err)
+		}
+		suite += string(source)
+	}
+	for _, cases := range regexp.MustCompile("suite: (`[^`]+`(?:, `[^`]+`)*)").FindAllSubmatch(doc, -1) {
+		for name := range strings.SplitSeq(strings.Trim(string(cases[1]), "`"), "`, `") {
+			if !strings.Contains(suite, `"consume/`+name) && !strings.Contains(suite, `"publish/`+name) {
+				t.Errorf("the suite of brokers has no case %q", name)
+			}
 		}
 	}
 }
