@@ -12,7 +12,6 @@ import (
 
 	"github.com/jackc/pgx/v5/pgxpool"
 	"github.com/twmb/franz-go/pkg/kadm"
-	"github.com/twmb/franz-go/pkg/kfake"
 
 	"github.com/paidonce/idempotency"
 	"github.com/paidonce/idempotency/broker/brokertest"
@@ -137,7 +136,7 @@ func drain(t *testing.T, s *testservice.Service, p relay.Publisher) {
 // have one id, and the second has no effect.
 func TestRelayDiesBetweenConfirmationAndDeletion(t *testing.T) {
 	t.Parallel()
-	f, b := startFake(t), newBooks(t)
+	f, b := startBroker(t), newBooks(t)
 	topic := newTopic()
 	createTopic(t, f.brokers, topic, nil)
 	pay(t, b.Service, topic, "key", "payment")
@@ -161,7 +160,7 @@ func TestRelayDiesBetweenConfirmationAndDeletion(t *testing.T) {
 // The client's retry pays and publishes again. The id is the same, so consumers see it once.
 func TestPaymentThatIsPublishedAndLost(t *testing.T) {
 	t.Parallel()
-	f, b := startFake(t), newBooks(t)
+	f, b := startBroker(t), newBooks(t)
 	topic := newTopic()
 	createTopic(t, f.brokers, topic, nil)
 	p := publisher(t, f.brokers, new(brokertest.Network))
@@ -193,7 +192,7 @@ func publishAll(t *testing.T, p relay.Publisher, all []message.Message) {
 }
 
 // setCommits sets the group's offsets at the broker, while it has no members.
-func setCommits(t *testing.T, f *fake, group string, offsets kadm.Offsets) {
+func setCommits(t *testing.T, f *broker, group string, offsets kadm.Offsets) {
 	t.Helper()
 	client := kadm.NewClient(admin(t, f.brokers))
 	eventually(t, "the offsets are set", func() bool {
@@ -207,7 +206,7 @@ func setCommits(t *testing.T, f *fake, group string, offsets kadm.Offsets) {
 func TestOffsetsAtTheBrokerDecideNothing(t *testing.T) {
 	t.Parallel()
 	const n = 200
-	f, b := startFake(t), newBooks(t)
+	f, b := startBroker(t), newBooks(t)
 	topic := newTopic()
 	createTopic(t, f.brokers, topic, nil)
 	p := publisher(t, f.brokers, new(brokertest.Network))
@@ -242,7 +241,7 @@ func TestMembersThatPauseAndDie(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
 			const n, members, faults = 1500, 3, 6
-			f, b := startFake(t), newBooks(t)
+			f, b := startBroker(t), newBooks(t)
 			topic := newTopic()
 			createTopic(t, f.brokers, topic, nil)
 			p := publisher(t, f.brokers, new(brokertest.Network))
@@ -268,7 +267,7 @@ func TestMembersThatPauseAndDie(t *testing.T) {
 				switch i % 3 {
 				case 0: // a pause past the session; the others have its partitions, or all there is
 					networks[at].Stop()
-					_, _ = f.now().WaitGroupInfo(t.Context(), "books", func(g *kfake.GroupInfo) bool { return g != nil && len(g.Members) < members })
+					eventually(t, "the member is out of its group", func() bool { return len(f.assigned(t, "books")) < members })
 					networks[at].Mend()
 				case 1: // a member goes and another comes
 					stops[at]()

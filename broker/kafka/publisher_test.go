@@ -72,7 +72,7 @@ func keysInOrder(t *testing.T, brokers []string, topic string, sent []message.Me
 // all published, and only the one that is too large itself is refused.
 func TestMessagesAreNotRefusedForTheSizeOfTheirBatch(t *testing.T) {
 	t.Parallel()
-	f := startFake(t)
+	f := startBroker(t)
 	topic := newTopic()
 	createTopic(t, f.brokers, topic, map[string]*string{"max.message.bytes": kadm.StringPtr("5000")})
 	sent := messages(topic, 100, 1000)
@@ -103,7 +103,7 @@ func TestMessagesAreNotRefusedForTheSizeOfTheirBatch(t *testing.T) {
 // The limit of a record, from both sides: what passes it passes the library and the broker too.
 func TestRecordBytesMax(t *testing.T) {
 	t.Parallel()
-	f := startFake(t)
+	f := startBroker(t)
 	topic := newTopic()
 	createTopic(t, f.brokers, topic, nil)
 	p := publisher(t, f.brokers, new(brokertest.Network))
@@ -249,7 +249,7 @@ func TestErrorsQuoteNoMessage(t *testing.T) {
 // A topic that was deleted is refused, and one that was made anew under its name takes messages.
 func TestPublishToARecreatedTopic(t *testing.T) {
 	t.Parallel()
-	f := startFake(t)
+	f := startBroker(t)
 	topic := newTopic()
 	createTopic(t, f.brokers, topic, nil)
 	p := publisher(t, f.brokers, new(brokertest.Network))
@@ -257,8 +257,8 @@ func TestPublishToARecreatedTopic(t *testing.T) {
 	if confirmed, _, _ := count(p.Publish(t.Context(), sent)); confirmed != len(sent) {
 		t.Fatalf("%d confirmed", confirmed)
 	}
-	if err := f.now().DeleteTopic(topic); err != nil {
-		t.Fatal(err)
+	if deleted, err := kadm.NewClient(admin(t, f.brokers)).DeleteTopic(t.Context(), topic); err != nil || deleted.Err != nil {
+		t.Fatal(err, deleted.Err)
 	}
 	if confirmed, refused, failed := count(p.Publish(t.Context(), sent)); refused != 7 || failed != len(sent)-7 {
 		t.Errorf("without the topic: %d confirmed, %d refused, %d failed", confirmed, refused, failed)
@@ -274,7 +274,7 @@ func TestPublishToARecreatedTopic(t *testing.T) {
 // After Close nothing is published; what is being published ends.
 func TestPublisherClose(t *testing.T) {
 	t.Parallel()
-	f := startFake(t)
+	f := startBroker(t)
 	topic := newTopic()
 	createTopic(t, f.brokers, topic, nil)
 	p := publisher(t, f.brokers, new(brokertest.Network))

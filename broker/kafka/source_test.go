@@ -85,7 +85,7 @@ func produce(t *testing.T, brokers []string, records ...*kgo.Record) {
 	}
 }
 
-func source(t *testing.T, f *fake, group, topic string, with func(o *kafka.Options)) *kafka.Source {
+func source(t *testing.T, f *broker, group, topic string, with func(o *kafka.Options)) *kafka.Source {
 	t.Helper()
 	return connect(t, f.brokers, new(brokertest.Network), with).Source(group, topic)
 }
@@ -95,7 +95,7 @@ func source(t *testing.T, f *fake, group, topic string, with func(o *kafka.Optio
 // outbox.)
 func TestForeignMessages(t *testing.T) {
 	t.Parallel()
-	f := startFake(t)
+	f := startBroker(t)
 	topic := newTopic()
 	createTopic(t, f.brokers, topic, nil)
 	header := func(pairs ...string) (all []kgo.RecordHeader) {
@@ -104,7 +104,11 @@ func TestForeignMessages(t *testing.T) {
 		}
 		return all
 	}
-	id := f.now().TopicInfo(topic).TopicID
+	metadata, err := kadm.NewClient(admin(t, f.brokers)).Metadata(t.Context(), topic)
+	if err != nil {
+		t.Fatal(err)
+	}
+	id := [16]byte(metadata.Topics[topic].ID)
 	place := func(offset int) string { return fmt.Sprintf("%s/1/%d/%x", topic, offset, id) }
 	large := strings.Repeat("v", message.HeaderBytesMax/2)
 	var all []*kgo.Record
@@ -147,7 +151,7 @@ func TestForeignMessages(t *testing.T) {
 // Messages of a transaction that was aborted are not delivered.
 func TestAbortedTransactionsAreNotDelivered(t *testing.T) {
 	t.Parallel()
-	f := startFake(t)
+	f := startBroker(t)
 	topic := newTopic()
 	createTopic(t, f.brokers, topic, nil)
 	producer := admin(t, f.brokers, kgo.TransactionalID("other"), kgo.RecordPartitioner(kgo.ManualPartitioner()))
@@ -192,7 +196,7 @@ func (p *polled) OnFetchRecordUnbuffered(r *kgo.Record, handedOver bool) {
 func TestBufferOfAPartitionIsBounded(t *testing.T) {
 	t.Parallel()
 	const n, size = 200, 100_000
-	f := startFake(t)
+	f := startBroker(t)
 	topic := newTopic()
 	createTopic(t, f.brokers, topic, nil)
 	all := make([]*kgo.Record, n)
@@ -227,7 +231,7 @@ func TestBufferOfAPartitionIsBounded(t *testing.T) {
 // offsets of lost ones, and they would be dropped as redelivered. So the source ends.
 func TestLogEndsBeforeTheConsumer(t *testing.T) {
 	t.Parallel()
-	f := startFake(t)
+	f := startBroker(t)
 	topic := newTopic()
 	createTopic(t, f.brokers, topic, nil)
 	produce(t, f.brokers, &kgo.Record{Topic: topic, Partition: 2, Value: []byte("only")})
@@ -248,7 +252,7 @@ func TestLogEndsBeforeTheConsumer(t *testing.T) {
 }
 
 // commits returns the offsets of a group at the broker.
-func commits(t *testing.T, f *fake, group, topic string) map[int32]int64 {
+func commits(t *testing.T, f *broker, group, topic string) map[int32]int64 {
 	t.Helper()
 	fetched, err := kadm.NewClient(admin(t, f.brokers)).FetchOffsets(t.Context(), group)
 	if err != nil {
@@ -271,7 +275,7 @@ func TestOnlySettledOffsetsAreCommitted(t *testing.T) {
 	for name, with := range protocols {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
-			f := startFake(t)
+			f := startBroker(t)
 			topic := newTopic()
 			createTopic(t, f.brokers, topic, nil)
 			all := make([]*kgo.Record, n)
@@ -296,6 +300,14 @@ func TestOnlySettledOffsetsAreCommitted(t *testing.T) {
 	}
 }
 
+// epochOf returns the number of the group's rebalances. Apache Kafka tells no client: 0.
+func epochOf(f *broker, group string) int {
+	if f.apache != nil {
+		return 0
+	}
+	return int(f.now().GroupInfo(group).Epoch)
+}
+
 // A static member that comes back within its session has its partitions without a rebalance. A
 // second process with its id would take them from it, and the first from the second: one of them
 // ends.
@@ -304,7 +316,7 @@ func TestInstanceID(t *testing.T) {
 	for name, with := range protocols {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
-			f := startFake(t)
+			f := startBroker(t)
 			topic := newTopic()
 			createTopic(t, f.brokers, topic, nil)
 			static := func(instance string) *kafka.Source {
@@ -322,12 +334,12 @@ func TestInstanceID(t *testing.T) {
 				n, _ := first.count()
 				return n == 1
 			})
-			epoch := f.now().GroupInfo("static").Epoch
+			epoch := epochOf(f, "static")
 			if err := stop(); err != nil {
 				t.Fatal(err)
 			}
-			if info := f.now().GroupInfo("static"); len(info.Members) != 1 {
-				t.Errorf("the member left: %+v", info)
+			if n := len(f.assigned(t, "static")); n != 1 {
+				t.Errorf("the member left: %d members", n)
 			}
 			again := &receiver{begin: func(consumer.Partition) int64 { return consumer.FromOldest }}
 			stop, returned := consume(t, static("a"), again)
@@ -335,8 +347,8 @@ func TestInstanceID(t *testing.T) {
 				n, _ := again.count()
 				return n == 1
 			})
-			if info := f.now().GroupInfo("static"); info.Epoch != epoch || len(info.Members) != 1 {
-				t.Errorf("epoch %d became %d, with %d members", epoch, info.Epoch, len(info.Members))
+			if after, n := epochOf(f, "static"), len(f.assigned(t, "static")); after != epoch || n != 1 {
+				t.Errorf("epoch %d became %d, with %d members", epoch, after, n)
 			}
 			stopTwin, returnedTwin := consume(t, static("a"), new(receiver))
 			var err error
@@ -438,7 +450,7 @@ func (p *places) Receive(ctx context.Context, partition consumer.Partition, d []
 // those in front of them would be skipped.
 func TestPolledMessagesOfAFormerAssignment(t *testing.T) {
 	t.Parallel()
-	f := startFake(t)
+	f := startBroker(t)
 	topic := newTopic()
 	createTopic(t, f.brokers, topic, nil)
 	write := func(value string) {
@@ -500,7 +512,7 @@ func TestPolledMessagesOfAFormerAssignment(t *testing.T) {
 			defer mu.Unlock()
 			return assignments > brokertest.Partitions
 		})
-	case <-time.After(fakeTimeouts.rebalance / 3):
+	case <-time.After(ownTimeouts.rebalance / 3):
 	}
 	mu.Lock()
 	accept = true
