@@ -111,7 +111,7 @@ func (b *Bank) Audit(ctx context.Context) (*Audit, error) {
 		})
 		made.compare(&batch)
 		feed.read(&batch)
-		batch.Queue(projected).QueryRow(func(row pgx.Row) error {
+		batch.Queue(ownProjection().compare()).QueryRow(func(row pgx.Row) error {
 			return row.Scan(&a.ProjectionMissing, &a.ProjectionDoubled, &a.ProjectionMismatches)
 		})
 		batch.Queue(counted).QueryRow(func(row pgx.Row) error {

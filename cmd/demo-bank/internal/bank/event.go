@@ -121,8 +121,13 @@ type execer interface {
 	Exec(ctx context.Context, sql string, args ...any) (pgconn.CommandTag, error)
 }
 
-// Project adds entries to the projection.
+// Project adds entries to the bank's own projection.
 func Project(ctx context.Context, tx execer, entries []Entry) error {
+	return ownProjection().Write(ctx, tx, entries)
+}
+
+// Write adds entries to the projection.
+func (p Projection) Write(ctx context.Context, tx execer, entries []Entry) error {
 	var accounts, transfers []string
 	var amounts []int64
 	var times []time.Time
@@ -131,7 +136,7 @@ func Project(ctx context.Context, tx execer, entries []Entry) error {
 		amounts, times = append(amounts, e.Amount), append(times, e.At)
 	}
 	if _, err := tx.Exec(ctx, `
-		INSERT INTO demo_statements.entries (account, transfer, amount, at)
+		INSERT INTO `+p.Entries+` (account, transfer, amount, at)
 		SELECT * FROM unnest($1::text[], $2::text[], $3::bigint[], $4::timestamptz[])`, accounts, transfers, amounts, times); err != nil {
 		return fmt.Errorf("write the projection: %w", err)
 	}

@@ -130,9 +130,23 @@ func (f *feed) lag(ctx context.Context) *int64 {
 	return &lag
 }
 
-// projected compares the projection with the books: with the moves that have a message. A message
-// that is parked is neither in the projection nor missing.
-const projected = `
+// Projection is where a consumer keeps the moves of money.
+type Projection struct {
+	Consumer string // its name
+	Entries  string // the table that it writes, with the schema
+	Parked   string // the table of the messages that it has parked
+	Accounts string // the prefix of the accounts that it is about; empty for all
+}
+
+// ownProjection is the bank's.
+func ownProjection() Projection {
+	return Projection{Consumer: StatementsConsumer, Entries: "demo_statements.entries", Parked: "message_parked"}
+}
+
+// compare returns SQL that compares a projection with the books: with the moves that have a message.
+// A message that is parked is neither in the projection nor missing. The names in p must be trusted.
+func (p Projection) compare() string {
+	return `
 	WITH moves AS MATERIALIZED (
 		SELECT m.* FROM (
 			SELECT message_id, id::text AS transfer, from_account AS account, -amount AS amount FROM transfers
@@ -145,15 +159,18 @@ const projected = `
 			UNION ALL
 			SELECT message_id, id::text, account, amount FROM topups
 		) AS m
-		WHERE message_id IS NOT NULL
-			AND message_id::text NOT IN (SELECT p.message_id FROM message_parked p WHERE p.consumer = '` + StatementsConsumer + `')
+		WHERE message_id IS NOT NULL` + p.about("account") + `
+			AND message_id::text NOT IN (SELECT p.message_id FROM ` + p.Parked + ` p WHERE p.consumer = '` + p.Consumer + `')
+	),
+	written AS NOT MATERIALIZED (
+		SELECT transfer, account, amount FROM ` + p.Entries + ` WHERE true` + p.about("account") + `
 	),
 	lines AS MATERIALIZED (
-		SELECT transfer, account, amount, count(*) AS copies FROM demo_statements.entries GROUP BY transfer, account, amount
+		SELECT transfer, account, amount, count(*) AS copies FROM written GROUP BY transfer, account, amount
 	),
 	sums AS (
 		SELECT account, sum(amount) AS total FROM (
-			SELECT account, amount FROM moves UNION ALL SELECT account, -amount FROM demo_statements.entries
+			SELECT account, amount FROM moves UNION ALL SELECT account, -amount FROM written
 		) AS both_sides GROUP BY account
 	)
 	SELECT
@@ -161,6 +178,14 @@ const projected = `
 			SELECT FROM lines l WHERE l.transfer = m.transfer AND l.account = m.account AND l.amount = m.amount)),
 		(SELECT count(DISTINCT transfer) FROM lines WHERE copies > 1),
 		(SELECT count(*) FROM sums WHERE total <> 0)`
+}
+
+func (p Projection) about(column string) string {
+	if p.Accounts == "" {
+		return ""
+	}
+	return ` AND starts_with(` + column + `, '` + p.Accounts + `')`
+}
 
 // counted selects the other counts of messages.
 const counted = `
@@ -183,11 +208,16 @@ func Unhandled(ctx context.Context, tx pgx.Tx, consumers ...string) (number int6
 	return number, nil
 }
 
-// CompareProjection returns the number of moves that are missing in the projection, that of moves
-// that are in it more than once, and that of accounts whose change differs. Once no message is under
-// way all are 0.
+// CompareProjection compares the bank's own projection: see [Projection.Compare].
 func CompareProjection(ctx context.Context, tx pgx.Tx) (missing, doubled, mismatches int64, err error) {
-	if err := tx.QueryRow(ctx, projected).Scan(&missing, &doubled, &mismatches); err != nil {
+	return ownProjection().Compare(ctx, tx)
+}
+
+// Compare returns the number of moves that are missing in the projection, that of moves that are in
+// it more than once, and that of accounts whose change differs. Once no message is under way all are
+// 0.
+func (p Projection) Compare(ctx context.Context, tx pgx.Tx) (missing, doubled, mismatches int64, err error) {
+	if err := tx.QueryRow(ctx, p.compare()).Scan(&missing, &doubled, &mismatches); err != nil {
 		return 0, 0, 0, fmt.Errorf("compare the projection: %w", err)
 	}
 	return missing, doubled, mismatches, nil
@@ -240,13 +270,10 @@ func (b *Bank) republish(ctx context.Context, retention time.Duration, consumers
 		return err
 	}
 	err = errors.Join(
-		read("message_id::text, id, from_account, to_account, amount, currency, reference, created_at", "transfers", func(row pgx.CollectableRow) error {
-			var t Transfer
-			var messageID string
-			var id int64
-			err := row.Scan(&messageID, &id, &t.From, &t.To, &t.Amount, &t.Currency, &t.Reference, &t.CreatedAt)
-			t.ID, t.CreatedAt = strconv.FormatInt(id, 10), t.CreatedAt.UTC()
-			return errors.Join(err, add(messageID, transferEvent, t.From, t))
+		read(transferColumns, "transfers", func(row pgx.CollectableRow) error {
+			m, err := transferMessage(row)
+			all = append(all, m)
+			return err
 		}),
 		read("message_id::text, id, account, sku, quantity, amount, currency, created_at", "orders", func(row pgx.CollectableRow) error {
 			var o Order
@@ -268,12 +295,49 @@ func (b *Bank) republish(ctx context.Context, retention time.Duration, consumers
 	if err != nil {
 		return 0, fmt.Errorf("read unhandled moves: %w", err)
 	}
+	return b.publishAll(ctx, all)
+}
+
+func (b *Bank) publishAll(ctx context.Context, all []message.Message) (published int, err error) {
 	for i := range all {
 		if err := b.broker.Publish(ctx, all[i]); err != nil {
 			return i, fmt.Errorf("publish again: %w", err)
 		}
 	}
 	return len(all), nil
+}
+
+// transferColumns are the columns of [transferMessage].
+const transferColumns = "message_id::text, id, from_account, to_account, amount, currency, reference, created_at"
+
+// transferMessage returns the message about the transfer in a row of transferColumns, as it was
+// published.
+func transferMessage(row pgx.CollectableRow) (message.Message, error) {
+	var t Transfer
+	var messageID string
+	var id int64
+	if err := row.Scan(&messageID, &id, &t.From, &t.To, &t.Amount, &t.Currency, &t.Reference, &t.CreatedAt); err != nil {
+		return message.Message{}, err
+	}
+	t.ID, t.CreatedAt = strconv.FormatInt(id, 10), t.CreatedAt.UTC()
+	m, err := eventOf(transferEvent, t.From, t)
+	m.ID = messageID
+	return m, err
+}
+
+// PublishAgain publishes the messages about the transfers with this reference once more, under the
+// same ids, as a relay does that dies between the broker's confirmation and its DELETE.
+func (b *Bank) PublishAgain(ctx context.Context, reference string, accounts []string) (published int, err error) {
+	rows, err := b.pool.Query(ctx, "SELECT "+transferColumns+`
+		FROM transfers WHERE from_account = ANY($1) AND reference = $2 AND message_id IS NOT NULL ORDER BY id`, accounts, reference)
+	if err != nil {
+		return 0, fmt.Errorf("read transfers: %w", err)
+	}
+	all, err := pgx.CollectRows(rows, transferMessage)
+	if err != nil {
+		return 0, fmt.Errorf("read transfers: %w", err)
+	}
+	return b.publishAll(ctx, all)
 }
 
 // statement reads the projection of an account.

@@ -12,6 +12,8 @@ import (
 	"strings"
 	"sync"
 	"time"
+
+	"github.com/paidonce/idempotency/cmd/demo-bank/internal/process"
 )
 
 // ServeCommand is the program's hidden command that serves: see [Serve].
@@ -37,7 +39,7 @@ func startChild(ctx context.Context) (*child, error) {
 		return nil, fmt.Errorf("find the program that serves: %w", err)
 	}
 	c := &child{cmd: exec.Command(program, ServeCommand), ended: make(chan struct{})}
-	c.cmd.SysProcAttr = isolate()
+	c.cmd.SysProcAttr = process.Isolate()
 	c.cmd.Stderr = &c.trouble
 	if c.in, err = c.cmd.StdinPipe(); err != nil {
 		return nil, fmt.Errorf("start the server: %w", err)

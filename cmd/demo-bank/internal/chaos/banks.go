@@ -16,6 +16,7 @@ import (
 	"sync"
 	"time"
 
+	"github.com/paidonce/idempotency/cmd/demo-bank/internal/process"
 	"github.com/paidonce/idempotency/internal/crashpoint"
 )
 
@@ -238,7 +239,7 @@ func (s *slot) begin() (*life, error) {
 	if s.run.config.Wait {
 		l.cmd.Args = append(l.cmd.Args, "--wait", duplicateWait.String())
 	}
-	l.cmd.SysProcAttr = isolate()
+	l.cmd.SysProcAttr = process.Isolate()
 	l.cmd.Env = slices.DeleteFunc(os.Environ(), func(entry string) bool {
 		return strings.HasPrefix(entry, "DATABASE_URL=") || strings.HasPrefix(entry, crashpoint.BankVariable+"=")
 	})
@@ -262,7 +263,7 @@ func (s *slot) judge(l *life) (served, stopped bool) {
 	s.life = nil
 	s.scrapes.endLife()
 	state := l.cmd.ProcessState
-	reached := l.said != "" && l.said == l.armed.point && diedOfKill(state)
+	reached := l.said != "" && l.said == l.armed.point && process.DiedOfKill(state)
 	switch {
 	case l.armed.point == "" || reached:
 	case !l.serves && s.next.point == "":
@@ -277,7 +278,7 @@ func (s *slot) judge(l *life) (served, stopped bool) {
 		tally.crashPoints.add(l.said)
 		tally.kills.Add(1)
 		s.run.noteFault()
-	case l.killed && diedOfKill(state):
+	case l.killed && process.DiedOfKill(state):
 		tally.kills.Add(1)
 	case s.stopping && state.ExitCode() == 0:
 	case !l.serves && !s.stopping && state.ExitCode() == 1: // the database could not be reached
@@ -305,10 +306,10 @@ func (b *banks) kill(bank int, next arm) bool {
 // stop is SIGSTOP. It returns a function for SIGCONT, or nil if there is no process.
 func (b *banks) stop(bank int) (resume func()) {
 	l := b.slots[bank].current()
-	if l == nil || signalStop(l.cmd.Process) != nil {
+	if l == nil || process.Stop(l.cmd.Process) != nil {
 		return nil
 	}
-	return func() { _ = signalContinue(l.cmd.Process) } // it may have been killed
+	return func() { _ = process.Continue(l.cmd.Process) } // it may have been killed
 }
 
 // disarmed reports whether every crash point that a life was given has been reached. If a kill
@@ -362,7 +363,7 @@ func (b *banks) close() error {
 		s.mu.Lock()
 		s.stopping = true
 		if s.life != nil {
-			_ = signalTerm(s.life.cmd.Process) // it may have ended
+			_ = process.Terminate(s.life.cmd.Process) // it may have ended
 		}
 		s.mu.Unlock()
 	}

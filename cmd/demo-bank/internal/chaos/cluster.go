@@ -11,6 +11,7 @@ import (
 	"github.com/jackc/pgx/v5"
 
 	"github.com/paidonce/idempotency/cmd/demo-bank/internal/bank"
+	"github.com/paidonce/idempotency/cmd/demo-bank/internal/process"
 	"github.com/paidonce/idempotency/internal/pgfault"
 	"github.com/paidonce/idempotency/internal/pgserver"
 )
@@ -85,7 +86,7 @@ func (c *cluster) launch(ctx context.Context) (err error) {
 func (c *cluster) crash(ctx context.Context) error {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	if err := signalQuit(c.server.PID()); err != nil {
+	if err := process.Quit(c.server.PID()); err != nil {
 		return fmt.Errorf("crash PostgreSQL: %w", err)
 	}
 	select {

@@ -8,6 +8,7 @@ import (
 
 	"github.com/jackc/pgx/v5"
 
+	"github.com/paidonce/idempotency/cmd/demo-bank/internal/process"
 	"github.com/paidonce/idempotency/internal/deadline"
 	"github.com/paidonce/idempotency/internal/pgfault"
 )
@@ -67,7 +68,7 @@ func (c *commits) fault(bank int, commit pgfault.Commit) pgfault.Fault {
 		c.run.keys.markExempt(k)
 		return pgfault.Fault{Kind: pgfault.CallAfter, Hook: func() {
 			c.run.noteFault()
-			_ = signalKill(int(commit.BackendPID)) // it may have ended
+			_ = process.Kill(int(commit.BackendPID)) // it may have ended
 			close(*told)
 		}}
 	}

@@ -9,6 +9,7 @@ import (
 	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgconn"
 
+	"github.com/paidonce/idempotency/cmd/demo-bank/internal/process"
 	"github.com/paidonce/idempotency/internal/deadline"
 )
 
@@ -201,7 +202,7 @@ func (r *run) crashBackend(ctx context.Context) (bool, error) {
 		return false, err
 	}
 	r.allowAll()
-	if signalKill(int(pid)) != nil {
+	if process.Kill(int(pid)) != nil {
 		return false, nil // it has just ended
 	}
 	return r.awaitRestart(ctx, before, crashNoticeMax)

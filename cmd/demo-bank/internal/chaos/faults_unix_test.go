@@ -10,6 +10,7 @@ import (
 
 	"github.com/jackc/pgx/v5"
 
+	"github.com/paidonce/idempotency/cmd/demo-bank/internal/process"
 	"github.com/paidonce/idempotency/internal/pgtest"
 )
 
@@ -39,7 +40,7 @@ func TestAKillThatHitsNobodyIsNotAwaited(t *testing.T) {
 	if crashed, err := r.awaitRestart(ctx, before, time.Millisecond); crashed || err != nil || r.tally.crashes.Load() != 0 {
 		t.Errorf("after no kill: crashed is %t, error %v, crashes counted %d; want false, nil, 0", crashed, err, r.tally.crashes.Load())
 	}
-	if err := signalKill(int(pid)); err != nil {
+	if err := process.Kill(int(pid)); err != nil {
 		t.Fatal(err)
 	}
 	if crashed, err := r.awaitRestart(ctx, before, crashNoticeMax); !crashed || err != nil || r.tally.crashes.Load() != 1 {

@@ -7,6 +7,8 @@ import (
 	"slices"
 	"strings"
 	"sync"
+
+	"github.com/paidonce/idempotency/cmd/demo-bank/internal/process"
 )
 
 // The beginnings of the lines that a bank prints when it serves, and when it dies at a crash point.
@@ -60,7 +62,7 @@ func (l *life) kill() bool {
 		return false
 	}
 	l.killed = true
-	return signalKill(l.cmd.Process.Pid) == nil
+	return process.Kill(l.cmd.Process.Pid) == nil
 }
 
 func (l *life) dying() bool {

@@ -15,6 +15,7 @@ import (
 	"sync"
 	"time"
 
+	"github.com/paidonce/idempotency/cmd/demo-bank/internal/process"
 	"github.com/paidonce/idempotency/cmd/demo-bank/internal/psp"
 	"github.com/paidonce/idempotency/internal/deadline"
 )
@@ -93,7 +94,7 @@ func (p *processor) supervise() error {
 		}
 		serving := p.serving
 		cmd := exec.Command(p.program, "psp", "--addr", p.address, "--file", filepath.Join(p.run.dir, "processor.jsonl"), "--log-level", "WARN")
-		cmd.SysProcAttr = isolate()
+		cmd.SysProcAttr = process.Isolate()
 		served := false
 		cmd.Stdout = &lines{each: func(line string) {
 			if strings.HasPrefix(line, processorLine) && !served {
@@ -138,7 +139,7 @@ func (p *processor) crash(ctx context.Context) (bool, error) {
 		return false, nil
 	}
 	p.killed = true
-	err := signalKill(p.cmd.Process.Pid)
+	err := process.Kill(p.cmd.Process.Pid)
 	p.mu.Unlock()
 	if err != nil {
 		return false, nil // it has just ended
@@ -216,7 +217,7 @@ func (p *processor) close() error {
 	p.mu.Lock()
 	p.stopping = true
 	if p.cmd != nil {
-		_ = signalKill(p.cmd.Process.Pid) // it may have ended
+		_ = process.Kill(p.cmd.Process.Pid) // it may have ended
 	}
 	p.mu.Unlock()
 	p.ended.Wait()

@@ -3,6 +3,7 @@
 //   - broker.go is the broker: one that is given, or one inside
 //   - consumers.go has the consumers, and the relay
 //   - naive.go has the same consumers without an inbox
+//   - shown.go has both, for the page that kills them
 package events
 
 import (
@@ -234,6 +235,25 @@ func (b *Broker) Committed(ctx context.Context, group string) (map[int32]int64, 
 		}
 	})
 	return committed, nil
+}
+
+// Members returns the number of processes in a consumer's group, or 0 while it shares out the
+// partitions.
+func (b *Broker) Members(ctx context.Context, group string) (int, error) {
+	described, err := b.admin.DescribeGroups(ctx, group)
+	if err == nil {
+		err = described.Error()
+	}
+	if errors.Is(err, kerr.GroupIDNotFound) {
+		return 0, nil
+	}
+	if err != nil {
+		return 0, fmt.Errorf("ask for the members of a group: %w", err)
+	}
+	if g := described[group]; g.State == "Stable" {
+		return len(g.Members), nil
+	}
+	return 0, nil
 }
 
 // source returns the source of a consumer.

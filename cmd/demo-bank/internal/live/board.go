@@ -1,6 +1,7 @@
 package live
 
 import (
+	"reflect"
 	"sync"
 	"time"
 
@@ -125,6 +126,8 @@ type Frame struct {
 	Proof  *Proof     `json:"proof,omitempty"`
 	TopUp  *TopUp     `json:"topup,omitempty"`
 	Limits *Limits    `json:"limits,omitempty"` // snapshots only
+
+	Statements *Statements `json:"statements,omitempty"`
 }
 
 // board holds everything that viewers can see. Its size is limited. It is safe for concurrent use.
@@ -139,12 +142,14 @@ type board struct {
 	proof  *Proof
 	topUp  *TopUp
 
+	statements *Statements
+
 	changed change
 }
 
 // change lists the changes since the last update.
 type change struct {
-	any, reset, storm, counts, proof, topUp bool
+	any, reset, storm, counts, proof, topUp, statements bool
 
 	barsFrom int64 // first changed second; 0 if none
 	lanes    map[*Lane]struct{}
@@ -250,6 +255,17 @@ func (b *board) showTopUp(t *TopUp) {
 	b.changed.any, b.changed.topUp = true, true
 }
 
+// showStatements shows statements unless nothing has changed.
+func (b *board) showStatements(s *Statements) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if b.statements != nil && reflect.DeepEqual(b.statements, s) {
+		return
+	}
+	b.statements = s
+	b.changed.any, b.changed.statements = true, true
+}
+
 func (b *board) prove(p *Proof) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
@@ -276,7 +292,7 @@ func (b *board) snapshot(now time.Time) *Frame {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	counts := b.counts
-	f := &Frame{AtMS: now.UnixMilli(), Reset: true, Storm: b.storm, Counts: &counts, Bars: append([]Bar(nil), b.bars...), Proof: b.proof, TopUp: b.topUp}
+	f := &Frame{AtMS: now.UnixMilli(), Reset: true, Storm: b.storm, Counts: &counts, Bars: append([]Bar(nil), b.bars...), Proof: b.proof, TopUp: b.topUp, Statements: b.statements}
 	for _, list := range b.lanes {
 		for _, lane := range list {
 			f.Lanes = append(f.Lanes, *lane)
@@ -306,6 +322,9 @@ func (b *board) take(now time.Time) *Frame {
 	}
 	if c.topUp {
 		f.TopUp = b.topUp
+	}
+	if c.statements {
+		f.Statements = b.statements
 	}
 	if c.barsFrom != 0 {
 		for _, bar := range b.bars {

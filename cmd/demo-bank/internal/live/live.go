@@ -6,6 +6,8 @@
 //   - storm.go is the storm, plan.go its form, client.go its client, and faults.go its faults
 //   - board.go holds everything that can be seen; tracer.go adds requests that are not the storm's
 //   - topup.go shows a top-up with a lost reply of the processor, with and without effects
+//   - statements.go shows projections of messages with and without an inbox, and consumers.go runs
+//     their processes
 //   - proof.go reads the proof about the twins' money from PostgreSQL
 //   - hub.go and stream.go send it to viewers
 //
@@ -42,14 +44,18 @@ type Live struct {
 
 	ending context.Context // ends when Stop is called
 	end    context.CancelFunc
-	storms sync.WaitGroup // storms and demonstrations
+	storms sync.WaitGroup // storms, demonstrations and processes
 
 	topUp          atomic.Pointer[demonstration] // the one that runs, or nil
 	withoutEffects func(ctx context.Context, processor *bank.Processor, account, card string, amount int64) error
 
-	mu     sync.Mutex
-	stop   context.CancelFunc // of the running storm, or nil
-	closed bool
+	consumers  Consumers
+	statements *statements
+
+	mu            sync.Mutex
+	stop          context.CancelFunc // of the running storm, or nil
+	statementsRun bool               // an act on consumers runs
+	closed        bool
 }
 
 // New returns the page's server side for a bank that can be reached at url. ttl is the store's TTL.
@@ -63,6 +69,7 @@ func New(pool *pgxpool.Pool, url string, ttl time.Duration, logger *slog.Logger)
 	b := newBoard()
 	l := &Live{pool: pool, url: url, logger: logger, token: newToken(), board: b, hub: newHub(hex.EncodeToString(epoch[:]), b)}
 	l.prove = func(ctx context.Context, run string) (*Proof, error) { return prove(ctx, pool, run, ttl) }
+	l.statements = &statements{live: l}
 	l.ending, l.end = context.WithCancel(context.Background())
 	return l
 }
@@ -79,6 +86,7 @@ func (l *Live) Mount(r chi.Router) {
 		r.Post("/live/storm", l.postStorm)
 		r.Post("/live/storm/stop", l.postStop)
 		r.Post("/live/topup", l.postTopUp)
+		r.Post("/live/statements", l.postStatements)
 	})
 }
 
@@ -87,10 +95,12 @@ func (l *Live) Run(ctx context.Context) {
 	var group sync.WaitGroup
 	group.Go(func() { l.hub.run(ctx) })
 	group.Go(func() { l.prover(ctx) })
+	group.Go(func() { l.statements.watch(ctx) })
 	<-ctx.Done()
 	l.Stop()
 	group.Wait()
 	l.storms.Wait()
+	l.statements.close()
 }
 
 // Stop ends all streams and the storm at once, and refuses new ones, so that they don't delay a

@@ -8,12 +8,15 @@ import (
 	"log/slog"
 	"net/http"
 	"strings"
+	"time"
 
 	"github.com/go-chi/chi/v5"
+	"github.com/jackc/pgx/v5/pgxpool"
 
 	"github.com/paidonce/idempotency/cmd/demo-bank/internal/bank"
 	"github.com/paidonce/idempotency/cmd/demo-bank/internal/events"
 	"github.com/paidonce/idempotency/cmd/demo-bank/internal/port"
+	"github.com/paidonce/idempotency/migrations"
 	"github.com/paidonce/idempotency/storage/postgres"
 )
 
@@ -166,6 +169,75 @@ func (a *apart) ready(w http.ResponseWriter, r *http.Request) {
 	}
 	alive(w)
 }
+
+// ShownConfig configures a process of the consumers that the page shows.
+type ShownConfig struct {
+	DatabaseURL string
+	Brokers     []string
+	NoInbox     bool   // see ApartConfig
+	Instance    string // of the process among those of its consumer, the same after a crash
+	Logger      *slog.Logger
+}
+
+// ConsumeShown runs a consumer for the page until ctx ends. The bank has made its tables.
+func ConsumeShown(ctx context.Context, config ShownConfig) error {
+	store, err := openShown(ctx, config.DatabaseURL, events.ShownName(!config.NoInbox, config.Instance), ShownPoolSize)
+	if err != nil {
+		return endOfStart(ctx, err)
+	}
+	defer store.Close()
+	broker, err := events.Connect(config.Brokers, config.Instance, config.Logger)
+	if err != nil {
+		return err
+	}
+	defer broker.Close()
+	shown := &events.Shown{Broker: broker, Store: store, Logger: config.Logger}
+	if config.NoInbox {
+		return shown.RunNaive(ctx)
+	}
+	return shown.Run(ctx)
+}
+
+// ShownPoolSize is the size of the connection pool of a consumer that the page shows.
+const ShownPoolSize = 4
+
+// openShown opens a store of the consumers that the page shows.
+func openShown(ctx context.Context, url, name string, poolSize int) (*postgres.Store, error) {
+	options := storeOptions(&Config{DatabaseURL: url, HandlerTimeout: shownHandlerTimeout, AcquireTimeout: AcquireTimeoutDefault})
+	options.Schema = events.ShownSchema
+	options.PoolConfig = func(pool *pgxpool.Config) {
+		findSchema(pool)
+		pool.ConnConfig.RuntimeParams["application_name"] = name
+		pool.MaxConns = int32(poolSize)
+	}
+	store, err := postgres.Open(ctx, url, options)
+	if err != nil {
+		return nil, fmt.Errorf("open the database of the consumers: %w", err)
+	}
+	return store, nil
+}
+
+// shownHandlerTimeout makes PostgreSQL end the transaction of a consumer that is paused, so that
+// another one gets its partition.
+const shownHandlerTimeout = 5 * time.Second
+
+// makeShown opens a store for the page, and makes the tables.
+func makeShown(ctx context.Context, url string) (*postgres.Store, error) {
+	store, err := openShown(ctx, url, "demo-bank page", shownOperatorPoolSize)
+	if err != nil {
+		return nil, err
+	}
+	if err = migrations.Up(ctx, store, nil); err == nil {
+		err = events.MakeShown(ctx, store)
+	}
+	if err != nil {
+		store.Close()
+		return nil, err
+	}
+	return store, nil
+}
+
+const shownOperatorPoolSize = 2
 
 // ConsumeAddrDefault is the address on which consumers answer probes.
 const ConsumeAddrDefault = "127.0.0.1:8081"

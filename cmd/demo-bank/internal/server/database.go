@@ -11,6 +11,7 @@ import (
 	"github.com/jackc/pgx/v5/pgxpool"
 
 	"github.com/paidonce/idempotency/cmd/demo-bank/internal/bank"
+	"github.com/paidonce/idempotency/cmd/demo-bank/internal/live"
 	"github.com/paidonce/idempotency/internal/pgserver"
 	"github.com/paidonce/idempotency/migrations"
 	"github.com/paidonce/idempotency/storage/postgres"
@@ -29,8 +30,9 @@ const (
 	connectTimeout = 5 * time.Second
 
 	// connectionsBeside is the number of connections outside the pool: the lease, migrations,
-	// PostgreSQL's reserved ones, one or two for psql, and eight processes of consumers and relays.
-	connectionsBeside = 16 + 8*ApartPoolSize
+	// PostgreSQL's reserved ones, one or two for psql, eight processes of consumers and relays, and
+	// those that the page shows.
+	connectionsBeside = 16 + 8*ApartPoolSize + live.ConsumersShown*ShownPoolSize + shownOperatorPoolSize
 
 	// A transaction may be idle for as long as its handler may run, plus idleBeside. But a dead
 	// bank must not hold a key for a minute.

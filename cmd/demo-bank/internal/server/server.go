@@ -204,6 +204,12 @@ func (s *Server) Run(ctx context.Context) (err error) {
 
 	books.OnTransfer(page.OnTransfer)
 	page.WithoutEffects(books.TopUpWithoutEffects)
+	if broker.Inside() {
+		page.Consumers(live.Consumers{
+			DatabaseURL: db.url, Broker: broker, Books: books,
+			Open: func(ctx context.Context) (*postgres.Store, error) { return makeShown(ctx, db.url) },
+		})
+	}
 	group.Go(func() { page.Run(background) })
 
 	books.Call(processor)

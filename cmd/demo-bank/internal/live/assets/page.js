@@ -4,6 +4,7 @@ import { drawBars, prepareBars } from "./bars.js";
 import { $, setText } from "./format.js";
 import { prepareHand } from "./hand.js";
 import { drawLanes, drawLedger } from "./lanes.js";
+import { drawStatements, prepareStatements } from "./statements.js";
 import { drawStorm, prepareStorm, speak } from "./storm.js";
 import { emptyState, fold, watch } from "./stream.js";
 import { drawTopUp, prepareTopUp } from "./topup.js";
@@ -14,7 +15,7 @@ let asked = false;
 
 function draw() {
   asked = false;
-  for (const part of [drawStorm, drawTwins, drawProof, drawBars, drawLanes, drawLedger, drawTopUp, speak]) part(state);
+  for (const part of [drawStorm, drawTwins, drawProof, drawBars, drawLanes, drawLedger, drawTopUp, drawStatements, speak]) part(state);
   document.body.dataset.epoch = state.epoch;
 }
 
@@ -37,4 +38,5 @@ prepareBars();
 prepareStorm();
 prepareHand();
 prepareTopUp();
+prepareStatements();
 watch(frame, connection);

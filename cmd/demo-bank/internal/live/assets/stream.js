@@ -5,7 +5,7 @@ const silentMaxMS = 6000; // the proof sends two events a second
 const againMS = 1500;
 
 export function emptyState() {
-  return { epoch: "", storm: null, counts: null, bars: new Map(), lanes: new Map(), proof: null, topup: null, limits: { lanes_max: 48, bars_max: 45 } };
+  return { epoch: "", storm: null, counts: null, bars: new Map(), lanes: new Map(), proof: null, topup: null, statements: null, limits: { lanes_max: 48, bars_max: 45 } };
 }
 
 // fold applies a frame and returns the state: a new one for a snapshot, so that nothing of another process remains.
@@ -16,7 +16,7 @@ export function fold(state, frame, snapshot) {
     state.limits = frame.limits;
   }
   if (frame.reset) state.lanes.clear();
-  for (const field of ["storm", "counts", "proof", "topup"]) {
+  for (const field of ["storm", "counts", "proof", "topup", "statements"]) {
     if (frame[field]) state[field] = frame[field];
   }
   state.now = frame.at_ms;

@@ -81,6 +81,8 @@ type State struct {
 	Proof  *live.Proof
 	TopUp  *live.TopUp
 
+	Statements *live.Statements
+
 	limits live.Limits
 }
 
@@ -108,6 +110,9 @@ func (s *State) Apply(e Event) error {
 	}
 	if f.TopUp != nil {
 		s.TopUp = f.TopUp
+	}
+	if f.Statements != nil {
+		s.Statements = f.Statements
 	}
 	for _, bar := range f.Bars {
 		s.Bars = append(slices.DeleteFunc(s.Bars, func(b live.Bar) bool { return b.Second == bar.Second }), bar)

@@ -1,0 +1,8 @@
+//go:build unix && !linux
+
+package process
+
+import "syscall"
+
+// Isolate keeps the terminal's Ctrl-C from a process.
+func Isolate() *syscall.SysProcAttr { return &syscall.SysProcAttr{Setpgid: true} }
