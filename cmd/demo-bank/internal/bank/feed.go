@@ -74,15 +74,26 @@ func (b *Bank) look(ctx context.Context) *feed {
 	}
 }
 
+// countBanks counts the banks that are alive on the database.
+const countBanks = `
+	SELECT count(*) FROM pg_locks
+	WHERE locktype = 'advisory' AND classid = $1::bigint AND granted AND database = (SELECT oid FROM pg_database WHERE datname = current_database())`
+
+// Banks returns the number of banks that are alive on the database. If they have brokers of their
+// own, the relay of each may publish the messages of the others.
+func (b *Bank) Banks(ctx context.Context) (number int64, err error) {
+	if err := b.pool.QueryRow(ctx, countBanks, nodeid.LockNamespace).Scan(&number); err != nil {
+		return 0, fmt.Errorf("count the banks: %w", err)
+	}
+	return number, nil
+}
+
 // read queues the positions.
 func (f *feed) read(batch *pgx.Batch) {
 	if f == nil {
 		return
 	}
-	batch.Queue(`
-		SELECT count(*) FROM pg_locks
-		WHERE locktype = 'advisory' AND classid = $1::bigint AND granted AND database = (SELECT oid FROM pg_database WHERE datname = current_database())`,
-		nodeid.LockNamespace).QueryRow(func(row pgx.Row) error { return row.Scan(&f.banks) })
+	batch.Queue(countBanks, nodeid.LockNamespace).QueryRow(func(row pgx.Row) error { return row.Scan(&f.banks) })
 	batch.Queue(`
 		SELECT source, partition, next_offset, extract(epoch FROM clock_timestamp() - updated_at)::float8
 		FROM message_offsets WHERE consumer = $1`, StatementsConsumer).Query(func(rows pgx.Rows) error {

@@ -1,6 +1,7 @@
 package live
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -36,7 +37,10 @@ const (
 	// it. It does not if the consumers are between two commits.
 	roundsMax = 5
 	biteMax   = 3 * time.Second
-	deadMax   = 20 // dead letters that are listed
+	// killsMax is the number of kills in a round. A few more in one place, and the consumer with an
+	// inbox would take the message for the cause.
+	killsMax = 3
+	deadMax  = 20 // dead letters that are listed
 )
 
 // Consumers is what the page needs for consumers of its own.
@@ -107,6 +111,7 @@ var (
 	errNoConsumers   = errors.New("the bank has no broker inside")
 	errCannotPause   = errors.New("this system can't pause a process")
 	errSeesNoCommit  = errors.New("the database takes TLS only")
+	errManyBanks     = errors.New("there are several banks with brokers of their own")
 	errNoAct         = errors.New("there is no such act")
 )
 
@@ -127,13 +132,13 @@ func (l *Live) postStatements(w http.ResponseWriter, r *http.Request) {
 	case errors.Is(err, errNoAct):
 		refused(http.StatusBadRequest, "invalid-act", "The request is not valid", "act must be kill, pause, twice, poison, lose, or redrive with the id of a message.")
 	case errors.Is(err, errStatementsRun):
-		refused(http.StatusConflict, "consumers-busy", "The consumers are busy", "There is one demonstration at a time. Wait for its end.")
+		refused(http.StatusConflict, "act-runs", "The consumers are busy", "There is one demonstration at a time. Wait for its end.")
 	case errors.Is(err, errNoConsumers):
-		refused(http.StatusConflict, "consumers-unavailable", "The page has no consumers", "They need a broker inside. Start the bank without --brokers.")
+		refused(http.StatusConflict, "act-unavailable", "The page has no consumers", "They need a broker inside. Start the bank without --brokers.")
 	case errors.Is(err, errCannotPause):
-		refused(http.StatusConflict, "consumers-unavailable", "The consumers can't be paused", "This system has no signal that pauses a process (SIGSTOP). Unix systems have it.")
+		refused(http.StatusConflict, "act-unavailable", "The consumers can't be paused", "This system has no signal that pauses a process (SIGSTOP). Unix systems have it.")
 	case errors.Is(err, errSeesNoCommit):
-		refused(http.StatusConflict, "consumers-unavailable", "No COMMIT can be lost", "The database takes connections with TLS only, and a proxy must see the COMMIT to lose its reply.")
+		refused(http.StatusConflict, "act-unavailable", "No COMMIT can be lost", "The database takes connections with TLS only, and a proxy must see the COMMIT to lose its reply.")
 	case err != nil:
 		refuse(w, err)
 	case r.Header.Get("Accept") != "application/json":
@@ -177,7 +182,7 @@ func (l *Live) startStatements(act Act, id string) (*Statements, error) {
 		line, err := p.run(ctx, act, id)
 		state := StatementsEnded
 		if err != nil {
-			state, line = StatementsFailed, "It did not end as it should; the bank's log has the reason. Try again."
+			state, line = StatementsFailed, cmp.Or(line, "It did not end as it should; the bank's log has the reason. Try again.")
 			if l.ending.Err() == nil {
 				l.logger.Warn("the page's consumers were not shown", "act", act, "error", err)
 			}
@@ -222,6 +227,7 @@ func (p *statements) say(line string) { p.change(func(s *Statements) { s.Line = 
 
 // run does an act, and returns what viewers are told at its end.
 func (p *statements) run(ctx context.Context, act Act, id string) (line string, err error) {
+	l := p.live
 	b, err := p.open(ctx)
 	if err != nil {
 		return "", err
@@ -229,6 +235,9 @@ func (p *statements) run(ctx context.Context, act Act, id string) (line string, 
 	// Both processes of each side are there, so that either has an heir.
 	if err := p.until(ctx, func(ctx context.Context) (bool, error) { return p.members(ctx, consumersPerSide) }); err != nil {
 		return "", fmt.Errorf("wait for the consumers: %w", err)
+	}
+	if banks, err := l.consumers.Books.Banks(ctx); err != nil || banks > 1 {
+		return "Another bank works on this database, and messages may go to its broker. Stop it, and try again.", errors.Join(err, errManyBanks)
 	}
 	b.number++
 	reference := fmt.Sprintf("act %d", b.number)
@@ -251,10 +260,13 @@ func (p *statements) run(ctx context.Context, act Act, id string) (line string, 
 		line = "The mistake is mended, and the message was redriven under its id."
 		err = p.redrive(ctx, b, id)
 	}
+	if err == nil {
+		err = p.read(ctx)
+	}
 	if err != nil {
 		return "", err
 	}
-	return line, p.read(ctx)
+	return line, nil
 }
 
 // during makes payments, calls the fault while the consumers handle them, and waits until all is
@@ -302,37 +314,44 @@ func (p *statements) untilDoubled(ctx context.Context, round func(ctx context.Co
 	return nil
 }
 
-// kill kills all consumers once the side without an inbox has an effect that it has not committed at
-// the broker.
+// kill kills all consumers while they handle messages: each time that the side without an inbox has
+// an effect that it has not committed at the broker, until that shows.
 func (p *statements) kill(ctx context.Context, b *shownBooks, reference string) error {
-	handled := func(ctx context.Context) (effects, committed int64, err error) {
-		projection := projectionOf(Unprotected, b.prefix)
-		err = p.live.pool.QueryRow(ctx, `SELECT count(*) / 2 FROM `+projection.Entries+` WHERE starts_with(account, $1)`, b.prefix).Scan(&effects)
+	projection := projectionOf(Unprotected, b.prefix)
+	read := func(ctx context.Context) (effects, doubled, committed int64, err error) {
+		// The effects first: then the number of those that are not committed is no more than the truth.
+		err = p.live.pool.QueryRow(ctx, `
+			SELECT COALESCE(sum(copies), 0)::bigint, count(*) FILTER (WHERE copies > 1) FROM (
+				SELECT count(*) AS copies FROM `+projection.Entries+` WHERE starts_with(account, $1) AND amount < 0 GROUP BY transfer) AS payments`, b.prefix).Scan(&effects, &doubled)
 		if err != nil {
-			return 0, 0, err
+			return 0, 0, 0, err
 		}
 		offsets, err := p.live.consumers.Broker.Committed(ctx, projection.Consumer)
 		for _, offset := range offsets {
 			committed += max(0, offset)
 		}
-		return effects, committed, err
+		return effects, doubled, committed, err
 	}
 	p.say("Payments are made. The consumers are killed while they handle them.")
-	return p.during(ctx, b, reference, func(ctx context.Context, paid <-chan struct{}) error {
-		effects, committed, err := handled(ctx)
+	return p.during(ctx, b, reference, func(ctx context.Context, _ <-chan struct{}) error {
+		effects, doubled, committed, err := read(ctx)
 		if err != nil {
 			return err
 		}
-		err = p.until(ctx, func(ctx context.Context) (bool, error) {
-			effectsNow, committedNow, err := handled(ctx)
-			return effectsNow-effects > committedNow-committed || effectsNow-effects >= payersShown*paymentsEach, err
-		})
-		if err != nil {
-			return err
-		}
-		for _, side := range b.sides {
-			for _, m := range side.members {
-				m.kill()
+		for range killsMax {
+			over := false
+			err := p.until(ctx, func(ctx context.Context) (bool, error) {
+				effectsNow, doubledNow, committedNow, err := read(ctx)
+				over = doubledNow > doubled || effectsNow-effects >= payersShown*paymentsEach
+				return over || effectsNow-effects > committedNow-committed, err
+			})
+			if err != nil || over {
+				return err
+			}
+			for _, side := range b.sides {
+				for _, m := range side.members {
+					m.kill()
+				}
 			}
 		}
 		return nil
@@ -392,8 +411,7 @@ func (p *statements) twice(ctx context.Context, b *shownBooks, reference string)
 	if err != nil {
 		return "", err
 	}
-	line = fmt.Sprintf("%d messages were published twice, under the same ids, as by a relay that died before it noted the broker's confirmation.", published)
-	return line, p.settle(ctx, b, sides[:]...)
+	return fmt.Sprintf("%d messages were published twice, under the same ids, as by a relay that died before it noted the broker's confirmation.", published), p.settle(ctx, b, sides[:]...)
 }
 
 // poison makes a payment whose message no consumer can read.

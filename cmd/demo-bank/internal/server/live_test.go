@@ -275,7 +275,7 @@ func TestAStormIsNotStartedFromAnotherSite(t *testing.T) {
 	for _, headers := range [][]string{
 		{"Sec-Fetch-Site", "cross-site"}, {"Sec-Fetch-Site", "same-site"}, {"Origin", "https://example.com"}, {"Origin", "null"},
 	} {
-		for _, path := range []string{"/live/storm", "/live/storm/stop"} {
+		for _, path := range []string{"/live/storm", "/live/storm/stop", "/live/topup", "/live/statements"} {
 			if r := b.send("POST", path, form, append(headers, "Content-Type", formType)...); r.status != http.StatusForbidden {
 				t.Errorf("%s with %q: %d", path, headers, r.status)
 			}
