@@ -45,6 +45,12 @@
 // control characters in a value, more than 64 KiB in all) are left out.
 //
 // Transactions of other producers are respected: only committed messages are delivered.
+//
+// # Versions
+//
+// The tests run on Apache Kafka 4.4.0, with classic groups and with KIP-848, and on kfake, the broker
+// of franz-go's own tests. Tests that need a certain error of the broker run on kfake alone. No other
+// version is tested; CONTRIBUTING.md says how to run the suite of brokers on a cluster of yours.
 package kafka
 
 import (
