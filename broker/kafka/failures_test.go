@@ -4,7 +4,9 @@ import (
 	"context"
 	"fmt"
 	"log/slog"
+	"maps"
 	"math/rand/v2"
+	"slices"
 	"strconv"
 	"sync"
 	"testing"
@@ -17,6 +19,7 @@ import (
 	"github.com/paidonce/idempotency/broker/brokertest"
 	"github.com/paidonce/idempotency/broker/kafka"
 	"github.com/paidonce/idempotency/consumer"
+	"github.com/paidonce/idempotency/internal/restoretest"
 	"github.com/paidonce/idempotency/internal/testservice"
 	"github.com/paidonce/idempotency/message"
 	"github.com/paidonce/idempotency/relay"
@@ -285,4 +288,19 @@ func TestMembersThatPauseAndDie(t *testing.T) {
 			}
 		})
 	}
+}
+
+// Mode 27: the database is restored to an earlier time, and the offsets at the broker are ahead of
+// it.
+func TestRestoredBaseBackup(t *testing.T) {
+	t.Parallel()
+	f, topic := startBroker(t), newTopic()
+	createTopic(t, f.brokers, topic, nil)
+	restoretest.Run(t, restoretest.Broker{
+		Topic: topic, Publisher: publisher(t, f.brokers, new(brokertest.Network)),
+		Source: func() consumer.Source { return source(t, f, "books", topic, nil) },
+		Log: func() []consumer.Delivery {
+			return slices.Concat(slices.Collect(maps.Values(read(t, f.brokers, topic)))...)
+		},
+	})
 }

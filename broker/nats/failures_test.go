@@ -6,7 +6,9 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"maps"
 	"math/rand/v2"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -21,6 +23,7 @@ import (
 	"github.com/paidonce/idempotency/broker/brokertest"
 	"github.com/paidonce/idempotency/broker/nats"
 	"github.com/paidonce/idempotency/consumer"
+	"github.com/paidonce/idempotency/internal/restoretest"
 	"github.com/paidonce/idempotency/internal/testservice"
 	"github.com/paidonce/idempotency/message"
 	"github.com/paidonce/idempotency/relay"
@@ -470,4 +473,17 @@ func TestEachMessageHasOneEffect(t *testing.T) {
 	}
 	eventually(t, "all copies are dropped", func() bool { return b.sum(duplicates) >= copies })
 	t.Logf("%d copies, %d dropped by the server, %d duplicates, %d redelivered", copies, p.Duplicates(), b.sum(duplicates), b.sum(func(e *consumer.BatchEnd) int { return e.Redelivered }))
+}
+
+// Mode 27: the database is restored to an earlier time. The server keeps no offset that could be
+// ahead of it.
+func TestRestoredBaseBackup(t *testing.T) {
+	t.Parallel()
+	n := startBroker(t)
+	topic := n.newTopic(t, nats.TopicOptions{Stream: jetstream.StreamConfig{Duplicates: 100 * time.Millisecond}})
+	restoretest.Run(t, restoretest.Broker{
+		Topic: topic, Publisher: n.publisher(t, nil),
+		Source: func() consumer.Source { return n.connect(t, nil).Source("books", topic) },
+		Log:    func() []consumer.Delivery { return slices.Concat(slices.Collect(maps.Values(n.read(t, topic)))...) },
+	})
 }
