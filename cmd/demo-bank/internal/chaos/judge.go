@@ -86,8 +86,8 @@ func (r *run) judge(ctx context.Context) error {
 	return nil
 }
 
-// awaitMessages blocks until both consumers have handled all messages. It is a finding if that takes
-// too long, and if the projection then differs from the books.
+// awaitMessages blocks until both consumers have handled all messages, or messagesWaitMax has elapsed.
+// Then the projection must match the books.
 func (r *run) awaitMessages(ctx context.Context) error {
 	until := time.Now().Add(messagesWaitMax)
 	for {
@@ -97,6 +97,9 @@ func (r *run) awaitMessages(ctx context.Context) error {
 				if left, err = bank.Unhandled(ctx, tx, bank.StatementsConsumer, events.NoticesConsumer); err == nil {
 					missing, doubled, mismatches, err = bank.CompareProjection(ctx, tx)
 				}
+				if err == nil {
+					err = tx.QueryRow(ctx, "SELECT count(*) FROM idempotency_keys WHERE starts_with(scope, $1)", idempotency.MessageScopePrefix).Scan(&r.handled)
+				}
 				return err
 			})
 		})
@@ -105,11 +108,11 @@ func (r *run) awaitMessages(ctx context.Context) error {
 			return err
 		case left > 0 && time.Now().Before(until):
 		case left > 0:
-			r.findings.add("%d messages are not handled %v after the end", left, messagesWaitMax)
+			r.messages.add("%d messages are not handled %v after the end", left, messagesWaitMax)
 			return nil
 		default:
 			if missing+doubled+mismatches > 0 {
-				r.findings.add("the projection misses %d moves, has %d more than once, and %d accounts differ", missing, doubled, mismatches)
+				r.messages.add("the projection misses %d moves, has %d more than once, and %d accounts differ", missing, doubled, mismatches)
 			}
 			return nil
 		}
@@ -189,6 +192,7 @@ func (r *run) ownChecks() []check.Result {
 	results := []check.Result{
 		r.findings.result(RunCheck, "the run did what it should, and no bank died unasked", int(t.kills.Load())),
 		r.unexpected.result("answers", "no good request was refused, no changed one answered", replies),
+		r.messages.result("messages", "both consumers handled each message, and the projection matches the books", r.handled),
 		r.unknownCheck(),
 	}
 

@@ -47,6 +47,7 @@ type run struct {
 	tally      tally
 	findings   findings // wrongs of the run itself
 	unexpected findings // answers that no good request gets
+	messages   findings // that were lost, or handled twice
 
 	diary      *os.File     // the faults with their times, for readers of a kept folder
 	phaseName  atomic.Value // of string
@@ -60,6 +61,7 @@ type run struct {
 
 	before, after check.Resources
 	money         watched
+	handled       int // messages, by both consumers together
 	causesMax     int // maximum number of COMMITs that were made to fail
 	checks        []check.Result
 }
