@@ -250,9 +250,14 @@ func TestConsumersOfOneTopicAreApart(t *testing.T) {
 	running.Go(func() {
 		_ = consumer.New("other", b.Store.Inbox(), source, insert, nil).Run(ctx)
 	})
-	eventually(t, "two effects", func() bool { return b.Effects(t) == 2 })
+	eventually(t, "the other one has handled it", func() bool {
+		return b.Count(t, "SELECT count(*) FROM message_offsets WHERE consumer = 'other' AND next_offset = 1") == 1
+	})
 	cancel()
 	running.Wait()
+	if n := b.Effects(t); n != 2 {
+		t.Errorf("%d effects, want one of each consumer", n)
+	}
 }
 
 // Mode 20, 21: a message that its handler can't take keeps none of its batch from being handled, and
@@ -481,7 +486,14 @@ func TestRecreatedTopicStops(t *testing.T) {
 	again := newTopic()
 	again.id = [16]byte{2}
 	again.publish(0, "id2", "k", "m2")
-	err := consumer.New("ledger", b.Store.Inbox(), again, insert, nil).Run(t.Context())
+	again.publish(0, "id3", "k", "m3") // at the offset that was due
+	ctx, cancel := context.WithCancel(t.Context())
+	defer cancel()
+	err := consumer.New("ledger", b.Store.Inbox(), again, func(context.Context, *consumer.Delivery) error {
+		t.Error("a message of the new topic was handled")
+		cancel()
+		return nil
+	}, nil).Run(ctx)
 	if !errors.Is(err, consumer.ErrRecreated) || !strings.Contains(err.Error(), "message_offsets") {
 		t.Errorf("Run: %v", err)
 	}

@@ -225,6 +225,80 @@ func (b *lockedBuffer) String() string {
 	return b.text.String()
 }
 
+// Mode 1: a message whose id was drawn first may be committed last, behind one that is published and
+// deleted meanwhile.
+func TestMessageThatIsCommittedLateIsNotSkipped(t *testing.T) {
+	t.Parallel()
+	s := testservice.New(t, nil)
+	// The message "late" waits for its COMMIT, with its id, until the lock is free.
+	s.Exec(t, "CREATE FUNCTION late() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN PERFORM pg_advisory_xact_lock(1); RETURN NULL; END'")
+	s.Exec(t, "CREATE TRIGGER late AFTER INSERT ON message_outbox FOR EACH ROW WHEN (NEW.body = 'late') EXECUTE FUNCTION late()")
+	holder, err := s.Pool.Acquire(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer holder.Release()
+	if _, err := holder.Exec(t.Context(), "SELECT pg_advisory_lock(1)"); err != nil {
+		t.Fatal(err)
+	}
+	var publishing sync.WaitGroup
+	publishing.Go(func() { publish(t, s, "k", "late") })
+	eventually(t, "it has its id, and waits", func() bool {
+		return s.Count(t, "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND wait_event = 'advisory'") == 1
+	})
+	publish(t, s, "k", "early")
+	p := new(recorder)
+	outbox := s.Store.Outbox()
+	drain(t, outbox, p.Publish)
+	if got := p.bodies(); got != "early" {
+		t.Errorf("published %q", got)
+	}
+	if _, err := holder.Exec(t.Context(), "SELECT pg_advisory_unlock(1)"); err != nil {
+		t.Fatal(err)
+	}
+	publishing.Wait()
+	drain(t, outbox, p.Publish)
+	if got := p.bodies(); got != "early late" || !empty(t, s)() {
+		t.Errorf("published %q", got)
+	}
+}
+
+// drain empties each shard once.
+func drain(t *testing.T, outbox relay.Outbox, publish func(context.Context, []message.Message) []error) {
+	t.Helper()
+	for shard := range postgres.OutboxShards {
+		if _, err := outbox.Drain(t.Context(), shard, relay.Limits{Messages: 100, Bytes: 1 << 20}, publish); err != nil {
+			t.Fatal(err)
+		}
+	}
+}
+
+// Until the broker has confirmed a message it is in the outbox: a relay may die at any time.
+func TestMessageStaysUntilItIsConfirmed(t *testing.T) {
+	t.Parallel()
+	s := testservice.New(t, nil)
+	outbox, confirms := s.Store.Outbox(), false
+	publish(t, s, "k", "one")
+	broker := func(context.Context, []message.Message) []error {
+		if empty(t, s)() { // as another session sees it
+			t.Error("the message is deleted before it is confirmed")
+		}
+		if !confirms {
+			return []error{errors.New("away")}
+		}
+		return []error{nil}
+	}
+	drain(t, outbox, broker)
+	if empty(t, s)() {
+		t.Error("a message that was not confirmed is deleted")
+	}
+	confirms = true
+	drain(t, outbox, broker)
+	if !empty(t, s)() {
+		t.Error("a message that was confirmed is not deleted")
+	}
+}
+
 // A relay that dies between the broker's confirmation and the deletion publishes the message again,
 // under the same id.
 func TestDeathBetweenConfirmationAndDeletionPublishesAgain(t *testing.T) {

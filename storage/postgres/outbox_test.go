@@ -167,6 +167,17 @@ func TestMessageLeavesWithTheWrites(t *testing.T) {
 			publish(ctx, t, "a", "one")
 			panic("no")
 		}, ""},
+		"a constraint refuses the COMMIT": {func(ctx context.Context, t *testing.T) (*idempotency.Answer, error) {
+			publish(ctx, t, "a", "one")
+			_, err := postgres.Tx(ctx).Exec(ctx, "CREATE TABLE tree (id int PRIMARY KEY, parent int REFERENCES tree DEFERRABLE INITIALLY DEFERRED)")
+			if err == nil {
+				_, err = postgres.Tx(ctx).Exec(ctx, "INSERT INTO tree VALUES (1, 2)")
+			}
+			if err != nil {
+				t.Error(err)
+			}
+			return answer(201), err
+		}, ""},
 		"in a nested transaction that is rolled back": {func(ctx context.Context, t *testing.T) (*idempotency.Answer, error) {
 			publish(ctx, t, "a", "one")
 			nested, err := postgres.Tx(ctx).Begin(ctx)

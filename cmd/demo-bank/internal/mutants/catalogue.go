@@ -2,6 +2,8 @@
 
 package mutants
 
+import "slices"
+
 // Mutant is a seeded bug that somebody might write in good faith, as a change of this repository's
 // sources.
 type Mutant struct {
@@ -35,6 +37,12 @@ const (
 	settleFile     = "storage/postgres/settle.go"
 	migrationFile  = "migrations/000004_create_open_requests.up.sql"
 	bankFile       = "cmd/demo-bank/internal/bank/routes.go"
+	messageFile    = "message/message.go"
+	outboxFile     = "storage/postgres/outbox.go"
+	inboxFile      = "storage/postgres/inbox.go"
+	consumerFile   = "consumer/consumer.go"
+	operatorFile   = "storage/postgres/operator/message.go"
+	kafkaFile      = "broker/kafka/source.go"
 )
 
 const keyedCommit = `	return a.recorded(ctx, "commit", a.commit(ctx, deferred, refused, record))
@@ -43,7 +51,7 @@ const keyedCommit = `	return a.recorded(ctx, "commit", a.commit(ctx, deferred, r
 const countedRows = `" SELECT 1 OPERATOR(pg_catalog./) pg_catalog.count(*) FILTER (WHERE same) FROM written",`
 
 // Catalogue returns every seeded bug.
-func Catalogue() []Mutant { return append(ofAnswers(), ofEffects()...) }
+func Catalogue() []Mutant { return slices.Concat(ofAnswers(), ofEffects(), ofMessages()) }
 
 func ofAnswers() []Mutant {
 	return []Mutant{
@@ -532,6 +540,196 @@ func ofEffects() []Mutant {
 		return fmt.Errorf("%w: %w", ErrUnsettled, err)
 `, `		return nil
 `}},
+		},
+	}
+}
+
+// ofMessages returns the bugs of messages. Each names a test with a schedule that shows it: it takes
+// a relay or a consumer that ends, a restore, or a race that chaos may not meet.
+func ofMessages() []Mutant {
+	return []Mutant{
+		{
+			Name: "cursor-in-the-relay",
+			Bug:  "the relay goes on behind the last message that it has published",
+			Test: Test{"relay", "TestMessageThatIsCommittedLateIsNotSkipped"},
+			edits: []edit{
+				{outboxFile, `	nudged <-chan struct{}
+}
+`, `	nudged <-chan struct{}
+	cursor [OutboxShards]int64
+}
+`},
+				{outboxFile, ` AS m WHERE shard = $1 AND topic <> ALL ($4) AND "+o.ready()+
+`, ` AS m WHERE shard = $1 AND id > $5 AND topic <> ALL ($4) AND "+o.ready()+
+`},
+				{outboxFile, `shard, limits.Messages, limits.Bytes, o.except)
+`, `shard, limits.Messages, limits.Bytes, o.except, o.cursor[shard])
+`},
+				{outboxFile, `	d.Published, d.Parked = len(published), len(parked)
+`, `	d.Published, d.Parked = len(published), len(parked)
+	for _, id := range published {
+		o.cursor[shard] = max(o.cursor[shard], id)
+	}
+`},
+			},
+		},
+		{
+			Name: "deleted-before-it-is-published",
+			Bug:  "the relay deletes a message, and then publishes it",
+			Test: Test{"relay", "TestMessageStaysUntilItIsConfirmed"},
+			edits: []edit{
+				{outboxFile, `	results := publish(ctx, messages)
+`, `	if _, err := o.store.pool.Exec(ctx, "DELETE FROM "+o.table+" WHERE shard = $1 AND id = ANY ($2)", shard, ids); err != nil {
+		return d, err
+	}
+	results := publish(ctx, messages)
+`},
+				{outboxFile, `tag.RowsAffected() != int64(len(published))`, `tag.RowsAffected() > int64(len(published))`},
+			},
+		},
+		{
+			Name:  "shard-without-a-lock",
+			Bug:   "several relays publish the messages of one shard",
+			Test:  Test{"relay", "TestRelaysLoseNothingAndKeepTheOrder"},
+			edits: []edit{{outboxFile, `"SELECT pg_try_advisory_xact_lock($1)"`, `"SELECT $1::bigint IS NOT NULL"`}},
+		},
+		{
+			Name:  "id-per-publication",
+			Bug:   "the relay gives a message a new id each time that it publishes it",
+			Test:  Test{"relay", "TestDeathBetweenConfirmationAndDeletionPublishesAgain"},
+			edits: []edit{{outboxFile, `"SELECT id, message_id::text, `, `"SELECT id, gen_random_uuid()::text, `}},
+		},
+		{
+			Name: "random-message-id",
+			Bug:  "a message's id is random, so that another run of its request publishes it under another one",
+			Test: Test{"storage/postgres", "TestMessageIDIsThatOfTheRequest"},
+			edits: []edit{{messageFile, `return idempotency.DerivedID(ctx, "message/"+name) }
+`, `return idempotency.NewAttemptID().String() }
+`}},
+		},
+		{
+			Name: "message-apart",
+			Bug:  "messages are committed in a transaction of their own, before the handler's",
+			Test: Test{"storage/postgres", "TestMessageLeavesWithTheWrites"},
+			edits: []edit{{outboxFile, `		calls = append(calls[:len(calls):len(calls)], call)
+`, `		conn, err := a.store.pool.Acquire(context.Background())
+		if err != nil {
+			return calls, together, err
+		}
+		defer conn.Release()
+		if _, err := conn.Conn().PgConn().ExecParams(context.Background(), call.Statement.SQL, call.Params, call.Statement.OIDs, []int16{1}, nil).Close(); err != nil {
+			return calls, together, err
+		}
+`}},
+		},
+		{
+			Name: "position-not-compared",
+			Bug:  "a batch moves the position, whatever it is by then",
+			Test: Test{"consumer", "TestBatchOfAMovedPartitionIsFenced"},
+			edits: []edit{{inboxFile, ` AND next_offset OPERATOR(pg_catalog.=) $4" +
+`, ` AND $4 IS NOT NULL" +
+`}},
+		},
+		{
+			Name: "brokers-offset-trusted",
+			Bug:  "a partition begins where the group's offset at the broker says, if there is one",
+			Test: Test{"broker/kafka", "TestRestoredBaseBackup"},
+			edits: []edit{{kafkaFile, `			numbers[number] = kgo.NewOffset().At(at) // the`, `			if committed := numbers[number].EpochOffset().Offset; committed >= 0 {
+				at = committed
+			}
+			numbers[number] = kgo.NewOffset().At(at) // the`}},
+		},
+		{
+			Name: "position-before-the-effect",
+			Bug:  "the position is committed when messages arrive, before their effects",
+			Test: Test{"consumer", "TestOutageParksNothing"},
+			edits: []edit{
+				{inboxFile, `		err = fail("begin a batch", idempotency.ErrUnavailable, errors.New("the partition has no position: the row was deleted"))
+	default:
+		return nil
+	}
+`, `		err = fail("begin a batch", idempotency.ErrUnavailable, errors.New("the partition has no position: the row was deleted"))
+	default:
+		_, err := s.pool.Exec(ctx, "UPDATE "+i.offsets+" SET next_offset = $4 WHERE consumer = $1 AND source = $2 AND partition = $3 AND next_offset < $4",
+			claim.Consumer, claim.Partition.Source, claim.Partition.Number, claim.Entries[len(claim.Entries)-1].Offset+1)
+		return err
+	}
+`},
+				{inboxFile, ` AND next_offset OPERATOR(pg_catalog.=) $4" +
+`, ` AND next_offset OPERATOR(pg_catalog.>=) $4" +
+`},
+			},
+		},
+		{
+			Name: "id-without-the-consumer",
+			Bug:  "the consumers of a topic share the ids of what they have handled",
+			Test: Test{"consumer", "TestConsumersOfOneTopicAreApart"},
+			edits: []edit{{inboxFile, `return idempotency.MessageScopePrefix + name }
+`, `return idempotency.MessageScopePrefix + name[:0] + "all" }
+`}},
+		},
+		{
+			Name: "id-not-looked-at",
+			Bug:  "a consumer knows what it has handled by its position alone",
+			Test: Test{"consumer", "TestMessageThatWasPublishedTwiceIsHandledOnce"},
+			edits: []edit{
+				{inboxFile, `" WHEN k.key IS NOT NULL THEN CASE`, `" WHEN false THEN CASE`},
+				{inboxFile, ` AS m (id, fingerprint)" +
+				" RETURNING attempt_id`, ` AS m (id, fingerprint) ON CONFLICT DO NOTHING" +
+				" RETURNING attempt_id`},
+				{inboxFile, `FILTER (WHERE same) OPERATOR(pg_catalog.=) pg_catalog.cardinality($6)`, `FILTER (WHERE same) OPERATOR(pg_catalog.<=) pg_catalog.cardinality($6)`},
+			},
+		},
+		{
+			Name:  "parked-is-handled",
+			Bug:   "a message that is parked is recorded as handled",
+			Test:  Test{"consumer", "TestPoisonIsParkedWithItsKey"},
+			edits: []edit{{consumerFile, `finish.Park = append(finish.Park, park)`, `finish.Park, finish.Recorded = append(finish.Park, park), append(finish.Recorded, i)`}},
+		},
+		{
+			Name:  "poison-is-skipped",
+			Bug:   "the position moves over a message that can't be handled, which is kept nowhere",
+			Test:  Test{"consumer", "TestMessagesThatAreNotHandled"},
+			edits: []edit{{consumerFile, `finish.Park = append(finish.Park, park)`, `r.end.Dead++`}},
+		},
+		{
+			Name:  "key-of-a-parked-message-goes-on",
+			Bug:   "messages overtake a parked one of their key",
+			Test:  Test{"consumer", "TestPoisonIsParkedWithItsKey"},
+			edits: []edit{{inboxFile, `" WHEN $7 AND EXISTS (`, `" WHEN $7 AND false AND EXISTS (`}},
+		},
+		{
+			Name: "outage-counts-for-the-message",
+			Bug:  "a message is parked because the database failed",
+			Test: Test{"consumer", "TestOutageParksNothing"},
+			edits: []edit{
+				{consumerFile, `err != nil && (failure == nil || !errors.Is(err, idempotency.ErrAborted)) {
+`, `err != nil && failure == nil {
+`},
+				{consumerFile, `outage := errors.Is(cause, idempotency.ErrUnavailable) || errors.Is(cause, idempotency.ErrNotSerializable) || r.ctx.Err() != nil
+`, `outage := r.ctx.Err() != nil
+`},
+			},
+		},
+		{
+			Name:  "deaths-not-kept",
+			Bug:   "the deaths of processes in a message are not kept",
+			Test:  Test{"consumer", "TestMessageThatKillsItsProcessIsFound"},
+			edits: []edit{{inboxFile, `SET deaths = o.deaths + 1 RETURNING`, `SET deaths = 1 RETURNING`}},
+		},
+		{
+			Name: "topic-not-compared",
+			Bug:  "the offset of a deleted topic is used for one that was made anew under its name",
+			Test: Test{"consumer", "TestRecreatedTopicStops"},
+			edits: []edit{{consumerFile, `	case position.Next >= 0 && position.Incarnation != p.Incarnation:
+`, `	case position.Next < 0 && position.Incarnation != p.Incarnation && position.Deaths > 0:
+`}},
+		},
+		{
+			Name:  "redriven-under-another-id",
+			Bug:   "a redriven message has a new id",
+			Test:  Test{"storage/postgres/operator", "TestRedriveKeepsTheIDAndTheOrder"},
+			edits: []edit{{operatorFile, ` SET state = 1, attempts = 0, not_before = clock_timestamp() WHERE`, ` SET message_id = gen_random_uuid(), state = 1, attempts = 0, not_before = clock_timestamp() WHERE`}},
 		},
 	}
 }
