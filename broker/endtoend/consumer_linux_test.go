@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"math/rand/v2"
 	"os"
 	"sync"
 	"time"
@@ -23,6 +24,8 @@ const (
 	batchTimeout = 2 * time.Second
 	// idleTimeout is how long a process that is stopped in a transaction holds its partition.
 	idleTimeout = 2500 * time.Millisecond
+	// handlerMax makes batches long enough for faults to hit.
+	handlerMax = 4 * time.Millisecond
 )
 
 // event is what a consumer process prints, a line each.
@@ -81,6 +84,7 @@ func (c child) consume(ctx context.Context) error {
 		_, err := postgres.Tx(ctx).Exec(ctx, "INSERT INTO effects (key, version, process) VALUES ($1, $2, $3)", m.Key, m.Version, c.Number)
 		if err == nil {
 			tell(event{Kind: handled, Partition: ctx.Value(partitionKey{}).(int32)})
+			sleep(ctx, rand.N(handlerMax))
 		}
 		return err
 	}

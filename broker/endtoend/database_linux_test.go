@@ -124,7 +124,7 @@ func (d *database) crashBackend(ctx context.Context) error {
 			continue
 		}
 		var pid int
-		err := d.pool.QueryRow(ctx, "SELECT pid FROM pg_stat_activity WHERE application_name = $1 ORDER BY state = 'idle', random() LIMIT 1", consumerName).Scan(&pid)
+		err := d.pool.QueryRow(ctx, "SELECT pid FROM pg_stat_activity WHERE application_name LIKE $1 ORDER BY state = 'idle', random() LIMIT 1", consumerName+"-%").Scan(&pid)
 		if err == nil && syscall.Kill(pid, syscall.SIGKILL) == nil {
 			before, killedAt = now, time.Now()
 		}

@@ -51,12 +51,12 @@ const (
 
 // faultsMade are the faults that really happened.
 type faultsMade struct {
-	Kills           int `json:"kills"`
-	KillsInBatch    int `json:"kills_in_a_batch"`
-	Pauses          int `json:"pauses"` // past the session, with others at its partitions when it went on
-	PausesInBatch   int `json:"pauses_in_a_batch"`
-	BrokerCrashes   int `json:"broker_crashes"`
-	DatabaseCrashes int `json:"database_crashes"`
+	Kills               int `json:"kills"` // -9, of a process that had partitions
+	KillsInBatch        int `json:"kills_in_a_batch"`
+	Pauses              int `json:"pauses"` // past the session, with others at its partitions when it went on
+	PausesInTransaction int `json:"pauses_in_a_transaction"`
+	BrokerCrashes       int `json:"broker_crashes"`
+	DatabaseCrashes     int `json:"database_crashes"`
 }
 
 // enough returns what is missing.
@@ -298,8 +298,9 @@ func (p *proof) round(ctx context.Context, round int) error {
 		return err
 	}
 	pausedAt := time.Now()
-	held := p.partitionsOf(paused)
 	defer paused.signal(syscall.SIGCONT) //nolint:errcheck // it may have ended
+	held := p.partitionsOf(paused)
+	open, _ := p.database.count(ctx, "SELECT count(*) FROM pg_stat_activity WHERE application_name = $1 AND state LIKE 'idle in transaction%'", order[0].application())
 
 	for i, m := range order[1:] {
 		allow(2 + i)
@@ -335,8 +336,8 @@ func (p *proof) round(ctx context.Context, round int) error {
 	}
 	if paused.isStopped() && !paused.hasEnded() && len(held) > 0 {
 		p.report.Pauses++
-		if p.writes(paused) {
-			p.report.PausesInBatch++
+		if open > 0 {
+			p.report.PausesInTransaction++
 		}
 	}
 	return paused.signal(syscall.SIGCONT)
@@ -432,12 +433,15 @@ func (p *proof) beginning() int64 {
 	return 0
 }
 
+// application is the name of the member's sessions at PostgreSQL.
+func (m *member) application() string { return fmt.Sprint(consumerName, "-", m.number) }
+
 // start starts the member's next process.
 func (m *member) start() error {
 	p := m.proof
 	l := &life{inBatch: map[int32]bool{}, writes: make(chan struct{}, 1)}
 	process, err := startChild(child{
-		Role: roleConsumer, Number: m.number, DatabaseURL: p.database.url(consumerName), Source: p.broker.source,
+		Role: roleConsumer, Number: m.number, DatabaseURL: p.database.url(m.application()), Source: p.broker.source,
 	}, func(line string) { p.hear(l, line) })
 	if err != nil {
 		return fmt.Errorf("start process %d: %w", m.number, err)
