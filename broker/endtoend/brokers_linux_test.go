@@ -21,6 +21,7 @@ import (
 	"github.com/paidonce/idempotency/broker/kafka"
 	"github.com/paidonce/idempotency/broker/nats"
 	"github.com/paidonce/idempotency/consumer"
+	"github.com/paidonce/idempotency/internal/kafkaserver"
 	"github.com/paidonce/idempotency/relay"
 )
 
@@ -76,10 +77,10 @@ func (s source) open(logger *slog.Logger) (consumer.Source, error) {
 	return client.Source(consumerName, topic), nil
 }
 
-// server is a broker's process.
+// brokerServer is a broker's process.
 type brokerServer interface {
 	start(ctx context.Context) error
-	// crash is kill -9.
+	// crash is kill -9. start then starts it again, on its data and at its address.
 	crash() error
 	address() string
 }
@@ -260,6 +261,35 @@ func (s *ourServer) crash() error {
 		return nil
 	case !s.process.kill():
 		return fmt.Errorf("the broker died unasked: %v\n%s", s.process.cmd.ProcessState, s.process.said())
+	}
+	return nil
+}
+
+// realKafka is an Apache Kafka.
+type realKafka struct {
+	dir     string
+	session time.Duration
+	server  *kafkaserver.Server
+}
+
+// address implements brokerServer.
+func (k *realKafka) address() string { return k.server.Address() }
+
+// start implements brokerServer.
+func (k *realKafka) start(ctx context.Context) (err error) {
+	if k.server != nil {
+		return k.server.Restart(ctx)
+	}
+	k.server, err = kafkaserver.Start(ctx, k.dir, &kafkaserver.Options{Settings: map[string]string{
+		"group.consumer.session.timeout.ms": strconv.FormatInt(k.session.Milliseconds(), 10),
+	}})
+	return err
+}
+
+// crash implements brokerServer.
+func (k *realKafka) crash() error {
+	if k.server != nil {
+		k.server.Kill()
 	}
 	return nil
 }
