@@ -82,8 +82,8 @@ type Options struct {
 
 	// BatchMax is the maximum number of messages of one partition that are handled in one transaction.
 	// A batch holds its row locks until it ends, so handlers that update rows which other partitions
-	// or requests update too must leave it at 1: they would deadlock. After a deadlock batches are
-	// halved. Defaults to 1.
+	// or requests update too must leave it at 1: they would deadlock. After a deadlock, and after a
+	// batch that took longer than BatchTimeout, batches are halved. Defaults to 1.
 	BatchMax int
 
 	// InFlightMax is the maximum number of batches at a time. Each holds a connection. Defaults to 4.
@@ -552,7 +552,11 @@ func (r *run) failed(recorded int, err error) (settled int, pause time.Duration)
 		return 0, time.Millisecond
 	case errors.Is(err, idempotency.ErrAborted) && recorded > 0:
 		return r.blame(len(r.deliveries)-1, err)
-	case r.ctx.Err() != nil && !errors.Is(err, idempotency.ErrUnknown):
+	case r.ctx.Err() == nil, errors.Is(err, idempotency.ErrUnknown):
+	case errors.Is(r.ctx.Err(), context.Canceled):
+		return 0, time.Millisecond
+	case len(r.deliveries) > 1: // the same batch would take too long the next time too
+		r.state.size = len(r.deliveries) / 2
 		return 0, time.Millisecond
 	}
 	return 0, r.outage(r.p, r.state, err)

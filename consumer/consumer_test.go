@@ -402,6 +402,39 @@ func TestOutageParksNothing(t *testing.T) {
 	}
 }
 
+// Mode 26: a handler that needs longer for a batch than a batch may take gets smaller ones, instead
+// of the same one for ever.
+func TestBatchThatTakesTooLongIsHalved(t *testing.T) {
+	t.Parallel()
+	b, source := newBed(t), newTopic()
+	const messages, quick = 4, 2 // of a batch: the third one takes for ever
+	for i := range messages {
+		source.publish(0, fmt.Sprint(i), "k", fmt.Sprint(i))
+	}
+	batch, handled := -1, 0 // one goroutine handles the partition
+	handler := func(ctx context.Context, m *consumer.Delivery) error {
+		b.mu.Lock()
+		ends := len(b.ends)
+		b.mu.Unlock()
+		if ends != batch {
+			batch, handled = ends, 0
+		}
+		if handled++; handled > quick {
+			<-ctx.Done()
+			return ctx.Err()
+		}
+		return insert(ctx, m)
+	}
+	b.start(t, source, handler, &consumer.Options{BatchMax: 100, BatchTimeout: time.Second})
+	b.at(t, 0, messages)
+	if got := b.names(t); got != "0 1 2 3" {
+		t.Errorf("effects %q", got)
+	}
+	if n := b.Count(t, "SELECT count(*) FROM message_parked"); n != 0 {
+		t.Errorf("%d messages are parked", n)
+	}
+}
+
 // Mode 21: a message that kills its process is found though the process can't count, and other
 // messages do not suffer for it. Processes that leave in peace count for nothing.
 func TestMessageThatKillsItsProcessIsFound(t *testing.T) {
