@@ -339,8 +339,8 @@ func (b *banks) heal(ctx context.Context) error {
 	for _, s := range b.slots {
 		s.mu.Lock()
 		s.next, s.pending = arm{}, nil
-		if s.life != nil && s.life.armed.point != "" {
-			s.life.kill()
+		if s.life != nil && s.life.armed.point != "" && s.life.kill() {
+			b.run.noteFault()
 		}
 		s.mu.Unlock()
 	}

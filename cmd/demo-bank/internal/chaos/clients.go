@@ -111,7 +111,9 @@ func (l *lane) ask(ctx context.Context, k *key, changed bool, t storm.Trouble) {
 	for tries := 1; ctx.Err() == nil && k.begin(); tries++ {
 		l.run.tally.trouble(t)
 		what := l.send(ctx, k, changed, false, t)
-		k.end(what)
+		if first := k.end(what); first && !k.scripted {
+			l.run.noteAnswer()
+		}
 		l.run.finished(what)
 		t = storm.NoTrouble
 		switch what {
@@ -125,7 +127,7 @@ func (l *lane) ask(ctx context.Context, k *key, changed bool, t storm.Trouble) {
 		case resultParked:
 			return
 		case resultNotExecuted:
-			if !k.insist && l.choice.Float64() < l.run.profile.giveUp && k.giveUp() {
+			if !k.scripted && l.choice.Float64() < l.run.profile.giveUp && k.giveUp() {
 				l.run.tally.clientFaults.add("given up")
 				return
 			}

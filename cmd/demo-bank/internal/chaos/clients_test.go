@@ -298,6 +298,33 @@ func TestNobodyThere(t *testing.T) {
 	}
 }
 
+// TestSettledAfterTheLastFault: the time from the last fault counts to the last first answer of a
+// key. Copies and scripts don't matter, and a fault that met no open key is followed by nothing.
+func TestSettledAfterTheLastFault(t *testing.T) {
+	t.Parallel()
+	r, l := clientOf(t, &bankOf{}, 0)
+	ask := func(k *key) { l.ask(t.Context(), k, false, storm.NoTrouble) }
+	early, late, script := aTransfer(), aTransfer(), aTransfer()
+	script.scripted = true
+	ask(early)
+	r.noteFault()
+	ask(early)
+	ask(script)
+	if after := r.settledAfter(); after != 0 {
+		t.Errorf("all keys had their answers before the fault, and %v are reported", after)
+	}
+	ask(late)
+	after := r.settledAfter()
+	if after <= 0 {
+		t.Error("a key got its answer after the fault, and 0 is reported")
+	}
+	ask(late)
+	ask(script)
+	if again := r.settledAfter(); again != after {
+		t.Errorf("a copy and a script made %v of %v", again, after)
+	}
+}
+
 // TestFaultsOfCommits: each fault meets a COMMIT that carries a key, at its number or at the first
 // later one to which it can apply. Other COMMITs meet none.
 func TestFaultsOfCommits(t *testing.T) {

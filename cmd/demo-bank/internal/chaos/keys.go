@@ -60,7 +60,7 @@ type key struct {
 	refused  bool // a good bank refuses it
 	triesMax int  // for each copy; then its client gives up waiting. 0: no limit
 	async    bool // it is sent with Prefer: respond-async
-	insist   bool // its client never gives it up
+	scripted bool // it is a script's: its client never gives it up
 
 	mu       sync.Mutex
 	inFlight int
@@ -129,18 +129,20 @@ func (k *key) begin() bool {
 	return true
 }
 
-// end records a request's result.
-func (k *key) end(what result) {
+// end records a request's result, and reports whether it is the key's first answer.
+func (k *key) end(what result) (first bool) {
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	k.inFlight--
 	switch what {
 	case resultUnsent, resultNotExecuted:
 	case resultAnswered:
+		first = !k.settled
 		k.settled, k.tainted = true, true
 	default:
 		k.tainted = true
 	}
+	return first
 }
 
 // waits registers the function that hangs up a lane's request that waits for an answer. A nil
@@ -348,7 +350,7 @@ func (r *ring) drawCall(k *key, choice *rand.Rand) {
 func (r *ring) script(asks asked, card string) *key {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	k := &key{index: len(r.keys), tenant: 1, asks: asks, together: 1, hot: true, insist: true, from: r.names[len(r.keys)%accounts], amount: 10}
+	k := &key{index: len(r.keys), tenant: 1, asks: asks, together: 1, hot: true, scripted: true, from: r.names[len(r.keys)%accounts], amount: 10}
 	k.text = fmt.Sprintf("%s%0*d", r.prefix, indexDigits, k.index)
 	k.to = k.text + card
 	if asks == askReceipt {

@@ -41,7 +41,7 @@ type Report struct {
 	Phase         string  `json:"phase"` // the last one
 	Seconds       float64 `json:"seconds"`
 	LoadSeconds   float64 `json:"load_seconds"`
-	SettleSeconds float64 `json:"settle_seconds"` // from the last fault to the last key's answer
+	SettleSeconds float64 `json:"settle_seconds"` // from the last fault to the last answer of a key of the load
 
 	Requests     int64 `json:"requests"`      // of the load and the settling
 	FinalReplays int64 `json:"final_replays"` // at least one for each key that was not given up
@@ -99,7 +99,7 @@ func (r *run) report() *Report {
 		Profile: r.config.Profile, Seed: r.config.Seed, Schedule: r.schedule.hash(), Operations: r.config.Operations,
 		Clients: r.config.Clients, Banks: r.config.Banks, Wait: r.config.Wait, WithEffects: r.config.Effects, DurationMaxSecs: r.config.DurationMax.Seconds(),
 		Versions: terminal.NewVersions(r.cluster.version()),
-		Phase:    r.phase(), Seconds: r.clock().Seconds(), LoadSeconds: r.loadEnded.Seconds(), SettleSeconds: r.settled.Seconds(),
+		Phase:    r.phase(), Seconds: r.clock().Seconds(), LoadSeconds: r.loadEnded.Seconds(), SettleSeconds: r.settledAfter().Seconds(),
 		Requests: t.finished.Load(), FinalReplays: t.replays.Load(), Unsent: t.unsent.Load(), Keys: len(keys), KeyedCommits: r.commits.seen.Load(),
 		Faults:       t.faults.list(slices.Sorted(namesOf(r.profile.events))),
 		CommitFaults: t.commitFaults.list(slices.Sorted(namesOf(r.profile.weights))),

@@ -57,7 +57,7 @@ type run struct {
 	healed     atomic.Bool
 	loadEnded  time.Duration
 	lastFault  atomic.Int64 // nanoseconds of the run's clock
-	settled    time.Duration
+	lastAnswer atomic.Int64 // the same: when a key of the load got its first answer
 
 	before, after check.Resources
 	money         watched
@@ -146,8 +146,18 @@ func (r *run) finished(what result) {
 	}
 }
 
-// noteFault records the time of the last fault.
+// noteFault records the time of the last fault. The faults of scripts are not meant: they come after
+// the load, and answer for themselves.
 func (r *run) noteFault() { r.lastFault.Store(int64(r.clock())) }
+
+// noteAnswer records the time of a key's answer.
+func (r *run) noteAnswer() { r.lastAnswer.Store(int64(r.clock())) }
+
+// settledAfter returns the time from the last fault to the last key's answer, or 0 if all keys had
+// theirs by then.
+func (r *run) settledAfter() time.Duration {
+	return max(0, time.Duration(r.lastAnswer.Load()-r.lastFault.Load()))
+}
 
 // findings counts errors and keeps the first as examples. The zero value is ready. It is safe for
 // concurrent use.

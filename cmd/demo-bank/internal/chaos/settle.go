@@ -25,8 +25,6 @@ func (r *run) settle(ctx context.Context) error {
 	if err := r.banks.heal(ctx); err != nil {
 		return err
 	}
-	// heal itself made the last fault: it killed the banks that never reached their crash point.
-	healed := r.clock()
 	if r.profile.effects {
 		r.working.Go(func() { r.awaitNothingOpen(ctx) })
 	}
@@ -37,7 +35,6 @@ func (r *run) settle(ctx context.Context) error {
 	}()
 	select {
 	case <-done:
-		r.settled = r.clock() - healed
 		return nil
 	case <-ctx.Done():
 		return context.Cause(ctx)
