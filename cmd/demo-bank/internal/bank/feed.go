@@ -15,8 +15,11 @@ import (
 	"github.com/paidonce/idempotency/storage/postgres/operator"
 )
 
-// StatementsConsumer is the name of the consumer that writes the projection.
-const StatementsConsumer = "statements"
+// Names of the consumers of the bank's messages.
+const (
+	StatementsConsumer = "statements" // writes the projection
+	NoticesConsumer    = "notices"    // sends mails
+)
 
 // Broker is where the bank's messages go. It is safe for concurrent use.
 type Broker interface {

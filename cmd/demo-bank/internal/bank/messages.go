@@ -89,7 +89,11 @@ func (b *Bank) parkedMessages(ctx context.Context, query url.Values) ([]ParkedMe
 			return nil, err
 		}
 	}
-	filter := operator.ParkedFilter{Consumer: query.Get("consumer"), State: operator.ParkedState(query.Get("state"))}
+	name := query.Get("consumer")
+	if name != "" && !isConsumer(name) {
+		return nil, invalid("invalid-page", "consumer must be statements or notices.")
+	}
+	filter := operator.ParkedFilter{Consumer: name, State: operator.ParkedState(query.Get("state"))}
 	list, err := b.operator.ListParked(ctx, filter, operator.Page{Rows: limit})
 	switch {
 	case errors.Is(err, operator.ErrInvalid):
@@ -111,10 +115,15 @@ func (b *Bank) parkedMessages(ctx context.Context, query url.Values) ([]ParkedMe
 	return messages, nil
 }
 
+func isConsumer(name string) bool { return name == StatementsConsumer || name == NoticesConsumer }
+
 // redrive lets a consumer try a parked message again, under the same id.
 func (b *Bank) redrive(w http.ResponseWriter, r *http.Request) {
 	name, id := chi.URLParam(r, "consumer"), chi.URLParam(r, "id")
 	tenant, err := Tenant(r)
+	if err == nil && !isConsumer(name) {
+		err = notFound("message-not-found", "There is no consumer of this name. There are statements and notices.")
+	}
 	if err == nil {
 		_, err = b.operator.Redrive(r.Context(), name, id, operator.MessageAct{Act: operator.Act{Actor: "tenant " + tenant, Reason: "redriven over HTTP"}})
 	}

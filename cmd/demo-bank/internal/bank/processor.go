@@ -141,13 +141,13 @@ var refusals = map[int]string{
 	http.StatusUnprocessableEntity: "payout_refused",
 }
 
-// errKept is the error of a 500. The processor repeats it to every request with the same key.
-var errKept = errors.New("the processor answers 500 to this key, now and later")
+// ErrKept is the error of a 500. The processor repeats it to every request with the same key.
+var ErrKept = errors.New("the processor answers 500 to this key, now and later")
 
 // execute sends a request that writes.
 func (p *Processor) execute(ctx context.Context, path, key string, in any) (executed, error) {
 	out, err := p.send(ctx, path, key, in)
-	if !errors.Is(err, errKept) {
+	if !errors.Is(err, ErrKept) {
 		return out, err
 	}
 	// Another send gets the same 500. Only a look-up may find a result.
@@ -200,14 +200,14 @@ func (p *Processor) send(ctx context.Context, path, key string, in any) (out exe
 	case status == http.StatusBadRequest: // a key that was used with another body, or our mistake
 		return out, effect.Park("the processor answers 400: another body under its key, or a mistake of ours", said)
 	case status == http.StatusInternalServerError:
-		return out, errKept
+		return out, ErrKept
 	}
 	return out, said
 }
 
 // Notify sends a mail under a key, unless one was sent under it before. The processor sends each
-// mail that it is asked for, so the key is looked up first. After an error it may have been sent.
-// At most one call per key may be under way.
+// mail that it is asked for, so the key is looked up first. After an error it may have been sent; with
+// [ErrKept] another call would end the same way. At most one call per key may be under way.
 func (p *Processor) Notify(ctx context.Context, key string, n Notice) error {
 	if _, err := p.find(ctx, "/mails", key); !errors.Is(err, effect.ErrAbsent) {
 		return err

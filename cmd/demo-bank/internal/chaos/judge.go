@@ -11,7 +11,6 @@ import (
 	"github.com/paidonce/idempotency"
 	"github.com/paidonce/idempotency/cmd/demo-bank/internal/bank"
 	"github.com/paidonce/idempotency/cmd/demo-bank/internal/check"
-	"github.com/paidonce/idempotency/cmd/demo-bank/internal/events"
 	"github.com/paidonce/idempotency/internal/deadline"
 )
 
@@ -94,7 +93,7 @@ func (r *run) awaitMessages(ctx context.Context) error {
 		var left, missing, doubled, mismatches int64
 		err := r.cluster.with(ctx, databaseTimeout, func(ctx context.Context, conn *pgx.Conn) error {
 			return bank.Snapshot(ctx, conn, func(tx pgx.Tx) (err error) {
-				if left, err = bank.Unhandled(ctx, tx, bank.StatementsConsumer, events.NoticesConsumer); err == nil {
+				if left, err = bank.Unhandled(ctx, tx, bank.StatementsConsumer, bank.NoticesConsumer); err == nil {
 					missing, doubled, mismatches, err = bank.CompareProjection(ctx, tx)
 				}
 				if err == nil {

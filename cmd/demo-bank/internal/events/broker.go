@@ -167,7 +167,7 @@ func (b *Broker) Ready(ctx context.Context) error {
 			return ctx.Err()
 		}
 		if try == 0 {
-			b.logger.WarnContext(ctx, "the broker does not answer; messages stay in the outbox until it does", "error", err)
+			b.logger.WarnContext(ctx, "the broker does not answer, and is asked until it does; meanwhile messages wait: start it, or mend --brokers", "error", err)
 		}
 		pause(ctx, try)
 	}

@@ -15,10 +15,6 @@ import (
 	"github.com/paidonce/idempotency/storage/postgres"
 )
 
-// NoticesConsumer is the name of the consumer that sends mails. The other one is
-// bank.StatementsConsumer.
-const NoticesConsumer = "notices"
-
 const (
 	// Messages of one transaction: what they write is shared with nobody.
 	statementsBatchMax = 100
@@ -72,7 +68,7 @@ func (c *Consumers) Run(ctx context.Context) error {
 	options.BatchMax, notices.BatchMax = statementsBatchMax, noticesBatchMax
 	return all(ctx,
 		consumer.New(bank.StatementsConsumer, c.Store.Inbox(), c.Broker.source(bank.StatementsConsumer), project, &options).Run,
-		consumer.New(NoticesConsumer, c.Store.Inbox(), c.Broker.source(NoticesConsumer), c.notify, &notices).Run,
+		consumer.New(bank.NoticesConsumer, c.Store.Inbox(), c.Broker.source(bank.NoticesConsumer), c.notify, &notices).Run,
 	)
 }
 
@@ -102,8 +98,14 @@ func project(ctx context.Context, d *consumer.Delivery) error {
 	return bank.Project(ctx, postgres.Tx(ctx), entries)
 }
 
-// notify sends a mail about a transfer. The mail is no part of the transaction, so its key is the
-// same in each run.
+// notify sends a mail about a transfer. The mail is no part of the transaction. Its key is derived from
+// the message's id, so a run that was undone is followed by the same mail, which is looked up before
+// it is sent, and not by a second one.
+//
+// The call is made while the batch holds its connection, for notifyTimeout at most, and the batch for
+// batchTimeout. So a mail service that hangs holds as many connections as [AtOnce] says, of each
+// process, and requests keep the others. A consumer that calls a slow service for many messages would
+// write a row instead, and have it sent by a request of its own that calls package effect.
 func (c *Consumers) notify(ctx context.Context, d *consumer.Delivery) error {
 	notice, ok, err := bank.NoticeOf(d.Body)
 	switch {
@@ -113,11 +115,12 @@ func (c *Consumers) notify(ctx context.Context, d *consumer.Delivery) error {
 		return nil
 	}
 	key := idempotency.DerivedKey(ctx, "mail")
-	if err := c.mail(ctx, func(ctx context.Context, p *bank.Processor) error { return p.Notify(ctx, key, notice) }); err != nil {
-		c.Logger.DebugContext(ctx, "a mail was not sent; it is tried again", "error", err)
-		return consumer.Later(notifyAgain)
+	err = c.mail(ctx, func(ctx context.Context, p *bank.Processor) error { return p.Notify(ctx, key, notice) })
+	if err == nil || errors.Is(err, bank.ErrKept) { // which is this mail's fault, and not an outage
+		return err
 	}
-	return nil
+	c.Logger.DebugContext(ctx, "a mail was not sent; it is tried again", "error", err)
+	return consumer.Later(notifyAgain)
 }
 
 func (c *Consumers) mail(ctx context.Context, send func(context.Context, *bank.Processor) error) error {

@@ -21,7 +21,7 @@ func (c *Consumers) RunNaive(ctx context.Context) error {
 	}
 	return all(ctx,
 		func(ctx context.Context) error { return c.naive(ctx, bank.StatementsConsumer, c.projectNaively) },
-		func(ctx context.Context) error { return c.naive(ctx, NoticesConsumer, c.notifyNaively) },
+		func(ctx context.Context) error { return c.naive(ctx, bank.NoticesConsumer, c.notifyNaively) },
 	)
 }
 
@@ -98,5 +98,5 @@ func (c *Consumers) notifyNaively(ctx context.Context, record *kgo.Record) error
 			return err
 		}
 	}
-	return bank.CountHandled(ctx, c.Store.Pool(), NoticesConsumer, 1)
+	return bank.CountHandled(ctx, c.Store.Pool(), bank.NoticesConsumer, 1)
 }

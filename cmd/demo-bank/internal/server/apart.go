@@ -64,13 +64,10 @@ func openApart(ctx context.Context, config ApartConfig) (a *apart, err error) {
 		return nil, errors.New("no database is named: pass the bank's with --database-url (DATABASE_URL)")
 	}
 	s := New(Config{DatabaseURL: config.DatabaseURL, PoolSize: ApartPoolSize, Stdout: config.Stdout, Logger: config.Logger})
-	db, err := openDatabase(ctx, &s.config)
-	if err != nil {
-		return nil, err
-	}
+	db := &database{url: config.DatabaseURL}
 	a = &apart{config: config, logger: s.logger}
 	a.config.Stdout = s.config.Stdout
-	if a.store, err = db.openStore(ctx, &s.config); err != nil {
+	if a.store, err = db.openStore(ctx, &s.config, nil); err != nil {
 		return nil, err
 	}
 	a.books = bank.New(a.store.Pool(), nil, s.config.TTL, s.logger) // it makes no ids

@@ -6,8 +6,10 @@ import (
 	"errors"
 	"fmt"
 	"strconv"
+	"sync/atomic"
 	"time"
 
+	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgxpool"
 
 	"github.com/paidonce/idempotency/cmd/demo-bank/internal/bank"
@@ -29,6 +31,9 @@ const (
 const (
 	connectTimeout = 5 * time.Second
 
+	connectionsOfStart = 2 // of the pool, before the bank is ready
+	startMax           = 10 * time.Second
+
 	// connectionsBeside is the number of connections outside the pool: the lease, migrations,
 	// PostgreSQL's reserved ones, one or two for psql, eight processes of consumers and relays, and
 	// those that the page shows.
@@ -42,11 +47,11 @@ const (
 )
 
 // storeOptions returns the options of the store and its pool.
-func storeOptions(config *Config) *postgres.Options {
+func storeOptions(config *Config, full <-chan struct{}) *postgres.Options {
 	return &postgres.Options{
 		Schema: bank.Schema, AcquireTimeout: config.AcquireTimeout, LockTimeout: lockTimeout(config.DatabaseURL),
 		IdleInTransactionTimeout: min(max(config.HandlerTimeout+idleBeside, idleInTransactionMin), idleInTransactionMax),
-		PoolConfig:               func(pool *pgxpool.Config) { configurePool(pool, config) },
+		PoolConfig:               func(pool *pgxpool.Config) { configurePool(pool, config, full) },
 	}
 }
 
@@ -71,11 +76,27 @@ func findSchema(pool *pgxpool.Config) {
 	pool.ConnConfig.RuntimeParams["search_path"] = bank.Schema
 }
 
-func configurePool(pool *pgxpool.Config, config *Config) {
+// configurePool makes a pool that has all of its connections from when full is closed, and a few
+// before. A nil full means at once.
+func configurePool(pool *pgxpool.Config, config *Config, full <-chan struct{}) {
 	findSchema(pool)
 	pool.MaxConns = int32(config.PoolSize)
-	// Made at once and kept: a burst must not wait for new connections.
+	// Made together and kept: a burst must not wait for new connections.
 	pool.MinConns = pool.MaxConns
+	if full != nil {
+		var made atomic.Int64
+		pool.BeforeConnect = func(ctx context.Context, _ *pgx.ConnConfig) error {
+			if made.Add(1) <= connectionsOfStart {
+				return nil
+			}
+			select {
+			case <-full:
+			case <-time.After(startMax): // the store's opening failed, and closes the pool
+			case <-ctx.Done():
+			}
+			return ctx.Err()
+		}
+	}
 	if config.CrashPoint != nil {
 		config.CrashPoint.Configure(pool)
 	}
@@ -86,6 +107,8 @@ type database struct {
 	url      string
 	where    string           // for people
 	embedded *pgserver.Server // nil for --database-url
+
+	otherwise string // another remedy if url is wrong
 }
 
 // openDatabase uses the configured database, or starts an embedded one.
@@ -96,7 +119,7 @@ func openDatabase(ctx context.Context, config *Config) (*database, error) {
 		if parsed, err := pgxpool.ParseConfig(config.DatabaseURL); err == nil {
 			where = fmt.Sprintf("schema %s of database %s at %s", bank.Schema, parsed.ConnConfig.Database, parsed.ConnConfig.Host)
 		}
-		return &database{url: config.DatabaseURL, where: where}, nil
+		return &database{url: config.DatabaseURL, where: where, otherwise: ", or leave it out for an embedded PostgreSQL"}, nil
 	}
 	server, err := pgserver.Start(ctx, &pgserver.Options{
 		DataDir:  config.DataDir,
@@ -117,16 +140,17 @@ func openDatabase(ctx context.Context, config *Config) (*database, error) {
 }
 
 // openStore migrates the tables of the records and of the bank, and opens the store.
-func (d *database) openStore(ctx context.Context, config *Config) (*postgres.Store, error) {
-	const unusable = "the database can't be used: %w: mend --database-url (DATABASE_URL), or leave it out for an embedded PostgreSQL"
-	options := storeOptions(config)
+// For full see [configurePool].
+func (d *database) openStore(ctx context.Context, config *Config, full <-chan struct{}) (*postgres.Store, error) {
+	const unusable = "the database can't be used: %w: mend --database-url (DATABASE_URL)%s"
+	options := storeOptions(config, full)
 	// Migrations run first, on a store of their own: they reset the pool, and pgxpool would take a
 	// minute to fill it again.
 	first := *options
 	first.PoolConfig = findSchema
 	migrating, err := postgres.Open(ctx, d.url, &first)
 	if err != nil {
-		return nil, fmt.Errorf(unusable, err)
+		return nil, fmt.Errorf(unusable, err, d.otherwise)
 	}
 	err = migrations.Up(ctx, migrating, nil)
 	if err == nil {
@@ -138,11 +162,7 @@ func (d *database) openStore(ctx context.Context, config *Config) (*postgres.Sto
 	}
 	store, err := postgres.Open(ctx, d.url, options)
 	if err != nil {
-		return nil, fmt.Errorf(unusable, err)
-	}
-	if err := store.Check(ctx); err != nil {
-		store.Close()
-		return nil, err
+		return nil, fmt.Errorf(unusable, err, d.otherwise)
 	}
 	return store, nil
 }

@@ -4,7 +4,6 @@ import (
 	"context"
 	"path/filepath"
 	"strings"
-	"sync"
 	"time"
 
 	"github.com/paidonce/idempotency/cmd/demo-bank/internal/bank"
@@ -49,17 +48,17 @@ func (s *Server) leaveAddresses(ctx context.Context, books *bank.Bank) error {
 	return books.LeaveAddress(ctx, bank.BrokersAddress, strings.Join(s.brokers, ","))
 }
 
-// feed starts the relay and the consumers of this process, which end with ctx.
-func (s *Server) feed(ctx context.Context, group *sync.WaitGroup, db *database, store *postgres.Store, books *bank.Bank, broker *events.Broker, processor *bank.Processor) {
+// feed returns the relay and the consumers of this process. Each runs until its context ends.
+func (s *Server) feed(db *database, store *postgres.Store, books *bank.Bank, broker *events.Broker, processor *bank.Processor) (run []func(context.Context)) {
 	if !s.config.NoRelay {
-		group.Go(func() { events.Relay(ctx, broker, store, s.metrics.messages.OnDrain, s.logger) })
+		run = append(run, func(ctx context.Context) { events.Relay(ctx, broker, store, s.metrics.messages.OnDrain, s.logger) })
 	}
 	if !s.config.NoConsumers {
 		consumers := &events.Consumers{
 			Broker: broker, Store: store, Books: books, OnBatch: s.metrics.messages.OnBatch, Logger: s.logger,
 			Mailer: func(context.Context) (*bank.Processor, error) { return processor, nil },
 		}
-		group.Go(func() {
+		run = append(run, func(ctx context.Context) {
 			if err := consumers.Run(ctx); err != nil {
 				s.logger.Error("the consumers have stopped; messages wait at the broker", "error", err)
 			}
@@ -67,9 +66,10 @@ func (s *Server) feed(ctx context.Context, group *sync.WaitGroup, db *database, 
 	}
 	if broker.Inside() && s.config.DataDir == "" && db.embedded == nil {
 		// The log of the last broker inside is gone, and the books are still there.
-		republish := books.Lost(events.Retention, bank.StatementsConsumer, events.NoticesConsumer)
-		group.Go(func() { s.republish(ctx, republish) })
+		republish := books.Lost(events.Retention, bank.StatementsConsumer, bank.NoticesConsumer)
+		run = append(run, func(ctx context.Context) { s.republish(ctx, republish) })
 	}
+	return run
 }
 
 // republishPause is the pause between two tries.

@@ -312,6 +312,8 @@ func TestPoisonBlocksOnlyItsAccount(t *testing.T) {
 		return b.send(http.MethodPost, bank.MessagesPath+"/"+consumer+"/"+id+"/redrive", "")
 	}
 	expectProblem(t, redrive("notices", id), 404, "message-not-found")
+	expectProblem(t, redrive("nobody", id), 404, "message-not-found")
+	expectProblem(t, b.get(bank.MessagesPath+"?consumer=nobody"), 400, "invalid-page")
 	expectProblem(t, redrive("statements", b.parked("?state=behind")[0].ID), 409, "message-behind")
 	if r := redrive("statements", id); r.status != http.StatusAccepted {
 		t.Fatalf("redrive: %d %s", r.status, r.body)
@@ -419,11 +421,12 @@ func TestConsumersApartStartFailsInOneLine(t *testing.T) {
 		names  string
 	}{
 		{ApartConfig{Addr: "127.0.0.1:0"}, "--database-url"},
+		{ApartConfig{Addr: "127.0.0.1:0", DatabaseURL: "postgres://nobody@127.0.0.1:1/none"}, "mend --database-url"},
 		{ApartConfig{Addr: "127.0.0.1:0", DatabaseURL: pgtest.Database(t)}, "--brokers"},
 		{ApartConfig{Addr: "127.0.0.1:0", DatabaseURL: pgtest.Database(t), Brokers: []string{"127.0.0.1:1"}, PSP: "nonsense"}, "--psp"},
 		{ApartConfig{Addr: "nonsense", DatabaseURL: pgtest.Database(t)}, "--addr"},
 	} {
-		if err := Consume(t.Context(), one.config); err == nil || !strings.Contains(err.Error(), one.names) || strings.Contains(err.Error(), "\n") {
+		if err := Consume(t.Context(), one.config); err == nil || !strings.Contains(err.Error(), one.names) || strings.Contains(err.Error(), "\n") || strings.Contains(err.Error(), "embedded") {
 			t.Errorf("%+v: %v", one.config, err)
 		}
 	}
@@ -614,6 +617,60 @@ func TestNoticesWaitForTheProcessor(t *testing.T) {
 		t.Errorf("%d mails were sent", len(mails))
 	}
 	expectProjected(t, b.fed())
+}
+
+// TestAMailThatIsAlwaysRefusedCounts: a 500 that the processor repeats to the mail's key is no outage,
+// so the message will be dead one day. Notices of other accounts go on.
+func TestAMailThatIsAlwaysRefusedCounts(t *testing.T) {
+	t.Parallel()
+	b := setup(t)
+	b.faults(`{"same_error":1}`)
+	b.keyed(bank.TransfersPath, `{"from":"alice","to":"bob","amount":7}`)
+	waiting := b.parkedUntil("?consumer=notices", 1)[0]
+	if waiting.State != "waiting" || waiting.Attempts == 0 {
+		t.Errorf("the notice is %+v: want one that waits, with attempts", waiting)
+	}
+	b.faults(`{}`)
+	b.keyed(bank.TransfersPath, `{"from":"bob","to":"alice","amount":7}`)
+	until(t, "the other account's mail is sent", func() bool { return len(b.listed("mails")) == 1 })
+	expectProjected(t, b.fed())
+}
+
+// TestAMailServiceThatHangsHoldsFewConnections: while mails to four accounts, of several partitions,
+// have no answer, the consumer holds as many connections as it may, and transfers are made.
+func TestAMailServiceThatHangsHoldsFewConnections(t *testing.T) {
+	t.Parallel()
+	const pool = 16
+	p := newHoldingProcessor(t, 0)
+	b := setup(t, func(c *Config) { c.PSP, c.PoolSize = p.URL, pool })
+	held := func() int {
+		return b.count(`SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND state = 'idle in transaction'
+			AND clock_timestamp() - state_change > interval '1 second' AND application_name <> $1`, testerName)
+	}
+	transfer := func(i int) {
+		if r := b.keyed(bank.TransfersPath, fmt.Sprintf(`{"from":"acct-%04d","to":"bob","amount":7}`, i)); r.status != http.StatusCreated {
+			t.Errorf("a transfer is answered with %d %s", r.status, r.body)
+		}
+	}
+	for i := range 20 {
+		transfer(i)
+	}
+	most := 0
+	until(t, "a mail waits for its answer", func() bool { most = held(); return most > 0 })
+	transfer(20)
+	until(t, "three were waited for", func() bool {
+		most = max(most, held())
+		p.mu.Lock()
+		defer p.mu.Unlock()
+		return len(p.held) >= 3
+	})
+	if limit := events.AtOnce(pool); most > limit {
+		t.Errorf("%d connections wait for mails, want at most %d", most, limit)
+	}
+	close(p.free)
+	b.auditUntil("all notices are handled", func(a bank.Audit) bool {
+		return a.OutboxPending == 0 && a.MessagesConsumed == 2*21
+	})
 }
 
 // TestAPortOfAnAddress reads what a bank left, whatever it is.

@@ -58,6 +58,7 @@ func (s *Server) handler(idem *middleware.Middleware, operations *middleware.Sta
 			return
 		}
 		alive(w)
+		s.probed()
 	})
 	r.NotFound(func(w http.ResponseWriter, _ *http.Request) {
 		bank.WriteProblem(w, &bank.Problem{

@@ -35,6 +35,10 @@ const (
 	idleTimeout       = 2 * time.Minute
 	headerBytesMax    = 64 << 10
 	closeTimeout      = time.Second // for idle connections after the last answer
+
+	// readyGrace is the time for which what may come later waits for the first probe that finds the
+	// bank ready.
+	readyGrace = 250 * time.Millisecond
 )
 
 // Config configures the bank. The zero value of each field is its default.
@@ -119,6 +123,8 @@ type Server struct {
 	metrics *metrics
 	gate    *gate
 	serving chan struct{}
+	ready   chan struct{} // closed by the first probe that finds the bank ready
+	probed  func()        // closes ready
 	url     string
 	psp     string   // URL of the processor
 	brokers []string // host:port of each
@@ -126,7 +132,8 @@ type Server struct {
 
 // New returns a bank that does nothing until [Server.Run].
 func New(config Config) *Server {
-	s := &Server{config: config, metrics: newMetrics(config.HandlerTimeout), gate: newGate(), serving: make(chan struct{})}
+	s := &Server{config: config, metrics: newMetrics(config.HandlerTimeout), gate: newGate(), serving: make(chan struct{}), ready: make(chan struct{})}
+	s.probed = sync.OnceFunc(func() { close(s.ready) })
 	c := &s.config
 	c.Addr = cmp.Or(c.Addr, AddrDefault)
 	c.PoolSize = cmp.Or(max(c.PoolSize, 0), PoolSizeDefault)
@@ -165,11 +172,14 @@ func (s *Server) Run(ctx context.Context) (err error) {
 		return endOfStart(ctx, err)
 	}
 	defer func() { err = errors.Join(err, db.stop()) }()
-	store, err := db.openStore(ctx, &s.config)
+	full := make(chan struct{})
+	fill := sync.OnceFunc(func() { close(full) })
+	store, err := db.openStore(ctx, &s.config, full)
 	if err != nil {
 		return endOfStart(ctx, err)
 	}
 	defer store.Close()
+	defer fill() // the pool is closed once no connection is being made
 	pool := store.Pool()
 	s.metrics.observe(store)
 	ids, err := nodeid.Open(ctx, pool.Config().ConnConfig, s.logger)
@@ -200,7 +210,6 @@ func (s *Server) Run(ctx context.Context) (err error) {
 	defer group.Wait()
 	defer endBackground()
 	group.Go(func() { ids.Run(background) })
-	group.Go(func() { s.reaper(store).Run(background) })
 
 	books.OnTransfer(page.OnTransfer)
 	page.WithoutEffects(books.TopUpWithoutEffects)
@@ -210,10 +219,8 @@ func (s *Server) Run(ctx context.Context) (err error) {
 			Open: func(ctx context.Context) (*postgres.Store, error) { return makeShown(ctx, db.url) },
 		})
 	}
-	group.Go(func() { page.Run(background) })
-
 	books.Call(processor)
-	s.feed(background, &group, db, store, books, broker, processor)
+	feed := s.feed(db, store, books, broker, processor)
 	secret, err := books.OperationsSecret(ctx)
 	if err != nil {
 		return endOfStart(ctx, err)
@@ -223,12 +230,39 @@ func (s *Server) Run(ctx context.Context) (err error) {
 	completing, stopCompleter := context.WithCancel(background)
 	defer stopCompleter()
 	completer := idem.Completer(nil)
-	group.Go(func() { completer.Run(s.config.CrashPoint.completing(completing)) })
+	// What needs not be there when the bank is ready would only make it ready later: on a busy machine
+	// the pool's connections take a second.
+	group.Go(func() {
+		s.awaitReady(background)
+		for _, run := range append(feed,
+			s.reaper(store).Run,
+			page.Run,
+			func(context.Context) { completer.Run(s.config.CrashPoint.completing(completing)) },
+		) {
+			group.Go(func() { run(background) })
+		}
+		fill()
+	})
 	stopping := func() {
 		page.Stop()
 		stopCompleter() // requests that it runs are finished
 	}
 	return s.serve(ctx, listener, handler, stopping, db)
+}
+
+// awaitReady blocks until a probe has found the bank ready, or it has served for readyGrace, or ctx
+// ends.
+func (s *Server) awaitReady(ctx context.Context) {
+	select {
+	case <-s.serving:
+	case <-ctx.Done():
+		return
+	}
+	select {
+	case <-s.ready:
+	case <-time.After(readyGrace):
+	case <-ctx.Done():
+	}
 }
 
 // writeTimeout returns the time that net/http gives a request from its headers to the end of its
