@@ -673,6 +673,22 @@ func TestAMailServiceThatHangsHoldsFewConnections(t *testing.T) {
 	})
 }
 
+// TestABankIsReadyWithoutItsBroker: a broker that is away delays messages, and no payment.
+func TestABankIsReadyWithoutItsBroker(t *testing.T) {
+	t.Parallel()
+	b := setup(t, func(c *Config) { c.Brokers = []string{"127.0.0.1:1"} })
+	if r := b.get("/readyz"); r.status != http.StatusOK {
+		t.Errorf("/readyz is %d %s", r.status, r.body)
+	}
+	if r := b.keyed(bank.TransfersPath, `{"from":"alice","to":"bob","amount":7}`); r.status != http.StatusCreated {
+		t.Errorf("a transfer is answered with %d %s", r.status, r.body)
+	}
+	if a := b.audit(); !a.OK || a.OutboxPending != 1 || a.ProjectionLag != nil {
+		t.Errorf("audit is %+v", a)
+	}
+	expectProblem(t, b.send(http.MethodPost, bank.PoisonPath, `{"key":"alice"}`), 503, "broker-unavailable")
+}
+
 // TestAPortOfAnAddress reads what a bank left, whatever it is.
 func TestAPortOfAnAddress(t *testing.T) {
 	t.Parallel()

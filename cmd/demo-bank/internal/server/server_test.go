@@ -4,6 +4,7 @@ import (
 	"bufio"
 	"bytes"
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"net"
@@ -27,6 +28,32 @@ import (
 	"github.com/paidonce/idempotency/storage/memory"
 	"github.com/paidonce/idempotency/storage/postgres"
 )
+
+// TestThePoolGrowsOnceTheBankIsReady: until then it has a few connections, so that the others don't
+// delay the start.
+func TestThePoolGrowsOnceTheBankIsReady(t *testing.T) {
+	t.Parallel()
+	pool, err := pgxpool.ParseConfig("postgres://nobody@127.0.0.1:1/none")
+	if err != nil {
+		t.Fatal(err)
+	}
+	full := make(chan struct{})
+	configurePool(pool, &Config{PoolSize: 10}, full)
+	for range connectionsOfStart {
+		if err := pool.BeforeConnect(t.Context(), nil); err != nil {
+			t.Fatal(err)
+		}
+	}
+	ended, cancel := context.WithCancel(t.Context())
+	cancel()
+	if err := pool.BeforeConnect(ended, nil); !errors.Is(err, context.Canceled) {
+		t.Errorf("one connection more: %v, want that it waits", err)
+	}
+	close(full)
+	if err := pool.BeforeConnect(t.Context(), nil); err != nil {
+		t.Errorf("once the bank is ready: %v", err)
+	}
+}
 
 // TestWithoutACrashPointNothingIsInstalled: if the environment names no point, the pool and the
 // middleware are as if crash points did not exist.
