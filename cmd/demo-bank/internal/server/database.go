@@ -46,12 +46,11 @@ const (
 	idleInTransactionMax = postgres.IdleInTransactionTimeoutMax - time.Second
 )
 
-// storeOptions returns the options of the store and its pool.
-func storeOptions(config *Config, full <-chan struct{}) *postgres.Options {
+// storeOptions returns the options of the store.
+func storeOptions(config *Config) *postgres.Options {
 	return &postgres.Options{
 		Schema: bank.Schema, AcquireTimeout: config.AcquireTimeout, LockTimeout: lockTimeout(config.DatabaseURL),
 		IdleInTransactionTimeout: min(max(config.HandlerTimeout+idleBeside, idleInTransactionMin), idleInTransactionMax),
-		PoolConfig:               func(pool *pgxpool.Config) { configurePool(pool, config, full) },
 	}
 }
 
@@ -143,7 +142,8 @@ func openDatabase(ctx context.Context, config *Config) (*database, error) {
 // For full see [configurePool].
 func (d *database) openStore(ctx context.Context, config *Config, full <-chan struct{}) (*postgres.Store, error) {
 	const unusable = "the database can't be used: %w: mend --database-url (DATABASE_URL)%s"
-	options := storeOptions(config, full)
+	options := storeOptions(config)
+	options.PoolConfig = func(pool *pgxpool.Config) { configurePool(pool, config, full) }
 	// Migrations run first, on a store of their own: they reset the pool, and pgxpool would take a
 	// minute to fill it again.
 	first := *options

@@ -69,9 +69,9 @@ func TestWithoutACrashPointNothingIsInstalled(t *testing.T) {
 	same := func(point *CrashPoint) (pool, protect bool, allocations float64) {
 		s := New(Config{CrashPoint: point})
 		plain, ours := parse(), parse()
-		postgres.Configure(plain, storeOptions(&s.config, nil))
+		postgres.Configure(plain, storeOptions(&s.config))
 		configurePool(ours, &s.config, nil)
-		postgres.Configure(ours, storeOptions(&s.config, nil))
+		postgres.Configure(ours, storeOptions(&s.config))
 		pool = reflect.TypeOf(plain.ConnConfig.Tracer) == reflect.TypeOf(ours.ConnConfig.Tracer) &&
 			function(plain.ConnConfig.BuildFrontend) == function(ours.ConnConfig.BuildFrontend)
 		idem := middleware.New(memory.New(nil), bank.Tenant, &middleware.Options{Tracer: s.metrics})
@@ -123,7 +123,7 @@ func TestTimeoutsFitTheHandlers(t *testing.T) {
 		{HandlerTimeoutMax, idempotency.WaitMax, 59 * time.Second},
 	} {
 		s := New(Config{HandlerTimeout: test.handler, Wait: test.wait})
-		options := storeOptions(&s.config, nil)
+		options := storeOptions(&s.config)
 		if options.IdleInTransactionTimeout != test.idle {
 			t.Errorf("handler timeout %v: a transaction may be idle for %v, want %v", test.handler, options.IdleInTransactionTimeout, test.idle)
 		}
@@ -148,7 +148,7 @@ func TestTheLongestHandlerFitsTheStore(t *testing.T) {
 		fits := func(timeout time.Duration) (ok bool) {
 			defer func() { ok = recover() == nil }()
 			s := New(Config{HandlerTimeout: timeout})
-			idempotency.NewEngine(postgres.New(pool, storeOptions(&s.config, nil)), &idempotency.Options{Timeouts: idempotency.Timeouts{Handler: timeout}})
+			idempotency.NewEngine(postgres.New(pool, storeOptions(&s.config)), &idempotency.Options{Timeouts: idempotency.Timeouts{Handler: timeout}})
 			return true
 		}
 		if !fits(timeout) {
