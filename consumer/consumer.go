@@ -18,10 +18,12 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"math"
 	"math/rand/v2"
 	"runtime/debug"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/paidonce/idempotency"
@@ -71,7 +73,7 @@ type Order int
 // The orders.
 const (
 	ByKey       Order = iota // messages of the same topic and key wait behind it; others go on
-	ByPartition              // the whole partition waits: the message is tried in place until it is handled
+	ByPartition              // the whole partition waits: the message is tried in place until it is handled; only a mismatch, or one of DeathsMax, is dead
 	Unordered                // nothing waits
 )
 
@@ -159,8 +161,11 @@ type Consumer struct {
 	options Options
 	slots   chan struct{}
 
+	unsettled []unsettledTry // of retry
+
 	mu         sync.Mutex
 	partitions map[Partition]*partition
+	rewind     context.CancelCauseFunc // ends the source's run; nil outside of Run
 }
 
 // New returns a consumer, which does nothing until [Consumer.Run]. Its name stands for what it does
@@ -220,18 +225,41 @@ func notOfName(r rune) bool {
 
 // Run handles messages until ctx ends, and returns when the batches under way have ended. The error
 // is that of the source: see [ErrTrimmed] and [ErrRecreated].
+//
+// If the database was restored, or a standby was promoted that did not have the last commits, its
+// positions went back. Then Run begins all partitions again, from there.
 func (c *Consumer) Run(ctx context.Context) error {
 	parked, stop := context.WithCancel(ctx)
 	var running sync.WaitGroup
 	running.Go(func() { c.retry(parked) })
-	err := c.source.Run(ctx, c)
+	err := c.consume(ctx)
+	for errors.Is(err, errRewound) {
+		err = c.consume(ctx)
+	}
 	stop()
 	running.Wait()
 	if ctx.Err() != nil && errors.Is(err, ctx.Err()) {
 		err = nil
 	}
+	return err
+}
+
+// errRewound: a position is lower than one that this process has committed or read.
+var errRewound = errors.New("the position went back")
+
+// consume runs the source until it ends or a position went back, which it returns errRewound for.
+func (c *Consumer) consume(ctx context.Context) error {
+	source, end := context.WithCancelCause(ctx)
+	defer end(nil)
+	c.mu.Lock()
+	c.rewind = end
+	c.mu.Unlock()
+	err := c.source.Run(source, c)
+	if ctx.Err() == nil && errors.Is(context.Cause(source), errRewound) {
+		err = errRewound
+	}
 	// What lives does not count as dead.
-	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), 2*time.Second)
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), forgiveTimeout)
 	defer cancel()
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -244,6 +272,9 @@ func (c *Consumer) Run(ctx context.Context) error {
 	return err
 }
 
+// forgiveTimeout bounds the statement that takes a death back.
+const forgiveTimeout = 2 * time.Second
+
 // BatchMax implements [Receiver].
 func (c *Consumer) BatchMax() int { return c.options.BatchMax }
 
@@ -253,8 +284,11 @@ func (c *Consumer) Assigned(ctx context.Context, p Partition) (int64, error) {
 	switch {
 	case err != nil:
 		return 0, err
-	case position.Next >= 0 && position.Incarnation != p.Incarnation:
-		return 0, fmt.Errorf("consumer %s: %w: %s is not the one whose offset is stored: if that is meant, delete its rows from message_offsets", c.name, ErrRecreated, p.Source)
+	case position.recreated(p):
+		return 0, c.recreated(p)
+	}
+	c.partition(p).least.Store(position.Next)
+	switch {
 	case position.Next >= 0:
 		return position.Next, nil
 	case c.options.FromNewest:
@@ -263,11 +297,23 @@ func (c *Consumer) Assigned(ctx context.Context, p Partition) (int64, error) {
 	return FromOldest, nil
 }
 
+// recreated reports whether the position is that of another source with the partition's name.
+func (p *Position) recreated(partition Partition) bool {
+	return p.Next >= 0 && p.Incarnation != partition.Incarnation
+}
+
+func (c *Consumer) recreated(p Partition) error {
+	return fmt.Errorf("consumer %s: %w: %s is not the one whose offset is stored: if that is meant, delete its rows from message_offsets", c.name, ErrRecreated, p.Source)
+}
+
 // partition is what a consumer knows of a partition in this process. One call of Receive at a time
 // uses it.
 type partition struct {
-	counted  bool // a death is counted, and no batch has been committed since
-	deaths   int
+	counted bool         // a death is counted, and not yet taken back
+	lives   bool         // this process has committed a batch here: it counts no death any more
+	least   atomic.Int64 // the position can't be lower, unless the database went back
+	deaths  int
+
 	size     int               // of the next batch
 	trouble  map[int64]trouble // by offset
 	failures int               // of the store, in a row
@@ -280,12 +326,16 @@ type trouble struct {
 	retry    time.Time
 }
 
+// notAssigned is partition.least if the source did not ask for the position.
+const notAssigned = math.MinInt64
+
 func (c *Consumer) partition(p Partition) *partition {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	state := c.partitions[p]
 	if state == nil {
 		state = &partition{size: c.options.BatchMax, trouble: map[int64]trouble{}}
+		state.least.Store(notAssigned)
 		c.partitions[p] = state
 	}
 	return state
@@ -316,18 +366,7 @@ func (c *Consumer) next(ctx context.Context, p Partition, state *partition, deli
 	ctx, cancel := context.WithTimeout(ctx, c.options.BatchTimeout)
 	defer cancel()
 
-	if !state.counted {
-		deaths, err := c.store.CountDeath(ctx, c.name, p)
-		if err != nil {
-			return 0, c.outage(p, state, err)
-		}
-		state.counted, state.deaths = true, deaths
-	}
 	n := min(len(deliveries), state.size)
-	const deathsAlone = 3 // before the last one
-	if state.deaths > max(c.options.DeathsMax-deathsAlone, 0) {
-		n = 1
-	}
 	for i := range n {
 		if _, ok := state.trouble[deliveries[i].Offset]; ok {
 			n = max(i, 1)
@@ -338,15 +377,54 @@ func (c *Consumer) next(ctx context.Context, p Partition, state *partition, deli
 	if wait := time.Until(known.retry); wait > 0 {
 		return 0, wait
 	}
-	if state.deaths > c.options.DeathsMax && known.park == nil {
-		known.park = &Park{State: Dead, Attempts: state.deaths - 1, Error: fmt.Sprintf("%d processes ended before it was handled", state.deaths-1)}
-	}
 	run := &run{Consumer: c, ctx: ctx, p: p, state: state, deliveries: deliveries[:n], decided: known.park, started: time.Now()}
 	run.end = BatchEnd{Consumer: c.name, Partition: p}
-	settled, pause = run.do()
+	if err := run.countDeath(); err != nil {
+		settled, pause = run.failed(0, err)
+	} else {
+		settled, pause = run.do()
+	}
+	run.forgiveDeath()
 	run.end.Duration = time.Since(run.started)
 	c.options.OnBatch(run.end)
 	return settled, pause
+}
+
+// countDeath counts the process as one that ended in this batch, until it commits one in this
+// partition. After many deaths the messages are handled one at a time, and the one that is left is
+// dead.
+func (r *run) countDeath() error {
+	if r.state.lives {
+		return nil
+	}
+	if !r.state.counted {
+		deaths, err := r.store.CountDeath(r.ctx, r.name, r.p)
+		if err != nil {
+			return err
+		}
+		r.state.counted, r.state.deaths = true, deaths
+	}
+	const deathsAlone = 3 // before the last one
+	if r.state.deaths > max(r.options.DeathsMax-deathsAlone, 0) {
+		r.deliveries = r.deliveries[:1]
+	}
+	if others := r.state.deaths - 1; others >= r.options.DeathsMax && r.decided == nil {
+		r.decided = &Park{State: Dead, Attempts: others, Error: fmt.Sprintf("%d processes ended before it was handled", others)}
+	}
+	return nil
+}
+
+// forgiveDeath takes the count back after a batch that was not committed: whatever it failed of, the
+// process did not end. If the store is away, the count stands for the next batch.
+func (r *run) forgiveDeath() {
+	if r.state.lives || !r.state.counted {
+		return
+	}
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(r.ctx), forgiveTimeout)
+	defer cancel()
+	if r.store.ForgiveDeath(ctx, r.name, r.p) == nil {
+		r.state.counted = false
+	}
 }
 
 // outage returns the pause after a failure of the store.
@@ -385,31 +463,37 @@ func (r *run) do() (settled int, pause time.Duration) {
 		return r.failed(0, err)
 	}
 	finish := End{TTL: r.options.Retention}
-	position := batch.Position()
+	position, least := batch.Position(), r.state.least.Load()
+	switch {
+	case position.recreated(r.p):
+		_ = rollback(r.ctx, batch)
+		return r.failed(0, r.recreated(r.p))
+	case least != notAssigned && position.Next < least:
+		_ = rollback(r.ctx, batch)
+		return r.rewound(position.Next, least)
+	}
+	end := r.end // what the commit will have done
 	failedAt, failure := len(r.deliveries)-1, error(nil)
 	var together []*Delivery    // of a BatchHandler
 	behind := map[string]bool{} // topics and keys that were parked in this batch
 	for i := range r.deliveries {
 		d := &r.deliveries[i]
 		if d.Offset < position.Next {
-			r.end.Redelivered++
+			end.Redelivered++
 			continue
 		}
 		finish.Next = d.Offset + 1
 		known := batch.Known(i)
 		group := d.Topic + "\x00" + string(d.Key)
-		if known == Unknown && d.Key != nil && behind[group] {
+		if known == Unknown && behind[group] {
 			known = Behind
 		}
 		switch {
-		case known == Recorded:
-			r.end.Duplicates++
-			continue
-		case known == Parked:
-			r.end.Duplicates++
+		case known == Recorded, known == Parked:
+			end.Duplicates++
 			continue
 		case known == Mismatch:
-			r.end.Mismatches++
+			end.Mismatches++
 			finish.Park = append(finish.Park, Park{Delivery: d, State: Dead, Error: "its id was recorded with another topic or body"})
 		case known == Behind:
 			finish.Park = append(finish.Park, Park{Delivery: d, State: WaitingFor, Error: "it waits behind another message of its key"})
@@ -430,7 +514,7 @@ func (r *run) do() (settled int, pause time.Duration) {
 		if failure != nil {
 			break
 		}
-		if known != Unknown || r.decided != nil {
+		if claim.Keys && d.Key != nil && (known != Unknown || r.decided != nil) {
 			behind[group] = true
 		}
 	}
@@ -451,6 +535,7 @@ func (r *run) do() (settled int, pause time.Duration) {
 	}
 	if finish.Next <= position.Next { // all of them were redelivered
 		_ = rollback(r.ctx, batch)
+		r.end = end
 		return len(r.deliveries), 0
 	}
 	for i := range finish.Park {
@@ -459,13 +544,13 @@ func (r *run) do() (settled int, pause time.Duration) {
 	if err := commit(r.ctx, batch, &finish); err != nil {
 		return r.failed(len(finish.Recorded), err)
 	}
-	r.end.Executed = len(finish.Recorded)
+	end.Executed = len(finish.Recorded)
 	for i := range finish.Park {
 		park := &finish.Park[i]
 		if park.State == Dead {
-			r.end.Dead++
+			end.Dead++
 		} else {
-			r.end.Parked++
+			end.Parked++
 		}
 		if park.State != WaitingFor {
 			r.options.Logger.Warn("idempotency: a message is parked", "consumer", r.name, "source", r.p.Source, "partition", r.p.Number, "offset", park.Delivery.Offset,
@@ -475,7 +560,11 @@ func (r *run) do() (settled int, pause time.Duration) {
 	for i := range r.deliveries {
 		delete(r.state.trouble, r.deliveries[i].Offset)
 	}
-	r.state.counted, r.state.deaths, r.state.failures = true, 0, 0
+	r.end = end
+	if least != notAssigned {
+		r.state.least.Store(finish.Next)
+	}
+	r.state.counted, r.state.lives, r.state.deaths, r.state.failures = false, true, 0, 0
 	r.state.size = min(r.state.size+1, r.options.BatchMax)
 	return len(r.deliveries), 0
 }
@@ -560,6 +649,19 @@ func (r *run) failed(recorded int, err error) (settled int, pause time.Duration)
 		return 0, time.Millisecond
 	}
 	return 0, r.outage(r.p, r.state, err)
+}
+
+// rewound ends the source's run: its offsets are those of effects that the database has lost.
+func (r *run) rewound(next, least int64) (settled int, pause time.Duration) {
+	r.end.Err = fmt.Errorf("%w: to %d, from %d", errRewound, next, least)
+	r.options.Logger.Warn("idempotency: the database has an earlier position than before, as after a restore or the promotion of a standby; its messages are consumed again",
+		"consumer", r.name, "source", r.p.Source, "partition", r.p.Number, "next", next, "was", least)
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if r.rewind != nil {
+		r.rewind(errRewound)
+	}
+	return 0, time.Second
 }
 
 // blame decides what becomes of a message that its handler could not handle. If it is not alone,

@@ -303,7 +303,7 @@ func TestPoisonIsParkedWithItsKey(t *testing.T) {
 			mu.Lock()
 			heals = true
 			mu.Unlock()
-			b.Exec(t, "UPDATE message_parked SET state = 1, not_before = now() WHERE state = 3") // redrive
+			b.Exec(t, "UPDATE message_parked SET state = 1, attempts = 0, not_before = now() WHERE state = 3") // redrive
 			eventually(t, "nothing is parked", func() bool { return b.Count(t, "SELECT count(*) FROM message_parked") == 0 })
 			if got := b.names(t); got != "a1 b1 c1 a2 poison b2 b3" {
 				t.Errorf("effects %q", got)
@@ -451,8 +451,7 @@ func TestMessageThatKillsItsProcessIsFound(t *testing.T) {
 		return insert(ctx, m)
 	}
 	for range 12 { // a process that dies leaves its count behind
-		inbox := b.Store.Inbox()
-		receiver := consumer.New("ledger", inbox, source, die, &consumer.Options{BatchMax: 10, Logger: slog.New(slog.DiscardHandler)})
+		receiver := consumer.New("ledger", dying{b.Store.Inbox()}, source, die, &consumer.Options{BatchMax: 10, Logger: slog.New(slog.DiscardHandler)})
 		p := consumer.Partition{Source: "t"}
 		ctx, cancel := context.WithTimeout(t.Context(), 300*time.Millisecond)
 		offset, err := receiver.Assigned(ctx, p)

@@ -3,19 +3,33 @@ package consumer
 import (
 	"context"
 	"errors"
+	"fmt"
 	"math/rand/v2"
 	"time"
 
 	"github.com/paidonce/idempotency"
+	"github.com/paidonce/idempotency/message"
 )
 
 // parkedAtOnce is the maximum number of parked messages of one look.
 const parkedAtOnce = 64
 
+// unsettledTry is a try that was counted, and has to be taken back: it ended in an outage of the
+// database, which could not take it back either.
+type unsettledTry struct {
+	tried int
+	park  Park
+}
+
 // retry handles parked messages that are due until ctx ends.
 func (c *Consumer) retry(ctx context.Context) {
 	for ctx.Err() == nil {
-		ids, err := c.store.Due(ctx, c.name, parkedAtOnce)
+		tries := c.unsettled
+		c.unsettled = nil
+		for _, try := range tries {
+			c.repark(ctx, try.tried, &try.park)
+		}
+		ids, err := c.store.Due(ctx, c.name, c.options.Order != Unordered, parkedAtOnce)
 		if err != nil && ctx.Err() == nil {
 			c.options.Logger.Warn("idempotency: a consumer's parked messages were not read; the next look tries again", "consumer", c.name, "error", err)
 		}
@@ -46,9 +60,17 @@ func (c *Consumer) retryOne(ctx context.Context, id string) (handled bool) {
 	ctx, cancel := context.WithTimeout(ctx, c.options.BatchTimeout)
 	defer cancel()
 	started, attempt := time.Now(), idempotency.NewAttemptID()
-	batch, d, park, err := c.store.BeginParked(ctx, c.name, id, attempt)
-	if err != nil || d == nil {
-		return false // another process has it, or it is gone, or the store is away: the next look tells
+	batch, park, err := c.store.BeginParked(ctx, &ParkedClaim{
+		Consumer: c.name, ID: id, Attempt: attempt, Ordered: c.options.Order != Unordered, Lease: c.options.BatchTimeout,
+	})
+	d := park.Delivery
+	if d == nil {
+		return false // it is gone, or the store is away: the next look tells
+	}
+	tried := park.Attempts
+	if err != nil { // another process has it, or the store is away
+		c.takeBack(ctx, &park)
+		return false
 	}
 	end := BatchEnd{Consumer: c.name, Partition: Partition{Source: d.Topic}}
 	defer func() {
@@ -56,53 +78,52 @@ func (c *Consumer) retryOne(ctx context.Context, id string) (handled bool) {
 		c.options.OnBatch(end)
 	}()
 	finish := End{TTL: c.options.Retention}
-	failure := error(nil)
-	switch batch.Known(0) {
-	case Recorded:
-		end.Duplicates++
-	case Mismatch:
+	failure, duplicates := error(nil), 0
+	switch known := batch.Known(0); {
+	case known == Recorded:
+		duplicates++
+	case known == Mismatch:
 		failure = Reject(errors.New("its id was recorded with another topic or body"))
+	case park.Attempts > c.options.AttemptsMax:
+		park.Attempts--
+		failure = Reject(fmt.Errorf("its process ended in the last of %d tries", park.Attempts))
+	case c.batch != nil:
+		failure = c.handleTogether(ctx, batch, []*Delivery{d}, attempt)
 	default:
-		if c.batch != nil {
-			failure = c.handleTogether(ctx, batch, []*Delivery{d}, attempt)
-		} else {
-			failure = c.handle(ctx, batch, d, attempt)
-		}
-		if failure == nil {
-			finish.Recorded = []int{0}
-		}
+		failure = c.handle(ctx, batch, d, attempt)
+	}
+	if failure == nil && duplicates == 0 {
+		finish.Recorded = []int{0}
 	}
 	sealed := batch.Seal()
 	if failure == nil && sealed == nil {
-		if err := commit(ctx, batch, &finish); err != nil {
-			end.Err = err
-			return false // it is still parked, or gone: the next look tells
+		err := commit(ctx, batch, &finish)
+		if err == nil {
+			end.Executed, end.Duplicates = len(finish.Recorded), duplicates
+			return true
 		}
-		end.Executed = len(finish.Recorded)
-		return true
+		failure = err // of a deferred constraint, say
+	} else {
+		_ = rollback(ctx, batch)
 	}
-	_ = rollback(ctx, batch)
 	end.Err = errors.Join(failure, sealed)
 	var later *laterError
 	switch {
-	case sealed != nil && !errors.Is(sealed, idempotency.ErrAborted), ctx.Err() != nil:
-		return false // an outage counts for no message
+	case !countsAsTry(failure, sealed), ctx.Err() != nil: // an outage counts for no message
+		c.takeBack(ctx, &park)
+		return false
 	case errors.Is(failure, ErrRejected):
-		park.State, park.Attempts = Dead, park.Attempts+1
+		park.State = Dead
 	case errors.As(failure, &later):
-		park.State, park.NotBefore = Waiting, later.wait
+		park.State, park.NotBefore, park.Attempts = Waiting, later.wait, park.Attempts-1
 	default:
-		park.Attempts++
 		park.State, park.NotBefore = Waiting, c.backoff(park.Attempts)
 		if park.Attempts >= c.options.AttemptsMax {
 			park.State = Dead
 		}
 	}
 	park.Error = reason(end.Err)
-	ctx, finished := context.WithTimeout(context.WithoutCancel(ctx), endTimeout)
-	defer finished()
-	if err := c.store.Repark(ctx, c.name, &park, c.deadLetter(&park)...); err != nil {
-		end.Err = err
+	if !c.repark(ctx, tried, &park, c.deadLetter(&park)...) {
 		return false
 	}
 	if park.State == Dead {
@@ -110,4 +131,38 @@ func (c *Consumer) retryOne(ctx context.Context, id string) (handled bool) {
 		c.options.Logger.Warn("idempotency: a parked message is dead", "consumer", c.name, "topic", d.Topic, "offset", d.Offset, "attempts", park.Attempts)
 	}
 	return false
+}
+
+// countsAsTry reports whether a try that ended with these errors, of the handler or COMMIT and of the
+// transaction, is the message's.
+func countsAsTry(failure, sealed error) bool {
+	if sealed != nil && !errors.Is(sealed, idempotency.ErrAborted) {
+		return false
+	}
+	for _, outage := range []error{idempotency.ErrUnavailable, idempotency.ErrNotSerializable, idempotency.ErrUnknown, idempotency.ErrTransactionLost, idempotency.ErrKeyRecorded, ErrFenced} {
+		if errors.Is(failure, outage) {
+			return false
+		}
+	}
+	return true
+}
+
+// takeBack undoes the count of a try that is not the message's.
+func (c *Consumer) takeBack(ctx context.Context, park *Park) {
+	tried := park.Attempts
+	park.State, park.Attempts, park.NotBefore = Waiting, tried-1, 0
+	c.repark(ctx, tried, park)
+}
+
+// repark writes the state of a parked message. If the store is away, it is written later.
+func (c *Consumer) repark(ctx context.Context, tried int, park *Park, publish ...message.Message) bool {
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), endTimeout)
+	defer cancel()
+	err := c.store.Repark(ctx, c.name, tried, park, publish...)
+	if err != nil && len(c.unsettled) < parkedAtOnce {
+		taken := *park
+		taken.State, taken.Attempts, taken.NotBefore = Waiting, tried-1, 0
+		c.unsettled = append(c.unsettled, unsettledTry{tried: tried, park: taken})
+	}
+	return err == nil
 }

@@ -15,24 +15,29 @@ type Store interface {
 	// Position returns the position of a partition. It waits for no batch.
 	Position(ctx context.Context, consumer string, partition Partition) (Position, error)
 
-	// CountDeath is called before the first batch of a process in a partition. It adds 1 to the
-	// partition's deaths, and returns them. The commit of a position sets them to 0.
+	// CountDeath is called before a batch of a process that has committed none in the partition. It
+	// adds 1 to the partition's deaths, and returns them. The commit of a position sets them to 0. It
+	// counts nothing and returns ErrHeld if another process has the lock of the partition.
 	CountDeath(ctx context.Context, consumer string, partition Partition) (deaths int, err error)
 
-	// Due returns parked messages that are due, at most max, without their content: those whose time has
-	// come, and those that wait behind nothing any more.
-	Due(ctx context.Context, consumer string, max int) (ids []string, err error)
-
-	// BeginParked is Begin for a parked message, under a lock of its key. Delivery is the message; it
-	// is nil if the message is not due any more. Commit deletes the row.
-	BeginParked(ctx context.Context, consumer, id string, attempt idempotency.AttemptID) (Batch, *Delivery, Park, error)
-
-	// Repark notes another try of a parked message that failed, and publishes messages with it. It does
-	// nothing if the message is not parked any more.
-	Repark(ctx context.Context, consumer string, park *Park, publish ...message.Message) error
-
-	// ForgiveDeath takes that back: the process gives the partition up, and lives.
+	// ForgiveDeath takes that back: the batch has ended, and the process lives.
 	ForgiveDeath(ctx context.Context, consumer string, partition Partition) error
+
+	// Due returns parked messages that are due, at most max, without their content: those whose time
+	// has come, and those that wait behind nothing any more. If ordered, a message whose time has come
+	// is due only if it waits behind no other of its topic and key.
+	Due(ctx context.Context, consumer string, ordered bool, max int) (ids []string, err error)
+
+	// BeginParked is Begin for a parked message. It counts the try before it begins, so that a message
+	// that ends its process is found: Park.Attempts has it, and the message is not due for claim.Lease.
+	// If Park.Delivery is nil, the message is not due any more, and nothing is counted. If there is a
+	// delivery and an error, the try is counted, and Repark must take it back. Commit deletes the row.
+	BeginParked(ctx context.Context, claim *ParkedClaim) (Batch, Park, error)
+
+	// Repark writes the state of a parked message after a try, and publishes messages with it. Tried is
+	// the Park.Attempts of BeginParked. It does nothing if the message is not parked any more, or
+	// changed meanwhile: an operator redrove it, say.
+	Repark(ctx context.Context, consumer string, tried int, park *Park, publish ...message.Message) error
 
 	// Begin opens a transaction for a batch, takes the lock of the partition, reads its position and
 	// what is known of the messages. It returns ErrHeld if another process has the lock, and never
@@ -55,6 +60,15 @@ type Claim struct {
 	Attempt   idempotency.AttemptID
 	Entries   []Entry
 	Keys      bool // whether to look for parked messages of the same keys
+}
+
+// ParkedClaim is what is about to be tried again.
+type ParkedClaim struct {
+	Consumer string
+	ID       string // of the message
+	Attempt  idempotency.AttemptID
+	Ordered  bool          // as in Store.Due; then no other message of its key is tried meanwhile
+	Lease    time.Duration // the pause before the next try if the process ends in this one
 }
 
 // Entry is a message of a batch.

@@ -62,8 +62,9 @@ func (s *Store) Inbox() *Inbox {
 		// One character for each message, in their order: see consumer.Known.
 		known: wire.Statement{
 			SQL: "SELECT pg_catalog.row_security_active('" + keys + "'::pg_catalog.regclass), pg_catalog.string_agg(CASE" +
-				" WHEN k.key IS NOT NULL THEN CASE WHEN k.fingerprint_version OPERATOR(pg_catalog.=) 1 AND k.fingerprint OPERATOR(pg_catalog.=) m.fingerprint THEN '1' ELSE '2' END" +
+				" WHEN k.fingerprint_version OPERATOR(pg_catalog.=) 1 AND k.fingerprint OPERATOR(pg_catalog.=) m.fingerprint THEN '1'" +
 				" WHEN EXISTS (SELECT FROM " + i.parked + " AS p WHERE p.consumer OPERATOR(pg_catalog.=) $2 AND p.message_id OPERATOR(pg_catalog.=) m.id) THEN '3'" +
+				" WHEN k.key IS NOT NULL THEN '2'" + // behind the parked ones: it is parked itself, once
 				" WHEN $7 AND EXISTS (SELECT FROM " + i.parked + " AS p WHERE p.consumer OPERATOR(pg_catalog.=) $2 AND p.topic OPERATOR(pg_catalog.=) m.topic AND p.key OPERATOR(pg_catalog.=) m.key) THEN '4'" +
 				" ELSE '0' END, '' ORDER BY m.place)" +
 				" FROM ROWS FROM (pg_catalog.unnest($3), pg_catalog.unnest($4), pg_catalog.unnest($5), pg_catalog.unnest($6)) WITH ORDINALITY AS m (id, fingerprint, topic, key, place)" +
@@ -112,6 +113,8 @@ func scopeOf(name string) string { return idempotency.MessageScopePrefix + name 
 
 // Position implements [consumer.Store].
 func (i *Inbox) Position(ctx context.Context, name string, p consumer.Partition) (position consumer.Position, err error) {
+	ctx, cancel := i.store.limited(ctx)
+	defer cancel()
 	err = i.store.pool.QueryRow(ctx, "SELECT next_offset, incarnation, deaths FROM "+i.offsets+" WHERE consumer = $1 AND source = $2 AND partition = $3", name, p.Source, p.Number).
 		Scan(&position.Next, &position.Incarnation, &position.Deaths)
 	if errors.Is(err, pgx.ErrNoRows) {
@@ -123,12 +126,20 @@ func (i *Inbox) Position(ctx context.Context, name string, p consumer.Partition)
 	return position, nil
 }
 
-// CountDeath implements [consumer.Store].
+// CountDeath implements [consumer.Store]. It tries the lock of the partition, which it has until the
+// count is committed: processes that wait for the partition count nothing.
 func (i *Inbox) CountDeath(ctx context.Context, name string, p consumer.Partition) (deaths int, err error) {
-	err = i.store.pool.QueryRow(ctx, "INSERT INTO "+i.offsets+" AS o (next_offset, updated_at, incarnation, attempt_id, partition, deaths, consumer, source)"+
-		" VALUES (-1, clock_timestamp(), $4::uuid, $5::uuid, $3, 1, $1, $2)"+
-		" ON CONFLICT (consumer, source, partition) DO UPDATE SET deaths = o.deaths + 1 RETURNING deaths", name, p.Source, p.Number, p.Incarnation, idempotency.AttemptID{}).Scan(&deaths)
-	if err != nil {
+	ctx, cancel := i.store.limited(ctx)
+	defer cancel()
+	err = i.store.pool.QueryRow(ctx, "WITH lock AS MATERIALIZED (SELECT pg_try_advisory_xact_lock($6) AS ours)"+
+		" INSERT INTO "+i.offsets+" AS o (next_offset, updated_at, incarnation, attempt_id, partition, deaths, consumer, source)"+
+		" SELECT -1, clock_timestamp(), $4::uuid, $5::uuid, $3, 1, $1, $2 FROM lock WHERE ours"+
+		" ON CONFLICT (consumer, source, partition) DO UPDATE SET deaths = o.deaths + 1 RETURNING deaths",
+		name, p.Source, p.Number, p.Incarnation, idempotency.AttemptID{}, locks.Partition(i.store.table, name, p.Source, p.Number)).Scan(&deaths)
+	switch {
+	case errors.Is(err, pgx.ErrNoRows):
+		return 0, fail("count the death", consumer.ErrHeld, errors.New("its lock is taken"))
+	case err != nil:
 		return 0, fmt.Errorf("count the death: %w", wire.SQLError(err))
 	}
 	return deaths, nil
@@ -136,6 +147,8 @@ func (i *Inbox) CountDeath(ctx context.Context, name string, p consumer.Partitio
 
 // ForgiveDeath implements [consumer.Store].
 func (i *Inbox) ForgiveDeath(ctx context.Context, name string, p consumer.Partition) error {
+	ctx, cancel := i.store.limited(ctx)
+	defer cancel()
 	_, err := i.store.pool.Exec(ctx, "UPDATE "+i.offsets+" SET deaths = deaths - 1 WHERE consumer = $1 AND source = $2 AND partition = $3 AND deaths > 0", name, p.Source, p.Number)
 	if err != nil {
 		return fmt.Errorf("forgive the death: %w", wire.SQLError(err))
@@ -345,19 +358,18 @@ func fencedMeaning(err *pgconn.PgError) (sentinel, explained error) {
 // Rollback implements [consumer.Batch].
 func (b *batch) Rollback(ctx context.Context) error { return b.rollback(ctx) }
 
-// headOf is a condition on a parked message m: it waits behind none.
-func (i *Inbox) headOf() string {
-	return "NOT EXISTS (SELECT FROM " + i.parked + " AS p WHERE p.consumer = m.consumer AND p.topic = m.topic AND p.key = m.key AND p.id < m.id)"
-}
-
-// due is a condition on a parked message m.
-func (i *Inbox) due() string {
-	return "(m.state = 1 AND m.not_before <= clock_timestamp() OR m.state = 2) AND " + i.headOf()
+// due is a condition on a parked message m. The parameter with this number says whether messages of
+// a key are in order: see consumer.Store.
+func (i *Inbox) due(ordered int) string {
+	return fmt.Sprintf("(m.state = 1 AND m.not_before <= clock_timestamp() OR m.state = 2) AND (m.state = 1 AND NOT $%d::boolean OR"+
+		" NOT EXISTS (SELECT FROM %s AS p WHERE p.consumer = m.consumer AND p.topic = m.topic AND p.key = m.key AND p.id < m.id))", ordered, i.parked)
 }
 
 // Due implements [consumer.Store].
-func (i *Inbox) Due(ctx context.Context, name string, max int) ([]string, error) {
-	rows, err := i.store.pool.Query(ctx, "SELECT m.message_id FROM "+i.parked+" AS m WHERE m.consumer = $1 AND "+i.due()+" ORDER BY m.id LIMIT $2", name, max)
+func (i *Inbox) Due(ctx context.Context, name string, ordered bool, max int) ([]string, error) {
+	ctx, cancel := i.store.limited(ctx)
+	defer cancel()
+	rows, err := i.store.pool.Query(ctx, "SELECT m.message_id FROM "+i.parked+" AS m WHERE m.consumer = $1 AND "+i.due(2)+" ORDER BY m.id LIMIT $3", name, ordered, max)
 	if err != nil {
 		return nil, wire.SQLError(err)
 	}
@@ -372,50 +384,37 @@ func (i *Inbox) Due(ctx context.Context, name string, max int) ([]string, error)
 type parkedBatch struct{ batch }
 
 // BeginParked implements [consumer.Store].
-func (i *Inbox) BeginParked(ctx context.Context, name, id string, attempt idempotency.AttemptID) (consumer.Batch, *consumer.Delivery, consumer.Park, error) {
-	none := func(err error) (consumer.Batch, *consumer.Delivery, consumer.Park, error) {
-		return nil, nil, consumer.Park{}, err
-	}
+func (i *Inbox) BeginParked(ctx context.Context, claim *consumer.ParkedClaim) (consumer.Batch, consumer.Park, error) {
 	s := i.store
-	d, park := new(consumer.Delivery), consumer.Park{}
-	claim := &consumer.Claim{Consumer: name, Attempt: attempt}
-	read := func(row pgx.Row) error {
-		var headers []byte
-		if err := row.Scan(&d.ID, &d.Topic, &d.Key, &headers, &d.Body, &d.Offset, &park.Attempts, &park.State, &claim.Partition.Source, &claim.Partition.Number); err != nil {
-			return err
-		}
-		header, err := decodeHeaders(headers)
-		d.Header = header
-		return err
+	b := &parkedBatch{batch{inbox: i, claim: &consumer.Claim{Consumer: claim.Consumer, Attempt: claim.Attempt}}}
+	park, err := i.countTry(ctx, claim, &b.claim.Partition)
+	if err != nil || park.Delivery == nil {
+		return nil, consumer.Park{}, err
 	}
-	sql := "SELECT m.message_id, m.topic, m.key, m.headers, m.body, m.position, m.attempts, m.state, m.source, m.partition FROM " + i.parked + " AS m WHERE m.consumer = $1 AND m.message_id = $2 AND " + i.due()
-	switch err := read(s.pool.QueryRow(ctx, sql, name, id)); {
-	case errors.Is(err, pgx.ErrNoRows):
-		return none(nil)
-	case err != nil:
-		return none(fail("read a parked message", idempotency.ErrUnavailable, wire.SQLError(err)))
-	}
-	claim.Entries = []consumer.Entry{{ID: d.ID, Topic: d.Topic, Key: d.Key, Fingerprint: consumer.FingerprintOf(&d.Message)}}
+	d := park.Delivery
+	b.claim.Entries = []consumer.Entry{{ID: d.ID, Topic: d.Topic, Key: d.Key, Fingerprint: consumer.FingerprintOf(&d.Message)}}
 	conn, err := i.acquire(ctx)
 	if err != nil {
-		return none(err)
+		return nil, park, err
 	}
-	b := &parkedBatch{batch{inbox: i, claim: claim}}
-	lock := "parked " + strconv.Quote(name) + " " + strconv.Quote(d.Topic) + " "
-	if d.Key != nil {
+	lock := "parked " + strconv.Quote(claim.Consumer) + " " + strconv.Quote(d.Topic) + " "
+	if d.Key != nil && claim.Ordered {
 		lock += strconv.Quote(string(d.Key))
 	} else {
 		lock += "of " + d.ID
 	}
 	b.init(s, conn, &b.none, idempotency.Key{Value: lock}.LockNumber(s.table))
-	still := 0
+	still, tried := 0, wire.EncodeInt4(int32(park.Attempts))
 	calls := []wire.Call{
 		{Statement: &s.statements.begin},
 		b.lockCall(),
 		// Statements of their own: their snapshots must be younger than the lock.
 		{
-			Statement: &wire.Statement{SQL: "SELECT pg_catalog.count(*) FROM " + i.parked + " AS m WHERE m.consumer = $1 AND m.message_id = $2 AND " + i.due(), OIDs: []uint32{pgtype.TextOID, pgtype.TextOID}},
-			Params:    [][]byte{[]byte(name), []byte(id)},
+			Statement: &wire.Statement{
+				SQL:  "SELECT pg_catalog.count(*) FROM " + i.parked + " WHERE consumer = $1 AND message_id = $2 AND state = 1 AND attempts = $3",
+				OIDs: []uint32{pgtype.TextOID, pgtype.TextOID, pgtype.Int4OID},
+			},
+			Params: [][]byte{[]byte(claim.Consumer), []byte(claim.ID), tried[:]},
 			Row: wire.RowFunc(func(values [][]byte) error {
 				d := wire.Decoder{Values: values}
 				still = int(d.Int8())
@@ -425,17 +424,41 @@ func (i *Inbox) BeginParked(ctx context.Context, name, id string, attempt idempo
 		b.recordedCall(),
 	}
 	if reply, err := s.statements.Flush(ctx, b.conn, calls...); err != nil {
-		return none(b.claimFailed(ctx, calls[min(reply.Failed, len(calls)-1)].Statement, err))
+		return nil, park, b.claimFailed(ctx, calls[min(reply.Failed, len(calls)-1)].Statement, err)
 	}
 	switch {
 	case b.hidden:
 		err = fail("begin a batch", idempotency.ErrUnavailable, rowSecurity(s.table, ""))
-	case b.locked && still == 1:
-		park.Delivery = d
-		return b, d, park, nil
+	case !b.locked || still == 0:
+		err = fail("begin a batch", consumer.ErrHeld, errors.New("its lock is taken, or it was changed"))
+	default:
+		return b, park, nil
 	}
 	b.release(ctx)
-	return none(err)
+	return nil, park, err
+}
+
+// countTry reads a parked message that is due, and counts another try of it.
+func (i *Inbox) countTry(ctx context.Context, claim *consumer.ParkedClaim, p *consumer.Partition) (park consumer.Park, err error) {
+	ctx, cancel := i.store.limited(ctx)
+	defer cancel()
+	var d consumer.Delivery
+	var headers []byte
+	err = i.store.pool.QueryRow(ctx, "UPDATE "+i.parked+" AS m SET attempts = m.attempts + 1, state = 1, not_before = clock_timestamp() + $4 * interval '1 microsecond'"+
+		" WHERE m.consumer = $1 AND m.message_id = $2 AND "+i.due(3)+" RETURNING m.message_id, m.topic, m.key, m.headers, m.body, m.position, m.attempts, m.state, m.error, m.source, m.partition",
+		claim.Consumer, claim.ID, claim.Ordered, claim.Lease.Microseconds()).
+		Scan(&d.ID, &d.Topic, &d.Key, &headers, &d.Body, &d.Offset, &park.Attempts, &park.State, &park.Error, &p.Source, &p.Number)
+	if errors.Is(err, pgx.ErrNoRows) {
+		return consumer.Park{}, nil
+	}
+	if err == nil {
+		park.Delivery = &d
+		d.Header, err = decodeHeaders(headers)
+	}
+	if err != nil {
+		return consumer.Park{}, fail("read a parked message", idempotency.ErrUnavailable, wire.SQLError(err))
+	}
+	return park, nil
 }
 
 // recordedCall is knownCall without the parked messages, of which this is one.
@@ -457,10 +480,12 @@ func (b *parkedBatch) Commit(ctx context.Context, end *consumer.End) error {
 }
 
 // Repark implements [consumer.Store].
-func (i *Inbox) Repark(ctx context.Context, name string, park *consumer.Park, publish ...message.Message) error {
+func (i *Inbox) Repark(ctx context.Context, name string, tried int, park *consumer.Park, publish ...message.Message) error {
+	ctx, cancel := i.store.limited(ctx)
+	defer cancel()
 	err := pgx.BeginTxFunc(ctx, i.store.pool, pgx.TxOptions{IsoLevel: pgx.ReadCommitted, AccessMode: pgx.ReadWrite}, func(tx pgx.Tx) error {
 		tag, err := tx.Exec(ctx, "UPDATE "+i.parked+" SET attempts = $3, state = $4, error = $5, not_before = CASE WHEN $4::smallint = 1 THEN clock_timestamp() + $6 * interval '1 microsecond' END"+
-			" WHERE consumer = $1 AND message_id = $2", name, park.Delivery.ID, park.Attempts, park.State, park.Error, park.NotBefore.Microseconds())
+			" WHERE consumer = $1 AND message_id = $2 AND state = 1 AND attempts = $7", name, park.Delivery.ID, park.Attempts, park.State, park.Error, park.NotBefore.Microseconds(), tried)
 		if err != nil || tag.RowsAffected() == 0 || len(publish) == 0 {
 			return err
 		}

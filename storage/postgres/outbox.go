@@ -168,6 +168,8 @@ func (o *Outbox) ready() string {
 
 // Waiting implements [relay.Outbox].
 func (o *Outbox) Waiting(ctx context.Context) ([]int, error) {
+	ctx, cancel := o.store.limited(ctx)
+	defer cancel()
 	rows, err := o.store.pool.Query(ctx, "SELECT shard FROM generate_series(0, $1::int - 1) AS s (shard)"+
 		" WHERE EXISTS (SELECT FROM "+o.table+" AS m WHERE m.shard = s.shard AND m.topic <> ALL ($2) AND "+o.ready()+")", OutboxShards, o.except)
 	if err != nil {
@@ -192,24 +194,33 @@ func (o *Outbox) Drain(ctx context.Context, shard int, limits relay.Limits, publ
 	if shard < 0 || shard >= OutboxShards {
 		return d, fmt.Errorf("drain the outbox: there is no shard %d", shard)
 	}
-	tx, err := o.store.pool.BeginTx(ctx, pgx.TxOptions{IsoLevel: pgx.ReadCommitted, AccessMode: pgx.ReadWrite})
+	reading, cancel := o.store.limited(ctx) // a limit for BEGIN and all that is read
+	defer cancel()
+	tx, err := o.store.pool.BeginTx(reading, pgx.TxOptions{IsoLevel: pgx.ReadCommitted, AccessMode: pgx.ReadWrite})
 	if err != nil {
 		return d, fmt.Errorf("drain the outbox: %w", wire.SQLError(err))
 	}
-	defer tx.Rollback(context.WithoutCancel(ctx)) //nolint:errcheck // after COMMIT, or what failed before is returned
-	if d, err = o.drain(ctx, tx, shard, limits, publish); err != nil {
+	defer o.rollback(ctx, tx)
+	if d, err = o.drain(ctx, reading, tx, shard, limits, publish); err != nil {
 		return d, fmt.Errorf("drain the outbox: %w", wire.SQLError(err))
 	}
 	return d, nil
 }
 
-func (o *Outbox) drain(ctx context.Context, tx pgx.Tx, shard int, limits relay.Limits, publish func(context.Context, []message.Message) []error) (d relay.Drained, err error) {
+// rollback ends a transaction that was not committed.
+func (o *Outbox) rollback(ctx context.Context, tx pgx.Tx) {
+	ctx, cancel := o.store.limited(context.WithoutCancel(ctx))
+	defer cancel()
+	_ = tx.Rollback(ctx) // after COMMIT, or what failed before is returned
+}
+
+func (o *Outbox) drain(ctx, reading context.Context, tx pgx.Tx, shard int, limits relay.Limits, publish func(context.Context, []message.Message) []error) (d relay.Drained, err error) {
 	// A statement of its own: the snapshot of the next one must be younger than the lock.
 	var held bool
-	if err := tx.QueryRow(ctx, "SELECT pg_try_advisory_xact_lock($1)", locks.Shard(o.store.table, shard)).Scan(&held); err != nil || !held {
+	if err := tx.QueryRow(reading, "SELECT pg_try_advisory_xact_lock($1)", locks.Shard(o.store.table, shard)).Scan(&held); err != nil || !held {
 		return relay.Drained{Held: err == nil}, err
 	}
-	rows, err := tx.Query(ctx, "SELECT id, message_id::text, topic, key, headers, body, GREATEST(extract(epoch FROM clock_timestamp() - created_at), 0)::float8 FROM ("+
+	rows, err := tx.Query(reading, "SELECT id, message_id::text, topic, key, headers, body, GREATEST(extract(epoch FROM clock_timestamp() - created_at), 0)::float8 FROM ("+
 		"SELECT *, sum(octet_length(body)) OVER (ORDER BY id) - octet_length(body) AS before FROM (SELECT * FROM "+o.table+" AS m WHERE shard = $1 AND topic <> ALL ($4) AND "+o.ready()+
 		" ORDER BY id LIMIT $2) AS oldest) AS sized WHERE before < $3 ORDER BY id", shard, limits.Messages, limits.Bytes, o.except)
 	if err != nil {
@@ -238,7 +249,7 @@ func (o *Outbox) drain(ctx context.Context, tx pgx.Tx, shard int, limits relay.L
 		return d, fmt.Errorf("the publisher returned %d results for %d messages", len(results), len(messages))
 	}
 	// What the broker has confirmed is deleted, even if ctx has ended meanwhile.
-	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), o.store.options.StatementTimeout)
+	ctx, cancel := o.store.limited(context.WithoutCancel(ctx))
 	defer cancel()
 	var published, parked []int64
 	var reasons []string

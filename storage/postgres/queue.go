@@ -100,6 +100,8 @@ func (q *Queue) Run(ctx context.Context, receiver consumer.Receiver) error {
 }
 
 func (q *Queue) waiting(ctx context.Context) ([]int, error) {
+	ctx, cancel := q.store.limited(ctx)
+	defer cancel()
 	rows, err := q.store.pool.Query(ctx, "SELECT s FROM generate_series(0, $1::int - 1) AS s WHERE EXISTS (SELECT FROM "+q.outbox+" WHERE shard = s AND topic = $2)", OutboxShards, q.topic)
 	if err != nil {
 		return nil, err
@@ -125,6 +127,8 @@ func (q *Queue) deliver(ctx context.Context, receiver consumer.Receiver, shard i
 
 // read returns the oldest messages of a shard. It locks nothing: the batch looks again.
 func (q *Queue) read(ctx context.Context, shard, max int) ([]consumer.Delivery, error) {
+	ctx, cancel := q.store.limited(ctx)
+	defer cancel()
 	rows, err := q.store.pool.Query(ctx, "SELECT id, message_id::text, key, headers, body, created_at FROM "+q.outbox+" WHERE shard = $1 AND topic = $2 ORDER BY id LIMIT $3", shard, q.topic, max)
 	if err != nil {
 		return nil, err

@@ -112,7 +112,7 @@ func TestQueueHandlesEachMessageOnce(t *testing.T) {
 			mu.Lock()
 			heals = true
 			mu.Unlock()
-			b.exec(t, "UPDATE message_parked SET state = 1, not_before = now() WHERE state = 3")
+			b.exec(t, "UPDATE message_parked SET state = 1, attempts = 0, not_before = now() WHERE state = 3")
 			eventually(t, "nothing is parked", func() bool { return b.count(t, "SELECT count(*) FROM message_parked") == 0 })
 			if got := b.effectsInOrder(t); !strings.HasSuffix(got, "poison behind") {
 				t.Errorf("effects end with %q", got[len(got)-40:])

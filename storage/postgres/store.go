@@ -282,6 +282,12 @@ func (s *Store) acquire(ctx context.Context) (*pgxpool.Conn, error) {
 	return s.pool.Acquire(ctx)
 }
 
+// limited bounds a statement that is not of a request: also the client waits no longer than
+// Options.StatementTimeout, so that a connection that has fallen silent stops nothing for ever.
+func (s *Store) limited(ctx context.Context) (context.Context, context.CancelFunc) {
+	return context.WithTimeout(ctx, s.options.StatementTimeout)
+}
+
 // acquireFresh takes a connection that answers. After a restart of the server every idle connection
 // is dead.
 func (s *Store) acquireFresh(ctx context.Context) (*pgxpool.Conn, error) {

@@ -192,9 +192,9 @@ func TestDropOfAMessageThatIsBeingHandled(t *testing.T) {
 	b.receive(t, 0, "canary poison")
 	b.Exec(t, "UPDATE message_parked SET state = 1, not_before = now()")
 	inbox := b.Store.Inbox()
-	batch, d, _, err := inbox.BeginParked(t.Context(), "ledger", messageID(0), idempotency.NewAttemptID())
-	if err != nil || d == nil {
-		t.Fatalf("%v, %v", d, err)
+	batch, park, err := inbox.BeginParked(t.Context(), &consumer.ParkedClaim{Consumer: "ledger", ID: messageID(0), Attempt: idempotency.NewAttemptID()})
+	if err != nil || park.Delivery == nil {
+		t.Fatalf("%+v, %v", park, err)
 	}
 	ctx := batch.Context(t.Context())
 	if _, err := postgres.Tx(ctx).Exec(ctx, "INSERT INTO effects DEFAULT VALUES"); err != nil {

@@ -1,0 +1,446 @@
+package consumer_test
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"github.com/paidonce/idempotency/consumer"
+	"github.com/paidonce/idempotency/message"
+	"github.com/paidonce/idempotency/storage/postgres"
+)
+
+// dying is the store of a process that will have died: it takes nothing back.
+type dying struct{ *postgres.Inbox }
+
+func (dying) ForgiveDeath(context.Context, string, consumer.Partition) error {
+	return errors.New("the process is dead")
+}
+
+func (dying) Repark(context.Context, string, int, *consumer.Park, ...message.Message) error {
+	return errors.New("the process is dead")
+}
+
+var partition0 = consumer.Partition{Source: "t"}
+
+func (b *bed) receiver(store consumer.Store, handler consumer.Handler, o consumer.Options) *consumer.Consumer {
+	o.Logger = slog.New(slog.DiscardHandler)
+	o.OnBatch = func(end consumer.BatchEnd) {
+		b.mu.Lock()
+		defer b.mu.Unlock()
+		b.ends = append(b.ends, end)
+	}
+	return consumer.New("ledger", store, newTopic(), handler, &o)
+}
+
+func deliveries(from int64, bodies ...string) (all []consumer.Delivery) {
+	for i, body := range bodies {
+		all = append(all, consumer.Delivery{Offset: from + int64(i), Message: message.Message{ID: "id-" + body, Topic: "t", Key: []byte("k"), Body: []byte(body)}})
+	}
+	return all
+}
+
+// What a dead message does to those behind it is its consumer's order.
+func TestOrderBehindADeadMessage(t *testing.T) {
+	t.Parallel()
+	for name, c := range map[string]struct {
+		order   consumer.Order
+		effects string // sorted
+		parked  string
+		next    int64
+	}{
+		"by key":       {consumer.ByKey, "first other", "dead:3 flaky:2 fine:2", 5},
+		"by partition": {consumer.ByPartition, "first", "", 1},
+		"unordered":    {consumer.Unordered, "fine first flaky other", "dead:3", 5},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			b, source := newBed(t), newTopic()
+			for _, m := range []string{"first", "dead", "flaky", "fine", "other"} {
+				key := "k"
+				if m == "other" {
+					key = m
+				}
+				source.publish(0, m, key, m)
+			}
+			var flaky, dead atomic.Int32
+			b.start(t, source, func(ctx context.Context, m *consumer.Delivery) error {
+				switch string(m.Body) {
+				case "dead":
+					dead.Add(1)
+					return consumer.Reject(errors.New("no"))
+				case "flaky":
+					if flaky.Add(1) == 1 {
+						return errors.New("not now")
+					}
+				}
+				return insert(ctx, m)
+			}, &consumer.Options{Order: c.order, AttemptsInPlace: 1, BackoffMax: time.Millisecond})
+			b.at(t, 0, c.next)
+			eventually(t, "the effects are there", func() bool { return b.Effects(t) == len(strings.Fields(c.effects)) })
+			eventually(t, "the dead one was tried again, if it blocks", func() bool { return c.order != consumer.ByPartition || dead.Load() > 1 })
+			eventually(t, "the others are where they belong", func() bool {
+				return strings.Join(b.Strings(t, "SELECT message_id || ':' || state FROM message_parked ORDER BY id"), " ") == c.parked
+			})
+			if got := strings.Join(b.Strings(t, `SELECT name FROM effects ORDER BY name COLLATE "C"`), " "); got != c.effects {
+				t.Errorf("effects %q, want %q", got, c.effects)
+			}
+			if got := b.Count(t, "SELECT next_offset FROM message_offsets"); got != int(c.next) {
+				t.Errorf("the position is %d", got)
+			}
+		})
+	}
+}
+
+// With ByKey a message whose time has come waits behind a dead one too: it was parked while the order
+// was another.
+func TestByKeyWaitsBehindWhatAnotherOrderLeft(t *testing.T) {
+	t.Parallel()
+	b := newBed(t)
+	fails := errors.New("no")
+	receiver := b.receiver(b.Store.Inbox(), func(_ context.Context, m *consumer.Delivery) error {
+		if string(m.Body) == "dead" {
+			return consumer.Reject(fails)
+		}
+		return fails
+	}, consumer.Options{Order: consumer.Unordered, AttemptsInPlace: 1, BackoffMax: time.Nanosecond})
+	for settled := 0; settled < 2; {
+		n, _ := receiver.Receive(t.Context(), partition0, deliveries(0, "dead", "waiting")[settled:])
+		settled += n
+	}
+	b.Exec(t, "UPDATE message_parked SET not_before = now() WHERE state = 1")
+	for ordered, want := range map[bool]string{true: "[]", false: "[id-waiting]"} {
+		ids, err := b.Store.Inbox().Due(t.Context(), "ledger", ordered, 10)
+		if fmt.Sprint(ids) != want || err != nil {
+			t.Errorf("ordered %v: due %v, %v", ordered, ids, err)
+		}
+		if ordered {
+			_, park, err := b.Store.Inbox().BeginParked(t.Context(), &consumer.ParkedClaim{Consumer: "ledger", ID: "id-waiting", Ordered: true})
+			if park.Delivery != nil || err != nil {
+				t.Errorf("it is tried in front of the dead one: %v", err)
+			}
+		}
+	}
+}
+
+// A message whose id was recorded with other content does not hold those of its key in an unordered
+// batch, and a copy of it blocks nothing.
+func TestMismatchBlocksNothing(t *testing.T) {
+	t.Parallel()
+	for name, c := range map[string]struct {
+		order  consumer.Order
+		parked int // behind it
+	}{"by key": {consumer.ByKey, 1}, "by partition": {consumer.ByPartition, 0}, "unordered": {consumer.Unordered, 0}} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			b, source := newBed(t), newTopic()
+			source.publish(0, "id", "a", "first")
+			for range 3 { // a relay that died published it again
+				source.publish(0, "id", "b", "other")
+			}
+			source.publish(0, "id-2", "b", "behind")
+			b.start(t, source, insert, &consumer.Options{Order: c.order, BatchMax: 10})
+			b.at(t, 0, 5)
+			if dead, behind := b.Count(t, "SELECT count(*) FROM message_parked WHERE state = 3"), b.Count(t, "SELECT count(*) FROM message_parked WHERE state = 2"); dead != 1 || behind != c.parked {
+				t.Errorf("%d dead, %d behind", dead, behind)
+			}
+			if n := b.Effects(t); n != 2-c.parked {
+				t.Errorf("effects %q", b.names(t))
+			}
+		})
+	}
+}
+
+// Mode 21: who waits for a partition that another process has, and dies, did not die of a message.
+func TestWaitingForAPartitionIsNoDeath(t *testing.T) {
+	t.Parallel()
+	b := newBed(t)
+	running, release := make(chan struct{}), make(chan struct{})
+	holder := b.receiver(b.Store.Inbox(), func(ctx context.Context, m *consumer.Delivery) error {
+		close(running)
+		<-release
+		return insert(ctx, m)
+	}, consumer.Options{})
+	var handling sync.WaitGroup
+	handling.Go(func() { holder.Receive(t.Context(), partition0, deliveries(0, "one")) })
+	<-running
+	for range 10 {
+		receiver := b.receiver(dying{b.Store.Inbox()}, insert, consumer.Options{})
+		if settled, pause := receiver.Receive(t.Context(), partition0, deliveries(0, "one")); settled != 0 || pause == 0 {
+			t.Errorf("%d settled, pause %v", settled, pause)
+		}
+	}
+	if n := b.Count(t, "SELECT deaths FROM message_offsets"); n != 1 {
+		t.Errorf("%d deaths while one process handles a message, and ten wait", n)
+	}
+	if n := b.sum(func(e consumer.BatchEnd) int {
+		if errors.Is(e.Err, consumer.ErrHeld) {
+			return 1
+		}
+		return 0
+	}); n != 10 {
+		t.Errorf("%d batches were held", n)
+	}
+	close(release)
+	handling.Wait()
+	if n := b.Count(t, "SELECT deaths FROM message_offsets"); n != 0 || b.names(t) != "one" {
+		t.Errorf("%d deaths, effects %q", n, b.names(t))
+	}
+}
+
+// Mode 21, the other way around: a batch that fails of anything is no death, though the process has
+// committed nothing yet.
+func TestFailuresAreNoDeaths(t *testing.T) {
+	t.Parallel()
+	for name, handler := range map[string]func(*bed, context.CancelFunc) consumer.Handler{
+		"outage": func(*bed, context.CancelFunc) consumer.Handler {
+			return func(ctx context.Context, _ *consumer.Delivery) error {
+				_, err := postgres.Tx(ctx).Exec(ctx, "DO 'BEGIN RAISE SQLSTATE ''57014''; END'")
+				return err
+			}
+		},
+		"connection lost": func(*bed, context.CancelFunc) consumer.Handler {
+			return func(ctx context.Context, _ *consumer.Delivery) error {
+				_, err := postgres.Tx(ctx).Exec(ctx, "SELECT pg_terminate_backend(pg_backend_pid())")
+				return err
+			}
+		},
+		"stopped": func(_ *bed, stop context.CancelFunc) consumer.Handler {
+			return func(ctx context.Context, _ *consumer.Delivery) error {
+				stop()
+				<-ctx.Done()
+				return ctx.Err()
+			}
+		},
+		"fenced": func(b *bed, _ context.CancelFunc) consumer.Handler {
+			return func(ctx context.Context, m *consumer.Delivery) error {
+				_, _ = b.Pool.Exec(context.WithoutCancel(context.Background()), "UPDATE message_offsets SET next_offset = 0")
+				return insert(ctx, m)
+			}
+		},
+		"handler's error": func(*bed, context.CancelFunc) consumer.Handler {
+			return func(context.Context, *consumer.Delivery) error { return errors.New("no") }
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			b := newBed(t)
+			ctx, stop := context.WithCancel(t.Context())
+			defer stop()
+			receiver := b.receiver(b.Store.Inbox(), handler(b, stop), consumer.Options{})
+			if settled, _ := receiver.Receive(ctx, partition0, deliveries(0, "one")); settled != 0 && name != "fenced" {
+				t.Errorf("%d settled", settled)
+			}
+			if n := b.Count(t, "SELECT deaths FROM message_offsets"); n != 0 {
+				t.Errorf("%d deaths", n)
+			}
+		})
+	}
+}
+
+// Mode 21: a parked message that ends its process is dead after AttemptsMax tries, unrun, however
+// often it is redriven.
+func TestParkedMessageThatKillsItsProcessIsFound(t *testing.T) {
+	t.Parallel()
+	const attemptsMax = 3
+	b := newBed(t)
+	receiver := b.receiver(b.Store.Inbox(), func(context.Context, *consumer.Delivery) error {
+		return consumer.Reject(errors.New("dead"))
+	}, consumer.Options{})
+	for settled := 0; settled == 0; {
+		settled, _ = receiver.Receive(t.Context(), partition0, deliveries(0, "killer"))
+	}
+	b.Exec(t, "UPDATE message_parked SET state = 1, attempts = 0, not_before = now()") // redrive
+	runs := 0
+	for range attemptsMax + 2 {
+		ctx, cancel := context.WithCancel(t.Context())
+		ran := make(chan struct{})
+		var once sync.Once
+		process := consumer.New("ledger", dying{b.Store.Inbox()}, newTopic(), func(ctx context.Context, _ *consumer.Delivery) error {
+			once.Do(func() { runs++; close(ran) })
+			<-ctx.Done() // as far as the database can tell, the process is gone
+			return ctx.Err()
+		}, &consumer.Options{AttemptsMax: attemptsMax, BatchTimeout: time.Hour, ParkedInterval: time.Millisecond, Logger: slog.New(slog.DiscardHandler)})
+		if runs == attemptsMax { // this one lives
+			process = consumer.New("ledger", b.Store.Inbox(), newTopic(), func(context.Context, *consumer.Delivery) error {
+				t.Error("it runs once more")
+				return nil
+			}, &consumer.Options{AttemptsMax: attemptsMax, ParkedInterval: time.Millisecond, Logger: slog.New(slog.DiscardHandler)})
+		}
+		var running sync.WaitGroup
+		running.Go(func() { _ = process.Run(ctx) })
+		if runs < attemptsMax {
+			<-ran
+		} else {
+			eventually(t, "it is dead", func() bool { return b.Count(t, "SELECT count(*) FROM message_parked WHERE state = 3") == 1 })
+		}
+		cancel()
+		running.Wait()
+		b.Exec(t, "UPDATE message_parked SET not_before = now() WHERE state = 1") // the time has passed
+	}
+	if got := b.Text(t, "SELECT state || ':' || attempts || ':' || error FROM message_parked"); got != "3:3:message is rejected: its process ended in the last of 3 tries" {
+		t.Errorf("parked %q", got)
+	}
+}
+
+// A parked message that fails at COMMIT has failed.
+func TestParkedMessageThatFailsAtCommitIsDead(t *testing.T) {
+	t.Parallel()
+	b, source := newBed(t), newTopic()
+	b.Exec(t, "CREATE TABLE once (id int UNIQUE DEFERRABLE INITIALLY DEFERRED)")
+	source.publish(0, "id", "k", "m")
+	b.start(t, source, func(ctx context.Context, _ *consumer.Delivery) error {
+		_, err := postgres.Tx(ctx).Exec(ctx, "INSERT INTO once VALUES (1), (1)")
+		return err
+	}, &consumer.Options{AttemptsInPlace: 1, AttemptsMax: 2, BackoffMax: time.Millisecond})
+	eventually(t, "it is dead", func() bool {
+		return b.Count(t, "SELECT count(*) FROM message_parked WHERE state = 3 AND attempts = 2") == 1
+	})
+}
+
+// Mode 30: an outage while a parked message is tried counts for it as little, even if the count can't
+// be taken back at once.
+func TestOutageCountsForNoParkedMessage(t *testing.T) {
+	t.Parallel()
+	b := newBed(t)
+	receiver := b.receiver(b.Store.Inbox(), func(context.Context, *consumer.Delivery) error {
+		return consumer.Reject(errors.New("dead"))
+	}, consumer.Options{})
+	for settled := 0; settled == 0; {
+		settled, _ = receiver.Receive(t.Context(), partition0, deliveries(0, "one"))
+	}
+	b.Exec(t, "UPDATE message_parked SET state = 1, attempts = 0, not_before = now()")
+	store := &away{Inbox: b.Store.Inbox()}
+	runs := 0
+	ctx, cancel := context.WithCancel(t.Context())
+	var running sync.WaitGroup
+	running.Go(func() {
+		_ = consumer.New("ledger", store, newTopic(), func(ctx context.Context, m *consumer.Delivery) error {
+			if runs++; runs <= 10 {
+				store.times.Store(2)
+				_, err := postgres.Tx(ctx).Exec(ctx, "SELECT pg_terminate_backend(pg_backend_pid())")
+				return err
+			}
+			return insert(ctx, m)
+		}, &consumer.Options{AttemptsMax: 3, ParkedInterval: time.Millisecond, Logger: slog.New(slog.DiscardHandler)}).Run(ctx)
+	})
+	eventually(t, "it has run", func() bool { return b.Count(t, "SELECT count(*) FROM message_parked") == 0 })
+	cancel()
+	running.Wait()
+	if got := b.names(t); got != "one" {
+		t.Errorf("effects %q", got)
+	}
+}
+
+// away is a store that is away for some calls of Repark.
+type away struct {
+	*postgres.Inbox
+	times atomic.Int32
+}
+
+func (s *away) Repark(ctx context.Context, name string, tried int, park *consumer.Park, publish ...message.Message) error {
+	if s.times.Add(-1) >= 0 {
+		return errors.New("away")
+	}
+	return s.Inbox.Repark(ctx, name, tried, park, publish...)
+}
+
+// What a batch did is told after its COMMIT: what was undone is not told, and not told twice.
+func TestBatchThatIsUndoneTellsNothing(t *testing.T) {
+	t.Parallel()
+	b := newBed(t)
+	fails := true
+	receiver := b.receiver(b.Store.Inbox(), func(ctx context.Context, m *consumer.Delivery) error {
+		if string(m.Body) == "last" && fails {
+			fails = false
+			_, err := postgres.Tx(ctx).Exec(ctx, "DO 'BEGIN RAISE SQLSTATE ''57014''; END'")
+			return err
+		}
+		return insert(ctx, m)
+	}, consumer.Options{BatchMax: 10})
+	all := deliveries(0, "a", "b", "a", "b", "last")
+	all[3].Body = []byte("mismatch")
+	for settled := 0; settled < 2; {
+		n, _ := receiver.Receive(t.Context(), partition0, all[settled:2])
+		settled += n
+	}
+	for settled := 0; settled < len(all); {
+		n, _ := receiver.Receive(t.Context(), partition0, all[settled:])
+		settled += n
+	}
+	var sum consumer.BatchEnd
+	for _, end := range b.ends {
+		sum.Executed += end.Executed
+		sum.Duplicates += end.Duplicates
+		sum.Redelivered += end.Redelivered
+		sum.Mismatches += end.Mismatches
+		sum.Dead += end.Dead
+		sum.Parked += end.Parked
+	}
+	// "last" is of the mismatch's key, and its key is parked.
+	if want := (consumer.BatchEnd{Executed: 2, Duplicates: 1, Redelivered: 2, Mismatches: 1, Dead: 1, Parked: 1}); sum != want {
+		t.Errorf("told %+v, want %+v", sum, want)
+	}
+}
+
+// Mode 27: the database goes back while the consumer runs: it was restored, or a standby was promoted
+// that did not have the last commits. What was lost is consumed again, though the source is past it.
+func TestPositionThatGoesBackMeanwhile(t *testing.T) {
+	t.Parallel()
+	b, source := newBed(t), newTopic()
+	for i := range 10 {
+		source.publish(0, fmt.Sprint(i), "k", fmt.Sprint(i))
+	}
+	b.start(t, source, insert, &consumer.Options{BatchMax: 3})
+	b.at(t, 0, 10)
+	tx, err := b.Pool.Begin(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, sql := range []string{"DELETE FROM effects WHERE name::int >= 6", "DELETE FROM idempotency_keys WHERE key >= '6'", "UPDATE message_offsets SET next_offset = 6"} {
+		if _, err := tx.Exec(t.Context(), sql); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := tx.Commit(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	source.publish(0, "10", "k", "10") // nobody knows before there is another message
+	b.at(t, 0, 11)
+	if got := b.names(t); got != "0 1 2 3 4 5 6 7 8 9 10" {
+		t.Errorf("effects %q", got)
+	}
+}
+
+// Mode 24: a process that still reads the former topic neither handles its messages nor moves the
+// position of the one that was made anew.
+func TestFormerTopicMovesNoPosition(t *testing.T) {
+	t.Parallel()
+	b := newBed(t)
+	former, present := partition0, partition0
+	former.Incarnation, present.Incarnation = [16]byte{1}, [16]byte{2}
+	receiver := b.receiver(b.Store.Inbox(), insert, consumer.Options{})
+	if n, _ := receiver.Receive(t.Context(), former, deliveries(0, "a")); n != 1 {
+		t.Fatal("not settled")
+	}
+	b.Exec(t, "DELETE FROM message_offsets")
+	other := b.receiver(b.Store.Inbox(), insert, consumer.Options{})
+	if n, _ := other.Receive(t.Context(), present, deliveries(0, "x")); n != 1 {
+		t.Fatal("not settled")
+	}
+	if n, pause := receiver.Receive(t.Context(), former, deliveries(1, "b")); n != 0 || pause == 0 {
+		t.Errorf("%d messages of the former topic are settled", n)
+	}
+	if n, _ := other.Receive(t.Context(), present, deliveries(1, "y")); n != 1 {
+		t.Error("not settled")
+	}
+	if got := b.names(t); got != "a x y" {
+		t.Errorf("effects %q", got)
+	}
+}
