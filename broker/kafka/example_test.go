@@ -102,9 +102,9 @@ func Example() {
 			log.Fatal(err)
 		}
 	}
-	fmt.Printf("%d copies consumed, 1 effect: %s\n", copies, entries)
+	fmt.Printf("%d copies, 1 effect: %s\n", copies, entries)
 	// Output:
 	// executed
 	// replayed
-	// 2 copies consumed, 1 effect: alice -1250, bob 1250
+	// 2 copies, 1 effect: alice -1250, bob 1250
 }
