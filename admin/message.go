@@ -189,7 +189,7 @@ func (h *Handler) lookMessage(p *page, ref messageRef) (view messagePage, err er
 		}
 	}
 	for i := range view.State.Outbox {
-		if ref.Consumer == "" && view.State.Outbox[i].Parked != "" {
+		if ref.Consumer == "" && view.State.Outbox[i].Refused != "" {
 			view.Outbox = &view.State.Outbox[i]
 			break
 		}

@@ -168,7 +168,7 @@ func TestOutboxOnThePage(t *testing.T) {
 		t.Errorf("after the retry: %s", page)
 	}
 	text(t, c.post("retry", form), http.StatusNotFound)
-	b.Exec(t, "UPDATE message_outbox SET parked = 'too large'")
+	b.Exec(t, "UPDATE message_outbox SET refused = 'too large'")
 	form = url.Values{"ticket": {field(t, c.page(t, link(t, c.page(t, link(t, c.page(t, "outbox"), "message?")), "drop?")), "ticket")}, "reason": {"x"}, "confirm": {"drop"}}
 	location(t, c.post("drop", form))
 	if got, want := b.Strings(t, messageAudit), []string{"outbox-retry transfers " + id + " by alice: mended", "outbox-drop transfers " + id + " by alice: x"}; !slices.Equal(got, want) {

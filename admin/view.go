@@ -287,6 +287,8 @@ func tellMessageEvent(e operator.Event) string {
 		return "Handled"
 	case operator.EventParked:
 		text = "Parked"
+	case operator.EventRefused:
+		text = "Refused by the broker"
 	case operator.EventNext:
 		return "Due from this time on"
 	case "act-redrive":
@@ -371,7 +373,7 @@ func eventTone(kind operator.EventKind) string {
 	switch kind {
 	case operator.EventRecorded, operator.EventExecuted:
 		return "good"
-	case operator.EventActExpire, operator.EventActDelete, operator.EventUnknown, operator.EventParked, "act-abandon":
+	case operator.EventActExpire, operator.EventActDelete, operator.EventUnknown, operator.EventParked, operator.EventRefused, "act-abandon":
 		return "bad"
 	case operator.EventSentAgain, operator.EventRunning, operator.EventMismatch, operator.EventNotExecuted, operator.EventInProgress:
 		return "warn"

@@ -10,15 +10,15 @@ CREATE TABLE message_outbox (
     message_id uuid        NOT NULL,
     topic      text COLLATE "C" NOT NULL,
     key        bytea,
-    parked     text,
+    refused    text,
     headers    bytea       NOT NULL,
     body       bytea       NOT NULL,
 
     CONSTRAINT message_outbox_pkey PRIMARY KEY (shard, id)
 );
 
--- For the messages that wait behind a parked one.
-CREATE INDEX message_outbox_parked_idx ON message_outbox (shard, topic, key) WHERE parked IS NOT NULL;
+-- For the messages that wait behind a refused one.
+CREATE INDEX message_outbox_refused_idx ON message_outbox (shard, topic, key) WHERE refused IS NOT NULL;
 
 COMMENT ON TABLE message_outbox IS 'Messages that were published and are not yet with the broker. Do not delete a row by hand: nobody would get the message.';
 COMMENT ON COLUMN message_outbox.id IS 'Order of the messages in a shard.';
@@ -27,11 +27,11 @@ COMMENT ON COLUMN message_outbox.shard IS 'Part of the outbox, from topic and ke
 COMMENT ON COLUMN message_outbox.message_id IS 'The message''s id, the same for every run of the request that published it.';
 COMMENT ON COLUMN message_outbox.topic IS 'Where the message goes.';
 COMMENT ON COLUMN message_outbox.key IS 'Messages with one topic and key keep their order; NULL if there is none to keep.';
-COMMENT ON COLUMN message_outbox.parked IS 'Why the broker will never take the message; NULL unless it does. Later messages of its topic and key wait behind it.';
+COMMENT ON COLUMN message_outbox.refused IS 'Why the broker will never take the message; NULL unless it does. Later messages of its topic and key wait behind it.';
 COMMENT ON COLUMN message_outbox.headers IS 'The headers, encoded as in idempotency_keys.';
 COMMENT ON COLUMN message_outbox.body IS 'The body as it was published.';
 
--- The place of each consumer in each partition of its sources. It is moved by the transaction that
+-- The position of each consumer in each partition of its sources. It is moved by the transaction that
 -- has the effects of the messages, so it is never in front of them or behind them.
 CREATE TABLE message_offsets (
     next_offset bigint      NOT NULL,
@@ -46,13 +46,13 @@ CREATE TABLE message_offsets (
     CONSTRAINT message_offsets_pkey PRIMARY KEY (consumer, source, partition)
 ) WITH (fillfactor = 50); -- room for updates on the same page
 
-COMMENT ON TABLE message_offsets IS 'The place of each consumer in each partition. It goes back with a restore of the database, as the effects do; then the messages are consumed again.';
+COMMENT ON TABLE message_offsets IS 'The position of each consumer in each partition. It goes back with a restore of the database, as the effects do; then the messages are consumed again.';
 COMMENT ON COLUMN message_offsets.next_offset IS 'Offset of the next message; negative until the first commit.';
-COMMENT ON COLUMN message_offsets.updated_at IS 'Time at which the place was moved.';
+COMMENT ON COLUMN message_offsets.updated_at IS 'Time at which the position was moved.';
 COMMENT ON COLUMN message_offsets.incarnation IS 'The source''s own id, which differs if it was made anew; zero if it has none.';
-COMMENT ON COLUMN message_offsets.attempt_id IS 'The batch that moved the place last.';
+COMMENT ON COLUMN message_offsets.attempt_id IS 'The batch that moved the position last.';
 COMMENT ON COLUMN message_offsets.partition IS 'Number of the partition.';
-COMMENT ON COLUMN message_offsets.deaths IS 'Number of processes that began a batch here and did not end it, since the place was moved last.';
+COMMENT ON COLUMN message_offsets.deaths IS 'Number of processes that began a batch here and did not end it, since the position was moved last.';
 COMMENT ON COLUMN message_offsets.consumer IS 'Name of the consumer.';
 COMMENT ON COLUMN message_offsets.source IS 'Topic or stream.';
 

@@ -20,7 +20,7 @@ import (
 )
 
 // ErrRefused marks the error of a message that the broker will never take: it is too large, say, or
-// its topic does not exist. The message is parked until an operator retries or drops it, and the
+// its topic does not exist. The message stays until an operator retries or drops it, and the
 // later ones of its topic and key wait behind it.
 var ErrRefused = errors.New("broker refuses the message")
 
@@ -41,7 +41,7 @@ type Outbox interface {
 	Waiting(ctx context.Context) (shards []int, err error)
 
 	// Drain passes the oldest messages of a shard to publish, within the limits, while no other relay
-	// can pass any of this shard. It deletes those that publish returns nil for, and parks those that
+	// can pass any of this shard. It deletes those that publish returns nil for, and marks those that
 	// it returns [ErrRefused] for. It does nothing if another relay has the shard.
 	Drain(ctx context.Context, shard int, limits Limits, publish func(context.Context, []message.Message) []error) (Drained, error)
 
@@ -59,10 +59,10 @@ type Limits struct {
 type Drained struct {
 	Held      bool // by another relay: nothing was done
 	Published int
-	Parked    int
+	Refused   int           // by the broker, for good
 	Failed    int           // they stay, and are tried again
 	Age       time.Duration // of the oldest message
-	Err       error         // of the first message that failed or was parked; the broker's words
+	Err       error         // of the first message that failed or was refused; the broker's words
 }
 
 // Options tune a [Relay]. Nil and the zero value are the defaults.
@@ -130,8 +130,8 @@ func (r *Relay) ended(shard int, drained Drained, duration time.Duration, err er
 		r.options.OnDrain(shard, drained, duration, err)
 	}
 	if err = cmp.Or(err, drained.Err); err != nil {
-		r.options.Logger.Warn("idempotency: messages were not published; they stay in the outbox and are tried again, unless they are parked",
-			"shard", shard, "failed", drained.Failed, "parked", drained.Parked, "error", err)
+		r.options.Logger.Warn("idempotency: messages were not published; they stay in the outbox and are tried again, unless the broker refused them",
+			"shard", shard, "failed", drained.Failed, "refused", drained.Refused, "error", err)
 	}
 }
 
@@ -205,7 +205,7 @@ func (r *Relay) drain(ctx context.Context, shard int) (failed bool) {
 		switch {
 		case err != nil || drained.Failed > 0:
 			return true
-		case drained.Held || drained.Published+drained.Parked == 0:
+		case drained.Held || drained.Published+drained.Refused == 0:
 			return false
 		}
 	}

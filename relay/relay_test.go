@@ -151,13 +151,13 @@ func TestRefusedMessageIsParkedWithItsKey(t *testing.T) {
 	eventually(t, "b2 is published", func() bool {
 		return strings.Contains(p.bodies(), "b2") && s.Count(t, "SELECT count(*) FROM message_outbox") == 3
 	})
-	if got := s.Text(t, "SELECT string_agg(convert_from(body, 'UTF8') || ':' || COALESCE(parked, ''), ' ' ORDER BY id) FROM message_outbox"); got != "a1:broker refuses the message: too large � a2: a3:" {
+	if got := s.Text(t, "SELECT string_agg(convert_from(body, 'UTF8') || ':' || COALESCE(refused, ''), ' ' ORDER BY id) FROM message_outbox"); got != "a1:broker refuses the message: too large � a2: a3:" {
 		t.Errorf("the outbox has %q", got)
 	}
 	p.mu.Lock()
 	refuses = false
 	p.mu.Unlock()
-	s.Exec(t, "UPDATE message_outbox SET parked = NULL")
+	s.Exec(t, "UPDATE message_outbox SET refused = NULL")
 	eventually(t, "the outbox is empty", empty(t, s))
 	if got := p.bodies(); strings.Index(got, "a1") > strings.Index(got, "a2") || strings.Index(got, "a2") > strings.Index(got, "a3") {
 		t.Errorf("published %q", got)
@@ -192,7 +192,7 @@ func TestOutageOfTheBrokerParksNothing(t *testing.T) {
 	for range 3 {
 		<-tried
 	}
-	if n := s.Count(t, "SELECT count(*) FROM message_outbox WHERE parked IS NULL"); n != 5 {
+	if n := s.Count(t, "SELECT count(*) FROM message_outbox WHERE refused IS NULL"); n != 5 {
 		t.Errorf("%d messages are in the outbox", n)
 	}
 	p.mu.Lock()

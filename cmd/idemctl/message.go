@@ -46,7 +46,7 @@ type (
 	shardJSON struct {
 		Shard    int         `json:"shard"`
 		Pending  int64       `json:"pending"`
-		Parked   int64       `json:"parked"`
+		Refused  int64       `json:"refused"`
 		Behind   int64       `json:"behind"`
 		OldestMS int64       `json:"oldest_ms"`
 		Relay    *holderJSON `json:"relay,omitempty"`
@@ -54,7 +54,7 @@ type (
 
 	outboxJSON struct {
 		Pending int64       `json:"pending"`
-		Parked  int64       `json:"parked"`
+		Refused int64       `json:"refused"`
 		Behind  int64       `json:"behind"`
 		Shards  []shardJSON `json:"shards"`
 	}
@@ -65,7 +65,7 @@ type (
 		Key         string    `json:"key,omitempty"`
 		KeyBytes    []byte    `json:"key_base64,omitempty"` // of a key that is not UTF-8
 		Shard       int       `json:"shard"`
-		Parked      string    `json:"parked,omitempty"`
+		Refused     string    `json:"refused,omitempty"`
 		Front       string    `json:"front,omitempty"`
 		PublishedAt time.Time `json:"published_at"`
 		AgeMS       int64     `json:"age_ms"`
@@ -103,7 +103,7 @@ func keyJSON(key []byte) (text string, raw []byte) {
 
 func outboxMessageOf(m *operator.OutboxMessage) outboxMessageJSON {
 	j := outboxMessageJSON{
-		ID: m.ID, Topic: m.Topic, Shard: m.Shard, Parked: m.Parked, Front: m.Front, PublishedAt: m.PublishedAt, AgeMS: m.Age.Milliseconds(), BodyBytes: m.BodyBytes,
+		ID: m.ID, Topic: m.Topic, Shard: m.Shard, Refused: m.Refused, Front: m.Front, PublishedAt: m.PublishedAt, AgeMS: m.Age.Milliseconds(), BodyBytes: m.BodyBytes,
 	}
 	j.Key, j.KeyBytes = keyJSON(m.Key)
 	return j
@@ -229,11 +229,11 @@ func (c *messageOutboxCommand) Run(a *app) error {
 		if a.cli.JSON {
 			shards := []shardJSON{}
 			for _, s := range box.Shards {
-				shards = append(shards, shardJSON{s.Number, s.Pending, s.Parked, s.Behind, s.Oldest.Milliseconds(), holderOf(s.Relay)})
+				shards = append(shards, shardJSON{s.Number, s.Pending, s.Refused, s.Behind, s.Oldest.Milliseconds(), holderOf(s.Relay)})
 			}
 			first := struct { // the first line
 				Outbox outboxJSON `json:"outbox"`
-			}{outboxJSON{box.Pending, box.Parked, box.Behind, shards}}
+			}{outboxJSON{box.Pending, box.Refused, box.Behind, shards}}
 			if err := a.printJSON(first); err != nil {
 				return err
 			}
@@ -252,7 +252,7 @@ func (c *messageOutboxCommand) Run(a *app) error {
 				if s.Relay != nil {
 					relay = holderText(s.Relay)
 				}
-				lines = append(lines, fmt.Sprintf("%d\t%d\t%d\t%d\t%s\t%s", s.Number, s.Pending, s.Parked, s.Behind, ageText(s.Oldest), relay))
+				lines = append(lines, fmt.Sprintf("%d\t%d\t%d\t%d\t%s\t%s", s.Number, s.Pending, s.Refused, s.Behind, ageText(s.Oldest), relay))
 			}
 			if err := a.table(append(lines, "")); err != nil {
 				return err
@@ -262,13 +262,13 @@ func (c *messageOutboxCommand) Run(a *app) error {
 			lines := []string{"ID\tTOPIC\tKEY\tAGE\tBODY\tREFUSED BECAUSE"}
 			for i := range list.Messages {
 				m := &list.Messages[i]
-				lines = append(lines, fmt.Sprintf("%s\t%s\t%s\t%s\t%s\t%s", m.ID, terminal.Clean(m.Topic), orDash(terminal.Clean(string(m.Key))), ageText(m.Age), sizeText(m.BodyBytes), terminal.Clean(m.Parked)))
+				lines = append(lines, fmt.Sprintf("%s\t%s\t%s\t%s\t%s\t%s", m.ID, terminal.Clean(m.Topic), orDash(terminal.Clean(string(m.Key))), ageText(m.Age), sizeText(m.BodyBytes), terminal.Clean(m.Refused)))
 			}
 			if err := a.table(lines); err != nil {
 				return err
 			}
 		}
-		return a.printf("%d pending, %d refused, %d behind those; %s\n", box.Pending, box.Parked, box.Behind, moreText(list.Next))
+		return a.printf("%d pending, %d refused, %d behind those; %s\n", box.Pending, box.Refused, box.Behind, moreText(list.Next))
 	})
 }
 
@@ -357,8 +357,8 @@ func (c *messageGetCommand) Run(a *app) error {
 			m := &state.Outbox[i]
 			what := "waits for a relay"
 			switch {
-			case m.Parked != "":
-				what = "refused: " + m.Parked
+			case m.Refused != "":
+				what = "refused: " + m.Refused
 			case m.Front != "":
 				what = "behind " + m.Front
 			}

@@ -127,10 +127,10 @@ func TestOutboxCommands(t *testing.T) {
 	refuse()
 	wantText(t, b.want(t, 0, "message", "outbox").stdout, id, "too large", "0 pending, 1 refused")
 	r := b.want(t, 0, "--json", "message", "outbox")
-	if first := objects[struct{ Outbox outboxJSON }](t, r); len(first) != 3 || first[0].Outbox.Parked != 1 || len(first[0].Outbox.Shards) != 1 {
+	if first := objects[struct{ Outbox outboxJSON }](t, r); len(first) != 3 || first[0].Outbox.Refused != 1 || len(first[0].Outbox.Shards) != 1 {
 		t.Errorf("%+v", first)
 	}
-	if m := objects[outboxMessageJSON](t, r)[1]; m.ID != id || string(m.KeyBytes) != "\xff" || m.Parked == "" {
+	if m := objects[outboxMessageJSON](t, r)[1]; m.ID != id || string(m.KeyBytes) != "\xff" || m.Refused == "" {
 		t.Errorf("%+v", m)
 	}
 	wantText(t, b.want(t, 0, retry...).stdout, "retried", id)

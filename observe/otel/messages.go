@@ -66,7 +66,7 @@ func (m *Messages) OnBatch(end consumer.BatchEnd) {
 // OnDrain counts a batch of a relay: pass it as relay.Options.OnDrain.
 func (m *Messages) OnDrain(_ int, drained relay.Drained, duration time.Duration, _ error) {
 	ctx, some := context.Background(), false
-	for result, n := range map[string]int{"published": drained.Published, "failed": drained.Failed, "refused": drained.Parked} {
+	for result, n := range map[string]int{"published": drained.Published, "failed": drained.Failed, "refused": drained.Refused} {
 		if n > 0 {
 			some = true
 			m.published.Add(ctx, int64(n), metric.WithAttributes(attributeOf.String(result)))

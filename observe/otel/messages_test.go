@@ -25,7 +25,7 @@ func TestMessagesAreCountedOnce(t *testing.T) {
 	messages.OnBatch(consumer.BatchEnd{Consumer: "ledger", Duration: time.Second, Duplicates: 7, Redelivered: 7, Dead: 1, Err: errors.New("canary")})
 	messages.OnBatch(consumer.BatchEnd{Consumer: "ledger", Duplicates: 7, Err: consumer.ErrHeld})
 	messages.OnBatch(consumer.BatchEnd{Consumer: "ledger", Duplicates: 7, Err: consumer.ErrFenced})
-	messages.OnDrain(0, relay.Drained{Published: 4, Failed: 2, Parked: 1}, time.Second, nil)
+	messages.OnDrain(0, relay.Drained{Published: 4, Failed: 2, Refused: 1}, time.Second, nil)
 	messages.OnDrain(0, relay.Drained{Held: true}, time.Second, nil)
 
 	got := map[string]int64{}

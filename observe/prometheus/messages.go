@@ -93,8 +93,8 @@ func (m *Messages) OnBatch(end consumer.BatchEnd) {
 func (m *Messages) OnDrain(_ int, drained relay.Drained, duration time.Duration, _ error) {
 	m.published.WithLabelValues("published").Add(float64(drained.Published))
 	m.published.WithLabelValues("failed").Add(float64(drained.Failed))
-	m.published.WithLabelValues("refused").Add(float64(drained.Parked))
-	if drained.Published+drained.Failed+drained.Parked > 0 {
+	m.published.WithLabelValues("refused").Add(float64(drained.Refused))
+	if drained.Published+drained.Failed+drained.Refused > 0 {
 		m.publishes.Observe(duration.Seconds())
 	}
 }

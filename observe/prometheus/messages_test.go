@@ -87,7 +87,7 @@ func (o *observed) speak(t *testing.T) {
 	drain(nil)
 	publish("refused", "large", "behind")
 	drain(map[string]error{"large": fmt.Errorf("%w: %s", relay.ErrRefused, fixture.Canary)})
-	exec("UPDATE message_outbox SET parked = 'too large', created_at = now() - interval '90 seconds' WHERE parked IS NOT NULL")
+	exec("UPDATE message_outbox SET refused = 'too large', created_at = now() - interval '90 seconds' WHERE refused IS NOT NULL")
 	exec("INSERT INTO message_outbox (created_at, shard, message_id, topic, headers, body) VALUES (now() - interval '90 seconds', 0, gen_random_uuid(), 't', '', '')")
 
 	ledger := consumer.New("ledger", o.Store.Inbox(), waitingSource{}, func(_ context.Context, m *consumer.Delivery) error {

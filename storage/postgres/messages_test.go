@@ -69,7 +69,7 @@ func TestCheckMessagesNamesTheRightsThatAreMissing(t *testing.T) {
 		postgres.UseRelay: {1, func(t *testing.T, s *testservice.Service, store *postgres.Store) {
 			publishOne(t, s)
 			for _, result := range []error{relay.ErrRefused, nil} {
-				s.Exec(t, "UPDATE message_outbox SET parked = NULL")
+				s.Exec(t, "UPDATE message_outbox SET refused = NULL")
 				shards, err := store.Outbox().Waiting(t.Context())
 				if err != nil || len(shards) != 1 {
 					t.Fatalf("%v, %v", shards, err)

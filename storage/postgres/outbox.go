@@ -161,9 +161,9 @@ func (s *Store) Outbox(except ...string) *Outbox {
 
 var _ relay.Outbox = (*Outbox)(nil)
 
-// ready is a condition on a message m: it is not parked, and no parked one is in front of it.
+// ready is a condition on a message m: it is not refused, and no refused one is in front of it.
 func (o *Outbox) ready() string {
-	return "m.parked IS NULL AND NOT EXISTS (SELECT FROM " + o.table + " AS p WHERE p.parked IS NOT NULL AND p.shard = m.shard AND p.topic = m.topic AND p.key = m.key AND p.id < m.id)"
+	return "m.refused IS NULL AND NOT EXISTS (SELECT FROM " + o.table + " AS p WHERE p.refused IS NOT NULL AND p.shard = m.shard AND p.topic = m.topic AND p.key = m.key AND p.id < m.id)"
 }
 
 // Waiting implements [relay.Outbox].
@@ -185,8 +185,8 @@ func (o *Outbox) Waiting(ctx context.Context) ([]int, error) {
 // Nudged implements [relay.Outbox].
 func (o *Outbox) Nudged() <-chan struct{} { return o.nudged }
 
-// ParkedBytesMax is the maximum length of the reason for which a message is parked.
-const ParkedBytesMax = 500
+// RefusedBytesMax is the maximum length of the broker's words that are kept with a refused message.
+const RefusedBytesMax = 500
 
 // Drain implements [relay.Outbox]. One transaction has the shard's lock and the deletion of what
 // was published. If its COMMIT fails, the messages stay, and are published again.
@@ -251,7 +251,7 @@ func (o *Outbox) drain(ctx, reading context.Context, tx pgx.Tx, shard int, limit
 	// What the broker has confirmed is deleted, even if ctx has ended meanwhile.
 	ctx, cancel := o.store.limited(context.WithoutCancel(ctx))
 	defer cancel()
-	var published, parked []int64
+	var published, refused []int64
 	var reasons []string
 	for i, result := range results {
 		switch {
@@ -259,7 +259,7 @@ func (o *Outbox) drain(ctx, reading context.Context, tx pgx.Tx, shard int, limit
 			published = append(published, ids[i])
 			continue
 		case errors.Is(result, relay.ErrRefused):
-			parked, reasons = append(parked, ids[i]), append(reasons, reasonOf(result))
+			refused, reasons = append(refused, ids[i]), append(reasons, reasonOf(result))
 		default:
 			d.Failed++
 		}
@@ -276,19 +276,19 @@ func (o *Outbox) drain(ctx, reading context.Context, tx pgx.Tx, shard int, limit
 			return d, err
 		}
 	}
-	if len(parked) > 0 {
-		if _, err := tx.Exec(ctx, "UPDATE "+o.table+" AS m SET parked = r.reason FROM unnest($2::bigint[], $3::text[]) AS r (id, reason) WHERE m.shard = $1 AND m.id = r.id", shard, parked, reasons); err != nil {
+	if len(refused) > 0 {
+		if _, err := tx.Exec(ctx, "UPDATE "+o.table+" AS m SET refused = r.reason FROM unnest($2::bigint[], $3::text[]) AS r (id, reason) WHERE m.shard = $1 AND m.id = r.id", shard, refused, reasons); err != nil {
 			return d, err
 		}
 	}
 	if err := tx.Commit(ctx); err != nil {
 		return d, err
 	}
-	d.Published, d.Parked = len(published), len(parked)
+	d.Published, d.Refused = len(published), len(refused)
 	return d, nil
 }
 
-// reasonOf returns the broker's words as they are kept with a parked message.
+// reasonOf returns the broker's words as they are kept with a refused message.
 func reasonOf(err error) string {
 	text := strings.Map(func(r rune) rune { // which also replaces what is not UTF-8
 		if r < ' ' || r == 0x7f {
@@ -296,8 +296,8 @@ func reasonOf(err error) string {
 		}
 		return r
 	}, err.Error())
-	if len(text) > ParkedBytesMax {
-		text = strings.ToValidUTF8(text[:ParkedBytesMax], "")
+	if len(text) > RefusedBytesMax {
+		text = strings.ToValidUTF8(text[:RefusedBytesMax], "")
 	}
 	return text
 }

@@ -114,7 +114,7 @@ func (s *Store) MessageStatistics(ctx context.Context) (MessageStatistics, error
 	box := s.Outbox()
 	inbox := s.Inbox()
 	err := s.readBounded(ctx, OutboxTable, `SELECT o.*, r.*, p.*, f.* FROM (
-			SELECT count(*) FILTER (WHERE parked IS NULL), count(parked) FROM `+box.table+`) AS o,
+			SELECT count(*) FILTER (WHERE refused IS NULL), count(refused) FROM `+box.table+`) AS o,
 		(SELECT count(*) FILTER (WHERE state = 1), count(*) FILTER (WHERE state = 2), count(*) FILTER (WHERE state = 3),
 			coalesce(extract(epoch FROM now() - min(parked_at) FILTER (WHERE state = 3)), 0)::float8,
 			coalesce(greatest(extract(epoch FROM now() - min(not_before) FILTER (WHERE state = 1)), 0), 0)::float8 FROM `+inbox.parked+`) AS p,

@@ -84,8 +84,8 @@ func TestStatisticsOfMessages(t *testing.T) {
 		t.Errorf("without any: %+v, %v", got, err)
 	}
 	for _, sql := range []string{
-		`INSERT INTO house.message_outbox (created_at, shard, message_id, topic, key, parked, headers, body) SELECT now() - age, 3, gen_random_uuid(), 't', key, parked, '', '' FROM (VALUES
-			('5 hours'::interval, 'a'::bytea, 'too large'), ('4 hours', 'a', NULL), ('1 hour', 'b', NULL), ('1 minute', NULL, NULL)) AS m (age, key, parked)`,
+		`INSERT INTO house.message_outbox (created_at, shard, message_id, topic, key, refused, headers, body) SELECT now() - age, 3, gen_random_uuid(), 't', key, refused, '', '' FROM (VALUES
+			('5 hours'::interval, 'a'::bytea, 'too large'), ('4 hours', 'a', NULL), ('1 hour', 'b', NULL), ('1 minute', NULL, NULL)) AS m (age, key, refused)`,
 		`INSERT INTO house.message_parked (parked_at, not_before, position, partition, attempts, state, consumer, message_id, source, topic, error, headers, body)
 			SELECT now() - age, now() + due, 0, 0, 1, state, 'ledger', state::text || age::text, 's', 't', '', '', '' FROM (VALUES
 			('1 hour'::interval, '-10 minutes'::interval, 1), ('6 hours', '1 hour', 1), ('7 hours', NULL, 2), ('2 hours', NULL, 3), ('3 hours', NULL, 3)) AS m (age, due, state)`,

@@ -142,7 +142,7 @@ func (w *world) exec(sql string) {
 
 // Rows of messages, to be completed.
 const (
-	outboxRow  = "INSERT INTO message_outbox (shard, message_id, topic, headers, body, created_at, parked) VALUES (3, gen_random_uuid(), 't', '', '', "
+	outboxRow  = "INSERT INTO message_outbox (shard, message_id, topic, headers, body, created_at, refused) VALUES (3, gen_random_uuid(), 't', '', '', "
 	parkedRow  = "INSERT INTO message_parked (position, partition, attempts, consumer, message_id, source, topic, error, headers, body, parked_at, not_before, state) VALUES (0, 0, 1, 'ledger', gen_random_uuid()::text, 's', 't', 'e', '', '', "
 	offsetsRow = "INSERT INTO message_offsets (next_offset, incarnation, attempt_id, partition, consumer, source, updated_at, deaths) VALUES (0, gen_random_uuid(), gen_random_uuid(), 0, 'ledger', 's', "
 )

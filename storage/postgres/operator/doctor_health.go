@@ -112,11 +112,11 @@ func (e *examination) outbox(ctx context.Context) error {
 		e.warn("run a relay.Relay in the service, or its consumer where a topic is a queue; where one runs, its log says what the broker or the database answers",
 			"%d messages wait in the outbox, the oldest for %v (shards %s): no relay publishes them", box.Pending, oldest.Round(time.Second), strings.Join(late, ", "))
 	}
-	if box.Parked > 0 {
+	if box.Refused > 0 {
 		e.warn("idemctl message outbox shows why; mend that, then message retry, or message drop --outbox: docs/operations.md, Messages that the broker refused",
-			"the broker refused %d messages, and %d of their keys wait behind them", box.Parked, box.Behind)
+			"the broker refused %d messages, and %d of their keys wait behind them", box.Refused, box.Behind)
 	}
-	if len(late) == 0 && box.Parked == 0 {
+	if len(late) == 0 && box.Refused == 0 {
 		e.ok("%d messages wait, the oldest for %v", box.Pending, oldest.Round(time.Second))
 	}
 	return nil

@@ -153,7 +153,7 @@ func TestDoctorFindsWhatIsWrong(t *testing.T) {
 }
 
 const (
-	outboxRow  = "INSERT INTO message_outbox (shard, message_id, topic, headers, body, created_at, parked) VALUES (3, gen_random_uuid(), 'canary', '', 'canary', "
+	outboxRow  = "INSERT INTO message_outbox (shard, message_id, topic, headers, body, created_at, refused) VALUES (3, gen_random_uuid(), 'canary', '', 'canary', "
 	parkedRow  = "INSERT INTO message_parked (position, partition, attempts, consumer, message_id, source, topic, error, headers, body, parked_at, not_before, state) VALUES (0, 0, 1, 'mails', 'canary', 'canary', 'canary', 'canary', '', '', "
 	offsetsRow = "INSERT INTO message_offsets (next_offset, incarnation, attempt_id, partition, consumer, source, updated_at, deaths) VALUES (0, gen_random_uuid(), gen_random_uuid(), 0, 'mails', 'transfers', "
 )

@@ -296,17 +296,17 @@ func (o *Operator) lockHolders(ctx context.Context, tx pgx.Tx) (map[int64]*Holde
 type Outbox struct {
 	Shards  []OutboxShard // those with messages or a relay
 	Pending int64         // messages that a relay can publish, of all shards
-	Parked  int64         // messages that the broker refused
-	Behind  int64         // messages behind a parked one of their key
+	Refused int64         // messages that the broker refused
+	Behind  int64         // messages behind a refused one of their key
 	Now     time.Time
 }
 
 // OutboxShard is a part of the outbox.
 type OutboxShard struct {
-	Number                  int
-	Pending, Parked, Behind int64
-	Oldest                  time.Duration // age of the oldest pending message
-	Relay                   *Holder       // session that publishes from it now; nil if none does
+	Number                   int
+	Pending, Refused, Behind int64
+	Oldest                   time.Duration // age of the oldest pending message
+	Relay                    *Holder       // session that publishes from it now; nil if none does
 }
 
 // Outbox returns the state of the outbox. It counts its rows, and fails if that takes longer than
@@ -319,8 +319,8 @@ func (o *Operator) Outbox(ctx context.Context) (Outbox, error) {
 			return err
 		}
 		rows, err := tx.Query(ctx, `SELECT n, statement_timestamp(), c.* FROM generate_series(0, $1::int - 1) AS n, LATERAL (
-				SELECT count(*) FILTER (WHERE parked IS NULL AND front IS NULL), count(parked), count(*) FILTER (WHERE parked IS NULL AND front IS NOT NULL),
-				       COALESCE(extract(epoch FROM statement_timestamp() - min(created_at) FILTER (WHERE parked IS NULL AND front IS NULL)), 0)::float8
+				SELECT count(*) FILTER (WHERE refused IS NULL AND front IS NULL), count(refused), count(*) FILTER (WHERE refused IS NULL AND front IS NOT NULL),
+				       COALESCE(extract(epoch FROM statement_timestamp() - min(created_at) FILTER (WHERE refused IS NULL AND front IS NULL)), 0)::float8
 				FROM `+o.outbox+` AS m LEFT JOIN LATERAL (`+o.outboxFront()+`) AS f (front) ON true WHERE m.shard = n) AS c`, postgres.OutboxShards)
 		if err != nil {
 			return err
@@ -328,11 +328,11 @@ func (o *Operator) Outbox(ctx context.Context) (Outbox, error) {
 		box = Outbox{}
 		var s OutboxShard
 		var seconds float64
-		_, err = pgx.ForEachRow(rows, []any{&s.Number, &box.Now, &s.Pending, &s.Parked, &s.Behind, &seconds}, func() error {
+		_, err = pgx.ForEachRow(rows, []any{&s.Number, &box.Now, &s.Pending, &s.Refused, &s.Behind, &seconds}, func() error {
 			s.Oldest = time.Duration(max(seconds, 0) * float64(time.Second))
 			s.Relay = holders[locks.Shard(o.table, s.Number)]
-			box.Pending, box.Parked, box.Behind = box.Pending+s.Pending, box.Parked+s.Parked, box.Behind+s.Behind
-			if s.Pending+s.Parked+s.Behind > 0 || s.Relay != nil {
+			box.Pending, box.Refused, box.Behind = box.Pending+s.Pending, box.Refused+s.Refused, box.Behind+s.Behind
+			if s.Pending+s.Refused+s.Behind > 0 || s.Relay != nil {
 				box.Shards = append(box.Shards, s)
 			}
 			return nil
@@ -346,9 +346,9 @@ func (o *Operator) Outbox(ctx context.Context) (Outbox, error) {
 	return box, nil
 }
 
-// outboxFront selects the id of the first parked message in front of m.
+// outboxFront selects the id of the first refused message in front of m.
 func (o *Operator) outboxFront() string {
-	return "SELECT p.message_id::text FROM " + o.outbox + " AS p WHERE p.parked IS NOT NULL AND p.shard = m.shard AND p.topic = m.topic AND p.key = m.key AND p.id < m.id ORDER BY p.id LIMIT 1"
+	return "SELECT p.message_id::text FROM " + o.outbox + " AS p WHERE p.refused IS NOT NULL AND p.shard = m.shard AND p.topic = m.topic AND p.key = m.key AND p.id < m.id ORDER BY p.id LIMIT 1"
 }
 
 // OutboxMessage is a message in the outbox. Its headers and body are not read: see
@@ -358,8 +358,8 @@ type OutboxMessage struct {
 	Topic       string
 	Key         []byte // nil if it has none
 	Shard       int
-	Parked      string // the broker's words when it refused the message; empty if it did not
-	Front       string // id of the parked message of its key that has to go first; empty if there is none
+	Refused     string // the broker's words when it refused the message; empty if it did not
+	Front       string // id of the refused message of its key that has to go first; empty if there is none
 	PublishedAt time.Time
 	Age         time.Duration // since PublishedAt
 	BodyBytes   int64
@@ -375,11 +375,11 @@ type OutboxList struct {
 }
 
 func (o *Operator) outboxColumns() string {
-	return `m.id, m.message_id::text, m.topic, m.key, m.shard, COALESCE(m.parked, ''), COALESCE((` + o.outboxFront() + `), ''), m.created_at, octet_length(m.body)::bigint, statement_timestamp()`
+	return `m.id, m.message_id::text, m.topic, m.key, m.shard, COALESCE(m.refused, ''), COALESCE((` + o.outboxFront() + `), ''), m.created_at, octet_length(m.body)::bigint, statement_timestamp()`
 }
 
 func scanOutbox(row pgx.Row, now *time.Time) (m OutboxMessage, err error) {
-	err = row.Scan(&m.row, &m.ID, &m.Topic, &m.Key, &m.Shard, &m.Parked, &m.Front, &m.PublishedAt, &m.BodyBytes, now)
+	err = row.Scan(&m.row, &m.ID, &m.Topic, &m.Key, &m.Shard, &m.Refused, &m.Front, &m.PublishedAt, &m.BodyBytes, now)
 	m.PublishedAt, *now = m.PublishedAt.UTC(), now.UTC()
 	m.Age = max(now.Sub(m.PublishedAt), 0)
 	return m, err
@@ -392,7 +392,7 @@ func (o *Operator) ListOutbox(ctx context.Context, page Page) (OutboxList, error
 	rows, after, err := page.byRow()
 	if err == nil {
 		err = o.read(ctx, func(ctx context.Context, tx pgx.Tx) error {
-			found, err := tx.Query(ctx, "SELECT "+o.outboxColumns()+" FROM "+o.outbox+" AS m WHERE m.parked IS NOT NULL AND m.id > $1::bigint ORDER BY m.id LIMIT $2::int", after, rows+1)
+			found, err := tx.Query(ctx, "SELECT "+o.outboxColumns()+" FROM "+o.outbox+" AS m WHERE m.refused IS NOT NULL AND m.id > $1::bigint ORDER BY m.id LIMIT $2::int", after, rows+1)
 			if err != nil {
 				return err
 			}
@@ -517,8 +517,8 @@ func (o *Operator) messageIn(ctx context.Context, tx pgx.Tx, state *MessageState
 		for i := range state.Outbox {
 			m := &state.Outbox[i]
 			state.Events = append(state.Events, Event{At: m.PublishedAt, Kind: EventPublished})
-			if m.Parked != "" {
-				state.Events = append(state.Events, Event{At: state.Now, Kind: EventParked, Reason: m.Parked})
+			if m.Refused != "" {
+				state.Events = append(state.Events, Event{At: state.Now, Kind: EventRefused, Reason: m.Refused})
 			}
 		}
 		acts, err := o.acts(ctx, tx, "key = $1 AND action IN ($2, $3)", state.ID, actOutboxRetry, actOutboxDrop)
@@ -659,14 +659,14 @@ func (o *Operator) parkedAct(ctx context.Context, action, consumerName, id strin
 // The later messages of its key follow it. It returns the errors of [Operator.Redrive], but for
 // ErrBehind and ErrChanged.
 func (o *Operator) RetryOutbox(ctx context.Context, id string, act MessageAct) (OutboxMessage, error) {
-	return o.outboxAct(ctx, actOutboxRetry, id, act, "UPDATE "+o.outbox+" SET parked = NULL WHERE shard = $1 AND id = $2 AND parked IS NOT NULL")
+	return o.outboxAct(ctx, actOutboxRetry, id, act, "UPDATE "+o.outbox+" SET refused = NULL WHERE shard = $1 AND id = $2 AND refused IS NOT NULL")
 }
 
 // DropOutbox deletes a message that the broker refused from the outbox, and returns it as it was.
 // NOBODY EVER GETS IT, and the later messages of its key go on. It returns the errors of
 // [Operator.RetryOutbox].
 func (o *Operator) DropOutbox(ctx context.Context, id string, act MessageAct) (OutboxMessage, error) {
-	return o.outboxAct(ctx, actOutboxDrop, id, act, "DELETE FROM "+o.outbox+" WHERE shard = $1 AND id = $2 AND parked IS NOT NULL")
+	return o.outboxAct(ctx, actOutboxDrop, id, act, "DELETE FROM "+o.outbox+" WHERE shard = $1 AND id = $2 AND refused IS NOT NULL")
 }
 
 func (o *Operator) outboxAct(ctx context.Context, action, id string, act MessageAct, sql string) (OutboxMessage, error) {
@@ -675,14 +675,14 @@ func (o *Operator) outboxAct(ctx context.Context, action, id string, act Message
 		if act.Seen != "" {
 			return "", since, nil, fmt.Errorf("%w: a message in the outbox has nothing to compare", ErrInvalid)
 		}
-		m, err = scanOutbox(tx.QueryRow(ctx, "SELECT "+o.outboxColumns()+" FROM "+o.outbox+" AS m WHERE m.parked IS NOT NULL AND m.message_id::text = $1 ORDER BY m.id LIMIT 1 FOR UPDATE OF m", id), new(time.Time))
+		m, err = scanOutbox(tx.QueryRow(ctx, "SELECT "+o.outboxColumns()+" FROM "+o.outbox+" AS m WHERE m.refused IS NOT NULL AND m.message_id::text = $1 ORDER BY m.id LIMIT 1 FOR UPDATE OF m", id), new(time.Time))
 		if errors.Is(err, pgx.ErrNoRows) {
 			err = ErrNotParked
 		}
 		if err == nil {
 			err = one(tx.Exec(ctx, sql, m.Shard, m.row))
 		}
-		return m.Topic, m.PublishedAt, map[string]any{"parked": m.Parked, "shard": m.Shard}, err
+		return m.Topic, m.PublishedAt, map[string]any{"refused": m.Refused, "shard": m.Shard}, err
 	})
 	if err != nil {
 		return OutboxMessage{}, err

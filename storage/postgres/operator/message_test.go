@@ -278,31 +278,31 @@ func TestParkedInTheOutbox(t *testing.T) {
 			_, err = b.operator.DropOutbox(t.Context(), ids[0], messageAct)
 			wantError(t, err, operator.ErrNotParked)
 			b.drain(t, "canary large")
-			if box, err = b.operator.Outbox(t.Context()); err != nil || box.Pending != 0 || box.Parked != 1 || box.Behind != 1 || box.Shards[0].Oldest != 0 {
+			if box, err = b.operator.Outbox(t.Context()); err != nil || box.Pending != 0 || box.Refused != 1 || box.Behind != 1 || box.Shards[0].Oldest != 0 {
 				t.Errorf("%+v, %v", box, err)
 			}
 			list, err := b.operator.ListOutbox(t.Context(), operator.Page{})
 			if err != nil || len(list.Messages) != 1 || list.Next != "" {
 				t.Fatalf("%+v, %v", list, err)
 			}
-			if m := list.Messages[0]; m.ID != ids[0] || m.Topic != "transfers" || !strings.Contains(m.Parked, "too large") || string(m.Key) != "acme" || m.BodyBytes != 12 || !soon(m.PublishedAt) {
+			if m := list.Messages[0]; m.ID != ids[0] || m.Topic != "transfers" || !strings.Contains(m.Refused, "too large") || string(m.Key) != "acme" || m.BodyBytes != 12 || !soon(m.PublishedAt) {
 				t.Errorf("%+v", m)
 			}
 			state, err := b.operator.Message(t.Context(), ids[1], "")
-			if err != nil || len(state.Outbox) != 1 || state.Outbox[0].Front != ids[0] || state.Outbox[0].Parked != "" {
+			if err != nil || len(state.Outbox) != 1 || state.Outbox[0].Front != ids[0] || state.Outbox[0].Refused != "" {
 				t.Errorf("%+v, %v", state, err)
 			}
 			do, want := b.operator.DropOutbox, []string{"after"}
 			if retry {
 				do, want = b.operator.RetryOutbox, []string{"canary large", "after"}
 			}
-			if m, err := do(t.Context(), ids[0], messageAct); err != nil || m.Parked == "" {
+			if m, err := do(t.Context(), ids[0], messageAct); err != nil || m.Refused == "" {
 				t.Fatalf("%+v, %v", m, err)
 			}
 			if got := b.drain(t, ""); !slices.Equal(got, want) {
 				t.Errorf("the broker got %q, want %q", got, want)
 			}
-			if got := b.Text(t, "SELECT action || ' ' || scope || ' ' || key || ' ' || (message->>'parked') FROM idempotency_audit"); !strings.HasPrefix(got, "outbox-"+name+" transfers "+ids[0]) || !strings.Contains(got, "too large") {
+			if got := b.Text(t, "SELECT action || ' ' || scope || ' ' || key || ' ' || (message->>'refused') FROM idempotency_audit"); !strings.HasPrefix(got, "outbox-"+name+" transfers "+ids[0]) || !strings.Contains(got, "too large") {
 				t.Errorf("the audit has %q", got)
 			}
 			_, err = do(t.Context(), ids[0], messageAct)

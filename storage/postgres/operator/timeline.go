@@ -35,7 +35,8 @@ const (
 	EventSentAgain   EventKind = "sent-again"  // the last time that an effect was about to be sent again; Attempts is the number of sends
 	EventResult      EventKind = "result"      // an effect's result was recorded, or a phase was committed; Reason is its state
 	EventNext        EventKind = "next"        // an open request or a parked message is due from this time on; Reason is why the last run failed
-	EventParked      EventKind = "parked"      // an open request waits for a person; or a consumer has parked a message, or its broker refused it: Reason says why
+	EventParked      EventKind = "parked"      // an open request waits for a person; or a consumer has parked a message: Reason says why
+	EventRefused     EventKind = "refused"     // the broker has refused a message in the outbox; Reason has its words
 	EventPublished   EventKind = "published"   // a message was committed to the outbox, which still has it
 	EventExecuted    EventKind = "executed"    // as [idempotency.OutcomeExecuted]
 	EventReplayed    EventKind = "replayed"    // and so on
