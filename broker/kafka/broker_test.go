@@ -135,34 +135,32 @@ func (b *broker) assigned(t *testing.T, group string) (partitions []int) {
 	t.Helper()
 	client := kadm.NewClient(admin(t, b.brokers))
 	defer client.Close()
-	count := func(topics map[string]map[int32]struct{}) (n int) {
-		for _, numbers := range topics {
-			n += len(numbers)
-		}
-		return n
-	}
-	if described, err := client.DescribeConsumerGroups(t.Context(), group); err == nil && described[group].Err == nil {
-		for _, m := range described[group].Members {
-			partitions = append(partitions, count(m.TargetAssignment))
-		}
-		return partitions
-	}
-	described, err := client.DescribeGroups(t.Context(), group)
-	if err == nil {
-		err = described.Error()
-	}
-	if err != nil {
-		t.Fatalf("describe the group: %v", err)
-	}
-	for _, m := range described[group].Members {
-		n := 0
-		if assigned, ok := m.Assigned.AsConsumer(); ok {
-			for _, topic := range assigned.Topics {
-				n += len(topic.Partitions)
+	eventually(t, "the group is described", func() bool { // after a restart the broker does not know it yet
+		if described, err := client.DescribeConsumerGroups(t.Context(), group); err == nil && described[group].Err == nil {
+			for _, m := range described[group].Members {
+				n := 0
+				for _, numbers := range m.TargetAssignment {
+					n += len(numbers)
+				}
+				partitions = append(partitions, n)
 			}
+			return true
 		}
-		partitions = append(partitions, n)
-	}
+		described, err := client.DescribeGroups(t.Context(), group)
+		if err != nil || described.Error() != nil {
+			return false
+		}
+		for _, m := range described[group].Members {
+			n := 0
+			if assigned, ok := m.Assigned.AsConsumer(); ok {
+				for _, topic := range assigned.Topics {
+					n += len(topic.Partitions)
+				}
+			}
+			partitions = append(partitions, n)
+		}
+		return true
+	})
 	return partitions
 }
 

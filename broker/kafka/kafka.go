@@ -74,7 +74,8 @@ type Options struct {
 	// InstanceID makes each source a static member of its group (KIP-345): if the process comes back
 	// within SessionTimeout, it gets its partitions without a rebalance. Each process of the consumer
 	// needs an id of its own, such as the name of a StatefulSet's pod. Without one, a member that ends
-	// leaves the group.
+	// leaves the group. If ServerAssigned is set, the id of a process that was killed is free when its
+	// session has ended: until then Run returns UNRELEASED_INSTANCE_ID.
 	InstanceID string
 
 	// ServerAssigned lets the broker assign the partitions (KIP-848, Kafka 4.0). An older broker makes

@@ -13,6 +13,7 @@ import (
 	"github.com/twmb/franz-go/pkg/kadm"
 	"github.com/twmb/franz-go/pkg/kerr"
 	"github.com/twmb/franz-go/pkg/kgo"
+	"github.com/twmb/franz-go/pkg/kmsg"
 
 	"github.com/paidonce/idempotency/consumer"
 )
@@ -159,9 +160,25 @@ func (m *member) leave() {
 	m.stop(all, m.source.client.revokeMax())
 	ctx, cancel := context.WithTimeout(context.Background(), leaveMax)
 	defer cancel()
+	id, _ := m.kgo.GroupMetadata()
 	_ = m.kgo.LeaveGroupContext(ctx) // at worst the broker notices by itself
+	m.releaseInstance(ctx, id)
 	m.kgo.Close()
 	m.kgo.AllowRebalance() // Close has polled, and a goroutine of the library's would wait for ever
+}
+
+// releaseInstance tells a broker that assigns the partitions that the next member may have this one's
+// InstanceID. The library's own request to leave does not have the id, so Kafka 4.4 refuses it, and
+// would refuse the next member until this one's session has ended. (franz-go 1.22.3; kfake takes it.)
+func (m *member) releaseInstance(ctx context.Context, memberID string) {
+	o := &m.source.client.options
+	if o.InstanceID == "" || !o.ServerAssigned || memberID == "" {
+		return
+	}
+	request := kmsg.NewPtrConsumerGroupHeartbeatRequest()
+	request.Group, request.MemberID, request.InstanceID = m.source.group, memberID, &o.InstanceID
+	request.MemberEpoch = -2 // a static member that comes back
+	_, _ = request.RequestWith(ctx, m.kgo)
 }
 
 // commit tells the broker the settled offsets.
