@@ -1,13 +1,24 @@
 // Package consumer handles each message of a source once.
 //
-// Two identities guard a message, in the commit of its effects. The position (topic, partition,
-// offset) is moved by compare-and-set: it catches what a broker delivers again after a rebalance, a
-// crash, a pause or a restore. The id is recorded as a request's key is: it catches what the
-// position can't, a message that was published twice. The broker's own offsets decide nothing.
+//	source := client.Source("statements", "transfers") // client: of package broker/kafka or broker/nats
+//	err := consumer.New("statements", store.Inbox(), source, project, nil).Run(ctx)
 //
-// A message that its handler can't take is parked in the same commit, and tried again later, so it
-// blocks no other key; after AttemptsMax it is dead, until a person redrives it. An outage of the
-// database counts for no message.
+//	func project(ctx context.Context, m *consumer.Delivery) error {
+//		_, err := postgres.Tx(ctx).Exec(ctx, addEntries, string(m.Body))
+//		return err
+//	}
+//
+// Run one in a goroutine of every replica: the broker gives each some of the partitions. Close the
+// store after Run has returned. postgres.Store.Queue is a source and a store that need no broker.
+//
+// The effects of a message are committed together with its position and its id. The position (topic,
+// partition, offset) is moved by compare-and-set. It catches messages that a broker delivers again
+// after a rebalance, a crash, a pause or a restore. The id is recorded as a request's key is. It
+// catches copies of a message that was published twice. The broker's own offsets decide nothing.
+//
+// If a handler fails, its message is tried again, and then parked, in the commit that moves the
+// position behind it. So it blocks no other key. It is tried again later, and after AttemptsMax it is
+// dead until a person redrives it. An outage of the database counts for no message.
 package consumer
 
 import (
@@ -40,12 +51,13 @@ const (
 // not at all; it may publish messages too. idempotency.DerivedKey works as in a request: its key is
 // the consumer and the message's id. A handler may run again for a message whose run was undone.
 //
-// An error means that the message was not handled: see [Reject], [Later] and Options.AttemptsMax.
+// After an error the writes are undone, and the message is tried again, up to Options.AttemptsMax
+// times. [Reject] and [Later] make errors for other ends.
 type Handler func(ctx context.Context, m *Delivery) error
 
 // BatchHandler handles the messages of one batch together, oldest first: with one statement for all
-// of them, say. Everything that is said of a [Handler] goes for it, but that its context belongs to
-// no message: idempotency.DerivedKey and message.Publish need that of one, [Delivery.Context].
+// of them, say. It is like a [Handler], except that its context belongs to no message:
+// idempotency.DerivedKey and message.Publish need the context of one message, [Delivery.Context].
 //
 // After an error its writes are undone, and it runs again with half of the messages, until the one is
 // found that can't be handled.
@@ -95,31 +107,33 @@ type Options struct {
 	// store's IdleInTransactionTimeout. Defaults to 10 seconds.
 	BatchTimeout time.Duration
 
-	// AttemptsInPlace is how often a message is tried before it is parked. Between the tries nothing
-	// is held. Defaults to 3.
+	// AttemptsInPlace is the maximum number of attempts of a message before it is parked. No
+	// transaction and no connection is held between them. Defaults to 3.
 	AttemptsInPlace int
 
-	// AttemptsMax is how often a message is tried in all. After that it is dead. Defaults to 8.
+	// AttemptsMax is the maximum number of attempts of a message in all. Then it is dead. Defaults to 8.
 	AttemptsMax int
 
 	// BackoffMax is the longest pause before a parked message is tried again. It begins at 1 second
 	// and doubles. Defaults to 5 minutes.
 	BackoffMax time.Duration
 
-	// DeathsMax is the number of processes that may end in a message before they commit anything: then
-	// it is dead, unrun. Three before that the partition's messages are handled one at a time.
-	// Defaults to 5.
+	// DeathsMax is the number of processes that may die in a message. After that the message is dead,
+	// and is not run again. A process that dies leaves no trace but a count for its partition, so the
+	// partition's messages are handled one at a time after DeathsMax - 3 deaths. Defaults to 5.
 	DeathsMax int
 
-	// Retention is how long a record counts. It must be longer than the broker keeps a message, and
-	// than anybody redrives one. Defaults to 14 days.
+	// Retention is the time for which the id of a handled message is kept. It must be longer than the
+	// broker keeps a message plus the time that a dead message may wait for its redrive. Defaults to
+	// 14 days.
 	Retention time.Duration
 
 	// FromNewest makes a consumer that is new to a partition begin with the messages that are
 	// published from then on. By default it begins with the oldest one that the broker has.
 	FromNewest bool
 
-	// DeadTopic, if set, is where each dead message is published too, in the commit that parks it.
+	// DeadTopic, if set, is the topic to which each dead message is published too, in the commit that
+	// parks it.
 	DeadTopic string
 
 	// Service goes into every derived key, as idempotency.Options.Service does.
@@ -137,7 +151,7 @@ type Options struct {
 	Logger *slog.Logger
 }
 
-// BatchEnd tells what became of a batch.
+// BatchEnd is the result of a batch.
 type BatchEnd struct {
 	Consumer    string
 	Partition   Partition
@@ -168,10 +182,10 @@ type Consumer struct {
 	rewind     context.CancelCauseFunc // ends the source's run; nil outside of Run
 }
 
-// New returns a consumer, which does nothing until [Consumer.Run]. Its name stands for what it does
-// with the messages: two consumers of one topic have different names, and a new name begins anew. It
-// is 1 to 100 letters, digits, dots, underscores and hyphens. New panics if an argument is missing or
-// an option can't work.
+// New returns a consumer, which does nothing until [Consumer.Run]. Positions and records belong to its
+// name: two consumers of one topic need two names, and under a new name every message is new. The
+// name is 1 to 100 letters, digits, dots, underscores and hyphens. New panics if an argument is
+// missing or an option can't work.
 func New(name string, store Store, source Source, handler Handler, opts *Options) *Consumer {
 	if handler == nil {
 		panic("idempotency/consumer: New needs a handler")

@@ -15,7 +15,7 @@ type Partition struct {
 	Number int32
 
 	// Incarnation is the source's own id, which differs if it was deleted and made anew under its
-	// name. Zero where a broker has none.
+	// name. Zero if the broker has none.
 	Incarnation [16]byte
 }
 
@@ -47,8 +47,8 @@ var (
 
 // Source is a subscription: it delivers the messages of partitions to a [Receiver].
 type Source interface {
-	// Run delivers messages until ctx ends, or an error that no retry mends. It returns when no call of
-	// the receiver is under way. Per partition:
+	// Run delivers messages until ctx ends, or until an error that no retry mends. It returns only
+	// after all calls of the receiver have returned. For each partition:
 	//
 	//   - It calls Assigned before the first Receive, and begins at the offset that it returns. It
 	//     asks the broker for no offset.

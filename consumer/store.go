@@ -20,11 +20,11 @@ type Store interface {
 	// counts nothing and returns ErrHeld if another process has the lock of the partition.
 	CountDeath(ctx context.Context, consumer string, partition Partition) (deaths int, err error)
 
-	// ForgiveDeath takes that back: the batch has ended, and the process lives.
+	// ForgiveDeath takes CountDeath back: the batch has ended, and the process lives.
 	ForgiveDeath(ctx context.Context, consumer string, partition Partition) error
 
-	// Due returns parked messages that are due, at most max, without their content: those whose time
-	// has come, and those that wait behind nothing any more. If ordered, a message whose time has come
+	// Due returns the ids of parked messages that are due, at most max: those whose time has come, and
+	// those that no other message of their key is in front of any more. If ordered, a message whose time has come
 	// is due only if it waits behind no other of its topic and key.
 	Due(ctx context.Context, consumer string, ordered bool, max int) (ids []string, err error)
 
@@ -46,14 +46,14 @@ type Store interface {
 	Begin(ctx context.Context, claim *Claim) (Batch, error)
 }
 
-// Position is the place of a consumer in a partition.
+// Position is a consumer's position in a partition.
 type Position struct {
 	Next        int64    // offset of the next message; negative if none was consumed yet
 	Incarnation [16]byte // of the source when the position was written
 	Deaths      int      // see Store.CountDeath
 }
 
-// Claim is what a batch is about to handle.
+// Claim has the messages that a batch is about to handle.
 type Claim struct {
 	Consumer  string
 	Partition Partition

@@ -1,11 +1,14 @@
-// Package message is for messages that leave a service with its commits, and for those that it
-// consumes.
+// Package message publishes messages in the transaction of a handler.
 //
-// A handler publishes with [Publish]. That sends nothing: the message is written in the flush of
-// the answer's COMMIT, beside the handler's own writes, and costs no round trip. A relay (package
-// relay) takes it to the broker later. So a message is there exactly if the effect is, and is
-// delivered at least once. Its id is derived from the request's key, so a consumer that keeps ids
-// (package consumer) handles it once.
+//	err := message.Publish(ctx, "transfer-made", message.Message{
+//		Topic: "transfers", Key: []byte(t.From), Body: body,
+//	})
+//
+// [Publish] sends nothing. The message is written to the outbox in the commit that has the handler's
+// writes and its answer, at no extra round trip. A relay (package relay) takes it to the broker
+// later. So the message exists if and only if its effect does, and reaches the broker at least once.
+// Its id is derived from the request's key: a consumer that records ids (package consumer) handles
+// it once.
 package message
 
 import (
@@ -31,7 +34,7 @@ const (
 // nothing of the message.
 var ErrInvalid = errors.New("message is invalid")
 
-// Message is a message, in or out.
+// Message is a message as it is published, and as a consumer gets it.
 type Message struct {
 	// ID is the same for each copy of the message. [Publish] derives it; a consumer gets the one that
 	// the broker delivered.
@@ -81,9 +84,9 @@ func notOfTopic(r rune) bool {
 // Outbox takes the messages of one transaction. A store offers it to [Publish] under [OutboxKey] in
 // the context of a handler.
 type Outbox interface {
-	// Add adds a valid message with its ID. It fails if the transaction has one with this ID, or as
-	// many as it may. An error means that the message was not added; if the handler ignores the
-	// error, nothing of the transaction is committed.
+	// Add adds a valid message with its ID. It fails if the transaction has a message with this ID, or
+	// has [PublishedMax] messages. After an error the message is not added, and nothing of the
+	// transaction is committed even if the handler ignores the error.
 	Add(m *Message) error
 	// Refuse makes the transaction fail because of err, which Publish returned.
 	Refuse(err error)
@@ -93,9 +96,9 @@ type Outbox interface {
 type OutboxKey struct{}
 
 // Publish adds a message to those that leave with the transaction of the handler that runs with
-// this context. It sends nothing: an answer that undoes the handler's writes undoes the message.
-// What a nested transaction published is dropped if that is rolled back. The bytes of the message
-// must not change until the handler has returned.
+// this context. It sends nothing: an answer that undoes the handler's writes undoes the message too.
+// Messages that were published in a nested transaction are dropped if that is rolled back. The bytes
+// of the message must not change until the handler has returned.
 //
 // The name is 1 to 100 visible ASCII characters ([NameBytesMax]), and stands for this message among
 // those of the handler: with the request's key it makes the message's id ([ID]), so that every run

@@ -1,9 +1,14 @@
 // Package relay takes published messages from an outbox to a broker.
 //
-// A message is deleted from the outbox once the broker has confirmed it, so none is lost. If the
-// relay or the database dies in between, the message is published again, with the same id: consumers
-// drop it by that id (package consumer). Nothing is skipped because of a cursor: the relay keeps no
-// place, it asks for what is there.
+//	relay.New(store.Outbox(), client.Publisher(), nil).Run(ctx)
+//
+// Run one in a goroutine of every replica: they share the work. Close the store after Run has
+// returned.
+//
+// A message is deleted from the outbox only after the broker has confirmed it, so none is lost. If
+// the relay or the database dies in between, the message is published again with the same id, by
+// which consumers drop the copy (package consumer). The relay keeps no cursor, so it skips no message
+// that is committed late.
 package relay
 
 import (
@@ -29,13 +34,13 @@ type Publisher interface {
 	// Publish sends messages, waits until the broker has confirmed or refused each, and returns an
 	// error for each, in their order: nil if it is confirmed and the broker keeps it, one that wraps
 	// [ErrRefused], or any other if it is not known to be kept. Messages with one topic and key
-	// arrive in their order, and none of them is kept after one that failed. It returns soon after
+	// arrive in their order; after one that failed, no later one of them is kept. It returns soon after
 	// ctx ends, and then sends nothing more.
 	Publish(ctx context.Context, messages []message.Message) []error
 }
 
-// Outbox is where messages wait, such as postgres.Outbox. It is divided into shards: a topic and key
-// belong to one shard. It is safe for concurrent use.
+// Outbox has the messages that no broker has confirmed yet: postgres.Outbox is one. It is divided into
+// shards, and all messages with one topic and key are in one shard. It is safe for concurrent use.
 type Outbox interface {
 	// Waiting returns the shards that have messages to publish.
 	Waiting(ctx context.Context) (shards []int, err error)

@@ -75,8 +75,8 @@ type Harness struct {
 	// Recreate deletes a topic and creates it again under its name.
 	Recreate func(t *testing.T, topic string)
 
-	// Session is the time after which the broker gives the partitions of a member that is not heard to
-	// others. It should be short.
+	// Session is the time after which the broker gives the partitions of a silent member to others. It
+	// should be short.
 	Session time.Duration
 
 	// Rebalance is the time that a member has to hand a partition over, if it is short enough for

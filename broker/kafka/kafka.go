@@ -17,32 +17,33 @@
 // A message becomes a record of its topic. The key chooses the partition as Kafka's own clients do,
 // the header message-id has the id, and each value of Message.Header is a header. The producer is
 // idempotent and waits for all replicas in sync (acks=all). To lose no confirmed message when a
-// broker is lost, a topic needs a replication factor of 3 and min.insync.replicas of 2.
+// broker is lost, a topic needs a replication factor of 3 and min.insync.replicas of 2. The publisher
+// creates no topics: a message for a topic that does not exist is refused (relay.ErrRefused).
 //
-// The order of a key is that of its partition. If partitions are added to a topic, Kafka gives keys
-// to other partitions, and messages that are under way may overtake each other.
+// The order of a key is that of its partition. If partitions are added to a topic, keys move to other
+// partitions, and later messages of a key may overtake those that are not consumed yet.
 //
 // # Consuming
 //
 // The members of a group share the partitions of its topics, and PostgreSQL has the offset at which
-// each goes on. What that means for operators:
+// each partition goes on. For operators this means:
 //
-//   - After a restore of PostgreSQL, messages are read again from where the database is. The broker
-//     must keep messages for longer than the oldest backup that is ever restored.
+//   - After a restore of PostgreSQL, messages are read again from the restored offset on. The broker
+//     must keep messages for longer than the age of the oldest backup that may be restored.
 //   - Resetting the group's offsets at the broker (kafka-consumer-groups --reset-offsets) changes
 //     nothing. Set next_offset in message_offsets, while the consumer is stopped.
 //   - If the broker has deleted messages that were not read, or a topic was deleted and made anew,
-//     the source stops with an error instead of going on somewhere.
+//     the source stops with an error instead of going on at another offset.
 //   - The group's offsets at the broker are for tools that show the lag. They follow the settled
 //     messages by up to 5 seconds.
 //   - While a consumer can't handle a partition, at most 4 MiB or 10,000 messages of it are in
-//     memory, and up to a fetch of 1 MiB more, as it is compressed.
+//     memory, and one fetch more, of 1 MiB before it is decompressed.
 //
-// Messages of other producers are taken too. Their id is the header message-id, or ce_id
-// (CloudEvents), or id (Debezium's outbox). Without any it is the message's place: topic, partition,
-// offset and topic id. Such an id tells two deliveries of one record from two records, but does not
-// find copies that the producer made. Headers that HTTP does not allow (a name that is not a token,
-// control characters in a value, more than 64 KiB in all) are left out.
+// Messages of other producers are consumed too. Their id is the header message-id, or ce_id
+// (CloudEvents), or id (Debezium's outbox). Without any of them the id is made of the topic, its id,
+// the partition and the offset. Such an id recognizes a record that is delivered twice, but not a
+// message that its producer sent as two records. Headers that HTTP does not allow (a name that is not
+// a token, control characters in a value, more than 64 KiB in all) are left out.
 //
 // Transactions of other producers are respected: only committed messages are delivered.
 //
@@ -82,8 +83,8 @@ type Options struct {
 	// the source a member of a classic group with cooperative rebalances, as without the option.
 	ServerAssigned bool
 
-	// SessionTimeout is the time after which the broker gives the partitions of a member that is not
-	// heard to others. If ServerAssigned is set, the broker decides it. Defaults to 45 seconds.
+	// SessionTimeout is the time after which the broker gives the partitions of a silent member to
+	// others. If ServerAssigned is set, the broker decides it. Defaults to 45 seconds.
 	SessionTimeout time.Duration
 
 	// RebalanceTimeout is the time that the broker gives a member to hand partitions over. Calls of
@@ -102,9 +103,9 @@ type Client struct {
 	options    Options
 }
 
-// Connect returns a client of the cluster that these brokers belong to: host:port of some of them,
-// which name the others. It opens no connection, so a broker that is away is no error. It fails if
-// an option is invalid, or there is no broker.
+// Connect returns a client of a cluster. The brokers are host:port of some of its brokers, which name
+// the others. Connect opens no connection, so a broker that is away is no error. It fails if an option
+// is invalid, or if brokers is empty.
 func Connect(brokers []string, opts *Options) (*Client, error) {
 	if len(brokers) == 0 {
 		return nil, errors.New("connect to kafka: no broker is given: pass host:port of at least one")

@@ -20,8 +20,8 @@ import (
 const IDHeader = "message-id"
 
 // RecordBytesMax is the maximum size of a message as a record: key, body, headers, and at most 10
-// bytes for each header and 100 for all. It is what brokers take by default, less the batch around
-// it. A larger message is refused. If a topic's max.message.bytes is lower, that counts.
+// bytes for each header and 100 for all. With the batch around it, brokers take that by default. A
+// larger message is refused. If a topic's max.message.bytes is lower, that counts.
 const RecordBytesMax = 1_000_000
 
 const (
@@ -62,7 +62,7 @@ func (p *Publisher) Close() {
 // Publish implements [relay.Publisher].
 //
 // A message is refused for good if it breaks a limit, if the broker calls it invalid or too large,
-// or if the topic does not exist. Missing rights are not for good.
+// or if the topic does not exist. It is not refused for a missing right.
 //
 // The producer tries until ctx ends, and an outage of the broker is no error until then. After that
 // its connections are closed, so that it sends nothing more. The broker may still keep what was sent

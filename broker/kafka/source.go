@@ -41,8 +41,8 @@ type Source struct {
 var _ consumer.Source = (*Source)(nil)
 
 // Source returns a source of topics, whose partitions the members of the group share. Each consumer
-// has a group of its own. The group's offsets at the broker are those that were settled when they
-// were written, for tools that show the lag; they are never read.
+// has a group of its own. The group's offsets at the broker are for tools that show the lag: they
+// follow the settled messages, and are never read.
 func (c *Client) Source(group string, topics ...string) *Source {
 	if group == "" || len(topics) == 0 || slices.Contains(topics, "") {
 		panic("idempotency/broker/kafka: Source needs a group and at least one topic")
@@ -50,7 +50,7 @@ func (c *Client) Source(group string, topics ...string) *Source {
 	return &Source{client: c, group: group, topics: slices.Clone(topics)}
 }
 
-// Run implements [consumer.Source]. An outage of the broker is no error: it tries until ctx ends.
+// Run implements [consumer.Source]. An outage of the broker is no error: Run tries until ctx ends.
 // These errors end it:
 //
 //   - consumer.ErrTrimmed, with the number of messages that were deleted unread,

@@ -10,42 +10,42 @@
 //
 // A topic is a number of partitions, and each of them is a stream of its own: partition 3 of the
 // topic bank.events is the stream bank+events+3, with the subject bank.events.3. So a partition's
-// sequence has no gaps by itself, and what a limit of the stream has deleted unread is known to the
-// message. The number of partitions is fixed when a topic is made, and noted in the streams'
+// sequence has no gaps of its own, and if a limit of the stream deletes messages unread, their exact
+// number is known. The number of partitions is fixed when a topic is made, and noted in the streams'
 // metadata.
 //
-// A server that crashes may lose what it has confirmed, unless the stream has replicas or the server
-// sync_interval: always.
+// A server that crashes may lose messages that it has confirmed, unless the stream has replicas or
+// the server is configured with sync_interval: always.
 //
 // # Publishing
 //
 // A message goes to the subject of its partition, which a hash of its key chooses, or of its id if
 // it has no key. Its id is the header Nats-Msg-Id, its key the header Message-Key, percent-encoded.
 // The stream drops a copy that comes within its duplicate window (2 minutes by default), and
-// confirms it as a duplicate. A later copy is kept: a consumer that keeps ids drops it. Keep the
-// window above relay.Options.PublishTimeout, so that it catches what a connection that broke delivers
-// late.
+// confirms it as a duplicate. A later copy is kept: a consumer that records ids drops it. Keep the
+// window above relay.Options.PublishTimeout, so that it also catches a message that a broken
+// connection delivers late.
 //
 // # Consuming
 //
 //	consumer.New("statements", store.Inbox(), client.Source("statements", "bank-events"), handle, nil)
 //
 // The offset of a message is its sequence in the stream, and the database decides where a partition
-// goes on. Nothing is acknowledged: a source reads with consumers of the server that end with it, and
-// that have neither AckWait nor MaxDeliver. So a handler may take as long as it likes, the server
-// never gives a message up, and an ack that comes too late can't exist. After a restart of the server
-// the source makes new ones, and a gap in the sequence shows what was lost on the way: it is read
+// goes on. Nothing is acknowledged: a source reads with ephemeral consumers of the server, which have
+// neither AckWait nor MaxDeliver. So the server never gives a message up, sends none again because
+// its handler is slow, and no ack can come too late. After a restart of the server the source makes
+// new consumers. A gap in the sequence shows that messages were lost on the way, and they are read
 // again.
 //
-// NATS has no groups that would share partitions. The members of a group tell each other on the
-// subject idempotency.members.GROUP.TOPIC that they live and which partitions they have, and share
-// them without a lock and without anything that is stored. It costs:
+// NATS has no groups that share partitions. Instead each member of a group publishes on the subject
+// idempotency.members.GROUP.TOPIC that it lives, and which partitions it has. So the members share
+// the partitions without a lock, and nothing is stored. This costs:
 //
 //   - a message of some 100 bytes per member and topic, 5 times within SessionTimeout, and the right to
 //     publish and subscribe to that subject,
 //   - a pause at the start: a member listens for a fifth of SessionTimeout before it begins,
-//   - for a short time two members may have one partition: if one of them was paused, or could not be
-//     heard. The later commit is undone by the database, and both begin again.
+//   - for a short time two members may have one partition, if one of them was paused or cut off. The
+//     database refuses the later commit, and both begin again.
 //
 // Besides, a source needs the rights for $JS.API.STREAM.INFO, $JS.API.STREAM.MSG.GET and
 // $JS.API.CONSUMER of the topic's streams, and a publisher for the subjects and $JS.API.STREAM.INFO.
@@ -89,13 +89,13 @@ type Options struct {
 	// effect here: this package sets them itself.
 	Nats []nats.Option
 
-	// SessionTimeout is the time after which the other members of a group take the partitions of one
-	// that they do not hear. A member begins to consume a fifth of it after its start. Defaults to 15
+	// SessionTimeout is the time after which the other members of a group take the partitions of a
+	// silent member. A member begins to consume a fifth of it after its start. Defaults to 15
 	// seconds.
 	SessionTimeout time.Duration
 
-	// RebalanceTimeout is how long a call of the receiver that is under way may go on in a partition
-	// that another member should have. Then its context ends. It must be above Options.BatchTimeout of
+	// RebalanceTimeout is the time for which a call of the receiver may go on in a partition that
+	// another member should have. Then its context ends. It must be above Options.BatchTimeout of
 	// the consumer. Defaults to 60 seconds.
 	RebalanceTimeout time.Duration
 
@@ -111,9 +111,9 @@ type Client struct {
 	nats    nats.Options
 }
 
-// Connect returns a client of the cluster that these servers belong to: URLs, separated by commas. It
-// opens no connection, so a server that is away is no error. It fails if an option or a URL is
-// invalid.
+// Connect returns a client of a cluster. Servers are the URLs of some of its servers, separated by
+// commas. Connect opens no connection, so a server that is away is no error. It fails if an option or
+// a URL is invalid.
 func Connect(servers string, opts *Options) (*Client, error) {
 	c := new(Client)
 	if opts != nil {

@@ -141,9 +141,8 @@ func (n *nudges) send() {
 
 // Outbox is the outbox of a store, for package relay. It is safe for concurrent use.
 //
-// It looks for messages from the beginning of a shard on, each time. The last id that was deleted
-// is no place to go on from: a transaction that drew a lower id may commit later, and the next
-// message of its key would overtake it.
+// Each look begins at the front of a shard, and not behind the last id that was deleted. A transaction
+// that drew a lower id may commit later, and the next message of its key would overtake it.
 type Outbox struct {
 	store  *Store
 	table  string // sanitized

@@ -16,7 +16,8 @@ import (
 
 // Queue is a topic of the outbox as a queue in the same database, for a consumer that needs no
 // broker: the commit that has the effects of a message deletes its row. So no id has to be recorded,
-// and no position. A topic has one consumer. It is both the source and the store of package consumer:
+// and no position. A topic has one consumer, because a message is gone once it is handled. A Queue is
+// both the source and the store of package consumer:
 //
 //	queue := store.Queue("mails")
 //	go consumer.New("mailer", queue, queue, sendMail, nil).Run(ctx)
