@@ -197,7 +197,10 @@ func TestPageBreaksConsumers(t *testing.T) {
 	})
 	press("poison", func(t *testing.T, s *live.Statements) {
 		exact(t, s, 1)
-		if side := s.Sides[1]; side.Missing != 1 || side.Dead != 0 || s.Dead[0].ID == "" || s.Dead[0].Error == "" || !strings.Contains(s.Dead[0].Account, "-poison-") {
+		if side := s.Sides[1]; side.Missing != 1 || side.Dead != 0 {
+			t.Errorf("without an inbox the page shows %+v", side)
+		}
+		if len(s.Dead) != 1 || s.Dead[0].ID == "" || s.Dead[0].Error == "" || !strings.Contains(s.Dead[0].Account, "-poison-") {
 			t.Errorf("after the poison the page shows %+v", s)
 		}
 	})

@@ -54,19 +54,30 @@ func (c *Consumers) naive(ctx context.Context, name string, handle func(ctx cont
 			}
 		}
 		if handled > 0 {
-			if err := commit(ctx, client, records[:handled]); err != nil {
-				c.Logger.WarnContext(ctx, "the broker did not commit", "consumer", name, "error", err)
-			}
+			c.commit(ctx, client, name, records[:handled])
 		}
 	}
 	return nil
 }
 
+// commitTriesMax bounds the tries of a commit: a rebalance refuses it for a while.
+const commitTriesMax = 10
+
 // commit commits the offsets of records, also if ctx has ended meanwhile.
-func commit(ctx context.Context, client *kgo.Client, records []*kgo.Record) error {
-	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), askTimeout)
-	defer cancel()
-	return client.CommitRecords(ctx, records...)
+func (c *Consumers) commit(ctx context.Context, client *kgo.Client, name string, records []*kgo.Record) {
+	for try := range commitTriesMax {
+		timed, cancel := context.WithTimeout(context.WithoutCancel(ctx), askTimeout)
+		err := client.CommitRecords(timed, records...)
+		cancel()
+		if err == nil {
+			return
+		}
+		c.Logger.WarnContext(ctx, "the broker did not commit", "consumer", name, "error", err)
+		if ctx.Err() != nil {
+			return
+		}
+		pause(ctx, try)
+	}
 }
 
 // projectNaively adds a message to the projection in a transaction of its own.

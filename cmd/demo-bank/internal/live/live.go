@@ -69,7 +69,7 @@ func New(pool *pgxpool.Pool, url string, ttl time.Duration, logger *slog.Logger)
 	b := newBoard()
 	l := &Live{pool: pool, url: url, logger: logger, token: newToken(), board: b, hub: newHub(hex.EncodeToString(epoch[:]), b)}
 	l.prove = func(ctx context.Context, run string) (*Proof, error) { return prove(ctx, pool, run, ttl) }
-	l.statements = &statements{live: l}
+	l.statements = &statements{live: l, committed: map[int32]int64{}}
 	l.ending, l.end = context.WithCancel(context.Background())
 	return l
 }

@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"net/http"
 	"slices"
 	"sync"
@@ -196,9 +197,14 @@ func (l *Live) startStatements(act Act, id string) (*Statements, error) {
 type statements struct {
 	live *Live
 
+	reading sync.Mutex // so that a later read replaces an earlier one
+
 	mu    sync.Mutex
 	shown Statements
 	books *shownBooks // nil until the first act has opened them
+	// The highest offsets that the consumer without an inbox has committed: one that was paused may
+	// set them back.
+	committed map[int32]int64
 }
 
 // shownBooks are the accounts, the store and the processes. One act at a time uses them.
@@ -639,7 +645,13 @@ func (p *statements) handledAll(ctx context.Context, side Side) (bool, error) {
 func (p *statements) positions(ctx context.Context, side Side, source string) (map[int32]int64, error) {
 	name := projectionOf(side, "").Consumer
 	if side == Unprotected {
-		return p.live.consumers.Broker.Committed(ctx, name)
+		committed, err := p.live.consumers.Broker.Committed(ctx, name)
+		p.mu.Lock()
+		defer p.mu.Unlock()
+		for partition, offset := range committed {
+			p.committed[partition] = max(p.committed[partition], offset)
+		}
+		return maps.Clone(p.committed), err
 	}
 	rows, err := p.live.pool.Query(ctx, `SELECT partition, next_offset FROM `+events.ShownSchema+`.message_offsets WHERE consumer = $1 AND source = $2`, name, source)
 	if err != nil {
@@ -664,6 +676,8 @@ func (p *statements) side(side Side) StatementsSide {
 
 // read reads what viewers see, from one snapshot.
 func (p *statements) read(ctx context.Context) error {
+	p.reading.Lock()
+	defer p.reading.Unlock()
 	p.mu.Lock()
 	b := p.books
 	p.mu.Unlock()
