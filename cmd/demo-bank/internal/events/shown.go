@@ -24,6 +24,8 @@ const (
 	ShownAccounts = "shown-"               // prefix of the accounts that they handle
 	ShownPace     = 100 * time.Millisecond // of a handler, so that a fault meets one at work
 
+	shownBatchMax = 20 // at this pace much less than batchTimeout
+
 	shownInbox = "statements-inbox"
 	shownNaive = "statements-naive"
 )
@@ -99,7 +101,7 @@ func (s *Shown) Run(ctx context.Context) error {
 		return err
 	}
 	return consumer.New(projection.Consumer, s.Store.Inbox(), s.Broker.source(projection.Consumer), handler, &consumer.Options{
-		BatchMax: statementsBatchMax, InFlightMax: 1, BatchTimeout: batchTimeout, Retention: Retention, Logger: s.Logger,
+		BatchMax: shownBatchMax, InFlightMax: 1, BatchTimeout: batchTimeout, Retention: Retention, Logger: s.Logger,
 	}).Run(ctx)
 }
 

@@ -398,8 +398,8 @@ func (p *statements) pause(ctx context.Context, b *shownBooks, reference string)
 		if err := p.until(ctx, func(ctx context.Context) (bool, error) { return p.members(ctx, consumersPerSide-1) }); err != nil {
 			return fmt.Errorf("wait for the end of the sessions: %w", err)
 		}
-		// With the inbox the one that is paused may still hold its partition.
-		return p.settle(ctx, b, Unprotected)
+		// With the inbox the one that is paused holds its partition until PostgreSQL ends its session.
+		return p.settle(ctx, b, sides[:]...)
 	})
 }
 

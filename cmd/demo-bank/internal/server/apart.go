@@ -200,8 +200,8 @@ const ShownPoolSize = 4
 
 // openShown opens a store of the consumers that the page shows.
 func openShown(ctx context.Context, url, name string, poolSize int) (*postgres.Store, error) {
-	options := storeOptions(&Config{DatabaseURL: url, HandlerTimeout: shownHandlerTimeout, AcquireTimeout: AcquireTimeoutDefault})
-	options.Schema = events.ShownSchema
+	options := storeOptions(&Config{DatabaseURL: url, AcquireTimeout: AcquireTimeoutDefault})
+	options.Schema, options.IdleInTransactionTimeout = events.ShownSchema, shownIdleMax
 	options.PoolConfig = func(pool *pgxpool.Config) {
 		findSchema(pool)
 		pool.ConnConfig.RuntimeParams["application_name"] = name
@@ -214,9 +214,9 @@ func openShown(ctx context.Context, url, name string, poolSize int) (*postgres.S
 	return store, nil
 }
 
-// shownHandlerTimeout makes PostgreSQL end the transaction of a consumer that is paused, so that
-// another one gets its partition.
-const shownHandlerTimeout = 5 * time.Second
+// shownIdleMax is how long a consumer that the page has paused may hold its partition: then
+// PostgreSQL ends its session. It is longer than a batch may take.
+const shownIdleMax = 10 * time.Second
 
 // makeShown opens a store for the page, and makes the tables.
 func makeShown(ctx context.Context, url string) (*postgres.Store, error) {
