@@ -163,3 +163,45 @@ func TestPageShowsWhoLosesMoney(t *testing.T) {
 }
 
 func lostOf(side string) string { return ".twin[data-side=" + side + "] [data-of=lost]" }
+
+// TestPageShowsWhatAnInboxIsFor: a lost COMMIT doubles a payment without an inbox, and a message that
+// can't be read is missing there for good. With the inbox nothing is wrong, and a redrive brings the
+// message. The counts are those of the books' own SQL.
+func TestPageShowsWhatAnInboxIsFor(t *testing.T) {
+	if testing.Short() {
+		t.Skip("starts a bank and a browser")
+	}
+	t.Parallel()
+	page := &tab{T: t, ctx: browsertest.Start(t)}
+	problems := browsertest.Problems(t, page.ctx)
+	p := serve(t, "--addr", "127.0.0.1:0", "--database-url", pgtest.Database(t), "--pool-size", "16")
+	page.do(chromedp.Navigate(p.url))
+	page.until(pageIsLive, `document.querySelector("#dead").children.length === 0`)
+
+	counted := func(row, side string) string { return `[data-count=` + row + `] [data-side=` + side + `]` }
+	right := func(row string) string {
+		return `document.querySelector("` + counted(row, "protected") + `").textContent === "✓ 0"`
+	}
+	exact := []string{
+		right("missing"), right("doubled"), right("mismatches"),
+		`document.querySelector("#statements").dataset.state === "ok"`, `document.querySelector("#statements-verdict").textContent === "each once with the inbox"`,
+	}
+	wrong := func(row string) string {
+		return `document.querySelector("` + counted(row, "unprotected") + `").textContent.startsWith("✗ ")`
+	}
+	page.do(chromedp.Click(chromedp.CSS("#acts [value=lose]")))
+	page.until(`document.querySelector("#acts [value=kill]").disabled`)
+	page.until(append(exact, wrong("doubled"), wrong("mismatches"), `!document.querySelector("#acts [value=kill]").disabled`)...)
+
+	page.do(chromedp.Click(chromedp.CSS("#acts [value=poison]")))
+	page.until(append(exact, wrong("missing"), `document.querySelectorAll("#dead li").length === 1`)...)
+	page.picture("statements", "light", 1280, 900, true)
+	page.picture("statements-phone", "dark", 390, 844, true)
+	page.until(`document.documentElement.scrollWidth <= innerWidth`)
+
+	page.do(chromedp.SendKeys(chromedp.CSS("#dead button"), "\r"))
+	page.until(append(exact, wrong("missing"), `document.querySelectorAll("#dead li").length === 0`, `!document.querySelector("#dead-none").hidden`)...)
+	if got := problems(); len(got) > 0 {
+		t.Errorf("the browser complains: %q", got)
+	}
+}

@@ -24,7 +24,7 @@ import (
 )
 
 // actMax limits the wait for the end of an act. It is longer than the page's own limit.
-const actMax = 3 * time.Minute
+const actMax = 4 * time.Minute
 
 // broken is a bank whose page breaks consumers.
 type broken struct {

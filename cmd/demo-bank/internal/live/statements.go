@@ -28,7 +28,7 @@ import (
 
 const (
 	// statementsMax limits a demonstration. A paused consumer is missed after 6 seconds.
-	statementsMax  = 2 * time.Minute
+	statementsMax  = 3 * time.Minute
 	statementsPoll = 20 * time.Millisecond
 
 	payersShown  = 16 // among all partitions
