@@ -101,7 +101,12 @@ func (r *run) watchAudit(ctx context.Context) {
 
 // takeBaseline measures the banks' resources before their first request.
 func (r *run) takeBaseline(ctx context.Context) (err error) {
-	r.before, err = r.measure(ctx, func(check.Resources) bool { return true })
+	var last check.Resources
+	r.before, err = r.measure(ctx, func(now check.Resources) bool {
+		grown := now.Goroutines > last.Goroutines || now.FileDescriptors > last.FileDescriptors
+		last = now
+		return !grown
+	})
 	return err
 }
 
@@ -142,5 +147,7 @@ func (r *run) measureOnce(ctx context.Context, client *http.Client) (total check
 		return conn.QueryRow(ctx, `
 			SELECT count(*) FROM pg_stat_activity WHERE backend_type = 'client backend' AND application_name <> $1`, applicationOwn).Scan(&total.Connections)
 	})
-	return total, pools >= poolSizeBig+(len(r.banks.slots)-1)*poolSizeSmall, err
+	// The banks count connections that are being made.
+	size, leases := poolSizeBig+(len(r.banks.slots)-1)*poolSizeSmall, len(r.banks.slots)
+	return total, pools >= size && total.Connections >= size+leases, err
 }
