@@ -246,28 +246,32 @@ const unhandledBy = `EXISTS (
 		)`
 
 // lost selects the moves whose messages a consumer has not handled: neither recorded nor parked, nor
-// waiting in the outbox. $2 limits their age, in microseconds.
+// waiting in the outbox. They were made before $3, and at most $2 microseconds before.
 const lost = `
-	FROM %s AS m WHERE m.message_id IS NOT NULL AND m.created_at > clock_timestamp() - $2 * interval '1 microsecond'
+	FROM %s AS m WHERE m.message_id IS NOT NULL AND m.created_at <= $3 AND m.created_at > $3 - $2 * interval '1 microsecond'
 		AND NOT EXISTS (SELECT FROM message_outbox o WHERE o.message_id = m.message_id)
 		AND ` + unhandledBy + `
 	ORDER BY m.id`
 
-// Lost returns a function that publishes again, from the books, what was published and is not
-// handled by all consumers. It is for a broker that begins with an empty log. Consumers drop what
-// they have handled, by its id. It skips moves that are older than the consumers' records. Until it
-// has succeeded, audits do not judge the projection.
-func (b *Bank) Lost(retention time.Duration, consumers ...string) (republish func(context.Context) (published int, err error)) {
+// Lost returns a function that publishes again, from the books, what was published before the call of
+// Lost and is not handled by all consumers. It is for a broker that begins with an empty log.
+// Consumers drop what they have handled, by its id. It skips moves that are older than the consumers'
+// records. Until it has succeeded, audits do not judge the projection.
+func (b *Bank) Lost(ctx context.Context, retention time.Duration, consumers ...string) (republish func(context.Context) (published int, err error), err error) {
+	var before time.Time // by the clock of the moves
+	if err := b.pool.QueryRow(ctx, `SELECT clock_timestamp()`).Scan(&before); err != nil {
+		return nil, fmt.Errorf("read the database's clock: %w", err)
+	}
 	b.republishing.Store(true)
 	return func(ctx context.Context) (published int, err error) {
-		if published, err = b.republish(ctx, retention, consumers); err == nil {
+		if published, err = b.republish(ctx, before, retention, consumers); err == nil {
 			b.republishing.Store(false)
 		}
 		return published, err
-	}
+	}, nil
 }
 
-func (b *Bank) republish(ctx context.Context, retention time.Duration, consumers []string) (published int, err error) {
+func (b *Bank) republish(ctx context.Context, before time.Time, retention time.Duration, consumers []string) (published int, err error) {
 	var all []message.Message
 	add := func(id, kind, account string, body any) error {
 		m, err := eventOf(kind, account, body)
@@ -276,7 +280,7 @@ func (b *Bank) republish(ctx context.Context, retention time.Duration, consumers
 		return err
 	}
 	read := func(columns, table string, scan func(pgx.CollectableRow) error) error {
-		rows, err := b.pool.Query(ctx, "SELECT "+columns+fmt.Sprintf(lost, table), consumers, retention.Microseconds())
+		rows, err := b.pool.Query(ctx, "SELECT "+columns+fmt.Sprintf(lost, table), consumers, retention.Microseconds(), before)
 		if err != nil {
 			return err
 		}

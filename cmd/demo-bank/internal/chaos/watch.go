@@ -105,7 +105,7 @@ func (r *run) takeBaseline(ctx context.Context) (err error) {
 	r.before, err = r.measure(ctx, func(now check.Resources) bool {
 		grown := now.Goroutines > last.Goroutines || now.FileDescriptors > last.FileDescriptors
 		last = now
-		return !grown
+		return !grown && r.broker.Joined(ctx, r.config.Banks)
 	})
 	return err
 }

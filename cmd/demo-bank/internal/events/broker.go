@@ -219,6 +219,20 @@ func (b *Broker) Ends(ctx context.Context) (source string, ends map[int32]int64,
 	return source, ends, nil
 }
 
+// Joined reports whether each of the bank's consumers has this many processes, and they have shared
+// the partitions out.
+func (b *Broker) Joined(ctx context.Context, processes int) bool {
+	ctx, cancel := context.WithTimeout(ctx, askTimeout)
+	defer cancel()
+	groups, err := b.admin.DescribeGroups(ctx, bank.StatementsConsumer, bank.NoticesConsumer)
+	for _, g := range groups {
+		if g.Err != nil || g.State != "Stable" || len(g.Members) != processes {
+			return false
+		}
+	}
+	return err == nil && len(groups) > 0
+}
+
 // Committed implements [bank.Broker].
 func (b *Broker) Committed(ctx context.Context, group string) (map[int32]int64, error) {
 	responses, err := b.admin.FetchOffsets(ctx, group)

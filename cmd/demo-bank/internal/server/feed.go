@@ -49,7 +49,7 @@ func (s *Server) leaveAddresses(ctx context.Context, books *bank.Bank) error {
 }
 
 // feed returns the relay and the consumers of this process. Each runs until its context ends.
-func (s *Server) feed(db *database, store *postgres.Store, books *bank.Bank, broker *events.Broker, processor *bank.Processor) (run []func(context.Context)) {
+func (s *Server) feed(ctx context.Context, db *database, store *postgres.Store, books *bank.Bank, broker *events.Broker, processor *bank.Processor) (run []func(context.Context), err error) {
 	if !s.config.NoRelay {
 		run = append(run, func(ctx context.Context) { events.Relay(ctx, broker, store, s.metrics.messages.OnDrain, s.logger) })
 	}
@@ -66,10 +66,13 @@ func (s *Server) feed(db *database, store *postgres.Store, books *bank.Bank, bro
 	}
 	if broker.Inside() && s.config.DataDir == "" && db.embedded == nil {
 		// The log of the last broker inside is gone, and the books are still there.
-		republish := books.Lost(events.Retention, bank.StatementsConsumer, bank.NoticesConsumer)
+		republish, err := books.Lost(ctx, events.Retention, bank.StatementsConsumer, bank.NoticesConsumer)
+		if err != nil {
+			return nil, err
+		}
 		run = append(run, func(ctx context.Context) { s.republish(ctx, republish) })
 	}
-	return run
+	return run, nil
 }
 
 // republishPause is the pause between two tries.

@@ -4,6 +4,7 @@ import (
 	"context"
 	"encoding/json"
 	"fmt"
+	"log/slog"
 	"net/http"
 	"slices"
 	"strings"
@@ -535,6 +536,33 @@ func TestABrokerInsideThatIsGoneLosesNothing(t *testing.T) {
 	}
 	if was, is := ids(records), ids(read(t, third.brokers, 3)); !slices.Equal(was, is) {
 		t.Errorf("the messages were\n%q\nand are\n%q", was, is)
+	}
+}
+
+// TestOnlyWhatWasThereAtTheStartIsPublishedAgain: moves that are made later are on their way, although
+// they have left the outbox and nobody has handled them yet.
+func TestOnlyWhatWasThereAtTheStartIsPublishedAgain(t *testing.T) {
+	t.Parallel()
+	b := setup(t, func(c *Config) { c.NoRelay, c.NoConsumers = true, true })
+	broker, err := events.Start("", 0, "", slog.New(slog.DiscardHandler))
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(broker.Close)
+	books := bank.New(b.db, nil, time.Hour, slog.New(slog.DiscardHandler))
+	books.Feed(broker, nil)
+	relayed := func() {
+		b.moved()
+		b.exec(`DELETE FROM message_outbox`)
+	}
+	relayed()
+	republish, err := books.Lost(t.Context(), time.Hour, bank.StatementsConsumer, bank.NoticesConsumer)
+	if err != nil {
+		t.Fatal(err)
+	}
+	relayed()
+	if published, err := republish(t.Context()); published != 3 || err != nil {
+		t.Errorf("%d messages are published again (%v), want the first three", published, err)
 	}
 }
 

@@ -220,7 +220,10 @@ func (s *Server) Run(ctx context.Context) (err error) {
 		})
 	}
 	books.Call(processor)
-	feed := s.feed(db, store, books, broker, processor)
+	feed, err := s.feed(ctx, db, store, books, broker, processor)
+	if err != nil {
+		return endOfStart(ctx, err)
+	}
 	secret, err := books.OperationsSecret(ctx)
 	if err != nil {
 		return endOfStart(ctx, err)
