@@ -14,7 +14,7 @@ type Partition struct {
 	Source string // the topic or stream
 	Number int32
 
-	// Incarnation is the source's own id, which differs if it was deleted and made anew under its
+	// Incarnation is the source's own id, which differs if it was deleted and recreated under its
 	// name. Zero if the broker has none.
 	Incarnation [16]byte
 }
@@ -41,8 +41,8 @@ var (
 	// ErrTrimmed: the broker has deleted messages that were not consumed, so the next offset is in
 	// front of its oldest one. The source stops: an operator decides where to go on.
 	ErrTrimmed = errors.New("messages were deleted unread")
-	// ErrRecreated: the topic or stream was deleted and made anew, so the stored offset means nothing.
-	ErrRecreated = errors.New("source was made anew")
+	// ErrRecreated: the topic or stream was deleted and recreated, so the stored offset means nothing.
+	ErrRecreated = errors.New("source was recreated")
 )
 
 // Source is a subscription: it delivers the messages of partitions to a [Receiver].

@@ -49,7 +49,7 @@ CREATE TABLE message_offsets (
 COMMENT ON TABLE message_offsets IS 'The position of each consumer in each partition. It goes back with a restore of the database, as the effects do; then the messages are consumed again.';
 COMMENT ON COLUMN message_offsets.next_offset IS 'Offset of the next message; negative until the first commit.';
 COMMENT ON COLUMN message_offsets.updated_at IS 'Time at which the position was moved.';
-COMMENT ON COLUMN message_offsets.incarnation IS 'The source''s own id, which differs if it was made anew; zero if it has none.';
+COMMENT ON COLUMN message_offsets.incarnation IS 'The source''s own id, which differs if it was recreated; zero if it has none.';
 COMMENT ON COLUMN message_offsets.attempt_id IS 'The batch that moved the position last.';
 COMMENT ON COLUMN message_offsets.partition IS 'Number of the partition.';
 COMMENT ON COLUMN message_offsets.deaths IS 'Number of processes that began a batch here and did not end it, since the position was moved last.';

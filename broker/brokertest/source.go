@@ -34,8 +34,8 @@ var sourceCases = []aCase{
 	{"consume/trimmed", "messages that the broker deleted unread end the source with ErrTrimmed and their number (24)", sourceNeeds(canTrim), trimmed},
 	{"consume/trimmed behind what is fetched", "messages that were fetched before the ones behind them were deleted are settled, and then the source ends with ErrTrimmed (24)", sourceNeeds(canTrim, hasSourceNetwork), trimmedBehind},
 	{"consume/trimmed before the first message", "a partition without a position begins with the oldest message that is left", sourceNeeds(canTrim), trimmedBefore},
-	{"consume/made anew while away", "a topic that was deleted and made anew has another incarnation, and ends the source if the receiver says so (24)", sourceNeeds(canRecreate), recreatedAway},
-	{"consume/made anew meanwhile", "a topic that is made anew while it is consumed ends the source too; nothing of it is settled (24)", sourceNeeds(canRecreate), recreatedMeanwhile},
+	{"consume/recreated while away", "a topic that was deleted and recreated has another incarnation, and ends the source if the receiver says so (24)", sourceNeeds(canRecreate), recreatedAway},
+	{"consume/recreated meanwhile", "a topic that is recreated while it is consumed ends the source too; nothing of it is settled (24)", sourceNeeds(canRecreate), recreatedMeanwhile},
 }
 
 func hasGroups(f Features, h *Harness) bool { return !f.NoGroups && h.Session > 0 }

@@ -32,7 +32,7 @@
 //     must keep messages for longer than the age of the oldest backup that may be restored.
 //   - Resetting the group's offsets at the broker (kafka-consumer-groups --reset-offsets) changes
 //     nothing. Set next_offset in message_offsets, while the consumer is stopped.
-//   - If the broker has deleted messages that were not read, or a topic was deleted and made anew,
+//   - If the broker has deleted messages that were not read, or a topic was deleted and recreated,
 //     the source stops with an error instead of going on at another offset.
 //   - The group's offsets at the broker are for tools that show the lag. They follow the settled
 //     messages by up to 5 seconds.

@@ -180,7 +180,7 @@ func (b *batch) send(ctx context.Context, one *producer, indexes []int) {
 			one.known[topic] = true
 		case isUnknownTopic(err):
 			delete(one.known, topic)
-			one.kgo.PurgeTopicsFromProducing(topic) // it may be made anew, with another id
+			one.kgo.PurgeTopicsFromProducing(topic) // it may be recreated, with another id
 			b.fail(i, fmt.Errorf("%w: there is no such topic: create it, then retry the message", relay.ErrRefused))
 		case isRefusal(err) && len(indexes) > 1:
 			one.known[topic] = true

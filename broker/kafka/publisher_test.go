@@ -246,7 +246,7 @@ func TestErrorsQuoteNoMessage(t *testing.T) {
 	}
 }
 
-// A topic that was deleted is refused, and one that was made anew under its name takes messages.
+// A topic that was deleted is refused, and one that was recreated under its name takes messages.
 func TestPublishToARecreatedTopic(t *testing.T) {
 	t.Parallel()
 	f := startBroker(t)

@@ -23,7 +23,7 @@ const (
 	// that it goes. Without them others get its partitions a session later.
 	leaveMax = 3 * time.Second
 	askMax   = 10 * time.Second // one question about topics or offsets
-	// topicsInterval is the time between two looks for topics that were made anew.
+	// topicsInterval is the time between two looks for topics that were recreated.
 	topicsInterval = 5 * time.Second
 	pauseMax       = 5 * time.Second // between tries
 	errorPause     = time.Second     // of a partition that the broker does not deliver
@@ -54,7 +54,7 @@ func (c *Client) Source(group string, topics ...string) *Source {
 // These errors end it:
 //
 //   - consumer.ErrTrimmed, with the number of messages that were deleted unread,
-//   - consumer.ErrRecreated, which the receiver returns for a topic that was made anew,
+//   - consumer.ErrRecreated, which the receiver returns for a topic that was recreated,
 //   - the broker has lost messages that were consumed (by an unclean election, say),
 //   - another process joins with the same Options.InstanceID, or the broker refuses the options.
 func (s *Source) Run(ctx context.Context, receiver consumer.Receiver) error {
@@ -98,7 +98,7 @@ type member struct {
 	receiver consumer.Receiver
 	ctx      context.Context
 	end      context.CancelCauseFunc // ends the membership; the first cause counts
-	look     chan string             // names of topics that may have been made anew
+	look     chan string             // names of topics that may have been recreated
 
 	mu      sync.Mutex
 	left    bool
@@ -302,7 +302,7 @@ func (m *member) take(fetches kgo.Fetches) {
 				switch {
 				case w == nil: // taken away, or an error of the group
 				case len(p.Records) > 0 && w.partition.Incarnation != [16]byte{} && topic.TopicID != [16]byte{} && topic.TopicID != w.partition.Incarnation:
-					m.end(&rejoinError{"a topic was made anew"})
+					m.end(&rejoinError{"a topic was recreated"})
 					return
 				default:
 					w.add(p.Records)
@@ -415,7 +415,7 @@ func (m *member) topics(ctx context.Context, topics ...string) (kadm.TopicDetail
 	return found.Topics, nil
 }
 
-// watchTopics ends the member if a topic was made anew. The library goes on with the former id,
+// watchTopics ends the member if a topic was recreated. The library goes on with the former id,
 // which no broker knows.
 func (m *member) watchTopics() {
 	for {
@@ -435,7 +435,7 @@ func (m *member) watchTopics() {
 		for topic, detail := range found {
 			known, ok := m.ids[topic]
 			if detail.Err == nil && ok && (topic == unknown || detail.ID != known) {
-				m.end(&rejoinError{"a topic was made anew"})
+				m.end(&rejoinError{"a topic was recreated"})
 			}
 		}
 		m.mu.Unlock()

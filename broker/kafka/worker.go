@@ -238,7 +238,7 @@ func delivery(r *kgo.Record, incarnation [16]byte) consumer.Delivery {
 	}
 	if d.ID == "" {
 		d.ID = fmt.Sprintf("%s/%d/%d", r.Topic, r.Partition, r.Offset)
-		if incarnation != [16]byte{} { // offsets begin again in a topic that is made anew
+		if incarnation != [16]byte{} { // offsets begin again in a topic that is recreated
 			d.ID += fmt.Sprintf("/%x", incarnation)
 		}
 	}

@@ -365,7 +365,7 @@ func TestTrimmedTopicStopsTheConsumer(t *testing.T) {
 	}
 }
 
-// Mode 24: a topic that was made anew has other offsets. And a server that has lost messages would
+// Mode 24: a topic that was recreated has other offsets. And a server that has lost messages would
 // give their offsets to others.
 func TestTopicThatIsAnotherStopsTheConsumer(t *testing.T) {
 	t.Parallel()

@@ -29,7 +29,7 @@ import (
 // beatsPerSession is how often a member beats within SessionTimeout.
 const beatsPerSession = 5
 
-// beat is what a member tells the others.
+// beat is a member's message to the others.
 type beat struct {
 	ID     string `json:"id"`
 	Number uint64 `json:"number"` // of the member's beats

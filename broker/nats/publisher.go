@@ -222,7 +222,7 @@ func (p *publishing) try(ctx context.Context, m *message.Message) error {
 	case errors.As(err, &api) && api.ErrorCode == errHeaderTooLarge:
 		return fmt.Errorf("%w: its headers, with its id and its key, have more than the 64 KiB that the server takes", relay.ErrRefused)
 	default:
-		// The topic may be gone, or made anew: the next try finds out. That nobody answers on a subject
+		// The topic may be gone, or recreated: the next try finds out. That nobody answers on a subject
 		// proves nothing: the stream may have no leader at the moment.
 		p.mu.Lock()
 		delete(p.partitions, m.Topic)

@@ -181,7 +181,7 @@ func TestMissingPartitionIsNoRefusal(t *testing.T) {
 	}
 }
 
-// A topic that is made anew while a publisher lives may have another number of partitions.
+// A topic that is recreated while a publisher lives may have another number of partitions.
 func TestTopicMadeAnewHasAnotherNumberOfPartitions(t *testing.T) {
 	t.Parallel()
 	b := startBroker(t)

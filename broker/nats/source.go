@@ -51,7 +51,7 @@ func (c *Client) Source(group string, topics ...string) *Source {
 //
 //   - consumer.ErrTrimmed, with the number of messages that were deleted unread: by a limit of the
 //     stream, or a purge,
-//   - consumer.ErrRecreated, which the receiver returns for a stream that was made anew,
+//   - consumer.ErrRecreated, which the receiver returns for a stream that was recreated,
 //   - the server has lost messages that were consumed (it crashed before they were on its disk, say).
 //
 // A message that was deleted by itself is skipped, and logged.
@@ -113,8 +113,8 @@ func checkStart(info *jetstream.StreamInfo, next uint64) error {
 	return nil
 }
 
-// errMadeAnew ends the reading of a stream that is another one now. Its partition begins again.
-var errMadeAnew = errors.New("the stream was made anew")
+// errRecreated ends the reading of a stream that is another one now. Its partition begins again.
+var errRecreated = errors.New("the stream was recreated")
 
 // ownersOf returns which of these members should have each partition of a topic. All members that
 // know of the same ones agree.

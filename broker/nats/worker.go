@@ -71,7 +71,7 @@ func (w *worker) run() {
 		if err == nil {
 			err = w.consume(partition, next)
 		}
-		if err != nil && !errors.Is(err, errMadeAnew) && w.halted.Err() == nil {
+		if err != nil && !errors.Is(err, errRecreated) && w.halted.Err() == nil {
 			w.member.end(err)
 			return
 		}
@@ -188,7 +188,7 @@ func (w *worker) check(ctx context.Context, partition consumer.Partition, next u
 		return nil, err
 	}
 	if incarnationOf(stream.CachedInfo()) != partition.Incarnation {
-		return nil, &finalError{errMadeAnew}
+		return nil, &finalError{errRecreated}
 	}
 	if err := checkStart(stream.CachedInfo(), next); err != nil {
 		return nil, &finalError{err}
@@ -302,7 +302,7 @@ func delivery(topic string, partition consumer.Partition, in jetstream.Msg, meta
 	if values := d.Header[foreignID]; d.ID == "" && len(values) > 0 {
 		d.ID = values[0]
 	}
-	if d.ID == "" { // numbers begin again in a stream that is made anew
+	if d.ID == "" { // numbers begin again in a stream that is recreated
 		d.ID = fmt.Sprintf("%s/%d/%d/%x", topic, partition.Number, meta.Sequence.Stream, partition.Incarnation)
 	}
 	return d

@@ -719,7 +719,7 @@ func ofMessages() []Mutant {
 		},
 		{
 			Name: "topic-not-compared",
-			Bug:  "the offset of a deleted topic is used for one that was made anew under its name",
+			Bug:  "the offset of a deleted topic is used for one that was recreated under its name",
 			Test: Test{"consumer", "TestRecreatedTopicStops"},
 			edits: []edit{{consumerFile, `	case position.Next >= 0 && position.Incarnation != p.Incarnation:
 `, `	case position.Next < 0 && position.Incarnation != p.Incarnation && position.Deaths > 0:
