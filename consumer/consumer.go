@@ -79,7 +79,7 @@ type batchContext struct {
 	attempt       idempotency.AttemptID
 }
 
-// Order is what a consumer does with the messages behind one that could not be handled.
+// Order says which messages wait behind one that could not be handled.
 type Order int
 
 // The orders.

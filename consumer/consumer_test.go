@@ -506,7 +506,7 @@ func TestDerivedKeyOfAMessage(t *testing.T) {
 	}
 }
 
-// Mode 24: the offset of a topic that was made anew means nothing.
+// Mode 24: the offset of a topic that was recreated means nothing.
 func TestRecreatedTopicStops(t *testing.T) {
 	t.Parallel()
 	b, source := newBed(t), newTopic()

@@ -419,7 +419,7 @@ func TestPositionThatGoesBackMeanwhile(t *testing.T) {
 }
 
 // Mode 24: a process that still reads the former topic neither handles its messages nor moves the
-// position of the one that was made anew.
+// position of the one that was recreated.
 func TestFormerTopicMovesNoPosition(t *testing.T) {
 	t.Parallel()
 	b := newBed(t)

@@ -24,8 +24,8 @@ type Store interface {
 	ForgiveDeath(ctx context.Context, consumer string, partition Partition) error
 
 	// Due returns the ids of parked messages that are due, at most max: those whose time has come, and
-	// those that no other message of their key is in front of any more. If ordered, a message whose time has come
-	// is due only if it waits behind no other of its topic and key.
+	// those that no other message of their key is in front of any more. If ordered, a message whose
+	// time has come is due only if it waits behind no other of its topic and key.
 	Due(ctx context.Context, consumer string, ordered bool, max int) (ids []string, err error)
 
 	// BeginParked is Begin for a parked message. It counts the try before it begins, so that a message
@@ -62,7 +62,7 @@ type Claim struct {
 	Keys      bool // whether to look for parked messages of the same keys
 }
 
-// ParkedClaim is what is about to be tried again.
+// ParkedClaim has the parked message that is about to be tried again.
 type ParkedClaim struct {
 	Consumer string
 	ID       string // of the message
@@ -121,7 +121,7 @@ type Batch interface {
 	Rollback(ctx context.Context) error
 }
 
-// End is what a batch commits.
+// End has the results that a batch commits.
 type End struct {
 	Next     int64             // the new position; nothing for a message that was parked
 	Recorded []int             // entries that were handled

@@ -6,7 +6,7 @@ import (
 	"github.com/paidonce/idempotency/consumer"
 )
 
-// BatchResult returns what became of a consumer's batch: done, held (another process has the
+// BatchResult returns the result of a consumer's batch: done, held (another process has the
 // partition), fenced (another process was faster, and nothing was written) or failed.
 func BatchResult(end *consumer.BatchEnd) string {
 	switch {
@@ -20,9 +20,9 @@ func BatchResult(end *consumer.BatchEnd) string {
 	return "failed"
 }
 
-// BatchOutcomes returns the number of the batch's messages by what became of them: executed, parked,
-// dead, mismatch, duplicate, redelivered. Each message is counted once. Of a batch that failed it
-// counts only what was parked: the other messages come again.
+// BatchOutcomes returns the number of the batch's messages by their outcome: executed, parked, dead,
+// mismatch, duplicate, redelivered. Each message is counted once. If the batch failed, only parked
+// messages are counted: the others come again.
 func BatchOutcomes(end *consumer.BatchEnd) map[string]int {
 	if end.Err != nil {
 		return map[string]int{"executed": end.Executed, "parked": end.Parked, "dead": end.Dead}

@@ -81,8 +81,8 @@ type Options struct {
 	// connection to the database. Defaults to 4.
 	AtOnce int
 
-	// BatchMessages and BatchBytes bound what is sent to the broker at a time. They default to 500
-	// messages and 8 MiB of bodies.
+	// BatchMessages and BatchBytes bound the messages that are sent to the broker at a time. They
+	// default to 500 messages and 8 MiB of bodies.
 	BatchMessages int
 	BatchBytes    int
 

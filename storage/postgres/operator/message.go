@@ -26,7 +26,8 @@ const PositionsMax = 10_000
 
 // Errors of messages.
 var (
-	// ErrNotParked: the message is not parked here. It may have been handled or published since.
+	// ErrNotParked: the message is not parked here, or not refused. It may have been handled or published
+	// since.
 	ErrNotParked = errors.New("message is not parked: idemctl message get shows what became of it")
 	// ErrBehind: the message waits behind another one of its key, which is in front of it. Redrive or
 	// drop that one: [ParkedMessage.Front]. Nothing was done.
