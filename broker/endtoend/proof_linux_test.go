@@ -193,8 +193,8 @@ func TestEveryMessageHasItsEffectOnce(t *testing.T) {
 		{"kfake", source{Session: session}, kfake, true},
 		{"NATS", source{Session: session, NATS: true}, func(dir string) brokerServer { return newNATS(dir) }, true},
 		{"Kafka", source{Session: sessionReal}, real, true},
-		{"kfake, KIP-848", source{Session: session, ServerAssigned: true}, kfake, false},
-		{"Kafka, KIP-848", source{Session: sessionReal, ServerAssigned: true}, real, false},
+		{"kfake with KIP-848", source{Session: session, ServerAssigned: true}, kfake, false},
+		{"Kafka with KIP-848", source{Session: sessionReal, ServerAssigned: true}, real, false},
 	} {
 		if !test.always && !full {
 			continue
