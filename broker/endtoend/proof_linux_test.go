@@ -29,7 +29,7 @@ const (
 	processes = 3
 
 	proofMax     = 30 * time.Minute
-	conditionMax = 90 * time.Second // for a condition that comes within seconds
+	conditionMax = 3 * time.Minute // for a condition that comes within seconds
 	pollInterval = 10 * time.Millisecond
 	// batchWaitMax is how long a fault waits for a batch to hit. Without one it hits a process that has
 	// partitions and nothing to do.
@@ -180,9 +180,9 @@ func (l *life) expectEnd() {
 func TestEveryMessageHasItsEffectOnce(t *testing.T) {
 	t.Parallel()
 	pgtest.Slow(t, "kills and pauses three processes seven times, which takes half a minute")
-	const session, sessionReal = 1500 * time.Millisecond, 3 * time.Second // a JVM may pause for a while
+	const session = 3 * time.Second // as long as a loaded machine may stop a process
 	kfake := func(dir string) brokerServer { return newKfake(dir, session) }
-	real := func(dir string) brokerServer { return &realKafka{dir: dir, session: sessionReal} }
+	real := func(dir string) brokerServer { return &realKafka{dir: dir, session: session} }
 	full := os.Getenv(sizeVariable) == "full"
 	for _, test := range []struct {
 		name   string
@@ -192,9 +192,9 @@ func TestEveryMessageHasItsEffectOnce(t *testing.T) {
 	}{
 		{"kfake", source{Session: session}, kfake, true},
 		{"NATS", source{Session: session, NATS: true}, func(dir string) brokerServer { return newNATS(dir) }, true},
-		{"Kafka", source{Session: sessionReal}, real, true},
+		{"Kafka", source{Session: session}, real, true},
 		{"kfake with KIP-848", source{Session: session, ServerAssigned: true}, kfake, false},
-		{"Kafka with KIP-848", source{Session: sessionReal, ServerAssigned: true}, real, false},
+		{"Kafka with KIP-848", source{Session: session, ServerAssigned: true}, real, false},
 	} {
 		if !test.always && !full {
 			continue
@@ -272,7 +272,7 @@ func (p *proof) run(ctx context.Context) error {
 	running.Go(func() { runRelay(ctx, store, p.twice) })
 	running.Go(func() { p.twice.run(ctx) })
 	running.Go(func() {
-		if err := p.load.run(ctx); err != nil {
+		if err := p.load.run(ctx); err != nil && ctx.Err() == nil {
 			p.fail(err)
 		}
 	})
@@ -559,13 +559,24 @@ func (p *proof) await(ctx context.Context, what string, is func() bool) error {
 		case ctx.Err() != nil:
 			return context.Cause(ctx)
 		case time.Now().After(late):
-			return fmt.Errorf("not within %v: %s", conditionMax, what)
+			return fmt.Errorf("not within %v: %s\n%s", conditionMax, what, p.state())
 		case time.Since(logged) > 10*time.Second:
 			logged = time.Now()
 			p.log("waiting: " + what)
 		}
 	}
 	return nil
+}
+
+// state returns what the processes have, and their last words.
+func (p *proof) state() string {
+	var all strings.Builder
+	for _, m := range p.members {
+		if m != nil && m.life != nil {
+			fmt.Fprintf(&all, "process %d has the partitions %v; stopped %t, ended %t\n%s\n", m.number, p.partitionsOf(m.life), m.life.isStopped(), m.life.hasEnded(), m.life.said())
+		}
+	}
+	return all.String()
 }
 
 // log prints how far the proof is.
