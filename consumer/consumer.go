@@ -97,7 +97,9 @@ type Options struct {
 	// BatchMax is the maximum number of messages of one partition that are handled in one transaction.
 	// A batch holds its row locks until it ends, so handlers that update rows which other partitions
 	// or requests update too must leave it at 1: they would deadlock. After a deadlock, and after a
-	// batch that took longer than BatchTimeout, batches are halved. Defaults to 1.
+	// batch that took longer than BatchTimeout, batches are halved. A batch costs the round trips of
+	// its handlers and two: handlers that leave their writes to postgres.DeferExec cost none, and a
+	// [BatchHandler] may need one for all. Defaults to 1.
 	BatchMax int
 
 	// InFlightMax is the maximum number of batches at a time. Each holds a connection. Defaults to 4.
@@ -487,7 +489,7 @@ func (r *run) do() (settled int, pause time.Duration) {
 		return r.rewound(position.Next, least)
 	}
 	end := r.end // what the commit will have done
-	failedAt, failure := len(r.deliveries)-1, error(nil)
+	failedAt, failure := anyOfThem, error(nil)
 	var together []*Delivery    // of a BatchHandler
 	behind := map[string]bool{} // topics and keys that were parked in this batch
 	for i := range r.deliveries {
@@ -498,8 +500,7 @@ func (r *run) do() (settled int, pause time.Duration) {
 		}
 		finish.Next = d.Offset + 1
 		known := batch.Known(i)
-		group := d.Topic + "\x00" + string(d.Key)
-		if known == Unknown && behind[group] {
+		if known == Unknown && d.Key != nil && len(behind) > 0 && behind[groupOf(d)] {
 			known = Behind
 		}
 		switch {
@@ -529,7 +530,7 @@ func (r *run) do() (settled int, pause time.Duration) {
 			break
 		}
 		if claim.Keys && d.Key != nil && (known != Unknown || r.decided != nil) {
-			behind[group] = true
+			behind[groupOf(d)] = true
 		}
 	}
 	if len(together) > 0 {
@@ -582,6 +583,9 @@ func (r *run) do() (settled int, pause time.Duration) {
 	r.state.size = min(r.state.size+1, r.options.BatchMax)
 	return len(r.deliveries), 0
 }
+
+// groupOf returns the topic and the key of a message.
+func groupOf(d *Delivery) string { return d.Topic + "\x00" + string(d.Key) }
 
 // endTimeout bounds COMMIT and ROLLBACK, and so the time that a silent connection can hold a batch
 // after its own time is over. It is that of a request.
@@ -654,7 +658,7 @@ func (r *run) failed(recorded int, err error) (settled int, pause time.Duration)
 		r.state.size = 1
 		return 0, time.Millisecond
 	case errors.Is(err, idempotency.ErrAborted) && recorded > 0:
-		return r.blame(len(r.deliveries)-1, err)
+		return r.blame(anyOfThem, err) // a deferred statement, or a deferred constraint
 	case r.ctx.Err() == nil, errors.Is(err, idempotency.ErrUnknown):
 	case errors.Is(r.ctx.Err(), context.Canceled):
 		return 0, time.Millisecond
@@ -678,18 +682,21 @@ func (r *run) rewound(next, least int64) (settled int, pause time.Duration) {
 	return 0, time.Second
 }
 
-// blame decides what becomes of a message that its handler could not handle. If it is not alone,
-// the others are handled without it first.
+// anyOfThem is the index of a message that is not known.
+const anyOfThem = -1
+
+// blame decides what becomes of a message that could not be handled. If it is not alone, the others
+// are handled without it first; if it is not known, halves of the batch find it.
 func (r *run) blame(at int, cause error) (settled int, pause time.Duration) {
 	r.end.Err = cause
-	d := &r.deliveries[at]
+	d := &r.deliveries[max(at, 0)]
 	var later *laterError
 	outage := errors.Is(cause, idempotency.ErrUnavailable) || errors.Is(cause, idempotency.ErrNotSerializable) || r.ctx.Err() != nil
 	known := r.state.trouble[d.Offset]
 	switch {
 	case outage:
 		return r.failed(0, cause)
-	case r.batch != nil && len(r.deliveries) > 1: // it may be any of them
+	case at == anyOfThem && len(r.deliveries) > 1:
 		r.state.size = len(r.deliveries) / 2
 		return 0, time.Millisecond
 	case errors.Is(cause, ErrRejected):
