@@ -45,6 +45,9 @@ const AnyRowsUnchecked Rows = -1
 // sent. A statement that was deferred while a nested transaction was open is dropped if that is
 // rolled back. The time of deferred statements counts for the engine's Timeouts.Commit.
 //
+// In a consumer's batch the statements of all messages travel with the batch's COMMIT, behind those
+// that its handlers run at once. An error among them fails the batch, which is then tried in halves.
+//
 // Inside a [Phase] the statement travels with the phase's COMMIT. On a resumable route, outside of
 // a phase, DeferExec counts as a use of Tx: no call to another service may follow.
 //

@@ -38,8 +38,8 @@ type Inbox struct {
 
 var _ consumer.Store = (*Inbox)(nil)
 
-// inboxStatements are sent as text. A consumer sends few of them, so they are not prepared on every
-// connection of the pool.
+// inboxStatements are prepared by their first use on a connection: a service without consumers needs
+// neither them nor their tables.
 type inboxStatements struct {
 	position wire.Statement
 	known    wire.Statement
@@ -55,33 +55,41 @@ func (s *Store) Inbox() *Inbox {
 	const counted = " SELECT 1 OPERATOR(pg_catalog./) CASE WHEN pg_catalog.count(*) OPERATOR(pg_catalog.=) "
 	i.statements = inboxStatements{
 		position: wire.Statement{
+			Keep: true,
 			SQL: "SELECT next_offset, incarnation, deaths FROM " + i.offsets +
 				" WHERE consumer OPERATOR(pg_catalog.=) $1 AND source OPERATOR(pg_catalog.=) $2 AND partition OPERATOR(pg_catalog.=) $3",
 			OIDs: []uint32{pgtype.TextOID, pgtype.TextOID, pgtype.Int4OID},
 		},
 		// One character for each message, in their order: see consumer.Known.
+		// OFFSET 0 makes it look each id up by itself: a plan that joins the two sides, made while
+		// the table was small, would read every record of the consumer. LIMIT leaves no message out:
+		// without it the planner expects ten, and plans anew for each batch of fewer.
 		known: wire.Statement{
+			Keep: true,
 			SQL: "SELECT pg_catalog.row_security_active('" + keys + "'::pg_catalog.regclass), pg_catalog.string_agg(CASE" +
 				" WHEN k.fingerprint_version OPERATOR(pg_catalog.=) 1 AND k.fingerprint OPERATOR(pg_catalog.=) m.fingerprint THEN '1'" +
+				" WHEN NOT EXISTS (SELECT FROM " + i.parked + " AS p WHERE p.consumer OPERATOR(pg_catalog.=) $2) THEN CASE WHEN k.key IS NULL THEN '0' ELSE '2' END" + // runs once
 				" WHEN EXISTS (SELECT FROM " + i.parked + " AS p WHERE p.consumer OPERATOR(pg_catalog.=) $2 AND p.message_id OPERATOR(pg_catalog.=) m.id) THEN '3'" +
 				" WHEN k.key IS NOT NULL THEN '2'" + // behind the parked ones: it is parked itself, once
 				" WHEN $7 AND EXISTS (SELECT FROM " + i.parked + " AS p WHERE p.consumer OPERATOR(pg_catalog.=) $2 AND p.topic OPERATOR(pg_catalog.=) m.topic AND p.key OPERATOR(pg_catalog.=) m.key) THEN '4'" +
 				" ELSE '0' END, '' ORDER BY m.place)" +
-				" FROM ROWS FROM (pg_catalog.unnest($3), pg_catalog.unnest($4), pg_catalog.unnest($5), pg_catalog.unnest($6)) WITH ORDINALITY AS m (id, fingerprint, topic, key, place)" +
-				" LEFT JOIN " + keys + " AS k ON k.scope OPERATOR(pg_catalog.=) $1 AND k.key OPERATOR(pg_catalog.=) m.id",
+				" FROM (SELECT * FROM ROWS FROM (pg_catalog.unnest($3), pg_catalog.unnest($4), pg_catalog.unnest($5), pg_catalog.unnest($6)) WITH ORDINALITY LIMIT pg_catalog.cardinality($3)) AS m (id, fingerprint, topic, key, place)" +
+				" LEFT JOIN LATERAL (SELECT key, fingerprint_version, fingerprint FROM " + keys + " WHERE scope OPERATOR(pg_catalog.=) $1 AND key OPERATOR(pg_catalog.=) m.id OFFSET 0) AS k ON true",
 			OIDs: []uint32{pgtype.TextOID, pgtype.TextOID, pgtype.TextArrayOID, pgtype.ByteaArrayOID, pgtype.TextArrayOID, pgtype.ByteaArrayOID, pgtype.BoolOID},
 		},
 		// As the statement of a request's record: see [statements]. An answer has no headers here, and
 		// no body.
 		records: wire.Statement{
+			Keep: true,
 			SQL: "WITH written AS (INSERT INTO " + keys + " (created_at, expires_at, status, fingerprint_version, attempt_id, scope, key, fingerprint, headers, body)" +
 				" SELECT CASE WHEN pg_catalog.transaction_timestamp() OPERATOR(pg_catalog.=) $1" +
 				" AND pg_catalog.set_config('synchronous_commit', $2, true) IS NOT NULL" + hearWarnings + " THEN pg_catalog.transaction_timestamp() END," +
 				" pg_catalog.clock_timestamp() OPERATOR(pg_catalog.+) ($3 OPERATOR(pg_catalog.*) interval '1 microsecond'), 204, 1, $4, $5, m.id, m.fingerprint, pg_catalog.decode('0100', 'hex'), ''" +
 				" FROM ROWS FROM (pg_catalog.unnest($6), pg_catalog.unnest($7)) AS m (id, fingerprint)" +
-				" RETURNING attempt_id OPERATOR(pg_catalog.=) $4 AND scope OPERATOR(pg_catalog.=) $5 AND key OPERATOR(pg_catalog.=) ANY ($6) AND fingerprint OPERATOR(pg_catalog.=) ANY ($7)" +
+				" RETURNING key, fingerprint, attempt_id OPERATOR(pg_catalog.=) $4 AND scope OPERATOR(pg_catalog.=) $5" +
 				" AND pg_catalog.pg_client_encoding() OPERATOR(pg_catalog.=) ANY ('{UTF8,SQL_ASCII}'::pg_catalog.name[]) AS same)" +
-				" SELECT 1 OPERATOR(pg_catalog./) CASE WHEN pg_catalog.count(*) FILTER (WHERE same) OPERATOR(pg_catalog.=) pg_catalog.cardinality($6) THEN 1 ELSE 0 END FROM written",
+				" SELECT 1 OPERATOR(pg_catalog./) CASE WHEN pg_catalog.array_agg(key) OPERATOR(pg_catalog.=) $6 AND pg_catalog.array_agg(fingerprint) OPERATOR(pg_catalog.=) $7" +
+				" AND pg_catalog.bool_and(same) THEN 1 ELSE 0 END FROM written",
 			OIDs: []uint32{pgtype.TimestamptzOID, pgtype.TextOID, pgtype.Int8OID, pgtype.UUIDOID, pgtype.TextOID, pgtype.TextArrayOID, pgtype.ByteaArrayOID},
 		},
 		park: wire.Statement{
@@ -98,6 +106,7 @@ func (s *Store) Inbox() *Inbox {
 		},
 		// The position is to a partition what the primary key is to a record: the last guard.
 		move: wire.Statement{
+			Keep: true,
 			SQL: "WITH moved AS (UPDATE " + i.offsets + " SET next_offset = $5, incarnation = $6, attempt_id = $7, deaths = 0, updated_at = pg_catalog.clock_timestamp()" +
 				" WHERE consumer OPERATOR(pg_catalog.=) $1 AND source OPERATOR(pg_catalog.=) $2 AND partition OPERATOR(pg_catalog.=) $3 AND next_offset OPERATOR(pg_catalog.=) $4" +
 				" AND pg_catalog.set_config('synchronous_commit', $8, true) IS NOT NULL" + hearWarnings + " RETURNING 1)" +
@@ -182,6 +191,7 @@ func (i *Inbox) begin(ctx context.Context, b *batch, known wire.Call) error {
 		return err
 	}
 	b.init(s, conn, &b.none, locks.Partition(s.table, claim.Consumer, claim.Partition.Source, claim.Partition.Number))
+	b.tx.Share(len(claim.Entries))
 	partition := wire.EncodeInt4(claim.Partition.Number)
 	calls := []wire.Call{
 		{Statement: &s.statements.begin},

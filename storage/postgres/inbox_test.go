@@ -4,10 +4,12 @@ import (
 	"context"
 	"fmt"
 	"log/slog"
+	"strings"
 	"sync/atomic"
 	"testing"
 	"time"
 
+	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgxpool"
 
 	"github.com/paidonce/idempotency/consumer"
@@ -45,29 +47,61 @@ var ledgerPartition = consumer.Partition{Source: "t"}
 // The promise: a batch costs the round trips of its handlers, and two.
 func TestRoundTripsOfABatch(t *testing.T) {
 	t.Parallel()
-	b := setup(t, &setupOptions{configure: func(c *pgxpool.Config) { c.MaxConns, c.MinConns = 1, 1 }})
-	receiver := newReceiver(b, 100, insertBody)
-	next := 0
-	receive := func(n int) int {
-		before := b.wire.count()
-		if settled, pause := receiver.Receive(t.Context(), ledgerPartition, deliveries(next, n)); settled != n || pause != 0 {
-			t.Fatalf("%d settled, pause %v", settled, pause)
-		}
-		next += n
-		return b.wire.count() - before
-	}
-	receive(1) // counts the process, and warms the connection up
-	for _, n := range []int{1, 10, 100} {
-		if got := receive(n); got != n+2 {
-			t.Errorf("%d messages: %d round trips, want %d", n, got, n+2)
-		}
-	}
-	next -= 111 // all of them again: one batch after another is found to be redelivered
-	if got := receive(100); got != 2 {
-		t.Errorf("100 redelivered messages: %d round trips, want 2", got)
-	}
-	if n := b.count(t, "SELECT count(*) FROM effects"); n != 112 {
-		t.Errorf("%d effects", n)
+	const sql = "INSERT INTO effects (name) VALUES ($1)"
+	for name, c := range map[string]struct {
+		receiver func(b *testBundle) *consumer.Consumer
+		ofBatch  func(n int) int
+	}{
+		"a statement for each message": {
+			func(b *testBundle) *consumer.Consumer { return newReceiver(b, 100, insertBody) },
+			func(n int) int { return n + 2 },
+		},
+		"a deferred statement for each message": {
+			func(b *testBundle) *consumer.Consumer {
+				return newReceiver(b, 100, func(ctx context.Context, m *consumer.Delivery) error { return postgres.DeferExec(ctx, sql, string(m.Body)) })
+			},
+			func(int) int { return 2 },
+		},
+		"a statement for all": {
+			func(b *testBundle) *consumer.Consumer {
+				return consumer.NewBatch("ledger", b.store.Inbox(), noSource{}, func(ctx context.Context, messages []*consumer.Delivery) error {
+					var bodies []string
+					for _, m := range messages {
+						bodies = append(bodies, string(m.Body))
+					}
+					_, err := postgres.Tx(ctx).Exec(ctx, "INSERT INTO effects (name) SELECT unnest($1::text[])", bodies)
+					return err
+				}, &consumer.Options{BatchMax: 100, Logger: slog.New(slog.DiscardHandler)})
+			},
+			func(int) int { return 3 },
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			b := setup(t, &setupOptions{configure: func(c *pgxpool.Config) { c.MaxConns, c.MinConns = 1, 1 }})
+			receiver, next := c.receiver(b), 0
+			receive := func(n int) int {
+				before := b.wire.count()
+				if settled, pause := receiver.Receive(t.Context(), ledgerPartition, deliveries(next, n)); settled != n || pause != 0 {
+					t.Fatalf("%d settled, pause %v", settled, pause)
+				}
+				next += n
+				return b.wire.count() - before
+			}
+			receive(1) // counts the process, and warms the connection up
+			for _, n := range []int{1, 10, 100} {
+				if got, want := receive(n), c.ofBatch(n); got != want {
+					t.Errorf("%d messages: %d round trips, want %d", n, got, want)
+				}
+			}
+			next -= 111 // all of them again: one batch after another is found to be redelivered
+			if got := receive(100); got != 2 {
+				t.Errorf("100 redelivered messages: %d round trips, want 2", got)
+			}
+			if n := b.count(t, "SELECT count(*) FROM effects"); n != 112 {
+				t.Errorf("%d effects", n)
+			}
+		})
 	}
 }
 
@@ -150,5 +184,140 @@ func TestLostCommitOfABatch(t *testing.T) {
 				t.Errorf("the position is %d", next)
 			}
 		})
+	}
+}
+
+// The promise: the server parses and plans nothing for a batch, of one message or of many. It makes
+// five plans before it settles for one.
+func TestGatePlansOfABatch(t *testing.T) {
+	t.Parallel()
+	const plansMax, batches = 5, 20
+	for _, n := range []int{1, 100} {
+		t.Run(fmt.Sprint(n), func(t *testing.T) {
+			t.Parallel()
+			b := setup(t, &setupOptions{configure: func(c *pgxpool.Config) { c.MaxConns, c.MinConns = 1, 1 }})
+			receiver := newReceiver(b, n, insertBody)
+			for i := range batches {
+				if settled, _ := receiver.Receive(t.Context(), ledgerPartition, deliveries(i*n, n)); settled != n {
+					t.Fatalf("%d settled", settled)
+				}
+			}
+			rows, err := b.pool.Query(t.Context(), `SELECT statement, generic_plans, custom_plans FROM pg_prepared_statements WHERE name LIKE 'idempotency\_%'`)
+			if err != nil {
+				t.Fatal(err)
+			}
+			used := 0
+			var text string
+			var generic, custom int64
+			if _, err := pgx.ForEachRow(rows, []any{&text, &generic, &custom}, func() error {
+				if strings.Contains(text, "unnest") || strings.Contains(text, "message_offsets") {
+					used++
+					if custom > plansMax || generic+custom < batches-1 {
+						t.Errorf("%d plans for %d batches: %s", custom, generic+custom, text)
+					}
+				}
+				return nil
+			}); err != nil {
+				t.Fatal(err)
+			}
+			if used != 4 {
+				t.Errorf("%d statements of a batch are prepared, want 4", used)
+			}
+		})
+	}
+}
+
+// A statement that was deferred fails at COMMIT, which names no message. The message is found by
+// halves, so the others run a few times more, and not once for each of them.
+func TestPoisonThatFailsAtCommitIsFoundByHalves(t *testing.T) {
+	t.Parallel()
+	const messages, poison, runsMax = 64, 21, 4 * 64
+	b := setup(t, nil)
+	runs := 0
+	receiver := newReceiver(b, messages, func(ctx context.Context, m *consumer.Delivery) error {
+		runs++
+		sql := "INSERT INTO effects (name) VALUES ($1)"
+		if m.Offset == poison {
+			sql = "INSERT INTO effects (name) SELECT $1 WHERE false"
+		}
+		return postgres.DeferExec(ctx, sql, m.ID)
+	})
+	all := deliveries(0, messages)
+	for i := range all {
+		all[i].Key = nil // none waits behind another
+	}
+	for settled := 0; settled < messages; {
+		n, pause := receiver.Receive(t.Context(), ledgerPartition, all[settled:])
+		settled += n
+		time.Sleep(pause)
+	}
+	if effects, distinct := b.count(t, "SELECT count(*) FROM effects"), b.count(t, "SELECT count(DISTINCT name) FROM effects"); effects != messages-1 || distinct != messages-1 {
+		t.Errorf("%d effects of %d messages, want %d", effects, distinct, messages-1)
+	}
+	if parked := b.count(t, "SELECT count(*) FROM message_parked WHERE position = $1", poison); parked != 1 || b.count(t, "SELECT count(*) FROM message_parked") != 1 {
+		t.Error("the one that fails is not the one that is parked")
+	}
+	if runs > runsMax {
+		t.Errorf("the handler ran %d times for %d messages", runs, messages)
+	}
+}
+
+// Each message of a batch may defer as many statements as a request, up to 1000 together.
+func TestDeferredMaxOfABatch(t *testing.T) {
+	t.Parallel()
+	for _, c := range []struct{ option, messages, each, refusedFrom int }{
+		{3, 10, 3, 30},
+		{3, 10, 4, 30},
+		{0, 20, 50, 1000},
+		{0, 20, 51, 1000},
+		{1100, 2, 551, 1100}, // more than 1000 for one message are as many for all
+	} {
+		b := setup(t, &setupOptions{store: &postgres.Options{DeferredMax: c.option}})
+		count, refusedAt := 0, -1
+		receiver := newReceiver(b, c.messages, func(ctx context.Context, m *consumer.Delivery) error {
+			for range c.each {
+				if err := postgres.DeferExec(ctx, "INSERT INTO effects (name) VALUES ($1)", m.ID); err != nil {
+					if refusedAt < 0 {
+						refusedAt = count
+					}
+					return err
+				}
+				count++
+			}
+			return nil
+		})
+		settled, _ := receiver.Receive(t.Context(), ledgerPartition, deliveries(0, c.messages))
+		if c.messages*c.each <= c.refusedFrom {
+			if refusedAt >= 0 || settled != c.messages || b.count(t, "SELECT count(*) FROM effects") != c.messages*c.each {
+				t.Errorf("%+v: %d settled, statement %d refused", c, settled, refusedAt)
+			}
+		} else if refusedAt != c.refusedFrom {
+			t.Errorf("%+v: statement %d is the first that is refused", c, refusedAt)
+		}
+	}
+}
+
+// The promise: a batch reads the records of its own messages, however many its consumer has, and
+// whatever the server knows of the table.
+func TestGateRecordsReadByABatch(t *testing.T) {
+	t.Parallel()
+	const records, batch, readMax = 5000, 100, 300
+	b := setup(t, nil)
+	b.exec(t, `INSERT INTO idempotency_keys (created_at, expires_at, status, fingerprint_version, attempt_id, scope, key, fingerprint, headers, body)
+		SELECT now(), now() + interval '1 day', 204, 1, gen_random_uuid(), 'message:ledger', gen_random_uuid()::text, sha256('x'), '\x0100', '' FROM generate_series(1, $1)`, records)
+	read := int64(-1)
+	receiver := newReceiver(b, batch, func(ctx context.Context, m *consumer.Delivery) error {
+		if read >= 0 {
+			return nil
+		}
+		// Those of this session that it has not reported yet: at least those of this transaction.
+		return postgres.Tx(ctx).QueryRow(ctx, "SELECT seq_tup_read + idx_tup_fetch FROM pg_stat_xact_user_tables WHERE relid = 'idempotency_keys'::regclass").Scan(&read)
+	})
+	all := deliveries(0, batch)
+	if settled, _ := receiver.Receive(t.Context(), ledgerPartition, all); settled != batch {
+		t.Fatalf("%d settled", settled)
+	}
+	if read < 0 || read > readMax {
+		t.Errorf("a batch of %d messages reads %d of %d records", batch, read, records)
 	}
 }

@@ -50,6 +50,7 @@ func shardOf(m *message.Message) int16 {
 // drops a row.
 func outboxStatement(schema string) wire.Statement {
 	return wire.Statement{
+		Keep: true,
 		SQL: "WITH written AS (INSERT INTO " + pgx.Identifier{schema, OutboxTable}.Sanitize() + " (created_at, shard, message_id, topic, key, headers, body)" +
 			" SELECT pg_catalog.clock_timestamp(), shard, id, topic, key, headers, body FROM ROWS FROM (pg_catalog.unnest($1), pg_catalog.unnest($2)," +
 			" pg_catalog.unnest($3), pg_catalog.unnest($4), pg_catalog.unnest($5), pg_catalog.unnest($6)) WITH ORDINALITY AS m (shard, id, topic, key, headers, body, place) ORDER BY place RETURNING 1)" +

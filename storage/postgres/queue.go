@@ -41,17 +41,20 @@ var (
 // Queue returns the queue of a topic.
 func (s *Store) Queue(topic string) *Queue {
 	q := &Queue{Inbox: s.Inbox(), topic: topic, outbox: pgx.Identifier{s.options.Schema, OutboxTable}.Sanitize(), nudged: s.nudges.reader()}
-	// As Inbox's known, but what is recorded there is deleted here.
+	// As Inbox's known, with its OFFSET 0 and LIMIT, but what is recorded there is deleted here.
 	q.exists = wire.Statement{
+		Keep: true,
 		SQL: "SELECT pg_catalog.string_agg(CASE WHEN o.id IS NULL THEN '1'" +
+			" WHEN NOT EXISTS (SELECT FROM " + q.parked + " AS p WHERE p.consumer OPERATOR(pg_catalog.=) $1) THEN '0'" +
 			" WHEN EXISTS (SELECT FROM " + q.parked + " AS p WHERE p.consumer OPERATOR(pg_catalog.=) $1 AND p.message_id OPERATOR(pg_catalog.=) m.id) THEN '3'" +
 			" WHEN $6 AND EXISTS (SELECT FROM " + q.parked + " AS p WHERE p.consumer OPERATOR(pg_catalog.=) $1 AND p.topic OPERATOR(pg_catalog.=) o.topic AND p.key OPERATOR(pg_catalog.=) m.key) THEN '4'" +
 			" ELSE '0' END, '' ORDER BY m.place)" +
-			" FROM ROWS FROM (pg_catalog.unnest($3), pg_catalog.unnest($4), pg_catalog.unnest($5)) WITH ORDINALITY AS m (offset_, id, key, place)" +
-			" LEFT JOIN " + q.outbox + " AS o ON o.shard OPERATOR(pg_catalog.=) $2 AND o.id OPERATOR(pg_catalog.=) m.offset_",
+			" FROM (SELECT * FROM ROWS FROM (pg_catalog.unnest($3), pg_catalog.unnest($4), pg_catalog.unnest($5)) WITH ORDINALITY LIMIT pg_catalog.cardinality($3)) AS m (offset_, id, key, place)" +
+			" LEFT JOIN LATERAL (SELECT id, topic FROM " + q.outbox + " WHERE shard OPERATOR(pg_catalog.=) $2 AND id OPERATOR(pg_catalog.=) m.offset_ OFFSET 0) AS o ON true",
 		OIDs: []uint32{pgtype.TextOID, pgtype.Int2OID, pgtype.Int8ArrayOID, pgtype.TextArrayOID, pgtype.ByteaArrayOID, pgtype.BoolOID},
 	}
 	q.taken = wire.Statement{
+		Keep: true,
 		SQL: "WITH taken AS (DELETE FROM " + q.outbox + " WHERE shard OPERATOR(pg_catalog.=) $1 AND id OPERATOR(pg_catalog.=) ANY ($2) RETURNING 1)," +
 			" lives AS (UPDATE " + q.offsets + " SET deaths = 0 WHERE consumer OPERATOR(pg_catalog.=) $3 AND source OPERATOR(pg_catalog.=) $4 AND partition OPERATOR(pg_catalog.=) $1 AND deaths OPERATOR(pg_catalog.>) 0)" +
 			" SELECT 1 OPERATOR(pg_catalog./) CASE WHEN pg_catalog.count(*) OPERATOR(pg_catalog.=) pg_catalog.cardinality($2) THEN 1 ELSE 0 END FROM taken",

@@ -67,7 +67,7 @@ type Options struct {
 	ResolversMax int
 
 	// DeferredMax is the maximum number of statements that one request may defer: see [DeferExec].
-	// Defaults to 64.
+	// The handlers of a batch of messages may defer as many each, and 1000 together. Defaults to 64.
 	DeferredMax int
 
 	// TransactionPooling must be true if the pool's connections lead to a pooler that hands out a

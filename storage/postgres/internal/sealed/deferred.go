@@ -78,6 +78,16 @@ func (d *deferred) backTo(s *savepoint) {
 	d.calls, d.messages, d.together, d.refused = d.calls[:s.deferred], d.messages[:s.messages], s.together, s.refused
 }
 
+// DeferredTogetherMax is the maximum number of statements that the handlers of a batch may defer
+// together: their replies, some 50 bytes each, must fit into the socket's buffer.
+const DeferredTogetherMax = 1000
+
+// deferredMax returns the maximum number of deferred statements.
+func (t *transaction) deferredMax() int {
+	one := t.settings.DeferredMax
+	return max(min(one*t.handlers, DeferredTogetherMax), one)
+}
+
 // Messages returns the published messages.
 func (t *Transaction) Messages() []message.Message {
 	d := t.deferred.Load()
@@ -142,8 +152,8 @@ func (tx *Tx) Defer(ctx context.Context, statement func() (rows int, sql string,
 	if tx.conn.PgConn().IsBusy() { // by rows that are open
 		return ErrBusy
 	}
-	if len(d.calls) >= tx.settings.DeferredMax {
-		return fmt.Errorf("idempotency/postgres: more than %d deferred statements (Options.DeferredMax): use a statement that writes several rows", tx.settings.DeferredMax)
+	if most := tx.deferredMax(); len(d.calls) >= most {
+		return fmt.Errorf("idempotency/postgres: more than %d deferred statements (Options.DeferredMax): use a statement that writes several rows", most)
 	}
 	rows, sql, args, err := statement()
 	if err != nil {

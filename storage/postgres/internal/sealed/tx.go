@@ -36,6 +36,7 @@ var (
 type transaction struct {
 	settings *Settings
 	conn     *pgx.Conn
+	handlers int // the number of handlers that may defer statements: 1 unless it is a batch
 	sealed   atomic.Bool
 	slot     sync.Mutex                 // taken while conn is in use; guards it and the fields below
 	row      atomic.Pointer[handlerRow] // has taken the slot, and gives it back when it is scanned
@@ -67,7 +68,7 @@ type savepoint struct {
 type Settings struct {
 	Pool        *pgxpool.Pool
 	Mode        pgx.QueryExecMode // the default of its connections
-	DeferredMax int               // the maximum number of deferred statements
+	DeferredMax int               // the maximum number of statements that a handler defers
 
 	// Meaning returns the sentinel for an error of the deferred statement of this number, and the
 	// error with its place added. stale means that it must be prepared once more.
@@ -81,7 +82,12 @@ type Settings struct {
 type Transaction struct{ transaction }
 
 // Init makes t the open transaction of a connection.
-func (t *Transaction) Init(settings *Settings, conn *pgx.Conn) { t.settings, t.conn = settings, conn }
+func (t *Transaction) Init(settings *Settings, conn *pgx.Conn) {
+	t.settings, t.conn, t.handlers = settings, conn, 1
+}
+
+// Share makes t the transaction of several handlers, one after another.
+func (t *Transaction) Share(handlers int) { t.handlers = handlers }
 
 // Handle returns the handler's handle.
 func (t *Transaction) Handle() Tx { return Tx{transaction: &t.transaction} }

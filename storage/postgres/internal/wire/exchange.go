@@ -59,6 +59,7 @@ func (f RowFunc) ReadRow(values [][]byte) error { return f(values) }
 type reply struct {
 	Committed bool // the last statement that completed was COMMIT, and it committed
 	Failed    int  // index of the call that failed; the number of calls if none did
+	parsed    int  // number of statements that were parsed before anything failed
 }
 
 // Flush sends the calls in one message and reads their results: one round trip. After an error the
@@ -74,18 +75,21 @@ func (s *Set) Flush(ctx context.Context, conn *pgconn.PgConn, calls ...Call) (re
 	case conn.IsClosed() || conn.IsBusy():
 		return reply{}, errors.New("nothing was sent: connection is closed or busy")
 	}
-	frontend, prepared := conn.Frontend(), s.namesOn(conn)
+	frontend, prepared, kept := conn.Frontend(), s.namesOn(conn), keptOn(conn)
 	for i := range calls {
 		c := &calls[i]
 		name, formats := c.Statement.Name, c.Formats
 		if name == "" && prepared != nil {
-			name = prepared.names[c.Statement.number]
+			if name = prepared.names[c.Statement.number]; name == "" && c.Statement.Keep {
+				name = kept.names[c.Statement.SQL]
+			}
 		}
 		if formats == nil {
 			formats = binaryFormat
 		}
 		if name == "" {
-			frontend.SendParse(&pgproto3.Parse{Query: c.Statement.SQL, ParameterOIDs: c.Statement.OIDs})
+			name = kept.parse(c.Statement, prepared != nil && c.Statement.Keep)
+			frontend.SendParse(&pgproto3.Parse{Name: name, Query: c.Statement.SQL, ParameterOIDs: c.Statement.OIDs})
 		}
 		if c.Apart {
 			frontend.SendSync(&pgproto3.Sync{})
@@ -103,6 +107,7 @@ func (s *Set) Flush(ctx context.Context, conn *pgconn.PgConn, calls ...Call) (re
 	} else {
 		result, err = exchangeWatched(ctx, conn, calls)
 	}
+	kept.done(conn, result.parsed)
 	if err != nil && Unprepared(err) {
 		s.ForgetPrepared(conn)
 	}
@@ -181,7 +186,11 @@ type replyReader struct {
 // the protocol; errors of statements go to r.err.
 func (r *replyReader) read(message pgproto3.BackendMessage) (over bool, err error) {
 	switch message := message.(type) {
-	case *pgproto3.ParseComplete, *pgproto3.BindComplete,
+	case *pgproto3.ParseComplete:
+		if r.err == nil {
+			r.reply.parsed++
+		}
+	case *pgproto3.BindComplete,
 		// pgconn has handled the last three.
 		*pgproto3.ParameterStatus, *pgproto3.NoticeResponse, *pgproto3.NotificationResponse:
 	case *pgproto3.DataRow:

@@ -21,6 +21,10 @@ type Statement struct {
 	SQL    string
 	OIDs   []uint32 // of the parameters, so that nothing has to be described first
 	Name   string   // of a deferred statement that is prepared on its connection
+
+	// Keep prepares the statement on a connection with its first use there, in the same flush, if the
+	// set is prepared on it. It is for statements that few services send, or whose tables few have.
+	Keep bool
 }
 
 // Set is the statements of a store that are prepared on each connection of its pool. It is safe for
@@ -134,6 +138,47 @@ func (s *Set) Prepare(ctx context.Context, conn *pgconn.PgConn, p *Names, timeou
 	return nil
 }
 
+// keptMark is the key under which a connection's custom data keeps the names of the statements that
+// their first use prepared, by their text.
+const keptMark = "paidonce/idempotency/kept"
+
+// kept are the statements with Keep that a flush prepares.
+type kept struct {
+	names  map[string]string // of those that are prepared already
+	parsed []string          // the texts that the flush parses, in order; "" for one that is not kept
+	drawn  []string          // their names
+}
+
+// keptOn returns the kept statements of a connection.
+func keptOn(conn *pgconn.PgConn) kept {
+	names, _ := conn.CustomData()[keptMark].(map[string]string)
+	return kept{names: names}
+}
+
+// parse notes that the flush parses a statement, and returns the name to parse it under.
+func (k *kept) parse(s *Statement, keep bool) (name string) {
+	text := ""
+	if keep {
+		text, name = s.SQL, "idempotency_"+rand.Text()
+	}
+	k.parsed, k.drawn = append(k.parsed, text), append(k.drawn, name)
+	return name
+}
+
+// done notes that the server has parsed the first statements of the flush.
+func (k *kept) done(conn *pgconn.PgConn, parsed int) {
+	for i, text := range k.parsed[:min(parsed, len(k.parsed))] {
+		if text == "" {
+			continue
+		}
+		if k.names == nil {
+			k.names = map[string]string{}
+			conn.CustomData()[keptMark] = k.names
+		}
+		k.names[text] = k.drawn[i]
+	}
+}
+
 // Distrust makes the connection send our statements as text from now on: their plans may be wrong.
 func (s *Set) Distrust(conn *pgconn.PgConn) { delete(conn.CustomData(), s.mark) }
 
@@ -142,4 +187,5 @@ func (s *Set) Distrust(conn *pgconn.PgConn) { delete(conn.CustomData(), s.mark) 
 func (s *Set) ForgetPrepared(conn *pgconn.PgConn) {
 	delete(conn.CustomData(), s.mark)
 	delete(conn.CustomData(), s.deferred)
+	delete(conn.CustomData(), keptMark)
 }
