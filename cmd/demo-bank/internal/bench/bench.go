@@ -8,6 +8,7 @@
 //   - cluster.go is the PostgreSQL, keys.go fills its tables
 //   - client.go sends requests, measure.go measures one slice, run.go puts the slices in order
 //   - wait.go and expiry.go measure duplicates of a running request, and the cost of expiry
+//   - messages.go measures messages that are consumed one by one and in batches
 //   - stats.go, report.go and plot.go report the results
 package bench
 
@@ -64,10 +65,14 @@ const (
 	PartWait = "wait"
 	// The cost of deleting expired records.
 	PartExpiry = "expiry"
+	// The designs that consume messages, with 1 partition and with several.
+	PartMessages = "messages"
 )
 
 // Parts returns the names of all parts, in their order.
-func Parts() []string { return []string{PartDesigns, PartDelay, PartKeys, PartWait, PartExpiry} }
+func Parts() []string {
+	return []string{PartDesigns, PartDelay, PartKeys, PartWait, PartExpiry, PartMessages}
+}
 
 // Config sets the measurements of a run. The zero value of each field is its default.
 type Config struct {

@@ -56,7 +56,7 @@ type clientReply struct {
 }
 
 func newClient(address string, seed, number uint64) *client {
-	return &client{address: address, rng: rand.New(rand.NewPCG(seed, number)), latency: hdr.New(1, latencyMax.Microseconds(), 3)}
+	return &client{address: address, rng: rand.New(rand.NewPCG(seed, number)), latency: emptyLatency()}
 }
 
 func (c *client) close() {
@@ -219,7 +219,7 @@ type load struct {
 func drive(ctx context.Context, clients []*client, t *target, each int, duration time.Duration) (load, error) {
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
-	total := load{latency: hdr.New(1, latencyMax.Microseconds(), 3)}
+	total := load{latency: emptyLatency()}
 	var mu sync.Mutex
 	var group sync.WaitGroup
 	started := time.Now()

@@ -102,7 +102,7 @@ func (c *cluster) make(ctx context.Context, url string) error {
 	if _, err := c.admin.Exec(ctx, sqlRivalTables); err != nil {
 		return fmt.Errorf("make the tables: %w", err)
 	}
-	return nil
+	return c.makeMessages(ctx)
 }
 
 // schemaOf returns the schema of the table that is filled with this number of records.

@@ -6,11 +6,12 @@ import "slices"
 type kind int
 
 const (
-	fresh  kind = iota // a transfer under a new key
-	replay             // a transfer that was already answered, under its key
-	old                // the same, from anywhere in a full table
-	read               // a GET of an existing transfer
-	plain              // a GET that needs no transfer
+	fresh    kind = iota // a transfer under a new key
+	replay               // a transfer that was already answered, under its key
+	old                  // the same, from anywhere in a full table
+	read                 // a GET of an existing transfer
+	plain                // a GET that needs no transfer
+	consumes             // no request: messages are consumed
 )
 
 // design is one way to answer requests.
@@ -22,7 +23,7 @@ type design struct {
 }
 
 // The designs, in the order of the report. The first group runs the same statements in batches, the
-// second one after another; the last group reads.
+// second one after another, the third reads, and the last consumes messages.
 var designs = []design{
 	{name: "bare-batch", kind: fresh, bases: []string{"bare-batch"}},
 	{name: "bare-folded", kind: fresh, bases: []string{"bare-batch"}},
@@ -35,6 +36,13 @@ var designs = []design{
 	{name: "get-by-id", kind: read, bases: []string{"get-by-id"}},
 	{name: "replay-database", kind: replay, keyed: true, bases: []string{"get-by-id"}},
 	{name: "no-database", kind: plain, bases: []string{"get-by-id"}},
+	{name: "consume-single", kind: consumes, keyed: true, bases: []string{"consume-single"}},
+	{name: "consume-engine", kind: consumes, keyed: true, bases: []string{"consume-single"}},
+	{name: "consume-batch", kind: consumes, keyed: true, bases: []string{"consume-single", "consume-engine"}},
+	{name: "consume-deferred", kind: consumes, keyed: true, bases: []string{"consume-single", "consume-engine"}},
+	{name: "consume-slice", kind: consumes, keyed: true, bases: []string{"consume-single", "consume-engine", "consume-bare-slice"}},
+	{name: "consume-bare-single", kind: consumes, bases: []string{"consume-single"}},
+	{name: "consume-bare-slice", kind: consumes, bases: []string{"consume-single"}},
 }
 
 // replayOld is replay-database for records of any age. It is measured if a table is full.
@@ -49,10 +57,20 @@ const (
 )
 
 // Designs returns the names of all designs, in the order of the report.
-func Designs() []string {
+func Designs() []string { return append(requesting(), consuming()...) }
+
+// requesting returns the names of the designs that answer requests.
+func requesting() []string { return namesOf(func(d design) bool { return d.kind != consumes }) }
+
+// consuming returns the names of the designs that consume messages.
+func consuming() []string { return namesOf(func(d design) bool { return d.kind == consumes }) }
+
+func namesOf(chosen func(design) bool) []string {
 	var names []string
 	for _, d := range designs {
-		names = append(names, d.name)
+		if chosen(d) {
+			names = append(names, d.name)
+		}
 	}
 	return names
 }

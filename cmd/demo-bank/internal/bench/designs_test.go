@@ -13,9 +13,10 @@ func TestEveryDesignPaysOnce(t *testing.T) {
 	t.Parallel()
 	const requests = 5
 	c, url := testCluster(t)
-	client := testStand(t, url, Designs()...)
+	client := testStand(t, url, requesting()...)
 	paid := int64(0)
-	for _, d := range designs {
+	for _, name := range requesting() {
+		d := designOf(name)
 		if d.kind == read || d.kind == plain {
 			continue
 		}

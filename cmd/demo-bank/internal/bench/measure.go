@@ -32,7 +32,7 @@ type Sample struct {
 func (r *run) measure(ctx context.Context, clients []*client, e *entry, round int) (Sample, error) {
 	s := Sample{Design: e.design.name, Keys: e.keys, Round: round}
 	// The beginning is not typical: idle conns are pinged, and so on.
-	warmed, err := drive(ctx, clients, &e.target, runIn, 0)
+	warmed, err := r.drive(ctx, clients, e, runIn, 0)
 	if err != nil {
 		return s, err
 	}
@@ -40,7 +40,7 @@ func (r *run) measure(ctx context.Context, clients []*client, e *entry, round in
 	if err != nil {
 		return s, err
 	}
-	done, err := drive(ctx, clients, &e.target, 1, r.config.Slice)
+	done, err := r.drive(ctx, clients, e, 1, r.config.Slice)
 	if err != nil {
 		return s, err
 	}
@@ -66,6 +66,16 @@ func (r *run) measure(ctx context.Context, clients []*client, e *entry, round in
 	}
 	return s, nil
 }
+
+// drive makes the clients send requests of a design, or the serving process consume messages.
+func (r *run) drive(ctx context.Context, clients []*client, e *entry, each int, duration time.Duration) (load, error) {
+	if e.design.kind == consumes {
+		return r.consume(ctx, e, duration)
+	}
+	return drive(ctx, clients, &e.target, each, duration)
+}
+
+func emptyLatency() *hdr.Histogram { return hdr.New(1, latencyMax.Microseconds(), 3) }
 
 // sight holds the totals so far.
 type sight struct {

@@ -10,8 +10,6 @@ import (
 	"text/tabwriter"
 	"time"
 
-	hdr "github.com/HdrHistogram/hdrhistogram-go"
-
 	"github.com/paidonce/idempotency/cmd/internal/terminal"
 )
 
@@ -76,10 +74,14 @@ type Ratio struct {
 }
 
 func (b *Block) title() string {
-	t := fmt.Sprintf("%d clients, fsync %s", b.Clients, b.Fsync)
-	if b.Clients == 1 {
-		t = "1 client, fsync " + b.Fsync
+	who := "client"
+	if b.Part == PartMessages {
+		who = "partition"
 	}
+	if b.Clients != 1 {
+		who += "s"
+	}
+	t := fmt.Sprintf("%d %s, fsync %s", b.Clients, who, b.Fsync)
 	if b.Part == PartKeys {
 		t += fmt.Sprintf(", a table of %d keys against an empty one", b.Keys)
 	}
@@ -93,7 +95,7 @@ func (b *Block) title() string {
 func (b *Block) sum(entries []*entry, cpuKnown bool) {
 	for _, e := range entries {
 		of := func(value func(Sample) float64) Spread { return spreadOf(valuesOf(e.samples, value)) }
-		merged := hdr.New(1, latencyMax.Microseconds(), 3)
+		merged := emptyLatency()
 		row := Row{
 			Design: e.design.name, Keys: e.keys, PerSecond: of(perSecond), CPUUS: of(cpuUS),
 			GoUS: of(func(s Sample) float64 { return s.GoUS }).Median, PostgresUS: of(func(s Sample) float64 { return s.PostgresUS }).Median,
@@ -181,7 +183,7 @@ func (p *Report) WriteText(w io.Writer) error {
 	if !p.CPUKnown {
 		fmt.Fprintf(&b, ", and is not known on this system")
 	}
-	fmt.Fprintf(&b, "\nper request: microseconds of CPU (Go, PG), allocations of the service, bytes of WAL, round trips (RT); conns is the most at once\n")
+	fmt.Fprintf(&b, "\nper request or message: microseconds of CPU (Go, PG), allocations of the service, bytes of WAL, round trips (RT); conns is the most at once\n")
 	for _, block := range p.Blocks {
 		if err := block.write(&b, p.CPUKnown); err != nil {
 			return err
@@ -208,19 +210,24 @@ func (b *Block) write(w io.Writer, cpuKnown bool) error {
 		}
 		return fmt.Sprintf(format, values...)
 	}
+	// Of messages there are no latencies.
+	unit, latencies := "req/s", func(p50, p99 string) string { return p50 + "\t" + p99 + "\t" }
+	if b.Part == PartMessages {
+		unit, latencies = "msg/s", func(string, string) string { return "" }
+	}
 	group := ""
 	for i, row := range b.Rows {
 		base, own := b.baseOf(i)
 		if base != group {
 			group = base
-			fmt.Fprintf(table, "x %s\t\t\t%sreq/s\tp50 ms\tp99 ms\t%sallocs\tWAL B\tRT\tconns\t\n", base, cpu("CPU x\t\t"), cpu("Go us\tPG us\t"))
+			fmt.Fprintf(table, "x %s\t\t\t%s%s\t%s%sallocs\tWAL B\tRT\tconns\t\n", base, cpu("CPU x\t\t"), unit, latencies("p50 ms", "p99 ms"), cpu("Go us\tPG us\t"))
 		}
 		throughput, used := "1\t", cpu("1\t\t")
 		if own != nil {
 			throughput, used = own.Throughput.text(), cpu("%s\t", own.CPU.text())
 		}
-		fmt.Fprintf(table, "%s\t%s\t%s%.0f\t%.2f\t%.2f\t%s%.1f\t%.0f\t%.2f\t%d\t\n", rowName(row.Design, row.Keys, b), throughput, used,
-			row.PerSecond.Median, row.P50MS, row.P99MS, cpu("%.0f\t%.0f\t", row.GoUS, row.PostgresUS), row.Allocations,
+		fmt.Fprintf(table, "%s\t%s\t%s%.0f\t%s%s%.1f\t%.0f\t%.2f\t%d\t\n", rowName(row.Design, row.Keys, b), throughput, used,
+			row.PerSecond.Median, latencies(fmt.Sprintf("%.2f", row.P50MS), fmt.Sprintf("%.2f", row.P99MS)), cpu("%.0f\t%.0f\t", row.GoUS, row.PostgresUS), row.Allocations,
 			math.Max(0, row.WALBytes), row.RoundTrips, row.Connections)
 	}
 	if err := table.Flush(); err != nil {

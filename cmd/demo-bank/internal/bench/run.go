@@ -111,7 +111,7 @@ func (r *run) steps() []step {
 		steps = append(steps, step{b.title(), b.Fsync, func(ctx context.Context) error { return r.block(ctx, b, entries) }})
 	}
 	for _, fsync := range c.Fsync {
-		if has(PartDesigns) {
+		if has(PartDesigns) && len(r.wanted(requesting())) > 0 {
 			for _, clients := range c.Clients {
 				add(&Block{Part: PartDesigns, Clients: clients, Fsync: fsync}, r.designEntries)
 			}
@@ -123,12 +123,17 @@ func (r *run) steps() []step {
 				}
 			}
 		}
+		if has(PartMessages) && len(r.wanted(consuming())) > 0 {
+			for _, partitions := range partitionsOf(c.Quick) {
+				add(&Block{Part: PartMessages, Clients: partitions, Fsync: fsync}, r.messageEntries)
+			}
+		}
 		if fsync != c.Fsync[0] {
 			continue
 		}
 		for _, delay := range c.Delays {
 			for _, clients := range slices.Compact([]int{slices.Min(c.Clients), most}) {
-				if has(PartDelay) && delay > 0 {
+				if has(PartDelay) && delay > 0 && len(r.wanted(requesting())) > 0 {
 					add(&Block{Part: PartDelay, Clients: clients, Fsync: fsync, DelayMS: float64(delay) / float64(time.Millisecond)}, r.designEntries)
 				}
 			}
@@ -148,6 +153,7 @@ type entry struct {
 	design  design
 	keys    int64
 	target  target
+	next    []int64 // offsets of the partitions, if it consumes messages
 	samples []Sample
 }
 
@@ -173,7 +179,7 @@ func (r *run) block(ctx context.Context, b *Block, entries entriesFunc) error {
 	// Warm up: new tables and processes behave differently.
 	for _, e := range lines {
 		r.enter("%s: warming up, %s", b.title(), e.design.name)
-		warmed, err := drive(ctx, clients, &e.target, runIn, r.config.Slice/2)
+		warmed, err := r.drive(ctx, clients, e, runIn, r.config.Slice/2)
 		if err != nil {
 			return err
 		}
@@ -190,6 +196,11 @@ func (r *run) block(ctx context.Context, b *Block, entries entriesFunc) error {
 			}
 			b.acknowledged += sample.acknowledged
 			lines[i].samples = append(lines[i].samples, sample)
+		}
+		if b.Part == PartMessages {
+			if err := r.cluster.checkMessages(ctx, lines); err != nil {
+				return err
+			}
 		}
 	}
 	if err := r.cluster.check(ctx, b.acknowledged); err != nil {
@@ -222,22 +233,24 @@ func (r *run) set(ctx context.Context, b *Block, schemas []string, names []strin
 	if err != nil {
 		return err
 	}
-	_, err = r.child.ask(ctx, order{Set: &setting{DatabaseURL: url, Schemas: schemas, Designs: names, PoolSize: b.PoolSize}})
+	_, err = r.child.ask(ctx, order{Set: &setting{DatabaseURL: url, Schemas: schemas, Designs: names, PoolSize: b.PoolSize, Partitions: b.Clients}})
 	return err
+}
+
+// wanted returns those of these designs that the run measures.
+func (r *run) wanted(names []string) []string {
+	return slices.DeleteFunc(names, func(name string) bool { return !slices.Contains(r.config.Designs, name) })
 }
 
 // designEntries returns one entry for each design.
 func (r *run) designEntries(ctx context.Context, b *Block, clients []*client) ([]*entry, error) {
 	schema := schemaOf(0)
-	if err := r.set(ctx, b, []string{schema}, r.config.Designs); err != nil {
+	if err := r.set(ctx, b, []string{schema}, r.wanted(requesting())); err != nil {
 		return nil, err
 	}
 	var entries []*entry
-	for _, d := range designs {
-		if !slices.Contains(r.config.Designs, d.name) {
-			continue
-		}
-		e, err := r.entry(ctx, b, clients, d, schema, 0)
+	for _, name := range r.wanted(requesting()) {
+		e, err := r.entry(ctx, b, clients, designOf(name), schema, 0)
 		if err != nil {
 			return nil, err
 		}

@@ -22,13 +22,17 @@ type order struct {
 	Set   *setting `json:"set,omitempty"`   // serve this from now on
 	Stats bool     `json:"stats,omitempty"` // collect garbage if Begin is set, and count
 	Begin bool     `json:"begin,omitempty"`
+
+	Consume *consume `json:"consume,omitempty"` // consume messages
 }
 
 // reply is the result of an order.
 type reply struct {
 	Address string `json:"address,omitempty"`
 	Stats   stats  `json:"stats"`
-	Error   string `json:"error,omitempty"`
+
+	Consumed consumed `json:"consumed"`
+	Error    string   `json:"error,omitempty"`
 }
 
 // stats are the serving process's counts so far. The peaks count from the last order for stats.
@@ -107,6 +111,18 @@ func (p *serving) obey(ctx context.Context, o order) reply {
 			return r
 		}
 		p.stand.Store(d)
+	}
+	if o.Consume != nil {
+		var err error
+		if d := p.stand.Load(); d == nil || d.messages == nil {
+			err = errors.New("nothing consumes messages")
+		} else {
+			r.Consumed, err = d.messages.consume(ctx, o.Consume)
+		}
+		if err != nil {
+			r.Error = err.Error()
+			return r
+		}
 	}
 	if o.Begin {
 		runtime.GC() // the garbage of another design must not count here

@@ -36,6 +36,7 @@ type setting struct {
 	Schemas     []string `json:"schemas"` // with tables of records; the first part of each path
 	Designs     []string `json:"designs"` // the second part
 	PoolSize    int      `json:"pool_size"`
+	Partitions  int      `json:"partitions,omitempty"` // of the messages, if a design consumes them
 }
 
 // stand is a setting in service: its pools and routes.
@@ -44,6 +45,8 @@ type stand struct {
 	wire    *wire
 	router  *chi.Mux
 	pools   []*pgxpool.Pool
+
+	messages *consumption // nil if no design consumes them
 
 	runs    atomic.Int64 // of the slow handler
 	holders holders
@@ -66,6 +69,11 @@ func newStand(ctx context.Context, s setting, w *wire) (_ *stand, err error) {
 			return nil, err
 		}
 	}
+	if d.wants(consuming()...) {
+		if d.messages, err = d.consumption(ctx, s.Schemas[0], plain); err != nil {
+			return nil, err
+		}
+	}
 	for _, pool := range d.pools {
 		if err := d.warm(ctx, pool, pool == plain); err != nil {
 			return nil, fmt.Errorf("warm the pool up: %w", err)
@@ -75,6 +83,7 @@ func newStand(ctx context.Context, s setting, w *wire) (_ *stand, err error) {
 }
 
 func (d *stand) close() {
+	d.messages.close()
 	for _, pool := range d.pools {
 		pool.Close()
 	}

@@ -84,13 +84,13 @@ func (r *run) measureWait(ctx context.Context) error {
 	w := &Wait{
 		Fsync: r.cluster.fsync, Duplicates: waitDuplicates, WorkMS: float64(waitWork) / float64(time.Millisecond), PoolSize: waitPoolSize, Answers: map[string]int64{},
 	}
-	latency := hdr.New(1, latencyMax.Microseconds(), 3)
-	with, without := hdr.New(1, latencyMax.Microseconds(), 3), hdr.New(1, latencyMax.Microseconds(), 3)
+	latency := emptyLatency()
+	with, without := emptyLatency(), emptyLatency()
 	var p99With, p99Without []float64
 	w.Rounds, w.Windows = r.config.Rounds, r.config.waitWindows
 	for round := range w.Rounds {
 		r.enter("duplicates of a request that runs: round %d of %d", round+1, w.Rounds)
-		roundWith, roundWithout := hdr.New(1, latencyMax.Microseconds(), 3), hdr.New(1, latencyMax.Microseconds(), 3)
+		roundWith, roundWithout := emptyLatency(), emptyLatency()
 		windows := slices.Repeat([]bool{true, false}, w.Windows) // with duplicates, without
 		r.rng.Shuffle(len(windows), func(i, j int) { windows[i], windows[j] = windows[j], windows[i] })
 		for _, withDuplicates := range windows {
@@ -210,7 +210,7 @@ func beside(ctx context.Context, clients []*client, t *target, do func(context.C
 	_ = deadline.Sleep(ctx, waitWindow-time.Since(started))
 	over.Store(true)
 	group.Wait()
-	all := hdr.New(1, latencyMax.Microseconds(), 3)
+	all := emptyLatency()
 	for _, c := range clients {
 		all.Merge(c.latency)
 	}
