@@ -26,7 +26,7 @@ type benchCommand struct {
 	PoolSize    int             `placeholder:"N" help:"Maximum number of database connections. Defaults to the number of clients."`
 	Expired     int64           `placeholder:"N" help:"Number of records in the measurement of expiry. (default: ${benchExpired})"`
 	Seed        uint64          `placeholder:"N" help:"Repeat the order and the choices of an earlier run. By default a seed is drawn and printed."`
-	DurationMax time.Duration   `placeholder:"DURATION" help:"Maximum duration of the run. Measurements not done by then are left out. (default: ${benchDurationMax}, 2m with --quick)"`
+	DurationMax time.Duration   `placeholder:"DURATION" help:"Maximum duration of the run. Measurements not done by then are left out. (default: ${benchDurationMax}, 4m with --quick)"`
 	JSON        bool            `name:"json" help:"Print one JSON object instead of tables."`
 	Report      string          `placeholder:"FILE" help:"Write the JSON object to a file too."`
 	Plot        string          `placeholder:"FILE" help:"Draw the throughput at the most clients as an SVG."`

@@ -58,7 +58,9 @@ func TestRoundTripsOfABatch(t *testing.T) {
 		},
 		"a deferred statement for each message": {
 			func(b *testBundle) *consumer.Consumer {
-				return newReceiver(b, 100, func(ctx context.Context, m *consumer.Delivery) error { return postgres.DeferExec(ctx, sql, string(m.Body)) })
+				return newReceiver(b, 100, func(ctx context.Context, m *consumer.Delivery) error {
+					return postgres.DeferExec(ctx, sql, string(m.Body))
+				})
 			},
 			func(int) int { return 2 },
 		},

@@ -48,7 +48,7 @@ const (
 	SliceDefault       = 500 * time.Millisecond
 	SliceQuick         = 100 * time.Millisecond
 	DurationMaxDefault = 20 * time.Minute
-	DurationMaxQuick   = 2 * time.Minute
+	DurationMaxQuick   = 4 * time.Minute
 	ExpiredDefault     = 1_000_000
 	ExpiredQuick       = 50_000
 )

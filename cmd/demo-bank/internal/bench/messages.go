@@ -26,7 +26,8 @@ import (
 // source makes the messages itself, so no broker decides.
 
 const (
-	messagesBatch  = 100 // messages of a batch, and of one fetch of the source
+	messagesBatch  = 100 // messages of a batch
+	messagesFetch  = 10  // messages of a fetch, for a design without batches
 	messagesTopic  = "bench"
 	messagesMoment = 24 * time.Hour // how long a record counts
 
@@ -84,10 +85,10 @@ func amountOf(offset int64) int64 { return 1 + offset%9 }
 // idSpace makes the ids: hashes, as those of package message are.
 var idSpace = uuid.MustParse("5f0c1f0e-6f0b-4a3b-9d52-0d8c3a1f7e11")
 
-// deliveriesOf returns the messages of a partition from an offset on.
-func deliveriesOf(partition, partitions int, from int64) []consumer.Delivery {
+// deliveriesOf returns the next messages of a partition from an offset on.
+func deliveriesOf(partition, partitions int, from, messages int64) []consumer.Delivery {
 	own := int64(accounts / partitions)
-	all := make([]consumer.Delivery, messagesBatch)
+	all := make([]consumer.Delivery, messages)
 	for i := range all {
 		offset := from + int64(i)
 		id := uuid.NewSHA1(idSpace, fmt.Appendf(nil, "%d/%d", partition, offset)).String()
@@ -115,6 +116,15 @@ type columns struct {
 
 func (c *columns) add(e *event) {
 	c.messages, c.accounts, c.amounts = append(c.messages, e.ID), append(c.accounts, e.Account), append(c.amounts, e.Amount)
+}
+
+// fetchOf returns the number of messages that the source hands to a design at once.
+func fetchOf(design string) int64 {
+	switch design {
+	case "consume-single", "consume-engine", "consume-bare-single":
+		return messagesFetch
+	}
+	return messagesBatch
 }
 
 // taker handles fetched messages of one partition, all of them.
@@ -151,7 +161,7 @@ func (c *consumption) close() {
 
 // consume handles messages of all partitions at once, and at least one fetch of each.
 func (c *consumption) consume(ctx context.Context, o *consume) (done consumed, err error) {
-	take, next := c.takers[o.Design], c.next[o.Design]
+	take, next, fetch := c.takers[o.Design], c.next[o.Design], fetchOf(o.Design)
 	if take == nil {
 		return done, errors.New("it consumes no messages")
 	}
@@ -163,12 +173,12 @@ func (c *consumption) consume(ctx context.Context, o *consume) (done consumed, e
 	for partition := range next {
 		group.Go(func() {
 			handled, last := int64(0), started
-			for ; (handled == 0 || last.Sub(started) < o.Duration) && ctx.Err() == nil; handled += messagesBatch {
-				if err := take(ctx, partition, deliveriesOf(partition, len(next), next[partition])); err != nil {
+			for ; (handled == 0 || last.Sub(started) < o.Duration) && ctx.Err() == nil; handled += fetch {
+				if err := take(ctx, partition, deliveriesOf(partition, len(next), next[partition], fetch)); err != nil {
 					cancel(err)
 					return
 				}
-				next[partition] += messagesBatch
+				next[partition] += fetch
 				last = time.Now()
 			}
 			mu.Lock()

@@ -26,7 +26,7 @@ func TestEveryDesignConsumesOnce(t *testing.T) {
 			if err != nil {
 				t.Fatalf("%s: %v", name, err)
 			}
-			if done.Messages != 2*messagesBatch || done.PerSecond <= 0 {
+			if done.Messages != 2*fetchOf(name) || done.PerSecond <= 0 {
 				t.Errorf("%s: %+v", name, done)
 			}
 			e.next = done.Next
@@ -35,9 +35,9 @@ func TestEveryDesignConsumesOnce(t *testing.T) {
 			t.Error(err)
 		}
 		if e.design.keyed { // published twice: under another offset, with the same ids
-			copies := deliveriesOf(0, 2, 0)
+			copies := deliveriesOf(0, 2, 0, fetchOf(name))
 			for i := range copies {
-				copies[i].Offset += 2 * messagesBatch
+				copies[i].Offset += 2 * fetchOf(name)
 			}
 			take := d.messages.takers[name]
 			err := take(t.Context(), 0, copies)
@@ -78,7 +78,7 @@ func TestMessagesOfTheSource(t *testing.T) {
 	ids, owners := map[string]bool{}, map[string]int{}
 	for partition := range messagesQuickPartitions {
 		for from := int64(0); from < 1000; from += messagesBatch {
-			for i, d := range deliveriesOf(partition, messagesQuickPartitions, from) {
+			for i, d := range deliveriesOf(partition, messagesQuickPartitions, from, messagesBatch) {
 				if d.Offset != from+int64(i) || ids[d.ID] || len(d.Body) < 160 || len(d.Body) > 220 {
 					t.Fatalf("message %d is %+v, its body has %d bytes", from+int64(i), d, len(d.Body))
 				}
