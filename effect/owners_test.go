@@ -560,13 +560,13 @@ func TestParkedRequestIsRunByNobody(t *testing.T) {
 	}
 }
 
-// The lease of an owner in its last transaction runs out. A request that comes meanwhile is
-// answered at once, and does not wait for the owner.
-func TestRetryDoesNotWaitForAnOwnerInItsLastTransaction(t *testing.T) {
-	t.Parallel()
-	s := newShop(t, func(_ *processor, e *effect.Effect[card, charge]) { e.Timeout = 100 * time.Millisecond })
+// inTheLastTransaction returns a shop whose owner is in its last transaction, past its lease, until
+// slow is opened. The owner's result is sent to one.
+func inTheLastTransaction(t *testing.T) (s *shop, slow gate, one <-chan idempotency.Result) {
+	t.Helper()
+	s = newShop(t, func(_ *processor, e *effect.Effect[card, charge]) { e.Timeout = 100 * time.Millisecond })
 	s.serve(s.Store, idempotency.Timeouts{Commit: 200 * time.Millisecond}) // and 5 s
-	slow := newGate()
+	slow = newGate()
 	s.handle = func(ctx context.Context) (*idempotency.Answer, error) {
 		paid, err := s.charge.Call(ctx, card{"tok", s.price})
 		if err != nil {
@@ -576,11 +576,19 @@ func TestRetryDoesNotWaitForAnOwnerInItsLastTransaction(t *testing.T) {
 		slow.pass()
 		return answer, err
 	}
-	one := later(s.request)
+	one = later(s.request)
 	slow.reached(t)
 	for s.Count(t, "SELECT count(*) FROM idempotency_open WHERE next_at > clock_timestamp()") > 0 {
 		time.Sleep(20 * time.Millisecond)
 	}
+	return s, slow, one
+}
+
+// The lease of an owner in its last transaction runs out. A request that comes meanwhile is
+// answered at once, and does not wait for the owner.
+func TestRetryDoesNotWaitForAnOwnerInItsLastTransaction(t *testing.T) {
+	t.Parallel()
+	s, slow, one := inTheLastTransaction(t)
 	two := later(func() idempotency.Result { return s.Engine.Resume(context.Background(), s.key) })
 	select {
 	case result := <-two:
@@ -1058,23 +1066,7 @@ func TestUndoThatWasNeverSentIsSent(t *testing.T) {
 // it over. The completer pauses before it looks for it again.
 func TestCompleterPausesIfNothingCanBeTakenOver(t *testing.T) {
 	t.Parallel()
-	s := newShop(t, func(_ *processor, e *effect.Effect[card, charge]) { e.Timeout = 100 * time.Millisecond })
-	s.serve(s.Store, idempotency.Timeouts{Commit: 200 * time.Millisecond}) // and 5 s
-	slow := newGate()
-	s.handle = func(ctx context.Context) (*idempotency.Answer, error) {
-		paid, err := s.charge.Call(ctx, card{"tok", s.price})
-		if err != nil {
-			return nil, err
-		}
-		answer, err := s.post(ctx, paid)
-		slow.pass()
-		return answer, err
-	}
-	one := later(s.request)
-	slow.reached(t)
-	for s.Count(t, "SELECT count(*) FROM idempotency_open WHERE next_at > clock_timestamp()") > 0 {
-		time.Sleep(20 * time.Millisecond)
-	}
+	s, slow, one := inTheLastTransaction(t)
 	ctx, stop := context.WithCancel(t.Context())
 	defer stop()
 	var looks atomic.Int64
