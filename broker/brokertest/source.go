@@ -27,7 +27,7 @@ var sourceCases = []aCase{
 	{"consume/outage", "an outage of the broker is no error, and what was not settled comes again", sourceNeeds(hasSourceNetwork), sourceOutage},
 	{"consume/restart", "a restart of the broker is no error", sourceNeeds(func(_ Features, h *Harness) bool { return h.Restart != nil }), sourceRestart},
 	{"consume/members come and go", "each partition is with one member at a time; each message is settled once, in its order", sourceNeeds(hasGroups), membersComeAndGo},
-	{"consume/handed over", "a partition that is taken away waits for the call under way, and begins no other with what is buffered (15)", sourceNeeds(hasGroups), handedOver},
+	{"consume/handed over", "a partition that is taken away waits for the call under way, begins no other with what is buffered, and goes to another member (15)", sourceNeeds(hasGroups), handedOver},
 	{"consume/call too long", "a call in a partition that is taken away ends with its context before another member has the partition", sourceNeeds(hasGroups, func(_ Features, h *Harness) bool { return h.Rebalance > 0 }), callTooLong},
 	{"consume/slow call", "a call that takes longer than a session keeps its partition, and its messages are settled once (26)", sourceNeeds(hasGroups), slowCall},
 	{"consume/zombie", "a member that was paused past its session settles nothing twice, and drops what it buffered (14, 15, 16)", sourceNeeds(hasGroups, hasSourceNetwork), zombie},
@@ -539,10 +539,12 @@ func handedOver(t *testing.T, h *Harness) {
 		o.watch(t, p)
 	})
 	within(t, "a call is under way in each partition", func() bool { return g.count() == Partitions })
+	var got atomic.Int32
 	l.run(t, h, nameOfConsumer, topic, func(p *process) {
 		o.watch(t, p)
 		assigned := p.assigned
 		p.assigned = func(partition consumer.Partition) error {
+			got.Add(1)
 			g.mu.Lock()
 			defer g.mu.Unlock()
 			if g.inside[partition] != nil {
@@ -557,6 +559,7 @@ func handedOver(t *testing.T, h *Harness) {
 	close(g.open)
 	l.waitHandled(t, n)
 	checkOnce(t, l, topic, n, keys)
+	within(t, "the second member has a partition", func() bool { return got.Load() > 0 })
 }
 
 func callTooLong(t *testing.T, h *Harness) {

@@ -1,9 +1,12 @@
 package nats_test
 
 import (
+	"encoding/json"
 	"log/slog"
+	"maps"
 	"net"
 	"net/url"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -228,8 +231,40 @@ func (b *broker) harness() *brokertest.Harness {
 			b.deleteTopic(t, topic)
 			b.createTopic(t, topic, nats.TopicOptions{})
 		},
-		Session:   sessionTimeout,
-		Rebalance: rebalanceTimeout,
+		Rebalancing: b.rebalancing,
+		Session:     sessionTimeout,
+		Rebalance:   rebalanceTimeout,
+	}
+}
+
+// rebalancing blocks until two members of a group have heard each other: both have beaten several
+// times since both were heard.
+func (b *broker) rebalancing(t *testing.T, group, topic string) {
+	t.Helper()
+	conn, err := natsgo.Connect(b.url())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Close()
+	beats, err := conn.SubscribeSync("idempotency.members." + strings.ReplaceAll(group, ".", "%2E") + "." + strings.ReplaceAll(topic, ".", "%2E"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	const several = 3
+	for seen := map[string]int{}; len(seen) < 2 || slices.Min(slices.Collect(maps.Values(seen))) < several; {
+		m, err := beats.NextMsg(time.Minute)
+		if err != nil {
+			t.Fatal(err)
+		}
+		var beat struct {
+			ID string `json:"id"`
+		}
+		if err := json.Unmarshal(m.Data, &beat); err != nil {
+			t.Fatal(err)
+		}
+		if seen[beat.ID]++; len(seen) < 2 {
+			seen[beat.ID] = 1
+		}
 	}
 }
 
