@@ -101,7 +101,7 @@ func Run(t *testing.T, b Broker) {
 	// After the backup.
 	stopRelay = s.relay(t, w)
 	w.heal(refused, blocked)
-	s.Exec(t, "UPDATE message_outbox SET parked = NULL")
+	s.Exec(t, "UPDATE message_outbox SET refused = NULL")
 	s.redrive(t, blocked)
 	s.payRound(t, 5)
 	s.payRound(t, 6)
@@ -137,7 +137,7 @@ func Run(t *testing.T, b Broker) {
 	s.consume(t, w)
 	s.published(t, 1)
 	w.heal(refused)
-	s.Exec(t, "UPDATE message_outbox SET parked = NULL")
+	s.Exec(t, "UPDATE message_outbox SET refused = NULL")
 	s.redrive(t, blocked)
 	retried := 0
 	for account := range accounts { // clients retry what they are not sure of

@@ -565,8 +565,8 @@ func ofMessages() []Mutant {
 				{outboxFile, `shard, limits.Messages, limits.Bytes, o.except)
 `, `shard, limits.Messages, limits.Bytes, o.except, o.cursor[shard])
 `},
-				{outboxFile, `	d.Published, d.Parked = len(published), len(parked)
-`, `	d.Published, d.Parked = len(published), len(parked)
+				{outboxFile, `	d.Published, d.Refused = len(published), len(refused)
+`, `	d.Published, d.Refused = len(published), len(refused)
 	for _, id := range published {
 		o.cursor[shard] = max(o.cursor[shard], id)
 	}
@@ -673,7 +673,7 @@ func ofMessages() []Mutant {
 			Bug:  "a consumer knows what it has handled by its position alone",
 			Test: Test{"consumer", "TestMessageThatWasPublishedTwiceIsHandledOnce"},
 			edits: []edit{
-				{inboxFile, `" WHEN k.key IS NOT NULL THEN CASE`, `" WHEN false THEN CASE`},
+				{inboxFile, ` AS k ON k.scope OPERATOR(pg_catalog.=) $1 AND`, ` AS k ON false AND k.scope OPERATOR(pg_catalog.=) $1 AND`},
 				{inboxFile, ` AS m (id, fingerprint)" +
 				" RETURNING attempt_id`, ` AS m (id, fingerprint) ON CONFLICT DO NOTHING" +
 				" RETURNING attempt_id`},
@@ -721,8 +721,8 @@ func ofMessages() []Mutant {
 			Name: "topic-not-compared",
 			Bug:  "the offset of a deleted topic is used for one that was recreated under its name",
 			Test: Test{"consumer", "TestRecreatedTopicStops"},
-			edits: []edit{{consumerFile, `	case position.Next >= 0 && position.Incarnation != p.Incarnation:
-`, `	case position.Next < 0 && position.Incarnation != p.Incarnation && position.Deaths > 0:
+			edits: []edit{{consumerFile, `	return p.Next >= 0 && p.Incarnation != partition.Incarnation
+`, `	return p.Next < 0 && p.Incarnation != partition.Incarnation
 `}},
 		},
 		{
