@@ -127,9 +127,9 @@ func TestRelayPublishesAndDeletes(t *testing.T) {
 	}
 }
 
-// A message that the broker refuses is parked with its key: later ones of the key wait, others go
+// A message that the broker refuses stays with its key: later ones of the key wait, others go
 // on. Once the operator lets it go they follow in their order.
-func TestRefusedMessageIsParkedWithItsKey(t *testing.T) {
+func TestRefusedMessageHoldsItsKey(t *testing.T) {
 	t.Parallel()
 	s := testservice.New(t, nil)
 	refuses := true
