@@ -121,7 +121,10 @@ func TestByKeyWaitsBehindWhatAnotherOrderLeft(t *testing.T) {
 			t.Errorf("ordered %v: due %v, %v", ordered, ids, err)
 		}
 		if ordered {
-			_, park, err := b.Store.Inbox().BeginParked(t.Context(), &consumer.ParkedClaim{Consumer: "ledger", ID: "id-waiting", Ordered: true})
+			batch, park, err := b.Store.Inbox().BeginParked(t.Context(), &consumer.ParkedClaim{Consumer: "ledger", ID: "id-waiting", Ordered: true})
+			if err == nil && park.Delivery != nil {
+				_ = batch.Rollback(t.Context())
+			}
 			if park.Delivery != nil || err != nil {
 				t.Errorf("it is tried in front of the dead one: %v", err)
 			}

@@ -482,6 +482,9 @@ func TestLongTransactionDelaysNoMessage(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer tx.Rollback(context.Background()) //nolint:errcheck // after COMMIT
+	if _, err := tx.Exec(t.Context(), "SET LOCAL idle_in_transaction_session_timeout = 0"); err != nil {
+		t.Fatal(err)
+	}
 	// As a handler's that stops between its last flush and COMMIT.
 	if _, err := tx.Exec(t.Context(), `INSERT INTO message_outbox (created_at, shard, message_id, topic, key, headers, body)
 		SELECT now(), s, gen_random_uuid(), 't', 'long', decode('0100', 'hex'), 'long' FROM generate_series(0, 15) AS s`); err != nil {
