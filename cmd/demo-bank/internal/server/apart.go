@@ -67,7 +67,7 @@ func openApart(ctx context.Context, config ApartConfig) (a *apart, err error) {
 	db := &database{url: config.DatabaseURL}
 	a = &apart{config: config, logger: s.logger}
 	a.config.Stdout = s.config.Stdout
-	if a.store, err = db.openStore(ctx, &s.config, nil); err != nil {
+	if a.store, err = db.openStore(ctx, &s.config); err != nil {
 		return nil, err
 	}
 	a.books = bank.New(a.store.Pool(), nil, s.config.TTL, s.logger) // it makes no ids

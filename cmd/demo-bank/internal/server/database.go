@@ -6,10 +6,8 @@ import (
 	"errors"
 	"fmt"
 	"strconv"
-	"sync/atomic"
 	"time"
 
-	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgxpool"
 
 	"github.com/paidonce/idempotency/cmd/demo-bank/internal/bank"
@@ -30,9 +28,6 @@ const (
 
 const (
 	connectTimeout = 5 * time.Second
-
-	connectionsOfStart = 2 // of the pool, before the bank is ready
-	startMax           = 10 * time.Second
 
 	// connectionsBeside is the number of connections outside the pool: the lease, migrations,
 	// PostgreSQL's reserved ones, one or two for psql, eight processes of consumers and relays, and
@@ -75,27 +70,11 @@ func findSchema(pool *pgxpool.Config) {
 	pool.ConnConfig.RuntimeParams["search_path"] = bank.Schema
 }
 
-// configurePool makes a pool that has all of its connections from when full is closed, and a few
-// before. A nil full means at once.
-func configurePool(pool *pgxpool.Config, config *Config, full <-chan struct{}) {
+func configurePool(pool *pgxpool.Config, config *Config) {
 	findSchema(pool)
 	pool.MaxConns = int32(config.PoolSize)
-	// Made together and kept: a burst must not wait for new connections.
+	// Made at once and kept: a burst must not wait for new connections.
 	pool.MinConns = pool.MaxConns
-	if full != nil {
-		var made atomic.Int64
-		pool.BeforeConnect = func(ctx context.Context, _ *pgx.ConnConfig) error {
-			if made.Add(1) <= connectionsOfStart {
-				return nil
-			}
-			select {
-			case <-full:
-			case <-time.After(startMax): // the store's opening failed, and closes the pool
-			case <-ctx.Done():
-			}
-			return ctx.Err()
-		}
-	}
 	if config.CrashPoint != nil {
 		config.CrashPoint.Configure(pool)
 	}
@@ -139,11 +118,10 @@ func openDatabase(ctx context.Context, config *Config) (*database, error) {
 }
 
 // openStore migrates the tables of the records and of the bank, and opens the store.
-// For full see [configurePool].
-func (d *database) openStore(ctx context.Context, config *Config, full <-chan struct{}) (*postgres.Store, error) {
+func (d *database) openStore(ctx context.Context, config *Config) (*postgres.Store, error) {
 	const unusable = "the database can't be used: %w: mend --database-url (DATABASE_URL)%s"
 	options := storeOptions(config)
-	options.PoolConfig = func(pool *pgxpool.Config) { configurePool(pool, config, full) }
+	options.PoolConfig = func(pool *pgxpool.Config) { configurePool(pool, config) }
 	// Migrations run first, on a store of their own: they reset the pool, and pgxpool would take a
 	// minute to fill it again.
 	first := *options

@@ -172,14 +172,11 @@ func (s *Server) Run(ctx context.Context) (err error) {
 		return endOfStart(ctx, err)
 	}
 	defer func() { err = errors.Join(err, db.stop()) }()
-	full := make(chan struct{})
-	fill := sync.OnceFunc(func() { close(full) })
-	store, err := db.openStore(ctx, &s.config, full)
+	store, err := db.openStore(ctx, &s.config)
 	if err != nil {
 		return endOfStart(ctx, err)
 	}
 	defer store.Close()
-	defer fill() // the pool is closed once no connection is being made
 	pool := store.Pool()
 	s.metrics.observe(store)
 	ids, err := nodeid.Open(ctx, pool.Config().ConnConfig, s.logger)
@@ -233,8 +230,7 @@ func (s *Server) Run(ctx context.Context) (err error) {
 	completing, stopCompleter := context.WithCancel(background)
 	defer stopCompleter()
 	completer := idem.Completer(nil)
-	// What needs not be there when the bank is ready would only make it ready later: on a busy machine
-	// the pool's connections take a second.
+	// What need not be there when the bank is ready would only make it ready later.
 	group.Go(func() {
 		s.awaitReady(background)
 		for _, run := range append(feed,
@@ -244,7 +240,6 @@ func (s *Server) Run(ctx context.Context) (err error) {
 		) {
 			group.Go(func() { run(background) })
 		}
-		fill()
 	})
 	stopping := func() {
 		page.Stop()

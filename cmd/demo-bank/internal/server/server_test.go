@@ -4,7 +4,6 @@ import (
 	"bufio"
 	"bytes"
 	"context"
-	"errors"
 	"fmt"
 	"io"
 	"net"
@@ -29,32 +28,6 @@ import (
 	"github.com/paidonce/idempotency/storage/postgres"
 )
 
-// TestThePoolGrowsOnceTheBankIsReady: until then it has a few connections, so that the others don't
-// delay the start.
-func TestThePoolGrowsOnceTheBankIsReady(t *testing.T) {
-	t.Parallel()
-	pool, err := pgxpool.ParseConfig("postgres://nobody@127.0.0.1:1/none")
-	if err != nil {
-		t.Fatal(err)
-	}
-	full := make(chan struct{})
-	configurePool(pool, &Config{PoolSize: 10}, full)
-	for range connectionsOfStart {
-		if err := pool.BeforeConnect(t.Context(), nil); err != nil {
-			t.Fatal(err)
-		}
-	}
-	ended, cancel := context.WithCancel(t.Context())
-	cancel()
-	if err := pool.BeforeConnect(ended, nil); !errors.Is(err, context.Canceled) {
-		t.Errorf("one connection more: %v, want that it waits", err)
-	}
-	close(full)
-	if err := pool.BeforeConnect(t.Context(), nil); err != nil {
-		t.Errorf("once the bank is ready: %v", err)
-	}
-}
-
 // TestWithoutACrashPointNothingIsInstalled: if the environment names no point, the pool and the
 // middleware are as if crash points did not exist.
 func TestWithoutACrashPointNothingIsInstalled(t *testing.T) {
@@ -70,7 +43,7 @@ func TestWithoutACrashPointNothingIsInstalled(t *testing.T) {
 		s := New(Config{CrashPoint: point})
 		plain, ours := parse(), parse()
 		postgres.Configure(plain, storeOptions(&s.config))
-		configurePool(ours, &s.config, nil)
+		configurePool(ours, &s.config)
 		postgres.Configure(ours, storeOptions(&s.config))
 		pool = reflect.TypeOf(plain.ConnConfig.Tracer) == reflect.TypeOf(ours.ConnConfig.Tracer) &&
 			function(plain.ConnConfig.BuildFrontend) == function(ours.ConnConfig.BuildFrontend)
