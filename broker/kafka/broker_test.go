@@ -3,6 +3,7 @@ package kafka_test
 import (
 	"context"
 	"crypto/rand"
+	"errors"
 	"log/slog"
 	"net"
 	"os"
@@ -15,6 +16,7 @@ import (
 
 	"github.com/google/uuid"
 	"github.com/twmb/franz-go/pkg/kadm"
+	"github.com/twmb/franz-go/pkg/kerr"
 	"github.com/twmb/franz-go/pkg/kfake"
 	"github.com/twmb/franz-go/pkg/kgo"
 
@@ -356,13 +358,19 @@ func harness(brokers []string, times timeouts, with func(o *kafka.Options)) *bro
 			}
 		},
 		Recreate: func(t *testing.T, topic string) {
-			deleted, err := kadm.NewClient(admin(t, brokers)).DeleteTopic(t.Context(), topic)
+			client := kadm.NewClient(admin(t, brokers))
+			deleted, err := client.DeleteTopic(t.Context(), topic)
 			if err == nil {
 				err = deleted.Err
 			}
 			if err != nil {
 				t.Fatal(err)
 			}
+			// The controller has deleted it, and a loaded broker may still take messages for it.
+			eventually(t, "the former topic is away", func() bool {
+				left, err := client.ListTopics(t.Context(), topic)
+				return err == nil && errors.Is(left[topic].Err, kerr.UnknownTopicOrPartition)
+			})
 			createTopic(t, brokers, topic, nil)
 		},
 		Session:   times.session,
