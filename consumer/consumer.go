@@ -130,10 +130,6 @@ type Options struct {
 	// 14 days.
 	Retention time.Duration
 
-	// FromNewest makes a consumer that is new to a partition begin with the messages that are
-	// published from then on. By default it begins with the oldest one that the broker has.
-	FromNewest bool
-
 	// DeadTopic, if set, is the topic to which each dead message is published too, in the commit that
 	// parks it.
 	DeadTopic string
@@ -304,11 +300,8 @@ func (c *Consumer) Assigned(ctx context.Context, p Partition) (int64, error) {
 		return 0, c.recreated(p)
 	}
 	c.partition(p).least.Store(position.Next)
-	switch {
-	case position.Next >= 0:
+	if position.Next >= 0 {
 		return position.Next, nil
-	case c.options.FromNewest:
-		return FromNewest, nil
 	}
 	return FromOldest, nil
 }

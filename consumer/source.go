@@ -30,11 +30,10 @@ type Delivery struct {
 	Time time.Time
 }
 
-// Offsets that a [Receiver] returns for a partition that was never consumed.
-const (
-	FromOldest int64 = -2 // from the oldest message that the broker has
-	FromNewest int64 = -1 // from the messages that are published from now on
-)
+// FromOldest is the offset that a [Receiver] returns for a partition that was never consumed: it
+// begins with the oldest message that the broker has. There is no such offset for the newest one:
+// until a position is committed, a restart would skip what was published meanwhile.
+const FromOldest int64 = -2
 
 // Errors of a [Source]. Their texts name the remedy.
 var (
@@ -65,8 +64,8 @@ type Source interface {
 
 // Receiver takes a source's messages. [Consumer] is one. It is safe for concurrent use.
 type Receiver interface {
-	// Assigned returns the offset at which to begin a partition, or [FromOldest] or [FromNewest]. It
-	// returns ErrRecreated if the partition's incarnation is another one than before.
+	// Assigned returns the offset at which to begin a partition, or [FromOldest]. It returns
+	// ErrRecreated if the partition's incarnation is another one than before.
 	Assigned(ctx context.Context, partition Partition) (offset int64, err error)
 
 	// Receive handles messages of one partition. It returns the number of them that are settled, from

@@ -102,7 +102,6 @@ type process struct {
 	t        *testing.T
 	network  *Network
 	batchMax int
-	start    int64 // for a partition that was never consumed
 
 	// each, if set, runs in each call, and returns what the call returns if it is not to be settled.
 	each func(b *begun) (refuse bool, pause time.Duration)
@@ -120,7 +119,7 @@ type process struct {
 func (l *ledger) run(t *testing.T, h *Harness, name, topic string, with func(p *process)) *process {
 	t.Helper()
 	source, network := h.Source(t, name, topic)
-	p := &process{ledger: l, t: t, network: network, batchMax: 10, start: consumer.FromOldest, returned: make(chan struct{})}
+	p := &process{ledger: l, t: t, network: network, batchMax: 10, returned: make(chan struct{})}
 	if with != nil {
 		with(p)
 	}
@@ -179,7 +178,7 @@ func (p *process) Assigned(_ context.Context, partition consumer.Partition) (int
 	next, ok := p.next[at]
 	switch {
 	case !ok:
-		return p.start, nil
+		return consumer.FromOldest, nil
 	case p.incarnation[at] != partition.Incarnation:
 		return 0, consumer.ErrRecreated
 	}

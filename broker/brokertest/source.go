@@ -19,7 +19,6 @@ var sourceCases = []aCase{
 	{"consume/order per key", "messages with one topic and key are delivered in their order, each once while nothing fails", sourceNeeds(), receivedInOrder},
 	{"consume/begin at the receiver's offset", "a partition begins at the offset that Assigned returns, whatever was consumed before; so a restore of the database rewinds the source (27)", sourceNeeds(), beginsAtTheOffset},
 	{"consume/several consumers", "each consumer gets every message, whatever another one has settled (17)", sourceNeeds(), severalConsumers},
-	{"consume/begin with new messages", "FromNewest skips what was published before", sourceNeeds(), beginsWithNew},
 	{"consume/not settled", "messages that are not settled are delivered again after the pause, and none behind them meanwhile", sourceNeeds(), notSettled},
 	{"consume/pause of one partition", "a partition that is paused for long holds no other up, and goes on by itself", sourceNeeds(), onePaused},
 	{"consume/position unknown", "if Assigned fails, it is asked again, and nothing is delivered meanwhile", sourceNeeds(), positionUnknown},
@@ -194,32 +193,6 @@ func severalConsumers(t *testing.T, h *Harness) {
 	for _, l := range ledgers {
 		l.waitHandled(t, n)
 		checkOnce(t, l, topic, n, keys)
-	}
-}
-
-func beginsWithNew(t *testing.T, h *Harness) {
-	topic := h.Topic(t)
-	publishNumbered(t, h, topic, 60)
-	l := newLedger()
-	l.run(t, h, nameOfConsumer, topic, func(p *process) { p.start = consumer.FromNewest })
-	// When the first of them arrives, the partition has begun. What is published before that may be
-	// skipped.
-	p := h.Publisher(t)
-	for i := 0; ; i++ {
-		one := makeMessages(topic, 12, "a", "b", "c", "d", "e", "f", "g", "h")
-		for k := range one {
-			one[k].ID = fmt.Sprint("new ", i, " ", k)
-		}
-		publishAll(t, p, one)
-		if len(l.all()) > 0 {
-			break
-		}
-		time.Sleep(20 * time.Millisecond)
-	}
-	for _, d := range l.all() {
-		if !strings.HasPrefix(d.ID, "new ") {
-			t.Errorf("%s was delivered", d.ID)
-		}
 	}
 }
 

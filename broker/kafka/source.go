@@ -203,7 +203,7 @@ func (m *member) assign(ctx context.Context, offsets map[string]map[int32]kgo.Of
 			if err != nil {
 				return nil, err
 			}
-			numbers[number] = kgo.NewOffset().At(at) // the library's -2 and -1 are FromOldest and FromNewest
+			numbers[number] = kgo.NewOffset().At(at) // the library's -2 is FromOldest
 			if err := m.start(partition, at); err != nil {
 				return nil, err
 			}

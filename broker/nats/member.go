@@ -328,11 +328,8 @@ func (m *member) open(ctx context.Context, number int) (consumer.Partition, uint
 		if err != nil {
 			return partition, 0, err
 		}
-		switch at {
-		case consumer.FromOldest:
+		if at == consumer.FromOldest {
 			return partition, max(info.State.FirstSeq, 1), nil
-		case consumer.FromNewest:
-			return partition, info.State.LastSeq + 1, nil
 		}
 		return partition, uint64(max(at, 1)), nil //nolint:gosec // not negative
 	}
