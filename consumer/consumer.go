@@ -32,6 +32,7 @@ import (
 	"math"
 	"math/rand/v2"
 	"runtime/debug"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -386,7 +387,7 @@ func (c *Consumer) next(ctx context.Context, p Partition, state *partition, deli
 	if wait := time.Until(known.retry); wait > 0 {
 		return 0, wait
 	}
-	run := &run{Consumer: c, ctx: ctx, p: p, state: state, deliveries: deliveries[:n], decided: known.park, started: time.Now()}
+	run := &run{Consumer: c, ctx: ctx, p: p, state: state, deliveries: slices.Clone(deliveries[:n]), decided: known.park, started: time.Now()}
 	run.end = BatchEnd{Consumer: c.name, Partition: p}
 	if err := run.countDeath(); err != nil {
 		settled, pause = run.failed(0, err)

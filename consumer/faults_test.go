@@ -5,12 +5,14 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"reflect"
 	"strings"
 	"sync"
 	"sync/atomic"
 	"testing"
 	"time"
 
+	"github.com/paidonce/idempotency"
 	"github.com/paidonce/idempotency/consumer"
 	"github.com/paidonce/idempotency/message"
 	"github.com/paidonce/idempotency/storage/postgres"
@@ -537,6 +539,34 @@ func TestHandlerThatOutlivesItsTime(t *testing.T) {
 		settled, _ = receiver.Receive(t.Context(), partition0, deliveries(0, "one"))
 	}
 	if got := b.names(t); got != "one" || b.Count(t, "SELECT count(*) FROM message_parked") != 0 {
+		t.Errorf("effects %q", got)
+	}
+}
+
+// A source may read its messages while they are handled, and delivers them again as they were.
+func TestDeliveriesStayAsTheyWere(t *testing.T) {
+	t.Parallel()
+	b := newBed(t)
+	all := deliveries(0, "one")
+	all[0].ID = "no key: " + strings.Repeat("x", idempotency.KeyBytesMax)
+	before := all[0]
+	runs := 0
+	receiver := b.receiver(b.Store.Inbox(), func(ctx context.Context, m *consumer.Delivery) error {
+		if runs++; runs == 1 {
+			m.ID, m.Topic, m.Body = "", "", nil
+			return errors.New("once more")
+		}
+		return insert(ctx, m)
+	}, consumer.Options{})
+	for settled := 0; settled == 0; {
+		pause := time.Duration(0)
+		settled, pause = receiver.Receive(t.Context(), partition0, all)
+		time.Sleep(pause)
+	}
+	if !reflect.DeepEqual(all[0], before) {
+		t.Error("the source's message was changed")
+	}
+	if got := b.names(t); got != "one" {
 		t.Errorf("effects %q", got)
 	}
 }

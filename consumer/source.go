@@ -70,7 +70,8 @@ type Receiver interface {
 
 	// Receive handles messages of one partition. It returns the number of them that are settled, from
 	// the first on: their effects are committed, with the position behind them. The others are
-	// delivered again, not before the pause.
+	// delivered again, not before the pause. The slice stays the source's: Receive changes nothing in
+	// it.
 	Receive(ctx context.Context, partition Partition, deliveries []Delivery) (settled int, pause time.Duration)
 
 	// BatchMax is the maximum number of deliveries that one Receive handles; more only wait.
