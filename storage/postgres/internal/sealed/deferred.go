@@ -36,6 +36,10 @@ func (t *transaction) deferring() *deferred {
 func (d *deferred) refuse(err error) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
+	d.refuseLocked(err)
+}
+
+func (d *deferred) refuseLocked(err error) {
 	if d.refused == nil {
 		d.refused = err
 	}
@@ -43,7 +47,9 @@ func (d *deferred) refuse(err error) {
 
 // refuseStatement adds the place of the statement.
 func (d *deferred) refuseStatement(err error) {
-	d.refuse(fmt.Errorf("deferred statement %d: %w", len(d.calls)+1, err))
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	d.refuseLocked(fmt.Errorf("deferred statement %d: %w", len(d.calls)+1, err))
 }
 
 // note writes the state of the list into a savepoint. d may be nil.
