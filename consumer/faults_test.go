@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"math/rand/v2"
 	"reflect"
 	"strings"
 	"sync"
@@ -567,6 +568,36 @@ func TestDeliveriesStayAsTheyWere(t *testing.T) {
 		t.Error("the source's message was changed")
 	}
 	if got := b.names(t); got != "one" {
+		t.Errorf("effects %q", got)
+	}
+}
+
+// No key is too long to be parked, and to be waited for: brokers take longer ones than this package
+// publishes.
+func TestMessageWithALongKeyIsParked(t *testing.T) {
+	t.Parallel()
+	b := newBed(t)
+	long := deliveries(0, "dead", "behind", "other")
+	key := make([]byte, 64<<10) // which does not shrink
+	_, _ = rand.NewChaCha8([32]byte{}).Read(key)
+	long[0].Key, long[1].Key, long[2].Key = key, key, key[1:]
+	receiver := b.receiver(b.Store.Inbox(), func(ctx context.Context, m *consumer.Delivery) error {
+		if string(m.Body) == "dead" {
+			return consumer.Reject(errors.New("dead"))
+		}
+		return insert(ctx, m)
+	}, consumer.Options{})
+	for left, try := long, 0; len(left) > 0; try++ {
+		if try == 10 {
+			t.Fatalf("%d messages are left", len(left))
+		}
+		settled, _ := receiver.Receive(t.Context(), partition0, left)
+		left = left[settled:]
+	}
+	if got := strings.Join(b.Strings(t, "SELECT convert_from(body, 'UTF8') || ':' || state FROM message_parked ORDER BY id"), " "); got != "dead:3 behind:2" {
+		t.Errorf("parked %q", got)
+	}
+	if got := b.names(t); got != "other" {
 		t.Errorf("effects %q", got)
 	}
 }

@@ -17,8 +17,8 @@ CREATE TABLE message_outbox (
     CONSTRAINT message_outbox_pkey PRIMARY KEY (shard, id)
 );
 
--- For the messages that wait behind a refused one.
-CREATE INDEX message_outbox_refused_idx ON message_outbox (shard, topic, key) WHERE refused IS NOT NULL;
+-- For the messages that wait behind a refused one. An index takes no key of 3 KiB, so it has a hash.
+CREATE INDEX message_outbox_refused_idx ON message_outbox (shard, topic, sha256(key)) WHERE refused IS NOT NULL;
 
 COMMENT ON TABLE message_outbox IS 'Messages that were published and are not yet with the broker. Do not delete a row by hand: nobody would get the message.';
 COMMENT ON COLUMN message_outbox.id IS 'Order of the messages in a shard.';
@@ -77,8 +77,8 @@ CREATE TABLE message_parked (
     CONSTRAINT message_parked_pkey PRIMARY KEY (consumer, message_id)
 );
 
--- For the order within a key, and for the search for what is due.
-CREATE INDEX message_parked_key_idx ON message_parked (consumer, topic, key, id);
+-- For the order within a key, of which it has a hash, and for the search for what is due.
+CREATE INDEX message_parked_key_idx ON message_parked (consumer, topic, sha256(key), id);
 CREATE INDEX message_parked_due_idx ON message_parked (consumer, not_before) WHERE state = 1;
 
 COMMENT ON TABLE message_parked IS 'Messages that a consumer could not handle: they wait for another try, behind another message, or for a person. Do not delete a row by hand: the message would be lost.';

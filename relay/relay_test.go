@@ -164,6 +164,32 @@ func TestRefusedMessageHoldsItsKey(t *testing.T) {
 	}
 }
 
+// A refused message of the longest key holds those behind it, and nothing else of its shard.
+func TestRefusedMessageWithALongKeyHoldsItsKey(t *testing.T) {
+	t.Parallel()
+	s := testservice.New(t, nil)
+	p := new(recorder)
+	p.result = func(m *message.Message) error {
+		if string(m.Body) == "a1" {
+			return relay.ErrRefused
+		}
+		return nil
+	}
+	key := make([]byte, message.KeyBytesMax) // which does not shrink
+	_, _ = rand.NewChaCha8([32]byte{}).Read(key)
+	for _, m := range []string{"a1", "a2"} {
+		publish(t, s, string(key), m)
+	}
+	for i := range 50 {
+		publish(t, s, "", fmt.Sprint(i))
+	}
+	run(t, s.Store.Outbox(), p, &relay.Options{Interval: 10 * time.Millisecond, OnDrain: func(int, relay.Drained, time.Duration, error) {}})
+	eventually(t, "the others are published", func() bool { return s.Count(t, "SELECT count(*) FROM message_outbox") == 2 })
+	if n := len(strings.Fields(p.bodies())); n != 50 {
+		t.Errorf("%d messages published, want 50", n)
+	}
+}
+
 // While the broker is away nothing is lost, parked or reordered.
 func TestOutageOfTheBrokerParksNothing(t *testing.T) {
 	t.Parallel()

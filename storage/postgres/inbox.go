@@ -71,7 +71,7 @@ func (s *Store) Inbox() *Inbox {
 				" WHEN NOT EXISTS (SELECT FROM " + i.parked + " AS p WHERE p.consumer OPERATOR(pg_catalog.=) $2) THEN CASE WHEN k.key IS NULL THEN '0' ELSE '2' END" + // runs once
 				" WHEN EXISTS (SELECT FROM " + i.parked + " AS p WHERE p.consumer OPERATOR(pg_catalog.=) $2 AND p.message_id OPERATOR(pg_catalog.=) m.id) THEN '3'" +
 				" WHEN k.key IS NOT NULL THEN '2'" + // behind the parked ones: it is parked itself, once
-				" WHEN $7 AND EXISTS (SELECT FROM " + i.parked + " AS p WHERE p.consumer OPERATOR(pg_catalog.=) $2 AND p.topic OPERATOR(pg_catalog.=) m.topic AND p.key OPERATOR(pg_catalog.=) m.key) THEN '4'" +
+				" WHEN $7 AND EXISTS (SELECT FROM " + i.parked + " AS p WHERE p.consumer OPERATOR(pg_catalog.=) $2 AND p.topic OPERATOR(pg_catalog.=) m.topic AND pg_catalog.sha256(p.key) OPERATOR(pg_catalog.=) pg_catalog.sha256(m.key)) THEN '4'" +
 				" ELSE '0' END, '' ORDER BY m.place)" +
 				" FROM (SELECT * FROM ROWS FROM (pg_catalog.unnest($3), pg_catalog.unnest($4), pg_catalog.unnest($5), pg_catalog.unnest($6)) WITH ORDINALITY LIMIT pg_catalog.cardinality($3)) AS m (id, fingerprint, topic, key, place)" +
 				" LEFT JOIN LATERAL (SELECT key, fingerprint_version, fingerprint FROM " + keys + " WHERE scope OPERATOR(pg_catalog.=) $1 AND key OPERATOR(pg_catalog.=) m.id OFFSET 0) AS k ON true",
@@ -372,7 +372,7 @@ func (b *batch) Rollback(ctx context.Context) error { return b.rollback(ctx) }
 // a key are in order: see consumer.Store.
 func (i *Inbox) due(ordered int) string {
 	return fmt.Sprintf("(m.state = 1 AND m.not_before <= clock_timestamp() OR m.state = 2) AND (m.state = 1 AND NOT $%d::boolean OR"+
-		" NOT EXISTS (SELECT FROM %s AS p WHERE p.consumer = m.consumer AND p.topic = m.topic AND p.key = m.key AND p.id < m.id))", ordered, i.parked)
+		" NOT EXISTS (SELECT FROM %s AS p WHERE p.consumer = m.consumer AND p.topic = m.topic AND sha256(p.key) = sha256(m.key) AND p.id < m.id))", ordered, i.parked)
 }
 
 // Due implements [consumer.Store].

@@ -163,7 +163,7 @@ var _ relay.Outbox = (*Outbox)(nil)
 
 // ready is a condition on a message m: it is not refused, and no refused one is in front of it.
 func (o *Outbox) ready() string {
-	return "m.refused IS NULL AND NOT EXISTS (SELECT FROM " + o.table + " AS p WHERE p.refused IS NOT NULL AND p.shard = m.shard AND p.topic = m.topic AND p.key = m.key AND p.id < m.id)"
+	return "m.refused IS NULL AND NOT EXISTS (SELECT FROM " + o.table + " AS p WHERE p.refused IS NOT NULL AND p.shard = m.shard AND p.topic = m.topic AND sha256(p.key) = sha256(m.key) AND p.id < m.id)"
 }
 
 // Waiting implements [relay.Outbox].

@@ -47,7 +47,7 @@ func (s *Store) Queue(topic string) *Queue {
 		SQL: "SELECT pg_catalog.string_agg(CASE WHEN o.id IS NULL THEN '1'" +
 			" WHEN NOT EXISTS (SELECT FROM " + q.parked + " AS p WHERE p.consumer OPERATOR(pg_catalog.=) $1) THEN '0'" +
 			" WHEN EXISTS (SELECT FROM " + q.parked + " AS p WHERE p.consumer OPERATOR(pg_catalog.=) $1 AND p.message_id OPERATOR(pg_catalog.=) m.id) THEN '3'" +
-			" WHEN $6 AND EXISTS (SELECT FROM " + q.parked + " AS p WHERE p.consumer OPERATOR(pg_catalog.=) $1 AND p.topic OPERATOR(pg_catalog.=) o.topic AND p.key OPERATOR(pg_catalog.=) m.key) THEN '4'" +
+			" WHEN $6 AND EXISTS (SELECT FROM " + q.parked + " AS p WHERE p.consumer OPERATOR(pg_catalog.=) $1 AND p.topic OPERATOR(pg_catalog.=) o.topic AND pg_catalog.sha256(p.key) OPERATOR(pg_catalog.=) pg_catalog.sha256(m.key)) THEN '4'" +
 			" ELSE '0' END, '' ORDER BY m.place)" +
 			" FROM (SELECT * FROM ROWS FROM (pg_catalog.unnest($3), pg_catalog.unnest($4), pg_catalog.unnest($5)) WITH ORDINALITY LIMIT pg_catalog.cardinality($3)) AS m (offset_, id, key, place)" +
 			" LEFT JOIN LATERAL (SELECT id, topic FROM " + q.outbox + " WHERE shard OPERATOR(pg_catalog.=) $2 AND id OPERATOR(pg_catalog.=) m.offset_ OFFSET 0) AS o ON true",

@@ -102,7 +102,7 @@ type ParkedList struct {
 // parkedColumns are the columns that scanParked reads.
 func (o *Operator) parkedColumns() string {
 	return `m.id, m.consumer, m.message_id, m.source, m.topic, m.key, m.partition, m.position, m.state, m.attempts, m.error, m.parked_at, m.not_before,
-	COALESCE((SELECT f.message_id FROM ` + o.parked + ` AS f WHERE f.consumer = m.consumer AND f.topic = m.topic AND f.key = m.key AND f.id < m.id ORDER BY f.id LIMIT 1), ''),
+	COALESCE((SELECT f.message_id FROM ` + o.parked + ` AS f WHERE f.consumer = m.consumer AND f.topic = m.topic AND sha256(f.key) = sha256(m.key) AND f.id < m.id ORDER BY f.id LIMIT 1), ''),
 	octet_length(m.body)::bigint, statement_timestamp()`
 }
 
@@ -349,7 +349,7 @@ func (o *Operator) Outbox(ctx context.Context) (Outbox, error) {
 
 // outboxFront selects the id of the first refused message in front of m.
 func (o *Operator) outboxFront() string {
-	return "SELECT p.message_id::text FROM " + o.outbox + " AS p WHERE p.refused IS NOT NULL AND p.shard = m.shard AND p.topic = m.topic AND p.key = m.key AND p.id < m.id ORDER BY p.id LIMIT 1"
+	return "SELECT p.message_id::text FROM " + o.outbox + " AS p WHERE p.refused IS NOT NULL AND p.shard = m.shard AND p.topic = m.topic AND sha256(p.key) = sha256(m.key) AND p.id < m.id ORDER BY p.id LIMIT 1"
 }
 
 // OutboxMessage is a message in the outbox. Its headers and body are not read: see
