@@ -416,7 +416,7 @@ func (r *run) countDeath() error {
 	}
 	const deathsAlone = 3 // before the last one
 	if r.state.deaths > max(r.options.DeathsMax-deathsAlone, 0) {
-		r.deliveries = r.deliveries[:1]
+		r.deliveries, r.state.size = r.deliveries[:1], 1 // the next ones grow again
 	}
 	if others := r.state.deaths - 1; others >= r.options.DeathsMax && r.decided == nil {
 		r.decided = &Park{State: Dead, Attempts: others, Error: fmt.Sprintf("%d processes ended before it was handled", others)}

@@ -478,6 +478,42 @@ func TestMessageThatKillsItsProcessIsFound(t *testing.T) {
 	}
 }
 
+// A message that ends its process is found in few deaths, also at the end of a large batch: those in
+// front of it are committed, and the next batches do not begin with all of the others.
+func TestMessageThatKillsItsProcessIsFoundBehindMany(t *testing.T) {
+	t.Parallel()
+	const before, deathsMax = 30, 40
+	b, source := newBed(t), newTopic()
+	for i := range before {
+		source.publish(0, fmt.Sprint(i), fmt.Sprint(i), "m")
+	}
+	source.publish(0, "killer", "killer", "killer")
+	deaths := 0
+	for ; b.Count(t, "SELECT count(*) FROM message_parked") == 0; deaths++ { // a process that dies leaves its count behind
+		if deaths > deathsMax {
+			t.Fatalf("not found after %d deaths, the position is %d", deathsMax, b.Count(t, "SELECT max(next_offset) FROM message_offsets"))
+		}
+		ctx, cancel := context.WithCancel(t.Context())
+		receiver := consumer.New("ledger", dying{b.Store.Inbox()}, source, func(ctx context.Context, m *consumer.Delivery) error {
+			if string(m.Body) == "killer" {
+				cancel() // as far as the database can tell, the process is gone
+				return ctx.Err()
+			}
+			return insert(ctx, m)
+		}, &consumer.Options{BatchMax: 100, Logger: slog.New(slog.DiscardHandler)})
+		p := consumer.Partition{Source: "t"}
+		offset, err := receiver.Assigned(ctx, p)
+		if err != nil {
+			t.Fatal(err)
+		}
+		receiver.Receive(ctx, p, slices.Clone(source.logs[0][max(offset, 0):]))
+		cancel()
+	}
+	if n := b.Count(t, "SELECT count(*) FROM effects"); n != before {
+		t.Errorf("%d effects, want %d", n, before)
+	}
+}
+
 // A message's derived keys are those of its consumer and id, whichever run asks.
 func TestDerivedKeyOfAMessage(t *testing.T) {
 	t.Parallel()
