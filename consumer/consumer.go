@@ -615,26 +615,37 @@ func (c *Consumer) key(d *Delivery) idempotency.Key {
 }
 
 // handle runs the handler for a message.
-func (c *Consumer) handle(ctx context.Context, batch Batch, d *Delivery, attempt idempotency.AttemptID) (err error) {
+func (c *Consumer) handle(ctx context.Context, batch Batch, d *Delivery, attempt idempotency.AttemptID) error {
 	ctx = idempotency.HandlerContext(batch.Context(ctx), c.options.Service, c.key(d), attempt)
-	defer func() {
-		if value := recover(); value != nil {
-			err = &idempotency.PanicError{Value: value, Stack: debug.Stack()}
-		}
-	}()
-	return c.handler(ctx, d)
+	return returned(func() error { return c.handler(ctx, d) })
 }
 
 // handleTogether runs a BatchHandler.
-func (c *Consumer) handleTogether(ctx context.Context, batch Batch, messages []*Delivery, attempt idempotency.AttemptID) (err error) {
+func (c *Consumer) handleTogether(ctx context.Context, batch Batch, messages []*Delivery, attempt idempotency.AttemptID) error {
 	ctx = context.WithValue(batch.Context(ctx), batchKey{}, &batchContext{name: c.name, service: c.options.Service, attempt: attempt})
-	defer func() {
-		if value := recover(); value != nil {
-			err = &idempotency.PanicError{Value: value, Stack: debug.Stack()}
-		}
-	}()
-	return c.batch(ctx, messages)
+	return returned(func() error { return c.batch(ctx, messages) })
 }
+
+// returned returns the error of a handler, also if it panics or ends its goroutine: that is one of its
+// own, because the source's must go on.
+func returned(handle func() error) error {
+	err := errGoexit
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		defer func() {
+			if value := recover(); value != nil {
+				err = &idempotency.PanicError{Value: value, Stack: debug.Stack()}
+			}
+		}()
+		err = handle()
+	}()
+	<-done
+	return err
+}
+
+// errGoexit stands for a handler that ended its goroutine.
+var errGoexit = errors.New("handler did not return")
 
 // failed returns the pause after an error that is no message's fault.
 func (r *run) failed(recorded int, err error) (settled int, pause time.Duration) {

@@ -7,6 +7,7 @@ import (
 	"log/slog"
 	"math/rand/v2"
 	"reflect"
+	"runtime"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -598,6 +599,30 @@ func TestMessageWithALongKeyIsParked(t *testing.T) {
 		t.Errorf("parked %q", got)
 	}
 	if got := b.names(t); got != "other" {
+		t.Errorf("effects %q", got)
+	}
+}
+
+// A handler that ends its goroutine has failed, and takes neither a connection nor its partition's
+// or the parked messages' goroutine with it.
+func TestHandlerThatEndsItsGoroutineHasFailed(t *testing.T) {
+	t.Parallel()
+	b, source := newBed(t), newTopic()
+	for i := range 20 {
+		source.publish(0, fmt.Sprint("bad", i), fmt.Sprint("bad", i), "bad")
+	}
+	source.publish(0, "good", "good", "good")
+	b.start(t, source, func(ctx context.Context, m *consumer.Delivery) error {
+		if string(m.Body) == "bad" {
+			runtime.Goexit()
+		}
+		return insert(ctx, m)
+	}, &consumer.Options{AttemptsInPlace: 1, AttemptsMax: 2, BackoffMax: time.Millisecond})
+	b.at(t, 0, 21)
+	eventually(t, "all of them are dead", func() bool {
+		return b.Count(t, "SELECT count(*) FROM message_parked WHERE state = 3 AND error = 'handler did not return'") == 20
+	})
+	if got := b.names(t); got != "good" {
 		t.Errorf("effects %q", got)
 	}
 }
