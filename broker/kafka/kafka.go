@@ -34,6 +34,11 @@
 //     nothing. Set next_offset in message_offsets, while the consumer is stopped.
 //   - If the broker has deleted messages that were not read, or a topic was deleted and recreated,
 //     the source stops with an error instead of going on at another offset.
+//   - More partitions for a topic move keys to other partitions, where a message may be handled before
+//     older ones of its key. Stop the relays, let the consumers reach the end of the topic, add the
+//     partitions, and start the relays.
+//   - Compaction deletes messages that were not read, and no consumer can notice. Topics need
+//     cleanup.policy=delete.
 //   - The group's offsets at the broker are for tools that show the lag. They follow the settled
 //     messages by up to 5 seconds.
 //   - While a consumer can't handle a partition, at most 4 MiB or 10,000 messages of it are in
