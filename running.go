@@ -11,8 +11,9 @@ import (
 //
 // A key is here only while its handler runs: from a granted claim until the end of the transaction
 // begins. From then on only the store knows whether the key is recorded. So a retry of a recorded
-// key never gets in-progress from memory, even if the reply to COMMIT is late or lost. Removing a
-// key too early is always safe: then the store decides.
+// key gets no in-progress from memory, even if the reply to COMMIT is late or lost. The exception:
+// the handler's connection is lost, the handler has not noticed it yet, and another process has
+// executed the request meanwhile. Removing a key too early is always safe: then the store decides.
 //
 // The zero value is ready to use. It is safe for concurrent use, and holds at most one entry per
 // request in flight.

@@ -275,7 +275,8 @@ func TestParkedMessageThatKillsItsProcessIsFound(t *testing.T) {
 			<-ctx.Done() // as far as the database can tell, the process is gone
 			return ctx.Err()
 		}, &consumer.Options{AttemptsMax: attemptsMax, BatchTimeout: time.Hour, ParkedInterval: time.Millisecond, Logger: slog.New(slog.DiscardHandler)})
-		if runs == attemptsMax { // this one lives
+		last := runs == attemptsMax
+		if last { // this one lives
 			process = consumer.New("ledger", b.Store.Inbox(), newTopic(), func(context.Context, *consumer.Delivery) error {
 				t.Error("it runs once more")
 				return nil
@@ -283,7 +284,7 @@ func TestParkedMessageThatKillsItsProcessIsFound(t *testing.T) {
 		}
 		var running sync.WaitGroup
 		running.Go(func() { _ = process.Run(ctx) })
-		if runs < attemptsMax {
+		if !last {
 			<-ran
 		} else {
 			eventually(t, "it is dead", func() bool { return b.Count(t, "SELECT count(*) FROM message_parked WHERE state = 3") == 1 })
