@@ -3,6 +3,7 @@ package chaos
 import (
 	"context"
 	"fmt"
+	"math"
 	"net/http"
 	"time"
 
@@ -18,8 +19,10 @@ const (
 	ttl          = 24 * time.Hour // the bank's default
 	judgeWaitMax = 10 * time.Minute
 	quietWaitMax = 20 * time.Second // a half-open transaction ends by itself
-	// The consumers share the machine with the load, and may be behind.
-	messagesWaitMax = 60 * time.Second
+	// The consumers share the machine with the load, and may be behind. But if nothing moves for so
+	// long, nothing will.
+	messagesWaitMax  = 60 * time.Second
+	messagesStillMax = 15 * time.Second
 	// The allowed share of unknown answers. Answers to a key are not counted if its COMMIT had a
 	// fault that can make the outcome unknown.
 	unknownRate = 0.001
@@ -85,10 +88,11 @@ func (r *run) judge(ctx context.Context) error {
 	return nil
 }
 
-// awaitMessages blocks until both consumers have handled all messages, or messagesWaitMax has elapsed.
-// Then the projection must match the books.
+// awaitMessages blocks until both consumers have handled all messages, have handled none for
+// messagesStillMax, or messagesWaitMax has elapsed. Then the projection must match the books.
 func (r *run) awaitMessages(ctx context.Context) error {
-	until := time.Now().Add(messagesWaitMax)
+	began := time.Now()
+	moved, least := began, int64(math.MaxInt64)
 	for {
 		var left, missing, doubled, mismatches int64
 		err := r.cluster.with(ctx, databaseTimeout, func(ctx context.Context, conn *pgx.Conn) error {
@@ -102,12 +106,16 @@ func (r *run) awaitMessages(ctx context.Context) error {
 				return err
 			})
 		})
+		now := time.Now()
+		if left < least {
+			moved, least = now, left
+		}
 		switch {
 		case err != nil:
 			return err
-		case left > 0 && time.Now().Before(until):
+		case left > 0 && now.Sub(began) < messagesWaitMax && now.Sub(moved) < messagesStillMax:
 		case left > 0:
-			r.messages.add("%d messages are not handled %v after the end", left, messagesWaitMax)
+			r.messages.add("%d messages are not handled %v after the end", left, now.Sub(began).Round(time.Second))
 			return nil
 		default:
 			if missing+doubled+mismatches > 0 {
