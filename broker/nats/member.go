@@ -147,7 +147,7 @@ func (m *member) hear(in *nats.Msg) {
 			return
 		}
 		maps.DeleteFunc(m.sent, func(number uint64, _ time.Time) bool { return number <= b.Number })
-		if sent.Sub(m.heardOf) >= m.livesFor() {
+		if !m.fresh() { // until now: others may have its partitions, even if run has not looked meanwhile
 			m.alone()
 		}
 		m.heardOf = sent

@@ -8,6 +8,7 @@ import (
 	"time"
 
 	"github.com/nats-io/nats-server/v2/server"
+	"github.com/nats-io/nats.go"
 
 	"github.com/paidonce/idempotency/consumer"
 	"github.com/paidonce/idempotency/message"
@@ -201,5 +202,22 @@ func TestWorkerThatIsStoppedBeginsNoOtherCall(t *testing.T) {
 		t.Fatal("another call began")
 	case <-time.After(time.Minute):
 		t.Fatal("the worker did not end within a minute")
+	}
+}
+
+// Mode 14: a member that was paused gives up its partitions with the first of its beats that comes
+// back, even if each of them came soon after the one before, and nobody looked meanwhile.
+func TestMemberWhoseBeatsComeBackLateIsAlone(t *testing.T) {
+	t.Parallel()
+	client := &Client{options: Options{SessionTimeout: time.Minute}}
+	m := newMember(t.Context(), func(error) {}, &Source{client: client}, nil, "topic", newPassing(0))
+	w := newWorker(m, 0)
+	m.workers[0] = w
+	now := time.Now()
+	m.joined, m.heardOf = now.Add(-time.Hour), now.Add(-m.livesFor()) // as long ago as it may be, and a moment
+	m.sent[1] = m.heardOf.Add(m.interval())
+	m.hear(&nats.Msg{Data: []byte(`{"id":"` + m.id + `","number":1}`)})
+	if w.ctx.Err() == nil {
+		t.Error("its call goes on")
 	}
 }
