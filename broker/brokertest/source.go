@@ -592,8 +592,10 @@ func zombie(t *testing.T, h *Harness) {
 	}
 	g.mu.Unlock()
 	z.network.Stop()
+	paused := time.Now()
 	heir := l.run(t, h, nameOfConsumer, topic, func(p *process) { o.watch(t, p) })
-	l.waitHandled(t, n) // the heir has them all
+	l.waitHandled(t, n)                        // the heir has them all
+	time.Sleep(h.Session - time.Since(paused)) // it may have them before, if it never heard of the other one
 	z.network.Mend()
 	// The zombie notices, and ends its calls.
 	for _, b := range calls {

@@ -158,6 +158,11 @@ func (m *member) hear(in *nats.Msg) {
 		delete(m.peers, b.ID)
 	default:
 		m.peers[b.ID] = &peer{time.Now(), b.Has}
+		for _, number := range b.Has {
+			if w := m.workers[number]; w != nil { // one of both was not heard when the other one started
+				w.stop(0)
+			}
+		}
 		if known == nil {
 			wake(m.due) // it should know of this member soon
 		}
@@ -255,9 +260,6 @@ func (m *member) balance() {
 		ids = append(ids, id)
 		for _, number := range p.has {
 			taken[number] = true
-			if w := m.workers[number]; w != nil { // one of both was not heard when the other one started
-				w.stop(0)
-			}
 		}
 	}
 	if m.joined.IsZero() || time.Since(m.joined) < m.interval() { // others are still heard

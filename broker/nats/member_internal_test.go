@@ -221,3 +221,22 @@ func TestMemberWhoseBeatsComeBackLateIsAlone(t *testing.T) {
 		t.Error("its call goes on")
 	}
 }
+
+// Mode 14: of two members that have one partition both give it up, even if the other one has done so
+// before this one looks.
+func TestPartitionThatTwoMembersHaveIsGivenUp(t *testing.T) {
+	t.Parallel()
+	client := &Client{options: Options{SessionTimeout: time.Minute}}
+	m := newMember(t.Context(), func(error) {}, &Source{client: client}, nil, "topic", newPassing(0))
+	mine, both := newWorker(m, 0), newWorker(m, 1)
+	m.workers[0], m.workers[1] = mine, both
+	m.joined, m.heardOf = time.Now(), time.Now()
+	m.hear(&nats.Msg{Data: []byte(`{"id":"other","number":1,"has":[1,2]}`)})
+	m.hear(&nats.Msg{Data: []byte(`{"id":"other","number":2,"has":[2]}`)})
+	if both.ctx.Err() == nil {
+		t.Error("the call in the partition of both goes on")
+	}
+	if mine.ctx.Err() != nil {
+		t.Error("the call in the other partition was ended")
+	}
+}
