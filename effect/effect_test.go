@@ -291,7 +291,7 @@ func TestDeclineCountsWhenNoEarlierSendIsUnderWay(t *testing.T) {
 			s := newShop(t, func(p *processor, e *effect.Effect[card, charge]) {
 				e.Timeout, e.KeepsDeclines, p.keepsNo = timeout, c.keeps, c.keeps
 			})
-			s.always = refuses
+			s.alwaysDoes(refuses)
 			var result idempotency.Result
 			if c.age == 0 {
 				result = s.request()
@@ -326,7 +326,7 @@ func TestDeclineIsNotFinalWhileASendOfAnotherDeploymentMayBeUnderWay(t *testing.
 	const lease = timeout + commit + 5*time.Second
 	s := newShop(t, func(_ *processor, e *effect.Effect[card, charge]) { e.Timeout = 10 * time.Second })
 	s.does(forgets)
-	s.always = refuses
+	s.alwaysDoes(refuses)
 	s.wantOpen(t, s.request())
 	s.Exec(t, "UPDATE idempotency_open SET lease_ms = $1", lease.Milliseconds())
 	s.Exec(t, "UPDATE idempotency_effects SET sent_first_at = now() - $1::interval", (time.Minute + lease/2 + timeout - 2*time.Second).String())
@@ -369,13 +369,13 @@ func TestFailureBeforeTheCallDoesNotHideARecordThatCanNotBeRead(t *testing.T) {
 func TestSameErrorForEverIsLookedUp(t *testing.T) {
 	t.Parallel()
 	s := newShop(t, withLookup)
-	s.always = panics500
+	s.alwaysDoes(panics500)
 	s.wantOpen(t, s.request())
 	s.wantPaid(t, s.resume(t), 900)
 	s.wantSent(t, 1)
 
 	blind := newShop(t, nil)
-	blind.always = panics500
+	blind.alwaysDoes(panics500)
 	blind.wantOpen(t, blind.request())
 	blind.wantOpen(t, blind.resume(t))
 	blind.older(t, time.Hour)
@@ -755,7 +755,7 @@ func TestDeclinesDetailIsReplayed(t *testing.T) {
 		die()
 		return &idempotency.Answer{Status: 402}, nil
 	}
-	s.always = refuses
+	s.alwaysDoes(refuses)
 	s.request()
 	if result := s.resume(t); result.Answer == nil || result.Answer.Status != 402 {
 		t.Errorf("%+v", result)

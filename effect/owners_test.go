@@ -505,7 +505,7 @@ func TestWebhookOfAnEarlierNoIsNotFinal(t *testing.T) {
 			}
 			state := s.Count(t, "SELECT state FROM idempotency_effects")
 			if keeps { // then no later send can succeed
-				s.processor.always = refuses
+				s.alwaysDoes(refuses)
 			}
 			slow.open()
 			if result := <-two; keeps {
@@ -750,7 +750,7 @@ func TestLostReplyToTheLastCommit(t *testing.T) {
 				t.Parallel()
 				s := newShop(t, nil)
 				if status == 402 {
-					s.always = refuses
+					s.alwaysDoes(refuses)
 				}
 				var cut atomic.Bool
 				store := s.through(t, func(commit pgfault.Commit) pgfault.Fault {
@@ -785,7 +785,7 @@ func TestLostReplyToTheLastCommit(t *testing.T) {
 func TestCompleterLooksForItsOwnAndTheOldestFirst(t *testing.T) {
 	t.Parallel()
 	s := newShop(t, nil)
-	s.always = forgets
+	s.alwaysDoes(forgets)
 	for _, value := range []string{"old", "older", "young"} {
 		s.key.Value = value
 		s.wantAccepted(t, s.request())

@@ -163,6 +163,13 @@ func (p *processor) does(plan ...behavior) {
 	p.plan = plan
 }
 
+// alwaysDoes sets what it does with each request that has no plan, from now on.
+func (p *processor) alwaysDoes(now behavior) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.always = now
+}
+
 // cutsTheNext closes the connection of the next request that stalls. It is at the processor, which
 // does not notice, and net/http may repeat it.
 func (p *processor) cutsTheNext() {
