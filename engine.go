@@ -438,7 +438,7 @@ func (e *Engine) attempt(ctx context.Context, budget *deadline.Context, req *ong
 	}{handler: attemptContext{Context: handlerCtx, running: running{
 		key: req.Key, attempt: req.claim.Attempt, service: e.options.Service, derived: past.derived,
 	}}}
-	answer, failed := e.call(attempt.Context(&bounds.handler), req, handlerEnd, run)
+	answer, failed := e.call(attempt.Context(&bounds.handler), req, attempt, handlerEnd, run)
 	trace.step(StepHandler, started, failed)
 	sealed := attempt.Seal()
 
@@ -545,10 +545,10 @@ func recovered(whose string, err *error) {
 
 // call runs the handler and turns a panic into an error. While it runs the key, if there is one, is
 // in memory, until the handler's deadline at most.
-func (e *Engine) call(ctx context.Context, req *ongoing, handlerEnd time.Time, run RunFunc) (answer *Answer, err error) {
+func (e *Engine) call(ctx context.Context, req *ongoing, attempt Attempt, handlerEnd time.Time, run RunFunc) (answer *Answer, err error) {
 	defer recovered("", &err)
 	if !req.keyless() && req.Resumable == "" { // a resumable handler may run before its claim
-		e.family.running.add(&req.claim, handlerEnd)
+		e.family.running.add(&req.claim, attempt, handlerEnd)
 		defer e.family.running.remove(&req.claim)
 	}
 	answer, err = run(ctx)

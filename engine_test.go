@@ -83,6 +83,7 @@ type scriptAttempt struct {
 
 func (a *scriptAttempt) Context(ctx context.Context) context.Context { return ctx }
 func (a *scriptAttempt) Seal() error                                 { a.took("seal"); return a.turn.seal }
+func (a *scriptAttempt) Lost() bool                                  { return false }
 
 func (a *scriptAttempt) Commit(ctx context.Context, answer *idempotency.Answer) error {
 	return a.end("commit", ctx, answer)

@@ -780,7 +780,7 @@ func (e *Engine) runOpen(ctx context.Context, budget *deadline.Context, req *ong
 		key: req.Key, attempt: req.claim.Attempt, service: e.options.Service, derived: past.derived, effects: effects,
 	}}
 	effects.begin(&carrier.running)
-	answer, failed := e.call(effects.attempt.Context(carrier), req, handlerEnd, run)
+	answer, failed := e.call(effects.attempt.Context(carrier), req, effects.attempt, handlerEnd, run)
 	trace.step(StepHandler, started, failed)
 	effects.end()
 	if effects.trace.panicked != nil {

@@ -10,10 +10,10 @@ import (
 // answered without the store: it holds no connection and sends nothing.
 //
 // A key is here only while its handler runs: from a granted claim until the end of the transaction
-// begins. From then on only the store knows whether the key is recorded. So a retry of a recorded
-// key gets no in-progress from memory, even if the reply to COMMIT is late or lost. The exception:
-// the handler's connection is lost, the handler has not noticed it yet, and another process has
-// executed the request meanwhile. Removing a key too early is always safe: then the store decides.
+// begins, and while its transaction is not lost. From then on only the store knows whether the key
+// is recorded. So a retry of a recorded key gets no in-progress from memory, even if the reply to
+// COMMIT is late or lost, or another process has executed the request because the connection of the
+// handler here was lost. Removing a key too early is always safe: then the store decides.
 //
 // The zero value is ready to use. It is safe for concurrent use, and holds at most one entry per
 // request in flight.
@@ -23,22 +23,23 @@ type runningKeys struct {
 }
 
 type runningKey struct {
-	attempt AttemptID // that added the key
-	until   time.Time // the handler's deadline; from then on the store decides
+	attempt     AttemptID // that added the key
+	until       time.Time // the handler's deadline; from then on the store decides
+	transaction Attempt
 }
 
 // errRunsHere is the error of a duplicate that was answered from memory.
 var errRunsHere = fmt.Errorf("%w: its handler runs in this process", ErrInProgress)
 
-// add notes that the handler of this request runs, until the given time at most. The caller must
-// call remove. The request has a key.
-func (r *runningKeys) add(claim *Claim, until time.Time) {
+// add notes that the handler of this request runs in this transaction, until the given time at most.
+// The caller must call remove. The request has a key.
+func (r *runningKeys) add(claim *Claim, transaction Attempt, until time.Time) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	if r.byKey == nil {
 		r.byKey = map[Key]runningKey{}
 	}
-	r.byKey[claim.Key] = runningKey{claim.Attempt, until}
+	r.byKey[claim.Key] = runningKey{claim.Attempt, until, transaction}
 }
 
 // remove takes back the add of this attempt. It leaves the entry of another attempt alone: the
@@ -58,10 +59,10 @@ func (r *runningKeys) removeAny(key Key) {
 	delete(r.byKey, key)
 }
 
-// has reports whether the key's handler runs here and is within its time.
+// has reports whether the key's handler runs here, is within its time, and has its transaction.
 func (r *runningKeys) has(key Key) bool {
 	r.mu.Lock()
 	running, ok := r.byKey[key]
 	r.mu.Unlock()
-	return ok && time.Now().Before(running.until)
+	return ok && time.Now().Before(running.until) && !running.transaction.Lost()
 }

@@ -116,6 +116,9 @@ func (a *attempt) Context(ctx context.Context) context.Context {
 	return a.handler
 }
 
+// Lost implements [idempotency.Attempt].
+func (a *attempt) Lost() bool { return a.inner.Lost() }
+
 // Seal implements [idempotency.Attempt].
 func (a *attempt) Seal() error {
 	if a.ended { // the engine unwinds after a death

@@ -165,6 +165,9 @@ func (a *attempt) Context(ctx context.Context) context.Context { return ctx }
 // Seal implements [idempotency.Attempt].
 func (a *attempt) Seal() error { return nil }
 
+// Lost implements [idempotency.Attempt]. There is no connection to lose.
+func (a *attempt) Lost() bool { return false }
+
 // Commit implements [idempotency.Attempt].
 func (a *attempt) Commit(ctx context.Context, answer *idempotency.Answer) error {
 	err := a.store.refuse(ctx, idempotency.StepCommit)

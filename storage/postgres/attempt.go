@@ -198,6 +198,10 @@ func (a *attempt) Seal() error {
 	}
 }
 
+// Lost implements [idempotency.Attempt]. While the handler waits for the reply to a statement, it may
+// report true although all is well.
+func (a *attempt) Lost() bool { return wire.Unread(a.conn.Conn()) }
+
 // Commit implements [idempotency.Attempt]: the statements that the handler deferred, the deferred
 // constraints, the record and COMMIT in one round trip.
 func (a *keyedAttempt) Commit(ctx context.Context, answer *idempotency.Answer) error {

@@ -123,6 +123,9 @@ type wireConn struct {
 	writing bool // guarded by wire.mu
 }
 
+// NetConn lets the store look at the socket.
+func (c *wireConn) NetConn() net.Conn { return c.Conn }
+
 func (c *wireConn) Write(p []byte) (int, error) {
 	c.wire.mu.Lock()
 	if !c.writing {

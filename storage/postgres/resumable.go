@@ -554,6 +554,9 @@ func (a *openAttempt) Seal() error {
 	return a.failed
 }
 
+// Lost implements [idempotency.Attempt]. An open request outlives its connections.
+func (a *openAttempt) Lost() bool { return false }
+
 // Commit implements [idempotency.Attempt].
 func (a *openAttempt) Commit(ctx context.Context, answer *idempotency.Answer) error {
 	phase, begun, err := a.last(ctx)

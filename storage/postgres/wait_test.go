@@ -50,6 +50,13 @@ func (u *usage) TraceRelease(*pgxpool.Pool, pgxpool.TraceReleaseData) {
 	u.now--
 }
 
+// total returns how many connections have been taken.
+func (u *usage) total() int {
+	u.mu.Lock()
+	defer u.mu.Unlock()
+	return u.taken
+}
+
 func (u *usage) TraceQueryStart(ctx context.Context, _ *pgx.Conn, _ pgx.TraceQueryStartData) context.Context {
 	return ctx
 }
@@ -284,12 +291,7 @@ func TestDuplicatesOfWhatRunsHereTakeNoConnection(t *testing.T) {
 		})
 	}()
 	<-running
-	taken := func() int {
-		used.mu.Lock()
-		defer used.mu.Unlock()
-		return used.taken
-	}
-	before := taken()
+	before := used.total()
 	results := make([]idempotency.Result, copies)
 	var group sync.WaitGroup
 	for i := range copies {
@@ -302,7 +304,7 @@ func TestDuplicatesOfWhatRunsHereTakeNoConnection(t *testing.T) {
 		})
 	}
 	group.Wait()
-	if n := taken() - before; n != 0 {
+	if n := used.total() - before; n != 0 {
 		t.Errorf("%d connections were taken by duplicates of what runs here", n)
 	}
 	close(answered)
@@ -604,5 +606,38 @@ func TestWaitThatElapsesDuringACallRunsNothing(t *testing.T) {
 	want(t, result, idempotency.OutcomeInProgress, idempotency.ReasonInProgress)
 	if result.RetryAfter <= 0 || result.RetryAfter > patience {
 		t.Errorf("%+v", result)
+	}
+}
+
+// A handler whose connection was lost runs on until it notices. Another process may execute the
+// request meanwhile. From then on no copy is told that it is in progress, in no process.
+func TestHandlerWithoutItsConnectionHidesNoRecord(t *testing.T) {
+	t.Parallel()
+	used := &usage{}
+	b := setup(t, &setupOptions{configure: func(c *pgxpool.Config) {
+		c.ConnConfig.Tracer = multitracer.New(c.ConnConfig.Tracer, used)
+	}})
+	here, elsewhere := idempotency.NewEngine(b.store, nil), idempotency.NewEngine(b.store, nil)
+	paid := func(ctx context.Context) (*idempotency.Answer, error) {
+		effect(ctx, t)
+		return signed(ctx, 201), nil
+	}
+	result := here.Do(context.Background(), request("k", ""), func(ctx context.Context) (*idempotency.Answer, error) {
+		effect(ctx, t)
+		before := used.total()
+		want(t, here.Do(context.Background(), request("k", ""), paid), idempotency.OutcomeInProgress, idempotency.ReasonInProgress)
+		if used.total() != before {
+			t.Error("a copy took a connection while the handler had its own")
+		}
+		if b.count(t, "SELECT count(*) FROM (SELECT pg_terminate_backend($1, 5000)) AS ended", int(postgres.RawConn(postgres.Tx(ctx)).PgConn().PID())) != 1 {
+			t.Error("the backend was not ended")
+		}
+		want(t, elsewhere.Do(context.Background(), request("k", ""), paid), idempotency.OutcomeExecuted, "")
+		want(t, here.Do(context.Background(), request("k", ""), paid), idempotency.OutcomeReplayed, "")
+		return signed(ctx, 201), nil
+	})
+	want(t, result, idempotency.OutcomeReplayed, "")
+	if n := b.effects(t); n != 1 {
+		t.Errorf("%d effects, want 1", n)
 	}
 }

@@ -360,6 +360,8 @@ func (a *referenceAttempt) Context(ctx context.Context) context.Context {
 	return context.WithValue(ctx, referenceKey{}, a)
 }
 
+func (a *referenceAttempt) Lost() bool { return false }
+
 func (a *referenceAttempt) Seal() error {
 	a.store.mu.Lock()
 	defer a.store.mu.Unlock()
