@@ -17,6 +17,7 @@ import (
 	"github.com/paidonce/idempotency"
 	"github.com/paidonce/idempotency/internal/testservice"
 	"github.com/paidonce/idempotency/message"
+	"github.com/paidonce/idempotency/migrations"
 	"github.com/paidonce/idempotency/relay"
 	"github.com/paidonce/idempotency/storage/postgres"
 )
@@ -461,6 +462,78 @@ func TestRelaysLoseNothingAndKeepTheOrder(t *testing.T) {
 	}
 	if made := s.Count(t, "SELECT sum(version) FROM aggregates"); made == 0 || len(p.got) != made {
 		t.Errorf("%d messages were made, %d published", made, len(p.got))
+	}
+}
+
+// Mode 12: two services in one database. With one outbox, either one's relay publishes what both
+// made, once and in the order of its keys. With a schema of its own a service has its own outbox:
+// nothing of the other's reaches its broker. The same key of a client makes two messages.
+func TestTwoServicesInOneDatabase(t *testing.T) {
+	t.Parallel()
+	for _, schema := range []string{"public", "billing"} {
+		t.Run("second service in schema "+schema, func(t *testing.T) {
+			t.Parallel()
+			const each, keys = 60, 5
+			orders := testservice.New(t, nil)
+			billing := testservice.On(t, orders.URL, &postgres.Options{Schema: schema})
+			if err := migrations.Up(t.Context(), billing.Store, nil); err != nil {
+				t.Fatal(err)
+			}
+			brokers := map[string]*recorder{"orders": new(recorder), "billing": new(recorder)}
+			if schema == "public" {
+				brokers["billing"] = brokers["orders"] // who shares the outbox shares the broker
+			}
+			run(t, orders.Store.Outbox(), brokers["orders"], &relay.Options{BatchMessages: 7})
+			run(t, billing.Store.Outbox(), brokers["billing"], &relay.Options{BatchMessages: 7})
+			engines := map[string]*idempotency.Engine{
+				"orders":  orders.Engine.With(&idempotency.Options{Service: "orders"}),
+				"billing": billing.Engine.With(&idempotency.Options{Service: "billing"}),
+			}
+			var writing sync.WaitGroup
+			for name, engine := range engines {
+				writing.Go(func() {
+					for i := range each {
+						key := idempotency.Key{Scope: "acme", Value: strconv.Itoa(i)}
+						if schema == "public" {
+							key.Value = name + key.Value // they share the table of keys too
+						}
+						if result := engine.Do(t.Context(), testservice.Request(key), func(ctx context.Context) (*idempotency.Answer, error) {
+							return &idempotency.Answer{Status: 201}, message.Publish(ctx, "made", message.Message{Topic: "t", Key: []byte(name + strconv.Itoa(i%keys)), Body: []byte(strconv.Itoa(i))})
+						}); result.Outcome != idempotency.OutcomeExecuted {
+							t.Errorf("%s: %+v", name, result)
+						}
+					}
+				})
+			}
+			writing.Wait()
+			eventually(t, "both outboxes are empty", func() bool {
+				return empty(t, orders)() && billing.Count(t, "SELECT count(*) FROM "+schema+".message_outbox") == 0
+			})
+
+			got := brokers["orders"].got
+			if schema != "public" {
+				for name, p := range brokers {
+					for _, m := range p.got {
+						if !strings.HasPrefix(string(m.Key), name) {
+							t.Errorf("the broker of %s got a message of key %s", name, m.Key)
+						}
+					}
+				}
+				got = append(got, brokers["billing"].got...)
+			}
+			ids, last := map[string]bool{}, map[string]int{}
+			for _, m := range got {
+				ids[m.ID] = true
+				i, _ := strconv.Atoi(string(m.Body))
+				if before, ok := last[string(m.Key)]; ok && i <= before {
+					t.Errorf("key %s: %d came behind %d", m.Key, i, before)
+				}
+				last[string(m.Key)] = i
+			}
+			if len(got) != 2*each || len(ids) != 2*each {
+				t.Errorf("%d messages with %d ids were published, want %d", len(got), len(ids), 2*each)
+			}
+		})
 	}
 }
 

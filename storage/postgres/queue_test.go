@@ -18,6 +18,7 @@ import (
 	"github.com/paidonce/idempotency/consumer"
 	"github.com/paidonce/idempotency/message"
 	"github.com/paidonce/idempotency/relay"
+	"github.com/paidonce/idempotency/storage/postgres"
 )
 
 // publishMail makes a request that publishes one message.
@@ -118,6 +119,52 @@ func TestQueueHandlesEachMessageOnce(t *testing.T) {
 				t.Errorf("effects end with %q", got[len(got)-40:])
 			}
 		})
+	}
+}
+
+// dyingQueue is the queue of a process that will have died: it takes nothing back.
+type dyingQueue struct{ *postgres.Queue }
+
+func (dyingQueue) ForgiveDeath(context.Context, string, consumer.Partition) error {
+	return errors.New("the process is dead")
+}
+
+// Mode 21: the message of a queue that ends its process is found, and those beside it are handled.
+func TestQueueFindsTheMessageThatKillsItsProcess(t *testing.T) {
+	t.Parallel()
+	const deathsMax = 20
+	b := setup(t, nil)
+	engine := idempotency.NewEngine(b.store, nil)
+	for _, body := range []string{"a", "killer", "b"} {
+		b.publishMail(t, engine, "mails", body, body)
+	}
+	b.exec(t, "UPDATE message_outbox SET shard = 7")
+	handled := func() bool { return b.count(t, "SELECT count(*) FROM message_outbox") == 0 }
+	for deaths := 0; !handled(); deaths++ {
+		if deaths > deathsMax {
+			t.Fatalf("not found after %d deaths", deathsMax)
+		}
+		ctx, die := context.WithCancel(t.Context())
+		queue := dyingQueue{b.store.Queue("mails")}
+		var running sync.WaitGroup
+		running.Go(func() {
+			_ = consumer.New("mailer", queue, queue, func(ctx context.Context, m *consumer.Delivery) error {
+				if string(m.Body) == "killer" {
+					die() // as far as the database can tell, the process is gone
+					return ctx.Err()
+				}
+				return insertBody(ctx, m)
+			}, &consumer.Options{BatchMax: 10, Logger: slog.New(slog.DiscardHandler)}).Run(ctx)
+		})
+		eventually(t, "the process is dead, or all is handled", func() bool { return ctx.Err() != nil || handled() })
+		die()
+		running.Wait()
+	}
+	if got := b.effectsInOrder(t); got != "a b" {
+		t.Errorf("effects %q", got)
+	}
+	if n := b.count(t, "SELECT count(*) FROM message_parked WHERE error = '5 processes ended before it was handled'"); n != 1 {
+		t.Errorf("%d messages are parked for the deaths", n)
 	}
 }
 
