@@ -505,7 +505,7 @@ func (r *run) do() (settled int, pause time.Duration) {
 			end.Mismatches++
 			finish.Park = append(finish.Park, Park{Delivery: d, State: Dead, Error: "its id was recorded with another topic or body"})
 		case known == Behind:
-			finish.Park = append(finish.Park, Park{Delivery: d, State: WaitingFor, Error: "it waits behind another message of its key"})
+			finish.Park = append(finish.Park, Park{Delivery: d, State: WaitingBehind, Error: "it waits behind another message of its key"})
 		case r.decided != nil:
 			park := *r.decided
 			park.Delivery = d
@@ -561,7 +561,7 @@ func (r *run) do() (settled int, pause time.Duration) {
 		} else {
 			end.Parked++
 		}
-		if park.State != WaitingFor {
+		if park.State != WaitingBehind {
 			r.options.Logger.Warn("idempotency: a message is parked", "consumer", r.name, "source", r.p.Source, "partition", r.p.Number, "offset", park.Delivery.Offset,
 				"dead", park.State == Dead, "attempts", park.Attempts)
 		}

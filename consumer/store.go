@@ -144,7 +144,7 @@ type ParkState int16
 
 // The states. Stores keep their numbers.
 const (
-	Waiting    ParkState = 1 // it is tried again later
-	WaitingFor ParkState = 2 // behind another message of its key, unrun
-	Dead       ParkState = 3 // until a person redrives or drops it
+	Waiting       ParkState = 1 // it is tried again later
+	WaitingBehind ParkState = 2 // behind another message of its key, unrun
+	Dead          ParkState = 3 // until a person redrives or drops it
 )

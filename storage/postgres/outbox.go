@@ -151,7 +151,8 @@ type Outbox struct {
 	nudged <-chan struct{}
 }
 
-// Outbox returns the outbox, without the messages of some topics: those that a [Queue] handles.
+// Outbox returns the outbox, without the messages of some topics: those that a [Queue] handles. Call
+// it once for a relay: the store keeps what it needs to wake it.
 func (s *Store) Outbox(except ...string) *Outbox {
 	if except == nil {
 		except = []string{} // nil would be NULL

@@ -38,7 +38,8 @@ var (
 	_ consumer.Store  = (*Queue)(nil)
 )
 
-// Queue returns the queue of a topic.
+// Queue returns the queue of a topic. Call it once for a consumer: the store keeps what it needs to
+// wake it.
 func (s *Store) Queue(topic string) *Queue {
 	q := &Queue{Inbox: s.Inbox(), topic: topic, outbox: pgx.Identifier{s.options.Schema, OutboxTable}.Sanitize(), nudged: s.nudges.reader()}
 	// As Inbox's known, with its OFFSET 0 and LIMIT, but what is recorded there is deleted here.

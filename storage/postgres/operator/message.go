@@ -46,7 +46,7 @@ const (
 	MessageDead    ParkedState = "dead"    // until a person redrives or drops it
 )
 
-var parkedStates = map[consumer.ParkState]ParkedState{consumer.Waiting: MessageWaiting, consumer.WaitingFor: MessageBehind, consumer.Dead: MessageDead}
+var parkedStates = map[consumer.ParkState]ParkedState{consumer.Waiting: MessageWaiting, consumer.WaitingBehind: MessageBehind, consumer.Dead: MessageDead}
 
 // number returns the state's number in the table; 0 stands for all states.
 func (s ParkedState) number() (consumer.ParkState, error) {
