@@ -127,6 +127,7 @@ func TestDependencies(t *testing.T) {
 		{[]string{"./admin"}, []string{"", "admin", "consumer", "internal/pooler", "message", "relay", "storage/postgres", "storage/postgres/operator"}, pgx},
 		{[]string{"./middleware"}, []string{"", "middleware"}, []string{httpsfv}},
 		{[]string{"./idempotencytest"}, []string{"", "effect", "idempotencytest", "internal/crashpoint", "middleware"}, []string{httpsfv}},
+		{[]string{"./middleware/mwtest"}, []string{"", "middleware", "middleware/mwtest", "storage/memory"}, []string{httpsfv}},
 		{[]string{"./middleware/chiroute"}, []string{"middleware/chiroute"}, []string{"github.com/go-chi/chi/v5"}},
 		{[]string{"./client"}, []string{"", "client"}, []string{uuid}},
 		{[]string{"./client/pgintent"}, []string{"", "client", "client/pgintent"}, append([]string{uuid}, pgx...)},
