@@ -58,7 +58,7 @@ const (
 	reasonOfRefusal Reason = "(its own)"
 )
 
-// Disposition is the meaning of an answer for the transaction. A policy maps a status to it; see
+// Disposition is the meaning of an answer for the transaction. A policy maps an answer to it; see
 // [DefaultDisposition].
 type Disposition uint8
 
@@ -70,18 +70,18 @@ const (
 	DispositionDecline             // undo the handler's writes, keep the answer
 )
 
-// DefaultDisposition commits 2xx and 3xx and declines 4xx. It forgets answers that a retry may
-// change: 401, 403, 407, 408, 421, 425, 429, 499 (a canceled call, as gateways and gRPC spell it)
-// and every other status.
-func DefaultDisposition(status int) Disposition {
-	switch status {
+// DefaultDisposition looks only at the status. It commits 2xx and 3xx and declines 4xx. It forgets
+// answers that a retry may change: 401, 403, 407, 408, 421, 425, 429, 499 (a canceled call, as
+// gateways and gRPC spell it) and every other status.
+func DefaultDisposition(answer Answer) Disposition {
+	switch answer.Status {
 	case 401, 403, 407, 408, 421, 425, 429, 499:
 		return DispositionForget
 	}
 	switch {
-	case status >= 200 && status < 400:
+	case answer.Status >= 200 && answer.Status < 400:
 		return DispositionCommit
-	case status >= 400 && status < 500:
+	case answer.Status >= 400 && answer.Status < 500:
 		return DispositionDecline
 	}
 	return DispositionForget

@@ -153,7 +153,7 @@ func TestDefaultDisposition(t *testing.T) {
 		case status >= 400 && status <= 499:
 			want = DispositionDecline
 		}
-		if got := DefaultDisposition(status); got != want {
+		if got := DefaultDisposition(Answer{Status: status}); got != want {
 			t.Errorf("%d: %d, want %d", status, got, want)
 		}
 	}

@@ -45,9 +45,11 @@ type Options struct {
 	// others; further ones do not wait. Defaults to 0: no request waits.
 	Wait time.Duration
 
-	// Disposition returns the meaning of an answer with this status for the transaction. Defaults
-	// to [DefaultDisposition].
-	Disposition func(status int) Disposition
+	// Disposition returns the meaning of an answer for the transaction. It gets the handler's answer
+	// as a RunFunc returns it, before Reduce, so that it can find an error that the body of a 200
+	// reports, as GraphQL and JSON-RPC do. It must not change the answer's header or body in place,
+	// and is called from many goroutines. Defaults to [DefaultDisposition].
+	Disposition func(answer Answer) Disposition
 
 	// Reduce returns the part of an answer that is recorded, if that is not all of it: a body may
 	// hold a one-time secret, for example. The first client gets the whole answer all the same, and
@@ -498,7 +500,7 @@ func (e *Engine) attempt(ctx context.Context, budget *deadline.Context, req *ong
 // If the policy panics the handler has failed: nothing says that the answer is final.
 func (e *Engine) disposition(req *ongoing, answer *Answer) (disposition Disposition, err error) {
 	defer recovered("Options.Disposition", &err)
-	disposition = e.options.Disposition(answer.Status)
+	disposition = e.options.Disposition(*answer)
 	if disposition == DispositionDecline && req.keyless() {
 		return DispositionForget, nil
 	}

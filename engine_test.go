@@ -574,7 +574,7 @@ func TestDispositionIsThePolicys(t *testing.T) {
 	policy := map[int]idempotency.Disposition{500: idempotency.DispositionCommit, 201: idempotency.DispositionDecline, 402: idempotency.DispositionForget}
 	for status, want := range map[int]string{500: "commit", 201: "decline", 402: "rollback"} {
 		store := scripted(turn{})
-		engine := idempotency.NewEngine(store, &idempotency.Options{Disposition: func(status int) idempotency.Disposition { return policy[status] }})
+		engine := idempotency.NewEngine(store, &idempotency.Options{Disposition: func(answer idempotency.Answer) idempotency.Disposition { return policy[answer.Status] }})
 		engine.Do(t.Context(), keyed("k"), answering(status))
 		if store.log() != "begin seal "+want {
 			t.Errorf("%d: %s, want %s", status, store.log(), want)
@@ -641,8 +641,8 @@ func TestAnswerThatCannotBeReplayedIsNotRecorded(t *testing.T) {
 		"headers over the limit": {idempotency.Answer{Status: 201, Header: header("A", strings.Repeat("a", idempotency.HeaderBytesMax))}, idempotency.OutcomeNotExecuted},
 	} {
 		store := scripted(turn{})
-		policy := &idempotency.Options{Disposition: func(status int) idempotency.Disposition {
-			if status == 402 {
+		policy := &idempotency.Options{Disposition: func(answer idempotency.Answer) idempotency.Disposition {
+			if answer.Status == 402 {
 				return idempotency.DispositionDecline
 			}
 			return idempotency.DispositionCommit
@@ -848,7 +848,7 @@ func (b brokenTracer) TraceWaitStart(context.Context)                          {
 func TestPolicyThatPanicsFailsTheHandler(t *testing.T) {
 	t.Parallel()
 	for whose, options := range map[string]idempotency.Options{
-		"Options.Disposition": {Disposition: func(int) idempotency.Disposition { panic(http.ErrAbortHandler) }},
+		"Options.Disposition": {Disposition: func(idempotency.Answer) idempotency.Disposition { panic(http.ErrAbortHandler) }},
 		"Options.Reduce":      {Reduce: func(idempotency.Answer) idempotency.Answer { panic(http.ErrAbortHandler) }},
 	} {
 		for _, status := range []int{201, 402} {

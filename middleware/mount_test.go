@@ -32,7 +32,7 @@ func here() string {
 func TestMountedTwiceNamesBothMounts(t *testing.T) {
 	t.Parallel()
 	keepAll := func(o *middleware.Options) {
-		o.Disposition = func(int) idempotency.Disposition { return idempotency.DispositionCommit }
+		o.Disposition = func(idempotency.Answer) idempotency.Disposition { return idempotency.DispositionCommit }
 	}
 	var outer, inner string // the lines of the two
 	for name, mount := range map[string]func(idem *middleware.Middleware, h http.Handler) http.Handler{

@@ -25,10 +25,12 @@ type Options struct {
 	// that must exceed it.
 	Wait time.Duration
 
-	// Disposition returns the meaning of an answer with this status for the transaction. Defaults
-	// to [idempotency.DefaultDisposition]: 2xx and 3xx are committed, 4xx recorded without the
-	// handler's writes, and 5xx forgotten.
-	Disposition func(status int) idempotency.Disposition
+	// Disposition returns the meaning of an answer for the transaction. Defaults to
+	// [idempotency.DefaultDisposition]: 2xx and 3xx are committed, 4xx recorded without the
+	// handler's writes, and 5xx forgotten. A protocol that reports errors in the body of a 200, as
+	// GraphQL and JSON-RPC do, needs one of its own. It gets the whole body, and the headers that are
+	// recorded, and must not change them in place.
+	Disposition func(answer idempotency.Answer) idempotency.Disposition
 
 	// Reduce returns the part of an answer that is recorded, if that is not all of it: see
 	// [StatusAndLocation] and [idempotency.Options.Reduce]. Headers that are never recorded are

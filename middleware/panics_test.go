@@ -101,9 +101,9 @@ func newPanics(t *testing.T, h *trap, wait time.Duration) *panics {
 			h.spring("reduce")
 			return a
 		},
-		Disposition: func(status int) idempotency.Disposition {
+		Disposition: func(answer idempotency.Answer) idempotency.Disposition {
 			h.spring("disposition")
-			return idempotency.DefaultDisposition(status)
+			return idempotency.DefaultDisposition(answer)
 		},
 		AuthorizeReplay: func(*http.Request, *idempotency.Record) error {
 			h.spring("authorize")

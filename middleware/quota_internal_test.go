@@ -196,12 +196,12 @@ func TestQuotasThatCannotWorkPanic(t *testing.T) {
 func TestRoutesShareTheQuota(t *testing.T) {
 	t.Parallel()
 	asked := 0
-	policy := func(status int) idempotency.Disposition { asked++; return idempotency.DispositionCommit }
+	policy := func(idempotency.Answer) idempotency.Disposition { asked++; return idempotency.DispositionCommit }
 	m := New(stubStore{}, func(*http.Request) (string, error) { return "", nil }, &Options{
 		Quota: Quota{KeysMax: 1}, Disposition: policy,
 	})
 	var seen idempotency.Disposition
-	same := m.With(func(o *Options) { o.Optional = true; seen = o.Disposition(429) })
+	same := m.With(func(o *Options) { o.Optional = true; seen = o.Disposition(idempotency.Answer{Status: 429}) })
 	other := same.With(func(o *Options) { o.Quota.KeysMax = 2 })
 	none := same.With(func(o *Options) { o.Quota = Quota{} })
 	if same.quota != m.quota || other.quota == m.quota || other.quota == nil || none.quota != nil {

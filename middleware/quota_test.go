@@ -91,7 +91,7 @@ func TestQuotaIsNeverRecorded(t *testing.T) {
 	clock := testclock.New()
 	b := setup(t, setupOptions{middleware: &middleware.Options{
 		Quota:       middleware.Quota{KeysMax: 1, Now: clock.Now},
-		Disposition: func(int) idempotency.Disposition { return idempotency.DispositionCommit },
+		Disposition: func(idempotency.Answer) idempotency.Disposition { return idempotency.DispositionCommit },
 	}}, transfer)
 	want(t, b.post(t, "/", "{}", "Idempotency-Key", "1"), 201, idempotency.OutcomeExecuted, "")
 	want(t, b.post(t, "/", "{}", "Idempotency-Key", "2"), 429, idempotency.OutcomeNotExecuted, idempotency.ReasonQuotaExceeded)
@@ -224,9 +224,9 @@ func TestQuotaCountsRecordsWhateverPanics(t *testing.T) {
 						},
 						Tracer: bug,
 						Reduce: func(answer idempotency.Answer) idempotency.Answer { bug.maybe("reduce"); return answer },
-						Disposition: func(status int) idempotency.Disposition {
+						Disposition: func(answer idempotency.Answer) idempotency.Disposition {
 							bug.maybe("disposition")
-							return idempotency.DefaultDisposition(status)
+							return idempotency.DefaultDisposition(answer)
 						},
 					})
 					handler := idem.Handler(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {

@@ -98,7 +98,7 @@ func stray(op *Operation) string {
 		return "an Idempotency-Status that does not exist"
 	case success(op.Status) && !op.acknowledged():
 		return "a 2xx that is neither executed nor replayed"
-	case op.acknowledged() && idempotency.DefaultDisposition(op.Status) == idempotency.DispositionForget:
+	case op.acknowledged() && idempotency.DefaultDisposition(idempotency.Answer{Status: op.Status}) == idempotency.DispositionForget:
 		return "an answer that is never recorded"
 	case op.acknowledged() && op.Answer == [32]byte{}:
 		return "an answer without its hash"

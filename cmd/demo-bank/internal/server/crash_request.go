@@ -17,8 +17,8 @@ func (p *CrashPoint) Protect(idem *middleware.Middleware, path string) func(http
 	crashing := idem.With(func(o *middleware.Options) {
 		o.Tracer = &crashTracer{Tracer: o.Tracer, point: p}
 		policy := o.Disposition
-		o.Disposition = func(status int) idempotency.Disposition {
-			disposition := policy(status)
+		o.Disposition = func(answer idempotency.Answer) idempotency.Disposition {
+			disposition := policy(answer)
 			if disposition == idempotency.DispositionCommit {
 				// The engine calls this after it sealed the handler's transaction, and commits
 				// next.
