@@ -40,6 +40,7 @@ const (
 	ReasonScope         Reason = "scope"
 	ReasonBodyTooLarge  Reason = "body-too-large"
 	ReasonBodyUnread    Reason = "body-unread"
+	ReasonMediaType     Reason = "media-type"
 	ReasonReplayDenied  Reason = "replay-denied"
 	ReasonQuotaExceeded Reason = "quota-exceeded"
 

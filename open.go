@@ -781,15 +781,18 @@ func (e *Engine) runOpen(ctx context.Context, budget *deadline.Context, req *ong
 	}}
 	effects.begin(&carrier.running)
 	answer, failed := e.call(effects.attempt.Context(carrier), req, effects.attempt, handlerEnd, run)
-	trace.step(StepHandler, started, failed)
 	effects.end()
+	if errors.Is(failed, ErrAnswerMissing) && (effects.opened && effects.lapsed || effects.intent != nil) {
+		failed = nil // the handler returned because its call has no result
+	}
+	trace.step(StepHandler, started, failed)
 	if effects.trace.panicked != nil {
 		trace.panicked = effects.trace.panicked
 	}
 	sealed := effects.attempt.Seal()
 
 	disposition := DispositionForget
-	if failed == nil {
+	if failed == nil && answer != nil {
 		disposition, failed = e.disposition(req, answer)
 	}
 	recorded = answer

@@ -60,7 +60,7 @@ func BenchmarkRecorder(b *testing.B) {
 				for range writes {
 					_, _ = w.Write(benchBody)
 				}
-				if err := w.finish(outer); err != nil {
+				if err := w.finish(outer, false); err != nil {
 					b.Fatal(err)
 				}
 				recordable(w.sent, outer, allowed)

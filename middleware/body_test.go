@@ -87,6 +87,7 @@ func TestLongBodyIsReadWhole(t *testing.T) {
 			if got, err := io.ReadAll(r.Body); err != nil || string(got) != body || r.ContentLength != int64(length) {
 				t.Errorf("%d of %d bytes, Content-Length %d, %v", len(got), length, r.ContentLength, err)
 			}
+			w.WriteHeader(http.StatusOK)
 		}))
 		r := httptest.NewRequest(http.MethodPost, "/", strings.NewReader(body))
 		r.Header.Set("Idempotency-Key", "k")
@@ -511,6 +512,7 @@ func TestFilesOfAFormAreRemoved(t *testing.T) {
 		if files, _ := filepath.Glob(dir + "/multipart-*"); len(files) != 1 {
 			t.Errorf("%d files", len(files))
 		}
+		w.WriteHeader(http.StatusOK)
 	})
 	var body bytes.Buffer
 	form := multipart.NewWriter(&body)

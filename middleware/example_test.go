@@ -105,7 +105,7 @@ func ExampleOptions_fingerprints() {
 	handler := middleware.New(memory.New(nil), exampleAccount, &middleware.Options{
 		// The second is for older records.
 		Fingerprinters: []middleware.Fingerprinter{fields, middleware.FingerprinterV1()},
-	}).Handler(http.HandlerFunc(func(http.ResponseWriter, *http.Request) {}))
+	}).Handler(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { w.WriteHeader(http.StatusOK) }))
 
 	exampleSend(handler, "8e03978e", `{"to":"bob","amount":1250}`)
 	exampleSend(handler, "8e03978e", `{"amount": 1250, "to": "bob"}`)
@@ -156,7 +156,7 @@ func ExampleOptions_authorizeReplay() {
 			}
 			return nil
 		},
-	}).Handler(http.HandlerFunc(func(http.ResponseWriter, *http.Request) {}))
+	}).Handler(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { w.WriteHeader(http.StatusOK) }))
 
 	exampleSend(handler, "8e03978e", "")
 	exampleSend(handler, "8e03978e", "")

@@ -143,6 +143,7 @@ func TestNoCanaryInLogsMetricsAndErrors(t *testing.T) {
 			return
 		case "/swallowed": // PostgreSQL quotes input that it can't read
 			_, _ = tx.Exec(r.Context(), "SELECT '"+thrown+"'::text::int")
+			w.WriteHeader(http.StatusCreated)
 			return
 		case "/raised":
 			_, _ = tx.Exec(r.Context(), "DO $$ BEGIN RAISE EXCEPTION '"+thrown+"' USING DETAIL = '"+thrown+"', HINT = '"+thrown+"'; END $$")

@@ -109,6 +109,12 @@ func (m *Middleware) serve(w http.ResponseWriter, r *http.Request, next http.Han
 		return
 	}
 
+	if isGRPC(r.Header) {
+		m.notice(r, slog.LevelError, "gRPC calls are refused: put the interceptor of contrib/grpc into the gRPC server, and leave it out of the HTTP middleware")
+		m.refuse(w, r, idempotency.ReasonMediaType, errGRPC, nil)
+		return
+	}
+
 	// Find the key and the scope.
 	key, err := keyValue(r.Header, m.options.KeyBytesMin, m.options.KeyBytesMax)
 	switch {
@@ -208,6 +214,17 @@ func (m *Middleware) serve(w http.ResponseWriter, r *http.Request, next http.Han
 		panic(http.ErrAbortHandler)
 	}
 	m.answer(w, r, result, run)
+}
+
+// errGRPC refuses a gRPC call. Its errors are trailers of a 200, which would be committed, and a
+// replay would not have them.
+var errGRPC = errors.New("gRPC call came to the HTTP middleware")
+
+// isGRPC reports whether the request is a call of gRPC or gRPC-Web.
+func isGRPC(h http.Header) bool {
+	const prefix = "application/grpc"
+	mediaType := h.Get("Content-Type")
+	return len(mediaType) >= len(prefix) && strings.EqualFold(mediaType[:len(prefix)], prefix)
 }
 
 // answer writes the client's answer. net/http sets its length: middleware outside may change it, as
@@ -341,7 +358,7 @@ func (run *run) once(ctx context.Context) (*idempotency.Answer, error) {
 	if inner := one.ctx.inner.Load(); inner != nil {
 		return nil, errSecondMount(run.at, inner)
 	}
-	if err := run.recorder.finish(run.outer); err != nil {
+	if err := run.recorder.finish(run.outer, run.m.options.EmptyOK); err != nil {
 		return nil, err
 	}
 	one.answer = idempotency.Answer{
@@ -396,7 +413,7 @@ func (m *Middleware) log(r *http.Request, key idempotency.Key, result idempotenc
 	}
 	attributes := []slog.Attr{
 		slog.String("outcome", string(result.Outcome)), slog.String("reason", string(result.Reason)),
-		slog.Any("key", key), slog.String("method", r.Method),
+		slog.Any("key", key), slog.String("method", r.Method), slog.String("route", m.options.Route(r)),
 	}
 	if result.Err != nil {
 		attributes = append(attributes, slog.Any("error", result.Err))

@@ -155,7 +155,9 @@ func TestHandlerFailed(t *testing.T) {
 				transfer(&headerless{w}, r)
 				if failing {
 					fail(w, r)
+					return
 				}
+				w.WriteHeader(http.StatusOK)
 			})
 			failed := b.post(t, "/transfers", "{}", "Idempotency-Key", "k")
 			want(t, failed, 500, idempotency.OutcomeNotExecuted, idempotency.ReasonHandlerFailed)

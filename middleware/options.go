@@ -61,6 +61,12 @@ type Options struct {
 	// malformed key is still refused.
 	Optional bool
 
+	// EmptyOK lets a handler return without a WriteHeader or a Write, which net/http answers with an
+	// empty 200. False, the default, makes such a request 500 handler-failed, and undoes the
+	// handler's writes: a handler of a framework that is wired wrongly looks the same, because its
+	// answer, or its error, goes around the middleware.
+	EmptyOK bool
+
 	// KeyBytesMin and KeyBytesMax bound the key after unquoting. They default to 1 and 255. 255 is
 	// the maximum ([idempotency.KeyBytesMax]).
 	KeyBytesMin int

@@ -47,6 +47,8 @@ var texts = map[idempotency.Reason]text{
 		"The request's body is over the limit. Nothing was executed.", false},
 	idempotency.ReasonBodyUnread: {http.StatusBadRequest, "The body did not arrive",
 		"The request's body ended early, took too long or could not be decoded. Nothing was executed.", false},
+	idempotency.ReasonMediaType: {http.StatusUnsupportedMediaType, "gRPC is not served here",
+		"The HTTP middleware can't record the answer of a gRPC call, which ends in trailers. The service must put the interceptor of github.com/paidonce/idempotency/contrib/grpc into its gRPC server, and leave this route out of the HTTP middleware. Nothing was executed.", false},
 	idempotency.ReasonReplayDenied: {http.StatusForbidden, "The answer may not be shown",
 		"This request was answered before, and you may not see that answer now.", false},
 	idempotency.ReasonQuotaExceeded: {http.StatusTooManyRequests, "Too many new keys",

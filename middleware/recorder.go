@@ -6,10 +6,18 @@ import (
 	"net/http"
 	"slices"
 	"strconv"
+
+	"github.com/paidonce/idempotency"
 )
 
 // errAnswerTooLarge fails a handler whose answer is over [Options.AnswerBytesMax].
 var errAnswerTooLarge = errors.New("answer is over its limit")
+
+// errNothingWritten fails a handler that returned without an answer, unless [Options.EmptyOK] is
+// set.
+var errNothingWritten = fmt.Errorf("%w: no WriteHeader, and no Write. "+
+	"If a framework runs it (gin, echo, fiber), its answer or error went around the middleware: use the adapter in contrib, or mount the middleware around the whole app. "+
+	"If it answers an empty 200, call WriteHeader(http.StatusOK), or set Options.EmptyOK", idempotency.ErrAnswerMissing)
 
 // recorder is the handler's ResponseWriter. It keeps the answer in memory, so that nothing reaches
 // the client before COMMIT has returned. It therefore has no Unwrap, and Flush, Hijack and
@@ -68,8 +76,12 @@ func (w *recorder) Write(p []byte) (int, error) {
 
 // finish completes the answer as net/http would. outer are the headers that outer middleware set
 // before the handler. If the handler sets a Content-Length, it becomes the answer's actual length;
-// otherwise net/http decides.
-func (w *recorder) finish(outer http.Header) error {
+// otherwise net/http decides. If the handler wrote nothing and emptyOK is false, it returns
+// errNothingWritten.
+func (w *recorder) finish(outer http.Header, emptyOK bool) error {
+	if w.status == 0 && !emptyOK {
+		return errNothingWritten
+	}
 	w.WriteHeader(http.StatusOK)
 	if w.tooLong {
 		return errAnswerTooLarge

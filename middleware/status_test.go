@@ -76,9 +76,10 @@ func setupOperations(t *testing.T, options *middleware.Options) *operations {
 		mux := http.NewServeMux()
 		mux.Handle("POST /topups/{kind}", topUps.Handler(http.HandlerFunc(topUp)))
 		mux.Handle("GET /v1/operations/{id}", status)
-		mux.Handle("POST /hold", idem.Handler(http.HandlerFunc(func(http.ResponseWriter, *http.Request) {
+		mux.Handle("POST /hold", idem.Handler(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
 			close(o.held)
 			<-o.release
+			w.WriteHeader(http.StatusOK)
 		})))
 		return mux
 	}}, nil)

@@ -123,7 +123,10 @@ func waitServer(t *testing.T, readTimeout time.Duration) (idem *middleware.Middl
 	t.Helper()
 	released := make(chan struct{})
 	idem = middleware.New(memory.New(nil), exampleAccount, &middleware.Options{Wait: 50 * time.Second})
-	server := httptest.NewUnstartedServer(idem.Handler(http.HandlerFunc(func(http.ResponseWriter, *http.Request) { <-released })))
+	server := httptest.NewUnstartedServer(idem.Handler(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
+		<-released
+		w.WriteHeader(http.StatusOK)
+	})))
 	server.Config.ReadTimeout = readTimeout
 	server.Start()
 	release = sync.OnceFunc(func() { close(released) })

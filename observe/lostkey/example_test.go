@@ -20,7 +20,7 @@ func ExampleNew() {
 	account := func(*http.Request) (string, error) { return "acme", nil }
 	idem := middleware.New(memory.New(nil), account, &middleware.Options{Tracer: detector})
 	mux := http.NewServeMux()
-	mux.Handle("POST /transfers", idem.Handler(http.HandlerFunc(func(http.ResponseWriter, *http.Request) {})))
+	mux.Handle("POST /transfers", idem.Handler(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { w.WriteHeader(http.StatusCreated) })))
 
 	for _, key := range []string{"try-1", "try-1", "try-2"} {
 		r := httptest.NewRequest(http.MethodPost, "/transfers", strings.NewReader(`{"amount":1250}`))

@@ -27,7 +27,7 @@ func ExampleNew() {
 		Tracer:  otelobserve.New(&otelobserve.Options{TracerProvider: provider}),
 		TraceID: otelobserve.TraceID,
 	})
-	handler := idem.Handler(http.HandlerFunc(func(http.ResponseWriter, *http.Request) {}))
+	handler := idem.Handler(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { w.WriteHeader(http.StatusCreated) }))
 	for _, traceparent := range []string{
 		"00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01", "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01",
 	} {

@@ -24,7 +24,7 @@ func ExampleNew() {
 		Tracer: promobserve.New(registry, nil),
 	})
 	mux := http.NewServeMux()
-	mux.Handle("POST /transfers", idem.Handler(http.HandlerFunc(func(http.ResponseWriter, *http.Request) {})))
+	mux.Handle("POST /transfers", idem.Handler(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { w.WriteHeader(http.StatusCreated) })))
 	mux.Handle("GET /metrics", promhttp.HandlerFor(registry, promhttp.HandlerOpts{}))
 
 	for range 3 {

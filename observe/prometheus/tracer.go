@@ -143,7 +143,7 @@ var ends = []struct {
 // refusals are the reasons of the middleware.
 var refusals = []idempotency.Reason{
 	idempotency.ReasonKeyMissing, idempotency.ReasonKeyInvalid, idempotency.ReasonScope, idempotency.ReasonBodyTooLarge,
-	idempotency.ReasonBodyUnread, idempotency.ReasonReplayDenied, idempotency.ReasonQuotaExceeded, idempotency.ReasonRecordCorrupt,
+	idempotency.ReasonBodyUnread, idempotency.ReasonMediaType, idempotency.ReasonReplayDenied, idempotency.ReasonQuotaExceeded, idempotency.ReasonRecordCorrupt,
 	idempotency.ReasonHandlerFailed,
 }
 

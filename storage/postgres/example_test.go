@@ -38,7 +38,7 @@ func ExampleOpen() {
 	account := func(r *http.Request) (string, error) { return r.Header.Get("Account"), nil }
 	idem := middleware.New(store, account, nil)
 	mux := http.NewServeMux()
-	mux.Handle("POST /transfers", idem.Handler(http.HandlerFunc(func(http.ResponseWriter, *http.Request) {})))
+	mux.Handle("POST /transfers", idem.Handler(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { w.WriteHeader(http.StatusCreated) })))
 }
 
 // A program that has a pool already puts its config through Configure, and checks the store.
