@@ -6,8 +6,14 @@ import (
 	"encoding/binary"
 )
 
-// FingerprintVersionUserMin is the least version of a function of your own.
-const FingerprintVersionUserMin = 100
+// The versions of the built-in functions, and the least version of one of your own. Requests of two
+// protocols are never the same: an adapter that finds a record with the built-in version of another
+// protocol answers mismatch.
+const (
+	FingerprintVersionHTTP    = 1 // of NewFingerprintV1
+	FingerprintVersionRPC     = 2 // of the adapters for gRPC and Connect
+	FingerprintVersionUserMin = 100
+)
 
 // Fingerprint is a hash of the content of a request: two requests with one key must have equal
 // ones.
@@ -41,7 +47,7 @@ func NewFingerprintV1(method, escapedPath, rawQuery, contentType string, body []
 	h := sha256.New()
 	h.Write(head) // a hash never fails
 	h.Write(body)
-	f := Fingerprint{Version: 1}
+	f := Fingerprint{Version: FingerprintVersionHTTP}
 	h.Sum(f.Sum[:0])
 	return f
 }

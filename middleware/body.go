@@ -122,6 +122,12 @@ func (run *run) fingerprint(f Fingerprinter) idempotency.Fingerprint {
 	return idempotency.NewFingerprint(f.Version, f.Content(r, run.body))
 }
 
+// ofAnotherProtocol is a FingerprintAt. The record of a call by gRPC is never that of an HTTP request:
+// the fingerprint that it returns equals none, so the key is a mismatch.
+func ofAnotherProtocol(version int16) (idempotency.Fingerprint, bool) {
+	return idempotency.Fingerprint{Version: version}, version == idempotency.FingerprintVersionRPC
+}
+
 // target returns the target as the client sent it: http.StripPrefix outside would make two routes
 // one.
 func target(r *http.Request) (escapedPath, rawQuery string) {

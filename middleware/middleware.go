@@ -172,6 +172,8 @@ func (m *Middleware) serve(w http.ResponseWriter, r *http.Request, next http.Han
 		Fingerprint: run.fingerprint(m.options.Fingerprinters[0]),
 		TraceID:     traceID,
 		Route:       route,
+
+		FingerprintAt: ofAnotherProtocol,
 	}
 	if len(m.options.Fingerprinters) > 1 {
 		request.FingerprintAt = func(version int16) (idempotency.Fingerprint, bool) {
@@ -180,7 +182,7 @@ func (m *Middleware) serve(w http.ResponseWriter, r *http.Request, next http.Han
 					return run.fingerprint(f), true
 				}
 			}
-			return idempotency.Fingerprint{}, false
+			return ofAnotherProtocol(version)
 		}
 	}
 
