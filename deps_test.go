@@ -135,6 +135,11 @@ func TestDependencies(t *testing.T) {
 		{[]string{"./broker/brokertest"}, []string{"", "broker/brokertest", "consumer", "message", "relay"}, nil},
 		{[]string{"./broker/kafka"}, []string{"", "broker/kafka", "consumer", "message", "relay"}, franz},
 		{[]string{"./broker/nats"}, []string{"", "broker/nats", "consumer", "message", "relay"}, natsgo},
+		{[]string{"./contrib/grpc/rpc"}, []string{"", "contrib/grpc/rpc"}, []string{httpsfv, "google.golang.org/genproto/googleapis/rpc", "google.golang.org/protobuf"}},
+		{[]string{"./contrib/grpc"}, []string{"", "client", "contrib/grpc", "contrib/grpc/rpc"}, []string{
+			httpsfv, uuid, "golang.org/x/net", "golang.org/x/sys", "golang.org/x/text",
+			"google.golang.org/genproto/googleapis/rpc", "google.golang.org/grpc", "google.golang.org/protobuf",
+		}},
 		{[]string{"./middleware", "./storage/postgres"}, []string{"", "consumer", "message", "middleware", "relay", "storage/postgres"}, append([]string{httpsfv}, pgx...)},
 		{[]string{"./observe/lostkey"}, []string{"", "observe/lostkey"}, nil},
 		{[]string{"./observe"}, []string{"", "consumer", "message", "observe", "observe/lostkey"}, nil},

@@ -123,7 +123,7 @@ func TestExamples(t *testing.T) {
 // TestHelpersAreTheSame: each example must be complete, so each has its own copy of the helpers.
 func TestHelpersAreTheSame(t *testing.T) {
 	t.Parallel()
-	for _, copied := range []string{"orders/database.go", "sqlc/database.go", "consumer/database.go", "webhook/database.go", "river/database.go", "orders/serve.go", "consumer/serve.go", "webhook/serve.go", "sqlc/serve.go", "handlertest/serve.go", "river/serve.go"} {
+	for _, copied := range []string{"orders/database.go", "sqlc/database.go", "consumer/database.go", "webhook/database.go", "grpc/database.go", "river/database.go", "orders/serve.go", "consumer/serve.go", "webhook/serve.go", "sqlc/serve.go", "handlertest/serve.go", "grpc/serve.go", "river/serve.go"} {
 		original, err := os.ReadFile(filepath.Join("quickstart", filepath.Base(copied)))
 		if err != nil {
 			t.Fatal(err)
