@@ -127,9 +127,9 @@ func TestDeferredStatementsSaveARoundTrip(t *testing.T) {
 			b := setup(t, &o)
 			engine := idempotency.NewEngine(b.store, nil)
 			cost := func(do func()) int {
-				before := b.wire.count()
+				before := b.wire.Count()
 				do()
-				return b.wire.count() - before
+				return b.wire.Count() - before
 			}
 			plain := func() {
 				tx, err := b.pool.Begin(ctx)

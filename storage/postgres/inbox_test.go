@@ -83,12 +83,12 @@ func TestRoundTripsOfABatch(t *testing.T) {
 			b := setup(t, &setupOptions{configure: func(c *pgxpool.Config) { c.MaxConns, c.MinConns = 1, 1 }})
 			receiver, next := c.receiver(b), 0
 			receive := func(n int) int {
-				before := b.wire.count()
+				before := b.wire.Count()
 				if settled, pause := receiver.Receive(t.Context(), ledgerPartition, deliveries(next, n)); settled != n || pause != 0 {
 					t.Fatalf("%d settled, pause %v", settled, pause)
 				}
 				next += n
-				return b.wire.count() - before
+				return b.wire.Count() - before
 			}
 			receive(1) // counts the process, and warms the connection up
 			for _, n := range []int{1, 10, 100} {

@@ -2,9 +2,7 @@ package postgres_test
 
 import (
 	"context"
-	"net"
 	"os"
-	"sync"
 	"testing"
 	"time"
 
@@ -27,7 +25,7 @@ func TestMain(m *testing.M) {
 type testBundle struct {
 	pool  *pgxpool.Pool
 	store *postgres.Store
-	wire  *wire
+	wire  *testservice.RoundTrips
 }
 
 type setupOptions struct {
@@ -59,15 +57,7 @@ func setup(t testing.TB, opts *setupOptions) *testBundle {
 		t.Fatal(err)
 	}
 
-	b := &testBundle{wire: &wire{}}
-	dial := config.ConnConfig.DialFunc
-	config.ConnConfig.DialFunc = func(ctx context.Context, network, address string) (net.Conn, error) {
-		conn, err := dial(ctx, network, address)
-		if err != nil {
-			return nil, err
-		}
-		return &wireConn{Conn: conn, wire: b.wire}, nil
-	}
+	b := &testBundle{wire: testservice.CountRoundTrips(config)}
 	if opts.before != nil {
 		opts.before(config)
 	}
@@ -103,47 +93,6 @@ func (b *testBundle) text(t *testing.T, sql string, arguments ...any) (text stri
 		t.Fatal(err)
 	}
 	return text
-}
-
-// wire counts round trips: the times that something was written after something was read.
-type wire struct {
-	mu         sync.Mutex
-	roundTrips int
-}
-
-func (w *wire) count() int {
-	w.mu.Lock()
-	defer w.mu.Unlock()
-	return w.roundTrips
-}
-
-type wireConn struct {
-	net.Conn
-	wire    *wire
-	writing bool // guarded by wire.mu
-}
-
-// NetConn lets the store look at the socket.
-func (c *wireConn) NetConn() net.Conn { return c.Conn }
-
-func (c *wireConn) Write(p []byte) (int, error) {
-	c.wire.mu.Lock()
-	if !c.writing {
-		c.writing = true
-		c.wire.roundTrips++
-	}
-	c.wire.mu.Unlock()
-	return c.Conn.Write(p)
-}
-
-func (c *wireConn) Read(p []byte) (int, error) {
-	n, err := c.Conn.Read(p)
-	if n > 0 {
-		c.wire.mu.Lock()
-		c.writing = false
-		c.wire.mu.Unlock()
-	}
-	return n, err
 }
 
 // request returns a request with the fingerprint of the body.

@@ -27,7 +27,7 @@ func TestOpenThenMigrateThenPay(t *testing.T) {
 		t.Fatal(err)
 	}
 	t.Cleanup(store.Close)
-	b := &testBundle{pool: store.Pool(), store: store, wire: &wire{}}
+	b := &testBundle{pool: store.Pool(), store: store}
 	b.exec(t, "CREATE TABLE effects (id bigserial PRIMARY KEY, name text NOT NULL, attempt_id uuid)")
 	want(t, b.do(t, request("k", ""), pay(t, 201)), idempotency.OutcomeNotExecuted, idempotency.ReasonUnavailable)
 	if n := b.effects(t); n != 0 {

@@ -66,7 +66,7 @@ func TestPublishCostsNoRoundTrip(t *testing.T) {
 			}})
 			engine := idempotency.NewEngine(b.store, nil)
 			cost := func(key string, messages int) int {
-				before := b.wire.count()
+				before := b.wire.Count()
 				result := engine.Do(t.Context(), request(key, ""), func(ctx context.Context) (*idempotency.Answer, error) {
 					statements(ctx, t, postgres.Tx(ctx))
 					for i := range messages {
@@ -79,7 +79,7 @@ func TestPublishCostsNoRoundTrip(t *testing.T) {
 				if result.Outcome != idempotency.OutcomeExecuted {
 					t.Fatalf("%+v", result)
 				}
-				return b.wire.count() - before
+				return b.wire.Count() - before
 			}
 			cost("warm", 1)
 			none := cost("none", 0)

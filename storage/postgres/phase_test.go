@@ -913,7 +913,7 @@ func TestGateRoundTripsOfAPhase(t *testing.T) {
 	cost := func(key string, status int, steps ...func(ctx context.Context) error) int {
 		req := request(key, "")
 		req.Resumable, req.Stored = "payout/1", func() []byte { return nil }
-		before := b.wire.count()
+		before := b.wire.Count()
 		result := engine.Do(t.Context(), req, func(ctx context.Context) (*idempotency.Answer, error) {
 			for _, step := range steps {
 				if err := step(ctx); err != nil {
@@ -923,7 +923,7 @@ func TestGateRoundTripsOfAPhase(t *testing.T) {
 			return said(status), nil
 		})
 		want(t, result, idempotency.OutcomeExecuted, "")
-		return b.wire.count() - before
+		return b.wire.Count() - before
 	}
 	before := func(ctx context.Context) error { return phase(ctx, "hold", nil) }
 	after := func(ctx context.Context) error { return phase(ctx, "settle", nil) }

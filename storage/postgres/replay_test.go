@@ -47,9 +47,9 @@ func TestLookUpIsSentAsTextOnceItsStatementIsGone(t *testing.T) {
 		t.Fatal(err)
 	}
 	for _, roundTrips := range []int{3, 1, 1} { // looked up without success, claimed, rolled back
-		before := b.wire.count()
+		before := b.wire.Count()
 		want(t, b.do(t, request("k", ""), pay(t, 201)), idempotency.OutcomeReplayed, "")
-		if got := b.wire.count() - before; got != roundTrips {
+		if got := b.wire.Count() - before; got != roundTrips {
 			t.Errorf("%d round trips, want %d", got, roundTrips)
 		}
 	}

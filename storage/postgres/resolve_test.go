@@ -322,9 +322,9 @@ func TestResolverConnectsAsThePoolDoes(t *testing.T) {
 	}})
 	want(t, b.do(t, request("k", ""), pay(t, 201)), idempotency.OutcomeExecuted, "")
 	hooks = nil
-	before := b.wire.count()
+	before := b.wire.Count()
 	b.resolve(context.Background(), "k").wantBody(t, "done")
-	if n := b.wire.count() - before; n != 4 { // connect, look up, roll back, terminate
+	if n := b.wire.Count() - before; n != 4 { // connect, look up, roll back, terminate
 		t.Errorf("%d round trips, want 4", n)
 	}
 	if !slices.Equal(hooks, []string{"before", "after"}) {

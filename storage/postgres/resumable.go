@@ -224,13 +224,13 @@ func (a *openAttempt) Context(ctx context.Context) context.Context {
 }
 
 // Add implements [message.Outbox].
-func (a *openAttempt) Add(m *message.Message) error { return a.handle().Add(m) }
+func (a *openAttempt) Add(m *message.Message) error { return a.Handle().Add(m) }
 
 // Refuse implements [message.Outbox].
-func (a *openAttempt) Refuse(err error) { a.handle().Refuse(err) }
+func (a *openAttempt) Refuse(err error) { a.Handle().Refuse(err) }
 
-// handle returns the handler's transaction, and opens it if there is none.
-func (a *openAttempt) handle() *sealed.Tx {
+// Handle returns the handler's transaction, and opens it if there is none.
+func (a *openAttempt) Handle() *sealed.Tx {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	if a.phase == nil && !a.shut && a.failed == nil {

@@ -268,7 +268,7 @@ func TestCallCostsOneRoundTrip(t *testing.T) {
 	cost := func(key string, call bool) int {
 		req := request(key, "")
 		req.Resumable, req.Stored = "topup/1", func() []byte { return nil }
-		before := b.wire.count()
+		before := b.wire.Count()
 		result := engine.Do(t.Context(), req, func(ctx context.Context) (*idempotency.Answer, error) {
 			if call {
 				effects, err := idempotency.EffectsFrom(ctx)
@@ -288,7 +288,7 @@ func TestCallCostsOneRoundTrip(t *testing.T) {
 			return answer(201), nil
 		})
 		want(t, result, idempotency.OutcomeExecuted, "")
-		return b.wire.count() - before
+		return b.wire.Count() - before
 	}
 	cost("warm", true)
 	without, with := cost("without", false), cost("with", true)

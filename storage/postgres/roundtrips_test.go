@@ -69,9 +69,9 @@ func TestRoundTripsAreThoseOfAPlainTransaction(t *testing.T) {
 				}
 			}
 			cost := func(do func()) int {
-				before := b.wire.count()
+				before := b.wire.Count()
 				do()
-				return b.wire.count() - before
+				return b.wire.Count() - before
 			}
 			cost(plain) // warms the connection up
 
@@ -140,12 +140,12 @@ func TestRoundTripsOfAConflictAreTwo(t *testing.T) {
 		conn.Release()
 	}
 	result := engine.Do(ctx, request("k", ""), func(context.Context) (*idempotency.Answer, error) {
-		before := b.wire.count()
+		before := b.wire.Count()
 		conflict := anotherProcess.Do(ctx, request("k", ""), func(context.Context) (*idempotency.Answer, error) {
 			t.Error("the handler ran twice")
 			return answer(201), nil
 		})
-		if got := b.wire.count() - before; got != 2 || conflict.Outcome != idempotency.OutcomeInProgress {
+		if got := b.wire.Count() - before; got != 2 || conflict.Outcome != idempotency.OutcomeInProgress {
 			t.Errorf("%d round trips and %q, want 2 and in-progress", got, conflict.Outcome)
 		}
 		return answer(201), nil

@@ -49,7 +49,7 @@ func (b *testBundle) as(t *testing.T, role string, opts *postgres.Options, confi
 		t.Fatal(err)
 	}
 	t.Cleanup(pool.Close)
-	return &testBundle{pool: pool, store: postgres.New(pool, opts), wire: &wire{}}
+	return &testBundle{pool: pool, store: postgres.New(pool, opts)}
 }
 
 // rightsOfAService and rightsOfAReaper are those of docs/guarantees.md, and those of the tests'

@@ -122,12 +122,12 @@ func TestConnectionThatCannotPrepareServesAllTheSame(t *testing.T) {
 			}
 			engine := idempotency.NewEngine(b.store, nil)
 			for _, want := range []idempotency.Outcome{idempotency.OutcomeExecuted, idempotency.OutcomeReplayed} {
-				before := b.wire.count()
+				before := b.wire.Count()
 				got := engine.Do(ctx, request("k", "body"), func(context.Context) (*idempotency.Answer, error) { return &idempotency.Answer{Status: 201}, nil })
 				if got.Outcome != want {
 					t.Errorf("outcome is %s, %v; want %s", got.Outcome, got.Err, want)
 				}
-				if trips := b.wire.count() - before; trips > 2 {
+				if trips := b.wire.Count() - before; trips > 2 {
 					t.Errorf("%s in %d round trips", want, trips)
 				}
 			}
@@ -145,7 +145,7 @@ func TestPreparingTakesOneRoundTrip(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		trips[cold] = b.wire.count()
+		trips[cold] = b.wire.Count()
 		conn.Release()
 	}
 	if trips[false] != trips[true]+1 {

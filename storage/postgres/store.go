@@ -210,7 +210,7 @@ func New(pool *pgxpool.Pool, opts *Options) *Store {
 	return &Store{
 		pool: pool, options: o, table: o.Schema + "." + TableName, statements: newStatements(o), open: newOpenStatements(o),
 		transactions: sealed.Settings{
-			Pool: pool, Mode: pool.Config().ConnConfig.DefaultQueryExecMode, DeferredMax: o.DeferredMax, Meaning: deferredMeaning,
+			Pool: pool, Mode: pool.Config().ConnConfig.DefaultQueryExecMode, Isolation: o.Isolation, DeferredMax: o.DeferredMax, Meaning: deferredMeaning,
 		},
 		resolvers: make(chan struct{}, o.ResolversMax), recent: new(recentKeys),
 		synchronousCommit: []byte(o.SynchronousCommit),

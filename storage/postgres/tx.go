@@ -22,7 +22,7 @@ var (
 	ErrBusy = sealed.ErrBusy
 )
 
-type txKey struct{}
+type txKey = sealed.Key
 
 // Tx returns the transaction of the idempotent handler that runs with this context. The handler's
 // writes through it are committed together with its answer, or not at all.
@@ -41,14 +41,10 @@ func Tx(ctx context.Context) pgx.Tx { return handleOf(ctx, "Tx") }
 
 // handleOf returns the transaction of the handler that called a function of this package.
 func handleOf(ctx context.Context, function string) *sealed.Tx {
-	switch tx := ctx.Value(txKey{}).(type) {
-	case *sealed.Tx:
+	if tx := sealed.From(ctx); tx != nil {
 		return tx
-	case *openAttempt:
-		return tx.handle()
-	default:
-		panic(idempotency.UsageError("idempotency/postgres: " + function + " outside an idempotent handler: mount the middleware with this store on the route, and pass the request's context on"))
 	}
+	panic(idempotency.UsageError("idempotency/postgres: " + function + " outside an idempotent handler: mount the middleware with this store on the route, and pass the request's context on"))
 }
 
 // txContext carries the handler's transaction: a context.WithValue that contains its value.

@@ -251,6 +251,9 @@ func (tx *Tx) deferredStatement(ctx context.Context, sql string, rows int) (*def
 	default:
 		return s, nil
 	}
+	if err := tx.settle(ctx); err != nil { // a statement that can't be prepared fails the transaction
+		return nil, err
+	}
 	if s.description, err = conn.Prepare(ctx, s.Name, s.SQL, nil); err != nil {
 		return nil, fmt.Errorf("idempotency/postgres: prepare a deferred statement: %w", err)
 	}

@@ -4,6 +4,7 @@
 package sealed
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -47,6 +48,7 @@ type transaction struct {
 
 	failure    error // the first error of the database that no savepoint undid
 	savepoints []savepoint
+	unsent     []string // SAVEPOINT and RELEASE, which go in front of the next statement
 	sequence   int
 	lost       bool // the transaction had ended after a use
 	stalePlans bool // a table changed under a prepared statement
@@ -55,8 +57,11 @@ type transaction struct {
 
 // savepoint is an open nested transaction.
 type savepoint struct {
-	number  int
-	failure error // of the transaction when it was opened: ROLLBACK TO restores it
+	number    int
+	unsent    int    // index of its SAVEPOINT among the unsent statements; negative if it was sent
+	name      string // that SQL text gave it; "" if Begin opened it
+	exclusive bool   // see Tx.BeginExclusive
+	failure   error  // of the transaction when it was opened: ROLLBACK TO restores it
 
 	// Of the deferred statements and the messages when it was opened.
 	deferred, messages, together int
@@ -68,6 +73,7 @@ type savepoint struct {
 type Settings struct {
 	Pool        *pgxpool.Pool
 	Mode        pgx.QueryExecMode // the default of its connections
+	Isolation   pgx.TxIsoLevel    // of the transactions
 	DeferredMax int               // the maximum number of statements that a handler defers
 
 	// Meaning returns the sentinel for an error of the deferred statement of this number, and the
@@ -256,23 +262,97 @@ func (tx *Tx) depth() int {
 	return -1
 }
 
-func savepointName(number int) string { return "idempotency_" + strconv.Itoa(number) }
+// savepointName returns the name of the savepoint at a depth. It is free: a savepoint that was
+// there before is released by a statement in front of the new one.
+func savepointName(depth int) string { return "idempotency_" + strconv.Itoa(depth+1) }
 
-// Begin opens a savepoint.
+// settle sends the statements of savepoints that were not sent yet.
+func (t *transaction) settle(ctx context.Context) error {
+	for len(t.unsent) > 0 {
+		if err := t.exec(ctx, t.unsent[0]); err != nil {
+			return err
+		}
+		t.sent()
+	}
+	return nil
+}
+
+// sent takes note that the first unsent statement was executed.
+func (t *transaction) sent() {
+	t.unsent = t.unsent[1:]
+	for i := range t.savepoints {
+		t.savepoints[i].unsent--
+	}
+}
+
+// ready returns an error unless the next statement can be sent and executed.
+func (t *transaction) ready(ctx context.Context) error {
+	switch conn := t.conn.PgConn(); {
+	case conn.IsClosed():
+		return errors.New("idempotency/postgres: the connection is closed")
+	case conn.IsBusy():
+		return fmt.Errorf("%w: rows, a batch or a copy are open: read them to the end or close them first", ErrBusy)
+	case conn.TxStatus() != 'T':
+		return cmp.Or(t.exec(ctx, "SELECT"), errors.New("idempotency/postgres: no transaction is open"))
+	}
+	return ctx.Err()
+}
+
+// Begin opens a savepoint. SAVEPOINT is sent with, or in front of, the next statement.
 func (tx *Tx) Begin(ctx context.Context) (_ pgx.Tx, err error) {
 	if err := tx.use(); err != nil {
 		return nil, err
 	}
 	defer func() { tx.done(err) }()
-	number := tx.sequence + 1
-	if err := tx.exec(ctx, "SAVEPOINT "+savepointName(number)); err != nil {
+	if err := tx.ready(ctx); err != nil {
 		return nil, err
 	}
-	tx.sequence = number
-	s := savepoint{number: number, failure: tx.failure}
+	return tx.push(savepoint{}), nil
+}
+
+func (tx *Tx) push(s savepoint) *Tx {
+	tx.sequence++
+	s.number, s.unsent, s.failure = tx.sequence, len(tx.unsent), tx.failure
 	tx.deferred.Load().note(&s)
+	tx.unsent = append(tx.unsent, "SAVEPOINT "+savepointName(len(tx.savepoints)))
 	tx.savepoints = append(tx.savepoints, s)
-	return &Tx{transaction: tx.transaction, savepoint: number}, nil
+	return &Tx{transaction: tx.transaction, savepoint: s.number}
+}
+
+// pop closes the savepoint at a depth, and those above it, and keeps their writes. RELEASE is sent
+// in front of the next statement. Without one there is no need for it: COMMIT keeps the writes too.
+func (t *transaction) pop(depth int) {
+	if at := t.savepoints[depth].unsent; at >= 0 {
+		t.unsent = t.unsent[:at]
+	} else { // what is unsent belongs to savepoints above it
+		t.unsent = append(t.unsent[:0], "RELEASE SAVEPOINT "+savepointName(depth))
+	}
+	t.savepoints = t.savepoints[:depth]
+}
+
+// errUnsent: a statement that had to be prepared in front of SAVEPOINT failed.
+var errUnsent = errors.New("idempotency/postgres: the transaction failed before its savepoint was sent")
+
+// backTo undoes what came after the savepoint at a depth was opened, and leaves it open.
+func (t *transaction) backTo(ctx context.Context, depth int) error {
+	s := &t.savepoints[depth]
+	switch {
+	case s.unsent < 0:
+		// A message of its own: in its error recovery the server treats several statements in one
+		// string as one.
+		if err := t.exec(ctx, "ROLLBACK TO SAVEPOINT "+savepointName(depth)); err != nil {
+			return err
+		}
+		t.unsent = t.unsent[:0]
+	case t.conn.PgConn().TxStatus() != 'T':
+		return errUnsent
+	default:
+		t.unsent = t.unsent[:s.unsent+1]
+	}
+	t.savepoints = t.savepoints[:depth+1]
+	t.failure = s.failure
+	t.deferred.Load().backTo(s)
+	return nil
 }
 
 // Commit releases a savepoint; on the transaction itself it is refused.
@@ -284,10 +364,10 @@ func (tx *Tx) Commit(ctx context.Context) (err error) {
 		return err
 	}
 	defer func() { tx.done(err) }()
-	if err := tx.exec(ctx, "RELEASE SAVEPOINT "+savepointName(tx.savepoint)); err != nil {
+	if err := tx.ready(ctx); err != nil {
 		return err
 	}
-	tx.savepoints = tx.savepoints[:tx.depth()]
+	tx.pop(tx.depth())
 	return nil
 }
 
@@ -300,19 +380,11 @@ func (tx *Tx) Rollback(ctx context.Context) (err error) {
 		return err
 	}
 	defer func() { tx.done(err) }()
-	name := savepointName(tx.savepoint)
-	// In two messages: in its error recovery the server treats several statements in one string as
-	// one.
-	if err := tx.exec(ctx, "ROLLBACK TO SAVEPOINT "+name); err != nil {
-		return err
-	}
 	depth := tx.depth()
-	tx.failure = tx.savepoints[depth].failure
-	tx.deferred.Load().backTo(&tx.savepoints[depth])
-	if err := tx.exec(ctx, "RELEASE SAVEPOINT "+name); err != nil {
+	if err := tx.backTo(ctx, depth); err != nil {
 		return err
 	}
-	tx.savepoints = tx.savepoints[:depth]
+	tx.pop(depth)
 	return nil
 }
 
@@ -324,6 +396,14 @@ func (tx *Tx) Exec(ctx context.Context, sql string, arguments ...any) (tag pgcon
 	if arguments, err = tx.admit(sql, arguments); err != nil {
 		return tag, err
 	}
+	if err = tx.settle(ctx); err != nil {
+		return tag, err
+	}
+	return tx.run(ctx, sql, arguments)
+}
+
+// run runs a statement that was admitted.
+func (tx *Tx) run(ctx context.Context, sql string, arguments []any) (tag pgconn.CommandTag, err error) {
 	// pgx's Exec would choose the protocol itself.
 	rows, err := tx.conn.Query(ctx, sql, tx.extended(arguments, true)...)
 	if err != nil {
@@ -339,6 +419,9 @@ func (tx *Tx) Query(ctx context.Context, sql string, arguments ...any) (_ pgx.Ro
 	}
 	defer func() { tx.done(err) }()
 	if arguments, err = tx.admit(sql, arguments); err != nil {
+		return failedRows{err}, err
+	}
+	if err = tx.settle(ctx); err != nil {
 		return failedRows{err}, err
 	}
 	rows, err := tx.conn.Query(ctx, sql, tx.extended(arguments, false)...)
@@ -360,7 +443,10 @@ func (tx *Tx) QueryRow(ctx context.Context, sql string, arguments ...any) pgx.Ro
 			tx.done(err)
 		}
 	}()
-	if arguments, err = tx.admit(sql, arguments); err != nil {
+	if arguments, err = tx.admit(sql, arguments); err == nil {
+		err = tx.settle(ctx)
+	}
+	if err != nil {
 		row.rows = failedRows{err}
 		return row
 	}
@@ -387,6 +473,9 @@ func (tx *Tx) Prepare(ctx context.Context, name, sql string) (_ *pgconn.Statemen
 	if _, err := tx.admit(sql, nil); err != nil {
 		return nil, err
 	}
+	if err := tx.settle(ctx); err != nil {
+		return nil, err
+	}
 	return tx.conn.Prepare(ctx, name, sql)
 }
 
@@ -395,6 +484,9 @@ func (tx *Tx) CopyFrom(ctx context.Context, table pgx.Identifier, columns []stri
 		return 0, err
 	}
 	defer func() { tx.done(err) }()
+	if err := tx.settle(ctx); err != nil {
+		return 0, err
+	}
 	return tx.conn.CopyFrom(ctx, table, columns, source)
 }
 
@@ -402,7 +494,8 @@ func (tx *Tx) SendBatch(ctx context.Context, batch *pgx.Batch) pgx.BatchResults 
 	if err := tx.use(); err != nil {
 		return failedBatch{err}
 	}
-	defer tx.done(nil)
+	var err error
+	defer func() { tx.done(err) }()
 	for _, query := range batch.QueuedQueries {
 		arguments, err := tx.admit(query.SQL, query.Arguments)
 		if err != nil {
@@ -416,6 +509,9 @@ func (tx *Tx) SendBatch(ctx context.Context, batch *pgx.Batch) pgx.BatchResults 
 				return callback(&handlerBatch{BatchResults: results, tx: held})
 			}
 		}
+	}
+	if err = tx.settle(ctx); err != nil {
+		return failedBatch{err}
 	}
 	results := &tx.batch
 	if results.tx != nil { // taken, by a batch before this one

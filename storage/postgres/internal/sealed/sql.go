@@ -1,0 +1,304 @@
+package sealed
+
+import (
+	"cmp"
+	"context"
+	"fmt"
+	"strings"
+
+	"github.com/jackc/pgx/v5"
+	"github.com/jackc/pgx/v5/pgconn"
+	"github.com/jackc/pgx/v5/pgxpool"
+)
+
+// This file is the transaction as package sqldb uses it, for database/sql.
+
+// Key is the key of a context's value for the handler's transaction: a *[Tx], or a [Lazy].
+type Key struct{}
+
+// Lazy is a transaction that its first use opens.
+type Lazy interface{ Handle() *Tx }
+
+// From returns the transaction of the handler that runs, or ran, with this context. It returns nil
+// if there is none.
+func From(ctx context.Context) *Tx {
+	switch tx := ctx.Value(Key{}).(type) {
+	case *Tx:
+		return tx
+	case Lazy:
+		return tx.Handle()
+	}
+	return nil
+}
+
+// Of reports whether the transaction is on a connection of this pool. It reports true of one that
+// could not be opened, of which every use fails.
+func (tx *Tx) Of(pool *pgxpool.Pool) bool { return tx.settings == nil || tx.settings.Pool == pool }
+
+// Isolation returns the level of the transaction.
+func (tx *Tx) Isolation() pgx.TxIsoLevel { return tx.settings.Isolation }
+
+// Same reports whether two handles belong to one transaction.
+func (tx *Tx) Same(other *Tx) bool { return tx.transaction == other.transaction }
+
+// BeginExclusive opens a savepoint like Begin. Until it is ended, the methods of this file return
+// [ErrBusy] on all other handles: database/sql would have another connection for them, outside of
+// the nested transaction.
+func (tx *Tx) BeginExclusive(ctx context.Context) (_ *Tx, err error) {
+	if err := tx.useSQL(); err != nil {
+		return nil, err
+	}
+	defer func() { tx.done(err) }()
+	if err := tx.ready(ctx); err != nil {
+		return nil, err
+	}
+	return tx.push(savepoint{exclusive: true}), nil
+}
+
+// useSQL is like use, but returns ErrBusy while another handle is exclusive or rows are open.
+func (tx *Tx) useSQL() error {
+	if err := tx.use(); err != nil {
+		return err
+	}
+	exclusive := 0
+	for _, s := range tx.savepoints {
+		if s.exclusive {
+			exclusive = s.number
+		}
+	}
+	switch {
+	case exclusive != tx.savepoint:
+		tx.give()
+		return fmt.Errorf("%w: a sql.Tx is open in this handler: use it, or end it first", ErrBusy)
+	case tx.conn.PgConn().IsBusy() && !tx.conn.IsClosed():
+		tx.give()
+		return fmt.Errorf("%w: rows are open in this handler: read them to the end or close them first", ErrBusy)
+	}
+	return nil
+}
+
+// Rows are the rows of a query.
+type Rows = handlerRows
+
+// Run runs a statement and returns its tag. together states that it ran before, so that it can be
+// sent together with unsent statements: if it had to be prepared, and could not, the transaction
+// would fail before its savepoint.
+func (tx *Tx) Run(ctx context.Context, together bool, sql string, arguments []any) (tag pgconn.CommandTag, err error) {
+	if err := tx.useSQL(); err != nil {
+		return tag, err
+	}
+	defer func() { tx.done(err) }()
+	if arguments, err = tx.admit(sql, arguments); err != nil {
+		return tag, err
+	}
+	if together && tx.canBatch(arguments) {
+		results, err := tx.sendBehind(ctx, sql, arguments)
+		if err != nil {
+			return tag, err
+		}
+		tag, err = results.Exec()
+		return tag, closeBehind(results, err)
+	}
+	if err = tx.settle(ctx); err != nil {
+		return tag, err
+	}
+	return tx.run(ctx, sql, arguments)
+}
+
+// Rows runs a query. Its columns have the given formats, unless they come together with unsent
+// statements: then pgx has chosen the formats.
+func (tx *Tx) Rows(ctx context.Context, together bool, sql string, formats pgx.QueryResultFormatsByOID, arguments []any) (_ *Rows, err error) {
+	if err := tx.useSQL(); err != nil {
+		return nil, err
+	}
+	defer func() { tx.done(err) }()
+	if arguments, err = tx.admit(sql, arguments); err != nil {
+		return nil, err
+	}
+	if together && tx.canBatch(arguments) {
+		results, err := tx.sendBehind(ctx, sql, arguments)
+		if err != nil {
+			return nil, err
+		}
+		rows, err := results.Query()
+		if err != nil {
+			return nil, closeBehind(results, err)
+		}
+		return &handlerRows{Rows: &behindRows{Rows: rows, results: results}, tx: tx.transaction}, nil
+	}
+	if err = tx.settle(ctx); err != nil {
+		return nil, err
+	}
+	arguments = append([]any{formats}, arguments...)
+	rows, err := tx.conn.Query(ctx, sql, tx.extended(arguments, false)...)
+	if err != nil {
+		return nil, err
+	}
+	return &handlerRows{Rows: rows, tx: tx.transaction}, nil
+}
+
+// canBatch reports whether a statement can be sent as the last of a batch, and there is something
+// to send in front of it.
+func (tx *Tx) canBatch(arguments []any) bool {
+	if len(arguments) > 0 {
+		switch arguments[0].(type) {
+		case pgx.QueryExecMode, pgx.QueryResultFormats, pgx.QueryResultFormatsByOID, pgx.QueryRewriter:
+			return false
+		}
+	}
+	// The simple protocol would send them as one string.
+	return len(tx.unsent) > 0 && tx.settings.Mode != pgx.QueryExecModeSimpleProtocol && tx.conn.PgConn().TxStatus() == 'T'
+}
+
+// sendBehind sends the unsent statements and this one in one round trip.
+func (tx *Tx) sendBehind(ctx context.Context, sql string, arguments []any) (pgx.BatchResults, error) {
+	var batch pgx.Batch
+	for _, text := range tx.unsent {
+		batch.Queue(text)
+	}
+	batch.Queue(sql, arguments...)
+	results := tx.conn.SendBatch(ctx, &batch)
+	for len(tx.unsent) > 0 {
+		if _, err := results.Exec(); err != nil {
+			return nil, closeBehind(results, err)
+		}
+		tx.sent()
+	}
+	return results, nil
+}
+
+// closeBehind closes the results of a batch, and returns the error of a statement in it, if there is
+// one, else that of closing. It adds nothing to the error: libraries compare the type.
+func closeBehind(results pgx.BatchResults, err error) error {
+	if closed := results.Close(); err == nil {
+		return closed
+	}
+	return err
+}
+
+// behindRows are the rows of the last statement of a batch, and close it.
+type behindRows struct {
+	pgx.Rows
+	results pgx.BatchResults
+	err     error // of closing the batch
+}
+
+func (r *behindRows) Next() bool {
+	more := r.Rows.Next()
+	if !more {
+		r.Close()
+	}
+	return more
+}
+
+func (r *behindRows) Close() {
+	r.Rows.Close()
+	if r.results != nil {
+		r.err = closeBehind(r.results, r.Rows.Err())
+		r.results = nil
+	}
+}
+
+func (r *behindRows) Err() error { return cmp.Or(r.err, r.Rows.Err()) }
+
+// Read goes to the next row and calls read while the connection is in use. The values are in the
+// connection's buffer. It reports whether there was a row.
+func (r *handlerRows) Read(read func(values [][]byte) error) (more bool, err error) {
+	if err := r.tx.use(); err != nil {
+		return false, err
+	}
+	defer func() { r.tx.done(err) }()
+	if more = r.Rows.Next(); !more {
+		return false, r.Rows.Err()
+	}
+	return true, read(r.Rows.RawValues())
+}
+
+// Savepoint is a statement about a savepoint.
+type Savepoint struct {
+	Verb string // SAVEPOINT, RELEASE or ROLLBACK
+	Name string
+}
+
+// ParseSavepoint reports whether the SQL text is SAVEPOINT, RELEASE or ROLLBACK TO, and nothing
+// else, and returns the statement.
+func ParseSavepoint(sql string) (sp Savepoint, ok bool) {
+	s := &scanner{rest: sql}
+	keyword := func(words ...string) bool {
+		s.skip()
+		before := s.rest
+		word := s.word()
+		for _, w := range words {
+			if strings.EqualFold(word, w) {
+				return true
+			}
+		}
+		s.rest = before
+		return false
+	}
+	switch {
+	case keyword("SAVEPOINT"):
+		sp.Verb = "SAVEPOINT"
+	case keyword("RELEASE"):
+		sp.Verb = "RELEASE"
+		keyword("SAVEPOINT")
+	case keyword("ROLLBACK"):
+		sp.Verb = "ROLLBACK"
+		keyword("WORK", "TRANSACTION")
+		if !keyword("TO") {
+			return Savepoint{}, false
+		}
+		keyword("SAVEPOINT")
+	default:
+		return Savepoint{}, false
+	}
+	s.skip()
+	before := s.rest
+	if strings.HasPrefix(s.rest, `"`) {
+		s.quoted('"', false)
+		sp.Name = before[:len(before)-len(s.rest)]
+	} else {
+		sp.Name = strings.ToLower(s.word())
+		if sp.Name != "" {
+			sp.Name = `"` + sp.Name + `"`
+		}
+	}
+	for s.skip(); strings.HasPrefix(s.rest, ";"); s.skip() {
+		s.rest = s.rest[1:]
+	}
+	return sp, len(sp.Name) > 2 && s.rest == "" && !s.open
+}
+
+// Do maps a statement about a savepoint on the savepoints of the transaction. It finds only those
+// that were opened by text since the handle's own, as the statement itself would.
+func (tx *Tx) Do(ctx context.Context, sp Savepoint) (err error) {
+	if err := tx.useSQL(); err != nil {
+		return err
+	}
+	defer func() { tx.done(err) }()
+	if sp.Verb == "SAVEPOINT" {
+		if err := tx.ready(ctx); err != nil {
+			return err
+		}
+		tx.push(savepoint{name: sp.Name})
+		return nil
+	}
+	own := -1
+	if tx.savepoint != 0 {
+		own = tx.depth()
+	}
+	for depth := len(tx.savepoints) - 1; depth > own; depth-- {
+		if tx.savepoints[depth].name != sp.Name {
+			continue
+		}
+		if sp.Verb == "ROLLBACK" {
+			return tx.backTo(ctx, depth)
+		}
+		if err := tx.ready(ctx); err != nil {
+			return err
+		}
+		tx.pop(depth)
+		return nil
+	}
+	return fmt.Errorf("idempotency/postgres: there is no savepoint %s", sp.Name)
+}
