@@ -118,6 +118,7 @@ func TestDependencies(t *testing.T) {
 		{[]string{"./storage/encrypted"}, []string{"", "storage/encrypted"}, nil},
 		{[]string{"./storage/storagetest"}, []string{"", "storage/storagetest"}, nil},
 		{[]string{"./storage/postgres"}, []string{"", "consumer", "message", "relay", "storage/postgres"}, pgx},
+		{[]string{"./storage/postgres/sqldb"}, []string{"", "consumer", "message", "relay", "storage/postgres", "storage/postgres/sqldb"}, pgx},
 		// Package wire knows neither the store nor keys.
 		{[]string{"./storage/postgres/internal/wire"}, nil, pgconn},
 		{[]string{"./storage/postgres/internal/sealed"}, []string{"", "message"}, pgx}, // does not know the store

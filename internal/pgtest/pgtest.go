@@ -48,10 +48,11 @@ const (
 var shared cluster
 
 // Main runs a package's tests, stops the server if a test started it, fails if goroutines are left
-// over, and exits. With -short at least 6 tests run in parallel, unless -parallel says how many.
-func Main(m *testing.M) { os.Exit(run(m)) }
+// over that the options don't ignore, and exits. With -short at least 6 tests run in parallel, unless
+// -parallel says how many.
+func Main(m *testing.M, leaks ...goleak.Option) { os.Exit(run(m, leaks)) }
 
-func run(m *testing.M) (code int) {
+func run(m *testing.M, leaks []goleak.Option) (code int) {
 	flag.Parse()
 	if testing.Short() {
 		raiseParallel()
@@ -65,7 +66,7 @@ func run(m *testing.M) (code int) {
 	if code != 0 || fuzzing() {
 		return code // a failed test leaves goroutines, and the fuzzing engine has its own
 	}
-	if err := goleak.Find(); err != nil {
+	if err := goleak.Find(leaks...); err != nil {
 		fmt.Fprintln(os.Stderr, "pgtest:", err)
 		return 1
 	}

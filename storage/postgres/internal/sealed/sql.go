@@ -162,7 +162,7 @@ func (tx *Tx) sendBehind(ctx context.Context, sql string, arguments []any) (pgx.
 		if _, err := results.Exec(); err != nil {
 			return nil, closeBehind(results, err)
 		}
-		tx.sent()
+		tx.sent(1)
 	}
 	return results, nil
 }

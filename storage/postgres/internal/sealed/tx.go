@@ -10,6 +10,7 @@ import (
 	"fmt"
 	"slices"
 	"strconv"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -266,22 +267,23 @@ func (tx *Tx) depth() int {
 // there before is released by a statement in front of the new one.
 func savepointName(depth int) string { return "idempotency_" + strconv.Itoa(depth+1) }
 
-// settle sends the statements of savepoints that were not sent yet.
+// settle sends the statements of savepoints that were not sent yet, in one message.
 func (t *transaction) settle(ctx context.Context) error {
-	for len(t.unsent) > 0 {
-		if err := t.exec(ctx, t.unsent[0]); err != nil {
-			return err
-		}
-		t.sent()
+	if len(t.unsent) == 0 {
+		return nil
 	}
+	if err := t.exec(ctx, strings.Join(t.unsent, "; ")); err != nil {
+		return err
+	}
+	t.sent(len(t.unsent))
 	return nil
 }
 
-// sent takes note that the first unsent statement was executed.
-func (t *transaction) sent() {
-	t.unsent = t.unsent[1:]
+// sent takes note that the first n unsent statements were executed.
+func (t *transaction) sent(n int) {
+	t.unsent = t.unsent[n:]
 	for i := range t.savepoints {
-		t.savepoints[i].unsent--
+		t.savepoints[i].unsent -= n
 	}
 }
 
