@@ -258,6 +258,27 @@ func TestTheRootRequiresNoMore(t *testing.T) {
 	}
 }
 
+// A user's module that imports middleware and storage/postgres needs the committed versions and
+// lines of go.sum, and no others. If a change is meant to bring more, run go mod tidy in
+// testdata/user.
+func TestUsersModuleGainsNothing(t *testing.T) {
+	t.Parallel()
+	const user = "testdata/user"
+	for _, path := range []string{"go.mod", "go.sum", user + "/go.mod", user + "/go.sum"} {
+		if _, err := os.Stat(path); err != nil { // so that the go command runs this test again when it changes
+			t.Fatal(err)
+		}
+	}
+	for _, arguments := range [][]string{{"mod", "tidy", "-diff"}, {"vet", "."}} {
+		command := exec.CommandContext(t.Context(), "go", arguments...)
+		command.Dir = user
+		command.Env = append(os.Environ(), "GOWORK=off", "GOFLAGS=-mod=readonly")
+		if out, err := command.CombinedOutput(); err != nil {
+			t.Errorf("%v: %v\n%s", command, err, out)
+		}
+	}
+}
+
 // Every module is in the workspace, and without the workspace too it finds the others in the
 // checkout.
 func TestEveryModuleIsInTheWorkspace(t *testing.T) {
