@@ -7,6 +7,10 @@ BEGIN
     IF EXISTS (SELECT FROM message_parked) THEN
         RAISE EXCEPTION 'there are parked messages: redrive or drop them first (idemctl message parked)';
     END IF;
+    -- Without its position a consumer begins with the oldest message that the broker has.
+    IF EXISTS (SELECT FROM message_offsets WHERE next_offset >= 0) THEN
+        RAISE EXCEPTION 'there are positions of consumers: if none of these will run again, delete the rows of message_offsets first';
+    END IF;
 END
 $$;
 DROP TABLE message_parked;
