@@ -1,4 +1,4 @@
--- Messages that no broker has yet would be lost.
+-- It would lose messages that no broker has yet, and parked ones.
 DO $$
 BEGIN
     IF EXISTS (SELECT FROM message_outbox) THEN
@@ -16,7 +16,7 @@ $$;
 DROP TABLE message_parked;
 DROP TABLE message_offsets;
 DROP TABLE message_outbox;
--- The rows of acts on messages stay, so the constraint counts only for new ones.
+-- The rows of acts on messages stay, so the constraint applies only to new rows.
 ALTER TABLE idempotency_audit
     DROP CONSTRAINT idempotency_audit_action_check,
     DROP COLUMN message,
