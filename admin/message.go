@@ -312,8 +312,8 @@ func (h *Handler) redrive(p *page) error { return h.actMessage(p, actRedrive) }
 func (h *Handler) drop(p *page) error    { return h.actMessage(p, actDrop) }
 func (h *Handler) retry(p *page) error   { return h.actMessage(p, actRetry) }
 
-// actMessage does the act of a confirmed form, as [Handler.act] does. The operator's act checks that
-// a parked message still has the state and the tries that the form showed.
+// actMessage does the act of a confirmed form, as [Handler.act] does. The operator's act checks
+// that a parked message still has the state and the tries that the form showed.
 func (h *Handler) actMessage(p *page, act messageAct) error {
 	var t messageTicket
 	deed, err := h.redeem(p, act.permission(), string(act), purposeMessageForm, &t, &t.ticket)

@@ -20,7 +20,8 @@ type waitingSource struct{}
 
 func (waitingSource) Run(ctx context.Context, _ consumer.Receiver) error { <-ctx.Done(); return nil }
 
-// An operator finds, reads, redrives and drops a dead letter. An error names the flag that is missing.
+// An operator finds, reads, redrives and drops a dead letter. An error names the flag that is
+// missing.
 func TestMessageCommands(t *testing.T) {
 	t.Parallel()
 	b := setup(t)

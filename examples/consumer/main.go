@@ -1,6 +1,6 @@
-// Command consumer is a service that publishes a message for each transfer, and a consumer that keeps
-// the statements of accounts from these messages, and handles each once. The queue is a table in the
-// same database; package broker/kafka is for Kafka.
+// Command consumer is a service that publishes a message for each transfer, and a consumer that
+// keeps the statements of accounts from these messages, and handles each once. The queue is a table
+// in the same database; package broker/kafka is for Kafka.
 //
 //	go run ./examples/consumer
 package main

@@ -1,6 +1,6 @@
-// Command webhook receives the webhooks of a payment service. Such a service signs each event, gives
-// it an id, sends it until it gets a 2xx, and may send it twice. The id is the key, so each event has
-// one effect.
+// Command webhook receives the webhooks of a payment service. Such a service signs each event,
+// gives it an id, sends it until it gets a 2xx, and may send it twice. The id is the key, so each
+// event has one effect.
 //
 //	go run ./examples/webhook
 package main

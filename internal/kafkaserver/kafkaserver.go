@@ -1,5 +1,5 @@
-// Package kafkaserver runs an Apache Kafka for tests: one process that is both broker and controller
-// (KRaft), and listens on 127.0.0.1.
+// Package kafkaserver runs an Apache Kafka for tests: one process that is both broker and
+// controller (KRaft), and listens on 127.0.0.1.
 //
 // It downloads nothing. The script .ci/kafka gets Kafka's jars and prints their folder.
 package kafkaserver
@@ -98,10 +98,10 @@ type process struct {
 }
 
 // Start starts a broker that keeps its data and its log (kafka.log) in the folder dir, and returns
-// when clients can use it, after some seconds. It makes the folder if that is missing, and uses data
-// that an earlier broker left in it. ctx bounds only Start. If Start fails, it leaves no process
-// behind; if Kafka ended or was too slow, the error contains the last lines of its log. On Linux the
-// broker dies with this process.
+// when clients can use it, after some seconds. It makes the folder if that is missing, and uses
+// data that an earlier broker left in it. ctx bounds only Start. If Start fails, it leaves no
+// process behind; if Kafka ended or was too slow, the error contains the last lines of its log. On
+// Linux the broker dies with this process.
 func Start(ctx context.Context, dir string, opts *Options) (*Server, error) {
 	if opts == nil {
 		opts = &Options{}
@@ -196,8 +196,8 @@ func (s *Server) configureAndLaunch(ctx context.Context, opts *Options) error {
 func (s *Server) data() string       { return filepath.Join(s.dir, "data") }
 func (s *Server) properties() string { return filepath.Join(s.dir, "server.properties") }
 
-// command returns a command that runs one of Kafka's programs, with little memory and a quick start.
-// Its log has warnings, errors, and the line that says that the broker is ready.
+// command returns a command that runs one of Kafka's programs, with little memory and a quick
+// start. Its log has warnings, errors, and the line that says that the broker is ready.
 func (s *Server) command(ctx context.Context, arguments ...string) *exec.Cmd {
 	return exec.CommandContext(ctx, s.java, append([]string{
 		"-Xmx512m", "-XX:+UseSerialGC", "-XX:TieredStopAtLevel=1",
@@ -225,8 +225,8 @@ func (s *Server) format(ctx context.Context) error {
 	return nil
 }
 
-// checkPort returns an error if something listens on the port. Kafka would report that too, but after
-// some seconds, and not in one line.
+// checkPort returns an error if something listens on the port. Kafka would report that too, but
+// after some seconds, and not in one line.
 func (s *Server) checkPort() error {
 	listener, err := net.Listen("tcp", s.Address())
 	if err != nil {
@@ -319,9 +319,9 @@ func (s *Server) Restart(ctx context.Context) error {
 	return nil
 }
 
-// Stop shuts the broker down (SIGTERM; on Windows it kills it), and returns when it has ended. If that
-// takes longer than 20 seconds, it kills the broker and returns an error; the next start recovers its
-// data. It does nothing if the broker has ended already.
+// Stop shuts the broker down (SIGTERM; on Windows it kills it), and returns when it has ended. If
+// that takes longer than 20 seconds, it kills the broker and returns an error; the next start
+// recovers its data. It does nothing if the broker has ended already.
 func (s *Server) Stop() error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -398,8 +398,8 @@ func freePort(taken int) (int, error) {
 	return 0, fmt.Errorf("find a free port: %w", last)
 }
 
-// lastLines returns the end of a log without the lines of Java's stack traces. The line that names the
-// error comes before them.
+// lastLines returns the end of a log without the lines of Java's stack traces. The line that names
+// the error comes before them.
 func lastLines(text string) string {
 	const linesMax = 12
 	lines := slices.DeleteFunc(strings.Split(strings.TrimSpace(text), "\n"), func(line string) bool {

@@ -52,13 +52,13 @@ const (
 //
 //   - the log's messages of the lost time have one effect again, in the order of their keys, and call
 //     other services with the keys that they had,
-//   - messages that come back into the outbox, refused ones included, are published again with their
-//     ids and have no second effect,
+//   - messages that come back into the outbox, refused ones included, are published again with
+//     their ids and have no second effect,
 //   - parked messages come back, and have one effect once they are redriven again,
 //   - a payment that is lost and retried is made again, and its message has no second effect.
 //
-// A lost payment that nobody retries is in the projection, because the log has its message, but not in
-// the books. Run requires that nothing else differs.
+// A lost payment that nobody retries is in the projection, because the log has its message, but not
+// in the books. Run requires that nothing else differs.
 func Run(t *testing.T, b Broker) {
 	if runtime.GOOS == "windows" {
 		t.Skip("NOT RUN: a base backup is made as a standby, which Windows can't have")

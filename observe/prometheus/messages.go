@@ -115,8 +115,8 @@ type MessageFigures struct {
 }
 
 // NewMessagesCollector returns a collector of figures of the messages in the database. Pass the
-// method MessageStatistics of a *postgres.Store. The collector reads and keeps the figures as that of
-// [NewRecordsCollector] does.
+// method MessageStatistics of a *postgres.Store. The collector reads and keeps the figures as that
+// of [NewRecordsCollector] does.
 func NewMessagesCollector[S interface {
 	~struct {
 		Outbox        int64

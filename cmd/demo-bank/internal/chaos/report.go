@@ -41,7 +41,7 @@ type Report struct {
 	Phase         string  `json:"phase"` // the last one
 	Seconds       float64 `json:"seconds"`
 	LoadSeconds   float64 `json:"load_seconds"`
-	SettleSeconds float64 `json:"settle_seconds"` // from the last fault to the last answer of a key of the load
+	SettleSeconds float64 `json:"settle_seconds"` // see run.settledAfter
 
 	Requests     int64 `json:"requests"`      // of the load and the settling
 	FinalReplays int64 `json:"final_replays"` // at least one for each key that was not given up
