@@ -91,8 +91,8 @@ func Start(dir string, port int, instance string, logger *slog.Logger) (*Broker,
 // Connect returns the cluster of these brokers. Each address is host:port. It opens no connection.
 //
 // instance, from [Instance], makes the consumers of this process static members of their groups:
-// after a crash the next process of this name goes on at once. If it is empty, the partitions of a
-// process that crashed stand still until the broker misses it, after 6 seconds.
+// after a crash the next process of this name goes on at once. If it is empty, a crash holds all
+// members up until the broker misses the dead one, after 6 seconds.
 func Connect(addresses []string, instance string, logger *slog.Logger) (*Broker, error) {
 	client, err := kafka.Connect(addresses, &kafka.Options{
 		InstanceID: instance, SessionTimeout: sessionTimeout, RebalanceTimeout: rebalanceTimeout, Logger: logger,
