@@ -29,7 +29,7 @@ const (
 	messagesBatch  = 100 // messages of a batch
 	messagesFetch  = 10  // messages of a fetch, for a design without batches
 	messagesTopic  = "bench"
-	messagesMoment = 24 * time.Hour // for which a record is kept
+	messagesMoment = 24 * time.Hour // time for which a record is kept
 
 	// messagesQuickPartitions is the number of partitions of a quick run; partitionsOf has all.
 	messagesQuickPartitions = 4
@@ -127,7 +127,7 @@ func fetchOf(design string) int64 {
 	return messagesBatch
 }
 
-// taker handles all of some fetched messages of one partition.
+// taker handles fetched messages of one partition. It returns an error unless it has handled all.
 type taker func(ctx context.Context, partition int, deliveries []consumer.Delivery) error
 
 // consumption is the consuming side of a stand.

@@ -108,7 +108,8 @@ func project(ctx context.Context, d *consumer.Delivery) error {
 // The batch holds its connection during the call: for notifyTimeout at most for each message, and
 // for batchTimeout in all. So if the mail service hangs, each process holds as many connections as
 // [AtOnce] returns, and requests have the others. A consumer that calls a slow service for many
-// messages would better write a row, and let a request of its own send it by package effect.
+// messages should write a row instead, and let a request of its own make the call by package
+// effect.
 func (c *Consumers) notify(ctx context.Context, d *consumer.Delivery) error {
 	notice, ok, err := bank.NoticeOf(d.Body)
 	switch {

@@ -22,7 +22,7 @@ import (
 const (
 	ShownSchema   = "demo_shown"
 	ShownAccounts = "shown-"               // prefix of the accounts that they handle
-	ShownPace     = 100 * time.Millisecond // of a handler, so that a fault meets one that runs
+	ShownPace     = 100 * time.Millisecond // pause in a handler, so that a fault meets one that runs
 
 	shownBatchMax = 20 // at this pace much less than batchTimeout
 
