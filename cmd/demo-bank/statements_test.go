@@ -26,7 +26,7 @@ import (
 // actMax limits the wait for the end of an act. It is longer than the page's own limit.
 const actMax = 4 * time.Minute
 
-// broken is a bank whose page breaks consumers.
+// broken is a bank with a page that breaks consumers.
 type broken struct {
 	*testing.T
 	p      *program

@@ -259,7 +259,7 @@ func (s *Server) launch(ctx context.Context) error {
 }
 
 // awaitReady returns when the log says that the broker is ready. It reads the log from this offset:
-// what is before it was written by earlier processes.
+// the part before it is from earlier processes.
 func (s *Server) awaitReady(ctx context.Context, logFrom int64) error {
 	ctx, cancel := context.WithTimeoutCause(ctx, startWaitMax, fmt.Errorf("kafka was not ready within %s", startWaitMax))
 	defer cancel()

@@ -175,7 +175,7 @@ func (m *member) pause() (resume func(), err error) {
 	return func() { _ = process.Continue(paused) }, nil // it may have been killed
 }
 
-// lastWords keeps the end of what is written to it.
+// lastWords keeps the last bytes that are written to it.
 type lastWords struct{ end []byte }
 
 func (w *lastWords) Write(p []byte) (int, error) {
