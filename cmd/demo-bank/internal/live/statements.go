@@ -523,8 +523,8 @@ func (p *statements) open(ctx context.Context) (b *shownBooks, err error) {
 	return b, nil
 }
 
-// openingShown is the opening balance of an account. It is never used up, because the payments go
-// round.
+// openingShown is the opening balance of an account. It lasts for the page's lifetime, because the
+// payments go round.
 const openingShown = 1_000 * amount
 
 func (b *shownBooks) close() {
