@@ -210,8 +210,8 @@ func TestOpenRequestsInABrowser(t *testing.T) {
 	}
 }
 
-// In a browser: from the consumers to a dead letter, which is redriven and then dropped. Each page of
-// messages fits a phone and a tablet, and logs no error.
+// In a browser, an operator goes from the consumers to a dead letter, redrives it, and then drops
+// it. Each page of messages fits a phone and a tablet, and logs no error.
 func TestMessagesInABrowser(t *testing.T) {
 	pgtest.Slow(t, "starts a browser")
 	t.Parallel()

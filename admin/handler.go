@@ -23,7 +23,8 @@ const (
 	// PermissionView allows everything that only reads, except bodies: scopes, keys, recorded
 	// headers, the history of keys, figures, findings.
 	PermissionView Permission = "view"
-	// PermissionViewBody allows recorded bodies: the clients' answers; and the contents of messages.
+	// PermissionViewBody allows reading recorded bodies, which are the clients' answers, and the
+	// contents of messages.
 	PermissionViewBody Permission = "view-body"
 	// PermissionExpire allows expiring a record, after which a retry of its request may run again.
 	PermissionExpire Permission = "expire"
@@ -36,8 +37,8 @@ const (
 	// PermissionAbandon allows deleting an open request without an answer, after which a retry of it
 	// runs again and may pay twice.
 	PermissionAbandon Permission = "abandon"
-	// PermissionRedrive allows redriving messages that a consumer parked, and giving those to the relay
-	// again that the broker refused.
+	// PermissionRedrive allows redriving messages that a consumer has parked, and retrying messages
+	// that the broker has refused.
 	PermissionRedrive Permission = "redrive"
 	// PermissionDrop allows deleting such messages: nobody handles or gets them.
 	PermissionDrop Permission = "drop"

@@ -11,7 +11,7 @@ import (
 	"github.com/paidonce/idempotency/storage/postgres/operator"
 )
 
-// messageRef is a message in a link: at a consumer, or in the outbox if Consumer is empty.
+// messageRef names a message in a link: at a consumer, or in the outbox if Consumer is empty.
 type messageRef struct {
 	Consumer string `json:"c,omitempty"`
 	ID       string `json:"i"`
@@ -28,7 +28,7 @@ func (h *Handler) messageOf(p *page) (ref messageRef, err error) {
 	return ref, nil
 }
 
-// consumers shows where each consumer is, and what it has parked.
+// consumers shows where each consumer is, and how much it has parked.
 func (h *Handler) consumers(p *page) error {
 	list, err := h.operator.Consumers(p.ctx(), "")
 	if err != nil {
@@ -106,7 +106,7 @@ type outboxPage struct {
 	Now         time.Time
 }
 
-// outbox shows what waits for a relay, and a page of what the broker refused.
+// outbox shows how much waits for a relay, and a page of the messages that the broker refused.
 func (h *Handler) outbox(p *page) error {
 	var q struct {
 		After operator.Cursor `json:"n,omitempty"`
@@ -152,7 +152,7 @@ type messagePage struct {
 
 	// Of confirm-message.html.
 	Act            messageAct
-	Ticket, Word   string // Word is to be typed; empty for none
+	Ticket, Word   string // the reader must type Word, unless it is empty
 	Reason         string // as typed before
 	ReasonBytesMax int
 	Problem        string // why the form is shown again
@@ -283,8 +283,8 @@ func (h *Handler) confirmMessageLink(p *page, act messageAct) error {
 	return h.confirmMessage(p, act, ref, "", "")
 }
 
-// confirmMessage shows what an act on a message does, and the form that does it. problem is the reason
-// if the form is shown again.
+// confirmMessage shows the consequences of an act on a message, and the form for it. problem is the
+// reason if the form is shown again.
 func (h *Handler) confirmMessage(p *page, act messageAct, ref messageRef, reason, problem string) error {
 	actor, err := h.allowed(p.r, act.permission())
 	if err != nil {
@@ -312,8 +312,8 @@ func (h *Handler) redrive(p *page) error { return h.actMessage(p, actRedrive) }
 func (h *Handler) drop(p *page) error    { return h.actMessage(p, actDrop) }
 func (h *Handler) retry(p *page) error   { return h.actMessage(p, actRetry) }
 
-// actMessage does the act of a confirmed form, as [Handler.act] does. The act in the database checks
-// that the message is still as it was shown.
+// actMessage does the act of a confirmed form, as [Handler.act] does. The operator's act checks
+// that a parked message still has the state and the tries that the form showed.
 func (h *Handler) actMessage(p *page, act messageAct) error {
 	var t messageTicket
 	deed, err := h.redeem(p, act.permission(), string(act), purposeMessageForm, &t, &t.ticket)

@@ -27,7 +27,7 @@ func (waitingSource) Run(ctx context.Context, _ consumer.Receiver) error { <-ctx
 
 func messageID(n int) string { return fmt.Sprintf("00000000-0000-8000-8000-%012d", n) }
 
-// park has the consumer ledger receive a dead message, 1, and one behind it, 2.
+// park makes the consumer ledger park two messages: 1, which is dead, and 2, which is behind it.
 func (b *testBundle) park(t testing.TB) {
 	t.Helper()
 	c := consumer.New("ledger", b.Store.Inbox(), waitingSource{}, func(context.Context, *consumer.Delivery) error {
@@ -67,7 +67,7 @@ func (b *testBundle) refuse(t testing.TB) (id string) {
 
 const messageAudit = "SELECT action || ' ' || scope || ' ' || key || ' by ' || actor || ': ' || reason FROM idempotency_audit ORDER BY id"
 
-// A dead letter is found, and redriven or dropped on the page, once.
+// An operator finds a dead letter on the page, and redrives or drops it, once.
 func TestDeadLettersOnThePage(t *testing.T) {
 	t.Parallel()
 	b := setup(t, nil)
@@ -148,7 +148,7 @@ func TestDeadLettersOnThePage(t *testing.T) {
 	}
 }
 
-// What the broker refused is given to it again, or dropped.
+// A message that the broker refused is retried, or dropped.
 func TestOutboxOnThePage(t *testing.T) {
 	t.Parallel()
 	b := setup(t, nil)
@@ -221,7 +221,7 @@ func TestActsOnMessagesAreAllowedOneByOne(t *testing.T) {
 		}
 		text(t, b.as("bob", everything...).post(act, form(tickets[act])), http.StatusForbidden)
 	}
-	// What can't be done is not offered, and refused.
+	// An act that is impossible is not offered, and is refused.
 	text(t, all.get(strings.Replace(refused, "message?", "redrive?", 1)), http.StatusNotFound)
 	text(t, all.get(strings.Replace(parked, "message?", "retry?", 1)), http.StatusNotFound)
 	b.mount(func(o *admin.Options) { secret(o); o.ReadOnly = true })
@@ -236,7 +236,7 @@ func TestActsOnMessagesAreAllowedOneByOne(t *testing.T) {
 	}
 }
 
-// The list goes on over pages, and no id is in a URL.
+// The list continues over several pages, and no id is in a URL.
 func TestParkedMessagesArePaged(t *testing.T) {
 	t.Parallel()
 	b := setup(t, nil)

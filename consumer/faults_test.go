@@ -298,6 +298,28 @@ func TestParkedMessageThatKillsItsProcessIsFound(t *testing.T) {
 	}
 }
 
+// A parked message that takes longer than BatchTimeout leaves the others their turn: it is not due at
+// once. The try does not count, because the database may be what is slow.
+func TestParkedMessageThatIsTooSlowIsNotDueAtOnce(t *testing.T) {
+	t.Parallel()
+	b := newBed(t)
+	receiver := b.receiver(b.Store.Inbox(), func(context.Context, *consumer.Delivery) error { return consumer.Later(0) }, consumer.Options{})
+	for settled := 0; settled == 0; {
+		settled, _ = receiver.Receive(t.Context(), partition0, deliveries(0, "slow"))
+	}
+	b.Exec(t, "UPDATE message_parked SET attempts = 6")
+	ctx, cancel := context.WithCancel(t.Context())
+	defer cancel()
+	process := consumer.New("ledger", b.Store.Inbox(), newTopic(), func(ctx context.Context, _ *consumer.Delivery) error {
+		<-ctx.Done()
+		return ctx.Err()
+	}, &consumer.Options{BatchTimeout: 50 * time.Millisecond, ParkedInterval: time.Millisecond, Logger: slog.New(slog.DiscardHandler), OnBatch: func(consumer.BatchEnd) { cancel() }})
+	_ = process.Run(ctx)
+	if n := b.Count(t, "SELECT count(*) FROM message_parked WHERE state = 1 AND attempts = 6 AND not_before > clock_timestamp() + interval '10 seconds'"); n != 1 {
+		t.Errorf("it is due again at once: %s", b.Text(t, "SELECT state || ' ' || attempts || ' ' || not_before - clock_timestamp() FROM message_parked"))
+	}
+}
+
 // A parked message that fails at COMMIT has failed.
 func TestParkedMessageThatFailsAtCommitIsDead(t *testing.T) {
 	t.Parallel()

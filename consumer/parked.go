@@ -57,6 +57,7 @@ func (c *Consumer) retryOne(ctx context.Context, id string) (handled bool) {
 		return false
 	}
 	defer func() { <-c.slots }()
+	stopped := ctx
 	ctx, cancel := context.WithTimeout(ctx, c.options.BatchTimeout)
 	defer cancel()
 	started, attempt := time.Now(), idempotency.NewAttemptID()
@@ -69,7 +70,7 @@ func (c *Consumer) retryOne(ctx context.Context, id string) (handled bool) {
 	}
 	tried := park.Attempts
 	if err != nil { // another process has it, or the store is away
-		c.takeBack(ctx, &park)
+		c.takeBack(ctx, &park, 0)
 		return false
 	}
 	end := BatchEnd{Consumer: c.name, Partition: Partition{Source: d.Topic}}
@@ -109,8 +110,12 @@ func (c *Consumer) retryOne(ctx context.Context, id string) (handled bool) {
 	end.Err = errors.Join(failure, sealed)
 	var later *laterError
 	switch {
+	case ctx.Err() != nil && stopped.Err() == nil: // the handler, or the database, was too slow
+		c.options.Logger.Warn("idempotency: a parked message took longer than BatchTimeout; the try does not count", "consumer", c.name, "topic", d.Topic, "offset", d.Offset)
+		c.takeBack(ctx, &park, c.backoff(park.Attempts)) // others have their turn
+		return false
 	case !countsAsTry(failure, sealed), ctx.Err() != nil: // an outage counts for no message
-		c.takeBack(ctx, &park)
+		c.takeBack(ctx, &park, 0)
 		return false
 	case errors.Is(failure, ErrRejected):
 		park.State = Dead
@@ -147,10 +152,10 @@ func countsAsTry(failure, sealed error) bool {
 	return true
 }
 
-// takeBack undoes the count of a try that is not the message's.
-func (c *Consumer) takeBack(ctx context.Context, park *Park) {
+// takeBack undoes the count of a try that is not the message's. It is due again after this time.
+func (c *Consumer) takeBack(ctx context.Context, park *Park, wait time.Duration) {
 	tried := park.Attempts
-	park.State, park.Attempts, park.NotBefore = Waiting, tried-1, 0
+	park.State, park.Attempts, park.NotBefore = Waiting, tried-1, wait
 	c.repark(ctx, tried, park)
 }
 

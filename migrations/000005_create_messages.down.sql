@@ -1,4 +1,4 @@
--- Messages that no broker has yet would be lost.
+-- It would lose messages that no broker has yet, and parked ones.
 DO $$
 BEGIN
     IF EXISTS (SELECT FROM message_outbox) THEN
@@ -7,12 +7,16 @@ BEGIN
     IF EXISTS (SELECT FROM message_parked) THEN
         RAISE EXCEPTION 'there are parked messages: redrive or drop them first (idemctl message parked)';
     END IF;
+    -- Without its position a consumer begins with the oldest message that the broker has.
+    IF EXISTS (SELECT FROM message_offsets WHERE next_offset >= 0) THEN
+        RAISE EXCEPTION 'there are positions of consumers: if none of these will run again, delete the rows of message_offsets first';
+    END IF;
 END
 $$;
 DROP TABLE message_parked;
 DROP TABLE message_offsets;
 DROP TABLE message_outbox;
--- The rows of acts on messages stay, so the constraint counts only for new ones.
+-- The rows of acts on messages stay, so the constraint applies only to new rows.
 ALTER TABLE idempotency_audit
     DROP CONSTRAINT idempotency_audit_action_check,
     DROP COLUMN message,

@@ -1,6 +1,6 @@
--- Messages that were published and are not yet with the broker. A row is written by the transaction
--- of the handler, and deleted by a relay after the broker has confirmed the message. Services that
--- publish nothing need no relay.
+-- Messages that were published and are not yet with the broker. The transaction of the handler writes
+-- a row, and a relay deletes it after the broker has confirmed the message. If the topic is a queue,
+-- the transaction of its consumer deletes the row. Services that publish nothing need no relay.
 --
 -- The table contains bodies of messages: protect it like idempotency_keys.
 CREATE TABLE message_outbox (
@@ -17,7 +17,8 @@ CREATE TABLE message_outbox (
     CONSTRAINT message_outbox_pkey PRIMARY KEY (shard, id)
 );
 
--- For the messages that wait behind a refused one. An index takes no key of 3 KiB, so it has a hash.
+-- For the messages that wait behind a refused one. An index can't hold a key of 3 KiB, so it has the
+-- key's hash.
 CREATE INDEX message_outbox_refused_idx ON message_outbox (shard, topic, sha256(key)) WHERE refused IS NOT NULL;
 
 COMMENT ON TABLE message_outbox IS 'Messages that were published and are not yet with the broker. Do not delete a row by hand: nobody would get the message.';
@@ -25,14 +26,14 @@ COMMENT ON COLUMN message_outbox.id IS 'Order of the messages in a shard.';
 COMMENT ON COLUMN message_outbox.created_at IS 'Time of the publication, by this server''s clock.';
 COMMENT ON COLUMN message_outbox.shard IS 'Part of the outbox, from topic and key. One relay at a time empties a shard.';
 COMMENT ON COLUMN message_outbox.message_id IS 'The message''s id, the same for every run of the request that published it.';
-COMMENT ON COLUMN message_outbox.topic IS 'Where the message goes.';
+COMMENT ON COLUMN message_outbox.topic IS 'Topic at the broker.';
 COMMENT ON COLUMN message_outbox.key IS 'Messages with one topic and key keep their order; NULL if there is none to keep.';
-COMMENT ON COLUMN message_outbox.refused IS 'Why the broker will never take the message; NULL unless it does. Later messages of its topic and key wait behind it.';
+COMMENT ON COLUMN message_outbox.refused IS 'The broker''s reason for which it will never take the message; NULL unless it refused it. Later messages of its topic and key wait behind it.';
 COMMENT ON COLUMN message_outbox.headers IS 'The headers, encoded as in idempotency_keys.';
 COMMENT ON COLUMN message_outbox.body IS 'The body as it was published.';
 
--- The position of each consumer in each partition of its sources. It is moved by the transaction that
--- has the effects of the messages, so it is never in front of them or behind them.
+-- The position of each consumer in each partition of its sources. The transaction that has the effects
+-- of the messages moves it, so it is never ahead of the effects or behind them.
 CREATE TABLE message_offsets (
     next_offset bigint      NOT NULL,
     updated_at  timestamptz NOT NULL,
@@ -77,18 +78,18 @@ CREATE TABLE message_parked (
     CONSTRAINT message_parked_pkey PRIMARY KEY (consumer, message_id)
 );
 
--- For the order within a key, of which it has a hash, and for the search for what is due.
+-- For the order within a key, of which the index has a hash, and for the search for due messages.
 CREATE INDEX message_parked_key_idx ON message_parked (consumer, topic, sha256(key), id);
 CREATE INDEX message_parked_due_idx ON message_parked (consumer, not_before) WHERE state = 1;
 
-COMMENT ON TABLE message_parked IS 'Messages that a consumer could not handle: they wait for another try, behind another message, or for a person. Do not delete a row by hand: the message would be lost.';
+COMMENT ON TABLE message_parked IS 'Messages that a consumer could not handle. They wait for another try, behind another message, or for a person. Do not delete a row by hand: the message would be lost.';
 COMMENT ON COLUMN message_parked.id IS 'Order of the messages of a key.';
-COMMENT ON COLUMN message_parked.parked_at IS 'Time at which the message was parked first.';
-COMMENT ON COLUMN message_parked.not_before IS 'Time of the next try; NULL unless it waits for one.';
+COMMENT ON COLUMN message_parked.parked_at IS 'Time at which the message was parked.';
+COMMENT ON COLUMN message_parked.not_before IS 'Time of the next try; NULL unless the message waits for one.';
 COMMENT ON COLUMN message_parked.position IS 'Offset of the message.';
 COMMENT ON COLUMN message_parked.partition IS 'Number of its partition.';
-COMMENT ON COLUMN message_parked.attempts IS 'Number of times that the handler failed.';
-COMMENT ON COLUMN message_parked.state IS '1 waiting for its next try. 2 behind another parked message of its key. 3 dead: until a person redrives or drops it.';
+COMMENT ON COLUMN message_parked.attempts IS 'Number of tries that have failed or begun, since the message came or was redriven last; or of processes that died in it.';
+COMMENT ON COLUMN message_parked.state IS '1: waiting for its next try. 2: behind another parked message of its key. 3: dead, until a person redrives or drops it.';
 COMMENT ON COLUMN message_parked.consumer IS 'Name of the consumer.';
 COMMENT ON COLUMN message_parked.message_id IS 'The message''s id.';
 COMMENT ON COLUMN message_parked.source IS 'Topic or stream that it came from.';
@@ -98,8 +99,8 @@ COMMENT ON COLUMN message_parked.key IS 'The message''s key; NULL if it has none
 COMMENT ON COLUMN message_parked.headers IS 'The headers, encoded as in idempotency_keys.';
 COMMENT ON COLUMN message_parked.body IS 'The body as it came.';
 
--- Acts on messages. Of such an act the scope is message: and the consumer's name, or the topic of a
--- message in the outbox; the key is the message's id.
+-- Acts on messages. The scope of such an act is message: and the consumer's name, or for a message in
+-- the outbox its topic. The key is the message's id.
 ALTER TABLE idempotency_audit
     DROP CONSTRAINT idempotency_audit_action_check,
     ADD COLUMN message jsonb,
@@ -111,6 +112,6 @@ COMMENT ON COLUMN idempotency_audit.scope IS 'The account whose key it was; of a
 COMMENT ON COLUMN idempotency_audit.key IS 'The key as the client sent it, unquoted; or the id of the message.';
 COMMENT ON COLUMN idempotency_audit.attempt_id IS 'Attempt that made the record. The service''s rows may carry it too: find the effects of the request by it. Zero for a message.';
 COMMENT ON COLUMN idempotency_audit.status IS 'HTTP status of the recorded answer; 0 for an open request and for a message.';
-COMMENT ON COLUMN idempotency_audit.record_created_at IS 'Time at which the answer was recorded; or the message parked, or published.';
+COMMENT ON COLUMN idempotency_audit.record_created_at IS 'Time at which the answer was recorded; of a message, the time at which it was parked or published.';
 COMMENT ON COLUMN idempotency_audit.record_expires_at IS 'Time at which the record would have expired; of a message, the time at which it was parked or published.';
 COMMENT ON COLUMN idempotency_audit.message IS 'The message before the act, without its key, headers and body.';

@@ -287,6 +287,39 @@ func TestDownTo(t *testing.T) {
 	}
 }
 
+// What nobody could make again is not undone: the error names the remedy, nothing is changed, and
+// once the rows are gone the way down is free.
+func TestDownLosesNothing(t *testing.T) {
+	t.Parallel()
+	b := setup(t)
+	b.up(t, nil)
+	for _, test := range []struct {
+		table, insert string
+		version       uint // that keeps the table
+		remedy        string
+	}{
+		{"message_outbox", "(created_at, shard, message_id, topic, headers, body) VALUES (now(), 0, gen_random_uuid(), 't', '', '')", 5, "run a relay"},
+		{"message_parked", "(parked_at, position, partition, attempts, state, consumer, message_id, source, topic, error, headers, body) VALUES (now(), 0, 0, 1, 3, 'c', 'id', 't', 't', '', '', '')", 5, "redrive or drop them first"},
+		{"message_offsets", "VALUES (1, now(), gen_random_uuid(), gen_random_uuid(), 0, 0, 'c', 't')", 5, "delete the rows of message_offsets first"},
+		{"idempotency_open", "(next_at, started_at, epoch, lease_ms, ttl_ms, runs, owned, scope, key, route, request) VALUES (now(), now(), 1, 1, 1, 1, false, 's', 'k', 'r', '')", 4, "end them first"},
+	} {
+		b.exec(t, "INSERT INTO "+test.table+" "+test.insert)
+		err := migrations.DownTo(t.Context(), b.on(b.pool), postgres.SchemaVersion, nil)
+		if err == nil || !strings.Contains(err.Error(), test.remedy) {
+			t.Errorf("%s: %v, want the remedy %q", test.table, err, test.remedy)
+		}
+		b.wantVersion(t, nil, test.version)
+		b.exec(t, "DELETE FROM "+test.table)
+		if test.version == 5 {
+			b.up(t, nil)
+		}
+	}
+	if err := migrations.DownTo(t.Context(), b.on(b.pool), postgres.SchemaVersion, nil); err != nil {
+		t.Fatal(err)
+	}
+	b.wantVersion(t, nil, postgres.SchemaVersion)
+}
+
 // The schema is made if it is missing. Whatever the search_path of the connections is, nothing is
 // made in another schema.
 func TestSchema(t *testing.T) {

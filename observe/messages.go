@@ -20,9 +20,9 @@ func BatchResult(end *consumer.BatchEnd) string {
 	return "failed"
 }
 
-// BatchOutcomes returns the number of the batch's messages by their outcome: executed, parked, dead,
-// mismatch, duplicate, redelivered. Each message is counted once. If the batch failed, only parked
-// messages are counted: the others come again.
+// BatchOutcomes returns the number of the batch's messages by their outcome: executed, parked,
+// dead, mismatch, duplicate, redelivered. Each message is counted once. If the batch failed, only a
+// parked message that is dead now is counted: all others come again.
 func BatchOutcomes(end *consumer.BatchEnd) map[string]int {
 	if end.Err != nil {
 		return map[string]int{"executed": end.Executed, "parked": end.Parked, "dead": end.Dead}

@@ -491,9 +491,9 @@ func TestPolledMessagesOfAFormerAssignment(t *testing.T) {
 	}
 	consume(t, source(t, f, "former", topic, func(o *kafka.Options) { o.Kgo = append(o.Kgo, kgo.WithHooks(hook)) }), member)
 	eventually(t, "messages of all partitions were refused", func() bool {
+		_, calls := member.count() // it calls refuse with its lock
 		mu.Lock()
 		defer mu.Unlock()
-		_, calls := member.count()
 		return assignments == brokertest.Partitions && calls > 50
 	})
 	write("second")

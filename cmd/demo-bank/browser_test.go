@@ -164,9 +164,9 @@ func TestPageShowsWhoLosesMoney(t *testing.T) {
 
 func lostOf(side string) string { return ".twin[data-side=" + side + "] [data-of=lost]" }
 
-// TestPageShowsWhatAnInboxIsFor: a lost COMMIT doubles a payment without an inbox, and a message that
-// can't be read is missing there for good. With the inbox nothing is wrong, and a redrive brings the
-// message. The counts are those of the books' own SQL.
+// TestPageShowsWhatAnInboxIsFor: without an inbox a lost COMMIT doubles a payment, and a message
+// that can't be read is missing for good. With the inbox nothing is wrong, and a redrive handles
+// the message. The counts are those of the audit's SQL.
 func TestPageShowsWhatAnInboxIsFor(t *testing.T) {
 	if testing.Short() {
 		t.Skip("starts a bank and a browser")

@@ -9,7 +9,7 @@ import (
 	"github.com/paidonce/idempotency/cmd/demo-bank/internal/server"
 )
 
-// apartFlags are the flags of processes beside the bank.
+// apartFlags are the flags of both commands that run beside the bank.
 type apartFlags struct {
 	Brokers     []string   `placeholder:"HOST:PORT" help:"Kafka brokers, separated by commas. Without it those that the bank left in its database."`
 	DatabaseURL string     `name:"database-url" env:"DATABASE_URL" placeholder:"URL" help:"PostgreSQL of the bank."`

@@ -18,9 +18,9 @@ import (
 	"github.com/paidonce/idempotency/internal/pgtest"
 )
 
-// Modes 13 and 14 for the bank: consumers and relays that are killed with -9 while the bank is paid,
-// again and again, leave nothing missing and nothing doubled. Consumers without an inbox, killed
-// the same way, are judged by the same audit: see TestOnlyAnInboxHandlesOnce of package server.
+// Modes 13 and 14 for the bank: consumers and relays that are killed with -9 again and again, while
+// transfers are made, leave nothing missing and nothing doubled. The same audit finds the doubles
+// of consumers without an inbox: see TestOnlyAnInboxHandlesOnce of package server.
 func TestKilledConsumersAndRelaysLoseAndDoubleNothing(t *testing.T) {
 	t.Parallel()
 	database := pgtest.Database(t)
@@ -48,7 +48,7 @@ func TestKilledConsumersAndRelaysLoseAndDoubleNothing(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	address := listener.Addr().String() // of the consumers in each of their lives
+	address := listener.Addr().String() // of each process of the consumers
 	if err := listener.Close(); err != nil {
 		t.Fatal(err)
 	}

@@ -26,7 +26,7 @@ import (
 // actMax limits the wait for the end of an act. It is longer than the page's own limit.
 const actMax = 4 * time.Minute
 
-// broken is a bank whose page breaks consumers.
+// broken is a bank with a page that breaks consumers.
 type broken struct {
 	*testing.T
 	p      *program
@@ -34,7 +34,7 @@ type broken struct {
 	db     *pgxpool.Pool
 }
 
-// act presses a button, and returns what the page shows when it is over.
+// act presses a button, and returns the state that the page shows at the end of the act.
 func (b *broken) act(fields ...string) *live.Statements {
 	b.Helper()
 	form := url.Values{"act": fields[:1]}
@@ -63,7 +63,7 @@ func (b *broken) act(fields ...string) *live.Statements {
 	return b.over()
 }
 
-// over waits until no act is under way, and returns what the page shows.
+// over waits until no act is under way, and returns the state that the page shows.
 func (b *broken) over() *live.Statements {
 	b.Helper()
 	stream := http.Client{Transport: b.client.Transport, Timeout: actMax}
@@ -90,8 +90,8 @@ func (b *broken) over() *live.Statements {
 	return s.Statements
 }
 
-// rows returns the number of payments with this number of copies in a projection, by the test's own
-// count.
+// rows returns the number of payments with a number of copies in a projection that meets the
+// condition. It is the test's own count.
 func (b *broken) rows(inbox bool, having string) (number int64) {
 	b.Helper()
 	if err := b.db.QueryRow(b.Context(), `
@@ -115,11 +115,10 @@ func (b *broken) backends() []int32 {
 	return pids
 }
 
-// TestPageBreaksConsumers presses each button on the page of a bank with no flags but its database:
-// whatever is done to the consumers, the projection with the inbox has each payment once. The one
-// without shows each fault: that of Mode 13 (kill, COMMIT lost), Mode 14 (pause), Mode 6 (published
-// twice), Mode 21 (poison). A redrive keeps the id (Mode 23). Nothing of that is wrong in the bank's
-// own books.
+// TestPageBreaksConsumers presses each button on the page of a bank. After each fault the
+// projection with the inbox has each payment once. The projection without an inbox shows each
+// fault: Mode 13 (kill, lost COMMIT), Mode 14 (pause), Mode 6 (published twice), Mode 21 (poison).
+// A redrive keeps the id (Mode 23). The bank's own books stay right.
 func TestPageBreaksConsumers(t *testing.T) {
 	t.Parallel()
 	pgtest.Slow(t, "kills and pauses processes")
@@ -143,7 +142,8 @@ func TestPageBreaksConsumers(t *testing.T) {
 		}
 	}
 	last := &live.Statements{}
-	// doubles requires that the projection without an inbox has at least so many more doubles.
+	// doubles requires that the projection without an inbox has at least this number of new
+	// doubles.
 	doubles := func(t *testing.T, s *live.Statements, more int64) {
 		t.Helper()
 		side, before := s.Sides[1], last.Sides[1]
@@ -222,7 +222,7 @@ func TestPageBreaksConsumers(t *testing.T) {
 		if err != nil || !recorded {
 			t.Errorf("the redriven message has no record under its id, or no effect: %v", err)
 		}
-		b.act("redrive", id) // somebody else's button: it is no longer there
+		b.act("redrive", id) // as another viewer may: the message is not parked any more
 	})
 	b.T = t
 	eventually(t, "the bank's own books are settled and ok", func() bool {
@@ -237,7 +237,7 @@ func TestPageBreaksConsumers(t *testing.T) {
 	eventually(t, "the consumers end with the bank", func() bool { return len(b.backends()) == 0 })
 }
 
-// TestPageHasNoConsumersWithoutItsBroker: consumers are shown on the broker inside only.
+// TestPageHasNoConsumersWithoutItsBroker: the page shows consumers only with the broker inside.
 func TestPageHasNoConsumersWithoutItsBroker(t *testing.T) {
 	t.Parallel()
 	p := serve(t, "--addr", "127.0.0.1:0", "--database-url", pgtest.Database(t), "--pool-size", "16", "--brokers", "127.0.0.1:1")

@@ -188,7 +188,7 @@ func consumerOf(c *operator.Consumer) consumerJSON {
 	return j
 }
 
-// pageFlags select a page of messages.
+// pageFlags select a page of a list of messages.
 type pageFlags struct {
 	Rows  int    `placeholder:"N" default:"50" help:"Maximum number of rows, up to 1000. (default: ${default})"`
 	After string `placeholder:"CURSOR" help:"Continue after the previous page."`
@@ -399,7 +399,7 @@ type messageFlags struct {
 	Actor  string `placeholder:"NAME" help:"Your name. (default: your account on this machine)"`
 }
 
-// seenFlags are those of an act on a parked message of a consumer.
+// seenFlags are the additional flags of an act on a message that a consumer has parked.
 type seenFlags struct {
 	Seen    string `xor:"seen" placeholder:"STATE" help:"What message parked and message get show, such as dead-8: nothing is done if it was tried or acted on since. Required, unless --any-seen is given."`
 	AnySeen bool   `xor:"seen" help:"Act on the message whatever has become of it since you looked."`

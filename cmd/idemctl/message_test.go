@@ -20,7 +20,8 @@ type waitingSource struct{}
 
 func (waitingSource) Run(ctx context.Context, _ consumer.Receiver) error { <-ctx.Done(); return nil }
 
-// A dead letter is found, read, redriven and dropped, and each act names what it needs.
+// An operator finds, reads, redrives and drops a dead letter. An error names the flag that is
+// missing.
 func TestMessageCommands(t *testing.T) {
 	t.Parallel()
 	b := setup(t)
@@ -96,7 +97,7 @@ func TestMessageCommands(t *testing.T) {
 	}
 }
 
-// What the broker refused is shown with its words, retried and dropped.
+// A message that the broker refused is shown with the broker's words, retried, and dropped.
 func TestOutboxCommands(t *testing.T) {
 	t.Parallel()
 	b := setup(t)

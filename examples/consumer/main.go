@@ -1,6 +1,6 @@
-// Command consumer is a service whose transfers publish a message each, and a consumer that keeps
-// the statements of accounts from them, each message once. The queue is a table in the same
-// database; package broker/kafka has the same for Kafka.
+// Command consumer is a service that publishes a message for each transfer, and a consumer that
+// keeps the statements of accounts from these messages, and handles each once. The queue is a table
+// in the same database; package broker/kafka is for Kafka.
 //
 //	go run ./examples/consumer
 package main
@@ -81,7 +81,8 @@ func transfer(w http.ResponseWriter, r *http.Request) {
 	_, _ = w.Write(append(body, '\n'))
 }
 
-// project handles one message. Its writes are committed with the end of the message, or not at all.
+// project handles one message. Its writes are committed with the deletion of the message, or not at
+// all.
 func project(ctx context.Context, m *consumer.Delivery) error {
 	var t Transfer
 	if err := json.Unmarshal(m.Body, &t); err != nil {
@@ -91,7 +92,7 @@ func project(ctx context.Context, m *consumer.Delivery) error {
 	return err // tried again; after Options.AttemptsMax a dead letter
 }
 
-// statement shows what the consumer has made of an account's messages.
+// statement shows the entries that the consumer has written for an account.
 func statement(store *postgres.Store) http.HandlerFunc {
 	return func(w http.ResponseWriter, r *http.Request) {
 		rows, err := store.Pool().Query(r.Context(), "SELECT amount FROM consumer.entries WHERE account = $1 ORDER BY id", r.PathValue("account"))

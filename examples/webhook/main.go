@@ -1,5 +1,5 @@
-// Command webhook receives the webhooks of a payment service. Such a service sends an event until it
-// gets a 2xx, and may send it twice; it signs each, and gives it an id. The id is the key: each
+// Command webhook receives the webhooks of a payment service. Such a service signs each event,
+// gives it an id, sends it until it gets a 2xx, and may send it twice. The id is the key, so each
 // event has one effect.
 //
 //	go run ./examples/webhook
@@ -45,7 +45,7 @@ func run(ctx context.Context, databaseURL, address string) error {
 		return err
 	}
 	go postgres.NewReaper(store, nil).Run(ctx)
-	// The scope is the sender, so that its ids are apart from the keys of clients.
+	// The scope is the sender, so that its ids can't be equal to keys of clients.
 	idem := middleware.New(store, func(*http.Request) (string, error) { return "psp.example", nil }, nil)
 	secret := []byte(rand.Text()) // in production: the one that both sides have agreed on
 	mux := http.NewServeMux()

@@ -1,4 +1,4 @@
-// Package kafkaserver runs an Apache Kafka of its own for tests: one process that is broker and
+// Package kafkaserver runs an Apache Kafka for tests: one process that is both broker and
 // controller (KRaft), and listens on 127.0.0.1.
 //
 // It downloads nothing. The script .ci/kafka gets Kafka's jars and prints their folder.
@@ -38,13 +38,13 @@ const (
 	// ready is the line that Kafka logs when clients can use the broker.
 	ready = "Kafka Server started"
 
-	// The ports that are chosen are below those that Linux gives to connections (from 32768):
-	// otherwise a client could have the port of a broker that is about to restart.
+	// Ports are chosen below those that Linux gives to connections (from 32768). Otherwise a client
+	// could get the port of a broker that is about to restart.
 	portMin, portMax = 20000, 32000
 	portTriesMax     = 5
 )
 
-// ErrNoJars means that neither Options.Jars nor the environment names the jars. A test skips.
+// ErrNoJars: neither Options.Jars nor the environment names the jars. A test skips then.
 var ErrNoJars = errors.New("NOT RUN: .ci/run jvm runs this on Apache Kafka; or set " + JarsVariable + " to the folder that .ci/kafka prints")
 
 // Options are optional. Nil means all defaults.
@@ -52,16 +52,16 @@ type Options struct {
 	// Jars is the folder of Kafka's jars. Defaults to the environment variable PAIDONCE_KAFKA_JARS.
 	Jars string
 
-	// Port is where clients connect. Defaults to a free one.
+	// Port is the port for clients. Defaults to a free one.
 	Port int
 
 	// Settings are lines of server.properties such as "log.retention.bytes": "1000". They override
-	// those of this package, which suit tests: one replica, no automatic topics, groups that start
-	// at once, and sessions from 100 ms.
+	// this package's own, which suit tests: one replica, no automatic topics, groups that start at
+	// once, and session timeouts from 100 ms.
 	Settings map[string]string
 }
 
-// settings are those that suit tests.
+// settings returns the settings that suit tests.
 func settings() map[string]string {
 	return map[string]string{
 		"auto.create.topics.enable":                        "false",
@@ -91,17 +91,17 @@ type Server struct {
 	process *process
 }
 
-// process is one life of the broker.
+// process is one process of the broker: each start makes one.
 type process struct {
 	cmd  *exec.Cmd
 	done chan struct{} // closed when it is gone
 }
 
 // Start starts a broker that keeps its data and its log (kafka.log) in the folder dir, and returns
-// when clients can use it, after some seconds. The folder is made if missing; data of an earlier
-// broker in it are used again. ctx bounds only Start. If Start fails, no process is left behind; if
-// Kafka ended or was too slow, the error contains the last lines of its log. The broker dies with
-// this process on Linux.
+// when clients can use it, after some seconds. It makes the folder if that is missing, and uses
+// data that an earlier broker left in it. ctx bounds only Start. If Start fails, it leaves no
+// process behind; if Kafka ended or was too slow, the error contains the last lines of its log. On
+// Linux the broker dies with this process.
 func Start(ctx context.Context, dir string, opts *Options) (*Server, error) {
 	if opts == nil {
 		opts = &Options{}
@@ -196,8 +196,8 @@ func (s *Server) configureAndLaunch(ctx context.Context, opts *Options) error {
 func (s *Server) data() string       { return filepath.Join(s.dir, "data") }
 func (s *Server) properties() string { return filepath.Join(s.dir, "server.properties") }
 
-// command returns a command that runs one of Kafka's programs: little memory, a quick start, and one
-// log of warnings, of errors and of the line that says that the broker is ready.
+// command returns a command that runs one of Kafka's programs, with little memory and a quick
+// start. Its log has warnings, errors, and the line that says that the broker is ready.
 func (s *Server) command(ctx context.Context, arguments ...string) *exec.Cmd {
 	return exec.CommandContext(ctx, s.java, append([]string{
 		"-Xmx512m", "-XX:+UseSerialGC", "-XX:TieredStopAtLevel=1",
@@ -207,7 +207,7 @@ func (s *Server) command(ctx context.Context, arguments ...string) *exec.Cmd {
 	}, arguments...)...)
 }
 
-// format prepares the folder for the data, unless that has been done.
+// format prepares the folder for the data, unless an earlier start has done it.
 func (s *Server) format(ctx context.Context) error {
 	if _, err := os.Stat(filepath.Join(s.data(), "meta.properties")); err == nil {
 		return nil
@@ -225,8 +225,8 @@ func (s *Server) format(ctx context.Context) error {
 	return nil
 }
 
-// checkPort returns an error if something listens on the port. Kafka finds that too, but after some
-// seconds, and not in one line.
+// checkPort returns an error if something listens on the port. Kafka would report that too, but
+// after some seconds, and not in one line.
 func (s *Server) checkPort() error {
 	listener, err := net.Listen("tcp", s.Address())
 	if err != nil {
@@ -258,8 +258,8 @@ func (s *Server) launch(ctx context.Context) error {
 	return nil
 }
 
-// awaitReady returns when the log says that the broker is ready. The log of an earlier life ends
-// at this offset.
+// awaitReady returns when the log says that the broker is ready. It reads the log from this offset:
+// the part before it is from earlier processes.
 func (s *Server) awaitReady(ctx context.Context, logFrom int64) error {
 	ctx, cancel := context.WithTimeoutCause(ctx, startWaitMax, fmt.Errorf("kafka was not ready within %s", startWaitMax))
 	defer cancel()
@@ -282,21 +282,21 @@ func (s *Server) awaitReady(ctx context.Context, logFrom int64) error {
 	}
 }
 
-// Address returns the host and port for clients. It stays the same in every life of the broker.
+// Address returns the host and port for clients. It stays the same after a restart.
 func (s *Server) Address() string { return net.JoinHostPort("127.0.0.1", strconv.Itoa(s.port)) }
 
-// LogPath returns the path of the broker's log: the warnings and errors of all its lives.
+// LogPath returns the path of the broker's log: the warnings and errors of all its processes.
 func (s *Server) LogPath() string { return filepath.Join(s.dir, "kafka.log") }
 
-// PID returns the process id of the broker, or of its last life.
+// PID returns the id of the broker's process, or of its last one if it has ended.
 func (s *Server) PID() int {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	return s.process.cmd.Process.Pid
 }
 
-// Kill ends the broker without warning (SIGKILL), and returns when it is gone. It does nothing if the
-// broker is gone.
+// Kill ends the broker without warning (SIGKILL), and returns when it has ended. It does nothing if
+// the broker has ended already.
 func (s *Server) Kill() {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -319,16 +319,16 @@ func (s *Server) Restart(ctx context.Context) error {
 	return nil
 }
 
-// Stop ends the broker in order (SIGTERM), and returns when it is gone. If that takes longer than 20
-// seconds, it kills the broker and returns an error; the next start recovers its data. It does
-// nothing if the broker is gone.
+// Stop shuts the broker down (SIGTERM; on Windows it kills it), and returns when it has ended. If
+// that takes longer than 20 seconds, it kills the broker and returns an error; the next start
+// recovers its data. It does nothing if the broker has ended already.
 func (s *Server) Stop() error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if s.process.gone() {
 		return nil
 	}
-	_ = s.process.resume()    // a stopped process takes no signal
+	_ = s.process.resume()    // a paused process does not react to SIGTERM
 	_ = s.process.terminate() // fails if it is gone, which the wait notices
 	select {
 	case <-s.process.done:
@@ -347,11 +347,11 @@ func (s *Server) tail() string {
 	return lastLines(string(text))
 }
 
-// Pause stops the broker where it is (SIGSTOP): its connections stay open, and nothing answers. Not
-// on Windows.
+// Pause stops the broker's process (SIGSTOP): its connections stay open, and nothing answers. On
+// Windows it returns errors.ErrUnsupported.
 func (s *Server) Pause() error { return s.signal("pause", (*process).pause) }
 
-// Resume lets a broker go on that was paused (SIGCONT).
+// Resume continues a paused broker (SIGCONT).
 func (s *Server) Resume() error { return s.signal("resume", (*process).resume) }
 
 func (s *Server) signal(verb string, send func(*process) error) error {
@@ -377,7 +377,7 @@ func (p *process) kill() {
 	<-p.done
 }
 
-// freePort returns a port on which nothing listens, and not the one that is taken.
+// freePort returns a port on which nothing listens, other than taken.
 func freePort(taken int) (int, error) {
 	var last error
 	for range 100 {
@@ -398,8 +398,8 @@ func freePort(taken int) (int, error) {
 	return 0, fmt.Errorf("find a free port: %w", last)
 }
 
-// lastLines returns the end of a log without the lines of Java's stack traces: they come after the
-// line that says what is wrong.
+// lastLines returns the end of a log without the lines of Java's stack traces. The line that names
+// the error comes before them.
 func lastLines(text string) string {
 	const linesMax = 12
 	lines := slices.DeleteFunc(strings.Split(strings.TrimSpace(text), "\n"), func(line string) bool {

@@ -131,7 +131,7 @@ echo 'not yet'; exec sleep 600`)
 	}
 }
 
-// fetch runs .ci/kafka with an empty cache, and returns its messages.
+// fetch runs .ci/kafka with an empty cache, and returns its output.
 func fetch(t *testing.T) string {
 	t.Helper()
 	script, err := filepath.Abs("../../.ci/kafka")
@@ -265,7 +265,7 @@ func ask(ctx context.Context, s *kafkaserver.Server) error {
 			return err
 		}
 	}
-	// Its length, ApiVersions (18) version 0, a number that the answer repeats, no client id.
+	// The length, ApiVersions (18) version 0, a number that the answer repeats, no client id.
 	if _, err := conn.Write([]byte("\x00\x00\x00\x0a" + "\x00\x12\x00\x00" + "seen" + "\xff\xff")); err != nil {
 		return err
 	}

@@ -6,7 +6,7 @@ import (
 )
 
 // startProcess starts cmd. On Linux the process dies with the thread that started it, so a goroutine
-// keeps its thread until then.
+// keeps that thread until the process has ended.
 func startProcess(cmd *exec.Cmd) (*process, error) {
 	p := &process{cmd: cmd, done: make(chan struct{})}
 	isolate(cmd)

@@ -1,4 +1,4 @@
-// Package restoretest loses the database of a service whose messages go through a broker, and
+// Package restoretest destroys the database of a service that sends messages through a broker, and
 // restores an earlier base backup. The broker's log does not go back with it.
 package restoretest
 
@@ -28,8 +28,8 @@ import (
 	"github.com/paidonce/idempotency/storage/postgres"
 )
 
-// Broker is a broker with an empty topic. It keeps copies of a message: a duplicate window must be
-// over at once.
+// Broker is a broker with an empty topic. It must keep copies of a message: if it has a window for
+// duplicates, that must be short.
 type Broker struct {
 	Topic     string
 	Publisher relay.Publisher
@@ -43,7 +43,7 @@ const (
 	accounts = 12
 	patience = time.Minute
 	refused  = "refused.0" // by the broker, until an operator retries it
-	blocked  = "blocked.0" // by its consumer, from before the backup on
+	blocked  = "blocked.0" // by its consumer, since before the backup
 	behind   = "blocked.1" // waits behind it
 	later    = "later.0"   // blocked as well, but paid after the backup
 )
@@ -52,13 +52,13 @@ const (
 //
 //   - the log's messages of the lost time have one effect again, in the order of their keys, and call
 //     other services with the keys that they had,
-//   - messages that come back into the outbox are published again with their ids and have no second
-//     effect; those that the broker had refused, too,
+//   - messages that come back into the outbox, refused ones included, are published again with
+//     their ids and have no second effect,
 //   - parked messages come back, and have one effect once they are redriven again,
 //   - a payment that is lost and retried is made again, and its message has no second effect.
 //
-// A payment that is lost and that nobody retries is in the projection, but not in the books: the log
-// has its message. Run requires that this is all that differs.
+// A lost payment that nobody retries is in the projection, because the log has its message, but not
+// in the books. Run requires that nothing else differs.
 func Run(t *testing.T, b Broker) {
 	if runtime.GOOS == "windows" {
 		t.Skip("NOT RUN: a base backup is made as a standby, which Windows can't have")
@@ -112,7 +112,7 @@ func Run(t *testing.T, b Broker) {
 	before := s.projection(t)
 	position := s.Count(t, "SELECT sum(next_offset) FROM message_offsets")
 	ids := idsOf(t, b)
-	primary.Kill() // under a consumer that runs
+	primary.Kill() // while the consumer runs
 	stopRelay()
 	stopConsumer()
 
@@ -140,7 +140,7 @@ func Run(t *testing.T, b Broker) {
 	s.Exec(t, "UPDATE message_outbox SET refused = NULL")
 	s.redrive(t, blocked)
 	retried := 0
-	for account := range accounts { // clients retry what they are not sure of
+	for account := range accounts { // clients retry payments of which they are not sure
 		if name := nameOf(account, 5); !slices.Contains(books, name) {
 			s.pay(t, name)
 			retried++
@@ -171,7 +171,7 @@ func Run(t *testing.T, b Broker) {
 	s.redrive(t, later)
 	s.projected(t, len(want)+1)
 
-	// Copies: what came back into the outbox, and what was retried.
+	// Copies are the messages that came back into the outbox, and those of retried payments.
 	if copies := s.sum(func(e consumer.BatchEnd) int { return e.Duplicates }); copies < len(waiting)+retried {
 		t.Errorf("%d copies were dropped, and %d are in the log", copies, len(waiting)+retried)
 	}
@@ -191,7 +191,7 @@ func Run(t *testing.T, b Broker) {
 		t.Errorf("a message of the lost time called another service %d times", sent)
 	}
 
-	// What a restore can't mend: the log tells of payments that the books have lost.
+	// A restore can't mend that the log has messages of payments that the books have lost.
 	var lost []string
 	for account := range accounts {
 		for _, round := range []int{4, 6} {
@@ -226,7 +226,7 @@ func own(t *testing.T, server *pgserver.Server, err error) {
 
 func nameOf(account, round int) string { return fmt.Sprintf("account%d.%d", account, round) }
 
-// world is what does not go back with the database.
+// world is the state that does not go back with the database.
 type world struct {
 	mu    sync.Mutex
 	heals map[string]bool
@@ -254,7 +254,7 @@ func (w *world) healed(name string) bool {
 	return w.heals[name]
 }
 
-// service is the service on one of the histories.
+// service is the service on one of the two databases: the lost one, and the restored one.
 type service struct {
 	*testservice.Service
 	broker Broker
@@ -287,7 +287,7 @@ func (s *service) payRound(t *testing.T, round int) {
 	}
 }
 
-// refusing is a broker that refuses a message until it heals.
+// refusing is a broker that refuses one message until [world.heal] is called for it.
 type refusing struct {
 	relay.Publisher
 	w *world
@@ -356,7 +356,7 @@ func (s *service) sum(of func(consumer.BatchEnd) int) (n int) {
 	return n
 }
 
-// published waits until so many messages are left in the outbox.
+// published waits until this number of messages is left in the outbox.
 func (s *service) published(t *testing.T, left int) {
 	t.Helper()
 	eventually(t, fmt.Sprintf("%d messages are left in the outbox", left), func() bool { return s.Count(t, "SELECT count(*) FROM message_outbox") == left })

@@ -15,7 +15,7 @@ import (
 
 const (
 	attributeConsumer = attribute.Key("idempotency.consumer")
-	// attributeOf is what became of a message or a batch.
+	// attributeOf is the outcome of a message, or the result of a batch.
 	attributeOf = attribute.Key("idempotency.message.result")
 )
 

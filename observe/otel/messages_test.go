@@ -14,7 +14,7 @@ import (
 	"github.com/paidonce/idempotency/relay"
 )
 
-// Each message is counted once, and those of a batch that failed are not, unless they were parked.
+// Each message is counted once, and those of a batch that failed are not, unless they are dead.
 func TestMessagesAreCountedOnce(t *testing.T) {
 	t.Parallel()
 	reader := sdkmetric.NewManualReader()

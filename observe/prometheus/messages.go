@@ -13,8 +13,8 @@ import (
 	"github.com/paidonce/idempotency/relay"
 )
 
-// ConsumersMax is the maximum number of consumers with series of their own; further ones are
-// "other".
+// ConsumersMax is the maximum number of consumers with series of their own. Further ones share the
+// label "other".
 const ConsumersMax = 100
 
 // Messages makes metrics from the batches of consumers and relays. It is safe for concurrent use.
@@ -114,8 +114,9 @@ type MessageFigures struct {
 	OldestBegun   time.Duration
 }
 
-// NewMessagesCollector shows figures of the messages in the database. Pass the method
-// MessageStatistics of a *postgres.Store. It keeps and reads them as [NewRecordsCollector] does.
+// NewMessagesCollector returns a collector of figures of the messages in the database. Pass the
+// method MessageStatistics of a *postgres.Store. The collector reads and keeps the figures as that
+// of [NewRecordsCollector] does.
 func NewMessagesCollector[S interface {
 	~struct {
 		Outbox        int64

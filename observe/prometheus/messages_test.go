@@ -40,7 +40,7 @@ func delivery(offset int64, id int, body string) consumer.Delivery {
 	return consumer.Delivery{Offset: offset, Message: message.Message{ID: fmt.Sprintf("00000000-0000-8000-8000-%012d", id), Topic: "transfers", Key: []byte(body), Body: []byte(body)}}
 }
 
-// speak publishes and consumes messages, so that every metric of messages is caused.
+// speak publishes and consumes messages, so that every metric of messages has a cause.
 func (o *observed) speak(t *testing.T) {
 	t.Helper()
 	exec := func(sql string) {

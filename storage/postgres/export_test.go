@@ -31,6 +31,13 @@ func RawConn(tx pgx.Tx) *pgx.Conn {
 	return *(**pgx.Conn)(conn.Addr().UnsafePointer())
 }
 
+// NudgedReaders returns the number of those who are woken by each message of this process.
+func NudgedReaders(s *Store) int {
+	s.nudges.mu.Lock()
+	defer s.nudges.mu.Unlock()
+	return len(s.nudges.readers)
+}
+
 // RawConnOf returns the connection of an attempt.
 func RawConnOf(a idempotency.Attempt) *pgx.Conn { return a.(*keyedAttempt).pooled.Conn() }
 

@@ -148,16 +148,15 @@ type Outbox struct {
 	store  *Store
 	table  string // sanitized
 	except []string
-	nudged <-chan struct{}
+	nudged func() <-chan struct{}
 }
 
-// Outbox returns the outbox, without the messages of some topics: those that a [Queue] handles. Call
-// it once for a relay: the store keeps what it needs to wake it.
+// Outbox returns the outbox, without the messages of some topics: those that a [Queue] handles.
 func (s *Store) Outbox(except ...string) *Outbox {
 	if except == nil {
 		except = []string{} // nil would be NULL
 	}
-	return &Outbox{store: s, table: pgx.Identifier{s.options.Schema, OutboxTable}.Sanitize(), except: except, nudged: s.nudges.reader()}
+	return &Outbox{store: s, table: pgx.Identifier{s.options.Schema, OutboxTable}.Sanitize(), except: except, nudged: sync.OnceValue(s.nudges.reader)}
 }
 
 var _ relay.Outbox = (*Outbox)(nil)
@@ -184,7 +183,7 @@ func (o *Outbox) Waiting(ctx context.Context) ([]int, error) {
 }
 
 // Nudged implements [relay.Outbox].
-func (o *Outbox) Nudged() <-chan struct{} { return o.nudged }
+func (o *Outbox) Nudged() <-chan struct{} { return o.nudged() }
 
 // RefusedBytesMax is the maximum length of the broker's words that are kept with a refused message.
 const RefusedBytesMax = 500

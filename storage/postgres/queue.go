@@ -28,7 +28,7 @@ type Queue struct {
 	*Inbox // parked messages are those of any consumer
 	topic  string
 	outbox string // sanitized
-	nudged <-chan struct{}
+	nudged func() <-chan struct{}
 	exists wire.Statement
 	taken  wire.Statement
 }
@@ -38,10 +38,9 @@ var (
 	_ consumer.Store  = (*Queue)(nil)
 )
 
-// Queue returns the queue of a topic. Call it once for a consumer: the store keeps what it needs to
-// wake it.
+// Queue returns the queue of a topic.
 func (s *Store) Queue(topic string) *Queue {
-	q := &Queue{Inbox: s.Inbox(), topic: topic, outbox: pgx.Identifier{s.options.Schema, OutboxTable}.Sanitize(), nudged: s.nudges.reader()}
+	q := &Queue{Inbox: s.Inbox(), topic: topic, outbox: pgx.Identifier{s.options.Schema, OutboxTable}.Sanitize(), nudged: sync.OnceValue(s.nudges.reader)}
 	// As Inbox's known, with its OFFSET 0 and LIMIT, but what is recorded there is deleted here.
 	q.exists = wire.Statement{
 		Keep: true,
@@ -97,7 +96,7 @@ func (q *Queue) Run(ctx context.Context, receiver consumer.Receiver) error {
 		}
 		select {
 		case <-ctx.Done():
-		case <-q.nudged:
+		case <-q.nudged():
 		case <-time.After(queueInterval/2 + rand.N(queueInterval)):
 		}
 	}

@@ -189,3 +189,19 @@ func TestStatisticsGiveUp(t *testing.T) {
 		t.Errorf("statement_timeout is %s, %v: it must stay the store's", timeout, err)
 	}
 }
+
+// A reading leaves nothing behind: what wakes relays and queues is kept for those only.
+func TestMessageStatisticsWakeNobody(t *testing.T) {
+	t.Parallel()
+	b := setup(t, nil)
+	outbox := b.store.Outbox()
+	for range 3 {
+		if _, err := b.store.MessageStatistics(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+		outbox.Nudged()
+	}
+	if n := postgres.NudgedReaders(b.store); n != 1 {
+		t.Errorf("%d readers of the outbox are woken, want the relay's", n)
+	}
+}

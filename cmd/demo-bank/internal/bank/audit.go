@@ -12,8 +12,8 @@ import (
 // arbitrary-precision integers because a sum over all books may exceed 64 bits.
 type Audit struct {
 	// OK reports that balance_total = opening_total, entries_total = 0, and every count of errors
-	// is 0. If the processor can't be reached, its counts are null and don't matter. The projection
-	// matters once no message is under way.
+	// is 0. If the processor can't be reached, its counts are null and don't matter. The counts of
+	// the projection matter only once no message is under way, and dead messages never.
 	OK bool `json:"ok"`
 
 	Accounts  int64 `json:"accounts"`
@@ -61,11 +61,12 @@ type Audit struct {
 	MessagesConsumed  int64 `json:"messages_consumed"`  // by all consumers together
 	MessagesDuplicate int64 `json:"messages_duplicate"` // that consumers dropped as copies
 	MessagesDead      int64 `json:"messages_dead"`
-	// ProjectionLag is the number of messages at the broker that the projection lacks. It is null if
-	// that is not known: the broker can't be reached, or other banks have brokers of their own.
+	// ProjectionLag is the number of messages at the broker that the projection lacks. It is null
+	// if that is not known: the broker can't be reached, other banks have brokers of their own, or
+	// lost messages are still being published again.
 	ProjectionLag *int64 `json:"projection_lag"`
 	// The next three lag while messages are under way. They affect OK only if OutboxPending and
-	// ProjectionLag are 0. Moves whose message is parked count in none of them.
+	// ProjectionLag are 0. Moves with a parked message count in none of them.
 	ProjectionMissing    int64 `json:"projection_missing"`    // moves that are not in the projection
 	ProjectionDoubled    int64 `json:"projection_doubled"`    // moves that are in it more than once
 	ProjectionMismatches int64 `json:"projection_mismatches"` // accounts whose change differs

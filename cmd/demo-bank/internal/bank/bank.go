@@ -62,7 +62,7 @@ type Bank struct {
 	broker     Broker     // nil if there is none
 	operator   *operator.Operator
 	fed        time.Time // when these two were set
-	// The broker has yet to get messages again that it had lost.
+	// Messages that an earlier broker inside has lost are not all published again yet.
 	republishing atomic.Bool
 }
 

@@ -13,9 +13,9 @@ import (
 	"github.com/paidonce/idempotency/message"
 )
 
-// Topic is the topic of the bank's messages. Each transfer, order and top-up with a key publishes
-// one, in its transaction: its key is the account that pays or is topped up, its body the JSON of
-// the answer with the field type.
+// Topic is the topic of the bank's messages. Each transfer, order and top-up publishes one in its
+// transaction, if it has an idempotency key. The message's key is the account that pays or is
+// topped up, and its body the JSON of the answer with the field type.
 const Topic = "bank-events"
 
 // eventName is the name under which a request publishes its only message.
@@ -28,8 +28,8 @@ const (
 	topUpEvent    = "topup"
 )
 
-// publish adds a message to the transaction of the request. It costs no round trip. A request that
-// bypassed the middleware publishes nothing.
+// publish adds a message to the transaction of the request, at no round trip. For a request that
+// bypassed the middleware it does nothing.
 func publish(ctx context.Context, s stamp, kind, account string, body any) error {
 	if s.message == nil {
 		return nil
@@ -58,7 +58,7 @@ type Entry struct {
 	At       time.Time `json:"at"`
 }
 
-// Notice is what an account is told about a transfer.
+// Notice is a mail to an account about a transfer.
 type Notice struct{ To, Text string }
 
 // Errors of messages that can't be read. They quote nothing of the message.

@@ -26,20 +26,20 @@ type Broker interface {
 	// Publish sends a message and waits for the broker's confirmation. It does not use the outbox.
 	Publish(ctx context.Context, m message.Message) error
 
-	// Ends returns the offsets behind the last messages of the topic's partitions, and the source
-	// under which consumers keep their positions.
+	// Ends returns for each partition of the topic the offset after its last message, and the name
+	// of the source under which consumers keep their positions.
 	Ends(ctx context.Context) (source string, ends map[int32]int64, err error)
 
 	// Committed returns the offsets that a consumer has committed at the broker.
 	Committed(ctx context.Context, consumer string) (map[int32]int64, error)
 
-	// Inside reports whether the broker is a part of this process: then another bank on the same
-	// database has one of its own.
+	// Inside reports whether the broker is a part of this process. If it is, another bank on the
+	// same database has a broker of its own.
 	Inside() bool
 }
 
-// Feed sets the broker of the bank's messages, and the operator of those that consumers can't
-// handle. It must be called once, before serving.
+// Feed sets the broker of the bank's messages, and the operator for parked messages. It must be
+// called once, before serving.
 func (b *Bank) Feed(broker Broker, messages *operator.Operator) {
 	b.broker, b.operator, b.fed = broker, messages, time.Now()
 }
@@ -50,7 +50,7 @@ type feed struct {
 	broker    Broker
 	committed map[int32]int64 // before the snapshot
 	failed    bool
-	// The broker has yet to get messages again that it had lost.
+	// Messages that an earlier broker inside has lost are not all published again yet.
 	republishing bool
 
 	positions map[string]map[int32]int64 // by source, in the snapshot
@@ -59,11 +59,11 @@ type feed struct {
 	age       time.Duration              // of the broker
 }
 
-// feedTimeout limits the questions of an audit to the broker.
+// feedTimeout limits the requests of an audit to the broker.
 const feedTimeout = 2 * time.Second
 
-// look reads what a consumer without an inbox has committed, before the snapshot: its effects are
-// in the books by then.
+// look reads the offsets that a consumer without an inbox has committed. It must be called before
+// the snapshot, which then has the effects of the messages before them.
 func (b *Bank) look(ctx context.Context) *feed {
 	if b.broker == nil {
 		return nil
@@ -82,8 +82,8 @@ const countBanks = `
 	SELECT count(*) FROM pg_locks
 	WHERE locktype = 'advisory' AND classid = $1::bigint AND granted AND database = (SELECT oid FROM pg_database WHERE datname = current_database())`
 
-// Banks returns the number of banks that are alive on the database. If they have brokers of their
-// own, the relay of each may publish the messages of the others.
+// Banks returns the number of banks that are alive on the database. If each has a broker of its
+// own, a bank's relay may publish messages of the others.
 func (b *Bank) Banks(ctx context.Context) (number int64, err error) {
 	if err := b.pool.QueryRow(ctx, countBanks, nodeid.LockNamespace).Scan(&number); err != nil {
 		return 0, fmt.Errorf("count the banks: %w", err)
@@ -91,7 +91,7 @@ func (b *Bank) Banks(ctx context.Context) (number int64, err error) {
 	return number, nil
 }
 
-// read queues the positions.
+// read queues the statements that read the positions.
 func (f *feed) read(batch *pgx.Batch) {
 	if f == nil {
 		return
@@ -119,9 +119,10 @@ func (f *feed) read(batch *pgx.Batch) {
 	})
 }
 
-// lag returns the number of messages that the projection lacks, after the snapshot was read: what
-// the snapshot shows as published is at the broker by now. It returns nil if that is not known:
-// the broker can't be reached, or has only a part of the messages.
+// lag returns the number of messages that the projection lacks. It must be called after the
+// snapshot was read: messages that have left the outbox there are at the broker by then. It returns
+// nil if the number is not known, because the broker can't be reached or has only a part of the
+// messages.
 func (f *feed) lag(ctx context.Context) *int64 {
 	if f == nil || f.failed || f.republishing || f.broker.Inside() && f.banks > 1 {
 		return nil
@@ -133,7 +134,7 @@ func (f *feed) lag(ctx context.Context) *int64 {
 		return nil
 	}
 	for other, moved := range f.moved {
-		if other != source && moved < f.age && f.broker.Inside() { // another bank's, which has ended
+		if other != source && moved < f.age && f.broker.Inside() { // another bank's broker, now gone
 			return nil
 		}
 	}
@@ -157,8 +158,8 @@ func ownProjection() Projection {
 	return Projection{Consumer: StatementsConsumer, Entries: "demo_statements.entries", Parked: "message_parked"}
 }
 
-// compare returns SQL that compares a projection with the books: with the moves that have a message.
-// A message that is parked is neither in the projection nor missing. The names in p must be trusted.
+// compare returns SQL that compares a projection with the moves in the books that have a message. A
+// move with a parked message is not expected in the projection. The names in p must be trusted.
 func (p Projection) compare() string {
 	return `
 	WITH moves AS MATERIALIZED (
@@ -209,8 +210,9 @@ const counted = `
 		(SELECT COALESCE(sum(copies), 0)::bigint FROM consumers),
 		(SELECT count(*) FROM message_parked WHERE state = 3)`
 
-// Unhandled returns the number of moves whose messages are under way: in the outbox, or handled by
-// not all of these consumers. A message that is parked is handled.
+// Unhandled returns the number of messages in the outbox plus the number of moves with a message
+// that one of these consumers has not handled. It is 0 if no message is under way. A parked message
+// counts as handled, and one that is in the outbox may count twice.
 func Unhandled(ctx context.Context, tx pgx.Tx, consumers ...string) (number int64, err error) {
 	err = tx.QueryRow(ctx, `
 		SELECT (SELECT count(*) FROM message_outbox) + (SELECT count(*) FROM (
@@ -227,9 +229,9 @@ func CompareProjection(ctx context.Context, tx pgx.Tx) (missing, doubled, mismat
 	return ownProjection().Compare(ctx, tx)
 }
 
-// Compare returns the number of moves that are missing in the projection, that of moves that are in
-// it more than once, and that of accounts whose change differs. Once no message is under way all are
-// 0.
+// Compare returns the number of moves that are missing in the projection, of moves that are in it
+// more than once, and of accounts with another sum than in the books. All are 0 once no message is
+// under way.
 func (p Projection) Compare(ctx context.Context, tx pgx.Tx) (missing, doubled, mismatches int64, err error) {
 	if err := tx.QueryRow(ctx, p.compare()).Scan(&missing, &doubled, &mismatches); err != nil {
 		return 0, 0, 0, fmt.Errorf("compare the projection: %w", err)
@@ -245,18 +247,19 @@ const unhandledBy = `EXISTS (
 				AND NOT EXISTS (SELECT FROM message_parked p WHERE p.consumer = c.name AND p.message_id = m.message_id::text)
 		)`
 
-// lost selects the moves whose messages a consumer has not handled: neither recorded nor parked, nor
-// waiting in the outbox. They were made before $3, and at most $2 microseconds before.
+// lost selects the moves with a message that is not in the outbox, and that one of the consumers
+// has neither recorded nor parked. They were made at $3 or up to $2 microseconds earlier.
 const lost = `
 	FROM %s AS m WHERE m.message_id IS NOT NULL AND m.created_at <= $3 AND m.created_at > $3 - $2 * interval '1 microsecond'
 		AND NOT EXISTS (SELECT FROM message_outbox o WHERE o.message_id = m.message_id)
 		AND ` + unhandledBy + `
 	ORDER BY m.id`
 
-// Lost returns a function that publishes again, from the books, what was published before the call of
-// Lost and is not handled by all consumers. It is for a broker that begins with an empty log.
-// Consumers drop what they have handled, by its id. It skips moves that are older than the consumers'
-// records. Until it has succeeded, audits do not judge the projection.
+// Lost returns a function that publishes messages again, from the books: those of moves that were
+// made before the call of Lost, have left the outbox, and are not handled by all consumers. It is
+// for a broker that begins with an empty log. Consumers drop messages that they have handled, by
+// their ids. The function skips moves that are older than retention. Until it has succeeded, audits
+// do not judge the projection.
 func (b *Bank) Lost(ctx context.Context, retention time.Duration, consumers ...string) (republish func(context.Context) (published int, err error), err error) {
 	var before time.Time // by the clock of the moves
 	if err := b.pool.QueryRow(ctx, `SELECT clock_timestamp()`).Scan(&before); err != nil {
@@ -343,8 +346,9 @@ func transferMessage(row pgx.CollectableRow) (message.Message, error) {
 	return m, err
 }
 
-// PublishAgain publishes the messages about the transfers with this reference once more, under the
-// same ids, as a relay does that dies between the broker's confirmation and its DELETE.
+// PublishAgain publishes the messages about the transfers of these accounts with this reference
+// once more, under the same ids, as if a relay had died between the broker's confirmation and its
+// DELETE.
 func (b *Bank) PublishAgain(ctx context.Context, reference string, accounts []string) (published int, err error) {
 	rows, err := b.pool.Query(ctx, "SELECT "+transferColumns+`
 		FROM transfers WHERE from_account = ANY($1) AND reference = $2 AND message_id IS NOT NULL ORDER BY id`, accounts, reference)
@@ -394,7 +398,8 @@ const (
 	BrokersAddress   = "brokers" // host:port of the brokers, separated by commas
 )
 
-// LeaveAddress tells other processes of the bank where something is.
+// LeaveAddress stores an address for other processes of the bank, which read it with
+// [Bank.Address].
 func (b *Bank) LeaveAddress(ctx context.Context, name, value string) error {
 	if _, err := b.pool.Exec(ctx, `
 		INSERT INTO addresses (name, value) VALUES ($1, $2)

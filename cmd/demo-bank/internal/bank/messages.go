@@ -23,7 +23,7 @@ const (
 	PoisonPath     = "/v1/poison"
 )
 
-// ParkedMessage is a message that its consumer could not handle, or one that waits behind it.
+// ParkedMessage is a message that its consumer could not handle, or that waits behind one.
 type ParkedMessage struct {
 	Consumer  string     `json:"consumer"`
 	ID        string     `json:"id"`
@@ -38,7 +38,7 @@ type ParkedMessage struct {
 	NotBefore *time.Time `json:"not_before"` // of the next try, if it waits for one
 }
 
-// mountMessages adds the routes of messages and of what consumers made of them.
+// mountMessages adds the routes of messages, and of the projection.
 func (b *Bank) mountMessages(r chi.Router) {
 	r.Get(StatementsPath+"{account}", b.getStatement)
 	r.Get(MessagesPath, b.getMessages)
@@ -148,7 +148,7 @@ func (b *Bank) redrive(w http.ResponseWriter, r *http.Request) {
 const poisonType = "poison"
 
 // poison publishes a message that the consumer of the projection can't read, as a service with a
-// mistake would.
+// mistake does.
 func (b *Bank) poison(w http.ResponseWriter, r *http.Request) {
 	body, err := readBody(r.Body)
 	var key text

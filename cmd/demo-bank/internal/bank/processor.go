@@ -205,9 +205,10 @@ func (p *Processor) send(ctx context.Context, path, key string, in any) (out exe
 	return out, said
 }
 
-// Notify sends a mail under a key, unless one was sent under it before. The processor sends each
-// mail that it is asked for, so the key is looked up first. After an error it may have been sent; with
-// [ErrKept] another call would end the same way. At most one call per key may be under way.
+// Notify sends a mail under a key, unless one was sent under it before. The processor sends a mail
+// for each request that it gets, so Notify looks the key up first. After an error the mail may have
+// been sent. After [ErrKept] another call would end the same way. At most one call per key may be
+// under way.
 func (p *Processor) Notify(ctx context.Context, key string, n Notice) error {
 	if _, err := p.find(ctx, "/mails", key); !errors.Is(err, effect.ErrAbsent) {
 		return err

@@ -11,7 +11,7 @@ const (
 	old                  // the same, from anywhere in a full table
 	read                 // a GET of an existing transfer
 	plain                // a GET that needs no transfer
-	consumes             // no request: messages are consumed
+	consumes             // no request: it consumes messages
 )
 
 // design is one way to answer requests.

@@ -22,14 +22,14 @@ import (
 )
 
 // The designs that consume messages. All have the same effect on tables of their own: an entry for
-// each message, and the sum of an account's entries. The accounts of a partition are its own. The
-// source makes the messages itself, so no broker decides.
+// each message, and the sum of an account's entries. No two partitions share an account. The source
+// makes the messages itself, so the figures depend on no broker.
 
 const (
 	messagesBatch  = 100 // messages of a batch
 	messagesFetch  = 10  // messages of a fetch, for a design without batches
 	messagesTopic  = "bench"
-	messagesMoment = 24 * time.Hour // how long a record counts
+	messagesMoment = 24 * time.Hour // time for which a record is kept
 
 	// messagesQuickPartitions is the number of partitions of a quick run; partitionsOf has all.
 	messagesQuickPartitions = 4
@@ -57,7 +57,7 @@ const (
 		WITH entry AS (INSERT INTO %[1]s.entries (message, account, amount) SELECT * FROM unnest($1::text[], $2::text[], $3::bigint[]) RETURNING account, amount)
 		UPDATE %[1]s.balances AS b SET balance = b.balance + e.amount
 		FROM (SELECT account, sum(amount)::bigint AS amount FROM entry GROUP BY account) AS e WHERE b.account = e.account`
-	// The position of a transaction without the library.
+	// The move of the position, without the library.
 	sqlMove = `UPDATE %[1]s.positions SET next_offset = $3 WHERE partition = $1 AND next_offset = $2`
 
 	sqlMessageTables = `
@@ -82,7 +82,7 @@ type event struct {
 
 func amountOf(offset int64) int64 { return 1 + offset%9 }
 
-// idSpace makes the ids: hashes, as those of package message are.
+// idSpace is the namespace of the ids, which are hashes, as those of package message are.
 var idSpace = uuid.MustParse("5f0c1f0e-6f0b-4a3b-9d52-0d8c3a1f7e11")
 
 // deliveriesOf returns the next messages of a partition from an offset on.
@@ -127,7 +127,7 @@ func fetchOf(design string) int64 {
 	return messagesBatch
 }
 
-// taker handles fetched messages of one partition, all of them.
+// taker handles fetched messages of one partition. It returns an error unless it has handled all.
 type taker func(ctx context.Context, partition int, deliveries []consumer.Delivery) error
 
 // consumption is the consuming side of a stand.
@@ -139,13 +139,13 @@ type consumption struct {
 	running sync.WaitGroup
 }
 
-// consume is an order to consume messages.
+// consume is an order to the serving process to consume messages.
 type consume struct {
 	Design   string        `json:"design"`
 	Duration time.Duration `json:"duration_ns"`
 }
 
-// consumed is the result of it.
+// consumed is the result of such an order.
 type consumed struct {
 	Messages  int64   `json:"messages"`
 	PerSecond float64 `json:"per_second"`
@@ -159,7 +159,8 @@ func (c *consumption) close() {
 	}
 }
 
-// consume handles messages of all partitions at once, and at least one fetch of each.
+// consume handles messages of all partitions at once for the ordered time, at least one fetch of
+// each.
 func (c *consumption) consume(ctx context.Context, o *consume) (done consumed, err error) {
 	take, next, fetch := c.takers[o.Design], c.next[o.Design], fetchOf(o.Design)
 	if take == nil {
@@ -185,7 +186,7 @@ func (c *consumption) consume(ctx context.Context, o *consume) (done consumed, e
 			defer mu.Unlock()
 			done.Messages += handled
 			if took := last.Sub(started); took > 0 {
-				// Divided by the partition's own time, because some end earlier than others.
+				// Each partition's rate is over its own time, because some end earlier than others.
 				done.PerSecond += float64(handled) / took.Seconds()
 			}
 		})
@@ -276,7 +277,7 @@ func (d *stand) consumption(ctx context.Context, schema string, plain *pgxpool.P
 	return c, nil
 }
 
-// made is a source whose messages are handed to its receiver by consume.
+// made is a source that delivers nothing by itself: consume passes messages to its receiver.
 type made struct {
 	receiver atomic.Pointer[consumer.Receiver]
 	ready    chan struct{}
@@ -290,7 +291,7 @@ func (m *made) Run(ctx context.Context, receiver consumer.Receiver) error {
 	return ctx.Err()
 }
 
-// receive starts a consumer of the library.
+// receive starts a consumer of the library, and returns a taker that passes messages to it.
 func (c *consumption) receive(ctx context.Context, name string, store *postgres.Store, batch int, handler consumer.Handler, together consumer.BatchHandler) (taker, error) {
 	source := &made{ready: make(chan struct{})}
 	var failure atomic.Pointer[error]
@@ -345,7 +346,8 @@ func engineMessages(engine *idempotency.Engine, name string, handler consumer.Ha
 	}
 }
 
-// bareMessages handles messages without the library: a transaction moves the position.
+// bareMessages handles messages without the library: a transaction has the effects of a batch, and
+// moves the position.
 func bareMessages(pool *pgxpool.Pool, move string, batch int, effect func(context.Context, pgx.Tx, *columns) error) taker {
 	return func(ctx context.Context, partition int, deliveries []consumer.Delivery) error {
 		for ; len(deliveries) > 0; deliveries = deliveries[batch:] {
@@ -385,7 +387,7 @@ func (r *run) messageEntries(ctx context.Context, b *Block, _ []*client) ([]*ent
 	for _, name := range names {
 		entries = append(entries, &entry{design: designOf(name)})
 	}
-	b.PoolSize = b.Clients + 1 // a consumer's look for parked messages has its own
+	b.PoolSize = b.Clients + 1 // one for a consumer's look for parked messages
 	return entries, r.set(ctx, b, []string{schemaOf(0)}, names)
 }
 
@@ -409,7 +411,7 @@ func (c *cluster) makeMessages(ctx context.Context) error {
 	return c.resetMessages(ctx)
 }
 
-// resetMessages undoes all effects of messages, and all positions.
+// resetMessages deletes all effects of messages, their records, and all positions.
 func (c *cluster) resetMessages(ctx context.Context) error {
 	keys := pgx.Identifier{schemaOf(0)}.Sanitize()
 	statements := []string{"TRUNCATE " + tableOf(schemaOf(0)) + ", " + keys + "." + postgres.OffsetsTable + ", " + keys + "." + postgres.ParkedTable}
@@ -430,8 +432,8 @@ func (c *cluster) resetMessages(ctx context.Context) error {
 	return nil
 }
 
-// checkMessages compares the effects of each design with the messages that it has settled: each of
-// them once, and the balances with the entries.
+// checkMessages returns an error unless each message that a design has settled has one effect
+// there, and the balances are the sums of the entries.
 func (c *cluster) checkMessages(ctx context.Context, entries []*entry) error {
 	for _, e := range entries {
 		var settled, sum int64

@@ -8,8 +8,8 @@ import (
 	"github.com/paidonce/idempotency/consumer"
 )
 
-// TestEveryDesignConsumesOnce: each design has the effects of its messages, and those that keep ids
-// none of a copy. What is missing, doubled or wrong is found.
+// TestEveryDesignConsumesOnce: each design has the effects of its messages, and a design that keeps
+// ids has none of a copy. The check finds an effect that is missing, doubled or wrong.
 func TestEveryDesignConsumesOnce(t *testing.T) {
 	t.Parallel()
 	c, url := testCluster(t)
@@ -34,7 +34,7 @@ func TestEveryDesignConsumesOnce(t *testing.T) {
 		if err := c.checkMessages(t.Context(), []*entry{e}); err != nil {
 			t.Error(err)
 		}
-		if e.design.keyed { // published twice: under another offset, with the same ids
+		if e.design.keyed { // published twice: at other offsets, with the same ids
 			copies := deliveriesOf(0, 2, 0, fetchOf(name))
 			for i := range copies {
 				copies[i].Offset += 2 * fetchOf(name)
@@ -72,7 +72,7 @@ func TestEveryDesignConsumesOnce(t *testing.T) {
 	}
 }
 
-// TestMessagesOfTheSource: ids are all different, and the accounts of a partition are its own.
+// TestMessagesOfTheSource: all ids differ, and no two partitions share an account.
 func TestMessagesOfTheSource(t *testing.T) {
 	t.Parallel()
 	ids, owners := map[string]bool{}, map[string]int{}

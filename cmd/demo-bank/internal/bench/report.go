@@ -210,7 +210,7 @@ func (b *Block) write(w io.Writer, cpuKnown bool) error {
 		}
 		return fmt.Sprintf(format, values...)
 	}
-	// Of messages there are no latencies.
+	// Messages have no latencies.
 	unit, latencies := "req/s", func(p50, p99 string) string { return p50 + "\t" + p99 + "\t" }
 	if b.Part == PartMessages {
 		unit, latencies = "msg/s", func(string, string) string { return "" }

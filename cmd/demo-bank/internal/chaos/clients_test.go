@@ -298,8 +298,9 @@ func TestNobodyThere(t *testing.T) {
 	}
 }
 
-// TestSettledAfterTheLastFault: the time from the last fault counts to the last first answer of a
-// key. Copies and scripts don't matter, and a fault that met no open key is followed by nothing.
+// TestSettledAfterTheLastFault: the reported time is that from the last fault to the last first
+// answer of a key. Copies and scripts don't count. If all keys had their answers before the fault,
+// it is 0.
 func TestSettledAfterTheLastFault(t *testing.T) {
 	t.Parallel()
 	r, l := clientOf(t, &bankOf{}, 0)

@@ -19,8 +19,8 @@ const (
 	ttl          = 24 * time.Hour // the bank's default
 	judgeWaitMax = 10 * time.Minute
 	quietWaitMax = 20 * time.Second // a half-open transaction ends by itself
-	// The consumers share the machine with the load, and may be behind. But if nothing moves for so
-	// long, nothing will.
+	// The consumers share the machine with the load, and may lag. But if they handle nothing for
+	// messagesStillMax, they will not handle the rest either.
 	messagesWaitMax  = 60 * time.Second
 	messagesStillMax = 15 * time.Second
 	// The allowed share of unknown answers. Answers to a key are not counted if its COMMIT had a
@@ -89,7 +89,8 @@ func (r *run) judge(ctx context.Context) error {
 }
 
 // awaitMessages blocks until both consumers have handled all messages, have handled none for
-// messagesStillMax, or messagesWaitMax has elapsed. Then the projection must match the books.
+// messagesStillMax, or messagesWaitMax has elapsed. If all are handled, the projection must match
+// the books.
 func (r *run) awaitMessages(ctx context.Context) error {
 	began := time.Now()
 	moved, least := began, int64(math.MaxInt64)

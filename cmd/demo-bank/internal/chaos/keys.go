@@ -60,7 +60,7 @@ type key struct {
 	refused  bool // a good bank refuses it
 	triesMax int  // for each copy; then its client gives up waiting. 0: no limit
 	async    bool // it is sent with Prefer: respond-async
-	scripted bool // it is a script's: its client never gives it up
+	scripted bool // a script uses it: its client never gives it up
 
 	mu       sync.Mutex
 	inFlight int

@@ -128,7 +128,7 @@ func (r *run) readLeft(ctx context.Context, conn *pgx.Conn) error {
 			return err
 		}
 		for _, i := range items {
-			if kind == "mails" && i.Key != "" { // a notice about a transfer: a receipt's mail has no key
+			if kind == "mails" && i.Key != "" { // a notice; the mail of a receipt has no key
 				continue
 			}
 			*into = append(*into, check.Item{ID: i.ID, Key: i.Key, Of: i.Charge + i.To, Amount: i.Amount})

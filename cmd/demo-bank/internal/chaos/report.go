@@ -38,10 +38,11 @@ type Report struct {
 
 	Versions terminal.Versions `json:"versions"`
 
-	Phase         string  `json:"phase"` // the last one
-	Seconds       float64 `json:"seconds"`
-	LoadSeconds   float64 `json:"load_seconds"`
-	SettleSeconds float64 `json:"settle_seconds"` // from the last fault to the last answer of a key of the load
+	Phase       string  `json:"phase"` // the last one
+	Seconds     float64 `json:"seconds"`
+	LoadSeconds float64 `json:"load_seconds"`
+	// SettleSeconds is the time from the last fault to the last first answer of a key of the load.
+	SettleSeconds float64 `json:"settle_seconds"`
 
 	Requests     int64 `json:"requests"`      // of the load and the settling
 	FinalReplays int64 `json:"final_replays"` // at least one for each key that was not given up

@@ -47,7 +47,7 @@ type run struct {
 	tally      tally
 	findings   findings // wrongs of the run itself
 	unexpected findings // answers that no good request gets
-	messages   findings // that were lost, or handled twice
+	messages   findings // messages that were lost, or handled twice
 
 	diary      *os.File     // the faults with their times, for readers of a kept folder
 	phaseName  atomic.Value // of string
@@ -57,7 +57,7 @@ type run struct {
 	healed     atomic.Bool
 	loadEnded  time.Duration
 	lastFault  atomic.Int64 // nanoseconds of the run's clock
-	lastAnswer atomic.Int64 // the same: when a key of the load got its first answer
+	lastAnswer atomic.Int64 // the same; the last first answer of a key of the load
 
 	before, after check.Resources
 	money         watched
@@ -146,15 +146,15 @@ func (r *run) finished(what result) {
 	}
 }
 
-// noteFault records the time of the last fault. The faults of scripts are not meant: they come after
-// the load, and answer for themselves.
+// noteFault records the time of the last fault. It is not called for the faults of scripts, which
+// check their own answers.
 func (r *run) noteFault() { r.lastFault.Store(int64(r.clock())) }
 
-// noteAnswer records the time of a key's answer.
+// noteAnswer records the time at which a key of the load got its first answer.
 func (r *run) noteAnswer() { r.lastAnswer.Store(int64(r.clock())) }
 
-// settledAfter returns the time from the last fault to the last key's answer, or 0 if all keys had
-// theirs by then.
+// settledAfter returns the time from the last fault to the last first answer of a key of the load,
+// or 0 if all keys had theirs before the fault.
 func (r *run) settledAfter() time.Duration {
 	return max(0, time.Duration(r.lastAnswer.Load()-r.lastFault.Load()))
 }

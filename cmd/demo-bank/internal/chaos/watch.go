@@ -99,7 +99,8 @@ func (r *run) watchAudit(ctx context.Context) {
 	}
 }
 
-// takeBaseline measures the banks' resources before their first request.
+// takeBaseline measures the banks' resources before their first request, once these do not grow any
+// more and the consumers of all banks have joined their groups.
 func (r *run) takeBaseline(ctx context.Context) (err error) {
 	var last check.Resources
 	r.before, err = r.measure(ctx, func(now check.Resources) bool {
@@ -147,7 +148,8 @@ func (r *run) measureOnce(ctx context.Context, client *http.Client) (total check
 		return conn.QueryRow(ctx, `
 			SELECT count(*) FROM pg_stat_activity WHERE backend_type = 'client backend' AND application_name <> $1`, applicationOwn).Scan(&total.Connections)
 	})
-	// The banks count connections that are being made.
+	// A bank's metric also counts connections that are still being opened, so PostgreSQL must have
+	// them too.
 	size, leases := poolSizeBig+(len(r.banks.slots)-1)*poolSizeSmall, len(r.banks.slots)
 	return total, pools >= size && total.Connections >= size+leases, err
 }

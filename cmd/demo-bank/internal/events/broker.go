@@ -1,9 +1,9 @@
 // Package events takes the bank's messages to Kafka, and runs their consumers.
 //
-//   - broker.go is the broker: one that is given, or one inside
+//   - broker.go is the broker: a given one, or one inside this process
 //   - consumers.go has the consumers, and the relay
 //   - naive.go has the same consumers without an inbox
-//   - shown.go has both, for the page that kills them
+//   - shown.go has both kinds again, for the page that kills them
 package events
 
 import (
@@ -34,21 +34,21 @@ const (
 	// Partitions is the number of partitions of a topic that this package makes.
 	Partitions = 4
 
-	// volatileID is the id of a cluster whose topics are gone at exit. The next one is at the same
-	// address and has other topics under the same names.
+	// volatileID is the id of a cluster that keeps its topics in memory only. The next one has the
+	// same address, and other topics under the same names.
 	volatileID = "demo-bank-volatile"
 
 	sessionTimeout   = 6 * time.Second // the shortest that brokers allow by default
 	rebalanceTimeout = 12 * time.Second
-	batchTimeout     = 8 * time.Second // shorter than what a rebalance leaves
-	askTimeout       = 5 * time.Second // of one question to the broker
-	pauseMax         = 2 * time.Second // between two questions
+	batchTimeout     = 8 * time.Second // shorter than the time that a rebalance leaves a batch
+	askTimeout       = 5 * time.Second // of one request to the broker
+	pauseMax         = 2 * time.Second // between two requests
 )
 
 // Broker is a Kafka cluster that has the bank's topic. It is safe for concurrent use.
 type Broker struct {
 	addresses []string
-	inside    *kfake.Cluster // nil if it is given
+	inside    *kfake.Cluster // nil if the broker is a given one
 	client    *kafka.Client
 	publisher *kafka.Publisher
 	kgo       *kgo.Client
@@ -60,7 +60,7 @@ type Broker struct {
 var _ bank.Broker = (*Broker)(nil)
 
 // Start starts a broker inside this process. It keeps its log in the folder dir, or in memory if dir
-// is empty. It listens on the port if that is free, and else on any free one. The instance is that of
+// is empty. It listens on the port if that is free, and otherwise on any free one. For instance see
 // [Connect].
 func Start(dir string, port int, instance string, logger *slog.Logger) (*Broker, error) {
 	options := []kfake.Opt{
@@ -88,11 +88,11 @@ func Start(dir string, port int, instance string, logger *slog.Logger) (*Broker,
 	return b, nil
 }
 
-// Connect returns a cluster that these brokers belong to, host:port of each. It opens no connection.
+// Connect returns the cluster of these brokers. Each address is host:port. It opens no connection.
 //
-// The instance, from [Instance], makes the consumers of this process static members of their groups:
-// after a crash the next process of this name goes on at once. Without one a crash holds all members
-// up until the broker has missed the dead one, in 6 seconds.
+// instance, from [Instance], makes the consumers of this process static members of their groups:
+// after a crash the next process of this name goes on at once. If it is empty, a crash holds all
+// members up until the broker misses the dead one, after 6 seconds.
 func Connect(addresses []string, instance string, logger *slog.Logger) (*Broker, error) {
 	client, err := kafka.Connect(addresses, &kafka.Options{
 		InstanceID: instance, SessionTimeout: sessionTimeout, RebalanceTimeout: rebalanceTimeout, Logger: logger,
@@ -108,8 +108,8 @@ func Connect(addresses []string, instance string, logger *slog.Logger) (*Broker,
 	return b, nil
 }
 
-// Instance returns the name of the process that listens on this address, or "" if the port differs
-// from process to process.
+// Instance returns the name of the process that listens on this address, or "" if the address has
+// no fixed port.
 func Instance(address string) string {
 	if Port(address) == 0 {
 		return ""
@@ -130,7 +130,7 @@ func (b *Broker) newClient(options ...kgo.Opt) (*kgo.Client, error) {
 	return kgo.NewClient(append(options, kgo.SeedBrokers(b.addresses...), kgo.DisableClientMetrics())...)
 }
 
-// Close ends the connections, and the broker if it is inside.
+// Close closes the connections, and ends the broker if it is inside.
 func (b *Broker) Close() {
 	b.publisher.Close()
 	b.kgo.Close()
@@ -158,7 +158,7 @@ func Port(address string) int {
 	return int(port)
 }
 
-// Ready makes the topic unless it is there. It tries until the broker answers or ctx ends, and
+// Ready makes the topic unless it exists. It tries until it has succeeded or ctx has ended, and
 // returns ctx's error.
 func (b *Broker) Ready(ctx context.Context) error {
 	for try := 0; ; try++ {
@@ -219,8 +219,8 @@ func (b *Broker) Ends(ctx context.Context) (source string, ends map[int32]int64,
 	return source, ends, nil
 }
 
-// Joined reports whether each of the bank's consumers has this many processes, and they have shared
-// the partitions out.
+// Joined reports whether the group of each of the bank's consumers has this number of members, and
+// has assigned the partitions to them.
 func (b *Broker) Joined(ctx context.Context, processes int) bool {
 	ctx, cancel := context.WithTimeout(ctx, askTimeout)
 	defer cancel()
@@ -251,7 +251,7 @@ func (b *Broker) Committed(ctx context.Context, group string) (map[int32]int64, 
 	return committed, nil
 }
 
-// Members returns the number of processes in a consumer's group, or 0 while it shares out the
+// Members returns the number of members of a consumer's group, or 0 while it assigns the
 // partitions.
 func (b *Broker) Members(ctx context.Context, group string) (int, error) {
 	described, err := b.admin.DescribeGroups(ctx, group)
@@ -276,7 +276,7 @@ func (b *Broker) source(consumer string) consumer.Source {
 }
 
 // source is a source of package kafka. The positions in a volatile cluster mean nothing in the next
-// one, so the name of the source has the topic's id.
+// one, so the topic's id is a part of the source's name there.
 type source struct {
 	broker *Broker
 	kafka  *kafka.Source

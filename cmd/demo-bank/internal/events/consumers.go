@@ -16,7 +16,8 @@ import (
 )
 
 const (
-	// Messages of one transaction: what they write is shared with nobody.
+	// Messages of one transaction. Batches don't deadlock, because no other transaction changes the
+	// rows that they write.
 	statementsBatchMax = 100
 	noticesBatchMax    = 10 // each waits for the mail service
 	notifyTimeout      = 3 * time.Second
@@ -25,17 +26,18 @@ const (
 	countTimeout       = 2 * time.Second
 )
 
-// Retention is how long the consumers' records count.
+// Retention is the time for which the consumers keep the ids of handled messages.
 const Retention = 14 * 24 * time.Hour
 
 // Mailer returns the processor that sends mails.
 type Mailer func(ctx context.Context) (*bank.Processor, error)
 
-// AtOnce is the number of connections that a relay, and each of the two consumers, may hold at a
-// time, from a pool of this size: requests need them too.
+// AtOnce returns the number of connections that the relay, and each of the two consumers, may hold
+// at a time in a pool of this size. The others are for requests.
 func AtOnce(poolSize int32) int { return int(max(1, min(poolSize/16, 4))) }
 
-// Consumers handle the bank's messages: each with one effect, or at least one without an inbox.
+// Consumers handle the bank's messages. Each message has one effect; without an inbox it may have
+// more.
 type Consumers struct {
 	Broker *Broker
 	Store  *postgres.Store
@@ -46,8 +48,8 @@ type Consumers struct {
 	Logger  *slog.Logger
 }
 
-// Relay publishes what is in the store's outbox until ctx ends. OnDrain is called after each batch; it
-// may be nil.
+// Relay publishes the messages of the store's outbox until ctx ends. onDrain is called after each
+// batch; it may be nil.
 func Relay(ctx context.Context, broker *Broker, store *postgres.Store, onDrain func(int, relay.Drained, time.Duration, error), logger *slog.Logger) {
 	if broker.Ready(ctx) != nil {
 		return
@@ -57,8 +59,8 @@ func Relay(ctx context.Context, broker *Broker, store *postgres.Store, onDrain f
 	}).Run(ctx)
 }
 
-// Run handles messages until ctx ends, and returns when what is under way has ended. An error means
-// that an operator must decide where to go on.
+// Run handles messages until ctx ends, and returns when the batches under way have ended. An error
+// means that an operator must decide where to go on.
 func (c *Consumers) Run(ctx context.Context) error {
 	if c.Broker.Ready(ctx) != nil {
 		return nil
@@ -72,7 +74,8 @@ func (c *Consumers) Run(ctx context.Context) error {
 	)
 }
 
-// all runs functions until all have returned. The first error ends the others.
+// all runs functions and returns when all have returned. The first error ends the context of the
+// others.
 func all(ctx context.Context, functions ...func(context.Context) error) error {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
@@ -98,14 +101,15 @@ func project(ctx context.Context, d *consumer.Delivery) error {
 	return bank.Project(ctx, postgres.Tx(ctx), entries)
 }
 
-// notify sends a mail about a transfer. The mail is no part of the transaction. Its key is derived from
-// the message's id, so a run that was undone is followed by the same mail, which is looked up before
-// it is sent, and not by a second one.
+// notify sends a mail about a transfer. The mail is not part of the transaction. Its key is derived
+// from the message's id, and is looked up before the mail is sent. So if a run was undone, the next
+// one finds the mail, and sends no second one.
 //
-// The call is made while the batch holds its connection, for notifyTimeout at most, and the batch for
-// batchTimeout. So a mail service that hangs holds as many connections as [AtOnce] says, of each
-// process, and requests keep the others. A consumer that calls a slow service for many messages would
-// write a row instead, and have it sent by a request of its own that calls package effect.
+// The batch holds its connection during the call: for notifyTimeout at most for each message, and
+// for batchTimeout in all. So if the mail service hangs, each process holds as many connections as
+// [AtOnce] returns, and requests have the others. A consumer that calls a slow service for many
+// messages should write a row instead, and let a request of its own make the call by package
+// effect.
 func (c *Consumers) notify(ctx context.Context, d *consumer.Delivery) error {
 	notice, ok, err := bank.NoticeOf(d.Body)
 	switch {
@@ -116,7 +120,7 @@ func (c *Consumers) notify(ctx context.Context, d *consumer.Delivery) error {
 	}
 	key := idempotency.DerivedKey(ctx, "mail")
 	err = c.mail(ctx, func(ctx context.Context, p *bank.Processor) error { return p.Notify(ctx, key, notice) })
-	if err == nil || errors.Is(err, bank.ErrKept) { // which is this mail's fault, and not an outage
+	if err == nil || errors.Is(err, bank.ErrKept) { // ErrKept is this mail's fault, and no outage
 		return err
 	}
 	c.Logger.DebugContext(ctx, "a mail was not sent; it is tried again", "error", err)
@@ -134,14 +138,14 @@ func (c *Consumers) mail(ctx context.Context, send func(context.Context, *bank.P
 	return send(ctx, processor)
 }
 
-// apart returns a context without the values of ctx, that ends with it or after notifyTimeout.
+// apart returns a context without the values of ctx. It ends with ctx, or after notifyTimeout.
 func apart(ctx context.Context) (context.Context, context.CancelFunc) {
 	other, cancel := context.WithTimeout(context.Background(), notifyTimeout)
 	stop := context.AfterFunc(ctx, cancel)
 	return other, func() { stop(); cancel() }
 }
 
-// count notes the copies that a batch dropped.
+// count counts the copies that a batch dropped.
 func (c *Consumers) count(end consumer.BatchEnd) {
 	if c.OnBatch != nil {
 		c.OnBatch(end)
@@ -157,8 +161,7 @@ func (c *Consumers) count(end consumer.BatchEnd) {
 	}
 }
 
-// Found returns a Mailer that finds the processor where the bank left its URL, and looks again after
-// a failure.
+// Found returns a Mailer that reads the URL of the processor where the bank left it, for each mail.
 func Found(books *bank.Bank) Mailer {
 	var mu sync.Mutex
 	var url string

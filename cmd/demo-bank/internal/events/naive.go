@@ -11,10 +11,11 @@ import (
 	"github.com/paidonce/idempotency/cmd/demo-bank/internal/bank"
 )
 
-const naiveBatchMax = 100 // messages between two commits at the broker
+const naiveBatchMax = 100 // maximum number of messages between two commits at the broker
 
-// RunNaive handles messages as many services do: first the effect, then the broker's own commit. It
-// drops no copy, and after a crash between the two it handles messages again.
+// RunNaive handles messages as many services do: first the effect, then the commit of the offset at
+// the broker. It drops no copy, and after a crash between the two it handles messages again. It
+// skips a message that it can't read.
 func (c *Consumers) RunNaive(ctx context.Context) error {
 	if c.Broker.Ready(ctx) != nil {
 		return nil
@@ -60,10 +61,11 @@ func (c *Consumers) naive(ctx context.Context, name string, handle func(ctx cont
 	return nil
 }
 
-// commitTriesMax bounds the tries of a commit: a rebalance refuses it for a while.
+// commitTriesMax is the maximum number of tries of a commit: the broker refuses it during a
+// rebalance.
 const commitTriesMax = 10
 
-// commit commits the offsets of records, also if ctx has ended meanwhile.
+// commit commits the offsets of records, even if ctx has ended meanwhile.
 func (c *Consumers) commit(ctx context.Context, client *kgo.Client, name string, records []*kgo.Record) {
 	for try := range commitTriesMax {
 		timed, cancel := context.WithTimeout(context.WithoutCancel(ctx), askTimeout)

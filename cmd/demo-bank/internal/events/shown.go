@@ -17,12 +17,12 @@ import (
 	"github.com/paidonce/idempotency/storage/postgres"
 )
 
-// Consumers that the bank's page shows, kills and pauses. They read the bank's topic, and what they
-// write is in a schema of its own, so nothing that is done to them is wrong in the bank's books.
+// The consumers that the bank's page shows, kills and pauses. They read the bank's topic, and write
+// to a schema of their own, so a fault in them changes nothing in the bank's books.
 const (
 	ShownSchema   = "demo_shown"
 	ShownAccounts = "shown-"               // prefix of the accounts that they handle
-	ShownPace     = 100 * time.Millisecond // of a handler, so that a fault meets one at work
+	ShownPace     = 100 * time.Millisecond // pause in a handler, so that a fault meets one that runs
 
 	shownBatchMax = 20 // at this pace much less than batchTimeout
 
@@ -40,8 +40,7 @@ func ShownProjection(inbox bool, accounts string) bank.Projection {
 	return bank.Projection{Consumer: name, Entries: ShownSchema + "." + table, Parked: ShownSchema + ".message_parked", Accounts: accounts}
 }
 
-// ShownName returns the name under which a process of the shown consumers is known in
-// pg_stat_activity.
+// ShownName returns the application_name of a process of the shown consumers in pg_stat_activity.
 func ShownName(inbox bool, instance string) string {
 	return ShownProjection(inbox, "").Consumer + " " + instance
 }
@@ -69,8 +68,8 @@ func MakeShown(ctx context.Context, store *postgres.Store) error {
 	return nil
 }
 
-// SetReadable makes the messages of an account unreadable for the shown consumers, as if they had a
-// mistake, or readable again.
+// SetReadable makes the messages of an account readable for the shown consumers, or unreadable, as
+// if the consumers had a mistake.
 func SetReadable(ctx context.Context, store *postgres.Store, account string, readable bool) error {
 	sql := `INSERT INTO ` + ShownSchema + `.unreadable (account) VALUES ($1) ON CONFLICT DO NOTHING`
 	if readable {
@@ -129,7 +128,7 @@ func (s *Shown) RunNaive(ctx context.Context) error {
 	})
 }
 
-// querier is a transaction.
+// querier runs statements: a transaction.
 type querier interface {
 	Exec(ctx context.Context, sql string, args ...any) (pgconn.CommandTag, error)
 	QueryRow(ctx context.Context, sql string, args ...any) pgx.Row
@@ -137,10 +136,10 @@ type querier interface {
 
 var errUnreadable = errors.New("this version of the consumer can't read it")
 
-// shows reports whether a message, by its key, is about a shown account.
+// shows reports whether a message with this key is about a shown account.
 func shows(key []byte) bool { return strings.HasPrefix(string(key), ShownAccounts) }
 
-// projectShown adds a message to a projection. It skips those of other accounts.
+// projectShown adds a message to a projection, unless it is about an account that is not shown.
 func projectShown(ctx context.Context, tx querier, projection bank.Projection, key, body []byte) error {
 	if !shows(key) {
 		return nil

@@ -19,17 +19,16 @@ import (
 	"github.com/paidonce/idempotency/internal/pgfault"
 )
 
-// This file runs the consumers of statements.go: processes of this program, which can be killed and
-// paused, and whose COMMITs pass a proxy.
+// This file runs the consumers of statements.go. They are processes of this program, so that they
+// can be killed and paused. A proxy sees their COMMITs.
 
-// ConsumersShown is the number of processes of consumers that the page runs, once a button is
-// pressed.
+// ConsumersShown is the number of consumer processes that the page runs, from the first act on.
 const ConsumersShown = len(sides) * consumersPerSide
 
 const (
-	consumersPerSide = 2                      // an heir for each
+	consumersPerSide = 2                      // so that one can take over from the other
 	restartPause     = 200 * time.Millisecond // after a process has ended
-	lastWordsMax     = 4 << 10                // bytes of a process's log
+	lastWordsMax     = 4 << 10                // bytes from the end of a process's log
 )
 
 // consumers are the processes of one side.
@@ -39,8 +38,8 @@ type consumers struct {
 	lose    atomic.Bool    // lose the reply to the next COMMIT
 }
 
-// startConsumers starts the processes of one side, which end with ctx. A COMMIT that can be lost
-// has the bytes of mark among its messages.
+// startConsumers starts the processes of one side, which end with ctx. Only the reply to a COMMIT
+// that was sent together with the bytes of mark can be lost.
 func (l *Live) startConsumers(ctx context.Context, inbox bool, mark string) (*consumers, error) {
 	program, err := os.Executable()
 	if err != nil {
@@ -75,7 +74,7 @@ func (l *Live) startConsumers(ctx context.Context, inbox bool, mark string) (*co
 	return c, nil
 }
 
-// instanceOf is the name of a process among those of its side.
+// instanceOf returns the name of a process, which is unique on its side.
 func instanceOf(member int) string { return fmt.Sprintf("page-%d", member) }
 
 // close ends the proxy. The processes must have ended.
@@ -103,12 +102,12 @@ type member struct {
 
 	mu     sync.Mutex
 	cmd    *exec.Cmd // nil while there is no process
-	killed bool      // the current one, by us
+	killed bool      // cmd was killed by kill
 }
 
 // run runs the process until ctx ends, and then kills it.
 func (m *member) run(ctx context.Context) {
-	// The kernel may end a process when the thread that started it ends.
+	// Linux kills a process when the thread that started it ends: see process.Isolate.
 	runtime.LockOSThread()
 	defer runtime.UnlockOSThread()
 	for ctx.Err() == nil {
@@ -126,7 +125,7 @@ func (m *member) live(ctx context.Context) {
 	cmd := exec.Command(m.program, m.arguments...)
 	cmd.SysProcAttr, cmd.Stderr = process.Isolate(), &words
 	cmd.Env = append(slices.DeleteFunc(os.Environ(), func(s string) bool { return strings.HasPrefix(s, "DATABASE_URL=") }), "DATABASE_URL="+m.database)
-	input, err := cmd.StdinPipe() // it ends with its input, so with this process
+	input, err := cmd.StdinPipe() // the consumer ends with its input, and so with this process
 	if err == nil {
 		err = cmd.Start()
 	}
@@ -176,7 +175,7 @@ func (m *member) pause() (resume func(), err error) {
 	return func() { _ = process.Continue(paused) }, nil // it may have been killed
 }
 
-// lastWords keeps the end of what is written to it.
+// lastWords keeps the last bytes that are written to it.
 type lastWords struct{ end []byte }
 
 func (w *lastWords) Write(p []byte) (int, error) {

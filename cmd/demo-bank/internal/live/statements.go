@@ -21,30 +21,30 @@ import (
 	"github.com/paidonce/idempotency/storage/postgres/operator"
 )
 
-// This file shows statements twice: two projections of the same payments, from the same messages,
-// one with an inbox and one without. A button makes payments, does something to the consumers of
-// both, and waits until both have handled everything. The counts are the audit's SQL, on the
+// This file shows two projections of the same payments, made from the same messages: one with an
+// inbox and one without. A button makes payments, causes a fault in the consumers of both, and
+// waits until both have handled everything. The counts are those of the audit's SQL, for the
 // accounts of this page.
 
 const (
-	// statementsMax limits a demonstration. A paused consumer is missed after 6 seconds.
+	// statementsMax limits a demonstration. The broker misses a paused consumer after 6 seconds.
 	statementsMax  = 3 * time.Minute
 	statementsPoll = 20 * time.Millisecond
 
-	payersShown  = 16 // among all partitions
+	payersShown  = 16 // enough for some in every partition
 	paymentsEach = 3
 	payClients   = 8
-	// roundsMax is the number of times that a fault is tried until the side without an inbox shows
-	// it. It does not if the consumers are between two commits.
+	// roundsMax is the maximum number of tries of a fault until the side without an inbox shows it.
+	// A try shows nothing if it meets no consumer between an effect and its commit.
 	roundsMax = 5
 	biteMax   = 3 * time.Second
-	// killsMax is the number of kills in a round. A few more in one place, and the consumer with an
-	// inbox would take the message for the cause.
+	// killsMax is the maximum number of kills in a round. After a few more at one message, the
+	// consumer with an inbox would take the message for the cause of the deaths.
 	killsMax = 3
 	deadMax  = 20 // dead letters that are listed
 )
 
-// Consumers is what the page needs for consumers of its own.
+// Consumers has what the page needs to run consumers of its own.
 type Consumers struct {
 	DatabaseURL string
 	Broker      *events.Broker
@@ -54,8 +54,8 @@ type Consumers struct {
 	Open func(ctx context.Context) (*postgres.Store, error)
 }
 
-// Consumers lets the page show consumers. It must be called before the page is served. Without it
-// the buttons are refused.
+// Consumers lets the page show consumers. It must be called before the page is served. If it is not
+// called, the buttons are refused.
 func (l *Live) Consumers(consumers Consumers) { l.consumers = consumers }
 
 // Act is what a button does to consumers.
@@ -64,7 +64,7 @@ type Act string
 // The acts.
 const (
 	ActKill    Act = "kill"   // kill -9, and start again
-	ActPause   Act = "pause"  // stop one process until the broker has given up on it
+	ActPause   Act = "pause"  // stop one process of each side past its session
 	ActTwice   Act = "twice"  // publish messages again, under their ids
 	ActPoison  Act = "poison" // a message that the consumers can't read
 	ActLose    Act = "lose"   // lose the reply to a COMMIT
@@ -86,7 +86,7 @@ type Statements struct {
 	State    StatementsState   `json:"state"`
 	Act      Act               `json:"act"`
 	Line     string            `json:"line"`
-	Payments int64             `json:"payments"` // whose messages were published
+	Payments int64             `json:"payments"` // payments of the page's accounts
 	Sides    [2]StatementsSide `json:"sides"`    // protected, unprotected
 	Dead     []DeadLetter      `json:"dead"`     // oldest first
 }
@@ -116,9 +116,9 @@ var (
 	errNoAct         = errors.New("there is no such act")
 )
 
-// postStatements answers POST /live/statements, a form with an act, and the id of the message for
-// redrive: with 202 and what is shown, with 303 to the page for a browser without scripts, with 400,
-// or with 409 if it can't be shown now.
+// postStatements answers POST /live/statements, a form with an act, and for redrive with the id of
+// the message. It answers 202 with the state that is shown, 303 to the page for a browser without
+// scripts, 400, or 409 if the act is not possible now.
 func (l *Live) postStatements(w http.ResponseWriter, r *http.Request) {
 	r.Body = http.MaxBytesReader(w, r.Body, formBytesMax)
 	refused := func(status int, slug, title, detail string) {
@@ -197,13 +197,13 @@ func (l *Live) startStatements(act Act, id string) (*Statements, error) {
 type statements struct {
 	live *Live
 
-	reading sync.Mutex // so that a later read replaces an earlier one
+	reading sync.Mutex // held by read, so that an older reading never replaces a newer one
 
 	mu    sync.Mutex
 	shown Statements
 	books *shownBooks // nil until the first act has opened them
-	// The highest offsets that the consumer without an inbox has committed: one that was paused may
-	// set them back.
+	// The highest offsets that the consumer without an inbox has committed. A process that was
+	// paused may set the broker's back.
 	committed map[int32]int64
 }
 
@@ -231,14 +231,14 @@ func (p *statements) change(change func(s *Statements)) *Statements {
 
 func (p *statements) say(line string) { p.change(func(s *Statements) { s.Line = line }) }
 
-// run does an act, and returns what viewers are told at its end.
+// run does an act, and returns the line that viewers see at its end.
 func (p *statements) run(ctx context.Context, act Act, id string) (line string, err error) {
 	l := p.live
 	b, err := p.open(ctx)
 	if err != nil {
 		return "", err
 	}
-	// Both processes of each side are there, so that either has an heir.
+	// Both processes of each side must be members, so that one can take over from the other.
 	if err := p.until(ctx, func(ctx context.Context) (bool, error) { return p.members(ctx, consumersPerSide) }); err != nil {
 		return "", fmt.Errorf("wait for the consumers: %w", err)
 	}
@@ -275,9 +275,8 @@ func (p *statements) run(ctx context.Context, act Act, id string) (line string, 
 	return line, nil
 }
 
-// during makes payments, calls the fault while the consumers handle them, and waits until all is
-// handled. The fault waits for its moment, and may wait for paid, which is closed after the last
-// payment.
+// during makes payments, calls fault while the consumers handle them, and waits until all are
+// handled. fault waits for its moment itself. paid is closed after the last payment.
 func (p *statements) during(ctx context.Context, b *shownBooks, reference string, fault func(ctx context.Context, paid <-chan struct{}) error) error {
 	if err := p.settle(ctx, b, sides[:]...); err != nil {
 		return err
@@ -295,7 +294,8 @@ func (p *statements) during(ctx context.Context, b *shownBooks, reference string
 	return p.settle(ctx, b, sides[:]...)
 }
 
-// untilDoubled repeats a round until the side without an inbox has more doubles, but not for ever.
+// untilDoubled repeats a round until the side without an inbox has more doubles, at most roundsMax
+// times.
 func (p *statements) untilDoubled(ctx context.Context, round func(ctx context.Context) error) error {
 	if err := p.read(ctx); err != nil {
 		return err
@@ -309,7 +309,7 @@ func (p *statements) untilDoubled(ctx context.Context, round func(ctx context.Co
 		if err := round(ctx); err != nil {
 			return err
 		}
-		// A consumer that was paused may still be at its old batch.
+		// A consumer that was paused may still be handling its old batch.
 		bite, cancel := context.WithTimeout(ctx, biteMax)
 		err := p.until(bite, doubled)
 		cancel()
@@ -320,12 +320,14 @@ func (p *statements) untilDoubled(ctx context.Context, round func(ctx context.Co
 	return nil
 }
 
-// kill kills all consumers while they handle messages: each time that the side without an inbox has
-// an effect that it has not committed at the broker, until that shows.
+// kill kills all consumers while they handle messages: whenever the side without an inbox has an
+// effect that it has not committed at the broker, until a payment is doubled, and at most killsMax
+// times.
 func (p *statements) kill(ctx context.Context, b *shownBooks, reference string) error {
 	projection := projectionOf(Unprotected, b.prefix)
 	read := func(ctx context.Context) (effects, doubled, committed int64, err error) {
-		// The effects first: then the number of those that are not committed is no more than the truth.
+		// The effects are read first, so the number of those that are not committed is never too
+		// high.
 		err = p.live.pool.QueryRow(ctx, `
 			SELECT COALESCE(sum(copies), 0)::bigint, count(*) FILTER (WHERE copies > 1) FROM (
 				SELECT count(*) AS copies FROM `+projection.Entries+` WHERE starts_with(account, $1) AND amount < 0 GROUP BY transfer) AS payments`, b.prefix).Scan(&effects, &doubled)
@@ -398,7 +400,7 @@ func (p *statements) pause(ctx context.Context, b *shownBooks, reference string)
 		if err := p.until(ctx, func(ctx context.Context) (bool, error) { return p.members(ctx, consumersPerSide-1) }); err != nil {
 			return fmt.Errorf("wait for the end of the sessions: %w", err)
 		}
-		// With the inbox the one that is paused holds its partition until PostgreSQL ends its session.
+		// With the inbox the paused process holds its partition until PostgreSQL ends its session.
 		return p.settle(ctx, b, sides[:]...)
 	})
 }
@@ -422,7 +424,7 @@ func (p *statements) twice(ctx context.Context, b *shownBooks, reference string)
 
 // poison makes a payment whose message no consumer can read.
 func (p *statements) poison(ctx context.Context, b *shownBooks, reference string) error {
-	account := fmt.Sprintf("%spoison-%d", b.prefix, b.number) // the messages of others wait for nothing
+	account := fmt.Sprintf("%spoison-%d", b.prefix, b.number) // no other message waits behind it
 	p.say("A payment is made whose message the consumers can't read.")
 	if err := p.live.open(ctx, b.base, account, amount); err != nil {
 		return fmt.Errorf("open account: %w", err)
@@ -452,7 +454,7 @@ func (p *statements) lose(ctx context.Context, b *shownBooks, reference string) 
 	return p.settle(ctx, b, sides[:]...)
 }
 
-// redrive mends the mistake that the consumers had, and lets one try a dead letter again.
+// redrive mends the mistake of the consumers, and lets one try a dead letter again.
 func (p *statements) redrive(ctx context.Context, b *shownBooks, id string) error {
 	name := events.ShownProjection(true, "").Consumer
 	p.say("The mistake is mended, and the message tried again.")
@@ -473,7 +475,7 @@ func (p *statements) redrive(ctx context.Context, b *shownBooks, id string) erro
 	return p.settle(ctx, b, sides[:]...)
 }
 
-// open makes what the acts need, once.
+// open makes the accounts, the store and the processes for the acts, once.
 func (p *statements) open(ctx context.Context) (b *shownBooks, err error) {
 	p.mu.Lock()
 	b = p.books
@@ -521,8 +523,8 @@ func (p *statements) open(ctx context.Context) (b *shownBooks, err error) {
 	return b, nil
 }
 
-// openingShown is what an account has at first: enough for the page's lifetime, since the payments
-// go round.
+// openingShown is the opening balance of an account. It lasts for the page's lifetime, because the
+// payments go round.
 const openingShown = 1_000 * amount
 
 func (b *shownBooks) close() {
@@ -535,7 +537,7 @@ func (b *shownBooks) close() {
 	b.base.CloseIdleConnections()
 }
 
-// close ends what open made. The acts and the processes must have ended.
+// close closes what open has made. The acts and the processes must have ended.
 func (p *statements) close() {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -545,7 +547,7 @@ func (p *statements) close() {
 }
 
 // pay makes payments through the bank's HTTP interface: each account pays the next one. The amounts
-// differ, so that a second round of all of them shows in every account.
+// differ, so that every account's sum is wrong if all payments are doubled.
 func (p *statements) pay(ctx context.Context, b *shownBooks, reference string, payers []string, each int) error {
 	payer := newClient(&marking{base: b.base, token: p.live.token})
 	group, ctx := errgroup.WithContext(ctx)
@@ -568,7 +570,7 @@ func (p *statements) pay(ctx context.Context, b *shownBooks, reference string, p
 	return nil
 }
 
-// until polls a condition until it holds.
+// until polls a condition until it holds, fails, or ctx ends.
 func (p *statements) until(ctx context.Context, met func(ctx context.Context) (bool, error)) error {
 	for {
 		ok, err := met(ctx)
@@ -598,7 +600,8 @@ func projectionOf(side Side, prefix string) bank.Projection {
 	return events.ShownProjection(side == Protected, prefix)
 }
 
-// settle waits until these sides have handled every message that was published so far.
+// settle waits until the outbox has no message of the page, these sides are at the end of the
+// topic, and no parked message of the page is waiting or behind.
 func (p *statements) settle(ctx context.Context, b *shownBooks, of ...Side) error {
 	err := p.until(ctx, func(ctx context.Context) (relayed bool, err error) {
 		err = p.live.pool.QueryRow(ctx, `
@@ -640,8 +643,8 @@ func (p *statements) handledAll(ctx context.Context, side Side) (bool, error) {
 	return err == nil, err
 }
 
-// positions returns the offsets behind what a side has handled. Without an inbox only the broker
-// knows.
+// positions returns for each partition the offset after the last message that a side has handled.
+// Without an inbox only the broker knows it.
 func (p *statements) positions(ctx context.Context, side Side, source string) (map[int32]int64, error) {
 	name := projectionOf(side, "").Consumer
 	if side == Unprotected {
@@ -667,14 +670,14 @@ func (p *statements) positions(ctx context.Context, side Side, source string) (m
 	return positions, err
 }
 
-// side returns what was read last about a side.
+// side returns the last reading of a side.
 func (p *statements) side(side Side) StatementsSide {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	return p.shown.Sides[side.index()]
 }
 
-// read reads what viewers see, from one snapshot.
+// read reads the counts and dead letters for viewers, in one snapshot.
 func (p *statements) read(ctx context.Context) error {
 	p.reading.Lock()
 	defer p.reading.Unlock()
@@ -718,7 +721,7 @@ func (p *statements) read(ctx context.Context) error {
 	return nil
 }
 
-// watch reads what viewers see while there are viewers: a paused consumer may go on after its act.
+// watch calls read while there are viewers, because a paused consumer may go on after its act.
 func (p *statements) watch(ctx context.Context) {
 	p.live.hub.whileWatched(ctx, func() time.Duration {
 		started := time.Now()

@@ -11,8 +11,9 @@ import (
 	"github.com/paidonce/idempotency/cmd/demo-bank/internal/events"
 )
 
-// TestActsThatAreRefused: an act that does not exist, one without its message, a second one at a
-// time, one on a database where no COMMIT can be seen, and any after the bank began to stop.
+// TestActsThatAreRefused: an act that does not exist, a redrive without its message, a second act
+// at a time, one on a database where no COMMIT can be seen, and any after the bank has begun to
+// stop.
 func TestActsThatAreRefused(t *testing.T) {
 	t.Parallel()
 	l := New(nil, "http://127.0.0.1:0", time.Hour, nil)
@@ -46,7 +47,7 @@ func TestCommitsAreSeenWithoutTLSOnly(t *testing.T) {
 		"postgres://bank@127.0.0.1/bank":                   true, // prefer
 		"postgres://bank@127.0.0.1/bank?sslmode=disable":   true,
 		"postgres://bank@127.0.0.1/bank?sslmode=require":   false,
-		"host=127.0.0.1 dbname=bank user=bank":             false, // no URL: a proxy has no place in it
+		"host=127.0.0.1 dbname=bank user=bank":             false, // no URL to put a proxy's address into
 		"postgres://bank@127.0.0.1:port-of-nothing/bank?x": false,
 	} {
 		if got := losesCommits(database); got != want {

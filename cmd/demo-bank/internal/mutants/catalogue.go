@@ -553,9 +553,9 @@ func ofMessages() []Mutant {
 			Bug:  "the relay goes on behind the last message that it has published",
 			Test: Test{"relay", "TestMessageThatIsCommittedLateIsNotSkipped"},
 			edits: []edit{
-				{outboxFile, `	nudged <-chan struct{}
+				{outboxFile, `	nudged func() <-chan struct{}
 }
-`, `	nudged <-chan struct{}
+`, `	nudged func() <-chan struct{}
 	cursor [OutboxShards]int64
 }
 `},

@@ -1,2 +1,2 @@
-// Package process starts, stops and kills the processes of demo-bank's own.
+// Package process isolates, stops and kills the processes that demo-bank starts.
 package process

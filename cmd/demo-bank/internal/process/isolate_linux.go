@@ -2,8 +2,8 @@ package process
 
 import "syscall"
 
-// Isolate keeps the terminal's Ctrl-C from a process. It dies with the thread that started it, so
-// that thread must be locked.
+// Isolate returns attributes that keep the terminal's Ctrl-C from a process. The process dies with
+// the thread that started it, so the goroutine must have locked its thread.
 func Isolate() *syscall.SysProcAttr {
 	return &syscall.SysProcAttr{Setpgid: true, Pdeathsig: syscall.SIGKILL}
 }

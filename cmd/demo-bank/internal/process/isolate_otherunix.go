@@ -4,5 +4,5 @@ package process
 
 import "syscall"
 
-// Isolate keeps the terminal's Ctrl-C from a process.
+// Isolate returns attributes that keep the terminal's Ctrl-C from a process.
 func Isolate() *syscall.SysProcAttr { return &syscall.SysProcAttr{Setpgid: true} }

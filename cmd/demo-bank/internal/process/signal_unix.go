@@ -13,16 +13,16 @@ const CanStop = true
 // Quit requests PostgreSQL's immediate shutdown.
 func Quit(pid int) error { return syscall.Kill(pid, syscall.SIGQUIT) }
 
-// Kill is kill -9.
+// Kill ends a process as kill -9 does.
 func Kill(pid int) error { return syscall.Kill(pid, syscall.SIGKILL) }
 
-// Stop stops a process until Continue.
+// Stop pauses a process until Continue.
 func Stop(process *os.Process) error { return process.Signal(syscall.SIGSTOP) }
 
 // Continue ends a Stop.
 func Continue(process *os.Process) error { return process.Signal(syscall.SIGCONT) }
 
-// Terminate asks a process to stop in order.
+// Terminate requests an orderly end of a process (SIGTERM).
 func Terminate(process *os.Process) error { return process.Signal(syscall.SIGTERM) }
 
 // DiedOfKill reports whether SIGKILL ended the process.

@@ -29,5 +29,5 @@ func Continue(*os.Process) error { return errSignals }
 // DiedOfKill returns false.
 func DiedOfKill(*os.ProcessState) bool { return false }
 
-// Isolate returns nothing: a process ends with its input.
+// Isolate returns nil: a process ends with its input.
 func Isolate() *syscall.SysProcAttr { return nil }

@@ -20,8 +20,8 @@ import (
 	"github.com/paidonce/idempotency/storage/postgres"
 )
 
-// ApartPoolSize is the size of the connection pool of consumers or a relay that run apart from the
-// bank.
+// ApartPoolSize is the size of the connection pool of a process beside the bank: of its consumers,
+// or of its relay.
 const ApartPoolSize = 6
 
 // ApartConfig configures a process of the bank's consumers, or of its relay.
@@ -37,20 +37,22 @@ type ApartConfig struct {
 	// its database. A relay needs none.
 	PSP string
 
-	// NoInbox makes the consumers naive: first the effect, then the broker's own commit.
+	// NoInbox makes the consumers naive: first the effect, then the commit of the offset at the
+	// broker.
 	NoInbox bool
 
-	// Addr is the address on which consumers answer probes and scrapes. It is required for them.
+	// Addr is the address on which consumers answer probes and scrapes. Consumers require it; a
+	// relay needs none.
 	Addr string
 
-	// Stdout gets one line when the process works. Nil discards it.
+	// Stdout gets one line when the process has started. Nil discards it.
 	Stdout io.Writer
 
 	// Logger is for the operator. Nil logs nothing.
 	Logger *slog.Logger
 }
 
-// apart is an open process beside the bank.
+// apart has what a process beside the bank needs: its store, the books and the broker.
 type apart struct {
 	config ApartConfig
 	logger *slog.Logger
@@ -98,7 +100,7 @@ func (a *apart) say(format string, args ...any) {
 	_, _ = fmt.Fprintf(a.config.Stdout, format+"\n", args...) // a closed stdout is no reason not to work
 }
 
-// Relay publishes what is in the bank's outbox until ctx ends.
+// Relay publishes the messages of the bank's outbox until ctx ends.
 func Relay(ctx context.Context, config ApartConfig) error {
 	a, err := openApart(ctx, config)
 	if err != nil {
@@ -176,7 +178,7 @@ type ShownConfig struct {
 	Logger      *slog.Logger
 }
 
-// ConsumeShown runs a consumer for the page until ctx ends. The bank has made its tables.
+// ConsumeShown runs a consumer for the page until ctx ends. The bank must have made its tables.
 func ConsumeShown(ctx context.Context, config ShownConfig) error {
 	store, err := openShown(ctx, config.DatabaseURL, events.ShownName(!config.NoInbox, config.Instance), ShownPoolSize)
 	if err != nil {
@@ -214,11 +216,11 @@ func openShown(ctx context.Context, url, name string, poolSize int) (*postgres.S
 	return store, nil
 }
 
-// shownIdleMax is how long a consumer that the page has paused may hold its partition: then
-// PostgreSQL ends its session. It is longer than a batch may take.
+// shownIdleMax is the time after which PostgreSQL ends the session of a consumer that the page has
+// paused, and so frees its partition. It is longer than a batch may take.
 const shownIdleMax = 10 * time.Second
 
-// makeShown opens a store for the page, and makes the tables.
+// makeShown opens the page's store of the shown consumers, and makes their tables.
 func makeShown(ctx context.Context, url string) (*postgres.Store, error) {
 	store, err := openShown(ctx, url, "demo-bank page", shownOperatorPoolSize)
 	if err != nil {

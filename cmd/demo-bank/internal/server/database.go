@@ -86,7 +86,7 @@ type database struct {
 	where    string           // for people
 	embedded *pgserver.Server // nil for --database-url
 
-	otherwise string // another remedy if url is wrong
+	otherwise string // a second remedy if url is wrong, for the error
 }
 
 // openDatabase uses the configured database, or starts an embedded one.

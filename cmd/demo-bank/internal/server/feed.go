@@ -12,12 +12,12 @@ import (
 	"github.com/paidonce/idempotency/storage/postgres/operator"
 )
 
-// brokerFolder is the inside broker's folder in the data folder.
+// brokerFolder is the folder of the broker inside, in the data folder.
 const brokerFolder = "broker"
 
-// openBroker returns the configured broker, or starts one inside, and gives it to the books. One
-// inside listens on the port of the last one, if it can, so that processes of its consumers find it
-// again.
+// openBroker returns the configured broker, or starts one inside, and passes it to the books. A
+// broker inside listens on the port of the last one if it can, so that consumers and relays in
+// other processes find it again.
 func (s *Server) openBroker(ctx context.Context, store *postgres.Store, books *bank.Bank) (broker *events.Broker, err error) {
 	if len(s.config.Brokers) > 0 {
 		broker, err = events.Connect(s.config.Brokers, events.Instance(s.config.Addr), s.logger)
@@ -40,7 +40,7 @@ func (s *Server) openBroker(ctx context.Context, store *postgres.Store, books *b
 	return broker, nil
 }
 
-// leaveAddresses tells consumers and relays in other processes where to find what they need.
+// leaveAddresses stores the addresses that consumers and relays in other processes need.
 func (s *Server) leaveAddresses(ctx context.Context, books *bank.Bank) error {
 	if err := books.LeaveAddress(ctx, bank.ProcessorAddress, s.psp); err != nil {
 		return err
@@ -65,7 +65,7 @@ func (s *Server) feed(ctx context.Context, db *database, store *postgres.Store, 
 		})
 	}
 	if broker.Inside() && s.config.DataDir == "" && db.embedded == nil {
-		// The log of the last broker inside is gone, and the books are still there.
+		// The log of the last broker inside is lost, but the books are not.
 		republish, err := books.Lost(ctx, events.Retention, bank.StatementsConsumer, bank.NoticesConsumer)
 		if err != nil {
 			return nil, err

@@ -121,7 +121,7 @@ func read(t *testing.T, brokers []string, number int) []*kgo.Record {
 	return records
 }
 
-// again publishes copies of records, as a relay does that dies after the broker's confirmation.
+// again publishes copies of records, as if a relay had died after the broker's confirmation.
 func again(t *testing.T, brokers []string, records []*kgo.Record) {
 	t.Helper()
 	client, err := kgo.NewClient(kgo.SeedBrokers(brokers...))
@@ -146,7 +146,8 @@ func headerOf(r *kgo.Record, name string) string {
 }
 
 // TestEachMoveIsPublishedAndProjected: a transfer, an order and a top-up publish one message each,
-// under the paying account, and a retry none. Statements and mails follow from the messages.
+// with the account that pays or is topped up as its key, and a retry publishes none. Statements and
+// mails follow from the messages.
 func TestEachMoveIsPublishedAndProjected(t *testing.T) {
 	t.Parallel()
 	b := setup(t)
@@ -227,8 +228,8 @@ func TestEachMoveIsPublishedAndProjected(t *testing.T) {
 	}
 }
 
-// Mode 6 of the relay's: what is published twice, under one id, is projected and mailed once. So is
-// what is delivered again.
+// Mode 6: a message that is published twice under one id is projected and mailed once. So is one
+// that is delivered again.
 func TestAMessagePublishedTwiceIsHandledOnce(t *testing.T) {
 	t.Parallel()
 	b := setup(t)
@@ -326,7 +327,7 @@ func TestPoisonBlocksOnlyItsAccount(t *testing.T) {
 	if acts := b.count(`SELECT count(*) FROM idempotency_audit WHERE action = 'redrive' AND key = $1`, id); acts != 1 {
 		t.Errorf("%d acts are in the audit table, want the redrive", acts)
 	}
-	// Once nothing is in front of them, those behind are handled.
+	// Once no message is in front of them, those behind are handled.
 	b.exec(`DELETE FROM message_parked WHERE message_id = $1`, id)
 	until(t, "nothing is parked", func() bool { return len(b.parked("")) == 0 })
 	expectProjected(t, b.fed())
@@ -388,8 +389,9 @@ func inBackground(t *testing.T, run func(context.Context) error) (stop func()) {
 	return stop
 }
 
-// TestRelayAndConsumersApart: without a relay messages stay in the outbox, without consumers at the
-// broker. Processes of their own find both, and the processor, by the bank's database.
+// TestRelayAndConsumersApart: without a relay messages stay in the outbox, and without consumers at
+// the broker. A relay and consumers in processes of their own find the broker and the processor by
+// the bank's database.
 func TestRelayAndConsumersApart(t *testing.T) {
 	t.Parallel()
 	database := pgtest.Database(t)
@@ -414,7 +416,7 @@ func TestRelayAndConsumersApart(t *testing.T) {
 	}
 }
 
-// TestConsumersApartStartFailsInOneLine: each missing thing is named with its remedy.
+// TestConsumersApartStartFailsInOneLine: the error names what is missing, and the remedy.
 func TestConsumersApartStartFailsInOneLine(t *testing.T) {
 	t.Parallel()
 	for _, one := range []struct {
@@ -433,8 +435,9 @@ func TestConsumersApartStartFailsInOneLine(t *testing.T) {
 	}
 }
 
-// Mode 13 and its reverse: a consumer without an inbox, whose broker does not take its commit, has
-// the effect again, and copies count as new messages. With an inbox there is one effect.
+// Mode 13 and its reverse: if the broker does not take the commit of a consumer without an inbox,
+// the next one repeats the effect, and a copy counts as a new message. With an inbox there is one
+// effect.
 func TestOnlyAnInboxHandlesOnce(t *testing.T) {
 	t.Parallel()
 	for _, naive := range []bool{true, false} {
@@ -470,7 +473,7 @@ func TestOnlyAnInboxHandlesOnce(t *testing.T) {
 					return Consume(ctx, ApartConfig{DatabaseURL: database, Addr: "127.0.0.1:0", NoInbox: naive})
 				})
 			}
-			// The first process dies, as it were, before its commit at the broker.
+			// It is as if the first process died before its commit at the broker.
 			refuse.Store(true)
 			stop := consume()
 			b.moved()
@@ -501,7 +504,7 @@ func TestOnlyAnInboxHandlesOnce(t *testing.T) {
 }
 
 // TestABrokerInsideThatIsGoneLosesNothing: a bank on a database of its own keeps its broker's log in
-// memory. What was there and not consumed is published again by the next bank, with the same ids.
+// memory. The next bank publishes the messages that were not consumed again, with the same ids.
 func TestABrokerInsideThatIsGoneLosesNothing(t *testing.T) {
 	t.Parallel()
 	database := pgtest.Database(t)
@@ -539,8 +542,8 @@ func TestABrokerInsideThatIsGoneLosesNothing(t *testing.T) {
 	}
 }
 
-// TestOnlyWhatWasThereAtTheStartIsPublishedAgain: moves that are made later are on their way, although
-// they have left the outbox and nobody has handled them yet.
+// TestOnlyWhatWasThereAtTheStartIsPublishedAgain: the messages of moves that are made later are on
+// their way, although they have left the outbox and are not handled yet.
 func TestOnlyWhatWasThereAtTheStartIsPublishedAgain(t *testing.T) {
 	t.Parallel()
 	b := setup(t, func(c *Config) { c.NoRelay, c.NoConsumers = true, true })
@@ -613,7 +616,7 @@ func TestTwoBanksWithBrokersOfTheirOwn(t *testing.T) {
 	}
 }
 
-// TestABankDoesNotJudgeWhatAnotherBrokerHas: the only relay is another bank's, with a broker of its
+// TestABankDoesNotJudgeWhatAnotherBrokerHas: only another bank runs a relay, with a broker of its
 // own, so this bank can't know that the messages are on their way.
 func TestABankDoesNotJudgeWhatAnotherBrokerHas(t *testing.T) {
 	t.Parallel()
@@ -627,8 +630,8 @@ func TestABankDoesNotJudgeWhatAnotherBrokerHas(t *testing.T) {
 	}
 }
 
-// TestNoticesWaitForTheProcessor: an outage of the mail service parks notices, makes none of them
-// dead, and ends by itself.
+// TestNoticesWaitForTheProcessor: an outage of the mail service parks notices, and makes none of
+// them dead. After it they are sent.
 func TestNoticesWaitForTheProcessor(t *testing.T) {
 	t.Parallel()
 	b := setup(t)
@@ -638,7 +641,7 @@ func TestNoticesWaitForTheProcessor(t *testing.T) {
 	if waiting.NotBefore == nil || waiting.Attempts != 0 {
 		t.Errorf("the notice is %+v", waiting)
 	}
-	b.faults(`{"lose_reply":1}`) // sent, and the bank does not know it
+	b.faults(`{"lose_reply":1}`) // a mail is sent, and the bank does not know it
 	until(t, "the mail is sent", func() bool { return len(b.listed("mails")) == 1 })
 	until(t, "the notice is handled", func() bool { return len(b.parked("?consumer=notices")) == 0 })
 	if mails := b.listed("mails"); len(mails) != 1 {
@@ -648,7 +651,7 @@ func TestNoticesWaitForTheProcessor(t *testing.T) {
 }
 
 // TestAMailThatIsAlwaysRefusedCounts: a 500 that the processor repeats to the mail's key is no outage,
-// so the message will be dead one day. Notices of other accounts go on.
+// so the tries count, and the message will be dead in the end. Notices of other accounts go on.
 func TestAMailThatIsAlwaysRefusedCounts(t *testing.T) {
 	t.Parallel()
 	b := setup(t)
@@ -664,8 +667,9 @@ func TestAMailThatIsAlwaysRefusedCounts(t *testing.T) {
 	expectProjected(t, b.fed())
 }
 
-// TestAMailServiceThatHangsHoldsFewConnections: while mails to four accounts, of several partitions,
-// have no answer, the consumer holds as many connections as it may, and transfers are made.
+// TestAMailServiceThatHangsHoldsFewConnections: while mails to four accounts, in several
+// partitions, have no answer, the consumer holds no more connections than it may, and transfers are
+// made.
 func TestAMailServiceThatHangsHoldsFewConnections(t *testing.T) {
 	t.Parallel()
 	const pool = 16
@@ -701,7 +705,7 @@ func TestAMailServiceThatHangsHoldsFewConnections(t *testing.T) {
 	})
 }
 
-// TestABankIsReadyWithoutItsBroker: a broker that is away delays messages, and no payment.
+// TestABankIsReadyWithoutItsBroker: a broker that is away delays messages, but no payment.
 func TestABankIsReadyWithoutItsBroker(t *testing.T) {
 	t.Parallel()
 	b := setup(t, func(c *Config) { c.Brokers = []string{"127.0.0.1:1"} })
@@ -717,7 +721,7 @@ func TestABankIsReadyWithoutItsBroker(t *testing.T) {
 	expectProblem(t, b.send(http.MethodPost, bank.PoisonPath, `{"key":"alice"}`), 503, "broker-unavailable")
 }
 
-// TestAPortOfAnAddress reads what a bank left, whatever it is.
+// TestAPortOfAnAddress: any text that a bank may have left as an address has a port, or 0.
 func TestAPortOfAnAddress(t *testing.T) {
 	t.Parallel()
 	for address, want := range map[string]int{"127.0.0.1:9092": 9092, "": 0, "a": 0, "a:b": 0, "a:65536": 0, "a:65535": 65535, "a:1,b:2": 0, "a:-1": 0} {
@@ -727,7 +731,8 @@ func TestAPortOfAnAddress(t *testing.T) {
 	}
 }
 
-// TestAnInstanceIsAProcessThatComesBack: only a fixed port makes one process the heir of another.
+// TestAnInstanceIsAProcessThatComesBack: only with a fixed port does the next process get the same
+// name.
 func TestAnInstanceIsAProcessThatComesBack(t *testing.T) {
 	t.Parallel()
 	one, other, none := events.Instance("127.0.0.1:8080"), events.Instance("127.0.0.1:8081"), events.Instance("127.0.0.1:0")

@@ -36,8 +36,8 @@ const (
 	headerBytesMax    = 64 << 10
 	closeTimeout      = time.Second // for idle connections after the last answer
 
-	// readyGrace is the time for which what may come later waits for the first probe that finds the
-	// bank ready.
+	// readyGrace is the maximum time for which the background work waits for the first probe that
+	// finds the bank ready.
 	readyGrace = 250 * time.Millisecond
 )
 
@@ -93,8 +93,8 @@ type Config struct {
 	KeyLifetime time.Duration
 
 	// Brokers are some brokers of the Kafka cluster that gets the bank's messages, host:port of
-	// each. If there is none, Run starts a broker inside, on a loopback port. That one keeps its log
-	// in DataDir, or in memory without a DataDir.
+	// each. If it is empty, Run starts a broker inside, on a loopback port, which keeps its log in
+	// DataDir, or in memory if there is no DataDir.
 	Brokers []string
 
 	// NoRelay leaves messages in the outbox, for a relay of another process.
@@ -230,7 +230,7 @@ func (s *Server) Run(ctx context.Context) (err error) {
 	completing, stopCompleter := context.WithCancel(background)
 	defer stopCompleter()
 	completer := idem.Completer(nil)
-	// What need not be there when the bank is ready would only make it ready later.
+	// All this may start after the bank is ready. Started before, it would delay that.
 	group.Go(func() {
 		s.awaitReady(background)
 		for _, run := range append(feed,
@@ -248,8 +248,8 @@ func (s *Server) Run(ctx context.Context) (err error) {
 	return s.serve(ctx, listener, handler, stopping, db)
 }
 
-// awaitReady blocks until a probe has found the bank ready, or it has served for readyGrace, or ctx
-// ends.
+// awaitReady blocks until a probe has found the bank ready, the bank has served for readyGrace, or
+// ctx ends.
 func (s *Server) awaitReady(ctx context.Context) {
 	select {
 	case <-s.serving:

@@ -1,4 +1,4 @@
--- The messages about transfers, orders and top-ups, and what their consumers keep.
+-- The messages about transfers, orders and top-ups, and the tables of their consumers.
 
 -- The id of the row's message. It is null if the row has none: it was written before this
 -- migration, or by a request without the middleware.
@@ -14,7 +14,7 @@ CREATE TABLE addresses (
     CONSTRAINT addresses_pkey PRIMARY KEY (name)
 );
 
--- What consumers did with messages and what no record shows.
+-- Counts of handled and dropped messages that no record shows.
 CREATE TABLE consumers (
     name    text COLLATE "C" NOT NULL,
     handled bigint NOT NULL DEFAULT 0,
@@ -23,7 +23,7 @@ CREATE TABLE consumers (
     CONSTRAINT consumers_pkey PRIMARY KEY (name)
 );
 
--- The projection belongs to the consumer "statements" alone, as if it were another service's.
+-- Only the consumer "statements" writes the projection, as if it were another service's.
 CREATE SCHEMA demo_statements;
 
 -- No unique constraint, on purpose: it would hide doubles from the audit.

@@ -42,7 +42,7 @@ export function drawStatements(state) {
     sides.forEach((side, index) => {
       const cell = row.querySelector(`[data-side=${side}]`);
       const wrong = shown?.sides[index][row.dataset.count];
-      // While messages are under way a count says nothing yet.
+      // While messages are under way a count proves nothing yet.
       cell.className = !shown || running ? "" : wrong ? "wrong" : "ok";
       setText(cell, !shown ? "\u2013" : running ? count(wrong) : `${wrong ? "\u2717" : "\u2713"} ${count(wrong)}`);
     });
