@@ -74,8 +74,8 @@ func errorOf(err error) *status.Status {
 	return s
 }
 
-// heldStream keeps the metadata that a run of the handler sets until the call is settled: a run that
-// does not count leaves none. It is safe for concurrent use.
+// heldStream keeps the metadata that a run of the handler sets until the call is settled: a run
+// that does not count leaves none. It is safe for concurrent use.
 type heldStream struct {
 	method string
 
@@ -85,7 +85,8 @@ type heldStream struct {
 	ended   bool
 }
 
-// The errors of a heldStream. With their code the answer of a handler that passes one on is forgotten.
+// The errors of a heldStream. With their code the answer of a handler that passes one on is
+// forgotten.
 var (
 	errSent  = status.Error(codes.Internal, "idempotency: SendHeader is refused, because the client would learn of a payment before its commit: use SetHeader")
 	errEnded = status.Error(codes.Internal, "idempotency: the handler has returned")

@@ -26,27 +26,28 @@ import (
 )
 
 // NewClient returns an interceptor that gives each unary call a key, and makes it until its outcome
-// is known. It is a [client.Transport] for calls: the rules of docs/client.md hold, with the code of
-// an error as its HTTP status (rpc.HTTPStatus).
+// is known. It is a [client.Transport] for calls: the rules of docs/client.md hold, with the code
+// of an error as its HTTP status (rpc.HTTPStatus).
 //
 //	conn, err := grpc.NewClient(address, grpc.WithChainUnaryInterceptor(
 //		grpcidem.NewClient(&client.Options{Honours: client.Everywhere})))
 //
-// Methods with idempotency_level = NO_SIDE_EFFECTS, and those of gRPC's own services, are called once
-// and without a key. The key is the call's own metadata idempotency-key, else the message's
+// Methods with idempotency_level = NO_SIDE_EFFECTS, and those of gRPC's own services, are called
+// once and without a key. The key is the call's own metadata idempotency-key, else the message's
 // request_id, else that of [client.WithKey] or [client.WithNewKey], else a new one.
 //
-// A call without an answer returns an error that wraps a *[client.Error]: [client.ErrNotExecuted] is
-// proven, and after [client.ErrUnknown] the caller must continue with the key. Its code is that of the
-// context's error, or Unavailable: a definite one would be untrue. Any other error is the server's own.
+// A call without an answer returns an error that wraps a *[client.Error]: [client.ErrNotExecuted]
+// is proven, and after [client.ErrUnknown] the caller must continue with the key. Its code is that
+// of the context's error, or Unavailable: a definite one would be untrue. Any other error is the
+// server's own.
 //
 // In opts Honours gets a POST request for https://target/service/method. Methods, BareKeys,
 // PreferAsync and Intents are for HTTP: the last two panic. TotalMax and the like bound a call, and
 // so does its context. The reply's size is bounded by grpc.MaxCallRecvMsgSize and not by
 // AnswerBytesMax. BodyBytesMax bounds nothing.
 //
-// Put the interceptor outside of others, and let no other retry: a retryPolicy in the service config
-// is noticed, and the attempts that it makes count as possibly executed.
+// Put the interceptor outside of others, and let no other retry: a retryPolicy in the service
+// config is noticed, and the attempts that it makes count as possibly executed.
 func NewClient(opts *client.Options) grpc.UnaryClientInterceptor {
 	var o client.Options
 	if opts != nil {
@@ -58,7 +59,7 @@ func NewClient(opts *client.Options) grpc.UnaryClientInterceptor {
 	o.Methods, o.BareKeys = nil, true
 	transport := client.New(roundTripper{}, &o)
 	return func(ctx context.Context, method string, req, reply any, conn *grpc.ClientConn, invoke grpc.UnaryInvoker, options ...grpc.CallOption) error {
-		if strings.HasPrefix(method, "/grpc.") || rpc.NoSideEffects(method) {
+		if keyless(method) {
 			return invoke(ctx, method, req, reply, conn, options...)
 		}
 		attempt := &outgoing{method: method, req: req, reply: reply, conn: conn, invoke: invoke, options: options}
@@ -102,8 +103,8 @@ func (o *outgoing) request(ctx context.Context) *http.Request {
 // roundTripper makes one attempt of the call in a request's context.
 type roundTripper struct{}
 
-// RoundTrip implements http.RoundTripper. An answer is what the server's handler or interceptor said,
-// and an error that it is not known whether they got the call.
+// RoundTrip implements http.RoundTripper. An answer is what the server's handler or interceptor
+// said, and an error that it is not known whether they got the call.
 func (roundTripper) RoundTrip(r *http.Request) (*http.Response, error) {
 	ctx := r.Context()
 	o := ctx.Value(outgoingKey{}).(*outgoing)
@@ -156,8 +157,8 @@ func whole(c codes.Code, trailer metadata.MD) bool {
 }
 
 // sentHook reports to the client's trace when an attempt may be on a conn: gRPC calls its per-RPC
-// credentials right before it writes the header. A second call means that gRPC retries by itself. It
-// passes the caller's own credentials on.
+// credentials right before it writes the header. A second call means that gRPC retries by itself.
+// It passes the caller's own credentials on.
 type sentHook struct {
 	trace *httptrace.ClientTrace
 	inner credentials.PerRPCCredentials // nil if the caller has none

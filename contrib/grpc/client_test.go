@@ -6,6 +6,7 @@ import (
 	"net"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -145,6 +146,31 @@ func TestClientGoesOnUntilTheFirstAttemptIsSettled(t *testing.T) {
 	}
 }
 
+func TestClientReadsRefusals(t *testing.T) {
+	t.Parallel()
+	const after = 30 * time.Millisecond
+	server := &scripted{steps: []func(context.Context) (*payReply, error){func(ctx context.Context) (*payReply, error) {
+		_, _ = says(idempotency.OutcomeUnknown, codes.Unavailable)(ctx)
+		return nil, status.ErrorProto(rpc.Refusal{
+			Reason: idempotency.ReasonOutcomeUnknown, Outcome: idempotency.OutcomeUnknown, RetryAfter: after, Accepted: true,
+		}.Error())
+	}}}
+	pauses := 0
+	conn := dial(t, serve(t, &probe{unary: server.pay}), grpc.WithUnaryInterceptor(grpcidem.NewClient(fast(func(o *client.Options) {
+		o.RetryAfterMax = time.Minute
+		o.Trace = func(_ context.Context, e client.Event) {
+			if e.Kind == client.EventWaiting && e.Pause >= after && e.Pause < after+2*o.BackoffMax {
+				pauses++
+			}
+		}
+	}))))
+	_, err := rpctestpb.NewProbeClient(conn).Pay(t.Context(), &payRequest{})
+	var unknown *client.Error
+	if !errors.As(err, &unknown) || !unknown.Accepted || pauses != 2 {
+		t.Errorf("%v; %d pauses of the RetryInfo's time", err, pauses)
+	}
+}
+
 // cutter closes the conns of a server.
 type cutter struct {
 	net.Listener
@@ -171,8 +197,8 @@ func (c *cutter) cut() {
 	c.conns = nil
 }
 
-// paying serves a handler that pays once, behind the interceptor. The replies of the first lost calls
-// are lost: the conn is cut after the commit.
+// paying serves a handler that pays once, behind the interceptor. The replies of the first lost
+// calls are lost: the conn is cut after the commit.
 func paying(t *testing.T, store *mwtest.Store, lost int) (address string) {
 	t.Helper()
 	listener, err := net.Listen("tcp", "127.0.0.1:0")
@@ -181,15 +207,14 @@ func paying(t *testing.T, store *mwtest.Store, lost int) (address string) {
 	}
 	cutting := &cutter{Listener: listener}
 	idem := grpcidem.New(store, scope, nil)
-	calls := 0
+	var calls atomic.Int64
 	server := grpc.NewServer(grpc.ChainUnaryInterceptor(func(ctx context.Context, req any, _ *grpc.UnaryServerInfo, handler grpc.UnaryHandler) (any, error) {
-		calls++
-		defer func(call int) {
-			if call <= lost {
+		defer func(call int64) {
+			if call <= int64(lost) {
 				cutting.cut()
 				<-ctx.Done() // the server knows, and sends no reply
 			}
-		}(calls)
+		}(calls.Add(1))
 		return handler(ctx, req)
 	}, idem.Unary))
 	rpctestpb.RegisterProbeServer(server, &probe{unary: func(ctx context.Context, _ *payRequest) (*payReply, error) {
@@ -218,7 +243,7 @@ func TestClientPaysOnceIfRepliesAreLost(t *testing.T) {
 			}
 		}
 	}))))
-	reply, err := rpctestpb.NewProbeClient(conn).Pay(t.Context(), &payRequest{})
+	reply, err := rpctestpb.NewProbeClient(conn).Pay(t.Context(), &payRequest{}, grpc.WaitForReady(true))
 	if err != nil || !strings.HasPrefix(reply.GetId(), "paid") || store.Written() != 1 {
 		t.Errorf("%v, %v; %d payments", reply, err, store.Written())
 	}

@@ -8,7 +8,8 @@
 //	)
 //
 // A method's handler finds its transaction by [postgres.Tx] in its context. Its reply, or its error
-// with all details, is recorded in the same commit, and a retry gets it without running the handler.
+// with all details, is recorded in the same commit, and a retry gets it without running the
+// handler.
 //
 //	             | metadata idempotency-status | code
 //	-------------+-----------------------------+----------------------------------------------
@@ -24,16 +25,16 @@
 //
 // # What to know
 //
-// Metadata that a handler sets by grpc.SetHeader or grpc.SetTrailer goes out with the first reply, and
-// is not recorded: a replay is without it. grpc.SendHeader fails, because the client would learn of a
-// payment before its commit.
+// Metadata that a handler sets by grpc.SetHeader or grpc.SetTrailer goes out with the first reply,
+// and is not recorded: a replay is without it. grpc.SendHeader fails, because the client would
+// learn of a payment before its commit.
 //
-// Interceptors that change the request or authenticate belong outside, in front of [Interceptor.Unary]
-// in the chain; those that recover from panics or make errors belong inside. An interceptor inside
-// runs once for each run of the handler.
+// Interceptors that change the request or authenticate belong outside, in front of
+// [Interceptor.Unary] in the chain; those that recover from panics or make errors belong inside. An
+// interceptor inside runs once for each run of the handler.
 //
-// The handler's context outlives the client and its deadline: once begun, the work is finished, and a
-// retry finds it.
+// The handler's context outlives the client and its deadline: once begun, the work is finished, and
+// a retry finds it.
 //
 // [postgres.Tx]: https://pkg.go.dev/github.com/paidonce/idempotency/storage/postgres#Tx
 package grpcidem

@@ -20,26 +20,28 @@ import (
 // Options tune an [Interceptor]. Nil and the zero value are the defaults, which are the safest. A
 // negative number panics.
 type Options struct {
-	// Engine has the options that are the same for every protocol: TTL, Wait, Timeouts, Tracer and so
-	// on. Its Disposition must be nil: use the one below.
+	// Engine has the options that are the same for every protocol: TTL, Wait, Timeouts, Tracer and
+	// so on. Its Disposition must be nil: use the one below.
 	Engine idempotency.Options
 
-	// Disposition returns the meaning of a code for the transaction. Defaults to DefaultDisposition:
-	// OK is committed; InvalidArgument, NotFound, AlreadyExists, FailedPrecondition and OutOfRange are
-	// recorded without the handler's writes; every other code is forgotten.
+	// Disposition returns the meaning of a code for the transaction. Defaults to
+	// DefaultDisposition: OK is committed; InvalidArgument, NotFound, AlreadyExists,
+	// FailedPrecondition and OutOfRange are recorded without the handler's writes; every other code
+	// is forgotten.
 	Disposition func(code codes.Code) idempotency.Disposition
 
 	// Pass reports whether a method passes untouched, such as one that only reads. Methods with the
-	// option idempotency_level = NO_SIDE_EFFECTS always pass, and so do the services of gRPC itself
-	// (grpc.health.v1.Health and the like). Nil passes no others.
+	// option idempotency_level = NO_SIDE_EFFECTS always pass, and so do gRPC's own services for
+	// health, reflection and channelz. Nil passes no others.
 	Pass func(fullMethod string) bool
 
-	// Optional lets calls without a key through. Their handler gets a transaction, which is committed
-	// with OK and undone with any other code; nothing is recorded. A malformed key is still refused.
+	// Optional lets calls without a key through. Their handler gets a transaction, which is
+	// committed with OK and undone with any other code; nothing is recorded. A malformed key is
+	// still refused.
 	Optional bool
 
-	// RefuseStreams refuses all streams that do not pass (see Pass). By default only a stream with a
-	// key is refused, because its client expects what a stream can't have.
+	// RefuseStreams refuses all streams that do not pass (see Pass). By default only a stream with
+	// a key is refused, because its client expects what a stream can't have.
 	RefuseStreams bool
 
 	// KeyField is the name of the message's string field that may carry the key, in place of the
@@ -58,19 +60,19 @@ type Options struct {
 	ReplyBytesMax   int
 
 	// AuthorizeReplay is called before a reply is replayed, when no connection is held. An error
-	// refuses it with PermissionDenied, for example if the caller has lost the right to see it since.
-	// Nil allows all replays, which is right if an interceptor outside authorizes.
+	// refuses it with PermissionDenied, for example if the caller has lost the right to see it
+	// since. Nil allows all replays, which is right if an interceptor outside authorizes.
 	AuthorizeReplay func(ctx context.Context, fullMethod string, record *idempotency.Record) error
 
-	// TraceID returns the id of a call's trace, to be recorded. The default takes it from the metadata
-	// traceparent (W3C Trace Context).
+	// TraceID returns the id of a call's trace, to be recorded. The default takes it from the
+	// metadata traceparent (W3C Trace Context).
 	TraceID func(ctx context.Context) string
 
 	// RetryAfter goes into the RetryInfo of refusals. Defaults to 1 second.
 	RetryAfter time.Duration
 
-	// Logger gets failed handlers, unavailable databases and unknown outcomes; never a key, message or
-	// credential. For a panic it gets the type and the stack. The default is slog.Default().
+	// Logger gets failed handlers, unavailable databases and unknown outcomes; never a key, message
+	// or credential. For a panic it gets the type and the stack. The default is slog.Default().
 	Logger *slog.Logger
 }
 
@@ -125,7 +127,17 @@ func (o *Options) disposition(answer idempotency.Answer) idempotency.Disposition
 
 // passes reports whether a method passes untouched.
 func (o *Options) passes(fullMethod string) bool {
-	return strings.HasPrefix(fullMethod, "/grpc.") || rpc.NoSideEffects(fullMethod) || o.Pass != nil && o.Pass(fullMethod)
+	return keyless(fullMethod) || o.Pass != nil && o.Pass(fullMethod)
+}
+
+// keyless reports whether a method never has a key, by its name or its .proto file.
+func keyless(fullMethod string) bool {
+	for _, service := range []string{"/grpc.health.", "/grpc.reflection.", "/grpc.channelz."} {
+		if strings.HasPrefix(fullMethod, service) {
+			return true
+		}
+	}
+	return rpc.NoSideEffects(fullMethod)
 }
 
 // traceID takes the trace id from the metadata traceparent: version, 32 hexadecimal digits, parent,

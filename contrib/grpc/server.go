@@ -24,8 +24,8 @@ import (
 )
 
 // ScopeFunc returns the scope of a call's key: the account, never the credential, so that a rotated
-// token still finds its own requests. fullMethod is such as "/bank.v1.Bank/Pay". An error refuses the
-// call with Unauthenticated, or with its own code, message and details if it is one of package
+// token still finds its own requests. fullMethod is such as "/bank.v1.Bank/Pay". An error refuses
+// the call with Unauthenticated, or with its own code, message and details if it is one of package
 // status; an empty or malformed scope is refused too. A service that also speaks HTTP returns the
 // same scope as there: then a key counts once for both.
 type ScopeFunc func(ctx context.Context, fullMethod string) (string, error)
@@ -60,7 +60,7 @@ func (i *Interceptor) Stream(server any, stream grpc.ServerStream, info *grpc.St
 		return handler(server, stream)
 	}
 	refusal := i.refuse(ctx, info.FullMethod, rpc.ReasonStreamRefused, nil, nil)
-	i.tell(ctx, rpc.Result{Error: refusal}, idempotency.OutcomeNotExecuted, nil)
+	i.setOutcome(ctx, rpc.Result{Error: refusal}, idempotency.OutcomeNotExecuted, nil)
 	return status.ErrorProto(refusal)
 }
 
@@ -69,8 +69,8 @@ var (
 	errMountedTwice = errors.New("interceptor is on the way of a call twice, or inside of package middleware: leave one of the two out")
 )
 
-// Unary is a [grpc.UnaryServerInterceptor]. It runs the handler at most once for each key, apart from
-// restarts of the transaction, each on a copy of the request.
+// Unary is a [grpc.UnaryServerInterceptor]. It runs the handler at most once for each key, apart
+// from restarts of the transaction, each on a copy of the request.
 func (i *Interceptor) Unary(ctx context.Context, req any, info *grpc.UnaryServerInfo, handler grpc.UnaryHandler) (any, error) {
 	o, method := &i.options, info.FullMethod
 	if o.passes(method) {
@@ -78,7 +78,7 @@ func (i *Interceptor) Unary(ctx context.Context, req any, info *grpc.UnaryServer
 	}
 	refuse := func(reason idempotency.Reason, err error, override *spb.Status) (any, error) {
 		refusal := i.refuse(ctx, method, reason, err, override)
-		i.tell(ctx, rpc.Result{Error: refusal}, outcomeOf(reason), nil)
+		i.setOutcome(ctx, rpc.Result{Error: refusal}, outcomeOf(reason), nil)
 		return nil, status.ErrorProto(refusal)
 	}
 	broken := func(err error) (any, error) { // by the service's own wiring: no retry helps
@@ -125,13 +125,13 @@ func (i *Interceptor) Unary(ctx context.Context, req any, info *grpc.UnaryServer
 
 	// Nothing goes to the client before Do has returned.
 	call := &call{options: o, message: message, method: method, handler: handler}
-	result := i.engine.Do(ctx, idempotency.Request{
-		Key:           idempotency.Key{Scope: scope, Value: key},
-		Fingerprint:   rpc.Fingerprint(method, message, protoreflect.Name(o.KeyField)),
-		FingerprintAt: rpc.FingerprintAt,
-		TraceID:       o.TraceID(ctx),
-		Route:         method,
-	}, call.run)
+	request := idempotency.Request{
+		Key: idempotency.Key{Scope: scope, Value: key}, FingerprintAt: rpc.FingerprintAt, TraceID: o.TraceID(ctx), Route: method,
+	}
+	if key != "" {
+		request.Fingerprint = rpc.Fingerprint(method, message, protoreflect.Name(o.KeyField))
+	}
+	result := i.engine.Do(ctx, request, call.run)
 	answer := call.result
 	if result.Record != nil {
 		if answer, err = rpc.Decode(result.Answer); err != nil {
@@ -142,15 +142,15 @@ func (i *Interceptor) Unary(ctx context.Context, req any, info *grpc.UnaryServer
 			i.traceRefused(ctx, method, result.Reason, err)
 		}
 	}
-	i.log(ctx, method, idempotency.Key{Scope: scope, Value: key}, result)
+	i.log(ctx, method, request.Key, result)
 	switch {
 	case result.Answer == nil:
 		answer = rpc.Result{Error: rpc.Refusal{
 			Reason: result.Reason, Outcome: result.Outcome, RetryAfter: max(result.RetryAfter, o.RetryAfter), Accepted: result.Accepted,
 		}.Error()}
-		i.tell(ctx, answer, result.Outcome, nil)
+		i.setOutcome(ctx, answer, result.Outcome, nil)
 	case result.Record == nil: // the handler's own reply or error, with all its metadata
-		i.tell(ctx, answer, result.Outcome, nil)
+		i.setOutcome(ctx, answer, result.Outcome, nil)
 		if err := errors.Join(grpc.SetHeader(ctx, call.stream.header), grpc.SetTrailer(ctx, call.stream.trailer)); err != nil {
 			o.Logger.LogAttrs(ctx, slog.LevelWarn, "idempotency: metadata that the handler set can't be sent", slog.String("method", method), slog.Any("error", err))
 		}
@@ -160,7 +160,7 @@ func (i *Interceptor) Unary(ctx context.Context, req any, info *grpc.UnaryServer
 				return refuse(idempotency.ReasonReplayDenied, &serviceError{err}, nil)
 			}
 		}
-		i.tell(ctx, answer, result.Outcome, metadata.Pairs(rpc.HeaderReplayed, "true",
+		i.setOutcome(ctx, answer, result.Outcome, metadata.Pairs(rpc.HeaderReplayed, "true",
 			rpc.HeaderCreatedAt, result.Record.CreatedAt.UTC().Format(time.RFC3339), rpc.HeaderExpiresAt, result.Record.ExpiresAt.UTC().Format(time.RFC3339)))
 	}
 	if answer.Error != nil {
@@ -169,11 +169,11 @@ func (i *Interceptor) Unary(ctx context.Context, req any, info *grpc.UnaryServer
 	return answer.Reply, nil
 }
 
-// tell sets the metadata of a reply: header, the outcome, and in the trailers the code.
-func (i *Interceptor) tell(ctx context.Context, answer rpc.Result, outcome idempotency.Outcome, header metadata.MD) {
+// setOutcome sets the metadata of a reply: header, the outcome, and in the trailers the code.
+func (i *Interceptor) setOutcome(ctx context.Context, answer rpc.Result, outcome idempotency.Outcome, header metadata.MD) {
 	header = metadata.Join(header, metadata.Pairs(rpc.HeaderStatus, string(outcome)))
 	if err := grpc.SetHeader(ctx, header); err != nil && grpc.ServerTransportStreamFromContext(ctx) != nil {
-		i.options.Logger.LogAttrs(ctx, slog.LevelError, "idempotency: the outcome can't be told, because an interceptor outside has sent the header", slog.Any("error", err))
+		i.options.Logger.LogAttrs(ctx, slog.LevelError, "idempotency: the outcome can't be sent, because an interceptor outside has sent the header", slog.Any("error", err))
 		return
 	}
 	_ = grpc.SetTrailer(ctx, metadata.Pairs(rpc.TrailerCode, strconv.Itoa(int(answer.Code())))) // fails only for a call without a transport

@@ -137,7 +137,8 @@ func TestRepliesCommitWithTheHandlersWrites(t *testing.T) {
 	}
 }
 
-// A key that was used by HTTP is a mismatch by gRPC, and the other way round: never a second payment.
+// A key that was used by HTTP is a mismatch by gRPC, and the other way round: never a second
+// payment.
 func TestAKeyCountsOnceForHTTPAndGRPC(t *testing.T) {
 	t.Parallel()
 	service := testservice.New(t, nil)
@@ -407,7 +408,7 @@ func TestPass(t *testing.T) {
 	idem := grpcidem.New(mwtest.NewStore(), scope, &grpcidem.Options{
 		RefuseStreams: true, Pass: func(fullMethod string) bool { return fullMethod == "/bank.v1.Bank/List" }, Logger: slog.New(slog.DiscardHandler),
 	})
-	for method, passes := range map[string]bool{"/bank.v1.Bank/List": true, "/grpc.health.v1.Health/Check": true, rpctest.Look: true, "/bank.v1.Bank/Pay": false} {
+	for method, passes := range map[string]bool{"/bank.v1.Bank/List": true, "/grpc.health.v1.Health/Check": true, rpctest.Look: true, "/bank.v1.Bank/Pay": false, "/grpc.of.a.bank.Bank/Pay": false} {
 		reply, err := idem.Unary(t.Context(), &payRequest{}, &grpc.UnaryServerInfo{FullMethod: method}, func(context.Context, any) (any, error) { return "as it is", nil })
 		if passed := reply == "as it is" && err == nil; passed != passes {
 			t.Errorf("%s: %v, %v", method, reply, err)
@@ -463,7 +464,7 @@ func TestTracer(t *testing.T) {
 	}
 }
 
-func TestOutcomeThatCannotBeToldIsLogged(t *testing.T) {
+func TestOutcomeThatCannotBeSentIsLogged(t *testing.T) {
 	t.Parallel()
 	var logs strings.Builder
 	early := func(ctx context.Context, req any, _ *grpc.UnaryServerInfo, handler grpc.UnaryHandler) (any, error) {

@@ -89,7 +89,8 @@ func newHandler(store *postgres.Store) http.Handler {
 	return mux
 }
 
-// caller returns the account that your authentication has found. If it is empty the call is refused.
+// caller returns the account that your authentication has found. If it is empty the call is
+// refused.
 func caller(ctx context.Context) string {
 	if accounts := metadata.ValueFromIncomingContext(ctx, "account"); len(accounts) == 1 {
 		return accounts[0]

@@ -25,8 +25,8 @@ func DefaultDisposition(c code.Code) idempotency.Disposition {
 // statusCanceled is the HTTP status of a canceled call, which has no name in package net/http.
 const statusCanceled = 499
 
-// HTTPStatus returns the HTTP status of a code, as google.rpc.Code documents it: 500 for a code that
-// is not in its list.
+// HTTPStatus returns the HTTP status of a code, as google.rpc.Code documents it: 500 for a code
+// that is not in its list.
 func HTTPStatus(c code.Code) int {
 	switch c {
 	case code.Code_OK:

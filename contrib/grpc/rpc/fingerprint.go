@@ -15,16 +15,16 @@ import (
 	"github.com/paidonce/idempotency"
 )
 
-// Fingerprint returns the fingerprint of a call: SHA-256 over the length-prefixed name of its method
-// and the canonical form of its message, without the field that carries the key. It is frozen: a
-// change would turn every retry that crosses an upgrade into a mismatch.
+// Fingerprint returns the fingerprint of a call: SHA-256 over the length-prefixed name of its
+// method and the canonical form of its message, without the field that carries the key. It is
+// frozen: a change would turn every retry that crosses an upgrade into a mismatch.
 //
 // The bytes on the wire don't decide, because two clients, or two versions of a runtime, may encode
-// one message differently. The canonical form is the message's encoding with the fields in the order
-// of their numbers, those of a map in the order of their keys, and the fields that this program does
-// not know, with their bytes, in their places. So a message has the same fingerprint in a program
-// that knows a new field and in one that does not, unless that field is a map, or contains bytes that
-// are not in canonical form.
+// one message differently. The canonical form is the message's encoding with the fields in the
+// order of their numbers, those of a map in the order of their keys, and the fields that this
+// program does not know, with their bytes, in their places. So a message has the same fingerprint
+// in a program that knows a new field and in one that does not, unless that field is a map, or
+// contains bytes that are not in canonical form.
 func Fingerprint(method string, message proto.Message, field protoreflect.Name) idempotency.Fingerprint {
 	m := message.ProtoReflect()
 	w := backward{bytes: make([]byte, proto.Size(message)+len(method)+64)}

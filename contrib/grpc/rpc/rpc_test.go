@@ -97,8 +97,8 @@ func TestFingerprintIsOfTheWholeMessage(t *testing.T) {
 	}
 }
 
-// A server that knows a field and one that does not make the same fingerprint, in whatever order the
-// client sends the fields.
+// A server that knows a field and one that does not make the same fingerprint, in whatever order
+// the client sends the fields.
 func TestFingerprintDoesNotDependOnTheProgram(t *testing.T) {
 	t.Parallel()
 	k := kinds()
@@ -148,7 +148,8 @@ func TestFingerprintOfADeepMessage(t *testing.T) {
 	}
 }
 
-// FuzzFingerprint checks that the canonical form leaves nothing out: it is an encoding of the message.
+// FuzzFingerprint checks that the canonical form leaves nothing out: it is an encoding of the
+// message.
 func FuzzFingerprint(f *testing.F) {
 	wire, err := proto.Marshal(kinds())
 	if err != nil {
@@ -169,7 +170,8 @@ func FuzzFingerprint(f *testing.F) {
 		if !bytes.Equal(rpc.Canonical(decoded), canonical) {
 			t.Errorf("%v\nhas another form than\n%v", k, decoded)
 		}
-		// proto.Equal compares unknown fields in their order, which the canonical form does not keep.
+		// proto.Equal compares unknown fields in their order, which the canonical form does not
+		// keep.
 		known := proto.UnmarshalOptions{DiscardUnknown: true}
 		if known.Unmarshal(data, k) != nil || known.Unmarshal(canonical, decoded) != nil || !proto.Equal(k, decoded) {
 			t.Errorf("%v\nis not\n%v", k, decoded)

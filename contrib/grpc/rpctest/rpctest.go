@@ -1,8 +1,9 @@
-// Package rpctest tests that an adapter for gRPC or Connect keeps the promises of package middleware:
-// a reply, or an error with its details, is recorded exactly as the client got it, with the handler's
-// writes or without them, and the handler runs once.
+// Package rpctest tests that an adapter for gRPC or Connect keeps the promises of package
+// middleware: a reply, or an error with its details, is recorded exactly as the client got it, with
+// the handler's writes or without them, and the handler runs once.
 //
-// Each case is a subtest on a fresh store and a fresh mount, and guards one rule. Run it with -race.
+// Each case is a subtest on a fresh store and a fresh mount, and guards one rule. Run it with
+// -race.
 package rpctest
 
 import (
@@ -43,8 +44,8 @@ type Options struct {
 }
 
 // Mount serves the methods of a service through the adapter, until the case is over, and returns a
-// client of it. The adapter is on s.Store, with s.Options and any constant scope. The handler of each
-// unary method is s.Handle, and that of the stream s.HandleStream.
+// client of it. The adapter is on s.Store, with s.Options and any constant scope. The handler of
+// each unary method is s.Handle, and that of the stream s.HandleStream.
 type Mount func(t *testing.T, s *Service) Client
 
 // Client calls a method, or opens the stream, and returns what came.
@@ -87,7 +88,8 @@ type Service struct {
 }
 
 // Arrived takes the context of a call as the framework has it. A [Mount] calls it outside of the
-// adapter for each call, so that the case knows when the server has noticed that the client is gone.
+// adapter for each call, so that the case knows when the server has noticed that the client is
+// gone.
 func (s *Service) Arrived(ctx context.Context, request any) {
 	if r, ok := request.(*rpctestpb.PayRequest); ok && r.GetDo() == doHold {
 		context.AfterFunc(ctx, func() { s.goneOnce.Do(func() { close(s.gone) }) })
