@@ -114,9 +114,6 @@ func (roundTripper) RoundTrip(r *http.Request) (*http.Response, error) {
 	var header, trailer metadata.MD
 	sent := &sentHook{trace: httptrace.ContextClientTrace(ctx)}
 	options := append([]grpc.CallOption{grpc.Header(&header), grpc.Trailer(&trailer)}, sent.wrap(o.options)...)
-	if message, ok := o.reply.(proto.Message); ok {
-		proto.Reset(message) // a lost attempt may have left a part of its reply
-	}
 	sent.trace.GetConn(r.URL.Host)
 	o.err = o.invoke(metadata.NewOutgoingContext(ctx, md), o.method, o.req, o.reply, o.conn, options...)
 	return responseOf(o.err, header, trailer)
@@ -187,7 +184,6 @@ func (h *sentHook) GetRequestMetadata(ctx context.Context, uri ...string) (map[s
 		}
 	}
 	h.trace.GotConn(httptrace.GotConnInfo{})
-	h.trace.WroteHeaders()
 	return md, nil
 }
 

@@ -92,8 +92,10 @@ func TestFingerprintIsOfTheWholeMessage(t *testing.T) {
 	if rpc.Fingerprint(method, k, "-").Equal(base) {
 		t.Error("without a field for the key request_id is not a part of the fingerprint")
 	}
-	if rpc.Fingerprint(method+"s", kinds(), rpc.KeyFieldDefault).Equal(base) {
-		t.Error("another method has the same fingerprint")
+	for _, other := range []string{method + "s", strings.Replace(method, "Pay", "Pax", 1)} {
+		if rpc.Fingerprint(other, kinds(), rpc.KeyFieldDefault).Equal(base) {
+			t.Errorf("%s has the same fingerprint", other)
+		}
 	}
 }
 
