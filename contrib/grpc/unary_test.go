@@ -8,9 +8,11 @@ import (
 	"net/http"
 	"net/http/httptest"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
+	"github.com/jackc/pgx/v5/pgxpool"
 	"google.golang.org/genproto/googleapis/rpc/errdetails"
 	spb "google.golang.org/genproto/googleapis/rpc/status"
 	"google.golang.org/grpc"
@@ -196,6 +198,63 @@ func TestAKeyCountsOnceForHTTPAndGRPC(t *testing.T) {
 	}
 	if n := service.Effects(t); n != 2 {
 		t.Errorf("two keys paid %d times", n)
+	}
+}
+
+// Copies at once, by both protocols, pay once.
+func TestCopiesAtOnceByBothProtocolsPayOnce(t *testing.T) {
+	t.Parallel()
+	const each = 4
+	// A connection for each, so that none is refused because it waited for one.
+	service := testservice.New(t, &postgres.Options{PoolConfig: func(config *pgxpool.Config) { config.MaxConns = 2 * each }})
+	insert := func(ctx context.Context) error {
+		_, err := postgres.Tx(ctx).Exec(ctx, "INSERT INTO effects DEFAULT VALUES")
+		return err
+	}
+	pay := payer(t, service.Store, nil, func(ctx context.Context, _ *payRequest) (*payReply, error) { return &payReply{}, insert(ctx) })
+	server := httptest.NewServer(middleware.New(service.Store, func(r *http.Request) (string, error) { return scope(r.Context(), "") }, nil).Handler(
+		http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+			if err := insert(r.Context()); err != nil {
+				t.Error(err)
+			}
+			w.WriteHeader(http.StatusCreated)
+		})))
+	t.Cleanup(server.Close)
+	var mu sync.Mutex
+	outcomes := map[idempotency.Outcome]int{}
+	var copies sync.WaitGroup
+	for range each {
+		copies.Go(func() {
+			got := pay(&payRequest{}, rpc.HeaderKey, "k")
+			mu.Lock()
+			defer mu.Unlock()
+			outcomes[got.outcome()]++
+		})
+		copies.Go(func() {
+			r, err := http.NewRequestWithContext(t.Context(), http.MethodPost, server.URL, strings.NewReader("{}"))
+			if err != nil {
+				t.Error(err)
+				return
+			}
+			r.Header.Set("Idempotency-Key", "k")
+			response, err := server.Client().Do(r)
+			if err != nil {
+				t.Error(err)
+				return
+			}
+			defer func() { _ = response.Body.Close() }()
+			mu.Lock()
+			defer mu.Unlock()
+			outcomes[idempotency.Outcome(response.Header.Get("Idempotency-Status"))]++
+		})
+	}
+	copies.Wait()
+	known := 0
+	for _, outcome := range []idempotency.Outcome{idempotency.OutcomeExecuted, idempotency.OutcomeReplayed, idempotency.OutcomeInProgress, idempotency.OutcomeMismatch} {
+		known += outcomes[outcome]
+	}
+	if n := service.Effects(t); n != 1 || outcomes[idempotency.OutcomeExecuted] != 1 || known != 2*each {
+		t.Errorf("%d payments, outcomes %v", n, outcomes)
 	}
 }
 
