@@ -782,8 +782,10 @@ func (e *Engine) runOpen(ctx context.Context, budget *deadline.Context, req *ong
 	effects.begin(&carrier.running)
 	answer, failed := e.call(effects.attempt.Context(carrier), req, effects.attempt, handlerEnd, run)
 	effects.end()
-	if errors.Is(failed, ErrAnswerMissing) && (effects.opened && effects.lapsed || effects.intent != nil) {
-		failed = nil // the handler returned because its call has no result
+	// The handler returned because its call has no result: that is no failure.
+	unsettled := errors.Is(failed, ErrAnswerMissing) && (effects.opened && effects.lapsed || effects.intent != nil)
+	if unsettled {
+		failed = nil
 	}
 	trace.step(StepHandler, started, failed)
 	if effects.trace.panicked != nil {
@@ -792,11 +794,12 @@ func (e *Engine) runOpen(ctx context.Context, budget *deadline.Context, req *ong
 	sealed := effects.attempt.Seal()
 
 	disposition := DispositionForget
-	if failed == nil && answer != nil {
+	if failed == nil && !unsettled {
 		disposition, failed = e.disposition(req, answer)
 	}
 	recorded = answer
 	switch {
+	case unsettled: // nothing to record
 	case disposition != DispositionForget:
 		recorded, failed = e.reduce(answer)
 	case budget.Err() != nil:

@@ -8,6 +8,7 @@ import (
 	"sync"
 
 	"github.com/paidonce/idempotency"
+	"github.com/paidonce/idempotency/middleware"
 )
 
 var cases = []testCase{
@@ -32,6 +33,7 @@ var cases = []testCase{
 			}
 			c.recorded(c.ended("COMMIT"), first)
 			c.replayed(c.post(string(StatusOnly), "key-1"), first)
+			c.ended("COMMIT")
 			c.counted(1, 1)
 		},
 	},
@@ -51,6 +53,23 @@ var cases = []testCase{
 	{
 		name: "ReturnedError", needs: returnedErrors, rule: "if the handler returns an error the client gets a 5xx, its writes are undone and nothing is recorded; a retry runs",
 		run: func(c *check) { c.failsTwice(string(ReturnError)) },
+	},
+	{
+		name: "Nothing", rule: "if the handler returns without an answer it has failed: an answer that went around the middleware looks the same",
+		run: func(c *check) { c.failsTwice(string(Nothing)) },
+	},
+	{
+		name: "NothingIsOK", rule: "with Options.EmptyOK a handler that returns without an answer has answered an empty 200",
+		options: func(o *middleware.Options) { o.EmptyOK = true },
+		run: func(c *check) {
+			first := c.post(string(Nothing), "key-1")
+			if first.Status != http.StatusOK || first.Outcome != string(idempotency.OutcomeExecuted) || first.Body != "" {
+				c.Errorf("answer %v, want an empty 200, executed", first)
+			}
+			c.recorded(c.ended("COMMIT"), first)
+			c.replayed(c.post(string(Nothing), "key-1"), first)
+			c.counted(1, 1)
+		},
 	},
 	{
 		name: "Panic", rule: "if the handler panics the client gets a 5xx, its writes are undone and nothing is recorded; a retry runs",

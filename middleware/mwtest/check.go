@@ -6,6 +6,7 @@ import (
 	"io"
 	"slices"
 	"strings"
+	"time"
 
 	"github.com/paidonce/idempotency"
 	"github.com/paidonce/idempotency/middleware"
@@ -39,7 +40,7 @@ func (c *check) Fatalf(format string, args ...any) {
 func (c *check) Cleanup(f func()) { c.tester.Cleanup(f) }
 
 // check runs the case. If it fails, check prints the broken rule.
-func (one testCase) check(t tester, features Features, mount Mount) {
+func (one testCase) check(t tester, features Features, mount Mount, patience time.Duration) {
 	t.Helper()
 	ctx, cancel := context.WithTimeout(t.Context(), patience)
 	t.Cleanup(cancel)

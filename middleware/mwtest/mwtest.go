@@ -194,7 +194,7 @@ func Run(t *testing.T, features Features, mount Mount) {
 				t.Skipf("Features.%s: the framework can't do this: %s", field, one.rule)
 			}
 			t.Parallel()
-			one.check(t, features, mount)
+			one.check(t, features, mount, patience)
 		})
 	}
 }
