@@ -19,6 +19,8 @@
 // Statements that end a handler can travel with the record: see [DeferExec]. docs/architecture.md
 // shows the messages, docs/guarantees.md the promises that depend on them.
 //
+// Package sqldb is a *sql.DB on the same transactions, for GORM, sqlx, ent, bun and others.
+//
 // On a resumable route a handler may call other services (package effect) before it uses [Tx].
 // Writes before a call, or between two, go into a [Phase]: a transaction that commits before the
 // handler goes on, with an output that later runs find by its name.

@@ -29,9 +29,9 @@ type txKey = sealed.Key
 //
 // It is a pgx.Tx for one goroutine at a time, and from QueryRow until Scan it is in use. Commit and
 // Rollback on it are refused with [ErrSealed], and so is SQL text that controls transactions. Begin
-// opens a savepoint, which must be ended before the handler returns. Once the handler has returned,
-// every call returns [ErrSealed]. Conn returns nil, and LargeObjects panics: both would lead around
-// the seal.
+// opens a savepoint, which is sent in front of the next statement, and must be ended before the
+// handler returns. Once the handler has returned, every call returns [ErrSealed]. Conn returns nil,
+// and LargeObjects panics: both would lead around the seal.
 //
 // On a resumable route it is the handler's last transaction, after the calls to other services;
 // inside a [Phase] it is the phase's transaction.

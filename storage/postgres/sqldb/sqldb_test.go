@@ -14,6 +14,7 @@ import (
 
 	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgconn"
+	"github.com/jackc/pgx/v5/pgxpool"
 
 	"github.com/paidonce/idempotency"
 	"github.com/paidonce/idempotency/consumer"
@@ -229,7 +230,7 @@ func TestFailureBehindItsSavepointIsUndone(t *testing.T) {
 }
 
 // Whatever would lead around the transaction of the handler, or end it, is refused.
-func TestRefusals(t *testing.T) {
+func TestCallsAroundTheTransactionAreRefused(t *testing.T) {
 	t.Parallel()
 	b := setup(t, nil, 1)
 	other := sqldb.Open(testservice.New(t, nil).Store, nil)
@@ -402,7 +403,7 @@ func TestPoolOutsideOfHandlers(t *testing.T) {
 
 // Values are those of pgx's own driver for database/sql, on the first run of a text, and behind a
 // SAVEPOINT on later ones.
-func TestValues(t *testing.T) {
+func TestValuesAreThoseOfPgxsDriver(t *testing.T) {
 	t.Parallel()
 	b := setup(t, &sqldb.Options{Pool: true}, 2)
 	b.Exec(t, "CREATE TYPE mood AS ENUM ('good'); CREATE TYPE pair AS (a int, b text)")
@@ -597,4 +598,135 @@ func TestMessagesAreHandledInTheirTransaction(t *testing.T) {
 	if n := b.Count(t, "SELECT count(*) FROM message_parked"); n != 1 {
 		t.Errorf("%d dead letters, want 1", n)
 	}
+}
+
+// A mistake in a text that has not run before is undone with its sql.Tx too: SAVEPOINT was sent in
+// front of it.
+func TestMistakeInANewTextIsUndone(t *testing.T) {
+	t.Parallel()
+	b := setup(t, nil, 1)
+	b.want(t, b.do(t, "k", func(ctx context.Context) int {
+		for _, run := range []func(tx *sql.Tx) error{
+			func(tx *sql.Tx) error { _, err := tx.ExecContext(ctx, "UPDATE effects SET mistake = 1"); return err },
+			func(tx *sql.Tx) error { return tx.QueryRowContext(ctx, "SELECT mistake FROM effects").Scan(new(int)) },
+		} {
+			tx, err := b.db.BeginTx(ctx, nil)
+			must(t, err)
+			var pgErr *pgconn.PgError
+			if err := run(tx); !errors.As(err, &pgErr) || pgErr.Code != "42703" {
+				t.Errorf("the mistake is %v", err)
+			}
+			must(t, tx.Rollback())
+		}
+		write(ctx, t, b.db, "last")
+		return 201
+	}), idempotency.OutcomeExecuted)
+	b.wantNames(t, "last")
+}
+
+// If a text ran before, but can't be prepared on another connection any more, the transaction has
+// failed before its savepoint: Rollback says so, and nothing is committed.
+func TestTextThatFailsBeforeItsSavepoint(t *testing.T) {
+	t.Parallel()
+	b := setup(t, nil, 1)
+	b.Exec(t, "CREATE TABLE prices (price int8)")
+	const change = "UPDATE prices SET price = 1"
+	for run, outcome := range []idempotency.Outcome{idempotency.OutcomeExecuted, idempotency.OutcomeNotExecuted} {
+		b.want(t, b.do(t, fmt.Sprint(run), func(ctx context.Context) int {
+			tx, err := b.db.BeginTx(ctx, nil)
+			must(t, err)
+			write(ctx, t, tx, "kept")
+			must(t, tx.Commit())
+			tx, err = b.db.BeginTx(ctx, nil)
+			must(t, err)
+			_, err = tx.ExecContext(ctx, change)
+			if _, ok := err.(*pgconn.PgError); run == 1 && !ok {
+				t.Errorf("it is a %T, want *pgconn.PgError", err)
+			}
+			if undo := tx.Rollback(); run == 0 && errors.Join(err, undo) != nil || run == 1 && (err == nil || undo == nil) {
+				t.Errorf("run %d: %v, then %v", run, err, undo)
+			}
+			return 201
+		}), outcome)
+		if run == 0 {
+			b.Exec(t, "ALTER TABLE prices RENAME price TO amount")
+			b.Pool.Reset() // the next connection has prepared nothing
+		}
+	}
+	b.wantNames(t, "kept")
+}
+
+// sentTexts is a tracer that keeps the SQL of savepoints and of effects.
+type sentTexts struct {
+	mu   sync.Mutex
+	sent []string
+}
+
+func (s *sentTexts) add(ctx context.Context, text string) context.Context {
+	if strings.Contains(text, "SAVEPOINT") || text == insert {
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		s.sent = append(s.sent, strings.Fields(text)[0])
+	}
+	return ctx
+}
+
+func (s *sentTexts) TraceQueryStart(ctx context.Context, _ *pgx.Conn, data pgx.TraceQueryStartData) context.Context {
+	return s.add(ctx, data.SQL)
+}
+func (*sentTexts) TraceQueryEnd(context.Context, *pgx.Conn, pgx.TraceQueryEndData) {}
+func (*sentTexts) TraceBatchStart(ctx context.Context, _ *pgx.Conn, _ pgx.TraceBatchStartData) context.Context {
+	return ctx
+}
+func (s *sentTexts) TraceBatchQuery(ctx context.Context, _ *pgx.Conn, data pgx.TraceBatchQueryData) {
+	s.add(ctx, data.SQL)
+}
+func (*sentTexts) TraceBatchEnd(context.Context, *pgx.Conn, pgx.TraceBatchEndData) {}
+
+// A savepoint that is committed is released before the next one: thousands of them don't pile up in
+// one transaction. The last one needs no RELEASE, and one without a statement is never sent. Tracers
+// of pgx see all of it.
+func TestSavepointsDoNotPileUp(t *testing.T) {
+	t.Parallel()
+	texts := new(sentTexts)
+	service := testservice.New(t, &postgres.Options{PoolConfig: func(config *pgxpool.Config) { config.ConnConfig.Tracer = texts }})
+	b := &testBundle{Service: service, db: sqldb.Open(service.Store, nil)}
+	t.Cleanup(func() { must(t, b.db.Close()) })
+	b.want(t, b.do(t, "k", func(ctx context.Context) int {
+		for i := range 4 {
+			tx, err := b.db.BeginTx(ctx, nil)
+			must(t, err)
+			if i != 2 {
+				write(ctx, t, tx, "x")
+			}
+			must(t, tx.Commit())
+		}
+		return 201
+	}), idempotency.OutcomeExecuted)
+	want := "SAVEPOINT INSERT RELEASE SAVEPOINT INSERT RELEASE SAVEPOINT INSERT"
+	if got := strings.Join(texts.sent, " "); got != want {
+		t.Errorf("sent %s, want %s", got, want)
+	}
+}
+
+// A sql.Tx belongs to one handler: a call with the context of another one is refused, or its write
+// would be committed by the wrong request.
+func TestSQLTxOfAnotherHandlerIsRefused(t *testing.T) {
+	t.Parallel()
+	b := setup(t, nil, 2)
+	b.want(t, b.do(t, "outer", func(outer context.Context) int {
+		tx, err := b.db.BeginTx(outer, nil)
+		must(t, err)
+		b.want(t, b.do(t, "inner", func(inner context.Context) int {
+			write(inner, t, b.db, "inner")
+			if _, err := tx.ExecContext(inner, insert, "wrong"); !errors.Is(err, postgres.ErrSealed) {
+				t.Errorf("the outer handler's sql.Tx: %v", err)
+			}
+			return 201
+		}), idempotency.OutcomeExecuted)
+		write(outer, t, tx, "undone")
+		must(t, tx.Commit())
+		return 402
+	}), idempotency.OutcomeExecuted)
+	b.wantNames(t, "inner")
 }

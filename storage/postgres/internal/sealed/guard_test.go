@@ -41,6 +41,52 @@ func TestAdmitSQL(t *testing.T) {
 	}
 }
 
+func TestParseSavepoint(t *testing.T) {
+	t.Parallel()
+	for sql, want := range map[string]Savepoint{
+		"SAVEPOINT a":     {"SAVEPOINT", `"a"`},
+		"savepoint SP_1;": {"SAVEPOINT", `"sp_1"`},
+		" /* c */ SavePoint -- d\n \"A b\"\"c;\" ; -- e": {"SAVEPOINT", `"A b""c;"`},
+		"RELEASE a":                                {"RELEASE", `"a"`},
+		"RELEASE SAVEPOINT \"a\"":                  {"RELEASE", `"a"`},
+		"ROLLBACK TO a":                            {"ROLLBACK", `"a"`},
+		"ROLLBACK TO SAVEPOINT a":                  {"ROLLBACK", `"a"`},
+		"rollback work to a;":                      {"ROLLBACK", `"a"`},
+		"ROLLBACK TRANSACTION TO SAVEPOINT a/*b*/": {"ROLLBACK", `"a"`},
+	} {
+		if got, ok := ParseSavepoint(sql); !ok || got != want {
+			t.Errorf("%q is %v %v, want %v", sql, got, ok, want)
+		}
+	}
+	for _, sql := range []string{
+		"", "SAVEPOINT", "RELEASE SAVEPOINT", "ROLLBACK", "ROLLBACK TO", "ROLLBACK WORK", "SAVEPOINT a b", "SAVEPOINT a; COMMIT", "SAVEPOINT \"a", "SAVEPOINT \"\"", "SAVEPOINT 'a'",
+		"SAVEPOINT $1", "ROLLBACK TO SAVEPOINT a; COMMIT", "ROLLBACK PREPARED 'a'", "ROLLBACK AND CHAIN", ";SAVEPOINT a", "SAVEPOINTa", "SAVEPOINT a /*", "SELECT 1",
+	} {
+		if got, ok := ParseSavepoint(sql); ok {
+			t.Errorf("%q is read as %v", sql, got)
+		}
+	}
+}
+
+// FuzzParseSavepoint: a text that is read as a statement about a savepoint holds no other statement:
+// without its first word the guard admits it.
+func FuzzParseSavepoint(f *testing.F) {
+	for _, seed := range []string{"SAVEPOINT a", "RELEASE SAVEPOINT \"a;\"", "ROLLBACK TO a;", "SAVEPOINT a -- b", "SAVEPOINT a; COMMIT", "ROLLBACK/**/TO/*;*/é"} {
+		f.Add(seed)
+	}
+	f.Fuzz(func(t *testing.T, sql string) {
+		if _, ok := ParseSavepoint(sql); !ok {
+			return
+		}
+		s := scanner{rest: sql}
+		s.skip()
+		s.word()
+		if err := admitSQL("SELECT "+s.rest, true); err != nil {
+			t.Errorf("%q: %v", sql, err)
+		}
+	})
+}
+
 // FuzzAdmitSQL: a COMMIT after an admitted text is always detected, unless the text left a string
 // or a comment open, in which nothing is executed.
 func FuzzAdmitSQL(f *testing.F) {

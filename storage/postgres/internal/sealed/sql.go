@@ -3,6 +3,7 @@ package sealed
 import (
 	"cmp"
 	"context"
+	"errors"
 	"fmt"
 	"strings"
 
@@ -160,7 +161,11 @@ func (tx *Tx) sendBehind(ctx context.Context, sql string, arguments []any) (pgx.
 	results := tx.conn.SendBatch(ctx, &batch)
 	for len(tx.unsent) > 0 {
 		if _, err := results.Exec(); err != nil {
-			return nil, closeBehind(results, err)
+			err = closeBehind(results, err)
+			if pgErr := (*pgconn.PgError)(nil); errors.As(err, &pgErr) { // preparing the statement failed
+				err = pgErr
+			}
+			return nil, err
 		}
 		tx.sent(1)
 	}
@@ -255,7 +260,9 @@ func ParseSavepoint(sql string) (sp Savepoint, ok bool) {
 	s.skip()
 	before := s.rest
 	if strings.HasPrefix(s.rest, `"`) {
-		s.quoted('"', false)
+		for strings.HasPrefix(s.rest, `"`) { // a doubled quote is an end and a new beginning
+			s.quoted('"', false)
+		}
 		sp.Name = before[:len(before)-len(s.rest)]
 	} else {
 		sp.Name = strings.ToLower(s.word())
