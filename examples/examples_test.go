@@ -86,10 +86,13 @@ func TestExamples(t *testing.T) {
 
 	t.Run("sqlc", func(t *testing.T) {
 		t.Parallel()
-		p := start(t, folder, "sqlc", pgtest.Database(t), 3)
+		p := start(t, folder, "sqlc", pgtest.Database(t), 4)
 		p.sendTwice("/transfers", `{"id":1,"payer":"alice","payee":"bob","amount":1250}`)
 		p.want(p.post("/transfers", "k", `{"to":"bob","amount":20000}`, "Account", "alice"), 402, "executed", "not enough")
 		p.want(p.curl(2), 200, "", `[{"id":1,"payer":"alice","payee":"bob","amount":1250}]`)
+		p.want(p.curl(3), 201, "executed", `{"name":"alice","balance":9250}`)
+		p.want(p.curl(3), 201, "replayed", `{"name":"alice","balance":9250}`)
+		p.want(p.post("/deposits", "k", `{"amount":1}`, "Account", "nobody"), 404, "executed", "no such account")
 		p.stop(syscall.SIGTERM)
 	})
 
@@ -123,7 +126,7 @@ func TestExamples(t *testing.T) {
 // TestHelpersAreTheSame: each example must be complete, so each has its own copy of the helpers.
 func TestHelpersAreTheSame(t *testing.T) {
 	t.Parallel()
-	for _, copied := range []string{"orders/database.go", "sqlc/database.go", "consumer/database.go", "webhook/database.go", "grpc/database.go", "river/database.go", "orders/serve.go", "consumer/serve.go", "webhook/serve.go", "sqlc/serve.go", "handlertest/serve.go", "grpc/serve.go", "river/serve.go"} {
+	for _, copied := range []string{"orders/database.go", "sqlc/database.go", "consumer/database.go", "webhook/database.go", "gorm/database.go", "grpc/database.go", "river/database.go", "orders/serve.go", "consumer/serve.go", "webhook/serve.go", "sqlc/serve.go", "gorm/serve.go", "handlertest/serve.go", "grpc/serve.go", "river/serve.go"} {
 		original, err := os.ReadFile(filepath.Join("quickstart", filepath.Base(copied)))
 		if err != nil {
 			t.Fatal(err)

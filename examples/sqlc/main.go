@@ -1,5 +1,5 @@
-// Command sqlc shows generated queries inside an idempotent handler: the transaction goes to
-// WithTx, and no query changes.
+// Command sqlc shows generated queries inside an idempotent handler. Those for pgx take the
+// transaction by WithTx; those for database/sql find it in the context. No query changes.
 //
 //	go run ./examples/sqlc
 package main
@@ -7,16 +7,20 @@ package main
 import (
 	"context"
 	"crypto/rand"
+	"database/sql"
 	_ "embed"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"net/http"
 	"slices"
 
 	"github.com/paidonce/idempotency/examples/sqlc/ledger"
+	"github.com/paidonce/idempotency/examples/sqlc/ledgersql"
 	"github.com/paidonce/idempotency/middleware"
 	"github.com/paidonce/idempotency/migrations"
 	"github.com/paidonce/idempotency/storage/postgres"
+	"github.com/paidonce/idempotency/storage/postgres/sqldb"
 )
 
 //go:embed ledger/schema.sql
@@ -36,10 +40,13 @@ func run(ctx context.Context, address string) error {
 	}
 	defer store.Close()
 
-	b := &bank{queries: ledger.New(store.Pool())}
+	db := sqldb.Open(store, nil) // once, for all queries that were generated for database/sql
+	defer func() { _ = db.Close() }()
+	b := &bank{queries: ledger.New(store.Pool()), sqlQueries: ledgersql.New(db)}
 	idem := middleware.New(store, accountID, nil)
 	mux := http.NewServeMux()
 	mux.Handle("POST /transfers", idem.Handler(http.HandlerFunc(b.transfer)))
+	mux.Handle("POST /deposits", idem.Handler(http.HandlerFunc(b.deposit)))
 	mux.HandleFunc("GET /transfers", b.transfers)
 	return serve(ctx, address, mux, greet)
 }
@@ -64,7 +71,10 @@ func open(ctx context.Context, url string) (*postgres.Store, error) {
 // empty the answer is 401.
 func accountID(r *http.Request) (string, error) { return r.Header.Get("Account"), nil }
 
-type bank struct{ queries *ledger.Queries } // on the pool
+type bank struct {
+	queries    *ledger.Queries    // on the pool
+	sqlQueries *ledgersql.Queries // on the transaction of each call's context
+}
 
 // transfer writes, so its queries run in the middleware's transaction. Queries on the pool would be
 // refused here, because a rollback would not undo their writes.
@@ -101,6 +111,25 @@ func (b *bank) transfer(w http.ResponseWriter, r *http.Request) {
 	writeJSON(w, http.StatusCreated, transfer)
 }
 
+// deposit uses queries that sqlc generated for database/sql. They run in the middleware's transaction
+// because they get the request's context.
+func (b *bank) deposit(w http.ResponseWriter, r *http.Request) {
+	var d struct{ Amount int64 }
+	if err := json.NewDecoder(r.Body).Decode(&d); err != nil || d.Amount <= 0 {
+		http.Error(w, "send a positive amount", http.StatusBadRequest)
+		return
+	}
+	account, err := b.sqlQueries.Deposit(r.Context(), ledgersql.DepositParams{Name: r.Header.Get("Account"), Balance: d.Amount})
+	switch {
+	case errors.Is(err, sql.ErrNoRows):
+		http.Error(w, "there is no such account", http.StatusNotFound)
+	case err != nil:
+		http.Error(w, "the deposit failed", http.StatusInternalServerError)
+	default:
+		writeJSON(w, http.StatusCreated, account)
+	}
+}
+
 // transfers only reads, so it needs no key and no transaction: the same queries, on the pool.
 func (b *bank) transfers(w http.ResponseWriter, r *http.Request) {
 	transfers, err := b.queries.ListTransfers(r.Context(), r.Header.Get("Account"))
@@ -128,5 +157,7 @@ Send it again: 201, Idempotency-Status: replayed, and the same bytes
   %s
 There is one:
   curl %s/transfers -H 'Account: alice'
-`, url, curl, curl, url)
+A deposit, by queries for database/sql:
+  curl -i %s/deposits -H 'Account: alice' -H 'Idempotency-Key: %s' -d '{"amount":500}'
+`, url, curl, curl, url, url, rand.Text())
 }
