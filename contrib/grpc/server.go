@@ -139,7 +139,7 @@ func (i *Interceptor) Unary(ctx context.Context, req any, info *grpc.UnaryServer
 			if errors.Is(err, idempotency.ErrRecordCorrupt) {
 				result.Reason = idempotency.ReasonRecordCorrupt
 			}
-			i.traceRefused(ctx, method, result.Reason, err)
+			i.refuse(ctx, method, result.Reason, err, nil) // only for the Tracer
 		}
 	}
 	i.log(ctx, method, request.Key, result)
@@ -191,11 +191,12 @@ func outcomeOf(reason idempotency.Reason) idempotency.Outcome {
 // refuse returns the status of a call that the interceptor itself refuses, and traces it. override
 // replaces the code and message of the reason.
 func (i *Interceptor) refuse(ctx context.Context, method string, reason idempotency.Reason, err error, override *spb.Status) *spb.Status {
-	i.traceRefused(ctx, method, reason, err)
-	return rpc.Refusal{Reason: reason, Outcome: outcomeOf(reason), RetryAfter: i.options.RetryAfter, Status: override}.Error()
+	refused := rpc.Refusal{Reason: reason, Outcome: outcomeOf(reason), RetryAfter: i.options.RetryAfter, Status: override}.Error()
+	i.traceRefused(ctx, idempotency.Refused{Route: method, Reason: reason, Status: rpc.HTTPStatus(code.Code(refused.GetCode())), Err: err})
+	return refused
 }
 
-func (i *Interceptor) traceRefused(ctx context.Context, method string, reason idempotency.Reason, err error) {
+func (i *Interceptor) traceRefused(ctx context.Context, refused idempotency.Refused) {
 	tracer := i.options.Engine.Tracer
 	if tracer == nil {
 		return
@@ -206,8 +207,7 @@ func (i *Interceptor) traceRefused(ctx context.Context, method string, reason id
 				slog.String("error", fmt.Sprintf("Tracer panicked with a %T", value)), slog.String("stack", string(debug.Stack())))
 		}
 	}()
-	refused := rpc.Refusal{Reason: reason}.Error()
-	tracer.TraceRefused(ctx, idempotency.Refused{Route: method, Reason: reason, Status: rpc.HTTPStatus(code.Code(refused.GetCode())), Err: err})
+	tracer.TraceRefused(ctx, refused)
 }
 
 // serviceError hides the text of an error of the service's own, which may quote a credential. A

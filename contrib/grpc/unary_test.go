@@ -486,6 +486,7 @@ func TestPass(t *testing.T) {
 // refusals counts the events of calls, and panics.
 type refusals struct {
 	idempotency.Tracer
+	mu      sync.Mutex
 	refused []idempotency.Refused
 	started []idempotency.RequestStart
 }
@@ -496,6 +497,8 @@ func (r *refusals) TraceRefused(_ context.Context, refused idempotency.Refused) 
 }
 
 func (r *refusals) TraceRequestStart(ctx context.Context, start idempotency.RequestStart) context.Context {
+	r.mu.Lock()
+	defer r.mu.Unlock()
 	r.started = append(r.started, start)
 	return ctx
 }
@@ -520,6 +523,36 @@ func TestTracer(t *testing.T) {
 		if len(tracer.started) != 1 || tracer.started[0].TraceID != want || tracer.started[0].Route != rpctest.Pay {
 			t.Errorf("%s: %+v", parent, tracer.started)
 		}
+	}
+}
+
+// waits is a tracer that reports each wait.
+type waits struct {
+	refusals
+	began chan struct{}
+}
+
+func (w *waits) TraceWaitStart(context.Context) { w.began <- struct{}{} }
+
+func TestCopiesMayWait(t *testing.T) {
+	t.Parallel()
+	tracer := &waits{began: make(chan struct{}, 1)}
+	runs := 0
+	pay := payer(t, mwtest.NewStore(), &grpcidem.Options{Engine: idempotency.Options{Wait: time.Minute, Tracer: tracer}}, func(context.Context, *payRequest) (*payReply, error) {
+		runs++
+		<-tracer.began // until the copy waits
+		return &payReply{Id: "1"}, nil
+	})
+	var copies sync.WaitGroup
+	var outcomes sync.Map
+	for range 2 {
+		copies.Go(func() { outcomes.Store(pay(&payRequest{}, rpc.HeaderKey, "k").outcome(), true) })
+	}
+	copies.Wait()
+	_, executed := outcomes.Load(idempotency.OutcomeExecuted)
+	_, replayed := outcomes.Load(idempotency.OutcomeReplayed)
+	if runs != 1 || !executed || !replayed {
+		t.Errorf("%d runs, executed %v, replayed %v", runs, executed, replayed)
 	}
 }
 
