@@ -116,6 +116,36 @@ func ExampleOptions_fingerprints() {
 	// 422 mismatch Idempotency-Key was used for another request
 }
 
+// GraphQL reports errors in the body of a 200. Here such an answer undoes the handler's writes, and a
+// retry runs again; DispositionDecline would record it.
+func ExampleOptions_disposition() {
+	failing := true
+	handler := middleware.New(memory.New(nil), exampleAccount, &middleware.Options{
+		Disposition: func(answer idempotency.Answer) idempotency.Disposition {
+			var reply struct{ Errors []json.RawMessage }
+			if err := json.Unmarshal(answer.Body, &reply); err != nil || len(reply.Errors) > 0 {
+				return idempotency.DispositionForget
+			}
+			return idempotency.DefaultDisposition(answer)
+		},
+	}).Handler(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
+		if failing {
+			_, _ = fmt.Fprint(w, `{"errors":[{"message":"try again"}]}`)
+			return
+		}
+		_, _ = fmt.Fprint(w, `{"data":{"transfer":1}}`)
+	}))
+
+	exampleSend(handler, "8e03978e", `{"query":"..."}`)
+	failing = false
+	exampleSend(handler, "8e03978e", `{"query":"..."}`)
+	exampleSend(handler, "8e03978e", `{"query":"..."}`)
+	// Output:
+	// 200 not-executed
+	// 200 executed
+	// 200 replayed
+}
+
 // On this route duplicates wait for the answer of the first request. By default they get 409.
 func ExampleOptions_wait() {
 	running, finish := make(chan struct{}), make(chan struct{})

@@ -126,7 +126,10 @@ var cases = []testCase{
 		name: "KeyMissing", rule: "a request without a key is refused, and the handler does not run",
 		run: func(c *check) {
 			c.refused(c.post(string(Answer)), http.StatusBadRequest, idempotency.OutcomeNotExecuted, idempotency.ReasonKeyMissing)
-			c.refused(c.post(string(Answer), ""), http.StatusBadRequest, idempotency.OutcomeNotExecuted, idempotency.ReasonKeyInvalid)
+			// Some servers drop an empty header: then the key is missing.
+			if empty := c.post(string(Answer), ""); empty.Status != http.StatusBadRequest || empty.Outcome != string(idempotency.OutcomeNotExecuted) {
+				c.Errorf("answer %v to an empty key, want 400, %s", empty, idempotency.OutcomeNotExecuted)
+			}
 			c.ended()
 			c.counted(0, 0)
 		},
