@@ -5,6 +5,10 @@
 //	mux.Handle("POST /transfers", idem.Handler(http.HandlerFunc(transfer)))
 //
 // Mount it inside authentication, rate limits and compression, on the routes that change something.
+// In a framework with handlers of its own, use an adapter from the folder contrib. If the framework
+// is built on net/http, the middleware may also go around the whole app. Package mwtest tests any
+// wiring.
+//
 // docs/guarantees.md describes the answers that a client sees, and docs/problems.md the problem
 // documents.
 //

@@ -85,7 +85,8 @@ const methodQuery = "QUERY"
 // next runs on a copy of the request. Its body is in memory, and its context outlives the client:
 // once begun, the work is finished. next may run more than once, always on the request as it
 // arrived, and only one run counts. Headers that begin with Idempotency- and Idempotent- are the
-// middleware's: if next sets one it is dropped, and the log says so once per route.
+// middleware's: if next sets one it is dropped, and the log says so once per route. If next writes
+// nothing it has failed, unless [Options.EmptyOK] is set. A gRPC call is refused.
 //
 // Mount it once, on the route and inside the router: if the router is inside, its own 404 and 405
 // are recorded. A request that passes two mounts gets 500, and the log names both.
