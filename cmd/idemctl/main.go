@@ -42,13 +42,15 @@ const description = `Looks at the records of idempotent requests, and after them
   idemctl stats, idemctl top              counts and sizes; what is in flight
   idemctl gc                              delete what is expired, as the service's reaper does
   idemctl serve                           the same as pages, on this machine, behind a token
+  idemctl probe http://127.0.0.1:8080/v1/transfers --body '{"from":"alice","to":"bob","amount":{{int}}}'
+                                          does any HTTP API honour Idempotency-Key? Needs no database
 
 The database is that of --database-url, else of DATABASE_URL, else of the variables of libpq: PGHOST, PGUSER, PGPASSFILE, PGSERVICE
 and so on. A password belongs in one of those, not into an argument, which other users of the machine can see; a
 key can be kept from them too: "-" reads it from the standard input.
 
 Exit codes: 0 done, 1 failed, 2 not a command, 3 no such record, 4 the doctor found a failure, 5 refused: the key is in
-progress or changed, or nobody said yes.`
+progress or changed, or nobody said yes. Those of probe: 0 ok, 1 a binding rule is broken, 2 one could not be judged.`
 
 // Exit codes.
 const (
@@ -73,6 +75,7 @@ type commands struct {
 	Top     topCommand      `cmd:"" help:"Show the requests in progress, repeatedly."`
 	GC      gcCommand       `cmd:"" name:"gc" help:"Delete expired records, and old history."`
 	Serve   serveCommand    `cmd:"" help:"Serve the admin page to clients with a token."`
+	Probe   probeCommand    `cmd:"" help:"Examine an HTTP API that claims to honour Idempotency-Key, in whatever language it is written."`
 }
 
 // app holds the state that commands share.
@@ -91,9 +94,12 @@ func (r refused) Unwrap() error { return r.error }
 var errFindings = errors.New("the doctor found a failure")
 
 func exitCode(err error) int {
+	var probed probeVerdict
 	switch {
 	case err == nil:
 		return 0
+	case errors.As(err, &probed):
+		return probed.exitCode()
 	case errors.Is(err, errFindings):
 		return exitDoctor
 	case errors.Is(err, operator.ErrNotFound), errors.Is(err, operator.ErrNotOpen), errors.Is(err, operator.ErrNoEffect),
@@ -124,6 +130,7 @@ func run() int {
 		kong.Vars{
 			"servingVersion": fmt.Sprint(postgres.SchemaVersion),
 			"tokenVariable":  tokenVariable, "eventsAge": (30 * 24 * time.Hour).String(),
+			"profiles": profiles(),
 		},
 	)
 	if err != nil {
@@ -139,10 +146,11 @@ func run() int {
 		return exitUsage
 	}
 	err = parsed.Run(&app{ctx: ctx, cli: &cli, stdin: os.Stdin, out: os.Stdout, stderr: os.Stderr})
-	if err != nil && ctx.Err() != nil {
+	printed := errors.Is(err, errFindings) || errors.As(err, new(probeVerdict)) // on stdout
+	if err != nil && ctx.Err() != nil && !printed {
 		err = errors.New("interrupted")
 	}
-	if err != nil && !errors.Is(err, errFindings) { // findings are already on stdout
+	if err != nil && !printed {
 		// pgx lists each address that it tried on its own line.
 		fmt.Fprintln(os.Stderr, "idemctl:", terminal.Clean(strings.Join(strings.Fields(err.Error()), " ")))
 		if errors.As(err, new(*pgconn.ConnectError)) {

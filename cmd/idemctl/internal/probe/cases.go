@@ -1,0 +1,900 @@
+package probe
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"fmt"
+	"net/http"
+	"net/url"
+	"slices"
+	"strings"
+	"time"
+)
+
+// keyLengthMax is the longest key that the profiles allow, in characters.
+const keyLengthMax = 255
+
+// examiner is the state of an examination.
+type examiner struct {
+	Config
+
+	client  *client
+	bodies  *bodies
+	results map[string]*Result
+	stopped string // why the examination ended early; empty if it did not
+
+	quoted  bool // keys are sent as quoted strings
+	a, b    *logical
+	at      time.Time // of the answer to a
+	id      identity
+	latency time.Duration // of the first requests, the longest
+
+	refusals  []*answer // of a missing key, of another body, of copies at once
+	conflicts []*answer // answers with 409 to copies at once
+}
+
+// logical is a logical request: a key, a body, and its first answer. Retries send the same bytes.
+type logical struct {
+	*request
+	key    string // without quotes
+	answer *answer
+}
+
+func newExaminer(config Config) *examiner {
+	return &examiner{
+		Config:  config,
+		client:  &client{anyHost: config.AnyHost, interval: config.Interval, left: config.RequestsMax},
+		bodies:  &bodies{template: config.Body},
+		results: map[string]*Result{},
+	}
+}
+
+// oneCase is a part of the examination. An error ends the examination.
+type oneCase struct {
+	name    string
+	examine func(ctx context.Context) error
+}
+
+// The names of the cases that a test must know.
+const (
+	caseCopies = "copies at once"
+	caseCut    = "cut connections"
+)
+
+func (e *examiner) cases() []oneCase {
+	return []oneCase{
+		{"two first requests", e.examineFirst},
+		{"retries at once", e.examineAtOnce},
+		{"retries", e.examineRetries},
+		{"another body", e.examineMismatch},
+		{"keys that are none", e.examineKeys},
+		{"keys in capitals", e.examineCase},
+		{"a second caller", e.examineScope},
+		{"quoted keys", e.examineQuoting},
+		{caseCopies, e.examineCopies},
+		{caseCut, e.examineCuts},
+		{"late retries", e.examineLater},
+		{"documents", e.examineDocuments},
+	}
+}
+
+// Pass, fail and skip give a rule its verdict. A failure stays, and a skip stays unless the rule
+// fails.
+
+func (e *examiner) pass(id, format string, args ...any) {
+	if e.results[id] == nil {
+		e.results[id] = &Result{ID: id, Verdict: VerdictPass, Detail: fmt.Sprintf(format, args...)}
+	}
+}
+
+func (e *examiner) skip(id, format string, args ...any) {
+	if r := e.results[id]; r == nil || r.Verdict == VerdictPass {
+		e.results[id] = &Result{ID: id, Verdict: VerdictSkip, Detail: fmt.Sprintf(format, args...)}
+	}
+}
+
+// fail also takes the requests that show the failure.
+func (e *examiner) fail(id string, requests []string, format string, args ...any) {
+	if r := e.results[id]; r == nil || r.Verdict != VerdictFail {
+		e.results[id] = &Result{ID: id, Verdict: VerdictFail, Detail: fmt.Sprintf(format, args...), Requests: requests}
+	}
+}
+
+// lines returns the curl lines of requests, each with its answer's status.
+func lines(answers ...*answer) (all []string) {
+	for _, a := range answers {
+		all = append(all, a.line+"  # "+a.String())
+	}
+	return all
+}
+
+// headers returns the header lines of a request without a key.
+func (e *examiner) fields(caller []Field) []Field {
+	fields := slices.Clone(caller)
+	for _, f := range []Field{{"User-Agent", "idemctl-probe"}, {"Accept", "*/*"}} {
+		if !hasField(fields, f.Name) {
+			fields = append(fields, f)
+		}
+	}
+	return fields
+}
+
+func hasField(fields []Field, name string) bool {
+	return slices.ContainsFunc(fields, func(f Field) bool { return strings.EqualFold(f.Name, name) })
+}
+
+// ofSecond returns a logical request of the second caller.
+func (e *examiner) ofSecond(key string, body []byte) *logical {
+	caller := slices.DeleteFunc(slices.Clone(e.Header), func(f Field) bool { return hasField(e.SecondHeader, f.Name) })
+	l := e.with(append(caller, e.SecondHeader...), key, body)
+	l.second = e.SecondHeader
+	return l
+}
+
+// request returns a request with the given values of Idempotency-Key, each on a line of its own.
+func (e *examiner) request(caller []Field, body []byte, keys ...string) *request {
+	fields := e.fields(caller)
+	if len(body) > 0 && !hasField(fields, "Content-Type") {
+		fields = append(fields, Field{"Content-Type", contentType(body)})
+	}
+	for _, key := range keys {
+		fields = append(fields, Field{"Idempotency-Key", key})
+	}
+	return &request{method: e.Method, url: e.URL, fields: fields, body: body}
+}
+
+// spelled returns a key as it is sent.
+func (e *examiner) spelled(key string) string {
+	if e.quoted {
+		return `"` + key + `"`
+	}
+	return key
+}
+
+// new returns a new logical request of the caller. It is not sent.
+func (e *examiner) new() *logical { return e.with(e.Header, newUUID(), e.bodies.next()) }
+
+func (e *examiner) with(caller []Field, key string, body []byte) *logical {
+	return &logical{request: e.request(caller, body, e.spelled(key)), key: key}
+}
+
+// first sends a logical request for the first time.
+func (e *examiner) first(ctx context.Context, l *logical) (err error) {
+	l.answer, err = e.client.send(ctx, l.request)
+	return err
+}
+
+// retry sends the same request again and returns its answer.
+func (e *examiner) retry(ctx context.Context, l *logical) (*answer, error) {
+	return e.client.send(ctx, l.request)
+}
+
+// settled retries until the answer is one that stays, or Patience is over.
+func (e *examiner) settled(ctx context.Context, l *logical) (*answer, error) {
+	pause := 50 * time.Millisecond
+	for deadline := time.Now().Add(e.Patience); ; pause = min(2*pause, time.Second) {
+		a, err := e.retry(ctx, l)
+		if err != nil || !a.busy() || time.Now().After(deadline) {
+			return a, err
+		}
+		if err := sleep(ctx, pause); err != nil {
+			return nil, err
+		}
+	}
+}
+
+// stop says why the rest of the rules is not judged.
+func (e *examiner) stop(err error) { e.stopped = err.Error() }
+
+// isReplay reports that a and the first answer are of one effect: by their ids, or else by their
+// bytes.
+func (e *examiner) isReplay(a, first *answer) bool {
+	if same, known := e.id.same(a, first); known {
+		return same
+	}
+	return a.sameAs(first) == ""
+}
+
+const noIDs = "effects can't be seen: the answers to two requests have no ids that differ; set --effects-url"
+
+// judgeEffects gives a rule about the number of effects its verdict: by the effects URL, or else by
+// the ids in the successful answers. It reports whether the number is want.
+func (e *examiner) judgeEffects(ctx context.Context, id string, c *counter, want int64, answers []*answer, what string, requests []string) (bool, error) {
+	successes := slices.DeleteFunc(slices.Clone(answers), func(a *answer) bool { return !a.ok() })
+	if c.known() {
+		n, err := c.added(ctx, want)
+		if err != nil {
+			return false, err
+		}
+		if n != want {
+			e.fail(id, requests, "%s: %s at the effects URL, want %d", what, plural(n, "effect"), want)
+			return false, nil
+		}
+		return true, nil
+	}
+	if len(e.id) == 0 {
+		e.skip(id, noIDs)
+		return true, nil
+	}
+	if n, _ := e.id.distinct(successes); int64(n) > want {
+		e.fail(id, requests, "%s: the answers tell of %s, want %d (%s)", what, plural(int64(n), "effect"), want, strings.Join(e.id, ", "))
+		return false, nil
+	}
+	return true, nil
+}
+
+func plural(n int64, one string) string {
+	if n == 1 {
+		return "1 " + one
+	}
+	return fmt.Sprintf("%d %ss", n, one)
+}
+
+// by says how effects were counted.
+func (e *examiner) by() string {
+	if e.EffectsURL != nil {
+		return "by the effects URL"
+	}
+	return "by the ids in the answers (" + strings.Join(e.id, ", ") + "); an effect that no answer tells of is only seen with --effects-url"
+}
+
+// examineFirst sends two requests, finds the spelling of keys that the API takes, and learns how
+// effects are seen.
+func (e *examiner) examineFirst(ctx context.Context) error {
+	c, err := e.count(ctx)
+	if err != nil {
+		return err
+	}
+	// The draft's form is the quoted string; the other services' keys are bare.
+	e.quoted = e.Profile == ProfileIETF
+	e.a = e.new()
+	if err := e.first(ctx, e.a); err != nil {
+		return err
+	}
+	if e.a.answer.refused() {
+		refused := e.a
+		e.quoted = !e.quoted
+		e.a = e.with(e.Header, e.a.key, e.a.body)
+		if err := e.first(ctx, e.a); err != nil {
+			return err
+		}
+		if e.a.answer.ok() {
+			e.fail(ruleQuoting, lines(refused.answer, e.a.answer), "%s as the key is refused with %v, and %s is taken", refused.fields[len(refused.fields)-1].Value, refused.answer, e.spelled(e.a.key))
+		} else {
+			e.a, e.quoted = refused, !e.quoted
+		}
+	}
+	if !e.a.answer.ok() {
+		return fmt.Errorf("the first request was answered with %v, and must be answered with 2xx: %s", e.a.answer, e.a.answer.line)
+	}
+	e.at = time.Now()
+	e.b = e.new()
+	if err := e.first(ctx, e.b); err != nil {
+		return err
+	}
+	if !e.b.answer.ok() {
+		return fmt.Errorf("a second request with another key was answered with %v, and must be answered with 2xx: %s", e.b.answer, e.b.answer.line)
+	}
+	e.latency = max(e.a.answer.took, e.b.answer.took)
+	e.id = identityOf(e.a.answer, e.b.answer, e.bodies.values)
+	right, err := e.judgeEffects(ctx, ruleFirst, c, 2, []*answer{e.a.answer, e.b.answer}, "two requests with a key each", lines(e.a.answer, e.b.answer))
+	if err != nil {
+		return err
+	}
+	if right {
+		e.pass(ruleFirst, "one effect each, %s", e.by())
+	}
+	return nil
+}
+
+// examineAtOnce retries requests as soon as their answers were received in full.
+func (e *examiner) examineAtOnce(ctx context.Context) error {
+	for range atOnceRounds {
+		c, err := e.count(ctx)
+		if err != nil {
+			return err
+		}
+		l := e.new()
+		first, second, err := e.client.sendTwice(ctx, l.request)
+		if err != nil {
+			return err
+		}
+		l.answer = first
+		if !first.ok() {
+			e.skip(ruleAtOnce, "a request with a new key was answered with %v", first)
+			e.skip(ruleNo409, "a request with a new key was answered with %v", first)
+			return nil
+		}
+		if second.status == http.StatusConflict {
+			e.fail(ruleNo409, lines(first, second), "the retry came after the answer was received in full, and got 409")
+			e.skip(ruleAtOnce, "the retry got 409")
+			if _, err := e.settled(ctx, l); err != nil {
+				return err
+			}
+			continue
+		}
+		if !second.ok() {
+			e.fail(ruleAtOnce, lines(first, second), "a request was answered with %v, and its retry at once with %v", first, second)
+		}
+		if _, err := e.judgeEffects(ctx, ruleAtOnce, c, 1, []*answer{first, second}, "a request and its retry as soon as it was answered", lines(first, second)); err != nil {
+			return err
+		}
+	}
+	e.pass(ruleAtOnce, "%d retries at once after the answer were replays", atOnceRounds)
+	return nil
+}
+
+// examineRetries retries the first requests after others have come between.
+func (e *examiner) examineRetries(ctx context.Context) error {
+	c, err := e.count(ctx)
+	if err != nil {
+		return err
+	}
+	answers := []*answer{e.a.answer}
+	for range 2 {
+		again, err := e.retry(ctx, e.a)
+		if err != nil {
+			return err
+		}
+		answers = append(answers, again)
+		e.judgeReplay(e.a.answer, again)
+	}
+	right, err := e.judgeEffects(ctx, ruleReplayed, c, e.more(0), answers, "two retries", lines(answers...))
+	if err != nil {
+		return err
+	}
+	if right {
+		e.pass(ruleReplayed, "two retries had no effect, %s", e.by())
+	}
+	for id, what := range map[string]string{ruleStatus: "status", ruleBody: "bytes", ruleLocation: "Location"} {
+		e.pass(id, "two retries had the %s of the first answer", what)
+	}
+	if e.a.answer.header.Get("Location") == "" && e.results[ruleLocation].Verdict == VerdictPass {
+		e.results[ruleLocation].Detail = "neither the first answer nor two retries had one"
+	}
+	return nil
+}
+
+// notReplayed returns the first rule by which early retries are no replays, or "".
+func (e *examiner) notReplayed() string {
+	for _, id := range []string{ruleStatus, ruleBody, ruleLocation, ruleReplayed, ruleNo409} {
+		if r := e.results[id]; r != nil && r.Verdict == VerdictFail {
+			return id
+		}
+	}
+	return ""
+}
+
+// more returns the number of effects that judgeEffects wants if the effects URL is to show n, and
+// the answers contain one that was counted before.
+func (e *examiner) more(n int64) int64 {
+	if e.EffectsURL == nil {
+		return n + 1
+	}
+	return n
+}
+
+// judgeReplay compares a retry's answer with the first.
+func (e *examiner) judgeReplay(first, again *answer) {
+	requests := lines(first, again)
+	if again.status == http.StatusConflict {
+		e.fail(ruleNo409, requests, "the retry came after the answer was received in full, and got 409")
+		for _, id := range []string{ruleStatus, ruleBody, ruleLocation} {
+			e.skip(id, "the retry got 409")
+		}
+		return
+	}
+	if again.status != first.status {
+		e.fail(ruleStatus, requests, "the retry got %v, and the first answer was %v", again, first)
+		if !again.ok() { // an error has another body by nature
+			e.skip(ruleBody, "the retry got %v", again)
+			e.skip(ruleLocation, "the retry got %v", again)
+			return
+		}
+	}
+	if !bytes.Equal(again.body, first.body) {
+		e.fail(ruleBody, requests, "the retry got another body: %s", difference(first.body, again.body))
+	}
+	if one, other := first.header.Get("Location"), again.header.Get("Location"); one != other {
+		e.fail(ruleLocation, requests, "the retry got the Location %q, and the first answer %q", other, one)
+	}
+}
+
+// difference shows where two bodies differ.
+func difference(first, again []byte) string {
+	at := 0
+	for at < min(len(first), len(again)) && first[at] == again[at] {
+		at++
+	}
+	const shown = 40
+	from := max(0, at-shown/2)
+	part := func(body []byte) string {
+		return fmt.Sprintf("%q", body[min(from, len(body)):min(from+shown, len(body))])
+	}
+	return fmt.Sprintf("from byte %d on %s instead of %s, %d bytes instead of %d", at+1, part(again), part(first), len(again), len(first))
+}
+
+// examineMismatch sends another body under the key of an answered request.
+func (e *examiner) examineMismatch(ctx context.Context) error {
+	other, err := e.otherBody(ctx)
+	if err != nil {
+		return err
+	}
+	if other == nil {
+		const detail = "no other body was found that the API accepts: put {{int}} or {{uuid}} into the body"
+		e.skip(ruleMismatch, detail)
+		e.skip(ruleMismatchNone, detail)
+		e.skip(ruleMismatchKeeps, detail)
+		return nil
+	}
+	l := e.new()
+	if err := e.first(ctx, l); err != nil {
+		return err
+	}
+	c, err := e.count(ctx)
+	if err != nil {
+		return err
+	}
+	reused := e.with(e.Header, l.key, other)
+	if err := e.first(ctx, reused); err != nil {
+		return err
+	}
+	got := reused.answer
+	requests := lines(l.answer, got)
+	if got.refused() {
+		e.pass(ruleMismatch, "another body under a used key got %v", got)
+		e.refusals = append(e.refusals, got)
+		for id, want := range map[string]int{ruleMismatch422: 422, ruleMismatch400: 400} {
+			if got.status == want {
+				e.pass(id, "another body under a used key got %d", want)
+			} else {
+				e.fail(id, requests, "another body under a used key got %v", got)
+			}
+		}
+	} else {
+		e.fail(ruleMismatch, requests, "another body under a used key got %v", got)
+		e.skip(ruleMismatch422, "it was not refused")
+		e.skip(ruleMismatch400, "it was not refused")
+	}
+	right, err := e.judgeEffects(ctx, ruleMismatchNone, c, e.more(0), []*answer{l.answer, got}, "another body under a used key", requests)
+	if err != nil {
+		return err
+	}
+	if right {
+		e.pass(ruleMismatchNone, "another body under a used key had no effect, %s", e.by())
+	}
+	again, err := e.retry(ctx, l)
+	if err != nil {
+		return err
+	}
+	if broken := e.notReplayed(); broken != "" {
+		e.skip(ruleMismatchKeeps, "retries are no replays in any case: %s", broken)
+	} else if differs := again.sameAs(l.answer); differs != "" {
+		e.fail(ruleMismatchKeeps, append(requests, lines(again)...), "after another body was sent under its key, the first request is retried with another %s", differs)
+	} else {
+		e.pass(ruleMismatchKeeps, "the first request's answer is still replayed")
+	}
+	return nil
+}
+
+// otherBody returns a body that the API accepts and that differs from that of a, or nil. A body with
+// placeholders is accepted with other values. Another one is tried under a key of its own.
+func (e *examiner) otherBody(ctx context.Context) ([]byte, error) {
+	if e.bodies.varies() {
+		return e.bodies.next(), nil
+	}
+	for _, body := range e.bodies.others() {
+		l := e.with(e.Header, newUUID(), body)
+		if err := e.first(ctx, l); err != nil {
+			return nil, err
+		}
+		if l.answer.ok() {
+			return body, nil
+		}
+	}
+	return nil, nil
+}
+
+// examineKeys sends requests with values of Idempotency-Key that are no keys.
+func (e *examiner) examineKeys(ctx context.Context) error {
+	long := strings.Repeat("k", keyLengthMax+1)
+	for _, one := range []struct {
+		id, what string
+		keys     []string
+	}{
+		{ruleMissing, "no key", nil},
+		{ruleEmpty, "an empty key", []string{""}},
+		{ruleTooLong, fmt.Sprintf("a key of %d characters", len(long)), []string{e.spelled(newUUID() + long[:len(long)-36])}},
+		{ruleTwice, "two header lines with a key each", []string{e.spelled(newUUID()), e.spelled(newUUID())}},
+		{ruleCharacters, "a key with a character that is not ASCII", []string{e.spelled(newUUID() + "é")}},
+	} {
+		if e.level(one.id) == levelNone {
+			continue
+		}
+		c, err := e.count(ctx)
+		if err != nil {
+			return err
+		}
+		a, err := e.client.send(ctx, e.request(e.Header, e.bodies.next(), one.keys...))
+		if err != nil {
+			return err
+		}
+		if one.id == ruleMissing {
+			switch {
+			case a.status == http.StatusBadRequest:
+				e.pass(ruleMissing400, "no key got 400")
+			case a.refused():
+				e.fail(ruleMissing400, lines(a), "no key got %v", a)
+			default:
+				e.skip(ruleMissing400, "it was not refused")
+			}
+			if a.refused() {
+				e.refusals = append(e.refusals, a)
+			}
+		}
+		if !a.refused() {
+			e.fail(one.id, lines(a), "%s got %v", one.what, a)
+			if _, err := c.added(ctx, 0); err != nil { // its effect does not count in the next case
+				return err
+			}
+			continue
+		}
+		if c.known() {
+			n, err := c.added(ctx, 0)
+			if err != nil {
+				return err
+			}
+			if n != 0 {
+				e.fail(one.id, lines(a), "%s got %v, and had %s all the same", one.what, a, plural(n, "effect"))
+			}
+		}
+		e.pass(one.id, "%s got %v", one.what, a)
+	}
+	if e.level(ruleLongest) == levelNone {
+		return nil
+	}
+	l := e.with(e.Header, newUUID()+long[:keyLengthMax-36], e.bodies.next())
+	if err := e.first(ctx, l); err != nil {
+		return err
+	}
+	if l.answer.refused() {
+		e.fail(ruleLongest, lines(l.answer), "a key of %d characters got %v", keyLengthMax, l.answer)
+	} else {
+		e.pass(ruleLongest, "a key of %d characters got %v", keyLengthMax, l.answer)
+	}
+	return nil
+}
+
+// examineCase sends a new request under the capitals of a used key.
+func (e *examiner) examineCase(ctx context.Context) error {
+	l := e.new()
+	if err := e.first(ctx, l); err != nil {
+		return err
+	}
+	capitals := e.with(e.Header, strings.ToUpper(l.key), e.bodies.next())
+	return e.judgeOwn(ctx, ruleCase, capitals, l.answer, "a new request under the capitals of a used key")
+}
+
+// judgeOwn sends a request that must be executed, although it resembles an answered one.
+func (e *examiner) judgeOwn(ctx context.Context, id string, l *logical, first *answer, what string) error {
+	c, err := e.count(ctx)
+	if err != nil {
+		return err
+	}
+	if err := e.first(ctx, l); err != nil {
+		return err
+	}
+	requests := lines(first, l.answer)
+	if !l.answer.ok() {
+		e.fail(id, requests, "%s got %v, and not an answer of its own", what, l.answer)
+		return nil
+	}
+	if c.known() {
+		n, err := c.added(ctx, 1)
+		if err != nil {
+			return err
+		}
+		if n == 0 {
+			e.fail(id, requests, "%s got %v and had no effect of its own", what, l.answer)
+			return nil
+		}
+	} else if same, known := e.id.same(first, l.answer); !known {
+		e.skip(id, noIDs)
+		return nil
+	} else if same {
+		e.fail(id, requests, "%s got the answer to that one", what)
+		return nil
+	}
+	e.pass(id, "%s had an effect of its own", what)
+	return nil
+}
+
+// examineScope sends requests of a second caller under the first one's key.
+func (e *examiner) examineScope(ctx context.Context) error {
+	if len(e.SecondHeader) == 0 {
+		e.skip(ruleScoped, "there is no second caller: set --scope-header 'Authorization: ...' or the like")
+		return nil
+	}
+	const what = "a second caller's request under the first caller's key"
+	own, l := e.ofSecond(newUUID(), e.bodies.next()), e.new()
+	for _, l := range []*logical{own, l} {
+		if err := e.first(ctx, l); err != nil {
+			return err
+		}
+	}
+	shared := e.ofSecond(l.key, e.bodies.next())
+	switch {
+	case own.answer.ok():
+		return e.judgeOwn(ctx, ruleScoped, shared, l.answer, what)
+	case !own.answer.refused() || own.answer.status == http.StatusUnauthorized || own.answer.status == http.StatusForbidden:
+		e.skip(ruleScoped, "a request of the second caller under a key of its own got %v", own.answer)
+		return nil
+	}
+	// The API declines the second caller's requests. That tells something if declines are recorded,
+	// so that the key is looked up first: then another body under its key is refused otherwise.
+	other, err := e.otherBody(ctx)
+	if err != nil {
+		return err
+	}
+	var reused *logical
+	if other != nil {
+		reused = e.ofSecond(own.key, other)
+		if err := e.first(ctx, reused); err != nil {
+			return err
+		}
+	}
+	if reused == nil || !reused.answer.refused() || reused.answer.sameAs(own.answer) == "" {
+		e.skip(ruleScoped, "a request of the second caller under a key of its own got %v, so nothing can be told: give a second caller whose requests succeed", own.answer)
+		return nil
+	}
+	if err := e.first(ctx, shared); err != nil {
+		return err
+	}
+	if differs := shared.answer.sameAs(own.answer); differs != "" {
+		e.fail(ruleScoped, lines(l.answer, own.answer, shared.answer), "%s got %v with another %s than under a key of its own, %v", what, shared.answer, differs, own.answer)
+		return nil
+	}
+	e.pass(ruleScoped, "%s got the answer that it gets under a key of its own, %v", what, own.answer)
+	return nil
+}
+
+// examineQuoting sends a request under the other spelling of a used key.
+func (e *examiner) examineQuoting(ctx context.Context) error {
+	if e.level(ruleQuoting) == levelNone || e.results[ruleQuoting] != nil {
+		return nil
+	}
+	other := e.a.key
+	if !e.quoted {
+		other = `"` + other + `"`
+	}
+	a, err := e.client.send(ctx, e.request(e.Header, e.a.body, other))
+	if err != nil {
+		return err
+	}
+	switch {
+	case a.refused() && e.quoted:
+		e.pass(ruleQuoting, "the quoted key is taken, and the bare one gets %v", a)
+	case a.refused():
+		e.fail(ruleQuoting, lines(e.a.answer, a), "the bare key is taken, and the quoted string of the draft gets %v", a)
+	case a.ok() && e.isReplay(a, e.a.answer):
+		e.pass(ruleQuoting, "the quoted key and the bare one are the same")
+	default:
+		e.fail(ruleQuoting, lines(e.a.answer, a), "the quoted key and the bare one are two keys: a client that changes its spelling is executed twice")
+	}
+	return nil
+}
+
+// examineCopies sends copies of requests at once.
+func (e *examiner) examineCopies(ctx context.Context) error {
+	conflicts := 0
+	for range copiesRounds {
+		c, err := e.count(ctx)
+		if err != nil {
+			return err
+		}
+		l := e.new()
+		answers, err := e.client.sendTogether(ctx, l.request, copies)
+		if err != nil {
+			return err
+		}
+		again, err := e.settled(ctx, l)
+		if err != nil {
+			return err
+		}
+		counts := map[string]int{}
+		for _, a := range answers {
+			counts[a.String()]++
+		}
+		requests := []string{fmt.Sprintf("for i in $(seq %d); do %s & done; wait  # %s", copies, answers[0].line, countsText(counts)), lines(again)[0]}
+		if again.refused() && !again.busy() && !slices.ContainsFunc(answers, (*answer).ok) {
+			e.skip(ruleCopies, "a request with a new key was answered with %v", again)
+			e.skip(ruleCopiesAnswer, "a request with a new key was answered with %v", again)
+			return nil
+		}
+		for _, a := range answers {
+			switch {
+			case a.status == http.StatusConflict:
+				conflicts++
+				e.conflicts = append(e.conflicts, a)
+			case a.ok() && !again.ok():
+				e.fail(ruleCopiesAnswer, requests, "one of %d copies got %v, and a later retry %v", copies, a, again)
+			case a.sameAs(again) != "":
+				e.fail(ruleCopiesAnswer, requests, "of %d copies at once one got %v with another %s than a later retry, and must get 409 or the same answer", copies, a, a.sameAs(again))
+			}
+		}
+		if !again.ok() {
+			e.fail(ruleCopiesAnswer, requests, "no answer came within %v after %d copies at once, the last was %v", e.Patience, copies, again)
+			return nil
+		}
+		if _, err := e.judgeEffects(ctx, ruleCopies, c, 1, append(answers, again), fmt.Sprintf("%d copies at once", copies), requests); err != nil {
+			return err
+		}
+	}
+	e.pass(ruleCopies, "%d times %d copies at once had one effect, %s", copiesRounds, copies, e.by())
+	e.pass(ruleCopiesAnswer, "of %d copies at once %d got 409, and the others the same answer", copiesRounds*copies, conflicts)
+	return nil
+}
+
+func countsText(counts map[string]int) string {
+	var parts []string
+	for answer, n := range counts {
+		parts = append(parts, fmt.Sprintf("%d times %s", n, answer))
+	}
+	slices.Sort(parts)
+	return strings.Join(parts, ", ")
+}
+
+// examineCuts sends requests whole, and closes their connections at different times before the
+// answer is read.
+func (e *examiner) examineCuts(ctx context.Context) error {
+	for i := range cutRounds {
+		c, err := e.count(ctx)
+		if err != nil {
+			return err
+		}
+		after := min(e.latency, cutDelayMax) * time.Duration(i) / (cutRounds - 1)
+		l := e.new()
+		if err := e.client.cut(ctx, l.request, after); err != nil {
+			return err
+		}
+		again, err := e.settled(ctx, l)
+		if err != nil {
+			return err
+		}
+		requests := append([]string{l.curlCut(after)}, lines(again)...)
+		switch {
+		case again.busy():
+			e.fail(ruleCutAnswered, requests, "the connection was cut after the request was sent; retries get %v, still after %v", again, e.Patience)
+			e.skip(ruleCut, "the request has no answer")
+			return nil
+		case !again.ok():
+			// Perhaps the API declines all requests by now.
+			control := e.new()
+			if err := e.first(ctx, control); err != nil {
+				return err
+			}
+			if control.answer.ok() {
+				e.fail(ruleCutAnswered, append(requests, lines(control.answer)...), "the connection was cut after the request was sent; a retry gets %v, and a new request %v", again, control.answer)
+				e.skip(ruleCut, "the request was not executed")
+			} else {
+				e.skip(ruleCutAnswered, "a request with a new key was answered with %v", control.answer)
+				e.skip(ruleCut, "a request with a new key was answered with %v", control.answer)
+			}
+			return nil
+		}
+		third, err := e.retry(ctx, l)
+		if err != nil {
+			return err
+		}
+		requests = append(requests, lines(third)...)
+		if _, err := e.judgeEffects(ctx, ruleCut, c, 1, []*answer{again, third}, "a request that was cut off, and its retries", requests); err != nil {
+			return err
+		}
+	}
+	e.pass(ruleCut, "%d requests that were cut off had one effect with their retries, %s", cutRounds, e.by())
+	e.pass(ruleCutAnswered, "retries of %d requests that were cut off were answered", cutRounds)
+	return nil
+}
+
+// examineLater retries the first requests once more, as late as possible.
+func (e *examiner) examineLater(ctx context.Context) error {
+	if broken := e.notReplayed(); broken != "" {
+		e.skip(ruleLater, "early retries are no replays either: %s", broken)
+		return nil
+	}
+	if err := sleep(ctx, e.Keep-time.Since(e.at)); err != nil {
+		return err
+	}
+	c, err := e.count(ctx)
+	if err != nil {
+		return err
+	}
+	for _, l := range []*logical{e.a, e.b} {
+		age := time.Since(e.at).Round(time.Second)
+		again, err := e.retry(ctx, l)
+		if err != nil {
+			return err
+		}
+		requests := lines(l.answer, again)
+		if again.status == http.StatusConflict {
+			e.fail(ruleNo409, requests, "a retry got 409, %v after the answer", age)
+			e.skip(ruleLater, "the retry got 409")
+		} else if differs := again.sameAs(l.answer); differs != "" {
+			e.fail(ruleLater, requests, "a retry %v after the answer got %v with another %s: the key was forgotten", age, again, differs)
+		}
+		if right, err := e.judgeEffects(ctx, ruleLater, c, e.more(0), []*answer{l.answer, again}, "a late retry", requests); err != nil || !right {
+			return err
+		}
+	}
+	e.pass(ruleLater, "retries %v after the answer were replays", time.Since(e.at).Round(time.Second))
+	return nil
+}
+
+// examineDocuments judges the headers and the documents of answers that came before. It sends one
+// request at most.
+func (e *examiner) examineDocuments(ctx context.Context) error {
+	e.pass(ruleNo409, "no retry got 409 after an answer was received in full")
+	again, err := e.retry(ctx, e.a)
+	if err != nil {
+		return err
+	}
+	marked := func(a *answer) bool {
+		return strings.EqualFold(a.header.Get("Idempotent-Replayed"), "true") || strings.EqualFold(a.header.Get("Idempotency-Status"), "replayed")
+	}
+	outcome := func(a *answer) string { return a.header.Get("Idempotency-Status") }
+	switch {
+	case marked(e.a.answer):
+		e.fail(ruleMarker, lines(e.a.answer), "the first answer is marked as a replay")
+	case !marked(again):
+		e.fail(ruleMarker, lines(e.a.answer, again), "a replay is not marked with Idempotent-Replayed: true")
+	default:
+		e.pass(ruleMarker, "replays are marked, and first answers are not")
+	}
+	if outcome(e.a.answer) != "executed" || outcome(again) != "replayed" {
+		e.fail(ruleOutcome, lines(e.a.answer, again), "Idempotency-Status is %q in the first answer and %q in a replay, want executed and replayed", outcome(e.a.answer), outcome(again))
+	} else {
+		e.pass(ruleOutcome, "Idempotency-Status is executed in the first answer, and replayed in a replay")
+	}
+
+	e.refusals = append(e.refusals, e.conflicts[:min(1, len(e.conflicts))]...)
+	if len(e.refusals) == 0 {
+		e.skip(ruleProblem, "nothing was refused")
+		e.skip(ruleLink, "nothing was refused")
+	}
+	for _, a := range e.refusals {
+		if mediaType, _, _ := strings.Cut(a.header.Get("Content-Type"), ";"); !strings.EqualFold(strings.TrimSpace(mediaType), "application/problem+json") {
+			e.fail(ruleProblem, lines(a), "a refusal with %v is %q and not application/problem+json", a, a.header.Get("Content-Type"))
+		}
+		if !documented(a) {
+			e.fail(ruleLink, lines(a), "a refusal with %v has neither a Link with rel=describedby nor a problem type that is a URL", a)
+		}
+	}
+	e.pass(ruleProblem, "refusals are problem documents")
+	e.pass(ruleLink, "refusals link to their documentation")
+	if len(e.conflicts) == 0 {
+		e.skip(ruleRetryAfter, "no copy got 409")
+	}
+	for _, a := range e.conflicts {
+		if a.header.Get("Retry-After") == "" {
+			e.fail(ruleRetryAfter, lines(a), "a 409 of a copy in progress has no Retry-After")
+		}
+	}
+	e.pass(ruleRetryAfter, "409 has Retry-After")
+	return nil
+}
+
+// documented reports whether a refusal links to its documentation.
+func documented(a *answer) bool {
+	for _, link := range a.header.Values("Link") {
+		if strings.Contains(strings.ReplaceAll(strings.ToLower(link), `"`, ""), "rel=describedby") {
+			return true
+		}
+	}
+	var problem struct{ Type string }
+	if json.Unmarshal(a.body, &problem) != nil {
+		return false
+	}
+	u, err := url.Parse(problem.Type)
+	return err == nil && (u.Scheme == "http" || u.Scheme == "https")
+}

@@ -1,0 +1,211 @@
+package probe
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"net/http"
+	"slices"
+	"strconv"
+	"strings"
+	"time"
+)
+
+// effects returns the number of effects at the effects URL.
+func (e *examiner) effects(ctx context.Context) (int64, error) {
+	a, err := e.client.send(ctx, &request{method: http.MethodGet, url: e.EffectsURL, fields: e.fields(e.Header)})
+	if err != nil {
+		return 0, fmt.Errorf("effects: %w", err)
+	}
+	if !a.ok() {
+		return 0, fmt.Errorf("effects: the effects URL was answered with %v", a)
+	}
+	n, err := numberAt(a.body, e.EffectsPath)
+	if err != nil {
+		return 0, fmt.Errorf("effects: %w", err)
+	}
+	return n, nil
+}
+
+// numberAt returns the number at a JSON pointer (RFC 6901), or the length of an array there.
+func numberAt(document []byte, pointer string) (int64, error) {
+	decoder := json.NewDecoder(bytes.NewReader(document))
+	decoder.UseNumber()
+	var value any
+	if err := decoder.Decode(&value); err != nil {
+		return 0, errors.New("the effects URL does not answer with JSON")
+	}
+	for _, name := range strings.Split(pointer, "/")[1:] {
+		name = strings.NewReplacer("~1", "/", "~0", "~").Replace(name)
+		var found bool
+		switch in := value.(type) {
+		case map[string]any:
+			value, found = in[name]
+		case []any:
+			if i, err := strconv.Atoi(name); err == nil && i >= 0 && i < len(in) {
+				value, found = in[i], true
+			}
+		}
+		if !found {
+			return 0, errors.New("there is nothing at --effects-path")
+		}
+	}
+	switch at := value.(type) {
+	case json.Number:
+		if n, err := at.Int64(); err == nil {
+			return n, nil
+		}
+	case []any:
+		return int64(len(at)), nil
+	}
+	return 0, errors.New("there is neither an integer nor an array at --effects-path")
+}
+
+// counter counts the effects of one case. If there is no effects URL it counts none, and known
+// reports false.
+type counter struct {
+	e      *examiner
+	before int64
+}
+
+// count begins to count.
+func (e *examiner) count(ctx context.Context) (*counter, error) {
+	c := &counter{e: e}
+	if e.EffectsURL == nil {
+		return c, nil
+	}
+	var err error
+	c.before, err = e.effects(ctx)
+	return c, err
+}
+
+func (c *counter) known() bool { return c.e.EffectsURL != nil }
+
+// added returns the number of effects since the count began. It waits for late ones if there are
+// fewer than want, and looks again for one too many.
+func (c *counter) added(ctx context.Context, want int64) (int64, error) {
+	if !c.known() {
+		return want, nil
+	}
+	settled := false
+	for deadline := time.Now().Add(c.e.EffectsWait); ; {
+		now, err := c.e.effects(ctx)
+		if err != nil {
+			return 0, err
+		}
+		n := now - c.before
+		switch {
+		case n > want, n == want && settled:
+			return n, nil
+		case n < want && time.Now().After(deadline):
+			c.e.EffectsWait = c.e.Settle // no other one is waited for as long
+			return n, nil
+		}
+		settled = n == want
+		if err := sleep(ctx, c.e.Settle); err != nil {
+			return 0, err
+		}
+	}
+}
+
+// leaf is a value in an answer.
+type leaf struct{ path, value string }
+
+// leaves returns the values in an answer: its Location, and the values of a JSON body, or else the
+// whole body.
+func (a *answer) leaves() []leaf {
+	var all []leaf
+	if location := a.header.Get("Location"); location != "" {
+		all = append(all, leaf{"Location", location})
+	}
+	decoder := json.NewDecoder(bytes.NewReader(a.body))
+	decoder.UseNumber()
+	var document any
+	if decoder.Decode(&document) != nil {
+		return append(all, leaf{"body", string(a.body)})
+	}
+	var walk func(path string, value any)
+	walk = func(path string, value any) {
+		switch in := value.(type) {
+		case map[string]any:
+			for name, value := range in {
+				walk(path+"/"+name, value)
+			}
+		case []any:
+			for i, value := range in {
+				walk(path+"/"+strconv.Itoa(i), value)
+			}
+		default:
+			all = append(all, leaf{path, fmt.Sprint(in)})
+		}
+	}
+	walk("", document)
+	return all
+}
+
+// identity is the set of values that identify an effect in answers: those at these paths.
+type identity []string
+
+// identityOf finds them in the answers to two logical requests: they differ, and are not a value of
+// the request's body. If some are named as ids are, only those count.
+func identityOf(a, b *answer, filledIn []string) identity {
+	second := map[string]string{}
+	for _, l := range b.leaves() {
+		second[l.path] = l.value
+	}
+	var ids, others identity
+	for _, l := range a.leaves() {
+		other, found := second[l.path]
+		if !found || other == l.value {
+			continue
+		}
+		name := strings.ToLower(l.path[strings.LastIndexByte(l.path, '/')+1:])
+		echo := slices.ContainsFunc(filledIn, func(v string) bool { return v == l.value || len(v) > len("1234567890") && strings.Contains(l.value, v) })
+		switch {
+		case l.path == "Location" || name == "id" || name == "uuid":
+			ids = append(ids, l.path)
+		case !echo:
+			others = append(others, l.path)
+		}
+	}
+	if len(ids) > 0 {
+		return ids
+	}
+	return others
+}
+
+// same reports whether two answers are of one effect, and whether that can be known.
+func (id identity) same(a, b *answer) (same, known bool) {
+	values := map[string]string{}
+	for _, l := range a.leaves() {
+		values[l.path] = l.value
+	}
+	same = true
+	for _, l := range b.leaves() {
+		if value, found := values[l.path]; found && slices.Contains(id, l.path) {
+			known = true
+			same = same && value == l.value
+		}
+	}
+	return same && known, known
+}
+
+// distinct returns the number of effects that answers tell of, and whether that can be known.
+func (id identity) distinct(answers []*answer) (n int, known bool) {
+	var firsts []*answer
+	for _, a := range answers {
+		if _, has := id.same(a, a); !has {
+			continue // a replay with another body, for example
+		}
+		known = true
+		if !slices.ContainsFunc(firsts, func(first *answer) bool {
+			same, comparable := id.same(first, a)
+			return same || !comparable
+		}) {
+			firsts = append(firsts, a)
+		}
+	}
+	return len(firsts), known
+}

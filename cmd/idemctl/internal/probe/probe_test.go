@@ -1,0 +1,508 @@
+package probe_test
+
+import (
+	"context"
+	"encoding/json"
+	"encoding/xml"
+	"fmt"
+	"io"
+	"net/http"
+	"net/http/httptest"
+	"net/url"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/paidonce/idempotency/cmd/idemctl/internal/probe"
+	"github.com/paidonce/idempotency/middleware"
+	"github.com/paidonce/idempotency/storage/memory"
+)
+
+const (
+	secret      = "Bearer canary-secret-of-acme"
+	otherSecret = "Bearer canary-secret-of-globex"
+)
+
+// configOf returns a configuration for a server of these tests, with short pauses.
+func configOf(t *testing.T, handler http.Handler) probe.Config {
+	t.Helper()
+	running := httptest.NewServer(handler)
+	t.Cleanup(running.Close)
+	config := probe.Config{
+		URL: parse(t, running.URL+"/payments"), Method: http.MethodPost, Profile: probe.ProfileIETF,
+		Body:         `{"amount":{{int}},"reference":"{{uuid}}"}`,
+		Header:       []probe.Field{{Name: "Authorization", Value: secret}},
+		SecondHeader: []probe.Field{{Name: "Authorization", Value: otherSecret}},
+		EffectsURL:   parse(t, running.URL+"/effects"), EffectsPath: "/data/made~1of/0/effects",
+		Keep: time.Nanosecond, Patience: waitMax, EffectsWait: 50 * time.Millisecond, Settle: 5 * time.Millisecond, Interval: time.Nanosecond,
+	}
+	if s, ok := handler.(*server); ok {
+		config.Progress = s.progress
+		if s.fault == cutSticks {
+			config.Patience = 50 * time.Millisecond
+		}
+	}
+	return config
+}
+
+func parse(t *testing.T, text string) *url.URL {
+	t.Helper()
+	u, err := url.Parse(text)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return u
+}
+
+func run(t *testing.T, config probe.Config) *probe.Report {
+	t.Helper()
+	report, err := probe.Run(t.Context(), config)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return report
+}
+
+// text returns the report for people.
+func text(t *testing.T, report *probe.Report) string {
+	t.Helper()
+	var b strings.Builder
+	if err := report.WriteText(&b); err != nil {
+		t.Fatal(err)
+	}
+	return b.String()
+}
+
+// verdicts returns the ids of the rules of a level with a verdict.
+func verdicts(report *probe.Report, level probe.Level, verdict probe.Verdict) []string {
+	ids := []string{}
+	for _, r := range report.Rules {
+		if r.Level == level && r.Verdict == verdict {
+			ids = append(ids, r.ID)
+		}
+	}
+	return ids
+}
+
+// TestEachFaultIsFound: each server breaks the rules that its fault breaks, and no others. All other
+// binding rules pass or, if the fault makes that impossible, are skipped.
+func TestEachFaultIsFound(t *testing.T) {
+	t.Parallel()
+	for _, test := range []struct {
+		fault    fault
+		broken   []string // exactly these
+		byCount  []string // these too if effects are counted, and not found by ids
+		unjudged []string // could not be judged
+	}{
+		{fault: executesTwice, byCount: []string{"first-one-effect", "replay-at-once", "copies-one-effect", "cut-one-effect"}},
+		{fault: noFingerprint, broken: []string{"mismatch-refused"}},
+		{fault: executesMismatch, broken: []string{"mismatch-refused", "mismatch-no-effect"}},
+		{fault: executesRefused, byCount: []string{"mismatch-no-effect"}},
+		{fault: mismatchOverwrites, broken: []string{"mismatch-keeps-answer"}},
+		{fault: checkThenAct, broken: []string{"copies-one-effect", "copies-answer"}},
+		{fault: copiesFail, broken: []string{"copies-answer"}},
+		{fault: copiesOwnAnswer, broken: []string{"copies-answer"}},
+		{fault: notScoped, broken: []string{"key-scoped"}},
+		{fault: notScopedMismatch, broken: []string{"key-scoped"}},
+		{
+			fault:    forgets,
+			broken:   []string{"replay-body", "replay-location", "replay-one-effect", "replay-at-once", "mismatch-refused", "mismatch-no-effect", "copies-one-effect", "copies-answer", "cut-one-effect"},
+			unjudged: []string{"replay-later", "mismatch-keeps-answer"},
+		},
+		{fault: replayStatus, broken: []string{"replay-status", "copies-answer"}, unjudged: []string{"replay-later", "mismatch-keeps-answer"}},
+		{fault: replayBody, broken: []string{"replay-body", "copies-answer"}, unjudged: []string{"replay-later", "mismatch-keeps-answer"}},
+		{fault: replayNoLocation, broken: []string{"replay-location", "copies-answer"}, unjudged: []string{"replay-later", "mismatch-keeps-answer"}},
+		{fault: replayExecutes, byCount: []string{"replay-one-effect", "replay-at-once", "copies-one-effect", "cut-one-effect"}},
+		{fault: conflictAfterAnswer, broken: []string{"no-409-after-answer"}},
+		{fault: expiresAtOnce, broken: []string{"replay-later"}},
+		{
+			fault:  answersBeforeRecording, // whatever comes at once is executed
+			broken: []string{"replay-at-once", "mismatch-refused", "mismatch-no-effect", "mismatch-keeps-answer", "copies-one-effect", "copies-answer"},
+		},
+		{fault: acceptsMissing, broken: []string{"key-missing"}},
+		{fault: failsMissing, broken: []string{"key-missing"}},
+		{fault: executesMissing, byCount: []string{"key-missing"}},
+		{fault: acceptsEmpty, broken: []string{"key-empty"}},
+		{fault: acceptsLong, broken: []string{"key-too-long"}},
+		{fault: takesFirstLine, broken: []string{"key-twice"}},
+		{fault: joinsLines, broken: []string{"key-twice"}},
+		{fault: ignoresCase, broken: []string{"key-case-sensitive"}},
+		{fault: cutLosesEffect, byCount: []string{"cut-one-effect"}},
+		{fault: cutDoublesEffect, byCount: []string{"cut-one-effect"}},
+		{fault: cutSticks, broken: []string{"cut-answered"}, unjudged: []string{"cut-one-effect"}},
+		{fault: cutRecorded, broken: []string{"cut-answered"}, unjudged: []string{"cut-one-effect"}},
+		{fault: nothing},
+	} {
+		for _, counted := range []bool{true, false} {
+			t.Run(fmt.Sprintf("%s/counted=%v", test.fault, counted), func(t *testing.T) {
+				t.Parallel()
+				config := configOf(t, newServer(test.fault))
+				want := slices.Clone(test.broken)
+				if counted {
+					want = append(want, test.byCount...)
+				} else {
+					config.EffectsURL, config.EffectsPath = nil, ""
+				}
+				report := run(t, config)
+				for verdict, want := range map[probe.Verdict][]string{probe.VerdictFail: want, probe.VerdictSkip: test.unjudged} {
+					got := verdicts(report, probe.LevelBinding, verdict)
+					slices.Sort(got)
+					want = slices.Sorted(slices.Values(want))
+					if !slices.Equal(got, want) {
+						t.Errorf("%s: %q, want %q\n%s", verdict, got, want, text(t, report))
+					}
+				}
+				verdict := probe.ReportOK
+				if len(want) > 0 {
+					verdict = probe.ReportBroken
+				}
+				if report.Verdict != verdict {
+					t.Errorf("the verdict is %s, want %s", report.Verdict, verdict)
+				}
+				for _, r := range report.Rules {
+					if (r.Verdict == probe.VerdictFail) != (len(r.Requests) > 0) || r.Source == "" || r.Detail == "" {
+						t.Errorf("%s %s, source %q, detail %q, %d requests", r.ID, r.Verdict, r.Source, r.Detail, len(r.Requests))
+					}
+				}
+			})
+		}
+	}
+}
+
+// protected is a payment API with this module's middleware.
+func protected(t *testing.T) http.Handler {
+	t.Helper()
+	s := newServer(nothing) // counts effects
+	scope := func(r *http.Request) (string, error) { return r.Header.Get("Authorization"), nil }
+	idem := middleware.New(memory.New(nil), scope, nil)
+	return idem.Handler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if r.Method == http.MethodGet {
+			s.ServeHTTP(w, r)
+			return
+		}
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		var rec record
+		s.execute(&rec)
+		s.send(w, &rec, false)
+	}))
+}
+
+// The middleware passes every rule of every profile, if effects are counted and if they aren't.
+func TestTheMiddlewarePasses(t *testing.T) {
+	t.Parallel()
+	for _, profile := range probe.Profiles {
+		for _, counted := range []bool{true, false} {
+			for name, body := range map[string]string{"placeholders": `{"amount":{{int}}}`, "none": `{"amount":1250}`, "form": "amount=1250", "empty": ""} {
+				t.Run(fmt.Sprintf("%s/%v/%s", profile, counted, name), func(t *testing.T) {
+					t.Parallel()
+					config := configOf(t, protected(t))
+					config.Profile, config.Body = profile, body
+					if !counted {
+						config.EffectsURL, config.EffectsPath = nil, ""
+					}
+					report := run(t, config)
+					failed := append(verdicts(report, probe.LevelBinding, probe.VerdictFail), verdicts(report, probe.LevelAdvisory, probe.VerdictFail)...)
+					if profile == probe.ProfileStripe { // Stripe says 400
+						failed = slices.DeleteFunc(failed, func(id string) bool { return id == "mismatch-is-400" })
+					}
+					if report.Verdict != probe.ReportOK || len(failed) > 0 {
+						t.Errorf("the verdict is %s, failed %q\n%s", report.Verdict, failed, text(t, report))
+					}
+				})
+			}
+		}
+	}
+}
+
+// Advisory rules are reported, and never break an API.
+func TestAdvisoryRulesBreakNothing(t *testing.T) {
+	t.Parallel()
+	s := newServer(nothing)
+	s.plain = true
+	report := run(t, configOf(t, s))
+	if report.Verdict != probe.ReportOK {
+		t.Errorf("the verdict is %s\n%s", report.Verdict, text(t, report))
+	}
+	want := []string{"problem-json", "refusal-link", "retry-after", "replay-marker"}
+	if got := verdicts(report, probe.LevelAdvisory, probe.VerdictFail); !slices.Equal(got, want) {
+		t.Errorf("advisory rules that fail: %q, want %q", got, want)
+	}
+	var junit strings.Builder
+	if err := report.WriteJUnit(&junit); err != nil || strings.Contains(junit.String(), "<failure") || strings.Count(junit.String(), "<skipped") != len(want) {
+		t.Errorf("%v in the JUnit report\n%s", err, junit.String())
+	}
+}
+
+// A rule that can't be judged is not ok, if it is binding.
+func TestWhatCanNotBeJudged(t *testing.T) {
+	t.Parallel()
+	for name, test := range map[string]struct {
+		change   func(c *probe.Config)
+		wrap     func(next http.Handler) http.Handler
+		unjudged []string // nil: all
+		says     string
+	}{
+		"no second caller": {change: func(c *probe.Config) { c.SecondHeader = nil }, unjudged: []string{"key-scoped"}, says: "--scope-header"},
+		"the second caller is refused": {
+			wrap: func(next http.Handler) http.Handler {
+				return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+					if r.Header.Get("Authorization") == otherSecret {
+						http.Error(w, "who are you?", http.StatusUnauthorized)
+						return
+					}
+					next.ServeHTTP(w, r)
+				})
+			}, unjudged: []string{"key-scoped"}, says: "401",
+		},
+		"no ids": {
+			change: func(c *probe.Config) { c.EffectsURL, c.EffectsPath = nil, "" },
+			wrap: func(next http.Handler) http.Handler {
+				return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+					recorder := httptest.NewRecorder()
+					next.ServeHTTP(recorder, r)
+					if recorder.Code == http.StatusCreated {
+						w.WriteHeader(http.StatusCreated)
+						return
+					}
+					w.WriteHeader(recorder.Code)
+				})
+			},
+			unjudged: []string{"first-one-effect", "replay-one-effect", "replay-at-once", "mismatch-no-effect", "key-case-sensitive", "key-scoped", "copies-one-effect", "cut-one-effect"},
+			says:     "--effects-url",
+		},
+		"everything is refused": {
+			wrap: func(http.Handler) http.Handler {
+				return http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { http.Error(w, "no", http.StatusForbidden) })
+			}, says: "answered with 403",
+		},
+		"the effects URL is another one":   {change: func(c *probe.Config) { c.EffectsPath = "/nowhere" }, says: "nothing at --effects-path"},
+		"the effects are no number":        {change: func(c *probe.Config) { c.EffectsPath = "/data" }, says: "neither an integer nor an array"},
+		"no time":                          {change: func(c *probe.Config) { c.TimeMax = time.Nanosecond }, says: "used up"},
+		"no requests":                      {change: func(c *probe.Config) { c.RequestsMax = 2 }, says: "the number of requests is used up"},
+		"nobody listens":                   {change: func(c *probe.Config) { c.URL.Host = "127.0.0.1:1" }, says: "can't be reached"},
+		"the host is another one, unasked": {change: func(c *probe.Config) { c.URL.Host = "192.0.2.1:80" }, says: "is not this machine"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			s := newServer(nothing)
+			var handler http.Handler = s
+			if test.wrap != nil {
+				handler = test.wrap(s)
+			}
+			config := configOf(t, handler)
+			config.Progress = s.progress
+			if test.change != nil {
+				test.change(&config)
+			}
+			report := run(t, config)
+			if got := verdicts(report, probe.LevelBinding, probe.VerdictFail); report.Verdict != probe.ReportIncomplete || len(got) > 0 {
+				t.Errorf("the verdict is %s, %q fail\n%s", report.Verdict, got, text(t, report))
+			}
+			got := verdicts(report, probe.LevelBinding, probe.VerdictSkip)
+			if test.unjudged == nil && len(verdicts(report, probe.LevelBinding, probe.VerdictPass)) > 0 || test.unjudged != nil && !slices.Equal(got, test.unjudged) {
+				t.Errorf("not judged: %q, want %q", got, test.unjudged)
+			}
+			if !strings.Contains(text(t, report), test.says) {
+				t.Errorf("there is no %q in\n%s", test.says, text(t, report))
+			}
+		})
+	}
+}
+
+// A second caller with declined requests tells something if declines are recorded.
+func TestSecondCallerThatIsDeclined(t *testing.T) {
+	t.Parallel()
+	for name, test := range map[string]struct {
+		scoped bool
+		want   probe.Verdict
+	}{"scoped": {true, probe.VerdictPass}, "not scoped": {false, probe.VerdictFail}} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			s := newServer(nothing)
+			scope := func(r *http.Request) (string, error) { return "all", nil }
+			if test.scoped {
+				scope = func(r *http.Request) (string, error) { return r.Header.Get("Authorization"), nil }
+			}
+			handler := middleware.New(memory.New(nil), scope, nil).Handler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+				if r.Header.Get("Authorization") == otherSecret {
+					http.Error(w, "you have no account", http.StatusNotFound)
+					return
+				}
+				s.mu.Lock()
+				defer s.mu.Unlock()
+				var rec record
+				s.execute(&rec)
+				s.send(w, &rec, false)
+			}))
+			config := configOf(t, handler)
+			config.EffectsURL, config.EffectsPath = nil, ""
+			report := run(t, config)
+			i := slices.IndexFunc(report.Rules, func(r probe.Result) bool { return r.ID == "key-scoped" })
+			if got := report.Rules[i]; got.Verdict != test.want {
+				t.Errorf("key-scoped: %s, %s", got.Verdict, got.Detail)
+			}
+		})
+	}
+}
+
+// A server that knows only bare keys, or only the draft's quoted strings, is examined all the same.
+func TestSpellingsOfKeys(t *testing.T) {
+	t.Parallel()
+	for name, test := range map[string]struct {
+		profile probe.Profile
+		refuse  func(key string) bool
+		want    []string // broken, binding or not
+	}{
+		"draft, bare only":      {probe.ProfileIETF, func(key string) bool { return strings.HasPrefix(key, `"`) }, []string{"key-quoting"}},
+		"draft, quoted only":    {probe.ProfileIETF, func(key string) bool { return key != "" && !strings.HasPrefix(key, `"`) }, nil},
+		"paidonce, bare only":   {probe.ProfilePaidonce, func(key string) bool { return strings.HasPrefix(key, `"`) }, []string{"key-quoting"}},
+		"paidonce, quoted only": {probe.ProfilePaidonce, func(key string) bool { return key != "" && !strings.HasPrefix(key, `"`) }, []string{"key-quoting"}},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			next := protected(t)
+			config := configOf(t, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+				if test.refuse(r.Header.Get("Idempotency-Key")) {
+					w.Header().Set("Content-Type", "application/problem+json")
+					w.Header().Set("Link", `<https://example.com/>; rel="describedby"`)
+					w.WriteHeader(http.StatusBadRequest)
+					return
+				}
+				next.ServeHTTP(w, r)
+			}))
+			config.Profile = test.profile
+			report := run(t, config)
+			broken := append(verdicts(report, probe.LevelBinding, probe.VerdictFail), verdicts(report, probe.LevelAdvisory, probe.VerdictFail)...)
+			if !slices.Equal(broken, test.want) && len(broken)+len(test.want) > 0 {
+				t.Errorf("broken: %q, want %q\n%s", broken, test.want, text(t, report))
+			}
+		})
+	}
+}
+
+// Credentials are in no output, even if an answer quotes them. The curl lines name variables.
+func TestCredentialsAreMasked(t *testing.T) {
+	t.Parallel()
+	s := newServer(replayBody)
+	config := configOf(t, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		recorder := httptest.NewRecorder()
+		s.ServeHTTP(recorder, r)
+		for name, values := range recorder.Header() {
+			w.Header()[name] = values
+		}
+		if r.Method == http.MethodPost {
+			w.Header().Set("Location", "/of/"+strings.TrimPrefix(r.Header.Get("Authorization"), "Bearer ")+"/"+fmt.Sprint(time.Now().UnixNano()))
+		}
+		w.WriteHeader(recorder.Code)
+		_, _ = io.WriteString(w, recorder.Body.String()+r.Header.Get("Authorization")+r.Header.Get("X-Api-Key"))
+	}))
+	config.Progress = s.progress
+	config.Header = append(config.Header, probe.Field{Name: "X-Api-Key", Value: "canary-key"}, probe.Field{Name: "Prefer", Value: "wait=1"})
+	config.EffectsURL, config.EffectsPath = nil, ""
+	report := run(t, config)
+	asJSON, err := json.Marshal(report)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var junit strings.Builder
+	if err := report.WriteJUnit(&junit); err != nil {
+		t.Fatal(err)
+	}
+	for name, output := range map[string]string{"text": text(t, report), "JSON": string(asJSON), "JUnit": junit.String()} {
+		if strings.Contains(output, "canary") {
+			t.Errorf("the %s shows a credential:\n%s", name, output)
+		}
+		for _, want := range []string{"Authorization: $AUTHORIZATION", "X-Api-Key: $X_API_KEY", "$OTHER_AUTHORIZATION", "Prefer: wait=1"} {
+			if name == "text" && !strings.Contains(output, want) {
+				t.Errorf("the %s has no %q:\n%s", name, want, output)
+			}
+		}
+	}
+}
+
+// An examination that is interrupted reports the rules that are judged by then.
+func TestInterrupted(t *testing.T) {
+	t.Parallel()
+	ctx, cancel := context.WithCancel(t.Context())
+	defer cancel()
+	s := newServer(acceptsEmpty)
+	config := configOf(t, s)
+	config.Progress = func(step string) {
+		s.progress(step)
+		if step == "copies at once" {
+			cancel()
+		}
+	}
+	report, err := probe.Run(ctx, config)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if got := verdicts(report, probe.LevelBinding, probe.VerdictFail); report.Verdict != probe.ReportBroken || !slices.Equal(got, []string{"key-empty"}) {
+		t.Errorf("the verdict is %s, broken %q", report.Verdict, got)
+	}
+	want := []string{"replay-later", "no-409-after-answer", "copies-one-effect", "copies-answer", "cut-one-effect", "cut-answered"}
+	if got := verdicts(report, probe.LevelBinding, probe.VerdictSkip); !slices.Equal(got, want) {
+		t.Errorf("not judged: %q, want %q", got, want)
+	}
+	if !strings.Contains(text(t, report), "it was interrupted") {
+		t.Errorf("the report does not say that it was interrupted:\n%s", text(t, report))
+	}
+}
+
+// The JUnit report has a test case for each rule.
+func TestJUnit(t *testing.T) {
+	t.Parallel()
+	config := configOf(t, newServer(acceptsEmpty))
+	config.SecondHeader = nil
+	report := run(t, config)
+	var text strings.Builder
+	if err := report.WriteJUnit(&text); err != nil {
+		t.Fatal(err)
+	}
+	var suite struct {
+		Tests    int `xml:"tests,attr"`
+		Failures int `xml:"failures,attr"`
+		Errors   int `xml:"errors,attr"`
+		Cases    []struct {
+			Name    string    `xml:"name,attr"`
+			Failure *struct{} `xml:"failure"`
+			Error   *struct{} `xml:"error"`
+		} `xml:"testcase"`
+	}
+	if err := xml.Unmarshal([]byte(text.String()), &suite); err != nil {
+		t.Fatal(err)
+	}
+	if suite.Tests != len(report.Rules) || suite.Failures != 1 || suite.Errors != 1 || len(suite.Cases) != len(report.Rules) {
+		t.Errorf("%+v", suite)
+	}
+	for _, c := range suite.Cases {
+		if (c.Failure != nil) != (c.Name == "key-empty") || (c.Error != nil) != (c.Name == "key-scoped") {
+			t.Errorf("%+v", c)
+		}
+	}
+}
+
+func TestConfigIsRefused(t *testing.T) {
+	t.Parallel()
+	for name, change := range map[string]func(c *probe.Config){
+		"no host":               func(c *probe.Config) { c.URL = parse(t, "/payments") },
+		"another scheme":        func(c *probe.Config) { c.URL.Scheme = "ftp" },
+		"credentials in it":     func(c *probe.Config) { c.URL.User = url.UserPassword("canary", "canary") },
+		"method":                func(c *probe.Config) { c.Method = "PO ST" },
+		"profile":               func(c *probe.Config) { c.Profile = "canary" },
+		"two lines":             func(c *probe.Config) { c.Header = []probe.Field{{Name: "A", Value: "canary\r\nB: c"}} },
+		"the key":               func(c *probe.Config) { c.Header = []probe.Field{{Name: "idempotency-key", Value: "canary"}} },
+		"length":                func(c *probe.Config) { c.SecondHeader = []probe.Field{{Name: "Content-Length", Value: "1"}} },
+		"pointer":               func(c *probe.Config) { c.EffectsPath = "data" },
+		"pointer without URL":   func(c *probe.Config) { c.EffectsURL = nil },
+		"effects with a scheme": func(c *probe.Config) { c.EffectsURL.Scheme = "file" },
+	} {
+		config := configOf(t, newServer(nothing))
+		change(&config)
+		if _, err := probe.Run(t.Context(), config); err == nil || strings.Contains(err.Error(), "canary") {
+			t.Errorf("%s: %v", name, err)
+		}
+	}
+}

@@ -1,0 +1,274 @@
+package probe
+
+import (
+	"encoding/xml"
+	"fmt"
+	"io"
+	"maps"
+	"net/http"
+	"slices"
+	"strings"
+	"text/tabwriter"
+	"time"
+	"unicode"
+
+	"github.com/paidonce/idempotency/cmd/internal/terminal"
+)
+
+// Verdict is the verdict on a rule.
+type Verdict string
+
+// The verdicts on a rule.
+const (
+	VerdictPass Verdict = "pass"
+	VerdictFail Verdict = "fail"
+	VerdictSkip Verdict = "skip" // it could not be judged
+)
+
+// The verdicts on an API.
+const (
+	ReportOK         = "ok"         // no binding rule is broken, and all are judged
+	ReportBroken     = "broken"     // a binding rule is broken
+	ReportIncomplete = "incomplete" // a binding rule could not be judged
+)
+
+// Result is the verdict on one rule. The names in its JSON are stable.
+type Result struct {
+	ID      string  `json:"id"`
+	Level   Level   `json:"level"`
+	Verdict Verdict `json:"verdict"`
+	Source  string  `json:"source"`
+	Detail  string  `json:"detail"`
+	// Requests are curl lines that show a failure. Each ends with the answer's status, as a comment.
+	Requests []string `json:"requests,omitempty"`
+}
+
+// Report is the result of an examination. No text in it contains a header of the configuration,
+// other than those of publicHeaders: they are replaced by the names of shell variables. The names in
+// its JSON are stable.
+type Report struct {
+	Verdict string   `json:"verdict"`
+	Profile Profile  `json:"profile"`
+	URL     string   `json:"url"`
+	Rules   []Result `json:"rules"`
+}
+
+func (e *examiner) level(id string) Level {
+	i := slices.IndexFunc(rules, func(r rule) bool { return r.id == id })
+	level, _ := rules[i].in(e.Profile)
+	return level
+}
+
+// report returns the verdicts on all rules of the profile.
+func (e *examiner) report() *Report {
+	mask := e.masker()
+	report := &Report{Verdict: ReportOK, Profile: e.Profile, URL: mask.Replace(e.URL.String()), Rules: []Result{}}
+	for _, r := range rules {
+		level, source := r.in(e.Profile)
+		if level == levelNone {
+			continue
+		}
+		result := Result{Verdict: VerdictSkip, Detail: "not reached: " + e.stopped}
+		if judged := e.results[r.id]; judged != nil {
+			result = *judged
+		}
+		result.ID, result.Level, result.Source, result.Detail = r.id, level, source, mask.Replace(result.Detail)
+		result.Requests = slices.Clone(result.Requests)
+		for i := range result.Requests {
+			result.Requests[i] = mask.Replace(result.Requests[i])
+		}
+		switch {
+		case level != LevelBinding:
+		case result.Verdict == VerdictFail:
+			report.Verdict = ReportBroken
+		case result.Verdict == VerdictSkip && report.Verdict == ReportOK:
+			report.Verdict = ReportIncomplete
+		}
+		report.Rules = append(report.Rules, result)
+	}
+	return report
+}
+
+// publicHeaders are the headers that are printed as they are. All others may be credentials.
+var publicHeaders = []string{
+	"Accept", "Accept-Language", "Content-Type", "Idempotency-Key", "Prefer", "User-Agent",
+}
+
+// public reports whether a header is printed as it is.
+func public(name string) bool {
+	return slices.ContainsFunc(publicHeaders, func(p string) bool { return strings.EqualFold(p, name) })
+}
+
+// variable returns the name of the shell variable that stands for a header's value: AUTHORIZATION,
+// and OTHER_AUTHORIZATION for that of the second caller.
+func variable(name string, second bool) string {
+	if second {
+		name = "other-" + name
+	}
+	return strings.Map(func(r rune) rune {
+		if r >= 'A' && r <= 'Z' || r >= '0' && r <= '9' {
+			return r
+		}
+		return '_'
+	}, strings.ToUpper(name))
+}
+
+// maskedBytesMin is the length from which a secret is replaced wherever it occurs in a text, such as
+// an answer that quotes it.
+const maskedBytesMin = 4
+
+// masker replaces the values of the callers' headers in texts, also without their scheme, such as
+// Bearer. Curl lines have variables already.
+func (e *examiner) masker() *strings.Replacer {
+	names := map[string]string{} // by secret
+	for i, caller := range [][]Field{e.Header, e.SecondHeader} {
+		for _, f := range caller {
+			value := strings.TrimSpace(f.Value)
+			for _, secret := range []string{value, value[strings.LastIndexByte(value, ' ')+1:]} {
+				if !public(f.Name) && len(secret) >= maskedBytesMin {
+					names[secret] = "$" + variable(f.Name, i == 1)
+				}
+			}
+		}
+	}
+	var pairs []string
+	for _, secret := range slices.SortedFunc(maps.Keys(names), func(a, b string) int { return len(b) - len(a) }) {
+		pairs = append(pairs, secret, names[secret])
+	}
+	return strings.NewReplacer(pairs...)
+}
+
+// curl returns the request as a line for a shell.
+func (r *request) curl() string { return r.curlWith("") }
+
+// curlCut returns the request as a line that closes the connection after a time.
+func (r *request) curlCut(after time.Duration) string {
+	return r.curlWith(fmt.Sprintf(" --max-time %.3f", max(after, time.Millisecond).Seconds())) + "  # cut off without reading an answer"
+}
+
+func (r *request) curlWith(options string) string {
+	var line strings.Builder
+	fmt.Fprintf(&line, "curl -i%s -X %s %s", options, r.method, shellQuoted(r.url.String()))
+	for _, f := range r.fields {
+		switch {
+		case f.Name == "User-Agent" || f.Name == "Accept" && f.Value == "*/*":
+		case !public(f.Name):
+			fmt.Fprintf(&line, ` -H "%s: $%s"`, f.Name, variable(f.Name, hasField(r.second, f.Name)))
+		case f.Value == "":
+			line.WriteString(" -H " + shellQuoted(f.Name+";")) // so curl sends an empty one
+		default:
+			line.WriteString(" -H " + shellQuoted(f.Name+": "+f.Value))
+		}
+	}
+	if len(r.body) > 0 {
+		line.WriteString(" --data-binary " + shellQuoted(string(r.body)))
+	} else if r.method != http.MethodGet {
+		line.WriteString(" -d ''")
+	}
+	return line.String()
+}
+
+// shellQuoted returns text as one word of a shell.
+func shellQuoted(text string) string {
+	if !strings.ContainsFunc(text, func(r rune) bool { return !unicode.IsPrint(r) || r == unicode.ReplacementChar }) {
+		return "'" + strings.ReplaceAll(text, "'", `'\''`) + "'"
+	}
+	var quoted strings.Builder
+	for i := range len(text) { // bytes
+		switch c := text[i]; {
+		case c == '\'' || c == '\\':
+			quoted.WriteString(`\` + string(rune(c)))
+		case c >= ' ' && c < 0x7f:
+			quoted.WriteByte(c)
+		default:
+			fmt.Fprintf(&quoted, `\x%02x`, c)
+		}
+	}
+	return "$'" + quoted.String() + "'"
+}
+
+// WriteText writes the report for people.
+func (r *Report) WriteText(w io.Writer) error {
+	table := tabwriter.NewWriter(w, 0, 8, 2, ' ', 0)
+	fmt.Fprintf(table, "%s, profile %s\n\n", terminal.Clean(r.URL), r.Profile)
+	counts := map[string]int{}
+	for _, result := range r.Rules {
+		mark := string(result.Verdict)
+		if result.Verdict == VerdictFail && result.Level == LevelBinding {
+			mark = "FAIL"
+		}
+		counts[string(result.Level)+string(result.Verdict)]++
+		fmt.Fprintf(table, "%s\t%s\t%s\t%s\n", mark, result.Level, result.ID, terminal.Clean(result.Detail))
+		fmt.Fprintf(table, "\t\t\t[%s]\n", result.Source)
+	}
+	if err := table.Flush(); err != nil {
+		return err
+	}
+	var text strings.Builder
+	for _, result := range r.Rules {
+		if len(result.Requests) == 0 {
+			continue
+		}
+		fmt.Fprintf(&text, "\n%s:\n", result.ID)
+		for _, request := range result.Requests {
+			fmt.Fprintf(&text, "  %s\n", terminal.Clean(request))
+		}
+	}
+	fmt.Fprintf(&text, "\nbinding rules: %d passed, %d broken, %d not judged; advisory: %d passed, %d broken, %d not judged\nverdict: %s\n",
+		counts["bindingpass"], counts["bindingfail"], counts["bindingskip"], counts["advisorypass"], counts["advisoryfail"], counts["advisoryskip"], r.Verdict)
+	_, err := io.WriteString(w, text.String())
+	return err
+}
+
+// The elements of a JUnit report.
+type (
+	junitSuite struct {
+		XMLName  xml.Name    `xml:"testsuite"`
+		Name     string      `xml:"name,attr"`
+		Tests    int         `xml:"tests,attr"`
+		Failures int         `xml:"failures,attr"`
+		Errors   int         `xml:"errors,attr"`
+		Skipped  int         `xml:"skipped,attr"`
+		Cases    []junitCase `xml:"testcase"`
+	}
+	junitCase struct {
+		Class   string        `xml:"classname,attr"`
+		Name    string        `xml:"name,attr"`
+		Failure *junitMessage `xml:"failure,omitempty"`
+		Error   *junitMessage `xml:"error,omitempty"`
+		Skipped *junitMessage `xml:"skipped,omitempty"`
+	}
+	junitMessage struct {
+		Message string `xml:"message,attr"`
+		Text    string `xml:",chardata"`
+	}
+)
+
+// WriteJUnit writes the report as JUnit XML. A binding rule that is broken is a failure, and one
+// that could not be judged an error. Advisory rules never turn a build red: they are skipped.
+func (r *Report) WriteJUnit(w io.Writer) error {
+	suite := junitSuite{Name: "idemctl probe, profile " + string(r.Profile), Tests: len(r.Rules)}
+	for _, result := range r.Rules {
+		c := junitCase{Class: "idempotency." + string(result.Level), Name: result.ID}
+		message := &junitMessage{Message: result.Detail, Text: strings.Join(append([]string{result.Source}, result.Requests...), "\n")}
+		switch {
+		case result.Verdict == VerdictPass:
+		case result.Level != LevelBinding:
+			c.Skipped = message
+			suite.Skipped++
+		case result.Verdict == VerdictFail:
+			c.Failure = message
+			suite.Failures++
+		default:
+			c.Error = message
+			suite.Errors++
+		}
+		suite.Cases = append(suite.Cases, c)
+	}
+	text, err := xml.MarshalIndent(suite, "", "  ")
+	if err != nil {
+		return err
+	}
+	_, err = fmt.Fprintf(w, "%s%s\n", xml.Header, text)
+	return err
+}
