@@ -5,7 +5,6 @@ import (
 	"encoding/json"
 	"encoding/xml"
 	"fmt"
-	"io"
 	"net/http"
 	"net/http/httptest"
 	"net/url"
@@ -92,8 +91,10 @@ func TestEachFaultIsFound(t *testing.T) {
 	for _, test := range []struct {
 		fault    fault
 		broken   []string // exactly these
-		byCount  []string // these too if effects are counted, and not found by ids
+		byCount  []string // these too if effects are counted: ids don't show them
 		unjudged []string // could not be judged
+		// could not be judged either if effects are counted
+		unjudgedByCount []string
 	}{
 		{fault: executesTwice, byCount: []string{"first-one-effect", "replay-at-once", "copies-one-effect", "cut-one-effect"}},
 		{fault: noFingerprint, broken: []string{"mismatch-refused"}},
@@ -113,12 +114,19 @@ func TestEachFaultIsFound(t *testing.T) {
 		{fault: replayStatus, broken: []string{"replay-status", "copies-answer"}, unjudged: []string{"replay-later", "mismatch-keeps-answer"}},
 		{fault: replayBody, broken: []string{"replay-body", "copies-answer"}, unjudged: []string{"replay-later", "mismatch-keeps-answer"}},
 		{fault: replayNoLocation, broken: []string{"replay-location", "copies-answer"}, unjudged: []string{"replay-later", "mismatch-keeps-answer"}},
-		{fault: replayExecutes, byCount: []string{"replay-one-effect", "replay-at-once", "copies-one-effect", "cut-one-effect"}},
-		{fault: conflictAfterAnswer, broken: []string{"no-409-after-answer"}},
+		{
+			fault: replayExecutes, byCount: []string{"replay-one-effect", "replay-at-once", "copies-one-effect", "cut-one-effect"},
+			unjudgedByCount: []string{"replay-later", "mismatch-keeps-answer"},
+		},
+		{
+			fault: conflictAfterAnswer, broken: []string{"no-409-after-answer"},
+			unjudged: []string{"replay-status", "replay-body", "replay-location", "replay-at-once", "replay-later", "mismatch-keeps-answer"},
+		},
 		{fault: expiresAtOnce, broken: []string{"replay-later"}},
 		{
-			fault:  answersBeforeRecording, // whatever comes at once is executed
-			broken: []string{"replay-at-once", "mismatch-refused", "mismatch-no-effect", "mismatch-keeps-answer", "copies-one-effect", "copies-answer"},
+			fault:   answersBeforeRecording, // whatever comes at once is executed
+			broken:  []string{"replay-at-once", "mismatch-refused", "mismatch-no-effect", "mismatch-keeps-answer", "copies-one-effect", "copies-answer"},
+			byCount: []string{"cut-one-effect"},
 		},
 		{fault: acceptsMissing, broken: []string{"key-missing"}},
 		{fault: failsMissing, broken: []string{"key-missing"}},
@@ -138,14 +146,14 @@ func TestEachFaultIsFound(t *testing.T) {
 			t.Run(fmt.Sprintf("%s/counted=%v", test.fault, counted), func(t *testing.T) {
 				t.Parallel()
 				config := configOf(t, newServer(test.fault))
-				want := slices.Clone(test.broken)
+				want, unjudged := slices.Clone(test.broken), slices.Clone(test.unjudged)
 				if counted {
-					want = append(want, test.byCount...)
+					want, unjudged = append(want, test.byCount...), append(unjudged, test.unjudgedByCount...)
 				} else {
 					config.EffectsURL, config.EffectsPath = nil, ""
 				}
 				report := run(t, config)
-				for verdict, want := range map[probe.Verdict][]string{probe.VerdictFail: want, probe.VerdictSkip: test.unjudged} {
+				for verdict, want := range map[probe.Verdict][]string{probe.VerdictFail: want, probe.VerdictSkip: unjudged} {
 					got := verdicts(report, probe.LevelBinding, verdict)
 					slices.Sort(got)
 					want = slices.Sorted(slices.Values(want))
@@ -385,7 +393,8 @@ func TestSpellingsOfKeys(t *testing.T) {
 // Credentials are in no output, even if an answer quotes them. The curl lines name variables.
 func TestCredentialsAreMasked(t *testing.T) {
 	t.Parallel()
-	s := newServer(replayBody)
+	s := newServer(notScoped)
+	answers := 0
 	config := configOf(t, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		recorder := httptest.NewRecorder()
 		s.ServeHTTP(recorder, r)
@@ -393,10 +402,13 @@ func TestCredentialsAreMasked(t *testing.T) {
 			w.Header()[name] = values
 		}
 		if r.Method == http.MethodPost {
-			w.Header().Set("Location", "/of/"+strings.TrimPrefix(r.Header.Get("Authorization"), "Bearer ")+"/"+fmt.Sprint(time.Now().UnixNano()))
+			w.Header().Set("Location", "/of/"+strings.TrimPrefix(r.Header.Get("Authorization"), "Bearer "))
 		}
 		w.WriteHeader(recorder.Code)
-		_, _ = io.WriteString(w, recorder.Body.String()+r.Header.Get("Authorization")+r.Header.Get("X-Api-Key"))
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		answers++
+		_, _ = fmt.Fprint(w, recorder.Body, answers, r.Header.Get("Authorization"), r.Header.Get("X-Api-Key"))
 	}))
 	config.Progress = s.progress
 	config.Header = append(config.Header, probe.Field{Name: "X-Api-Key", Value: "canary-key"}, probe.Field{Name: "Prefer", Value: "wait=1"})

@@ -183,7 +183,7 @@ func (s *server) first(w http.ResponseWriter, r *http.Request, name string, rec 
 	switch {
 	case s.step == "copies at once" && s.fault == checkThenAct:
 		s.await(ctx, func() bool { return rec.passed > 1 })
-	case s.step == "copies at once":
+	case s.step == "copies at once" && s.fault != forgets:
 		s.await(ctx, copied)
 	case s.step == "cut connections" && s.stepKeys == 1: // the first one is cut off at once
 		s.cut(ctx, name, rec)
@@ -204,7 +204,8 @@ func (s *server) first(w http.ResponseWriter, r *http.Request, name string, rec 
 	s.send(w, rec, false)
 }
 
-// cut waits until the request is cut off. Without a fault it is executed all the same.
+// cut waits until the request is cut off. Without a fault it is executed all the same. If its retry
+// comes first, that one is cut off later, by its own timeout.
 func (s *server) cut(ctx context.Context, name string, rec *record) {
 	s.await(ctx, func() bool { return false })
 	switch s.fault {
@@ -237,7 +238,7 @@ func (s *server) json() string { return fmt.Sprintf(`{"id":"pay_%d","state":"pai
 func (s *server) again(w http.ResponseWriter, r *http.Request, name string, rec *record, body string) {
 	mismatch := body != rec.body
 	switch {
-	case s.fault == checkThenAct && !rec.recorded:
+	case s.fault == checkThenAct && !rec.recorded && s.step == "copies at once":
 		rec.passed++
 		other := *rec
 		s.execute(&other)
@@ -280,7 +281,7 @@ func (s *server) again(w http.ResponseWriter, r *http.Request, name string, rec 
 		rec.retried = true
 		s.refuse(w, 409)
 		return
-	case s.fault == replayExecutes:
+	case s.fault == replayExecutes && !mismatch:
 		s.effects++
 	}
 	if mismatch && s.fault != noFingerprint && (s.fault != notScoped || rec.caller == r.Header.Get("Authorization")) {
