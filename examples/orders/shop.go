@@ -25,7 +25,7 @@ const schema = `
 		sku text NOT NULL REFERENCES shop.stock, quantity bigint NOT NULL, total bigint NOT NULL);
 	CREATE TABLE IF NOT EXISTS shop.payments (
 		order_id bigint PRIMARY KEY REFERENCES shop.orders, charge text NOT NULL UNIQUE, amount bigint NOT NULL);
-	INSERT INTO shop.stock VALUES ('tea', 450, 10), ('cup', 1200, 1) ON CONFLICT DO NOTHING`
+	INSERT INTO shop.stock VALUES ('tea', 450, 1000), ('cup', 1200, 1) ON CONFLICT DO NOTHING`
 
 type shop struct {
 	pool   *pgxpool.Pool

@@ -100,7 +100,6 @@ func (c *counter) added(ctx context.Context, want int64) (int64, error) {
 		case n > want, n == want && settled:
 			return n, nil
 		case n < want && time.Now().After(deadline):
-			c.e.EffectsWait = c.e.Settle // no other one is waited for as long
 			return n, nil
 		}
 		settled = n == want
