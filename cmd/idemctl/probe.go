@@ -24,7 +24,7 @@ type probeCommand struct {
 	Profile     string   `enum:"${profiles}" default:"ietf" help:"Rules to judge by: ${enum}. (default: ${default})"`
 	Method      string   `placeholder:"METHOD" default:"POST" help:"Method of the requests. (default: ${default})"`
 	Header      []string `sep:"none" placeholder:"'NAME: VALUE'" help:"Header line of each request; repeat for more. The output shows $$NAME in place of the value."`
-	Body        *string  `xor:"body" placeholder:"TEXT" help:"Body of the requests. In it {{int}} (1, 2, 3, ...) and {{uuid}} are new for each request with a new key."`
+	Body        *string  `xor:"body" placeholder:"TEXT" help:"Body of the requests. In it {{int}} (1, 3, 5, ...) and {{uuid}} are new for each request with a new key."`
 	BodyFile    string   `xor:"body" placeholder:"FILE" help:"File with the body; \"-\" reads the standard input."`
 	ScopeHeader []string `sep:"none" placeholder:"'NAME: VALUE'" help:"Header line of a second caller, in place of the header of that name; repeat for more. Without it key-scoped can't be judged."`
 	EffectsURL  string   `name:"effects-url" placeholder:"URL" help:"URL to GET the number of effects from; it gets the lines of --header too. Without it the ids in the answers are compared."`

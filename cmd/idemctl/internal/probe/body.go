@@ -13,27 +13,20 @@ import (
 // The placeholders of a body. Each logical request, which is a request with all of its retries, has
 // values of its own.
 const (
-	placeholderInt  = "{{int}}"  // 1, 2, 3, ...
+	placeholderInt  = "{{int}}"  // 1, 3, 5, ..., because ids may be 1, 2, 3
 	placeholderUUID = "{{uuid}}" // a random UUID
 )
 
 // bodies makes the bodies of logical requests.
 type bodies struct {
 	template string
-	count    int
-	values   []string // that were filled in
+	values   [][]string // that were filled in, by body
 }
 
 // next returns the body of a new logical request.
 func (b *bodies) next() []byte {
-	b.count++
-	number, id := strconv.Itoa(b.count), newUUID()
-	if strings.Contains(b.template, placeholderInt) {
-		b.values = append(b.values, number)
-	}
-	if strings.Contains(b.template, placeholderUUID) {
-		b.values = append(b.values, id)
-	}
+	number, id := strconv.Itoa(2*len(b.values)+1), newUUID()
+	b.values = append(b.values, []string{number, id})
 	return []byte(strings.NewReplacer(placeholderInt, number, placeholderUUID, id).Replace(b.template))
 }
 

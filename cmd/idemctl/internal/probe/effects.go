@@ -59,6 +59,8 @@ func numberAt(document []byte, pointer string) (int64, error) {
 		}
 	case []any:
 		return int64(len(at)), nil
+	case nil: // an empty list, in some languages
+		return 0, nil
 	}
 	return 0, errors.New("there is neither an integer nor an array at --effects-path")
 }
@@ -147,9 +149,9 @@ func (a *answer) leaves() []leaf {
 // identity is the set of values that identify an effect in answers: those at these paths.
 type identity []string
 
-// identityOf finds them in the answers to two logical requests: they differ, and are not a value of
-// the request's body. If some are named as ids are, only those count.
-func identityOf(a, b *answer, filledIn []string) identity {
+// identityOf finds them in the answers to two logical requests: they differ, and are not what was
+// filled in for the placeholders of both bodies. If some are named as ids are, only those count.
+func identityOf(a, b *answer, filledIn [][]string) identity {
 	second := map[string]string{}
 	for _, l := range b.leaves() {
 		second[l.path] = l.value
@@ -161,11 +163,11 @@ func identityOf(a, b *answer, filledIn []string) identity {
 			continue
 		}
 		name := strings.ToLower(l.path[strings.LastIndexByte(l.path, '/')+1:])
-		echo := slices.ContainsFunc(filledIn, func(v string) bool { return v == l.value || len(v) > len("1234567890") && strings.Contains(l.value, v) })
 		switch {
+		case echoes(l.value, filledIn[0]) && echoes(other, filledIn[1]):
 		case l.path == "Location" || name == "id" || name == "uuid":
 			ids = append(ids, l.path)
-		case !echo:
+		default:
 			others = append(others, l.path)
 		}
 	}
@@ -173,6 +175,13 @@ func identityOf(a, b *answer, filledIn []string) identity {
 		return ids
 	}
 	return others
+}
+
+// echoes reports whether a value of an answer is one that was filled in, or contains a long one.
+func echoes(value string, filledIn []string) bool {
+	return slices.ContainsFunc(filledIn, func(v string) bool {
+		return v == value || len(v) == len("00000000-0000-0000-0000-000000000000") && strings.Contains(value, v)
+	})
 }
 
 // same reports whether two answers are of one effect, and whether that can be known.
