@@ -385,10 +385,13 @@ func (e *examiner) examineAtOnce(ctx context.Context) error {
 
 // notReplayed returns the first rule by which early retries are no replays, or "".
 func (e *examiner) notReplayed() string {
-	for _, id := range []string{ruleStatus, ruleBody, ruleLocation, ruleNo409, ruleReplayed} {
-		if r := e.results[id]; r != nil && r.Verdict == VerdictFail {
+	for _, id := range []string{ruleStatus, ruleBody, ruleLocation} {
+		if e.results[id].Verdict != VerdictPass {
 			return id
 		}
+	}
+	if e.results[ruleReplayed].Verdict == VerdictFail {
+		return ruleReplayed
 	}
 	return ""
 }
@@ -462,6 +465,10 @@ func (e *examiner) examineMismatch(ctx context.Context) error {
 	}
 	c, err := e.count(ctx)
 	if err != nil {
+		return err
+	}
+	// An answer that is recorded late is the fault of another rule.
+	if err := sleep(ctx, e.Settle); err != nil {
 		return err
 	}
 	reused := e.with(e.Header, l.key, other)

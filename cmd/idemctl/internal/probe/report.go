@@ -51,6 +51,8 @@ type Report struct {
 	Profile Profile  `json:"profile"`
 	URL     string   `json:"url"`
 	Rules   []Result `json:"rules"`
+	// Stopped is why the examination ended early. It is empty if it did not.
+	Stopped string `json:"stopped,omitempty"`
 }
 
 func (e *examiner) level(id string) Level {
@@ -59,16 +61,19 @@ func (e *examiner) level(id string) Level {
 	return level
 }
 
+// notReached begins the detail of a rule that is not judged because the examination ended early.
+const notReached = "not reached: "
+
 // report returns the verdicts on all rules of the profile.
 func (e *examiner) report() *Report {
 	mask := e.masker()
-	report := &Report{Verdict: ReportOK, Profile: e.Profile, URL: mask.Replace(e.URL.String()), Rules: []Result{}}
+	report := &Report{Verdict: ReportOK, Profile: e.Profile, URL: mask.Replace(e.URL.String()), Rules: []Result{}, Stopped: mask.Replace(e.stopped)}
 	for _, r := range rules {
 		level, source := r.in(e.Profile)
 		if level == levelNone {
 			continue
 		}
-		result := Result{Verdict: VerdictSkip, Detail: "not reached: " + e.stopped}
+		result := Result{Verdict: VerdictSkip, Detail: notReached + e.stopped}
 		if judged := e.results[r.id]; judged != nil {
 			result = *judged
 		}
@@ -198,7 +203,11 @@ func (r *Report) WriteText(w io.Writer) error {
 			mark = "FAIL"
 		}
 		counts[string(result.Level)+string(result.Verdict)]++
-		fmt.Fprintf(table, "%s\t%s\t%s\t%s\n", mark, result.Level, result.ID, terminal.Clean(result.Detail))
+		detail := result.Detail
+		if r.Stopped != "" && detail == notReached+r.Stopped { // it is printed once
+			detail = "not reached"
+		}
+		fmt.Fprintf(table, "%s\t%s\t%s\t%s\n", mark, result.Level, result.ID, terminal.Clean(detail))
 		fmt.Fprintf(table, "\t\t\t[%s]\n", result.Source)
 	}
 	if err := table.Flush(); err != nil {
@@ -213,6 +222,9 @@ func (r *Report) WriteText(w io.Writer) error {
 		for _, request := range result.Requests {
 			fmt.Fprintf(&text, "  %s\n", terminal.Clean(request))
 		}
+	}
+	if r.Stopped != "" {
+		fmt.Fprintf(&text, "\nended early: %s\n", terminal.Clean(r.Stopped))
 	}
 	fmt.Fprintf(&text, "\nbinding rules: %d passed, %d broken, %d not judged; advisory: %d passed, %d broken, %d not judged\nverdict: %s\n",
 		counts["bindingpass"], counts["bindingfail"], counts["bindingskip"], counts["advisorypass"], counts["advisoryfail"], counts["advisoryskip"], r.Verdict)
