@@ -110,6 +110,10 @@ func (m *Middleware) serve(w http.ResponseWriter, r *http.Request, next http.Han
 		return
 	}
 
+	if err := wrongMount(w, r); err != nil {
+		m.refuseBroken(w, r, err)
+		return
+	}
 	if isGRPC(r.Header) {
 		m.notice(r, slog.LevelError, "gRPC calls are refused: put the interceptor of contrib/grpc into the gRPC server, and leave it out of the HTTP middleware")
 		m.refuse(w, r, idempotency.ReasonMediaType, errGRPC, nil)

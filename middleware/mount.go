@@ -89,6 +89,27 @@ func (m *Middleware) refuseSecond(w http.ResponseWriter, r *http.Request, at *mo
 	m.refuseBroken(w, r, fmt.Errorf("%w: an Engine's attempt runs already, and again at %v", errMountedTwice, at))
 }
 
+// These refuse a request that the framework's own bridge brought. Its handlers would answer past the
+// middleware before COMMIT, or after a rollback.
+var (
+	errGin      = errors.New("gin's ResponseWriter is outside: use the adapter in contrib/gin, or mount the middleware around the whole router")
+	errFasthttp = errors.New("fasthttp's adaptor is outside: use the adapter in contrib/fiber3")
+)
+
+// wrongMount returns an error if the middleware is mounted in a framework by a bridge that can't
+// work. Neither gin nor fasthttp is imported: it recognizes a method that only theirs have. gin's
+// handlers write to gin's own writer. fasthttp's adaptor runs its handlers after the middleware, and
+// reuses the memory of the key.
+func wrongMount(w http.ResponseWriter, r *http.Request) error {
+	if _, ok := w.(interface{ WriteHeaderNow() }); ok {
+		return errGin
+	}
+	if _, ok := r.Context().(interface{ VisitUserValuesAll(func(key, value any)) }); ok {
+		return errFasthttp
+	}
+	return nil
+}
+
 // noticesMax is the maximum number of notices that are remembered; Options.Route should name few
 // routes.
 const noticesMax = 1000

@@ -1,0 +1,93 @@
+// Package echoidem makes the handlers of Echo v5 idempotent, by package middleware. contrib/echo4 is
+// for v4.
+//
+//	idem := middleware.New(store, account, nil)
+//	e.POST("/payments", pay, echoidem.Middleware(idem))
+//
+//	func pay(c *echo.Context) error {
+//		tx := postgres.Tx(c.Request().Context()) // its writes commit with the answer, or not at all
+//		...
+//		return c.JSON(http.StatusCreated, payment)
+//	}
+package echoidem
+
+import (
+	"context"
+	"net/http"
+
+	"github.com/labstack/echo/v5"
+
+	"github.com/paidonce/idempotency/middleware"
+)
+
+// Middleware returns idem for Echo. Mount it once, on routes or groups. It is safe for concurrent
+// use. Methods that [middleware.Middleware.Handler] does not touch are not touched here either.
+//
+// The handler may run more than once, and only one run counts; values that a run set by c.Set remain
+// for the next. Its c.Request().Context() carries the transaction and outlives the client. An error
+// that it returns goes to Echo's HTTPErrorHandler, whose answer is recorded as the handler's own is:
+// middleware outside sees no error, but the status. Flush panics and Hijack fails, because nothing
+// reaches the client before COMMIT.
+//
+// It panics if idem is for a resumable route: a run without a client has no echo.Context. Mount such
+// a middleware around the whole app.
+func Middleware(idem *middleware.Middleware) echo.MiddlewareFunc {
+	handler := idem.With(func(o *middleware.Options) {
+		if o.Resumable != "" {
+			panic("idempotency/contrib/echo5: Options.Resumable is set, and a resumed run has no echo.Context: mount the middleware around the app, idem.Handler(e)")
+		}
+		o.RouterState = func(context.Context, []byte) (middleware.RouterState, error) { return routed{}, nil }
+	}).Handler(http.HandlerFunc(run))
+	return func(next echo.HandlerFunc) echo.HandlerFunc {
+		return func(c *echo.Context) error {
+			one := &request{c: c, next: next}
+			r := c.Request().WithContext(context.WithValue(c.Request().Context(), requestKey{}, one))
+			if r.Pattern == "" && c.Path() != "" {
+				r.Pattern = r.Method + " " + c.Path() // the default of Options.Route
+			}
+			handler.ServeHTTP(&outside{c.Response()}, r)
+			return one.err
+		}
+	}
+}
+
+// request is one request on its way through the middleware.
+type request struct {
+	c    *echo.Context
+	next echo.HandlerFunc
+	err  error // of a request with a method that is not the middleware's
+}
+
+type requestKey struct{}
+
+// outside marks Echo's own writer.
+type outside struct{ http.ResponseWriter }
+
+// run runs the handler.
+func run(w http.ResponseWriter, r *http.Request) {
+	one := r.Context().Value(requestKey{}).(*request)
+	c := one.c
+	if _, untouched := w.(*outside); untouched {
+		one.err = one.next(c)
+		return
+	}
+	before, response := c.Request(), c.Response()
+	defer func() {
+		c.SetRequest(before)
+		c.SetResponse(response)
+	}()
+	c.SetRequest(r)
+	c.SetResponse(echo.NewResponse(w, c.Echo().Logger))
+	if err := one.next(c); err != nil {
+		c.Echo().HTTPErrorHandler(c, err)
+	}
+}
+
+// routed is the state of Echo's router, which runs leave as it was.
+type routed struct{}
+
+// Restore implements middleware.RouterState.
+func (routed) Restore(ctx context.Context) context.Context { return ctx }
+
+// Stored implements middleware.RouterState. The routes are not resumable.
+func (routed) Stored() []byte { return nil }

@@ -1,0 +1,217 @@
+// Package fiberidem makes the handlers of Fiber v3 idempotent, by package middleware.
+//
+//	idem := middleware.New(store, account, nil)
+//	app.Post("/payments", fiberidem.Middleware(idem), pay)
+//
+//	func pay(c fiber.Ctx) error {
+//		tx := postgres.Tx(c.Context()) // its writes commit with the answer, or not at all
+//		...
+//		return c.Status(fiber.StatusCreated).JSON(payment)
+//	}
+package fiberidem
+
+import (
+	"bytes"
+	"context"
+	"io"
+	"iter"
+	"net/http"
+	"net/url"
+	"reflect"
+
+	"github.com/gofiber/fiber/v3"
+	"github.com/valyala/fasthttp"
+
+	"github.com/paidonce/idempotency"
+	"github.com/paidonce/idempotency/middleware"
+)
+
+// Middleware returns idem for Fiber. Mount it once, on routes or groups. It is safe for concurrent
+// use. Methods that [middleware.Middleware.Handler] does not touch are not touched here either.
+//
+// The handlers after it may run more than once, each time on the request, the response and the
+// fiber.Ctx as they were, and only one run counts. c.Context() carries the transaction and outlives
+// the client; c itself does not carry it. An error that a handler returns goes to the app's
+// ErrorHandler, whose answer is recorded as the handler's own is: middleware outside sees no error,
+// but the status. An answer of 200 without a body counts as none (see
+// [middleware.Options].EmptyOK). A streamed answer and a taken-over conn are refused with 500,
+// because nothing may reach the client before COMMIT; c.End and c.Drop, which use the conn
+// themselves, must not be called.
+//
+// It panics if idem is for a resumable route: a run without a client has no fiber.Ctx.
+func Middleware(idem *middleware.Middleware) fiber.Handler {
+	handler := idem.With(func(o *middleware.Options) {
+		if o.Resumable != "" {
+			panic("idempotency/contrib/fiber3: Options.Resumable is set, and a resumed run has no fiber.Ctx: serve such a route by net/http")
+		}
+		o.RouterState = func(ctx context.Context, _ []byte) (middleware.RouterState, error) {
+			return requestOf(ctx).state, nil
+		}
+	}).Handler(http.HandlerFunc(run))
+	return func(c fiber.Ctx) error {
+		outside := c.Context()
+		one := &request{c: c, state: snapshot(c)}
+		r, err := convert(context.WithValue(outside, requestKey{}, one), c)
+		if err != nil {
+			return fiber.NewError(fiber.StatusBadRequest)
+		}
+		w := &writer{header: http.Header{}}
+		addHeaders(w.header, &one.state.response.Header)
+		w.header.Del("Content-Type") // Fiber's default
+		handler.ServeHTTP(w, r)
+		if !one.untouched {
+			c.SetContext(outside)
+			one.state.restoreResponse()
+			w.copyTo(c.Response())
+		}
+		return one.err
+	}
+}
+
+// request is one request on its way through the middleware.
+type request struct {
+	c         fiber.Ctx
+	state     *state
+	untouched bool  // its method is not the middleware's
+	err       error // of the handlers, if it is untouched
+}
+
+type requestKey struct{}
+
+func requestOf(ctx context.Context) *request { return ctx.Value(requestKey{}).(*request) }
+
+// convert returns the request for net/http. It shares no memory with c: fasthttp uses its buffers
+// again, and the store keeps keys.
+func convert(ctx context.Context, c fiber.Ctx) (*http.Request, error) {
+	in := c.Request()
+	target := string(in.Header.RequestURI())
+	parsed, err := url.ParseRequestURI(target)
+	if err != nil {
+		return nil, err
+	}
+	r := (&http.Request{
+		Method: string(in.Header.Method()), URL: parsed, RequestURI: target, Host: string(in.Host()), Header: http.Header{},
+		Proto: "HTTP/1.1", ProtoMajor: 1, ProtoMinor: 1, RemoteAddr: c.RequestCtx().RemoteAddr().String(), TLS: c.RequestCtx().TLSConnectionState(),
+		Pattern: c.Method() + " " + c.FullPath(), // the default of Options.Route
+	}).WithContext(ctx)
+	addHeaders(r.Header, &in.Header)
+	r.Header.Del("Host")
+	if stream := in.BodyStream(); stream != nil {
+		r.Body, r.ContentLength = io.NopCloser(stream), max(int64(in.Header.ContentLength()), -1)
+	} else {
+		r.Body, r.ContentLength = io.NopCloser(bytes.NewReader(in.Body())), int64(len(in.Body()))
+	}
+	return r, nil
+}
+
+// run runs the handlers after the middleware.
+func run(w http.ResponseWriter, r *http.Request) {
+	one := requestOf(r.Context())
+	c := one.c
+	if _, one.untouched = w.(*writer); one.untouched {
+		one.err = c.Next()
+		return
+	}
+	body, err := io.ReadAll(r.Body)
+	if err != nil { // it is in memory
+		panic(err)
+	}
+	c.Request().SetBodyRaw(body)
+	c.SetContext(r.Context())
+	if err := c.Next(); err != nil && c.App().ErrorHandler(c, err) != nil {
+		_ = c.SendStatus(fiber.StatusInternalServerError)
+	}
+	response := c.Response()
+	if c.RequestCtx().Hijacked() || response.IsBodyStream() {
+		panic(idempotency.UsageError("idempotency/contrib/fiber3: the handler streams its answer or takes over the conn, which would reach the client before COMMIT: answer as a whole, or leave the middleware out of this route"))
+	}
+	clear(w.Header())
+	addHeaders(w.Header(), &response.Header)
+	if status := response.StatusCode(); status != fiber.StatusOK || len(response.Body()) > 0 {
+		w.WriteHeader(status)
+		_, _ = w.Write(response.Body())
+	}
+}
+
+func addHeaders(to http.Header, from interface {
+	All() iter.Seq2[[]byte, []byte]
+}) {
+	for name, value := range from.All() {
+		to.Add(string(name), string(value)) // copies
+	}
+	to.Del("Content-Length")
+}
+
+// state is what handlers may change, before the first run.
+type state struct {
+	c        fiber.Ctx
+	saved    reflect.Value // all fields: the position in the chain is not exported
+	header   fasthttp.RequestHeader
+	uri      fasthttp.URI
+	response fasthttp.Response
+	values   map[any]any
+}
+
+func snapshot(c fiber.Ctx) *state {
+	all := reflect.ValueOf(c).Elem()
+	s := &state{c: c, saved: reflect.New(all.Type()).Elem(), values: map[any]any{}}
+	s.saved.Set(all)
+	c.Request().Header.CopyTo(&s.header)
+	c.Request().URI().CopyTo(&s.uri)
+	c.Response().CopyTo(&s.response)
+	c.RequestCtx().VisitUserValuesAll(func(key, value any) { s.values[key] = value })
+	return s
+}
+
+// Restore implements middleware.RouterState.
+func (s *state) Restore(ctx context.Context) context.Context {
+	reflect.ValueOf(s.c).Elem().Set(s.saved)
+	s.header.CopyTo(&s.c.Request().Header)
+	s.uri.CopyTo(s.c.Request().URI())
+	s.restoreResponse()
+	inner := s.c.RequestCtx()
+	inner.VisitUserValuesAll(func(key, _ any) { inner.SetUserValue(key, s.values[key]) })
+	return ctx
+}
+
+func (s *state) restoreResponse() {
+	s.response.CopyTo(s.c.Response())
+	s.c.RequestCtx().Hijack(nil)
+	s.c.RequestCtx().HijackSetNoResponse(false)
+}
+
+// Stored implements middleware.RouterState. The routes are not resumable.
+func (*state) Stored() []byte { return nil }
+
+// writer is the answer for the client.
+type writer struct {
+	header http.Header
+	status int
+	body   []byte
+}
+
+func (w *writer) Header() http.Header { return w.header }
+
+func (w *writer) WriteHeader(status int) { w.status = status }
+
+func (w *writer) Write(p []byte) (int, error) {
+	w.body = append(w.body, p...)
+	return len(p), nil
+}
+
+func (w *writer) copyTo(response *fasthttp.Response) {
+	var names []string
+	for name := range response.Header.All() {
+		names = append(names, string(name))
+	}
+	for _, name := range names {
+		response.Header.Del(name)
+	}
+	for name, values := range w.header {
+		for _, value := range values {
+			response.Header.Add(name, value)
+		}
+	}
+	response.SetStatusCode(w.status)
+	response.SetBodyRaw(w.body)
+}

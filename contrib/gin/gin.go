@@ -1,0 +1,165 @@
+// Package ginidem makes gin's handlers idempotent, by package middleware.
+//
+//	idem := middleware.New(store, account, nil)
+//	router.POST("/payments", ginidem.Middleware(idem), pay)
+//
+//	func pay(c *gin.Context) {
+//		tx := postgres.Tx(c.Request.Context()) // its writes commit with the answer, or not at all
+//		...
+//		c.JSON(http.StatusCreated, payment)
+//	}
+package ginidem
+
+import (
+	"bufio"
+	"context"
+	"io"
+	"maps"
+	"net"
+	"net/http"
+	"reflect"
+
+	"github.com/gin-gonic/gin"
+
+	"github.com/paidonce/idempotency/middleware"
+)
+
+// Middleware returns idem for gin. Mount it once, on routes or groups, and outside of what renders
+// c.Errors. It is safe for concurrent use. Methods that [middleware.Middleware.Handler] does not
+// touch are not touched here either.
+//
+// The handlers after it may run more than once, each time on the gin.Context as it was, and only one
+// run counts. c.Request.Context() carries the transaction and outlives the client. An error in
+// c.Errors without an answer is a 500. Flush does nothing and Hijack fails, because nothing reaches
+// the client before COMMIT. When it returns, c is aborted.
+//
+// It panics if idem is for a resumable route: a run without a client has no gin.Context. Mount such
+// a middleware around the whole router.
+func Middleware(idem *middleware.Middleware) gin.HandlerFunc {
+	handler := idem.With(func(o *middleware.Options) {
+		if o.Resumable != "" {
+			panic("idempotency/contrib/gin: Options.Resumable is set, and a resumed run has no gin.Context: mount the middleware around the router, idem.Handler(router)")
+		}
+		o.RouterState = func(ctx context.Context, _ []byte) (middleware.RouterState, error) {
+			return snapshot(requestOf(ctx).c), nil
+		}
+	}).Handler(http.HandlerFunc(run))
+	return func(c *gin.Context) {
+		one := &request{c: c}
+		r := c.Request.WithContext(context.WithValue(c.Request.Context(), requestKey{}, one))
+		if r.Pattern == "" && c.FullPath() != "" {
+			r.Pattern = r.Method + " " + c.FullPath() // the default of Options.Route
+		}
+		handler.ServeHTTP(&outside{c.Writer}, r)
+		if !one.untouched {
+			c.Abort() // a replay runs no handler, and a panic left the chain in the middle
+		}
+	}
+}
+
+// request is one request on its way through the middleware.
+type request struct {
+	c         *gin.Context
+	untouched bool // its method is not the middleware's
+}
+
+type requestKey struct{}
+
+func requestOf(ctx context.Context) *request { return ctx.Value(requestKey{}).(*request) }
+
+// outside is gin's own writer, without its further methods: by those the middleware refuses gin's
+// writer if it is mounted without this package.
+type outside struct{ http.ResponseWriter }
+
+// run runs the handlers after the middleware.
+func run(w http.ResponseWriter, r *http.Request) {
+	one := requestOf(r.Context())
+	c := one.c
+	if _, one.untouched = w.(*outside); one.untouched {
+		c.Next()
+		return
+	}
+	before, writer, errors := c.Request, c.Writer, len(c.Errors)
+	defer func() { c.Request, c.Writer = before, writer }()
+	// gin sets a 404 of its own before the handlers run.
+	inside := &recorder{ResponseWriter: w, status: writer.Status(), answered: writer.Status() != http.StatusOK, size: -1}
+	c.Request, c.Writer = r, inside
+	c.Next()
+	if len(c.Errors) > errors && !inside.Written() && inside.status < http.StatusBadRequest {
+		inside.WriteHeader(http.StatusInternalServerError)
+	}
+	if inside.answered {
+		inside.WriteHeaderNow()
+	}
+}
+
+// state is a gin.Context before the first run. The position in the chain is not exported, so it
+// takes all fields.
+type state struct {
+	c     *gin.Context
+	saved reflect.Value
+}
+
+func snapshot(c *gin.Context) *state {
+	all := reflect.ValueOf(c).Elem()
+	s := &state{c, reflect.New(all.Type()).Elem()}
+	s.saved.Set(all)
+	c.Keys = maps.Clone(c.Keys) // the first run's; saved keeps the other
+	return s
+}
+
+// Restore implements middleware.RouterState.
+func (s *state) Restore(ctx context.Context) context.Context {
+	reflect.ValueOf(s.c).Elem().Set(s.saved)
+	s.c.Keys = maps.Clone(s.c.Keys)
+	return ctx
+}
+
+// Stored implements middleware.RouterState. The routes are not resumable.
+func (*state) Stored() []byte { return nil }
+
+// recorder is gin's writer on the recorder of the middleware.
+type recorder struct {
+	http.ResponseWriter
+	status   int
+	answered bool // the handler gave a status
+	size     int  // -1 until the status is written
+}
+
+var _ gin.ResponseWriter = (*recorder)(nil)
+
+func (w *recorder) Status() int            { return w.status }
+func (w *recorder) Size() int              { return w.size }
+func (w *recorder) Written() bool          { return w.size >= 0 }
+func (*recorder) Flush()                   {}
+func (*recorder) CloseNotify() <-chan bool { return nil } // the handler outlives the client
+func (*recorder) Pusher() http.Pusher      { return nil }
+
+// WriteHeader sets the status. As in gin it is written later, and until then may change.
+func (w *recorder) WriteHeader(status int) {
+	if status > 0 && !w.Written() {
+		w.status, w.answered = status, true
+	}
+}
+
+// WriteHeaderNow writes the status.
+func (w *recorder) WriteHeaderNow() {
+	if !w.Written() {
+		w.size = 0
+		w.ResponseWriter.WriteHeader(w.status)
+	}
+}
+
+func (w *recorder) Write(p []byte) (int, error) {
+	w.WriteHeaderNow()
+	n, err := w.ResponseWriter.Write(p)
+	w.size += n
+	return n, err
+}
+
+func (w *recorder) WriteString(s string) (int, error) {
+	return io.WriteString(struct{ io.Writer }{w}, s)
+}
+
+// Hijack is refused: the client would learn of a payment before COMMIT.
+func (*recorder) Hijack() (net.Conn, *bufio.ReadWriter, error) { return nil, nil, http.ErrNotSupported }
