@@ -42,9 +42,6 @@ func Middleware(idem *middleware.Middleware) echo.MiddlewareFunc {
 		return func(c *echo.Context) error {
 			one := &request{c: c, next: next}
 			r := c.Request().WithContext(context.WithValue(c.Request().Context(), requestKey{}, one))
-			if r.Pattern == "" && c.Path() != "" {
-				r.Pattern = r.Method + " " + c.Path() // the default of Options.Route
-			}
 			handler.ServeHTTP(&outside{c.Response()}, r)
 			return one.err
 		}
