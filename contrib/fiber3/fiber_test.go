@@ -16,6 +16,7 @@ import (
 
 	"github.com/gofiber/fiber/v3"
 	"github.com/gofiber/fiber/v3/middleware/adaptor"
+	"go.uber.org/goleak"
 
 	"github.com/paidonce/idempotency"
 	fiberidem "github.com/paidonce/idempotency/contrib/fiber3"
@@ -27,7 +28,10 @@ import (
 	"github.com/paidonce/idempotency/storage/postgres"
 )
 
-func TestMain(m *testing.M) { pgtest.Main(m) }
+// fasthttp's servers leave goroutines that sleep.
+func TestMain(m *testing.M) {
+	pgtest.Main(m, goleak.IgnoreAnyFunction("github.com/valyala/fasthttp.(*workerPool).Start.func2"), goleak.IgnoreAnyFunction("github.com/valyala/fasthttp.updateServerDate.func1"))
+}
 
 const route = mwtest.Prefix + ":do"
 

@@ -6,6 +6,7 @@ require (
 	github.com/gofiber/fiber/v3 v3.0.0
 	github.com/paidonce/idempotency v0.0.0-00010101000000-000000000000
 	github.com/valyala/fasthttp v1.69.0
+	go.uber.org/goleak v1.3.0
 )
 
 require (
@@ -28,7 +29,6 @@ require (
 	github.com/tinylib/msgp v1.6.3 // indirect
 	github.com/valyala/bytebufferpool v1.0.0 // indirect
 	github.com/xi2/xz v0.0.0-20171230120015-48954b6210f8 // indirect
-	go.uber.org/goleak v1.3.0 // indirect
 	golang.org/x/crypto v0.47.0 // indirect
 	golang.org/x/net v0.49.0 // indirect
 	golang.org/x/sync v0.22.0 // indirect
