@@ -217,3 +217,43 @@ func TestRoutersOwn404IsNoticedAndNotRecordedByWith(t *testing.T) {
 		})
 	}
 }
+
+// ginWriter and fasthttpContext have the methods by which gin's writer and fasthttp's context are
+// recognized. The adapters in contrib test the real ones.
+type ginWriter struct{ http.ResponseWriter }
+
+func (ginWriter) WriteHeaderNow() {}
+
+type fasthttpContext struct{ context.Context }
+
+func (fasthttpContext) VisitUserValuesAll(func(key, value any)) {}
+
+// A framework's own bridge, which would run handlers past the middleware or after it, is refused: no
+// handler runs, and the log names the adapter. Methods that the middleware does not touch pass.
+func TestFrameworksOwnBridgesAreRefused(t *testing.T) {
+	t.Parallel()
+	for name, bridge := range map[string]func(next http.Handler) http.Handler{
+		"contrib/gin": func(next http.Handler) http.Handler {
+			return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) { next.ServeHTTP(ginWriter{w}, r) })
+		},
+		"contrib/fiber3": func(next http.Handler) http.Handler {
+			return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+				next.ServeHTTP(w, r.WithContext(fasthttpContext{r.Context()}))
+			})
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			b := setup(t, setupOptions{mount: func(idem *middleware.Middleware, handler http.Handler) http.Handler {
+				return bridge(idem.Handler(handler))
+			}}, func(w http.ResponseWriter, _ *http.Request) { w.WriteHeader(http.StatusCreated) })
+			want(t, b.post(t, "/", "{}", "Idempotency-Key", "k"), 500, idempotency.OutcomeNotExecuted, idempotency.ReasonHandlerFailed)
+			if b.runs.Load() != 0 || !strings.Contains(b.logs.String(), name) {
+				t.Errorf("%d runs, logged: %s", b.runs.Load(), b.logs)
+			}
+			if got := b.send(t, http.MethodGet, "/", nil); got.status != 201 || b.runs.Load() != 1 {
+				t.Errorf("GET: %d, %d runs", got.status, b.runs.Load())
+			}
+		})
+	}
+}
