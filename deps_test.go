@@ -136,6 +136,22 @@ func TestDependencies(t *testing.T) {
 		{[]string{"./broker/brokertest"}, []string{"", "broker/brokertest", "consumer", "message", "relay"}, nil},
 		{[]string{"./broker/kafka"}, []string{"", "broker/kafka", "consumer", "message", "relay"}, franz},
 		{[]string{"./broker/nats"}, []string{"", "broker/nats", "consumer", "message", "relay"}, natsgo},
+		{[]string{"./contrib/echo4"}, []string{"", "contrib/echo4", "middleware"}, []string{
+			httpsfv, "github.com/labstack/echo/v4", "github.com/labstack/gommon", "github.com/mattn/go-colorable", "github.com/mattn/go-isatty",
+			"github.com/valyala/bytebufferpool", "github.com/valyala/fasttemplate", "golang.org/x/crypto", "golang.org/x/net", "golang.org/x/sys", "golang.org/x/text",
+		}},
+		{[]string{"./contrib/echo5"}, []string{"", "contrib/echo5", "middleware"}, []string{httpsfv, "github.com/labstack/echo/v5"}},
+		{[]string{"./contrib/fiber3"}, []string{"", "contrib/fiber3", "middleware"}, []string{
+			"github.com/andybalholm/brotli", httpsfv, "github.com/gofiber/fiber/v3", "github.com/gofiber/schema", "github.com/gofiber/utils/v2", uuid,
+			"github.com/klauspost/compress", "github.com/mattn/go-colorable", "github.com/mattn/go-isatty", "github.com/philhofer/fwd", "github.com/tinylib/msgp",
+			"github.com/valyala/bytebufferpool", "github.com/valyala/fasthttp", "golang.org/x/crypto", "golang.org/x/net", "golang.org/x/sys", "golang.org/x/text",
+		}},
+		{[]string{"./contrib/gin"}, []string{"", "contrib/gin", "middleware"}, []string{
+			httpsfv, "github.com/gabriel-vasile/mimetype", "github.com/gin-contrib/sse", "github.com/gin-gonic/gin", "github.com/go-playground/locales",
+			"github.com/go-playground/universal-translator", "github.com/go-playground/validator/v10", "github.com/leodido/go-urn", "github.com/mattn/go-isatty",
+			"github.com/pelletier/go-toml/v2", "github.com/ugorji/go/codec", "golang.org/x/crypto", "golang.org/x/net", "golang.org/x/sys", "golang.org/x/text",
+			"google.golang.org/protobuf", "gopkg.in/yaml.v3",
+		}},
 		{[]string{"./contrib/grpc/rpc"}, []string{"", "contrib/grpc/rpc"}, []string{httpsfv, "google.golang.org/genproto/googleapis/rpc", "google.golang.org/protobuf"}},
 		{[]string{"./contrib/grpc"}, []string{"", "client", "contrib/grpc", "contrib/grpc/rpc"}, []string{
 			httpsfv, uuid, "golang.org/x/net", "golang.org/x/sys", "golang.org/x/text",
