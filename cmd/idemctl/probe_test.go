@@ -304,3 +304,13 @@ func TestProbeIsInterrupted(t *testing.T) {
 	}
 	wantText(t, r.stderr, "probe: ")
 }
+
+func TestProbeBodyBytesMax(t *testing.T) {
+	t.Parallel()
+	for size, fits := range map[int]bool{bodyBytesMax: true, bodyBytesMax + 1: false} {
+		text, err := (&probeCommand{BodyFile: "-"}).readBody(&app{stdin: strings.NewReader(strings.Repeat("x", size))})
+		if (err == nil) != fits || fits && len(text) != size {
+			t.Errorf("%d bytes: %d, %v", size, len(text), err)
+		}
+	}
+}

@@ -2,10 +2,15 @@ package probe
 
 import (
 	"encoding/json"
+	"fmt"
 	"net/http"
+	"net/http/httptest"
+	"net/url"
+	"os"
 	"slices"
 	"strings"
 	"testing"
+	"time"
 )
 
 func TestNumberAt(t *testing.T) {
@@ -120,5 +125,74 @@ func TestShellQuoted(t *testing.T) {
 		if got := shellQuoted(text); got != want {
 			t.Errorf("%q: %s, want %s", text, got, want)
 		}
+	}
+}
+
+// docs/idemctl.md has each rule with its level in each profile.
+func TestDocsHaveTheRules(t *testing.T) {
+	t.Parallel()
+	text, err := os.ReadFile("../../../../docs/idemctl.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	var documented, want []string
+	for line := range strings.Lines(string(text)) {
+		if cells := strings.Split(line, "|"); len(cells) == 7 && strings.HasPrefix(cells[1], " `") {
+			for i := range cells {
+				cells[i] = strings.TrimSpace(cells[i])
+			}
+			documented = append(documented, strings.Join(cells[1:5], ";"))
+		}
+	}
+	for _, r := range rules {
+		want = append(want, fmt.Sprintf("`%s`;%s;%s;%s", r.id, r.ietf, r.stripe, r.paidonce))
+		for _, profile := range Profiles {
+			if level, source := r.in(profile); level != levelNone && source == "" {
+				t.Errorf("%s has no source in %s", r.id, profile)
+			}
+		}
+	}
+	if !slices.Equal(documented, want) {
+		t.Errorf("docs/idemctl.md has the rules\n%s\nwant\n%s", strings.Join(documented, "\n"), strings.Join(want, "\n"))
+	}
+	for _, limit := range []string{fmt.Sprintf("%d requests at most", RequestsMax), fmt.Sprintf("average %d a second", RequestsPerSecondMax), fmt.Sprintf("%v seconds at most", TimeMax.Seconds())} {
+		if !strings.Contains(strings.Join(strings.Fields(string(text)), " "), limit) {
+			t.Errorf("docs/idemctl.md does not say %q", limit)
+		}
+	}
+}
+
+// An answer over the limit counts as none.
+func TestAnswerBytesMax(t *testing.T) {
+	t.Parallel()
+	for size, fits := range map[int]bool{answerBytesMax: true, answerBytesMax + 1: false} {
+		server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { _, _ = w.Write(make([]byte, size)) }))
+		t.Cleanup(server.Close)
+		u, err := url.Parse(server.URL)
+		if err != nil {
+			t.Fatal(err)
+		}
+		a, err := (&client{left: 1}).send(t.Context(), &request{method: http.MethodGet, url: u})
+		if err != nil || (a.err == nil) != fits || a.ok() != fits {
+			t.Errorf("%d bytes: %v, %v", size, a, err)
+		}
+	}
+}
+
+// Copies are sent together, and count one by one for the rate and the number of requests.
+func TestPace(t *testing.T) {
+	t.Parallel()
+	c := &client{interval: time.Millisecond, left: 10}
+	begun := time.Now()
+	for _, n := range []int{1, 8, 1} {
+		if err := c.pace(t.Context(), n); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if took := time.Since(begun); took < 9*time.Millisecond {
+		t.Errorf("ten requests at 1 ms each were let through after %v", took)
+	}
+	if err := c.pace(t.Context(), 1); err == nil {
+		t.Error("an eleventh request of ten is let through")
 	}
 }
