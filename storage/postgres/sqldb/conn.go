@@ -274,21 +274,19 @@ type nestedTx struct {
 	ctx  context.Context
 }
 
-func (t *nestedTx) Commit() error {
+func (t *nestedTx) Commit() error { return t.end((*sealed.Tx).Commit) }
+
+func (t *nestedTx) Rollback() error { return t.end((*sealed.Tx).Rollback) }
+
+// endTimeout bounds the end of a sql.Tx, which may come because its context has ended.
+const endTimeout = 2 * time.Second
+
+func (t *nestedTx) end(end func(*sealed.Tx, context.Context) error) error {
 	tx := t.conn.tx
 	t.conn.tx = nil
-	return tx.Commit(t.ctx)
-}
-
-// rollbackTimeout bounds the ROLLBACK of a sql.Tx, which may come because its context has ended.
-const rollbackTimeout = 2 * time.Second
-
-func (t *nestedTx) Rollback() error {
-	tx := t.conn.tx
-	t.conn.tx = nil
-	ctx, cancel := context.WithTimeout(context.WithoutCancel(t.ctx), rollbackTimeout)
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(t.ctx), endTimeout)
 	defer cancel()
-	return tx.Rollback(ctx)
+	return end(tx, ctx)
 }
 
 // outsideTx is a sql.Tx on a connection of the pool.

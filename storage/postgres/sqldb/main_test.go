@@ -6,6 +6,7 @@ import (
 	"strings"
 	"testing"
 
+	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgxpool"
 
 	"github.com/paidonce/idempotency"
@@ -25,9 +26,19 @@ type testBundle struct {
 
 func setup(t *testing.T, opts *sqldb.Options, poolMax int32) *testBundle {
 	t.Helper()
+	return setupMode(t, opts, poolMax, pgx.QueryExecModeCacheStatement)
+}
+
+// modes are the modes of pgx in which SQL is sent.
+var modes = []pgx.QueryExecMode{
+	pgx.QueryExecModeCacheStatement, pgx.QueryExecModeCacheDescribe, pgx.QueryExecModeDescribeExec, pgx.QueryExecModeExec, pgx.QueryExecModeSimpleProtocol,
+}
+
+func setupMode(t *testing.T, opts *sqldb.Options, poolMax int32, mode pgx.QueryExecMode) *testBundle {
+	t.Helper()
 	b := &testBundle{}
 	b.Service = testservice.New(t, &postgres.Options{PoolConfig: func(config *pgxpool.Config) {
-		config.MaxConns = poolMax
+		config.MaxConns, config.ConnConfig.DefaultQueryExecMode = poolMax, mode
 		b.trips = testservice.CountRoundTrips(config)
 	}})
 	b.db = sqldb.Open(b.Store, opts)

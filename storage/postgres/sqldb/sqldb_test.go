@@ -137,7 +137,15 @@ func TestRoundTripsAreThoseOfPgx(t *testing.T) {
 // text and on later ones, which travel with their SAVEPOINT.
 func TestNestedTransactionsAreSavepoints(t *testing.T) {
 	t.Parallel()
-	b := setup(t, nil, 1)
+	for _, mode := range modes {
+		t.Run(mode.String(), func(t *testing.T) {
+			t.Parallel()
+			nestedTransactions(t, setupMode(t, nil, 1, mode))
+		})
+	}
+}
+
+func nestedTransactions(t *testing.T, b *testBundle) {
 	want := ""
 	for run := range 3 {
 		b.want(t, b.do(t, fmt.Sprint(run), func(ctx context.Context) int {
@@ -386,6 +394,7 @@ func TestPoolOutsideOfHandlers(t *testing.T) {
 	must(t, tx.Commit())
 	idle()
 
+	var kept context.Context
 	b.want(t, b.do(t, "declined", func(ctx context.Context) int {
 		write(ctx, t, b.db, "undone")
 		write(context.Background(), t, b.db, "escaped")
@@ -395,8 +404,12 @@ func TestPoolOutsideOfHandlers(t *testing.T) {
 			t.Errorf("a handler's call on a sql.Tx from outside: %v", err)
 		}
 		must(t, tx.Rollback())
+		kept = ctx
 		return 402
 	}), idempotency.OutcomeExecuted)
+	if _, err := b.db.ExecContext(context.WithoutCancel(kept), insert, "late"); !errors.Is(err, postgres.ErrSealed) {
+		t.Errorf("a call after the handler: %v", err)
+	}
 	idle()
 	b.wantNames(t, "outside escaped")
 }
@@ -405,7 +418,15 @@ func TestPoolOutsideOfHandlers(t *testing.T) {
 // SAVEPOINT on later ones.
 func TestValuesAreThoseOfPgxsDriver(t *testing.T) {
 	t.Parallel()
-	b := setup(t, &sqldb.Options{Pool: true}, 2)
+	for _, mode := range modes {
+		t.Run(mode.String(), func(t *testing.T) {
+			t.Parallel()
+			values(t, setupMode(t, &sqldb.Options{Pool: true}, 2, mode), mode)
+		})
+	}
+}
+
+func values(t *testing.T, b *testBundle, mode pgx.QueryExecMode) {
 	b.Exec(t, "CREATE TYPE mood AS ENUM ('good'); CREATE TYPE pair AS (a int, b text)")
 	var scalars, others []string
 	for _, column := range []string{
@@ -474,7 +495,7 @@ func TestValuesAreThoseOfPgxsDriver(t *testing.T) {
 						t.Errorf("%s: type %s, want %s", column, types[i], wantedTypes[i])
 					}
 				}
-				if together := name == "scalars"; run == 2 && (trips == 1) != together {
+				if together := name == "scalars"; mode == pgx.QueryExecModeCacheStatement && run == 2 && (trips == 1) != together {
 					t.Errorf("%s: %d round trips", name, trips)
 				}
 			}

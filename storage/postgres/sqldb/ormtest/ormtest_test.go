@@ -33,6 +33,7 @@ import (
 	"github.com/paidonce/idempotency/storage/postgres/sqldb"
 	"github.com/paidonce/idempotency/storage/postgres/sqldb/ormtest/internal/effects"
 	"github.com/paidonce/idempotency/storage/postgres/sqldb/ormtest/internal/ent"
+	"github.com/paidonce/idempotency/storage/postgres/sqldb/ormtest/internal/ent/effect"
 )
 
 func TestMain(m *testing.M) {
@@ -47,6 +48,8 @@ type steps struct {
 	// nest inserts name in a transaction that is committed, and before its end name+"-undone" in one
 	// that is rolled back: inside of the first if the library nests them, else before it.
 	nest func(ctx context.Context, name string) error
+	// names returns the names of the rows that have this one.
+	names func(ctx context.Context, name string) ([]string, error)
 	// caught inserts a row with the id 1, which is there, in a transaction, and returns the error.
 	caught func(ctx context.Context) error
 }
@@ -103,6 +106,29 @@ func in(ctx context.Context, db *sql.DB, f func(tx *sql.Tx) error) error {
 	return tx.Commit()
 }
 
+// names reads names as applications do without a library.
+func names(ctx context.Context, db *sql.DB, name string) (names []string, err error) {
+	rows, err := db.QueryContext(ctx, "SELECT name FROM effects WHERE name = $1", name)
+	if err != nil {
+		return nil, err
+	}
+	defer func() { err = errors.Join(err, rows.Close()) }()
+	for rows.Next() {
+		names = append(names, "")
+		if err := rows.Scan(&names[len(names)-1]); err != nil {
+			return nil, err
+		}
+	}
+	return names, rows.Err()
+}
+
+func namesOf(effects []Effect) (names []string) {
+	for _, e := range effects {
+		names = append(names, e.Name)
+	}
+	return names
+}
+
 // libraries are all opened on one *sql.DB, outside of any handler.
 var libraries = map[string]func(t *testing.T, db *sql.DB) steps{
 	"database-sql": func(_ *testing.T, db *sql.DB) steps {
@@ -124,6 +150,7 @@ var libraries = map[string]func(t *testing.T, db *sql.DB) steps{
 					return err
 				})
 			},
+			names: func(ctx context.Context, name string) ([]string, error) { return names(ctx, db, name) },
 			caught: func(ctx context.Context) error {
 				return in(ctx, db, func(tx *sql.Tx) error {
 					_, err := tx.ExecContext(ctx, "INSERT INTO effects (id) VALUES ($1)", 1)
@@ -154,6 +181,11 @@ var libraries = map[string]func(t *testing.T, db *sql.DB) steps{
 					}
 				}
 				return nil
+			},
+			names: func(ctx context.Context, name string) (names []string, err error) {
+				var effects []Effect
+				err = db.SelectContext(ctx, &effects, "SELECT id, name FROM effects WHERE name = $1", name)
+				return namesOf(effects), err
 			},
 			caught: func(ctx context.Context) error {
 				tx := db.MustBeginTx(ctx, nil)
@@ -190,6 +222,9 @@ var libraries = map[string]func(t *testing.T, db *sql.DB) steps{
 				}
 				return inTx(ctx, func(tx *ent.Tx) error { return tx.Effect.Create().SetName(name).Exec(ctx) })
 			},
+			names: func(ctx context.Context, name string) ([]string, error) {
+				return client.Effect.Query().Where(effect.Name(name)).Select(effect.FieldName).Strings(ctx)
+			},
 			caught: func(ctx context.Context) error {
 				return inTx(ctx, func(tx *ent.Tx) error {
 					return tx.Effect.Create().SetID(1).SetName("").Exec(ctx)
@@ -216,6 +251,11 @@ var libraries = map[string]func(t *testing.T, db *sql.DB) steps{
 					_, err = tx.NewInsert().Model(&Effect{Name: name}).Exec(ctx)
 					return err
 				})
+			},
+			names: func(ctx context.Context, name string) ([]string, error) {
+				var effects []Effect
+				err := db.NewSelect().Model(&effects).Where("name = ?", name).Scan(ctx)
+				return namesOf(effects), err
 			},
 			caught: func(ctx context.Context) error {
 				return db.RunInTx(ctx, nil, func(ctx context.Context, tx bun.Tx) error {
@@ -246,6 +286,11 @@ var libraries = map[string]func(t *testing.T, db *sql.DB) steps{
 					_, err := create(name).ExecContext(ctx, tx)
 					return err
 				})
+			},
+			names: func(ctx context.Context, value string) ([]string, error) {
+				var names []string
+				err := jet.SELECT(name).FROM(table).WHERE(name.EQ(jet.String(value))).QueryContext(ctx, db, &names)
+				return names, err
 			},
 			caught: func(ctx context.Context) error {
 				return in(ctx, db, func(tx *sql.Tx) error {
@@ -280,6 +325,7 @@ var libraries = map[string]func(t *testing.T, db *sql.DB) steps{
 					return err
 				})
 			},
+			names: func(ctx context.Context, name string) ([]string, error) { return names(ctx, db, name) },
 			caught: func(ctx context.Context) error {
 				return in(ctx, db, func(tx *sql.Tx) error {
 					_, err := tx.ExecContext(ctx, "INSERT INTO effects (id) VALUES ($1)", 1)
@@ -309,6 +355,11 @@ func gormSteps(config gorm.Config) func(t *testing.T, db *sql.DB) steps {
 					}
 					return tx.Create(&Effect{Name: name}).Error
 				})
+			},
+			names: func(ctx context.Context, name string) ([]string, error) {
+				var effects []Effect
+				err := db.WithContext(ctx).Find(&effects, "name = ?", name).Error
+				return namesOf(effects), err
 			},
 			caught: func(ctx context.Context) error {
 				create := func(tx *gorm.DB) error { return tx.Create(&Effect{ID: 1}).Error }
@@ -380,6 +431,9 @@ func TestRowsAgreeWithTheAnswer(t *testing.T) {
 						}
 						if err := library.nest(ctx, key+"-nest"); err != nil {
 							t.Error(err)
+						}
+						if got, err := library.names(ctx, key+"-nest"); err != nil || fmt.Sprint(got) != "["+key+"-nest]" {
+							t.Errorf("the handler reads %q: %v", got, err)
 						}
 						if err := library.caught(ctx); err == nil {
 							t.Error("a row with the id 1 was inserted again")
