@@ -25,9 +25,9 @@
 //
 // # What differs from another *sql.DB
 //
-// A handler has one connection, for one goroutine at a time. [postgres.ErrBusy] is returned to a call
-// on the *sql.DB while a sql.Tx of the handler is open, and to one while rows are open. A sql.Tx or
-// rows that are open when the handler returns fail the request.
+// A handler has one connection, for one goroutine at a time. A call on the *sql.DB while a sql.Tx of
+// the handler is open, and any call while rows are open, gets [postgres.ErrBusy]. A sql.Tx or rows
+// that are open when the handler returns fail the request.
 //
 // COMMIT, ROLLBACK and several statements in one string are refused, with [postgres.ErrSealed].
 // BeginTx refuses ReadOnly, and a level above the store's. PrepareContext sends nothing: an error in

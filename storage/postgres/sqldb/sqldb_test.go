@@ -428,19 +428,14 @@ func TestValuesAreThoseOfPgxsDriver(t *testing.T) {
 
 func values(t *testing.T, b *testBundle, mode pgx.QueryExecMode) {
 	b.Exec(t, "CREATE TYPE mood AS ENUM ('good'); CREATE TYPE pair AS (a int, b text)")
-	var scalars, others []string
-	for _, column := range []string{
+	scalars := []string{
 		"true", "1::int2", "2::int4", "3::int8", "4::oid", "1.5::float4", "2.5::float8", "'NaN'::float8", `'\x00ff'::bytea`, "'text'", "'v'::varchar(10)", "'c'::char(3)", "'n'::name",
 		"date '2026-02-03'", "date 'infinity'", "timestamp '2026-02-03 04:05:06.789'", "timestamptz '2026-02-03 04:05:06.789Z'", "'{\"a\": 1}'::json", "'{\"a\": 1}'::jsonb", "'<a/>'::xml",
 		"'6ba7b810-9dad-11d1-80b4-00c04fd430c8'::uuid", "'good'::mood", "NULL::int8", "NULL::bytea", "''::text", "''::bytea",
-	} {
-		scalars = append(scalars, column)
 	}
-	for _, column := range []string{
+	others := []string{
 		"1.50::numeric", "0.00::numeric(10,2)", "interval '1 day 2 hours'", "ARRAY[1,2,NULL]", "ARRAY['a','b c']", "'{{1,2},{3,4}}'::int[]", "int4range(1, 5)", "inet '10.0.0.1'",
 		"(1, 'x')::pair", "time '04:05:06'", "'(1,2)'::point", "'a'::\"char\"", "B'101'", "money '1.50'",
-	} {
-		others = append(others, column)
 	}
 	read := func(ctx context.Context, on interface {
 		QueryContext(context.Context, string, ...any) (*sql.Rows, error)
