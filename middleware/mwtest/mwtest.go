@@ -67,6 +67,10 @@ type Features struct {
 
 	// NoLocation: a handler can't set the header Location.
 	NoLocation bool
+
+	// AlwaysAnswers: a handler can't return without an answer, because the framework makes one of
+	// whatever it returns.
+	AlwaysAnswers bool
 }
 
 // Prefix is the beginning of the path of the route to mount, for POST. One more segment follows: the
@@ -208,6 +212,7 @@ const (
 	stream
 	hijack
 	statusOnly
+	noAnswer
 )
 
 // lacks returns the name of the feature that the framework lacks, or "".
@@ -221,6 +226,8 @@ func (f Features) lacks(n need) string {
 		return "NoHijack"
 	case n == statusOnly && f.NoStatusOnly:
 		return "NoStatusOnly"
+	case n == noAnswer && f.AlwaysAnswers:
+		return "AlwaysAnswers"
 	}
 	return ""
 }

@@ -1,0 +1,5 @@
+// Package paymentapi has the service of the recipe for oapi-codegen, generated from payment.yaml.
+// Requires oapi-codegen v2.
+package paymentapi
+
+//go:generate oapi-codegen --config=config.yaml payment.yaml
