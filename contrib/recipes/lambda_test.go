@@ -59,7 +59,9 @@ func apiGateway(function lambdaFunc, timeout time.Duration) http.Handler {
 			return
 		}
 		for name, values := range answer.MultiValueHeaders {
-			w.Header()[name] = values
+			if name != "Content-Type" || answer.Body != "" { // httpadapter says text/plain of no body
+				w.Header()[name] = values
+			}
 		}
 		w.WriteHeader(answer.StatusCode)
 		_, _ = io.WriteString(w, answer.Body)
@@ -84,18 +86,18 @@ func TestLambdaEndsInTime(t *testing.T) {
 		handlers, _ = r.Context().Deadline()
 		w.WriteHeader(http.StatusNoContent)
 	}))
-	const timeout = 3 * time.Second
+	const timeout = 8 * time.Second // by default the handler alone has 10
 	frozen := time.Now().Add(timeout)
 	ctx, cancel := context.WithDeadline(t.Context(), frozen)
 	defer cancel()
 	answer, err := function(ctx, events.APIGatewayProxyRequest{
 		HTTPMethod: http.MethodPost, Path: "/payments/acme", Headers: map[string]string{"Idempotency-Key": "key-1"},
 	})
-	if err != nil || answer.StatusCode != http.StatusNoContent && answer.StatusCode != http.StatusServiceUnavailable {
+	if err != nil || answer.StatusCode != http.StatusNoContent {
 		t.Fatalf("%+v, %v", answer, err)
 	}
-	if after := frozen.Sub(handlers); after < timeout/2 {
-		t.Errorf("the handler's deadline is %v before Lambda's, want at least %v", after, timeout/2)
+	if !handlers.Before(frozen) {
+		t.Errorf("the handler's deadline is %v after Lambda's", handlers.Sub(frozen))
 	}
 	endInTime(ctx, s.Middleware).With(func(o *middleware.Options) {
 		if sum := o.Timeouts.Handler + o.Timeouts.Commit + o.Timeouts.Resolve + o.Timeouts.Rollback; sum > timeout {
