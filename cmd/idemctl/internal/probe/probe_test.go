@@ -10,6 +10,7 @@ import (
 	"net/url"
 	"slices"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -279,6 +280,32 @@ func TestWhatCanNotBeJudged(t *testing.T) {
 			},
 			unjudged: []string{"first-one-effect", "replay-one-effect", "replay-at-once", "mismatch-no-effect", "key-case-sensitive", "key-scoped", "copies-one-effect", "cut-one-effect"},
 			says:     "--effects-url",
+		},
+		"all but the first are declined": {
+			wrap: func(next http.Handler) http.Handler {
+				var mu sync.Mutex
+				var paid []string
+				return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+					// What is no key is refused by next.
+					if key := r.Header.Values("Idempotency-Key"); len(key) == 1 && len(key[0]) > 2 && len(key[0]) < 255 {
+						mu.Lock()
+						if len(paid) < 2 {
+							paid = append(paid, key[0])
+						}
+						declined := !slices.Contains(paid, key[0])
+						mu.Unlock()
+						if !declined {
+							next.ServeHTTP(w, r)
+							return
+						}
+						http.Error(w, "no money is left", http.StatusPaymentRequired)
+						return
+					}
+					next.ServeHTTP(w, r)
+				})
+			},
+			unjudged: []string{"replay-at-once", "no-409-after-answer", "mismatch-refused", "mismatch-no-effect", "mismatch-keeps-answer", "key-case-sensitive", "key-scoped", "copies-one-effect", "copies-answer", "cut-one-effect", "cut-answered"},
+			says:     "answered with 402",
 		},
 		"everything is refused": {
 			wrap: func(http.Handler) http.Handler {
