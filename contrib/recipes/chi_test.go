@@ -26,6 +26,16 @@ func TestChi(t *testing.T) {
 	})
 }
 
+// With the whole router inside, chi routes each run again.
+func TestChiInside(t *testing.T) {
+	t.Parallel()
+	mwtest.Run(t, noErrors, func(s *mwtest.Service) string {
+		router := chi.NewRouter()
+		router.Method("POST", mwtest.Prefix+"{do}", s.Handler)
+		return s.Serve(s.Middleware.Handler(router))
+	})
+}
+
 // Without chiroute.State a handler can't run again: its request is refused, and leaves nothing.
 func TestChiWithoutRouterState(t *testing.T) {
 	t.Parallel()

@@ -15,7 +15,9 @@ import (
 	"github.com/paidonce/idempotency/middleware/mwtest"
 )
 
-// lambdaFunction is for lambda.Start.
+// lambdaFunc is for lambda.Start.
+type lambdaFunc = func(ctx context.Context, event events.APIGatewayProxyRequest) (events.APIGatewayProxyResponse, error)
+
 func lambdaFunction(idem *middleware.Middleware, pay http.Handler) lambdaFunc {
 	mux := http.NewServeMux()
 	mux.HandleFunc("POST /payments/{account}", func(w http.ResponseWriter, r *http.Request) {
@@ -36,8 +38,6 @@ func endInTime(ctx context.Context, idem *middleware.Middleware) *middleware.Mid
 		o.Timeouts = idempotency.Timeouts{Handler: left / 2, Commit: left / 8, Resolve: left / 8, Rollback: left / 8}
 	})
 }
-
-type lambdaFunc = func(ctx context.Context, event events.APIGatewayProxyRequest) (events.APIGatewayProxyResponse, error)
 
 // apiGateway is the HTTP side of a Lambda function. As Lambda, it lets the function run on if the
 // client leaves.
