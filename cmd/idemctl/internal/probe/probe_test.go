@@ -453,7 +453,7 @@ func TestCredentialsAreMasked(t *testing.T) {
 		if strings.Contains(output, "canary") {
 			t.Errorf("the %s shows a credential:\n%s", name, output)
 		}
-		for _, want := range []string{"Authorization: $AUTHORIZATION", "X-Api-Key: $X_API_KEY", "$OTHER_AUTHORIZATION", "Prefer: wait=1"} {
+		for _, want := range []string{`-H "Authorization: $AUTHORIZATION"`, `-H "X-Api-Key: $X_API_KEY"`, `-H "Authorization: $OTHER_AUTHORIZATION"`, "-H 'Prefer: wait=1'"} {
 			if name == "text" && !strings.Contains(output, want) {
 				t.Errorf("the %s has no %q:\n%s", name, want, output)
 			}

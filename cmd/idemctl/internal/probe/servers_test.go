@@ -208,7 +208,11 @@ func (s *server) first(w http.ResponseWriter, r *http.Request, name string, rec 
 // comes first, that one is cut off later, by its own timeout.
 func (s *server) cut(ctx context.Context, name string, rec *record) {
 	s.await(ctx, func() bool { return false })
-	switch s.fault {
+	f := s.fault
+	if ctx.Err() == nil { // it was not
+		f = nothing
+	}
+	switch f {
 	case cutLosesEffect:
 		s.execute(rec)
 		s.effects--
