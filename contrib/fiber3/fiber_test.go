@@ -11,6 +11,7 @@ import (
 	"net/http"
 	"net/http/httptest"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"testing"
 
@@ -79,14 +80,47 @@ func serve(t interface {
 	if err != nil {
 		t.Fatalf("listen: %v", err)
 	}
+	server := &conns{Listener: listener}
 	ended := make(chan error, 1)
-	go func() { ended <- app.Listener(listener, fiber.ListenConfig{DisableStartupMessage: true}) }()
+	go func() { ended <- app.Listener(server, fiber.ListenConfig{DisableStartupMessage: true}) }()
 	t.Cleanup(func() {
+		server.closeAll()
 		_ = app.Shutdown()
-		_ = listener.Close()
 		<-ended
 	})
 	return "http://" + listener.Addr().String()
+}
+
+// conns is a listener that closes its conns: fasthttp waits for those that sent no request yet.
+type conns struct {
+	net.Listener
+	mu     sync.Mutex
+	open   []net.Conn
+	closed bool
+}
+
+func (l *conns) Accept() (net.Conn, error) {
+	conn, err := l.Listener.Accept()
+	if err != nil {
+		return nil, err
+	}
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.closed {
+		_ = conn.Close()
+	}
+	l.open = append(l.open, conn)
+	return conn, nil
+}
+
+func (l *conns) closeAll() {
+	_ = l.Listener.Close()
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.closed = true
+	for _, conn := range l.open {
+		_ = conn.Close()
+	}
 }
 
 func TestConformance(t *testing.T) {

@@ -88,7 +88,7 @@ func TestConformance(t *testing.T) {
 // The whole router inside needs no adapter.
 func TestWholeRouterInside(t *testing.T) {
 	t.Parallel()
-	mwtest.Run(t, mwtest.Features{NoReturnedErrors: true, NoHijack: true, NoStream: true}, func(s *mwtest.Service) string {
+	mwtest.Run(t, mwtest.Features{NoReturnedErrors: true, NoHijack: true, NoStream: true, AlwaysAnswers: true}, func(s *mwtest.Service) string {
 		router := gin.New()
 		router.POST(route, handler(s))
 		return s.Serve(s.Middleware.Handler(router))
