@@ -5,13 +5,13 @@ go 1.26.0
 require (
 	github.com/aws/aws-lambda-go v1.47.0
 	github.com/awslabs/aws-lambda-go-api-proxy v0.16.2
-	github.com/danielgtaylor/huma/v2 v2.37.2
+	github.com/danielgtaylor/huma/v2 v2.34.1
 	github.com/go-chi/chi/v5 v5.3.0
 	github.com/gorilla/mux v1.8.1
 	github.com/grpc-ecosystem/grpc-gateway/v2 v2.27.3
 	github.com/julienschmidt/httprouter v1.3.0
-	github.com/klauspost/compress v1.18.4
-	github.com/oapi-codegen/runtime v1.8.0
+	github.com/klauspost/compress v1.18.3
+	github.com/oapi-codegen/runtime v1.1.1
 	github.com/paidonce/idempotency v0.0.0-00010101000000-000000000000
 	github.com/rs/cors v1.11.1
 	go.opentelemetry.io/contrib/instrumentation/net/http/otelhttp v0.61.0
