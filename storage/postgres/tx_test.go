@@ -705,7 +705,12 @@ func TestGoroutineLeftBehindCannotTouchTheCommit(t *testing.T) {
 					return 201
 				})
 				stopped.Store(true)
-				<-done
+				select {
+				case <-began:
+					<-done
+				default: // the handler did not run
+					t.Fatal(result.Err)
+				}
 				if result.Outcome == idempotency.OutcomeUnknown {
 					t.Errorf("outcome %q: %v", result.Outcome, result.Err)
 				}
