@@ -676,7 +676,7 @@ func TestTransactionIsSealedWhenTheHandlerReturned(t *testing.T) {
 // it ends.
 func TestGoroutineLeftBehindCannotTouchTheCommit(t *testing.T) {
 	t.Parallel()
-	b := setup(t, nil)
+	b := setup(t, &setupOptions{store: &postgres.Options{AcquireTimeout: time.Minute}}) // the machine may be loaded
 	for _, c := range []struct {
 		name string
 		sql  string
