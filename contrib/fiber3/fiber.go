@@ -18,6 +18,7 @@ import (
 	"net/http"
 	"net/url"
 	"reflect"
+	"strings"
 
 	"github.com/gofiber/fiber/v3"
 	"github.com/valyala/fasthttp"
@@ -146,6 +147,7 @@ func addHeaders(to http.Header, from interface {
 type state struct {
 	c        fiber.Ctx
 	saved    reflect.Value // all fields: the position in the chain is not exported
+	path     string        // its bytes are Fiber's, which c.Path writes over
 	header   fasthttp.RequestHeader
 	uri      fasthttp.URI
 	response fasthttp.Response
@@ -154,7 +156,7 @@ type state struct {
 
 func snapshot(c fiber.Ctx) *state {
 	all := reflect.ValueOf(c).Elem()
-	s := &state{c: c, saved: reflect.New(all.Type()).Elem(), values: map[any]any{}}
+	s := &state{c: c, saved: reflect.New(all.Type()).Elem(), path: strings.Clone(c.Path()), values: map[any]any{}}
 	s.saved.Set(all)
 	c.Request().Header.CopyTo(&s.header)
 	c.Request().URI().CopyTo(&s.uri)
@@ -166,6 +168,7 @@ func snapshot(c fiber.Ctx) *state {
 // Restore implements middleware.RouterState.
 func (s *state) Restore(ctx context.Context) context.Context {
 	reflect.ValueOf(s.c).Elem().Set(s.saved)
+	s.c.Path(s.path)
 	s.header.CopyTo(&s.c.Request().Header)
 	s.uri.CopyTo(s.c.Request().URI())
 	s.restoreResponse()

@@ -39,7 +39,8 @@ const route = mwtest.Prefix + ":do"
 // handler is the suite's handler in Fiber. It changes all that a second run must find as it was.
 func handler(s *mwtest.Service) fiber.Handler {
 	return func(c fiber.Ctx) error {
-		if c.Locals("run") != nil || c.Locals("outside") == "changed" || c.Get("Content-Type") != "application/json" || c.GetRespHeader("Run") != "" {
+		if c.Locals("run") != nil || c.Locals("outside") == "changed" || c.Get("Content-Type") != "application/json" || c.GetRespHeader("Run") != "" ||
+			!strings.HasPrefix(c.Path(), mwtest.Prefix) || !strings.HasPrefix(string(c.Request().URI().Path()), mwtest.Prefix) || c.Query("changed") != "" {
 			return errors.New("something of an earlier run is left")
 		}
 		body := string(c.Body())
@@ -47,6 +48,8 @@ func handler(s *mwtest.Service) fiber.Handler {
 		c.Locals("run", true)
 		c.Locals("outside", "changed")
 		c.Set("Run", "1")
+		c.Path("/changed/path")
+		c.Request().URI().SetQueryString("changed=1")
 		c.Request().Header.Set("Content-Type", "text/plain")
 		c.Request().SetBodyString("changed")
 		switch probe.Do {
