@@ -371,7 +371,8 @@ func TestStopEndsTheBatchUnderWay(t *testing.T) {
 	}
 }
 
-// A batch ends at its limits; a message that is larger than all of Bytes still leaves, alone.
+// A batch ends at its limits. A message that is larger than all of Bytes is published too, by
+// itself.
 func TestBatchesAreBounded(t *testing.T) {
 	t.Parallel()
 	s := testservice.New(t, nil)
