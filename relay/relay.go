@@ -73,9 +73,9 @@ type Drained struct {
 
 // Options tune a [Relay]. Nil and the zero value are the defaults.
 type Options struct {
-	// Interval is the mean pause between two looks for messages. Those that a handler of this
-	// process commits with its answer need no look: they are published at once. Each pause is
-	// random, from half to one and a half of Interval. Defaults to 200 milliseconds.
+	// Interval is the mean pause between two looks for messages of other processes. Those that a
+	// handler of this process publishes are found at once. Each pause is random, from half to one
+	// and a half of Interval. Defaults to 200 milliseconds.
 	Interval time.Duration
 
 	// AtOnce is the maximum number of shards that are drained at the same time, each on a
