@@ -17,8 +17,8 @@ import (
 var sourceCases = []aCase{
 	{"consume/messages arrive as they were", "key, id, headers and body are as they were published; partition, offset and time are set", sourceNeeds(), receivedAsTheyWere},
 	{"consume/order per key", "messages with one topic and key are delivered in their order, each once while nothing fails", sourceNeeds(), receivedInOrder},
-	{"consume/begin at the receiver's offset", "a partition begins at the offset that Assigned returns, whatever was consumed before; so a restore of the database rewinds the source (27)", sourceNeeds(), beginsAtTheOffset},
-	{"consume/several consumers", "each consumer gets every message, whatever another one has settled (17)", sourceNeeds(), severalConsumers},
+	{"consume/begin at the receiver's offset", "a partition begins at the offset that Assigned returns, whatever was consumed before; so a restore of the database rewinds the source", sourceNeeds(), beginsAtTheOffset},
+	{"consume/several consumers", "each consumer gets every message, whatever another one has settled", sourceNeeds(), severalConsumers},
 	{"consume/not settled", "messages that are not settled are delivered again after the pause, and none behind them meanwhile", sourceNeeds(), notSettled},
 	{"consume/pause of one partition", "a partition that is paused for long holds no other up, and goes on by itself", sourceNeeds(), onePaused},
 	{"consume/position unknown", "if Assigned fails, it is asked again, and nothing is delivered meanwhile", sourceNeeds(), positionUnknown},
@@ -26,15 +26,15 @@ var sourceCases = []aCase{
 	{"consume/outage", "an outage of the broker is no error, and what was not settled comes again", sourceNeeds(hasSourceNetwork), sourceOutage},
 	{"consume/restart", "a restart of the broker is no error", sourceNeeds(func(_ Features, h *Harness) bool { return h.Restart != nil }), sourceRestart},
 	{"consume/members come and go", "each partition is with one member at a time; each message is settled once, in its order", sourceNeeds(hasGroups), membersComeAndGo},
-	{"consume/handed over", "a partition that is taken away waits for the call under way, begins no other with what is buffered, and goes to another member (15)", sourceNeeds(hasGroups), handedOver},
+	{"consume/handed over", "a partition that is taken away waits for the call under way, begins no other with what is buffered, and goes to another member", sourceNeeds(hasGroups), handedOver},
 	{"consume/call too long", "a call in a partition that is taken away ends with its context before another member has the partition", sourceNeeds(hasGroups, func(_ Features, h *Harness) bool { return h.Rebalance > 0 }), callTooLong},
-	{"consume/slow call", "a call that takes longer than a session keeps its partition, and its messages are settled once (26)", sourceNeeds(hasGroups), slowCall},
-	{"consume/zombie", "a member that was paused past its session settles nothing twice, and drops what it buffered (14, 15, 16)", sourceNeeds(hasGroups, hasSourceNetwork), zombie},
-	{"consume/trimmed", "messages that the broker deleted unread end the source with ErrTrimmed and their number (24)", sourceNeeds(canTrim), trimmed},
-	{"consume/trimmed behind what is fetched", "messages that were fetched before the ones behind them were deleted are settled, and then the source ends with ErrTrimmed (24)", sourceNeeds(canTrim, hasSourceNetwork), trimmedBehind},
+	{"consume/slow call", "a call that takes longer than a session keeps its partition, and its messages are settled once", sourceNeeds(hasGroups), slowCall},
+	{"consume/zombie", "a member that was paused past its session settles nothing twice, and drops what it buffered", sourceNeeds(hasGroups, hasSourceNetwork), zombie},
+	{"consume/trimmed", "messages that the broker deleted unread end the source with ErrTrimmed and their number", sourceNeeds(canTrim), trimmed},
+	{"consume/trimmed behind what is fetched", "messages that were fetched before the ones behind them were deleted are settled, and then the source ends with ErrTrimmed", sourceNeeds(canTrim, hasSourceNetwork), trimmedBehind},
 	{"consume/trimmed before the first message", "a partition without a position begins with the oldest message that is left", sourceNeeds(canTrim), trimmedBefore},
-	{"consume/recreated while away", "a topic that was deleted and recreated has another incarnation, and ends the source if the receiver says so (24)", sourceNeeds(canRecreate), recreatedAway},
-	{"consume/recreated meanwhile", "a topic that is recreated while it is consumed ends the source too; nothing of it is settled (24)", sourceNeeds(canRecreate), recreatedMeanwhile},
+	{"consume/recreated while away", "a topic that was deleted and recreated has another incarnation, and ends the source if the receiver says so", sourceNeeds(canRecreate), recreatedAway},
+	{"consume/recreated meanwhile", "a topic that is recreated while it is consumed ends the source too; nothing of it is settled", sourceNeeds(canRecreate), recreatedMeanwhile},
 }
 
 func hasGroups(f Features, h *Harness) bool { return !f.NoGroups && h.Session > 0 }

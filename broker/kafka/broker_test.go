@@ -166,7 +166,7 @@ func (b *broker) assigned(t *testing.T, group string) (partitions []int) {
 	return partitions
 }
 
-// Says which broker the other tests run on, and that it is the one that is wanted.
+// It logs the broker on which the other tests run, and checks that it is the wanted one.
 func TestBrokerIsApacheKafka(t *testing.T) {
 	t.Parallel()
 	if os.Getenv(kafkaserver.JarsVariable) == "" {

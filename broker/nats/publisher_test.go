@@ -64,7 +64,7 @@ func TestPartitionsOfKeysNeverChange(t *testing.T) {
 	}
 }
 
-// Modes 6 and 8: a relay that died between the confirmation and the deletion publishes a message
+// A relay that died between the confirmation and the deletion publishes a message
 // again, under the id that it had. The server drops the copy, and confirms it: it must not count as
 // failed.
 func TestCopiesWithinTheWindowAreConfirmedAndCounted(t *testing.T) {
@@ -87,7 +87,7 @@ func TestCopiesWithinTheWindowAreConfirmedAndCounted(t *testing.T) {
 	}
 }
 
-// Mode 10: after the window the stream keeps a copy too. Its id is the same, so a consumer drops it:
+// After the window the stream keeps a copy too. Its id is the same, so a consumer drops it:
 // see TestEachMessageHasOneEffect.
 func TestCopiesBehindTheWindowAreKeptUnderTheirID(t *testing.T) {
 	t.Parallel()

@@ -99,8 +99,8 @@ func (r *blocking) Receive(ctx context.Context, _ consumer.Partition, _ []consum
 	return 0, 0
 }
 
-// Mode 14: a member that hears nothing ends its calls by itself, before others take its partitions.
-// When it hears again it goes on.
+// A member that gets no beats ends its calls by itself, before others take its partitions. When it
+// gets beats again it goes on.
 func TestMemberThatIsCutOffEndsItsCalls(t *testing.T) {
 	t.Parallel()
 	b := startBroker(t)

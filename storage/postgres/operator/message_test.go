@@ -88,7 +88,7 @@ func (b *messageBundle) retry(t *testing.T, until func() bool) {
 	}
 }
 
-// Mode 23: a redriven message keeps its id, and is handled once. Those behind it follow in order.
+// A redriven message keeps its id, and is handled once. Those behind it follow in order.
 func TestRedriveKeepsTheIDAndTheOrder(t *testing.T) {
 	t.Parallel()
 	b := setupMessages(t)
@@ -138,7 +138,7 @@ func TestRedriveKeepsTheIDAndTheOrder(t *testing.T) {
 	}
 }
 
-// Mode 23: if a copy was handled meanwhile, a redrive is a duplicate.
+// If a copy was handled meanwhile, a redrive is a duplicate.
 func TestRedriveOfWhatWasHandledHasNoEffect(t *testing.T) {
 	t.Parallel()
 	b := setupMessages(t)
