@@ -487,7 +487,7 @@ func (r *run) do() (settled int, pause time.Duration) {
 		_ = rollback(r.ctx, batch)
 		return r.rewound(position.Next, least)
 	}
-	end := r.end // what the commit will have done
+	end := r.end // the counts, once the batch is committed
 	failedAt, failure := anyOfThem, error(nil)
 	var together []*Delivery    // of a BatchHandler
 	behind := map[string]bool{} // topics and keys that were parked in this batch
@@ -729,7 +729,7 @@ func (r *run) blame(at int, cause error) (settled int, pause time.Duration) {
 			known.retry = time.Now().Add(20*time.Millisecond + rand.N(100*time.Millisecond<<min(known.attempts, 4)))
 		}
 	}
-	if r.options.Order == ByPartition && known.park != nil { // it stays where it is
+	if r.options.Order == ByPartition && known.park != nil { // it is not parked
 		known.park, known.retry = nil, time.Now().Add(r.backoff(known.attempts))
 		r.options.Logger.Error("idempotency: a message blocks its partition", "consumer", r.name, "source", r.p.Source, "partition", r.p.Number, "offset", d.Offset, "attempts", known.attempts)
 	}

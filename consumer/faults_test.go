@@ -20,7 +20,7 @@ import (
 	"github.com/paidonce/idempotency/storage/postgres"
 )
 
-// dying is the store of a process that will have died: it takes nothing back.
+// dying is the store of a process that is about to die: it takes nothing back.
 type dying struct{ *postgres.Inbox }
 
 func (dying) ForgiveDeath(context.Context, string, consumer.Partition) error {
@@ -102,8 +102,8 @@ func TestOrderBehindADeadMessage(t *testing.T) {
 	}
 }
 
-// With ByKey a message whose time has come waits behind a dead one too: it was parked while the order
-// was another.
+// With ByKey a message waits behind a dead one even if its time has come: it was parked while the
+// order was another.
 func TestByKeyWaitsBehindWhatAnotherOrderLeft(t *testing.T) {
 	t.Parallel()
 	b := newBed(t)
@@ -136,8 +136,8 @@ func TestByKeyWaitsBehindWhatAnotherOrderLeft(t *testing.T) {
 	}
 }
 
-// A message whose id was recorded with other content does not hold those of its key in an unordered
-// batch, and a copy of it blocks nothing.
+// If the id of a message was recorded with other content, it does not hold those of its key in an
+// unordered batch, and a copy of it blocks nothing.
 func TestMismatchBlocksNothing(t *testing.T) {
 	t.Parallel()
 	for name, c := range map[string]struct {

@@ -114,7 +114,7 @@ type OutboxKey struct{}
 // of a phase, Publish counts as a use of the transaction: no call to another service may follow.
 //
 // Publish is for one goroutine at a time, as the transaction is. It panics outside an idempotent
-// handler, and in one whose store has no outbox.
+// handler, and if the store has no outbox.
 func Publish(ctx context.Context, name string, m Message) error {
 	outbox, ok := ctx.Value(OutboxKey{}).(Outbox)
 	if !ok {

@@ -22,7 +22,7 @@ import (
 	"github.com/paidonce/idempotency/storage/postgres"
 )
 
-// recorder is a Publisher that keeps what it got. The brokers' own tests are in broker/.
+// recorder is a Publisher that keeps its messages. The brokers' own tests are in broker/.
 type recorder struct {
 	mu     sync.Mutex
 	got    []message.Message
@@ -56,7 +56,7 @@ func (p *recorder) Publish(ctx context.Context, messages []message.Message) []er
 	return results
 }
 
-// bodies returns what the broker got, in its order.
+// bodies returns the bodies that the broker got, in its order.
 func (p *recorder) bodies() string {
 	p.mu.Lock()
 	defer p.mu.Unlock()

@@ -61,7 +61,7 @@ func sourceNeeds(has ...func(Features, *Harness) bool) func(Features, *Harness) 
 
 const nameOfConsumer = "ledger"
 
-// publishNumbered publishes n messages of 12 keys, more of them with each call, and returns the keys.
+// publishNumbered publishes n messages of 12 keys, and returns the keys.
 func publishNumbered(t *testing.T, h *Harness, topic string, n int) (keys []string) {
 	t.Helper()
 	for i := range 12 {
@@ -152,7 +152,8 @@ func beginsAtTheOffset(t *testing.T, h *Harness) {
 	l := newLedger()
 	l.run(t, h, nameOfConsumer, topic, nil).stopAfter(func() { l.waitHandled(t, n) })
 
-	// The database is restored to an earlier time: half of what was settled in each partition is gone.
+	// The database is restored to an earlier time: in each partition half of the settled messages is
+	// lost.
 	restored := newLedger()
 	want := map[string]bool{}
 	for number, all := range h.Read(t, topic) {
@@ -490,8 +491,8 @@ func (o *owners) watch(t *testing.T, p *process) {
 }
 
 // handedOver: while the first member has a call under way in each partition, a second one joins.
-// One of the partitions is taken away: the first member begins no other call there, whatever it has
-// buffered.
+// One of the partitions is taken away: the first member begins no other call there, even if it has
+// messages buffered.
 func handedOver(t *testing.T, h *Harness) {
 	const n = 600
 	topic := h.Topic(t)
@@ -540,7 +541,7 @@ func callTooLong(t *testing.T, h *Harness) {
 	topic := h.Topic(t)
 	keys := publishNumbered(t, h, topic, n)
 	l := newLedger()
-	g := newGate() // which is opened by no one: only the end of a context ends a call
+	g := newGate() // closed until a call was ended by its context
 	ended := make(chan struct{}, 10)
 	l.run(t, h, nameOfConsumer, topic, func(p *process) {
 		p.each = func(b *begun) (bool, time.Duration) {
@@ -595,9 +596,9 @@ func zombie(t *testing.T, h *Harness) {
 	paused := time.Now()
 	heir := l.run(t, h, nameOfConsumer, topic, func(p *process) { o.watch(t, p) })
 	l.waitHandled(t, n)                        // the heir has them all
-	time.Sleep(h.Session - time.Since(paused)) // it may have them before, if it never heard of the other one
+	time.Sleep(h.Session - time.Since(paused)) // the heir may have them before, if it never knew the other one
 	z.network.Mend()
-	// The zombie notices, and ends its calls.
+	// The member that was paused notices, and ends its calls.
 	for _, b := range calls {
 		select {
 		case <-b.ctx.Done():
@@ -739,7 +740,7 @@ func recreatedAway(t *testing.T, h *Harness) {
 	if got := len(l.all()); got != n {
 		t.Errorf("%d messages are settled, %d were in the former topic", got, n)
 	}
-	// An operator forgets the former topic: the consumer begins anew.
+	// An operator deletes the positions of the former topic: the consumer begins again.
 	again := newLedger()
 	again.run(t, h, nameOfConsumer, topic, nil)
 	again.waitHandled(t, 2*n)

@@ -7,6 +7,6 @@
 // of a key must be in its order.
 //
 // The same proof runs on kfake, NATS and Kafka. Processes, brokers and databases are real and die
-// of real signals, so it needs Linux. Plain go test runs a small proof on kfake and NATS; .ci/run
-// messages runs the whole one on all three.
+// of real signals, so it needs Linux. Plain go test runs a small proof on kfake and NATS. .ci/run
+// messages runs the whole one, on Kafka too if .ci/kafka can get it.
 package endtoend

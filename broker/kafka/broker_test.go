@@ -392,7 +392,7 @@ func TestConformance(t *testing.T) {
 				h.Rebalancing = func(t *testing.T, consumer, topic string) {
 					eventually(t, "a partition is taken away", func() bool {
 						shares := b.assigned(t, groupOf(consumer, topic))
-						// The other one may get it in a later rebalance. During one, nobody has any.
+						// The other member may get it in a later rebalance. During one, no member has any.
 						return len(shares) == 2 && max(shares[0], shares[1]) < brokertest.Partitions && shares[0]+shares[1] > 0
 					})
 				}

@@ -42,7 +42,7 @@ type Transfer struct {
 
 const addEntries = "INSERT INTO entries (account, amount) VALUES ($1, -$3::bigint), ($2, $3)"
 
-// twice publishes each message twice, as a relay does that dies before it deletes what it published.
+// twice publishes each message twice, as a relay does if it dies before it deletes the messages.
 type twice struct{ relay.Publisher }
 
 func (p twice) Publish(ctx context.Context, messages []message.Message) []error {

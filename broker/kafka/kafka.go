@@ -54,9 +54,10 @@
 //
 // # Versions
 //
-// The tests run on Apache Kafka 4.4.0, with classic groups and with KIP-848, and on kfake, the broker
-// of franz-go's own tests. Tests that need a certain error of the broker run on kfake alone. No other
-// version is tested; CONTRIBUTING.md says how to run the suite of brokers on a cluster of yours.
+// The tests run on Apache Kafka 4.4.0, with classic groups and with KIP-848, and on kfake, the
+// broker of franz-go's own tests. Tests that need a certain error of the broker run only on kfake.
+// No other version is tested; CONTRIBUTING.md says how to run the suite of brokers on a cluster of
+// yours.
 package kafka
 
 import (

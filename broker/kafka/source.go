@@ -40,9 +40,9 @@ type Source struct {
 
 var _ consumer.Source = (*Source)(nil)
 
-// Source returns a source of topics, whose partitions the members of the group share. Each consumer
-// has a group of its own. The group's offsets at the broker are for tools that show the lag: they
-// follow the settled messages, and are never read.
+// Source returns a source of topics. The members of the group share the partitions of the topics.
+// Each consumer has a group of its own. The group's offsets at the broker are for tools that show
+// the lag: they follow the settled messages, and a partition never begins at them.
 func (c *Client) Source(group string, topics ...string) *Source {
 	if group == "" || len(topics) == 0 || slices.Contains(topics, "") {
 		panic("idempotency/broker/kafka: Source needs a group and at least one topic")

@@ -22,7 +22,7 @@ import (
 	"github.com/paidonce/idempotency/message"
 )
 
-// receiver takes what it gets, unless it refuses.
+// receiver settles the messages that it gets, unless it refuses.
 type receiver struct {
 	mu     sync.Mutex
 	begin  func(p consumer.Partition) int64 // nil: with the oldest
@@ -226,8 +226,8 @@ func TestBufferOfAPartitionIsBounded(t *testing.T) {
 	})
 }
 
-// A broker that has lost what was consumed, by an unclean election, would give later messages the
-// offsets of lost ones, and they would be dropped as redelivered. So the source ends.
+// A broker that has lost consumed messages, by an unclean election, would give their offsets to
+// later messages, which would be dropped as redelivered. So the source ends.
 func TestLogEndsBeforeTheConsumer(t *testing.T) {
 	t.Parallel()
 	f := startBroker(t)
@@ -419,8 +419,8 @@ func (p polling) OnFetchRecordUnbuffered(r *kgo.Record, handedOver bool) {
 	}
 }
 
-// places is a receiver whose positions are shared, as in a database. It fails the test if a message
-// is skipped.
+// places is a receiver with positions that several receivers share, as in a database. It fails the
+// test if a message is skipped.
 type places struct {
 	receiver
 	t        *testing.T
@@ -525,8 +525,8 @@ func TestPolledMessagesOfAFormerAssignment(t *testing.T) {
 	})
 }
 
-// A partition that the broker does not deliver is asked for about once a second, and goes on by
-// itself.
+// If the broker does not deliver a partition, the source asks for it about once a second, and goes
+// on by itself.
 func TestRefusedFetchesArePaced(t *testing.T) {
 	t.Parallel()
 	f := startFake(t)

@@ -122,7 +122,7 @@ func (b *books) waitEffects(t *testing.T, n int) {
 	}
 }
 
-// collect returns what project's before passes messages on to.
+// collect returns a function for project's before, which keeps the messages.
 func collect(got chan<- consumer.Delivery) func(context.Context, *consumer.Delivery) error {
 	return func(_ context.Context, d *consumer.Delivery) error {
 		got <- *d
@@ -336,7 +336,7 @@ func TestTrimmedTopicStopsTheConsumer(t *testing.T) {
 	r = b.project(t, source(), consumer.Options{}, nil)
 	b.waitEffects(t, 40)
 
-	// While it runs, too: what it holds is handled first.
+	// The same while the consumer runs: it handles the messages that it holds first.
 	purge := func(t *testing.T) {
 		if err := n.streams(t, topic)[0].Purge(t.Context()); err != nil {
 			t.Fatal(err)

@@ -53,7 +53,7 @@ func TestSubjectsOfGroupsDiffer(t *testing.T) {
 	}
 }
 
-// passing is a receiver that passes on what it gets, and settles the first message of a call.
+// passing is a receiver that passes its messages on, and settles the first one of a call.
 type passing struct {
 	least int // messages of a call; with less it settles nothing
 	calls chan []consumer.Delivery

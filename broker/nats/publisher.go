@@ -50,8 +50,8 @@ var _ relay.Publisher = (*Publisher)(nil)
 // Publisher returns a publisher for a relay.
 func (c *Client) Publisher() *Publisher { return &Publisher{client: c} }
 
-// Duplicates returns the number of messages that the server confirmed as copies of what it had: a
-// relay published them again, after it had died between a confirmation and the deletion of the
+// Duplicates returns the number of messages that the server confirmed as copies of messages that it
+// has. A relay published them again: it had died between a confirmation and the deletion of the
 // message, say.
 func (p *Publisher) Duplicates() int64 { return p.duplicates.Load() }
 

@@ -32,7 +32,7 @@ func (b *broker) count(t *testing.T, topic string) (n int) {
 	return n
 }
 
-// The function from key to partition is frozen: a key whose partition changes loses its order.
+// The function from key to partition is frozen: if a key's partition changed, it would lose its order.
 func TestPartitionsOfKeysNeverChange(t *testing.T) {
 	t.Parallel()
 	b := startBroker(t)
@@ -111,7 +111,7 @@ func TestCopiesBehindTheWindowAreKeptUnderTheirID(t *testing.T) {
 	}
 }
 
-// What the server will never take is refused, and what it may take later is not.
+// A message that the server will never take is refused. One that it may take later is not.
 func TestOnlyWhatStaysWrongIsRefused(t *testing.T) {
 	t.Parallel()
 	const payloadMax, messageMax, headerMax = 100_000, 10_000, 64<<10 - 1
@@ -160,7 +160,8 @@ func TestOnlyWhatStaysWrongIsRefused(t *testing.T) {
 	}
 }
 
-// That nobody answers on a subject proves nothing: as long as the topic is there, it is no refusal.
+// If nobody answers on a subject, that proves nothing: while the topic is there, no message is
+// refused.
 func TestMissingPartitionIsNoRefusal(t *testing.T) {
 	t.Parallel()
 	b := startBroker(t)
@@ -245,7 +246,7 @@ func TestNumberOfPartitions(t *testing.T) {
 	}
 }
 
-// After ctx has ended nothing is sent, not even what was in the library's buffers.
+// After ctx has ended nothing is sent, not even the messages in the library's buffers.
 func TestNothingIsSentAfterTheEnd(t *testing.T) {
 	t.Parallel()
 	b := startBroker(t)
@@ -293,7 +294,7 @@ func TestErrorsQuoteNoMessage(t *testing.T) {
 	}
 }
 
-// What can't be a server is an error at once, which quotes no password. A server that is away is not.
+// An invalid URL is an error at once, which quotes no password. A server that is away is no error.
 func TestConnect(t *testing.T) {
 	t.Parallel()
 	for _, servers := range []string{"", "nats://user:secret@[::1", "nats://a:1,,nats://b:1"} {

@@ -32,8 +32,9 @@ type Source struct {
 
 var _ consumer.Source = (*Source)(nil)
 
-// Source returns a source of topics, whose partitions the members of the group share. Each consumer
-// has a group of its own, whose name has no spaces, asterisks or angle brackets.
+// Source returns a source of topics. The members of the group share the partitions of the topics.
+// Each consumer has a group of its own. Its name must have no white space, no * and no >. Source
+// panics if the group or a topic is invalid.
 func (c *Client) Source(group string, topics ...string) *Source {
 	if group == "" || strings.ContainsAny(group, "*> \t\r\n") || len(topics) == 0 {
 		panic("idempotency/broker/nats: Source needs at least one topic, and a group whose name has no spaces, asterisks or angle brackets")

@@ -14,8 +14,8 @@ import (
 	"github.com/paidonce/idempotency/consumer"
 )
 
-// What other producers publish has an id too: that of CloudEvents, or its place. A header that breaks
-// our rules is dropped.
+// A message of another producer has an id too: that of CloudEvents, or its place. A header that
+// breaks our rules is dropped.
 func TestMessagesOfOtherProducers(t *testing.T) {
 	t.Parallel()
 	b := startBroker(t)
@@ -83,7 +83,7 @@ func TestOptionsAndNamesThatCantWork(t *testing.T) {
 	client.Source("a.b-c_1", "t", "t") // a topic that is named twice counts once
 }
 
-// blocking is a receiver whose calls last until their context ends.
+// blocking is a receiver. Its calls last until their context ends.
 type blocking struct{ began, ended chan struct{} }
 
 func (r *blocking) BatchMax() int { return 1 }

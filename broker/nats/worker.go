@@ -124,8 +124,8 @@ func (w *worker) wait(pause time.Duration) {
 	}
 }
 
-// fill adds what was read to a batch. It blocks until there is a message, and returns none if there
-// will be no more.
+// fill adds the messages that were read to a batch. If the batch is empty, it blocks until there is
+// a message, and returns none if no more will come.
 func (w *worker) fill(batch []consumer.Delivery, read <-chan consumer.Delivery) []consumer.Delivery {
 	size := 0
 	for i := range batch {

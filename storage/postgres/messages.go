@@ -39,7 +39,7 @@ var messageRights = []struct {
 }
 
 // CheckMessages returns an error if messages could be lost in this database, or if the pool's role
-// can't do what the service does with them. It requires the tables of migration 5: plain logged
+// lacks a right for a use of the service. It requires the tables of migration 5: plain logged
 // ones with their primary keys, without rules and BEFORE ROW triggers, and without row-level
 // security that hides rows from the role; and the role's rights for each use. Without a use it
 // checks only the tables.

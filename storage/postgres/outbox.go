@@ -59,9 +59,10 @@ func outboxStatement(schema string) wire.Statement {
 	}
 }
 
-// deferred returns what the handler left for the last flush: the statements of DeferExec, and one
-// that writes its messages and more, which the store publishes. together is the number of bytes of
-// parameters since the last Sync; refused is the reason if a statement or message is missing.
+// deferred returns the calls that the handler left for the last flush: the statements of DeferExec,
+// and one that writes its messages and more, which the store publishes. together is the number of
+// bytes of parameters since the last Sync; refused is the reason if a statement or message is
+// missing.
 func (a *attempt) deferred(more ...message.Message) (calls []wire.Call, together int, refused error) {
 	calls, together, refused = a.tx.Deferred()
 	if messages := slices.Concat(a.tx.Messages(), more); len(messages) > 0 {

@@ -123,7 +123,7 @@ func TestQueueHandlesEachMessageOnce(t *testing.T) {
 	}
 }
 
-// dyingQueue is the queue of a process that will have died: it takes nothing back.
+// dyingQueue is the queue of a process that is about to die: it takes nothing back.
 type dyingQueue struct{ *postgres.Queue }
 
 func (dyingQueue) ForgiveDeath(context.Context, string, consumer.Partition) error {
