@@ -50,9 +50,9 @@ const (
 	ErrorBytesMax = 500 // of the reason that is kept with a parked message
 )
 
-// Handler handles a message. Its writes through postgres.Tx(ctx) are committed with the position, or
-// not at all; it may publish messages too. idempotency.DerivedKey works as in a request: its key is
-// the consumer and the message's id. A handler may run again for a message whose run was undone.
+// Handler handles a message. Its writes through postgres.Tx(ctx) are committed with the position,
+// or not at all; it may publish messages too. idempotency.DerivedKey works as in a request: its key
+// is the consumer and the message's id. A handler may run again for a message whose run was undone.
 //
 // After an error the writes are undone, and the message is tried again, up to Options.AttemptsMax
 // times. [Reject] and [Later] make errors for other ends. The text of the error is kept with a
@@ -118,7 +118,8 @@ type Options struct {
 	// them no transaction is open and no connection is held. Defaults to 3.
 	AttemptsInPlace int
 
-	// AttemptsMax is the maximum number of attempts of a message in all. Then it is dead. Defaults to 8.
+	// AttemptsMax is the maximum number of attempts of a message in all. Then it is dead. Defaults to
+	// 8.
 	AttemptsMax int
 
 	// BackoffMax is the longest pause before a parked message is tried again. After n attempts the
@@ -151,8 +152,8 @@ type Options struct {
 	// 1 second.
 	ParkedInterval time.Duration
 
-	// Logger gets the consumer's log: parked and dead messages, and outages. It has no key and no body.
-	// Defaults to slog.Default().
+	// Logger gets the consumer's log: parked and dead messages, and outages. It has no key and no
+	// body. Defaults to slog.Default().
 	Logger *slog.Logger
 }
 
@@ -187,9 +188,9 @@ type Consumer struct {
 	rewind     context.CancelCauseFunc // ends the source's run; nil outside of Run
 }
 
-// New returns a consumer, which does nothing until [Consumer.Run]. Positions and records belong to its
-// name: two consumers of one topic need two names, and under a new name every message is new. The
-// name is 1 to 100 letters, digits, dots, underscores and hyphens. New panics if an argument is
+// New returns a consumer, which does nothing until [Consumer.Run]. Positions and records belong to
+// its name: two consumers of one topic need two names, and under a new name every message is new.
+// The name is 1 to 100 letters, digits, dots, underscores and hyphens. New panics if an argument is
 // missing or an option can't work.
 func New(name string, store Store, source Source, handler Handler, opts *Options) *Consumer {
 	if handler == nil {

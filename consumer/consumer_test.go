@@ -478,8 +478,8 @@ func TestMessageThatKillsItsProcessIsFound(t *testing.T) {
 	}
 }
 
-// A message that ends its process is found in few deaths, also at the end of a large batch: those in
-// front of it are committed, and the next batches do not begin with all of the others.
+// A message that ends its process is found in few deaths, also at the end of a large batch: those
+// in front of it are committed, and the next batches do not begin with all of the others.
 func TestMessageThatKillsItsProcessIsFoundBehindMany(t *testing.T) {
 	t.Parallel()
 	const before, deathsMax = 30, 40

@@ -7,8 +7,8 @@
 //
 // A message is deleted from the outbox only after the broker has confirmed it, so none is lost. If
 // the relay or the database dies in between, the message is published again with the same id, by
-// which consumers drop the copy (package consumer). The relay keeps no cursor, so it skips no message
-// that is committed late.
+// which consumers drop the copy (package consumer). The relay keeps no cursor, so it skips no
+// message that is committed late.
 package relay
 
 import (
@@ -39,8 +39,9 @@ type Publisher interface {
 	Publish(ctx context.Context, messages []message.Message) []error
 }
 
-// Outbox has the messages that no broker has confirmed yet: postgres.Outbox is one. It is divided into
-// shards, and all messages with one topic and key are in one shard. It is safe for concurrent use.
+// Outbox has the messages that no broker has confirmed yet: postgres.Outbox is one. It is divided
+// into shards, and all messages with one topic and key are in one shard. It is safe for concurrent
+// use.
 type Outbox interface {
 	// Waiting returns the shards that have messages to publish.
 	Waiting(ctx context.Context) (shards []int, err error)

@@ -1,4 +1,5 @@
-// Package brokertest tests that a broker keeps the contracts of relay.Publisher and consumer.Source.
+// Package brokertest tests that a broker keeps the contracts of relay.Publisher and
+// consumer.Source.
 //
 //	func TestBroker(t *testing.T) {
 //		brokertest.Run(t, brokertest.Features{}, func(t *testing.T) *brokertest.Harness {
@@ -39,7 +40,8 @@ type Features struct {
 	NoPublisher bool
 }
 
-// Partitions is the number of partitions of each topic of the suite, if the broker has such a number.
+// Partitions is the number of partitions of each topic of the suite, if the broker has such a
+// number.
 const Partitions = 3
 
 // Harness is a broker, and the functions that the suite needs. They are safe for concurrent use. If
@@ -139,8 +141,8 @@ func within(t *testing.T, what string, is func() bool) {
 	}
 }
 
-// makeMessages returns n messages with the keys in turn. The body is the key and a number that rises
-// by one within the key; the id is unique in the topic.
+// makeMessages returns n messages with the keys in turn. The body is the key and a number that
+// rises by one within the key; the id is unique in the topic.
 func makeMessages(topic string, n int, keys ...string) []message.Message {
 	all := make([]message.Message, n)
 	for i := range all {

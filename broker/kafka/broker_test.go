@@ -74,8 +74,8 @@ func startBroker(t *testing.T) *broker {
 	return &broker{brokers: []string{server.Address()}, apache: server}
 }
 
-// startFake starts kfake, for a test that needs a fault of its own or a look inside. If the tests run
-// on Apache Kafka, this one is skipped.
+// startFake starts kfake, for a test that needs a fault of its own or a look inside. If the tests
+// run on Apache Kafka, this one is skipped.
 func startFake(t *testing.T) *broker {
 	t.Helper()
 	if os.Getenv(kafkaserver.JarsVariable) != "" {

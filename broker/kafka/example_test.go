@@ -50,9 +50,9 @@ func (p twice) Publish(ctx context.Context, messages []message.Message) []error 
 	return p.Publisher.Publish(ctx, messages)
 }
 
-// A handler publishes a message in its transaction, a relay takes it to Kafka, and a consumer writes
-// to its own table. The client sends its request twice, and the relay publishes the message twice:
-// there is one effect.
+// A handler publishes a message in its transaction, a relay takes it to Kafka, and a consumer
+// writes to its own table. The client sends its request twice, and the relay publishes the message
+// twice: there is one effect.
 func Example() {
 	ctx, stop := context.WithCancel(context.Background())
 	// A Kafka broker in this process, and a PostgreSQL of its own. A service has both elsewhere.

@@ -17,19 +17,20 @@
 // A message becomes a record of its topic. The key chooses the partition as Kafka's own clients do,
 // the header message-id has the id, and each value of Message.Header is a header. The producer is
 // idempotent and waits for all replicas in sync (acks=all). To lose no confirmed message when a
-// broker is lost, a topic needs a replication factor of 3 and min.insync.replicas of 2. The publisher
-// creates no topics: a message for a topic that does not exist is refused (relay.ErrRefused).
+// broker is lost, a topic needs a replication factor of 3 and min.insync.replicas of 2. The
+// publisher creates no topics: a message for a topic that does not exist is refused
+// (relay.ErrRefused).
 //
-// The order of a key is that of its partition. If partitions are added to a topic, keys move to other
-// partitions, and later messages of a key may overtake those that are not consumed yet.
+// The order of a key is that of its partition. If partitions are added to a topic, keys move to
+// other partitions, and later messages of a key may overtake those that are not consumed yet.
 //
 // # Consuming
 //
 // The members of a group share the partitions of its topics, and PostgreSQL has the offset at which
 // each partition goes on. For operators this means:
 //
-//   - After a restore of PostgreSQL, messages are read again from the restored offset on. The broker
-//     must keep messages for longer than the age of the oldest backup that may be restored.
+//   - After a restore of PostgreSQL, messages are read again from the restored offset on. The
+//     broker must keep messages for longer than the age of the oldest backup that may be restored.
 //   - Resetting the group's offsets at the broker (kafka-consumer-groups --reset-offsets) changes
 //     nothing. Set next_offset in message_offsets, while the consumer is stopped.
 //   - If the broker has deleted messages that were not read, or a topic was deleted and recreated,
@@ -45,10 +46,10 @@
 //     memory, and one more fetch of 1 MiB, measured before it is decompressed.
 //
 // Messages of other producers are consumed too. Their id is the header message-id, or ce_id
-// (CloudEvents), or id (Debezium's outbox). Without any of them the id is made of the topic, its id,
-// the partition and the offset. Such an id recognizes a record that is delivered twice, but not a
-// message that its producer sent as two records. Headers that HTTP does not allow (a name that is not
-// a token, control characters in a value, more than 64 KiB in all) are left out.
+// (CloudEvents), or id (Debezium's outbox). Without any of them the id is made of the topic, its
+// id, the partition and the offset. Such an id recognizes a record that is delivered twice, but not
+// a message that its producer sent as two records. Headers that HTTP does not allow (a name that is
+// not a token, control characters in a value, more than 64 KiB in all) are left out.
 //
 // Transactions of other producers are respected: only committed messages are delivered.
 //

@@ -86,8 +86,8 @@ func (p *Publisher) Publish(ctx context.Context, messages []message.Message) []e
 }
 
 // producer is a client of the library that one Publish at a time uses. It sends nothing outside of
-// flush, because of kgo.ManualFlushing: so no message is under way while others of its key are still
-// being added.
+// flush, because of kgo.ManualFlushing: so no message is under way while others of its key are
+// still being added.
 type producer struct {
 	kgo   *kgo.Client
 	known map[string]bool // the topics that the library knows: a message of each was confirmed or refused

@@ -41,14 +41,15 @@
 // idempotency.members.GROUP.TOPIC that it lives, and which partitions it has. So the members share
 // the partitions without a lock, and nothing is stored. The costs are:
 //
-//   - a message of some 100 bytes per member and topic, 5 times within SessionTimeout, and the right to
-//     publish and subscribe to that subject,
+//   - a message of some 100 bytes per member and topic, 5 times within SessionTimeout, and the
+//     right to publish and subscribe to that subject,
 //   - a pause at the start: a member listens for a fifth of SessionTimeout before it begins,
 //   - if a member was paused or cut off, two members may have one partition for a short time. The
 //     database refuses the later commit, and both begin again.
 //
 // Besides, a source needs the rights for $JS.API.STREAM.INFO, $JS.API.STREAM.MSG.GET and
-// $JS.API.CONSUMER of the topic's streams, and a publisher for the subjects and $JS.API.STREAM.INFO.
+// $JS.API.CONSUMER of the topic's streams, and a publisher for the subjects and
+// $JS.API.STREAM.INFO.
 package nats
 
 import (
@@ -104,8 +105,8 @@ type Options struct {
 	Logger *slog.Logger
 }
 
-// Client is a NATS cluster. It is safe for concurrent use, and has nothing to close: a [Publisher] is
-// closed by its own Close.
+// Client is a NATS cluster. It is safe for concurrent use, and has nothing to close: a [Publisher]
+// is closed by its own Close.
 type Client struct {
 	options Options
 	nats    nats.Options

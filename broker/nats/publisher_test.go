@@ -32,7 +32,8 @@ func (b *broker) count(t *testing.T, topic string) (n int) {
 	return n
 }
 
-// The function from key to partition is frozen: if a key's partition changed, it would lose its order.
+// The function from key to partition is frozen: if a key's partition changed, it would lose its
+// order.
 func TestPartitionsOfKeysNeverChange(t *testing.T) {
 	t.Parallel()
 	b := startBroker(t)

@@ -53,7 +53,8 @@ func (c *Client) Source(group string, topics ...string) *Source {
 //   - consumer.ErrTrimmed, with the number of messages that a limit of the stream or a purge has
 //     deleted unread,
 //   - consumer.ErrRecreated, which the receiver returns for a stream that was recreated,
-//   - the server has lost messages that were consumed (it crashed before they were on its disk, say).
+//   - the server has lost messages that were consumed (it crashed before they were on its disk,
+//     say).
 //
 // A message that was deleted individually is skipped, and logged.
 func (s *Source) Run(ctx context.Context, receiver consumer.Receiver) error {

@@ -196,8 +196,8 @@ func (w *worker) check(ctx context.Context, partition consumer.Partition, next u
 	return stream, nil
 }
 
-// readFrom reads with one consumer of the server, until that fails. It acknowledges nothing, and the
-// server counts nothing.
+// readFrom reads with one consumer of the server, until that fails. It acknowledges nothing, and
+// the server counts nothing.
 func (w *worker) readFrom(ctx context.Context, partition consumer.Partition, next *uint64, read chan<- consumer.Delivery) error {
 	asking, cancel := context.WithTimeout(ctx, askMax)
 	defer cancel()
@@ -242,8 +242,8 @@ func (w *worker) readFrom(ctx context.Context, partition consumer.Partition, nex
 	}
 }
 
-// gap returns nil if all messages from next up to got were deleted individually. Otherwise it returns
-// an error: a limit has deleted them, or they were lost on their way.
+// gap returns nil if all messages from next up to got were deleted individually. Otherwise it
+// returns an error: a limit has deleted them, or they were lost on their way.
 func (w *worker) gap(ctx context.Context, partition consumer.Partition, next, got uint64) error {
 	stream, err := w.check(ctx, partition, next)
 	if err != nil {

@@ -45,8 +45,8 @@ var messageRights = []struct {
 // checks only the tables.
 //
 // The error joins all faults that it finds, and wraps [ErrSchemaOutdated], [ErrTableUnlogged],
-// [ErrTableUnsafe], [ErrRowSecurityActive] or [ErrRightMissing]. A service with messages calls it in
-// addition to [Store.Check]; others need neither the tables nor the rights.
+// [ErrTableUnsafe], [ErrRowSecurityActive] or [ErrRightMissing]. A service with messages calls it
+// in addition to [Store.Check]; others need neither the tables nor the rights.
 func (s *Store) CheckMessages(ctx context.Context, uses ...MessageUse) error {
 	ctx, cancel := context.WithTimeout(ctx, s.options.AcquireTimeout+s.options.StatementTimeout)
 	defer cancel()

@@ -15,15 +15,15 @@ import (
 )
 
 // Queue is a topic of the outbox as a queue in the same database, for a consumer that needs no
-// broker: the commit that has the effects of a message deletes its row. So no id has to be recorded,
-// and no position. A topic has one consumer, because a message is gone once it is handled. A Queue is
-// both the source and the store of package consumer:
+// broker: the commit that has the effects of a message deletes its row. So no id has to be
+// recorded, and no position. A topic has one consumer, because a message is gone once it is
+// handled. A Queue is both the source and the store of package consumer:
 //
 //	queue := store.Queue("mails")
 //	go consumer.New("mailer", queue, queue, sendMail, nil).Run(ctx)
 //
-// The relay of every process must leave the topic out: see [Store.Outbox]. It is safe for concurrent
-// use.
+// The relay of every process must leave the topic out: see [Store.Outbox]. It is safe for
+// concurrent use.
 type Queue struct {
 	*Inbox // parked messages are those of any consumer
 	topic  string

@@ -621,8 +621,8 @@ const (
 // holds while the record of the copy is kept: redrive a dead message before its consumer's
 // Options.Retention has passed.
 //
-// Like every act on a message it checks what the operator saw, changes the row and adds a row to the
-// audit table, all in one transaction. Errors: [ErrNotParked]; [ErrBehind]; [ErrChanged];
+// Like every act on a message it checks what the operator saw, changes the row and adds a row to
+// the audit table, all in one transaction. Errors: [ErrNotParked]; [ErrBehind]; [ErrChanged];
 // [ErrInvalid]; [ErrUnknown] if the reply to COMMIT was lost.
 func (o *Operator) Redrive(ctx context.Context, consumerName, id string, act MessageAct) (ParkedMessage, error) {
 	return o.parkedAct(ctx, actRedrive, consumerName, id, act, func(m *ParkedMessage) error {

@@ -233,8 +233,8 @@ func (b *messageBundle) publish(t *testing.T, value string, bodies ...string) (i
 	return ids
 }
 
-// drain publishes the outbox to a broker that refuses the body large. It returns the bodies that the
-// broker took.
+// drain publishes the outbox to a broker that refuses the body large. It returns the bodies that
+// the broker took.
 func (b *messageBundle) drain(t *testing.T, large string) (taken []string) {
 	t.Helper()
 	box := b.Store.Outbox()
