@@ -89,9 +89,13 @@ type Order int
 
 // The orders.
 const (
-	ByKey       Order = iota // messages of the same topic and key wait behind it; others go on
-	ByPartition              // the whole partition waits: the message is tried in place until it is handled; only a mismatch, or one of DeathsMax, is dead
-	Unordered                // nothing waits
+	// ByKey: messages of the same topic and key wait behind it; others go on.
+	ByKey Order = iota
+	// ByPartition: the whole partition waits. The message is tried in place until it is handled, even
+	// if it is rejected. It is dead only if it is a mismatch, or if DeathsMax processes died in it.
+	ByPartition
+	// Unordered: no message waits.
+	Unordered
 )
 
 // Options tune a [Consumer]. Nil and the zero value are the defaults, which are the safest.

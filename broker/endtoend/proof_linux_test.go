@@ -31,8 +31,8 @@ const (
 	proofMax     = 30 * time.Minute
 	conditionMax = 3 * time.Minute // for a condition that comes within seconds
 	pollInterval = 10 * time.Millisecond
-	// batchWaitMax is how long a fault waits for a batch to hit. Without one it hits a process that
-	// has partitions and nothing to do.
+	// batchWaitMax bounds the wait of a fault for a batch that it can hit. Without one it hits a
+	// process that has partitions and nothing to do.
 	batchWaitMax = 2 * time.Second
 )
 

@@ -19,14 +19,14 @@ import (
 
 // The members of a group tell each other that they live, and which partitions they have: each
 // publishes a beat on the group's subject, several times within SessionTimeout. Nothing is stored.
-// Members that know of each other agree on who should have each partition; the one that has it
-// already hands it over first.
+// Members that know of each other agree which of them should have each partition. If another one
+// has it, that one hands it over first.
 //
 // A member that does not get its own beats back gives up its partitions a fifth of SessionTimeout
 // before the others take them. If two have a partition all the same, both give it up, and one of
 // them begins again. None of this has to be right: the database decides which commit counts.
 
-// beatsPerSession is how often a member beats within SessionTimeout.
+// beatsPerSession is the number of beats that a member sends within SessionTimeout.
 const beatsPerSession = 5
 
 // beat is a member's message to the others.
