@@ -735,7 +735,11 @@ func (r *run) blame(at int, cause error) (settled int, pause time.Duration) {
 		}
 	}
 	if r.options.Order == ByPartition && known.park != nil { // it is not parked
-		known.park, known.retry = nil, time.Now().Add(r.backoff(known.attempts))
+		wait := r.backoff(known.attempts)
+		if later != nil {
+			wait = later.wait
+		}
+		known.park, known.retry = nil, time.Now().Add(wait)
 		r.options.Logger.Error("idempotency: a message blocks its partition", "consumer", r.name, "source", r.p.Source, "partition", r.p.Number, "offset", d.Offset, "attempts", known.attempts)
 	}
 	r.state.trouble[d.Offset] = known
@@ -771,22 +775,28 @@ var ErrRejected = errors.New("message is rejected")
 func Reject(err error) error { return fmt.Errorf("%w: %w", ErrRejected, err) }
 
 // Later returns an error for a message that should be tried again after this time: it is parked
-// until then, and the try does not count. With the order ByPartition nothing is parked: the message
-// is tried again after a pause as after an error, and this time has no effect.
+// until then, and the try does not count. With the order ByPartition nothing is parked: its partition
+// waits so long.
 func Later(wait time.Duration) error { return &laterError{wait} }
 
 type laterError struct{ wait time.Duration }
 
 func (e *laterError) Error() string { return fmt.Sprintf("its handler asked for %v", e.wait) }
 
-// reason returns the text of an error as it is kept with a parked message. A panic's value may be
-// data, so only its type is kept. The text of an error of PostgreSQL is kept, and may quote a
-// value.
+// reason returns the text of an error as it is kept with a parked message. A panic's value and the
+// words of PostgreSQL may be data, so only the value's type and the SQLSTATE are kept.
 func reason(err error) string {
 	var panicked *idempotency.PanicError
 	text := err.Error()
 	if errors.As(err, &panicked) {
 		text = panicked.Error()
+	}
+	var database interface { // pgconn.PgError
+		error
+		SQLState() string
+	}
+	if errors.As(err, &database) {
+		text = strings.ReplaceAll(text, database.Error(), "SQLSTATE "+database.SQLState())
 	}
 	text = strings.Map(func(r rune) rune {
 		if r < ' ' || r == 0x7f {

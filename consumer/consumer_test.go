@@ -330,6 +330,10 @@ func TestMessagesThatAreNotHandled(t *testing.T) {
 	}{
 		"rejected": {handler: func(context.Context, *consumer.Delivery) error { return consumer.Reject(errors.New("no such account")) }, parked: "3:1:message is rejected: no such account", dead: true},
 		"panic":    {handler: func(context.Context, *consumer.Delivery) error { panic("secret") }, opts: consumer.Options{AttemptsMax: 3}, parked: "3:3:handler panicked with a string", dead: true},
+		"words of PostgreSQL": {handler: func(ctx context.Context, _ *consumer.Delivery) error {
+			_, err := postgres.Tx(ctx).Exec(ctx, "SELECT 'secret'::int")
+			return fmt.Errorf("read the amount: %w", err)
+		}, opts: consumer.Options{AttemptsMax: 3}, parked: "3:3:read the amount: SQLSTATE 22P02", dead: true},
 		"long error": {handler: func(context.Context, *consumer.Delivery) error { return consumer.Reject(errors.New(long)) }, dead: true,
 			parked: "3:1:" + ("message is rejected: " + long)[:consumer.ErrorBytesMax-1]},
 		"later":        {handler: func(context.Context, *consumer.Delivery) error { return consumer.Later(time.Hour) }, parked: "1:0:its handler asked for 1h0m0s"},

@@ -320,6 +320,16 @@ func TestParkedMessageThatIsTooSlowIsNotDueAtOnce(t *testing.T) {
 	}
 }
 
+// With ByPartition a message that asks for later holds its partition for that time.
+func TestLaterHoldsThePartitionSoLong(t *testing.T) {
+	t.Parallel()
+	b := newBed(t)
+	receiver := b.receiver(b.Store.Inbox(), func(context.Context, *consumer.Delivery) error { return consumer.Later(time.Hour) }, consumer.Options{Order: consumer.ByPartition})
+	if settled, pause := receiver.Receive(t.Context(), partition0, deliveries(0, "a")); settled != 0 || pause < 59*time.Minute {
+		t.Errorf("%d settled, pause %v", settled, pause)
+	}
+}
+
 // A parked message that fails at COMMIT has failed.
 func TestParkedMessageThatFailsAtCommitIsDead(t *testing.T) {
 	t.Parallel()

@@ -249,10 +249,8 @@ type TopicOptions struct {
 	Stream jetstream.StreamConfig
 }
 
-// CreateTopic makes a topic. If it is there already with this number of partitions, CreateTopic
-// changes nothing, so each process may call it when it starts. It fails if the topic has another
-// number. If the topic has fewer partitions, the streams of the others were made before it fails,
-// and nothing uses them.
+// CreateTopic makes a topic. If it is there already, CreateTopic changes nothing, so each process may
+// call it when it starts. It fails if the topic has another number of partitions.
 func (c *Client) CreateTopic(ctx context.Context, topic string, opts *TopicOptions) error {
 	var o TopicOptions
 	if opts != nil {
@@ -275,9 +273,18 @@ func (c *Client) CreateTopic(ctx context.Context, topic string, opts *TopicOptio
 	if err := one.ready(ctx); err != nil {
 		return fmt.Errorf("create a topic: %w", err)
 	}
-	// The first partition is made last: if its stream is there, the topic is.
+	// The first partition is made last: if its stream is there, the topic is, and has its number.
+	stream, err := one.js.Stream(ctx, streamName(topic, 0))
+	if err == nil {
+		err = o.fits(stream)
+	} else if errors.Is(err, jetstream.ErrStreamNotFound) {
+		err = nil
+	}
+	if err != nil {
+		return fmt.Errorf("create a topic: %w", err)
+	}
 	for number := o.Partitions - 1; number >= 0; number-- {
-		if err := one.createStream(ctx, topic, number, o); err != nil {
+		if err := one.createStream(ctx, topic, number, &o); err != nil {
 			return fmt.Errorf("create a topic: partition %d: %w", number, err)
 		}
 	}
@@ -285,7 +292,7 @@ func (c *Client) CreateTopic(ctx context.Context, topic string, opts *TopicOptio
 }
 
 // createStream makes the stream of a partition, unless it is there.
-func (c *conn) createStream(ctx context.Context, topic string, number int, o TopicOptions) error {
+func (c *conn) createStream(ctx context.Context, topic string, number int, o *TopicOptions) error {
 	config := o.Stream
 	config.Name, config.Subjects, config.Retention = streamName(topic, number), []string{subjectOf(topic, number)}, jetstream.LimitsPolicy
 	config.Metadata = maps.Clone(config.Metadata)
@@ -301,6 +308,11 @@ func (c *conn) createStream(ctx context.Context, topic string, number int, o Top
 	if err != nil {
 		return err
 	}
+	return o.fits(stream)
+}
+
+// fits returns an error if the topic of this stream has another number of partitions.
+func (o *TopicOptions) fits(stream jetstream.Stream) error {
 	has, err := partitionsOf(stream.CachedInfo())
 	if err == nil && has != o.Partitions {
 		err = fmt.Errorf("the topic has %d partitions, not %d: the number is fixed, so ask for %d, or publish to a new topic", has, o.Partitions, has)

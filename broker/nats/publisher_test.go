@@ -225,6 +225,12 @@ func TestNumberOfPartitions(t *testing.T) {
 	if err := client.CreateTopic(t.Context(), topic, &nats.TopicOptions{Partitions: 4}); err == nil || !strings.Contains(err.Error(), "has 8 partitions, not 4: the number is fixed, so ask for 8") {
 		t.Errorf("%v", err)
 	}
+	if err := client.CreateTopic(t.Context(), topic, &nats.TopicOptions{Partitions: 12}); err == nil || !strings.Contains(err.Error(), "has 8 partitions, not 12") {
+		t.Errorf("%v", err)
+	}
+	if n := len(b.streams(t, topic)); n != nats.PartitionsDefault {
+		t.Errorf("%d streams after a try to make more", n)
+	}
 	ended, cancel := context.WithCancel(t.Context())
 	cancel()
 	for n, inRange := range map[int]bool{-1: false, 1: true, nats.PartitionsMax: true, nats.PartitionsMax + 1: false} {

@@ -3,6 +3,8 @@ package postgres
 import (
 	"context"
 	"errors"
+	"log/slog"
+	"math"
 	"math/rand/v2"
 	"sync"
 	"time"
@@ -73,16 +75,21 @@ func (q *Queue) Run(ctx context.Context, receiver consumer.Receiver) error {
 	defer all.Wait()
 	var mu sync.Mutex
 	busy := map[int]time.Time{} // by shard: nothing is delivered until this time
+	failed := false
 	for ctx.Err() == nil {
 		shards, err := q.waiting(ctx)
 		if err != nil {
-			shards = nil // the next look tries again
+			shards = nil
+			if !failed && ctx.Err() == nil {
+				slog.Warn("idempotency: a queue was not read; the next look tries again", "topic", q.topic, "error", wire.SQLError(err))
+			}
 		}
+		failed = err != nil
 		for _, shard := range shards {
 			mu.Lock()
 			free := time.Now().After(busy[shard])
 			if free {
-				busy[shard] = time.Now().Add(time.Hour) // until it is done
+				busy[shard] = time.Now().Add(math.MaxInt64) // until it is done
 			}
 			mu.Unlock()
 			if !free {
